@@ -1,0 +1,267 @@
+// Package meta is the contract for the small, strongly consistent store that
+// holds lifecycle, catalog and jobs, and nothing of what they mean.
+//
+// [KV] is what etcd offers, cut down to what snapshotd uses: reads at one
+// revision, transactions of compares and writes, watches that resume from a
+// revision, and leases. There are two implementations, etcd and memory; both
+// pass the suite in metatest, limits and error classes included, so that a
+// test on the memory twin can be trusted. [Faulty] wraps either.
+//
+// An error from a write is never proof that the write did not happen; see
+// [KV.Txn].
+package meta
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+// Limits that both implementations enforce. They are etcd's defaults, with
+// room left for the envelope that the client adds.
+const (
+	// MaxTxnOps bounds each of the three lists of a [Txn]: compares, then, else.
+	MaxTxnOps = 128
+	// MaxTxnBytes bounds the keys and values of one [Txn] in bytes.
+	MaxTxnBytes = 1_500_000
+	// MaxKeyBytes bounds one key. etcd itself has no bound.
+	MaxKeyBytes = 1024
+)
+
+// Errors that callers tell apart. Every other error from a [KV] means that the
+// store could not be asked or did not answer: it wraps ErrUnavailable or the
+// context's error, and the outcome of a write that met it is unknown.
+var (
+	// ErrUnavailable means that no answer came. A write may have happened.
+	ErrUnavailable = errors.New("metadata store unavailable")
+	// ErrCompacted means that the revision asked for is no longer kept.
+	ErrCompacted = errors.New("revision compacted")
+	// ErrLeaseNotFound means that the lease expired, was revoked, or never was.
+	// A transaction that meets it changed nothing.
+	ErrLeaseNotFound = errors.New("lease not found")
+	// ErrNoSpace means that the store is full: puts and lease grants are refused
+	// while deletes pass. A transaction that meets it changed nothing.
+	ErrNoSpace = errors.New("metadata store is full")
+	// ErrTooLarge means that a transaction breaks a limit of this package. It
+	// was not sent.
+	ErrTooLarge = errors.New("transaction too large")
+)
+
+// KeyValue is one key at one revision.
+type KeyValue struct {
+	Key            string
+	Value          []byte // not to be changed by the reader
+	CreateRevision int64  // when the key last came into being
+	ModRevision    int64  // when this value was written
+	Lease          LeaseID
+}
+
+// LeaseID names a lease. Zero is no lease.
+type LeaseID int64
+
+// KV is a strongly consistent key-value store with revisions. Every write
+// raises the revision of the whole store by one; a transaction is one write.
+// All methods are safe for concurrent use.
+type KV interface {
+	// Get returns the value of key at the newest revision, read linearizably,
+	// and the store's revision at that moment. A key that does not exist is not
+	// an error: found is false, and the revision still stands.
+	Get(ctx context.Context, key string) (kv KeyValue, found bool, revision int64, err error)
+
+	// Range returns the keys of r in key order, all at one revision.
+	Range(ctx context.Context, r Range) (RangeResult, error)
+
+	// Scan calls fn with the keys of [from, to) in key order, in batches of
+	// bounded size, all at one revision: revision if it is positive, else the
+	// newest. It returns the revision that it read at. It stops at fn's first
+	// error and returns it as it is. A revision that is compacted, before or in
+	// mid-scan, is ErrCompacted; fn may by then have seen a part.
+	Scan(ctx context.Context, from, to string, revision int64, fn func([]KeyValue) error) (int64, error)
+
+	// Txn applies t.Then if every compare of t.If holds, else t.Else, in one
+	// atomic step. When it returns an error that is not ErrLeaseNotFound,
+	// ErrNoSpace or ErrTooLarge, the transaction may have been applied, or may
+	// still be: read back before deciding anything, and take "not there" for an
+	// answer only after a transaction that makes the write impossible.
+	//
+	// A key may be written at most once in a transaction.
+	Txn(ctx context.Context, t Txn) (TxnResult, error)
+
+	// Watch reports every change of the keys in [from, to) after revision after,
+	// in order, without gaps and without repeats. It ends with ctx.
+	Watch(ctx context.Context, from, to string, after int64) Watcher
+
+	// Grant makes a lease that ends ttl from now unless it is kept alive. A ttl
+	// is rounded up to whole seconds; the least is one second.
+	Grant(ctx context.Context, ttl time.Duration) (LeaseID, error)
+	// KeepAlive renews a lease once, for its full ttl from now.
+	KeepAlive(ctx context.Context, id LeaseID) error
+	// Revoke ends a lease at once; the keys under it are gone in one revision.
+	// Once it has returned nil, no transaction that puts under the lease can
+	// take effect any more. A lease that is not there is not an error.
+	Revoke(ctx context.Context, id LeaseID) error
+}
+
+// Range asks for the keys of [From, To), or for the key From alone when To is
+// empty. See [Prefix].
+type Range struct {
+	From, To string
+	Revision int64 // 0 is the newest
+	Limit    int   // 0 is all
+	KeysOnly bool
+}
+
+// RangeResult is the answer to a [Range].
+type RangeResult struct {
+	KVs      []KeyValue
+	More     bool  // the limit cut the answer
+	Revision int64 // the store's revision when it answered
+}
+
+// Watcher is a running watch. Next and Progress must not be called at the
+// same time as themselves.
+type Watcher interface {
+	// Next returns the next batch: all changes of one or more whole revisions,
+	// or no change and a raised Revision when the store said how far it has
+	// come. It returns ErrCompacted when the watch cannot go on without a gap,
+	// and the context's error when the watch's context ended.
+	Next() (WatchBatch, error)
+	// Progress asks the store to report soon, through Next, the revision up to
+	// which this watch has seen everything.
+	Progress(ctx context.Context) error
+}
+
+// WatchBatch is a step of a watch.
+type WatchBatch struct {
+	Events   []Event
+	Revision int64 // everything at or before this revision has been delivered
+}
+
+// Event is one change of one key. For a delete KV holds the key and, as
+// ModRevision, the revision of the delete.
+type Event struct {
+	Deleted bool
+	KV      KeyValue
+}
+
+// Txn is a transaction: compares, and what to do.
+type Txn struct {
+	If   []Cond
+	Then []Op
+	Else []Op
+}
+
+// TxnResult is the outcome of a [Txn] that was decided.
+type TxnResult struct {
+	Succeeded bool  // whether the compares held
+	Revision  int64 // of the transaction if it wrote, else the newest
+	// Ranges holds, in order, what the gets of the branch that ran found.
+	Ranges [][]KeyValue
+}
+
+// Cond is a compare on a key, or on each key of a range. A range compare on a
+// range without keys holds. The zero Cond is invalid; use the constructors.
+type Cond struct {
+	From, To string
+	Target   Target
+	Op       Compare
+	Revision int64
+}
+
+// Target is what a [Cond] looks at.
+type Target int
+
+// The targets.
+const (
+	CreateRevision Target = iota + 1
+	ModRevision
+)
+
+// Compare is how a [Cond] compares.
+type Compare int
+
+// The comparisons.
+const (
+	Equal Compare = iota + 1
+	Less
+	Greater
+)
+
+// Absent holds while key does not exist.
+func Absent(key string) Cond {
+	return Cond{From: key, Target: CreateRevision, Op: Equal}
+}
+
+// Present holds while key exists.
+func Present(key string) Cond {
+	return Cond{From: key, Target: CreateRevision, Op: Greater}
+}
+
+// RangeAbsent holds while no key of [from, to) exists, which also guards
+// against those that are yet to come.
+func RangeAbsent(from, to string) Cond {
+	return Cond{From: from, To: to, Target: CreateRevision, Op: Equal}
+}
+
+// Unchanged holds while key is as it was read: present, and last written at
+// revision mod.
+func Unchanged(key string, mod int64) Cond {
+	return Cond{From: key, Target: ModRevision, Op: Equal, Revision: mod}
+}
+
+// SameKey holds while key is the very one that was put at revision create: a
+// key that was lost and put again is another.
+func SameKey(key string, create int64) Cond {
+	return Cond{From: key, Target: CreateRevision, Op: Equal, Revision: create}
+}
+
+// Op is one step of a transaction's branch. Use the constructors.
+type Op struct {
+	Kind     OpKind
+	From, To string
+	Value    []byte
+	Lease    LeaseID
+}
+
+// OpKind says what an [Op] does.
+type OpKind int
+
+// The kinds of operation.
+const (
+	OpPut OpKind = iota + 1
+	OpDelete
+	OpGet
+)
+
+// Put writes key. The key is under no lease afterwards.
+func Put(key string, value []byte) Op { return Op{Kind: OpPut, From: key, Value: value} }
+
+// PutLeased writes key, which goes when the lease does.
+func PutLeased(key string, value []byte, lease LeaseID) Op {
+	return Op{Kind: OpPut, From: key, Value: value, Lease: lease}
+}
+
+// Delete removes key; one that is not there is not an error.
+func Delete(key string) Op { return Op{Kind: OpDelete, From: key} }
+
+// DeleteRange removes all keys of [from, to).
+func DeleteRange(from, to string) Op { return Op{Kind: OpDelete, From: from, To: to} }
+
+// Get reads key.
+func Get(key string) Op { return Op{Kind: OpGet, From: key} }
+
+// GetRange reads the keys of [from, to).
+func GetRange(from, to string) Op { return Op{Kind: OpGet, From: from, To: to} }
+
+// Prefix returns the range of all keys that begin with prefix, which must not
+// be empty and, by the convention of this project, ends in "/".
+func Prefix(prefix string) (from, to string) {
+	end := []byte(prefix)
+	for i := len(end) - 1; i >= 0; i-- {
+		if end[i] < 0xff {
+			end[i]++
+			return prefix, string(end[:i+1])
+		}
+	}
+	panic("meta: prefix without an end: " + prefix)
+}

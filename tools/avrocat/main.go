@@ -1,0 +1,5 @@
+package main
+
+import _ "github.com/twmb/avro/ocf"
+
+func main() {}
