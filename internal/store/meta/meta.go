@@ -22,17 +22,20 @@ import (
 const (
 	// MaxTxnOps bounds each of the three lists of a [Txn]: compares, then, else.
 	MaxTxnOps = 128
-	// MaxTxnBytes bounds the keys and values of one [Txn] in bytes.
+	// MaxTxnBytes bounds the keys and values of one [Txn], those of its three
+	// lists together, in bytes.
 	MaxTxnBytes = 1_500_000
 	// MaxKeyBytes bounds one key. etcd itself has no bound.
 	MaxKeyBytes = 1024
 )
 
 // Errors that callers tell apart. Every other error from a [KV] means that the
-// store could not be asked or did not answer: it wraps ErrUnavailable or the
-// context's error, and the outcome of a write that met it is unknown.
+// store could not be asked or did not answer: it wraps ErrUnavailable, or the
+// error of the caller's own context when that has ended, and the outcome of a
+// write that met it is unknown. No error carries a gRPC status.
 var (
-	// ErrUnavailable means that no answer came. A write may have happened.
+	// ErrUnavailable means that no answer came, or none that can be used. A
+	// write may have happened.
 	ErrUnavailable = errors.New("metadata store unavailable")
 	// ErrCompacted means that the revision asked for is no longer kept.
 	ErrCompacted = errors.New("revision compacted")
@@ -42,15 +45,19 @@ var (
 	// ErrNoSpace means that the store is full: puts and lease grants are refused
 	// while deletes pass. A transaction that meets it changed nothing.
 	ErrNoSpace = errors.New("metadata store is full")
-	// ErrTooLarge means that a transaction breaks a limit of this package. It
-	// was not sent.
+	// ErrTooLarge means that a transaction or a key breaks a limit of this
+	// package. It was not sent, or was refused whole.
 	ErrTooLarge = errors.New("transaction too large")
+	// ErrInvalid means that the caller asked for what cannot be: an empty key, a
+	// range that ends before it begins, a key put twice in one transaction. It
+	// was not sent.
+	ErrInvalid = errors.New("invalid request")
 )
 
 // KeyValue is one key at one revision.
 type KeyValue struct {
 	Key            string
-	Value          []byte // not to be changed by the reader
+	Value          []byte // nil when empty; not to be changed by the reader
 	CreateRevision int64  // when the key last came into being
 	ModRevision    int64  // when this value was written
 	Lease          LeaseID
@@ -60,50 +67,70 @@ type KeyValue struct {
 type LeaseID int64
 
 // KV is a strongly consistent key-value store with revisions. Every write
-// raises the revision of the whole store by one; a transaction is one write.
-// All methods are safe for concurrent use.
+// raises the revision of the whole store by one; a transaction is one write, and
+// one that puts nothing and deletes nothing is none. A store that was never
+// written is at revision 1. All methods are safe for concurrent use.
+//
+// Values are kept as they were handed over; the caller may use its slices again.
 type KV interface {
 	// Get returns the value of key at the newest revision, read linearizably,
 	// and the store's revision at that moment. A key that does not exist is not
 	// an error: found is false, and the revision still stands.
 	Get(ctx context.Context, key string) (kv KeyValue, found bool, revision int64, err error)
 
-	// Range returns the keys of r in key order, all at one revision.
+	// Range returns the keys of r in key order, all at one revision: r.Revision
+	// if it is positive, else the newest, read linearizably. A revision that is
+	// compacted is ErrCompacted, one that is yet to come ErrUnavailable. The
+	// answer is one message: what may be long goes through Scan.
 	Range(ctx context.Context, r Range) (RangeResult, error)
 
 	// Scan calls fn with the keys of [from, to) in key order, in batches of
 	// bounded size, all at one revision: revision if it is positive, else the
 	// newest. It returns the revision that it read at. It stops at fn's first
 	// error and returns it as it is. A revision that is compacted, before or in
-	// mid-scan, is ErrCompacted; fn may by then have seen a part.
+	// mid-scan, is ErrCompacted; fn may by then have seen a part, as it may with
+	// every other error. fn is called by the calling goroutine, never with an
+	// empty batch, and may keep the batch; a slow one holds the scan up but does
+	// not make it fail, unless the revision is compacted meanwhile.
 	Scan(ctx context.Context, from, to string, revision int64, fn func([]KeyValue) error) (int64, error)
 
 	// Txn applies t.Then if every compare of t.If holds, else t.Else, in one
-	// atomic step. When it returns an error that is not ErrLeaseNotFound,
-	// ErrNoSpace or ErrTooLarge, the transaction may have been applied, or may
+	// atomic step. The operations run in order, and a get sees what came before
+	// it. When it returns an error that is not ErrLeaseNotFound, ErrNoSpace,
+	// ErrTooLarge or ErrInvalid, the transaction may have been applied, or may
 	// still be: read back before deciding anything, and take "not there" for an
-	// answer only after a transaction that makes the write impossible.
+	// answer only after a transaction that makes the write impossible. It is
+	// never sent twice.
 	//
-	// A key may be written at most once in a transaction.
+	// A key may be put at most once in a transaction, and not be deleted in the
+	// same; deletes may overlap. Leases count in the branch that runs; a full
+	// store refuses a transaction with a put in either.
 	Txn(ctx context.Context, t Txn) (TxnResult, error)
 
 	// Watch reports every change of the keys in [from, to) after revision after,
-	// in order, without gaps and without repeats. It ends with ctx.
+	// in order, without gaps and without repeats; after may be a revision that
+	// is yet to come. It does not block, and ends with ctx, which must end for
+	// its resources to be freed. Trouble shows in Next.
 	Watch(ctx context.Context, from, to string, after int64) Watcher
 
 	// Grant makes a lease that ends ttl from now unless it is kept alive. A ttl
-	// is rounded up to whole seconds; the least is one second.
+	// is rounded up to whole seconds; the least is one second, and with etcd one
+	// and a half election timeouts. A lease never ends early, and may end some
+	// time late.
 	Grant(ctx context.Context, ttl time.Duration) (LeaseID, error)
-	// KeepAlive renews a lease once, for its full ttl from now.
+	// KeepAlive renews a lease once, for its full ttl from now. ErrLeaseNotFound
+	// is final: the lease never comes back.
 	KeepAlive(ctx context.Context, id LeaseID) error
-	// Revoke ends a lease at once; the keys under it are gone in one revision.
+	// Revoke ends a lease at once; the keys under it are gone in one revision,
+	// as they are when it expires.
 	// Once it has returned nil, no transaction that puts under the lease can
 	// take effect any more. A lease that is not there is not an error.
 	Revoke(ctx context.Context, id LeaseID) error
 }
 
 // Range asks for the keys of [From, To), or for the key From alone when To is
-// empty. See [Prefix].
+// empty. From may be empty when To is not, which begins at the first key. See
+// [Prefix].
 type Range struct {
 	From, To string
 	Revision int64 // 0 is the newest
@@ -121,24 +148,30 @@ type RangeResult struct {
 // Watcher is a running watch. Next and Progress must not be called at the
 // same time as themselves.
 type Watcher interface {
-	// Next returns the next batch: all changes of one or more whole revisions,
+	// Next waits for the next batch: all changes of one or more whole revisions,
 	// or no change and a raised Revision when the store said how far it has
 	// come. It returns ErrCompacted when the watch cannot go on without a gap,
-	// and the context's error when the watch's context ended.
+	// ErrInvalid for a range that is none, and the context's error when the
+	// watch's context ended. A store that is lost and found again is no error;
+	// ErrUnavailable means that this watch is over, and that another may be
+	// opened after the last revision. After an error Next only returns errors.
 	Next() (WatchBatch, error)
 	// Progress asks the store to report soon, through Next, the revision up to
-	// which this watch has seen everything.
+	// which this watch has seen everything. The store may drop the request, as
+	// etcd does while the watch catches up: ask again.
 	Progress(ctx context.Context) error
 }
 
 // WatchBatch is a step of a watch.
 type WatchBatch struct {
-	Events   []Event
-	Revision int64 // everything at or before this revision has been delivered
+	Events []Event // in the order of their revisions; within one, in no order
+	// Revision is greater than that of the batch before: everything at or
+	// before it has been delivered.
+	Revision int64
 }
 
-// Event is one change of one key. For a delete KV holds the key and, as
-// ModRevision, the revision of the delete.
+// Event is one change of one key. For a delete, by whatever way the key went, KV
+// holds the key and, as ModRevision, the revision of the delete.
 type Event struct {
 	Deleted bool
 	KV      KeyValue
@@ -159,8 +192,9 @@ type TxnResult struct {
 	Ranges [][]KeyValue
 }
 
-// Cond is a compare on a key, or on each key of a range. A range compare on a
-// range without keys holds. The zero Cond is invalid; use the constructors.
+// Cond is a compare on a key, or on each key of a range. A key that does not
+// exist, and a range without keys, compare as one key with revisions 0, so that
+// [RangeAbsent] holds for it. The zero Cond is invalid; use the constructors.
 type Cond struct {
 	From, To string
 	Target   Target
@@ -209,8 +243,9 @@ func Unchanged(key string, mod int64) Cond {
 	return Cond{From: key, Target: ModRevision, Op: Equal, Revision: mod}
 }
 
-// SameKey holds while key is the very one that was put at revision create: a
-// key that was lost and put again is another.
+// SameKey holds while key is the very one that came into being at revision
+// create, however often it was put since: a key that was lost and put again is
+// another.
 func SameKey(key string, create int64) Cond {
 	return Cond{From: key, Target: CreateRevision, Op: Equal, Revision: create}
 }

@@ -1,0 +1,131 @@
+# Everything that a contributor or CI runs. `make help` lists the targets.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := all
+MAKEFLAGS += --warn-undefined-variables
+MAKEFLAGS += --no-builtin-rules
+MAKEFLAGS += --no-print-directory
+
+GO ?= go
+BIN := $(CURDIR)/.bin
+# At least twelve digits, so that a version is recognised wherever it is printed.
+VERSION ?= $(shell git describe --tags --always --dirty --abbrev=12 2>/dev/null || echo unknown)
+# What `make bench` runs, and for how long each.
+BENCH ?= .
+BENCHTIME ?= 200ms
+# Set to 1, an unreachable vulnerability database is said and forgiven.
+VULN_OPTIONAL ?= 0
+
+LDFLAGS := -s -w -X main.version=$(VERSION)
+
+.PHONY: help
+help: ## Lists the targets.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-16s %s\n", $$1, $$2}'
+
+.PHONY: all
+all: build lint test ## Builds, lints (generated code included) and tests: what a change has to pass.
+
+.PHONY: build
+build: ## Builds bin/snapshotd and bin/snapshotctl.
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
+
+.PHONY: demo
+demo: build ## Shows snapshotd at work, start to end, on this machine.
+	$(GO) run ./examples/demo
+
+.PHONY: test
+test: $(BIN)/buf ## Runs every test that gates a change, with the race detector.
+	$(GO) test -race -shuffle=on -timeout 20m ./...
+	$(GO) test -C tools ./...
+
+.PHONY: test-short
+test-short: ## Runs the tests that need no server: under a minute.
+	$(GO) test -tags short -short -timeout 2m ./...
+
+.PHONY: bench
+bench: ## Runs the benchmarks: BENCH=regexp, BENCHTIME=200ms.
+	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -timeout 20m ./...
+
+.PHONY: docs-check
+docs-check: build ## Runs the console examples of the documents and compares what they print.
+	$(GO) run ./internal/docscheck
+
+.PHONY: docs-update
+docs-update: build ## Runs the same examples and writes what they print into the documents.
+	$(GO) run ./internal/docscheck -update
+
+.PHONY: lint
+lint: lint-go lint-proto lint-tidy check-generate ## Lints Go and protobuf, and checks that nothing generated is stale.
+
+.PHONY: lint-go
+lint-go: $(BIN)/golangci-lint
+	$(BIN)/golangci-lint fmt --diff
+	$(BIN)/golangci-lint run
+	cd tools && $(BIN)/golangci-lint run --config ../.golangci.yaml
+
+.PHONY: lint-proto
+lint-proto: $(BIN)/buf
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code --exclude-path api/third_party/buf
+	$(BIN)/buf breaking api/proto --against api/baseline.binpb --exclude-imports
+	$(BIN)/buf breaking internal/store/proto --against internal/store/proto/baseline.binpb --exclude-imports
+
+.PHONY: lint-tidy
+lint-tidy:
+	$(GO) mod tidy -diff
+	cd tools && $(GO) mod tidy -diff
+
+.PHONY: fmt
+fmt: $(BIN)/golangci-lint $(BIN)/buf ## Formats Go and protobuf files.
+	$(BIN)/golangci-lint fmt
+	$(BIN)/buf format --write --exclude-path api/third_party/buf
+
+.PHONY: generate
+generate: $(BIN)/buf $(BIN)/protodep ## Writes all generated code anew.
+	$(BIN)/protodep api/third_party go.mod
+	find api/gen internal/store/storagepb -name '*.pb.go' -delete 2>/dev/null || true
+	$(BIN)/buf generate
+
+# In a copy of the tree, so that it works, and harms nothing, in the middle of a change.
+.PHONY: check-generate
+check-generate: $(BIN)/buf $(BIN)/protodep ## Checks that `make generate` would change nothing.
+	@copy=$$(mktemp -d); trap 'rm -rf "$$copy"' EXIT; \
+	tar -cf - --exclude=./.git --exclude=./.bin --exclude=./bin --exclude=./snapshotd-data . | tar -xf - -C "$$copy"; \
+	ln -s '$(BIN)' "$$copy/.bin"; \
+	$(MAKE) -C "$$copy" generate BIN='$(BIN)'; \
+	for folder in api internal/store; do \
+		diff -r "$$folder" "$$copy/$$folder" || { echo 'generated files are stale: run make generate' >&2; exit 1; }; \
+	done
+
+.PHONY: baseline
+baseline: $(BIN)/buf ## Takes the protobuf files as they are for the baseline of buf breaking. Release managers only.
+	$(BIN)/buf build api/proto --exclude-source-info --output api/baseline.binpb
+	$(BIN)/buf build internal/store/proto --exclude-source-info --output internal/store/proto/baseline.binpb
+
+# govulncheck ends with 3 for a vulnerability that the code reaches. Not to know is no better, so that is 3 as well.
+.PHONY: vuln
+vuln: $(BIN)/govulncheck ## Looks for known vulnerabilities that the code reaches.
+	@out=$$(mktemp); trap 'rm -f "$$out"' EXIT; status=0; \
+	$(BIN)/govulncheck ./... >"$$out" 2>&1 || status=$$?; cat "$$out"; \
+	if grep -qE 'vuln\.go\.dev|fetching vulnerabilities' "$$out" && [ $$status -eq 1 ]; then \
+		echo 'vulnerability database not reachable: NOT CHECKED'; \
+		[ '$(VULN_OPTIONAL)' = 1 ] && exit 0; exit 3; \
+	fi; exit $$status
+
+.PHONY: clean
+clean: ## Removes what make built.
+	rm -rf bin .bin
+
+# The tools, each built once from the versions in tools/go.mod. Go's own time
+# stamps are not to be relied on, hence touch.
+define tool
+$(BIN)/$(1): tools/go.mod tools/go.sum $(3)
+	$(GO) build -C tools -o $(BIN)/ $(2)
+	touch $$@
+endef
+$(eval $(call tool,buf,github.com/bufbuild/buf/cmd/buf,))
+$(eval $(call tool,golangci-lint,github.com/golangci/golangci-lint/v2/cmd/golangci-lint,))
+$(eval $(call tool,govulncheck,golang.org/x/vuln/cmd/govulncheck,))
+$(eval $(call tool,grpcurl,github.com/fullstorydev/grpcurl/cmd/grpcurl,))
+$(eval $(call tool,protodep,./protodep,tools/protodep/main.go))

@@ -1,0 +1,180 @@
+// Package memory is an [object.Store] in memory, for tests and simulations. It
+// keeps the whole contract and passes the suite in objecttest. Its ETags are
+// the MD5 of the content in hex, as S3 gives them for a plain PUT.
+package memory
+
+import (
+	"bytes"
+	"context"
+	"crypto/md5"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// Options configure a store.
+type Options struct {
+	// Now is the store's clock. Default: time.Now.
+	Now func() time.Time
+}
+
+// Store is an object store in memory. Use [New].
+type Store struct {
+	now func() time.Time
+
+	mu      sync.RWMutex
+	objects map[string]stored // a stored value is never changed, only replaced
+}
+
+var _ object.Store = (*Store)(nil)
+
+type stored struct {
+	body []byte
+	info object.Info
+}
+
+// New returns an empty store.
+func New(o Options) *Store {
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	return &Store{now: o.Now, objects: make(map[string]stored)}
+}
+
+// Put implements [object.Store].
+func (s *Store) Put(ctx context.Context, key string, body []byte) (object.Info, error) {
+	return s.write(ctx, key, body, false)
+}
+
+// Create implements [object.Store].
+func (s *Store) Create(ctx context.Context, key string, body []byte) (object.Info, error) {
+	return s.write(ctx, key, body, true)
+}
+
+func (s *Store) write(ctx context.Context, key string, body []byte, create bool) (object.Info, error) {
+	if err := check(ctx, key); err != nil {
+		return object.Info{}, err
+	}
+	sum := md5.Sum(body) // an ETag, not a defence
+	o := stored{
+		body: bytes.Clone(body),
+		info: object.Info{Key: key, Size: int64(len(body)), ETag: hex.EncodeToString(sum[:])},
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.objects[key]; ok && create {
+		return object.Info{}, fmt.Errorf("create %s: %w", key, object.ErrExists)
+	}
+	o.info.ModTime = s.now()
+	s.objects[key] = o
+	return o.info, nil
+}
+
+// Get implements [object.Store].
+func (s *Store) Get(ctx context.Context, key string, offset, length int64) (io.ReadCloser, object.Info, error) {
+	o, err := s.find(ctx, "get", key)
+	if err != nil {
+		return nil, object.Info{}, err
+	}
+	if offset < 0 {
+		return nil, object.Info{}, fmt.Errorf("get %s: negative offset %d", key, offset)
+	}
+	rest := o.body[min(offset, o.info.Size):]
+	if length >= 0 {
+		rest = rest[:min(length, int64(len(rest)))]
+	}
+	return io.NopCloser(bytes.NewReader(rest)), o.info, nil
+}
+
+// Head implements [object.Store].
+func (s *Store) Head(ctx context.Context, key string) (object.Info, error) {
+	o, err := s.find(ctx, "head", key)
+	return o.info, err
+}
+
+func (s *Store) find(ctx context.Context, op, key string) (stored, error) {
+	if err := check(ctx, key); err != nil {
+		return stored{}, err
+	}
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	o, ok := s.objects[key]
+	if !ok {
+		return stored{}, fmt.Errorf("%s %s: %w", op, key, object.ErrNotFound)
+	}
+	return o, nil
+}
+
+// List implements [object.Store]. The sequence shows the objects as they were
+// when it began.
+func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[object.Info, error] {
+	return func(yield func(object.Info, error) bool) {
+		if err := object.CheckPrefix(prefix); err != nil {
+			yield(object.Info{}, err)
+			return
+		}
+		for _, info := range s.matching(prefix) {
+			if err := ctx.Err(); err != nil {
+				yield(object.Info{}, err)
+				return
+			}
+			if !yield(info, nil) {
+				return
+			}
+		}
+		if err := ctx.Err(); err != nil {
+			yield(object.Info{}, err)
+		}
+	}
+}
+
+func (s *Store) matching(prefix string) []object.Info {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	var found []object.Info
+	for key, o := range s.objects {
+		if strings.HasPrefix(key, prefix) {
+			found = append(found, o.info)
+		}
+	}
+	slices.SortFunc(found, func(a, b object.Info) int { return strings.Compare(a.Key, b.Key) })
+	return found
+}
+
+// Delete implements [object.Store].
+func (s *Store) Delete(ctx context.Context, keys ...string) error {
+	var errs []error
+	for _, key := range keys {
+		if err := check(ctx, key); err != nil {
+			errs = append(errs, &object.DeleteError{Key: key, Err: err})
+			continue
+		}
+		s.mu.Lock()
+		delete(s.objects, key)
+		s.mu.Unlock()
+	}
+	return errors.Join(errs...)
+}
+
+// Now implements [object.Store].
+func (s *Store) Now(ctx context.Context) (time.Time, error) {
+	if err := ctx.Err(); err != nil {
+		return time.Time{}, err
+	}
+	return s.now(), nil
+}
+
+func check(ctx context.Context, key string) error {
+	if err := object.CheckKey(key); err != nil {
+		return err
+	}
+	return ctx.Err()
+}
