@@ -1,6 +1,9 @@
 package meta
 
-import "fmt"
+import (
+	"fmt"
+	"strings"
+)
 
 // Check returns ErrTooLarge or ErrInvalid when t breaks a limit or a rule of
 // this package. A [KV] checks every transaction before anything else, so that
@@ -72,13 +75,17 @@ func CheckRange(from, to string) error {
 	switch {
 	case max(len(from), len(to)) > MaxKeyBytes:
 		return fmt.Errorf("%w: key of %d bytes, at most %d", ErrTooLarge, max(len(from), len(to)), MaxKeyBytes)
-	case from == "" && to == "":
-		return fmt.Errorf("%w: empty key", ErrInvalid)
-	case to != "" && to <= from:
+	case !strings.HasPrefix(from, "/"):
+		return fmt.Errorf("%w: key %q does not begin with a slash", ErrInvalid, from)
+	case to != "" && (to <= from || to > endOfKeys):
 		return fmt.Errorf("%w: range from %q to %q", ErrInvalid, from, to)
 	}
 	return nil
 }
+
+// endOfKeys is the end of the range of all keys, those that begin with "/". One
+// that went further would reach into what others keep in the same etcd.
+const endOfKeys = "0"
 
 // InRange tells whether key lies in [from, to), or is from when to is empty.
 func InRange(key, from, to string) bool {

@@ -48,9 +48,9 @@ var (
 	// ErrTooLarge means that a transaction or a key breaks a limit of this
 	// package. It was not sent, or was refused whole.
 	ErrTooLarge = errors.New("transaction too large")
-	// ErrInvalid means that the caller asked for what cannot be: an empty key, a
-	// range that ends before it begins, a key put twice in one transaction. It
-	// was not sent.
+	// ErrInvalid means that the caller asked for what cannot be: a key that does
+	// not begin with a slash, a range that ends before it begins, a key put twice
+	// in one transaction. It was not sent.
 	ErrInvalid = errors.New("invalid request")
 )
 
@@ -71,6 +71,7 @@ type LeaseID int64
 // one that puts nothing and deletes nothing is none. A store that was never
 // written is at revision 1. All methods are safe for concurrent use.
 //
+// Every key begins with a slash; the range of all of them is from "/" to "0".
 // Values are kept as they were handed over; the caller may use its slices again.
 type KV interface {
 	// Get returns the value of key at the newest revision, read linearizably,
@@ -129,8 +130,7 @@ type KV interface {
 }
 
 // Range asks for the keys of [From, To), or for the key From alone when To is
-// empty. From may be empty when To is not, which begins at the first key. See
-// [Prefix].
+// empty. See [Prefix].
 type Range struct {
 	From, To string
 	Revision int64 // 0 is the newest

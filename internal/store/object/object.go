@@ -46,25 +46,32 @@ type Info struct {
 	ModTime time.Time // by the store's clock
 }
 
-// Store is a flat space of keys. All methods are safe for concurrent use.
+// Store is a flat space of keys. All methods are safe for concurrent use. They
+// refuse an invalid key before they look at anything else, and do nothing when
+// their context is already over. No key may be another's directory, as "a" is
+// of "a/b": some implementations refuse it, with ErrInvalidKey.
 type Store interface {
 	// Put writes body as key, replacing what was there. The object is durable
-	// and whole when Put returns, and never visible in part.
+	// and whole when Put returns, and never visible in part. Body is not kept.
 	Put(ctx context.Context, key string, body []byte) (Info, error)
 	// Create is Put for a key that must not exist, else ErrExists. Of several
 	// at once exactly one wins.
 	Create(ctx context.Context, key string, body []byte) (Info, error)
 	// Get opens the object for reading from offset on, length bytes or, when
 	// length is negative, to its end. The caller closes the reader. An offset
-	// past the end reads as empty.
+	// past the end reads as empty, one below zero is an error. The Info is that
+	// of the whole object, whatever part is read.
 	Get(ctx context.Context, key string, offset, length int64) (io.ReadCloser, Info, error)
 	// Head describes the object.
 	Head(ctx context.Context, key string) (Info, error)
 	// List yields the objects whose keys begin with prefix, in key order.
-	// The prefix is empty or ends in "/". An error ends the sequence.
+	// The prefix is empty or ends in "/". An error ends the sequence. Writes and
+	// deletes that returned before the first object was asked for are seen,
+	// later ones may be.
 	List(ctx context.Context, prefix string) iter.Seq2[Info, error]
-	// Delete removes the objects; one that is not there counts as removed. The
-	// error joins one *DeleteError per key that may still be there.
+	// Delete removes the objects; one that is not there counts as removed, and
+	// trouble with one does not keep it from the others. The error joins one
+	// *DeleteError per key that may still be there or is invalid.
 	Delete(ctx context.Context, keys ...string) error
 	// Now returns the time by the store's own clock, with a precision of a
 	// second or better.

@@ -148,7 +148,10 @@ func (s *Store) Create(ctx context.Context, key string, body []byte) (object.Inf
 		if !errors.Is(err, fs.ErrExist) {
 			return err
 		}
-		if info, err := s.root.Lstat(key); err == nil && info.IsDir() {
+		switch info, err := s.root.Lstat(key); {
+		case err != nil: // if it is gone by now, install tries again
+			return err
+		case info.IsDir():
 			return fmt.Errorf("%w: it is a directory", object.ErrInvalidKey)
 		}
 		return object.ErrExists
@@ -259,14 +262,15 @@ func (s *Store) Get(ctx context.Context, key string, offset, length int64) (io.R
 	}
 	f, err := s.openFile(key)
 	if err != nil {
-		return nil, object.Info{}, classify("get", key, err)
+		return nil, object.Info{}, classify("get", key, missing(err))
 	}
 	stat, err := f.Stat()
 	if err == nil && !stat.Mode().IsRegular() {
-		err = fs.ErrNotExist
+		err = object.ErrNotFound
 	}
 	if err != nil {
-		return nil, object.Info{}, errors.Join(classify("get", key, err), f.Close())
+		_ = f.Close() // it was only read
+		return nil, object.Info{}, classify("get", key, err)
 	}
 	info := describe(key, stat)
 	offset = min(offset, info.Size)
@@ -292,10 +296,10 @@ func (s *Store) Head(ctx context.Context, key string) (object.Info, error) {
 	}
 	stat, err := s.root.Lstat(key)
 	if err == nil && !stat.Mode().IsRegular() {
-		err = fs.ErrNotExist
+		err = object.ErrNotFound
 	}
 	if err != nil {
-		return object.Info{}, classify("head", key, err)
+		return object.Info{}, classify("head", key, missing(err))
 	}
 	return describe(key, stat), nil
 }
@@ -488,7 +492,7 @@ func check(ctx context.Context, key string) error {
 func describe(key string, stat fs.FileInfo) object.Info {
 	var inode uint64
 	if sys, ok := stat.Sys().(*syscall.Stat_t); ok {
-		inode = uint64(sys.Ino)
+		inode = sys.Ino
 	}
 	return object.Info{
 		Key:     key,
@@ -504,16 +508,23 @@ func isGone(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR)
 }
 
+// missing turns an error that means that there is no such object into
+// ErrNotFound. A symbolic link is none.
+func missing(err error) error {
+	if isGone(err) || errors.Is(err, unix.ELOOP) {
+		return object.ErrNotFound
+	}
+	return err
+}
+
 // classify gives err the meaning that the contract asks for.
 func classify(op, key string, err error) error {
 	switch {
-	case errors.Is(err, object.ErrInvalidKey), errors.Is(err, object.ErrExists),
+	case errors.Is(err, object.ErrInvalidKey), errors.Is(err, object.ErrExists), errors.Is(err, object.ErrNotFound),
 		errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return fmt.Errorf("%s %s: %w", op, key, err)
 	case errors.Is(err, unix.ENAMETOOLONG):
 		return fmt.Errorf("%s %s: %w: an element is longer than the file system allows", op, key, object.ErrInvalidKey)
-	case isGone(err), errors.Is(err, unix.ELOOP):
-		return fmt.Errorf("%s %s: %w", op, key, object.ErrNotFound)
 	}
 	return fmt.Errorf("%s %s: %w: %w", op, key, object.ErrUnavailable, err)
 }

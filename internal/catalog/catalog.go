@@ -1,0 +1,228 @@
+// Package catalog is what a collection consists of: its schema, partitions,
+// indexes, channels with their checkpoints, and segments with their files.
+//
+// Every change is one transaction that compares all that it was decided on, so
+// that each revision of the metadata store is a whole catalog: a compaction
+// shows its inputs or its outputs, a checkpoint moves with the segments that it
+// covers or later. A snapshot is a read at one revision; see [Catalog.At] and
+// [Catalog.ScanSegments].
+//
+// # States
+//
+//	collection  ACTIVE -> DROPPING; the name goes with the change of state, the
+//	            record when the last of its files is gone
+//	partition, index
+//	            ACTIVE -> DROPPING, likewise
+//	segment     GROWING -> SEALED -> FLUSHED, IMPORTING -> FLUSHED; a dropped
+//	            segment leaves as a unit
+//	unit        a dropped segment, a dropped index build or replaced files: a
+//	            record of its own that never changes until it is reclaimed
+//
+// # Failures
+//
+//	a compare fails      read the premises again and decide anew, a few times;
+//	                     then ErrConflict: nothing was written
+//	no answer            the error wraps meta.ErrUnavailable: it may have been
+//	                     written. With a request token a repeat tells; segments
+//	                     are idempotent by id, checkpoints by value, drops by id
+//	process dies         each change is one transaction: it happened or not.
+//	                     AddSegments and DropSegments are one per batch, and are
+//	                     repeated from the beginning
+package catalog
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"regexp"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// Limits of a collection.
+const (
+	MaxPartitions    = 1024
+	MaxIndexes       = 1024
+	MaxChannels      = 64
+	MaxSegmentBytes  = 1 << 20   // of a segment's record
+	MaxRecordBytes   = 768 << 10 // of any other record
+	MaxSwap          = 60        // inputs, outputs and updates of one compaction
+	maxAttempts      = 16        // of a change whose premises keep changing
+	maxReservedIDs   = 64        // ranges
+	maxSegmentFiles  = 4096
+	maxEngineData    = 16 << 10
+	defaultPartition = 0 // belongs to all
+)
+
+// Errors that callers tell apart; each is wrapped with what it is about.
+var (
+	ErrInvalid              = errors.New("invalid request")
+	ErrCollectionNotFound   = errors.New("collection not found")
+	ErrCollectionExists     = errors.New("collection exists")
+	ErrCollectionNotActive  = errors.New("collection not active")
+	ErrCollectionMismatch   = errors.New("another collection has this name")
+	ErrPartitionNotFound    = errors.New("partition not found")
+	ErrPartitionExists      = errors.New("partition exists")
+	ErrIndexNotFound        = errors.New("index not found")
+	ErrIndexExists          = errors.New("index exists")
+	ErrIndexBuildExists     = errors.New("index build exists")
+	ErrSegmentNotFound      = errors.New("segment not found")
+	ErrSegmentExists        = errors.New("segment exists")
+	ErrSegmentState         = errors.New("segment state cannot go back")
+	ErrFileNotFound         = errors.New("file not found")
+	ErrFileExists           = errors.New("file exists")
+	ErrCheckpointRegression = errors.New("checkpoint cannot go back")
+	ErrIDNotAllocated       = errors.New("id not allocated")
+	ErrIDRangeTaken         = errors.New("id range taken")
+	ErrLimitExceeded        = errors.New("limit exceeded")
+	ErrTooLarge             = errors.New("change too large for one transaction")
+	ErrRevisionChanged      = errors.New("revision changed")
+	ErrConflict             = errors.New("too many concurrent changes")
+)
+
+// InvalidError is an ErrInvalid that knows the field.
+type InvalidError struct {
+	Field   string // path of the field in the request
+	Problem string // what is wrong, and what would be right
+}
+
+func (e *InvalidError) Error() string { return e.Field + ": " + e.Problem }
+
+// Is makes an InvalidError match ErrInvalid.
+func (e *InvalidError) Is(target error) bool { return target == ErrInvalid }
+
+func invalid(field, format string, args ...any) error {
+	return &InvalidError{Field: field, Problem: fmt.Sprintf(format, args...)}
+}
+
+// NamePattern is the rule for the names of snapshots, databases, collections,
+// partitions, indexes and stores.
+const NamePattern = `^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$`
+
+var nameRule = regexp.MustCompile(NamePattern)
+
+// CheckName says whether name may be used. The error is an *InvalidError.
+func CheckName(field, name string) error {
+	if nameRule.MatchString(name) {
+		return nil
+	}
+	return invalid(field, "%q is not a name: 1 to 255 of A-Z a-z 0-9 _ . - are, and the first is not . or -", name)
+}
+
+// Options are what a Catalog needs.
+type Options struct {
+	KV   meta.KV
+	Now  func() time.Time
+	Rand io.Reader
+	// HasStore says whether an object store of that alias is configured.
+	HasStore func(alias string) bool
+	Requests *request.Leases
+}
+
+// Catalog reads and changes the catalog. It is safe for concurrent use and
+// holds no state but a stock of ids.
+type Catalog struct {
+	kv       meta.KV
+	now      func() time.Time
+	rand     io.Reader
+	hasStore func(string) bool
+	requests *request.Leases
+	ids      *allocator
+}
+
+// New returns a Catalog.
+func New(o Options) *Catalog {
+	return &Catalog{
+		kv: o.KV, now: o.Now, rand: o.Rand, hasStore: o.HasStore, requests: o.Requests,
+		ids: newAllocator(o.KV),
+	}
+}
+
+// newOp makes the id of an operation, which every record carries that it
+// writes.
+func (c *Catalog) newOp() (string, error) {
+	b := make([]byte, 12)
+	if _, err := io.ReadFull(c.rand, b); err != nil {
+		return "", fmt.Errorf("make an operation id: %w", err)
+	}
+	return hex.EncodeToString(b), nil
+}
+
+// plan is one attempt at a change: the transaction, and what the operation's
+// request token is to remember.
+type plan struct {
+	txn    meta.Txn
+	id     int64
+	result []byte
+}
+
+// outcome is how a change ended.
+type outcome struct {
+	id       int64
+	result   []byte
+	revision int64
+}
+
+// change makes a plan and carries it out, and does so again while others change
+// the plan's premises. A repeat under a request token gets the first outcome.
+func (c *Catalog) change(ctx context.Context, tok request.Token, decide func(ctx context.Context) (plan, error)) (outcome, error) {
+	for attempt := range maxAttempts {
+		if attempt > 0 {
+			if err := pause(ctx, attempt); err != nil {
+				return outcome{}, err
+			}
+		}
+		known, err := request.Find(ctx, c.kv, tok)
+		if err != nil {
+			return outcome{}, err
+		}
+		if known != nil {
+			return outcome{id: known.ID, result: known.Result, revision: known.Revision}, nil
+		}
+		p, err := decide(ctx)
+		if err != nil {
+			return outcome{}, err
+		}
+		var lease meta.LeaseID
+		if tok.Given() {
+			if lease, err = c.requests.Get(ctx); err != nil {
+				return outcome{}, err
+			}
+		}
+		p.txn.If = append(p.txn.If, tok.Absent()...)
+		p.txn.Then = append(p.txn.Then, tok.End(lease, p.id, p.result)...)
+		if len(p.txn.Then) == 0 { // nothing to change, nothing to remember
+			return outcome{id: p.id, result: p.result}, nil
+		}
+		res, err := c.kv.Txn(ctx, p.txn)
+		switch {
+		case errors.Is(err, meta.ErrLeaseNotFound):
+			c.requests.Forget(ctx, lease)
+		case errors.Is(err, meta.ErrTooLarge):
+			return outcome{}, fmt.Errorf("%w: %w; make it in smaller steps", ErrTooLarge, err)
+		case err != nil:
+			return outcome{}, err
+		case res.Succeeded:
+			return outcome{id: p.id, result: p.result, revision: res.Revision}, nil
+		}
+	}
+	return outcome{}, fmt.Errorf("%w: gave up after %d attempts; nothing was written", ErrConflict, maxAttempts)
+}
+
+// pause waits a little before another attempt, longer each time.
+func pause(ctx context.Context, attempt int) error {
+	limit := time.Millisecond << min(attempt, 6)
+	timer := time.NewTimer(rand.N(limit)) //nolint:gosec // spreads attempts, protects nothing
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
+}

@@ -1,0 +1,394 @@
+package catalog
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// Swap is a change of a collection's segments that happens in one transaction:
+// a compaction, a flush, a replacement of files, a move of checkpoints.
+type Swap struct {
+	Drop        []int64
+	Add         []segment.Segment
+	Update      []Update
+	Checkpoints []Checkpoint
+}
+
+// Update is a change of one segment. What is nil or empty stays.
+type Update struct {
+	Segment      int64
+	Revision     int64 // that the segment must have; 0: any
+	State        segment.State
+	Rows         *int64
+	DML          *segment.Position
+	Sorted       *bool
+	RemoveFiles  []FilePath
+	AddFiles     []segment.File
+	AddBuilds    []segment.Build // one takes the place of an older build of its index
+	RemoveBuilds []int64
+	EngineData   *[]byte
+}
+
+// FilePath names a file of a segment.
+type FilePath struct {
+	Root int
+	Path string
+}
+
+// The kinds of unit. Stored: append only.
+const (
+	unitSegment = 1
+	unitBuild   = 2
+	unitFiles   = 3
+)
+
+// goneError is an ErrSegmentNotFound that knows which.
+type goneError struct {
+	segment    int64
+	collection int64
+}
+
+func (e *goneError) Error() string {
+	return fmt.Sprintf("%v: %d of collection %d", ErrSegmentNotFound, e.segment, e.collection)
+}
+
+func (e *goneError) Is(target error) bool { return target == ErrSegmentNotFound }
+
+// Change carries out a swap and returns the revision at which it happened.
+func (c *Catalog) Change(ctx context.Context, tok request.Token, ref Ref, swap Swap) (int64, error) {
+	if n := len(swap.Drop) + len(swap.Add) + len(swap.Update); n > MaxSwap {
+		return 0, invalid("inputs", "%d inputs, outputs and updates, at most %d in one step; split it into several", n, MaxSwap)
+	}
+	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
+		return c.planSwap(ctx, ref, swap)
+	})
+	if err != nil {
+		return 0, fmt.Errorf("change segments of collection %s: %w", ref, err)
+	}
+	return out.revision, nil
+}
+
+// SetCheckpoints moves checkpoints forward and returns the revision at which
+// all of them stood so.
+func (c *Catalog) SetCheckpoints(ctx context.Context, ref Ref, checkpoints []Checkpoint) (int64, error) {
+	return c.Change(ctx, request.Token{}, ref, Swap{Checkpoints: checkpoints})
+}
+
+// swapPlan gathers the transaction of a swap.
+type swapPlan struct {
+	collection int64
+	op         string
+	rules      rules
+	txn        meta.Txn
+	newIDs     []int64 // segments and builds that the swap registers
+	unitIDs    []int64 // fresh ids for units of replaced files
+}
+
+func (c *Catalog) planSwap(ctx context.Context, ref Ref, swap Swap) (plan, error) {
+	col, unchanged, err := c.active(ctx, ref)
+	if err != nil {
+		return plan{}, err
+	}
+	view, err := c.At(ctx, col.ID, 0)
+	if err != nil {
+		return plan{}, err
+	}
+	p := &swapPlan{collection: col.ID, rules: rules{view}}
+	p.txn.If = []meta.Cond{unchanged}
+	if p.op, err = c.newOp(); err != nil {
+		return plan{}, err
+	}
+	touched := map[int64]bool{}
+	once := func(field string, id int64) error {
+		if touched[id] {
+			return invalid(field, "segment %d occurs twice", id)
+		}
+		touched[id] = true
+		return nil
+	}
+	for i, id := range swap.Drop {
+		if err := once(fmt.Sprintf("inputs[%d]", i), id); err != nil {
+			return plan{}, err
+		}
+	}
+	for i := range swap.Update {
+		if err := once(fmt.Sprintf("updates[%d].segment_id", i), swap.Update[i].Segment); err != nil {
+			return plan{}, err
+		}
+	}
+	for i := range swap.Add {
+		if err := once(fmt.Sprintf("outputs[%d].id", i), swap.Add[i].ID); err != nil {
+			return plan{}, err
+		}
+	}
+	current, err := c.readSegments(ctx, col.ID, append(slices.Clone(swap.Drop), updated(swap.Update)...))
+	if err != nil {
+		return plan{}, err
+	}
+	for i := range swap.Drop {
+		if err := p.drop(current[i]); err != nil {
+			return plan{}, err
+		}
+	}
+	for i := range swap.Update {
+		if len(swap.Update[i].RemoveFiles) > 0 {
+			id, err := c.NextID(ctx)
+			if err != nil {
+				return plan{}, err
+			}
+			p.unitIDs = append(p.unitIDs, id)
+		}
+		if err := p.update(fmt.Sprintf("updates[%d]", i), current[len(swap.Drop)+i], &swap.Update[i]); err != nil {
+			return plan{}, err
+		}
+	}
+	for i := range swap.Add {
+		if err := p.add(fmt.Sprintf("outputs[%d]", i), &swap.Add[i]); err != nil {
+			return plan{}, err
+		}
+	}
+	if err := c.moveCheckpoints(ctx, p, swap.Checkpoints); err != nil {
+		return plan{}, err
+	}
+	if err := c.checkHandedOut(ctx, "segment or index build", p.newIDs...); err != nil {
+		return plan{}, err
+	}
+	if len(p.newIDs) > 0 {
+		notDropped, err := c.notDropped(ctx, col.ID, p.newIDs)
+		if err != nil {
+			return plan{}, err
+		}
+		p.txn.If = append(p.txn.If, notDropped(slices.Min(p.newIDs), slices.Max(p.newIDs))...)
+	}
+	return plan{txn: p.txn, id: col.ID}, nil
+}
+
+func updated(updates []Update) []int64 {
+	ids := make([]int64, len(updates))
+	for i := range updates {
+		ids[i] = updates[i].Segment
+	}
+	return ids
+}
+
+// readSegments reads the records of segments that must all be there.
+func (c *Catalog) readSegments(ctx context.Context, collection int64, ids []int64) ([]meta.KeyValue, error) {
+	if len(ids) == 0 {
+		return nil, nil
+	}
+	gets := make([]meta.Op, len(ids))
+	for i, id := range ids {
+		gets[i] = meta.Get(keys.Segment(collection, id))
+	}
+	res, err := c.kv.Txn(ctx, meta.Txn{Then: gets})
+	if err != nil {
+		return nil, err
+	}
+	list := make([]meta.KeyValue, len(ids))
+	for i, kvs := range res.Ranges {
+		if len(kvs) == 0 {
+			return nil, &goneError{segment: ids[i], collection: collection}
+		}
+		list[i] = kvs[0]
+	}
+	return list, nil
+}
+
+// unit puts the record of a dropped unit, which must not be there yet.
+func (p *swapPlan) unit(id int64, u *storagev1.Unit) {
+	u.Format, u.Op = record.Format, p.op
+	key := keys.Unit(p.collection, id)
+	p.txn.If = append(p.txn.If, meta.Absent(key))
+	p.txn.Then = append(p.txn.Then, meta.Put(key, record.Encode(u)))
+}
+
+func (p *swapPlan) drop(kv meta.KeyValue) error {
+	rec := &storagev1.Segment{}
+	if err := record.Decode(kv, rec); err != nil {
+		return err
+	}
+	id, err := keys.LastID(kv.Key)
+	if err != nil {
+		return err
+	}
+	p.txn.If = append(p.txn.If, meta.Unchanged(kv.Key, kv.ModRevision))
+	p.txn.Then = append(p.txn.Then, meta.Delete(kv.Key))
+	rec.State = uint32(segment.Dropped)
+	u := &storagev1.Unit{Format: record.Format, Kind: unitSegment, SegmentId: id, Segment: rec, Op: p.op}
+	// No compare that the unit is absent: the segment that is there says so.
+	p.txn.Then = append(p.txn.Then, meta.Put(keys.Unit(p.collection, id), record.Encode(u)))
+	return nil
+}
+
+func (p *swapPlan) add(field string, s *segment.Segment) error {
+	if err := p.rules.segment(field, s); err != nil {
+		return err
+	}
+	key := keys.Segment(p.collection, s.ID)
+	if err := p.put(key, s); err != nil {
+		return err
+	}
+	p.txn.If = append(p.txn.If, meta.Absent(key))
+	p.txn.Else = append(p.txn.Else, meta.Get(key))
+	p.newIDs = append(p.newIDs, newIDs([]segment.Segment{*s})...)
+	return nil
+}
+
+func (p *swapPlan) put(key string, s *segment.Segment) error {
+	value := record.Encode(encodeSegment(p.collection, s, p.op))
+	if len(value) > MaxSegmentBytes {
+		return fmt.Errorf("%w: segment %d takes %d bytes, at most %d; give it fewer files", ErrLimitExceeded, s.ID, len(value), MaxSegmentBytes)
+	}
+	p.txn.Then = append(p.txn.Then, meta.Put(key, value))
+	return nil
+}
+
+func (p *swapPlan) update(field string, kv meta.KeyValue, u *Update) error {
+	s, err := DecodeSegment(p.collection, kv)
+	if err != nil {
+		return err
+	}
+	if u.Revision > 0 && u.Revision != kv.ModRevision {
+		return fmt.Errorf("%w: segment %d is at %d, not %d; read it again", ErrRevisionChanged, s.ID, kv.ModRevision, u.Revision)
+	}
+	removed, replaced, err := applyUpdate(field, &s, u)
+	if err != nil {
+		return err
+	}
+	if err := p.rules.segment(field, &s); err != nil {
+		return err
+	}
+	if len(removed) > 0 {
+		id := p.unitIDs[len(p.unitIDs)-1]
+		part := partOf(&s)
+		part.Files = removed
+		p.unit(id, &storagev1.Unit{Kind: unitFiles, SegmentId: s.ID, Segment: encodeSegment(p.collection, part, "")})
+	}
+	for _, b := range replaced {
+		part := partOf(&s)
+		part.Builds = []segment.Build{b}
+		p.unit(b.ID, &storagev1.Unit{Kind: unitBuild, SegmentId: s.ID, Segment: encodeSegment(p.collection, part, "")})
+	}
+	for i := range u.AddBuilds {
+		p.newIDs = append(p.newIDs, u.AddBuilds[i].ID)
+	}
+	p.txn.If = append(p.txn.If, meta.Unchanged(kv.Key, kv.ModRevision))
+	return p.put(kv.Key, &s)
+}
+
+// partOf is a segment record that holds only a part of s, dropped.
+func partOf(s *segment.Segment) *segment.Segment {
+	return &segment.Segment{ID: s.ID, Partition: s.Partition, Channel: s.Channel, State: segment.Dropped}
+}
+
+// canMove holds the legal changes of a segment's state.
+var canMove = map[segment.State][]segment.State{
+	segment.Growing:   {segment.Sealed, segment.Flushed},
+	segment.Sealed:    {segment.Flushed},
+	segment.Importing: {segment.Flushed},
+}
+
+// applyUpdate changes s and returns what is no longer part of it.
+func applyUpdate(field string, s *segment.Segment, u *Update) (removed []segment.File, replaced []segment.Build, err error) {
+	if u.State != 0 && u.State != s.State {
+		if !slices.Contains(canMove[s.State], u.State) {
+			return nil, nil, fmt.Errorf("%w: segment %d is %v and cannot become %v", ErrSegmentState, s.ID, s.State, u.State)
+		}
+		s.State = u.State
+	}
+	if u.Rows != nil {
+		s.Rows = *u.Rows
+	}
+	if u.DML != nil {
+		s.DML = *u.DML
+	}
+	if u.Sorted != nil {
+		s.Sorted = *u.Sorted
+	}
+	if u.EngineData != nil {
+		s.EngineData = *u.EngineData
+	}
+	for i, want := range u.RemoveFiles {
+		at := slices.IndexFunc(s.Files, func(f segment.File) bool { return f.Root == want.Root && f.Path == want.Path })
+		if at < 0 {
+			return nil, nil, fmt.Errorf("%w: %q of segment %d, in %s.remove_files[%d]", ErrFileNotFound, want.Path, s.ID, field, i)
+		}
+		removed = append(removed, s.Files[at])
+		s.Files = slices.Delete(s.Files, at, at+1)
+	}
+	for i := range u.AddFiles {
+		f := &u.AddFiles[i]
+		same := func(o segment.File) bool { return o.Root == f.Root && o.Path == f.Path }
+		if slices.ContainsFunc(s.Files, same) || slices.ContainsFunc(removed, same) {
+			return nil, nil, fmt.Errorf("%w: %q of segment %d, in %s.add_files[%d]; a path is never used twice", ErrFileExists, f.Path, s.ID, field, i)
+		}
+		s.Files = append(s.Files, *f)
+	}
+	for i, id := range u.RemoveBuilds {
+		at := slices.IndexFunc(s.Builds, func(b segment.Build) bool { return b.ID == id })
+		if at < 0 {
+			return nil, nil, fmt.Errorf("%w: build %d of segment %d, in %s.remove_index_builds[%d]", ErrIndexNotFound, id, s.ID, field, i)
+		}
+		replaced = append(replaced, s.Builds[at])
+		s.Builds = slices.Delete(s.Builds, at, at+1)
+	}
+	for _, b := range u.AddBuilds {
+		if slices.ContainsFunc(s.Builds, func(o segment.Build) bool { return o.ID == b.ID }) ||
+			slices.ContainsFunc(replaced, func(o segment.Build) bool { return o.ID == b.ID }) {
+			return nil, nil, fmt.Errorf("%w: %d of segment %d; an id is never used twice", ErrIndexBuildExists, b.ID, s.ID)
+		}
+		if at := slices.IndexFunc(s.Builds, func(o segment.Build) bool { return o.Index == b.Index }); at >= 0 {
+			replaced = append(replaced, s.Builds[at])
+			s.Builds = slices.Delete(s.Builds, at, at+1)
+		}
+		s.Builds = append(s.Builds, b)
+	}
+	return removed, replaced, nil
+}
+
+func (c *Catalog) moveCheckpoints(ctx context.Context, p *swapPlan, checkpoints []Checkpoint) error {
+	col := &p.rules.view.Collection
+	seen := map[int]bool{}
+	for i, cp := range checkpoints {
+		field := fmt.Sprintf("checkpoints[%d]", i)
+		if cp.Shard < 0 || cp.Shard >= col.Shards() {
+			return invalid(field+".shard", "%d, collection %s has shards 0 to %d", cp.Shard, col, col.Shards()-1)
+		}
+		if seen[cp.Shard] {
+			return invalid(field+".shard", "%d occurs twice", cp.Shard)
+		}
+		seen[cp.Shard] = true
+		key := keys.Channel(col.ID, cp.Shard)
+		kv, found, _, err := c.kv.Get(ctx, key)
+		if err != nil {
+			return err
+		}
+		if found {
+			old, err := decodeCheckpoint(kv)
+			if err != nil {
+				return err
+			}
+			switch {
+			case cp.Position.Timestamp < old.Position.Timestamp:
+				return fmt.Errorf("%w: shard %d of %s is at %d, not before %d", ErrCheckpointRegression,
+					cp.Shard, col, old.Position.Timestamp, cp.Position.Timestamp)
+			case cp.Position.Timestamp == old.Position.Timestamp && slices.Equal(cp.Position.Opaque, old.Position.Opaque):
+				continue
+			}
+			p.txn.If = append(p.txn.If, meta.Unchanged(key, kv.ModRevision))
+		} else {
+			p.txn.If = append(p.txn.If, meta.Absent(key))
+		}
+		pos := &storagev1.Position{Timestamp: uint64(cp.Position.Timestamp), Opaque: cp.Position.Opaque}
+		p.txn.Then = append(p.txn.Then, meta.Put(key, record.Encode(&storagev1.Channel{Format: record.Format, Checkpoint: pos, Op: p.op})))
+	}
+	return nil
+}

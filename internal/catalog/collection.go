@@ -1,0 +1,590 @@
+package catalog
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// Resolve returns the id that a name stands for, ErrCollectionNotFound if none.
+// A Ref with an id is returned as it is.
+func (c *Catalog) Resolve(ctx context.Context, ref Ref) (int64, error) {
+	if ref.ID > 0 {
+		return ref.ID, nil
+	}
+	if err := CheckName("collection.name.db", ref.DB); err != nil {
+		return 0, err
+	}
+	if err := CheckName("collection.name.name", ref.Name); err != nil {
+		return 0, err
+	}
+	kv, found, _, err := c.kv.Get(ctx, keys.CollectionName(ref.DB, ref.Name))
+	if err != nil {
+		return 0, fmt.Errorf("read collection %s: %w", ref, err)
+	}
+	if !found {
+		return 0, fmt.Errorf("%w: %s; see ListCollections for those there are", ErrCollectionNotFound, ref)
+	}
+	rec := &storagev1.Name{}
+	if err := record.Decode(kv, rec); err != nil {
+		return 0, err
+	}
+	return rec.GetId(), nil
+}
+
+// Collection returns a collection, whatever its state.
+func (c *Catalog) Collection(ctx context.Context, ref Ref) (Collection, error) {
+	id, err := c.Resolve(ctx, ref)
+	if err != nil {
+		return Collection{}, err
+	}
+	kv, found, _, err := c.kv.Get(ctx, keys.Collection(id))
+	if err != nil {
+		return Collection{}, fmt.Errorf("read collection %s: %w", ref, err)
+	}
+	if !found {
+		return Collection{}, fmt.Errorf("%w: %s", ErrCollectionNotFound, ref)
+	}
+	return DecodeCollection(kv)
+}
+
+// active returns a collection that may be written, and the compare that it is
+// still as it was read.
+func (c *Catalog) active(ctx context.Context, ref Ref) (Collection, meta.Cond, error) {
+	col, err := c.Collection(ctx, ref)
+	if err != nil {
+		return Collection{}, meta.Cond{}, err
+	}
+	if col.State != Active {
+		return Collection{}, meta.Cond{}, fmt.Errorf("%w: %s is %v", ErrCollectionNotActive, &col, col.State)
+	}
+	return col, meta.Unchanged(keys.Collection(col.ID), col.Revision), nil
+}
+
+// ListFilter says which collections to list. Zero fields do not filter, but no
+// States means ACTIVE ones only.
+type ListFilter struct {
+	DB     string
+	States []State
+}
+
+// ListCollections returns up to limit collections in id order, from the first
+// after id after, and whether there are more.
+func (c *Catalog) ListCollections(ctx context.Context, f ListFilter, after int64, limit int) (list []Collection, more bool, err error) {
+	if len(f.States) == 0 {
+		f.States = []State{Active}
+	}
+	_, end := meta.Prefix(keys.CollectionPrefix)
+	from, revision := keys.Collection(after)+"\x00", int64(0)
+	for {
+		res, err := c.kv.Range(ctx, meta.Range{From: from, To: end, Limit: 256, Revision: revision})
+		if err != nil {
+			return nil, false, fmt.Errorf("list collections: %w", err)
+		}
+		revision = res.Revision
+		for _, kv := range res.KVs {
+			col, err := DecodeCollection(kv)
+			if err != nil {
+				return nil, false, err
+			}
+			if f.DB != "" && f.DB != col.DB || !slices.Contains(f.States, col.State) {
+				continue
+			}
+			if len(list) == limit {
+				return list, true, nil
+			}
+			list = append(list, col)
+		}
+		if !res.More {
+			return list, false, nil
+		}
+		from = res.KVs[len(res.KVs)-1].Key + "\x00"
+	}
+}
+
+// CreateCollection makes an empty collection of what spec says: DB, Name,
+// Schema, Channels, Roots, Layout, Consistency, Properties, Attributes, and ID
+// unless it is 0.
+func (c *Catalog) CreateCollection(ctx context.Context, tok request.Token, spec Collection) (Collection, error) {
+	if err := c.checkSpec(&spec); err != nil {
+		return Collection{}, err
+	}
+	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
+		name := keys.CollectionName(spec.DB, spec.Name)
+		if _, found, _, err := c.kv.Get(ctx, name); err != nil {
+			return plan{}, err
+		} else if found {
+			return plan{}, fmt.Errorf("%w: %s/%s; choose another name, or drop it first", ErrCollectionExists, spec.DB, spec.Name)
+		}
+		id, err := c.freshOrGiven(ctx, "collection", spec.ID)
+		if err != nil {
+			return plan{}, err
+		}
+		if spec.ID != 0 {
+			if _, found, _, err := c.kv.Get(ctx, keys.Collection(id)); err != nil {
+				return plan{}, err
+			} else if found {
+				return plan{}, fmt.Errorf("%w: id %d is taken; an id is never used twice", ErrCollectionExists, id)
+			}
+		}
+		op, err := c.newOp()
+		if err != nil {
+			return plan{}, err
+		}
+		col := spec
+		col.State, col.CreateTime = Active, c.now()
+		data := record.Encode(encodeCollection(&col, op))
+		if len(data) > MaxRecordBytes {
+			return plan{}, fmt.Errorf("%w: the collection's record takes %d bytes, at most %d; make schema, properties or attributes smaller",
+				ErrLimitExceeded, len(data), MaxRecordBytes)
+		}
+		return plan{
+			txn: meta.Txn{
+				If: []meta.Cond{meta.Absent(name), meta.Absent(keys.Collection(id))},
+				Then: []meta.Op{
+					meta.Put(name, record.Encode(&storagev1.Name{Format: record.Format, Id: id})),
+					meta.Put(keys.Collection(id), data),
+				},
+			},
+			id: id, result: c.remember(tok, data),
+		}, nil
+	})
+	if err != nil {
+		return Collection{}, fmt.Errorf("create collection %s/%s: %w", spec.DB, spec.Name, err)
+	}
+	return c.collectionResult(ctx, tok, out)
+}
+
+// remember returns what a request token keeps of a record: nothing when there
+// is no token, and nothing when the record is large, for then a repeat reads
+// what has become of it.
+func (c *Catalog) remember(tok request.Token, data []byte) []byte {
+	if !tok.Given() || len(data) > 64<<10 {
+		return nil
+	}
+	return data
+}
+
+func (c *Catalog) collectionResult(ctx context.Context, tok request.Token, out outcome) (Collection, error) {
+	if len(out.result) == 0 {
+		return c.Collection(ctx, Ref{ID: out.id})
+	}
+	return DecodeCollection(meta.KeyValue{Key: keys.Collection(out.id), Value: out.result, ModRevision: out.revision})
+}
+
+func (c *Catalog) checkSpec(spec *Collection) error {
+	if err := CheckName("name.db", spec.DB); err != nil {
+		return err
+	}
+	if err := CheckName("name.name", spec.Name); err != nil {
+		return err
+	}
+	if len(spec.Channels) > MaxChannels {
+		return invalid("channels", "%d channels, at most %d", len(spec.Channels), MaxChannels)
+	}
+	if err := checkSchema(&spec.Schema); err != nil {
+		return err
+	}
+	if spec.Layout == 0 {
+		spec.Layout = LayoutNative
+	}
+	return c.checkRoots(spec.Roots)
+}
+
+// Patch says what UpdateCollection changes: the fields that are not nil.
+type Patch struct {
+	Properties  *map[string]string
+	Attributes  *map[string]string
+	Consistency *string
+}
+
+// UpdateCollection changes a collection. A revision that is positive must be
+// the collection's, else ErrRevisionChanged.
+func (c *Catalog) UpdateCollection(ctx context.Context, tok request.Token, ref Ref, revision int64, patch Patch) (Collection, error) {
+	return c.rewrite(ctx, tok, ref, "update", func(_ context.Context, col *Collection) ([]meta.Cond, []meta.Op, error) {
+		if revision > 0 && revision != col.Revision {
+			return nil, nil, fmt.Errorf("%w: %s is at %d, not %d; read it again", ErrRevisionChanged, col, col.Revision, revision)
+		}
+		if patch.Properties != nil {
+			col.Properties = *patch.Properties
+		}
+		if patch.Attributes != nil {
+			col.Attributes = *patch.Attributes
+		}
+		if patch.Consistency != nil {
+			col.Consistency = *patch.Consistency
+		}
+		return nil, nil, nil
+	})
+}
+
+// RenameCollection gives a collection another name.
+func (c *Catalog) RenameCollection(ctx context.Context, tok request.Token, ref Ref, db, name string) (Collection, error) {
+	if err := CheckName("new_name.db", db); err != nil {
+		return Collection{}, err
+	}
+	if err := CheckName("new_name.name", name); err != nil {
+		return Collection{}, err
+	}
+	return c.rewrite(ctx, tok, ref, "rename", func(ctx context.Context, col *Collection) ([]meta.Cond, []meta.Op, error) {
+		if col.DB == db && col.Name == name {
+			return nil, nil, nil
+		}
+		from, to := keys.CollectionName(col.DB, col.Name), keys.CollectionName(db, name)
+		if _, found, _, err := c.kv.Get(ctx, to); err != nil {
+			return nil, nil, err
+		} else if found {
+			return nil, nil, fmt.Errorf("%w: %s/%s", ErrCollectionExists, db, name)
+		}
+		col.DB, col.Name = db, name
+		return []meta.Cond{meta.Absent(to)}, []meta.Op{
+			meta.Delete(from),
+			meta.Put(to, record.Encode(&storagev1.Name{Format: record.Format, Id: col.ID})),
+		}, nil
+	})
+}
+
+// rewrite changes the record of an active collection.
+func (c *Catalog) rewrite(ctx context.Context, tok request.Token, ref Ref, verb string,
+	edit func(context.Context, *Collection) ([]meta.Cond, []meta.Op, error),
+) (Collection, error) {
+	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
+		col, unchanged, err := c.active(ctx, ref)
+		if err != nil {
+			return plan{}, err
+		}
+		conds, ops, err := edit(ctx, &col)
+		if err != nil {
+			return plan{}, err
+		}
+		op, err := c.newOp()
+		if err != nil {
+			return plan{}, err
+		}
+		data := record.Encode(encodeCollection(&col, op))
+		if len(data) > MaxRecordBytes {
+			return plan{}, fmt.Errorf("%w: the collection's record takes %d bytes, at most %d", ErrLimitExceeded, len(data), MaxRecordBytes)
+		}
+		return plan{
+			txn: meta.Txn{
+				If:   append(conds, unchanged),
+				Then: append(ops, meta.Put(keys.Collection(col.ID), data)),
+			},
+			id: col.ID, result: c.remember(tok, data),
+		}, nil
+	})
+	if err != nil {
+		return Collection{}, fmt.Errorf("%s collection %s: %w", verb, ref, err)
+	}
+	if !tok.Given() {
+		return c.Collection(ctx, Ref{ID: out.id})
+	}
+	return c.collectionResult(ctx, tok, out)
+}
+
+// DropCollection begins the end of a collection: from then on it has no name
+// and takes no writes, and no snapshot of it can be made. It returns the id, or
+// 0 when there was no such collection, which is success.
+func (c *Catalog) DropCollection(ctx context.Context, tok request.Token, ref Ref, expected int64) (int64, error) {
+	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
+		col, err := c.Collection(ctx, ref)
+		if isNotFound(err) {
+			return plan{}, nil
+		}
+		if err != nil {
+			return plan{}, err
+		}
+		if expected > 0 && expected != col.ID {
+			return plan{}, fmt.Errorf("%w: %s is %d, not %d", ErrCollectionMismatch, ref, col.ID, expected)
+		}
+		switch col.State {
+		case Dropping:
+			return plan{id: col.ID}, nil
+		case Restoring:
+			return plan{}, fmt.Errorf("%w: %s is being restored; cancel the restore instead", ErrCollectionNotActive, &col)
+		case Active:
+		}
+		op, err := c.newOp()
+		if err != nil {
+			return plan{}, err
+		}
+		unchanged := meta.Unchanged(keys.Collection(col.ID), col.Revision)
+		col.State = Dropping
+		return plan{
+			txn: meta.Txn{
+				If: []meta.Cond{unchanged},
+				Then: []meta.Op{
+					meta.Put(keys.Collection(col.ID), record.Encode(encodeCollection(&col, op))),
+					meta.Delete(keys.CollectionName(col.DB, col.Name)),
+				},
+			},
+			id: col.ID,
+		}, nil
+	})
+	if err != nil {
+		return 0, fmt.Errorf("drop collection %s: %w", ref, err)
+	}
+	return out.id, nil
+}
+
+// CreatePartition adds a partition of spec's Name, Attributes and, unless it is
+// 0, ID.
+func (c *Catalog) CreatePartition(ctx context.Context, tok request.Token, ref Ref, spec Partition) (Partition, error) {
+	var made meta.KeyValue
+	out, err := c.addPart(ctx, tok, ref, part{
+		what: "partition", name: spec.Name, id: spec.ID, limit: MaxPartitions,
+		errExists: ErrPartitionExists, prefix: keys.PartitionPrefix, nameKey: keys.PartitionName,
+		encode: func(op string) []byte {
+			spec.State, spec.CreateTime = Active, c.now()
+			return record.Encode(encodePartition(&spec, op))
+		},
+	}, &made)
+	if err != nil {
+		return Partition{}, fmt.Errorf("create partition %s of %s: %w", spec.Name, ref, err)
+	}
+	made.Value = out.result
+	return decodePartition(made)
+}
+
+// CreateIndex adds an index of spec's Name, Field, parameters, Attributes and,
+// unless it is 0, ID.
+func (c *Catalog) CreateIndex(ctx context.Context, tok request.Token, ref Ref, spec Index) (Index, error) {
+	var made meta.KeyValue
+	out, err := c.addPart(ctx, tok, ref, part{
+		what: "index", name: spec.Name, id: spec.ID, limit: MaxIndexes,
+		errExists: ErrIndexExists, prefix: keys.IndexPrefix, nameKey: keys.IndexName,
+		encode: func(op string) []byte {
+			spec.State, spec.CreateTime = Active, c.now()
+			return record.Encode(encodeIndex(&spec, op))
+		},
+	}, &made)
+	if err != nil {
+		return Index{}, fmt.Errorf("create index %s of %s: %w", spec.Name, ref, err)
+	}
+	made.Value = out.result
+	return decodeIndex(made)
+}
+
+// part is what partitions and indexes have in common.
+type part struct {
+	what, name string
+	id         int64
+	limit      int
+	errExists  error
+	prefix     func(collection int64) string
+	nameKey    func(collection int64, name string) string
+	encode     func(op string) []byte
+}
+
+func (c *Catalog) addPart(ctx context.Context, tok request.Token, ref Ref, p part, made *meta.KeyValue) (outcome, error) {
+	if err := CheckName("name", p.name); err != nil {
+		return outcome{}, err
+	}
+	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
+		col, unchanged, err := c.active(ctx, ref)
+		if err != nil {
+			return plan{}, err
+		}
+		name := p.nameKey(col.ID, p.name)
+		if _, found, _, err := c.kv.Get(ctx, name); err != nil {
+			return plan{}, err
+		} else if found {
+			return plan{}, fmt.Errorf("%w: %s", p.errExists, p.name)
+		}
+		prefix := p.prefix(col.ID)
+		from, to := meta.Prefix(prefix)
+		res, err := c.kv.Range(ctx, meta.Range{From: from, To: to, KeysOnly: true})
+		if err != nil {
+			return plan{}, err
+		}
+		if len(res.KVs) >= p.limit {
+			return plan{}, fmt.Errorf("%w: a collection holds at most %d, those being dropped included", ErrLimitExceeded, p.limit)
+		}
+		id, err := c.freshOrGiven(ctx, p.what, p.id)
+		if err != nil {
+			return plan{}, err
+		}
+		key := prefix + keys.ID(id)
+		if slices.ContainsFunc(res.KVs, func(kv meta.KeyValue) bool { return kv.Key == key }) {
+			return plan{}, fmt.Errorf("%w: id %d is taken; an id is never used twice", p.errExists, id)
+		}
+		op, err := c.newOp()
+		if err != nil {
+			return plan{}, err
+		}
+		data := p.encode(op)
+		if len(data) > MaxRecordBytes {
+			return plan{}, fmt.Errorf("%w: the record takes %d bytes, at most %d", ErrLimitExceeded, len(data), MaxRecordBytes)
+		}
+		return plan{
+			txn: meta.Txn{
+				If: []meta.Cond{unchanged, meta.Absent(name), meta.Absent(key)},
+				Then: []meta.Op{
+					meta.Put(name, record.Encode(&storagev1.Name{Format: record.Format, Id: id})),
+					meta.Put(key, data),
+				},
+			},
+			id: id, result: data,
+		}, nil
+	})
+	made.Key = "/" + keys.ID(out.id)
+	return out, err
+}
+
+// DropPartition begins the end of a partition: no snapshot captures any of it
+// from then on. It returns the id, or 0 when there was none, which is success.
+func (c *Catalog) DropPartition(ctx context.Context, tok request.Token, ref Ref, name string) (int64, error) {
+	id, err := c.dropPart(ctx, tok, ref, name, keys.PartitionName, keys.Partition, func(kv meta.KeyValue, op string) ([]byte, error) {
+		p, err := decodePartition(kv)
+		p.State = Dropping
+		return record.Encode(encodePartition(&p, op)), err
+	})
+	if err != nil {
+		return 0, fmt.Errorf("drop partition %s of %s: %w", name, ref, err)
+	}
+	return id, nil
+}
+
+// DropIndex begins the end of an index: no snapshot captures a build of it from
+// then on. It returns the id, or 0 when there was none, which is success.
+func (c *Catalog) DropIndex(ctx context.Context, tok request.Token, ref Ref, name string) (int64, error) {
+	id, err := c.dropPart(ctx, tok, ref, name, keys.IndexName, keys.Index, func(kv meta.KeyValue, op string) ([]byte, error) {
+		x, err := decodeIndex(kv)
+		x.State = Dropping
+		return record.Encode(encodeIndex(&x, op)), err
+	})
+	if err != nil {
+		return 0, fmt.Errorf("drop index %s of %s: %w", name, ref, err)
+	}
+	return id, nil
+}
+
+func (c *Catalog) dropPart(ctx context.Context, tok request.Token, ref Ref, name string,
+	nameKey func(int64, string) string, partKey func(int64, int64) string, dropped func(meta.KeyValue, string) ([]byte, error),
+) (int64, error) {
+	if err := CheckName("name", name); err != nil {
+		return 0, err
+	}
+	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
+		col, unchanged, err := c.active(ctx, ref)
+		if err != nil {
+			return plan{}, err
+		}
+		nameKey := nameKey(col.ID, name)
+		kv, found, _, err := c.kv.Get(ctx, nameKey)
+		if err != nil || !found {
+			return plan{}, err
+		}
+		rec := &storagev1.Name{}
+		if err := record.Decode(kv, rec); err != nil {
+			return plan{}, err
+		}
+		key := partKey(col.ID, rec.GetId())
+		partKV, found, _, err := c.kv.Get(ctx, key)
+		if err != nil || !found { // dropped in between: the compare below would say so
+			return plan{}, err
+		}
+		op, err := c.newOp()
+		if err != nil {
+			return plan{}, err
+		}
+		data, err := dropped(partKV, op)
+		if err != nil {
+			return plan{}, err
+		}
+		return plan{
+			txn: meta.Txn{
+				If:   []meta.Cond{unchanged, meta.Unchanged(nameKey, kv.ModRevision), meta.Unchanged(key, partKV.ModRevision)},
+				Then: []meta.Op{meta.Delete(nameKey), meta.Put(key, data)},
+			},
+			id: rec.GetId(),
+		}, nil
+	})
+	return out.id, err
+}
+
+// View is a collection at one revision, without its segments.
+type View struct {
+	Revision    int64
+	Collection  Collection
+	Partitions  []Partition        // in id order
+	Indexes     []Index            // in id order
+	Checkpoints map[int]Checkpoint // by shard; a shard without one is missing
+}
+
+// At reads a collection at revision, or at the newest one when that is 0.
+func (c *Catalog) At(ctx context.Context, collection, revision int64) (View, error) {
+	from := keys.Collection(collection)
+	res, err := c.kv.Range(ctx, meta.Range{From: from, Revision: revision})
+	if err != nil {
+		return View{}, fmt.Errorf("read collection %d: %w", collection, err)
+	}
+	if revision == 0 {
+		revision = res.Revision
+	}
+	if len(res.KVs) == 0 {
+		return View{}, fmt.Errorf("%w: %d", ErrCollectionNotFound, collection)
+	}
+	v := View{Revision: revision, Checkpoints: map[int]Checkpoint{}}
+	if v.Collection, err = DecodeCollection(res.KVs[0]); err != nil {
+		return View{}, err
+	}
+	if v.Partitions, err = readAll(ctx, c.kv, keys.PartitionPrefix(collection), revision, decodePartition); err != nil {
+		return View{}, err
+	}
+	if v.Indexes, err = readAll(ctx, c.kv, keys.IndexPrefix(collection), revision, decodeIndex); err != nil {
+		return View{}, err
+	}
+	checkpoints, err := readAll(ctx, c.kv, keys.ChannelPrefix(collection), revision, decodeCheckpoint)
+	if err != nil {
+		return View{}, err
+	}
+	for _, cp := range checkpoints {
+		cp.Channel = v.Collection.Channel(cp.Shard)
+		v.Checkpoints[cp.Shard] = cp
+	}
+	if _, set := v.Checkpoints[0]; !set && len(v.Collection.Channels) == 0 {
+		// No stream, so everything that is registered is in files.
+		v.Checkpoints[0] = Checkpoint{Position: segment.Position{Timestamp: segment.MaxTimestamp}}
+	}
+	return v, nil
+}
+
+// readAll reads a bounded set of records at one revision.
+func readAll[T any](ctx context.Context, kv meta.KV, prefix string, revision int64, decode func(meta.KeyValue) (T, error)) ([]T, error) {
+	var list []T
+	from, to := meta.Prefix(prefix)
+	_, err := kv.Scan(ctx, from, to, revision, func(batch []meta.KeyValue) error {
+		for _, kv := range batch {
+			t, err := decode(kv)
+			if err != nil {
+				return err
+			}
+			list = append(list, t)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", prefix, err)
+	}
+	return list, nil
+}
+
+func decodeCheckpoint(kv meta.KeyValue) (Checkpoint, error) {
+	shard, err := keys.LastID(kv.Key)
+	if err != nil {
+		return Checkpoint{}, err
+	}
+	rec := &storagev1.Channel{}
+	if err := record.Decode(kv, rec); err != nil {
+		return Checkpoint{}, err
+	}
+	return Checkpoint{Shard: int(shard), Position: positionOf(rec.GetCheckpoint())}, nil
+}

@@ -1,0 +1,245 @@
+package catalog
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"sync/atomic"
+
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// MaxAllocate is the most ids that one call hands out.
+const MaxAllocate = 1_000_000
+
+// stockSize is how many ids a replica takes at a time for its own use. A
+// restart loses what is left; there are enough.
+const stockSize = 64
+
+// IDRange is the ids First to First+Count-1.
+type IDRange struct {
+	First, Count int64
+}
+
+func (r IDRange) last() int64             { return r.First + r.Count - 1 }
+func (r IDRange) overlaps(o IDRange) bool { return r.First <= o.last() && o.First <= r.last() }
+
+// allocator keeps the replica's stock of ids.
+type allocator struct {
+	kv    meta.KV
+	turn  chan struct{} // holds one token; who has it may touch stock
+	stock IDRange
+	mark  atomic.Int64 // every id below it was handed out; grows only
+}
+
+func newAllocator(kv meta.KV) *allocator {
+	a := &allocator{kv: kv, turn: make(chan struct{}, 1)}
+	a.turn <- struct{}{}
+	return a
+}
+
+// take decides what handing out count ids makes of rec, which it changes: the
+// lowest free range that is long enough.
+func take(rec *storagev1.Allocator, count int64) (IDRange, error) {
+	first := max(rec.GetNext(), 1)
+	for _, r := range rec.GetReserved() {
+		reserved := IDRange{r.GetFirst(), r.GetCount()}
+		if (IDRange{first, count}).overlaps(reserved) {
+			first = reserved.last() + 1
+		}
+	}
+	if first <= 0 || first > math.MaxInt64-count {
+		return IDRange{}, fmt.Errorf("%w: the ids are used up", ErrLimitExceeded)
+	}
+	rec.Next = first + count
+	return IDRange{first, count}, nil
+}
+
+// reserve decides what reserving want makes of rec, which it changes.
+func reserve(rec *storagev1.Allocator, want IDRange) error {
+	if want.First > math.MaxInt64-want.Count {
+		return invalid("reserve", "the range ends beyond the largest id")
+	}
+	for i, r := range rec.GetReserved() {
+		have := IDRange{r.GetFirst(), r.GetCount()}
+		if have == want {
+			return nil
+		}
+		if have.overlaps(want) {
+			return fmt.Errorf("%w: %d to %d overlaps the reserved %d to %d", ErrIDRangeTaken,
+				want.First, want.last(), have.First, have.last())
+		}
+		if have.First > want.First {
+			return insertReserved(rec, i, want)
+		}
+	}
+	return insertReserved(rec, len(rec.GetReserved()), want)
+}
+
+func insertReserved(rec *storagev1.Allocator, at int, want IDRange) error {
+	if want.First < rec.GetNext() {
+		return fmt.Errorf("%w: %d to %d holds ids that were handed out; those from %d on are free",
+			ErrIDRangeTaken, want.First, want.last(), rec.GetNext())
+	}
+	if len(rec.GetReserved()) >= maxReservedIDs {
+		return fmt.Errorf("%w: %d id ranges are reserved already", ErrLimitExceeded, maxReservedIDs)
+	}
+	rec.Reserved = append(rec.Reserved, nil)
+	copy(rec.Reserved[at+1:], rec.Reserved[at:])
+	rec.Reserved[at] = &storagev1.IdRange{First: want.First, Count: want.Count}
+	return nil
+}
+
+// read returns the allocator's record, the compare that it is still so, and
+// remembers its mark.
+func (a *allocator) read(ctx context.Context) (*storagev1.Allocator, meta.Cond, error) {
+	kv, found, _, err := a.kv.Get(ctx, keys.IDs)
+	if err != nil {
+		return nil, meta.Cond{}, fmt.Errorf("read the id allocator: %w", err)
+	}
+	rec := &storagev1.Allocator{Format: record.Format, Next: 1}
+	if !found {
+		return rec, meta.Absent(keys.IDs), nil
+	}
+	if err := record.Decode(kv, rec); err != nil {
+		return nil, meta.Cond{}, err
+	}
+	for { // another reader may have seen a newer one
+		old := a.mark.Load()
+		if rec.GetNext() <= old || a.mark.CompareAndSwap(old, rec.GetNext()) {
+			return rec, meta.Unchanged(keys.IDs, kv.ModRevision), nil
+		}
+	}
+}
+
+// AllocateIDs hands out count ids that nobody else gets.
+func (c *Catalog) AllocateIDs(ctx context.Context, tok request.Token, count int64) (IDRange, error) {
+	if count < 1 || count > MaxAllocate {
+		return IDRange{}, invalid("count", "%d is not 1 to %d", count, MaxAllocate)
+	}
+	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
+		rec, unchanged, err := c.ids.read(ctx)
+		if err != nil {
+			return plan{}, err
+		}
+		got, err := take(rec, count)
+		if err != nil {
+			return plan{}, err
+		}
+		return plan{
+			txn: meta.Txn{If: []meta.Cond{unchanged}, Then: []meta.Op{meta.Put(keys.IDs, record.Encode(rec))}},
+			id:  got.First,
+		}, nil
+	})
+	if err != nil {
+		return IDRange{}, fmt.Errorf("allocate ids: %w", err)
+	}
+	return IDRange{out.id, count}, nil
+}
+
+// ReserveIDs sets a range aside for an engine that has used it before. A
+// repeat of the same is success.
+func (c *Catalog) ReserveIDs(ctx context.Context, tok request.Token, want IDRange) error {
+	if want.First < 1 || want.Count < 1 {
+		return invalid("reserve", "first and count must be positive")
+	}
+	_, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
+		rec, unchanged, err := c.ids.read(ctx)
+		if err != nil {
+			return plan{}, err
+		}
+		before := len(rec.GetReserved())
+		if err := reserve(rec, want); err != nil {
+			return plan{}, err
+		}
+		p := plan{id: want.First, txn: meta.Txn{If: []meta.Cond{unchanged}}}
+		if len(rec.GetReserved()) > before {
+			p.txn.Then = []meta.Op{meta.Put(keys.IDs, record.Encode(rec))}
+		}
+		return p, nil
+	})
+	if err != nil {
+		return fmt.Errorf("reserve ids: %w", err)
+	}
+	return nil
+}
+
+// NextID hands out one id from the replica's stock.
+func (c *Catalog) NextID(ctx context.Context) (int64, error) {
+	a := c.ids
+	select {
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	case <-a.turn:
+	}
+	defer func() { a.turn <- struct{}{} }()
+	if a.stock.Count == 0 {
+		r, err := c.AllocateIDs(ctx, request.Token{}, stockSize)
+		if err != nil {
+			return 0, err
+		}
+		a.stock = r
+	}
+	id := a.stock.First
+	a.stock.First++
+	a.stock.Count--
+	return id, nil
+}
+
+// HandedOut says whether each of ids was handed out or lies in a reserved
+// range; if not it returns the first that does not. It reads the allocator only
+// when its memory of it does not settle the question.
+func (c *Catalog) HandedOut(ctx context.Context, ids ...int64) (missing int64, ok bool, err error) {
+	mark := c.ids.mark.Load()
+	var rec *storagev1.Allocator
+	for _, id := range ids {
+		if id < mark {
+			continue
+		}
+		if rec == nil {
+			if rec, _, err = c.ids.read(ctx); err != nil {
+				return 0, false, err
+			}
+			mark = rec.GetNext()
+		}
+		if id >= mark && !isReserved(rec, id) {
+			return id, false, nil
+		}
+	}
+	return 0, true, nil
+}
+
+func isReserved(rec *storagev1.Allocator, id int64) bool {
+	for _, r := range rec.GetReserved() {
+		if id >= r.GetFirst() && id-r.GetFirst() < r.GetCount() {
+			return true
+		}
+	}
+	return false
+}
+
+func (c *Catalog) checkHandedOut(ctx context.Context, what string, ids ...int64) error {
+	missing, ok, err := c.HandedOut(ctx, ids...)
+	if err != nil {
+		return err
+	}
+	if !ok {
+		return fmt.Errorf("%w: %s %d; get ids from AllocateIds", ErrIDNotAllocated, what, missing)
+	}
+	return nil
+}
+
+// freshOrGiven returns id, checked, or a new one when id is 0.
+func (c *Catalog) freshOrGiven(ctx context.Context, what string, id int64) (int64, error) {
+	if id == 0 {
+		return c.NextID(ctx)
+	}
+	if id < 0 {
+		return 0, invalid("id", "%d is not positive", id)
+	}
+	return id, c.checkHandedOut(ctx, what, id)
+}

@@ -1,0 +1,360 @@
+package catalog
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// DefaultDB is the database of names that give none, DefaultStore the store of
+// roots that give none.
+const (
+	DefaultDB    = "default"
+	DefaultStore = "default"
+)
+
+// State is where a collection, partition or index is in its life. Stored:
+// append only.
+type State int
+
+// The states of a collection. A partition or index is Active or Dropping, and
+// its Dropping is stored as 2.
+const (
+	Active State = iota + 1
+	Restoring
+	Dropping
+)
+
+func (s State) String() string {
+	switch s {
+	case Active:
+		return "ACTIVE"
+	case Restoring:
+		return "RESTORING"
+	case Dropping:
+		return "DROPPING"
+	}
+	return "UNKNOWN"
+}
+
+// partState reads the state of a partition or index.
+func partState(stored uint32) State {
+	if stored == 2 {
+		return Dropping
+	}
+	return Active
+}
+
+// Layout says where a restored file goes. Stored: append only.
+type Layout int
+
+// The layouts.
+const (
+	LayoutNative Layout = iota + 1
+	LayoutMilvus
+)
+
+func (l Layout) String() string {
+	if l == LayoutMilvus {
+		return "milvus"
+	}
+	return "native"
+}
+
+// Ref points at a collection: by ID if that is positive, else by name.
+type Ref struct {
+	ID       int64
+	DB, Name string
+}
+
+func (r Ref) String() string {
+	if r.ID > 0 {
+		return fmt.Sprintf("%d", r.ID)
+	}
+	return r.DB + "/" + r.Name
+}
+
+// Root is a place in a configured object store.
+type Root struct {
+	Store  string // alias
+	Prefix string // empty, or ends in "/"
+}
+
+// Field is one column of a schema.
+type Field struct {
+	ID           int64
+	Name         string
+	DataType     string
+	PrimaryKey   bool
+	PartitionKey bool
+	Nullable     bool
+	ElementType  string
+	TypeParams   map[string]string
+	Attributes   map[string]string
+}
+
+// Schema is what rows look like: our own description and the engine's.
+type Schema struct {
+	Fields []Field
+	Format string // of Raw
+	Raw    []byte // the engine's own, byte for byte
+}
+
+// Collection is a collection without its segments.
+type Collection struct {
+	ID          int64
+	DB          string
+	Name        string // also of one that is being dropped
+	State       State
+	Schema      Schema
+	Channels    []string // in shard order; empty: one implicit channel
+	Roots       []Root
+	Layout      Layout
+	Consistency string
+	Properties  map[string]string
+	Attributes  map[string]string
+	CreateTime  time.Time
+	Revision    int64 // changes with every change of the record
+}
+
+// Shards is the number of channels, the implicit one counted.
+func (c *Collection) Shards() int { return max(1, len(c.Channels)) }
+
+// Channel is the name of a shard's channel; empty for the implicit one.
+func (c *Collection) Channel(shard int) string {
+	if shard < len(c.Channels) {
+		return c.Channels[shard]
+	}
+	return ""
+}
+
+func (c *Collection) String() string { return fmt.Sprintf("%s/%s (%d)", c.DB, c.Name, c.ID) }
+
+// Partition is a named part of a collection.
+type Partition struct {
+	ID         int64
+	Name       string
+	State      State
+	Attributes map[string]string
+	CreateTime time.Time
+}
+
+// Index is the definition of an index.
+type Index struct {
+	ID          int64
+	Name        string
+	Field       int64
+	State       State
+	TypeParams  map[string]string
+	IndexParams map[string]string
+	Attributes  map[string]string
+	CreateTime  time.Time
+}
+
+// Checkpoint is up to where a channel's data is in files.
+type Checkpoint struct {
+	Shard    int
+	Channel  string
+	Position segment.Position
+}
+
+// ownPrefixes are what snapshotd keeps for itself in every store.
+var ownPrefixes = []string{"snapshots/", "gc/"}
+
+// CheckObjectKey says whether a data plane's file may have this key: a valid
+// key that is not under snapshotd's own prefixes.
+func CheckObjectKey(key string) error {
+	if err := object.CheckKey(key); err != nil {
+		return err
+	}
+	for _, own := range ownPrefixes {
+		if strings.HasPrefix(key, own) {
+			return fmt.Errorf("%w %q: %q is snapshotd's own", object.ErrInvalidKey, key, own)
+		}
+	}
+	return nil
+}
+
+func (c *Catalog) checkRoots(roots []Root) error {
+	if len(roots) == 0 || len(roots) > 16 {
+		return invalid("roots", "%d roots, 1 to 16 are possible", len(roots))
+	}
+	for i, r := range roots {
+		field := fmt.Sprintf("roots[%d]", i)
+		if !c.hasStore(r.Store) {
+			return invalid(field+".store", "no object store %q is configured", r.Store)
+		}
+		if err := object.CheckPrefix(r.Prefix); err != nil {
+			return invalid(field+".prefix", "%v", err)
+		}
+		if len(r.Prefix) > 512 {
+			return invalid(field+".prefix", "%d bytes, at most 512", len(r.Prefix))
+		}
+		for _, own := range ownPrefixes {
+			if strings.HasPrefix(r.Prefix, own) {
+				return invalid(field+".prefix", "%q is snapshotd's own", own)
+			}
+		}
+		for _, other := range roots[:i] {
+			if r.Store == other.Store && (strings.HasPrefix(r.Prefix, other.Prefix) || strings.HasPrefix(other.Prefix, r.Prefix)) {
+				return invalid(field+".prefix", "%q and %q lie inside each other", r.Prefix, other.Prefix)
+			}
+		}
+	}
+	return nil
+}
+
+func checkSchema(s *Schema) error {
+	ids, names := map[int64]bool{}, map[string]bool{}
+	for i, f := range s.Fields {
+		field := fmt.Sprintf("schema.fields[%d]", i)
+		if ids[f.ID] {
+			return invalid(field+".id", "%d occurs twice", f.ID)
+		}
+		if names[f.Name] {
+			return invalid(field+".name", "%q occurs twice", f.Name)
+		}
+		ids[f.ID], names[f.Name] = true, true
+	}
+	return nil
+}
+
+func unixTime(ns int64) time.Time {
+	if ns == 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, ns).UTC()
+}
+
+func encodeCollection(c *Collection, op string) *storagev1.Collection {
+	rec := &storagev1.Collection{
+		Format: record.Format, Db: c.DB, Name: c.Name, State: uint32(c.State),
+		Schema:           &storagev1.Schema{Format: c.Schema.Format, Raw: c.Schema.Raw},
+		Channels:         c.Channels,
+		Layout:           uint32(c.Layout),
+		ConsistencyLevel: c.Consistency,
+		Properties:       c.Properties,
+		Attributes:       c.Attributes,
+		CreateTime:       c.CreateTime.UnixNano(),
+		Op:               op,
+		Catalog:          1,
+	}
+	for _, r := range c.Roots {
+		rec.Roots = append(rec.Roots, &storagev1.Root{Store: r.Store, Prefix: r.Prefix})
+	}
+	for _, f := range c.Schema.Fields {
+		rec.Schema.Fields = append(rec.Schema.Fields, &storagev1.Field{
+			Id: f.ID, Name: f.Name, DataType: f.DataType, PrimaryKey: f.PrimaryKey, PartitionKey: f.PartitionKey,
+			Nullable: f.Nullable, ElementType: f.ElementType, TypeParams: f.TypeParams, Attributes: f.Attributes,
+		})
+	}
+	return rec
+}
+
+// DecodeCollection reads a collection's record.
+func DecodeCollection(kv meta.KeyValue) (Collection, error) {
+	id, err := keys.LastID(kv.Key)
+	if err != nil {
+		return Collection{}, err
+	}
+	rec := &storagev1.Collection{}
+	if err := record.Decode(kv, rec); err != nil {
+		return Collection{}, err
+	}
+	return collectionOf(id, rec, kv.ModRevision), nil
+}
+
+func collectionOf(id int64, rec *storagev1.Collection, revision int64) Collection {
+	c := Collection{
+		ID: id, DB: rec.GetDb(), Name: rec.GetName(), State: State(rec.GetState()),
+		Schema:      Schema{Format: rec.GetSchema().GetFormat(), Raw: rec.GetSchema().GetRaw()},
+		Channels:    rec.GetChannels(),
+		Layout:      Layout(rec.GetLayout()),
+		Consistency: rec.GetConsistencyLevel(),
+		Properties:  rec.GetProperties(),
+		Attributes:  rec.GetAttributes(),
+		CreateTime:  unixTime(rec.GetCreateTime()),
+		Revision:    revision,
+	}
+	for _, r := range rec.GetRoots() {
+		c.Roots = append(c.Roots, Root{Store: r.GetStore(), Prefix: r.GetPrefix()})
+	}
+	for _, f := range rec.GetSchema().GetFields() {
+		c.Schema.Fields = append(c.Schema.Fields, Field{
+			ID: f.GetId(), Name: f.GetName(), DataType: f.GetDataType(), PrimaryKey: f.GetPrimaryKey(),
+			PartitionKey: f.GetPartitionKey(), Nullable: f.GetNullable(), ElementType: f.GetElementType(),
+			TypeParams: f.GetTypeParams(), Attributes: f.GetAttributes(),
+		})
+	}
+	return c
+}
+
+func encodePartition(p *Partition, op string) *storagev1.Partition {
+	return &storagev1.Partition{
+		Format: record.Format, Name: p.Name, State: storedPartState(p.State), Attributes: p.Attributes,
+		CreateTime: p.CreateTime.UnixNano(), Op: op,
+	}
+}
+
+func storedPartState(s State) uint32 {
+	if s == Dropping {
+		return 2
+	}
+	return 1
+}
+
+func decodePartition(kv meta.KeyValue) (Partition, error) {
+	id, err := keys.LastID(kv.Key)
+	if err != nil {
+		return Partition{}, err
+	}
+	rec := &storagev1.Partition{}
+	if err := record.Decode(kv, rec); err != nil {
+		return Partition{}, err
+	}
+	return Partition{
+		ID: id, Name: rec.GetName(), State: partState(rec.GetState()), Attributes: rec.GetAttributes(),
+		CreateTime: unixTime(rec.GetCreateTime()),
+	}, nil
+}
+
+func encodeIndex(x *Index, op string) *storagev1.Index {
+	return &storagev1.Index{
+		Format: record.Format, Name: x.Name, Field: x.Field, State: storedPartState(x.State), TypeParams: x.TypeParams,
+		IndexParams: x.IndexParams, Attributes: x.Attributes, CreateTime: x.CreateTime.UnixNano(), Op: op,
+	}
+}
+
+func decodeIndex(kv meta.KeyValue) (Index, error) {
+	id, err := keys.LastID(kv.Key)
+	if err != nil {
+		return Index{}, err
+	}
+	rec := &storagev1.Index{}
+	if err := record.Decode(kv, rec); err != nil {
+		return Index{}, err
+	}
+	return Index{
+		ID: id, Name: rec.GetName(), Field: rec.GetField(), State: partState(rec.GetState()), TypeParams: rec.GetTypeParams(),
+		IndexParams: rec.GetIndexParams(), Attributes: rec.GetAttributes(), CreateTime: unixTime(rec.GetCreateTime()),
+	}, nil
+}
+
+// equalStrings says whether two string maps are equal, nil and empty alike.
+func equalStrings(a, b map[string]string) bool { return maps.Equal(a, b) }
+
+func find[T any](list []T, match func(*T) bool) *T {
+	if i := slices.IndexFunc(list, func(t T) bool { return match(&t) }); i >= 0 {
+		return &list[i]
+	}
+	return nil
+}

@@ -1,0 +1,185 @@
+package manager
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+)
+
+// cutter decides what of each segment a snapshot holds. It is a pure function
+// of the collection at one revision.
+//
+// A data timestamp t is in the snapshot if t < cut. So a segment is in when it
+// holds data and starts before its channel's cut, whatever its state; a file is
+// out when it begins at or after the cut; and a segment that may hold rows on
+// both sides gets a row ceiling. One cut for all channels would be the classic
+// mistake: rows of the channel that is ahead would be lost, or rows of the one
+// that lags would be in twice.
+type cutter struct {
+	collection *catalog.Collection
+	cuts       map[int]segment.Timestamp // by shard
+	partitions map[int64]bool            // that are not being dropped
+	indexes    map[int64]bool            // that are not being dropped
+}
+
+func newCutter(v *catalog.View) *cutter {
+	c := &cutter{
+		collection: &v.Collection,
+		cuts:       map[int]segment.Timestamp{}, partitions: map[int64]bool{}, indexes: map[int64]bool{},
+	}
+	for shard, cp := range v.Checkpoints {
+		c.cuts[shard] = cp.Position.Timestamp
+	}
+	for _, p := range v.Partitions {
+		c.partitions[p.ID] = p.State == catalog.Active
+	}
+	for _, x := range v.Indexes {
+		c.indexes[x.ID] = x.State == catalog.Active
+	}
+	return c
+}
+
+// capture returns what of s is in the snapshot, and whether anything is. It
+// does not change s. A segment with data on a channel without a checkpoint is
+// ErrCheckpointMissing.
+func (c *cutter) capture(s segment.Segment) (segment.Segment, bool, error) {
+	if s.State == segment.Importing || s.State == segment.Dropped {
+		return s, false, nil
+	}
+	if s.Partition != 0 && !c.partitions[s.Partition] {
+		return s, false, nil
+	}
+	if !slices.ContainsFunc(s.Files, holdsData) {
+		return s, false, nil
+	}
+	cut, ok := c.cuts[s.Channel]
+	if !ok {
+		return s, false, fmt.Errorf("%w: shard %d (%q) of %s has none, and segment %d has data; set it with SetCheckpoints",
+			ErrCheckpointMissing, s.Channel, c.collection.Channel(s.Channel), c.collection, s.ID)
+	}
+	s.Builds = slices.DeleteFunc(slices.Clone(s.Builds), func(b segment.Build) bool { return !c.indexes[b.Index] })
+	if s.CommitTimestamp != 0 { // its rows count by that, all alike
+		return s, s.CommitTimestamp < cut, nil
+	}
+	if s.Start.Timestamp >= cut {
+		return s, false, nil
+	}
+	s.Files = slices.DeleteFunc(slices.Clone(s.Files), func(f segment.File) bool {
+		return ranged(f) && f.MinTimestamp >= cut
+	})
+	if !slices.ContainsFunc(s.Files, holdsData) {
+		return s, false, nil
+	}
+	if slices.ContainsFunc(s.Files, func(f segment.File) bool { return straddles(&s, f, cut) }) &&
+		(s.RowCeiling == 0 || s.RowCeiling > cut) {
+		s.RowCeiling = cut
+	}
+	return s, true, nil
+}
+
+func holdsData(f segment.File) bool { return !segment.Derived(f.Kind) }
+
+// ranged says whether the timestamps of the file's rows are known.
+func ranged(f segment.File) bool { return f.MinTimestamp != 0 || f.MaxTimestamp != 0 }
+
+// straddles says whether f, of segment s, may hold rows at or after the cut. Of
+// a file that does not say, the segment's end position does; without one there
+// is no telling, and a row ceiling is never wrong.
+func straddles(s *segment.Segment, f segment.File, cut segment.Timestamp) bool {
+	switch {
+	case cut == segment.MaxTimestamp: // no stream
+		return false
+	case ranged(f):
+		return f.MaxTimestamp >= cut
+	case !holdsData(f):
+		return false
+	case s.DML.Timestamp != 0:
+		return s.DML.Timestamp > cut
+	}
+	return true
+}
+
+// addRefs adds what protection must know of s.
+func addRefs(refs *manifest.Refs, roots []catalog.Root, s *segment.Segment) {
+	refs.Segments = append(refs.Segments, s.ID)
+	for i := range s.Files {
+		addForeign(refs, roots, &s.Files[i], s.ID)
+	}
+	for b := range s.Builds {
+		refs.Builds = append(refs.Builds, s.Builds[b].ID)
+		for i := range s.Builds[b].Files {
+			addForeign(refs, roots, &s.Builds[b].Files[i], s.Builds[b].ID)
+		}
+	}
+}
+
+// addForeign adds a file whose key does not carry its unit's id, so that the
+// unit's reference does not cover it.
+func addForeign(refs *manifest.Refs, roots []catalog.Root, f *segment.File, unit int64) {
+	if !carries(f.Path, unit) {
+		root := roots[f.Root]
+		refs.Files = append(refs.Files, manifest.FileHash(root.Store, root.Prefix+f.Path))
+	}
+}
+
+// carries says whether one of the path's elements is the id.
+func carries(path string, id int64) bool {
+	want := fmt.Sprintf("/%d/", id)
+	return strings.Contains("/"+path+"/", want)
+}
+
+func sortRefs(refs *manifest.Refs) {
+	slices.Sort(refs.Segments)
+	slices.Sort(refs.Builds)
+	slices.Sort(refs.Files)
+	refs.Segments = slices.Compact(refs.Segments)
+	refs.Builds = slices.Compact(refs.Builds)
+	refs.Files = slices.Compact(refs.Files)
+}
+
+// describe makes the metadata of a snapshot but for its files and totals.
+func describe(s *Snapshot, v *catalog.View, clusterID, release string) *manifest.Metadata {
+	col := &v.Collection
+	md := &manifest.Metadata{
+		FormatVersion: manifest.FormatVersion, ClusterID: clusterID, CreatedBy: release,
+		Snapshot: manifest.SnapshotInfo{
+			ID: s.ID, Name: s.Name, Description: s.Description, Labels: s.Labels, CreateTime: s.CreateTime,
+		},
+		Collection: manifest.CollectionInfo{
+			ID: col.ID, DB: col.DB, Name: col.Name, Shards: col.Shards(), ConsistencyLevel: col.Consistency,
+			Properties: col.Properties, Layout: col.Layout.String(), Attributes: col.Attributes,
+			Schema: manifest.Schema{Format: col.Schema.Format, Raw: col.Schema.Raw},
+		},
+		CatalogRevision: v.Revision,
+	}
+	for _, f := range col.Schema.Fields {
+		md.Collection.Schema.Fields = append(md.Collection.Schema.Fields, manifest.Field(f))
+	}
+	for i, r := range col.Roots {
+		md.Roots = append(md.Roots, manifest.Root{Number: i, Store: r.Store, Prefix: r.Prefix})
+	}
+	for _, p := range v.Partitions {
+		if p.State == catalog.Active {
+			md.Partitions = append(md.Partitions, manifest.Partition{ID: p.ID, Name: p.Name, Attributes: p.Attributes})
+		}
+	}
+	for _, x := range v.Indexes {
+		if x.State == catalog.Active {
+			md.Indexes = append(md.Indexes, manifest.Index{
+				ID: x.ID, Name: x.Name, Field: x.Field, TypeParams: x.TypeParams, IndexParams: x.IndexParams, Attributes: x.Attributes,
+			})
+		}
+	}
+	for shard := range col.Shards() {
+		if cp, ok := v.Checkpoints[shard]; ok {
+			md.Channels = append(md.Channels, manifest.Channel{
+				Shard: shard, Name: col.Channel(shard), Cut: cp.Position.Timestamp, Opaque: cp.Position.Opaque,
+			})
+		}
+	}
+	return md
+}

@@ -1,0 +1,193 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/meta/election"
+)
+
+// maxSkew is how far the leader's clock and a store's may be apart before
+// nothing expires any more.
+const maxSkew = 5 * time.Minute
+
+// deleteBatch is how many objects are deleted at a time.
+const deleteBatch = 500
+
+// cleaner is the leader's work on snapshots: it reaps creates that died, drops
+// what expired and removes what is being deleted. Each of the three goes on
+// when the others meet trouble.
+type cleaner struct {
+	m         *Manager
+	wake      chan struct{} // size one
+	clockSkew atomic.Int64  // nanoseconds, as last seen
+}
+
+func newCleaner(m *Manager) *cleaner {
+	return &cleaner{m: m, wake: make(chan struct{}, 1)}
+}
+
+// Wake makes Run pass soon. It never blocks.
+func (c *cleaner) Wake() {
+	select {
+	case c.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (c *cleaner) skew() time.Duration { return time.Duration(c.clockSkew.Load()) }
+
+// Run makes a pass at once, then after each Wake, when something expires, and
+// after each interval, until ctx ends. Trouble is logged and met again later.
+func (c *cleaner) Run(ctx context.Context, term election.Term) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-timer.C:
+		case <-c.wake:
+		}
+		next, err := c.Pass(ctx, term.Fence())
+		if err != nil && ctx.Err() == nil {
+			c.m.log.Warn("cleaning met trouble and will go on later", zap.Error(err))
+			next = min(next, c.m.o.CleanInterval/10)
+		}
+		timer.Reset(next)
+	}
+}
+
+// Pass looks at every snapshot once, and returns how long there is nothing more
+// to do. Every write compares fence.
+func (c *cleaner) Pass(ctx context.Context, fence meta.Cond) (next time.Duration, err error) {
+	if err := c.m.view.sync(ctx); err != nil {
+		return c.m.o.CleanInterval, err
+	}
+	deleting, dead, expiring := c.m.view.work()
+	var errs []error
+	for _, s := range dead {
+		errs = append(errs, c.reap(ctx, s, fence))
+	}
+	next, err = c.expire(ctx, expiring, fence)
+	errs = append(errs, err)
+	for _, s := range deleting {
+		errs = append(errs, c.remove(ctx, s, fence))
+	}
+	return next, errors.Join(errs...)
+}
+
+// reap gives up a create that died: its pending key went with its lease.
+func (c *cleaner) reap(ctx context.Context, s *Snapshot, fence meta.Cond) error {
+	text := fmt.Sprintf("%v: the replica that created %s died, or did not advance for longer than its lease lasts", ErrCreateAborted, s)
+	err := c.m.giveUp(ctx, s, "CREATE_ABORTED", text, []meta.Cond{meta.Absent(keys.Pending(s.Collection, s.ID)), fence})
+	switch {
+	case errors.Is(err, errChanged): // it lives, or has ended: the view will say
+		return nil
+	case err != nil:
+		return fmt.Errorf("reap snapshot %s: %w", s, err)
+	}
+	c.m.log.Info("snapshot given up: its creator is gone", zap.Int64("snapshot", s.ID), zap.String("name", s.Name))
+	return nil
+}
+
+// expire drops the snapshots whose time has come by both clocks, the leader's
+// and the store's, and returns how long the next one has.
+func (c *cleaner) expire(ctx context.Context, snapshots []*Snapshot, fence meta.Cond) (time.Duration, error) {
+	next := c.m.o.CleanInterval
+	now := c.m.o.Now()
+	var due []*Snapshot
+	for _, s := range snapshots {
+		if left := s.ExpireTime.Sub(now); left > 0 {
+			next = min(next, left)
+		} else {
+			due = append(due, s)
+		}
+	}
+	if len(due) == 0 {
+		return next, nil
+	}
+	storeNow, err := c.m.store.Now(ctx)
+	if err != nil {
+		return next, fmt.Errorf("read the clock of store %s: %w", c.m.o.SnapshotStore, err)
+	}
+	skew := now.Sub(storeNow)
+	c.clockSkew.Store(int64(skew))
+	if skew.Abs() > maxSkew {
+		return next, fmt.Errorf("nothing expires: this replica's clock says %s and the clock of store %s says %s; set them right",
+			now.Format(time.RFC3339), c.m.o.SnapshotStore, storeNow.Format(time.RFC3339))
+	}
+	if storeNow.Before(now) {
+		now = storeNow
+	}
+	var errs []error
+	for _, s := range due {
+		if left := s.ExpireTime.Sub(now); left > 0 {
+			next = min(next, max(left, time.Second))
+			continue
+		}
+		txn, err := c.m.dropTxn(s)
+		if err != nil {
+			return next, err
+		}
+		txn.If = append(txn.If, fence)
+		res, err := c.m.kv.Txn(ctx, txn)
+		switch {
+		case err != nil:
+			errs = append(errs, fmt.Errorf("expire snapshot %s: %w", s, err))
+		case res.Succeeded:
+			c.m.log.Info("snapshot expired", zap.Int64("snapshot", s.ID), zap.String("name", s.Name))
+		} // else it is pinned, changed, or not ours to drop: the next pass sees
+	}
+	return next, errors.Join(errs...)
+}
+
+// remove deletes a dropped snapshot's own objects, and then its record. The
+// record stays while an object may be there.
+func (c *cleaner) remove(ctx context.Context, s *Snapshot, fence meta.Cond) error {
+	store, ok := c.m.o.Stores[s.Store]
+	if !ok {
+		return fmt.Errorf("remove snapshot %s: its objects lie in store %q, which is not configured here", s, s.Store)
+	}
+	var batch []string
+	flush := func() error {
+		err := store.Delete(ctx, batch...)
+		batch = batch[:0]
+		return err
+	}
+	for info, err := range store.List(ctx, manifest.Dir(s.Collection, s.ID)) {
+		if err == nil {
+			if batch = append(batch, info.Key); len(batch) < deleteBatch {
+				continue
+			}
+			err = flush()
+		}
+		if err != nil {
+			return fmt.Errorf("remove snapshot %s: %w", s, err)
+		}
+	}
+	if len(batch) > 0 {
+		if err := flush(); err != nil {
+			return fmt.Errorf("remove snapshot %s: %w", s, err)
+		}
+	}
+	res, err := c.m.kv.Txn(ctx, meta.Txn{
+		If:   []meta.Cond{meta.Unchanged(keys.Snapshot(s.ID), s.Revision), fence},
+		Then: []meta.Op{meta.Delete(keys.Snapshot(s.ID))},
+	})
+	if err != nil {
+		return fmt.Errorf("remove snapshot %s: %w", s, err)
+	}
+	if res.Succeeded {
+		c.m.log.Info("snapshot removed", zap.Int64("snapshot", s.ID), zap.String("name", s.Name))
+	}
+	return nil
+}

@@ -1,0 +1,865 @@
+package manager
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// How a snapshot is written.
+const (
+	chunkSegments   = 4096     // in one manifest
+	chunkBytes      = 32 << 20 // estimate of what they take in memory
+	chunksInFlight  = 2        // manifests being written at once
+	captureAttempts = 3        // when the revision is compacted in mid-read
+	putAttempts     = 5        // of one object
+	verifyInFlight  = 16       // files looked at, at once
+)
+
+// creation is a create from its hand-over to Run until its end.
+type creation struct {
+	spec CreateSpec
+	tok  request.Token
+
+	begun chan struct{} // closed when the snapshot is durable as PENDING, or err is set
+	ended chan struct{} // closed at the end
+
+	// snap and err may be read once the channel is closed: after begun snap is
+	// the PENDING record, after ended last is the COMMITTED one or err is set.
+	snap, last *Snapshot
+	err        error
+}
+
+// Create captures a collection. The work goes on when ctx ends; the same token
+// joins it.
+func (m *Manager) Create(ctx context.Context, tok request.Token, spec CreateSpec) (*Snapshot, error) {
+	s, err := m.startCreate(ctx, tok, spec)
+	if err != nil {
+		return nil, fmt.Errorf("create snapshot %s of %s: %w", spec.Name, spec.Collection, err)
+	}
+	return s, nil
+}
+
+func (m *Manager) startCreate(ctx context.Context, tok request.Token, spec CreateSpec) (*Snapshot, error) {
+	if err := catalog.CheckName("name", spec.Name); err != nil {
+		return nil, err
+	}
+	if err := checkLabels(spec.Labels); err != nil {
+		return nil, err
+	}
+	known, err := request.Find(ctx, m.kv, tok)
+	if err != nil {
+		return nil, err
+	}
+	if known != nil {
+		return m.join(ctx, tok, known, spec.NoWait)
+	}
+	if len(spec.MinCut) > 0 {
+		if err := m.awaitCut(ctx, spec.Collection, spec.MinCut); err != nil {
+			return nil, err
+		}
+	}
+	c := &creation{spec: spec, tok: tok, begun: make(chan struct{}), ended: make(chan struct{})}
+	select {
+	case <-m.running:
+	default:
+		return nil, ErrStopping
+	}
+	select {
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%w: %w", ErrOverloaded, ctx.Err())
+	case <-m.stopped:
+		return nil, ErrStopping
+	case m.starting <- c:
+	}
+	wait := c.ended
+	if spec.NoWait {
+		wait = c.begun
+	}
+	select {
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-wait:
+	}
+	if errors.Is(c.err, errTokenTaken) { // another call with the token was first
+		if known, err = request.Find(ctx, m.kv, tok); err != nil {
+			return nil, err
+		}
+		if known != nil {
+			return m.join(ctx, tok, known, spec.NoWait)
+		}
+	}
+	if spec.NoWait && c.snap != nil {
+		return c.snap, nil
+	}
+	return c.last, c.err
+}
+
+// errTokenTaken means that begin lost to another call with the same token.
+var errTokenTaken = errors.New("request token taken")
+
+// join waits for the create that a token stands for, wherever it runs.
+func (m *Manager) join(ctx context.Context, tok request.Token, known *request.Record, noWait bool) (*Snapshot, error) {
+	if !known.Done && noWait {
+		if s, err := m.read(ctx, known.ID); err != nil || s != nil {
+			return s, err
+		}
+	}
+	if !known.Done {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		w := m.kv.Watch(ctx, tok.Key(), tok.Key()+"\x00", known.Revision)
+		for !known.Done {
+			batch, err := w.Next()
+			if err != nil {
+				return nil, fmt.Errorf("wait for snapshot %d: %w", known.ID, err)
+			}
+			for _, e := range batch.Events {
+				if e.Deleted {
+					return nil, fmt.Errorf("%w: its request token is gone", ErrCreateAborted)
+				}
+				if known, err = request.Decode(e.KV); err != nil {
+					return nil, err
+				}
+			}
+		}
+	}
+	if known.ErrorReason != "" {
+		return nil, endingError(known.ErrorReason, known.ErrorText)
+	}
+	return decode(meta.KeyValue{Key: keys.Snapshot(known.ID), Value: known.Result, ModRevision: known.Revision})
+}
+
+// endings are the reasons for which a create ends badly, as its token and its
+// record keep them. Stored: append only.
+var endings = []struct {
+	err    error
+	reason string
+}{
+	{catalog.ErrCollectionNotFound, "COLLECTION_NOT_FOUND"},
+	{catalog.ErrCollectionNotActive, "COLLECTION_NOT_ACTIVE"},
+	{catalog.ErrLimitExceeded, "LIMIT_EXCEEDED"},
+	{ErrCheckpointMissing, "CHECKPOINT_MISSING"},
+	{ErrNotExact, "NOT_EXACT"},
+	{ErrFileMissing, "FILE_MISSING"},
+	{ErrCatalogCompacted, "CATALOG_COMPACTED"},
+	{ErrCreateAborted, "CREATE_ABORTED"},
+}
+
+// endingReason is what is kept of err; an error that is no reason of its own
+// becomes ErrCreateAborted, for a create that was given up does not come back.
+func endingReason(err error) (reason string, as error) {
+	for _, e := range endings {
+		if errors.Is(err, e.err) {
+			return e.reason, err
+		}
+	}
+	return "CREATE_ABORTED", fmt.Errorf("%w: %w", ErrCreateAborted, err)
+}
+
+func endingError(reason, text string) error {
+	for _, e := range endings {
+		if e.reason == reason {
+			return &ended{text: text, err: e.err}
+		}
+	}
+	return &ended{text: text, err: ErrCreateAborted}
+}
+
+// ended is the error of a create that ended before.
+type ended struct {
+	text string
+	err  error
+}
+
+func (e *ended) Error() string { return e.text }
+func (e *ended) Unwrap() error { return e.err }
+
+// awaitCut waits until the collection's checkpoints are where want has them.
+func (m *Manager) awaitCut(ctx context.Context, ref catalog.Ref, want []catalog.Checkpoint) error {
+	col, err := m.catalog.Collection(ctx, ref)
+	if err != nil {
+		return err
+	}
+	seen := map[int]bool{}
+	for i, cp := range want {
+		if cp.Shard < 0 || cp.Shard >= col.Shards() || seen[cp.Shard] {
+			return &catalog.InvalidError{
+				Field:   fmt.Sprintf("min_cut[%d].shard", i),
+				Problem: fmt.Sprintf("%d is not a shard of %s, or occurs twice; it has 0 to %d", cp.Shard, &col, col.Shards()-1),
+			}
+		}
+		seen[cp.Shard] = true
+	}
+	wait := ctx
+	if deadline, ok := ctx.Deadline(); ok {
+		// Ends a little earlier, so that the answer arrives in time to be read.
+		left := time.Until(deadline)
+		var cancel context.CancelFunc
+		wait, cancel = context.WithTimeout(ctx, left-min(left/5, 500*time.Millisecond))
+		defer cancel()
+	}
+	view, err := m.catalog.At(ctx, col.ID, 0)
+	if err != nil {
+		return err
+	}
+	from, to := meta.Prefix(keys.ChannelPrefix(col.ID))
+	w := m.kv.Watch(wait, from, to, view.Revision)
+	for {
+		behind := laggards(&view, want)
+		if len(behind) == 0 {
+			return nil
+		}
+		if view.Collection.State != catalog.Active {
+			return fmt.Errorf("%w: %s is %v", catalog.ErrCollectionNotActive, &col, view.Collection.State)
+		}
+		if _, err := w.Next(); err != nil {
+			if wait.Err() != nil && (ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded)) {
+				return fmt.Errorf("%w: %v; flush these channels, or ask for less", ErrCutNotReached, behind)
+			}
+			return err
+		}
+		if view, err = m.catalog.At(ctx, col.ID, 0); err != nil {
+			return err
+		}
+	}
+}
+
+// laggards names the channels whose checkpoint is not where want has it.
+func laggards(v *catalog.View, want []catalog.Checkpoint) []string {
+	var behind []string
+	for _, w := range want {
+		cp, ok := v.Checkpoints[w.Shard]
+		switch {
+		case !ok:
+			behind = append(behind, fmt.Sprintf("shard %d (%q) has no checkpoint, wanted %d",
+				w.Shard, v.Collection.Channel(w.Shard), w.Position.Timestamp))
+		case cp.Position.Timestamp < w.Position.Timestamp:
+			behind = append(behind, fmt.Sprintf("shard %d (%q) is at %d, wanted %d",
+				w.Shard, v.Collection.Channel(w.Shard), cp.Position.Timestamp, w.Position.Timestamp))
+		}
+	}
+	return behind
+}
+
+// create is a create from begin to end. ctx is that of the replica.
+func (m *Manager) create(ctx context.Context, c *creation) {
+	began := m.o.Now()
+	defer close(c.ended)
+	ctx, cancel := context.WithTimeout(ctx, m.o.CreateTimeout)
+	defer cancel()
+	lease, err := m.begin(ctx, c)
+	if err != nil {
+		c.err = err
+		close(c.begun)
+		return
+	}
+	close(c.begun)
+	log := m.log.With(zap.Int64("snapshot", c.snap.ID), zap.String("name", c.snap.Name), zap.Int64("collection", c.snap.Collection))
+	log.Info("snapshot pending")
+	// The lease ends with the create, in whatever way that ends.
+	defer func() {
+		if err := lease.end(context.WithoutCancel(ctx)); err != nil {
+			log.Warn("the create's lease could not be revoked and runs out by itself", zap.Error(err))
+		}
+	}()
+	next, err := m.captureAndWrite(ctx, c, lease)
+	if err == nil {
+		c.last, err = m.commit(ctx, c, next, lease)
+	}
+	if err == nil {
+		log.Info("snapshot committed", zap.Int64("segments", c.last.Totals.Segments), zap.Int64("files", c.last.Totals.Files),
+			zap.Int64("bytes", c.last.Totals.Bytes), zap.Int64("catalog_revision", c.last.CatalogRevision),
+			zap.Duration("took", m.o.Now().Sub(began)))
+		return
+	}
+	if errors.Is(err, errUndecided) {
+		c.err = err
+		return
+	}
+	reason, err := endingReason(err)
+	c.err = err
+	// Given up even when the replica stops, so that the name is free at once.
+	ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	if giveUpErr := m.giveUp(ctx, c.snap, reason, err.Error(), nil); giveUpErr != nil {
+		log.Warn("snapshot could not be given up; the leader will", zap.Error(giveUpErr))
+		return
+	}
+	log.Info("snapshot given up", zap.String("reason", reason), zap.Error(err))
+}
+
+// createLease is the lease of one create. It lives while the create advances.
+type createLease struct {
+	kv       meta.KV
+	id       meta.LeaseID
+	now      func() time.Time
+	interval time.Duration
+	mu       sync.Mutex
+	renewed  time.Time
+}
+
+// advance says that the create has come a step further, and renews the lease
+// when that is due. It is an error when the lease is gone: so is the create.
+func (l *createLease) advance(ctx context.Context) error {
+	l.mu.Lock()
+	now := l.now()
+	due := now.Sub(l.renewed) >= l.interval || now.Before(l.renewed)
+	if due {
+		l.renewed = now
+	}
+	l.mu.Unlock()
+	if !due {
+		return ctx.Err()
+	}
+	err := l.kv.KeepAlive(ctx, l.id)
+	if errors.Is(err, meta.ErrLeaseNotFound) {
+		return fmt.Errorf("%w: it did not advance for longer than its lease lasts", ErrCreateAborted)
+	}
+	if err != nil {
+		l.mu.Lock()
+		l.renewed = l.renewed.Add(-l.interval) // the next step tries again
+		l.mu.Unlock()
+	}
+	return ctx.Err() // a store that does not answer is seen by those who need it
+}
+
+func (l *createLease) end(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	return l.kv.Revoke(ctx, l.id)
+}
+
+// begin makes the snapshot durable as PENDING. On success the lease is the
+// caller's to end; on an error it is ended.
+func (m *Manager) begin(ctx context.Context, c *creation) (lease *createLease, err error) {
+	granted := m.o.Now()
+	id, err := m.kv.Grant(ctx, m.o.LeaseTTL)
+	if err != nil {
+		return nil, fmt.Errorf("lease for the create: %w", err)
+	}
+	lease = &createLease{kv: m.kv, id: id, now: m.o.Now, interval: m.o.LeaseTTL / 3, renewed: granted}
+	defer func() {
+		if err != nil && !errors.Is(err, errUndecided) {
+			_ = lease.end(context.WithoutCancel(ctx)) // runs out by itself otherwise; nothing is under it
+		}
+	}()
+	snapshot, err := m.catalog.NextID(ctx)
+	if err != nil {
+		return nil, err
+	}
+	op, err := m.newOp()
+	if err != nil {
+		return nil, err
+	}
+	for attempt := range maxAttempts {
+		if err := pause(ctx, attempt); err != nil {
+			return nil, err
+		}
+		col, err := m.catalog.Collection(ctx, c.spec.Collection)
+		if err != nil {
+			return nil, err
+		}
+		if col.State != catalog.Active {
+			return nil, fmt.Errorf("%w: %s is %v", catalog.ErrCollectionNotActive, &col, col.State)
+		}
+		now := m.o.Now()
+		s := &Snapshot{
+			ID: snapshot, Name: c.spec.Name, Collection: col.ID, DB: col.DB, CollectionName: col.Name, State: Pending,
+			Description: c.spec.Description, Labels: c.spec.Labels, CreateTime: now, TTL: c.spec.TTL,
+			ExpireTime: c.spec.ExpireTime, Store: m.o.SnapshotStore, Deadline: now.Add(m.o.CreateTimeout),
+			requestKey: c.tok.Key(), op: op,
+		}
+		done, err := m.tryBegin(ctx, c.tok, s, &col, lease)
+		if err != nil {
+			return nil, err
+		}
+		if done {
+			c.snap = s
+			return lease, nil
+		}
+	}
+	return nil, fmt.Errorf("%w: the collection keeps changing", catalog.ErrConflict)
+}
+
+// tryBegin is the begin transaction. It says false when the collection changed.
+func (m *Manager) tryBegin(ctx context.Context, tok request.Token, s *Snapshot, col *catalog.Collection, lease *createLease) (bool, error) {
+	value := encode(s, s.op)
+	if err := checkRecordSize(value); err != nil {
+		return false, err
+	}
+	name := keys.SnapshotName(m.scope(s.Collection), s.Name)
+	pending := record.Encode(&storagev1.Pending{Format: record.Format, Replica: m.o.Replica})
+	txn := meta.Txn{
+		If: slices.Concat(
+			[]meta.Cond{meta.Absent(name), meta.Unchanged(keys.Collection(col.ID), col.Revision)},
+			tok.Absent()),
+		Then: slices.Concat(
+			[]meta.Op{
+				meta.Put(name, record.Encode(&storagev1.Name{Format: record.Format, Id: s.ID})),
+				meta.Put(keys.Snapshot(s.ID), value),
+				meta.PutLeased(keys.Pending(s.Collection, s.ID), pending, lease.id),
+			},
+			tok.Begin(s.ID)),
+		Else: []meta.Op{meta.Get(name)},
+	}
+	if tok.Given() {
+		txn.Else = append(txn.Else, meta.Get(tok.Key()))
+	}
+	res, err := m.kv.Txn(ctx, txn)
+	switch {
+	case errors.Is(err, meta.ErrLeaseNotFound), errors.Is(err, meta.ErrNoSpace), errors.Is(err, meta.ErrTooLarge):
+		return false, err
+	case err != nil:
+		return m.resolveBegin(ctx, s, lease, err)
+	case res.Succeeded:
+		s.Revision, s.Order = res.Revision, res.Revision
+		return true, nil
+	case tok.Given() && len(res.Ranges[1]) > 0:
+		return false, errTokenTaken
+	case len(res.Ranges[0]) > 0:
+		return false, fmt.Errorf("%w: %q; choose another name, or drop it first", ErrSnapshotExists, s.Name)
+	}
+	return false, nil
+}
+
+// resolveBegin finds out what became of a begin that got no answer. "There" is
+// a verdict. "Not there" becomes one by revoking the lease that the transaction
+// needs, unless it happened just before.
+func (m *Manager) resolveBegin(ctx context.Context, s *Snapshot, lease *createLease, cause error) (bool, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), m.o.LeaseTTL/3)
+	defer cancel()
+	now, err := m.read(ctx, s.ID)
+	if err == nil && now != nil && now.op == s.op {
+		s.Revision, s.Order = now.Revision, now.Order
+		return true, nil
+	}
+	if err := lease.end(ctx); err != nil {
+		return false, fmt.Errorf("%w: %w", errUndecided, cause)
+	}
+	return false, cause
+}
+
+// errUndecided means that it is not known how a transaction ended. The store's
+// error that it wraps says so to the caller; leases and the leader decide.
+var errUndecided = errors.New("outcome unknown")
+
+// captureAndWrite reads the collection at one revision and writes what it says,
+// the metadata last. It returns the record as commit will write it.
+func (m *Manager) captureAndWrite(ctx context.Context, c *creation, lease *createLease) (*Snapshot, error) {
+	used := 0 // manifests that were begun: a key is not used twice
+	for attempt := 1; ; attempt++ {
+		view, err := m.catalog.At(ctx, c.snap.Collection, 0)
+		if err == nil && view.Collection.State != catalog.Active {
+			return nil, fmt.Errorf("%w: %s is %v", catalog.ErrCollectionNotActive, &view.Collection, view.Collection.State)
+		}
+		var next *Snapshot
+		if err == nil {
+			w := &snapshotWriter{
+				m: m, spec: &c.spec, snap: c.snap, view: &view, cutter: newCutter(&view), lease: lease, first: used,
+				refs: &manifest.Refs{},
+			}
+			next, err = w.run(ctx)
+			used += w.chunks
+		}
+		switch {
+		case err == nil:
+			return next, nil
+		case !errors.Is(err, meta.ErrCompacted):
+			return nil, err
+		case attempt == captureAttempts:
+			return nil, fmt.Errorf("%w in each of %d captures: %w; compact less often, or try again", ErrCatalogCompacted, attempt, err)
+		}
+	}
+}
+
+// snapshotWriter writes one capture. Only run's goroutine touches it, but for
+// files, whose elements are each written by one other.
+type snapshotWriter struct {
+	m      *Manager
+	spec   *CreateSpec
+	snap   *Snapshot
+	view   *catalog.View
+	cutter *cutter
+	lease  *createLease
+
+	first      int // number of the first manifest
+	chunks     int // manifests begun
+	chunk      []segment.Segment
+	chunkSize  int
+	totals     segment.Totals
+	refs       *manifest.Refs
+	straddling []int64 // the first few
+	files      []*manifest.File
+}
+
+func (w *snapshotWriter) run(ctx context.Context) (*Snapshot, error) {
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.SetLimit(chunksInFlight)
+	_, err := w.m.catalog.ScanSegments(groupCtx, w.snap.Collection, w.view.Revision, func(batch []segment.Segment) error {
+		for i := range batch {
+			s, in, err := w.cutter.capture(batch[i])
+			if err != nil {
+				return err
+			}
+			if in {
+				w.take(groupCtx, group, s)
+			}
+		}
+		return w.lease.advance(groupCtx)
+	})
+	if err == nil {
+		w.flush(groupCtx, group)
+	}
+	if writeErr := group.Wait(); writeErr != nil { // also when it made the scan fail
+		return nil, writeErr
+	}
+	if err != nil {
+		return nil, err
+	}
+	if w.spec.RequireExact && w.totals.Straddling > 0 {
+		return nil, fmt.Errorf("%w: %d of them, the first are %v; flush them, or do without require_exact",
+			ErrNotExact, w.totals.Straddling, w.straddling)
+	}
+	return w.finish(ctx)
+}
+
+// take adds a segment to the chunk, and begins to write that when it is full.
+// It waits while chunksInFlight of them are being written.
+func (w *snapshotWriter) take(ctx context.Context, group *errgroup.Group, s segment.Segment) {
+	w.totals.Add(&s)
+	addRefs(w.refs, w.view.Collection.Roots, &s)
+	if s.RowCeiling != 0 && len(w.straddling) < 10 {
+		w.straddling = append(w.straddling, s.ID)
+	}
+	w.chunk = append(w.chunk, s)
+	w.chunkSize += memorySize(&s)
+	if len(w.chunk) == chunkSegments || w.chunkSize >= chunkBytes {
+		w.flush(ctx, group)
+	}
+}
+
+// memorySize estimates what a segment takes in memory, in bytes.
+func memorySize(s *segment.Segment) int {
+	size := 300 + len(s.EngineData)
+	for f := range s.AllFiles() {
+		size += 200 + len(f.Path)
+	}
+	return size
+}
+
+func (w *snapshotWriter) flush(ctx context.Context, group *errgroup.Group) {
+	if len(w.chunk) == 0 {
+		return
+	}
+	chunk, n := w.chunk, w.first+w.chunks
+	w.chunk, w.chunkSize = nil, 0
+	w.chunks++
+	file := &manifest.File{File: manifest.FileName(n)}
+	w.files = append(w.files, file)
+	group.Go(func() error {
+		if w.spec.Verify {
+			if err := w.m.verify(ctx, w.view.Collection.Roots, chunk, w.lease); err != nil {
+				return err
+			}
+		}
+		data, err := manifest.Encode(chunk)
+		if err != nil {
+			return err
+		}
+		var t segment.Totals
+		for i := range chunk {
+			t.Add(&chunk[i])
+		}
+		file.Digest = manifest.Sum(data)
+		file.Segments, file.Rows, file.Builds, file.Files, file.Bytes = t.Segments, t.Rows, t.Builds, t.Files, t.Bytes
+		return w.m.putOnce(ctx, manifest.ManifestKey(w.snap.Collection, w.snap.ID, n), data, w.lease)
+	})
+}
+
+// finish writes references and metadata, and makes the committed record.
+func (w *snapshotWriter) finish(ctx context.Context) (*Snapshot, error) {
+	next := w.snap.moved(Committed, "")
+	next.CatalogRevision, next.Totals = w.view.Revision, w.totals
+	md := describe(next, w.view, w.m.o.Cluster.ID, w.m.o.Release)
+	for _, p := range md.Partitions {
+		next.Partitions = append(next.Partitions, p.ID)
+	}
+	for _, ch := range md.Channels {
+		next.Cuts = append(next.Cuts, Cut{Shard: ch.Shard, Channel: ch.Name, Timestamp: ch.Cut})
+	}
+	md.Totals = manifest.Totals{
+		Segments: w.totals.Segments, Rows: w.totals.Rows, Files: w.totals.Files, Bytes: w.totals.Bytes,
+		Builds: w.totals.Builds, Straddling: w.totals.Straddling,
+	}
+	var ordinal, build int64
+	for _, f := range w.files {
+		f.FirstOrdinal, f.FirstBuild = ordinal, build
+		ordinal, build = ordinal+f.Segments, build+f.Builds
+		next.ManifestBytes += f.Length
+		md.Manifests = append(md.Manifests, *f)
+	}
+	sortRefs(w.refs)
+	refs, err := manifest.EncodeRefs(w.refs)
+	if err != nil {
+		return nil, err
+	}
+	md.Refs = manifest.RefsFile{
+		File: manifest.RefsName, Digest: manifest.Sum(refs),
+		Segments: int64(len(w.refs.Segments)), Builds: int64(len(w.refs.Builds)), Files: int64(len(w.refs.Files)),
+	}
+	if err := w.m.putOnce(ctx, manifest.RefsKey(w.snap.Collection, w.snap.ID), refs, w.lease); err != nil {
+		return nil, err
+	}
+	data, err := manifest.EncodeMetadata(md)
+	if err != nil {
+		return nil, err
+	}
+	if err := w.m.putOnce(ctx, manifest.MetadataKey(w.snap.Collection, w.snap.ID), data, w.lease); err != nil {
+		return nil, err
+	}
+	next.Metadata = manifest.Sum(data)
+	next.ManifestBytes += int64(len(refs)) + int64(len(data))
+	return next, nil
+}
+
+// verify asks the stores for every file of the segments.
+func (m *Manager) verify(ctx context.Context, roots []catalog.Root, segments []segment.Segment, lease *createLease) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(verifyInFlight)
+	for i := range segments {
+		for f := range segments[i].AllFiles() {
+			group.Go(func() error {
+				root := roots[f.Root]
+				store, ok := m.o.Stores[root.Store]
+				if !ok {
+					return fmt.Errorf("%w: object store %q is not configured", ErrFileMissing, root.Store)
+				}
+				info, err := store.Head(ctx, root.Prefix+f.Path)
+				switch {
+				case errors.Is(err, object.ErrNotFound):
+					return fmt.Errorf("%w: %s/%s of segment %d is not there", ErrFileMissing, root.Store, root.Prefix+f.Path, segments[i].ID)
+				case err != nil:
+					return err
+				case info.Size != f.Size:
+					return fmt.Errorf("%w: %s/%s of segment %d has %d bytes, not %d", ErrFileMissing, root.Store,
+						root.Prefix+f.Path, segments[i].ID, info.Size, f.Size)
+				case f.ETag != "" && info.ETag != "" && info.ETag != f.ETag:
+					return fmt.Errorf("%w: %s/%s of segment %d has ETag %s, not %s", ErrFileMissing, root.Store,
+						root.Prefix+f.Path, segments[i].ID, info.ETag, f.ETag)
+				}
+				return lease.advance(ctx)
+			})
+		}
+	}
+	return group.Wait()
+}
+
+// putOnce writes an object of the snapshot's own. After an answer that is no
+// answer, or says that the key is taken, it reads back: equal bytes are what an
+// earlier try wrote.
+func (m *Manager) putOnce(ctx context.Context, key string, data []byte, lease *createLease) error {
+	var last error
+	for attempt := range putAttempts {
+		if err := pause(ctx, attempt*attempt*10); err != nil {
+			return err
+		}
+		_, err := m.store.Create(ctx, key, data)
+		if err == nil {
+			return lease.advance(ctx)
+		}
+		last = err
+		there, err := readObject(ctx, m.store, key, int64(len(data)))
+		switch {
+		case errors.Is(err, object.ErrNotFound) && errors.Is(last, object.ErrInvalidKey):
+			return fmt.Errorf("write %s: %w", key, last)
+		case err != nil:
+		case bytes.Equal(there, data):
+			return lease.advance(ctx)
+		default:
+			return fmt.Errorf("write %s: %w with other content; snapshotd's prefix must be its own", key, object.ErrExists)
+		}
+	}
+	return fmt.Errorf("write %s: %w", key, last)
+}
+
+// readObject reads a whole object that should have size bytes; of a longer one
+// it reads one byte more.
+func readObject(ctx context.Context, store object.Store, key string, size int64) ([]byte, error) {
+	r, _, err := store.Get(ctx, key, 0, size+1)
+	if err != nil {
+		return nil, err
+	}
+	data, err := io.ReadAll(r)
+	if closeErr := r.Close(); err == nil {
+		err = closeErr
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", key, err)
+	}
+	return data, nil
+}
+
+// commit makes the snapshot COMMITTED.
+func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease *createLease) (*Snapshot, error) {
+	op, err := m.newOp()
+	if err != nil {
+		return nil, err
+	}
+	next.CommitTime = m.o.Now()
+	if next.TTL > 0 {
+		next.ExpireTime = next.CommitTime.Add(next.TTL)
+	}
+	value := encode(next, op)
+	if err := checkRecordSize(value); err != nil {
+		return nil, err
+	}
+	for range maxAttempts {
+		if err := lease.advance(ctx); err != nil {
+			return nil, err
+		}
+		var result meta.LeaseID
+		if c.tok.Given() {
+			if result, err = m.o.Requests.Get(ctx); err != nil {
+				return nil, err
+			}
+		}
+		res, err := m.kv.Txn(ctx, meta.Txn{
+			If: []meta.Cond{
+				meta.Unchanged(keys.Snapshot(next.ID), c.snap.Revision),
+				meta.SameKey(keys.Pending(next.Collection, next.ID), c.snap.Revision),
+			},
+			Then: slices.Concat([]meta.Op{
+				meta.Put(keys.Snapshot(next.ID), value),
+				meta.Delete(keys.Pending(next.Collection, next.ID)),
+				meta.Put(keys.Generation(next.Collection), record.Encode(&storagev1.Generation{Format: record.Format, SnapshotId: next.ID})),
+			}, c.tok.End(result, next.ID, value)),
+		})
+		switch {
+		case errors.Is(err, meta.ErrLeaseNotFound):
+			m.o.Requests.Forget(ctx, result)
+			continue
+		case errors.Is(err, meta.ErrNoSpace), errors.Is(err, meta.ErrTooLarge):
+			return nil, err
+		case err != nil:
+			return m.resolveCommit(ctx, c, op, err)
+		case !res.Succeeded:
+			return nil, fmt.Errorf("%w: its lease ran out before the commit", ErrCreateAborted)
+		}
+		next.Revision, next.Order, next.op = res.Revision, res.Revision, op
+		return next, nil
+	}
+	return nil, fmt.Errorf("%w: no lease for the result", ErrCreateAborted)
+}
+
+// resolveCommit finds out what became of a commit that got no answer. That it
+// failed may be said only once it cannot happen any more.
+func (m *Manager) resolveCommit(ctx context.Context, c *creation, op string, cause error) (*Snapshot, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), m.o.LeaseTTL/3)
+	defer cancel()
+	for attempt := range maxAttempts {
+		if err := pause(ctx, attempt*10); err != nil {
+			break
+		}
+		now, err := m.read(ctx, c.snap.ID)
+		if err != nil {
+			continue
+		}
+		switch {
+		case now == nil || now.State == Deleting:
+			return nil, fmt.Errorf("%w: %w", ErrCreateAborted, cause)
+		case now.State == Committed:
+			return now, nil // by us: nobody else commits this id
+		}
+		text := fmt.Sprintf("%v: the commit got no answer and was taken back: %v", ErrCreateAborted, cause)
+		err = m.giveUp(ctx, now, "CREATE_ABORTED", text, nil)
+		if err == nil {
+			return nil, fmt.Errorf("%w: the commit got no answer and was taken back: %w", ErrCreateAborted, cause)
+		}
+		if !errors.Is(err, errChanged) {
+			m.log.Warn("a commit without an answer is still undecided", zap.Int64("snapshot", c.snap.ID), zap.Error(err))
+		}
+	}
+	return nil, fmt.Errorf("%w: %w", errUndecided, cause)
+}
+
+// errChanged means that a record was not as it was read.
+var errChanged = errors.New("record changed")
+
+// giveUp moves a PENDING snapshot to DELETING, which frees its name, and stores
+// the error under its request token. fence is what a leader compares besides.
+func (m *Manager) giveUp(ctx context.Context, s *Snapshot, reason, text string, fence []meta.Cond) error {
+	for range maxAttempts {
+		op, err := m.newOp()
+		if err != nil {
+			return err
+		}
+		// The reason is for people; a record has no room for a long one.
+		short := strings.ToValidUTF8(fmt.Sprintf("%.1024s", reason+": "+text), "?")
+		txn := meta.Txn{
+			If: append([]meta.Cond{meta.Unchanged(keys.Snapshot(s.ID), s.Revision)}, fence...),
+			Then: []meta.Op{
+				meta.Put(keys.Snapshot(s.ID), encode(s.moved(Deleting, short), op)),
+				meta.Delete(keys.SnapshotName(m.scope(s.Collection), s.Name)),
+				meta.Delete(keys.Pending(s.Collection, s.ID)),
+			},
+		}
+		var lease meta.LeaseID
+		if s.requestKey != "" {
+			if lease, err = m.endToken(ctx, s.requestKey, reason, text, &txn); err != nil {
+				return err
+			}
+		}
+		res, err := m.kv.Txn(ctx, txn)
+		switch {
+		case errors.Is(err, meta.ErrLeaseNotFound):
+			m.o.Requests.Forget(ctx, lease)
+		case err != nil:
+			return err
+		case !res.Succeeded:
+			return errChanged
+		default:
+			return nil
+		}
+	}
+	return errChanged
+}
+
+// endToken adds to txn that the token at key ends with an error.
+func (m *Manager) endToken(ctx context.Context, key, reason, text string, txn *meta.Txn) (meta.LeaseID, error) {
+	kv, found, _, err := m.kv.Get(ctx, key)
+	if err != nil || !found {
+		return 0, err
+	}
+	rec := &storagev1.Request{}
+	if err := record.Decode(kv, rec); err != nil {
+		return 0, err
+	}
+	lease, err := m.o.Requests.Get(ctx)
+	if err != nil {
+		return 0, err
+	}
+	rec.Done, rec.ErrorReason, rec.ErrorText = true, reason, strings.ToValidUTF8(text, "?")
+	txn.If = append(txn.If, meta.Unchanged(key, kv.ModRevision))
+	txn.Then = append(txn.Then, meta.PutLeased(key, record.Encode(rec), lease))
+	return lease, nil
+}

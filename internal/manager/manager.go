@@ -1,0 +1,567 @@
+// Package manager is the life of snapshots: it captures a collection, lists and
+// drops snapshots, and cleans up after those that were given up.
+//
+// # Words
+//
+//	snapshot   a record, and objects of its own under snapshots/<collection>/<id>/
+//	capture    the read of a collection at one revision
+//	cut        per channel: rows before it are in the snapshot
+//	straddling a segment with rows on both sides of the cut
+//	pending    the key that shows that a create lives; it is under the create's
+//	           own lease and is never put a second time
+//	generation the key that moves when a collection gains references
+//
+// # States
+//
+//	        begin                commit                 drop, expire
+//	none ---------> PENDING ------------> COMMITTED --------------+
+//	                   |                                          v
+//	                   +---- give up, or its pending key ---> DELETING ---> none
+//	                         is gone (leader)                        clean
+//	                                                                (leader)
+//
+// # Transactions
+//
+//	begin    compares: name key absent, collection as read (ACTIVE), request
+//	         token absent
+//	         puts: name key, record PENDING, pending key under a lease of this
+//	         create alone, request token with the id
+//	commit   compares: record as written by begin, pending key the very one of
+//	         begin (by its create revision)
+//	         puts: record COMMITTED with the digest of the metadata, generation,
+//	         result under the request token; deletes: pending key
+//	give up  compares: record as read (PENDING)
+//	         puts: record DELETING, result; deletes: name key, pending key
+//	reap     as give up; compares besides: no pending key, leader's election key
+//	drop     compares: record as read (COMMITTED), nothing under its pins
+//	         puts: record DELETING; deletes: name key
+//	clean    (all objects are deleted) compares: record as read, leader's
+//	         election key; deletes: record
+//
+// Between begin and commit the collection is captured at one revision, at or
+// after that of begin, and the manifests are written, the metadata last. No
+// file needs to be looked at: what is reclaimed leaves the catalog before its
+// first delete, and nothing is reclaimed while there is a pending key.
+//
+// # Failures
+//
+//	begin: no answer        the record is read back. There: go on. Not there:
+//	                        the lease is revoked, after which begin cannot
+//	                        happen any more unless it has; UNAVAILABLE
+//	capture: compacted      it starts again at a newer revision, three times in
+//	                        all, under file names that were not used yet
+//	object write: no answer the object is read back; equal bytes are ours
+//	commit: no answer       the record is read back. COMMITTED: done. PENDING:
+//	                        give up, which makes the commit impossible, and only
+//	                        then say that it failed. No answer: UNAVAILABLE, the
+//	                        lease runs out, the leader reaps or finds COMMITTED
+//	creator dies, freezes   its lease runs out, the leader reaps. When it wakes
+//	                        up, commit fails on the pending key; objects that it
+//	                        writes late lie under an id that has no record
+//	creator is slow         it renews its lease each time that it advances, up
+//	                        to the create timeout, and is left alone
+//	cleaner dies            another leader goes on; deletes are harmless when
+//	                        repeated, and the record goes last
+//	old leader wakes up     its writes fail on the election key; its deletes are
+//	                        of snapshots that are DELETING for good
+package manager
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/store/cluster"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/meta/election"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// MaxRecordBytes is the largest record of a snapshot.
+const MaxRecordBytes = 16 << 10
+
+// maxAttempts bounds how often a small change is decided anew when its
+// premises changed.
+const maxAttempts = 16
+
+// Options are what a Manager needs.
+type Options struct {
+	KV            meta.KV
+	Catalog       *catalog.Catalog
+	Cluster       cluster.Cluster
+	Stores        map[string]object.Store // by alias
+	SnapshotStore string                  // alias of the store for snapshots' own objects
+	Requests      *request.Leases
+	Replica       string // name of this process, for people
+	Release       string // of this program
+	Now           func() time.Time
+	Rand          io.Reader
+	Log           *zap.Logger
+	CreateTimeout time.Duration // of a create as a whole; default 10 min
+	LeaseTTL      time.Duration // of a create that does not advance; default 60 s
+	LeaderTTL     time.Duration // default 10 s
+	CleanInterval time.Duration // between passes of the cleaner that nothing woke; default 1 min
+	MaxCreates    int           // at once; default 16
+}
+
+// Manager manages snapshots. It is safe for concurrent use. Creates and all
+// background work happen inside Run.
+type Manager struct {
+	o       Options
+	kv      meta.KV
+	catalog *catalog.Catalog
+	store   object.Store
+	log     *zap.Logger
+
+	view     *view
+	elect    *election.Election
+	clean    *cleaner
+	starting chan *creation
+	running  chan struct{} // closed when Run begins
+	stopped  chan struct{} // closed when Run ends
+
+	leading   atomic.Bool
+	creates   atomic.Int64
+	manifests manifestCache
+}
+
+// New returns a Manager. It does nothing until Run.
+func New(o Options) (*Manager, error) {
+	if o.CreateTimeout == 0 {
+		o.CreateTimeout = 10 * time.Minute
+	}
+	if o.LeaseTTL == 0 {
+		o.LeaseTTL = time.Minute
+	}
+	if o.LeaderTTL == 0 {
+		o.LeaderTTL = 10 * time.Second
+	}
+	if o.CleanInterval == 0 {
+		o.CleanInterval = time.Minute
+	}
+	if o.MaxCreates == 0 {
+		o.MaxCreates = 16
+	}
+	store, ok := o.Stores[o.SnapshotStore]
+	if !ok {
+		return nil, fmt.Errorf("no object store %q is configured for snapshots", o.SnapshotStore)
+	}
+	m := &Manager{
+		o: o, kv: o.KV, catalog: o.Catalog, store: store, log: o.Log,
+		starting: make(chan *creation), running: make(chan struct{}), stopped: make(chan struct{}),
+	}
+	m.clean = newCleaner(m)
+	m.view = newView(m.kv, m.log, m.clean.Wake)
+	m.elect = election.New(election.Options{KV: o.KV, Key: keys.Leader, Name: o.Replica, TTL: o.LeaderTTL, Log: o.Log})
+	return m, nil
+}
+
+// Run does the background work, and the creates that Create hands to it, until
+// ctx ends. It must be called once. It returns nil when ctx ended.
+func (m *Manager) Run(ctx context.Context) error {
+	close(m.running)
+	defer close(m.stopped)
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return m.view.run(ctx) })
+	group.Go(func() error {
+		return m.elect.Run(ctx, func(ctx context.Context, term election.Term) error {
+			m.leading.Store(true)
+			defer m.leading.Store(false)
+			m.log.Info("leading", zap.String("replica", m.o.Replica), zap.Int64("term", term.Create))
+			err := m.clean.Run(ctx, term)
+			m.log.Info("not leading any more", zap.String("replica", m.o.Replica), zap.Int64("term", term.Create))
+			return err
+		})
+	})
+	for range m.o.MaxCreates {
+		group.Go(func() error {
+			for {
+				select {
+				case <-ctx.Done():
+					return nil
+				case c := <-m.starting:
+					m.creates.Add(1)
+					m.create(ctx, c)
+					m.creates.Add(-1)
+				}
+			}
+		})
+	}
+	err := group.Wait()
+	if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)) {
+		return nil
+	}
+	return err
+}
+
+// Stats is what a replica is doing.
+type Stats struct {
+	Snapshots  map[State]int
+	Leading    bool
+	Creates    int // in flight here
+	Unreadable int // snapshot records that this release cannot read
+	ClockSkew  time.Duration
+}
+
+// Stats returns what this replica is doing, from its cache.
+func (m *Manager) Stats() Stats {
+	s := Stats{Leading: m.leading.Load(), Creates: int(m.creates.Load()), ClockSkew: m.clean.skew()}
+	s.Snapshots, s.Unreadable = m.view.count()
+	return s
+}
+
+// Leader returns the name of the replica that leads, empty while none does.
+func (m *Manager) Leader(ctx context.Context) (string, error) {
+	kv, found, _, err := m.kv.Get(ctx, keys.Leader)
+	if err != nil || !found {
+		return "", err
+	}
+	return string(kv.Value), nil
+}
+
+// scope is what a snapshot's name is unique within, as name keys have it.
+func (m *Manager) scope(collection int64) int64 {
+	if m.o.Cluster.NameScope == cluster.ScopeCollection {
+		return collection
+	}
+	return 0
+}
+
+// newOp makes the id of an operation, which every record carries that it
+// writes.
+func (m *Manager) newOp() (string, error) {
+	b := make([]byte, 12)
+	if _, err := io.ReadFull(m.o.Rand, b); err != nil {
+		return "", fmt.Errorf("make an operation id: %w", err)
+	}
+	return hex.EncodeToString(b), nil
+}
+
+// read returns the record of a snapshot by id, nil when there is none.
+func (m *Manager) read(ctx context.Context, id int64) (*Snapshot, error) {
+	kv, found, _, err := m.kv.Get(ctx, keys.Snapshot(id))
+	if err != nil {
+		return nil, fmt.Errorf("read snapshot %d: %w", id, err)
+	}
+	if !found {
+		return nil, nil //nolint:nilnil // there is none
+	}
+	return decode(kv)
+}
+
+// resolve returns the id that ref stands for, ErrSnapshotNotFound if none.
+func (m *Manager) resolve(ctx context.Context, ref Ref) (int64, error) {
+	if ref.ID > 0 {
+		return ref.ID, nil
+	}
+	if err := catalog.CheckName("snapshot.name", ref.Name); err != nil {
+		return 0, err
+	}
+	scope := int64(0)
+	if m.o.Cluster.NameScope == cluster.ScopeCollection {
+		if ref.Collection == (catalog.Ref{}) {
+			return 0, &catalog.InvalidError{
+				Field:   "snapshot.collection",
+				Problem: "snapshot names are unique per collection here: say which collection, or give the snapshot's id",
+			}
+		}
+		var err error
+		if scope, err = m.catalog.Resolve(ctx, ref.Collection); err != nil {
+			return 0, err
+		}
+	}
+	kv, found, _, err := m.kv.Get(ctx, keys.SnapshotName(scope, ref.Name))
+	if err != nil {
+		return 0, fmt.Errorf("read snapshot %s: %w", ref, err)
+	}
+	if !found {
+		return 0, fmt.Errorf("%w: %q; see ListSnapshots for those there are", ErrSnapshotNotFound, ref.Name)
+	}
+	rec := &storagev1.Name{}
+	if err := record.Decode(kv, rec); err != nil {
+		return 0, err
+	}
+	return rec.GetId(), nil
+}
+
+// Get returns a snapshot's record, whatever its state. By name it is
+// ErrSnapshotNotFound when there is none; by id ErrExpiredOrDropped when the id
+// was handed out, else ErrNeverExisted.
+func (m *Manager) Get(ctx context.Context, ref Ref) (*Snapshot, error) {
+	id, err := m.resolve(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	s, err := m.read(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	if s == nil {
+		_, ok, err := m.catalog.HandedOut(ctx, id)
+		switch {
+		case err != nil:
+			return nil, err
+		case ok:
+			return nil, fmt.Errorf("%w: %s", ErrExpiredOrDropped, ref)
+		}
+		return nil, fmt.Errorf("%w: %s", ErrNeverExisted, ref)
+	}
+	if ref.Collection != (catalog.Ref{}) {
+		collection, err := m.catalog.Resolve(ctx, ref.Collection)
+		if err != nil {
+			return nil, err
+		}
+		if collection != s.Collection {
+			return nil, fmt.Errorf("%w: %s is not of collection %s but of %s/%s (%d)", ErrSnapshotNotFound, ref, ref.Collection,
+				s.DB, s.CollectionName, s.Collection)
+		}
+	}
+	return s, nil
+}
+
+// committed returns a snapshot that must be COMMITTED.
+func (m *Manager) committed(ctx context.Context, ref Ref) (*Snapshot, error) {
+	s, err := m.Get(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	if s.State != Committed {
+		return nil, fmt.Errorf("%w: %s is %v", ErrSnapshotNotCommitted, s, s.State)
+	}
+	return s, nil
+}
+
+// List returns up to limit snapshots that pass the filter, newest commit first,
+// from the first behind after on, and whether there are more. It shows
+// everything that was committed before the call.
+func (m *Manager) List(ctx context.Context, f Filter, after Place, limit int) (list []*Snapshot, more bool, err error) {
+	if len(f.States) == 0 {
+		f.States = []State{Committed}
+	}
+	if f.Collection != (catalog.Ref{}) {
+		if f.Collection.ID, err = m.catalog.Resolve(ctx, f.Collection); err != nil {
+			return nil, false, err
+		}
+	}
+	if err := m.view.sync(ctx); err != nil {
+		return nil, false, fmt.Errorf("list snapshots: %w", err)
+	}
+	list, more = m.view.list(&f, after, limit)
+	return list, more, nil
+}
+
+// Update changes a committed snapshot's description, labels or expiry.
+func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec UpdateSpec) (*Snapshot, error) {
+	if spec.Labels != nil {
+		if err := checkLabels(*spec.Labels); err != nil {
+			return nil, err
+		}
+	}
+	for attempt := range maxAttempts {
+		if err := pause(ctx, attempt); err != nil {
+			return nil, err
+		}
+		if known, err := request.Find(ctx, m.kv, tok); err != nil {
+			return nil, err
+		} else if known != nil {
+			return decode(meta.KeyValue{Key: keys.Snapshot(known.ID), Value: known.Result, ModRevision: known.Revision})
+		}
+		s, err := m.committed(ctx, ref)
+		if err != nil {
+			return nil, err
+		}
+		if spec.Revision > 0 && spec.Revision != s.Revision {
+			return nil, fmt.Errorf("%w: %s is at revision %d, not %d; read it again", ErrRevisionChanged, s, s.Revision, spec.Revision)
+		}
+		op, err := m.newOp()
+		if err != nil {
+			return nil, err
+		}
+		next := *s
+		next.commitRev = s.Order
+		if spec.Description != nil {
+			next.Description = *spec.Description
+		}
+		if spec.Labels != nil {
+			next.Labels = *spec.Labels
+		}
+		if spec.ExpireTime != nil {
+			next.ExpireTime = *spec.ExpireTime
+		}
+		value := encode(&next, op)
+		if err := checkRecordSize(value); err != nil {
+			return nil, err
+		}
+		won, revision, err := m.commitWith(ctx, tok, s.ID, value, meta.Txn{
+			If:   []meta.Cond{meta.Unchanged(keys.Snapshot(s.ID), s.Revision)},
+			Then: []meta.Op{meta.Put(keys.Snapshot(s.ID), value)},
+		})
+		if err != nil {
+			return nil, fmt.Errorf("update snapshot %s: %w", s, err)
+		}
+		if won {
+			next.Revision = revision
+			return &next, nil
+		}
+	}
+	return nil, fmt.Errorf("update snapshot %s: %w", ref, catalog.ErrConflict)
+}
+
+// Drop drops a snapshot: when it returns, the name is free and the snapshot
+// protects nothing; its own objects go in the background. It returns the id, or
+// 0 when there is no such snapshot, which is success.
+func (m *Manager) Drop(ctx context.Context, tok request.Token, ref Ref, expected int64) (int64, error) {
+	for attempt := range maxAttempts {
+		if err := pause(ctx, attempt); err != nil {
+			return 0, err
+		}
+		if known, err := request.Find(ctx, m.kv, tok); err != nil {
+			return 0, err
+		} else if known != nil {
+			return known.ID, nil
+		}
+		s, err := m.Get(ctx, ref)
+		if errors.Is(err, ErrSnapshotNotFound) || errors.Is(err, ErrExpiredOrDropped) || errors.Is(err, ErrNeverExisted) {
+			s, err = nil, nil
+		}
+		if err != nil {
+			return 0, fmt.Errorf("drop snapshot %s: %w", ref, err)
+		}
+		txn, id := meta.Txn{}, int64(0)
+		if s != nil {
+			if expected > 0 && expected != s.ID {
+				return 0, fmt.Errorf("drop snapshot %s: %w: it is %d, not %d", ref, ErrSnapshotMismatch, s.ID, expected)
+			}
+			id = s.ID
+			switch s.State {
+			case Pending:
+				return 0, fmt.Errorf("drop snapshot %s: %w, since %s; wait for it to end", s, ErrSnapshotPending,
+					s.CreateTime.Format(time.RFC3339))
+			case Committed:
+				if err := m.checkPins(ctx, s); err != nil {
+					return 0, fmt.Errorf("drop snapshot %s: %w", s, err)
+				}
+				if txn, err = m.dropTxn(s); err != nil {
+					return 0, err
+				}
+			case Deleting: // it is dropped already
+			}
+		}
+		if len(txn.Then) == 0 && !tok.Given() {
+			return id, nil
+		}
+		won, _, err := m.commitWith(ctx, tok, id, nil, txn)
+		if err != nil {
+			return 0, fmt.Errorf("drop snapshot %s: %w", ref, err)
+		}
+		if won {
+			if len(txn.Then) > 0 {
+				m.log.Info("snapshot dropped", zap.Int64("snapshot", id), zap.String("name", s.Name))
+			}
+			return id, nil
+		}
+	}
+	return 0, fmt.Errorf("drop snapshot %s: %w", ref, catalog.ErrConflict)
+}
+
+// dropTxn is the transaction that drops a committed snapshot.
+func (m *Manager) dropTxn(s *Snapshot) (meta.Txn, error) {
+	op, err := m.newOp()
+	if err != nil {
+		return meta.Txn{}, err
+	}
+	from, to := meta.Prefix(keys.PinPrefix(s.ID))
+	return meta.Txn{
+		If: []meta.Cond{meta.Unchanged(keys.Snapshot(s.ID), s.Revision), meta.RangeAbsent(from, to)},
+		Then: []meta.Op{
+			meta.Put(keys.Snapshot(s.ID), encode(s.moved(Deleting, ""), op)),
+			meta.Delete(keys.SnapshotName(m.scope(s.Collection), s.Name)),
+		},
+	}, nil
+}
+
+// checkPins says who keeps a snapshot from being dropped. The transaction that
+// drops it compares the same again.
+func (m *Manager) checkPins(ctx context.Context, s *Snapshot) error {
+	from, to := meta.Prefix(keys.PinPrefix(s.ID))
+	res, err := m.kv.Range(ctx, meta.Range{From: from, To: to, KeysOnly: true, Limit: 5})
+	if err != nil {
+		return err
+	}
+	if len(res.KVs) == 0 {
+		return nil
+	}
+	var pins []string
+	for _, kv := range res.KVs {
+		pins = append(pins, kv.Key[len(from):])
+	}
+	if res.More {
+		pins = append(pins, "and more")
+	}
+	return fmt.Errorf("%w by %v; remove the pins first", ErrSnapshotPinned, pins)
+}
+
+// commitWith carries out a transaction that ends an operation, with the result
+// under the operation's token. It says whether the compares held.
+func (m *Manager) commitWith(ctx context.Context, tok request.Token, id int64, result []byte, txn meta.Txn) (won bool, revision int64, err error) {
+	var lease meta.LeaseID
+	if tok.Given() {
+		if lease, err = m.o.Requests.Get(ctx); err != nil {
+			return false, 0, err
+		}
+		txn.If = append(txn.If, tok.Absent()...)
+		txn.Then = append(txn.Then, tok.End(lease, id, result)...)
+	}
+	res, err := m.kv.Txn(ctx, txn)
+	if errors.Is(err, meta.ErrLeaseNotFound) {
+		m.o.Requests.Forget(ctx, lease)
+		return false, 0, nil
+	}
+	return res.Succeeded, res.Revision, err
+}
+
+func checkLabels(labels map[string]string) error {
+	size := 0
+	for k, v := range labels {
+		size += len(k) + len(v)
+	}
+	if size > 4096 {
+		return &catalog.InvalidError{Field: "labels", Problem: fmt.Sprintf("%d bytes in all, at most 4096", size)}
+	}
+	return nil
+}
+
+func checkRecordSize(value []byte) error {
+	if len(value) > MaxRecordBytes {
+		return fmt.Errorf("%w: the snapshot's record takes %d bytes, at most %d; use fewer labels or a shorter description",
+			catalog.ErrLimitExceeded, len(value), MaxRecordBytes)
+	}
+	return nil
+}
+
+// pause waits a little before attempt, unless that is the first.
+func pause(ctx context.Context, attempt int) error {
+	if attempt == 0 {
+		return ctx.Err()
+	}
+	timer := time.NewTimer(time.Duration(attempt) * 2 * time.Millisecond)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
+}

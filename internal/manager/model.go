@@ -1,0 +1,308 @@
+package manager
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// Errors that callers tell apart; each is wrapped with what it is about.
+var (
+	ErrSnapshotNotFound     = errors.New("snapshot not found")
+	ErrNeverExisted         = errors.New("no snapshot ever had this id")
+	ErrExpiredOrDropped     = errors.New("snapshot expired or was dropped")
+	ErrSnapshotExists       = errors.New("snapshot exists")
+	ErrSnapshotPending      = errors.New("snapshot is being created")
+	ErrSnapshotPinned       = errors.New("snapshot is pinned")
+	ErrSnapshotMismatch     = errors.New("another snapshot has this name")
+	ErrSnapshotNotCommitted = errors.New("snapshot not committed")
+	ErrSnapshotCorrupt      = errors.New("snapshot corrupt")
+	ErrRevisionChanged      = errors.New("snapshot changed")
+	ErrCutNotReached        = errors.New("cut not reached")
+	ErrCheckpointMissing    = errors.New("checkpoint missing")
+	ErrNotExact             = errors.New("segments straddle the cut")
+	ErrFileMissing          = errors.New("file missing or altered")
+	ErrCatalogCompacted     = errors.New("catalog revision compacted")
+	ErrCreateAborted        = errors.New("create aborted")
+	ErrStopping             = errors.New("this replica is stopping")
+	ErrOverloaded           = errors.New("too many creates at once")
+	ErrEventsCompacted      = errors.New("events compacted")
+)
+
+// State is where a snapshot is in its life. Stored: append only.
+type State int
+
+// The states. See the package comment for the moves between them.
+const (
+	Pending State = iota + 1
+	Committed
+	Deleting
+)
+
+func (s State) String() string {
+	switch s {
+	case Pending:
+		return "PENDING"
+	case Committed:
+		return "COMMITTED"
+	case Deleting:
+		return "DELETING"
+	}
+	return "UNKNOWN"
+}
+
+// moves holds every legal change of state. DELETING ends in the removal of the
+// record.
+var moves = map[State][]State{
+	Pending:   {Committed, Deleting},
+	Committed: {Deleting},
+}
+
+// Cut is where a snapshot cuts a channel: rows before Timestamp are in it.
+type Cut struct {
+	Shard     int
+	Channel   string
+	Timestamp segment.Timestamp
+}
+
+// Snapshot is a snapshot's record.
+type Snapshot struct {
+	ID              int64
+	Name            string
+	Collection      int64
+	DB              string // of the collection, at the capture
+	CollectionName  string // at the capture
+	State           State
+	Description     string
+	Labels          map[string]string
+	CreateTime      time.Time
+	CommitTime      time.Time // zero before
+	ExpireTime      time.Time // zero: never
+	TTL             time.Duration
+	Cuts            []Cut // in shard order, once committed
+	CatalogRevision int64
+	Partitions      []int64 // ascending
+	Totals          segment.Totals
+	Metadata        manifest.Digest // of metadata.json
+	ManifestBytes   int64           // of all its own objects
+	Reason          string          // why its creation was given up
+	Store           string          // alias of the store of its own objects
+	Deadline        time.Time       // after which its creation is given up
+	Revision        int64           // of the record
+	// Order is the revision of the commit, or before it that of the first
+	// transaction. With the id it orders all snapshots.
+	Order int64
+
+	requestKey string
+	op         string
+	commitRev  int64 // stored; 0: that of the record
+}
+
+func (s *Snapshot) String() string { return fmt.Sprintf("%s (%d)", s.Name, s.ID) }
+
+// Ref points at a snapshot: by ID if that is positive, else by name.
+// Collection, unless it is zero, must be the snapshot's, and is needed with a
+// name where names are unique per collection.
+type Ref struct {
+	ID         int64
+	Name       string
+	Collection catalog.Ref
+}
+
+func (r Ref) String() string {
+	if r.ID > 0 {
+		return fmt.Sprintf("%d", r.ID)
+	}
+	return r.Name
+}
+
+func encode(s *Snapshot, op string) []byte {
+	rec := &storagev1.Snapshot{
+		Format: record.Format, Name: s.Name, CollectionId: s.Collection, Db: s.DB, CollectionName: s.CollectionName,
+		State: uint32(s.State), Description: s.Description, Labels: s.Labels,
+		CreateTime: unixNano(s.CreateTime), CommitTime: unixNano(s.CommitTime), ExpireTime: unixNano(s.ExpireTime),
+		Ttl: int64(s.TTL), CatalogRevision: s.CatalogRevision, Partitions: s.Partitions,
+		Totals: &storagev1.Totals{
+			Segments: s.Totals.Segments, Rows: s.Totals.Rows, Files: s.Totals.Files, Bytes: s.Totals.Bytes,
+			Builds: s.Totals.Builds, Straddling: s.Totals.Straddling,
+		},
+		MetadataLength: s.Metadata.Length, ManifestBytes: s.ManifestBytes,
+		CommitRevision: s.commitRev, RequestKey: s.requestKey, Op: op, Reason: s.Reason, Store: s.Store,
+		Deadline: unixNano(s.Deadline),
+	}
+	if s.Metadata.Length > 0 {
+		rec.MetadataSha256 = s.Metadata.SHA256[:]
+	}
+	for _, c := range s.Cuts {
+		rec.Cuts = append(rec.Cuts, &storagev1.Cut{Shard: uint32(c.Shard), Channel: c.Channel, Timestamp: uint64(c.Timestamp)})
+	}
+	return record.Encode(rec)
+}
+
+// decode reads a snapshot's record.
+func decode(kv meta.KeyValue) (*Snapshot, error) {
+	id, err := keys.LastID(kv.Key)
+	if err != nil {
+		return nil, err
+	}
+	rec := &storagev1.Snapshot{}
+	if err := record.Decode(kv, rec); err != nil {
+		return nil, err
+	}
+	t := rec.GetTotals()
+	s := &Snapshot{
+		ID: id, Name: rec.GetName(), Collection: rec.GetCollectionId(), DB: rec.GetDb(), CollectionName: rec.GetCollectionName(),
+		State: State(rec.GetState()), Description: rec.GetDescription(), Labels: rec.GetLabels(),
+		CreateTime: fromUnix(rec.GetCreateTime()), CommitTime: fromUnix(rec.GetCommitTime()), ExpireTime: fromUnix(rec.GetExpireTime()),
+		TTL: time.Duration(rec.GetTtl()), CatalogRevision: rec.GetCatalogRevision(), Partitions: rec.GetPartitions(),
+		Totals: segment.Totals{
+			Segments: t.GetSegments(), Rows: t.GetRows(), Files: t.GetFiles(), Bytes: t.GetBytes(),
+			Builds: t.GetBuilds(), Straddling: t.GetStraddling(),
+		},
+		Metadata: manifest.Digest{Length: rec.GetMetadataLength()}, ManifestBytes: rec.GetManifestBytes(),
+		Reason: rec.GetReason(), Store: rec.GetStore(), Deadline: fromUnix(rec.GetDeadline()),
+		Revision: kv.ModRevision, Order: rec.GetCommitRevision(),
+		requestKey: rec.GetRequestKey(), op: rec.GetOp(), commitRev: rec.GetCommitRevision(),
+	}
+	copy(s.Metadata.SHA256[:], rec.GetMetadataSha256())
+	for _, c := range rec.GetCuts() {
+		s.Cuts = append(s.Cuts, Cut{Shard: int(c.GetShard()), Channel: c.GetChannel(), Timestamp: segment.Timestamp(c.GetTimestamp())})
+	}
+	switch {
+	case s.Order != 0:
+	case s.State == Committed:
+		s.Order = kv.ModRevision
+	default:
+		s.Order = kv.CreateRevision
+	}
+	return s, nil
+}
+
+// moved returns a copy of s in another state, as the transaction that moves it
+// writes it. A move that is not legal is a mistake in this program.
+func (s *Snapshot) moved(to State, reason string) *Snapshot {
+	if !slices.Contains(moves[s.State], to) {
+		panic(fmt.Sprintf("manager: snapshot %d cannot move from %v to %v", s.ID, s.State, to))
+	}
+	next := *s
+	if s.State == Committed {
+		next.commitRev = s.Order
+	}
+	next.State, next.Reason = to, reason
+	return &next
+}
+
+func unixNano(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.UnixNano()
+}
+
+func fromUnix(ns int64) time.Time {
+	if ns == 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, ns).UTC()
+}
+
+// Filter says which snapshots to list. Zero fields do not filter, but no States
+// means COMMITTED ones only.
+type Filter struct {
+	Collection catalog.Ref // an id may be that of a dropped collection
+	DB         string
+	Partition  int64
+	Labels     map[string]string
+	States     []State
+	NamePrefix string
+}
+
+// match says whether s passes the filter, whose Collection is already an id.
+func (f *Filter) match(s *Snapshot) bool {
+	return (f.Collection.ID == 0 || s.Collection == f.Collection.ID) &&
+		(f.DB == "" || s.DB == f.DB) &&
+		(f.Partition == 0 || slices.Contains(s.Partitions, f.Partition)) &&
+		strings.HasPrefix(s.Name, f.NamePrefix) &&
+		slices.Contains(f.States, s.State) &&
+		hasLabels(s.Labels, f.Labels)
+}
+
+func hasLabels(have, want map[string]string) bool {
+	for k, v := range maps.All(want) {
+		if got, ok := have[k]; !ok || got != v {
+			return false
+		}
+	}
+	return true
+}
+
+// Place is a place in the order of snapshots, newest first. The zero Place is
+// before the first.
+type Place struct {
+	Order, ID int64
+}
+
+// CreateSpec says what to create.
+type CreateSpec struct {
+	Collection   catalog.Ref
+	Name         string
+	Description  string
+	Labels       map[string]string
+	TTL          time.Duration // after the commit; 0 and no ExpireTime: never
+	ExpireTime   time.Time
+	MinCut       []catalog.Checkpoint // positions to wait for
+	RequireExact bool
+	Verify       bool
+	NoWait       bool // return the PENDING record as soon as it is durable
+}
+
+// UpdateSpec says what to change: the fields that are not nil.
+type UpdateSpec struct {
+	Description *string
+	Labels      *map[string]string
+	ExpireTime  *time.Time // the zero time: never
+	Revision    int64      // that the snapshot must have; 0: any
+}
+
+// Description is what a snapshot captured, but for its segments.
+type Description struct {
+	Snapshot *Snapshot
+	Metadata *manifest.Metadata
+	Prefix   string // of the snapshot's own objects in its store
+}
+
+// Segment is a segment as a snapshot holds it.
+type Segment struct {
+	Ordinal int64
+	segment.Segment
+}
+
+// ChangeType says what kind of change an event is.
+type ChangeType int
+
+// The kinds of change.
+const (
+	Created ChangeType = iota + 1
+	Updated
+	Deleted
+)
+
+// Event is a change of a collection or a snapshot; one of the two is set. Of
+// what is Deleted only the ids are known.
+type Event struct {
+	Type       ChangeType
+	Revision   int64
+	Collection *catalog.Collection
+	Snapshot   *Snapshot
+}

@@ -1,0 +1,176 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// Describe returns what a committed snapshot captured, but for its segments.
+func (m *Manager) Describe(ctx context.Context, ref Ref) (*Description, error) {
+	s, err := m.committed(ctx, ref)
+	if err != nil {
+		return nil, fmt.Errorf("describe snapshot %s: %w", ref, err)
+	}
+	md, err := m.metadata(ctx, s)
+	if err != nil {
+		return nil, fmt.Errorf("describe snapshot %s: %w", s, err)
+	}
+	return &Description{Snapshot: s, Metadata: md, Prefix: manifest.Dir(s.Collection, s.ID)}, nil
+}
+
+// metadata reads a snapshot's metadata and checks it against the record.
+func (m *Manager) metadata(ctx context.Context, s *Snapshot) (*manifest.Metadata, error) {
+	data, err := m.readOwn(ctx, s, manifest.MetadataName, s.Metadata)
+	if err != nil {
+		return nil, err
+	}
+	md, err := manifest.DecodeMetadata(data)
+	if errors.Is(err, manifest.ErrCorrupt) {
+		return nil, fmt.Errorf("%w: %w", ErrSnapshotCorrupt, err)
+	}
+	return md, err
+}
+
+// readOwn reads one of a snapshot's own objects, of the digest that it must
+// have: nothing is parsed that is not what was written.
+func (m *Manager) readOwn(ctx context.Context, s *Snapshot, name string, want manifest.Digest) ([]byte, error) {
+	store, ok := m.o.Stores[s.Store]
+	if !ok {
+		return nil, fmt.Errorf("%w: its objects lie in store %q, which is not configured here", ErrSnapshotCorrupt, s.Store)
+	}
+	key := manifest.Dir(s.Collection, s.ID) + name
+	data, err := readObject(ctx, store, key, want.Length)
+	if errors.Is(err, object.ErrNotFound) {
+		if now, readErr := m.read(ctx, s.ID); readErr == nil && (now == nil || now.State != Committed) {
+			return nil, fmt.Errorf("%w: %s", ErrExpiredOrDropped, s) // while we were reading
+		}
+		return nil, fmt.Errorf("%w: %s/%s is missing", ErrSnapshotCorrupt, s.Store, key)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := want.Check(data); err != nil {
+		return nil, fmt.Errorf("%w: %s/%s: %w", ErrSnapshotCorrupt, s.Store, key, err)
+	}
+	return data, nil
+}
+
+// Segments calls fn with a committed snapshot's segments in id order, from the
+// one with ordinal from on, until fn returns false. The memory that it takes is
+// bounded by one manifest.
+func (m *Manager) Segments(ctx context.Context, ref Ref, from int64, fn func(*Segment) bool) error {
+	s, err := m.committed(ctx, ref)
+	if err != nil {
+		return fmt.Errorf("segments of snapshot %s: %w", ref, err)
+	}
+	md, err := m.cachedMetadata(ctx, s)
+	if err != nil {
+		return fmt.Errorf("segments of snapshot %s: %w", s, err)
+	}
+	for i := range md.Manifests {
+		mf := &md.Manifests[i]
+		if mf.FirstOrdinal+mf.Segments <= from {
+			continue
+		}
+		more, err := m.manifestSegments(ctx, s, mf, max(0, from-mf.FirstOrdinal), fn)
+		if err != nil {
+			return fmt.Errorf("segments of snapshot %s: %w", s, err)
+		}
+		if !more {
+			return nil
+		}
+	}
+	return nil
+}
+
+func (m *Manager) manifestSegments(ctx context.Context, s *Snapshot, mf *manifest.File, skip int64, fn func(*Segment) bool) (more bool, err error) {
+	key := manifest.Dir(s.Collection, s.ID) + mf.File
+	data := m.manifests.get(key)
+	if data == nil {
+		if data, err = m.readOwn(ctx, s, mf.File, mf.Digest); err != nil {
+			return false, err
+		}
+		m.manifests.put(key, data)
+	}
+	r, err := manifest.Open(data)
+	if err == nil {
+		err = r.Skip(int(skip))
+	}
+	for n := mf.FirstOrdinal + skip; err == nil; n++ {
+		seg, nextErr := r.Next()
+		switch {
+		case errors.Is(nextErr, io.EOF):
+			return true, nil
+		case nextErr != nil:
+			err = nextErr
+		case !fn(&Segment{Ordinal: n, Segment: *seg}):
+			return false, nil
+		}
+	}
+	if errors.Is(err, manifest.ErrCorrupt) {
+		return false, fmt.Errorf("%w: %s: %w", ErrSnapshotCorrupt, key, err)
+	}
+	return false, err
+}
+
+// cachedMetadata is metadata for reads of many pages.
+func (m *Manager) cachedMetadata(ctx context.Context, s *Snapshot) (*manifest.Metadata, error) {
+	key := manifest.MetadataKey(s.Collection, s.ID)
+	if data := m.manifests.get(key); data != nil {
+		return manifest.DecodeMetadata(data)
+	}
+	data, err := m.readOwn(ctx, s, manifest.MetadataName, s.Metadata)
+	if err != nil {
+		return nil, err
+	}
+	m.manifests.put(key, data)
+	md, err := manifest.DecodeMetadata(data)
+	if errors.Is(err, manifest.ErrCorrupt) {
+		return nil, fmt.Errorf("%w: %w", ErrSnapshotCorrupt, err)
+	}
+	return md, err
+}
+
+// manifestCache keeps the last few files that were read and checked, so that
+// the pages of a manifest are one read of it. Their keys stand for one content.
+type manifestCache struct {
+	mu      sync.Mutex
+	entries []cachedFile // the latest last
+	size    int
+}
+
+type cachedFile struct {
+	key  string
+	data []byte
+}
+
+// maxCached bounds the cache in bytes.
+const maxCached = 32 << 20
+
+func (c *manifestCache) get(key string) []byte {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.entries {
+		if e.key == key {
+			return e.data
+		}
+	}
+	return nil
+}
+
+func (c *manifestCache) put(key string, data []byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.entries = append(c.entries, cachedFile{key, data})
+	c.size += len(data)
+	for c.size > maxCached {
+		c.size -= len(c.entries[0].data)
+		c.entries = c.entries[1:]
+	}
+}

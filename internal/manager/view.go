@@ -1,0 +1,198 @@
+package manager
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"sync"
+
+	"go.uber.org/zap"
+
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/meta/follow"
+)
+
+// pendingKeys is where creates show that they live.
+const pendingKeys = "/snapshot/pending/"
+
+// view is every snapshot's record in memory, in list order, kept current by a
+// watch. It serves lists, and tells the cleaner what to look at; what is then
+// done is decided by the compares of a transaction.
+type view struct {
+	follower *follow.Follower
+	log      *zap.Logger
+	changed  func() // called after each change that may give the cleaner work
+
+	mu         sync.RWMutex
+	byID       map[int64]*Snapshot
+	ordered    []*Snapshot      // newest first
+	alive      map[string]int64 // pending keys, with their create revisions
+	unreadable map[string]bool  // keys of records that this release cannot read
+}
+
+func newView(kv meta.KV, log *zap.Logger, changed func()) *view {
+	v := &view{log: log, changed: changed}
+	v.Reset(nil, 0)
+	from, to := meta.Prefix("/snapshot/")
+	v.follower = follow.New(follow.Options{KV: kv, From: from, To: to, Handler: v, Log: log})
+	return v
+}
+
+func (v *view) run(ctx context.Context) error { return v.follower.Run(ctx) }
+
+// sync waits until the view shows all that was written before the call.
+func (v *view) sync(ctx context.Context) error {
+	_, err := v.follower.Sync(ctx)
+	return err
+}
+
+// Reset implements follow.Handler.
+func (v *view) Reset(kvs []meta.KeyValue, _ int64) {
+	v.mu.Lock()
+	v.byID, v.ordered = map[int64]*Snapshot{}, nil
+	v.alive, v.unreadable = map[string]int64{}, map[string]bool{}
+	for _, kv := range kvs {
+		switch {
+		case strings.HasPrefix(kv.Key, keys.SnapshotPrefix):
+			if s := v.decode(kv); s != nil {
+				v.byID[s.ID] = s
+				v.ordered = append(v.ordered, s)
+			}
+		case strings.HasPrefix(kv.Key, pendingKeys):
+			v.alive[kv.Key] = kv.CreateRevision
+		}
+	}
+	slices.SortFunc(v.ordered, newestFirst)
+	v.mu.Unlock()
+	v.changed()
+}
+
+// Apply implements follow.Handler.
+func (v *view) Apply(events []meta.Event, _ int64) {
+	v.mu.Lock()
+	for _, e := range events {
+		switch {
+		case strings.HasPrefix(e.KV.Key, keys.SnapshotPrefix):
+			v.apply(e)
+		case strings.HasPrefix(e.KV.Key, pendingKeys):
+			if e.Deleted {
+				delete(v.alive, e.KV.Key)
+			} else {
+				v.alive[e.KV.Key] = e.KV.CreateRevision
+			}
+		}
+	}
+	v.mu.Unlock()
+	if len(events) > 0 {
+		v.changed()
+	}
+}
+
+func (v *view) apply(e meta.Event) {
+	delete(v.unreadable, e.KV.Key)
+	id, err := keys.LastID(e.KV.Key)
+	if err != nil {
+		return // not a record
+	}
+	if old := v.byID[id]; old != nil {
+		if i, ok := slices.BinarySearchFunc(v.ordered, old, newestFirst); ok {
+			v.ordered = slices.Delete(v.ordered, i, i+1)
+		}
+		delete(v.byID, id)
+	}
+	if e.Deleted {
+		return
+	}
+	if s := v.decode(e.KV); s != nil {
+		v.byID[id] = s
+		i, _ := slices.BinarySearchFunc(v.ordered, s, newestFirst)
+		v.ordered = slices.Insert(v.ordered, i, s)
+	}
+}
+
+// decode reads a record; one that this release cannot read is left alone, said
+// and counted.
+func (v *view) decode(kv meta.KeyValue) *Snapshot {
+	s, err := decode(kv)
+	if err != nil {
+		v.unreadable[kv.Key] = true
+		v.log.Error("snapshot record is left alone", zap.String("key", kv.Key), zap.Error(err))
+		return nil
+	}
+	return s
+}
+
+func newestFirst(a, b *Snapshot) int { return comparePlaces(b.place(), a.place()) }
+
+func (s *Snapshot) place() Place { return Place{Order: s.Order, ID: s.ID} }
+
+// comparePlaces orders places oldest first.
+func comparePlaces(a, b Place) int {
+	switch {
+	case a.Order != b.Order:
+		return int(min(max(a.Order-b.Order, -1), 1))
+	default:
+		return int(min(max(a.ID-b.ID, -1), 1))
+	}
+}
+
+// list returns up to limit snapshots that match, behind after. What it returns
+// is shared and must not be changed.
+func (v *view) list(f *Filter, after Place, limit int) (list []*Snapshot, more bool) {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	start := 0
+	if after != (Place{}) {
+		start, _ = slices.BinarySearchFunc(v.ordered, after, func(s *Snapshot, after Place) int {
+			if comparePlaces(s.place(), after) >= 0 {
+				return -1 // newer, or the last one of the page before
+			}
+			return 1
+		})
+	}
+	for _, s := range v.ordered[start:] {
+		if !f.match(s) {
+			continue
+		}
+		if len(list) == limit {
+			return list, true
+		}
+		list = append(list, s)
+	}
+	return list, false
+}
+
+// count returns the number of snapshots by state, and of unreadable records.
+func (v *view) count() (states map[State]int, unreadable int) {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	states = map[State]int{Pending: 0, Committed: 0, Deleting: 0}
+	for _, s := range v.ordered {
+		states[s.State]++
+	}
+	return states, len(v.unreadable)
+}
+
+// work returns the snapshots that the cleaner has to look at: those that are
+// being deleted, those that are PENDING without a pending key, and those that
+// expire; and when the next one of these does, in Unix nanoseconds, 0 never.
+func (v *view) work() (deleting, dead, expiring []*Snapshot) {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	for _, s := range v.ordered {
+		switch s.State {
+		case Deleting:
+			deleting = append(deleting, s)
+		case Pending:
+			if _, alive := v.alive[keys.Pending(s.Collection, s.ID)]; !alive {
+				dead = append(dead, s)
+			}
+		case Committed:
+			if !s.ExpireTime.IsZero() {
+				expiring = append(expiring, s)
+			}
+		}
+	}
+	return deleting, dead, expiring
+}

@@ -1,0 +1,92 @@
+// Package cluster holds what a cluster decides once, at its first start.
+package cluster
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// NameScope is within what snapshot names are unique. Stored: append only.
+type NameScope int
+
+// The name scopes.
+const (
+	ScopeCluster    NameScope = iota + 1 // in the cluster, the default
+	ScopeCollection                      // per collection
+)
+
+func (s NameScope) String() string {
+	if s == ScopeCollection {
+		return "collection"
+	}
+	return "cluster"
+}
+
+// ErrNameScope means that the cluster was started with another name scope.
+var ErrNameScope = errors.New("name scope cannot be changed")
+
+// Cluster is what all replicas share.
+type Cluster struct {
+	ID        string
+	NameScope NameScope
+	TokenKey  []byte // authenticates page and resume tokens; never shown
+}
+
+// Options are what Open needs.
+type Options struct {
+	NameScope NameScope // default ScopeCluster
+	Release   string    // of this program
+	Now       func() time.Time
+	Rand      io.Reader
+}
+
+// Open reads the cluster's record and makes it at the first start. Of several
+// replicas that start at once one makes it and all read the same. A name scope
+// other than the recorded one is ErrNameScope.
+func Open(ctx context.Context, kv meta.KV, o Options) (Cluster, error) {
+	if o.NameScope == 0 {
+		o.NameScope = ScopeCluster
+	}
+	secret := make([]byte, 48)
+	if _, err := io.ReadFull(o.Rand, secret); err != nil {
+		return Cluster{}, fmt.Errorf("make a cluster id: %w", err)
+	}
+	fresh := &storagev1.Cluster{
+		Format:        record.Format,
+		ClusterId:     hex.EncodeToString(secret[:16]),
+		NameScope:     uint32(o.NameScope),
+		CreateTime:    o.Now().UnixNano(),
+		OldestRelease: o.Release,
+		TokenKey:      secret[16:],
+	}
+	res, err := kv.Txn(ctx, meta.Txn{
+		If:   []meta.Cond{meta.Absent(keys.Format)},
+		Then: []meta.Op{meta.Put(keys.Format, record.Encode(fresh))},
+		Else: []meta.Op{meta.Get(keys.Format)},
+	})
+	if err != nil {
+		return Cluster{}, fmt.Errorf("open cluster: %w", err)
+	}
+	rec := fresh
+	if !res.Succeeded {
+		rec = &storagev1.Cluster{}
+		if err := record.Decode(res.Ranges[0][0], rec); err != nil {
+			return Cluster{}, fmt.Errorf("open cluster: %w", err)
+		}
+	}
+	c := Cluster{ID: rec.GetClusterId(), NameScope: NameScope(rec.GetNameScope()), TokenKey: rec.GetTokenKey()}
+	if c.NameScope != o.NameScope {
+		return Cluster{}, fmt.Errorf("%w: cluster %s was started with name scope %q, the configuration says %q",
+			ErrNameScope, c.ID, c.NameScope, o.NameScope)
+	}
+	return c, nil
+}

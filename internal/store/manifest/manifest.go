@@ -1,0 +1,145 @@
+// Package manifest is the format of a snapshot in the object store. Its
+// functions turn values into the bytes of a file and back; they do no I/O.
+//
+// A snapshot is a directory:
+//
+//	snapshots/<collection>/<snapshot>/metadata.json     what was captured, and the list of the other files
+//	snapshots/<collection>/<snapshot>/manifest-<n>.avro  segments with their files, ascending by id
+//	snapshots/<collection>/<snapshot>/refs.avro          ids of everything referenced, quick to load
+//
+// Manifests and references are Avro object container files, zstd-compressed, so
+// that any Avro reader opens them; the schemas, segment.avsc and refs.avsc, are
+// in the files. The metadata is JSON.
+//
+// No file names a bucket, an endpoint or an absolute key: a path is relative to
+// a root, which the metadata maps to a store alias and a prefix. Each file is
+// known by its [Digest]: that of the metadata is kept in the commit record,
+// those of the others in the metadata. Equal values encode to equal bytes.
+//
+// # Reading
+//
+// Check the digest of a file before anything else here sees its bytes. The
+// decoders nevertheless take no input for good: each length is bounded by the
+// bytes that are there, each block by 64 MiB after decompression, a schema in
+// size and depth, and every count must come out exactly. What breaks a rule is
+// an error that wraps [ErrCorrupt].
+//
+// # Evolution
+//
+// [FormatVersion] is that of all files of a snapshot. A newer one is refused
+// with [ErrNewerFormat]; every older one stays readable, which the files below
+// testdata hold us to. Within a version fields may be added, and only with a
+// default: readers go by the schema in the file, and pass over what they do
+// not know.
+package manifest
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+)
+
+// FormatVersion is the newest format that this package reads and the one that
+// it writes.
+const FormatVersion = 1
+
+// ErrCorrupt means that bytes are not what snapshotd wrote.
+var ErrCorrupt = errors.New("corrupt snapshot file")
+
+// NewerFormatError says that a file has a format that this program is too old
+// for. It wraps [ErrNewerFormat].
+type NewerFormatError struct {
+	Found, Supported int
+}
+
+// ErrNewerFormat is wrapped by every [NewerFormatError].
+var ErrNewerFormat = errors.New("newer snapshot format")
+
+func (e *NewerFormatError) Error() string {
+	return fmt.Sprintf("snapshot has format version %d, this program reads up to %d: upgrade it", e.Found, e.Supported)
+}
+
+// Unwrap returns ErrNewerFormat.
+func (e *NewerFormatError) Unwrap() error { return ErrNewerFormat }
+
+// checkFormat says whether this program reads the format version v.
+func checkFormat(v int) error {
+	switch {
+	case v <= 0:
+		return fmt.Errorf("%w: format version %d", ErrCorrupt, v)
+	case v > FormatVersion:
+		return &NewerFormatError{Found: v, Supported: FormatVersion}
+	}
+	return nil
+}
+
+// The names of a snapshot's files, other than [ManifestName].
+const (
+	MetadataName = "metadata.json"
+	RefsName     = "refs.avro"
+)
+
+// ManifestName returns the name of the manifest of number n, counted from 0.
+func ManifestName(n int) string { //nolint:revive // like its siblings
+	return fmt.Sprintf("manifest-%d.avro", n)
+}
+
+// Dir returns the prefix, with a slash at its end, of all keys of a snapshot.
+func Dir(collection, snapshot int64) string {
+	return fmt.Sprintf("snapshots/%d/%d/", collection, snapshot)
+}
+
+// MetadataKey returns the key of a snapshot's metadata.
+func MetadataKey(collection, snapshot int64) string {
+	return Dir(collection, snapshot) + MetadataName
+}
+
+// ManifestKey returns the key of a snapshot's manifest of number n.
+func ManifestKey(collection, snapshot int64, n int) string { //nolint:revive // like its siblings
+	return Dir(collection, snapshot) + ManifestName(n)
+}
+
+// RefsKey returns the key of a snapshot's references.
+func RefsKey(collection, snapshot int64) string {
+	return Dir(collection, snapshot) + RefsName
+}
+
+// SHA256 is a SHA-256 sum. As text it is hexadecimal.
+type SHA256 [sha256.Size]byte
+
+func (h SHA256) String() string { return hex.EncodeToString(h[:]) }
+
+// MarshalText implements [encoding.TextMarshaler].
+func (h SHA256) MarshalText() ([]byte, error) { return []byte(h.String()), nil }
+
+// UnmarshalText implements [encoding.TextUnmarshaler].
+func (h *SHA256) UnmarshalText(text []byte) error {
+	if len(text) != 2*len(h) {
+		return fmt.Errorf("SHA-256 of %d digits", len(text))
+	}
+	_, err := hex.Decode(h[:], text)
+	return err
+}
+
+// Digest identifies the content of a file.
+type Digest struct {
+	Length int64  `json:"length"` // bytes
+	SHA256 SHA256 `json:"sha256"`
+}
+
+// Sum returns the digest of data.
+func Sum(data []byte) Digest {
+	return Digest{Length: int64(len(data)), SHA256: sha256.Sum256(data)}
+}
+
+// Check returns an error that wraps ErrCorrupt unless d is the digest of data.
+func (d Digest) Check(data []byte) error {
+	if int64(len(data)) != d.Length {
+		return fmt.Errorf("%w: %d bytes, want %d", ErrCorrupt, len(data), d.Length)
+	}
+	if sum := Sum(data).SHA256; sum != d.SHA256 {
+		return fmt.Errorf("%w: SHA-256 is %v, want %v", ErrCorrupt, sum, d.SHA256)
+	}
+	return nil
+}

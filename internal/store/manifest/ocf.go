@@ -1,0 +1,309 @@
+package manifest
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"fmt"
+	"runtime"
+	"strconv"
+	"sync"
+
+	"github.com/klauspost/compress/zstd"
+)
+
+// The framing of Avro object container files. hamba's own writes its header in
+// the order of a Go map, so that no two files are equal, and its reader
+// allocates what a block claims to need.
+//
+// The header's keys come in the order avro.codec, avro.schema,
+// snapshotd.format_version, snapshotd.records. The last is the number of
+// records in the file, so that a file cut off between two blocks is not taken
+// for a whole one. The sync marker, which other writers choose at random, is
+// the start of the SHA-256 of the header before it and the first block's
+// compressed data: equal input makes equal files, and the data cannot well hold
+// a hash of itself.
+const (
+	ocfMagic   = "Obj\x01"
+	ocfCodec   = "zstandard"
+	keyCodec   = "avro.codec"
+	keySchema  = "avro.schema"
+	keyFormat  = "snapshotd.format_version"
+	keyRecords = "snapshotd.records"
+
+	syncSize = 16
+
+	// maxBlockBytes bounds a block after decompression. A block has one record
+	// at least, so it bounds a record too.
+	maxBlockBytes = 64 << 20
+	// blockBytes and blockRecords are where a writer ends a block: before they
+	// are exceeded by bytes, or when they are reached by records.
+	blockBytes   = 1 << 20
+	blockRecords = 128
+
+	maxHeaderKeys   = 64
+	maxHeaderKey    = 256
+	maxHeaderSchema = 256 << 10
+)
+
+// Both are safe for concurrent use as long as only EncodeAll and DecodeAll are
+// called, and are made when first needed.
+var (
+	zstdEncoder = sync.OnceValue(func() *zstd.Encoder {
+		e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(runtime.GOMAXPROCS(0)))
+		if err != nil {
+			panic(err) // the options are constants
+		}
+		return e
+	})
+	zstdDecoder = sync.OnceValue(func() *zstd.Decoder {
+		d, err := zstd.NewReader(nil, zstd.WithDecoderMaxMemory(maxBlockBytes), zstd.WithDecoderConcurrency(0))
+		if err != nil {
+			panic(err) // the options are constants
+		}
+		return d
+	})
+)
+
+// containerWriter writes a container. Records are appended to raw by the
+// caller, who then calls added.
+type containerWriter struct {
+	raw        []byte // of the block being filled
+	records    int    // in raw
+	compressed []byte // scratch
+	out        []byte // the file; owned by whoever gets it from finish
+	header     int    // length of out without the first sync marker
+	sync       [syncSize]byte
+}
+
+var containerWriters = sync.Pool{New: func() any { return new(containerWriter) }}
+
+// newContainer begins a file of exactly that many records.
+func newContainer(schema string, records int) *containerWriter {
+	w := containerWriters.Get().(*containerWriter)
+	*w = containerWriter{raw: w.raw[:0], compressed: w.compressed[:0]}
+	w.out = append(w.out, ocfMagic...)
+	w.out = binary.AppendVarint(w.out, 4) // keys
+	for _, s := range []string{
+		keyCodec, ocfCodec,
+		keySchema, schema,
+		keyFormat, strconv.Itoa(FormatVersion),
+		keyRecords, strconv.Itoa(records),
+	} {
+		w.out = binary.AppendVarint(w.out, int64(len(s)))
+		w.out = append(w.out, s...)
+	}
+	w.out = append(w.out, 0) // end of the keys
+	w.header = len(w.out)
+	return w
+}
+
+// added says that raw has grown by one record, and began at start before.
+func (w *containerWriter) added(start int) error {
+	if n := len(w.raw) - start; n > maxBlockBytes {
+		return fmt.Errorf("record of %d bytes, at most %d", n, maxBlockBytes)
+	}
+	if len(w.raw) > blockBytes && w.records > 0 { // the record opens a block of its own
+		rest := w.raw[start:]
+		w.flush(w.raw[:start])
+		w.raw = append(w.raw[:0], rest...)
+	}
+	w.records++
+	if w.records == blockRecords || len(w.raw) >= blockBytes {
+		w.flush(w.raw)
+		w.raw = w.raw[:0]
+	}
+	return nil
+}
+
+func (w *containerWriter) flush(raw []byte) {
+	w.compressed = zstdEncoder().EncodeAll(raw, w.compressed[:0])
+	if len(w.out) == w.header {
+		w.begin(w.compressed)
+	}
+	w.out = binary.AppendVarint(w.out, int64(w.records))
+	w.out = binary.AppendVarint(w.out, int64(len(w.compressed)))
+	w.out = append(w.out, w.compressed...)
+	w.out = append(w.out, w.sync[:]...)
+	w.records = 0
+}
+
+// begin ends the header with the sync marker.
+func (w *containerWriter) begin(first []byte) {
+	h := sha256.New()
+	h.Write(w.out)
+	h.Write(first)
+	copy(w.sync[:], h.Sum(nil))
+	w.out = append(w.out, w.sync[:]...)
+}
+
+// finish returns the file. The writer must not be used again.
+func (w *containerWriter) finish() []byte {
+	if w.records > 0 {
+		w.flush(w.raw)
+	}
+	if len(w.out) == w.header {
+		w.begin(nil)
+	}
+	out := w.out
+	w.release()
+	return out
+}
+
+func (w *containerWriter) release() {
+	w.out = nil
+	if cap(w.raw) <= 4*blockBytes {
+		containerWriters.Put(w)
+	}
+}
+
+// container is a file whose framing has been checked.
+type container struct {
+	schema  string
+	records int
+	blocks  []block
+}
+
+// block is some records, compressed.
+type block struct {
+	records int
+	data    []byte
+}
+
+// openContainer checks the framing of data, from the first to the last byte,
+// and decompresses nothing. The result refers to data.
+func openContainer(data []byte) (*container, error) {
+	c := &cursor{rest: data}
+	if magic, ok := c.take(int64(len(ocfMagic))); !ok || string(magic) != ocfMagic {
+		return nil, fmt.Errorf("%w: not an Avro object container file", ErrCorrupt)
+	}
+	keys, err := readHeader(c)
+	if err != nil {
+		return nil, err
+	}
+	sync, ok := c.take(syncSize)
+	if !ok {
+		return nil, fmt.Errorf("%w: header ends early", ErrCorrupt)
+	}
+	f := &container{schema: keys[keySchema]}
+	version, err := strconv.Atoi(keys[keyFormat])
+	if err != nil {
+		return nil, fmt.Errorf("%w: format version %.20q", ErrCorrupt, keys[keyFormat])
+	}
+	if err := checkFormat(version); err != nil {
+		return nil, err
+	}
+	if codec := keys[keyCodec]; codec != ocfCodec {
+		return nil, fmt.Errorf("%w: codec %.20q, want %s", ErrCorrupt, codec, ocfCodec)
+	}
+	for len(c.rest) > 0 {
+		b, err := readBlock(c, sync)
+		if err != nil {
+			return nil, fmt.Errorf("block %d: %w", len(f.blocks), err)
+		}
+		f.blocks = append(f.blocks, b)
+		f.records += b.records
+	}
+	if declared, err := strconv.Atoi(keys[keyRecords]); err != nil || declared != f.records {
+		return nil, fmt.Errorf("%w: %d records, header says %.20q", ErrCorrupt, f.records, keys[keyRecords])
+	}
+	return f, nil
+}
+
+// readHeader reads the key-value map of the header. Avro allows it to come in
+// several parts, each with an optional size.
+func readHeader(c *cursor) (map[string]string, error) {
+	keys := make(map[string]string)
+	for {
+		count, ok := c.long()
+		if count == 0 && ok {
+			return keys, nil
+		}
+		if count < 0 && ok {
+			count = -count
+			_, ok = c.long() // bytes; what they hold is checked below
+		}
+		if !ok || count < 0 || count > int64(maxHeaderKeys-len(keys)) {
+			return nil, fmt.Errorf("%w: header of %d keys", ErrCorrupt, count)
+		}
+		for range count {
+			key, ok := c.sized(maxHeaderKey)
+			if !ok {
+				return nil, fmt.Errorf("%w: bad key in header", ErrCorrupt)
+			}
+			value, ok := c.sized(maxHeaderSchema)
+			if !ok {
+				return nil, fmt.Errorf("%w: bad value of %.40q in header", ErrCorrupt, key)
+			}
+			if _, ok := keys[string(key)]; ok {
+				return nil, fmt.Errorf("%w: %.40q twice in header", ErrCorrupt, key)
+			}
+			keys[string(key)] = string(value)
+		}
+	}
+}
+
+func readBlock(c *cursor, sync []byte) (block, error) {
+	records, ok := c.long()
+	// Some bound is needed for the sum. A record takes a byte when decompressed.
+	if !ok || records <= 0 || records > maxBlockBytes {
+		return block{}, fmt.Errorf("%w: %d records", ErrCorrupt, records)
+	}
+	data, ok := c.sized(maxBlockBytes)
+	if !ok {
+		return block{}, fmt.Errorf("%w: bad size", ErrCorrupt)
+	}
+	if marker, ok := c.take(syncSize); !ok || !bytes.Equal(marker, sync) {
+		return block{}, fmt.Errorf("%w: no sync marker at its end", ErrCorrupt)
+	}
+	return block{records: int(records), data: data}, nil
+}
+
+// decompress returns the block's records, in the memory of dst if they fit.
+func (b block) decompress(dst []byte) ([]byte, error) {
+	raw, err := zstdDecoder().DecodeAll(b.data, dst[:0])
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
+	}
+	if len(raw) < b.records {
+		return nil, fmt.Errorf("%w: %d records in %d bytes", ErrCorrupt, b.records, len(raw))
+	}
+	return raw, nil
+}
+
+// cursor reads Avro primitives. Its methods report whether there was one.
+type cursor struct {
+	rest []byte
+}
+
+func (c *cursor) take(n int64) ([]byte, bool) {
+	if n < 0 || n > int64(len(c.rest)) {
+		return nil, false
+	}
+	taken := c.rest[:n:n]
+	c.rest = c.rest[n:]
+	return taken, true
+}
+
+func (c *cursor) long() (int64, bool) {
+	if len(c.rest) > 0 && c.rest[0] < 0x80 { // most are small
+		b := c.rest[0]
+		c.rest = c.rest[1:]
+		return int64(b>>1) ^ -int64(b&1), true
+	}
+	v, n := binary.Varint(c.rest)
+	if n <= 0 {
+		return 0, false
+	}
+	c.rest = c.rest[n:]
+	return v, true
+}
+
+// sized reads a length of at most limit and that many bytes.
+func (c *cursor) sized(limit int64) ([]byte, bool) {
+	n, ok := c.long()
+	if !ok || n > limit {
+		return nil, false
+	}
+	return c.take(n)
+}

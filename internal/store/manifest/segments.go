@@ -1,0 +1,348 @@
+package manifest
+
+import (
+	"fmt"
+	"io"
+	"maps"
+	"math"
+	"slices"
+	"sync"
+
+	"github.com/hamba/avro/v2"
+
+	"github.com/snapshotd/snapshotd/internal/segment"
+)
+
+// The records of segment.avsc. Timestamps are reinterpreted, since Avro has no
+// unsigned number, and maps are arrays, since the order of an Avro map is
+// nobody's.
+
+type segmentRecord struct {
+	ID              int64             `avro:"id"`
+	Partition       int64             `avro:"partition"`
+	Channel         int32             `avro:"channel"`
+	Level           int32             `avro:"level"`
+	State           int32             `avro:"state"`
+	Rows            int64             `avro:"rows"`
+	Start           positionRecord    `avro:"start"`
+	DML             positionRecord    `avro:"dml"`
+	StorageVersion  int64             `avro:"storage_version"`
+	Sorted          bool              `avro:"sorted"`
+	CommitTimestamp int64             `avro:"commit_timestamp"`
+	RowCeiling      int64             `avro:"row_ceiling_timestamp"`
+	Files           []fileRecord      `avro:"files"`
+	Builds          []buildRecord     `avro:"builds"`
+	EngineData      []byte            `avro:"engine_data"`
+	Attributes      []attributeRecord `avro:"attributes"`
+}
+
+type positionRecord struct {
+	Timestamp int64  `avro:"timestamp"`
+	Opaque    []byte `avro:"opaque"`
+}
+
+type fileRecord struct {
+	Root          int32             `avro:"root"`
+	Path          string            `avro:"path"`
+	Kind          string            `avro:"kind"`
+	Size          int64             `avro:"size"`
+	ETag          string            `avro:"etag"`
+	ChecksumType  string            `avro:"checksum_type"`
+	ChecksumValue []byte            `avro:"checksum_value"`
+	MinTimestamp  int64             `avro:"min_timestamp"`
+	MaxTimestamp  int64             `avro:"max_timestamp"`
+	Entries       int64             `avro:"entries"`
+	Field         int64             `avro:"field"`
+	LogID         int64             `avro:"log_id"`
+	Attributes    []attributeRecord `avro:"attributes"`
+}
+
+type buildRecord struct {
+	ID     int64             `avro:"id"`
+	Index  int64             `avro:"index"`
+	Field  int64             `avro:"field"`
+	Params []attributeRecord `avro:"params"`
+	Files  []fileRecord      `avro:"files"`
+}
+
+type attributeRecord struct {
+	Key   string `avro:"key"`
+	Value string `avro:"value"`
+}
+
+// Encode returns a manifest of segments, which are in ascending order of their
+// ids and each of which has a positive id and no negative size or count. Equal
+// segments make equal bytes; an empty map, slice or byte string counts as none.
+func Encode(segments []segment.Segment) ([]byte, error) {
+	w := newContainer(segmentSchema.text, len(segments))
+	e := segmentEncoders.Get().(*segmentEncoder)
+	defer e.release()
+	last := int64(0)
+	for i := range segments {
+		s := &segments[i]
+		err := check(s, last)
+		if err == nil {
+			err = e.append(w, s)
+		}
+		if err != nil {
+			w.release()
+			return nil, fmt.Errorf("encode segment %d: %w", s.ID, err)
+		}
+		last = s.ID
+	}
+	return w.finish(), nil
+}
+
+// check says whether s may be the segment after the one of id last.
+func check(s *segment.Segment, last int64) error {
+	switch {
+	case s.ID <= 0:
+		return fmt.Errorf("id %d", s.ID)
+	case s.ID <= last:
+		return fmt.Errorf("out of order: comes after segment %d", last)
+	case s.Rows < 0:
+		return fmt.Errorf("%d rows", s.Rows)
+	case !fitsInt32(s.Channel) || !fitsInt32(s.Level) || !fitsInt32(int(s.State)):
+		return fmt.Errorf("channel %d, level %d or state %d is out of range", s.Channel, s.Level, s.State)
+	}
+	for f := range s.AllFiles() {
+		if f.Size < 0 || f.Entries < 0 || !fitsInt32(f.Root) {
+			return fmt.Errorf("file %s: %d bytes, %d entries in root %d", f.Path, f.Size, f.Entries, f.Root)
+		}
+	}
+	return nil
+}
+
+func fitsInt32(n int) bool { return n >= 0 && n <= math.MaxInt32 }
+
+// segmentEncoder has the memory that encoding takes, to be used again.
+type segmentEncoder struct {
+	avro   *avro.Writer
+	record segmentRecord
+}
+
+var segmentEncoders = sync.Pool{New: func() any {
+	return &segmentEncoder{avro: avro.NewWriter(nil, 4096, avro.WithWriterConfig(avroAPI))}
+}}
+
+func (e *segmentEncoder) release() {
+	// Drop what the record points to, but not its own slice.
+	clear(e.record.Files)
+	e.record = segmentRecord{Files: e.record.Files[:0]}
+	segmentEncoders.Put(e)
+}
+
+// append writes s to w.
+func (e *segmentEncoder) append(w *containerWriter, s *segment.Segment) error {
+	e.record = segmentRecord{
+		ID:              s.ID,
+		Partition:       s.Partition,
+		Channel:         int32(s.Channel), //nolint:gosec // checked
+		Level:           int32(s.Level),   //nolint:gosec // checked
+		State:           int32(s.State),   //nolint:gosec // checked
+		Rows:            s.Rows,
+		Start:           positionRecord{int64(s.Start.Timestamp), s.Start.Opaque},
+		DML:             positionRecord{int64(s.DML.Timestamp), s.DML.Opaque},
+		StorageVersion:  s.StorageVersion,
+		Sorted:          s.Sorted,
+		CommitTimestamp: int64(s.CommitTimestamp),
+		RowCeiling:      int64(s.RowCeiling),
+		Files:           appendFiles(e.record.Files[:0], s.Files),
+		EngineData:      s.EngineData,
+		Attributes:      fromMap(s.Attributes),
+	}
+	for i := range s.Builds {
+		b := &s.Builds[i]
+		e.record.Builds = append(e.record.Builds, buildRecord{
+			ID: b.ID, Index: b.Index, Field: b.Field, Params: fromMap(b.Params), Files: appendFiles(nil, b.Files),
+		})
+	}
+	e.avro.Reset(nil)
+	e.avro.Error = nil
+	e.avro.WriteVal(segmentSchema.schema, &e.record)
+	if e.avro.Error != nil {
+		return e.avro.Error
+	}
+	start := len(w.raw)
+	w.raw = append(w.raw, e.avro.Buffer()...)
+	return w.added(start)
+}
+
+func appendFiles(records []fileRecord, files []segment.File) []fileRecord {
+	records = slices.Grow(records, len(files))
+	for i := range files {
+		f := &files[i]
+		records = append(records, fileRecord{
+			Root:          int32(f.Root), //nolint:gosec // checked
+			Path:          f.Path,
+			Kind:          f.Kind,
+			Size:          f.Size,
+			ETag:          f.ETag,
+			ChecksumType:  f.Checksum.Type,
+			ChecksumValue: f.Checksum.Value,
+			MinTimestamp:  int64(f.MinTimestamp),
+			MaxTimestamp:  int64(f.MaxTimestamp),
+			Entries:       f.Entries,
+			Field:         f.Field,
+			LogID:         f.LogID,
+			Attributes:    fromMap(f.Attributes),
+		})
+	}
+	return records
+}
+
+func fromMap(m map[string]string) []attributeRecord {
+	if len(m) == 0 {
+		return nil
+	}
+	records := make([]attributeRecord, 0, len(m))
+	for _, k := range slices.Sorted(maps.Keys(m)) {
+		records = append(records, attributeRecord{k, m[k]})
+	}
+	return records
+}
+
+// Reader reads a manifest from its first segment to its last. It is not safe
+// for concurrent use.
+type Reader struct {
+	datums *datumReader
+	record segmentRecord // memory to be used again
+	last   int64         // id
+	err    error         // ends the reader
+}
+
+// Open returns a reader of a manifest, whose framing it checks as a whole. The
+// reader keeps data and decompresses one block at a time. Errors wrap
+// ErrCorrupt or ErrNewerFormat.
+func Open(data []byte) (*Reader, error) {
+	datums, err := openDatums(data, segmentSchema)
+	if err != nil {
+		return nil, fmt.Errorf("open manifest: %w", err)
+	}
+	return &Reader{datums: datums}, nil
+}
+
+// Count returns the number of segments in the manifest. The caller compares it
+// with what the metadata say.
+func (r *Reader) Count() int { return r.datums.container.records }
+
+// Skip passes over the next n segments, or all if there are fewer. It
+// decompresses the block in which it ends, if it ends within one, and no other.
+func (r *Reader) Skip(n int) error {
+	if r.err != nil && r.err != io.EOF { //nolint:errorlint // Next's own value
+		return r.err
+	}
+	if err := r.datums.skip(n); err != nil {
+		r.err = fmt.Errorf("read manifest: %w", err)
+		return r.err
+	}
+	return nil
+}
+
+// Next returns the next segment, which is the caller's, or io.EOF after the
+// last. Any other error wraps ErrCorrupt and is returned by all later calls.
+// Maps and slices without elements are nil.
+func (r *Reader) Next() (*segment.Segment, error) {
+	if r.err != nil {
+		return nil, r.err
+	}
+	s, err := r.read()
+	if err == io.EOF { //nolint:errorlint // read's own value
+		r.err = err
+	} else if err != nil {
+		r.err = fmt.Errorf("read manifest: %w", err)
+	}
+	return s, r.err
+}
+
+func (r *Reader) read() (*segment.Segment, error) {
+	if ok, err := r.datums.more(); err != nil {
+		return nil, err
+	} else if !ok {
+		return nil, io.EOF
+	}
+	clear(r.record.Files) // hamba leaves alone what a record does not have
+	r.record = segmentRecord{Files: r.record.Files[:0]}
+	if err := r.datums.decode(&r.record); err != nil {
+		return nil, err
+	}
+	s := r.record.segment()
+	if err := check(s, r.last); err != nil {
+		return nil, fmt.Errorf("%w: segment %d: %w", ErrCorrupt, s.ID, err)
+	}
+	r.last = s.ID
+	return s, nil
+}
+
+func (r *segmentRecord) segment() *segment.Segment {
+	s := &segment.Segment{
+		ID:              r.ID,
+		Partition:       r.Partition,
+		Channel:         int(r.Channel),
+		Level:           int(r.Level),
+		State:           segment.State(r.State),
+		Rows:            r.Rows,
+		Start:           r.Start.position(),
+		DML:             r.DML.position(),
+		StorageVersion:  r.StorageVersion,
+		Sorted:          r.Sorted,
+		CommitTimestamp: segment.Timestamp(r.CommitTimestamp),
+		RowCeiling:      segment.Timestamp(r.RowCeiling),
+		Files:           toFiles(r.Files),
+		EngineData:      orNil(r.EngineData),
+		Attributes:      toMap(r.Attributes),
+	}
+	for _, b := range r.Builds {
+		s.Builds = append(s.Builds, segment.Build{
+			ID: b.ID, Index: b.Index, Field: b.Field, Params: toMap(b.Params), Files: toFiles(b.Files),
+		})
+	}
+	return s
+}
+
+func (p positionRecord) position() segment.Position {
+	return segment.Position{Timestamp: segment.Timestamp(p.Timestamp), Opaque: orNil(p.Opaque)}
+}
+
+func toFiles(records []fileRecord) []segment.File {
+	if len(records) == 0 {
+		return nil
+	}
+	files := make([]segment.File, len(records))
+	for i := range records {
+		r := &records[i]
+		files[i] = segment.File{
+			Root:         int(r.Root),
+			Path:         r.Path,
+			Kind:         r.Kind,
+			Size:         r.Size,
+			ETag:         r.ETag,
+			Checksum:     segment.Checksum{Type: r.ChecksumType, Value: orNil(r.ChecksumValue)},
+			MinTimestamp: segment.Timestamp(r.MinTimestamp),
+			MaxTimestamp: segment.Timestamp(r.MaxTimestamp),
+			Entries:      r.Entries,
+			Field:        r.Field,
+			LogID:        r.LogID,
+			Attributes:   toMap(r.Attributes),
+		}
+	}
+	return files
+}
+
+func toMap(records []attributeRecord) map[string]string {
+	if len(records) == 0 {
+		return nil
+	}
+	m := make(map[string]string, len(records))
+	for _, r := range records {
+		m[r.Key] = r.Value
+	}
+	return m
+}
+
+func orNil(b []byte) []byte {
+	if len(b) == 0 {
+		return nil
+	}
+	return b
+}

@@ -1,0 +1,186 @@
+// Package etcdserver runs etcd inside the process: one member, reachable from
+// this host only. It is the store of the embedded mode, and that of tests.
+package etcdserver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"go.etcd.io/etcd/client/pkg/v3/fileutil"
+	"go.etcd.io/etcd/server/v3/embed"
+	"go.uber.org/zap"
+)
+
+// ErrInUse means that another server, of this process or another, has the
+// directory.
+var ErrInUse = errors.New("etcd directory in use")
+
+// LockFile is the file in a server's directory that is locked while it runs.
+const LockFile = "lock"
+
+const (
+	defaultQuotaBytes = 8 << 30
+	// maxSocketPath is what the kernel takes as the path of a unix socket.
+	maxSocketPath = 107
+)
+
+// Config configures [Start].
+type Config struct {
+	Dir        string // required; made with mode 0700 if it is not there
+	QuotaBytes int64  // the size of the database at which puts are refused; default 8 GiB
+	// ClientAddr is the loopback address to listen on, such as 127.0.0.1:2379;
+	// port 0 takes any. The default is a unix socket in Dir, or, when its path
+	// would be too long, any port of 127.0.0.1. Only who may enter Dir reaches
+	// the socket; a port is open to every user of the host.
+	ClientAddr string
+	Log        *zap.Logger // gets etcd's warnings; default: none
+	// Tune changes etcd's own configuration before the start; for tests.
+	Tune func(*embed.Config)
+}
+
+// Server is a running etcd.
+type Server struct {
+	etcd     *embed.Etcd
+	endpoint string
+	lock     *fileutil.LockedFile
+	close    func() error // once
+}
+
+// Start starts etcd and returns when it serves, within seconds, or when ctx
+// ends. A directory in use is [ErrInUse].
+//
+// A server whose disk fails ends the process: etcd knows no other way.
+func Start(ctx context.Context, c Config) (*Server, error) {
+	if c.QuotaBytes <= 0 {
+		c.QuotaBytes = defaultQuotaBytes
+	}
+	if c.Log == nil {
+		c.Log = zap.NewNop()
+	}
+	dir, err := filepath.Abs(c.Dir)
+	if c.Dir == "" {
+		err = errors.New("no directory")
+	}
+	if err == nil {
+		err = os.MkdirAll(dir, 0o700)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("start etcd: %w", err)
+	}
+	// etcd itself would wait for the other to end.
+	lock, err := fileutil.TryLockFile(filepath.Join(dir, LockFile), os.O_WRONLY|os.O_CREATE, 0o600)
+	if errors.Is(err, fileutil.ErrLocked) {
+		err = ErrInUse
+	}
+	if err != nil {
+		return nil, fmt.Errorf("start etcd in %s: %w", dir, err)
+	}
+	s := &Server{lock: lock}
+	if err := s.start(ctx, dir, c); err != nil {
+		return nil, fmt.Errorf("start etcd in %s: %w", dir, errors.Join(err, lock.Close()))
+	}
+	return s, nil
+}
+
+func (s *Server) start(ctx context.Context, dir string, c Config) error {
+	client, err := clientURL(dir, c.ClientAddr)
+	if err != nil {
+		return err
+	}
+	cfg := embed.NewConfig()
+	cfg.Name = "snapshotd"
+	cfg.Dir = filepath.Join(dir, "data")
+	cfg.ListenClientUrls = []url.URL{client}
+	cfg.AdvertiseClientUrls = []url.URL{client}
+	// One member has no peers, and so listens to none; the URL is a name only.
+	peer := url.URL{Scheme: "http", Host: "127.0.0.1:2380"}
+	cfg.ListenPeerUrls = nil
+	cfg.AdvertisePeerUrls = []url.URL{peer}
+	cfg.InitialCluster = cfg.Name + "=" + peer.String()
+	cfg.QuotaBackendBytes = c.QuotaBytes
+	cfg.AutoCompactionMode = embed.CompactorModePeriodic
+	cfg.AutoCompactionRetention = "1h"
+	cfg.EnableGRPCGateway = false
+	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(c.Log.WithOptions(zap.IncreaseLevel(zap.WarnLevel)))
+	if c.Tune != nil {
+		c.Tune(cfg)
+	}
+	if s.etcd, err = embed.StartEtcd(cfg); err != nil {
+		return err
+	}
+	select {
+	case <-s.etcd.Server.ReadyNotify():
+	case err = <-s.etcd.Err():
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
+	if err != nil {
+		s.etcd.Close()
+		return err
+	}
+	s.endpoint = endpoint(client)
+	s.close = sync.OnceValue(func() error {
+		s.etcd.Close()
+		return s.lock.Close()
+	})
+	return nil
+}
+
+// clientURL returns where to listen.
+func clientURL(dir, addr string) (url.URL, error) {
+	if addr == "" {
+		if path := filepath.Join(dir, "etcd.sock"); len(path) <= maxSocketPath {
+			// What a server that was killed has left behind; the lock says that
+			// there is no other.
+			if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+				return url.URL{}, err
+			}
+			return url.URL{Scheme: "unix", Path: path}, nil
+		}
+		addr = "127.0.0.1:0"
+	}
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return url.URL{}, err
+	}
+	if ip := net.ParseIP(host); ip == nil || !ip.IsLoopback() {
+		return url.URL{}, fmt.Errorf("address %s is not a loopback address", addr)
+	}
+	if port == "0" { // etcd wants a port; whoever takes this one first makes the start fail
+		l, err := net.Listen("tcp", addr) //nolint:noctx // of a socket that is closed at once
+		if err != nil {
+			return url.URL{}, err
+		}
+		addr = l.Addr().String()
+		if err := l.Close(); err != nil {
+			return url.URL{}, err
+		}
+	}
+	return url.URL{Scheme: "http", Host: addr}, nil
+}
+
+// endpoint returns what a client is told to connect to.
+func endpoint(u url.URL) string {
+	if u.Scheme == "unix" {
+		return "unix://" + u.Path
+	}
+	return u.Host
+}
+
+// Endpoint returns the address for clients of this host, in the form that etcd's
+// client takes.
+func (s *Server) Endpoint() string { return s.endpoint }
+
+// Err returns a channel that gets the error with which the server ended by
+// itself, and is closed by Close.
+func (s *Server) Err() <-chan error { return s.etcd.Err() }
+
+// Close stops the server and gives the directory free. Closing twice is the same
+// as once.
+func (s *Server) Close() error { return s.close() }

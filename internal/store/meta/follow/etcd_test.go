@@ -1,0 +1,96 @@
+//go:build !short
+
+package follow_test
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
+	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
+)
+
+func TestEtcdSyncIsLinearizable(t *testing.T) {
+	kv := etcdtest.Shared(t).KV(t)
+	f, c, _ := start(t, kv)
+	linearizable(t, kv, f, c)
+}
+
+// The follower is cut off from etcd, which goes on and compacts what it has not
+// seen; the follower starts over.
+func TestEtcdCompactedWhileAway(t *testing.T) {
+	srv := etcdtest.Start(t)
+	const root = "/follow"
+	kv := srv.KVAt(t, root)
+	put(t, kv, meta.Put("/f/a", []byte("1")), meta.Put("/f/gone", nil))
+	faulty := meta.NewFaulty(kv)
+	f, c, _ := start(t, faulty)
+	sync1(t, f, 0)
+
+	// What the watch has to say until then is lost, and it is not opened again
+	// in time.
+	faulty.Freeze()
+	faulty.FailNth(0, meta.Before, meta.MethodNext)
+	put(t, kv, meta.Delete("/f/gone"))
+	rev := put(t, kv, meta.Put("/f/a", []byte("2")))
+	if err := kv.Compact(t.Context(), rev); err != nil {
+		t.Fatal(err)
+	}
+	faulty.Thaw()
+	sync1(t, f, rev)
+	c.same(kv)
+}
+
+// etcd goes down under the follower and comes back, having been changed and
+// compacted in between by others.
+func TestEtcdLost(t *testing.T) {
+	srv := etcdtest.Start(t)
+	kv := srv.KVAt(t, "/follow")
+	rev := put(t, kv, meta.Put("/f/a", []byte("1")), meta.Put("/f/gone", nil))
+	f, c, _ := start(t, kv)
+	sync1(t, f, rev)
+	srv.Stop(t)
+	short, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := f.Sync(short); err == nil {
+		t.Error("sync without a store: got no error")
+	}
+	srv.Restart(t)
+	// A client of its own, which need not find the server again first.
+	other := srv.KVAt(t, "/follow")
+	rev = retry(t, other, meta.Delete("/f/gone"), meta.Put("/f/a", []byte("2")))
+	rev = max(rev, retry(t, other, meta.Put("/f/b", nil)))
+	if err := other.Compact(t.Context(), rev); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		got, err := f.Sync(t.Context())
+		if err == nil {
+			if got < rev {
+				t.Errorf("synced to %d, want %d or more", got, rev)
+			}
+			break
+		}
+		if !errors.Is(err, meta.ErrUnavailable) {
+			t.Fatal(err)
+		}
+	}
+	c.same(other)
+}
+
+// retry puts, until the server that was just started takes it.
+func retry(t *testing.T, kv *etcd.Client, ops ...meta.Op) int64 {
+	t.Helper()
+	for {
+		res, err := kv.Txn(t.Context(), meta.Txn{Then: ops})
+		if err == nil {
+			return res.Revision
+		}
+		if !errors.Is(err, meta.ErrUnavailable) {
+			t.Fatal(err)
+		}
+	}
+}

@@ -1,0 +1,295 @@
+package object
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"sync"
+	"time"
+)
+
+// Op names a method of [Store].
+type Op string
+
+// The methods.
+const (
+	OpPut    Op = "put"
+	OpCreate Op = "create"
+	OpGet    Op = "get"
+	OpHead   Op = "head"
+	OpList   Op = "list"
+	OpDelete Op = "delete"
+	OpNow    Op = "now"
+)
+
+// Call is one call of a method.
+type Call struct {
+	Op   Op
+	Keys []string // the key; the prefix of a list; all keys of a delete; none for now
+	N    int      // calls of any method before this one
+	NOp  int      // calls of the same method before this one
+}
+
+// Fault is what a [Faulty] does to a call.
+type Fault int
+
+// The faults. An error that a fault makes wraps ErrUnavailable.
+const (
+	// FaultNone lets the call through.
+	FaultNone Fault = iota
+	// FaultBefore fails the call without its reaching the store.
+	FaultBefore
+	// FaultAfter lets the store carry the call out and then loses the answer. A
+	// list yields all its objects and then fails.
+	FaultAfter
+	// FaultFlip inverts one bit in the middle of what a Get reads.
+	FaultFlip
+	// FaultTruncate ends what a Get reads, without an error, halfway.
+	FaultTruncate
+)
+
+// Faulty wraps a store for tests: it counts calls, delays them, holds them back
+// and makes them fail as planned. The zero plan changes nothing. Of the two
+// corrupting faults nothing but a Get with a body takes notice.
+//
+// It is safe for concurrent use. A list counts as called when its sequence is
+// used.
+type Faulty struct {
+	store Store
+
+	mu      sync.Mutex
+	plan    func(Call) Fault
+	calls   int
+	byOp    map[Op]int
+	fired   int
+	latency time.Duration
+	thawed  chan struct{} // closed unless frozen
+}
+
+var _ Store = (*Faulty)(nil)
+
+// NewFaulty returns a wrapper of s without a plan.
+func NewFaulty(s Store) *Faulty {
+	thawed := make(chan struct{})
+	close(thawed)
+	return &Faulty{store: s, byOp: make(map[Op]int), thawed: thawed}
+}
+
+// Plan has every later call ask plan, nil for none, what shall happen to it,
+// and starts to count calls and fired faults from zero. Calls to plan do not
+// overlap; it must not use the Faulty.
+func (f *Faulty) Plan(plan func(Call) Fault) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.plan, f.calls, f.fired = plan, 0, 0
+	clear(f.byOp)
+}
+
+// FailNth plans one fault, for the call that is preceded by n others: of op, or
+// of any method when op is empty.
+func (f *Faulty) FailNth(op Op, n int, fault Fault) {
+	f.Plan(func(c Call) Fault {
+		if (op == "" && c.N == n) || (op == c.Op && c.NOp == n) {
+			return fault
+		}
+		return FaultNone
+	})
+}
+
+// Calls returns how often op, or any method when op is empty, was called since
+// the last Plan.
+func (f *Faulty) Calls(op Op) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if op == "" {
+		return f.calls
+	}
+	return f.byOp[op]
+}
+
+// Fired returns how many planned faults have had an effect. A test that plans
+// one and does not look here may test nothing.
+func (f *Faulty) Fired() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.fired
+}
+
+// SetLatency delays every later call by d before it reaches the store.
+func (f *Faulty) SetLatency(d time.Duration) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.latency = d
+}
+
+// Freeze holds every later call back, before it reaches the store, until Thaw
+// or the end of its context.
+func (f *Faulty) Freeze() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	select {
+	case <-f.thawed:
+		f.thawed = make(chan struct{})
+	default: // frozen already
+	}
+}
+
+// Thaw lets the calls that Freeze held back go on.
+func (f *Faulty) Thaw() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	select {
+	case <-f.thawed:
+	default:
+		close(f.thawed)
+	}
+}
+
+// enter counts a call, delays it and says what shall happen to it.
+func (f *Faulty) enter(ctx context.Context, op Op, keys ...string) (Fault, error) {
+	f.mu.Lock()
+	call := Call{Op: op, Keys: keys, N: f.calls, NOp: f.byOp[op]}
+	f.calls++
+	f.byOp[op]++
+	fault := FaultNone
+	if f.plan != nil {
+		fault = f.plan(call)
+	}
+	latency, thawed := f.latency, f.thawed
+	f.mu.Unlock()
+
+	if latency > 0 {
+		timer := time.NewTimer(latency)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			return FaultNone, ctx.Err()
+		}
+	}
+	select {
+	case <-thawed:
+	case <-ctx.Done():
+		return FaultNone, ctx.Err()
+	}
+	if fault == FaultBefore {
+		return fault, f.fire(op, "before", keys)
+	}
+	return fault, nil
+}
+
+// fire counts a fault that had its effect and returns its error.
+func (f *Faulty) fire(op Op, when string, keys []string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.fired++
+	return fmt.Errorf("%w: injected fault %s %s %v", ErrUnavailable, when, op, keys)
+}
+
+// call carries out a call that is about key, or about nothing when it is empty.
+func call[T any](ctx context.Context, f *Faulty, op Op, key string, do func() (T, error)) (T, error) {
+	var zero T
+	var keys []string
+	if key != "" {
+		keys = []string{key}
+	}
+	fault, err := f.enter(ctx, op, keys...)
+	if err != nil {
+		return zero, err
+	}
+	v, err := do()
+	if fault == FaultAfter {
+		return zero, f.fire(op, "after", keys)
+	}
+	return v, err
+}
+
+// Put implements [Store].
+func (f *Faulty) Put(ctx context.Context, key string, body []byte) (Info, error) {
+	return call(ctx, f, OpPut, key, func() (Info, error) { return f.store.Put(ctx, key, body) })
+}
+
+// Create implements [Store].
+func (f *Faulty) Create(ctx context.Context, key string, body []byte) (Info, error) {
+	return call(ctx, f, OpCreate, key, func() (Info, error) { return f.store.Create(ctx, key, body) })
+}
+
+// Head implements [Store].
+func (f *Faulty) Head(ctx context.Context, key string) (Info, error) {
+	return call(ctx, f, OpHead, key, func() (Info, error) { return f.store.Head(ctx, key) })
+}
+
+// Now implements [Store].
+func (f *Faulty) Now(ctx context.Context) (time.Time, error) {
+	return call(ctx, f, OpNow, "", func() (time.Time, error) { return f.store.Now(ctx) })
+}
+
+// Get implements [Store].
+func (f *Faulty) Get(ctx context.Context, key string, offset, length int64) (io.ReadCloser, Info, error) {
+	fault, err := f.enter(ctx, OpGet, key)
+	if err != nil {
+		return nil, Info{}, err
+	}
+	r, info, err := f.store.Get(ctx, key, offset, length)
+	switch {
+	case fault == FaultAfter:
+		if err == nil {
+			_ = r.Close()
+		}
+		return nil, Info{}, f.fire(OpGet, "after", []string{key})
+	case err != nil || fault == FaultNone:
+		return r, info, err
+	}
+	body, err := io.ReadAll(r)
+	if err := errors.Join(err, r.Close()); err != nil {
+		return nil, Info{}, err
+	}
+	if len(body) > 0 {
+		_ = f.fire(OpGet, "in", []string{key})
+		if fault == FaultFlip {
+			body[len(body)/2] ^= 1
+		} else {
+			body = body[:len(body)/2]
+		}
+	}
+	return io.NopCloser(bytes.NewReader(body)), info, nil
+}
+
+// List implements [Store].
+func (f *Faulty) List(ctx context.Context, prefix string) iter.Seq2[Info, error] {
+	return func(yield func(Info, error) bool) {
+		fault, err := f.enter(ctx, OpList, prefix)
+		if err != nil {
+			yield(Info{}, err)
+			return
+		}
+		for info, err := range f.store.List(ctx, prefix) {
+			if !yield(info, err) || err != nil {
+				return
+			}
+		}
+		if fault == FaultAfter {
+			yield(Info{}, f.fire(OpList, "after", []string{prefix}))
+		}
+	}
+}
+
+// Delete implements [Store]. A fault concerns all its keys.
+func (f *Faulty) Delete(ctx context.Context, keys ...string) error {
+	fault, err := f.enter(ctx, OpDelete, keys...)
+	if err == nil {
+		err = f.store.Delete(ctx, keys...)
+		if fault != FaultAfter {
+			return err
+		}
+		err = f.fire(OpDelete, "after", keys)
+	}
+	errs := make([]error, len(keys))
+	for i, key := range keys {
+		errs[i] = &DeleteError{Key: key, Err: err}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,258 @@
+//go:build unix
+
+package file_test
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/object/file"
+	"github.com/snapshotd/snapshotd/internal/store/object/objecttest"
+)
+
+func TestContract(t *testing.T) {
+	objecttest.Run(t, func(t *testing.T) object.Store { return open(t, t.TempDir()) })
+}
+
+func open(t *testing.T, dir string) *file.Store {
+	t.Helper()
+	s, err := file.Open(dir, file.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+func put(t *testing.T, s object.Store, key string) {
+	t.Helper()
+	if _, err := s.Put(t.Context(), key, []byte(key)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func keys(t *testing.T, s object.Store) string {
+	t.Helper()
+	var keys []string
+	for info, err := range s.List(t.Context(), "") {
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys = append(keys, info.Key)
+	}
+	return strings.Join(keys, " ")
+}
+
+func TestObjectsOutliveTheStore(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "made", "by", "open")
+	first := open(t, dir)
+	want, err := first.Put(t.Context(), "a/b", []byte("x"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	second := open(t, dir)
+	if got, err := second.Head(t.Context(), "a/b"); err != nil || got != want {
+		t.Errorf("after opening again: %+v, err = %v; want %+v", got, err, want)
+	}
+	if data, err := os.ReadFile(filepath.Join(dir, "a", "b")); err != nil || string(data) != "x" {
+		t.Errorf("the file holds %q, err = %v", data, err)
+	}
+}
+
+func TestKeysThatConflict(t *testing.T) {
+	s := open(t, t.TempDir())
+	put(t, s, "a/b/c")
+	put(t, s, "f")
+	for _, key := range []string{"a", "a/b", "f/x", "f/x/y", "a/b/c/d"} {
+		if _, err := s.Put(t.Context(), key, nil); !errors.Is(err, object.ErrInvalidKey) {
+			t.Errorf("Put %s: err = %v, want ErrInvalidKey", key, err)
+		}
+		if _, err := s.Create(t.Context(), key, nil); !errors.Is(err, object.ErrInvalidKey) {
+			t.Errorf("Create %s: err = %v, want ErrInvalidKey", key, err)
+		}
+	}
+	if got := keys(t, s); got != "a/b/c f" {
+		t.Errorf("objects: %s", got)
+	}
+	long := strings.Repeat("x", 256)
+	if _, err := s.Put(t.Context(), long, nil); !errors.Is(err, object.ErrInvalidKey) {
+		t.Errorf("Put with a long element: err = %v, want ErrInvalidKey", err)
+	}
+	if _, err := s.Put(t.Context(), long+"/x", nil); !errors.Is(err, object.ErrInvalidKey) {
+		t.Errorf("Put with a long directory: err = %v, want ErrInvalidKey", err)
+	}
+}
+
+func TestTempDirIsReserved(t *testing.T) {
+	s := open(t, t.TempDir())
+	for _, key := range []string{file.TempDir, file.TempDir + "/x"} {
+		_, putErr := s.Put(t.Context(), key, nil)
+		_, _, getErr := s.Get(t.Context(), key, 0, -1)
+		_, headErr := s.Head(t.Context(), key)
+		for _, err := range []error{putErr, getErr, headErr, s.Delete(t.Context(), key)} {
+			if !errors.Is(err, object.ErrInvalidKey) {
+				t.Errorf("%s: err = %v, want ErrInvalidKey", key, err)
+			}
+		}
+	}
+	for _, err := range s.List(t.Context(), file.TempDir+"/") {
+		if !errors.Is(err, object.ErrInvalidKey) {
+			t.Errorf("List: err = %v, want ErrInvalidKey", err)
+		}
+	}
+	put(t, s, "a/"+file.TempDir+"/x") // reserved at the top only
+	put(t, s, file.TempDir+"2")
+	if got, want := keys(t, s), file.TempDir+"2 a/"+file.TempDir+"/x"; got != want {
+		t.Errorf("objects: %s, want %s", got, want)
+	}
+}
+
+func TestNothingIsLeft(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	put(t, s, "a/b/c")
+	put(t, s, "a/b/c")
+	if _, err := s.Create(t.Context(), "a/b/d", nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Create(t.Context(), "a/b/d", nil); !errors.Is(err, object.ErrExists) {
+		t.Fatalf("err = %v, want ErrExists", err)
+	}
+	if _, err := s.Put(t.Context(), "a", nil); !errors.Is(err, object.ErrInvalidKey) {
+		t.Fatalf("err = %v, want ErrInvalidKey", err)
+	}
+	if _, err := s.Now(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Delete(t.Context(), "a/b/c", "a/b/d"); err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range []string{"", file.TempDir} {
+		entries, err := os.ReadDir(filepath.Join(dir, d))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			if e.Name() != file.TempDir {
+				t.Errorf("left: %s", filepath.Join(d, e.Name()))
+			}
+		}
+	}
+}
+
+func TestOpenRemovesStaleTempFiles(t *testing.T) {
+	dir := t.TempDir()
+	temp := filepath.Join(dir, file.TempDir)
+	open(t, dir)
+	now := time.Now()
+	for name, age := range map[string]time.Duration{"old": 25 * time.Hour, "young": 23 * time.Hour} {
+		path := filepath.Join(temp, name)
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(path, now, now.Add(-age)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	open(t, dir)
+	if _, err := os.Stat(filepath.Join(temp, "old")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the old file: err = %v, want it gone", err)
+	}
+	if _, err := os.Stat(filepath.Join(temp, "young")); err != nil {
+		t.Errorf("the young file: %v", err)
+	}
+}
+
+func TestNoEscape(t *testing.T) {
+	outside := t.TempDir()
+	secret := filepath.Join(outside, "secret")
+	if err := os.WriteFile(secret, []byte("secret"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	s := open(t, dir)
+	put(t, s, "real")
+	for name, target := range map[string]string{"dir": outside, "file": secret, "inside": "real", "loop": "loop"} {
+		if err := os.Symlink(target, filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := unix.Mkfifo(filepath.Join(dir, "pipe"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+
+	for _, key := range []string{"dir/secret", "file", "inside", "loop", "pipe", "dir"} {
+		if _, _, err := s.Get(t.Context(), key, 0, -1); err == nil {
+			t.Errorf("Get %s: no error", key)
+		}
+		if _, err := s.Head(t.Context(), key); err == nil {
+			t.Errorf("Head %s: no error", key)
+		}
+	}
+	if _, err := s.Put(t.Context(), "dir/new", nil); err == nil {
+		t.Error("Put through a link: no error")
+	}
+	if err := s.Delete(t.Context(), "dir/secret"); err == nil {
+		t.Error("Delete through a link: no error")
+	}
+	for info, err := range s.List(t.Context(), "dir/") {
+		if err == nil {
+			t.Errorf("List through a link: %v", info)
+		}
+	}
+	if got := keys(t, s); got != "real" {
+		t.Errorf("objects: %s", got)
+	}
+	put(t, s, "file") // replaces the link, not what it points to
+	if data, err := os.ReadFile(secret); err != nil || string(data) != "secret" {
+		t.Errorf("the file outside holds %q, err = %v", data, err)
+	}
+}
+
+// TestDeleteSparesObjects has deletes prune directories while others use the
+// same names for objects.
+func TestDeleteSparesObjects(t *testing.T) {
+	s := open(t, t.TempDir())
+	var wg sync.WaitGroup
+	for w := range 4 {
+		wg.Go(func() {
+			for i := range 150 {
+				below := fmt.Sprintf("n/%d", w)
+				if _, err := s.Put(t.Context(), below, nil); err == nil {
+					if err := s.Delete(t.Context(), below); err != nil {
+						t.Error(err)
+					}
+				} else if !errors.Is(err, object.ErrInvalidKey) {
+					t.Errorf("Put %s: %v", below, err)
+				}
+				if w > 0 {
+					continue // only one owns the name itself
+				}
+				if _, err := s.Create(t.Context(), "n", nil); err == nil {
+					if _, err := s.Head(t.Context(), "n"); err != nil {
+						t.Errorf("round %d: an object that nobody deleted: %v", i, err)
+					}
+					if err := s.Delete(t.Context(), "n"); err != nil {
+						t.Error(err)
+					}
+				} else if !errors.Is(err, object.ErrInvalidKey) {
+					t.Errorf("Create n: %v", err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+}

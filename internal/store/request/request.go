@@ -1,0 +1,172 @@
+// Package request makes calls safe to repeat. A caller gives a token; the
+// first transaction of the operation writes the token's record, with the id
+// that the operation makes and no lease, so that it lasts as long as the
+// operation; the one that ends the operation stores the result in it and puts
+// it under a lease of a day. A repeat finds the record and joins or returns the
+// result, though what it made may since be gone.
+package request
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// ErrReused means that the token stands for another request.
+var ErrReused = errors.New("request token was used for another request")
+
+// Token is a caller's token with what it stands for. The zero Token is none:
+// its methods then add nothing to a transaction.
+type Token struct {
+	Principal string // who calls
+	Method    string // what is called
+	Value     string // the caller's token; empty: none
+	Hash      []byte // SHA-256 of the request without its token
+}
+
+// Given says whether there is a token.
+func (t Token) Given() bool { return t.Value != "" }
+
+// Key is the key of the token's record; empty without a token.
+func (t Token) Key() string {
+	if !t.Given() {
+		return ""
+	}
+	return keys.Request(t.Principal, t.Method, t.Value)
+}
+
+// Absent is the compare that nobody used the token yet.
+func (t Token) Absent() []meta.Cond {
+	if !t.Given() {
+		return nil
+	}
+	return []meta.Cond{meta.Absent(t.Key())}
+}
+
+// Begin is the write of an operation's first transaction when others follow.
+func (t Token) Begin(id int64) []meta.Op {
+	if !t.Given() {
+		return nil
+	}
+	return []meta.Op{meta.Put(t.Key(), record.Encode(&storagev1.Request{Format: record.Format, Hash: t.Hash, Id: id}))}
+}
+
+// End is the write of an operation that ends in its first transaction.
+func (t Token) End(lease meta.LeaseID, id int64, result []byte) []meta.Op {
+	if !t.Given() {
+		return nil
+	}
+	return []meta.Op{meta.PutLeased(t.Key(), record.Encode(&storagev1.Request{
+		Format: record.Format, Hash: t.Hash, Id: id, Done: true, Result: result,
+	}), lease)}
+}
+
+// Record is what is known of a token.
+type Record struct {
+	ID          int64  // of what the operation makes
+	Done        bool   // whether it has ended
+	Result      []byte // when it ended well
+	ErrorReason string // when it ended with an error
+	ErrorText   string
+	Revision    int64 // at which this was written
+	Hash        []byte
+}
+
+// Find returns the record of t, or nil when there is none. A record of another
+// request is ErrReused.
+func Find(ctx context.Context, kv meta.KV, t Token) (*Record, error) {
+	if !t.Given() {
+		return nil, nil //nolint:nilnil // no token, no record
+	}
+	got, found, _, err := kv.Get(ctx, t.Key())
+	if err != nil {
+		return nil, fmt.Errorf("read request token: %w", err)
+	}
+	if !found {
+		return nil, nil //nolint:nilnil // not used yet
+	}
+	r, err := Decode(got)
+	if err != nil {
+		return nil, err
+	}
+	if !bytes.Equal(r.Hash, t.Hash) {
+		return nil, fmt.Errorf("%w: make a new token for each request", ErrReused)
+	}
+	return r, nil
+}
+
+// Decode reads a token's record.
+func Decode(kv meta.KeyValue) (*Record, error) {
+	rec := &storagev1.Request{}
+	if err := record.Decode(kv, rec); err != nil {
+		return nil, err
+	}
+	return &Record{
+		ID: rec.GetId(), Done: rec.GetDone(), Result: rec.GetResult(),
+		ErrorReason: rec.GetErrorReason(), ErrorText: rec.GetErrorText(),
+		Revision: kv.ModRevision, Hash: rec.GetHash(),
+	}, nil
+}
+
+// How long a result is kept: at least the promised day. One lease serves all
+// operations of a replica that end within leaseSpan.
+const (
+	keep      = 24 * time.Hour
+	leaseSpan = time.Hour
+)
+
+// Leases hands out the lease that results are kept under.
+type Leases struct {
+	kv      meta.KV
+	now     func() time.Time
+	turn    chan struct{} // holds one token; who has it may touch what follows
+	id      meta.LeaseID
+	granted time.Time
+}
+
+// NewLeases returns Leases on kv.
+func NewLeases(kv meta.KV, now func() time.Time) *Leases {
+	l := &Leases{kv: kv, now: now, turn: make(chan struct{}, 1)}
+	l.turn <- struct{}{}
+	return l
+}
+
+// Get returns a lease with at least a day to go.
+func (l *Leases) Get(ctx context.Context) (meta.LeaseID, error) {
+	select {
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	case <-l.turn:
+	}
+	defer func() { l.turn <- struct{}{} }()
+	now := l.now()
+	if age := now.Sub(l.granted); l.id != 0 && age >= 0 && age < leaseSpan {
+		return l.id, nil
+	}
+	id, err := l.kv.Grant(ctx, keep+leaseSpan)
+	if err != nil {
+		return 0, fmt.Errorf("lease for request tokens: %w", err)
+	}
+	l.id, l.granted = id, now
+	return id, nil
+}
+
+// Forget drops the lease id, after the store said that it is not there.
+func (l *Leases) Forget(ctx context.Context, id meta.LeaseID) {
+	select {
+	case <-ctx.Done():
+		return
+	case <-l.turn:
+	}
+	defer func() { l.turn <- struct{}{} }()
+	if l.id == id {
+		l.id = 0
+	}
+}
