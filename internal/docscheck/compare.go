@@ -1,0 +1,114 @@
+package main
+
+import (
+	"regexp"
+	"slices"
+	"strings"
+)
+
+// anything is the line that stands for any number of lines.
+const anything = "..."
+
+// masks are applied in this order. What differs from run to run is replaced by
+// a word for its kind, so that a time may become another time but not a size.
+var masks = []struct {
+	pattern *regexp.Regexp
+	with    string
+}{
+	// /tmp/docscheck-1234/snapshotd-data
+	{regexp.MustCompile(`/tmp/[^\s"',;)\]}]*`), "<tmp>"},
+	// 2026-11-22T15:04:05.123Z, 2026-11-22 15:04:05, and the parts alone
+	{regexp.MustCompile(`\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?([.,]\d+)?( ?(Z|UTC|[+-]\d\d:?\d\d))?`), "<time>"},
+	{regexp.MustCompile(`\d{4}-\d\d-\d\d`), "<date>"},
+	{regexp.MustCompile(`\b\d\d:\d\d:\d\d([.,]\d+)?`), "<clock>"},
+	// 0b6f1c9e-6a43-4a7d-9f2e-5c1f0c6f3a10
+	{regexp.MustCompile(`(?i)\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b`), "<id>"},
+	// v0.1.0-3-g3a297d9f4e7b-dirty, or just the digest
+	{regexp.MustCompile(`\b(v\d+\.\d+\.\d+(-rc\.?\d+)?-\d+-g)?[0-9a-f]{8,64}(-dirty)?\b`), "<id>"},
+	// 127.0.0.1:7070, localhost:7070, [::1]:7070
+	{regexp.MustCompile(`(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\]):\d{2,5}\b`), "<address>"},
+	// 12 B, 3.4 MiB, 120MB/s
+	{regexp.MustCompile(`\b\d+(\.\d+)? ?([KMGTPE]i?)?B(/s)?\b`), "<size>"},
+	// 1h30m, 12.5ms
+	{regexp.MustCompile(`\b(\d+(\.\d+)?(ns|us|µs|ms|s|m|h|d))+\b`), "<duration>"},
+	{regexp.MustCompile(`\d+\.\d{3,}`), "<number>"},
+	{regexp.MustCompile(`\d{4,}`), "<id>"},
+	// The rules of a table, and the blanks of its columns; JSON is free to have
+	// blanks after a colon or a comma.
+	{regexp.MustCompile(`-{3,}`), "---"},
+	{regexp.MustCompile(`\s+`), " "},
+	{regexp.MustCompile(`([,:]) `), "$1"},
+}
+
+// opaque finds page tokens and the like, which mix cases and digits.
+var opaque = regexp.MustCompile(`[A-Za-z0-9_-]{20,}={0,2}`)
+
+// mask replaces what differs from run to run.
+func mask(line string) string {
+	line = opaque.ReplaceAllStringFunc(line, func(s string) string {
+		if strings.ContainsAny(s, "0123456789") && strings.ToLower(s) != s && strings.ToUpper(s) != s {
+			return "<token>"
+		}
+		return s
+	})
+	for _, m := range masks {
+		line = m.pattern.ReplaceAllString(line, m.with)
+	}
+	return strings.TrimSpace(line)
+}
+
+// matches says whether a command printed what the document says.
+func matches(want, got []string) bool {
+	return matchLines(maskAll(want), maskAll(got))
+}
+
+func maskAll(lines []string) []string {
+	masked := make([]string, 0, len(lines))
+	for _, line := range trimBlank(lines) {
+		masked = append(masked, mask(line))
+	}
+	return masked
+}
+
+// matchLines is the comparison of masked lines. Only the latest wildcard is
+// ever tried again: giving an earlier one more lines can't help.
+func matchLines(want, got []string) bool {
+	w, g := 0, 0
+	wildcard, resume := -1, 0
+	for g < len(got) {
+		switch {
+		case w < len(want) && want[w] == anything:
+			wildcard, resume = w, g
+			w++
+		case w < len(want) && want[w] == got[g]:
+			w, g = w+1, g+1
+		case wildcard >= 0:
+			resume++
+			w, g = wildcard+1, resume
+		default:
+			return false
+		}
+	}
+	for w < len(want) && want[w] == anything {
+		w++
+	}
+	return w == len(want)
+}
+
+// trimBlank takes blank lines off both ends, for a document may have them
+// for looks.
+func trimBlank(lines []string) []string {
+	blank := func(s string) bool { return strings.TrimSpace(s) == "" }
+	for len(lines) > 0 && blank(lines[0]) {
+		lines = lines[1:]
+	}
+	for len(lines) > 0 && blank(lines[len(lines)-1]) {
+		lines = lines[:len(lines)-1]
+	}
+	return lines
+}
+
+// showsSomething says whether the document has any output of its own.
+func showsSomething(want []string) bool {
+	return slices.ContainsFunc(trimBlank(want), func(s string) bool { return strings.TrimSpace(s) != anything })
+}

@@ -1,0 +1,252 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// listeners are the variables that move snapshotd and snapshotctl to a free
+// port, with the default each stands for. Variables with the same default get
+// the same port.
+var listeners = []struct{ variable, address string }{
+	{"SNAPSHOTD_LISTEN", "127.0.0.1:7070"},
+	{"SNAPSHOTD_METRICS_LISTEN", "127.0.0.1:7071"},
+	{"SNAPSHOTCTL_ADDR", "127.0.0.1:7070"},
+}
+
+const (
+	// shownDir is what the working folder is called in updated documents.
+	shownDir = "/tmp/snapshotd-docs"
+	// marker names the variable that tells whose processes are whose.
+	marker = "DOCSCHECK_SESSION"
+)
+
+var errTimeout = errors.New("timeout")
+
+// A session is the shell of one document.
+type session struct {
+	id     string
+	dir    string
+	shown  *strings.Replacer // what is real to what documents show
+	cmd    *exec.Cmd
+	stdin  io.WriteCloser
+	output chan string // lines, and what there is of one at the end
+	status int         // of the last command
+}
+
+// start opens a shell for a document. Its caller has to call end.
+func start(ctx context.Context, repo string) (*session, error) {
+	dir, err := os.MkdirTemp("", "docscheck-")
+	if err != nil {
+		return nil, err
+	}
+	if dir, err = filepath.EvalSymlinks(dir); err != nil {
+		return nil, err
+	}
+	work := filepath.Join(dir, "work")
+	if err := os.Mkdir(work, 0o755); err != nil {
+		return nil, err
+	}
+	s := &session{id: rand.Text(), dir: dir, output: make(chan string)}
+	env, shown, err := environment(ctx, repo, s.id)
+	if err != nil {
+		return nil, err
+	}
+	s.shown = strings.NewReplacer(append(shown, work, shownDir)...)
+
+	s.cmd = exec.CommandContext(ctx, "bash", "--noprofile", "--norc")
+	s.cmd.Dir = work
+	s.cmd.Env = env
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if s.stdin, err = s.cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
+	// One pipe for both, for their order is what a reader sees. It is not
+	// exec's: Wait would wait for every process that holds it.
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	s.cmd.Stdout, s.cmd.Stderr = w, w
+	err = s.cmd.Start()
+	_ = w.Close()
+	if err != nil {
+		_ = r.Close()
+		return nil, err
+	}
+	go func() { // ends with the last process that holds the pipe
+		defer close(s.output)
+		defer func() { _ = r.Close() }()
+		lines := bufio.NewReader(r)
+		for {
+			line, err := lines.ReadString('\n')
+			s.output <- line
+			if err != nil {
+				return
+			}
+		}
+	}()
+	prelude := fmt.Sprintf("REPOSITORY=%s\n", quote(repo)) +
+		`make() { command make -C "$REPOSITORY" "$@"; }` + "\n" +
+		`go() { command go -C "$REPOSITORY" "$@"; }` + "\n"
+	if _, err := s.run(ctx, prelude); err != nil {
+		_ = s.end(0)
+		return nil, err
+	}
+	return s, nil
+}
+
+// environment is the shell's: this process's own, less what would change what
+// the examples print. It also returns pairs of a real address and the one that
+// documents show.
+func environment(ctx context.Context, repo, id string) (env, shown []string, err error) {
+	for _, kv := range os.Environ() {
+		name, _, _ := strings.Cut(kv, "=")
+		// MAKEFLAGS and its like are those of the make that runs docscheck.
+		if !strings.HasPrefix(name, "SNAPSHOT") && !strings.HasPrefix(name, "MAKE") && name != "MFLAGS" {
+			env = append(env, kv)
+		}
+	}
+	env = append(env,
+		marker+"="+id,
+		"PATH="+filepath.Join(repo, "bin")+string(os.PathListSeparator)+os.Getenv("PATH"),
+		"LC_ALL=C.UTF-8", "TZ=UTC", "NO_COLOR=1", "TERM=dumb",
+	)
+	free := map[string]string{}
+	for _, l := range listeners {
+		if free[l.address] == "" {
+			if free[l.address], err = freeAddress(ctx); err != nil {
+				return nil, nil, err
+			}
+			shown = append(shown, free[l.address], l.address)
+		}
+		env = append(env, l.variable+"="+free[l.address])
+	}
+	return env, shown, nil
+}
+
+func freeAddress(ctx context.Context) (string, error) {
+	var config net.ListenConfig
+	l, err := config.Listen(ctx, "tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	return l.Addr().String(), l.Close()
+}
+
+// run types one command and returns the lines it printed. The session's status
+// is then the command's. After an error the session can only be ended.
+func (s *session) run(ctx context.Context, text string) ([]string, error) {
+	file := filepath.Join(s.dir, "command")
+	// The status of the command before, for `echo $?`.
+	script := fmt.Sprintf("(exit %d)\n%s\n", s.status, text)
+	if err := os.WriteFile(file, []byte(script), 0o600); err != nil {
+		return nil, err
+	}
+	// The end of the output is a line that no command could know.
+	end := rand.Text()
+	if _, err := fmt.Fprintf(s.stdin, "source %s </dev/null; printf '\\n%s %%d\\n' $?\n", quote(file), end); err != nil {
+		return nil, fmt.Errorf("the shell is gone: %w", err)
+	}
+	var out bytes.Buffer
+	for {
+		select {
+		case <-ctx.Done():
+			return s.lines(out.String()), errTimeout
+		case line, ok := <-s.output:
+			if !ok {
+				return s.lines(out.String()), errors.New("the command ended the shell")
+			}
+			code, found := strings.CutPrefix(line, end+" ")
+			if !found {
+				out.WriteString(line)
+				continue
+			}
+			status, err := strconv.Atoi(strings.TrimSpace(code))
+			if err != nil {
+				return nil, err
+			}
+			s.status = status
+			return s.lines(strings.TrimSuffix(out.String(), "\n")), nil
+		}
+	}
+}
+
+func (s *session) lines(out string) []string {
+	out = strings.TrimRight(s.shown.Replace(out), "\n")
+	if out == "" {
+		return nil
+	}
+	lines := strings.Split(out, "\n")
+	for i := range lines {
+		lines[i] = strings.TrimRight(lines[i], " \t\r")
+	}
+	return lines
+}
+
+// end ends the shell and everything that it started, and removes its folder.
+// Processes that are still there after the grace are killed, which is an error.
+func (s *session) end(grace time.Duration) error {
+	_ = s.stdin.Close()
+	go func() { // what comes now is nobody's, but must not hold up its writer
+		for open := true; open; {
+			_, open = <-s.output
+		}
+	}()
+	group := s.cmd.Process.Pid
+	_ = syscall.Kill(-group, syscall.SIGTERM)
+	_ = s.cmd.Wait() // ended by a signal or by the last command: of no interest
+
+	var left []int
+	deadline := time.Now().Add(grace)
+	for left = s.processes(); len(left) > 0 && time.Now().Before(deadline); left = s.processes() {
+		for _, pid := range left { // one may have had a child since
+			_ = syscall.Kill(pid, syscall.SIGTERM)
+		}
+		<-time.After(50 * time.Millisecond)
+	}
+	_ = syscall.Kill(-group, syscall.SIGKILL)
+	for _, pid := range left {
+		_ = syscall.Kill(pid, syscall.SIGKILL)
+	}
+	var errs []error
+	if len(left) > 0 {
+		errs = append(errs, fmt.Errorf("processes %v did not end within %s of SIGTERM", left, grace))
+	}
+	return errors.Join(append(errs, os.RemoveAll(s.dir))...)
+}
+
+// processes are those of the session that still run, in its process group or
+// not. Where there is no /proc it finds none.
+func (s *session) processes() []int {
+	var found []int
+	files, _ := filepath.Glob("/proc/[0-9]*/environ")
+	for _, file := range files {
+		// Of a process that is gone, a zombie's too, this reads nothing.
+		environ, _ := os.ReadFile(file)
+		if !bytes.Contains(environ, []byte(marker+"="+s.id)) {
+			continue
+		}
+		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file))); err == nil {
+			found = append(found, pid)
+		}
+	}
+	return found
+}
+
+func quote(s string) string {
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}
