@@ -68,18 +68,28 @@ func Open(ctx context.Context, kv meta.KV, o Options) (Cluster, error) {
 		OldestRelease: o.Release,
 		TokenKey:      secret[16:],
 	}
-	res, err := kv.Txn(ctx, meta.Txn{
-		If:   []meta.Cond{meta.Absent(keys.Format)},
-		Then: []meta.Op{meta.Put(keys.Format, record.Encode(fresh))},
-		Else: []meta.Op{meta.Get(keys.Format)},
-	})
+	// Read first: a store that is full refuses the transaction.
+	have, found, _, err := kv.Get(ctx, keys.Format)
 	if err != nil {
 		return Cluster{}, fmt.Errorf("open cluster: %w", err)
 	}
+	if !found {
+		res, err := kv.Txn(ctx, meta.Txn{
+			If:   []meta.Cond{meta.Absent(keys.Format)},
+			Then: []meta.Op{meta.Put(keys.Format, record.Encode(fresh))},
+			Else: []meta.Op{meta.Get(keys.Format)},
+		})
+		if err != nil {
+			return Cluster{}, fmt.Errorf("open cluster: %w", err)
+		}
+		if !res.Succeeded {
+			have, found = res.Ranges[0][0], true
+		}
+	}
 	rec := fresh
-	if !res.Succeeded {
+	if found {
 		rec = &storagev1.Cluster{}
-		if err := record.Decode(res.Ranges[0][0], rec); err != nil {
+		if err := record.Decode(have, rec); err != nil {
 			return Cluster{}, fmt.Errorf("open cluster: %w", err)
 		}
 	}

@@ -39,7 +39,9 @@ type Metadata struct {
 	// this was true.
 	CatalogRevision int64 `json:"catalog_revision,string"`
 
-	// Manifests are in order: each goes on where the one before ends.
+	// Manifests are in order: each goes on where the one before ends. Their
+	// numbers ascend, but need not begin at 0 nor be without gaps: a capture that
+	// had to start over leaves those of its first try to be deleted with the rest.
 	Manifests []ManifestFile `json:"manifests"`
 	Refs      RefsFile       `json:"refs"`
 	Totals    Totals         `json:"totals"`
@@ -122,7 +124,7 @@ type Channel struct {
 
 // ManifestFile describes one manifest.
 type ManifestFile struct { //nolint:revive // metadata name several kinds of file
-	File string `json:"file"` // ManifestName of its place in the list
+	File string `json:"file"` // a ManifestName
 	Digest
 	Segments     int64 `json:"segments"`
 	Rows         int64 `json:"rows"`
@@ -302,8 +304,10 @@ func (m *Metadata) check() error {
 		numbers = append(numbers, r.Number)
 	}
 	var sum Totals
+	number := -1
 	for i, f := range m.Manifests {
-		if f.File != ManifestName(i) {
+		last := number
+		if _, err := fmt.Sscanf(f.File, "manifest-%d.avro", &number); err != nil || f.File != ManifestName(number) || number <= last {
 			return fmt.Errorf("manifest %d is called %.40q", i, f.File)
 		}
 		if f.FirstOrdinal != sum.Segments || f.FirstBuild != sum.Builds {

@@ -47,23 +47,29 @@ const (
 )
 
 // Both are safe for concurrent use as long as only EncodeAll and DecodeAll are
-// called, and are made when first needed.
+// called. They are made at start, not when first needed, so that what they share
+// between goroutines does not belong to the test that happened to need it first.
 var (
-	zstdEncoder = sync.OnceValue(func() *zstd.Encoder {
-		e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(runtime.GOMAXPROCS(0)))
-		if err != nil {
-			panic(err) // the options are constants
-		}
-		return e
-	})
-	zstdDecoder = sync.OnceValue(func() *zstd.Decoder {
-		d, err := zstd.NewReader(nil, zstd.WithDecoderMaxMemory(maxBlockBytes), zstd.WithDecoderConcurrency(0))
-		if err != nil {
-			panic(err) // the options are constants
-		}
-		return d
-	})
+	zstdEncoder = newEncoder()
+	zstdDecoder = newDecoder()
 )
+
+func newEncoder() *zstd.Encoder {
+	e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(runtime.GOMAXPROCS(0)))
+	if err != nil {
+		panic(err) // the options are constants
+	}
+	e.EncodeAll(nil, nil) // makes the workers
+	return e
+}
+
+func newDecoder() *zstd.Decoder {
+	d, err := zstd.NewReader(nil, zstd.WithDecoderMaxMemory(maxBlockBytes), zstd.WithDecoderConcurrency(0))
+	if err != nil {
+		panic(err) // the options are constants
+	}
+	return d
+}
 
 // containerWriter writes a container. Records are appended to raw by the
 // caller, who then calls added.
@@ -117,7 +123,7 @@ func (w *containerWriter) added(start int) error {
 }
 
 func (w *containerWriter) flush(raw []byte) {
-	w.compressed = zstdEncoder().EncodeAll(raw, w.compressed[:0])
+	w.compressed = zstdEncoder.EncodeAll(raw, w.compressed[:0])
 	if len(w.out) == w.header {
 		w.begin(w.compressed)
 	}
@@ -261,7 +267,7 @@ func readBlock(c *cursor, sync []byte) (block, error) {
 
 // decompress returns the block's records, in the memory of dst if they fit.
 func (b block) decompress(dst []byte) ([]byte, error) {
-	raw, err := zstdDecoder().DecodeAll(b.data, dst[:0])
+	raw, err := zstdDecoder.DecodeAll(b.data, dst[:0])
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
 	}

@@ -367,7 +367,7 @@ func TestHostileFrames(t *testing.T) {
 		other[i] = e
 		return header(long(4) + strings.Join(other, "") + long(0))
 	}
-	bomb := string(zstdEncoder().EncodeAll(make([]byte, maxBlockBytes+1), nil))
+	bomb := string(zstdEncoder.EncodeAll(make([]byte, maxBlockBytes+1), nil))
 	for name, data := range map[string]string{
 		"other magic":        "Obj\x02" + normal[4:] + block,
 		"2^40 keys":          header(long(1<<40)) + block,

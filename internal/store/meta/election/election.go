@@ -47,6 +47,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -129,7 +130,7 @@ func (e *Election) Run(ctx context.Context, lead func(ctx context.Context, term 
 			backoff.Reset()
 		}
 	}
-	return nil
+	return nil //nolint:nilerr // that ctx ended says all
 }
 
 // stand waits for the key to be free and claims it; if that succeeds, led is
@@ -187,10 +188,8 @@ func (e *Election) watch(ctx context.Context, revision int64, until func(meta.Ev
 		if err != nil {
 			return err
 		}
-		for _, ev := range b.Events {
-			if until(ev) {
-				return nil
-			}
+		if slices.ContainsFunc(b.Events, until) {
+			return nil
 		}
 	}
 }

@@ -211,6 +211,7 @@ func TestAnyCallFails(t *testing.T) {
 	for _, fault := range []meta.Fault{meta.Before, meta.After} {
 		for n, fired := 0, true; fired; n++ {
 			t.Run(fmt.Sprintf("fault %d of call %d", fault, n), func(t *testing.T) {
+				fired = false // a test that fails ends the loop
 				synctest.Test(t, func(t *testing.T) { fired = anyCallFails(t, n, fault) })
 			})
 		}
@@ -248,6 +249,26 @@ func anyCallFails(t *testing.T, n int, fault meta.Fault) (fired bool) {
 		t.Errorf("the key is left behind: found %v, error %v", found, err)
 	}
 	return faulty.Fired() > 0
+}
+
+// A claim that took effect and got no answer is found out to have won.
+func TestAmbiguousClaim(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := memory.New(memory.Options{})
+		faulty := meta.NewFaulty(store)
+		faulty.FailNth(0, meta.After, meta.MethodTxn)
+		elected := make(chan leadership, 100)
+		r := start(t, "a", faulty, 10*time.Second, elected, &terms{seen: map[int64]string{}})
+		l := <-elected
+		if faulty.Fired() != 1 || l.Create != 2 {
+			t.Errorf("after %d faults: term %d, want that of the first write, 2", faulty.Fired(), l.Create)
+		}
+		if !l.write(t, store) {
+			t.Error("the leader's fenced write is refused")
+		}
+		r.stop()
+		<-r.done
+	})
 }
 
 // A leader that cannot reach the store is told a TTL after its last renewal, not

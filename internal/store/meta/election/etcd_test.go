@@ -4,6 +4,7 @@ package election_test
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"testing"
 	"time"
@@ -17,9 +18,10 @@ func TestEtcdFrozenLeader(t *testing.T) {
 	srv := etcdtest.Shared(t)
 	elected := make(chan leadership, 100)
 	ts := &terms{seen: map[int64]string{}}
+	root := "/" + rand.Text()
 	var replicas []*replica
 	for _, name := range []string{"a", "b", "c"} {
-		replicas = append(replicas, start(t, name, srv.KVAt(t, "/TestEtcdFrozenLeader"), time.Second, elected, ts))
+		replicas = append(replicas, start(t, name, srv.KVAt(t, root), time.Second, elected, ts))
 	}
 	frozen := <-elected
 	if !frozen.write(t, frozen.by.kv) {

@@ -35,7 +35,7 @@ func TestEtcd(t *testing.T) {
 // A server that does not know RangeStream is read page by page.
 func TestEtcdWithoutStream(t *testing.T) {
 	old := &oldKV{}
-	kv := open(t, etcd.Options{Endpoints: []string{old.serve(t, etcdtest.Shared(t).Endpoint())}, Root: "/TestEtcdWithoutStream"})
+	kv := open(t, etcd.Options{Endpoints: []string{old.serve(t, etcdtest.Shared(t).Endpoint())}, Root: "/" + crand.Text()})
 	ctx := t.Context()
 	const n = 1000 // several pages, the last one full or not
 	var at int64
@@ -141,8 +141,8 @@ func open(t *testing.T, o etcd.Options) *etcd.Client {
 // with the other.
 func TestEtcdRoot(t *testing.T) {
 	srv := etcdtest.Shared(t)
-	one := srv.KVAt(t, "/TestEtcdRoot")
-	two := srv.KVAt(t, "/TestEtcdRoot2")
+	root := "/" + crand.Text()
+	one, two := srv.KVAt(t, root), srv.KVAt(t, root+"2")
 	ctx := t.Context()
 	res, err := one.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Put("/a", []byte("1"))}})
 	if err != nil {
@@ -173,7 +173,7 @@ func TestEtcdFull(t *testing.T) {
 	metatest.Full(t, kv, func() {
 		srv.Stop(t)
 		srv.QuotaBytes = 1 // less than an empty database
-		srv.Restart(t)
+		srv.Restart(t)     //nolint:contextcheck // of the test
 		// The first put to be refused raises the alarm. Until the client has
 		// found the server again the answer is another.
 		for {
@@ -196,12 +196,12 @@ func TestEtcdFull(t *testing.T) {
 // The twin behaves as etcd does: the same random transactions, reads and leases
 // have the same results, revisions included.
 func TestEtcdTwin(t *testing.T) {
-	real, twin := etcdtest.Start(t).KV(t), memory.New(memory.Options{})
+	original, twin := etcdtest.Start(t).KV(t), memory.New(memory.Options{})
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rnd := rand.New(rand.NewPCG(seed, 0))
 	ctx := t.Context()
-	both := [2]meta.KV{real, twin}
+	both := [2]meta.KV{original, twin}
 	leases := [2]map[meta.LeaseID]int{{0: 0}, {0: 0}} // the number of each lease, to compare
 	var ids [][2]meta.LeaseID
 	key := func() string { return fmt.Sprintf("/%c", 'a'+rnd.IntN(6)) }
@@ -440,6 +440,10 @@ func TestEtcdLeavesNothing(t *testing.T) {
 	kv := etcdtest.Shared(t).KV(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
+	_, _, before, err := kv.Get(ctx, "/a")
+	if err != nil {
+		t.Fatal(err)
+	}
 	for range 20 {
 		var ops []meta.Op
 		for i := range 100 {
@@ -451,10 +455,22 @@ func TestEtcdLeavesNothing(t *testing.T) {
 	}
 	stop := errors.New("stop")
 	for range 10 {
-		if _, err := kv.Scan(ctx, "/", "0", 0, func([]meta.KeyValue) error { return stop }); !errors.Is(err, stop) {
+		_, err := kv.Scan(ctx, "/", "0", 0, func([]meta.KeyValue) error {
+			for range 20 { // time for the next chunks to come and wait
+				if _, _, _, err := kv.Get(ctx, "/a"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			return stop
+		})
+		if !errors.Is(err, stop) {
 			t.Fatal(err)
 		}
-		w := kv.Watch(ctx, "/", "0", 0)
+		// Progress of a watch that nobody has read yet opens its stream.
+		if err := kv.Watch(ctx, "/", "0", before).Progress(ctx); err != nil {
+			t.Fatal(err)
+		}
+		w := kv.Watch(ctx, "/", "0", before)
 		if _, err := w.Next(); err != nil {
 			t.Fatal(err)
 		}
@@ -466,7 +482,7 @@ func TestEtcdLeavesNothing(t *testing.T) {
 	stacks := make([]byte, 4<<20)
 	for began := time.Now(); ; runtime.Gosched() {
 		text := string(stacks[:runtime.Stack(stacks, true)])
-		if !strings.Contains(text, "clientv3.(*kv).GetStream") && !strings.Contains(text, "clientv3.(*watch") {
+		if !strings.Contains(text, "etcd/client/v3.(*kv).GetStream") && !strings.Contains(text, "etcd/client/v3.(*watch") {
 			return
 		}
 		if time.Since(began) > 10*time.Second {

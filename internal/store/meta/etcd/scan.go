@@ -81,7 +81,7 @@ func (c *Client) scanStream(ctx context.Context, from, to string, revision int64
 	}
 	defer func() { // the client's goroutine blocks on the channel until it is read
 		cancel(nil)
-		for range chunks { //nolint:revive // drained
+		for range chunks {
 		}
 	}()
 	complete := false

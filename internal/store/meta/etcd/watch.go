@@ -47,7 +47,7 @@ func (c *Client) Watch(ctx context.Context, from, to string, after int64) meta.W
 	}
 	w.streams = clientv3.NewWatcher(c.etcd)
 	ended, cancel := context.WithCancel(ctx)
-	stop := context.AfterFunc(c.ctx, cancel)
+	stop := context.AfterFunc(c.ctx, cancel) //nolint:contextcheck // ended follows both contexts
 	context.AfterFunc(ended, func() {
 		stop()
 		_ = w.streams.Close() // it has no more to say than that it was ended

@@ -304,7 +304,7 @@ func (s *Store) putLocked(op meta.Op, revision int64) meta.Event {
 	if len(op.Value) > 0 {
 		v.value = slices.Clone(op.Value)
 	}
-	if n := len(k.versions); n > 0 && true {
+	if n := len(k.versions); n > 0 && k.versions[n-1].create != 0 {
 		v.create = k.versions[n-1].create
 		s.detachLocked(k.name, k.versions[n-1].lease)
 	}
