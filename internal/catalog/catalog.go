@@ -9,10 +9,13 @@
 //
 // # States
 //
-//	collection  ACTIVE -> DROPPING; the name goes with the change of state, the
-//	            record when the last of its files is gone
+//	collection  RESTORING -> ACTIVE -> DROPPING; the name goes with the change
+//	            of state to DROPPING, the record when the last of its files is
+//	            gone; only an ACTIVE one is written
 //	partition, index
-//	            ACTIVE -> DROPPING, likewise
+//	            ACTIVE -> DROPPING, likewise; the drop also puts the collection's
+//	            record, which every change compares, so that no segment or build
+//	            joins what is being dropped
 //	segment     GROWING -> SEALED -> FLUSHED, IMPORTING -> FLUSHED; a dropped
 //	            segment leaves as a unit
 //	unit        a dropped segment, a dropped index build or replaced files: a
@@ -25,6 +28,8 @@
 //	no answer            the error wraps meta.ErrUnavailable: it may have been
 //	                     written. With a request token a repeat tells; segments
 //	                     are idempotent by id, checkpoints by value, drops by id
+//	store is full        meta.ErrNoSpace: nothing was written. Drops are refused
+//	                     as well, for they put the record of what they drop
 //	process dies         each change is one transaction: it happened or not.
 //	                     AddSegments and DropSegments are one per batch, and are
 //	                     repeated from the beginning
@@ -50,7 +55,9 @@ const (
 	MaxIndexes       = 1024
 	MaxChannels      = 64
 	MaxSegmentBytes  = 1 << 20   // of a segment's record
-	MaxRecordBytes   = 768 << 10 // of any other record
+	MaxRecordBytes   = 768 << 10 // of a collection's record
+	maxPartBytes     = 512 << 10 // of a partition's or index's, which share a transaction with it
+	maxRemembered    = 64 << 10  // of what a request token keeps
 	MaxSwap          = 60        // inputs, outputs and updates of one compaction
 	maxAttempts      = 16        // of a change whose premises keep changing
 	maxReservedIDs   = 64        // ranges
@@ -153,18 +160,19 @@ func (c *Catalog) newOp() (string, error) {
 	return hex.EncodeToString(b), nil
 }
 
-// plan is one attempt at a change: the transaction, and what the operation's
-// request token is to remember.
+// plan is one attempt at a change.
 type plan struct {
 	txn    meta.Txn
-	id     int64
-	result []byte
+	id     int64  // of what is changed
+	result []byte // its record; a request token remembers it unless it is large
+	// revision is at which there was nothing to change, when txn is empty.
+	revision int64
 }
 
 // outcome is how a change ended.
 type outcome struct {
 	id       int64
-	result   []byte
+	result   []byte // nil in a repeat when the record is large
 	revision int64
 }
 
@@ -181,12 +189,18 @@ func (c *Catalog) change(ctx context.Context, tok request.Token, decide func(ctx
 		if err != nil {
 			return outcome{}, err
 		}
+		var p plan
+		if known == nil {
+			if p, err = decide(ctx); err != nil {
+				// The same request may have succeeded since, and be why this one cannot.
+				var findErr error
+				if known, findErr = request.Find(ctx, c.kv, tok); known == nil || findErr != nil {
+					return outcome{}, err
+				}
+			}
+		}
 		if known != nil {
 			return outcome{id: known.ID, result: known.Result, revision: known.Revision}, nil
-		}
-		p, err := decide(ctx)
-		if err != nil {
-			return outcome{}, err
 		}
 		var lease meta.LeaseID
 		if tok.Given() {
@@ -195,9 +209,13 @@ func (c *Catalog) change(ctx context.Context, tok request.Token, decide func(ctx
 			}
 		}
 		p.txn.If = append(p.txn.If, tok.Absent()...)
-		p.txn.Then = append(p.txn.Then, tok.End(lease, p.id, p.result)...)
+		remember := p.result
+		if len(remember) > maxRemembered { // a repeat reads what has become of it
+			remember = nil
+		}
+		p.txn.Then = append(p.txn.Then, tok.End(lease, p.id, remember)...)
 		if len(p.txn.Then) == 0 { // nothing to change, nothing to remember
-			return outcome{id: p.id, result: p.result}, nil
+			return outcome{id: p.id, result: p.result, revision: p.revision}, nil
 		}
 		res, err := c.kv.Txn(ctx, p.txn)
 		switch {

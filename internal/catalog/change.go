@@ -90,6 +90,13 @@ type swapPlan struct {
 	txn        meta.Txn
 	newIDs     []int64 // segments and builds that the swap registers
 	unitIDs    []int64 // fresh ids for units of replaced files
+	taken      []taken
+}
+
+// taken is a key that must not be there, and the error when it is.
+type taken struct {
+	key string
+	err error
 }
 
 func (c *Catalog) planSwap(ctx context.Context, ref Ref, swap Swap) (plan, error) {
@@ -97,9 +104,11 @@ func (c *Catalog) planSwap(ctx context.Context, ref Ref, swap Swap) (plan, error
 	if err != nil {
 		return plan{}, err
 	}
-	view, err := c.At(ctx, col.ID, 0)
-	if err != nil {
-		return plan{}, err
+	view := View{Collection: col}
+	if len(swap.Add)+len(swap.Update) > 0 { // others need no partition and no index
+		if view, err = c.At(ctx, col.ID, 0); err != nil {
+			return plan{}, err
+		}
 	}
 	p := &swapPlan{collection: col.ID, rules: rules{view}}
 	p.txn.If = []meta.Cond{unchanged}
@@ -155,20 +164,46 @@ func (c *Catalog) planSwap(ctx context.Context, ref Ref, swap Swap) (plan, error
 			return plan{}, err
 		}
 	}
-	if err := c.moveCheckpoints(ctx, p, swap.Checkpoints); err != nil {
+	if err := c.checkTaken(ctx, p); err != nil {
+		return plan{}, err
+	}
+	revision, err := c.moveCheckpoints(ctx, p, swap.Checkpoints)
+	if err != nil {
+		return plan{}, err
+	}
+	if err := checkUnique(p.newIDs); err != nil {
 		return plan{}, err
 	}
 	if err := c.checkHandedOut(ctx, "segment or index build", p.newIDs...); err != nil {
 		return plan{}, err
 	}
-	if len(p.newIDs) > 0 {
-		notDropped, err := c.notDropped(ctx, col.ID, p.newIDs)
-		if err != nil {
-			return plan{}, err
-		}
-		p.txn.If = append(p.txn.If, notDropped(slices.Min(p.newIDs), slices.Max(p.newIDs))...)
+	notDropped, err := c.notDropped(ctx, col.ID, p.newIDs)
+	if err != nil {
+		return plan{}, err
 	}
-	return plan{txn: p.txn, id: col.ID}, nil
+	p.txn.If = append(p.txn.If, notDropped...)
+	return plan{txn: p.txn, id: col.ID, revision: revision}, nil
+}
+
+// checkTaken refuses a swap that would put a key which is there, and which no
+// other attempt finds gone: ids are never used twice.
+func (c *Catalog) checkTaken(ctx context.Context, p *swapPlan) error {
+	for part := range slices.Chunk(p.taken, meta.MaxTxnOps) {
+		gets := make([]meta.Op, len(part))
+		for i := range part {
+			gets[i] = meta.Get(part[i].key)
+		}
+		res, err := c.kv.Txn(ctx, meta.Txn{Then: gets})
+		if err != nil {
+			return err
+		}
+		for i, kvs := range res.Ranges {
+			if len(kvs) > 0 {
+				return part[i].err
+			}
+		}
+	}
+	return nil
 }
 
 func updated(updates []Update) []int64 {
@@ -202,12 +237,15 @@ func (c *Catalog) readSegments(ctx context.Context, collection int64, ids []int6
 	return list, nil
 }
 
-// unit puts the record of a dropped unit, which must not be there yet.
+// unit puts the record of a dropped unit, which must not be there yet: that of
+// another would be lost with it, and its files never reclaimed.
 func (p *swapPlan) unit(id int64, u *storagev1.Unit) {
 	u.Format, u.Op = record.Format, p.op
 	key := keys.Unit(p.collection, id)
 	p.txn.If = append(p.txn.If, meta.Absent(key))
 	p.txn.Then = append(p.txn.Then, meta.Put(key, record.Encode(u)))
+	p.taken = append(p.taken, taken{key, fmt.Errorf("%w: %d stands for something else that was dropped; an id is never used twice",
+		ErrIndexBuildExists, id)})
 }
 
 func (p *swapPlan) drop(kv meta.KeyValue) error {
@@ -222,14 +260,12 @@ func (p *swapPlan) drop(kv meta.KeyValue) error {
 	p.txn.If = append(p.txn.If, meta.Unchanged(kv.Key, kv.ModRevision))
 	p.txn.Then = append(p.txn.Then, meta.Delete(kv.Key))
 	rec.State = uint32(segment.Dropped)
-	u := &storagev1.Unit{Format: record.Format, Kind: unitSegment, SegmentId: id, Segment: rec, Op: p.op}
-	// No compare that the unit is absent: the segment that is there says so.
-	p.txn.Then = append(p.txn.Then, meta.Put(keys.Unit(p.collection, id), record.Encode(u)))
+	p.unit(id, &storagev1.Unit{Kind: unitSegment, SegmentId: id, Segment: rec})
 	return nil
 }
 
 func (p *swapPlan) add(field string, s *segment.Segment) error {
-	if err := p.rules.segment(field, s); err != nil {
+	if err := p.rules.segment(field, s, nil); err != nil {
 		return err
 	}
 	key := keys.Segment(p.collection, s.ID)
@@ -237,9 +273,20 @@ func (p *swapPlan) add(field string, s *segment.Segment) error {
 		return err
 	}
 	p.txn.If = append(p.txn.If, meta.Absent(key))
-	p.txn.Else = append(p.txn.Else, meta.Get(key))
-	p.newIDs = append(p.newIDs, newIDs([]segment.Segment{*s})...)
+	p.taken = append(p.taken, taken{key, fmt.Errorf("%w: %d, in %s; an id is never used twice", ErrSegmentExists, s.ID, field)})
+	p.newIDs = append(p.newIDs, s.ID)
+	p.addBuilds(s.Builds)
 	return nil
+}
+
+// addBuilds notes the ids of builds that the swap registers. That none is a
+// segment's is looked up, not compared: it is a mistake, not a race.
+func (p *swapPlan) addBuilds(builds []segment.Build) {
+	for i := range builds {
+		id := builds[i].ID
+		p.newIDs = append(p.newIDs, id)
+		p.taken = append(p.taken, taken{keys.Segment(p.collection, id), fmt.Errorf("%w: %d is the id of a segment", ErrIndexBuildExists, id)})
+	}
 }
 
 func (p *swapPlan) put(key string, s *segment.Segment) error {
@@ -259,11 +306,12 @@ func (p *swapPlan) update(field string, kv meta.KeyValue, u *Update) error {
 	if u.Revision > 0 && u.Revision != kv.ModRevision {
 		return fmt.Errorf("%w: segment %d is at %d, not %d; read it again", ErrRevisionChanged, s.ID, kv.ModRevision, u.Revision)
 	}
+	old := slices.Clone(s.Builds)
 	removed, replaced, err := applyUpdate(field, &s, u)
 	if err != nil {
 		return err
 	}
-	if err := p.rules.segment(field, &s); err != nil {
+	if err := p.rules.segment(field, &s, old); err != nil {
 		return err
 	}
 	if len(removed) > 0 {
@@ -277,9 +325,7 @@ func (p *swapPlan) update(field string, kv meta.KeyValue, u *Update) error {
 		part.Builds = []segment.Build{b}
 		p.unit(b.ID, &storagev1.Unit{Kind: unitBuild, SegmentId: s.ID, Segment: encodeSegment(p.collection, part, "")})
 	}
-	for i := range u.AddBuilds {
-		p.newIDs = append(p.newIDs, u.AddBuilds[i].ID)
-	}
+	p.addBuilds(u.AddBuilds)
 	p.txn.If = append(p.txn.If, meta.Unchanged(kv.Key, kv.ModRevision))
 	return p.put(kv.Key, &s)
 }
@@ -326,8 +372,7 @@ func applyUpdate(field string, s *segment.Segment, u *Update) (removed []segment
 	}
 	for i := range u.AddFiles {
 		f := &u.AddFiles[i]
-		same := func(o segment.File) bool { return o.Root == f.Root && o.Path == f.Path }
-		if slices.ContainsFunc(s.Files, same) || slices.ContainsFunc(removed, same) {
+		if slices.ContainsFunc(s.Files, func(o segment.File) bool { return o.Root == f.Root && o.Path == f.Path }) {
 			return nil, nil, fmt.Errorf("%w: %q of segment %d, in %s.add_files[%d]; a path is never used twice", ErrFileExists, f.Path, s.ID, field, i)
 		}
 		s.Files = append(s.Files, *f)
@@ -340,7 +385,10 @@ func applyUpdate(field string, s *segment.Segment, u *Update) (removed []segment
 		replaced = append(replaced, s.Builds[at])
 		s.Builds = slices.Delete(s.Builds, at, at+1)
 	}
-	for _, b := range u.AddBuilds {
+	for i, b := range u.AddBuilds {
+		if slices.ContainsFunc(u.AddBuilds[:i], func(o segment.Build) bool { return o.Index == b.Index }) {
+			return nil, nil, invalid(fmt.Sprintf("%s.add_index_builds[%d].index_id", field, i), "two builds of index %d", b.Index)
+		}
 		if slices.ContainsFunc(s.Builds, func(o segment.Build) bool { return o.ID == b.ID }) ||
 			slices.ContainsFunc(replaced, func(o segment.Build) bool { return o.ID == b.ID }) {
 			return nil, nil, fmt.Errorf("%w: %d of segment %d; an id is never used twice", ErrIndexBuildExists, b.ID, s.ID)
@@ -351,44 +399,65 @@ func applyUpdate(field string, s *segment.Segment, u *Update) (removed []segment
 		}
 		s.Builds = append(s.Builds, b)
 	}
+	// What was removed will be deleted, by its path.
+	gone := segment.Segment{Files: removed, Builds: replaced}
+	paths := map[FilePath]bool{}
+	for f := range gone.AllFiles() {
+		paths[FilePath{f.Root, f.Path}] = true
+	}
+	for f := range s.AllFiles() {
+		if paths[FilePath{f.Root, f.Path}] {
+			return nil, nil, fmt.Errorf("%w: %q of segment %d, removed and added in %s; a path is never used twice", ErrFileExists, f.Path, s.ID, field)
+		}
+	}
 	return removed, replaced, nil
 }
 
-func (c *Catalog) moveCheckpoints(ctx context.Context, p *swapPlan, checkpoints []Checkpoint) error {
+// moveCheckpoints returns the revision at which it read the checkpoints, 0 when
+// the swap has others things to do and no checkpoints.
+func (c *Catalog) moveCheckpoints(ctx context.Context, p *swapPlan, checkpoints []Checkpoint) (int64, error) {
+	if len(checkpoints) == 0 && len(p.txn.Then) > 0 {
+		return 0, nil
+	}
 	col := &p.rules.view.Collection
 	seen := map[int]bool{}
+	gets := []meta.Op{meta.Get(keys.Collection(col.ID))}
 	for i, cp := range checkpoints {
 		field := fmt.Sprintf("checkpoints[%d]", i)
 		if cp.Shard < 0 || cp.Shard >= col.Shards() {
-			return invalid(field+".shard", "%d, collection %s has shards 0 to %d", cp.Shard, col, col.Shards()-1)
+			return 0, invalid(field+".shard", "%d, collection %s has shards 0 to %d", cp.Shard, col, col.Shards()-1)
 		}
 		if seen[cp.Shard] {
-			return invalid(field+".shard", "%d occurs twice", cp.Shard)
+			return 0, invalid(field+".shard", "%d occurs twice", cp.Shard)
 		}
 		seen[cp.Shard] = true
-		key := keys.Channel(col.ID, cp.Shard)
-		kv, found, _, err := c.kv.Get(ctx, key)
-		if err != nil {
-			return err
-		}
-		if found {
-			old, err := decodeCheckpoint(kv)
+		gets = append(gets, meta.Get(keys.Channel(col.ID, cp.Shard)))
+	}
+	res, err := c.kv.Txn(ctx, meta.Txn{Then: gets})
+	if err != nil {
+		return 0, fmt.Errorf("read checkpoints of collection %s: %w", col, err)
+	}
+	for i, cp := range checkpoints {
+		key, kvs := keys.Channel(col.ID, cp.Shard), res.Ranges[1+i]
+		if len(kvs) == 0 {
+			p.txn.If = append(p.txn.If, meta.Absent(key))
+		} else {
+			old, err := decodeCheckpoint(kvs[0])
 			if err != nil {
-				return err
+				return 0, err
 			}
-			switch {
-			case cp.Position.Timestamp < old.Position.Timestamp:
-				return fmt.Errorf("%w: shard %d of %s is at %d, not before %d", ErrCheckpointRegression,
+			if cp.Position.Timestamp < old.Position.Timestamp {
+				return 0, fmt.Errorf("%w: shard %d of %s is at %d, not before %d", ErrCheckpointRegression,
 					cp.Shard, col, old.Position.Timestamp, cp.Position.Timestamp)
-			case cp.Position.Timestamp == old.Position.Timestamp && slices.Equal(cp.Position.Opaque, old.Position.Opaque):
+			}
+			// Compared although it stays: all stand so at the revision of the swap.
+			p.txn.If = append(p.txn.If, meta.Unchanged(key, kvs[0].ModRevision))
+			if cp.Position.Timestamp == old.Position.Timestamp && slices.Equal(cp.Position.Opaque, old.Position.Opaque) {
 				continue
 			}
-			p.txn.If = append(p.txn.If, meta.Unchanged(key, kv.ModRevision))
-		} else {
-			p.txn.If = append(p.txn.If, meta.Absent(key))
 		}
 		pos := &storagev1.Position{Timestamp: uint64(cp.Position.Timestamp), Opaque: cp.Position.Opaque}
 		p.txn.Then = append(p.txn.Then, meta.Put(key, record.Encode(&storagev1.Channel{Format: record.Format, Checkpoint: pos, Op: p.op})))
 	}
-	return nil
+	return res.Revision, nil
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
@@ -305,7 +306,8 @@ func decodeFiles(collection int64, s *segment.Segment, in *storagev1.Files) ([]s
 		}
 		if shared := int(at(in.GetPathShared(), i)) - 1; shared >= 0 {
 			var tail []byte
-			if tail, tails, err = cut(tails); err != nil || shared > len(lastPath) {
+			// A path is never longer than a key; damage must not make it so, file by file.
+			if tail, tails, err = cut(tails); err != nil || shared > len(lastPath) || shared+len(tail) > object.MaxKeyBytes {
 				return nil, fmt.Errorf("file %d: damaged path", i)
 			}
 			f.Path = lastPath[:shared] + string(tail)
@@ -332,5 +334,6 @@ func cut(data []byte) (first, rest []byte, err error) {
 	if n <= 0 || length > uint64(len(data)-n) {
 		return nil, nil, fmt.Errorf("damaged list of %d bytes", len(data))
 	}
-	return data[n : n+int(length)], data[n+int(length):], nil
+	end := n + int(length)
+	return data[n:end:end], data[end:], nil
 }

@@ -41,18 +41,25 @@ func (c *Catalog) Resolve(ctx context.Context, ref Ref) (int64, error) {
 
 // Collection returns a collection, whatever its state.
 func (c *Catalog) Collection(ctx context.Context, ref Ref) (Collection, error) {
-	id, err := c.Resolve(ctx, ref)
-	if err != nil {
-		return Collection{}, err
+	for range maxAttempts {
+		id, err := c.Resolve(ctx, ref)
+		if err != nil {
+			return Collection{}, err
+		}
+		kv, found, _, err := c.kv.Get(ctx, keys.Collection(id))
+		if err != nil {
+			return Collection{}, fmt.Errorf("read collection %s: %w", ref, err)
+		}
+		if !found {
+			return Collection{}, fmt.Errorf("%w: %s", ErrCollectionNotFound, ref)
+		}
+		col, err := DecodeCollection(kv)
+		if err != nil || ref.ID > 0 || col.DB == ref.DB && col.Name == ref.Name {
+			return col, err
+		}
+		// Renamed since the name was read, which may be another's by now.
 	}
-	kv, found, _, err := c.kv.Get(ctx, keys.Collection(id))
-	if err != nil {
-		return Collection{}, fmt.Errorf("read collection %s: %w", ref, err)
-	}
-	if !found {
-		return Collection{}, fmt.Errorf("%w: %s", ErrCollectionNotFound, ref)
-	}
-	return DecodeCollection(kv)
+	return Collection{}, fmt.Errorf("%w: collection %s is renamed all the time", ErrConflict, ref)
 }
 
 // active returns a collection that may be written, and the compare that it is
@@ -62,10 +69,23 @@ func (c *Catalog) active(ctx context.Context, ref Ref) (Collection, meta.Cond, e
 	if err != nil {
 		return Collection{}, meta.Cond{}, err
 	}
-	if col.State != Active {
-		return Collection{}, meta.Cond{}, fmt.Errorf("%w: %s is %v", ErrCollectionNotActive, &col, col.State)
+	if err := col.checkActive(); err != nil {
+		return Collection{}, meta.Cond{}, err
 	}
-	return col, meta.Unchanged(keys.Collection(col.ID), col.Revision), nil
+	return col, col.unchanged(), nil
+}
+
+func (c *Collection) checkActive() error {
+	if c.State != Active {
+		return fmt.Errorf("%w: %s is %v", ErrCollectionNotActive, c, c.State)
+	}
+	return nil
+}
+
+// unchanged is the compare that the collection is as it was read, and that none
+// of its partitions and indexes was dropped since.
+func (c *Collection) unchanged() meta.Cond {
+	return meta.Unchanged(keys.Collection(c.ID), c.Revision)
 }
 
 // ListFilter says which collections to list. Zero fields do not filter, but no
@@ -153,26 +173,16 @@ func (c *Catalog) CreateCollection(ctx context.Context, tok request.Token, spec 
 					meta.Put(keys.Collection(id), data),
 				},
 			},
-			id: id, result: c.remember(tok, data),
+			id: id, result: data,
 		}, nil
 	})
 	if err != nil {
 		return Collection{}, fmt.Errorf("create collection %s/%s: %w", spec.DB, spec.Name, err)
 	}
-	return c.collectionResult(ctx, tok, out)
+	return c.collectionResult(ctx, out)
 }
 
-// remember returns what a request token keeps of a record: nothing when there
-// is no token, and nothing when the record is large, for then a repeat reads
-// what has become of it.
-func (c *Catalog) remember(tok request.Token, data []byte) []byte {
-	if !tok.Given() || len(data) > 64<<10 {
-		return nil
-	}
-	return data
-}
-
-func (c *Catalog) collectionResult(ctx context.Context, tok request.Token, out outcome) (Collection, error) {
+func (c *Catalog) collectionResult(ctx context.Context, out outcome) (Collection, error) {
 	if len(out.result) == 0 {
 		return c.Collection(ctx, Ref{ID: out.id})
 	}
@@ -188,6 +198,11 @@ func (c *Catalog) checkSpec(spec *Collection) error {
 	}
 	if len(spec.Channels) > MaxChannels {
 		return invalid("channels", "%d channels, at most %d", len(spec.Channels), MaxChannels)
+	}
+	for i, name := range spec.Channels {
+		if name == "" || slices.Contains(spec.Channels[:i], name) {
+			return invalid(fmt.Sprintf("channels[%d]", i), "%q is empty or occurs twice", name)
+		}
 	}
 	if err := checkSchema(&spec.Schema); err != nil {
 		return err
@@ -277,16 +292,13 @@ func (c *Catalog) rewrite(ctx context.Context, tok request.Token, ref Ref, verb 
 				If:   append(conds, unchanged),
 				Then: append(ops, meta.Put(keys.Collection(col.ID), data)),
 			},
-			id: col.ID, result: c.remember(tok, data),
+			id: col.ID, result: data,
 		}, nil
 	})
 	if err != nil {
 		return Collection{}, fmt.Errorf("%s collection %s: %w", verb, ref, err)
 	}
-	if !tok.Given() {
-		return c.Collection(ctx, Ref{ID: out.id})
-	}
-	return c.collectionResult(ctx, tok, out)
+	return c.collectionResult(ctx, out)
 }
 
 // DropCollection begins the end of a collection: from then on it has no name
@@ -337,38 +349,34 @@ func (c *Catalog) DropCollection(ctx context.Context, tok request.Token, ref Ref
 // CreatePartition adds a partition of spec's Name, Attributes and, unless it is
 // 0, ID.
 func (c *Catalog) CreatePartition(ctx context.Context, tok request.Token, ref Ref, spec Partition) (Partition, error) {
-	var made meta.KeyValue
-	out, err := c.addPart(ctx, tok, ref, part{
+	made, err := c.addPart(ctx, tok, ref, part{
 		what: "partition", name: spec.Name, id: spec.ID, limit: MaxPartitions,
-		errExists: ErrPartitionExists, prefix: keys.PartitionPrefix, nameKey: keys.PartitionName,
+		errExists: ErrPartitionExists, errNotFound: ErrPartitionNotFound, prefix: keys.PartitionPrefix, nameKey: keys.PartitionName,
 		encode: func(op string) []byte {
 			spec.State, spec.CreateTime = Active, c.now()
 			return record.Encode(encodePartition(&spec, op))
 		},
-	}, &made)
+	})
 	if err != nil {
 		return Partition{}, fmt.Errorf("create partition %s of %s: %w", spec.Name, ref, err)
 	}
-	made.Value = out.result
 	return decodePartition(made)
 }
 
 // CreateIndex adds an index of spec's Name, Field, parameters, Attributes and,
 // unless it is 0, ID.
 func (c *Catalog) CreateIndex(ctx context.Context, tok request.Token, ref Ref, spec Index) (Index, error) {
-	var made meta.KeyValue
-	out, err := c.addPart(ctx, tok, ref, part{
+	made, err := c.addPart(ctx, tok, ref, part{
 		what: "index", name: spec.Name, id: spec.ID, limit: MaxIndexes,
-		errExists: ErrIndexExists, prefix: keys.IndexPrefix, nameKey: keys.IndexName,
+		errExists: ErrIndexExists, errNotFound: ErrIndexNotFound, prefix: keys.IndexPrefix, nameKey: keys.IndexName,
 		encode: func(op string) []byte {
 			spec.State, spec.CreateTime = Active, c.now()
 			return record.Encode(encodeIndex(&spec, op))
 		},
-	}, &made)
+	})
 	if err != nil {
 		return Index{}, fmt.Errorf("create index %s of %s: %w", spec.Name, ref, err)
 	}
-	made.Value = out.result
 	return decodeIndex(made)
 }
 
@@ -377,15 +385,17 @@ type part struct {
 	what, name string
 	id         int64
 	limit      int
-	errExists  error
-	prefix     func(collection int64) string
-	nameKey    func(collection int64, name string) string
-	encode     func(op string) []byte
+	errExists,
+	errNotFound error
+	prefix  func(collection int64) string
+	nameKey func(collection int64, name string) string
+	encode  func(op string) []byte
 }
 
-func (c *Catalog) addPart(ctx context.Context, tok request.Token, ref Ref, p part, made *meta.KeyValue) (outcome, error) {
+// addPart returns the record that it made.
+func (c *Catalog) addPart(ctx context.Context, tok request.Token, ref Ref, p part) (meta.KeyValue, error) {
 	if err := CheckName("name", p.name); err != nil {
-		return outcome{}, err
+		return meta.KeyValue{}, err
 	}
 	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
 		col, unchanged, err := c.active(ctx, ref)
@@ -404,6 +414,7 @@ func (c *Catalog) addPart(ctx context.Context, tok request.Token, ref Ref, p par
 		if err != nil {
 			return plan{}, err
 		}
+		// Not compared: a limit may be passed by those who create at one time.
 		if len(res.KVs) >= p.limit {
 			return plan{}, fmt.Errorf("%w: a collection holds at most %d, those being dropped included", ErrLimitExceeded, p.limit)
 		}
@@ -420,8 +431,8 @@ func (c *Catalog) addPart(ctx context.Context, tok request.Token, ref Ref, p par
 			return plan{}, err
 		}
 		data := p.encode(op)
-		if len(data) > MaxRecordBytes {
-			return plan{}, fmt.Errorf("%w: the record takes %d bytes, at most %d", ErrLimitExceeded, len(data), MaxRecordBytes)
+		if len(data) > maxPartBytes {
+			return plan{}, fmt.Errorf("%w: the record takes %d bytes, at most %d", ErrLimitExceeded, len(data), maxPartBytes)
 		}
 		return plan{
 			txn: meta.Txn{
@@ -434,8 +445,21 @@ func (c *Catalog) addPart(ctx context.Context, tok request.Token, ref Ref, p par
 			id: id, result: data,
 		}, nil
 	})
-	made.Key = "/" + keys.ID(out.id)
-	return out, err
+	if err != nil {
+		return meta.KeyValue{}, err
+	}
+	if len(out.result) > 0 {
+		return meta.KeyValue{Key: "/" + keys.ID(out.id), Value: out.result}, nil
+	}
+	collection, err := c.Resolve(ctx, ref)
+	if err != nil {
+		return meta.KeyValue{}, err
+	}
+	kv, found, _, err := c.kv.Get(ctx, p.prefix(collection)+keys.ID(out.id))
+	if err == nil && !found {
+		err = fmt.Errorf("%w: %d was dropped since", p.errNotFound, out.id)
+	}
+	return kv, err
 }
 
 // DropPartition begins the end of a partition: no snapshot captures any of it
@@ -501,8 +525,12 @@ func (c *Catalog) dropPart(ctx context.Context, tok request.Token, ref Ref, name
 		}
 		return plan{
 			txn: meta.Txn{
-				If:   []meta.Cond{unchanged, meta.Unchanged(nameKey, kv.ModRevision), meta.Unchanged(key, partKV.ModRevision)},
-				Then: []meta.Op{meta.Delete(nameKey), meta.Put(key, data)},
+				If: []meta.Cond{unchanged, meta.Unchanged(nameKey, kv.ModRevision), meta.Unchanged(key, partKV.ModRevision)},
+				Then: []meta.Op{
+					meta.Delete(nameKey), meta.Put(key, data),
+					// Tells those who are adding segments, and compare it.
+					meta.Put(keys.Collection(col.ID), record.Encode(encodeCollection(&col, op))),
+				},
 			},
 			id: rec.GetId(),
 		}, nil

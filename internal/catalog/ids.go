@@ -197,6 +197,9 @@ func (c *Catalog) HandedOut(ctx context.Context, ids ...int64) (missing int64, o
 	mark := c.ids.mark.Load()
 	var rec *storagev1.Allocator
 	for _, id := range ids {
+		if id < 1 {
+			return id, false, nil
+		}
 		if id < mark {
 			continue
 		}

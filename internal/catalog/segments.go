@@ -23,13 +23,15 @@ const (
 	batchSegments = 100     // in one transaction
 	batchBytes    = 1 << 20 // in one transaction
 	batchInFlight = 8
+	dropLookup    = meta.MaxTxnOps / 3 // segments that one transaction looks up, under three keys each
 )
 
 func isNotFound(err error) bool { return errors.Is(err, ErrCollectionNotFound) }
 
 // ScanSegments calls fn with the segments of a collection that are not dropped,
 // in id order, in batches of bounded size, at one revision (0: the newest),
-// which it returns. A compacted revision is meta.ErrCompacted.
+// which it returns. A compacted revision is meta.ErrCompacted. The batch is fn's
+// until it returns, its segments for good.
 func (c *Catalog) ScanSegments(ctx context.Context, collection, revision int64, fn func([]segment.Segment) error) (int64, error) {
 	from, to := meta.Prefix(keys.SegmentPrefix(collection))
 	var batch []segment.Segment
@@ -100,7 +102,9 @@ type rules struct {
 	view View
 }
 
-func (r *rules) segment(field string, s *segment.Segment) error {
+// segment checks one. The indexes of old builds, which it has already, may have
+// been dropped.
+func (r *rules) segment(field string, s *segment.Segment, old []segment.Build) error {
 	col := &r.view.Collection
 	switch {
 	case s.ID <= 0:
@@ -125,11 +129,11 @@ func (r *rules) segment(field string, s *segment.Segment) error {
 	if err := r.files(field+".files", s.Files); err != nil {
 		return err
 	}
-	return r.builds(field+".index_builds", s)
+	return r.builds(field+".index_builds", s, old)
 }
 
 // builds checks the segment's builds, and that no path occurs twice in it.
-func (r *rules) builds(field string, s *segment.Segment) error {
+func (r *rules) builds(field string, s *segment.Segment, old []segment.Build) error {
 	indexes := map[int64]bool{}
 	for i := range s.Builds {
 		b := &s.Builds[i]
@@ -142,20 +146,17 @@ func (r *rules) builds(field string, s *segment.Segment) error {
 		}
 		indexes[b.Index] = true
 		x := find(r.view.Indexes, func(x *Index) bool { return x.ID == b.Index })
-		if x == nil || x.State != Active {
+		known := slices.ContainsFunc(old, func(o segment.Build) bool { return o.ID == b.ID && o.Index == b.Index })
+		if !known && (x == nil || x.State != Active) {
 			return fmt.Errorf("%w: %d of collection %s, in %s", ErrIndexNotFound, b.Index, &r.view.Collection, name)
 		}
 		if err := r.files(name+".files", b.Files); err != nil {
 			return err
 		}
 	}
-	type path struct {
-		root int
-		path string
-	}
-	seen := map[path]bool{}
+	seen := map[FilePath]bool{}
 	for f := range s.AllFiles() {
-		p := path{f.Root, f.Path}
+		p := FilePath{f.Root, f.Path}
 		if seen[p] {
 			return invalid(field, "file %q occurs twice in segment %d", f.Path, s.ID)
 		}
@@ -181,6 +182,8 @@ func (r *rules) files(field string, files []segment.File) error {
 			return invalid(name, "entries, field_id and log_id must not be negative")
 		case f.Kind == "":
 			return invalid(name+".kind", "is empty")
+		case f.Checksum.Type == "" && len(f.Checksum.Value) > 0:
+			return invalid(name+".checksum.type", "is empty")
 		case f.MinTimestamp > f.MaxTimestamp:
 			return invalid(name+".min_timestamp", "is after max_timestamp")
 		}
@@ -194,24 +197,34 @@ func (r *rules) files(field string, files []segment.File) error {
 	return nil
 }
 
-// newIDs are the ids of segments and builds that a change registers.
-func newIDs(segments []segment.Segment) []int64 {
-	var ids []int64
-	for i := range segments {
-		ids = append(ids, segments[i].ID)
-		for b := range segments[i].Builds {
-			ids = append(ids, segments[i].Builds[b].ID)
-		}
+// newIDs appends the ids of a segment and its builds.
+func newIDs(ids []int64, s *segment.Segment) []int64 {
+	ids = append(ids, s.ID)
+	for i := range s.Builds {
+		ids = append(ids, s.Builds[i].ID)
 	}
 	return ids
+}
+
+// checkUnique refuses an id that stands for two things: what is dropped first
+// would hide the other.
+func checkUnique(ids []int64) error {
+	seen := make(map[int64]bool, len(ids))
+	for _, id := range ids {
+		if seen[id] {
+			return invalid("id", "%d occurs twice; segments and index builds share their ids", id)
+		}
+		seen[id] = true
+	}
+	return nil
 }
 
 // notDropped finds out, at one revision, that none of ids was dropped, and
 // returns the compares that this is still so. An id that was dropped is
 // ErrSegmentExists: an id is never used twice.
-func (c *Catalog) notDropped(ctx context.Context, collection int64, ids []int64) (conds func(first, last int64) []meta.Cond, err error) {
+func (c *Catalog) notDropped(ctx context.Context, collection int64, ids []int64) ([]meta.Cond, error) {
 	if len(ids) == 0 {
-		return func(_, _ int64) []meta.Cond { return nil }, nil
+		return nil, nil
 	}
 	sorted := slices.Clone(ids)
 	slices.Sort(sorted)
@@ -242,14 +255,12 @@ func (c *Catalog) notDropped(ctx context.Context, collection int64, ids []int64)
 			from = res.KVs[len(res.KVs)-1].Key + "\x00"
 		}
 	}
-	return func(first, last int64) []meta.Cond {
-		var list []meta.Cond
-		for _, prefix := range prefixes {
-			from, to := keys.Span(prefix, first, last)
-			list = append(list, meta.Cond{From: from, To: to, Target: meta.ModRevision, Op: meta.Less, Revision: revision + 1})
-		}
-		return list
-	}, nil
+	var conds []meta.Cond
+	for _, prefix := range prefixes {
+		from, to := keys.Span(prefix, sorted[0], sorted[len(sorted)-1])
+		conds = append(conds, meta.Cond{From: from, To: to, Target: meta.ModRevision, Op: meta.Less, Revision: revision + 1})
+	}
+	return conds, nil
 }
 
 // AddSegments registers segments, in atomic batches. It is idempotent by id:
@@ -270,38 +281,47 @@ func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []
 	if err != nil {
 		return 0, 0, err
 	}
-	if view.Collection.State != Active {
-		return 0, 0, fmt.Errorf("%w: %s is %v", ErrCollectionNotActive, &view.Collection, view.Collection.State)
-	}
-	r := rules{view}
-	seen := make(map[int64]bool, len(segments))
-	for i := range segments {
-		field := fmt.Sprintf("segments[%d]", i)
-		if err := r.segment(field, &segments[i]); err != nil {
-			return 0, 0, err
-		}
-		if seen[segments[i].ID] {
-			return 0, 0, invalid(field+".id", "%d occurs twice", segments[i].ID)
-		}
-		seen[segments[i].ID] = true
-	}
-	if err := c.checkHandedOut(ctx, "segment or index build", newIDs(segments)...); err != nil {
+	if err := view.Collection.checkActive(); err != nil {
 		return 0, 0, err
 	}
 	op, err := c.newOp()
 	if err != nil {
 		return 0, 0, err
 	}
-	batches, err := makeBatches(collection, segments, op)
-	if err != nil {
+	entries := make([]entry, len(segments))
+	r := rules{view}
+	seen := make(map[int64]bool, len(segments))
+	var ids []int64
+	for i := range segments {
+		e := entry{field: fmt.Sprintf("segments[%d]", i), segment: &segments[i], key: keys.Segment(collection, segments[i].ID)}
+		if err := r.segment(e.field, e.segment, nil); err != nil {
+			return 0, 0, err
+		}
+		if seen[e.segment.ID] {
+			return 0, 0, invalid(e.field+".id", "%d occurs twice", e.segment.ID)
+		}
+		seen[e.segment.ID] = true
+		ids = newIDs(ids, e.segment)
+		e.value = record.Encode(encodeSegment(collection, e.segment, op))
+		if len(e.value) > MaxSegmentBytes {
+			return 0, 0, fmt.Errorf("%w: segment %d takes %d bytes, at most %d; give it fewer files",
+				ErrLimitExceeded, e.segment.ID, len(e.value), MaxSegmentBytes)
+		}
+		entries[i] = e
+	}
+	if err := checkUnique(ids); err != nil {
 		return 0, 0, err
 	}
+	if err := c.checkHandedOut(ctx, "segment or index build", ids...); err != nil {
+		return 0, 0, err
+	}
+	batches := split(entries, batchSegments, func(e entry) int { return len(e.value) })
 	counts := make([]int, len(batches))
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(batchInFlight)
 	for i, b := range batches {
 		group.Go(func() error {
-			n, err := c.addBatch(ctx, collection, b)
+			n, err := c.addBatch(ctx, view, b)
 			counts[i] = n
 			return err
 		})
@@ -315,105 +335,108 @@ func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []
 	return added, len(segments) - added, nil
 }
 
-// batch is the segments of one transaction.
-type batch struct {
-	ids    []int64 // of segments and builds
-	keys   []string
-	values [][]byte
+// entry is a segment on its way into the store.
+type entry struct {
+	field   string // of the request
+	segment *segment.Segment
+	key     string
+	value   []byte
 }
 
-func makeBatches(collection int64, segments []segment.Segment, op string) ([]batch, error) {
-	var list []batch
-	var cur batch
-	size := 0
-	for i := range segments {
-		s := &segments[i]
-		value := record.Encode(encodeSegment(collection, s, op))
-		if len(value) > MaxSegmentBytes {
-			return nil, fmt.Errorf("%w: segment %d takes %d bytes, at most %d; give it fewer files",
-				ErrLimitExceeded, s.ID, len(value), MaxSegmentBytes)
+// split cuts list into parts for one transaction each: of at most count, and of
+// at most batchBytes unless one alone is larger.
+func split[T any](list []T, count int, size func(T) int) [][]T {
+	var parts [][]T
+	from, bytes := 0, 0
+	for i, t := range list {
+		if n := size(t); i > from && (i-from == count || bytes+n > batchBytes) {
+			parts, from, bytes = append(parts, list[from:i:i]), i, 0
 		}
-		if len(cur.keys) > 0 && (len(cur.keys) == batchSegments || size+len(value) > batchBytes) {
-			list, cur, size = append(list, cur), batch{}, 0
-		}
-		cur.keys = append(cur.keys, keys.Segment(collection, s.ID))
-		cur.values = append(cur.values, value)
-		cur.ids = append(cur.ids, newIDs(segments[i:i+1])...)
-		size += len(value)
+		bytes += size(t)
 	}
-	return append(list, cur), nil
+	return append(parts, list[from:])
 }
 
-// addBatch writes a batch in one transaction and returns how many of its
-// segments were not there before.
-func (c *Catalog) addBatch(ctx context.Context, collection int64, b batch) (int, error) {
+// addBatch writes a batch, checked against view, in one transaction and returns
+// how many of its segments were not there before.
+func (c *Catalog) addBatch(ctx context.Context, view View, batch []entry) (int, error) {
+	collection := view.Collection.ID
 	for attempt := range maxAttempts {
 		if attempt > 0 {
 			if err := pause(ctx, attempt); err != nil {
 				return 0, err
 			}
+			var err error
+			if view, err = c.At(ctx, collection, 0); err != nil {
+				return 0, err
+			}
+			if err := view.Collection.checkActive(); err != nil {
+				return 0, err
+			}
+			r := rules{view}
+			for _, e := range batch {
+				if err := r.segment(e.field, e.segment, nil); err != nil {
+					return 0, err
+				}
+			}
 		}
-		_, unchanged, err := c.active(ctx, Ref{ID: collection})
+		var ids []int64
+		for _, e := range batch {
+			ids = newIDs(ids, e.segment)
+		}
+		notDropped, err := c.notDropped(ctx, collection, ids)
 		if err != nil {
 			return 0, err
 		}
-		notDropped, err := c.notDropped(ctx, collection, b.ids)
-		if err != nil {
-			return 0, err
-		}
-		txn := meta.Txn{If: append(notDropped(slices.Min(b.ids), slices.Max(b.ids)), unchanged)}
-		for i, key := range b.keys {
-			txn.If = append(txn.If, meta.Absent(key))
-			txn.Then = append(txn.Then, meta.Put(key, b.values[i]))
-			txn.Else = append(txn.Else, meta.Get(key))
+		txn := meta.Txn{If: append(notDropped, view.Collection.unchanged())}
+		for _, e := range batch {
+			txn.If = append(txn.If, meta.Absent(e.key))
+			txn.Then = append(txn.Then, meta.Put(e.key, e.value))
+			txn.Else = append(txn.Else, meta.Get(e.key))
 		}
 		res, err := c.kv.Txn(ctx, txn)
 		if err != nil {
 			return 0, err
 		}
 		if res.Succeeded {
-			return len(b.keys), nil
+			return len(batch), nil
 		}
-		if b, err = b.without(res.Ranges); err != nil {
+		if batch, err = missing(batch, res.Ranges); err != nil {
 			return 0, err
 		}
-		if len(b.keys) == 0 {
+		if len(batch) == 0 {
 			return 0, nil
 		}
 	}
 	return 0, fmt.Errorf("%w: gave up after %d attempts", ErrConflict, maxAttempts)
 }
 
-// without returns the batch without the segments that were found, each of which
+// missing returns the batch without the segments that were found, each of which
 // must be equal to the one that it stands beside.
-func (b batch) without(found [][]meta.KeyValue) (batch, error) {
-	if !slices.ContainsFunc(found, func(kvs []meta.KeyValue) bool { return len(kvs) > 0 }) {
-		return b, nil
-	}
-	rest := batch{ids: b.ids}
-	for i, kvs := range found {
-		if len(kvs) == 0 {
-			rest.keys, rest.values = append(rest.keys, b.keys[i]), append(rest.values, b.values[i])
+func missing(batch []entry, found [][]meta.KeyValue) ([]entry, error) {
+	var rest []entry
+	for i, e := range batch {
+		if len(found[i]) == 0 {
+			rest = append(rest, e)
 			continue
 		}
-		same, err := equalSegments(kvs[0].Value, b.values[i])
+		same, err := equalSegments(found[i][0], meta.KeyValue{Key: e.key, Value: e.value})
 		if err != nil {
-			return rest, err
+			return nil, err
 		}
 		if !same {
-			id, _ := keys.LastID(b.keys[i])
-			return rest, fmt.Errorf("%w: %d with another content; an id is never used twice", ErrSegmentExists, id)
+			return nil, fmt.Errorf("%w: %d with another content; an id is never used twice", ErrSegmentExists, e.segment.ID)
 		}
 	}
 	return rest, nil
 }
 
 // equalSegments says whether two records say the same, whoever wrote them.
-func equalSegments(a, b []byte) (bool, error) {
+func equalSegments(a, b meta.KeyValue) (bool, error) {
 	var plain [2][]byte
-	for i, data := range [][]byte{a, b} {
+	for i, kv := range []meta.KeyValue{a, b} {
 		rec := &storagev1.Segment{}
-		if err := record.Decode(meta.KeyValue{Value: data}, rec); err != nil {
+		if err := record.Decode(kv, rec); err != nil {
 			return false, err
 		}
 		rec.Op = ""
@@ -424,7 +447,8 @@ func equalSegments(a, b []byte) (bool, error) {
 
 // DropSegments drops segments in atomic batches and returns how many it
 // dropped; those that were dropped before do not count. One that never was
-// there is ErrSegmentNotFound, before anything is written.
+// there is ErrSegmentNotFound, before anything is written, and so is one whose
+// files are all reclaimed.
 func (c *Catalog) DropSegments(ctx context.Context, ref Ref, ids []int64) (int, error) {
 	col, _, err := c.active(ctx, ref)
 	if err != nil {
@@ -433,29 +457,41 @@ func (c *Catalog) DropSegments(ctx context.Context, ref Ref, ids []int64) (int, 
 	ids = slices.Clone(ids)
 	slices.Sort(ids)
 	ids = slices.Compact(ids)
-	var live []int64
-	for part := range slices.Chunk(ids, meta.MaxTxnOps/2) {
-		// Units and segments are read at one revision: a drop moves between them.
+	type live struct {
+		id   int64
+		size int // of the record, and so of the unit
+	}
+	var found []live
+	for part := range slices.Chunk(ids, dropLookup) {
+		// All at one revision: a drop moves from one key to the next.
 		var gets []meta.Op
 		for _, id := range part {
-			gets = append(gets, meta.Get(keys.Segment(col.ID, id)), meta.Get(keys.Unit(col.ID, id)))
+			gets = append(gets, meta.Get(keys.Segment(col.ID, id)), meta.Get(keys.Unit(col.ID, id)),
+				meta.Get(keys.TombPrefix(col.ID)+keys.ID(id)))
 		}
 		res, err := c.kv.Txn(ctx, meta.Txn{Then: gets})
 		if err != nil {
 			return 0, fmt.Errorf("drop segments of %s: %w", &col, err)
 		}
 		for i, id := range part {
-			switch {
-			case len(res.Ranges[2*i]) > 0:
-				live = append(live, id)
-			case len(res.Ranges[2*i+1]) == 0:
+			switch kvs := res.Ranges[3*i:]; {
+			case len(kvs[0]) > 0:
+				found = append(found, live{id, len(kvs[0][0].Value)})
+			case len(kvs[1]) == 0 && len(kvs[2]) == 0:
 				return 0, fmt.Errorf("drop segments: %w: %d of collection %s", ErrSegmentNotFound, id, &col)
 			}
 		}
 	}
 	dropped := 0
-	for part := range slices.Chunk(live, MaxSwap) {
-		n, err := c.dropBatch(ctx, col.ID, part)
+	if len(found) == 0 {
+		return 0, nil
+	}
+	for _, part := range split(found, MaxSwap, func(l live) int { return l.size }) {
+		batch := make([]int64, len(part))
+		for i := range part {
+			batch[i] = part[i].id
+		}
+		n, err := c.dropBatch(ctx, col.ID, batch)
 		if err != nil {
 			return dropped, err
 		}

@@ -135,7 +135,7 @@ func TestUpdateWritesOnlyWhatDiffers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := md("'''console\n$ echo id 123456\nid 999999\n$ pwd\n/tmp/snapshotd-docs\n$ echo $SNAPSHOTCTL_ADDR is it\n127.0.0.1:7070 is it\n'''\n")
+	want := md("'''console\n$ echo id 123456\nid 999999\n$ pwd\n/tmp/snapshotd-docs\n$ echo $SNAPSHOTCTL_ADDR is it\n127.0.0.1:7950 is it\n'''\n")
 	if diff := cmp.Diff(want, string(got)); diff != "" {
 		t.Errorf("README.md (-want +got):\n%s", diff)
 	}

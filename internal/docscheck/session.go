@@ -22,9 +22,9 @@ import (
 // port, with the default each stands for. Variables with the same default get
 // the same port.
 var listeners = []struct{ variable, address string }{
-	{"SNAPSHOTD_LISTEN", "127.0.0.1:7070"},
-	{"SNAPSHOTD_METRICS_LISTEN", "127.0.0.1:7071"},
-	{"SNAPSHOTCTL_ADDR", "127.0.0.1:7070"},
+	{"SNAPSHOTD_LISTEN", "127.0.0.1:7950"},
+	{"SNAPSHOTD_METRICS_LISTEN", "127.0.0.1:7951"},
+	{"SNAPSHOTCTL_ADDR", "127.0.0.1:7950"},
 }
 
 const (

@@ -351,13 +351,13 @@ func (l *createLease) end(ctx context.Context) error {
 
 // begin makes the snapshot durable as PENDING. On success the lease is the
 // caller's to end; on an error it is ended.
-func (m *Manager) begin(ctx context.Context, c *creation) (lease *createLease, err error) {
+func (m *Manager) begin(ctx context.Context, c *creation) (_ *createLease, err error) {
 	granted := m.o.Now()
 	id, err := m.kv.Grant(ctx, m.o.LeaseTTL)
 	if err != nil {
 		return nil, fmt.Errorf("lease for the create: %w", err)
 	}
-	lease = &createLease{kv: m.kv, id: id, now: m.o.Now, interval: m.o.LeaseTTL / 3, renewed: granted}
+	lease := &createLease{kv: m.kv, id: id, now: m.o.Now, interval: m.o.LeaseTTL / 3, renewed: granted}
 	defer func() {
 		if err != nil && !errors.Is(err, errUndecided) {
 			_ = lease.end(context.WithoutCancel(ctx)) // runs out by itself otherwise; nothing is under it
@@ -509,7 +509,7 @@ type snapshotWriter struct {
 	totals     segment.Totals
 	refs       *manifest.Refs
 	straddling []int64 // the first few
-	files      []*manifest.File
+	files      []*manifest.ManifestFile
 }
 
 func (w *snapshotWriter) run(ctx context.Context) (*Snapshot, error) {
@@ -574,7 +574,7 @@ func (w *snapshotWriter) flush(ctx context.Context, group *errgroup.Group) {
 	chunk, n := w.chunk, w.first+w.chunks
 	w.chunk, w.chunkSize = nil, 0
 	w.chunks++
-	file := &manifest.File{File: manifest.FileName(n)}
+	file := &manifest.ManifestFile{File: manifest.ManifestName(n)}
 	w.files = append(w.files, file)
 	group.Go(func() error {
 		if w.spec.Verify {

@@ -89,7 +89,7 @@ func (m *Manager) Segments(ctx context.Context, ref Ref, from int64, fn func(*Se
 	return nil
 }
 
-func (m *Manager) manifestSegments(ctx context.Context, s *Snapshot, mf *manifest.File, skip int64, fn func(*Segment) bool) (more bool, err error) {
+func (m *Manager) manifestSegments(ctx context.Context, s *Snapshot, mf *manifest.ManifestFile, skip int64, fn func(*Segment) bool) (more bool, err error) {
 	key := manifest.Dir(s.Collection, s.ID) + mf.File
 	data := m.manifests.get(key)
 	if data == nil {

@@ -1,0 +1,295 @@
+package client_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/protoadapt"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
+	"github.com/snapshotd/snapshotd/client"
+)
+
+// server answers each call with the next of its errors, and then succeeds.
+type server struct {
+	snapshotdv1.UnimplementedSnapshotServiceServer
+	snapshotdv1.UnimplementedCatalogServiceServer
+	snapshotdv1.UnimplementedEventServiceServer
+	snapshotdv1.UnimplementedAdminServiceServer
+
+	mu     sync.Mutex
+	errs   []error
+	calls  int
+	events [][]*snapshotdv1.WatchEventsResponse // of each stream
+	tokens []string                             // that each stream began with
+}
+
+func (s *server) next() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.calls++
+	if len(s.errs) == 0 {
+		return nil
+	}
+	err := s.errs[0]
+	s.errs = s.errs[1:]
+	return err
+}
+
+func (s *server) CreateSnapshot(context.Context, *snapshotdv1.CreateSnapshotRequest) (*snapshotdv1.CreateSnapshotResponse, error) {
+	return &snapshotdv1.CreateSnapshotResponse{}, s.next()
+}
+
+func (s *server) GetSnapshot(context.Context, *snapshotdv1.GetSnapshotRequest) (*snapshotdv1.GetSnapshotResponse, error) {
+	return &snapshotdv1.GetSnapshotResponse{}, s.next()
+}
+
+func (s *server) DropSnapshot(context.Context, *snapshotdv1.DropSnapshotRequest) (*snapshotdv1.DropSnapshotResponse, error) {
+	return &snapshotdv1.DropSnapshotResponse{}, s.next()
+}
+
+func (s *server) WatchEvents(req *snapshotdv1.WatchEventsRequest, stream grpc.ServerStreamingServer[snapshotdv1.WatchEventsResponse]) error {
+	s.mu.Lock()
+	s.tokens = append(s.tokens, req.GetResumeToken())
+	var msgs []*snapshotdv1.WatchEventsResponse
+	if len(s.events) > 0 {
+		msgs, s.events = s.events[0], s.events[1:]
+	}
+	s.mu.Unlock()
+	for _, m := range msgs {
+		if err := stream.Send(m); err != nil {
+			return err
+		}
+	}
+	return s.next()
+}
+
+// dial returns a client of s over a connection in memory.
+func dial(t *testing.T, s *server, o client.Options) *client.Client {
+	t.Helper()
+	l := bufconn.Listen(1 << 16)
+	g := grpc.NewServer()
+	snapshotdv1.RegisterSnapshotServiceServer(g, s)
+	snapshotdv1.RegisterCatalogServiceServer(g, s)
+	snapshotdv1.RegisterEventServiceServer(g, s)
+	snapshotdv1.RegisterAdminServiceServer(g, s)
+	go func() { _ = g.Serve(l) }()
+	t.Cleanup(g.Stop)
+	o.Insecure = true
+	o.DialOptions = append(o.DialOptions, grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+		return l.DialContext(ctx)
+	}))
+	c, err := client.Dial("passthrough:///memory", o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return c
+}
+
+// answer returns an error as snapshotd sends it.
+func answer(t *testing.T, code codes.Code, reason string, more ...protoadapt.MessageV1) error {
+	t.Helper()
+	details := append([]protoadapt.MessageV1{&errdetails.ErrorInfo{Domain: "snapshotd", Reason: reason}}, more...)
+	st, err := status.New(code, "no").WithDetails(details...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return st.Err()
+}
+
+func TestRetry(t *testing.T) {
+	soon := &errdetails.RetryInfo{RetryDelay: durationpb.New(time.Millisecond)}
+	get := func(ctx context.Context, c *client.Client) error {
+		_, err := c.Snapshots.GetSnapshot(ctx, &snapshotdv1.GetSnapshotRequest{})
+		return err
+	}
+	drop := func(token string) func(context.Context, *client.Client) error {
+		return func(ctx context.Context, c *client.Client) error {
+			_, err := c.Snapshots.DropSnapshot(ctx, &snapshotdv1.DropSnapshotRequest{RequestToken: token})
+			return err
+		}
+	}
+	create := func(ctx context.Context, c *client.Client) error {
+		_, err := c.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{RequestToken: "t"})
+		return err
+	}
+	unavailable := answer(t, codes.Unavailable, "STORE_UNAVAILABLE")
+	for _, tc := range []struct {
+		name  string
+		errs  []error
+		call  func(context.Context, *client.Client) error
+		calls int
+		code  codes.Code
+	}{
+		{"a read", []error{unavailable}, get, 2, codes.OK},
+		{"a write with a token", []error{unavailable}, drop("t"), 2, codes.OK},
+		{"a write without a token", []error{unavailable}, drop(""), 1, codes.Unavailable},
+		{"attempts used up", slices.Repeat([]error{unavailable}, 9), get, 3, codes.Unavailable},
+		{"a definite answer", []error{answer(t, codes.NotFound, "SNAPSHOT_NOT_FOUND")}, get, 1, codes.NotFound},
+		{"a conflict", []error{answer(t, codes.Aborted, "CONFLICT", soon)}, drop(""), 2, codes.OK},
+		{"a conflict without advice", []error{answer(t, codes.Aborted, "CONFLICT")}, drop("t"), 1, codes.Aborted},
+		{"another abort", []error{answer(t, codes.Aborted, "REVISION_CHANGED", soon)}, drop("t"), 1, codes.Aborted},
+		{"an aborted create", []error{answer(t, codes.Aborted, "CATALOG_COMPACTED", soon)}, create, 1, codes.Aborted},
+		{"an unavailable create", []error{unavailable}, create, 2, codes.OK},
+		{
+			"a wait past the deadline",
+			[]error{answer(t, codes.Unavailable, "STORE_UNAVAILABLE", &errdetails.RetryInfo{RetryDelay: durationpb.New(time.Hour)})},
+			get, 1, codes.Unavailable,
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			s := &server{errs: tc.errs}
+			c := dial(t, s, client.Options{MaxAttempts: 3})
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			if err := tc.call(ctx, c); status.Code(err) != tc.code {
+				t.Errorf("got %v, want %v", err, tc.code)
+			}
+			if s.calls != tc.calls {
+				t.Errorf("got %d calls, want %d", s.calls, tc.calls)
+			}
+		})
+	}
+}
+
+func TestErrorDetails(t *testing.T) {
+	err := answer(t, codes.InvalidArgument, "INVALID_REQUEST", &errdetails.BadRequest{
+		FieldViolations: []*errdetails.BadRequest_FieldViolation{{Field: "name", Description: "too long"}},
+	})
+	for _, err := range []error{err, fmt.Errorf("create x: %w", err)} {
+		if got := client.Reason(err); got != "INVALID_REQUEST" {
+			t.Errorf("reason of %v: got %q", err, got)
+		}
+		if diff := cmp.Diff([]client.Violation{{Field: "name", Description: "too long"}}, client.Violations(err)); diff != "" {
+			t.Error(diff)
+		}
+	}
+	foreign, ferr := status.New(codes.Unavailable, "no").WithDetails(&errdetails.ErrorInfo{Domain: "example.com", Reason: "X"})
+	if ferr != nil {
+		t.Fatal(ferr)
+	}
+	for _, err := range []error{nil, errors.New("x"), foreign.Err()} {
+		if got := client.Reason(err); got != "" {
+			t.Errorf("reason of %v: got %q", err, got)
+		}
+		if got := client.Violations(err); got != nil {
+			t.Errorf("violations of %v: got %v", err, got)
+		}
+	}
+}
+
+func TestWatchEvents(t *testing.T) {
+	msg := func(token string) *snapshotdv1.WatchEventsResponse {
+		return &snapshotdv1.WatchEventsResponse{ResumeToken: token}
+	}
+	s := &server{
+		events: [][]*snapshotdv1.WatchEventsResponse{{msg("a"), msg("b")}, {}, {msg("c")}, {msg("d")}},
+		errs: []error{
+			nil, // a stream that just ends
+			answer(t, codes.Unavailable, "STORE_UNAVAILABLE"),
+			status.Error(codes.Unavailable, "closing"),
+			answer(t, codes.OutOfRange, "EVENTS_COMPACTED"),
+		},
+	}
+	c := dial(t, s, client.Options{})
+	req := &snapshotdv1.WatchEventsRequest{ResumeToken: "0"}
+	var got []string
+	err := client.WatchEvents(t.Context(), c.Events, req, func(m *snapshotdv1.WatchEventsResponse) error {
+		got = append(got, m.GetResumeToken())
+		return nil
+	})
+	if client.Reason(err) != "EVENTS_COMPACTED" {
+		t.Errorf("got %v", err)
+	}
+	if diff := cmp.Diff([]string{"a", "b", "c", "d"}, got); diff != "" {
+		t.Errorf("messages: %s", diff)
+	}
+	if diff := cmp.Diff([]string{"0", "b", "b", "c"}, s.tokens); diff != "" {
+		t.Errorf("tokens: %s", diff)
+	}
+	if req.GetResumeToken() != "0" {
+		t.Errorf("the request was changed: %v", req)
+	}
+}
+
+func TestWatchEventsEnds(t *testing.T) {
+	msg := &snapshotdv1.WatchEventsResponse{ResumeToken: "a"}
+	s := &server{events: [][]*snapshotdv1.WatchEventsResponse{{msg}, {msg}}}
+	c := dial(t, s, client.Options{})
+	enough := status.Error(codes.Unavailable, "the caller's own")
+	err := client.WatchEvents(t.Context(), c.Events, &snapshotdv1.WatchEventsRequest{}, func(*snapshotdv1.WatchEventsResponse) error { return enough })
+	if !errors.Is(err, enough) {
+		t.Errorf("got %v, want fn's error", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	err = client.WatchEvents(ctx, c.Events, &snapshotdv1.WatchEventsRequest{}, func(*snapshotdv1.WatchEventsResponse) error {
+		cancel()
+		return nil
+	})
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v, want the context's error", err)
+	}
+}
+
+func TestDialSecurity(t *testing.T) {
+	for _, tc := range []struct {
+		addr string
+		o    client.Options
+		want string // part of the error; empty: none
+	}{
+		{"127.0.0.1:7950", client.Options{}, ""},
+		{"127.8.8.8:7950", client.Options{}, ""},
+		{"localhost:7950", client.Options{}, ""},
+		{"[::1]:7950", client.Options{}, ""},
+		{"dns:///localhost:7950", client.Options{}, ""},
+		{"unix:///run/snapshotd.sock", client.Options{}, ""},
+		{"10.0.0.1:7950", client.Options{}, "plaintext is refused"},
+		{"localhost.example.com:7950", client.Options{}, "plaintext is refused"},
+		{":7950", client.Options{}, "plaintext is refused"},
+		{"10.0.0.1:7950", client.Options{Insecure: true}, ""},
+		{"10.0.0.1:7950", client.Options{TLS: true}, ""},
+		{"10.0.0.1:7950", client.Options{TLS: true, Insecure: true}, "exclude each other"},
+		{"10.0.0.1:7950", client.Options{CAFile: "testdata/none.pem"}, "read certificate authorities"},
+		{"10.0.0.1:7950", client.Options{CAFile: "client_test.go"}, "holds no certificate"},
+		{"10.0.0.1:7950", client.Options{CertFile: "client.pem"}, "needs its key"},
+	} {
+		c, err := client.Dial(tc.addr, tc.o)
+		switch {
+		case tc.want == "" && err != nil:
+			t.Errorf("%s %+v: %v", tc.addr, tc.o, err)
+		case tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)):
+			t.Errorf("%s %+v: got %v, want %q", tc.addr, tc.o, err, tc.want)
+		}
+		if c != nil {
+			if err := c.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
+func TestNewRequestToken(t *testing.T) {
+	a, b := client.NewRequestToken(), client.NewRequestToken()
+	if a == b || len(a) < 20 || len(a) > 128 {
+		t.Errorf("got %q and %q", a, b)
+	}
+}

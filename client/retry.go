@@ -1,0 +1,100 @@
+package client
+
+import (
+	"context"
+	"math/rand/v2"
+	"strings"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
+)
+
+const (
+	firstPause = 100 * time.Millisecond
+	maxPause   = 5 * time.Second
+)
+
+// retry makes calls again; the package comment says which and when.
+type retry struct {
+	attempts int // the most that a call is made
+}
+
+func (r retry) intercept(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	for attempt := 1; ; attempt++ {
+		err := invoke(ctx, method, req, reply, cc, opts...)
+		if err == nil || attempt >= r.attempts || !repeatable(method, req, err) {
+			return err
+		}
+		wait := max(pause(attempt), retryDelay(err))
+		// The answer there is says more than the deadline would.
+		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) <= wait {
+			return err
+		}
+		if sleep(ctx, wait) != nil {
+			return err
+		}
+	}
+}
+
+// repeatable says whether a call that ended with err may be made again, and
+// might then end otherwise.
+func repeatable(method string, req any, err error) bool {
+	switch status.Code(err) {
+	case codes.Unavailable:
+		return reads(method) || hasToken(req)
+	case codes.Aborted:
+		if method == snapshotdv1.SnapshotService_CreateSnapshot_FullMethodName {
+			return false
+		}
+		reason := Reason(err)
+		return detail[*errdetails.RetryInfo](err) != nil && (reason == "CONFLICT" || reason == "CATALOG_COMPACTED")
+	default:
+		return false
+	}
+}
+
+// reads says whether a method changes nothing, which the API shows in its name.
+func reads(fullMethod string) bool {
+	name := fullMethod[strings.LastIndexByte(fullMethod, '/')+1:]
+	for _, verb := range []string{"Get", "List", "Describe"} {
+		if strings.HasPrefix(name, verb) {
+			return true
+		}
+	}
+	return false
+}
+
+func hasToken(req any) bool {
+	r, ok := req.(interface{ GetRequestToken() string })
+	return ok && r.GetRequestToken() != ""
+}
+
+// retryDelay returns how long the server asks to wait.
+func retryDelay(err error) time.Duration {
+	return detail[*errdetails.RetryInfo](err).GetRetryDelay().AsDuration()
+}
+
+// pause returns how long to wait after an attempt, counted from 1: between half
+// and all of a span that doubles, so that callers who failed together do not
+// come back together.
+func pause(attempt int) time.Duration {
+	span := min(firstPause<<min(attempt-1, 16), maxPause)
+	return span/2 + rand.N(span/2)
+}
+
+// sleep waits, or returns early with the error of a context that ended.
+func sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
+}

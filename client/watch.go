@@ -1,0 +1,81 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"io"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
+)
+
+// WatchEvents calls fn with each message of the event stream that req asks for,
+// bookmarks included, one at a time and in order. A stream that ends, or whose
+// server becomes unavailable, is opened again after a pause, behind the last
+// message that fn took, so that fn misses nothing and sees nothing twice.
+//
+// It returns only with an error: fn's own, as it is; that of ctx when it ends;
+// or the server's, when another attempt would not help. EVENTS_COMPACTED is one
+// of these: the caller then lists what there is and watches without a token.
+//
+// To go on in another process, keep the resume_token of a message once what it
+// tells is dealt with. WatchEvents does not change req.
+func WatchEvents(ctx context.Context, events snapshotdv1.EventServiceClient, req *snapshotdv1.WatchEventsRequest, fn func(*snapshotdv1.WatchEventsResponse) error) error {
+	req = proto.CloneOf(req)
+	for failures := 0; ; {
+		heard, wait, err := watch(ctx, events, req, fn)
+		if err != nil {
+			return err
+		}
+		if heard {
+			failures = 0
+		}
+		failures++
+		if err := sleep(ctx, max(pause(failures), wait)); err != nil {
+			return err
+		}
+	}
+}
+
+// watch follows one stream and notes in req where to resume. Without an error
+// the stream is to be opened again, not before wait has passed; heard says whether
+// it told anything.
+func watch(ctx context.Context, events snapshotdv1.EventServiceClient, req *snapshotdv1.WatchEventsRequest, fn func(*snapshotdv1.WatchEventsResponse) error) (heard bool, wait time.Duration, err error) {
+	ctx, cancel := context.WithCancel(ctx) // frees the stream when fn ends it
+	defer cancel()
+	stream, err := events.WatchEvents(ctx, req)
+	if err != nil {
+		wait, err = unlessGone(ctx, err)
+		return false, wait, err
+	}
+	for {
+		msg, err := stream.Recv()
+		if err != nil {
+			wait, err = unlessGone(ctx, err)
+			return heard, wait, err
+		}
+		if err := fn(msg); err != nil {
+			return heard, 0, err
+		}
+		heard = true
+		req.ResumeToken = msg.GetResumeToken()
+	}
+}
+
+// unlessGone returns what a stream that failed with err means to the watch: no
+// error, and what the server asks to wait, when only the stream or its server is
+// gone.
+func unlessGone(ctx context.Context, err error) (wait time.Duration, _ error) {
+	switch {
+	case ctx.Err() != nil:
+		return 0, ctx.Err()
+	case errors.Is(err, io.EOF) || status.Code(err) == codes.Unavailable:
+		return retryDelay(err), nil
+	default:
+		return 0, err
+	}
+}

@@ -1,0 +1,526 @@
+package embed
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"sigs.k8s.io/yaml"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/store/cluster"
+)
+
+// Config is all that can be set. The names are those of the YAML file. Make one
+// with [Default]; the zero value of a field that has a default means the
+// default.
+type Config struct {
+	// DataDir is the directory that holds everything that is not told to go
+	// elsewhere. Default: "snapshotd-data".
+	DataDir string `json:"data_dir"`
+	// Listen is the address of the gRPC service, as host:port; port 0 takes any.
+	// Anything but a loopback address needs TLS. Default: "127.0.0.1:7950".
+	Listen string `json:"listen"`
+	// MetricsListen is the HTTP address of /metrics, /healthz and, on a loopback
+	// address, /debug/pprof/; "off" for none. Default: "127.0.0.1:7951".
+	MetricsListen string `json:"metrics_listen"`
+	// MetricsPublic allows MetricsListen to be another than a loopback address.
+	// Whoever reaches it can read the metrics. Default: false.
+	MetricsPublic bool `json:"metrics_public"`
+
+	// EtcdEndpoints are the addresses of etcd. Default: none, which runs etcd in
+	// this process, under DataDir/etcd.
+	EtcdEndpoints []string `json:"etcd_endpoints"`
+	// EtcdRoot is in front of every key; one for each cluster. At most 64 bytes.
+	// Default: "/snapshotd".
+	EtcdRoot string `json:"etcd_root"`
+	// EtcdTLS secures the connection to EtcdEndpoints. Default: no TLS.
+	EtcdTLS EtcdTLS `json:"etcd_tls"`
+	// EtcdUsername is the user at etcd. Default: none.
+	EtcdUsername string `json:"etcd_username"`
+	// EtcdPasswordFile is the file that holds the user's password.
+	EtcdPasswordFile string `json:"etcd_password_file"`
+	// EtcdQuotaBytes is the size at which the etcd in this process takes no more
+	// writes. Default: 8589934592 (8 GiB).
+	EtcdQuotaBytes int64 `json:"etcd_quota_bytes"`
+
+	// ObjectStores are the object stores by alias. Default: one, "default", of
+	// type file under DataDir/objects.
+	ObjectStores map[string]ObjectStore `json:"object_stores"`
+	// SnapshotStore is the alias of the store that snapshots' own files go to.
+	// Default: "default".
+	SnapshotStore string `json:"snapshot_store"`
+	// NameScope is within what snapshot names are unique: "cluster" or
+	// "collection". It is settled at the cluster's first start. Default:
+	// "cluster".
+	NameScope string `json:"name_scope"`
+
+	// TLS secures Listen. Default: plaintext, on a loopback address only.
+	TLS TLS `json:"tls"`
+	// MaxConnections is how many connections there may be at once; others wait.
+	// Default: 1024.
+	MaxConnections int `json:"max_connections"`
+
+	// CreateTimeout bounds a create as a whole. Default: 10m.
+	CreateTimeout Duration `json:"create_timeout"`
+	// CreateLeaseTTL is after how long a create that does not advance is given
+	// up. Default: 1m.
+	CreateLeaseTTL Duration `json:"create_lease_ttl"`
+	// LeaderTTL is after how long without a sign of life a leader is replaced.
+	// Default: 10s.
+	LeaderTTL Duration `json:"leader_ttl"`
+	// MaxCreates is how many creates a replica works on at once; others wait or
+	// are turned away. Default: 16.
+	MaxCreates int `json:"max_creates"`
+	// Grace is how long the end waits for calls under way. Default: 15s.
+	Grace Duration `json:"grace"`
+
+	// LogLevel is "debug", "info", "warn" or "error". Default: "info".
+	LogLevel string `json:"log_level"`
+	// LogFormat is "json" or "console". Default: "json".
+	LogFormat string `json:"log_format"`
+	// Replica is the name of this process, different from all others'. Default:
+	// made of the host's name, the process id and chance.
+	Replica string `json:"replica"`
+
+	// Log takes the place of a log on standard error of LogLevel and LogFormat.
+	Log *zap.Logger `json:"-"`
+	// Version is that of the program, for people. Default: "unknown".
+	Version string `json:"-"`
+}
+
+// TLS says how the gRPC service is secured: TLS 1.3, with a client certificate
+// required. All three files or none.
+type TLS struct {
+	// Cert is a PEM file of the server's certificate and what leads to its root.
+	Cert string `json:"cert"`
+	// Key is a PEM file of the certificate's key.
+	Key string `json:"key"`
+	// ClientCA is a PEM file of who may sign client certificates.
+	ClientCA string `json:"client_ca"`
+}
+
+// EtcdTLS says how the connection to etcd is secured.
+type EtcdTLS struct {
+	// CA is a PEM file of who may sign etcd's certificates.
+	CA string `json:"ca"`
+	// Cert is a PEM file of the client's certificate; needs Key and CA.
+	Cert string `json:"cert"`
+	// Key is a PEM file of the certificate's key.
+	Key string `json:"key"`
+}
+
+// ObjectStore is where an alias points to.
+type ObjectStore struct {
+	// Type is "file". Default: "file".
+	Type string `json:"type"`
+	// Path is the directory of a store of type file.
+	Path string `json:"path"`
+}
+
+// Duration is a duration that is written as 1m30s.
+type Duration time.Duration
+
+// String returns d as time.Duration writes it.
+func (d Duration) String() string { return time.Duration(d).String() }
+
+// MarshalText implements encoding.TextMarshaler.
+func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (d *Duration) UnmarshalText(text []byte) error {
+	parsed, err := time.ParseDuration(string(text))
+	*d = Duration(parsed)
+	return err
+}
+
+// Set implements pflag.Value.
+func (d *Duration) Set(text string) error { return d.UnmarshalText([]byte(text)) }
+
+// Type implements pflag.Value.
+func (*Duration) Type() string { return "duration" }
+
+// Default returns the configuration of an embedded server: one process that
+// keeps everything below one directory and listens on the loopback address.
+func Default() Config {
+	return Config{
+		DataDir:        "snapshotd-data",
+		Listen:         "127.0.0.1:7950",
+		MetricsListen:  "127.0.0.1:7951",
+		EtcdRoot:       "/snapshotd",
+		EtcdQuotaBytes: 8 << 30,
+		SnapshotStore:  "default",
+		NameScope:      cluster.ScopeCluster.String(),
+		MaxConnections: 1024,
+		CreateTimeout:  Duration(10 * time.Minute),
+		CreateLeaseTTL: Duration(time.Minute),
+		LeaderTTL:      Duration(10 * time.Second),
+		MaxCreates:     16,
+		Grace:          Duration(15 * time.Second),
+		LogLevel:       "info",
+		LogFormat:      "json",
+		Version:        "unknown",
+	}
+}
+
+// complete returns c with the defaults in place of zero values.
+func (c Config) complete() Config {
+	d := Default()
+	orElse(&c.DataDir, d.DataDir)
+	orElse(&c.Listen, d.Listen)
+	orElse(&c.MetricsListen, d.MetricsListen)
+	orElse(&c.EtcdRoot, d.EtcdRoot)
+	orElse(&c.EtcdQuotaBytes, d.EtcdQuotaBytes)
+	orElse(&c.SnapshotStore, d.SnapshotStore)
+	orElse(&c.NameScope, d.NameScope)
+	orElse(&c.MaxConnections, d.MaxConnections)
+	orElse(&c.CreateTimeout, d.CreateTimeout)
+	orElse(&c.CreateLeaseTTL, d.CreateLeaseTTL)
+	orElse(&c.LeaderTTL, d.LeaderTTL)
+	orElse(&c.MaxCreates, d.MaxCreates)
+	orElse(&c.Grace, d.Grace)
+	orElse(&c.LogLevel, d.LogLevel)
+	orElse(&c.LogFormat, d.LogFormat)
+	orElse(&c.Version, d.Version)
+	if c.EtcdEndpoints == nil {
+		c.EtcdEndpoints = []string{}
+	}
+	stores := map[string]ObjectStore{}
+	for alias, s := range c.ObjectStores {
+		orElse(&s.Type, "file")
+		stores[alias] = s
+	}
+	if len(stores) == 0 {
+		stores["default"] = ObjectStore{Type: "file", Path: filepath.Join(c.DataDir, "objects")}
+	}
+	c.ObjectStores = stores
+	return c
+}
+
+func orElse[T comparable](field *T, fallback T) {
+	var zero T
+	if *field == zero {
+		*field = fallback
+	}
+}
+
+// Flags adds a flag for each field to fs. Setting one changes c.
+func (c *Config) Flags(fs *pflag.FlagSet) {
+	fs.StringVar(&c.DataDir, "data-dir", c.DataDir, "directory of everything that is not told to go elsewhere")
+	fs.StringVar(&c.Listen, "listen", c.Listen, "address of the gRPC service; not on this host alone needs TLS")
+	fs.StringVar(&c.MetricsListen, "metrics-listen", c.MetricsListen, "HTTP address of metrics, health and profiles, or off")
+	fs.BoolVar(&c.MetricsPublic, "metrics-public", c.MetricsPublic, "allow --metrics-listen to be reached from other hosts")
+	fs.StringSliceVar(&c.EtcdEndpoints, "etcd-endpoints", c.EtcdEndpoints, "addresses of etcd (default: etcd in this process, under the data directory)")
+	fs.StringVar(&c.EtcdRoot, "etcd-root", c.EtcdRoot, "in front of every key in etcd; one for each cluster")
+	fs.StringVar(&c.EtcdTLS.CA, "etcd-ca", c.EtcdTLS.CA, "PEM file of who may sign etcd's certificates")
+	fs.StringVar(&c.EtcdTLS.Cert, "etcd-cert", c.EtcdTLS.Cert, "PEM file of the client certificate for etcd")
+	fs.StringVar(&c.EtcdTLS.Key, "etcd-key", c.EtcdTLS.Key, "PEM file of its key")
+	fs.StringVar(&c.EtcdUsername, "etcd-username", c.EtcdUsername, "user at etcd")
+	fs.StringVar(&c.EtcdPasswordFile, "etcd-password-file", c.EtcdPasswordFile, "file with the user's password")
+	fs.Int64Var(&c.EtcdQuotaBytes, "etcd-quota-bytes", c.EtcdQuotaBytes, "size at which the etcd in this process takes no more writes")
+	fs.Var(&storesFlag{config: c}, "object-store", "object store as alias=directory, may be repeated (default: default=<data-dir>/objects)")
+	fs.StringVar(&c.SnapshotStore, "snapshot-store", c.SnapshotStore, "alias of the store for the snapshots' own files")
+	fs.StringVar(&c.NameScope, "name-scope", c.NameScope, "within what snapshot names are unique: cluster or collection; settled at the first start")
+	fs.StringVar(&c.TLS.Cert, "tls-cert", c.TLS.Cert, "PEM file of the server's certificate")
+	fs.StringVar(&c.TLS.Key, "tls-key", c.TLS.Key, "PEM file of its key")
+	fs.StringVar(&c.TLS.ClientCA, "tls-client-ca", c.TLS.ClientCA, "PEM file of who may sign client certificates")
+	fs.IntVar(&c.MaxConnections, "max-connections", c.MaxConnections, "connections at once")
+	fs.Var(&c.CreateTimeout, "create-timeout", "bound on a create as a whole")
+	fs.Var(&c.CreateLeaseTTL, "create-lease-ttl", "after how long a create that does not advance is given up")
+	fs.Var(&c.LeaderTTL, "leader-ttl", "after how long without a sign of life a leader is replaced")
+	fs.IntVar(&c.MaxCreates, "max-creates", c.MaxCreates, "creates that a replica works on at once")
+	fs.Var(&c.Grace, "grace", "how long the end waits for calls under way")
+	fs.StringVar(&c.LogLevel, "log-level", c.LogLevel, "debug, info, warn or error")
+	fs.StringVar(&c.LogFormat, "log-format", c.LogFormat, "json or console")
+	fs.StringVar(&c.Replica, "replica", c.Replica, "name of this process (default: made of host, process id and chance)")
+}
+
+// storesFlag sets object stores. The first time, those there were are
+// forgotten.
+type storesFlag struct {
+	config *Config
+	given  []string
+}
+
+func (f *storesFlag) String() string { return strings.Join(f.given, ",") }
+func (*storesFlag) Type() string     { return "alias=directory" }
+
+func (f *storesFlag) Set(text string) error {
+	if f.given == nil {
+		f.config.ObjectStores = map[string]ObjectStore{}
+	}
+	for part := range strings.SplitSeq(text, ",") {
+		alias, path, ok := strings.Cut(part, "=")
+		if !ok || alias == "" || path == "" {
+			return fmt.Errorf("%q is not alias=directory", part)
+		}
+		if _, twice := f.config.ObjectStores[alias]; twice {
+			return fmt.Errorf("alias %q is there twice", alias)
+		}
+		f.config.ObjectStores[alias] = ObjectStore{Type: "file", Path: path}
+		f.given = append(f.given, part)
+	}
+	return nil
+}
+
+// EnvPrefix begins the names of the environment variables. What follows is the
+// name of the flag in capitals, with _ for -.
+const EnvPrefix = "SNAPSHOTD_"
+
+// EnvName is the variable of a flag.
+func EnvName(flag string) string {
+	return EnvPrefix + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
+}
+
+// LoadConfig returns the configuration that results from the defaults, then the
+// YAML file at path unless it is empty, then the environment, in which an empty
+// variable counts as none, then those flags that were changed. The flags are
+// ones that [Config.Flags] added, to any Config, and may be nil, as env may.
+// The error names every mistake there is in form; see [Config.Validate] for
+// mistakes in substance.
+func LoadConfig(path string, env func(name string) (string, bool), flags *pflag.FlagSet) (Config, error) {
+	c := Default()
+	var errs []error
+	if path != "" {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return c, fmt.Errorf("read configuration: %w", err)
+		}
+		if err := yaml.UnmarshalStrict(data, &c); err != nil {
+			errs = append(errs, fmt.Errorf("configuration %s: %w", path, err))
+		}
+	}
+	if env != nil {
+		own := pflag.NewFlagSet("", pflag.ContinueOnError)
+		c.Flags(own)
+		own.VisitAll(func(f *pflag.Flag) {
+			if text, ok := env(EnvName(f.Name)); ok && text != "" {
+				if err := f.Value.Set(text); err != nil {
+					errs = append(errs, fmt.Errorf("environment variable %s: %w", EnvName(f.Name), err))
+				}
+			}
+		})
+	}
+	if flags != nil {
+		own := pflag.NewFlagSet("", pflag.ContinueOnError)
+		c.Flags(own)
+		flags.Visit(func(f *pflag.Flag) {
+			target := own.Lookup(f.Name)
+			if target == nil {
+				return
+			}
+			text := f.Value.String()
+			if list, ok := f.Value.(pflag.SliceValue); ok {
+				text = strings.Join(list.GetSlice(), ",")
+			}
+			if err := target.Value.Set(text); err != nil {
+				errs = append(errs, fmt.Errorf("flag --%s: %w", f.Name, err))
+			}
+		})
+	}
+	return c.complete(), errors.Join(errs...)
+}
+
+// YAML returns the configuration as a file that [LoadConfig] reads. It holds no
+// secrets: these are in files, of which it has the names.
+func (c Config) YAML() ([]byte, error) {
+	// By way of JSON in the order of the fields; a map would sort them.
+	data, err := json.Marshal(c)
+	if err != nil {
+		return nil, err
+	}
+	var out bytes.Buffer
+	d := json.NewDecoder(bytes.NewReader(data))
+	if _, err := d.Token(); err != nil { // the brace
+		return nil, err
+	}
+	for d.More() {
+		name, err := d.Token()
+		if err != nil {
+			return nil, err
+		}
+		var value any
+		if err := d.Decode(&value); err != nil {
+			return nil, err
+		}
+		part, err := yaml.Marshal(map[string]any{fmt.Sprint(name): value})
+		if err != nil {
+			return nil, err
+		}
+		out.Write(part)
+	}
+	return out.Bytes(), nil
+}
+
+// Validate returns all mistakes at once, each with the name of the field, and
+// reads the files that the configuration names to see that they are usable.
+func (c Config) Validate() error {
+	c = c.complete()
+	var errs []error
+	wrong := func(field, format string, args ...any) {
+		errs = append(errs, fmt.Errorf(field+": "+format, args...))
+	}
+
+	_, tlsErr := c.serverTLS()
+	if tlsErr != nil {
+		wrong("tls", "%w", tlsErr)
+	}
+	switch loopback, err := isLoopback(c.Listen); {
+	case err != nil:
+		wrong("listen", "%w", err)
+	case !loopback && c.TLS == (TLS{}):
+		wrong("listen", "%s can be reached from other hosts: set tls.cert, tls.key and tls.client_ca, or listen on 127.0.0.1", c.Listen)
+	}
+	if c.MetricsListen != "off" {
+		switch loopback, err := isLoopback(c.MetricsListen); {
+		case err != nil:
+			wrong("metrics_listen", "%w", err)
+		case !loopback && !c.MetricsPublic:
+			wrong("metrics_listen", "%s can be reached from other hosts: set metrics_public to allow that, or listen on 127.0.0.1", c.MetricsListen)
+		}
+	}
+
+	c.validateEtcd(wrong)
+	c.validateStores(wrong)
+
+	for _, d := range []struct {
+		field string
+		value Duration
+		least time.Duration
+	}{
+		{"create_timeout", c.CreateTimeout, time.Second},
+		{"create_lease_ttl", c.CreateLeaseTTL, 2 * time.Second},
+		{"leader_ttl", c.LeaderTTL, 2 * time.Second},
+		{"grace", c.Grace, time.Millisecond},
+	} {
+		if v := time.Duration(d.value); v < d.least || v > 24*time.Hour {
+			wrong(d.field, "%v is not %v to 24h", v, d.least)
+		}
+	}
+	if c.MaxCreates < 1 || c.MaxCreates > 1024 {
+		wrong("max_creates", "%d is not 1 to 1024", c.MaxCreates)
+	}
+	if c.MaxConnections < 1 {
+		wrong("max_connections", "%d is not positive", c.MaxConnections)
+	}
+	if _, err := zapcore.ParseLevel(c.LogLevel); err != nil || !slices.Contains([]string{"debug", "info", "warn", "error"}, c.LogLevel) {
+		wrong("log_level", "%q is not debug, info, warn or error", c.LogLevel)
+	}
+	if c.LogFormat != "json" && c.LogFormat != "console" {
+		wrong("log_format", "%q is not json or console", c.LogFormat)
+	}
+	if _, err := c.nameScope(); err != nil {
+		wrong("name_scope", "%w", err)
+	}
+	if c.Replica != "" {
+		if err := catalog.CheckName("replica", c.Replica); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (c Config) validateEtcd(wrong func(field, format string, args ...any)) {
+	if !strings.HasPrefix(c.EtcdRoot, "/") || strings.HasSuffix(c.EtcdRoot, "/") || len(c.EtcdRoot) > 64 {
+		wrong("etcd_root", "%q does not begin with a slash, or ends in one, or is longer than 64 bytes", c.EtcdRoot)
+	}
+	if c.EtcdQuotaBytes < 16<<20 {
+		wrong("etcd_quota_bytes", "%d is less than 16 MiB", c.EtcdQuotaBytes)
+	}
+	for i, e := range c.EtcdEndpoints {
+		switch {
+		case e == "":
+			wrong(fmt.Sprintf("etcd_endpoints[%d]", i), "is empty")
+		case strings.Contains(e, "@"):
+			wrong(fmt.Sprintf("etcd_endpoints[%d]", i), "must not hold a user or password: use etcd_username and etcd_password_file")
+		}
+	}
+	if len(c.EtcdEndpoints) == 0 {
+		if c.EtcdTLS != (EtcdTLS{}) || c.EtcdUsername != "" || c.EtcdPasswordFile != "" {
+			wrong("etcd_endpoints", "etcd_tls, etcd_username and etcd_password_file are of no use without endpoints")
+		}
+		return
+	}
+	if _, err := c.etcdTLS(); err != nil {
+		wrong("etcd_tls", "%w", err)
+	}
+	if _, err := c.etcdPassword(); err != nil {
+		wrong("etcd_password_file", "%w", err)
+	}
+}
+
+func (c Config) validateStores(wrong func(field, format string, args ...any)) {
+	paths := map[string]string{}
+	for _, alias := range c.aliases() {
+		s := c.ObjectStores[alias]
+		field := "object_stores." + alias
+		if err := catalog.CheckName("alias", alias); err != nil {
+			wrong("object_stores", "%w", err)
+		}
+		if s.Type != "file" {
+			wrong(field+".type", "%q is not file", s.Type)
+			continue
+		}
+		if s.Path == "" {
+			wrong(field+".path", "is empty")
+			continue
+		}
+		path, err := filepath.Abs(s.Path)
+		if err != nil {
+			wrong(field+".path", "%w", err)
+			continue
+		}
+		if other, twice := paths[path]; twice {
+			wrong(field+".path", "%s is that of %s as well", s.Path, other)
+		}
+		paths[path] = alias
+	}
+	if _, ok := c.ObjectStores[c.SnapshotStore]; !ok {
+		wrong("snapshot_store", "there is no object store %q, only %s", c.SnapshotStore, strings.Join(c.aliases(), ", "))
+	}
+}
+
+// aliases are those of the object stores, in order.
+func (c Config) aliases() []string {
+	list := make([]string, 0, len(c.ObjectStores))
+	for alias := range c.ObjectStores {
+		list = append(list, alias)
+	}
+	slices.Sort(list)
+	return list
+}
+
+func (c Config) nameScope() (cluster.NameScope, error) {
+	for _, s := range []cluster.NameScope{cluster.ScopeCluster, cluster.ScopeCollection} {
+		if c.NameScope == s.String() {
+			return s, nil
+		}
+	}
+	return 0, fmt.Errorf("%q is not cluster or collection", c.NameScope)
+}
+
+// isLoopback says whether an address to listen on is for this host alone.
+func isLoopback(addr string) (bool, error) {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return false, fmt.Errorf("%q is not host:port", addr)
+	}
+	if _, err := net.LookupPort("tcp", port); err != nil { //nolint:noctx // numbers and a local file
+		return false, fmt.Errorf("%q has no valid port", addr)
+	}
+	if host == "localhost" {
+		return true, nil
+	}
+	ip := net.ParseIP(host)
+	return ip != nil && ip.IsLoopback(), nil
+}

@@ -1,0 +1,217 @@
+package embed_test
+
+import (
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/spf13/pflag"
+	"sigs.k8s.io/yaml"
+
+	"github.com/snapshotd/snapshotd/embed"
+)
+
+func TestDefaultIsValid(t *testing.T) {
+	for _, c := range []embed.Config{embed.Default(), {}} {
+		if err := c.Validate(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestValidateNamesEveryMistake(t *testing.T) {
+	dir := t.TempDir()
+	empty := filepath.Join(dir, "empty")
+	if err := os.WriteFile(empty, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := embed.Config{
+		Listen: "nowhere", MetricsListen: "0.0.0.0:7951", EtcdRoot: "x/", EtcdEndpoints: []string{"", "http://me:secret@host:2379"},
+		EtcdTLS: embed.EtcdTLS{Cert: "c.pem"}, EtcdUsername: "me", EtcdPasswordFile: empty, EtcdQuotaBytes: 1,
+		ObjectStores: map[string]embed.ObjectStore{
+			"a": {Type: "tape"}, "b": {}, "c": {Path: "x"}, "d": {Path: "./x"}, "../e": {Path: "y"},
+		},
+		SnapshotStore: "none", NameScope: "galaxy", TLS: embed.TLS{Cert: "c.pem"}, MaxConnections: -1,
+		CreateTimeout: embed.Duration(time.Millisecond), CreateLeaseTTL: 1, LeaderTTL: embed.Duration(48 * time.Hour), Grace: -1,
+		MaxCreates: -1, LogLevel: "loud", LogFormat: "xml", Replica: "a b",
+	}
+	err := c.Validate()
+	if err == nil {
+		t.Fatal("no mistakes")
+	}
+	for _, want := range []string{
+		"listen: ", "metrics_listen: ", "etcd_root: ", "etcd_endpoints[0]: ", "etcd_endpoints[1]: ", "etcd_tls: ", "etcd_password_file: ",
+		"etcd_quota_bytes: ", "object_stores.a.type: ", "object_stores.b.path: ", "object_stores.d.path: ", "object_stores: ", "snapshot_store: ",
+		"name_scope: ", "tls: ", "max_connections: ", "create_timeout: ", "create_lease_ttl: ", "leader_ttl: ", "grace: ", "max_creates: ",
+		"log_level: ", "log_format: ", "replica: ",
+	} {
+		if !strings.Contains("\n"+err.Error(), "\n"+want) {
+			t.Errorf("nothing about %s", want)
+		}
+	}
+	if strings.Contains(err.Error(), "secret") {
+		t.Error("a password is printed")
+	}
+	if _, startErr := embed.Start(t.Context(), c); startErr == nil || !strings.Contains(startErr.Error(), err.Error()) {
+		t.Errorf("Start: got %v", startErr)
+	}
+}
+
+func TestOtherHosts(t *testing.T) {
+	for addr, refused := range map[string]bool{
+		"127.0.0.1:1": false, "127.9.9.9:1": false, "[::1]:1": false, "localhost:1": false,
+		":1": true, "0.0.0.0:1": true, "[::]:1": true, "10.0.0.1:1": true, "example.com:1": true,
+	} {
+		err := embed.Config{Listen: addr}.Validate()
+		if (err != nil) != refused || refused && !strings.Contains(err.Error(), "set tls.cert, tls.key and tls.client_ca") {
+			t.Errorf("listen %s: got %v", addr, err)
+		}
+		err = embed.Config{MetricsListen: addr}.Validate()
+		if (err != nil) != refused || refused && !strings.Contains(err.Error(), "set metrics_public") {
+			t.Errorf("metrics_listen %s: got %v", addr, err)
+		}
+		if err := (embed.Config{MetricsListen: addr, MetricsPublic: true}).Validate(); err != nil {
+			t.Errorf("public metrics_listen %s: got %v", addr, err)
+		}
+	}
+}
+
+func environment(vars map[string]string) func(string) (string, bool) {
+	return func(name string) (string, bool) { v, ok := vars[name]; return v, ok }
+}
+
+func TestPrecedence(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "c.yaml")
+	if err := os.WriteFile(file, []byte(`
+data_dir: file
+listen: 127.0.0.1:1
+metrics_listen: "off"
+create_timeout: 1m30s
+etcd_endpoints: [a:1, b:2]
+object_stores:
+  default: {path: /file}
+tls: {cert: x}
+`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	flags := pflag.NewFlagSet("", pflag.ContinueOnError)
+	scratch := embed.Default()
+	scratch.Flags(flags)
+	if err := flags.Parse([]string{"--data-dir=flag", "--object-store=default=/flag", "--object-store=more=/more", "--etcd-endpoints=c:3,d:4", "--metrics-public"}); err != nil {
+		t.Fatal(err)
+	}
+	got, err := embed.LoadConfig(file, environment(map[string]string{
+		"SNAPSHOTD_DATA_DIR": "env", "SNAPSHOTD_LISTEN": "127.0.0.1:2", "SNAPSHOTD_OBJECT_STORE": "default=/env", "SNAPSHOTD_MAX_CREATES": "3",
+		"SNAPSHOTD_LOG_LEVEL": "", "SNAPSHOTD_PORT": "tcp://10.0.0.1:7950", // Kubernetes sets such for a service of that name
+	}), flags)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := embed.Default()
+	want.DataDir, want.Listen, want.MetricsListen, want.MetricsPublic = "flag", "127.0.0.1:2", "off", true
+	want.CreateTimeout, want.EtcdEndpoints, want.MaxCreates = embed.Duration(90*time.Second), []string{"c:3", "d:4"}, 3
+	want.ObjectStores = map[string]embed.ObjectStore{"default": {Type: "file", Path: "/flag"}, "more": {Type: "file", Path: "/more"}}
+	want.TLS.Cert = "x"
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+
+	// What is printed is read again as the same.
+	data, err := got.YAML()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	again, err := embed.LoadConfig(file, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(got, again, cmpopts.EquateEmpty()); diff != "" {
+		t.Errorf("%s\n%s", diff, data)
+	}
+}
+
+func TestMistakesInForm(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "c.yaml")
+	for text, want := range map[string]string{
+		"data_dirr: x":               "data_dirr",
+		"data_dir: x\ndata_dir: y":   "data_dir",
+		"max_creates: many":          "max_creates",
+		"create_timeout: 10":         "",
+		"object_stores: {a: {p: x}}": `"p"`,
+		"[":                          "",
+	} {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := embed.LoadConfig(file, nil, nil); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), file) {
+			t.Errorf("%q: got %v", text, err)
+		}
+	}
+	if _, err := embed.LoadConfig(filepath.Join(t.TempDir(), "none"), nil, nil); err == nil {
+		t.Error("a file that is not there")
+	}
+	_, err := embed.LoadConfig("", environment(map[string]string{"SNAPSHOTD_MAX_CREATES": "x", "SNAPSHOTD_GRACE": "y", "SNAPSHOTD_OBJECT_STORE": "z"}), nil)
+	for _, want := range []string{"SNAPSHOTD_MAX_CREATES", "SNAPSHOTD_GRACE", "SNAPSHOTD_OBJECT_STORE"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("nothing about %s in %v", want, err)
+		}
+	}
+}
+
+// TestEveryFieldHasAFlag finds a field that was added without one.
+func TestEveryFieldHasAFlag(t *testing.T) {
+	other := map[string]string{"object_stores": "object-store"}
+	var c embed.Config
+	flags := pflag.NewFlagSet("", pflag.ContinueOnError)
+	c.Flags(flags)
+	count := 0
+	var walk func(prefix string, typ reflect.Type)
+	walk = func(prefix string, typ reflect.Type) {
+		for f := range typ.Fields() {
+			tag := f.Tag.Get("json")
+			if tag == "-" {
+				continue
+			}
+			name := prefix + tag
+			if f.Type.Kind() == reflect.Struct {
+				walk(strings.TrimSuffix(name, "tls")+map[bool]string{true: "tls_"}[tag == "tls"], f.Type)
+				continue
+			}
+			count++
+			flag := strings.ReplaceAll(name, "_", "-")
+			if other[name] != "" {
+				flag = other[name]
+			}
+			if flags.Lookup(flag) == nil {
+				t.Errorf("%s has no flag --%s", name, flag)
+			}
+		}
+	}
+	walk("", reflect.TypeFor[embed.Config]())
+	flags.VisitAll(func(f *pflag.Flag) {
+		count--
+		if !regexp.MustCompile(`^SNAPSHOTD_[A-Z_]+$`).MatchString(embed.EnvName(f.Name)) {
+			t.Errorf("variable %s", embed.EnvName(f.Name))
+		}
+	})
+	if count != 0 {
+		t.Errorf("%d more fields than flags", count)
+	}
+	data, err := embed.Default().YAML()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m map[string]any
+	if err := yaml.Unmarshal(data, &m); err != nil || m["max_creates"] != 16. {
+		t.Errorf("got %v, %v", m, err)
+	}
+}

@@ -1,0 +1,78 @@
+package embed
+
+import (
+	"net/http"
+	"net/http/pprof"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/snapshotd/snapshotd/internal/manager"
+)
+
+// stats shows what the manager is doing. The names are part of the interface.
+type stats struct{ manager *manager.Manager }
+
+var (
+	snapshotsDesc = prometheus.NewDesc("snapshotd_snapshots", "Snapshots by state, as this replica knows them.", []string{"state"}, nil)
+	leaderDesc    = prometheus.NewDesc("snapshotd_leader", "1 while this replica runs the background loops.", nil, nil)
+	createsDesc   = prometheus.NewDesc("snapshotd_creates_in_flight", "Creates that this replica works on.", nil, nil)
+	unreadable    = prometheus.NewDesc("snapshotd_unreadable_records", "Snapshot records that this release cannot read.", nil, nil)
+	skewDesc      = prometheus.NewDesc("snapshotd_clock_skew_seconds", "How far this host's clock and the object store's are apart.", nil, nil)
+)
+
+func (s stats) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{snapshotsDesc, leaderDesc, createsDesc, unreadable, skewDesc} {
+		ch <- d
+	}
+}
+
+func (s stats) Collect(ch chan<- prometheus.Metric) {
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	now := s.manager.Stats()
+	for _, state := range []manager.State{manager.Pending, manager.Committed, manager.Deleting} {
+		gauge(snapshotsDesc, float64(now.Snapshots[state]), strings.ToLower(state.String()))
+	}
+	leading := 0.
+	if now.Leading {
+		leading = 1
+	}
+	gauge(leaderDesc, leading)
+	gauge(createsDesc, float64(now.Creates))
+	gauge(unreadable, float64(now.Unreadable))
+	gauge(skewDesc, now.ClockSkew.Seconds())
+}
+
+// newRegistry returns a registry with what every Go process shows. It is the
+// server's own, so that several can live in one process.
+func newRegistry() *prometheus.Registry {
+	r := prometheus.NewRegistry()
+	r.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return r
+}
+
+// metricsServer returns what answers on the metrics address.
+func metricsServer(registry *prometheus.Registry, healthy func() bool, profiles bool) *http.Server {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		if !healthy() {
+			http.Error(w, "not serving", http.StatusServiceUnavailable)
+			return
+		}
+		_, _ = w.Write([]byte("ok\n")) // the asker is gone: nobody to tell
+	})
+	if profiles {
+		mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+		mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
+		mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
+		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	}
+	return &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10}
+}

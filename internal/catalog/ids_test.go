@@ -1,0 +1,151 @@
+package catalog_test
+
+import (
+	"errors"
+	"math"
+	"sync"
+	"testing"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/meta/memory"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+func testIDs(t *testing.T, kv meta.KV) {
+	ctx := t.Context()
+	c := open(kv)
+	for _, id := range []int64{-1, 0, 1, math.MaxInt64} {
+		if missing, ok, err := c.HandedOut(ctx, id); err != nil || ok || missing != id {
+			t.Errorf("%d was handed out before any was: %v, %d, %v", id, ok, missing, err)
+		}
+	}
+	for _, count := range []int64{-1, 0, catalog.MaxAllocate + 1} {
+		if _, err := c.AllocateIDs(ctx, request.Token{}, count); !errors.Is(err, catalog.ErrInvalid) {
+			t.Errorf("allocate %d: err = %v, want %v", count, err, catalog.ErrInvalid)
+		}
+	}
+	first, err := c.AllocateIDs(ctx, token("a"), 10)
+	if err != nil || first != (catalog.IDRange{First: 1, Count: 10}) {
+		t.Fatalf("got %v, %v", first, err)
+	}
+	if second, err := c.AllocateIDs(ctx, token("b"), 10); err != nil || second == first {
+		t.Fatalf("got %v, %v", second, err)
+	}
+	for _, replica := range []*catalog.Catalog{c, open(kv)} {
+		if again, err := replica.AllocateIDs(ctx, token("a"), 10); err != nil || again != first {
+			t.Errorf("repeat: got %v, %v; want %v", again, err, first)
+		}
+	}
+	other := token("a")
+	other.Hash = []byte("other")
+	if _, err := c.AllocateIDs(ctx, other, 9); !errors.Is(err, request.ErrReused) {
+		t.Errorf("err = %v, want %v", err, request.ErrReused)
+	}
+	if err := c.ReserveIDs(ctx, request.Token{}, catalog.IDRange{First: 15, Count: 10}); !errors.Is(err, catalog.ErrIDRangeTaken) {
+		t.Errorf("reserve what was handed out: %v", err)
+	}
+	for range 2 {
+		if err := c.ReserveIDs(ctx, request.Token{}, catalog.IDRange{First: 1000, Count: 10}); err != nil {
+			t.Errorf("reserve: %v", err)
+		}
+	}
+	for _, bad := range []catalog.IDRange{{First: 0, Count: 1}, {First: -5, Count: 9}, {First: 9000, Count: 0}, {First: math.MaxInt64, Count: 1}} {
+		if err := c.ReserveIDs(ctx, request.Token{}, bad); !errors.Is(err, catalog.ErrInvalid) {
+			t.Errorf("reserve %v: err = %v, want %v", bad, err, catalog.ErrInvalid)
+		}
+	}
+	for _, replica := range []*catalog.Catalog{c, open(kv)} {
+		for id, want := range map[int64]bool{-1: false, 0: false, 1: true, 20: true, 21: false, 999: false, 1000: true, 1009: true, 1010: false} {
+			missing, ok, err := replica.HandedOut(ctx, 1, id)
+			if err != nil || ok != want || !ok && missing != id {
+				t.Errorf("HandedOut(%d) = %d, %v, %v; want %v", id, missing, ok, err, want)
+			}
+		}
+	}
+}
+
+// Several replicas on one store, whose calls fail after they took effect, never
+// hand out one id twice, nor one that is reserved.
+func TestIDsAreUnique(t *testing.T) {
+	f := meta.NewFaulty(memory.New(memory.Options{}))
+	f.Hook(func(c meta.Call) meta.Fault {
+		if c.Method == meta.MethodTxn && c.N%7 == 0 {
+			return meta.After
+		}
+		return meta.NoFault
+	})
+	reserved := catalog.IDRange{First: 2000, Count: 500}
+	for open(f).ReserveIDs(t.Context(), request.Token{}, reserved) != nil {
+	}
+	var mu sync.Mutex
+	seen := map[int64]int{}
+	var wg sync.WaitGroup
+	for worker := range 8 {
+		c := open(f)
+		for range 2 {
+			wg.Go(func() {
+				for i := range 100 {
+					got := catalog.IDRange{Count: 1}
+					var err error
+					if i%2 == 0 {
+						got.First, err = c.NextID(t.Context())
+					} else {
+						got, err = c.AllocateIDs(t.Context(), request.Token{}, int64(1+i%5))
+					}
+					if err != nil {
+						if !errors.Is(err, meta.ErrUnavailable) && !errors.Is(err, catalog.ErrConflict) {
+							t.Error(err)
+						}
+						continue
+					}
+					mu.Lock()
+					for id := got.First; id < got.First+got.Count; id++ {
+						if was, twice := seen[id]; twice {
+							t.Errorf("%d went to %d and %d", id, was, worker)
+						}
+						if id >= reserved.First && id < reserved.First+reserved.Count {
+							t.Errorf("%d is reserved", id)
+						}
+						seen[id] = worker
+					}
+					mu.Unlock()
+				}
+			})
+		}
+	}
+	wg.Wait()
+	if f.Calls() == 0 || f.Fired() == 0 || len(seen) < 1000 {
+		t.Errorf("%d ids, %d faults", len(seen), f.Fired())
+	}
+}
+
+func TestIDsAreUsedUp(t *testing.T) {
+	kv := memory.New(memory.Options{})
+	if _, err := kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{
+		meta.Put(keys.IDs, record.Encode(&storagev1.Allocator{Format: record.Format, Next: math.MaxInt64 - 70})),
+	}}); err != nil {
+		t.Fatal(err)
+	}
+	c := open(kv)
+	last := int64(0)
+	for range 64 { // one stock
+		id, err := c.NextID(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		last = id
+	}
+	if last != math.MaxInt64-7 {
+		t.Errorf("last id = %d", last)
+	}
+	if _, err := c.NextID(t.Context()); !errors.Is(err, catalog.ErrLimitExceeded) {
+		t.Errorf("err = %v, want %v", err, catalog.ErrLimitExceeded)
+	}
+	if got, err := c.AllocateIDs(t.Context(), request.Token{}, 6); err != nil || got.First != math.MaxInt64-6 {
+		t.Errorf("the last six: %v, %v", got, err)
+	}
+}

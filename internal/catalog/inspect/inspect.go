@@ -1,0 +1,79 @@
+// Package inspect shows records to people. Nothing is decided on what it
+// returns.
+package inspect
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"strings"
+
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// types says which record lies under a key that begins so.
+var types = []struct {
+	prefix string
+	make   func() record.Message
+}{
+	{keys.Format, func() record.Message { return &storagev1.Cluster{} }},
+	{keys.IDs, func() record.Message { return &storagev1.Allocator{} }},
+	{keys.SnapshotPrefix, func() record.Message { return &storagev1.Snapshot{} }},
+	{"/snapshot/name/", func() record.Message { return &storagev1.Name{} }},
+	{"/snapshot/pending/", func() record.Message { return &storagev1.Pending{} }},
+	{"/request/", func() record.Message { return &storagev1.Request{} }},
+	{"/gc/gen/", func() record.Message { return &storagev1.Generation{} }},
+	{"/gc/tomb/", func() record.Message { return &storagev1.Unit{} }},
+	{"/catalog/name/", func() record.Message { return &storagev1.Name{} }},
+	{keys.CollectionPrefix, func() record.Message { return &storagev1.Collection{} }},
+	{"/catalog/partition/", func() record.Message { return &storagev1.Partition{} }},
+	{"/catalog/partition-name/", func() record.Message { return &storagev1.Name{} }},
+	{"/catalog/index/", func() record.Message { return &storagev1.Index{} }},
+	{"/catalog/index-name/", func() record.Message { return &storagev1.Name{} }},
+	{"/catalog/channel/", func() record.Message { return &storagev1.Channel{} }},
+	{"/catalog/segment/", func() record.Message { return &storagev1.Segment{} }},
+	{"/catalog/unit/", func() record.Message { return &storagev1.Unit{} }},
+}
+
+// Describe returns the type of a record and the record as JSON. The type of one
+// that it cannot read is empty, and the text its bytes in base64. Secrets are
+// left out.
+func Describe(kv meta.KeyValue) (typeName, text string) {
+	if kv.Key == keys.Leader { // the one that is no message but a name
+		return describe(kv, &storagev1.Leader{Replica: string(kv.Value)})
+	}
+	for _, t := range types {
+		if !strings.HasPrefix(kv.Key, t.prefix) {
+			continue
+		}
+		m := t.make()
+		if record.Decode(kv, m) != nil {
+			break
+		}
+		if c, ok := m.(*storagev1.Cluster); ok {
+			c.TokenKey = nil
+			// What this release does not know may be a secret as well.
+			c.ProtoReflect().SetUnknown(nil)
+		}
+		return describe(kv, m)
+	}
+	if strings.HasPrefix(kv.Key, keys.Format) {
+		return "", "" // it may hold the key of the tokens
+	}
+	return "", base64.StdEncoding.EncodeToString(kv.Value)
+}
+
+func describe(kv meta.KeyValue, m proto.Message) (typeName, text string) {
+	data, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(m)
+	var out bytes.Buffer // protojson varies its spaces
+	if err != nil || json.Compact(&out, data) != nil {
+		return "", base64.StdEncoding.EncodeToString(kv.Value)
+	}
+	return string(m.ProtoReflect().Descriptor().FullName()), out.String()
+}

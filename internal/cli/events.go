@@ -1,0 +1,156 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
+	"github.com/snapshotd/snapshotd/client"
+)
+
+func (a *app) eventsCommand() *cobra.Command {
+	var (
+		follow     bool
+		collection string
+		req        snapshotdv1.WatchEventsRequest
+	)
+	cmd := &cobra.Command{
+		Use:   "events",
+		Short: "Shows what happens to collections and snapshots",
+		Long: `Shows what happens to collections and snapshots, one line per event: revision,
+kind of change, thing, id, state and name. With -o json it is one object per
+line, bookmarks included, each with the token that resumes after it.
+
+Without -f it prints what happened between --resume-token and now, and exits.
+With -f it goes on until it is interrupted, through restarts of the server. At
+the end it says on standard error how to resume.`,
+		Example: `  snapshotctl events -f
+  snapshotctl events -f --collection docs -o json
+  snapshotctl events --resume-token AAAAAAAAAAE`,
+		Args: args(),
+	}
+	f := cmd.Flags()
+	f.BoolVarP(&follow, "follow", "f", false, "go on until interrupted")
+	f.StringVar(&collection, "collection", "", "only of this `collection` and its snapshots")
+	f.StringVar(&req.ResumeToken, "resume-token", "", "go on after the event with this `token` (default from now on)")
+	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
+		if collection != "" {
+			var err error
+			if req.Collection, err = a.collectionRef(collection); err != nil {
+				return err
+			}
+		}
+		c, err := a.connect()
+		if err != nil {
+			return err
+		}
+		token := req.GetResumeToken()
+		show := func(m *snapshotdv1.WatchEventsResponse) error {
+			token = m.GetResumeToken()
+			return a.showEvent(m)
+		}
+		if follow {
+			limited, cancel := a.limit(ctx, 0)
+			defer cancel()
+			err = client.WatchEvents(limited, c.Events, &req, show)
+			// To be interrupted, or to reach a limit that was asked for, is how
+			// this ends well.
+			if limited.Err() != nil {
+				err = nil
+			}
+		} else {
+			err = a.pendingEvents(ctx, c, &req, show)
+		}
+		if a.output == formatTable && token != "" {
+			again := word(token, "")
+			if collection != "" { // a token is good for the same events only
+				again += " --collection " + word(collection, "")
+			}
+			put(a.err, "to resume: snapshotctl events --resume-token %s\n", again)
+		}
+		return err
+	})
+	return cmd
+}
+
+// errCurrent ends a watch that has told everything.
+var errCurrent = errors.New("current")
+
+// pendingEvents shows what happened up to now.
+func (a *app) pendingEvents(ctx context.Context, c *client.Client, req *snapshotdv1.WatchEventsRequest, show func(*snapshotdv1.WatchEventsResponse) error) error {
+	ctx, cancel := a.limit(ctx, callTimeout)
+	defer cancel()
+	// A stream without a token begins with a bookmark, which says what now is.
+	now := int64(0)
+	if req.GetResumeToken() != "" {
+		err := client.WatchEvents(ctx, c.Events, &snapshotdv1.WatchEventsRequest{}, func(m *snapshotdv1.WatchEventsResponse) error {
+			now = m.GetRevision()
+			return errCurrent
+		})
+		if !errors.Is(err, errCurrent) {
+			return err
+		}
+	}
+	err := client.WatchEvents(ctx, c.Events, req, func(m *snapshotdv1.WatchEventsResponse) error {
+		if err := show(m); err != nil {
+			return err
+		}
+		if m.GetBookmark() != nil && m.GetRevision() >= now {
+			return errCurrent
+		}
+		return nil
+	})
+	if errors.Is(err, errCurrent) {
+		return nil
+	}
+	return err
+}
+
+func (a *app) showEvent(m *snapshotdv1.WatchEventsResponse) error {
+	if a.output != formatTable {
+		return a.line(m)
+	}
+	line := eventLine(m)
+	if line == "" {
+		return nil
+	}
+	_, err := fmt.Fprintln(a.out, line)
+	return err
+}
+
+// eventLine returns an event on one line; empty for what is none.
+func eventLine(m *snapshotdv1.WatchEventsResponse) string {
+	var (
+		change    snapshotdv1.ChangeType
+		thing     string
+		id        int64
+		state     string
+		name, why string
+	)
+	switch e := m.GetEvent().(type) {
+	case *snapshotdv1.WatchEventsResponse_Collection:
+		c := e.Collection.GetCollection()
+		change, thing, id, state = e.Collection.GetType(), "collection", c.GetId(), upper(c.GetState())
+		if c.GetName() != "" {
+			name = fullName(c.GetDb(), c.GetName(), c.GetId())
+		}
+	case *snapshotdv1.WatchEventsResponse_Snapshot:
+		s := e.Snapshot.GetSnapshot()
+		change, thing, id, state = e.Snapshot.GetType(), "snapshot", s.GetId(), upper(s.GetState())
+		name, why = s.GetName(), s.GetReason()
+		if s.GetCollection().GetId() != 0 {
+			why = strings.TrimSuffix("of "+origin(s.GetCollection())+": "+why, ": ")
+		}
+	default:
+		return ""
+	}
+	if state == "UNSPECIFIED" { // gone; only its ids are told
+		state = "-"
+	}
+	line := fmt.Sprintf("%-10d  %-7s  %-10s  %-12d  %-9s  %s %s", m.GetRevision(), lower(change, "CHANGE_TYPE_"), thing, id, state, cell(name), clean(why))
+	return strings.TrimRight(line, " ")
+}

@@ -1,0 +1,154 @@
+package cli
+
+import (
+	"strconv"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
+)
+
+// parseCollection reads a collection as users name it: NAME, DB/NAME or #ID.
+// Whether a name is one that could exist is for the server to say.
+func parseCollection(s string) (*snapshotdv1.CollectionRef, error) {
+	if rest, ok := strings.CutPrefix(s, "#"); ok {
+		id, err := parseID(rest)
+		if err != nil {
+			return nil, err
+		}
+		return &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Id{Id: id}}, nil
+	}
+	db, name, qualified := strings.Cut(s, "/")
+	if !qualified {
+		db, name = "", s
+	}
+	if name == "" || qualified && db == "" || strings.Contains(name, "/") {
+		return nil, wrong("%q names no collection: write NAME, DB/NAME or '#ID'", s)
+	}
+	return &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Name{
+		Name: &snapshotdv1.CollectionName{Db: db, Name: name},
+	}}, nil
+}
+
+// parseSnapshot reads a snapshot as users name it: NAME or #ID. A name may
+// consist of digits.
+func parseSnapshot(s string) (*snapshotdv1.SnapshotRef, error) {
+	if rest, ok := strings.CutPrefix(s, "#"); ok {
+		id, err := parseID(rest)
+		if err != nil {
+			return nil, err
+		}
+		return &snapshotdv1.SnapshotRef{Ref: &snapshotdv1.SnapshotRef_Id{Id: id}}, nil
+	}
+	if s == "" {
+		return nil, wrong("a snapshot's name is not empty")
+	}
+	return &snapshotdv1.SnapshotRef{Ref: &snapshotdv1.SnapshotRef_Name{Name: s}}, nil
+}
+
+func parseID(s string) (int64, error) {
+	id, err := strconv.ParseUint(s, 10, 63)
+	if err != nil || id == 0 {
+		return 0, wrong("%q is no id: ids are positive numbers", s)
+	}
+	return int64(id), nil
+}
+
+func parseIDs(args []string) ([]int64, error) {
+	var ids []int64
+	for _, arg := range args {
+		for s := range strings.SplitSeq(arg, ",") {
+			id, err := parseID(s)
+			if err != nil {
+				return nil, err
+			}
+			ids = append(ids, id)
+		}
+	}
+	return ids, nil
+}
+
+// parseLabels reads k=v pairs.
+func parseLabels(args []string) (map[string]string, error) {
+	var labels map[string]string
+	for _, arg := range args {
+		k, v, ok := strings.Cut(arg, "=")
+		if !ok || k == "" {
+			return nil, wrong("label %q: write KEY=VALUE", arg)
+		}
+		if _, twice := labels[k]; twice {
+			return nil, wrong("label %q is given twice", k)
+		}
+		if labels == nil {
+			labels = make(map[string]string)
+		}
+		labels[k] = v
+	}
+	return labels, nil
+}
+
+// parsePositions reads shard=timestamp pairs.
+func parsePositions(args []string) ([]*snapshotdv1.ChannelPosition, error) {
+	var ps []*snapshotdv1.ChannelPosition
+	seen := make(map[uint64]bool)
+	for _, arg := range args {
+		for s := range strings.SplitSeq(arg, ",") {
+			left, right, _ := strings.Cut(s, "=")
+			shard, err := strconv.ParseUint(left, 10, 31)
+			if err != nil {
+				return nil, wrong("position %q: write SHARD=TIMESTAMP, two numbers", s)
+			}
+			timestamp, err := strconv.ParseUint(right, 10, 64)
+			if err != nil {
+				return nil, wrong("position %q: write SHARD=TIMESTAMP, two numbers", s)
+			}
+			if seen[shard] {
+				return nil, wrong("shard %d is given twice", shard)
+			}
+			seen[shard] = true
+			ps = append(ps, &snapshotdv1.ChannelPosition{
+				Shard:    int32(shard),
+				Position: &snapshotdv1.Position{Timestamp: timestamp},
+			})
+		}
+	}
+	return ps, nil
+}
+
+// parseStates reads states of type S by the name that they have in the table
+// of values, in any case.
+func parseStates[S ~int32](args []string, values map[string]int32) ([]S, error) {
+	var states []S
+	for _, arg := range args {
+		v, ok := values["STATE_"+strings.ToUpper(arg)]
+		if !ok || v == 0 {
+			return nil, wrong("%q is no state; --help lists them", arg)
+		}
+		states = append(states, S(v))
+	}
+	return states, nil
+}
+
+// parseTTL reads a duration, which may also be a number of days: 30d.
+func parseTTL(s string) (time.Duration, error) {
+	if days, ok := strings.CutSuffix(s, "d"); ok {
+		if n, err := strconv.ParseUint(days, 10, 15); err == nil && n > 0 {
+			return time.Duration(n) * 24 * time.Hour, nil
+		}
+	}
+	d, err := time.ParseDuration(s)
+	if err != nil || d <= 0 {
+		return 0, wrong("--ttl %q: write a time span such as 36h or 30d", s)
+	}
+	return d, nil
+}
+
+func parseTime(s string) (*timestamppb.Timestamp, error) {
+	t, err := time.Parse(time.RFC3339, s)
+	if err != nil {
+		return nil, wrong("--expire-time %q: write a time as in 2030-01-31T00:00:00Z", s)
+	}
+	return timestamppb.New(t), nil
+}

@@ -1,0 +1,871 @@
+package manager
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+func TestCreateKeepsEverything(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, p, x := w.collection(r, "c")
+		s := w.segment(r, col, 1, 10, 19)
+		s.Partition = p.ID
+		s.Files = nil
+		for i, kind := range []string{segment.KindInsert, segment.KindDelta, segment.KindStats, segment.KindBM25, segment.KindText, segment.KindJSON, "never-heard-of"} {
+			f := segment.File{
+				Kind: kind, Field: int64(100 + i), LogID: int64(i + 1), Size: int64(1000 + i), ETag: fmt.Sprintf("etag-%d", i),
+				Checksum: segment.Checksum{Type: "CRC64NVME", Value: []byte{1, 2, 3, byte(i)}}, Attributes: map[string]string{"k": kind},
+			}
+			f.Path = fmt.Sprintf("foreign/%s/%d", kind, i)
+			s.Files = append(s.Files, f)
+		}
+		b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100, Params: map[string]string{"m": "16"}}
+		b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("index/%d/0", b.ID), Size: 7, LogID: 1}}
+		s.Builds = []segment.Build{b}
+		s.EngineData, s.Attributes = []byte{0, 255, 1}, map[string]string{"": "empty key", "a": "b"}
+		s.Start.Opaque, s.DML.Opaque = []byte("start"), []byte{0}
+		s.Sorted, s.StorageVersion, s.Level = true, 3, 2
+		w.add(r, col, s)
+		w.checkpoint(r, col, 100, 100)
+
+		sp := spec(col, "one")
+		sp.Description, sp.Labels = "for people", map[string]string{"env": "test"}
+		snap, err := r.Create(t.Context(), request.Token{}, sp)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff([]segment.Segment{s}, w.segments(r, snap)); diff != "" {
+			t.Errorf("segment (-registered +captured):\n%s", diff)
+		}
+		d, err := r.Describe(t.Context(), Ref{Name: "one"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		md := d.Metadata
+		if md.Snapshot.Description != "for people" || md.Collection.Properties["mmap"] != "true" || md.Collection.ConsistencyLevel != "Bounded" ||
+			!bytes.Equal(md.Collection.Schema.Raw, []byte{0, 1, 2}) || md.ClusterID != r.o.Cluster.ID || md.CatalogRevision != snap.CatalogRevision {
+			t.Errorf("metadata does not say what was captured: %+v", md)
+		}
+		if len(md.Partitions) != 1 || md.Partitions[0].Name != "p0" || len(md.Indexes) != 1 || !slices.Equal(snap.Partitions, []int64{p.ID}) {
+			t.Errorf("partitions %+v, indexes %+v", md.Partitions, md.Indexes)
+		}
+		want := []Cut{{0, "ch-0", 100}, {1, "ch-1", 100}}
+		if diff := cmp.Diff(want, snap.Cuts); diff != "" {
+			t.Errorf("cuts (-want +got):\n%s", diff)
+		}
+		if snap.Totals != (segment.Totals{Segments: 1, Rows: 10, Files: 8, Bytes: 1000*7 + 21 + 7, Builds: 1}) {
+			t.Errorf("totals %+v", snap.Totals)
+		}
+		w.check(r)
+	})
+}
+
+func TestReferencesCoverSegmentsBuildsAndForeignFiles(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, x := w.collection(r, "c")
+		s := w.segment(r, col, 0, 1, 2)
+		s.Files = append(s.Files, segment.File{Kind: "odd", Path: "elsewhere/odd"})
+		b := segment.Build{ID: w.newID(r), Index: x.ID}
+		b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("index/%d/1", b.ID)}, {Kind: segment.KindIndex, Path: "elsewhere/index"}}
+		s.Builds = []segment.Build{b}
+		w.add(r, col, s)
+		w.checkpoint(r, col, 10, 10)
+		snap := w.create(r, col, "one")
+		d, err := r.Describe(t.Context(), Ref{ID: snap.ID})
+		if err != nil {
+			t.Fatal(err)
+		}
+		data, err := readObject(t.Context(), w.objects, manifest.RefsKey(col.ID, snap.ID), d.Metadata.Refs.Length)
+		if err != nil {
+			t.Fatal(err)
+		}
+		refs, err := manifest.DecodeRefs(data, d.Metadata.Refs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files := []uint64{manifest.FileHash("default", "data/elsewhere/odd"), manifest.FileHash("default", "data/elsewhere/index")}
+		slices.Sort(files)
+		want := &manifest.Refs{Segments: []int64{s.ID}, Builds: []int64{b.ID}, Files: files}
+		if diff := cmp.Diff(want, refs); diff != "" {
+			t.Errorf("references (-want +got):\n%s", diff)
+		}
+	})
+}
+
+func TestCreate64OfOneName(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		replicas := []*replica{w.start("a"), w.start("b"), w.start("c")}
+		col, _, _ := w.collection(replicas[0], "c")
+		w.add(replicas[0], col, w.segment(replicas[0], col, 0, 1, 2))
+		w.checkpoint(replicas[0], col, 10, 10)
+		results := make(chan error, 64)
+		for i := range 64 {
+			go func() {
+				_, err := replicas[i%3].Create(t.Context(), request.Token{}, spec(col, "same"))
+				results <- err
+			}()
+		}
+		created := 0
+		for range 64 {
+			if err := <-results; err == nil {
+				created++
+			} else {
+				wantError(t, err, ErrSnapshotExists)
+			}
+		}
+		if created != 1 {
+			t.Errorf("%d creates of one name succeeded", created)
+		}
+		w.create(replicas[1], col, "next")
+		settle()
+		if n := len(w.check(replicas[0])); n != 2 {
+			t.Errorf("%d snapshots, want 2", n)
+		}
+	})
+}
+
+func TestCreateOfOneNameInTwoCollections(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		scoped := func(o *Options) { o.Cluster.NameScope = 2 }
+		r := w.start("a", scoped)
+		one, _, _ := w.collection(r, "one")
+		two, _, _ := w.collection(r, "two")
+		s1, s2 := w.create(r, one, "same"), w.create(r, two, "same")
+		for _, tc := range []struct {
+			col  catalog.Collection
+			want int64
+		}{{one, s1.ID}, {two, s2.ID}} {
+			got, err := r.Get(t.Context(), Ref{Name: "same", Collection: catalog.Ref{DB: "default", Name: tc.col.Name}})
+			if err != nil || got.ID != tc.want {
+				t.Errorf("same of %s is %v, err = %v; want %d", tc.col.Name, got, err, tc.want)
+			}
+		}
+		_, err := r.Get(t.Context(), Ref{Name: "same"})
+		wantError(t, err, catalog.ErrInvalid)
+	})
+}
+
+func TestCreateRefusesBadInput(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		dropped, _, _ := w.collection(r, "dropped")
+		if _, err := r.catalog.DropCollection(t.Context(), request.Token{}, catalog.Ref{ID: dropped.ID}, 0); err != nil {
+			t.Fatal(err)
+		}
+		settle()
+		_, _, before, err := w.kv.Get(t.Context(), "/none")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"", " ", " padded", "padded ", "a/b", "..", ".hidden", "-flag", "naïve", "a\x00b", "a\nb", "\u202eabc", strings.Repeat("x", 256)} {
+			_, err := r.Create(t.Context(), request.Token{}, spec(col, name))
+			if !errors.Is(err, catalog.ErrInvalid) {
+				t.Errorf("name %q: %v", name, err)
+			}
+		}
+		bad := spec(col, "x")
+		bad.Labels = map[string]string{"k": strings.Repeat("x", 4097)}
+		_, err = r.Create(t.Context(), request.Token{}, bad)
+		wantError(t, err, catalog.ErrInvalid)
+		bad = spec(col, "x")
+		bad.MinCut = []catalog.Checkpoint{{Shard: 2}}
+		_, err = r.Create(t.Context(), request.Token{}, bad)
+		wantError(t, err, catalog.ErrInvalid)
+		_, err = r.Create(t.Context(), request.Token{}, CreateSpec{Name: "x", Collection: catalog.Ref{ID: 1 << 40}})
+		wantError(t, err, catalog.ErrCollectionNotFound)
+		_, err = r.Create(t.Context(), request.Token{}, CreateSpec{Name: "x", Collection: catalog.Ref{DB: "other", Name: "c"}})
+		wantError(t, err, catalog.ErrCollectionNotFound)
+		_, err = r.Create(t.Context(), request.Token{}, spec(dropped, "x"))
+		wantError(t, err, catalog.ErrCollectionNotActive)
+		settle()
+		// Ids may be handed out, which is all.
+		res, err := w.kv.Range(t.Context(), meta.Range{From: "/", To: "0"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var events []string
+		for _, kv := range res.KVs {
+			if kv.ModRevision > before && kv.Key != keys.IDs {
+				events = append(events, kv.Key)
+			}
+		}
+		if len(events) > 0 {
+			t.Errorf("bad input wrote %v", events)
+		}
+	})
+}
+
+// restoring makes the collection look as a restore makes it.
+func (w *world) restoring(col catalog.Collection) {
+	w.t.Helper()
+	kv, _, _, err := w.kv.Get(w.t.Context(), keys.Collection(col.ID))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	rec := &storagev1.Collection{}
+	if err := record.Decode(kv, rec); err != nil {
+		w.t.Fatal(err)
+	}
+	rec.State = uint32(catalog.Restoring)
+	w.put(kv.Key, record.Encode(rec))
+}
+
+func (w *world) put(key string, value []byte) {
+	w.t.Helper()
+	if _, err := w.kv.Txn(w.t.Context(), meta.Txn{Then: []meta.Op{meta.Put(key, value)}}); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func TestCreateOfRestoringCollectionIsRefused(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		w.restoring(col)
+		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
+		wantError(t, err, catalog.ErrCollectionNotActive)
+	})
+}
+
+func TestCreateRacesDropCollection(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		other := w.start("b")
+		col, _, _ := w.collection(r, "c")
+		w.add(r, col, w.segment(r, col, 0, 1, 2))
+		w.checkpoint(r, col, 10, 10)
+		// The collection goes between begin and capture: the first Scan-less read
+		// after the begin transaction is the capture's.
+		var once sync.Once
+		began := false
+		r.kv.Hook(func(c meta.Call) meta.Fault {
+			if c.Method == meta.MethodRange {
+				if len(w.keysUnder(pendingKeys)) > 0 {
+					once.Do(func() {
+						began = true
+						if _, err := other.catalog.DropCollection(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, 0); err != nil {
+							t.Error(err)
+						}
+					})
+				}
+			}
+			return meta.NoFault
+		})
+		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
+		wantError(t, err, catalog.ErrCollectionNotActive)
+		if !began {
+			t.Fatal("the collection was not dropped in mid-create")
+		}
+		r.kv.Hook(nil)
+		settle()
+		if n := len(w.check(r)); n != 0 {
+			t.Errorf("%d snapshots of a collection that was gone", n)
+		}
+	})
+}
+
+func TestSnapshotsOutliveTheirCollection(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		s := w.segment(r, col, 0, 1, 2)
+		w.add(r, col, s)
+		w.checkpoint(r, col, 10, 10)
+		snap := w.create(r, col, "keeps")
+		if _, err := r.catalog.DropCollection(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, 0); err != nil {
+			t.Fatal(err)
+		}
+		settle()
+		list, _, err := r.List(t.Context(), Filter{Collection: catalog.Ref{ID: col.ID}}, Place{}, 10)
+		if err != nil || len(list) != 1 || list[0].ID != snap.ID {
+			t.Errorf("list after the drop: %v, err = %v", list, err)
+		}
+		d, err := r.Describe(t.Context(), Ref{Name: "keeps"})
+		if err != nil || d.Metadata.Collection.Name != "c" {
+			t.Errorf("describe after the drop: %+v, err = %v", d, err)
+		}
+		if diff := cmp.Diff([]segment.Segment{s}, w.segments(r, snap)); diff != "" {
+			t.Errorf("segments after the drop (-want +got):\n%s", diff)
+		}
+	})
+}
+
+func TestEmptyCollectionIsAValidSnapshot(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		snap := w.create(r, col, "empty")
+		if snap.Totals != (segment.Totals{}) || len(w.segments(r, snap)) != 0 {
+			t.Errorf("totals %+v", snap.Totals)
+		}
+		w.check(r)
+	})
+}
+
+func TestCreateTokens(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a, b := w.start("a"), w.start("b")
+		col, _, _ := w.collection(a, "c")
+		w.add(a, col, w.segment(a, col, 0, 1, 2))
+		w.checkpoint(a, col, 10, 10)
+		tok := token("t1", "request 1")
+
+		// While the first is writing, the second joins it on another replica.
+		a.store.Freeze()
+		first := make(chan *Snapshot, 2)
+		for _, r := range []*replica{a, b} {
+			go func() {
+				s, err := r.Create(t.Context(), tok, spec(col, "one"))
+				if err != nil {
+					t.Error(err)
+				}
+				first <- s
+			}()
+			settle()
+		}
+		if n := len(w.keysUnder(pendingKeys)); n != 1 {
+			t.Fatalf("%d creates under way, want 1", n)
+		}
+		noWait := spec(col, "one")
+		noWait.NoWait = true
+		pending, err := b.Create(t.Context(), tok, noWait)
+		if err != nil || pending.State != Pending {
+			t.Errorf("join without waiting: %v, err = %v", pending, err)
+		}
+		a.store.Thaw()
+		s1, s2 := <-first, <-first
+		if s1 == nil || s2 == nil || s1.ID != s2.ID || s1.ID != pending.ID || s1.Revision != s2.Revision || s1.State != Committed {
+			t.Fatalf("one token made %v, %v and %v", s1, s2, pending)
+		}
+		// The result stays though the snapshot is dropped.
+		if _, err := a.Drop(t.Context(), request.Token{}, Ref{ID: s1.ID}, 0); err != nil {
+			t.Fatal(err)
+		}
+		settle()
+		again, err := b.Create(t.Context(), tok, spec(col, "one"))
+		if err != nil || again.ID != s1.ID || again.State != Committed {
+			t.Errorf("repeat after the drop: %v, err = %v", again, err)
+		}
+		_, err = a.Create(t.Context(), token("t1", "request 2"), spec(col, "two"))
+		wantError(t, err, request.ErrReused)
+		// A day later the token is free.
+		time.Sleep(26 * time.Hour)
+		settle()
+		if s, err := a.Create(t.Context(), token("t1", "request 2"), spec(col, "two")); err != nil || s.ID == s1.ID {
+			t.Errorf("a day later: %v, err = %v", s, err)
+		}
+		w.check(a)
+	})
+}
+
+func TestCreateThatFailsTellsItsToken(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		w.add(r, col, w.segment(r, col, 1, 1, 2))
+		w.checkpoint(r, col, 10) // channel 1 has none
+		tok := token("t", "r")
+		_, err := r.Create(t.Context(), tok, spec(col, "x"))
+		wantError(t, err, ErrCheckpointMissing)
+		_, again := r.Create(t.Context(), tok, spec(col, "x"))
+		wantError(t, again, ErrCheckpointMissing)
+		if !strings.Contains(errText(again), `"ch-1"`) {
+			t.Errorf("the repeat does not name the channel: %v", again)
+		}
+		settle()
+		w.check(r)
+		w.checkpoint(r, col, 10, 10)
+		w.create(r, col, "x") // the name is free
+	})
+}
+
+func TestCreateGoesOnWithoutItsCaller(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		r.store.Freeze()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		tok := token("t", "r")
+		_, err := r.Create(ctx, tok, spec(col, "x"))
+		wantError(t, err, context.DeadlineExceeded)
+		r.store.Thaw()
+		s, err := r.Create(t.Context(), tok, spec(col, "x"))
+		if err != nil || s.State != Committed {
+			t.Errorf("joined %v, err = %v", s, err)
+		}
+	})
+}
+
+func TestCreatorThatFreezesIsReapedAndFenced(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a, b := w.start("a"), w.start("b")
+		col, _, _ := w.collection(a, "c")
+		w.add(a, col, w.segment(a, col, 0, 1, 2))
+		w.checkpoint(a, col, 10, 10)
+		tok := token("t", "r")
+		a.store.Freeze() // begin is done, no object is written
+		result := make(chan error, 1)
+		go func() {
+			_, err := a.Create(t.Context(), tok, spec(col, "x"))
+			result <- err
+		}()
+		settle()
+		a.kv.Freeze()
+		time.Sleep(3 * time.Minute) // longer than the lease, and than the leader's
+		settle()
+		if keys := w.keysUnder("/snapshot/rec/"); len(keys) != 0 {
+			t.Errorf("the dead create was not cleaned: %v", keys)
+		}
+		_, err := b.Create(t.Context(), tok, spec(col, "x"))
+		wantError(t, err, ErrCreateAborted)
+		w.create(b, col, "x") // the name is free
+		a.kv.Thaw()
+		a.store.Thaw()
+		wantError(t, <-result, ErrCreateAborted)
+		settle()
+		list, _, err := b.List(t.Context(), Filter{States: []State{Pending, Committed, Deleting}}, Place{}, 10)
+		if err != nil || len(list) != 1 || list[0].State != Committed {
+			t.Errorf("after the creator woke up: %v, err = %v", list, err)
+		}
+	})
+}
+
+func TestSlowCreateThatAdvancesIsLeftAlone(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		for range 3 {
+			for range 20 {
+				w.add(r, col, w.segment(r, col, 0, 1, 2))
+			}
+		}
+		w.checkpoint(r, col, 10, 10)
+		r.store.SetLatency(25 * time.Second) // each step takes nearly half a lease; there are five
+		sp := spec(col, "slow")
+		sp.Verify = false
+		begin := time.Now()
+		s, err := r.Create(t.Context(), request.Token{}, sp)
+		if err != nil || s.State != Committed {
+			t.Fatalf("slow create: %v, err = %v", s, err)
+		}
+		if took := time.Since(begin); took < time.Minute {
+			t.Errorf("it took only %v", took)
+		}
+		r.store.SetLatency(0)
+		w.check(r)
+	})
+}
+
+func TestCreateEndsAtItsTimeout(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.CreateTimeout = 5 * time.Minute })
+		col, _, _ := w.collection(r, "c")
+		r.store.Freeze()
+		begin := time.Now()
+		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
+		wantError(t, err, ErrCreateAborted)
+		if took := time.Since(begin); took > 6*time.Minute {
+			t.Errorf("took %v", took)
+		}
+		r.store.Thaw()
+		settle()
+		w.check(r)
+	})
+}
+
+func TestStoppingReplicaGivesItsCreatesUp(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a, b := w.start("a"), w.start("b")
+		col, _, _ := w.collection(a, "c")
+		tok := token("t", "r")
+		a.store.Freeze()
+		result := make(chan error, 1)
+		go func() {
+			_, err := a.Create(t.Context(), tok, spec(col, "x"))
+			result <- err
+		}()
+		settle()
+		a.stop()
+		wantError(t, <-result, ErrCreateAborted)
+		_, err := a.Create(t.Context(), request.Token{}, spec(col, "y"))
+		wantError(t, err, ErrStopping)
+		settle()
+		w.create(b, col, "x")
+		w.check(b)
+	})
+}
+
+func TestMinCut(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		w.checkpoint(r, col, 10)
+		sp := spec(col, "x")
+		sp.MinCut = []catalog.Checkpoint{{Shard: 0, Position: segment.Position{Timestamp: 20}}, {Shard: 1, Position: segment.Position{Timestamp: 5}}}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		_, err := r.Create(ctx, request.Token{}, sp)
+		wantError(t, err, ErrCutNotReached)
+		if ctx.Err() != nil {
+			t.Error("the answer came after the deadline")
+		}
+		for _, part := range []string{`"ch-0"`, `"ch-1"`, "10", "20"} {
+			if !strings.Contains(errText(err), part) {
+				t.Errorf("%v does not name %s", err, part)
+			}
+		}
+		if keys := w.keysUnder("/snapshot/"); len(keys) != 0 {
+			t.Errorf("waiting wrote %v", keys)
+		}
+		result := make(chan *Snapshot, 1)
+		go func() {
+			s, err := r.Create(t.Context(), request.Token{}, sp)
+			if err != nil {
+				t.Error(err)
+			}
+			result <- s
+		}()
+		settle()
+		w.checkpoint(r, col, 20, 4)
+		settle()
+		w.checkpoint(r, col, 25, 6)
+		s := <-result
+		if want := []Cut{{0, "ch-0", 25}, {1, "ch-1", 6}}; !slices.Equal(s.Cuts, want) {
+			t.Errorf("cuts %v, want %v", s.Cuts, want)
+		}
+	})
+}
+
+func TestRequireExact(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		straddling, whole := w.segment(r, col, 0, 1, 20), w.segment(r, col, 1, 1, 9)
+		w.add(r, col, straddling, whole)
+		w.checkpoint(r, col, 10, 10)
+		sp := spec(col, "x")
+		sp.RequireExact = true
+		_, err := r.Create(t.Context(), request.Token{}, sp)
+		wantError(t, err, ErrNotExact)
+		if !strings.Contains(errText(err), fmt.Sprint(straddling.ID)) || strings.Contains(errText(err), fmt.Sprint(whole.ID)) {
+			t.Errorf("the straddling segments are not named: %v", err)
+		}
+		s := w.create(r, col, "x")
+		if s.Totals.Straddling != 1 {
+			t.Errorf("%d straddling segments, want 1", s.Totals.Straddling)
+		}
+		w.checkpoint(r, col, 21, 21)
+		sp.Name = "y"
+		if _, err := r.Create(t.Context(), request.Token{}, sp); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestVerify(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		s := w.segment(r, col, 0, 1, 2)
+		key := "data/" + s.Files[0].Path
+		w.add(r, col, s)
+		w.checkpoint(r, col, 10, 10)
+		sp := spec(col, "x")
+		sp.Verify = true
+		_, err := r.Create(t.Context(), request.Token{}, sp)
+		wantError(t, err, ErrFileMissing)
+		if !strings.Contains(errText(err), key) {
+			t.Errorf("%v does not name %s", err, key)
+		}
+		if _, err := w.objects.Put(t.Context(), key, []byte("short")); err != nil {
+			t.Fatal(err)
+		}
+		_, err = r.Create(t.Context(), request.Token{}, sp)
+		wantError(t, err, ErrFileMissing)
+		if _, err := w.objects.Put(t.Context(), key, []byte("ten bytes.")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Create(t.Context(), request.Token{}, sp); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestEqualInputMakesEqualManifests(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		for range 30 {
+			s := w.segment(r, col, 0, 1, 2)
+			s.Attributes = map[string]string{"a": "1", "b": "2", "c": "3", "d": "4"}
+			w.add(r, col, s)
+		}
+		w.checkpoint(r, col, 10, 10)
+		var first []byte
+		for i := range 20 {
+			s := w.create(r, col, fmt.Sprintf("s%d", i))
+			d, err := r.Describe(t.Context(), Ref{ID: s.ID})
+			if err != nil {
+				t.Fatal(err)
+			}
+			data, err := readObject(t.Context(), w.objects, manifest.ManifestKey(col.ID, s.ID, 0), d.Metadata.Manifests[0].Length)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if first == nil {
+				first = data
+			}
+			if !bytes.Equal(first, data) {
+				t.Fatalf("manifest %d differs", i)
+			}
+		}
+	})
+}
+
+func TestCaptureStartsOverWhenCompacted(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		w.add(r, col, w.segment(r, col, 0, 1, 2))
+		w.checkpoint(r, col, 10, 10)
+		compactions := 0
+		compact := func(limit int) {
+			compactions = 0
+			r.kv.Hook(func(c meta.Call) meta.Fault {
+				if c.Method == meta.MethodScan && len(w.keysUnder(pendingKeys)) > 0 && compactions < limit {
+					compactions++
+					w.put("/noise", nil)
+					_, _, now, err := w.kv.Get(t.Context(), "/noise")
+					if err == nil {
+						err = w.memory.Compact(t.Context(), now)
+					}
+					if err != nil {
+						t.Error(err)
+					}
+				}
+				return meta.NoFault
+			})
+		}
+		compact(2)
+		w.create(r, col, "x")
+		if compactions != 2 {
+			t.Errorf("%d compactions", compactions)
+		}
+		compact(1000)
+		_, err := r.Create(t.Context(), request.Token{}, spec(col, "y"))
+		wantError(t, err, ErrCatalogCompacted)
+		r.kv.Hook(nil)
+		settle()
+		if n := len(w.check(r)); n != 1 {
+			t.Errorf("%d snapshots, want 1", n)
+		}
+	})
+}
+
+// TestCreateSurvivesEachFailedCall fails every call that a create makes to the
+// metadata store, one after the other, before and after it takes effect. A
+// repeat with the same token must end in the same snapshot, or tell for good
+// that it failed; and then nothing is left of it.
+func TestCreateSurvivesEachFailedCall(t *testing.T) {
+	for _, fault := range []meta.Fault{meta.Before, meta.After} {
+		t.Run(fmt.Sprint(fault), func(t *testing.T) {
+			for n := 0; ; n++ {
+				if !failOneMetaCall(t, n, fault) {
+					if n < 8 {
+						t.Errorf("a create makes only %d calls", n)
+					}
+					return
+				}
+			}
+		})
+	}
+}
+
+func failOneMetaCall(t *testing.T, n int, fault meta.Fault) (fired bool) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r, other := w.start("a"), w.start("b")
+		col, _, _ := w.collection(other, "c")
+		w.add(other, col, w.segment(other, col, 0, 1, 2))
+		w.checkpoint(other, col, 10, 10)
+		settle()
+		r.kv.FailNth(n, fault, meta.MethodGet, meta.MethodRange, meta.MethodScan, meta.MethodTxn, meta.MethodGrant, meta.MethodKeepAlive, meta.MethodRevoke)
+		tok := token("t", "r")
+		s, err := r.Create(t.Context(), tok, spec(col, "x"))
+		fired = r.kv.Fired() > 0
+		r.kv.Hook(nil)
+		again, againErr := other.Create(t.Context(), tok, spec(col, "x"))
+		switch {
+		case err == nil && (againErr != nil || again.ID != s.ID):
+			t.Errorf("call %d: created %v, but the repeat says %v, %v", n, s, again, againErr)
+		case againErr == nil:
+			if again.State != Committed {
+				t.Errorf("call %d: the repeat returned %v", n, again.State)
+			}
+		default:
+			if !errors.Is(againErr, ErrCreateAborted) && !errors.Is(againErr, ErrSnapshotExists) {
+				t.Errorf("call %d: %v, then %v", n, err, againErr)
+			}
+			wantUndefined(t, n, err)
+		}
+		time.Sleep(5 * time.Minute)
+		settle()
+		w.check(other)
+		if _, err := other.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0); err != nil {
+			t.Errorf("call %d: drop: %v", n, err)
+		}
+		w.create(other, col, "x") // whatever happened, the name can be had again
+		settle()
+		if got := len(w.check(other)); got != 1 {
+			t.Errorf("call %d: %d snapshots at the end", n, got)
+		}
+	})
+	return fired
+}
+
+// wantUndefined checks that an error that was not final is not told as one.
+func wantUndefined(t *testing.T, n int, err error) {
+	t.Helper()
+	if !errors.Is(err, meta.ErrUnavailable) && !errors.Is(err, ErrCreateAborted) {
+		t.Errorf("call %d: the first call ended with %v", n, err)
+	}
+}
+
+// TestCreateSurvivesEachFailedObjectCall does the same to the object store.
+func TestCreateSurvivesEachFailedObjectCall(t *testing.T) {
+	for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
+		for n := 0; n < 6; n++ {
+			inWorld(t, func(t *testing.T, w *world) {
+				r := w.start("a")
+				col, _, _ := w.collection(r, "c")
+				w.add(r, col, w.segment(r, col, 0, 1, 2))
+				w.checkpoint(r, col, 10, 10)
+				r.store.FailNth("", n, fault)
+				s, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
+				if err != nil || s.State != Committed {
+					t.Errorf("fault %v at call %d: %v, err = %v", fault, n, s, err)
+				}
+				r.store.Plan(nil)
+				settle()
+				w.check(r)
+			})
+		}
+	}
+}
+
+func TestCreateFailsWhenTheObjectStoreIsLost(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		r.store.Plan(func(object.Call) object.Fault { return object.FaultBefore })
+		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
+		wantError(t, err, ErrCreateAborted)
+		wantError(t, err, object.ErrUnavailable)
+		r.store.Plan(nil)
+		time.Sleep(5 * time.Minute)
+		settle()
+		w.check(r)
+		w.create(r, col, "x")
+	})
+}
+
+func TestForeignObjectIsNotOverwritten(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		next := w.newID(r) + 1
+		key := manifest.RefsKey(col.ID, next)
+		if _, err := w.objects.Put(t.Context(), key, []byte("foreign")); err != nil {
+			t.Fatal(err)
+		}
+		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
+		wantError(t, err, object.ErrExists)
+	})
+}
+
+func TestStoreLostInTheMiddle(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		w.add(r, col, w.segment(r, col, 0, 1, 2))
+		w.checkpoint(r, col, 10, 10)
+		var lost atomic.Bool
+		r.kv.Hook(func(c meta.Call) meta.Fault {
+			if c.Method == meta.MethodScan && len(w.keysUnder(pendingKeys)) > 0 {
+				lost.Store(true)
+			}
+			if lost.Load() {
+				return meta.Before
+			}
+			return meta.NoFault
+		})
+		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
+		wantError(t, err, meta.ErrUnavailable)
+		if !lost.Load() {
+			t.Fatal("the store was not lost")
+		}
+		_, err = r.Get(t.Context(), Ref{Name: "x"})
+		wantError(t, err, meta.ErrUnavailable)
+		_, err = r.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0)
+		wantError(t, err, meta.ErrUnavailable)
+		r.kv.Hook(nil)
+		time.Sleep(5 * time.Minute)
+		settle()
+		if n := len(w.check(r)); n != 0 {
+			t.Errorf("%d snapshots", n)
+		}
+		w.create(r, col, "x")
+	})
+}
+
+func TestCreateWaitsForItsTurn(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.MaxCreates = 2 })
+		col, _, _ := w.collection(r, "c")
+		r.store.SetLatency(time.Second)
+		done := make(chan error, 6)
+		begin := time.Now()
+		for i := range 6 {
+			go func() {
+				_, err := r.Create(t.Context(), request.Token{}, spec(col, fmt.Sprintf("s%d", i)))
+				done <- err
+			}()
+		}
+		synctest.Wait()
+		if n := r.Stats().Creates; n != 2 {
+			t.Errorf("%d creates at once, want 2", n)
+		}
+		for range 6 {
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}
+		if took := time.Since(begin); took < 6*time.Second {
+			t.Errorf("6 creates of 2 s, 2 at once, took %v", took)
+		}
+	})
+}

@@ -1,0 +1,189 @@
+//go:build !short
+
+package manager
+
+import (
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object/file"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
+)
+
+// inReality is inWorld on real etcd and real files, in real time.
+func inReality(t *testing.T, kv meta.KV) *world {
+	t.Helper()
+	objects, err := file.Open(t.TempDir(), file.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := objects.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return &world{t: t, kv: kv, objects: objects, now: time.Now}
+}
+
+// await watches the records of snapshots until done says so.
+func (w *world) await(what string, done func() bool) {
+	w.t.Helper()
+	_, _, now, err := w.kv.Get(w.t.Context(), keys.Format)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	from, to := keys.All()
+	changes := w.kv.Watch(w.t.Context(), from, to, now)
+	for deadline := time.Now().Add(30 * time.Second); !done(); {
+		if time.Now().After(deadline) {
+			w.t.Fatalf("not in time: %s", what)
+		}
+		if _, err := changes.Next(); err != nil { // the leader's renewals are no events, its cleaning is
+			w.t.Fatal(err)
+		}
+	}
+}
+
+func TestEtcdLifecycle(t *testing.T) {
+	w := inReality(t, etcdtest.Shared(t).KV(t))
+	r := w.start("a", func(o *Options) { o.LeaderTTL = 2 * time.Second })
+	col, _, _ := w.collection(r, "c")
+	for i := range 3 {
+		w.add(r, col, w.segment(r, col, i%2, 1, 20))
+	}
+	w.checkpoint(r, col, 10, 30)
+	results := make(chan error, 64)
+	for range 64 {
+		go func() {
+			_, err := r.Create(t.Context(), request.Token{}, spec(col, "same"))
+			results <- err
+		}()
+	}
+	created := 0
+	for range 64 {
+		if err := <-results; err == nil {
+			created++
+		} else {
+			wantError(t, err, ErrSnapshotExists)
+		}
+	}
+	if created != 1 {
+		t.Errorf("%d creates of one name succeeded", created)
+	}
+	s, err := r.Get(t.Context(), Ref{Name: "same"})
+	if err != nil || s.Totals.Segments != 3 || s.Totals.Straddling != 2 || s.Totals.Files != 3 {
+		t.Errorf("%+v, err = %v", s, err)
+	}
+	if _, err := r.Drop(t.Context(), request.Token{}, Ref{Name: "same"}, 0); err != nil {
+		t.Fatal(err)
+	}
+	w.await("the dropped snapshot is removed", func() bool { return len(w.keysUnder(keys.SnapshotPrefix)) == 0 })
+	w.check(r)
+}
+
+// TestEtcdFrozenCreator has a creator lose its lease to real time.
+func TestEtcdFrozenCreator(t *testing.T) {
+	w := inReality(t, etcdtest.Shared(t).KV(t))
+	quick := func(o *Options) { o.LeaseTTL, o.LeaderTTL = 2*time.Second, 2*time.Second }
+	a, b := w.start("a", quick), w.start("b", quick)
+	col, _, _ := w.collection(a, "c")
+	a.store.Freeze()
+	result := make(chan error, 1)
+	go func() {
+		_, err := a.Create(t.Context(), request.Token{}, spec(col, "x"))
+		result <- err
+	}()
+	w.await("the create has begun", func() bool { return len(w.keysUnder(pendingKeys)) == 1 })
+	a.kv.Freeze()
+	w.await("the dead create is cleaned", func() bool { return len(w.keysUnder(keys.SnapshotPrefix)) == 0 })
+	a.kv.Thaw()
+	a.store.Thaw()
+	wantError(t, <-result, ErrCreateAborted)
+	w.create(b, col, "x")
+}
+
+// TestEtcdLostAndBack loses etcd in the middle of creates.
+func TestEtcdLostAndBack(t *testing.T) {
+	server := etcdtest.Start(t)
+	w := inReality(t, server.KV(t))
+	r := w.start("a", func(o *Options) { o.LeaseTTL, o.LeaderTTL = 6*time.Second, 2*time.Second })
+	col, _, _ := w.collection(r, "c")
+	w.create(r, col, "before")
+	r.store.Freeze()
+	result := make(chan error, 1)
+	tok := token("t", "r")
+	go func() {
+		_, err := r.Create(t.Context(), tok, spec(col, "x"))
+		result <- err
+	}()
+	w.await("the create has begun", func() bool { return len(w.keysUnder(pendingKeys)) == 1 })
+	server.Stop(t)
+	r.store.Thaw()
+	if err := <-result; !errors.Is(err, meta.ErrUnavailable) {
+		t.Errorf("etcd is lost, and the create says %v", err)
+	}
+	_, err := r.Get(t.Context(), Ref{Name: "x"})
+	wantError(t, err, meta.ErrUnavailable)
+	_, _, err = r.List(t.Context(), Filter{}, Place{}, 1)
+	if err == nil {
+		t.Error("a list without etcd")
+	}
+	server.Restart(t)
+	w.await("the create is cleaned", func() bool { return len(w.keysUnder(pendingKeys)) == 0 })
+	w.await("its record is gone", func() bool { return len(w.keysUnder(keys.SnapshotPrefix)) == 1 })
+	_, err = r.Create(t.Context(), tok, spec(col, "x"))
+	wantError(t, err, ErrCreateAborted)
+	w.create(r, col, "x")
+	if n := len(w.check(r)); n != 2 {
+		t.Errorf("%d snapshots, want 2", n)
+	}
+}
+
+// TestEtcdManySegments captures more than a manifest holds.
+func TestEtcdManySegments(t *testing.T) {
+	w := inReality(t, etcdtest.Shared(t).KV(t))
+	r := w.start("a", func(o *Options) { o.LeaderTTL = 2 * time.Second })
+	col, _, _ := w.collection(r, "c")
+	const n = 2*chunkSegments + 10
+	ids, err := r.catalog.AllocateIDs(t.Context(), request.Token{}, n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	segments := make([]segment.Segment, n)
+	for i := range segments {
+		s := segment.Segment{
+			ID: ids.First + int64(i), Level: 1, State: segment.Flushed, Rows: 1, DML: segment.Position{Timestamp: 5},
+			Files: []segment.File{{Kind: segment.KindInsert, Field: 100, LogID: 1, Size: 10, MinTimestamp: 1, MaxTimestamp: 4}},
+		}
+		s.Files[0].Path = catalog.NativePath(col.ID, &s, &s.Files[0])
+		segments[i] = s
+	}
+	w.add(r, col, segments...)
+	w.checkpoint(r, col, 10, 10)
+	s := w.create(r, col, "many")
+	d, err := r.Describe(t.Context(), Ref{ID: s.ID})
+	if err != nil || len(d.Metadata.Manifests) != 3 || s.Totals.Segments != n {
+		t.Fatalf("%d manifests, totals %+v, err = %v", len(d.Metadata.Manifests), s.Totals, err)
+	}
+	// From anywhere, the segments come in order.
+	for _, from := range []int64{0, 1, chunkSegments - 1, chunkSegments, 2*chunkSegments + 9, n} {
+		next := from
+		err := r.Segments(t.Context(), Ref{ID: s.ID}, from, func(s *Segment) bool {
+			if s.Ordinal != next || s.ID != ids.First+next {
+				t.Errorf("from %d: ordinal %d is segment %d", from, s.Ordinal, s.ID)
+			}
+			next++
+			return next < from+3
+		})
+		if want := min(from+3, n); err != nil || next != want {
+			t.Errorf("from %d: ended at %d, err = %v; want %d", from, next, err, want)
+		}
+	}
+	w.check(r)
+}

@@ -1,0 +1,294 @@
+package manager
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/zap/zaptest"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/cluster"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	objectmemory "github.com/snapshotd/snapshotd/internal/store/object/memory"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// world is a cluster in memory: the two stores, and replicas over them that
+// each reach them through a Faulty of their own.
+type world struct {
+	t       *testing.T
+	kv      meta.KV
+	memory  *metamemory.Store // the same, when it is the twin
+	objects object.Store
+	now     func() time.Time
+}
+
+type replica struct {
+	*Manager
+	kv    *meta.Faulty
+	store *object.Faulty
+	stop  func()
+}
+
+// inWorld runs fn in a bubble of virtual time.
+func inWorld(t *testing.T, fn func(t *testing.T, w *world)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		kv := metamemory.New(metamemory.Options{Now: time.Now})
+		fn(t, &world{t: t, kv: kv, memory: kv, objects: objectmemory.New(objectmemory.Options{Now: time.Now}), now: time.Now})
+	})
+}
+
+func (w *world) start(name string, change ...func(*Options)) *replica {
+	w.t.Helper()
+	r := &replica{kv: meta.NewFaulty(w.kv), store: object.NewFaulty(w.objects)}
+	cl, err := cluster.Open(w.t.Context(), w.kv, cluster.Options{NameScope: cluster.ScopeCluster, Release: "test", Now: w.now, Rand: rand.Reader})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	requests := request.NewLeases(r.kv, w.now)
+	o := Options{
+		KV: r.kv, Cluster: cl, Stores: map[string]object.Store{"default": r.store}, SnapshotStore: "default",
+		Requests: requests, Replica: name, Release: "test", Now: w.now, Rand: rand.Reader,
+		Log: zaptest.NewLogger(w.t).Named(name),
+		Catalog: catalog.New(catalog.Options{
+			KV: r.kv, Now: w.now, Rand: rand.Reader, Requests: requests, HasStore: func(a string) bool { return a == "default" },
+		}),
+	}
+	for _, c := range change {
+		c(&o)
+	}
+	m, err := New(o)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	r.Manager = m
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- m.Run(ctx) }()
+	stopped := false
+	r.stop = func() {
+		if stopped {
+			return
+		}
+		stopped = true
+		r.kv.Thaw()
+		r.store.Thaw()
+		cancel()
+		if err := <-done; err != nil {
+			w.t.Errorf("run %s: %v", name, err)
+		}
+	}
+	w.t.Cleanup(r.stop)
+	<-m.running
+	return r
+}
+
+// collection makes a collection with two channels, a partition and an index.
+func (w *world) collection(r *replica, name string) (catalog.Collection, catalog.Partition, catalog.Index) {
+	w.t.Helper()
+	ctx := w.t.Context()
+	col, err := r.catalog.CreateCollection(ctx, request.Token{}, catalog.Collection{
+		DB: "default", Name: name, Channels: []string{"ch-0", "ch-1"},
+		Roots:      []catalog.Root{{Store: "default", Prefix: "data/"}},
+		Properties: map[string]string{"mmap": "true"}, Consistency: "Bounded",
+		Schema: catalog.Schema{Format: "test", Raw: []byte{0, 1, 2}, Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}}},
+	})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	ref := catalog.Ref{ID: col.ID}
+	p, err := r.catalog.CreatePartition(ctx, request.Token{}, ref, catalog.Partition{Name: "p0"})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	x, err := r.catalog.CreateIndex(ctx, request.Token{}, ref, catalog.Index{Name: "x0", Field: 100})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return col, p, x
+}
+
+func (w *world) newID(r *replica) int64 {
+	w.t.Helper()
+	id, err := r.catalog.NextID(w.t.Context())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return id
+}
+
+// segment is a flushed segment with one file of rows [from, to] on a channel.
+func (w *world) segment(r *replica, col catalog.Collection, channel int, from, to segment.Timestamp) segment.Segment {
+	s := segment.Segment{
+		ID: w.newID(r), Channel: channel, Level: 1, State: segment.Flushed, Rows: int64(to-from) + 1,
+		Start: segment.Position{Timestamp: from}, DML: segment.Position{Timestamp: to + 1},
+	}
+	f := segment.File{Kind: segment.KindInsert, Field: 100, LogID: 1, MinTimestamp: from, MaxTimestamp: to, Entries: s.Rows, Size: 10}
+	f.Path = catalog.NativePath(col.ID, &s, &f)
+	s.Files = []segment.File{f}
+	return s
+}
+
+func (w *world) add(r *replica, col catalog.Collection, segments ...segment.Segment) {
+	w.t.Helper()
+	if _, _, err := r.catalog.AddSegments(w.t.Context(), col.ID, segments); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func (w *world) checkpoint(r *replica, col catalog.Collection, at ...segment.Timestamp) {
+	w.t.Helper()
+	var list []catalog.Checkpoint
+	for shard, ts := range at {
+		list = append(list, catalog.Checkpoint{Shard: shard, Position: segment.Position{Timestamp: ts, Opaque: []byte{byte(shard)}}})
+	}
+	if _, err := r.catalog.SetCheckpoints(w.t.Context(), catalog.Ref{ID: col.ID}, list); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func token(value, about string) request.Token {
+	h := sha256.Sum256([]byte(about))
+	return request.Token{Principal: "local", Method: "CreateSnapshot", Value: value, Hash: h[:]}
+}
+
+func spec(col catalog.Collection, name string) CreateSpec {
+	return CreateSpec{Collection: catalog.Ref{ID: col.ID}, Name: name}
+}
+
+func (w *world) create(r *replica, col catalog.Collection, name string) *Snapshot {
+	w.t.Helper()
+	s, err := r.Create(w.t.Context(), request.Token{}, spec(col, name))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return s
+}
+
+// segments reads all segments of a snapshot.
+func (w *world) segments(r *replica, s *Snapshot) []segment.Segment {
+	w.t.Helper()
+	var list []segment.Segment
+	err := r.Segments(w.t.Context(), Ref{ID: s.ID}, 0, func(s *Segment) bool {
+		if s.Ordinal != int64(len(list)) {
+			w.t.Errorf("ordinal %d at place %d", s.Ordinal, len(list))
+		}
+		list = append(list, s.Segment)
+		return true
+	})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return list
+}
+
+// keysUnder are the keys of the metadata store that begin with prefix.
+func (w *world) keysUnder(prefix string) []string {
+	w.t.Helper()
+	from, to := meta.Prefix(prefix)
+	res, err := w.kv.Range(w.t.Context(), meta.Range{From: from, To: to})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	var list []string
+	for _, kv := range res.KVs {
+		list = append(list, kv.Key)
+	}
+	return list
+}
+
+// objectsUnder are the keys of the object store that begin with prefix.
+func (w *world) objectsUnder(prefix string) []string {
+	w.t.Helper()
+	var list []string
+	for info, err := range w.objects.List(w.t.Context(), prefix) {
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		list = append(list, info.Key)
+	}
+	return list
+}
+
+// settle lets the background work come to rest.
+func settle() { synctest.Wait() }
+
+// check holds what must be true of the stores when nothing is under way: every
+// record is COMMITTED with all its objects as their digests have them, and there
+// is nothing besides.
+func (w *world) check(r *replica) []*Snapshot {
+	w.t.Helper()
+	ctx := w.t.Context()
+	list, more, err := r.List(ctx, Filter{States: []State{Pending, Committed, Deleting}}, Place{}, 10_000)
+	if err != nil || more {
+		w.t.Fatalf("list: more = %v, err = %v", more, err)
+	}
+	names := map[string]bool{}
+	objects := map[string]bool{}
+	for _, s := range list {
+		if s.State != Committed {
+			w.t.Errorf("snapshot %s is %v at rest", s, s.State)
+			continue
+		}
+		got, err := r.Get(ctx, Ref{Name: s.Name})
+		if err != nil || got.ID != s.ID {
+			w.t.Errorf("the name of %s stands for %v, err = %v", s, got, err)
+		}
+		names[keys.SnapshotName(0, s.Name)] = true
+		d, err := r.Describe(ctx, Ref{ID: s.ID})
+		if err != nil {
+			w.t.Errorf("describe %s: %v", s, err)
+			continue
+		}
+		if n := len(w.segments(r, s)); int64(n) != s.Totals.Segments {
+			w.t.Errorf("snapshot %s has %d segments, says %d", s, n, s.Totals.Segments)
+		}
+		dir := manifest.Dir(s.Collection, s.ID)
+		objects[dir+manifest.MetadataName], objects[dir+manifest.RefsName] = true, true
+		for _, mf := range d.Metadata.Manifests {
+			objects[dir+mf.File] = true
+		}
+		data, err := readObject(ctx, w.objects, dir+manifest.RefsName, d.Metadata.Refs.Length)
+		if err == nil {
+			_, err = manifest.DecodeRefs(data, d.Metadata.Refs)
+		}
+		if err != nil {
+			w.t.Errorf("references of %s: %v", s, err)
+		}
+	}
+	for _, key := range w.keysUnder("/snapshot/name/") {
+		if !names[key] {
+			w.t.Errorf("%s stands for nothing", key)
+		}
+	}
+	for _, key := range w.keysUnder(pendingKeys) {
+		w.t.Errorf("%s at rest", key)
+	}
+	for _, key := range w.objectsUnder("snapshots/") {
+		if !objects[key] {
+			w.t.Errorf("object %s belongs to nothing", key)
+		}
+	}
+	return list
+}
+
+func wantError(t *testing.T, err, want error) {
+	t.Helper()
+	if !errors.Is(err, want) {
+		t.Errorf("got error %v, want %v", err, want)
+	}
+}
+
+func errText(err error) string { return fmt.Sprint(err) }

@@ -1,0 +1,302 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+
+	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/segment"
+)
+
+// catalogs is the CatalogService.
+type catalogs struct {
+	pb.UnimplementedCatalogServiceServer
+	catalog *catalog.Catalog
+	tokens  sealer
+}
+
+//nolint:revive // the generated interface has the name
+func (s *catalogs) AllocateIds(ctx context.Context, req *pb.AllocateIdsRequest) (*pb.AllocateIdsResponse, error) {
+	tok := requestToken(callOf(ctx).principal, "AllocateIds", req)
+	if want := req.GetReserve(); want != nil {
+		if err := s.catalog.ReserveIDs(ctx, tok, catalog.IDRange{First: want.GetFirst(), Count: want.GetCount()}); err != nil {
+			return nil, err
+		}
+		return &pb.AllocateIdsResponse{Ids: &pb.IdRange{First: want.GetFirst(), Count: want.GetCount()}}, nil
+	}
+	ids, err := s.catalog.AllocateIDs(ctx, tok, req.GetCount())
+	if err != nil {
+		return nil, err
+	}
+	return &pb.AllocateIdsResponse{Ids: &pb.IdRange{First: ids.First, Count: ids.Count}}, nil
+}
+
+func (s *catalogs) CreateCollection(ctx context.Context, req *pb.CreateCollectionRequest) (*pb.CreateCollectionResponse, error) {
+	tok := requestToken(callOf(ctx).principal, "CreateCollection", req)
+	col, err := s.catalog.CreateCollection(ctx, tok, collectionSpec(req))
+	if err != nil {
+		return nil, err
+	}
+	return &pb.CreateCollectionResponse{Collection: collectionToProto(&col)}, nil
+}
+
+func (s *catalogs) GetCollection(ctx context.Context, req *pb.GetCollectionRequest) (*pb.GetCollectionResponse, error) {
+	col, err := s.catalog.Collection(ctx, collectionRef(req.GetCollection()))
+	if err != nil {
+		return nil, err
+	}
+	return &pb.GetCollectionResponse{Collection: collectionToProto(&col)}, nil
+}
+
+func (s *catalogs) ListCollections(ctx context.Context, req *pb.ListCollectionsRequest) (*pb.ListCollectionsResponse, error) {
+	const method = "ListCollections"
+	filters := filterHash(req)
+	var after int64
+	if token := req.GetPageToken(); token != "" && !s.tokens.open(token, method, filters, &after) {
+		return nil, errPageToken
+	}
+	f := catalog.ListFilter{DB: req.GetDb(), States: convert(req.GetStates(), collectionStateFromProto)}
+	list, more, err := s.catalog.ListCollections(ctx, f, after, pageSize(req.GetPageSize()))
+	if err != nil {
+		return nil, err
+	}
+	resp := &pb.ListCollectionsResponse{}
+	size := 0
+	for i := range list {
+		out := collectionToProto(&list[i])
+		out.Schema.SchemaRaw = nil
+		size += proto.Size(out)
+		if i > 0 && size > maxPageBytes {
+			list, more = list[:i], true
+			break
+		}
+		resp.Collections = append(resp.Collections, out)
+	}
+	if more {
+		resp.NextPageToken = s.tokens.seal(method, filters, list[len(list)-1].ID)
+	}
+	return resp, nil
+}
+
+func (s *catalogs) UpdateCollection(ctx context.Context, req *pb.UpdateCollectionRequest) (*pb.UpdateCollectionResponse, error) {
+	tok := requestToken(callOf(ctx).principal, "UpdateCollection", req)
+	var patch catalog.Patch
+	for _, path := range req.GetUpdateMask().GetPaths() {
+		switch path {
+		case "properties":
+			patch.Properties = new(req.GetProperties())
+		case "attributes":
+			patch.Attributes = new(req.GetAttributes())
+		case "consistency_level":
+			patch.Consistency = new(req.GetConsistencyLevel())
+		}
+	}
+	col, err := s.catalog.UpdateCollection(ctx, tok, collectionRef(req.GetCollection()), req.GetExpectedRevision(), patch)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.UpdateCollectionResponse{Collection: collectionToProto(&col)}, nil
+}
+
+func (s *catalogs) RenameCollection(ctx context.Context, req *pb.RenameCollectionRequest) (*pb.RenameCollectionResponse, error) {
+	tok := requestToken(callOf(ctx).principal, "RenameCollection", req)
+	to := req.GetNewName()
+	col, err := s.catalog.RenameCollection(ctx, tok, collectionRef(req.GetCollection()), dbName(to.GetDb()), to.GetName())
+	if err != nil {
+		return nil, err
+	}
+	return &pb.RenameCollectionResponse{Collection: collectionToProto(&col)}, nil
+}
+
+func (s *catalogs) DropCollection(ctx context.Context, req *pb.DropCollectionRequest) (*pb.DropCollectionResponse, error) {
+	tok := requestToken(callOf(ctx).principal, "DropCollection", req)
+	id, err := s.catalog.DropCollection(ctx, tok, collectionRef(req.GetCollection()), req.GetExpectedId())
+	if err != nil {
+		return nil, err
+	}
+	return &pb.DropCollectionResponse{CollectionId: id}, nil
+}
+
+func (s *catalogs) CreatePartition(ctx context.Context, req *pb.CreatePartitionRequest) (*pb.CreatePartitionResponse, error) {
+	tok := requestToken(callOf(ctx).principal, "CreatePartition", req)
+	p, err := s.catalog.CreatePartition(ctx, tok, collectionRef(req.GetCollection()), catalog.Partition{
+		ID: req.GetId(), Name: req.GetName(), Attributes: req.GetAttributes(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &pb.CreatePartitionResponse{Partition: partitionToProto(p)}, nil
+}
+
+func (s *catalogs) ListPartitions(ctx context.Context, req *pb.ListPartitionsRequest) (*pb.ListPartitionsResponse, error) {
+	list, err := s.catalog.Partitions(ctx, collectionRef(req.GetCollection()))
+	if err != nil {
+		return nil, err
+	}
+	return &pb.ListPartitionsResponse{Partitions: convert(list, partitionToProto)}, nil
+}
+
+func (s *catalogs) DropPartition(ctx context.Context, req *pb.DropPartitionRequest) (*pb.DropPartitionResponse, error) {
+	tok := requestToken(callOf(ctx).principal, "DropPartition", req)
+	id, err := s.catalog.DropPartition(ctx, tok, collectionRef(req.GetCollection()), req.GetName())
+	if err != nil {
+		return nil, err
+	}
+	return &pb.DropPartitionResponse{PartitionId: id}, nil
+}
+
+func (s *catalogs) CreateIndex(ctx context.Context, req *pb.CreateIndexRequest) (*pb.CreateIndexResponse, error) {
+	tok := requestToken(callOf(ctx).principal, "CreateIndex", req)
+	x, err := s.catalog.CreateIndex(ctx, tok, collectionRef(req.GetCollection()), catalog.Index{
+		ID: req.GetId(), Name: req.GetName(), Field: req.GetFieldId(), TypeParams: req.GetTypeParams(),
+		IndexParams: req.GetIndexParams(), Attributes: req.GetAttributes(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &pb.CreateIndexResponse{Index: indexToProto(x)}, nil
+}
+
+func (s *catalogs) ListIndexes(ctx context.Context, req *pb.ListIndexesRequest) (*pb.ListIndexesResponse, error) {
+	list, err := s.catalog.Indexes(ctx, collectionRef(req.GetCollection()))
+	if err != nil {
+		return nil, err
+	}
+	return &pb.ListIndexesResponse{Indexes: convert(list, indexToProto)}, nil
+}
+
+func (s *catalogs) DropIndex(ctx context.Context, req *pb.DropIndexRequest) (*pb.DropIndexResponse, error) {
+	tok := requestToken(callOf(ctx).principal, "DropIndex", req)
+	id, err := s.catalog.DropIndex(ctx, tok, collectionRef(req.GetCollection()), req.GetName())
+	if err != nil {
+		return nil, err
+	}
+	return &pb.DropIndexResponse{IndexId: id}, nil
+}
+
+func (s *catalogs) AddSegments(stream grpc.ClientStreamingServer[pb.AddSegmentsRequest, pb.AddSegmentsResponse]) error {
+	ctx := stream.Context()
+	resp := &pb.AddSegmentsResponse{}
+	for {
+		req, err := stream.Recv()
+		if errors.Is(err, io.EOF) && resp.GetCollectionId() != 0 {
+			return stream.SendAndClose(resp)
+		}
+		if err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		if resp.GetCollectionId() == 0 {
+			if req.GetCollection() == nil {
+				return &catalog.InvalidError{Field: "collection", Problem: "is required in the first message"}
+			}
+			// Once, so that all go to one collection though it be renamed meanwhile.
+			if resp.CollectionId, err = s.catalog.Resolve(ctx, collectionRef(req.GetCollection())); err != nil {
+				return err
+			}
+		}
+		added, present, err := s.catalog.AddSegments(ctx, resp.GetCollectionId(), convert(req.GetSegments(), segmentFromProto))
+		if err != nil {
+			return err
+		}
+		resp.Added += int64(added)
+		resp.Present += int64(present)
+	}
+}
+
+func (s *catalogs) GetSegment(ctx context.Context, req *pb.GetSegmentRequest) (*pb.GetSegmentResponse, error) {
+	seg, revision, err := s.catalog.Segment(ctx, collectionRef(req.GetCollection()), req.GetSegmentId())
+	if err != nil {
+		return nil, err
+	}
+	return &pb.GetSegmentResponse{Segment: segmentToProto(&seg), Revision: revision}, nil
+}
+
+func (s *catalogs) ExportSegments(req *pb.ExportSegmentsRequest, stream grpc.ServerStreamingServer[pb.ExportSegmentsResponse]) error {
+	ctx := stream.Context()
+	id, err := s.catalog.Resolve(ctx, collectionRef(req.GetCollection()))
+	if err != nil {
+		return err
+	}
+	view, err := s.catalog.At(ctx, id, 0)
+	if err != nil {
+		return err
+	}
+	if col := &view.Collection; col.State != catalog.Active {
+		return fmt.Errorf("%w: %s is %v", catalog.ErrCollectionNotActive, col, col.State)
+	}
+	msg, size := &pb.ExportSegmentsResponse{CatalogRevision: view.Revision}, 0
+	_, err = s.catalog.ScanSegments(ctx, id, view.Revision, func(batch []segment.Segment) error {
+		for i := range batch {
+			out := segmentToProto(&batch[i])
+			n := proto.Size(out)
+			if len(msg.GetSegments()) > 0 && (size+n > maxPageBytes || len(msg.GetSegments()) == maxPage) {
+				if err := stream.Send(msg); err != nil {
+					return err
+				}
+				msg, size = &pb.ExportSegmentsResponse{CatalogRevision: view.Revision}, 0
+			}
+			msg.Segments = append(msg.Segments, out)
+			size += n
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return stream.Send(msg) // without segments it still tells the revision
+}
+
+func (s *catalogs) UpdateSegments(ctx context.Context, req *pb.UpdateSegmentsRequest) (*pb.UpdateSegmentsResponse, error) {
+	tok := requestToken(callOf(ctx).principal, "UpdateSegments", req)
+	revision, err := s.catalog.Change(ctx, tok, collectionRef(req.GetCollection()), catalog.Swap{
+		Update:      convert(req.GetUpdates(), updateFromProto),
+		Checkpoints: convert(req.GetCheckpoints(), checkpointFromProto),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &pb.UpdateSegmentsResponse{CatalogRevision: revision}, nil
+}
+
+func (s *catalogs) CompactSegments(ctx context.Context, req *pb.CompactSegmentsRequest) (*pb.CompactSegmentsResponse, error) {
+	tok := requestToken(callOf(ctx).principal, "CompactSegments", req)
+	revision, err := s.catalog.Change(ctx, tok, collectionRef(req.GetCollection()), catalog.Swap{
+		Drop:   req.GetInputs(),
+		Add:    convert(req.GetOutputs(), segmentFromProto),
+		Update: convert(req.GetUpdates(), updateFromProto),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &pb.CompactSegmentsResponse{CatalogRevision: revision}, nil
+}
+
+func (s *catalogs) DropSegments(ctx context.Context, req *pb.DropSegmentsRequest) (*pb.DropSegmentsResponse, error) {
+	n, err := s.catalog.DropSegments(ctx, collectionRef(req.GetCollection()), req.GetSegmentIds())
+	if err != nil {
+		return nil, err
+	}
+	return &pb.DropSegmentsResponse{Dropped: int64(n)}, nil
+}
+
+func (s *catalogs) SetCheckpoints(ctx context.Context, req *pb.SetCheckpointsRequest) (*pb.SetCheckpointsResponse, error) {
+	revision, err := s.catalog.SetCheckpoints(ctx, collectionRef(req.GetCollection()), convert(req.GetCheckpoints(), checkpointFromProto))
+	if err != nil {
+		return nil, err
+	}
+	return &pb.SetCheckpointsResponse{CatalogRevision: revision}, nil
+}
+
+func (s *catalogs) ListCheckpoints(ctx context.Context, req *pb.ListCheckpointsRequest) (*pb.ListCheckpointsResponse, error) {
+	list, err := s.catalog.Checkpoints(ctx, collectionRef(req.GetCollection()))
+	if err != nil {
+		return nil, err
+	}
+	return &pb.ListCheckpointsResponse{Checkpoints: convert(list, checkpointToProto)}, nil
+}

@@ -1,0 +1,131 @@
+package server
+
+import (
+	"cmp"
+	"slices"
+
+	"google.golang.org/grpc"
+
+	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/manager"
+)
+
+// events is the EventService.
+type events struct {
+	pb.UnimplementedEventServiceServer
+	manager *manager.Manager
+	catalog *catalog.Catalog
+	tokens  sealer
+}
+
+// place is how far a stream of events has come. Within a revision events are
+// told in the order of kind and id, so that a stream can end between two of
+// them.
+type place struct {
+	revision int64
+	kind, id int64 // of the last one told; kind allTold: none is left
+}
+
+// The kinds, in order. Stored in tokens: append only.
+const (
+	kindCollection = 1
+	kindSnapshot   = 2
+	allTold        = 1 << 16
+)
+
+func placeOf(e manager.Event) place {
+	if e.Collection != nil {
+		return place{e.Revision, kindCollection, e.Collection.ID}
+	}
+	return place{e.Revision, kindSnapshot, e.Snapshot.ID}
+}
+
+func (p place) compare(o place) int {
+	return cmp.Or(cmp.Compare(p.revision, o.revision), cmp.Compare(p.kind, o.kind), cmp.Compare(p.id, o.id))
+}
+
+func (s *events) WatchEvents(req *pb.WatchEventsRequest, stream grpc.ServerStreamingServer[pb.WatchEventsResponse]) error {
+	const method = "WatchEvents"
+	ctx := stream.Context()
+	filters := filterHash(req)
+	var at place
+	var collection, after int64
+	if token := req.GetResumeToken(); token != "" {
+		// The collection is the one of the beginning, whatever has its name now.
+		if !s.tokens.open(token, method, filters, &at.revision, &at.kind, &at.id, &collection) {
+			return errResumeToken
+		}
+		after = at.revision
+		if at.kind != allTold {
+			after-- // to see the rest of that revision
+		}
+	} else if req.GetCollection() != nil {
+		var err error
+		if collection, err = s.catalog.Resolve(ctx, collectionRef(req.GetCollection())); err != nil {
+			return err
+		}
+	}
+	send := func(to place, msg *pb.WatchEventsResponse) error {
+		at = to
+		msg.Revision = at.revision
+		msg.ResumeToken = s.tokens.seal(method, filters, at.revision, at.kind, at.id, collection)
+		return stream.Send(msg)
+	}
+	first := true
+	return s.manager.Watch(ctx, after, collection, func(batch []manager.Event, revision int64) error {
+		slices.SortFunc(batch, func(a, b manager.Event) int { return placeOf(a).compare(placeOf(b)) })
+		for i, e := range batch {
+			to := placeOf(e)
+			if to.compare(at) <= 0 {
+				continue // told before the stream was resumed
+			}
+			if i == len(batch)-1 || batch[i+1].Revision != e.Revision {
+				to.kind, to.id = allTold, 0
+			}
+			if err := send(to, eventToProto(e)); err != nil {
+				return err
+			}
+		}
+		to := place{revision, allTold, 0}
+		if to.compare(at) < 0 {
+			to = at
+		}
+		if first || len(batch) == 0 {
+			first = false
+			return send(to, &pb.WatchEventsResponse{Event: &pb.WatchEventsResponse_Bookmark{Bookmark: &pb.Bookmark{}}})
+		}
+		return nil
+	})
+}
+
+func eventToProto(e manager.Event) *pb.WatchEventsResponse {
+	kind := pb.ChangeType_CHANGE_TYPE_UNSPECIFIED
+	switch e.Type {
+	case manager.Created:
+		kind = pb.ChangeType_CHANGE_TYPE_CREATED
+	case manager.Updated:
+		kind = pb.ChangeType_CHANGE_TYPE_UPDATED
+	case manager.Deleted:
+		kind = pb.ChangeType_CHANGE_TYPE_DELETED
+	}
+	if e.Collection != nil {
+		col := &pb.Collection{Id: e.Collection.ID}
+		if e.Type != manager.Deleted {
+			col = collectionToProto(e.Collection)
+		}
+		return &pb.WatchEventsResponse{Event: &pb.WatchEventsResponse_Collection{
+			Collection: &pb.CollectionEvent{Type: kind, Collection: col},
+		}}
+	}
+	snap := &pb.Snapshot{Id: e.Snapshot.ID}
+	if e.Type != manager.Deleted {
+		snap = snapshotToProto(e.Snapshot)
+	}
+	if e.Type == manager.Deleted && e.Snapshot.Collection != 0 {
+		snap.Collection = &pb.CollectionInfo{Id: e.Snapshot.Collection}
+	}
+	return &pb.WatchEventsResponse{Event: &pb.WatchEventsResponse_Snapshot{
+		Snapshot: &pb.SnapshotEvent{Type: kind, Snapshot: snap},
+	}}
+}

@@ -1,0 +1,119 @@
+package server
+
+import (
+	"context"
+
+	"google.golang.org/protobuf/proto"
+
+	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
+	"github.com/snapshotd/snapshotd/internal/manager"
+)
+
+// snapshots is the SnapshotService.
+type snapshots struct {
+	pb.UnimplementedSnapshotServiceServer
+	manager *manager.Manager
+	tokens  sealer
+}
+
+func (s *snapshots) CreateSnapshot(ctx context.Context, req *pb.CreateSnapshotRequest) (*pb.CreateSnapshotResponse, error) {
+	tok := requestToken(callOf(ctx).principal, "CreateSnapshot", req)
+	snap, err := s.manager.Create(ctx, tok, createSpec(req))
+	if err != nil {
+		return nil, err
+	}
+	return &pb.CreateSnapshotResponse{Snapshot: snapshotToProto(snap)}, nil
+}
+
+func (s *snapshots) GetSnapshot(ctx context.Context, req *pb.GetSnapshotRequest) (*pb.GetSnapshotResponse, error) {
+	snap, err := s.manager.Get(ctx, snapshotRef(req.GetSnapshot()))
+	if err != nil {
+		return nil, err
+	}
+	return &pb.GetSnapshotResponse{Snapshot: snapshotToProto(snap)}, nil
+}
+
+func (s *snapshots) DescribeSnapshot(ctx context.Context, req *pb.DescribeSnapshotRequest) (*pb.DescribeSnapshotResponse, error) {
+	d, err := s.manager.Describe(ctx, snapshotRef(req.GetSnapshot()))
+	if err != nil {
+		return nil, err
+	}
+	return descriptionToProto(d), nil
+}
+
+func (s *snapshots) ListSnapshotSegments(ctx context.Context, req *pb.ListSnapshotSegmentsRequest) (*pb.ListSnapshotSegmentsResponse, error) {
+	const method = "ListSnapshotSegments"
+	filters := filterHash(req)
+	var id, from int64
+	if token := req.GetPageToken(); token != "" {
+		if !s.tokens.open(token, method, filters, &id, &from) {
+			return nil, errPageToken
+		}
+	} else { // the name is resolved once, for all pages
+		snap, err := s.manager.Get(ctx, snapshotRef(req.GetSnapshot()))
+		if err != nil {
+			return nil, err
+		}
+		id = snap.ID
+	}
+	resp := &pb.ListSnapshotSegmentsResponse{}
+	limit, size := pageSize(req.GetPageSize()), 0
+	err := s.manager.Segments(ctx, manager.Ref{ID: id}, from, func(seg *manager.Segment) bool {
+		if len(resp.GetSegments()) == limit {
+			resp.NextPageToken = s.tokens.seal(method, filters, id, seg.Ordinal)
+			return false
+		}
+		out := snapshotSegmentToProto(seg, req.GetView() == pb.SegmentView_SEGMENT_VIEW_FILES)
+		size += proto.Size(out)
+		if len(resp.GetSegments()) > 0 && size > maxPageBytes {
+			resp.NextPageToken = s.tokens.seal(method, filters, id, seg.Ordinal)
+			return false
+		}
+		resp.Segments = append(resp.Segments, out)
+		return true
+	})
+	if err != nil {
+		return nil, err
+	}
+	return resp, nil
+}
+
+func (s *snapshots) ListSnapshots(ctx context.Context, req *pb.ListSnapshotsRequest) (*pb.ListSnapshotsResponse, error) {
+	const method = "ListSnapshots"
+	filters := filterHash(req)
+	var after manager.Place
+	if token := req.GetPageToken(); token != "" && !s.tokens.open(token, method, filters, &after.Order, &after.ID) {
+		return nil, errPageToken
+	}
+	list, more, err := s.manager.List(ctx, manager.Filter{
+		Collection: collectionRef(req.GetCollection()), DB: req.GetDb(), Partition: req.GetPartitionId(),
+		Labels: req.GetLabels(), States: convert(req.GetStates(), snapshotStateFromProto), NamePrefix: req.GetNamePrefix(),
+	}, after, pageSize(req.GetPageSize()))
+	if err != nil {
+		return nil, err
+	}
+	resp := &pb.ListSnapshotsResponse{Snapshots: convert(list, snapshotToProto)}
+	if more {
+		last := list[len(list)-1]
+		resp.NextPageToken = s.tokens.seal(method, filters, last.Order, last.ID)
+	}
+	return resp, nil
+}
+
+func (s *snapshots) UpdateSnapshot(ctx context.Context, req *pb.UpdateSnapshotRequest) (*pb.UpdateSnapshotResponse, error) {
+	tok := requestToken(callOf(ctx).principal, "UpdateSnapshot", req)
+	snap, err := s.manager.Update(ctx, tok, snapshotRef(req.GetSnapshot()), updateSpec(req))
+	if err != nil {
+		return nil, err
+	}
+	return &pb.UpdateSnapshotResponse{Snapshot: snapshotToProto(snap)}, nil
+}
+
+func (s *snapshots) DropSnapshot(ctx context.Context, req *pb.DropSnapshotRequest) (*pb.DropSnapshotResponse, error) {
+	tok := requestToken(callOf(ctx).principal, "DropSnapshot", req)
+	id, err := s.manager.Drop(ctx, tok, snapshotRef(req.GetSnapshot()), req.GetExpectedId())
+	if err != nil {
+		return nil, err
+	}
+	return &pb.DropSnapshotResponse{SnapshotId: id}, nil
+}
