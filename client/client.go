@@ -23,8 +23,9 @@
 // Options.MaxAttempts are used up, or the next pause would outlast the context's
 // deadline. The last answer is then returned. That is so for
 //
-//   - UNAVAILABLE, when the call only reads or carries a request token. A write
-//     without a token may have happened already, so it is never repeated.
+//   - UNAVAILABLE, when the call only reads, carries a request token, or is
+//     DropSegments or SetCheckpoints, which find what they did before. Any other
+//     write may have happened already, so it is never repeated.
 //   - ABORTED with reason CONFLICT or CATALOG_COMPACTED and a
 //     google.rpc.RetryInfo: nothing was written. CreateSnapshot is the exception:
 //     what a token ended with is final, so a caller tries again with a new one.

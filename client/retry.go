@@ -3,6 +3,7 @@ package client
 import (
 	"context"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"time"
 
@@ -46,7 +47,7 @@ func (r retry) intercept(ctx context.Context, method string, req, reply any, cc 
 func repeatable(method string, req any, err error) bool {
 	switch status.Code(err) {
 	case codes.Unavailable:
-		return reads(method) || hasToken(req)
+		return reads(method) || hasToken(req) || slices.Contains(idempotent, method)
 	case codes.Aborted:
 		if method == snapshotdv1.SnapshotService_CreateSnapshot_FullMethodName {
 			return false
@@ -56,6 +57,13 @@ func repeatable(method string, req any, err error) bool {
 	default:
 		return false
 	}
+}
+
+// idempotent are the methods that change something and may be repeated without
+// a token: the second call finds what the first one did.
+var idempotent = []string{
+	snapshotdv1.CatalogService_DropSegments_FullMethodName,
+	snapshotdv1.CatalogService_SetCheckpoints_FullMethodName,
 }
 
 // reads says whether a method changes nothing, which the API shows in its name.

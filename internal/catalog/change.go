@@ -95,8 +95,9 @@ type swapPlan struct {
 
 // taken is a key that must not be there, and the error when it is.
 type taken struct {
-	key string
-	err error
+	key     string
+	compare bool // in the transaction as well
+	err     error
 }
 
 func (c *Catalog) planSwap(ctx context.Context, ref Ref, swap Swap) (plan, error) {
@@ -167,6 +168,11 @@ func (c *Catalog) planSwap(ctx context.Context, ref Ref, swap Swap) (plan, error
 	if err := c.checkTaken(ctx, p); err != nil {
 		return plan{}, err
 	}
+	for _, k := range p.taken {
+		if k.compare {
+			p.txn.If = append(p.txn.If, meta.Absent(k.key))
+		}
+	}
 	revision, err := c.moveCheckpoints(ctx, p, swap.Checkpoints)
 	if err != nil {
 		return plan{}, err
@@ -186,14 +192,18 @@ func (c *Catalog) planSwap(ctx context.Context, ref Ref, swap Swap) (plan, error
 }
 
 // checkTaken refuses a swap that would put a key which is there, and which no
-// other attempt finds gone: ids are never used twice.
+// other attempt finds gone: ids are never used twice. Keys that came with a
+// change of what the swap was decided on say nothing: it will be decided anew.
 func (c *Catalog) checkTaken(ctx context.Context, p *swapPlan) error {
+	if len(p.txn.If) > meta.MaxTxnOps {
+		return nil // too large, as the store will say
+	}
 	for part := range slices.Chunk(p.taken, meta.MaxTxnOps) {
 		gets := make([]meta.Op, len(part))
 		for i := range part {
 			gets[i] = meta.Get(part[i].key)
 		}
-		res, err := c.kv.Txn(ctx, meta.Txn{Then: gets})
+		res, err := c.kv.Txn(ctx, meta.Txn{If: p.txn.If, Then: gets})
 		if err != nil {
 			return err
 		}
@@ -242,9 +252,8 @@ func (c *Catalog) readSegments(ctx context.Context, collection int64, ids []int6
 func (p *swapPlan) unit(id int64, u *storagev1.Unit) {
 	u.Format, u.Op = record.Format, p.op
 	key := keys.Unit(p.collection, id)
-	p.txn.If = append(p.txn.If, meta.Absent(key))
 	p.txn.Then = append(p.txn.Then, meta.Put(key, record.Encode(u)))
-	p.taken = append(p.taken, taken{key, fmt.Errorf("%w: %d stands for something else that was dropped; an id is never used twice",
+	p.taken = append(p.taken, taken{key, true, fmt.Errorf("%w: %d stands for something else that was dropped; an id is never used twice",
 		ErrIndexBuildExists, id)})
 }
 
@@ -272,8 +281,7 @@ func (p *swapPlan) add(field string, s *segment.Segment) error {
 	if err := p.put(key, s); err != nil {
 		return err
 	}
-	p.txn.If = append(p.txn.If, meta.Absent(key))
-	p.taken = append(p.taken, taken{key, fmt.Errorf("%w: %d, in %s; an id is never used twice", ErrSegmentExists, s.ID, field)})
+	p.taken = append(p.taken, taken{key, true, fmt.Errorf("%w: %d, in %s; an id is never used twice", ErrSegmentExists, s.ID, field)})
 	p.newIDs = append(p.newIDs, s.ID)
 	p.addBuilds(s.Builds)
 	return nil
@@ -285,7 +293,7 @@ func (p *swapPlan) addBuilds(builds []segment.Build) {
 	for i := range builds {
 		id := builds[i].ID
 		p.newIDs = append(p.newIDs, id)
-		p.taken = append(p.taken, taken{keys.Segment(p.collection, id), fmt.Errorf("%w: %d is the id of a segment", ErrIndexBuildExists, id)})
+		p.taken = append(p.taken, taken{keys.Segment(p.collection, id), false, fmt.Errorf("%w: %d is the id of a segment", ErrIndexBuildExists, id)})
 	}
 }
 

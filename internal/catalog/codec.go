@@ -205,7 +205,7 @@ func DecodeSegment(collection int64, kv meta.KeyValue) (segment.Segment, error) 
 	}
 	s, err := segmentOf(collection, id, rec)
 	if err != nil {
-		return segment.Segment{}, fmt.Errorf("%w at %s: %v", record.ErrUnreadable, kv.Key, err)
+		return segment.Segment{}, fmt.Errorf("%w at %s: %w", record.ErrUnreadable, kv.Key, err)
 	}
 	return s, nil
 }

@@ -222,14 +222,26 @@ func testCollectionTokens(t *testing.T, kv meta.KV) {
 	before := dump(t, kv)
 	for _, c := range []*catalog.Catalog{r.Catalog, open(kv)} {
 		for name, again := range map[string]func() (any, error){
-			"create":         func() (any, error) { return c.CreateCollection(ctx, token("create"), spec("t")) },
-			"update":         func() (any, error) { return c.UpdateCollection(ctx, token("update"), catalog.Ref{ID: made.ID}, 0, catalog.Patch{Consistency: &level}) },
-			"rename":         func() (any, error) { return c.RenameCollection(ctx, token("rename"), catalog.Ref{ID: made.ID}, "db", "t2") },
-			"partition":      func() (any, error) { return c.CreatePartition(ctx, token("partition"), catalog.Ref{ID: made.ID}, catalog.Partition{Name: "p"}) },
-			"index":          func() (any, error) { return c.CreateIndex(ctx, token("index"), catalog.Ref{ID: made.ID}, catalog.Index{Name: "i", Field: 101}) },
-			"drop partition": func() (any, error) { return c.DropPartition(ctx, token("drop partition"), catalog.Ref{ID: made.ID}, "p") },
-			"drop":           func() (any, error) { return c.DropCollection(ctx, token("drop"), catalog.Ref{DB: "db", Name: "t2"}, 0) },
-			"drop none":      func() (any, error) { return c.DropCollection(ctx, token("drop none"), catalog.Ref{DB: "db", Name: "t2"}, 0) },
+			"create": func() (any, error) { return c.CreateCollection(ctx, token("create"), spec("t")) },
+			"update": func() (any, error) {
+				return c.UpdateCollection(ctx, token("update"), catalog.Ref{ID: made.ID}, 0, catalog.Patch{Consistency: &level})
+			},
+			"rename": func() (any, error) {
+				return c.RenameCollection(ctx, token("rename"), catalog.Ref{ID: made.ID}, "db", "t2")
+			},
+			"partition": func() (any, error) {
+				return c.CreatePartition(ctx, token("partition"), catalog.Ref{ID: made.ID}, catalog.Partition{Name: "p"})
+			},
+			"index": func() (any, error) {
+				return c.CreateIndex(ctx, token("index"), catalog.Ref{ID: made.ID}, catalog.Index{Name: "i", Field: 101})
+			},
+			"drop partition": func() (any, error) {
+				return c.DropPartition(ctx, token("drop partition"), catalog.Ref{ID: made.ID}, "p")
+			},
+			"drop": func() (any, error) { return c.DropCollection(ctx, token("drop"), catalog.Ref{DB: "db", Name: "t2"}, 0) },
+			"drop none": func() (any, error) {
+				return c.DropCollection(ctx, token("drop none"), catalog.Ref{DB: "db", Name: "t2"}, 0)
+			},
 		} {
 			want := map[string]any{
 				"create": made, "update": updated, "rename": renamed, "partition": part, "index": index,

@@ -2,7 +2,6 @@ package catalog
 
 import (
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -348,9 +347,6 @@ func decodeIndex(kv meta.KeyValue) (Index, error) {
 		IndexParams: rec.GetIndexParams(), Attributes: rec.GetAttributes(), CreateTime: unixTime(rec.GetCreateTime()),
 	}, nil
 }
-
-// equalStrings says whether two string maps are equal, nil and empty alike.
-func equalStrings(a, b map[string]string) bool { return maps.Equal(a, b) }
 
 func find[T any](list []T, match func(*T) bool) *T {
 	if i := slices.IndexFunc(list, func(t T) bool { return match(&t) }); i >= 0 {

@@ -761,7 +761,7 @@ func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease
 		case errors.Is(err, meta.ErrNoSpace), errors.Is(err, meta.ErrTooLarge):
 			return nil, err
 		case err != nil:
-			return m.resolveCommit(ctx, c, op, err)
+			return m.resolveCommit(ctx, c, err)
 		case !res.Succeeded:
 			return nil, fmt.Errorf("%w: its lease ran out before the commit", ErrCreateAborted)
 		}
@@ -773,7 +773,7 @@ func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease
 
 // resolveCommit finds out what became of a commit that got no answer. That it
 // failed may be said only once it cannot happen any more.
-func (m *Manager) resolveCommit(ctx context.Context, c *creation, op string, cause error) (*Snapshot, error) {
+func (m *Manager) resolveCommit(ctx context.Context, c *creation, cause error) (*Snapshot, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), m.o.LeaseTTL/3)
 	defer cancel()
 	for attempt := range maxAttempts {

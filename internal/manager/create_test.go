@@ -758,7 +758,7 @@ func wantUndefined(t *testing.T, n int, err error) {
 // TestCreateSurvivesEachFailedObjectCall does the same to the object store.
 func TestCreateSurvivesEachFailedObjectCall(t *testing.T) {
 	for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
-		for n := 0; n < 6; n++ {
+		for n := range 6 {
 			inWorld(t, func(t *testing.T, w *world) {
 				r := w.start("a")
 				col, _, _ := w.collection(r, "c")

@@ -223,8 +223,11 @@ func TestEvents(t *testing.T) {
 			t.Fatal(err)
 		}
 		want := []told{
-			{Created, "snapshot x", "PENDING"}, {Updated, "snapshot x", "COMMITTED"}, {Updated, "snapshot x", "DELETING"},
-			{Deleted, "snapshot ", "UNKNOWN"}, {Updated, "collection c", "DROPPING"},
+			{Created, "snapshot x", "PENDING"},
+			{Updated, "snapshot x", "COMMITTED"},
+			{Updated, "snapshot x", "DELETING"},
+			{Deleted, "snapshot ", "UNKNOWN"},
+			{Updated, "collection c", "DROPPING"},
 		}
 		got := collect(events)
 		if !slices.Equal(got, want) {
@@ -269,7 +272,7 @@ func TestCutIsPerChannel(t *testing.T) {
 			channel int
 			ts      segment.Timestamp
 		}
-		rows := map[row]int{}         // how many files hold it
+		rows := map[row]int{}        // how many files hold it
 		inFile := map[string][]row{} // by path
 		view := &catalog.View{Checkpoints: map[int]catalog.Checkpoint{}}
 		var segments []segment.Segment

@@ -46,7 +46,9 @@ var types = []struct {
 // left out.
 func Describe(kv meta.KeyValue) (typeName, text string) {
 	if kv.Key == keys.Leader { // the one that is no message but a name
-		return describe(kv, &storagev1.Leader{Replica: string(kv.Value)})
+		if text, err := json.Marshal(map[string]string{"replica": string(kv.Value)}); err == nil {
+			return "replica name", string(text)
+		}
 	}
 	for _, t := range types {
 		if !strings.HasPrefix(kv.Key, t.prefix) {

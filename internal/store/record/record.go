@@ -40,7 +40,7 @@ func Encode(m Message) []byte {
 // Decode reads kv into m. The error wraps ErrUnreadable and names the key.
 func Decode(kv meta.KeyValue, m Message) error {
 	if err := proto.Unmarshal(kv.Value, m); err != nil {
-		return fmt.Errorf("%w at %s: %v", ErrUnreadable, kv.Key, err)
+		return fmt.Errorf("%w at %s: %w", ErrUnreadable, kv.Key, err)
 	}
 	if m.GetFormat() != Format {
 		return fmt.Errorf("%w at %s: format %d, this release reads %d", ErrUnreadable, kv.Key, m.GetFormat(), Format)

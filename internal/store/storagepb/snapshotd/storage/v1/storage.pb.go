@@ -2266,61 +2266,6 @@ func (x *Generation) GetSnapshotId() int64 {
 	return 0
 }
 
-// Leader is the record at the election key.
-type Leader struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// 1.
-	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	// The replica.
-	Replica       string `protobuf:"bytes,2,opt,name=replica,proto3" json:"replica,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Leader) Reset() {
-	*x = Leader{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Leader) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Leader) ProtoMessage() {}
-
-func (x *Leader) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Leader.ProtoReflect.Descriptor instead.
-func (*Leader) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{23}
-}
-
-func (x *Leader) GetFormat() uint32 {
-	if x != nil {
-		return x.Format
-	}
-	return 0
-}
-
-func (x *Leader) GetReplica() string {
-	if x != nil {
-		return x.Replica
-	}
-	return ""
-}
-
 var File_snapshotd_storage_v1_storage_proto protoreflect.FileDescriptor
 
 const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
@@ -2588,10 +2533,7 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"Generation\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1f\n" +
 	"\vsnapshot_id\x18\x02 \x01(\x03R\n" +
-	"snapshotId\":\n" +
-	"\x06Leader\x12\x16\n" +
-	"\x06format\x18\x01 \x01(\rR\x06format\x12\x18\n" +
-	"\areplica\x18\x02 \x01(\tR\areplicaBXZVgithub.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1;storagev1b\x06proto3"
+	"snapshotIdBXZVgithub.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1;storagev1b\x06proto3"
 
 var (
 	file_snapshotd_storage_v1_storage_proto_rawDescOnce sync.Once
@@ -2605,7 +2547,7 @@ func file_snapshotd_storage_v1_storage_proto_rawDescGZIP() []byte {
 	return file_snapshotd_storage_v1_storage_proto_rawDescData
 }
 
-var file_snapshotd_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
+var file_snapshotd_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_snapshotd_storage_v1_storage_proto_goTypes = []any{
 	(*Cluster)(nil),    // 0: snapshotd.storage.v1.Cluster
 	(*Allocator)(nil),  // 1: snapshotd.storage.v1.Allocator
@@ -2630,45 +2572,44 @@ var file_snapshotd_storage_v1_storage_proto_goTypes = []any{
 	(*Pending)(nil),    // 20: snapshotd.storage.v1.Pending
 	(*Request)(nil),    // 21: snapshotd.storage.v1.Request
 	(*Generation)(nil), // 22: snapshotd.storage.v1.Generation
-	(*Leader)(nil),     // 23: snapshotd.storage.v1.Leader
-	nil,                // 24: snapshotd.storage.v1.Collection.PropertiesEntry
-	nil,                // 25: snapshotd.storage.v1.Collection.AttributesEntry
-	nil,                // 26: snapshotd.storage.v1.Field.TypeParamsEntry
-	nil,                // 27: snapshotd.storage.v1.Field.AttributesEntry
-	nil,                // 28: snapshotd.storage.v1.Partition.AttributesEntry
-	nil,                // 29: snapshotd.storage.v1.Index.TypeParamsEntry
-	nil,                // 30: snapshotd.storage.v1.Index.IndexParamsEntry
-	nil,                // 31: snapshotd.storage.v1.Index.AttributesEntry
-	nil,                // 32: snapshotd.storage.v1.Segment.AttributesEntry
-	nil,                // 33: snapshotd.storage.v1.Build.ParamsEntry
-	nil,                // 34: snapshotd.storage.v1.Files.AttributesEntry
-	nil,                // 35: snapshotd.storage.v1.Attributes.PairsEntry
-	nil,                // 36: snapshotd.storage.v1.Snapshot.LabelsEntry
+	nil,                // 23: snapshotd.storage.v1.Collection.PropertiesEntry
+	nil,                // 24: snapshotd.storage.v1.Collection.AttributesEntry
+	nil,                // 25: snapshotd.storage.v1.Field.TypeParamsEntry
+	nil,                // 26: snapshotd.storage.v1.Field.AttributesEntry
+	nil,                // 27: snapshotd.storage.v1.Partition.AttributesEntry
+	nil,                // 28: snapshotd.storage.v1.Index.TypeParamsEntry
+	nil,                // 29: snapshotd.storage.v1.Index.IndexParamsEntry
+	nil,                // 30: snapshotd.storage.v1.Index.AttributesEntry
+	nil,                // 31: snapshotd.storage.v1.Segment.AttributesEntry
+	nil,                // 32: snapshotd.storage.v1.Build.ParamsEntry
+	nil,                // 33: snapshotd.storage.v1.Files.AttributesEntry
+	nil,                // 34: snapshotd.storage.v1.Attributes.PairsEntry
+	nil,                // 35: snapshotd.storage.v1.Snapshot.LabelsEntry
 }
 var file_snapshotd_storage_v1_storage_proto_depIdxs = []int32{
 	2,  // 0: snapshotd.storage.v1.Allocator.reserved:type_name -> snapshotd.storage.v1.IdRange
 	6,  // 1: snapshotd.storage.v1.Collection.schema:type_name -> snapshotd.storage.v1.Schema
 	5,  // 2: snapshotd.storage.v1.Collection.roots:type_name -> snapshotd.storage.v1.Root
-	24, // 3: snapshotd.storage.v1.Collection.properties:type_name -> snapshotd.storage.v1.Collection.PropertiesEntry
-	25, // 4: snapshotd.storage.v1.Collection.attributes:type_name -> snapshotd.storage.v1.Collection.AttributesEntry
+	23, // 3: snapshotd.storage.v1.Collection.properties:type_name -> snapshotd.storage.v1.Collection.PropertiesEntry
+	24, // 4: snapshotd.storage.v1.Collection.attributes:type_name -> snapshotd.storage.v1.Collection.AttributesEntry
 	7,  // 5: snapshotd.storage.v1.Schema.fields:type_name -> snapshotd.storage.v1.Field
-	26, // 6: snapshotd.storage.v1.Field.type_params:type_name -> snapshotd.storage.v1.Field.TypeParamsEntry
-	27, // 7: snapshotd.storage.v1.Field.attributes:type_name -> snapshotd.storage.v1.Field.AttributesEntry
-	28, // 8: snapshotd.storage.v1.Partition.attributes:type_name -> snapshotd.storage.v1.Partition.AttributesEntry
-	29, // 9: snapshotd.storage.v1.Index.type_params:type_name -> snapshotd.storage.v1.Index.TypeParamsEntry
-	30, // 10: snapshotd.storage.v1.Index.index_params:type_name -> snapshotd.storage.v1.Index.IndexParamsEntry
-	31, // 11: snapshotd.storage.v1.Index.attributes:type_name -> snapshotd.storage.v1.Index.AttributesEntry
+	25, // 6: snapshotd.storage.v1.Field.type_params:type_name -> snapshotd.storage.v1.Field.TypeParamsEntry
+	26, // 7: snapshotd.storage.v1.Field.attributes:type_name -> snapshotd.storage.v1.Field.AttributesEntry
+	27, // 8: snapshotd.storage.v1.Partition.attributes:type_name -> snapshotd.storage.v1.Partition.AttributesEntry
+	28, // 9: snapshotd.storage.v1.Index.type_params:type_name -> snapshotd.storage.v1.Index.TypeParamsEntry
+	29, // 10: snapshotd.storage.v1.Index.index_params:type_name -> snapshotd.storage.v1.Index.IndexParamsEntry
+	30, // 11: snapshotd.storage.v1.Index.attributes:type_name -> snapshotd.storage.v1.Index.AttributesEntry
 	3,  // 12: snapshotd.storage.v1.Channel.checkpoint:type_name -> snapshotd.storage.v1.Position
 	3,  // 13: snapshotd.storage.v1.Segment.start:type_name -> snapshotd.storage.v1.Position
 	3,  // 14: snapshotd.storage.v1.Segment.dml:type_name -> snapshotd.storage.v1.Position
 	14, // 15: snapshotd.storage.v1.Segment.files:type_name -> snapshotd.storage.v1.Files
 	13, // 16: snapshotd.storage.v1.Segment.builds:type_name -> snapshotd.storage.v1.Build
-	32, // 17: snapshotd.storage.v1.Segment.attributes:type_name -> snapshotd.storage.v1.Segment.AttributesEntry
-	33, // 18: snapshotd.storage.v1.Build.params:type_name -> snapshotd.storage.v1.Build.ParamsEntry
-	34, // 19: snapshotd.storage.v1.Files.attributes:type_name -> snapshotd.storage.v1.Files.AttributesEntry
-	35, // 20: snapshotd.storage.v1.Attributes.pairs:type_name -> snapshotd.storage.v1.Attributes.PairsEntry
+	31, // 17: snapshotd.storage.v1.Segment.attributes:type_name -> snapshotd.storage.v1.Segment.AttributesEntry
+	32, // 18: snapshotd.storage.v1.Build.params:type_name -> snapshotd.storage.v1.Build.ParamsEntry
+	33, // 19: snapshotd.storage.v1.Files.attributes:type_name -> snapshotd.storage.v1.Files.AttributesEntry
+	34, // 20: snapshotd.storage.v1.Attributes.pairs:type_name -> snapshotd.storage.v1.Attributes.PairsEntry
 	12, // 21: snapshotd.storage.v1.Unit.segment:type_name -> snapshotd.storage.v1.Segment
-	36, // 22: snapshotd.storage.v1.Snapshot.labels:type_name -> snapshotd.storage.v1.Snapshot.LabelsEntry
+	35, // 22: snapshotd.storage.v1.Snapshot.labels:type_name -> snapshotd.storage.v1.Snapshot.LabelsEntry
 	18, // 23: snapshotd.storage.v1.Snapshot.cuts:type_name -> snapshotd.storage.v1.Cut
 	19, // 24: snapshotd.storage.v1.Snapshot.totals:type_name -> snapshotd.storage.v1.Totals
 	15, // 25: snapshotd.storage.v1.Files.AttributesEntry.value:type_name -> snapshotd.storage.v1.Attributes
@@ -2690,7 +2631,7 @@ func file_snapshotd_storage_v1_storage_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_snapshotd_storage_v1_storage_proto_rawDesc), len(file_snapshotd_storage_v1_storage_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   37,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
