@@ -48,11 +48,11 @@ bench: ## Runs the benchmarks: BENCH=regexp, BENCHTIME=200ms.
 	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -timeout 20m ./...
 
 .PHONY: docs-check
-docs-check: build ## Runs the console examples of the documents and compares what they print.
+docs-check: build $(BIN)/grpcurl ## Runs the console examples of the documents and compares what they print.
 	$(GO) run ./internal/docscheck
 
 .PHONY: docs-update
-docs-update: build ## Runs the same examples and writes what they print into the documents.
+docs-update: build $(BIN)/grpcurl ## Runs the same examples and writes what they print into the documents.
 	$(GO) run ./internal/docscheck -update
 
 .PHONY: lint

@@ -4,6 +4,8 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"math"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -265,8 +267,8 @@ func TestDamagedColumns(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(s, got); diff != "" {
-		t.Fatalf("(-want +got):\n%.2000s", diff)
+	if !reflect.DeepEqual(s, got) { // cmp takes minutes
+		t.Fatal("another segment was read")
 	}
 	for _, damage := range []func(*storagev1.Files){
 		func(f *storagev1.Files) { f.Root = f.Root[:n/2] },
@@ -291,12 +293,14 @@ func TestDamagedColumns(t *testing.T) {
 			t.Error("damage was not seen")
 		}
 	}
-	rapid.Check(t, func(t *rapid.T) { // any byte
-		at := rapid.IntRange(0, len(data)-1).Draw(t, "at")
-		was := data[at]
-		data[at] = rapid.Byte().Draw(t, "byte")
-		_, _ = DecodeSegment(1, meta.KeyValue{Key: keys.Segment(1, 2), Value: data})
-		data[at] = was
+	s.Files = s.Files[:500]
+	data = record.Encode(encodeSegment(1, &s, "op"))
+	rapid.Check(t, func(t *rapid.T) { // any bytes
+		damaged := slices.Clone(data)
+		for range rapid.IntRange(1, 3).Draw(t, "bytes") {
+			damaged[rapid.IntRange(0, len(data)-1).Draw(t, "at")] = rapid.Byte().Draw(t, "byte")
+		}
+		_, _ = DecodeSegment(1, meta.KeyValue{Key: keys.Segment(1, 2), Value: damaged})
 	})
 }
 

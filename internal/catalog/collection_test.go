@@ -768,6 +768,38 @@ func TestCreateCollectionFaults(t *testing.T) {
 	})
 }
 
+// What was written is reported so, though nothing can be read any more.
+func TestWrittenIsReported(t *testing.T) {
+	ctx := t.Context()
+	f := meta.NewFaulty(memory.New(memory.Options{}))
+	r := newRig(t, f)
+	for name, do := range map[string]func() (catalog.Collection, error){
+		"create": func() (catalog.Collection, error) { return r.CreateCollection(ctx, request.Token{}, spec("x")) },
+		"update": func() (catalog.Collection, error) {
+			return r.UpdateCollection(ctx, request.Token{}, r.ref, 0, catalog.Patch{})
+		},
+		"rename": func() (catalog.Collection, error) { return r.RenameCollection(ctx, request.Token{}, r.ref, "db", "y") },
+	} {
+		written := false
+		f.Hook(func(c meta.Call) meta.Fault {
+			if written {
+				return meta.Before
+			}
+			written = c.Method == meta.MethodTxn
+			return meta.NoFault
+		})
+		got, err := do()
+		f.Hook(nil)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if want, err := r.Collection(ctx, catalog.Ref{ID: got.ID}); err != nil || !cmp.Equal(want, got) {
+			t.Errorf("%s: %v (-want +got):\n%s", name, err, cmp.Diff(want, got))
+		}
+	}
+}
+
 // A store that is full takes nothing, drops included, and nothing is half done.
 func TestFullStore(t *testing.T) {
 	ctx := t.Context()

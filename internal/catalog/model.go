@@ -122,7 +122,7 @@ type Collection struct {
 	Properties  map[string]string
 	Attributes  map[string]string
 	CreateTime  time.Time
-	Revision    int64 // changes with every change of the record
+	Revision    int64 // changes with every change of the record, and when a partition or index is dropped
 }
 
 // Shards is the number of channels, the implicit one counted.

@@ -199,16 +199,16 @@ func unitIDs(units map[int64]*storagev1.Unit) []int64 {
 	return ids
 }
 
-// dump returns all that is in the store but the allocator, whose ids may be
-// spent on what comes to nothing.
-func dump(t testing.TB, kv meta.KV) map[string]meta.KeyValue {
+// dump returns all that is in the store, values as strings for cmp is slow with
+// bytes, but the allocator, whose ids may be spent on what comes to nothing.
+func dump(t testing.TB, kv meta.KV) map[string]string {
 	t.Helper()
-	all := map[string]meta.KeyValue{}
+	all := map[string]string{}
 	from, to := keys.All()
 	if _, err := kv.Scan(t.Context(), from, to, 0, func(kvs []meta.KeyValue) error {
 		for _, kv := range kvs {
 			if kv.Key != keys.IDs {
-				all[kv.Key] = kv
+				all[kv.Key] = fmt.Sprintf("%d, lease %x: %s", kv.ModRevision, kv.Lease, kv.Value)
 			}
 		}
 		return nil

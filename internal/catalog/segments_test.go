@@ -244,15 +244,17 @@ func testAddManySegments(t *testing.T, kv meta.KV) {
 	if added, present, err := r.AddSegments(ctx, r.col.ID, all); err != nil || added != 5_000 || present != 5_000 {
 		t.Fatalf("%d, %d, %v", added, present, err)
 	}
-	var got []segment.Segment
+	n := 0
 	if _, err := r.ScanSegments(ctx, r.col.ID, 0, func(batch []segment.Segment) error {
-		got = append(got, batch...)
+		for i := range batch {
+			if n%97 == 0 || batch[i].ID != ids[n] {
+				sameSegments(t, all[n], batch[i])
+			}
+			n++
+		}
 		return nil
-	}); err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(all, got, cmpopts.EquateEmpty()); diff != "" {
-		t.Errorf("(-want +got):\n%.2000s", diff)
+	}); err != nil || n != len(all) {
+		t.Fatalf("%d segments, %v", n, err)
 	}
 	if n, err := r.DropSegments(ctx, r.ref, ids); err != nil || n != len(ids) {
 		t.Errorf("dropped %d, %v", n, err)

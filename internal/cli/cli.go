@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
 
 	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
@@ -288,17 +289,24 @@ func (a *app) versionCommand() *cobra.Command {
 }
 
 func (a *app) infoCommand() *cobra.Command {
-	return &cobra.Command{
+	wait := false
+	cmd := &cobra.Command{
 		Use:     "info",
 		Short:   "Shows the server: version, cluster, leader, stores",
-		Example: "  snapshotctl info --addr snapshotd.example.com:7950 --tls",
+		Example: "  snapshotctl info --addr snapshotd.example.com:7950 --tls\n  snapshotctl info --wait --timeout 1m",
 		Args:    args(),
 		RunE: a.run(func(ctx context.Context, _ []string) error {
 			c, err := a.connect()
 			if err != nil {
 				return err
 			}
-			resp, err := unary(ctx, a, c.Admin.GetServerInfo, &snapshotdv1.GetServerInfoRequest{})
+			get := c.Admin.GetServerInfo
+			if wait {
+				get = func(ctx context.Context, req *snapshotdv1.GetServerInfoRequest, opts ...grpc.CallOption) (*snapshotdv1.GetServerInfoResponse, error) {
+					return c.Admin.GetServerInfo(ctx, req, append(opts, grpc.WaitForReady(true))...)
+				}
+			}
+			resp, err := unary(ctx, a, get, &snapshotdv1.GetServerInfoRequest{})
 			if err != nil {
 				return err
 			}
@@ -320,6 +328,8 @@ func (a *app) infoCommand() *cobra.Command {
 			})
 		}),
 	}
+	cmd.Flags().BoolVar(&wait, "wait", false, "wait for the server to answer, up to --timeout")
+	return cmd
 }
 
 func (a *app) debugCommand() *cobra.Command {

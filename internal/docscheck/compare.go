@@ -23,6 +23,8 @@ var masks = []struct {
 	{regexp.MustCompile(`\b\d\d:\d\d:\d\d([.,]\d+)?`), "<clock>"},
 	// 0b6f1c9e-6a43-4a7d-9f2e-5c1f0c6f3a10
 	{regexp.MustCompile(`(?i)\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b`), "<id>"},
+	// A replica's name: host, process id and chance.
+	{regexp.MustCompile(`\b[A-Za-z0-9][A-Za-z0-9.-]*-\d+-[a-z0-9]{6}\b`), "<replica>"},
 	// v0.1.0-3-g3a297d9f4e7b-dirty, or just the digest
 	{regexp.MustCompile(`\b(v\d+\.\d+\.\d+(-rc\.?\d+)?-\d+-g)?[0-9a-f]{8,64}(-dirty)?\b`), "<id>"},
 	// 127.0.0.1:7070, localhost:7070, [::1]:7070

@@ -35,7 +35,7 @@ const readme = `
 $ greet world
 hello world
 $ export WORD=kept; mkdir sub; cd sub
-$ sh -c 'echo $$ > ../server.pid; echo ready; exec sleep 300' &
+$ sh -c 'echo ready; echo $$ > ../server.pid; exec sleep 300' &
 $ while [ ! -s ../server.pid ]; do :; done; cp ../server.pid "$REPOSITORY"
 ready
 '''

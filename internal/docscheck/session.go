@@ -41,6 +41,7 @@ type session struct {
 	id     string
 	dir    string
 	shown  *strings.Replacer // what is real to what documents show
+	typed  *strings.Replacer // addresses that documents show to the real ones
 	cmd    *exec.Cmd
 	stdin  io.WriteCloser
 	output chan string // lines, and what there is of one at the end
@@ -65,6 +66,11 @@ func start(ctx context.Context, repo string) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
+	var typed []string
+	for i := 0; i < len(shown); i += 2 {
+		typed = append(typed, shown[i+1], shown[i])
+	}
+	s.typed = strings.NewReplacer(typed...)
 	s.shown = strings.NewReplacer(append(shown, work, shownDir)...)
 
 	s.cmd = exec.CommandContext(ctx, "bash", "--noprofile", "--norc")
@@ -122,7 +128,7 @@ func environment(ctx context.Context, repo, id string) (env, shown []string, err
 	}
 	env = append(env,
 		marker+"="+id,
-		"PATH="+filepath.Join(repo, "bin")+string(os.PathListSeparator)+os.Getenv("PATH"),
+		"PATH="+strings.Join([]string{filepath.Join(repo, "bin"), filepath.Join(repo, ".bin"), os.Getenv("PATH")}, string(os.PathListSeparator)),
 		"LC_ALL=C.UTF-8", "TZ=UTC", "NO_COLOR=1", "TERM=dumb",
 	)
 	free := map[string]string{}
@@ -152,7 +158,7 @@ func freeAddress(ctx context.Context) (string, error) {
 func (s *session) run(ctx context.Context, text string) ([]string, error) {
 	file := filepath.Join(s.dir, "command")
 	// The status of the command before, for `echo $?`.
-	script := fmt.Sprintf("(exit %d)\n%s\n", s.status, text)
+	script := fmt.Sprintf("(exit %d)\n%s\n", s.status, s.typed.Replace(text))
 	if err := os.WriteFile(file, []byte(script), 0o600); err != nil {
 		return nil, err
 	}

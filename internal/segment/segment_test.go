@@ -1,0 +1,68 @@
+package segment_test
+
+import (
+	"slices"
+	"testing"
+
+	"github.com/snapshotd/snapshotd/internal/segment"
+)
+
+func sample() *segment.Segment {
+	return &segment.Segment{
+		Rows: 10, RowCeiling: 5,
+		Files:  []segment.File{{Path: "a", Size: 1}, {Path: "b", Size: 2}},
+		Builds: []segment.Build{{ID: 1}, {ID: 2, Files: []segment.File{{Path: "c", Size: 4}}}, {ID: 3, Files: []segment.File{{Path: "d", Size: 8}, {Path: "e", Size: 16}}}},
+	}
+}
+
+func TestAllFiles(t *testing.T) {
+	s := sample()
+	var got []string
+	for f := range s.AllFiles() {
+		got = append(got, f.Path)
+		f.Size++ // the file itself, not a copy
+	}
+	if want := []string{"a", "b", "c", "d", "e"}; !slices.Equal(got, want) || s.Files[0].Size != 2 || s.Builds[2].Files[1].Size != 17 {
+		t.Errorf("got %v of %v, want %v", got, s, want)
+	}
+	for stop := range 5 {
+		n := 0
+		for range s.AllFiles() {
+			if n++; n > stop {
+				break
+			}
+		}
+		if n != stop+1 {
+			t.Errorf("%d files after a stop at %d", n, stop)
+		}
+	}
+}
+
+func TestTotals(t *testing.T) {
+	var got segment.Totals
+	got.Add(sample())
+	got.Add(&segment.Segment{Rows: 1})
+	if want := (segment.Totals{Segments: 2, Rows: 11, Files: 5, Bytes: 31, Builds: 3, Straddling: 1}); got != want {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+}
+
+// An unknown kind is data.
+func TestDerived(t *testing.T) {
+	for kind, want := range map[string]bool{
+		segment.KindInsert: false, segment.KindDelta: false, "": false, "lance": false,
+		segment.KindStats: true, segment.KindBM25: true, segment.KindIndex: true, segment.KindText: true, segment.KindJSON: true,
+	} {
+		if got := segment.Derived(kind); got != want {
+			t.Errorf("%q: got %v, want %v", kind, got, want)
+		}
+	}
+}
+
+func TestStates(t *testing.T) {
+	for state, want := range []string{"UNKNOWN", "GROWING", "SEALED", "FLUSHED", "IMPORTING", "DROPPED", "UNKNOWN"} {
+		if got := segment.State(state).String(); got != want {
+			t.Errorf("%d: got %s, want %s", state, got, want)
+		}
+	}
+}
