@@ -2,6 +2,7 @@ package catalog
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -96,7 +97,8 @@ type ListFilter struct {
 }
 
 // ListCollections returns up to limit collections in id order, from the first
-// after id after, and whether there are more.
+// after id after, and whether there are more. One whose record this release
+// cannot read is left out.
 func (c *Catalog) ListCollections(ctx context.Context, f ListFilter, after int64, limit int) (list []Collection, more bool, err error) {
 	if len(f.States) == 0 {
 		f.States = []State{Active}
@@ -111,6 +113,9 @@ func (c *Catalog) ListCollections(ctx context.Context, f ListFilter, after int64
 		revision = res.Revision
 		for _, kv := range res.KVs {
 			col, err := DecodeCollection(kv)
+			if errors.Is(err, record.ErrUnreadable) {
+				continue // whoever asks for it by name or id is told
+			}
 			if err != nil {
 				return nil, false, err
 			}

@@ -48,6 +48,16 @@ func (c *Catalog) ScanSegments(ctx context.Context, collection, revision int64, 
 	})
 }
 
+// CountSegments returns how many segments of a collection are not dropped.
+func (c *Catalog) CountSegments(ctx context.Context, collection int64) (int64, error) {
+	from, to := meta.Prefix(keys.SegmentPrefix(collection))
+	res, err := c.kv.Range(ctx, meta.Range{From: from, To: to, Limit: 1, KeysOnly: true})
+	if err != nil {
+		return 0, fmt.Errorf("count segments of collection %d: %w", collection, err)
+	}
+	return res.Count, nil
+}
+
 // Segment returns a segment that is not dropped, and its revision.
 func (c *Catalog) Segment(ctx context.Context, ref Ref, id int64) (segment.Segment, int64, error) {
 	collection, err := c.Resolve(ctx, ref)

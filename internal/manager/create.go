@@ -267,6 +267,13 @@ func (m *Manager) create(ctx context.Context, c *creation) {
 	defer close(c.ended)
 	ctx, cancel := context.WithTimeout(ctx, m.o.CreateTimeout)
 	defer cancel()
+	release, err := m.reserve(ctx, c)
+	if err != nil {
+		c.err = err
+		close(c.begun)
+		return
+	}
+	defer release()
 	lease, err := m.begin(ctx, c)
 	if err != nil {
 		c.err = err
@@ -306,6 +313,29 @@ func (m *Manager) create(ctx context.Context, c *creation) {
 		return
 	}
 	log.Info("snapshot given up", zap.String("reason", reason), zap.Error(err))
+}
+
+// segmentMemory is what a create is reckoned to hold of one segment, in bytes:
+// decoded, of a dozen files.
+const segmentMemory = 4 << 10
+
+// reserve waits until there is memory for the create. It comes before begin, for
+// a create that waits does not advance.
+func (m *Manager) reserve(ctx context.Context, c *creation) (release func(), err error) {
+	collection, err := m.catalog.Resolve(ctx, c.spec.Collection)
+	if err != nil {
+		return nil, err
+	}
+	n, err := m.catalog.CountSegments(ctx, collection)
+	if err != nil {
+		return nil, err
+	}
+	need := min(n, chunkSegments*(chunksInFlight+1)) * segmentMemory
+	need = min(need, (chunksInFlight+1)*chunkBytes, m.o.CreateMemory)
+	if err := m.memory.Acquire(ctx, need); err != nil {
+		return nil, fmt.Errorf("%w: no memory for it in time: %w", ErrOverloaded, err)
+	}
+	return func() { m.memory.Release(need) }, nil
 }
 
 // createLease is the lease of one create. It lives while the create advances.

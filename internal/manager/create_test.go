@@ -869,3 +869,41 @@ func TestCreateWaitsForItsTurn(t *testing.T) {
 		}
 	})
 }
+
+// TestCreatesShareOneMemoryBudget has creates that each need more than half of
+// the budget: they take turns, and none is given up for waiting.
+func TestCreatesShareOneMemoryBudget(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.CreateMemory = 60 * segmentMemory })
+		col, _, _ := w.collection(r, "c")
+		for range 40 {
+			w.add(r, col, w.segment(r, col, 0, 1, 2))
+		}
+		w.checkpoint(r, col, 10, 10)
+		small, _, _ := w.collection(r, "small")
+		r.store.SetLatency(10 * time.Second)
+		done := make(chan error, 5)
+		for i := range 5 {
+			go func() {
+				_, err := r.Create(t.Context(), request.Token{}, spec(col, fmt.Sprintf("s%d", i)))
+				done <- err
+			}()
+		}
+		settle()
+		if n := len(w.keysUnder(pendingKeys)); n != 1 {
+			t.Errorf("%d creates have begun, want 1", n)
+		}
+		begin := time.Now()
+		for range 5 {
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}
+		if took := time.Since(begin); took < 5*30*time.Second {
+			t.Errorf("five creates of 30 s took %v", took)
+		}
+		r.store.SetLatency(0)
+		w.create(r, small, "an-empty-one")
+		w.check(r)
+	})
+}

@@ -77,6 +77,7 @@ import (
 
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
@@ -113,7 +114,11 @@ type Options struct {
 	LeaseTTL      time.Duration // of a create that does not advance; default 60 s
 	LeaderTTL     time.Duration // default 10 s
 	CleanInterval time.Duration // between passes of the cleaner that nothing woke; default 1 min
-	MaxCreates    int           // at once; default 16
+	MaxCreates    int           // at once; default 64
+	// CreateMemory bounds what all creates together hold of segments and
+	// manifests, in bytes, as estimated. A create that needs more than all of it
+	// has it for itself. Default 128 MiB.
+	CreateMemory int64
 }
 
 // Manager manages snapshots. It is safe for concurrent use. Creates and all
@@ -132,6 +137,7 @@ type Manager struct {
 	running  chan struct{} // closed when Run begins
 	stopped  chan struct{} // closed when Run ends
 
+	memory    *semaphore.Weighted // of creates, in bytes
 	leading   atomic.Bool
 	creates   atomic.Int64
 	manifests manifestCache
@@ -152,7 +158,10 @@ func New(o Options) (*Manager, error) {
 		o.CleanInterval = time.Minute
 	}
 	if o.MaxCreates == 0 {
-		o.MaxCreates = 16
+		o.MaxCreates = 64
+	}
+	if o.CreateMemory == 0 {
+		o.CreateMemory = 128 << 20
 	}
 	store, ok := o.Stores[o.SnapshotStore]
 	if !ok {
@@ -161,6 +170,7 @@ func New(o Options) (*Manager, error) {
 	m := &Manager{
 		o: o, kv: o.KV, catalog: o.Catalog, store: store, log: o.Log,
 		starting: make(chan *creation), running: make(chan struct{}), stopped: make(chan struct{}),
+		memory: semaphore.NewWeighted(o.CreateMemory),
 	}
 	m.clean = newCleaner(m)
 	m.view = newView(m.kv, m.log, m.clean.Wake)

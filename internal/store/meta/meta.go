@@ -142,6 +142,7 @@ type Range struct {
 type RangeResult struct {
 	KVs      []KeyValue
 	More     bool  // the limit cut the answer
+	Count    int64 // keys in the range, those cut off by the limit included
 	Revision int64 // the store's revision when it answered
 }
 

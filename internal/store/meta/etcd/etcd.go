@@ -22,6 +22,8 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -86,6 +88,12 @@ func Open(o Options) (*Client, error) {
 		// refuses more than one in five seconds.
 		DialKeepAliveTime:    10 * time.Second,
 		DialKeepAliveTimeout: 5 * time.Second,
+		// gRPC would wait up to two minutes between attempts to connect, and so
+		// find etcd that much later when it is back.
+		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
+			MinConnectTimeout: 3 * time.Second,
+		})},
 		// The client warns of every error that it returns as well.
 		Logger: o.Log.WithOptions(zap.IncreaseLevel(zap.ErrorLevel)),
 	})
@@ -170,7 +178,7 @@ func (c *Client) Range(ctx context.Context, r meta.Range) (meta.RangeResult, err
 	if err != nil {
 		return meta.RangeResult{}, fmt.Errorf("range %s at %d: %w", r.From, r.Revision, mapError(ctx, rctx, err))
 	}
-	return meta.RangeResult{KVs: c.kvs(resp.Kvs), More: resp.More, Revision: resp.Header.Revision}, nil
+	return meta.RangeResult{KVs: c.kvs(resp.Kvs), More: resp.More, Count: resp.Count, Revision: resp.Header.Revision}, nil
 }
 
 // Txn implements [meta.KV].

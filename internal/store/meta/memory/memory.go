@@ -182,13 +182,17 @@ func (s *Store) Range(ctx context.Context, r meta.Range) (meta.RangeResult, erro
 	if err := s.readableLocked(at); err != nil {
 		return meta.RangeResult{}, fmt.Errorf("range %s at %d: %w", r.From, at, err)
 	}
-	kvs, more := s.readLocked(r.From, r.To, at, r.Limit)
+	kvs, _ := s.readLocked(r.From, r.To, at, 0)
+	count := len(kvs)
+	if r.Limit > 0 {
+		kvs = kvs[:min(r.Limit, count)]
+	}
 	if r.KeysOnly {
 		for i := range kvs {
 			kvs[i].Value = nil
 		}
 	}
-	return meta.RangeResult{KVs: kvs, More: more, Revision: s.revision}, nil
+	return meta.RangeResult{KVs: kvs, More: len(kvs) < count, Count: int64(count), Revision: s.revision}, nil
 }
 
 // Scan implements [meta.KV].

@@ -338,6 +338,11 @@ func testRange(t *testing.T, s *suite) {
 		}
 		equal(t, c.name, pairs(got.KVs), c.want)
 		equal(t, c.name+": more", got.More, c.more)
+		if whole, err := s.Range(s.ctx, meta.Range{From: c.r.From, To: c.r.To, Revision: c.r.Revision}); err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		} else {
+			equal(t, c.name+": count", got.Count, int64(len(whole.KVs)))
+		}
 		equal(t, c.name+": revision", got.Revision, now)
 	}
 	_, err := s.Range(s.ctx, meta.Range{From: "/", To: "0", Revision: now + 100})
