@@ -1,39 +1,37 @@
-// Command engine is a toy vector store: what an engine does to have snapshots,
-// and little more. Segment files it writes into the directory of snapshotd's
-// object store by itself; which there are, only snapshotd's catalog knows.
+// Command engine is a toy vector store: what an engine does to have snapshots, and
+// little more. It writes files itself; which ones count, snapshotd's catalog knows.
 //
 //	engine --store DIR/objects --collection shop load --rows 20000
 //	engine --store DIR/objects --snapshot before-sale search --top 3
-//
-// A snapshot can be searched, digested and counted, even without its collection.
 package main
 
 import (
+	"cmp"
 	"context"
 	"flag"
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
 
-	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 )
 
 var (
 	addr       = flag.String("addr", "127.0.0.1:7950", "snapshotd's `address`")
-	store      = flag.String("store", "", "the object store's `directory`")
-	collection = flag.String("collection", "", "the `name` of a collection")
-	snapshot   = flag.String("snapshot", "", "the `name` of a snapshot to read instead")
-	rows       = flag.Int64("rows", 1000, "load so `many` rows")
-	seed       = flag.Uint64("seed", 1, "the `seed` of the rows to load, or of the vector to search for")
-	every      = flag.Int64("every", 10, "delete the rows whose ids this `number` divides")
-	top        = flag.Int("top", 5, "find so `many` rows")
+	store      = flag.String("store", "", "`directory` of the object store")
+	collection = flag.String("collection", "", "`name` of a collection")
+	snapshot   = flag.String("snapshot", "", "`name` of a snapshot to search, digest or count instead")
+	count      = flag.Int64("rows", 1000, "`number` of rows to load")
+	seed       = flag.Uint64("seed", 1, "`seed` of the rows to load, or of the vector to search for")
+	every      = flag.Int64("every", 10, "delete rows with ids that this `number` divides")
+	top        = flag.Int("top", 5, "`number` of rows to find")
 )
 
 func main() {
 	flag.Parse()
 	command := flag.Arg(0)
-	_ = flag.CommandLine.Parse(flag.Args()[min(1, flag.NArg()):]) // flags after the command; exits by itself
+	_ = flag.CommandLine.Parse(flag.Args()[min(1, flag.NArg()):]) // what follows the command; exits by itself
 	if err := run(context.Background(), command); err != nil {
 		fmt.Fprintln(os.Stderr, "engine:", err)
 		os.Exit(1)
@@ -48,39 +46,39 @@ func run(ctx context.Context, command string) error {
 	if command == "create" {
 		return Create(ctx, c, *collection)
 	}
-	var s *Store
-	var live []Row
+	open, name := Open, *collection
 	if *snapshot != "" {
-		live, err = ReadSnapshot(ctx, c, *store, *snapshot)
-	} else if s, err = Open(ctx, c, *store, *collection); err == nil {
-		live, err = s.Rows(ctx)
+		open, name = OpenSnapshot, *snapshot
 	}
+	s, rows, err := open(ctx, c, *store, name)
 	if err != nil {
 		return err
 	}
 	switch {
-	case command == "search":
-		for i, r := range Search(live, random(*seed, 0), *top) {
-			fmt.Printf("%d. %-24s row %d\n", i+1, r.Text[:], r.ID)
-		}
-	case command == "digest":
-		fmt.Println(Digest(live))
 	case command == "count":
-		fmt.Println(len(live))
-	case command == "load" && s != nil:
-		ids, err := s.allocate(ctx, *rows)
-		for id := ids; id < ids + *rows; id++ {
-			s.Write(inserts, random(*seed, id))
-			...flush
+		fmt.Println(len(rows))
+	case command == "digest":
+		fmt.Printf("%016x\n", digest(rows))
+	case command == "search":
+		to := random(*seed, 0)
+		slices.SortFunc(rows, func(a, b Row) int { return cmp.Compare(distance(a, to), distance(b, to)) })
+		for _, r := range rows[:min(*top, len(rows))] {
+			fmt.Printf("row %-6d %s distance %.3f\n", r.ID, r.Text, distance(r, to))
 		}
-	case command == "delete" && s != nil:
-		for _, r := range live {
-			if r.ID%*every == 0 {
-				s.Write(deletes, Row{ID: r.ID})
+	case command == "load" && s.catalog != nil:
+		first, err := s.allocate(ctx, *count) // ids of rows: used once, too
+		for i := int64(0); i < *count && err == nil; i++ {
+			if s.Write(inserts, random(*seed, first+i)); i%5000 == 4999 || i == *count-1 {
+				err = s.Flush(ctx)
 			}
 		}
+		return err
+	case command == "delete" && s.catalog != nil:
+		for _, r := range slices.DeleteFunc(rows, func(r Row) bool { return r.ID%*every != 0 }) {
+			s.Write(deletes, Row{ID: r.ID})
+		}
 		return s.Flush(ctx)
-	case command == "compact" && s != nil:
+	case command == "compact" && s.catalog != nil:
 		return s.Compact(ctx)
 	default:
 		return fmt.Errorf("%q is no command for this", command)
@@ -88,12 +86,18 @@ func run(ctx context.Context, command string) error {
 	return nil
 }
 
-// random returns a row that depends on seed and id alone.
 func random(seed uint64, id int64) Row {
 	r, row := rand.New(rand.NewPCG(seed, uint64(id))), Row{ID: id}
 	for i := range row.Vector {
 		row.Vector[i] = float32(r.NormFloat64())
 	}
-	copy(row.Text[:], fmt.Sprintf("%s %s %d", colours[r.IntN(len(colours))], ...))
+	copy(row.Text[:], fmt.Sprintf("%-24s", []string{"blue", "red", "old", "new"}[r.IntN(4)]+" "+[]string{"lamp", "chair", "clock"}[r.IntN(3)]))
 	return row
+}
+
+func distance(a, b Row) (d float32) {
+	for i, x := range a.Vector {
+		d += (x - b.Vector[i]) * (x - b.Vector[i])
+	}
+	return d
 }

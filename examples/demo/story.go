@@ -1,0 +1,229 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// tell runs the story. After an error the rest of it does nothing.
+func tell(ctx context.Context, d *demo) {
+	d.chapter("A server and a collection")
+	d.say("snapshotd runs in one process here, with its etcd inside and a directory as object store. "+
+		"The engine is a toy vector store (examples/engine): it writes segment files into that directory "+
+		"and tells snapshotd's catalog which there are. Lines of more than %d columns are cut (…).", width)
+	d.start(ctx)
+	if d.err == nil {
+		fmt.Printf("\n%s\n", d.paint.bold("$ export SNAPSHOTCTL_ADDR="+d.addr))
+		fmt.Printf("%s\n", d.paint.bold(fmt.Sprintf("$ alias engine='engine --addr %s \\\n    --store %s'", d.addr, d.store())))
+	}
+	d.run(ctx, "snapshotctl", "info")
+	d.run(ctx, "engine", "--collection", "shop", "create")
+	d.run(ctx, "engine", "--collection", "shop", "load", "--rows", "20000")
+	found := d.run(ctx, "engine", "--collection", "shop", "search", "--seed", "7", "--top", "5")
+	digest := d.run(ctx, "engine", "--collection", "shop", "digest")
+
+	d.chapter("A snapshot")
+	before := d.snapshot(ctx, "before-sale")
+
+	d.chapter("Life goes on")
+	d.run(ctx, "engine", "--collection", "shop", "delete", "--every", "3")
+	d.run(ctx, "engine", "--collection", "shop", "load", "--rows", "5000", "--seed", "2")
+	d.run(ctx, "engine", "--collection", "shop", "compact")
+	now := d.run(ctx, "engine", "--collection", "shop", "search", "--seed", "7", "--top", "5")
+	d.check(now != found, "the search finds other rows than before")
+	after := d.snapshot(ctx, "after-sale")
+	d.run(ctx, "snapshotctl", "snapshot", "list")
+	d.run(ctx, "snapshotctl", "snapshot", "describe", "before-sale")
+
+	d.chapter("The collection is dropped")
+	d.run(ctx, "snapshotctl", "catalog", "drop-collection", "shop")
+	d.fails(ctx, "engine", "--collection", "shop", "count")
+	d.say("The snapshot goes on without it. It names every file, with its size and SHA-256; do they hold?")
+	files, total := d.verify(ctx, "before-sale")
+	d.check(files == before.files && total == before.bytes, "the snapshot's record counts the same: %d files", before.files)
+	d.say("And is it still readable? The engine opens it in place of the collection.")
+	again := d.run(ctx, "engine", "--snapshot", "before-sale", "search", "--seed", "7", "--top", "5")
+	d.check(again == found, "the same rows as before the sale")
+	d.check(d.run(ctx, "engine", "--snapshot", "before-sale", "digest") == digest, "the same digest as before the sale, of all rows")
+
+	d.chapter("Undo")
+	d.say("A snapshot is undone by dropping it. The objects that it consists of go at once, and the data files " +
+		"that it alone kept are not protected any more.")
+	d.run(ctx, "snapshotctl", "snapshot", "drop", "after-sale")
+	began := time.Now()
+	d.gone(ctx, after)
+	d.run(ctx, "snapshotctl", "snapshot", "list")
+
+	d.summary(before, time.Since(began))
+}
+
+// taken is a snapshot that was taken.
+type taken struct {
+	id            string
+	prefix        string // of its own objects
+	files, bytes  int64  // that it references
+	segments      int64
+	rows          int64
+	cuts          []string
+	own, ownBytes int64 // objects that snapshotd wrote for it
+	moved         int64 // bytes of data that it wrote
+	took          time.Duration
+}
+
+// description is what is needed of `snapshot describe -o json`, which writes
+// 64-bit numbers as strings.
+type description struct {
+	Prefix   string
+	Snapshot struct {
+		ID                     string
+		CreateTime, CommitTime time.Time
+		Totals                 struct {
+			Segments, Rows, Files, Bytes int64 `json:",string"`
+		}
+		Cuts []struct {
+			Channel  string
+			Position struct{ Timestamp string }
+		}
+	}
+	Collection struct{ Roots []struct{ Prefix string } }
+}
+
+func (d *demo) describe(ctx context.Context, name string) (v description) {
+	d.decode(d.read(ctx, "snapshotctl", "snapshot", "describe", name, "-o", "json"), &v)
+	return v
+}
+
+func (d *demo) decode(text string, v any) {
+	if d.err == nil {
+		d.err = json.Unmarshal([]byte(text), v)
+	}
+}
+
+// snapshot takes a snapshot and measures what it did to the object store.
+func (d *demo) snapshot(ctx context.Context, name string) taken {
+	old := d.measure()
+	d.run(ctx, "snapshotctl", "snapshot", "create", name, "--collection", "shop")
+	now := d.measure()
+	v := d.describe(ctx, name)
+	t := taken{
+		id: v.Snapshot.ID, prefix: v.Prefix,
+		segments: v.Snapshot.Totals.Segments, rows: v.Snapshot.Totals.Rows,
+		files: v.Snapshot.Totals.Files, bytes: v.Snapshot.Totals.Bytes,
+		own: now.own - old.own, ownBytes: now.ownBytes - old.ownBytes, moved: now.dataBytes - old.dataBytes,
+		took: v.Snapshot.CommitTime.Sub(v.Snapshot.CreateTime),
+	}
+	for _, c := range v.Snapshot.Cuts {
+		t.cuts = append(t.cuts, c.Channel+" before "+c.Position.Timestamp)
+	}
+	d.say("The object store, measured: %d data files of %s before and %d of %s after it. For itself the snapshot wrote %d objects of %s.",
+		old.data, size(old.dataBytes), now.data, size(now.dataBytes), t.own, size(t.ownBytes))
+	d.check(now.data == old.data && t.moved == 0, "bytes of data moved: 0")
+	return t
+}
+
+// measured is what is in the object store.
+type measured struct{ data, dataBytes, own, ownBytes int64 }
+
+func (d *demo) measure() (m measured) {
+	if d.err != nil {
+		return m
+	}
+	d.err = filepath.WalkDir(d.store(), func(path string, e fs.DirEntry, err error) error {
+		if err != nil || !e.Type().IsRegular() {
+			return err
+		}
+		info, err := e.Info()
+		if err != nil {
+			return err
+		}
+		if rel, _ := filepath.Rel(d.store(), path); strings.HasPrefix(rel, "snapshots/") {
+			m.own++
+			m.ownBytes += info.Size()
+		} else {
+			m.data++
+			m.dataBytes += info.Size()
+		}
+		return nil
+	})
+	return m
+}
+
+// verify reads every file of a snapshot and compares it with the record.
+func (d *demo) verify(ctx context.Context, name string) (files, total int64) {
+	var list struct {
+		Segments []struct {
+			Segment struct {
+				Files []struct {
+					Root      int
+					Path      string
+					SizeBytes int64 `json:",string"`
+					Checksum  struct {
+						Type  string
+						Value []byte
+					}
+				}
+			}
+		}
+	}
+	d.decode(d.read(ctx, "snapshotctl", "snapshot", "segments", name, "--files", "-o", "json"), &list)
+	roots := d.describe(ctx, name).Collection.Roots
+	began := time.Now()
+	var bad []string
+	for _, s := range list.Segments {
+		for _, f := range s.Segment.Files {
+			files++
+			content, err := os.ReadFile(filepath.Join(d.store(), roots[f.Root].Prefix, f.Path))
+			total += int64(len(content))
+			sum := sha256.Sum256(content)
+			if err != nil || int64(len(content)) != f.SizeBytes || f.Checksum.Type != "SHA256" || !bytes.Equal(sum[:], f.Checksum.Value) {
+				bad = append(bad, f.Path)
+			}
+		}
+	}
+	d.check(files > 0 && len(bad) == 0, "%d files, %s, read and compared in %s: all are there and unaltered",
+		files, size(total), round(time.Since(began)))
+	for _, path := range bad {
+		d.complain("missing or altered: " + path)
+	}
+	return files, total
+}
+
+// gone waits until nothing is left of a dropped snapshot.
+func (d *demo) gone(ctx context.Context, t taken) {
+	if d.err != nil {
+		return
+	}
+	began := time.Now()
+	d.err = d.poll(ctx, removeWait, "the snapshot's record to go", func() bool {
+		err := d.command(ctx, "snapshotctl", "snapshot", "get", "--id", t.id).Run()
+		exit, _ := errors.AsType[*exec.ExitError](err)
+		return exit != nil && exit.ExitCode() == 3 // NOT_FOUND
+	})
+	_, err := os.Stat(filepath.Join(d.store(), t.prefix))
+	d.check(errors.Is(err, fs.ErrNotExist), "its %d objects under %s are gone, within %s", t.own, t.prefix, round(time.Since(began)))
+}
+
+// summary says in plain words what happened.
+func (d *demo) summary(t taken, undo time.Duration) {
+	d.chapter("In plain words")
+	d.say("What was captured? All of collection shop: %d rows in %d segments, as of one cut per channel: %s.",
+		t.rows, t.segments, strings.Join(t.cuts, ", "))
+	d.say("What did it cost? %s, and %d objects of %s in all. Bytes of data moved: %d.",
+		round(t.took), t.own, size(t.ownBytes), t.moved)
+	d.say("What protects it? The snapshot keeps its %d files (%s): nothing that snapshotd deletes is among them "+
+		"for as long as it exists, whatever becomes of the collection. It does not hold off others: a lifecycle "+
+		"rule of the bucket, or an rm, has to spare these files by itself.", t.files, size(t.bytes))
+	d.say("How to undo it? By `snapshotctl snapshot drop before-sale`. For after-sale, that took %s until the last "+
+		"object was gone.", round(undo))
+	d.say("What next? Reading a snapshot where it lies, as just now. Restoring it into a new collection comes in a later release.")
+}

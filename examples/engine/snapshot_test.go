@@ -1,0 +1,299 @@
+//go:build !short
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"math"
+	"math/rand/v2"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
+	"github.com/snapshotd/snapshotd/client"
+	"github.com/snapshotd/snapshotd/embed"
+)
+
+// oracle knows all that was ever written, by channel, and so which rows a
+// snapshot has to show: those before their channel's cut, less those deleted
+// after they were written and before the cut.
+type oracle []map[api.Segment_Level][]Row
+
+// at returns the rows at these cuts.
+func (o oracle) at(cuts []uint64) (rows []Row) {
+	for ch, written := range o {
+		deleted := map[int64]uint64{} // when, for the last time before the cut
+		for _, r := range written[deletes] {
+			if r.Time < cuts[ch] {
+				deleted[r.ID] = r.Time
+			}
+		}
+		for _, r := range written[inserts] {
+			if r.Time < cuts[ch] && r.Time > deleted[r.ID] {
+				rows = append(rows, r)
+			}
+		}
+	}
+	return rows
+}
+
+// snapshotOf is a snapshot, and what it has to show.
+type snapshotOf struct {
+	name string
+	cuts []uint64
+	want []Row
+}
+
+// world is an engine with an oracle.
+type world struct {
+	t   *testing.T
+	c   *client.Client
+	dir string
+	rnd *rand.Rand
+
+	s           *Store
+	oracle      oracle
+	checkpoints []uint64
+	growing     []int64 // segments in that state
+	nextID      int64
+	taken       []snapshotOf
+
+	straddling, captured, apart int64 // how often what the test is about occurred
+}
+
+// TestSnapshotsAgainstOracle has the engine do things at random, halfway things
+// among them, and takes snapshots in between. In the end each of these has to
+// show what the oracle says: no row before its channel's cut is missing, none at
+// or after it is visible.
+func TestSnapshotsAgainstOracle(t *testing.T) {
+	dir := t.TempDir()
+	cfg := embed.Default()
+	cfg.DataDir, cfg.Listen, cfg.MetricsListen, cfg.LogLevel = dir, "127.0.0.1:0", "off", "error"
+	srv, err := embed.Start(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := srv.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	c, err := client.Dial(srv.Addr(), client.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	for seed := range uint64(4) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			name := fmt.Sprintf("shop-%d", seed)
+			w := &world{
+				t: t, c: c, dir: filepath.Join(dir, "objects"), rnd: rand.New(rand.NewPCG(seed, 1)), nextID: 1,
+				oracle: oracle{{}, {}}, checkpoints: make([]uint64, 2),
+			}
+			w.must(Create(t.Context(), c, name))
+			w.reopen(name)
+			for range 120 {
+				w.step(name)
+			}
+			w.snapshot(name)
+			ref := w.s.collection
+			_, err := c.Catalog.DropCollection(t.Context(), &api.DropCollectionRequest{Collection: ref})
+			w.must(err)
+			if _, _, err := Open(t.Context(), c, w.dir, name); client.Reason(err) != "COLLECTION_NOT_FOUND" {
+				t.Errorf("open the dropped collection: got %v", err)
+			}
+			for _, snap := range w.taken {
+				w.verify(snap)
+			}
+			if w.straddling == 0 || w.captured == 0 || w.apart == 0 {
+				t.Errorf("too tame: %d straddling segments, %d growing ones captured, %d snapshots with cuts apart",
+					w.straddling, w.captured, w.apart)
+			}
+		})
+	}
+}
+
+func (w *world) must(err error) {
+	w.t.Helper()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// step does one thing.
+func (w *world) step(name string) {
+	ctx := w.t.Context()
+	switch n := w.rnd.IntN(100); {
+	case n < 40:
+		for range 1 + w.rnd.IntN(30) {
+			w.write(inserts, random(w.rnd.Uint64(), w.nextID))
+			w.nextID++
+		}
+	case n < 60:
+		for range 1 + w.rnd.IntN(8) {
+			w.write(deletes, Row{ID: 1 + w.rnd.Int64N(w.nextID)})
+		}
+	case n < 75:
+		w.flushPart(ctx)
+	case n < 80:
+		w.seal(ctx)
+	case n < 84:
+		w.must(w.s.Flush(ctx))
+		copy(w.checkpoints, w.s.clocks)
+	case n < 87:
+		if segments, err := w.s.segments(ctx); err != nil || len(segments) > 0 {
+			w.must(err)
+			w.must(w.s.Compact(ctx))
+			copy(w.checkpoints, w.s.clocks)
+			w.growing = nil
+		}
+	case n < 90:
+		w.reopen(name)
+	default:
+		w.snapshot(name)
+	}
+}
+
+// write writes a row and tells the oracle.
+func (w *world) write(what api.Segment_Level, r Row) {
+	old := slices.Clone(w.s.clocks)
+	w.s.Write(what, r)
+	for ch, clock := range w.s.clocks {
+		if clock != old[ch] {
+			r.Time = old[ch]
+			w.oracle[ch][what] = append(w.oracle[ch][what], r)
+		}
+	}
+}
+
+// flushPart puts the inserts or the deletes of one channel into files, as a
+// growing segment, and moves the channel's checkpoint by less than it might.
+func (w *world) flushPart(ctx context.Context) {
+	ch := w.rnd.IntN(2)
+	for what, rows := range w.s.growing[ch] {
+		seg, err := w.s.write(ctx, int32(ch), what, rows)
+		w.must(err)
+		seg.State = api.Segment_STATE_GROWING
+		files := seg.GetFiles()
+		if w.rnd.IntN(2) == 0 { // its files come a moment later
+			seg.Files = nil
+		}
+		stream, err := w.c.Catalog.AddSegments(ctx)
+		w.must(err)
+		w.must(stream.Send(&api.AddSegmentsRequest{Collection: w.s.collection, Segments: []*api.Segment{seg}}))
+		_, err = stream.CloseAndRecv()
+		w.must(err)
+		if seg.GetFiles() == nil {
+			w.must(w.update(ctx, &api.SegmentUpdate{SegmentId: seg.GetId(), AddFiles: files}))
+		}
+		w.growing = append(w.growing, seg.GetId())
+		delete(w.s.growing[ch], what)
+		break
+	}
+	limit := w.s.clocks[ch]
+	for _, rows := range w.s.growing[ch] {
+		limit = min(limit, rows[0].Time)
+	}
+	from := max(w.checkpoints[ch], 1) // where clocks start
+	to := from + w.rnd.Uint64N(limit-from+1)
+	_, err := w.c.Catalog.SetCheckpoints(ctx, &api.SetCheckpointsRequest{Collection: w.s.collection, Checkpoints: []*api.ChannelPosition{
+		{Shard: int32(ch), Position: &api.Position{Timestamp: to}},
+	}})
+	w.must(err)
+	w.checkpoints[ch] = to
+}
+
+// seal makes growing segments flushed ones.
+func (w *world) seal(ctx context.Context) {
+	for _, id := range w.growing {
+		w.must(w.update(ctx, &api.SegmentUpdate{SegmentId: id, State: api.Segment_STATE_FLUSHED}))
+	}
+	w.growing = nil
+}
+
+func (w *world) update(ctx context.Context, u *api.SegmentUpdate) error {
+	_, err := w.c.Catalog.UpdateSegments(ctx, &api.UpdateSegmentsRequest{
+		Collection: w.s.collection, Updates: []*api.SegmentUpdate{u}, RequestToken: client.NewRequestToken(),
+	})
+	return err
+}
+
+// reopen opens the collection anew, as after a crash: what was in memory only,
+// the engine, which has no log, has lost. All else must be there.
+func (w *world) reopen(name string) {
+	if w.s != nil {
+		for ch, memory := range w.s.growing {
+			for what, rows := range memory {
+				w.oracle[ch][what] = slices.DeleteFunc(w.oracle[ch][what], func(r Row) bool { return r.Time >= rows[0].Time })
+			}
+		}
+	}
+	s, rows, err := Open(w.t.Context(), w.c, w.dir, name)
+	w.must(err)
+	w.s = s
+	w.same("opened", rows, w.oracle.at([]uint64{math.MaxUint64, math.MaxUint64}))
+}
+
+func (w *world) snapshot(name string) {
+	ctx := w.t.Context()
+	snap := snapshotOf{name: fmt.Sprintf("%s.%d", name, len(w.taken)), cuts: slices.Clone(w.checkpoints)}
+	resp, err := w.c.Snapshots.CreateSnapshot(ctx, &api.CreateSnapshotRequest{
+		Collection: w.s.collection, Name: snap.name, RequestToken: client.NewRequestToken(),
+	})
+	if client.Reason(err) == "CHECKPOINT_MISSING" && slices.Contains(w.checkpoints, 0) {
+		return
+	}
+	w.must(err)
+	got := make([]uint64, 2)
+	for _, p := range resp.GetSnapshot().GetCuts() {
+		got[p.GetShard()] = p.GetPosition().GetTimestamp()
+	}
+	if !slices.Equal(got, snap.cuts) {
+		w.t.Errorf("%s: got cuts %d, want %d", snap.name, got, snap.cuts)
+	}
+	snap.want = w.oracle.at(snap.cuts)
+	w.taken = append(w.taken, snap)
+	w.straddling += resp.GetSnapshot().GetTotals().GetStraddlingSegments()
+	if snap.cuts[0] != snap.cuts[1] {
+		w.apart++
+	}
+	list, err := w.c.Snapshots.ListSnapshotSegments(ctx, &api.ListSnapshotSegmentsRequest{
+		Snapshot: &api.SnapshotRef{Ref: &api.SnapshotRef_Id{Id: resp.GetSnapshot().GetId()}},
+	})
+	w.must(err)
+	for _, x := range list.GetSegments() {
+		if x.GetSegment().GetState() == api.Segment_STATE_GROWING {
+			w.captured++
+		}
+	}
+}
+
+// verify compares what a snapshot shows with what it has to.
+func (w *world) verify(snap snapshotOf) {
+	_, rows, err := OpenSnapshot(w.t.Context(), w.c, w.dir, snap.name)
+	w.must(err)
+	w.same(fmt.Sprintf("%s with cuts %d", snap.name, snap.cuts), rows, snap.want)
+}
+
+// same compares rows in any order.
+func (w *world) same(what string, got, want []Row) {
+	w.t.Helper()
+	if digest(got) == digest(want) {
+		return
+	}
+	times := func(rows []Row) map[int64]uint64 {
+		m := map[int64]uint64{}
+		for _, r := range rows {
+			m[r.ID] = r.Time
+		}
+		return m
+	}
+	has, wants := times(got), times(want)
+	missing, extra := maps.Clone(wants), maps.Clone(has)
+	maps.DeleteFunc(missing, func(id int64, _ uint64) bool { _, ok := has[id]; return ok })
+	maps.DeleteFunc(extra, func(id int64, _ uint64) bool { _, ok := wants[id]; return ok })
+	w.t.Errorf("%s: got %d rows, want %d; missing, with their times: %v; not to be seen: %v", what, len(got), len(want), missing, extra)
+}
