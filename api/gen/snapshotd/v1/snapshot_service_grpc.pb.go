@@ -37,12 +37,21 @@ const (
 // Every error carries a google.rpc.ErrorInfo with domain "snapshotd" and a
 // stable reason. Besides those listed at each call, every call may end with
 //
-//	INVALID_ARGUMENT    INVALID_REQUEST: a field breaks its rule; the details
-//	                    (google.rpc.BadRequest) say which.
-//	UNAVAILABLE         STORE_UNAVAILABLE: the metadata or object store did not
-//	                    answer. A write may have happened: repeat the call with
-//	                    the same request_token.
-//	RESOURCE_EXHAUSTED  STORE_FULL, MESSAGE_TOO_LARGE or OVERLOADED.
+//	INVALID_ARGUMENT     INVALID_REQUEST: a field breaks its rule; the details
+//	                     (google.rpc.BadRequest) say which.
+//	UNAUTHENTICATED, PERMISSION_DENIED  of the same names.
+//	UNAVAILABLE          STORE_UNAVAILABLE: the metadata or object store did not
+//	                     answer. A write may have happened: repeat the call with
+//	                     the same request_token. STOPPING: this replica is about
+//	                     to end. SLOW_READER: a stream was not read for long.
+//	RESOURCE_EXHAUSTED   STORE_FULL, OVERLOADED; MESSAGE_TOO_LARGE: more than
+//	                     4 MiB (no details when gRPC itself refuses it).
+//	DATA_LOSS            RECORD_UNREADABLE: a record is damaged or of a newer
+//	                     release; it is left alone.
+//	FAILED_PRECONDITION  FORMAT_TOO_NEW: a newer release wrote the snapshot.
+//	DEADLINE_EXCEEDED, CANCELED  of the same names.
+//	INTERNAL             INTERNAL: a mistake in snapshotd; its log has it under
+//	                     the request id that the message gives.
 //
 // Mutations take a request_token: repeating a call with the token and the same
 // request joins the first or returns its result for 24 hours; another request
@@ -203,12 +212,21 @@ func (c *snapshotServiceClient) DropSnapshot(ctx context.Context, in *DropSnapsh
 // Every error carries a google.rpc.ErrorInfo with domain "snapshotd" and a
 // stable reason. Besides those listed at each call, every call may end with
 //
-//	INVALID_ARGUMENT    INVALID_REQUEST: a field breaks its rule; the details
-//	                    (google.rpc.BadRequest) say which.
-//	UNAVAILABLE         STORE_UNAVAILABLE: the metadata or object store did not
-//	                    answer. A write may have happened: repeat the call with
-//	                    the same request_token.
-//	RESOURCE_EXHAUSTED  STORE_FULL, MESSAGE_TOO_LARGE or OVERLOADED.
+//	INVALID_ARGUMENT     INVALID_REQUEST: a field breaks its rule; the details
+//	                     (google.rpc.BadRequest) say which.
+//	UNAUTHENTICATED, PERMISSION_DENIED  of the same names.
+//	UNAVAILABLE          STORE_UNAVAILABLE: the metadata or object store did not
+//	                     answer. A write may have happened: repeat the call with
+//	                     the same request_token. STOPPING: this replica is about
+//	                     to end. SLOW_READER: a stream was not read for long.
+//	RESOURCE_EXHAUSTED   STORE_FULL, OVERLOADED; MESSAGE_TOO_LARGE: more than
+//	                     4 MiB (no details when gRPC itself refuses it).
+//	DATA_LOSS            RECORD_UNREADABLE: a record is damaged or of a newer
+//	                     release; it is left alone.
+//	FAILED_PRECONDITION  FORMAT_TOO_NEW: a newer release wrote the snapshot.
+//	DEADLINE_EXCEEDED, CANCELED  of the same names.
+//	INTERNAL             INTERNAL: a mistake in snapshotd; its log has it under
+//	                     the request id that the message gives.
 //
 // Mutations take a request_token: repeating a call with the token and the same
 // request joins the first or returns its result for 24 hours; another request
