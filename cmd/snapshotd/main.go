@@ -123,6 +123,9 @@ func (a *app) serve() *cobra.Command {
 		}
 		cfg.Version = version
 		srv, err := embed.Start(cmd.Context(), cfg)
+		if err != nil && cmd.Context().Err() != nil {
+			return nil //nolint:nilerr // it was told to end while it started
+		}
 		if err != nil {
 			return err
 		}

@@ -123,7 +123,7 @@ func (d *demo) poll(ctx context.Context, limit time.Duration, what string, done 
 		case <-d.exited:
 			return fmt.Errorf("the server ended: %s", d.server.ProcessState)
 		case <-ctx.Done():
-			return fmt.Errorf("waited %s for %s: %w", limit, what, ctx.Err())
+			return fmt.Errorf("wait for %s, at most %s: %w", what, limit, ctx.Err())
 		}
 	}
 	return nil

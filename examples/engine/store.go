@@ -19,8 +19,7 @@ import (
 
 const root = "engine/" // where the files of collections lie in the object store
 
-// What a segment holds. A delete is a row with only a time and an id: it takes
-// away the row with that id that is older.
+// What a segment holds. A delete, only a time and an id, takes away an older row.
 const deletes, inserts, compacted = api.Segment_LEVEL_L0, api.Segment_LEVEL_L1, api.Segment_LEVEL_L2
 
 // Row is one row. Times order what happens in one channel, never across two.
@@ -88,8 +87,7 @@ func Open(ctx context.Context, c *client.Client, dir, name string) (*Store, []Ro
 	return s, rows, err
 }
 
-// segments returns the segments at one revision of the catalog, which has the
-// inputs of a compaction or its outputs, never both.
+// segments is all at one revision: a compaction's inputs or outputs, never both.
 func (s *Store) segments(ctx context.Context) (all []*api.Segment, err error) {
 	stream, err := s.catalog.ExportSegments(ctx, &api.ExportSegmentsRequest{Collection: s.collection})
 	for err == nil {

@@ -261,7 +261,7 @@ func TestOutput(t *testing.T) {
 			`
 NAME     ID  STATE      COLLECTION    SEGMENTS  ROWS  FILES  SIZE     CUT          TOOK
 nightly  42  COMMITTED  default/docs  3         1000  12     5.0 MiB  0=100,1=120  1.235s
-bytes moved: 0
+written for the snapshot: 2.0 KiB; its data stay where they are
 `,
 		},
 		{
@@ -271,7 +271,6 @@ bytes moved: 0
 			`
 NAME  ID  STATE    COLLECTION    SEGMENTS  ROWS  FILES  SIZE  CUT  TOOK
 next  43  PENDING  default/docs  0         0     0      0 B   -    -
-bytes moved: 0
 `,
 		},
 		{

@@ -184,7 +184,9 @@ func renderCreated(w io.Writer, s *snapshotdv1.Snapshot) {
 		n.GetSegments(), n.GetRows(), n.GetFiles(), size(n.GetBytes()), cut(s.GetCuts()), took,
 	)
 	_ = t.flush() // w is memory
-	put(w, "bytes moved: 0\n")
+	if s.GetState() == snapshotdv1.Snapshot_STATE_COMMITTED {
+		put(w, "written for the snapshot: %s; its data stay where they are\n", size(s.GetManifestBytes()))
+	}
 }
 
 // cut returns the cuts of all channels in short.
@@ -361,7 +363,7 @@ func renderDescription(w io.Writer, r *snapshotdv1.DescribeSnapshotResponse, und
 	}
 	_ = t.flush()
 
-	put(w, "\nprotects: %d files, %s\n", n.GetFiles(), size(n.GetBytes()))
+	put(w, "\nprotects: %s, %s\n", count(n.GetFiles(), "file"), size(n.GetBytes()))
 	put(w, "to undo: snapshotctl snapshot drop %s\n", undo)
 }
 

@@ -95,7 +95,7 @@ func Open(o Options) (*Client, error) {
 			MinConnectTimeout: 3 * time.Second,
 		})},
 		// The client warns of every error that it returns as well.
-		Logger: o.Log.WithOptions(zap.IncreaseLevel(zap.ErrorLevel)),
+		Logger: o.Log.WithOptions(zap.IncreaseLevel(max(zap.ErrorLevel, o.Log.Level()))),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open etcd: %v", err) //nolint:errorlint // may hold a gRPC status

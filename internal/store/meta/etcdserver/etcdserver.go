@@ -107,7 +107,7 @@ func (s *Server) start(ctx context.Context, dir string, c Config) error {
 	cfg.AutoCompactionMode = embed.CompactorModePeriodic
 	cfg.AutoCompactionRetention = "1h"
 	cfg.EnableGRPCGateway = false
-	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(c.Log.WithOptions(zap.IncreaseLevel(zap.WarnLevel)))
+	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(c.Log.WithOptions(zap.IncreaseLevel(max(zap.WarnLevel, c.Log.Level()))))
 	if c.Tune != nil {
 		c.Tune(cfg)
 	}
