@@ -68,7 +68,7 @@ func (c *Catalog) Change(ctx context.Context, tok request.Token, ref Ref, swap S
 		return 0, invalid("inputs", "%d inputs, outputs and updates, at most %d in one step; split it into several", n, MaxSwap)
 	}
 	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
-		return c.planSwap(ctx, ref, swap)
+		return c.planSwap(ctx, &ref, swap)
 	})
 	if err != nil {
 		return 0, fmt.Errorf("change segments of collection %s: %w", ref, err)
@@ -100,7 +100,7 @@ type taken struct {
 	err     error
 }
 
-func (c *Catalog) planSwap(ctx context.Context, ref Ref, swap Swap) (plan, error) {
+func (c *Catalog) planSwap(ctx context.Context, ref *Ref, swap Swap) (plan, error) {
 	col, unchanged, err := c.active(ctx, ref)
 	if err != nil {
 		return plan{}, err

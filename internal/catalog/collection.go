@@ -64,12 +64,14 @@ func (c *Catalog) Collection(ctx context.Context, ref Ref) (Collection, error) {
 }
 
 // active returns a collection that may be written, and the compare that it is
-// still as it was read.
-func (c *Catalog) active(ctx context.Context, ref Ref) (Collection, meta.Cond, error) {
-	col, err := c.Collection(ctx, ref)
+// still as it was read. It puts the id into ref: however often a change is
+// decided anew, a name is resolved once.
+func (c *Catalog) active(ctx context.Context, ref *Ref) (Collection, meta.Cond, error) {
+	col, err := c.Collection(ctx, *ref)
 	if err != nil {
 		return Collection{}, meta.Cond{}, err
 	}
+	ref.ID = col.ID
 	if err := col.checkActive(); err != nil {
 		return Collection{}, meta.Cond{}, err
 	}
@@ -276,7 +278,7 @@ func (c *Catalog) rewrite(ctx context.Context, tok request.Token, ref Ref, verb 
 	edit func(context.Context, *Collection) ([]meta.Cond, []meta.Op, error),
 ) (Collection, error) {
 	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
-		col, unchanged, err := c.active(ctx, ref)
+		col, unchanged, err := c.active(ctx, &ref)
 		if err != nil {
 			return plan{}, err
 		}
@@ -318,6 +320,10 @@ func (c *Catalog) DropCollection(ctx context.Context, tok request.Token, ref Ref
 		if err != nil {
 			return plan{}, err
 		}
+		if ref.ID > 0 && ref.Name != "" && (col.DB != ref.DB || col.Name != ref.Name) {
+			return plan{}, nil // renamed since the name was resolved: nothing has it any more
+		}
+		ref.ID = col.ID // a name is resolved once
 		if expected > 0 && expected != col.ID {
 			return plan{}, fmt.Errorf("%w: %s is %d, not %d", ErrCollectionMismatch, ref, col.ID, expected)
 		}
@@ -403,7 +409,7 @@ func (c *Catalog) addPart(ctx context.Context, tok request.Token, ref Ref, p par
 		return meta.KeyValue{}, err
 	}
 	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
-		col, unchanged, err := c.active(ctx, ref)
+		col, unchanged, err := c.active(ctx, &ref)
 		if err != nil {
 			return plan{}, err
 		}
@@ -502,7 +508,7 @@ func (c *Catalog) dropPart(ctx context.Context, tok request.Token, ref Ref, name
 		return 0, err
 	}
 	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
-		col, unchanged, err := c.active(ctx, ref)
+		col, unchanged, err := c.active(ctx, &ref)
 		if err != nil {
 			return plan{}, err
 		}

@@ -76,10 +76,10 @@ type Ref struct {
 }
 
 func (r Ref) String() string {
-	if r.ID > 0 {
-		return fmt.Sprintf("%d", r.ID)
+	if r.Name != "" {
+		return r.DB + "/" + r.Name
 	}
-	return r.DB + "/" + r.Name
+	return fmt.Sprintf("%d", r.ID)
 }
 
 // Root is a place in a configured object store.

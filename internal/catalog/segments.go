@@ -460,7 +460,7 @@ func equalSegments(a, b meta.KeyValue) (bool, error) {
 // there is ErrSegmentNotFound, before anything is written, and so is one whose
 // files are all reclaimed.
 func (c *Catalog) DropSegments(ctx context.Context, ref Ref, ids []int64) (int, error) {
-	col, _, err := c.active(ctx, ref)
+	col, _, err := c.active(ctx, &ref)
 	if err != nil {
 		return 0, fmt.Errorf("drop segments: %w", err)
 	}

@@ -73,6 +73,11 @@ func (m *Manager) startCreate(ctx context.Context, tok request.Token, spec Creat
 	if known != nil {
 		return m.join(ctx, tok, known, spec.NoWait)
 	}
+	collection, err := m.catalog.Resolve(ctx, spec.Collection) // once
+	if err != nil {
+		return nil, err
+	}
+	spec.Collection = catalog.Ref{ID: collection}
 	if len(spec.MinCut) > 0 {
 		if err := m.awaitCut(ctx, spec.Collection, spec.MinCut); err != nil {
 			return nil, err
@@ -322,11 +327,7 @@ const segmentMemory = 4 << 10
 // reserve waits until there is memory for the create. It comes before begin, for
 // a create that waits does not advance.
 func (m *Manager) reserve(ctx context.Context, c *creation) (release func(), err error) {
-	collection, err := m.catalog.Resolve(ctx, c.spec.Collection)
-	if err != nil {
-		return nil, err
-	}
-	n, err := m.catalog.CountSegments(ctx, collection)
+	n, err := m.catalog.CountSegments(ctx, c.spec.Collection.ID)
 	if err != nil {
 		return nil, err
 	}

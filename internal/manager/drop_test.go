@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -446,4 +447,51 @@ func TestUpdate(t *testing.T) {
 			t.Errorf("update of a dropped snapshot: %v", err)
 		}
 	})
+}
+
+// TestNameIsResolvedOnce has the name of a snapshot that is being dropped or
+// changed come to stand for another one.
+func TestNameIsResolvedOnce(t *testing.T) {
+	for name, call := range map[string]func(r *replica, ctx context.Context) error{
+		"drop": func(r *replica, ctx context.Context) error {
+			_, err := r.Drop(ctx, request.Token{}, Ref{Name: "x"}, 0)
+			return err
+		},
+		"update": func(r *replica, ctx context.Context) error {
+			text := "meant for the first"
+			_, err := r.Update(ctx, request.Token{}, Ref{Name: "x"}, UpdateSpec{Description: &text})
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				r, other := w.start("a"), w.start("b")
+				col, _, _ := w.collection(other, "c")
+				w.create(other, col, "x")
+				settle()
+				var second *Snapshot
+				var once sync.Once
+				r.kv.Hook(func(c meta.Call) meta.Fault {
+					if c.Method == meta.MethodTxn {
+						once.Do(func() {
+							if _, err := other.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0); err != nil {
+								t.Error(err)
+							}
+							second = w.create(other, col, "x")
+						})
+					}
+					return meta.NoFault
+				})
+				err := call(r, t.Context())
+				if name == "update" && !errors.Is(err, ErrSnapshotNotCommitted) && !errors.Is(err, ErrExpiredOrDropped) || name == "drop" && err != nil {
+					t.Errorf("ended with %v", err)
+				}
+				settle()
+				got, err := other.Get(t.Context(), Ref{Name: "x"})
+				if err != nil || got.ID != second.ID || got.State != Committed || got.Description != "" {
+					t.Errorf("the second one is %+v, err = %v", got, err)
+				}
+			})
+		})
+	}
 }

@@ -392,6 +392,7 @@ func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec U
 		if err != nil {
 			return nil, err
 		}
+		ref.ID = s.ID // a name is resolved once
 		if spec.Revision > 0 && spec.Revision != s.Revision {
 			return nil, fmt.Errorf("%w: %s is at revision %d, not %d; read it again", ErrRevisionChanged, s, s.Revision, spec.Revision)
 		}
@@ -451,6 +452,7 @@ func (m *Manager) Drop(ctx context.Context, tok request.Token, ref Ref, expected
 		}
 		txn, id := meta.Txn{}, int64(0)
 		if s != nil {
+			ref.ID = s.ID // a name is resolved once
 			if expected > 0 && expected != s.ID {
 				return 0, fmt.Errorf("drop snapshot %s: %w: it is %d, not %d", ref, ErrSnapshotMismatch, s.ID, expected)
 			}

@@ -121,10 +121,10 @@ type Ref struct {
 }
 
 func (r Ref) String() string {
-	if r.ID > 0 {
-		return fmt.Sprintf("%d", r.ID)
+	if r.Name != "" {
+		return r.Name
 	}
-	return r.Name
+	return fmt.Sprintf("%d", r.ID)
 }
 
 func encode(s *Snapshot, op string) []byte {
