@@ -35,8 +35,8 @@ const readme = `
 $ greet world
 hello world
 $ export WORD=kept; mkdir sub; cd sub
-$ sh -c 'echo ready; echo $$ > ../server.pid; exec sleep 300' &
-$ while [ ! -s ../server.pid ]; do :; done; cp ../server.pid "$REPOSITORY"
+$ sh -c 'while [ ! -e ../begin ]; do :; done; echo ready; echo $$ > ../server.pid; exec sleep 300' &
+$ touch ../begin; while [ ! -s ../server.pid ]; do :; done; cp ../server.pid "$REPOSITORY"
 ready
 '''
 
