@@ -302,9 +302,7 @@ func (a *app) infoCommand() *cobra.Command {
 			}
 			get := c.Admin.GetServerInfo
 			if wait {
-				get = func(ctx context.Context, req *snapshotdv1.GetServerInfoRequest, opts ...grpc.CallOption) (*snapshotdv1.GetServerInfoResponse, error) {
-					return c.Admin.GetServerInfo(ctx, req, append(opts, grpc.WaitForReady(true))...)
-				}
+				get = readyInfo(c)
 			}
 			resp, err := unary(ctx, a, get, &snapshotdv1.GetServerInfoRequest{})
 			if err != nil {
@@ -328,8 +326,27 @@ func (a *app) infoCommand() *cobra.Command {
 			})
 		}),
 	}
-	cmd.Flags().BoolVar(&wait, "wait", false, "wait for the server to answer, up to --timeout")
+	cmd.Flags().BoolVar(&wait, "wait", false, "wait for the server to answer and a leader to be elected, up to --timeout")
 	return cmd
+}
+
+// readyInfo is GetServerInfo that waits for the server and for a leader.
+func readyInfo(c *client.Client) callFunc[snapshotdv1.GetServerInfoRequest, snapshotdv1.GetServerInfoResponse] {
+	return func(ctx context.Context, req *snapshotdv1.GetServerInfoRequest, opts ...grpc.CallOption) (*snapshotdv1.GetServerInfoResponse, error) {
+		again := time.NewTicker(50 * time.Millisecond)
+		defer again.Stop()
+		for {
+			resp, err := c.Admin.GetServerInfo(ctx, req, append(opts, grpc.WaitForReady(true))...)
+			if err != nil || resp.GetLeader() != "" {
+				return resp, err
+			}
+			select {
+			case <-ctx.Done():
+				return resp, nil // which says that none is elected
+			case <-again.C:
+			}
+		}
+	}
 }
 
 func (a *app) debugCommand() *cobra.Command {

@@ -34,7 +34,7 @@ func cat(w io.Writer, name string) error {
 	if err != nil {
 		return err
 	}
-	defer f.Close()
+	defer func() { _ = f.Close() }() // it was only read
 	r, err := ocf.NewReader(bufio.NewReader(f))
 	if err != nil {
 		return err
