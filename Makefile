@@ -14,6 +14,10 @@ VERSION ?= $(shell git describe --tags --always --dirty --abbrev=12 2>/dev/null 
 # What `make bench` runs, and for how long each.
 BENCH ?= .
 BENCHTIME ?= 200ms
+# Set to 1, `make bench-create` fails when a bar is missed or cannot be judged.
+STRICT ?= 0
+# Flags for it besides, such as '-n 1000 -rounds 3 -only register,create'.
+BENCH_FLAGS ?=
 # Set to 1, an unreachable vulnerability database is said and forgiven.
 VULN_OPTIONAL ?= 0
 
@@ -35,7 +39,7 @@ demo: build ## Shows snapshotd at work, start to end, on this machine.
 	$(GO) run ./examples/demo
 
 .PHONY: test
-test: $(BIN)/buf ## Runs every test that gates a change, with the race detector.
+test: $(BIN)/buf $(BIN)/versitygw ## Runs every test that gates a change, with the race detector.
 	$(GO) test -race -shuffle=on -timeout 20m ./...
 	$(GO) test -C tools ./...
 
@@ -46,6 +50,12 @@ test-short: ## Runs the tests that need no server: under a minute.
 .PHONY: bench
 bench: ## Runs the benchmarks: BENCH=regexp, BENCHTIME=200ms.
 	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -timeout 20m ./...
+
+.PHONY: bench-create
+bench-create: build $(BIN)/versitygw ## Measures create, registration and reading against their bars: STRICT=1, BENCH_FLAGS=.
+	$(GO) build -o $(BIN)/bench-etcd ./internal/bench/etcd
+	$(GO) build -o $(BIN)/bench-create ./internal/bench/create
+	$(BIN)/bench-create $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-create.md $(BENCH_FLAGS)
 
 .PHONY: docs-check
 docs-check: build $(BIN)/grpcurl ## Runs the console examples of the documents and compares what they print.
@@ -75,6 +85,7 @@ lint-proto: $(BIN)/buf
 lint-tidy:
 	$(GO) mod tidy -diff
 	cd tools && $(GO) mod tidy -diff
+	cd tools/versitygw && $(GO) mod tidy -diff
 
 .PHONY: fmt
 fmt: $(BIN)/golangci-lint $(BIN)/buf ## Formats Go and protobuf files.
@@ -129,3 +140,9 @@ $(eval $(call tool,golangci-lint,github.com/golangci/golangci-lint/v2/cmd/golang
 $(eval $(call tool,govulncheck,golang.org/x/vuln/cmd/govulncheck,))
 $(eval $(call tool,grpcurl,github.com/fullstorydev/grpcurl/cmd/grpcurl,))
 $(eval $(call tool,protodep,./protodep,tools/protodep/main.go))
+
+# The S3 server that tests start. Its module is its own: it asks for other
+# versions than the tools do.
+$(BIN)/versitygw: tools/versitygw/go.mod tools/versitygw/go.sum
+	$(GO) build -C tools/versitygw -o $(BIN)/ github.com/versity/versitygw/cmd/versitygw
+	touch $@

@@ -120,14 +120,6 @@ type EtcdTLS struct {
 	Key string `json:"key"`
 }
 
-// ObjectStore is where an alias points to.
-type ObjectStore struct {
-	// Type is "file". Default: "file".
-	Type string `json:"type"`
-	// Path is the directory of a store of type file.
-	Path string `json:"path"`
-}
-
 // Duration is a duration that is written as 1m30s.
 type Duration time.Duration
 
@@ -165,7 +157,7 @@ func Default() Config {
 		CreateTimeout:  Duration(10 * time.Minute),
 		CreateLeaseTTL: Duration(time.Minute),
 		LeaderTTL:      Duration(10 * time.Second),
-		MaxCreates:     16,
+		MaxCreates:     64,
 		Grace:          Duration(15 * time.Second),
 		LogLevel:       "info",
 		LogFormat:      "json",
@@ -228,7 +220,7 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.EtcdUsername, "etcd-username", c.EtcdUsername, "user at etcd")
 	fs.StringVar(&c.EtcdPasswordFile, "etcd-password-file", c.EtcdPasswordFile, "file with the user's password")
 	fs.Int64Var(&c.EtcdQuotaBytes, "etcd-quota-bytes", c.EtcdQuotaBytes, "size at which the etcd in this process takes no more writes")
-	fs.Var(&storesFlag{config: c}, "object-store", "object store as alias=directory, may be repeated (default: default=<data-dir>/objects)")
+	fs.Var(&storesFlag{config: c}, "object-store", "object store as alias=directory or alias=s3://bucket/prefix?endpoint=..., may be repeated; without an alias it is the default (default: default=<data-dir>/objects)")
 	fs.StringVar(&c.SnapshotStore, "snapshot-store", c.SnapshotStore, "alias of the store for the snapshots' own files")
 	fs.StringVar(&c.NameScope, "name-scope", c.NameScope, "within what snapshot names are unique: cluster or collection; settled at the first start")
 	fs.StringVar(&c.TLS.Cert, "tls-cert", c.TLS.Cert, "PEM file of the server's certificate")
@@ -243,34 +235,6 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.LogLevel, "log-level", c.LogLevel, "debug, info, warn or error")
 	fs.StringVar(&c.LogFormat, "log-format", c.LogFormat, "json or console")
 	fs.StringVar(&c.Replica, "replica", c.Replica, "name of this process (default: made of host, process id and chance)")
-}
-
-// storesFlag sets object stores. The first time, those there were are
-// forgotten.
-type storesFlag struct {
-	config *Config
-	given  []string
-}
-
-func (f *storesFlag) String() string { return strings.Join(f.given, ",") }
-func (*storesFlag) Type() string     { return "alias=directory" }
-
-func (f *storesFlag) Set(text string) error {
-	if f.given == nil {
-		f.config.ObjectStores = map[string]ObjectStore{}
-	}
-	for part := range strings.SplitSeq(text, ",") {
-		alias, path, ok := strings.Cut(part, "=")
-		if !ok || alias == "" || path == "" {
-			return fmt.Errorf("%q is not alias=directory", part)
-		}
-		if _, twice := f.config.ObjectStores[alias]; twice {
-			return fmt.Errorf("alias %q is there twice", alias)
-		}
-		f.config.ObjectStores[alias] = ObjectStore{Type: "file", Path: path}
-		f.given = append(f.given, part)
-	}
-	return nil
 }
 
 // EnvPrefix begins the names of the environment variables. What follows is the
@@ -456,37 +420,6 @@ func (c Config) validateEtcd(wrong func(field, format string, args ...any)) {
 	}
 	if _, err := c.etcdPassword(); err != nil {
 		wrong("etcd_password_file", "%w", err)
-	}
-}
-
-func (c Config) validateStores(wrong func(field, format string, args ...any)) {
-	paths := map[string]string{}
-	for _, alias := range c.aliases() {
-		s := c.ObjectStores[alias]
-		field := "object_stores." + alias
-		if err := catalog.CheckName("alias", alias); err != nil {
-			wrong("object_stores", "%w", err)
-		}
-		if s.Type != "file" {
-			wrong(field+".type", "%q is not file", s.Type)
-			continue
-		}
-		if s.Path == "" {
-			wrong(field+".path", "is empty")
-			continue
-		}
-		path, err := filepath.Abs(s.Path)
-		if err != nil {
-			wrong(field+".path", "%w", err)
-			continue
-		}
-		if other, twice := paths[path]; twice {
-			wrong(field+".path", "%s is that of %s as well", s.Path, other)
-		}
-		paths[path] = alias
-	}
-	if _, ok := c.ObjectStores[c.SnapshotStore]; !ok {
-		wrong("snapshot_store", "there is no object store %q, only %s", c.SnapshotStore, strings.Join(c.aliases(), ", "))
 	}
 }
 

@@ -211,7 +211,7 @@ func TestEveryFieldHasAFlag(t *testing.T) {
 		t.Fatal(err)
 	}
 	var m map[string]any
-	if err := yaml.Unmarshal(data, &m); err != nil || m["max_creates"] != 16. {
+	if err := yaml.Unmarshal(data, &m); err != nil || m["max_creates"] != 64. {
 		t.Errorf("got %v, %v", m, err)
 	}
 }

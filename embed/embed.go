@@ -43,8 +43,6 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcdserver"
-	"github.com/snapshotd/snapshotd/internal/store/object"
-	"github.com/snapshotd/snapshotd/internal/store/object/file"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
@@ -159,14 +157,9 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	if err != nil {
 		return nil, err
 	}
-	stores := map[string]object.Store{}
-	for _, alias := range cfg.aliases() {
-		s, err := file.Open(cfg.ObjectStores[alias].Path, file.Options{}) //nolint:contextcheck // a local directory
-		if err != nil {
-			return nil, fmt.Errorf("object store %s: %w", alias, err)
-		}
-		open.add(s.Close)
-		stores[alias] = s
+	stores, err := openStores(ctx, cfg, log, open)
+	if err != nil {
+		return nil, err
 	}
 	scope, err := cfg.nameScope()
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/object/probe"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
@@ -167,7 +168,7 @@ type Checkpoint struct {
 }
 
 // ownPrefixes are what snapshotd keeps for itself in every store.
-var ownPrefixes = []string{"snapshots/", "gc/"}
+var ownPrefixes = []string{"snapshots/", "gc/", probe.Dir + "/"}
 
 // CheckObjectKey says whether a data plane's file may have this key: a valid
 // key that is not under snapshotd's own prefixes.

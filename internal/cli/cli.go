@@ -21,6 +21,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
@@ -180,7 +182,7 @@ func (a *app) root() *cobra.Command {
 		}
 		return nil
 	}
-	root.AddCommand(a.snapshotCommand(), a.catalogCommand(), a.eventsCommand(), a.debugCommand(), a.infoCommand(), a.versionCommand())
+	root.AddCommand(a.snapshotCommand(), a.catalogCommand(), a.eventsCommand(), a.storeCommand(), a.debugCommand(), a.infoCommand(), a.versionCommand())
 	return root
 }
 
@@ -346,6 +348,54 @@ func readyInfo(c *client.Client) callFunc[snapshotdv1.GetServerInfoRequest, snap
 			case <-again.C:
 			}
 		}
+	}
+}
+
+func (a *app) storeCommand() *cobra.Command {
+	cmd := group("store", "Looks at object stores", "Looks at the object stores that the server is configured with.")
+	cmd.Example = "  snapshotctl store probe"
+	cmd.AddCommand(&cobra.Command{
+		Use:   "probe [ALIAS]",
+		Short: "Finds out what an object store honours",
+		Long: `Finds out what an object store honours of what snapshotd relies on, by small
+objects under snapshotd-probe/ that it removes again. Without ALIAS it is the
+store for snapshots. The exit code is 5 when the store lacks what is required.`,
+		Example: `  snapshotctl store probe
+  snapshotctl store probe archive -o json`,
+		Args: cobra.MaximumNArgs(1),
+		RunE: a.run(func(ctx context.Context, args []string) error {
+			c, err := a.connect()
+			if err != nil {
+				return err
+			}
+			req := &snapshotdv1.ProbeStoreRequest{}
+			if len(args) > 0 {
+				req.Store = args[0]
+			}
+			resp, err := unary(ctx, a, c.Admin.ProbeStore, req)
+			if err != nil {
+				return err
+			}
+			if err := a.print(resp, func(w io.Writer) { renderProbe(w, resp) }); err != nil {
+				return err
+			}
+			if !resp.GetUsable() {
+				return status.Errorf(codes.FailedPrecondition, "store %s lacks what snapshotd needs", resp.GetStore())
+			}
+			return nil
+		}),
+	})
+	return cmd
+}
+
+func renderProbe(w io.Writer, r *snapshotdv1.ProbeStoreResponse) {
+	t := newTable(w, "", "CHECK", "REQUIRED", "HONOURED", "SEEN")
+	for _, c := range r.GetChecks() {
+		t.row(clean(c.GetName()), c.GetRequired(), c.GetOk(), clean(c.GetDetail()))
+	}
+	_ = t.flush() // w is memory
+	if r.GetUsable() {
+		put(w, "store %s can be used\n", clean(r.GetStore()))
 	}
 }
 

@@ -85,6 +85,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
 	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/object/probe"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
@@ -239,6 +240,23 @@ func (m *Manager) Leader(ctx context.Context) (string, error) {
 		return "", err
 	}
 	return string(kv.Value), nil
+}
+
+// ProbeStore finds out what the store of an alias honours; an empty alias is
+// the store for snapshots. A check that failed is no error but in the report.
+func (m *Manager) ProbeStore(ctx context.Context, alias string) (probe.Report, error) {
+	if alias == "" {
+		alias = m.o.SnapshotStore
+	}
+	store, ok := m.o.Stores[alias]
+	if !ok {
+		return probe.Report{}, fmt.Errorf("%w: %q", ErrStoreNotFound, alias)
+	}
+	report, err := probe.Run(ctx, store, probe.Dir)
+	if len(report.Checks) == 0 && err != nil {
+		return report, fmt.Errorf("probe store %s: %w", alias, err)
+	}
+	return report, nil
 }
 
 // scope is what a snapshot's name is unique within, as name keys have it.

@@ -37,6 +37,7 @@ var (
 	ErrCreateAborted        = errors.New("create aborted")
 	ErrStopping             = errors.New("this replica is stopping")
 	ErrOverloaded           = errors.New("too many creates at once")
+	ErrStoreNotFound        = errors.New("object store not found")
 	ErrEventsCompacted      = errors.New("events compacted")
 )
 

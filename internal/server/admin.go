@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -70,4 +71,16 @@ func padded(key string) string {
 		}
 	}
 	return strings.Join(parts, "/")
+}
+
+func (s *admin) ProbeStore(ctx context.Context, req *pb.ProbeStoreRequest) (*pb.ProbeStoreResponse, error) {
+	report, err := s.manager.ProbeStore(ctx, req.GetStore())
+	if err != nil {
+		return nil, err
+	}
+	resp := &pb.ProbeStoreResponse{Store: cmp.Or(req.GetStore(), s.snapshotStore), Usable: report.Err() == nil}
+	for _, c := range report.Checks {
+		resp.Checks = append(resp.Checks, &pb.ProbeCheck{Name: c.Name, Required: c.Required, Ok: c.OK, Detail: c.Detail})
+	}
+	return resp, nil
 }

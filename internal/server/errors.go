@@ -88,6 +88,7 @@ var classes = []class{
 	// What a create's token ended with is final, so a repeat would not help.
 	{err: manager.ErrCreateAborted, code: codes.Aborted, reason: "CREATE_ABORTED"},
 	{err: manager.ErrCatalogCompacted, code: codes.Aborted, reason: "CATALOG_COMPACTED", retry: time.Second},
+	{err: manager.ErrStoreNotFound, code: codes.NotFound, reason: "STORE_NOT_FOUND"},
 	{err: manager.ErrEventsCompacted, code: codes.OutOfRange, reason: "EVENTS_COMPACTED"},
 	{err: manager.ErrStopping, code: codes.Unavailable, reason: "STOPPING", retry: time.Second},
 	{err: manager.ErrOverloaded, code: codes.ResourceExhausted, reason: "OVERLOADED", retry: time.Second},
@@ -127,6 +128,14 @@ var classes = []class{
 	{
 		err: meta.ErrUnavailable, code: codes.Unavailable, reason: "STORE_UNAVAILABLE", retry: time.Second,
 		text: "the metadata store did not answer; a write may have happened: repeat the call with the same request_token",
+	},
+	{
+		err: object.ErrDenied, code: codes.FailedPrecondition, reason: "OBJECT_STORE_DENIED",
+		text: "the object store denies access to snapshotd; its log says what to grant",
+	},
+	{
+		err: object.ErrMisconfigured, code: codes.FailedPrecondition, reason: "OBJECT_STORE_MISCONFIGURED",
+		text: "the object store is not what snapshotd's configuration says; its log says what differs",
 	},
 	{
 		err: object.ErrUnavailable, code: codes.Unavailable, reason: "STORE_UNAVAILABLE", retry: time.Second,

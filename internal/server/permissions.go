@@ -60,6 +60,7 @@ var permissions = map[string]permission{
 
 	pb.AdminService_GetServerInfo_FullMethodName: read,
 	pb.AdminService_GetKey_FullMethodName:        administer,
+	pb.AdminService_ProbeStore_FullMethodName:    administer,
 
 	healthpb.Health_Check_FullMethodName:                                   anybody,
 	healthpb.Health_List_FullMethodName:                                    anybody,

@@ -25,7 +25,8 @@ import (
 const MaxKeyBytes = 1024
 
 // Errors that callers tell apart. Any other error wraps ErrUnavailable or the
-// context's error, and leaves the outcome of a write or delete unknown.
+// context's error. Those, ErrDenied and ErrMisconfigured leave the outcome of a
+// write or delete unknown.
 var (
 	// ErrNotFound means that there is no object of that key.
 	ErrNotFound = errors.New("object not found")
@@ -36,6 +37,13 @@ var (
 	ErrInvalidKey = errors.New("invalid object key")
 	// ErrUnavailable means that the store did not answer, or not usefully.
 	ErrUnavailable = errors.New("object store unavailable")
+	// ErrDenied means that the store does not let these credentials do that. To
+	// try again does not help until somebody changes the one or the other.
+	ErrDenied = errors.New("access denied by the object store")
+	// ErrMisconfigured means that the store is not what the configuration says,
+	// such as one without that bucket, in another region or of another clock, or
+	// that it lacks what is asked of it. To try again does not help.
+	ErrMisconfigured = errors.New("object store misconfigured")
 )
 
 // Info describes an object.

@@ -72,7 +72,191 @@ func (x GetServerInfoResponse_NameScope) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use GetServerInfoResponse_NameScope.Descriptor instead.
 func (GetServerInfoResponse_NameScope) EnumDescriptor() ([]byte, []int) {
-	return file_snapshotd_v1_admin_service_proto_rawDescGZIP(), []int{1, 0}
+	return file_snapshotd_v1_admin_service_proto_rawDescGZIP(), []int{4, 0}
+}
+
+// ProbeStoreRequest is the request of ProbeStore.
+type ProbeStoreRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The alias of the store. Default: the one for snapshots.
+	Store         string `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProbeStoreRequest) Reset() {
+	*x = ProbeStoreRequest{}
+	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProbeStoreRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProbeStoreRequest) ProtoMessage() {}
+
+func (x *ProbeStoreRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProbeStoreRequest.ProtoReflect.Descriptor instead.
+func (*ProbeStoreRequest) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_admin_service_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *ProbeStoreRequest) GetStore() string {
+	if x != nil {
+		return x.Store
+	}
+	return ""
+}
+
+// ProbeStoreResponse is the response of ProbeStore.
+type ProbeStoreResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The alias of the store.
+	Store string `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
+	// What was looked at.
+	Checks []*ProbeCheck `protobuf:"bytes,2,rep,name=checks,proto3" json:"checks,omitempty"`
+	// Whether all that is required is honoured.
+	Usable        bool `protobuf:"varint,3,opt,name=usable,proto3" json:"usable,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProbeStoreResponse) Reset() {
+	*x = ProbeStoreResponse{}
+	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProbeStoreResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProbeStoreResponse) ProtoMessage() {}
+
+func (x *ProbeStoreResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProbeStoreResponse.ProtoReflect.Descriptor instead.
+func (*ProbeStoreResponse) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_admin_service_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *ProbeStoreResponse) GetStore() string {
+	if x != nil {
+		return x.Store
+	}
+	return ""
+}
+
+func (x *ProbeStoreResponse) GetChecks() []*ProbeCheck {
+	if x != nil {
+		return x.Checks
+	}
+	return nil
+}
+
+func (x *ProbeStoreResponse) GetUsable() bool {
+	if x != nil {
+		return x.Usable
+	}
+	return false
+}
+
+// ProbeCheck is one thing that a store should honour.
+type ProbeCheck struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What it is.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Whether snapshotd needs it. What is not required makes things faster or
+	// safer where it is there.
+	Required bool `protobuf:"varint,2,opt,name=required,proto3" json:"required,omitempty"`
+	// Whether the store honours it.
+	Ok bool `protobuf:"varint,3,opt,name=ok,proto3" json:"ok,omitempty"`
+	// What was seen.
+	Detail        string `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProbeCheck) Reset() {
+	*x = ProbeCheck{}
+	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProbeCheck) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProbeCheck) ProtoMessage() {}
+
+func (x *ProbeCheck) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProbeCheck.ProtoReflect.Descriptor instead.
+func (*ProbeCheck) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_admin_service_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *ProbeCheck) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ProbeCheck) GetRequired() bool {
+	if x != nil {
+		return x.Required
+	}
+	return false
+}
+
+func (x *ProbeCheck) GetOk() bool {
+	if x != nil {
+		return x.Ok
+	}
+	return false
+}
+
+func (x *ProbeCheck) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
 }
 
 // GetServerInfoRequest is the request of GetServerInfo.
@@ -84,7 +268,7 @@ type GetServerInfoRequest struct {
 
 func (x *GetServerInfoRequest) Reset() {
 	*x = GetServerInfoRequest{}
-	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[0]
+	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -96,7 +280,7 @@ func (x *GetServerInfoRequest) String() string {
 func (*GetServerInfoRequest) ProtoMessage() {}
 
 func (x *GetServerInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[0]
+	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -109,7 +293,7 @@ func (x *GetServerInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetServerInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetServerInfoRequest) Descriptor() ([]byte, []int) {
-	return file_snapshotd_v1_admin_service_proto_rawDescGZIP(), []int{0}
+	return file_snapshotd_v1_admin_service_proto_rawDescGZIP(), []int{3}
 }
 
 // GetServerInfoResponse is the response of GetServerInfo.
@@ -135,7 +319,7 @@ type GetServerInfoResponse struct {
 
 func (x *GetServerInfoResponse) Reset() {
 	*x = GetServerInfoResponse{}
-	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[1]
+	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -147,7 +331,7 @@ func (x *GetServerInfoResponse) String() string {
 func (*GetServerInfoResponse) ProtoMessage() {}
 
 func (x *GetServerInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[1]
+	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -160,7 +344,7 @@ func (x *GetServerInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetServerInfoResponse.ProtoReflect.Descriptor instead.
 func (*GetServerInfoResponse) Descriptor() ([]byte, []int) {
-	return file_snapshotd_v1_admin_service_proto_rawDescGZIP(), []int{1}
+	return file_snapshotd_v1_admin_service_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *GetServerInfoResponse) GetVersion() string {
@@ -224,7 +408,7 @@ type GetKeyRequest struct {
 
 func (x *GetKeyRequest) Reset() {
 	*x = GetKeyRequest{}
-	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[2]
+	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -236,7 +420,7 @@ func (x *GetKeyRequest) String() string {
 func (*GetKeyRequest) ProtoMessage() {}
 
 func (x *GetKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[2]
+	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -249,7 +433,7 @@ func (x *GetKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKeyRequest.ProtoReflect.Descriptor instead.
 func (*GetKeyRequest) Descriptor() ([]byte, []int) {
-	return file_snapshotd_v1_admin_service_proto_rawDescGZIP(), []int{2}
+	return file_snapshotd_v1_admin_service_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *GetKeyRequest) GetKey() string {
@@ -280,7 +464,7 @@ type GetKeyResponse struct {
 
 func (x *GetKeyResponse) Reset() {
 	*x = GetKeyResponse{}
-	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[3]
+	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -292,7 +476,7 @@ func (x *GetKeyResponse) String() string {
 func (*GetKeyResponse) ProtoMessage() {}
 
 func (x *GetKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[3]
+	mi := &file_snapshotd_v1_admin_service_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -305,7 +489,7 @@ func (x *GetKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKeyResponse.ProtoReflect.Descriptor instead.
 func (*GetKeyResponse) Descriptor() ([]byte, []int) {
-	return file_snapshotd_v1_admin_service_proto_rawDescGZIP(), []int{3}
+	return file_snapshotd_v1_admin_service_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *GetKeyResponse) GetKey() string {
@@ -354,7 +538,19 @@ var File_snapshotd_v1_admin_service_proto protoreflect.FileDescriptor
 
 const file_snapshotd_v1_admin_service_proto_rawDesc = "" +
 	"\n" +
-	" snapshotd/v1/admin_service.proto\x12\fsnapshotd.v1\x1a\x1bbuf/validate/validate.proto\"\x16\n" +
+	" snapshotd/v1/admin_service.proto\x12\fsnapshotd.v1\x1a\x1bbuf/validate/validate.proto\"X\n" +
+	"\x11ProbeStoreRequest\x12C\n" +
+	"\x05store\x18\x01 \x01(\tB-\xbaH*\xd8\x01\x01r%2#^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$R\x05store\"t\n" +
+	"\x12ProbeStoreResponse\x12\x14\n" +
+	"\x05store\x18\x01 \x01(\tR\x05store\x120\n" +
+	"\x06checks\x18\x02 \x03(\v2\x18.snapshotd.v1.ProbeCheckR\x06checks\x12\x16\n" +
+	"\x06usable\x18\x03 \x01(\bR\x06usable\"d\n" +
+	"\n" +
+	"ProbeCheck\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\brequired\x18\x02 \x01(\bR\brequired\x12\x0e\n" +
+	"\x02ok\x18\x03 \x01(\bR\x02ok\x12\x16\n" +
+	"\x06detail\x18\x04 \x01(\tR\x06detail\"\x16\n" +
 	"\x14GetServerInfoRequest\"\xeb\x02\n" +
 	"\x15GetServerInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1d\n" +
@@ -378,10 +574,12 @@ const file_snapshotd_v1_admin_service_proto_rawDesc = "" +
 	"\fmod_revision\x18\x03 \x01(\x03R\vmodRevision\x12\x16\n" +
 	"\x06leased\x18\x04 \x01(\bR\x06leased\x12\x12\n" +
 	"\x04type\x18\x05 \x01(\tR\x04type\x12\x12\n" +
-	"\x04json\x18\x06 \x01(\tR\x04json2\xad\x01\n" +
+	"\x04json\x18\x06 \x01(\tR\x04json2\xfe\x01\n" +
 	"\fAdminService\x12X\n" +
 	"\rGetServerInfo\x12\".snapshotd.v1.GetServerInfoRequest\x1a#.snapshotd.v1.GetServerInfoResponse\x12C\n" +
-	"\x06GetKey\x12\x1b.snapshotd.v1.GetKeyRequest\x1a\x1c.snapshotd.v1.GetKeyResponseBAZ?github.com/snapshotd/snapshotd/api/gen/snapshotd/v1;snapshotdv1b\x06proto3"
+	"\x06GetKey\x12\x1b.snapshotd.v1.GetKeyRequest\x1a\x1c.snapshotd.v1.GetKeyResponse\x12O\n" +
+	"\n" +
+	"ProbeStore\x12\x1f.snapshotd.v1.ProbeStoreRequest\x1a .snapshotd.v1.ProbeStoreResponseBAZ?github.com/snapshotd/snapshotd/api/gen/snapshotd/v1;snapshotdv1b\x06proto3"
 
 var (
 	file_snapshotd_v1_admin_service_proto_rawDescOnce sync.Once
@@ -396,25 +594,31 @@ func file_snapshotd_v1_admin_service_proto_rawDescGZIP() []byte {
 }
 
 var file_snapshotd_v1_admin_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_snapshotd_v1_admin_service_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_snapshotd_v1_admin_service_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_snapshotd_v1_admin_service_proto_goTypes = []any{
 	(GetServerInfoResponse_NameScope)(0), // 0: snapshotd.v1.GetServerInfoResponse.NameScope
-	(*GetServerInfoRequest)(nil),         // 1: snapshotd.v1.GetServerInfoRequest
-	(*GetServerInfoResponse)(nil),        // 2: snapshotd.v1.GetServerInfoResponse
-	(*GetKeyRequest)(nil),                // 3: snapshotd.v1.GetKeyRequest
-	(*GetKeyResponse)(nil),               // 4: snapshotd.v1.GetKeyResponse
+	(*ProbeStoreRequest)(nil),            // 1: snapshotd.v1.ProbeStoreRequest
+	(*ProbeStoreResponse)(nil),           // 2: snapshotd.v1.ProbeStoreResponse
+	(*ProbeCheck)(nil),                   // 3: snapshotd.v1.ProbeCheck
+	(*GetServerInfoRequest)(nil),         // 4: snapshotd.v1.GetServerInfoRequest
+	(*GetServerInfoResponse)(nil),        // 5: snapshotd.v1.GetServerInfoResponse
+	(*GetKeyRequest)(nil),                // 6: snapshotd.v1.GetKeyRequest
+	(*GetKeyResponse)(nil),               // 7: snapshotd.v1.GetKeyResponse
 }
 var file_snapshotd_v1_admin_service_proto_depIdxs = []int32{
-	0, // 0: snapshotd.v1.GetServerInfoResponse.name_scope:type_name -> snapshotd.v1.GetServerInfoResponse.NameScope
-	1, // 1: snapshotd.v1.AdminService.GetServerInfo:input_type -> snapshotd.v1.GetServerInfoRequest
-	3, // 2: snapshotd.v1.AdminService.GetKey:input_type -> snapshotd.v1.GetKeyRequest
-	2, // 3: snapshotd.v1.AdminService.GetServerInfo:output_type -> snapshotd.v1.GetServerInfoResponse
-	4, // 4: snapshotd.v1.AdminService.GetKey:output_type -> snapshotd.v1.GetKeyResponse
-	3, // [3:5] is the sub-list for method output_type
-	1, // [1:3] is the sub-list for method input_type
-	1, // [1:1] is the sub-list for extension type_name
-	1, // [1:1] is the sub-list for extension extendee
-	0, // [0:1] is the sub-list for field type_name
+	3, // 0: snapshotd.v1.ProbeStoreResponse.checks:type_name -> snapshotd.v1.ProbeCheck
+	0, // 1: snapshotd.v1.GetServerInfoResponse.name_scope:type_name -> snapshotd.v1.GetServerInfoResponse.NameScope
+	4, // 2: snapshotd.v1.AdminService.GetServerInfo:input_type -> snapshotd.v1.GetServerInfoRequest
+	6, // 3: snapshotd.v1.AdminService.GetKey:input_type -> snapshotd.v1.GetKeyRequest
+	1, // 4: snapshotd.v1.AdminService.ProbeStore:input_type -> snapshotd.v1.ProbeStoreRequest
+	5, // 5: snapshotd.v1.AdminService.GetServerInfo:output_type -> snapshotd.v1.GetServerInfoResponse
+	7, // 6: snapshotd.v1.AdminService.GetKey:output_type -> snapshotd.v1.GetKeyResponse
+	2, // 7: snapshotd.v1.AdminService.ProbeStore:output_type -> snapshotd.v1.ProbeStoreResponse
+	5, // [5:8] is the sub-list for method output_type
+	2, // [2:5] is the sub-list for method input_type
+	2, // [2:2] is the sub-list for extension type_name
+	2, // [2:2] is the sub-list for extension extendee
+	0, // [0:2] is the sub-list for field type_name
 }
 
 func init() { file_snapshotd_v1_admin_service_proto_init() }
@@ -428,7 +632,7 @@ func file_snapshotd_v1_admin_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_snapshotd_v1_admin_service_proto_rawDesc), len(file_snapshotd_v1_admin_service_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   4,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

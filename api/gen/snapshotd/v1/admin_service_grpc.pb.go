@@ -21,6 +21,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	AdminService_GetServerInfo_FullMethodName = "/snapshotd.v1.AdminService/GetServerInfo"
 	AdminService_GetKey_FullMethodName        = "/snapshotd.v1.AdminService/GetKey"
+	AdminService_ProbeStore_FullMethodName    = "/snapshotd.v1.AdminService/ProbeStore"
 )
 
 // AdminServiceClient is the client API for AdminService service.
@@ -38,6 +39,13 @@ type AdminServiceClient interface {
 	//
 	//	NOT_FOUND  KEY_NOT_FOUND.
 	GetKey(ctx context.Context, in *GetKeyRequest, opts ...grpc.CallOption) (*GetKeyResponse, error)
+	// ProbeStore finds out what an object store honours, by small objects under
+	// snapshotd-probe/ that it removes again. It can take some seconds.
+	//
+	// Errors:
+	//
+	//	NOT_FOUND  STORE_NOT_FOUND: no store of that alias is configured.
+	ProbeStore(ctx context.Context, in *ProbeStoreRequest, opts ...grpc.CallOption) (*ProbeStoreResponse, error)
 }
 
 type adminServiceClient struct {
@@ -68,6 +76,16 @@ func (c *adminServiceClient) GetKey(ctx context.Context, in *GetKeyRequest, opts
 	return out, nil
 }
 
+func (c *adminServiceClient) ProbeStore(ctx context.Context, in *ProbeStoreRequest, opts ...grpc.CallOption) (*ProbeStoreResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ProbeStoreResponse)
+	err := c.cc.Invoke(ctx, AdminService_ProbeStore_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServiceServer is the server API for AdminService service.
 // All implementations must embed UnimplementedAdminServiceServer
 // for forward compatibility.
@@ -83,6 +101,13 @@ type AdminServiceServer interface {
 	//
 	//	NOT_FOUND  KEY_NOT_FOUND.
 	GetKey(context.Context, *GetKeyRequest) (*GetKeyResponse, error)
+	// ProbeStore finds out what an object store honours, by small objects under
+	// snapshotd-probe/ that it removes again. It can take some seconds.
+	//
+	// Errors:
+	//
+	//	NOT_FOUND  STORE_NOT_FOUND: no store of that alias is configured.
+	ProbeStore(context.Context, *ProbeStoreRequest) (*ProbeStoreResponse, error)
 	mustEmbedUnimplementedAdminServiceServer()
 }
 
@@ -98,6 +123,9 @@ func (UnimplementedAdminServiceServer) GetServerInfo(context.Context, *GetServer
 }
 func (UnimplementedAdminServiceServer) GetKey(context.Context, *GetKeyRequest) (*GetKeyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetKey not implemented")
+}
+func (UnimplementedAdminServiceServer) ProbeStore(context.Context, *ProbeStoreRequest) (*ProbeStoreResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ProbeStore not implemented")
 }
 func (UnimplementedAdminServiceServer) mustEmbedUnimplementedAdminServiceServer() {}
 func (UnimplementedAdminServiceServer) testEmbeddedByValue()                      {}
@@ -156,6 +184,24 @@ func _AdminService_GetKey_Handler(srv interface{}, ctx context.Context, dec func
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AdminService_ProbeStore_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ProbeStoreRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).ProbeStore(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_ProbeStore_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).ProbeStore(ctx, req.(*ProbeStoreRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // AdminService_ServiceDesc is the grpc.ServiceDesc for AdminService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -170,6 +216,10 @@ var AdminService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetKey",
 			Handler:    _AdminService_GetKey_Handler,
+		},
+		{
+			MethodName: "ProbeStore",
+			Handler:    _AdminService_ProbeStore_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

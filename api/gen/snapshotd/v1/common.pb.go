@@ -457,8 +457,8 @@ type Root struct {
 	// "default".
 	Store string `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
 	// What all keys under the root begin with: empty, or a relative path that
-	// ends in "/". At most 512 bytes. Must not lie under "snapshots/" or "gc/",
-	// which are snapshotd's own.
+	// ends in "/". At most 512 bytes. Must not lie under "snapshots/", "gc/" or
+	// "snapshotd-probe/", which are snapshotd's own.
 	Prefix        string `protobuf:"bytes,2,opt,name=prefix,proto3" json:"prefix,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

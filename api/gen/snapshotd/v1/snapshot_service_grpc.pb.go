@@ -49,6 +49,8 @@ const (
 //	DATA_LOSS            RECORD_UNREADABLE: a record is damaged or of a newer
 //	                     release; it is left alone.
 //	FAILED_PRECONDITION  FORMAT_TOO_NEW: a newer release wrote the snapshot.
+//	                     OBJECT_STORE_DENIED, OBJECT_STORE_MISCONFIGURED: the
+//	                     server may not do what it must at its object store.
 //	DEADLINE_EXCEEDED, CANCELED  of the same names.
 //	INTERNAL             INTERNAL: a mistake in snapshotd; its log has it under
 //	                     the request id that the message gives.
@@ -224,6 +226,8 @@ func (c *snapshotServiceClient) DropSnapshot(ctx context.Context, in *DropSnapsh
 //	DATA_LOSS            RECORD_UNREADABLE: a record is damaged or of a newer
 //	                     release; it is left alone.
 //	FAILED_PRECONDITION  FORMAT_TOO_NEW: a newer release wrote the snapshot.
+//	                     OBJECT_STORE_DENIED, OBJECT_STORE_MISCONFIGURED: the
+//	                     server may not do what it must at its object store.
 //	DEADLINE_EXCEEDED, CANCELED  of the same names.
 //	INTERNAL             INTERNAL: a mistake in snapshotd; its log has it under
 //	                     the request id that the message gives.

@@ -1,0 +1,189 @@
+//go:build !short && linux
+
+package embed_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
+	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
+	"github.com/snapshotd/snapshotd/embed"
+	"github.com/snapshotd/snapshotd/internal/store/object/probe"
+	"github.com/snapshotd/snapshotd/internal/store/object/s3"
+	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
+	"github.com/snapshotd/snapshotd/internal/testing/s3test"
+)
+
+// onS3 is the configuration of a store, with its secret in a file.
+func onS3(t *testing.T, o s3.Options) embed.ObjectStore {
+	t.Helper()
+	secret := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(secret, []byte(string(o.SecretAccessKey)+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return embed.ObjectStore{
+		Type: "s3", Bucket: o.Bucket, Prefix: o.Prefix, Endpoint: o.Endpoint, PathStyle: true, AccessKeyID: o.AccessKeyID, SecretKeyFile: secret,
+	}
+}
+
+// TestLifeOnS3 takes a snapshot on a bucket, start to end.
+func TestLifeOnS3(t *testing.T) {
+	o := s3test.Bucket(t)
+	o.Prefix = "cluster-1/"
+	bucket := s3test.Open(t, o)
+	var log bytes.Buffer
+	cfg := small(t)
+	cfg.Log = zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()), zapcore.Lock(zapcore.AddSync(&log)), zapcore.DebugLevel))
+	cfg.ObjectStores = map[string]embed.ObjectStore{"default": onS3(t, o)}
+	s, err := embed.Start(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+		if strings.Contains(log.String(), "canary") {
+			t.Errorf("credentials in the log: %s", log.String())
+		}
+	}()
+	ctx := t.Context()
+	catalog, snapshots := pb.NewCatalogServiceClient(s.Conn()), pb.NewSnapshotServiceClient(s.Conn())
+	if err := createCollection(ctx, s.Conn(), "c"); err != nil {
+		t.Fatal(err)
+	}
+	ref := &pb.CollectionRef{Ref: &pb.CollectionRef_Name{Name: &pb.CollectionName{Name: "c"}}}
+	const n = 3
+	ids, err := catalog.AllocateIds(ctx, &pb.AllocateIdsRequest{Want: &pb.AllocateIdsRequest_Count{Count: n}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	add := &pb.AddSegmentsRequest{Collection: ref}
+	for i := range int64(n) {
+		id := ids.GetIds().GetFirst() + i
+		path := fmt.Sprintf("%d/data", id)
+		if _, err := bucket.Create(ctx, "c/"+path, []byte("rows")); err != nil {
+			t.Fatal(err)
+		}
+		add.Segments = append(add.Segments, &pb.Segment{
+			Id: id, State: pb.Segment_STATE_FLUSHED, Rows: 1, StartPosition: &pb.Position{Timestamp: 1}, DmlPosition: &pb.Position{Timestamp: 2},
+			Files: []*pb.File{{Path: path, Kind: "insert", SizeBytes: 4, Entries: 1, MinTimestamp: 1, MaxTimestamp: 1}},
+		})
+	}
+	stream, err := catalog.AddSegments(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.Send(add); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.CloseAndRecv(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := catalog.SetCheckpoints(ctx, &pb.SetCheckpointsRequest{
+		Collection: ref, Checkpoints: []*pb.ChannelPosition{{Position: &pb.Position{Timestamp: 10}}},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	created, err := snapshots.CreateSnapshot(ctx, &pb.CreateSnapshotRequest{Collection: ref, Name: "s", Verify: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := created.GetSnapshot().GetTotals().GetSegments(); got != n {
+		t.Errorf("%d segments, want %d", got, n)
+	}
+	snap := &pb.SnapshotRef{Ref: &pb.SnapshotRef_Name{Name: "s"}}
+	described, err := snapshots.DescribeSnapshot(ctx, &pb.DescribeSnapshotRequest{Snapshot: snap})
+	if err != nil || len(described.GetManifests()) == 0 {
+		t.Fatalf("got %v, %v", described, err)
+	}
+	count := func() (own int) {
+		for info, err := range bucket.List(ctx, "") {
+			if err != nil {
+				t.Fatal(err)
+			}
+			if strings.HasPrefix(info.Key, probe.Dir) {
+				t.Errorf("the probe left %s", info.Key)
+			}
+			if strings.HasPrefix(info.Key, described.GetPrefix()) {
+				own++
+			}
+		}
+		return own
+	}
+	if count() < 3 { // metadata, references and a manifest
+		t.Errorf("%d objects of the snapshot", count())
+	}
+	page, err := snapshots.ListSnapshotSegments(ctx, &pb.ListSnapshotSegmentsRequest{Snapshot: snap, View: pb.SegmentView_SEGMENT_VIEW_FILES})
+	if err != nil || len(page.GetSegments()) != n || page.GetSegments()[0].GetSegment().GetFiles()[0].GetPath() == "" {
+		t.Fatalf("got %v, %v", page, err)
+	}
+	// A file that is not there is noticed.
+	if err := bucket.Delete(ctx, "c/"+add.Segments[0].Files[0].Path); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := snapshots.CreateSnapshot(ctx, &pb.CreateSnapshotRequest{Collection: ref, Name: "s2", Verify: true}); err == nil || !strings.Contains(err.Error(), "data") {
+		t.Errorf("a file is missing: %v", err)
+	}
+	if _, err := snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snap}); err != nil {
+		t.Fatal(err)
+	}
+	deadline := time.NewTimer(30 * time.Second)
+	defer deadline.Stop()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for count() > 0 {
+		select {
+		case <-tick.C:
+		case <-deadline.C:
+			t.Fatalf("%d objects of the dropped snapshot are left", count())
+		}
+	}
+}
+
+// TestStartTriesTheBucket starts on what is no use.
+func TestStartTriesTheBucket(t *testing.T) {
+	o := s3test.Bucket(t)
+	p := s3fault.New(t, o.Endpoint)
+	for name, c := range map[string]struct {
+		change func(*embed.ObjectStore)
+		rules  []s3fault.Rule
+		want   string
+	}{
+		"no condition": {rules: []s3fault.Rule{{Op: s3fault.PutObject, Times: -1, Action: s3fault.StripRequest("If-None-Match", o.AccessKeyID, string(o.SecretAccessKey))}}, want: "conditional create"},
+		"denied":       {rules: []s3fault.Rule{{Op: s3fault.PutObject, Times: -1, Action: s3fault.Status(403, "AccessDenied")}}, want: "access denied"},
+		"no bucket":    {change: func(s *embed.ObjectStore) { s.Bucket = "nobody-made-this" }, want: "NoSuchBucket"},
+		"no endpoint":  {change: func(s *embed.ObjectStore) { s.Endpoint = "http://127.0.0.1:1" }, want: "connection refused"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p.Plan(c.rules...)
+			store := onS3(t, o)
+			store.Endpoint = p.URL()
+			if c.change != nil {
+				c.change(&store)
+			}
+			cfg := small(t)
+			cfg.ObjectStores = map[string]embed.ObjectStore{"default": store}
+			s, err := embed.Start(t.Context(), cfg)
+			if err == nil {
+				err = errors.Join(errors.New("it started"), s.Close())
+			}
+			if !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), "object store default: ") {
+				t.Errorf("got %v, want %s", err, c.want)
+			}
+			if strings.Contains(err.Error(), "canary") {
+				t.Errorf("credentials in %v", err)
+			}
+			p.MustHaveFired(t)
+		})
+	}
+}

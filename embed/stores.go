@@ -1,0 +1,296 @@
+package embed
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"go.uber.org/zap"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/object/file"
+	"github.com/snapshotd/snapshotd/internal/store/object/probe"
+	"github.com/snapshotd/snapshotd/internal/store/object/s3"
+)
+
+// The types of object stores.
+const (
+	typeFile = "file"
+	typeS3   = "s3"
+)
+
+// ObjectStore is where an alias points to. It holds no secrets, but the names of
+// files with them.
+type ObjectStore struct {
+	// Type is "file", a directory, or "s3", a bucket of S3 or of a server that
+	// speaks its protocol. Default: "file".
+	Type string `json:"type"`
+	// Path is the directory of a store of type file.
+	Path string `json:"path,omitempty"`
+
+	// Bucket is the bucket. This and all below are of stores of type s3.
+	Bucket string `json:"bucket,omitempty"`
+	// Prefix is in front of every key, as a directory. Default: none.
+	Prefix string `json:"prefix,omitempty"`
+	// Region is the bucket's. Default: "us-east-1".
+	Region string `json:"region,omitempty"`
+	// Endpoint is the address of another server than AWS, as https://host:port.
+	Endpoint string `json:"endpoint,omitempty"`
+	// PathStyle puts the bucket into the path of a request and not into the
+	// host's name. Most servers other than AWS need it. Default: false.
+	PathStyle bool `json:"path_style,omitempty"`
+	// AccessKeyID is the id of the access key. Default: the credentials in the
+	// environment, in the shared files of AWS, of the pod or of the machine.
+	AccessKeyID string `json:"access_key_id,omitempty"`
+	// AccessKeyFile is a file that holds the id, in place of AccessKeyID.
+	AccessKeyFile string `json:"access_key_file,omitempty"`
+	// SecretKeyFile is the file that holds the access key's secret.
+	SecretKeyFile string `json:"secret_key_file,omitempty"`
+	// SessionTokenFile is the file that holds the session token of a key that has
+	// one.
+	SessionTokenFile string `json:"session_token_file,omitempty"`
+	// CAFile is a PEM file of who may sign the server's certificate, besides
+	// those that the system trusts.
+	CAFile string `json:"ca_file,omitempty"`
+	// SSE is how the store encrypts what is written, "AES256" or "aws:kms".
+	// Default: as the bucket says.
+	SSE string `json:"sse,omitempty"`
+	// KMSKeyID is the key for "aws:kms". Default: the account's own.
+	KMSKeyID string `json:"kms_key_id,omitempty"`
+	// ExpectedBucketOwner is the account that must own the bucket. Default: any.
+	ExpectedBucketOwner string `json:"expected_bucket_owner,omitempty"`
+}
+
+// storesFlag sets object stores. The first time, those there were are
+// forgotten.
+type storesFlag struct {
+	config *Config
+	given  []string
+}
+
+func (f *storesFlag) String() string { return strings.Join(f.given, ",") }
+func (*storesFlag) Type() string     { return "alias=directory" }
+
+func (f *storesFlag) Set(text string) error {
+	if f.given == nil {
+		f.config.ObjectStores = map[string]ObjectStore{}
+	}
+	for part := range strings.SplitSeq(text, ",") {
+		alias, where := "default", part
+		if !strings.HasPrefix(part, "s3://") {
+			var ok bool
+			if alias, where, ok = strings.Cut(part, "="); !ok || alias == "" || where == "" {
+				return fmt.Errorf("%q is not alias=directory or s3://bucket", part)
+			}
+		}
+		if _, twice := f.config.ObjectStores[alias]; twice {
+			return fmt.Errorf("alias %q is there twice", alias)
+		}
+		store := ObjectStore{Type: typeFile, Path: where}
+		if strings.HasPrefix(where, "s3://") {
+			var err error
+			if store, err = parseS3(where); err != nil {
+				return fmt.Errorf("object store %s: %w", alias, err)
+			}
+		}
+		f.config.ObjectStores[alias] = store
+		f.given = append(f.given, part)
+	}
+	return nil
+}
+
+// parseS3 reads s3://bucket/prefix?endpoint=…. Its errors do not repeat the
+// text, in which somebody may have put a secret.
+func parseS3(text string) (ObjectStore, error) {
+	u, err := url.Parse(text)
+	if err != nil || u.Host == "" || u.Fragment != "" {
+		return ObjectStore{}, errors.New("is not s3://bucket/prefix?name=value")
+	}
+	if u.User != nil {
+		return ObjectStore{}, errors.New("must not hold credentials: use access_key_id and secret_key_file")
+	}
+	query, err := url.ParseQuery(u.RawQuery)
+	if err != nil {
+		return ObjectStore{}, errors.New("what follows the question mark is not name=value&name=value")
+	}
+	s := ObjectStore{Type: typeS3, Bucket: u.Host, Prefix: strings.TrimPrefix(u.Path, "/")}
+	fields := map[string]*string{
+		"region": &s.Region, "endpoint": &s.Endpoint, "access_key_id": &s.AccessKeyID, "access_key_file": &s.AccessKeyFile,
+		"secret_key_file": &s.SecretKeyFile, "session_token_file": &s.SessionTokenFile, "ca_file": &s.CAFile, "sse": &s.SSE,
+		"kms_key_id": &s.KMSKeyID, "expected_bucket_owner": &s.ExpectedBucketOwner,
+	}
+	var errs []error
+	for name, values := range query {
+		field := fields[name]
+		switch {
+		case len(values) != 1:
+			errs = append(errs, fmt.Errorf("%s is there %d times", name, len(values)))
+		case name == "path_style":
+			if s.PathStyle, err = strconv.ParseBool(values[0]); err != nil {
+				errs = append(errs, errors.New("path_style is not true or false"))
+			}
+		case field == nil:
+			errs = append(errs, fmt.Errorf("there is no setting %q", name))
+		default:
+			*field = values[0]
+		}
+	}
+	return s, errors.Join(errs...)
+}
+
+// s3Options returns how to open a store of type s3, and reads the files that it
+// names. The error joins all mistakes, each beginning with its field.
+func (s ObjectStore) s3Options() (s3.Options, error) {
+	var errs []error
+	wrong := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	secret := func(field, name string) string {
+		if name == "" {
+			return ""
+		}
+		data, err := os.ReadFile(name)
+		text := strings.TrimSpace(string(data))
+		switch {
+		case err != nil:
+			wrong("%s: %w", field, err)
+		case text == "":
+			wrong("%s: %s is empty", field, name)
+		}
+		return text
+	}
+	o := s3.Options{
+		Bucket: s.Bucket, Prefix: s.Prefix, Region: s.Region, Endpoint: s.Endpoint, PathStyle: s.PathStyle, AccessKeyID: s.AccessKeyID,
+		SecretAccessKey: s3.Secret(secret("secret_key_file", s.SecretKeyFile)),
+		SessionToken:    s3.Secret(secret("session_token_file", s.SessionTokenFile)),
+		CAFile:          s.CAFile, SSE: s.SSE, KMSKeyID: s.KMSKeyID, ExpectedBucketOwner: s.ExpectedBucketOwner,
+	}
+	if o.Prefix != "" && !strings.HasSuffix(o.Prefix, "/") {
+		o.Prefix += "/"
+	}
+	if id := secret("access_key_file", s.AccessKeyFile); id != "" {
+		o.AccessKeyID = id
+	}
+	hasID := s.AccessKeyID != "" || s.AccessKeyFile != ""
+	if s.AccessKeyID != "" && s.AccessKeyFile != "" {
+		wrong("access_key_file: access_key_id is set as well")
+	}
+	switch {
+	case hasID && s.SecretKeyFile == "":
+		wrong("secret_key_file: is missing; an access key needs one")
+	case !hasID && (s.SecretKeyFile != "" || s.SessionTokenFile != ""):
+		wrong("access_key_id: is missing; a secret key or session token needs one")
+	}
+	if s.CAFile != "" {
+		if _, err := os.Stat(s.CAFile); err != nil {
+			wrong("ca_file: %w", err)
+		}
+	}
+	rest := o // its credentials were looked at
+	rest.AccessKeyID, rest.SecretAccessKey, rest.SessionToken = "", "", ""
+	if err := rest.Validate(); err != nil {
+		errs = append(errs, err.(interface{ Unwrap() []error }).Unwrap()...)
+	}
+	return o, errors.Join(errs...)
+}
+
+func (c Config) validateStores(wrong func(field, format string, args ...any)) {
+	places := map[string]string{}
+	place := func(field, alias, where string) {
+		if other, twice := places[where]; twice {
+			wrong(field, "is that of %s as well", other)
+		}
+		places[where] = alias
+	}
+	for _, alias := range c.aliases() {
+		s := c.ObjectStores[alias]
+		field := "object_stores." + alias
+		if err := catalog.CheckName("alias", alias); err != nil {
+			wrong("object_stores", "%w", err)
+		}
+		switch s.Type {
+		case typeFile:
+			if s != (ObjectStore{Type: typeFile, Path: s.Path}) {
+				wrong(field+".type", "file has a path and nothing else; is it meant to be s3?")
+			}
+			if s.Path == "" {
+				wrong(field+".path", "is empty")
+				continue
+			}
+			path, err := filepath.Abs(s.Path)
+			if err != nil {
+				wrong(field+".path", "%w", err)
+				continue
+			}
+			place(field+".path", alias, path)
+		case typeS3:
+			if s.Path != "" {
+				wrong(field+".path", "is of no use for type s3; is prefix meant?")
+			}
+			o, err := s.s3Options()
+			if err != nil {
+				for _, e := range err.(interface{ Unwrap() []error }).Unwrap() {
+					name, problem, _ := strings.Cut(e.Error(), ": ")
+					wrong(field+"."+name, "%s", problem)
+				}
+				continue
+			}
+			place(field+".prefix", alias, "s3://"+o.Endpoint+"/"+o.Bucket+"/"+o.Prefix)
+		default:
+			wrong(field+".type", "%q is not file or s3", s.Type)
+		}
+	}
+	if _, ok := c.ObjectStores[c.SnapshotStore]; !ok {
+		wrong("snapshot_store", "there is no object store %q, only %s", c.SnapshotStore, strings.Join(c.aliases(), ", "))
+	}
+}
+
+// openStores opens the object stores and adds to open what is to be closed. A
+// bucket is tried out first: a server that ignores what snapshotd relies on
+// says that all is well.
+func openStores(ctx context.Context, cfg Config, log *zap.Logger, open *closers) (map[string]object.Store, error) {
+	stores := map[string]object.Store{}
+	for _, alias := range cfg.aliases() {
+		s, err := openStore(ctx, cfg.ObjectStores[alias], log.With(zap.String("store", alias)), open)
+		if err != nil {
+			return nil, fmt.Errorf("object store %s: %w", alias, err)
+		}
+		stores[alias] = s
+	}
+	return stores, nil
+}
+
+func openStore(ctx context.Context, c ObjectStore, log *zap.Logger, open *closers) (object.Store, error) {
+	if c.Type == typeFile {
+		s, err := file.Open(c.Path, file.Options{}) //nolint:contextcheck // a local directory
+		if err != nil {
+			return nil, err
+		}
+		open.add(s.Close)
+		return s, nil
+	}
+	o, err := c.s3Options()
+	if err != nil {
+		return nil, err
+	}
+	o.Log = log.Named("s3")
+	s, err := s3.Open(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	open.add(s.Close)
+	report, err := probe.Light(ctx, s, "")
+	if err != nil {
+		return nil, err
+	}
+	for _, check := range report.Checks {
+		if !check.OK {
+			log.Warn("the object store lacks what would be good to have", zap.String("check", check.Name), zap.String("detail", check.Detail))
+		}
+	}
+	return s, nil
+}

@@ -1,0 +1,418 @@
+// Package probe finds out what an object store honours of what snapshotd relies
+// on. A server that ignores a condition answers that all is well, so only a try
+// tells.
+package probe
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// Dir is the directory of a store below which probes work, each in one of its
+// own. Whatever is left there may be deleted.
+const Dir = "snapshotd-probe"
+
+const (
+	racers         = 16
+	followed       = 20 // writes that are read back
+	longestKeyTry  = object.MaxKeyBytes
+	allowedSkew    = time.Minute
+	cleanUpTimeout = 30 * time.Second
+)
+
+// ErrMissing means that a store lacks what snapshotd cannot do without.
+var ErrMissing = errors.New("the object store lacks what snapshotd needs")
+
+// Check is one thing that was tried.
+type Check struct {
+	Name     string
+	Required bool // snapshotd does not run without
+	OK       bool
+	Detail   string // what was seen
+}
+
+// Report is what a probe found.
+type Report struct {
+	Checks []Check
+}
+
+// Err returns nil, or an error that wraps [ErrMissing] and names every required
+// check that failed.
+func (r Report) Err() error {
+	var missing []string
+	for _, c := range r.Checks {
+		if c.Required && !c.OK {
+			missing = append(missing, c.Name+" ("+c.Detail+")")
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%w: %s", ErrMissing, strings.Join(missing, "; "))
+}
+
+// Run makes every check, in a directory of its own below dir, which is empty or
+// a key, and removes what it made. An error is that of the report, or says that
+// the store could not be asked; then there may be no report.
+func Run(ctx context.Context, store object.Store, dir string) (Report, error) {
+	return run(ctx, store, dir, checks)
+}
+
+// Light is Run with the checks alone that a start waits for: half a second
+// against a store nearby.
+func Light(ctx context.Context, store object.Store, dir string) (Report, error) {
+	return run(ctx, store, dir, slices.DeleteFunc(slices.Clone(checks), func(c check) bool { return !c.light }))
+}
+
+// check is what is tried and how. A finding among the errors of try is a check
+// that failed; any other error is one that could not be made.
+type check struct {
+	name            string
+	required, light bool
+	try             func(p *prober, ctx context.Context) (detail string, err error)
+}
+
+// finding is what a store does wrong.
+type finding string
+
+func (f finding) Error() string { return string(f) }
+
+func wrong(format string, args ...any) error { return finding(fmt.Sprintf(format, args...)) }
+
+// orWrong is err, or else a finding.
+func orWrong(err error, format string, args ...any) error {
+	if err != nil {
+		return err
+	}
+	return wrong(format, args...)
+}
+
+var checks = []check{
+	{"write and read back", true, true, (*prober).roundTrip},
+	{"conditional create", true, true, (*prober).conditionalCreate},
+	{"ranges", true, true, (*prober).ranges},
+	{"list after write and delete", true, true, (*prober).lists},
+	{"delete of a missing object", true, true, (*prober).deleteMissing},
+	{"one winner of " + fmt.Sprint(racers), true, false, (*prober).race},
+	{"read after write", true, false, (*prober).follow},
+	{"keys that look alike", true, false, (*prober).alike},
+	{fmt.Sprintf("keys of %d bytes", longestKeyTry), false, false, (*prober).longKeys},
+	{"clock", false, true, (*prober).clock},
+	{"latency", false, false, (*prober).latency},
+}
+
+// prober is a probe under way.
+type prober struct {
+	store object.Store
+	dir   string
+
+	mu   sync.Mutex
+	made []string
+}
+
+func run(ctx context.Context, store object.Store, dir string, checks []check) (report Report, err error) {
+	p := &prober{store: store, dir: path.Join(dir, Dir, strings.ToLower(rand.Text()))}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTimeout)
+		defer cancel()
+		if cleanErr := p.clean(ctx); cleanErr != nil && err == nil {
+			err = fmt.Errorf("clean up after the probe: %w", cleanErr)
+		}
+	}()
+	for _, c := range checks {
+		detail, err := c.try(p, ctx)
+		f, found := errors.AsType[finding](err)
+		switch {
+		case ctx.Err() != nil:
+			return report, fmt.Errorf("probe: %w", ctx.Err())
+		case err != nil && !found && c.required:
+			return report, fmt.Errorf("probe %s: %w", c.name, err)
+		case found:
+			detail = string(f)
+		case err != nil:
+			detail = err.Error()
+		}
+		report.Checks = append(report.Checks, Check{Name: c.name, Required: c.required, OK: err == nil, Detail: detail})
+	}
+	return report, report.Err()
+}
+
+// key names an object of this probe.
+func (p *prober) key(name string) string { return p.dir + "/" + name }
+
+// note notes a key so that it is removed, whatever becomes of its write.
+func (p *prober) note(key string) string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.made = append(p.made, key)
+	return key
+}
+
+func (p *prober) put(ctx context.Context, name, body string) (object.Info, error) {
+	return p.store.Put(ctx, p.note(p.key(name)), []byte(body))
+}
+
+func (p *prober) create(ctx context.Context, name, body string) error {
+	_, err := p.store.Create(ctx, p.note(p.key(name)), []byte(body))
+	return err
+}
+
+// read returns the content of an object, or a finding if there is none.
+func (p *prober) read(ctx context.Context, name string, offset, length int64) (string, object.Info, error) {
+	r, info, err := p.store.Get(ctx, p.key(name), offset, length)
+	if errors.Is(err, object.ErrNotFound) {
+		return "", info, wrong("%s was written and is not found", name)
+	}
+	if err != nil {
+		return "", info, err
+	}
+	body, err := io.ReadAll(r)
+	return string(body), info, errors.Join(err, r.Close())
+}
+
+func (p *prober) clean(ctx context.Context) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.store.Delete(ctx, p.made...)
+}
+
+func (p *prober) roundTrip(ctx context.Context) (string, error) {
+	const body = "written by snapshotd to see whether it can be read"
+	put, err := p.put(ctx, "trip", body)
+	if err != nil {
+		return "", err
+	}
+	got, info, err := p.read(ctx, "trip", 0, -1)
+	if err != nil {
+		return "", err
+	}
+	head, err := p.store.Head(ctx, p.key("trip"))
+	switch {
+	case errors.Is(err, object.ErrNotFound):
+		return "", wrong("an object that can be read is not found by its head")
+	case err != nil:
+		return "", err
+	case got != body:
+		return "", wrong("another content is read than was written")
+	case info.ETag != put.ETag || head.ETag != put.ETag || head.Size != int64(len(body)) || info.Size != head.Size:
+		return "", wrong("its size or ETag is another each time: %q, %q, %q", put.ETag, info.ETag, head.ETag)
+	}
+	return "", nil
+}
+
+func (p *prober) conditionalCreate(ctx context.Context) (string, error) {
+	if err := p.create(ctx, "created", "first"); err != nil {
+		return "", err
+	}
+	switch err := p.create(ctx, "created", "second"); {
+	case err == nil:
+		return "", wrong("an existing object was overwritten: the condition If-None-Match is ignored")
+	case !errors.Is(err, object.ErrExists):
+		return "", err
+	}
+	if got, _, err := p.read(ctx, "created", 0, -1); err != nil || got != "first" {
+		return "", orWrong(err, "a refused write changed the object")
+	}
+	return "", nil
+}
+
+func (p *prober) ranges(ctx context.Context) (string, error) {
+	if _, err := p.put(ctx, "ranges", "0123456789"); err != nil {
+		return "", err
+	}
+	for _, c := range []struct {
+		offset, length int64
+		want           string
+	}{{0, 1, "0"}, {3, 4, "3456"}, {7, -1, "789"}, {8, 100, "89"}, {10, 5, ""}, {100, 1, ""}} {
+		got, info, err := p.read(ctx, "ranges", c.offset, c.length)
+		if err != nil {
+			return "", err
+		}
+		if got != c.want || info.Size != 10 {
+			return "", wrong("%d bytes from %d on are %q of %d, not %q of 10", c.length, c.offset, got, info.Size, c.want)
+		}
+	}
+	return "", nil
+}
+
+func (p *prober) lists(ctx context.Context) (string, error) {
+	names := []string{"l/a", "l/b", "l/c/d"}
+	for _, name := range names {
+		if _, err := p.put(ctx, name, name); err != nil {
+			return "", err
+		}
+		if err := p.wantListed(ctx, name, true); err != nil {
+			return "", err
+		}
+	}
+	if err := p.store.Delete(ctx, p.key("l/b")); err != nil {
+		return "", err
+	}
+	if err := p.wantListed(ctx, "l/b", false); err != nil {
+		return "", err
+	}
+	if _, err := p.store.Head(ctx, p.key("l/b")); !errors.Is(err, object.ErrNotFound) {
+		return "", orWrong(err, "a deleted object is still there")
+	}
+	return "", nil
+}
+
+func (p *prober) wantListed(ctx context.Context, name string, want bool) error {
+	listed := false
+	for info, err := range p.store.List(ctx, p.key("l")+"/") {
+		if err != nil {
+			return err
+		}
+		listed = listed || info.Key == p.key(name)
+	}
+	switch {
+	case listed && !want:
+		return wrong("a deleted object is listed")
+	case !listed && want:
+		return wrong("an object that was written is not listed")
+	}
+	return nil
+}
+
+func (p *prober) deleteMissing(ctx context.Context) (string, error) {
+	return "", p.store.Delete(ctx, p.key("never-written"))
+}
+
+func (p *prober) race(ctx context.Context) (string, error) {
+	for round := range 3 {
+		name := fmt.Sprintf("race/%d", round)
+		errs := make([]error, racers)
+		var wg sync.WaitGroup
+		for i := range racers {
+			wg.Go(func() { errs[i] = p.create(ctx, name, fmt.Sprint(i)) })
+		}
+		wg.Wait()
+		winner, winners := 0, 0
+		for i, err := range errs {
+			switch {
+			case err == nil:
+				winner = i
+				winners++
+			case !errors.Is(err, object.ErrExists):
+				return "", err
+			}
+		}
+		if winners != 1 {
+			return "", wrong("%d of %d creates of one key succeeded", winners, racers)
+		}
+		if got, _, err := p.read(ctx, name, 0, -1); err != nil || got != fmt.Sprint(winner) {
+			return "", orWrong(err, "the object is of another create than the one that succeeded")
+		}
+	}
+	return "", nil
+}
+
+func (p *prober) follow(ctx context.Context) (string, error) {
+	for i := range followed {
+		if _, err := p.put(ctx, "follow", fmt.Sprint(i)); err != nil {
+			return "", err
+		}
+		if got, _, err := p.read(ctx, "follow", 0, -1); err != nil || got != fmt.Sprint(i) {
+			return "", orWrong(err, "write %d is not what was read next", i)
+		}
+	}
+	return "", nil
+}
+
+// alike are keys that a store might take for one.
+func (p *prober) alike(ctx context.Context) (string, error) {
+	names := []string{"alike/x", "alike/X", "alike/%78", "alike/x+y", "alike/x y", "alike/\u00e9", "alike/e\u0301"}
+	for _, name := range names {
+		if _, err := p.put(ctx, name, name); err != nil {
+			return "", err
+		}
+	}
+	for _, name := range names {
+		got, _, err := p.read(ctx, name, 0, -1)
+		if err != nil {
+			return "", err
+		}
+		if got != name {
+			return "", wrong("key %q holds what was written as %q", name, got)
+		}
+	}
+	return "", nil
+}
+
+func (p *prober) longKeys(ctx context.Context) (string, error) {
+	key := p.dir + "/"
+	for len(key) < longestKeyTry {
+		n := min(100, longestKeyTry-len(key))
+		if n < 100 || len(key)+n == longestKeyTry {
+			key += strings.Repeat("k", n)
+		} else {
+			key += strings.Repeat("k", n-1) + "/"
+		}
+	}
+	if strings.HasSuffix(key, "/") {
+		key = key[:len(key)-1] + "k"
+	}
+	body := []byte("long")
+	_, err := p.store.Put(ctx, key, body)
+	if errors.Is(err, object.ErrInvalidKey) {
+		return "", wrong("they must be shorter, for the store has a prefix or a limit of its own")
+	}
+	p.note(key)
+	if err != nil {
+		return "", err
+	}
+	r, _, err := p.store.Get(ctx, key, 0, -1)
+	if err != nil {
+		return "", err
+	}
+	got, err := io.ReadAll(r)
+	if err := errors.Join(err, r.Close()); err != nil {
+		return "", err
+	}
+	if !bytes.Equal(got, body) {
+		return "", wrong("another content is read than was written")
+	}
+	return "", nil
+}
+
+func (p *prober) clock(ctx context.Context) (string, error) {
+	before := time.Now()
+	now, err := p.store.Now(ctx)
+	if err != nil {
+		return "", err
+	}
+	half := time.Since(before) / 2
+	skew := now.Sub(before.Add(half)).Round(time.Second)
+	if skew.Abs() > allowedSkew {
+		return "", wrong("it differs from this host's by %v", skew)
+	}
+	return fmt.Sprintf("differs by %v", skew), nil
+}
+
+func (p *prober) latency(ctx context.Context) (string, error) {
+	if _, err := p.put(ctx, "latency", "x"); err != nil {
+		return "", err
+	}
+	const tries = 9
+	took := make([]time.Duration, tries)
+	for i := range took {
+		start := time.Now()
+		if _, err := p.store.Head(ctx, p.key("latency")); err != nil {
+			return "", err
+		}
+		took[i] = time.Since(start)
+	}
+	slices.Sort(took)
+	return fmt.Sprintf("median of a head %v", took[tries/2].Round(10*time.Microsecond)), nil
+}

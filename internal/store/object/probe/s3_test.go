@@ -1,0 +1,47 @@
+//go:build !short && linux
+
+package probe_test
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/object/probe"
+	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
+	"github.com/snapshotd/snapshotd/internal/testing/s3test"
+)
+
+func TestS3(t *testing.T) {
+	o := s3test.Bucket(t)
+	wantGood(t, s3test.Open(t, o), "")
+	o.Prefix = "pre/fix/"
+	wantGood(t, s3test.Open(t, o), "", "keys of 1024")
+}
+
+func TestS3Missing(t *testing.T) {
+	o := s3test.Bucket(t)
+	p := s3fault.New(t, o.Endpoint)
+	o.Endpoint = p.URL()
+	s := s3test.Open(t, o)
+	p.Plan(s3fault.Rule{Op: s3fault.PutObject, Times: -1, Action: s3fault.StripRequest("If-None-Match", o.AccessKeyID, string(o.SecretAccessKey))})
+	_, err := probe.Light(t.Context(), s, "")
+	p.MustHaveFired(t)
+	if !errors.Is(err, probe.ErrMissing) || !strings.Contains(err.Error(), "If-None-Match") {
+		t.Errorf("err = %v", err)
+	}
+	p.Plan(s3fault.Rule{Op: s3fault.GetObject, Times: -1, Action: s3fault.StripRequest("Range", o.AccessKeyID, string(o.SecretAccessKey))})
+	if _, err := probe.Light(t.Context(), s, ""); err == nil || !strings.Contains(err.Error(), "ranges") {
+		t.Errorf("without ranges: err = %v", err)
+	}
+	p.MustHaveFired(t)
+	p.Plan(s3fault.Rule{Times: -1, Action: s3fault.Status(403, "AccessDenied")})
+	if _, err := probe.Run(t.Context(), s, ""); !errors.Is(err, object.ErrDenied) || errors.Is(err, probe.ErrMissing) {
+		t.Errorf("denied: err = %v", err)
+	}
+	p.Plan()
+	for info, err := range s.List(t.Context(), "") {
+		t.Errorf("left: %v %v", info.Key, err)
+	}
+}

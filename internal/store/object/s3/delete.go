@@ -1,0 +1,170 @@
+package s3
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	awsmiddleware "github.com/aws/aws-sdk-go-v2/aws/middleware"
+	"github.com/aws/aws-sdk-go-v2/service/s3"
+	"github.com/aws/aws-sdk-go-v2/service/s3/types"
+	smithyhttp "github.com/aws/smithy-go/transport/http"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// Delete implements [object.Store]. It asks for an answer that names every key
+// and believes no other: the short form cannot be told from a page of HTML.
+func (s *Store) Delete(ctx context.Context, keys ...string) error {
+	var (
+		mu   sync.Mutex
+		errs []error
+	)
+	failed := func(key string, err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		errs = append(errs, &object.DeleteError{Key: key, Err: err})
+	}
+	var batch, single []string
+	seen := make(map[string]bool, len(keys))
+	for _, key := range keys {
+		if seen[key] {
+			continue
+		}
+		seen[key] = true
+		switch err := s.check(ctx, key); {
+		case err != nil:
+			failed(key, err)
+		case strings.ContainsAny(key, "\ufffe\uffff"): // not to be written in XML
+			single = append(single, key)
+		default:
+			batch = append(batch, key)
+		}
+	}
+	for part := range slices.Chunk(batch, maxDelete) {
+		if s.noBatch.Load() {
+			single = append(single, part...)
+			continue
+		}
+		left, f := s.deleteBatch(ctx, part, failed)
+		if f != nil && unsupported(f) {
+			s.noBatch.Store(true)
+			single = append(single, left...)
+			continue
+		}
+		if f == nil {
+			f = unusable("the answer does not name it")
+		}
+		for _, key := range left {
+			failed(key, s.error("delete", key, f))
+		}
+	}
+	var group errgroup.Group
+	group.SetLimit(deletesAtOnce)
+	for _, key := range single {
+		group.Go(func() error {
+			if f := s.deleteOne(ctx, key); f != nil {
+				failed(key, s.error("delete", key, f))
+			}
+			return nil
+		})
+	}
+	_ = group.Wait()
+	return errors.Join(errs...)
+}
+
+// unsupported says whether the server does not know the request.
+func unsupported(f *failure) bool {
+	return f.code == "NotImplemented" || f.code == "MethodNotAllowed" ||
+		f.status == http.StatusNotImplemented || f.status == http.StatusMethodNotAllowed
+}
+
+// deleteBatch deletes keys with one request, or some more for those that did not
+// go with the first. It calls failed for those that will not go, and returns
+// those that it does not know about, with what kept it.
+func (s *Store) deleteBatch(ctx context.Context, keys []string, failed func(string, error)) (left []string, f *failure) {
+	left = keys
+	f = s.retry(ctx, "delete", fmt.Sprintf("%s and %d more", keys[0], len(keys)-1), func() *failure {
+		objects := make([]types.ObjectIdentifier, len(left))
+		for i, key := range left {
+			objects[i].Key = s.key(key)
+		}
+		out, f := attempt(ctx, s, 0, func(ctx context.Context) (*s3.DeleteObjectsOutput, error) {
+			return s.client.DeleteObjects(ctx, &s3.DeleteObjectsInput{
+				Bucket: &s.o.Bucket, ExpectedBucketOwner: s.owner, Delete: &types.Delete{Objects: objects, Quiet: aws.Bool(false)},
+			})
+		})
+		switch {
+		case f != nil && errors.Is(f.kind, object.ErrNotFound):
+			return unusable("there is no such key as a list of keys")
+		case f != nil:
+			return f
+		}
+		answered := make(map[string]*failure, len(left))
+		for _, d := range out.Deleted {
+			answered[aws.ToString(d.Key)] = nil
+		}
+		for _, e := range out.Errors {
+			answered[aws.ToString(e.Key)] = judgeDelete(aws.ToString(e.Code), aws.ToString(e.Message))
+		}
+		var again []string
+		for _, key := range left {
+			switch one, ok := answered[*s.key(key)]; {
+			case !ok:
+				f = unusable("not every key is named")
+				again = append(again, key)
+			case one == nil:
+			case one.retry:
+				f = one
+				again = append(again, key)
+			default:
+				failed(key, s.error("delete", key, one))
+			}
+		}
+		left = again
+		return f
+	})
+	return left, f
+}
+
+// judgeDelete says what the error of one key among many means; nil: it is gone.
+func judgeDelete(code, message string) *failure {
+	m, known := codes[code]
+	if known && errors.Is(m.kind, object.ErrNotFound) {
+		return nil
+	}
+	f := &failure{kind: object.ErrUnavailable, code: code, detail: clip(code + ": " + message)}
+	if known {
+		f.kind, f.retry = m.kind, m.retry
+		f.detail += m.todo
+	}
+	return f
+}
+
+func (s *Store) deleteOne(ctx context.Context, key string) *failure {
+	return s.retry(ctx, "delete", key, func() *failure {
+		out, f := attempt(ctx, s, 0, func(ctx context.Context) (*s3.DeleteObjectOutput, error) {
+			return s.client.DeleteObject(ctx, &s3.DeleteObjectInput{Bucket: &s.o.Bucket, Key: s.key(key), ExpectedBucketOwner: s.owner})
+		})
+		if f == nil {
+			raw, ok := awsmiddleware.GetRawResponse(out.ResultMetadata).(*smithyhttp.Response)
+			if ok && raw.StatusCode == http.StatusNoContent {
+				return nil
+			}
+			// Not what S3 answers, so it takes a look.
+			if _, f = s.head(ctx, key); f == nil {
+				return unusable("the object is still there")
+			}
+		}
+		if errors.Is(f.kind, object.ErrNotFound) {
+			return nil
+		}
+		return f
+	})
+}

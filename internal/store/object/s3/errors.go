@@ -1,0 +1,207 @@
+package s3
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/aws/smithy-go"
+	smithyhttp "github.com/aws/smithy-go/transport/http"
+
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// maxDetail bounds what is told of a server's own words, in bytes.
+const maxDetail = 300
+
+// failure is an attempt that did not succeed.
+type failure struct {
+	kind   error         // a sentinel of object, or the context's error
+	retry  bool          // whether another attempt may go better
+	after  time.Duration // what the server asked to wait
+	code   string        // of S3, where it gave one
+	status int           // of HTTP; 0: there was no answer
+	detail string        // for people
+}
+
+// unusable is an answer that does not carry what it must, so that nothing is
+// known.
+func unusable(format string, args ...any) *failure {
+	return &failure{kind: object.ErrUnavailable, retry: true, detail: "unusable answer: " + fmt.Sprintf(format, args...)}
+}
+
+// decided says whether the server refused, so that nothing happened. Any other
+// failure of a write leaves open what became of it.
+func (f *failure) decided() bool {
+	return f.status >= 400 && f.status < 500 && f.code != "" && f.code != "RequestTimeout" && f.status != http.StatusRequestTimeout
+}
+
+// error is what a caller gets.
+func (s *Store) error(op, key string, f *failure) error {
+	at := fmt.Sprintf("%s %s in bucket %s", op, key, s.o.Bucket)
+	if key == "" {
+		at = fmt.Sprintf("%s bucket %s", op, s.o.Bucket)
+	}
+	if f.detail == "" {
+		return fmt.Errorf("%s: %w", at, f.kind)
+	}
+	return fmt.Errorf("%s: %w: %s", at, f.kind, f.detail)
+}
+
+// meaning is what a code of S3 stands for.
+type meaning struct {
+	kind  error
+	retry bool
+	todo  string
+}
+
+const credentialsTodo = "; check the access key, its secret and the session token"
+
+// codes holds those that the status alone does not tell enough of.
+var codes = map[string]meaning{
+	"NoSuchKey":          {kind: object.ErrNotFound},
+	"PreconditionFailed": {kind: object.ErrExists},
+	"KeyTooLongError":    {kind: object.ErrInvalidKey},
+
+	"SlowDown":                   {kind: object.ErrUnavailable, retry: true},
+	"ServiceUnavailable":         {kind: object.ErrUnavailable, retry: true},
+	"InternalError":              {kind: object.ErrUnavailable, retry: true},
+	"RequestTimeout":             {kind: object.ErrUnavailable, retry: true},
+	"OperationAborted":           {kind: object.ErrUnavailable, retry: true},
+	"ConditionalRequestConflict": {kind: object.ErrUnavailable, retry: true},
+	"Throttling":                 {kind: object.ErrUnavailable, retry: true},
+	"TooManyRequests":            {kind: object.ErrUnavailable, retry: true},
+	"RequestLimitExceeded":       {kind: object.ErrUnavailable, retry: true},
+	"IncompleteBody":             {kind: object.ErrUnavailable, retry: true},
+	"BadDigest":                  {kind: object.ErrUnavailable, retry: true}, // garbled on its way
+	"XAmzContentSHA256Mismatch":  {kind: object.ErrUnavailable, retry: true},
+
+	"AccessDenied":          {kind: object.ErrDenied, todo: "; grant it in the policies of the role and of the bucket"},
+	"InvalidAccessKeyId":    {kind: object.ErrDenied, todo: credentialsTodo},
+	"SignatureDoesNotMatch": {kind: object.ErrDenied, todo: credentialsTodo},
+	"InvalidToken":          {kind: object.ErrDenied, todo: credentialsTodo},
+	"ExpiredToken":          {kind: object.ErrDenied, todo: credentialsTodo},
+	"TokenRefreshRequired":  {kind: object.ErrDenied, todo: credentialsTodo},
+	"XAdminUserNotFound":    {kind: object.ErrDenied, todo: credentialsTodo}, // versitygw's
+	"InvalidObjectState":    {kind: object.ErrDenied, todo: "; the object is archived: restore it first"},
+
+	"NoSuchBucket":                 {kind: object.ErrMisconfigured, todo: "; make the bucket, or set another"},
+	"RequestTimeTooSkewed":         {kind: object.ErrMisconfigured, todo: "; the clocks of this host and of the store differ: set them right"},
+	"NotImplemented":               {kind: object.ErrMisconfigured, todo: "; the store lacks what snapshotd needs"},
+	"MethodNotAllowed":             {kind: object.ErrMisconfigured, todo: "; the store lacks what snapshotd needs"},
+	"AuthorizationHeaderMalformed": {kind: object.ErrMisconfigured, todo: "; set the bucket's own region"},
+}
+
+// judge says what an error of the SDK means. One that came from a context is
+// for its caller to recognise.
+func judge(err error) *failure {
+	if err == nil {
+		return nil
+	}
+	f := &failure{kind: object.ErrUnavailable}
+	var header http.Header
+	if resp, ok := errors.AsType[*smithyhttp.ResponseError](err); ok && resp.Response != nil {
+		f.status, header = resp.HTTPStatusCode(), resp.Response.Header
+		f.after = retryAfter(header.Get("Retry-After"))
+	}
+	message := ""
+	if api, ok := errors.AsType[smithy.APIError](err); ok {
+		f.code, message = api.ErrorCode(), api.ErrorMessage()
+	}
+	if f.status >= 300 && f.status < 400 {
+		f.kind = object.ErrMisconfigured
+		f.detail = fmt.Sprintf("the store answers with a redirect (HTTP %d), which is not followed; set the bucket's own region and endpoint", f.status)
+		if region := header.Get("X-Amz-Bucket-Region"); region != "" {
+			f.detail += fmt.Sprintf(": the bucket is in region %s", clip(region))
+		}
+		return f
+	}
+	todo := ""
+	m, known := codes[f.code]
+	if !known && strings.HasPrefix(f.code, "KMS.") {
+		m, known = meaning{kind: object.ErrDenied, todo: "; check the key and who may use it"}, true
+	}
+	switch {
+	case known:
+		f.kind, f.retry, todo = m.kind, m.retry, m.todo
+	case f.status == 0 || f.status < 300: // no answer, or one that is none
+		f.retry = true
+		if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
+			f.kind, f.retry, todo = object.ErrMisconfigured, false, "; set the file of who signed the store's certificate"
+		}
+	case f.status == http.StatusForbidden || f.status == http.StatusUnauthorized:
+		f.kind, todo = object.ErrDenied, codes["AccessDenied"].todo
+	case f.status == http.StatusNotImplemented || f.status == http.StatusMethodNotAllowed:
+		f.kind, todo = object.ErrMisconfigured, codes["NotImplemented"].todo
+	case f.status == http.StatusPreconditionFailed:
+		f.kind = object.ErrExists
+	case f.status >= 500, f.status == http.StatusTooManyRequests, f.status == http.StatusRequestTimeout, f.status == http.StatusConflict:
+		f.retry = true
+	}
+	f.detail = describe(err, f, message) + todo
+	if region := header.Get("X-Amz-Bucket-Region"); region != "" && errors.Is(f.kind, object.ErrMisconfigured) {
+		f.detail += ": the bucket is in region " + clip(region)
+	}
+	return f
+}
+
+func describe(err error, f *failure, message string) string {
+	if f.code == "" && f.status == 0 {
+		// What is below the SDK's own words, of a connection or of parsing.
+		if op, ok := errors.AsType[*smithy.OperationError](err); ok {
+			err = op.Unwrap()
+		}
+		if u, ok := errors.AsType[*url.Error](err); ok {
+			err = u.Unwrap()
+		}
+		return clip(err.Error())
+	}
+	text := f.code
+	if text == "" {
+		text = "an answer that is not S3's"
+	}
+	if message != "" {
+		text += ": " + clip(message)
+	}
+	if f.status != 0 {
+		text += fmt.Sprintf(" (HTTP %d)", f.status)
+	}
+	return text
+}
+
+// clip makes one short line of a server's words.
+func clip(text string) string {
+	text = strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(text, "?"))
+	if len(text) > maxDetail {
+		text = strings.ToValidUTF8(text[:maxDetail], "") + "…"
+	}
+	return text
+}
+
+func retryAfter(text string) time.Duration {
+	seconds, err := strconv.Atoi(text)
+	if err != nil || seconds < 0 {
+		return 0
+	}
+	return min(time.Duration(seconds)*time.Second, maxRetryAfter)
+}
+
+// over returns the failure that the end of ctx is, or nil.
+func over(ctx context.Context) *failure {
+	if err := ctx.Err(); err != nil {
+		return &failure{kind: err}
+	}
+	return nil
+}

@@ -1,0 +1,308 @@
+package s3
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"net/http"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	awsmiddleware "github.com/aws/aws-sdk-go-v2/aws/middleware"
+	"github.com/aws/aws-sdk-go-v2/service/s3"
+	"github.com/aws/aws-sdk-go-v2/service/s3/types"
+	"github.com/aws/smithy-go/middleware"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// writerName is the entry of an object's metadata that tells which write made
+// it. Stored: never rename.
+const writerName = "snapshotd-write"
+
+// write is one call of Put or Create.
+type write struct {
+	op   string
+	key  string
+	body []byte
+	id   string // nobody else's
+	cond *string
+	info object.Info // what became of it
+	// doubt is set when an attempt may have taken effect without our knowing.
+	doubt bool
+}
+
+// Put implements [object.Store].
+func (s *Store) Put(ctx context.Context, key string, body []byte) (object.Info, error) {
+	return s.write(ctx, &write{op: "put", key: key, body: body})
+}
+
+// Create implements [object.Store]. It is a success when the object is of this
+// very call, whichever of its attempts made it.
+func (s *Store) Create(ctx context.Context, key string, body []byte) (object.Info, error) {
+	return s.write(ctx, &write{op: "create", key: key, body: body, cond: aws.String("*")})
+}
+
+func (s *Store) write(ctx context.Context, w *write) (object.Info, error) {
+	if err := s.check(ctx, w.key); err != nil {
+		return object.Info{}, err
+	}
+	w.id = rand.Text()
+	do := s.putWhole
+	if int64(len(w.body)) >= s.o.MultipartThreshold {
+		do = s.putParts
+	}
+	f := do(ctx, w)
+	if f != nil && w.doubt && !errors.Is(f.kind, object.ErrExists) && over(ctx) == nil {
+		switch v, _ := s.settle(ctx, w); {
+		case v == mine:
+			f = nil
+		case v == foreign && w.cond != nil:
+			f = &failure{kind: object.ErrExists}
+		}
+	}
+	if f != nil {
+		if w.doubt && errors.Is(f.kind, object.ErrUnavailable) {
+			f.detail += "; it may have been written"
+		}
+		return object.Info{}, s.error(w.op, w.key, f)
+	}
+	return w.info, nil
+}
+
+func (s *Store) putWhole(ctx context.Context, w *write) *failure {
+	sum := checksum(w.body)
+	return s.retry(ctx, w.op, w.key, func() *failure {
+		out, f := attempt(ctx, s, int64(len(w.body)), func(ctx context.Context) (*s3.PutObjectOutput, error) {
+			return s.client.PutObject(ctx, &s3.PutObjectInput{
+				Bucket: &s.o.Bucket, Key: s.key(w.key), Body: bytes.NewReader(w.body), ContentLength: aws.Int64(int64(len(w.body))),
+				ChecksumCRC32: &sum, IfNoneMatch: w.cond, Metadata: map[string]string{writerName: w.id},
+				ServerSideEncryption: s.sse(), SSEKMSKeyId: s.kmsKey(), ExpectedBucketOwner: s.owner,
+			})
+		})
+		var etag, theirs *string
+		var md middleware.Metadata
+		if f == nil {
+			etag, theirs, md = out.ETag, out.ChecksumCRC32, out.ResultMetadata
+		}
+		return s.concluded(ctx, w, f, etag, theirs, &sum, md)
+	})
+}
+
+// concluded says what an attempt to give an object its name came to, which may
+// have been made before.
+func (s *Store) concluded(ctx context.Context, w *write, f *failure, etag, theirs, sum *string, md middleware.Metadata) *failure {
+	switch {
+	case f == nil && theirs != nil && sum != nil && *theirs != *sum:
+		w.doubt = true
+		return unusable("checksum %s of what was sent as %s", clip(*theirs), *sum)
+	case f == nil && bare(etag) != "":
+		w.info = object.Info{Key: w.key, Size: int64(len(w.body)), ETag: bare(etag)}
+		var ok bool
+		if w.info.ModTime, ok = awsmiddleware.GetServerTime(md); !ok {
+			w.info.ModTime = time.Now() // roughly
+		}
+		return nil
+	case f == nil:
+		w.doubt = true
+		f = unusable("no ETag")
+	case errors.Is(f.kind, object.ErrExists) && w.cond == nil:
+		return unusable("a condition failed that was not made")
+	case errors.Is(f.kind, object.ErrExists) && !w.doubt:
+		return f
+	case errors.Is(f.kind, object.ErrExists), f.code == "NoSuchUpload" && w.doubt: // perhaps by ourselves
+	default:
+		w.doubt = w.doubt || !f.decided()
+		return f
+	}
+	switch v, unknown := s.settle(ctx, w); {
+	case unknown != nil:
+		return unknown
+	case v == mine:
+		return nil
+	}
+	return f
+}
+
+// verdict is whose an object is.
+type verdict int
+
+const (
+	absent  verdict = iota
+	mine            // of the very write that asks
+	foreign         // of another
+)
+
+// settle looks whether the object is of this very write, and if so fills in
+// what became of it. A failure means that it could not find out.
+func (s *Store) settle(ctx context.Context, w *write) (verdict, *failure) {
+	h, f := s.head(ctx, w.key)
+	switch {
+	case f != nil && errors.Is(f.kind, object.ErrNotFound):
+		return absent, nil
+	case f != nil:
+		return absent, f
+	case h.Size != int64(len(w.body)):
+		return foreign, nil
+	case h.writer == "": // a store that keeps no metadata
+		if same, f := s.holds(ctx, w); f != nil || !same {
+			return foreign, f
+		}
+	case h.writer != w.id:
+		return foreign, nil
+	}
+	w.info = h.Info
+	return mine, nil
+}
+
+// holds says whether the object's content is that of the write.
+func (s *Store) holds(ctx context.Context, w *write) (bool, *failure) {
+	r, _, f := s.get(ctx, w.key, 0, -1)
+	if f != nil {
+		return false, f
+	}
+	defer func() { _ = r.Close() }()
+	buf := make([]byte, 64<<10)
+	rest := w.body
+	for {
+		n, err := r.Read(buf)
+		if n > len(rest) || !bytes.Equal(buf[:n], rest[:n]) {
+			return false, nil
+		}
+		rest = rest[n:]
+		switch {
+		case errors.Is(err, io.EOF):
+			return len(rest) == 0, nil
+		case err != nil:
+			return false, unusable("%s", clip(err.Error()))
+		}
+	}
+}
+
+// putParts writes the object in parts, several at once.
+func (s *Store) putParts(ctx context.Context, w *write) *failure {
+	id, f := s.begin(ctx, w)
+	if f != nil {
+		return f
+	}
+	f = s.fill(ctx, w, id)
+	if f != nil {
+		// Whatever the outcome: aborting what was completed does nothing.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), abortTimeout)
+		defer cancel()
+		_, _ = s.client.AbortMultipartUpload(ctx, &s3.AbortMultipartUploadInput{
+			Bucket: &s.o.Bucket, Key: s.key(w.key), UploadId: &id, ExpectedBucketOwner: s.owner,
+		})
+	}
+	return f
+}
+
+func (s *Store) begin(ctx context.Context, w *write) (id string, f *failure) {
+	f = s.retry(ctx, w.op, w.key, func() *failure {
+		out, f := attempt(ctx, s, 0, func(ctx context.Context) (*s3.CreateMultipartUploadOutput, error) {
+			return s.client.CreateMultipartUpload(ctx, &s3.CreateMultipartUploadInput{
+				Bucket: &s.o.Bucket, Key: s.key(w.key), Metadata: map[string]string{writerName: w.id},
+				ChecksumAlgorithm: types.ChecksumAlgorithmCrc32, ChecksumType: types.ChecksumTypeComposite,
+				ServerSideEncryption: s.sse(), SSEKMSKeyId: s.kmsKey(), ExpectedBucketOwner: s.owner,
+			})
+		})
+		if f == nil {
+			if id = aws.ToString(out.UploadId); id == "" {
+				f = unusable("no upload id")
+			}
+		}
+		return f
+	})
+	return id, f
+}
+
+// partError carries a failure through an errgroup.
+type partError struct{ *failure }
+
+func (partError) Error() string { return "part failed" }
+
+// fill uploads the parts and makes the object of them.
+func (s *Store) fill(ctx context.Context, w *write, id string) *failure {
+	size := partSize(int64(len(w.body)), s.o.PartSize)
+	parts := make([]types.CompletedPart, 0, int64(len(w.body))/size+1)
+	for rest := w.body; len(rest) > 0; {
+		parts = append(parts, types.CompletedPart{PartNumber: aws.Int32(int32(len(parts) + 1))})
+		rest = rest[min(size, int64(len(rest))):]
+	}
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.SetLimit(partsInFlight)
+	for i := range parts {
+		body := w.body[int64(i)*size:]
+		body = body[:min(size, int64(len(body)))]
+		group.Go(func() error {
+			if f := s.part(groupCtx, w, id, &parts[i], body); f != nil {
+				return partError{f}
+			}
+			return nil
+		})
+	}
+	if err := group.Wait(); err != nil {
+		if end := over(ctx); end != nil {
+			return end
+		}
+		if p, ok := errors.AsType[partError](err); ok {
+			return p.failure
+		}
+	}
+	return s.retry(ctx, w.op, w.key, func() *failure {
+		out, f := attempt(ctx, s, int64(len(w.body)), func(ctx context.Context) (*s3.CompleteMultipartUploadOutput, error) {
+			return s.client.CompleteMultipartUpload(ctx, &s3.CompleteMultipartUploadInput{
+				Bucket: &s.o.Bucket, Key: s.key(w.key), UploadId: &id, IfNoneMatch: w.cond, ExpectedBucketOwner: s.owner,
+				MultipartUpload: &types.CompletedMultipartUpload{Parts: parts}, ChecksumType: types.ChecksumTypeComposite,
+			})
+		})
+		var etag *string
+		var md middleware.Metadata
+		if f == nil {
+			etag, md = out.ETag, out.ResultMetadata
+		}
+		return s.concluded(ctx, w, f, etag, nil, nil, md)
+	})
+}
+
+func (s *Store) part(ctx context.Context, w *write, id string, p *types.CompletedPart, body []byte) *failure {
+	sum := checksum(body)
+	return s.retry(ctx, w.op, w.key, func() *failure {
+		out, f := attempt(ctx, s, int64(len(body)), func(ctx context.Context) (*s3.UploadPartOutput, error) {
+			return s.client.UploadPart(ctx, &s3.UploadPartInput{
+				Bucket: &s.o.Bucket, Key: s.key(w.key), UploadId: &id, PartNumber: p.PartNumber, Body: bytes.NewReader(body),
+				ContentLength: aws.Int64(int64(len(body))), ChecksumCRC32: &sum, ExpectedBucketOwner: s.owner,
+			})
+		})
+		switch {
+		case f != nil && f.status == http.StatusNotFound && f.code == "NoSuchUpload":
+			return &failure{kind: object.ErrUnavailable, status: f.status, code: f.code, detail: fmt.Sprintf("part %d: the upload is gone", *p.PartNumber)}
+		case f != nil:
+			f.detail = fmt.Sprintf("part %d: %s", *p.PartNumber, f.detail)
+			return f
+		case bare(out.ETag) == "":
+			return unusable("part %d has no ETag", *p.PartNumber)
+		case out.ChecksumCRC32 != nil && *out.ChecksumCRC32 != sum:
+			return unusable("part %d has another checksum than what was sent", *p.PartNumber)
+		}
+		p.ETag, p.ChecksumCRC32 = out.ETag, &sum
+		return nil
+	})
+}
+
+// partSize is the least that makes no more than the allowed number of parts.
+func partSize(size, least int64) int64 {
+	return max(least, (size+maxParts-1)/maxParts)
+}
+
+// checksum is the CRC-32 of body as S3 writes it.
+func checksum(body []byte) string {
+	return base64.StdEncoding.EncodeToString(binary.BigEndian.AppendUint32(nil, crc32.ChecksumIEEE(body)))
+}
