@@ -1,0 +1,145 @@
+//go:build linux && !short
+
+package manager
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"testing"
+	"time"
+
+	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
+	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
+	"github.com/snapshotd/snapshotd/internal/testing/s3test"
+)
+
+// onS3 is a world in real time whose objects lie on a real S3 server. What
+// checks it goes there directly, what works on it through the fault proxy.
+func onS3(t *testing.T) (*world, object.Store, *s3fault.Proxy) {
+	t.Helper()
+	o := s3test.Bucket(t)
+	direct := s3test.Open(t, o)
+	proxy := s3fault.New(t, o.Endpoint)
+	o.Endpoint, o.RequestTimeout, o.MaxAttempts, o.Backoff = proxy.URL(), 300*time.Millisecond, 2, time.Millisecond
+	kv := metamemory.New(metamemory.Options{})
+	return &world{t: t, kv: kv, memory: kv, objects: direct, now: time.Now}, s3test.Open(t, o), proxy
+}
+
+func TestS3Lifecycle(t *testing.T) {
+	w, through, proxy := onS3(t)
+	w.kv, w.memory = etcdtest.Shared(t).KV(t), nil
+	r := w.start("a", func(o *Options) { o.Stores = map[string]object.Store{"default": through} })
+	col, _, _ := w.collection(r, "c")
+	for i := range 20 {
+		s := w.segment(r, col, i%2, 1, 20)
+		if _, err := w.objects.Put(t.Context(), "data/"+s.Files[0].Path, []byte("ten bytes.")); err != nil {
+			t.Fatal(err)
+		}
+		w.add(r, col, s)
+	}
+	w.checkpoint(r, col, 10, 30)
+	sp := spec(col, "one")
+	sp.Verify = true
+	s, err := r.Create(t.Context(), request.Token{}, sp)
+	if err != nil || s.Totals.Segments != 20 || s.Totals.Straddling != 10 {
+		t.Fatalf("%+v, err = %v", s, err)
+	}
+	before := len(proxy.Events())
+	w.create(r, col, "two")
+	if n := len(proxy.Events()) - before; n != 3 {
+		t.Errorf("a snapshot of one manifest took %d requests, want 3", n)
+	}
+	w.check(r)
+	for _, name := range []string{"one", "two"} {
+		if _, err := r.Drop(t.Context(), request.Token{}, Ref{Name: name}, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.await("both are removed", func() bool { return len(w.keysUnder("/snapshot/")) == 0 })
+	w.check(r)
+}
+
+// TestS3FaultsAtEachRequest makes each fault at each request that a create and
+// the drop of its snapshot make, once and for ever. The create ends COMMITTED
+// with every byte right, or with an error and nothing left once the fault is
+// over; the drop goes on later.
+func TestS3FaultsAtEachRequest(t *testing.T) {
+	for name, action := range map[string]s3fault.Action{
+		"SlowDown":      s3fault.Status(503, "SlowDown"),
+		"500":           s3fault.Status(500, "InternalError"),
+		"AccessDenied":  s3fault.Status(403, "AccessDenied"),
+		"NoSuchBucket":  s3fault.Status(404, "NoSuchBucket"),
+		"skewed":        s3fault.Status(403, "RequestTimeTooSkewed"),
+		"wrong region":  s3fault.StatusWith(301, "PermanentRedirect", http.Header{"X-Amz-Bucket-Region": {"eu-test-9"}}),
+		"reset":         s3fault.Reset(),
+		"lost":          s3fault.Lost(),
+		"hang":          s3fault.Hang(),
+		"hang after":    s3fault.HangAfter(),
+		"error in 200":  s3fault.ErrorIn200("InternalError"),
+		"empty 200":     s3fault.Empty200(),
+		"HTML in 200":   s3fault.HTML200(),
+		"no ETag":       s3fault.StripAnswer("ETag"),
+		"slow":          s3fault.Slow(100 * time.Millisecond),
+		"not executed":  s3fault.Instead(&s3fault.Answer{Status: 200}),
+		"conflict":      s3fault.Status(409, "ConditionalRequestConflict"),
+		"precondition":  s3fault.Status(412, "PreconditionFailed"),
+		"bad gateway":   s3fault.Instead(&s3fault.Answer{Status: 502, Body: []byte("<html>Bad Gateway</html>")}),
+		"expired token": s3fault.Status(400, "ExpiredToken"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for _, times := range []int{1, -1} {
+				skip := 0
+				for s3FaultAt(t, action, skip, times) {
+					if skip++; skip > 20 {
+						t.Fatal("there is no end of requests")
+					}
+				}
+				if skip < 5 { // three writes, a list, a delete
+					t.Errorf("the fault happened to %d requests only", skip)
+				}
+			}
+		})
+	}
+}
+
+// s3FaultAt plans one fault and says whether it happened to a request.
+func s3FaultAt(t *testing.T, action s3fault.Action, skip, times int) bool {
+	w, through, proxy := onS3(t)
+	name := fmt.Sprintf("request %d, %d times", skip, times)
+	r := w.start("a", func(o *Options) {
+		o.Stores = map[string]object.Store{"default": through}
+		o.CleanInterval = 500 * time.Millisecond
+	})
+	defer r.stop()
+	col, _, _ := w.collection(r, "c")
+	w.add(r, col, w.segment(r, col, 0, 1, 2))
+	w.checkpoint(r, col, 10, 10)
+	proxy.Plan(s3fault.Rule{Skip: skip, Times: times, Action: action})
+	s, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
+	switch {
+	case err == nil:
+		if _, err := r.Drop(t.Context(), request.Token{}, Ref{ID: s.ID}, 0); err != nil {
+			t.Errorf("%s: drop: %v", name, err)
+		}
+		if times == 1 {
+			w.await(name+": the snapshot is removed", func() bool { return len(w.keysUnder("/snapshot/")) == 0 })
+		}
+	case !errors.Is(err, ErrCreateAborted):
+		t.Errorf("%s: create: %v", name, err)
+	}
+	fired := proxy.Fired() > 0
+	proxy.Plan()
+	w.await(name+": all is clean", func() bool { return len(w.keysUnder("/snapshot/")) == 0 })
+	if left := w.objectsUnder("snapshots/"); len(left) > 0 {
+		t.Errorf("%s: left %v", name, left)
+	}
+	// All is well again, with every byte right.
+	w.create(r, col, "x")
+	w.check(r)
+	return fired
+}
