@@ -43,42 +43,57 @@ func newCutter(v *catalog.View) *cutter {
 	return c
 }
 
-// capture returns what of s is in the snapshot, and whether anything is. It
-// does not change s. A segment with data on a channel without a checkpoint is
-// ErrCheckpointMissing.
-func (c *cutter) capture(s segment.Segment) (segment.Segment, bool, error) {
+// captured is what a snapshot holds of a segment.
+type captured struct {
+	segment.Segment
+	in        bool // whether it holds anything
+	straddles bool // whether there may be more on the other side of the cut
+}
+
+// capture returns what of s is in the snapshot. It does not change s. A segment
+// with data on a channel without a checkpoint is ErrCheckpointMissing.
+func (c *cutter) capture(s segment.Segment) (captured, error) {
 	if s.State == segment.Importing || s.State == segment.Dropped {
-		return s, false, nil
+		return captured{}, nil
 	}
 	if s.Partition != 0 && !c.partitions[s.Partition] {
-		return s, false, nil
+		return captured{}, nil
 	}
 	if !slices.ContainsFunc(s.Files, holdsData) {
-		return s, false, nil
+		return captured{}, nil
 	}
 	cut, ok := c.cuts[s.Channel]
 	if !ok {
-		return s, false, fmt.Errorf("%w: shard %d (%q) of %s has none, and segment %d has data; set it with SetCheckpoints",
+		return captured{}, fmt.Errorf("%w: shard %d (%q) of %s has none, and segment %d has data; set it with SetCheckpoints",
 			ErrCheckpointMissing, s.Channel, c.collection.Channel(s.Channel), c.collection, s.ID)
 	}
-	s.Builds = slices.DeleteFunc(slices.Clone(s.Builds), func(b segment.Build) bool { return !c.indexes[b.Index] })
-	if s.CommitTimestamp != 0 { // its rows count by that, all alike
-		return s, s.CommitTimestamp < cut, nil
+	// The rows of an import count by its commit, all alike; its deletes do not.
+	imported := s.CommitTimestamp != 0
+	if imported && s.CommitTimestamp >= cut || !imported && s.Start.Timestamp >= cut {
+		return captured{}, nil
 	}
-	if s.Start.Timestamp >= cut {
-		return s, false, nil
+	got := captured{Segment: s, in: true}
+	got.Builds = slices.DeleteFunc(slices.Clone(s.Builds), func(b segment.Build) bool { return !c.indexes[b.Index] })
+	got.Files = nil
+	for _, f := range s.Files {
+		switch {
+		case imported && f.Kind != segment.KindDelta:
+			got.Files = append(got.Files, f)
+		case ranged(f) && f.MinTimestamp >= cut: // left out
+			// What was made from all rows, such as an index, still knows its rows.
+			got.straddles = got.straddles || holdsData(f) && f.Kind != segment.KindDelta
+		default:
+			got.Files = append(got.Files, f)
+			got.straddles = got.straddles || straddles(&s, f, cut)
+		}
 	}
-	s.Files = slices.DeleteFunc(slices.Clone(s.Files), func(f segment.File) bool {
-		return ranged(f) && f.MinTimestamp >= cut
-	})
-	if !slices.ContainsFunc(s.Files, holdsData) {
-		return s, false, nil
+	if !slices.ContainsFunc(got.Files, holdsData) {
+		return captured{}, nil
 	}
-	if slices.ContainsFunc(s.Files, func(f segment.File) bool { return straddles(&s, f, cut) }) &&
-		(s.RowCeiling == 0 || s.RowCeiling > cut) {
-		s.RowCeiling = cut
+	if got.straddles && (s.RowCeiling == 0 || s.RowCeiling > cut) {
+		got.RowCeiling = cut
 	}
-	return s, true, nil
+	return got, nil
 }
 
 func holdsData(f segment.File) bool { return !segment.Derived(f.Kind) }
@@ -86,9 +101,10 @@ func holdsData(f segment.File) bool { return !segment.Derived(f.Kind) }
 // ranged says whether the timestamps of the file's rows are known.
 func ranged(f segment.File) bool { return f.MinTimestamp != 0 || f.MaxTimestamp != 0 }
 
-// straddles says whether f, of segment s, may hold rows at or after the cut. Of
-// a file that does not say, the segment's end position does; without one there
-// is no telling, and a row ceiling is never wrong.
+// straddles says whether f, of segment s, may hold rows or deletes at or after
+// the cut. Of a file that does not say, the segment's end position does; but that
+// is the end of its rows, which says nothing of deletes unless the segment has
+// nothing else. Without it there is no telling, and a row ceiling is never wrong.
 func straddles(s *segment.Segment, f segment.File, cut segment.Timestamp) bool {
 	switch {
 	case cut == segment.MaxTimestamp: // no stream
@@ -97,6 +113,8 @@ func straddles(s *segment.Segment, f segment.File, cut segment.Timestamp) bool {
 		return f.MaxTimestamp >= cut
 	case !holdsData(f):
 		return false
+	case f.Kind == segment.KindDelta && s.Level != 0:
+		return true
 	case s.DML.Timestamp != 0:
 		return s.DML.Timestamp > cut
 	}
@@ -175,11 +193,10 @@ func describe(s *Snapshot, v *catalog.View, clusterID, release string) *manifest
 		}
 	}
 	for shard := range col.Shards() {
-		if cp, ok := v.Checkpoints[shard]; ok {
-			md.Channels = append(md.Channels, manifest.Channel{
-				Shard: shard, Name: col.Channel(shard), Cut: cp.Position.Timestamp, Opaque: cp.Position.Opaque,
-			})
-		}
+		cp := v.Checkpoints[shard] // without one the cut is 0: nothing of it is captured
+		md.Channels = append(md.Channels, manifest.Channel{
+			Shard: shard, Name: col.Channel(shard), Cut: cp.Position.Timestamp, Opaque: cp.Position.Opaque,
+		})
 	}
 	return md
 }

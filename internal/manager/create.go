@@ -43,8 +43,9 @@ type creation struct {
 	begun chan struct{} // closed when the snapshot is durable as PENDING, or err is set
 	ended chan struct{} // closed at the end
 
-	// snap and err may be read once the channel is closed: after begun snap is
-	// the PENDING record, after ended last is the COMMITTED one or err is set.
+	// Once begun is closed snap may be read: the PENDING record, or nil when there
+	// is none. Once ended is closed also last, the COMMITTED record, and err; err
+	// already after begun if snap is nil.
 	snap, last *Snapshot
 	err        error
 }
@@ -105,6 +106,9 @@ func (m *Manager) startCreate(ctx context.Context, tok request.Token, spec Creat
 		return nil, ctx.Err()
 	case <-wait:
 	}
+	if spec.NoWait && c.snap != nil {
+		return c.snap, nil // the create goes on, and with it c.err
+	}
 	if errors.Is(c.err, errTokenTaken) { // another call with the token was first
 		if known, err = request.Find(ctx, m.kv, tok); err != nil {
 			return nil, err
@@ -112,9 +116,6 @@ func (m *Manager) startCreate(ctx context.Context, tok request.Token, spec Creat
 		if known != nil {
 			return m.join(ctx, tok, known, spec.NoWait)
 		}
-	}
-	if spec.NoWait && c.snap != nil {
-		return c.snap, nil
 	}
 	return c.last, c.err
 }
@@ -548,12 +549,12 @@ func (w *snapshotWriter) run(ctx context.Context) (*Snapshot, error) {
 	group.SetLimit(chunksInFlight)
 	_, err := w.m.catalog.ScanSegments(groupCtx, w.snap.Collection, w.view.Revision, func(batch []segment.Segment) error {
 		for i := range batch {
-			s, in, err := w.cutter.capture(batch[i])
+			got, err := w.cutter.capture(batch[i])
 			if err != nil {
 				return err
 			}
-			if in {
-				w.take(groupCtx, group, s)
+			if got.in {
+				w.take(groupCtx, group, got)
 			}
 		}
 		return w.lease.advance(groupCtx)
@@ -576,14 +577,17 @@ func (w *snapshotWriter) run(ctx context.Context) (*Snapshot, error) {
 
 // take adds a segment to the chunk, and begins to write that when it is full.
 // It waits while chunksInFlight of them are being written.
-func (w *snapshotWriter) take(ctx context.Context, group *errgroup.Group, s segment.Segment) {
-	w.totals.Add(&s)
-	addRefs(w.refs, w.view.Collection.Roots, &s)
-	if s.RowCeiling != 0 && len(w.straddling) < 10 {
-		w.straddling = append(w.straddling, s.ID)
+func (w *snapshotWriter) take(ctx context.Context, group *errgroup.Group, got captured) {
+	s := &got.Segment
+	w.totals.Add(s)
+	addRefs(w.refs, w.view.Collection.Roots, s)
+	if got.straddles {
+		if w.totals.Straddling++; len(w.straddling) < 10 {
+			w.straddling = append(w.straddling, s.ID)
+		}
 	}
-	w.chunk = append(w.chunk, s)
-	w.chunkSize += memorySize(&s)
+	w.chunk = append(w.chunk, *s)
+	w.chunkSize += memorySize(s)
 	if len(w.chunk) == chunkSegments || w.chunkSize >= chunkBytes {
 		w.flush(ctx, group)
 	}
@@ -631,6 +635,7 @@ func (w *snapshotWriter) flush(ctx context.Context, group *errgroup.Group) {
 func (w *snapshotWriter) finish(ctx context.Context) (*Snapshot, error) {
 	next := w.snap.moved(Committed, "")
 	next.CatalogRevision, next.Totals = w.view.Revision, w.totals
+	next.DB, next.CollectionName = w.view.Collection.DB, w.view.Collection.Name
 	md := describe(next, w.view, w.m.o.Cluster.ID, w.m.o.Release)
 	for _, p := range md.Partitions {
 		next.Partitions = append(next.Partitions, p.ID)

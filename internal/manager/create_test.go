@@ -39,6 +39,9 @@ func TestCreateKeepsEverything(t *testing.T) {
 				Checksum: segment.Checksum{Type: "CRC64NVME", Value: []byte{1, 2, 3, byte(i)}}, Attributes: map[string]string{"k": kind},
 			}
 			f.Path = fmt.Sprintf("foreign/%s/%d", kind, i)
+			if kind == segment.KindDelta {
+				f.MinTimestamp, f.MaxTimestamp = 12, 18
+			}
 			s.Files = append(s.Files, f)
 		}
 		b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100, Params: map[string]string{"m": "16"}}

@@ -314,11 +314,11 @@ func TestCutIsPerChannel(t *testing.T) {
 		c := newCutter(view)
 		shown := map[row]int{}
 		for _, s := range segments {
-			got, in, err := c.capture(s)
+			got, err := c.capture(s)
 			if err != nil {
 				rt.Fatal(err)
 			}
-			if !in {
+			if !got.in {
 				continue
 			}
 			for _, f := range got.Files {
@@ -367,7 +367,11 @@ func TestCaptureDecides(t *testing.T) {
 		{"only stats", segment.Segment{Files: []segment.File{file("stats", 0, 0)}}, false, 0, 1},
 		{"only deletes", segment.Segment{Files: []segment.File{file("delta", 1, 50)}}, true, 0, 1},
 		{"unknown kind counts as data", segment.Segment{DML: segment.Position{Timestamp: 50}, Files: []segment.File{file("parquet", 0, 0)}}, true, 0, 1},
-		{"file after the cut is left out", segment.Segment{Files: []segment.File{file("insert", 1, 99), file("insert", 100, 120), file("stats", 0, 0)}}, true, 0, 2},
+		{"file after the cut is left out", segment.Segment{Files: []segment.File{file("insert", 1, 99), file("insert", 100, 120), file("stats", 0, 0)}}, true, 100, 2},
+		{"deletes after the cut are left out", segment.Segment{Files: []segment.File{file("insert", 1, 99), file("delta", 100, 120)}}, true, 0, 1},
+		{"deletes of an unknown time", segment.Segment{Level: 1, DML: segment.Position{Timestamp: 50}, Files: []segment.File{file("insert", 1, 49), file("delta", 0, 0)}}, true, 100, 2},
+		{"deletes of an unknown time, alone", segment.Segment{DML: segment.Position{Timestamp: 50}, Files: []segment.File{file("delta", 0, 0)}}, true, 0, 1},
+		{"import with deletes after the cut", segment.Segment{CommitTimestamp: 99, Files: []segment.File{file("insert", 500, 600), file("delta", 150, 160)}}, true, 0, 1},
 		{"all data after the cut", segment.Segment{Files: []segment.File{file("insert", 100, 120), file("stats", 0, 0)}}, false, 0, 1},
 		{"importing", segment.Segment{State: segment.Importing, Files: []segment.File{file("insert", 1, 2)}}, false, 0, 1},
 		{"of a partition", segment.Segment{Partition: 1, Files: []segment.File{file("insert", 1, 2)}}, true, 0, 1},
@@ -376,22 +380,24 @@ func TestCaptureDecides(t *testing.T) {
 		{"unknown range, ends after", segment.Segment{DML: segment.Position{Timestamp: 101}, Files: []segment.File{file("insert", 0, 0)}}, true, 100, 1},
 		{"unknown range and end", segment.Segment{Files: []segment.File{file("insert", 0, 0)}}, true, 100, 1},
 		{"lower ceiling is kept", segment.Segment{RowCeiling: 40, Files: []segment.File{file("insert", 1, 120)}}, true, 40, 1},
+		{"ceiling of before", segment.Segment{RowCeiling: 40, Files: []segment.File{file("insert", 1, 99)}}, true, 40, 1},
 		{"commit timestamp before", segment.Segment{CommitTimestamp: 99, Files: []segment.File{file("insert", 500, 600)}}, true, 0, 1},
 		{"commit timestamp after", segment.Segment{CommitTimestamp: 100, Files: []segment.File{file("insert", 1, 2)}}, false, 0, 1},
 	} {
-		got, in, err := c.capture(tc.s)
+		got, err := c.capture(tc.s)
+		in := got.in
 		if err != nil || in != tc.in || in && (got.RowCeiling != tc.ceiling || len(got.Files) != tc.files) {
 			t.Errorf("%s: in = %v, ceiling %d, %d files, err = %v; want %v, %d, %d", tc.name, in, got.RowCeiling, len(got.Files), err,
 				tc.in, tc.ceiling, tc.files)
 		}
 	}
-	got, _, _ := c.capture(segment.Segment{Files: []segment.File{file("insert", 1, 2)}, Builds: []segment.Build{{ID: 1, Index: 5}, {ID: 2, Index: 6}}})
+	got, _ := c.capture(segment.Segment{Files: []segment.File{file("insert", 1, 2)}, Builds: []segment.Build{{ID: 1, Index: 5}, {ID: 2, Index: 6}}})
 	if len(got.Builds) != 1 || got.Builds[0].ID != 1 {
 		t.Errorf("builds %v: that of an index being dropped is out", got.Builds)
 	}
-	_, _, err := c.capture(segment.Segment{Channel: 7, Files: []segment.File{file("insert", 1, 2)}})
+	_, err := c.capture(segment.Segment{Channel: 7, Files: []segment.File{file("insert", 1, 2)}})
 	wantError(t, err, ErrCheckpointMissing)
-	if _, in, err := c.capture(segment.Segment{Channel: 7}); in || err != nil {
-		t.Errorf("a segment without data on a channel without a checkpoint: in = %v, err = %v", in, err)
+	if got, err := c.capture(segment.Segment{Channel: 7}); got.in || err != nil {
+		t.Errorf("a segment without data on a channel without a checkpoint: in = %v, err = %v", got.in, err)
 	}
 }

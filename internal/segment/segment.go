@@ -134,7 +134,7 @@ type Totals struct {
 	Files      int64
 	Bytes      int64
 	Builds     int64
-	Straddling int64 // segments with a RowCeiling
+	Straddling int64 // segments on both sides of a cut, which Add cannot tell
 }
 
 // Add counts s.
@@ -142,9 +142,6 @@ func (t *Totals) Add(s *Segment) {
 	t.Segments++
 	t.Rows += s.Rows
 	t.Builds += int64(len(s.Builds))
-	if s.RowCeiling != 0 {
-		t.Straddling++
-	}
 	for f := range s.AllFiles() {
 		t.Files++
 		t.Bytes += f.Size
