@@ -54,6 +54,7 @@ const (
 	MaxPartitions    = 1024
 	MaxIndexes       = 1024
 	MaxChannels      = 64
+	maxChannelBytes  = 4096      // of all channels' names: a snapshot's record holds them
 	MaxSegmentBytes  = 1 << 20   // of a segment's record
 	MaxRecordBytes   = 768 << 10 // of a collection's record
 	maxPartBytes     = 512 << 10 // of a partition's or index's, which share a transaction with it

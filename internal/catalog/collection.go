@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -98,17 +99,21 @@ type ListFilter struct {
 	States []State
 }
 
+// maxListBytes bounds what ListCollections returns at a time.
+const maxListBytes = 2 << 20
+
 // ListCollections returns up to limit collections in id order, from the first
-// after id after, and whether there are more. One whose record this release
+// after id after, and whether there are more. It returns fewer when they are
+// large, and none with the engine's own schema. One whose record this release
 // cannot read is left out.
 func (c *Catalog) ListCollections(ctx context.Context, f ListFilter, after int64, limit int) (list []Collection, more bool, err error) {
 	if len(f.States) == 0 {
 		f.States = []State{Active}
 	}
 	_, end := meta.Prefix(keys.CollectionPrefix)
-	from, revision := keys.Collection(after)+"\x00", int64(0)
+	from, revision, size := keys.Collection(after)+"\x00", int64(0), 0
 	for {
-		res, err := c.kv.Range(ctx, meta.Range{From: from, To: end, Limit: 256, Revision: revision})
+		res, err := c.kv.Range(ctx, meta.Range{From: from, To: end, Limit: 16, Revision: revision})
 		if err != nil {
 			return nil, false, fmt.Errorf("list collections: %w", err)
 		}
@@ -121,10 +126,13 @@ func (c *Catalog) ListCollections(ctx context.Context, f ListFilter, after int64
 			if err != nil {
 				return nil, false, err
 			}
+			rawSize := len(col.Schema.Raw)
 			if f.DB != "" && f.DB != col.DB || !slices.Contains(f.States, col.State) {
 				continue
 			}
-			if len(list) == limit {
+			col.Schema.Raw = nil
+			size += len(kv.Value) - rawSize
+			if len(list) == limit || len(list) > 0 && size > maxListBytes {
 				return list, true, nil
 			}
 			list = append(list, col)
@@ -205,6 +213,9 @@ func (c *Catalog) checkSpec(spec *Collection) error {
 	}
 	if len(spec.Channels) > MaxChannels {
 		return invalid("channels", "%d channels, at most %d", len(spec.Channels), MaxChannels)
+	}
+	if n := len(strings.Join(spec.Channels, "")); n > maxChannelBytes {
+		return invalid("channels", "the names take %d bytes, at most %d in all", n, maxChannelBytes)
 	}
 	for i, name := range spec.Channels {
 		if name == "" || slices.Contains(spec.Channels[:i], name) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"golang.org/x/sync/errgroup"
 
@@ -168,7 +169,7 @@ func (r *rules) builds(field string, s *segment.Segment, old []segment.Build) er
 	for f := range s.AllFiles() {
 		p := FilePath{f.Root, f.Path}
 		if seen[p] {
-			return invalid(field, "file %q occurs twice in segment %d", f.Path, s.ID)
+			return invalid(strings.TrimSuffix(field, ".index_builds")+".files", "file %q occurs twice in segment %d", f.Path, s.ID)
 		}
 		seen[p] = true
 	}

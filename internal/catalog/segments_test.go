@@ -167,7 +167,7 @@ func TestSegmentRules(t *testing.T) {
 		{catalog.ErrInvalid, "segments[0].files[0].kind", func(s *segment.Segment) { s.Files[0].Kind = "" }},
 		{catalog.ErrInvalid, "segments[0].files[0].checksum.type", func(s *segment.Segment) { s.Files[0].Checksum.Value = []byte{1} }},
 		{catalog.ErrInvalid, "segments[0].files[0].min_timestamp", func(s *segment.Segment) { s.Files[0].MinTimestamp = s.Files[0].MaxTimestamp + 1 }},
-		{catalog.ErrInvalid, "segments[0].index_builds", func(s *segment.Segment) { s.Files[0].Path = s.Files[1].Path }},
+		{catalog.ErrInvalid, "segments[0].files", func(s *segment.Segment) { s.Files[0].Path = s.Files[1].Path }},
 		{catalog.ErrInvalid, "segments[0].files[0].path", path("")},
 		{catalog.ErrInvalid, "segments[0].files[0].path", path("/etc/passwd")},
 		{catalog.ErrInvalid, "segments[0].files[0].path", path("..")},
@@ -188,7 +188,7 @@ func TestSegmentRules(t *testing.T) {
 		{catalog.ErrInvalid, "segments[0].index_builds[0].id", func(s *segment.Segment) { s.Builds = []segment.Build{build(0)} }},
 		{catalog.ErrInvalid, "segments[0].index_builds[1].index_id", func(s *segment.Segment) { s.Builds = []segment.Build{build(ids[151]), build(ids[152])} }},
 		{catalog.ErrIDNotAllocated, "", func(s *segment.Segment) { s.Builds = []segment.Build{build(1 << 50)} }},
-		{catalog.ErrInvalid, "segments[0].index_builds", func(s *segment.Segment) {
+		{catalog.ErrInvalid, "segments[0].files", func(s *segment.Segment) {
 			s.Builds = []segment.Build{build(ids[151])}
 			s.Builds[0].Files[0].Path = s.Files[0].Path
 		}},

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -22,9 +23,13 @@ const maxSkew = 5 * time.Minute
 // deleteBatch is how many objects are deleted at a time.
 const deleteBatch = 500
 
+// removesInFlight is how many snapshots are removed at once.
+const removesInFlight = 8
+
 // cleaner is the leader's work on snapshots: it reaps creates that died, drops
 // what expired and removes what is being deleted. Each of the three goes on
-// when the others meet trouble.
+// when the others meet trouble, and the first two come before the third, which
+// can take long.
 type cleaner struct {
 	m         *Manager
 	wake      chan struct{} // size one
@@ -79,10 +84,7 @@ func (c *cleaner) Pass(ctx context.Context, fence meta.Cond) (next time.Duration
 	}
 	next, err = c.expire(ctx, expiring, fence)
 	errs = append(errs, err)
-	for _, s := range deleting {
-		errs = append(errs, c.remove(ctx, s, fence))
-	}
-	return next, errors.Join(errs...)
+	return next, errors.Join(append(errs, c.removeAll(ctx, deleting, fence))...)
 }
 
 // reap gives up a create that died: its pending key went with its lease.
@@ -148,6 +150,24 @@ func (c *cleaner) expire(ctx context.Context, snapshots []*Snapshot, fence meta.
 		} // else it is pinned, changed, or not ours to drop: the next pass sees
 	}
 	return next, errors.Join(errs...)
+}
+
+// removeAll removes what is being deleted, several at once. A store that hangs
+// does not hold up the next pass for longer than an interval.
+func (c *cleaner) removeAll(ctx context.Context, snapshots []*Snapshot, fence meta.Cond) error {
+	ctx, cancel := context.WithTimeout(ctx, c.m.o.CleanInterval)
+	defer cancel()
+	errs := make([]error, len(snapshots))
+	var group errgroup.Group
+	group.SetLimit(removesInFlight)
+	for i, s := range snapshots {
+		group.Go(func() error {
+			errs[i] = c.remove(ctx, s, fence)
+			return nil
+		})
+	}
+	_ = group.Wait() // each error has its place
+	return errors.Join(errs...)
 }
 
 // remove deletes a dropped snapshot's own objects, and then its record. The

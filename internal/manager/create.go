@@ -31,8 +31,10 @@ const (
 	chunkBytes      = 32 << 20 // estimate of what they take in memory
 	chunksInFlight  = 2        // manifests being written at once
 	captureAttempts = 3        // when the revision is compacted in mid-read
-	putAttempts     = 5        // of one object
-	verifyInFlight  = 16       // files looked at, at once
+	// when the metadata store does not answer, with pauses that grow
+	unansweredAttempts = 5
+	putAttempts        = 5  // of one object
+	verifyInFlight     = 16 // files looked at, at once
 )
 
 // creation is a create from its hand-over to Run until its end.
@@ -74,6 +76,12 @@ func (m *Manager) startCreate(ctx context.Context, tok request.Token, spec Creat
 	if known != nil {
 		return m.join(ctx, tok, known, spec.NoWait)
 	}
+	if err := checkExpiry(spec.ExpireTime, m.o.Now()); err != nil {
+		return nil, err
+	}
+	if spec.TTL < 0 || spec.TTL > maxExpiry {
+		return nil, &catalog.InvalidError{Field: "ttl", Problem: fmt.Sprintf("%v is not 0 to 100 years", spec.TTL)}
+	}
 	collection, err := m.catalog.Resolve(ctx, spec.Collection) // once
 	if err != nil {
 		return nil, err
@@ -109,11 +117,8 @@ func (m *Manager) startCreate(ctx context.Context, tok request.Token, spec Creat
 	if spec.NoWait && c.snap != nil {
 		return c.snap, nil // the create goes on, and with it c.err
 	}
-	if errors.Is(c.err, errTokenTaken) { // another call with the token was first
-		if known, err = request.Find(ctx, m.kv, tok); err != nil {
-			return nil, err
-		}
-		if known != nil {
+	if c.snap == nil { // begin failed: perhaps another call with the token was first
+		if known := m.wasFirst(ctx, tok); known != nil {
 			return m.join(ctx, tok, known, spec.NoWait)
 		}
 	}
@@ -130,29 +135,39 @@ func (m *Manager) join(ctx context.Context, tok request.Token, known *request.Re
 			return s, err
 		}
 	}
-	if !known.Done {
-		ctx, cancel := context.WithCancel(ctx)
-		defer cancel()
-		w := m.kv.Watch(ctx, tok.Key(), tok.Key()+"\x00", known.Revision)
-		for !known.Done {
-			batch, err := w.Next()
-			if err != nil {
-				return nil, fmt.Errorf("wait for snapshot %d: %w", known.ID, err)
-			}
-			for _, e := range batch.Events {
-				if e.Deleted {
-					return nil, fmt.Errorf("%w: its request token is gone", ErrCreateAborted)
-				}
-				if known, err = request.Decode(e.KV); err != nil {
-					return nil, err
-				}
-			}
+	for !known.Done {
+		next, err := m.nextOf(ctx, tok, known)
+		if err != nil {
+			return nil, fmt.Errorf("wait for snapshot %d: %w", known.ID, err)
 		}
+		known = next
 	}
 	if known.ErrorReason != "" {
 		return nil, endingError(known.ErrorReason, known.ErrorText)
 	}
 	return decode(meta.KeyValue{Key: keys.Snapshot(known.ID), Value: known.Result, ModRevision: known.Revision})
+}
+
+// nextOf waits for the next change of a token's record.
+func (m *Manager) nextOf(ctx context.Context, tok request.Token, known *request.Record) (*request.Record, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	w := m.kv.Watch(ctx, tok.Key(), tok.Key()+"\x00", known.Read)
+	for {
+		batch, err := w.Next()
+		if err != nil && !errors.Is(err, meta.ErrCompacted) {
+			return nil, err
+		}
+		if err == nil && len(batch.Events) == 0 {
+			continue
+		}
+		// Read it as it is now, which also is the way on after a compaction.
+		next, err := request.Find(ctx, m.kv, tok)
+		if err == nil && next == nil {
+			err = fmt.Errorf("%w: its request token is gone", ErrCreateAborted)
+		}
+		return next, err
+	}
 }
 
 // endings are the reasons for which a create ends badly, as its token and its
@@ -168,6 +183,8 @@ var endings = []struct {
 	{ErrNotExact, "NOT_EXACT"},
 	{ErrFileMissing, "FILE_MISSING"},
 	{ErrCatalogCompacted, "CATALOG_COMPACTED"},
+	{object.ErrDenied, "OBJECT_STORE_DENIED"},
+	{object.ErrMisconfigured, "OBJECT_STORE_MISCONFIGURED"},
 	{ErrCreateAborted, "CREATE_ABORTED"},
 }
 
@@ -179,7 +196,15 @@ func endingReason(err error) (reason string, as error) {
 			return e.reason, err
 		}
 	}
-	return "CREATE_ABORTED", fmt.Errorf("%w: %w", ErrCreateAborted, err)
+	switch { // whose texts tell of addresses
+	case errors.Is(err, meta.ErrUnavailable):
+		err = fmt.Errorf("%w: the metadata store did not answer", ErrCreateAborted)
+	case errors.Is(err, object.ErrUnavailable):
+		err = fmt.Errorf("%w: the object store did not answer", ErrCreateAborted)
+	default:
+		err = fmt.Errorf("%w: %w", ErrCreateAborted, err)
+	}
+	return "CREATE_ABORTED", err
 }
 
 func endingError(reason, text string) error {
@@ -228,8 +253,10 @@ func (m *Manager) awaitCut(ctx context.Context, ref catalog.Ref, want []catalog.
 	if err != nil {
 		return err
 	}
-	from, to := meta.Prefix(keys.ChannelPrefix(col.ID))
-	w := m.kv.Watch(wait, from, to, view.Revision)
+	// One range holds the channels' keys and the collection's, and others' in
+	// between, which are passed over.
+	own, record := keys.ChannelPrefix(col.ID), keys.Collection(col.ID)
+	w := m.kv.Watch(wait, own, record+"\x00", view.Revision)
 	for {
 		behind := laggards(&view, want)
 		if len(behind) == 0 {
@@ -238,7 +265,15 @@ func (m *Manager) awaitCut(ctx context.Context, ref catalog.Ref, want []catalog.
 		if view.Collection.State != catalog.Active {
 			return fmt.Errorf("%w: %s is %v", catalog.ErrCollectionNotActive, &col, view.Collection.State)
 		}
-		if _, err := w.Next(); err != nil {
+		concerned := false
+		for !concerned {
+			batch, err := w.Next()
+			if err == nil {
+				concerned = slices.ContainsFunc(batch.Events, func(e meta.Event) bool {
+					return e.KV.Key == record || strings.HasPrefix(e.KV.Key, own)
+				})
+				continue
+			}
 			if wait.Err() != nil && (ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded)) {
 				return fmt.Errorf("%w: %v; flush these channels, or ask for less", ErrCutNotReached, behind)
 			}
@@ -309,16 +344,20 @@ func (m *Manager) create(ctx context.Context, c *creation) {
 		c.err = err
 		return
 	}
+	cause := err
 	reason, err := endingReason(err)
 	c.err = err
 	// Given up even when the replica stops, so that the name is free at once.
 	ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
-	if giveUpErr := m.giveUp(ctx, c.snap, reason, err.Error(), nil); giveUpErr != nil {
-		log.Warn("snapshot could not be given up; the leader will", zap.Error(giveUpErr))
-		return
+	giveUpErr := m.giveUp(ctx, c.snap, reason, err.Error(), nil)
+	switch {
+	case giveUpErr == nil, errors.Is(giveUpErr, errChanged): // by us, or by the leader before
+		log.Info("snapshot given up", zap.String("reason", reason), zap.Error(cause))
+	default:
+		c.err = fmt.Errorf("%w: %w", errUndecided, giveUpErr)
+		log.Warn("snapshot could not be given up; the leader will", zap.NamedError("cause", cause), zap.Error(giveUpErr))
 	}
-	log.Info("snapshot given up", zap.String("reason", reason), zap.Error(err))
 }
 
 // segmentMemory is what a create is reckoned to hold of one segment, in bytes:
@@ -389,7 +428,7 @@ func (m *Manager) begin(ctx context.Context, c *creation) (_ *createLease, err e
 	if err != nil {
 		return nil, fmt.Errorf("lease for the create: %w", err)
 	}
-	lease := &createLease{kv: m.kv, id: id, now: m.o.Now, interval: m.o.LeaseTTL / 3, renewed: granted}
+	lease := &createLease{kv: m.kv, id: id, now: m.o.Now, interval: min(m.o.LeaseTTL/3, time.Second), renewed: granted}
 	defer func() {
 		if err != nil && !errors.Is(err, errUndecided) {
 			_ = lease.end(context.WithoutCancel(ctx)) // runs out by itself otherwise; nothing is under it
@@ -418,7 +457,7 @@ func (m *Manager) begin(ctx context.Context, c *creation) (_ *createLease, err e
 		s := &Snapshot{
 			ID: snapshot, Name: c.spec.Name, Collection: col.ID, DB: col.DB, CollectionName: col.Name, State: Pending,
 			Description: c.spec.Description, Labels: c.spec.Labels, CreateTime: now, TTL: c.spec.TTL,
-			ExpireTime: c.spec.ExpireTime, Store: m.o.SnapshotStore, Deadline: now.Add(m.o.CreateTimeout),
+			ExpireTime: c.spec.ExpireTime, Store: m.o.SnapshotStore,
 			requestKey: c.tok.Key(), op: op,
 		}
 		done, err := m.tryBegin(ctx, c.tok, s, &col, lease)
@@ -459,7 +498,9 @@ func (m *Manager) tryBegin(ctx context.Context, tok request.Token, s *Snapshot, 
 	}
 	res, err := m.kv.Txn(ctx, txn)
 	switch {
-	case errors.Is(err, meta.ErrLeaseNotFound), errors.Is(err, meta.ErrNoSpace), errors.Is(err, meta.ErrTooLarge):
+	case errors.Is(err, meta.ErrLeaseNotFound):
+		return false, fmt.Errorf("%w: its lease ran out before it began", ErrCreateAborted)
+	case errors.Is(err, meta.ErrNoSpace), errors.Is(err, meta.ErrTooLarge):
 		return false, err
 	case err != nil:
 		return m.resolveBegin(ctx, s, lease, err)
@@ -499,7 +540,10 @@ var errUndecided = errors.New("outcome unknown")
 // the metadata last. It returns the record as commit will write it.
 func (m *Manager) captureAndWrite(ctx context.Context, c *creation, lease *createLease) (*Snapshot, error) {
 	used := 0 // manifests that were begun: a key is not used twice
-	for attempt := 1; ; attempt++ {
+	for compacted, unanswered := 0, 0; ; {
+		if err := pause(ctx, 10*unanswered); err != nil {
+			return nil, err
+		}
 		view, err := m.catalog.At(ctx, c.snap.Collection, 0)
 		if err == nil && view.Collection.State != catalog.Active {
 			return nil, fmt.Errorf("%w: %s is %v", catalog.ErrCollectionNotActive, &view.Collection, view.Collection.State)
@@ -516,10 +560,16 @@ func (m *Manager) captureAndWrite(ctx context.Context, c *creation, lease *creat
 		switch {
 		case err == nil:
 			return next, nil
-		case !errors.Is(err, meta.ErrCompacted):
+		case errors.Is(err, meta.ErrCompacted):
+			if compacted++; compacted == captureAttempts {
+				return nil, fmt.Errorf("%w in each of %d captures; compact less often, or try again", ErrCatalogCompacted, compacted)
+			}
+		case errors.Is(err, meta.ErrUnavailable):
+			if unanswered++; unanswered == unansweredAttempts {
+				return nil, err
+			}
+		default:
 			return nil, err
-		case attempt == captureAttempts:
-			return nil, fmt.Errorf("%w in each of %d captures: %w; compact less often, or try again", ErrCatalogCompacted, attempt, err)
 		}
 	}
 }
@@ -769,13 +819,19 @@ func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease
 	if err := checkRecordSize(value); err != nil {
 		return nil, err
 	}
-	for range maxAttempts {
+	for attempt := range maxAttempts {
+		if err := pause(ctx, 10*attempt); err != nil {
+			return nil, err
+		}
 		if err := lease.advance(ctx); err != nil {
 			return nil, err
 		}
 		var result meta.LeaseID
 		if c.tok.Given() {
-			if result, err = m.o.Requests.Get(ctx); err != nil {
+			if result, err = m.o.Requests.Get(ctx); errors.Is(err, meta.ErrUnavailable) && attempt < unansweredAttempts {
+				continue // nothing was sent
+			}
+			if err != nil {
 				return nil, err
 			}
 		}
@@ -797,7 +853,7 @@ func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease
 		case errors.Is(err, meta.ErrNoSpace), errors.Is(err, meta.ErrTooLarge):
 			return nil, err
 		case err != nil:
-			return m.resolveCommit(ctx, c, err)
+			return m.resolveCommit(ctx, c, next, err)
 		case !res.Succeeded:
 			return nil, fmt.Errorf("%w: its lease ran out before the commit", ErrCreateAborted)
 		}
@@ -809,7 +865,7 @@ func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease
 
 // resolveCommit finds out what became of a commit that got no answer. That it
 // failed may be said only once it cannot happen any more.
-func (m *Manager) resolveCommit(ctx context.Context, c *creation, cause error) (*Snapshot, error) {
+func (m *Manager) resolveCommit(ctx context.Context, c *creation, next *Snapshot, cause error) (*Snapshot, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), m.o.LeaseTTL/3)
 	defer cancel()
 	for attempt := range maxAttempts {
@@ -821,10 +877,15 @@ func (m *Manager) resolveCommit(ctx context.Context, c *creation, cause error) (
 			continue
 		}
 		switch {
-		case now == nil || now.State == Deleting:
-			return nil, fmt.Errorf("%w: %w", ErrCreateAborted, cause)
+		case now == nil:
+			return nil, fmt.Errorf("%w: %w", errUndecided, cause) // either, and cleaned since
 		case now.State == Committed:
 			return now, nil // by us: nobody else commits this id
+		case now.State == Deleting && now.commitRev != 0: // and was dropped since
+			next.Revision, next.Order = now.commitRev, now.commitRev
+			return next, nil
+		case now.State == Deleting:
+			return nil, fmt.Errorf("%w: %w", ErrCreateAborted, cause)
 		}
 		text := fmt.Sprintf("%v: the commit got no answer and was taken back: %v", ErrCreateAborted, cause)
 		err = m.giveUp(ctx, now, "CREATE_ABORTED", text, nil)

@@ -51,15 +51,18 @@
 //	capture: compacted      it starts again at a newer revision, three times in
 //	                        all, under file names that were not used yet
 //	object write: no answer the object is read back; equal bytes are ours
-//	commit: no answer       the record is read back. COMMITTED: done. PENDING:
-//	                        give up, which makes the commit impossible, and only
-//	                        then say that it failed. No answer: UNAVAILABLE, the
-//	                        lease runs out, the leader reaps or finds COMMITTED
+//	capture: no answer      it starts over likewise, a few times
+//	commit: no answer       the record is read back. COMMITTED, or DELETING from
+//	                        there: done. PENDING: give up, which makes the commit
+//	                        impossible, and only then say that it failed. Gone, or
+//	                        no answer: UNAVAILABLE, the lease runs out, the leader
+//	                        reaps or finds COMMITTED
+//	give up: no answer      UNAVAILABLE; the lease is ended, the leader reaps
 //	creator dies, freezes   its lease runs out, the leader reaps. When it wakes
 //	                        up, commit fails on the pending key; objects that it
 //	                        writes late lie under an id that has no record
-//	creator is slow         it renews its lease each time that it advances, up
-//	                        to the create timeout, and is left alone
+//	creator is slow         it renews its lease when it advances, at most once a
+//	                        second and up to the create timeout, and is left alone
 //	cleaner dies            another leader goes on; deletes are harmless when
 //	                        repeated, and the record goes last
 //	old leader wakes up     its writes fail on the election key; its deletes are
@@ -352,7 +355,7 @@ func (m *Manager) Get(ctx context.Context, ref Ref) (*Snapshot, error) {
 			return nil, err
 		}
 		if collection != s.Collection {
-			return nil, fmt.Errorf("%w: %s is not of collection %s but of %s/%s (%d)", ErrSnapshotNotFound, ref, ref.Collection,
+			return nil, fmt.Errorf("%w: %s is not of collection %s but of %s/%s (%d)", ErrSnapshotMismatch, ref, ref.Collection,
 				s.DB, s.CollectionName, s.Collection)
 		}
 	}
@@ -401,19 +404,23 @@ func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec U
 		if err := pause(ctx, attempt); err != nil {
 			return nil, err
 		}
-		if known, err := request.Find(ctx, m.kv, tok); err != nil {
+		known, err := request.Find(ctx, m.kv, tok)
+		if err != nil {
 			return nil, err
-		} else if known != nil {
+		}
+		var s *Snapshot
+		if known == nil {
+			if s, err = m.updatable(ctx, ref, &spec); err != nil {
+				known = m.wasFirst(ctx, tok)
+			}
+		}
+		if known != nil {
 			return decode(meta.KeyValue{Key: keys.Snapshot(known.ID), Value: known.Result, ModRevision: known.Revision})
 		}
-		s, err := m.committed(ctx, ref)
 		if err != nil {
 			return nil, err
 		}
 		ref.ID = s.ID // a name is resolved once
-		if spec.Revision > 0 && spec.Revision != s.Revision {
-			return nil, fmt.Errorf("%w: %s is at revision %d, not %d; read it again", ErrRevisionChanged, s, s.Revision, spec.Revision)
-		}
 		op, err := m.newOp()
 		if err != nil {
 			return nil, err
@@ -448,6 +455,34 @@ func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec U
 	return nil, fmt.Errorf("update snapshot %s: %w", ref, catalog.ErrConflict)
 }
 
+// updatable returns a snapshot that may be changed as spec says.
+func (m *Manager) updatable(ctx context.Context, ref Ref, spec *UpdateSpec) (*Snapshot, error) {
+	if spec.ExpireTime != nil {
+		if err := checkExpiry(*spec.ExpireTime, m.o.Now()); err != nil {
+			return nil, err
+		}
+	}
+	s, err := m.committed(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	if spec.Revision > 0 && spec.Revision != s.Revision {
+		return nil, fmt.Errorf("%w: %s is at revision %d, not %d; read it again", ErrRevisionChanged, s, s.Revision, spec.Revision)
+	}
+	return s, nil
+}
+
+// wasFirst looks whether another call with the token took effect while this one
+// was being decided: what looks like an error may be that call's doing. It
+// returns nil when there is nothing, or nothing to be learned.
+func (m *Manager) wasFirst(ctx context.Context, tok request.Token) *request.Record {
+	known, err := request.Find(ctx, m.kv, tok)
+	if err != nil {
+		return nil
+	}
+	return known
+}
+
 // Drop drops a snapshot: when it returns, the name is free and the snapshot
 // protects nothing; its own objects go in the background. It returns the id, or
 // 0 when there is no such snapshot, which is success.
@@ -461,33 +496,16 @@ func (m *Manager) Drop(ctx context.Context, tok request.Token, ref Ref, expected
 		} else if known != nil {
 			return known.ID, nil
 		}
-		s, err := m.Get(ctx, ref)
-		if errors.Is(err, ErrSnapshotNotFound) || errors.Is(err, ErrExpiredOrDropped) || errors.Is(err, ErrNeverExisted) {
-			s, err = nil, nil
-		}
+		s, txn, err := m.droppable(ctx, ref, expected)
 		if err != nil {
+			if known := m.wasFirst(ctx, tok); known != nil {
+				return known.ID, nil
+			}
 			return 0, fmt.Errorf("drop snapshot %s: %w", ref, err)
 		}
-		txn, id := meta.Txn{}, int64(0)
+		id := int64(0)
 		if s != nil {
-			ref.ID = s.ID // a name is resolved once
-			if expected > 0 && expected != s.ID {
-				return 0, fmt.Errorf("drop snapshot %s: %w: it is %d, not %d", ref, ErrSnapshotMismatch, s.ID, expected)
-			}
-			id = s.ID
-			switch s.State {
-			case Pending:
-				return 0, fmt.Errorf("drop snapshot %s: %w, since %s; wait for it to end", s, ErrSnapshotPending,
-					s.CreateTime.Format(time.RFC3339))
-			case Committed:
-				if err := m.checkPins(ctx, s); err != nil {
-					return 0, fmt.Errorf("drop snapshot %s: %w", s, err)
-				}
-				if txn, err = m.dropTxn(s); err != nil {
-					return 0, err
-				}
-			case Deleting: // it is dropped already
-			}
+			id, ref.ID = s.ID, s.ID // a name is resolved once
 		}
 		if len(txn.Then) == 0 && !tok.Given() {
 			return id, nil
@@ -504,6 +522,31 @@ func (m *Manager) Drop(ctx context.Context, tok request.Token, ref Ref, expected
 		}
 	}
 	return 0, fmt.Errorf("drop snapshot %s: %w", ref, catalog.ErrConflict)
+}
+
+// droppable returns the snapshot that ref stands for, nil when there is none, and
+// the transaction that drops it, empty when there is nothing to do.
+func (m *Manager) droppable(ctx context.Context, ref Ref, expected int64) (s *Snapshot, txn meta.Txn, err error) {
+	s, err = m.Get(ctx, ref)
+	switch {
+	case errors.Is(err, ErrSnapshotNotFound), errors.Is(err, ErrExpiredOrDropped), errors.Is(err, ErrNeverExisted):
+		return nil, meta.Txn{}, nil
+	case err != nil:
+		return nil, meta.Txn{}, err
+	case expected > 0 && expected != s.ID:
+		return nil, meta.Txn{}, fmt.Errorf("%w: it is %d, not %d", ErrSnapshotMismatch, s.ID, expected)
+	}
+	switch s.State {
+	case Pending:
+		return nil, meta.Txn{}, fmt.Errorf("%w: %s, since %s; wait for it to end", ErrSnapshotPending, s, s.CreateTime.Format(time.RFC3339))
+	case Committed:
+		if err := m.checkPins(ctx, s); err != nil {
+			return nil, meta.Txn{}, err
+		}
+		txn, err = m.dropTxn(s)
+	case Deleting: // it is dropped already
+	}
+	return s, txn, err
 }
 
 // dropTxn is the transaction that drops a committed snapshot.

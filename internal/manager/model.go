@@ -3,7 +3,7 @@ package manager
 import (
 	"errors"
 	"fmt"
-	"maps"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -99,7 +99,6 @@ type Snapshot struct {
 	ManifestBytes   int64           // of all its own objects
 	Reason          string          // why its creation was given up
 	Store           string          // alias of the store of its own objects
-	Deadline        time.Time       // after which its creation is given up
 	Revision        int64           // of the record
 	// Order is the revision of the commit, or before it that of the first
 	// transaction. With the id it orders all snapshots.
@@ -133,14 +132,13 @@ func encode(s *Snapshot, op string) []byte {
 		Format: record.Format, Name: s.Name, CollectionId: s.Collection, Db: s.DB, CollectionName: s.CollectionName,
 		State: uint32(s.State), Description: s.Description, Labels: s.Labels,
 		CreateTime: unixNano(s.CreateTime), CommitTime: unixNano(s.CommitTime), ExpireTime: unixNano(s.ExpireTime),
-		Ttl: int64(s.TTL), CatalogRevision: s.CatalogRevision, Partitions: s.Partitions,
+		Ttl: int64(s.TTL), CatalogRevision: s.CatalogRevision, Partitions: gaps(s.Partitions),
 		Totals: &storagev1.Totals{
 			Segments: s.Totals.Segments, Rows: s.Totals.Rows, Files: s.Totals.Files, Bytes: s.Totals.Bytes,
 			Builds: s.Totals.Builds, Straddling: s.Totals.Straddling,
 		},
 		MetadataLength: s.Metadata.Length, ManifestBytes: s.ManifestBytes,
 		CommitRevision: s.commitRev, RequestKey: s.requestKey, Op: op, Reason: s.Reason, Store: s.Store,
-		Deadline: unixNano(s.Deadline),
 	}
 	if s.Metadata.Length > 0 {
 		rec.MetadataSha256 = s.Metadata.SHA256[:]
@@ -166,13 +164,13 @@ func decode(kv meta.KeyValue) (*Snapshot, error) {
 		ID: id, Name: rec.GetName(), Collection: rec.GetCollectionId(), DB: rec.GetDb(), CollectionName: rec.GetCollectionName(),
 		State: State(rec.GetState()), Description: rec.GetDescription(), Labels: rec.GetLabels(),
 		CreateTime: fromUnix(rec.GetCreateTime()), CommitTime: fromUnix(rec.GetCommitTime()), ExpireTime: fromUnix(rec.GetExpireTime()),
-		TTL: time.Duration(rec.GetTtl()), CatalogRevision: rec.GetCatalogRevision(), Partitions: rec.GetPartitions(),
+		TTL: time.Duration(rec.GetTtl()), CatalogRevision: rec.GetCatalogRevision(), Partitions: sums(rec.GetPartitions()),
 		Totals: segment.Totals{
 			Segments: t.GetSegments(), Rows: t.GetRows(), Files: t.GetFiles(), Bytes: t.GetBytes(),
 			Builds: t.GetBuilds(), Straddling: t.GetStraddling(),
 		},
 		Metadata: manifest.Digest{Length: rec.GetMetadataLength()}, ManifestBytes: rec.GetManifestBytes(),
-		Reason: rec.GetReason(), Store: rec.GetStore(), Deadline: fromUnix(rec.GetDeadline()),
+		Reason: rec.GetReason(), Store: rec.GetStore(),
 		Revision: kv.ModRevision, Order: rec.GetCommitRevision(),
 		requestKey: rec.GetRequestKey(), op: rec.GetOp(), commitRev: rec.GetCommitRevision(),
 	}
@@ -204,9 +202,43 @@ func (s *Snapshot) moved(to State, reason string) *Snapshot {
 	return &next
 }
 
+// gaps turns ascending ids into the first and the distances between them, which
+// are short; sums turns them back.
+func gaps(ids []int64) []int64 {
+	out := slices.Clone(ids)
+	for i := len(out) - 1; i > 0; i-- {
+		out[i] -= out[i-1]
+	}
+	return out
+}
+
+func sums(gaps []int64) []int64 {
+	out := slices.Clone(gaps)
+	for i := 1; i < len(out); i++ {
+		out[i] += out[i-1]
+	}
+	return out
+}
+
+// maxExpiry is how far ahead an expiry may lie.
+const maxExpiry = 100 * 365 * 24 * time.Hour
+
+func checkExpiry(t, now time.Time) error {
+	if t.IsZero() || t.After(now) && t.Before(now.Add(maxExpiry)) {
+		return nil
+	}
+	return &catalog.InvalidError{
+		Field:   "expire_time",
+		Problem: fmt.Sprintf("%s does not lie ahead by at most 100 years; leave it out for a snapshot that stays", t.UTC().Format(time.RFC3339)),
+	}
+}
+
 func unixNano(t time.Time) int64 {
-	if t.IsZero() {
+	switch {
+	case t.IsZero():
 		return 0
+	case t.After(time.Unix(0, math.MaxInt64)): // nanoseconds end in 2262
+		return math.MaxInt64
 	}
 	return t.UnixNano()
 }
@@ -240,7 +272,7 @@ func (f *Filter) match(s *Snapshot) bool {
 }
 
 func hasLabels(have, want map[string]string) bool {
-	for k, v := range maps.All(want) {
+	for k, v := range want {
 		if got, ok := have[k]; !ok || got != v {
 			return false
 		}

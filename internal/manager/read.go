@@ -26,7 +26,7 @@ func (m *Manager) Describe(ctx context.Context, ref Ref) (*Description, error) {
 
 // metadata reads a snapshot's metadata and checks it against the record.
 func (m *Manager) metadata(ctx context.Context, s *Snapshot) (*manifest.Metadata, error) {
-	data, err := m.readOwn(ctx, s, manifest.MetadataName, s.Metadata)
+	data, err := m.cachedOwn(ctx, s, manifest.MetadataName, s.Metadata)
 	if err != nil {
 		return nil, err
 	}
@@ -55,6 +55,11 @@ func (m *Manager) readOwn(ctx context.Context, s *Snapshot, name string, want ma
 	if err != nil {
 		return nil, err
 	}
+	if want.Check(data) != nil { // the way may be to blame
+		if data, err = readObject(ctx, store, key, want.Length); err != nil {
+			return nil, err
+		}
+	}
 	if err := want.Check(data); err != nil {
 		return nil, fmt.Errorf("%w: %s/%s: %w", ErrSnapshotCorrupt, s.Store, key, err)
 	}
@@ -69,7 +74,7 @@ func (m *Manager) Segments(ctx context.Context, ref Ref, from int64, fn func(*Se
 	if err != nil {
 		return fmt.Errorf("segments of snapshot %s: %w", ref, err)
 	}
-	md, err := m.cachedMetadata(ctx, s)
+	md, err := m.metadata(ctx, s)
 	if err != nil {
 		return fmt.Errorf("segments of snapshot %s: %w", s, err)
 	}
@@ -90,13 +95,9 @@ func (m *Manager) Segments(ctx context.Context, ref Ref, from int64, fn func(*Se
 }
 
 func (m *Manager) manifestSegments(ctx context.Context, s *Snapshot, mf *manifest.ManifestFile, skip int64, fn func(*Segment) bool) (more bool, err error) {
-	key := manifest.Dir(s.Collection, s.ID) + mf.File
-	data := m.manifests.get(key)
-	if data == nil {
-		if data, err = m.readOwn(ctx, s, mf.File, mf.Digest); err != nil {
-			return false, err
-		}
-		m.manifests.put(key, data)
+	data, err := m.cachedOwn(ctx, s, mf.File, mf.Digest)
+	if err != nil {
+		return false, err
 	}
 	r, err := manifest.Open(data)
 	if err == nil {
@@ -114,27 +115,22 @@ func (m *Manager) manifestSegments(ctx context.Context, s *Snapshot, mf *manifes
 		}
 	}
 	if errors.Is(err, manifest.ErrCorrupt) {
-		return false, fmt.Errorf("%w: %s: %w", ErrSnapshotCorrupt, key, err)
+		return false, fmt.Errorf("%w: %s: %w", ErrSnapshotCorrupt, mf.File, err)
 	}
 	return false, err
 }
 
-// cachedMetadata is metadata for reads of many pages.
-func (m *Manager) cachedMetadata(ctx context.Context, s *Snapshot) (*manifest.Metadata, error) {
-	key := manifest.MetadataKey(s.Collection, s.ID)
+// cachedOwn is readOwn by way of the cache.
+func (m *Manager) cachedOwn(ctx context.Context, s *Snapshot, name string, want manifest.Digest) ([]byte, error) {
+	key := manifest.Dir(s.Collection, s.ID) + name
 	if data := m.manifests.get(key); data != nil {
-		return manifest.DecodeMetadata(data)
+		return data, nil
 	}
-	data, err := m.readOwn(ctx, s, manifest.MetadataName, s.Metadata)
-	if err != nil {
-		return nil, err
+	data, err := m.readOwn(ctx, s, name, want)
+	if err == nil {
+		m.manifests.put(key, data)
 	}
-	m.manifests.put(key, data)
-	md, err := manifest.DecodeMetadata(data)
-	if errors.Is(err, manifest.ErrCorrupt) {
-		return nil, fmt.Errorf("%w: %w", ErrSnapshotCorrupt, err)
-	}
-	return md, err
+	return data, err
 }
 
 // manifestCache keeps the last few files that were read and checked, so that

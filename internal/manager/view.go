@@ -1,6 +1,7 @@
 package manager
 
 import (
+	"cmp"
 	"context"
 	"slices"
 	"strings"
@@ -129,12 +130,7 @@ func (s *Snapshot) place() Place { return Place{Order: s.Order, ID: s.ID} }
 
 // comparePlaces orders places oldest first.
 func comparePlaces(a, b Place) int {
-	switch {
-	case a.Order != b.Order:
-		return int(min(max(a.Order-b.Order, -1), 1))
-	default:
-		return int(min(max(a.ID-b.ID, -1), 1))
-	}
+	return cmp.Or(cmp.Compare(a.Order, b.Order), cmp.Compare(a.ID, b.ID))
 }
 
 // list returns up to limit snapshots that match, behind after. What it returns
@@ -176,7 +172,7 @@ func (v *view) count() (states map[State]int, unreadable int) {
 
 // work returns the snapshots that the cleaner has to look at: those that are
 // being deleted, those that are PENDING without a pending key, and those that
-// expire; and when the next one of these does, in Unix nanoseconds, 0 never.
+// expire some time.
 func (v *view) work() (deleting, dead, expiring []*Snapshot) {
 	v.mu.RLock()
 	defer v.mu.RUnlock()

@@ -76,6 +76,7 @@ type Record struct {
 	ErrorReason string // when it ended with an error
 	ErrorText   string
 	Revision    int64 // at which this was written
+	Read        int64 // revision of the store when Find read it
 	Hash        []byte
 }
 
@@ -85,7 +86,7 @@ func Find(ctx context.Context, kv meta.KV, t Token) (*Record, error) {
 	if !t.Given() {
 		return nil, nil //nolint:nilnil // no token, no record
 	}
-	got, found, _, err := kv.Get(ctx, t.Key())
+	got, found, now, err := kv.Get(ctx, t.Key())
 	if err != nil {
 		return nil, fmt.Errorf("read request token: %w", err)
 	}
@@ -96,6 +97,7 @@ func Find(ctx context.Context, kv meta.KV, t Token) (*Record, error) {
 	if err != nil {
 		return nil, err
 	}
+	r.Read = now
 	if !bytes.Equal(r.Hash, t.Hash) {
 		return nil, fmt.Errorf("%w: make a new token for each request", ErrReused)
 	}

@@ -45,7 +45,7 @@ func TestToken(t *testing.T) {
 		return res.Revision
 	}
 	at := write(tok.Begin(7))
-	want := &request.Record{ID: 7, Revision: at, Hash: []byte("h")}
+	want := &request.Record{ID: 7, Revision: at, Read: at, Hash: []byte("h")}
 	got, err := request.Find(ctx, kv, tok)
 	if diff := cmp.Diff(want, got); err != nil || diff != "" {
 		t.Errorf("%v (-want +got):\n%s", err, diff)
@@ -64,7 +64,7 @@ func TestToken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want = &request.Record{ID: 7, Done: true, Result: []byte("result"), Revision: res.Revision, Hash: []byte("h")}
+	want = &request.Record{ID: 7, Done: true, Result: []byte("result"), Revision: res.Revision, Read: res.Revision, Hash: []byte("h")}
 	got, err = request.Find(ctx, kv, tok)
 	if diff := cmp.Diff(want, got); err != nil || diff != "" {
 		t.Errorf("%v (-want +got):\n%s", err, diff)

@@ -231,7 +231,8 @@ type CreateCollectionRequest struct {
 	Id int64 `protobuf:"varint,2,opt,name=id,proto3" json:"id,omitempty"`
 	// The schema, at most 512 KiB in all.
 	Schema *Schema `protobuf:"bytes,3,opt,name=schema,proto3" json:"schema,omitempty"`
-	// The names of the virtual channels in shard order: unique, at most 64;
+	// The names of the virtual channels in shard order: unique, at most 64, of at
+	// most 4 096 bytes in all;
 	// empty: no stream, one implicit channel whose checkpoint is always reached.
 	Channels []string `protobuf:"bytes,4,rep,name=channels,proto3" json:"channels,omitempty"`
 	// Where its files lie: 1 to 16, none inside another. Required.

@@ -84,7 +84,8 @@ type WatchEventsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Go on after the message with this token. Default: from now on.
 	ResumeToken string `protobuf:"bytes,1,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
-	// Only events of this collection and its snapshots.
+	// Only events of this collection and its snapshots; but that a snapshot is
+	// gone, of which only the id is known, is told of all collections.
 	Collection    *CollectionRef `protobuf:"bytes,2,opt,name=collection,proto3" json:"collection,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

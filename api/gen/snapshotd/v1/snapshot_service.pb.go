@@ -105,7 +105,7 @@ type CreateSnapshotRequest struct {
 	// another size. Not needed for safety; costs a request per file.
 	Verify bool `protobuf:"varint,9,opt,name=verify,proto3" json:"verify,omitempty"`
 	// Whether to wait for the commit. Default true; false returns the PENDING
-	// record as soon as it is durable.
+	// record as soon as it is durable, which with min_cut is after waiting for it.
 	Wait *bool `protobuf:"varint,10,opt,name=wait,proto3,oneof" json:"wait,omitempty"`
 	// For safe repeats; see the service. At most 128 printable ASCII characters.
 	RequestToken  string `protobuf:"bytes,11,opt,name=request_token,json=requestToken,proto3" json:"request_token,omitempty"`
@@ -241,7 +241,7 @@ type CreateSnapshotRequest_Ttl struct {
 }
 
 type CreateSnapshotRequest_ExpireTime struct {
-	// At this time, which must lie ahead.
+	// At this time, which must lie ahead, by at most 100 years.
 	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=expire_time,json=expireTime,proto3,oneof"`
 }
 
@@ -1005,7 +1005,7 @@ type UpdateSnapshotRequest struct {
 	Description string `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
 	// The new labels.
 	Labels map[string]string `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// The new expiry, which must lie ahead; unset: never.
+	// The new expiry, which must lie ahead, by at most 100 years; unset: never.
 	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
 	// The revision that the snapshot must have; 0: any.
 	ExpectedRevision int64 `protobuf:"varint,6,opt,name=expected_revision,json=expectedRevision,proto3" json:"expected_revision,omitempty"`
@@ -1254,7 +1254,7 @@ var File_snapshotd_v1_snapshot_service_proto protoreflect.FileDescriptor
 
 const file_snapshotd_v1_snapshot_service_proto_rawDesc = "" +
 	"\n" +
-	"#snapshotd/v1/snapshot_service.proto\x12\fsnapshotd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dsnapshotd/v1/collection.proto\x1a\x19snapshotd/v1/common.proto\x1a\x1bsnapshotd/v1/snapshot.proto\"\xf9\x05\n" +
+	"#snapshotd/v1/snapshot_service.proto\x12\fsnapshotd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dsnapshotd/v1/collection.proto\x1a\x19snapshotd/v1/common.proto\x1a\x1bsnapshotd/v1/snapshot.proto\"\xef\x05\n" +
 	"\x15CreateSnapshotRequest\x12C\n" +
 	"\n" +
 	"collection\x18\x01 \x01(\v2\x1b.snapshotd.v1.CollectionRefB\x06\xbaH\x03\xc8\x01\x01R\n" +
@@ -1262,8 +1262,8 @@ const file_snapshotd_v1_snapshot_service_proto_rawDesc = "" +
 	"\x04name\x18\x02 \x01(\tB*\xbaH'r%2#^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$R\x04name\x12*\n" +
 	"\vdescription\x18\x03 \x01(\tB\b\xbaH\x05r\x03(\x80\bR\vdescription\x12\x80\x01\n" +
 	"\x06labels\x18\x04 \x03(\v2/.snapshotd.v1.CreateSnapshotRequest.LabelsEntryB7\xbaH4\x9a\x011\x10@\"&r$2\"^[A-Za-z0-9][A-Za-z0-9_./-]{0,62}$*\x05r\x03(\xff\x01R\x06labels\x12A\n" +
-	"\x03ttl\x18\x05 \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xaa\x01\f\"\x06\b\x80\xa7\xe4\xe0\v2\x02\b\x01H\x00R\x03ttl\x12G\n" +
-	"\vexpire_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampB\b\xbaH\x05\xb2\x01\x02@\x01H\x00R\n" +
+	"\x03ttl\x18\x05 \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xaa\x01\f\"\x06\b\x80\xa7\xe4\xe0\v2\x02\b\x01H\x00R\x03ttl\x12=\n" +
+	"\vexpire_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampH\x00R\n" +
 	"expireTime\x12@\n" +
 	"\amin_cut\x18\a \x03(\v2\x1d.snapshotd.v1.ChannelPositionB\b\xbaH\x05\x92\x01\x02\x10@R\x06minCut\x12#\n" +
 	"\rrequire_exact\x18\b \x01(\bR\frequireExact\x12\x16\n" +
@@ -1336,15 +1336,15 @@ const file_snapshotd_v1_snapshot_service_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"u\n" +
 	"\x15ListSnapshotsResponse\x124\n" +
 	"\tsnapshots\x18\x01 \x03(\v2\x16.snapshotd.v1.SnapshotR\tsnapshots\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xf9\x05\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xef\x05\n" +
 	"\x15UpdateSnapshotRequest\x12=\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x19.snapshotd.v1.SnapshotRefB\x06\xbaH\x03\xc8\x01\x01R\bsnapshot\x12\xfd\x01\n" +
 	"\vupdate_mask\x18\x02 \x01(\v2\x1a.google.protobuf.FieldMaskB\xbf\x01\xbaH\xbb\x01\xba\x01\xb4\x01\n" +
 	"\x11update_mask.paths\x12Eupdate_mask must name one or more of description, labels, expire_time\x1aXsize(this.paths) > 0 && this.paths.all(p, p in ['description', 'labels', 'expire_time'])\xc8\x01\x01R\n" +
 	"updateMask\x12*\n" +
 	"\vdescription\x18\x03 \x01(\tB\b\xbaH\x05r\x03(\x80\bR\vdescription\x12\x80\x01\n" +
-	"\x06labels\x18\x04 \x03(\v2/.snapshotd.v1.UpdateSnapshotRequest.LabelsEntryB7\xbaH4\x9a\x011\x10@\"&r$2\"^[A-Za-z0-9][A-Za-z0-9_./-]{0,62}$*\x05r\x03(\xff\x01R\x06labels\x12E\n" +
-	"\vexpire_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampB\b\xbaH\x05\xb2\x01\x02@\x01R\n" +
+	"\x06labels\x18\x04 \x03(\v2/.snapshotd.v1.UpdateSnapshotRequest.LabelsEntryB7\xbaH4\x9a\x011\x10@\"&r$2\"^[A-Za-z0-9][A-Za-z0-9_./-]{0,62}$*\x05r\x03(\xff\x01R\x06labels\x12;\n" +
+	"\vexpire_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"expireTime\x124\n" +
 	"\x11expected_revision\x18\x06 \x01(\x03B\a\xbaH\x04\"\x02(\x00R\x10expectedRevision\x12:\n" +
 	"\rrequest_token\x18\a \x01(\tB\x15\xbaH\x12r\x102\x0e^[!-~]{0,128}$R\frequestToken\x1a9\n" +

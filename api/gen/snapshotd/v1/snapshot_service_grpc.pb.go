@@ -56,8 +56,8 @@ const (
 //	                     the request id that the message gives.
 //
 // Mutations take a request_token: repeating a call with the token and the same
-// request joins the first or returns its result for 24 hours; another request
-// under the token is INVALID_ARGUMENT, REQUEST_TOKEN_REUSED.
+// request joins the first or returns its result for 24 hours; another request of
+// the same method under the token is INVALID_ARGUMENT, REQUEST_TOKEN_REUSED.
 type SnapshotServiceClient interface {
 	// CreateSnapshot captures a collection as of now and returns the committed
 	// snapshot. No file is copied or moved. The work goes on when the caller's
@@ -81,8 +81,9 @@ type SnapshotServiceClient interface {
 	//
 	// Errors:
 	//
-	//	NOT_FOUND  SNAPSHOT_NOT_FOUND; by id: EXPIRED_OR_DROPPED when it once was
-	//	           handed out, else NEVER_EXISTED.
+	//	NOT_FOUND            SNAPSHOT_NOT_FOUND; by id: EXPIRED_OR_DROPPED when it
+	//	                     once was handed out, else NEVER_EXISTED.
+	//	FAILED_PRECONDITION  SNAPSHOT_MISMATCH: it is another collection's.
 	GetSnapshot(ctx context.Context, in *GetSnapshotRequest, opts ...grpc.CallOption) (*GetSnapshotResponse, error)
 	// DescribeSnapshot returns what a snapshot captured, but for its segments:
 	// schema, partitions, indexes, cuts and manifests.
@@ -123,7 +124,8 @@ type SnapshotServiceClient interface {
 	//
 	//	FAILED_PRECONDITION  SNAPSHOT_PENDING: it is being created; SNAPSHOT_PINNED:
 	//	                     the message names the pins; SNAPSHOT_MISMATCH: the
-	//	                     name is another snapshot's than expected_id.
+	//	                     name is another snapshot's than expected_id, or the
+	//	                     snapshot is another collection's.
 	DropSnapshot(ctx context.Context, in *DropSnapshotRequest, opts ...grpc.CallOption) (*DropSnapshotResponse, error)
 }
 
@@ -233,8 +235,8 @@ func (c *snapshotServiceClient) DropSnapshot(ctx context.Context, in *DropSnapsh
 //	                     the request id that the message gives.
 //
 // Mutations take a request_token: repeating a call with the token and the same
-// request joins the first or returns its result for 24 hours; another request
-// under the token is INVALID_ARGUMENT, REQUEST_TOKEN_REUSED.
+// request joins the first or returns its result for 24 hours; another request of
+// the same method under the token is INVALID_ARGUMENT, REQUEST_TOKEN_REUSED.
 type SnapshotServiceServer interface {
 	// CreateSnapshot captures a collection as of now and returns the committed
 	// snapshot. No file is copied or moved. The work goes on when the caller's
@@ -258,8 +260,9 @@ type SnapshotServiceServer interface {
 	//
 	// Errors:
 	//
-	//	NOT_FOUND  SNAPSHOT_NOT_FOUND; by id: EXPIRED_OR_DROPPED when it once was
-	//	           handed out, else NEVER_EXISTED.
+	//	NOT_FOUND            SNAPSHOT_NOT_FOUND; by id: EXPIRED_OR_DROPPED when it
+	//	                     once was handed out, else NEVER_EXISTED.
+	//	FAILED_PRECONDITION  SNAPSHOT_MISMATCH: it is another collection's.
 	GetSnapshot(context.Context, *GetSnapshotRequest) (*GetSnapshotResponse, error)
 	// DescribeSnapshot returns what a snapshot captured, but for its segments:
 	// schema, partitions, indexes, cuts and manifests.
@@ -300,7 +303,8 @@ type SnapshotServiceServer interface {
 	//
 	//	FAILED_PRECONDITION  SNAPSHOT_PENDING: it is being created; SNAPSHOT_PINNED:
 	//	                     the message names the pins; SNAPSHOT_MISMATCH: the
-	//	                     name is another snapshot's than expected_id.
+	//	                     name is another snapshot's than expected_id, or the
+	//	                     snapshot is another collection's.
 	DropSnapshot(context.Context, *DropSnapshotRequest) (*DropSnapshotResponse, error)
 	mustEmbedUnimplementedSnapshotServiceServer()
 }

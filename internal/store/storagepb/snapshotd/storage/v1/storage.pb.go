@@ -1658,7 +1658,7 @@ type Snapshot struct {
 	Cuts []*Cut `protobuf:"bytes,13,rep,name=cuts,proto3" json:"cuts,omitempty"`
 	// The revision that was captured.
 	CatalogRevision int64 `protobuf:"varint,14,opt,name=catalog_revision,json=catalogRevision,proto3" json:"catalog_revision,omitempty"`
-	// Partitions, ascending.
+	// Partitions, ascending: the first, then the distances.
 	Partitions []int64 `protobuf:"varint,15,rep,packed,name=partitions,proto3" json:"partitions,omitempty"`
 	// Sums.
 	Totals *Totals `protobuf:"bytes,16,opt,name=totals,proto3" json:"totals,omitempty"`
@@ -1677,9 +1677,7 @@ type Snapshot struct {
 	// Why it was given up, as code and text; empty: dropped.
 	Reason string `protobuf:"bytes,23,opt,name=reason,proto3" json:"reason,omitempty"`
 	// The alias of the store that its own objects lie in.
-	Store string `protobuf:"bytes,24,opt,name=store,proto3" json:"store,omitempty"`
-	// Unix nanoseconds after which its creation is given up.
-	Deadline      int64 `protobuf:"varint,25,opt,name=deadline,proto3" json:"deadline,omitempty"`
+	Store         string `protobuf:"bytes,24,opt,name=store,proto3" json:"store,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1880,13 +1878,6 @@ func (x *Snapshot) GetStore() string {
 		return x.Store
 	}
 	return ""
-}
-
-func (x *Snapshot) GetDeadline() int64 {
-	if x != nil {
-		return x.Deadline
-	}
-	return 0
 }
 
 // Cut is where a snapshot cuts a channel.
@@ -2466,7 +2457,7 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\n" +
 	"segment_id\x18\x03 \x01(\x03R\tsegmentId\x127\n" +
 	"\asegment\x18\x04 \x01(\v2\x1d.snapshotd.storage.v1.SegmentR\asegment\x12\x0e\n" +
-	"\x02op\x18\x05 \x01(\tR\x02op\"\x8d\a\n" +
+	"\x02op\x18\x05 \x01(\tR\x02op\"\xf1\x06\n" +
 	"\bSnapshot\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12#\n" +
@@ -2498,8 +2489,7 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"requestKey\x12\x0e\n" +
 	"\x02op\x18\x16 \x01(\tR\x02op\x12\x16\n" +
 	"\x06reason\x18\x17 \x01(\tR\x06reason\x12\x14\n" +
-	"\x05store\x18\x18 \x01(\tR\x05store\x12\x1a\n" +
-	"\bdeadline\x18\x19 \x01(\x03R\bdeadline\x1a9\n" +
+	"\x05store\x18\x18 \x01(\tR\x05store\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"S\n" +

@@ -1,0 +1,455 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// It was once wrong: min_cut on one, capture of another.
+func TestMinCutOfAnother(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		blue, _, _ := w.collection(r, "c")
+		w.checkpoint(r, blue, 100, 100)
+		green, err := r.catalog.CreateCollection(t.Context(), request.Token{}, catalog.Collection{
+			DB: "default", Name: "green", Channels: []string{"g0", "g1"}, Roots: []catalog.Root{{Store: "default", Prefix: "green/"}},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.checkpoint(r, green, 5, 5)
+		settle()
+		done := false
+		r.kv.Hook(func(c meta.Call) meta.Fault {
+			if c.Method == meta.MethodGrant && !done { // begin
+				done = true
+				for id, name := range map[int64]string{} {
+					_, _ = id, name
+				}
+				if _, err := r.catalog.RenameCollection(t.Context(), request.Token{}, catalog.Ref{ID: blue.ID}, "default", "old"); err != nil {
+					t.Error(err)
+				}
+				if _, err := r.catalog.RenameCollection(t.Context(), request.Token{}, catalog.Ref{ID: green.ID}, "default", "c"); err != nil {
+					t.Error(err)
+				}
+			}
+			return meta.NoFault
+		})
+		sp := CreateSpec{
+			Collection: catalog.Ref{DB: "default", Name: "c"}, Name: "x",
+			MinCut: []catalog.Checkpoint{{Shard: 0, Position: segment.Position{Timestamp: 50}}},
+		}
+		s, err := r.Create(t.Context(), request.Token{}, sp)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s.Cuts[0].Timestamp < 50 {
+			t.Errorf("asked for a cut of 50, got %v of collection %d (awaited %d)", s.Cuts, s.Collection, blue.ID)
+		}
+	})
+}
+
+// It was once wrong: channel names lost.
+func TestChannelsWithoutCheckpoint(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		if _, err := r.catalog.SetCheckpoints(t.Context(), catalog.Ref{ID: col.ID}, []catalog.Checkpoint{{Shard: 1, Position: segment.Position{Timestamp: 10}}}); err != nil {
+			t.Fatal(err)
+		}
+		s := w.create(r, col, "x")
+		d, err := r.Describe(t.Context(), Ref{ID: s.ID})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(d.Metadata.Channels) != 2 {
+			t.Errorf("collection had %v, the snapshot knows %v", col.Channels, d.Metadata.Channels)
+		}
+	})
+}
+
+// It was once wrong: join after compaction
+func TestJoinAfterCompaction(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		b := w.start("b")
+		col, _, _ := w.collection(r, "c")
+		tok := token("t", "r")
+		r.store.Freeze()
+		first := make(chan error, 1)
+		go func() { _, err := r.Create(t.Context(), tok, spec(col, "x")); first <- err }()
+		settle()
+		w.create(b, col, "other") // the store moves on
+		_, _, now, _ := w.kv.Get(t.Context(), "/none")
+		if err := w.memory.Compact(t.Context(), now); err != nil {
+			t.Fatal(err)
+		}
+		second := make(chan error, 1)
+		go func() { _, err := b.Create(t.Context(), tok, spec(col, "x")); second <- err }()
+		settle()
+		r.store.Thaw()
+		e1, e2 := <-first, <-second
+		if e1 != nil || e2 != nil {
+			t.Errorf("first: %v; joined: %v", e1, e2)
+		}
+	})
+}
+
+// It was once wrong: data race
+func TestNoWaitRace(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		w.add(r, col, w.segment(r, col, 0, 1, 2)) // no checkpoint
+		for i := range 20 {
+			sp := spec(col, fmt.Sprint("x", i))
+			sp.NoWait = true
+			s, err := r.Create(t.Context(), request.Token{}, sp)
+			if err != nil || s.State != Pending {
+				t.Error(s, err)
+			}
+			settle()
+		}
+	})
+}
+
+// It was once wrong: require_exact on restored segments
+func TestExactOfOldCeiling(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		s := w.segment(r, col, 0, 10, 60)
+		s.RowCeiling = 50 // restored from a snapshot with cut 50
+		w.add(r, col, s)
+		w.checkpoint(r, col, 100, 100)
+		sp := spec(col, "x")
+		sp.RequireExact = true
+		snap, err := r.Create(t.Context(), request.Token{}, sp)
+		if err != nil {
+			t.Errorf("nothing straddles 100: %v", err)
+		} else if snap.Totals.Straddling != 0 {
+			t.Errorf("straddling %d", snap.Totals.Straddling)
+		}
+	})
+}
+
+// It was once wrong: commit took effect, told as aborted
+func TestCommitDroppedBeforeReadBack(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a, b := w.start("a"), w.start("b")
+		col, _, _ := w.collection(b, "c")
+		settle()
+		tok := token("t", "r")
+		lost := false
+		a.kv.Hook(func(c meta.Call) meta.Fault {
+			if lost {
+				// the first read back
+				lost = false
+				a.kv.Hook(nil)
+				if _, err := b.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0); err != nil {
+					t.Error(err)
+				}
+				return meta.NoFault
+			}
+			if c.Method == meta.MethodTxn && len(w.objectsUnder("snapshots/")) == 2 {
+				lost = true
+				return meta.After
+			}
+			return meta.NoFault
+		})
+		_, err := a.Create(t.Context(), tok, spec(col, "x"))
+		_, again := b.Create(t.Context(), tok, spec(col, "x"))
+		t.Log(err, "| repeat:", again)
+		if again == nil && errors.Is(err, ErrCreateAborted) {
+			t.Errorf("it was committed, but the call said %v", err)
+		}
+	})
+}
+
+// It was once wrong: Update under one token: the first lands while the second decides.
+func TestUpdateToken(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a, b := w.start("a"), w.start("b")
+		col, _, _ := w.collection(a, "c")
+		s := w.create(a, col, "x")
+		settle()
+		text := "new"
+		tok := request.Token{Principal: "local", Method: "UpdateSnapshot", Value: "t", Hash: []byte{1}}
+		sp := UpdateSpec{Description: &text, Revision: s.Revision}
+		n := 0
+		b.kv.Hook(func(c meta.Call) meta.Fault {
+			if c.Method == meta.MethodGet {
+				if n++; n == 2 { // after the token was looked for
+					if _, err := a.Update(t.Context(), tok, Ref{ID: s.ID}, sp); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+			return meta.NoFault
+		})
+		_, err := b.Update(t.Context(), tok, Ref{ID: s.ID}, sp)
+		b.kv.Hook(nil)
+		if err != nil {
+			t.Errorf("the update under this token took effect, the repeat says %v", err)
+		}
+	})
+}
+
+// It was once wrong: waiting for a cut of a collection that is dropped
+func TestMinCutDropped(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+		defer cancel()
+		sp := spec(col, "x")
+		sp.MinCut = []catalog.Checkpoint{{Shard: 0, Position: segment.Position{Timestamp: 50}}}
+		done := make(chan error, 1)
+		begin := time.Now()
+		go func() { _, err := r.Create(ctx, request.Token{}, sp); done <- err }()
+		settle()
+		if _, err := r.catalog.DropCollection(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, 0); err != nil {
+			t.Fatal(err)
+		}
+		err := <-done
+		t.Log(time.Since(begin), err)
+		wantError(t, err, catalog.ErrCollectionNotActive)
+	})
+}
+
+// It was once wrong: a create that advances every 41 s of a lease of 60
+type slowing struct {
+	object.Store
+	delays []time.Duration
+}
+
+func (s *slowing) Create(ctx context.Context, key string, body []byte) (object.Info, error) {
+	if len(s.delays) > 0 {
+		d := s.delays[0]
+		s.delays = s.delays[1:]
+		time.Sleep(d)
+	}
+	return s.Store.Create(ctx, key, body)
+}
+
+func TestSlowCreate(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) {
+			o.Stores = map[string]object.Store{"default": &slowing{o.Stores["default"], []time.Duration{19 * time.Second, 45 * time.Second}}}
+		})
+		col, _, _ := w.collection(r, "c")
+		w.add(r, col, w.segment(r, col, 0, 1, 2))
+		w.checkpoint(r, col, 10, 10)
+		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
+		if err != nil {
+			t.Errorf("no step took longer than 45 s of a lease of 60 s: %v", err)
+		}
+	})
+}
+
+// It was once wrong: repeat by token while the first is between begin and commit, then the collection is dropped
+func TestJoinLosesRace(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a, b := w.start("a"), w.start("b")
+		col, _, _ := w.collection(a, "c")
+		settle()
+		tok := token("t", "r")
+		done := false
+		b.kv.Hook(func(c meta.Call) meta.Fault {
+			if c.Method == meta.MethodGrant && !done {
+				done = true
+				if _, err := a.Create(t.Context(), tok, spec(col, "x")); err != nil {
+					t.Error(err)
+				}
+				if _, err := a.catalog.DropCollection(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, 0); err != nil {
+					t.Error(err)
+				}
+			}
+			return meta.NoFault
+		})
+		_, err := b.Create(t.Context(), tok, spec(col, "x"))
+		b.kv.Hook(nil)
+		if err != nil {
+			t.Errorf("the create under this token took effect, the repeat says %v", err)
+		}
+	})
+}
+
+// It was once wrong: truncated read
+func TestTruncatedRead(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		s := w.create(r, col, "x")
+		r.store.FailNth(object.OpGet, 0, object.FaultTruncate)
+		_, err := r.Describe(t.Context(), Ref{ID: s.ID})
+		_, err2 := r.Describe(t.Context(), Ref{ID: s.ID})
+		if errors.Is(err, ErrSnapshotCorrupt) && err2 == nil {
+			t.Errorf("one short answer: %v; then fine", err)
+		}
+	})
+}
+
+// It was once wrong: lease expired before begin
+func TestLeaseGoneBeforeBegin(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a, b := w.start("a"), w.start("b")
+		col, _, _ := w.collection(b, "c")
+		settle()
+		a.kv.Hook(func(c meta.Call) meta.Fault {
+			if c.Method == meta.MethodTxn && len(w.keysUnder("/catalog/")) > 0 {
+				time.Sleep(2 * time.Minute) // the process was stopped
+			}
+			return meta.NoFault
+		})
+		_, err := a.Create(t.Context(), request.Token{}, spec(col, "x"))
+		a.kv.Hook(nil)
+		t.Logf("%v; lease not found: %v", err, errors.Is(err, meta.ErrLeaseNotFound))
+		if errors.Is(err, meta.ErrLeaseNotFound) && !errors.Is(err, ErrCreateAborted) {
+			t.Error("that has no row in the server's table: INTERNAL")
+		}
+	})
+}
+
+// It was once wrong: renamed between begin and capture
+func TestRenamedInBetween(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a, b := w.start("a"), w.start("b")
+		col, _, _ := w.collection(b, "c")
+		settle()
+		done := false
+		a.kv.Hook(func(c meta.Call) meta.Fault {
+			if c.Method == meta.MethodRange && len(w.keysUnder(pendingKeys)) > 0 && !done {
+				done = true
+				if _, err := b.catalog.RenameCollection(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, "default", "new"); err != nil {
+					t.Error(err)
+				}
+			}
+			return meta.NoFault
+		})
+		s := w.create(a, col, "x")
+		a.kv.Hook(nil)
+		d, err := a.Describe(t.Context(), Ref{ID: s.ID})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d.Metadata.Collection.Name != s.CollectionName {
+			t.Errorf("the record says %q, the metadata %q", s.CollectionName, d.Metadata.Collection.Name)
+		}
+	})
+}
+
+// It was once wrong: a transient error of the metadata store aborts the create
+func TestOneHiccup(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a, b := w.start("a"), w.start("b")
+		col, _, _ := w.collection(b, "c")
+		settle()
+		done := false
+		a.kv.Hook(func(c meta.Call) meta.Fault {
+			if c.Method == meta.MethodScan && len(w.keysUnder(pendingKeys)) > 0 && !done {
+				done = true
+				return meta.Before
+			}
+			return meta.NoFault
+		})
+		_, err := a.Create(t.Context(), request.Token{}, spec(col, "x"))
+		a.kv.Hook(nil)
+		if err != nil {
+			t.Errorf("one read got no answer: %v", err)
+		}
+	})
+}
+
+// It was once wrong: one store that hangs holds up reaping
+func TestHungDelete(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a := w.start("a")
+		settle()
+		b := w.start("b")
+		col, _, _ := w.collection(b, "c")
+		one := w.create(b, col, "one")
+		// b's create dies
+		b.store.Freeze()
+		go func() { _, _ = b.Create(t.Context(), request.Token{}, spec(col, "x")) }()
+		settle()
+		a.store.Freeze() // a leads; its list hangs
+		if _, err := a.Drop(t.Context(), request.Token{}, Ref{ID: one.ID}, 0); err != nil {
+			t.Fatal(err)
+		}
+		settle()
+		b.kv.Freeze()
+		time.Sleep(30 * time.Minute)
+		settle()
+		if got := w.keysUnder("/snapshot/name/"); len(got) != 0 {
+			t.Errorf("after half an hour the dead create still has its name: %v; leading %v", got, a.Stats().Leading)
+		}
+		b.kv.Thaw()
+		b.store.Thaw()
+	})
+}
+
+// An expiry beyond 2262 does not fit in nanoseconds, and once lay in the past.
+func TestFarExpiryIsRefused(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		for _, year := range []int{1999, 2300, 9999} {
+			at := time.Date(year, 12, 31, 0, 0, 0, 0, time.UTC)
+			sp := spec(col, "x")
+			sp.ExpireTime = at
+			_, err := r.Create(t.Context(), request.Token{}, sp)
+			wantError(t, err, catalog.ErrInvalid)
+			s := w.create(r, col, fmt.Sprintf("y%d", year))
+			_, err = r.Update(t.Context(), request.Token{}, Ref{ID: s.ID}, UpdateSpec{ExpireTime: &at})
+			wantError(t, err, catalog.ErrInvalid)
+		}
+		far := spec(col, "far")
+		far.ExpireTime = time.Now().Add(99 * 365 * 24 * time.Hour)
+		if _, err := r.Create(t.Context(), request.Token{}, far); err != nil {
+			t.Error(err)
+		}
+		time.Sleep(time.Hour)
+		settle()
+		if n := len(w.check(r)); n != 4 {
+			t.Errorf("%d snapshots an hour later, want 4", n)
+		}
+	})
+}
+
+// A record holds all that a collection may have, and all labels.
+func TestLargestRecord(t *testing.T) {
+	s := &Snapshot{
+		State: Committed, Name: strings.Repeat("n", 255), DB: strings.Repeat("d", 255), CollectionName: strings.Repeat("c", 255),
+		Description: strings.Repeat("x", 1024), Labels: map[string]string{}, requestKey: strings.Repeat("k", 120), op: strings.Repeat("o", 24),
+	}
+	for i := range 16 {
+		s.Labels[fmt.Sprintf("%04d", i)] = strings.Repeat("v", 252)
+	}
+	for i := range catalog.MaxChannels {
+		s.Cuts = append(s.Cuts, Cut{Shard: i, Channel: strings.Repeat("v", 4096/catalog.MaxChannels), Timestamp: segment.MaxTimestamp})
+	}
+	for i := range int64(catalog.MaxPartitions) {
+		s.Partitions = append(s.Partitions, 1<<60+1000*i)
+	}
+	value := encode(s, s.op)
+	if err := checkRecordSize(value); err != nil {
+		t.Error(err)
+	}
+	got, err := decode(meta.KeyValue{Key: keys.Snapshot(1), Value: value})
+	if err != nil || !slices.Equal(got.Partitions, s.Partitions) || len(got.Cuts) != len(s.Cuts) {
+		t.Errorf("it does not come back: %v", err)
+	}
+}
