@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
-	"strings"
 
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -29,18 +28,19 @@ const otherKinds = 128
 // NativePath is where the native layout puts a file, relative to its root. A
 // file that lies there needs no path in its record.
 func NativePath(collection int64, s *segment.Segment, f *segment.File) string {
-	var b strings.Builder
-	b.Grow(64)
+	return string(appendNativePath(make([]byte, 0, 96), collection, s, f))
+}
+
+func appendNativePath(b []byte, collection int64, s *segment.Segment, f *segment.File) []byte {
 	for _, id := range []int64{collection, s.Partition, s.ID} {
-		b.WriteString(strconv.FormatInt(id, 10))
-		b.WriteByte('/')
+		b = strconv.AppendInt(b, id, 10)
+		b = append(b, '/')
 	}
-	b.WriteString(f.Kind)
-	b.WriteByte('/')
-	b.WriteString(strconv.FormatInt(f.Field, 10))
-	b.WriteByte('/')
-	b.WriteString(strconv.FormatInt(f.LogID, 10))
-	return b.String()
+	b = append(b, f.Kind...)
+	b = append(b, '/')
+	b = strconv.AppendInt(b, f.Field, 10)
+	b = append(b, '/')
+	return strconv.AppendInt(b, f.LogID, 10)
 }
 
 func positionRecord(p segment.Position) *storagev1.Position {
@@ -265,6 +265,9 @@ func decodeFiles(collection int64, s *segment.Segment, in *storagev1.Files) ([]s
 		return nil, fmt.Errorf("%d files, %d bytes of etags", n, len(in.GetEtag16()))
 	}
 	files := make([]segment.File, n)
+	etags := hex.EncodeToString(in.GetEtag16())
+	native := make([]byte, 0, 64*n)
+	ends := make([]int, n)
 	tails, sums := in.GetPathTails(), in.GetChecksumValues()
 	var lastPath string
 	var lastMin segment.Timestamp
@@ -281,8 +284,8 @@ func decodeFiles(collection int64, s *segment.Segment, in *storagev1.Files) ([]s
 			return nil, fmt.Errorf("file %d: no kind %d", i, k)
 		}
 		f.Size = int64(at(in.GetSize(), i))
-		if raw := in.GetEtag16(); len(raw) > 0 {
-			f.ETag = hex.EncodeToString(raw[16*i : 16*i+16])
+		if etags != "" {
+			f.ETag = etags[32*i : 32*i+32]
 		} else {
 			f.ETag = at(in.GetEtag(), i)
 		}
@@ -313,7 +316,15 @@ func decodeFiles(collection int64, s *segment.Segment, in *storagev1.Files) ([]s
 			f.Path = lastPath[:shared] + string(tail)
 			lastPath = f.Path
 		} else {
-			f.Path = NativePath(collection, s, f)
+			native = appendNativePath(native, collection, s, f)
+			ends[i] = len(native)
+		}
+	}
+	paths, from := string(native), 0
+	for i, end := range ends {
+		if end > 0 {
+			files[i].Path = paths[from:end]
+			from = end
 		}
 	}
 	return files, nil

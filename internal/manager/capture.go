@@ -3,6 +3,7 @@ package manager
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
@@ -73,20 +74,19 @@ func (c *cutter) capture(s segment.Segment) (captured, error) {
 		return captured{}, nil
 	}
 	got := captured{Segment: s, in: true}
-	got.Builds = slices.DeleteFunc(slices.Clone(s.Builds), func(b segment.Build) bool { return !c.indexes[b.Index] })
-	got.Files = nil
-	for _, f := range s.Files {
+	got.Builds = without(s.Builds, func(b segment.Build) bool { return !c.indexes[b.Index] })
+	got.Files = without(s.Files, func(f segment.File) bool {
 		switch {
 		case imported && f.Kind != segment.KindDelta:
-			got.Files = append(got.Files, f)
-		case ranged(f) && f.MinTimestamp >= cut: // left out
+			return false
+		case ranged(f) && f.MinTimestamp >= cut:
 			// What was made from all rows, such as an index, still knows its rows.
 			got.straddles = got.straddles || holdsData(f) && f.Kind != segment.KindDelta
-		default:
-			got.Files = append(got.Files, f)
-			got.straddles = got.straddles || straddles(&s, f, cut)
+			return true
 		}
-	}
+		got.straddles = got.straddles || straddles(&s, f, cut)
+		return false
+	})
 	if !slices.ContainsFunc(got.Files, holdsData) {
 		return captured{}, nil
 	}
@@ -94,6 +94,21 @@ func (c *cutter) capture(s segment.Segment) (captured, error) {
 		got.RowCeiling = cut
 	}
 	return got, nil
+}
+
+// without returns list less what is to go, and list itself when nothing is. It
+// asks once for each element, and does not change list.
+func without[T any](list []T, goes func(T) bool) []T {
+	kept, copied := list, false
+	for i, t := range list {
+		switch gone := goes(t); {
+		case gone && !copied:
+			kept, copied = slices.Clone(list[:i]), true
+		case !gone && copied:
+			kept = append(kept, t)
+		}
+	}
+	return kept
 }
 
 func holdsData(f segment.File) bool { return !segment.Derived(f.Kind) }
@@ -146,8 +161,14 @@ func addForeign(refs *manifest.Refs, roots []catalog.Root, f *segment.File, unit
 
 // carries says whether one of the path's elements is the id.
 func carries(path string, id int64) bool {
-	want := fmt.Sprintf("/%d/", id)
-	return strings.Contains("/"+path+"/", want)
+	var digits [20]byte
+	want := string(strconv.AppendInt(digits[:0], id, 10))
+	for element := range strings.SplitSeq(path, "/") {
+		if element == want {
+			return true
+		}
+	}
+	return false
 }
 
 func sortRefs(refs *manifest.Refs) {

@@ -27,7 +27,7 @@ import (
 
 // How a snapshot is written.
 const (
-	chunkSegments   = 4096     // in one manifest
+	chunkSegments   = 2500     // in one manifest
 	chunkBytes      = 32 << 20 // estimate of what they take in memory
 	chunksInFlight  = 2        // manifests being written at once
 	captureAttempts = 3        // when the revision is compacted in mid-read
@@ -41,6 +41,8 @@ const (
 type creation struct {
 	spec CreateSpec
 	tok  request.Token
+
+	segments int64 // of the collection, before the create began
 
 	begun chan struct{} // closed when the snapshot is durable as PENDING, or err is set
 	ended chan struct{} // closed at the end
@@ -371,6 +373,7 @@ func (m *Manager) reserve(ctx context.Context, c *creation) (release func(), err
 	if err != nil {
 		return nil, err
 	}
+	c.segments = n
 	need := min(n, chunkSegments*(chunksInFlight+1)) * segmentMemory
 	need = min(need, (chunksInFlight+1)*chunkBytes, m.o.CreateMemory)
 	if err := m.memory.Acquire(ctx, need); err != nil {
@@ -552,7 +555,7 @@ func (m *Manager) captureAndWrite(ctx context.Context, c *creation, lease *creat
 		if err == nil {
 			w := &snapshotWriter{
 				m: m, spec: &c.spec, snap: c.snap, view: &view, cutter: newCutter(&view), lease: lease, first: used,
-				refs: &manifest.Refs{},
+				refs: &manifest.Refs{}, room: int(min(c.segments, chunkSegments)),
 			}
 			next, err = w.run(ctx)
 			used += w.chunks
@@ -587,35 +590,41 @@ type snapshotWriter struct {
 	first      int // number of the first manifest
 	chunks     int // manifests begun
 	chunk      []segment.Segment
+	room       int // segments to make room for in a chunk
 	chunkSize  int
 	totals     segment.Totals
 	refs       *manifest.Refs
+	refsFile   manifest.RefsFile
 	straddling []int64 // the first few
 	files      []*manifest.ManifestFile
 }
 
 func (w *snapshotWriter) run(ctx context.Context) (*Snapshot, error) {
 	group, groupCtx := errgroup.WithContext(ctx)
-	group.SetLimit(chunksInFlight)
-	_, err := w.m.catalog.ScanSegments(groupCtx, w.snap.Collection, w.view.Revision, func(batch []segment.Segment) error {
-		for i := range batch {
-			got, err := w.cutter.capture(batch[i])
-			if err != nil {
-				return err
+	group.SetLimit(1 + chunksInFlight) // the reader, and those who write
+	batches := make(chan []segment.Segment, 1)
+	whole := false // may be read once batches is closed
+	group.Go(func() error {
+		defer close(batches)
+		_, err := w.m.catalog.ScanSegments(groupCtx, w.snap.Collection, w.view.Revision, func(batch []segment.Segment) error {
+			select {
+			case <-groupCtx.Done():
+				return groupCtx.Err()
+			case batches <- slices.Clone(batch): // the reader uses batch again
+				return nil
 			}
-			if got.in {
-				w.take(groupCtx, group, got)
-			}
-		}
-		return w.lease.advance(groupCtx)
+		})
+		whole = err == nil
+		return err
 	})
-	if err == nil {
+	switch err := w.takeAll(groupCtx, group, batches); {
+	case err != nil:
+		group.Go(func() error { return err }) // which ends the others
+	case whole: // else the capture starts over, and needs the key of the references
 		w.flush(groupCtx, group)
+		group.Go(func() error { return w.writeRefs(groupCtx) })
 	}
-	if writeErr := group.Wait(); writeErr != nil { // also when it made the scan fail
-		return nil, writeErr
-	}
-	if err != nil {
+	if err := group.Wait(); err != nil {
 		return nil, err
 	}
 	if w.spec.RequireExact && w.totals.Straddling > 0 {
@@ -623,6 +632,25 @@ func (w *snapshotWriter) run(ctx context.Context) (*Snapshot, error) {
 			ErrNotExact, w.totals.Straddling, w.straddling)
 	}
 	return w.finish(ctx)
+}
+
+// takeAll captures what the reader hands over.
+func (w *snapshotWriter) takeAll(ctx context.Context, group *errgroup.Group, batches <-chan []segment.Segment) error {
+	for batch := range batches {
+		for i := range batch {
+			got, err := w.cutter.capture(batch[i])
+			if err != nil {
+				return err
+			}
+			if got.in {
+				w.take(ctx, group, got)
+			}
+		}
+		if err := w.lease.advance(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // take adds a segment to the chunk, and begins to write that when it is full.
@@ -635,6 +663,9 @@ func (w *snapshotWriter) take(ctx context.Context, group *errgroup.Group, got ca
 		if w.totals.Straddling++; len(w.straddling) < 10 {
 			w.straddling = append(w.straddling, s.ID)
 		}
+	}
+	if w.chunk == nil {
+		w.chunk = make([]segment.Segment, 0, w.room)
 	}
 	w.chunk = append(w.chunk, *s)
 	w.chunkSize += memorySize(s)
@@ -681,7 +712,21 @@ func (w *snapshotWriter) flush(ctx context.Context, group *errgroup.Group) {
 	})
 }
 
-// finish writes references and metadata, and makes the committed record.
+// writeRefs writes the references.
+func (w *snapshotWriter) writeRefs(ctx context.Context) error {
+	sortRefs(w.refs)
+	data, err := manifest.EncodeRefs(w.refs)
+	if err != nil {
+		return err
+	}
+	w.refsFile = manifest.RefsFile{
+		File: manifest.RefsName, Digest: manifest.Sum(data),
+		Segments: int64(len(w.refs.Segments)), Builds: int64(len(w.refs.Builds)), Files: int64(len(w.refs.Files)),
+	}
+	return w.m.putOnce(ctx, manifest.RefsKey(w.snap.Collection, w.snap.ID), data, w.lease)
+}
+
+// finish writes the metadata, and makes the committed record.
 func (w *snapshotWriter) finish(ctx context.Context) (*Snapshot, error) {
 	next := w.snap.moved(Committed, "")
 	next.CatalogRevision, next.Totals = w.view.Revision, w.totals
@@ -704,18 +749,7 @@ func (w *snapshotWriter) finish(ctx context.Context) (*Snapshot, error) {
 		next.ManifestBytes += f.Length
 		md.Manifests = append(md.Manifests, *f)
 	}
-	sortRefs(w.refs)
-	refs, err := manifest.EncodeRefs(w.refs)
-	if err != nil {
-		return nil, err
-	}
-	md.Refs = manifest.RefsFile{
-		File: manifest.RefsName, Digest: manifest.Sum(refs),
-		Segments: int64(len(w.refs.Segments)), Builds: int64(len(w.refs.Builds)), Files: int64(len(w.refs.Files)),
-	}
-	if err := w.m.putOnce(ctx, manifest.RefsKey(w.snap.Collection, w.snap.ID), refs, w.lease); err != nil {
-		return nil, err
-	}
+	md.Refs = w.refsFile
 	data, err := manifest.EncodeMetadata(md)
 	if err != nil {
 		return nil, err
@@ -724,7 +758,7 @@ func (w *snapshotWriter) finish(ctx context.Context) (*Snapshot, error) {
 		return nil, err
 	}
 	next.Metadata = manifest.Sum(data)
-	next.ManifestBytes += int64(len(refs)) + int64(len(data))
+	next.ManifestBytes += w.refsFile.Length + int64(len(data))
 	return next, nil
 }
 

@@ -468,7 +468,7 @@ func TestSlowCreateThatAdvancesIsLeftAlone(t *testing.T) {
 			}
 		}
 		w.checkpoint(r, col, 10, 10)
-		r.store.SetLatency(25 * time.Second) // each step takes nearly half a lease; there are five
+		r.store.SetLatency(45 * time.Second) // two steps, each of three quarters of a lease
 		sp := spec(col, "slow")
 		sp.Verify = false
 		begin := time.Now()
@@ -901,8 +901,8 @@ func TestCreatesShareOneMemoryBudget(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		if took := time.Since(begin); took < 5*30*time.Second {
-			t.Errorf("five creates of 30 s took %v", took)
+		if took := time.Since(begin); took < 5*20*time.Second {
+			t.Errorf("five creates of 20 s took %v", took)
 		}
 		r.store.SetLatency(0)
 		w.create(r, small, "an-empty-one")

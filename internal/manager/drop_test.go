@@ -23,6 +23,7 @@ func TestDropIsOnlySuccessWhenItIs(t *testing.T) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s := w.create(r, col, "x")
+		settle() // so that the fault is met by the drop
 		// A store that does not answer is not "there is no such snapshot".
 		r.kv.FailNth(0, meta.Before, meta.MethodGet)
 		_, err := r.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0)

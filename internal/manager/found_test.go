@@ -229,25 +229,27 @@ func TestMinCutDropped(t *testing.T) {
 	})
 }
 
-// It was once wrong: a create that advances every 41 s of a lease of 60
-type slowing struct {
+// delayed is a store whose writes take long, each as long as the next delay.
+type delayed struct {
 	object.Store
-	delays []time.Duration
+	delays chan time.Duration
 }
 
-func (s *slowing) Create(ctx context.Context, key string, body []byte) (object.Info, error) {
-	if len(s.delays) > 0 {
-		d := s.delays[0]
-		s.delays = s.delays[1:]
-		time.Sleep(d)
-	}
+func (s *delayed) Create(ctx context.Context, key string, body []byte) (object.Info, error) {
+	time.Sleep(<-s.delays)
 	return s.Store.Create(ctx, key, body)
 }
 
+// Each step takes less than the lease; all of them take longer, and none comes
+// when a third of the lease has just passed.
 func TestSlowCreate(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		r := w.start("a", func(o *Options) {
-			o.Stores = map[string]object.Store{"default": &slowing{o.Stores["default"], []time.Duration{19 * time.Second, 45 * time.Second}}}
+			delays := make(chan time.Duration, 3)
+			delays <- 19 * time.Second
+			delays <- 45 * time.Second
+			delays <- 45 * time.Second
+			o.Stores = map[string]object.Store{"default": &delayed{o.Stores["default"], delays}}
 		})
 		col, _, _ := w.collection(r, "c")
 		w.add(r, col, w.segment(r, col, 0, 1, 2))

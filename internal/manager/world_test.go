@@ -84,8 +84,8 @@ func (w *world) start(name string, change ...func(*Options)) *replica {
 		}
 		stopped = true
 		r.kv.Thaw()
-		r.store.Thaw()
 		cancel()
+		r.store.Thaw()
 		if err := <-done; err != nil {
 			w.t.Errorf("run %s: %v", name, err)
 		}

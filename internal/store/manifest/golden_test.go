@@ -78,6 +78,9 @@ func goldenMetadata(manifestData, refsData []byte) *Metadata {
 			f.Size = min(f.Size, 1<<40)
 		}
 		totals.Add(&s)
+		if s.RowCeiling != 0 {
+			totals.Straddling++
+		}
 	}
 	return &Metadata{
 		FormatVersion: 1,

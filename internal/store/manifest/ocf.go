@@ -88,6 +88,7 @@ var containerWriters = sync.Pool{New: func() any { return new(containerWriter) }
 func newContainer(schema string, records int) *containerWriter {
 	w := containerWriters.Get().(*containerWriter)
 	*w = containerWriter{raw: w.raw[:0], compressed: w.compressed[:0]}
+	w.out = make([]byte, 0, 4096+600*records)
 	w.out = append(w.out, ocfMagic...)
 	w.out = binary.AppendVarint(w.out, 4) // keys
 	for _, s := range []string{
