@@ -1,0 +1,119 @@
+// Package bench is what the benchmarks of the whole program share: the
+// processes that they run, a proxy that counts and delays, the statistics, and
+// the report.
+//
+// A benchmark runs every server in a process of its own, ends by itself, ends
+// no process that it did not start, and leaves nothing behind.
+package bench
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// Median returns the middle of values, or 0 of none.
+func Median(values []float64) float64 { return Quantile(values, 0.5) }
+
+// Quantile returns the value that a share q of values is at or below, between
+// two of them the part that it lies at, or 0 of none.
+func Quantile(values []float64, q float64) float64 {
+	if len(values) == 0 {
+		return 0
+	}
+	sorted := slices.Sorted(slices.Values(values))
+	at := q * float64(len(sorted)-1)
+	i := int(at)
+	if i+1 >= len(sorted) {
+		return sorted[len(sorted)-1]
+	}
+	return sorted[i] + (at-float64(i))*(sorted[i+1]-sorted[i])
+}
+
+// Spread is the [Range] of values without the one that is farthest from their
+// median, if there are five or more: one round that something else disturbed
+// does not count, a machine that is busy does.
+func Spread(values []float64) float64 {
+	if len(values) < 5 {
+		return Range(values)
+	}
+	m := Median(values)
+	sorted := slices.Sorted(slices.Values(values))
+	if m-sorted[0] > sorted[len(sorted)-1]-m {
+		return Range(sorted[1:])
+	}
+	return Range(sorted[:len(sorted)-1])
+}
+
+// Range is how far apart the least and the greatest of values are, as a share
+// of their median.
+func Range(values []float64) float64 {
+	m := Median(values)
+	if m == 0 {
+		return 0
+	}
+	return (slices.Max(values) - slices.Min(values)) / m
+}
+
+// Ratios divides element by element.
+func Ratios(a, b []float64) []float64 {
+	list := make([]float64, min(len(a), len(b)))
+	for i := range list {
+		list[i] = a[i] / b[i]
+	}
+	return list
+}
+
+// Load is the machine's load average of the last minute, as it stands in
+// /proc/loadavg, or -1.
+func Load() float64 {
+	data, err := os.ReadFile("/proc/loadavg")
+	if err != nil {
+		return -1
+	}
+	first, _, _ := strings.Cut(string(data), " ")
+	v, err := strconv.ParseFloat(first, 64)
+	if err != nil {
+		return -1
+	}
+	return v
+}
+
+// Machine describes the machine in a line.
+func Machine() string {
+	cpu, memory := "unknown processor", "unknown memory"
+	if data, err := os.ReadFile("/proc/cpuinfo"); err == nil {
+		for line := range strings.Lines(string(data)) {
+			if name, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
+				cpu = strings.TrimSpace(value)
+				break
+			}
+		}
+	}
+	if data, err := os.ReadFile("/proc/meminfo"); err == nil {
+		var kib int64
+		if _, err := fmt.Sscanf(string(data), "MemTotal: %d kB", &kib); err == nil {
+			memory = fmt.Sprintf("%d GiB", (kib+1<<19)>>20)
+		}
+	}
+	kernel := "unknown kernel"
+	if data, err := os.ReadFile("/proc/sys/kernel/osrelease"); err == nil {
+		kernel = "Linux " + strings.TrimSpace(string(data))
+	}
+	return fmt.Sprintf("%d × %s, %s, %s, %s", runtime.NumCPU(), cpu, memory, kernel, runtime.Version())
+}
+
+// Commit is the commit of the tree that the program runs in, with "-dirty" when
+// the tree is not that commit's.
+func Commit() string {
+	out, err := exec.Command("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*").Output() //nolint:noctx // ends at once
+	if err != nil {
+		return "unknown"
+	}
+	return string(bytes.TrimSpace(out))
+}
