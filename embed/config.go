@@ -5,10 +5,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"reflect"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -80,7 +84,7 @@ type Config struct {
 	// Default: 10s.
 	LeaderTTL Duration `json:"leader_ttl"`
 	// MaxCreates is how many creates a replica works on at once; others wait or
-	// are turned away. Default: 16.
+	// are turned away. Default: 64.
 	MaxCreates int `json:"max_creates"`
 	// Grace is how long the end waits for calls under way. Default: 15s.
 	Grace Duration `json:"grace"`
@@ -120,7 +124,8 @@ type EtcdTLS struct {
 	Key string `json:"key"`
 }
 
-// Duration is a duration that is written as 1m30s.
+// Duration is a duration that is written as 1m30s. Where one is written it is not
+// zero, which would mean the default.
 type Duration time.Duration
 
 // String returns d as time.Duration writes it.
@@ -132,8 +137,14 @@ func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil
 // UnmarshalText implements encoding.TextUnmarshaler.
 func (d *Duration) UnmarshalText(text []byte) error {
 	parsed, err := time.ParseDuration(string(text))
+	switch {
+	case err != nil:
+		return fmt.Errorf("%q is not a time span such as 1m30s", text)
+	case parsed == 0:
+		return fmt.Errorf("%q is no time span; leave it out for the default", text)
+	}
 	*d = Duration(parsed)
-	return err
+	return nil
 }
 
 // Set implements pflag.Value.
@@ -261,7 +272,7 @@ func LoadConfig(path string, env func(name string) (string, bool), flags *pflag.
 			return c, fmt.Errorf("read configuration: %w", err)
 		}
 		if err := yaml.UnmarshalStrict(data, &c); err != nil {
-			errs = append(errs, fmt.Errorf("configuration %s: %w", path, err))
+			errs = append(errs, fmt.Errorf("configuration %s: %w", path, nameFields(data, err)))
 		}
 	}
 	if env != nil {
@@ -270,7 +281,7 @@ func LoadConfig(path string, env func(name string) (string, bool), flags *pflag.
 		own.VisitAll(func(f *pflag.Flag) {
 			if text, ok := env(EnvName(f.Name)); ok && text != "" {
 				if err := f.Value.Set(text); err != nil {
-					errs = append(errs, fmt.Errorf("environment variable %s: %w", EnvName(f.Name), err))
+					errs = append(errs, fmt.Errorf("environment variable %s: %w", EnvName(f.Name), expected(f.Value.Type(), text, err)))
 				}
 			}
 		})
@@ -293,6 +304,88 @@ func LoadConfig(path string, env func(name string) (string, bool), flags *pflag.
 		})
 	}
 	return c.complete(), errors.Join(errs...)
+}
+
+// expected says what the value of a flag should look like. It has the place of
+// the error err for types whose own errors speak of Go.
+func expected(flagType, text string, err error) error {
+	switch flagType {
+	case "int", "int64":
+		if errors.Is(err, strconv.ErrRange) {
+			return fmt.Errorf("%q is out of range", text)
+		}
+		return fmt.Errorf("%q is not a whole number", text)
+	case "bool":
+		return fmt.Errorf("%q is not true or false", text)
+	}
+	return err
+}
+
+// nameFields returns, for a file that was refused with err, an error that names
+// each wrong field and what is expected there. The decoder stops at the first
+// and seldom says which it is, so each field is tried alone.
+func nameFields(data []byte, err error) error {
+	var fields map[string]any
+	if yaml.Unmarshal(data, &fields) != nil {
+		return err // it is not even YAML
+	}
+	var errs []error
+	for _, name := range slices.Sorted(maps.Keys(fields)) {
+		part, partErr := yaml.Marshal(map[string]any{name: fields[name]})
+		if partErr == nil {
+			partErr = yaml.UnmarshalStrict(part, new(Config))
+		}
+		if partErr != nil {
+			errs = append(errs, fieldError(name, partErr))
+		}
+	}
+	if len(errs) == 0 { // such as a name that is there twice
+		return err
+	}
+	return errors.Join(errs...)
+}
+
+// unknownField is how encoding/json says it; it has no type for that.
+var unknownField = regexp.MustCompile(`json: unknown field ("[^"]*")`)
+
+// fieldError is about the mistake that is somewhere in the field name.
+func fieldError(name string, err error) error {
+	if m := unknownField.FindStringSubmatch(err.Error()); m != nil {
+		if m[1] == strconv.Quote(name) {
+			return fmt.Errorf("there is no setting %s", m[1])
+		}
+		return fmt.Errorf("%s: there is no setting %s", name, m[1])
+	}
+	if t, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
+		if t.Field != "" {
+			name = t.Field
+		}
+		return fmt.Errorf("%s: %s is expected, not %s", name, kindOf(t.Type), t.Value)
+	}
+	// What is within says it all; around it is how it was read.
+	for inner := errors.Unwrap(err); inner != nil; inner = errors.Unwrap(err) {
+		err = inner
+	}
+	return fmt.Errorf("%s: %w", name, err)
+}
+
+// kindOf says what a field of type t takes.
+func kindOf(t reflect.Type) string {
+	if t == reflect.TypeFor[Duration]() {
+		return "a time span such as 1m30s"
+	}
+	switch t.Kind() {
+	case reflect.Int, reflect.Int64:
+		return "a whole number"
+	case reflect.Bool:
+		return "true or false"
+	case reflect.Slice:
+		return "a list"
+	case reflect.Map, reflect.Struct:
+		return "names with values"
+	default:
+		return "text"
+	}
 }
 
 // YAML returns the configuration as a file that [LoadConfig] reads. It holds no

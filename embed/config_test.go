@@ -142,11 +142,20 @@ tls: {cert: x}
 func TestMistakesInForm(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "c.yaml")
 	for text, want := range map[string]string{
-		"data_dirr: x":               "data_dirr",
+		"data_dirr: x":               `there is no setting "data_dirr"`,
 		"data_dir: x\ndata_dir: y":   "data_dir",
-		"max_creates: many":          "max_creates",
-		"create_timeout: 10":         "",
-		"object_stores: {a: {p: x}}": `"p"`,
+		"max_creates: many":          "max_creates: a whole number is expected, not string",
+		"max_creates: 1.5":           "max_creates: a whole number is expected, not number 1.5",
+		"metrics_public: 1":          "metrics_public: true or false is expected, not number",
+		"etcd_endpoints: a:1":        "etcd_endpoints: a list is expected, not string",
+		"tls: x":                     "tls: names with values is expected, not string",
+		"tls: {cert: [x]}":           "tls.cert: text is expected, not array",
+		"create_timeout: 10":         "create_timeout: a time span such as 1m30s is expected, not number",
+		"create_timeout: soon":       `create_timeout: "soon" is not a time span such as 1m30s`,
+		"create_timeout: 0s":         `create_timeout: "0s" is no time span; leave it out for the default`,
+		"grace: x\nlog_level: [x]":   "grace: \"x\" is not a time span such as 1m30s\nlog_level: text is expected, not array",
+		"object_stores: {a: {p: x}}": `object_stores: there is no setting "p"`,
+		"object_stores: {a: x}":      "object_stores",
 		"[":                          "",
 	} {
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
@@ -159,8 +168,15 @@ func TestMistakesInForm(t *testing.T) {
 	if _, err := embed.LoadConfig(filepath.Join(t.TempDir(), "none"), nil, nil); err == nil {
 		t.Error("a file that is not there")
 	}
-	_, err := embed.LoadConfig("", environment(map[string]string{"SNAPSHOTD_MAX_CREATES": "x", "SNAPSHOTD_GRACE": "y", "SNAPSHOTD_OBJECT_STORE": "z"}), nil)
-	for _, want := range []string{"SNAPSHOTD_MAX_CREATES", "SNAPSHOTD_GRACE", "SNAPSHOTD_OBJECT_STORE"} {
+	_, err := embed.LoadConfig("", environment(map[string]string{
+		"SNAPSHOTD_MAX_CREATES": "x", "SNAPSHOTD_GRACE": "y", "SNAPSHOTD_LEADER_TTL": "0", "SNAPSHOTD_OBJECT_STORE": "z",
+		"SNAPSHOTD_METRICS_PUBLIC": "perhaps", "SNAPSHOTD_ETCD_QUOTA_BYTES": "99999999999999999999",
+	}), nil)
+	for _, want := range []string{
+		`SNAPSHOTD_MAX_CREATES: "x" is not a whole number`, `SNAPSHOTD_GRACE: "y" is not a time span such as 1m30s`,
+		`SNAPSHOTD_LEADER_TTL: "0" is no time span; leave it out`, `SNAPSHOTD_OBJECT_STORE: "z" is not alias=`,
+		`SNAPSHOTD_METRICS_PUBLIC: "perhaps" is not true or false`, `SNAPSHOTD_ETCD_QUOTA_BYTES: "99999999999999999999" is out of range`,
+	} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("nothing about %s in %v", want, err)
 		}

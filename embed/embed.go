@@ -43,6 +43,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcdserver"
+	"github.com/snapshotd/snapshotd/internal/store/object/identity"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
@@ -61,7 +62,8 @@ const (
 type Server struct {
 	addr, metricsAddr string
 	conn              *grpc.ClientConn
-	serving           atomic.Bool
+	serving           atomic.Bool // from the start to the stop
+	etcdGone          atomic.Bool // by watchEtcd
 	stop              func()
 	done              chan struct{} // closed when everything has ended
 	err               error         // why; set before done is closed
@@ -146,7 +148,9 @@ type parts struct {
 	manager  *manager.Manager
 	server   *server.Server
 	etcdErr  <-chan error // nil in a cluster
-	registry func(profiles bool, healthy func() bool) *http.Server
+	kv       meta.KV
+	ticks    <-chan time.Time // when to ask etcd whether it is there
+	registry func(profiles bool, unhealthy func() string) *http.Server
 }
 
 // openParts makes everything that does not listen yet, and adds to open what is
@@ -157,6 +161,10 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	if err != nil {
 		return nil, err
 	}
+	p.kv = kv
+	ticker := time.NewTicker(checkEvery)
+	open.add(func() error { ticker.Stop(); return nil })
+	p.ticks = ticker.C
 	stores, err := openStores(ctx, cfg, log, open)
 	if err != nil {
 		return nil, err
@@ -168,6 +176,11 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	p.cluster, err = cluster.Open(ctx, kv, cluster.Options{NameScope: scope, Release: cfg.Version, Now: time.Now, Rand: rand.Reader})
 	if err != nil {
 		return nil, err
+	}
+	for _, alias := range cfg.aliases() { // only now, for it may write to the store
+		if err := identity.Check(ctx, kv, stores[alias], alias, p.cluster.ID, rand.Reader); err != nil {
+			return nil, err // which names the alias
+		}
 	}
 	requests := request.NewLeases(kv, time.Now)
 	cat := catalog.New(catalog.Options{
@@ -189,8 +202,8 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	}
 	registry := newRegistry()
 	registry.MustRegister(stats{p.manager})
-	p.registry = func(profiles bool, healthy func() bool) *http.Server {
-		return metricsServer(registry, healthy, profiles)
+	p.registry = func(profiles bool, unhealthy func() string) *http.Server {
+		return metricsServer(registry, unhealthy, profiles)
 	}
 	p.server, err = server.New(server.Options{
 		Manager: p.manager, Catalog: cat, Cluster: p.cluster, KV: kv, Log: log.Named("rpc"), Registry: registry, TLS: config,
@@ -258,10 +271,13 @@ func (s *Server) run(ctx context.Context, cfg Config, p *parts, tcp, inside, met
 	})
 	group.Go(func() error { return wrap("gRPC service", p.server.Serve(tcp)) })
 	group.Go(func() error { return wrap("gRPC service within the process", p.server.Serve(inside)) })
+	// Before anybody can ask, or the loop that watches etcd say otherwise.
+	p.server.SetServing(true)
+	s.serving.Store(true)
 	var web *http.Server
 	if metrics != nil {
 		loopback, _ := isLoopback(cfg.MetricsListen) // validated
-		web = p.registry(loopback, s.serving.Load)
+		web = p.registry(loopback, s.unhealthy)
 		group.Go(func() error {
 			if err := web.Serve(metrics); !errors.Is(err, http.ErrServerClosed) {
 				return wrap("metrics service", err)
@@ -269,6 +285,7 @@ func (s *Server) run(ctx context.Context, cfg Config, p *parts, tcp, inside, met
 			return nil
 		})
 	}
+	group.Go(func() error { s.watchEtcd(loops, p); return nil })
 	if p.etcdErr != nil {
 		group.Go(func() error {
 			select {
@@ -279,8 +296,6 @@ func (s *Server) run(ctx context.Context, cfg Config, p *parts, tcp, inside, met
 			}
 		})
 	}
-	p.server.SetServing(true)
-	s.serving.Store(true)
 	group.Go(func() error {
 		defer endLoops()
 		select {

@@ -226,6 +226,16 @@ func TestCluster(t *testing.T) {
 		cfg.Replica = name
 		servers = append(servers, start(t, cfg))
 	}
+	// A third one whose default is another directory, by mistake or because
+	// nothing is said, may not join them.
+	for _, stores := range []map[string]embed.ObjectStore{{"default": {Path: t.TempDir()}}, nil} {
+		cfg := small(t)
+		cfg.EtcdEndpoints, cfg.ObjectStores = []string{store.Endpoint()}, stores
+		if _, err := embed.Start(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "object store default: ") ||
+			!strings.Contains(err.Error(), "all replicas must reach the same store under the same alias") {
+			t.Errorf("another directory: got %v", err)
+		}
+	}
 	if err := createCollection(t.Context(), servers[0].Conn(), "c"); err != nil {
 		t.Fatal(err)
 	}

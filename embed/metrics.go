@@ -56,13 +56,14 @@ func newRegistry() *prometheus.Registry {
 	return r
 }
 
-// metricsServer returns what answers on the metrics address.
-func metricsServer(registry *prometheus.Registry, healthy func() bool, profiles bool) *http.Server {
+// metricsServer returns what answers on the metrics address. Unhealthy says why
+// the server does not serve, or nothing.
+func metricsServer(registry *prometheus.Registry, unhealthy func() string, profiles bool) *http.Server {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
-		if !healthy() {
-			http.Error(w, "not serving", http.StatusServiceUnavailable)
+		if why := unhealthy(); why != "" {
+			http.Error(w, "not serving: "+why, http.StatusServiceUnavailable)
 			return
 		}
 		_, _ = w.Write([]byte("ok\n")) // the asker is gone: nobody to tell

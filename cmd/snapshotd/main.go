@@ -72,11 +72,13 @@ of --data-dir is SNAPSHOTD_DATA_DIR. Flags win over the environment, which wins
 over the file.
 
 Exit codes: 0 a graceful end, 1 an error, 2 wrong usage.`,
+		Version:       version, // makes --version
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
 		RunE:          func(cmd *cobra.Command, _ []string) error { a.began = true; return cmd.Help() },
 	}
+	root.SetVersionTemplate("snapshotd {{.Version}}\n")
 	root.CompletionOptions.DisableDefaultCmd = true
 	config := &cobra.Command{
 		Use: "config", Short: "Shows the configuration.", Args: cobra.NoArgs,

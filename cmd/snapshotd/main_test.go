@@ -20,6 +20,7 @@ func TestExitCodes(t *testing.T) {
 		stdout, stderr string // parts
 	}{
 		{[]string{"version"}, 0, "snapshotd " + version, ""},
+		{[]string{"--version"}, 0, "snapshotd " + version + "\n", ""},
 		{[]string{"--help"}, 0, "Exit codes", ""},
 		{[]string{"serve", "--help"}, 0, "--data-dir", ""},
 		{[]string{"config", "print", "--data-dir", "elsewhere"}, 0, "data_dir: elsewhere", ""},
@@ -28,6 +29,7 @@ func TestExitCodes(t *testing.T) {
 		{[]string{"serve", "--bogus"}, 2, "", "--bogus"},
 		{[]string{"serve", "extra"}, 2, "", "extra"},
 		{[]string{"serve", "--max-creates", "x"}, 2, "", "max-creates"},
+		{[]string{"serve", "--create-timeout", "0s"}, 2, "", "leave it out for the default"},
 		{[]string{"config"}, 2, "", "config print"},
 		{[]string{"serve", "--config", "/does/not/exist"}, 1, "", "/does/not/exist"},
 		{[]string{"serve", "--listen", ":1", "--name-scope", "x"}, 1, "", "name_scope"},

@@ -176,11 +176,13 @@ func (a *app) printOutcomes(done []outcome, dryRun bool) error {
 		v["dryRun"] = true
 	}
 	return a.printValue(v, func(w io.Writer) {
-		t := newTable(w, "", "ACTION", "THING", "NAME", "CHANGED")
-		for _, o := range done {
-			t.row(o.Action, o.Thing, o.Name, strings.Join(o.Changed, ","))
+		if len(done) > 0 { // else it failed at once
+			t := newTable(w, "", "ACTION", "THING", "NAME", "CHANGED")
+			for _, o := range done {
+				t.row(o.Action, o.Thing, o.Name, strings.Join(o.Changed, ","))
+			}
+			_ = t.flush() // w is memory
 		}
-		_ = t.flush() // w is memory
 		if dryRun {
 			put(w, "dry run: nothing was written\n")
 		}

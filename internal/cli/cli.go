@@ -147,6 +147,8 @@ func (a *app) root() *cobra.Command {
   snapshotctl snapshot create nightly --collection docs
   snapshotctl snapshot list -o json`
 	root.SilenceErrors, root.SilenceUsage = true, true
+	root.Version = a.version // makes --version
+	root.SetVersionTemplate(a.versionLine())
 	root.SetIn(a.in)
 	root.SetOut(a.out)
 	root.SetErr(a.err)
@@ -273,6 +275,13 @@ func unary[Req, Resp any](ctx context.Context, a *app, call callFunc[Req, Resp],
 	return call(ctx, req)
 }
 
+// platform is what this program was built for.
+const platform = runtime.GOOS + "/" + runtime.GOARCH
+
+func (a *app) versionLine() string {
+	return fmt.Sprintf("snapshotctl %s (%s, %s)\n", a.version, runtime.Version(), platform)
+}
+
 func (a *app) versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:     "version",
@@ -281,11 +290,8 @@ func (a *app) versionCommand() *cobra.Command {
 		Example: "  snapshotctl version",
 		Args:    args(),
 		RunE: a.run(func(context.Context, []string) error {
-			platform := runtime.GOOS + "/" + runtime.GOARCH
 			v := map[string]string{"version": a.version, "goVersion": runtime.Version(), "platform": platform}
-			return a.printValue(v, func(w io.Writer) {
-				put(w, "snapshotctl %s (%s, %s)\n", a.version, runtime.Version(), platform)
-			})
+			return a.printValue(v, func(w io.Writer) { put(w, "%s", a.versionLine()) })
 		}),
 	}
 }

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -14,6 +16,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -726,6 +729,9 @@ func TestLimitAcrossPages(t *testing.T) {
 }
 
 func TestErrors(t *testing.T) {
+	violation := func(field, description string) *errdetails.BadRequest {
+		return &errdetails.BadRequest{FieldViolations: []*errdetails.BadRequest_FieldViolation{{Field: field, Description: description}}}
+	}
 	fields := &errdetails.BadRequest{FieldViolations: []*errdetails.BadRequest_FieldViolation{
 		{Field: "name", Description: "must match the pattern"}, {Field: "labels", Description: "at most 64"},
 	}}
@@ -739,6 +745,36 @@ func TestErrors(t *testing.T) {
 			"violations", answer(t, codes.InvalidArgument, "INVALID_REQUEST", "the request breaks its rules", fields),
 			"snapshot get x",
 			result{code: 2, errOut: "error: the request breaks its rules\n  name: must match the pattern\n  labels: at most 64\nreason: INVALID_REQUEST\n"},
+		},
+		{
+			"one violation, of no field", answer(t, codes.InvalidArgument, "INVALID_REQUEST", "no", violation("", "either a or b")),
+			"snapshot get x",
+			result{code: 2, errOut: "error: no\n  either a or b\nreason: INVALID_REQUEST\n"},
+		},
+		{
+			"one violation, said already", answer(t, codes.InvalidArgument, "INVALID_REQUEST", "name: too long", violation("name", "too long")),
+			"snapshot get x",
+			result{code: 2, errOut: "error: name: too long\nreason: INVALID_REQUEST\n"},
+		},
+		{
+			"an invalid token", answer(t, codes.InvalidArgument, "INVALID_RESUME_TOKEN", "no such token"),
+			"events --resume-token xx -f",
+			result{code: 2, errOut: "error: no such token\nreason: INVALID_RESUME_TOKEN\nhint: a token is good for the cluster and the --collection that it was given for; go on without --resume-token\n"},
+		},
+		{
+			"a compacted token", answer(t, codes.OutOfRange, "EVENTS_COMPACTED", "gone"),
+			"events --resume-token xx -f",
+			result{code: 1, errOut: "error: gone\nreason: EVENTS_COMPACTED\nhint: see what there is with `snapshotctl snapshot list` and `snapshotctl catalog collections`, and go on without --resume-token\n"},
+		},
+		{
+			"plaintext to TLS", status.Error(codes.Unavailable, `connection error: desc = "error reading server preface: EOF"`),
+			"info --timeout 50ms",
+			result{code: 6, errOut: "error: error reading server preface: EOF\nhint: the server may want TLS: see --tls-ca, --tls-cert, --tls-key\n"},
+		},
+		{
+			"no client certificate", status.Error(codes.Unavailable, `connection error: desc = "transport: authentication handshake failed: remote error: tls: certificate required"`),
+			"info --timeout 50ms",
+			result{code: 6, errOut: "error: authentication handshake failed: remote error: tls: certificate required\nhint: the server may want TLS: see --tls-ca, --tls-cert, --tls-key\n"},
 		},
 		{
 			"not found", answer(t, codes.NotFound, "SNAPSHOT_NOT_FOUND", "there is no snapshot \"x\""),
@@ -810,7 +846,7 @@ func TestErrors(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			s := &server{answers: map[string][]any{}}
-			for _, m := range []string{"GetSnapshot", "CreateSnapshot", "GetServerInfo"} {
+			for _, m := range []string{"GetSnapshot", "CreateSnapshot", "GetServerInfo", "WatchEvents xx"} {
 				if tc.err != nil {
 					s.answers[m] = []any{tc.err}
 				}
@@ -831,6 +867,35 @@ func TestNobodyThere(t *testing.T) {
 	if code != 6 || errOut.String() != want {
 		t.Errorf("code %d: %s", code, cmp.Diff(want, errOut.String()))
 	}
+}
+
+// TestPlaintextAndTLS connects with the one to a server of the other.
+func TestPlaintextAndTLS(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		addr string
+		args []string
+		hint string
+	}{
+		{"a server that wants TLS", tlsAddr(t), nil, "hint: the server may want TLS: see --tls-ca, --tls-cert, --tls-key\n"},
+		{"a server in plaintext", new(server).start(t), []string{"--tls"}, "may speak plaintext: leave out --tls,"},
+	} {
+		var out, errOut bytes.Buffer
+		code := cli.Run(t.Context(), append([]string{"info", "--addr", tc.addr, "--timeout", "500ms"}, tc.args...), strings.NewReader(""), &out, &errOut)
+		if code != 6 || !strings.Contains(errOut.String(), tc.hint) {
+			t.Errorf("%s: code %d: %s", tc.name, code, errOut.String())
+		}
+	}
+}
+
+// tlsAddr returns the address of a server that speaks TLS only.
+func tlsAddr(t *testing.T) string {
+	t.Helper()
+	s := httptest.NewUnstartedServer(http.NotFoundHandler())
+	s.Config.ErrorLog = zap.NewStdLog(zap.NewNop()) // it complains about what is tested
+	s.StartTLS()
+	t.Cleanup(s.Close)
+	return s.Listener.Addr().String()
 }
 
 func TestInterrupted(t *testing.T) {
@@ -953,6 +1018,13 @@ created    partition   prod/fresh/p1         -
 			t.Error(diff)
 		}
 	})
+	t.Run("a failure at once says nothing was done", func(t *testing.T) {
+		s := &server{answers: answers()}
+		s.answers["UpdateCollection"] = []any{answer(t, codes.FailedPrecondition, "", "no")}
+		if got := run(t, s, doc, "catalog", "apply", "-f", "-"); got.code != 5 || got.out != "" {
+			t.Errorf("got %+v", got)
+		}
+	})
 	t.Run("a failure says what was done", func(t *testing.T) {
 		s := &server{answers: answers()}
 		s.answers["CreatePartition"] = []any{answer(t, codes.FailedPrecondition, "LIMIT_EXCEEDED", "too many")}
@@ -1031,7 +1103,9 @@ func TestEvents(t *testing.T) {
 }
 
 func TestVersion(t *testing.T) {
-	if got := run(t, new(server), "", "version"); !strings.HasPrefix(got.out, "snapshotctl v1 (go1.") {
-		t.Errorf("got %+v", got)
+	for _, arg := range []string{"version", "--version"} {
+		if got := run(t, new(server), "", arg); !strings.HasPrefix(got.out, "snapshotctl v1 (go1.") || !strings.HasSuffix(got.out, ")\n") {
+			t.Errorf("%s: got %+v", arg, got)
+		}
 	}
 }

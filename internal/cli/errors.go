@@ -67,7 +67,15 @@ func (a *app) report(ctx context.Context, err error) int {
 	}
 	text, code := describe(err)
 	put(a.err, "error: %s\n", clean(text))
-	for _, v := range client.Violations(err) {
+	vs := client.Violations(err)
+	if len(vs) == 1 && strings.Contains(text, vs[0].Description) && strings.Contains(text, vs[0].Field) {
+		vs = nil // the message has said it
+	}
+	for _, v := range vs {
+		if v.Field == "" { // the request as a whole
+			put(a.err, "  %s\n", clean(v.Description))
+			continue
+		}
 		put(a.err, "  %s: %s\n", clean(v.Field), clean(v.Description))
 	}
 	reason := client.Reason(err)
@@ -120,7 +128,15 @@ func describe(err error) (string, codes.Code) {
 }
 
 // dialError is how gRPC says that it cannot connect, with the reason within.
-var dialError = regexp.MustCompile(`^connection error: desc = "transport: (?:Error while dialing: )?(.*)"$`)
+var dialError = regexp.MustCompile(`^connection error: desc = "(?:transport: )?(?:Error while dialing: )?(.*)"$`)
+
+// tlsTrouble is what connecting fails with when one side speaks TLS and the other
+// does not, or when they do not trust each other. What wants TLS hangs up on
+// plaintext, at one moment or another.
+var tlsTrouble = regexp.MustCompile(`error reading server preface|broken pipe|tls: |x509: |certificate`)
+
+// notTLS is what a TLS client is told by a server that does not speak it.
+const notTLS = "first record does not look like a TLS handshake"
 
 type statusError interface {
 	error
@@ -143,6 +159,12 @@ func (a *app) hint(err error, code codes.Code, reason string) string {
 	}
 	switch code {
 	case codes.Unavailable:
+		switch text, _ := describe(err); {
+		case strings.Contains(text, notTLS):
+			return fmt.Sprintf("the server at %s may speak plaintext: leave out --tls, --tls-ca, --tls-cert and --tls-key, and their variables", clean(a.addr))
+		case tlsTrouble.MatchString(text):
+			return "the server may want TLS: see --tls-ca, --tls-cert, --tls-key"
+		}
 		return fmt.Sprintf("is snapshotd running at %s? --addr or SNAPSHOTCTL_ADDR names another server", clean(a.addr))
 	case codes.DeadlineExceeded:
 		return fmt.Sprintf("is snapshotd running well at %s? --timeout gives it longer", clean(a.addr))

@@ -4,9 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
@@ -65,7 +68,10 @@ the end it says on standard error how to resume.`,
 		} else {
 			err = a.pendingEvents(ctx, c, &req, show)
 		}
-		if a.output == formatTable && token != "" {
+		// A token that the server does not take is of no use another time either.
+		useless := slices.Contains([]string{"INVALID_RESUME_TOKEN", "EVENTS_COMPACTED"}, client.Reason(err)) ||
+			status.Code(err) == codes.InvalidArgument
+		if a.output == formatTable && token != "" && !useless {
 			again := word(token, "")
 			if collection != "" { // a token is good for the same events only
 				again += " --collection " + word(collection, "")

@@ -41,10 +41,20 @@ func TestParseCollection(t *testing.T) {
 func TestParseTTL(t *testing.T) {
 	for s, want := range map[string]time.Duration{
 		"36h": 36 * time.Hour, "30d": 720 * time.Hour, "1h30m": 90 * time.Minute,
+		"36500d": 36500 * day, "36525d": 36525 * day, "876600h": 876600 * time.Hour,
+		"36526d": 0, "876600h1s": 0, "99999999999999999999d": 0, "9999999h": 0, "-30d": 0,
 		"": 0, "d": 0, "0d": 0, "0s": 0, "-1h": 0, "1.5d": 0, "5": 0,
 	} {
 		if got, err := parseTTL(s); got != want || (err == nil) != (want > 0) {
 			t.Errorf("%q: got %v, %v", s, got, err)
+		}
+	}
+}
+
+func TestParseTTLSaysTheLimit(t *testing.T) {
+	for _, s := range []string{"36526d", "876600h1s", "99999999999999999999d"} {
+		if _, err := parseTTL(s); err == nil || !strings.Contains(err.Error(), "the longest is 100 years, 36525d") {
+			t.Errorf("%q: got %v", s, err)
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"errors"
 	"strconv"
 	"strings"
 	"time"
@@ -131,16 +132,28 @@ func parseStates[S ~int32](args []string, values map[string]int32) ([]S, error) 
 	return states, nil
 }
 
+// The longest time span that the API takes: 100 years.
+const (
+	day        = 24 * time.Hour
+	maxTTLDays = 36525
+)
+
 // parseTTL reads a duration, which may also be a number of days: 30d.
 func parseTTL(s string) (time.Duration, error) {
+	var d time.Duration
 	if days, ok := strings.CutSuffix(s, "d"); ok {
-		if n, err := strconv.ParseUint(days, 10, 15); err == nil && n > 0 {
-			return time.Duration(n) * 24 * time.Hour, nil
+		n, err := strconv.ParseUint(days, 10, 64)
+		if err == nil || errors.Is(err, strconv.ErrRange) {
+			d = time.Duration(min(n, maxTTLDays+1)) * day // more would overflow
 		}
+	} else {
+		d, _ = time.ParseDuration(s) // 0 with an error
 	}
-	d, err := time.ParseDuration(s)
-	if err != nil || d <= 0 {
+	switch {
+	case d <= 0:
 		return 0, wrong("--ttl %q: write a time span such as 36h or 30d", s)
+	case d > maxTTLDays*day:
+		return 0, wrong("--ttl %q: the longest is 100 years, %dd", s, maxTTLDays)
 	}
 	return d, nil
 }

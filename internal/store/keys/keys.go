@@ -4,6 +4,7 @@
 //	/format                                     the cluster
 //	/ids                                        the id allocator
 //	/election/leader                            leader of the background loops
+//	/store/<alias>                              id of the object store, in hex
 //	/snapshot/rec/<id>                          record
 //	/snapshot/name/<scope>/<name>               -> id; scope 0 is the cluster
 //	/snapshot/pending/<collection>/<id>         held by the creator's lease
@@ -47,6 +48,9 @@ func All() (from, to string) { return "/", "0" }
 
 // ID writes an id the way keys hold it.
 func ID(id int64) string { return fmt.Sprintf("%019d", id) }
+
+// Store is the id of the object store that an alias stands for.
+func Store(alias string) string { return "/store/" + alias }
 
 // Snapshot is a snapshot's record.
 func Snapshot(id int64) string { return SnapshotPrefix + ID(id) }

@@ -15,6 +15,7 @@ import (
 func TestKeys(t *testing.T) {
 	const one, most = "0000000000000000001", "9223372036854775807"
 	for got, want := range map[string]string{
+		keys.Store("cold"):                "/store/cold",
 		keys.Snapshot(1):                  "/snapshot/rec/" + one,
 		keys.Snapshot(math.MaxInt64):      "/snapshot/rec/" + most,
 		keys.SnapshotName(0, "n"):         "/snapshot/name/0000000000000000000/n",

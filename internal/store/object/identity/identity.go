@@ -1,0 +1,134 @@
+// Package identity tells object stores apart. An alias is only a word: two
+// replicas whose configurations point it at different directories or buckets
+// would commit snapshots that the other cannot read. So each store holds a
+// random id in an object, the metadata store holds the same id for the alias,
+// and a replica that finds them to differ does not start. The object also names
+// the cluster: two clusters give the same ids to different snapshots, so they
+// must not share a bucket and prefix.
+package identity
+
+import (
+	"context"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// Key is the object that holds a store's id. It is under snapshots/ because no
+// root of a collection may be there.
+const Key = "snapshots/identity.json"
+
+// ErrOther means that an alias stands for another object store in this replica
+// than in the cluster.
+var ErrOther = errors.New("not the object store that the cluster knows")
+
+const (
+	formatVersion = 1
+	idBytes       = 16
+	maxBytes      = 4 << 10 // of the object; it has far fewer
+)
+
+// content is the object, as JSON.
+type content struct {
+	FormatVersion int    `json:"format_version"`
+	ID            string `json:"id"`
+	Cluster       string `json:"cluster_id"`
+}
+
+// Check returns nil when store is the one that alias stands for in the cluster
+// of kv, whose id is cluster. An alias that the cluster does not know yet stands for store from now
+// on; of several replicas that come first with different stores, one wins and
+// the others get ErrOther.
+func Check(ctx context.Context, kv meta.KV, store object.Store, alias, cluster string, rand io.Reader) error {
+	known, found, _, err := kv.Get(ctx, keys.Store(alias))
+	if err != nil {
+		return fmt.Errorf("read the identity of object store %s: %w", alias, err)
+	}
+	has, err := read(ctx, store)
+	if found {
+		return compare(alias, string(known.Value), has.ID, err)
+	}
+	if errors.Is(err, object.ErrNotFound) {
+		has, err = create(ctx, store, cluster, rand)
+	}
+	switch {
+	case err != nil:
+		return fmt.Errorf("identity of object store %s: %w", alias, err)
+	case has.Cluster != cluster:
+		return fmt.Errorf("object store %s: %w: %s says that it belongs to cluster %s, and this is %s; give each cluster a directory, bucket or prefix of its own",
+			alias, ErrOther, Key, has.Cluster, cluster)
+	}
+	res, err := kv.Txn(ctx, meta.Txn{
+		If:   []meta.Cond{meta.Absent(keys.Store(alias))},
+		Then: []meta.Op{meta.Put(keys.Store(alias), []byte(has.ID))},
+		Else: []meta.Op{meta.Get(keys.Store(alias))},
+	})
+	if err != nil {
+		return fmt.Errorf("record the identity of object store %s: %w", alias, err)
+	}
+	if !res.Succeeded { // another replica was first
+		return compare(alias, string(res.Ranges[0][0].Value), has.ID, nil)
+	}
+	return nil
+}
+
+// compare judges what read returned.
+func compare(alias, want, has string, err error) error {
+	const remedy = "all replicas must reach the same store under the same alias"
+	switch {
+	case errors.Is(err, object.ErrNotFound):
+		return fmt.Errorf("object store %s: %w: it has no %s with id %s, so it is a wrong directory, bucket or prefix, or was emptied; %s", alias, ErrOther, Key, want, remedy)
+	case err != nil:
+		return fmt.Errorf("identity of object store %s: %w", alias, err)
+	case has != want:
+		return fmt.Errorf("object store %s: %w: %s says %s, the cluster says %s, so it is a wrong directory, bucket or prefix; %s", alias, ErrOther, Key, has, want, remedy)
+	}
+	return nil
+}
+
+// read returns what the store says that it is.
+func read(ctx context.Context, store object.Store) (c content, err error) {
+	r, _, err := store.Get(ctx, Key, 0, maxBytes)
+	if err != nil {
+		return c, err
+	}
+	data, err := io.ReadAll(r)
+	if err := errors.Join(err, r.Close()); err != nil {
+		return c, fmt.Errorf("read %s: %w", Key, err)
+	}
+	if err := json.Unmarshal(data, &c); err != nil {
+		return c, fmt.Errorf("%s is damaged: %w", Key, err)
+	}
+	if c.FormatVersion != formatVersion {
+		return c, fmt.Errorf("%s has format version %d, this release reads %d", Key, c.FormatVersion, formatVersion)
+	}
+	if id, err := hex.DecodeString(c.ID); err != nil || len(id) != idBytes {
+		return c, fmt.Errorf("%s is damaged: it holds no id", Key)
+	}
+	return c, nil
+}
+
+// create gives the store an id, and returns what it then is: what whoever came
+// first has made it.
+func create(ctx context.Context, store object.Store, cluster string, rand io.Reader) (content, error) {
+	id := make([]byte, idBytes)
+	if _, err := io.ReadFull(rand, id); err != nil {
+		return content{}, fmt.Errorf("make an id: %w", err)
+	}
+	c := content{FormatVersion: formatVersion, ID: hex.EncodeToString(id), Cluster: cluster}
+	data, err := json.Marshal(c)
+	if err != nil {
+		return content{}, err
+	}
+	_, err = store.Create(ctx, Key, append(data, '\n'))
+	if errors.Is(err, object.ErrExists) { // another's, or our own after a retry
+		return read(ctx, store)
+	}
+	return c, err
+}
