@@ -58,11 +58,11 @@ bench-create: build $(BIN)/versitygw ## Measures create, registration and readin
 	$(BIN)/bench-create $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-create.md $(BENCH_FLAGS)
 
 .PHONY: docs-check
-docs-check: build $(BIN)/grpcurl ## Runs the console examples of the documents and compares what they print.
+docs-check: build $(BIN)/grpcurl $(BIN)/versitygw ## Runs the console examples of the documents and compares what they print.
 	$(GO) run ./internal/docscheck
 
 .PHONY: docs-update
-docs-update: build $(BIN)/grpcurl ## Runs the same examples and writes what they print into the documents.
+docs-update: build $(BIN)/grpcurl $(BIN)/versitygw ## Runs the same examples and writes what they print into the documents.
 	$(GO) run ./internal/docscheck -update
 
 .PHONY: lint
@@ -131,6 +131,7 @@ clean: ## Removes what make built.
 # The tools, each built once from the versions in tools/go.mod. Go's own time
 # stamps are not to be relied on, hence touch.
 define tool
+.bin/$(1): $(BIN)/$(1)
 $(BIN)/$(1): tools/go.mod tools/go.sum $(3)
 	$(GO) build -C tools -o $(BIN)/ $(2)
 	touch $$@
@@ -143,6 +144,7 @@ $(eval $(call tool,protodep,./protodep,tools/protodep/main.go))
 
 # The S3 server that tests start. Its module is its own: it asks for other
 # versions than the tools do.
+.bin/versitygw: $(BIN)/versitygw
 $(BIN)/versitygw: tools/versitygw/go.mod tools/versitygw/go.sum
 	$(GO) build -C tools/versitygw -o $(BIN)/ github.com/versity/versitygw/cmd/versitygw
 	touch $@

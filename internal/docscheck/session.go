@@ -25,6 +25,7 @@ var listeners = []struct{ variable, address string }{
 	{"SNAPSHOTD_LISTEN", "127.0.0.1:7950"},
 	{"SNAPSHOTD_METRICS_LISTEN", "127.0.0.1:7951"},
 	{"SNAPSHOTCTL_ADDR", "127.0.0.1:7950"},
+	{"VGW_PORT", "127.0.0.1:7070"},
 }
 
 const (
