@@ -73,7 +73,13 @@ func unlessGone(ctx context.Context, err error) (wait time.Duration, _ error) {
 	switch {
 	case ctx.Err() != nil:
 		return 0, ctx.Err()
-	case errors.Is(err, io.EOF) || status.Code(err) == codes.Unavailable:
+	case errors.Is(err, io.EOF):
+		return 0, nil
+	}
+	switch status.Code(err) {
+	case codes.Unavailable,
+		// The deadline, which the server or gRPC may notice before ctx does.
+		codes.Canceled, codes.DeadlineExceeded:
 		return retryDelay(err), nil
 	default:
 		return 0, err

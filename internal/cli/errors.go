@@ -113,7 +113,9 @@ func describe(err error) (string, codes.Code) {
 		st := s.GRPCStatus()
 		text := st.Message()
 		switch {
-		case st.Code() == codes.DeadlineExceeded && text == context.DeadlineExceeded.Error():
+		case st.Code() == codes.DeadlineExceeded && text == context.DeadlineExceeded.Error(),
+			// The server may notice the deadline first, and reset the stream.
+			strings.Contains(text, "RST_STREAM with error code: CANCEL"):
 			text = "no answer in time"
 		case st.Code() == codes.Unavailable:
 			text = dialError.ReplaceAllString(text, "$1")

@@ -3,6 +3,7 @@
 package manager
 
 import (
+	"context"
 	"errors"
 	"testing"
 	"time"
@@ -39,13 +40,12 @@ func (w *world) await(what string, done func() bool) {
 		w.t.Fatal(err)
 	}
 	from, to := keys.All()
-	changes := w.kv.Watch(w.t.Context(), from, to, now)
-	for deadline := time.Now().Add(30 * time.Second); !done(); {
-		if time.Now().After(deadline) {
-			w.t.Fatalf("not in time: %s", what)
-		}
+	ctx, cancel := context.WithTimeout(w.t.Context(), 30*time.Second)
+	defer cancel()
+	changes := w.kv.Watch(ctx, from, to, now)
+	for !done() {
 		if _, err := changes.Next(); err != nil { // the leader's renewals are no events, its cleaning is
-			w.t.Fatal(err)
+			w.t.Fatalf("not in time: %s; there are %v: %v", what, w.keysUnder("/snapshot/"), err)
 		}
 	}
 }

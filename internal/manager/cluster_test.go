@@ -1,0 +1,417 @@
+//go:build linux && !short
+
+package manager
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+	"github.com/snapshotd/snapshotd/internal/testing/etcdcluster"
+	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
+)
+
+func TestMain(m *testing.M) {
+	etcdcluster.Main()
+	os.Exit(m.Run())
+}
+
+// clusterPatience bounds each wait of these tests.
+const clusterPatience = 40 * time.Second
+
+// enduring has a create outlive what these tests do to etcd, and the leader try
+// again soon.
+func enduring(o *Options) {
+	o.LeaseTTL, o.LeaderTTL, o.CleanInterval = 10*time.Second, 2*time.Second, 5*time.Second
+}
+
+// eventually waits for a condition, in real time.
+func eventually(t *testing.T, what string, done func() bool) {
+	t.Helper()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(clusterPatience); !done(); <-tick.C {
+		if time.Now().After(deadline) {
+			t.Fatalf("not in time: %s", what)
+		}
+	}
+}
+
+// rest waits until nothing is under way and n snapshots are left.
+func (w *world) rest(n int) {
+	w.t.Helper()
+	count := func(prefix string) int {
+		from, to := meta.Prefix(prefix)
+		res, err := w.kv.Range(w.t.Context(), meta.Range{From: from, To: to, KeysOnly: true})
+		if err != nil {
+			return -1
+		}
+		return len(res.KVs)
+	}
+	eventually(w.t, fmt.Sprintf("%d snapshots at rest", n), func() bool {
+		return count(pendingKeys) == 0 && count(keys.SnapshotPrefix) == n
+	})
+}
+
+// unanswered says whether an error leaves open what became of the call.
+func unanswered(err error) bool {
+	return errors.Is(err, meta.ErrUnavailable) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, ErrOverloaded)
+}
+
+// definite repeats a call until its answer is one, each time at another replica.
+func definite[T any](t *testing.T, replicas []*replica, call func(ctx context.Context, r *replica) (T, error)) (T, error) {
+	t.Helper()
+	deadline := time.Now().Add(clusterPatience)
+	for i := 0; ; i++ {
+		_ = pause(t.Context(), min(i, 50))
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		got, err := call(ctx, replicas[i%len(replicas)])
+		cancel()
+		switch {
+		case err == nil, errors.Is(err, ErrCreateAborted), !unanswered(err):
+			return got, err
+		case time.Now().After(deadline):
+			return got, fmt.Errorf("no definite answer in time, last: %w", err)
+		}
+	}
+}
+
+func createDefinite(t *testing.T, replicas []*replica, tok request.Token, col catalog.Collection, name string) (*Snapshot, error) {
+	t.Helper()
+	return definite(t, replicas, func(ctx context.Context, r *replica) (*Snapshot, error) {
+		return r.Create(ctx, tok, spec(col, name))
+	})
+}
+
+// clusterWork creates and drops snapshots and keeps what was acknowledged.
+type clusterWork struct {
+	t        *testing.T
+	replicas []*replica
+	col      catalog.Collection
+
+	mu      sync.Mutex
+	kept    map[string]int64 // by name
+	dropped map[int64]string // by id
+	aborted int
+
+	unanswered atomic.Int64
+}
+
+func (c *clusterWork) create(replicas []*replica, tok request.Token, name string) (*Snapshot, error) {
+	return definite(c.t, replicas, func(ctx context.Context, r *replica) (*Snapshot, error) {
+		s, err := r.Create(ctx, tok, spec(c.col, name))
+		if err != nil && unanswered(err) {
+			c.unanswered.Add(1)
+		}
+		return s, err
+	})
+}
+
+// make creates a snapshot of a name that nobody else has, and says its id. A
+// create that was aborted has left the name free for another.
+func (c *clusterWork) make(name string, replicas []*replica) (int64, bool) {
+	for range 20 {
+		tok := token(rand.Text(), name)
+		s, err := c.create(replicas, tok, name)
+		if errors.Is(err, ErrCreateAborted) {
+			c.mu.Lock()
+			c.aborted++
+			c.mu.Unlock()
+			continue
+		}
+		if err != nil {
+			c.t.Errorf("create %s: %v", name, err)
+			return 0, false
+		}
+		again, err := c.create(replicas[1:], tok, name)
+		if err != nil || again.ID != s.ID {
+			c.t.Errorf("the token of %s stands for %v, err = %v", s, again, err)
+		}
+		return s.ID, true
+	}
+	c.t.Errorf("create %s: aborted over and over", name)
+	return 0, false
+}
+
+// round makes a snapshot that stays and one that does not, whose name is used
+// again in the next round.
+func (c *clusterWork) round(worker, n int) {
+	replicas := slices.Concat(c.replicas[worker%len(c.replicas):], c.replicas)
+	name := fmt.Sprintf("kept-%d-%d", worker, n)
+	if id, ok := c.make(name, replicas); ok {
+		c.mu.Lock()
+		c.kept[name] = id
+		c.mu.Unlock()
+	}
+	name = fmt.Sprintf("dropped-%d", worker)
+	id, ok := c.make(name, replicas)
+	if !ok {
+		return
+	}
+	tok := token(rand.Text(), name)
+	tok.Method = "DropSnapshot"
+	got, err := definite(c.t, replicas, func(ctx context.Context, r *replica) (int64, error) {
+		return r.Drop(ctx, tok, Ref{Name: name}, id)
+	})
+	if err != nil || got != id {
+		c.t.Errorf("drop %s, which is %d: got %d, err = %v", name, id, got, err)
+		return
+	}
+	c.mu.Lock()
+	c.dropped[id] = name
+	c.mu.Unlock()
+}
+
+// during has workers at it while storm runs, which calls give for each n rounds
+// that it wants begun.
+func (c *clusterWork) during(workers int, storm func(give func(n int))) {
+	c.t.Helper()
+	turns := make(chan struct{})
+	var group sync.WaitGroup
+	defer group.Wait()
+	defer close(turns)
+	for worker := range workers {
+		group.Go(func() {
+			n := 0
+			for range turns {
+				c.round(worker, n)
+				n++
+			}
+		})
+	}
+	storm(func(n int) {
+		c.t.Helper()
+		late := time.NewTimer(clusterPatience)
+		defer late.Stop()
+		for range n {
+			select {
+			case turns <- struct{}{}:
+			case <-late.C:
+				c.t.Fatal("the workers do not come on")
+			}
+		}
+	})
+}
+
+// TestClusterLeaderKilled has etcd lose its leader while snapshots come and go.
+// What was acknowledged holds, and a token stands for one snapshot.
+func TestClusterLeaderKilled(t *testing.T) {
+	c := etcdcluster.Start(t)
+	root := "/" + rand.Text()
+	w := inReality(t, c.KVAt(t, root))
+	work := &clusterWork{t: t, kept: map[string]int64{}, dropped: map[int64]string{}}
+	for _, name := range []string{"a", "b", "c"} {
+		w.kv = c.KVAt(t, root) // each has a client of its own
+		work.replicas = append(work.replicas, w.start(name, enduring))
+	}
+	r := work.replicas[0]
+	work.col, _, _ = w.collection(r, "c")
+	for i := range 3 {
+		w.add(r, work.col, w.segment(r, work.col, i%2, 1, 20))
+	}
+	w.checkpoint(r, work.col, 10, 30)
+
+	const workers = 8
+	work.during(workers, func(give func(int)) {
+		for _, kill := range []bool{true, true, false, true} {
+			give(workers)
+			i := c.Leader(t)
+			if !kill {
+				over := time.After(2 * time.Second)
+				c.Pause(i)
+				if c.Leader(t) == i {
+					t.Errorf("member %d leads and is paused", i)
+				}
+				<-over
+				c.Resume(i)
+				continue
+			}
+			c.Kill(i)
+			give(workers) // two members are enough, once one of them leads
+			c.Restart(t, i)
+		}
+	})
+	if t.Failed() {
+		return
+	}
+	w.rest(len(work.kept))
+	for _, r := range work.replicas {
+		there := map[string]int64{}
+		for _, s := range w.check(r) {
+			there[s.Name] = s.ID
+			if name, ok := work.dropped[s.ID]; ok {
+				t.Errorf("%s was dropped as %s, and is there", s, name)
+			}
+		}
+		for name, id := range work.kept {
+			if there[name] != id {
+				t.Errorf("%s was created as %d, and is %d", name, id, there[name])
+			}
+		}
+		if len(there) != len(work.kept) {
+			t.Errorf("%d snapshots, want %d", len(there), len(work.kept))
+		}
+	}
+	t.Logf("%d created, %d dropped, %d aborted; %d creates got no answer", len(work.kept)+len(work.dropped), len(work.dropped),
+		work.aborted, work.unanswered.Load())
+	if work.unanswered.Load() == 0 {
+		t.Error("the faults met nobody")
+	}
+}
+
+// TestClusterQuorumLost has one member of three left: nothing is answered that
+// is not known, nothing is deleted, and then it goes on.
+func TestClusterQuorumLost(t *testing.T) {
+	c := etcdcluster.Start(t)
+	w := inReality(t, c.KV(t))
+	quick := func(o *Options) {
+		o.LeaseTTL, o.LeaderTTL, o.CleanInterval = 6*time.Second, 2*time.Second, 5*time.Second
+	}
+	a, b := w.start("a", quick), w.start("b", quick)
+	both := []*replica{a, b}
+	col, _, _ := w.collection(a, "c")
+	// With a token, so that what is lost below is the commit and not the lease
+	// for its result.
+	if _, err := a.Create(t.Context(), token("t0", "before"), spec(col, "before")); err != nil {
+		t.Fatal(err)
+	}
+	a.store.Freeze()
+	tok := token("t", "r")
+	result := make(chan error, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(t.Context(), clusterPatience)
+		defer cancel()
+		_, err := a.Create(ctx, tok, spec(col, "x"))
+		result <- err
+	}()
+	w.await("the create has begun", func() bool { return len(w.keysUnder(pendingKeys)) == 1 })
+	before := w.objectsUnder("snapshots/")
+
+	// The leader is left, with what it was told and could not pass on.
+	leader := c.Leader(t)
+	var killed []int
+	for i := range etcdcluster.Members {
+		if i != leader {
+			c.Kill(i)
+			killed = append(killed, i)
+		}
+	}
+	a.store.Thaw()
+	ctx, cancel := context.WithTimeout(t.Context(), clusterPatience)
+	defer cancel()
+	_, err := b.Get(ctx, Ref{Name: "before"})
+	wantError(t, err, meta.ErrUnavailable)
+	_, err = b.Create(ctx, request.Token{}, spec(col, "y"))
+	wantError(t, err, meta.ErrUnavailable)
+	if err := <-result; !errors.Is(err, meta.ErrUnavailable) || errors.Is(err, ErrCreateAborted) {
+		t.Errorf("most of etcd is lost, and the create says %v", err)
+	}
+	after := w.objectsUnder("snapshots/")
+	for _, key := range before {
+		if !slices.Contains(after, key) {
+			t.Errorf("object %s is gone", key)
+		}
+	}
+
+	for _, i := range killed {
+		c.Restart(t, i)
+	}
+	const want = 3
+	s, err := createDefinite(t, both, tok, col, "x")
+	first := err
+	if err != nil {
+		wantError(t, err, ErrCreateAborted) // else the commit came through after all
+		s, err = createDefinite(t, both, token("t2", "r"), col, "x")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err = createDefinite(t, both, token("t3", "after"), col, "after"); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("the create that got no answer: %v", first)
+	w.rest(want)
+	for _, r := range both {
+		if list := w.check(r); len(list) != want || !slices.ContainsFunc(list, func(l *Snapshot) bool { return l.ID == s.ID }) {
+			t.Errorf("%v, want %d with %s", list, want, s)
+		}
+	}
+}
+
+// TestFullStore has etcd run full: writes are refused and say why, reads go on,
+// and with room it goes on by itself.
+func TestFullStore(t *testing.T) {
+	server := etcdtest.Start(t)
+	server.Stop(t)
+	server.QuotaBytes = 4 << 20
+	server.Restart(t)
+	w := inReality(t, server.KV(t))
+	r := w.start("a", enduring)
+	col, _, _ := w.collection(r, "c")
+	kept := w.create(r, col, "before")
+	r.store.Freeze()
+	tok := token("t", "r")
+	result := make(chan error, 1)
+	go func() {
+		_, err := r.Create(t.Context(), tok, spec(col, "x"))
+		result <- err
+	}()
+	w.await("the create has begun", func() bool { return len(w.keysUnder(pendingKeys)) == 1 })
+	ctx := t.Context()
+	for n := 0; ; n++ {
+		_, err := w.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Put(fmt.Sprintf("/fill/%d", n), make([]byte, 64<<10))}})
+		if errors.Is(err, meta.ErrNoSpace) {
+			break
+		}
+		if err != nil || n == 1000 {
+			t.Fatalf("not full after %d puts, err = %v", n, err)
+		}
+	}
+	r.store.Thaw()
+	if err := <-result; !errors.Is(err, meta.ErrNoSpace) && !errors.Is(err, ErrCreateAborted) {
+		t.Errorf("etcd is full, and the create under way says %v", err)
+	}
+	_, err := r.Create(ctx, token("t2", "y"), spec(col, "y"))
+	wantError(t, err, meta.ErrNoSpace)
+	_, err = r.Drop(ctx, request.Token{}, Ref{Name: "before"}, 0)
+	wantError(t, err, meta.ErrNoSpace)
+	list, _, err := r.List(ctx, Filter{}, Place{}, 10)
+	if err != nil || len(list) != 1 || list[0].ID != kept.ID {
+		t.Errorf("list: %v, err = %v; want %s alone", list, err, kept)
+	}
+	if _, err := r.Describe(ctx, Ref{Name: "before"}); err != nil {
+		t.Error(err)
+	}
+	_, err = r.Get(ctx, Ref{Name: "y"})
+	wantError(t, err, ErrSnapshotNotFound)
+	_, err = r.Describe(ctx, Ref{Name: "x"}) // its record waits for the leader
+	wantError(t, err, ErrSnapshotNotCommitted)
+
+	from, to := meta.Prefix("/fill/")
+	if _, err := w.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.DeleteRange(from, to)}}); err != nil {
+		t.Fatal(err)
+	}
+	etcdcluster.Shrink(t, server.Endpoint())
+	server.Disarm(t)
+	w.rest(1)
+	_, err = r.Create(ctx, tok, spec(col, "x"))
+	wantError(t, err, ErrCreateAborted)
+	w.create(r, col, "x")
+	if _, err := r.Create(ctx, token("t2", "y"), spec(col, "y")); err != nil {
+		t.Error(err)
+	}
+	if n := len(w.check(r)); n != 3 {
+		t.Errorf("%d snapshots, want 3", n)
+	}
+}
