@@ -23,6 +23,11 @@ func onS3(t *testing.T) (*world, object.Store, *s3fault.Proxy) {
 	t.Helper()
 	o := s3test.Bucket(t)
 	direct := s3test.Open(t, o)
+	// The server keeps a bucket as a directory, and now and then removes one that
+	// has become empty along with the last object's.
+	if _, err := direct.Put(t.Context(), "keep/bucket", nil); err != nil {
+		t.Fatal(err)
+	}
 	proxy := s3fault.New(t, o.Endpoint)
 	o.Endpoint, o.RequestTimeout, o.MaxAttempts, o.Backoff = proxy.URL(), 300*time.Millisecond, 2, time.Millisecond
 	kv := metamemory.New(metamemory.Options{})

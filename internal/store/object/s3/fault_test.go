@@ -469,7 +469,10 @@ func TestRedirectIsNotFollowed(t *testing.T) {
 }
 
 func TestUploadsAreAborted(t *testing.T) {
-	r := newRig(t, func(o *s3.Options) { o.MultipartThreshold, o.PartSize = 1, 5<<20 })
+	r := newRig(t, func(o *s3.Options) {
+		o.MultipartThreshold, o.PartSize = 1, 5<<20
+		o.RequestTimeout = 30 * time.Second // so that no part is sent again for being slow
+	})
 	body := bytes.Repeat([]byte("0123456789abcdef"), 12<<20/16)
 	r.proxy.Plan(s3fault.Rule{Op: s3fault.UploadPart, Skip: 1, Times: -1, Action: s3fault.Status(403, "AccessDenied")})
 	if _, err := r.store.Put(t.Context(), "big", body); !errors.Is(err, object.ErrDenied) {
