@@ -48,6 +48,7 @@ const (
 type Server struct {
 	endpoint string
 	dir      string
+	held     *os.File // the lock of a shared server, which lasts only as long as its file is open
 }
 
 // Start starts a server of tb's own, which ends with it.
@@ -92,11 +93,16 @@ var shared = sync.OnceValues(func() (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := lock(filepath.Join(dir, lockFile)); err != nil { // held to the end of the process
+	held, err := lock(filepath.Join(dir, lockFile))
+	if err != nil {
 		return nil, err
 	}
 	s, _, err := start(dir)
-	return s, err
+	if err != nil {
+		return nil, err
+	}
+	s.held = held
+	return s, nil
 })
 
 // Endpoint returns the server's address.
