@@ -1,0 +1,300 @@
+// Package layout says where the restored copy of a file goes: a pure function of
+// the layout, the source file and the ids that the restore maps.
+//
+// A restore makes a collection with ids of its own. The ids of its segments and
+// builds are two ranges, and follow from the ordinals of the snapshot: no list
+// of pairs is kept, and any process computes the same paths at any time. That is
+// also what makes a restore that failed easy to clean: [Mapping.Prefixes] holds
+// all that it may have written, and nothing of anybody else.
+package layout
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"iter"
+	"maps"
+	"math"
+	"regexp"
+	"slices"
+	"strconv"
+
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// Layout is a way to lay out the files of a collection. The numbers are those
+// that the catalog stores.
+type Layout int
+
+// The layouts.
+const (
+	// Native gives a file a path made of what the snapshot says of it, wherever
+	// the source lies:
+	//
+	//	<collection>/<partition>/<segment>/<kind>/<field>/<log>
+	//	<collection>/<partition>/<segment>/<kind>/<build>/<field>-<log>
+	//
+	// The second is for files of an index build, whose paths carry its id. Where
+	// files of a segment would meet, all but the first get their number among the
+	// files of the segment behind the log: "<log>.<number>".
+	Native Layout = iota + 1
+	// Milvus keeps the path and replaces the ids in it; see the forms that it
+	// knows in milvus.go. Anything else is refused.
+	Milvus
+)
+
+func (l Layout) String() string {
+	switch l {
+	case Native:
+		return "native"
+	case Milvus:
+		return "milvus"
+	}
+	return "unknown"
+}
+
+// Mapping is what a restore maps to what. The zero value maps nothing; see
+// [Mapping.Check].
+type Mapping struct {
+	Layout Layout
+	Roots  []string // prefixes of the target's roots; a file keeps the number of its root
+	Source int64    // the collection that was captured
+	Target int64    // the collection that is made
+	// Partitions has the target of each partition of the snapshot. The 0 that
+	// stands for all partitions is not in it, and stays what it is.
+	Partitions             map[int64]int64
+	FirstSegment, Segments int64 // the target segments: the first id, and how many
+	FirstBuild, Builds     int64 // the target index builds, likewise
+}
+
+// Check says whether m can be used: a known layout, valid roots, positive ids,
+// and a target that is not the source. What it refuses is a mistake of the
+// caller, who asks once, when the mapping is made or read.
+func (m *Mapping) Check() error {
+	switch {
+	case m.Layout != Native && m.Layout != Milvus:
+		return fmt.Errorf("unknown layout %d", m.Layout)
+	case len(m.Roots) == 0:
+		return errors.New("no roots")
+	case m.Source <= 0 || m.Target <= 0 || m.Source == m.Target:
+		return fmt.Errorf("collection %d is to become %d", m.Source, m.Target)
+	}
+	for i, prefix := range m.Roots {
+		if err := object.CheckPrefix(prefix); err != nil {
+			return fmt.Errorf("root %d: %w", i, err)
+		}
+	}
+	taken := map[int64]bool{}
+	for _, from := range slices.Sorted(maps.Keys(m.Partitions)) {
+		to := m.Partitions[from]
+		if from <= 0 || to <= 0 || taken[to] {
+			return fmt.Errorf("partition %d is to become %d", from, to)
+		}
+		taken[to] = true
+	}
+	if err := checkRange("segments", m.FirstSegment, m.Segments); err != nil {
+		return err
+	}
+	return checkRange("builds", m.FirstBuild, m.Builds)
+}
+
+func checkRange(what string, first, count int64) error {
+	if count < 0 || count > 0 && (first <= 0 || first > math.MaxInt64-count) {
+		return fmt.Errorf("%d %s from id %d on", count, what, first)
+	}
+	return nil
+}
+
+// RefusedError says that a file cannot be restored into a layout, whatever the
+// ids are. The job must not begin.
+type RefusedError struct {
+	Layout  Layout
+	Segment int64 // of the source
+	Root    int
+	Path    string // of the source, relative to its root
+	Reason  error  // what is wrong with it
+}
+
+func (e *RefusedError) Error() string {
+	return fmt.Sprintf("file %q of segment %d has no place in the %v layout: %v", e.Path, e.Segment, e.Layout, e.Reason)
+}
+
+// Unwrap returns the reason.
+func (e *RefusedError) Unwrap() error { return e.Reason }
+
+// Segment returns the id of the target of the snapshot's segment of this ordinal.
+func (m *Mapping) Segment(ordinal int64) int64 { return m.FirstSegment + ordinal }
+
+// Build returns the id of the target of the snapshot's build of this number.
+func (m *Mapping) Build(number int64) int64 { return m.FirstBuild + number }
+
+// Partition returns the target of a partition, 0 of 0. It is false when the
+// mapping has none.
+func (m *Mapping) Partition(id int64) (int64, bool) {
+	if id == 0 {
+		return 0, true
+	}
+	to, ok := m.Partitions[id]
+	return to, ok
+}
+
+// Paths returns where the files of a segment of the snapshot go, in the order of
+// its AllFiles, relative to roots of the same number. The segment is the one of
+// that ordinal, and its builds are numbered from firstBuild on.
+//
+// No two paths of a mapping are equal in one root, none is another's directory,
+// all are under one of its Prefixes, and root and path together are a valid key.
+// Each carries, as one of its elements, the id of what the file belongs to: of
+// the target build, or else of the target segment.
+//
+// A file that has no place there is a [*RefusedError], the first of the segment.
+// Any other error says that the segment is not one of this mapping.
+func (m *Mapping) Paths(s *segment.Segment, ordinal, firstBuild int64) ([]string, error) {
+	partition, ok := m.Partition(s.Partition)
+	switch {
+	case !ok:
+		return nil, fmt.Errorf("segment %d: partition %d is not mapped", s.ID, s.Partition)
+	case ordinal < 0 || ordinal >= m.Segments:
+		return nil, fmt.Errorf("segment %d: ordinal %d of %d segments", s.ID, ordinal, m.Segments)
+	case firstBuild < 0 || firstBuild > m.Builds-int64(len(s.Builds)):
+		return nil, fmt.Errorf("segment %d: %d builds from number %d on, of %d", s.ID, len(s.Builds), firstBuild, m.Builds)
+	}
+	to := ids{collection: m.Target, partition: partition, segment: m.Segment(ordinal)}
+	from := ids{collection: m.Source, partition: s.Partition, segment: s.ID}
+	n := len(s.Files)
+	for i := range s.Builds {
+		n += len(s.Builds[i].Files)
+	}
+	p := placement{mapping: m, taken: make(map[place]bool, n), paths: make([]string, 0, n)}
+	for i := range s.Files {
+		if err := p.add(&s.Files[i], from, to); err != nil {
+			return nil, err
+		}
+	}
+	for b := range s.Builds {
+		from.build, to.build = s.Builds[b].ID, m.Build(firstBuild+int64(b))
+		for i := range s.Builds[b].Files {
+			if err := p.add(&s.Builds[b].Files[i], from, to); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return p.paths, nil
+}
+
+// ids are what a path may carry of its file. A build of 0 is none, and a
+// partition of 0 all.
+type ids struct {
+	collection, partition, segment, build int64
+}
+
+// place is where a file goes.
+type place struct {
+	root int
+	path string
+}
+
+// placement finds the places of one segment's files, one after the other.
+type placement struct {
+	mapping *Mapping
+	taken   map[place]bool
+	paths   []string
+}
+
+func (p *placement) add(f *segment.File, from, to ids) error {
+	path, err := p.find(f, from, to)
+	if err != nil {
+		return &RefusedError{Layout: p.mapping.Layout, Segment: from.segment, Root: f.Root, Path: f.Path, Reason: err}
+	}
+	p.taken[place{f.Root, path}] = true
+	p.paths = append(p.paths, path)
+	return nil
+}
+
+// find returns a path that is not taken.
+func (p *placement) find(f *segment.File, from, to ids) (string, error) {
+	if f.Root < 0 || f.Root >= len(p.mapping.Roots) {
+		return "", fmt.Errorf("root %d, the target has %d", f.Root, len(p.mapping.Roots))
+	}
+	var path string
+	if p.mapping.Layout == Native {
+		path = native(f, to)
+		if p.taken[place{f.Root, path}] {
+			path += "." + strconv.Itoa(len(p.paths))
+		}
+	} else {
+		k, err := parse(f.Path)
+		if err != nil {
+			return "", err
+		}
+		if path, err = k.replace(from, to); err != nil {
+			return "", err
+		}
+	}
+	if p.taken[place{f.Root, path}] {
+		return "", errors.New("the segment has it twice")
+	}
+	if err := object.CheckKey(p.mapping.Roots[f.Root] + path); err != nil {
+		return "", fmt.Errorf("its copy would be: %w", err)
+	}
+	return path, nil
+}
+
+// native makes a path of always six elements, so that none is another's
+// directory. Digits, dash and dot keep the three kinds of last element apart.
+func native(f *segment.File, to ids) string {
+	b := make([]byte, 0, 96)
+	for _, id := range []int64{to.collection, to.partition, to.segment} {
+		b = strconv.AppendInt(b, id, 10)
+		b = append(b, '/')
+	}
+	b = append(b, kindElement(f.Kind)...)
+	b = append(b, '/')
+	if to.build != 0 {
+		b = strconv.AppendInt(b, to.build, 10)
+		b = append(b, '/')
+		b = strconv.AppendInt(b, f.Field, 10)
+		b = append(b, '-')
+	} else {
+		b = strconv.AppendInt(b, f.Field, 10)
+		b = append(b, '/')
+	}
+	return string(strconv.AppendInt(b, f.LogID, 10))
+}
+
+// plainKind is a kind as the API takes it.
+var plainKind = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
+
+// kindElement is what stands for a kind in a path. An embedding program may have
+// registered any text, which must not become more than one element.
+func kindElement(kind string) string {
+	if plainKind.MatchString(kind) {
+		return kind
+	}
+	sum := sha256.Sum256([]byte(kind))
+	return "kind-" + hex.EncodeToString(sum[:8])
+}
+
+// Prefixes yields what to list to find every object that the mapping's paths
+// may have made, in each of its roots, and no other: ids are never used twice.
+// Each ends in "/", and none holds another. For Milvus there are several for
+// every build. A mapping that Check refuses has none: a wrong id must not
+// delete anything.
+func (m *Mapping) Prefixes() iter.Seq[string] {
+	return func(yield func(string) bool) {
+		if m.Check() != nil {
+			return
+		}
+		if m.Layout == Native {
+			yield(strconv.FormatInt(m.Target, 10) + "/")
+			return
+		}
+		for _, f := range forms {
+			if !m.expand("", f, yield) {
+				return
+			}
+		}
+	}
+}
