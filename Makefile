@@ -14,9 +14,9 @@ VERSION ?= $(shell git describe --tags --always --dirty --abbrev=12 2>/dev/null 
 # What `make bench` runs, and for how long each.
 BENCH ?= .
 BENCHTIME ?= 200ms
-# Set to 1, `make bench-create` fails when a bar is missed or cannot be judged.
+# Set to 1, `make bench-create` and `make bench-refs` fail when a bar is missed or cannot be judged.
 STRICT ?= 0
-# Flags for it besides, such as '-n 1000 -rounds 3 -only register,create'.
+# Flags for them besides, such as '-n 1000 -rounds 3 -only register,create'.
 BENCH_FLAGS ?=
 # Set to 1, an unreachable vulnerability database is said and forgiven.
 VULN_OPTIONAL ?= 0
@@ -57,6 +57,12 @@ bench-create: build $(BIN)/versitygw ## Measures create, registration and readin
 	$(GO) build -o $(BIN)/bench-create ./internal/bench/create
 	$(BIN)/bench-create $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-create.md $(BENCH_FLAGS)
 
+.PHONY: bench-refs
+bench-refs: build ## Measures what it costs to know what snapshots reference, and to reclaim, against the bars: STRICT=1, BENCH_FLAGS=.
+	$(GO) build -o $(BIN)/bench-etcd ./internal/bench/etcd
+	$(GO) build -o $(BIN)/bench-refs ./internal/bench/refs
+	$(BIN)/bench-refs $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-refs.md $(BENCH_FLAGS)
+
 .PHONY: docs-check
 docs-check: build $(BIN)/grpcurl $(BIN)/versitygw ## Runs the console examples of the documents and compares what they print.
 	$(GO) run ./internal/docscheck
@@ -64,6 +70,11 @@ docs-check: build $(BIN)/grpcurl $(BIN)/versitygw ## Runs the console examples o
 .PHONY: docs-update
 docs-update: build $(BIN)/grpcurl $(BIN)/versitygw ## Runs the same examples and writes what they print into the documents.
 	$(GO) run ./internal/docscheck -update
+
+# MODEL=full checks the largest configurations as well.
+.PHONY: model
+model: ## Checks the protocols' models with spin, and that each rule is needed.
+	docs/design/model/check.sh
 
 .PHONY: lint
 lint: lint-go lint-proto lint-tidy check-generate ## Lints Go and protobuf, and checks that nothing generated is stale.

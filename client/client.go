@@ -1,4 +1,4 @@
-// Package client is the Go client of snapshotd: a connection with the four
+// Package client is the Go client of snapshotd: a connection with the five
 // generated stubs on it, and the few things that every caller would otherwise
 // write again.
 //
@@ -23,9 +23,10 @@
 // Options.MaxAttempts are used up, or the next pause would outlast the context's
 // deadline. The last answer is then returned. That is so for
 //
-//   - UNAVAILABLE, when the call only reads, carries a request token, or is
-//     DropSegments or SetCheckpoints, which find what they did before. Any other
-//     write may have happened already, so it is never repeated.
+//   - UNAVAILABLE, when the call only reads, carries a request token, or is one
+//     that finds what it did before: DropSegments, SetCheckpoints, Reclaim,
+//     ConfirmReclaimed, RenewPin and UnpinSnapshot. Any other write may have
+//     happened already, so it is never repeated.
 //   - ABORTED with reason CONFLICT or CATALOG_COMPACTED and a
 //     google.rpc.RetryInfo: nothing was written. CreateSnapshot is the exception:
 //     what a token ended with is final, so a caller tries again with a new one.
@@ -89,6 +90,8 @@ type Client struct {
 	Snapshots snapshotdv1.SnapshotServiceClient
 	// Catalog says which files a collection consists of.
 	Catalog snapshotdv1.CatalogServiceClient
+	// Reclaim says what may be deleted.
+	Reclaim snapshotdv1.ReclaimServiceClient
 	// Events tells what happens.
 	Events snapshotdv1.EventServiceClient
 	// Admin is for the people who run the service.
@@ -131,6 +134,7 @@ func Dial(addr string, o Options) (*Client, error) {
 	return &Client{
 		Snapshots: snapshotdv1.NewSnapshotServiceClient(conn),
 		Catalog:   snapshotdv1.NewCatalogServiceClient(conn),
+		Reclaim:   snapshotdv1.NewReclaimServiceClient(conn),
 		Events:    snapshotdv1.NewEventServiceClient(conn),
 		Admin:     snapshotdv1.NewAdminServiceClient(conn),
 		conn:      conn,

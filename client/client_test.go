@@ -29,6 +29,7 @@ type server struct {
 	snapshotdv1.UnimplementedSnapshotServiceServer
 	snapshotdv1.UnimplementedCatalogServiceServer
 	snapshotdv1.UnimplementedEventServiceServer
+	snapshotdv1.UnimplementedReclaimServiceServer
 	snapshotdv1.UnimplementedAdminServiceServer
 
 	mu     sync.Mutex
@@ -62,6 +63,18 @@ func (s *server) DropSnapshot(context.Context, *snapshotdv1.DropSnapshotRequest)
 	return &snapshotdv1.DropSnapshotResponse{}, s.next()
 }
 
+func (s *server) CheckReferences(context.Context, *snapshotdv1.CheckReferencesRequest) (*snapshotdv1.CheckReferencesResponse, error) {
+	return &snapshotdv1.CheckReferencesResponse{}, s.next()
+}
+
+func (s *server) Reclaim(context.Context, *snapshotdv1.ReclaimRequest) (*snapshotdv1.ReclaimResponse, error) {
+	return &snapshotdv1.ReclaimResponse{}, s.next()
+}
+
+func (s *server) ConfirmReclaimed(context.Context, *snapshotdv1.ConfirmReclaimedRequest) (*snapshotdv1.ConfirmReclaimedResponse, error) {
+	return &snapshotdv1.ConfirmReclaimedResponse{}, s.next()
+}
+
 func (s *server) WatchEvents(req *snapshotdv1.WatchEventsRequest, stream grpc.ServerStreamingServer[snapshotdv1.WatchEventsResponse]) error {
 	s.mu.Lock()
 	s.tokens = append(s.tokens, req.GetResumeToken())
@@ -86,6 +99,7 @@ func dial(t *testing.T, s *server, o client.Options) *client.Client {
 	snapshotdv1.RegisterSnapshotServiceServer(g, s)
 	snapshotdv1.RegisterCatalogServiceServer(g, s)
 	snapshotdv1.RegisterEventServiceServer(g, s)
+	snapshotdv1.RegisterReclaimServiceServer(g, s)
 	snapshotdv1.RegisterAdminServiceServer(g, s)
 	go func() { _ = g.Serve(l) }()
 	t.Cleanup(g.Stop)
@@ -132,6 +146,18 @@ func TestRetry(t *testing.T) {
 		_, err := c.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{RequestToken: "t"})
 		return err
 	}
+	check := func(ctx context.Context, c *client.Client) error {
+		_, err := c.Reclaim.CheckReferences(ctx, &snapshotdv1.CheckReferencesRequest{})
+		return err
+	}
+	reclaim := func(ctx context.Context, c *client.Client) error {
+		_, err := c.Reclaim.Reclaim(ctx, &snapshotdv1.ReclaimRequest{})
+		return err
+	}
+	confirm := func(ctx context.Context, c *client.Client) error {
+		_, err := c.Reclaim.ConfirmReclaimed(ctx, &snapshotdv1.ConfirmReclaimedRequest{})
+		return err
+	}
 	unavailable := answer(t, codes.Unavailable, "STORE_UNAVAILABLE")
 	for _, tc := range []struct {
 		name  string
@@ -141,6 +167,9 @@ func TestRetry(t *testing.T) {
 		code  codes.Code
 	}{
 		{"a read", []error{unavailable}, get, 2, codes.OK},
+		{"a check", []error{unavailable}, check, 2, codes.OK},
+		{"a request to delete", []error{answer(t, codes.Unavailable, "REFERENCES_LOADING", soon)}, reclaim, 2, codes.OK},
+		{"a confirmation", []error{unavailable}, confirm, 2, codes.OK},
 		{"a write with a token", []error{unavailable}, drop("t"), 2, codes.OK},
 		{"a write without a token", []error{unavailable}, drop(""), 1, codes.Unavailable},
 		{"attempts used up", slices.Repeat([]error{unavailable}, 9), get, 3, codes.Unavailable},

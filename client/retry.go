@@ -64,12 +64,18 @@ func repeatable(method string, req any, err error) bool {
 var idempotent = []string{
 	snapshotdv1.CatalogService_DropSegments_FullMethodName,
 	snapshotdv1.CatalogService_SetCheckpoints_FullMethodName,
+	snapshotdv1.ReclaimService_Reclaim_FullMethodName,
+	snapshotdv1.ReclaimService_ConfirmReclaimed_FullMethodName,
+	snapshotdv1.SnapshotService_RenewPin_FullMethodName,
+	snapshotdv1.SnapshotService_UnpinSnapshot_FullMethodName,
+	snapshotdv1.SnapshotService_UpdateRestore_FullMethodName,
+	snapshotdv1.SnapshotService_CancelRestore_FullMethodName,
 }
 
 // reads says whether a method changes nothing, which the API shows in its name.
 func reads(fullMethod string) bool {
 	name := fullMethod[strings.LastIndexByte(fullMethod, '/')+1:]
-	for _, verb := range []string{"Get", "List", "Describe"} {
+	for _, verb := range []string{"Get", "List", "Describe", "Check"} {
 		if strings.HasPrefix(name, verb) {
 			return true
 		}

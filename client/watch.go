@@ -85,3 +85,69 @@ func unlessGone(ctx context.Context, err error) (wait time.Duration, _ error) {
 		return 0, err
 	}
 }
+
+// WatchRestore calls fn with a restore job whenever it changes, until it has
+// ended, which fn sees. A stream that ends before, or whose server becomes
+// unavailable, is opened again after a pause. It returns fn's error as it is,
+// that of ctx when it ends, or the server's when another attempt would not help.
+func WatchRestore(ctx context.Context, snapshots snapshotdv1.SnapshotServiceClient, job int64, fn func(*snapshotdv1.RestoreJob) error) error {
+	for failures := 0; ; {
+		ended, heard, wait, err := watchRestore(ctx, snapshots, job, fn)
+		if err != nil || ended {
+			return err
+		}
+		if heard {
+			failures = 0
+		}
+		failures++
+		if err := sleep(ctx, max(pause(failures), wait)); err != nil {
+			return err
+		}
+	}
+}
+
+// WaitRestore waits until a restore job has ended, and returns it as it then is:
+// whether it is COMPLETED is in its state.
+func WaitRestore(ctx context.Context, snapshots snapshotdv1.SnapshotServiceClient, job int64) (*snapshotdv1.RestoreJob, error) {
+	var last *snapshotdv1.RestoreJob
+	err := WatchRestore(ctx, snapshots, job, func(j *snapshotdv1.RestoreJob) error {
+		last = j
+		return nil
+	})
+	return last, err
+}
+
+// RestoreEnded says whether a job is in a final state.
+func RestoreEnded(job *snapshotdv1.RestoreJob) bool {
+	switch job.GetState() {
+	case snapshotdv1.RestoreJob_STATE_COMPLETED, snapshotdv1.RestoreJob_STATE_FAILED, snapshotdv1.RestoreJob_STATE_CANCELED:
+		return true
+	case snapshotdv1.RestoreJob_STATE_UNSPECIFIED, snapshotdv1.RestoreJob_STATE_PENDING, snapshotdv1.RestoreJob_STATE_EXECUTING:
+	}
+	return false
+}
+
+// watchRestore follows one stream.
+func watchRestore(ctx context.Context, snapshots snapshotdv1.SnapshotServiceClient, job int64, fn func(*snapshotdv1.RestoreJob) error) (ended, heard bool, wait time.Duration, err error) {
+	ctx, cancel := context.WithCancel(ctx) // frees the stream when fn ends it
+	defer cancel()
+	stream, err := snapshots.WatchRestore(ctx, &snapshotdv1.WatchRestoreRequest{JobId: job})
+	if err != nil {
+		wait, err = unlessGone(ctx, err)
+		return false, false, wait, err
+	}
+	for {
+		msg, err := stream.Recv()
+		if err != nil {
+			wait, err = unlessGone(ctx, err)
+			return false, heard, wait, err
+		}
+		heard = true
+		if err := fn(msg.GetJob()); err != nil {
+			return false, true, 0, err
+		}
+		if RestoreEnded(msg.GetJob()) {
+			return true, true, 0, nil
+		}
+	}
+}

@@ -80,12 +80,23 @@ type Config struct {
 	// CreateLeaseTTL is after how long a create that does not advance is given
 	// up. Default: 1m.
 	CreateLeaseTTL Duration `json:"create_lease_ttl"`
-	// LeaderTTL is after how long without a sign of life a leader is replaced.
+	// LeaderTTL is after how long without a sign of life a leader is replaced, and
+	// the tasks of a replica that works on restores go to another.
 	// Default: 10s.
 	LeaderTTL Duration `json:"leader_ttl"`
 	// MaxCreates is how many creates a replica works on at once; others wait or
 	// are turned away. Default: 64.
 	MaxCreates int `json:"max_creates"`
+	// RestoreSlots is how many tasks of restores a replica works on at once; a
+	// task has up to 32 segments. Default: 8.
+	RestoreSlots int `json:"restore_slots"`
+	// CopyInFlight is how many objects a replica copies at once, over all
+	// restores. It is lowered by itself while a store does not keep up. Default:
+	// 32.
+	CopyInFlight int `json:"copy_in_flight"`
+	// KeepRestores is how long restore jobs are kept after their end. Default:
+	// 168h, which is a week.
+	KeepRestores Duration `json:"keep_restores"`
 	// Grace is how long the end waits for calls under way. Default: 15s.
 	Grace Duration `json:"grace"`
 
@@ -169,6 +180,9 @@ func Default() Config {
 		CreateLeaseTTL: Duration(time.Minute),
 		LeaderTTL:      Duration(10 * time.Second),
 		MaxCreates:     64,
+		RestoreSlots:   8,
+		CopyInFlight:   32,
+		KeepRestores:   Duration(7 * 24 * time.Hour),
 		Grace:          Duration(15 * time.Second),
 		LogLevel:       "info",
 		LogFormat:      "json",
@@ -191,6 +205,9 @@ func (c Config) complete() Config {
 	orElse(&c.CreateLeaseTTL, d.CreateLeaseTTL)
 	orElse(&c.LeaderTTL, d.LeaderTTL)
 	orElse(&c.MaxCreates, d.MaxCreates)
+	orElse(&c.RestoreSlots, d.RestoreSlots)
+	orElse(&c.CopyInFlight, d.CopyInFlight)
+	orElse(&c.KeepRestores, d.KeepRestores)
 	orElse(&c.Grace, d.Grace)
 	orElse(&c.LogLevel, d.LogLevel)
 	orElse(&c.LogFormat, d.LogFormat)
@@ -240,8 +257,11 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.IntVar(&c.MaxConnections, "max-connections", c.MaxConnections, "connections at once")
 	fs.Var(&c.CreateTimeout, "create-timeout", "bound on a create as a whole")
 	fs.Var(&c.CreateLeaseTTL, "create-lease-ttl", "after how long a create that does not advance is given up")
-	fs.Var(&c.LeaderTTL, "leader-ttl", "after how long without a sign of life a leader is replaced")
+	fs.Var(&c.LeaderTTL, "leader-ttl", "after how long without a sign of life a leader, or one who works on restores, is replaced")
 	fs.IntVar(&c.MaxCreates, "max-creates", c.MaxCreates, "creates that a replica works on at once")
+	fs.IntVar(&c.RestoreSlots, "restore-slots", c.RestoreSlots, "tasks of restores that a replica works on at once")
+	fs.IntVar(&c.CopyInFlight, "copy-in-flight", c.CopyInFlight, "objects that a replica copies at once")
+	fs.Var(&c.KeepRestores, "keep-restores", "how long restore jobs are kept after their end")
 	fs.Var(&c.Grace, "grace", "how long the end waits for calls under way")
 	fs.StringVar(&c.LogLevel, "log-level", c.LogLevel, "debug, info, warn or error")
 	fs.StringVar(&c.LogFormat, "log-format", c.LogFormat, "json or console")
@@ -466,6 +486,15 @@ func (c Config) Validate() error {
 	}
 	if c.MaxCreates < 1 || c.MaxCreates > 1024 {
 		wrong("max_creates", "%d is not 1 to 1024", c.MaxCreates)
+	}
+	if c.RestoreSlots < 1 || c.RestoreSlots > 256 {
+		wrong("restore_slots", "%d is not 1 to 256", c.RestoreSlots)
+	}
+	if c.CopyInFlight < 1 || c.CopyInFlight > 1024 {
+		wrong("copy_in_flight", "%d is not 1 to 1024", c.CopyInFlight)
+	}
+	if d := time.Duration(c.KeepRestores); d < time.Minute || d > 10*365*24*time.Hour {
+		wrong("keep_restores", "%v is not 1m to ten years", d)
 	}
 	if c.MaxConnections < 1 {
 		wrong("max_connections", "%d is not positive", c.MaxConnections)

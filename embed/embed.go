@@ -192,6 +192,7 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 		Replica: cfg.Replica, Release: cfg.Version, Now: time.Now, Rand: rand.Reader, Log: log.Named("manager"),
 		CreateTimeout: time.Duration(cfg.CreateTimeout), LeaseTTL: time.Duration(cfg.CreateLeaseTTL),
 		LeaderTTL: time.Duration(cfg.LeaderTTL), MaxCreates: cfg.MaxCreates,
+		RestoreSlots: cfg.RestoreSlots, CopyInFlight: cfg.CopyInFlight, KeepRestores: time.Duration(cfg.KeepRestores),
 	})
 	if err != nil {
 		return nil, err

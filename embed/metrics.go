@@ -17,15 +17,23 @@ import (
 type stats struct{ manager *manager.Manager }
 
 var (
-	snapshotsDesc = prometheus.NewDesc("snapshotd_snapshots", "Snapshots by state, as this replica knows them.", []string{"state"}, nil)
-	leaderDesc    = prometheus.NewDesc("snapshotd_leader", "1 while this replica runs the background loops.", nil, nil)
-	createsDesc   = prometheus.NewDesc("snapshotd_creates_in_flight", "Creates that this replica works on.", nil, nil)
-	unreadable    = prometheus.NewDesc("snapshotd_unreadable_records", "Snapshot records that this release cannot read.", nil, nil)
-	skewDesc      = prometheus.NewDesc("snapshotd_clock_skew_seconds", "How far this host's clock and the object store's are apart.", nil, nil)
+	snapshotsDesc  = prometheus.NewDesc("snapshotd_snapshots", "Snapshots by state, as this replica knows them.", []string{"state"}, nil)
+	leaderDesc     = prometheus.NewDesc("snapshotd_leader", "1 while this replica runs the background loops.", nil, nil)
+	createsDesc    = prometheus.NewDesc("snapshotd_creates_in_flight", "Creates that this replica works on.", nil, nil)
+	unreadable     = prometheus.NewDesc("snapshotd_unreadable_records", "Snapshot records that this release cannot read.", nil, nil)
+	referencesDesc = prometheus.NewDesc("snapshotd_references", "Committed snapshots by whether what they reference is known here: known, loading, or unreadable, which keeps their collections from being reclaimed.", []string{"state"}, nil)
+	referenced     = prometheus.NewDesc("snapshotd_referenced_units", "Segments and index builds that snapshots reference, each counted once per collection.", []string{"kind"}, nil)
+	tombstonesDesc = prometheus.NewDesc("snapshotd_tombstones", "Granted units whose deletion is not confirmed, by who deletes them.", []string{"deleter"}, nil)
+	oldestDesc     = prometheus.NewDesc("snapshotd_unconfirmed_grant_age_seconds", "Age of the oldest unit that was granted to a caller who has not confirmed its deletion.", nil, nil)
+	pinsDesc       = prometheus.NewDesc("snapshotd_pins", "Pins, those of restores included.", nil, nil)
+	restoresDesc   = prometheus.NewDesc("snapshotd_restore_jobs", "Restore jobs by state.", []string{"state"}, nil)
+	workersDesc    = prometheus.NewDesc("snapshotd_restore_workers", "Replicas that work on restores.", nil, nil)
+	tasksDesc      = prometheus.NewDesc("snapshotd_restore_tasks_running", "Tasks of restores that workers have.", nil, nil)
+	skewDesc       = prometheus.NewDesc("snapshotd_clock_skew_seconds", "How far this host's clock and the object store's are apart.", nil, nil)
 )
 
 func (s stats) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{snapshotsDesc, leaderDesc, createsDesc, unreadable, skewDesc} {
+	for _, d := range []*prometheus.Desc{snapshotsDesc, leaderDesc, createsDesc, unreadable, skewDesc, referencesDesc, referenced, tombstonesDesc, oldestDesc, pinsDesc, restoresDesc, workersDesc, tasksDesc} {
 		ch <- d
 	}
 }
@@ -46,6 +54,22 @@ func (s stats) Collect(ch chan<- prometheus.Metric) {
 	gauge(createsDesc, float64(now.Creates))
 	gauge(unreadable, float64(now.Unreadable))
 	gauge(skewDesc, now.ClockSkew.Seconds())
+	gauge(pinsDesc, float64(now.Pins))
+	restores := s.manager.Jobs().Stats()
+	for state, n := range restores.Jobs {
+		gauge(restoresDesc, float64(n), strings.ToLower(state.String()))
+	}
+	gauge(workersDesc, float64(restores.Workers))
+	gauge(tasksDesc, float64(restores.Running))
+	refs := s.manager.GC().Stats()
+	gauge(referencesDesc, float64(refs.Snapshots), "known")
+	gauge(referencesDesc, float64(refs.Loading), "loading")
+	gauge(referencesDesc, float64(refs.Unreadable), "unreadable")
+	gauge(referenced, float64(refs.Segments), "segment")
+	gauge(referenced, float64(refs.Builds), "index_build")
+	gauge(tombstonesDesc, float64(refs.Granted), "snapshotd")
+	gauge(tombstonesDesc, float64(refs.Unconfirmed), "caller")
+	gauge(oldestDesc, refs.Oldest.Seconds())
 }
 
 // newRegistry returns a registry with what every Go process shows. It is the

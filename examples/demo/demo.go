@@ -147,11 +147,11 @@ func (d *demo) run(ctx context.Context, name string, args ...string) string {
 	return out
 }
 
-// read is run for what is to be read by a program.
-func (d *demo) read(ctx context.Context, name string, args ...string) string {
-	out, err := d.try(ctx, name, args, false)
+// read is run for snapshotctl, when a program is to read what it prints.
+func (d *demo) read(ctx context.Context, args ...string) string {
+	out, err := d.try(ctx, "snapshotctl", args, false)
 	if err != nil && d.err == nil {
-		d.err = fmt.Errorf("%s %s: %w", name, strings.Join(args, " "), err)
+		d.err = fmt.Errorf("snapshotctl %s: %w", strings.Join(args, " "), err)
 	}
 	return out
 }

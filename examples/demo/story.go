@@ -29,7 +29,7 @@ func tell(ctx context.Context, d *demo) {
 	d.run(ctx, "snapshotctl", "info")
 	d.run(ctx, "engine", "--collection", "shop", "create")
 	d.run(ctx, "engine", "--collection", "shop", "load", "--rows", "20000")
-	found := d.run(ctx, "engine", "--collection", "shop", "search", "--seed", "7", "--top", "5")
+	found := d.run(ctx, "engine", "--collection", "shop", "search", "--seed", "7")
 	digest := d.run(ctx, "engine", "--collection", "shop", "digest")
 
 	d.chapter("A snapshot")
@@ -39,39 +39,66 @@ func tell(ctx context.Context, d *demo) {
 	d.run(ctx, "engine", "--collection", "shop", "delete", "--every", "3")
 	d.run(ctx, "engine", "--collection", "shop", "load", "--rows", "5000", "--seed", "2")
 	d.run(ctx, "engine", "--collection", "shop", "compact")
-	now := d.run(ctx, "engine", "--collection", "shop", "search", "--seed", "7", "--top", "5")
+	now := d.run(ctx, "engine", "--collection", "shop", "search", "--seed", "7")
 	d.check(now != found, "the search finds other rows than before")
+
+	d.chapter("Who holds a file")
+	d.say("The compaction put new segments in the place of all others, whose files are to go. The engine does not " +
+		"just delete them: it asks, for any of them may be needed by a snapshot.")
+	d.collect(ctx, before, 0)
+	d.run(ctx, "snapshotctl", "explain", "--collection", "shop", d.fileOf(ctx, before))
 	after := d.snapshot(ctx, "after-sale")
 	d.run(ctx, "snapshotctl", "snapshot", "list")
 	d.run(ctx, "snapshotctl", "snapshot", "describe", "before-sale")
 
+	d.chapter("Undo")
+	d.say("A snapshot is undone by dropping it. After another compaction the files of after-sale are kept by it " +
+		"alone. What would a drop free?")
+	d.run(ctx, "engine", "--collection", "shop", "delete", "--every", "5")
+	d.run(ctx, "engine", "--collection", "shop", "compact")
+	d.collect(ctx, before, after.files)
+	d.run(ctx, "snapshotctl", "snapshot", "drop", "after-sale", "--dry-run")
+	var dry struct {
+		Usage struct {
+			ExclusiveFiles, ExclusiveBytes int64 `json:",string"`
+		}
+	}
+	d.decode(d.read(ctx, "snapshot", "drop", "after-sale", "--dry-run", "-o", "json"), &dry)
+	d.check(dry.Usage.ExclusiveFiles == after.files && dry.Usage.ExclusiveBytes == after.bytes, "it would free %d files, %s: all that it has",
+		dry.Usage.ExclusiveFiles, size(dry.Usage.ExclusiveBytes))
+	d.say("The drop itself deletes only the objects that the snapshot consists of, and deletes them at once. Its data " +
+		"files go when the engine asks for them again.")
+	began := time.Now()
+	d.run(ctx, "snapshotctl", "snapshot", "drop", "after-sale")
+	d.gone(ctx, after)
+	undo := time.Since(began)
+	freed := d.collect(ctx, before, 0)
+	d.check(freed.data == dry.Usage.ExclusiveFiles && freed.dataBytes == dry.Usage.ExclusiveBytes, "freed: %d files, %s, as the dry run said",
+		freed.data, size(freed.dataBytes))
+	d.run(ctx, "snapshotctl", "snapshot", "list")
+	d.say("And the other snapshot? It names every file, with its size and SHA-256; do they hold?")
+	d.verify(ctx, "before-sale")
+
 	d.chapter("The collection is dropped")
 	d.run(ctx, "snapshotctl", "catalog", "drop-collection", "shop")
-	d.fails(ctx, "engine", "--collection", "shop", "count")
-	d.say("The snapshot goes on without it. It names every file, with its size and SHA-256; do they hold?")
+	d.fails(ctx, "engine", "--collection", "shop", "digest")
+	d.say("The snapshot goes on without it.")
 	files, total := d.verify(ctx, "before-sale")
 	d.check(files == before.files && total == before.bytes, "the snapshot's record counts the same: %d files", before.files)
 	d.say("And is it still readable? The engine opens it in place of the collection.")
-	again := d.run(ctx, "engine", "--snapshot", "before-sale", "search", "--seed", "7", "--top", "5")
+	again := d.run(ctx, "engine", "--snapshot", "before-sale", "search", "--seed", "7")
 	d.check(again == found, "the same rows as before the sale")
 	d.check(d.run(ctx, "engine", "--snapshot", "before-sale", "digest") == digest, "the same digest as before the sale, of all rows")
 
-	d.chapter("Undo")
-	d.say("A snapshot is undone by dropping it. The objects that it consists of go at once, and the data files " +
-		"that it alone kept are not protected any more.")
-	d.run(ctx, "snapshotctl", "snapshot", "drop", "after-sale")
-	began := time.Now()
-	d.gone(ctx, after)
-	d.run(ctx, "snapshotctl", "snapshot", "list")
-
-	d.summary(before, time.Since(began))
+	d.summary(before, undo, freed)
 }
 
 // taken is a snapshot that was taken.
 type taken struct {
 	id            string
 	prefix        string // of its own objects
-	files, bytes  int64  // that it references
+	roots         []storeRoot
+	files, bytes  int64 // that it references
 	segments      int64
 	rows          int64
 	cuts          []string
@@ -95,11 +122,13 @@ type description struct {
 			Position struct{ Timestamp string }
 		}
 	}
-	Collection struct{ Roots []struct{ Prefix string } }
+	Collection struct{ Roots []storeRoot }
 }
 
+type storeRoot struct{ Prefix string }
+
 func (d *demo) describe(ctx context.Context, name string) (v description) {
-	d.decode(d.read(ctx, "snapshotctl", "snapshot", "describe", name, "-o", "json"), &v)
+	d.decode(d.read(ctx, "snapshot", "describe", name, "-o", "json"), &v)
 	return v
 }
 
@@ -116,7 +145,7 @@ func (d *demo) snapshot(ctx context.Context, name string) taken {
 	now := d.measure()
 	v := d.describe(ctx, name)
 	t := taken{
-		id: v.Snapshot.ID, prefix: v.Prefix,
+		id: v.Snapshot.ID, prefix: v.Prefix, roots: v.Collection.Roots,
 		segments: v.Snapshot.Totals.Segments, rows: v.Snapshot.Totals.Rows,
 		files: v.Snapshot.Totals.Files, bytes: v.Snapshot.Totals.Bytes,
 		own: now.own - old.own, ownBytes: now.ownBytes - old.ownBytes, moved: now.dataBytes - old.dataBytes,
@@ -158,24 +187,27 @@ func (d *demo) measure() (m measured) {
 	return m
 }
 
-// verify reads every file of a snapshot and compares it with the record.
-func (d *demo) verify(ctx context.Context, name string) (files, total int64) {
-	var list struct {
-		Segments []struct {
-			Segment struct {
-				Files []struct {
-					Root      int
-					Path      string
-					SizeBytes int64 `json:",string"`
-					Checksum  struct {
-						Type  string
-						Value []byte
-					}
+// filesOfSegments is what is needed of `snapshot segments --files -o json`.
+type filesOfSegments struct {
+	Segments []struct {
+		Segment struct {
+			Files []struct {
+				Root      int
+				Path      string
+				SizeBytes int64 `json:",string"`
+				Checksum  struct {
+					Type  string
+					Value []byte
 				}
 			}
 		}
 	}
-	d.decode(d.read(ctx, "snapshotctl", "snapshot", "segments", name, "--files", "-o", "json"), &list)
+}
+
+// verify reads every file of a snapshot and compares it with the record.
+func (d *demo) verify(ctx context.Context, name string) (files, total int64) {
+	var list filesOfSegments
+	d.decode(d.read(ctx, "snapshot", "segments", name, "--files", "-o", "json"), &list)
 	roots := d.describe(ctx, name).Collection.Roots
 	began := time.Now()
 	var bad []string
@@ -198,6 +230,35 @@ func (d *demo) verify(ctx context.Context, name string) (files, total int64) {
 	return files, total
 }
 
+// collect has the engine ask for files that it does not need any more, and
+// compares what it did with what it says. It returns what was deleted. The
+// snapshots before-sale and after-sale have to hold all of their files; held by
+// the second are so many, none when it is gone or needs only what lives.
+func (d *demo) collect(ctx context.Context, before taken, afterHolds int64) (freed measured) {
+	old := d.measure()
+	out := d.run(ctx, "engine", "--collection", "shop", "collect")
+	now := d.measure()
+	freed = measured{data: old.data - now.data, dataBytes: old.dataBytes - now.dataBytes}
+	d.check(strings.Contains(out, fmt.Sprintf("deleted: %d files\n", freed.data)), "data files deleted: %d, %s", freed.data, size(freed.dataBytes))
+	d.check(strings.Contains(out, fmt.Sprintf("held by before-sale: %d files\n", before.files)), "not deleted: all %d files that before-sale needs", before.files)
+	if afterHolds > 0 {
+		d.check(strings.Contains(out, fmt.Sprintf("held by after-sale: %d files\n", afterHolds)), "not deleted: all %d files that after-sale needs", afterHolds)
+	}
+	return freed
+}
+
+// fileOf returns the key of a file that a snapshot has.
+func (d *demo) fileOf(ctx context.Context, t taken) string {
+	var list filesOfSegments
+	d.decode(d.read(ctx, "snapshot", "segments", "--id", t.id, "--files", "--limit", "1", "-o", "json"), &list)
+	for _, s := range list.Segments {
+		for _, f := range s.Segment.Files {
+			return t.roots[f.Root].Prefix + f.Path
+		}
+	}
+	return ""
+}
+
 // gone waits until nothing is left of a dropped snapshot.
 func (d *demo) gone(ctx context.Context, t taken) {
 	if d.err != nil {
@@ -214,16 +275,17 @@ func (d *demo) gone(ctx context.Context, t taken) {
 }
 
 // summary says in plain words what happened.
-func (d *demo) summary(t taken, undo time.Duration) {
+func (d *demo) summary(t taken, undo time.Duration, freed measured) {
 	d.chapter("In plain words")
 	d.say("What was captured? All of collection shop: %d rows in %d segments, as of one cut per channel: %s.",
 		t.rows, t.segments, strings.Join(t.cuts, ", "))
 	d.say("What did it cost? %s, and %d objects of %s in all. Bytes of data moved: %d.",
 		round(t.took), t.own, size(t.ownBytes), t.moved)
-	d.say("What protects it? The snapshot keeps its %d files (%s): nothing that snapshotd deletes is among them "+
-		"for as long as it exists, whatever becomes of the collection. It does not hold off others: a lifecycle "+
-		"rule of the bucket, or an rm, has to spare these files by itself.", t.files, size(t.bytes))
-	d.say("How to undo it? By `snapshotctl snapshot drop before-sale`. For after-sale, that took %s until the last "+
-		"object was gone.", round(undo))
+	d.say("What protects it? The snapshot keeps its %d files (%s): their deletion is not granted for as long as it "+
+		"exists, whatever becomes of the collection, and `snapshotctl explain` says so. It does not hold off others: a "+
+		"lifecycle rule of the bucket, or an rm, has to spare these files by itself.", t.files, size(t.bytes))
+	d.say("How to undo it? By `snapshotctl snapshot drop before-sale`; with --dry-run it says what that would free. For "+
+		"after-sale the drop took %s until the last of its own objects was gone, and the engine then got %d files "+
+		"(%s) to delete.", round(undo), freed.data, size(freed.dataBytes))
 	d.say("What next? Reading a snapshot where it lies, as just now. Restoring it into a new collection comes in a later release.")
 }

@@ -2,7 +2,6 @@
 // little more. It writes files itself; which ones count, snapshotd's catalog knows.
 //
 //	engine --store DIR/objects --collection shop load --rows 20000
-//	engine --store DIR/objects --snapshot before-sale search --top 3
 package main
 
 import (
@@ -21,11 +20,11 @@ var (
 	addr       = flag.String("addr", "127.0.0.1:7950", "snapshotd's `address`")
 	store      = flag.String("store", "", "`directory` of the object store")
 	collection = flag.String("collection", "", "`name` of a collection")
-	snapshot   = flag.String("snapshot", "", "`name` of a snapshot to search, digest or count instead")
+	snapshot   = flag.String("snapshot", "", "`name` of a snapshot to search or digest instead")
 	count      = flag.Int64("rows", 1000, "`number` of rows to load")
 	seed       = flag.Uint64("seed", 1, "`seed` of the rows to load, or of the vector to search for")
+	await      = flag.Bool("await", false, "wait until the collection comes into being")
 	every      = flag.Int64("every", 10, "delete rows with ids that this `number` divides")
-	top        = flag.Int("top", 5, "`number` of rows to find")
 )
 
 func main() {
@@ -49,23 +48,23 @@ func run(ctx context.Context, command string) error {
 	open, name := Open, *collection
 	if *snapshot != "" {
 		open, name = OpenSnapshot, *snapshot
+	} else if *await {
+		open = Await
 	}
 	s, rows, err := open(ctx, c, *store, name)
 	if err != nil {
 		return err
 	}
 	switch {
-	case command == "count":
-		fmt.Println(len(rows))
 	case command == "digest":
-		fmt.Printf("%016x\n", digest(rows))
+		fmt.Printf("%d rows, digest %016x\n", len(rows), digest(rows))
 	case command == "search":
 		to := random(*seed, 0)
 		slices.SortFunc(rows, func(a, b Row) int { return cmp.Compare(distance(a, to), distance(b, to)) })
-		for _, r := range rows[:min(*top, len(rows))] {
+		for _, r := range rows[:min(5, len(rows))] {
 			fmt.Printf("row %-6d %s distance %.3f\n", r.ID, r.Text, distance(r, to))
 		}
-	case command == "load" && s.catalog != nil:
+	case command == "load" && s.c != nil:
 		first, err := s.allocate(ctx, *count) // ids of rows: used once, too
 		for i := int64(0); i < *count && err == nil; i++ {
 			if s.Write(inserts, random(*seed, first+i)); i%5000 == 4999 || i == *count-1 {
@@ -73,13 +72,20 @@ func run(ctx context.Context, command string) error {
 			}
 		}
 		return err
-	case command == "delete" && s.catalog != nil:
+	case command == "delete" && s.c != nil:
 		for _, r := range slices.DeleteFunc(rows, func(r Row) bool { return r.ID%*every != 0 }) {
 			s.Write(deletes, Row{ID: r.ID})
 		}
 		return s.Flush(ctx)
-	case command == "compact" && s.catalog != nil:
+	case command == "compact" && s.c != nil:
 		return s.Compact(ctx)
+	case command == "collect" && s.c != nil:
+		deleted, held, err := s.Collect(ctx)
+		fmt.Printf("deleted: %d files\n", deleted)
+		for name, n := range held {
+			fmt.Printf("held by %s: %d files\n", cmp.Or(name, "the collection itself"), n)
+		}
+		return err
 	default:
 		return fmt.Errorf("%q is no command for this", command)
 	}

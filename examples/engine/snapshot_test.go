@@ -8,6 +8,7 @@ import (
 	"maps"
 	"math"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"slices"
 	"testing"
@@ -59,17 +60,16 @@ type world struct {
 	checkpoints []uint64
 	growing     []int64 // segments in that state
 	nextID      int64
-	taken       []snapshotOf
+	taken       []snapshotOf // and not dropped
+	snapshots   int          // ever taken
 
-	straddling, captured, apart int64 // how often what the test is about occurred
+	straddling, captured, apart, deleted int64 // how often what the test is about occurred
 }
 
-// TestSnapshotsAgainstOracle has the engine do things at random, halfway things
-// among them, and takes snapshots in between. In the end each of these has to
-// show what the oracle says: no row before its channel's cut is missing, none at
-// or after it is visible.
-func TestSnapshotsAgainstOracle(t *testing.T) {
-	dir := t.TempDir()
+// serve runs snapshotd, and returns a client of it and its object store.
+func serve(t *testing.T) (c *client.Client, dir string) {
+	t.Helper()
+	dir = t.TempDir()
 	cfg := embed.Default()
 	cfg.DataDir, cfg.Listen, cfg.MetricsListen, cfg.LogLevel = dir, "127.0.0.1:0", "off", "error"
 	srv, err := embed.Start(t.Context(), cfg)
@@ -81,16 +81,24 @@ func TestSnapshotsAgainstOracle(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	c, err := client.Dial(srv.Addr(), client.Options{})
-	if err != nil {
+	if c, err = client.Dial(srv.Addr(), client.Options{}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.Close() })
+	return c, filepath.Join(dir, "objects")
+}
+
+// TestSnapshotsAgainstOracle has the engine do things at random, halfway things
+// among them, takes and drops snapshots in between, and deletes what may be
+// deleted. In the end each of the snapshots left has to show what the oracle says:
+// no row before its channel's cut is missing, none at or after it is visible.
+func TestSnapshotsAgainstOracle(t *testing.T) {
+	c, dir := serve(t)
 	for seed := range uint64(4) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			name := fmt.Sprintf("shop-%d", seed)
 			w := &world{
-				t: t, c: c, dir: filepath.Join(dir, "objects"), rnd: rand.New(rand.NewPCG(seed, 1)), nextID: 1,
+				t: t, c: c, dir: dir, rnd: rand.New(rand.NewPCG(seed, 1)), nextID: 1,
 				oracle: oracle{{}, {}}, checkpoints: make([]uint64, 2),
 			}
 			w.must(Create(t.Context(), c, name))
@@ -99,6 +107,8 @@ func TestSnapshotsAgainstOracle(t *testing.T) {
 				w.step(name)
 			}
 			w.snapshot(name)
+			w.must(w.s.Compact(t.Context()))
+			w.collect(t.Context())
 			ref := w.s.collection
 			_, err := c.Catalog.DropCollection(t.Context(), &api.DropCollectionRequest{Collection: ref})
 			w.must(err)
@@ -108,9 +118,9 @@ func TestSnapshotsAgainstOracle(t *testing.T) {
 			for _, snap := range w.taken {
 				w.verify(snap)
 			}
-			if w.straddling == 0 || w.captured == 0 || w.apart == 0 {
-				t.Errorf("too tame: %d straddling segments, %d growing ones captured, %d snapshots with cuts apart",
-					w.straddling, w.captured, w.apart)
+			if w.straddling == 0 || w.captured == 0 || w.apart == 0 || w.deleted == 0 {
+				t.Errorf("too tame: %d straddling segments, %d growing ones captured, %d snapshots with cuts apart, %d files deleted",
+					w.straddling, w.captured, w.apart, w.deleted)
 			}
 		})
 	}
@@ -152,6 +162,13 @@ func (w *world) step(name string) {
 		}
 	case n < 90:
 		w.reopen(name)
+	case n < 92 && len(w.taken) > 0:
+		at := w.rnd.IntN(len(w.taken))
+		drop(w.t, w.c, w.taken[at].name)
+		w.taken = slices.Delete(w.taken, at, at+1)
+		fallthrough
+	case n < 94:
+		w.collect(ctx)
 	default:
 		w.snapshot(name)
 	}
@@ -239,7 +256,7 @@ func (w *world) reopen(name string) {
 
 func (w *world) snapshot(name string) {
 	ctx := w.t.Context()
-	snap := snapshotOf{name: fmt.Sprintf("%s.%d", name, len(w.taken)), cuts: slices.Clone(w.checkpoints)}
+	snap := snapshotOf{name: fmt.Sprintf("%s.%d", name, w.snapshots), cuts: slices.Clone(w.checkpoints)}
 	resp, err := w.c.Snapshots.CreateSnapshot(ctx, &api.CreateSnapshotRequest{
 		Collection: w.s.collection, Name: snap.name, RequestToken: client.NewRequestToken(),
 	})
@@ -256,6 +273,7 @@ func (w *world) snapshot(name string) {
 	}
 	snap.want = w.oracle.at(snap.cuts)
 	w.taken = append(w.taken, snap)
+	w.snapshots++
 	w.straddling += resp.GetSnapshot().GetTotals().GetStraddlingSegments()
 	if snap.cuts[0] != snap.cuts[1] {
 		w.apart++
@@ -269,6 +287,12 @@ func (w *world) snapshot(name string) {
 			w.captured++
 		}
 	}
+}
+
+func (w *world) collect(ctx context.Context) {
+	deleted, _, err := w.s.Collect(ctx)
+	w.must(err)
+	w.deleted += int64(deleted)
 }
 
 // verify compares what a snapshot shows with what it has to.
@@ -296,4 +320,125 @@ func (w *world) same(what string, got, want []Row) {
 	maps.DeleteFunc(missing, func(id int64, _ uint64) bool { _, ok := has[id]; return ok })
 	maps.DeleteFunc(extra, func(id int64, _ uint64) bool { _, ok := wants[id]; return ok })
 	w.t.Errorf("%s: got %d rows, want %d; missing, with their times: %v; not to be seen: %v", what, len(got), len(want), missing, extra)
+}
+
+func drop(t *testing.T, c *client.Client, name string) {
+	t.Helper()
+	_, err := c.Snapshots.DropSnapshot(t.Context(), &api.DropSnapshotRequest{
+		Snapshot: &api.SnapshotRef{Ref: &api.SnapshotRef_Name{Name: name}}, RequestToken: client.NewRequestToken(),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// shop is a collection of 100 rows with a snapshot of them, which were then
+// compacted without those that 10 divides.
+func shop(t *testing.T) (s *Store, snapshot string) {
+	t.Helper()
+	c, dir := serve(t)
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(Create(t.Context(), c, "shop"))
+	s, _, err := Open(t.Context(), c, dir, "shop")
+	must(err)
+	for id := range int64(100) {
+		s.Write(inserts, random(1, id+1))
+	}
+	must(s.Flush(t.Context()))
+	_, err = c.Snapshots.CreateSnapshot(t.Context(), &api.CreateSnapshotRequest{
+		Collection: s.collection, Name: "before", RequestToken: client.NewRequestToken(),
+	})
+	must(err)
+	for id := int64(10); id <= 100; id += 10 {
+		s.Write(deletes, Row{ID: id})
+	}
+	must(s.Compact(t.Context()))
+	return s, "before"
+}
+
+// filesOf returns the files that lie in the object store for a collection.
+func filesOf(t *testing.T, s *Store) []string {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join(s.dir, root, "*", "*", "*", "*", "*", "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return names
+}
+
+// collect calls Collect and compares what it did.
+func collect(t *testing.T, s *Store, deleted int, held map[string]int) {
+	t.Helper()
+	got, who, err := s.Collect(t.Context())
+	if err != nil || got != deleted || !maps.Equal(who, held) {
+		t.Fatalf("deleted %d files, held %v, error %v; want %d, %v", got, who, err, deleted, held)
+	}
+}
+
+func TestCollect(t *testing.T) {
+	s, snapshot := shop(t)
+	before := len(filesOf(t, s))                         // rows and deletes of two channels, and what they were compacted to
+	collect(t, s, 2, map[string]int{snapshot: 2, "": 2}) // the deletes are in no snapshot
+	if n := len(filesOf(t, s)); before != 6 || n != 4 {
+		t.Errorf("%d files, then %d; want 6, 4", before, n)
+	}
+	if _, rows, err := OpenSnapshot(t.Context(), s.c, s.dir, snapshot); err != nil || len(rows) != 100 {
+		t.Errorf("the snapshot has %d rows, error %v; want 100", len(rows), err)
+	}
+	collect(t, s, 0, map[string]int{snapshot: 2, "": 2})
+	drop(t, s.c, snapshot)
+	collect(t, s, 2, map[string]int{"": 2})
+	collect(t, s, 0, map[string]int{"": 2})
+	if _, rows, err := Open(t.Context(), s.c, s.dir, "shop"); err != nil || len(rows) != 90 || len(filesOf(t, s)) != 2 {
+		t.Errorf("%d rows in %d files, error %v; want 90 in 2", len(rows), len(filesOf(t, s)), err)
+	}
+}
+
+// A Collect that ends halfway is gone on with by the next one, in whichever
+// process.
+func TestCollectAfterCrash(t *testing.T) {
+	for _, deleted := range []int{0, 1, 2} { // files, before the crash
+		s, snapshot := shop(t)
+		drop(t, s.c, snapshot)
+		units := make([]*api.Unit, 0, 6)
+		for _, name := range filesOf(t, s) {
+			path, err := filepath.Rel(filepath.Join(s.dir, root), name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			units = append(units, &api.Unit{Unit: &api.Unit_File{File: &api.UnitFile{Path: path}}})
+		}
+		answer, err := s.c.Reclaim.Reclaim(t.Context(), &api.ReclaimRequest{Collection: s.collection, Units: units, Deleter: api.Deleter_DELETER_CALLER})
+		if err != nil {
+			t.Fatal(err)
+		}
+		granted := 0
+		for i, r := range answer.GetResults() {
+			if r.GetOutcome() != api.ReclaimResult_OUTCOME_GRANTED {
+				continue
+			}
+			if granted++; granted <= deleted {
+				if err := os.Remove(filepath.Join(s.dir, root, units[i].GetFile().GetPath())); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if granted != 4 {
+			t.Fatalf("%d files were granted, want 4", granted)
+		}
+		again, rows, err := Open(t.Context(), s.c, s.dir, "shop")
+		if err != nil || len(rows) != 90 {
+			t.Fatalf("%d rows, error %v; want 90", len(rows), err)
+		}
+		collect(t, again, 4, map[string]int{"": 2}) // those that were gone count, too
+		list, err := s.c.Reclaim.ListTombstones(t.Context(), &api.ListTombstonesRequest{Collection: s.collection})
+		if err != nil || len(list.GetTombstones()) != 0 || len(filesOf(t, s)) != 2 {
+			t.Errorf("%d tombstones and %d files are left, error %v; want 0 and 2", len(list.GetTombstones()), len(filesOf(t, s)), err)
+		}
+	}
 }

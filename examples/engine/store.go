@@ -30,19 +30,13 @@ type Row struct {
 	Text   [24]byte
 }
 
-// columns are the fields of the schema, with ids from 1, in a form that has a
-// fixed size. Each is stored in a file of its own; deletes have the first two.
-func (r *Row) columns() []any { return []any{&r.Time, &r.ID, r.Vector[:], r.Text[:]} }
-
 // Create makes a collection with two channels.
 func Create(ctx context.Context, c *client.Client, name string) error {
 	_, err := c.Catalog.CreateCollection(ctx, &api.CreateCollectionRequest{
 		Name: &api.CollectionName{Name: name}, Channels: []string{"engine-ch-0", "engine-ch-1"},
 		Schema: &api.Schema{Fields: []*api.Field{
-			{Id: 1, Name: "time", DataType: "UInt64"},
-			{Id: 2, Name: "id", DataType: "Int64", PrimaryKey: true},
-			{Id: 3, Name: "vector", DataType: "FloatVector"},
-			{Id: 4, Name: "text", DataType: "Text"},
+			{Id: 1, Name: "time", DataType: "UInt64"}, {Id: 2, Name: "id", DataType: "Int64", PrimaryKey: true},
+			{Id: 3, Name: "vector", DataType: "FloatVector"}, {Id: 4, Name: "text", DataType: "Text"},
 		}},
 		Roots: []*api.Root{{Store: "default", Prefix: root}}, RequestToken: client.NewRequestToken(),
 	})
@@ -52,15 +46,14 @@ func Create(ctx context.Context, c *client.Client, name string) error {
 // Store is an open collection, for one process at a time to write to. A real
 // engine has a log of each channel, and reads it from the checkpoint on to begin.
 type Store struct {
-	catalog    api.CatalogServiceClient // nil: it is a snapshot, to be read only
+	c          *client.Client // nil: it is a snapshot, to be read only
 	collection *api.CollectionRef
 	dir        string
 	clocks     []uint64                      // by channel, the time of the next row or delete
 	growing    []map[api.Segment_Level][]Row // by channel, inserts and deletes that are in memory
 }
 
-// Open opens a collection and returns its rows. All that is to be known is in the
-// catalog: the engine keeps no metadata of its own.
+// Open opens a collection and returns its rows. All its metadata is in the catalog.
 func Open(ctx context.Context, c *client.Client, dir, name string) (*Store, []Row, error) {
 	ref := &api.CollectionRef{Ref: &api.CollectionRef_Name{Name: &api.CollectionName{Name: name}}}
 	col, err := c.Catalog.GetCollection(ctx, &api.GetCollectionRequest{Collection: ref})
@@ -68,13 +61,10 @@ func Open(ctx context.Context, c *client.Client, dir, name string) (*Store, []Ro
 		return nil, nil, err
 	}
 	ref.Ref = &api.CollectionRef_Id{Id: col.GetCollection().GetId()} // the name may come to stand for another
+	s := &Store{c, ref, dir, []uint64{1, 1}, []map[api.Segment_Level][]Row{{}, {}}}
 	checkpoints, err := c.Catalog.ListCheckpoints(ctx, &api.ListCheckpointsRequest{Collection: ref})
-	if err != nil {
-		return nil, nil, err
-	}
-	s := &Store{c.Catalog, ref, dir, []uint64{1, 1}, []map[api.Segment_Level][]Row{{}, {}}}
-	segments, err := s.segments(ctx)
-	if err != nil {
+	segments, err2 := s.segments(ctx)
+	if err = cmp.Or(err, err2); err != nil {
 		return nil, nil, err
 	}
 	for _, p := range checkpoints.GetCheckpoints() {
@@ -87,12 +77,29 @@ func Open(ctx context.Context, c *client.Client, dir, name string) (*Store, []Ro
 	return s, rows, err
 }
 
+// Await opens a collection when it comes into being, which one that is restored
+// does with all that is in it. Who asks again and again instead learns it later.
+func Await(ctx context.Context, c *client.Client, dir, name string) (s *Store, rows []Row, err error) {
+	opened := errors.New("opened")
+	err = client.WatchEvents(ctx, c.Events, &api.WatchEventsRequest{}, func(m *api.WatchEventsResponse) (err error) {
+		if e := m.GetCollection(); e.GetType() == api.ChangeType_CHANGE_TYPE_CREATED && e.GetCollection().GetName() == name {
+			s, rows, err = Open(ctx, c, dir, name)
+			return cmp.Or(err, opened)
+		} else if m.GetBookmark() != nil { // nothing after it is missed
+			fmt.Fprintln(os.Stderr, "engine: waiting for", name)
+		}
+		return nil
+	})
+	if errors.Is(err, opened) {
+		err = nil
+	}
+	return s, rows, err
+}
+
 // segments is all at one revision: a compaction's inputs or outputs, never both.
 func (s *Store) segments(ctx context.Context) (all []*api.Segment, err error) {
-	stream, err := s.catalog.ExportSegments(ctx, &api.ExportSegmentsRequest{Collection: s.collection})
-	for err == nil {
-		var part *api.ExportSegmentsResponse
-		part, err = stream.Recv()
+	stream, err := s.c.Catalog.ExportSegments(ctx, &api.ExportSegmentsRequest{Collection: s.collection})
+	for part := (*api.ExportSegmentsResponse)(nil); err == nil; part, err = stream.Recv() {
 		all = append(all, part.GetSegments()...)
 	}
 	if errors.Is(err, io.EOF) {
@@ -101,23 +108,18 @@ func (s *Store) segments(ctx context.Context) (all []*api.Segment, err error) {
 	return all, err
 }
 
-// OpenSnapshot is Open for a snapshot, whose collection may be gone. What lies
-// beyond its cuts, its segments leave out or hide.
+// OpenSnapshot is Open for a snapshot, whose collection may be gone.
 func OpenSnapshot(ctx context.Context, c *client.Client, dir, name string) (*Store, []Row, error) {
 	var segments []*api.Segment
-	ref := &api.SnapshotRef{Ref: &api.SnapshotRef_Name{Name: name}}
-	req := &api.ListSnapshotSegmentsRequest{Snapshot: ref, View: api.SegmentView_SEGMENT_VIEW_FILES}
+	req := &api.ListSnapshotSegmentsRequest{Snapshot: &api.SnapshotRef{Ref: &api.SnapshotRef_Name{Name: name}}, View: api.SegmentView_SEGMENT_VIEW_FILES}
 	for {
 		page, err := c.Snapshots.ListSnapshotSegments(ctx, req)
-		if err != nil {
-			return nil, nil, err
-		}
 		for _, x := range page.GetSegments() {
 			segments = append(segments, x.GetSegment())
 		}
-		if req.PageToken = page.GetNextPageToken(); req.GetPageToken() == "" {
-			rows, err := live(dir, segments)
-			return new(Store), rows, err
+		if req.PageToken = page.GetNextPageToken(); err != nil || req.GetPageToken() == "" {
+			rows, err2 := live(dir, segments)
+			return new(Store), rows, cmp.Or(err, err2)
 		}
 	}
 }
@@ -129,8 +131,8 @@ func (s *Store) Write(what api.Segment_Level, r Row) {
 	s.growing[ch][what] = append(s.growing[ch][what], r)
 }
 
-// Flush makes segments of what is in memory. It may be cut short, and snapshots
-// may be taken, at any point, thanks to the order:
+// Flush makes segments of what is in memory. A crash and a snapshot may come at any
+// point, thanks to the order:
 //
 //  1. Allocate ids. They never come again, so what a crash leaves is in no one's way.
 //  2. Write the files, of which nobody knows yet.
@@ -150,111 +152,125 @@ func (s *Store) Flush(ctx context.Context) error {
 		clear(s.growing[ch])
 		move.Checkpoints = append(move.Checkpoints, &api.ChannelPosition{Shard: int32(ch), Position: &api.Position{Timestamp: clock}})
 	}
-	stream, err := s.catalog.AddSegments(ctx)
+	stream, err := s.c.Catalog.AddSegments(ctx)
 	if err == nil {
 		_ = stream.Send(add) // why it fails is in the answer
 		_, err = stream.CloseAndRecv()
 	}
 	if err == nil {
-		_, err = s.catalog.SetCheckpoints(ctx, move)
+		_, err = s.c.Catalog.SetCheckpoints(ctx, move)
 	}
 	return err
 }
 
 func (s *Store) allocate(ctx context.Context, n int64) (int64, error) {
-	want := &api.AllocateIdsRequest_Count{Count: n}
-	resp, err := s.catalog.AllocateIds(ctx, &api.AllocateIdsRequest{Want: want, RequestToken: client.NewRequestToken()})
+	req := &api.AllocateIdsRequest{Want: &api.AllocateIdsRequest_Count{Count: n}, RequestToken: client.NewRequestToken()}
+	resp, err := s.c.Catalog.AllocateIds(ctx, req)
 	return resp.GetIds().GetFirst(), err
 }
 
-// write puts rows into files and returns the segment of them, which the catalog
-// does not know yet. As all have the same times, a snapshot, which leaves out files
-// wholly beyond its cut, has all columns of a row or none.
+// write puts rows into a file, whole and durable, and returns the segment of it for
+// the catalog, which is about to promise that. On S3 it would be one conditional put.
 func (s *Store) write(ctx context.Context, shard int32, what api.Segment_Level, rows []Row) (*api.Segment, error) {
-	kinds := []string{"stats", "insert", "insert", "insert", "insert"} // by field; 0 is no one field
-	if what == deletes {
-		kinds = []string{"stats", "delta", "delta"}
+	id, err := s.allocate(ctx, 2) // of the segment and of its file
+	if err != nil {
+		return nil, err
 	}
-	id, err := s.allocate(ctx, 1+int64(len(kinds))) // of the segment and of each file
-	first, last, byID := rows[0].Time, rows[len(rows)-1].Time, func(a, b Row) int { return cmp.Compare(a.ID, b.ID) }
-	seg := &api.Segment{
-		Id: id, Shard: shard, Level: what, State: api.Segment_STATE_FLUSHED, Rows: int64(len(rows)),
+	content, _ := binary.Append(nil, binary.LittleEndian, rows) // all in a row has a fixed size
+	first, last, n, sum := rows[0].Time, rows[len(rows)-1].Time, int64(len(rows)), sha256.Sum256(content)
+	kind := map[api.Segment_Level]string{deletes: "delta", inserts: "insert", compacted: "insert"}[what]
+	path := fmt.Sprintf("%d/0/%d/%s/0/%d", s.collection.GetId(), id, kind, id+1) // as a restore would name it
+	dir := filepath.Dir(filepath.Join(s.dir, root, path))
+	_ = os.MkdirAll(dir, 0o750) // if this fails, so does the next
+	file, err := os.Create(filepath.Join(s.dir, root, path))
+	_, err2 := file.Write(content)
+	err = cmp.Or(err, err2, file.Sync(), file.Close())
+	for ; err == nil && len(dir) >= len(s.dir); dir = filepath.Dir(dir) { // any may be new
+		file, err = os.Open(dir)
+		err = cmp.Or(err, file.Sync(), file.Close())
+	}
+	return &api.Segment{
+		Id: id, Shard: shard, Level: what, State: api.Segment_STATE_FLUSHED, Rows: n,
 		StartPosition: &api.Position{Timestamp: first}, DmlPosition: &api.Position{Timestamp: last + 1},
-	}
-	stats := fmt.Sprintf("%d rows, ids %d to %d\n", len(rows), slices.MinFunc(rows, byID).ID, slices.MaxFunc(rows, byID).ID)
-	for i := 0; i < len(kinds) && err == nil; i++ {
-		content := []byte(stats)
-		if i > 0 {
-			content = nil
-			for r := range rows { // it takes all that has a fixed size
-				content, _ = binary.Append(content, binary.LittleEndian, rows[r].columns()[i-1])
-			}
-		}
-		sum, log := sha256.Sum256(content), id+1+int64(i)
-		f := &api.File{
-			Path: fmt.Sprintf("%d/0/%d/%s/%d/%d", s.collection.GetId(), id, kinds[i], i, log), // in partition 0, which is all
-			Kind: kinds[i], FieldId: int64(i), LogId: log, Entries: seg.GetRows(), MinTimestamp: first, MaxTimestamp: last,
+		Files: []*api.File{{
+			Path: path, Kind: kind, LogId: id + 1, Entries: n, MinTimestamp: first, MaxTimestamp: last,
 			SizeBytes: int64(len(content)), Checksum: &api.Checksum{Type: "SHA256", Value: sum[:]},
-		}
-		seg.Files = append(seg.Files, f)
-		err = write(s.dir, f, content)
-	}
-	return seg, err
+		}},
+	}, err
 }
 
 // Compact replaces all segments in one step: by one of what is live, per channel.
 func (s *Store) Compact(ctx context.Context) error {
-	// First the checkpoints pass the deletes that are about to be applied: in a
-	// snapshot with its cut before a delete, the row is still to be found.
+	// The checkpoints first: a snapshot cut before a delete still needs the row.
 	if err := s.Flush(ctx); err != nil {
 		return err
 	}
 	segments, err := s.segments(ctx)
-	if err != nil {
-		return err
-	}
 	swap := &api.CompactSegmentsRequest{Collection: s.collection, RequestToken: client.NewRequestToken()}
 	channels := make([][]*api.Segment, len(s.clocks))
 	for _, seg := range segments {
 		swap.Inputs = append(swap.Inputs, seg.GetId())
 		channels[seg.GetShard()] = append(channels[seg.GetShard()], seg)
 	}
-	for ch, own := range channels {
-		rows, err := live(s.dir, own)
-		if err == nil && len(rows) > 0 {
+	for ch := 0; ch < len(channels) && err == nil; ch++ {
+		var rows []Row
+		if rows, err = live(s.dir, channels[ch]); err == nil && len(rows) > 0 {
 			slices.SortFunc(rows, func(a, b Row) int { return cmp.Compare(a.Time, b.Time) })
 			var seg *api.Segment
 			seg, err = s.write(ctx, int32(ch), compacted, rows)
 			swap.Outputs = append(swap.Outputs, seg)
 		}
-		if err != nil {
-			return err
-		}
 	}
-	_, err = s.catalog.CompactSegments(ctx, swap)
+	if err == nil {
+		_, err = s.c.Catalog.CompactSegments(ctx, swap)
+	}
 	return err
 }
 
-// write returns once the file is there, whole and durable: the catalog is about
-// to promise that. On S3 it would be one conditional put.
-func write(store string, f *api.File, content []byte) error {
-	name := filepath.Join(store, root, f.GetPath())
-	dir := filepath.Dir(name)
-	_ = os.MkdirAll(dir, 0o750) // if this fails, so does the next
-	file, err := os.Create(name + ".tmp")
-	if err != nil {
-		return err
+// Collect deletes the files of dropped segments that no snapshot needs. It returns
+// how many, and how many others each snapshot holds; "" is the collection itself,
+// or a snapshot in the making. After a crash at any point the next one goes on:
+//
+//  1. Ask for what lies there. What is held stays, and the next one asks again.
+//  2. Delete all that was granted and not confirmed, be it long ago.
+//  3. Confirm. Before 2, files would be left that nobody knows of.
+func (s *Store) Collect(ctx context.Context) (deleted int, held map[string]int, err error) {
+	dir, deleter, held := filepath.Join(s.dir, root), api.Deleter_DELETER_CALLER, map[string]int{}
+	names, _ := filepath.Glob(filepath.Join(dir, fmt.Sprint(s.collection.GetId()), "0", "*", "*", "*", "*"))
+	var units []*api.Unit // an engine with metadata of its own knows what it dropped
+	for _, name := range names {
+		path, _ := filepath.Rel(dir, name)
+		units = append(units, &api.Unit{Unit: &api.Unit_File{File: &api.UnitFile{Path: path}}})
 	}
-	_, err = file.Write(content)
-	if err = errors.Join(err, file.Sync(), file.Close()); err == nil {
-		err = os.Rename(file.Name(), name)
-	}
-	for ; err == nil && len(dir) >= len(store); dir = filepath.Dir(dir) { // any may be new
-		if file, err = os.Open(dir); err == nil {
-			err = errors.Join(file.Sync(), file.Close())
+	for part := range slices.Chunk(units, 10_000) {
+		answer, err := s.c.Reclaim.Reclaim(ctx, &api.ReclaimRequest{Collection: s.collection, Units: part, Deleter: deleter})
+		if err != nil {
+			return 0, nil, err
+		}
+		for _, r := range answer.GetResults() {
+			for _, h := range r.GetHolders() {
+				held[h.GetSnapshot().GetName()]++
+			}
 		}
 	}
-	return err
+	for err == nil {
+		list, listErr := s.c.Reclaim.ListTombstones(ctx, &api.ListTombstonesRequest{Collection: s.collection, Deleter: deleter})
+		if listErr != nil || len(list.GetTombstones()) == 0 {
+			return deleted, held, listErr
+		}
+		done := &api.ConfirmReclaimedRequest{Collection: s.collection}
+		for _, t := range list.GetTombstones() {
+			for _, f := range t.GetFiles() {
+				err = cmp.Or(err, os.RemoveAll(filepath.Join(s.dir, f.GetKey()))) // which may be gone already
+				deleted++
+			}
+			done.TombstoneIds = append(done.TombstoneIds, t.GetId())
+		}
+		if err == nil {
+			_, err = s.c.Reclaim.ConfirmReclaimed(ctx, done)
+		}
+	}
+	return deleted, held, err
 }
 
 // live reads the rows of segments that no delete in them takes away. As no file
@@ -268,9 +284,7 @@ func live(store string, segments []*api.Segment) (live []Row, err error) {
 			if sum := sha256.Sum256(content); err != nil || !bytes.Equal(sum[:], f.GetChecksum().GetValue()) {
 				return nil, fmt.Errorf("file %s: %w", f.GetPath(), cmp.Or(err, errors.New("not what was written: its checksum differs")))
 			}
-			for i, in := 0, bytes.NewReader(content); i < len(rows) && f.GetFieldId() > 0; i++ {
-				_ = binary.Read(in, binary.LittleEndian, rows[i].columns()[f.GetFieldId()-1]) // whole: its checksum is right
-			}
+			_, _ = binary.Decode(content, binary.LittleEndian, rows) // whole: its checksum is right
 		}
 		for _, r := range rows {
 			switch ceiling := seg.GetRowCeiling(); {

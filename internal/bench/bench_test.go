@@ -78,6 +78,28 @@ func TestProxy(t *testing.T) {
 	}
 }
 
+func TestSum(t *testing.T) {
+	text := []byte("# HELP a What it is.\na{x=\"1\",y=\"2\"} 3\na{x=\"1\",y=\"3\"} 4e0\na{x=\"2\"} 5\na_total 6\nb 7\n")
+	for _, c := range []struct {
+		metric string
+		labels []string
+		want   float64
+	}{
+		{"a", nil, 12},
+		{"a", []string{`x="1"`}, 7},
+		{"a", []string{`y="3"`, `x="1"`}, 4},
+		{"b", nil, 7},
+		{"c", nil, 0},
+	} {
+		if got, err := bench.Sum(text, c.metric, c.labels...); err != nil || got != c.want {
+			t.Errorf("%s%v: got %v, %v, want %v", c.metric, c.labels, got, err, c.want)
+		}
+	}
+	if _, err := bench.Sum([]byte("a x\n"), "a"); err == nil {
+		t.Error("got no error for what is no number")
+	}
+}
+
 func TestReport(t *testing.T) {
 	r := &bench.Report{Name: "x", Facts: []string{"Fact."}, Tables: []bench.Table{{Title: "T", Head: []string{"a", "b"}}}}
 	r.Tables[0].Add("1", "two")

@@ -27,6 +27,7 @@ type Proxy struct {
 	Addr string
 
 	delay atomic.Int64
+	pace  atomic.Pointer[func(*http.Request) time.Duration]
 	srv   *http.Server
 
 	mu   sync.Mutex
@@ -66,6 +67,9 @@ func StartProxy(ctx context.Context, addr string) (*Proxy, error) {
 		body := &counted{ReadCloser: r.Body}
 		r.Body = body
 		method, path := r.Method, r.URL.Path
+		if pace := p.pace.Load(); pace != nil {
+			w = &paced{ResponseWriter: w, ctx: r.Context(), at: begin.Add((*pace)(r))}
+		}
 		forward.ServeHTTP(w, r)
 		p.mu.Lock()
 		defer p.mu.Unlock()
@@ -77,6 +81,16 @@ func StartProxy(ctx context.Context, addr string) (*Proxy, error) {
 
 // Delay holds every request up from now on.
 func (p *Proxy) Delay(d time.Duration) { p.delay.Store(int64(d)) }
+
+// Pace has no request answered from now on before so long after it came, while
+// the server may work on it; nil has none wait.
+func (p *Proxy) Pace(pace func(*http.Request) time.Duration) {
+	if pace == nil {
+		p.pace.Store(nil)
+		return
+	}
+	p.pace.Store(&pace)
+}
 
 // Take returns the requests that ended since it was last called.
 func (p *Proxy) Take() []Request {
@@ -100,6 +114,27 @@ func Under(list []Request, within string) []Request {
 	}
 	return some
 }
+
+// paced begins an answer at a time, or when ctx is over.
+type paced struct {
+	http.ResponseWriter
+	ctx context.Context //nolint:containedctx // of the request, as long as this
+	at  time.Time
+}
+
+// WriteHeader implements http.ResponseWriter.
+func (w *paced) WriteHeader(status int) {
+	t := time.NewTimer(time.Until(w.at))
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-w.ctx.Done():
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+// Unwrap is for http.ResponseController.
+func (w *paced) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 type counted struct {
 	io.ReadCloser

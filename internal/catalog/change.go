@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -43,13 +44,6 @@ type FilePath struct {
 	Path string
 }
 
-// The kinds of unit. Stored: append only.
-const (
-	unitSegment = 1
-	unitBuild   = 2
-	unitFiles   = 3
-)
-
 // goneError is an ErrSegmentNotFound that knows which.
 type goneError struct {
 	segment    int64
@@ -86,11 +80,13 @@ func (c *Catalog) SetCheckpoints(ctx context.Context, ref Ref, checkpoints []Che
 type swapPlan struct {
 	collection int64
 	op         string
+	now        time.Time
 	rules      rules
 	txn        meta.Txn
 	newIDs     []int64 // segments and builds that the swap registers
 	unitIDs    []int64 // fresh ids for units of replaced files
 	taken      []taken
+	claims     []claim // files that must not belong to anything else
 }
 
 // taken is a key that must not be there, and the error when it is.
@@ -111,7 +107,7 @@ func (c *Catalog) planSwap(ctx context.Context, ref *Ref, swap Swap) (plan, erro
 			return plan{}, err
 		}
 	}
-	p := &swapPlan{collection: col.ID, rules: rules{view}}
+	p := &swapPlan{collection: col.ID, now: c.now(), rules: rules{view}}
 	p.txn.If = []meta.Cond{unchanged}
 	if p.op, err = c.newOp(); err != nil {
 		return plan{}, err
@@ -188,6 +184,9 @@ func (c *Catalog) planSwap(ctx context.Context, ref *Ref, swap Swap) (plan, erro
 		return plan{}, err
 	}
 	p.txn.If = append(p.txn.If, notDropped...)
+	if err := c.checkClaims(ctx, col.ID, p.claims); err != nil {
+		return plan{}, err
+	}
 	return plan{txn: p.txn, id: col.ID, revision: revision}, nil
 }
 
@@ -250,11 +249,19 @@ func (c *Catalog) readSegments(ctx context.Context, collection int64, ids []int6
 // unit puts the record of a dropped unit, which must not be there yet: that of
 // another would be lost with it, and its files never reclaimed.
 func (p *swapPlan) unit(id int64, u *storagev1.Unit) {
-	u.Format, u.Op = record.Format, p.op
+	u.Format, u.Op, u.DropTime = record.Format, p.op, p.now.UnixNano()
 	key := keys.Unit(p.collection, id)
 	p.txn.Then = append(p.txn.Then, meta.Put(key, record.Encode(u)))
 	p.taken = append(p.taken, taken{key, true, fmt.Errorf("%w: %d stands for something else that was dropped; an id is never used twice",
 		ErrIndexBuildExists, id)})
+}
+
+// part puts the record of a unit that was part of a segment which lives on, and
+// the key that leads to it from there.
+func (p *swapPlan) part(id int64, kind UnitKind, part *segment.Segment) {
+	p.unit(id, &storagev1.Unit{Kind: uint32(kind), SegmentId: part.ID, Segment: encodeSegment(p.collection, part, "")})
+	p.txn.Then = append(p.txn.Then, meta.Put(keys.Replaced(p.collection, part.ID, id),
+		record.Encode(&storagev1.Name{Format: record.Format, Id: id})))
 }
 
 func (p *swapPlan) drop(kv meta.KeyValue) error {
@@ -269,7 +276,7 @@ func (p *swapPlan) drop(kv meta.KeyValue) error {
 	p.txn.If = append(p.txn.If, meta.Unchanged(kv.Key, kv.ModRevision))
 	p.txn.Then = append(p.txn.Then, meta.Delete(kv.Key))
 	rec.State = uint32(segment.Dropped)
-	p.unit(id, &storagev1.Unit{Kind: unitSegment, SegmentId: id, Segment: rec})
+	p.unit(id, &storagev1.Unit{Kind: uint32(UnitSegment), SegmentId: id, Segment: rec})
 	return nil
 }
 
@@ -284,6 +291,7 @@ func (p *swapPlan) add(field string, s *segment.Segment) error {
 	p.taken = append(p.taken, taken{key, true, fmt.Errorf("%w: %d, in %s; an id is never used twice", ErrSegmentExists, s.ID, field)})
 	p.newIDs = append(p.newIDs, s.ID)
 	p.addBuilds(s.Builds)
+	p.claims = claimsOf(p.claims, field, s)
 	return nil
 }
 
@@ -326,14 +334,17 @@ func (p *swapPlan) update(field string, kv meta.KeyValue, u *Update) error {
 		id := p.unitIDs[len(p.unitIDs)-1]
 		part := partOf(&s)
 		part.Files = removed
-		p.unit(id, &storagev1.Unit{Kind: unitFiles, SegmentId: s.ID, Segment: encodeSegment(p.collection, part, "")})
+		p.part(id, UnitFiles, part)
 	}
 	for _, b := range replaced {
 		part := partOf(&s)
 		part.Builds = []segment.Build{b}
-		p.unit(b.ID, &storagev1.Unit{Kind: unitBuild, SegmentId: s.ID, Segment: encodeSegment(p.collection, part, "")})
+		p.part(b.ID, UnitBuild, part)
 	}
 	p.addBuilds(u.AddBuilds)
+	for f := range (&segment.Segment{Files: u.AddFiles, Builds: u.AddBuilds}).AllFiles() {
+		p.claims = append(p.claims, claim{field, s.ID, FilePath{f.Root, f.Path}})
+	}
 	p.txn.If = append(p.txn.If, meta.Unchanged(kv.Key, kv.ModRevision))
 	return p.put(kv.Key, &s)
 }

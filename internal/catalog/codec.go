@@ -8,9 +8,6 @@ import (
 	"strconv"
 
 	"github.com/snapshotd/snapshotd/internal/segment"
-	"github.com/snapshotd/snapshotd/internal/store/keys"
-	"github.com/snapshotd/snapshotd/internal/store/meta"
-	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
@@ -32,10 +29,20 @@ func NativePath(collection int64, s *segment.Segment, f *segment.File) string {
 }
 
 func appendNativePath(b []byte, collection int64, s *segment.Segment, f *segment.File) []byte {
-	for _, id := range []int64{collection, s.Partition, s.ID} {
+	return appendNative(appendNativeDir(b, collection, s), f)
+}
+
+// appendNativeDir appends what the native paths of all files of s begin with.
+func appendNativeDir(b []byte, collection int64, s *segment.Segment) []byte {
+	for _, id := range [...]int64{collection, s.Partition, s.ID} {
 		b = strconv.AppendInt(b, id, 10)
 		b = append(b, '/')
 	}
+	return b
+}
+
+// appendNative appends the rest of the native path of f.
+func appendNative(b []byte, f *segment.File) []byte {
 	b = append(b, f.Kind...)
 	b = append(b, '/')
 	b = strconv.AppendInt(b, f.Field, 10)
@@ -92,10 +99,12 @@ func encodeFiles(collection int64, s *segment.Segment) *storagev1.Files {
 	var lastMin segment.Timestamp
 	var lastLog int64
 	allETag16 := true
+	dir := appendNativeDir(nil, collection, s)
+	var native []byte
 	for i, f := range files {
 		out.Root[i] = uint32(f.Root)
 		out.Kind[i] = kindNumber(out, f.Kind)
-		if f.Path != NativePath(collection, s, f) {
+		if native = appendNative(append(native[:0], dir...), f); f.Path != string(native) {
 			shared := commonPrefix(lastPath, f.Path)
 			out.PathShared[i] = uint32(shared) + 1
 			out.PathTails = binary.AppendUvarint(out.PathTails, uint64(len(f.Path)-shared))
@@ -191,143 +200,6 @@ func rawETag(etag string) (raw [16]byte, ok bool) {
 		return raw, false
 	}
 	return raw, hex.EncodeToString(raw[:]) == etag
-}
-
-// DecodeSegment reads a segment's record.
-func DecodeSegment(collection int64, kv meta.KeyValue) (segment.Segment, error) {
-	id, err := keys.LastID(kv.Key)
-	if err != nil {
-		return segment.Segment{}, err
-	}
-	rec := &storagev1.Segment{}
-	if err := record.Decode(kv, rec); err != nil {
-		return segment.Segment{}, err
-	}
-	s, err := segmentOf(collection, id, rec)
-	if err != nil {
-		return segment.Segment{}, fmt.Errorf("%w at %s: %w", record.ErrUnreadable, kv.Key, err)
-	}
-	return s, nil
-}
-
-func segmentOf(collection, id int64, rec *storagev1.Segment) (segment.Segment, error) {
-	s := segment.Segment{
-		ID: id, Partition: rec.GetPartition(), Channel: int(rec.GetShard()), Level: int(rec.GetLevel()),
-		State: segment.State(rec.GetState()), Rows: rec.GetRows(), Start: positionOf(rec.GetStart()), DML: positionOf(rec.GetDml()),
-		StorageVersion: rec.GetStorageVersion(), Sorted: rec.GetSorted(),
-		CommitTimestamp: segment.Timestamp(rec.GetCommitTimestamp()), RowCeiling: segment.Timestamp(rec.GetRowCeiling()),
-		EngineData: rec.GetEngineData(), Attributes: rec.GetAttributes(),
-	}
-	files, err := decodeFiles(collection, &s, rec.GetFiles())
-	if err != nil {
-		return s, err
-	}
-	own := len(files)
-	for _, b := range rec.GetBuilds() {
-		own -= int(b.GetFiles())
-	}
-	if own < 0 {
-		return s, fmt.Errorf("builds have more files than there are")
-	}
-	s.Files, files = files[:own:own], files[own:]
-	if own == 0 {
-		s.Files = nil
-	}
-	for _, b := range rec.GetBuilds() {
-		n := int(b.GetFiles())
-		build := segment.Build{ID: b.GetId(), Index: b.GetIndex(), Field: b.GetField(), Params: b.GetParams()}
-		if n > 0 {
-			build.Files = files[:n:n]
-		}
-		s.Builds, files = append(s.Builds, build), files[n:]
-	}
-	return s, nil
-}
-
-func decodeFiles(collection int64, s *segment.Segment, in *storagev1.Files) ([]segment.File, error) {
-	n := int(in.GetCount())
-	if n == 0 {
-		return nil, nil
-	}
-	// The kind of each file is always there, so a false count costs no memory.
-	if n != len(in.GetKind()) {
-		return nil, fmt.Errorf("%d files, %d kinds", n, len(in.GetKind()))
-	}
-	for _, length := range []int{
-		len(in.GetRoot()), len(in.GetPathShared()), len(in.GetSize()), len(in.GetEtag()), len(in.GetChecksumType()),
-		len(in.GetMinTimestamp()), len(in.GetTimestampSpan()), len(in.GetEntries()), len(in.GetField()), len(in.GetLogId()),
-	} {
-		if length != 0 && length != n {
-			return nil, fmt.Errorf("%d files, a column of %d", n, length)
-		}
-	}
-	if len(in.GetEtag16()) != 0 && len(in.GetEtag16()) != 16*n {
-		return nil, fmt.Errorf("%d files, %d bytes of etags", n, len(in.GetEtag16()))
-	}
-	files := make([]segment.File, n)
-	etags := hex.EncodeToString(in.GetEtag16())
-	native := make([]byte, 0, 64*n)
-	ends := make([]int, n)
-	tails, sums := in.GetPathTails(), in.GetChecksumValues()
-	var lastPath string
-	var lastMin segment.Timestamp
-	var lastLog int64
-	for i := range files {
-		f := &files[i]
-		f.Root = int(at(in.GetRoot(), i))
-		switch k := int(in.GetKind()[i]); {
-		case k >= 1 && k <= len(knownKinds):
-			f.Kind = knownKinds[k-1]
-		case k >= otherKinds && k-otherKinds < len(in.GetKinds()):
-			f.Kind = in.GetKinds()[k-otherKinds]
-		default:
-			return nil, fmt.Errorf("file %d: no kind %d", i, k)
-		}
-		f.Size = int64(at(in.GetSize(), i))
-		if etags != "" {
-			f.ETag = etags[32*i : 32*i+32]
-		} else {
-			f.ETag = at(in.GetEtag(), i)
-		}
-		f.MinTimestamp = lastMin + segment.Timestamp(at(in.GetMinTimestamp(), i))
-		f.MaxTimestamp = f.MinTimestamp + segment.Timestamp(at(in.GetTimestampSpan(), i))
-		lastMin = f.MinTimestamp
-		f.Entries = int64(at(in.GetEntries(), i))
-		f.Field = int64(at(in.GetField(), i))
-		f.LogID = lastLog + at(in.GetLogId(), i)
-		lastLog = f.LogID
-		f.Attributes = in.GetAttributes()[uint32(i)].GetPairs()
-		var err error
-		if t := int(at(in.GetChecksumType(), i)); t > 0 {
-			if t > len(in.GetChecksumTypes()) {
-				return nil, fmt.Errorf("file %d: no checksum type %d", i, t)
-			}
-			f.Checksum.Type = in.GetChecksumTypes()[t-1]
-			if f.Checksum.Value, sums, err = cut(sums); err != nil {
-				return nil, fmt.Errorf("file %d: checksum: %w", i, err)
-			}
-		}
-		if shared := int(at(in.GetPathShared(), i)) - 1; shared >= 0 {
-			var tail []byte
-			// A path is never longer than a key; damage must not make it so, file by file.
-			if tail, tails, err = cut(tails); err != nil || shared > len(lastPath) || shared+len(tail) > object.MaxKeyBytes {
-				return nil, fmt.Errorf("file %d: damaged path", i)
-			}
-			f.Path = lastPath[:shared] + string(tail)
-			lastPath = f.Path
-		} else {
-			native = appendNativePath(native, collection, s, f)
-			ends[i] = len(native)
-		}
-	}
-	paths, from := string(native), 0
-	for i, end := range ends {
-		if end > 0 {
-			files[i].Path = paths[from:end]
-			from = end
-		}
-	}
-	return files, nil
 }
 
 // at returns the value of file i of a column that is left out when all zero.

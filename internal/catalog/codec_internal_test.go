@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"google.golang.org/protobuf/encoding/protowire"
 	"pgregory.net/rapid"
 
 	"github.com/snapshotd/snapshotd/internal/segment"
@@ -100,6 +101,7 @@ func segmentKV(collection, id int64, rec *storagev1.Segment) meta.KeyValue {
 }
 
 func TestSegmentRoundTrip(t *testing.T) {
+	var decoder Decoder
 	rapid.Check(t, func(t *rapid.T) {
 		collection := genID().Draw(t, "collection")
 		want := genSegment(t, collection)
@@ -111,11 +113,115 @@ func TestSegmentRoundTrip(t *testing.T) {
 		if diff := cmp.Diff(want, got, cmpopts.EquateEmpty()); diff != "" {
 			t.Fatalf("(-want +got):\n%s", diff)
 		}
+		checkDecoder(t, &decoder, collection, kv)
 		again := segmentKV(collection, got.ID, encodeSegment(collection, &got, "another"))
 		if same, err := equalSegments(kv, again); err != nil || !same {
 			t.Fatalf("the same segment by another operation: same = %v, err = %v", same, err)
 		}
 	})
+}
+
+// checkDecoder holds decoder, whatever it read before, to reading what the proto
+// package reads.
+func checkDecoder(t rapid.TB, decoder *Decoder, collection int64, kv meta.KeyValue) {
+	t.Helper()
+	before := slices.Clone(kv.Value)
+	got, err := decoder.Decode(collection, kv)
+	id, wantErr := keys.LastID(kv.Key)
+	var want segment.Segment
+	rec := &storagev1.Segment{}
+	if wantErr == nil {
+		wantErr = record.Decode(kv, rec)
+	}
+	if wantErr == nil {
+		want, wantErr = segmentOf(collection, id, rec)
+	}
+	if (err == nil) != (wantErr == nil) {
+		t.Fatalf("err = %v, by the proto package %v", err, wantErr)
+	}
+	if err == nil {
+		if diff := cmp.Diff(want, got, cmpopts.EquateEmpty()); diff != "" {
+			t.Fatalf("(-by the proto package +got):\n%s", diff)
+		}
+	}
+	if !slices.Equal(before, kv.Value) {
+		t.Fatal("the value was changed")
+	}
+}
+
+// What a decoder gave out does not change when it goes on, but for the lists of
+// files and builds.
+func TestDecoderLeavesTheRestAlone(t *testing.T) {
+	var decoder Decoder
+	var got, want []segment.Segment
+	for id := range int64(20) {
+		s := makeSegment(1, 2+id, 12)
+		s.Start.Opaque, s.EngineData, s.Attributes = []byte{byte(id)}, []byte{byte(id), 1}, map[string]string{"id": fmt.Sprint(id)}
+		s.Files[1].Path = fmt.Sprintf("x/%d/y", id)
+		s.Files[2].Attributes = map[string]string{"id": fmt.Sprint(id)}
+		s.Files[3].Checksum = segment.Checksum{Type: fmt.Sprint("T", id), Value: []byte{byte(id)}}
+		s.Builds = []segment.Build{{ID: 100 + id, Index: 5, Params: map[string]string{"id": fmt.Sprint(id)}, Files: s.Files[10:]}}
+		s.Files = s.Files[:10:10]
+		want = append(want, s)
+		kv := segmentKV(1, s.ID, encodeSegment(1, &s, "op"))
+		d, err := decoder.Decode(1, kv)
+		if err != nil {
+			t.Fatal(err)
+		}
+		clear(kv.Value) // nothing of it is kept
+		d.Files, d.Builds = slices.Clone(d.Files), slices.Clone(d.Builds)
+		for i := range d.Builds {
+			d.Builds[i].Files = slices.Clone(d.Builds[i].Files)
+		}
+		got = append(got, d)
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+// A record need not be as we write it: numbers one by one, fields in parts, twice
+// or unknown are all the same to the proto package.
+func TestDecoderReadsOddRecords(t *testing.T) {
+	s := makeSegment(1, 2, 2)
+	plain := record.Encode(encodeSegment(1, &s, "op"))
+	bytesOf := func(num protowire.Number, value []byte) []byte {
+		return protowire.AppendBytes(protowire.AppendTag(nil, num, protowire.BytesType), value)
+	}
+	numberOf := func(num protowire.Number, value uint64) []byte {
+		return protowire.AppendVarint(protowire.AppendTag(nil, num, protowire.VarintType), value)
+	}
+	var decoder Decoder
+	for name, odd := range map[string][]byte{
+		"nothing":               nil,
+		"column of single":      bytesOf(13, slices.Concat(numberOf(3, 1), numberOf(7, 5), numberOf(1, 3))),
+		"column in parts":       bytesOf(13, slices.Concat(bytesOf(3, []byte{1}), bytesOf(3, []byte{2}), numberOf(1, 4))),
+		"long numbers":          bytesOf(13, slices.Concat(bytesOf(3, []byte{0x81, 0x80, 0}), numberOf(1, 3))),
+		"number cut":            bytesOf(13, bytesOf(3, []byte{0x81})),
+		"number too long":       bytesOf(13, bytesOf(13, bytesOf(3, []byte(strings.Repeat("\xff", 11))))),
+		"field twice":           numberOf(6, 77),
+		"position in parts":     slices.Concat(bytesOf(7, numberOf(1, 5)), bytesOf(7, bytesOf(2, []byte("x")))),
+		"position with more":    bytesOf(8, slices.Concat(numberOf(9, 5), numberOf(2, 3))),
+		"build":                 bytesOf(14, slices.Concat(numberOf(1, 7), bytesOf(4, slices.Concat(bytesOf(1, []byte("k")), bytesOf(2, []byte("v")))))),
+		"build of garbage":      bytesOf(14, []byte{0xff}),
+		"wrong wire type":       slices.Concat(bytesOf(6, []byte("x")), numberOf(13, 5)),
+		"fixed":                 protowire.AppendFixed64(protowire.AppendTag(nil, 6, protowire.Fixed64Type), 5),
+		"group":                 protowire.AppendTag(protowire.AppendTag(nil, 50, protowire.StartGroupType), 50, protowire.EndGroupType),
+		"end of no group":       protowire.AppendTag(nil, 50, protowire.EndGroupType),
+		"unknown":               bytesOf(99, []byte("x")),
+		"field 0":               {0, 0},
+		"text that is none":     bytesOf(17, []byte{0xff}),
+		"kind that is none":     bytesOf(13, bytesOf(4, []byte{0xff})),
+		"etag that is none":     bytesOf(13, bytesOf(9, []byte{0xff})),
+		"attributes":            bytesOf(16, slices.Concat(bytesOf(1, []byte("k")), bytesOf(2, []byte("v")))),
+		"attribute that is bad": bytesOf(16, bytesOf(1, []byte{0xff})),
+		"large partition":       numberOf(2, math.MaxUint64),
+		"large shard":           numberOf(3, math.MaxUint64-7),
+	} {
+		t.Run(name, func(t *testing.T) {
+			checkDecoder(t, &decoder, 1, meta.KeyValue{Key: keys.Segment(1, 2), Value: slices.Concat(plain, odd)})
+		})
+	}
 }
 
 // makeSegment is a segment as an engine with hybrid timestamps writes it.
@@ -231,8 +337,10 @@ func FuzzDecodeSegment(f *testing.F) {
 		s.Builds = []segment.Build{{ID: 9, Index: 8, Files: s.Files}}
 		f.Add(record.Encode(encodeSegment(1, &s, "op")))
 	}
+	var used Decoder
 	f.Fuzz(func(t *testing.T, data []byte) {
 		kv := meta.KeyValue{Key: keys.Segment(1, 2), Value: data}
+		checkDecoder(t, &used, 1, kv)
 		s, err := DecodeSegment(1, kv)
 		if err != nil {
 			return
@@ -295,22 +403,32 @@ func TestDamagedColumns(t *testing.T) {
 	}
 	s.Files = s.Files[:500]
 	data = record.Encode(encodeSegment(1, &s, "op"))
+	var used Decoder
 	rapid.Check(t, func(t *rapid.T) { // any bytes
 		damaged := slices.Clone(data)
 		for range rapid.IntRange(1, 3).Draw(t, "bytes") {
 			damaged[rapid.IntRange(0, len(data)-1).Draw(t, "at")] = rapid.Byte().Draw(t, "byte")
 		}
-		_, _ = DecodeSegment(1, meta.KeyValue{Key: keys.Segment(1, 2), Value: damaged})
+		checkDecoder(t, &used, 1, meta.KeyValue{Key: keys.Segment(1, 2), Value: damaged})
 	})
 }
 
 func BenchmarkDecodeSegment(b *testing.B) {
+	benchmarkDecode(b, DecodeSegment)
+}
+
+// BenchmarkDecoder is one decoder for all records.
+func BenchmarkDecoder(b *testing.B) {
+	benchmarkDecode(b, new(Decoder).Decode)
+}
+
+func benchmarkDecode(b *testing.B, decode func(int64, meta.KeyValue) (segment.Segment, error)) {
 	s := makeSegment(1, 450_000_000_000_001_000, 12)
 	kv := segmentKV(1, s.ID, encodeSegment(1, &s, strings.Repeat("a", 24)))
 	b.ReportAllocs()
 	b.ReportMetric(float64(len(kv.Value)), "bytes/record")
 	for b.Loop() {
-		if _, err := DecodeSegment(1, kv); err != nil {
+		if _, err := decode(1, kv); err != nil {
 			b.Fatal(err)
 		}
 	}

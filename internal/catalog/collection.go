@@ -80,6 +80,9 @@ func (c *Catalog) active(ctx context.Context, ref *Ref) (Collection, meta.Cond, 
 }
 
 func (c *Collection) checkActive() error {
+	if c.State == Restoring {
+		return fmt.Errorf("%w: %s is %v by job %d until that has ended", ErrCollectionNotActive, c, c.State, c.Job)
+	}
 	if c.State != Active {
 		return fmt.Errorf("%w: %s is %v", ErrCollectionNotActive, c, c.State)
 	}
@@ -342,7 +345,7 @@ func (c *Catalog) DropCollection(ctx context.Context, tok request.Token, ref Ref
 		case Dropping:
 			return plan{id: col.ID}, nil
 		case Restoring:
-			return plan{}, fmt.Errorf("%w: %s is being restored; cancel the restore instead", ErrCollectionNotActive, &col)
+			return plan{}, fmt.Errorf("%w: %s is being restored; cancel job %d instead", ErrCollectionNotActive, &col, col.Job)
 		case Active:
 		}
 		op, err := c.newOp()
@@ -350,7 +353,7 @@ func (c *Catalog) DropCollection(ctx context.Context, tok request.Token, ref Ref
 			return plan{}, err
 		}
 		unchanged := meta.Unchanged(keys.Collection(col.ID), col.Revision)
-		col.State = Dropping
+		col.State, col.DropTime = Dropping, c.now()
 		return plan{
 			txn: meta.Txn{
 				If: []meta.Cond{unchanged},

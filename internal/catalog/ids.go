@@ -121,6 +121,16 @@ func (c *Catalog) AllocateIDs(ctx context.Context, tok request.Token, count int6
 	if count < 1 || count > MaxAllocate {
 		return IDRange{}, invalid("count", "%d is not 1 to %d", count, MaxAllocate)
 	}
+	return c.allocate(ctx, tok, count)
+}
+
+// AllocateRange is [Catalog.AllocateIDs] for snapshotd's own use, with as many
+// ids as a snapshot may have.
+func (c *Catalog) AllocateRange(ctx context.Context, count int64) (IDRange, error) {
+	return c.allocate(ctx, request.Token{}, count)
+}
+
+func (c *Catalog) allocate(ctx context.Context, tok request.Token, count int64) (IDRange, error) {
 	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
 		rec, unchanged, err := c.ids.read(ctx)
 		if err != nil {

@@ -123,7 +123,9 @@ type Collection struct {
 	Properties  map[string]string
 	Attributes  map[string]string
 	CreateTime  time.Time
-	Revision    int64 // changes with every change of the record, and when a partition or index is dropped
+	Job         int64     // the restore job that makes it, while it is Restoring
+	DropTime    time.Time // zero: it was not dropped
+	Revision    int64     // changes with every change of the record, and when a partition or index is dropped
 }
 
 // Shards is the number of channels, the implicit one counted.
@@ -247,6 +249,10 @@ func encodeCollection(c *Collection, op string) *storagev1.Collection {
 		CreateTime:       c.CreateTime.UnixNano(),
 		Op:               op,
 		Catalog:          1,
+		JobId:            c.Job,
+	}
+	if !c.DropTime.IsZero() {
+		rec.DropTime = c.DropTime.UnixNano()
 	}
 	for _, r := range c.Roots {
 		rec.Roots = append(rec.Roots, &storagev1.Root{Store: r.Store, Prefix: r.Prefix})
@@ -283,6 +289,8 @@ func collectionOf(id int64, rec *storagev1.Collection, revision int64) Collectio
 		Properties:  rec.GetProperties(),
 		Attributes:  rec.GetAttributes(),
 		CreateTime:  unixTime(rec.GetCreateTime()),
+		Job:         rec.GetJobId(),
+		DropTime:    unixTime(rec.GetDropTime()),
 		Revision:    revision,
 	}
 	for _, r := range rec.GetRoots() {

@@ -34,9 +34,8 @@ func isNotFound(err error) bool { return errors.Is(err, ErrCollectionNotFound) }
 // which it returns. A compacted revision is meta.ErrCompacted. The batch is fn's
 // until it returns, its segments for good.
 func (c *Catalog) ScanSegments(ctx context.Context, collection, revision int64, fn func([]segment.Segment) error) (int64, error) {
-	from, to := meta.Prefix(keys.SegmentPrefix(collection))
 	var batch []segment.Segment
-	return c.kv.Scan(ctx, from, to, revision, func(kvs []meta.KeyValue) error {
+	return c.ScanRecords(ctx, collection, revision, func(kvs []meta.KeyValue) error {
 		batch = slices.Grow(batch[:0], len(kvs))
 		for _, kv := range kvs {
 			s, err := DecodeSegment(collection, kv)
@@ -47,6 +46,13 @@ func (c *Catalog) ScanSegments(ctx context.Context, collection, revision int64, 
 		}
 		return fn(batch)
 	})
+}
+
+// ScanRecords is [Catalog.ScanSegments] for one who decodes the records with a
+// [Decoder], elsewhere or later. The batch is fn's for good.
+func (c *Catalog) ScanRecords(ctx context.Context, collection, revision int64, fn func([]meta.KeyValue) error) (int64, error) {
+	from, to := meta.Prefix(keys.SegmentPrefix(collection))
+	return c.kv.Scan(ctx, from, to, revision, fn)
 }
 
 // CountSegments returns how many segments of a collection are not dropped.
@@ -65,13 +71,20 @@ func (c *Catalog) Segment(ctx context.Context, ref Ref, id int64) (segment.Segme
 	if err != nil {
 		return segment.Segment{}, 0, err
 	}
-	kv, found, _, err := c.kv.Get(ctx, keys.Segment(collection, id))
+	res, err := c.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Get(keys.Collection(collection)), meta.Get(keys.Segment(collection, id))}})
 	if err != nil {
 		return segment.Segment{}, 0, fmt.Errorf("read segment %d of %s: %w", id, ref, err)
 	}
-	if !found {
+	for _, kv := range res.Ranges[0] {
+		// What a restore makes is nobody's business until it is published.
+		if col, err := DecodeCollection(kv); err != nil || col.State == Restoring {
+			return segment.Segment{}, 0, errors.Join(err, col.checkActive())
+		}
+	}
+	if len(res.Ranges[1]) == 0 {
 		return segment.Segment{}, 0, fmt.Errorf("%w: %d of collection %s", ErrSegmentNotFound, id, ref)
 	}
+	kv := res.Ranges[1][0]
 	s, err := DecodeSegment(collection, kv)
 	return s, kv.ModRevision, err
 }
@@ -303,6 +316,7 @@ func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []
 	r := rules{view}
 	seen := make(map[int64]bool, len(segments))
 	var ids []int64
+	var claims []claim
 	for i := range segments {
 		e := entry{field: fmt.Sprintf("segments[%d]", i), segment: &segments[i], key: keys.Segment(collection, segments[i].ID)}
 		if err := r.segment(e.field, e.segment, nil); err != nil {
@@ -313,6 +327,7 @@ func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []
 		}
 		seen[e.segment.ID] = true
 		ids = newIDs(ids, e.segment)
+		claims = claimsOf(claims, e.field, e.segment)
 		e.value = record.Encode(encodeSegment(collection, e.segment, op))
 		if len(e.value) > MaxSegmentBytes {
 			return 0, 0, fmt.Errorf("%w: segment %d takes %d bytes, at most %d; give it fewer files",
@@ -324,6 +339,9 @@ func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []
 		return 0, 0, err
 	}
 	if err := c.checkHandedOut(ctx, "segment or index build", ids...); err != nil {
+		return 0, 0, err
+	}
+	if err := c.checkClaims(ctx, collection, claims); err != nil {
 		return 0, 0, err
 	}
 	batches := split(entries, batchSegments, func(e entry) int { return len(e.value) })

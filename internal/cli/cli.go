@@ -184,7 +184,7 @@ func (a *app) root() *cobra.Command {
 		}
 		return nil
 	}
-	root.AddCommand(a.snapshotCommand(), a.catalogCommand(), a.eventsCommand(), a.storeCommand(), a.debugCommand(), a.infoCommand(), a.versionCommand())
+	root.AddCommand(a.snapshotCommand(), a.pinCommand(), a.restoreCommand(), a.explainCommand(), a.reclaimCommand(), a.catalogCommand(), a.eventsCommand(), a.storeCommand(), a.debugCommand(), a.infoCommand(), a.versionCommand())
 	return root
 }
 

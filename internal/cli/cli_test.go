@@ -37,6 +37,7 @@ type server struct {
 	snapshotdv1.UnimplementedSnapshotServiceServer
 	snapshotdv1.UnimplementedCatalogServiceServer
 	snapshotdv1.UnimplementedEventServiceServer
+	snapshotdv1.UnimplementedReclaimServiceServer
 	snapshotdv1.UnimplementedAdminServiceServer
 
 	// answers to each method, messages or errors; the last one stays.
@@ -79,6 +80,7 @@ func (s *server) start(t *testing.T) string {
 	snapshotdv1.RegisterSnapshotServiceServer(g, s)
 	snapshotdv1.RegisterCatalogServiceServer(g, s)
 	snapshotdv1.RegisterEventServiceServer(g, s)
+	snapshotdv1.RegisterReclaimServiceServer(g, s)
 	snapshotdv1.RegisterAdminServiceServer(g, s)
 	var config net.ListenConfig
 	l, err := config.Listen(t.Context(), "tcp", "127.0.0.1:0")
@@ -192,6 +194,13 @@ func snapshot() *snapshotdv1.Snapshot {
 		CatalogRevision: 900,
 		Totals:          &snapshotdv1.Totals{Segments: 3, Rows: 1000, Files: 12, Bytes: 5 << 20, Builds: 2, StraddlingSegments: 1},
 		Revision:        901, ManifestBytes: 2048,
+	}
+}
+
+func pin() *snapshotdv1.Pin {
+	return &snapshotdv1.Pin{
+		Id: 65, SnapshotId: 42, Owner: "backup-job", Reason: "nightly export", Ttl: durationpb.New(90 * time.Minute),
+		CreateTime: timestamppb.New(now), ExpireTime: timestamppb.New(now.Add(90 * time.Minute)),
 	}
 }
 
@@ -468,6 +477,80 @@ snapshots:
 			"\nthere was no such snapshot\n",
 		},
 		{
+			"pin",
+			map[string][]any{"PinSnapshot": {&snapshotdv1.PinSnapshotResponse{Pin: pin()}}},
+			"pin create nightly --owner backup-job --ttl 90m",
+			`
+SNAPSHOT  PIN  OWNER       REASON          TTL      CREATED               EXPIRES
+#42       65   backup-job  nightly export  1h30m0s  2026-03-01T12:00:00Z  2026-03-01T13:30:00Z
+to renew: snapshotctl pin renew '#42' 65
+to undo: snapshotctl pin remove '#42' 65
+`,
+		},
+		{
+			"pin without a ttl",
+			map[string][]any{"PinSnapshot": {&snapshotdv1.PinSnapshotResponse{Pin: &snapshotdv1.Pin{Id: 66, SnapshotId: 42, Owner: "a\x1bb"}}}},
+			"pin create --id 42 --owner a",
+			`
+SNAPSHOT  PIN  OWNER     REASON  TTL  CREATED  EXPIRES
+#42       66   "a\x1bb"  -       -    -        never
+to undo: snapshotctl pin remove '#42' 66
+`,
+		},
+		{
+			"pin as JSON",
+			map[string][]any{"RenewPin": {&snapshotdv1.RenewPinResponse{Pin: pin()}}},
+			"pin renew nightly 65 -o json",
+			`
+{
+  "pin": {
+    "id": "65",
+    "snapshotId": "42",
+    "owner": "backup-job",
+    "reason": "nightly export",
+    "ttl": "5400s",
+    "createTime": "2026-03-01T12:00:00Z",
+    "expireTime": "2026-03-01T13:30:00Z"
+  }
+}
+`,
+		},
+		{
+			"pin removed",
+			map[string][]any{"UnpinSnapshot": {&snapshotdv1.UnpinSnapshotResponse{}}},
+			"pin remove nightly 65",
+			"\npin 65 does not keep snapshot nightly any more\n",
+		},
+		{
+			"pin removed, as YAML",
+			map[string][]any{"UnpinSnapshot": {&snapshotdv1.UnpinSnapshotResponse{}}},
+			"pin unpin nightly 65 -o yaml",
+			"\n{}\n",
+		},
+		{
+			"pins",
+			map[string][]any{"ListPins": {
+				&snapshotdv1.ListPinsResponse{Pins: []*snapshotdv1.Pin{pin()}, NextPageToken: "2"},
+				&snapshotdv1.ListPinsResponse{Pins: []*snapshotdv1.Pin{{Id: 66, SnapshotId: 43, Owner: "o", CreateTime: timestamppb.New(now)}}},
+			}},
+			"pin list",
+			`
+SNAPSHOT  PIN  OWNER       REASON          TTL      CREATED               EXPIRES
+#42       65   backup-job  nightly export  1h30m0s  2026-03-01T12:00:00Z  2026-03-01T13:30:00Z
+#43       66   o           -               -        2026-03-01T12:00:00Z  never
+`,
+		},
+		{
+			"pins as YAML",
+			map[string][]any{"ListPins": {&snapshotdv1.ListPinsResponse{Pins: []*snapshotdv1.Pin{{Id: 66, SnapshotId: 43}}}}},
+			"pin list nightly -o yaml",
+			`
+pins:
+- id: "66"
+  snapshotId: "43"
+`,
+		},
+		{
 			"collections",
 			map[string][]any{"ListCollections": {&snapshotdv1.ListCollectionsResponse{Collections: []*snapshotdv1.Collection{collection()}}}},
 			"catalog collections",
@@ -684,6 +767,20 @@ func TestRequests(t *testing.T) {
 		},
 		{[]string{"snapshot", "drop", "nightly", "--expected-id", "42"}, &snapshotdv1.DropSnapshotRequest{Snapshot: named("nightly"), ExpectedId: 42}},
 		{
+			[]string{"pin", "create", "nightly", "--collection", "prod/docs", "--owner", "o", "--reason", "r", "--ttl", "7d"},
+			&snapshotdv1.PinSnapshotRequest{Snapshot: inDocs, Owner: "o", Reason: "r", Ttl: durationpb.New(7 * 24 * time.Hour)},
+		},
+		{[]string{"pin", "create", "#42", "--owner", "o"}, &snapshotdv1.PinSnapshotRequest{Snapshot: id42, Owner: "o"}},
+		{[]string{"pin", "renew", "nightly", "65"}, &snapshotdv1.RenewPinRequest{Snapshot: named("nightly"), PinId: 65}},
+		{
+			[]string{"pin", "renew", "--id", "42", "65", "--ttl", "1m"},
+			&snapshotdv1.RenewPinRequest{Snapshot: id42, PinId: 65, Ttl: durationpb.New(time.Minute)},
+		},
+		{[]string{"pin", "remove", "42", "65"}, &snapshotdv1.UnpinSnapshotRequest{Snapshot: named("42"), PinId: 65}},
+		{[]string{"pin", "delete", "--id", "42", "65"}, &snapshotdv1.UnpinSnapshotRequest{Snapshot: id42, PinId: 65}},
+		{[]string{"pin", "list", "--limit", "5"}, &snapshotdv1.ListPinsRequest{PageSize: 5}},
+		{[]string{"pin", "list", "--id", "42"}, &snapshotdv1.ListPinsRequest{Snapshot: id42, PageSize: 1000}},
+		{
 			[]string{"catalog", "allocate-ids", "10", "--reserve", "100"},
 			&snapshotdv1.AllocateIdsRequest{Want: &snapshotdv1.AllocateIdsRequest_Reserve{Reserve: &snapshotdv1.IdRange{First: 100, Count: 10}}},
 		},
@@ -695,7 +792,9 @@ func TestRequests(t *testing.T) {
 				"GetSnapshot": {&snapshotdv1.GetSnapshotResponse{}}, "CreateSnapshot": {&snapshotdv1.CreateSnapshotResponse{}},
 				"UpdateSnapshot": {&snapshotdv1.UpdateSnapshotResponse{}}, "ListSnapshots": {&snapshotdv1.ListSnapshotsResponse{}},
 				"DropSnapshot": {&snapshotdv1.DropSnapshotResponse{}}, "AllocateIds": {&snapshotdv1.AllocateIdsResponse{}},
-				"DropSegments": {&snapshotdv1.DropSegmentsResponse{}},
+				"DropSegments": {&snapshotdv1.DropSegmentsResponse{}}, "PinSnapshot": {&snapshotdv1.PinSnapshotResponse{}},
+				"RenewPin": {&snapshotdv1.RenewPinResponse{}}, "UnpinSnapshot": {&snapshotdv1.UnpinSnapshotResponse{}},
+				"ListPins": {&snapshotdv1.ListPinsResponse{}},
 			}}
 			if got := run(t, s, "", tc.args...); got.code != 0 {
 				t.Fatal(got.errOut)
@@ -792,6 +891,45 @@ func TestErrors(t *testing.T) {
 			result{code: 5, errOut: "error: no\nreason: COLLECTION_NOT_ACTIVE\nhint: see its state with `snapshotctl catalog get '#7'`\n"},
 		},
 		{
+			"pinned", answer(t, codes.FailedPrecondition, "SNAPSHOT_PINNED", "pinned by 65 (a)"),
+			"snapshot drop x",
+			result{code: 5, errOut: "error: pinned by 65 (a)\nreason: SNAPSHOT_PINNED\nhint: see who keeps it with `snapshotctl pin list x`; remove a pin that nobody needs with `snapshotctl pin remove x PIN_ID`\n"},
+		},
+		{
+			"no such pin", answer(t, codes.NotFound, "PIN_NOT_FOUND", "gone"),
+			"pin renew x 65",
+			result{code: 3, errOut: "error: gone\nreason: PIN_NOT_FOUND\nhint: see which there are with `snapshotctl pin list x`, and whether the snapshot is still there with `snapshotctl snapshot get x`\n"},
+		},
+		{
+			"too many pins", answer(t, codes.FailedPrecondition, "LIMIT_EXCEEDED", "1000 pins"),
+			"pin create #42 --owner o",
+			result{code: 5, errOut: "error: 1000 pins\nreason: LIMIT_EXCEEDED\nhint: see its pins with `snapshotctl pin list '#42'`, and remove those that nobody needs\n"},
+		},
+		{
+			"a pin without an owner", nil, "pin create x",
+			result{code: 2, errOut: "error: --owner is missing: who keeps the snapshot? Others see it when they want to drop it\nhint: see `snapshotctl pin create --help`\n"},
+		},
+		{
+			"a pin for too long", nil, "pin create x --owner o --ttl 31d",
+			result{code: 2, errOut: "error: --ttl \"31d\": write a time span such as 10m or 7d, 1s to 30d; leave it out for a pin that lasts until it is removed\nhint: see `snapshotctl pin create --help`\n"},
+		},
+		{
+			"a pin for too short", nil, "pin renew x 65 --ttl 500ms",
+			result{code: 2, errOut: "error: --ttl \"500ms\": write a time span such as 10m or 7d, 1s to 30d; leave it out for as long as before\nhint: see `snapshotctl pin renew --help`\n"},
+		},
+		{
+			"a pin without its id", nil, "pin remove x",
+			result{code: 2, errOut: "error: PIN_ID is missing\nhint: see `snapshotctl pin remove --help`\n"},
+		},
+		{
+			"a pin's id that is none", nil, "pin remove x y",
+			result{code: 2, errOut: "error: \"y\" is no id: ids are positive numbers\nhint: see `snapshotctl pin remove --help`\n"},
+		},
+		{
+			"pins of a snapshot without its name", nil, "pin list --collection docs",
+			result{code: 2, errOut: "error: SNAPSHOT is missing: --collection only says whose it is\nhint: see `snapshotctl pin list --help`\n"},
+		},
+		{
 			"aborted", answer(t, codes.Aborted, "CREATE_ABORTED", "no"),
 			"snapshot create x --collection docs",
 			result{code: 7, errOut: "error: no\nreason: CREATE_ABORTED\nhint: run the command again, without --request-token or with a new one\n"},
@@ -846,7 +984,7 @@ func TestErrors(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			s := &server{answers: map[string][]any{}}
-			for _, m := range []string{"GetSnapshot", "CreateSnapshot", "GetServerInfo", "WatchEvents xx"} {
+			for _, m := range []string{"GetSnapshot", "CreateSnapshot", "DropSnapshot", "PinSnapshot", "RenewPin", "GetServerInfo", "WatchEvents xx"} {
 				if tc.err != nil {
 					s.answers[m] = []any{tc.err}
 				}
@@ -1052,8 +1190,20 @@ func TestEvents(t *testing.T) {
 	gone := &snapshotdv1.WatchEventsResponse{ResumeToken: "c", Revision: 8, Event: &snapshotdv1.WatchEventsResponse_Collection{
 		Collection: &snapshotdv1.CollectionEvent{Type: snapshotdv1.ChangeType_CHANGE_TYPE_DELETED, Collection: &snapshotdv1.Collection{Id: 7}},
 	}}
+	pinned := func(token string, change snapshotdv1.ChangeType, p *snapshotdv1.Pin, expired bool) *snapshotdv1.WatchEventsResponse {
+		return &snapshotdv1.WatchEventsResponse{ResumeToken: token, Revision: 10, Event: &snapshotdv1.WatchEventsResponse_Pin{
+			Pin: &snapshotdv1.PinEvent{Type: change, Pin: p, Expired: expired},
+		}}
+	}
+	gonePin := &snapshotdv1.Pin{Id: 65, SnapshotId: 42}
 	answers := func() map[string][]any {
 		return map[string][]any{
+			"WatchEvents p": {
+				pinned("q", snapshotdv1.ChangeType_CHANGE_TYPE_CREATED, pin(), false),
+				pinned("r", snapshotdv1.ChangeType_CHANGE_TYPE_UPDATED, &snapshotdv1.Pin{Id: 65, SnapshotId: 42, Owner: "o", Reason: "a\nb"}, false),
+				pinned("s", snapshotdv1.ChangeType_CHANGE_TYPE_DELETED, gonePin, false),
+				pinned("t", snapshotdv1.ChangeType_CHANGE_TYPE_DELETED, gonePin, true), bookmark("u", 11),
+			},
 			"WatchEvents ":  {bookmark("z", 9)},
 			"WatchEvents a": {bookmark("a", 6), happened, status.Error(codes.Unavailable, "restart")},
 			"WatchEvents b": {gone, bookmark("d", 9), happened},
@@ -1070,6 +1220,16 @@ func TestEvents(t *testing.T) {
 				out: "7           updated  snapshot    42            COMMITTED  nightly of default/docs\n" +
 					"8           deleted  collection  7             -          -\n",
 				errOut: "to resume: snapshotctl events --resume-token d\n",
+			},
+		},
+		{
+			"of pins", "events --resume-token p",
+			result{
+				out: "10          created  pin         65            -          backup-job on snapshot #42: nightly export\n" +
+					"10          updated  pin         65            -          o \"on snapshot #42: a\\nb\"\n" +
+					"10          deleted  pin         65            REMOVED    - on snapshot #42\n" +
+					"10          deleted  pin         65            EXPIRED    - on snapshot #42\n",
+				errOut: "to resume: snapshotctl events --resume-token u\n",
 			},
 		},
 		{

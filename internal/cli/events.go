@@ -23,10 +23,10 @@ func (a *app) eventsCommand() *cobra.Command {
 	)
 	cmd := &cobra.Command{
 		Use:   "events",
-		Short: "Shows what happens to collections and snapshots",
-		Long: `Shows what happens to collections and snapshots, one line per event: revision,
-kind of change, thing, id, state and name. With -o json it is one object per
-line, bookmarks included, each with the token that resumes after it.
+		Short: "Shows what happens to collections, snapshots and pins",
+		Long: `Shows what happens to collections, snapshots and pins, one line per event:
+revision, kind of change, thing, id, state and name. With -o json it is one
+object per line, bookmarks included, each with the token that resumes after it.
 
 Without -f it prints what happened between --resume-token and now, and exits.
 With -f it goes on until it is interrupted, through restarts of the server. At
@@ -38,7 +38,7 @@ the end it says on standard error how to resume.`,
 	}
 	f := cmd.Flags()
 	f.BoolVarP(&follow, "follow", "f", false, "go on until interrupted")
-	f.StringVar(&collection, "collection", "", "only of this `collection` and its snapshots")
+	f.StringVar(&collection, "collection", "", "only of this `collection` and its snapshots, and of all pins")
 	f.StringVar(&req.ResumeToken, "resume-token", "", "go on after the event with this `token` (default from now on)")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
 		if collection != "" {
@@ -151,6 +151,16 @@ func eventLine(m *snapshotdv1.WatchEventsResponse) string {
 		if s.GetCollection().GetId() != 0 {
 			why = strings.TrimSuffix("of "+origin(s.GetCollection())+": "+why, ": ")
 		}
+	case *snapshotdv1.WatchEventsResponse_Pin:
+		p := e.Pin.GetPin()
+		change, thing, id, state = e.Pin.GetType(), "pin", p.GetId(), "-"
+		if change == snapshotdv1.ChangeType_CHANGE_TYPE_DELETED {
+			state = "REMOVED"
+			if e.Pin.GetExpired() {
+				state = "EXPIRED"
+			}
+		}
+		name, why = p.GetOwner(), strings.TrimSuffix(fmt.Sprintf("on snapshot #%d: %s", p.GetSnapshotId(), p.GetReason()), ": ")
 	default:
 		return ""
 	}

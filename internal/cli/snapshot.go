@@ -280,8 +280,9 @@ func (a *app) snapshotDescribe() *cobra.Command {
 		Use:   "describe SNAPSHOT",
 		Short: "Shows what a snapshot captured",
 		Long: `Shows what a snapshot captured, but for its segments: the cut of each channel,
-schema, partitions and indexes, and the snapshot's own files. SNAPSHOT is a
-name, be it one of digits; an id is given as '#42' or with --id 42.`,
+schema, partitions and indexes, and the snapshot's own files; and what it keeps:
+how many files, and how many of them nothing else needs. SNAPSHOT is a name, be
+it one of digits; an id is given as '#42' or with --id 42.`,
 		Example: `  snapshotctl snapshot describe nightly
   snapshotctl snapshot describe '#42' -o yaml`,
 	}
@@ -295,7 +296,15 @@ name, be it one of digits; an id is given as '#42' or with --id 42.`,
 		if err != nil {
 			return err
 		}
-		resp, err := unary(ctx, a, c.Snapshots.DescribeSnapshot, &snapshotdv1.DescribeSnapshotRequest{Snapshot: ref})
+		req := &snapshotdv1.DescribeSnapshotRequest{Snapshot: ref, IncludeUsage: true}
+		resp, err := unary(ctx, a, c.Snapshots.DescribeSnapshot, req)
+		unknown := ""
+		switch client.Reason(err) { // the rest can be shown without
+		case "REFERENCES_LOADING", "REFERENCES_UNREADABLE":
+			unknown, _ = describe(err)
+			req.IncludeUsage = false
+			resp, err = unary(ctx, a, c.Snapshots.DescribeSnapshot, req)
+		}
 		if err != nil {
 			return err
 		}
@@ -303,14 +312,14 @@ name, be it one of digits; an id is given as '#42' or with --id 42.`,
 		if of.collection != "" {
 			undo += " --collection " + word(of.collection, "")
 		}
-		return a.print(resp, func(w io.Writer) { renderDescription(w, resp, undo) })
+		return a.print(resp, func(w io.Writer) { renderDescription(w, resp, unknown, undo) })
 	})
 	return cmd
 }
 
-// renderDescription prints sections; undo is what `snapshot drop` takes to drop
-// this snapshot.
-func renderDescription(w io.Writer, r *snapshotdv1.DescribeSnapshotResponse, undo string) {
+// renderDescription prints sections; unknown is why there is no usage, and undo
+// what `snapshot drop` takes to drop this snapshot.
+func renderDescription(w io.Writer, r *snapshotdv1.DescribeSnapshotResponse, unknown, undo string) {
 	s, c := r.GetSnapshot(), r.GetCollection()
 	n := s.GetTotals()
 	expires := "never"
@@ -364,6 +373,14 @@ func renderDescription(w io.Writer, r *snapshotdv1.DescribeSnapshotResponse, und
 	_ = t.flush()
 
 	put(w, "\nprotects: %s, %s\n", count(n.GetFiles(), "file"), size(n.GetBytes()))
+	switch u := r.GetUsage(); {
+	case u.GetSharedFiles() > 0:
+		put(w, "kept by it alone: %s, %s; the others stay without it\n", count(u.GetExclusiveFiles(), "file"), size(u.GetExclusiveBytes()))
+	case u != nil:
+		put(w, "kept by it alone: %s, %s\n", count(u.GetExclusiveFiles(), "file"), size(u.GetExclusiveBytes()))
+	case unknown != "":
+		put(w, "kept by it alone: not known: %s\n", clean(unknown))
+	}
 	put(w, "to undo: snapshotctl snapshot drop %s\n", undo)
 }
 
@@ -670,18 +687,27 @@ it is; the labels that are given take the place of all that it has.`,
 }
 
 func (a *app) snapshotDrop() *cobra.Command {
-	var expected int64
+	var (
+		expected int64
+		dryRun   bool
+	)
 	cmd := &cobra.Command{
 		Use:   "drop SNAPSHOT",
 		Short: "Drops a snapshot",
 		Long: `Drops a snapshot. Its name is free at once, and it protects no file any more.
 Dropping one that does not exist is success. SNAPSHOT is a name, be it one of
-digits; an id is given as '#42' or with --id 42.`,
+digits; an id is given as '#42' or with --id 42.
+
+With --dry-run it only says what a drop would do and which files nothing would
+hold any more. They are deleted when their deletion is asked for and granted;
+see ` + "`snapshotctl reclaim`" + `.`,
 		Example: `  snapshotctl snapshot drop nightly
+  snapshotctl snapshot drop nightly --dry-run
   snapshotctl snapshot drop nightly --expected-id 42`,
 	}
 	of := choose(cmd)
 	cmd.Flags().Int64Var(&expected, "expected-id", 0, "refuse unless the name stands for the snapshot with this `id`")
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "only say what a drop would do, and what it would free")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
 		ref, err := a.ref(of, args)
 		if err != nil {
@@ -692,14 +718,35 @@ digits; an id is given as '#42' or with --id 42.`,
 			return err
 		}
 		resp, err := unary(ctx, a, c.Snapshots.DropSnapshot, &snapshotdv1.DropSnapshotRequest{
-			Snapshot: ref, ExpectedId: expected, RequestToken: client.NewRequestToken(),
+			Snapshot: ref, ExpectedId: expected, RequestToken: client.NewRequestToken(), DryRun: dryRun,
 		})
 		if err != nil {
 			return err
 		}
-		return a.print(resp, func(w io.Writer) { renderDropped(w, "snapshot", a.snapshot, resp.GetSnapshotId()) })
+		return a.print(resp, func(w io.Writer) {
+			if dryRun && resp.GetSnapshotId() != 0 {
+				renderDryRun(w, a.snapshot, resp)
+				return
+			}
+			renderDropped(w, "snapshot", a.snapshot, resp.GetSnapshotId())
+		})
 	})
 	return cmd
+}
+
+// renderDryRun says what a drop of the snapshot with this name would do.
+func renderDryRun(w io.Writer, name string, r *snapshotdv1.DropSnapshotResponse) {
+	u := r.GetUsage()
+	put(w, "dry run: snapshot %s", clean(name))
+	if !strings.HasPrefix(name, "#") {
+		put(w, " (id %d)", r.GetSnapshotId())
+	}
+	put(w, " could be dropped; nothing was\n")
+	put(w, "would free %s, %s\n", count(u.GetExclusiveFiles(), "file"), size(u.GetExclusiveBytes()))
+	if u.GetSharedFiles() > 0 {
+		put(w, "would leave %s, %s: the collection, another snapshot or a grant accounts for them, or they are not snapshotd's to delete\n",
+			count(u.GetSharedFiles(), "file"), size(u.GetSharedBytes()))
+	}
 }
 
 // renderDropped says what a drop of a thing with this name did; id 0 is that

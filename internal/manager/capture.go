@@ -3,8 +3,6 @@ package manager
 import (
 	"fmt"
 	"slices"
-	"strconv"
-	"strings"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/segment"
@@ -51,7 +49,8 @@ type captured struct {
 	straddles bool // whether there may be more on the other side of the cut
 }
 
-// capture returns what of s is in the snapshot. It does not change s. A segment
+// capture returns what of s is in the snapshot. It does not change s, whose lists
+// the result may share. A segment
 // with data on a channel without a checkpoint is ErrCheckpointMissing.
 func (c *cutter) capture(s segment.Segment) (captured, error) {
 	if s.State == segment.Importing || s.State == segment.Dropped {
@@ -60,7 +59,7 @@ func (c *cutter) capture(s segment.Segment) (captured, error) {
 	if s.Partition != 0 && !c.partitions[s.Partition] {
 		return captured{}, nil
 	}
-	if !slices.ContainsFunc(s.Files, holdsData) {
+	if !anyHoldsData(s.Files) {
 		return captured{}, nil
 	}
 	cut, ok := c.cuts[s.Channel]
@@ -74,8 +73,8 @@ func (c *cutter) capture(s segment.Segment) (captured, error) {
 		return captured{}, nil
 	}
 	got := captured{Segment: s, in: true}
-	got.Builds = without(s.Builds, func(b segment.Build) bool { return !c.indexes[b.Index] })
-	got.Files = without(s.Files, func(f segment.File) bool {
+	got.Builds = without(s.Builds, func(b *segment.Build) bool { return !c.indexes[b.Index] })
+	got.Files = without(s.Files, func(f *segment.File) bool {
 		switch {
 		case imported && f.Kind != segment.KindDelta:
 			return false
@@ -87,7 +86,7 @@ func (c *cutter) capture(s segment.Segment) (captured, error) {
 		got.straddles = got.straddles || straddles(&s, f, cut)
 		return false
 	})
-	if !slices.ContainsFunc(got.Files, holdsData) {
+	if !anyHoldsData(got.Files) {
 		return captured{}, nil
 	}
 	if got.straddles && (s.RowCeiling == 0 || s.RowCeiling > cut) {
@@ -98,29 +97,38 @@ func (c *cutter) capture(s segment.Segment) (captured, error) {
 
 // without returns list less what is to go, and list itself when nothing is. It
 // asks once for each element, and does not change list.
-func without[T any](list []T, goes func(T) bool) []T {
+func without[T any](list []T, goes func(*T) bool) []T {
 	kept, copied := list, false
-	for i, t := range list {
-		switch gone := goes(t); {
+	for i := range list {
+		switch gone := goes(&list[i]); {
 		case gone && !copied:
 			kept, copied = slices.Clone(list[:i]), true
 		case !gone && copied:
-			kept = append(kept, t)
+			kept = append(kept, list[i])
 		}
 	}
 	return kept
 }
 
-func holdsData(f segment.File) bool { return !segment.Derived(f.Kind) }
+func anyHoldsData(files []segment.File) bool {
+	for i := range files {
+		if holdsData(&files[i]) {
+			return true
+		}
+	}
+	return false
+}
+
+func holdsData(f *segment.File) bool { return !segment.Derived(f.Kind) }
 
 // ranged says whether the timestamps of the file's rows are known.
-func ranged(f segment.File) bool { return f.MinTimestamp != 0 || f.MaxTimestamp != 0 }
+func ranged(f *segment.File) bool { return f.MinTimestamp != 0 || f.MaxTimestamp != 0 }
 
 // straddles says whether f, of segment s, may hold rows or deletes at or after
 // the cut. Of a file that does not say, the segment's end position does; but that
 // is the end of its rows, which says nothing of deletes unless the segment has
 // nothing else. Without it there is no telling, and a row ceiling is never wrong.
-func straddles(s *segment.Segment, f segment.File, cut segment.Timestamp) bool {
+func straddles(s *segment.Segment, f *segment.File, cut segment.Timestamp) bool {
 	switch {
 	case cut == segment.MaxTimestamp: // no stream
 		return false
@@ -145,30 +153,21 @@ func addRefs(refs *manifest.Refs, roots []catalog.Root, s *segment.Segment) {
 	for b := range s.Builds {
 		refs.Builds = append(refs.Builds, s.Builds[b].ID)
 		for i := range s.Builds[b].Files {
-			addForeign(refs, roots, &s.Builds[b].Files[i], s.Builds[b].ID)
+			addForeign(refs, roots, &s.Builds[b].Files[i], s.Builds[b].ID, s.ID)
 		}
 	}
 }
 
-// addForeign adds a file whose key does not carry its unit's id, so that the
-// unit's reference does not cover it.
-func addForeign(refs *manifest.Refs, roots []catalog.Root, f *segment.File, unit int64) {
-	if !carries(f.Path, unit) {
-		root := roots[f.Root]
-		refs.Files = append(refs.Files, manifest.FileHash(root.Store, root.Prefix+f.Path))
-	}
-}
-
-// carries says whether one of the path's elements is the id.
-func carries(path string, id int64) bool {
-	var digits [20]byte
-	want := string(strconv.AppendInt(digits[:0], id, 10))
-	for element := range strings.SplitSeq(path, "/") {
-		if element == want {
-			return true
+// addForeign adds a file whose key carries none of the ids that it may go with,
+// so that their references do not cover it.
+func addForeign(refs *manifest.Refs, roots []catalog.Root, f *segment.File, units ...int64) {
+	for _, unit := range units {
+		if segment.Carries(f.Path, unit) {
+			return
 		}
 	}
-	return false
+	root := roots[f.Root]
+	refs.Files = append(refs.Files, manifest.FileHash(root.Store, root.Prefix+f.Path))
 }
 
 func sortRefs(refs *manifest.Refs) {

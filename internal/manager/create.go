@@ -27,14 +27,16 @@ import (
 
 // How a snapshot is written.
 const (
-	chunkSegments   = 2500     // in one manifest
-	chunkBytes      = 32 << 20 // estimate of what they take in memory
-	chunksInFlight  = 2        // manifests being written at once
-	captureAttempts = 3        // when the revision is compacted in mid-read
+	chunkSegments   = 2500    // records that make one manifest
+	chunkBytes      = 8 << 20 // of records that do, if these are fewer
+	chunksInFlight  = 2       // manifests being written at once
+	advanceSegments = 64      // after which a create has come a step further
+	captureAttempts = 3       // when the revision is compacted in mid-read
 	// when the metadata store does not answer, with pauses that grow
 	unansweredAttempts = 5
 	putAttempts        = 5  // of one object
-	verifyInFlight     = 16 // files looked at, at once
+	verifyInFlight     = 16 // files looked at, at once, for each manifest
+	maxStraddling      = 10 // segments that an error names
 )
 
 // creation is a create from its hand-over to Run until its end.
@@ -362,9 +364,9 @@ func (m *Manager) create(ctx context.Context, c *creation) {
 	}
 }
 
-// segmentMemory is what a create is reckoned to hold of one segment, in bytes:
-// decoded, of a dozen files.
-const segmentMemory = 4 << 10
+// segmentMemory is what a create is reckoned to hold of one segment of a dozen
+// files, in bytes: its record, or its part of a manifest.
+const segmentMemory = 2 << 10
 
 // reserve waits until there is memory for the create. It comes before begin, for
 // a create that waits does not advance.
@@ -555,10 +557,10 @@ func (m *Manager) captureAndWrite(ctx context.Context, c *creation, lease *creat
 		if err == nil {
 			w := &snapshotWriter{
 				m: m, spec: &c.spec, snap: c.snap, view: &view, cutter: newCutter(&view), lease: lease, first: used,
-				refs: &manifest.Refs{}, room: int(min(c.segments, chunkSegments)),
+				room: int(min(c.segments, chunkSegments)),
 			}
 			next, err = w.run(ctx)
-			used += w.chunks
+			used += len(w.chunks)
 		}
 		switch {
 		case err == nil:
@@ -577,8 +579,10 @@ func (m *Manager) captureAndWrite(ctx context.Context, c *creation, lease *creat
 	}
 }
 
-// snapshotWriter writes one capture. Only run's goroutine touches it, but for
-// files, whose elements are each written by one other.
+// snapshotWriter writes one capture. One goroutine reads the records of segments
+// and deals them out in chunks; one for each chunk makes a manifest of it. That
+// decodes, captures and encodes one segment after another, so that no more than
+// the records and the manifests are ever held.
 type snapshotWriter struct {
 	m      *Manager
 	spec   *CreateSpec
@@ -587,43 +591,53 @@ type snapshotWriter struct {
 	cutter *cutter
 	lease  *createLease
 
-	first      int // number of the first manifest
-	chunks     int // manifests begun
-	chunk      []segment.Segment
-	room       int // segments to make room for in a chunk
-	chunkSize  int
+	first  int // number of the first chunk
+	room   int // records to make room for in a chunk
+	chunks []*chunk
+
+	// What the chunks come to.
 	totals     segment.Totals
-	refs       *manifest.Refs
-	refsFile   manifest.RefsFile
 	straddling []int64 // the first few
-	files      []*manifest.ManifestFile
+	refsFile   manifest.RefsFile
+	refs       *manifest.Refs // in that file
+}
+
+// chunk is some segments, in the order of their ids.
+type chunk struct {
+	number  int // of the manifest
+	records []meta.KeyValue
+
+	// What is captured of them. Its goroutine sets it before it closes encoded,
+	// which it does unless it fails.
+	totals     segment.Totals
+	straddling []int64 // the first few
+	refs       manifest.Refs
+	digest     manifest.Digest
+	encoded    chan struct{}
+}
+
+// add counts what is captured of a segment.
+func (c *chunk) add(roots []catalog.Root, got *captured) {
+	c.totals.Add(&got.Segment)
+	addRefs(&c.refs, roots, &got.Segment)
+	if got.straddles {
+		if c.totals.Straddling++; len(c.straddling) < maxStraddling {
+			c.straddling = append(c.straddling, got.ID)
+		}
+	}
 }
 
 func (w *snapshotWriter) run(ctx context.Context) (*Snapshot, error) {
 	group, groupCtx := errgroup.WithContext(ctx)
-	group.SetLimit(1 + chunksInFlight) // the reader, and those who write
-	batches := make(chan []segment.Segment, 1)
-	whole := false // may be read once batches is closed
+	group.SetLimit(1 + chunksInFlight)
 	group.Go(func() error {
-		defer close(batches)
-		_, err := w.m.catalog.ScanSegments(groupCtx, w.snap.Collection, w.view.Revision, func(batch []segment.Segment) error {
-			select {
-			case <-groupCtx.Done():
-				return groupCtx.Err()
-			case batches <- slices.Clone(batch): // the reader uses batch again
-				return nil
-			}
-		})
-		whole = err == nil
-		return err
+		// When not all is read the capture starts over, and needs the key of the
+		// references.
+		if err := w.readAll(groupCtx, group); err != nil {
+			return err
+		}
+		return w.writeRefs(groupCtx)
 	})
-	switch err := w.takeAll(groupCtx, group, batches); {
-	case err != nil:
-		group.Go(func() error { return err }) // which ends the others
-	case whole: // else the capture starts over, and needs the key of the references
-		w.flush(groupCtx, group)
-		group.Go(func() error { return w.writeRefs(groupCtx) })
-	}
 	if err := group.Wait(); err != nil {
 		return nil, err
 	}
@@ -634,95 +648,133 @@ func (w *snapshotWriter) run(ctx context.Context) (*Snapshot, error) {
 	return w.finish(ctx)
 }
 
-// takeAll captures what the reader hands over.
-func (w *snapshotWriter) takeAll(ctx context.Context, group *errgroup.Group, batches <-chan []segment.Segment) error {
-	for batch := range batches {
-		for i := range batch {
-			got, err := w.cutter.capture(batch[i])
-			if err != nil {
-				return err
+// readAll reads the records, and has each chunk of them written once it is full.
+// It waits while chunksInFlight are being written.
+func (w *snapshotWriter) readAll(ctx context.Context, group *errgroup.Group) error {
+	var records []meta.KeyValue
+	size := 0
+	flush := func() {
+		c := &chunk{number: w.first + len(w.chunks), records: records, encoded: make(chan struct{})}
+		w.chunks = append(w.chunks, c)
+		records, size = nil, 0
+		group.Go(func() error { return w.write(ctx, c) })
+	}
+	_, err := w.m.catalog.ScanRecords(ctx, w.snap.Collection, w.view.Revision, func(batch []meta.KeyValue) error {
+		for _, kv := range batch {
+			if records == nil {
+				records = make([]meta.KeyValue, 0, w.room)
 			}
-			if got.in {
-				w.take(ctx, group, got)
-			}
-		}
-		if err := w.lease.advance(ctx); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// take adds a segment to the chunk, and begins to write that when it is full.
-// It waits while chunksInFlight of them are being written.
-func (w *snapshotWriter) take(ctx context.Context, group *errgroup.Group, got captured) {
-	s := &got.Segment
-	w.totals.Add(s)
-	addRefs(w.refs, w.view.Collection.Roots, s)
-	if got.straddles {
-		if w.totals.Straddling++; len(w.straddling) < 10 {
-			w.straddling = append(w.straddling, s.ID)
-		}
-	}
-	if w.chunk == nil {
-		w.chunk = make([]segment.Segment, 0, w.room)
-	}
-	w.chunk = append(w.chunk, *s)
-	w.chunkSize += memorySize(s)
-	if len(w.chunk) == chunkSegments || w.chunkSize >= chunkBytes {
-		w.flush(ctx, group)
-	}
-}
-
-// memorySize estimates what a segment takes in memory, in bytes.
-func memorySize(s *segment.Segment) int {
-	size := 300 + len(s.EngineData)
-	for f := range s.AllFiles() {
-		size += 200 + len(f.Path)
-	}
-	return size
-}
-
-func (w *snapshotWriter) flush(ctx context.Context, group *errgroup.Group) {
-	if len(w.chunk) == 0 {
-		return
-	}
-	chunk, n := w.chunk, w.first+w.chunks
-	w.chunk, w.chunkSize = nil, 0
-	w.chunks++
-	file := &manifest.ManifestFile{File: manifest.ManifestName(n)}
-	w.files = append(w.files, file)
-	group.Go(func() error {
-		if w.spec.Verify {
-			if err := w.m.verify(ctx, w.view.Collection.Roots, chunk, w.lease); err != nil {
-				return err
+			records = append(records, kv)
+			if size += len(kv.Value); len(records) == chunkSegments || size >= chunkBytes {
+				flush()
 			}
 		}
-		data, err := manifest.Encode(chunk)
-		if err != nil {
-			return err
-		}
-		var t segment.Totals
-		for i := range chunk {
-			t.Add(&chunk[i])
-		}
-		file.Digest = manifest.Sum(data)
-		file.Segments, file.Rows, file.Builds, file.Files, file.Bytes = t.Segments, t.Rows, t.Builds, t.Files, t.Bytes
-		return w.m.putOnce(ctx, manifest.ManifestKey(w.snap.Collection, w.snap.ID, n), data, w.lease)
+		return w.lease.advance(ctx)
 	})
+	if err == nil && len(records) > 0 {
+		flush()
+	}
+	return err
 }
 
-// writeRefs writes the references.
+// write makes and writes the manifest of a chunk, unless nothing is captured of
+// it.
+func (w *snapshotWriter) write(ctx context.Context, c *chunk) error {
+	data, err := w.encodeVerified(ctx, c)
+	if err != nil {
+		return err
+	}
+	c.digest = manifest.Sum(data)
+	close(c.encoded)
+	if c.totals.Segments == 0 {
+		return nil
+	}
+	return w.m.putOnce(ctx, manifest.ManifestKey(w.snap.Collection, w.snap.ID, c.number), data, w.lease)
+}
+
+// encodeVerified is encode, and has the files looked at meanwhile if that is
+// wanted.
+func (w *snapshotWriter) encodeVerified(ctx context.Context, c *chunk) ([]byte, error) {
+	if !w.spec.Verify {
+		return w.encode(ctx, c, func(*segment.Segment) {})
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(verifyInFlight)
+	data, err := w.encode(ctx, c, func(s *segment.Segment) {
+		w.m.verify(ctx, group, w.view.Collection.Roots, s, w.lease)
+	})
+	if missing := group.Wait(); missing != nil { // which ended encode
+		return nil, missing
+	}
+	return data, err
+}
+
+// encode captures the segments of a chunk, shows each to look, and returns the
+// manifest.
+func (w *snapshotWriter) encode(ctx context.Context, c *chunk, look func(*segment.Segment)) ([]byte, error) {
+	out := manifest.NewWriter()
+	defer out.Close()
+	var decoder catalog.Decoder
+	for i, kv := range c.records {
+		if i%advanceSegments == 0 {
+			if err := w.lease.advance(ctx); err != nil {
+				return nil, err
+			}
+		}
+		c.records[i] = meta.KeyValue{} // so that its memory can be used again
+		s, err := decoder.Decode(w.snap.Collection, kv)
+		if err != nil {
+			return nil, err
+		}
+		got, err := w.cutter.capture(s)
+		if err != nil {
+			return nil, err
+		}
+		if !got.in {
+			continue
+		}
+		look(&got.Segment)
+		c.add(w.view.Collection.Roots, &got)
+		if err := out.Add(&got.Segment); err != nil {
+			return nil, err
+		}
+	}
+	c.records = nil
+	return out.Finish(), nil
+}
+
+// writeRefs adds up what was captured, once all of it is, and writes the
+// references.
 func (w *snapshotWriter) writeRefs(ctx context.Context) error {
-	sortRefs(w.refs)
-	data, err := manifest.EncodeRefs(w.refs)
+	refs := &manifest.Refs{}
+	for _, c := range w.chunks {
+		select {
+		case <-c.encoded:
+		case <-ctx.Done(): // as when a chunk failed
+			return ctx.Err()
+		}
+		w.totals.Segments += c.totals.Segments
+		w.totals.Rows += c.totals.Rows
+		w.totals.Files += c.totals.Files
+		w.totals.Bytes += c.totals.Bytes
+		w.totals.Builds += c.totals.Builds
+		w.totals.Straddling += c.totals.Straddling
+		w.straddling = append(w.straddling, c.straddling[:min(len(c.straddling), maxStraddling-len(w.straddling))]...)
+		refs.Segments = append(refs.Segments, c.refs.Segments...)
+		refs.Builds = append(refs.Builds, c.refs.Builds...)
+		refs.Files = append(refs.Files, c.refs.Files...)
+		c.refs = manifest.Refs{}
+	}
+	sortRefs(refs)
+	data, err := manifest.EncodeRefs(refs)
 	if err != nil {
 		return err
 	}
 	w.refsFile = manifest.RefsFile{
 		File: manifest.RefsName, Digest: manifest.Sum(data),
-		Segments: int64(len(w.refs.Segments)), Builds: int64(len(w.refs.Builds)), Files: int64(len(w.refs.Files)),
+		Segments: int64(len(refs.Segments)), Builds: int64(len(refs.Builds)), Files: int64(len(refs.Files)),
 	}
+	w.refs = refs
 	return w.m.putOnce(ctx, manifest.RefsKey(w.snap.Collection, w.snap.ID), data, w.lease)
 }
 
@@ -743,11 +795,16 @@ func (w *snapshotWriter) finish(ctx context.Context) (*Snapshot, error) {
 		Builds: w.totals.Builds, Straddling: w.totals.Straddling,
 	}
 	var ordinal, build int64
-	for _, f := range w.files {
-		f.FirstOrdinal, f.FirstBuild = ordinal, build
-		ordinal, build = ordinal+f.Segments, build+f.Builds
-		next.ManifestBytes += f.Length
-		md.Manifests = append(md.Manifests, *f)
+	for _, c := range w.chunks {
+		if c.totals.Segments == 0 {
+			continue
+		}
+		md.Manifests = append(md.Manifests, manifest.ManifestFile{
+			File: manifest.ManifestName(c.number), Digest: c.digest, FirstOrdinal: ordinal, FirstBuild: build,
+			Segments: c.totals.Segments, Rows: c.totals.Rows, Builds: c.totals.Builds, Files: c.totals.Files, Bytes: c.totals.Bytes,
+		})
+		ordinal, build = ordinal+c.totals.Segments, build+c.totals.Builds
+		next.ManifestBytes += c.digest.Length
 	}
 	md.Refs = w.refsFile
 	data, err := manifest.EncodeMetadata(md)
@@ -759,39 +816,44 @@ func (w *snapshotWriter) finish(ctx context.Context) (*Snapshot, error) {
 	}
 	next.Metadata = manifest.Sum(data)
 	next.ManifestBytes += w.refsFile.Length + int64(len(data))
+	w.m.gc.Offer(next.ID, next.Metadata, w.refs)
 	return next, nil
 }
 
-// verify asks the stores for every file of the segments.
-func (m *Manager) verify(ctx context.Context, roots []catalog.Root, segments []segment.Segment, lease *createLease) error {
-	group, ctx := errgroup.WithContext(ctx)
-	group.SetLimit(verifyInFlight)
-	for i := range segments {
-		for f := range segments[i].AllFiles() {
-			group.Go(func() error {
-				root := roots[f.Root]
-				store, ok := m.o.Stores[root.Store]
-				if !ok {
-					return fmt.Errorf("%w: object store %q is not configured", ErrFileMissing, root.Store)
-				}
-				info, err := store.Head(ctx, root.Prefix+f.Path)
-				switch {
-				case errors.Is(err, object.ErrNotFound):
-					return fmt.Errorf("%w: %s/%s of segment %d is not there", ErrFileMissing, root.Store, root.Prefix+f.Path, segments[i].ID)
-				case err != nil:
-					return err
-				case info.Size != f.Size:
-					return fmt.Errorf("%w: %s/%s of segment %d has %d bytes, not %d", ErrFileMissing, root.Store,
-						root.Prefix+f.Path, segments[i].ID, info.Size, f.Size)
-				case f.ETag != "" && info.ETag != "" && info.ETag != f.ETag:
-					return fmt.Errorf("%w: %s/%s of segment %d has ETag %s, not %s", ErrFileMissing, root.Store,
-						root.Prefix+f.Path, segments[i].ID, info.ETag, f.ETag)
-				}
-				return lease.advance(ctx)
-			})
-		}
+// verify has group ask the stores for every file of the segment, which it does
+// not keep. It waits while group is busy.
+func (m *Manager) verify(ctx context.Context, group *errgroup.Group, roots []catalog.Root, s *segment.Segment, lease *createLease) {
+	id := s.ID
+	for f := range s.AllFiles() {
+		file := *f
+		group.Go(func() error {
+			if err := m.verifyFile(ctx, roots[file.Root], &file, id); err != nil {
+				return err
+			}
+			return lease.advance(ctx)
+		})
 	}
-	return group.Wait()
+}
+
+func (m *Manager) verifyFile(ctx context.Context, root catalog.Root, f *segment.File, id int64) error {
+	store, ok := m.o.Stores[root.Store]
+	if !ok {
+		return fmt.Errorf("%w: object store %q is not configured", ErrFileMissing, root.Store)
+	}
+	info, err := store.Head(ctx, root.Prefix+f.Path)
+	switch {
+	case errors.Is(err, object.ErrNotFound):
+		return fmt.Errorf("%w: %s/%s of segment %d is not there", ErrFileMissing, root.Store, root.Prefix+f.Path, id)
+	case err != nil:
+		return err
+	case info.Size != f.Size:
+		return fmt.Errorf("%w: %s/%s of segment %d has %d bytes, not %d", ErrFileMissing, root.Store,
+			root.Prefix+f.Path, id, info.Size, f.Size)
+	case f.ETag != "" && info.ETag != "" && info.ETag != f.ETag:
+		return fmt.Errorf("%w: %s/%s of segment %d has ETag %s, not %s", ErrFileMissing, root.Store,
+			root.Prefix+f.Path, id, info.ETag, f.ETag)
+	}
+	return nil
 }
 
 // putOnce writes an object of the snapshot's own. After an answer that is no

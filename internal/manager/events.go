@@ -9,20 +9,24 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
 // bookmarkEvery is how many revisions may pass without an event before the
 // reader is told how far it has come.
 const bookmarkEvery = 1000
 
-// Watch tells fn what happens to collections and snapshots after revision after
-// (0: from now on), in order, without gaps. The first call has no events and
-// says from where on events will be told; later calls without events only move
-// the revision. A positive collection restricts it to that collection and its
-// snapshots, but removals, of which only ids are known, are always told. It
-// ends with ctx, with fn's first error, or with ErrEventsCompacted.
+// Watch tells fn what happens to collections, snapshots and pins after revision
+// after (0: from now on), in order, without gaps. The first call has no events
+// and says from where on events will be told; later calls without events only
+// move the revision. A positive collection restricts it to that collection and
+// its snapshots, but removals, of which only ids are known, and pins are always
+// told. It ends with ctx, with fn's first error, or with ErrEventsCompacted.
 func (m *Manager) Watch(ctx context.Context, after, collection int64, fn func(events []Event, revision int64) error) error {
 	_, _, now, err := m.kv.Get(ctx, keys.Format)
 	if err != nil {
@@ -79,6 +83,8 @@ func (m *Manager) Watch(ctx context.Context, after, collection int64, fn func(ev
 // events picks what readers are told of.
 func (m *Manager) events(changes []meta.Event, collection int64) ([]Event, error) {
 	var list []Event
+	unpinned := unpinnedIn(changes)
+	rolledBack := rolledBackIn(changes)
 	for _, e := range changes {
 		event := Event{Type: Updated, Revision: e.KV.ModRevision}
 		switch {
@@ -124,12 +130,102 @@ func (m *Manager) events(changes []meta.Event, collection int64) ([]Event, error
 				if col.State == catalog.Restoring {
 					continue // told when it is published
 				}
+				if catalog.WasPublished(e.KV) {
+					event.Type = Created
+				}
+			} else if rolledBack[e.KV.ModRevision] == id {
+				continue // nobody was told of it
 			}
 			event.Collection = &col
+		case strings.HasPrefix(e.KV.Key, keys.AllPinsPrefix):
+			p, err := decodePin(e.KV)
+			if p == nil || err != nil && !e.Deleted {
+				m.log.Error("event is not told", zap.Error(err))
+				continue
+			}
+			if e.Deleted {
+				p = &Pin{Snapshot: p.Snapshot, ID: p.ID}
+				event.Expired = unpinned[e.KV.ModRevision] != PinPlace{p.Snapshot, p.ID}
+			}
+			event.Pin = p
+		case strings.HasPrefix(e.KV.Key, keys.AllTombsPrefix):
+			t, err := tombstoneOf(e)
+			if err != nil {
+				m.log.Error("event is not told", zap.Error(err))
+				continue
+			}
+			if collection > 0 && t.Collection != collection {
+				continue
+			}
+			event.Tombstone = t
+		case strings.HasPrefix(e.KV.Key, keys.JobPrefix):
+			job, err := jobOf(e)
+			if err != nil {
+				m.log.Error("event is not told", zap.Error(err))
+				continue
+			}
+			if collection > 0 && !e.Deleted && job.Source != collection && job.Target != collection {
+				continue
+			}
+			event.Restore = job
 		default:
 			continue
 		}
 		list = append(list, event)
 	}
 	return list, nil
+}
+
+// tombstoneOf is the tombstone of a change; of one that is gone only the ids.
+func tombstoneOf(e meta.Event) (*gc.Tombstone, error) {
+	if !e.Deleted {
+		return gc.DecodeTombstone(e.KV)
+	}
+	collection, id, err := keys.LastTwo(e.KV.Key)
+	return &gc.Tombstone{Collection: collection, ID: id}, err
+}
+
+// jobOf is the restore job of a change; of one that is gone only the id.
+func jobOf(e meta.Event) (*copyjob.Job, error) {
+	if !e.Deleted {
+		return copyjob.DecodeJob(e.KV)
+	}
+	id, err := keys.LastID(e.KV.Key)
+	return &copyjob.Job{ID: id}, err
+}
+
+// rolledBackIn returns the collections whose restores were rolled back, by the
+// revisions at which they were removed.
+func rolledBackIn(changes []meta.Event) map[int64]int64 {
+	var targets map[int64]int64
+	for _, e := range changes {
+		if !strings.HasPrefix(e.KV.Key, keys.JobPrefix) || e.Deleted {
+			continue
+		}
+		if job, err := copyjob.DecodeJob(e.KV); err == nil && (job.State == copyjob.Failed || job.State == copyjob.Canceled) {
+			if targets == nil {
+				targets = map[int64]int64{}
+			}
+			targets[e.KV.ModRevision] = job.Target
+		}
+	}
+	return targets
+}
+
+// unpinnedIn returns the pins that were removed, not expired, each with its
+// revision. The transaction that removes a pin says so in another key, and the
+// changes hold whole revisions.
+func unpinnedIn(changes []meta.Event) map[int64]PinPlace {
+	var unpinned map[int64]PinPlace
+	for _, e := range changes {
+		rec := &storagev1.Unpin{}
+		if e.KV.Key != keys.Unpin || e.Deleted || record.Decode(e.KV, rec) != nil {
+			continue
+		}
+		if unpinned == nil {
+			unpinned = make(map[int64]PinPlace)
+		}
+		unpinned[e.KV.ModRevision] = PinPlace{rec.GetSnapshotId(), rec.GetPinId()}
+	}
+	return unpinned
 }

@@ -37,6 +37,13 @@
 //	         puts: record DELETING; deletes: name key
 //	clean    (all objects are deleted) compares: record as read, leader's
 //	         election key; deletes: record
+//	pin      compares: record as read (COMMITTED), request token absent
+//	         puts: pin, with a ttl under a lease of this pin alone, result
+//	renew    compares: pin as read
+//	         puts: pin, under another lease; the one before is then revoked
+//	unpin    compares: pin as read
+//	         puts: the key that tells who watches that it was removed, and has
+//	         not expired; deletes: pin; its lease is then revoked
 //
 // Between begin and commit the collection is captured at one revision, at or
 // after that of begin, and the manifests are written, the metadata last. No
@@ -58,6 +65,17 @@
 //	                        no answer: UNAVAILABLE, the lease runs out, the leader
 //	                        reaps or finds COMMITTED
 //	give up: no answer      UNAVAILABLE; the lease is ended, the leader reaps
+//	pin: no answer          the pin is read back. There: done. Not there: without
+//	                        a token the lease is revoked, as in begin; with one it
+//	                        is left to run out, for the pin may come late, and a
+//	                        repeat then finds it by the token. UNAVAILABLE
+//	renew: no answer        the pin is read back. As written: done. Else
+//	                        UNAVAILABLE; the new lease is left to run out, for
+//	                        the pin may come under it late, and the old one with
+//	                        the pin or without it
+//	unpin: no answer        UNAVAILABLE; a repeat finds it done, or does it
+//	owner of a pin dies     its lease runs out, which deletes the pin and wakes the
+//	                        leader; without a ttl somebody has to remove it
 //	creator dies, freezes   its lease runs out, the leader reaps. When it wakes
 //	                        up, commit fails on the pending key; objects that it
 //	                        writes late lie under an id that has no record
@@ -83,6 +101,8 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -116,13 +136,16 @@ type Options struct {
 	Log           *zap.Logger
 	CreateTimeout time.Duration // of a create as a whole; default 10 min
 	LeaseTTL      time.Duration // of a create that does not advance; default 60 s
-	LeaderTTL     time.Duration // default 10 s
+	LeaderTTL     time.Duration // of a leader and of a worker that is gone; default 10 s
 	CleanInterval time.Duration // between passes of the cleaner that nothing woke; default 1 min
 	MaxCreates    int           // at once; default 64
 	// CreateMemory bounds what all creates together hold of segments and
 	// manifests, in bytes, as estimated. A create that needs more than all of it
 	// has it for itself. Default 128 MiB.
 	CreateMemory int64
+	RestoreSlots int           // tasks of restores that this replica works on at once; default 8, negative: none
+	CopyInFlight int           // objects that it copies at once; default 32
+	KeepRestores time.Duration // how long restore jobs that have ended are kept; default a week
 }
 
 // Manager manages snapshots. It is safe for concurrent use. Creates and all
@@ -137,6 +160,8 @@ type Manager struct {
 	view     *view
 	elect    *election.Election
 	clean    *cleaner
+	gc       *gc.GC
+	jobs     *copyjob.Jobs
 	starting chan *creation
 	running  chan struct{} // closed when Run begins
 	stopped  chan struct{} // closed when Run ends
@@ -177,6 +202,11 @@ func New(o Options) (*Manager, error) {
 		memory: semaphore.NewWeighted(o.CreateMemory),
 	}
 	m.clean = newCleaner(m)
+	m.gc = gc.New(gc.Options{KV: o.KV, Catalog: o.Catalog, Stores: o.Stores, Now: o.Now, Rand: o.Rand, Log: o.Log, Interval: o.CleanInterval})
+	m.jobs = copyjob.New(copyjob.Options{
+		KV: o.KV, Catalog: o.Catalog, Source: restoreSource{m}, Stores: o.Stores, Requests: o.Requests, Replica: o.Replica,
+		Now: o.Now, Rand: o.Rand, Log: o.Log, WorkerTTL: o.LeaderTTL, Slots: o.RestoreSlots, CopyInFlight: o.CopyInFlight, Keep: o.KeepRestores,
+	})
 	m.view = newView(m.kv, m.log, m.clean.Wake)
 	m.elect = election.New(election.Options{KV: o.KV, Key: keys.Leader, Name: o.Replica, TTL: o.LeaderTTL, Log: o.Log})
 	return m, nil
@@ -189,12 +219,18 @@ func (m *Manager) Run(ctx context.Context) error {
 	defer close(m.stopped)
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return m.view.run(ctx) })
+	group.Go(func() error { return m.gc.Run(ctx) })
+	group.Go(func() error { return m.jobs.Run(ctx) })
 	group.Go(func() error {
 		return m.elect.Run(ctx, func(ctx context.Context, term election.Term) error {
 			m.leading.Store(true)
 			defer m.leading.Store(false)
 			m.log.Info("leading", zap.String("replica", m.o.Replica), zap.Int64("term", term.Create))
-			err := m.clean.Run(ctx, term)
+			leader, ctx := errgroup.WithContext(ctx)
+			leader.Go(func() error { return m.clean.Run(ctx, term) })
+			leader.Go(func() error { return m.gc.Lead(ctx, term) })
+			leader.Go(func() error { return m.jobs.Lead(ctx, term) })
+			err := leader.Wait()
 			m.log.Info("not leading any more", zap.String("replica", m.o.Replica), zap.Int64("term", term.Create))
 			return err
 		})
@@ -220,19 +256,23 @@ func (m *Manager) Run(ctx context.Context) error {
 	return err
 }
 
+// GC returns what decides on deletions. It works while Run does.
+func (m *Manager) GC() *gc.GC { return m.gc }
+
 // Stats is what a replica is doing.
 type Stats struct {
 	Snapshots  map[State]int
 	Leading    bool
 	Creates    int // in flight here
 	Unreadable int // snapshot records that this release cannot read
+	Pins       int
 	ClockSkew  time.Duration
 }
 
 // Stats returns what this replica is doing, from its cache.
 func (m *Manager) Stats() Stats {
 	s := Stats{Leading: m.leading.Load(), Creates: int(m.creates.Load()), ClockSkew: m.clean.skew()}
-	s.Snapshots, s.Unreadable = m.view.count()
+	s.Snapshots, s.Unreadable, s.Pins = m.view.count()
 	return s
 }
 
@@ -569,21 +609,14 @@ func (m *Manager) dropTxn(s *Snapshot) (meta.Txn, error) {
 // drops it compares the same again.
 func (m *Manager) checkPins(ctx context.Context, s *Snapshot) error {
 	from, to := meta.Prefix(keys.PinPrefix(s.ID))
-	res, err := m.kv.Range(ctx, meta.Range{From: from, To: to, KeysOnly: true, Limit: 5})
+	res, err := m.kv.Range(ctx, meta.Range{From: from, To: to, Limit: pinsNamed})
 	if err != nil {
 		return err
 	}
 	if len(res.KVs) == 0 {
 		return nil
 	}
-	var pins []string
-	for _, kv := range res.KVs {
-		pins = append(pins, kv.Key[len(from):])
-	}
-	if res.More {
-		pins = append(pins, "and more")
-	}
-	return fmt.Errorf("%w by %v; remove the pins first", ErrSnapshotPinned, pins)
+	return fmt.Errorf("%w by %s; remove the pins first", ErrSnapshotPinned, pinNames(res.KVs, res.Count))
 }
 
 // commitWith carries out a transaction that ends an operation, with the result

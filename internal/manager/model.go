@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -30,6 +32,9 @@ var (
 	ErrSnapshotCorrupt      = errors.New("snapshot corrupt")
 	ErrRevisionChanged      = errors.New("snapshot changed")
 	ErrCutNotReached        = errors.New("cut not reached")
+	ErrChannelMismatch      = errors.New("another number of channels")
+	ErrLayoutRefused        = errors.New("a file has no place in the target's layout")
+	ErrPinOfRestore         = errors.New("the pin is of a restore")
 	ErrCheckpointMissing    = errors.New("checkpoint missing")
 	ErrNotExact             = errors.New("segments straddle the cut")
 	ErrFileMissing          = errors.New("file missing or altered")
@@ -39,6 +44,8 @@ var (
 	ErrOverloaded           = errors.New("too many creates at once")
 	ErrStoreNotFound        = errors.New("object store not found")
 	ErrEventsCompacted      = errors.New("events compacted")
+	ErrPinNotFound          = errors.New("pin not found")
+	ErrPinHasNoTTL          = errors.New("pin has no ttl")
 )
 
 // State is where a snapshot is in its life. Stored: append only.
@@ -331,11 +338,68 @@ const (
 	Deleted
 )
 
-// Event is a change of a collection or a snapshot; one of the two is set. Of
-// what is Deleted only the ids are known.
+// Event is a change of a collection, a snapshot, a pin, a tombstone or a restore
+// job; one of them is set. Of what is Deleted only the ids are known.
 type Event struct {
 	Type       ChangeType
 	Revision   int64
 	Collection *catalog.Collection
 	Snapshot   *Snapshot
+	Pin        *Pin
+	Expired    bool // the pin is Deleted because nobody renewed it in time
+	Tombstone  *gc.Tombstone
+	Restore    *copyjob.Job
+}
+
+// Pin keeps a snapshot from being dropped and from expiring.
+type Pin struct {
+	Snapshot   int64
+	ID         int64
+	Owner      string
+	Reason     string
+	TTL        time.Duration // from each renewal; 0: until it is removed
+	CreateTime time.Time
+	ExpireTime time.Time // zero: never
+	Job        int64     // the restore job that it is of, whose end alone removes it
+	Revision   int64     // of the record
+
+	lease meta.LeaseID
+	op    string
+}
+
+// PinSpec says how to pin a snapshot.
+type PinSpec struct {
+	Owner, Reason string
+	TTL           time.Duration // 0: until it is removed
+}
+
+// PinPlace is a place in the order of pins. The zero PinPlace is before the
+// first.
+type PinPlace struct {
+	Snapshot, ID int64
+}
+
+func encodePin(p *Pin) []byte {
+	return record.Encode(&storagev1.Pin{
+		Format: record.Format, Owner: p.Owner, Reason: p.Reason, Ttl: int64(p.TTL),
+		CreateTime: unixNano(p.CreateTime), ExpireTime: unixNano(p.ExpireTime), Op: p.op, JobId: p.Job,
+	})
+}
+
+// decodePin reads a pin's record. When that cannot be read, the pin has the ids
+// of its key all the same.
+func decodePin(kv meta.KeyValue) (*Pin, error) {
+	snapshot, id, err := keys.LastTwo(kv.Key)
+	if err != nil {
+		return nil, err
+	}
+	p := &Pin{Snapshot: snapshot, ID: id, Revision: kv.ModRevision, lease: kv.Lease}
+	rec := &storagev1.Pin{}
+	if err := record.Decode(kv, rec); err != nil {
+		return p, err
+	}
+	p.Owner, p.Reason, p.TTL = rec.GetOwner(), rec.GetReason(), time.Duration(rec.GetTtl())
+	p.CreateTime, p.ExpireTime = fromUnix(rec.GetCreateTime()), fromUnix(rec.GetExpireTime())
+	p.op, p.Job = rec.GetOp(), rec.GetJobId()
+	return p, nil
 }

@@ -30,6 +30,7 @@ type view struct {
 	ordered    []*Snapshot      // newest first
 	alive      map[string]int64 // pending keys, with their create revisions
 	unreadable map[string]bool  // keys of records that this release cannot read
+	pins       map[string]bool  // keys of pins
 }
 
 func newView(kv meta.KV, log *zap.Logger, changed func()) *view {
@@ -52,7 +53,7 @@ func (v *view) sync(ctx context.Context) error {
 func (v *view) Reset(kvs []meta.KeyValue, _ int64) {
 	v.mu.Lock()
 	v.byID, v.ordered = map[int64]*Snapshot{}, nil
-	v.alive, v.unreadable = map[string]int64{}, map[string]bool{}
+	v.alive, v.unreadable, v.pins = map[string]int64{}, map[string]bool{}, map[string]bool{}
 	for _, kv := range kvs {
 		switch {
 		case strings.HasPrefix(kv.Key, keys.SnapshotPrefix):
@@ -62,6 +63,8 @@ func (v *view) Reset(kvs []meta.KeyValue, _ int64) {
 			}
 		case strings.HasPrefix(kv.Key, pendingKeys):
 			v.alive[kv.Key] = kv.CreateRevision
+		case strings.HasPrefix(kv.Key, keys.AllPinsPrefix):
+			v.pins[kv.Key] = true
 		}
 	}
 	slices.SortFunc(v.ordered, newestFirst)
@@ -72,10 +75,20 @@ func (v *view) Reset(kvs []meta.KeyValue, _ int64) {
 // Apply implements follow.Handler.
 func (v *view) Apply(events []meta.Event, _ int64) {
 	v.mu.Lock()
+	work := false
 	for _, e := range events {
+		// A pin that goes sets a snapshot free, but one that comes or is renewed,
+		// which can be often, is no work.
+		work = work || e.Deleted || !strings.HasPrefix(e.KV.Key, keys.AllPinsPrefix)
 		switch {
 		case strings.HasPrefix(e.KV.Key, keys.SnapshotPrefix):
 			v.apply(e)
+		case strings.HasPrefix(e.KV.Key, keys.AllPinsPrefix):
+			if e.Deleted {
+				delete(v.pins, e.KV.Key)
+			} else {
+				v.pins[e.KV.Key] = true
+			}
 		case strings.HasPrefix(e.KV.Key, pendingKeys):
 			if e.Deleted {
 				delete(v.alive, e.KV.Key)
@@ -85,7 +98,7 @@ func (v *view) Apply(events []meta.Event, _ int64) {
 		}
 	}
 	v.mu.Unlock()
-	if len(events) > 0 {
+	if work {
 		v.changed()
 	}
 }
@@ -159,15 +172,16 @@ func (v *view) list(f *Filter, after Place, limit int) (list []*Snapshot, more b
 	return list, false
 }
 
-// count returns the number of snapshots by state, and of unreadable records.
-func (v *view) count() (states map[State]int, unreadable int) {
+// count returns the number of snapshots by state, of unreadable records, and of
+// pins.
+func (v *view) count() (states map[State]int, unreadable, pins int) {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
 	states = map[State]int{Pending: 0, Committed: 0, Deleting: 0}
 	for _, s := range v.ordered {
 		states[s.State]++
 	}
-	return states, len(v.unreadable)
+	return states, len(v.unreadable), len(v.pins)
 }
 
 // work returns the snapshots that the cleaner has to look at: those that are

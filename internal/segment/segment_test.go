@@ -66,3 +66,29 @@ func TestStates(t *testing.T) {
 		}
 	}
 }
+
+func TestCarries(t *testing.T) {
+	for _, tc := range []struct {
+		path string
+		id   int64
+		want bool
+	}{
+		{"1/2/65/insert", 65, true},
+		{"65/insert", 65, true},
+		{"insert/65", 65, true},
+		{"65", 65, true},
+		{"165/65/x", 65, true},
+		{"6565/65", 65, true},
+		{"6565", 65, false},
+		{"1/650/165/x65/65x", 65, false},
+		{"1/2/3", 65, false},
+		{"", 65, false},
+		{"a/-5", 5, false},
+		{"a/-5", -5, true},
+		{"a/0/b", 0, true},
+	} {
+		if got := segment.Carries(tc.path, tc.id); got != tc.want {
+			t.Errorf("Carries(%q, %d) = %v", tc.path, tc.id, got)
+		}
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
@@ -471,4 +472,17 @@ func descriptionToProto(d *manager.Description) *pb.DescribeSnapshotResponse {
 		}),
 		FormatVersion: int32(m.FormatVersion), //nolint:gosec // a small number, checked when it was read
 	}
+}
+
+// Pins.
+
+func pinToProto(p *manager.Pin) *pb.Pin {
+	out := &pb.Pin{
+		Id: p.ID, SnapshotId: p.Snapshot, Owner: p.Owner, Reason: p.Reason,
+		CreateTime: timeToProto(p.CreateTime), ExpireTime: timeToProto(p.ExpireTime), RestoreJobId: p.Job,
+	}
+	if p.TTL > 0 {
+		out.Ttl = durationpb.New(p.TTL)
+	}
+	return out
 }

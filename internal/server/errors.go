@@ -16,6 +16,8 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -81,6 +83,8 @@ var classes = []class{
 	{err: manager.ErrSnapshotMismatch, code: codes.FailedPrecondition, reason: "SNAPSHOT_MISMATCH"},
 	{err: manager.ErrSnapshotNotCommitted, code: codes.FailedPrecondition, reason: "SNAPSHOT_NOT_COMMITTED"},
 	{err: manager.ErrSnapshotCorrupt, code: codes.DataLoss, reason: "SNAPSHOT_CORRUPT"},
+	{err: manager.ErrPinNotFound, code: codes.NotFound, reason: "PIN_NOT_FOUND"},
+	{err: manager.ErrPinHasNoTTL, code: codes.FailedPrecondition, reason: "PIN_HAS_NO_TTL"},
 	{err: manager.ErrCutNotReached, code: codes.FailedPrecondition, reason: "CUT_NOT_REACHED"},
 	{err: manager.ErrCheckpointMissing, code: codes.FailedPrecondition, reason: "CHECKPOINT_MISSING"},
 	{err: manager.ErrNotExact, code: codes.FailedPrecondition, reason: "NOT_EXACT"},
@@ -94,6 +98,15 @@ var classes = []class{
 	{err: manager.ErrOverloaded, code: codes.ResourceExhausted, reason: "OVERLOADED", retry: time.Second},
 	// The caller has to look at what there is now.
 	{err: manager.ErrRevisionChanged, code: codes.Aborted, reason: "REVISION_CHANGED"},
+
+	{err: manager.ErrChannelMismatch, code: codes.FailedPrecondition, reason: "CHANNEL_MISMATCH"},
+	{err: manager.ErrLayoutRefused, code: codes.FailedPrecondition, reason: "LAYOUT_REFUSED"},
+	{err: manager.ErrPinOfRestore, code: codes.FailedPrecondition, reason: "PIN_OF_RESTORE"},
+	{err: copyjob.ErrJobNotFound, code: codes.NotFound, reason: "RESTORE_NOT_FOUND"},
+	{err: copyjob.ErrEnded, code: codes.FailedPrecondition, reason: "RESTORE_ENDED"},
+
+	{err: gc.ErrLoading, code: codes.Unavailable, reason: "REFERENCES_LOADING", retry: time.Second},
+	{err: gc.ErrUnreadable, code: codes.FailedPrecondition, reason: "REFERENCES_UNREADABLE"},
 
 	{err: catalog.ErrRevisionChanged, code: codes.Aborted, reason: "REVISION_CHANGED"},
 	{err: catalog.ErrConflict, code: codes.Aborted, reason: "CONFLICT", retry: 100 * time.Millisecond},

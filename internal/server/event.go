@@ -31,12 +31,22 @@ type place struct {
 const (
 	kindCollection = 1
 	kindSnapshot   = 2
+	kindPin        = 3
+	kindTombstone  = 4
+	kindRestore    = 5
 	allTold        = 1 << 16
 )
 
 func placeOf(e manager.Event) place {
-	if e.Collection != nil {
+	switch {
+	case e.Collection != nil:
 		return place{e.Revision, kindCollection, e.Collection.ID}
+	case e.Pin != nil:
+		return place{e.Revision, kindPin, e.Pin.ID}
+	case e.Tombstone != nil:
+		return place{e.Revision, kindTombstone, e.Tombstone.ID}
+	case e.Restore != nil:
+		return place{e.Revision, kindRestore, e.Restore.ID}
 	}
 	return place{e.Revision, kindSnapshot, e.Snapshot.ID}
 }
@@ -116,6 +126,25 @@ func eventToProto(e manager.Event) *pb.WatchEventsResponse {
 		}
 		return &pb.WatchEventsResponse{Event: &pb.WatchEventsResponse_Collection{
 			Collection: &pb.CollectionEvent{Type: kind, Collection: col},
+		}}
+	}
+	if e.Pin != nil {
+		return &pb.WatchEventsResponse{Event: &pb.WatchEventsResponse_Pin{
+			Pin: &pb.PinEvent{Type: kind, Pin: pinToProto(e.Pin), Expired: e.Expired},
+		}}
+	}
+	if e.Tombstone != nil {
+		t := &pb.Tombstone{Id: e.Tombstone.ID, CollectionId: e.Tombstone.Collection}
+		if e.Type != manager.Deleted {
+			t = tombstoneToProto(e.Tombstone)
+		}
+		return &pb.WatchEventsResponse{Event: &pb.WatchEventsResponse_Tombstone{
+			Tombstone: &pb.TombstoneEvent{Type: kind, Tombstone: t},
+		}}
+	}
+	if e.Restore != nil {
+		return &pb.WatchEventsResponse{Event: &pb.WatchEventsResponse_Restore{
+			Restore: &pb.RestoreEvent{Type: kind, Job: jobToProto(e.Restore)},
 		}}
 	}
 	snap := &pb.Snapshot{Id: e.Snapshot.ID}

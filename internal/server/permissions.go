@@ -33,6 +33,10 @@ var permissions = map[string]permission{
 	pb.SnapshotService_ListSnapshots_FullMethodName:        read,
 	pb.SnapshotService_UpdateSnapshot_FullMethodName:       write,
 	pb.SnapshotService_DropSnapshot_FullMethodName:         write,
+	pb.SnapshotService_PinSnapshot_FullMethodName:          write,
+	pb.SnapshotService_RenewPin_FullMethodName:             write,
+	pb.SnapshotService_UnpinSnapshot_FullMethodName:        write,
+	pb.SnapshotService_ListPins_FullMethodName:             read,
 
 	pb.CatalogService_AllocateIds_FullMethodName:      write,
 	pb.CatalogService_CreateCollection_FullMethodName: write,
@@ -55,6 +59,18 @@ var permissions = map[string]permission{
 	pb.CatalogService_DropSegments_FullMethodName:     write,
 	pb.CatalogService_SetCheckpoints_FullMethodName:   write,
 	pb.CatalogService_ListCheckpoints_FullMethodName:  read,
+
+	pb.SnapshotService_RestoreSnapshot_FullMethodName: write,
+	pb.SnapshotService_GetRestoreState_FullMethodName: read,
+	pb.SnapshotService_WatchRestore_FullMethodName:    read,
+	pb.SnapshotService_ListRestoreJobs_FullMethodName: read,
+	pb.SnapshotService_UpdateRestore_FullMethodName:   write,
+	pb.SnapshotService_CancelRestore_FullMethodName:   write,
+
+	pb.ReclaimService_CheckReferences_FullMethodName:  read,
+	pb.ReclaimService_Reclaim_FullMethodName:          write,
+	pb.ReclaimService_ConfirmReclaimed_FullMethodName: write,
+	pb.ReclaimService_ListTombstones_FullMethodName:   read,
 
 	pb.EventService_WatchEvents_FullMethodName: read,
 

@@ -123,6 +123,7 @@ func New(o Options) (*Server, error) {
 	pb.RegisterSnapshotServiceServer(s.grpc, &snapshots{manager: o.Manager, tokens: tokens})
 	pb.RegisterCatalogServiceServer(s.grpc, &catalogs{catalog: o.Catalog, tokens: tokens})
 	pb.RegisterEventServiceServer(s.grpc, &events{manager: o.Manager, catalog: o.Catalog, tokens: tokens})
+	pb.RegisterReclaimServiceServer(s.grpc, &reclaims{manager: o.Manager, catalog: o.Catalog, tokens: tokens})
 	pb.RegisterAdminServiceServer(s.grpc, &admin{
 		manager: o.Manager, cluster: o.Cluster, kv: o.KV,
 		version: o.Version, replica: o.Replica, stores: o.Stores, snapshotStore: o.SnapshotStore,
@@ -186,7 +187,7 @@ func requests() ([]proto.Message, error) {
 	var list []proto.Message
 	for _, file := range []protoreflect.FileDescriptor{
 		pb.File_snapshotd_v1_snapshot_service_proto, pb.File_snapshotd_v1_catalog_service_proto,
-		pb.File_snapshotd_v1_event_service_proto, pb.File_snapshotd_v1_admin_service_proto,
+		pb.File_snapshotd_v1_event_service_proto, pb.File_snapshotd_v1_reclaim_service_proto, pb.File_snapshotd_v1_admin_service_proto,
 	} {
 		for i := range file.Services().Len() {
 			methods := file.Services().Get(i).Methods()

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"regexp"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -28,6 +29,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/testing/protocmp"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -66,6 +68,7 @@ func (s *store) Get(ctx context.Context, key string) (meta.KeyValue, bool, int64
 // world is a server with all that is below it, and clients.
 type world struct {
 	kv        *store
+	objects   *object.Faulty
 	server    *server.Server
 	logs      *observer.ObservedLogs
 	registry  *prometheus.Registry
@@ -81,7 +84,8 @@ func start(t *testing.T) *world {
 	core, logs := observer.New(zap.DebugLevel)
 	log := zap.New(core)
 	w := &world{kv: &store{Store: memkv.New(memkv.Options{})}, logs: logs, registry: prometheus.NewRegistry()}
-	objects := map[string]object.Store{"default": memobject.New(memobject.Options{})}
+	w.objects = object.NewFaulty(memobject.New(memobject.Options{}))
+	objects := map[string]object.Store{"default": w.objects}
 	c, err := cluster.Open(t.Context(), w.kv, cluster.Options{Release: "test", Now: time.Now, Rand: rand.Reader})
 	if err != nil {
 		t.Fatal(err)
@@ -109,6 +113,9 @@ func start(t *testing.T) *world {
 	ran, served := make(chan error, 1), make(chan error, 1)
 	l := bufconn.Listen(1 << 20)
 	go func() { ran <- m.Run(ctx) }()
+	for m.Jobs().Stats().Workers == 0 { // it writes itself down, as nothing else does by itself
+		runtime.Gosched()
+	}
 	go func() { served <- w.server.Serve(l) }()
 	w.server.SetServing(true)
 	w.conn, err = grpc.NewClient("passthrough:///test", grpc.WithTransportCredentials(insecure.NewCredentials()),
@@ -240,7 +247,8 @@ func set(t *testing.T, m proto.Message) {
 		for i := range m.Descriptor().Fields().Len() {
 			f := m.Descriptor().Fields().Get(i)
 			name := string(f.FullName())
-			if !m.Has(f) && name != "snapshotd.v1.Segment.shard" && name != "snapshotd.v1.File.root" {
+			if !m.Has(f) && name != "snapshotd.v1.Segment.shard" && name != "snapshotd.v1.File.root" && name != "snapshotd.v1.Pin.restore_job_id" &&
+				!strings.HasSuffix(name, ".nanos") {
 				t.Errorf("%s is not set", name)
 			}
 			if f.Message() != nil && !f.IsMap() {
@@ -631,6 +639,285 @@ func TestEvents(t *testing.T) {
 	}
 	if reason(err) != "EVENTS_COMPACTED" || status.Code(err) != codes.OutOfRange {
 		t.Errorf("got %v", err)
+	}
+}
+
+// pin pins a snapshot; 0 is no ttl.
+func (w *world) pin(t *testing.T, name string, ttl time.Duration) *pb.Pin {
+	t.Helper()
+	req := &pb.PinSnapshotRequest{Snapshot: snapNamed(name), Owner: "job", Reason: "night"}
+	if ttl > 0 {
+		req.Ttl = durationpb.New(ttl)
+	}
+	return must[*pb.PinSnapshotResponse](t)(w.snapshots.PinSnapshot(t.Context(), req)).GetPin()
+}
+
+func (w *world) snapshot(t *testing.T, name string) *pb.Snapshot {
+	t.Helper()
+	return must[*pb.CreateSnapshotResponse](t)(w.snapshots.CreateSnapshot(t.Context(), &pb.CreateSnapshotRequest{
+		Collection: byName("c"), Name: name,
+	})).GetSnapshot()
+}
+
+func TestPins(t *testing.T) {
+	w := start(t)
+	ctx := t.Context()
+	w.collection(t, "c")
+	snap := w.snapshot(t, "s")
+	req := &pb.PinSnapshotRequest{
+		Snapshot: snapNamed("s"), Owner: "backup-job", Reason: "nightly export", Ttl: durationpb.New(90500 * time.Millisecond), RequestToken: "t-1",
+	}
+	pin := must[*pb.PinSnapshotResponse](t)(w.snapshots.PinSnapshot(ctx, req)).GetPin()
+	set(t, pin)
+	if pin.GetSnapshotId() != snap.GetId() || pin.GetOwner() != "backup-job" || pin.GetReason() != "nightly export" ||
+		pin.GetTtl().AsDuration() != 91*time.Second || pin.GetExpireTime().AsTime().Sub(pin.GetCreateTime().AsTime()) != 91*time.Second {
+		t.Errorf("got %v", pin)
+	}
+	again := must[*pb.PinSnapshotResponse](t)(w.snapshots.PinSnapshot(ctx, req)).GetPin()
+	if diff := cmp.Diff(pin, again, protocmp.Transform()); diff != "" {
+		t.Error(diff)
+	}
+	reused := proto.CloneOf(req)
+	reused.Owner = "another"
+	if _, err := w.snapshots.PinSnapshot(ctx, reused); reason(err) != "REQUEST_TOKEN_REUSED" {
+		t.Errorf("got %v", err)
+	}
+	key := must[*pb.GetKeyResponse](t)(w.admin.GetKey(ctx, &pb.GetKeyRequest{Key: fmt.Sprintf("/snapshot/pin/%d/%d", snap.GetId(), pin.GetId())}))
+	if !key.GetLeased() {
+		t.Errorf("got %v", key)
+	}
+	_, err := w.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s")})
+	if reason(err) != "SNAPSHOT_PINNED" || status.Code(err) != codes.FailedPrecondition ||
+		!strings.Contains(err.Error(), fmt.Sprintf("pinned by %d (backup-job: nightly export until 2", pin.GetId())) {
+		t.Errorf("got %v", err)
+	}
+	renewed := must[*pb.RenewPinResponse](t)(w.snapshots.RenewPin(ctx, &pb.RenewPinRequest{Snapshot: snapNamed("s"), PinId: pin.GetId(), Ttl: durationpb.New(time.Hour)})).GetPin()
+	want := proto.CloneOf(pin)
+	want.Ttl, want.ExpireTime = durationpb.New(time.Hour), renewed.GetExpireTime()
+	if diff := cmp.Diff(want, renewed, protocmp.Transform()); diff != "" || !renewed.GetExpireTime().AsTime().After(pin.GetExpireTime().AsTime()) {
+		t.Error(renewed, diff)
+	}
+	list := must[*pb.ListPinsResponse](t)(w.snapshots.ListPins(ctx, &pb.ListPinsRequest{Snapshot: snapID(snap.GetId())}))
+	if diff := cmp.Diff([]*pb.Pin{renewed}, list.GetPins(), protocmp.Transform()); diff != "" {
+		t.Error(diff)
+	}
+	forever := w.pin(t, "s", 0)
+	if forever.GetTtl() != nil || forever.GetExpireTime() != nil {
+		t.Errorf("got %v", forever)
+	}
+	_, err = w.snapshots.RenewPin(ctx, &pb.RenewPinRequest{Snapshot: snapNamed("s"), PinId: forever.GetId()})
+	if reason(err) != "PIN_HAS_NO_TTL" || status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("got %v", err)
+	}
+	for _, id := range []int64{pin.GetId(), pin.GetId(), forever.GetId()} { // twice is success
+		must[*pb.UnpinSnapshotResponse](t)(w.snapshots.UnpinSnapshot(ctx, &pb.UnpinSnapshotRequest{Snapshot: snapNamed("s"), PinId: id}))
+	}
+	_, err = w.snapshots.RenewPin(ctx, &pb.RenewPinRequest{Snapshot: snapNamed("s"), PinId: pin.GetId()})
+	if reason(err) != "PIN_NOT_FOUND" || status.Code(err) != codes.NotFound || !strings.Contains(err.Error(), "pin it again") {
+		t.Errorf("got %v", err)
+	}
+	must[*pb.DropSnapshotResponse](t)(w.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s")}))
+	must[*pb.UnpinSnapshotResponse](t)(w.snapshots.UnpinSnapshot(ctx, &pb.UnpinSnapshotRequest{Snapshot: snapNamed("s"), PinId: pin.GetId()}))
+	_, err = w.snapshots.RenewPin(ctx, &pb.RenewPinRequest{Snapshot: snapNamed("s"), PinId: pin.GetId()})
+	if reason(err) != "PIN_NOT_FOUND" {
+		t.Errorf("got %v", err)
+	}
+	if _, err = w.snapshots.ListPins(ctx, &pb.ListPinsRequest{Snapshot: snapNamed("s")}); reason(err) != "SNAPSHOT_NOT_FOUND" {
+		t.Errorf("got %v", err)
+	}
+	if _, err = w.snapshots.PinSnapshot(ctx, &pb.PinSnapshotRequest{Snapshot: snapNamed("s"), Owner: "o"}); reason(err) != "SNAPSHOT_NOT_FOUND" {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestPinPages(t *testing.T) {
+	w := start(t)
+	ctx := t.Context()
+	w.collection(t, "c")
+	for _, name := range []string{"s", "r"} {
+		w.snapshot(t, name)
+	}
+	var all, ofS []*pb.Pin
+	for range 5 {
+		p := w.pin(t, "s", time.Hour)
+		all, ofS = append(all, p), append(ofS, p)
+	}
+	for range 5 {
+		all = append(all, w.pin(t, "r", 0))
+	}
+	var token string
+	for _, tc := range []struct {
+		of   *pb.SnapshotRef
+		want []*pb.Pin
+	}{{nil, all}, {snapNamed("s"), ofS}} {
+		var got []*pb.Pin
+		req := &pb.ListPinsRequest{Snapshot: tc.of, PageSize: 2}
+		for {
+			page := must[*pb.ListPinsResponse](t)(w.snapshots.ListPins(ctx, req))
+			if got = append(got, page.GetPins()...); len(page.GetPins()) > 2 {
+				t.Errorf("a page of %d", len(page.GetPins()))
+			}
+			if req.PageToken = page.GetNextPageToken(); req.GetPageToken() == "" {
+				break
+			}
+			token = req.GetPageToken()
+		}
+		if diff := cmp.Diff(tc.want, got, protocmp.Transform()); diff != "" {
+			t.Error(diff)
+		}
+	}
+	for _, bad := range []*pb.ListPinsRequest{{PageToken: token}, {Snapshot: snapNamed("r"), PageToken: token}, {Snapshot: snapNamed("s"), PageToken: token + "A"}, {PageToken: "x"}} {
+		if _, err := w.snapshots.ListPins(ctx, bad); reason(err) != "INVALID_PAGE_TOKEN" || status.Code(err) != codes.InvalidArgument {
+			t.Errorf("%v: got %v", bad, err)
+		}
+	}
+}
+
+func TestPinEvents(t *testing.T) {
+	w := start(t)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	w.collection(t, "c")
+	w.collection(t, "other")
+	w.snapshot(t, "s")
+	stream, err := w.events.WatchEvents(ctx, &pb.WatchEventsRequest{Collection: byName("other")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	mark := must[*pb.WatchEventsResponse](t)(stream.Recv())
+	removed, expires := w.pin(t, "s", time.Hour), w.pin(t, "s", time.Second)
+	must[*pb.UnpinSnapshotResponse](t)(w.snapshots.UnpinSnapshot(ctx, &pb.UnpinSnapshotRequest{Snapshot: snapNamed("s"), PinId: removed.GetId()}))
+	ids := func(p *pb.Pin) *pb.Pin { return &pb.Pin{Id: p.GetId(), SnapshotId: p.GetSnapshotId()} }
+	want := []*pb.PinEvent{
+		{Type: pb.ChangeType_CHANGE_TYPE_CREATED, Pin: removed},
+		{Type: pb.ChangeType_CHANGE_TYPE_CREATED, Pin: expires},
+		{Type: pb.ChangeType_CHANGE_TYPE_DELETED, Pin: ids(removed)},
+		{Type: pb.ChangeType_CHANGE_TYPE_DELETED, Pin: ids(expires), Expired: true},
+	}
+	token := mark.GetResumeToken()
+	for i, e := range want {
+		// Resumed behind each message, it tells what followed.
+		stream, err := w.events.WatchEvents(ctx, &pb.WatchEventsRequest{Collection: byName("other"), ResumeToken: token})
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := must[*pb.WatchEventsResponse](t)(stream.Recv())
+		for m.GetBookmark() != nil {
+			m = must[*pb.WatchEventsResponse](t)(stream.Recv())
+		}
+		if diff := cmp.Diff(e, m.GetPin(), protocmp.Transform()); diff != "" {
+			t.Errorf("event %d: %s", i, diff)
+		}
+		token = m.GetResumeToken()
+	}
+	must[*pb.DropSnapshotResponse](t)(w.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s")}))
+}
+
+// TestBadPins sends calls about pins that are refused, and write nothing.
+func TestBadPins(t *testing.T) {
+	w := start(t)
+	ctx := t.Context()
+	w.collection(t, "c")
+	w.snapshot(t, "s")
+	w.snapshot(t, "other")
+	w.snapshot(t, "deleting")
+	pin := w.pin(t, "s", time.Hour)
+	w.objects.Freeze()
+	defer w.objects.Thaw()
+	must[*pb.CreateSnapshotResponse](t)(w.snapshots.CreateSnapshot(ctx, &pb.CreateSnapshotRequest{Collection: byName("c"), Name: "pending", Wait: new(false)}))
+	deleting := must[*pb.DropSnapshotResponse](t)(w.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("deleting")})).GetSnapshotId()
+	type call struct {
+		name   string
+		do     func() error
+		code   codes.Code
+		reason string
+		field  string
+	}
+	create := func(name, why, field string, code codes.Code, edit func(*pb.PinSnapshotRequest)) call {
+		return call{name, func() error {
+			req := &pb.PinSnapshotRequest{Snapshot: snapNamed("s"), Owner: "o"}
+			edit(req)
+			_, err := w.snapshots.PinSnapshot(ctx, req)
+			return err
+		}, code, why, field}
+	}
+	renew := func(name, why, field string, code codes.Code, req *pb.RenewPinRequest) call {
+		return call{name, func() error { _, err := w.snapshots.RenewPin(ctx, req); return err }, code, why, field}
+	}
+	const invalid, precondition = codes.InvalidArgument, codes.FailedPrecondition
+	calls := []call{
+		create("no snapshot", "INVALID_REQUEST", "snapshot", invalid, func(r *pb.PinSnapshotRequest) { r.Snapshot = nil }),
+		create("no owner", "INVALID_REQUEST", "owner", invalid, func(r *pb.PinSnapshotRequest) { r.Owner = "" }),
+		create("long owner", "INVALID_REQUEST", "owner", invalid, func(r *pb.PinSnapshotRequest) { r.Owner = strings.Repeat("é", 128) }),
+		create("long reason", "INVALID_REQUEST", "reason", invalid, func(r *pb.PinSnapshotRequest) { r.Reason = strings.Repeat("r", 257) }),
+		create("token with space", "INVALID_REQUEST", "request_token", invalid, func(r *pb.PinSnapshotRequest) { r.RequestToken = "a b" }),
+		create("unknown", "SNAPSHOT_NOT_FOUND", "", codes.NotFound, func(r *pb.PinSnapshotRequest) { r.Snapshot = snapNamed("none") }),
+		create("never there", "NEVER_EXISTED", "", codes.NotFound, func(r *pb.PinSnapshotRequest) { r.Snapshot = snapID(1 << 60) }),
+		create("PENDING", "SNAPSHOT_NOT_COMMITTED", "", precondition, func(r *pb.PinSnapshotRequest) { r.Snapshot = snapNamed("pending") }),
+		create("DELETING", "SNAPSHOT_NOT_COMMITTED", "", precondition, func(r *pb.PinSnapshotRequest) { r.Snapshot = snapID(deleting) }),
+		renew("renew no pin", "INVALID_REQUEST", "pin_id", invalid, &pb.RenewPinRequest{Snapshot: snapNamed("s")}),
+		renew("renew a negative pin", "INVALID_REQUEST", "pin_id", invalid, &pb.RenewPinRequest{Snapshot: snapNamed("s"), PinId: -1}),
+		renew("renew an unknown pin", "PIN_NOT_FOUND", "", codes.NotFound, &pb.RenewPinRequest{Snapshot: snapNamed("s"), PinId: pin.GetId() + 1}),
+		renew("renew a pin of another snapshot", "PIN_NOT_FOUND", "", codes.NotFound, &pb.RenewPinRequest{Snapshot: snapNamed("other"), PinId: pin.GetId()}),
+		renew("renew of no snapshot", "PIN_NOT_FOUND", "", codes.NotFound, &pb.RenewPinRequest{Snapshot: snapNamed("none"), PinId: pin.GetId()}),
+		{"remove no pin", func() error {
+			_, err := w.snapshots.UnpinSnapshot(ctx, &pb.UnpinSnapshotRequest{Snapshot: snapNamed("s")})
+			return err
+		}, invalid, "INVALID_REQUEST", "pin_id"},
+		{"remove without a snapshot", func() error {
+			_, err := w.snapshots.UnpinSnapshot(ctx, &pb.UnpinSnapshotRequest{PinId: 5})
+			return err
+		}, invalid, "INVALID_REQUEST", "snapshot"},
+		{"a negative page", func() error {
+			_, err := w.snapshots.ListPins(ctx, &pb.ListPinsRequest{PageSize: -1})
+			return err
+		}, invalid, "INVALID_REQUEST", "page_size"},
+		{"an empty reference", func() error {
+			_, err := w.snapshots.ListPins(ctx, &pb.ListPinsRequest{Snapshot: &pb.SnapshotRef{}})
+			return err
+		}, invalid, "INVALID_REQUEST", "snapshot.ref"},
+	}
+	for _, ttl := range []*durationpb.Duration{
+		{},
+		{Nanos: 500_000_000},
+		{Seconds: -1},
+		{Seconds: 31 * 24 * 3600},
+		{Seconds: 30 * 24 * 3600, Nanos: 1},
+		{Seconds: 1<<63 - 1},
+		{Seconds: -1 << 63},
+		{Seconds: 1, Nanos: -1},
+		{Seconds: 1, Nanos: -1 << 31},
+	} {
+		calls = append(calls,
+			create(fmt.Sprint("ttl ", ttl), "INVALID_REQUEST", "ttl", invalid, func(r *pb.PinSnapshotRequest) { r.Ttl = ttl }),
+			renew(fmt.Sprint("new ttl ", ttl), "INVALID_REQUEST", "ttl", invalid, &pb.RenewPinRequest{Snapshot: snapNamed("s"), PinId: pin.GetId(), Ttl: ttl}))
+	}
+	for _, c := range calls {
+		t.Run(c.name, func(t *testing.T) {
+			before := w.revision(t)
+			err := c.do()
+			if status.Code(err) != c.code || reason(err) != c.reason {
+				t.Errorf("got %v (%s), want %v %s", err, reason(err), c.code, c.reason)
+			}
+			if got := fields(err); c.field != "" && (len(got) == 0 || got[0] != c.field) {
+				t.Errorf("fields %q of %v, want %q", got, err, c.field)
+			}
+			if after := w.revision(t); after != before {
+				t.Errorf("written: revision %d, before %d", after, before)
+			}
+		})
+	}
+	// What does not exist needs no removal.
+	for _, req := range []*pb.UnpinSnapshotRequest{
+		{Snapshot: snapNamed("none"), PinId: 5},
+		{Snapshot: snapID(1 << 60), PinId: 5},
+		{Snapshot: snapID(deleting), PinId: 5},
+		{Snapshot: snapNamed("other"), PinId: pin.GetId()},
+	} {
+		must[*pb.UnpinSnapshotResponse](t)(w.snapshots.UnpinSnapshot(ctx, req))
+	}
+	if left := must[*pb.ListPinsResponse](t)(w.snapshots.ListPins(ctx, &pb.ListPinsRequest{})).GetPins(); len(left) != 1 {
+		t.Errorf("left %v", left)
 	}
 }
 

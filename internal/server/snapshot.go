@@ -38,7 +38,15 @@ func (s *snapshots) DescribeSnapshot(ctx context.Context, req *pb.DescribeSnapsh
 	if err != nil {
 		return nil, err
 	}
-	return descriptionToProto(d), nil
+	resp := descriptionToProto(d)
+	if req.GetIncludeUsage() {
+		usage, err := s.manager.Usage(ctx, manager.Ref{ID: d.Snapshot.ID})
+		if err != nil {
+			return nil, err
+		}
+		resp.Usage = usageToProto(usage)
+	}
+	return resp, nil
 }
 
 func (s *snapshots) ListSnapshotSegments(ctx context.Context, req *pb.ListSnapshotSegmentsRequest) (*pb.ListSnapshotSegmentsResponse, error) {
@@ -110,10 +118,71 @@ func (s *snapshots) UpdateSnapshot(ctx context.Context, req *pb.UpdateSnapshotRe
 }
 
 func (s *snapshots) DropSnapshot(ctx context.Context, req *pb.DropSnapshotRequest) (*pb.DropSnapshotResponse, error) {
+	if req.GetDryRun() {
+		id, usage, err := s.manager.CheckDrop(ctx, snapshotRef(req.GetSnapshot()), req.GetExpectedId())
+		if err != nil {
+			return nil, err
+		}
+		return &pb.DropSnapshotResponse{SnapshotId: id, Usage: usageToProto(usage)}, nil
+	}
 	tok := requestToken(callOf(ctx).principal, "DropSnapshot", req)
 	id, err := s.manager.Drop(ctx, tok, snapshotRef(req.GetSnapshot()), req.GetExpectedId())
 	if err != nil {
 		return nil, err
 	}
 	return &pb.DropSnapshotResponse{SnapshotId: id}, nil
+}
+
+func (s *snapshots) PinSnapshot(ctx context.Context, req *pb.PinSnapshotRequest) (*pb.PinSnapshotResponse, error) {
+	tok := requestToken(callOf(ctx).principal, "PinSnapshot", req)
+	pin, err := s.manager.Pin(ctx, tok, snapshotRef(req.GetSnapshot()), manager.PinSpec{
+		Owner: req.GetOwner(), Reason: req.GetReason(), TTL: req.GetTtl().AsDuration(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &pb.PinSnapshotResponse{Pin: pinToProto(pin)}, nil
+}
+
+func (s *snapshots) RenewPin(ctx context.Context, req *pb.RenewPinRequest) (*pb.RenewPinResponse, error) {
+	pin, err := s.manager.RenewPin(ctx, snapshotRef(req.GetSnapshot()), req.GetPinId(), req.GetTtl().AsDuration())
+	if err != nil {
+		return nil, err
+	}
+	return &pb.RenewPinResponse{Pin: pinToProto(pin)}, nil
+}
+
+func (s *snapshots) UnpinSnapshot(ctx context.Context, req *pb.UnpinSnapshotRequest) (*pb.UnpinSnapshotResponse, error) {
+	if err := s.manager.Unpin(ctx, snapshotRef(req.GetSnapshot()), req.GetPinId()); err != nil {
+		return nil, err
+	}
+	return &pb.UnpinSnapshotResponse{}, nil
+}
+
+func (s *snapshots) ListPins(ctx context.Context, req *pb.ListPinsRequest) (*pb.ListPinsResponse, error) {
+	const method = "ListPins"
+	filters := filterHash(req)
+	var id int64
+	var after manager.PinPlace
+	if token := req.GetPageToken(); token != "" {
+		if !s.tokens.open(token, method, filters, &id, &after.Snapshot, &after.ID) {
+			return nil, errPageToken
+		}
+	} else if req.GetSnapshot() != nil { // the name is resolved once, for all pages
+		snap, err := s.manager.Get(ctx, snapshotRef(req.GetSnapshot()))
+		if err != nil {
+			return nil, err
+		}
+		id = snap.ID
+	}
+	list, more, err := s.manager.Pins(ctx, id, after, pageSize(req.GetPageSize()))
+	if err != nil {
+		return nil, err
+	}
+	resp := &pb.ListPinsResponse{Pins: convert(list, pinToProto)}
+	if more {
+		last := list[len(list)-1]
+		resp.NextPageToken = s.tokens.seal(method, filters, id, last.Snapshot, last.ID)
+	}
+	return resp, nil
 }

@@ -35,10 +35,12 @@ func TestEverySentinelHasARow(t *testing.T) {
 	}{
 		{"catalog", "../catalog", nil},
 		{"manager", "../manager", nil},
+		{"gc", "../gc", nil},
+		{"copyjob", "../copyjob", []string{"ErrSource"}},
 		{"request", "../store/request", nil},
 		{"record", "../store/record", nil},
 		{"meta", "../store/meta", []string{"ErrLeaseNotFound", "ErrInvalid"}},
-		{"object", "../store/object", []string{"ErrNotFound", "ErrExists", "ErrInvalidKey"}},
+		{"object", "../store/object", []string{"ErrSourceChanged", "ErrNotFound", "ErrExists", "ErrInvalidKey"}},
 	} {
 		names := sentinels(t, pkg.dir)
 		if len(names) == 0 {

@@ -219,8 +219,9 @@ func (f *floor) halves(ctx context.Context, fn func(kvs []meta.KeyValue) error) 
 func (f *floor) decode(ctx context.Context, r *result) error {
 	begin := time.Now()
 	err := f.halves(ctx, func(kvs []meta.KeyValue) error {
+		var decoder catalog.Decoder
 		for _, kv := range kvs {
-			if _, err := catalog.DecodeSegment(f.collection, kv); err != nil {
+			if _, err := decoder.Decode(f.collection, kv); err != nil {
 				return err
 			}
 		}

@@ -9,7 +9,14 @@
 //	/snapshot/name/<scope>/<name>               -> id; scope 0 is the cluster
 //	/snapshot/pending/<collection>/<id>         held by the creator's lease
 //	/snapshot/pin/<id>/<pin>                    what keeps a snapshot
+//	/snapshot/unpin                             the pin that was removed last
 //	/request/<principal>/<method>/<token>       idempotency
+//	/job/rec/<id>                               restore job
+//	/job/task/<job>/<task>                      range of its segments
+//	/job/progress/<job>/<task>                  how far its attempt has come
+//	/job/limits/<job>                           what it may use
+//	/worker/rec/<id>                            held by the worker's lease
+//	/worker/task/<worker>/<job>/<task>          assignment, held likewise
 //	/gc/gen/<collection>                        reference generation
 //	/gc/tomb/<collection>/<unit>                granted deletes
 //	/catalog/name/<db>/<name>                   -> collection id
@@ -21,6 +28,8 @@
 //	/catalog/channel/<collection>/<shard>       checkpoint
 //	/catalog/segment/<collection>/<id>          record
 //	/catalog/unit/<collection>/<unit>           dropped, waits to be reclaimed
+//	/catalog/replaced/<collection>/<segment>/<unit>
+//	                                            -> unit of a part of a segment
 //
 // Ids are written with leading zeros, so that key order is id order. Names
 // follow the rule of names and hold no slash; request tokens are hashed.
@@ -36,11 +45,19 @@ import (
 
 // The keys that stand alone, and the prefixes that are watched.
 const (
-	Format           = "/format"
-	IDs              = "/ids"
-	Leader           = "/election/leader"
-	SnapshotPrefix   = "/snapshot/rec/"
-	CollectionPrefix = "/catalog/collection/"
+	Format            = "/format"
+	IDs               = "/ids"
+	Leader            = "/election/leader"
+	SnapshotPrefix    = "/snapshot/rec/"
+	AllPinsPrefix     = "/snapshot/pin/"
+	Unpin             = "/snapshot/unpin"
+	AllTombsPrefix    = "/gc/tomb/"
+	JobPrefix         = "/job/rec/"
+	AllTasksPrefix    = "/job/task/"
+	AllProgressPrefix = "/job/progress/"
+	WorkerPrefix      = "/worker/rec/"
+	AssignedPrefix    = "/worker/task/"
+	CollectionPrefix  = "/catalog/collection/"
 )
 
 // All returns the range of every key of the cluster.
@@ -68,7 +85,10 @@ func PendingPrefix(collection int64) string { return "/snapshot/pending/" + ID(c
 func Pending(collection, snapshot int64) string { return PendingPrefix(collection) + ID(snapshot) }
 
 // PinPrefix is what all pins of a snapshot begin with.
-func PinPrefix(snapshot int64) string { return "/snapshot/pin/" + ID(snapshot) + "/" }
+func PinPrefix(snapshot int64) string { return AllPinsPrefix + ID(snapshot) + "/" }
+
+// Pin is a pin's record.
+func Pin(snapshot, pin int64) string { return PinPrefix(snapshot) + ID(pin) }
 
 // Request is the record of a request token.
 func Request(principal, method, token string) string {
@@ -76,11 +96,43 @@ func Request(principal, method, token string) string {
 	return "/request/" + method + "/" + hex.EncodeToString(h[:])
 }
 
+// Job is a restore job's record.
+func Job(id int64) string { return JobPrefix + ID(id) }
+
+// JobLimits is what a restore job may use.
+func JobLimits(id int64) string { return "/job/limits/" + ID(id) }
+
+// TaskPrefix is what all tasks of a job begin with.
+func TaskPrefix(job int64) string { return AllTasksPrefix + ID(job) + "/" }
+
+// Task is a task's record.
+func Task(job, task int64) string { return TaskPrefix(job) + ID(task) }
+
+// ProgressPrefix is what the progress of all tasks of a job begins with.
+func ProgressPrefix(job int64) string { return AllProgressPrefix + ID(job) + "/" }
+
+// Progress is how far a task's attempt has come.
+func Progress(job, task int64) string { return ProgressPrefix(job) + ID(task) }
+
+// Worker is a worker's record.
+func Worker(id int64) string { return WorkerPrefix + ID(id) }
+
+// AssignmentPrefix is what all assignments of a worker begin with.
+func AssignmentPrefix(worker int64) string { return AssignedPrefix + ID(worker) + "/" }
+
+// Assignment is what gives a task to a worker.
+func Assignment(worker, job, task int64) string {
+	return AssignmentPrefix(worker) + ID(job) + "/" + ID(task)
+}
+
 // Generation is a collection's reference generation.
 func Generation(collection int64) string { return "/gc/gen/" + ID(collection) }
 
 // TombPrefix is what all tombstones of a collection begin with.
-func TombPrefix(collection int64) string { return "/gc/tomb/" + ID(collection) + "/" }
+func TombPrefix(collection int64) string { return AllTombsPrefix + ID(collection) + "/" }
+
+// Tomb is the tombstone of a unit.
+func Tomb(collection, unit int64) string { return TombPrefix(collection) + ID(unit) }
 
 // CollectionName is what a collection's name stands for.
 func CollectionName(db, name string) string { return "/catalog/name/" + db + "/" + name }
@@ -130,9 +182,30 @@ func UnitPrefix(collection int64) string { return "/catalog/unit/" + ID(collecti
 // Unit is a dropped unit's record.
 func Unit(collection, unit int64) string { return UnitPrefix(collection) + ID(unit) }
 
+// ReplacedPrefix is what the keys of all units begin with that were parts of a
+// segment: its replaced index builds and files.
+func ReplacedPrefix(collection, segment int64) string {
+	return "/catalog/replaced/" + ID(collection) + "/" + ID(segment) + "/"
+}
+
+// Replaced leads from a segment to a unit that was a part of it. It lasts as
+// long as the unit or its tombstone.
+func Replaced(collection, segment, unit int64) string {
+	return ReplacedPrefix(collection, segment) + ID(unit)
+}
+
 // Span returns the range of the ids first to last under prefix, both included.
 func Span(prefix string, first, last int64) (from, to string) {
 	return prefix + ID(first), prefix + ID(last) + "\x00"
+}
+
+// LastTwo reads the two ids that key ends in.
+func LastTwo(key string) (first, second int64, err error) {
+	if second, err = LastID(key); err != nil {
+		return 0, 0, err
+	}
+	first, err = LastID(key[:strings.LastIndexByte(key, '/')])
+	return first, second, err
 }
 
 // LastID reads the id that key ends in.
@@ -142,4 +215,12 @@ func LastID(key string) (int64, error) {
 		return 0, fmt.Errorf("key %s: %w", key, err)
 	}
 	return id, nil
+}
+
+// AssignedTo reads the worker that the key of an assignment is of.
+func AssignedTo(key string) (int64, error) {
+	if len(key) < len(AssignedPrefix)+len(ID(0)) {
+		return 0, fmt.Errorf("key %s: not an assignment", key)
+	}
+	return LastID(key[:len(AssignedPrefix)+len(ID(0))])
 }

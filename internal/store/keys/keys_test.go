@@ -15,26 +15,30 @@ import (
 func TestKeys(t *testing.T) {
 	const one, most = "0000000000000000001", "9223372036854775807"
 	for got, want := range map[string]string{
-		keys.Store("cold"):                "/store/cold",
-		keys.Snapshot(1):                  "/snapshot/rec/" + one,
-		keys.Snapshot(math.MaxInt64):      "/snapshot/rec/" + most,
-		keys.SnapshotName(0, "n"):         "/snapshot/name/0000000000000000000/n",
-		keys.Pending(1, math.MaxInt64):    "/snapshot/pending/" + one + "/" + most,
-		keys.PinPrefix(1):                 "/snapshot/pin/" + one + "/",
-		keys.Generation(1):                "/gc/gen/" + one,
-		keys.TombPrefix(1):                "/gc/tomb/" + one + "/",
-		keys.CollectionName("db", "c"):    "/catalog/name/db/c",
-		keys.Collection(1):                "/catalog/collection/" + one,
-		keys.Partition(1, math.MaxInt64):  "/catalog/partition/" + one + "/" + most,
-		keys.PartitionName(1, "p"):        "/catalog/partition-name/" + one + "/p",
-		keys.Index(1, math.MaxInt64):      "/catalog/index/" + one + "/" + most,
-		keys.IndexName(1, "i"):            "/catalog/index-name/" + one + "/i",
-		keys.Channel(1, 3):                "/catalog/channel/" + one + "/0000000000000000003",
-		keys.Segment(1, math.MaxInt64):    "/catalog/segment/" + one + "/" + most,
-		keys.Unit(1, math.MaxInt64):       "/catalog/unit/" + one + "/" + most,
-		keys.Request("p", "M", "t"):       "/request/M/8f4ae97b0bfd0990a97b683a5dfcc6e728389f2ff611e02d0149c97bd1b53f62",
-		keys.Format + keys.IDs:            "/format/ids",
-		keys.Leader + keys.SnapshotPrefix: "/election/leader/snapshot/rec/",
+		keys.Store("cold"):                 "/store/cold",
+		keys.Snapshot(1):                   "/snapshot/rec/" + one,
+		keys.Snapshot(math.MaxInt64):       "/snapshot/rec/" + most,
+		keys.SnapshotName(0, "n"):          "/snapshot/name/0000000000000000000/n",
+		keys.Pending(1, math.MaxInt64):     "/snapshot/pending/" + one + "/" + most,
+		keys.PinPrefix(1):                  "/snapshot/pin/" + one + "/",
+		keys.Pin(1, 1):                     "/snapshot/pin/" + one + "/" + one,
+		keys.Unpin:                         "/snapshot/unpin",
+		keys.Generation(1):                 "/gc/gen/" + one,
+		keys.Tomb(1, 1):                    "/gc/tomb/" + one + "/" + one,
+		keys.Replaced(1, 1, math.MaxInt64): "/catalog/replaced/" + one + "/" + one + "/" + most,
+		keys.TombPrefix(1):                 "/gc/tomb/" + one + "/",
+		keys.CollectionName("db", "c"):     "/catalog/name/db/c",
+		keys.Collection(1):                 "/catalog/collection/" + one,
+		keys.Partition(1, math.MaxInt64):   "/catalog/partition/" + one + "/" + most,
+		keys.PartitionName(1, "p"):         "/catalog/partition-name/" + one + "/p",
+		keys.Index(1, math.MaxInt64):       "/catalog/index/" + one + "/" + most,
+		keys.IndexName(1, "i"):             "/catalog/index-name/" + one + "/i",
+		keys.Channel(1, 3):                 "/catalog/channel/" + one + "/0000000000000000003",
+		keys.Segment(1, math.MaxInt64):     "/catalog/segment/" + one + "/" + most,
+		keys.Unit(1, math.MaxInt64):        "/catalog/unit/" + one + "/" + most,
+		keys.Request("p", "M", "t"):        "/request/M/8f4ae97b0bfd0990a97b683a5dfcc6e728389f2ff611e02d0149c97bd1b53f62",
+		keys.Format + keys.IDs:             "/format/ids",
+		keys.Leader + keys.SnapshotPrefix:  "/election/leader/snapshot/rec/",
 	} {
 		if got != want {
 			t.Errorf("got %q, want %q", got, want)
@@ -76,6 +80,9 @@ func TestOrder(t *testing.T) {
 			t.Fatal("a key is not in the range of all")
 		}
 	})
+	if c, u, err := keys.LastTwo(keys.Tomb(7, 9)); c != 7 || u != 9 || err != nil {
+		t.Errorf("got %d, %d, %v", c, u, err)
+	}
 	for _, key := range []string{"", "/", "/catalog/segment/1/", "/a/x", "/a/1x", "/a/99999999999999999999"} {
 		if id, err := keys.LastID(key); err == nil {
 			t.Errorf("%q: id %d", key, id)

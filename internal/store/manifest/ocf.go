@@ -41,6 +41,9 @@ const (
 	blockBytes   = 1 << 20
 	blockRecords = 128
 
+	// keptBytes is the most memory of one kind that a writer keeps for the next.
+	keptBytes = 4 << 20
+
 	maxHeaderKeys   = 64
 	maxHeaderKey    = 256
 	maxHeaderSchema = 256 << 10
@@ -55,7 +58,10 @@ var (
 )
 
 func newEncoder() *zstd.Encoder {
-	e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(runtime.GOMAXPROCS(0)))
+	e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(runtime.GOMAXPROCS(0)),
+		// Each of the workers keeps twice the window for good. One that spans a
+		// block finds all there is to find, as blocks are compressed one by one.
+		zstd.WithWindowSize(blockBytes))
 	if err != nil {
 		panic(err) // the options are constants
 	}
@@ -76,32 +82,22 @@ func newDecoder() *zstd.Decoder {
 type containerWriter struct {
 	raw        []byte // of the block being filled
 	records    int    // in raw
-	compressed []byte // scratch
-	out        []byte // the file; owned by whoever gets it from finish
-	header     int    // length of out without the first sync marker
-	sync       [syncSize]byte
+	blocks     []writtenBlock
+	compressed []byte // the data of all blocks
+}
+
+// writtenBlock is a block that a writer is done with.
+type writtenBlock struct {
+	records int
+	end     int // of its data in compressed
 }
 
 var containerWriters = sync.Pool{New: func() any { return new(containerWriter) }}
 
-// newContainer begins a file of exactly that many records.
-func newContainer(schema string, records int) *containerWriter {
+// newContainer begins a file.
+func newContainer() *containerWriter {
 	w := containerWriters.Get().(*containerWriter)
-	*w = containerWriter{raw: w.raw[:0], compressed: w.compressed[:0]}
-	w.out = make([]byte, 0, 4096+600*records)
-	w.out = append(w.out, ocfMagic...)
-	w.out = binary.AppendVarint(w.out, 4) // keys
-	for _, s := range []string{
-		keyCodec, ocfCodec,
-		keySchema, schema,
-		keyFormat, strconv.Itoa(FormatVersion),
-		keyRecords, strconv.Itoa(records),
-	} {
-		w.out = binary.AppendVarint(w.out, int64(len(s)))
-		w.out = append(w.out, s...)
-	}
-	w.out = append(w.out, 0) // end of the keys
-	w.header = len(w.out)
+	*w = containerWriter{raw: w.raw[:0], blocks: w.blocks[:0], compressed: w.compressed[:0]}
 	return w
 }
 
@@ -124,42 +120,60 @@ func (w *containerWriter) added(start int) error {
 }
 
 func (w *containerWriter) flush(raw []byte) {
-	w.compressed = zstdEncoder.EncodeAll(raw, w.compressed[:0])
-	if len(w.out) == w.header {
-		w.begin(w.compressed)
-	}
-	w.out = binary.AppendVarint(w.out, int64(w.records))
-	w.out = binary.AppendVarint(w.out, int64(len(w.compressed)))
-	w.out = append(w.out, w.compressed...)
-	w.out = append(w.out, w.sync[:]...)
+	w.compressed = zstdEncoder.EncodeAll(raw, w.compressed)
+	w.blocks = append(w.blocks, writtenBlock{w.records, len(w.compressed)})
 	w.records = 0
 }
 
-// begin ends the header with the sync marker.
-func (w *containerWriter) begin(first []byte) {
-	h := sha256.New()
-	h.Write(w.out)
-	h.Write(first)
-	copy(w.sync[:], h.Sum(nil))
-	w.out = append(w.out, w.sync[:]...)
-}
-
-// finish returns the file. The writer must not be used again.
-func (w *containerWriter) finish() []byte {
+// finish returns the file. The writer must not be used again. Only now is it
+// known how many records there are, which the header says and the sync marker
+// depends on; so the blocks get their framing here.
+func (w *containerWriter) finish(schema string) []byte {
 	if w.records > 0 {
 		w.flush(w.raw)
 	}
-	if len(w.out) == w.header {
-		w.begin(nil)
+	records := 0
+	for _, b := range w.blocks {
+		records += b.records
 	}
-	out := w.out
+	const (
+		headerRoom = 256 // of the header, besides the schema
+		blockRoom  = 2*binary.MaxVarintLen32 + syncSize
+	)
+	out := make([]byte, 0, headerRoom+len(schema)+blockRoom*len(w.blocks)+len(w.compressed))
+	out = append(out, ocfMagic...)
+	out = binary.AppendVarint(out, 4) // keys
+	for _, s := range []string{
+		keyCodec, ocfCodec,
+		keySchema, schema,
+		keyFormat, strconv.Itoa(FormatVersion),
+		keyRecords, strconv.Itoa(records),
+	} {
+		out = binary.AppendVarint(out, int64(len(s)))
+		out = append(out, s...)
+	}
+	out = append(out, 0) // end of the keys
+	h := sha256.New()
+	h.Write(out)
+	if len(w.blocks) > 0 {
+		h.Write(w.compressed[:w.blocks[0].end])
+	}
+	marker := h.Sum(nil)[:syncSize]
+	out = append(out, marker...)
+	start := 0
+	for _, b := range w.blocks {
+		out = binary.AppendVarint(out, int64(b.records))
+		out = binary.AppendVarint(out, int64(b.end-start))
+		out = append(out, w.compressed[start:b.end]...)
+		out = append(out, marker...)
+		start = b.end
+	}
 	w.release()
 	return out
 }
 
 func (w *containerWriter) release() {
-	w.out = nil
-	if cap(w.raw) <= 4*blockBytes {
+	if cap(w.raw) <= keptBytes && cap(w.compressed) <= keptBytes {
 		containerWriters.Put(w)
 	}
 }

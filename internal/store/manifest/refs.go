@@ -45,7 +45,7 @@ type refsRecord struct {
 
 // EncodeRefs returns a references file. Ids must be positive.
 func EncodeRefs(refs *Refs) ([]byte, error) {
-	w := newContainer(refsSchema.text, chunks(len(refs.Segments))+chunks(len(refs.Builds))+chunks(len(refs.Files)))
+	w := newContainer()
 	err := encodeIDs(w, refsSegment, refs.Segments)
 	if err == nil {
 		err = encodeIDs(w, refsBuild, refs.Builds)
@@ -57,10 +57,8 @@ func EncodeRefs(refs *Refs) ([]byte, error) {
 		w.release()
 		return nil, fmt.Errorf("encode references: %w", err)
 	}
-	return w.finish(), nil
+	return w.finish(refsSchema.text), nil
 }
-
-func chunks(n int) int { return (n + maxRefsChunk - 1) / maxRefsChunk }
 
 func encodeIDs(w *containerWriter, kind string, ids []int64) error {
 	if len(ids) > 0 && ids[0] <= 0 {

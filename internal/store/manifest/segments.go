@@ -70,27 +70,66 @@ type attributeRecord struct {
 	Value string `avro:"value"`
 }
 
-// Encode returns a manifest of segments, which are in ascending order of their
-// ids and each of which has a positive id and no negative size or count. Equal
-// segments make equal bytes; an empty map, slice or byte string counts as none.
+// Encode returns a manifest of segments, as a [Writer] makes it.
 func Encode(segments []segment.Segment) ([]byte, error) {
-	w := newContainer(segmentSchema.text, len(segments))
-	e := segmentEncoders.Get().(*segmentEncoder)
-	defer e.release()
-	last := int64(0)
+	w := NewWriter()
+	defer w.Close()
 	for i := range segments {
-		s := &segments[i]
-		err := check(s, last)
-		if err == nil {
-			err = e.append(w, s)
+		if err := w.Add(&segments[i]); err != nil {
+			return nil, err
 		}
-		if err != nil {
-			w.release()
-			return nil, fmt.Errorf("encode segment %d: %w", s.ID, err)
-		}
-		last = s.ID
 	}
-	return w.finish(), nil
+	return w.Finish(), nil
+}
+
+// Writer writes a manifest, segment by segment. Equal segments make equal
+// bytes; an empty map, slice or byte string counts as none. A Writer is not safe
+// for concurrent use.
+type Writer struct {
+	file    *containerWriter
+	encoder *segmentEncoder
+	last    int64 // id
+}
+
+// NewWriter begins a manifest. Close the writer when it is done with.
+func NewWriter() *Writer {
+	return &Writer{file: newContainer(), encoder: segmentEncoders.Get().(*segmentEncoder)}
+}
+
+// Add adds a segment, which it does not keep. Segments come in ascending order
+// of their ids; each has a positive id and no negative size or count. After an
+// error the writer is only good for Close.
+func (w *Writer) Add(s *segment.Segment) error {
+	err := check(s, w.last)
+	if err == nil {
+		err = w.encoder.append(w.file, s)
+	}
+	if err != nil {
+		return fmt.Errorf("encode segment %d: %w", s.ID, err)
+	}
+	w.last = s.ID
+	return nil
+}
+
+// Finish returns the manifest, which is the caller's. Only Close may be called
+// after it.
+func (w *Writer) Finish() []byte {
+	data := w.file.finish(segmentSchema.text)
+	w.file = nil
+	return data
+}
+
+// Close gives back the writer's memory, whether it is finished or not. It may be
+// called again.
+func (w *Writer) Close() {
+	if w.file != nil {
+		w.file.release()
+		w.file = nil
+	}
+	if w.encoder != nil {
+		w.encoder.release()
+		w.encoder = nil
+	}
 }
 
 // check says whether s may be the segment after the one of id last.
@@ -126,9 +165,14 @@ var segmentEncoders = sync.Pool{New: func() any {
 }}
 
 func (e *segmentEncoder) release() {
-	// Drop what the record points to, but not its own slice.
-	clear(e.record.Files)
-	e.record = segmentRecord{Files: e.record.Files[:0]}
+	// Drop what the record points to, but not its own slices.
+	files, builds := e.record.Files, e.record.Builds[:cap(e.record.Builds)]
+	clear(files[:cap(files)])
+	for i := range builds {
+		clear(builds[i].Files[:cap(builds[i].Files)])
+		builds[i] = buildRecord{Files: builds[i].Files[:0]}
+	}
+	e.record = segmentRecord{Files: files[:0], Builds: builds[:0]}
 	segmentEncoders.Put(e)
 }
 
@@ -148,14 +192,13 @@ func (e *segmentEncoder) append(w *containerWriter, s *segment.Segment) error {
 		CommitTimestamp: int64(s.CommitTimestamp),
 		RowCeiling:      int64(s.RowCeiling),
 		Files:           appendFiles(e.record.Files[:0], s.Files),
+		Builds:          slices.Grow(e.record.Builds[:0], len(s.Builds))[:len(s.Builds)],
 		EngineData:      s.EngineData,
 		Attributes:      fromMap(s.Attributes),
 	}
 	for i := range s.Builds {
-		b := &s.Builds[i]
-		e.record.Builds = append(e.record.Builds, buildRecord{
-			ID: b.ID, Index: b.Index, Field: b.Field, Params: fromMap(b.Params), Files: appendFiles(nil, b.Files),
-		})
+		b, r := &s.Builds[i], &e.record.Builds[i]
+		*r = buildRecord{ID: b.ID, Index: b.Index, Field: b.Field, Params: fromMap(b.Params), Files: appendFiles(r.Files[:0], b.Files)}
 	}
 	e.avro.Reset(nil)
 	e.avro.Error = nil

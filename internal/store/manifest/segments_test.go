@@ -328,11 +328,10 @@ func rawDatums(t testing.TB, data []byte) []byte {
 
 // frame puts raw bytes into a sound file of one block.
 func frame(schema string, records int, raw []byte) []byte {
-	w := newContainer(schema, records)
+	w := newContainer()
 	w.records = records
 	w.flush(raw)
-	w.records = 0
-	return w.finish()
+	return w.finish(schema)
 }
 
 func long(n int64) string { return string(binary.AppendVarint(nil, n)) }
@@ -553,7 +552,7 @@ func BenchmarkEncodeDatums5000x12(b *testing.B) {
 	e := segmentEncoders.Get().(*segmentEncoder)
 	size := 0
 	for b.Loop() {
-		w := newContainer(segmentSchema.text, len(segments))
+		w := newContainer()
 		size = 0
 		for i := range segments {
 			w.raw, w.records = w.raw[:0], 0
@@ -577,4 +576,48 @@ func BenchmarkDecode5000x12(b *testing.B) {
 		}
 	}
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(len(segments)), "ns/segment")
+}
+
+func TestWriter(t *testing.T) {
+	segments := makeSegments(300, 3)
+	segments[7].Builds = []segment.Build{{ID: 1, Files: segments[0].Files}, {ID: 2}, {ID: 3, Files: segments[1].Files}}
+	segments[8].Builds = []segment.Build{{ID: 4, Params: map[string]string{"a": "b"}}}
+	want := encode(t, segments)
+	w := NewWriter()
+	for i := range segments {
+		s := segments[i]
+		s.Files = slices.Clone(s.Files)
+		if err := w.Add(&s); err != nil {
+			t.Fatal(err)
+		}
+		clear(s.Files) // it is not kept
+	}
+	got := w.Finish()
+	w.Close()
+	w.Close()
+	if !bytes.Equal(got, want) {
+		t.Error("the writer makes another manifest than Encode")
+	}
+	r, err := Open(got)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(segments, readAll(t, r)); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+
+	bad := NewWriter()
+	if err := bad.Add(&segment.Segment{ID: 5}); err != nil {
+		t.Fatal(err)
+	}
+	if err := bad.Add(&segment.Segment{ID: 5}); err == nil {
+		t.Error("the same id was taken twice")
+	}
+	bad.Close()
+	if again := encode(t, segments); !bytes.Equal(again, want) { // with the memory of the others
+		t.Error("another manifest after a writer was given up")
+	}
+	if !bytes.Equal(got, want) {
+		t.Error("a finished manifest was changed")
+	}
 }

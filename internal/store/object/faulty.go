@@ -22,15 +22,19 @@ const (
 	OpHead   Op = "head"
 	OpList   Op = "list"
 	OpDelete Op = "delete"
+	OpCopy   Op = "copy"
+	OpAbort  Op = "abort uploads"
 	OpNow    Op = "now"
 )
 
 // Call is one call of a method.
 type Call struct {
-	Op   Op
-	Keys []string // the key; the prefix of a list; all keys of a delete; none for now
-	N    int      // calls of any method before this one
-	NOp  int      // calls of the same method before this one
+	Op Op
+	// Keys is the key; the prefix of a list or an abort; all keys of a delete; the
+	// source and the target of a copy; nothing for now.
+	Keys []string
+	N    int // calls of any method before this one
+	NOp  int // calls of the same method before this one
 }
 
 // Fault is what a [Faulty] does to a call.
@@ -189,13 +193,9 @@ func (f *Faulty) fire(op Op, when string, keys []string) error {
 	return fmt.Errorf("%w: injected fault %s %s %v", ErrUnavailable, when, op, keys)
 }
 
-// call carries out a call that is about key, or about nothing when it is empty.
-func call[T any](ctx context.Context, f *Faulty, op Op, key string, do func() (T, error)) (T, error) {
+// call carries out a call that is about keys.
+func call[T any](ctx context.Context, f *Faulty, op Op, do func() (T, error), keys ...string) (T, error) {
 	var zero T
-	var keys []string
-	if key != "" {
-		keys = []string{key}
-	}
 	fault, err := f.enter(ctx, op, keys...)
 	if err != nil {
 		return zero, err
@@ -209,22 +209,32 @@ func call[T any](ctx context.Context, f *Faulty, op Op, key string, do func() (T
 
 // Put implements [Store].
 func (f *Faulty) Put(ctx context.Context, key string, body []byte) (Info, error) {
-	return call(ctx, f, OpPut, key, func() (Info, error) { return f.store.Put(ctx, key, body) })
+	return call(ctx, f, OpPut, func() (Info, error) { return f.store.Put(ctx, key, body) }, key)
 }
 
 // Create implements [Store].
 func (f *Faulty) Create(ctx context.Context, key string, body []byte) (Info, error) {
-	return call(ctx, f, OpCreate, key, func() (Info, error) { return f.store.Create(ctx, key, body) })
+	return call(ctx, f, OpCreate, func() (Info, error) { return f.store.Create(ctx, key, body) }, key)
 }
 
 // Head implements [Store].
 func (f *Faulty) Head(ctx context.Context, key string) (Info, error) {
-	return call(ctx, f, OpHead, key, func() (Info, error) { return f.store.Head(ctx, key) })
+	return call(ctx, f, OpHead, func() (Info, error) { return f.store.Head(ctx, key) }, key)
 }
 
 // Now implements [Store].
 func (f *Faulty) Now(ctx context.Context) (time.Time, error) {
-	return call(ctx, f, OpNow, "", func() (time.Time, error) { return f.store.Now(ctx) })
+	return call(ctx, f, OpNow, func() (time.Time, error) { return f.store.Now(ctx) })
+}
+
+// Copy implements [Store].
+func (f *Faulty) Copy(ctx context.Context, r CopyRequest) (Info, error) {
+	return call(ctx, f, OpCopy, func() (Info, error) { return f.store.Copy(ctx, r) }, r.From, r.To)
+}
+
+// AbortUploads implements [Store].
+func (f *Faulty) AbortUploads(ctx context.Context, prefix string, before time.Time) (int, error) {
+	return call(ctx, f, OpAbort, func() (int, error) { return f.store.AbortUploads(ctx, prefix, before) }, prefix)
 }
 
 // Get implements [Store].

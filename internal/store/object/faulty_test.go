@@ -62,6 +62,17 @@ func TestFaultyEveryMethod(t *testing.T) {
 			object.OpDelete, func(ctx context.Context, s object.Store) error { return s.Delete(ctx, "old") },
 			func(s object.Store) bool { return !has(s, "old") },
 		},
+		{
+			object.OpCopy, func(ctx context.Context, s object.Store) error {
+				_, err := s.Copy(ctx, object.CopyRequest{From: "old", To: "new", SourceETag: "9dd4e461268c8034f5c8564e155c67a6", Size: 1})
+				return err
+			},
+			func(s object.Store) bool { return has(s, "new") },
+		},
+		{object.OpAbort, func(ctx context.Context, s object.Store) error {
+			_, err := s.AbortUploads(ctx, "", time.Time{})
+			return err
+		}, nil},
 		{object.OpNow, func(ctx context.Context, s object.Store) error { _, err := s.Now(ctx); return err }, nil},
 	}
 	for _, c := range calls {
@@ -159,6 +170,25 @@ func TestFaultyDeleteNamesItsKeys(t *testing.T) {
 	}
 	if _, ok := errors.AsType[*object.DeleteError](err); !ok {
 		t.Errorf("err = %v, want a DeleteError", err)
+	}
+}
+
+func TestFaultyCopyNamesBothKeys(t *testing.T) {
+	f, s := newFaulty()
+	info, err := s.Put(t.Context(), "a", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var seen []string
+	f.Plan(func(c object.Call) object.Fault { seen = append(seen, c.Keys...); return object.FaultNone })
+	if _, err := f.Copy(t.Context(), object.CopyRequest{From: "a", To: "b", SourceETag: info.ETag}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.AbortUploads(t.Context(), "c/", time.Time{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := fmt.Sprint(seen); got != "[a b c/]" {
+		t.Errorf("the plan saw %s", got)
 	}
 }
 

@@ -26,13 +26,16 @@ const MaxKeyBytes = 1024
 
 // Errors that callers tell apart. Any other error wraps ErrUnavailable or the
 // context's error. Those, ErrDenied and ErrMisconfigured leave the outcome of a
-// write or delete unknown.
+// write, copy or delete unknown.
 var (
 	// ErrNotFound means that there is no object of that key.
 	ErrNotFound = errors.New("object not found")
 	// ErrExists means that a conditional create found an object of that key.
 	// After a retry it may be the caller's own: read back and compare.
 	ErrExists = errors.New("object already exists")
+	// ErrSourceChanged means that the source of a copy is not the version that was
+	// asked for. To try again does not help.
+	ErrSourceChanged = errors.New("source object changed")
 	// ErrInvalidKey means that a key or prefix breaks the rules of [CheckKey].
 	ErrInvalidKey = errors.New("invalid object key")
 	// ErrUnavailable means that the store did not answer, or not usefully.
@@ -52,6 +55,20 @@ type Info struct {
 	Size    int64     // bytes
 	ETag    string    // as the store gives it, without quotes; not a content hash
 	ModTime time.Time // by the store's clock
+
+	// What follows Head alone delivers, and where the store knows it. Everywhere
+	// else it is zero, in lists above all.
+
+	// Checksum is that of the whole content: its type, a colon, and the store's
+	// text of it, as "CRC64NVME:AAAAAAAAAAA=". Empty: the store keeps none, or one
+	// of the parts alone.
+	Checksum string
+	// SourceETag is the ETag of the object of which this is a copy in parts, as
+	// Copy has noted it. Empty: it is none.
+	SourceETag string
+	// OpaqueETag says that the ETag is no MD5 even if it looks like one, as that
+	// of an object under a key of KMS.
+	OpaqueETag bool
 }
 
 // Store is a flat space of keys. All methods are safe for concurrent use. They
@@ -70,7 +87,7 @@ type Store interface {
 	// past the end reads as empty, one below zero is an error. The Info is that
 	// of the whole object, whatever part is read.
 	Get(ctx context.Context, key string, offset, length int64) (io.ReadCloser, Info, error)
-	// Head describes the object.
+	// Head describes the object, with all that the store knows.
 	Head(ctx context.Context, key string) (Info, error)
 	// List yields the objects whose keys begin with prefix, in key order.
 	// The prefix is empty or ends in "/". An error ends the sequence. Writes and
@@ -81,6 +98,31 @@ type Store interface {
 	// trouble with one does not keep it from the others. The error joins one
 	// *DeleteError per key that may still be there or is invalid.
 	Delete(ctx context.Context, keys ...string) error
+	// Copy makes To byte-equal to the version of From that the request pins,
+	// replacing what was there, and moves the bytes within the store. To is whole
+	// when Copy returns, never visible in part, and comes with the metadata and
+	// tags of From. The Info is what the store answered: its ETag is that of To,
+	// its Size the one that was asked for. The same request makes the same object,
+	// and the same ETag where ETags follow from the content.
+	//
+	// It is ErrNotFound when From does not exist and ErrSourceChanged when it has
+	// another ETag. Another size than the request says is ErrSourceChanged too, or
+	// goes unnoticed when the ETag is right and the object is not copied in parts.
+	//
+	// After any other error To may have been written, and may yet be: a late copy
+	// writes the same bytes. Copy again, or see [ProvedEqual]. Of several copies to
+	// one key at once each succeeds or fails with ErrUnavailable. When Copy returns
+	// no upload of its own is open, unless the store could not be told so or did
+	// not tell of it; it takes up to half a minute more for that after its context
+	// is over. What a process that died left open AbortUploads finds.
+	Copy(ctx context.Context, r CopyRequest) (Info, error)
+	// AbortUploads aborts the unfinished uploads to keys that begin with prefix,
+	// empty or ending in "/", and that were begun before a time by the store's
+	// clock, zero for all. It returns how many it has aborted, also with an error;
+	// trouble with one does not keep it from the others. An upload that is being
+	// completed may escape it; whoever loses one fails with ErrUnavailable, or
+	// begins another. A store whose writes leave nothing unfinished does nothing.
+	AbortUploads(ctx context.Context, prefix string, before time.Time) (int, error)
 	// Now returns the time by the store's own clock, with a precision of a
 	// second or better.
 	Now(ctx context.Context) (time.Time, error)

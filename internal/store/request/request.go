@@ -68,6 +68,17 @@ func (t Token) End(lease meta.LeaseID, id int64, result []byte) []meta.Op {
 	}), lease)}
 }
 
+// Ended is the write that ends an operation well when another than its first
+// transaction does: kv is the token's record, which the transaction compares.
+func Ended(kv meta.KeyValue, lease meta.LeaseID) (meta.Op, error) {
+	rec := &storagev1.Request{}
+	if err := record.Decode(kv, rec); err != nil {
+		return meta.Op{}, err
+	}
+	rec.Done = true
+	return meta.PutLeased(kv.Key, record.Encode(rec), lease), nil
+}
+
 // Record is what is known of a token.
 type Record struct {
 	ID          int64  // of what the operation makes

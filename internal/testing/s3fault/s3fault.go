@@ -41,6 +41,8 @@ const (
 	CompleteMultipartUpload Op = "CompleteMultipartUpload"
 	AbortMultipartUpload    Op = "AbortMultipartUpload"
 	CopyObject              Op = "CopyObject"
+	GetObjectTagging        Op = "GetObjectTagging"
+	ListMultipartUploads    Op = "ListMultipartUploads"
 	Other                   Op = "Other"
 )
 
@@ -56,6 +58,8 @@ func Classify(r *http.Request) (Op, string) {
 			return ListObjectsV2, ""
 		case r.Method == http.MethodPost && q.Has("delete"):
 			return DeleteObjects, ""
+		case r.Method == http.MethodGet && q.Has("uploads"):
+			return ListMultipartUploads, ""
 		}
 		return Other, ""
 	}
@@ -87,7 +91,10 @@ func Classify(r *http.Request) (Op, string) {
 	case http.MethodHead:
 		op = HeadObject
 	case http.MethodGet:
-		if !q.Has("uploadId") {
+		switch {
+		case q.Has("tagging"):
+			op = GetObjectTagging
+		case !q.Has("uploadId"):
 			op = GetObject
 		}
 	}

@@ -23,6 +23,7 @@ func TestClassify(t *testing.T) {
 		"POST /b/k?uploadId=x": s3fault.CompleteMultipartUpload, "DELETE /b/k?uploadId=x": s3fault.AbortMultipartUpload,
 		"COPY /b/k": s3fault.CopyObject, "COPY /b/k?partNumber=1&uploadId=x": s3fault.UploadPartCopy,
 		"PUT /b": s3fault.Other, "GET /b/k?uploadId=x": s3fault.Other, "PUT /b/k?tagging": s3fault.Other, "GET /": s3fault.Other,
+		"GET /b/k?tagging=&x-id=GetObjectTagging": s3fault.GetObjectTagging, "GET /b?prefix=x&uploads=": s3fault.ListMultipartUploads,
 	} {
 		method, path, _ := strings.Cut(request, " ")
 		r := httptest.NewRequest(strings.Replace(method, "COPY", "PUT", 1), path, nil)

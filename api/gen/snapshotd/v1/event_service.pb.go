@@ -84,8 +84,9 @@ type WatchEventsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Go on after the message with this token. Default: from now on.
 	ResumeToken string `protobuf:"bytes,1,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
-	// Only events of this collection and its snapshots; but that a snapshot is
-	// gone, of which only the id is known, is told of all collections.
+	// Only events of this collection, its snapshots and its tombstones; but that a
+	// snapshot is gone, of which only the id is known, and what happens to pins is
+	// told of all collections.
 	Collection    *CollectionRef `protobuf:"bytes,2,opt,name=collection,proto3" json:"collection,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -149,6 +150,9 @@ type WatchEventsResponse struct {
 	//	*WatchEventsResponse_Bookmark
 	//	*WatchEventsResponse_Collection
 	//	*WatchEventsResponse_Snapshot
+	//	*WatchEventsResponse_Pin
+	//	*WatchEventsResponse_Tombstone
+	//	*WatchEventsResponse_Restore
 	Event         isWatchEventsResponse_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -232,6 +236,33 @@ func (x *WatchEventsResponse) GetSnapshot() *SnapshotEvent {
 	return nil
 }
 
+func (x *WatchEventsResponse) GetPin() *PinEvent {
+	if x != nil {
+		if x, ok := x.Event.(*WatchEventsResponse_Pin); ok {
+			return x.Pin
+		}
+	}
+	return nil
+}
+
+func (x *WatchEventsResponse) GetTombstone() *TombstoneEvent {
+	if x != nil {
+		if x, ok := x.Event.(*WatchEventsResponse_Tombstone); ok {
+			return x.Tombstone
+		}
+	}
+	return nil
+}
+
+func (x *WatchEventsResponse) GetRestore() *RestoreEvent {
+	if x != nil {
+		if x, ok := x.Event.(*WatchEventsResponse_Restore); ok {
+			return x.Restore
+		}
+	}
+	return nil
+}
+
 type isWatchEventsResponse_Event interface {
 	isWatchEventsResponse_Event()
 }
@@ -251,11 +282,32 @@ type WatchEventsResponse_Snapshot struct {
 	Snapshot *SnapshotEvent `protobuf:"bytes,5,opt,name=snapshot,proto3,oneof"`
 }
 
+type WatchEventsResponse_Pin struct {
+	// A pin changed.
+	Pin *PinEvent `protobuf:"bytes,6,opt,name=pin,proto3,oneof"`
+}
+
+type WatchEventsResponse_Tombstone struct {
+	// A tombstone changed.
+	Tombstone *TombstoneEvent `protobuf:"bytes,7,opt,name=tombstone,proto3,oneof"`
+}
+
+type WatchEventsResponse_Restore struct {
+	// A restore job changed.
+	Restore *RestoreEvent `protobuf:"bytes,8,opt,name=restore,proto3,oneof"`
+}
+
 func (*WatchEventsResponse_Bookmark) isWatchEventsResponse_Event() {}
 
 func (*WatchEventsResponse_Collection) isWatchEventsResponse_Event() {}
 
 func (*WatchEventsResponse_Snapshot) isWatchEventsResponse_Event() {}
+
+func (*WatchEventsResponse_Pin) isWatchEventsResponse_Event() {}
+
+func (*WatchEventsResponse_Tombstone) isWatchEventsResponse_Event() {}
+
+func (*WatchEventsResponse_Restore) isWatchEventsResponse_Event() {}
 
 // Bookmark says that everything up to its revision has been told.
 type Bookmark struct {
@@ -405,16 +457,193 @@ func (x *SnapshotEvent) GetSnapshot() *Snapshot {
 	return nil
 }
 
+// PinEvent is a change of a pin. An owner who sees that it ended by itself knows
+// that nothing of his keeps the snapshot any more.
+type PinEvent struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What kind of change: CREATED, UPDATED when it is renewed, DELETED.
+	Type ChangeType `protobuf:"varint,1,opt,name=type,proto3,enum=snapshotd.v1.ChangeType" json:"type,omitempty"`
+	// The pin as it is after the change.
+	Pin *Pin `protobuf:"bytes,2,opt,name=pin,proto3" json:"pin,omitempty"`
+	// Whether it ended because nobody renewed it in time.
+	Expired       bool `protobuf:"varint,3,opt,name=expired,proto3" json:"expired,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PinEvent) Reset() {
+	*x = PinEvent{}
+	mi := &file_snapshotd_v1_event_service_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PinEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PinEvent) ProtoMessage() {}
+
+func (x *PinEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_event_service_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PinEvent.ProtoReflect.Descriptor instead.
+func (*PinEvent) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_event_service_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *PinEvent) GetType() ChangeType {
+	if x != nil {
+		return x.Type
+	}
+	return ChangeType_CHANGE_TYPE_UNSPECIFIED
+}
+
+func (x *PinEvent) GetPin() *Pin {
+	if x != nil {
+		return x.Pin
+	}
+	return nil
+}
+
+func (x *PinEvent) GetExpired() bool {
+	if x != nil {
+		return x.Expired
+	}
+	return false
+}
+
+// TombstoneEvent is a change of a tombstone: CREATED when a unit is granted,
+// DELETED when its deletion is confirmed.
+type TombstoneEvent struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What kind of change.
+	Type ChangeType `protobuf:"varint,1,opt,name=type,proto3,enum=snapshotd.v1.ChangeType" json:"type,omitempty"`
+	// The tombstone, without its files.
+	Tombstone     *Tombstone `protobuf:"bytes,2,opt,name=tombstone,proto3" json:"tombstone,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TombstoneEvent) Reset() {
+	*x = TombstoneEvent{}
+	mi := &file_snapshotd_v1_event_service_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TombstoneEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TombstoneEvent) ProtoMessage() {}
+
+func (x *TombstoneEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_event_service_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TombstoneEvent.ProtoReflect.Descriptor instead.
+func (*TombstoneEvent) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_event_service_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *TombstoneEvent) GetType() ChangeType {
+	if x != nil {
+		return x.Type
+	}
+	return ChangeType_CHANGE_TYPE_UNSPECIFIED
+}
+
+func (x *TombstoneEvent) GetTombstone() *Tombstone {
+	if x != nil {
+		return x.Tombstone
+	}
+	return nil
+}
+
+// RestoreEvent is a change of a restore job's state or phase. Progress is not
+// told here; see WatchRestore.
+type RestoreEvent struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What kind of change.
+	Type ChangeType `protobuf:"varint,1,opt,name=type,proto3,enum=snapshotd.v1.ChangeType" json:"type,omitempty"`
+	// The job as it is after the change, without its progress.
+	Job           *RestoreJob `protobuf:"bytes,2,opt,name=job,proto3" json:"job,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreEvent) Reset() {
+	*x = RestoreEvent{}
+	mi := &file_snapshotd_v1_event_service_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreEvent) ProtoMessage() {}
+
+func (x *RestoreEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_event_service_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreEvent.ProtoReflect.Descriptor instead.
+func (*RestoreEvent) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_event_service_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *RestoreEvent) GetType() ChangeType {
+	if x != nil {
+		return x.Type
+	}
+	return ChangeType_CHANGE_TYPE_UNSPECIFIED
+}
+
+func (x *RestoreEvent) GetJob() *RestoreJob {
+	if x != nil {
+		return x.Job
+	}
+	return nil
+}
+
 var File_snapshotd_v1_event_service_proto protoreflect.FileDescriptor
 
 const file_snapshotd_v1_event_service_proto_rawDesc = "" +
 	"\n" +
-	" snapshotd/v1/event_service.proto\x12\fsnapshotd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1dsnapshotd/v1/collection.proto\x1a\x19snapshotd/v1/common.proto\x1a\x1bsnapshotd/v1/snapshot.proto\"~\n" +
+	" snapshotd/v1/event_service.proto\x12\fsnapshotd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1dsnapshotd/v1/collection.proto\x1a\x19snapshotd/v1/common.proto\x1a\"snapshotd/v1/reclaim_service.proto\x1a\x1asnapshotd/v1/restore.proto\x1a\x1bsnapshotd/v1/snapshot.proto\"~\n" +
 	"\x12WatchEventsRequest\x12+\n" +
 	"\fresume_token\x18\x01 \x01(\tB\b\xbaH\x05r\x03(\x80\bR\vresumeToken\x12;\n" +
 	"\n" +
 	"collection\x18\x02 \x01(\v2\x1b.snapshotd.v1.CollectionRefR\n" +
-	"collection\"\x8f\x02\n" +
+	"collection\"\xb1\x03\n" +
 	"\x13WatchEventsResponse\x12!\n" +
 	"\fresume_token\x18\x01 \x01(\tR\vresumeToken\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x03R\brevision\x124\n" +
@@ -422,7 +651,10 @@ const file_snapshotd_v1_event_service_proto_rawDesc = "" +
 	"\n" +
 	"collection\x18\x04 \x01(\v2\x1d.snapshotd.v1.CollectionEventH\x00R\n" +
 	"collection\x129\n" +
-	"\bsnapshot\x18\x05 \x01(\v2\x1b.snapshotd.v1.SnapshotEventH\x00R\bsnapshotB\a\n" +
+	"\bsnapshot\x18\x05 \x01(\v2\x1b.snapshotd.v1.SnapshotEventH\x00R\bsnapshot\x12*\n" +
+	"\x03pin\x18\x06 \x01(\v2\x16.snapshotd.v1.PinEventH\x00R\x03pin\x12<\n" +
+	"\ttombstone\x18\a \x01(\v2\x1c.snapshotd.v1.TombstoneEventH\x00R\ttombstone\x126\n" +
+	"\arestore\x18\b \x01(\v2\x1a.snapshotd.v1.RestoreEventH\x00R\arestoreB\a\n" +
 	"\x05event\"\n" +
 	"\n" +
 	"\bBookmark\"y\n" +
@@ -433,7 +665,17 @@ const file_snapshotd_v1_event_service_proto_rawDesc = "" +
 	"collection\"q\n" +
 	"\rSnapshotEvent\x12,\n" +
 	"\x04type\x18\x01 \x01(\x0e2\x18.snapshotd.v1.ChangeTypeR\x04type\x122\n" +
-	"\bsnapshot\x18\x02 \x01(\v2\x16.snapshotd.v1.SnapshotR\bsnapshot*t\n" +
+	"\bsnapshot\x18\x02 \x01(\v2\x16.snapshotd.v1.SnapshotR\bsnapshot\"w\n" +
+	"\bPinEvent\x12,\n" +
+	"\x04type\x18\x01 \x01(\x0e2\x18.snapshotd.v1.ChangeTypeR\x04type\x12#\n" +
+	"\x03pin\x18\x02 \x01(\v2\x11.snapshotd.v1.PinR\x03pin\x12\x18\n" +
+	"\aexpired\x18\x03 \x01(\bR\aexpired\"u\n" +
+	"\x0eTombstoneEvent\x12,\n" +
+	"\x04type\x18\x01 \x01(\x0e2\x18.snapshotd.v1.ChangeTypeR\x04type\x125\n" +
+	"\ttombstone\x18\x02 \x01(\v2\x17.snapshotd.v1.TombstoneR\ttombstone\"h\n" +
+	"\fRestoreEvent\x12,\n" +
+	"\x04type\x18\x01 \x01(\x0e2\x18.snapshotd.v1.ChangeTypeR\x04type\x12*\n" +
+	"\x03job\x18\x02 \x01(\v2\x18.snapshotd.v1.RestoreJobR\x03job*t\n" +
 	"\n" +
 	"ChangeType\x12\x1b\n" +
 	"\x17CHANGE_TYPE_UNSPECIFIED\x10\x00\x12\x17\n" +
@@ -456,7 +698,7 @@ func file_snapshotd_v1_event_service_proto_rawDescGZIP() []byte {
 }
 
 var file_snapshotd_v1_event_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_snapshotd_v1_event_service_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_snapshotd_v1_event_service_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_snapshotd_v1_event_service_proto_goTypes = []any{
 	(ChangeType)(0),             // 0: snapshotd.v1.ChangeType
 	(*WatchEventsRequest)(nil),  // 1: snapshotd.v1.WatchEventsRequest
@@ -464,26 +706,41 @@ var file_snapshotd_v1_event_service_proto_goTypes = []any{
 	(*Bookmark)(nil),            // 3: snapshotd.v1.Bookmark
 	(*CollectionEvent)(nil),     // 4: snapshotd.v1.CollectionEvent
 	(*SnapshotEvent)(nil),       // 5: snapshotd.v1.SnapshotEvent
-	(*CollectionRef)(nil),       // 6: snapshotd.v1.CollectionRef
-	(*Collection)(nil),          // 7: snapshotd.v1.Collection
-	(*Snapshot)(nil),            // 8: snapshotd.v1.Snapshot
+	(*PinEvent)(nil),            // 6: snapshotd.v1.PinEvent
+	(*TombstoneEvent)(nil),      // 7: snapshotd.v1.TombstoneEvent
+	(*RestoreEvent)(nil),        // 8: snapshotd.v1.RestoreEvent
+	(*CollectionRef)(nil),       // 9: snapshotd.v1.CollectionRef
+	(*Collection)(nil),          // 10: snapshotd.v1.Collection
+	(*Snapshot)(nil),            // 11: snapshotd.v1.Snapshot
+	(*Pin)(nil),                 // 12: snapshotd.v1.Pin
+	(*Tombstone)(nil),           // 13: snapshotd.v1.Tombstone
+	(*RestoreJob)(nil),          // 14: snapshotd.v1.RestoreJob
 }
 var file_snapshotd_v1_event_service_proto_depIdxs = []int32{
-	6, // 0: snapshotd.v1.WatchEventsRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	3, // 1: snapshotd.v1.WatchEventsResponse.bookmark:type_name -> snapshotd.v1.Bookmark
-	4, // 2: snapshotd.v1.WatchEventsResponse.collection:type_name -> snapshotd.v1.CollectionEvent
-	5, // 3: snapshotd.v1.WatchEventsResponse.snapshot:type_name -> snapshotd.v1.SnapshotEvent
-	0, // 4: snapshotd.v1.CollectionEvent.type:type_name -> snapshotd.v1.ChangeType
-	7, // 5: snapshotd.v1.CollectionEvent.collection:type_name -> snapshotd.v1.Collection
-	0, // 6: snapshotd.v1.SnapshotEvent.type:type_name -> snapshotd.v1.ChangeType
-	8, // 7: snapshotd.v1.SnapshotEvent.snapshot:type_name -> snapshotd.v1.Snapshot
-	1, // 8: snapshotd.v1.EventService.WatchEvents:input_type -> snapshotd.v1.WatchEventsRequest
-	2, // 9: snapshotd.v1.EventService.WatchEvents:output_type -> snapshotd.v1.WatchEventsResponse
-	9, // [9:10] is the sub-list for method output_type
-	8, // [8:9] is the sub-list for method input_type
-	8, // [8:8] is the sub-list for extension type_name
-	8, // [8:8] is the sub-list for extension extendee
-	0, // [0:8] is the sub-list for field type_name
+	9,  // 0: snapshotd.v1.WatchEventsRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	3,  // 1: snapshotd.v1.WatchEventsResponse.bookmark:type_name -> snapshotd.v1.Bookmark
+	4,  // 2: snapshotd.v1.WatchEventsResponse.collection:type_name -> snapshotd.v1.CollectionEvent
+	5,  // 3: snapshotd.v1.WatchEventsResponse.snapshot:type_name -> snapshotd.v1.SnapshotEvent
+	6,  // 4: snapshotd.v1.WatchEventsResponse.pin:type_name -> snapshotd.v1.PinEvent
+	7,  // 5: snapshotd.v1.WatchEventsResponse.tombstone:type_name -> snapshotd.v1.TombstoneEvent
+	8,  // 6: snapshotd.v1.WatchEventsResponse.restore:type_name -> snapshotd.v1.RestoreEvent
+	0,  // 7: snapshotd.v1.CollectionEvent.type:type_name -> snapshotd.v1.ChangeType
+	10, // 8: snapshotd.v1.CollectionEvent.collection:type_name -> snapshotd.v1.Collection
+	0,  // 9: snapshotd.v1.SnapshotEvent.type:type_name -> snapshotd.v1.ChangeType
+	11, // 10: snapshotd.v1.SnapshotEvent.snapshot:type_name -> snapshotd.v1.Snapshot
+	0,  // 11: snapshotd.v1.PinEvent.type:type_name -> snapshotd.v1.ChangeType
+	12, // 12: snapshotd.v1.PinEvent.pin:type_name -> snapshotd.v1.Pin
+	0,  // 13: snapshotd.v1.TombstoneEvent.type:type_name -> snapshotd.v1.ChangeType
+	13, // 14: snapshotd.v1.TombstoneEvent.tombstone:type_name -> snapshotd.v1.Tombstone
+	0,  // 15: snapshotd.v1.RestoreEvent.type:type_name -> snapshotd.v1.ChangeType
+	14, // 16: snapshotd.v1.RestoreEvent.job:type_name -> snapshotd.v1.RestoreJob
+	1,  // 17: snapshotd.v1.EventService.WatchEvents:input_type -> snapshotd.v1.WatchEventsRequest
+	2,  // 18: snapshotd.v1.EventService.WatchEvents:output_type -> snapshotd.v1.WatchEventsResponse
+	18, // [18:19] is the sub-list for method output_type
+	17, // [17:18] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_snapshotd_v1_event_service_proto_init() }
@@ -493,11 +750,16 @@ func file_snapshotd_v1_event_service_proto_init() {
 	}
 	file_snapshotd_v1_collection_proto_init()
 	file_snapshotd_v1_common_proto_init()
+	file_snapshotd_v1_reclaim_service_proto_init()
+	file_snapshotd_v1_restore_proto_init()
 	file_snapshotd_v1_snapshot_proto_init()
 	file_snapshotd_v1_event_service_proto_msgTypes[1].OneofWrappers = []any{
 		(*WatchEventsResponse_Bookmark)(nil),
 		(*WatchEventsResponse_Collection)(nil),
 		(*WatchEventsResponse_Snapshot)(nil),
+		(*WatchEventsResponse_Pin)(nil),
+		(*WatchEventsResponse_Tombstone)(nil),
+		(*WatchEventsResponse_Restore)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -505,7 +767,7 @@ func file_snapshotd_v1_event_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_snapshotd_v1_event_service_proto_rawDesc), len(file_snapshotd_v1_event_service_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   5,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -28,8 +28,8 @@ const (
 //
 // EventService tells what happens.
 type EventServiceClient interface {
-	// WatchEvents streams changes of collections and snapshots in the order in
-	// which they happened, each once, without gaps. The first message is a
+	// WatchEvents streams changes of collections, snapshots, restore jobs, pins and
+	// tombstones in the order in which they happened, each once, without gaps. The first message is a
 	// bookmark: what happens from then on will be told. A stream that ended is
 	// resumed with the token of the last message.
 	//
@@ -74,8 +74,8 @@ type EventService_WatchEventsClient = grpc.ServerStreamingClient[WatchEventsResp
 //
 // EventService tells what happens.
 type EventServiceServer interface {
-	// WatchEvents streams changes of collections and snapshots in the order in
-	// which they happened, each once, without gaps. The first message is a
+	// WatchEvents streams changes of collections, snapshots, restore jobs, pins and
+	// tombstones in the order in which they happened, each once, without gaps. The first message is a
 	// bookmark: what happens from then on will be told. A stream that ended is
 	// resumed with the token of the last message.
 	//

@@ -9,6 +9,7 @@ package snapshotdv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -266,11 +267,197 @@ func (x *Snapshot) GetReason() string {
 	return ""
 }
 
+// Pin keeps a snapshot from being dropped and from expiring.
+type Pin struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The id.
+	Id int64 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The snapshot.
+	SnapshotId int64 `protobuf:"varint,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	// Who made it, for people.
+	Owner string `protobuf:"bytes,3,opt,name=owner,proto3" json:"owner,omitempty"`
+	// What for, for people.
+	Reason string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	// How long it lasts from the last renewal; unset: until it is removed.
+	Ttl *durationpb.Duration `protobuf:"bytes,5,opt,name=ttl,proto3" json:"ttl,omitempty"`
+	// When it was made.
+	CreateTime *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
+	// When it ends unless it is renewed; it may end some seconds later, never
+	// before. Unset: never.
+	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	// The restore job that it is of, whose end alone removes it; 0: none.
+	RestoreJobId  int64 `protobuf:"varint,8,opt,name=restore_job_id,json=restoreJobId,proto3" json:"restore_job_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Pin) Reset() {
+	*x = Pin{}
+	mi := &file_snapshotd_v1_snapshot_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Pin) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Pin) ProtoMessage() {}
+
+func (x *Pin) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Pin.ProtoReflect.Descriptor instead.
+func (*Pin) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Pin) GetId() int64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *Pin) GetSnapshotId() int64 {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return 0
+}
+
+func (x *Pin) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+func (x *Pin) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Pin) GetTtl() *durationpb.Duration {
+	if x != nil {
+		return x.Ttl
+	}
+	return nil
+}
+
+func (x *Pin) GetCreateTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreateTime
+	}
+	return nil
+}
+
+func (x *Pin) GetExpireTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpireTime
+	}
+	return nil
+}
+
+func (x *Pin) GetRestoreJobId() int64 {
+	if x != nil {
+		return x.RestoreJobId
+	}
+	return 0
+}
+
+// SnapshotUsage says what a snapshot keeps in the object stores: its files,
+// parted into those that would be free to go if it were dropped now, and those
+// that something else needs as well.
+type SnapshotUsage struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Files that nothing but this snapshot keeps.
+	ExclusiveFiles int64 `protobuf:"varint,1,opt,name=exclusive_files,json=exclusiveFiles,proto3" json:"exclusive_files,omitempty"`
+	// The sum of their sizes in bytes.
+	ExclusiveBytes int64 `protobuf:"varint,2,opt,name=exclusive_bytes,json=exclusiveBytes,proto3" json:"exclusive_bytes,omitempty"`
+	// Files that the collection, another snapshot or a grant still accounts for,
+	// or that snapshotd never deletes.
+	SharedFiles int64 `protobuf:"varint,3,opt,name=shared_files,json=sharedFiles,proto3" json:"shared_files,omitempty"`
+	// The sum of their sizes in bytes.
+	SharedBytes   int64 `protobuf:"varint,4,opt,name=shared_bytes,json=sharedBytes,proto3" json:"shared_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotUsage) Reset() {
+	*x = SnapshotUsage{}
+	mi := &file_snapshotd_v1_snapshot_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotUsage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotUsage) ProtoMessage() {}
+
+func (x *SnapshotUsage) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotUsage.ProtoReflect.Descriptor instead.
+func (*SnapshotUsage) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *SnapshotUsage) GetExclusiveFiles() int64 {
+	if x != nil {
+		return x.ExclusiveFiles
+	}
+	return 0
+}
+
+func (x *SnapshotUsage) GetExclusiveBytes() int64 {
+	if x != nil {
+		return x.ExclusiveBytes
+	}
+	return 0
+}
+
+func (x *SnapshotUsage) GetSharedFiles() int64 {
+	if x != nil {
+		return x.SharedFiles
+	}
+	return 0
+}
+
+func (x *SnapshotUsage) GetSharedBytes() int64 {
+	if x != nil {
+		return x.SharedBytes
+	}
+	return 0
+}
+
 var File_snapshotd_v1_snapshot_proto protoreflect.FileDescriptor
 
 const file_snapshotd_v1_snapshot_proto_rawDesc = "" +
 	"\n" +
-	"\x1bsnapshotd/v1/snapshot.proto\x12\fsnapshotd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19snapshotd/v1/common.proto\"\xd8\x06\n" +
+	"\x1bsnapshotd/v1/snapshot.proto\x12\fsnapshotd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19snapshotd/v1/common.proto\"\xd8\x06\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x03R\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12<\n" +
@@ -301,7 +488,24 @@ const file_snapshotd_v1_snapshot_proto_rawDesc = "" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_PENDING\x10\x01\x12\x13\n" +
 	"\x0fSTATE_COMMITTED\x10\x02\x12\x12\n" +
-	"\x0eSTATE_DELETING\x10\x03BAZ?github.com/snapshotd/snapshotd/api/gen/snapshotd/v1;snapshotdv1b\x06proto3"
+	"\x0eSTATE_DELETING\x10\x03\"\xb1\x02\n" +
+	"\x03Pin\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x03R\x02id\x12\x1f\n" +
+	"\vsnapshot_id\x18\x02 \x01(\x03R\n" +
+	"snapshotId\x12\x14\n" +
+	"\x05owner\x18\x03 \x01(\tR\x05owner\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\x12+\n" +
+	"\x03ttl\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\x12;\n" +
+	"\vcreate_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"createTime\x12;\n" +
+	"\vexpire_time\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"expireTime\x12$\n" +
+	"\x0erestore_job_id\x18\b \x01(\x03R\frestoreJobId\"\xa7\x01\n" +
+	"\rSnapshotUsage\x12'\n" +
+	"\x0fexclusive_files\x18\x01 \x01(\x03R\x0eexclusiveFiles\x12'\n" +
+	"\x0fexclusive_bytes\x18\x02 \x01(\x03R\x0eexclusiveBytes\x12!\n" +
+	"\fshared_files\x18\x03 \x01(\x03R\vsharedFiles\x12!\n" +
+	"\fshared_bytes\x18\x04 \x01(\x03R\vsharedBytesBAZ?github.com/snapshotd/snapshotd/api/gen/snapshotd/v1;snapshotdv1b\x06proto3"
 
 var (
 	file_snapshotd_v1_snapshot_proto_rawDescOnce sync.Once
@@ -316,30 +520,36 @@ func file_snapshotd_v1_snapshot_proto_rawDescGZIP() []byte {
 }
 
 var file_snapshotd_v1_snapshot_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_snapshotd_v1_snapshot_proto_msgTypes = make([]protoimpl.MessageInfo, 2)
+var file_snapshotd_v1_snapshot_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
 var file_snapshotd_v1_snapshot_proto_goTypes = []any{
 	(Snapshot_State)(0),           // 0: snapshotd.v1.Snapshot.State
 	(*Snapshot)(nil),              // 1: snapshotd.v1.Snapshot
-	nil,                           // 2: snapshotd.v1.Snapshot.LabelsEntry
-	(*CollectionInfo)(nil),        // 3: snapshotd.v1.CollectionInfo
-	(*timestamppb.Timestamp)(nil), // 4: google.protobuf.Timestamp
-	(*ChannelPosition)(nil),       // 5: snapshotd.v1.ChannelPosition
-	(*Totals)(nil),                // 6: snapshotd.v1.Totals
+	(*Pin)(nil),                   // 2: snapshotd.v1.Pin
+	(*SnapshotUsage)(nil),         // 3: snapshotd.v1.SnapshotUsage
+	nil,                           // 4: snapshotd.v1.Snapshot.LabelsEntry
+	(*CollectionInfo)(nil),        // 5: snapshotd.v1.CollectionInfo
+	(*timestamppb.Timestamp)(nil), // 6: google.protobuf.Timestamp
+	(*ChannelPosition)(nil),       // 7: snapshotd.v1.ChannelPosition
+	(*Totals)(nil),                // 8: snapshotd.v1.Totals
+	(*durationpb.Duration)(nil),   // 9: google.protobuf.Duration
 }
 var file_snapshotd_v1_snapshot_proto_depIdxs = []int32{
-	3, // 0: snapshotd.v1.Snapshot.collection:type_name -> snapshotd.v1.CollectionInfo
-	2, // 1: snapshotd.v1.Snapshot.labels:type_name -> snapshotd.v1.Snapshot.LabelsEntry
-	0, // 2: snapshotd.v1.Snapshot.state:type_name -> snapshotd.v1.Snapshot.State
-	4, // 3: snapshotd.v1.Snapshot.create_time:type_name -> google.protobuf.Timestamp
-	4, // 4: snapshotd.v1.Snapshot.commit_time:type_name -> google.protobuf.Timestamp
-	4, // 5: snapshotd.v1.Snapshot.expire_time:type_name -> google.protobuf.Timestamp
-	5, // 6: snapshotd.v1.Snapshot.cuts:type_name -> snapshotd.v1.ChannelPosition
-	6, // 7: snapshotd.v1.Snapshot.totals:type_name -> snapshotd.v1.Totals
-	8, // [8:8] is the sub-list for method output_type
-	8, // [8:8] is the sub-list for method input_type
-	8, // [8:8] is the sub-list for extension type_name
-	8, // [8:8] is the sub-list for extension extendee
-	0, // [0:8] is the sub-list for field type_name
+	5,  // 0: snapshotd.v1.Snapshot.collection:type_name -> snapshotd.v1.CollectionInfo
+	4,  // 1: snapshotd.v1.Snapshot.labels:type_name -> snapshotd.v1.Snapshot.LabelsEntry
+	0,  // 2: snapshotd.v1.Snapshot.state:type_name -> snapshotd.v1.Snapshot.State
+	6,  // 3: snapshotd.v1.Snapshot.create_time:type_name -> google.protobuf.Timestamp
+	6,  // 4: snapshotd.v1.Snapshot.commit_time:type_name -> google.protobuf.Timestamp
+	6,  // 5: snapshotd.v1.Snapshot.expire_time:type_name -> google.protobuf.Timestamp
+	7,  // 6: snapshotd.v1.Snapshot.cuts:type_name -> snapshotd.v1.ChannelPosition
+	8,  // 7: snapshotd.v1.Snapshot.totals:type_name -> snapshotd.v1.Totals
+	9,  // 8: snapshotd.v1.Pin.ttl:type_name -> google.protobuf.Duration
+	6,  // 9: snapshotd.v1.Pin.create_time:type_name -> google.protobuf.Timestamp
+	6,  // 10: snapshotd.v1.Pin.expire_time:type_name -> google.protobuf.Timestamp
+	11, // [11:11] is the sub-list for method output_type
+	11, // [11:11] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_snapshotd_v1_snapshot_proto_init() }
@@ -354,7 +564,7 @@ func file_snapshotd_v1_snapshot_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_snapshotd_v1_snapshot_proto_rawDesc), len(file_snapshotd_v1_snapshot_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   2,
+			NumMessages:   4,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

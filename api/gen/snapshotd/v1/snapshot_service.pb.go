@@ -78,6 +78,55 @@ func (SegmentView) EnumDescriptor() ([]byte, []int) {
 	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{0}
 }
 
+// Mode is how the target gets its files.
+type RestoreSnapshotRequest_Mode int32
+
+const (
+	// Taken for MODE_COPY.
+	RestoreSnapshotRequest_MODE_UNSPECIFIED RestoreSnapshotRequest_Mode = 0
+	// They are copied inside the object store.
+	RestoreSnapshotRequest_MODE_COPY RestoreSnapshotRequest_Mode = 1
+)
+
+// Enum value maps for RestoreSnapshotRequest_Mode.
+var (
+	RestoreSnapshotRequest_Mode_name = map[int32]string{
+		0: "MODE_UNSPECIFIED",
+		1: "MODE_COPY",
+	}
+	RestoreSnapshotRequest_Mode_value = map[string]int32{
+		"MODE_UNSPECIFIED": 0,
+		"MODE_COPY":        1,
+	}
+)
+
+func (x RestoreSnapshotRequest_Mode) Enum() *RestoreSnapshotRequest_Mode {
+	p := new(RestoreSnapshotRequest_Mode)
+	*p = x
+	return p
+}
+
+func (x RestoreSnapshotRequest_Mode) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (RestoreSnapshotRequest_Mode) Descriptor() protoreflect.EnumDescriptor {
+	return file_snapshotd_v1_snapshot_service_proto_enumTypes[1].Descriptor()
+}
+
+func (RestoreSnapshotRequest_Mode) Type() protoreflect.EnumType {
+	return &file_snapshotd_v1_snapshot_service_proto_enumTypes[1]
+}
+
+func (x RestoreSnapshotRequest_Mode) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use RestoreSnapshotRequest_Mode.Descriptor instead.
+func (RestoreSnapshotRequest_Mode) EnumDescriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{24, 0}
+}
+
 // CreateSnapshotRequest is the request of CreateSnapshot.
 type CreateSnapshotRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -391,7 +440,10 @@ func (x *GetSnapshotResponse) GetSnapshot() *Snapshot {
 type DescribeSnapshotRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The snapshot. Required.
-	Snapshot      *SnapshotRef `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	Snapshot *SnapshotRef `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	// Whether to tell the snapshot's usage, which costs a read of its manifests
+	// and of the collection's segments.
+	IncludeUsage  bool `protobuf:"varint,2,opt,name=include_usage,json=includeUsage,proto3" json:"include_usage,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -433,6 +485,13 @@ func (x *DescribeSnapshotRequest) GetSnapshot() *SnapshotRef {
 	return nil
 }
 
+func (x *DescribeSnapshotRequest) GetIncludeUsage() bool {
+	if x != nil {
+		return x.IncludeUsage
+	}
+	return false
+}
+
 // DescribeSnapshotResponse is the response of DescribeSnapshot.
 type DescribeSnapshotResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -452,6 +511,8 @@ type DescribeSnapshotResponse struct {
 	Manifests []*Manifest `protobuf:"bytes,7,rep,name=manifests,proto3" json:"manifests,omitempty"`
 	// The format version of the snapshot's files.
 	FormatVersion int32 `protobuf:"varint,8,opt,name=format_version,json=formatVersion,proto3" json:"format_version,omitempty"`
+	// What it keeps, with include_usage.
+	Usage         *SnapshotUsage `protobuf:"bytes,9,opt,name=usage,proto3" json:"usage,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -540,6 +601,13 @@ func (x *DescribeSnapshotResponse) GetFormatVersion() int32 {
 		return x.FormatVersion
 	}
 	return 0
+}
+
+func (x *DescribeSnapshotResponse) GetUsage() *SnapshotUsage {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
 }
 
 // Manifest is one file that lists segments of a snapshot: an Avro object
@@ -1148,7 +1216,10 @@ type DropSnapshotRequest struct {
 	// The id that a name must stand for; 0: any.
 	ExpectedId int64 `protobuf:"varint,2,opt,name=expected_id,json=expectedId,proto3" json:"expected_id,omitempty"`
 	// For safe repeats; see the service. At most 128 printable ASCII characters.
-	RequestToken  string `protobuf:"bytes,3,opt,name=request_token,json=requestToken,proto3" json:"request_token,omitempty"`
+	RequestToken string `protobuf:"bytes,3,opt,name=request_token,json=requestToken,proto3" json:"request_token,omitempty"`
+	// Only say what a drop would do, and what it would free. The request_token is
+	// not used up.
+	DryRun        bool `protobuf:"varint,4,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1204,11 +1275,22 @@ func (x *DropSnapshotRequest) GetRequestToken() string {
 	return ""
 }
 
+func (x *DropSnapshotRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
 // DropSnapshotResponse is the response of DropSnapshot.
 type DropSnapshotResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The id of the snapshot that is dropped; 0: there was none.
-	SnapshotId    int64 `protobuf:"varint,1,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	// The id of the snapshot that is dropped, or with dry_run would be; 0: there
+	// was none.
+	SnapshotId int64 `protobuf:"varint,1,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	// With dry_run what the snapshot keeps: its exclusive files are what nothing
+	// holds any more once it is dropped.
+	Usage         *SnapshotUsage `protobuf:"bytes,2,opt,name=usage,proto3" json:"usage,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1250,11 +1332,1223 @@ func (x *DropSnapshotResponse) GetSnapshotId() int64 {
 	return 0
 }
 
+func (x *DropSnapshotResponse) GetUsage() *SnapshotUsage {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
+}
+
+// PinSnapshotRequest is the request of PinSnapshot.
+type PinSnapshotRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The snapshot. Required.
+	Snapshot *SnapshotRef `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	// Who pins it, for people: 1 to 255 bytes. Required.
+	Owner string `protobuf:"bytes,2,opt,name=owner,proto3" json:"owner,omitempty"`
+	// What for, for people: at most 256 bytes.
+	Reason string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// How long it lasts, from now and from each renewal: 1 second to 30 days,
+	// rounded up to whole seconds; the store may round up a few more. Default:
+	// until it is removed.
+	Ttl *durationpb.Duration `protobuf:"bytes,4,opt,name=ttl,proto3" json:"ttl,omitempty"`
+	// For safe repeats; see the service. At most 128 printable ASCII characters.
+	RequestToken  string `protobuf:"bytes,5,opt,name=request_token,json=requestToken,proto3" json:"request_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PinSnapshotRequest) Reset() {
+	*x = PinSnapshotRequest{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PinSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PinSnapshotRequest) ProtoMessage() {}
+
+func (x *PinSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PinSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*PinSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *PinSnapshotRequest) GetSnapshot() *SnapshotRef {
+	if x != nil {
+		return x.Snapshot
+	}
+	return nil
+}
+
+func (x *PinSnapshotRequest) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+func (x *PinSnapshotRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *PinSnapshotRequest) GetTtl() *durationpb.Duration {
+	if x != nil {
+		return x.Ttl
+	}
+	return nil
+}
+
+func (x *PinSnapshotRequest) GetRequestToken() string {
+	if x != nil {
+		return x.RequestToken
+	}
+	return ""
+}
+
+// PinSnapshotResponse is the response of PinSnapshot.
+type PinSnapshotResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The pin.
+	Pin           *Pin `protobuf:"bytes,1,opt,name=pin,proto3" json:"pin,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PinSnapshotResponse) Reset() {
+	*x = PinSnapshotResponse{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PinSnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PinSnapshotResponse) ProtoMessage() {}
+
+func (x *PinSnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PinSnapshotResponse.ProtoReflect.Descriptor instead.
+func (*PinSnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *PinSnapshotResponse) GetPin() *Pin {
+	if x != nil {
+		return x.Pin
+	}
+	return nil
+}
+
+// RenewPinRequest is the request of RenewPin.
+type RenewPinRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The snapshot. Required.
+	Snapshot *SnapshotRef `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	// The pin. Required.
+	PinId int64 `protobuf:"varint,2,opt,name=pin_id,json=pinId,proto3" json:"pin_id,omitempty"`
+	// A new ttl. Default: as before.
+	Ttl           *durationpb.Duration `protobuf:"bytes,3,opt,name=ttl,proto3" json:"ttl,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenewPinRequest) Reset() {
+	*x = RenewPinRequest{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewPinRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewPinRequest) ProtoMessage() {}
+
+func (x *RenewPinRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewPinRequest.ProtoReflect.Descriptor instead.
+func (*RenewPinRequest) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *RenewPinRequest) GetSnapshot() *SnapshotRef {
+	if x != nil {
+		return x.Snapshot
+	}
+	return nil
+}
+
+func (x *RenewPinRequest) GetPinId() int64 {
+	if x != nil {
+		return x.PinId
+	}
+	return 0
+}
+
+func (x *RenewPinRequest) GetTtl() *durationpb.Duration {
+	if x != nil {
+		return x.Ttl
+	}
+	return nil
+}
+
+// RenewPinResponse is the response of RenewPin.
+type RenewPinResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The pin as it is now.
+	Pin           *Pin `protobuf:"bytes,1,opt,name=pin,proto3" json:"pin,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenewPinResponse) Reset() {
+	*x = RenewPinResponse{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewPinResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewPinResponse) ProtoMessage() {}
+
+func (x *RenewPinResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewPinResponse.ProtoReflect.Descriptor instead.
+func (*RenewPinResponse) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *RenewPinResponse) GetPin() *Pin {
+	if x != nil {
+		return x.Pin
+	}
+	return nil
+}
+
+// UnpinSnapshotRequest is the request of UnpinSnapshot.
+type UnpinSnapshotRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The snapshot. Required.
+	Snapshot *SnapshotRef `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	// The pin. Required.
+	PinId         int64 `protobuf:"varint,2,opt,name=pin_id,json=pinId,proto3" json:"pin_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnpinSnapshotRequest) Reset() {
+	*x = UnpinSnapshotRequest{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnpinSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnpinSnapshotRequest) ProtoMessage() {}
+
+func (x *UnpinSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnpinSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*UnpinSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *UnpinSnapshotRequest) GetSnapshot() *SnapshotRef {
+	if x != nil {
+		return x.Snapshot
+	}
+	return nil
+}
+
+func (x *UnpinSnapshotRequest) GetPinId() int64 {
+	if x != nil {
+		return x.PinId
+	}
+	return 0
+}
+
+// UnpinSnapshotResponse is the response of UnpinSnapshot.
+type UnpinSnapshotResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnpinSnapshotResponse) Reset() {
+	*x = UnpinSnapshotResponse{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnpinSnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnpinSnapshotResponse) ProtoMessage() {}
+
+func (x *UnpinSnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnpinSnapshotResponse.ProtoReflect.Descriptor instead.
+func (*UnpinSnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{21}
+}
+
+// ListPinsRequest is the request of ListPins.
+type ListPinsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Only pins of this snapshot. Default: of all.
+	Snapshot *SnapshotRef `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	// The most pins in the answer. Default 100; more than 1 000 counts as 1 000.
+	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// From the previous answer, for the next page.
+	PageToken     string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListPinsRequest) Reset() {
+	*x = ListPinsRequest{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListPinsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListPinsRequest) ProtoMessage() {}
+
+func (x *ListPinsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListPinsRequest.ProtoReflect.Descriptor instead.
+func (*ListPinsRequest) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *ListPinsRequest) GetSnapshot() *SnapshotRef {
+	if x != nil {
+		return x.Snapshot
+	}
+	return nil
+}
+
+func (x *ListPinsRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListPinsRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+// ListPinsResponse is the response of ListPins.
+type ListPinsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The pins.
+	Pins []*Pin `protobuf:"bytes,1,rep,name=pins,proto3" json:"pins,omitempty"`
+	// For the next page; empty on the last.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListPinsResponse) Reset() {
+	*x = ListPinsResponse{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListPinsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListPinsResponse) ProtoMessage() {}
+
+func (x *ListPinsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListPinsResponse.ProtoReflect.Descriptor instead.
+func (*ListPinsResponse) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *ListPinsResponse) GetPins() []*Pin {
+	if x != nil {
+		return x.Pins
+	}
+	return nil
+}
+
+func (x *ListPinsResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+// RestoreSnapshotRequest is the request of RestoreSnapshot.
+type RestoreSnapshotRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The snapshot. Required.
+	Snapshot *SnapshotRef `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	// The name of the collection to make. Required.
+	Target *CollectionName `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"`
+	// How the target gets its files.
+	Mode RestoreSnapshotRequest_Mode `protobuf:"varint,3,opt,name=mode,proto3,enum=snapshotd.v1.RestoreSnapshotRequest_Mode" json:"mode,omitempty"`
+	// Only these partitions, by their names in the snapshot. Segments that belong
+	// to all partitions come along. Default: all.
+	Partitions []string `protobuf:"bytes,4,rep,name=partitions,proto3" json:"partitions,omitempty"`
+	// Properties of the target that differ from the snapshot's; an empty value
+	// leaves the property out.
+	Properties map[string]string `protobuf:"bytes,5,rep,name=properties,proto3" json:"properties,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// The target's channels, in shard order, as many as the snapshot has. Default:
+	// the snapshot's own names.
+	Channels []string `protobuf:"bytes,6,rep,name=channels,proto3" json:"channels,omitempty"`
+	// Leave indexes and their builds out.
+	SkipIndexes bool `protobuf:"varint,7,opt,name=skip_indexes,json=skipIndexes,proto3" json:"skip_indexes,omitempty"`
+	// Jobs of a higher priority get workers first. Default 0.
+	Priority int32 `protobuf:"varint,8,opt,name=priority,proto3" json:"priority,omitempty"`
+	// What the job may use of the object store.
+	Limits *RestoreLimits `protobuf:"bytes,9,opt,name=limits,proto3" json:"limits,omitempty"`
+	// Give the job up when it has not ended after so long; 1 second to 30 days.
+	// Default: never.
+	Timeout *durationpb.Duration `protobuf:"bytes,10,opt,name=timeout,proto3" json:"timeout,omitempty"`
+	// Labels of the job: at most 64, 1 KiB in all.
+	Labels map[string]string `protobuf:"bytes,11,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Return the plan, and do nothing. The request_token is not used up.
+	DryRun bool `protobuf:"varint,12,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	// With dry_run: ask the object stores for every file.
+	Verify bool `protobuf:"varint,13,opt,name=verify,proto3" json:"verify,omitempty"`
+	// For safe repeats; see the service. At most 128 printable ASCII characters.
+	RequestToken  string `protobuf:"bytes,14,opt,name=request_token,json=requestToken,proto3" json:"request_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreSnapshotRequest) Reset() {
+	*x = RestoreSnapshotRequest{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreSnapshotRequest) ProtoMessage() {}
+
+func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*RestoreSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *RestoreSnapshotRequest) GetSnapshot() *SnapshotRef {
+	if x != nil {
+		return x.Snapshot
+	}
+	return nil
+}
+
+func (x *RestoreSnapshotRequest) GetTarget() *CollectionName {
+	if x != nil {
+		return x.Target
+	}
+	return nil
+}
+
+func (x *RestoreSnapshotRequest) GetMode() RestoreSnapshotRequest_Mode {
+	if x != nil {
+		return x.Mode
+	}
+	return RestoreSnapshotRequest_MODE_UNSPECIFIED
+}
+
+func (x *RestoreSnapshotRequest) GetPartitions() []string {
+	if x != nil {
+		return x.Partitions
+	}
+	return nil
+}
+
+func (x *RestoreSnapshotRequest) GetProperties() map[string]string {
+	if x != nil {
+		return x.Properties
+	}
+	return nil
+}
+
+func (x *RestoreSnapshotRequest) GetChannels() []string {
+	if x != nil {
+		return x.Channels
+	}
+	return nil
+}
+
+func (x *RestoreSnapshotRequest) GetSkipIndexes() bool {
+	if x != nil {
+		return x.SkipIndexes
+	}
+	return false
+}
+
+func (x *RestoreSnapshotRequest) GetPriority() int32 {
+	if x != nil {
+		return x.Priority
+	}
+	return 0
+}
+
+func (x *RestoreSnapshotRequest) GetLimits() *RestoreLimits {
+	if x != nil {
+		return x.Limits
+	}
+	return nil
+}
+
+func (x *RestoreSnapshotRequest) GetTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.Timeout
+	}
+	return nil
+}
+
+func (x *RestoreSnapshotRequest) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *RestoreSnapshotRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+func (x *RestoreSnapshotRequest) GetVerify() bool {
+	if x != nil {
+		return x.Verify
+	}
+	return false
+}
+
+func (x *RestoreSnapshotRequest) GetRequestToken() string {
+	if x != nil {
+		return x.RequestToken
+	}
+	return ""
+}
+
+// RestoreSnapshotResponse is the response of RestoreSnapshot.
+type RestoreSnapshotResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The job's id; 0 with dry_run.
+	JobId int64 `protobuf:"varint,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
+	// The id of the collection that is made; 0 with dry_run.
+	CollectionId int64 `protobuf:"varint,2,opt,name=collection_id,json=collectionId,proto3" json:"collection_id,omitempty"`
+	// With dry_run the plan.
+	Plan          *RestorePlan `protobuf:"bytes,3,opt,name=plan,proto3" json:"plan,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreSnapshotResponse) Reset() {
+	*x = RestoreSnapshotResponse{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreSnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreSnapshotResponse) ProtoMessage() {}
+
+func (x *RestoreSnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreSnapshotResponse.ProtoReflect.Descriptor instead.
+func (*RestoreSnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *RestoreSnapshotResponse) GetJobId() int64 {
+	if x != nil {
+		return x.JobId
+	}
+	return 0
+}
+
+func (x *RestoreSnapshotResponse) GetCollectionId() int64 {
+	if x != nil {
+		return x.CollectionId
+	}
+	return 0
+}
+
+func (x *RestoreSnapshotResponse) GetPlan() *RestorePlan {
+	if x != nil {
+		return x.Plan
+	}
+	return nil
+}
+
+// GetRestoreStateRequest is the request of GetRestoreState.
+type GetRestoreStateRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The job. Required.
+	JobId         int64 `protobuf:"varint,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetRestoreStateRequest) Reset() {
+	*x = GetRestoreStateRequest{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetRestoreStateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetRestoreStateRequest) ProtoMessage() {}
+
+func (x *GetRestoreStateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetRestoreStateRequest.ProtoReflect.Descriptor instead.
+func (*GetRestoreStateRequest) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *GetRestoreStateRequest) GetJobId() int64 {
+	if x != nil {
+		return x.JobId
+	}
+	return 0
+}
+
+// GetRestoreStateResponse is the response of GetRestoreState.
+type GetRestoreStateResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The job.
+	Job           *RestoreJob `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetRestoreStateResponse) Reset() {
+	*x = GetRestoreStateResponse{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetRestoreStateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetRestoreStateResponse) ProtoMessage() {}
+
+func (x *GetRestoreStateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetRestoreStateResponse.ProtoReflect.Descriptor instead.
+func (*GetRestoreStateResponse) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *GetRestoreStateResponse) GetJob() *RestoreJob {
+	if x != nil {
+		return x.Job
+	}
+	return nil
+}
+
+// WatchRestoreRequest is the request of WatchRestore.
+type WatchRestoreRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The job. Required.
+	JobId         int64 `protobuf:"varint,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchRestoreRequest) Reset() {
+	*x = WatchRestoreRequest{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchRestoreRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchRestoreRequest) ProtoMessage() {}
+
+func (x *WatchRestoreRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchRestoreRequest.ProtoReflect.Descriptor instead.
+func (*WatchRestoreRequest) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *WatchRestoreRequest) GetJobId() int64 {
+	if x != nil {
+		return x.JobId
+	}
+	return 0
+}
+
+// WatchRestoreResponse is one message of WatchRestore.
+type WatchRestoreResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The job as it is now.
+	Job           *RestoreJob `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchRestoreResponse) Reset() {
+	*x = WatchRestoreResponse{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchRestoreResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchRestoreResponse) ProtoMessage() {}
+
+func (x *WatchRestoreResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchRestoreResponse.ProtoReflect.Descriptor instead.
+func (*WatchRestoreResponse) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *WatchRestoreResponse) GetJob() *RestoreJob {
+	if x != nil {
+		return x.Job
+	}
+	return nil
+}
+
+// ListRestoreJobsRequest is the request of ListRestoreJobs.
+type ListRestoreJobsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Only jobs of this snapshot, which may have been dropped since; 0: of all.
+	SnapshotId int64 `protobuf:"varint,1,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	// Only jobs with a target in this database.
+	Db string `protobuf:"bytes,2,opt,name=db,proto3" json:"db,omitempty"`
+	// Only jobs in one of these states. Default: all.
+	States []RestoreJob_State `protobuf:"varint,3,rep,packed,name=states,proto3,enum=snapshotd.v1.RestoreJob_State" json:"states,omitempty"`
+	// Only jobs that have all these labels with these values.
+	Labels map[string]string `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// The most jobs in the answer. Default 100; more than 1 000 counts as 1 000.
+	PageSize int32 `protobuf:"varint,5,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// From the previous answer, for the next page, with the same filters.
+	PageToken     string `protobuf:"bytes,6,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRestoreJobsRequest) Reset() {
+	*x = ListRestoreJobsRequest{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRestoreJobsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRestoreJobsRequest) ProtoMessage() {}
+
+func (x *ListRestoreJobsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRestoreJobsRequest.ProtoReflect.Descriptor instead.
+func (*ListRestoreJobsRequest) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *ListRestoreJobsRequest) GetSnapshotId() int64 {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return 0
+}
+
+func (x *ListRestoreJobsRequest) GetDb() string {
+	if x != nil {
+		return x.Db
+	}
+	return ""
+}
+
+func (x *ListRestoreJobsRequest) GetStates() []RestoreJob_State {
+	if x != nil {
+		return x.States
+	}
+	return nil
+}
+
+func (x *ListRestoreJobsRequest) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *ListRestoreJobsRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListRestoreJobsRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+// ListRestoreJobsResponse is the response of ListRestoreJobs.
+type ListRestoreJobsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The jobs, newest first.
+	Jobs []*RestoreJob `protobuf:"bytes,1,rep,name=jobs,proto3" json:"jobs,omitempty"`
+	// For the next page; empty on the last.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRestoreJobsResponse) Reset() {
+	*x = ListRestoreJobsResponse{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRestoreJobsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRestoreJobsResponse) ProtoMessage() {}
+
+func (x *ListRestoreJobsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRestoreJobsResponse.ProtoReflect.Descriptor instead.
+func (*ListRestoreJobsResponse) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *ListRestoreJobsResponse) GetJobs() []*RestoreJob {
+	if x != nil {
+		return x.Jobs
+	}
+	return nil
+}
+
+func (x *ListRestoreJobsResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+// UpdateRestoreRequest is the request of UpdateRestore.
+type UpdateRestoreRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The job. Required.
+	JobId int64 `protobuf:"varint,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
+	// The new limits. Required.
+	Limits        *RestoreLimits `protobuf:"bytes,2,opt,name=limits,proto3" json:"limits,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateRestoreRequest) Reset() {
+	*x = UpdateRestoreRequest{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateRestoreRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateRestoreRequest) ProtoMessage() {}
+
+func (x *UpdateRestoreRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateRestoreRequest.ProtoReflect.Descriptor instead.
+func (*UpdateRestoreRequest) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *UpdateRestoreRequest) GetJobId() int64 {
+	if x != nil {
+		return x.JobId
+	}
+	return 0
+}
+
+func (x *UpdateRestoreRequest) GetLimits() *RestoreLimits {
+	if x != nil {
+		return x.Limits
+	}
+	return nil
+}
+
+// UpdateRestoreResponse is the response of UpdateRestore.
+type UpdateRestoreResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The job as it is now.
+	Job           *RestoreJob `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateRestoreResponse) Reset() {
+	*x = UpdateRestoreResponse{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateRestoreResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateRestoreResponse) ProtoMessage() {}
+
+func (x *UpdateRestoreResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateRestoreResponse.ProtoReflect.Descriptor instead.
+func (*UpdateRestoreResponse) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *UpdateRestoreResponse) GetJob() *RestoreJob {
+	if x != nil {
+		return x.Job
+	}
+	return nil
+}
+
+// CancelRestoreRequest is the request of CancelRestore.
+type CancelRestoreRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The job. Required.
+	JobId         int64 `protobuf:"varint,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CancelRestoreRequest) Reset() {
+	*x = CancelRestoreRequest{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CancelRestoreRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CancelRestoreRequest) ProtoMessage() {}
+
+func (x *CancelRestoreRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CancelRestoreRequest.ProtoReflect.Descriptor instead.
+func (*CancelRestoreRequest) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *CancelRestoreRequest) GetJobId() int64 {
+	if x != nil {
+		return x.JobId
+	}
+	return 0
+}
+
+// CancelRestoreResponse is the response of CancelRestore.
+type CancelRestoreResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The job as it is now.
+	Job           *RestoreJob `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CancelRestoreResponse) Reset() {
+	*x = CancelRestoreResponse{}
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CancelRestoreResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CancelRestoreResponse) ProtoMessage() {}
+
+func (x *CancelRestoreResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_snapshot_service_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CancelRestoreResponse.ProtoReflect.Descriptor instead.
+func (*CancelRestoreResponse) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_snapshot_service_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *CancelRestoreResponse) GetJob() *RestoreJob {
+	if x != nil {
+		return x.Job
+	}
+	return nil
+}
+
 var File_snapshotd_v1_snapshot_service_proto protoreflect.FileDescriptor
 
 const file_snapshotd_v1_snapshot_service_proto_rawDesc = "" +
 	"\n" +
-	"#snapshotd/v1/snapshot_service.proto\x12\fsnapshotd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dsnapshotd/v1/collection.proto\x1a\x19snapshotd/v1/common.proto\x1a\x1bsnapshotd/v1/snapshot.proto\"\xef\x05\n" +
+	"#snapshotd/v1/snapshot_service.proto\x12\fsnapshotd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dsnapshotd/v1/collection.proto\x1a\x19snapshotd/v1/common.proto\x1a\x1asnapshotd/v1/restore.proto\x1a\x1bsnapshotd/v1/snapshot.proto\"\xef\x05\n" +
 	"\x15CreateSnapshotRequest\x12C\n" +
 	"\n" +
 	"collection\x18\x01 \x01(\v2\x1b.snapshotd.v1.CollectionRefB\x06\xbaH\x03\xc8\x01\x01R\n" +
@@ -1281,9 +2575,10 @@ const file_snapshotd_v1_snapshot_service_proto_rawDesc = "" +
 	"\x12GetSnapshotRequest\x12=\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x19.snapshotd.v1.SnapshotRefB\x06\xbaH\x03\xc8\x01\x01R\bsnapshot\"I\n" +
 	"\x13GetSnapshotResponse\x122\n" +
-	"\bsnapshot\x18\x01 \x01(\v2\x16.snapshotd.v1.SnapshotR\bsnapshot\"X\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x16.snapshotd.v1.SnapshotR\bsnapshot\"}\n" +
 	"\x17DescribeSnapshotRequest\x12=\n" +
-	"\bsnapshot\x18\x01 \x01(\v2\x19.snapshotd.v1.SnapshotRefB\x06\xbaH\x03\xc8\x01\x01R\bsnapshot\"\xfb\x02\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x19.snapshotd.v1.SnapshotRefB\x06\xbaH\x03\xc8\x01\x01R\bsnapshot\x12#\n" +
+	"\rinclude_usage\x18\x02 \x01(\bR\fincludeUsage\"\xae\x03\n" +
 	"\x18DescribeSnapshotResponse\x122\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x16.snapshotd.v1.SnapshotR\bsnapshot\x128\n" +
 	"\n" +
@@ -1296,7 +2591,8 @@ const file_snapshotd_v1_snapshot_service_proto_rawDesc = "" +
 	"\x05store\x18\x05 \x01(\tR\x05store\x12\x16\n" +
 	"\x06prefix\x18\x06 \x01(\tR\x06prefix\x124\n" +
 	"\tmanifests\x18\a \x03(\v2\x16.snapshotd.v1.ManifestR\tmanifests\x12%\n" +
-	"\x0eformat_version\x18\b \x01(\x05R\rformatVersion\"\x96\x01\n" +
+	"\x0eformat_version\x18\b \x01(\x05R\rformatVersion\x121\n" +
+	"\x05usage\x18\t \x01(\v2\x1b.snapshotd.v1.SnapshotUsageR\x05usage\"\x96\x01\n" +
 	"\bManifest\x12\x12\n" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12\x1d\n" +
 	"\n" +
@@ -1352,19 +2648,113 @@ const file_snapshotd_v1_snapshot_service_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"L\n" +
 	"\x16UpdateSnapshotResponse\x122\n" +
-	"\bsnapshot\x18\x01 \x01(\v2\x16.snapshotd.v1.SnapshotR\bsnapshot\"\xba\x01\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x16.snapshotd.v1.SnapshotR\bsnapshot\"\xd3\x01\n" +
 	"\x13DropSnapshotRequest\x12=\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x19.snapshotd.v1.SnapshotRefB\x06\xbaH\x03\xc8\x01\x01R\bsnapshot\x12(\n" +
 	"\vexpected_id\x18\x02 \x01(\x03B\a\xbaH\x04\"\x02(\x00R\n" +
 	"expectedId\x12:\n" +
-	"\rrequest_token\x18\x03 \x01(\tB\x15\xbaH\x12r\x102\x0e^[!-~]{0,128}$R\frequestToken\"7\n" +
+	"\rrequest_token\x18\x03 \x01(\tB\x15\xbaH\x12r\x102\x0e^[!-~]{0,128}$R\frequestToken\x12\x17\n" +
+	"\adry_run\x18\x04 \x01(\bR\x06dryRun\"j\n" +
 	"\x14DropSnapshotResponse\x12\x1f\n" +
 	"\vsnapshot_id\x18\x01 \x01(\x03R\n" +
-	"snapshotId*[\n" +
+	"snapshotId\x121\n" +
+	"\x05usage\x18\x02 \x01(\v2\x1b.snapshotd.v1.SnapshotUsageR\x05usage\"\x93\x02\n" +
+	"\x12PinSnapshotRequest\x12=\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x19.snapshotd.v1.SnapshotRefB\x06\xbaH\x03\xc8\x01\x01R\bsnapshot\x12 \n" +
+	"\x05owner\x18\x02 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01(\xff\x01R\x05owner\x12 \n" +
+	"\x06reason\x18\x03 \x01(\tB\b\xbaH\x05r\x03(\x80\x02R\x06reason\x12>\n" +
+	"\x03ttl\x18\x04 \x01(\v2\x19.google.protobuf.DurationB\x11\xbaH\x0e\xaa\x01\v\"\x05\b\x80\x9a\x9e\x012\x02\b\x01R\x03ttl\x12:\n" +
+	"\rrequest_token\x18\x05 \x01(\tB\x15\xbaH\x12r\x102\x0e^[!-~]{0,128}$R\frequestToken\":\n" +
+	"\x13PinSnapshotResponse\x12#\n" +
+	"\x03pin\x18\x01 \x01(\v2\x11.snapshotd.v1.PinR\x03pin\"\xb0\x01\n" +
+	"\x0fRenewPinRequest\x12=\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x19.snapshotd.v1.SnapshotRefB\x06\xbaH\x03\xc8\x01\x01R\bsnapshot\x12\x1e\n" +
+	"\x06pin_id\x18\x02 \x01(\x03B\a\xbaH\x04\"\x02 \x00R\x05pinId\x12>\n" +
+	"\x03ttl\x18\x03 \x01(\v2\x19.google.protobuf.DurationB\x11\xbaH\x0e\xaa\x01\v\"\x05\b\x80\x9a\x9e\x012\x02\b\x01R\x03ttl\"7\n" +
+	"\x10RenewPinResponse\x12#\n" +
+	"\x03pin\x18\x01 \x01(\v2\x11.snapshotd.v1.PinR\x03pin\"u\n" +
+	"\x14UnpinSnapshotRequest\x12=\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x19.snapshotd.v1.SnapshotRefB\x06\xbaH\x03\xc8\x01\x01R\bsnapshot\x12\x1e\n" +
+	"\x06pin_id\x18\x02 \x01(\x03B\a\xbaH\x04\"\x02 \x00R\x05pinId\"\x17\n" +
+	"\x15UnpinSnapshotResponse\"\x97\x01\n" +
+	"\x0fListPinsRequest\x125\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x19.snapshotd.v1.SnapshotRefR\bsnapshot\x12$\n" +
+	"\tpage_size\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\bpageSize\x12'\n" +
+	"\n" +
+	"page_token\x18\x03 \x01(\tB\b\xbaH\x05r\x03(\x80\bR\tpageToken\"a\n" +
+	"\x10ListPinsResponse\x12%\n" +
+	"\x04pins\x18\x01 \x03(\v2\x11.snapshotd.v1.PinR\x04pins\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xbf\b\n" +
+	"\x16RestoreSnapshotRequest\x12=\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x19.snapshotd.v1.SnapshotRefB\x06\xbaH\x03\xc8\x01\x01R\bsnapshot\x12<\n" +
+	"\x06target\x18\x02 \x01(\v2\x1c.snapshotd.v1.CollectionNameB\x06\xbaH\x03\xc8\x01\x01R\x06target\x12G\n" +
+	"\x04mode\x18\x03 \x01(\x0e2).snapshotd.v1.RestoreSnapshotRequest.ModeB\b\xbaH\x05\x82\x01\x02\x10\x01R\x04mode\x12T\n" +
+	"\n" +
+	"partitions\x18\x04 \x03(\tB4\xbaH1\x92\x01.\x10\x80\b\x18\x01\"'r%2#^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$R\n" +
+	"partitions\x12p\n" +
+	"\n" +
+	"properties\x18\x05 \x03(\v24.snapshotd.v1.RestoreSnapshotRequest.PropertiesEntryB\x1a\xbaH\x17\x9a\x01\x14\x10\x80\b\"\ar\x05\x10\x01(\xff\x01*\x06r\x04(\x80\x80\x04R\n" +
+	"properties\x12/\n" +
+	"\bchannels\x18\x06 \x03(\tB\x13\xbaH\x10\x92\x01\r\x10@\x18\x01\"\ar\x05\x10\x01(\xff\x01R\bchannels\x12!\n" +
+	"\fskip_indexes\x18\a \x01(\bR\vskipIndexes\x12.\n" +
+	"\bpriority\x18\b \x01(\x05B\x12\xbaH\x0f\x1a\r\x18d(\x9c\xff\xff\xff\xff\xff\xff\xff\xff\x01R\bpriority\x123\n" +
+	"\x06limits\x18\t \x01(\v2\x1b.snapshotd.v1.RestoreLimitsR\x06limits\x12F\n" +
+	"\atimeout\x18\n" +
+	" \x01(\v2\x19.google.protobuf.DurationB\x11\xbaH\x0e\xaa\x01\v\"\x05\b\x80\x9a\x9e\x012\x02\b\x01R\atimeout\x12\x81\x01\n" +
+	"\x06labels\x18\v \x03(\v20.snapshotd.v1.RestoreSnapshotRequest.LabelsEntryB7\xbaH4\x9a\x011\x10@\"&r$2\"^[A-Za-z0-9][A-Za-z0-9_./-]{0,62}$*\x05r\x03(\xff\x01R\x06labels\x12\x17\n" +
+	"\adry_run\x18\f \x01(\bR\x06dryRun\x12\x16\n" +
+	"\x06verify\x18\r \x01(\bR\x06verify\x12:\n" +
+	"\rrequest_token\x18\x0e \x01(\tB\x15\xbaH\x12r\x102\x0e^[!-~]{0,128}$R\frequestToken\x1a=\n" +
+	"\x0fPropertiesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"+\n" +
+	"\x04Mode\x12\x14\n" +
+	"\x10MODE_UNSPECIFIED\x10\x00\x12\r\n" +
+	"\tMODE_COPY\x10\x01\"\x84\x01\n" +
+	"\x17RestoreSnapshotResponse\x12\x15\n" +
+	"\x06job_id\x18\x01 \x01(\x03R\x05jobId\x12#\n" +
+	"\rcollection_id\x18\x02 \x01(\x03R\fcollectionId\x12-\n" +
+	"\x04plan\x18\x03 \x01(\v2\x19.snapshotd.v1.RestorePlanR\x04plan\"8\n" +
+	"\x16GetRestoreStateRequest\x12\x1e\n" +
+	"\x06job_id\x18\x01 \x01(\x03B\a\xbaH\x04\"\x02 \x00R\x05jobId\"E\n" +
+	"\x17GetRestoreStateResponse\x12*\n" +
+	"\x03job\x18\x01 \x01(\v2\x18.snapshotd.v1.RestoreJobR\x03job\"5\n" +
+	"\x13WatchRestoreRequest\x12\x1e\n" +
+	"\x06job_id\x18\x01 \x01(\x03B\a\xbaH\x04\"\x02 \x00R\x05jobId\"B\n" +
+	"\x14WatchRestoreResponse\x12*\n" +
+	"\x03job\x18\x01 \x01(\v2\x18.snapshotd.v1.RestoreJobR\x03job\"\xdc\x03\n" +
+	"\x16ListRestoreJobsRequest\x12(\n" +
+	"\vsnapshot_id\x18\x01 \x01(\x03B\a\xbaH\x04\"\x02(\x00R\n" +
+	"snapshotId\x12=\n" +
+	"\x02db\x18\x02 \x01(\tB-\xbaH*\xd8\x01\x01r%2#^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$R\x02db\x12K\n" +
+	"\x06states\x18\x03 \x03(\x0e2\x1e.snapshotd.v1.RestoreJob.StateB\x13\xbaH\x10\x92\x01\r\x10\x05\x18\x01\"\a\x82\x01\x04\x10\x01 \x00R\x06states\x12\x81\x01\n" +
+	"\x06labels\x18\x04 \x03(\v20.snapshotd.v1.ListRestoreJobsRequest.LabelsEntryB7\xbaH4\x9a\x011\x10@\"&r$2\"^[A-Za-z0-9][A-Za-z0-9_./-]{0,62}$*\x05r\x03(\xff\x01R\x06labels\x12$\n" +
+	"\tpage_size\x18\x05 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\bpageSize\x12'\n" +
+	"\n" +
+	"page_token\x18\x06 \x01(\tB\b\xbaH\x05r\x03(\x80\bR\tpageToken\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"o\n" +
+	"\x17ListRestoreJobsResponse\x12,\n" +
+	"\x04jobs\x18\x01 \x03(\v2\x18.snapshotd.v1.RestoreJobR\x04jobs\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"s\n" +
+	"\x14UpdateRestoreRequest\x12\x1e\n" +
+	"\x06job_id\x18\x01 \x01(\x03B\a\xbaH\x04\"\x02 \x00R\x05jobId\x12;\n" +
+	"\x06limits\x18\x02 \x01(\v2\x1b.snapshotd.v1.RestoreLimitsB\x06\xbaH\x03\xc8\x01\x01R\x06limits\"C\n" +
+	"\x15UpdateRestoreResponse\x12*\n" +
+	"\x03job\x18\x01 \x01(\v2\x18.snapshotd.v1.RestoreJobR\x03job\"6\n" +
+	"\x14CancelRestoreRequest\x12\x1e\n" +
+	"\x06job_id\x18\x01 \x01(\x03B\a\xbaH\x04\"\x02 \x00R\x05jobId\"C\n" +
+	"\x15CancelRestoreResponse\x12*\n" +
+	"\x03job\x18\x01 \x01(\v2\x18.snapshotd.v1.RestoreJobR\x03job*[\n" +
 	"\vSegmentView\x12\x1c\n" +
 	"\x18SEGMENT_VIEW_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12SEGMENT_VIEW_BASIC\x10\x01\x12\x16\n" +
-	"\x12SEGMENT_VIEW_FILES\x10\x022\xa2\x05\n" +
+	"\x12SEGMENT_VIEW_FILES\x10\x022\x93\f\n" +
 	"\x0fSnapshotService\x12[\n" +
 	"\x0eCreateSnapshot\x12#.snapshotd.v1.CreateSnapshotRequest\x1a$.snapshotd.v1.CreateSnapshotResponse\x12R\n" +
 	"\vGetSnapshot\x12 .snapshotd.v1.GetSnapshotRequest\x1a!.snapshotd.v1.GetSnapshotResponse\x12a\n" +
@@ -1372,7 +2762,17 @@ const file_snapshotd_v1_snapshot_service_proto_rawDesc = "" +
 	"\x14ListSnapshotSegments\x12).snapshotd.v1.ListSnapshotSegmentsRequest\x1a*.snapshotd.v1.ListSnapshotSegmentsResponse\x12X\n" +
 	"\rListSnapshots\x12\".snapshotd.v1.ListSnapshotsRequest\x1a#.snapshotd.v1.ListSnapshotsResponse\x12[\n" +
 	"\x0eUpdateSnapshot\x12#.snapshotd.v1.UpdateSnapshotRequest\x1a$.snapshotd.v1.UpdateSnapshotResponse\x12U\n" +
-	"\fDropSnapshot\x12!.snapshotd.v1.DropSnapshotRequest\x1a\".snapshotd.v1.DropSnapshotResponseBAZ?github.com/snapshotd/snapshotd/api/gen/snapshotd/v1;snapshotdv1b\x06proto3"
+	"\fDropSnapshot\x12!.snapshotd.v1.DropSnapshotRequest\x1a\".snapshotd.v1.DropSnapshotResponse\x12R\n" +
+	"\vPinSnapshot\x12 .snapshotd.v1.PinSnapshotRequest\x1a!.snapshotd.v1.PinSnapshotResponse\x12I\n" +
+	"\bRenewPin\x12\x1d.snapshotd.v1.RenewPinRequest\x1a\x1e.snapshotd.v1.RenewPinResponse\x12X\n" +
+	"\rUnpinSnapshot\x12\".snapshotd.v1.UnpinSnapshotRequest\x1a#.snapshotd.v1.UnpinSnapshotResponse\x12I\n" +
+	"\bListPins\x12\x1d.snapshotd.v1.ListPinsRequest\x1a\x1e.snapshotd.v1.ListPinsResponse\x12^\n" +
+	"\x0fRestoreSnapshot\x12$.snapshotd.v1.RestoreSnapshotRequest\x1a%.snapshotd.v1.RestoreSnapshotResponse\x12^\n" +
+	"\x0fGetRestoreState\x12$.snapshotd.v1.GetRestoreStateRequest\x1a%.snapshotd.v1.GetRestoreStateResponse\x12W\n" +
+	"\fWatchRestore\x12!.snapshotd.v1.WatchRestoreRequest\x1a\".snapshotd.v1.WatchRestoreResponse0\x01\x12^\n" +
+	"\x0fListRestoreJobs\x12$.snapshotd.v1.ListRestoreJobsRequest\x1a%.snapshotd.v1.ListRestoreJobsResponse\x12X\n" +
+	"\rUpdateRestore\x12\".snapshotd.v1.UpdateRestoreRequest\x1a#.snapshotd.v1.UpdateRestoreResponse\x12X\n" +
+	"\rCancelRestore\x12\".snapshotd.v1.CancelRestoreRequest\x1a#.snapshotd.v1.CancelRestoreResponseBAZ?github.com/snapshotd/snapshotd/api/gen/snapshotd/v1;snapshotdv1b\x06proto3"
 
 var (
 	file_snapshotd_v1_snapshot_service_proto_rawDescOnce sync.Once
@@ -1386,90 +2786,168 @@ func file_snapshotd_v1_snapshot_service_proto_rawDescGZIP() []byte {
 	return file_snapshotd_v1_snapshot_service_proto_rawDescData
 }
 
-var file_snapshotd_v1_snapshot_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_snapshotd_v1_snapshot_service_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_snapshotd_v1_snapshot_service_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_snapshotd_v1_snapshot_service_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
 var file_snapshotd_v1_snapshot_service_proto_goTypes = []any{
 	(SegmentView)(0),                     // 0: snapshotd.v1.SegmentView
-	(*CreateSnapshotRequest)(nil),        // 1: snapshotd.v1.CreateSnapshotRequest
-	(*CreateSnapshotResponse)(nil),       // 2: snapshotd.v1.CreateSnapshotResponse
-	(*GetSnapshotRequest)(nil),           // 3: snapshotd.v1.GetSnapshotRequest
-	(*GetSnapshotResponse)(nil),          // 4: snapshotd.v1.GetSnapshotResponse
-	(*DescribeSnapshotRequest)(nil),      // 5: snapshotd.v1.DescribeSnapshotRequest
-	(*DescribeSnapshotResponse)(nil),     // 6: snapshotd.v1.DescribeSnapshotResponse
-	(*Manifest)(nil),                     // 7: snapshotd.v1.Manifest
-	(*ListSnapshotSegmentsRequest)(nil),  // 8: snapshotd.v1.ListSnapshotSegmentsRequest
-	(*SnapshotSegment)(nil),              // 9: snapshotd.v1.SnapshotSegment
-	(*ListSnapshotSegmentsResponse)(nil), // 10: snapshotd.v1.ListSnapshotSegmentsResponse
-	(*ListSnapshotsRequest)(nil),         // 11: snapshotd.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil),        // 12: snapshotd.v1.ListSnapshotsResponse
-	(*UpdateSnapshotRequest)(nil),        // 13: snapshotd.v1.UpdateSnapshotRequest
-	(*UpdateSnapshotResponse)(nil),       // 14: snapshotd.v1.UpdateSnapshotResponse
-	(*DropSnapshotRequest)(nil),          // 15: snapshotd.v1.DropSnapshotRequest
-	(*DropSnapshotResponse)(nil),         // 16: snapshotd.v1.DropSnapshotResponse
-	nil,                                  // 17: snapshotd.v1.CreateSnapshotRequest.LabelsEntry
-	nil,                                  // 18: snapshotd.v1.ListSnapshotsRequest.LabelsEntry
-	nil,                                  // 19: snapshotd.v1.UpdateSnapshotRequest.LabelsEntry
-	(*CollectionRef)(nil),                // 20: snapshotd.v1.CollectionRef
-	(*durationpb.Duration)(nil),          // 21: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),        // 22: google.protobuf.Timestamp
-	(*ChannelPosition)(nil),              // 23: snapshotd.v1.ChannelPosition
-	(*Snapshot)(nil),                     // 24: snapshotd.v1.Snapshot
-	(*SnapshotRef)(nil),                  // 25: snapshotd.v1.SnapshotRef
-	(*Collection)(nil),                   // 26: snapshotd.v1.Collection
-	(*Partition)(nil),                    // 27: snapshotd.v1.Partition
-	(*Index)(nil),                        // 28: snapshotd.v1.Index
-	(*Segment)(nil),                      // 29: snapshotd.v1.Segment
-	(Snapshot_State)(0),                  // 30: snapshotd.v1.Snapshot.State
-	(*fieldmaskpb.FieldMask)(nil),        // 31: google.protobuf.FieldMask
+	(RestoreSnapshotRequest_Mode)(0),     // 1: snapshotd.v1.RestoreSnapshotRequest.Mode
+	(*CreateSnapshotRequest)(nil),        // 2: snapshotd.v1.CreateSnapshotRequest
+	(*CreateSnapshotResponse)(nil),       // 3: snapshotd.v1.CreateSnapshotResponse
+	(*GetSnapshotRequest)(nil),           // 4: snapshotd.v1.GetSnapshotRequest
+	(*GetSnapshotResponse)(nil),          // 5: snapshotd.v1.GetSnapshotResponse
+	(*DescribeSnapshotRequest)(nil),      // 6: snapshotd.v1.DescribeSnapshotRequest
+	(*DescribeSnapshotResponse)(nil),     // 7: snapshotd.v1.DescribeSnapshotResponse
+	(*Manifest)(nil),                     // 8: snapshotd.v1.Manifest
+	(*ListSnapshotSegmentsRequest)(nil),  // 9: snapshotd.v1.ListSnapshotSegmentsRequest
+	(*SnapshotSegment)(nil),              // 10: snapshotd.v1.SnapshotSegment
+	(*ListSnapshotSegmentsResponse)(nil), // 11: snapshotd.v1.ListSnapshotSegmentsResponse
+	(*ListSnapshotsRequest)(nil),         // 12: snapshotd.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil),        // 13: snapshotd.v1.ListSnapshotsResponse
+	(*UpdateSnapshotRequest)(nil),        // 14: snapshotd.v1.UpdateSnapshotRequest
+	(*UpdateSnapshotResponse)(nil),       // 15: snapshotd.v1.UpdateSnapshotResponse
+	(*DropSnapshotRequest)(nil),          // 16: snapshotd.v1.DropSnapshotRequest
+	(*DropSnapshotResponse)(nil),         // 17: snapshotd.v1.DropSnapshotResponse
+	(*PinSnapshotRequest)(nil),           // 18: snapshotd.v1.PinSnapshotRequest
+	(*PinSnapshotResponse)(nil),          // 19: snapshotd.v1.PinSnapshotResponse
+	(*RenewPinRequest)(nil),              // 20: snapshotd.v1.RenewPinRequest
+	(*RenewPinResponse)(nil),             // 21: snapshotd.v1.RenewPinResponse
+	(*UnpinSnapshotRequest)(nil),         // 22: snapshotd.v1.UnpinSnapshotRequest
+	(*UnpinSnapshotResponse)(nil),        // 23: snapshotd.v1.UnpinSnapshotResponse
+	(*ListPinsRequest)(nil),              // 24: snapshotd.v1.ListPinsRequest
+	(*ListPinsResponse)(nil),             // 25: snapshotd.v1.ListPinsResponse
+	(*RestoreSnapshotRequest)(nil),       // 26: snapshotd.v1.RestoreSnapshotRequest
+	(*RestoreSnapshotResponse)(nil),      // 27: snapshotd.v1.RestoreSnapshotResponse
+	(*GetRestoreStateRequest)(nil),       // 28: snapshotd.v1.GetRestoreStateRequest
+	(*GetRestoreStateResponse)(nil),      // 29: snapshotd.v1.GetRestoreStateResponse
+	(*WatchRestoreRequest)(nil),          // 30: snapshotd.v1.WatchRestoreRequest
+	(*WatchRestoreResponse)(nil),         // 31: snapshotd.v1.WatchRestoreResponse
+	(*ListRestoreJobsRequest)(nil),       // 32: snapshotd.v1.ListRestoreJobsRequest
+	(*ListRestoreJobsResponse)(nil),      // 33: snapshotd.v1.ListRestoreJobsResponse
+	(*UpdateRestoreRequest)(nil),         // 34: snapshotd.v1.UpdateRestoreRequest
+	(*UpdateRestoreResponse)(nil),        // 35: snapshotd.v1.UpdateRestoreResponse
+	(*CancelRestoreRequest)(nil),         // 36: snapshotd.v1.CancelRestoreRequest
+	(*CancelRestoreResponse)(nil),        // 37: snapshotd.v1.CancelRestoreResponse
+	nil,                                  // 38: snapshotd.v1.CreateSnapshotRequest.LabelsEntry
+	nil,                                  // 39: snapshotd.v1.ListSnapshotsRequest.LabelsEntry
+	nil,                                  // 40: snapshotd.v1.UpdateSnapshotRequest.LabelsEntry
+	nil,                                  // 41: snapshotd.v1.RestoreSnapshotRequest.PropertiesEntry
+	nil,                                  // 42: snapshotd.v1.RestoreSnapshotRequest.LabelsEntry
+	nil,                                  // 43: snapshotd.v1.ListRestoreJobsRequest.LabelsEntry
+	(*CollectionRef)(nil),                // 44: snapshotd.v1.CollectionRef
+	(*durationpb.Duration)(nil),          // 45: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),        // 46: google.protobuf.Timestamp
+	(*ChannelPosition)(nil),              // 47: snapshotd.v1.ChannelPosition
+	(*Snapshot)(nil),                     // 48: snapshotd.v1.Snapshot
+	(*SnapshotRef)(nil),                  // 49: snapshotd.v1.SnapshotRef
+	(*Collection)(nil),                   // 50: snapshotd.v1.Collection
+	(*Partition)(nil),                    // 51: snapshotd.v1.Partition
+	(*Index)(nil),                        // 52: snapshotd.v1.Index
+	(*SnapshotUsage)(nil),                // 53: snapshotd.v1.SnapshotUsage
+	(*Segment)(nil),                      // 54: snapshotd.v1.Segment
+	(Snapshot_State)(0),                  // 55: snapshotd.v1.Snapshot.State
+	(*fieldmaskpb.FieldMask)(nil),        // 56: google.protobuf.FieldMask
+	(*Pin)(nil),                          // 57: snapshotd.v1.Pin
+	(*CollectionName)(nil),               // 58: snapshotd.v1.CollectionName
+	(*RestoreLimits)(nil),                // 59: snapshotd.v1.RestoreLimits
+	(*RestorePlan)(nil),                  // 60: snapshotd.v1.RestorePlan
+	(*RestoreJob)(nil),                   // 61: snapshotd.v1.RestoreJob
+	(RestoreJob_State)(0),                // 62: snapshotd.v1.RestoreJob.State
 }
 var file_snapshotd_v1_snapshot_service_proto_depIdxs = []int32{
-	20, // 0: snapshotd.v1.CreateSnapshotRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	17, // 1: snapshotd.v1.CreateSnapshotRequest.labels:type_name -> snapshotd.v1.CreateSnapshotRequest.LabelsEntry
-	21, // 2: snapshotd.v1.CreateSnapshotRequest.ttl:type_name -> google.protobuf.Duration
-	22, // 3: snapshotd.v1.CreateSnapshotRequest.expire_time:type_name -> google.protobuf.Timestamp
-	23, // 4: snapshotd.v1.CreateSnapshotRequest.min_cut:type_name -> snapshotd.v1.ChannelPosition
-	24, // 5: snapshotd.v1.CreateSnapshotResponse.snapshot:type_name -> snapshotd.v1.Snapshot
-	25, // 6: snapshotd.v1.GetSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
-	24, // 7: snapshotd.v1.GetSnapshotResponse.snapshot:type_name -> snapshotd.v1.Snapshot
-	25, // 8: snapshotd.v1.DescribeSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
-	24, // 9: snapshotd.v1.DescribeSnapshotResponse.snapshot:type_name -> snapshotd.v1.Snapshot
-	26, // 10: snapshotd.v1.DescribeSnapshotResponse.collection:type_name -> snapshotd.v1.Collection
-	27, // 11: snapshotd.v1.DescribeSnapshotResponse.partitions:type_name -> snapshotd.v1.Partition
-	28, // 12: snapshotd.v1.DescribeSnapshotResponse.indexes:type_name -> snapshotd.v1.Index
-	7,  // 13: snapshotd.v1.DescribeSnapshotResponse.manifests:type_name -> snapshotd.v1.Manifest
-	25, // 14: snapshotd.v1.ListSnapshotSegmentsRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
-	0,  // 15: snapshotd.v1.ListSnapshotSegmentsRequest.view:type_name -> snapshotd.v1.SegmentView
-	29, // 16: snapshotd.v1.SnapshotSegment.segment:type_name -> snapshotd.v1.Segment
-	9,  // 17: snapshotd.v1.ListSnapshotSegmentsResponse.segments:type_name -> snapshotd.v1.SnapshotSegment
-	20, // 18: snapshotd.v1.ListSnapshotsRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	18, // 19: snapshotd.v1.ListSnapshotsRequest.labels:type_name -> snapshotd.v1.ListSnapshotsRequest.LabelsEntry
-	30, // 20: snapshotd.v1.ListSnapshotsRequest.states:type_name -> snapshotd.v1.Snapshot.State
-	24, // 21: snapshotd.v1.ListSnapshotsResponse.snapshots:type_name -> snapshotd.v1.Snapshot
-	25, // 22: snapshotd.v1.UpdateSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
-	31, // 23: snapshotd.v1.UpdateSnapshotRequest.update_mask:type_name -> google.protobuf.FieldMask
-	19, // 24: snapshotd.v1.UpdateSnapshotRequest.labels:type_name -> snapshotd.v1.UpdateSnapshotRequest.LabelsEntry
-	22, // 25: snapshotd.v1.UpdateSnapshotRequest.expire_time:type_name -> google.protobuf.Timestamp
-	24, // 26: snapshotd.v1.UpdateSnapshotResponse.snapshot:type_name -> snapshotd.v1.Snapshot
-	25, // 27: snapshotd.v1.DropSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
-	1,  // 28: snapshotd.v1.SnapshotService.CreateSnapshot:input_type -> snapshotd.v1.CreateSnapshotRequest
-	3,  // 29: snapshotd.v1.SnapshotService.GetSnapshot:input_type -> snapshotd.v1.GetSnapshotRequest
-	5,  // 30: snapshotd.v1.SnapshotService.DescribeSnapshot:input_type -> snapshotd.v1.DescribeSnapshotRequest
-	8,  // 31: snapshotd.v1.SnapshotService.ListSnapshotSegments:input_type -> snapshotd.v1.ListSnapshotSegmentsRequest
-	11, // 32: snapshotd.v1.SnapshotService.ListSnapshots:input_type -> snapshotd.v1.ListSnapshotsRequest
-	13, // 33: snapshotd.v1.SnapshotService.UpdateSnapshot:input_type -> snapshotd.v1.UpdateSnapshotRequest
-	15, // 34: snapshotd.v1.SnapshotService.DropSnapshot:input_type -> snapshotd.v1.DropSnapshotRequest
-	2,  // 35: snapshotd.v1.SnapshotService.CreateSnapshot:output_type -> snapshotd.v1.CreateSnapshotResponse
-	4,  // 36: snapshotd.v1.SnapshotService.GetSnapshot:output_type -> snapshotd.v1.GetSnapshotResponse
-	6,  // 37: snapshotd.v1.SnapshotService.DescribeSnapshot:output_type -> snapshotd.v1.DescribeSnapshotResponse
-	10, // 38: snapshotd.v1.SnapshotService.ListSnapshotSegments:output_type -> snapshotd.v1.ListSnapshotSegmentsResponse
-	12, // 39: snapshotd.v1.SnapshotService.ListSnapshots:output_type -> snapshotd.v1.ListSnapshotsResponse
-	14, // 40: snapshotd.v1.SnapshotService.UpdateSnapshot:output_type -> snapshotd.v1.UpdateSnapshotResponse
-	16, // 41: snapshotd.v1.SnapshotService.DropSnapshot:output_type -> snapshotd.v1.DropSnapshotResponse
-	35, // [35:42] is the sub-list for method output_type
-	28, // [28:35] is the sub-list for method input_type
-	28, // [28:28] is the sub-list for extension type_name
-	28, // [28:28] is the sub-list for extension extendee
-	0,  // [0:28] is the sub-list for field type_name
+	44, // 0: snapshotd.v1.CreateSnapshotRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	38, // 1: snapshotd.v1.CreateSnapshotRequest.labels:type_name -> snapshotd.v1.CreateSnapshotRequest.LabelsEntry
+	45, // 2: snapshotd.v1.CreateSnapshotRequest.ttl:type_name -> google.protobuf.Duration
+	46, // 3: snapshotd.v1.CreateSnapshotRequest.expire_time:type_name -> google.protobuf.Timestamp
+	47, // 4: snapshotd.v1.CreateSnapshotRequest.min_cut:type_name -> snapshotd.v1.ChannelPosition
+	48, // 5: snapshotd.v1.CreateSnapshotResponse.snapshot:type_name -> snapshotd.v1.Snapshot
+	49, // 6: snapshotd.v1.GetSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
+	48, // 7: snapshotd.v1.GetSnapshotResponse.snapshot:type_name -> snapshotd.v1.Snapshot
+	49, // 8: snapshotd.v1.DescribeSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
+	48, // 9: snapshotd.v1.DescribeSnapshotResponse.snapshot:type_name -> snapshotd.v1.Snapshot
+	50, // 10: snapshotd.v1.DescribeSnapshotResponse.collection:type_name -> snapshotd.v1.Collection
+	51, // 11: snapshotd.v1.DescribeSnapshotResponse.partitions:type_name -> snapshotd.v1.Partition
+	52, // 12: snapshotd.v1.DescribeSnapshotResponse.indexes:type_name -> snapshotd.v1.Index
+	8,  // 13: snapshotd.v1.DescribeSnapshotResponse.manifests:type_name -> snapshotd.v1.Manifest
+	53, // 14: snapshotd.v1.DescribeSnapshotResponse.usage:type_name -> snapshotd.v1.SnapshotUsage
+	49, // 15: snapshotd.v1.ListSnapshotSegmentsRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
+	0,  // 16: snapshotd.v1.ListSnapshotSegmentsRequest.view:type_name -> snapshotd.v1.SegmentView
+	54, // 17: snapshotd.v1.SnapshotSegment.segment:type_name -> snapshotd.v1.Segment
+	10, // 18: snapshotd.v1.ListSnapshotSegmentsResponse.segments:type_name -> snapshotd.v1.SnapshotSegment
+	44, // 19: snapshotd.v1.ListSnapshotsRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	39, // 20: snapshotd.v1.ListSnapshotsRequest.labels:type_name -> snapshotd.v1.ListSnapshotsRequest.LabelsEntry
+	55, // 21: snapshotd.v1.ListSnapshotsRequest.states:type_name -> snapshotd.v1.Snapshot.State
+	48, // 22: snapshotd.v1.ListSnapshotsResponse.snapshots:type_name -> snapshotd.v1.Snapshot
+	49, // 23: snapshotd.v1.UpdateSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
+	56, // 24: snapshotd.v1.UpdateSnapshotRequest.update_mask:type_name -> google.protobuf.FieldMask
+	40, // 25: snapshotd.v1.UpdateSnapshotRequest.labels:type_name -> snapshotd.v1.UpdateSnapshotRequest.LabelsEntry
+	46, // 26: snapshotd.v1.UpdateSnapshotRequest.expire_time:type_name -> google.protobuf.Timestamp
+	48, // 27: snapshotd.v1.UpdateSnapshotResponse.snapshot:type_name -> snapshotd.v1.Snapshot
+	49, // 28: snapshotd.v1.DropSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
+	53, // 29: snapshotd.v1.DropSnapshotResponse.usage:type_name -> snapshotd.v1.SnapshotUsage
+	49, // 30: snapshotd.v1.PinSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
+	45, // 31: snapshotd.v1.PinSnapshotRequest.ttl:type_name -> google.protobuf.Duration
+	57, // 32: snapshotd.v1.PinSnapshotResponse.pin:type_name -> snapshotd.v1.Pin
+	49, // 33: snapshotd.v1.RenewPinRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
+	45, // 34: snapshotd.v1.RenewPinRequest.ttl:type_name -> google.protobuf.Duration
+	57, // 35: snapshotd.v1.RenewPinResponse.pin:type_name -> snapshotd.v1.Pin
+	49, // 36: snapshotd.v1.UnpinSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
+	49, // 37: snapshotd.v1.ListPinsRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
+	57, // 38: snapshotd.v1.ListPinsResponse.pins:type_name -> snapshotd.v1.Pin
+	49, // 39: snapshotd.v1.RestoreSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
+	58, // 40: snapshotd.v1.RestoreSnapshotRequest.target:type_name -> snapshotd.v1.CollectionName
+	1,  // 41: snapshotd.v1.RestoreSnapshotRequest.mode:type_name -> snapshotd.v1.RestoreSnapshotRequest.Mode
+	41, // 42: snapshotd.v1.RestoreSnapshotRequest.properties:type_name -> snapshotd.v1.RestoreSnapshotRequest.PropertiesEntry
+	59, // 43: snapshotd.v1.RestoreSnapshotRequest.limits:type_name -> snapshotd.v1.RestoreLimits
+	45, // 44: snapshotd.v1.RestoreSnapshotRequest.timeout:type_name -> google.protobuf.Duration
+	42, // 45: snapshotd.v1.RestoreSnapshotRequest.labels:type_name -> snapshotd.v1.RestoreSnapshotRequest.LabelsEntry
+	60, // 46: snapshotd.v1.RestoreSnapshotResponse.plan:type_name -> snapshotd.v1.RestorePlan
+	61, // 47: snapshotd.v1.GetRestoreStateResponse.job:type_name -> snapshotd.v1.RestoreJob
+	61, // 48: snapshotd.v1.WatchRestoreResponse.job:type_name -> snapshotd.v1.RestoreJob
+	62, // 49: snapshotd.v1.ListRestoreJobsRequest.states:type_name -> snapshotd.v1.RestoreJob.State
+	43, // 50: snapshotd.v1.ListRestoreJobsRequest.labels:type_name -> snapshotd.v1.ListRestoreJobsRequest.LabelsEntry
+	61, // 51: snapshotd.v1.ListRestoreJobsResponse.jobs:type_name -> snapshotd.v1.RestoreJob
+	59, // 52: snapshotd.v1.UpdateRestoreRequest.limits:type_name -> snapshotd.v1.RestoreLimits
+	61, // 53: snapshotd.v1.UpdateRestoreResponse.job:type_name -> snapshotd.v1.RestoreJob
+	61, // 54: snapshotd.v1.CancelRestoreResponse.job:type_name -> snapshotd.v1.RestoreJob
+	2,  // 55: snapshotd.v1.SnapshotService.CreateSnapshot:input_type -> snapshotd.v1.CreateSnapshotRequest
+	4,  // 56: snapshotd.v1.SnapshotService.GetSnapshot:input_type -> snapshotd.v1.GetSnapshotRequest
+	6,  // 57: snapshotd.v1.SnapshotService.DescribeSnapshot:input_type -> snapshotd.v1.DescribeSnapshotRequest
+	9,  // 58: snapshotd.v1.SnapshotService.ListSnapshotSegments:input_type -> snapshotd.v1.ListSnapshotSegmentsRequest
+	12, // 59: snapshotd.v1.SnapshotService.ListSnapshots:input_type -> snapshotd.v1.ListSnapshotsRequest
+	14, // 60: snapshotd.v1.SnapshotService.UpdateSnapshot:input_type -> snapshotd.v1.UpdateSnapshotRequest
+	16, // 61: snapshotd.v1.SnapshotService.DropSnapshot:input_type -> snapshotd.v1.DropSnapshotRequest
+	18, // 62: snapshotd.v1.SnapshotService.PinSnapshot:input_type -> snapshotd.v1.PinSnapshotRequest
+	20, // 63: snapshotd.v1.SnapshotService.RenewPin:input_type -> snapshotd.v1.RenewPinRequest
+	22, // 64: snapshotd.v1.SnapshotService.UnpinSnapshot:input_type -> snapshotd.v1.UnpinSnapshotRequest
+	24, // 65: snapshotd.v1.SnapshotService.ListPins:input_type -> snapshotd.v1.ListPinsRequest
+	26, // 66: snapshotd.v1.SnapshotService.RestoreSnapshot:input_type -> snapshotd.v1.RestoreSnapshotRequest
+	28, // 67: snapshotd.v1.SnapshotService.GetRestoreState:input_type -> snapshotd.v1.GetRestoreStateRequest
+	30, // 68: snapshotd.v1.SnapshotService.WatchRestore:input_type -> snapshotd.v1.WatchRestoreRequest
+	32, // 69: snapshotd.v1.SnapshotService.ListRestoreJobs:input_type -> snapshotd.v1.ListRestoreJobsRequest
+	34, // 70: snapshotd.v1.SnapshotService.UpdateRestore:input_type -> snapshotd.v1.UpdateRestoreRequest
+	36, // 71: snapshotd.v1.SnapshotService.CancelRestore:input_type -> snapshotd.v1.CancelRestoreRequest
+	3,  // 72: snapshotd.v1.SnapshotService.CreateSnapshot:output_type -> snapshotd.v1.CreateSnapshotResponse
+	5,  // 73: snapshotd.v1.SnapshotService.GetSnapshot:output_type -> snapshotd.v1.GetSnapshotResponse
+	7,  // 74: snapshotd.v1.SnapshotService.DescribeSnapshot:output_type -> snapshotd.v1.DescribeSnapshotResponse
+	11, // 75: snapshotd.v1.SnapshotService.ListSnapshotSegments:output_type -> snapshotd.v1.ListSnapshotSegmentsResponse
+	13, // 76: snapshotd.v1.SnapshotService.ListSnapshots:output_type -> snapshotd.v1.ListSnapshotsResponse
+	15, // 77: snapshotd.v1.SnapshotService.UpdateSnapshot:output_type -> snapshotd.v1.UpdateSnapshotResponse
+	17, // 78: snapshotd.v1.SnapshotService.DropSnapshot:output_type -> snapshotd.v1.DropSnapshotResponse
+	19, // 79: snapshotd.v1.SnapshotService.PinSnapshot:output_type -> snapshotd.v1.PinSnapshotResponse
+	21, // 80: snapshotd.v1.SnapshotService.RenewPin:output_type -> snapshotd.v1.RenewPinResponse
+	23, // 81: snapshotd.v1.SnapshotService.UnpinSnapshot:output_type -> snapshotd.v1.UnpinSnapshotResponse
+	25, // 82: snapshotd.v1.SnapshotService.ListPins:output_type -> snapshotd.v1.ListPinsResponse
+	27, // 83: snapshotd.v1.SnapshotService.RestoreSnapshot:output_type -> snapshotd.v1.RestoreSnapshotResponse
+	29, // 84: snapshotd.v1.SnapshotService.GetRestoreState:output_type -> snapshotd.v1.GetRestoreStateResponse
+	31, // 85: snapshotd.v1.SnapshotService.WatchRestore:output_type -> snapshotd.v1.WatchRestoreResponse
+	33, // 86: snapshotd.v1.SnapshotService.ListRestoreJobs:output_type -> snapshotd.v1.ListRestoreJobsResponse
+	35, // 87: snapshotd.v1.SnapshotService.UpdateRestore:output_type -> snapshotd.v1.UpdateRestoreResponse
+	37, // 88: snapshotd.v1.SnapshotService.CancelRestore:output_type -> snapshotd.v1.CancelRestoreResponse
+	72, // [72:89] is the sub-list for method output_type
+	55, // [55:72] is the sub-list for method input_type
+	55, // [55:55] is the sub-list for extension type_name
+	55, // [55:55] is the sub-list for extension extendee
+	0,  // [0:55] is the sub-list for field type_name
 }
 
 func init() { file_snapshotd_v1_snapshot_service_proto_init() }
@@ -1479,6 +2957,7 @@ func file_snapshotd_v1_snapshot_service_proto_init() {
 	}
 	file_snapshotd_v1_collection_proto_init()
 	file_snapshotd_v1_common_proto_init()
+	file_snapshotd_v1_restore_proto_init()
 	file_snapshotd_v1_snapshot_proto_init()
 	file_snapshotd_v1_snapshot_service_proto_msgTypes[0].OneofWrappers = []any{
 		(*CreateSnapshotRequest_Ttl)(nil),
@@ -1489,8 +2968,8 @@ func file_snapshotd_v1_snapshot_service_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_snapshotd_v1_snapshot_service_proto_rawDesc), len(file_snapshotd_v1_snapshot_service_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   19,
+			NumEnums:      2,
+			NumMessages:   42,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -26,6 +26,16 @@ const (
 	SnapshotService_ListSnapshots_FullMethodName        = "/snapshotd.v1.SnapshotService/ListSnapshots"
 	SnapshotService_UpdateSnapshot_FullMethodName       = "/snapshotd.v1.SnapshotService/UpdateSnapshot"
 	SnapshotService_DropSnapshot_FullMethodName         = "/snapshotd.v1.SnapshotService/DropSnapshot"
+	SnapshotService_PinSnapshot_FullMethodName          = "/snapshotd.v1.SnapshotService/PinSnapshot"
+	SnapshotService_RenewPin_FullMethodName             = "/snapshotd.v1.SnapshotService/RenewPin"
+	SnapshotService_UnpinSnapshot_FullMethodName        = "/snapshotd.v1.SnapshotService/UnpinSnapshot"
+	SnapshotService_ListPins_FullMethodName             = "/snapshotd.v1.SnapshotService/ListPins"
+	SnapshotService_RestoreSnapshot_FullMethodName      = "/snapshotd.v1.SnapshotService/RestoreSnapshot"
+	SnapshotService_GetRestoreState_FullMethodName      = "/snapshotd.v1.SnapshotService/GetRestoreState"
+	SnapshotService_WatchRestore_FullMethodName         = "/snapshotd.v1.SnapshotService/WatchRestore"
+	SnapshotService_ListRestoreJobs_FullMethodName      = "/snapshotd.v1.SnapshotService/ListRestoreJobs"
+	SnapshotService_UpdateRestore_FullMethodName        = "/snapshotd.v1.SnapshotService/UpdateRestore"
+	SnapshotService_CancelRestore_FullMethodName        = "/snapshotd.v1.SnapshotService/CancelRestore"
 )
 
 // SnapshotServiceClient is the client API for SnapshotService service.
@@ -92,6 +102,9 @@ type SnapshotServiceClient interface {
 	//
 	//	FAILED_PRECONDITION  SNAPSHOT_NOT_COMMITTED.
 	//	DATA_LOSS            SNAPSHOT_CORRUPT: its metadata is missing or altered.
+	//
+	// With include_usage also REFERENCES_UNREADABLE and REFERENCES_LOADING; see
+	// ReclaimService.
 	DescribeSnapshot(ctx context.Context, in *DescribeSnapshotRequest, opts ...grpc.CallOption) (*DescribeSnapshotResponse, error)
 	// ListSnapshotSegments returns a snapshot's segments in id order, in pages.
 	//
@@ -125,8 +138,90 @@ type SnapshotServiceClient interface {
 	//	FAILED_PRECONDITION  SNAPSHOT_PENDING: it is being created; SNAPSHOT_PINNED:
 	//	                     the message names the pins; SNAPSHOT_MISMATCH: the
 	//	                     name is another snapshot's than expected_id, or the
-	//	                     snapshot is another collection's.
+	//	                     snapshot is another collection's. With dry_run also
+	//	                     REFERENCES_UNREADABLE, and UNAVAILABLE
+	//	                     REFERENCES_LOADING; see ReclaimService.
 	DropSnapshot(ctx context.Context, in *DropSnapshotRequest, opts ...grpc.CallOption) (*DropSnapshotResponse, error)
+	// PinSnapshot keeps a snapshot from being dropped and from expiring, for ttl
+	// or until the pin is removed. A snapshot takes any number of pins, up to
+	// 1 000.
+	//
+	// Errors: as GetSnapshot, and
+	//
+	//	FAILED_PRECONDITION  SNAPSHOT_NOT_COMMITTED: it is being created or
+	//	                     dropped; LIMIT_EXCEEDED.
+	PinSnapshot(ctx context.Context, in *PinSnapshotRequest, opts ...grpc.CallOption) (*PinSnapshotResponse, error)
+	// RenewPin makes a pin last its ttl from now.
+	//
+	// Errors:
+	//
+	//	NOT_FOUND            PIN_NOT_FOUND: it was removed or has ended. Nothing
+	//	                     has kept the snapshot since: pin it again.
+	//	FAILED_PRECONDITION  PIN_HAS_NO_TTL: it lasts until it is removed.
+	RenewPin(ctx context.Context, in *RenewPinRequest, opts ...grpc.CallOption) (*RenewPinResponse, error)
+	// UnpinSnapshot removes a pin. Removing one that does not exist is success.
+	//
+	// Errors:
+	//
+	//	FAILED_PRECONDITION  PIN_OF_RESTORE: the job's end removes it.
+	UnpinSnapshot(ctx context.Context, in *UnpinSnapshotRequest, opts ...grpc.CallOption) (*UnpinSnapshotResponse, error)
+	// ListPins returns the pins of a snapshot, or of all, in the order of snapshot
+	// id and pin id, in pages.
+	//
+	// Errors:
+	//
+	//	INVALID_ARGUMENT  INVALID_PAGE_TOKEN.
+	//	NOT_FOUND         as GetSnapshot.
+	ListPins(ctx context.Context, in *ListPinsRequest, opts ...grpc.CallOption) (*ListPinsResponse, error)
+	// RestoreSnapshot makes a new collection of a snapshot. It returns as soon as
+	// the job is durable; GetRestoreState and WatchRestore tell how it goes on.
+	// Until it has ended the snapshot cannot be dropped, and the target's name is
+	// taken. With dry_run nothing is done, and the plan is returned.
+	//
+	// Errors: as GetSnapshot, and
+	//
+	//	ALREADY_EXISTS       COLLECTION_EXISTS: the target's name is taken, by a
+	//	                     collection or another restore.
+	//	NOT_FOUND            PARTITION_NOT_FOUND: not in the snapshot.
+	//	FAILED_PRECONDITION  SNAPSHOT_NOT_COMMITTED; CHANNEL_MISMATCH: another
+	//	                     number of channels than the snapshot has;
+	//	                     LAYOUT_REFUSED: a file has no place in the target's
+	//	                     layout.
+	//	DATA_LOSS            SNAPSHOT_CORRUPT: its metadata is missing or altered.
+	RestoreSnapshot(ctx context.Context, in *RestoreSnapshotRequest, opts ...grpc.CallOption) (*RestoreSnapshotResponse, error)
+	// GetRestoreState returns a restore job. Jobs that have ended are kept for the
+	// time that the server's configuration says, a week by default.
+	//
+	// Errors:
+	//
+	//	NOT_FOUND  EXPIRED_OR_DROPPED: it ended long ago; NEVER_EXISTED.
+	GetRestoreState(ctx context.Context, in *GetRestoreStateRequest, opts ...grpc.CallOption) (*GetRestoreStateResponse, error)
+	// WatchRestore streams a restore job whenever it changes, at most a few times
+	// a second, and ends with the message that shows its end.
+	//
+	// Errors: as GetRestoreState.
+	WatchRestore(ctx context.Context, in *WatchRestoreRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchRestoreResponse], error)
+	// ListRestoreJobs returns restore jobs, newest first, in pages.
+	//
+	// Errors:
+	//
+	//	INVALID_ARGUMENT  INVALID_PAGE_TOKEN.
+	ListRestoreJobs(ctx context.Context, in *ListRestoreJobsRequest, opts ...grpc.CallOption) (*ListRestoreJobsResponse, error)
+	// UpdateRestore changes the limits of a job that has not ended.
+	//
+	// Errors: as GetRestoreState, and
+	//
+	//	FAILED_PRECONDITION  RESTORE_ENDED.
+	UpdateRestore(ctx context.Context, in *UpdateRestoreRequest, opts ...grpc.CallOption) (*UpdateRestoreResponse, error)
+	// CancelRestore gives a job up: when it has returned the target will not
+	// appear, and what was made of it is removed in the background. Canceling a
+	// job that is CANCELED, FAILED or about to be is success.
+	//
+	// Errors: as GetRestoreState, and
+	//
+	//	FAILED_PRECONDITION  RESTORE_ENDED: it is COMPLETED. Drop the collection
+	//	                     instead.
+	CancelRestore(ctx context.Context, in *CancelRestoreRequest, opts ...grpc.CallOption) (*CancelRestoreResponse, error)
 }
 
 type snapshotServiceClient struct {
@@ -207,6 +302,115 @@ func (c *snapshotServiceClient) DropSnapshot(ctx context.Context, in *DropSnapsh
 	return out, nil
 }
 
+func (c *snapshotServiceClient) PinSnapshot(ctx context.Context, in *PinSnapshotRequest, opts ...grpc.CallOption) (*PinSnapshotResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PinSnapshotResponse)
+	err := c.cc.Invoke(ctx, SnapshotService_PinSnapshot_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *snapshotServiceClient) RenewPin(ctx context.Context, in *RenewPinRequest, opts ...grpc.CallOption) (*RenewPinResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RenewPinResponse)
+	err := c.cc.Invoke(ctx, SnapshotService_RenewPin_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *snapshotServiceClient) UnpinSnapshot(ctx context.Context, in *UnpinSnapshotRequest, opts ...grpc.CallOption) (*UnpinSnapshotResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UnpinSnapshotResponse)
+	err := c.cc.Invoke(ctx, SnapshotService_UnpinSnapshot_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *snapshotServiceClient) ListPins(ctx context.Context, in *ListPinsRequest, opts ...grpc.CallOption) (*ListPinsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListPinsResponse)
+	err := c.cc.Invoke(ctx, SnapshotService_ListPins_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *snapshotServiceClient) RestoreSnapshot(ctx context.Context, in *RestoreSnapshotRequest, opts ...grpc.CallOption) (*RestoreSnapshotResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RestoreSnapshotResponse)
+	err := c.cc.Invoke(ctx, SnapshotService_RestoreSnapshot_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *snapshotServiceClient) GetRestoreState(ctx context.Context, in *GetRestoreStateRequest, opts ...grpc.CallOption) (*GetRestoreStateResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetRestoreStateResponse)
+	err := c.cc.Invoke(ctx, SnapshotService_GetRestoreState_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *snapshotServiceClient) WatchRestore(ctx context.Context, in *WatchRestoreRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchRestoreResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &SnapshotService_ServiceDesc.Streams[0], SnapshotService_WatchRestore_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchRestoreRequest, WatchRestoreResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SnapshotService_WatchRestoreClient = grpc.ServerStreamingClient[WatchRestoreResponse]
+
+func (c *snapshotServiceClient) ListRestoreJobs(ctx context.Context, in *ListRestoreJobsRequest, opts ...grpc.CallOption) (*ListRestoreJobsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListRestoreJobsResponse)
+	err := c.cc.Invoke(ctx, SnapshotService_ListRestoreJobs_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *snapshotServiceClient) UpdateRestore(ctx context.Context, in *UpdateRestoreRequest, opts ...grpc.CallOption) (*UpdateRestoreResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UpdateRestoreResponse)
+	err := c.cc.Invoke(ctx, SnapshotService_UpdateRestore_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *snapshotServiceClient) CancelRestore(ctx context.Context, in *CancelRestoreRequest, opts ...grpc.CallOption) (*CancelRestoreResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CancelRestoreResponse)
+	err := c.cc.Invoke(ctx, SnapshotService_CancelRestore_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // SnapshotServiceServer is the server API for SnapshotService service.
 // All implementations must embed UnimplementedSnapshotServiceServer
 // for forward compatibility.
@@ -271,6 +475,9 @@ type SnapshotServiceServer interface {
 	//
 	//	FAILED_PRECONDITION  SNAPSHOT_NOT_COMMITTED.
 	//	DATA_LOSS            SNAPSHOT_CORRUPT: its metadata is missing or altered.
+	//
+	// With include_usage also REFERENCES_UNREADABLE and REFERENCES_LOADING; see
+	// ReclaimService.
 	DescribeSnapshot(context.Context, *DescribeSnapshotRequest) (*DescribeSnapshotResponse, error)
 	// ListSnapshotSegments returns a snapshot's segments in id order, in pages.
 	//
@@ -304,8 +511,90 @@ type SnapshotServiceServer interface {
 	//	FAILED_PRECONDITION  SNAPSHOT_PENDING: it is being created; SNAPSHOT_PINNED:
 	//	                     the message names the pins; SNAPSHOT_MISMATCH: the
 	//	                     name is another snapshot's than expected_id, or the
-	//	                     snapshot is another collection's.
+	//	                     snapshot is another collection's. With dry_run also
+	//	                     REFERENCES_UNREADABLE, and UNAVAILABLE
+	//	                     REFERENCES_LOADING; see ReclaimService.
 	DropSnapshot(context.Context, *DropSnapshotRequest) (*DropSnapshotResponse, error)
+	// PinSnapshot keeps a snapshot from being dropped and from expiring, for ttl
+	// or until the pin is removed. A snapshot takes any number of pins, up to
+	// 1 000.
+	//
+	// Errors: as GetSnapshot, and
+	//
+	//	FAILED_PRECONDITION  SNAPSHOT_NOT_COMMITTED: it is being created or
+	//	                     dropped; LIMIT_EXCEEDED.
+	PinSnapshot(context.Context, *PinSnapshotRequest) (*PinSnapshotResponse, error)
+	// RenewPin makes a pin last its ttl from now.
+	//
+	// Errors:
+	//
+	//	NOT_FOUND            PIN_NOT_FOUND: it was removed or has ended. Nothing
+	//	                     has kept the snapshot since: pin it again.
+	//	FAILED_PRECONDITION  PIN_HAS_NO_TTL: it lasts until it is removed.
+	RenewPin(context.Context, *RenewPinRequest) (*RenewPinResponse, error)
+	// UnpinSnapshot removes a pin. Removing one that does not exist is success.
+	//
+	// Errors:
+	//
+	//	FAILED_PRECONDITION  PIN_OF_RESTORE: the job's end removes it.
+	UnpinSnapshot(context.Context, *UnpinSnapshotRequest) (*UnpinSnapshotResponse, error)
+	// ListPins returns the pins of a snapshot, or of all, in the order of snapshot
+	// id and pin id, in pages.
+	//
+	// Errors:
+	//
+	//	INVALID_ARGUMENT  INVALID_PAGE_TOKEN.
+	//	NOT_FOUND         as GetSnapshot.
+	ListPins(context.Context, *ListPinsRequest) (*ListPinsResponse, error)
+	// RestoreSnapshot makes a new collection of a snapshot. It returns as soon as
+	// the job is durable; GetRestoreState and WatchRestore tell how it goes on.
+	// Until it has ended the snapshot cannot be dropped, and the target's name is
+	// taken. With dry_run nothing is done, and the plan is returned.
+	//
+	// Errors: as GetSnapshot, and
+	//
+	//	ALREADY_EXISTS       COLLECTION_EXISTS: the target's name is taken, by a
+	//	                     collection or another restore.
+	//	NOT_FOUND            PARTITION_NOT_FOUND: not in the snapshot.
+	//	FAILED_PRECONDITION  SNAPSHOT_NOT_COMMITTED; CHANNEL_MISMATCH: another
+	//	                     number of channels than the snapshot has;
+	//	                     LAYOUT_REFUSED: a file has no place in the target's
+	//	                     layout.
+	//	DATA_LOSS            SNAPSHOT_CORRUPT: its metadata is missing or altered.
+	RestoreSnapshot(context.Context, *RestoreSnapshotRequest) (*RestoreSnapshotResponse, error)
+	// GetRestoreState returns a restore job. Jobs that have ended are kept for the
+	// time that the server's configuration says, a week by default.
+	//
+	// Errors:
+	//
+	//	NOT_FOUND  EXPIRED_OR_DROPPED: it ended long ago; NEVER_EXISTED.
+	GetRestoreState(context.Context, *GetRestoreStateRequest) (*GetRestoreStateResponse, error)
+	// WatchRestore streams a restore job whenever it changes, at most a few times
+	// a second, and ends with the message that shows its end.
+	//
+	// Errors: as GetRestoreState.
+	WatchRestore(*WatchRestoreRequest, grpc.ServerStreamingServer[WatchRestoreResponse]) error
+	// ListRestoreJobs returns restore jobs, newest first, in pages.
+	//
+	// Errors:
+	//
+	//	INVALID_ARGUMENT  INVALID_PAGE_TOKEN.
+	ListRestoreJobs(context.Context, *ListRestoreJobsRequest) (*ListRestoreJobsResponse, error)
+	// UpdateRestore changes the limits of a job that has not ended.
+	//
+	// Errors: as GetRestoreState, and
+	//
+	//	FAILED_PRECONDITION  RESTORE_ENDED.
+	UpdateRestore(context.Context, *UpdateRestoreRequest) (*UpdateRestoreResponse, error)
+	// CancelRestore gives a job up: when it has returned the target will not
+	// appear, and what was made of it is removed in the background. Canceling a
+	// job that is CANCELED, FAILED or about to be is success.
+	//
+	// Errors: as GetRestoreState, and
+	//
+	//	FAILED_PRECONDITION  RESTORE_ENDED: it is COMPLETED. Drop the collection
+	//	                     instead.
+	CancelRestore(context.Context, *CancelRestoreRequest) (*CancelRestoreResponse, error)
 	mustEmbedUnimplementedSnapshotServiceServer()
 }
 
@@ -336,6 +625,36 @@ func (UnimplementedSnapshotServiceServer) UpdateSnapshot(context.Context, *Updat
 }
 func (UnimplementedSnapshotServiceServer) DropSnapshot(context.Context, *DropSnapshotRequest) (*DropSnapshotResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DropSnapshot not implemented")
+}
+func (UnimplementedSnapshotServiceServer) PinSnapshot(context.Context, *PinSnapshotRequest) (*PinSnapshotResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PinSnapshot not implemented")
+}
+func (UnimplementedSnapshotServiceServer) RenewPin(context.Context, *RenewPinRequest) (*RenewPinResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RenewPin not implemented")
+}
+func (UnimplementedSnapshotServiceServer) UnpinSnapshot(context.Context, *UnpinSnapshotRequest) (*UnpinSnapshotResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method UnpinSnapshot not implemented")
+}
+func (UnimplementedSnapshotServiceServer) ListPins(context.Context, *ListPinsRequest) (*ListPinsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListPins not implemented")
+}
+func (UnimplementedSnapshotServiceServer) RestoreSnapshot(context.Context, *RestoreSnapshotRequest) (*RestoreSnapshotResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RestoreSnapshot not implemented")
+}
+func (UnimplementedSnapshotServiceServer) GetRestoreState(context.Context, *GetRestoreStateRequest) (*GetRestoreStateResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetRestoreState not implemented")
+}
+func (UnimplementedSnapshotServiceServer) WatchRestore(*WatchRestoreRequest, grpc.ServerStreamingServer[WatchRestoreResponse]) error {
+	return status.Error(codes.Unimplemented, "method WatchRestore not implemented")
+}
+func (UnimplementedSnapshotServiceServer) ListRestoreJobs(context.Context, *ListRestoreJobsRequest) (*ListRestoreJobsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListRestoreJobs not implemented")
+}
+func (UnimplementedSnapshotServiceServer) UpdateRestore(context.Context, *UpdateRestoreRequest) (*UpdateRestoreResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method UpdateRestore not implemented")
+}
+func (UnimplementedSnapshotServiceServer) CancelRestore(context.Context, *CancelRestoreRequest) (*CancelRestoreResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CancelRestore not implemented")
 }
 func (UnimplementedSnapshotServiceServer) mustEmbedUnimplementedSnapshotServiceServer() {}
 func (UnimplementedSnapshotServiceServer) testEmbeddedByValue()                         {}
@@ -484,6 +803,179 @@ func _SnapshotService_DropSnapshot_Handler(srv interface{}, ctx context.Context,
 	return interceptor(ctx, in, info, handler)
 }
 
+func _SnapshotService_PinSnapshot_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PinSnapshotRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SnapshotServiceServer).PinSnapshot(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SnapshotService_PinSnapshot_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SnapshotServiceServer).PinSnapshot(ctx, req.(*PinSnapshotRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SnapshotService_RenewPin_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RenewPinRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SnapshotServiceServer).RenewPin(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SnapshotService_RenewPin_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SnapshotServiceServer).RenewPin(ctx, req.(*RenewPinRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SnapshotService_UnpinSnapshot_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UnpinSnapshotRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SnapshotServiceServer).UnpinSnapshot(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SnapshotService_UnpinSnapshot_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SnapshotServiceServer).UnpinSnapshot(ctx, req.(*UnpinSnapshotRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SnapshotService_ListPins_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListPinsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SnapshotServiceServer).ListPins(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SnapshotService_ListPins_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SnapshotServiceServer).ListPins(ctx, req.(*ListPinsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SnapshotService_RestoreSnapshot_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RestoreSnapshotRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SnapshotServiceServer).RestoreSnapshot(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SnapshotService_RestoreSnapshot_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SnapshotServiceServer).RestoreSnapshot(ctx, req.(*RestoreSnapshotRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SnapshotService_GetRestoreState_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetRestoreStateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SnapshotServiceServer).GetRestoreState(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SnapshotService_GetRestoreState_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SnapshotServiceServer).GetRestoreState(ctx, req.(*GetRestoreStateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SnapshotService_WatchRestore_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchRestoreRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(SnapshotServiceServer).WatchRestore(m, &grpc.GenericServerStream[WatchRestoreRequest, WatchRestoreResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SnapshotService_WatchRestoreServer = grpc.ServerStreamingServer[WatchRestoreResponse]
+
+func _SnapshotService_ListRestoreJobs_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListRestoreJobsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SnapshotServiceServer).ListRestoreJobs(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SnapshotService_ListRestoreJobs_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SnapshotServiceServer).ListRestoreJobs(ctx, req.(*ListRestoreJobsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SnapshotService_UpdateRestore_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UpdateRestoreRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SnapshotServiceServer).UpdateRestore(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SnapshotService_UpdateRestore_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SnapshotServiceServer).UpdateRestore(ctx, req.(*UpdateRestoreRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SnapshotService_CancelRestore_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CancelRestoreRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SnapshotServiceServer).CancelRestore(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SnapshotService_CancelRestore_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SnapshotServiceServer).CancelRestore(ctx, req.(*CancelRestoreRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // SnapshotService_ServiceDesc is the grpc.ServiceDesc for SnapshotService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -519,7 +1011,49 @@ var SnapshotService_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "DropSnapshot",
 			Handler:    _SnapshotService_DropSnapshot_Handler,
 		},
+		{
+			MethodName: "PinSnapshot",
+			Handler:    _SnapshotService_PinSnapshot_Handler,
+		},
+		{
+			MethodName: "RenewPin",
+			Handler:    _SnapshotService_RenewPin_Handler,
+		},
+		{
+			MethodName: "UnpinSnapshot",
+			Handler:    _SnapshotService_UnpinSnapshot_Handler,
+		},
+		{
+			MethodName: "ListPins",
+			Handler:    _SnapshotService_ListPins_Handler,
+		},
+		{
+			MethodName: "RestoreSnapshot",
+			Handler:    _SnapshotService_RestoreSnapshot_Handler,
+		},
+		{
+			MethodName: "GetRestoreState",
+			Handler:    _SnapshotService_GetRestoreState_Handler,
+		},
+		{
+			MethodName: "ListRestoreJobs",
+			Handler:    _SnapshotService_ListRestoreJobs_Handler,
+		},
+		{
+			MethodName: "UpdateRestore",
+			Handler:    _SnapshotService_UpdateRestore_Handler,
+		},
+		{
+			MethodName: "CancelRestore",
+			Handler:    _SnapshotService_CancelRestore_Handler,
+		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "WatchRestore",
+			Handler:       _SnapshotService_WatchRestore_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "snapshotd/v1/snapshot_service.proto",
 }

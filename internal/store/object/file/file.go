@@ -7,7 +7,10 @@
 // A body is written to a temporary file in [TempDir], synced, and then renamed
 // (Put) or hard-linked (Create) to its name, so that an object is never visible
 // in part. The directory, and parents that had to be made, are synced before a
-// write returns. The file system must have hard links.
+// write returns. The file system must have hard links. A copy is written in the
+// same way; it shares its blocks with the source where the file system can.
+//
+// An ETag is made of a file's size, time and inode, so each copy has another.
 //
 // What a directory cannot do and S3 can: an element of a key longer than 255
 // bytes, and two objects one of whose keys is a directory of the other's, as
@@ -132,18 +135,28 @@ func (s *Store) prepareTemp(staleAfter time.Duration) error {
 
 // Put implements [object.Store].
 func (s *Store) Put(ctx context.Context, key string, body []byte) (object.Info, error) {
-	return s.write(ctx, "put", key, body, func(temp string) error {
-		err := s.root.Rename(temp, key)
-		if errors.Is(err, fs.ErrExist) || errors.Is(err, unix.EISDIR) {
-			return fmt.Errorf("%w: it is a directory", object.ErrInvalidKey)
-		}
+	return s.write(ctx, "put", key, fillWith(body), func(temp string) error { return s.replace(temp, key) })
+}
+
+// replace gives the temporary file the name key, whatever has it.
+func (s *Store) replace(temp, key string) error {
+	err := s.root.Rename(temp, key)
+	if errors.Is(err, fs.ErrExist) || errors.Is(err, unix.EISDIR) {
+		return fmt.Errorf("%w: it is a directory", object.ErrInvalidKey)
+	}
+	return err
+}
+
+func fillWith(body []byte) func(*os.File) error {
+	return func(f *os.File) error {
+		_, err := f.Write(body)
 		return err
-	})
+	}
 }
 
 // Create implements [object.Store].
 func (s *Store) Create(ctx context.Context, key string, body []byte) (object.Info, error) {
-	return s.write(ctx, "create", key, body, func(temp string) error {
+	return s.write(ctx, "create", key, fillWith(body), func(temp string) error {
 		err := s.root.Link(temp, key)
 		if !errors.Is(err, fs.ErrExist) {
 			return err
@@ -158,12 +171,12 @@ func (s *Store) Create(ctx context.Context, key string, body []byte) (object.Inf
 	})
 }
 
-// write makes a temporary file of body and has name give it its name.
-func (s *Store) write(ctx context.Context, op, key string, body []byte, name func(temp string) error) (object.Info, error) {
+// write makes a temporary file that fill fills and has name give it its name.
+func (s *Store) write(ctx context.Context, op, key string, fill func(*os.File) error, name func(temp string) error) (object.Info, error) {
 	if err := check(ctx, key); err != nil {
 		return object.Info{}, err
 	}
-	temp, stat, err := s.writeTemp(body)
+	temp, stat, err := s.writeTemp(fill)
 	if err == nil {
 		err = s.install(ctx, key, func() error { return name(temp) })
 	}
@@ -176,15 +189,15 @@ func (s *Store) write(ctx context.Context, op, key string, body []byte, name fun
 	return describe(key, stat), nil
 }
 
-// writeTemp writes body durably to a new temporary file. The name is set if
-// there is a file to remove, even with an error.
-func (s *Store) writeTemp(body []byte) (name string, stat fs.FileInfo, err error) {
+// writeTemp has fill fill a new temporary file and makes it durable. The name is
+// set if there is a file to remove, even with an error.
+func (s *Store) writeTemp(fill func(*os.File) error) (name string, stat fs.FileInfo, err error) {
 	name = fmt.Sprintf("%s/%s-%d", TempDir, s.names, s.count.Add(1))
 	f, err := s.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, fileMode)
 	if err != nil {
 		return "", nil, err
 	}
-	_, err = f.Write(body)
+	err = fill(f)
 	if err == nil {
 		err = f.Sync()
 	}
@@ -521,7 +534,7 @@ func missing(err error) error {
 func classify(op, key string, err error) error {
 	switch {
 	case errors.Is(err, object.ErrInvalidKey), errors.Is(err, object.ErrExists), errors.Is(err, object.ErrNotFound),
-		errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		errors.Is(err, object.ErrSourceChanged), errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return fmt.Errorf("%s %s: %w", op, key, err)
 	case errors.Is(err, unix.ENAMETOOLONG):
 		return fmt.Errorf("%s %s: %w: an element is longer than the file system allows", op, key, object.ErrInvalidKey)

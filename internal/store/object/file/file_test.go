@@ -137,6 +137,7 @@ func TestNothingIsLeft(t *testing.T) {
 	if _, err := s.Now(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	copyAll(t, s)
 	if err := s.Delete(t.Context(), "a/b/c", "a/b/d"); err != nil {
 		t.Fatal(err)
 	}
@@ -150,6 +151,87 @@ func TestNothingIsLeft(t *testing.T) {
 				t.Errorf("left: %s", filepath.Join(d, e.Name()))
 			}
 		}
+	}
+}
+
+// copyAll makes copies that succeed, that are refused and that end, and removes
+// the only one that is there then.
+func copyAll(t *testing.T, s *file.Store) {
+	t.Helper()
+	info, err := s.Head(t.Context(), "a/b/c")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := object.CopyRequest{From: info.Key, To: "x/y", SourceETag: info.ETag, Size: info.Size}
+	if _, err := s.Copy(t.Context(), r); err != nil {
+		t.Fatal(err)
+	}
+	for to, want := range map[string]error{"x": object.ErrInvalidKey, "x/y/z": object.ErrInvalidKey, file.TempDir + "/x": object.ErrInvalidKey} {
+		r.To = to
+		if _, err := s.Copy(t.Context(), r); !errors.Is(err, want) {
+			t.Errorf("copy to %s: err = %v, want %v", to, err, want)
+		}
+	}
+	r.To, r.SourceETag = "x/new", info.ETag+"0"
+	if _, err := s.Copy(t.Context(), r); !errors.Is(err, object.ErrSourceChanged) {
+		t.Errorf("err = %v, want ErrSourceChanged", err)
+	}
+	if err := s.Delete(t.Context(), "x/y"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestCopyIsIndependent writes into the file of a source, as no store does, and
+// asks for a copy of what links point to.
+func TestCopyIsIndependent(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	body := strings.Repeat("0123456789abcdef", 64<<10)
+	if _, err := s.Put(t.Context(), "a", []byte(body)); err != nil {
+		t.Fatal(err)
+	}
+	then := time.Now().Add(-time.Hour) // so that a write is at another time
+	if err := os.Chtimes(filepath.Join(dir, "a"), then, then); err != nil {
+		t.Fatal(err)
+	}
+	source, err := s.Head(t.Context(), "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := object.CopyRequest{From: "a", To: "b/c", SourceETag: source.ETag, Size: source.Size}
+	first, err := s.Copy(t.Context(), r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := s.Copy(t.Context(), r)
+	if err != nil || again.ETag == first.ETag {
+		t.Errorf("copied again: %+v, %v, after %+v", again, err, first)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "a"), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.WriteString("changed")
+	if err := errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(filepath.Join(dir, "b", "c")); err != nil || string(got) != body {
+		t.Errorf("the copy holds %d bytes that are not its source's, %v", len(got), err)
+	}
+	if _, err := s.Copy(t.Context(), r); !errors.Is(err, object.ErrSourceChanged) {
+		t.Errorf("of a file that was written to: err = %v, want ErrSourceChanged", err)
+	}
+
+	if err := os.Symlink("a", filepath.Join(dir, "link")); err != nil {
+		t.Fatal(err)
+	}
+	r.From = "link"
+	if _, err := s.Copy(t.Context(), r); !errors.Is(err, object.ErrNotFound) {
+		t.Errorf("of a link: err = %v, want ErrNotFound", err)
+	}
+	r.From = "b"
+	if _, err := s.Copy(t.Context(), r); !errors.Is(err, object.ErrNotFound) {
+		t.Errorf("of a directory: err = %v, want ErrNotFound", err)
 	}
 }
 

@@ -1,6 +1,7 @@
 // Package memory is an [object.Store] in memory, for tests and simulations. It
 // keeps the whole contract and passes the suite in objecttest. Its ETags are
-// the MD5 of the content in hex, as S3 gives them for a plain PUT.
+// those of S3: the MD5 of the content in hex, and of a copy in parts the MD5 of
+// the parts' MD5, a dash and their number.
 package memory
 
 import (
@@ -84,6 +85,7 @@ func (s *Store) Get(ctx context.Context, key string, offset, length int64) (io.R
 	if err != nil {
 		return nil, object.Info{}, err
 	}
+	o.info.SourceETag = "" // Head alone tells
 	if offset < 0 {
 		return nil, object.Info{}, fmt.Errorf("get %s: negative offset %d", key, offset)
 	}
@@ -142,6 +144,7 @@ func (s *Store) matching(prefix string) []object.Info {
 	var found []object.Info
 	for key, o := range s.objects {
 		if strings.HasPrefix(key, prefix) {
+			o.info.SourceETag = "" // Head alone tells
 			found = append(found, o.info)
 		}
 	}
@@ -162,6 +165,55 @@ func (s *Store) Delete(ctx context.Context, keys ...string) error {
 		s.mu.Unlock()
 	}
 	return errors.Join(errs...)
+}
+
+// Copy implements [object.Store].
+func (s *Store) Copy(ctx context.Context, r object.CopyRequest) (object.Info, error) {
+	if err := r.Check(); err != nil {
+		return object.Info{}, err
+	}
+	if err := ctx.Err(); err != nil {
+		return object.Info{}, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	source, ok := s.objects[r.From]
+	switch {
+	case !ok:
+		return object.Info{}, fmt.Errorf("copy %s to %s: %w", r.From, r.To, object.ErrNotFound)
+	case source.info.ETag != r.SourceETag || source.info.Size != r.Size:
+		return object.Info{}, fmt.Errorf("copy %s to %s: %w", r.From, r.To, object.ErrSourceChanged)
+	}
+	target := stored{body: source.body, info: source.info}
+	target.info.Key, target.info.ModTime = r.To, s.now()
+	if parts, size := r.Parts.Split(r.Size); parts > 0 {
+		target.info.ETag, target.info.SourceETag = partsETag(source.body, size), r.SourceETag
+	} else {
+		sum := md5.Sum(source.body)
+		target.info.ETag = hex.EncodeToString(sum[:])
+	}
+	s.objects[r.To] = target
+	target.info.SourceETag = ""
+	return target.info, nil
+}
+
+// partsETag is the ETag of an object that was made of parts of a size.
+func partsETag(body []byte, size int64) string {
+	all, n := md5.New(), 0
+	for part := range slices.Chunk(body, int(size)) {
+		sum := md5.Sum(part)
+		all.Write(sum[:])
+		n++
+	}
+	return fmt.Sprintf("%x-%d", all.Sum(nil), n)
+}
+
+// AbortUploads implements [object.Store]: there are none.
+func (s *Store) AbortUploads(ctx context.Context, prefix string, _ time.Time) (int, error) {
+	if err := object.CheckPrefix(prefix); err != nil {
+		return 0, err
+	}
+	return 0, ctx.Err()
 }
 
 // Now implements [object.Store].

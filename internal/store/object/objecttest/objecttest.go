@@ -43,6 +43,15 @@ func Run(t *testing.T, open func(t *testing.T) object.Store) {
 		{"Delete", testDelete},
 		{"DeleteErrors", testDeleteErrors},
 		{"PutRacesDelete", testPutRacesDelete},
+		{"Copy", testCopy},
+		{"CopyPinned", testCopyPinned},
+		{"CopyAgain", testCopyAgain},
+		{"CopyKeys", testCopyKeys},
+		{"CopyConcurrently", testCopyConcurrently},
+		{"CopyWhileReplaced", testCopyWhileReplaced},
+		{"CopyCanceled", testCopyCanceled},
+		{"CopyRefused", testCopyRefused},
+		{"AbortUploads", testAbortUploads},
 		{"ValidKeys", testValidKeys},
 		{"InvalidKeys", testInvalidKeys},
 		{"Canceled", testCanceled},
@@ -496,6 +505,14 @@ func testInvalidKeys(t *testing.T, s object.Store) {
 			"Get":    func() error { _, _, err := s.Get(t.Context(), key, 0, -1); return err },
 			"Head":   func() error { _, err := s.Head(t.Context(), key); return err },
 			"Delete": func() error { return s.Delete(t.Context(), key) },
+			"Copy": func() error {
+				_, err := s.Copy(t.Context(), object.CopyRequest{From: key, To: "b", SourceETag: "e"})
+				return err
+			},
+			"CopyTo": func() error {
+				_, err := s.Copy(t.Context(), object.CopyRequest{From: "b", To: key, SourceETag: "e"})
+				return err
+			},
 		}
 		for name, call := range calls {
 			if err := call(); !errors.Is(err, object.ErrInvalidKey) {
@@ -509,7 +526,7 @@ func testInvalidKeys(t *testing.T, s object.Store) {
 }
 
 func testCanceled(t *testing.T, s object.Store) {
-	put(t, s, "a", "kept")
+	kept := put(t, s, "a", "kept")
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	calls := map[string]func() error{
@@ -519,6 +536,8 @@ func testCanceled(t *testing.T, s object.Store) {
 		"Head":   func() error { _, err := s.Head(ctx, "a"); return err },
 		"Delete": func() error { return s.Delete(ctx, "a") },
 		"Now":    func() error { _, err := s.Now(ctx); return err },
+		"Copy":   func() error { _, err := s.Copy(ctx, request(kept, "b")); return err },
+		"Abort":  func() error { _, err := s.AbortUploads(ctx, "", time.Time{}); return err },
 		"List": func() error {
 			for info, err := range s.List(ctx, "") {
 				if err != nil {

@@ -62,6 +62,33 @@ func (r Report) Err() error {
 	return fmt.Errorf("%w: %s", ErrMissing, strings.Join(missing, "; "))
 }
 
+// Features are what snapshotd does not need to run, but to do more.
+type Features struct {
+	// ConditionalCopy says that a copy is made only of the version asked for.
+	// Without it a source that changes is copied as if nothing were, and nobody
+	// notices. A store without is refused as that of a restore; snapshots copy
+	// nothing.
+	ConditionalCopy bool
+	// MultipartCopy says that objects can be copied in parts, and then too only of
+	// the version asked for. Without it no object above the threshold can be
+	// copied, and a store is refused as that of a restore.
+	MultipartCopy bool
+}
+
+// Features returns what the checks have found. A feature that was not tried, or
+// whose try failed for another reason, is none.
+func (r Report) Features() Features {
+	return Features{ConditionalCopy: r.passed(conditionalCopy), MultipartCopy: r.passed(multipartCopy) && !r.failed(rangeCopy)}
+}
+
+func (r Report) passed(name string) bool {
+	return slices.ContainsFunc(r.Checks, func(c Check) bool { return c.Name == name && c.OK })
+}
+
+func (r Report) failed(name string) bool {
+	return slices.ContainsFunc(r.Checks, func(c Check) bool { return c.Name == name && !c.OK })
+}
+
 // Run makes every check, in a directory of its own below dir, which is empty or
 // a key, and removes what it made. An error is that of the report, or says that
 // the store could not be asked; then there may be no report.
@@ -98,16 +125,26 @@ func orWrong(err error, format string, args ...any) error {
 	return wrong(format, args...)
 }
 
+// The names of the checks that features come from.
+const (
+	conditionalCopy = "conditional copy"
+	multipartCopy   = "multipart copy"
+	rangeCopy       = "multipart copy of ranges"
+)
+
 var checks = []check{
 	{"write and read back", true, true, (*prober).roundTrip},
 	{"conditional create", true, true, (*prober).conditionalCreate},
 	{"ranges", true, true, (*prober).ranges},
 	{"list after write and delete", true, true, (*prober).lists},
 	{"delete of a missing object", true, true, (*prober).deleteMissing},
+	{conditionalCopy, false, true, (*prober).conditionalCopy},
+	{multipartCopy, false, true, (*prober).multipartCopy},
 	{"one winner of " + fmt.Sprint(racers), true, false, (*prober).race},
 	{"read after write", true, false, (*prober).follow},
 	{"keys that look alike", true, false, (*prober).alike},
 	{fmt.Sprintf("keys of %d bytes", longestKeyTry), false, false, (*prober).longKeys},
+	{rangeCopy, false, false, (*prober).rangeCopy},
 	{"clock", false, true, (*prober).clock},
 	{"latency", false, false, (*prober).latency},
 }
@@ -287,6 +324,57 @@ func (p *prober) wantListed(ctx context.Context, name string, want bool) error {
 
 func (p *prober) deleteMissing(ctx context.Context) (string, error) {
 	return "", p.store.Delete(ctx, p.key("never-written"))
+}
+
+func (p *prober) conditionalCopy(ctx context.Context) (string, error) {
+	return "", p.copies(ctx, "copy", "copied by snapshotd to see whether it can be", object.CopyParts{})
+}
+
+// multipartCopy copies in one part, which may be as small as it likes.
+func (p *prober) multipartCopy(ctx context.Context) (string, error) {
+	return "", p.copies(ctx, "copy-part", "copied by snapshotd in a part", object.CopyParts{Threshold: 1})
+}
+
+func (p *prober) rangeCopy(ctx context.Context) (string, error) {
+	body := strings.Repeat("0123456789abcdef", object.MinPartSize/16) + "the end"
+	return "", p.copies(ctx, "copy-parts", body, object.CopyParts{Threshold: 1, PartSize: object.MinPartSize})
+}
+
+// copies copies an object that is the version asked for, and one that is not.
+func (p *prober) copies(ctx context.Context, name, body string, parts object.CopyParts) error {
+	old, err := p.put(ctx, name+"/from", strings.ToUpper(body))
+	if err != nil {
+		return err
+	}
+	source, err := p.put(ctx, name+"/from", body)
+	if err != nil {
+		return err
+	}
+	r := object.CopyRequest{From: source.Key, To: p.note(p.key(name + "/refused")), SourceETag: old.ETag, Size: old.Size, Parts: parts}
+	switch _, err := p.store.Copy(ctx, r); {
+	case err == nil:
+		return wrong("another version was copied than the one asked for: the condition x-amz-copy-source-if-match is ignored")
+	case !errors.Is(err, object.ErrSourceChanged):
+		return err
+	}
+	r.To, r.SourceETag = p.note(p.key(name+"/to")), source.ETag
+	info, err := p.store.Copy(ctx, r)
+	if errors.Is(err, object.ErrSourceChanged) {
+		return wrong("the version asked for was refused")
+	}
+	if err != nil {
+		return err
+	}
+	got, read, err := p.read(ctx, name+"/to", 0, -1)
+	switch {
+	case err != nil:
+		return err
+	case got != body:
+		return wrong("the copy has another content than its source")
+	case read.ETag != info.ETag:
+		return wrong("its ETag is another each time: %q, %q", info.ETag, read.ETag)
+	}
+	return nil
 }
 
 func (p *prober) race(ctx context.Context) (string, error) {

@@ -3,6 +3,7 @@ package probe_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -28,6 +29,12 @@ func wantGood(t *testing.T, s object.Store, dir string, optional ...string) {
 			if missing := len(optional) > 0 && strings.HasPrefix(c.Name, optional[0]); c.OK == missing {
 				t.Errorf("%s: %+v", name, c)
 			}
+		}
+		if got, want := report.Features(), (probe.Features{ConditionalCopy: true, MultipartCopy: true}); got != want {
+			t.Errorf("%s: features %+v, want %+v", name, got, want)
+		}
+		if n, err := s.AbortUploads(t.Context(), "", time.Time{}); n != 0 || err != nil {
+			t.Errorf("%s: left %d uploads, %v", name, n, err)
 		}
 		wantEmpty(t, s)
 	}
@@ -58,8 +65,19 @@ func TestFile(t *testing.T) {
 type liar struct {
 	object.Store
 	create func(ctx context.Context, key string, body []byte) (object.Info, error)
+	copy   func(r object.CopyRequest) (object.CopyRequest, error)
 	now    time.Duration
 	delete bool
+}
+
+func (l *liar) Copy(ctx context.Context, r object.CopyRequest) (object.Info, error) {
+	if l.copy != nil {
+		var err error
+		if r, err = l.copy(r); err != nil {
+			return object.Info{}, err
+		}
+	}
+	return l.Store.Copy(ctx, r)
 }
 
 func (l *liar) Create(ctx context.Context, key string, body []byte) (object.Info, error) {
@@ -105,6 +123,90 @@ func TestMissing(t *testing.T) {
 			}
 		}
 		wantEmpty(t, plain)
+	}
+}
+
+// TestFeatures takes one feature after another away.
+func TestFeatures(t *testing.T) {
+	plain := memory.New(memory.Options{})
+	refused := fmt.Errorf("copy: %w", object.ErrMisconfigured)
+	current := func(r object.CopyRequest) object.CopyRequest { // the condition is ignored
+		if info, err := plain.Head(context.Background(), r.From); err == nil {
+			r.SourceETag = info.ETag
+		}
+		return r
+	}
+	inParts := func(r object.CopyRequest) bool { return r.Parts.Threshold == 1 }
+	inRanges := func(r object.CopyRequest) bool { return r.Size > object.MinPartSize }
+	for name, c := range map[string]struct {
+		copy        func(r object.CopyRequest) (object.CopyRequest, error)
+		run, light  probe.Features
+		says, check string
+	}{
+		"no condition": {
+			copy: func(r object.CopyRequest) (object.CopyRequest, error) { return current(r), nil },
+			says: "x-amz-copy-source-if-match", check: "conditional copy",
+		},
+		"no condition on parts": {
+			copy: func(r object.CopyRequest) (object.CopyRequest, error) {
+				if inParts(r) {
+					r = current(r)
+				}
+				return r, nil
+			},
+			run: probe.Features{ConditionalCopy: true}, light: probe.Features{ConditionalCopy: true}, says: "x-amz-copy-source-if-match", check: "multipart copy",
+		},
+		"no copies": {
+			copy: func(r object.CopyRequest) (object.CopyRequest, error) { return r, refused },
+			says: "misconfigured", check: "conditional copy",
+		},
+		"no parts": {
+			copy: func(r object.CopyRequest) (object.CopyRequest, error) {
+				if inParts(r) {
+					return r, refused
+				}
+				return r, nil
+			},
+			run: probe.Features{ConditionalCopy: true}, light: probe.Features{ConditionalCopy: true}, says: "misconfigured", check: "multipart copy",
+		},
+		"no ranges": {
+			copy: func(r object.CopyRequest) (object.CopyRequest, error) {
+				if inRanges(r) {
+					return r, refused
+				}
+				return r, nil
+			},
+			run: probe.Features{ConditionalCopy: true}, light: probe.Features{ConditionalCopy: true, MultipartCopy: true}, says: "misconfigured", check: "multipart copy of ranges",
+		},
+		"everything refused": {
+			copy: func(r object.CopyRequest) (object.CopyRequest, error) {
+				return r, fmt.Errorf("copy: %w", object.ErrSourceChanged)
+			},
+			says: "was refused", check: "conditional copy",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := &liar{Store: plain, copy: c.copy}
+			report, err := probe.Run(t.Context(), s, "")
+			if err != nil || report.Features() != c.run {
+				t.Errorf("Run: %+v, %v, want %+v", report.Features(), err, c.run)
+			}
+			found := false
+			for _, check := range report.Checks {
+				found = found || check.Name == c.check && !check.OK && !check.Required && strings.Contains(check.Detail, c.says)
+			}
+			if !found {
+				t.Errorf("no failed check %q that says %q: %+v", c.check, c.says, report.Checks)
+			}
+			report, err = probe.Light(t.Context(), s, "")
+			if err != nil || report.Features() != c.light {
+				t.Errorf("Light: %+v, %v, want %+v", report.Features(), err, c.light)
+			}
+			wantEmpty(t, plain)
+		})
+	}
+	if got := (probe.Report{}).Features(); got != (probe.Features{}) {
+		t.Errorf("of no report: %+v", got)
 	}
 }
 

@@ -36,6 +36,26 @@ func TestS3Missing(t *testing.T) {
 		t.Errorf("without ranges: err = %v", err)
 	}
 	p.MustHaveFired(t)
+	for _, c := range []struct {
+		op   s3fault.Op
+		name string
+		want probe.Features
+	}{
+		{s3fault.CopyObject, "conditional copy", probe.Features{MultipartCopy: true}},
+		{s3fault.UploadPartCopy, "multipart copy", probe.Features{ConditionalCopy: true}},
+	} {
+		p.Plan(s3fault.Rule{Op: c.op, Times: -1, Action: s3fault.StripRequest("X-Amz-Copy-Source-If-Match", o.AccessKeyID, string(o.SecretAccessKey))})
+		report, err := probe.Light(t.Context(), s, "")
+		if err != nil || report.Features() != c.want {
+			t.Errorf("%s without a condition: %+v, %v, want %+v", c.op, report.Features(), err, c.want)
+		}
+		for _, check := range report.Checks {
+			if check.OK == (check.Name == c.name) || !check.OK && !strings.Contains(check.Detail, "x-amz-copy-source-if-match") {
+				t.Errorf("%s without a condition: %+v", c.op, check)
+			}
+		}
+		p.MustHaveFired(t)
+	}
 	p.Plan(s3fault.Rule{Times: -1, Action: s3fault.Status(403, "AccessDenied")})
 	if _, err := probe.Run(t.Context(), s, ""); !errors.Is(err, object.ErrDenied) || errors.Is(err, probe.ErrMissing) {
 		t.Errorf("denied: err = %v", err)

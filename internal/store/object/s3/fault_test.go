@@ -17,6 +17,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -100,13 +101,15 @@ func listed(ctx context.Context, s object.Store) (string, error) {
 }
 
 // calls are the methods, each with the operations that it makes of the server.
-// A call returns an error, or has done what it says: check looks.
+// A call returns an error, or has done what it says: check looks. Whatever it
+// returns, always holds.
 var calls = []struct {
-	name  string
-	ops   []s3fault.Op
-	parts bool
-	call  func(ctx context.Context, s object.Store) error
-	check func(t *testing.T, r *rig)
+	name   string
+	ops    []s3fault.Op
+	parts  bool
+	call   func(ctx context.Context, s object.Store) error
+	check  func(t *testing.T, r *rig)
+	always func(t *testing.T, r *rig)
 }{
 	{
 		name: "Put", ops: []s3fault.Op{s3fault.PutObject},
@@ -208,6 +211,37 @@ var calls = []struct {
 		check: func(t *testing.T, r *rig) { wantContent(t, r, "old", "-"); wantContent(t, r, "other", "other content") },
 	},
 	{
+		name: "Copy", ops: []s3fault.Op{s3fault.CopyObject},
+		call:  func(ctx context.Context, s object.Store) error { return copyOld(ctx, s, 0, oldETag) },
+		check: func(t *testing.T, r *rig) { wantContent(t, r, "copy", "old content") },
+		always: func(t *testing.T, r *rig) {
+			wantContent(t, r, "old", "old content")
+			wantNoUploads(t, r)
+		},
+	},
+	{
+		name: "CopyParts",
+		ops: []s3fault.Op{
+			s3fault.HeadObject, s3fault.GetObjectTagging, s3fault.CreateMultipartUpload, s3fault.UploadPartCopy, s3fault.CompleteMultipartUpload,
+		},
+		call:  func(ctx context.Context, s object.Store) error { return copyOld(ctx, s, 1, oldPartsETag) },
+		check: func(t *testing.T, r *rig) { wantContent(t, r, "copy", "old content") },
+		always: func(t *testing.T, r *rig) {
+			wantContent(t, r, "old", "old content")
+			wantNoUploads(t, r)
+		},
+	},
+	{
+		name: "AbortUploads", ops: []s3fault.Op{s3fault.ListMultipartUploads},
+		call: func(ctx context.Context, s object.Store) error {
+			n, err := s.AbortUploads(ctx, "", time.Time{})
+			if err == nil && n != 0 {
+				return fmt.Errorf("WRONG: %d uploads", n)
+			}
+			return err
+		},
+	},
+	{
 		name: "Now", ops: []s3fault.Op{s3fault.ListObjectsV2},
 		call: func(ctx context.Context, s object.Store) error {
 			now, err := s.Now(ctx)
@@ -217,6 +251,33 @@ var calls = []struct {
 			return err
 		},
 	},
+}
+
+// The ETags of "old content", and of a copy of it in one part.
+const (
+	oldETag      = "0f5f13cf0b14c88bd431ef163b63d68d"
+	oldPartsETag = "dea1b4f19d6eeaee7f71436fbd2b43f6-1"
+)
+
+// copyOld copies the key "old" to "copy", in parts above a threshold, and looks
+// whether the answer says what is so.
+func copyOld(ctx context.Context, s object.Store, threshold int64, etag string) error {
+	info, err := s.Copy(ctx, object.CopyRequest{
+		From: "old", To: "copy", SourceETag: oldETag, Size: 11, Parts: object.CopyParts{Threshold: threshold},
+	})
+	if err == nil && (info.Key != "copy" || info.Size != 11 || info.ETag != etag || time.Since(info.ModTime).Abs() > time.Minute) {
+		return fmt.Errorf("WRONG: %+v", info)
+	}
+	return err
+}
+
+// wantNoUploads checks that no upload is open in the bucket.
+func wantNoUploads(t *testing.T, r *rig) {
+	t.Helper()
+	out, err := s3test.Shared(t).Client().ListMultipartUploads(t.Context(), &awss3.ListMultipartUploadsInput{Bucket: &r.options.Bucket})
+	if err != nil || len(out.Uploads) != 0 {
+		t.Errorf("open uploads: %v, %v; requests: %v", out.Uploads, err, r.proxy.Events())
+	}
 }
 
 func wantContent(t *testing.T, r *rig, key, want string) {
@@ -243,13 +304,14 @@ func TestFaults(t *testing.T) {
 		{name: "500", action: s3fault.Status(500, "InternalError")},
 		{name: "502 of a proxy", action: s3fault.Instead(&s3fault.Answer{Status: 502, Body: []byte("<html>Bad Gateway</html>")})},
 		{name: "504", action: s3fault.Instead(&s3fault.Answer{Status: 504})},
-		{name: "RequestTimeout", action: s3fault.Status(400, "RequestTimeout"), only: hasBody},
-		{name: "conflict", action: s3fault.Status(409, "ConditionalRequestConflict"), only: hasBody},
+		{name: "RequestTimeout", action: s3fault.Status(400, "RequestTimeout"), only: writes},
+		{name: "conflict", action: s3fault.Status(409, "ConditionalRequestConflict"), only: writes},
 		{name: "reset", action: s3fault.Reset()},
 		{name: "lost", action: s3fault.Lost()},
 		{name: "500 after", action: s3fault.After(&s3fault.Answer{Status: 500, Header: http.Header{}, Body: []byte("<Error><Code>InternalError</Code></Error>")})},
 		{name: "duplicate", action: s3fault.Duplicate(), only: func(op s3fault.Op) bool {
-			return op != s3fault.PutObject && op != s3fault.CompleteMultipartUpload // of a Create it is somebody else's
+			// Of a Create it is somebody else's, and of an upload nobody knows.
+			return op != s3fault.PutObject && op != s3fault.CompleteMultipartUpload && op != s3fault.CreateMultipartUpload
 		}},
 		{name: "error in 200", action: s3fault.ErrorIn200("InternalError")},
 		{name: "empty 200", action: s3fault.Empty200()},
@@ -258,6 +320,14 @@ func TestFaults(t *testing.T) {
 		{name: "HTML in 200 instead", action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte("<html><body>Welcome</body></html>")})},
 		{name: "no ETag", action: s3fault.StripAnswer("ETag"), only: func(op s3fault.Op) bool {
 			return op == s3fault.PutObject || op == s3fault.UploadPart || op == s3fault.GetObject || op == s3fault.HeadObject
+		}},
+		{name: "no ETag in XML", action: s3fault.Edit("no ETag", func(a *s3fault.Answer) bool {
+			body := etagElement.ReplaceAll(a.Body, nil)
+			fired := len(body) != len(a.Body)
+			a.Body = body
+			return fired
+		}), only: func(op s3fault.Op) bool {
+			return op == s3fault.CopyObject || op == s3fault.UploadPartCopy || op == s3fault.CompleteMultipartUpload
 		}},
 		{name: "truncated", action: s3fault.Truncate(), once: always, only: hasAnswer},
 		{name: "short", action: s3fault.Short(), once: always, only: hasAnswer},
@@ -298,12 +368,21 @@ func TestFaults(t *testing.T) {
 							if err == nil && c.check != nil {
 								c.check(t, r)
 							}
+							if c.always != nil {
+								c.always(t, r)
+							}
 							if err != nil && !missing {
 								wantClear(t, r, err)
 							}
 							headed := op == s3fault.HeadObject // which has no body, and GET is asked instead
 							if times == 1 && f.once == nil && err != nil {
 								t.Errorf("one fault is noticed: %v", err)
+							}
+							if op == s3fault.GetObjectTagging && f.name == "AccessDenied" {
+								if err != nil || r.proxy.Fired() != 1 {
+									t.Errorf("tags that may not be read: %d attempts, err = %v", r.proxy.Fired(), err)
+								}
+								return
 							}
 							if f.once != nil && !errors.Is(f.once, always) && !headed && !errors.Is(err, f.once) {
 								t.Errorf("err = %v, want %v", err, f.once)
@@ -319,10 +398,14 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-func hasBody(op s3fault.Op) bool { return op == s3fault.PutObject || op == s3fault.UploadPart }
+var etagElement = regexp.MustCompile(`<ETag>[^<]*</ETag>`)
+
+func writes(op s3fault.Op) bool {
+	return op == s3fault.PutObject || op == s3fault.UploadPart || op == s3fault.CopyObject || op == s3fault.UploadPartCopy
+}
 
 func hasAnswer(op s3fault.Op) bool {
-	return op == s3fault.GetObject || op == s3fault.ListObjectsV2 || op == s3fault.DeleteObjects
+	return op != s3fault.PutObject && op != s3fault.UploadPart && op != s3fault.HeadObject
 }
 
 // wantClear checks that an error says of what kind it is and where, and nothing
@@ -378,6 +461,9 @@ func TestHang(t *testing.T) {
 						wantClear(t, r, err)
 					case c.check != nil:
 						c.check(t, r)
+					}
+					if c.always != nil {
+						c.always(t, r)
 					}
 				})
 			}
@@ -659,6 +745,9 @@ func TestWrongSettings(t *testing.T) {
 				"Delete": func() error { return s.Delete(t.Context(), "k") },
 				"Now":    func() error { _, err := s.Now(t.Context()); return err },
 				"List":   func() error { _, err := listed(t.Context(), s); return err },
+				"Copy":   func() error { return copyOld(t.Context(), s, 0, "") },
+				"Parts":  func() error { return copyOld(t.Context(), s, 1, "") },
+				"Abort":  func() error { _, err := s.AbortUploads(t.Context(), "", time.Time{}); return err },
 			} {
 				err := call()
 				if !errors.Is(err, c.want) {

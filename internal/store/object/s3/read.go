@@ -209,15 +209,18 @@ func (s *Store) Head(ctx context.Context, key string) (object.Info, error) {
 	if err := s.check(ctx, key); err != nil {
 		return object.Info{}, err
 	}
-	var h headed
+	var out *s3.HeadObjectOutput
 	f := s.retry(ctx, "head", key, func() (f *failure) {
-		h, f = s.head(ctx, key)
+		out, f = s.headOutput(ctx, key)
 		return f
 	})
 	if f != nil {
 		return object.Info{}, s.error("head", key, f)
 	}
-	return h.Info, nil
+	info := headInfo(key, out)
+	info.Checksum, info.SourceETag = sumOf(out), out.Metadata[sourceName]
+	info.OpaqueETag = strings.HasPrefix(string(out.ServerSideEncryption), "aws:kms") || aws.ToString(out.SSECustomerAlgorithm) != ""
+	return info, nil
 }
 
 // headed is what a store says of an object.
@@ -227,22 +230,36 @@ type headed struct {
 }
 
 func (s *Store) head(ctx context.Context, key string) (headed, *failure) {
+	out, f := s.headOutput(ctx, key)
+	if f != nil {
+		return headed{}, f
+	}
+	return headed{Info: headInfo(key, out), writer: out.Metadata[writerName]}, nil
+}
+
+// headInfo is what every method says of an object.
+func headInfo(key string, out *s3.HeadObjectOutput) object.Info {
+	return object.Info{Key: key, Size: *out.ContentLength, ETag: bare(out.ETag), ModTime: *out.LastModified}
+}
+
+// headOutput returns an answer that has a length, an ETag and a time.
+func (s *Store) headOutput(ctx context.Context, key string) (*s3.HeadObjectOutput, *failure) {
 	out, f := attempt(ctx, s, 0, func(ctx context.Context) (*s3.HeadObjectOutput, error) {
-		return s.client.HeadObject(ctx, &s3.HeadObjectInput{Bucket: &s.o.Bucket, Key: s.key(key), ExpectedBucketOwner: s.owner})
+		return s.client.HeadObject(ctx, &s3.HeadObjectInput{
+			Bucket: &s.o.Bucket, Key: s.key(key), ChecksumMode: types.ChecksumModeEnabled, ExpectedBucketOwner: s.owner,
+		})
 	})
 	if f != nil {
 		switch f.status {
 		case http.StatusNotFound, http.StatusForbidden, http.StatusBadRequest:
-			return headed{}, s.explain(ctx, key, f.status)
+			return nil, s.explain(ctx, key, f.status)
 		}
-		return headed{}, f
+		return nil, f
 	}
-	h := headed{Info: object.Info{Key: key, ETag: bare(out.ETag)}, writer: out.Metadata[writerName]}
-	if out.ContentLength == nil || *out.ContentLength < 0 || h.ETag == "" || out.LastModified == nil {
-		return headed{}, unusable("no Content-Length, ETag or Last-Modified")
+	if out.ContentLength == nil || *out.ContentLength < 0 || bare(out.ETag) == "" || out.LastModified == nil {
+		return nil, unusable("no Content-Length, ETag or Last-Modified")
 	}
-	h.Size, h.ModTime = *out.ContentLength, *out.LastModified
-	return h, nil
+	return out, nil
 }
 
 // explain finds out what an error of a HEAD, which has no body, means: that

@@ -107,7 +107,11 @@ var errTimeout = errors.New("attempt timed out")
 
 // attempt makes one call of the SDK with the time that size bytes get.
 func attempt[T any](ctx context.Context, s *Store, size int64, call func(context.Context) (T, error)) (T, *failure) {
-	timeout := s.timeout(size)
+	return attemptFor(ctx, s.timeout(size), call)
+}
+
+// attemptFor makes one call of the SDK with the time that it gets.
+func attemptFor[T any](ctx context.Context, timeout time.Duration, call func(context.Context) (T, error)) (T, *failure) {
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, errTimeout)
 	defer cancel()
 	v, err := call(ctx)

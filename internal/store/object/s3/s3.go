@@ -12,7 +12,8 @@
 //
 // Large objects are written in parts. An upload that failed is aborted; one
 // whose very first answer was lost is known to nobody, so the bucket should
-// have a lifecycle rule that aborts incomplete uploads after a few days.
+// have a lifecycle rule that aborts incomplete uploads after a few days. A copy
+// in parts looks for it, which asks for the right to list uploads.
 package s3
 
 import (
@@ -53,7 +54,10 @@ const (
 	partsInFlight  = 4         // of one object
 	deletesAtOnce  = 16        // where keys are deleted one by one
 	lookupTimeout  = time.Minute
-	abortTimeout   = 10 * time.Second
+	cleanUpTimeout = 10 * time.Second
+	maxAborts      = 5        // of one upload that stays
+	copyPatience   = 3        // times the timeout of a request
+	copiedPerSec   = 10 << 20 // bytes; a copy slower than that is given up
 	maxPause       = 5 * time.Second
 	maxRetryAfter  = 10 * time.Second
 )
@@ -107,7 +111,8 @@ type Options struct {
 	ExpectedBucketOwner string
 
 	// RequestTimeout bounds each attempt, and the wait for each piece of a body
-	// that is read. An attempt that sends a body gets more, by its size. Default:
+	// that is read. An attempt that sends a body gets more, by its size, and one
+	// that has the server copy three times as much and more by its size. Default:
 	// 10 s.
 	RequestTimeout time.Duration
 	// MaxAttempts is how often a call is tried. Default: 5.

@@ -195,11 +195,7 @@ func (s *Store) putParts(ctx context.Context, w *write) *failure {
 	f = s.fill(ctx, w, id)
 	if f != nil {
 		// Whatever the outcome: aborting what was completed does nothing.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), abortTimeout)
-		defer cancel()
-		_, _ = s.client.AbortMultipartUpload(ctx, &s3.AbortMultipartUploadInput{
-			Bucket: &s.o.Bucket, Key: s.key(w.key), UploadId: &id, ExpectedBucketOwner: s.owner,
-		})
+		s.abortAfter(ctx, w.key, id)
 	}
 	return f
 }

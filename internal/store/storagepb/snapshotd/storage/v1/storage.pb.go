@@ -320,7 +320,13 @@ type Collection struct {
 	// The id of the operation that wrote the record.
 	Op string `protobuf:"bytes,13,opt,name=op,proto3" json:"op,omitempty"`
 	// 1: native.
-	Catalog       uint32 `protobuf:"varint,14,opt,name=catalog,proto3" json:"catalog,omitempty"`
+	Catalog uint32 `protobuf:"varint,14,opt,name=catalog,proto3" json:"catalog,omitempty"`
+	// The restore job that makes it, while it is RESTORING.
+	JobId int64 `protobuf:"varint,15,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
+	// Whether this very write made it ACTIVE at the end of a restore.
+	Published bool `protobuf:"varint,16,opt,name=published,proto3" json:"published,omitempty"`
+	// Unix nanoseconds of the drop; 0: it was not dropped.
+	DropTime      int64 `protobuf:"varint,17,opt,name=drop_time,json=dropTime,proto3" json:"drop_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -449,6 +455,27 @@ func (x *Collection) GetOp() string {
 func (x *Collection) GetCatalog() uint32 {
 	if x != nil {
 		return x.Catalog
+	}
+	return 0
+}
+
+func (x *Collection) GetJobId() int64 {
+	if x != nil {
+		return x.JobId
+	}
+	return 0
+}
+
+func (x *Collection) GetPublished() bool {
+	if x != nil {
+		return x.Published
+	}
+	return false
+}
+
+func (x *Collection) GetDropTime() int64 {
+	if x != nil {
+		return x.DropTime
 	}
 	return 0
 }
@@ -1557,7 +1584,9 @@ type Unit struct {
 	// the files.
 	Segment *Segment `protobuf:"bytes,4,opt,name=segment,proto3" json:"segment,omitempty"`
 	// The id of the operation that dropped it.
-	Op            string `protobuf:"bytes,5,opt,name=op,proto3" json:"op,omitempty"`
+	Op string `protobuf:"bytes,5,opt,name=op,proto3" json:"op,omitempty"`
+	// Unix nanoseconds of the drop.
+	DropTime      int64 `protobuf:"varint,6,opt,name=drop_time,json=dropTime,proto3" json:"drop_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1625,6 +1654,13 @@ func (x *Unit) GetOp() string {
 		return x.Op
 	}
 	return ""
+}
+
+func (x *Unit) GetDropTime() int64 {
+	if x != nil {
+		return x.DropTime
+	}
+	return 0
 }
 
 // Snapshot is the record at /snapshot/rec/<id>, at most 16 KiB.
@@ -2257,6 +2293,1041 @@ func (x *Generation) GetSnapshotId() int64 {
 	return 0
 }
 
+// Pin is the record at /snapshot/pin/<snapshot>/<id>, under a lease of its own
+// when it has a ttl.
+type Pin struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1.
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// For people.
+	Owner string `protobuf:"bytes,2,opt,name=owner,proto3" json:"owner,omitempty"`
+	// For people.
+	Reason string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// Nanoseconds; 0: it has no end.
+	Ttl int64 `protobuf:"varint,4,opt,name=ttl,proto3" json:"ttl,omitempty"`
+	// Unix nanoseconds.
+	CreateTime int64 `protobuf:"varint,5,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
+	// Unix nanoseconds; 0: it has no end.
+	ExpireTime int64 `protobuf:"varint,6,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	// The id of the operation that wrote the record.
+	Op string `protobuf:"bytes,7,opt,name=op,proto3" json:"op,omitempty"`
+	// The restore job that it is of, whose end alone removes it; 0: none.
+	JobId         int64 `protobuf:"varint,8,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Pin) Reset() {
+	*x = Pin{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Pin) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Pin) ProtoMessage() {}
+
+func (x *Pin) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Pin.ProtoReflect.Descriptor instead.
+func (*Pin) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *Pin) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *Pin) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+func (x *Pin) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Pin) GetTtl() int64 {
+	if x != nil {
+		return x.Ttl
+	}
+	return 0
+}
+
+func (x *Pin) GetCreateTime() int64 {
+	if x != nil {
+		return x.CreateTime
+	}
+	return 0
+}
+
+func (x *Pin) GetExpireTime() int64 {
+	if x != nil {
+		return x.ExpireTime
+	}
+	return 0
+}
+
+func (x *Pin) GetOp() string {
+	if x != nil {
+		return x.Op
+	}
+	return ""
+}
+
+func (x *Pin) GetJobId() int64 {
+	if x != nil {
+		return x.JobId
+	}
+	return 0
+}
+
+// Unpin is the record at /snapshot/unpin: the pin that was removed last. It is
+// put by the transaction that removes a pin, which tells it from one that
+// expired.
+type Unpin struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1.
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// The snapshot.
+	SnapshotId int64 `protobuf:"varint,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	// The pin.
+	PinId         int64 `protobuf:"varint,3,opt,name=pin_id,json=pinId,proto3" json:"pin_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Unpin) Reset() {
+	*x = Unpin{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Unpin) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Unpin) ProtoMessage() {}
+
+func (x *Unpin) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Unpin.ProtoReflect.Descriptor instead.
+func (*Unpin) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *Unpin) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *Unpin) GetSnapshotId() int64 {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return 0
+}
+
+func (x *Unpin) GetPinId() int64 {
+	if x != nil {
+		return x.PinId
+	}
+	return 0
+}
+
+// Tombstone is the record at /gc/tomb/<collection>/<unit>: a unit whose files
+// are granted to be deleted.
+type Tombstone struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1.
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// The unit, as it was at /catalog/unit/<collection>/<unit>.
+	Unit *Unit `protobuf:"bytes,2,opt,name=unit,proto3" json:"unit,omitempty"`
+	// 1: snapshotd deletes, 2: the caller does.
+	Deleter uint32 `protobuf:"varint,3,opt,name=deleter,proto3" json:"deleter,omitempty"`
+	// Who asked for it.
+	Caller string `protobuf:"bytes,4,opt,name=caller,proto3" json:"caller,omitempty"`
+	// Unix nanoseconds.
+	GrantTime int64 `protobuf:"varint,5,opt,name=grant_time,json=grantTime,proto3" json:"grant_time,omitempty"`
+	// The id of the operation that wrote the record.
+	Op            string `protobuf:"bytes,6,opt,name=op,proto3" json:"op,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Tombstone) Reset() {
+	*x = Tombstone{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Tombstone) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Tombstone) ProtoMessage() {}
+
+func (x *Tombstone) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Tombstone.ProtoReflect.Descriptor instead.
+func (*Tombstone) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *Tombstone) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *Tombstone) GetUnit() *Unit {
+	if x != nil {
+		return x.Unit
+	}
+	return nil
+}
+
+func (x *Tombstone) GetDeleter() uint32 {
+	if x != nil {
+		return x.Deleter
+	}
+	return 0
+}
+
+func (x *Tombstone) GetCaller() string {
+	if x != nil {
+		return x.Caller
+	}
+	return ""
+}
+
+func (x *Tombstone) GetGrantTime() int64 {
+	if x != nil {
+		return x.GrantTime
+	}
+	return 0
+}
+
+func (x *Tombstone) GetOp() string {
+	if x != nil {
+		return x.Op
+	}
+	return ""
+}
+
+// Job is the record at /job/rec/<id>: a restore. It changes with its state and
+// phase only; how far it has come is in its tasks.
+type Job struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1.
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// The snapshot.
+	SnapshotId int64 `protobuf:"varint,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	// The snapshot's name when the job was made.
+	SnapshotName string `protobuf:"bytes,3,opt,name=snapshot_name,json=snapshotName,proto3" json:"snapshot_name,omitempty"`
+	// The collection that the snapshot was taken of.
+	SourceCollection int64 `protobuf:"varint,4,opt,name=source_collection,json=sourceCollection,proto3" json:"source_collection,omitempty"`
+	// The collection that is made.
+	CollectionId int64 `protobuf:"varint,5,opt,name=collection_id,json=collectionId,proto3" json:"collection_id,omitempty"`
+	// Its database.
+	Db string `protobuf:"bytes,6,opt,name=db,proto3" json:"db,omitempty"`
+	// Its name.
+	Name string `protobuf:"bytes,7,opt,name=name,proto3" json:"name,omitempty"`
+	// 1: PENDING, 2: EXECUTING, 3: COMPLETED, 4: FAILED, 5: CANCELED.
+	State uint32 `protobuf:"varint,8,opt,name=state,proto3" json:"state,omitempty"`
+	// 1: admit, 2: prepare, 3: copy, 4: publish, 5: roll back.
+	Phase uint32 `protobuf:"varint,9,opt,name=phase,proto3" json:"phase,omitempty"`
+	// The state that rolling back ends in.
+	Outcome uint32 `protobuf:"varint,10,opt,name=outcome,proto3" json:"outcome,omitempty"`
+	// Why it is rolled back.
+	Reason string `protobuf:"bytes,11,opt,name=reason,proto3" json:"reason,omitempty"`
+	// The same for people.
+	Message string `protobuf:"bytes,12,opt,name=message,proto3" json:"message,omitempty"`
+	// The snapshot's partitions that are restored, ascending: the first, then the
+	// distances; none: all.
+	Partitions []int64 `protobuf:"varint,13,rep,packed,name=partitions,proto3" json:"partitions,omitempty"`
+	// Whether indexes are left out.
+	SkipIndexes bool `protobuf:"varint,14,opt,name=skip_indexes,json=skipIndexes,proto3" json:"skip_indexes,omitempty"`
+	// Jobs of a higher one get workers first.
+	Priority int32 `protobuf:"zigzag32,15,opt,name=priority,proto3" json:"priority,omitempty"`
+	// For selection.
+	Labels map[string]string `protobuf:"bytes,16,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// 1: native, 2: milvus.
+	Layout uint32 `protobuf:"varint,17,opt,name=layout,proto3" json:"layout,omitempty"`
+	// Target ids: the first of as many as the snapshot has partitions, in order.
+	FirstPartition int64 `protobuf:"varint,18,opt,name=first_partition,json=firstPartition,proto3" json:"first_partition,omitempty"`
+	// Likewise of indexes.
+	FirstIndex int64 `protobuf:"varint,19,opt,name=first_index,json=firstIndex,proto3" json:"first_index,omitempty"`
+	// Likewise of segments.
+	FirstSegment int64 `protobuf:"varint,20,opt,name=first_segment,json=firstSegment,proto3" json:"first_segment,omitempty"`
+	// How many segments the snapshot has.
+	Segments int64 `protobuf:"varint,21,opt,name=segments,proto3" json:"segments,omitempty"`
+	// Likewise of index builds.
+	FirstBuild int64 `protobuf:"varint,22,opt,name=first_build,json=firstBuild,proto3" json:"first_build,omitempty"`
+	// How many index builds the snapshot has.
+	Builds int64 `protobuf:"varint,23,opt,name=builds,proto3" json:"builds,omitempty"`
+	// Objects above it are copied in parts; in bytes.
+	CopyThreshold int64 `protobuf:"varint,24,opt,name=copy_threshold,json=copyThreshold,proto3" json:"copy_threshold,omitempty"`
+	// The size of a part in bytes.
+	CopyPartSize int64 `protobuf:"varint,25,opt,name=copy_part_size,json=copyPartSize,proto3" json:"copy_part_size,omitempty"`
+	// How many tasks there are, numbered from 0.
+	Tasks int64 `protobuf:"varint,26,opt,name=tasks,proto3" json:"tasks,omitempty"`
+	// How many of the snapshot's segments each has; the last may have fewer.
+	TaskSegments int64 `protobuf:"varint,27,opt,name=task_segments,json=taskSegments,proto3" json:"task_segments,omitempty"`
+	// What is restored, in all.
+	Totals *Totals `protobuf:"bytes,28,opt,name=totals,proto3" json:"totals,omitempty"`
+	// Unix nanoseconds.
+	CreateTime int64 `protobuf:"varint,29,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
+	// Unix nanoseconds; 0: not yet.
+	StartTime int64 `protobuf:"varint,30,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
+	// Unix nanoseconds; 0: not yet.
+	EndTime int64 `protobuf:"varint,31,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
+	// Unix nanoseconds; 0: never.
+	Deadline int64 `protobuf:"varint,32,opt,name=deadline,proto3" json:"deadline,omitempty"`
+	// The key of the request token that made it; empty: none.
+	RequestKey string `protobuf:"bytes,33,opt,name=request_key,json=requestKey,proto3" json:"request_key,omitempty"`
+	// The id of the operation that wrote the record.
+	Op string `protobuf:"bytes,34,opt,name=op,proto3" json:"op,omitempty"`
+	// The names of partitions, for people; none: all.
+	PartitionNames []string `protobuf:"bytes,35,rep,name=partition_names,json=partitionNames,proto3" json:"partition_names,omitempty"`
+	// How often a task had to be begun again, once the job has ended.
+	Retries int64 `protobuf:"varint,36,opt,name=retries,proto3" json:"retries,omitempty"`
+	// The pin that keeps the snapshot.
+	PinId int64 `protobuf:"varint,37,opt,name=pin_id,json=pinId,proto3" json:"pin_id,omitempty"`
+	// How far it had come when it was given up.
+	Done          *Totals `protobuf:"bytes,38,opt,name=done,proto3" json:"done,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Job) Reset() {
+	*x = Job{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Job) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Job) ProtoMessage() {}
+
+func (x *Job) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Job.ProtoReflect.Descriptor instead.
+func (*Job) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *Job) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *Job) GetSnapshotId() int64 {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return 0
+}
+
+func (x *Job) GetSnapshotName() string {
+	if x != nil {
+		return x.SnapshotName
+	}
+	return ""
+}
+
+func (x *Job) GetSourceCollection() int64 {
+	if x != nil {
+		return x.SourceCollection
+	}
+	return 0
+}
+
+func (x *Job) GetCollectionId() int64 {
+	if x != nil {
+		return x.CollectionId
+	}
+	return 0
+}
+
+func (x *Job) GetDb() string {
+	if x != nil {
+		return x.Db
+	}
+	return ""
+}
+
+func (x *Job) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Job) GetState() uint32 {
+	if x != nil {
+		return x.State
+	}
+	return 0
+}
+
+func (x *Job) GetPhase() uint32 {
+	if x != nil {
+		return x.Phase
+	}
+	return 0
+}
+
+func (x *Job) GetOutcome() uint32 {
+	if x != nil {
+		return x.Outcome
+	}
+	return 0
+}
+
+func (x *Job) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Job) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *Job) GetPartitions() []int64 {
+	if x != nil {
+		return x.Partitions
+	}
+	return nil
+}
+
+func (x *Job) GetSkipIndexes() bool {
+	if x != nil {
+		return x.SkipIndexes
+	}
+	return false
+}
+
+func (x *Job) GetPriority() int32 {
+	if x != nil {
+		return x.Priority
+	}
+	return 0
+}
+
+func (x *Job) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *Job) GetLayout() uint32 {
+	if x != nil {
+		return x.Layout
+	}
+	return 0
+}
+
+func (x *Job) GetFirstPartition() int64 {
+	if x != nil {
+		return x.FirstPartition
+	}
+	return 0
+}
+
+func (x *Job) GetFirstIndex() int64 {
+	if x != nil {
+		return x.FirstIndex
+	}
+	return 0
+}
+
+func (x *Job) GetFirstSegment() int64 {
+	if x != nil {
+		return x.FirstSegment
+	}
+	return 0
+}
+
+func (x *Job) GetSegments() int64 {
+	if x != nil {
+		return x.Segments
+	}
+	return 0
+}
+
+func (x *Job) GetFirstBuild() int64 {
+	if x != nil {
+		return x.FirstBuild
+	}
+	return 0
+}
+
+func (x *Job) GetBuilds() int64 {
+	if x != nil {
+		return x.Builds
+	}
+	return 0
+}
+
+func (x *Job) GetCopyThreshold() int64 {
+	if x != nil {
+		return x.CopyThreshold
+	}
+	return 0
+}
+
+func (x *Job) GetCopyPartSize() int64 {
+	if x != nil {
+		return x.CopyPartSize
+	}
+	return 0
+}
+
+func (x *Job) GetTasks() int64 {
+	if x != nil {
+		return x.Tasks
+	}
+	return 0
+}
+
+func (x *Job) GetTaskSegments() int64 {
+	if x != nil {
+		return x.TaskSegments
+	}
+	return 0
+}
+
+func (x *Job) GetTotals() *Totals {
+	if x != nil {
+		return x.Totals
+	}
+	return nil
+}
+
+func (x *Job) GetCreateTime() int64 {
+	if x != nil {
+		return x.CreateTime
+	}
+	return 0
+}
+
+func (x *Job) GetStartTime() int64 {
+	if x != nil {
+		return x.StartTime
+	}
+	return 0
+}
+
+func (x *Job) GetEndTime() int64 {
+	if x != nil {
+		return x.EndTime
+	}
+	return 0
+}
+
+func (x *Job) GetDeadline() int64 {
+	if x != nil {
+		return x.Deadline
+	}
+	return 0
+}
+
+func (x *Job) GetRequestKey() string {
+	if x != nil {
+		return x.RequestKey
+	}
+	return ""
+}
+
+func (x *Job) GetOp() string {
+	if x != nil {
+		return x.Op
+	}
+	return ""
+}
+
+func (x *Job) GetPartitionNames() []string {
+	if x != nil {
+		return x.PartitionNames
+	}
+	return nil
+}
+
+func (x *Job) GetRetries() int64 {
+	if x != nil {
+		return x.Retries
+	}
+	return 0
+}
+
+func (x *Job) GetPinId() int64 {
+	if x != nil {
+		return x.PinId
+	}
+	return 0
+}
+
+func (x *Job) GetDone() *Totals {
+	if x != nil {
+		return x.Done
+	}
+	return nil
+}
+
+// JobLimits is the record at /job/limits/<id>.
+type JobLimits struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1.
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// Requests a second; 0: no limit.
+	Requests int64 `protobuf:"varint,2,opt,name=requests,proto3" json:"requests,omitempty"`
+	// Bytes a second; 0: no limit.
+	Bytes         int64 `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JobLimits) Reset() {
+	*x = JobLimits{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JobLimits) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JobLimits) ProtoMessage() {}
+
+func (x *JobLimits) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JobLimits.ProtoReflect.Descriptor instead.
+func (*JobLimits) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *JobLimits) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *JobLimits) GetRequests() int64 {
+	if x != nil {
+		return x.Requests
+	}
+	return 0
+}
+
+func (x *JobLimits) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+// Task is the record at /job/task/<job>/<task>: a range of the snapshot's
+// segments.
+type Task struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1.
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// 1: PENDING, 2: RUNNING, 3: DONE, 4: FAILED.
+	State uint32 `protobuf:"varint,2,opt,name=state,proto3" json:"state,omitempty"`
+	// How often it was begun.
+	Attempt uint32 `protobuf:"varint,3,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	// The worker that has it or had it last.
+	Worker int64 `protobuf:"varint,4,opt,name=worker,proto3" json:"worker,omitempty"`
+	// Unix nanoseconds; not to be begun before.
+	NotBefore int64 `protobuf:"varint,5,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
+	// How many attempts failed; those whose worker died do not count.
+	Failures uint32 `protobuf:"varint,10,opt,name=failures,proto3" json:"failures,omitempty"`
+	// Why the last attempt failed.
+	Reason string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
+	// The same for people.
+	Message string `protobuf:"bytes,7,opt,name=message,proto3" json:"message,omitempty"`
+	// Once DONE: what was restored.
+	Totals *Totals `protobuf:"bytes,8,opt,name=totals,proto3" json:"totals,omitempty"`
+	// The id of the operation that wrote the record.
+	Op            string `protobuf:"bytes,9,opt,name=op,proto3" json:"op,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Task) Reset() {
+	*x = Task{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Task) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Task) ProtoMessage() {}
+
+func (x *Task) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Task.ProtoReflect.Descriptor instead.
+func (*Task) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *Task) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *Task) GetState() uint32 {
+	if x != nil {
+		return x.State
+	}
+	return 0
+}
+
+func (x *Task) GetAttempt() uint32 {
+	if x != nil {
+		return x.Attempt
+	}
+	return 0
+}
+
+func (x *Task) GetWorker() int64 {
+	if x != nil {
+		return x.Worker
+	}
+	return 0
+}
+
+func (x *Task) GetNotBefore() int64 {
+	if x != nil {
+		return x.NotBefore
+	}
+	return 0
+}
+
+func (x *Task) GetFailures() uint32 {
+	if x != nil {
+		return x.Failures
+	}
+	return 0
+}
+
+func (x *Task) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Task) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *Task) GetTotals() *Totals {
+	if x != nil {
+		return x.Totals
+	}
+	return nil
+}
+
+func (x *Task) GetOp() string {
+	if x != nil {
+		return x.Op
+	}
+	return ""
+}
+
+// TaskProgress is the record at /job/progress/<job>/<task>: how far the attempt
+// that runs has come.
+type TaskProgress struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1.
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// The attempt.
+	Attempt uint32 `protobuf:"varint,2,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	// Files that are copied.
+	Files int64 `protobuf:"varint,3,opt,name=files,proto3" json:"files,omitempty"`
+	// Their bytes.
+	Bytes         int64 `protobuf:"varint,4,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TaskProgress) Reset() {
+	*x = TaskProgress{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TaskProgress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TaskProgress) ProtoMessage() {}
+
+func (x *TaskProgress) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TaskProgress.ProtoReflect.Descriptor instead.
+func (*TaskProgress) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *TaskProgress) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *TaskProgress) GetAttempt() uint32 {
+	if x != nil {
+		return x.Attempt
+	}
+	return 0
+}
+
+func (x *TaskProgress) GetFiles() int64 {
+	if x != nil {
+		return x.Files
+	}
+	return 0
+}
+
+func (x *TaskProgress) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+// Worker is the record at /worker/rec/<id>, under the worker's lease.
+type Worker struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1.
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// The replica that it is part of.
+	Replica string `protobuf:"bytes,2,opt,name=replica,proto3" json:"replica,omitempty"`
+	// How many tasks it takes at once.
+	Slots         uint32 `protobuf:"varint,3,opt,name=slots,proto3" json:"slots,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Worker) Reset() {
+	*x = Worker{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Worker) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Worker) ProtoMessage() {}
+
+func (x *Worker) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Worker.ProtoReflect.Descriptor instead.
+func (*Worker) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *Worker) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *Worker) GetReplica() string {
+	if x != nil {
+		return x.Replica
+	}
+	return ""
+}
+
+func (x *Worker) GetSlots() uint32 {
+	if x != nil {
+		return x.Slots
+	}
+	return 0
+}
+
+// Assignment is the record at /worker/task/<worker>/<job>/<task>, under the
+// worker's lease.
+type Assignment struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1.
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// The attempt.
+	Attempt       uint32 `protobuf:"varint,2,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Assignment) Reset() {
+	*x = Assignment{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Assignment) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Assignment) ProtoMessage() {}
+
+func (x *Assignment) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Assignment.ProtoReflect.Descriptor instead.
+func (*Assignment) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *Assignment) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *Assignment) GetAttempt() uint32 {
+	if x != nil {
+		return x.Attempt
+	}
+	return 0
+}
+
 var File_snapshotd_storage_v1_storage_proto protoreflect.FileDescriptor
 
 const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
@@ -2281,7 +3352,7 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x05count\x18\x02 \x01(\x03R\x05count\"@\n" +
 	"\bPosition\x12\x1c\n" +
 	"\ttimestamp\x18\x01 \x01(\x04R\ttimestamp\x12\x16\n" +
-	"\x06opaque\x18\x02 \x01(\fR\x06opaque\"\x94\x05\n" +
+	"\x06opaque\x18\x02 \x01(\fR\x06opaque\"\xe6\x05\n" +
 	"\n" +
 	"Collection\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x0e\n" +
@@ -2303,7 +3374,10 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\vcreate_time\x18\f \x01(\x03R\n" +
 	"createTime\x12\x0e\n" +
 	"\x02op\x18\r \x01(\tR\x02op\x12\x18\n" +
-	"\acatalog\x18\x0e \x01(\rR\acatalog\x1a=\n" +
+	"\acatalog\x18\x0e \x01(\rR\acatalog\x12\x15\n" +
+	"\x06job_id\x18\x0f \x01(\x03R\x05jobId\x12\x1c\n" +
+	"\tpublished\x18\x10 \x01(\bR\tpublished\x12\x1b\n" +
+	"\tdrop_time\x18\x11 \x01(\x03R\bdropTime\x1a=\n" +
 	"\x0fPropertiesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a=\n" +
@@ -2450,14 +3524,15 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\n" +
 	"PairsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x9a\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xb7\x01\n" +
 	"\x04Unit\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\rR\x04kind\x12\x1d\n" +
 	"\n" +
 	"segment_id\x18\x03 \x01(\x03R\tsegmentId\x127\n" +
 	"\asegment\x18\x04 \x01(\v2\x1d.snapshotd.storage.v1.SegmentR\asegment\x12\x0e\n" +
-	"\x02op\x18\x05 \x01(\tR\x02op\"\xf1\x06\n" +
+	"\x02op\x18\x05 \x01(\tR\x02op\x12\x1b\n" +
+	"\tdrop_time\x18\x06 \x01(\x03R\bdropTime\"\xf1\x06\n" +
 	"\bSnapshot\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12#\n" +
@@ -2523,7 +3598,112 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"Generation\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1f\n" +
 	"\vsnapshot_id\x18\x02 \x01(\x03R\n" +
-	"snapshotIdBXZVgithub.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1;storagev1b\x06proto3"
+	"snapshotId\"\xc6\x01\n" +
+	"\x03Pin\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
+	"\x05owner\x18\x02 \x01(\tR\x05owner\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x10\n" +
+	"\x03ttl\x18\x04 \x01(\x03R\x03ttl\x12\x1f\n" +
+	"\vcreate_time\x18\x05 \x01(\x03R\n" +
+	"createTime\x12\x1f\n" +
+	"\vexpire_time\x18\x06 \x01(\x03R\n" +
+	"expireTime\x12\x0e\n" +
+	"\x02op\x18\a \x01(\tR\x02op\x12\x15\n" +
+	"\x06job_id\x18\b \x01(\x03R\x05jobId\"W\n" +
+	"\x05Unpin\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1f\n" +
+	"\vsnapshot_id\x18\x02 \x01(\x03R\n" +
+	"snapshotId\x12\x15\n" +
+	"\x06pin_id\x18\x03 \x01(\x03R\x05pinId\"\xb4\x01\n" +
+	"\tTombstone\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12.\n" +
+	"\x04unit\x18\x02 \x01(\v2\x1a.snapshotd.storage.v1.UnitR\x04unit\x12\x18\n" +
+	"\adeleter\x18\x03 \x01(\rR\adeleter\x12\x16\n" +
+	"\x06caller\x18\x04 \x01(\tR\x06caller\x12\x1d\n" +
+	"\n" +
+	"grant_time\x18\x05 \x01(\x03R\tgrantTime\x12\x0e\n" +
+	"\x02op\x18\x06 \x01(\tR\x02op\"\xf8\t\n" +
+	"\x03Job\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1f\n" +
+	"\vsnapshot_id\x18\x02 \x01(\x03R\n" +
+	"snapshotId\x12#\n" +
+	"\rsnapshot_name\x18\x03 \x01(\tR\fsnapshotName\x12+\n" +
+	"\x11source_collection\x18\x04 \x01(\x03R\x10sourceCollection\x12#\n" +
+	"\rcollection_id\x18\x05 \x01(\x03R\fcollectionId\x12\x0e\n" +
+	"\x02db\x18\x06 \x01(\tR\x02db\x12\x12\n" +
+	"\x04name\x18\a \x01(\tR\x04name\x12\x14\n" +
+	"\x05state\x18\b \x01(\rR\x05state\x12\x14\n" +
+	"\x05phase\x18\t \x01(\rR\x05phase\x12\x18\n" +
+	"\aoutcome\x18\n" +
+	" \x01(\rR\aoutcome\x12\x16\n" +
+	"\x06reason\x18\v \x01(\tR\x06reason\x12\x18\n" +
+	"\amessage\x18\f \x01(\tR\amessage\x12\x1e\n" +
+	"\n" +
+	"partitions\x18\r \x03(\x03R\n" +
+	"partitions\x12!\n" +
+	"\fskip_indexes\x18\x0e \x01(\bR\vskipIndexes\x12\x1a\n" +
+	"\bpriority\x18\x0f \x01(\x11R\bpriority\x12=\n" +
+	"\x06labels\x18\x10 \x03(\v2%.snapshotd.storage.v1.Job.LabelsEntryR\x06labels\x12\x16\n" +
+	"\x06layout\x18\x11 \x01(\rR\x06layout\x12'\n" +
+	"\x0ffirst_partition\x18\x12 \x01(\x03R\x0efirstPartition\x12\x1f\n" +
+	"\vfirst_index\x18\x13 \x01(\x03R\n" +
+	"firstIndex\x12#\n" +
+	"\rfirst_segment\x18\x14 \x01(\x03R\ffirstSegment\x12\x1a\n" +
+	"\bsegments\x18\x15 \x01(\x03R\bsegments\x12\x1f\n" +
+	"\vfirst_build\x18\x16 \x01(\x03R\n" +
+	"firstBuild\x12\x16\n" +
+	"\x06builds\x18\x17 \x01(\x03R\x06builds\x12%\n" +
+	"\x0ecopy_threshold\x18\x18 \x01(\x03R\rcopyThreshold\x12$\n" +
+	"\x0ecopy_part_size\x18\x19 \x01(\x03R\fcopyPartSize\x12\x14\n" +
+	"\x05tasks\x18\x1a \x01(\x03R\x05tasks\x12#\n" +
+	"\rtask_segments\x18\x1b \x01(\x03R\ftaskSegments\x124\n" +
+	"\x06totals\x18\x1c \x01(\v2\x1c.snapshotd.storage.v1.TotalsR\x06totals\x12\x1f\n" +
+	"\vcreate_time\x18\x1d \x01(\x03R\n" +
+	"createTime\x12\x1d\n" +
+	"\n" +
+	"start_time\x18\x1e \x01(\x03R\tstartTime\x12\x19\n" +
+	"\bend_time\x18\x1f \x01(\x03R\aendTime\x12\x1a\n" +
+	"\bdeadline\x18  \x01(\x03R\bdeadline\x12\x1f\n" +
+	"\vrequest_key\x18! \x01(\tR\n" +
+	"requestKey\x12\x0e\n" +
+	"\x02op\x18\" \x01(\tR\x02op\x12'\n" +
+	"\x0fpartition_names\x18# \x03(\tR\x0epartitionNames\x12\x18\n" +
+	"\aretries\x18$ \x01(\x03R\aretries\x12\x15\n" +
+	"\x06pin_id\x18% \x01(\x03R\x05pinId\x120\n" +
+	"\x04done\x18& \x01(\v2\x1c.snapshotd.storage.v1.TotalsR\x04done\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"U\n" +
+	"\tJobLimits\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1a\n" +
+	"\brequests\x18\x02 \x01(\x03R\brequests\x12\x14\n" +
+	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\"\x99\x02\n" +
+	"\x04Task\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
+	"\x05state\x18\x02 \x01(\rR\x05state\x12\x18\n" +
+	"\aattempt\x18\x03 \x01(\rR\aattempt\x12\x16\n" +
+	"\x06worker\x18\x04 \x01(\x03R\x06worker\x12\x1d\n" +
+	"\n" +
+	"not_before\x18\x05 \x01(\x03R\tnotBefore\x12\x1a\n" +
+	"\bfailures\x18\n" +
+	" \x01(\rR\bfailures\x12\x16\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x18\n" +
+	"\amessage\x18\a \x01(\tR\amessage\x124\n" +
+	"\x06totals\x18\b \x01(\v2\x1c.snapshotd.storage.v1.TotalsR\x06totals\x12\x0e\n" +
+	"\x02op\x18\t \x01(\tR\x02op\"l\n" +
+	"\fTaskProgress\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x18\n" +
+	"\aattempt\x18\x02 \x01(\rR\aattempt\x12\x14\n" +
+	"\x05files\x18\x03 \x01(\x03R\x05files\x12\x14\n" +
+	"\x05bytes\x18\x04 \x01(\x03R\x05bytes\"P\n" +
+	"\x06Worker\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x18\n" +
+	"\areplica\x18\x02 \x01(\tR\areplica\x12\x14\n" +
+	"\x05slots\x18\x03 \x01(\rR\x05slots\">\n" +
+	"\n" +
+	"Assignment\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x18\n" +
+	"\aattempt\x18\x02 \x01(\rR\aattemptBXZVgithub.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1;storagev1b\x06proto3"
 
 var (
 	file_snapshotd_storage_v1_storage_proto_rawDescOnce sync.Once
@@ -2537,77 +3717,92 @@ func file_snapshotd_storage_v1_storage_proto_rawDescGZIP() []byte {
 	return file_snapshotd_storage_v1_storage_proto_rawDescData
 }
 
-var file_snapshotd_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
+var file_snapshotd_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
 var file_snapshotd_storage_v1_storage_proto_goTypes = []any{
-	(*Cluster)(nil),    // 0: snapshotd.storage.v1.Cluster
-	(*Allocator)(nil),  // 1: snapshotd.storage.v1.Allocator
-	(*IdRange)(nil),    // 2: snapshotd.storage.v1.IdRange
-	(*Position)(nil),   // 3: snapshotd.storage.v1.Position
-	(*Collection)(nil), // 4: snapshotd.storage.v1.Collection
-	(*Root)(nil),       // 5: snapshotd.storage.v1.Root
-	(*Schema)(nil),     // 6: snapshotd.storage.v1.Schema
-	(*Field)(nil),      // 7: snapshotd.storage.v1.Field
-	(*Partition)(nil),  // 8: snapshotd.storage.v1.Partition
-	(*Index)(nil),      // 9: snapshotd.storage.v1.Index
-	(*Channel)(nil),    // 10: snapshotd.storage.v1.Channel
-	(*Name)(nil),       // 11: snapshotd.storage.v1.Name
-	(*Segment)(nil),    // 12: snapshotd.storage.v1.Segment
-	(*Build)(nil),      // 13: snapshotd.storage.v1.Build
-	(*Files)(nil),      // 14: snapshotd.storage.v1.Files
-	(*Attributes)(nil), // 15: snapshotd.storage.v1.Attributes
-	(*Unit)(nil),       // 16: snapshotd.storage.v1.Unit
-	(*Snapshot)(nil),   // 17: snapshotd.storage.v1.Snapshot
-	(*Cut)(nil),        // 18: snapshotd.storage.v1.Cut
-	(*Totals)(nil),     // 19: snapshotd.storage.v1.Totals
-	(*Pending)(nil),    // 20: snapshotd.storage.v1.Pending
-	(*Request)(nil),    // 21: snapshotd.storage.v1.Request
-	(*Generation)(nil), // 22: snapshotd.storage.v1.Generation
-	nil,                // 23: snapshotd.storage.v1.Collection.PropertiesEntry
-	nil,                // 24: snapshotd.storage.v1.Collection.AttributesEntry
-	nil,                // 25: snapshotd.storage.v1.Field.TypeParamsEntry
-	nil,                // 26: snapshotd.storage.v1.Field.AttributesEntry
-	nil,                // 27: snapshotd.storage.v1.Partition.AttributesEntry
-	nil,                // 28: snapshotd.storage.v1.Index.TypeParamsEntry
-	nil,                // 29: snapshotd.storage.v1.Index.IndexParamsEntry
-	nil,                // 30: snapshotd.storage.v1.Index.AttributesEntry
-	nil,                // 31: snapshotd.storage.v1.Segment.AttributesEntry
-	nil,                // 32: snapshotd.storage.v1.Build.ParamsEntry
-	nil,                // 33: snapshotd.storage.v1.Files.AttributesEntry
-	nil,                // 34: snapshotd.storage.v1.Attributes.PairsEntry
-	nil,                // 35: snapshotd.storage.v1.Snapshot.LabelsEntry
+	(*Cluster)(nil),      // 0: snapshotd.storage.v1.Cluster
+	(*Allocator)(nil),    // 1: snapshotd.storage.v1.Allocator
+	(*IdRange)(nil),      // 2: snapshotd.storage.v1.IdRange
+	(*Position)(nil),     // 3: snapshotd.storage.v1.Position
+	(*Collection)(nil),   // 4: snapshotd.storage.v1.Collection
+	(*Root)(nil),         // 5: snapshotd.storage.v1.Root
+	(*Schema)(nil),       // 6: snapshotd.storage.v1.Schema
+	(*Field)(nil),        // 7: snapshotd.storage.v1.Field
+	(*Partition)(nil),    // 8: snapshotd.storage.v1.Partition
+	(*Index)(nil),        // 9: snapshotd.storage.v1.Index
+	(*Channel)(nil),      // 10: snapshotd.storage.v1.Channel
+	(*Name)(nil),         // 11: snapshotd.storage.v1.Name
+	(*Segment)(nil),      // 12: snapshotd.storage.v1.Segment
+	(*Build)(nil),        // 13: snapshotd.storage.v1.Build
+	(*Files)(nil),        // 14: snapshotd.storage.v1.Files
+	(*Attributes)(nil),   // 15: snapshotd.storage.v1.Attributes
+	(*Unit)(nil),         // 16: snapshotd.storage.v1.Unit
+	(*Snapshot)(nil),     // 17: snapshotd.storage.v1.Snapshot
+	(*Cut)(nil),          // 18: snapshotd.storage.v1.Cut
+	(*Totals)(nil),       // 19: snapshotd.storage.v1.Totals
+	(*Pending)(nil),      // 20: snapshotd.storage.v1.Pending
+	(*Request)(nil),      // 21: snapshotd.storage.v1.Request
+	(*Generation)(nil),   // 22: snapshotd.storage.v1.Generation
+	(*Pin)(nil),          // 23: snapshotd.storage.v1.Pin
+	(*Unpin)(nil),        // 24: snapshotd.storage.v1.Unpin
+	(*Tombstone)(nil),    // 25: snapshotd.storage.v1.Tombstone
+	(*Job)(nil),          // 26: snapshotd.storage.v1.Job
+	(*JobLimits)(nil),    // 27: snapshotd.storage.v1.JobLimits
+	(*Task)(nil),         // 28: snapshotd.storage.v1.Task
+	(*TaskProgress)(nil), // 29: snapshotd.storage.v1.TaskProgress
+	(*Worker)(nil),       // 30: snapshotd.storage.v1.Worker
+	(*Assignment)(nil),   // 31: snapshotd.storage.v1.Assignment
+	nil,                  // 32: snapshotd.storage.v1.Collection.PropertiesEntry
+	nil,                  // 33: snapshotd.storage.v1.Collection.AttributesEntry
+	nil,                  // 34: snapshotd.storage.v1.Field.TypeParamsEntry
+	nil,                  // 35: snapshotd.storage.v1.Field.AttributesEntry
+	nil,                  // 36: snapshotd.storage.v1.Partition.AttributesEntry
+	nil,                  // 37: snapshotd.storage.v1.Index.TypeParamsEntry
+	nil,                  // 38: snapshotd.storage.v1.Index.IndexParamsEntry
+	nil,                  // 39: snapshotd.storage.v1.Index.AttributesEntry
+	nil,                  // 40: snapshotd.storage.v1.Segment.AttributesEntry
+	nil,                  // 41: snapshotd.storage.v1.Build.ParamsEntry
+	nil,                  // 42: snapshotd.storage.v1.Files.AttributesEntry
+	nil,                  // 43: snapshotd.storage.v1.Attributes.PairsEntry
+	nil,                  // 44: snapshotd.storage.v1.Snapshot.LabelsEntry
+	nil,                  // 45: snapshotd.storage.v1.Job.LabelsEntry
 }
 var file_snapshotd_storage_v1_storage_proto_depIdxs = []int32{
 	2,  // 0: snapshotd.storage.v1.Allocator.reserved:type_name -> snapshotd.storage.v1.IdRange
 	6,  // 1: snapshotd.storage.v1.Collection.schema:type_name -> snapshotd.storage.v1.Schema
 	5,  // 2: snapshotd.storage.v1.Collection.roots:type_name -> snapshotd.storage.v1.Root
-	23, // 3: snapshotd.storage.v1.Collection.properties:type_name -> snapshotd.storage.v1.Collection.PropertiesEntry
-	24, // 4: snapshotd.storage.v1.Collection.attributes:type_name -> snapshotd.storage.v1.Collection.AttributesEntry
+	32, // 3: snapshotd.storage.v1.Collection.properties:type_name -> snapshotd.storage.v1.Collection.PropertiesEntry
+	33, // 4: snapshotd.storage.v1.Collection.attributes:type_name -> snapshotd.storage.v1.Collection.AttributesEntry
 	7,  // 5: snapshotd.storage.v1.Schema.fields:type_name -> snapshotd.storage.v1.Field
-	25, // 6: snapshotd.storage.v1.Field.type_params:type_name -> snapshotd.storage.v1.Field.TypeParamsEntry
-	26, // 7: snapshotd.storage.v1.Field.attributes:type_name -> snapshotd.storage.v1.Field.AttributesEntry
-	27, // 8: snapshotd.storage.v1.Partition.attributes:type_name -> snapshotd.storage.v1.Partition.AttributesEntry
-	28, // 9: snapshotd.storage.v1.Index.type_params:type_name -> snapshotd.storage.v1.Index.TypeParamsEntry
-	29, // 10: snapshotd.storage.v1.Index.index_params:type_name -> snapshotd.storage.v1.Index.IndexParamsEntry
-	30, // 11: snapshotd.storage.v1.Index.attributes:type_name -> snapshotd.storage.v1.Index.AttributesEntry
+	34, // 6: snapshotd.storage.v1.Field.type_params:type_name -> snapshotd.storage.v1.Field.TypeParamsEntry
+	35, // 7: snapshotd.storage.v1.Field.attributes:type_name -> snapshotd.storage.v1.Field.AttributesEntry
+	36, // 8: snapshotd.storage.v1.Partition.attributes:type_name -> snapshotd.storage.v1.Partition.AttributesEntry
+	37, // 9: snapshotd.storage.v1.Index.type_params:type_name -> snapshotd.storage.v1.Index.TypeParamsEntry
+	38, // 10: snapshotd.storage.v1.Index.index_params:type_name -> snapshotd.storage.v1.Index.IndexParamsEntry
+	39, // 11: snapshotd.storage.v1.Index.attributes:type_name -> snapshotd.storage.v1.Index.AttributesEntry
 	3,  // 12: snapshotd.storage.v1.Channel.checkpoint:type_name -> snapshotd.storage.v1.Position
 	3,  // 13: snapshotd.storage.v1.Segment.start:type_name -> snapshotd.storage.v1.Position
 	3,  // 14: snapshotd.storage.v1.Segment.dml:type_name -> snapshotd.storage.v1.Position
 	14, // 15: snapshotd.storage.v1.Segment.files:type_name -> snapshotd.storage.v1.Files
 	13, // 16: snapshotd.storage.v1.Segment.builds:type_name -> snapshotd.storage.v1.Build
-	31, // 17: snapshotd.storage.v1.Segment.attributes:type_name -> snapshotd.storage.v1.Segment.AttributesEntry
-	32, // 18: snapshotd.storage.v1.Build.params:type_name -> snapshotd.storage.v1.Build.ParamsEntry
-	33, // 19: snapshotd.storage.v1.Files.attributes:type_name -> snapshotd.storage.v1.Files.AttributesEntry
-	34, // 20: snapshotd.storage.v1.Attributes.pairs:type_name -> snapshotd.storage.v1.Attributes.PairsEntry
+	40, // 17: snapshotd.storage.v1.Segment.attributes:type_name -> snapshotd.storage.v1.Segment.AttributesEntry
+	41, // 18: snapshotd.storage.v1.Build.params:type_name -> snapshotd.storage.v1.Build.ParamsEntry
+	42, // 19: snapshotd.storage.v1.Files.attributes:type_name -> snapshotd.storage.v1.Files.AttributesEntry
+	43, // 20: snapshotd.storage.v1.Attributes.pairs:type_name -> snapshotd.storage.v1.Attributes.PairsEntry
 	12, // 21: snapshotd.storage.v1.Unit.segment:type_name -> snapshotd.storage.v1.Segment
-	35, // 22: snapshotd.storage.v1.Snapshot.labels:type_name -> snapshotd.storage.v1.Snapshot.LabelsEntry
+	44, // 22: snapshotd.storage.v1.Snapshot.labels:type_name -> snapshotd.storage.v1.Snapshot.LabelsEntry
 	18, // 23: snapshotd.storage.v1.Snapshot.cuts:type_name -> snapshotd.storage.v1.Cut
 	19, // 24: snapshotd.storage.v1.Snapshot.totals:type_name -> snapshotd.storage.v1.Totals
-	15, // 25: snapshotd.storage.v1.Files.AttributesEntry.value:type_name -> snapshotd.storage.v1.Attributes
-	26, // [26:26] is the sub-list for method output_type
-	26, // [26:26] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	16, // 25: snapshotd.storage.v1.Tombstone.unit:type_name -> snapshotd.storage.v1.Unit
+	45, // 26: snapshotd.storage.v1.Job.labels:type_name -> snapshotd.storage.v1.Job.LabelsEntry
+	19, // 27: snapshotd.storage.v1.Job.totals:type_name -> snapshotd.storage.v1.Totals
+	19, // 28: snapshotd.storage.v1.Job.done:type_name -> snapshotd.storage.v1.Totals
+	19, // 29: snapshotd.storage.v1.Task.totals:type_name -> snapshotd.storage.v1.Totals
+	15, // 30: snapshotd.storage.v1.Files.AttributesEntry.value:type_name -> snapshotd.storage.v1.Attributes
+	31, // [31:31] is the sub-list for method output_type
+	31, // [31:31] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_snapshotd_storage_v1_storage_proto_init() }
@@ -2621,7 +3816,7 @@ func file_snapshotd_storage_v1_storage_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_snapshotd_storage_v1_storage_proto_rawDesc), len(file_snapshotd_storage_v1_storage_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   36,
+			NumMessages:   46,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -1,0 +1,277 @@
+package catalog
+
+import (
+	"context"
+	"fmt"
+	"iter"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// UnitKind says what was dropped. Stored: append only.
+type UnitKind int
+
+// The kinds of unit.
+const (
+	UnitSegment UnitKind = iota + 1 // a segment with its index builds
+	UnitBuild                       // an index build of a living segment
+	UnitFiles                       // files of a living segment
+)
+
+// Unit is something that was dropped from a collection and is reclaimed as a
+// whole.
+type Unit struct {
+	ID   int64 // that of the segment or build, or one of its own
+	Kind UnitKind
+	// Segment is the segment that was dropped, or what was part of one, under
+	// that segment's id.
+	Segment  segment.Segment
+	Revision int64 // at which it was dropped
+	DropTime time.Time
+}
+
+// DecodeUnit reads a unit's record.
+func DecodeUnit(collection int64, kv meta.KeyValue) (Unit, error) {
+	id, err := keys.LastID(kv.Key)
+	if err != nil {
+		return Unit{}, err
+	}
+	rec := &storagev1.Unit{}
+	if err := record.Decode(kv, rec); err != nil {
+		return Unit{}, err
+	}
+	u, err := UnitOf(collection, id, rec)
+	u.Revision = kv.ModRevision
+	return u, err
+}
+
+// UnitOf reads a unit from its record.
+func UnitOf(collection, id int64, rec *storagev1.Unit) (Unit, error) {
+	s, err := segmentOf(collection, rec.GetSegmentId(), rec.GetSegment())
+	if err != nil {
+		return Unit{}, fmt.Errorf("unit %d of collection %d: %w", id, collection, err)
+	}
+	return Unit{ID: id, Kind: UnitKind(rec.GetKind()), Segment: s, DropTime: unixTime(rec.GetDropTime())}, nil
+}
+
+// Owned yields the unit's files that belong to it alone: those whose path has
+// its id for an element. Any other file is foreign: it may be part of something
+// else as well, and is never deleted with the unit.
+func (u *Unit) Owned() iter.Seq[*segment.File] {
+	return func(yield func(*segment.File) bool) {
+		s := &u.Segment
+		for i := range s.Files {
+			if segment.Carries(s.Files[i].Path, s.ID) && !yield(&s.Files[i]) {
+				return
+			}
+		}
+		for b := range s.Builds {
+			for i := range s.Builds[b].Files {
+				f := &s.Builds[b].Files[i]
+				if (segment.Carries(f.Path, s.Builds[b].ID) || segment.Carries(f.Path, s.ID)) && !yield(f) {
+					return
+				}
+			}
+		}
+	}
+}
+
+func hasFile(s *segment.Segment, path FilePath) bool {
+	for f := range s.AllFiles() {
+		if f.Root == path.Root && f.Path == path.Path {
+			return true
+		}
+	}
+	return false
+}
+
+// Owner is what a file is part of.
+type Owner struct {
+	Segment int64 // that it is or was part of
+	Live    bool  // part of a segment of the collection
+	Unit    int64 // else the unit that it was dropped with
+}
+
+// FindOwner looks for what has the file at path: among the segments and units
+// whose ids are elements of the path, and under segmentID besides when that is
+// not 0. It reads the store as it is now.
+func (c *Catalog) FindOwner(ctx context.Context, collection int64, path FilePath, segmentID int64) (Owner, bool, error) {
+	ids := segment.IDsIn(path.Path)
+	if segmentID > 0 {
+		ids = append(ids, segmentID)
+	}
+	holdings, err := c.holdings(ctx, collection, ids)
+	if err != nil {
+		return Owner{}, false, err
+	}
+	for _, id := range ids {
+		if owner, found := holdings[id].find(path); found {
+			return owner, true, nil
+		}
+	}
+	return Owner{}, false, nil
+}
+
+// holding is what there is of one segment: itself if it lives, and the units
+// that it is or that were taken from it, granted ones included.
+type holding struct {
+	live  *segment.Segment
+	units []Unit
+}
+
+// find returns what has the file at path.
+func (h *holding) find(path FilePath) (Owner, bool) {
+	if h == nil {
+		return Owner{}, false
+	}
+	if h.live != nil && hasFile(h.live, path) {
+		return Owner{Segment: h.live.ID, Live: true}, true
+	}
+	for i := range h.units {
+		if u := &h.units[i]; hasFile(&u.Segment, path) {
+			return Owner{Segment: u.Segment.ID, Unit: u.ID}, true
+		}
+	}
+	return Owner{}, false
+}
+
+// holdings reads what there is of segments. Ids that stand for nothing are left
+// out.
+func (c *Catalog) holdings(ctx context.Context, collection int64, ids []int64) (map[int64]*holding, error) {
+	ids = slices.Clone(ids)
+	slices.Sort(ids)
+	found := map[int64]*holding{}
+	of := func(id int64) *holding {
+		if found[id] == nil {
+			found[id] = &holding{}
+		}
+		return found[id]
+	}
+	for part := range slices.Chunk(slices.Compact(ids), meta.MaxTxnOps/4) {
+		var gets []meta.Op
+		for _, id := range part {
+			from, to := meta.Prefix(keys.ReplacedPrefix(collection, id))
+			gets = append(gets, meta.Get(keys.Segment(collection, id)), meta.Get(keys.Unit(collection, id)),
+				meta.Get(keys.Tomb(collection, id)), meta.GetRange(from, to))
+		}
+		res, err := c.kv.Txn(ctx, meta.Txn{Then: gets})
+		if err != nil {
+			return nil, fmt.Errorf("read segments of collection %d: %w", collection, err)
+		}
+		for i, id := range part {
+			got := res.Ranges[4*i : 4*i+4]
+			for _, kv := range got[0] {
+				s, err := DecodeSegment(collection, kv)
+				if err != nil {
+					return nil, err
+				}
+				of(id).live = &s
+			}
+			for _, kv := range slices.Concat(got[1], got[2]) {
+				u, err := unitAt(collection, kv)
+				if err != nil {
+					return nil, err
+				}
+				of(id).units = append(of(id).units, u)
+			}
+			for _, kv := range got[3] {
+				unit, err := keys.LastID(kv.Key)
+				if err != nil {
+					return nil, err
+				}
+				list, err := c.unit(ctx, collection, unit)
+				if err != nil {
+					return nil, err
+				}
+				of(id).units = append(of(id).units, list...)
+			}
+		}
+	}
+	return found, nil
+}
+
+// unit reads a unit, granted or not; none when it is gone.
+func (c *Catalog) unit(ctx context.Context, collection, id int64) ([]Unit, error) {
+	res, err := c.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Get(keys.Unit(collection, id)), meta.Get(keys.Tomb(collection, id))}})
+	if err != nil {
+		return nil, fmt.Errorf("read unit %d of collection %d: %w", id, collection, err)
+	}
+	var list []Unit
+	for _, kv := range slices.Concat(res.Ranges...) {
+		u, err := unitAt(collection, kv)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, u)
+	}
+	return list, nil
+}
+
+// unitAt reads a unit from its own record or from its tombstone.
+func unitAt(collection int64, kv meta.KeyValue) (Unit, error) {
+	if !strings.HasPrefix(kv.Key, keys.AllTombsPrefix) {
+		return DecodeUnit(collection, kv)
+	}
+	rec := &storagev1.Tombstone{}
+	if err := record.Decode(kv, rec); err != nil {
+		return Unit{}, err
+	}
+	id, err := keys.LastID(kv.Key)
+	if err != nil {
+		return Unit{}, err
+	}
+	return UnitOf(collection, id, rec.GetUnit())
+}
+
+// claim is a file that something is about to add to a segment.
+type claim struct {
+	field   string // of the request
+	segment int64
+	path    FilePath
+}
+
+// claimsOf are the files that have to be looked up before they may become part
+// of s. Those that carry its id can only have been its own.
+func claimsOf(claims []claim, field string, s *segment.Segment) []claim {
+	for f := range s.AllFiles() {
+		if !segment.Carries(f.Path, s.ID) {
+			claims = append(claims, claim{field, s.ID, FilePath{f.Root, f.Path}})
+		}
+	}
+	return claims
+}
+
+// checkClaims refuses files that belong to something else of the collection: a
+// file of another segment goes when that one is reclaimed, and one that was
+// taken from a segment is about to go. It looks, and does not compare: this is a
+// mistake, not a race.
+func (c *Catalog) checkClaims(ctx context.Context, collection int64, claims []claim) error {
+	var ids []int64
+	for _, cl := range claims {
+		ids = append(append(ids, segment.IDsIn(cl.path.Path)...), cl.segment)
+	}
+	if len(ids) == 0 {
+		return nil
+	}
+	holdings, err := c.holdings(ctx, collection, ids)
+	if err != nil {
+		return err
+	}
+	for _, cl := range claims {
+		for _, id := range append(segment.IDsIn(cl.path.Path), cl.segment) {
+			owner, found := holdings[id].find(cl.path)
+			if found && (!owner.Live || owner.Segment != cl.segment) {
+				return fmt.Errorf("%w: %q, in %s, belongs to segment %d and goes when that does; a path is never used twice",
+					ErrFileExists, cl.path.Path, cl.field, owner.Segment)
+			}
+		}
+	}
+	return nil
+}

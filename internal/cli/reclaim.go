@@ -1,0 +1,521 @@
+package cli
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
+)
+
+const maxUnits = 10_000 // in a call
+
+func (a *app) reclaimCommand() *cobra.Command {
+	cmd := group("reclaim", "Says what may be deleted, and has it deleted", `Says what may be deleted, and has it deleted: segments that were dropped, index
+builds that were replaced or removed, files that were taken from a segment. Each
+is a unit, which goes as a whole.
+
+A unit is deleted when it was granted, and not otherwise. It is granted when no
+snapshot holds it, and none that is being created may come to. With
+--deleter snapshotd the server deletes the files. With --deleter caller you do:
+request, delete what `+"`reclaim list --files`"+` names, confirm. What is held is
+asked for again another time.`)
+	cmd.Example = `  snapshotctl reclaim check --collection docs --segment 101
+  snapshotctl reclaim request --collection docs --segment 101,102 --deleter snapshotd
+  snapshotctl reclaim list`
+	cmd.AddCommand(a.reclaimCheck(), a.reclaimRequest(), a.reclaimConfirm(), a.reclaimList())
+	return cmd
+}
+
+// given are the units that a command is about, by its flags.
+type given struct {
+	segments, builds, paths []string
+	root                    int32
+	file                    string
+}
+
+// units gives cmd the flags that fill the result.
+func units(cmd *cobra.Command) *given {
+	var g given
+	f := cmd.Flags()
+	f.StringArrayVar(&g.segments, "segment", nil, "`id` of a segment; may be repeated")
+	f.StringArrayVar(&g.builds, "build", nil, "`id` of an index build; may be repeated")
+	f.StringArrayVar(&g.paths, "path", nil, "`path` of a file relative to its root, for the unit that it belongs to; may be repeated")
+	f.Int32Var(&g.root, "root", 0, "`number` of the root of each --path")
+	f.StringVarP(&g.file, "file", "f", "", "`file` of units, one a line; - is standard input")
+	return &g
+}
+
+const unitsLong = `Units are given by flags, or with -f by a file with one a line, as protobuf JSON
+of the message Unit: {"segmentId": 101}, {"indexBuildId": 7}, or
+{"file": {"root": 0, "path": "7/8/101/insert/100/1"}}. There may be any number.`
+
+func segmentUnit(id int64) *snapshotdv1.Unit {
+	return &snapshotdv1.Unit{Unit: &snapshotdv1.Unit_SegmentId{SegmentId: id}}
+}
+
+func buildUnit(id int64) *snapshotdv1.Unit {
+	return &snapshotdv1.Unit{Unit: &snapshotdv1.Unit_IndexBuildId{IndexBuildId: id}}
+}
+
+func fileUnit(root int32, path string) *snapshotdv1.Unit {
+	return &snapshotdv1.Unit{Unit: &snapshotdv1.Unit_File{File: &snapshotdv1.UnitFile{Root: root, Path: path}}}
+}
+
+// unitName names a unit as it was given.
+func unitName(u *snapshotdv1.Unit) string {
+	switch u.GetUnit().(type) {
+	case *snapshotdv1.Unit_SegmentId:
+		return fmt.Sprintf("segment %d", u.GetSegmentId())
+	case *snapshotdv1.Unit_IndexBuildId:
+		return fmt.Sprintf("build %d", u.GetIndexBuildId())
+	default:
+		name := "file " + clean(u.GetFile().GetPath())
+		if root := u.GetFile().GetRoot(); root != 0 {
+			name += fmt.Sprintf(" (root %d)", root)
+		}
+		return name
+	}
+}
+
+// each hands the units on in lists that fit in a call.
+func (a *app) each(g *given, send func([]*snapshotdv1.Unit) error) error {
+	segments, err := parseIDs(g.segments)
+	if err != nil {
+		return err
+	}
+	builds, err := parseIDs(g.builds)
+	if err != nil {
+		return err
+	}
+	var (
+		batch []*snapshotdv1.Unit
+		size  int
+	)
+	add := func(u *snapshotdv1.Unit) error {
+		n := proto.Size(u) + 6 // with tag and length
+		if len(batch) == maxUnits || size+n > maxBatchBytes {
+			if err := send(batch); err != nil {
+				return err
+			}
+			batch, size = nil, 0
+		}
+		batch, size = append(batch, u), size+n
+		return nil
+	}
+	var flags []*snapshotdv1.Unit
+	for _, id := range segments {
+		flags = append(flags, segmentUnit(id))
+	}
+	for _, id := range builds {
+		flags = append(flags, buildUnit(id))
+	}
+	for _, path := range g.paths {
+		flags = append(flags, fileUnit(g.root, path))
+	}
+	if len(flags) == 0 && g.file == "" {
+		return wrong("nothing is asked for: give --segment, --build, --path or -f")
+	}
+	for _, u := range flags {
+		if err := add(u); err != nil {
+			return err
+		}
+	}
+	if g.file != "" {
+		name, r, closeFile, err := a.open(g.file)
+		if err != nil {
+			return err
+		}
+		defer closeFile()
+		if err := unitLines(name, r, add); err != nil {
+			return err
+		}
+	}
+	if len(batch) == 0 {
+		return nil
+	}
+	return send(batch)
+}
+
+// unitLines reads units, each a line of protobuf JSON. Empty lines do not count.
+func unitLines(name string, r io.Reader, add func(*snapshotdv1.Unit) error) error {
+	lines := bufio.NewScanner(r)
+	for n := 1; lines.Scan(); n++ {
+		line := bytes.TrimSpace(lines.Bytes())
+		if len(line) == 0 {
+			continue
+		}
+		u := new(snapshotdv1.Unit)
+		if err := protojson.Unmarshal(line, u); err != nil {
+			return wrong("%s, line %d: %s", name, n, plainJSONError(err))
+		}
+		if u.GetUnit() == nil {
+			return wrong(`%s, line %d: no unit: write {"segmentId": 101}, {"indexBuildId": 7} or {"file": {"path": "7/8/101/insert/100/1"}}`, name, n)
+		}
+		if err := add(u); err != nil {
+			return err
+		}
+	}
+	switch err := lines.Err(); {
+	case errors.Is(err, bufio.ErrTooLong):
+		return wrong("%s holds a line that is too long for a unit", name)
+	case err != nil:
+		return fmt.Errorf("read %s: %w", name, err)
+	}
+	return nil
+}
+
+func (a *app) reclaimCheck() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "check --collection COLLECTION --segment ID...",
+		Short: "Tells who holds units",
+		Long: `Tells what units are to the collection and who holds them. It changes nothing,
+and allows nothing either: by the time it is read it may be wrong. What it finds
+is its answer, so that the exit code is 0 for what is held or not known, too.
+` + "`snapshotctl explain`" + ` says more about one of them.
+
+` + unitsLong,
+		Example: `  snapshotctl reclaim check --collection docs --segment 101,102 --build 7
+  snapshotctl reclaim check --collection docs --path 7/8/101/insert/100/1
+  snapshotctl reclaim check --collection docs -f units.jsonl -o json`,
+		Args: args(),
+	}
+	collection := collectionFlag(cmd)
+	of := units(cmd)
+	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
+		ref, err := a.required(collection)
+		if err != nil {
+			return err
+		}
+		c, err := a.connect()
+		if err != nil {
+			return err
+		}
+		l := a.list("units", "UNIT", "STATE", "HOLDERS", "HELD BY")
+		err = a.each(of, func(batch []*snapshotdv1.Unit) error {
+			resp, err := unary(ctx, a, c.Reclaim.CheckReferences, &snapshotdv1.CheckReferencesRequest{Collection: ref, Units: batch})
+			if err != nil {
+				return err
+			}
+			for i, u := range resp.GetUnits() {
+				if err := l.add(u, unitName(batch[i]), upper(u.GetState()), u.GetHolderCount(), heldBy(u.GetHolders(), u.GetHolderCount())); err != nil {
+					return err
+				}
+			}
+			return l.flush()
+		})
+		if err != nil {
+			return err
+		}
+		return l.close()
+	})
+	return cmd
+}
+
+// heldBy names holders in short; n is how many there are.
+func heldBy(holders []*snapshotdv1.Holder, n int64) string {
+	var names []string
+	for _, h := range holders {
+		switch h.GetHolder().(type) {
+		case *snapshotdv1.Holder_Snapshot:
+			names = append(names, clean(h.GetSnapshot().GetName()))
+		case *snapshotdv1.Holder_Creating:
+			names = append(names, fmt.Sprintf("#%d (being created)", h.GetCreating().GetSnapshotId()))
+		case *snapshotdv1.Holder_Catalog:
+			names = append(names, "the collection")
+		}
+	}
+	if more := n - int64(len(names)); more > 0 {
+		names = append(names, fmt.Sprintf("%d more", more))
+	}
+	return strings.Join(names, ", ")
+}
+
+// parseDeleter reads who deletes; empty is nobody in particular.
+func parseDeleter(s string) (snapshotdv1.Deleter, error) {
+	switch strings.ToLower(s) {
+	case "":
+		return snapshotdv1.Deleter_DELETER_UNSPECIFIED, nil
+	case "snapshotd":
+		return snapshotdv1.Deleter_DELETER_SNAPSHOTD, nil
+	case "caller":
+		return snapshotdv1.Deleter_DELETER_CALLER, nil
+	}
+	return 0, wrong("--deleter %q: it is snapshotd or caller", s)
+}
+
+func (a *app) reclaimRequest() *cobra.Command {
+	var deleter string
+	cmd := &cobra.Command{
+		Use:   "request --collection COLLECTION --segment ID... --deleter snapshotd|caller",
+		Short: "Asks for units to be deleted",
+		Long: `Asks for units to be deleted, and says for each: GRANTED, HELD or UNKNOWN. A
+grant is never taken back. What was granted before is granted again, as it was,
+so that the command can be repeated. All three are answers: the exit code is 0.
+
+With --deleter snapshotd the files of granted units are deleted in the
+background. With --deleter caller you delete them, all that
+` + "`snapshotctl reclaim list --files`" + ` names and no others, and then run
+` + "`snapshotctl reclaim confirm`" + `.
+
+` + unitsLong,
+		Example: `  snapshotctl reclaim request --collection docs --segment 101,102 --deleter snapshotd
+  snapshotctl reclaim request --collection '#7' -f units.jsonl --deleter caller`,
+		Args: args(),
+	}
+	collection := collectionFlag(cmd)
+	of := units(cmd)
+	cmd.Flags().StringVar(&deleter, "deleter", "", "`who` deletes the files: snapshotd or caller (required)")
+	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
+		ref, err := a.required(collection)
+		if err != nil {
+			return err
+		}
+		by, err := parseDeleter(deleter)
+		if err != nil {
+			return err
+		}
+		if by == snapshotdv1.Deleter_DELETER_UNSPECIFIED {
+			return wrong("--deleter is missing: who deletes the files, snapshotd or the caller, which is you?")
+		}
+		c, err := a.connect()
+		if err != nil {
+			return err
+		}
+		l := a.list("results", "UNIT", "OUTCOME", "TOMBSTONE", "DELETER", "FILES", "SIZE", "HELD BY")
+		var sum granted
+		err = a.each(of, func(batch []*snapshotdv1.Unit) error {
+			resp, err := unary(ctx, a, c.Reclaim.Reclaim, &snapshotdv1.ReclaimRequest{Collection: ref, Units: batch, Deleter: by})
+			if err != nil {
+				return err
+			}
+			for i, r := range resp.GetResults() {
+				cells := []any{unitName(batch[i]), strings.TrimPrefix(r.GetOutcome().String(), "OUTCOME_"), "-", "-", "-", "-", "-"}
+				if t := r.GetTombstone(); t != nil {
+					copy(cells[2:], []any{t.GetId(), lower(t.GetDeleter(), "DELETER_"), t.GetFileCount(), size(t.GetBytes())})
+				}
+				cells[6] = heldBy(r.GetHolders(), r.GetHolderCount())
+				if err := l.add(r, cells...); err != nil {
+					return err
+				}
+				sum.add(r)
+			}
+			return l.flush()
+		})
+		if err != nil {
+			return err
+		}
+		if err := l.close(); err != nil || a.output != formatTable {
+			return err
+		}
+		put(a.out, "%s", sum.text(*collection))
+		return nil
+	})
+	return cmd
+}
+
+// granted is what a request got, in sum. A unit may be asked for in several ways.
+type granted struct {
+	ours, callers map[int64]*snapshotdv1.Tombstone // by id, for whom they are to delete
+	held          int
+}
+
+func (g *granted) add(r *snapshotdv1.ReclaimResult) {
+	switch {
+	case r.GetOutcome() == snapshotdv1.ReclaimResult_OUTCOME_HELD:
+		g.held++
+	case r.GetTombstone() == nil:
+	case r.GetTombstone().GetDeleter() == snapshotdv1.Deleter_DELETER_CALLER:
+		if g.callers == nil {
+			g.callers = map[int64]*snapshotdv1.Tombstone{}
+		}
+		g.callers[r.GetTombstone().GetId()] = r.GetTombstone()
+	default:
+		if g.ours == nil {
+			g.ours = map[int64]*snapshotdv1.Tombstone{}
+		}
+		g.ours[r.GetTombstone().GetId()] = r.GetTombstone()
+	}
+}
+
+// text says what follows from it.
+func (g *granted) text(collection string) string {
+	var b strings.Builder
+	sum := func(ts map[int64]*snapshotdv1.Tombstone) string {
+		var files, bytes int64
+		for _, t := range ts {
+			files, bytes = files+t.GetFileCount(), bytes+t.GetBytes()
+		}
+		return fmt.Sprintf("%s, %s", count(files, "file"), size(bytes))
+	}
+	if len(g.ours) > 0 {
+		put(&b, "snapshotd deletes %s\n", sum(g.ours))
+	}
+	if len(g.callers) > 0 {
+		of := word(collection, "")
+		put(&b, "yours to delete: %s; see them with `snapshotctl reclaim list --collection %s --deleter caller --files`\n", sum(g.callers), of)
+		put(&b, "then: snapshotctl reclaim confirm --collection %s TOMBSTONE...\n", of)
+	}
+	if g.held > 0 {
+		put(&b, "held: %s; ask again when their holders are gone\n", count(g.held, "unit"))
+	}
+	return b.String()
+}
+
+func (a *app) reclaimConfirm() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "confirm TOMBSTONE... --collection COLLECTION",
+		Short: "Says that the files of granted units are deleted",
+		Long: `Says that the files of units which were granted to a caller are deleted, all of
+them. Their tombstones go, and nothing is left of them: a file that is still
+there is then known to nobody. One that was confirmed before is UNKNOWN, and no
+error. The exit code is 5 when one is snapshotd's own to delete (FOREIGN).`,
+		Example: "  snapshotctl reclaim confirm --collection docs 101 102",
+		Args:    cobra.ArbitraryArgs,
+	}
+	collection := collectionFlag(cmd)
+	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
+		ref, err := a.required(collection)
+		if err != nil {
+			return err
+		}
+		if len(args) == 0 {
+			return wrong("TOMBSTONE is missing: which? `snapshotctl reclaim list` lists them")
+		}
+		ids, err := parseIDs(args)
+		if err != nil {
+			return err
+		}
+		seen := make(map[int64]bool, len(ids)) // the API takes each once
+		ids = slices.DeleteFunc(ids, func(id int64) bool { twice := seen[id]; seen[id] = true; return twice })
+		c, err := a.connect()
+		if err != nil {
+			return err
+		}
+		l := a.list("results", "TOMBSTONE", "OUTCOME")
+		foreign := 0
+		for part := range slices.Chunk(ids, maxUnits) {
+			resp, err := unary(ctx, a, c.Reclaim.ConfirmReclaimed, &snapshotdv1.ConfirmReclaimedRequest{Collection: ref, TombstoneIds: part})
+			if err != nil {
+				return err
+			}
+			for _, r := range resp.GetResults() {
+				if r.GetOutcome() == snapshotdv1.ConfirmResult_OUTCOME_FOREIGN {
+					foreign++
+				}
+				if err := l.add(r, r.GetTombstoneId(), strings.TrimPrefix(r.GetOutcome().String(), "OUTCOME_")); err != nil {
+					return err
+				}
+			}
+		}
+		if err := l.close(); err != nil {
+			return err
+		}
+		if foreign > 0 {
+			return &hintError{
+				status.Errorf(codes.FailedPrecondition, "%s snapshotd's own to delete", isAre(foreign)),
+				"it confirms them by itself; see them with `snapshotctl reclaim list --deleter snapshotd`",
+			}
+		}
+		return nil
+	})
+	return cmd
+}
+
+func isAre(n int) string {
+	if n == 1 {
+		return "1 tombstone is"
+	}
+	return fmt.Sprintf("%d tombstones are", n)
+}
+
+func (a *app) reclaimList() *cobra.Command {
+	var (
+		collection, deleter string
+		files               bool
+		limit               int
+	)
+	cmd := &cobra.Command{
+		Use:   "list",
+		Short: "Lists what is granted and not confirmed",
+		Long: `Lists tombstones, the grants that are not confirmed yet, in the order of
+collection and tombstone id. One that stays for long was granted to a caller who
+died, or its files cannot be deleted. With --files it lists what there is to
+delete; -o json and yaml always do.`,
+		Example: `  snapshotctl reclaim list
+  snapshotctl reclaim list --collection docs --deleter caller --files`,
+		Args: args(),
+	}
+	f := cmd.Flags()
+	f.StringVar(&collection, "collection", "", "only of this `collection`")
+	f.StringVar(&deleter, "deleter", "", "only those that snapshotd or a caller deletes: `who`")
+	f.BoolVar(&files, "files", false, "list the files of each, too")
+	f.IntVar(&limit, "limit", 0, "list so `many` tombstones (default all)")
+	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
+		var (
+			req snapshotdv1.ListTombstonesRequest
+			err error
+		)
+		if collection != "" {
+			if req.Collection, err = a.collectionRef(collection); err != nil {
+				return err
+			}
+		}
+		if req.Deleter, err = parseDeleter(deleter); err != nil {
+			return err
+		}
+		c, err := a.connect()
+		if err != nil {
+			return err
+		}
+		header := []string{"TOMBSTONE", "COLLECTION", "KIND", "SEGMENT", "DELETER", "CALLER", "GRANTED", "FILES", "SIZE"}
+		if files {
+			header = []string{"TOMBSTONE", "COLLECTION", "SIZE", "STORE", "KEY"}
+		}
+		l := a.list("tombstones", header...)
+		err = pages(limit, func(size int32, token string) (int, string, error) {
+			req.PageSize, req.PageToken = size, token
+			resp, err := unary(ctx, a, c.Reclaim.ListTombstones, &req)
+			if err != nil {
+				return 0, "", err
+			}
+			for _, t := range resp.GetTombstones() {
+				if err := addTombstone(l, t, files); err != nil {
+					return 0, "", err
+				}
+			}
+			return len(resp.GetTombstones()), resp.GetNextPageToken(), l.flush()
+		})
+		if err != nil {
+			return err
+		}
+		return l.close()
+	})
+	return cmd
+}
+
+// addTombstone prints a tombstone: as a row, or as one for each of its files.
+func addTombstone(l *list, t *snapshotdv1.Tombstone, files bool) error {
+	of := fmt.Sprintf("#%d", t.GetCollectionId())
+	if !files || l.app.output != formatTable {
+		return l.add(
+			t, t.GetId(), of, lower(t.GetKind(), "KIND_"), t.GetSegmentId(), lower(t.GetDeleter(), "DELETER_"), t.GetCaller(),
+			t.GetGrantTime(), t.GetFileCount(), size(t.GetBytes()),
+		)
+	}
+	for _, f := range t.GetFiles() {
+		l.table.row(t.GetId(), of, size(f.GetSize()), f.GetStore(), f.GetKey())
+	}
+	return nil
+}

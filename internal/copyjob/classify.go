@@ -1,0 +1,55 @@
+package copyjob
+
+import (
+	"errors"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/catalog/layout"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// Errors of a copy that will not pass.
+var (
+	errSourceMissing = errors.New("a file of the snapshot is missing")
+	errSourceAltered = errors.New("a file of the snapshot was altered")
+	errNoStore       = errors.New("an object store is not configured here")
+	errMapping       = errors.New("the snapshot is not what the job was made for")
+)
+
+// classes say which errors of a task give its job up, and by which reason. All
+// others may pass: the task is tried again, up to the cap.
+var classes = []struct {
+	err    error
+	reason string
+}{
+	{errSourceMissing, "SOURCE_OBJECT_MISSING"},
+	{errSourceAltered, "SOURCE_OBJECT_ALTERED"},
+	{ErrSource, "SNAPSHOT_CORRUPT"},
+	{errMapping, "INTERNAL"},
+	{object.ErrDenied, "OBJECT_STORE_DENIED"},
+	{object.ErrMisconfigured, "OBJECT_STORE_MISCONFIGURED"},
+	{object.ErrInvalidKey, "LAYOUT_REFUSED"},
+	{catalog.ErrLimitExceeded, "LIMIT_EXCEEDED"},
+	{meta.ErrTooLarge, "LIMIT_EXCEEDED"},
+}
+
+// classify returns the reason by which err gives the job up, and true; or a
+// reason for people, and false when it may pass.
+func classify(err error) (reason string, permanent bool) {
+	for _, c := range classes {
+		if errors.Is(err, c.err) {
+			return c.reason, true
+		}
+	}
+	var refused *layout.RefusedError
+	switch {
+	case errors.As(err, &refused):
+		return "LAYOUT_REFUSED", true
+	case errors.Is(err, object.ErrUnavailable):
+		return "OBJECT_STORE_UNAVAILABLE", false
+	case errors.Is(err, meta.ErrUnavailable), errors.Is(err, meta.ErrNoSpace):
+		return "METADATA_STORE_UNAVAILABLE", false
+	}
+	return "TASK_FAILED", false
+}

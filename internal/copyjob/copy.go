@@ -1,0 +1,389 @@
+package copyjob
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/snapshotd/snapshotd/internal/catalog/layout"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// listsInFlight is how many prefixes a task lists at once.
+const listsInFlight = 8
+
+// restored is what an attempt has made.
+type restored struct {
+	segments []segment.Segment
+	totals   segment.Totals
+}
+
+// fileCopy is one file that is to be copied.
+type fileCopy struct {
+	file    *segment.File // of the target's segment, whose ETag becomes that of the copy
+	segment int64         // of the snapshot
+	store   object.Store
+	alias   string
+	from    object.Info // Size as the snapshot has it, ETag when it is known
+	to      string
+	source  place // where to look for what is not known of from
+	target  place // where the copy is listed
+}
+
+// place is a prefix in a store that holds the files of one segment or build.
+type place struct {
+	alias  string
+	prefix string // empty: there is none
+}
+
+// copy carries the task out: it copies what is not there yet, verifies all of it
+// against a listing of the target, and registers the target's segments.
+func (a *attempt) copy(ctx context.Context) error {
+	w := a.worker
+	md, err := w.o.Source.Metadata(ctx, a.job.Snapshot)
+	if err != nil {
+		return err
+	}
+	mapping, err := a.job.Mapping(md)
+	if err != nil {
+		return fmt.Errorf("%w: %w", errMapping, err)
+	}
+	from, to := a.job.span(a.number)
+	items, err := w.sources.items(ctx, a.job.Snapshot, md, from, to)
+	if err != nil {
+		return err
+	}
+	done := &restored{}
+	indexes := a.job.targetIndexes(md)
+	for _, it := range items {
+		if !a.job.WantsPartition(it.Partition) {
+			continue
+		}
+		target, err := a.job.targetOf(it, mapping, indexes)
+		if err != nil {
+			return err
+		}
+		done.segments = append(done.segments, target)
+		done.totals.Add(&done.segments[len(done.segments)-1])
+		if target.RowCeiling != 0 {
+			done.totals.Straddling++
+		}
+	}
+	files, err := a.plan(md, items, done.segments)
+	if err != nil {
+		return err
+	}
+	if err := a.transfer(ctx, files); err != nil {
+		return err
+	}
+	return a.register(ctx, done)
+}
+
+// targetOf is the target of a segment: the same rows, other ids and paths.
+func (j *Job) targetOf(it item, m *layout.Mapping, indexes map[int64]int64) (segment.Segment, error) {
+	s := *it.Segment
+	if j.SkipIndexes {
+		s.Builds = nil
+	}
+	paths, err := m.Paths(&s, it.ordinal, it.firstBuild)
+	if err != nil {
+		return segment.Segment{}, err
+	}
+	partition, _ := m.Partition(s.Partition) // Paths has asked for it
+	s.ID, s.Partition, s.State = m.Segment(it.ordinal), partition, segment.Flushed
+	s.Files = slices.Clone(s.Files)
+	s.Builds = slices.Clone(s.Builds)
+	for b := range s.Builds {
+		build := &s.Builds[b]
+		index, ok := indexes[build.Index]
+		if !ok {
+			return segment.Segment{}, fmt.Errorf("%w: build %d is of index %d, which the snapshot does not have", ErrSource, build.ID, build.Index)
+		}
+		build.ID, build.Index = m.Build(it.firstBuild+int64(b)), index
+		build.Files = slices.Clone(build.Files)
+	}
+	n := 0
+	for f := range s.AllFiles() {
+		f.Path = paths[n]
+		n++
+	}
+	return s, nil
+}
+
+// plan lists what is to be copied, source and target beside each other.
+func (a *attempt) plan(md *manifest.Metadata, items []item, targets []segment.Segment) ([]*fileCopy, error) {
+	var files []*fileCopy
+	next := 0
+	for _, it := range items {
+		if !a.job.WantsPartition(it.Partition) {
+			continue
+		}
+		target := &targets[next]
+		next++
+		ids := []int64{target.ID}
+		for b := range target.Builds {
+			ids = append(ids, target.Builds[b].ID)
+		}
+		source := *it.Segment
+		if a.job.SkipIndexes {
+			source.Builds = nil
+		}
+		var sources []*segment.File
+		for f := range source.AllFiles() {
+			sources = append(sources, f)
+		}
+		n := 0
+		for f := range target.AllFiles() {
+			src := sources[n]
+			n++
+			if src.Root >= len(md.Roots) {
+				return nil, fmt.Errorf("%w: file %q is under root %d of %d", ErrSource, src.Path, src.Root, len(md.Roots))
+			}
+			root := md.Roots[src.Root]
+			store, ok := a.worker.o.Stores[root.Store]
+			if !ok {
+				return nil, fmt.Errorf("%w: %q", errNoStore, root.Store)
+			}
+			files = append(files, &fileCopy{
+				file: f, segment: it.ID, store: store, alias: root.Store,
+				from:   object.Info{Key: root.Prefix + src.Path, Size: src.Size, ETag: src.ETag},
+				to:     root.Prefix + f.Path,
+				source: place{root.Store, anchor(root.Prefix, src.Path, it.ID)},
+				target: place{root.Store, anchor(root.Prefix, f.Path, ids...)},
+			})
+		}
+	}
+	return files, nil
+}
+
+// anchor is the prefix of the path that ends with the first element that is one
+// of ids: it holds the files of one segment or build, so that listing it costs
+// little. It is empty when there is none.
+func anchor(root, path string, ids ...int64) string {
+	at := 0
+	for element := range strings.SplitSeq(path, "/") {
+		at += len(element) + 1
+		if at > len(path) { // the last element is the file itself
+			break
+		}
+		if id, err := strconv.ParseInt(element, 10, 64); err == nil && slices.Contains(ids, id) {
+			return root + path[:at]
+		}
+	}
+	return ""
+}
+
+// transfer copies files, the largest first, and verifies them.
+func (a *attempt) transfer(ctx context.Context, files []*fileCopy) error {
+	budget := a.worker.budget(a.jobID)
+	if err := a.pinSources(ctx, budget, files); err != nil {
+		return err
+	}
+	have := map[place]map[string]object.Info{}
+	if a.attempt > 1 { // an earlier attempt may have left something
+		var err error
+		if have, err = a.list(ctx, budget, files, func(f *fileCopy) place { return f.target }); err != nil {
+			return err
+		}
+	}
+	order := slices.Clone(files)
+	slices.SortStableFunc(order, func(x, y *fileCopy) int { return cmp.Compare(y.from.Size, x.from.Size) })
+	progress := &progress{attempt: a, last: a.worker.o.Now()}
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.SetLimit(a.worker.o.CopyInFlight)
+	for _, f := range order {
+		group.Go(func() error {
+			if err := a.copyFile(groupCtx, budget, f, have); err != nil {
+				return err
+			}
+			progress.add(groupCtx, f.from.Size)
+			return nil
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return err
+	}
+	return a.verify(ctx, budget, files)
+}
+
+// pinSources finds the ETags that are not known, by listing where they lie.
+func (a *attempt) pinSources(ctx context.Context, b *budget, files []*fileCopy) error {
+	var unknown []*fileCopy
+	for _, f := range files {
+		if f.from.ETag == "" {
+			unknown = append(unknown, f)
+		}
+	}
+	if len(unknown) == 0 {
+		return nil
+	}
+	found, err := a.list(ctx, b, unknown, func(f *fileCopy) place { return f.source })
+	if err != nil {
+		return err
+	}
+	for _, f := range unknown {
+		info, ok := found[f.source][f.from.Key]
+		if !ok {
+			if info, err = a.head(ctx, b, f, f.from.Key); err != nil {
+				return err
+			}
+		}
+		if info.Size != f.from.Size {
+			return fmt.Errorf("%w: %s has %d bytes, not %d", errSourceAltered, f.name(), info.Size, f.from.Size)
+		}
+		f.from.ETag = info.ETag
+	}
+	return nil
+}
+
+// name says which file it is.
+func (f *fileCopy) name() string {
+	return fmt.Sprintf("%s/%s of segment %d", f.alias, f.from.Key, f.segment)
+}
+
+// head asks for one object.
+func (a *attempt) head(ctx context.Context, b *budget, f *fileCopy, key string) (object.Info, error) {
+	if err := b.spend(ctx, 1, 0); err != nil {
+		return object.Info{}, err
+	}
+	info, err := f.store.Head(ctx, key)
+	if errors.Is(err, object.ErrNotFound) && key == f.from.Key {
+		err = fmt.Errorf("%w: %s", errSourceMissing, f.name())
+	}
+	return info, err
+}
+
+// list lists the places of files, each once. Files without a place are left out.
+func (a *attempt) list(ctx context.Context, b *budget, files []*fileCopy, where func(*fileCopy) place) (map[place]map[string]object.Info, error) {
+	found := map[place]map[string]object.Info{}
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.SetLimit(listsInFlight)
+	for _, f := range files {
+		p := where(f)
+		if p.prefix == "" || found[p] != nil {
+			continue
+		}
+		m := map[string]object.Info{}
+		found[p] = m
+		group.Go(func() error {
+			if err := b.spend(groupCtx, 1, 0); err != nil {
+				return err
+			}
+			for info, err := range f.store.List(groupCtx, p.prefix) {
+				if err != nil {
+					return err
+				}
+				m[info.Key] = info
+			}
+			return nil
+		})
+	}
+	return found, group.Wait()
+}
+
+// copyFile makes the target of one file, unless it is there and proved equal.
+func (a *attempt) copyFile(ctx context.Context, b *budget, f *fileCopy, have map[place]map[string]object.Info) error {
+	if there, ok := have[f.target][f.to]; ok {
+		equal := object.ProvedEqual(f.from, there)
+		if !equal && there.Size == f.from.Size { // what a listing does not say may prove it
+			info, err := a.head(ctx, b, f, f.to)
+			if err != nil && !errors.Is(err, object.ErrNotFound) {
+				return err
+			}
+			there, equal = info, err == nil && object.ProvedEqual(f.from, info)
+		}
+		if equal {
+			f.file.ETag = there.ETag
+			return nil
+		}
+	}
+	parts, _ := a.job.Parts.Split(f.from.Size)
+	if err := b.spend(ctx, 1+parts, f.from.Size); err != nil {
+		return err
+	}
+	if err := a.worker.gate.enter(ctx); err != nil {
+		return err
+	}
+	info, err := f.store.Copy(ctx, object.CopyRequest{
+		From: f.from.Key, To: f.to, SourceETag: f.from.ETag, Size: f.from.Size, Parts: a.job.Parts,
+	})
+	a.worker.gate.leave(err)
+	switch {
+	case errors.Is(err, object.ErrNotFound):
+		return fmt.Errorf("%w: %s", errSourceMissing, f.name())
+	case errors.Is(err, object.ErrSourceChanged):
+		return fmt.Errorf("%w: %s is not of ETag %q and %d bytes any more", errSourceAltered, f.name(), f.from.ETag, f.from.Size)
+	case err != nil:
+		return fmt.Errorf("copy %s: %w", f.name(), err)
+	}
+	f.file.ETag = info.ETag
+	return nil
+}
+
+// verify looks whether all that was copied is there as the copies' answers said.
+func (a *attempt) verify(ctx context.Context, b *budget, files []*fileCopy) error {
+	found, err := a.list(ctx, b, files, func(f *fileCopy) place { return f.target })
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		info, ok := found[f.target][f.to]
+		if !ok {
+			if info, err = a.head(ctx, b, f, f.to); err != nil {
+				return fmt.Errorf("verify the copy of %s: %w", f.name(), err)
+			}
+		}
+		switch {
+		case info.ETag != f.file.ETag:
+			return fmt.Errorf("verify the copy of %s: %s has ETag %q, not %q", f.name(), f.to, info.ETag, f.file.ETag)
+		case info.Size != f.from.Size && f.from.ETag != "":
+			return fmt.Errorf("%w: %s has %d bytes, not %d", errSourceAltered, f.name(), info.Size, f.from.Size)
+		}
+	}
+	return nil
+}
+
+// progress says from time to time how far an attempt has come.
+type progress struct {
+	attempt *attempt
+
+	mu    sync.Mutex
+	files int64
+	bytes int64
+	last  time.Time
+}
+
+// add counts a file. It is never an error that nobody could be told.
+func (p *progress) add(ctx context.Context, bytes int64) {
+	p.mu.Lock()
+	p.files++
+	p.bytes += bytes
+	a, now := p.attempt, p.attempt.worker.o.Now()
+	if now.Sub(p.last) < progressEvery {
+		p.mu.Unlock()
+		return
+	}
+	p.last = now
+	value := record.Encode(&storagev1.TaskProgress{Format: record.Format, Attempt: a.attempt, Files: p.files, Bytes: p.bytes})
+	p.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
+	defer cancel()
+	_, _ = a.worker.o.KV.Txn(ctx, meta.Txn{
+		If:   []meta.Cond{a.assignment},
+		Then: []meta.Op{meta.Put(keys.Progress(a.jobID, a.number), value)},
+	})
+}

@@ -1,0 +1,192 @@
+// Package copyjob restores snapshots: durable jobs that copy the files of a
+// snapshot and publish them as a new collection, or leave nothing.
+//
+// # Words
+//
+//	job         a restore. Its record changes with state and phase only
+//	task        a range of the snapshot's segments. Its record changes with its
+//	            state only; how far it has come is kept beside it
+//	attempt     one run of a task by one worker
+//	worker      a part of a replica that takes tasks; it is there as long as its
+//	            lease
+//	assignment  the key that gives an attempt to a worker, under that worker's
+//	            lease
+//	claim       the RESTORING collection, and the name key that leads to it: they
+//	            are the collection's own keys, so that whoever wants the name
+//	            loses by the same compare
+//
+// # States
+//
+//	        admit            begin              publish
+//	none ----------> PENDING -----> EXECUTING ---------> COMPLETED
+//	                    |            prepare, copy
+//	                    |               |
+//	                    +-----+---------+
+//	                  give up | (failed, canceled, out of time)
+//	                          v              all removed
+//	                   EXECUTING, roll back ------------> FAILED, CANCELED
+//
+//	task    PENDING -> RUNNING -> DONE; back to PENDING after an error that may
+//	        pass; FAILED after one that will not
+//
+// # Transactions
+//
+// Each but the first compares the job's record as it was read; those of the
+// leader its election key as well, and those of a worker its very assignment.
+//
+//	admit     compares: snapshot as read (COMMITTED), target's name and id
+//	          absent, request token absent
+//	          puts: claim, job PENDING, durable pin, token with the job's id. All
+//	          target ids are allocated before it
+//	begin     puts: job EXECUTING in phase prepare
+//	prepare   several; puts: partitions, indexes, checkpoints, tasks. Their keys
+//	          and values follow from the job and the snapshot, so to repeat is
+//	          harmless
+//	copy      puts: job in phase copy. What was prepared was read back before
+//	assign    compares: task as read, worker there, its last assignment absent
+//	          puts: task RUNNING with the next attempt, assignment
+//	register  several when the segments are many; puts: target segments
+//	done      compares: task as read. Puts: the last segments, task DONE;
+//	          deletes: assignment
+//	failed    compares: task as read. Puts: task PENDING (later) or FAILED;
+//	          deletes: assignment
+//	publish   (all tasks are DONE, and their sums are the job's) puts: job
+//	          COMPLETED, collection ACTIVE, result under the token; deletes: pin,
+//	          tasks
+//	give up   puts: job in phase roll back with the state it ends in. It needs no
+//	          leader: cancel is one
+//	end       (all assignments are gone, all objects and catalog keys removed)
+//	          puts: job FAILED or CANCELED, result under the token; deletes:
+//	          collection, name, pin, tasks
+//
+// Give up and publish compare the same record: the one excludes the other. No
+// object is deleted before the first, and nothing has ended before end.
+//
+// # Failures
+//
+//	no answer to any of them  the loop reads what there is and decides anew; all
+//	                          of them can be found by what they put
+//	leader dies, is deposed   another goes on from the records; the old one's
+//	                          writes fail on the election key
+//	worker dies               its assignments go with its lease; the task is
+//	                          assigned again with the next attempt
+//	worker freezes            likewise. What it copies late are the same bytes to
+//	                          the same keys, or lies under ids that have ended
+//	object missing, altered   FAILED, which gives the job up with its name
+//	store does not answer     the task goes back and is tried later, with longer
+//	                          pauses, until the cap of failures
+//	roll back fails           it is tried again until all is gone; the claim stays
+//	                          until then
+//	replica stops             as when it dies, but its lease is ended at once
+package copyjob
+
+import (
+	"context"
+	"errors"
+	"io"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/meta/election"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// Errors that callers tell apart.
+var (
+	ErrJobNotFound = errors.New("restore job not found")
+	ErrEnded       = errors.New("restore has ended")
+)
+
+// Source reads what a snapshot captured. Its errors that wrap ErrSource will not
+// pass.
+type Source interface {
+	// Metadata returns what the snapshot says of itself and its collection.
+	Metadata(ctx context.Context, snapshot int64) (*manifest.Metadata, error)
+	// Manifest returns the segments of one of its manifests.
+	Manifest(ctx context.Context, snapshot int64, number int) ([]segment.Segment, error)
+}
+
+// ErrSource means that a snapshot cannot be read and never will be.
+var ErrSource = errors.New("the snapshot cannot be read")
+
+// Options are what Jobs need.
+type Options struct {
+	KV       meta.KV
+	Catalog  *catalog.Catalog
+	Source   Source
+	Stores   map[string]object.Store // by alias
+	Requests *request.Leases
+	Replica  string
+	Now      func() time.Time
+	Rand     io.Reader
+	Log      *zap.Logger
+
+	Slots        int           // tasks that this replica works on at once; default 8; negative: none
+	CopyInFlight int           // objects that it copies at once; default 32
+	WorkerTTL    time.Duration // of a worker's lease; default 10 s
+	Resync       time.Duration // between looks that nothing asked for; default 30 s
+	MaxFailures  int           // of a task before the job is given up; default 12, about five minutes
+	Keep         time.Duration // how long jobs that have ended are kept; default a week
+}
+
+// Jobs runs restores. It is safe for concurrent use. All background work happens
+// inside Run and Lead.
+type Jobs struct {
+	o     Options
+	kv    meta.KV
+	log   *zap.Logger
+	board *board
+	work  *worker
+}
+
+// New returns Jobs that do nothing until Run.
+func New(o Options) *Jobs {
+	if o.Slots == 0 {
+		o.Slots = 8
+	}
+	if o.CopyInFlight == 0 {
+		o.CopyInFlight = 32
+	}
+	if o.WorkerTTL == 0 {
+		o.WorkerTTL = 10 * time.Second
+	}
+	if o.Resync == 0 {
+		o.Resync = 30 * time.Second
+	}
+	if o.MaxFailures == 0 {
+		o.MaxFailures = 12
+	}
+	if o.Keep == 0 {
+		o.Keep = 7 * 24 * time.Hour
+	}
+	j := &Jobs{o: o, kv: o.KV, log: o.Log}
+	j.board = newBoard(&j.o)
+	j.work = newWorker(&j.o, j.board)
+	return j
+}
+
+// Run follows the jobs, and works on the tasks that this replica is given, until
+// ctx ends. It must be called once.
+func (j *Jobs) Run(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return j.board.run(ctx) })
+	if j.o.Slots > 0 {
+		group.Go(func() error {
+			j.work.run(ctx)
+			return nil
+		})
+	}
+	return group.Wait()
+}
+
+// Lead moves the jobs on until ctx ends or another leads.
+func (j *Jobs) Lead(ctx context.Context, term election.Term) error {
+	return newLeader(j, term).run(ctx)
+}

@@ -1,0 +1,172 @@
+package copyjob
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+)
+
+// step is what the leader has to do for a job.
+type step int
+
+// The steps.
+const (
+	stepNone     step = iota
+	stepBegin         // PENDING -> EXECUTING
+	stepPrepare       // make partitions, indexes, checkpoints and tasks
+	stepAssign        // give tasks to workers
+	stepGiveUp        // into roll back
+	stepPublish       // into COMPLETED
+	stepRollBack      // remove all, then end
+	stepForget        // remove the record
+)
+
+// decision is a step with what it needs.
+type decision struct {
+	step    step
+	job     *Job
+	tasks   []*task        // to assign, the first ones first
+	outcome State          // of giving up
+	reason  string         // of giving up
+	message string         // of giving up
+	done    segment.Totals // how far it has come
+	retries int64
+}
+
+// decide looks at all jobs and says what is to be done, the jobs of the highest
+// priority first, then the oldest, and how long there is nothing more unless
+// something changes. It is a function of the board and the time.
+func (b *board) decide(now time.Time) (list []decision, next time.Duration) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	next = b.o.Resync
+	until := func(at time.Time) bool {
+		left := at.Sub(now)
+		if left > 0 {
+			next = min(next, left)
+		}
+		return left <= 0
+	}
+	for _, r := range b.rows {
+		if r.job == nil {
+			continue
+		}
+		if d := b.decideJob(r, until); d.step != stepNone {
+			list = append(list, d)
+		}
+	}
+	slices.SortFunc(list, func(x, y decision) int {
+		return cmp.Or(cmp.Compare(y.job.Priority, x.job.Priority), cmp.Compare(x.job.ID, y.job.ID))
+	})
+	return list, next
+}
+
+// decideJob decides for one job. until says whether a time has come.
+func (b *board) decideJob(r *row, until func(time.Time) bool) decision {
+	job := r.job
+	d := decision{job: job}
+	giveUp := func(reason, format string, args ...any) decision {
+		d.step, d.outcome, d.reason, d.message = stepGiveUp, Failed, reason, fmt.Sprintf(format, args...)
+		s := b.status(r)
+		d.done, d.retries = s.Done, s.Retries
+		return d
+	}
+	switch {
+	case job.State.Ended():
+		if until(job.EndTime.Add(b.o.Keep)) {
+			d.step = stepForget
+		}
+		return d
+	case job.Phase == RollBack:
+		if !b.hasAssignments(job.ID) { // the workers have stopped
+			d.step = stepRollBack
+		}
+		return d
+	case !job.Deadline.IsZero() && until(job.Deadline):
+		return giveUp("TIMEOUT", "the job had not ended by its deadline, %s", job.Deadline.Format(time.RFC3339))
+	case job.State == Pending:
+		d.step = stepBegin
+		return d
+	case job.Phase == Prepare:
+		d.step = stepPrepare
+		return d
+	}
+	for _, t := range r.open {
+		switch {
+		case t.state == TaskFailed:
+			return giveUp(t.reason, "%s", t.message)
+		case int(t.failures) >= b.o.MaxFailures:
+			return giveUp("TOO_MANY_FAILURES", "gave up after %d failures, the last of which was: %s", t.failures, t.message)
+		case t.state == TaskPending && until(t.notBefore),
+			t.state == TaskRunning && !b.isAssigned(t):
+			d.tasks = append(d.tasks, t)
+		}
+	}
+	switch {
+	case r.nDone == job.Tasks && len(r.open) == 0:
+		if r.done.Segments != job.Totals.Segments || r.done.Files != job.Totals.Files || r.done.Bytes != job.Totals.Bytes {
+			return giveUp("INTERNAL", "%d segments, %d files and %d bytes were restored, not %d, %d and %d",
+				r.done.Segments, r.done.Files, r.done.Bytes, job.Totals.Segments, job.Totals.Files, job.Totals.Bytes)
+		}
+		d.step, d.done, d.retries = stepPublish, r.done, b.status(r).Retries
+	case len(d.tasks) > 0:
+		d.step = stepAssign
+		slices.SortFunc(d.tasks, func(x, y *task) int { return cmp.Compare(x.number, y.number) })
+	}
+	return d
+}
+
+// isAssigned says whether the worker of a running task still has it. The lock
+// must be held.
+func (b *board) isAssigned(t *task) bool {
+	_, ok := b.assigned[keys.Assignment(t.worker, t.job, t.number)]
+	return ok
+}
+
+// hasAssignments says whether any worker has a task of the job. The lock must be
+// held.
+func (b *board) hasAssignments(job int64) bool {
+	for key := range b.assigned {
+		if id, _, err := keys.LastTwo(key); err == nil && id == job {
+			return true
+		}
+	}
+	return false
+}
+
+// isWorkedOn is hasAssignments for who does not hold the lock.
+func (b *board) isWorkedOn(job int64) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.hasAssignments(job)
+}
+
+// slot is a worker with room for tasks.
+type slot struct {
+	*poolWorker
+	free int
+}
+
+// slots returns the workers that have room, those with the most first.
+func (b *board) slots() []slot {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	load := map[int64]int{}
+	for key := range b.assigned {
+		if worker, err := keys.AssignedTo(key); err == nil {
+			load[worker]++
+		}
+	}
+	var list []slot
+	for _, w := range b.pool {
+		if free := w.slots - load[w.id]; free > 0 {
+			list = append(list, slot{w, free})
+		}
+	}
+	slices.SortFunc(list, func(x, y slot) int { return cmp.Or(cmp.Compare(y.free, x.free), cmp.Compare(x.id, y.id)) })
+	return list
+}

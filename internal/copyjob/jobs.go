@@ -1,0 +1,241 @@
+package copyjob
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// maxAttempts bounds how often a small change is decided anew when its premises
+// changed.
+const maxAttempts = 16
+
+// Get returns a job with how far it has come, as it was when Get was called or
+// later. It is ErrJobNotFound when there is none.
+func (j *Jobs) Get(ctx context.Context, id int64) (*Status, error) {
+	if err := j.board.sync(ctx); err != nil {
+		return nil, fmt.Errorf("restore job %d: %w", id, err)
+	}
+	s, _ := j.board.statusOf(id)
+	if s == nil {
+		return nil, fmt.Errorf("%w: %d", ErrJobNotFound, id)
+	}
+	return s, nil
+}
+
+// statusOf returns a job as the board has it, nil when it does not, and a channel
+// that is closed when anything changes.
+func (b *board) statusOf(id int64) (*Status, <-chan struct{}) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	r := b.rows[id]
+	if r == nil || r.job == nil {
+		return nil, b.moved
+	}
+	return b.status(r), b.moved
+}
+
+// Watch calls fn with a job whenever it changed, at most every so often, until it
+// has ended, which fn sees. It ends with ctx and with fn's first error.
+func (j *Jobs) Watch(ctx context.Context, id int64, every time.Duration, fn func(*Status) error) error {
+	s, err := j.Get(ctx, id)
+	if err != nil {
+		return err
+	}
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	<-timer.C
+	for {
+		if err := fn(s); err != nil || s.Job.State.Ended() {
+			return err
+		}
+		revision := s.Job.Revision
+		_, moved := j.board.statusOf(id)
+		timer.Reset(every)
+		select { // at least that long, unless the job itself moves on
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-timer.C:
+		}
+		for {
+			next, newer := j.board.statusOf(id)
+			if next == nil {
+				return fmt.Errorf("%w: %d", ErrJobNotFound, id)
+			}
+			if next.Job.Revision != revision || next.Done != s.Done || next.LastError != s.LastError {
+				s = next
+				break
+			}
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-moved:
+				moved = newer
+			}
+		}
+	}
+}
+
+// Filter says which jobs to list. Zero fields do not filter.
+type Filter struct {
+	Snapshot int64
+	DB       string
+	States   []State
+	Labels   map[string]string
+}
+
+func (f *Filter) match(job *Job) bool {
+	for k, v := range f.Labels {
+		if got, ok := job.Labels[k]; !ok || got != v {
+			return false
+		}
+	}
+	return (f.Snapshot == 0 || job.Snapshot == f.Snapshot) && (f.DB == "" || job.DB == f.DB) &&
+		(len(f.States) == 0 || slices.Contains(f.States, job.State))
+}
+
+// List returns up to limit jobs that match, newest first, behind the one with id
+// after (0: from the newest on), and whether there are more.
+func (j *Jobs) List(ctx context.Context, f Filter, after int64, limit int) (list []*Status, more bool, err error) {
+	if err := j.board.sync(ctx); err != nil {
+		return nil, false, fmt.Errorf("list restore jobs: %w", err)
+	}
+	b := j.board
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var rows []*row
+	for id, r := range b.rows {
+		if r.job != nil && (after == 0 || id < after) && f.match(r.job) {
+			rows = append(rows, r)
+		}
+	}
+	slices.SortFunc(rows, func(x, y *row) int { return cmp.Compare(y.job.ID, x.job.ID) })
+	for _, r := range rows {
+		if len(list) == limit {
+			return list, true, nil
+		}
+		list = append(list, b.status(r))
+	}
+	return list, false, nil
+}
+
+// Cancel gives a job up. When it returns nil, the target will not appear; it is
+// removed in the background. A job that failed, or is being given up, is left as
+// it is. One that is COMPLETED is ErrEnded.
+func (j *Jobs) Cancel(ctx context.Context, id int64) (*Status, error) {
+	for attempt := range maxAttempts {
+		if err := pause(ctx, attempt); err != nil {
+			return nil, err
+		}
+		job, err := j.read(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		switch {
+		case job.State == Completed:
+			return nil, fmt.Errorf("%w: job %s is COMPLETED; drop the collection instead", ErrEnded, job)
+		case job.State.Ended(), job.Phase == RollBack:
+			return j.Get(ctx, id)
+		}
+		op, err := newOp(j.o.Rand)
+		if err != nil {
+			return nil, err
+		}
+		d := decision{outcome: Canceled, reason: "CANCELED", message: "it was canceled", job: job}
+		if s, _ := j.board.statusOf(id); s != nil {
+			d.done, d.retries = s.Done, s.Retries
+		}
+		next := givenUp(d, j.o.Now())
+		res, err := j.kv.Txn(ctx, meta.Txn{
+			If: []meta.Cond{job.unchanged()}, Then: []meta.Op{meta.Put(keys.Job(id), next.Encode(op))},
+		})
+		if err != nil {
+			return nil, fmt.Errorf("cancel restore job %s: %w", job, err)
+		}
+		if res.Succeeded {
+			return j.Get(ctx, id)
+		}
+	}
+	return nil, fmt.Errorf("cancel restore job %d: %w", id, errConflict)
+}
+
+var errConflict = errors.New("it changes all the time")
+
+// SetLimits changes what a job may use, which its workers heed at once.
+func (j *Jobs) SetLimits(ctx context.Context, id int64, l Limits) (*Status, error) {
+	for attempt := range maxAttempts {
+		if err := pause(ctx, attempt); err != nil {
+			return nil, err
+		}
+		job, err := j.read(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		if job.State.Ended() || job.Phase == RollBack {
+			return nil, fmt.Errorf("%w: job %s is %v, in phase %v", ErrEnded, job, job.State, job.Phase)
+		}
+		res, err := j.kv.Txn(ctx, meta.Txn{If: []meta.Cond{job.unchanged()}, Then: []meta.Op{LimitsOp(id, l)}})
+		if err != nil {
+			return nil, fmt.Errorf("change the limits of restore job %s: %w", job, err)
+		}
+		if res.Succeeded {
+			return j.Get(ctx, id)
+		}
+	}
+	return nil, fmt.Errorf("change the limits of restore job %d: %w", id, errConflict)
+}
+
+// LimitsOp is the write of a job's limits.
+func LimitsOp(job int64, l Limits) meta.Op {
+	return meta.Put(keys.JobLimits(job), record.Encode(&storagev1.JobLimits{Format: record.Format, Requests: l.Requests, Bytes: l.Bytes}))
+}
+
+// read reads a job from the store.
+func (j *Jobs) read(ctx context.Context, id int64) (*Job, error) {
+	kv, found, _, err := j.kv.Get(ctx, keys.Job(id))
+	if err != nil {
+		return nil, fmt.Errorf("read restore job %d: %w", id, err)
+	}
+	if !found {
+		return nil, fmt.Errorf("%w: %d", ErrJobNotFound, id)
+	}
+	return DecodeJob(kv)
+}
+
+// Workers returns how many tasks the workers that live take at once, in all.
+func (j *Jobs) Workers() (slots int) {
+	j.board.mu.Lock()
+	defer j.board.mu.Unlock()
+	for _, w := range j.board.pool {
+		slots += w.slots
+	}
+	return slots
+}
+
+// Stats is the state of restores, for metrics.
+type Stats struct {
+	Jobs    map[State]int
+	Workers int
+	Running int // tasks that workers have
+}
+
+// Stats returns the state of restores as this replica sees it.
+func (j *Jobs) Stats() Stats {
+	j.board.mu.Lock()
+	defer j.board.mu.Unlock()
+	s := Stats{Jobs: map[State]int{Pending: 0, Executing: 0, Completed: 0, Failed: 0, Canceled: 0}, Workers: len(j.board.pool), Running: len(j.board.assigned)}
+	for _, r := range j.board.rows {
+		if r.job != nil {
+			s.Jobs[r.job.State]++
+		}
+	}
+	return s
+}

@@ -1,0 +1,321 @@
+package copyjob
+
+import (
+	"encoding/hex"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/catalog/layout"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// State is where a job is in its life. Stored: append only.
+type State int
+
+// The states of a job.
+const (
+	Pending State = iota + 1
+	Executing
+	Completed
+	Failed
+	Canceled
+)
+
+func (s State) String() string {
+	if s < Pending || s > Canceled {
+		return "UNKNOWN"
+	}
+	return [...]string{"PENDING", "EXECUTING", "COMPLETED", "FAILED", "CANCELED"}[s-1]
+}
+
+// Ended says whether the state is final.
+func (s State) Ended() bool { return s == Completed || s == Failed || s == Canceled }
+
+// Phase is what a job is doing. Stored: append only.
+type Phase int
+
+// The phases of a job.
+const (
+	Admit Phase = iota + 1
+	Prepare
+	Copy
+	Publish
+	RollBack
+)
+
+func (p Phase) String() string {
+	if p < Admit || p > RollBack {
+		return "UNKNOWN"
+	}
+	return [...]string{"admit", "prepare", "copy", "publish", "roll back"}[p-1]
+}
+
+// TaskSegments is how many segments a task has.
+const TaskSegments = 32
+
+// Limits is what a job may use of the object stores, over all workers. 0: no
+// limit.
+type Limits struct {
+	Requests int64 // a second
+	Bytes    int64 // a second
+}
+
+// Job is a restore.
+type Job struct {
+	ID           int64
+	Snapshot     int64
+	SnapshotName string
+	Source       int64 // collection
+	Target       int64 // collection
+	DB, Name     string
+	State        State
+	Phase        Phase
+	Outcome      State // that rolling back ends in
+	Reason       string
+	Message      string
+
+	Partitions     []int64 // of the snapshot, ascending; none: all
+	PartitionNames []string
+	SkipIndexes    bool
+	Priority       int
+	Labels         map[string]string
+	Layout         layout.Layout
+
+	FirstPartition, FirstIndex, FirstSegment, FirstBuild int64
+	Segments, Builds                                     int64 // of the snapshot, all of them
+	Parts                                                object.CopyParts
+	Tasks, TaskSegments                                  int64
+	Totals                                               segment.Totals // what is restored
+	Done                                                 segment.Totals // when it was given up
+	Retries                                              int64          // once it has ended
+
+	CreateTime, StartTime, EndTime, Deadline time.Time
+	RequestKey                               string
+	Pin                                      int64
+
+	Revision int64
+	op       string
+}
+
+func (j *Job) String() string { return fmt.Sprintf("%d (%s/%s)", j.ID, j.DB, j.Name) }
+
+// unchanged is the compare that every write of the job makes.
+func (j *Job) unchanged() meta.Cond { return meta.Unchanged(keys.Job(j.ID), j.Revision) }
+
+// span returns the segments of a task, by their ordinals.
+func (j *Job) span(task int64) (from, to int64) {
+	from = task * j.TaskSegments
+	return from, min(from+j.TaskSegments, j.Segments)
+}
+
+// Mapping says what becomes what in the job's target.
+func (j *Job) Mapping(md *manifest.Metadata) (*layout.Mapping, error) {
+	m := &layout.Mapping{
+		Layout: j.Layout, Source: j.Source, Target: j.Target, Partitions: map[int64]int64{},
+		FirstSegment: j.FirstSegment, Segments: j.Segments, FirstBuild: j.FirstBuild, Builds: j.Builds,
+	}
+	for _, r := range md.Roots {
+		m.Roots = append(m.Roots, r.Prefix)
+	}
+	for i, p := range md.Partitions {
+		if j.WantsPartition(p.ID) {
+			m.Partitions[p.ID] = j.FirstPartition + int64(i)
+		}
+	}
+	return m, m.Check()
+}
+
+// clean is the mapping as far as it says where objects of the target may lie.
+func (j *Job) clean(target *catalog.Collection) *layout.Mapping {
+	m := &layout.Mapping{
+		Layout: j.Layout, Source: j.Source, Target: j.Target,
+		FirstSegment: j.FirstSegment, Segments: j.Segments, FirstBuild: j.FirstBuild, Builds: j.Builds,
+	}
+	for _, r := range target.Roots {
+		m.Roots = append(m.Roots, r.Prefix)
+	}
+	return m
+}
+
+// WantsPartition says whether segments of the partition are restored; those of
+// all partitions always are.
+func (j *Job) WantsPartition(id int64) bool {
+	if id == 0 || len(j.Partitions) == 0 {
+		return true
+	}
+	_, found := slices.BinarySearch(j.Partitions, id)
+	return found
+}
+
+// targetIndexes maps the snapshot's indexes to the target's.
+func (j *Job) targetIndexes(md *manifest.Metadata) map[int64]int64 {
+	m := map[int64]int64{}
+	for i, x := range md.Indexes {
+		m[x.ID] = j.FirstIndex + int64(i)
+	}
+	return m
+}
+
+// Encode returns the job's record, as op writes it.
+func (j *Job) Encode(op string) []byte {
+	return record.Encode(&storagev1.Job{
+		Format: record.Format, SnapshotId: j.Snapshot, SnapshotName: j.SnapshotName, SourceCollection: j.Source,
+		CollectionId: j.Target, Db: j.DB, Name: j.Name, State: uint32(j.State), Phase: uint32(j.Phase), Outcome: uint32(j.Outcome),
+		Reason: j.Reason, Message: j.Message, Partitions: gaps(j.Partitions), PartitionNames: j.PartitionNames,
+		SkipIndexes: j.SkipIndexes, Priority: int32(j.Priority), Labels: j.Labels, Layout: uint32(j.Layout),
+		FirstPartition: j.FirstPartition, FirstIndex: j.FirstIndex, FirstSegment: j.FirstSegment, FirstBuild: j.FirstBuild,
+		Segments: j.Segments, Builds: j.Builds, CopyThreshold: j.Parts.Threshold, CopyPartSize: j.Parts.PartSize,
+		Tasks: j.Tasks, TaskSegments: j.TaskSegments, Totals: totalsRecord(j.Totals), Done: totalsRecord(j.Done), Retries: j.Retries,
+		CreateTime: nanos(j.CreateTime), StartTime: nanos(j.StartTime), EndTime: nanos(j.EndTime), Deadline: nanos(j.Deadline),
+		RequestKey: j.RequestKey, PinId: j.Pin, Op: op,
+	})
+}
+
+// DecodeJob reads a job's record.
+func DecodeJob(kv meta.KeyValue) (*Job, error) {
+	id, err := keys.LastID(kv.Key)
+	if err != nil {
+		return nil, err
+	}
+	r := &storagev1.Job{}
+	if err := record.Decode(kv, r); err != nil {
+		return nil, err
+	}
+	return &Job{
+		ID: id, Snapshot: r.GetSnapshotId(), SnapshotName: r.GetSnapshotName(), Source: r.GetSourceCollection(),
+		Target: r.GetCollectionId(), DB: r.GetDb(), Name: r.GetName(), State: State(r.GetState()), Phase: Phase(r.GetPhase()),
+		Outcome: State(r.GetOutcome()), Reason: r.GetReason(), Message: r.GetMessage(), Partitions: sums(r.GetPartitions()),
+		PartitionNames: r.GetPartitionNames(), SkipIndexes: r.GetSkipIndexes(), Priority: int(r.GetPriority()), Labels: r.GetLabels(),
+		Layout: layout.Layout(r.GetLayout()), FirstPartition: r.GetFirstPartition(), FirstIndex: r.GetFirstIndex(),
+		FirstSegment: r.GetFirstSegment(), FirstBuild: r.GetFirstBuild(), Segments: r.GetSegments(), Builds: r.GetBuilds(),
+		Parts: object.CopyParts{Threshold: r.GetCopyThreshold(), PartSize: r.GetCopyPartSize()},
+		Tasks: r.GetTasks(), TaskSegments: r.GetTaskSegments(), Totals: totalsOf(r.GetTotals()), Done: totalsOf(r.GetDone()),
+		Retries: r.GetRetries(), CreateTime: timeOf(r.GetCreateTime()), StartTime: timeOf(r.GetStartTime()),
+		EndTime: timeOf(r.GetEndTime()), Deadline: timeOf(r.GetDeadline()), RequestKey: r.GetRequestKey(), Pin: r.GetPinId(),
+		Revision: kv.ModRevision, op: r.GetOp(),
+	}, nil
+}
+
+// TaskState is where a task is in its life. Stored: append only.
+type TaskState int
+
+// The states of a task.
+const (
+	TaskPending TaskState = iota + 1
+	TaskRunning
+	TaskDone
+	TaskFailed
+)
+
+// task is a range of a job's segments.
+type task struct {
+	job, number int64
+	state       TaskState
+	attempt     uint32
+	failures    uint32
+	worker      int64
+	notBefore   time.Time
+	reason      string
+	message     string
+	totals      segment.Totals // once it is done
+	revision    int64
+}
+
+func (t *task) key() string { return keys.Task(t.job, t.number) }
+
+func (t *task) encode(op string) []byte {
+	return record.Encode(&storagev1.Task{
+		Format: record.Format, State: uint32(t.state), Attempt: t.attempt, Failures: t.failures, Worker: t.worker,
+		NotBefore: nanos(t.notBefore), Reason: t.reason, Message: t.message, Totals: totalsRecord(t.totals), Op: op,
+	})
+}
+
+func decodeTask(kv meta.KeyValue) (*task, error) {
+	job, number, err := keys.LastTwo(kv.Key)
+	if err != nil {
+		return nil, err
+	}
+	r := &storagev1.Task{}
+	if err := record.Decode(kv, r); err != nil {
+		return nil, err
+	}
+	return &task{
+		job: job, number: number, state: TaskState(r.GetState()), attempt: r.GetAttempt(), failures: r.GetFailures(),
+		worker: r.GetWorker(), notBefore: timeOf(r.GetNotBefore()), reason: r.GetReason(), message: r.GetMessage(),
+		totals: totalsOf(r.GetTotals()), revision: kv.ModRevision,
+	}, nil
+}
+
+func totalsRecord(t segment.Totals) *storagev1.Totals {
+	if t == (segment.Totals{}) {
+		return nil
+	}
+	return &storagev1.Totals{
+		Segments: t.Segments, Rows: t.Rows, Files: t.Files, Bytes: t.Bytes, Builds: t.Builds, Straddling: t.Straddling,
+	}
+}
+
+func totalsOf(t *storagev1.Totals) segment.Totals {
+	return segment.Totals{
+		Segments: t.GetSegments(), Rows: t.GetRows(), Files: t.GetFiles(), Bytes: t.GetBytes(), Builds: t.GetBuilds(),
+		Straddling: t.GetStraddling(),
+	}
+}
+
+// plus returns the sums of a and b.
+func plus(a, b segment.Totals) segment.Totals {
+	return segment.Totals{
+		Segments: a.Segments + b.Segments, Rows: a.Rows + b.Rows, Files: a.Files + b.Files, Bytes: a.Bytes + b.Bytes,
+		Builds: a.Builds + b.Builds, Straddling: a.Straddling + b.Straddling,
+	}
+}
+
+// gaps turns ascending ids into the first and the distances between them, which
+// are short; sums turns them back.
+func gaps(ids []int64) []int64 {
+	out := slices.Clone(ids)
+	for i := len(out) - 1; i > 0; i-- {
+		out[i] -= out[i-1]
+	}
+	return out
+}
+
+func sums(gaps []int64) []int64 {
+	out := slices.Clone(gaps)
+	for i := 1; i < len(out); i++ {
+		out[i] += out[i-1]
+	}
+	return out
+}
+
+func nanos(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.UnixNano()
+}
+
+func timeOf(ns int64) time.Time {
+	if ns == 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, ns).UTC()
+}
+
+// newOp makes the id of an operation, which every record carries that it writes.
+func newOp(rand io.Reader) (string, error) {
+	b := make([]byte, 12)
+	if _, err := io.ReadFull(rand, b); err != nil {
+		return "", fmt.Errorf("make an operation id: %w", err)
+	}
+	return hex.EncodeToString(b), nil
+}

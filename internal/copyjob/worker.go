@@ -1,0 +1,411 @@
+package copyjob
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/meta/follow"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// progressEvery is how often a task says how far it has come, at most.
+const progressEvery = time.Second
+
+// worker is a replica's part in the copying. It lives round after round: in each
+// it is somebody else, with an id and a lease of its own; when the lease is lost,
+// all its tasks end, and another round begins.
+type worker struct {
+	o       *Options
+	board   *board
+	gate    *gate
+	sources *sources
+
+	mu      sync.Mutex
+	budgets map[int64]*budget // by job
+}
+
+func newWorker(o *Options, b *board) *worker {
+	return &worker{
+		o: o, board: b, gate: newGate(o.CopyInFlight), sources: newSources(o.Source), budgets: map[int64]*budget{},
+	}
+}
+
+func (w *worker) run(ctx context.Context) {
+	backoff := meta.Backoff{}
+	for {
+		err := w.round(ctx, backoff.Reset)
+		if ctx.Err() != nil {
+			return
+		}
+		w.o.Log.Warn("working on restores begins anew", zap.Error(err))
+		if backoff.Wait(ctx) != nil {
+			return
+		}
+	}
+}
+
+// round is the life of one worker. It calls good once the worker is there.
+func (w *worker) round(ctx context.Context, good func()) error {
+	id, err := w.newID()
+	if err != nil {
+		return err
+	}
+	lease, err := w.o.KV.Grant(ctx, w.o.WorkerTTL)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		// So that nobody waits for what will not come.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer cancel()
+		_ = w.o.KV.Revoke(ctx, lease) // else it ends by itself
+	}()
+	value := record.Encode(&storagev1.Worker{Format: record.Format, Replica: w.o.Replica, Slots: uint32(w.o.Slots)})
+	res, err := w.o.KV.Txn(ctx, meta.Txn{
+		If: []meta.Cond{meta.Absent(keys.Worker(id))}, Then: []meta.Op{meta.PutLeased(keys.Worker(id), value, lease)},
+	})
+	if err != nil {
+		return err
+	}
+	if !res.Succeeded {
+		return fmt.Errorf("worker %d is somebody else", id)
+	}
+	good()
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return w.keepAlive(ctx, lease) })
+	h := &hands{worker: w, ctx: ctx, group: group, tasks: map[string]*hand{}}
+	from, to := meta.Prefix(keys.AssignmentPrefix(id))
+	follower := follow.New(follow.Options{KV: w.o.KV, From: from, To: to, Handler: h, Log: w.o.Log})
+	group.Go(func() error { return follower.Run(ctx) })
+	group.Go(func() error { return h.watchJobs(ctx) })
+	return group.Wait()
+}
+
+// newID makes an id at random: workers come and go, and nothing is named after
+// one.
+func (w *worker) newID() (int64, error) {
+	b := make([]byte, 8)
+	if _, err := io.ReadFull(w.o.Rand, b); err != nil {
+		return 0, fmt.Errorf("make a worker's id: %w", err)
+	}
+	return int64(binary.BigEndian.Uint64(b)>>1) | 1, nil //nolint:gosec // 63 bits
+}
+
+// keepAlive renews the lease, and ends with an error when it may be lost.
+func (w *worker) keepAlive(ctx context.Context, lease meta.LeaseID) error {
+	ticker := time.NewTicker(w.o.WorkerTTL / 3)
+	defer ticker.Stop()
+	last := w.o.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		}
+		began := w.o.Now()
+		err := w.renew(ctx, lease)
+		switch {
+		case err == nil:
+			last = began
+		case errors.Is(err, meta.ErrLeaseNotFound), w.o.Now().Sub(last) > w.o.WorkerTTL:
+			return fmt.Errorf("the worker's lease is lost: %w", err)
+		}
+	}
+}
+
+func (w *worker) renew(ctx context.Context, lease meta.LeaseID) error {
+	ctx, cancel := context.WithTimeout(ctx, w.o.WorkerTTL/3)
+	defer cancel()
+	return w.o.KV.KeepAlive(ctx, lease)
+}
+
+// budget is what a job may use here.
+func (w *worker) budget(job int64) *budget {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	b := w.budgets[job]
+	if b == nil {
+		b = newBudget(func() Limits { return w.board.share(job) })
+		w.budgets[job] = b
+	}
+	return b
+}
+
+// hands are the tasks that a worker has. It is the handler of its assignments.
+type hands struct {
+	worker *worker
+	ctx    context.Context //nolint:containedctx // of the worker's round: tasks end with it
+	group  *errgroup.Group
+
+	mu    sync.Mutex
+	tasks map[string]*hand // by assignment key
+}
+
+// hand is one task that is worked on.
+type hand struct {
+	job    int64
+	create int64 // of the assignment
+	cancel context.CancelFunc
+}
+
+// Reset implements follow.Handler.
+func (h *hands) Reset(kvs []meta.KeyValue, _ int64) {
+	there := map[string]bool{}
+	for _, kv := range kvs {
+		there[kv.Key] = true
+		h.take(kv)
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for key, t := range h.tasks {
+		if !there[key] {
+			t.cancel()
+		}
+	}
+}
+
+// Apply implements follow.Handler.
+func (h *hands) Apply(events []meta.Event, _ int64) {
+	for _, e := range events {
+		if !e.Deleted {
+			h.take(e.KV)
+			continue
+		}
+		h.mu.Lock()
+		if t := h.tasks[e.KV.Key]; t != nil && t.create < e.KV.ModRevision {
+			t.cancel()
+		}
+		h.mu.Unlock()
+	}
+}
+
+// take begins with a task, unless it has begun.
+func (h *hands) take(kv meta.KeyValue) {
+	job, number, err := keys.LastTwo(kv.Key)
+	rec := &storagev1.Assignment{}
+	if err == nil {
+		err = record.Decode(kv, rec)
+	}
+	if err != nil {
+		h.worker.o.Log.Error("assignment is left alone", zap.String("key", kv.Key), zap.Error(err))
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if old := h.tasks[kv.Key]; old != nil {
+		if old.create == kv.CreateRevision {
+			return
+		}
+		old.cancel() // it gives way to the new one
+	}
+	ctx, cancel := context.WithCancel(h.ctx)
+	t := &hand{job: job, create: kv.CreateRevision, cancel: cancel}
+	h.tasks[kv.Key] = t
+	h.group.Go(func() error {
+		defer cancel()
+		a := &attempt{
+			worker: h.worker, jobID: job, number: number, attempt: rec.GetAttempt(),
+			assignment: meta.SameKey(kv.Key, kv.CreateRevision), key: kv.Key,
+		}
+		err := a.run(ctx)
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if h.tasks[kv.Key] == t {
+			delete(h.tasks, kv.Key)
+		}
+		return err
+	})
+}
+
+// watchJobs ends the tasks of jobs that are no longer in phase copy.
+func (h *hands) watchJobs(ctx context.Context) error {
+	for {
+		moved := h.worker.board.waitable()
+		h.mu.Lock()
+		jobs := map[int64]bool{}
+		for _, t := range h.tasks {
+			jobs[t.job] = true
+		}
+		for id := range jobs {
+			if job := h.worker.board.job(id); job != nil && (job.State.Ended() || job.Phase == RollBack) {
+				for _, t := range h.tasks {
+					if t.job == id {
+						t.cancel()
+					}
+				}
+			}
+		}
+		h.mu.Unlock()
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-moved:
+		}
+	}
+}
+
+// attempt is one run of a task.
+type attempt struct {
+	worker     *worker
+	jobID      int64
+	number     int64
+	attempt    uint32
+	assignment meta.Cond
+	key        string
+	job        *Job
+	task       *task
+}
+
+// run works on the task until it is done or has failed, says so, and gives the
+// assignment back. When that cannot be said it returns an error, which ends the
+// worker: its lease ends the assignment, which nobody would look at any more.
+func (a *attempt) run(ctx context.Context) error {
+	err := a.read(ctx)
+	if err == nil {
+		err = a.copy(ctx)
+	}
+	if err == nil {
+		return nil
+	}
+	w := a.worker
+	log := w.o.Log.With(zap.Int64("job", a.jobID), zap.Int64("task", a.number), zap.Uint32("attempt", a.attempt))
+	if ctx.Err() == nil && !errors.Is(err, errChanged) {
+		log.Warn("a task of a restore failed", zap.Error(err))
+	}
+	// The context may be over: the job was given up, or the replica stops.
+	report, cancel := context.WithTimeout(context.WithoutCancel(ctx), writeTimeout)
+	defer cancel()
+	for try := 0; ; try++ {
+		done, reportErr := a.giveBack(report, ctx.Err() != nil, err)
+		if done {
+			return nil
+		}
+		log.Warn("an assignment is not given back yet", zap.Error(reportErr))
+		if pause(report, try+1) != nil {
+			return fmt.Errorf("give task %d of job %d back: %w", a.number, a.jobID, reportErr)
+		}
+	}
+}
+
+// read reads the job and the task, which must be this attempt's.
+func (a *attempt) read(ctx context.Context) error {
+	res, err := a.worker.o.KV.Txn(ctx, meta.Txn{Then: []meta.Op{
+		meta.Get(keys.Job(a.jobID)), meta.Get(keys.Task(a.jobID, a.number)),
+	}})
+	if err != nil {
+		return err
+	}
+	if len(res.Ranges[0]) == 0 || len(res.Ranges[1]) == 0 {
+		return errChanged
+	}
+	if a.job, err = DecodeJob(res.Ranges[0][0]); err != nil {
+		return err
+	}
+	if a.task, err = decodeTask(res.Ranges[1][0]); err != nil {
+		return err
+	}
+	if a.job.State != Executing || a.job.Phase != Copy || a.task.state != TaskRunning || a.task.attempt != a.attempt {
+		return errChanged
+	}
+	return nil
+}
+
+// giveBack ends the assignment. A task that failed goes back with why, one that
+// was interrupted is left for another attempt.
+func (a *attempt) giveBack(ctx context.Context, interrupted bool, cause error) (bool, error) {
+	txn := meta.Txn{If: []meta.Cond{a.assignment}, Then: []meta.Op{meta.Delete(a.key)}}
+	if !interrupted && a.task != nil && !errors.Is(cause, errChanged) {
+		op, err := newOp(a.worker.o.Rand)
+		if err != nil {
+			return false, err
+		}
+		next := *a.task
+		reason, permanent := classify(cause)
+		next.reason, next.message, next.failures = reason, clip(cause.Error()), a.task.failures+1
+		if next.state = TaskPending; permanent {
+			next.state = TaskFailed
+		} else {
+			next.notBefore = a.worker.o.Now().Add(min(time.Minute, 100*time.Millisecond<<min(next.failures, 10)))
+		}
+		txn.If = append(txn.If, a.job.unchanged(), meta.Unchanged(a.task.key(), a.task.revision))
+		txn.Then = append(txn.Then, meta.Put(a.task.key(), next.encode(op)))
+	}
+	res, err := a.worker.o.KV.Txn(ctx, txn)
+	if err != nil {
+		return false, err
+	}
+	if res.Succeeded || len(txn.If) == 1 {
+		return true, nil // gone, by us or before
+	}
+	// The job has moved on: all that is left to do is to let go.
+	return a.giveBack(ctx, true, cause)
+}
+
+// pause waits a little before try, unless that is the first.
+func pause(ctx context.Context, try int) error {
+	if try == 0 {
+		return ctx.Err()
+	}
+	timer := time.NewTimer(20 * time.Millisecond << min(try, 6))
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
+}
+
+// register writes the target's segments and completes the task. All transactions
+// compare the job and the very assignment; the last one is all that counts, for a
+// RESTORING collection shows its segments to nobody.
+func (a *attempt) register(ctx context.Context, done *restored) error {
+	op, err := newOp(a.worker.o.Rand)
+	if err != nil {
+		return err
+	}
+	var ops []meta.Op
+	for i := range done.segments {
+		put, err := catalog.SegmentOp(a.job.Target, &done.segments[i], op)
+		if err != nil {
+			return err
+		}
+		ops = append(ops, put)
+	}
+	next := *a.task
+	next.state, next.totals, next.reason, next.message = TaskDone, done.totals, "", ""
+	last := []meta.Op{
+		meta.Put(a.task.key(), next.encode(op)), meta.Delete(a.key), meta.Delete(keys.Progress(a.jobID, a.number)),
+	}
+	parts := batches(ops)
+	if len(parts) == 0 {
+		parts = [][]meta.Op{nil}
+	}
+	for i, part := range parts {
+		txn := meta.Txn{If: []meta.Cond{a.job.unchanged(), a.assignment}, Then: part}
+		if i == len(parts)-1 {
+			txn.If = append(txn.If, meta.Unchanged(a.task.key(), a.task.revision))
+			txn.Then = append(txn.Then, last...)
+		}
+		res, err := a.worker.o.KV.Txn(ctx, txn)
+		if err != nil {
+			return err
+		}
+		if !res.Succeeded {
+			return errChanged
+		}
+	}
+	return nil
+}

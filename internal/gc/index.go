@@ -1,0 +1,554 @@
+package gc
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/meta/follow"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// The state of a snapshot that protects, as its record has it.
+const committed = 2
+
+// loadsInFlight is how many snapshots' references are read at once.
+const loadsInFlight = 16
+
+// index knows what the committed snapshots reference. It follows their records;
+// what each references is read from its refs.avro, once.
+//
+// A snapshot is first expected, by its record, then known, when its references
+// are counted. While one of a collection is expected and not known, nothing can
+// be said of that collection.
+type index struct {
+	o        *Options
+	follower *follow.Follower
+	work     chan struct{} // size one; there is something to load
+
+	mu          sync.Mutex
+	collections map[int64]*collection
+	snapshots   map[int64]*entry  // by snapshot id
+	missing     map[int64]*entry  // those whose references are not known
+	offered     []offer           // by creates of this replica, the latest last
+	strays      map[string]string // records of which not even the collection is known, with why
+	moved       chan struct{}     // closed and replaced when an entry becomes known, unreadable or is gone
+}
+
+// collection is what the snapshots of one collection reference.
+type collection struct {
+	held    held
+	entries []*entry // newest first
+	missing int
+}
+
+// offer is what a snapshot references, from the create that has just written it.
+type offer struct {
+	snapshot int64
+	metadata manifest.Digest // of the very metadata that name these references
+	refs     *snapshotRefs
+}
+
+// maxOffers bounds the offers that nobody has taken yet.
+const maxOffers = 64
+
+// offer saves the reading of what this replica is about to commit.
+func (x *index) offer(snapshot int64, metadata manifest.Digest, refs *manifest.Refs) {
+	o := offer{snapshot, metadata, newSnapshotRefs(refs)}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.offered = append(x.offered, o); len(x.offered) > maxOffers {
+		x.offered = slices.Delete(x.offered, 0, 1)
+	}
+}
+
+// take returns what was offered of a snapshot, nil when nothing was.
+func (x *index) take(e *entry) *snapshotRefs {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	at := slices.IndexFunc(x.offered, func(o offer) bool { return o.snapshot == e.id && o.metadata == e.metadata })
+	if at < 0 {
+		return nil
+	}
+	refs := x.offered[at].refs
+	x.offered = slices.Delete(x.offered, at, at+1)
+	return refs
+}
+
+// entry is one committed snapshot.
+type entry struct {
+	id         int64
+	collection int64
+	name       string
+	store      string
+	metadata   manifest.Digest
+	refs       *snapshotRefs // nil until known
+	closed     bool          // its record is of a newer release: it stays unknown
+	loading    bool
+	gone       bool      // while it was being loaded
+	err        error     // why it could not be read, the last time
+	retry      time.Time // not to be tried before
+	transient  int       // tries in a row that the store did not answer
+}
+
+func newestFirst(a, b *entry) int { return cmp.Compare(b.id, a.id) }
+
+func newIndex(o *Options) *index {
+	x := &index{o: o, work: make(chan struct{}, 1), moved: make(chan struct{})}
+	x.collections, x.snapshots, x.missing = map[int64]*collection{}, map[int64]*entry{}, map[int64]*entry{}
+	x.strays = map[string]string{}
+	from, to := meta.Prefix(keys.SnapshotPrefix)
+	x.follower = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: x, Log: o.Log})
+	return x
+}
+
+func (x *index) run(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return x.follower.Run(ctx) })
+	for range loadsInFlight {
+		group.Go(func() error {
+			x.loader(ctx)
+			return nil
+		})
+	}
+	return group.Wait()
+}
+
+// Reset implements follow.Handler. What is known already stays known: a
+// snapshot's references never change.
+func (x *index) Reset(kvs []meta.KeyValue, _ int64) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	there := map[int64]bool{}
+	x.strays = map[string]string{}
+	for _, kv := range kvs {
+		if id, ok := x.put(kv); ok {
+			there[id] = true
+		}
+	}
+	for id := range x.snapshots {
+		if !there[id] {
+			x.drop(id)
+		}
+	}
+	x.changed()
+}
+
+// Apply implements follow.Handler.
+func (x *index) Apply(events []meta.Event, _ int64) {
+	if len(events) == 0 {
+		return
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for _, e := range events {
+		delete(x.strays, e.KV.Key)
+		if e.Deleted {
+			if id, err := keys.LastID(e.KV.Key); err == nil {
+				x.drop(id)
+			}
+		} else if id, protects := x.put(e.KV); !protects {
+			x.drop(id)
+		}
+	}
+	x.changed()
+}
+
+// put takes a record, and says whether its snapshot protects anything.
+func (x *index) put(kv meta.KeyValue) (id int64, protects bool) {
+	rec := &storagev1.Snapshot{}
+	id, err := keys.LastID(kv.Key)
+	if err == nil {
+		err = record.Decode(kv, rec)
+	}
+	if err != nil {
+		// A record of a newer release tells its collection where ours does.
+		if proto.Unmarshal(kv.Value, rec) != nil || rec.GetCollectionId() <= 0 || id <= 0 {
+			x.strays[kv.Key] = err.Error()
+			x.o.Log.Error("a snapshot record cannot be read: nothing at all is reclaimed", zap.String("key", kv.Key), zap.Error(err))
+			return id, false
+		}
+		x.o.Log.Error("a snapshot record cannot be read: nothing of its collection is reclaimed",
+			zap.String("key", kv.Key), zap.Int64("collection", rec.GetCollectionId()), zap.Error(err))
+		// References that are known stay as they are, whatever it says now.
+		if e := x.expect(id, rec); e.refs == nil {
+			e.closed, e.err = true, err
+		}
+		return id, true
+	}
+	if rec.GetState() != committed {
+		return id, false
+	}
+	if e := x.snapshots[id]; e != nil && e.closed {
+		if e.refs == nil {
+			x.drop(id) // what it said then need not have been right
+		}
+		e.closed = false
+	}
+	x.expect(id, rec)
+	return id, true
+}
+
+// expect makes sure that there is an entry for a snapshot that protects.
+func (x *index) expect(id int64, rec *storagev1.Snapshot) *entry {
+	if e := x.snapshots[id]; e != nil {
+		e.name = rec.GetName()
+		return e
+	}
+	e := &entry{id: id, collection: rec.GetCollectionId(), name: rec.GetName(), store: rec.GetStore()}
+	e.metadata.Length = rec.GetMetadataLength()
+	copy(e.metadata.SHA256[:], rec.GetMetadataSha256())
+	x.snapshots[id] = e
+	x.missing[id] = e
+	c := x.collections[e.collection]
+	if c == nil {
+		c = &collection{held: newHeld()}
+		x.collections[e.collection] = c
+	}
+	at, _ := slices.BinarySearchFunc(c.entries, e, newestFirst)
+	c.entries = slices.Insert(c.entries, at, e)
+	c.missing++
+	return e
+}
+
+// drop takes a snapshot out, if it is in.
+func (x *index) drop(id int64) {
+	e := x.snapshots[id]
+	if e == nil {
+		return
+	}
+	delete(x.snapshots, id)
+	delete(x.missing, id)
+	c := x.collections[e.collection]
+	if at, found := slices.BinarySearchFunc(c.entries, e, newestFirst); found {
+		c.entries = slices.Delete(c.entries, at, at+1)
+	}
+	e.gone = true
+	if e.refs == nil {
+		c.missing--
+	} else {
+		c.held.count(e.refs, -1, x.breathe)
+	}
+	if len(c.entries) == 0 {
+		delete(x.collections, e.collection)
+	}
+}
+
+// breathe lets others have the lock for a moment.
+func (x *index) breathe() {
+	x.mu.Unlock()
+	x.mu.Lock()
+}
+
+// changed wakes the loaders and those who wait. The lock must be held.
+func (x *index) changed() {
+	close(x.moved)
+	x.moved = make(chan struct{})
+	select {
+	case x.work <- struct{}{}:
+	default:
+	}
+}
+
+// loader reads references that are missing until ctx ends.
+func (x *index) loader(ctx context.Context) {
+	for {
+		e, wait := x.next()
+		if e == nil {
+			if !x.idle(ctx, wait) {
+				return
+			}
+			continue
+		}
+		refs, err := x.load(ctx, e)
+		if ctx.Err() != nil {
+			return
+		}
+		x.loaded(e, refs, err)
+	}
+}
+
+// idle waits for work, or for as long as there is none that may be tried.
+func (x *index) idle(ctx context.Context, wait time.Duration) bool {
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-x.work:
+		return true
+	case <-timer.C:
+		return true
+	}
+}
+
+// next takes a snapshot whose references are to be read, or says how long there
+// is none.
+func (x *index) next() (e *entry, wait time.Duration) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	wait = x.o.Interval
+	now := x.o.Now()
+	for _, candidate := range x.missing {
+		if candidate.closed || candidate.loading {
+			continue
+		}
+		if left := candidate.retry.Sub(now); left > 0 {
+			wait = min(wait, left)
+			continue
+		}
+		candidate.loading = true
+		select { // there may be more for another loader
+		case x.work <- struct{}{}:
+		default:
+		}
+		return candidate, 0
+	}
+	return nil, wait
+}
+
+// loaded notes how the reading of a snapshot's references ended.
+func (x *index) loaded(e *entry, refs *snapshotRefs, err error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	defer x.changed()
+	// Not before it is counted: others have the lock in between, and would count
+	// it once more.
+	defer func() { e.loading = false }()
+	if e.gone {
+		return
+	}
+	if err == nil {
+		c := x.collections[e.collection]
+		c.held.count(refs, 1, x.breathe)
+		if e.gone { // while others had the lock
+			c.held.count(refs, -1, func() {})
+			return
+		}
+		e.refs, e.err = refs, nil
+		delete(x.missing, e.id)
+		c.missing--
+		return
+	}
+	wait := x.o.Interval
+	if errors.Is(err, object.ErrUnavailable) || errors.Is(err, meta.ErrUnavailable) {
+		// As long as the store does not answer there is nothing wrong with it.
+		if e.transient++; e.transient < 6 {
+			e.retry = x.o.Now().Add(50 * time.Millisecond << e.transient)
+			return
+		}
+		wait /= 4
+	}
+	e.err, e.retry = err, x.o.Now().Add(wait)
+	x.o.Log.Error("the references of a snapshot cannot be read: nothing of its collection is reclaimed",
+		zap.Int64("snapshot", e.id), zap.String("name", e.name), zap.Int64("collection", e.collection), zap.Error(err))
+}
+
+// load reads what a snapshot references. Nothing is parsed that is not what was
+// written.
+func (x *index) load(ctx context.Context, e *entry) (*snapshotRefs, error) {
+	if refs := x.take(e); refs != nil {
+		return refs, nil
+	}
+	store, ok := x.o.Stores[e.store]
+	if !ok {
+		return nil, fmt.Errorf("its objects lie in store %q, which is not configured here", e.store)
+	}
+	dir := manifest.Dir(e.collection, e.id)
+	data, err := read(ctx, store, dir+manifest.MetadataName, e.metadata)
+	if err != nil {
+		return nil, err
+	}
+	md, err := manifest.DecodeMetadata(data)
+	if err != nil {
+		return nil, err
+	}
+	if data, err = read(ctx, store, dir+manifest.RefsName, md.Refs.Digest); err != nil {
+		return nil, err
+	}
+	refs, err := manifest.DecodeRefs(data, md.Refs)
+	if err != nil {
+		return nil, err
+	}
+	return newSnapshotRefs(refs), nil
+}
+
+// read reads an object of the digest that it must have, twice when the first
+// answer is another: the way may be to blame.
+func read(ctx context.Context, store object.Store, key string, want manifest.Digest) ([]byte, error) {
+	var last error
+	for range 2 {
+		r, _, err := store.Get(ctx, key, 0, want.Length+1)
+		if err != nil {
+			return nil, fmt.Errorf("read %s: %w", key, err)
+		}
+		data, err := io.ReadAll(r)
+		if closeErr := r.Close(); err == nil {
+			err = closeErr
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read %s: %w", key, err)
+		}
+		if last = want.Check(data); last == nil {
+			return data, nil
+		}
+	}
+	return nil, fmt.Errorf("read %s: %w", key, last)
+}
+
+// ready waits until the index has all references of a collection as they are at
+// revision, or later. When it cannot say, the error is ErrUnreadable or
+// ErrLoading. What it waits for has been asked of the store, so it waits a while.
+func (x *index) ready(ctx context.Context, id, revision int64) error {
+	ctx, cancel := context.WithTimeout(ctx, x.o.LoadWait)
+	defer cancel()
+	if at := x.follower.Revision(); at < revision {
+		if _, err := x.follower.Sync(ctx); err != nil {
+			return x.late(ctx, err)
+		}
+	}
+	for {
+		x.mu.Lock()
+		err, moved := x.complete(id), x.moved
+		x.mu.Unlock()
+		if !errors.Is(err, ErrLoading) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return x.late(ctx, err)
+		case <-moved:
+		}
+	}
+}
+
+// late turns the end of our own patience into ErrLoading.
+func (x *index) late(ctx context.Context, err error) error {
+	if errors.Is(context.Cause(ctx), context.DeadlineExceeded) && !errors.Is(err, ErrLoading) {
+		return fmt.Errorf("%w: %w", ErrLoading, err)
+	}
+	return err
+}
+
+// complete says whether all references of a collection are known. The lock must
+// be held.
+func (x *index) complete(id int64) error {
+	for key, why := range x.strays {
+		return fmt.Errorf("%w: record %s: %s", ErrUnreadable, key, why)
+	}
+	c := x.collections[id]
+	if c == nil || c.missing == 0 {
+		return nil
+	}
+	for _, e := range c.entries {
+		if e.err != nil {
+			return fmt.Errorf("%w: snapshot %q (%d): %w; nothing of collection %d is reclaimed until it can be read or is dropped",
+				ErrUnreadable, e.name, e.id, toldOf(e.err), id)
+		}
+	}
+	return fmt.Errorf("%w: of %d snapshots of collection %d", ErrLoading, c.missing, id)
+}
+
+// toldOf is what a caller is told of err. What a store says may tell of addresses;
+// the log has it.
+func toldOf(err error) error {
+	for _, class := range []error{object.ErrUnavailable, object.ErrDenied, object.ErrMisconfigured} {
+		if errors.Is(err, class) {
+			return class
+		}
+	}
+	return err
+}
+
+// wanted is what a unit is held by.
+type wanted struct {
+	segment, build int64    // one of them, the other 0
+	files          []uint64 // hashes of its files that another thing may have as foreign ones
+}
+
+// holders returns the snapshots of a collection that reference w, the newest
+// first, a few of them, and how many there are. The index must be ready.
+func (x *index) holders(id int64, w wanted) (list []SnapshotHolder, total int) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	c := x.collections[id]
+	if c == nil {
+		return nil, 0
+	}
+	count := c.held.of(w)
+	foreign := false
+	if len(c.held.files) > 0 {
+		foreign = slices.ContainsFunc(w.files, func(hash uint64) bool { return c.held.files[hash] > 0 })
+	}
+	if count == 0 && !foreign {
+		return nil, 0
+	}
+	for _, e := range c.entries {
+		if e.refs == nil || !e.references(w) {
+			continue
+		}
+		if total++; total <= maxHolders {
+			list = append(list, SnapshotHolder{ID: e.id, Name: e.name})
+		} else if !foreign {
+			break // the count says the rest
+		}
+	}
+	// A count that is still being taken down holds until it is.
+	return list, max(total, count)
+}
+
+// count returns how many snapshots of a collection reference a segment or build.
+func (x *index) count(id int64, w wanted) int {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if c := x.collections[id]; c != nil {
+		return c.held.of(w)
+	}
+	return 0
+}
+
+func (e *entry) references(w wanted) bool {
+	switch {
+	case w.segment != 0 && e.refs.segments.has(w.segment), w.build != 0 && e.refs.builds.has(w.build):
+		return true
+	}
+	return slices.ContainsFunc(w.files, func(hash uint64) bool {
+		_, found := slices.BinarySearch(e.refs.files, hash)
+		return found
+	})
+}
+
+func (x *index) stats() Stats {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	s := Stats{Unreadable: len(x.strays)}
+	for _, e := range x.snapshots {
+		switch {
+		case e.err != nil:
+			s.Unreadable++
+		case e.refs != nil:
+			s.Snapshots++
+		default:
+			s.Loading++
+		}
+	}
+	for _, c := range x.collections {
+		s.Segments += c.held.segments.ids
+		s.Builds += c.held.builds.ids
+	}
+	return s
+}

@@ -1,0 +1,50 @@
+package gc
+
+import (
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// While a loader counts what a snapshot references it gives up the lock, and the
+// others must not take that snapshot again: it would be counted twice, and its
+// collection count as known before it is.
+func TestSnapshotIsCountedOnce(t *testing.T) {
+	x := newIndex(&Options{Log: zap.NewNop(), Now: time.Now, Interval: time.Minute})
+	ids := make([]int64, 100*countPart)
+	for i := range ids {
+		ids[i] = int64(i + 1)
+	}
+	x.mu.Lock()
+	x.expect(1, &storagev1.Snapshot{CollectionId: 7, State: committed})
+	x.mu.Unlock()
+	e, _ := x.next()
+	if e == nil {
+		t.Fatal("there is nothing to load")
+	}
+	var counted atomic.Bool
+	var group sync.WaitGroup
+	group.Go(func() { // another loader
+		for !counted.Load() {
+			if again, _ := x.next(); again != nil {
+				t.Errorf("snapshot %d is to be loaded again", again.id)
+				return
+			}
+		}
+	})
+	x.loaded(e, newSnapshotRefs(&manifest.Refs{Segments: ids}), nil)
+	counted.Store(true)
+	group.Wait()
+	if got := x.count(7, wanted{segment: 1}); got != 1 {
+		t.Errorf("the segment is counted %d times", got)
+	}
+	if got := x.collections[7].missing; got != 0 {
+		t.Errorf("%d snapshots are missing", got)
+	}
+}

@@ -1,0 +1,112 @@
+//go:build !short
+
+package manager
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
+)
+
+// TestEtcdPinExpires has pins lose their leases to real time: one that is renewed
+// stays, and one that is not sets its snapshot free.
+func TestEtcdPinExpires(t *testing.T) {
+	w := inReality(t, etcdtest.Shared(t).KV(t))
+	r := w.start("a", func(o *Options) { o.LeaderTTL = 2 * time.Second })
+	col, _, _ := w.collection(r, "c")
+	s, kept := w.create(r, col, "x"), w.create(r, col, "kept")
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	_, _, start, err := w.kv.Get(ctx, keys.Format)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, renewed := w.pin(r, s, 2*time.Second), w.pin(r, kept, 2*time.Second)
+	if renewed, err = r.RenewPin(ctx, Ref{ID: kept.ID}, renewed.ID, time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	_, err = r.Drop(ctx, request.Token{}, Ref{ID: s.ID}, 0)
+	wantError(t, err, ErrSnapshotPinned)
+	err = r.Watch(ctx, start, 0, func(events []Event, _ int64) error {
+		for _, e := range events {
+			if e.Pin == nil || e.Type != Deleted {
+				continue
+			}
+			if e.Pin.ID != p.ID || e.Pin.Snapshot != s.ID || !e.Expired {
+				t.Errorf("told %+v of %+v", e, e.Pin)
+			}
+			return context.Canceled // seen
+		}
+		return nil
+	})
+	wantError(t, err, context.Canceled)
+	if now := time.Now(); now.Before(p.ExpireTime) {
+		t.Errorf("it ended at %v, before %v", now, p.ExpireTime)
+	}
+	if _, err := r.Drop(ctx, request.Token{}, Ref{ID: s.ID}, 0); err != nil {
+		t.Error(err)
+	}
+	_, err = r.RenewPin(ctx, Ref{ID: s.ID}, p.ID, 0)
+	wantError(t, err, ErrPinNotFound)
+	_, err = r.Drop(ctx, request.Token{}, Ref{ID: kept.ID}, 0)
+	wantError(t, err, ErrSnapshotPinned)
+	if kv, found := w.pinRecord(renewed); !found || kv.Lease != renewed.lease {
+		t.Errorf("the renewed pin: found %v, under lease %x", found, kv.Lease)
+	}
+	w.await("the dropped snapshot is removed", func() bool { return len(w.keysUnder(keys.SnapshotPrefix)) == 1 })
+}
+
+// TestEtcdPinAndDrop races pins with drops.
+func TestEtcdPinAndDrop(t *testing.T) {
+	w := inReality(t, etcdtest.Shared(t).KV(t))
+	quick := func(o *Options) { o.LeaderTTL = 2 * time.Second }
+	replicas := []*replica{w.start("a", quick), w.start("b", quick)}
+	col, _, _ := w.collection(replicas[0], "c")
+	for range 10 {
+		s := w.create(replicas[0], col, "x")
+		var wg sync.WaitGroup
+		pins, drops := make(chan *Pin, 16), make(chan bool, 16)
+		for i := range 16 {
+			wg.Go(func() {
+				if i%4 == 0 {
+					_, err := replicas[i/4%2].Drop(t.Context(), request.Token{}, Ref{ID: s.ID}, 0)
+					if err == nil {
+						drops <- true
+					} else {
+						wantError(t, err, ErrSnapshotPinned)
+					}
+					return
+				}
+				p, err := replicas[i%2].Pin(t.Context(), request.Token{}, Ref{ID: s.ID}, PinSpec{Owner: "o", TTL: time.Minute})
+				if err == nil {
+					pins <- p
+				} else if !errors.Is(err, ErrSnapshotNotCommitted) && !errors.Is(err, ErrExpiredOrDropped) {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if len(pins) > 0 && len(drops) > 0 {
+			t.Errorf("%d pins and %d drops were told of one snapshot", len(pins), len(drops))
+		}
+		for len(pins) > 0 {
+			p := <-pins
+			if err := replicas[0].Unpin(t.Context(), Ref{ID: p.Snapshot}, p.ID); err != nil {
+				t.Error(err)
+			}
+		}
+		if _, err := replicas[1].Drop(t.Context(), request.Token{}, Ref{ID: s.ID}, 0); err != nil {
+			t.Error(err)
+		}
+	}
+	if left := w.keysUnder(keys.AllPinsPrefix); len(left) != 0 {
+		t.Errorf("left %v", left)
+	}
+	w.await("all are removed", func() bool { return len(w.keysUnder(keys.SnapshotPrefix)) == 0 })
+}

@@ -1,0 +1,953 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+func pinToken(value string) request.Token {
+	return request.Token{Principal: "local", Method: "PinSnapshot", Value: value, Hash: []byte{1}}
+}
+
+// pin pins a snapshot; 0 is no ttl.
+func (w *world) pin(r *replica, s *Snapshot, ttl time.Duration) *Pin {
+	w.t.Helper()
+	p, err := r.Pin(w.t.Context(), request.Token{}, Ref{ID: s.ID}, PinSpec{Owner: "job", Reason: "night", TTL: ttl})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return p
+}
+
+// pinRecord is the record of a pin as the store has it.
+func (w *world) pinRecord(p *Pin) (kv meta.KeyValue, found bool) {
+	w.t.Helper()
+	kv, found, _, err := w.kv.Get(w.t.Context(), keys.Pin(p.Snapshot, p.ID))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return kv, found
+}
+
+func samePin(p, q *Pin) bool {
+	return p.Snapshot == q.Snapshot && p.ID == q.ID && p.Owner == q.Owner && p.Reason == q.Reason && p.TTL == q.TTL &&
+		p.CreateTime.Equal(q.CreateTime) && p.ExpireTime.Equal(q.ExpireTime) && p.Revision == q.Revision
+}
+
+// leased says whether a lease lives.
+func (w *world) leased(id meta.LeaseID) bool {
+	w.t.Helper()
+	err := w.kv.KeepAlive(w.t.Context(), id)
+	if err != nil && !errors.Is(err, meta.ErrLeaseNotFound) {
+		w.t.Fatal(err)
+	}
+	return err == nil
+}
+
+func TestPinKeepsASnapshot(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		s := w.create(r, col, "x")
+		began := time.Now()
+		p, err := r.Pin(t.Context(), request.Token{}, Ref{Name: "x"}, PinSpec{Owner: "backup-job", Reason: "nightly export", TTL: 90500 * time.Millisecond})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p.Snapshot != s.ID || p.ID == 0 || p.TTL != 91*time.Second || !p.CreateTime.Equal(began) || !p.ExpireTime.Equal(began.Add(p.TTL)) {
+			t.Errorf("got %+v", p)
+		}
+		kv, found := w.pinRecord(p)
+		if stored, err := decodePin(kv); err != nil || !found || !samePin(stored, p) || stored.lease != p.lease || stored.op != p.op {
+			t.Errorf("stored is %+v, err = %v; want %+v", stored, err, p)
+		}
+		for _, owner := range []string{"two", "three", "four", "five"} {
+			if _, err := r.Pin(t.Context(), request.Token{}, Ref{Name: "x"}, PinSpec{Owner: owner}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		_, err = r.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0)
+		wantError(t, err, ErrSnapshotPinned)
+		want := fmt.Sprintf("snapshot is pinned by %d (backup-job: nightly export until %s), %d (two), %d (three), and 2 more; remove the pins first",
+			p.ID, p.ExpireTime.Format(time.RFC3339), p.ID+1, p.ID+2)
+		if !strings.Contains(errText(err), want) {
+			t.Errorf("got %v\nwant %s", err, want)
+		}
+		for id := p.ID + 1; id <= p.ID+4; id++ {
+			if err := r.Unpin(t.Context(), Ref{ID: s.ID}, id); err != nil {
+				t.Fatal(err)
+			}
+		}
+		settle()
+		if n := r.Stats().Pins; n != 1 {
+			t.Errorf("%d pins are counted, want 1", n)
+		}
+		time.Sleep(p.TTL - time.Millisecond)
+		_, err = r.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0)
+		wantError(t, err, ErrSnapshotPinned)
+		time.Sleep(2 * time.Millisecond)
+		if _, err := r.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0); err != nil {
+			t.Errorf("the pin has ended, and the drop says %v", err)
+		}
+		settle()
+		if n := r.Stats().Pins; n != 0 {
+			t.Errorf("%d pins are counted, want none", n)
+		}
+		w.check(r)
+	})
+}
+
+// TestPinHoldsUpExpiry has a snapshot expire at once when its pin goes, in either
+// way, and the cleaner at rest before.
+func TestPinHoldsUpExpiry(t *testing.T) {
+	for name, end := range map[string]func(r *replica, p *Pin) error{
+		"removed": func(r *replica, p *Pin) error { return r.Unpin(context.Background(), Ref{ID: p.Snapshot}, p.ID) },
+		"expired": func(_ *replica, p *Pin) error { time.Sleep(time.Until(p.ExpireTime)); return nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				r := w.start("a", func(o *Options) { o.CleanInterval = time.Hour })
+				col, _, _ := w.collection(r, "c")
+				sp := spec(col, "x")
+				sp.TTL = time.Hour
+				s, err := r.Create(t.Context(), request.Token{}, sp)
+				if err != nil {
+					t.Fatal(err)
+				}
+				p := w.pin(r, s, 90*time.Minute)
+				time.Sleep(65 * time.Minute)
+				settle()
+				before := r.kv.Calls()
+				for range 100 { // each is a change that the leader sees
+					if p, err = r.RenewPin(t.Context(), Ref{ID: s.ID}, p.ID, 0); err != nil {
+						t.Fatal(err)
+					}
+					settle()
+				}
+				// A renewal gets, grants, puts, revokes, and is seen.
+				if calls := r.kv.Calls() - before; calls > 600 {
+					t.Errorf("%d calls for 100 renewals: the leader is kept busy", calls)
+				}
+				before = r.kv.Calls()
+				time.Sleep(10 * time.Minute)
+				settle()
+				if calls := r.kv.Calls() - before; calls > 500 {
+					t.Errorf("%d calls in ten minutes at rest", calls)
+				}
+				if n := len(w.check(r)); n != 1 {
+					t.Fatalf("%d snapshots while it is pinned, want 1", n)
+				}
+				if err := end(r, p); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(time.Millisecond)
+				settle()
+				if left := w.check(r); len(left) != 0 {
+					t.Errorf("the pin is gone, and there is %v", left)
+				}
+			})
+		})
+	}
+}
+
+func TestPinIsRefused(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		s := w.create(r, col, "x")
+		fine := PinSpec{Owner: "o"}
+		pin := func(ref Ref, spec PinSpec) error {
+			_, err := r.Pin(t.Context(), request.Token{}, ref, spec)
+			return err
+		}
+		for field, specs := range map[string][]PinSpec{
+			"owner":  {{}, {Owner: strings.Repeat("o", 256)}, {Owner: "\xff"}},
+			"reason": {{Owner: "o", Reason: strings.Repeat("r", 257)}, {Owner: "o", Reason: "a\xc0"}},
+			"ttl": {
+				{Owner: "o", TTL: -1},
+				{Owner: "o", TTL: time.Second - 1},
+				{Owner: "o", TTL: 30*24*time.Hour + 1},
+				{Owner: "o", TTL: 1<<63 - 1},
+				{Owner: "o", TTL: -1 << 63},
+			},
+		} {
+			for _, sp := range specs {
+				err := pin(Ref{ID: s.ID}, sp)
+				if invalid, ok := errors.AsType[*catalog.InvalidError](err); !ok || invalid.Field != field {
+					t.Errorf("%+v: got %v, want one about %s", sp, err, field)
+				}
+			}
+		}
+		wantError(t, pin(Ref{Name: "none"}, fine), ErrSnapshotNotFound)
+		wantError(t, pin(Ref{ID: 1 << 50}, fine), ErrNeverExisted)
+		wantError(t, pin(Ref{ID: s.ID, Collection: catalog.Ref{ID: col.ID + 1}}, fine), ErrSnapshotMismatch)
+		r.store.Freeze()
+		sp := spec(col, "pending")
+		sp.NoWait = true
+		pending, err := r.Create(t.Context(), request.Token{}, sp)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantError(t, pin(Ref{ID: pending.ID}, fine), ErrSnapshotNotCommitted)
+		if _, err := r.Drop(t.Context(), request.Token{}, Ref{ID: s.ID}, 0); err != nil {
+			t.Fatal(err)
+		}
+		wantError(t, pin(Ref{ID: s.ID}, fine), ErrSnapshotNotCommitted) // DELETING
+		wantError(t, pin(Ref{Name: "x"}, fine), ErrSnapshotNotFound)
+		r.store.Thaw()
+		settle()
+		wantError(t, pin(Ref{ID: s.ID}, fine), ErrExpiredOrDropped)
+		if left := w.keysUnder(keys.AllPinsPrefix); len(left) != 0 {
+			t.Errorf("left %v", left)
+		}
+		w.memory.SetFull(true)
+		wantError(t, pin(Ref{ID: pending.ID}, fine), meta.ErrNoSpace)
+		w.memory.SetFull(false)
+	})
+}
+
+func TestPinLimit(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		s, other := w.create(r, col, "x"), w.create(r, col, "y")
+		for range maxPins {
+			w.pin(r, s, 0)
+		}
+		_, err := r.Pin(t.Context(), request.Token{}, Ref{ID: s.ID}, PinSpec{Owner: "o"})
+		wantError(t, err, catalog.ErrLimitExceeded)
+		w.pin(r, other, 0)
+	})
+}
+
+// TestPinToken repeats a pin after its snapshot's name has come to stand for
+// another, and after the pin was removed.
+func TestPinToken(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a, b := w.start("a"), w.start("b")
+		col, _, _ := w.collection(a, "c")
+		s := w.create(a, col, "x")
+		pin := func(r *replica) *Pin {
+			p, err := r.Pin(t.Context(), pinToken("t"), Ref{Name: "x"}, PinSpec{Owner: "o", Reason: "r", TTL: time.Hour})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return p
+		}
+		first := pin(a)
+		time.Sleep(time.Minute)
+		if again := pin(b); !samePin(first, again) {
+			t.Errorf("got %+v, then %+v", first, again)
+		}
+		if n := len(w.keysUnder(keys.AllPinsPrefix)); n != 1 {
+			t.Errorf("%d pins", n)
+		}
+		if err := b.Unpin(t.Context(), Ref{ID: s.ID}, first.ID); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := a.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0); err != nil {
+			t.Fatal(err)
+		}
+		w.create(a, col, "x")
+		if again := pin(b); !samePin(first, again) {
+			t.Errorf("got %+v, then %+v", first, again)
+		}
+		if n := len(w.keysUnder(keys.AllPinsPrefix)); n != 0 {
+			t.Errorf("%d pins", n)
+		}
+		_, err := a.Pin(t.Context(), request.Token{Principal: "local", Method: "PinSnapshot", Value: "t", Hash: []byte{2}}, Ref{Name: "x"}, PinSpec{Owner: "o"})
+		wantError(t, err, request.ErrReused)
+	})
+}
+
+// TestPinDecidesAnew has what a pin was decided on change before it takes effect.
+func TestPinDecidesAnew(t *testing.T) {
+	for name, tc := range map[string]struct {
+		change func(t *testing.T, r *replica)
+		want   error
+	}{
+		"updated": {func(t *testing.T, r *replica) {
+			if _, err := r.Update(t.Context(), request.Token{}, Ref{Name: "x"}, UpdateSpec{Description: new("d")}); err != nil {
+				t.Error(err)
+			}
+		}, nil},
+		"dropped": {func(t *testing.T, r *replica) {
+			if _, err := r.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0); err != nil {
+				t.Error(err)
+			}
+		}, ErrSnapshotNotCommitted},
+		"pinned under the token": {func(t *testing.T, r *replica) {
+			if _, err := r.Pin(t.Context(), pinToken("t"), Ref{Name: "x"}, PinSpec{Owner: "o", TTL: time.Hour}); err != nil {
+				t.Error(err)
+			}
+		}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				other := w.start("b")
+				settle() // so that it leads
+				r := w.start("a")
+				col, _, _ := w.collection(other, "c")
+				w.create(other, col, "x")
+				w.newID(r) // so that the first transaction is the pin's
+				settle()
+				other.store.Freeze() // a dropped snapshot stays DELETING
+				var once sync.Once
+				r.kv.Hook(func(c meta.Call) meta.Fault {
+					if c.Method == meta.MethodTxn {
+						once.Do(func() { tc.change(t, other) })
+					}
+					return meta.NoFault
+				})
+				p, err := r.Pin(t.Context(), pinToken("t"), Ref{Name: "x"}, PinSpec{Owner: "o", TTL: time.Hour})
+				r.kv.Hook(nil)
+				wantError(t, err, tc.want)
+				left := w.keysUnder(keys.AllPinsPrefix)
+				if tc.want == nil && (len(left) != 1 || left[0] != keys.Pin(p.Snapshot, p.ID)) || tc.want != nil && len(left) != 0 {
+					t.Errorf("there are %v, the pin is %+v", left, p)
+				}
+				other.store.Thaw()
+			})
+		})
+	}
+}
+
+// TestFrozenPin stops a replica between the look at a snapshot and its pin. The
+// snapshot is dropped meanwhile, and the pin that comes late is refused.
+func TestFrozenPin(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		other := w.start("b")
+		settle() // so that it leads
+		r := w.start("a")
+		col, _, _ := w.collection(other, "c")
+		s := w.create(other, col, "x")
+		w.newID(r)
+		settle()
+		other.store.Freeze() // the dropped snapshot stays DELETING
+		r.kv.Hook(func(c meta.Call) meta.Fault {
+			if c.Method == meta.MethodGrant {
+				r.kv.Freeze()
+			}
+			return meta.NoFault
+		})
+		result := make(chan error, 1)
+		go func() {
+			_, err := r.Pin(t.Context(), request.Token{}, Ref{ID: s.ID}, PinSpec{Owner: "o", TTL: time.Hour})
+			result <- err
+		}()
+		settle()
+		if _, err := other.Drop(t.Context(), request.Token{}, Ref{ID: s.ID}, 0); err != nil {
+			t.Fatal(err)
+		}
+		r.kv.Hook(nil)
+		r.kv.Thaw()
+		wantError(t, <-result, ErrSnapshotNotCommitted)
+		if left := w.keysUnder(keys.AllPinsPrefix); len(left) != 0 {
+			t.Errorf("left %v", left)
+		}
+		other.store.Thaw()
+	})
+}
+
+// TestPinAndDropExcludeEachOther races many pins with drops, through replicas
+// whose calls take different times and get lost. Whatever is told, a snapshot
+// that is dropped has no pin, and never was a pin told of one.
+func TestPinAndDropExcludeEachOther(t *testing.T) {
+	var pinned, dropped atomic.Int64
+	for seed := range uint64(60) {
+		inWorld(t, func(t *testing.T, w *world) {
+			other := w.start("c")
+			col, _, _ := w.collection(other, "c")
+			s := w.create(other, col, "x")
+			settle()
+			rnd := rand.New(rand.NewPCG(seed, 1)) //nolint:gosec // a test that can be repeated
+			var mu sync.Mutex
+			roll := func(n int) int {
+				mu.Lock()
+				defer mu.Unlock()
+				return rnd.IntN(n)
+			}
+			replicas := []*replica{w.start("a"), w.start("b")}
+			for _, r := range replicas {
+				w.newID(r)
+				r.kv.Hook(func(c meta.Call) meta.Fault {
+					switch c.Method {
+					case meta.MethodWatch, meta.MethodNext, meta.MethodProgress:
+						return meta.NoFault
+					default:
+					}
+					time.Sleep(time.Duration(roll(20)) * time.Millisecond)
+					return []meta.Fault{meta.Before, meta.After, meta.NoFault, meta.NoFault, meta.NoFault, meta.NoFault, meta.NoFault, meta.NoFault}[roll(8)]
+				})
+			}
+			var wg sync.WaitGroup
+			var told []*Pin
+			drop := false
+			for i := range 12 {
+				r := replicas[i%2]
+				wg.Go(func() {
+					time.Sleep(time.Duration(roll(60)) * time.Millisecond)
+					ttl := []time.Duration{0, time.Hour}[i/2%2]
+					tok := request.Token{}
+					if i%3 == 0 {
+						tok = pinToken(fmt.Sprint("t", i))
+					}
+					p, err := r.Pin(t.Context(), tok, Ref{ID: s.ID}, PinSpec{Owner: "o", TTL: ttl})
+					switch {
+					case err == nil:
+						mu.Lock()
+						told = append(told, p)
+						mu.Unlock()
+					case errors.Is(err, meta.ErrUnavailable), errors.Is(err, ErrSnapshotNotCommitted), errors.Is(err, ErrExpiredOrDropped):
+					default:
+						t.Errorf("seed %d: pin: %v", seed, err)
+					}
+				})
+			}
+			for i := range 6 {
+				r := replicas[i%2]
+				wg.Go(func() {
+					time.Sleep(time.Duration(roll(60)) * time.Millisecond)
+					_, err := r.Drop(t.Context(), request.Token{}, Ref{ID: s.ID}, 0)
+					switch {
+					case err == nil:
+						mu.Lock()
+						drop = true
+						mu.Unlock()
+					case errors.Is(err, meta.ErrUnavailable), errors.Is(err, ErrSnapshotPinned):
+					default:
+						t.Errorf("seed %d: drop: %v", seed, err)
+					}
+				})
+			}
+			wg.Wait()
+			for _, r := range replicas {
+				r.kv.Hook(nil)
+			}
+			settle()
+			now, err := other.read(t.Context(), s.ID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			gone := now == nil || now.State == Deleting
+			left := w.keysUnder(keys.AllPinsPrefix)
+			switch {
+			case drop && !gone:
+				t.Errorf("seed %d: the drop was told, and the snapshot is there", seed)
+			case gone && (len(told) > 0 || len(left) > 0):
+				t.Errorf("seed %d: dropped in spite of the pins told %v, there are %v", seed, told, left)
+			case gone:
+				dropped.Add(1)
+			}
+			for _, p := range told {
+				if _, found := w.pinRecord(p); !found {
+					t.Errorf("seed %d: pin %d was told, and is not there", seed, p.ID)
+				}
+				pinned.Add(1)
+			}
+		})
+	}
+	if pinned.Load() == 0 || dropped.Load() == 0 {
+		t.Errorf("%d pins, %d drops: one of them never wins", pinned.Load(), dropped.Load())
+	}
+}
+
+// TestPinSurvivesEachFailedCall fails every call of a pin, before and after it
+// takes effect, with and without token and ttl.
+func TestPinSurvivesEachFailedCall(t *testing.T) {
+	for i := range 8 {
+		fault, ttl, tok := meta.Before, time.Duration(0), request.Token{}
+		if i&1 != 0 {
+			fault = meta.After
+		}
+		if i&2 != 0 {
+			ttl = time.Hour
+		}
+		if i&4 != 0 {
+			tok = pinToken("t")
+		}
+		for n := 0; ; n++ {
+			fired := false
+			inWorld(t, func(t *testing.T, w *world) {
+				other := w.start("b")
+				settle() // so that it leads
+				r := w.start("a")
+				col, _, _ := w.collection(other, "c")
+				s := w.create(other, col, "x")
+				settle()
+				pin := func(r *replica) (*Pin, error) {
+					return r.Pin(t.Context(), tok, Ref{Name: "x"}, PinSpec{Owner: "o", TTL: ttl})
+				}
+				r.kv.FailNth(n, fault, meta.MethodGet, meta.MethodRange, meta.MethodTxn, meta.MethodGrant, meta.MethodRevoke)
+				p, err := pin(r)
+				fired = r.kv.Fired() > 0
+				r.kv.Hook(nil)
+				if err != nil {
+					wantError(t, err, meta.ErrUnavailable)
+					left := w.keysUnder(keys.AllPinsPrefix)
+					if len(left) > 0 && !tok.Given() {
+						t.Errorf("call %d of %d: told that there is none, left %v", n, i, left)
+					}
+					p, err = pin(other)
+				}
+				if err != nil {
+					t.Fatalf("call %d of %d: %v", n, i, err)
+				}
+				if left := w.keysUnder(keys.AllPinsPrefix); !slices.Equal(left, []string{keys.Pin(s.ID, p.ID)}) {
+					t.Errorf("call %d of %d: there are %v, told %+v", n, i, left, p)
+				}
+				if kv, _ := w.pinRecord(p); (kv.Lease != 0) != (ttl > 0) {
+					t.Errorf("call %d of %d: under lease %d", n, i, kv.Lease)
+				}
+			})
+			if !fired {
+				if n < 4 {
+					t.Errorf("a pin makes only %d calls", n)
+				}
+				break
+			}
+		}
+	}
+}
+
+// late is a store that loses the answer to a transaction about a pin, which then
+// takes effect later.
+type late struct {
+	meta.KV
+	mu   sync.Mutex
+	lose bool
+	held meta.Txn
+}
+
+func (l *late) Txn(ctx context.Context, txn meta.Txn) (meta.TxnResult, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.lose && slices.ContainsFunc(txn.Then, func(op meta.Op) bool { return strings.HasPrefix(op.From, keys.AllPinsPrefix) }) {
+		l.lose, l.held = false, txn
+		return meta.TxnResult{}, fmt.Errorf("%w: no answer", meta.ErrUnavailable)
+	}
+	return l.KV.Txn(ctx, txn)
+}
+
+func (l *late) set(lose bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lose = lose
+}
+
+// land has the transaction take effect.
+func (l *late) land(ctx context.Context) (meta.TxnResult, error) { return l.KV.Txn(ctx, l.held) }
+
+// TestLatePin has a pin take effect after the caller was told that it got no
+// answer. Without a token it must not come any more; with one, it is there when a
+// repeat tells of it.
+func TestLatePin(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		l := &late{}
+		r := w.start("a", func(o *Options) { l.KV, o.KV = o.KV, l })
+		col, _, _ := w.collection(r, "c")
+		s := w.create(r, col, "x")
+		pin := func(tok request.Token) (*Pin, error) {
+			return r.Pin(t.Context(), tok, Ref{ID: s.ID}, PinSpec{Owner: "o", TTL: time.Hour})
+		}
+		l.set(true)
+		_, err := pin(request.Token{})
+		wantError(t, err, meta.ErrUnavailable)
+		_, err = l.land(t.Context())
+		wantError(t, err, meta.ErrLeaseNotFound)
+		if left := w.keysUnder(keys.AllPinsPrefix); len(left) != 0 {
+			t.Errorf("left %v", left)
+		}
+		for _, when := range []string{"before the repeat", "after it"} {
+			tok := pinToken(when)
+			l.set(true)
+			_, err = pin(tok)
+			wantError(t, err, meta.ErrUnavailable)
+			var p *Pin
+			var landed meta.TxnResult
+			if when == "after it" {
+				p, err = pin(tok)
+				wantError(t, err, nil)
+				landed, err = l.land(t.Context())
+			} else {
+				landed, err = l.land(t.Context())
+				wantError(t, err, nil)
+				p, err = pin(tok)
+			}
+			wantError(t, err, nil)
+			if landed.Succeeded != (when != "after it") {
+				t.Errorf("%s: landed %v", when, landed.Succeeded)
+			}
+			if _, found := w.pinRecord(p); !found {
+				t.Errorf("%s: pin %d was told, and is not there", when, p.ID)
+			}
+		}
+		if left := w.keysUnder(keys.AllPinsPrefix); len(left) != 2 {
+			t.Errorf("there are %v, want two", left)
+		}
+	})
+}
+
+func TestRenewPin(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		s, other := w.create(r, col, "x"), w.create(r, col, "y")
+		p, forever := w.pin(r, s, time.Minute), w.pin(r, s, 0)
+		created := p.CreateTime
+		for i, ttl := range []time.Duration{0, 0, time.Hour, 0, 1500 * time.Millisecond} {
+			time.Sleep(50 * time.Second)
+			old := p
+			var err error
+			if p, err = r.RenewPin(t.Context(), Ref{Name: "x"}, p.ID, ttl); err != nil {
+				t.Fatal(err)
+			}
+			want := []time.Duration{time.Minute, time.Minute, time.Hour, time.Hour, 2 * time.Second}[i]
+			if p.ID != old.ID || p.Owner != "job" || p.Reason != "night" || !p.CreateTime.Equal(created) || p.TTL != want ||
+				!p.ExpireTime.Equal(time.Now().Add(want)) || p.Revision <= old.Revision {
+				t.Errorf("renewal %d: got %+v", i, p)
+			}
+			if kv, found := w.pinRecord(p); !found || kv.Lease == old.lease || kv.Lease != p.lease {
+				t.Errorf("renewal %d: there is %v, found %v", i, kv, found)
+			}
+			if w.leased(old.lease) {
+				t.Errorf("renewal %d: the old lease lives", i)
+			}
+		}
+		renew := func(ref Ref, id int64, ttl time.Duration) error {
+			_, err := r.RenewPin(t.Context(), ref, id, ttl)
+			return err
+		}
+		wantError(t, renew(Ref{ID: s.ID}, forever.ID, time.Hour), ErrPinHasNoTTL)
+		wantError(t, renew(Ref{ID: other.ID}, p.ID, 0), ErrPinNotFound)
+		wantError(t, renew(Ref{ID: s.ID}, p.ID+1000, 0), ErrPinNotFound)
+		wantError(t, renew(Ref{Name: "none"}, p.ID, 0), ErrPinNotFound)
+		wantError(t, renew(Ref{ID: 1 << 50}, p.ID, 0), ErrPinNotFound)
+		wantError(t, renew(Ref{ID: s.ID, Collection: catalog.Ref{ID: col.ID + 1}}, p.ID, 0), ErrSnapshotMismatch)
+		wantError(t, renew(Ref{ID: s.ID}, 0, 0), catalog.ErrInvalid)
+		wantError(t, renew(Ref{ID: s.ID}, p.ID, time.Millisecond), catalog.ErrInvalid)
+		time.Sleep(2 * time.Second)
+		err := renew(Ref{ID: s.ID}, p.ID, 0)
+		wantError(t, err, ErrPinNotFound)
+		if !strings.Contains(errText(err), "pin it again") {
+			t.Errorf("%v does not say what to do", err)
+		}
+	})
+}
+
+// TestRenewalsAtOnce renews a pin from many sides.
+func TestRenewalsAtOnce(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		replicas := []*replica{w.start("a"), w.start("b")}
+		col, _, _ := w.collection(replicas[0], "c")
+		p := w.pin(replicas[0], w.create(replicas[0], col, "x"), time.Minute)
+		var wg sync.WaitGroup
+		var done atomic.Int64
+		for i := range 20 {
+			wg.Go(func() {
+				_, err := replicas[i%2].RenewPin(t.Context(), Ref{ID: p.Snapshot}, p.ID, time.Hour)
+				switch {
+				case err == nil:
+					done.Add(1)
+				case !errors.Is(err, catalog.ErrConflict):
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if done.Load() == 0 {
+			t.Error("nobody renewed it")
+		}
+		time.Sleep(59 * time.Minute)
+		if kv, found := w.pinRecord(p); !found || kv.Lease == 0 {
+			t.Error("the pin is gone")
+		}
+		time.Sleep(2 * time.Minute)
+		if _, found := w.pinRecord(p); found {
+			t.Error("the pin outlives its lease")
+		}
+	})
+}
+
+// TestRenewalSurvivesEachFailedCall fails every call of a renewal: the pin stays
+// for as long as was told.
+func TestRenewalSurvivesEachFailedCall(t *testing.T) {
+	for _, fault := range []meta.Fault{meta.Before, meta.After} {
+		for n := 0; ; n++ {
+			fired := false
+			inWorld(t, func(t *testing.T, w *world) {
+				other := w.start("b")
+				settle() // so that it leads
+				r := w.start("a")
+				col, _, _ := w.collection(other, "c")
+				p := w.pin(other, w.create(other, col, "x"), time.Minute)
+				settle()
+				r.kv.FailNth(n, fault, meta.MethodGet, meta.MethodTxn, meta.MethodGrant, meta.MethodRevoke)
+				next, err := r.RenewPin(t.Context(), Ref{Name: "x"}, p.ID, time.Hour)
+				fired = r.kv.Fired() > 0
+				r.kv.Hook(nil)
+				until := p.ExpireTime
+				if err == nil {
+					until = next.ExpireTime
+				} else {
+					wantError(t, err, meta.ErrUnavailable)
+				}
+				time.Sleep(time.Until(until) - time.Second)
+				if _, found := w.pinRecord(p); !found {
+					t.Errorf("call %d: told %v, and the pin is gone before", n, err)
+				}
+				if next, err = other.RenewPin(t.Context(), Ref{Name: "x"}, p.ID, 0); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(time.Until(next.ExpireTime) + time.Second)
+				if _, found := w.pinRecord(p); found {
+					t.Errorf("call %d: the pin outlives its lease", n)
+				}
+			})
+			if !fired {
+				if n < 4 {
+					t.Errorf("a renewal makes only %d calls", n)
+				}
+				break
+			}
+		}
+	}
+}
+
+// TestLateRenewal has a renewal take effect after the caller was told that it got
+// no answer: it must not end the pin.
+func TestLateRenewal(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		l := &late{}
+		r := w.start("a", func(o *Options) { l.KV, o.KV = o.KV, l })
+		col, _, _ := w.collection(r, "c")
+		p := w.pin(r, w.create(r, col, "x"), time.Minute)
+		l.set(true)
+		_, err := r.RenewPin(t.Context(), Ref{ID: p.Snapshot}, p.ID, time.Hour)
+		wantError(t, err, meta.ErrUnavailable)
+		if res, err := l.land(t.Context()); err != nil || !res.Succeeded {
+			t.Fatalf("landed %v, err = %v", res.Succeeded, err)
+		}
+		time.Sleep(59 * time.Minute)
+		if _, found := w.pinRecord(p); !found {
+			t.Error("the pin is gone")
+		}
+		next, err := r.RenewPin(t.Context(), Ref{ID: p.Snapshot}, p.ID, 0)
+		if err != nil || next.TTL != time.Hour {
+			t.Errorf("got %+v, err = %v", next, err)
+		}
+	})
+}
+
+func TestUnpin(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		s, other := w.create(r, col, "x"), w.create(r, col, "y")
+		p, q := w.pin(r, s, time.Hour), w.pin(r, other, 0)
+		unreadable := keys.Pin(s.ID, p.ID+500)
+		w.put(unreadable, []byte{8, 99}) // format 99
+		_, err := r.Drop(t.Context(), request.Token{}, Ref{ID: s.ID}, 0)
+		wantError(t, err, ErrSnapshotPinned)
+		if !strings.Contains(errText(err), fmt.Sprintf("%d (its record cannot be read)", p.ID+500)) {
+			t.Errorf("%v does not name the pin that cannot be read", err)
+		}
+		_, err = r.RenewPin(t.Context(), Ref{ID: s.ID}, p.ID+500, 0)
+		wantError(t, err, record.ErrUnreadable)
+		unpin := func(ref Ref, id int64) error { return r.Unpin(t.Context(), ref, id) }
+		for range 2 {
+			wantError(t, unpin(Ref{ID: s.ID}, p.ID), nil)
+		}
+		if w.leased(p.lease) {
+			t.Error("the lease lives on")
+		}
+		wantError(t, unpin(Ref{Name: "x"}, p.ID+500), nil)
+		wantError(t, unpin(Ref{Name: "x"}, q.ID), nil) // it is no pin of x
+		for _, ref := range []Ref{{Name: "none"}, {ID: 1 << 50}} {
+			wantError(t, unpin(ref, 5), nil)
+		}
+		wantError(t, unpin(Ref{ID: s.ID}, -1), catalog.ErrInvalid)
+		wantError(t, unpin(Ref{ID: other.ID, Collection: catalog.Ref{ID: col.ID + 1}}, q.ID), ErrSnapshotMismatch)
+		if left := w.keysUnder(keys.AllPinsPrefix); !slices.Equal(left, []string{keys.Pin(other.ID, q.ID)}) {
+			t.Errorf("left %v", left)
+		}
+		if _, err := r.Drop(t.Context(), request.Token{}, Ref{ID: s.ID}, 0); err != nil {
+			t.Error(err)
+		}
+		wantError(t, unpin(Ref{ID: s.ID}, p.ID), nil)
+		settle()
+		wantError(t, unpin(Ref{ID: s.ID}, p.ID), nil)
+		// A renewal comes between the look and the removal.
+		b := w.start("b")
+		between := func(do func()) {
+			var once sync.Once
+			r.kv.Hook(func(c meta.Call) meta.Fault {
+				if c.Method == meta.MethodTxn {
+					once.Do(do)
+				}
+				return meta.NoFault
+			})
+		}
+		p = w.pin(r, other, time.Hour)
+		between(func() {
+			if p, err = b.RenewPin(t.Context(), Ref{ID: other.ID}, p.ID, 0); err != nil {
+				t.Error(err)
+			}
+		})
+		wantError(t, unpin(Ref{ID: other.ID}, p.ID), nil)
+		r.kv.Hook(nil)
+		if _, found := w.pinRecord(p); found || w.leased(p.lease) {
+			t.Errorf("there is the pin: %v, or its lease", found)
+		}
+		// And a removal between the look and a renewal, which does not bring it back.
+		p = w.pin(r, other, time.Hour)
+		between(func() { wantError(t, b.Unpin(t.Context(), Ref{ID: other.ID}, p.ID), nil) })
+		_, err = r.RenewPin(t.Context(), Ref{ID: other.ID}, p.ID, 0)
+		wantError(t, err, ErrPinNotFound)
+		r.kv.Hook(nil)
+		if _, found := w.pinRecord(p); found {
+			t.Error("the renewal brought the pin back")
+		}
+	})
+}
+
+func TestPinsInPages(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		snaps := []*Snapshot{w.create(r, col, "x"), w.create(r, col, "y"), w.create(r, col, "z")}
+		var all, second []PinPlace
+		for i := range 21 {
+			p := w.pin(r, snaps[i%3], time.Hour)
+			all = append(all, PinPlace{p.Snapshot, p.ID})
+			if i%3 == 1 {
+				second = append(second, PinPlace{p.Snapshot, p.ID})
+			}
+		}
+		odd := PinPlace{snaps[0].ID, 1 << 40}
+		w.put(keys.Pin(odd.Snapshot, odd.ID), []byte{8, 99})
+		all = append(all, odd)
+		slices.SortFunc(all, func(a, b PinPlace) int { return int(a.Snapshot-b.Snapshot)*1000 + int(min(a.ID, 1000)-min(b.ID, 1000)) })
+		for i := range 9 { // which nobody can tell of
+			w.put(fmt.Sprintf("%sx%d", keys.PinPrefix(snaps[1].ID-1), i), nil)
+			w.put(fmt.Sprintf("%sx%d", keys.PinPrefix(snaps[2].ID), i), nil)
+		}
+		for _, tc := range []struct {
+			snapshot int64
+			want     []PinPlace
+		}{{0, all}, {snaps[1].ID, second}, {snaps[2].ID + 1, nil}} {
+			for _, limit := range []int{1, 4, 1000} {
+				var got []PinPlace
+				var after PinPlace
+				for {
+					before := r.kv.Calls()
+					list, more, err := r.Pins(t.Context(), tc.snapshot, after, limit)
+					if err != nil || len(list) > limit || more && len(list) == 0 {
+						t.Fatalf("%d pins, more = %v, err = %v", len(list), more, err)
+					}
+					if calls := r.kv.Calls() - before; limit == 4 && calls > 4 {
+						t.Errorf("a page costs %d calls", calls)
+					}
+					for _, p := range list {
+						got = append(got, PinPlace{p.Snapshot, p.ID})
+						if (PinPlace{p.Snapshot, p.ID}) != odd && (p.Owner != "job" || p.TTL != time.Hour || p.ExpireTime.IsZero()) {
+							t.Errorf("got %+v", p)
+						}
+					}
+					if !more {
+						break
+					}
+					after = got[len(got)-1]
+				}
+				if !slices.Equal(got, tc.want) {
+					t.Errorf("pins of %d, %d at a time:\ngot  %v\nwant %v", tc.snapshot, limit, got, tc.want)
+				}
+			}
+		}
+	})
+}
+
+func TestPinEvents(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		other, _, _ := w.collection(r, "other")
+		s := w.create(r, col, "x")
+		settle()
+		_, _, start, err := w.kv.Get(t.Context(), keys.Format)
+		if err != nil {
+			t.Fatal(err)
+		}
+		removed, expires := w.pin(r, s, time.Minute), w.pin(r, s, time.Minute)
+		if _, err := r.RenewPin(t.Context(), Ref{ID: s.ID}, expires.ID, 2*time.Minute); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Unpin(t.Context(), Ref{ID: s.ID}, removed.ID); err != nil {
+			t.Fatal(err)
+		}
+		w.put(keys.Pin(s.ID, 5000), []byte{8, 99}) // which nobody can tell of
+		time.Sleep(2*time.Minute + time.Second)
+		settle()
+		forever := w.pin(r, s, 0)
+		// A removal says so of one pin alone, at its own revision.
+		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{
+			meta.Delete(keys.Pin(s.ID, forever.ID)),
+			meta.Put(keys.Unpin, record.Encode(&storagev1.Unpin{Format: record.Format, SnapshotId: s.ID, PinId: forever.ID + 1})),
+		}}); err != nil {
+			t.Fatal(err)
+		}
+		type told struct {
+			typ     ChangeType
+			pin     int64
+			owner   string
+			ttl     time.Duration
+			expired bool
+		}
+		want := []told{
+			{Created, removed.ID, "job", time.Minute, false},
+			{Created, expires.ID, "job", time.Minute, false},
+			{Updated, expires.ID, "job", 2 * time.Minute, false},
+			{Deleted, removed.ID, "", 0, false},
+			{Deleted, expires.ID, "", 0, true},
+			{Created, forever.ID, "job", 0, false},
+			{Deleted, forever.ID, "", 0, true},
+		}
+		// Pins of all collections are told, whatever is asked for.
+		for _, collection := range []int64{0, col.ID, other.ID} {
+			var got []told
+			ctx, cancel := context.WithCancel(t.Context())
+			err := r.Watch(ctx, start, collection, func(events []Event, _ int64) error {
+				for _, e := range events {
+					if e.Pin == nil || e.Pin.Snapshot != s.ID {
+						t.Errorf("told %+v", e)
+						continue
+					}
+					got = append(got, told{e.Type, e.Pin.ID, e.Pin.Owner, e.Pin.TTL, e.Expired})
+				}
+				if len(got) == len(want) {
+					cancel()
+				}
+				return nil
+			})
+			wantError(t, err, context.Canceled)
+			if !slices.Equal(got, want) {
+				t.Errorf("told %v\nwant %v", got, want)
+			}
+		}
+	})
+}

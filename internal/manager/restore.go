@@ -1,0 +1,487 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/catalog/layout"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// maxMissing is how many missing files a plan names.
+const maxMissing = 100
+
+// RestoreSpec says what to restore, and where to.
+type RestoreSpec struct {
+	Snapshot    Ref
+	DB, Name    string            // of the collection to make
+	Partitions  []string          // of the snapshot; none: all
+	Properties  map[string]string // that differ; an empty value leaves one out
+	Channels    []string          // of the target, in shard order; none: the snapshot's
+	SkipIndexes bool
+	Priority    int
+	Limits      copyjob.Limits
+	Timeout     time.Duration // 0: none
+	Labels      map[string]string
+}
+
+// RestorePlan says what a restore would do.
+type RestorePlan struct {
+	Totals        segment.Totals
+	Requests      int64
+	EstimatedTime time.Duration
+	Conflicts     []string
+	Missing       []string // the first of them
+	MissingCount  int64
+}
+
+// restorable is a snapshot with what of it is to be restored.
+type restorable struct {
+	snapshot   *Snapshot
+	md         *manifest.Metadata
+	partitions []int64 // ascending; none: all
+	layout     layout.Layout
+	totals     segment.Totals
+	requests   int64
+}
+
+// Restore makes a restore job durable, and returns it. Without an answer from
+// the store the error wraps meta.ErrUnavailable, and a call with the same token
+// finds the job if there is one.
+func (m *Manager) Restore(ctx context.Context, tok request.Token, spec *RestoreSpec) (*copyjob.Job, error) {
+	job, err := m.restore(ctx, tok, spec)
+	if err != nil {
+		return nil, fmt.Errorf("restore snapshot %s: %w", spec.Snapshot, err)
+	}
+	return job, nil
+}
+
+func (m *Manager) restore(ctx context.Context, tok request.Token, spec *RestoreSpec) (*copyjob.Job, error) {
+	ref := spec.Snapshot
+	for attempt := range maxAttempts {
+		if err := pause(ctx, attempt); err != nil {
+			return nil, err
+		}
+		known, err := request.Find(ctx, m.kv, tok)
+		if err != nil {
+			return nil, err
+		}
+		if known != nil {
+			return m.restoreOf(ctx, known.ID)
+		}
+		job, err := m.admit(ctx, tok, ref, spec)
+		switch {
+		case errors.Is(err, errChanged):
+			continue
+		case err != nil:
+			if known := m.wasFirst(ctx, tok); known != nil {
+				return m.restoreOf(ctx, known.ID)
+			}
+			return nil, err
+		}
+		return job, nil
+	}
+	return nil, catalog.ErrConflict
+}
+
+// restoreOf returns the job that a request made before.
+func (m *Manager) restoreOf(ctx context.Context, id int64) (*copyjob.Job, error) {
+	s, err := m.jobs.Get(ctx, id)
+	switch {
+	case errors.Is(err, copyjob.ErrJobNotFound):
+		return nil, m.NoJob(ctx, id)
+	case err != nil:
+		return nil, err
+	}
+	return s.Job, nil
+}
+
+// admit makes the job, its claim and its pin in one transaction.
+func (m *Manager) admit(ctx context.Context, tok request.Token, ref Ref, spec *RestoreSpec) (*copyjob.Job, error) {
+	r, err := m.restorable(ctx, ref, spec)
+	if err != nil {
+		return nil, err
+	}
+	md := r.md
+	partitions, indexes := int64(len(md.Partitions)), int64(len(md.Indexes))
+	ids, err := m.catalog.AllocateRange(ctx, 3+partitions+indexes+md.Totals.Segments+md.Totals.Builds)
+	if err != nil {
+		return nil, err
+	}
+	now := m.o.Now()
+	job := &copyjob.Job{
+		ID: ids.First, Snapshot: r.snapshot.ID, SnapshotName: r.snapshot.Name, Source: r.snapshot.Collection,
+		Target: ids.First + 1, Pin: ids.First + 2, DB: spec.DB, Name: spec.Name,
+		State: copyjob.Pending, Phase: copyjob.Admit,
+		Partitions: r.partitions, PartitionNames: spec.Partitions, SkipIndexes: spec.SkipIndexes, Priority: spec.Priority,
+		Labels: spec.Labels, Layout: r.layout,
+		FirstPartition: ids.First + 3, FirstIndex: ids.First + 3 + partitions,
+		FirstSegment: ids.First + 3 + partitions + indexes, Segments: md.Totals.Segments,
+		FirstBuild: ids.First + 3 + partitions + indexes + md.Totals.Segments, Builds: md.Totals.Builds,
+		Parts: object.CopyParts{}.WithDefaults(), TaskSegments: copyjob.TaskSegments,
+		Tasks:  (md.Totals.Segments + copyjob.TaskSegments - 1) / copyjob.TaskSegments,
+		Totals: r.totals, CreateTime: now, RequestKey: tok.Key(),
+	}
+	if spec.Timeout > 0 {
+		job.Deadline = now.Add(spec.Timeout)
+	}
+	col := targetOf(md, spec)
+	col.ID, col.Job, col.CreateTime, col.Layout = job.Target, job.ID, now, catalog.Layout(r.layout)
+	if err := m.catalog.CheckNew(&col); err != nil {
+		return nil, err
+	}
+	op, err := m.newOp()
+	if err != nil {
+		return nil, err
+	}
+	conds, ops, err := catalog.ClaimOps(&col, op)
+	if err != nil {
+		return nil, err
+	}
+	pin := &Pin{
+		Snapshot: job.Snapshot, ID: job.Pin, Owner: "snapshotd", Reason: fmt.Sprintf("restore job %d to %s/%s", job.ID, spec.DB, spec.Name),
+		CreateTime: now, Job: job.ID, op: op,
+	}
+	pin.Reason = fmt.Sprintf("%.*s", maxPinReason, pin.Reason)
+	txn := meta.Txn{
+		If: slices.Concat([]meta.Cond{meta.Unchanged(keys.Snapshot(r.snapshot.ID), r.snapshot.Revision)}, conds, tok.Absent()),
+		Then: slices.Concat(ops, []meta.Op{
+			meta.Put(keys.Job(job.ID), job.Encode(op)), meta.Put(keys.Pin(job.Snapshot, job.Pin), encodePin(pin)),
+		}, tok.Begin(job.ID)),
+	}
+	if spec.Limits != (copyjob.Limits{}) {
+		txn.Then = append(txn.Then, copyjob.LimitsOp(job.ID, spec.Limits))
+	}
+	res, err := m.kv.Txn(ctx, txn)
+	switch {
+	case errors.Is(err, meta.ErrNoSpace), errors.Is(err, meta.ErrTooLarge):
+		return nil, err
+	case err != nil: // it may have happened: "there" is a verdict, "not there" is none
+		readCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readBackTimeout)
+		defer cancel()
+		if kv, found, _, readErr := m.kv.Get(readCtx, keys.Job(job.ID)); readErr == nil && found {
+			return copyjob.DecodeJob(kv)
+		}
+		return nil, err
+	case !res.Succeeded:
+		return nil, errChanged
+	}
+	job.Revision = res.Revision
+	m.log.Info("restore admitted", zap.Int64("job", job.ID), zap.Int64("snapshot", job.Snapshot), zap.Int64("collection", job.Target),
+		zap.String("name", spec.DB+"/"+spec.Name))
+	return job, nil
+}
+
+// restorable checks what can be checked of a restore before anything is written.
+func (m *Manager) restorable(ctx context.Context, ref Ref, spec *RestoreSpec) (*restorable, error) {
+	for _, n := range []struct{ field, name string }{{"target.db", spec.DB}, {"target.name", spec.Name}} {
+		if err := catalog.CheckName(n.field, n.name); err != nil {
+			return nil, err
+		}
+	}
+	if err := checkLabels(spec.Labels); err != nil {
+		return nil, err
+	}
+	s, err := m.committed(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	r := &restorable{snapshot: s}
+	if r.md, err = m.metadata(ctx, s); err != nil {
+		return nil, err
+	}
+	if _, found, _, err := m.kv.Get(ctx, keys.CollectionName(spec.DB, spec.Name)); err != nil {
+		return nil, err
+	} else if found {
+		return r, fmt.Errorf("%w: %s/%s; choose another name, or drop it first", catalog.ErrCollectionExists, spec.DB, spec.Name)
+	}
+	return r, m.fill(ctx, r, spec)
+}
+
+// fill finds out what of the snapshot is restored, and whether the layout takes
+// it.
+func (m *Manager) fill(ctx context.Context, r *restorable, spec *RestoreSpec) error {
+	named := 0
+	for _, c := range r.md.Channels {
+		if c.Name != "" {
+			named++
+		}
+	}
+	if len(spec.Channels) > 0 && len(spec.Channels) != named {
+		return fmt.Errorf("%w: %d, and the snapshot has %d; they are mapped by shard", ErrChannelMismatch, len(spec.Channels), named)
+	}
+	for _, name := range spec.Partitions {
+		at := slices.IndexFunc(r.md.Partitions, func(p manifest.Partition) bool { return p.Name == name })
+		if at < 0 {
+			return fmt.Errorf("%w: %q is not in the snapshot", catalog.ErrPartitionNotFound, name)
+		}
+		r.partitions = append(r.partitions, r.md.Partitions[at].ID)
+	}
+	slices.Sort(r.partitions)
+	r.partitions = slices.Compact(r.partitions)
+	r.layout = layout.Native
+	if r.md.Collection.Layout == layout.Milvus.String() {
+		r.layout = layout.Milvus
+	}
+	t := r.md.Totals
+	r.totals = segment.Totals(t)
+	r.requests = t.Files + t.Segments + 20
+	if r.layout == layout.Native && len(r.partitions) == 0 && !spec.SkipIndexes {
+		return nil
+	}
+	return m.count(ctx, r, spec.SkipIndexes)
+}
+
+// count goes through the segments that are restored: it adds them up, and asks
+// the layout for a place for each of their files.
+func (m *Manager) count(ctx context.Context, r *restorable, skipIndexes bool) error {
+	// Ids of its own, which serve to see whether there is a place at all.
+	job := &copyjob.Job{
+		Source: r.snapshot.Collection, Target: r.snapshot.Collection + 1, Partitions: r.partitions, Layout: r.layout,
+		FirstPartition: 1, FirstSegment: 1 << 40, Segments: r.md.Totals.Segments, FirstBuild: 1 << 50, Builds: r.md.Totals.Builds,
+	}
+	mapping, err := job.Mapping(r.md)
+	if err != nil {
+		return err
+	}
+	r.totals = segment.Totals{}
+	var builds int64
+	var refused error
+	err = m.Segments(ctx, Ref{ID: r.snapshot.ID}, 0, func(s *Segment) bool {
+		first := builds
+		builds += int64(len(s.Builds))
+		if !job.WantsPartition(s.Partition) {
+			return true
+		}
+		if skipIndexes {
+			s.Builds = nil
+		}
+		if _, refused = mapping.Paths(&s.Segment, s.Ordinal, first); refused != nil {
+			return false
+		}
+		r.totals.Add(&s.Segment)
+		if s.RowCeiling != 0 {
+			r.totals.Straddling++
+		}
+		return true
+	})
+	if refused != nil {
+		return fmt.Errorf("%w: %w", ErrLayoutRefused, refused)
+	}
+	r.requests = r.totals.Files + r.totals.Segments + 20
+	return err
+}
+
+// targetOf is the collection that a restore makes, but for its ids.
+func targetOf(md *manifest.Metadata, spec *RestoreSpec) catalog.Collection {
+	src := &md.Collection
+	col := catalog.Collection{
+		DB: spec.DB, Name: spec.Name, Channels: spec.Channels, Consistency: src.ConsistencyLevel,
+		Properties: maps.Clone(src.Properties), Attributes: src.Attributes,
+		Schema: catalog.Schema{Format: src.Schema.Format, Raw: src.Schema.Raw},
+	}
+	for _, f := range src.Schema.Fields {
+		col.Schema.Fields = append(col.Schema.Fields, catalog.Field(f))
+	}
+	for k, v := range spec.Properties {
+		if v == "" {
+			delete(col.Properties, k)
+			continue
+		}
+		if col.Properties == nil {
+			col.Properties = map[string]string{}
+		}
+		col.Properties[k] = v
+	}
+	if len(col.Channels) == 0 {
+		for _, c := range md.Channels {
+			if c.Name != "" {
+				col.Channels = append(col.Channels, c.Name)
+			}
+		}
+	}
+	for _, root := range md.Roots {
+		col.Roots = append(col.Roots, catalog.Root{Store: root.Store, Prefix: root.Prefix})
+	}
+	return col
+}
+
+// PlanRestore says what a restore would do, and does nothing. With verify it asks
+// the stores for every file.
+func (m *Manager) PlanRestore(ctx context.Context, spec *RestoreSpec, verify bool) (*RestorePlan, error) {
+	plan := &RestorePlan{}
+	r, err := m.restorable(ctx, spec.Snapshot, spec)
+	if errors.Is(err, catalog.ErrCollectionExists) {
+		plan.Conflicts = append(plan.Conflicts, err.Error())
+		err = m.fill(ctx, r, spec)
+	}
+	switch {
+	case errors.Is(err, ErrLayoutRefused):
+		plan.Conflicts = append(plan.Conflicts, err.Error())
+	case err != nil:
+		return nil, fmt.Errorf("plan the restore of snapshot %s: %w", spec.Snapshot, err)
+	}
+	col := targetOf(r.md, spec)
+	if err := m.catalog.CheckNew(&col); err != nil {
+		plan.Conflicts = append(plan.Conflicts, err.Error())
+	}
+	plan.Totals, plan.Requests = r.totals, r.requests
+	plan.EstimatedTime = estimate(r, spec.Limits)
+	if verify {
+		if err := m.findMissing(ctx, plan, r, spec.SkipIndexes); err != nil {
+			return nil, fmt.Errorf("plan the restore of snapshot %s: %w", spec.Snapshot, err)
+		}
+	}
+	return plan, nil
+}
+
+// What a store may be taken to do, for estimates.
+const (
+	usualRequests = 500       // a second
+	usualBytes    = 200 << 20 // a second
+)
+
+func estimate(r *restorable, l copyjob.Limits) time.Duration {
+	requests, bytes := int64(usualRequests), int64(usualBytes)
+	if l.Requests > 0 {
+		requests = min(requests, l.Requests)
+	}
+	if l.Bytes > 0 {
+		bytes = min(bytes, l.Bytes)
+	}
+	seconds := max(float64(r.requests)/float64(requests), float64(r.totals.Bytes)/float64(bytes))
+	return time.Duration(seconds * float64(time.Second)).Round(time.Millisecond)
+}
+
+// findMissing asks the stores for the files of a plan.
+func (m *Manager) findMissing(ctx context.Context, plan *RestorePlan, r *restorable, skipIndexes bool) error {
+	wants := &copyjob.Job{Partitions: r.partitions}
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.SetLimit(verifyInFlight)
+	var mu sync.Mutex
+	var failed atomic.Bool
+	missing := func(format string, args ...any) {
+		mu.Lock()
+		defer mu.Unlock()
+		if plan.MissingCount++; len(plan.Missing) < maxMissing {
+			plan.Missing = append(plan.Missing, fmt.Sprintf(format, args...))
+		}
+	}
+	err := m.Segments(ctx, Ref{ID: r.snapshot.ID}, 0, func(s *Segment) bool {
+		if !wants.WantsPartition(s.Partition) {
+			return true
+		}
+		if skipIndexes {
+			s.Builds = nil
+		}
+		for f := range s.AllFiles() {
+			group.Go(func() error {
+				err := m.lookFor(groupCtx, r.md, s.ID, f, missing)
+				failed.Store(failed.Load() || err != nil)
+				return err
+			})
+		}
+		return !failed.Load()
+	})
+	return errors.Join(err, group.Wait())
+}
+
+func (m *Manager) lookFor(ctx context.Context, md *manifest.Metadata, id int64, f *segment.File, missing func(string, ...any)) error {
+	if f.Root >= len(md.Roots) {
+		missing("%s of segment %d: it has no root", f.Path, id)
+		return nil
+	}
+	root := md.Roots[f.Root]
+	store, ok := m.o.Stores[root.Store]
+	if !ok {
+		missing("%s/%s of segment %d: the object store is not configured here", root.Store, root.Prefix+f.Path, id)
+		return nil
+	}
+	info, err := store.Head(ctx, root.Prefix+f.Path)
+	switch {
+	case errors.Is(err, object.ErrNotFound):
+		missing("%s/%s of segment %d", root.Store, root.Prefix+f.Path, id)
+	case err != nil:
+		return err
+	case info.Size != f.Size:
+		missing("%s/%s of segment %d: %d bytes, not %d", root.Store, root.Prefix+f.Path, id, info.Size, f.Size)
+	case f.ETag != "" && info.ETag != f.ETag:
+		missing("%s/%s of segment %d: ETag %s, not %s", root.Store, root.Prefix+f.Path, id, info.ETag, f.ETag)
+	}
+	return nil
+}
+
+// Jobs returns what runs restores. It works while Run does.
+func (m *Manager) Jobs() *copyjob.Jobs { return m.jobs }
+
+// restoreSource lets restores read snapshots.
+type restoreSource struct{ m *Manager }
+
+// Metadata implements copyjob.Source.
+func (r restoreSource) Metadata(ctx context.Context, snapshot int64) (*manifest.Metadata, error) {
+	_, md, err := r.open(ctx, snapshot)
+	return md, err
+}
+
+// Manifest implements copyjob.Source.
+func (r restoreSource) Manifest(ctx context.Context, snapshot int64, number int) ([]segment.Segment, error) {
+	s, md, err := r.open(ctx, snapshot)
+	if err != nil {
+		return nil, err
+	}
+	mf := &md.Manifests[number]
+	list := make([]segment.Segment, 0, mf.Segments)
+	_, err = r.m.manifestSegments(ctx, s, mf, 0, func(seg *Segment) bool {
+		list = append(list, seg.Segment)
+		return true
+	})
+	return list, lasting(err)
+}
+
+func (r restoreSource) open(ctx context.Context, snapshot int64) (*Snapshot, *manifest.Metadata, error) {
+	s, err := r.m.committed(ctx, Ref{ID: snapshot})
+	if err != nil {
+		return nil, nil, lasting(err)
+	}
+	md, err := r.m.metadata(ctx, s)
+	return s, md, lasting(err)
+}
+
+// lasting marks the errors of reading a snapshot that will not pass.
+func lasting(err error) error {
+	for _, never := range []error{ErrSnapshotCorrupt, ErrSnapshotNotCommitted, ErrExpiredOrDropped, ErrNeverExisted, manifest.ErrNewerFormat} {
+		if errors.Is(err, never) {
+			return fmt.Errorf("%w: %w", copyjob.ErrSource, err)
+		}
+	}
+	return err
+}
+
+// NoJob says why there is no restore job of that id: ErrExpiredOrDropped when the
+// id was handed out, else ErrNeverExisted.
+func (m *Manager) NoJob(ctx context.Context, id int64) error {
+	_, ok, err := m.catalog.HandedOut(ctx, id)
+	switch {
+	case err != nil:
+		return err
+	case ok:
+		return fmt.Errorf("%w: restore job %d", ErrExpiredOrDropped, id)
+	}
+	return fmt.Errorf("%w: restore job %d", ErrNeverExisted, id)
+}

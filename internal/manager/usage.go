@@ -1,0 +1,157 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+)
+
+// Usage is what a snapshot keeps in the object stores.
+type Usage struct {
+	ExclusiveFiles, ExclusiveBytes int64 // that nothing but the snapshot keeps
+	SharedFiles, SharedBytes       int64
+}
+
+// Usage parts the files of a committed snapshot into those that would be free to
+// go if it were dropped now, and the others: those of the collection as it is,
+// those that other snapshots hold, and those that are never deleted because they
+// may belong to something else. The memory that it takes is bounded.
+func (m *Manager) Usage(ctx context.Context, ref Ref) (*Usage, error) {
+	s, err := m.committed(ctx, ref)
+	if err != nil {
+		return nil, fmt.Errorf("usage of snapshot %s: %w", ref, err)
+	}
+	// All snapshots count that were committed before the call.
+	_, _, now, err := m.kv.Get(ctx, keys.Generation(s.Collection))
+	if err != nil {
+		return nil, fmt.Errorf("usage of snapshot %s: %w", s, err)
+	}
+	counts, err := m.gc.Counts(ctx, s.Collection, now)
+	if err != nil {
+		return nil, fmt.Errorf("usage of snapshot %s: %w", s, err)
+	}
+	u := &Usage{}
+	var part []segment.Segment
+	var partErr error
+	flush := func() bool {
+		partErr = m.addUsage(ctx, u, s.Collection, part, counts)
+		part = part[:0]
+		return partErr == nil
+	}
+	err = m.Segments(ctx, Ref{ID: s.ID}, 0, func(seg *Segment) bool {
+		part = append(part, seg.Segment)
+		return len(part) < chunkSegments || flush()
+	})
+	if err == nil && partErr == nil {
+		flush()
+	}
+	if err == nil {
+		err = partErr
+	}
+	if err != nil {
+		return nil, fmt.Errorf("usage of snapshot %s: %w", s, err)
+	}
+	return u, nil
+}
+
+// addUsage adds the files of some of a snapshot's segments, which are in id
+// order.
+func (m *Manager) addUsage(ctx context.Context, u *Usage, collection int64, segments []segment.Segment, counts gc.Counts) error {
+	if len(segments) == 0 {
+		return nil
+	}
+	col, err := m.catalog.Collection(ctx, catalog.Ref{ID: collection})
+	gone := errors.Is(err, catalog.ErrCollectionNotFound) || err == nil && col.State == catalog.Dropping
+	if err != nil && !gone {
+		return err
+	}
+	live := map[int64]map[catalog.FilePath]bool{}
+	if !gone { // what is left of a collection that was dropped keeps nothing
+		if live, err = m.liveFiles(ctx, collection, segments); err != nil {
+			return err
+		}
+	}
+	for i := range segments {
+		s := &segments[i]
+		_, lives := live[s.ID]
+		shared := counts.Segment(s.ID) > 1
+		for j := range s.Files {
+			f := &s.Files[j]
+			u.add(f, !shared && segment.Carries(f.Path, s.ID) && !live[s.ID][catalog.FilePath{Root: f.Root, Path: f.Path}])
+		}
+		for b := range s.Builds {
+			build := &s.Builds[b]
+			// A build goes with its segment, or alone when the segment lives on.
+			buildShared := counts.Build(build.ID) > 1 || shared && !lives
+			for j := range build.Files {
+				f := &build.Files[j]
+				owned := segment.Carries(f.Path, build.ID) || segment.Carries(f.Path, s.ID)
+				u.add(f, !buildShared && owned && !live[s.ID][catalog.FilePath{Root: f.Root, Path: f.Path}])
+			}
+		}
+	}
+	return nil
+}
+
+func (u *Usage) add(f *segment.File, exclusive bool) {
+	if exclusive {
+		u.ExclusiveFiles++
+		u.ExclusiveBytes += f.Size
+	} else {
+		u.SharedFiles++
+		u.SharedBytes += f.Size
+	}
+}
+
+// liveFiles returns the files that those of the segments have which are still
+// part of the collection.
+func (m *Manager) liveFiles(ctx context.Context, collection int64, segments []segment.Segment) (map[int64]map[catalog.FilePath]bool, error) {
+	wanted := make(map[int64]bool, len(segments))
+	for i := range segments {
+		wanted[segments[i].ID] = true
+	}
+	live := map[int64]map[catalog.FilePath]bool{}
+	from, to := keys.Span(keys.SegmentPrefix(collection), segments[0].ID, segments[len(segments)-1].ID)
+	_, err := m.kv.Scan(ctx, from, to, 0, func(batch []meta.KeyValue) error {
+		for _, kv := range batch {
+			id, err := keys.LastID(kv.Key)
+			if err != nil {
+				return err
+			}
+			if !wanted[id] {
+				continue
+			}
+			s, err := catalog.DecodeSegment(collection, kv)
+			if err != nil {
+				return err
+			}
+			live[id] = map[catalog.FilePath]bool{}
+			for f := range s.AllFiles() {
+				live[id][catalog.FilePath{Root: f.Root, Path: f.Path}] = true
+			}
+		}
+		return nil
+	})
+	return live, err
+}
+
+// CheckDrop says what a drop would do, and does nothing: it returns the id of
+// the snapshot that would be dropped and what it keeps, or 0 when there is none.
+// The errors are those of Drop.
+func (m *Manager) CheckDrop(ctx context.Context, ref Ref, expected int64) (int64, *Usage, error) {
+	s, txn, err := m.droppable(ctx, ref, expected)
+	if err != nil {
+		return 0, nil, fmt.Errorf("drop snapshot %s: %w", ref, err)
+	}
+	if s == nil || len(txn.Then) == 0 {
+		return 0, nil, nil
+	}
+	u, err := m.Usage(ctx, Ref{ID: s.ID})
+	return s.ID, u, err
+}

@@ -1,0 +1,337 @@
+package manager
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/zap"
+	"pgregory.net/rapid"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
+	objectmemory "github.com/snapshotd/snapshotd/internal/store/object/memory"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// kept is the model of a collection and its snapshots: what lives, what was
+// dropped together, and what each snapshot has.
+type kept struct {
+	t         *testing.T
+	w         *world
+	r         *replica
+	col       catalog.Collection
+	index     int64
+	live      map[int64]segment.Segment
+	units     []droppedUnit
+	snapshots []*Snapshot
+	has       map[int64]map[int64]segment.Segment // segments of a snapshot, by its id
+	n         int
+}
+
+type droppedUnit struct {
+	ask     gc.Ask
+	segment int64
+	build   int64 // 0: it goes with the segment
+	files   map[string]int64
+}
+
+// heldBy says whether a snapshot holds the unit.
+func (k *kept) heldBy(u *droppedUnit, snapshot int64) bool {
+	s, ok := k.has[snapshot][u.segment]
+	return ok && (u.build == 0 || slices.ContainsFunc(s.Builds, func(b segment.Build) bool { return b.ID == u.build }))
+}
+
+// ownFiles are the sizes of the files whose path has one of ids as an element.
+func ownFiles(into map[string]int64, files []segment.File, ids ...int64) {
+	for _, f := range files {
+		for _, id := range ids {
+			if slices.Contains(strings.Split(f.Path, "/"), fmt.Sprint(id)) {
+				into[f.Path] = f.Size
+			}
+		}
+	}
+}
+
+func (k *kept) file(kind, path string, size int) segment.File {
+	return segment.File{Kind: kind, Path: path, Size: int64(size), MinTimestamp: 1, MaxTimestamp: 5, Field: 100, LogID: 1}
+}
+
+func (k *kept) build(s int64, n int) segment.Build {
+	b := segment.Build{ID: k.w.newID(k.r), Index: k.index, Field: 100}
+	path := []string{"%[1]d/0/%[2]d/i/%[3]d/f", "%[1]d/i/%[3]d/f", "%[1]d/0/%[2]d/i/v%[3]d", "foreign/%[1]d-%[2]d-%[3]d"}[n%4]
+	b.Files = []segment.File{k.file(segment.KindIndex, fmt.Sprintf(path, k.col.ID, s, b.ID), 1+n)}
+	k.w.writeFiles(&segment.Segment{Builds: []segment.Build{b}})
+	return b
+}
+
+func (k *kept) newSegment(n int) segment.Segment {
+	s := segment.Segment{ID: k.w.newID(k.r), Level: 1, State: segment.Flushed, Rows: 1, DML: segment.Position{Timestamp: 6}}
+	s.Files = []segment.File{k.file(segment.KindInsert, fmt.Sprintf("%d/0/%d/insert/100/1", k.col.ID, s.ID), 1+n)}
+	if n%3 == 0 {
+		s.Files = append(s.Files, k.file(segment.KindStats, fmt.Sprintf("foreign/%d", s.ID), 1+n))
+	}
+	k.w.writeFiles(&s)
+	if n%2 == 0 {
+		s.Builds = []segment.Build{k.build(s.ID, n/2)}
+	}
+	return s
+}
+
+func (k *kept) dropped(s *segment.Segment) {
+	u := droppedUnit{ask: gc.Ask{Segment: s.ID}, segment: s.ID, files: map[string]int64{}}
+	ownFiles(u.files, s.Files, s.ID)
+	for _, b := range s.Builds {
+		ownFiles(u.files, b.Files, s.ID, b.ID)
+	}
+	k.units = append(k.units, u)
+}
+
+func (k *kept) do(s step) {
+	id, ok := pickOf(k.live, s.A)
+	seg := k.live[id]
+	switch s.Op {
+	case "add":
+		seg := k.newSegment(s.A)
+		k.w.add(k.r, k.col, seg)
+		k.live[seg.ID] = seg
+	case "drop":
+		if ok {
+			k.w.dropSegments(k.r, k.col, id)
+			k.dropped(&seg)
+			delete(k.live, id)
+		}
+	case "compact":
+		if ok {
+			out := k.newSegment(s.B)
+			k.w.swap(k.r, k.col, catalog.Swap{Drop: []int64{id}, Add: []segment.Segment{out}})
+			k.dropped(&seg)
+			delete(k.live, id)
+			k.live[out.ID] = out
+		}
+	case "rebuild":
+		if ok {
+			b := k.build(id, s.B)
+			k.w.swap(k.r, k.col, catalog.Swap{Update: []catalog.Update{{Segment: id, AddBuilds: []segment.Build{b}}}})
+			for _, old := range seg.Builds {
+				u := droppedUnit{ask: gc.Ask{Build: old.ID}, segment: id, build: old.ID, files: map[string]int64{}}
+				ownFiles(u.files, old.Files, id, old.ID)
+				k.units = append(k.units, u)
+			}
+			seg.Builds = []segment.Build{b}
+			k.live[id] = seg
+		}
+	case "replace":
+		if ok {
+			k.n++
+			f := k.file(segment.KindInsert, fmt.Sprintf("%d/0/%d/insert/100/r%d", k.col.ID, id, k.n), 1+s.B)
+			k.w.writeFiles(&segment.Segment{Files: []segment.File{f}})
+			old := seg.Files[0]
+			path := catalog.FilePath{Path: old.Path}
+			k.w.swap(k.r, k.col, catalog.Swap{Update: []catalog.Update{{Segment: id, RemoveFiles: []catalog.FilePath{path}, AddFiles: []segment.File{f}}}})
+			u := droppedUnit{ask: gc.Ask{File: path, FileSegment: id}, segment: id, files: map[string]int64{}}
+			ownFiles(u.files, []segment.File{old}, id)
+			k.units = append(k.units, u)
+			seg.Files = append(slices.Clone(seg.Files[1:]), f)
+			k.live[id] = seg
+		}
+	case "snapshot":
+		k.n++
+		snap := k.w.create(k.r, k.col, fmt.Sprint("s", k.n))
+		k.snapshots = append(k.snapshots, snap)
+		k.has[snap.ID] = maps.Clone(k.live)
+	}
+}
+
+// reclaimAll has all go that may.
+func (k *kept) reclaimAll() {
+	var asks []gc.Ask
+	for _, u := range k.units {
+		asks = append(asks, u.ask)
+	}
+	if len(asks) > 0 {
+		k.w.reclaim(k.r, k.col, gc.BySnapshotd, asks...)
+	}
+	time.Sleep(2 * time.Minute)
+	settle()
+}
+
+func (k *kept) bytes() (n int64) {
+	for info, err := range k.w.objects.List(k.t.Context(), "data/") {
+		if err != nil {
+			k.t.Fatal(err)
+		}
+		n += info.Size
+	}
+	return n
+}
+
+// want computes what a snapshot keeps for itself: exactly, and as far as is
+// told, which is less where a build was replaced in a segment that was dropped
+// later, and another snapshot has the segment without the build.
+func (k *kept) want(snapshot int64) (exact, told, files int64) {
+	others := func(u *droppedUnit) bool {
+		return slices.ContainsFunc(k.snapshots, func(s *Snapshot) bool { return s.ID != snapshot && k.heldBy(u, s.ID) })
+	}
+	for i := range k.units {
+		u := &k.units[i]
+		if others(u) {
+			continue
+		}
+		whole := *u
+		whole.build = 0
+		_, lives := k.live[u.segment]
+		untold := u.build != 0 && !lives && others(&whole)
+		for _, s := range k.has[snapshot] {
+			for f := range s.AllFiles() {
+				if size, ok := u.files[f.Path]; ok && s.ID == u.segment {
+					exact += size
+					if !untold {
+						told += size
+						files++
+					}
+				}
+			}
+		}
+	}
+	return exact, told, files
+}
+
+// seenUsage counts bytes and files of each sort.
+type seenUsage struct{ shared, exclusive, more, untold atomic.Int64 }
+
+func TestUsageIsWhatADropFrees(t *testing.T) {
+	var seen seenUsage
+	// What is rare: an older build of a segment that was dropped, and files that
+	// came after the snapshot.
+	rare := []step{
+		{Op: "add"},
+		{Op: "add", A: 1},
+		{Op: "snapshot"},
+		{Op: "rebuild"},
+		{Op: "replace", A: 1},
+		{Op: "snapshot"},
+		{Op: "drop"},
+		{Op: "drop"},
+		{Op: "add"},
+		{Op: "snapshot"},
+		{Op: "replace"},
+		{Op: "replace"},
+		{Op: "drop"},
+	}
+	for which := range 4 {
+		usageCourse(t, rare, which, &seen)
+	}
+	rapid.Check(t, func(rt *rapid.T) {
+		ops := []string{"add", "add", "drop", "compact", "rebuild", "rebuild", "replace", "snapshot", "snapshot"}
+		steps := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) step {
+			return step{Op: rapid.SampledFrom(ops).Draw(t, "op"), A: rapid.IntRange(0, 99).Draw(t, "a"), B: rapid.IntRange(0, 99).Draw(t, "b")}
+		}), 5, 40).Draw(rt, "steps")
+		which := rapid.IntRange(0, 99).Draw(rt, "which")
+		usageCourse(t, steps, which, &seen)
+	})
+	for what, n := range map[string]int64{
+		"exclusive": seen.exclusive.Load(), "shared": seen.shared.Load(), "freed besides": seen.more.Load(), "not told": seen.untold.Load(),
+	} {
+		if n == 0 {
+			t.Errorf("there never was anything %s", what)
+		}
+	}
+}
+
+// usageCourse does steps, and compares what is told of each snapshot, and then
+// what the drop of one frees.
+func usageCourse(t *testing.T, steps []step, which int, seen *seenUsage) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		kv := metamemory.New(metamemory.Options{Now: time.Now})
+		w := &world{t: t, kv: kv, memory: kv, objects: objectmemory.New(objectmemory.Options{Now: time.Now}), now: time.Now}
+		r := w.start("a", func(o *Options) { o.Log, o.MaxCreates = zap.NewNop(), 2 })
+		col, _, x := w.collection(r, "c")
+		w.checkpoint(r, col, 100, 100)
+		k := &kept{t: t, w: w, r: r, col: col, index: x.ID, live: map[int64]segment.Segment{}, has: map[int64]map[int64]segment.Segment{}}
+		for _, s := range append(slices.Clone(steps), step{Op: "snapshot"}) {
+			k.do(s)
+		}
+		for _, s := range k.snapshots {
+			u, err := r.Usage(t.Context(), Ref{ID: s.ID})
+			if err != nil {
+				t.Fatal(err)
+			}
+			exact, told, files := k.want(s.ID)
+			if u.ExclusiveBytes != told || u.ExclusiveFiles != files ||
+				u.ExclusiveBytes+u.SharedBytes != s.Totals.Bytes || u.ExclusiveFiles+u.SharedFiles != s.Totals.Files {
+				t.Fatalf("steps %+v: %s uses %+v of %+v, want %d bytes in %d files", steps, s, u, s.Totals, told, files)
+			}
+			seen.shared.Add(u.SharedFiles)
+			seen.exclusive.Add(u.ExclusiveFiles)
+			seen.untold.Add(exact - told)
+		}
+		k.reclaimAll()
+		s := k.snapshots[which%len(k.snapshots)]
+		exact, _, _ := k.want(s.ID)
+		id, u, err := r.CheckDrop(t.Context(), Ref{ID: s.ID}, 0)
+		if err != nil || id != s.ID {
+			t.Fatalf("check drop: %d, err = %v", id, err)
+		}
+		before := k.bytes()
+		var goes int64
+		for i := range k.units {
+			unit := &k.units[i]
+			if k.heldBy(unit, s.ID) && !slices.ContainsFunc(k.snapshots, func(o *Snapshot) bool { return o != s && k.heldBy(unit, o.ID) }) {
+				for _, size := range unit.files {
+					goes += size
+				}
+			}
+		}
+		w.dropSnapshot(r, s)
+		k.reclaimAll()
+		freed := before - k.bytes()
+		// More goes than it has when a unit holds files that came after it.
+		if freed != goes || freed < exact || freed < u.ExclusiveBytes {
+			t.Fatalf("steps %+v: the drop of %s freed %d, want %d; it had %d for itself, and told %+v", steps, s, freed, goes, exact, u)
+		}
+		seen.more.Add(freed - exact)
+		w.check(r)
+	})
+}
+
+func TestUsageOfWhatIsNot(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r, b := w.start("a"), w.start("b")
+		col, _, _ := w.collection(r, "c")
+		w.checkpoint(r, col, 100, 100)
+		_, err := r.Usage(t.Context(), Ref{Name: "none"})
+		wantError(t, err, ErrSnapshotNotFound)
+		id, u, err := r.CheckDrop(t.Context(), Ref{Name: "none"}, 0)
+		if id != 0 || u != nil || err != nil {
+			t.Errorf("got %d, %+v, err = %v", id, u, err)
+		}
+		b.store.Freeze()
+		sp := spec(col, "pending")
+		sp.NoWait = true
+		if _, err := b.Create(t.Context(), request.Token{}, sp); err != nil {
+			t.Fatal(err)
+		}
+		_, err = r.Usage(t.Context(), Ref{Name: "pending"})
+		wantError(t, err, ErrSnapshotNotCommitted)
+		_, _, err = r.CheckDrop(t.Context(), Ref{Name: "pending"}, 0)
+		wantError(t, err, ErrSnapshotPending)
+		b.store.Thaw()
+		settle()
+		s := w.create(r, col, "pinned")
+		w.pin(r, s, 0)
+		_, _, err = r.CheckDrop(t.Context(), Ref{ID: s.ID}, 0)
+		wantError(t, err, ErrSnapshotPinned)
+		if u, err := r.Usage(t.Context(), Ref{ID: s.ID}); err != nil || *u != (Usage{}) {
+			t.Errorf("got %+v, err = %v", u, err)
+		}
+	})
+}

@@ -1,0 +1,45 @@
+package segment
+
+import (
+	"strconv"
+	"strings"
+)
+
+// Carries says whether one of the path's elements is the id. A file belongs to
+// a segment or build when its path carries that one's id.
+func Carries(path string, id int64) bool {
+	var digits [20]byte
+	want := string(strconv.AppendInt(digits[:0], id, 10))
+	for from := 0; ; {
+		at := strings.Index(path[from:], want)
+		if at < 0 {
+			return false
+		}
+		start, end := from+at, from+at+len(want)
+		if (start == 0 || path[start-1] == '/') && (end == len(path) || path[end] == '/') {
+			return true
+		}
+		from = end
+	}
+}
+
+// maxIDs bounds the ids that are looked for in a path.
+const maxIDs = 16
+
+// IDsIn returns the ids that are elements of the path, in their order: the first
+// 16 at most, which is more than any layout has.
+func IDsIn(path string) []int64 {
+	var ids []int64
+	for element := range strings.SplitSeq(path, "/") {
+		if element == "" || element[0] < '1' || element[0] > '9' {
+			continue
+		}
+		if len(ids) == maxIDs {
+			break
+		}
+		if id, err := strconv.ParseInt(element, 10, 64); err == nil {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}

@@ -1,0 +1,189 @@
+package s3
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	awsmiddleware "github.com/aws/aws-sdk-go-v2/aws/middleware"
+	"github.com/aws/aws-sdk-go-v2/service/s3"
+	"github.com/aws/aws-sdk-go-v2/service/s3/types"
+	smithyhttp "github.com/aws/smithy-go/transport/http"
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// upload is one that was begun and not yet completed.
+type upload struct {
+	key, id string
+	at      time.Time // when it was begun; zero: the store did not say
+}
+
+// AbortUploads implements [object.Store]. Some servers, MinIO among them, list
+// the uploads of one whole key only; there it finds none, and they go when the
+// server thinks them old enough.
+func (s *Store) AbortUploads(ctx context.Context, prefix string, before time.Time) (int, error) {
+	err := object.CheckPrefix(prefix)
+	if err == nil && prefix != "" {
+		err = s.check(ctx, strings.TrimSuffix(prefix, "/"))
+	}
+	if err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		return 0, err
+	}
+	return s.abortUploads(ctx, prefix, func(u upload) bool { return before.IsZero() || u.at.Before(before) && !u.at.IsZero() })
+}
+
+// abortUploads aborts those uploads to keys that begin with prefix that match,
+// and looks again until there are none. It goes on to a second page of the list
+// only from one that has none: not every server finds what comes after an upload
+// that is gone.
+func (s *Store) abortUploads(ctx context.Context, prefix string, match func(upload) bool) (int, error) {
+	aborted := make(map[string]int) // by id, how often
+	for {
+		uploads, f := s.uploads(ctx, prefix, match)
+		if f != nil {
+			return len(aborted), s.error("list uploads of", prefix, f)
+		}
+		if len(uploads) == 0 {
+			return len(aborted), nil
+		}
+		var (
+			mu    sync.Mutex
+			errs  []error
+			group errgroup.Group
+		)
+		group.SetLimit(deletesAtOnce)
+		for _, u := range uploads {
+			group.Go(func() error {
+				f := s.abort(ctx, u.key, u.id)
+				mu.Lock()
+				defer mu.Unlock()
+				if f == nil {
+					if aborted[u.id]++; aborted[u.id] < maxAborts {
+						return nil
+					}
+					f = &failure{kind: object.ErrUnavailable, detail: "it is listed again and again"}
+				}
+				errs = append(errs, s.error("abort upload of", u.key, f))
+				return nil
+			})
+		}
+		_ = group.Wait()
+		if err := errors.Join(errs...); err != nil {
+			return len(aborted), err
+		}
+	}
+}
+
+// uploads returns the first page of the list with uploads that match, or none.
+func (s *Store) uploads(ctx context.Context, prefix string, match func(upload) bool) (uploads []upload, f *failure) {
+	var key, id *string
+	for {
+		var p uploadPage
+		f := s.retry(ctx, "list uploads of", prefix, func() (f *failure) {
+			p, f = s.uploadPage(ctx, prefix, key, id)
+			return f
+		})
+		if f != nil {
+			return nil, f
+		}
+		for _, u := range p.uploads {
+			if object.CheckKey(u.key) == nil && match(u) { // any other is none of ours
+				uploads = append(uploads, u)
+			}
+		}
+		if len(uploads) > 0 || !p.more {
+			return uploads, nil
+		}
+		if aws.ToString(p.key) == "" || aws.ToString(p.key) == aws.ToString(key) && aws.ToString(p.id) == aws.ToString(id) {
+			return nil, &failure{kind: object.ErrUnavailable, detail: "the list does not advance"}
+		}
+		key, id = p.key, p.id
+	}
+}
+
+// uploadPage is a part of a list of uploads.
+type uploadPage struct {
+	uploads []upload
+	more    bool
+	key, id *string // where to go on
+}
+
+func (s *Store) uploadPage(ctx context.Context, prefix string, key, id *string) (uploadPage, *failure) {
+	out, f := attempt(ctx, s, 0, func(ctx context.Context) (*s3.ListMultipartUploadsOutput, error) {
+		return s.client.ListMultipartUploads(ctx, &s3.ListMultipartUploadsInput{
+			Bucket: &s.o.Bucket, Prefix: s.key(prefix), KeyMarker: key, UploadIdMarker: id, ExpectedBucketOwner: s.owner,
+			EncodingType: types.EncodingTypeUrl,
+		})
+	})
+	if f != nil {
+		if errors.Is(f.kind, object.ErrNotFound) {
+			return uploadPage{}, unusable("there is no such key as a list")
+		}
+		return uploadPage{}, f
+	}
+	if out.IsTruncated == nil || aws.ToString(out.Bucket) != s.o.Bucket {
+		return uploadPage{}, unusable("this is no list of the bucket's uploads")
+	}
+	decode := func(text *string) (string, error) {
+		if out.EncodingType != types.EncodingTypeUrl {
+			return aws.ToString(text), nil
+		}
+		return url.QueryUnescape(aws.ToString(text))
+	}
+	p := uploadPage{more: *out.IsTruncated, id: out.NextUploadIdMarker}
+	next, err := decode(out.NextKeyMarker)
+	if err != nil {
+		return uploadPage{}, unusable("key %q", clip(*out.NextKeyMarker))
+	}
+	p.key = &next
+	for _, u := range out.Uploads {
+		name, err := decode(u.Key)
+		if err != nil || !strings.HasPrefix(name, s.o.Prefix+prefix) || aws.ToString(u.UploadId) == "" {
+			return uploadPage{}, unusable("key %q does not begin with the prefix asked for, or has no upload id", clip(aws.ToString(u.Key)))
+		}
+		p.uploads = append(p.uploads, upload{key: strings.TrimPrefix(name, s.o.Prefix), id: *u.UploadId, at: aws.ToTime(u.Initiated)})
+	}
+	return p, nil
+}
+
+// abort ends an upload. One that is not there has ended.
+func (s *Store) abort(ctx context.Context, key, id string) *failure {
+	return s.retry(ctx, "abort upload of", key, func() *failure {
+		out, f := attempt(ctx, s, 0, func(ctx context.Context) (*s3.AbortMultipartUploadOutput, error) {
+			return s.client.AbortMultipartUpload(ctx, &s3.AbortMultipartUploadInput{
+				Bucket: &s.o.Bucket, Key: s.key(key), UploadId: &id, ExpectedBucketOwner: s.owner,
+			})
+		})
+		switch {
+		case f != nil && f.code == "NoSuchUpload":
+			return nil
+		case f != nil:
+			return f
+		}
+		raw, ok := awsmiddleware.GetRawResponse(out.ResultMetadata).(*smithyhttp.Response)
+		if !ok || raw.StatusCode != http.StatusNoContent {
+			return unusable("not that of an abort")
+		}
+		return nil
+	})
+}
+
+// abortAfter ends an upload whose context may be over.
+func (s *Store) abortAfter(ctx context.Context, key, id string) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTimeout)
+	defer cancel()
+	if f := s.abort(ctx, key, id); f != nil {
+		s.o.Log.Warn("an upload may have stayed open", zap.String("key", key), zap.Error(s.error("abort upload of", key, f)))
+	}
+}

@@ -1,0 +1,821 @@
+//go:build !short && linux
+
+package s3_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/md5"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	awss3 "github.com/aws/aws-sdk-go-v2/service/s3"
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/object/s3"
+	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
+	"github.com/snapshotd/snapshotd/internal/testing/s3test"
+)
+
+// large is the content of an object of three parts, the last of one byte.
+var large = bytes.Repeat([]byte("0123456789abcdef"), 2*object.MinPartSize/16+1)[:2*object.MinPartSize+1]
+
+// putLarge writes it and returns how to copy it to "copy", part by part.
+func (r *rig) putLarge(t *testing.T) object.CopyRequest {
+	t.Helper()
+	info, err := r.plain.Put(t.Context(), "large", large)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return object.CopyRequest{
+		From: "large", To: "copy", SourceETag: info.ETag, Size: info.Size, InFlight: 1,
+		Parts: object.CopyParts{Threshold: 1, PartSize: object.MinPartSize},
+	}
+}
+
+// wantCopy checks that the copy is there and right, or with an error that it is
+// not there or right.
+func (r *rig) wantCopy(t *testing.T, err error) {
+	t.Helper()
+	switch got := r.holds(t, "copy"); {
+	case got == "-" && err != nil:
+	case got != string(large):
+		t.Errorf("the copy holds %d bytes that are not its source's; the call said %v", len(got), err)
+	}
+	wantNoUploads(t, r)
+}
+
+// during returns an action that does something once the server has carried the
+// request out, and then hands its answer on.
+func during(do func()) s3fault.Action {
+	return s3fault.Edit("during", func(*s3fault.Answer) bool { do(); return true })
+}
+
+// A copy makes no request that it does not need.
+func TestCopyRequests(t *testing.T) {
+	r := newRig(t, nil)
+	r.put(t, "old", "old content")
+	r.proxy.Plan()
+	if err := copyOld(t.Context(), r.store, 0, oldETag); err != nil {
+		t.Fatal(err)
+	}
+	if events := r.proxy.Events(); len(events) != 1 || events[0].Op != s3fault.CopyObject {
+		t.Errorf("a copy at once makes %v", events)
+	}
+	request := r.putLarge(t)
+	r.proxy.Plan()
+	if _, err := r.store.Copy(t.Context(), request); err != nil {
+		t.Fatal(err)
+	}
+	var ops []s3fault.Op
+	for _, e := range r.proxy.Events() {
+		ops = append(ops, e.Op)
+	}
+	if diff := cmp.Diff([]s3fault.Op{
+		s3fault.HeadObject, s3fault.GetObjectTagging, s3fault.CreateMultipartUpload,
+		s3fault.UploadPartCopy, s3fault.UploadPartCopy, s3fault.UploadPartCopy, s3fault.CompleteMultipartUpload,
+	}, ops); diff != "" {
+		t.Errorf("a copy in parts (-want +got):\n%s", diff)
+	}
+}
+
+// TestCopyPartsFail has the second part fail for good.
+func TestCopyPartsFail(t *testing.T) {
+	for name, c := range map[string]struct {
+		action s3fault.Action
+		want   error
+	}{
+		"denied":       {s3fault.Status(403, "AccessDenied"), object.ErrDenied},
+		"down":         {s3fault.Status(503, "SlowDown"), object.ErrUnavailable},
+		"denied later": {s3fault.ErrorIn200("AccessDenied"), object.ErrDenied},
+		"changed":      {s3fault.Status(412, "PreconditionFailed"), object.ErrSourceChanged},
+		"no range":     {s3fault.Status(416, "InvalidRange"), object.ErrUnavailable},
+		"gone":         {s3fault.Status(404, "NoSuchKey"), object.ErrNotFound},
+		"no upload":    {s3fault.Status(404, "NoSuchUpload"), object.ErrUnavailable},
+		"lost":         {s3fault.Lost(), object.ErrUnavailable},
+		"HTML":         {s3fault.HTML200(), object.ErrUnavailable},
+	} {
+		for _, inFlight := range []int{1, 3} {
+			t.Run(fmt.Sprint(name, inFlight), func(t *testing.T) {
+				t.Parallel()
+				r := newRig(t, func(o *s3.Options) { o.MaxAttempts = 2 })
+				request := r.putLarge(t)
+				request.InFlight = inFlight
+				r.proxy.Plan(s3fault.Rule{Op: s3fault.UploadPartCopy, Skip: 1, Times: -1, Action: c.action})
+				_, err := r.store.Copy(t.Context(), request)
+				r.proxy.MustHaveFired(t)
+				if !errors.Is(err, c.want) || !strings.Contains(err.Error(), "copy large to copy") {
+					t.Errorf("err = %v, want %v", err, c.want)
+				}
+				wantContent(t, r, "copy", "-")
+				wantNoUploads(t, r)
+			})
+		}
+	}
+}
+
+// TestCopySourceChanges replaces and deletes the source between two parts.
+func TestCopySourceChanges(t *testing.T) {
+	for name, c := range map[string]struct {
+		change func(r *rig) error
+		want   error
+	}{
+		"replaced": {func(r *rig) error {
+			_, err := r.plain.Put(context.Background(), "large", bytes.ToUpper(large))
+			return err
+		}, object.ErrSourceChanged},
+		"cut":     {func(r *rig) error { _, err := r.plain.Put(context.Background(), "large", []byte("x")); return err }, object.ErrSourceChanged},
+		"deleted": {func(r *rig) error { return r.plain.Delete(context.Background(), "large") }, object.ErrNotFound},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, func(o *s3.Options) { o.RequestTimeout = 30 * time.Second })
+			request := r.putLarge(t)
+			r.proxy.Plan(s3fault.Rule{Op: s3fault.UploadPartCopy, Action: during(func() {
+				if err := c.change(r); err != nil {
+					t.Error(err)
+				}
+			})})
+			_, err := r.store.Copy(t.Context(), request)
+			r.proxy.MustHaveFired(t)
+			if !errors.Is(err, c.want) {
+				t.Errorf("err = %v, want %v", err, c.want)
+			}
+			wantContent(t, r, "copy", "-")
+			wantNoUploads(t, r)
+		})
+	}
+}
+
+// TestCopyCanceled ends the context while the server carries out each request,
+// and while it does not answer.
+func TestCopyCanceled(t *testing.T) {
+	for _, op := range []s3fault.Op{
+		s3fault.HeadObject, s3fault.GetObjectTagging, s3fault.CreateMultipartUpload, s3fault.UploadPartCopy, s3fault.CompleteMultipartUpload,
+	} {
+		for _, skip := range []int{0, 1} {
+			if skip > 0 && op != s3fault.UploadPartCopy {
+				continue
+			}
+			t.Run(fmt.Sprint(op, skip), func(t *testing.T) {
+				r := newRig(t, func(o *s3.Options) { o.RequestTimeout = 30 * time.Second })
+				request := r.putLarge(t)
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				// Where the answer is not waited for, the proxy counts too late.
+				var fired atomic.Bool
+				r.proxy.Plan(s3fault.Rule{Op: op, Skip: skip, Action: during(func() { fired.Store(true); cancel() })})
+				_, err := r.store.Copy(ctx, request)
+				if !fired.Load() {
+					t.Errorf("the context did not end; requests: %v", r.proxy.Events())
+				}
+				if err != nil && !errors.Is(err, context.Canceled) {
+					t.Errorf("err = %v, want Canceled", err)
+				}
+				r.wantCopy(t, err)
+				if n := r.proxy.Count(s3fault.ListMultipartUploads); n != 0 {
+					t.Errorf("%d lists of uploads, so an answer was not waited for", n)
+				}
+			})
+		}
+	}
+	// Several parts are on their way, and one never comes.
+	for name, action := range map[string]s3fault.Action{"hang": s3fault.Hang(), "hang after": s3fault.HangAfter()} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, func(o *s3.Options) { o.RequestTimeout = 300 * time.Millisecond })
+			request := r.putLarge(t)
+			request.InFlight = 3
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			r.proxy.Plan(
+				s3fault.Rule{Op: s3fault.UploadPartCopy, Action: action},
+				s3fault.Rule{Op: s3fault.UploadPartCopy, Action: during(cancel)},
+			)
+			_, err := r.store.Copy(ctx, request)
+			r.proxy.MustHaveFired(t)
+			if !errors.Is(err, context.Canceled) {
+				t.Errorf("err = %v, want Canceled", err)
+			}
+			r.wantCopy(t, err)
+			if n := r.proxy.Count(s3fault.ListMultipartUploads); n == 0 {
+				t.Error("nobody looked whether the part that never came has brought the upload back")
+			}
+		})
+	}
+}
+
+// TestCopyAbortsLast has one part fail, or the context end, while another is on
+// its way: it must not arrive after the abort.
+func TestCopyAbortsLast(t *testing.T) {
+	for _, cancels := range []bool{false, true} {
+		t.Run(fmt.Sprint(cancels), func(t *testing.T) {
+			r := newRig(t, func(o *s3.Options) { o.RequestTimeout = 30 * time.Second })
+			request := r.putLarge(t)
+			request.InFlight = 2
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			failed, aborted := make(chan struct{}), make(chan struct{})
+			r.proxy.Plan(
+				s3fault.Rule{Op: s3fault.UploadPartCopy, Action: during(func() {
+					<-failed
+					timer := time.NewTimer(300 * time.Millisecond)
+					defer timer.Stop()
+					select {
+					case <-aborted:
+						t.Error("the upload was aborted while a part was on its way")
+					case <-timer.C:
+					}
+				})},
+				s3fault.Rule{Op: s3fault.UploadPartCopy, Action: s3fault.Edit("fail", func(a *s3fault.Answer) bool {
+					if cancels {
+						cancel()
+					} else {
+						a.Status, a.Body = 403, []byte("<Error><Code>AccessDenied</Code></Error>")
+					}
+					close(failed)
+					return true
+				})},
+				s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: during(func() { close(aborted) })},
+			)
+			if _, err := r.store.Copy(ctx, request); !errors.Is(err, map[bool]error{false: object.ErrDenied, true: context.Canceled}[cancels]) {
+				t.Errorf("err = %v", err)
+			}
+			r.proxy.MustHaveFired(t)
+			wantContent(t, r, "copy", "-")
+			wantNoUploads(t, r)
+		})
+	}
+}
+
+// TestCopyEndsWithItsUpload makes what ends an upload fail as well.
+func TestCopyEndsWithItsUpload(t *testing.T) {
+	denied := s3fault.Rule{Op: s3fault.UploadPartCopy, Times: -1, Action: s3fault.Status(403, "AccessDenied")}
+	for name, action := range map[string]s3fault.Action{
+		"SlowDown": s3fault.Status(503, "SlowDown"), "lost": s3fault.Lost(), "reset": s3fault.Reset(), "HTML": s3fault.HTML200(),
+		"HTML instead": s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte("<html>")}), "hang": s3fault.Hang(),
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, func(o *s3.Options) { o.RequestTimeout = 300 * time.Millisecond })
+			r.put(t, "old", "old content")
+			r.proxy.Plan(denied, s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: action})
+			if err := copyOld(t.Context(), r.store, 1, ""); !errors.Is(err, object.ErrDenied) {
+				t.Errorf("err = %v, want ErrDenied", err)
+			}
+			r.proxy.MustHaveFired(t)
+			wantNoUploads(t, r)
+		})
+	}
+	t.Run("for ever", func(t *testing.T) {
+		r := newRig(t, func(o *s3.Options) { o.MaxAttempts = 2 })
+		r.put(t, "old", "old content")
+		r.proxy.Plan(denied, s3fault.Rule{Op: s3fault.AbortMultipartUpload, Times: -1, Action: s3fault.Status(503, "SlowDown")})
+		if err := copyOld(t.Context(), r.store, 1, ""); !errors.Is(err, object.ErrDenied) {
+			t.Errorf("err = %v, want ErrDenied", err)
+		}
+		r.proxy.MustHaveFired(t)
+		if n, err := r.store.AbortUploads(t.Context(), "", time.Time{}); n != 0 || !errors.Is(err, object.ErrUnavailable) {
+			t.Errorf("AbortUploads: %d, err = %v, want ErrUnavailable", n, err)
+		}
+		if n, err := r.plain.AbortUploads(t.Context(), "", time.Time{}); n != 1 || err != nil {
+			t.Errorf("AbortUploads: %d, %v, want the one that stayed", n, err)
+		}
+		wantNoUploads(t, r)
+	})
+	// A request that arrived twice makes an upload that only a list shows.
+	t.Run("begun twice", func(t *testing.T) {
+		r := newRig(t, nil)
+		r.put(t, "old", "old content")
+		r.proxy.Plan(s3fault.Rule{Op: s3fault.CreateMultipartUpload, Action: s3fault.Duplicate()})
+		if err := copyOld(t.Context(), r.store, 1, oldPartsETag); err != nil {
+			t.Fatal(err)
+		}
+		r.proxy.MustHaveFired(t)
+		wantContent(t, r, "copy", "old content")
+		if n, err := r.store.AbortUploads(t.Context(), "", time.Time{}); n != 1 || err != nil {
+			t.Errorf("AbortUploads: %d, %v, want the one that nobody knew", n, err)
+		}
+		wantNoUploads(t, r)
+		wantContent(t, r, "copy", "old content")
+	})
+	t.Run("may not list", func(t *testing.T) {
+		r := newRig(t, nil)
+		r.put(t, "old", "old content")
+		r.proxy.Plan(
+			s3fault.Rule{Op: s3fault.CreateMultipartUpload, Action: s3fault.Lost()},
+			s3fault.Rule{Op: s3fault.ListMultipartUploads, Times: -1, Action: s3fault.Status(403, "AccessDenied")},
+		)
+		if err := copyOld(t.Context(), r.store, 1, oldPartsETag); err != nil {
+			t.Errorf("the copy is right all the same: %v", err)
+		}
+		r.proxy.MustHaveFired(t)
+	})
+}
+
+// TestCopyBeginsAgain loses the upload or a part of it on the way.
+func TestCopyBeginsAgain(t *testing.T) {
+	for name, c := range map[string]struct {
+		rules   []s3fault.Rule
+		uploads int
+	}{
+		"the upload, at a part":    {[]s3fault.Rule{{Op: s3fault.UploadPartCopy, Skip: 1, Action: s3fault.Status(404, "NoSuchUpload")}}, 2},
+		"the upload, at the end":   {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Status(404, "NoSuchUpload")}}, 2},
+		"a part":                   {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Status(400, "InvalidPart")}}, 2},
+		"a part, in 200":           {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: 2, Action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte("<Error><Code>InvalidPart</Code></Error>")})}}, 2},
+		"the answer to the end":    {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Lost()}, {Op: s3fault.CompleteMultipartUpload, Action: s3fault.Status(404, "NoSuchUpload")}}, 1},
+		"all answers to the end":   {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.Lost()}}, 1},
+		"the answer, an error":     {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.ErrorIn200("InternalError")}}, 1},
+		"the answer, a page":       {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.HTML200()}}, 1},
+		"the answer, nothing":      {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.Empty200()}}, 1},
+		"nothing, all comes twice": {[]s3fault.Rule{{Op: s3fault.UploadPartCopy, Times: -1, Action: s3fault.Duplicate()}, {Op: s3fault.CompleteMultipartUpload, Action: s3fault.Duplicate()}}, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t, func(o *s3.Options) { o.MaxAttempts, o.RequestTimeout = 2, 30*time.Second })
+			request := r.putLarge(t)
+			r.proxy.Plan(c.rules...)
+			info, err := r.store.Copy(t.Context(), request)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.proxy.MustHaveFired(t)
+			if n := r.proxy.Count(s3fault.CreateMultipartUpload); n != c.uploads {
+				t.Errorf("%d uploads, want %d", n, c.uploads)
+			}
+			r.wantCopy(t, nil)
+			if head, err := r.plain.Head(t.Context(), "copy"); err != nil || head.ETag != info.ETag || head.Size != info.Size || head.SourceETag != request.SourceETag {
+				t.Errorf("Copy says %+v, Head %+v, %v", info, head, err)
+			}
+		})
+	}
+	t.Run("another object is there", func(t *testing.T) {
+		r := newRig(t, func(o *s3.Options) { o.MaxAttempts = 2 })
+		request := r.putLarge(t)
+		r.put(t, "copy", string(bytes.ToUpper(large)))
+		r.proxy.Plan(
+			s3fault.Rule{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.Instead(&s3fault.Answer{Status: 200})},
+			s3fault.Rule{Op: s3fault.HeadObject, Key: regexp.MustCompile("^copy$"), Times: -1, Action: s3fault.StripAnswer("X-Amz-Checksum-Crc32")},
+		)
+		if _, err := r.store.Copy(t.Context(), request); !errors.Is(err, object.ErrUnavailable) || !strings.Contains(err.Error(), "may have been copied") {
+			t.Errorf("err = %v, want ErrUnavailable", err)
+		}
+		r.proxy.MustHaveFired(t)
+		wantNoUploads(t, r)
+	})
+}
+
+// TestCopyIgnoredConditions copies on a server that looks at no condition. A
+// copy then is of another version than was meant; only a probe can tell.
+func TestCopyIgnoredConditions(t *testing.T) {
+	r := newRig(t, nil)
+	r.put(t, "old", "new content")
+	strip := s3fault.StripRequest("X-Amz-Copy-Source-If-Match", r.options.AccessKeyID, string(r.options.SecretAccessKey))
+	for _, threshold := range []int64{0, 1} {
+		r.proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Times: -1, Action: strip}, s3fault.Rule{Op: s3fault.UploadPartCopy, Times: -1, Action: strip})
+		request := object.CopyRequest{From: "old", To: "copy", SourceETag: oldETag, Size: 11, Parts: object.CopyParts{Threshold: threshold}}
+		if _, err := r.store.Copy(t.Context(), request); err != nil {
+			t.Errorf("without the condition: %v", err)
+		}
+		r.proxy.Plan()
+		if _, err := r.store.Copy(t.Context(), request); !errors.Is(err, object.ErrSourceChanged) {
+			t.Errorf("with the condition: err = %v, want ErrSourceChanged", err)
+		}
+	}
+}
+
+// TestCopyWrongChecksum has a server make another object than the source.
+func TestCopyWrongChecksum(t *testing.T) {
+	r := newRig(t, nil)
+	if _, err := s3test.Shared(t).Client().PutObject(t.Context(), &awss3.PutObjectInput{
+		Bucket: &r.options.Bucket, Key: aws.String("old"), Body: strings.NewReader("old content"), ChecksumAlgorithm: "CRC64NVME",
+	}); err != nil {
+		t.Fatal(err)
+	}
+	head, err := r.plain.Head(t.Context(), "old")
+	if err != nil || !strings.HasPrefix(head.Checksum, "CRC64NVME:") {
+		t.Fatalf("%+v, %v", head, err)
+	}
+	if err := copyOld(t.Context(), r.store, 1, oldPartsETag); err != nil {
+		t.Fatal(err)
+	}
+	if target, err := r.plain.Head(t.Context(), "copy"); err != nil || target.Checksum != head.Checksum || !object.ProvedEqual(head, target) {
+		t.Errorf("%+v of %+v, %v", target, head, err)
+	}
+	_, text, _ := strings.Cut(head.Checksum, ":")
+	r.proxy.Plan(s3fault.Rule{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.Edit("checksum", func(a *s3fault.Answer) bool {
+		body := bytes.ReplaceAll(a.Body, []byte(text), []byte("AAAAAAAAAAA="))
+		fired := !bytes.Equal(body, a.Body)
+		a.Body = body
+		return fired
+	})})
+	if err := copyOld(t.Context(), r.store, 1, oldPartsETag); !errors.Is(err, object.ErrUnavailable) || !strings.Contains(err.Error(), "checksum") {
+		t.Errorf("err = %v, want ErrUnavailable", err)
+	}
+	r.proxy.MustHaveFired(t)
+	wantNoUploads(t, r)
+}
+
+// TestCopyKeepsWhatComesWithTheObject compares metadata, header fields and tags.
+func TestCopyKeepsWhatComesWithTheObject(t *testing.T) {
+	r := newRig(t, nil)
+	client := s3test.Shared(t).Client()
+	put, err := client.PutObject(t.Context(), &awss3.PutObjectInput{
+		Bucket: &r.options.Bucket, Key: aws.String("src"), Body: strings.NewReader("tagged"),
+		Metadata:    map[string]string{"engine": "milvus 2.6", "x-y": "é & co"},
+		ContentType: aws.String("application/x-binlog"), CacheControl: aws.String("max-age=7"), ContentEncoding: aws.String("identity"),
+		ContentDisposition: aws.String("attachment"), ContentLanguage: aws.String("eo"), Expires: aws.Time(time.Date(2030, 1, 2, 3, 4, 5, 0, time.UTC)),
+		Tagging: aws.String("team=a%20b&cost%2Fcenter=7%2B1"),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	type properties struct {
+		Metadata                                          map[string]string
+		Type, Cache, Encoding, Disposition, Lang, Expires string
+		Tags                                              map[string]string
+	}
+	look := func(key string) properties {
+		head, err := client.HeadObject(t.Context(), &awss3.HeadObjectInput{Bucket: &r.options.Bucket, Key: &key})
+		if err != nil {
+			t.Fatal(err)
+		}
+		tags, err := client.GetObjectTagging(t.Context(), &awss3.GetObjectTaggingInput{Bucket: &r.options.Bucket, Key: &key})
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := properties{
+			maps.Clone(head.Metadata), aws.ToString(head.ContentType), aws.ToString(head.CacheControl), aws.ToString(head.ContentEncoding),
+			aws.ToString(head.ContentDisposition), aws.ToString(head.ContentLanguage), aws.ToString(head.ExpiresString),
+			map[string]string{},
+		}
+		for _, tag := range tags.TagSet {
+			p.Tags[*tag.Key] = *tag.Value
+		}
+		return p
+	}
+	request := object.CopyRequest{From: "src", To: "whole", SourceETag: strings.Trim(*put.ETag, `"`), Size: 6}
+	if _, err := r.store.Copy(t.Context(), request); err != nil {
+		t.Fatal(err)
+	}
+	want := look("src")
+	if len(want.Tags) != 2 || len(want.Metadata) != 2 {
+		t.Fatalf("the source has %+v", want)
+	}
+	if diff := cmp.Diff(want, look("whole")); diff != "" {
+		t.Errorf("a copy at once (-want +got):\n%s", diff)
+	}
+	request.To, request.Parts.Threshold = "parts", 1
+	if _, err := r.store.Copy(t.Context(), request); err != nil {
+		t.Fatal(err)
+	}
+	want.Metadata["snapshotd-source-etag"] = request.SourceETag // stored: never to be renamed
+	if diff := cmp.Diff(want, look("parts")); diff != "" {
+		t.Errorf("a copy in parts (-want +got):\n%s", diff)
+	}
+
+	// A copy of the copy tells of what it was made.
+	again, err := r.store.Head(t.Context(), "parts")
+	if err != nil {
+		t.Fatal(err)
+	}
+	request = object.CopyRequest{From: "parts", To: "again", SourceETag: again.ETag, Size: 6, Parts: object.CopyParts{Threshold: 1}}
+	if _, err := r.store.Copy(t.Context(), request); err != nil {
+		t.Fatal(err)
+	}
+	want.Metadata["snapshotd-source-etag"] = again.ETag
+	if diff := cmp.Diff(want, look("again")); diff != "" {
+		t.Errorf("a copy of a copy in parts (-want +got):\n%s", diff)
+	}
+
+	// Tags that cannot be read are left out.
+	for i, code := range []string{"AccessDenied", "NotImplemented", "MethodNotAllowed", "NoSuchTagSet"} {
+		r.proxy.Plan(s3fault.Rule{Op: s3fault.GetObjectTagging, Times: -1, Action: s3fault.Status([]int{403, 501, 405, 404}[i], code)})
+		if _, err := r.store.Copy(t.Context(), request); err != nil {
+			t.Errorf("%s: %v", code, err)
+		}
+		r.proxy.MustHaveFired(t)
+		if got := look("again"); len(got.Tags) != 0 || got.Type != want.Type {
+			t.Errorf("%s: %+v", code, got)
+		}
+	}
+}
+
+// stub is a server of one large object that holds no bytes. It notes what is
+// asked of it.
+type stub struct {
+	size int64
+
+	mu   sync.Mutex
+	seen []*http.Request
+	body []string
+}
+
+func (s *stub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	body, _ := io.ReadAll(r.Body)
+	s.mu.Lock()
+	s.seen, s.body = append(s.seen, r), append(s.body, string(body))
+	s.mu.Unlock()
+	op, _ := s3fault.Classify(r)
+	w.Header().Set("Last-Modified", "Mon, 02 Nov 2026 03:04:05 GMT")
+	switch op {
+	case s3fault.HeadObject:
+		w.Header().Set("ETag", `"source"`)
+		w.Header().Set("Content-Length", fmt.Sprint(s.size))
+	case s3fault.GetObjectTagging:
+		fmt.Fprint(w, "<Tagging><TagSet><Tag><Key>a b</Key><Value>c+d</Value></Tag></TagSet></Tagging>")
+	case s3fault.CreateMultipartUpload:
+		fmt.Fprint(w, "<InitiateMultipartUploadResult><UploadId>id</UploadId></InitiateMultipartUploadResult>")
+	case s3fault.UploadPartCopy:
+		fmt.Fprintf(w, "<CopyPartResult><ETag>&quot;part-%s&quot;</ETag></CopyPartResult>", r.URL.Query().Get("partNumber"))
+	case s3fault.CompleteMultipartUpload:
+		fmt.Fprint(w, "<CompleteMultipartUploadResult><ETag>&quot;made-2&quot;</ETag></CompleteMultipartUploadResult>")
+	case s3fault.CopyObject:
+		fmt.Fprint(w, "<CopyObjectResult><ETag>&quot;made&quot;</ETag><LastModified>2026-11-02T03:04:05Z</LastModified></CopyObjectResult>")
+	default:
+		w.WriteHeader(http.StatusNotImplemented)
+	}
+}
+
+// TestCopyOfFiveGiB looks at the requests of copies that no disk here holds.
+func TestCopyOfFiveGiB(t *testing.T) {
+	const gib = int64(1) << 30
+	for _, c := range []struct {
+		size, threshold, part int64
+		ranges                []string
+	}{
+		{5*gib - 1, 1 << 50, 3 * gib, nil},
+		{5 * gib, 1 << 50, 3 * gib, nil},
+		{5*gib + 1, 1 << 50, 3 * gib, []string{"bytes=0-3221225471", "bytes=3221225472-5368709120"}},
+		{5*gib + 1, 0, 5 * gib, []string{"bytes=0-5368709119", "bytes=5368709120-5368709120"}},
+		{5 * gib, 1, 5 * gib, []string{""}}, // one part: without a range
+	} {
+		server := &stub{size: c.size}
+		listener := httptest.NewServer(server)
+		store := s3test.Open(t, s3.Options{
+			Bucket: "bucket", Prefix: "pre fix/", Endpoint: listener.URL, PathStyle: true, AccessKeyID: "id", SecretAccessKey: "secret",
+			SSE: "aws:kms", KMSKeyID: "key-1", ExpectedBucketOwner: "111122223333",
+		})
+		info, err := store.Copy(t.Context(), object.CopyRequest{
+			From: "a+b", To: "c d", SourceETag: "source", Size: c.size, InFlight: 1, Parts: object.CopyParts{Threshold: c.threshold, PartSize: c.part},
+		})
+		listener.Close()
+		want := object.Info{Key: "c d", Size: c.size, ETag: "made", ModTime: time.Date(2026, 11, 2, 3, 4, 5, 0, time.UTC)}
+		if c.ranges != nil {
+			want.ETag, want.ModTime = "made-2", info.ModTime
+		}
+		if err != nil || info != want {
+			t.Errorf("%d: %+v, %v; want %+v", c.size, info, err, want)
+		}
+		var ranges []string
+		for i, r := range server.seen {
+			op, _ := s3fault.Classify(r)
+			if got := r.Header.Get("X-Amz-Expected-Bucket-Owner"); got != "111122223333" {
+				t.Errorf("%s expects owner %q", op, got)
+			}
+			switch op { //nolint:exhaustive // the others carry nothing to look at
+			case s3fault.UploadPartCopy, s3fault.CopyObject:
+				if got := r.Header.Get("X-Amz-Copy-Source"); got != "bucket/pre%20fix/a%2Bb" {
+					t.Errorf("%s of %s", op, got)
+				}
+				if r.Header.Get("X-Amz-Copy-Source-If-Match") != `"source"` || r.Header.Get("X-Amz-Source-Expected-Bucket-Owner") != "111122223333" {
+					t.Errorf("%s with %v", op, r.Header)
+				}
+			case s3fault.CompleteMultipartUpload:
+				for n := range c.ranges {
+					if want := fmt.Sprintf("part-%d", n+1); !strings.Contains(server.body[i], want) {
+						t.Errorf("completed without %s: %s", want, server.body[i])
+					}
+				}
+			}
+			if got := r.Header.Get("X-Amz-Tagging"); op == s3fault.CreateMultipartUpload && got != "a%20b=c%2Bd" {
+				t.Errorf("tags %q", got) // a plus is a space to some, and itself to others
+			}
+			if op == s3fault.UploadPartCopy {
+				ranges = append(ranges, r.Header.Get("X-Amz-Copy-Source-Range"))
+			}
+			if op == s3fault.CreateMultipartUpload || op == s3fault.CopyObject {
+				if r.Header.Get("X-Amz-Server-Side-Encryption") != "aws:kms" || r.Header.Get("X-Amz-Server-Side-Encryption-Aws-Kms-Key-Id") != "key-1" {
+					t.Errorf("%s with %v", op, r.Header)
+				}
+			}
+		}
+		if !slices.Equal(ranges, c.ranges) {
+			t.Errorf("%d bytes: ranges %q, want %q", c.size, ranges, c.ranges)
+		}
+	}
+}
+
+// TestHeadTells looks at what Head knows of an object and nothing else does.
+func TestHeadTells(t *testing.T) {
+	r := newRig(t, nil)
+	r.put(t, "old", "old content")
+	for name, c := range map[string]struct {
+		header map[string]string
+		want   func(*object.Info)
+	}{
+		"nothing":      {map[string]string{}, func(*object.Info) {}},
+		"KMS":          {map[string]string{"X-Amz-Server-Side-Encryption": "aws:kms"}, func(i *object.Info) { i.OpaqueETag = true }},
+		"twice KMS":    {map[string]string{"X-Amz-Server-Side-Encryption": "aws:kms:dsse"}, func(i *object.Info) { i.OpaqueETag = true }},
+		"AES256":       {map[string]string{"X-Amz-Server-Side-Encryption": "AES256"}, func(*object.Info) {}},
+		"a copy":       {map[string]string{"X-Amz-Meta-Snapshotd-Source-Etag": "abc-2"}, func(i *object.Info) { i.SourceETag = "abc-2" }},
+		"SHA256":       {map[string]string{"X-Amz-Checksum-Sha256": "AAAA"}, func(i *object.Info) { i.Checksum = "SHA256:AAAA" }},
+		"CRC32C":       {map[string]string{"X-Amz-Checksum-Crc32c": "AAAA", "X-Amz-Checksum-Type": "FULL_OBJECT"}, func(i *object.Info) { i.Checksum = "CRC32C:AAAA" }},
+		"of parts":     {map[string]string{"X-Amz-Checksum-Crc32c": "AAAA-3"}, func(*object.Info) {}},
+		"by its type":  {map[string]string{"X-Amz-Checksum-Crc32c": "AAAA", "X-Amz-Checksum-Type": "COMPOSITE"}, func(*object.Info) {}},
+		"the best one": {map[string]string{"X-Amz-Checksum-Crc32": "AA", "X-Amz-Checksum-Crc64nvme": "AAAA"}, func(i *object.Info) { i.Checksum = "CRC64NVME:AAAA" }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r.proxy.Plan(s3fault.Rule{Op: s3fault.HeadObject, Action: s3fault.Edit("headers", func(a *s3fault.Answer) bool {
+				for _, sum := range []string{"X-Amz-Checksum-Crc32", "X-Amz-Checksum-Type"} { // that of the object itself
+					a.Header.Del(sum)
+				}
+				for name, value := range c.header {
+					a.Header.Set(name, value)
+				}
+				return true
+			})})
+			got, err := r.store.Head(t.Context(), "old")
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := object.Info{Key: "old", Size: 11, ETag: oldETag, ModTime: got.ModTime}
+			c.want(&want)
+			if got != want {
+				t.Errorf("%+v, want %+v", got, want)
+			}
+		})
+	}
+}
+
+// begin begins uploads and leaves them.
+func (r *rig) begin(t *testing.T, keys ...string) {
+	t.Helper()
+	client := s3test.Shared(t).Client()
+	for _, key := range keys {
+		if _, err := client.CreateMultipartUpload(t.Context(), &awss3.CreateMultipartUploadInput{Bucket: &r.options.Bucket, Key: &key}); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func (r *rig) abort(t *testing.T, s *s3.Store, prefix string, before time.Time, want int) {
+	t.Helper()
+	if n, err := s.AbortUploads(t.Context(), prefix, before); n != want || err != nil {
+		t.Errorf("%q, begun before %v: %d aborted, %v; want %d", prefix, before, n, err, want)
+	}
+}
+
+func TestAbortUploads(t *testing.T) {
+	r := newRig(t, func(o *s3.Options) { o.RequestTimeout = 30 * time.Second })
+	r.put(t, "a/1", "kept")
+	r.begin(t, "a/1", "a/1", "a/2/x", "a/b +%é?", "ab", "b/1")
+	r.abort(t, r.store, "c/", time.Time{}, 0)
+	r.abort(t, r.store, "a/", time.Now().Add(-time.Hour), 0)
+	o := r.options
+	o.Prefix = "a/2/"
+	r.abort(t, s3test.Open(t, o), "", time.Time{}, 1)
+	r.abort(t, r.store, "a/", time.Now().Add(time.Hour), 3)
+	r.abort(t, r.store, "a/", time.Time{}, 0)
+	r.abort(t, r.store, "", time.Time{}, 2)
+	wantNoUploads(t, r)
+	wantContent(t, r, "a/1", "kept")
+
+	t.Run("what is gone has ended", func(t *testing.T) {
+		r.begin(t, "a", "b")
+		r.proxy.Plan(s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: s3fault.Duplicate()}, s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: s3fault.Lost()})
+		r.abort(t, r.store, "", time.Time{}, 2)
+		r.proxy.MustHaveFired(t)
+		wantNoUploads(t, r)
+	})
+	t.Run("one is denied", func(t *testing.T) {
+		r.begin(t, "a", "b", "c")
+		r.proxy.Plan(s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: s3fault.Status(403, "AccessDenied")})
+		if n, err := r.store.AbortUploads(t.Context(), "", time.Time{}); n != 2 || !errors.Is(err, object.ErrDenied) {
+			t.Errorf("%d, err = %v, want 2 and ErrDenied", n, err)
+		}
+		r.proxy.MustHaveFired(t)
+		r.abort(t, r.plain, "", time.Time{}, 1)
+	})
+	t.Run("none ever goes", func(t *testing.T) {
+		r.begin(t, "a")
+		r.proxy.Plan(s3fault.Rule{Op: s3fault.AbortMultipartUpload, Times: -1, Action: s3fault.Instead(&s3fault.Answer{Status: 204})})
+		if _, err := r.store.AbortUploads(t.Context(), "", time.Time{}); !errors.Is(err, object.ErrUnavailable) {
+			t.Errorf("err = %v, want ErrUnavailable", err)
+		}
+		r.proxy.MustHaveFired(t)
+		r.abort(t, r.plain, "", time.Time{}, 1)
+	})
+	t.Run("more than a page", func(t *testing.T) {
+		const n = 1050
+		var wg sync.WaitGroup
+		for w := range 10 {
+			wg.Go(func() {
+				for i := range n / 10 {
+					r.begin(t, fmt.Sprintf("p/%d", (i*10+w)%700)) // up to two of a key
+				}
+			})
+		}
+		wg.Wait()
+		r.proxy.Plan()
+		r.abort(t, r.store, "p/", time.Time{}, n)
+		if n := r.proxy.Count(s3fault.ListMultipartUploads); n < 3 {
+			t.Errorf("%d lists, so there was no second page", n)
+		}
+		wantNoUploads(t, r)
+	})
+	// The second page is asked for where the first has none that are old enough.
+	t.Run("a second page", func(t *testing.T) {
+		pages := &uploadPages{}
+		server := httptest.NewServer(pages)
+		defer server.Close()
+		s := s3test.Open(t, s3.Options{Bucket: "bucket", Endpoint: server.URL, PathStyle: true, AccessKeyID: "id", SecretAccessKey: "secret"})
+		r.abort(t, s, "a/", time.Date(2026, 11, 2, 0, 0, 0, 0, time.UTC), 1)
+		want := []string{"GET  ", "GET a/b c 2", "DELETE  ", "GET  ", "GET a/b c 2"}
+		if diff := cmp.Diff(want, pages.seen); diff != "" {
+			t.Errorf("requests (-want +got):\n%s", diff)
+		}
+	})
+	edit := func(old, with string) s3fault.Action {
+		return s3fault.Edit("replace "+old, func(a *s3fault.Answer) bool {
+			body := bytes.ReplaceAll(a.Body, []byte(old), []byte(with))
+			fired := !bytes.Equal(body, a.Body)
+			a.Body = body
+			return fired
+		})
+	}
+	for name, action := range map[string]s3fault.Action{
+		"other bucket": edit("<Bucket>test-", "<Bucket>best-"),
+		"foreign key":  edit("<Key>a/1", "<Key>b/1"),
+		"no id":        edit("<UploadId>", "<UploadIdd>"),
+		"no end":       edit("<IsTruncated>false", "<IsTruncated>true"),
+		"no key":       s3fault.Status(404, "NoSuchKey"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, nil)
+			r.begin(t, "a/1")
+			r.proxy.Plan(s3fault.Rule{Op: s3fault.ListMultipartUploads, Times: -1, Action: action})
+			if _, err := r.store.AbortUploads(t.Context(), "a/", time.Time{}); !errors.Is(err, object.ErrUnavailable) {
+				t.Errorf("err = %v, want ErrUnavailable", err)
+			}
+			r.proxy.MustHaveFired(t)
+			left := 1
+			if name == "no end" { // what the first page has goes
+				left = 0
+			}
+			r.abort(t, r.plain, "a/", time.Time{}, left)
+		})
+	}
+}
+
+// uploadPages is a server with two pages of uploads, one on the first that is
+// young and one on the second that is old until it is aborted.
+type uploadPages struct {
+	mu      sync.Mutex
+	seen    []string
+	aborted bool
+}
+
+func (p *uploadPages) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	q := r.URL.Query()
+	p.seen = append(p.seen, fmt.Sprintf("%s %s %s", r.Method, q.Get("key-marker"), q.Get("upload-id-marker")))
+	list := "<ListMultipartUploadsResult><Bucket>bucket</Bucket><EncodingType>url</EncodingType>%s</ListMultipartUploadsResult>"
+	switch {
+	case r.Method == http.MethodDelete:
+		p.aborted = true
+		w.WriteHeader(http.StatusNoContent)
+	case q.Get("key-marker") == "":
+		fmt.Fprintf(w, list, "<IsTruncated>true</IsTruncated><NextKeyMarker>a/b+c</NextKeyMarker><NextUploadIdMarker>2</NextUploadIdMarker>"+
+			"<Upload><Key>a/b+c</Key><UploadId>2</UploadId><Initiated>2026-11-02T03:04:05Z</Initiated></Upload>"+
+			"<Upload><Key>a/b+c</Key><UploadId>3</UploadId></Upload>")
+	case p.aborted:
+		fmt.Fprintf(w, list, "<IsTruncated>false</IsTruncated>")
+	default:
+		fmt.Fprintf(w, list, "<IsTruncated>false</IsTruncated><Upload><Key>a/d</Key><UploadId>1</UploadId><Initiated>2026-11-01T03:04:05Z</Initiated></Upload>")
+	}
+}
+
+// The ETags that other tests compare with.
+func TestOldETag(t *testing.T) {
+	sum := md5.Sum([]byte("old content"))
+	parts := md5.Sum(sum[:])
+	if got := hex.EncodeToString(sum[:]); got != oldETag {
+		t.Error(got)
+	}
+	if got := hex.EncodeToString(parts[:]) + "-1"; got != oldPartsETag {
+		t.Error(got)
+	}
+}
