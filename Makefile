@@ -14,7 +14,7 @@ VERSION ?= $(shell git describe --tags --always --dirty --abbrev=12 2>/dev/null 
 # What `make bench` runs, and for how long each.
 BENCH ?= .
 BENCHTIME ?= 200ms
-# Set to 1, `make bench-create` and `make bench-refs` fail when a bar is missed or cannot be judged.
+# Set to 1, `make bench-create`, `make bench-refs` and `make bench-restore` fail when a bar is missed or cannot be judged.
 STRICT ?= 0
 # Flags for them besides, such as '-n 1000 -rounds 3 -only register,create'.
 BENCH_FLAGS ?=
@@ -63,6 +63,12 @@ bench-refs: build ## Measures what it costs to know what snapshots reference, an
 	$(GO) build -o $(BIN)/bench-refs ./internal/bench/refs
 	$(BIN)/bench-refs $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-refs.md $(BENCH_FLAGS)
 
+.PHONY: bench-restore
+bench-restore: build $(BIN)/versitygw $(BIN)/rclone ## Measures restores against their bars, a loop of bare copies and rclone: STRICT=1, BENCH_FLAGS=.
+	$(GO) build -o $(BIN)/bench-etcd ./internal/bench/etcd
+	$(GO) build -o $(BIN)/bench-restore ./internal/bench/restore
+	$(BIN)/bench-restore $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-restore.md $(BENCH_FLAGS)
+
 .PHONY: docs-check
 docs-check: build $(BIN)/grpcurl $(BIN)/versitygw ## Runs the console examples of the documents and compares what they print.
 	$(GO) run ./internal/docscheck
@@ -97,6 +103,7 @@ lint-tidy:
 	$(GO) mod tidy -diff
 	cd tools && $(GO) mod tidy -diff
 	cd tools/versitygw && $(GO) mod tidy -diff
+	cd tools/rclone && $(GO) mod tidy -diff
 
 .PHONY: fmt
 fmt: $(BIN)/golangci-lint $(BIN)/buf ## Formats Go and protobuf files.
@@ -158,4 +165,11 @@ $(eval $(call tool,protodep,./protodep,tools/protodep/main.go))
 .bin/versitygw: $(BIN)/versitygw
 $(BIN)/versitygw: tools/versitygw/go.mod tools/versitygw/go.sum
 	$(GO) build -C tools/versitygw -o $(BIN)/ github.com/versity/versitygw/cmd/versitygw
+	touch $@
+
+# What the benchmark of restores compares them with, in a module of its own for
+# the same reason.
+.bin/rclone: $(BIN)/rclone
+$(BIN)/rclone: tools/rclone/go.mod tools/rclone/go.sum tools/rclone/main.go
+	$(GO) build -C tools/rclone -o $@ .
 	touch $@

@@ -37,6 +37,8 @@ type server struct {
 	calls  int
 	events [][]*snapshotdv1.WatchEventsResponse // of each stream
 	tokens []string                             // that each stream began with
+	jobs   [][]*snapshotdv1.RestoreJob          // of each stream
+	asked  []int64                              // the job that each stream was of
 }
 
 func (s *server) next() error {
@@ -85,6 +87,22 @@ func (s *server) WatchEvents(req *snapshotdv1.WatchEventsRequest, stream grpc.Se
 	s.mu.Unlock()
 	for _, m := range msgs {
 		if err := stream.Send(m); err != nil {
+			return err
+		}
+	}
+	return s.next()
+}
+
+func (s *server) WatchRestore(req *snapshotdv1.WatchRestoreRequest, stream grpc.ServerStreamingServer[snapshotdv1.WatchRestoreResponse]) error {
+	s.mu.Lock()
+	s.asked = append(s.asked, req.GetJobId())
+	var jobs []*snapshotdv1.RestoreJob
+	if len(s.jobs) > 0 {
+		jobs, s.jobs = s.jobs[0], s.jobs[1:]
+	}
+	s.mu.Unlock()
+	for _, j := range jobs {
+		if err := stream.Send(&snapshotdv1.WatchRestoreResponse{Job: j}); err != nil {
 			return err
 		}
 	}
@@ -276,6 +294,108 @@ func TestWatchEventsEnds(t *testing.T) {
 	})
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v, want the context's error", err)
+	}
+}
+
+// job is a restore job in a state, which has copied so much.
+func job(state snapshotdv1.RestoreJob_State, done int64) *snapshotdv1.RestoreJob {
+	return &snapshotdv1.RestoreJob{Id: 65, State: state, Progress: &snapshotdv1.RestoreProgress{FilesDone: done}}
+}
+
+const (
+	jobPending   = snapshotdv1.RestoreJob_STATE_PENDING
+	jobExecuting = snapshotdv1.RestoreJob_STATE_EXECUTING
+	jobCompleted = snapshotdv1.RestoreJob_STATE_COMPLETED
+	jobFailed    = snapshotdv1.RestoreJob_STATE_FAILED
+	jobCanceled  = snapshotdv1.RestoreJob_STATE_CANCELED
+)
+
+func TestWatchRestore(t *testing.T) {
+	s := &server{
+		jobs: [][]*snapshotdv1.RestoreJob{
+			{job(jobPending, 0), job(jobExecuting, 1)},
+			{},
+			{job(jobExecuting, 2)},
+			{job(jobCompleted, 3), job(jobCompleted, 4)}, // whatever comes after the end is not seen
+		},
+		errs: []error{
+			nil, // a stream that just ends
+			answer(t, codes.Unavailable, "STORE_UNAVAILABLE"),
+			status.Error(codes.Unavailable, "closing"),
+		},
+	}
+	c := dial(t, s, client.Options{})
+	var got []int64
+	err := client.WatchRestore(t.Context(), c.Snapshots, 65, func(j *snapshotdv1.RestoreJob) error {
+		got = append(got, j.GetProgress().GetFilesDone())
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if diff := cmp.Diff([]int64{0, 1, 2, 3}, got); diff != "" {
+		t.Errorf("jobs: %s", diff)
+	}
+	if diff := cmp.Diff([]int64{65, 65, 65, 65}, s.asked); diff != "" {
+		t.Errorf("streams: %s", diff)
+	}
+}
+
+func TestWatchRestoreEnds(t *testing.T) {
+	s := &server{
+		jobs: [][]*snapshotdv1.RestoreJob{{job(jobExecuting, 0)}, {job(jobCompleted, 0)}, {job(jobExecuting, 0)}},
+	}
+	c := dial(t, s, client.Options{})
+	enough := status.Error(codes.Unavailable, "the caller's own")
+	watch := func(ctx context.Context, fn func() error) error {
+		return client.WatchRestore(ctx, c.Snapshots, 65, func(*snapshotdv1.RestoreJob) error { return fn() })
+	}
+	for range 2 { // of a job that goes on, and of one that has ended
+		if err := watch(t.Context(), func() error { return enough }); !errors.Is(err, enough) {
+			t.Errorf("got %v, want fn's error", err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	err := watch(ctx, func() error {
+		cancel()
+		return nil
+	})
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v, want the context's error", err)
+	}
+	never := &server{errs: []error{answer(t, codes.NotFound, "NEVER_EXISTED")}}
+	c = dial(t, never, client.Options{})
+	if err := watch(t.Context(), func() error { return nil }); client.Reason(err) != "NEVER_EXISTED" || len(never.asked) != 1 {
+		t.Errorf("got %v after %d streams, want the server's error after one", err, len(never.asked))
+	}
+}
+
+func TestWaitRestore(t *testing.T) {
+	for _, end := range []snapshotdv1.RestoreJob_State{jobCompleted, jobFailed, jobCanceled} {
+		s := &server{jobs: [][]*snapshotdv1.RestoreJob{{job(jobPending, 0), job(jobExecuting, 1)}, {job(end, 2)}}}
+		c := dial(t, s, client.Options{})
+		got, err := client.WaitRestore(t.Context(), c.Snapshots, 65)
+		if err != nil || got.GetState() != end || got.GetProgress().GetFilesDone() != 2 {
+			t.Errorf("%v: got %v, error %v", end, got, err)
+		}
+	}
+	s := &server{jobs: [][]*snapshotdv1.RestoreJob{{job(jobExecuting, 1)}}, errs: []error{answer(t, codes.NotFound, "EXPIRED_OR_DROPPED")}}
+	c := dial(t, s, client.Options{})
+	if _, err := client.WaitRestore(t.Context(), c.Snapshots, 65); client.Reason(err) != "EXPIRED_OR_DROPPED" {
+		t.Errorf("got %v, want the server's error", err)
+	}
+}
+
+func TestRestoreEnded(t *testing.T) {
+	for number := range snapshotdv1.RestoreJob_State_name {
+		state := snapshotdv1.RestoreJob_State(number)
+		want := state == jobCompleted || state == jobFailed || state == jobCanceled
+		if got := client.RestoreEnded(job(state, 0)); got != want {
+			t.Errorf("%v: got %v, want %v", state, got, want)
+		}
+	}
+	if client.RestoreEnded(nil) {
+		t.Error("no job has ended")
 	}
 }
 

@@ -165,7 +165,7 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	ticker := time.NewTicker(checkEvery)
 	open.add(func() error { ticker.Stop(); return nil })
 	p.ticks = ticker.C
-	stores, err := openStores(ctx, cfg, log, open)
+	stores, features, err := openStores(ctx, cfg, log, open)
 	if err != nil {
 		return nil, err
 	}
@@ -188,7 +188,7 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 		HasStore: func(alias string) bool { _, ok := stores[alias]; return ok },
 	})
 	p.manager, err = manager.New(manager.Options{
-		KV: kv, Catalog: cat, Cluster: p.cluster, Stores: stores, SnapshotStore: cfg.SnapshotStore, Requests: requests,
+		KV: kv, Catalog: cat, Cluster: p.cluster, Stores: stores, Features: features, SnapshotStore: cfg.SnapshotStore, Requests: requests,
 		Replica: cfg.Replica, Release: cfg.Version, Now: time.Now, Rand: rand.Reader, Log: log.Named("manager"),
 		CreateTimeout: time.Duration(cfg.CreateTimeout), LeaseTTL: time.Duration(cfg.CreateLeaseTTL),
 		LeaderTTL: time.Duration(cfg.LeaderTTL), MaxCreates: cfg.MaxCreates,

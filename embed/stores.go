@@ -252,45 +252,45 @@ func (c Config) validateStores(wrong func(field, format string, args ...any)) {
 // openStores opens the object stores and adds to open what is to be closed. A
 // bucket is tried out first: a server that ignores what snapshotd relies on
 // says that all is well.
-func openStores(ctx context.Context, cfg Config, log *zap.Logger, open *closers) (map[string]object.Store, error) {
-	stores := map[string]object.Store{}
+func openStores(ctx context.Context, cfg Config, log *zap.Logger, open *closers) (map[string]object.Store, map[string]probe.Features, error) {
+	stores, features := map[string]object.Store{}, map[string]probe.Features{}
 	for _, alias := range cfg.aliases() {
-		s, err := openStore(ctx, cfg.ObjectStores[alias], log.With(zap.String("store", alias)), open)
+		s, f, err := openStore(ctx, cfg.ObjectStores[alias], log.With(zap.String("store", alias)), open)
 		if err != nil {
-			return nil, fmt.Errorf("object store %s: %w", alias, err)
+			return nil, nil, fmt.Errorf("object store %s: %w", alias, err)
 		}
-		stores[alias] = s
+		stores[alias], features[alias] = s, f
 	}
-	return stores, nil
+	return stores, features, nil
 }
 
-func openStore(ctx context.Context, c ObjectStore, log *zap.Logger, open *closers) (object.Store, error) {
+func openStore(ctx context.Context, c ObjectStore, log *zap.Logger, open *closers) (object.Store, probe.Features, error) {
 	if c.Type == typeFile {
 		s, err := file.Open(c.Path, file.Options{}) //nolint:contextcheck // a local directory
 		if err != nil {
-			return nil, err
+			return nil, probe.Features{}, err
 		}
 		open.add(s.Close)
-		return s, nil
+		return s, probe.Features{ConditionalCopy: true, MultipartCopy: true}, nil
 	}
 	o, err := c.s3Options()
 	if err != nil {
-		return nil, err
+		return nil, probe.Features{}, err
 	}
 	o.Log = log.Named("s3")
 	s, err := s3.Open(ctx, o)
 	if err != nil {
-		return nil, err
+		return nil, probe.Features{}, err
 	}
 	open.add(s.Close)
 	report, err := probe.Light(ctx, s, "")
 	if err != nil {
-		return nil, err
+		return nil, probe.Features{}, err
 	}
 	for _, check := range report.Checks {
 		if !check.OK {
 			log.Warn("the object store lacks what would be good to have", zap.String("check", check.Name), zap.String("detail", check.Detail))
 		}
 	}
-	return s, nil
+	return s, report.Features(), nil
 }

@@ -21,6 +21,8 @@ const (
 	startWait  = 20 * time.Second
 	stopWait   = 20 * time.Second
 	removeWait = 10 * time.Second
+	copyWait   = 30 * time.Second
+	eventWait  = 10 * time.Second
 	pollPause  = 20 * time.Millisecond
 )
 
@@ -33,14 +35,16 @@ type demo struct {
 	env         []string
 	server      *exec.Cmd
 	exited      chan struct{} // closed when the server has
+	waiting     *exec.Cmd     // the engine that waits for an event
 
 	err    error // the first that ended the story; commands after it do nothing
 	checks int
 	wrong  int
 }
 
-func (d *demo) logFile() string { return filepath.Join(d.dir, "snapshotd.log") }
-func (d *demo) store() string   { return filepath.Join(d.dir, "data", "objects") }
+func (d *demo) logFile() string  { return filepath.Join(d.dir, "snapshotd.log") }
+func (d *demo) eventLog() string { return filepath.Join(d.dir, "engine.log") }
+func (d *demo) store() string    { return filepath.Join(d.dir, "data", "objects") }
 
 // prepare finds programs, folder and ports.
 func (d *demo) prepare(ctx context.Context) (err error) {
@@ -84,9 +88,12 @@ func freePorts(ctx context.Context) (string, string, error) {
 
 // start starts the server and returns when it answers.
 func (d *demo) start(ctx context.Context) {
-	args := []string{"serve", "--data-dir", filepath.Join(d.dir, "data"), "--listen", d.addr, "--metrics-listen", d.other}
+	if d.err != nil {
+		return
+	}
+	args := []string{"serve", "--data-dir", filepath.Join(d.dir, "data"), "--listen", d.addr, "--metrics-listen", d.other, "--leader-ttl", "3s"}
 	d.show("snapshotd", append(args, "&"))
-	log, err := os.Create(d.logFile())
+	log, err := os.OpenFile(d.logFile(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		d.err = err
 		return
@@ -111,6 +118,64 @@ func (d *demo) start(ctx context.Context) {
 		return d.command(ctx, "snapshotctl", "info").Run() == nil
 	})
 	d.took(began)
+}
+
+// kill ends the server without a warning.
+func (d *demo) kill() {
+	if d.err != nil {
+		return
+	}
+	fmt.Printf("\n%s\n", d.paint.bold("$ kill -9 "+fmt.Sprint(d.server.Process.Pid)))
+	began := time.Now()
+	d.err = d.server.Process.Kill()
+	<-d.exited
+	d.took(began)
+}
+
+// await has the engine wait for a collection, beside all else, and returns when it
+// will miss nothing.
+func (d *demo) await(ctx context.Context, collection string) {
+	if d.err != nil {
+		return
+	}
+	args := []string{"--collection", collection, "await"}
+	d.show("engine", append(args, "&"))
+	log, err := os.Create(d.eventLog())
+	if err != nil {
+		d.err = err
+		return
+	}
+	defer func() { _ = log.Close() }() // the engine has its own
+	cmd := d.command(ctx, "engine", args...)
+	cmd.Stdout, cmd.Stderr = log, log
+	if d.err = cmd.Start(); d.err != nil {
+		return
+	}
+	d.waiting = cmd
+	d.err = d.poll(ctx, eventWait, "the engine to wait", func() bool {
+		said, _ := os.ReadFile(d.eventLog())
+		return bytes.Contains(said, []byte("waiting"))
+	})
+}
+
+// awaited returns the last line that the engine which waited has said, once it
+// has ended.
+func (d *demo) awaited() string {
+	if d.err != nil {
+		return ""
+	}
+	stop := time.AfterFunc(eventWait, func() { _ = d.waiting.Process.Kill() })
+	defer stop.Stop()
+	err := d.waiting.Wait()
+	d.waiting = nil
+	said, readErr := os.ReadFile(d.eventLog())
+	if d.err = errors.Join(err, readErr); d.err != nil {
+		d.err = fmt.Errorf("the engine that waited: %w\n%s", d.err, said)
+		return ""
+	}
+	fmt.Print(string(said))
+	lines := strings.SplitAfter(string(said), "\n")
+	return lines[max(0, len(lines)-2)]
 }
 
 // poll waits until done is true.
@@ -156,11 +221,12 @@ func (d *demo) read(ctx context.Context, args ...string) string {
 	return out
 }
 
-// fails runs a command that is to fail.
-func (d *demo) fails(ctx context.Context, name string, args ...string) {
-	_, err := d.try(ctx, name, args, true)
+// fails runs a command that is to fail, and returns what it printed.
+func (d *demo) fails(ctx context.Context, name string, args ...string) string {
+	out, err := d.try(ctx, name, args, true)
 	_, exited := errors.AsType[*exec.ExitError](err)
 	d.check(exited, "it fails")
+	return out
 }
 
 func (d *demo) try(ctx context.Context, name string, args []string, show bool) (string, error) {
@@ -181,7 +247,10 @@ func (d *demo) try(ctx context.Context, name string, args []string, show bool) (
 		fmt.Println(d.paint.dim(fmt.Sprintf("  … %s, read by this program", size(int64(out.Len())))))
 	}
 	d.took(began)
-	return out.String(), err
+	if err != nil {
+		return out.String() + errs.String(), err
+	}
+	return out.String(), nil
 }
 
 // show prints a command as one would type it.
@@ -272,7 +341,7 @@ func (d *demo) keep() {
   bin/snapshotctl snapshot list
   %s --addr %s \
     --store %s \
-    --snapshot before-sale search --seed 7
+    --collection shop-restored search --seed 7
 
 To stop it and remove everything:
 
@@ -285,6 +354,10 @@ func (d *demo) end(ctx context.Context) {
 	story := d.err
 	d.err = nil // what follows is done, and checked, however the story ended
 	d.chapter("Cleaning up")
+	if d.waiting != nil { // the story ended before what it waited for
+		_ = d.waiting.Process.Kill()
+		_ = d.waiting.Wait()
+	}
 	if d.server != nil {
 		fmt.Printf("\n%s\n", d.paint.bold("$ kill -TERM "+fmt.Sprint(d.server.Process.Pid)))
 		began := time.Now()

@@ -1,7 +1,8 @@
 // Command demo shows snapshotd at work, start to end, on this machine: it starts
 // a server, has the toy engine of examples/engine fill a collection, takes
-// snapshots of it, deletes what no snapshot needs, drops the collection, and reads
-// it from a snapshot. Run it by `make demo`, which builds what it needs.
+// snapshots of it, deletes what no snapshot needs, drops the collection, reads it
+// from a snapshot, and restores that, through a crash of the server. Run it by
+// `make demo`, which builds what it needs.
 //
 // All it prints after a $ are commands that it runs, and what these print. It
 // uses free ports of the loopback interface and a temporary folder, and leaves

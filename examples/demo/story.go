@@ -90,7 +90,25 @@ func tell(ctx context.Context, d *demo) {
 	d.check(again == found, "the same rows as before the sale")
 	d.check(d.run(ctx, "engine", "--snapshot", "before-sale", "digest") == digest, "the same digest as before the sale, of all rows")
 
-	d.summary(before, undo, freed)
+	d.chapter("A restore, and a crash in the middle")
+	d.say("Reading is not enough: the collection is to come back, to be written to. A restore makes a new one of the " +
+		"snapshot. What would it do?")
+	d.run(ctx, "snapshotctl", "restore", "plan", "before-sale", "--to", "shop-restored")
+	d.say("The engine asks nobody when that is there. It waits for the event. And so that something can happen in the " +
+		"middle, the copying is slowed down.")
+	d.await(ctx, "shop-restored")
+	copied := d.restoreThroughCrash(ctx, before)
+	d.say("And the engine, which waited all the time?")
+	said := d.awaited()
+	d.check(said == digest, "the engine opened the new collection because of the event, and found the same digest as before the sale")
+	d.check(d.run(ctx, "engine", "--collection", "shop-restored", "search", "--seed", "7") == found, "the same rows as before the sale")
+	d.check(d.run(ctx, "engine", "--collection", "shop-restored", "digest") == digest, "the same digest as before the sale, of all rows")
+	d.sameBytes(ctx, "before-sale", "shop-restored")
+
+	d.chapter("A restore that cannot succeed")
+	d.failedRestore(ctx, before)
+
+	d.summary(before, undo, freed, copied)
 }
 
 // taken is a snapshot that was taken.
@@ -191,15 +209,7 @@ func (d *demo) measure() (m measured) {
 type filesOfSegments struct {
 	Segments []struct {
 		Segment struct {
-			Files []struct {
-				Root      int
-				Path      string
-				SizeBytes int64 `json:",string"`
-				Checksum  struct {
-					Type  string
-					Value []byte
-				}
-			}
+			Files []fileOfSegment
 		}
 	}
 }
@@ -275,7 +285,7 @@ func (d *demo) gone(ctx context.Context, t taken) {
 }
 
 // summary says in plain words what happened.
-func (d *demo) summary(t taken, undo time.Duration, freed measured) {
+func (d *demo) summary(t taken, undo time.Duration, freed measured, restored job) {
 	d.chapter("In plain words")
 	d.say("What was captured? All of collection shop: %d rows in %d segments, as of one cut per channel: %s.",
 		t.rows, t.segments, strings.Join(t.cuts, ", "))
@@ -287,5 +297,9 @@ func (d *demo) summary(t taken, undo time.Duration, freed measured) {
 	d.say("How to undo it? By `snapshotctl snapshot drop before-sale`; with --dry-run it says what that would free. For "+
 		"after-sale the drop took %s until the last of its own objects was gone, and the engine then got %d files "+
 		"(%s) to delete.", round(undo), freed.data, size(freed.dataBytes))
-	d.say("What next? Reading a snapshot where it lies, as just now. Restoring it into a new collection comes in a later release.")
+	d.say("How to get the data back? By `snapshotctl restore start before-sale --to NAME`. It took %s here, most of which "+
+		"was waiting after the crash: %d files and %s were copied, inside the object store. It is undone by `snapshotctl restore cancel` "+
+		"while it goes on, and by `snapshotctl catalog drop-collection` afterwards. One that cannot succeed leaves nothing.",
+		round(restored.took), t.files, size(t.bytes))
+	d.say("What is it not? A collector: snapshotd deletes no data file by itself yet; the engine asks, as above.")
 }

@@ -1,7 +1,5 @@
-// Command engine is a toy vector store: what an engine does to have snapshots, and
-// little more. It writes files itself; which ones count, snapshotd's catalog knows.
-//
-//	engine --store DIR/objects --collection shop load --rows 20000
+// Command engine is a toy vector store: it writes files, and snapshotd's catalog knows
+// which count. Try: engine --store DIR/objects --collection shop load --rows 20000
 package main
 
 import (
@@ -23,7 +21,6 @@ var (
 	snapshot   = flag.String("snapshot", "", "`name` of a snapshot to search or digest instead")
 	count      = flag.Int64("rows", 1000, "`number` of rows to load")
 	seed       = flag.Uint64("seed", 1, "`seed` of the rows to load, or of the vector to search for")
-	await      = flag.Bool("await", false, "wait until the collection comes into being")
 	every      = flag.Int64("every", 10, "delete rows with ids that this `number` divides")
 )
 
@@ -48,8 +45,8 @@ func run(ctx context.Context, command string) error {
 	open, name := Open, *collection
 	if *snapshot != "" {
 		open, name = OpenSnapshot, *snapshot
-	} else if *await {
-		open = Await
+	} else if command == "await" { // the event of its creation, such as by a restore
+		open, command = Await, "digest"
 	}
 	s, rows, err := open(ctx, c, *store, name)
 	if err != nil {

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"fmt"
 	"maps"
@@ -63,7 +64,7 @@ type world struct {
 	taken       []snapshotOf // and not dropped
 	snapshots   int          // ever taken
 
-	straddling, captured, apart, deleted int64 // how often what the test is about occurred
+	straddling, captured, apart, deleted, ceilings int64 // how often what the test is about occurred
 }
 
 // serve runs snapshotd, and returns a client of it and its object store.
@@ -91,7 +92,8 @@ func serve(t *testing.T) (c *client.Client, dir string) {
 // TestSnapshotsAgainstOracle has the engine do things at random, halfway things
 // among them, takes and drops snapshots in between, and deletes what may be
 // deleted. In the end each of the snapshots left has to show what the oracle says:
-// no row before its channel's cut is missing, none at or after it is visible.
+// no row before its channel's cut is missing, none at or after it is visible. So
+// has the collection that is restored from it, whatever is done to that afterwards.
 func TestSnapshotsAgainstOracle(t *testing.T) {
 	c, dir := serve(t)
 	for seed := range uint64(4) {
@@ -117,10 +119,12 @@ func TestSnapshotsAgainstOracle(t *testing.T) {
 			}
 			for _, snap := range w.taken {
 				w.verify(snap)
+				w.restore(snap)
 			}
-			if w.straddling == 0 || w.captured == 0 || w.apart == 0 || w.deleted == 0 {
-				t.Errorf("too tame: %d straddling segments, %d growing ones captured, %d snapshots with cuts apart, %d files deleted",
-					w.straddling, w.captured, w.apart, w.deleted)
+			w.goOn(w.taken[len(w.taken)-1])
+			if w.straddling == 0 || w.captured == 0 || w.apart == 0 || w.deleted == 0 || w.ceilings == 0 {
+				t.Errorf("too tame: %d straddling segments, %d growing ones captured, %d snapshots with cuts apart, %d files deleted, %d ceilings restored",
+					w.straddling, w.captured, w.apart, w.deleted, w.ceilings)
 			}
 		})
 	}
@@ -302,6 +306,63 @@ func (w *world) verify(snap snapshotOf) {
 	w.same(fmt.Sprintf("%s with cuts %d", snap.name, snap.cuts), rows, snap.want)
 }
 
+// restoredName is that of the collection which a snapshot is restored to.
+func restoredName(snap snapshotOf) string { return snap.name + ".restored" }
+
+// restore restores a snapshot and compares what the collection shows with what it
+// has to.
+func (w *world) restore(snap snapshotOf) {
+	ctx := w.t.Context()
+	started, err := w.c.Snapshots.RestoreSnapshot(ctx, restoreOf(snap.name, restoredName(snap)))
+	w.must(err)
+	job, err := client.WaitRestore(ctx, w.c.Snapshots, started.GetJobId())
+	w.must(err)
+	if job.GetState() != api.RestoreJob_STATE_COMPLETED {
+		w.t.Fatalf("restore of %s: %v", snap.name, job)
+	}
+	s, rows, err := Open(ctx, w.c, w.dir, restoredName(snap))
+	w.must(err)
+	w.same(fmt.Sprintf("%s with cuts %d, restored", snap.name, snap.cuts), rows, snap.want)
+	segments, err := s.segments(ctx)
+	w.must(err)
+	for _, seg := range segments {
+		if seg.GetRowCeiling() != 0 {
+			w.ceilings++
+		}
+		if seg.GetState() != api.Segment_STATE_FLUSHED {
+			w.t.Errorf("segment %d of %s is %v", seg.GetId(), restoredName(snap), seg.GetState())
+		}
+	}
+}
+
+// goOn has the engine do things at random to a restored collection, as if there
+// never had been another, and compares snapshots of it likewise.
+func (w *world) goOn(snap snapshotOf) {
+	name := restoredName(snap)
+	for ch, written := range w.oracle {
+		for what := range written {
+			written[what] = slices.DeleteFunc(written[what], func(r Row) bool { return r.Time >= snap.cuts[ch] })
+		}
+	}
+	w.s, w.checkpoints, w.growing, w.taken, w.snapshots = nil, slices.Clone(snap.cuts), nil, nil, 0
+	w.reopen(name)
+	for range 40 {
+		w.step(name)
+	}
+	w.snapshot(name)
+	for _, snap := range w.taken {
+		w.verify(snap)
+		w.restore(snap)
+	}
+}
+
+func restoreOf(snapshot, target string) *api.RestoreSnapshotRequest {
+	return &api.RestoreSnapshotRequest{
+		Snapshot: &api.SnapshotRef{Ref: &api.SnapshotRef_Name{Name: snapshot}}, Target: &api.CollectionName{Name: target},
+		RequestToken: client.NewRequestToken(),
+	}
+}
+
 // same compares rows in any order.
 func (w *world) same(what string, got, want []Row) {
 	w.t.Helper()
@@ -440,5 +501,45 @@ func TestCollectAfterCrash(t *testing.T) {
 		if err != nil || len(list.GetTombstones()) != 0 || len(filesOf(t, s)) != 2 {
 			t.Errorf("%d tombstones and %d files are left, error %v; want 0 and 2", len(list.GetTombstones()), len(filesOf(t, s)), err)
 		}
+	}
+}
+
+// TestAwait opens a restored collection because of its event, while the one that
+// the snapshot was taken of is gone.
+func TestAwait(t *testing.T) {
+	out, in, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stderr := os.Stderr
+	os.Stderr = in
+	t.Cleanup(func() {
+		os.Stderr = stderr
+		_, _ = in.Close(), out.Close()
+	})
+	s, snapshot := shop(t)
+	if _, err := s.c.Catalog.DropCollection(t.Context(), &api.DropCollectionRequest{Collection: s.collection}); err != nil {
+		t.Fatal(err)
+	}
+	opened := make(chan []Row)
+	go func() {
+		_, rows, err := Await(t.Context(), s.c, s.dir, "restored")
+		if err != nil {
+			t.Error(err)
+		}
+		opened <- rows
+	}()
+	if line, err := bufio.NewReader(out).ReadString('\n'); line != "engine: waiting for restored\n" {
+		t.Fatalf("got %q, %v", line, err)
+	}
+	if _, err := s.c.Snapshots.RestoreSnapshot(t.Context(), restoreOf(snapshot, "restored")); err != nil {
+		t.Fatal(err)
+	}
+	_, want, err := OpenSnapshot(t.Context(), s.c, s.dir, snapshot)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if rows := <-opened; len(rows) != 100 || digest(rows) != digest(want) {
+		t.Errorf("got %d rows, want the %d of the snapshot", len(rows), len(want))
 	}
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha256"
@@ -35,16 +34,16 @@ func Create(ctx context.Context, c *client.Client, name string) error {
 	_, err := c.Catalog.CreateCollection(ctx, &api.CreateCollectionRequest{
 		Name: &api.CollectionName{Name: name}, Channels: []string{"engine-ch-0", "engine-ch-1"},
 		Schema: &api.Schema{Fields: []*api.Field{
-			{Id: 1, Name: "time", DataType: "UInt64"}, {Id: 2, Name: "id", DataType: "Int64", PrimaryKey: true},
-			{Id: 3, Name: "vector", DataType: "FloatVector"}, {Id: 4, Name: "text", DataType: "Text"},
-		}},
-		Roots: []*api.Root{{Store: "default", Prefix: root}}, RequestToken: client.NewRequestToken(),
+			{Id: 1, Name: "time", DataType: "UInt64"},
+			{Id: 2, Name: "id", DataType: "Int64", PrimaryKey: true},
+			{Id: 3, Name: "vector", DataType: "FloatVector"},
+			{Id: 4, Name: "text", DataType: "Text"},
+		}}, Roots: []*api.Root{{Store: "default", Prefix: root}}, RequestToken: client.NewRequestToken(),
 	})
 	return err
 }
 
-// Store is an open collection, for one process at a time to write to. A real
-// engine has a log of each channel, and reads it from the checkpoint on to begin.
+// Store is an open collection, for one process to write to. A real one reads its log.
 type Store struct {
 	c          *client.Client // nil: it is a snapshot, to be read only
 	collection *api.CollectionRef
@@ -64,21 +63,17 @@ func Open(ctx context.Context, c *client.Client, dir, name string) (*Store, []Ro
 	s := &Store{c, ref, dir, []uint64{1, 1}, []map[api.Segment_Level][]Row{{}, {}}}
 	checkpoints, err := c.Catalog.ListCheckpoints(ctx, &api.ListCheckpointsRequest{Collection: ref})
 	segments, err2 := s.segments(ctx)
-	if err = cmp.Or(err, err2); err != nil {
-		return nil, nil, err
-	}
 	for _, p := range checkpoints.GetCheckpoints() {
 		s.clocks[p.GetShard()] = p.GetPosition().GetTimestamp()
 	}
 	for _, seg := range segments { // which may be ahead of the checkpoint
 		s.clocks[seg.GetShard()] = max(s.clocks[seg.GetShard()], seg.GetDmlPosition().GetTimestamp())
 	}
-	rows, err := live(dir, segments)
-	return s, rows, err
+	rows, err3 := live(dir, segments)
+	return s, rows, cmp.Or(err, err2, err3)
 }
 
-// Await opens a collection when it comes into being, which one that is restored
-// does with all that is in it. Who asks again and again instead learns it later.
+// Await opens a collection when it comes into being, which a restored one does whole.
 func Await(ctx context.Context, c *client.Client, dir, name string) (s *Store, rows []Row, err error) {
 	opened := errors.New("opened")
 	err = client.WatchEvents(ctx, c.Events, &api.WatchEventsRequest{}, func(m *api.WatchEventsResponse) (err error) {
@@ -131,8 +126,7 @@ func (s *Store) Write(what api.Segment_Level, r Row) {
 	s.growing[ch][what] = append(s.growing[ch][what], r)
 }
 
-// Flush makes segments of what is in memory. A crash and a snapshot may come at any
-// point, thanks to the order:
+// Flush makes segments of what is in memory, in an order that bears crash and snapshot:
 //
 //  1. Allocate ids. They never come again, so what a crash leaves is in no one's way.
 //  2. Write the files, of which nobody knows yet.
@@ -164,13 +158,11 @@ func (s *Store) Flush(ctx context.Context) error {
 }
 
 func (s *Store) allocate(ctx context.Context, n int64) (int64, error) {
-	req := &api.AllocateIdsRequest{Want: &api.AllocateIdsRequest_Count{Count: n}, RequestToken: client.NewRequestToken()}
-	resp, err := s.c.Catalog.AllocateIds(ctx, req)
+	resp, err := s.c.Catalog.AllocateIds(ctx, &api.AllocateIdsRequest{Want: &api.AllocateIdsRequest_Count{Count: n}, RequestToken: client.NewRequestToken()})
 	return resp.GetIds().GetFirst(), err
 }
 
-// write puts rows into a file, whole and durable, and returns the segment of it for
-// the catalog, which is about to promise that. On S3 it would be one conditional put.
+// write makes a file of rows, as durable as the catalog will promise, and its segment.
 func (s *Store) write(ctx context.Context, shard int32, what api.Segment_Level, rows []Row) (*api.Segment, error) {
 	id, err := s.allocate(ctx, 2) // of the segment and of its file
 	if err != nil {
@@ -201,11 +193,9 @@ func (s *Store) write(ctx context.Context, shard int32, what api.Segment_Level, 
 
 // Compact replaces all segments in one step: by one of what is live, per channel.
 func (s *Store) Compact(ctx context.Context) error {
-	// The checkpoints first: a snapshot cut before a delete still needs the row.
-	if err := s.Flush(ctx); err != nil {
-		return err
-	}
-	segments, err := s.segments(ctx)
+	err := s.Flush(ctx) // the checkpoints first: a snapshot cut before a delete still needs the row
+	segments, err2 := s.segments(ctx)
+	err = cmp.Or(err, err2)
 	swap := &api.CompactSegmentsRequest{Collection: s.collection, RequestToken: client.NewRequestToken()}
 	channels := make([][]*api.Segment, len(s.clocks))
 	for _, seg := range segments {
@@ -216,9 +206,8 @@ func (s *Store) Compact(ctx context.Context) error {
 		var rows []Row
 		if rows, err = live(s.dir, channels[ch]); err == nil && len(rows) > 0 {
 			slices.SortFunc(rows, func(a, b Row) int { return cmp.Compare(a.Time, b.Time) })
-			var seg *api.Segment
-			seg, err = s.write(ctx, int32(ch), compacted, rows)
-			swap.Outputs = append(swap.Outputs, seg)
+			seg, err2 := s.write(ctx, int32(ch), compacted, rows)
+			err, swap.Outputs = err2, append(swap.Outputs, seg)
 		}
 	}
 	if err == nil {
@@ -227,9 +216,8 @@ func (s *Store) Compact(ctx context.Context) error {
 	return err
 }
 
-// Collect deletes the files of dropped segments that no snapshot needs. It returns
-// how many, and how many others each snapshot holds; "" is the collection itself,
-// or a snapshot in the making. After a crash at any point the next one goes on:
+// Collect deletes the files of dropped segments that no snapshot needs, and returns
+// how many, and how many each snapshot holds. After a crash the next one goes on:
 //
 //  1. Ask for what lies there. What is held stays, and the next one asks again.
 //  2. Delete all that was granted and not confirmed, be it long ago.
@@ -243,10 +231,8 @@ func (s *Store) Collect(ctx context.Context) (deleted int, held map[string]int, 
 		units = append(units, &api.Unit{Unit: &api.Unit_File{File: &api.UnitFile{Path: path}}})
 	}
 	for part := range slices.Chunk(units, 10_000) {
-		answer, err := s.c.Reclaim.Reclaim(ctx, &api.ReclaimRequest{Collection: s.collection, Units: part, Deleter: deleter})
-		if err != nil {
-			return 0, nil, err
-		}
+		answer, err2 := s.c.Reclaim.Reclaim(ctx, &api.ReclaimRequest{Collection: s.collection, Units: part, Deleter: deleter})
+		err = cmp.Or(err, err2)
 		for _, r := range answer.GetResults() {
 			for _, h := range r.GetHolders() {
 				held[h.GetSnapshot().GetName()]++
@@ -273,15 +259,14 @@ func (s *Store) Collect(ctx context.Context) (deleted int, held map[string]int, 
 	return deleted, held, err
 }
 
-// live reads the rows of segments that no delete in them takes away. As no file
-// is ever rewritten, row ceilings hide what came after the cut of a snapshot.
+// live reads the rows of segments that no delete takes away and no row ceiling hides.
 func live(store string, segments []*api.Segment) (live []Row, err error) {
 	deleted := map[int64]uint64{} // when
 	for _, seg := range segments {
 		rows := make([]Row, seg.GetRows())
 		for _, f := range seg.GetFiles() {
 			content, err := os.ReadFile(filepath.Join(store, root, f.GetPath()))
-			if sum := sha256.Sum256(content); err != nil || !bytes.Equal(sum[:], f.GetChecksum().GetValue()) {
+			if sum := sha256.Sum256(content); err != nil || string(sum[:]) != string(f.GetChecksum().GetValue()) {
 				return nil, fmt.Errorf("file %s: %w", f.GetPath(), cmp.Or(err, errors.New("not what was written: its checksum differs")))
 			}
 			_, _ = binary.Decode(content, binary.LittleEndian, rows) // whole: its checksum is right

@@ -78,6 +78,31 @@ func TestProxy(t *testing.T) {
 	}
 }
 
+func TestPace(t *testing.T) {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "body") }))
+	defer srv.Close()
+	p, err := bench.StartProxy(t.Context(), strings.TrimPrefix(srv.URL, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	const least = 50 * time.Millisecond
+	p.Pace(func(r *http.Request) time.Duration {
+		if r.URL.Path == "/slow" {
+			return least
+		}
+		return 0
+	})
+	for _, path := range []string{"/slow", "/fast"} {
+		begin := time.Now()
+		answer, err := bench.Get(t.Context(), "http://"+p.Addr+path)
+		took := time.Since(begin)
+		if err != nil || string(answer) != "body" || path == "/slow" && took < least {
+			t.Errorf("%s: got %q after %v, err = %v", path, answer, took, err)
+		}
+	}
+}
+
 func TestSum(t *testing.T) {
 	text := []byte("# HELP a What it is.\na{x=\"1\",y=\"2\"} 3\na{x=\"1\",y=\"3\"} 4e0\na{x=\"2\"} 5\na_total 6\nb 7\n")
 	for _, c := range []struct {

@@ -195,6 +195,7 @@ func word(s, unknown string) string {
 // stand for what the user named.
 var hints = map[string]string{
 	"CATALOG_COMPACTED":          "the catalog changed faster than it could be read; run the command again",
+	"CHANNEL_MISMATCH":           "give --channel as often as the snapshot has channels, or not at all; see them with `snapshotctl snapshot describe SNAPSHOT`",
 	"CHECKPOINT_MISSING":         "see which channel lacks one with `snapshotctl catalog get COLLECTION`, and set it with `snapshotctl catalog set-checkpoint --collection COLLECTION SHARD=TIMESTAMP`",
 	"CHECKPOINT_REGRESSION":      "a checkpoint only moves forward; see them with `snapshotctl catalog get COLLECTION`",
 	"COLLECTION_EXISTS":          "see it with `snapshotctl catalog get COLLECTION`, or choose another name",
@@ -214,6 +215,7 @@ var hints = map[string]string{
 	"INVALID_RESUME_TOKEN":       "a token is good for the cluster and the --collection that it was given for; go on without --resume-token",
 	"STORE_NOT_FOUND":            "see which there are with `snapshotctl info`",
 	"KEY_NOT_FOUND":              "a key begins with /, without the cluster's root, as in `snapshotctl debug get /snapshot/rec/42`",
+	"LAYOUT_REFUSED":             "the file that the message names is not where the collection's layout wants it; --partition or --skip-indexes may leave it out",
 	"LIMIT_EXCEEDED":             "see what there is with `snapshotctl catalog get COLLECTION`",
 	"NEVER_EXISTED":              "see which snapshots there are with `snapshotctl snapshot list`",
 	"NOT_EXACT":                  "wait for the data plane to flush, or leave out --require-exact: segments across the cut then get a row ceiling",
@@ -224,9 +226,12 @@ var hints = map[string]string{
 	"PERMISSION_DENIED":          "this server does not let you: see which it is with `snapshotctl info`",
 	"PIN_HAS_NO_TTL":             "it lasts until it is removed; see it with `snapshotctl pin list SNAPSHOT`",
 	"PIN_NOT_FOUND":              "see which there are with `snapshotctl pin list SNAPSHOT`, and whether the snapshot is still there with `snapshotctl snapshot get SNAPSHOT`",
+	"PIN_OF_RESTORE":             "it goes when the job ends; see which that is with `snapshotctl restore list`, and give it up with `snapshotctl restore cancel JOB`",
 	"REFERENCES_LOADING":         "the server is still reading what snapshots reference; run the command again in a while",
 	"REFERENCES_UNREADABLE":      "nothing of the collection is reclaimed until the snapshot that the message names can be read again, or is dropped; see it with `snapshotctl snapshot get '#ID'`",
 	"REQUEST_TOKEN_REUSED":       "leave out --request-token for a new request; a token repeats only the very same one",
+	"RESTORE_ENDED":              "see how with `snapshotctl restore status JOB`; what it has made is undone with `snapshotctl catalog drop-collection COLLECTION`",
+	"RESTORE_NOT_FOUND":          "see which there are with `snapshotctl restore list`",
 	"REVISION_CHANGED":           "somebody else changed it in the meantime; look at it and run the command again",
 	"SEGMENT_EXISTS":             "an id is never used twice; get new ones with `snapshotctl catalog allocate-ids COUNT`",
 	"SEGMENT_NOT_FOUND":          "see which there are with `snapshotctl catalog export --collection COLLECTION`",

@@ -23,10 +23,11 @@ func (a *app) eventsCommand() *cobra.Command {
 	)
 	cmd := &cobra.Command{
 		Use:   "events",
-		Short: "Shows what happens to collections, snapshots and pins",
-		Long: `Shows what happens to collections, snapshots and pins, one line per event:
-revision, kind of change, thing, id, state and name. With -o json it is one
-object per line, bookmarks included, each with the token that resumes after it.
+		Short: "Shows what happens to collections, snapshots, pins, restores and tombstones",
+		Long: `Shows what happens to collections, snapshots, pins, restores and tombstones, one
+line per event: revision, kind of change, thing, id, state and name. With -o json
+it is one object per line, bookmarks included, each with the token that resumes
+after it.
 
 Without -f it prints what happened between --resume-token and now, and exits.
 With -f it goes on until it is interrupted, through restarts of the server. At
@@ -38,7 +39,7 @@ the end it says on standard error how to resume.`,
 	}
 	f := cmd.Flags()
 	f.BoolVarP(&follow, "follow", "f", false, "go on until interrupted")
-	f.StringVar(&collection, "collection", "", "only of this `collection` and its snapshots, and of all pins")
+	f.StringVar(&collection, "collection", "", "only of this `collection`, its snapshots, tombstones and restores, and of all pins")
 	f.StringVar(&req.ResumeToken, "resume-token", "", "go on after the event with this `token` (default from now on)")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
 		if collection != "" {
@@ -161,6 +162,22 @@ func eventLine(m *snapshotdv1.WatchEventsResponse) string {
 			}
 		}
 		name, why = p.GetOwner(), strings.TrimSuffix(fmt.Sprintf("on snapshot #%d: %s", p.GetSnapshotId(), p.GetReason()), ": ")
+	case *snapshotdv1.WatchEventsResponse_Restore:
+		j := e.Restore.GetJob()
+		change, thing, id, state = e.Restore.GetType(), "restore", j.GetId(), upper(j.GetState())
+		if t := j.GetTarget(); t.GetName() != "" {
+			name = fullName(t.GetDb(), t.GetName(), t.GetId())
+			why = strings.TrimSuffix(fmt.Sprintf("of snapshot %s, phase %s: %s", j.GetSnapshotName(), phase(j), j.GetReason()), ": ")
+		}
+	case *snapshotdv1.WatchEventsResponse_Tombstone:
+		t := e.Tombstone.GetTombstone()
+		change, thing, id, state = e.Tombstone.GetType(), "tombstone", t.GetId(), "-"
+		if t.GetCollectionId() != 0 {
+			why = fmt.Sprintf("of collection #%d", t.GetCollectionId())
+		}
+		if kind := t.GetKind(); kind != snapshotdv1.Tombstone_KIND_UNSPECIFIED {
+			why += ": " + lower(kind, "KIND_")
+		}
 	default:
 		return ""
 	}

@@ -6,6 +6,7 @@ import (
 	"io"
 	"math"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -119,6 +120,7 @@ func (a *app) restoreRequest(f *restoreFlags, args []string) (*snapshotdv1.Resto
 	if target.GetName() == nil {
 		return nil, wrong("--to %q: a new collection needs a name; its id is made", f.to)
 	}
+	a.collection = f.to
 	req := &snapshotdv1.RestoreSnapshotRequest{
 		Snapshot: ref, Target: target.GetName(), Partitions: f.partitions, Channels: f.channels, SkipIndexes: f.skipIndexes, Priority: f.priority,
 	}
@@ -268,9 +270,9 @@ func (a *app) follow(ctx context.Context, c *client.Client, id int64) error {
 	})
 	bar.done()
 	if err != nil {
-		return err
+		return ofJob(err)
 	}
-	if err := a.print(last, func(w io.Writer) { renderJob(w, last) }); err != nil {
+	if err := a.print(&snapshotdv1.WatchRestoreResponse{Job: last}, func(w io.Writer) { renderJob(w, last) }); err != nil {
 		return err
 	}
 	if last.GetState() != snapshotdv1.RestoreJob_STATE_COMPLETED {
@@ -280,6 +282,15 @@ func (a *app) follow(ctx context.Context, c *client.Client, id int64) error {
 		}
 	}
 	return nil
+}
+
+// ofJob gives an error of a job its advice: its reason may be that of a snapshot,
+// too.
+func ofJob(err error) error {
+	if slices.Contains([]string{"EXPIRED_OR_DROPPED", "NEVER_EXISTED"}, client.Reason(err)) {
+		return &hintError{err, "see which jobs there are with `snapshotctl restore list`; one that has ended is kept for a while only"}
+	}
+	return err
 }
 
 // bar draws how far a job has come, on a terminal only.
@@ -332,6 +343,18 @@ func jobCells(job *snapshotdv1.RestoreJob) []any {
 	}
 }
 
+// limitText says what a job may use.
+func limitText(l *snapshotdv1.RestoreLimits) string {
+	var parts []string
+	if n := l.GetBytesPerSecond(); n > 0 {
+		parts = append(parts, size(n)+"/s")
+	}
+	if n := l.GetRequestsPerSecond(); n > 0 {
+		parts = append(parts, fmt.Sprintf("%d requests/s", n))
+	}
+	return strings.Join(parts, ", ")
+}
+
 func percent(fraction float64) string { return fmt.Sprintf("%d%%", int(100*fraction)) }
 
 func renderJob(w io.Writer, job *snapshotdv1.RestoreJob) {
@@ -352,10 +375,12 @@ func renderJob(w io.Writer, job *snapshotdv1.RestoreJob) {
 		"copied", fmt.Sprintf("%s of %s", size(p.GetBytesDone()), size(p.GetBytesTotal())),
 		"rate", size(p.GetBytesPerSecond())+"/s",
 		"time left", left,
+		"limits", limitText(job.GetLimits()),
 		"tasks begun again", p.GetRetries(),
 		"created", job.GetCreateTime(),
 		"started", job.GetStartTime(),
 		"ended", job.GetEndTime(),
+		"given up at", job.GetDeadline(),
 		"reason", job.GetReason(),
 		"message", job.GetMessage(),
 		"last error", job.GetLastError(),
@@ -382,7 +407,7 @@ func (a *app) restoreStatus() *cobra.Command {
 		}
 		resp, err := unary(ctx, a, c.Snapshots.GetRestoreState, &snapshotdv1.GetRestoreStateRequest{JobId: id})
 		if err != nil {
-			return err
+			return ofJob(err)
 		}
 		return a.print(resp, func(w io.Writer) { renderJob(w, resp.GetJob()) })
 	})
@@ -499,7 +524,7 @@ func (a *app) restoreLimit() *cobra.Command {
 		}
 		resp, err := unary(ctx, a, c.Snapshots.UpdateRestore, req)
 		if err != nil {
-			return err
+			return ofJob(err)
 		}
 		return a.print(resp, func(w io.Writer) { renderJob(w, resp.GetJob()) })
 	})
@@ -526,7 +551,7 @@ removed in the background. Its name is free when the job is CANCELED.`,
 		}
 		resp, err := unary(ctx, a, c.Snapshots.CancelRestore, &snapshotdv1.CancelRestoreRequest{JobId: id})
 		if err != nil {
-			return err
+			return ofJob(err)
 		}
 		return a.print(resp, func(w io.Writer) {
 			job := resp.GetJob()

@@ -217,6 +217,10 @@ func minus(a, b segment.Totals) segment.Totals {
 
 func (b *board) remove(key string) {
 	switch {
+	case strings.HasPrefix(key, keys.LimitsPrefix):
+		if id, err := keys.LastID(key); err == nil && b.rows[id] != nil {
+			b.rows[id].limits = Limits{}
+		}
 	case strings.HasPrefix(key, keys.JobPrefix):
 		if id, err := keys.LastID(key); err == nil {
 			delete(b.rows, id)
@@ -308,7 +312,18 @@ func (b *board) note(job int64, err error) {
 	}
 }
 
-// share is what one worker may use of a job's limits.
+// lastError is what was last met with a job.
+func (b *board) lastError(job int64) string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if r := b.rows[job]; r != nil {
+		return r.lastErr
+	}
+	return ""
+}
+
+// share is what one worker may use of a job's limits: they are divided among
+// those that have tasks of it.
 func (b *board) share(job int64) Limits {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -316,8 +331,11 @@ func (b *board) share(job int64) Limits {
 	if r == nil {
 		return Limits{}
 	}
-	n := int64(max(1, len(b.pool)))
 	l := r.limits
+	if l == (Limits{}) {
+		return l
+	}
+	n := int64(max(1, b.workersOf(job)))
 	if l.Requests > 0 {
 		l.Requests = max(1, l.Requests/n)
 	}

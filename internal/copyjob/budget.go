@@ -3,6 +3,7 @@ package copyjob
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 
 	"golang.org/x/time/rate"
@@ -10,38 +11,52 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// gate bounds how many objects a replica copies at once, over all jobs. When the
-// store does not keep up, the bound is halved; with each round of copies that go
-// well it grows by one again.
+// gate bounds how many objects a replica copies at once, over all jobs: those who
+// wait are let in one by one, in the order in which they came. When the store
+// does not keep up, the bound is halved; with each round of copies that go well
+// it grows by one again.
 type gate struct {
-	mu    sync.Mutex
-	limit int // now
-	most  int
-	busy  int
-	good  int // copies that went well since the limit last changed
-	freed chan struct{}
+	mu      sync.Mutex
+	limit   int // now
+	most    int
+	busy    int
+	good    int             // copies that went well since the limit last changed
+	waiting []chan struct{} // the first to come first; closed when it is let in
 }
 
-func newGate(most int) *gate { return &gate{limit: most, most: most, freed: make(chan struct{})} }
+func newGate(most int) *gate { return &gate{limit: most, most: most} }
 
 func (g *gate) enter(ctx context.Context) error {
-	for {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		g.mu.Lock()
-		if g.busy < g.limit {
-			g.busy++
-			g.mu.Unlock()
-			return nil
-		}
-		freed := g.freed
-		g.mu.Unlock()
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-freed:
-		}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	turn := make(chan struct{})
+	g.mu.Lock()
+	g.waiting = append(g.waiting, turn)
+	g.admit()
+	g.mu.Unlock()
+	select {
+	case <-turn:
+		return nil
+	case <-ctx.Done():
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if i := slices.Index(g.waiting, turn); i >= 0 {
+		g.waiting = slices.Delete(g.waiting, i, i+1)
+	} else { // let in at the last moment
+		g.busy--
+		g.admit()
+	}
+	return ctx.Err()
+}
+
+// admit lets in who has room. The lock must be held.
+func (g *gate) admit() {
+	for g.busy < g.limit && len(g.waiting) > 0 {
+		close(g.waiting[0])
+		g.waiting = g.waiting[1:]
+		g.busy++
 	}
 }
 
@@ -58,8 +73,7 @@ func (g *gate) leave(err error) {
 			g.limit, g.good = g.limit+1, 0
 		}
 	}
-	close(g.freed)
-	g.freed = make(chan struct{})
+	g.admit()
 }
 
 // budget holds a job to its limits in this replica.

@@ -3,6 +3,7 @@ package copyjob
 import (
 	"cmp"
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"slices"
@@ -23,8 +24,16 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// listsInFlight is how many prefixes a task lists at once.
-const listsInFlight = 8
+// requestsInFlight is how many prefixes a task lists at once, and how many objects
+// it asks for.
+const requestsInFlight = 8
+
+// leastParts and mostParts bound how many parts of a large file are copied at
+// once.
+const (
+	leastParts = 4
+	mostParts  = 16
+)
 
 // restored is what an attempt has made.
 type restored struct {
@@ -42,6 +51,7 @@ type fileCopy struct {
 	to      string
 	source  place // where to look for what is not known of from
 	target  place // where the copy is listed
+	parts   int   // to copy at once
 }
 
 // place is a prefix in a store that holds the files of one segment or build.
@@ -160,7 +170,7 @@ func (a *attempt) plan(md *manifest.Metadata, items []item, targets []segment.Se
 			}
 			files = append(files, &fileCopy{
 				file: f, segment: it.ID, store: store, alias: root.Store,
-				from:   object.Info{Key: root.Prefix + src.Path, Size: src.Size, ETag: src.ETag},
+				from:   object.Info{Key: root.Prefix + src.Path, Size: src.Size, ETag: src.ETag, Checksum: sumOf(src.Checksum)},
 				to:     root.Prefix + f.Path,
 				source: place{root.Store, anchor(root.Prefix, src.Path, it.ID)},
 				target: place{root.Store, anchor(root.Prefix, f.Path, ids...)},
@@ -206,6 +216,8 @@ func (a *attempt) transfer(ctx context.Context, files []*fileCopy) error {
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(a.worker.o.CopyInFlight)
 	for _, f := range order {
+		// A file that is almost alone may have the room of many.
+		f.parts = min(max(leastParts, a.worker.o.CopyInFlight/len(files)), mostParts)
 		group.Go(func() error {
 			if err := a.copyFile(groupCtx, budget, f, have); err != nil {
 				return err
@@ -235,19 +247,49 @@ func (a *attempt) pinSources(ctx context.Context, b *budget, files []*fileCopy) 
 	if err != nil {
 		return err
 	}
-	for _, f := range unknown {
+	return each(ctx, unknown, func(ctx context.Context, f *fileCopy) error {
 		info, ok := found[f.source][f.from.Key]
-		if !ok {
+		if !ok || f.from.Checksum != "" { // which a listing does not tell
+			var err error
 			if info, err = a.head(ctx, b, f, f.from.Key); err != nil {
 				return err
 			}
+		}
+		if !sameSum(f.from.Checksum, info.Checksum) {
+			return fmt.Errorf("%w: %s has checksum %s, not %s", errSourceAltered, f.name(), info.Checksum, f.from.Checksum)
 		}
 		if info.Size != f.from.Size {
 			return fmt.Errorf("%w: %s has %d bytes, not %d", errSourceAltered, f.name(), info.Size, f.from.Size)
 		}
 		f.from.ETag = info.ETag
+		return nil
+	})
+}
+
+// each calls do for each of files, some at a time, until one fails.
+func each(ctx context.Context, files []*fileCopy, do func(context.Context, *fileCopy) error) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(requestsInFlight)
+	for _, f := range files {
+		group.Go(func() error { return do(ctx, f) })
 	}
-	return nil
+	return group.Wait()
+}
+
+// sameSum says whether two checksums, each a type, a colon and a value, may be of
+// one content: they are not when they differ and are of one type.
+func sameSum(a, b string) bool {
+	kind, _, _ := strings.Cut(a, ":")
+	other, _, _ := strings.Cut(b, ":")
+	return a == "" || b == "" || kind != other || a == b
+}
+
+// sumOf writes a checksum as stores do.
+func sumOf(c segment.Checksum) string {
+	if c.Type == "" {
+		return ""
+	}
+	return c.Type + ":" + base64.StdEncoding.EncodeToString(c.Value)
 }
 
 // name says which file it is.
@@ -271,7 +313,7 @@ func (a *attempt) head(ctx context.Context, b *budget, f *fileCopy, key string) 
 func (a *attempt) list(ctx context.Context, b *budget, files []*fileCopy, where func(*fileCopy) place) (map[place]map[string]object.Info, error) {
 	found := map[place]map[string]object.Info{}
 	group, groupCtx := errgroup.WithContext(ctx)
-	group.SetLimit(listsInFlight)
+	group.SetLimit(requestsInFlight)
 	for _, f := range files {
 		p := where(f)
 		if p.prefix == "" || found[p] != nil {
@@ -319,7 +361,7 @@ func (a *attempt) copyFile(ctx context.Context, b *budget, f *fileCopy, have map
 		return err
 	}
 	info, err := f.store.Copy(ctx, object.CopyRequest{
-		From: f.from.Key, To: f.to, SourceETag: f.from.ETag, Size: f.from.Size, Parts: a.job.Parts,
+		From: f.from.Key, To: f.to, SourceETag: f.from.ETag, Size: f.from.Size, Parts: a.job.Parts, InFlight: f.parts,
 	})
 	a.worker.gate.leave(err)
 	switch {
@@ -340,9 +382,10 @@ func (a *attempt) verify(ctx context.Context, b *budget, files []*fileCopy) erro
 	if err != nil {
 		return err
 	}
-	for _, f := range files {
+	return each(ctx, files, func(ctx context.Context, f *fileCopy) error {
 		info, ok := found[f.target][f.to]
 		if !ok {
+			var err error
 			if info, err = a.head(ctx, b, f, f.to); err != nil {
 				return fmt.Errorf("verify the copy of %s: %w", f.name(), err)
 			}
@@ -353,8 +396,8 @@ func (a *attempt) verify(ctx context.Context, b *budget, files []*fileCopy) erro
 		case info.Size != f.from.Size && f.from.ETag != "":
 			return fmt.Errorf("%w: %s has %d bytes, not %d", errSourceAltered, f.name(), info.Size, f.from.Size)
 		}
-	}
-	return nil
+		return nil
+	})
 }
 
 // progress says from time to time how far an attempt has come.
@@ -383,7 +426,7 @@ func (p *progress) add(ctx context.Context, bytes int64) {
 	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 	defer cancel()
 	_, _ = a.worker.o.KV.Txn(ctx, meta.Txn{
-		If:   []meta.Cond{a.assignment},
+		If:   []meta.Cond{a.job.unchanged(), a.assignment},
 		Then: []meta.Op{meta.Put(keys.Progress(a.jobID, a.number), value)},
 	})
 }

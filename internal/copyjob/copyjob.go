@@ -39,7 +39,7 @@
 //	          puts: claim, job PENDING, durable pin, token with the job's id. All
 //	          target ids are allocated before it
 //	begin     puts: job EXECUTING in phase prepare
-//	prepare   several; puts: partitions, indexes, checkpoints, tasks. Their keys
+//	prepare   (nothing lies where the target's objects will) several; puts: partitions, indexes, checkpoints, tasks. Their keys
 //	          and values follow from the job and the snapshot, so to repeat is
 //	          harmless
 //	copy      puts: job in phase copy. What was prepared was read back before
@@ -70,8 +70,11 @@
 //	                          writes fail on the election key
 //	worker dies               its assignments go with its lease; the task is
 //	                          assigned again with the next attempt
-//	worker freezes            likewise. What it copies late are the same bytes to
-//	                          the same keys, or lies under ids that have ended
+//	worker is cut off         it stops by its own clock before its lease ends, so
+//	                          that nothing of it comes after what others do then
+//	worker freezes            as when it dies. What it copies late are the same
+//	                          bytes to the same keys, or lies under ids that have
+//	                          ended
 //	object missing, altered   FAILED, which gives the job up with its name
 //	store does not answer     the task goes back and is tried later, with longer
 //	                          pauses, until the cap of failures

@@ -37,6 +37,10 @@ type decision struct {
 	retries int64
 }
 
+// maxTaskAttempts is how often a task may be begun. That a worker dies is no
+// failure of the task, unless it is always so.
+const maxTaskAttempts = 200
+
 // decide looks at all jobs and says what is to be done, the jobs of the highest
 // priority first, then the oldest, and how long there is nothing more unless
 // something changes. It is a function of the board and the time.
@@ -94,11 +98,15 @@ func (b *board) decideJob(r *row, until func(time.Time) bool) decision {
 	case job.Phase == Prepare:
 		d.step = stepPrepare
 		return d
+	case job.State != Executing || job.Phase != Copy: // of a newer release
+		return d
 	}
 	for _, t := range r.open {
 		switch {
 		case t.state == TaskFailed:
 			return giveUp(t.reason, "%s", t.message)
+		case t.attempt >= maxTaskAttempts:
+			return giveUp("TOO_MANY_FAILURES", "gave up after %d attempts, of which %d said why they failed; its workers may have crashed", t.attempt, t.failures)
 		case int(t.failures) >= b.o.MaxFailures:
 			return giveUp("TOO_MANY_FAILURES", "gave up after %d failures, the last of which was: %s", t.failures, t.message)
 		case t.state == TaskPending && until(t.notBefore),
@@ -143,6 +151,21 @@ func (b *board) isWorkedOn(job int64) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.hasAssignments(job)
+}
+
+// workersOf counts the workers that have tasks of the job. The lock must be held.
+func (b *board) workersOf(job int64) int {
+	workers := map[int64]bool{}
+	for key := range b.assigned {
+		id, _, err := keys.LastTwo(key)
+		if err != nil || id != job {
+			continue
+		}
+		if worker, err := keys.AssignedTo(key); err == nil {
+			workers[worker] = true
+		}
+	}
+	return len(workers)
 }
 
 // slot is a worker with room for tasks.

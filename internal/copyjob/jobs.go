@@ -43,43 +43,43 @@ func (b *board) statusOf(id int64) (*Status, <-chan struct{}) {
 	return b.status(r), b.moved
 }
 
-// Watch calls fn with a job whenever it changed, at most every so often, until it
-// has ended, which fn sees. It ends with ctx and with fn's first error.
+// Watch calls fn with a job when its state or phase changed, and with how far it
+// has come at most every so often, until it has ended, which fn sees. It ends with
+// ctx and with fn's first error.
 func (j *Jobs) Watch(ctx context.Context, id int64, every time.Duration, fn func(*Status) error) error {
 	s, err := j.Get(ctx, id)
 	if err != nil {
 		return err
 	}
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	<-timer.C
 	for {
 		if err := fn(s); err != nil || s.Job.State.Ended() {
 			return err
 		}
-		revision := s.Job.Revision
-		_, moved := j.board.statusOf(id)
-		timer.Reset(every)
-		select { // at least that long, unless the job itself moves on
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-timer.C:
+		if s, err = j.next(ctx, s, every); err != nil {
+			return err
 		}
-		for {
-			next, newer := j.board.statusOf(id)
-			if next == nil {
-				return fmt.Errorf("%w: %d", ErrJobNotFound, id)
-			}
-			if next.Job.Revision != revision || next.Done != s.Done || next.LastError != s.LastError {
-				s = next
-				break
-			}
-			select {
-			case <-ctx.Done():
-				return ctx.Err()
-			case <-moved:
-				moved = newer
-			}
+	}
+}
+
+// next waits for a job to be worth telling of again.
+func (j *Jobs) next(ctx context.Context, told *Status, every time.Duration) (*Status, error) {
+	timer := time.NewTimer(every)
+	defer timer.Stop()
+	waited := false
+	for {
+		s, moved := j.board.statusOf(told.Job.ID)
+		switch {
+		case s == nil:
+			return nil, fmt.Errorf("%w: %d", ErrJobNotFound, told.Job.ID)
+		case s.Job.Revision != told.Job.Revision, waited && (s.Done != told.Done || s.LastError != told.LastError):
+			return s, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-moved:
+		case <-timer.C:
+			waited = true
 		}
 	}
 }
@@ -238,4 +238,19 @@ func (j *Jobs) Stats() Stats {
 		}
 	}
 	return s
+}
+
+// Holds says whether a pin is that of a job that has not ended.
+func (j *Jobs) Holds(ctx context.Context, snapshot, pin int64) (bool, error) {
+	if err := j.board.sync(ctx); err != nil {
+		return false, err
+	}
+	j.board.mu.Lock()
+	defer j.board.mu.Unlock()
+	for _, r := range j.board.rows {
+		if r.job != nil && r.job.Snapshot == snapshot && r.job.Pin == pin && !r.job.State.Ended() {
+			return true, nil
+		}
+	}
+	return false, nil
 }

@@ -26,12 +26,14 @@ import (
 
 // How the leader works.
 const (
-	stepsInFlight = 16              // jobs that are worked on at once
-	batchOps      = 100             // of one transaction
-	batchBytes    = 768 << 10       // of one transaction
-	assignBatch   = 20              // tasks in one transaction
-	writeTimeout  = 5 * time.Second // of a transaction that the loop waits for
-	deleteBatch   = 500             // objects at a time
+	stepsInFlight   = 16              // jobs that are worked on at once
+	batchOps        = 100             // of one transaction
+	batchBytes      = 768 << 10       // of one transaction
+	assignBatch     = 20              // tasks in one transaction
+	writeTimeout    = 5 * time.Second // of a transaction that the loop waits for
+	deleteBatch     = 500             // objects at a time
+	deleteSpan      = 5000            // segments' records in one transaction
+	removesInFlight = 16              // prefixes of a job at once
 )
 
 // leader moves jobs on. Its loop never waits for an object store: what may take
@@ -47,13 +49,14 @@ type leader struct {
 	busy    map[int64]bool      // jobs with a step under way
 	acted   map[int64]int64     // the revision of a job that was moved on
 	tries   map[int64]int       // steps of a job in a row that met trouble
+	wrong   map[int64]int       // those of them that no store was to blame for
 	retryAt map[int64]time.Time // when the next of them may be tried
 }
 
 func newLeader(j *Jobs, term election.Term) *leader {
 	l := &leader{Jobs: j, fence: term.Fence(), wake: make(chan struct{}, 1)}
 	l.busy, l.acted, l.given = map[int64]bool{}, map[int64]int64{}, map[int64]map[int64]int64{}
-	l.tries, l.retryAt = map[int64]int{}, map[int64]time.Time{}
+	l.tries, l.wrong, l.retryAt = map[int64]int{}, map[int64]int{}, map[int64]time.Time{}
 	l.steps.SetLimit(stepsInFlight)
 	return l
 }
@@ -99,6 +102,7 @@ func (l *leader) pass(ctx context.Context) time.Duration {
 		if !l.begin(d.job.ID) {
 			continue
 		}
+		d = l.orGiveUp(d)
 		started := l.steps.TryGo(func() error {
 			err := l.act(ctx, d)
 			l.ended(ctx, d, err)
@@ -109,6 +113,32 @@ func (l *leader) pass(ctx context.Context) time.Duration {
 			delete(l.busy, d.job.ID)
 			l.mu.Unlock()
 		}
+	}
+	return next
+}
+
+// maxWrong is how often a step that goes wrong in itself is tried, and maxTries
+// how often prepare is when a store does not answer, which takes some minutes. For
+// publishing it is waited: all the work is done.
+const (
+	maxWrong = 20
+	maxTries = 40
+)
+
+// orGiveUp is d, or that the job is given up when the step went wrong too often.
+func (l *leader) orGiveUp(d decision) decision {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	next := decision{
+		step: stepGiveUp, job: d.job, outcome: Failed, message: l.board.lastError(d.job.ID), done: d.done, retries: d.retries,
+	}
+	switch {
+	case l.wrong[d.job.ID] >= maxWrong && (d.step == stepPrepare || d.step == stepPublish):
+		next.reason = "INTERNAL"
+	case l.tries[d.job.ID] >= maxTries && d.step == stepPrepare:
+		next.reason = "TOO_MANY_FAILURES"
+	default:
+		return d
 	}
 	return next
 }
@@ -147,6 +177,7 @@ func (l *leader) ended(ctx context.Context, d decision, err error) {
 	case err == nil:
 		l.acted[d.job.ID] = d.job.Revision
 		delete(l.tries, d.job.ID)
+		delete(l.wrong, d.job.ID)
 		delete(l.retryAt, d.job.ID)
 		if d.step == stepForget {
 			delete(l.acted, d.job.ID)
@@ -156,6 +187,9 @@ func (l *leader) ended(ctx context.Context, d decision, err error) {
 		wait := 10 * time.Millisecond << min(l.tries[d.job.ID], 10)
 		l.tries[d.job.ID]++
 		l.retryAt[d.job.ID] = l.o.Now().Add(wait)
+		if !errors.Is(err, errChanged) && !errors.Is(err, object.ErrUnavailable) && !errors.Is(err, meta.ErrUnavailable) && !errors.Is(err, meta.ErrNoSpace) {
+			l.wrong[d.job.ID]++
+		}
 		if !errors.Is(err, errChanged) {
 			l.log.Warn("a step of a restore met trouble and will be tried again", zap.Int64("job", d.job.ID),
 				zap.Stringer("phase", d.job.Phase), zap.Error(err))
@@ -190,6 +224,12 @@ func (l *leader) act(ctx context.Context, d decision) error {
 	case stepRollBack:
 		return l.rollBack(ctx, d.job)
 	case stepForget:
+		// A store may have carried a copy out long after it was asked.
+		if d.job.State != Completed {
+			if err := l.removeObjects(ctx, d.job); err != nil {
+				return err
+			}
+		}
 		return l.write(ctx, d.job, nil, []meta.Op{meta.Delete(keys.Job(d.job.ID))})
 	case stepNone, stepAssign: // neither comes here
 	}
@@ -244,6 +284,14 @@ func (l *leader) prepare(ctx context.Context, job *Job) error {
 	if err != nil {
 		return err
 	}
+	if there, err := l.alreadyThere(ctx, job); err != nil {
+		return err
+	} else if there != "" {
+		return l.move(ctx, job, givenUp(decision{
+			job: job, outcome: Failed, reason: "TARGET_NOT_EMPTY",
+			message: there + " is where the target's files would go: something else uses ids of this cluster there; nothing was touched",
+		}, l.o.Now()))
+	}
 	op, err := newOp(l.o.Rand)
 	if err != nil {
 		return err
@@ -263,8 +311,39 @@ func (l *leader) prepare(ctx context.Context, job *Job) error {
 		return err
 	}
 	next := *job
-	next.Phase = Copy
+	next.Phase, next.Copied = Copy, true
 	return l.move(ctx, job, &next)
+}
+
+// maxLooks bounds the prefixes that are looked at for something that is there.
+const maxLooks = 64
+
+// alreadyThere returns an object that lies where only the target's may, and which
+// rolling back would remove; empty: none was found. Nothing has been copied yet.
+func (l *leader) alreadyThere(ctx context.Context, job *Job) (string, error) {
+	m := job.clean()
+	if err := m.Check(); err != nil {
+		return "", err
+	}
+	for _, root := range job.Roots {
+		store, ok := l.o.Stores[root.Store]
+		if !ok {
+			return "", fmt.Errorf("%w: %q", errNoStore, root.Store)
+		}
+		looks := 0
+		for prefix := range m.Prefixes() {
+			if looks++; looks > maxLooks {
+				break
+			}
+			for info, err := range store.List(ctx, root.Prefix+prefix) {
+				if err != nil {
+					return "", err
+				}
+				return root.Store + "/" + info.Key, nil
+			}
+		}
+	}
+	return "", nil
 }
 
 // content says what the target has besides segments.
@@ -286,7 +365,7 @@ func content(job *Job, md *manifest.Metadata) (partitions []catalog.Partition, i
 	}
 	for _, c := range md.Channels {
 		// One that had no checkpoint has none here; the implicit one needs none.
-		if c.Cut > 0 && c.Cut < segment.MaxTimestamp {
+		if c.Cut > 0 && (c.Name != "" || c.Cut < segment.MaxTimestamp) {
 			checkpoints = append(checkpoints, catalog.Checkpoint{Shard: c.Shard, Position: segment.Position{Timestamp: c.Cut, Opaque: c.Opaque}})
 		}
 	}
@@ -340,7 +419,8 @@ func (l *leader) assign(ctx context.Context, d decision, slots []slot) ([]slot, 
 	tasks := slices.DeleteFunc(d.tasks, func(t *task) bool { return l.given[d.job.ID][t.number] == t.revision })
 	for len(tasks) > 0 && len(slots) > 0 {
 		w := &slots[0]
-		n := min(len(tasks), w.free, assignBatch)
+		even := (len(tasks) + len(slots) - 1) / len(slots)
+		n := min(even, w.free, assignBatch)
 		if err := l.assignTo(ctx, d.job, tasks[:n], w); err != nil {
 			if errors.Is(err, errChanged) { // the board is behind, or the worker is gone
 				return slots[1:], nil
@@ -436,7 +516,7 @@ func (l *leader) end(ctx context.Context, job, next *Job, op string, conds []met
 			if lease, err = l.o.Requests.Get(ctx); err != nil {
 				return err
 			}
-			rec, err := request.Ended(kv, lease)
+			rec, err := request.Ended(kv, lease, next.Encode(op))
 			if err != nil {
 				return err
 			}
@@ -462,26 +542,10 @@ func (l *leader) rollBack(ctx context.Context, job *Job) error {
 	if l.board.isWorkedOn(job.ID) {
 		return errChanged
 	}
-	col, err := l.o.Catalog.Collection(ctx, catalog.Ref{ID: job.Target})
-	if err != nil {
+	if err := l.removeObjects(ctx, job); err != nil {
 		return err
 	}
-	m := job.clean(&col)
-	if err := m.Check(); err != nil {
-		return err
-	}
-	for number, root := range col.Roots {
-		store, ok := l.o.Stores[root.Store]
-		if !ok {
-			return fmt.Errorf("job %s: object store %q of root %d is not configured here", job, root.Store, number)
-		}
-		for prefix := range m.Prefixes() {
-			if err := removeAll(ctx, store, root.Prefix+prefix); err != nil {
-				return fmt.Errorf("job %s: %w", job, err)
-			}
-		}
-	}
-	for _, op := range catalog.ContentRanges(job.Target) {
+	for _, op := range l.contentOf(job) {
 		if err := l.write(ctx, job, nil, []meta.Op{op}); err != nil {
 			return err
 		}
@@ -499,6 +563,45 @@ func (l *leader) rollBack(ctx context.Context, job *Job) error {
 		l.log.Info("restore is rolled back", zap.Int64("job", job.ID), zap.Stringer("state", next.State), zap.String("reason", job.Reason))
 	}
 	return err
+}
+
+// contentOf is what deletes the target's keys, in steps that are small enough.
+func (l *leader) contentOf(job *Job) []meta.Op {
+	var ops []meta.Op
+	for first := job.FirstSegment; first < job.FirstSegment+job.Segments; first += deleteSpan {
+		last := min(first+deleteSpan, job.FirstSegment+job.Segments) - 1
+		ops = append(ops, meta.DeleteRange(keys.Span(keys.SegmentPrefix(job.Target), first, last)))
+	}
+	return append(ops, catalog.ContentRanges(job.Target)...)
+}
+
+// removeObjects removes all objects that a job may have made.
+func (l *leader) removeObjects(ctx context.Context, job *Job) error {
+	if !job.Copied {
+		return nil
+	}
+	m := job.clean()
+	if err := m.Check(); err != nil {
+		return fmt.Errorf("job %s: %w", job, err)
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(removesInFlight)
+	for number, root := range job.Roots {
+		store, ok := l.o.Stores[root.Store]
+		if !ok {
+			return fmt.Errorf("job %s: object store %q of root %d is not configured here", job, root.Store, number)
+		}
+		for prefix := range m.Prefixes() {
+			if ctx.Err() != nil {
+				break
+			}
+			group.Go(func() error { return removeAll(ctx, store, root.Prefix+prefix) })
+		}
+	}
+	if err := group.Wait(); err != nil {
+		return fmt.Errorf("job %s: %w", job, err)
+	}
+	return nil
 }
 
 // removeAll removes everything under a prefix, open uploads included.

@@ -96,6 +96,8 @@ type Job struct {
 	Tasks, TaskSegments                                  int64
 	Totals                                               segment.Totals // what is restored
 	Done                                                 segment.Totals // when it was given up
+	Roots                                                []catalog.Root // of the target
+	Copied                                               bool           // it was in phase copy: objects may be there
 	Retries                                              int64          // once it has ended
 
 	CreateTime, StartTime, EndTime, Deadline time.Time
@@ -135,12 +137,15 @@ func (j *Job) Mapping(md *manifest.Metadata) (*layout.Mapping, error) {
 }
 
 // clean is the mapping as far as it says where objects of the target may lie.
-func (j *Job) clean(target *catalog.Collection) *layout.Mapping {
+func (j *Job) clean() *layout.Mapping {
 	m := &layout.Mapping{
 		Layout: j.Layout, Source: j.Source, Target: j.Target,
 		FirstSegment: j.FirstSegment, Segments: j.Segments, FirstBuild: j.FirstBuild, Builds: j.Builds,
 	}
-	for _, r := range target.Roots {
+	if j.SkipIndexes {
+		m.FirstBuild, m.Builds = 0, 0
+	}
+	for _, r := range j.Roots {
 		m.Roots = append(m.Roots, r.Prefix)
 	}
 	return m
@@ -167,7 +172,12 @@ func (j *Job) targetIndexes(md *manifest.Metadata) map[int64]int64 {
 
 // Encode returns the job's record, as op writes it.
 func (j *Job) Encode(op string) []byte {
+	var roots []*storagev1.Root
+	for _, r := range j.Roots {
+		roots = append(roots, &storagev1.Root{Store: r.Store, Prefix: r.Prefix})
+	}
 	return record.Encode(&storagev1.Job{
+		Roots: roots, Copied: j.Copied,
 		Format: record.Format, SnapshotId: j.Snapshot, SnapshotName: j.SnapshotName, SourceCollection: j.Source,
 		CollectionId: j.Target, Db: j.DB, Name: j.Name, State: uint32(j.State), Phase: uint32(j.Phase), Outcome: uint32(j.Outcome),
 		Reason: j.Reason, Message: j.Message, Partitions: gaps(j.Partitions), PartitionNames: j.PartitionNames,
@@ -190,7 +200,12 @@ func DecodeJob(kv meta.KeyValue) (*Job, error) {
 	if err := record.Decode(kv, r); err != nil {
 		return nil, err
 	}
+	var roots []catalog.Root
+	for _, root := range r.GetRoots() {
+		roots = append(roots, catalog.Root{Store: root.GetStore(), Prefix: root.GetPrefix()})
+	}
 	return &Job{
+		Roots: roots, Copied: r.GetCopied(),
 		ID: id, Snapshot: r.GetSnapshotId(), SnapshotName: r.GetSnapshotName(), Source: r.GetSourceCollection(),
 		Target: r.GetCollectionId(), DB: r.GetDb(), Name: r.GetName(), State: State(r.GetState()), Phase: Phase(r.GetPhase()),
 		Outcome: State(r.GetOutcome()), Reason: r.GetReason(), Message: r.GetMessage(), Partitions: sums(r.GetPartitions()),

@@ -12,7 +12,7 @@ import (
 
 // maxManifests is how many manifests are kept decoded. Tasks that follow each
 // other are mostly of one.
-const maxManifests = 4
+const maxManifests = 2
 
 // sources reads what tasks have to copy. A manifest is read and decoded once for
 // all the tasks that need it at a time.

@@ -20,6 +20,9 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
+// maxBudgets is how many jobs' budgets are kept.
+const maxBudgets = 100
+
 // progressEvery is how often a task says how far it has come, at most.
 const progressEvery = time.Second
 
@@ -62,6 +65,7 @@ func (w *worker) round(ctx context.Context, good func()) error {
 	if err != nil {
 		return err
 	}
+	began := time.Now() // before the grant, so that we never believe in a lease for longer than the store does
 	lease, err := w.o.KV.Grant(ctx, w.o.WorkerTTL)
 	if err != nil {
 		return err
@@ -84,7 +88,7 @@ func (w *worker) round(ctx context.Context, good func()) error {
 	}
 	good()
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return w.keepAlive(ctx, lease) })
+	group.Go(func() error { return w.keepAlive(ctx, lease, began) })
 	h := &hands{worker: w, ctx: ctx, group: group, tasks: map[string]*hand{}}
 	from, to := meta.Prefix(keys.AssignmentPrefix(id))
 	follower := follow.New(follow.Options{KV: w.o.KV, From: from, To: to, Handler: h, Log: w.o.Log})
@@ -103,30 +107,38 @@ func (w *worker) newID() (int64, error) {
 	return int64(binary.BigEndian.Uint64(b)>>1) | 1, nil //nolint:gosec // 63 bits
 }
 
-// keepAlive renews the lease, and ends with an error when it may be lost.
-func (w *worker) keepAlive(ctx context.Context, lease meta.LeaseID) error {
-	ticker := time.NewTicker(w.o.WorkerTTL / 3)
-	defer ticker.Stop()
-	last := w.o.Now()
+// keepAlive renews the lease, and ends with an error when it may be lost: some
+// time before the store ends it, so that what the worker began to copy is over
+// when others take its assignments for gone. The lease was granted, or asked
+// for, at began.
+func (w *worker) keepAlive(ctx context.Context, lease meta.LeaseID, began time.Time) error {
+	lasts, every := w.o.WorkerTTL*4/5, w.o.WorkerTTL/4
+	until := began.Add(lasts)
+	timer := time.NewTimer(every)
+	defer timer.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-ticker.C:
+		case <-timer.C:
 		}
-		began := w.o.Now()
-		err := w.renew(ctx, lease)
+		began := time.Now()
+		if !began.Before(until) {
+			return errors.New("the worker's lease may be lost: it was not renewed in time")
+		}
+		err := w.renew(ctx, lease, began.Add(min(every, until.Sub(began))))
 		switch {
 		case err == nil:
-			last = began
-		case errors.Is(err, meta.ErrLeaseNotFound), w.o.Now().Sub(last) > w.o.WorkerTTL:
+			until = began.Add(lasts)
+		case errors.Is(err, meta.ErrLeaseNotFound):
 			return fmt.Errorf("the worker's lease is lost: %w", err)
 		}
+		timer.Reset(min(time.Until(began.Add(every)), time.Until(until)))
 	}
 }
 
-func (w *worker) renew(ctx context.Context, lease meta.LeaseID) error {
-	ctx, cancel := context.WithTimeout(ctx, w.o.WorkerTTL/3)
+func (w *worker) renew(ctx context.Context, lease meta.LeaseID, until time.Time) error {
+	ctx, cancel := context.WithDeadline(ctx, until)
 	defer cancel()
 	return w.o.KV.KeepAlive(ctx, lease)
 }
@@ -137,6 +149,9 @@ func (w *worker) budget(job int64) *budget {
 	defer w.mu.Unlock()
 	b := w.budgets[job]
 	if b == nil {
+		if len(w.budgets) >= maxBudgets { // of jobs that have ended, most of them
+			clear(w.budgets)
+		}
 		b = newBudget(func() Limits { return w.board.share(job) })
 		w.budgets[job] = b
 	}
@@ -284,6 +299,9 @@ func (a *attempt) run(ctx context.Context) error {
 	if ctx.Err() == nil && !errors.Is(err, errChanged) {
 		log.Warn("a task of a restore failed", zap.Error(err))
 	}
+	if a.task == nil && !errors.Is(err, errChanged) {
+		_ = pause(ctx, maxPause) // what cannot be read now is asked for again, but not at once
+	}
 	// The context may be over: the job was given up, or the replica stops.
 	report, cancel := context.WithTimeout(context.WithoutCancel(ctx), writeTimeout)
 	defer cancel()
@@ -353,12 +371,16 @@ func (a *attempt) giveBack(ctx context.Context, interrupted bool, cause error) (
 	return a.giveBack(ctx, true, cause)
 }
 
+// maxPause is the try from which on the pause, of more than a second, is always
+// the same.
+const maxPause = 6
+
 // pause waits a little before try, unless that is the first.
 func pause(ctx context.Context, try int) error {
 	if try == 0 {
 		return ctx.Err()
 	}
-	timer := time.NewTimer(20 * time.Millisecond << min(try, 6))
+	timer := time.NewTimer(20 * time.Millisecond << min(try, maxPause))
 	defer timer.Stop()
 	select {
 	case <-ctx.Done():

@@ -20,6 +20,9 @@
 //	live ------------------------> unit ---------> tombstone ---------------> gone
 //	/catalog/segment/…             /catalog/unit/…   /gc/tomb/…    all files deleted
 //
+// A segment of a collection that was dropped, which nobody changes any more, is a
+// unit where it lies, and goes from there to its tombstone.
+//
 // # Transactions
 //
 //	read     at one revision: generation, pending keys of the collection, the

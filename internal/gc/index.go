@@ -23,8 +23,13 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// The state of a snapshot that protects, as its record has it.
-const committed = 2
+// The states of a snapshot, as its record has them. Only the first two of them
+// are known not to protect.
+const (
+	pending   = 1
+	deleting  = 3
+	committed = 2
+)
 
 // loadsInFlight is how many snapshots' references are read at once.
 const loadsInFlight = 16
@@ -44,6 +49,7 @@ type index struct {
 	collections map[int64]*collection
 	snapshots   map[int64]*entry  // by snapshot id
 	missing     map[int64]*entry  // those whose references are not known
+	foreign     map[uint64]int32  // how many snapshots, of any collection, have a file as a foreign one
 	offered     []offer           // by creates of this replica, the latest last
 	strays      map[string]string // records of which not even the collection is known, with why
 	moved       chan struct{}     // closed and replaced when an entry becomes known, unreadable or is gone
@@ -110,7 +116,7 @@ func newestFirst(a, b *entry) int { return cmp.Compare(b.id, a.id) }
 func newIndex(o *Options) *index {
 	x := &index{o: o, work: make(chan struct{}, 1), moved: make(chan struct{})}
 	x.collections, x.snapshots, x.missing = map[int64]*collection{}, map[int64]*entry{}, map[int64]*entry{}
-	x.strays = map[string]string{}
+	x.strays, x.foreign = map[string]string{}, map[uint64]int32{}
 	from, to := meta.Prefix(keys.SnapshotPrefix)
 	x.follower = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: x, Log: o.Log})
 	return x
@@ -190,8 +196,14 @@ func (x *index) put(kv meta.KeyValue) (id int64, protects bool) {
 		}
 		return id, true
 	}
-	if rec.GetState() != committed {
+	switch rec.GetState() {
+	case committed:
+	case pending, deleting:
 		return id, false
+	default:
+		e := x.expect(id, rec)
+		e.closed, e.err = true, fmt.Errorf("its state is %d, of a newer release", rec.GetState())
+		return id, true
 	}
 	if e := x.snapshots[id]; e != nil && e.closed {
 		if e.refs == nil {
@@ -216,7 +228,7 @@ func (x *index) expect(id int64, rec *storagev1.Snapshot) *entry {
 	x.missing[id] = e
 	c := x.collections[e.collection]
 	if c == nil {
-		c = &collection{held: newHeld()}
+		c = &collection{held: newHeld(x.foreign)}
 		x.collections[e.collection] = c
 	}
 	at, _ := slices.BinarySearchFunc(c.entries, e, newestFirst)
@@ -481,19 +493,25 @@ type wanted struct {
 }
 
 // holders returns the snapshots of a collection that reference w, the newest
-// first, a few of them, and how many there are. The index must be ready.
+// first, a few of them, and how many there are. The index must be ready. A file
+// that a snapshot of another collection has as a foreign one is held as well, by
+// somebody who is not named; but for those the index need not be ready, and
+// nothing is compared: a file is to be of one collection only.
 func (x *index) holders(id int64, w wanted) (list []SnapshotHolder, total int) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	foreign := false
+	if len(x.foreign) > 0 {
+		foreign = slices.ContainsFunc(w.files, func(hash uint64) bool { return x.foreign[hash] > 0 })
+	}
 	c := x.collections[id]
 	if c == nil {
-		return nil, 0
+		if foreign {
+			total = 1
+		}
+		return nil, total
 	}
 	count := c.held.of(w)
-	foreign := false
-	if len(c.held.files) > 0 {
-		foreign = slices.ContainsFunc(w.files, func(hash uint64) bool { return c.held.files[hash] > 0 })
-	}
 	if count == 0 && !foreign {
 		return nil, 0
 	}
@@ -506,6 +524,9 @@ func (x *index) holders(id int64, w wanted) (list []SnapshotHolder, total int) {
 		} else if !foreign {
 			break // the count says the rest
 		}
+	}
+	if foreign {
+		total = max(total, 1)
 	}
 	// A count that is still being taken down holds until it is.
 	return list, max(total, count)

@@ -123,13 +123,13 @@ func (g *GC) decide(ctx context.Context, ref catalog.Ref, asks []Ask, to *grant)
 	units := make([]ask, len(asks)) // by place
 	var order []ask                 // each once
 	seen := map[ask]bool{}
-	for i, a := range asks {
-		if units[i], err = g.resolve(ctx, &col, a); err != nil {
-			return nil, err
-		}
-		if !seen[units[i]] {
-			seen[units[i]] = true
-			order = append(order, units[i])
+	if err := g.resolveAll(ctx, &col, asks, units); err != nil {
+		return nil, err
+	}
+	for _, u := range units {
+		if !seen[u] {
+			seen[u] = true
+			order = append(order, u)
 		}
 	}
 	results := make([][]Answer, (len(order)+batchUnits-1)/batchUnits)
@@ -165,13 +165,28 @@ type ask struct {
 	live  int64 // the segment that has the file
 }
 
-func (g *GC) resolve(ctx context.Context, col *catalog.Collection, a Ask) (ask, error) {
-	switch {
-	case a.Segment > 0:
-		return ask{unit: a.Segment}, nil
-	case a.Build > 0:
-		return ask{unit: a.Build, build: true}, nil
+// resolveAll looks for the files among asks, several at once.
+func (g *GC) resolveAll(ctx context.Context, col *catalog.Collection, asks []Ask, units []ask) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(batchInFlight)
+	for i, a := range asks {
+		switch {
+		case a.Segment > 0:
+			units[i] = ask{unit: a.Segment}
+		case a.Build > 0:
+			units[i] = ask{unit: a.Build, build: true}
+		default:
+			group.Go(func() (err error) {
+				units[i], err = g.resolve(ctx, col, a)
+				return err
+			})
+		}
 	}
+	return group.Wait()
+}
+
+// resolve looks for a file.
+func (g *GC) resolve(ctx context.Context, col *catalog.Collection, a Ask) (ask, error) {
 	owner, found, err := g.o.Catalog.FindOwner(ctx, col.ID, a.File, a.FileSegment)
 	switch {
 	case err != nil:

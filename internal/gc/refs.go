@@ -109,10 +109,12 @@ func (c *counts) add(set *idSet, n int32, step func(ids int)) {
 // that a look-up takes no longer when there are more snapshots.
 type held struct {
 	segments, builds counts
-	files            map[uint64]int32
+	// files are those of all collections: a path may lie under the roots of
+	// several.
+	files map[uint64]int32
 }
 
-func newHeld() held { return held{newCounts(), newCounts(), map[uint64]int32{}} }
+func newHeld(files map[uint64]int32) held { return held{newCounts(), newCounts(), files} }
 
 // of returns how many snapshots reference the segment or build.
 func (h *held) of(w wanted) int {

@@ -47,7 +47,7 @@ func TestIDSet(t *testing.T) {
 // something is being counted; nothing is left of what is gone.
 func TestHeldCounts(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		h, model := newHeld(), map[int64]int{}
+		h, model := newHeld(map[uint64]int32{}), map[int64]int{}
 		var there []*snapshotRefs
 		for range rapid.IntRange(1, 20).Draw(t, "steps") {
 			if len(there) > 0 && rapid.Bool().Draw(t, "drop") {
@@ -97,7 +97,7 @@ func TestCountPauses(t *testing.T) {
 	for i := range ids {
 		ids[i] = int64(i + 1)
 	}
-	h, pauses := newHeld(), 0
+	h, pauses := newHeld(map[uint64]int32{}), 0
 	h.count(newSnapshotRefs(&manifest.Refs{Segments: ids, Builds: ids}), 1, func() { pauses++ })
 	if pauses != 5 && pauses != 6 {
 		t.Errorf("%d pauses, want one for each %d", pauses, countPart)

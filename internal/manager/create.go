@@ -70,7 +70,7 @@ func (m *Manager) startCreate(ctx context.Context, tok request.Token, spec Creat
 	if err := catalog.CheckName("name", spec.Name); err != nil {
 		return nil, err
 	}
-	if err := checkLabels(spec.Labels); err != nil {
+	if err := checkLabels(spec.Labels, maxLabels); err != nil {
 		return nil, err
 	}
 	known, err := request.Find(ctx, m.kv, tok)

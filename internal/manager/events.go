@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -16,6 +18,9 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
+
+// askEvery is how long an answer is waited for before progress is asked again.
+const askEvery = 200 * time.Millisecond
 
 // bookmarkEvery is how many revisions may pass without an event before the
 // reader is told how far it has come.
@@ -43,10 +48,12 @@ func (m *Manager) Watch(ctx context.Context, after, collection int64, fn func(ev
 	from, to := keys.All()
 	w := m.kv.Watch(ctx, from, to, after)
 	behind := after < now // the reader is told when it has caught up
+	asking, stopAsking := context.WithCancel(ctx)
+	var asker sync.WaitGroup
+	defer asker.Wait()
+	defer stopAsking()
 	if behind {
-		if err := w.Progress(ctx); err != nil {
-			return fmt.Errorf("watch events: %w", err)
-		}
+		asker.Go(func() { askProgress(asking, w) })
 	}
 	told := after
 	for {
@@ -75,8 +82,26 @@ func (m *Manager) Watch(ctx context.Context, after, collection int64, fn func(ev
 				return err
 			}
 		}
+		if caughtUp {
+			stopAsking()
+		}
 		behind = behind && !caughtUp
 		told = batch.Revision
+	}
+}
+
+// askProgress asks how far the watch has come until ctx ends: a request may be
+// dropped, and one that fails shows in Next.
+func askProgress(ctx context.Context, w meta.Watcher) {
+	ticker := time.NewTicker(askEvery)
+	defer ticker.Stop()
+	for {
+		_ = w.Progress(ctx)
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
 	}
 }
 

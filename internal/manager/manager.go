@@ -114,6 +114,9 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
+// maxLabels is how many bytes the labels of a snapshot take at most.
+const maxLabels = 4096
+
 // MaxRecordBytes is the largest record of a snapshot.
 const MaxRecordBytes = 16 << 10
 
@@ -128,6 +131,8 @@ type Options struct {
 	Cluster       cluster.Cluster
 	Stores        map[string]object.Store // by alias
 	SnapshotStore string                  // alias of the store for snapshots' own objects
+	// Features are what the stores can do; one that is not in it can do all.
+	Features      map[string]probe.Features
 	Requests      *request.Leases
 	Replica       string // name of this process, for people
 	Release       string // of this program
@@ -436,7 +441,7 @@ func (m *Manager) List(ctx context.Context, f Filter, after Place, limit int) (l
 // Update changes a committed snapshot's description, labels or expiry.
 func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec UpdateSpec) (*Snapshot, error) {
 	if spec.Labels != nil {
-		if err := checkLabels(*spec.Labels); err != nil {
+		if err := checkLabels(*spec.Labels, maxLabels); err != nil {
 			return nil, err
 		}
 	}
@@ -616,7 +621,13 @@ func (m *Manager) checkPins(ctx context.Context, s *Snapshot) error {
 	if len(res.KVs) == 0 {
 		return nil
 	}
-	return fmt.Errorf("%w by %s; remove the pins first", ErrSnapshotPinned, pinNames(res.KVs, res.Count))
+	wayOut := "remove the pins first"
+	for _, kv := range res.KVs {
+		if p, err := decodePin(kv); err == nil && p.Job != 0 {
+			wayOut = fmt.Sprintf("wait for restore job %d to end, or cancel it", p.Job)
+		}
+	}
+	return fmt.Errorf("%w by %s; %s", ErrSnapshotPinned, pinNames(res.KVs, res.Count), wayOut)
 }
 
 // commitWith carries out a transaction that ends an operation, with the result
@@ -638,13 +649,13 @@ func (m *Manager) commitWith(ctx context.Context, tok request.Token, id int64, r
 	return res.Succeeded, res.Revision, err
 }
 
-func checkLabels(labels map[string]string) error {
+func checkLabels(labels map[string]string, most int) error {
 	size := 0
 	for k, v := range labels {
 		size += len(k) + len(v)
 	}
-	if size > 4096 {
-		return &catalog.InvalidError{Field: "labels", Problem: fmt.Sprintf("%d bytes in all, at most 4096", size)}
+	if size > most {
+		return &catalog.InvalidError{Field: "labels", Problem: fmt.Sprintf("%d bytes in all, at most %d", size, most)}
 	}
 	return nil
 }

@@ -35,6 +35,7 @@ var (
 	ErrChannelMismatch      = errors.New("another number of channels")
 	ErrLayoutRefused        = errors.New("a file has no place in the target's layout")
 	ErrPinOfRestore         = errors.New("the pin is of a restore")
+	ErrStoreUnfit           = errors.New("the object store lacks what a restore needs")
 	ErrCheckpointMissing    = errors.New("checkpoint missing")
 	ErrNotExact             = errors.New("segments straddle the cut")
 	ErrFileMissing          = errors.New("file missing or altered")

@@ -335,8 +335,18 @@ func (m *Manager) unpin(ctx context.Context, ref Ref, id int64) error {
 		if err != nil || !found {
 			return err
 		}
-		if p, err := decodePin(kv); err == nil && p.Job != 0 {
+		p, unreadable := decodePin(kv)
+		if unreadable == nil && p.Job != 0 {
 			return fmt.Errorf("%w: it goes when job %d ends; cancel that instead", ErrPinOfRestore, p.Job)
+		}
+		if unreadable != nil { // the jobs know
+			held, err := m.jobs.Holds(ctx, snapshot, id)
+			if err != nil {
+				return err
+			}
+			if held {
+				return fmt.Errorf("%w: it goes when that ends; cancel it instead", ErrPinOfRestore)
+			}
 		}
 		res, err := m.kv.Txn(ctx, meta.Txn{
 			If: []meta.Cond{meta.Unchanged(key, kv.ModRevision)},

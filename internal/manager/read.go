@@ -42,7 +42,7 @@ func (m *Manager) metadata(ctx context.Context, s *Snapshot) (*manifest.Metadata
 func (m *Manager) readOwn(ctx context.Context, s *Snapshot, name string, want manifest.Digest) ([]byte, error) {
 	store, ok := m.o.Stores[s.Store]
 	if !ok {
-		return nil, fmt.Errorf("%w: its objects lie in store %q, which is not configured here", ErrSnapshotCorrupt, s.Store)
+		return nil, fmt.Errorf("%w: the objects of snapshot %s lie in %q, which is not configured here", ErrStoreNotFound, s, s.Store)
 	}
 	key := manifest.Dir(s.Collection, s.ID) + name
 	data, err := readObject(ctx, store, key, want.Length)

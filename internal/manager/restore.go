@@ -24,6 +24,9 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
+// maxJobLabels is how many bytes the labels of a job take at most.
+const maxJobLabels = 1024
+
 // maxMissing is how many missing files a plan names.
 const maxMissing = 100
 
@@ -57,6 +60,7 @@ type restorable struct {
 	md         *manifest.Metadata
 	partitions []int64 // ascending; none: all
 	layout     layout.Layout
+	parts      object.CopyParts
 	totals     segment.Totals
 	requests   int64
 }
@@ -83,15 +87,15 @@ func (m *Manager) restore(ctx context.Context, tok request.Token, spec *RestoreS
 			return nil, err
 		}
 		if known != nil {
-			return m.restoreOf(ctx, known.ID)
+			return m.restoreOf(ctx, known)
 		}
-		job, err := m.admit(ctx, tok, ref, spec)
+		job, err := m.admit(ctx, tok, &ref, spec)
 		switch {
 		case errors.Is(err, errChanged):
 			continue
 		case err != nil:
 			if known := m.wasFirst(ctx, tok); known != nil {
-				return m.restoreOf(ctx, known.ID)
+				return m.restoreOf(ctx, known)
 			}
 			return nil, err
 		}
@@ -101,11 +105,14 @@ func (m *Manager) restore(ctx context.Context, tok request.Token, spec *RestoreS
 }
 
 // restoreOf returns the job that a request made before.
-func (m *Manager) restoreOf(ctx context.Context, id int64) (*copyjob.Job, error) {
-	s, err := m.jobs.Get(ctx, id)
+func (m *Manager) restoreOf(ctx context.Context, known *request.Record) (*copyjob.Job, error) {
+	if known.Done { // the job itself may be forgotten
+		return copyjob.DecodeJob(meta.KeyValue{Key: keys.Job(known.ID), Value: known.Result, ModRevision: known.Revision})
+	}
+	s, err := m.jobs.Get(ctx, known.ID)
 	switch {
 	case errors.Is(err, copyjob.ErrJobNotFound):
-		return nil, m.NoJob(ctx, id)
+		return nil, m.NoJob(ctx, known.ID)
 	case err != nil:
 		return nil, err
 	}
@@ -113,11 +120,12 @@ func (m *Manager) restoreOf(ctx context.Context, id int64) (*copyjob.Job, error)
 }
 
 // admit makes the job, its claim and its pin in one transaction.
-func (m *Manager) admit(ctx context.Context, tok request.Token, ref Ref, spec *RestoreSpec) (*copyjob.Job, error) {
-	r, err := m.restorable(ctx, ref, spec)
+func (m *Manager) admit(ctx context.Context, tok request.Token, ref *Ref, spec *RestoreSpec) (*copyjob.Job, error) {
+	r, err := m.restorable(ctx, *ref, spec)
 	if err != nil {
 		return nil, err
 	}
+	ref.ID = r.snapshot.ID // a name is resolved once
 	md := r.md
 	partitions, indexes := int64(len(md.Partitions)), int64(len(md.Indexes))
 	ids, err := m.catalog.AllocateRange(ctx, 3+partitions+indexes+md.Totals.Segments+md.Totals.Builds)
@@ -134,7 +142,7 @@ func (m *Manager) admit(ctx context.Context, tok request.Token, ref Ref, spec *R
 		FirstPartition: ids.First + 3, FirstIndex: ids.First + 3 + partitions,
 		FirstSegment: ids.First + 3 + partitions + indexes, Segments: md.Totals.Segments,
 		FirstBuild: ids.First + 3 + partitions + indexes + md.Totals.Segments, Builds: md.Totals.Builds,
-		Parts: object.CopyParts{}.WithDefaults(), TaskSegments: copyjob.TaskSegments,
+		Parts: r.parts, TaskSegments: copyjob.TaskSegments,
 		Tasks:  (md.Totals.Segments + copyjob.TaskSegments - 1) / copyjob.TaskSegments,
 		Totals: r.totals, CreateTime: now, RequestKey: tok.Key(),
 	}
@@ -142,6 +150,7 @@ func (m *Manager) admit(ctx context.Context, tok request.Token, ref Ref, spec *R
 		job.Deadline = now.Add(spec.Timeout)
 	}
 	col := targetOf(md, spec)
+	job.Roots = col.Roots
 	col.ID, col.Job, col.CreateTime, col.Layout = job.Target, job.ID, now, catalog.Layout(r.layout)
 	if err := m.catalog.CheckNew(&col); err != nil {
 		return nil, err
@@ -195,7 +204,7 @@ func (m *Manager) restorable(ctx context.Context, ref Ref, spec *RestoreSpec) (*
 			return nil, err
 		}
 	}
-	if err := checkLabels(spec.Labels); err != nil {
+	if err := checkLabels(spec.Labels, maxJobLabels); err != nil {
 		return nil, err
 	}
 	s, err := m.committed(ctx, ref)
@@ -235,6 +244,9 @@ func (m *Manager) fill(ctx context.Context, r *restorable, spec *RestoreSpec) er
 	}
 	slices.Sort(r.partitions)
 	r.partitions = slices.Compact(r.partitions)
+	if err := m.checkStores(r); err != nil {
+		return err
+	}
 	r.layout = layout.Native
 	if r.md.Collection.Layout == layout.Milvus.String() {
 		r.layout = layout.Milvus
@@ -246,6 +258,23 @@ func (m *Manager) fill(ctx context.Context, r *restorable, spec *RestoreSpec) er
 		return nil
 	}
 	return m.count(ctx, r, spec.SkipIndexes)
+}
+
+// checkStores refuses stores that cannot copy safely, and has those copy objects
+// whole that cannot do it in parts.
+func (m *Manager) checkStores(r *restorable) error {
+	r.parts = object.CopyParts{}.WithDefaults()
+	for _, root := range r.md.Roots {
+		f, known := m.o.Features[root.Store]
+		switch {
+		case !known:
+		case !f.ConditionalCopy:
+			return fmt.Errorf("%w: %s does not copy just the version that is asked for; see AdminService.ProbeStore", ErrStoreUnfit, root.Store)
+		case !f.MultipartCopy:
+			r.parts.Threshold = object.MaxCopySize
+		}
+	}
+	return nil
 }
 
 // count goes through the segments that are restored: it adds them up, and asks
@@ -332,7 +361,7 @@ func (m *Manager) PlanRestore(ctx context.Context, spec *RestoreSpec, verify boo
 		err = m.fill(ctx, r, spec)
 	}
 	switch {
-	case errors.Is(err, ErrLayoutRefused):
+	case errors.Is(err, ErrLayoutRefused), errors.Is(err, ErrStoreUnfit):
 		plan.Conflicts = append(plan.Conflicts, err.Error())
 	case err != nil:
 		return nil, fmt.Errorf("plan the restore of snapshot %s: %w", spec.Snapshot, err)

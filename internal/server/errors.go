@@ -101,6 +101,7 @@ var classes = []class{
 
 	{err: manager.ErrChannelMismatch, code: codes.FailedPrecondition, reason: "CHANNEL_MISMATCH"},
 	{err: manager.ErrLayoutRefused, code: codes.FailedPrecondition, reason: "LAYOUT_REFUSED"},
+	{err: manager.ErrStoreUnfit, code: codes.FailedPrecondition, reason: "STORE_UNFIT"},
 	{err: manager.ErrPinOfRestore, code: codes.FailedPrecondition, reason: "PIN_OF_RESTORE"},
 	{err: copyjob.ErrJobNotFound, code: codes.NotFound, reason: "RESTORE_NOT_FOUND"},
 	{err: copyjob.ErrEnded, code: codes.FailedPrecondition, reason: "RESTORE_ENDED"},

@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/internal/manager"
@@ -246,7 +247,35 @@ func (s *Server) validate(req any) error {
 	if proto.Size(m) > maxMessage {
 		return errTooLarge
 	}
+	if longest(m) > maxThorough {
+		// Too long for any rule there is; that is told without looking at each.
+		if err := protovalidate.Validate(m, protovalidate.WithFilter(only(m))); err != nil {
+			return err
+		}
+	}
 	return s.validator.Validate(m)
+}
+
+// maxThorough is how long the longest list may be that every rule is held
+// against. It is the longest that any rule allows.
+const maxThorough = 10_000
+
+// longest is the length of the longest of a message's own lists.
+func longest(m proto.Message) int {
+	n := 0
+	m.ProtoReflect().Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
+		if f.IsList() {
+			n = max(n, v.List().Len())
+		}
+		return true
+	})
+	return n
+}
+
+// only lets the rules of the message's own fields count, not of what is in them.
+func only(m proto.Message) protovalidate.FilterFunc {
+	whole := m.ProtoReflect().Descriptor()
+	return func(_ protoreflect.Message, d protoreflect.Descriptor) bool { return d.Parent() == whole }
 }
 
 // guarded is a stream that checks what it receives, and whose Send and Recv end

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
@@ -79,9 +80,17 @@ func (s *snapshots) ListRestoreJobs(ctx context.Context, req *pb.ListRestoreJobs
 	if err != nil {
 		return nil, err
 	}
-	resp := &pb.ListRestoreJobsResponse{Jobs: convert(list, jobStatusToProto)}
-	if more {
-		resp.NextPageToken = s.tokens.seal(method, filters, list[len(list)-1].Job.ID)
+	resp, size := &pb.ListRestoreJobsResponse{}, 0
+	for i, job := range list {
+		out := jobStatusToProto(job)
+		if size += proto.Size(out); i > 0 && size > maxPageBytes {
+			more = true
+			break
+		}
+		resp.Jobs = append(resp.Jobs, out)
+	}
+	if n := len(resp.GetJobs()); more && n > 0 {
+		resp.NextPageToken = s.tokens.seal(method, filters, list[n-1].Job.ID)
 	}
 	return resp, nil
 }

@@ -35,7 +35,7 @@ var types = []struct {
 	{keys.JobPrefix, func() record.Message { return &storagev1.Job{} }},
 	{keys.AllTasksPrefix, func() record.Message { return &storagev1.Task{} }},
 	{keys.AllProgressPrefix, func() record.Message { return &storagev1.TaskProgress{} }},
-	{"/job/limits/", func() record.Message { return &storagev1.JobLimits{} }},
+	{keys.LimitsPrefix, func() record.Message { return &storagev1.JobLimits{} }},
 	{keys.WorkerPrefix, func() record.Message { return &storagev1.Worker{} }},
 	{keys.AssignedPrefix, func() record.Message { return &storagev1.Assignment{} }},
 	{"/catalog/name/", func() record.Message { return &storagev1.Name{} }},

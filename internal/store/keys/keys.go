@@ -55,6 +55,7 @@ const (
 	JobPrefix         = "/job/rec/"
 	AllTasksPrefix    = "/job/task/"
 	AllProgressPrefix = "/job/progress/"
+	LimitsPrefix      = "/job/limits/"
 	WorkerPrefix      = "/worker/rec/"
 	AssignedPrefix    = "/worker/task/"
 	CollectionPrefix  = "/catalog/collection/"
@@ -100,7 +101,7 @@ func Request(principal, method, token string) string {
 func Job(id int64) string { return JobPrefix + ID(id) }
 
 // JobLimits is what a restore job may use.
-func JobLimits(id int64) string { return "/job/limits/" + ID(id) }
+func JobLimits(id int64) string { return LimitsPrefix + ID(id) }
 
 // TaskPrefix is what all tasks of a job begin with.
 func TaskPrefix(job int64) string { return AllTasksPrefix + ID(job) + "/" }

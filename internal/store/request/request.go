@@ -70,12 +70,12 @@ func (t Token) End(lease meta.LeaseID, id int64, result []byte) []meta.Op {
 
 // Ended is the write that ends an operation well when another than its first
 // transaction does: kv is the token's record, which the transaction compares.
-func Ended(kv meta.KeyValue, lease meta.LeaseID) (meta.Op, error) {
+func Ended(kv meta.KeyValue, lease meta.LeaseID, result []byte) (meta.Op, error) {
 	rec := &storagev1.Request{}
 	if err := record.Decode(kv, rec); err != nil {
 		return meta.Op{}, err
 	}
-	rec.Done = true
+	rec.Done, rec.Result = true, result
 	return meta.PutLeased(kv.Key, record.Encode(rec), lease), nil
 }
 

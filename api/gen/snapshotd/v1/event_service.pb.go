@@ -84,8 +84,8 @@ type WatchEventsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Go on after the message with this token. Default: from now on.
 	ResumeToken string `protobuf:"bytes,1,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
-	// Only events of this collection, its snapshots and its tombstones; but that a
-	// snapshot is gone, of which only the id is known, and what happens to pins is
+	// Only events of this collection, its snapshots and its tombstones, and of
+	// restores from or to it; but that a snapshot or a job is gone, of which only the id is known, and what happens to pins is
 	// told of all collections.
 	Collection    *CollectionRef `protobuf:"bytes,2,opt,name=collection,proto3" json:"collection,omitempty"`
 	unknownFields protoimpl.UnknownFields

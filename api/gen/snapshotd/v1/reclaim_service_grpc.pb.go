@@ -36,6 +36,9 @@ const (
 // created that may; a grant is the decision, made in one transaction, that
 // nothing does and nothing will. It is never taken back.
 //
+// A file is to be registered with one segment of one collection: what another
+// collection references is not waited for when a unit is granted.
+//
 // The errors listed at SnapshotService may end every call here too. Besides:
 //
 //	NOT_FOUND            COLLECTION_NOT_FOUND. A dropped collection is given by
@@ -134,6 +137,9 @@ func (c *reclaimServiceClient) ListTombstones(ctx context.Context, in *ListTombs
 // stays whole, with all its files, while a snapshot holds it or one is being
 // created that may; a grant is the decision, made in one transaction, that
 // nothing does and nothing will. It is never taken back.
+//
+// A file is to be registered with one segment of one collection: what another
+// collection references is not waited for when a unit is granted.
 //
 // The errors listed at SnapshotService may end every call here too. Besides:
 //

@@ -186,7 +186,8 @@ type SnapshotServiceClient interface {
 	//	FAILED_PRECONDITION  SNAPSHOT_NOT_COMMITTED; CHANNEL_MISMATCH: another
 	//	                     number of channels than the snapshot has;
 	//	                     LAYOUT_REFUSED: a file has no place in the target's
-	//	                     layout.
+	//	                     layout; STORE_UNFIT: the object store cannot copy
+	//	                     just the version of an object that is asked for.
 	//	DATA_LOSS            SNAPSHOT_CORRUPT: its metadata is missing or altered.
 	RestoreSnapshot(ctx context.Context, in *RestoreSnapshotRequest, opts ...grpc.CallOption) (*RestoreSnapshotResponse, error)
 	// GetRestoreState returns a restore job. Jobs that have ended are kept for the
@@ -559,7 +560,8 @@ type SnapshotServiceServer interface {
 	//	FAILED_PRECONDITION  SNAPSHOT_NOT_COMMITTED; CHANNEL_MISMATCH: another
 	//	                     number of channels than the snapshot has;
 	//	                     LAYOUT_REFUSED: a file has no place in the target's
-	//	                     layout.
+	//	                     layout; STORE_UNFIT: the object store cannot copy
+	//	                     just the version of an object that is asked for.
 	//	DATA_LOSS            SNAPSHOT_CORRUPT: its metadata is missing or altered.
 	RestoreSnapshot(context.Context, *RestoreSnapshotRequest) (*RestoreSnapshotResponse, error)
 	// GetRestoreState returns a restore job. Jobs that have ended are kept for the

@@ -70,8 +70,8 @@ type Features struct {
 	// nothing.
 	ConditionalCopy bool
 	// MultipartCopy says that objects can be copied in parts, and then too only of
-	// the version asked for. Without it no object above the threshold can be
-	// copied, and a store is refused as that of a restore.
+	// the version asked for. Without it objects are copied whole, and none above
+	// what one request copies.
 	MultipartCopy bool
 }
 

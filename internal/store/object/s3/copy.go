@@ -78,7 +78,11 @@ func (s *Store) Copy(ctx context.Context, r object.CopyRequest) (object.Info, er
 func (s *Store) copyWhole(ctx context.Context, c *copying) *failure {
 	timeout := s.copyTimeout(c.Size)
 	return s.retry(ctx, "copy", c.To, func() *failure {
-		out, f := attemptFor(ctx, timeout, func(ctx context.Context) (*s3.CopyObjectOutput, error) {
+		// Nobody may take the copy for over while the server is still at it: it
+		// goes on for as long as it may take, whatever becomes of ctx.
+		longer, cancel := outliveBy(ctx, timeout)
+		defer cancel()
+		out, f := attemptFor(longer, timeout, func(ctx context.Context) (*s3.CopyObjectOutput, error) {
 			return s.client.CopyObject(ctx, &s3.CopyObjectInput{
 				Bucket: &s.o.Bucket, Key: s.key(c.To), CopySource: c.source, CopySourceIfMatch: c.etag,
 				ServerSideEncryption: s.sse(), SSEKMSKeyId: s.kmsKey(),
@@ -214,8 +218,13 @@ func (s *Store) copyUpload(ctx context.Context, c *copying) *failure {
 // the timeout of a request later than ctx. What is cut off a server may carry
 // out all the same, and later than the abort that was to be the end of it.
 func (s *Store) outlive(ctx context.Context) (context.Context, context.CancelFunc) {
+	return outliveBy(ctx, s.o.RequestTimeout)
+}
+
+// outliveBy returns a context that is over so much later than ctx.
+func outliveBy(ctx context.Context, by time.Duration) (context.Context, context.CancelFunc) {
 	longer, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	stop := context.AfterFunc(ctx, func() { time.AfterFunc(s.o.RequestTimeout, cancel) })
+	stop := context.AfterFunc(ctx, func() { time.AfterFunc(by, cancel) })
 	return longer, func() {
 		stop()
 		cancel()

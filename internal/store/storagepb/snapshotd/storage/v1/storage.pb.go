@@ -2641,7 +2641,11 @@ type Job struct {
 	// The pin that keeps the snapshot.
 	PinId int64 `protobuf:"varint,37,opt,name=pin_id,json=pinId,proto3" json:"pin_id,omitempty"`
 	// How far it had come when it was given up.
-	Done          *Totals `protobuf:"bytes,38,opt,name=done,proto3" json:"done,omitempty"`
+	Done *Totals `protobuf:"bytes,38,opt,name=done,proto3" json:"done,omitempty"`
+	// Where objects of the target may lie.
+	Roots []*Root `protobuf:"bytes,39,rep,name=roots,proto3" json:"roots,omitempty"`
+	// Whether it ever was in phase copy, and objects may be there.
+	Copied        bool `protobuf:"varint,40,opt,name=copied,proto3" json:"copied,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2940,6 +2944,20 @@ func (x *Job) GetDone() *Totals {
 		return x.Done
 	}
 	return nil
+}
+
+func (x *Job) GetRoots() []*Root {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
+}
+
+func (x *Job) GetCopied() bool {
+	if x != nil {
+		return x.Copied
+	}
+	return false
 }
 
 // JobLimits is the record at /job/limits/<id>.
@@ -3622,7 +3640,8 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x06caller\x18\x04 \x01(\tR\x06caller\x12\x1d\n" +
 	"\n" +
 	"grant_time\x18\x05 \x01(\x03R\tgrantTime\x12\x0e\n" +
-	"\x02op\x18\x06 \x01(\tR\x02op\"\xf8\t\n" +
+	"\x02op\x18\x06 \x01(\tR\x02op\"\xc2\n" +
+	"\n" +
 	"\x03Job\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1f\n" +
 	"\vsnapshot_id\x18\x02 \x01(\x03R\n" +
@@ -3670,7 +3689,9 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x0fpartition_names\x18# \x03(\tR\x0epartitionNames\x12\x18\n" +
 	"\aretries\x18$ \x01(\x03R\aretries\x12\x15\n" +
 	"\x06pin_id\x18% \x01(\x03R\x05pinId\x120\n" +
-	"\x04done\x18& \x01(\v2\x1c.snapshotd.storage.v1.TotalsR\x04done\x1a9\n" +
+	"\x04done\x18& \x01(\v2\x1c.snapshotd.storage.v1.TotalsR\x04done\x120\n" +
+	"\x05roots\x18' \x03(\v2\x1a.snapshotd.storage.v1.RootR\x05roots\x12\x16\n" +
+	"\x06copied\x18( \x01(\bR\x06copied\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"U\n" +
@@ -3796,13 +3817,14 @@ var file_snapshotd_storage_v1_storage_proto_depIdxs = []int32{
 	45, // 26: snapshotd.storage.v1.Job.labels:type_name -> snapshotd.storage.v1.Job.LabelsEntry
 	19, // 27: snapshotd.storage.v1.Job.totals:type_name -> snapshotd.storage.v1.Totals
 	19, // 28: snapshotd.storage.v1.Job.done:type_name -> snapshotd.storage.v1.Totals
-	19, // 29: snapshotd.storage.v1.Task.totals:type_name -> snapshotd.storage.v1.Totals
-	15, // 30: snapshotd.storage.v1.Files.AttributesEntry.value:type_name -> snapshotd.storage.v1.Attributes
-	31, // [31:31] is the sub-list for method output_type
-	31, // [31:31] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	5,  // 29: snapshotd.storage.v1.Job.roots:type_name -> snapshotd.storage.v1.Root
+	19, // 30: snapshotd.storage.v1.Task.totals:type_name -> snapshotd.storage.v1.Totals
+	15, // 31: snapshotd.storage.v1.Files.AttributesEntry.value:type_name -> snapshotd.storage.v1.Attributes
+	32, // [32:32] is the sub-list for method output_type
+	32, // [32:32] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_snapshotd_storage_v1_storage_proto_init() }

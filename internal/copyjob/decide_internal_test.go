@@ -1,0 +1,480 @@
+package copyjob
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/catalog/layout"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+var start = time.Unix(1_000_000, 0).UTC()
+
+// table is a board that is filled by hand.
+type table struct {
+	*board
+	revision int64
+}
+
+func newTable() *table {
+	return &table{board: newBoard(&Options{
+		Now: func() time.Time { return start }, Log: zap.NewNop(), Resync: time.Minute, MaxFailures: 3, Keep: time.Hour,
+	})}
+}
+
+// has puts things on the board: jobs, tasks, workers and assignments.
+func (b *table) has(things ...any) {
+	var kvs []meta.KeyValue
+	var workers []meta.Event
+	for _, thing := range things {
+		b.revision++
+		kv := meta.KeyValue{CreateRevision: b.revision, ModRevision: b.revision}
+		switch x := thing.(type) {
+		case *Job:
+			kv.Key, kv.Value = keys.Job(x.ID), x.Encode("op")
+		case *task:
+			kv.Key, kv.Value = x.key(), x.encode("op")
+		case running:
+			kv.Key, kv.Value = keys.Progress(x.job, x.task), record.Encode(&storagev1.TaskProgress{Format: record.Format, Files: x.files, Bytes: x.bytes})
+		case poolWorker:
+			kv.Key, kv.Value = keys.Worker(x.id), record.Encode(&storagev1.Worker{Format: record.Format, Slots: uint32(x.slots)})
+			kv.Lease = x.lease
+			workers = append(workers, meta.Event{KV: kv})
+			continue
+		case assigned:
+			kv.Key, kv.Value = keys.Assignment(x.worker, x.job, x.task), record.Encode(&storagev1.Assignment{Format: record.Format})
+			workers = append(workers, meta.Event{KV: kv})
+			continue
+		case gone:
+			kv.Key = string(x)
+			b.apply(meta.Event{Deleted: true, KV: kv})
+			continue
+		}
+		kvs = append(kvs, kv)
+	}
+	for _, kv := range kvs {
+		b.apply(meta.Event{KV: kv})
+	}
+	(*workerHandler)(b.board).Apply(workers, b.revision)
+}
+
+func (b *table) apply(e meta.Event) {
+	if strings.HasPrefix(e.KV.Key, "/worker/") {
+		(*workerHandler)(b.board).Apply([]meta.Event{e}, b.revision)
+		return
+	}
+	(*jobHandler)(b.board).Apply([]meta.Event{e}, b.revision)
+}
+
+type (
+	running  struct{ job, task, files, bytes int64 }
+	assigned struct{ worker, job, task int64 }
+	gone     string
+)
+
+func executing(phase Phase, tasks int64) *Job {
+	return &Job{
+		ID: 1, State: Executing, Phase: phase, Tasks: tasks, CreateTime: start,
+		Totals: segment.Totals{Segments: 10 * tasks, Files: 20 * tasks, Bytes: 100 * tasks},
+	}
+}
+
+func doneTask(n int64) *task {
+	return &task{job: 1, number: n, state: TaskDone, attempt: 1, totals: segment.Totals{Segments: 10, Files: 20, Bytes: 100}}
+}
+
+func with(job *Job, change func(*Job)) *Job {
+	change(job)
+	return job
+}
+
+func TestDecide(t *testing.T) {
+	short := doneTask(1)
+	short.totals.Bytes--
+	for name, c := range map[string]struct {
+		things []any
+		step   step
+		tasks  []int64
+		reason string
+		next   time.Duration
+	}{
+		"nothing":      {nil, stepNone, nil, "", time.Minute},
+		"admitted":     {[]any{&Job{ID: 1, State: Pending, Phase: Admit}}, stepBegin, nil, "", time.Minute},
+		"to prepare":   {[]any{executing(Prepare, 1)}, stepPrepare, nil, "", time.Minute},
+		"tasks alone":  {[]any{doneTask(0)}, stepNone, nil, "", time.Minute},
+		"no tasks":     {[]any{executing(Copy, 0)}, stepPublish, nil, "", time.Minute},
+		"one not seen": {[]any{executing(Copy, 2), doneTask(0)}, stepNone, nil, "", time.Minute},
+		"all done":     {[]any{executing(Copy, 2), doneTask(0), doneTask(1)}, stepPublish, nil, "", time.Minute},
+		"sums differ":  {[]any{executing(Copy, 2), doneTask(0), short}, stepGiveUp, nil, "INTERNAL", time.Minute},
+		"a task waits": {[]any{executing(Copy, 2), doneTask(0), &task{job: 1, number: 1, state: TaskPending, notBefore: start.Add(5 * time.Second)}}, stepNone, nil, "", 5 * time.Second},
+		"its time has come": {
+			[]any{executing(Copy, 2), doneTask(0), &task{job: 1, number: 1, state: TaskPending, notBefore: start}}, stepAssign, []int64{1}, "", time.Minute,
+		},
+		"two are free": {
+			[]any{executing(Copy, 3), &task{job: 1, number: 2, state: TaskPending}, doneTask(0), &task{job: 1, number: 1, state: TaskPending}},
+			stepAssign,
+			[]int64{1, 2},
+			"", time.Minute,
+		},
+		"one is worked on": {
+			[]any{executing(Copy, 1), &task{job: 1, state: TaskRunning, worker: 7, attempt: 1}, assigned{7, 1, 0}}, stepNone, nil, "", time.Minute,
+		},
+		"its worker is gone": {
+			[]any{executing(Copy, 1), &task{job: 1, state: TaskRunning, worker: 7, attempt: 1}, assigned{8, 1, 0}}, stepAssign, []int64{0}, "", time.Minute,
+		},
+		"it failed for good": {
+			[]any{executing(Copy, 2), &task{job: 1, state: TaskFailed, reason: "R", message: "M"}, doneTask(1)}, stepGiveUp, nil, "R", time.Minute,
+		},
+		"it failed too often": {
+			[]any{executing(Copy, 1), &task{job: 1, state: TaskPending, failures: 3, message: "M"}}, stepGiveUp, nil, "TOO_MANY_FAILURES", time.Minute,
+		},
+		"it failed often": {
+			[]any{executing(Copy, 1), &task{job: 1, state: TaskPending, failures: 2}}, stepAssign, []int64{0}, "", time.Minute,
+		},
+		"out of time": {
+			[]any{with(executing(Copy, 1), func(j *Job) { j.Deadline = start }), doneTask(0)}, stepGiveUp, nil, "TIMEOUT", time.Minute,
+		},
+		"out of time before it began": {
+			[]any{&Job{ID: 1, State: Pending, Phase: Admit, Deadline: start.Add(-1)}}, stepGiveUp, nil, "TIMEOUT", time.Minute,
+		},
+		"in time": {
+			[]any{with(executing(Prepare, 1), func(j *Job) { j.Deadline = start.Add(9 * time.Second) })}, stepPrepare, nil, "", 9 * time.Second,
+		},
+		"given up, out of time": {
+			[]any{with(executing(RollBack, 1), func(j *Job) { j.Deadline = start })}, stepRollBack, nil, "", time.Minute,
+		},
+		"given up, worked on": {[]any{executing(RollBack, 1), assigned{7, 1, 0}}, stepNone, nil, "", time.Minute},
+		"another is worked on": {
+			[]any{executing(RollBack, 1), assigned{7, 2, 0}}, stepRollBack, nil, "", time.Minute,
+		},
+		"ended":          {[]any{&Job{ID: 1, State: Failed, Phase: RollBack, EndTime: start.Add(-50 * time.Minute)}}, stepNone, nil, "", time.Minute},
+		"ended, soon":    {[]any{&Job{ID: 1, State: Completed, Phase: Publish, EndTime: start.Add(time.Second - time.Hour)}}, stepNone, nil, "", time.Second},
+		"ended long ago": {[]any{&Job{ID: 1, State: Canceled, Phase: RollBack, EndTime: start.Add(-time.Hour)}}, stepForget, nil, "", time.Minute},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newTable()
+			b.has(c.things...)
+			list, next := b.decide(start)
+			if next != c.next {
+				t.Errorf("next in %v, want %v", next, c.next)
+			}
+			if c.step == stepNone {
+				if len(list) != 0 {
+					t.Errorf("%+v", list)
+				}
+				return
+			}
+			if len(list) != 1 || list[0].step != c.step || list[0].reason != c.reason {
+				t.Fatalf("%+v, want step %v, reason %q", list, c.step, c.reason)
+			}
+			var tasks []int64
+			for _, task := range list[0].tasks {
+				tasks = append(tasks, task.number)
+			}
+			if !slices.Equal(tasks, c.tasks) && c.step == stepAssign {
+				t.Errorf("tasks %v, want %v", tasks, c.tasks)
+			}
+		})
+	}
+}
+
+func TestDecideOrder(t *testing.T) {
+	b := newTable()
+	for id, priority := range map[int64]int{1: 0, 2: 5, 3: -1, 4: 5, 5: 0} {
+		b.has(&Job{ID: id, State: Pending, Priority: priority})
+	}
+	var ids []int64
+	list, _ := b.decide(start)
+	for _, d := range list {
+		ids = append(ids, d.job.ID)
+	}
+	if want := []int64{2, 4, 1, 5, 3}; !slices.Equal(ids, want) {
+		t.Errorf("order %v, want %v", ids, want)
+	}
+}
+
+func TestSlots(t *testing.T) {
+	b := newTable()
+	b.has(poolWorker{id: 1, slots: 2}, poolWorker{id: 2, slots: 8}, poolWorker{id: 3, slots: 8}, poolWorker{id: 4, slots: 1},
+		assigned{1, 9, 0}, assigned{2, 9, 1}, assigned{4, 9, 2}, assigned{5, 9, 3})
+	check := func(want ...[2]int) {
+		t.Helper()
+		var got [][2]int
+		for _, s := range b.slots() {
+			got = append(got, [2]int{int(s.id), s.free})
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("free %v, want %v", got, want)
+		}
+	}
+	check([2]int{3, 8}, [2]int{2, 7}, [2]int{1, 1})
+	b.has(gone(keys.Worker(3)), gone(keys.Assignment(4, 9, 2)))
+	check([2]int{2, 7}, [2]int{1, 1}, [2]int{4, 1})
+	if n := b.workersOf(9); n != 3 {
+		t.Errorf("%d workers have tasks", n)
+	}
+	if b.workersOf(8) != 0 || !b.isWorkedOn(9) || b.isWorkedOn(8) {
+		t.Error("who works on what is wrong")
+	}
+}
+
+// TestProgress has what is told never go down, whatever the tasks do.
+func TestProgress(t *testing.T) {
+	b := newTable()
+	now := start
+	b.o.Now = func() time.Time { return now }
+	b.has(executing(Copy, 2))
+	var last *Status
+	told := func(files, bytes int64, retries int64) {
+		t.Helper()
+		now = now.Add(time.Second)
+		s, _ := b.statusOf(1)
+		if s.Done.Files != files || s.Done.Bytes != bytes || s.Retries != retries {
+			t.Errorf("%+v; want %d files, %d bytes, %d retries", s, files, bytes, retries)
+		}
+		if last != nil && s.Fraction < last.Fraction || s.Fraction >= 1 && s.Job.State != Completed {
+			t.Errorf("fraction %v", s.Fraction)
+		}
+		last = s
+	}
+	told(0, 0, 0)
+	b.has(&task{job: 1, number: 0, state: TaskRunning, attempt: 1}, &task{job: 1, number: 1, state: TaskRunning, attempt: 1})
+	told(0, 0, 0)
+	b.has(running{1, 0, 5, 50})
+	told(5, 50, 0)
+	b.has(running{1, 1, 1, 10}, running{1, 0, 10, 60})
+	told(11, 70, 0)
+	if last.Rate <= 0 || last.Remaining <= 0 {
+		t.Errorf("rate %d, remaining %v", last.Rate, last.Remaining)
+	}
+	b.has(&task{job: 1, number: 0, state: TaskPending, attempt: 1, failures: 1, message: "broke"})
+	told(11, 70, 0)
+	b.has(&task{job: 1, number: 0, state: TaskRunning, attempt: 2}, running{1, 0, 1, 10})
+	told(11, 70, 1)
+	if last.LastError != "broke" {
+		t.Errorf("last error %q", last.LastError)
+	}
+	b.has(doneTask(0))
+	b.has(running{1, 0, 1, 10}) // which comes late
+	told(21, 110, 0)
+	b.has(gone(keys.Progress(1, 0)))
+	told(21, 110, 0)
+	// A board that begins anew has told what it has told.
+	kvs := []meta.KeyValue{{Key: keys.Job(1), Value: executing(Copy, 2).Encode("op"), ModRevision: 1}}
+	(*jobHandler)(b.board).Reset(kvs, 99)
+	told(21, 110, 0)
+	// What is given up keeps what it had.
+	b.has(with(executing(RollBack, 2), func(j *Job) { j.Done, j.Retries = segment.Totals{Files: 21, Bytes: 110}, 4 }),
+		&task{job: 1, number: 0, state: TaskRunning, attempt: 5})
+	told(21, 110, 4)
+	b.has(gone(keys.Task(1, 0)), with(executing(RollBack, 2), func(j *Job) { j.State, j.Done, j.Retries = Failed, segment.Totals{Files: 21, Bytes: 110}, 4 }))
+	told(21, 110, 4)
+	b.has(with(executing(Publish, 2), func(j *Job) { j.State, j.Retries = Completed, 4 }))
+	told(40, 200, 4)
+	if last.Fraction != 1 {
+		t.Errorf("COMPLETED, fraction %v", last.Fraction)
+	}
+	b.has(gone(keys.Job(1)))
+	if s, _ := b.statusOf(1); s != nil {
+		t.Errorf("%+v", s)
+	}
+}
+
+// TestSamples asks for a job often: what it takes is bounded, and the rate is
+// that of half a minute.
+func TestSamples(t *testing.T) {
+	b := newTable()
+	now := start
+	b.o.Now = func() time.Time { return now }
+	b.has(with(executing(Copy, 1000), func(j *Job) { j.Totals.Bytes = 1 << 40 }), &task{job: 1, number: 0, state: TaskRunning})
+	for i := range int64(5000) {
+		b.has(running{1, 0, i, i * 100})
+		now = now.Add(10 * time.Millisecond)
+		b.statusOf(1)
+	}
+	s, _ := b.statusOf(1)
+	if n := len(b.rows[1].samples); n > 1001 {
+		t.Errorf("%d samples", n)
+	}
+	if s.Rate < 9900 || s.Rate > 10100 {
+		t.Errorf("%d bytes a second", s.Rate)
+	}
+}
+
+func TestShare(t *testing.T) {
+	b := newTable()
+	b.has(executing(Copy, 2))
+	if l := b.share(1); l != (Limits{}) {
+		t.Errorf("%+v", l)
+	}
+	limits := func(requests, bytes int64) {
+		op := LimitsOp(1, Limits{requests, bytes})
+		b.revision++
+		b.apply(meta.Event{KV: meta.KeyValue{Key: op.From, Value: op.Value, ModRevision: b.revision}})
+	}
+	limits(10, 100)
+	b.has(poolWorker{id: 1}, poolWorker{id: 2}, poolWorker{id: 3})
+	for n, want := range []Limits{{10, 100}, {10, 100}, {5, 50}} { // by those that work on it
+		if l := b.share(1); l != want {
+			t.Errorf("with %d workers %+v, want %+v", n, l, want)
+		}
+		b.has(assigned{int64(n + 1), 1, int64(n)})
+	}
+	limits(1, 0)
+	if l := b.share(1); l != (Limits{1, 0}) {
+		t.Errorf("%+v", l)
+	}
+	if l := b.share(2); l != (Limits{}) {
+		t.Errorf("of no job: %+v", l)
+	}
+}
+
+// TestUnreadableRecords leaves alone what it cannot read.
+func TestUnreadableRecords(t *testing.T) {
+	b := newTable()
+	b.has(executing(Copy, 1))
+	for _, key := range []string{keys.Job(2), keys.Task(1, 0), keys.Progress(1, 0), keys.JobLimits(1), "/job/rec/x", "/job/task/1/x"} {
+		b.apply(meta.Event{KV: meta.KeyValue{Key: key, Value: []byte("?")}})
+		b.apply(meta.Event{Deleted: true, KV: meta.KeyValue{Key: "/job/task/x"}})
+	}
+	b.apply(meta.Event{KV: meta.KeyValue{Key: keys.Worker(2), Value: []byte("?")}})
+	if list, _ := b.decide(start); len(list) != 0 {
+		t.Errorf("%+v", list)
+	}
+	if s, _ := b.statusOf(1); s == nil {
+		t.Error("the job is gone")
+	}
+}
+
+func TestClassify(t *testing.T) {
+	for _, c := range []struct {
+		err       error
+		reason    string
+		permanent bool
+	}{
+		{errSourceMissing, "SOURCE_OBJECT_MISSING", true},
+		{errSourceAltered, "SOURCE_OBJECT_ALTERED", true},
+		{fmt.Errorf("%w: %w", ErrSource, object.ErrUnavailable), "SNAPSHOT_CORRUPT", true},
+		{errMapping, "INTERNAL", true},
+		{errNoStore, "TASK_FAILED", false}, // another replica may have it
+		{object.ErrDenied, "OBJECT_STORE_DENIED", true},
+		{object.ErrMisconfigured, "OBJECT_STORE_MISCONFIGURED", true},
+		{object.ErrInvalidKey, "LAYOUT_REFUSED", true},
+		{&layout.RefusedError{Reason: errors.New("r")}, "LAYOUT_REFUSED", true},
+		{catalog.ErrLimitExceeded, "LIMIT_EXCEEDED", true},
+		{meta.ErrTooLarge, "LIMIT_EXCEEDED", true},
+		{object.ErrUnavailable, "OBJECT_STORE_UNAVAILABLE", false},
+		{object.ErrNotFound, "TASK_FAILED", false},
+		{meta.ErrUnavailable, "METADATA_STORE_UNAVAILABLE", false},
+		{meta.ErrNoSpace, "METADATA_STORE_UNAVAILABLE", false},
+		{io.EOF, "TASK_FAILED", false},
+		{errChanged, "TASK_FAILED", false},
+		{nil, "TASK_FAILED", false},
+	} {
+		err := c.err
+		if err != nil {
+			err = fmt.Errorf("task: %w", err)
+		}
+		if reason, permanent := classify(err); reason != c.reason || permanent != c.permanent {
+			t.Errorf("%v: %s, %v; want %s, %v", c.err, reason, permanent, c.reason, c.permanent)
+		}
+	}
+}
+
+func TestGaps(t *testing.T) {
+	for _, ids := range [][]int64{nil, {5}, {5, 6, 7}, {1, 1 << 40, 1<<62 + 1}} {
+		if got := sums(gaps(ids)); !slices.Equal(got, ids) {
+			t.Errorf("%v became %v", ids, got)
+		}
+	}
+	if got := gaps([]int64{100, 101, 103}); !slices.Equal(got, []int64{100, 1, 2}) {
+		t.Errorf("gaps %v", got)
+	}
+}
+
+func TestAnchor(t *testing.T) {
+	for _, c := range []struct {
+		path, want string
+		ids        []int64
+	}{
+		{"1/2/3/insert/100/4", "r/1/2/3/", []int64{3}},
+		{"1/2/3/index/7/0-4", "r/1/2/3/", []int64{3, 7}},
+		{"index_files/7/1/2/3/HNSW_0", "r/index_files/7/", []int64{3, 7}},
+		{"3", "", []int64{3}}, // the file itself
+		{"a/3", "", []int64{3}},
+		{"a/b", "", []int64{3}},
+		{"03/x", "r/03/", []int64{3}},
+		{"3/x", "r/3/", []int64{3}},
+	} {
+		if got := anchor("r/", c.path, c.ids...); got != c.want {
+			t.Errorf("anchor of %s: %q, want %q", c.path, got, c.want)
+		}
+	}
+}
+
+func TestBatches(t *testing.T) {
+	put := func(size int) meta.Op { return meta.Put("/k", make([]byte, size)) }
+	for name, c := range map[string]struct {
+		sizes []int
+		want  []int
+	}{
+		"none":      {nil, nil},
+		"one":       {[]int{1}, []int{1}},
+		"many":      {slices.Repeat([]int{1}, 250), []int{100, 100, 50}},
+		"large":     {slices.Repeat([]int{batchBytes / 2}, 3), []int{1, 1, 1}},
+		"one large": {[]int{1, 2 * batchBytes, 1}, []int{1, 1, 1}},
+		"halves":    {slices.Repeat([]int{batchBytes/2 - 10}, 5), []int{2, 2, 1}},
+	} {
+		var ops []meta.Op
+		for _, size := range c.sizes {
+			ops = append(ops, put(size))
+		}
+		var got []int
+		all := 0
+		for _, part := range batches(ops) {
+			got = append(got, len(part))
+			all += len(part)
+		}
+		if !slices.Equal(got, c.want) || all != len(ops) {
+			t.Errorf("%s: %v, want %v", name, got, c.want)
+		}
+	}
+}
+
+// TestRecords reads what it wrote.
+func TestRecords(t *testing.T) {
+	job := &Job{
+		ID: 1, Snapshot: 2, SnapshotName: "s", Source: 3, Target: 4, DB: "d", Name: "n", State: Executing, Phase: Copy, Outcome: Failed,
+		Reason: "R", Message: "M", Partitions: []int64{3, 9}, PartitionNames: []string{"b", "a"}, SkipIndexes: true, Priority: -7,
+		Labels: map[string]string{"a": "b"}, Layout: layout.Milvus, FirstPartition: 5, FirstIndex: 6, FirstSegment: 7, FirstBuild: 8,
+		Segments: 9, Builds: 10, Parts: object.CopyParts{Threshold: 11, PartSize: 12}, Tasks: 13, TaskSegments: 14,
+		Totals: segment.Totals{Segments: 1, Rows: 2, Files: 3, Bytes: 4, Builds: 5, Straddling: 6}, Done: segment.Totals{Segments: 1}, Retries: 15,
+		CreateTime: start, StartTime: start.Add(1), EndTime: start.Add(2), Deadline: start.Add(3), RequestKey: "/request/x", Pin: 16,
+		Revision: 17, op: "op",
+	}
+	got, err := DecodeJob(meta.KeyValue{Key: keys.Job(1), Value: job.Encode("op"), ModRevision: 17})
+	if err != nil || fmt.Sprintf("%+v", *got) != fmt.Sprintf("%+v", *job) {
+		t.Errorf("%+v became %+v, err = %v", *job, got, err)
+	}
+	tk := &task{
+		job: 1, number: 2, state: TaskFailed, attempt: 3, failures: 4, worker: 5, notBefore: start, reason: "R", message: "M",
+		totals: segment.Totals{Files: 1}, revision: 9,
+	}
+	gotTask, err := decodeTask(meta.KeyValue{Key: tk.key(), Value: tk.encode("op"), ModRevision: 9})
+	if err != nil || *gotTask != *tk {
+		t.Errorf("%+v became %+v, err = %v", tk, gotTask, err)
+	}
+}

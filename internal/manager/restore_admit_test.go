@@ -1,0 +1,691 @@
+package manager
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// completes holds that a restore completes and makes all that it should.
+func (w *world) completes(r *replica, sp *RestoreSpec) *copyjob.Job {
+	w.t.Helper()
+	before := w.traces()
+	job := w.restore(r, sp)
+	end := w.ended(r, job.ID)
+	if end.Job.State != copyjob.Completed {
+		w.t.Fatalf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+	}
+	w.restored(r, before, end.Job, sp)
+	return end.Job
+}
+
+// TestRestoresOfOneName has many restores want one name.
+func TestRestoresOfOneName(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a, b := w.start("a"), w.start("b")
+		s := w.create(a, w.rich(a, "c", 8), "one")
+		before := w.traces()
+		sp := restoreSpecOf(s)
+		a.store.SetLatency(time.Second)
+		b.store.SetLatency(time.Second)
+		var wg sync.WaitGroup
+		var mu sync.Mutex
+		var won []*copyjob.Job
+		for i := range 20 {
+			wg.Go(func() {
+				job, err := []*replica{a, b}[i%2].Restore(t.Context(), noToken, sp)
+				mu.Lock()
+				defer mu.Unlock()
+				if err == nil {
+					won = append(won, job)
+					return
+				}
+				wantError(t, err, catalog.ErrCollectionExists)
+			})
+		}
+		wg.Wait()
+		if len(won) != 1 || len(w.jobs()) != 1 {
+			t.Fatalf("%d won, there are %d jobs", len(won), len(w.jobs()))
+		}
+		// Nobody else gets the name either, by any way.
+		ref := catalog.Ref{ID: s.Collection}
+		_, err := a.catalog.CreateCollection(t.Context(), noToken, catalog.Collection{
+			DB: sp.DB, Name: sp.Name, Roots: []catalog.Root{{Store: "default", Prefix: "data/"}},
+			Schema: catalog.Schema{Fields: []catalog.Field{{ID: 1, Name: "id", DataType: "Int64", PrimaryKey: true}}},
+		})
+		wantError(t, err, catalog.ErrCollectionExists)
+		_, err = a.catalog.RenameCollection(t.Context(), noToken, ref, sp.DB, sp.Name)
+		wantError(t, err, catalog.ErrCollectionExists)
+		taken := *sp
+		taken.Name = "c"
+		_, err = a.Restore(t.Context(), noToken, &taken)
+		wantError(t, err, catalog.ErrCollectionExists)
+		if end := w.ended(a, won[0].ID); end.Job.State != copyjob.Completed {
+			t.Fatalf("%+v", end.Job)
+		}
+		w.restored(a, before, won[0], sp)
+		_, err = a.Restore(t.Context(), noToken, sp)
+		wantError(t, err, catalog.ErrCollectionExists)
+	})
+}
+
+// TestRestorePins has the snapshot kept for as long as the job runs.
+func TestRestorePins(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		s := w.create(r, w.rich(r, "c", 8), "one")
+		r.store.SetLatency(time.Second)
+		job := w.restore(r, restoreSpecOf(s))
+		settle()
+		err := dropErr(r, s)
+		if !errors.Is(err, ErrSnapshotPinned) || !strings.Contains(err.Error(), fmt.Sprint(job.Pin)) || !strings.Contains(err.Error(), fmt.Sprint(job.ID)) {
+			t.Errorf("drop: %v; want the pin %d and the job %d", err, job.Pin, job.ID)
+		}
+		wantError(t, r.Unpin(t.Context(), Ref{ID: s.ID}, job.Pin), ErrPinOfRestore)
+		_, err = r.RenewPin(t.Context(), Ref{ID: s.ID}, job.Pin, time.Hour)
+		wantError(t, err, ErrPinHasNoTTL)
+		pins, _, err := r.Pins(t.Context(), s.ID, PinPlace{}, 10)
+		if err != nil || len(pins) != 1 || pins[0].Job != job.ID || pins[0].TTL != 0 {
+			t.Errorf("pins %+v, err = %v", pins, err)
+		}
+		for _, kv := range w.keysUnder(keys.AllPinsPrefix) {
+			got, _, _, err := w.kv.Get(t.Context(), kv)
+			if err != nil || got.Lease != 0 {
+				t.Errorf("%s is under lease %d, err = %v", kv, got.Lease, err)
+			}
+		}
+		w.ended(r, job.ID)
+		if err := dropErr(r, s); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestRestoringIsNobodysBusiness looks at a collection while it is restored:
+// nobody may read its segments or write it, and whoever tries learns of the job.
+func TestRestoringIsNobodysBusiness(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		s := w.create(r, w.rich(r, "c", 40), "one")
+		sp := restoreSpecOf(s)
+		before := w.traces()
+		// The first task is registered, the second one is held up.
+		second := fmt.Sprint("/", w.segments(r, s)[39].ID, "/")
+		held := make(chan struct{})
+		r.store.Plan(func(c object.Call) object.Fault {
+			if c.Op == object.OpCopy && strings.Contains(c.Keys[0], second) {
+				select {
+				case <-held:
+				default:
+					return object.FaultBefore
+				}
+			}
+			return object.FaultNone
+		})
+		job := w.restore(r, sp)
+		settle()
+		ctx := t.Context()
+		byName, byID := catalog.Ref{DB: sp.DB, Name: sp.Name}, catalog.Ref{ID: job.Target}
+		col, err := r.catalog.Collection(ctx, byName)
+		if err != nil || col.State != catalog.Restoring || col.Job != job.ID || col.ID != job.Target {
+			t.Fatalf("%+v, err = %v", col, err)
+		}
+		if n := len(w.keysUnder(keys.SegmentPrefix(job.Target))); n != 32 {
+			t.Fatalf("%d segments are registered", n)
+		}
+		list, _, err := r.catalog.ListCollections(ctx, catalog.ListFilter{}, 0, 10)
+		if err != nil || len(list) != 1 || list[0].ID != s.Collection {
+			t.Errorf("listed %+v, err = %v", list, err)
+		}
+		list, _, err = r.catalog.ListCollections(ctx, catalog.ListFilter{States: []catalog.State{catalog.Restoring}}, 0, 10)
+		if err != nil || len(list) != 1 || list[0].ID != job.Target {
+			t.Errorf("listed %+v, err = %v", list, err)
+		}
+		another := w.segment(r, col, 0, 1, 2)
+		tries := map[string]func(ref catalog.Ref) error{
+			"add segments": func(catalog.Ref) error {
+				_, _, err := r.catalog.AddSegments(ctx, job.Target, []segment.Segment{another})
+				return err
+			},
+			"change": func(ref catalog.Ref) error {
+				_, err := r.catalog.Change(ctx, noToken, ref, catalog.Swap{Drop: []int64{job.FirstSegment}})
+				return err
+			},
+			"drop segments": func(ref catalog.Ref) error {
+				_, err := r.catalog.DropSegments(ctx, ref, []int64{job.FirstSegment})
+				return err
+			},
+			"set checkpoints": func(ref catalog.Ref) error {
+				_, err := r.catalog.SetCheckpoints(ctx, ref, []catalog.Checkpoint{{Position: segment.Position{Timestamp: 99}}})
+				return err
+			},
+			"create partition": func(ref catalog.Ref) error {
+				_, err := r.catalog.CreatePartition(ctx, noToken, ref, catalog.Partition{Name: "new"})
+				return err
+			},
+			"drop partition": func(ref catalog.Ref) error {
+				_, err := r.catalog.DropPartition(ctx, noToken, ref, "p0")
+				return err
+			},
+			"create index": func(ref catalog.Ref) error {
+				_, err := r.catalog.CreateIndex(ctx, noToken, ref, catalog.Index{Name: "new", Field: 100})
+				return err
+			},
+			"drop index": func(ref catalog.Ref) error {
+				_, err := r.catalog.DropIndex(ctx, noToken, ref, "x0")
+				return err
+			},
+			"update": func(ref catalog.Ref) error {
+				_, err := r.catalog.UpdateCollection(ctx, noToken, ref, 0, catalog.Patch{Properties: &map[string]string{}})
+				return err
+			},
+			"rename": func(ref catalog.Ref) error {
+				_, err := r.catalog.RenameCollection(ctx, noToken, ref, "default", "other")
+				return err
+			},
+			"drop": func(ref catalog.Ref) error {
+				_, err := r.catalog.DropCollection(ctx, noToken, ref, 0)
+				return err
+			},
+			"snapshot": func(ref catalog.Ref) error {
+				_, err := r.Create(ctx, noToken, CreateSpec{Collection: ref, Name: "two"})
+				return err
+			},
+			"read a segment": func(ref catalog.Ref) error {
+				_, _, err := r.catalog.Segment(ctx, ref, job.FirstSegment)
+				return err
+			},
+		}
+		for what, try := range tries {
+			for _, ref := range []catalog.Ref{byName, byID} {
+				err := try(ref)
+				named := what == "snapshot" || err != nil && strings.Contains(err.Error(), fmt.Sprintf("job %d", job.ID))
+				if !errors.Is(err, catalog.ErrCollectionNotActive) || !named {
+					t.Errorf("%s of %s: %v; want the job %d", what, ref, err, job.ID)
+				}
+			}
+		}
+		close(held)
+		if end := w.ended(r, job.ID); end.Job.State != copyjob.Completed {
+			t.Fatalf("%+v", end.Job)
+		}
+		w.restored(r, before, job, sp)
+	})
+}
+
+// TestRestoreParts restores less than all of a snapshot, and with other names.
+func TestRestoreParts(t *testing.T) {
+	for name, change := range map[string]func(*RestoreSpec){
+		"all":              func(*RestoreSpec) {},
+		"one partition":    func(sp *RestoreSpec) { sp.Partitions = []string{"p1"} },
+		"both, and twice":  func(sp *RestoreSpec) { sp.Partitions = []string{"p1", "p0", "p1"} },
+		"no indexes":       func(sp *RestoreSpec) { sp.SkipIndexes = true },
+		"neither":          func(sp *RestoreSpec) { sp.SkipIndexes, sp.Partitions = true, []string{"p0"} },
+		"other channels":   func(sp *RestoreSpec) { sp.Channels = []string{"b", "a"} },
+		"another database": func(sp *RestoreSpec) { sp.DB = "other" },
+	} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				r := w.start("a")
+				s := w.create(r, w.rich(r, "c", 70), "one")
+				sp := restoreSpecOf(s)
+				change(sp)
+				plan, err := r.PlanRestore(t.Context(), sp, true)
+				if err != nil || len(plan.Conflicts) > 0 || plan.MissingCount > 0 {
+					t.Fatalf("%+v, err = %v", plan, err)
+				}
+				job := w.completes(r, sp)
+				if plan.Totals != job.Totals || plan.EstimatedTime <= 0 {
+					t.Errorf("plan %+v, job %+v", plan, job.Totals)
+				}
+				got, err := r.Jobs().Get(t.Context(), job.ID)
+				if err != nil || got.Done != job.Totals {
+					t.Errorf("done %+v of %+v, err = %v", got.Done, job.Totals, err)
+				}
+				if plan, err = r.PlanRestore(t.Context(), sp, false); err != nil || len(plan.Conflicts) != 1 || plan.Totals != job.Totals {
+					t.Errorf("%+v, err = %v", plan, err)
+				}
+			})
+		})
+	}
+}
+
+// TestRestoreTasksWithoutSegments wants a partition that only some tasks have
+// segments of.
+func TestRestoreTasksWithoutSegments(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, p0, _ := w.collection(r, "c")
+		p1, err := r.catalog.CreatePartition(t.Context(), noToken, catalog.Ref{ID: col.ID}, catalog.Partition{Name: "p1"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.catalog.CreatePartition(t.Context(), noToken, catalog.Ref{ID: col.ID}, catalog.Partition{Name: "p2"}); err != nil {
+			t.Fatal(err)
+		}
+		for i := range 100 {
+			seg := w.segment(r, col, 0, 1, 9)
+			if seg.Partition = p0.ID; i >= 95 {
+				seg.Partition = p1.ID
+			}
+			w.place(col.ID, &seg)
+			w.add(r, col, seg)
+		}
+		w.checkpoint(r, col, 10, 10)
+		s := w.create(r, col, "one")
+		for i, want := range []int64{5, 0, 95, 100} {
+			sp := restoreSpecOf(s)
+			sp.Name, sp.Partitions = fmt.Sprint("copy", i), [][]string{{"p1"}, {"p2"}, {"p0"}, nil}[i]
+			if job := w.completes(r, sp); job.Totals.Segments != want || job.Tasks != 4 {
+				t.Errorf("%+v", job)
+			}
+		}
+	})
+}
+
+func TestRestoreProperties(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col := w.rich(r, "c", 2)
+		props := map[string]string{"keep": "1", "change": "2", "remove": "3"}
+		if _, err := r.catalog.UpdateCollection(t.Context(), noToken, catalog.Ref{ID: col.ID}, 0, catalog.Patch{
+			Properties: &props, Attributes: &map[string]string{"x": "y"},
+		}); err != nil {
+			t.Fatal(err)
+		}
+		s := w.create(r, col, "one")
+		sp := restoreSpecOf(s)
+		sp.Properties = map[string]string{"change": "9", "remove": "", "new": "4", "never": ""}
+		job := w.completes(r, sp)
+		target, err := r.catalog.Collection(t.Context(), catalog.Ref{ID: job.Target})
+		if want := map[string]string{"keep": "1", "change": "9", "new": "4"}; err != nil || !maps.Equal(target.Properties, want) {
+			t.Errorf("properties %v, want %v, err = %v", target.Properties, want, err)
+		}
+		d, err := r.Describe(t.Context(), Ref{ID: s.ID})
+		if err != nil || !maps.Equal(d.Metadata.Collection.Properties, props) {
+			t.Errorf("the snapshot says %v, err = %v", d, err)
+		}
+	})
+}
+
+// TestRestoreChannels maps channels by their shards, whatever order their names
+// have.
+func TestRestoreChannels(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		var channels, others []string
+		for i := range 12 {
+			channels, others = append(channels, fmt.Sprintf("by-dev_1v%d", i)), append(others, fmt.Sprintf("other_v%d", 11-i))
+		}
+		col, err := r.catalog.CreateCollection(t.Context(), noToken, catalog.Collection{
+			DB: "default", Name: "c", Channels: channels, Roots: []catalog.Root{{Store: "default", Prefix: "data/"}},
+			Schema: catalog.Schema{Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}}},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var at []segment.Timestamp
+		for shard := range 12 {
+			seg := w.segment(r, col, shard, 1, 9)
+			w.place(col.ID, &seg)
+			w.add(r, col, seg)
+			if shard < 11 { // the last one has none
+				at = append(at, segment.Timestamp(10+shard))
+			}
+		}
+		w.checkpoint(r, col, at...)
+		_, err = r.Create(t.Context(), noToken, spec(col, "none"))
+		wantError(t, err, ErrCheckpointMissing)
+		w.checkpoint(r, col, append(at, 21)...)
+		s := w.create(r, col, "one")
+		for i, names := range [][]string{nil, others} {
+			sp := restoreSpecOf(s)
+			sp.Name, sp.Channels = fmt.Sprint("copy", i), names
+			job := w.completes(r, sp)
+			cps, err := r.catalog.Checkpoints(t.Context(), catalog.Ref{ID: job.Target})
+			if err != nil || len(cps) != 12 {
+				t.Fatalf("%+v, err = %v", cps, err)
+			}
+			for shard, cp := range cps {
+				want := channels[shard]
+				if names != nil {
+					want = names[shard]
+				}
+				if cp.Shard != shard || cp.Channel != want || cp.Position.Timestamp != segment.Timestamp(10+shard) {
+					t.Errorf("%+v at %d, want %s", cp, shard, want)
+				}
+			}
+		}
+		for _, wrong := range [][]string{others[:11], append(slices.Clone(others), "more")} {
+			sp := restoreSpecOf(s)
+			sp.Channels = wrong
+			_, err := r.Restore(t.Context(), noToken, sp)
+			wantError(t, err, ErrChannelMismatch)
+		}
+		sp := restoreSpecOf(s)
+		sp.Channels = append(slices.Clone(others[:11]), others[0])
+		_, err = r.Restore(t.Context(), noToken, sp)
+		if _, ok := errors.AsType[*catalog.InvalidError](err); !ok {
+			t.Errorf("a channel twice: %v", err)
+		}
+	})
+}
+
+// TestRestoreWithoutChannels restores collections without channels, with a
+// checkpoint and without.
+func TestRestoreWithoutChannels(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		for i := range 2 {
+			col, err := r.catalog.CreateCollection(t.Context(), noToken, catalog.Collection{
+				DB: "default", Name: fmt.Sprint("c", i), Roots: []catalog.Root{{Store: "default", Prefix: "data/"}},
+				Schema: catalog.Schema{Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}}},
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			seg := w.segment(r, col, 0, 1, 9)
+			w.place(col.ID, &seg)
+			w.add(r, col, seg)
+			if i == 1 {
+				w.checkpoint(r, col, 10)
+			}
+			sp := restoreSpecOf(w.create(r, col, fmt.Sprint("s", i)))
+			sp.Name = fmt.Sprint("copy", i)
+			w.completes(r, sp)
+			sp.Name, sp.Channels = "other", []string{"one"}
+			_, err = r.Restore(t.Context(), noToken, sp)
+			wantError(t, err, ErrChannelMismatch)
+		}
+	})
+}
+
+// TestRestoreOverAndOver restores what was restored, what was dropped, what was
+// renamed, nothing at all, and a snapshot of a restored collection.
+func TestRestoreOverAndOver(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col := w.rich(r, "c", 12)
+		s := w.create(r, col, "one")
+		empty := w.create(r, w.rich(r, "empty", 0), "none")
+		if _, err := r.catalog.DropCollection(t.Context(), noToken, catalog.Ref{ID: col.ID}, 0); err != nil {
+			t.Fatal(err)
+		}
+		sp := restoreSpecOf(s)
+		sp.Name = "c" // its own name, which is free again
+		first := w.completes(r, sp)
+		if _, err := r.catalog.DropCollection(t.Context(), noToken, catalog.Ref{ID: first.Target}, 0); err != nil {
+			t.Fatal(err)
+		}
+		second := w.completes(r, sp)
+		if first.Target == second.Target || second.FirstSegment < first.FirstBuild+first.Builds {
+			t.Errorf("%+v after %+v", second, first)
+		}
+		if _, err := r.catalog.RenameCollection(t.Context(), noToken, catalog.Ref{ID: second.Target}, "default", "moved"); err != nil {
+			t.Fatal(err)
+		}
+		w.completes(r, sp)
+		// A snapshot of what was restored, straddling segments and all.
+		moved, err := r.catalog.Collection(t.Context(), catalog.Ref{ID: second.Target})
+		if err != nil {
+			t.Fatal(err)
+		}
+		again := w.create(r, moved, "two")
+		if again.Totals != s.Totals {
+			t.Errorf("a snapshot of the copy holds %+v, that of the source %+v", again.Totals, s.Totals)
+		}
+		w.completes(r, restoreSpecOf(again))
+
+		none := restoreSpecOf(empty)
+		none.Name = "nothing"
+		if job := w.completes(r, none); job.Totals != (segment.Totals{}) || job.Tasks != 0 {
+			t.Errorf("%+v", job)
+		}
+	})
+}
+
+// TestRestoreToken repeats restores.
+func TestRestoreToken(t *testing.T) {
+	for _, missing := range []bool{false, true} {
+		inWorld(t, func(t *testing.T, w *world) {
+			a := w.start("a", func(o *Options) { o.KeepRestores = 10 * time.Minute })
+			b := w.start("b", func(o *Options) { o.KeepRestores = 10 * time.Minute })
+			s := w.create(a, w.rich(a, "c", 8), "one")
+			if missing {
+				if err := w.objects.Delete(t.Context(), w.objectsUnder("data/")[0]); err != nil {
+					t.Fatal(err)
+				}
+			}
+			sp, tok := restoreSpecOf(s), token("t", "one")
+			a.store.SetLatency(time.Second)
+			b.store.SetLatency(time.Second)
+			var wg sync.WaitGroup
+			ids := make([]int64, 10)
+			for i := range ids {
+				wg.Go(func() {
+					job, err := []*replica{a, b}[i%2].Restore(t.Context(), tok, sp)
+					if err != nil {
+						t.Errorf("call %d: %v", i, err)
+						return
+					}
+					ids[i] = job.ID
+				})
+			}
+			wg.Wait()
+			if len(slices.Compact(ids)) != 1 || len(w.jobs()) != 1 {
+				t.Fatalf("jobs %v", ids)
+			}
+			_, err := a.Restore(t.Context(), token("t", "two"), sp)
+			wantError(t, err, request.ErrReused)
+			end := w.ended(a, ids[0])
+			job, err := b.Restore(t.Context(), tok, sp)
+			if err != nil || job.ID != ids[0] || job.Target != end.Job.Target {
+				t.Errorf("%+v, err = %v", job, err)
+			}
+			_, err = b.Restore(t.Context(), token("t", "two"), sp)
+			wantError(t, err, request.ErrReused)
+			// When the job is forgotten the token still stands for it.
+			time.Sleep(20 * time.Minute)
+			settle()
+			job, err = b.Restore(t.Context(), tok, sp)
+			if err != nil || job.ID != ids[0] || job.Target != end.Job.Target || job.State != end.Job.State {
+				t.Errorf("%+v, err = %v", job, err)
+			}
+			if len(w.jobs()) != 0 {
+				t.Errorf("jobs %+v", w.jobs())
+			}
+		})
+	}
+}
+
+// TestRestoreIsForgotten lets jobs that have ended go after their time.
+func TestRestoreIsForgotten(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.KeepRestores = time.Hour })
+		s := w.create(r, w.rich(r, "c", 2), "one")
+		job := w.completes(r, restoreSpecOf(s))
+		time.Sleep(59 * time.Minute)
+		if _, err := r.Jobs().Get(t.Context(), job.ID); err != nil {
+			t.Error(err)
+		}
+		time.Sleep(2 * time.Minute)
+		settle()
+		_, err := r.Jobs().Get(t.Context(), job.ID)
+		wantError(t, err, copyjob.ErrJobNotFound)
+		wantError(t, r.NoJob(t.Context(), job.ID), ErrExpiredOrDropped)
+		wantError(t, r.NoJob(t.Context(), job.ID+1_000_000), ErrNeverExisted)
+		_, err = r.Jobs().Cancel(t.Context(), job.ID)
+		wantError(t, err, copyjob.ErrJobNotFound)
+		_, err = r.Jobs().SetLimits(t.Context(), job.ID, copyjob.Limits{})
+		wantError(t, err, copyjob.ErrJobNotFound)
+		for _, key := range w.keysUnder("/job/") {
+			t.Errorf("%s is left", key)
+		}
+	})
+}
+
+// TestRestoreEvents tells of a target when it is published, and of the job in
+// each of its phases.
+func TestRestoreEvents(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		s := w.create(r, w.rich(r, "c", 4), "one")
+		good := w.completes(r, restoreSpecOf(s))
+		bad := restoreSpecOf(s)
+		bad.Name = "bad"
+		if err := w.objects.Delete(t.Context(), w.objectsUnder("data/")[0]); err != nil {
+			t.Fatal(err)
+		}
+		failed := w.fails(r, bad, "SOURCE_OBJECT_MISSING", "").Job
+		done := errors.New("all told")
+		var told []string
+		// Whole history in one go, and one revision at a time as a reader does who
+		// begins anew all the time.
+		_, _, last, err := w.kv.Get(t.Context(), keys.Format)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = r.Watch(t.Context(), 1, 0, func(events []Event, revision int64) error {
+			for _, e := range events {
+				switch {
+				case e.Collection != nil && e.Collection.ID != s.Collection:
+					told = append(told, fmt.Sprintf("collection %d %v %v", e.Collection.ID, e.Type, e.Collection.State))
+				case e.Restore != nil:
+					told = append(told, fmt.Sprintf("job %d %v %v %v", e.Restore.ID, e.Type, e.Restore.State, e.Restore.Phase))
+				case e.Pin != nil:
+					told = append(told, fmt.Sprintf("pin %d %v expired %v", e.Pin.ID, e.Type, e.Expired))
+				}
+			}
+			if revision >= last {
+				return done
+			}
+			return nil
+		})
+		wantError(t, err, done)
+		want := func(job *copyjob.Job, more ...string) []string {
+			list := []string{
+				fmt.Sprintf("job %d %v PENDING admit", job.ID, Created), fmt.Sprintf("pin %d %v expired false", job.Pin, Created),
+				fmt.Sprintf("job %d %v EXECUTING prepare", job.ID, Updated), fmt.Sprintf("job %d %v EXECUTING copy", job.ID, Updated),
+			}
+			return append(list, more...)
+		}
+		all := append(want(good, fmt.Sprintf("job %d %v COMPLETED publish", good.ID, Updated),
+			fmt.Sprintf("collection %d %v ACTIVE", good.Target, Created), fmt.Sprintf("pin %d %v expired false", good.Pin, Deleted)),
+			want(failed, fmt.Sprintf("job %d %v EXECUTING roll back", failed.ID, Updated),
+				fmt.Sprintf("job %d %v FAILED roll back", failed.ID, Updated), fmt.Sprintf("pin %d %v expired false", failed.Pin, Deleted))...)
+		slices.Sort(all) // those of one revision are in no order
+		slices.Sort(told)
+		if diff := cmp.Diff(all, told); diff != "" {
+			t.Error(diff)
+		}
+	})
+}
+
+// TestRestoreMilvus restores a collection of the shape that Milvus has, and
+// refuses one with a file that has no place there.
+func TestRestoreMilvus(t *testing.T) {
+	for _, odd := range []string{"", "insert_log/%d/%d/%d/_data/0.parquet", "somewhere/else", "insert_log/%[1]d/%[2]d/12345/100/1"} {
+		t.Run(odd, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				r := w.start("a")
+				ctx := t.Context()
+				col, err := r.catalog.CreateCollection(ctx, noToken, catalog.Collection{
+					DB: "default", Name: "m", Layout: catalog.LayoutMilvus, Channels: []string{"by-dev-rootcoord-dml_0_1v0"},
+					Roots:  []catalog.Root{{Store: "default", Prefix: "files/"}},
+					Schema: catalog.Schema{Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}}},
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				ref := catalog.Ref{ID: col.ID}
+				p, err := r.catalog.CreatePartition(ctx, noToken, ref, catalog.Partition{Name: "_default"})
+				if err != nil {
+					t.Fatal(err)
+				}
+				x, err := r.catalog.CreateIndex(ctx, noToken, ref, catalog.Index{Name: "x", Field: 100})
+				if err != nil {
+					t.Fatal(err)
+				}
+				put := func(kind, path string) segment.File {
+					info, err := w.objects.Put(ctx, "files/"+path, tenBytes(path))
+					if err != nil {
+						t.Fatal(err)
+					}
+					return segment.File{Kind: kind, Path: path, Size: info.Size, ETag: info.ETag, Field: 100}
+				}
+				for i := range 40 {
+					seg := segment.Segment{
+						ID: w.newID(r), Partition: p.ID, Level: 1, State: segment.Flushed, Rows: 9, DML: segment.Position{Timestamp: 10},
+					}
+					at := fmt.Sprintf("%d/%d/%d", col.ID, p.ID, seg.ID)
+					if i == 7 { // L0
+						seg.Level, seg.Partition = 0, 0
+						seg.Files = append(seg.Files, put(segment.KindDelta, fmt.Sprintf("delta_log/%d/-1/%d/8", col.ID, seg.ID)))
+						w.add(r, col, seg)
+						continue
+					}
+					build := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
+					seg.Files = append(seg.Files,
+						put(segment.KindInsert, "insert_log/"+at+"/100/4"), put(segment.KindStats, "stats_log/"+at+"/100/1"),
+						put(segment.KindDelta, "delta_log/"+at+"/9"), put(segment.KindBM25, "bm25_stats/"+at+"/102/1"))
+					build.Files = append(build.Files, put(segment.KindIndex, fmt.Sprintf("index_files/%d/1/%d/%d/HNSW_0", build.ID, p.ID, seg.ID)))
+					text := segment.Build{ID: w.newID(r), Index: x.ID, Field: 101}
+					text.Files = append(text.Files, put(segment.KindText, fmt.Sprintf("text_log/%d/1/%s/101/a_0", text.ID, at)))
+					if i%2 == 0 {
+						build = text
+					}
+					seg.Builds = []segment.Build{build}
+					if i == 39 && odd != "" {
+						path := fmt.Sprintf(odd, col.ID, p.ID, seg.ID)
+						path, _, _ = strings.Cut(path, "%!")
+						seg.Files = append(seg.Files, put(segment.KindInsert, path))
+					}
+					w.add(r, col, seg)
+				}
+				w.checkpoint(r, col, 10)
+				sp := restoreSpecOf(w.create(r, col, "one"))
+				// What is no file of the snapshot, and lies beside.
+				put("", fmt.Sprintf("insert_log/%d/1/2/3/4", col.ID+1))
+				if odd == "" {
+					w.completes(r, sp)
+					sp.Name, sp.SkipIndexes = "bare", true
+					w.completes(r, sp)
+					sp.Name, sp.SkipIndexes = "failed", false
+					key := ""
+					for _, k := range w.objectsUnder("files/text_log/") {
+						if key == "" && strings.Contains(k, fmt.Sprintf("/1/%d/%d/", col.ID, p.ID)) { // of the first segment
+							key = k
+						}
+					}
+					if err := w.objects.Delete(ctx, key); err != nil {
+						t.Fatal(err)
+					}
+					w.fails(r, sp, "SOURCE_OBJECT_MISSING", key)
+					return
+				}
+				before := w.traces()
+				_, err = r.Restore(ctx, noToken, sp)
+				wantError(t, err, ErrLayoutRefused)
+				w.nothingSince(before)
+				plan, err := r.PlanRestore(ctx, sp, false)
+				if err != nil || len(plan.Conflicts) != 1 {
+					t.Errorf("%+v, err = %v", plan, err)
+				}
+			})
+		})
+	}
+}

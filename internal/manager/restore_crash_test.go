@@ -1,0 +1,141 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// disturbed is a restore that is disturbed at one place.
+type disturbed struct {
+	segments int
+	kill     bool // the replica dies with the fault; else it goes on
+	missing  bool // a file of the snapshot is missing, so that it fails
+	cancel   bool // it is canceled as soon as it is there
+	plan     func(g *grave, r *replica)
+}
+
+// run says whether the fault happened.
+func (d disturbed) run(t *testing.T, what string) (fired bool) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a := w.start("a")
+		col := w.rich(a, "c", d.segments)
+		s := w.create(a, col, "one")
+		if d.missing {
+			list := w.segments(a, s)
+			if err := w.objects.Delete(t.Context(), "data/"+list[len(list)-1].Files[0].Path); err != nil {
+				t.Fatal(err)
+			}
+		}
+		settle()
+		before := w.traces()
+		sp, tok := restoreSpecOf(s), token("t", "restore")
+		if d.cancel {
+			a.store.SetLatency(time.Second) // so that it is canceled in the midst of its copies
+		}
+		g := newGrave()
+		d.plan(g, a)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		job, err := a.Restore(ctx, tok, sp)
+		cancel()
+		if err == nil && d.cancel {
+			time.Sleep(1500 * time.Millisecond)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			_, _ = a.Jobs().Cancel(ctx, job.ID) // else below
+			cancel()
+		}
+		r := a
+		if err != nil && !g.isDead() {
+			w.definitely(a, tok, sp)
+		}
+		if g.isDead() || !w.endedOrDead(g) {
+			a.stop()
+			r = w.start("b")
+		}
+		fired = g.hasFired() > 0
+		a.lift()
+		job = w.definitely(r, tok, sp)
+		ended := false // before it was canceled
+		if d.cancel {
+			if _, err := r.Jobs().Cancel(t.Context(), job.ID); errors.Is(err, copyjob.ErrEnded) {
+				ended = true
+			} else if err != nil {
+				t.Error(err)
+			}
+		}
+		end := w.ended(r, job.ID)
+		settle()
+		want := copyjob.Completed
+		switch {
+		case d.missing:
+			want = copyjob.Failed
+		case d.cancel && !ended:
+			want = copyjob.Canceled
+		}
+		if end.Job.State != want {
+			t.Errorf("%s: it ended %v: %s: %s", what, end.Job.State, end.Job.Reason, end.Job.Message)
+		}
+		if n := len(w.jobs()); n != 1 {
+			t.Errorf("%s: %d jobs", what, n)
+		}
+		w.outcome(r, before, end, sp)
+		if t.Failed() {
+			t.Errorf("at %s", what)
+		}
+	})
+	return fired
+}
+
+// TestRestoreDiesAtEachWrite kills the replica at each of its writes, before and
+// after it takes effect, and lets another one go on.
+func TestRestoreDiesAtEachWrite(t *testing.T) {
+	for _, d := range []disturbed{{segments: 40}, {segments: 4, missing: true}, {segments: 4, cancel: true}} {
+		for _, fault := range []meta.Fault{meta.Before, meta.After} {
+			n := eachOf(t, 200, func(n int) bool {
+				d.kill = true
+				d.plan = func(g *grave, r *replica) { g.atWrite(r, n, fault, true) }
+				return d.run(t, fmt.Sprintf("write %d, fault %v, %+v", n, fault, d))
+			})
+			t.Logf("%d writes", n)
+			if n < 6 {
+				t.Errorf("%+v: only %d writes", d, n)
+			}
+		}
+	}
+}
+
+// TestRestoreSurvivesEachFailedWrite fails each write, before and after it takes
+// effect, and the same replica goes on.
+func TestRestoreSurvivesEachFailedWrite(t *testing.T) {
+	for _, d := range []disturbed{{segments: 40}, {segments: 4, missing: true}, {segments: 4, cancel: true}} {
+		for _, fault := range []meta.Fault{meta.Before, meta.After} {
+			eachOf(t, 200, func(n int) bool {
+				d.plan = func(g *grave, r *replica) { g.atWrite(r, n, fault, false) }
+				return d.run(t, fmt.Sprintf("write %d, fault %v, %+v", n, fault, d))
+			})
+		}
+	}
+}
+
+// TestRestoreAtEachRequest fails each request to the object store, before and
+// after it takes effect; with and without the death of the replica.
+func TestRestoreAtEachRequest(t *testing.T) {
+	for _, kill := range []bool{false, true} {
+		for _, d := range []disturbed{{segments: 5}, {segments: 3, missing: true}, {segments: 3, cancel: true}} {
+			for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
+				n := eachOf(t, 400, func(n int) bool {
+					d.kill = kill
+					d.plan = func(g *grave, r *replica) { g.atRequest(r, n, fault, 1, kill) }
+					return d.run(t, fmt.Sprintf("request %d, fault %v, %+v", n, fault, d))
+				})
+				t.Logf("%d requests", n)
+			}
+		}
+	}
+}

@@ -1,0 +1,105 @@
+//go:build linux && !short
+
+package manager
+
+import (
+	"bytes"
+	"context"
+	"math/rand/v2"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
+	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
+)
+
+// smallParts has every job copy in parts what is larger than one part.
+type smallParts struct{ meta.KV }
+
+func (k smallParts) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
+	for i := range t.Then {
+		op := &t.Then[i]
+		if op.Kind != meta.OpPut || !strings.HasPrefix(op.From, keys.JobPrefix) {
+			continue
+		}
+		job, err := copyjob.DecodeJob(meta.KeyValue{Key: op.From, Value: op.Value})
+		if err != nil {
+			return meta.TxnResult{}, err
+		}
+		job.Parts = object.CopyParts{Threshold: object.MinPartSize, PartSize: object.MinPartSize}
+		op.Value = job.Encode("small")
+	}
+	return k.KV.Txn(ctx, t)
+}
+
+// TestRestoreOnRealStores restores on etcd and S3, small files and one that is
+// copied in parts, once all is well and once a file of the snapshot is not what
+// it was.
+func TestRestoreOnRealStores(t *testing.T) {
+	w, through, proxy := onS3(t)
+	w.kv, w.memory = etcdtest.Shared(t).KV(t), nil
+	r := w.start("a", func(o *Options) {
+		o.Stores, o.KV = map[string]object.Store{"default": through}, smallParts{o.KV}
+	})
+	col := w.rich(r, "c", 40)
+	large := w.segment(r, col, 0, 1, 9)
+	f := &large.Files[0]
+	f.Size = 12<<20 + 5
+	f.Path = catalog.NativePath(col.ID, &large, f)
+	content := make([]byte, f.Size)
+	if _, err := rand.NewChaCha8([32]byte{1}).Read(content); err != nil {
+		t.Fatal(err)
+	}
+	info, err := w.objects.Put(t.Context(), "data/"+f.Path, content)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.ETag = info.ETag
+	w.add(r, col, large)
+	s := w.create(r, col, "one")
+
+	sp := restoreSpecOf(s)
+	job := w.completes(r, sp)
+	var copied []segment.Segment
+	if _, err := r.catalog.ScanSegments(t.Context(), job.Target, 0, func(batch []segment.Segment) error {
+		copied = append(copied, batch...)
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	last := &copied[len(copied)-1].Files[0]
+	if !strings.HasSuffix(last.ETag, "-3") || !bytes.Equal(w.bytes("data/"+last.Path), content) {
+		t.Errorf("the large file was copied as %+v", last)
+	}
+
+	// The store does not keep up for a while.
+	proxy.Plan(s3fault.Rule{Skip: 5, Times: 30, Action: s3fault.Status(503, "SlowDown")})
+	sp.Name = "upset"
+	began := time.Now()
+	w.completes(r, sp)
+	t.Logf("with trouble it took %v", time.Since(began))
+	if proxy.Fired() == 0 {
+		t.Error("the faults met nobody")
+	}
+	proxy.Plan()
+
+	content[len(content)/2] ^= 1
+	if _, err := w.objects.Put(t.Context(), "data/"+f.Path, content); err != nil {
+		t.Fatal(err)
+	}
+	sp.Name = "altered"
+	w.fails(r, sp, "SOURCE_OBJECT_ALTERED", f.Path)
+	if n, err := w.objects.AbortUploads(t.Context(), "", time.Time{}); err != nil || n != 0 {
+		t.Errorf("%d uploads are open, err = %v", n, err)
+	}
+	if err := dropErr(r, s); err != nil {
+		t.Error(err)
+	}
+}

@@ -1,0 +1,826 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// TestRestoreCanceled cancels in each phase.
+func TestRestoreCanceled(t *testing.T) {
+	for name, c := range map[string]struct {
+		hold  func(leader *replica) // so that it stays in the phase
+		phase copyjob.Phase
+	}{
+		"admit":   {func(l *replica) { l.kv.Freeze() }, copyjob.Admit},
+		"prepare": {func(l *replica) { failWrites(l, 1) }, copyjob.Prepare}, // begin passes
+		"copy":    {failCopies, copyjob.Copy},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				leader := w.start("a")
+				settle()
+				r := w.start("b", func(o *Options) { o.RestoreSlots = -1 })
+				s := w.create(r, w.rich(r, "c", 12), "one")
+				before := w.traces()
+				c.hold(leader)
+				sp := restoreSpecOf(s)
+				sp.Labels = map[string]string{"a": "b"}
+				job := w.restore(r, sp)
+				time.Sleep(time.Second)
+				st, err := r.Jobs().Get(t.Context(), job.ID)
+				if err != nil || st.Job.Phase != c.phase {
+					t.Fatalf("%+v, err = %v", st.Job, err)
+				}
+				for range 3 { // it may be repeated
+					if st, err = r.Jobs().Cancel(t.Context(), job.ID); err != nil || st.Job.Phase != copyjob.RollBack {
+						t.Fatalf("%+v, err = %v", st, err)
+					}
+				}
+				_, err = r.Jobs().SetLimits(t.Context(), job.ID, copyjob.Limits{Bytes: 1})
+				wantError(t, err, copyjob.ErrEnded)
+				leader.kv.Thaw()
+				leader.lift()
+				end := w.ended(r, job.ID)
+				if end.Job.State != copyjob.Canceled || end.Job.Reason != "CANCELED" || end.Job.Labels["a"] != "b" {
+					t.Errorf("%+v", end.Job)
+				}
+				w.nothingSince(before)
+				if st, err = r.Jobs().Cancel(t.Context(), job.ID); err != nil || st.Job.State != copyjob.Canceled {
+					t.Errorf("canceled again: %+v, err = %v", st, err)
+				}
+				w.again(r, before, sp)
+				_, err = r.Jobs().Cancel(t.Context(), w.jobs()[1].ID)
+				wantError(t, err, copyjob.ErrEnded)
+				_, err = r.Jobs().SetLimits(t.Context(), w.jobs()[1].ID, copyjob.Limits{})
+				wantError(t, err, copyjob.ErrEnded)
+				list, more, err := r.Jobs().List(t.Context(), copyjob.Filter{Labels: map[string]string{"a": "b"}, States: []copyjob.State{copyjob.Canceled}}, 0, 1)
+				if err != nil || more || len(list) != 1 || list[0].Job.ID != job.ID {
+					t.Errorf("%+v, more = %v, err = %v", list, more, err)
+				}
+			})
+		})
+	}
+}
+
+// failCopies has all copies fail.
+func failCopies(r *replica) {
+	r.store.Plan(func(c object.Call) object.Fault {
+		if c.Op == object.OpCopy {
+			return object.FaultBefore
+		}
+		return object.FaultNone
+	})
+}
+
+// failWrites has all transactions but the first n fail.
+func failWrites(r *replica, n int) {
+	var mu sync.Mutex
+	r.kv.Hook(func(c meta.Call) meta.Fault {
+		mu.Lock()
+		defer mu.Unlock()
+		if c.Method != meta.MethodTxn {
+			return meta.NoFault
+		}
+		if n--; n < 0 {
+			return meta.Before
+		}
+		return meta.NoFault
+	})
+}
+
+// TestRestoreCanceledBetweenWrites cancels before each write of the leader and
+// its worker, and has the write come through, or lose its answer. What the
+// cancel says is what happens.
+func TestRestoreCanceledBetweenWrites(t *testing.T) {
+	outcomes := map[copyjob.State]int{}
+	for _, fault := range []meta.Fault{meta.NoFault, meta.After} {
+		eachOf(t, 100, func(n int) bool {
+			fired := false
+			inWorld(t, func(t *testing.T, w *world) {
+				a := w.start("a")
+				settle()
+				b := w.start("b", func(o *Options) { o.RestoreSlots = -1 })
+				s := w.create(b, w.rich(b, "c", 4), "one")
+				before := w.traces()
+				var mu sync.Mutex
+				var cancelErr error
+				left := n
+				a.kv.Hook(func(c meta.Call) meta.Fault {
+					if c.Method != meta.MethodTxn {
+						return meta.NoFault
+					}
+					mu.Lock()
+					left--
+					here := left == -1
+					mu.Unlock()
+					if !here {
+						return meta.NoFault
+					}
+					jobs := w.jobs()
+					_, cancelErr = b.Jobs().Cancel(context.Background(), jobs[0].ID)
+					fired = true
+					return fault
+				})
+				sp := restoreSpecOf(s)
+				job := w.restore(b, sp)
+				end := w.ended(b, job.ID)
+				outcomes[end.Job.State]++
+				switch {
+				case !fired:
+					if end.Job.State != copyjob.Completed {
+						t.Errorf("%+v", end.Job)
+					}
+				case cancelErr == nil:
+					if end.Job.State != copyjob.Canceled {
+						t.Errorf("write %d: canceled, and %+v", n, end.Job)
+					}
+				case !errors.Is(cancelErr, copyjob.ErrEnded) || end.Job.State != copyjob.Completed:
+					t.Errorf("write %d: cancel said %v, and %+v", n, cancelErr, end.Job)
+				}
+				a.lift()
+				w.outcome(b, before, end, sp)
+				w.neverSeen(job, end)
+			})
+			return fired
+		})
+	}
+	if outcomes[copyjob.Canceled] < 10 || outcomes[copyjob.Completed] < 2 {
+		t.Errorf("it ended %v", outcomes)
+	}
+}
+
+// neverSeen holds that the target of a job that did not complete was at no time
+// ACTIVE.
+func (w *world) neverSeen(job *copyjob.Job, end *copyjob.Status) {
+	w.t.Helper()
+	if end.Job.State == copyjob.Completed {
+		return
+	}
+	ctx, cancel := context.WithCancel(w.t.Context())
+	defer cancel()
+	_, _, last, err := w.kv.Get(ctx, keys.Format)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	watch := w.kv.Watch(ctx, keys.Collection(job.Target), "", 1)
+	if watch != nil {
+		watch = w.kv.Watch(ctx, keys.Collection(job.Target), keys.Collection(job.Target)+"\x00", 1)
+	}
+	if err := watch.Progress(ctx); err != nil {
+		w.t.Fatal(err)
+	}
+	for {
+		b, err := watch.Next()
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		for _, e := range b.Events {
+			if e.Deleted {
+				continue
+			}
+			if col, err := catalog.DecodeCollection(e.KV); err != nil || col.State != catalog.Restoring {
+				w.t.Errorf("the target of a job that ended %v was %v, err = %v", end.Job.State, col.State, err)
+			}
+		}
+		if b.Revision >= last {
+			return
+		}
+	}
+}
+
+// TestRestoreCancelRaces cancels at random times while replicas freeze, lag and
+// die.
+func TestRestoreCancelRaces(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	outcomes := map[copyjob.State]int{}
+	for range 20 {
+		run := random.Uint64()
+		inWorld(t, func(t *testing.T, w *world) {
+			rnd := rand.New(rand.NewPCG(run, 0))
+			var rs []*replica
+			for _, name := range []string{"a", "b", "c"} {
+				rs = append(rs, w.start(name))
+			}
+			s := w.create(rs[0], w.rich(rs[0], "c", 40), "one")
+			before := w.traces()
+			for _, r := range rs {
+				r.store.SetLatency(time.Duration(rnd.IntN(3000)) * time.Millisecond)
+			}
+			sp := restoreSpecOf(s)
+			job := w.restore(rs[2], sp)
+			upset := rnd.IntN(3)
+			time.Sleep(time.Duration(rnd.IntN(8000)) * time.Millisecond)
+			switch rnd.IntN(3) {
+			case 0:
+				rs[upset].kv.Freeze()
+			case 1:
+				rs[upset].kv.Freeze()
+				rs[upset].store.Freeze()
+			}
+			time.Sleep(time.Duration(rnd.IntN([]int{12_000, 60_000}[rnd.IntN(2)])) * time.Millisecond)
+			canceler := rs[(upset+1)%3]
+			_, cancelErr := canceler.Jobs().Cancel(t.Context(), job.ID)
+			time.Sleep(time.Duration(rnd.IntN(30000)) * time.Millisecond)
+			rs[upset].kv.Thaw()
+			rs[upset].store.Thaw()
+			end := w.ended(canceler, job.ID)
+			outcomes[end.Job.State]++
+			if want := map[bool]copyjob.State{true: copyjob.Canceled, false: copyjob.Completed}[cancelErr == nil]; end.Job.State != want {
+				t.Errorf("run %d: cancel said %v, and %+v", run, cancelErr, end.Job)
+			}
+			time.Sleep(time.Minute)
+			settle()
+			for _, r := range rs {
+				r.store.SetLatency(0)
+			}
+			w.outcome(canceler, before, end, sp)
+			w.neverSeen(job, end)
+		})
+	}
+	t.Logf("%v", outcomes)
+	if outcomes[copyjob.Canceled] == 0 || outcomes[copyjob.Completed] == 0 {
+		t.Errorf("it ended %v", outcomes)
+	}
+}
+
+func TestRestoreDeadline(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		s := w.create(r, w.rich(r, "c", 12), "one")
+		before := w.traces()
+		sp := restoreSpecOf(s)
+		sp.Timeout = time.Minute
+		r.store.SetLatency(45 * time.Second) // copy and verify take longer, removal does not matter
+		began := time.Now()
+		job := w.restore(r, sp)
+		r.store.Plan(nil)
+		for {
+			st, err := r.Jobs().Get(t.Context(), job.ID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if st.Job.Phase == copyjob.RollBack {
+				break
+			}
+			time.Sleep(time.Second)
+		}
+		if d := time.Since(began); d < time.Minute || d > 2*time.Minute {
+			t.Errorf("it was given up after %v", d)
+		}
+		end := w.ended(r, job.ID)
+		if end.Job.State != copyjob.Failed || end.Job.Reason != "TIMEOUT" {
+			t.Errorf("%+v", end.Job)
+		}
+		w.nothingSince(before)
+		r.store.SetLatency(0)
+		w.completes(r, sp)
+	})
+}
+
+// sampled watches a job all the time until it has ended, and holds that nothing
+// goes down.
+func (w *world) sampled(r *replica, id int64) *copyjob.Status {
+	w.t.Helper()
+	var last *copyjob.Status
+	for {
+		s, err := r.Jobs().Get(w.t.Context(), id)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		if last != nil {
+			a, b := last.Done, s.Done
+			if b.Segments < a.Segments || b.Files < a.Files || b.Bytes < a.Bytes || b.Rows < a.Rows || b.Builds < a.Builds ||
+				s.Fraction < last.Fraction || s.Retries < last.Retries || s.Job.Phase < last.Job.Phase {
+				w.t.Errorf("from %+v to %+v", last, s)
+			}
+		}
+		if s.Fraction < 0 || s.Fraction > 1 || (s.Fraction == 1) != (s.Job.State == copyjob.Completed) ||
+			s.Done.Files > s.Job.Totals.Files || s.Done.Bytes > s.Job.Totals.Bytes || s.Done.Segments > s.Job.Totals.Segments {
+			w.t.Errorf("%+v of %+v", s, s.Job)
+		}
+		if last = s; s.Job.State.Ended() {
+			return s
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
+}
+
+// TestRestoreWorkerDies has workers die, freeze and come back in the midst of
+// their tasks: others go on with what is there, and nothing is lost.
+func TestRestoreWorkerDies(t *testing.T) {
+	for name, c := range map[string]struct {
+		hurt, heal func(r *replica)
+		end        copyjob.State
+	}{
+		"stops":      {func(r *replica) { r.stop() }, func(*replica) {}, copyjob.Completed},
+		"dies":       {func(r *replica) { newDead(r) }, func(*replica) {}, copyjob.Completed},
+		"freezes":    {freeze, thaw, copyjob.Completed},
+		"loses etcd": {func(r *replica) { r.kv.Freeze() }, thaw, copyjob.Completed},
+		"loses S3":   {func(r *replica) { r.store.Freeze() }, thaw, copyjob.Completed},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				one := func(o *Options) { o.CopyInFlight = 2 }
+				a := w.start("a", one) // it leads, and works
+				settle()
+				b := w.start("b", one)
+				c0 := w.start("c", func(o *Options) { o.RestoreSlots = -1 }) // it looks on
+				s := w.create(a, w.rich(a, "c", 96), "one")
+				before := w.traces()
+				sp := restoreSpecOf(s)
+				settle()
+				a.store.SetLatency(400 * time.Millisecond)
+				b.store.SetLatency(400 * time.Millisecond)
+				job := w.restore(c0, sp)
+				go func() {
+					time.Sleep(5 * time.Second)
+					c.hurt(a)
+					time.Sleep(40 * time.Second)
+					c.heal(a)
+				}()
+				end := w.sampled(c0, job.ID)
+				if end.Job.State != c.end {
+					t.Errorf("%+v of %+v", end, end.Job)
+				}
+				if name != "loses S3" && end.Retries == 0 {
+					t.Errorf("nothing was begun again: %+v", end)
+				}
+				time.Sleep(5 * time.Minute) // whatever wakes up late
+				settle()
+				w.restored(c0, before, end.Job, sp)
+			})
+		})
+	}
+}
+
+func freeze(r *replica) {
+	r.kv.Freeze()
+	r.store.Freeze()
+}
+
+func thaw(r *replica) {
+	r.kv.Thaw()
+	r.store.Thaw()
+}
+
+// newDead has nothing that r does have an effect any more.
+func newDead(r *replica) {
+	g := newGrave()
+	g.atWrite(r, -1, meta.Before, true)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.fire(true)
+}
+
+// TestRestoreShared has several jobs and replicas: they share the work.
+func TestRestoreShared(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		var rs []*replica
+		for _, name := range []string{"a", "b", "c"} {
+			r := w.start(name, func(o *Options) { o.RestoreSlots = 2 })
+			r.store.SetLatency(100 * time.Millisecond)
+			rs = append(rs, r)
+		}
+		s := w.create(rs[0], w.rich(rs[0], "c", 140), "one")
+		settle()
+		for _, r := range rs {
+			r.store.Plan(nil) // counts from here
+		}
+		var jobs []*copyjob.Job
+		var specs []*RestoreSpec
+		for i := range 4 {
+			sp := restoreSpecOf(s)
+			sp.Name = fmt.Sprint("copy", i)
+			specs = append(specs, sp)
+			jobs = append(jobs, w.restore(rs[i%3], sp))
+		}
+		for _, job := range jobs {
+			if end := w.sampled(rs[1], job.ID); end.Job.State != copyjob.Completed || end.Retries != 0 {
+				t.Errorf("%+v of %+v", end, end.Job)
+			}
+		}
+		for i, r := range rs {
+			if n := r.store.Calls(object.OpCopy); n < 100 {
+				t.Errorf("replica %d made %d copies", i, n)
+			}
+		}
+		all := w.traces()
+		for i, job := range jobs {
+			w.restored(rs[0], all, job, specs[i])
+		}
+	})
+}
+
+// TestRestoreRolling restarts the replicas one after the other, over and over.
+func TestRestoreRolling(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		few := func(o *Options) { o.CopyInFlight = 1 }
+		rs := []*replica{w.start("r0", few), w.start("r1", few), w.start("r2", few)}
+		s := w.create(rs[0], w.rich(rs[0], "c", 140), "one")
+		before := w.traces()
+		sp := restoreSpecOf(s)
+		for _, r := range rs {
+			r.store.SetLatency(300 * time.Millisecond)
+		}
+		job := w.restore(rs[0], sp)
+		n := 0
+		for ; !w.jobs()[0].State.Ended(); n++ {
+			time.Sleep(4 * time.Second)
+			rs[n%3].stop()
+			rs[n%3] = w.start(fmt.Sprint("r", n+3), few)
+			rs[n%3].store.SetLatency(300 * time.Millisecond)
+			if n > 500 {
+				t.Fatalf("it does not end: %+v", w.jobs()[0])
+			}
+		}
+		end := w.ended(rs[0], job.ID)
+		t.Logf("%d restarts, %d retries, %v", n, end.Retries, end.Job.EndTime.Sub(end.Job.StartTime))
+		if end.Job.State != copyjob.Completed || n < 3 {
+			t.Fatalf("after %d restarts: %+v: %s: %s", n, end.Job, end.Job.Reason, end.Job.Message)
+		}
+		settle()
+		w.restored(rs[0], before, end.Job, sp)
+	})
+}
+
+// TestRestorePriority gives workers to the more important job first.
+func TestRestorePriority(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.RestoreSlots = 1 })
+		s := w.create(r, w.rich(r, "c", 140), "one")
+		r.store.SetLatency(100 * time.Millisecond)
+		var jobs []*copyjob.Job
+		for i, priority := range []int{0, 0, 7, -3, 7} {
+			sp := restoreSpecOf(s)
+			sp.Name, sp.Priority = fmt.Sprint("copy", i), priority
+			jobs = append(jobs, w.restore(r, sp))
+		}
+		var ends []time.Time
+		for _, job := range jobs {
+			end := w.ended(r, job.ID)
+			if end.Job.State != copyjob.Completed {
+				t.Errorf("%+v", end.Job)
+			}
+			ends = append(ends, end.Job.EndTime)
+		}
+		order := []int{2, 4, 0, 1, 3}
+		for i := range order[1:] {
+			if x, y := order[i], order[i+1]; !ends[x].Before(ends[y]) {
+				t.Errorf("job %d ended at %v, job %d at %v", x, ends[x], y, ends[y])
+			}
+		}
+	})
+}
+
+// TestRestoreLimits holds jobs to their limits, at once when they change.
+func TestRestoreLimits(t *testing.T) {
+	for _, replicas := range []int{1, 2} {
+		inWorld(t, func(t *testing.T, w *world) {
+			var r *replica
+			for i := range replicas {
+				r = w.start(fmt.Sprint("r", i))
+			}
+			col, _, _ := w.collection(r, "c")
+			for range 140 { // 140 KB
+				seg := w.segment(r, col, 0, 1, 9)
+				seg.Files[0].Size = 1000
+				seg.Files[0].Path = catalog.NativePath(col.ID, &seg, &seg.Files[0])
+				if _, err := w.objects.Put(t.Context(), "data/"+seg.Files[0].Path, []byte(strings.Repeat("x", 1000))); err != nil {
+					t.Fatal(err)
+				}
+				w.add(r, col, seg)
+			}
+			w.checkpoint(r, col, 10, 10)
+			s := w.create(r, col, "one")
+			bytes := func(job *copyjob.Job) int {
+				return len(w.objectsUnder(fmt.Sprintf("data/%d/", job.Target))) * 1000
+			}
+			// held holds that a job copies at a rate for a minute.
+			held := func(job *copyjob.Job, rate int, over time.Duration) {
+				t.Helper()
+				settle()
+				from := bytes(job)
+				time.Sleep(over)
+				settle()
+				got := float64(bytes(job)-from) / over.Seconds()
+				if got < 0.9*float64(rate) || got > 1.1*float64(rate) {
+					t.Errorf("%d replicas: %.0f bytes a second, want %d", replicas, got, rate)
+				}
+			}
+			sp := restoreSpecOf(s)
+			sp.Limits = copyjob.Limits{Bytes: 400}
+			job := w.restore(r, sp)
+			time.Sleep(10 * time.Second)
+			held(job, 400, time.Minute)
+			if _, err := r.Jobs().SetLimits(t.Context(), job.ID, copyjob.Limits{Bytes: 100}); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(20 * time.Second)
+			held(job, 100, 2*time.Minute)
+			if _, err := r.Jobs().SetLimits(t.Context(), job.ID, copyjob.Limits{Bytes: 2000}); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(5 * time.Second)
+			held(job, 2000, 20*time.Second)
+			// A rate at which it would never end, and then none: whoever waits is let
+			// go at once.
+			if _, err := r.Jobs().SetLimits(t.Context(), job.ID, copyjob.Limits{Bytes: 1, Requests: 1}); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(5 * time.Minute)
+			st, err := r.Jobs().SetLimits(t.Context(), job.ID, copyjob.Limits{})
+			if err != nil || st.Job.State != copyjob.Executing {
+				t.Fatalf("%+v, err = %v", st, err)
+			}
+			began := time.Now()
+			if end := w.ended(r, job.ID); end.Job.State != copyjob.Completed {
+				t.Errorf("%+v", end.Job)
+			}
+			if d := time.Since(began); d > 5*time.Second {
+				t.Errorf("without a limit it went on after %v", d)
+			}
+			// Requests: 140 copies, and as many lists before and after, are 420.
+			sp.Name, sp.Limits = "slow", copyjob.Limits{Requests: 10}
+			job = w.restore(r, sp)
+			began = time.Now()
+			if end := w.ended(r, job.ID); end.Job.State != copyjob.Completed {
+				t.Errorf("%+v", end.Job)
+			}
+			if d := time.Since(began); d < 36*time.Second || d > 70*time.Second {
+				t.Errorf("420 requests at 10 a second took %v", d)
+			}
+		})
+	}
+}
+
+// TestRestoreAfterRestart counts what a leader writes that finds many tasks under
+// way.
+func TestRestoreAfterRestart(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a := w.start("a", func(o *Options) { o.RestoreSlots = 64 })
+		col, _, _ := w.collection(a, "c")
+		const n = 64 * copyjob.TaskSegments
+		ids, err := a.catalog.AllocateIDs(t.Context(), noToken, n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		list := make([]segment.Segment, n)
+		for i := range list {
+			list[i] = segment.Segment{
+				ID: ids.First + int64(i), Level: 1, State: segment.Flushed, Rows: 1, DML: segment.Position{Timestamp: 5},
+				Files: []segment.File{{Kind: segment.KindInsert, Field: 100, LogID: 1, Size: 10, MinTimestamp: 1, MaxTimestamp: 4}},
+			}
+			w.place(col.ID, &list[i])
+		}
+		w.add(a, col, list...)
+		w.checkpoint(a, col, 10, 10)
+		s := w.create(a, col, "one")
+		before := w.traces()
+		a.store.SetLatency(10 * time.Second) // so that nothing is copied yet
+		sp := restoreSpecOf(s)
+		job := w.restore(a, sp)
+		for w.jobs()[0].Phase != copyjob.Copy {
+			time.Sleep(time.Second)
+		}
+		time.Sleep(time.Second)
+		settle()
+		if n := len(w.keysUnder(keys.AssignedPrefix)); n != 64 {
+			t.Fatalf("%d tasks are assigned", n)
+		}
+		newDead(a)
+		a.stop()
+		time.Sleep(time.Minute)
+		settle()
+		_, _, from, err := w.kv.Get(t.Context(), keys.Format)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := w.start("b", func(o *Options) { o.RestoreSlots = 64 })
+		b.store.Freeze()
+		time.Sleep(10 * time.Second)
+		settle()
+		_, _, to, err := w.kv.Get(t.Context(), keys.Format)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := len(w.keysUnder(keys.AssignedPrefix)); n != 64 {
+			t.Errorf("%d tasks are assigned again", n)
+		}
+		t.Logf("%d writes for 64 tasks", to-from)
+		if to-from > 2*64 {
+			t.Errorf("%d writes for 64 tasks", to-from)
+		}
+		b.store.Thaw()
+		end := w.ended(b, job.ID)
+		if end.Job.State != copyjob.Completed || end.Retries != 64 {
+			t.Errorf("%+v of %+v", end, end.Job)
+		}
+		w.restored(b, before, end.Job, sp)
+	})
+}
+
+// TestRestoreTwoLeaders freezes the leader in each of its writes, lets another
+// one finish, and wakes the first: its write is refused.
+func TestRestoreTwoLeaders(t *testing.T) {
+	for _, missing := range []bool{false, true} {
+		eachOf(t, 100, func(n int) bool {
+			fired := false
+			inWorld(t, func(t *testing.T, w *world) {
+				a := w.start("a")
+				settle()
+				b := w.start("b")
+				s := w.create(b, w.rich(b, "c", 8), "one")
+				if missing {
+					list := w.segments(b, s)
+					if err := w.objects.Delete(t.Context(), "data/"+list[7].Files[0].Path); err != nil {
+						t.Fatal(err)
+					}
+				}
+				before := w.traces()
+				var mu sync.Mutex
+				left := n
+				woken := make(chan struct{})
+				a.kv.Hook(func(c meta.Call) meta.Fault {
+					if c.Method != meta.MethodTxn {
+						return meta.NoFault
+					}
+					mu.Lock()
+					left--
+					here := left == -1
+					mu.Unlock()
+					if here {
+						fired = true
+						freeze(a)
+						<-woken // the write itself comes late too
+					}
+					return meta.NoFault
+				})
+				sp := restoreSpecOf(s)
+				job := w.restore(b, sp)
+				end := w.ended(b, job.ID)
+				want := copyjob.Completed
+				if missing {
+					want = copyjob.Failed
+				}
+				if end.Job.State != want {
+					t.Errorf("%+v", end.Job)
+				}
+				close(woken)
+				thaw(a)
+				time.Sleep(time.Minute)
+				settle()
+				if got := w.jobs(); len(got) != 1 || got[0].Revision != end.Job.Revision {
+					t.Errorf("the job changed after its end: %+v", got[0])
+				}
+				w.outcome(b, before, end, sp)
+			})
+			return fired
+		})
+	}
+}
+
+// TestRestoreBoardLags has a leader roll back before it sees what was assigned
+// last: it must not, while a worker is at it.
+func TestRestoreBoardLags(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		lag := &lagging{}
+		a := w.start("a", func(o *Options) {
+			lag.KV = o.KV
+			o.KV = lag
+			o.RestoreSlots = -1
+		})
+		settle()
+		b := w.start("b")
+		settle()
+		s := w.create(b, w.rich(b, "c", 12), "one")
+		before := w.traces()
+		b.store.SetLatency(time.Second)
+		lag.hold()
+		job := w.restore(b, restoreSpecOf(s))
+		time.Sleep(500 * time.Millisecond) // copies are under way
+		if n := len(w.keysUnder(keys.AssignedPrefix)); n != 1 {
+			t.Fatalf("%d tasks are assigned", n)
+		}
+		b.kv.Freeze() // so that it learns late that the job is given up
+		if _, err := a.Jobs().Cancel(t.Context(), job.ID); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(3500 * time.Millisecond)
+		settle()
+		if job := w.jobs()[0]; job.State.Ended() {
+			t.Errorf("%v while a worker has a task", job.State)
+		}
+		b.kv.Thaw()
+		lag.release()
+		end := w.ended(a, job.ID)
+		if end.Job.State != copyjob.Canceled {
+			t.Errorf("%+v", end.Job)
+		}
+		time.Sleep(time.Minute)
+		settle()
+		w.nothingSince(before)
+	})
+}
+
+// TestRestoreWorkerCutOff has a worker lose the metadata store and keep the
+// object store: it stops copying before others take its tasks for free, so that
+// nothing comes after what is rolled back was removed.
+func TestRestoreWorkerCutOff(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a := w.start("a", func(o *Options) { o.RestoreSlots = -1 })
+		settle()
+		b := w.start("b", func(o *Options) { o.CopyInFlight = 1 })
+		settle()
+		s := w.create(a, w.rich(a, "c", 32), "one")
+		before := w.traces()
+		b.store.SetLatency(500 * time.Millisecond)
+		job := w.restore(a, restoreSpecOf(s))
+		w.copying()
+		time.Sleep(20 * time.Second)
+		b.kv.Freeze()
+		for len(w.keysUnder(keys.AssignedPrefix)) > 0 {
+			time.Sleep(10 * time.Millisecond)
+			settle()
+		}
+		made := len(w.objectsUnder(""))
+		time.Sleep(time.Minute)
+		settle()
+		if n := len(w.objectsUnder("")); n != made {
+			t.Errorf("a worker without a lease made %d objects", n-made)
+		}
+		if _, err := a.Jobs().Cancel(t.Context(), job.ID); err != nil {
+			t.Fatal(err)
+		}
+		if end := w.ended(a, job.ID); end.Job.State != copyjob.Canceled {
+			t.Errorf("%+v", end.Job)
+		}
+		b.kv.Thaw()
+		time.Sleep(time.Minute)
+		settle()
+		w.nothingSince(before)
+	})
+}
+
+// lagging is a store whose watches of workers are late.
+type lagging struct {
+	meta.KV
+	mu   sync.Mutex
+	held chan struct{}
+}
+
+func (l *lagging) hold() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.held = make(chan struct{})
+}
+
+func (l *lagging) release() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	close(l.held)
+	l.held = nil
+}
+
+func (l *lagging) Watch(ctx context.Context, from, to string, after int64) meta.Watcher {
+	w := l.KV.Watch(ctx, from, to, after)
+	if !strings.HasPrefix(from, "/worker/") {
+		return w
+	}
+	return &lateWatch{w, l, ctx}
+}
+
+type lateWatch struct {
+	meta.Watcher
+	l   *lagging
+	ctx context.Context //nolint:containedctx // that of the watch
+}
+
+func (w *lateWatch) Next() (meta.WatchBatch, error) {
+	b, err := w.Watcher.Next()
+	w.l.mu.Lock()
+	held := w.l.held
+	w.l.mu.Unlock()
+	if held != nil {
+		select {
+		case <-held:
+		case <-w.ctx.Done():
+			return meta.WatchBatch{}, w.ctx.Err()
+		}
+	}
+	return b, err
+}

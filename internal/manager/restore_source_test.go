@@ -1,0 +1,322 @@
+package manager
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// fails holds that a restore fails by a reason, with a message that names what is
+// to blame, and leaves nothing.
+func (w *world) fails(r *replica, sp *RestoreSpec, reason, names string) *copyjob.Status {
+	w.t.Helper()
+	before := w.traces()
+	job := w.restore(r, sp)
+	end := w.ended(r, job.ID)
+	if end.Job.State != copyjob.Failed || end.Job.Reason != reason || !strings.Contains(end.Job.Message, names) {
+		w.t.Errorf("it ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, reason, names)
+	}
+	w.nothingSince(before)
+	return end
+}
+
+// TestRestoreOfDamagedFiles damages a file of each kind in each way: the job
+// fails, says which file it is, and leaves nothing.
+func TestRestoreOfDamagedFiles(t *testing.T) {
+	damages := []struct {
+		name, reason string
+		known        bool // only with an ETag that is known
+		do           func(t *testing.T, o object.Store, key string) error
+	}{
+		{"missing", "SOURCE_OBJECT_MISSING", false, func(t *testing.T, o object.Store, key string) error {
+			return o.Delete(t.Context(), key)
+		}},
+		{"shorter", "SOURCE_OBJECT_ALTERED", false, func(t *testing.T, o object.Store, key string) error {
+			_, err := o.Put(t.Context(), key, []byte("nine byte"))
+			return err
+		}},
+		{"longer", "SOURCE_OBJECT_ALTERED", false, func(t *testing.T, o object.Store, key string) error {
+			_, err := o.Put(t.Context(), key, []byte("eleven byte"))
+			return err
+		}},
+		{"other bytes", "SOURCE_OBJECT_ALTERED", true, func(t *testing.T, o object.Store, key string) error {
+			_, err := o.Put(t.Context(), key, []byte("TEN BYTES."))
+			return err
+		}},
+	}
+	kinds := []string{
+		segment.KindInsert, segment.KindDelta, segment.KindStats, segment.KindBM25, segment.KindIndex, segment.KindText, segment.KindJSON,
+		"of-an-engine",
+	}
+	for _, damage := range damages {
+		for _, kind := range kinds {
+			for _, known := range []bool{false, true} {
+				if damage.known && !known {
+					continue
+				}
+				t.Run(fmt.Sprintf("%s %s, ETag known %v", damage.name, kind, known), func(t *testing.T) {
+					inWorld(t, func(t *testing.T, w *world) {
+						r := w.start("a")
+						s := w.create(r, w.rich(r, "c", 12), "one")
+						var path string
+						for _, seg := range w.segments(r, s) {
+							for f := range seg.AllFiles() {
+								if f.Kind == kind && (f.ETag != "") == known {
+									path = f.Path
+								}
+							}
+						}
+						if path == "" {
+							t.Fatal("there is no such file")
+						}
+						good := w.bytes("data/" + path)
+						if err := damage.do(t, w.objects, "data/"+path); err != nil {
+							t.Fatal(err)
+						}
+						sp := restoreSpecOf(s)
+						w.fails(r, sp, damage.reason, "default/data/"+path)
+						// Once it is whole again, so is what is restored.
+						if _, err := w.objects.Put(t.Context(), "data/"+path, good); err != nil {
+							t.Fatal(err)
+						}
+						w.again(r, w.traces(), sp)
+					})
+				})
+			}
+		}
+	}
+}
+
+// TestRestoreOfDamagedManifests damages what the snapshot consists of.
+func TestRestoreOfDamagedManifests(t *testing.T) {
+	for _, name := range []string{manifest.MetadataName, "manifest-0.avro"} {
+		for how, damage := range map[string]func([]byte) []byte{
+			"missing":   nil,
+			"truncated": func(b []byte) []byte { return b[:len(b)/2] },
+			"altered":   func(b []byte) []byte { b[len(b)/2] ^= 1; return b },
+			"empty":     func([]byte) []byte { return nil },
+		} {
+			t.Run(name+" "+how, func(t *testing.T) {
+				inWorld(t, func(t *testing.T, w *world) {
+					a := w.start("a")
+					s := w.create(a, w.rich(a, "c", 4), "one")
+					a.stop() // and with it what it remembers of the manifests
+					b := w.start("b")
+					key := manifest.Dir(s.Collection, s.ID) + name
+					if damage == nil {
+						if err := w.objects.Delete(t.Context(), key); err != nil {
+							t.Fatal(err)
+						}
+					} else if _, err := w.objects.Put(t.Context(), key, damage(w.bytes(key))); err != nil {
+						t.Fatal(err)
+					}
+					sp := restoreSpecOf(s)
+					if name == manifest.MetadataName {
+						before := w.traces()
+						_, err := b.Restore(t.Context(), noToken, sp)
+						wantError(t, err, ErrSnapshotCorrupt)
+						w.nothingSince(before)
+						return
+					}
+					w.fails(b, sp, "SNAPSHOT_CORRUPT", name)
+					sp.SkipIndexes = true // the segments are counted before it is admitted
+					_, err := b.Restore(t.Context(), noToken, sp)
+					wantError(t, err, ErrSnapshotCorrupt)
+				})
+			})
+		}
+	}
+}
+
+// TestRestoreWithoutMetadata has the metadata go after the job was admitted, and
+// before another replica prepares the target.
+func TestRestoreWithoutMetadata(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a := w.start("a")
+		s := w.create(a, w.rich(a, "c", 4), "one")
+		settle()
+		before := w.traces()
+		key := manifest.Dir(s.Collection, s.ID) + manifest.MetadataName
+		g := newGrave()
+		g.atWrite(a, 2, meta.Before, true) // behind the ids and the admission
+		job := w.restore(a, restoreSpecOf(s))
+		if err := w.objects.Delete(t.Context(), key); err != nil {
+			t.Fatal(err)
+		}
+		delete(before.objects, key)
+		if w.endedOrDead(g) {
+			t.Fatal("the first replica lives")
+		}
+		a.stop()
+		b := w.start("b")
+		end := w.ended(b, job.ID)
+		if end.Job.State != copyjob.Failed || end.Job.Reason != "SNAPSHOT_CORRUPT" || !strings.Contains(end.Job.Message, manifest.MetadataName) {
+			t.Errorf("%+v", end.Job)
+		}
+		w.nothingSince(before)
+	})
+}
+
+// TestRestoreWithStoreDown has the object store go in the copy phase, and come
+// back never, late, or in time.
+func TestRestoreWithStoreDown(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		s := w.create(r, w.rich(r, "c", 12), "one")
+		before := w.traces()
+		down := func(ops ...object.Op) {
+			r.store.Plan(func(c object.Call) object.Fault {
+				if slices.Contains(ops, c.Op) {
+					return object.FaultBefore
+				}
+				return object.FaultNone
+			})
+		}
+		sp := restoreSpecOf(s)
+
+		// Never: the job is given up, and the claim stays for as long as nothing
+		// can be removed.
+		down(object.OpCopy)
+		job := w.restore(r, sp)
+		settle() // it is prepared
+		down(object.OpCopy, object.OpDelete, object.OpList)
+		time.Sleep(10 * time.Minute)
+		st, err := r.Jobs().Get(t.Context(), job.ID)
+		if err != nil || st.Job.State != copyjob.Executing || st.Job.Phase != copyjob.RollBack || st.Job.Reason != "TOO_MANY_FAILURES" ||
+			!strings.Contains(st.LastError, "injected fault") {
+			t.Fatalf("%+v of %+v, err = %v", st, st.Job, err)
+		}
+		if _, err := r.catalog.Collection(t.Context(), catalog.Ref{DB: sp.DB, Name: sp.Name}); err != nil {
+			t.Errorf("the claim is gone: %v", err)
+		}
+		wantError(t, dropErr(r, s), ErrSnapshotPinned)
+		down(object.OpCopy)
+		end := w.ended(r, job.ID)
+		if end.Job.State != copyjob.Failed || end.Job.Reason != "TOO_MANY_FAILURES" || !strings.Contains(end.Job.Message, "injected fault") ||
+			!strings.Contains(end.Job.Message, fmt.Sprintf("after %d failures", end.Retries+1)) {
+			t.Errorf("%+v of %+v", end, end.Job)
+		}
+		w.nothingSince(before)
+
+		// In time.
+		job = w.restore(r, sp)
+		time.Sleep(3 * time.Second)
+		settle()
+		st, err = r.Jobs().Get(t.Context(), job.ID)
+		if err != nil || st.Job.Phase != copyjob.Copy || st.Retries == 0 || !strings.Contains(st.LastError, "injected fault") {
+			t.Fatalf("%+v of %+v, err = %v", st, st.Job, err)
+		}
+		r.lift()
+		if end = w.ended(r, job.ID); end.Job.State != copyjob.Completed || end.Retries == 0 || end.LastError != "" {
+			t.Errorf("%+v of %+v", end, end.Job)
+		}
+		w.restored(r, before, job, sp)
+	})
+}
+
+func dropErr(r *replica, s *Snapshot) error {
+	_, err := r.Drop(context.Background(), noToken, Ref{ID: s.ID}, 0)
+	return err
+}
+
+// TestRestoreWithoutMetadataStore loses the metadata store in the midst of the
+// copies for longer than anybody waits for a transaction, but not so long that
+// the worker is given up: the task goes on all the same.
+func TestRestoreWithoutMetadataStore(t *testing.T) {
+	for _, down := range []time.Duration{time.Second, 3 * time.Second, 7 * time.Second, 30 * time.Second, 5 * time.Minute} {
+		t.Run(down.String(), func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				r := w.start("a")
+				s := w.create(r, w.rich(r, "c", 12), "one")
+				before := w.traces()
+				sp := restoreSpecOf(s)
+				r.store.SetLatency(300 * time.Millisecond)
+				job := w.restore(r, sp)
+				w.copying()
+				g := newGrave()
+				g.fire(true) // all calls fail
+				g.atWrite(r, -1, 0, false)
+				time.Sleep(down)
+				r.lift()
+				time.Sleep(5 * time.Minute)
+				end, err := r.Jobs().Get(t.Context(), job.ID)
+				if err != nil || end.Job.State != copyjob.Completed {
+					t.Fatalf("%+v, err = %v", end, err)
+				}
+				w.restored(r, before, job, sp)
+			})
+		})
+	}
+}
+
+// TestRestoreInterruptedByTheMetadataStore has only the worker's transactions
+// fail, so that neither its task can be ended nor its lease be lost.
+func TestRestoreInterruptedByTheMetadataStore(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		s := w.create(r, w.rich(r, "c", 12), "one")
+		before := w.traces()
+		sp := restoreSpecOf(s)
+		r.store.SetLatency(time.Second)
+		job := w.restore(r, sp)
+		w.copying()
+		g := newGrave()
+		writesFail(g, r)
+		time.Sleep(time.Minute)
+		r.lift()
+		time.Sleep(5 * time.Minute)
+		end, err := r.Jobs().Get(t.Context(), job.ID)
+		if err != nil || end.Job.State != copyjob.Completed {
+			t.Fatalf("%+v of %+v, err = %v", end, end.Job, err)
+		}
+		w.restored(r, before, job, sp)
+	})
+}
+
+// liar is a store that says once of one object that it was copied, and has not.
+type liar struct {
+	object.Store
+	part string // of the source's key
+
+	mu   sync.Mutex
+	lied bool
+}
+
+func (l *liar) Copy(ctx context.Context, r object.CopyRequest) (object.Info, error) {
+	l.mu.Lock()
+	lies := !l.lied && strings.Contains(r.From, l.part)
+	l.lied = l.lied || lies
+	l.mu.Unlock()
+	if lies {
+		return object.Info{Key: r.To, Size: r.Size, ETag: r.SourceETag}, nil
+	}
+	return l.Store.Copy(ctx, r)
+}
+
+// TestRestoreVerifies does not believe a copy that is answered with success.
+func TestRestoreVerifies(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		l := &liar{part: "/of-an-engine/"}
+		r := w.start("a", func(o *Options) {
+			l.Store = o.Stores["default"]
+			o.Stores = map[string]object.Store{"default": l}
+		})
+		s := w.create(r, w.rich(r, "c", 12), "one")
+		job := w.completes(r, restoreSpecOf(s))
+		end := w.ended(r, job.ID)
+		if !l.lied || end.Retries != 1 {
+			t.Errorf("lied %v, %+v", l.lied, end)
+		}
+	})
+}
