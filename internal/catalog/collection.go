@@ -73,13 +73,14 @@ func (c *Catalog) active(ctx context.Context, ref *Ref) (Collection, meta.Cond, 
 		return Collection{}, meta.Cond{}, err
 	}
 	ref.ID = col.ID
-	if err := col.checkActive(); err != nil {
+	if err := col.CheckActive(); err != nil {
 		return Collection{}, meta.Cond{}, err
 	}
 	return col, col.unchanged(), nil
 }
 
-func (c *Collection) checkActive() error {
+// CheckActive returns nil, or ErrCollectionNotActive with why it is not.
+func (c *Collection) CheckActive() error {
 	if c.State == Restoring {
 		return fmt.Errorf("%w: %s is %v by job %d until that has ended", ErrCollectionNotActive, c, c.State, c.Job)
 	}

@@ -78,7 +78,7 @@ func (c *Catalog) Segment(ctx context.Context, ref Ref, id int64) (segment.Segme
 	for _, kv := range res.Ranges[0] {
 		// What a restore makes is nobody's business until it is published.
 		if col, err := DecodeCollection(kv); err != nil || col.State == Restoring {
-			return segment.Segment{}, 0, errors.Join(err, col.checkActive())
+			return segment.Segment{}, 0, errors.Join(err, col.CheckActive())
 		}
 	}
 	if len(res.Ranges[1]) == 0 {
@@ -305,7 +305,7 @@ func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []
 	if err != nil {
 		return 0, 0, err
 	}
-	if err := view.Collection.checkActive(); err != nil {
+	if err := view.Collection.CheckActive(); err != nil {
 		return 0, 0, err
 	}
 	op, err := c.newOp()
@@ -399,7 +399,7 @@ func (c *Catalog) addBatch(ctx context.Context, view View, batch []entry) (int, 
 			if view, err = c.At(ctx, collection, 0); err != nil {
 				return 0, err
 			}
-			if err := view.Collection.checkActive(); err != nil {
+			if err := view.Collection.CheckActive(); err != nil {
 				return 0, err
 			}
 			r := rules{view}

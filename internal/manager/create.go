@@ -267,7 +267,7 @@ func (m *Manager) awaitCut(ctx context.Context, ref catalog.Ref, want []catalog.
 			return nil
 		}
 		if view.Collection.State != catalog.Active {
-			return fmt.Errorf("%w: %s is %v", catalog.ErrCollectionNotActive, &col, view.Collection.State)
+			return view.Collection.CheckActive()
 		}
 		concerned := false
 		for !concerned {
@@ -456,7 +456,7 @@ func (m *Manager) begin(ctx context.Context, c *creation) (_ *createLease, err e
 			return nil, err
 		}
 		if col.State != catalog.Active {
-			return nil, fmt.Errorf("%w: %s is %v", catalog.ErrCollectionNotActive, &col, col.State)
+			return nil, col.CheckActive()
 		}
 		now := m.o.Now()
 		s := &Snapshot{
@@ -551,7 +551,7 @@ func (m *Manager) captureAndWrite(ctx context.Context, c *creation, lease *creat
 		}
 		view, err := m.catalog.At(ctx, c.snap.Collection, 0)
 		if err == nil && view.Collection.State != catalog.Active {
-			return nil, fmt.Errorf("%w: %s is %v", catalog.ErrCollectionNotActive, &view.Collection, view.Collection.State)
+			return nil, view.Collection.CheckActive()
 		}
 		var next *Snapshot
 		if err == nil {

@@ -3,7 +3,6 @@ package server
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 
 	"google.golang.org/grpc"
@@ -227,8 +226,8 @@ func (s *catalogs) ExportSegments(req *pb.ExportSegmentsRequest, stream grpc.Ser
 	if err != nil {
 		return err
 	}
-	if col := &view.Collection; col.State != catalog.Active {
-		return fmt.Errorf("%w: %s is %v", catalog.ErrCollectionNotActive, col, col.State)
+	if err := view.Collection.CheckActive(); err != nil {
+		return err
 	}
 	msg, size := &pb.ExportSegmentsResponse{CatalogRevision: view.Revision}, 0
 	_, err = s.catalog.ScanSegments(ctx, id, view.Revision, func(batch []segment.Segment) error {
