@@ -238,10 +238,10 @@ type claim struct {
 }
 
 // claimsOf are the files that have to be looked up before they may become part
-// of s. Those that carry its id can only have been its own.
+// of s. Those that have its id in its place can only have been its own.
 func claimsOf(claims []claim, field string, s *segment.Segment) []claim {
 	for f := range s.AllFiles() {
-		if !segment.Carries(f.Path, s.ID) {
+		if !segment.Placed(f.Path, s.Partition, s.ID) {
 			claims = append(claims, claim{field, s.ID, FilePath{f.Root, f.Path}})
 		}
 	}
@@ -274,4 +274,38 @@ func (c *Catalog) checkClaims(ctx context.Context, collection int64, claims []cl
 		}
 	}
 	return nil
+}
+
+// SharedWith returns what else of the collection has one of a unit's files, found
+// is false when nothing has. Files that have the id of the unit's segment in its
+// place are nobody else's and are not looked for.
+func (c *Catalog) SharedWith(ctx context.Context, collection int64, u *Unit) (owner Owner, found bool, err error) {
+	var paths []FilePath
+	var ids []int64
+	for f := range u.Owned() {
+		if !segment.Placed(f.Path, u.Segment.Partition, u.Segment.ID) {
+			paths = append(paths, FilePath{f.Root, f.Path})
+			ids = append(append(ids, segment.IDsIn(f.Path)...), u.Segment.ID)
+		}
+	}
+	if len(paths) == 0 {
+		return Owner{}, false, nil
+	}
+	holdings, err := c.holdings(ctx, collection, ids)
+	if err != nil {
+		return Owner{}, false, err
+	}
+	for _, h := range holdings {
+		for _, path := range paths {
+			if h.live != nil && h.live.ID != u.ID && hasFile(h.live, path) {
+				return Owner{Segment: h.live.ID, Live: true}, true, nil
+			}
+			for i := range h.units {
+				if other := &h.units[i]; other.ID != u.ID && hasFile(&other.Segment, path) {
+					return Owner{Segment: other.Segment.ID, Unit: other.ID}, true, nil
+				}
+			}
+		}
+	}
+	return Owner{}, false, nil
 }

@@ -302,6 +302,9 @@ func (g *GC) decideBatch(ctx context.Context, col *catalog.Collection, units []a
 		twice := map[int]int{} // places of units that were asked for in two ways, with those in free
 		for i := range units {
 			answers[i] = g.answer(col, units[i], p, &p.units[i])
+			if err := g.shared(ctx, col.ID, &p.units[i], &answers[i]); err != nil {
+				return nil, err
+			}
 			if answers[i].State != Dropped || answers[i].Holders > 0 {
 				continue
 			}
@@ -328,6 +331,21 @@ func (g *GC) decideBatch(ctx context.Context, col *catalog.Collection, units []a
 		}
 	}
 	return nil, fmt.Errorf("%w: gave up after %d attempts", catalog.ErrConflict, maxAttempts)
+}
+
+// shared holds a unit that nothing else holds when one of its files is part of
+// something else as well. Registering that is refused; this is for what was
+// registered the other way round.
+func (g *GC) shared(ctx context.Context, collection int64, s *unitState, a *Answer) error {
+	if a.State != Dropped || a.Holders > 0 {
+		return nil
+	}
+	owner, found, err := g.o.Catalog.SharedWith(ctx, collection, s.unit)
+	if err != nil || !found {
+		return err
+	}
+	a.Holders, a.LiveIn = 1, owner.Segment
+	return nil
 }
 
 // answer decides on one unit. It is a function of what was read, and of the

@@ -43,3 +43,19 @@ func IDsIn(path string) []int64 {
 	}
 	return ids
 }
+
+// Placed says whether the path has the segment's id where layouts have it: right
+// behind that of its partition, which is 0 or -1 for all. Such a path is nobody
+// else's. An id elsewhere may be that of a field or a log.
+func Placed(path string, partition, id int64) bool {
+	want, before := strconv.FormatInt(id, 10), ""
+	for element := range strings.SplitSeq(path, "/") {
+		if element == want && before != "" {
+			if before == strconv.FormatInt(partition, 10) || partition == 0 && before == "-1" {
+				return true
+			}
+		}
+		before = element
+	}
+	return false
+}
