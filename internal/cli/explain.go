@@ -120,11 +120,6 @@ func renderExplanation(w io.Writer, col *snapshotdv1.Collection, as string, unit
 		if unit.GetSegmentId() == 0 && segment != 0 {
 			what += fmt.Sprintf(", of segment %d,", segment)
 		}
-		if col.GetState() == snapshotdv1.Collection_STATE_DROPPING {
-			put(w, "%s is part of %s, which was dropped. What a dropped collection leaves is not reclaimed yet.\n", what, of)
-			explainMore(w, "It is", holders)
-			return
-		}
 		put(w, "%s is part of %s.\n", what, of)
 		explainMore(w, "Besides it is", holders)
 		put(w, "It cannot go before it is dropped or replaced")

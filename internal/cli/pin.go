@@ -109,6 +109,9 @@ time. SNAPSHOT is a name, be it one of digits; an id is given as '#42' or with
 		if err != nil {
 			return err
 		}
+		if cmd.Flags().Changed("ttl") && ttl == "" {
+			return wrong("--ttl is empty: write a time span such as 10m or 7d, or leave it out for a pin that lasts until it is removed")
+		}
 		if owner == "" {
 			return wrong("--owner is missing: who keeps the snapshot? Others see it when they want to drop it")
 		}

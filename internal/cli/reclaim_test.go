@@ -420,13 +420,6 @@ It cannot go before it is dropped or replaced: snapshotctl catalog drop-segments
 `,
 		},
 		{
-			"of a dropped collection", gone, "101",
-			[]*snapshotdv1.UnitReferences{{State: live, HolderCount: 1, Holders: []*snapshotdv1.Holder{heldByCatalog(101)}}},
-			`
-segment 101 is part of default/docs (7), which was dropped. What a dropped collection leaves is not reclaimed yet.
-`,
-		},
-		{
 			"granted to a caller", nil, "101",
 			[]*snapshotdv1.UnitReferences{{State: snapshotdv1.UnitReferences_STATE_GRANTED, Tombstone: tombstone(101, byCaller)}},
 			`

@@ -23,6 +23,8 @@ import (
 var (
 	ErrSnapshotNotFound     = errors.New("snapshot not found")
 	ErrNeverExisted         = errors.New("no snapshot ever had this id")
+	ErrJobForgotten         = errors.New("no such restore job, or it ended too long ago")
+	ErrJobNeverExisted      = errors.New("no restore job ever had this id")
 	ErrExpiredOrDropped     = errors.New("snapshot expired or was dropped")
 	ErrSnapshotExists       = errors.New("snapshot exists")
 	ErrSnapshotPending      = errors.New("snapshot is being created")

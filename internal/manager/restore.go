@@ -218,6 +218,10 @@ func (m *Manager) restorable(ctx context.Context, ref Ref, spec *RestoreSpec) (*
 	if _, found, _, err := m.kv.Get(ctx, keys.CollectionName(spec.DB, spec.Name)); err != nil {
 		return nil, err
 	} else if found {
+		col, err := m.catalog.Collection(ctx, catalog.Ref{DB: spec.DB, Name: spec.Name})
+		if err == nil && col.State == catalog.Restoring {
+			return r, fmt.Errorf("%w: %s/%s is being restored by job %d; choose another name, or cancel that", catalog.ErrCollectionExists, spec.DB, spec.Name, col.Job)
+		}
 		return r, fmt.Errorf("%w: %s/%s; choose another name, or drop it first", catalog.ErrCollectionExists, spec.DB, spec.Name)
 	}
 	return r, m.fill(ctx, r, spec)
@@ -502,15 +506,15 @@ func lasting(err error) error {
 	return err
 }
 
-// NoJob says why there is no restore job of that id: ErrExpiredOrDropped when the
-// id was handed out, else ErrNeverExisted.
+// NoJob says why there is no restore job of that id: ErrJobForgotten when the id
+// was handed out, else ErrJobNeverExisted.
 func (m *Manager) NoJob(ctx context.Context, id int64) error {
 	_, ok, err := m.catalog.HandedOut(ctx, id)
 	switch {
 	case err != nil:
 		return err
 	case ok:
-		return fmt.Errorf("%w: restore job %d", ErrExpiredOrDropped, id)
+		return fmt.Errorf("%w: %d", ErrJobForgotten, id)
 	}
-	return fmt.Errorf("%w: restore job %d", ErrNeverExisted, id)
+	return fmt.Errorf("%w: %d", ErrJobNeverExisted, id)
 }

@@ -74,6 +74,8 @@ var classes = []class{
 	{err: request.ErrReused, code: codes.InvalidArgument, reason: "REQUEST_TOKEN_REUSED"},
 	{err: catalog.ErrInvalid, code: codes.InvalidArgument, reason: "INVALID_REQUEST"},
 
+	{err: manager.ErrJobForgotten, code: codes.NotFound, reason: "EXPIRED_OR_DROPPED"},
+	{err: manager.ErrJobNeverExisted, code: codes.NotFound, reason: "NEVER_EXISTED"},
 	{err: manager.ErrExpiredOrDropped, code: codes.NotFound, reason: "EXPIRED_OR_DROPPED"},
 	{err: manager.ErrNeverExisted, code: codes.NotFound, reason: "NEVER_EXISTED"},
 	{err: manager.ErrSnapshotNotFound, code: codes.NotFound, reason: "SNAPSHOT_NOT_FOUND"},
