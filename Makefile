@@ -39,9 +39,8 @@ demo: build ## Shows snapshotd at work, start to end, on this machine.
 	$(GO) run ./examples/demo
 
 .PHONY: test
-test: $(BIN)/buf $(BIN)/versitygw ## Runs every test that gates a change, with the race detector where it can.
+test: $(BIN)/buf $(BIN)/versitygw ## Runs every test that gates a change, with the race detector.
 	$(GO) test -race -shuffle=on -timeout 20m ./...
-	$(GO) test -run Restore -shuffle=on -timeout 10m ./internal/manager # those that -race leaves out
 	$(GO) test -C tools ./...
 
 .PHONY: test-short

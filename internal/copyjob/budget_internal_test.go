@@ -5,16 +5,16 @@ import (
 	"errors"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/testing/virtual"
 )
 
 func TestGate(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
 		ctx := t.Context()
 		g := newGate(8)
 		enter := func() {
@@ -35,7 +35,7 @@ func TestGate(t *testing.T) {
 				}
 			})
 		}
-		synctest.Wait()
+		virtual.Wait()
 		cancel()
 		g.leave(nil)
 		wg.Wait()
@@ -80,7 +80,7 @@ func TestGate(t *testing.T) {
 
 // TestBudget holds many to a limit together, and lets them go when it does.
 func TestBudget(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
 		var mu sync.Mutex
 		limits := Limits{Bytes: 1000}
 		set := func(l Limits) {
@@ -112,7 +112,7 @@ func TestBudget(t *testing.T) {
 			from := spent
 			mu.Unlock()
 			time.Sleep(d)
-			synctest.Wait()
+			virtual.Wait()
 			mu.Lock()
 			defer mu.Unlock()
 			return spent - from
@@ -191,7 +191,7 @@ func (s *slowSource) Manifest(ctx context.Context, _ int64, number int) ([]segme
 // TestSources reads each manifest once for all who want it at a time, and does
 // not take the interruption of one for that of another.
 func TestSources(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
 		src := &slowSource{}
 		s := newSources(src)
 		md := &manifest.Metadata{}
@@ -205,7 +205,7 @@ func TestSources(t *testing.T) {
 				t.Errorf("err = %v", err)
 			}
 		})
-		synctest.Wait()
+		virtual.Wait()
 		for range 5 {
 			wg.Go(func() {
 				items, err := s.items(t.Context(), 1, md, 1, 3)
@@ -215,7 +215,7 @@ func TestSources(t *testing.T) {
 				}
 			})
 		}
-		synctest.Wait()
+		virtual.Wait()
 		cancel()
 		wg.Wait()
 		if src.reads != 3 { // the one that was interrupted, and both

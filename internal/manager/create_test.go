@@ -10,7 +10,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -24,6 +23,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+	"github.com/snapshotd/snapshotd/internal/testing/virtual"
 )
 
 func TestCreateKeepsEverything(t *testing.T) {
@@ -857,7 +857,7 @@ func TestCreateWaitsForItsTurn(t *testing.T) {
 				done <- err
 			}()
 		}
-		synctest.Wait()
+		virtual.Wait()
 		if n := r.Stats().Creates; n != 2 {
 			t.Errorf("%d creates at once, want 2", n)
 		}

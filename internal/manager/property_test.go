@@ -14,7 +14,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"go.uber.org/zap"
@@ -30,6 +29,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	objectmemory "github.com/snapshotd/snapshotd/internal/store/object/memory"
 	"github.com/snapshotd/snapshotd/internal/store/request"
+	"github.com/snapshotd/snapshotd/internal/testing/virtual"
 )
 
 // TestNothingNeededIsEverDeleted does random things to a cluster of three
@@ -144,7 +144,7 @@ type errWrong string
 
 func runCourse(t *testing.T, report rapid.TB, steps []step, reached *reach) {
 	var wrong errWrong
-	synctest.Test(t, func(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
 		kv := metamemory.New(metamemory.Options{Now: time.Now})
 		w := &world{t: t, kv: kv, memory: kv, objects: objectmemory.New(objectmemory.Options{Now: time.Now}), now: time.Now}
 		c := &course{w: w, reach: reached}

@@ -1,9 +1,3 @@
-// Left out under the race detector, which now and then crashes on the timers of
-// long runs in virtual time: https://go.dev/issue/78156. `make test` runs these
-// without it.
-
-//go:build !race
-
 package manager
 
 import (

@@ -7,7 +7,6 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"go.uber.org/zap"
@@ -19,6 +18,7 @@ import (
 	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
 	objectmemory "github.com/snapshotd/snapshotd/internal/store/object/memory"
 	"github.com/snapshotd/snapshotd/internal/store/request"
+	"github.com/snapshotd/snapshotd/internal/testing/virtual"
 )
 
 // kept is the model of a collection and its snapshots: what lives, what was
@@ -250,7 +250,7 @@ func TestUsageIsWhatADropFrees(t *testing.T) {
 // what the drop of one frees.
 func usageCourse(t *testing.T, steps []step, which int, seen *seenUsage) {
 	t.Helper()
-	synctest.Test(t, func(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
 		kv := metamemory.New(metamemory.Options{Now: time.Now})
 		w := &world{t: t, kv: kv, memory: kv, objects: objectmemory.New(objectmemory.Options{Now: time.Now}), now: time.Now}
 		r := w.start("a", func(o *Options) { o.Log, o.MaxCreates = zap.NewNop(), 2 })

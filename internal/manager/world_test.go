@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"go.uber.org/zap/zaptest"
@@ -22,6 +21,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	objectmemory "github.com/snapshotd/snapshotd/internal/store/object/memory"
 	"github.com/snapshotd/snapshotd/internal/store/request"
+	"github.com/snapshotd/snapshotd/internal/testing/virtual"
 )
 
 // world is a cluster in memory: the two stores, and replicas over them that
@@ -44,7 +44,7 @@ type replica struct {
 // inWorld runs fn in a bubble of virtual time.
 func inWorld(t *testing.T, fn func(t *testing.T, w *world)) {
 	t.Helper()
-	synctest.Test(t, func(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
 		kv := metamemory.New(metamemory.Options{Now: time.Now})
 		fn(t, &world{t: t, kv: kv, memory: kv, objects: objectmemory.New(objectmemory.Options{Now: time.Now}), now: time.Now})
 	})
@@ -223,7 +223,7 @@ func (w *world) objectsUnder(prefix string) []string {
 }
 
 // settle lets the background work come to rest.
-func settle() { synctest.Wait() }
+func settle() { virtual.Wait() }
 
 // check holds what must be true of the stores when nothing is under way: every
 // record is COMMITTED with all its objects as their digests have them, and there

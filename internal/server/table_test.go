@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -23,6 +22,7 @@ import (
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
+	"github.com/snapshotd/snapshotd/internal/testing/virtual"
 )
 
 // TestEverySentinelHasARow reads the sources, so that an error that is added
@@ -300,7 +300,7 @@ func TestDeadlines(t *testing.T) {
 		{pb.EventService_WatchEvents_FullMethodName, 0, 0},
 		{pb.EventService_WatchEvents_FullMethodName, 2 * time.Hour, 2 * time.Hour},
 	} {
-		synctest.Test(t, func(t *testing.T) {
+		virtual.Test(t, func(t *testing.T) {
 			ctx := t.Context()
 			s := &Server{log: s.log, validator: s.validator, stopping: ctx} // channels stay in the bubble
 			if tc.given > 0 {

@@ -5,12 +5,12 @@ import (
 	"errors"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/memory"
 	"github.com/snapshotd/snapshotd/internal/store/meta/metatest"
+	"github.com/snapshotd/snapshotd/internal/testing/virtual"
 )
 
 // A Faulty without a plan changes nothing.
@@ -97,7 +97,7 @@ func TestFaultyWatch(t *testing.T) {
 }
 
 func TestFaultyFreeze(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		store := memory.New(memory.Options{})
@@ -108,7 +108,7 @@ func TestFaultyFreeze(t *testing.T) {
 			_, err := w.Next()
 			watched <- err
 		}()
-		synctest.Wait() // Next is under way
+		virtual.Wait() // Next is under way
 		f.Freeze()
 		f.Freeze() // the same as once
 
@@ -132,7 +132,7 @@ func TestFaultyFreeze(t *testing.T) {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Minute)
-		synctest.Wait()
+		virtual.Wait()
 		if len(watched) > 0 {
 			t.Error("next returned while frozen")
 		}

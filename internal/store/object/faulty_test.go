@@ -8,12 +8,12 @@ import (
 	"io"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/object/memory"
 	"github.com/snapshotd/snapshotd/internal/store/object/objecttest"
+	"github.com/snapshotd/snapshotd/internal/testing/virtual"
 )
 
 func newFaulty() (*object.Faulty, *memory.Store) {
@@ -233,7 +233,7 @@ func TestFaultyCorruptsBodies(t *testing.T) {
 }
 
 func TestFaultyFreeze(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
 		f, s := newFaulty()
 		f.Freeze()
 		f.Freeze()
@@ -247,7 +247,7 @@ func TestFaultyFreeze(t *testing.T) {
 		if _, err := f.Put(ctx, "b", nil); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("a frozen Put whose context ends: %v", err)
 		}
-		synctest.Wait()
+		virtual.Wait()
 		if _, err := s.Head(t.Context(), "a"); !errors.Is(err, object.ErrNotFound) {
 			t.Errorf("a frozen Put took effect: err = %v", err)
 		}
@@ -266,7 +266,7 @@ func TestFaultyFreeze(t *testing.T) {
 }
 
 func TestFaultyLatency(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
 		f, _ := newFaulty()
 		f.SetLatency(time.Second)
 		start := time.Now()

@@ -6,12 +6,12 @@ import (
 	"fmt"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
 	"github.com/snapshotd/snapshotd/internal/store/meta/memory"
+	"github.com/snapshotd/snapshotd/internal/testing/virtual"
 )
 
 const key = "/election/leader"
@@ -87,7 +87,7 @@ func (l leadership) write(t *testing.T, kv meta.KV) bool {
 }
 
 func TestElection(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
 		const ttl = 10 * time.Second
 		store := memory.New(memory.Options{})
 		elected := make(chan leadership, 100)
@@ -105,7 +105,7 @@ func TestElection(t *testing.T) {
 			if took := time.Since(began); took > within {
 				t.Errorf("elected after %v, want within %v", took, within)
 			}
-			synctest.Wait()
+			virtual.Wait()
 			if n := len(elected); n > 0 {
 				t.Fatalf("%d more are elected while %s leads", n, l.Name)
 			}
@@ -163,7 +163,7 @@ func TestElection(t *testing.T) {
 		if frozen.write(t, frozen.by.kv) {
 			t.Error("the fenced write of the frozen leader was made")
 		}
-		synctest.Wait()
+		virtual.Wait()
 		if l.ctx.Err() != nil {
 			t.Errorf("the thawed replica has deposed the leader: %v", context.Cause(l.ctx))
 		}
@@ -212,7 +212,7 @@ func TestAnyCallFails(t *testing.T) {
 		for n, fired := 0, true; fired; n++ {
 			t.Run(fmt.Sprintf("fault %d of call %d", fault, n), func(t *testing.T) {
 				fired = false // a test that fails ends the loop
-				synctest.Test(t, func(t *testing.T) { fired = anyCallFails(t, n, fault) })
+				virtual.Test(t, func(t *testing.T) { fired = anyCallFails(t, n, fault) })
 			})
 		}
 	}
@@ -253,7 +253,7 @@ func anyCallFails(t *testing.T, n int, fault meta.Fault) (fired bool) {
 
 // A claim that took effect and got no answer is found out to have won.
 func TestAmbiguousClaim(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
 		store := memory.New(memory.Options{})
 		faulty := meta.NewFaulty(store)
 		faulty.FailNth(0, meta.After, meta.MethodTxn)
@@ -274,7 +274,7 @@ func TestAmbiguousClaim(t *testing.T) {
 // A leader that cannot reach the store is told a TTL after its last renewal, not
 // later: the others may elect another from then on.
 func TestLostStore(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
 		const ttl = 9 * time.Second
 		elected := make(chan leadership, 100)
 		r := start(t, "a", memory.New(memory.Options{}), ttl, elected, &terms{seen: map[int64]string{}})

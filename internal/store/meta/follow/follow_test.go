@@ -7,7 +7,6 @@ import (
 	"maps"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -15,6 +14,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/follow"
 	"github.com/snapshotd/snapshotd/internal/store/meta/memory"
+	"github.com/snapshotd/snapshotd/internal/testing/virtual"
 )
 
 // copied is a handler that holds a copy and checks what it is told.
@@ -123,7 +123,7 @@ func sync1(t *testing.T, f *follow.Follower, atLeast int64) {
 }
 
 func TestFollow(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
 		store := memory.New(memory.Options{})
 		put(t, store, meta.Put("/f/a", []byte("1")), meta.Put("/f/b", []byte("1")), meta.Put("/g", nil))
 		f, c, stop := start(t, store)
@@ -156,7 +156,7 @@ func TestFollow(t *testing.T) {
 }
 
 func TestSyncBeforeRun(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
 		store := memory.New(memory.Options{})
 		c := &copied{t: t}
 		f := follow.New(follow.Options{KV: store, From: "/f/", To: "/f0", Handler: c})
@@ -170,7 +170,7 @@ func TestSyncBeforeRun(t *testing.T) {
 			_, err := f.Sync(t.Context())
 			synced <- err
 		}()
-		synctest.Wait() // Sync waits
+		virtual.Wait() // Sync waits
 		ctx, stop := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() { done <- f.Run(ctx) }()
@@ -186,12 +186,12 @@ func TestSyncBeforeRun(t *testing.T) {
 
 // A request for progress that the store drops is made again.
 func TestSyncAsksAgain(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
 		store := memory.New(memory.Options{})
 		faulty := meta.NewFaulty(store)
 		f, _, _ := start(t, faulty)
 		sync1(t, f, 1)
-		synctest.Wait() // nothing is left of that
+		virtual.Wait() // nothing is left of that
 		faulty.FailNth(0, meta.Before, meta.MethodProgress)
 		began := time.Now()
 		rev := put(t, store, meta.Put("/elsewhere", nil))
@@ -208,7 +208,7 @@ func TestAnyCallFails(t *testing.T) {
 		for n, fired := 0, true; fired; n++ {
 			t.Run(fmt.Sprintf("fault %d of call %d", fault, n), func(t *testing.T) {
 				fired = false // a test that fails ends the loop
-				synctest.Test(t, func(t *testing.T) {
+				virtual.Test(t, func(t *testing.T) {
 					store := memory.New(memory.Options{})
 					faulty := meta.NewFaulty(store)
 					put(t, store, meta.Put("/f/a", []byte("1")), meta.Put("/f/b", nil))
@@ -240,7 +240,7 @@ func TestAnyCallFails(t *testing.T) {
 
 // A follower that was cut off while its revision was compacted starts over.
 func TestCompactedWhileAway(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
 		store := memory.New(memory.Options{})
 		faulty := meta.NewFaulty(store)
 		put(t, store, meta.Put("/f/a", []byte("1")), meta.Put("/f/gone", nil))

@@ -2,7 +2,6 @@ package memory_test
 
 import (
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -10,6 +9,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/memory"
 	"github.com/snapshotd/snapshotd/internal/store/meta/metatest"
+	"github.com/snapshotd/snapshotd/internal/testing/virtual"
 )
 
 func TestMemory(t *testing.T) {
@@ -19,7 +19,7 @@ func TestMemory(t *testing.T) {
 // A lease ends on time in a bubble, without anybody calling, and a store with
 // living leases and watches keeps no bubble from ending.
 func TestLeaseInBubble(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
 		ctx := t.Context()
 		s := memory.New(memory.Options{})
 		began := time.Now()
