@@ -37,7 +37,6 @@ package catalog
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -149,16 +148,6 @@ func New(o Options) *Catalog {
 		kv: o.KV, now: o.Now, rand: o.Rand, hasStore: o.HasStore, requests: o.Requests,
 		ids: newAllocator(o.KV),
 	}
-}
-
-// newOp makes the id of an operation, which every record carries that it
-// writes.
-func (c *Catalog) newOp() (string, error) {
-	b := make([]byte, 12)
-	if _, err := io.ReadFull(c.rand, b); err != nil {
-		return "", fmt.Errorf("make an operation id: %w", err)
-	}
-	return hex.EncodeToString(b), nil
 }
 
 // plan is one attempt at a change.

@@ -109,7 +109,7 @@ func (c *Catalog) planSwap(ctx context.Context, ref *Ref, swap Swap) (plan, erro
 	}
 	p := &swapPlan{collection: col.ID, now: c.now(), rules: rules{view}}
 	p.txn.If = []meta.Cond{unchanged}
-	if p.op, err = c.newOp(); err != nil {
+	if p.op, err = record.NewOp(c.rand); err != nil {
 		return plan{}, err
 	}
 	touched := map[int64]bool{}

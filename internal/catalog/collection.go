@@ -173,7 +173,7 @@ func (c *Catalog) CreateCollection(ctx context.Context, tok request.Token, spec 
 				return plan{}, fmt.Errorf("%w: id %d is taken; an id is never used twice", ErrCollectionExists, id)
 			}
 		}
-		op, err := c.newOp()
+		op, err := record.NewOp(c.rand)
 		if err != nil {
 			return plan{}, err
 		}
@@ -301,7 +301,7 @@ func (c *Catalog) rewrite(ctx context.Context, tok request.Token, ref Ref, verb 
 		if err != nil {
 			return plan{}, err
 		}
-		op, err := c.newOp()
+		op, err := record.NewOp(c.rand)
 		if err != nil {
 			return plan{}, err
 		}
@@ -349,7 +349,7 @@ func (c *Catalog) DropCollection(ctx context.Context, tok request.Token, ref Ref
 			return plan{}, fmt.Errorf("%w: %s is being restored; cancel job %d instead", ErrCollectionNotActive, &col, col.Job)
 		case Active:
 		}
-		op, err := c.newOp()
+		op, err := record.NewOp(c.rand)
 		if err != nil {
 			return plan{}, err
 		}
@@ -452,7 +452,7 @@ func (c *Catalog) addPart(ctx context.Context, tok request.Token, ref Ref, p par
 		if slices.ContainsFunc(res.KVs, func(kv meta.KeyValue) bool { return kv.Key == key }) {
 			return plan{}, fmt.Errorf("%w: id %d is taken; an id is never used twice", p.errExists, id)
 		}
-		op, err := c.newOp()
+		op, err := record.NewOp(c.rand)
 		if err != nil {
 			return plan{}, err
 		}
@@ -541,7 +541,7 @@ func (c *Catalog) dropPart(ctx context.Context, tok request.Token, ref Ref, name
 		if err != nil || !found { // dropped in between: the compare below would say so
 			return plan{}, err
 		}
-		op, err := c.newOp()
+		op, err := record.NewOp(c.rand)
 		if err != nil {
 			return plan{}, err
 		}

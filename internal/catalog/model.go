@@ -230,13 +230,6 @@ func checkSchema(s *Schema) error {
 	return nil
 }
 
-func unixTime(ns int64) time.Time {
-	if ns == 0 {
-		return time.Time{}
-	}
-	return time.Unix(0, ns).UTC()
-}
-
 func encodeCollection(c *Collection, op string) *storagev1.Collection {
 	rec := &storagev1.Collection{
 		Format: record.Format, Db: c.DB, Name: c.Name, State: uint32(c.State),
@@ -288,9 +281,9 @@ func collectionOf(id int64, rec *storagev1.Collection, revision int64) Collectio
 		Consistency: rec.GetConsistencyLevel(),
 		Properties:  rec.GetProperties(),
 		Attributes:  rec.GetAttributes(),
-		CreateTime:  unixTime(rec.GetCreateTime()),
+		CreateTime:  record.Time(rec.GetCreateTime()),
 		Job:         rec.GetJobId(),
-		DropTime:    unixTime(rec.GetDropTime()),
+		DropTime:    record.Time(rec.GetDropTime()),
 		Revision:    revision,
 	}
 	for _, r := range rec.GetRoots() {
@@ -331,7 +324,7 @@ func decodePartition(kv meta.KeyValue) (Partition, error) {
 	}
 	return Partition{
 		ID: id, Name: rec.GetName(), State: partState(rec.GetState()), Attributes: rec.GetAttributes(),
-		CreateTime: unixTime(rec.GetCreateTime()),
+		CreateTime: record.Time(rec.GetCreateTime()),
 	}, nil
 }
 
@@ -353,7 +346,7 @@ func decodeIndex(kv meta.KeyValue) (Index, error) {
 	}
 	return Index{
 		ID: id, Name: rec.GetName(), Field: rec.GetField(), State: partState(rec.GetState()), TypeParams: rec.GetTypeParams(),
-		IndexParams: rec.GetIndexParams(), Attributes: rec.GetAttributes(), CreateTime: unixTime(rec.GetCreateTime()),
+		IndexParams: rec.GetIndexParams(), Attributes: rec.GetAttributes(), CreateTime: record.Time(rec.GetCreateTime()),
 	}, nil
 }
 

@@ -308,7 +308,7 @@ func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []
 	if err := view.Collection.CheckActive(); err != nil {
 		return 0, 0, err
 	}
-	op, err := c.newOp()
+	op, err := record.NewOp(c.rand)
 	if err != nil {
 		return 0, 0, err
 	}

@@ -58,7 +58,7 @@ func UnitOf(collection, id int64, rec *storagev1.Unit) (Unit, error) {
 	if err != nil {
 		return Unit{}, fmt.Errorf("unit %d of collection %d: %w", id, collection, err)
 	}
-	return Unit{ID: id, Kind: UnitKind(rec.GetKind()), Segment: s, DropTime: unixTime(rec.GetDropTime())}, nil
+	return Unit{ID: id, Kind: UnitKind(rec.GetKind()), Segment: s, DropTime: record.Time(rec.GetDropTime())}, nil
 }
 
 // Owned yields the unit's files that belong to it alone: those whose path has

@@ -31,8 +31,8 @@ type board struct {
 	mu       sync.Mutex
 	rows     map[int64]*row
 	pool     map[int64]*poolWorker
-	assigned map[string]int64 // assignment keys, with their create revisions
-	moved    chan struct{}    // closed and replaced with every change
+	assigned map[string]bool // assignment keys
+	moved    chan struct{}   // closed and replaced with every change
 }
 
 // row is a job with its tasks.
@@ -46,7 +46,6 @@ type row struct {
 	shown   segment.Totals // the most that was ever told
 	lastErr string
 	samples []sample
-	nDone   int64
 }
 
 // sample is how many bytes were done at a time.
@@ -64,9 +63,8 @@ type poolWorker struct {
 }
 
 func newBoard(o *Options) *board {
-	b := &board{o: o, wake: make(chan struct{}, 1), moved: make(chan struct{})}
-	b.resetJobs()
-	b.pool, b.assigned = map[int64]*poolWorker{}, map[string]int64{}
+	b := &board{o: o, wake: make(chan struct{}, 1), moved: make(chan struct{}), rows: map[int64]*row{}}
+	b.pool, b.assigned = map[int64]*poolWorker{}, map[string]bool{}
 	from, to := meta.Prefix("/job/")
 	b.jobs = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: (*jobHandler)(b), Log: o.Log})
 	from, to = meta.Prefix("/worker/")
@@ -97,8 +95,6 @@ func (b *board) changed() {
 	}
 }
 
-func (b *board) resetJobs() { b.rows = map[int64]*row{} }
-
 // jobHandler is the board as the handler of jobs.
 type jobHandler board
 
@@ -108,7 +104,7 @@ func (h *jobHandler) Reset(kvs []meta.KeyValue, _ int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	old := b.rows
-	b.resetJobs()
+	b.rows = map[int64]*row{}
 	for _, kv := range kvs {
 		b.put(kv)
 	}
@@ -184,11 +180,11 @@ func (b *board) put(kv meta.KeyValue) {
 
 func (r *row) setTask(t *task) {
 	if old := r.tasks[t.number]; old != nil && old.state == TaskDone {
-		r.done, r.nDone = minus(r.done, old.totals), r.nDone-1
+		r.done = minus(r.done, old.totals)
 	}
 	r.tasks[t.number], r.open[t.number] = t, t
 	if t.state == TaskDone {
-		r.done, r.nDone = plus(r.done, t.totals), r.nDone+1
+		r.done = plus(r.done, t.totals)
 		delete(r.running, t.number)
 		delete(r.open, t.number)
 	}
@@ -229,7 +225,7 @@ func (b *board) remove(key string) {
 		job, number, err := keys.LastTwo(key)
 		if r := b.rows[job]; err == nil && r != nil {
 			if t := r.tasks[number]; t != nil && t.state == TaskDone {
-				r.done, r.nDone = minus(r.done, t.totals), r.nDone-1
+				r.done = minus(r.done, t.totals)
 			}
 			delete(r.tasks, number)
 			delete(r.open, number)
@@ -246,7 +242,7 @@ func (h *workerHandler) Reset(kvs []meta.KeyValue, _ int64) {
 	b := (*board)(h)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.pool, b.assigned = map[int64]*poolWorker{}, map[string]int64{}
+	b.pool, b.assigned = map[int64]*poolWorker{}, map[string]bool{}
 	for _, kv := range kvs {
 		b.putWorker(kv)
 	}
@@ -278,7 +274,7 @@ func (h *workerHandler) Apply(events []meta.Event, _ int64) {
 
 func (b *board) putWorker(kv meta.KeyValue) {
 	if strings.HasPrefix(kv.Key, keys.AssignedPrefix) {
-		b.assigned[kv.Key] = kv.CreateRevision
+		b.assigned[kv.Key] = true
 		return
 	}
 	rec := &storagev1.Worker{}

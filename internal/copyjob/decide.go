@@ -115,7 +115,7 @@ func (b *board) decideJob(r *row, until func(time.Time) bool) decision {
 		}
 	}
 	switch {
-	case r.nDone == job.Tasks && len(r.open) == 0:
+	case int64(len(r.tasks)) == job.Tasks && len(r.open) == 0:
 		if r.done.Segments != job.Totals.Segments || r.done.Files != job.Totals.Files || r.done.Bytes != job.Totals.Bytes {
 			return giveUp("INTERNAL", "%d segments, %d files and %d bytes were restored, not %d, %d and %d",
 				r.done.Segments, r.done.Files, r.done.Bytes, job.Totals.Segments, job.Totals.Files, job.Totals.Bytes)
@@ -131,8 +131,7 @@ func (b *board) decideJob(r *row, until func(time.Time) bool) decision {
 // isAssigned says whether the worker of a running task still has it. The lock
 // must be held.
 func (b *board) isAssigned(t *task) bool {
-	_, ok := b.assigned[keys.Assignment(t.worker, t.job, t.number)]
-	return ok
+	return b.assigned[keys.Assignment(t.worker, t.job, t.number)]
 }
 
 // hasAssignments says whether any worker has a task of the job. The lock must be

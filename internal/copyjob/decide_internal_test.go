@@ -394,17 +394,6 @@ func TestClassify(t *testing.T) {
 	}
 }
 
-func TestGaps(t *testing.T) {
-	for _, ids := range [][]int64{nil, {5}, {5, 6, 7}, {1, 1 << 40, 1<<62 + 1}} {
-		if got := sums(gaps(ids)); !slices.Equal(got, ids) {
-			t.Errorf("%v became %v", ids, got)
-		}
-	}
-	if got := gaps([]int64{100, 101, 103}); !slices.Equal(got, []int64{100, 1, 2}) {
-		t.Errorf("gaps %v", got)
-	}
-}
-
 func TestAnchor(t *testing.T) {
 	for _, c := range []struct {
 		path, want string

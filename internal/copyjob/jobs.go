@@ -132,7 +132,7 @@ func (j *Jobs) List(ctx context.Context, f Filter, after int64, limit int) (list
 // it is. One that is COMPLETED is ErrEnded.
 func (j *Jobs) Cancel(ctx context.Context, id int64) (*Status, error) {
 	for attempt := range maxAttempts {
-		if err := pause(ctx, attempt); err != nil {
+		if err := meta.Pause(ctx, attempt); err != nil {
 			return nil, err
 		}
 		job, err := j.read(ctx, id)
@@ -145,7 +145,7 @@ func (j *Jobs) Cancel(ctx context.Context, id int64) (*Status, error) {
 		case job.State.Ended(), job.Phase == RollBack:
 			return j.Get(ctx, id)
 		}
-		op, err := newOp(j.o.Rand)
+		op, err := record.NewOp(j.o.Rand)
 		if err != nil {
 			return nil, err
 		}
@@ -172,7 +172,7 @@ var errConflict = errors.New("it changes all the time")
 // SetLimits changes what a job may use, which its workers heed at once.
 func (j *Jobs) SetLimits(ctx context.Context, id int64, l Limits) (*Status, error) {
 	for attempt := range maxAttempts {
-		if err := pause(ctx, attempt); err != nil {
+		if err := meta.Pause(ctx, attempt); err != nil {
 			return nil, err
 		}
 		job, err := j.read(ctx, id)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -31,7 +32,6 @@ const (
 	batchBytes      = 768 << 10       // of one transaction
 	assignBatch     = 20              // tasks in one transaction
 	writeTimeout    = 5 * time.Second // of a transaction that the loop waits for
-	deleteBatch     = 500             // objects at a time
 	deleteSpan      = 5000            // segments' records in one transaction
 	removesInFlight = 16              // prefixes of a job at once
 )
@@ -247,12 +247,18 @@ func givenUp(d decision, now time.Time) *Job {
 	return &next
 }
 
-// clip bounds what a record keeps of a message.
+// maxMessage is how many bytes of a message a record keeps.
+const maxMessage = 1024
+
+// clip is what a record keeps of a message, which may say anything, and records
+// take nothing but UTF-8.
 func clip(message string) string {
-	if len(message) > 1024 {
-		return message[:1024] + "…"
+	const more = "…"
+	message = strings.ToValidUTF8(message, "\uFFFD")
+	if len(message) <= maxMessage {
+		return message
 	}
-	return message
+	return strings.ToValidUTF8(message[:maxMessage-len(more)], "") + more // without the rune that was cut
 }
 
 // write makes a change of a job in one transaction, which compares the job as it
@@ -270,7 +276,7 @@ func (l *leader) write(ctx context.Context, job *Job, conds []meta.Cond, ops []m
 
 // move replaces the job's record.
 func (l *leader) move(ctx context.Context, job, next *Job) error {
-	op, err := newOp(l.o.Rand)
+	op, err := record.NewOp(l.o.Rand)
 	if err != nil {
 		return err
 	}
@@ -292,7 +298,7 @@ func (l *leader) prepare(ctx context.Context, job *Job) error {
 			message: there + " is where the target's files would go: something else uses ids of this cluster there; nothing was touched",
 		}, l.o.Now()))
 	}
-	op, err := newOp(l.o.Rand)
+	op, err := record.NewOp(l.o.Rand)
 	if err != nil {
 		return err
 	}
@@ -438,7 +444,7 @@ func (l *leader) assign(ctx context.Context, d decision, slots []slot) ([]slot, 
 }
 
 func (l *leader) assignTo(ctx context.Context, job *Job, tasks []*task, w *slot) error {
-	op, err := newOp(l.o.Rand)
+	op, err := record.NewOp(l.o.Rand)
 	if err != nil {
 		return err
 	}
@@ -482,7 +488,7 @@ func (l *leader) publish(ctx context.Context, d decision) error {
 	}
 	next := *d.job
 	next.State, next.Phase, next.EndTime, next.Done, next.Retries = Completed, Publish, l.o.Now(), d.done, d.retries
-	op, err := newOp(l.o.Rand)
+	op, err := record.NewOp(l.o.Rand)
 	if err != nil {
 		return err
 	}
@@ -552,7 +558,7 @@ func (l *leader) rollBack(ctx context.Context, job *Job) error {
 	}
 	next := *job
 	next.State, next.EndTime = job.Outcome, l.o.Now()
-	op, err := newOp(l.o.Rand)
+	op, err := record.NewOp(l.o.Rand)
 	if err != nil {
 		return err
 	}
@@ -609,20 +615,5 @@ func removeAll(ctx context.Context, store object.Store, prefix string) error {
 	if _, err := store.AbortUploads(ctx, prefix, time.Time{}); err != nil {
 		return err
 	}
-	var batch []string
-	for info, err := range store.List(ctx, prefix) {
-		if err != nil {
-			return err
-		}
-		if batch = append(batch, info.Key); len(batch) == deleteBatch {
-			if err := store.Delete(ctx, batch...); err != nil {
-				return err
-			}
-			batch = batch[:0]
-		}
-	}
-	if len(batch) == 0 {
-		return nil
-	}
-	return store.Delete(ctx, batch...)
+	return object.DeletePrefix(ctx, store, prefix)
 }

@@ -1,9 +1,7 @@
 package copyjob
 
 import (
-	"encoding/hex"
 	"fmt"
-	"io"
 	"slices"
 	"time"
 
@@ -180,12 +178,12 @@ func (j *Job) Encode(op string) []byte {
 		Roots: roots, Copied: j.Copied,
 		Format: record.Format, SnapshotId: j.Snapshot, SnapshotName: j.SnapshotName, SourceCollection: j.Source,
 		CollectionId: j.Target, Db: j.DB, Name: j.Name, State: uint32(j.State), Phase: uint32(j.Phase), Outcome: uint32(j.Outcome),
-		Reason: j.Reason, Message: j.Message, Partitions: gaps(j.Partitions), PartitionNames: j.PartitionNames,
+		Reason: j.Reason, Message: j.Message, Partitions: record.Gaps(j.Partitions), PartitionNames: j.PartitionNames,
 		SkipIndexes: j.SkipIndexes, Priority: int32(j.Priority), Labels: j.Labels, Layout: uint32(j.Layout),
 		FirstPartition: j.FirstPartition, FirstIndex: j.FirstIndex, FirstSegment: j.FirstSegment, FirstBuild: j.FirstBuild,
 		Segments: j.Segments, Builds: j.Builds, CopyThreshold: j.Parts.Threshold, CopyPartSize: j.Parts.PartSize,
 		Tasks: j.Tasks, TaskSegments: j.TaskSegments, Totals: totalsRecord(j.Totals), Done: totalsRecord(j.Done), Retries: j.Retries,
-		CreateTime: nanos(j.CreateTime), StartTime: nanos(j.StartTime), EndTime: nanos(j.EndTime), Deadline: nanos(j.Deadline),
+		CreateTime: record.Nanos(j.CreateTime), StartTime: record.Nanos(j.StartTime), EndTime: record.Nanos(j.EndTime), Deadline: record.Nanos(j.Deadline),
 		RequestKey: j.RequestKey, PinId: j.Pin, Op: op,
 	})
 }
@@ -208,14 +206,14 @@ func DecodeJob(kv meta.KeyValue) (*Job, error) {
 		Roots: roots, Copied: r.GetCopied(),
 		ID: id, Snapshot: r.GetSnapshotId(), SnapshotName: r.GetSnapshotName(), Source: r.GetSourceCollection(),
 		Target: r.GetCollectionId(), DB: r.GetDb(), Name: r.GetName(), State: State(r.GetState()), Phase: Phase(r.GetPhase()),
-		Outcome: State(r.GetOutcome()), Reason: r.GetReason(), Message: r.GetMessage(), Partitions: sums(r.GetPartitions()),
+		Outcome: State(r.GetOutcome()), Reason: r.GetReason(), Message: r.GetMessage(), Partitions: record.Sums(r.GetPartitions()),
 		PartitionNames: r.GetPartitionNames(), SkipIndexes: r.GetSkipIndexes(), Priority: int(r.GetPriority()), Labels: r.GetLabels(),
 		Layout: layout.Layout(r.GetLayout()), FirstPartition: r.GetFirstPartition(), FirstIndex: r.GetFirstIndex(),
 		FirstSegment: r.GetFirstSegment(), FirstBuild: r.GetFirstBuild(), Segments: r.GetSegments(), Builds: r.GetBuilds(),
 		Parts: object.CopyParts{Threshold: r.GetCopyThreshold(), PartSize: r.GetCopyPartSize()},
 		Tasks: r.GetTasks(), TaskSegments: r.GetTaskSegments(), Totals: totalsOf(r.GetTotals()), Done: totalsOf(r.GetDone()),
-		Retries: r.GetRetries(), CreateTime: timeOf(r.GetCreateTime()), StartTime: timeOf(r.GetStartTime()),
-		EndTime: timeOf(r.GetEndTime()), Deadline: timeOf(r.GetDeadline()), RequestKey: r.GetRequestKey(), Pin: r.GetPinId(),
+		Retries: r.GetRetries(), CreateTime: record.Time(r.GetCreateTime()), StartTime: record.Time(r.GetStartTime()),
+		EndTime: record.Time(r.GetEndTime()), Deadline: record.Time(r.GetDeadline()), RequestKey: r.GetRequestKey(), Pin: r.GetPinId(),
 		Revision: kv.ModRevision, op: r.GetOp(),
 	}, nil
 }
@@ -250,7 +248,7 @@ func (t *task) key() string { return keys.Task(t.job, t.number) }
 func (t *task) encode(op string) []byte {
 	return record.Encode(&storagev1.Task{
 		Format: record.Format, State: uint32(t.state), Attempt: t.attempt, Failures: t.failures, Worker: t.worker,
-		NotBefore: nanos(t.notBefore), Reason: t.reason, Message: t.message, Totals: totalsRecord(t.totals), Op: op,
+		NotBefore: record.Nanos(t.notBefore), Reason: t.reason, Message: t.message, Totals: totalsRecord(t.totals), Op: op,
 	})
 }
 
@@ -265,7 +263,7 @@ func decodeTask(kv meta.KeyValue) (*task, error) {
 	}
 	return &task{
 		job: job, number: number, state: TaskState(r.GetState()), attempt: r.GetAttempt(), failures: r.GetFailures(),
-		worker: r.GetWorker(), notBefore: timeOf(r.GetNotBefore()), reason: r.GetReason(), message: r.GetMessage(),
+		worker: r.GetWorker(), notBefore: record.Time(r.GetNotBefore()), reason: r.GetReason(), message: r.GetMessage(),
 		totals: totalsOf(r.GetTotals()), revision: kv.ModRevision,
 	}, nil
 }
@@ -292,45 +290,4 @@ func plus(a, b segment.Totals) segment.Totals {
 		Segments: a.Segments + b.Segments, Rows: a.Rows + b.Rows, Files: a.Files + b.Files, Bytes: a.Bytes + b.Bytes,
 		Builds: a.Builds + b.Builds, Straddling: a.Straddling + b.Straddling,
 	}
-}
-
-// gaps turns ascending ids into the first and the distances between them, which
-// are short; sums turns them back.
-func gaps(ids []int64) []int64 {
-	out := slices.Clone(ids)
-	for i := len(out) - 1; i > 0; i-- {
-		out[i] -= out[i-1]
-	}
-	return out
-}
-
-func sums(gaps []int64) []int64 {
-	out := slices.Clone(gaps)
-	for i := 1; i < len(out); i++ {
-		out[i] += out[i-1]
-	}
-	return out
-}
-
-func nanos(t time.Time) int64 {
-	if t.IsZero() {
-		return 0
-	}
-	return t.UnixNano()
-}
-
-func timeOf(ns int64) time.Time {
-	if ns == 0 {
-		return time.Time{}
-	}
-	return time.Unix(0, ns).UTC()
-}
-
-// newOp makes the id of an operation, which every record carries that it writes.
-func newOp(rand io.Reader) (string, error) {
-	b := make([]byte, 12)
-	if _, err := io.ReadFull(rand, b); err != nil {
-		return "", fmt.Errorf("make an operation id: %w", err)
-	}
-	return hex.EncodeToString(b), nil
 }

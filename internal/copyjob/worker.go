@@ -300,7 +300,7 @@ func (a *attempt) run(ctx context.Context) error {
 		log.Warn("a task of a restore failed", zap.Error(err))
 	}
 	if a.task == nil && !errors.Is(err, errChanged) {
-		_ = pause(ctx, maxPause) // what cannot be read now is asked for again, but not at once
+		_ = meta.Pause(ctx, patience(maxPause)) // what cannot be read now is asked for again, but not at once
 	}
 	// The context may be over: the job was given up, or the replica stops.
 	report, cancel := context.WithTimeout(context.WithoutCancel(ctx), writeTimeout)
@@ -311,7 +311,7 @@ func (a *attempt) run(ctx context.Context) error {
 			return nil
 		}
 		log.Warn("an assignment is not given back yet", zap.Error(reportErr))
-		if pause(report, try+1) != nil {
+		if meta.Pause(report, patience(try+1)) != nil {
 			return fmt.Errorf("give task %d of job %d back: %w", a.number, a.jobID, reportErr)
 		}
 	}
@@ -345,7 +345,7 @@ func (a *attempt) read(ctx context.Context) error {
 func (a *attempt) giveBack(ctx context.Context, interrupted bool, cause error) (bool, error) {
 	txn := meta.Txn{If: []meta.Cond{a.assignment}, Then: []meta.Op{meta.Delete(a.key)}}
 	if !interrupted && a.task != nil && !errors.Is(cause, errChanged) {
-		op, err := newOp(a.worker.o.Rand)
+		op, err := record.NewOp(a.worker.o.Rand)
 		if err != nil {
 			return false, err
 		}
@@ -375,26 +375,15 @@ func (a *attempt) giveBack(ctx context.Context, interrupted bool, cause error) (
 // the same.
 const maxPause = 6
 
-// pause waits a little before try, unless that is the first.
-func pause(ctx context.Context, try int) error {
-	if try == 0 {
-		return ctx.Err()
-	}
-	timer := time.NewTimer(20 * time.Millisecond << min(try, maxPause))
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-timer.C:
-		return nil
-	}
-}
+// patience is the attempt that try is to [meta.Pause]: the first has to wait 40 ms,
+// each that follows twice as long.
+func patience(try int) int { return 10 << min(try, maxPause) }
 
 // register writes the target's segments and completes the task. All transactions
 // compare the job and the very assignment; the last one is all that counts, for a
 // RESTORING collection shows its segments to nobody.
 func (a *attempt) register(ctx context.Context, done *restored) error {
-	op, err := newOp(a.worker.o.Rand)
+	op, err := record.NewOp(a.worker.o.Rand)
 	if err != nil {
 		return err
 	}

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"sync"
 	"time"
@@ -404,16 +403,9 @@ func (x *index) load(ctx context.Context, e *entry) (*snapshotRefs, error) {
 func read(ctx context.Context, store object.Store, key string, want manifest.Digest) ([]byte, error) {
 	var last error
 	for range 2 {
-		r, _, err := store.Get(ctx, key, 0, want.Length+1)
+		data, err := object.ReadAll(ctx, store, key, want.Length)
 		if err != nil {
-			return nil, fmt.Errorf("read %s: %w", key, err)
-		}
-		data, err := io.ReadAll(r)
-		if closeErr := r.Close(); err == nil {
-			err = closeErr
-		}
-		if err != nil {
-			return nil, fmt.Errorf("read %s: %w", key, err)
+			return nil, err
 		}
 		if last = want.Check(data); last == nil {
 			return data, nil

@@ -2,10 +2,8 @@ package gc
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"time"
 
@@ -241,11 +239,11 @@ func (g *GC) readPremises(ctx context.Context, col *catalog.Collection, units []
 			if err := record.Decode(kv, s.rec); err != nil {
 				return nil, err
 			}
-			u, err := catalog.DecodeUnit(collection, kv)
+			u, err := catalog.UnitOf(collection, units[i].unit, s.rec)
 			if err != nil {
 				return nil, err
 			}
-			s.unit = &u
+			u.Revision, s.unit = kv.ModRevision, &u
 		}
 		for _, kv := range got[1] {
 			if s.tomb, err = DecodeTombstone(kv); err != nil {
@@ -286,7 +284,7 @@ func (s *unitState) droppedWith(col *catalog.Collection, kv meta.KeyValue) error
 // decideBatch answers for units, few enough for one transaction.
 func (g *GC) decideBatch(ctx context.Context, col *catalog.Collection, units []ask, to *grant) ([]Answer, error) {
 	for attempt := 0; attempt < maxAttempts; {
-		if err := pause(ctx, attempt); err != nil {
+		if err := meta.Pause(ctx, attempt); err != nil {
 			return nil, err
 		}
 		p, err := g.readPremises(ctx, col, units)
@@ -407,7 +405,7 @@ func heldBy(col *catalog.Collection, u *catalog.Unit) wanted {
 // transaction, and says how many: none when the premises did not hold any more.
 // When there is too much for one, the rest is for the next.
 func (g *GC) grant(ctx context.Context, collection int64, p *premises, free []int, answers []Answer, to *grant) (int, error) {
-	op, err := g.newOp()
+	op, err := record.NewOp(g.o.Rand)
 	if err != nil {
 		return 0, err
 	}
@@ -488,7 +486,7 @@ func (g *GC) Confirm(ctx context.Context, ref catalog.Ref, ids []int64) ([]Confi
 
 func (g *GC) confirmBatch(ctx context.Context, collection int64, ids []int64, answers []Confirmation) error {
 	for attempt := range maxAttempts {
-		if err := pause(ctx, attempt); err != nil {
+		if err := meta.Pause(ctx, attempt); err != nil {
 			return err
 		}
 		var gets []meta.Op
@@ -606,29 +604,6 @@ func DecodeTombstone(kv meta.KeyValue) (*Tombstone, error) {
 	}
 	t.Unit, err = catalog.UnitOf(collection, id, rec.GetUnit())
 	return t, err
-}
-
-func (g *GC) newOp() (string, error) {
-	b := make([]byte, 12)
-	if _, err := io.ReadFull(g.o.Rand, b); err != nil {
-		return "", fmt.Errorf("make an operation id: %w", err)
-	}
-	return hex.EncodeToString(b), nil
-}
-
-// pause waits a little before attempt, unless that is the first.
-func pause(ctx context.Context, attempt int) error {
-	if attempt == 0 {
-		return ctx.Err()
-	}
-	timer := time.NewTimer(time.Duration(attempt) * 2 * time.Millisecond)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-timer.C:
-		return nil
-	}
 }
 
 var errNoStore = errors.New("object store is not configured here")

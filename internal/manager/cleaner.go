@@ -14,14 +14,12 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
+	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
 // maxSkew is how far the leader's clock and a store's may be apart before
 // nothing expires any more.
 const maxSkew = 5 * time.Minute
-
-// deleteBatch is how many objects are deleted at a time.
-const deleteBatch = 500
 
 // removesInFlight is how many snapshots are removed at once.
 const removesInFlight = 8
@@ -177,27 +175,8 @@ func (c *cleaner) remove(ctx context.Context, s *Snapshot, fence meta.Cond) erro
 	if !ok {
 		return fmt.Errorf("remove snapshot %s: its objects lie in store %q, which is not configured here", s, s.Store)
 	}
-	var batch []string
-	flush := func() error {
-		err := store.Delete(ctx, batch...)
-		batch = batch[:0]
-		return err
-	}
-	for info, err := range store.List(ctx, manifest.Dir(s.Collection, s.ID)) {
-		if err == nil {
-			if batch = append(batch, info.Key); len(batch) < deleteBatch {
-				continue
-			}
-			err = flush()
-		}
-		if err != nil {
-			return fmt.Errorf("remove snapshot %s: %w", s, err)
-		}
-	}
-	if len(batch) > 0 {
-		if err := flush(); err != nil {
-			return fmt.Errorf("remove snapshot %s: %w", s, err)
-		}
+	if err := object.DeletePrefix(ctx, store, manifest.Dir(s.Collection, s.ID)); err != nil {
+		return fmt.Errorf("remove snapshot %s: %w", s, err)
 	}
 	res, err := c.m.kv.Txn(ctx, meta.Txn{
 		If:   []meta.Cond{meta.Unchanged(keys.Snapshot(s.ID), s.Revision), fence},

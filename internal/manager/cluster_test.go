@@ -74,7 +74,7 @@ func definite[T any](t *testing.T, replicas []*replica, call func(ctx context.Co
 	t.Helper()
 	deadline := time.Now().Add(clusterPatience)
 	for i := 0; ; i++ {
-		_ = pause(t.Context(), min(i, 50))
+		_ = meta.Pause(t.Context(), min(i, 50))
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		got, err := call(ctx, replicas[i%len(replicas)])
 		cancel()

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"strings"
 	"sync"
@@ -443,12 +442,12 @@ func (m *Manager) begin(ctx context.Context, c *creation) (_ *createLease, err e
 	if err != nil {
 		return nil, err
 	}
-	op, err := m.newOp()
+	op, err := record.NewOp(m.o.Rand)
 	if err != nil {
 		return nil, err
 	}
 	for attempt := range maxAttempts {
-		if err := pause(ctx, attempt); err != nil {
+		if err := meta.Pause(ctx, attempt); err != nil {
 			return nil, err
 		}
 		col, err := m.catalog.Collection(ctx, c.spec.Collection)
@@ -546,7 +545,7 @@ var errUndecided = errors.New("outcome unknown")
 func (m *Manager) captureAndWrite(ctx context.Context, c *creation, lease *createLease) (*Snapshot, error) {
 	used := 0 // manifests that were begun: a key is not used twice
 	for compacted, unanswered := 0, 0; ; {
-		if err := pause(ctx, 10*unanswered); err != nil {
+		if err := meta.Pause(ctx, 10*unanswered); err != nil {
 			return nil, err
 		}
 		view, err := m.catalog.At(ctx, c.snap.Collection, 0)
@@ -862,7 +861,7 @@ func (m *Manager) verifyFile(ctx context.Context, root catalog.Root, f *segment.
 func (m *Manager) putOnce(ctx context.Context, key string, data []byte, lease *createLease) error {
 	var last error
 	for attempt := range putAttempts {
-		if err := pause(ctx, attempt*attempt*10); err != nil {
+		if err := meta.Pause(ctx, attempt*attempt*10); err != nil {
 			return err
 		}
 		_, err := m.store.Create(ctx, key, data)
@@ -870,7 +869,7 @@ func (m *Manager) putOnce(ctx context.Context, key string, data []byte, lease *c
 			return lease.advance(ctx)
 		}
 		last = err
-		there, err := readObject(ctx, m.store, key, int64(len(data)))
+		there, err := object.ReadAll(ctx, m.store, key, int64(len(data)))
 		switch {
 		case errors.Is(err, object.ErrNotFound) && errors.Is(last, object.ErrInvalidKey):
 			return fmt.Errorf("write %s: %w", key, last)
@@ -884,26 +883,9 @@ func (m *Manager) putOnce(ctx context.Context, key string, data []byte, lease *c
 	return fmt.Errorf("write %s: %w", key, last)
 }
 
-// readObject reads a whole object that should have size bytes; of a longer one
-// it reads one byte more.
-func readObject(ctx context.Context, store object.Store, key string, size int64) ([]byte, error) {
-	r, _, err := store.Get(ctx, key, 0, size+1)
-	if err != nil {
-		return nil, err
-	}
-	data, err := io.ReadAll(r)
-	if closeErr := r.Close(); err == nil {
-		err = closeErr
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", key, err)
-	}
-	return data, nil
-}
-
 // commit makes the snapshot COMMITTED.
 func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease *createLease) (*Snapshot, error) {
-	op, err := m.newOp()
+	op, err := record.NewOp(m.o.Rand)
 	if err != nil {
 		return nil, err
 	}
@@ -916,7 +898,7 @@ func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease
 		return nil, err
 	}
 	for attempt := range maxAttempts {
-		if err := pause(ctx, 10*attempt); err != nil {
+		if err := meta.Pause(ctx, 10*attempt); err != nil {
 			return nil, err
 		}
 		if err := lease.advance(ctx); err != nil {
@@ -965,7 +947,7 @@ func (m *Manager) resolveCommit(ctx context.Context, c *creation, next *Snapshot
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), m.o.LeaseTTL/3)
 	defer cancel()
 	for attempt := range maxAttempts {
-		if err := pause(ctx, attempt*10); err != nil {
+		if err := meta.Pause(ctx, attempt*10); err != nil {
 			break
 		}
 		now, err := m.read(ctx, c.snap.ID)
@@ -1002,7 +984,7 @@ var errChanged = errors.New("record changed")
 // the error under its request token. fence is what a leader compares besides.
 func (m *Manager) giveUp(ctx context.Context, s *Snapshot, reason, text string, fence []meta.Cond) error {
 	for range maxAttempts {
-		op, err := m.newOp()
+		op, err := record.NewOp(m.o.Rand)
 		if err != nil {
 			return err
 		}

@@ -101,7 +101,7 @@ func TestReferencesCoverSegmentsBuildsAndForeignFiles(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		data, err := readObject(t.Context(), w.objects, manifest.RefsKey(col.ID, snap.ID), d.Metadata.Refs.Length)
+		data, err := object.ReadAll(t.Context(), w.objects, manifest.RefsKey(col.ID, snap.ID), d.Metadata.Refs.Length)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -636,7 +636,7 @@ func TestEqualInputMakesEqualManifests(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			data, err := readObject(t.Context(), w.objects, manifest.ManifestKey(col.ID, s.ID, 0), d.Metadata.Manifests[0].Length)
+			data, err := object.ReadAll(t.Context(), w.objects, manifest.ManifestKey(col.ID, s.ID, 0), d.Metadata.Manifests[0].Length)
 			if err != nil {
 				t.Fatal(err)
 			}

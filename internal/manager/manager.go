@@ -89,7 +89,6 @@ package manager
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -151,6 +150,14 @@ type Options struct {
 	RestoreSlots int           // tasks of restores that this replica works on at once; default 8, negative: none
 	CopyInFlight int           // objects that it copies at once; default 32
 	KeepRestores time.Duration // how long restore jobs that have ended are kept; default a week
+
+	CollectorOff     bool          // the leader makes no rounds of its own; Collect makes one all the same
+	CollectTolerance time.Duration // how long ago a thing must have been dropped; default 3 h
+	CollectInterval  time.Duration // between rounds of the leader; default 1 min
+	CollectMaxShare  float64       // of a collection at which a round stops, above 0 and at most 1; default 0.5
+	CollectRate      int           // objects that the collector deletes in a second; default 3000, negative: unlimited
+	OrphanGrace      time.Duration // how old an object that nothing knows must be, by its store's clock; default 24 h
+	SweepInterval    time.Duration // between looks for such objects; default 1 h
 }
 
 // Manager manages snapshots. It is safe for concurrent use. Creates and all
@@ -196,6 +203,24 @@ func New(o Options) (*Manager, error) {
 	}
 	if o.CreateMemory == 0 {
 		o.CreateMemory = 128 << 20
+	}
+	if o.CollectTolerance == 0 {
+		o.CollectTolerance = 3 * time.Hour
+	}
+	if o.CollectInterval == 0 {
+		o.CollectInterval = time.Minute
+	}
+	if o.CollectMaxShare == 0 {
+		o.CollectMaxShare = 0.5
+	}
+	if o.CollectRate == 0 {
+		o.CollectRate = 3000
+	}
+	if o.OrphanGrace == 0 {
+		o.OrphanGrace = 24 * time.Hour
+	}
+	if o.SweepInterval == 0 {
+		o.SweepInterval = time.Hour
 	}
 	store, ok := o.Stores[o.SnapshotStore]
 	if !ok {
@@ -313,16 +338,6 @@ func (m *Manager) scope(collection int64) int64 {
 		return collection
 	}
 	return 0
-}
-
-// newOp makes the id of an operation, which every record carries that it
-// writes.
-func (m *Manager) newOp() (string, error) {
-	b := make([]byte, 12)
-	if _, err := io.ReadFull(m.o.Rand, b); err != nil {
-		return "", fmt.Errorf("make an operation id: %w", err)
-	}
-	return hex.EncodeToString(b), nil
 }
 
 // read returns the record of a snapshot by id, nil when there is none.
@@ -446,7 +461,7 @@ func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec U
 		}
 	}
 	for attempt := range maxAttempts {
-		if err := pause(ctx, attempt); err != nil {
+		if err := meta.Pause(ctx, attempt); err != nil {
 			return nil, err
 		}
 		known, err := request.Find(ctx, m.kv, tok)
@@ -466,7 +481,7 @@ func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec U
 			return nil, err
 		}
 		ref.ID = s.ID // a name is resolved once
-		op, err := m.newOp()
+		op, err := record.NewOp(m.o.Rand)
 		if err != nil {
 			return nil, err
 		}
@@ -533,7 +548,7 @@ func (m *Manager) wasFirst(ctx context.Context, tok request.Token) *request.Reco
 // 0 when there is no such snapshot, which is success.
 func (m *Manager) Drop(ctx context.Context, tok request.Token, ref Ref, expected int64) (int64, error) {
 	for attempt := range maxAttempts {
-		if err := pause(ctx, attempt); err != nil {
+		if err := meta.Pause(ctx, attempt); err != nil {
 			return 0, err
 		}
 		if known, err := request.Find(ctx, m.kv, tok); err != nil {
@@ -596,7 +611,7 @@ func (m *Manager) droppable(ctx context.Context, ref Ref, expected int64) (s *Sn
 
 // dropTxn is the transaction that drops a committed snapshot.
 func (m *Manager) dropTxn(s *Snapshot) (meta.Txn, error) {
-	op, err := m.newOp()
+	op, err := record.NewOp(m.o.Rand)
 	if err != nil {
 		return meta.Txn{}, err
 	}
@@ -666,19 +681,4 @@ func checkRecordSize(value []byte) error {
 			catalog.ErrLimitExceeded, len(value), MaxRecordBytes)
 	}
 	return nil
-}
-
-// pause waits a little before attempt, unless that is the first.
-func pause(ctx context.Context, attempt int) error {
-	if attempt == 0 {
-		return ctx.Err()
-	}
-	timer := time.NewTimer(time.Duration(attempt) * 2 * time.Millisecond)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-timer.C:
-		return nil
-	}
 }

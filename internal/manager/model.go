@@ -3,7 +3,6 @@ package manager
 import (
 	"errors"
 	"fmt"
-	"math"
 	"slices"
 	"strings"
 	"time"
@@ -141,8 +140,8 @@ func encode(s *Snapshot, op string) []byte {
 	rec := &storagev1.Snapshot{
 		Format: record.Format, Name: s.Name, CollectionId: s.Collection, Db: s.DB, CollectionName: s.CollectionName,
 		State: uint32(s.State), Description: s.Description, Labels: s.Labels,
-		CreateTime: unixNano(s.CreateTime), CommitTime: unixNano(s.CommitTime), ExpireTime: unixNano(s.ExpireTime),
-		Ttl: int64(s.TTL), CatalogRevision: s.CatalogRevision, Partitions: gaps(s.Partitions),
+		CreateTime: record.Nanos(s.CreateTime), CommitTime: record.Nanos(s.CommitTime), ExpireTime: record.Nanos(s.ExpireTime),
+		Ttl: int64(s.TTL), CatalogRevision: s.CatalogRevision, Partitions: record.Gaps(s.Partitions),
 		Totals: &storagev1.Totals{
 			Segments: s.Totals.Segments, Rows: s.Totals.Rows, Files: s.Totals.Files, Bytes: s.Totals.Bytes,
 			Builds: s.Totals.Builds, Straddling: s.Totals.Straddling,
@@ -173,8 +172,8 @@ func decode(kv meta.KeyValue) (*Snapshot, error) {
 	s := &Snapshot{
 		ID: id, Name: rec.GetName(), Collection: rec.GetCollectionId(), DB: rec.GetDb(), CollectionName: rec.GetCollectionName(),
 		State: State(rec.GetState()), Description: rec.GetDescription(), Labels: rec.GetLabels(),
-		CreateTime: fromUnix(rec.GetCreateTime()), CommitTime: fromUnix(rec.GetCommitTime()), ExpireTime: fromUnix(rec.GetExpireTime()),
-		TTL: time.Duration(rec.GetTtl()), CatalogRevision: rec.GetCatalogRevision(), Partitions: sums(rec.GetPartitions()),
+		CreateTime: record.Time(rec.GetCreateTime()), CommitTime: record.Time(rec.GetCommitTime()), ExpireTime: record.Time(rec.GetExpireTime()),
+		TTL: time.Duration(rec.GetTtl()), CatalogRevision: rec.GetCatalogRevision(), Partitions: record.Sums(rec.GetPartitions()),
 		Totals: segment.Totals{
 			Segments: t.GetSegments(), Rows: t.GetRows(), Files: t.GetFiles(), Bytes: t.GetBytes(),
 			Builds: t.GetBuilds(), Straddling: t.GetStraddling(),
@@ -212,24 +211,6 @@ func (s *Snapshot) moved(to State, reason string) *Snapshot {
 	return &next
 }
 
-// gaps turns ascending ids into the first and the distances between them, which
-// are short; sums turns them back.
-func gaps(ids []int64) []int64 {
-	out := slices.Clone(ids)
-	for i := len(out) - 1; i > 0; i-- {
-		out[i] -= out[i-1]
-	}
-	return out
-}
-
-func sums(gaps []int64) []int64 {
-	out := slices.Clone(gaps)
-	for i := 1; i < len(out); i++ {
-		out[i] += out[i-1]
-	}
-	return out
-}
-
 // maxExpiry is how far ahead an expiry may lie.
 const maxExpiry = 100 * 365 * 24 * time.Hour
 
@@ -241,23 +222,6 @@ func checkExpiry(t, now time.Time) error {
 		Field:   "expire_time",
 		Problem: fmt.Sprintf("%s does not lie ahead by at most 100 years; leave it out for a snapshot that stays", t.UTC().Format(time.RFC3339)),
 	}
-}
-
-func unixNano(t time.Time) int64 {
-	switch {
-	case t.IsZero():
-		return 0
-	case t.After(time.Unix(0, math.MaxInt64)): // nanoseconds end in 2262
-		return math.MaxInt64
-	}
-	return t.UnixNano()
-}
-
-func fromUnix(ns int64) time.Time {
-	if ns == 0 {
-		return time.Time{}
-	}
-	return time.Unix(0, ns).UTC()
 }
 
 // Filter says which snapshots to list. Zero fields do not filter, but no States
@@ -385,7 +349,7 @@ type PinPlace struct {
 func encodePin(p *Pin) []byte {
 	return record.Encode(&storagev1.Pin{
 		Format: record.Format, Owner: p.Owner, Reason: p.Reason, Ttl: int64(p.TTL),
-		CreateTime: unixNano(p.CreateTime), ExpireTime: unixNano(p.ExpireTime), Op: p.op, JobId: p.Job,
+		CreateTime: record.Nanos(p.CreateTime), ExpireTime: record.Nanos(p.ExpireTime), Op: p.op, JobId: p.Job,
 	})
 }
 
@@ -402,7 +366,7 @@ func decodePin(kv meta.KeyValue) (*Pin, error) {
 		return p, err
 	}
 	p.Owner, p.Reason, p.TTL = rec.GetOwner(), rec.GetReason(), time.Duration(rec.GetTtl())
-	p.CreateTime, p.ExpireTime = fromUnix(rec.GetCreateTime()), fromUnix(rec.GetExpireTime())
+	p.CreateTime, p.ExpireTime = record.Time(rec.GetCreateTime()), record.Time(rec.GetExpireTime())
 	p.op, p.Job = rec.GetOp(), rec.GetJobId()
 	return p, nil
 }

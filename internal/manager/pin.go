@@ -60,7 +60,7 @@ func (m *Manager) pin(ctx context.Context, tok request.Token, ref Ref, spec PinS
 	}
 	p := &Pin{Owner: spec.Owner, Reason: spec.Reason, TTL: ttl}
 	for attempt := range maxAttempts {
-		if err := pause(ctx, attempt); err != nil {
+		if err := meta.Pause(ctx, attempt); err != nil {
 			return nil, err
 		}
 		known, err := request.Find(ctx, m.kv, tok)
@@ -119,7 +119,7 @@ func (m *Manager) pinnable(ctx context.Context, ref Ref) (*Snapshot, error) {
 // was taken, or a lease was lost.
 func (m *Manager) tryPin(ctx context.Context, tok request.Token, s *Snapshot, p *Pin) (bool, error) {
 	var err error
-	if p.op, err = m.newOp(); err != nil {
+	if p.op, err = record.NewOp(m.o.Rand); err != nil {
 		return false, err
 	}
 	p.CreateTime = m.o.Now() // before the lease begins, so that the pin does not end before it says
@@ -234,7 +234,7 @@ func (m *Manager) renewPin(ctx context.Context, ref Ref, id int64, ttl time.Dura
 	}
 	key := keys.Pin(snapshot, id)
 	for attempt := range maxAttempts {
-		if err := pause(ctx, attempt); err != nil {
+		if err := meta.Pause(ctx, attempt); err != nil {
 			return nil, err
 		}
 		kv, found, _, err := m.kv.Get(ctx, key)
@@ -271,7 +271,7 @@ func (m *Manager) renewPin(ctx context.Context, ref Ref, id int64, ttl time.Dura
 // changed, or a lease was lost.
 func (m *Manager) tryRenew(ctx context.Context, old, next *Pin) (bool, error) {
 	var err error
-	if next.op, err = m.newOp(); err != nil {
+	if next.op, err = record.NewOp(m.o.Rand); err != nil {
 		return false, err
 	}
 	if err := m.leasePin(ctx, next, m.o.Now()); err != nil {
@@ -328,7 +328,7 @@ func (m *Manager) unpin(ctx context.Context, ref Ref, id int64) error {
 	}
 	key := keys.Pin(snapshot, id)
 	for attempt := range maxAttempts {
-		if err := pause(ctx, attempt); err != nil {
+		if err := meta.Pause(ctx, attempt); err != nil {
 			return err
 		}
 		kv, found, _, err := m.kv.Get(ctx, key)

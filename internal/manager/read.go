@@ -45,7 +45,7 @@ func (m *Manager) readOwn(ctx context.Context, s *Snapshot, name string, want ma
 		return nil, fmt.Errorf("%w: the objects of snapshot %s lie in %q, which is not configured here", ErrStoreNotFound, s, s.Store)
 	}
 	key := manifest.Dir(s.Collection, s.ID) + name
-	data, err := readObject(ctx, store, key, want.Length)
+	data, err := object.ReadAll(ctx, store, key, want.Length)
 	if errors.Is(err, object.ErrNotFound) {
 		if now, readErr := m.read(ctx, s.ID); readErr == nil && (now == nil || now.State != Committed) {
 			return nil, fmt.Errorf("%w: %s", ErrExpiredOrDropped, s) // while we were reading
@@ -56,7 +56,7 @@ func (m *Manager) readOwn(ctx context.Context, s *Snapshot, name string, want ma
 		return nil, err
 	}
 	if want.Check(data) != nil { // the way may be to blame
-		if data, err = readObject(ctx, store, key, want.Length); err != nil {
+		if data, err = object.ReadAll(ctx, store, key, want.Length); err != nil {
 			return nil, err
 		}
 	}

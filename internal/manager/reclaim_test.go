@@ -560,7 +560,7 @@ func TestUnreadableReferences(t *testing.T) {
 		},
 		"metadata": func(w *world, s *Snapshot, _ string, _ []byte) func() {
 			key := manifest.MetadataKey(s.Collection, s.ID)
-			data, err := readObject(w.t.Context(), w.objects, key, s.Metadata.Length)
+			data, err := object.ReadAll(w.t.Context(), w.objects, key, s.Metadata.Length)
 			if err != nil {
 				w.t.Fatal(err)
 			}
@@ -602,7 +602,7 @@ func TestUnreadableReferences(t *testing.T) {
 					}
 					s := w.create(r, col, "x")
 					key := manifest.RefsKey(col.ID, s.ID)
-					data, err := readObject(t.Context(), w.objects, key, 1<<20)
+					data, err := object.ReadAll(t.Context(), w.objects, key, 1<<20)
 					if err != nil {
 						t.Fatal(err)
 					}

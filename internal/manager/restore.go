@@ -21,6 +21,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/record"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
@@ -79,7 +80,7 @@ func (m *Manager) Restore(ctx context.Context, tok request.Token, spec *RestoreS
 func (m *Manager) restore(ctx context.Context, tok request.Token, spec *RestoreSpec) (*copyjob.Job, error) {
 	ref := spec.Snapshot
 	for attempt := range maxAttempts {
-		if err := pause(ctx, attempt); err != nil {
+		if err := meta.Pause(ctx, attempt); err != nil {
 			return nil, err
 		}
 		known, err := request.Find(ctx, m.kv, tok)
@@ -155,7 +156,7 @@ func (m *Manager) admit(ctx context.Context, tok request.Token, ref *Ref, spec *
 	if err := m.catalog.CheckNew(&col); err != nil {
 		return nil, err
 	}
-	op, err := m.newOp()
+	op, err := record.NewOp(m.o.Rand)
 	if err != nil {
 		return nil, err
 	}

@@ -676,3 +676,53 @@ func TestRestoreMilvus(t *testing.T) {
 		})
 	}
 }
+
+// TestRestoreTargetNotEmpty puts an object where the target's will go, after the
+// target has its ids and before anything is copied: the restore fails by name of
+// it and leaves it alone, for rolling back would remove what is not its own.
+func TestRestoreTargetNotEmpty(t *testing.T) {
+	for name, c := range map[string]struct {
+		key    string // %d: the target
+		reason string // empty: it is COMPLETED
+	}{
+		"a file of a segment": {"data/%d/1/2/insert/100/1", "TARGET_NOT_EMPTY"},
+		"anything":            {"data/%d/x", "TARGET_NOT_EMPTY"},
+		"beside it":           {"data/%dx/y", ""},
+		"of another root":     {"elsewhere/%d/x", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				leader := w.start("a")
+				settle()
+				r := w.start("b", func(o *Options) { o.RestoreSlots = -1 })
+				s := w.create(r, w.rich(r, "c", 12), "one")
+				leader.kv.Freeze()
+				sp := restoreSpecOf(s)
+				before := w.traces()
+				job := w.restore(r, sp)
+				key := fmt.Sprintf(c.key, job.Target)
+				if _, err := w.objects.Put(t.Context(), key, []byte("another's")); err != nil {
+					t.Fatal(err)
+				}
+				before.objects[key] = true
+				leader.kv.Thaw()
+				end := w.ended(r, job.ID)
+				if c.reason == "" {
+					if end.Job.State != copyjob.Completed {
+						t.Fatalf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+					}
+					w.restored(r, before, end.Job, sp)
+				} else {
+					if end.Job.State != copyjob.Failed || end.Job.Reason != c.reason || !strings.Contains(end.Job.Message, "default/"+key+" ") {
+						t.Errorf("it ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, c.reason, key)
+					}
+					w.nothingSince(before)
+					w.again(r, before, sp) // under other ids, where nothing is
+				}
+				if diff := cmp.Diff("another's", string(w.bytes(key))); diff != "" {
+					t.Errorf("%s (-want +got):\n%s", key, diff)
+				}
+			})
+		})
+	}
+}

@@ -260,7 +260,7 @@ func (w *world) check(r *replica) []*Snapshot {
 		for _, mf := range d.Metadata.Manifests {
 			objects[dir+mf.File] = true
 		}
-		data, err := readObject(ctx, w.objects, dir+manifest.RefsName, d.Metadata.Refs.Length)
+		data, err := object.ReadAll(ctx, w.objects, dir+manifest.RefsName, d.Metadata.Refs.Length)
 		if err == nil {
 			_, err = manifest.DecodeRefs(data, d.Metadata.Refs)
 		}

@@ -7,7 +7,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -412,7 +411,7 @@ func (r *rig) heapOf(ctx context.Context, fn func() error) (float64, error) {
 		tick := time.NewTicker(20 * time.Millisecond)
 		defer tick.Stop()
 		for {
-			v, err := r.metric(ctx, "go_memstats_heap_alloc_bytes")
+			v, err := r.heap(ctx)
 			if ctx.Err() != nil {
 				return
 			}
@@ -435,32 +434,21 @@ func (r *rig) heapOf(ctx context.Context, fn func() error) (float64, error) {
 }
 
 func (r *rig) get(ctx context.Context, path string) ([]byte, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+r.metrics+path, nil)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return nil, err
-	}
-	data, err := io.ReadAll(resp.Body)
-	if err == nil && resp.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s: %s", path, resp.Status)
-	}
-	return data, errors.Join(err, resp.Body.Close())
+	return bench.Get(ctx, "http://"+r.metrics+path)
 }
 
-func (r *rig) metric(ctx context.Context, name string) (float64, error) {
-	data, err := r.get(ctx, "/metrics")
+// heap returns how much snapshotd has on its heap, garbage included.
+func (r *rig) heap(ctx context.Context) (float64, error) {
+	const metric = "go_memstats_heap_alloc_bytes"
+	text, err := r.get(ctx, "/metrics")
 	if err != nil {
 		return 0, err
 	}
-	for line := range strings.Lines(string(data)) {
-		if text, ok := strings.CutPrefix(line, name+" "); ok {
-			return strconv.ParseFloat(strings.TrimSpace(text), 64)
-		}
+	v, err := bench.Sum(text, metric)
+	if err == nil && v == 0 { // it would pass for a very small heap
+		err = fmt.Errorf("there is no metric %s", metric)
 	}
-	return 0, fmt.Errorf("there is no metric %s", name)
+	return v, err
 }
 
 // profiles keeps profiles of snapshotd while fn runs, again and again for a few

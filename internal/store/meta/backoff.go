@@ -56,3 +56,20 @@ func (b *Backoff) Wait(ctx context.Context) error {
 		return nil
 	}
 }
+
+// Pause waits a little before an attempt at a change whose premises changed: 2 ms
+// for each attempt before it, so not at all before attempt 0. It returns ctx's
+// error as soon as ctx ends, also when it does not wait.
+func Pause(ctx context.Context, attempt int) error {
+	if attempt == 0 {
+		return ctx.Err()
+	}
+	timer := time.NewTimer(time.Duration(attempt) * 2 * time.Millisecond)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
+}

@@ -2,8 +2,13 @@
 package record
 
 import (
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
+	"math"
+	"slices"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -46,4 +51,53 @@ func Decode(kv meta.KeyValue, m Message) error {
 		return fmt.Errorf("%w at %s: format %d, this release reads %d", ErrUnreadable, kv.Key, m.GetFormat(), Format)
 	}
 	return nil
+}
+
+// NewOp makes the id of an operation of what rand yields. Every record carries
+// that of the operation that wrote it. The error is rand's.
+func NewOp(rand io.Reader) (string, error) {
+	b := make([]byte, 12)
+	if _, err := io.ReadFull(rand, b); err != nil {
+		return "", fmt.Errorf("make an operation id: %w", err)
+	}
+	return hex.EncodeToString(b), nil
+}
+
+// Gaps turns ascending ids into the first and the distances between them, which
+// are short; Sums turns them back.
+func Gaps(ids []int64) []int64 {
+	out := slices.Clone(ids)
+	for i := len(out) - 1; i > 0; i-- {
+		out[i] -= out[i-1]
+	}
+	return out
+}
+
+// Sums returns the ids that Gaps was given.
+func Sums(gaps []int64) []int64 {
+	out := slices.Clone(gaps)
+	for i := 1; i < len(out); i++ {
+		out[i] += out[i-1]
+	}
+	return out
+}
+
+// Nanos is t as records hold it, nanoseconds since 1970: 0 of the zero time, and
+// of one later than they can tell, in 2262, the last that they can.
+func Nanos(t time.Time) int64 {
+	switch {
+	case t.IsZero():
+		return 0
+	case t.After(time.Unix(0, math.MaxInt64)):
+		return math.MaxInt64
+	}
+	return t.UnixNano()
+}
+
+// Time returns the time that Nanos was given, in UTC.
+func Time(ns int64) time.Time {
+	if ns == 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, ns).UTC()
 }

@@ -1,10 +1,15 @@
 package record_test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"io"
+	"math"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/testing/protocmp"
@@ -52,4 +57,47 @@ func TestEncodeWithoutFormat(t *testing.T) {
 		}
 	}()
 	record.Encode(&storagev1.Name{Id: 1})
+}
+
+func TestNewOp(t *testing.T) {
+	rand := bytes.NewReader([]byte("abcdefghijklmnopqrst")) // 20 bytes are not enough for two
+	if op, err := record.NewOp(rand); op != "6162636465666768696a6b6c" || err != nil {
+		t.Errorf("%q, err = %v", op, err)
+	}
+	if op, err := record.NewOp(rand); op != "" || !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("%q, err = %v, want %v", op, err, io.ErrUnexpectedEOF)
+	}
+}
+
+func TestGaps(t *testing.T) {
+	for _, ids := range [][]int64{nil, {5}, {5, 6, 7}, {1, 1 << 40, 1<<62 + 1}} {
+		if got := record.Sums(record.Gaps(ids)); !slices.Equal(got, ids) {
+			t.Errorf("%v became %v", ids, got)
+		}
+	}
+	if got := record.Gaps([]int64{100, 101, 103}); !slices.Equal(got, []int64{100, 1, 2}) {
+		t.Errorf("gaps %v", got)
+	}
+}
+
+func TestTimes(t *testing.T) {
+	last := time.Unix(0, math.MaxInt64).UTC()
+	for name, c := range map[string]struct {
+		time time.Time
+		ns   int64
+		back time.Time
+	}{
+		"none":         {time.Time{}, 0, time.Time{}},
+		"some":         {time.Unix(1, 2).UTC(), 1_000_000_002, time.Unix(1, 2).UTC()},
+		"another zone": {time.Unix(1, 2).In(time.FixedZone("x", 3600)), 1_000_000_002, time.Unix(1, 2).UTC()},
+		"the last":     {last, math.MaxInt64, last},
+		"later":        {last.AddDate(1, 0, 0), math.MaxInt64, last},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ns := record.Nanos(c.time)
+			if back := record.Time(ns); ns != c.ns || back != c.back {
+				t.Errorf("%v became %d and %v, want %d and %v", c.time, ns, back, c.ns, c.back)
+			}
+		})
+	}
 }

@@ -217,6 +217,51 @@ func TestCopyCanceled(t *testing.T) {
 	}
 }
 
+// TestCopyWholeCanceled ends the context while the server copies an object in one
+// request: the copy does not return before the server has answered, for until
+// then it may write the target, and is not tried again.
+func TestCopyWholeCanceled(t *testing.T) {
+	for name, c := range map[string]struct {
+		answer func(*s3fault.Answer)
+		want   error
+	}{
+		"it is made":  {func(*s3fault.Answer) {}, nil},
+		"it is not":   {func(a *s3fault.Answer) { a.Status, a.Body = 403, []byte("<Error><Code>AccessDenied</Code></Error>") }, context.Canceled},
+		"not for now": {func(a *s3fault.Answer) { a.Status, a.Body = 503, []byte("<Error><Code>SlowDown</Code></Error>") }, context.Canceled},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t, func(o *s3.Options) { o.RequestTimeout = 30 * time.Second })
+			r.put(t, "old", "old content")
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			returned := make(chan struct{})
+			r.proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Action: s3fault.Edit("cancel", func(a *s3fault.Answer) bool {
+				cancel()
+				timer := time.NewTimer(300 * time.Millisecond)
+				defer timer.Stop()
+				select {
+				case <-returned:
+					t.Error("the copy returned while the server was at it")
+				case <-timer.C:
+				}
+				c.answer(a)
+				return true
+			})})
+			err := copyOld(ctx, r.store, 0, oldETag)
+			close(returned)
+			r.proxy.MustHaveFired(t)
+			if !errors.Is(err, c.want) {
+				t.Errorf("err = %v, want %v", err, c.want)
+			}
+			if n := r.proxy.Count(s3fault.CopyObject); n != 1 {
+				t.Errorf("%d requests", n)
+			}
+			wantContent(t, r, "copy", "old content")
+		})
+	}
+}
+
 // TestCopyAbortsLast has one part fail, or the context end, while another is on
 // its way: it must not arrive after the abort.
 func TestCopyAbortsLast(t *testing.T) {

@@ -1,0 +1,84 @@
+package copyjob
+
+import (
+	"strings"
+	"testing"
+	"unicode/utf8"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/meta/election"
+)
+
+// TestClip holds that a record takes whatever an error says: no more than so much
+// of it, and nothing that is no text.
+func TestClip(t *testing.T) {
+	a := func(n int) string { return strings.Repeat("a", n) }
+	for name, c := range map[string]struct{ message, want string }{
+		"empty":                       {"", ""},
+		"short":                       {"it failed: é", "it failed: é"},
+		"short and invalid":           {"key \xff\xfe of a\xc3", "key \uFFFD of a\uFFFD"},
+		"as long as may be":           {a(maxMessage), a(maxMessage)},
+		"longer":                      {a(maxMessage + 1), a(maxMessage-3) + "…"},
+		"a rune up to the cut":        {a(maxMessage-5) + "é" + a(10), a(maxMessage-5) + "é…"},
+		"a rune across the cut":       {a(maxMessage-4) + "é" + a(10), a(maxMessage-4) + "…"},
+		"a rune across the limit":     {a(maxMessage-1) + "é", a(maxMessage-3) + "…"},
+		"a long rune across the cut":  {a(maxMessage-6) + "😀😀", a(maxMessage-6) + "…"},
+		"made longer by what it says": {a(maxMessage-2) + "\xff", a(maxMessage-3) + "…"},
+		"invalid across the cut":      {a(maxMessage-4) + "\xff" + a(10), a(maxMessage-4) + "…"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := clip(c.message)
+			if diff := cmp.Diff(c.want, got); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+			if len(got) > maxMessage || !utf8.ValidString(got) {
+				t.Errorf("%d bytes, valid: %v", len(got), utf8.ValidString(got))
+			}
+			(&task{message: got}).encode("op") // panics unless it is valid
+		})
+	}
+}
+
+// TestOrGiveUp gives a job up when its step went wrong too often, and not before.
+func TestOrGiveUp(t *testing.T) {
+	done := segment.Totals{Files: 3}
+	for name, c := range map[string]struct {
+		step         step
+		tries, wrong int
+		reason       string // empty: it goes on
+	}{
+		"prepare, the first time":              {stepPrepare, 0, 0, ""},
+		"prepare, no answer for long":          {stepPrepare, maxTries - 1, 0, ""},
+		"prepare, no answer too often":         {stepPrepare, maxTries, 0, "TOO_MANY_FAILURES"},
+		"prepare, wrong for long":              {stepPrepare, maxWrong - 1, maxWrong - 1, ""},
+		"prepare, wrong too often":             {stepPrepare, maxWrong, maxWrong, "INTERNAL"},
+		"prepare, both":                        {stepPrepare, maxTries, maxWrong, "INTERNAL"},
+		"publish, no answer":                   {stepPublish, 10 * maxTries, 0, ""},
+		"publish, wrong for long":              {stepPublish, maxWrong - 1, maxWrong - 1, ""},
+		"publish, wrong too often":             {stepPublish, maxWrong, maxWrong, "INTERNAL"},
+		"to begin is tried for ever":           {stepBegin, 10 * maxTries, 10 * maxWrong, ""},
+		"so is giving up":                      {stepGiveUp, 10 * maxTries, 10 * maxWrong, ""},
+		"and rolling back":                     {stepRollBack, 10 * maxTries, 10 * maxWrong, ""},
+		"what has ended is forgotten some day": {stepForget, 10 * maxTries, 10 * maxWrong, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newTable()
+			b.has(executing(Copy, 1), &task{job: 1, state: TaskPending, message: "the last error"})
+			l := newLeader(&Jobs{o: *b.o, board: b.board}, election.Term{})
+			l.tries[1], l.wrong[1] = c.tries, c.wrong
+			l.tries[2], l.wrong[2] = 10*maxTries, 10*maxWrong // another job's
+			d := decision{step: c.step, job: b.job(1), done: done, retries: 5, tasks: nil}
+			want := d
+			if c.reason != "" {
+				want = decision{
+					step: stepGiveUp, job: d.job, outcome: Failed, reason: c.reason, message: "the last error", done: done, retries: 5,
+				}
+			}
+			if diff := cmp.Diff(want, l.orGiveUp(d), cmp.AllowUnexported(decision{}), cmp.Comparer(func(x, y *Job) bool { return x == y })); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+}

@@ -1,0 +1,39 @@
+package meta_test
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/testing/virtual"
+)
+
+func TestPause(t *testing.T) {
+	for name, c := range map[string]struct {
+		attempt int
+		ends    time.Duration // of the context; 0: it has ended
+		want    error
+		took    time.Duration
+	}{
+		"the first":        {0, time.Hour, nil, 0},
+		"the second":       {1, time.Hour, nil, 2 * time.Millisecond},
+		"a later one":      {50, time.Hour, nil, 100 * time.Millisecond},
+		"the first, ended": {0, 0, context.DeadlineExceeded, 0},
+		"another, ended":   {5, 0, context.DeadlineExceeded, 0},
+		"it ends":          {50, 30 * time.Millisecond, context.DeadlineExceeded, 30 * time.Millisecond},
+	} {
+		t.Run(name, func(t *testing.T) {
+			virtual.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithTimeout(t.Context(), c.ends)
+				defer cancel()
+				began := time.Now()
+				err := meta.Pause(ctx, c.attempt)
+				if took := time.Since(began); !errors.Is(err, c.want) || took != c.took {
+					t.Errorf("err = %v after %v, want %v after %v", err, took, c.want, c.took)
+				}
+			})
+		})
+	}
+}

@@ -1,0 +1,132 @@
+package object_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+func TestReadAll(t *testing.T) {
+	for name, c := range map[string]struct {
+		key   string
+		limit int64
+		fault object.Fault
+		want  string
+		err   error
+	}{
+		"shorter":     {"five", 10, object.FaultNone, "12345", nil},
+		"as long":     {"five", 5, object.FaultNone, "12345", nil},
+		"longer":      {"five", 4, object.FaultNone, "12345", nil},
+		"much longer": {"five", 2, object.FaultNone, "123", nil},
+		"empty":       {"empty", 0, object.FaultNone, "", nil},
+		"no object":   {"none", 5, object.FaultNone, "", object.ErrNotFound},
+		"no answer":   {"five", 5, object.FaultBefore, "", object.ErrUnavailable},
+		"damaged":     {"five", 5, object.FaultFlip, "12245", nil},
+		"no key":      {"../x", 5, object.FaultNone, "", object.ErrInvalidKey},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, inner := newFaulty()
+			for key, body := range map[string]string{"five": "12345", "empty": ""} {
+				if _, err := inner.Put(t.Context(), key, []byte(body)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			s.FailNth(object.OpGet, 0, c.fault)
+			got, err := object.ReadAll(t.Context(), s, c.key, c.limit)
+			if !errors.Is(err, c.err) {
+				t.Errorf("err = %v, want %v", err, c.err)
+			}
+			if diff := cmp.Diff(c.want, string(got)); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestDeletePrefix(t *testing.T) {
+	const many = 1200 // three batches
+	for name, c := range map[string]struct {
+		prefix string
+		op     object.Op // that fails; empty: none does
+		nth    int
+		fault  object.Fault
+		err    error
+		left   int // of those under a/
+	}{
+		"all of it":           {"a/", "", 0, object.FaultNone, nil, 0},
+		"nothing":             {"none/", "", 0, object.FaultNone, nil, many},
+		"no prefix":           {"a", "", 0, object.FaultNone, object.ErrInvalidKey, many},
+		"no list":             {"a/", object.OpList, 0, object.FaultBefore, object.ErrUnavailable, many},
+		"the list breaks off": {"a/", object.OpList, 0, object.FaultAfter, object.ErrUnavailable, 200},
+		"the first delete":    {"a/", object.OpDelete, 0, object.FaultBefore, object.ErrUnavailable, many},
+		"the second one":      {"a/", object.OpDelete, 1, object.FaultBefore, object.ErrUnavailable, 700},
+		"without an answer":   {"a/", object.OpDelete, 1, object.FaultAfter, object.ErrUnavailable, 200},
+		"the last one":        {"a/", object.OpDelete, 2, object.FaultBefore, object.ErrUnavailable, 200},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, inner := newFaulty()
+			under := func() (n int) {
+				t.Helper()
+				for _, err := range inner.List(t.Context(), "a/") {
+					if err != nil {
+						t.Fatal(err)
+					}
+					n++
+				}
+				return n
+			}
+			for i := range many {
+				if _, err := inner.Put(t.Context(), fmt.Sprintf("a/%d/x", i), nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for _, key := range []string{"ab", "b/a"} {
+				if _, err := inner.Put(t.Context(), key, nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			s.FailNth(c.op, c.nth, c.fault)
+			if err := object.DeletePrefix(t.Context(), s, c.prefix); !errors.Is(err, c.err) {
+				t.Errorf("err = %v, want %v", err, c.err)
+			}
+			if n := under(); n != c.left {
+				t.Errorf("%d are left, want %d", n, c.left)
+			}
+			if c.op != "" {
+				if s.Fired() != 1 {
+					t.Errorf("%d faults fired", s.Fired())
+				}
+				s.Plan(nil) // to do it again goes on
+				if err := object.DeletePrefix(t.Context(), s, c.prefix); err != nil || under() != 0 {
+					t.Errorf("again: err = %v, %d are left", err, under())
+				}
+			}
+			var others []string
+			for info, err := range inner.List(t.Context(), "") {
+				if err != nil {
+					t.Fatal(err)
+				}
+				if !strings.HasPrefix(info.Key, "a/") {
+					others = append(others, info.Key)
+				}
+			}
+			if diff := cmp.Diff([]string{"ab", "b/a"}, others); diff != "" {
+				t.Errorf("others (-want +got):\n%s", diff)
+			}
+		})
+	}
+	t.Run("an ended context", func(t *testing.T) {
+		s, _ := newFaulty()
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := object.DeletePrefix(ctx, s, "a/"); !errors.Is(err, context.Canceled) {
+			t.Errorf("err = %v, want %v", err, context.Canceled)
+		}
+	})
+}
