@@ -3,6 +3,8 @@
 //
 //	/format                                     the cluster
 //	/ids                                        the id allocator
+//	/epoch                                      what was last noted in the object store of this store
+//	/behind                                     this store is older than that: nothing is deleted
 //	/election/leader                            leader of the background loops
 //	/store/<alias>                              id of the object store, in hex
 //	/snapshot/rec/<id>                          record
@@ -19,6 +21,7 @@
 //	/worker/task/<worker>/<job>/<task>          assignment, held likewise
 //	/gc/gen/<collection>                        reference generation
 //	/gc/tomb/<collection>/<unit>                granted deletes
+//	/gc/round                                   what the leader's last round came to
 //	/catalog/name/<db>/<name>                   -> collection id
 //	/catalog/collection/<id>                    record
 //	/catalog/partition/<collection>/<id>        record
@@ -47,11 +50,14 @@ import (
 const (
 	Format            = "/format"
 	IDs               = "/ids"
+	Epoch             = "/epoch"
+	Behind            = "/behind"
 	Leader            = "/election/leader"
 	SnapshotPrefix    = "/snapshot/rec/"
 	AllPinsPrefix     = "/snapshot/pin/"
 	Unpin             = "/snapshot/unpin"
 	AllTombsPrefix    = "/gc/tomb/"
+	Round             = "/gc/round"
 	JobPrefix         = "/job/rec/"
 	AllTasksPrefix    = "/job/task/"
 	AllProgressPrefix = "/job/progress/"
@@ -59,6 +65,9 @@ const (
 	WorkerPrefix      = "/worker/rec/"
 	AssignedPrefix    = "/worker/task/"
 	CollectionPrefix  = "/catalog/collection/"
+	AllPartsPrefix    = "/catalog/partition/"
+	AllIndexesPrefix  = "/catalog/index/"
+	AllUnitsPrefix    = "/catalog/unit/"
 )
 
 // All returns the range of every key of the cluster.
@@ -142,7 +151,7 @@ func CollectionName(db, name string) string { return "/catalog/name/" + db + "/"
 func Collection(id int64) string { return CollectionPrefix + ID(id) }
 
 // PartitionPrefix is what all partitions of a collection begin with.
-func PartitionPrefix(collection int64) string { return "/catalog/partition/" + ID(collection) + "/" }
+func PartitionPrefix(collection int64) string { return AllPartsPrefix + ID(collection) + "/" }
 
 // Partition is a partition's record.
 func Partition(collection, id int64) string { return PartitionPrefix(collection) + ID(id) }
@@ -153,7 +162,7 @@ func PartitionName(collection int64, name string) string {
 }
 
 // IndexPrefix is what all indexes of a collection begin with.
-func IndexPrefix(collection int64) string { return "/catalog/index/" + ID(collection) + "/" }
+func IndexPrefix(collection int64) string { return AllIndexesPrefix + ID(collection) + "/" }
 
 // Index is an index's record.
 func Index(collection, id int64) string { return IndexPrefix(collection) + ID(id) }
@@ -178,7 +187,7 @@ func SegmentPrefix(collection int64) string { return "/catalog/segment/" + ID(co
 func Segment(collection, id int64) string { return SegmentPrefix(collection) + ID(id) }
 
 // UnitPrefix is what all dropped units of a collection begin with.
-func UnitPrefix(collection int64) string { return "/catalog/unit/" + ID(collection) + "/" }
+func UnitPrefix(collection int64) string { return AllUnitsPrefix + ID(collection) + "/" }
 
 // Unit is a dropped unit's record.
 func Unit(collection, unit int64) string { return UnitPrefix(collection) + ID(unit) }
@@ -186,8 +195,11 @@ func Unit(collection, unit int64) string { return UnitPrefix(collection) + ID(un
 // ReplacedPrefix is what the keys of all units begin with that were parts of a
 // segment: its replaced index builds and files.
 func ReplacedPrefix(collection, segment int64) string {
-	return "/catalog/replaced/" + ID(collection) + "/" + ID(segment) + "/"
+	return AllReplacedPrefix(collection) + ID(segment) + "/"
 }
+
+// AllReplacedPrefix is what those of all segments of a collection begin with.
+func AllReplacedPrefix(collection int64) string { return "/catalog/replaced/" + ID(collection) + "/" }
 
 // Replaced leads from a segment to a unit that was a part of it. It lasts as
 // long as the unit or its tombstone.

@@ -124,7 +124,10 @@ type Allocator struct {
 	// Ids below it were handed out.
 	Next int64 `protobuf:"varint,2,opt,name=next,proto3" json:"next,omitempty"`
 	// Ranges above next that were reserved, in order, not overlapping.
-	Reserved      []*IdRange `protobuf:"bytes,3,rep,name=reserved,proto3" json:"reserved,omitempty"`
+	Reserved []*IdRange `protobuf:"bytes,3,rep,name=reserved,proto3" json:"reserved,omitempty"`
+	// No id from it on is handed out before it was raised, in the object store
+	// first. 0: it is noted nowhere.
+	Ceiling       int64 `protobuf:"varint,4,opt,name=ceiling,proto3" json:"ceiling,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -180,6 +183,437 @@ func (x *Allocator) GetReserved() []*IdRange {
 	return nil
 }
 
+func (x *Allocator) GetCeiling() int64 {
+	if x != nil {
+		return x.Ceiling
+	}
+	return 0
+}
+
+// Epoch is the record at /epoch: what this metadata store last wrote of itself
+// into the object store, which outlives it.
+type Epoch struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1.
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// The number of the last beat.
+	Beat int64 `protobuf:"varint,2,opt,name=beat,proto3" json:"beat,omitempty"`
+	// The id of the operation that wrote the record.
+	Op string `protobuf:"bytes,3,opt,name=op,proto3" json:"op,omitempty"`
+	// Below it, an id without a record may be that of a thing that was lost when
+	// the metadata store went back in time: its objects are left alone.
+	Floor int64 `protobuf:"varint,4,opt,name=floor,proto3" json:"floor,omitempty"`
+	// The object of the next beat, byte for byte; empty: none is under way.
+	Intent []byte `protobuf:"bytes,5,opt,name=intent,proto3" json:"intent,omitempty"`
+	// The objects up to this beat are of a store that was given up: what they say
+	// of cluster and revision is not compared.
+	Recovered     int64 `protobuf:"varint,6,opt,name=recovered,proto3" json:"recovered,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Epoch) Reset() {
+	*x = Epoch{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Epoch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Epoch) ProtoMessage() {}
+
+func (x *Epoch) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Epoch.ProtoReflect.Descriptor instead.
+func (*Epoch) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Epoch) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *Epoch) GetBeat() int64 {
+	if x != nil {
+		return x.Beat
+	}
+	return 0
+}
+
+func (x *Epoch) GetOp() string {
+	if x != nil {
+		return x.Op
+	}
+	return ""
+}
+
+func (x *Epoch) GetFloor() int64 {
+	if x != nil {
+		return x.Floor
+	}
+	return 0
+}
+
+func (x *Epoch) GetIntent() []byte {
+	if x != nil {
+		return x.Intent
+	}
+	return nil
+}
+
+func (x *Epoch) GetRecovered() int64 {
+	if x != nil {
+		return x.Recovered
+	}
+	return 0
+}
+
+// Behind is the record at /behind: this metadata store is older than what it
+// wrote into the object store. While it is there nothing is allocated, granted,
+// deleted or led.
+type Behind struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1.
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// The beat in the object store.
+	Beat int64 `protobuf:"varint,2,opt,name=beat,proto3" json:"beat,omitempty"`
+	// The beat of the metadata store.
+	OwnBeat int64 `protobuf:"varint,3,opt,name=own_beat,json=ownBeat,proto3" json:"own_beat,omitempty"`
+	// The revision in the object store.
+	Revision int64 `protobuf:"varint,4,opt,name=revision,proto3" json:"revision,omitempty"`
+	// The revision of the metadata store when it was looked at.
+	OwnRevision int64 `protobuf:"varint,5,opt,name=own_revision,json=ownRevision,proto3" json:"own_revision,omitempty"`
+	// The id ceiling in the object store.
+	Ceiling int64 `protobuf:"varint,6,opt,name=ceiling,proto3" json:"ceiling,omitempty"`
+	// Unix nanoseconds of the look.
+	Time          int64 `protobuf:"varint,7,opt,name=time,proto3" json:"time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Behind) Reset() {
+	*x = Behind{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Behind) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Behind) ProtoMessage() {}
+
+func (x *Behind) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Behind.ProtoReflect.Descriptor instead.
+func (*Behind) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Behind) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *Behind) GetBeat() int64 {
+	if x != nil {
+		return x.Beat
+	}
+	return 0
+}
+
+func (x *Behind) GetOwnBeat() int64 {
+	if x != nil {
+		return x.OwnBeat
+	}
+	return 0
+}
+
+func (x *Behind) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *Behind) GetOwnRevision() int64 {
+	if x != nil {
+		return x.OwnRevision
+	}
+	return 0
+}
+
+func (x *Behind) GetCeiling() int64 {
+	if x != nil {
+		return x.Ceiling
+	}
+	return 0
+}
+
+func (x *Behind) GetTime() int64 {
+	if x != nil {
+		return x.Time
+	}
+	return 0
+}
+
+// Round is the record at /gc/round: what the leader's last look at what is
+// dropped came to.
+type Round struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1.
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// Who made it.
+	Replica string `protobuf:"bytes,2,opt,name=replica,proto3" json:"replica,omitempty"`
+	// Unix nanoseconds.
+	StartTime int64 `protobuf:"varint,3,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
+	// Unix nanoseconds.
+	EndTime int64 `protobuf:"varint,4,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
+	// Units that were granted.
+	Granted int64 `protobuf:"varint,5,opt,name=granted,proto3" json:"granted,omitempty"`
+	// Files of those.
+	Files int64 `protobuf:"varint,6,opt,name=files,proto3" json:"files,omitempty"`
+	// Bytes of those.
+	Bytes int64 `protobuf:"varint,7,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	// Units that were dropped too recently.
+	Waiting int64 `protobuf:"varint,8,opt,name=waiting,proto3" json:"waiting,omitempty"`
+	// Units that are held.
+	Held int64 `protobuf:"varint,9,opt,name=held,proto3" json:"held,omitempty"`
+	// Those of them whose bytes are in the object store.
+	Parked int64 `protobuf:"varint,10,opt,name=parked,proto3" json:"parked,omitempty"`
+	// Collections, partitions and indexes that went for good.
+	Removed int64 `protobuf:"varint,11,opt,name=removed,proto3" json:"removed,omitempty"`
+	// Collections in which the round stopped, at most 64.
+	Stops []*Stop `protobuf:"bytes,12,rep,name=stops,proto3" json:"stops,omitempty"`
+	// How many those are.
+	StopCount int64 `protobuf:"varint,13,opt,name=stop_count,json=stopCount,proto3" json:"stop_count,omitempty"`
+	// What went wrong; empty: nothing.
+	Error         string `protobuf:"bytes,14,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Round) Reset() {
+	*x = Round{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Round) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Round) ProtoMessage() {}
+
+func (x *Round) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Round.ProtoReflect.Descriptor instead.
+func (*Round) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Round) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *Round) GetReplica() string {
+	if x != nil {
+		return x.Replica
+	}
+	return ""
+}
+
+func (x *Round) GetStartTime() int64 {
+	if x != nil {
+		return x.StartTime
+	}
+	return 0
+}
+
+func (x *Round) GetEndTime() int64 {
+	if x != nil {
+		return x.EndTime
+	}
+	return 0
+}
+
+func (x *Round) GetGranted() int64 {
+	if x != nil {
+		return x.Granted
+	}
+	return 0
+}
+
+func (x *Round) GetFiles() int64 {
+	if x != nil {
+		return x.Files
+	}
+	return 0
+}
+
+func (x *Round) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Round) GetWaiting() int64 {
+	if x != nil {
+		return x.Waiting
+	}
+	return 0
+}
+
+func (x *Round) GetHeld() int64 {
+	if x != nil {
+		return x.Held
+	}
+	return 0
+}
+
+func (x *Round) GetParked() int64 {
+	if x != nil {
+		return x.Parked
+	}
+	return 0
+}
+
+func (x *Round) GetRemoved() int64 {
+	if x != nil {
+		return x.Removed
+	}
+	return 0
+}
+
+func (x *Round) GetStops() []*Stop {
+	if x != nil {
+		return x.Stops
+	}
+	return nil
+}
+
+func (x *Round) GetStopCount() int64 {
+	if x != nil {
+		return x.StopCount
+	}
+	return 0
+}
+
+func (x *Round) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+// Stop says that a round would have deleted too much of a collection.
+type Stop struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The collection.
+	CollectionId int64 `protobuf:"varint,1,opt,name=collection_id,json=collectionId,proto3" json:"collection_id,omitempty"`
+	// Units that would have been granted.
+	Due int64 `protobuf:"varint,2,opt,name=due,proto3" json:"due,omitempty"`
+	// Units and segments that there are.
+	Total         int64 `protobuf:"varint,3,opt,name=total,proto3" json:"total,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Stop) Reset() {
+	*x = Stop{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Stop) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Stop) ProtoMessage() {}
+
+func (x *Stop) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Stop.ProtoReflect.Descriptor instead.
+func (*Stop) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Stop) GetCollectionId() int64 {
+	if x != nil {
+		return x.CollectionId
+	}
+	return 0
+}
+
+func (x *Stop) GetDue() int64 {
+	if x != nil {
+		return x.Due
+	}
+	return 0
+}
+
+func (x *Stop) GetTotal() int64 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
 // IdRange is a range of ids.
 type IdRange struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -193,7 +627,7 @@ type IdRange struct {
 
 func (x *IdRange) Reset() {
 	*x = IdRange{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[2]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -205,7 +639,7 @@ func (x *IdRange) String() string {
 func (*IdRange) ProtoMessage() {}
 
 func (x *IdRange) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[2]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -218,7 +652,7 @@ func (x *IdRange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IdRange.ProtoReflect.Descriptor instead.
 func (*IdRange) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{2}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *IdRange) GetFirst() int64 {
@@ -248,7 +682,7 @@ type Position struct {
 
 func (x *Position) Reset() {
 	*x = Position{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[3]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -260,7 +694,7 @@ func (x *Position) String() string {
 func (*Position) ProtoMessage() {}
 
 func (x *Position) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[3]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -273,7 +707,7 @@ func (x *Position) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Position.ProtoReflect.Descriptor instead.
 func (*Position) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{3}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Position) GetTimestamp() uint64 {
@@ -333,7 +767,7 @@ type Collection struct {
 
 func (x *Collection) Reset() {
 	*x = Collection{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[4]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -345,7 +779,7 @@ func (x *Collection) String() string {
 func (*Collection) ProtoMessage() {}
 
 func (x *Collection) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[4]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -358,7 +792,7 @@ func (x *Collection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Collection.ProtoReflect.Descriptor instead.
 func (*Collection) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{4}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Collection) GetFormat() uint32 {
@@ -493,7 +927,7 @@ type Root struct {
 
 func (x *Root) Reset() {
 	*x = Root{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[5]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -505,7 +939,7 @@ func (x *Root) String() string {
 func (*Root) ProtoMessage() {}
 
 func (x *Root) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[5]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -518,7 +952,7 @@ func (x *Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Root.ProtoReflect.Descriptor instead.
 func (*Root) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{5}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Root) GetStore() string {
@@ -550,7 +984,7 @@ type Schema struct {
 
 func (x *Schema) Reset() {
 	*x = Schema{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[6]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -562,7 +996,7 @@ func (x *Schema) String() string {
 func (*Schema) ProtoMessage() {}
 
 func (x *Schema) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[6]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -575,7 +1009,7 @@ func (x *Schema) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Schema.ProtoReflect.Descriptor instead.
 func (*Schema) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{6}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Schema) GetFields() []*Field {
@@ -626,7 +1060,7 @@ type Field struct {
 
 func (x *Field) Reset() {
 	*x = Field{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[7]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -638,7 +1072,7 @@ func (x *Field) String() string {
 func (*Field) ProtoMessage() {}
 
 func (x *Field) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[7]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -651,7 +1085,7 @@ func (x *Field) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Field.ProtoReflect.Descriptor instead.
 func (*Field) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{7}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Field) GetId() int64 {
@@ -738,7 +1172,7 @@ type Partition struct {
 
 func (x *Partition) Reset() {
 	*x = Partition{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[8]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -750,7 +1184,7 @@ func (x *Partition) String() string {
 func (*Partition) ProtoMessage() {}
 
 func (x *Partition) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[8]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -763,7 +1197,7 @@ func (x *Partition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Partition.ProtoReflect.Descriptor instead.
 func (*Partition) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{8}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Partition) GetFormat() uint32 {
@@ -835,7 +1269,7 @@ type Index struct {
 
 func (x *Index) Reset() {
 	*x = Index{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[9]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -847,7 +1281,7 @@ func (x *Index) String() string {
 func (*Index) ProtoMessage() {}
 
 func (x *Index) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[9]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -860,7 +1294,7 @@ func (x *Index) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Index.ProtoReflect.Descriptor instead.
 func (*Index) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{9}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Index) GetFormat() uint32 {
@@ -942,7 +1376,7 @@ type Channel struct {
 
 func (x *Channel) Reset() {
 	*x = Channel{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[10]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -954,7 +1388,7 @@ func (x *Channel) String() string {
 func (*Channel) ProtoMessage() {}
 
 func (x *Channel) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[10]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -967,7 +1401,7 @@ func (x *Channel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Channel.ProtoReflect.Descriptor instead.
 func (*Channel) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{10}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Channel) GetFormat() uint32 {
@@ -1005,7 +1439,7 @@ type Name struct {
 
 func (x *Name) Reset() {
 	*x = Name{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[11]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1017,7 +1451,7 @@ func (x *Name) String() string {
 func (*Name) ProtoMessage() {}
 
 func (x *Name) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[11]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1030,7 +1464,7 @@ func (x *Name) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Name.ProtoReflect.Descriptor instead.
 func (*Name) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{11}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Name) GetFormat() uint32 {
@@ -1092,7 +1526,7 @@ type Segment struct {
 
 func (x *Segment) Reset() {
 	*x = Segment{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[12]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1104,7 +1538,7 @@ func (x *Segment) String() string {
 func (*Segment) ProtoMessage() {}
 
 func (x *Segment) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[12]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1117,7 +1551,7 @@ func (x *Segment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Segment.ProtoReflect.Descriptor instead.
 func (*Segment) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{12}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Segment) GetFormat() uint32 {
@@ -1258,7 +1692,7 @@ type Build struct {
 
 func (x *Build) Reset() {
 	*x = Build{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[13]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1270,7 +1704,7 @@ func (x *Build) String() string {
 func (*Build) ProtoMessage() {}
 
 func (x *Build) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[13]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1283,7 +1717,7 @@ func (x *Build) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Build.ProtoReflect.Descriptor instead.
 func (*Build) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{13}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Build) GetId() int64 {
@@ -1370,7 +1804,7 @@ type Files struct {
 
 func (x *Files) Reset() {
 	*x = Files{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[14]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1382,7 +1816,7 @@ func (x *Files) String() string {
 func (*Files) ProtoMessage() {}
 
 func (x *Files) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[14]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1395,7 +1829,7 @@ func (x *Files) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Files.ProtoReflect.Descriptor instead.
 func (*Files) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{14}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Files) GetCount() uint32 {
@@ -1535,7 +1969,7 @@ type Attributes struct {
 
 func (x *Attributes) Reset() {
 	*x = Attributes{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[15]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1547,7 +1981,7 @@ func (x *Attributes) String() string {
 func (*Attributes) ProtoMessage() {}
 
 func (x *Attributes) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[15]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1560,7 +1994,7 @@ func (x *Attributes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attributes.ProtoReflect.Descriptor instead.
 func (*Attributes) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{15}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Attributes) GetPairs() map[string]string {
@@ -1571,7 +2005,8 @@ func (x *Attributes) GetPairs() map[string]string {
 }
 
 // Unit is the record at /catalog/unit/<collection>/<unit>: a thing that was
-// dropped from the catalog and waits to be reclaimed. It never changes.
+// dropped from the catalog and waits to be reclaimed. What it says never changes;
+// the segment may move to the object store, and back.
 type Unit struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
@@ -1586,14 +2021,16 @@ type Unit struct {
 	// The id of the operation that dropped it.
 	Op string `protobuf:"bytes,5,opt,name=op,proto3" json:"op,omitempty"`
 	// Unix nanoseconds of the drop.
-	DropTime      int64 `protobuf:"varint,6,opt,name=drop_time,json=dropTime,proto3" json:"drop_time,omitempty"`
+	DropTime int64 `protobuf:"varint,6,opt,name=drop_time,json=dropTime,proto3" json:"drop_time,omitempty"`
+	// Where the record is that stands here in full when this is not set.
+	Parked        *Parked `protobuf:"bytes,7,opt,name=parked,proto3" json:"parked,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Unit) Reset() {
 	*x = Unit{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[16]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1605,7 +2042,7 @@ func (x *Unit) String() string {
 func (*Unit) ProtoMessage() {}
 
 func (x *Unit) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[16]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1618,7 +2055,7 @@ func (x *Unit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unit.ProtoReflect.Descriptor instead.
 func (*Unit) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{16}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Unit) GetFormat() uint32 {
@@ -1661,6 +2098,77 @@ func (x *Unit) GetDropTime() int64 {
 		return x.DropTime
 	}
 	return 0
+}
+
+func (x *Unit) GetParked() *Parked {
+	if x != nil {
+		return x.Parked
+	}
+	return nil
+}
+
+// Parked says where a unit's record lies that a snapshot holds for long.
+type Parked struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The alias of the object store. The key follows from the ids.
+	Store string `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
+	// The length of the record.
+	Length int64 `protobuf:"varint,2,opt,name=length,proto3" json:"length,omitempty"`
+	// Its SHA-256.
+	Sha256        []byte `protobuf:"bytes,3,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Parked) Reset() {
+	*x = Parked{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Parked) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Parked) ProtoMessage() {}
+
+func (x *Parked) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Parked.ProtoReflect.Descriptor instead.
+func (*Parked) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *Parked) GetStore() string {
+	if x != nil {
+		return x.Store
+	}
+	return ""
+}
+
+func (x *Parked) GetLength() int64 {
+	if x != nil {
+		return x.Length
+	}
+	return 0
+}
+
+func (x *Parked) GetSha256() []byte {
+	if x != nil {
+		return x.Sha256
+	}
+	return nil
 }
 
 // Snapshot is the record at /snapshot/rec/<id>, at most 16 KiB.
@@ -1720,7 +2228,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[17]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1732,7 +2240,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[17]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1745,7 +2253,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{17}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Snapshot) GetFormat() uint32 {
@@ -1931,7 +2439,7 @@ type Cut struct {
 
 func (x *Cut) Reset() {
 	*x = Cut{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[18]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1943,7 +2451,7 @@ func (x *Cut) String() string {
 func (*Cut) ProtoMessage() {}
 
 func (x *Cut) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[18]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1956,7 +2464,7 @@ func (x *Cut) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cut.ProtoReflect.Descriptor instead.
 func (*Cut) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{18}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Cut) GetChannel() string {
@@ -2001,7 +2509,7 @@ type Totals struct {
 
 func (x *Totals) Reset() {
 	*x = Totals{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[19]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2013,7 +2521,7 @@ func (x *Totals) String() string {
 func (*Totals) ProtoMessage() {}
 
 func (x *Totals) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[19]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2026,7 +2534,7 @@ func (x *Totals) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Totals.ProtoReflect.Descriptor instead.
 func (*Totals) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{19}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Totals) GetSegments() int64 {
@@ -2085,7 +2593,7 @@ type Pending struct {
 
 func (x *Pending) Reset() {
 	*x = Pending{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[20]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2097,7 +2605,7 @@ func (x *Pending) String() string {
 func (*Pending) ProtoMessage() {}
 
 func (x *Pending) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[20]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2110,7 +2618,7 @@ func (x *Pending) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pending.ProtoReflect.Descriptor instead.
 func (*Pending) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{20}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Pending) GetFormat() uint32 {
@@ -2153,7 +2661,7 @@ type Request struct {
 
 func (x *Request) Reset() {
 	*x = Request{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[21]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2165,7 +2673,7 @@ func (x *Request) String() string {
 func (*Request) ProtoMessage() {}
 
 func (x *Request) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[21]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2178,7 +2686,7 @@ func (x *Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Request.ProtoReflect.Descriptor instead.
 func (*Request) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{21}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Request) GetFormat() uint32 {
@@ -2251,7 +2759,7 @@ type Generation struct {
 
 func (x *Generation) Reset() {
 	*x = Generation{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[22]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2263,7 +2771,7 @@ func (x *Generation) String() string {
 func (*Generation) ProtoMessage() {}
 
 func (x *Generation) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[22]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2276,7 +2784,7 @@ func (x *Generation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generation.ProtoReflect.Descriptor instead.
 func (*Generation) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{22}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Generation) GetFormat() uint32 {
@@ -2319,7 +2827,7 @@ type Pin struct {
 
 func (x *Pin) Reset() {
 	*x = Pin{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2331,7 +2839,7 @@ func (x *Pin) String() string {
 func (*Pin) ProtoMessage() {}
 
 func (x *Pin) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2344,7 +2852,7 @@ func (x *Pin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pin.ProtoReflect.Descriptor instead.
 func (*Pin) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{23}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Pin) GetFormat() uint32 {
@@ -2420,7 +2928,7 @@ type Unpin struct {
 
 func (x *Unpin) Reset() {
 	*x = Unpin{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2432,7 +2940,7 @@ func (x *Unpin) String() string {
 func (*Unpin) ProtoMessage() {}
 
 func (x *Unpin) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2445,7 +2953,7 @@ func (x *Unpin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unpin.ProtoReflect.Descriptor instead.
 func (*Unpin) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{24}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Unpin) GetFormat() uint32 {
@@ -2491,7 +2999,7 @@ type Tombstone struct {
 
 func (x *Tombstone) Reset() {
 	*x = Tombstone{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2503,7 +3011,7 @@ func (x *Tombstone) String() string {
 func (*Tombstone) ProtoMessage() {}
 
 func (x *Tombstone) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2516,7 +3024,7 @@ func (x *Tombstone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tombstone.ProtoReflect.Descriptor instead.
 func (*Tombstone) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{25}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Tombstone) GetFormat() uint32 {
@@ -2652,7 +3160,7 @@ type Job struct {
 
 func (x *Job) Reset() {
 	*x = Job{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2664,7 +3172,7 @@ func (x *Job) String() string {
 func (*Job) ProtoMessage() {}
 
 func (x *Job) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2677,7 +3185,7 @@ func (x *Job) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Job.ProtoReflect.Descriptor instead.
 func (*Job) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{26}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Job) GetFormat() uint32 {
@@ -2975,7 +3483,7 @@ type JobLimits struct {
 
 func (x *JobLimits) Reset() {
 	*x = JobLimits{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2987,7 +3495,7 @@ func (x *JobLimits) String() string {
 func (*JobLimits) ProtoMessage() {}
 
 func (x *JobLimits) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3000,7 +3508,7 @@ func (x *JobLimits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobLimits.ProtoReflect.Descriptor instead.
 func (*JobLimits) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{27}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *JobLimits) GetFormat() uint32 {
@@ -3054,7 +3562,7 @@ type Task struct {
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3066,7 +3574,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3079,7 +3587,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{28}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Task) GetFormat() uint32 {
@@ -3170,7 +3678,7 @@ type TaskProgress struct {
 
 func (x *TaskProgress) Reset() {
 	*x = TaskProgress{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3182,7 +3690,7 @@ func (x *TaskProgress) String() string {
 func (*TaskProgress) ProtoMessage() {}
 
 func (x *TaskProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3195,7 +3703,7 @@ func (x *TaskProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskProgress.ProtoReflect.Descriptor instead.
 func (*TaskProgress) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{29}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *TaskProgress) GetFormat() uint32 {
@@ -3241,7 +3749,7 @@ type Worker struct {
 
 func (x *Worker) Reset() {
 	*x = Worker{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3253,7 +3761,7 @@ func (x *Worker) String() string {
 func (*Worker) ProtoMessage() {}
 
 func (x *Worker) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3266,7 +3774,7 @@ func (x *Worker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Worker.ProtoReflect.Descriptor instead.
 func (*Worker) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{30}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Worker) GetFormat() uint32 {
@@ -3304,7 +3812,7 @@ type Assignment struct {
 
 func (x *Assignment) Reset() {
 	*x = Assignment{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3316,7 +3824,7 @@ func (x *Assignment) String() string {
 func (*Assignment) ProtoMessage() {}
 
 func (x *Assignment) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3329,7 +3837,7 @@ func (x *Assignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Assignment.ProtoReflect.Descriptor instead.
 func (*Assignment) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{31}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Assignment) GetFormat() uint32 {
@@ -3360,11 +3868,49 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\vcreate_time\x18\x04 \x01(\x03R\n" +
 	"createTime\x12%\n" +
 	"\x0eoldest_release\x18\x05 \x01(\tR\roldestRelease\x12\x1b\n" +
-	"\ttoken_key\x18\x06 \x01(\fR\btokenKey\"r\n" +
+	"\ttoken_key\x18\x06 \x01(\fR\btokenKey\"\x8c\x01\n" +
 	"\tAllocator\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04next\x18\x02 \x01(\x03R\x04next\x129\n" +
-	"\breserved\x18\x03 \x03(\v2\x1d.snapshotd.storage.v1.IdRangeR\breserved\"5\n" +
+	"\breserved\x18\x03 \x03(\v2\x1d.snapshotd.storage.v1.IdRangeR\breserved\x12\x18\n" +
+	"\aceiling\x18\x04 \x01(\x03R\aceiling\"\x8f\x01\n" +
+	"\x05Epoch\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
+	"\x04beat\x18\x02 \x01(\x03R\x04beat\x12\x0e\n" +
+	"\x02op\x18\x03 \x01(\tR\x02op\x12\x14\n" +
+	"\x05floor\x18\x04 \x01(\x03R\x05floor\x12\x16\n" +
+	"\x06intent\x18\x05 \x01(\fR\x06intent\x12\x1c\n" +
+	"\trecovered\x18\x06 \x01(\x03R\trecovered\"\xbc\x01\n" +
+	"\x06Behind\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
+	"\x04beat\x18\x02 \x01(\x03R\x04beat\x12\x19\n" +
+	"\bown_beat\x18\x03 \x01(\x03R\aownBeat\x12\x1a\n" +
+	"\brevision\x18\x04 \x01(\x03R\brevision\x12!\n" +
+	"\fown_revision\x18\x05 \x01(\x03R\vownRevision\x12\x18\n" +
+	"\aceiling\x18\x06 \x01(\x03R\aceiling\x12\x12\n" +
+	"\x04time\x18\a \x01(\x03R\x04time\"\x80\x03\n" +
+	"\x05Round\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x18\n" +
+	"\areplica\x18\x02 \x01(\tR\areplica\x12\x1d\n" +
+	"\n" +
+	"start_time\x18\x03 \x01(\x03R\tstartTime\x12\x19\n" +
+	"\bend_time\x18\x04 \x01(\x03R\aendTime\x12\x18\n" +
+	"\agranted\x18\x05 \x01(\x03R\agranted\x12\x14\n" +
+	"\x05files\x18\x06 \x01(\x03R\x05files\x12\x14\n" +
+	"\x05bytes\x18\a \x01(\x03R\x05bytes\x12\x18\n" +
+	"\awaiting\x18\b \x01(\x03R\awaiting\x12\x12\n" +
+	"\x04held\x18\t \x01(\x03R\x04held\x12\x16\n" +
+	"\x06parked\x18\n" +
+	" \x01(\x03R\x06parked\x12\x18\n" +
+	"\aremoved\x18\v \x01(\x03R\aremoved\x120\n" +
+	"\x05stops\x18\f \x03(\v2\x1a.snapshotd.storage.v1.StopR\x05stops\x12\x1d\n" +
+	"\n" +
+	"stop_count\x18\r \x01(\x03R\tstopCount\x12\x14\n" +
+	"\x05error\x18\x0e \x01(\tR\x05error\"S\n" +
+	"\x04Stop\x12#\n" +
+	"\rcollection_id\x18\x01 \x01(\x03R\fcollectionId\x12\x10\n" +
+	"\x03due\x18\x02 \x01(\x03R\x03due\x12\x14\n" +
+	"\x05total\x18\x03 \x01(\x03R\x05total\"5\n" +
 	"\aIdRange\x12\x14\n" +
 	"\x05first\x18\x01 \x01(\x03R\x05first\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\x03R\x05count\"@\n" +
@@ -3542,7 +4088,7 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\n" +
 	"PairsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xb7\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xed\x01\n" +
 	"\x04Unit\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\rR\x04kind\x12\x1d\n" +
@@ -3550,7 +4096,12 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"segment_id\x18\x03 \x01(\x03R\tsegmentId\x127\n" +
 	"\asegment\x18\x04 \x01(\v2\x1d.snapshotd.storage.v1.SegmentR\asegment\x12\x0e\n" +
 	"\x02op\x18\x05 \x01(\tR\x02op\x12\x1b\n" +
-	"\tdrop_time\x18\x06 \x01(\x03R\bdropTime\"\xf1\x06\n" +
+	"\tdrop_time\x18\x06 \x01(\x03R\bdropTime\x124\n" +
+	"\x06parked\x18\a \x01(\v2\x1c.snapshotd.storage.v1.ParkedR\x06parked\"N\n" +
+	"\x06Parked\x12\x14\n" +
+	"\x05store\x18\x01 \x01(\tR\x05store\x12\x16\n" +
+	"\x06length\x18\x02 \x01(\x03R\x06length\x12\x16\n" +
+	"\x06sha256\x18\x03 \x01(\fR\x06sha256\"\xf1\x06\n" +
 	"\bSnapshot\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12#\n" +
@@ -3738,93 +4289,100 @@ func file_snapshotd_storage_v1_storage_proto_rawDescGZIP() []byte {
 	return file_snapshotd_storage_v1_storage_proto_rawDescData
 }
 
-var file_snapshotd_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
+var file_snapshotd_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
 var file_snapshotd_storage_v1_storage_proto_goTypes = []any{
 	(*Cluster)(nil),      // 0: snapshotd.storage.v1.Cluster
 	(*Allocator)(nil),    // 1: snapshotd.storage.v1.Allocator
-	(*IdRange)(nil),      // 2: snapshotd.storage.v1.IdRange
-	(*Position)(nil),     // 3: snapshotd.storage.v1.Position
-	(*Collection)(nil),   // 4: snapshotd.storage.v1.Collection
-	(*Root)(nil),         // 5: snapshotd.storage.v1.Root
-	(*Schema)(nil),       // 6: snapshotd.storage.v1.Schema
-	(*Field)(nil),        // 7: snapshotd.storage.v1.Field
-	(*Partition)(nil),    // 8: snapshotd.storage.v1.Partition
-	(*Index)(nil),        // 9: snapshotd.storage.v1.Index
-	(*Channel)(nil),      // 10: snapshotd.storage.v1.Channel
-	(*Name)(nil),         // 11: snapshotd.storage.v1.Name
-	(*Segment)(nil),      // 12: snapshotd.storage.v1.Segment
-	(*Build)(nil),        // 13: snapshotd.storage.v1.Build
-	(*Files)(nil),        // 14: snapshotd.storage.v1.Files
-	(*Attributes)(nil),   // 15: snapshotd.storage.v1.Attributes
-	(*Unit)(nil),         // 16: snapshotd.storage.v1.Unit
-	(*Snapshot)(nil),     // 17: snapshotd.storage.v1.Snapshot
-	(*Cut)(nil),          // 18: snapshotd.storage.v1.Cut
-	(*Totals)(nil),       // 19: snapshotd.storage.v1.Totals
-	(*Pending)(nil),      // 20: snapshotd.storage.v1.Pending
-	(*Request)(nil),      // 21: snapshotd.storage.v1.Request
-	(*Generation)(nil),   // 22: snapshotd.storage.v1.Generation
-	(*Pin)(nil),          // 23: snapshotd.storage.v1.Pin
-	(*Unpin)(nil),        // 24: snapshotd.storage.v1.Unpin
-	(*Tombstone)(nil),    // 25: snapshotd.storage.v1.Tombstone
-	(*Job)(nil),          // 26: snapshotd.storage.v1.Job
-	(*JobLimits)(nil),    // 27: snapshotd.storage.v1.JobLimits
-	(*Task)(nil),         // 28: snapshotd.storage.v1.Task
-	(*TaskProgress)(nil), // 29: snapshotd.storage.v1.TaskProgress
-	(*Worker)(nil),       // 30: snapshotd.storage.v1.Worker
-	(*Assignment)(nil),   // 31: snapshotd.storage.v1.Assignment
-	nil,                  // 32: snapshotd.storage.v1.Collection.PropertiesEntry
-	nil,                  // 33: snapshotd.storage.v1.Collection.AttributesEntry
-	nil,                  // 34: snapshotd.storage.v1.Field.TypeParamsEntry
-	nil,                  // 35: snapshotd.storage.v1.Field.AttributesEntry
-	nil,                  // 36: snapshotd.storage.v1.Partition.AttributesEntry
-	nil,                  // 37: snapshotd.storage.v1.Index.TypeParamsEntry
-	nil,                  // 38: snapshotd.storage.v1.Index.IndexParamsEntry
-	nil,                  // 39: snapshotd.storage.v1.Index.AttributesEntry
-	nil,                  // 40: snapshotd.storage.v1.Segment.AttributesEntry
-	nil,                  // 41: snapshotd.storage.v1.Build.ParamsEntry
-	nil,                  // 42: snapshotd.storage.v1.Files.AttributesEntry
-	nil,                  // 43: snapshotd.storage.v1.Attributes.PairsEntry
-	nil,                  // 44: snapshotd.storage.v1.Snapshot.LabelsEntry
-	nil,                  // 45: snapshotd.storage.v1.Job.LabelsEntry
+	(*Epoch)(nil),        // 2: snapshotd.storage.v1.Epoch
+	(*Behind)(nil),       // 3: snapshotd.storage.v1.Behind
+	(*Round)(nil),        // 4: snapshotd.storage.v1.Round
+	(*Stop)(nil),         // 5: snapshotd.storage.v1.Stop
+	(*IdRange)(nil),      // 6: snapshotd.storage.v1.IdRange
+	(*Position)(nil),     // 7: snapshotd.storage.v1.Position
+	(*Collection)(nil),   // 8: snapshotd.storage.v1.Collection
+	(*Root)(nil),         // 9: snapshotd.storage.v1.Root
+	(*Schema)(nil),       // 10: snapshotd.storage.v1.Schema
+	(*Field)(nil),        // 11: snapshotd.storage.v1.Field
+	(*Partition)(nil),    // 12: snapshotd.storage.v1.Partition
+	(*Index)(nil),        // 13: snapshotd.storage.v1.Index
+	(*Channel)(nil),      // 14: snapshotd.storage.v1.Channel
+	(*Name)(nil),         // 15: snapshotd.storage.v1.Name
+	(*Segment)(nil),      // 16: snapshotd.storage.v1.Segment
+	(*Build)(nil),        // 17: snapshotd.storage.v1.Build
+	(*Files)(nil),        // 18: snapshotd.storage.v1.Files
+	(*Attributes)(nil),   // 19: snapshotd.storage.v1.Attributes
+	(*Unit)(nil),         // 20: snapshotd.storage.v1.Unit
+	(*Parked)(nil),       // 21: snapshotd.storage.v1.Parked
+	(*Snapshot)(nil),     // 22: snapshotd.storage.v1.Snapshot
+	(*Cut)(nil),          // 23: snapshotd.storage.v1.Cut
+	(*Totals)(nil),       // 24: snapshotd.storage.v1.Totals
+	(*Pending)(nil),      // 25: snapshotd.storage.v1.Pending
+	(*Request)(nil),      // 26: snapshotd.storage.v1.Request
+	(*Generation)(nil),   // 27: snapshotd.storage.v1.Generation
+	(*Pin)(nil),          // 28: snapshotd.storage.v1.Pin
+	(*Unpin)(nil),        // 29: snapshotd.storage.v1.Unpin
+	(*Tombstone)(nil),    // 30: snapshotd.storage.v1.Tombstone
+	(*Job)(nil),          // 31: snapshotd.storage.v1.Job
+	(*JobLimits)(nil),    // 32: snapshotd.storage.v1.JobLimits
+	(*Task)(nil),         // 33: snapshotd.storage.v1.Task
+	(*TaskProgress)(nil), // 34: snapshotd.storage.v1.TaskProgress
+	(*Worker)(nil),       // 35: snapshotd.storage.v1.Worker
+	(*Assignment)(nil),   // 36: snapshotd.storage.v1.Assignment
+	nil,                  // 37: snapshotd.storage.v1.Collection.PropertiesEntry
+	nil,                  // 38: snapshotd.storage.v1.Collection.AttributesEntry
+	nil,                  // 39: snapshotd.storage.v1.Field.TypeParamsEntry
+	nil,                  // 40: snapshotd.storage.v1.Field.AttributesEntry
+	nil,                  // 41: snapshotd.storage.v1.Partition.AttributesEntry
+	nil,                  // 42: snapshotd.storage.v1.Index.TypeParamsEntry
+	nil,                  // 43: snapshotd.storage.v1.Index.IndexParamsEntry
+	nil,                  // 44: snapshotd.storage.v1.Index.AttributesEntry
+	nil,                  // 45: snapshotd.storage.v1.Segment.AttributesEntry
+	nil,                  // 46: snapshotd.storage.v1.Build.ParamsEntry
+	nil,                  // 47: snapshotd.storage.v1.Files.AttributesEntry
+	nil,                  // 48: snapshotd.storage.v1.Attributes.PairsEntry
+	nil,                  // 49: snapshotd.storage.v1.Snapshot.LabelsEntry
+	nil,                  // 50: snapshotd.storage.v1.Job.LabelsEntry
 }
 var file_snapshotd_storage_v1_storage_proto_depIdxs = []int32{
-	2,  // 0: snapshotd.storage.v1.Allocator.reserved:type_name -> snapshotd.storage.v1.IdRange
-	6,  // 1: snapshotd.storage.v1.Collection.schema:type_name -> snapshotd.storage.v1.Schema
-	5,  // 2: snapshotd.storage.v1.Collection.roots:type_name -> snapshotd.storage.v1.Root
-	32, // 3: snapshotd.storage.v1.Collection.properties:type_name -> snapshotd.storage.v1.Collection.PropertiesEntry
-	33, // 4: snapshotd.storage.v1.Collection.attributes:type_name -> snapshotd.storage.v1.Collection.AttributesEntry
-	7,  // 5: snapshotd.storage.v1.Schema.fields:type_name -> snapshotd.storage.v1.Field
-	34, // 6: snapshotd.storage.v1.Field.type_params:type_name -> snapshotd.storage.v1.Field.TypeParamsEntry
-	35, // 7: snapshotd.storage.v1.Field.attributes:type_name -> snapshotd.storage.v1.Field.AttributesEntry
-	36, // 8: snapshotd.storage.v1.Partition.attributes:type_name -> snapshotd.storage.v1.Partition.AttributesEntry
-	37, // 9: snapshotd.storage.v1.Index.type_params:type_name -> snapshotd.storage.v1.Index.TypeParamsEntry
-	38, // 10: snapshotd.storage.v1.Index.index_params:type_name -> snapshotd.storage.v1.Index.IndexParamsEntry
-	39, // 11: snapshotd.storage.v1.Index.attributes:type_name -> snapshotd.storage.v1.Index.AttributesEntry
-	3,  // 12: snapshotd.storage.v1.Channel.checkpoint:type_name -> snapshotd.storage.v1.Position
-	3,  // 13: snapshotd.storage.v1.Segment.start:type_name -> snapshotd.storage.v1.Position
-	3,  // 14: snapshotd.storage.v1.Segment.dml:type_name -> snapshotd.storage.v1.Position
-	14, // 15: snapshotd.storage.v1.Segment.files:type_name -> snapshotd.storage.v1.Files
-	13, // 16: snapshotd.storage.v1.Segment.builds:type_name -> snapshotd.storage.v1.Build
-	40, // 17: snapshotd.storage.v1.Segment.attributes:type_name -> snapshotd.storage.v1.Segment.AttributesEntry
-	41, // 18: snapshotd.storage.v1.Build.params:type_name -> snapshotd.storage.v1.Build.ParamsEntry
-	42, // 19: snapshotd.storage.v1.Files.attributes:type_name -> snapshotd.storage.v1.Files.AttributesEntry
-	43, // 20: snapshotd.storage.v1.Attributes.pairs:type_name -> snapshotd.storage.v1.Attributes.PairsEntry
-	12, // 21: snapshotd.storage.v1.Unit.segment:type_name -> snapshotd.storage.v1.Segment
-	44, // 22: snapshotd.storage.v1.Snapshot.labels:type_name -> snapshotd.storage.v1.Snapshot.LabelsEntry
-	18, // 23: snapshotd.storage.v1.Snapshot.cuts:type_name -> snapshotd.storage.v1.Cut
-	19, // 24: snapshotd.storage.v1.Snapshot.totals:type_name -> snapshotd.storage.v1.Totals
-	16, // 25: snapshotd.storage.v1.Tombstone.unit:type_name -> snapshotd.storage.v1.Unit
-	45, // 26: snapshotd.storage.v1.Job.labels:type_name -> snapshotd.storage.v1.Job.LabelsEntry
-	19, // 27: snapshotd.storage.v1.Job.totals:type_name -> snapshotd.storage.v1.Totals
-	19, // 28: snapshotd.storage.v1.Job.done:type_name -> snapshotd.storage.v1.Totals
-	5,  // 29: snapshotd.storage.v1.Job.roots:type_name -> snapshotd.storage.v1.Root
-	19, // 30: snapshotd.storage.v1.Task.totals:type_name -> snapshotd.storage.v1.Totals
-	15, // 31: snapshotd.storage.v1.Files.AttributesEntry.value:type_name -> snapshotd.storage.v1.Attributes
-	32, // [32:32] is the sub-list for method output_type
-	32, // [32:32] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	6,  // 0: snapshotd.storage.v1.Allocator.reserved:type_name -> snapshotd.storage.v1.IdRange
+	5,  // 1: snapshotd.storage.v1.Round.stops:type_name -> snapshotd.storage.v1.Stop
+	10, // 2: snapshotd.storage.v1.Collection.schema:type_name -> snapshotd.storage.v1.Schema
+	9,  // 3: snapshotd.storage.v1.Collection.roots:type_name -> snapshotd.storage.v1.Root
+	37, // 4: snapshotd.storage.v1.Collection.properties:type_name -> snapshotd.storage.v1.Collection.PropertiesEntry
+	38, // 5: snapshotd.storage.v1.Collection.attributes:type_name -> snapshotd.storage.v1.Collection.AttributesEntry
+	11, // 6: snapshotd.storage.v1.Schema.fields:type_name -> snapshotd.storage.v1.Field
+	39, // 7: snapshotd.storage.v1.Field.type_params:type_name -> snapshotd.storage.v1.Field.TypeParamsEntry
+	40, // 8: snapshotd.storage.v1.Field.attributes:type_name -> snapshotd.storage.v1.Field.AttributesEntry
+	41, // 9: snapshotd.storage.v1.Partition.attributes:type_name -> snapshotd.storage.v1.Partition.AttributesEntry
+	42, // 10: snapshotd.storage.v1.Index.type_params:type_name -> snapshotd.storage.v1.Index.TypeParamsEntry
+	43, // 11: snapshotd.storage.v1.Index.index_params:type_name -> snapshotd.storage.v1.Index.IndexParamsEntry
+	44, // 12: snapshotd.storage.v1.Index.attributes:type_name -> snapshotd.storage.v1.Index.AttributesEntry
+	7,  // 13: snapshotd.storage.v1.Channel.checkpoint:type_name -> snapshotd.storage.v1.Position
+	7,  // 14: snapshotd.storage.v1.Segment.start:type_name -> snapshotd.storage.v1.Position
+	7,  // 15: snapshotd.storage.v1.Segment.dml:type_name -> snapshotd.storage.v1.Position
+	18, // 16: snapshotd.storage.v1.Segment.files:type_name -> snapshotd.storage.v1.Files
+	17, // 17: snapshotd.storage.v1.Segment.builds:type_name -> snapshotd.storage.v1.Build
+	45, // 18: snapshotd.storage.v1.Segment.attributes:type_name -> snapshotd.storage.v1.Segment.AttributesEntry
+	46, // 19: snapshotd.storage.v1.Build.params:type_name -> snapshotd.storage.v1.Build.ParamsEntry
+	47, // 20: snapshotd.storage.v1.Files.attributes:type_name -> snapshotd.storage.v1.Files.AttributesEntry
+	48, // 21: snapshotd.storage.v1.Attributes.pairs:type_name -> snapshotd.storage.v1.Attributes.PairsEntry
+	16, // 22: snapshotd.storage.v1.Unit.segment:type_name -> snapshotd.storage.v1.Segment
+	21, // 23: snapshotd.storage.v1.Unit.parked:type_name -> snapshotd.storage.v1.Parked
+	49, // 24: snapshotd.storage.v1.Snapshot.labels:type_name -> snapshotd.storage.v1.Snapshot.LabelsEntry
+	23, // 25: snapshotd.storage.v1.Snapshot.cuts:type_name -> snapshotd.storage.v1.Cut
+	24, // 26: snapshotd.storage.v1.Snapshot.totals:type_name -> snapshotd.storage.v1.Totals
+	20, // 27: snapshotd.storage.v1.Tombstone.unit:type_name -> snapshotd.storage.v1.Unit
+	50, // 28: snapshotd.storage.v1.Job.labels:type_name -> snapshotd.storage.v1.Job.LabelsEntry
+	24, // 29: snapshotd.storage.v1.Job.totals:type_name -> snapshotd.storage.v1.Totals
+	24, // 30: snapshotd.storage.v1.Job.done:type_name -> snapshotd.storage.v1.Totals
+	9,  // 31: snapshotd.storage.v1.Job.roots:type_name -> snapshotd.storage.v1.Root
+	24, // 32: snapshotd.storage.v1.Task.totals:type_name -> snapshotd.storage.v1.Totals
+	19, // 33: snapshotd.storage.v1.Files.AttributesEntry.value:type_name -> snapshotd.storage.v1.Attributes
+	34, // [34:34] is the sub-list for method output_type
+	34, // [34:34] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_snapshotd_storage_v1_storage_proto_init() }
@@ -3838,7 +4396,7 @@ func file_snapshotd_storage_v1_storage_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_snapshotd_storage_v1_storage_proto_rawDesc), len(file_snapshotd_storage_v1_storage_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   46,
+			NumMessages:   51,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
