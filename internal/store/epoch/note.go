@@ -1,0 +1,122 @@
+package epoch
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// Prefix is what the keys of all notes begin with.
+const Prefix = "gc/epoch/"
+
+const (
+	formatVersion = 1
+	maxNoteBytes  = 4 << 10 // a note has far fewer
+	kept          = 2       // notes, the newest
+	maxListed     = 3       // lists before a note that goes whenever it is read is an error
+)
+
+// note is an object of a beat, as JSON.
+type note struct {
+	FormatVersion int       `json:"format_version"`
+	Cluster       string    `json:"cluster_id"`
+	Beat          int64     `json:"beat,string"`
+	Nonce         string    `json:"nonce"`
+	Revision      int64     `json:"revision,string"` // of the metadata store, before the beat
+	Ceiling       int64     `json:"ceiling,string"`
+	Time          time.Time `json:"time"` // UTC, for people
+}
+
+// key is the object of a beat.
+func key(beat int64) string { return Prefix + keys.ID(beat) + ".json" }
+
+// beatOf reads the beat that an object's key is of; not ok: it is none of ours.
+func beatOf(name string) (beat int64, ok bool) {
+	digits, isJSON := strings.CutSuffix(strings.TrimPrefix(name, Prefix), ".json")
+	beat, err := strconv.ParseInt(digits, 10, 64)
+	if !isJSON || err != nil || beat < 1 || key(beat) != name {
+		return 0, false
+	}
+	return beat, true
+}
+
+func encode(n *note) ([]byte, error) {
+	data, err := json.Marshal(n)
+	if err != nil {
+		return nil, fmt.Errorf("encode epoch object %d: %w", n.Beat, err)
+	}
+	return append(data, '\n'), nil
+}
+
+// decode reads the note of beat. The error is an ErrDamaged.
+func decode(beat int64, data []byte) (*note, error) {
+	n := &note{}
+	var problem string
+	switch err := json.Unmarshal(data, n); {
+	case len(data) > maxNoteBytes:
+		problem = fmt.Sprintf("more than %d bytes", maxNoteBytes)
+	case err != nil:
+		problem = err.Error()
+	case n.FormatVersion != formatVersion:
+		problem = fmt.Sprintf("format version %d, this release reads %d", n.FormatVersion, formatVersion)
+	case n.Beat != beat:
+		problem = fmt.Sprintf("it says that it is of beat %d", n.Beat)
+	case n.Nonce == "" || n.Revision < 0 || n.Ceiling < 0:
+		problem = "fields are missing or negative"
+	default:
+		return n, nil
+	}
+	return nil, fmt.Errorf("%w %s: %s; see who wrote it: nothing is deleted while it is there", ErrDamaged, key(beat), problem)
+}
+
+// newest lists the notes and reads the newest; it is nil when there is none. The
+// keys are those of the older ones that are kept no longer.
+func (e *Epoch) newest(ctx context.Context) (*note, []string, error) {
+	for attempt := 1; ; attempt++ {
+		beats, err := e.list(ctx)
+		if err != nil || len(beats) == 0 {
+			return nil, nil, err
+		}
+		last := beats[len(beats)-1]
+		data, err := object.ReadAll(ctx, e.o.Store, key(last), maxNoteBytes)
+		if errors.Is(err, object.ErrNotFound) && attempt < maxListed { // there are newer ones by now
+			continue
+		}
+		if err != nil {
+			return nil, nil, fmt.Errorf("read epoch object: %w", err)
+		}
+		n, err := decode(last, data)
+		if err != nil {
+			return nil, nil, err
+		}
+		var old []string
+		for _, beat := range beats[:max(len(beats)-kept, 0)] {
+			old = append(old, key(beat))
+		}
+		return n, old, nil
+	}
+}
+
+// list returns the beats of which there are notes, ascending. What else lies there
+// is passed over.
+func (e *Epoch) list(ctx context.Context) ([]int64, error) {
+	var beats []int64
+	for info, err := range e.o.Store.List(ctx, Prefix) {
+		if err != nil {
+			return nil, fmt.Errorf("list epoch objects: %w", err)
+		}
+		if beat, ok := beatOf(info.Key); ok {
+			beats = append(beats, beat)
+		}
+	}
+	slices.Sort(beats)
+	return beats, nil
+}
