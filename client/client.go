@@ -1,4 +1,4 @@
-// Package client is the Go client of snapshotd: a connection with the five
+// Package client is the Go client of snapshotd: a connection with the six
 // generated stubs on it, and the few things that every caller would otherwise
 // write again.
 //
@@ -25,7 +25,7 @@
 //
 //   - UNAVAILABLE, when the call only reads, carries a request token, or is one
 //     that finds what it did before: DropSegments, SetCheckpoints, Reclaim,
-//     ConfirmReclaimed, RenewPin and UnpinSnapshot. Any other write may have
+//     ConfirmReclaimed, RenewPin, UnpinSnapshot and Recover. Any other write may have
 //     happened already, so it is never repeated.
 //   - ABORTED with reason CONFLICT or CATALOG_COMPACTED and a
 //     google.rpc.RetryInfo: nothing was written. CreateSnapshot is the exception:
@@ -92,6 +92,8 @@ type Client struct {
 	Catalog snapshotdv1.CatalogServiceClient
 	// Reclaim says what may be deleted.
 	Reclaim snapshotdv1.ReclaimServiceClient
+	// Collector deletes what nothing needs any more, and says why something stays.
+	Collector snapshotdv1.CollectorServiceClient
 	// Events tells what happens.
 	Events snapshotdv1.EventServiceClient
 	// Admin is for the people who run the service.
@@ -135,6 +137,7 @@ func Dial(addr string, o Options) (*Client, error) {
 		Snapshots: snapshotdv1.NewSnapshotServiceClient(conn),
 		Catalog:   snapshotdv1.NewCatalogServiceClient(conn),
 		Reclaim:   snapshotdv1.NewReclaimServiceClient(conn),
+		Collector: snapshotdv1.NewCollectorServiceClient(conn),
 		Events:    snapshotdv1.NewEventServiceClient(conn),
 		Admin:     snapshotdv1.NewAdminServiceClient(conn),
 		conn:      conn,

@@ -70,12 +70,13 @@ var idempotent = []string{
 	snapshotdv1.SnapshotService_UnpinSnapshot_FullMethodName,
 	snapshotdv1.SnapshotService_UpdateRestore_FullMethodName,
 	snapshotdv1.SnapshotService_CancelRestore_FullMethodName,
+	snapshotdv1.CollectorService_Recover_FullMethodName,
 }
 
 // reads says whether a method changes nothing, which the API shows in its name.
 func reads(fullMethod string) bool {
 	name := fullMethod[strings.LastIndexByte(fullMethod, '/')+1:]
-	for _, verb := range []string{"Get", "List", "Describe", "Check"} {
+	for _, verb := range []string{"Get", "List", "Describe", "Check", "Explain"} {
 		if strings.HasPrefix(name, verb) {
 			return true
 		}

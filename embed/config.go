@@ -97,6 +97,32 @@ type Config struct {
 	// KeepRestores is how long restore jobs are kept after their end. Default:
 	// 168h, which is a week.
 	KeepRestores Duration `json:"keep_restores"`
+
+	// Collector says whether the leader deletes by itself what nothing needs any
+	// more: "on" or "off". With "off" nothing is deleted before somebody asks for
+	// it. YAML takes an unquoted on for true, which means the same here. Default:
+	// "on".
+	Collector string `json:"collector"`
+	// CollectTolerance is how long ago a thing must have been dropped before the
+	// collector takes it. Default: 3h.
+	CollectTolerance Duration `json:"collect_tolerance"`
+	// CollectInterval is between two rounds of the collector. Default: 1m.
+	CollectInterval Duration `json:"collect_interval"`
+	// CollectMaxShare is the share of a collection at which a round stops instead
+	// of deleting more of it, above 0 and at most 1, which never stops one.
+	// Default: 0.5.
+	CollectMaxShare float64 `json:"collect_max_share"`
+	// CollectRate is how many objects the collector deletes in a second; negative
+	// for as many as the store takes. Default: 3000.
+	CollectRate int `json:"collect_rate"`
+	// OrphanGrace is how old an object under snapshotd's own prefixes must be
+	// that nothing knows, by its store's clock, before the collector deletes it.
+	// At least 1h. Default: 24h.
+	OrphanGrace Duration `json:"orphan_grace"`
+	// SweepInterval is between two looks for such objects, each of which lists
+	// these prefixes. Default: 1h.
+	SweepInterval Duration `json:"sweep_interval"`
+
 	// Grace is how long the end waits for calls under way. Default: 15s.
 	Grace Duration `json:"grace"`
 
@@ -168,27 +194,40 @@ func (*Duration) Type() string { return "duration" }
 // keeps everything below one directory and listens on the loopback address.
 func Default() Config {
 	return Config{
-		DataDir:        "snapshotd-data",
-		Listen:         "127.0.0.1:7950",
-		MetricsListen:  "127.0.0.1:7951",
-		EtcdRoot:       "/snapshotd",
-		EtcdQuotaBytes: 8 << 30,
-		SnapshotStore:  "default",
-		NameScope:      cluster.ScopeCluster.String(),
-		MaxConnections: 1024,
-		CreateTimeout:  Duration(10 * time.Minute),
-		CreateLeaseTTL: Duration(time.Minute),
-		LeaderTTL:      Duration(10 * time.Second),
-		MaxCreates:     64,
-		RestoreSlots:   8,
-		CopyInFlight:   32,
-		KeepRestores:   Duration(7 * 24 * time.Hour),
-		Grace:          Duration(15 * time.Second),
-		LogLevel:       "info",
-		LogFormat:      "json",
-		Version:        "unknown",
+		DataDir:          "snapshotd-data",
+		Listen:           "127.0.0.1:7950",
+		MetricsListen:    "127.0.0.1:7951",
+		EtcdRoot:         "/snapshotd",
+		EtcdQuotaBytes:   8 << 30,
+		SnapshotStore:    "default",
+		NameScope:        cluster.ScopeCluster.String(),
+		MaxConnections:   1024,
+		CreateTimeout:    Duration(10 * time.Minute),
+		CreateLeaseTTL:   Duration(time.Minute),
+		LeaderTTL:        Duration(10 * time.Second),
+		MaxCreates:       64,
+		RestoreSlots:     8,
+		CopyInFlight:     32,
+		KeepRestores:     Duration(7 * 24 * time.Hour),
+		Collector:        collectorOn,
+		CollectTolerance: Duration(3 * time.Hour),
+		CollectInterval:  Duration(time.Minute),
+		CollectMaxShare:  0.5,
+		CollectRate:      3000,
+		OrphanGrace:      Duration(24 * time.Hour),
+		SweepInterval:    Duration(time.Hour),
+		Grace:            Duration(15 * time.Second),
+		LogLevel:         "info",
+		LogFormat:        "json",
+		Version:          "unknown",
 	}
 }
+
+// What Config.Collector may be.
+const (
+	collectorOn  = "on"
+	collectorOff = "off"
+)
 
 // complete returns c with the defaults in place of zero values.
 func (c Config) complete() Config {
@@ -208,6 +247,19 @@ func (c Config) complete() Config {
 	orElse(&c.RestoreSlots, d.RestoreSlots)
 	orElse(&c.CopyInFlight, d.CopyInFlight)
 	orElse(&c.KeepRestores, d.KeepRestores)
+	orElse(&c.Collector, d.Collector)
+	switch c.Collector { // as YAML reads them without quotes
+	case "true":
+		c.Collector = collectorOn
+	case "false":
+		c.Collector = collectorOff
+	}
+	orElse(&c.CollectTolerance, d.CollectTolerance)
+	orElse(&c.CollectInterval, d.CollectInterval)
+	orElse(&c.CollectMaxShare, d.CollectMaxShare)
+	orElse(&c.CollectRate, d.CollectRate)
+	orElse(&c.OrphanGrace, d.OrphanGrace)
+	orElse(&c.SweepInterval, d.SweepInterval)
 	orElse(&c.Grace, d.Grace)
 	orElse(&c.LogLevel, d.LogLevel)
 	orElse(&c.LogFormat, d.LogFormat)
@@ -262,6 +314,13 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.IntVar(&c.RestoreSlots, "restore-slots", c.RestoreSlots, "tasks of restores that a replica works on at once")
 	fs.IntVar(&c.CopyInFlight, "copy-in-flight", c.CopyInFlight, "objects that a replica copies at once")
 	fs.Var(&c.KeepRestores, "keep-restores", "how long restore jobs are kept after their end")
+	fs.StringVar(&c.Collector, "collector", c.Collector, "whether the leader deletes by itself what nothing needs any more: on or off")
+	fs.Var(&c.CollectTolerance, "collect-tolerance", "how long ago a thing must have been dropped before the collector takes it")
+	fs.Var(&c.CollectInterval, "collect-interval", "between two rounds of the collector")
+	fs.Float64Var(&c.CollectMaxShare, "collect-max-share", c.CollectMaxShare, "share of a collection at which a round stops instead of deleting more of it, at most 1")
+	fs.IntVar(&c.CollectRate, "collect-rate", c.CollectRate, "objects that the collector deletes in a second; negative: as many as the store takes")
+	fs.Var(&c.OrphanGrace, "orphan-grace", "how old an object that nothing knows must be before the collector deletes it, at least 1h")
+	fs.Var(&c.SweepInterval, "sweep-interval", "between two looks for such objects")
 	fs.Var(&c.Grace, "grace", "how long the end waits for calls under way")
 	fs.StringVar(&c.LogLevel, "log-level", c.LogLevel, "debug, info, warn or error")
 	fs.StringVar(&c.LogFormat, "log-format", c.LogFormat, "json or console")
@@ -335,6 +394,8 @@ func expected(flagType, text string, err error) error {
 			return fmt.Errorf("%q is out of range", text)
 		}
 		return fmt.Errorf("%q is not a whole number", text)
+	case "float64":
+		return fmt.Errorf("%q is not a number", text)
 	case "bool":
 		return fmt.Errorf("%q is not true or false", text)
 	}
@@ -397,6 +458,8 @@ func kindOf(t reflect.Type) string {
 	switch t.Kind() {
 	case reflect.Int, reflect.Int64:
 		return "a whole number"
+	case reflect.Float64:
+		return "a number"
 	case reflect.Bool:
 		return "true or false"
 	case reflect.Slice:
@@ -478,6 +541,7 @@ func (c Config) Validate() error {
 		{"create_timeout", c.CreateTimeout, time.Second},
 		{"create_lease_ttl", c.CreateLeaseTTL, 2 * time.Second},
 		{"leader_ttl", c.LeaderTTL, 2 * time.Second},
+		{"collect_interval", c.CollectInterval, time.Second},
 		{"grace", c.Grace, time.Millisecond},
 	} {
 		if v := time.Duration(d.value); v < d.least || v > 24*time.Hour {
@@ -493,8 +557,26 @@ func (c Config) Validate() error {
 	if c.CopyInFlight < 1 || c.CopyInFlight > 1024 {
 		wrong("copy_in_flight", "%d is not 1 to 1024", c.CopyInFlight)
 	}
-	if d := time.Duration(c.KeepRestores); d < time.Minute || d > 10*365*24*time.Hour {
-		wrong("keep_restores", "%v is not 1m to ten years", d)
+	for _, d := range []struct {
+		field string
+		value Duration
+		least time.Duration
+		text  string // of the least
+	}{
+		{"keep_restores", c.KeepRestores, time.Minute, "1m"},
+		{"collect_tolerance", c.CollectTolerance, time.Millisecond, "1ms"},
+		{"orphan_grace", c.OrphanGrace, time.Hour, "1h"},
+		{"sweep_interval", c.SweepInterval, time.Second, "1s"},
+	} {
+		if v := time.Duration(d.value); v < d.least || v > 10*365*24*time.Hour {
+			wrong(d.field, "%v is not %s to ten years", v, d.text)
+		}
+	}
+	if c.Collector != collectorOn && c.Collector != collectorOff {
+		wrong("collector", "%q is not on or off", c.Collector)
+	}
+	if !(c.CollectMaxShare > 0 && c.CollectMaxShare <= 1) { // as NaN is
+		wrong("collect_max_share", "%v is not above 0 and at most 1", c.CollectMaxShare)
 	}
 	if c.MaxConnections < 1 {
 		wrong("max_connections", "%d is not positive", c.MaxConnections)

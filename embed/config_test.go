@@ -1,6 +1,7 @@
 package embed_test
 
 import (
+	"math"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -40,6 +41,7 @@ func TestValidateNamesEveryMistake(t *testing.T) {
 		SnapshotStore: "none", NameScope: "galaxy", TLS: embed.TLS{Cert: "c.pem"}, MaxConnections: -1,
 		CreateTimeout: embed.Duration(time.Millisecond), CreateLeaseTTL: 1, LeaderTTL: embed.Duration(48 * time.Hour), Grace: -1,
 		MaxCreates: -1, LogLevel: "loud", LogFormat: "xml", Replica: "a b",
+		Collector: "perhaps", CollectTolerance: -1, CollectInterval: 1, CollectMaxShare: 1.5, OrphanGrace: embed.Duration(time.Minute), SweepInterval: -1,
 	}
 	err := c.Validate()
 	if err == nil {
@@ -49,7 +51,8 @@ func TestValidateNamesEveryMistake(t *testing.T) {
 		"listen: ", "metrics_listen: ", "etcd_root: ", "etcd_endpoints[0]: ", "etcd_endpoints[1]: ", "etcd_tls: ", "etcd_password_file: ",
 		"etcd_quota_bytes: ", "object_stores.a.type: ", "object_stores.b.path: ", "object_stores.d.path: ", "object_stores: ", "snapshot_store: ",
 		"name_scope: ", "tls: ", "max_connections: ", "create_timeout: ", "create_lease_ttl: ", "leader_ttl: ", "grace: ", "max_creates: ",
-		"log_level: ", "log_format: ", "replica: ",
+		"log_level: ", "log_format: ", "replica: ", "collector: ", "collect_tolerance: ", "collect_interval: ", "collect_max_share: ",
+		"orphan_grace: ", "sweep_interval: ",
 	} {
 		if !strings.Contains("\n"+err.Error(), "\n"+want) {
 			t.Errorf("nothing about %s", want)
@@ -79,6 +82,33 @@ func TestOtherHosts(t *testing.T) {
 		if err := (embed.Config{MetricsListen: addr, MetricsPublic: true}).Validate(); err != nil {
 			t.Errorf("public metrics_listen %s: got %v", addr, err)
 		}
+	}
+}
+
+// On and off are words that YAML has a meaning of its own for.
+func TestCollector(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "c.yaml")
+	for text, want := range map[string]string{
+		"": "on", "collector: on": "on", "collector: off": "off", `collector: "off"`: "off", "collector: yes": "on", "collector: false": "off",
+	} {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c, err := embed.LoadConfig(file, nil, nil)
+		if err != nil || c.Collector != want {
+			t.Errorf("%q: got %q, err = %v", text, c.Collector, err)
+		}
+		if err := c.Validate(); err != nil {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+	for share, wrong := range map[float64]bool{-1: true, 0: false, 1e-9: false, 1: false, 1.01: true, math.NaN(): true, math.Inf(1): true} {
+		if err := (embed.Config{CollectMaxShare: share}).Validate(); (err != nil) != wrong {
+			t.Errorf("share %v: %v", share, err)
+		}
+	}
+	if err := (embed.Config{CollectRate: -1}).Validate(); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -146,6 +176,7 @@ func TestMistakesInForm(t *testing.T) {
 		"data_dir: x\ndata_dir: y":   "data_dir",
 		"max_creates: many":          "max_creates: a whole number is expected, not string",
 		"max_creates: 1.5":           "max_creates: a whole number is expected, not number 1.5",
+		"collect_max_share: half":    "collect_max_share: a number is expected, not string",
 		"metrics_public: 1":          "metrics_public: true or false is expected, not number",
 		"etcd_endpoints: a:1":        "etcd_endpoints: a list is expected, not string",
 		"tls: x":                     "tls: names with values is expected, not string",
@@ -171,11 +202,13 @@ func TestMistakesInForm(t *testing.T) {
 	_, err := embed.LoadConfig("", environment(map[string]string{
 		"SNAPSHOTD_MAX_CREATES": "x", "SNAPSHOTD_GRACE": "y", "SNAPSHOTD_LEADER_TTL": "0", "SNAPSHOTD_OBJECT_STORE": "z",
 		"SNAPSHOTD_METRICS_PUBLIC": "perhaps", "SNAPSHOTD_ETCD_QUOTA_BYTES": "99999999999999999999",
+		"SNAPSHOTD_COLLECT_MAX_SHARE": "half",
 	}), nil)
 	for _, want := range []string{
 		`SNAPSHOTD_MAX_CREATES: "x" is not a whole number`, `SNAPSHOTD_GRACE: "y" is not a time span such as 1m30s`,
 		`SNAPSHOTD_LEADER_TTL: "0" is no time span; leave it out`, `SNAPSHOTD_OBJECT_STORE: "z" is not alias=`,
 		`SNAPSHOTD_METRICS_PUBLIC: "perhaps" is not true or false`, `SNAPSHOTD_ETCD_QUOTA_BYTES: "99999999999999999999" is out of range`,
+		`SNAPSHOTD_COLLECT_MAX_SHARE: "half" is not a number`,
 	} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("nothing about %s in %v", want, err)

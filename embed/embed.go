@@ -40,6 +40,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/server"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
+	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcdserver"
@@ -183,16 +184,28 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 		}
 	}
 	requests := request.NewLeases(kv, time.Now)
+	age := epoch.New(epoch.Options{
+		KV: kv, Store: stores[cfg.SnapshotStore], Cluster: p.cluster.ID, Now: time.Now, Rand: rand.Reader, Log: log.Named("epoch"),
+	})
+	// A store that is behind is served all the same: there has to be somebody who
+	// recovers it.
+	if err := age.Check(ctx); err != nil && !errors.Is(err, epoch.ErrBehind) {
+		return nil, err
+	}
 	cat := catalog.New(catalog.Options{
-		KV: kv, Now: time.Now, Rand: rand.Reader, Requests: requests,
+		KV: kv, Now: time.Now, Rand: rand.Reader, Requests: requests, RaiseIDs: age.Raise,
 		HasStore: func(alias string) bool { _, ok := stores[alias]; return ok },
+		Held:     catalog.ReadHeld(stores),
 	})
 	p.manager, err = manager.New(manager.Options{
-		KV: kv, Catalog: cat, Cluster: p.cluster, Stores: stores, Features: features, SnapshotStore: cfg.SnapshotStore, Requests: requests,
+		KV: kv, Catalog: cat, Cluster: p.cluster, Stores: stores, Features: features, SnapshotStore: cfg.SnapshotStore, Requests: requests, Epoch: age,
 		Replica: cfg.Replica, Release: cfg.Version, Now: time.Now, Rand: rand.Reader, Log: log.Named("manager"),
 		CreateTimeout: time.Duration(cfg.CreateTimeout), LeaseTTL: time.Duration(cfg.CreateLeaseTTL),
 		LeaderTTL: time.Duration(cfg.LeaderTTL), MaxCreates: cfg.MaxCreates,
 		RestoreSlots: cfg.RestoreSlots, CopyInFlight: cfg.CopyInFlight, KeepRestores: time.Duration(cfg.KeepRestores),
+		CollectorOff: cfg.Collector == collectorOff, CollectTolerance: time.Duration(cfg.CollectTolerance),
+		CollectInterval: time.Duration(cfg.CollectInterval), CollectMaxShare: cfg.CollectMaxShare, CollectRate: cfg.CollectRate,
+		OrphanGrace: time.Duration(cfg.OrphanGrace), SweepInterval: time.Duration(cfg.SweepInterval),
 	})
 	if err != nil {
 		return nil, err

@@ -135,6 +135,7 @@ func TestEmbedded(t *testing.T) {
 	_, metrics := get(t, "http://"+s.MetricsAddr()+"/metrics")
 	for _, name := range []string{
 		"snapshotd_leader", "snapshotd_creates_in_flight", "snapshotd_unreadable_records", "snapshotd_clock_skew_seconds",
+		`snapshotd_gc_deleted_objects_total{reason="restore"} 0`, `snapshotd_gc_deleted_bytes_total{reason="unit"} 0`, "snapshotd_metadata_behind 0",
 		"grpc_server_handled_total", "go_goroutines", "process_open_fds",
 	} {
 		if !strings.Contains(metrics, "\n"+name) {

@@ -1,6 +1,7 @@
 package embed
 
 import (
+	"context"
 	"net/http"
 	"net/http/pprof"
 	"strings"
@@ -10,6 +11,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/manager"
 )
 
@@ -29,11 +31,22 @@ var (
 	restoresDesc   = prometheus.NewDesc("snapshotd_restore_jobs", "Restore jobs by state.", []string{"state"}, nil)
 	workersDesc    = prometheus.NewDesc("snapshotd_restore_workers", "Replicas that work on restores.", nil, nil)
 	tasksDesc      = prometheus.NewDesc("snapshotd_restore_tasks_running", "Tasks of restores that workers have.", nil, nil)
+	deletedObjects = prometheus.NewDesc("snapshotd_gc_deleted_objects_total", "Objects that this replica deleted, by why: of a reclaimed unit, an orphan, a snapshot's own, or of a restore that did not come to its end.", []string{"reason"}, nil)
+	deletedBytes   = prometheus.NewDesc("snapshotd_gc_deleted_bytes_total", "Bytes of those, as far as they were known.", []string{"reason"}, nil)
+	unitsDesc      = prometheus.NewDesc("snapshotd_gc_units", "Dropped units that stay, as of the last round that this replica made as the leader: waiting for the tolerance, held by snapshots, and of these parked in the object store.", []string{"state"}, nil)
+	stoppedDesc    = prometheus.NewDesc("snapshotd_gc_stopped_collections", "Collections in which that round stopped, for it would have deleted too much of them.", nil, nil)
+	lastRoundDesc  = prometheus.NewDesc("snapshotd_gc_last_round_timestamp_seconds", "When that round ended.", nil, nil)
+	lastSweepDesc  = prometheus.NewDesc("snapshotd_gc_last_sweep_timestamp_seconds", "When the last look for orphans ended that this replica made as the leader.", nil, nil)
+	orphansDesc    = prometheus.NewDesc("snapshotd_gc_orphans", "Orphans under snapshotd's own prefixes that stay, as of that look: waiting for the grace period, lost with a metadata store that went back in time, foreign.", []string{"state"}, nil)
+	behindDesc     = prometheus.NewDesc("snapshotd_metadata_behind", "1 while the metadata store is older than what it wrote into the object store: nothing is allocated and deleted.", nil, nil)
 	skewDesc       = prometheus.NewDesc("snapshotd_clock_skew_seconds", "How far this host's clock and the object store's are apart.", nil, nil)
 )
 
 func (s stats) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{snapshotsDesc, leaderDesc, createsDesc, unreadable, skewDesc, referencesDesc, referenced, tombstonesDesc, oldestDesc, pinsDesc, restoresDesc, workersDesc, tasksDesc} {
+	for _, d := range []*prometheus.Desc{
+		snapshotsDesc, leaderDesc, createsDesc, unreadable, skewDesc, referencesDesc, referenced, tombstonesDesc, oldestDesc, pinsDesc, restoresDesc, workersDesc, tasksDesc,
+		deletedObjects, deletedBytes, unitsDesc, stoppedDesc, lastRoundDesc, lastSweepDesc, orphansDesc, behindDesc,
+	} {
 		ch <- d
 	}
 }
@@ -70,7 +83,50 @@ func (s stats) Collect(ch chan<- prometheus.Metric) {
 	gauge(tombstonesDesc, float64(refs.Granted), "snapshotd")
 	gauge(tombstonesDesc, float64(refs.Unconfirmed), "caller")
 	gauge(oldestDesc, refs.Oldest.Seconds())
+	s.collector(ch, gauge, now.Leading)
 }
+
+// behindTimeout bounds the one question that metrics ask of the metadata store.
+const behindTimeout = 500 * time.Millisecond
+
+// collector shows what is deleted, and what stays. What the leader alone knows is
+// shown by no other replica.
+func (s stats) collector(ch chan<- prometheus.Metric, gauge func(*prometheus.Desc, float64, ...string), leading bool) {
+	counters := s.manager.GC().Counters()
+	for _, reason := range gc.Reasons() {
+		objects, bytes := counters.Of(reason)
+		ch <- prometheus.MustNewConstMetric(deletedObjects, prometheus.CounterValue, float64(objects), reason.String())
+		ch <- prometheus.MustNewConstMetric(deletedBytes, prometheus.CounterValue, float64(bytes), reason.String())
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), behindTimeout)
+	defer cancel()
+	if why, err := s.manager.Behind(ctx); err == nil { // else nobody knows
+		behind := 0.
+		if why != "" {
+			behind = 1
+		}
+		gauge(behindDesc, behind)
+	}
+	if !leading {
+		return
+	}
+	if last := s.manager.GC().LastRound(); last != nil {
+		gauge(unitsDesc, float64(last.Waiting), "waiting")
+		gauge(unitsDesc, float64(last.Held), "held")
+		gauge(unitsDesc, float64(last.Parked), "parked")
+		gauge(stoppedDesc, float64(last.StopCount))
+		gauge(lastRoundDesc, seconds(last.End))
+	}
+	if sweep := s.manager.GC().SweepStats(); !sweep.End.IsZero() {
+		gauge(lastSweepDesc, seconds(sweep.End))
+		gauge(orphansDesc, float64(sweep.Waiting), "waiting")
+		gauge(orphansDesc, float64(sweep.Lost), "lost")
+		gauge(orphansDesc, float64(sweep.Foreign), "foreign")
+	}
+}
+
+// seconds returns a time as metrics have it.
+func seconds(t time.Time) float64 { return float64(t.UnixNano()) / 1e9 }
 
 // newRegistry returns a registry with what every Go process shows. It is the
 // server's own, so that several can live in one process.

@@ -85,6 +85,14 @@ func tell(ctx context.Context, d *demo) {
 	d.say("The snapshot goes on without it.")
 	files, total := d.verify(ctx, "before-sale")
 	d.check(files == before.files && total == before.bytes, "the snapshot's record counts the same: %d files", before.files)
+	d.say("The collector takes what a dropped collection leaves, after three hours. What if that time is over? It is told not " +
+		"to wait, and to say first what it would do.")
+	d.run(ctx, "snapshotctl", "gc", "run", "--tolerance", "0s", "--dry-run")
+	had := d.measure()
+	d.run(ctx, "snapshotctl", "gc", "run", "--tolerance", "0s", "--wait")
+	has := d.measure()
+	d.check(has.data == before.files && has.data < had.data, "of %d data files %d are left: just those of the snapshot", had.data, has.data)
+	d.verify(ctx, "before-sale")
 	d.say("And is it still readable? The engine opens it in place of the collection.")
 	again := d.run(ctx, "engine", "--snapshot", "before-sale", "search", "--seed", "7")
 	d.check(again == found, "the same rows as before the sale")
@@ -193,10 +201,12 @@ func (d *demo) measure() (m measured) {
 		if err != nil {
 			return err
 		}
-		if rel, _ := filepath.Rel(d.store(), path); strings.HasPrefix(rel, "snapshots/") {
+		switch rel, _ := filepath.Rel(d.store(), path); {
+		case strings.HasPrefix(rel, "gc/"): // notes of the collector
+		case strings.HasPrefix(rel, "snapshots/"):
 			m.own++
 			m.ownBytes += info.Size()
-		} else {
+		default:
 			m.data++
 			m.dataBytes += info.Size()
 		}
@@ -301,5 +311,6 @@ func (d *demo) summary(t taken, undo time.Duration, freed measured, restored job
 		"was waiting after the crash: %d files and %s were copied, inside the object store. It is undone by `snapshotctl restore cancel` "+
 		"while it goes on, and by `snapshotctl catalog drop-collection` afterwards. One that cannot succeed leaves nothing.",
 		round(restored.took), t.files, size(t.bytes))
-	d.say("What is it not? A collector: snapshotd deletes no data file by itself yet; the engine asks, as above.")
+	d.say("What deletes the rest? The engine asks, as above; what it forgets, such as all of a dropped collection, the collector " +
+		"takes after three hours, unless a snapshot holds it.")
 }

@@ -19,7 +19,8 @@
 //	segment     GROWING -> SEALED -> FLUSHED, IMPORTING -> FLUSHED; a dropped
 //	            segment leaves as a unit
 //	unit        a dropped segment, a dropped index build or replaced files: a
-//	            record of its own that never changes until it is reclaimed
+//	            record of its own. What it says never changes; while a snapshot
+//	            holds the unit, it may lie in the object store, and a stub here
 //
 // # Failures
 //
@@ -129,6 +130,12 @@ type Options struct {
 	// HasStore says whether an object store of that alias is configured.
 	HasStore func(alias string) bool
 	Requests *request.Leases
+	// Held reads the object at key of the store of that alias, which holds the
+	// record of a parked unit; see [ReadHeld]. Nil: parked units are an error.
+	Held func(ctx context.Context, store, key string) ([]byte, error)
+	// RaiseIDs raises the ceiling of the ids that are handed out to at least to,
+	// once that is noted outside of the metadata store. Nil: no ceiling is kept.
+	RaiseIDs func(ctx context.Context, to int64) error
 }
 
 // Catalog reads and changes the catalog. It is safe for concurrent use and
@@ -139,14 +146,15 @@ type Catalog struct {
 	rand     io.Reader
 	hasStore func(string) bool
 	requests *request.Leases
+	held     func(ctx context.Context, store, key string) ([]byte, error)
 	ids      *allocator
 }
 
 // New returns a Catalog.
 func New(o Options) *Catalog {
 	return &Catalog{
-		kv: o.KV, now: o.Now, rand: o.Rand, hasStore: o.HasStore, requests: o.Requests,
-		ids: newAllocator(o.KV),
+		kv: o.KV, now: o.Now, rand: o.Rand, hasStore: o.HasStore, requests: o.Requests, held: o.Held,
+		ids: newAllocator(o.KV, o.RaiseIDs),
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"math"
 	"sync/atomic"
 
+	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -28,16 +29,22 @@ type IDRange struct {
 func (r IDRange) last() int64             { return r.First + r.Count - 1 }
 func (r IDRange) overlaps(o IDRange) bool { return r.First <= o.last() && o.First <= r.last() }
 
+// maxReservedCeiling bounds up to where the ceiling rises above a range that is
+// reserved: all ids below the ceiling are passed over when the metadata store has
+// gone back in time, and there must be some beyond.
+const maxReservedCeiling = 1 << 62
+
 // allocator keeps the replica's stock of ids.
 type allocator struct {
 	kv    meta.KV
-	turn  chan struct{} // holds one token; who has it may touch stock
+	raise func(ctx context.Context, to int64) error // the ceiling; nil: there is none
+	turn  chan struct{}                             // holds one token; who has it may touch stock
 	stock IDRange
 	mark  atomic.Int64 // every id below it was handed out; grows only
 }
 
-func newAllocator(kv meta.KV) *allocator {
-	a := &allocator{kv: kv, turn: make(chan struct{}, 1)}
+func newAllocator(kv meta.KV, raise func(ctx context.Context, to int64) error) *allocator {
+	a := &allocator{kv: kv, raise: raise, turn: make(chan struct{}, 1)}
 	a.turn <- struct{}{}
 	return a
 }
@@ -94,29 +101,73 @@ func insertReserved(rec *storagev1.Allocator, at int, want IDRange) error {
 	return nil
 }
 
-// read returns the allocator's record, the compare that it is still so, and
-// remembers its mark.
-func (a *allocator) read(ctx context.Context) (*storagev1.Allocator, meta.Cond, error) {
-	kv, found, _, err := a.kv.Get(ctx, keys.IDs)
+// allocation is the allocator's record as it was read.
+type allocation struct {
+	rec *storagev1.Allocator
+	// unchanged holds while the record is as it was read, and the metadata store
+	// is not known to have gone back in time.
+	unchanged []meta.Cond
+	behind    error // an epoch.ErrBehind when it has
+}
+
+// read returns the allocator's record, and remembers its mark.
+func (a *allocator) read(ctx context.Context) (allocation, error) {
+	known := a.mark.Load() // before the read, which is not older
+	res, err := a.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Get(keys.IDs), meta.Get(keys.Behind)}})
 	if err != nil {
-		return nil, meta.Cond{}, fmt.Errorf("read the id allocator: %w", err)
+		return allocation{}, fmt.Errorf("read the id allocator: %w", err)
 	}
-	rec := &storagev1.Allocator{Format: record.Format, Next: 1}
-	if !found {
-		return rec, meta.Absent(keys.IDs), nil
+	got := allocation{
+		rec:       &storagev1.Allocator{Format: record.Format, Next: 1},
+		unchanged: []meta.Cond{meta.Absent(keys.IDs), meta.Absent(keys.Behind)},
+		behind:    epoch.Blocked(res.Ranges[1]),
 	}
-	if err := record.Decode(kv, rec); err != nil {
-		return nil, meta.Cond{}, err
+	for _, kv := range res.Ranges[0] {
+		if err := record.Decode(kv, got.rec); err != nil {
+			return allocation{}, err
+		}
+		got.unchanged[0] = meta.Unchanged(keys.IDs, kv.ModRevision)
+	}
+	if next := got.rec.GetNext(); next < known && got.behind == nil {
+		got.behind = fmt.Errorf("%w: ids up to %d were handed out, and it says up to %d; nothing is allocated until `snapshotctl recover`",
+			epoch.ErrBehind, known-1, next-1)
 	}
 	for { // another reader may have seen a newer one
 		old := a.mark.Load()
-		if rec.GetNext() <= old || a.mark.CompareAndSwap(old, rec.GetNext()) {
-			return rec, meta.Unchanged(keys.IDs, kv.ModRevision), nil
+		if got.rec.GetNext() <= old || a.mark.CompareAndSwap(old, got.rec.GetNext()) {
+			return got, nil
 		}
 	}
 }
 
-// AllocateIDs hands out count ids that nobody else gets.
+// plan decides what handing out count ids makes of the record, below the ceiling,
+// which it has raised first when they would pass it.
+func (a *allocator) plan(ctx context.Context, count int64) (plan, error) {
+	for range maxAttempts { // others may use up what was raised
+		s, err := a.read(ctx)
+		if err != nil {
+			return plan{}, err
+		}
+		if s.behind != nil {
+			return plan{}, s.behind
+		}
+		got, err := take(s.rec, count)
+		if err != nil {
+			return plan{}, err
+		}
+		if a.raise == nil || s.rec.GetNext() <= s.rec.GetCeiling() {
+			txn := meta.Txn{If: s.unchanged, Then: []meta.Op{meta.Put(keys.IDs, record.Encode(s.rec))}}
+			return plan{txn: txn, id: got.First}, nil
+		}
+		if err := a.raise(ctx, s.rec.GetNext()); err != nil {
+			return plan{}, err
+		}
+	}
+	return plan{}, fmt.Errorf("%w: gave up after the id ceiling was raised %d times; nothing was written", ErrConflict, maxAttempts)
+}
+
+// AllocateIDs hands out count ids that nobody else gets. It is an epoch.ErrBehind
+// while the metadata store is behind the object store.
 func (c *Catalog) AllocateIDs(ctx context.Context, tok request.Token, count int64) (IDRange, error) {
 	if count < 1 || count > MaxAllocate {
 		return IDRange{}, invalid("count", "%d is not 1 to %d", count, MaxAllocate)
@@ -132,18 +183,7 @@ func (c *Catalog) AllocateRange(ctx context.Context, count int64) (IDRange, erro
 
 func (c *Catalog) allocate(ctx context.Context, tok request.Token, count int64) (IDRange, error) {
 	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
-		rec, unchanged, err := c.ids.read(ctx)
-		if err != nil {
-			return plan{}, err
-		}
-		got, err := take(rec, count)
-		if err != nil {
-			return plan{}, err
-		}
-		return plan{
-			txn: meta.Txn{If: []meta.Cond{unchanged}, Then: []meta.Op{meta.Put(keys.IDs, record.Encode(rec))}},
-			id:  got.First,
-		}, nil
+		return c.ids.plan(ctx, count)
 	})
 	if err != nil {
 		return IDRange{}, fmt.Errorf("allocate ids: %w", err)
@@ -158,17 +198,26 @@ func (c *Catalog) ReserveIDs(ctx context.Context, tok request.Token, want IDRang
 		return invalid("reserve", "first and count must be positive")
 	}
 	_, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
-		rec, unchanged, err := c.ids.read(ctx)
+		s, err := c.ids.read(ctx)
 		if err != nil {
 			return plan{}, err
 		}
-		before := len(rec.GetReserved())
-		if err := reserve(rec, want); err != nil {
+		if s.behind != nil {
+			return plan{}, s.behind
+		}
+		before := len(s.rec.GetReserved())
+		if err := reserve(s.rec, want); err != nil {
 			return plan{}, err
 		}
-		p := plan{id: want.First, txn: meta.Txn{If: []meta.Cond{unchanged}}}
-		if len(rec.GetReserved()) > before {
-			p.txn.Then = []meta.Op{meta.Put(keys.IDs, record.Encode(rec))}
+		p := plan{id: want.First, txn: meta.Txn{If: s.unchanged}}
+		if len(s.rec.GetReserved()) > before {
+			// A store that forgets the range must not hand out its ids.
+			if end := want.last() + 1; c.ids.raise != nil && end > s.rec.GetCeiling() && end <= maxReservedCeiling {
+				if err := c.ids.raise(ctx, end); err != nil {
+					return plan{}, err
+				}
+			}
+			p.txn.Then = []meta.Op{meta.Put(keys.IDs, record.Encode(s.rec))}
 		}
 		return p, nil
 	})
@@ -214,10 +263,11 @@ func (c *Catalog) HandedOut(ctx context.Context, ids ...int64) (missing int64, o
 			continue
 		}
 		if rec == nil {
-			if rec, _, err = c.ids.read(ctx); err != nil {
+			s, err := c.ids.read(ctx)
+			if err != nil {
 				return 0, false, err
 			}
-			mark = rec.GetNext()
+			rec, mark = s.rec, max(mark, s.rec.GetNext())
 		}
 		if id >= mark && !isReserved(rec, id) {
 			return id, false, nil

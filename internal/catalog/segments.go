@@ -282,7 +282,8 @@ func (c *Catalog) notDropped(ctx context.Context, collection int64, ids []int64)
 	var conds []meta.Cond
 	for _, prefix := range prefixes {
 		from, to := keys.Span(prefix, sorted[0], sorted[len(sorted)-1])
-		conds = append(conds, meta.Cond{From: from, To: to, Target: meta.ModRevision, Op: meta.Less, Revision: revision + 1})
+		// Parking puts the record of a unit again, and drops none.
+		conds = append(conds, meta.Cond{From: from, To: to, Target: meta.CreateRevision, Op: meta.Less, Revision: revision + 1})
 	}
 	return conds, nil
 }

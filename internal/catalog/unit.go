@@ -1,7 +1,10 @@
 package catalog
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
+	"errors"
 	"fmt"
 	"iter"
 	"slices"
@@ -11,6 +14,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
@@ -32,12 +36,31 @@ type Unit struct {
 	Kind UnitKind
 	// Segment is the segment that was dropped, or what was part of one, under
 	// that segment's id.
-	Segment  segment.Segment
-	Revision int64 // at which it was dropped
+	Segment segment.Segment
+	// Revision is that of the drop. A unit's key is put by the transaction that
+	// drops it, which compares that it is not there, and goes with the grant for
+	// good; parking puts it again. So this is its create revision.
+	Revision int64
 	DropTime time.Time
+	// Parked says that of Segment only the id is known: the rest lies in the
+	// object store. Only StubOf returns such a unit.
+	Parked bool
 }
 
-// DecodeUnit reads a unit's record.
+// ErrParked means that a unit's record is a stub. [Catalog.ReadUnit] and
+// [Catalog.Whole] read what it stands for.
+var ErrParked = errors.New("unit is parked")
+
+// HeldPrefix is what the keys of all objects begin with that hold the records of
+// parked units.
+const HeldPrefix = "gc/held/"
+
+// HeldKey is the object that holds the record of a unit while it is parked.
+func HeldKey(collection, unit int64) string {
+	return fmt.Sprintf("%s%d/%d", HeldPrefix, collection, unit)
+}
+
+// DecodeUnit reads a unit's record. That of a parked one is ErrParked.
 func DecodeUnit(collection int64, kv meta.KeyValue) (Unit, error) {
 	id, err := keys.LastID(kv.Key)
 	if err != nil {
@@ -48,12 +71,19 @@ func DecodeUnit(collection int64, kv meta.KeyValue) (Unit, error) {
 		return Unit{}, err
 	}
 	u, err := UnitOf(collection, id, rec)
-	u.Revision = kv.ModRevision
+	u.Revision = kv.CreateRevision
 	return u, err
 }
 
-// UnitOf reads a unit from its record.
+// UnitOf reads a unit from its record, all but its revision. That of a parked one
+// is ErrParked: nobody may take it for a unit without files.
 func UnitOf(collection, id int64, rec *storagev1.Unit) (Unit, error) {
+	switch {
+	case rec.GetParked() != nil:
+		return Unit{}, fmt.Errorf("unit %d of collection %d: %w", id, collection, ErrParked)
+	case rec.GetSegment() == nil:
+		return Unit{}, fmt.Errorf("%w of unit %d of collection %d: it says nothing of the segment", record.ErrUnreadable, id, collection)
+	}
 	s, err := segmentOf(collection, rec.GetSegmentId(), rec.GetSegment())
 	if err != nil {
 		return Unit{}, fmt.Errorf("unit %d of collection %d: %w", id, collection, err)
@@ -61,10 +91,114 @@ func UnitOf(collection, id int64, rec *storagev1.Unit) (Unit, error) {
 	return Unit{ID: id, Kind: UnitKind(rec.GetKind()), Segment: s, DropTime: record.Time(rec.GetDropTime())}, nil
 }
 
+// StubOf reads from the record of a parked unit what that says of it: its ids,
+// its kind and the time of its drop.
+func StubOf(id int64, rec *storagev1.Unit) Unit {
+	return Unit{
+		ID: id, Kind: UnitKind(rec.GetKind()), Segment: segment.Segment{ID: rec.GetSegmentId(), State: segment.Dropped},
+		DropTime: record.Time(rec.GetDropTime()), Parked: true,
+	}
+}
+
+// ReadHeld returns an Options.Held that reads from stores, by alias.
+func ReadHeld(stores map[string]object.Store) func(ctx context.Context, store, key string) ([]byte, error) {
+	return func(ctx context.Context, store, key string) ([]byte, error) {
+		s, ok := stores[store]
+		if !ok {
+			return nil, fmt.Errorf("%w: the store is not configured here", record.ErrUnreadable)
+		}
+		return object.ReadAll(ctx, s, key, meta.MaxTxnBytes) // in the metadata store it was no longer
+	}
+}
+
+// Whole returns the record of a unit for a stub of it, read from the object
+// store; a record that is none it returns as it is. It blocks on the object
+// store. Nothing is parsed that does not have the stub's length and digest. An
+// object that is not there, or is another, is record.ErrUnreadable: the unit must
+// be left alone, unless the stub is not current any more, for the object goes when
+// the unit is granted.
+func (c *Catalog) Whole(ctx context.Context, collection, id int64, rec *storagev1.Unit) (*storagev1.Unit, error) {
+	parked := rec.GetParked()
+	if parked == nil {
+		return rec, nil
+	}
+	key := HeldKey(collection, id)
+	fail := func(err error) (*storagev1.Unit, error) {
+		return nil, fmt.Errorf("unit %d of collection %d is parked: read %s of store %q: %w", id, collection, key, parked.GetStore(), err)
+	}
+	data, err := c.readHeld(ctx, parked, key)
+	if err != nil {
+		return fail(err)
+	}
+	whole := &storagev1.Unit{}
+	if err := record.Decode(meta.KeyValue{Key: key, Value: data}, whole); err != nil {
+		return fail(err)
+	}
+	if whole.GetParked() != nil {
+		return fail(fmt.Errorf("%w: it is a stub itself", record.ErrUnreadable))
+	}
+	return whole, nil
+}
+
+// readHeld reads the object of a parked unit, twice when the first answer is
+// another: the way may be to blame.
+func (c *Catalog) readHeld(ctx context.Context, parked *storagev1.Parked, key string) ([]byte, error) {
+	if c.held == nil {
+		return nil, fmt.Errorf("%w: this process reads no parked units", record.ErrUnreadable)
+	}
+	var last error
+	for range 2 {
+		data, err := c.held(ctx, parked.GetStore(), key)
+		if errors.Is(err, object.ErrNotFound) {
+			return nil, fmt.Errorf("%w: %w", record.ErrUnreadable, err)
+		}
+		if err != nil {
+			return nil, err
+		}
+		sum := sha256.Sum256(data)
+		if int64(len(data)) == parked.GetLength() && bytes.Equal(sum[:], parked.GetSha256()) {
+			return data, nil
+		}
+		last = fmt.Errorf("%w: %d bytes of SHA-256 %x, want %d of %x", record.ErrUnreadable, len(data), sum, parked.GetLength(), parked.GetSha256())
+	}
+	return nil, last
+}
+
+// ReadUnit reads a unit whole from kv, which is its record or its tombstone. It
+// blocks on the object store when the unit is parked; the errors are those of
+// [Catalog.Whole].
+func (c *Catalog) ReadUnit(ctx context.Context, collection int64, kv meta.KeyValue) (Unit, error) {
+	id, err := keys.LastID(kv.Key)
+	if err != nil {
+		return Unit{}, err
+	}
+	if strings.HasPrefix(kv.Key, keys.AllTombsPrefix) {
+		rec := &storagev1.Tombstone{}
+		if err := record.Decode(kv, rec); err != nil {
+			return Unit{}, err
+		}
+		return UnitOf(collection, id, rec.GetUnit())
+	}
+	rec := &storagev1.Unit{}
+	if err := record.Decode(kv, rec); err != nil {
+		return Unit{}, err
+	}
+	if rec, err = c.Whole(ctx, collection, id, rec); err != nil {
+		return Unit{}, err
+	}
+	u, err := UnitOf(collection, id, rec)
+	u.Revision = kv.CreateRevision
+	return u, err
+}
+
 // Owned yields the unit's files that belong to it alone: those whose path has
 // its id for an element. Any other file is foreign: it may be part of something
-// else as well, and is never deleted with the unit.
+// else as well, and is never deleted with the unit. It panics when the unit is
+// Parked, for then nothing is known of its files.
 func (u *Unit) Owned() iter.Seq[*segment.File] {
+	if u.Parked {
+		panic(fmt.Sprintf("the files of unit %d are not known: it is parked", u.ID))
+	}
 	return func(yield func(*segment.File) bool) {
 		s := &u.Segment
 		for i := range s.Files {
@@ -174,12 +308,12 @@ func (c *Catalog) holdings(ctx context.Context, collection int64, ids []int64) (
 				}
 				of(id).live = &s
 			}
-			for _, kv := range slices.Concat(got[1], got[2]) {
-				u, err := unitAt(collection, kv)
+			if kvs := slices.Concat(got[1], got[2]); len(kvs) > 0 {
+				list, err := c.readUnits(ctx, collection, id, kvs)
 				if err != nil {
 					return nil, err
 				}
-				of(id).units = append(of(id).units, u)
+				of(id).units = append(of(id).units, list...)
 			}
 			for _, kv := range got[3] {
 				unit, err := keys.LastID(kv.Key)
@@ -199,35 +333,41 @@ func (c *Catalog) holdings(ctx context.Context, collection int64, ids []int64) (
 
 // unit reads a unit, granted or not; none when it is gone.
 func (c *Catalog) unit(ctx context.Context, collection, id int64) ([]Unit, error) {
+	kvs, err := c.unitRecords(ctx, collection, id)
+	if err != nil {
+		return nil, err
+	}
+	return c.readUnits(ctx, collection, id, kvs)
+}
+
+// unitRecords reads what there is of a unit's record and its tombstone.
+func (c *Catalog) unitRecords(ctx context.Context, collection, id int64) ([]meta.KeyValue, error) {
 	res, err := c.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Get(keys.Unit(collection, id)), meta.Get(keys.Tomb(collection, id))}})
 	if err != nil {
 		return nil, fmt.Errorf("read unit %d of collection %d: %w", id, collection, err)
 	}
-	var list []Unit
-	for _, kv := range slices.Concat(res.Ranges...) {
-		u, err := unitAt(collection, kv)
-		if err != nil {
-			return nil, err
-		}
-		list = append(list, u)
-	}
-	return list, nil
+	return slices.Concat(res.Ranges...), nil
 }
 
-// unitAt reads a unit from its own record or from its tombstone.
-func unitAt(collection int64, kv meta.KeyValue) (Unit, error) {
-	if !strings.HasPrefix(kv.Key, keys.AllTombsPrefix) {
-		return DecodeUnit(collection, kv)
+// readUnits reads a unit whole from its record and its tombstone, those of them
+// that there were. One that was granted meanwhile is read from its tombstone: a
+// parked unit's object goes with the grant.
+func (c *Catalog) readUnits(ctx context.Context, collection, id int64, kvs []meta.KeyValue) ([]Unit, error) {
+	for {
+		list := make([]Unit, len(kvs))
+		var err error
+		for i := 0; i < len(kvs) && err == nil; i++ {
+			list[i], err = c.ReadUnit(ctx, collection, kvs[i])
+		}
+		if err == nil {
+			return list, nil
+		}
+		now, nowErr := c.unitRecords(ctx, collection, id)
+		if nowErr != nil || slices.EqualFunc(kvs, now, func(a, b meta.KeyValue) bool { return a.Key == b.Key && a.ModRevision == b.ModRevision }) {
+			return nil, err
+		}
+		kvs = now // a unit only goes on, and not often
 	}
-	rec := &storagev1.Tombstone{}
-	if err := record.Decode(kv, rec); err != nil {
-		return Unit{}, err
-	}
-	id, err := keys.LastID(kv.Key)
-	if err != nil {
-		return Unit{}, err
-	}
-	return UnitOf(collection, id, rec.GetUnit())
 }
 
 // claim is a file that something is about to add to a segment.

@@ -1,13 +1,19 @@
 package catalog_test
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/meta/memory"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
 // A unit owns the files whose path has its id for an element.
@@ -38,6 +44,30 @@ func TestOwned(t *testing.T) {
 			t.Errorf("%d files after a stop at %d", n, stop)
 		}
 	}
+}
+
+// Nothing that is not the whole record of a unit is taken for one without files.
+func TestUnitOfStub(t *testing.T) {
+	stub := &storagev1.Unit{Format: 1, Kind: 2, SegmentId: 65, DropTime: 7, Parked: &storagev1.Parked{Store: "default", Length: 3}}
+	if _, err := catalog.UnitOf(1, 66, stub); !errors.Is(err, catalog.ErrParked) {
+		t.Errorf("a stub: err = %v, want %v", err, catalog.ErrParked)
+	}
+	if _, err := catalog.UnitOf(1, 66, &storagev1.Unit{Format: 1, Kind: 2, SegmentId: 65}); !errors.Is(err, record.ErrUnreadable) {
+		t.Errorf("a record of nothing: err = %v, want %v", err, record.ErrUnreadable)
+	}
+	u := catalog.StubOf(66, stub)
+	want := catalog.Unit{
+		ID: 66, Kind: catalog.UnitBuild, Segment: segment.Segment{ID: 65, State: segment.Dropped}, DropTime: time.Unix(0, 7).UTC(), Parked: true,
+	}
+	if diff := cmp.Diff(want, u); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	defer func() {
+		if recover() == nil {
+			t.Error("its files can be asked for")
+		}
+	}()
+	u.Owned()
 }
 
 // A file is found with what it is part of, through all its life.

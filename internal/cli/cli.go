@@ -162,7 +162,7 @@ func (a *app) root() *cobra.Command {
 	f.BoolVar(&a.options.TLS, "tls", false, "connect with TLS, trusting the system's certificate authorities")
 	f.BoolVar(&a.options.Insecure, "insecure", false, "allow plaintext to other machines")
 	f.StringVarP(&a.output, "output", "o", formatTable, "output `format`: table, json or yaml")
-	f.DurationVar(&a.timeout, "timeout", 0, "the longest that one call may take (default 30s; snapshot create 10m; add-segments, export and events -f any time)")
+	f.DurationVar(&a.timeout, "timeout", 0, "the longest that one call may take (default 30s; snapshot create 10m; add-segments, export, events -f, gc run and gc orphans any time)")
 	formats := []string{formatTable, formatJSON, formatYAML}
 	if err := root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(formats, cobra.ShellCompDirectiveNoFileComp)); err != nil {
 		panic(err) // there is no such flag: a mistake in this function
@@ -184,7 +184,7 @@ func (a *app) root() *cobra.Command {
 		}
 		return nil
 	}
-	root.AddCommand(a.snapshotCommand(), a.pinCommand(), a.restoreCommand(), a.explainCommand(), a.reclaimCommand(), a.catalogCommand(), a.eventsCommand(), a.storeCommand(), a.debugCommand(), a.infoCommand(), a.versionCommand())
+	root.AddCommand(a.snapshotCommand(), a.pinCommand(), a.restoreCommand(), a.explainCommand(), a.reclaimCommand(), a.gcCommand(), a.recoverCommand(), a.catalogCommand(), a.eventsCommand(), a.storeCommand(), a.debugCommand(), a.infoCommand(), a.versionCommand())
 	return root
 }
 

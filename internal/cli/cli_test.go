@@ -38,6 +38,7 @@ type server struct {
 	snapshotdv1.UnimplementedCatalogServiceServer
 	snapshotdv1.UnimplementedEventServiceServer
 	snapshotdv1.UnimplementedReclaimServiceServer
+	snapshotdv1.UnimplementedCollectorServiceServer
 	snapshotdv1.UnimplementedAdminServiceServer
 
 	// answers to each method, messages or errors; the last one stays.
@@ -81,6 +82,7 @@ func (s *server) start(t *testing.T) string {
 	snapshotdv1.RegisterCatalogServiceServer(g, s)
 	snapshotdv1.RegisterEventServiceServer(g, s)
 	snapshotdv1.RegisterReclaimServiceServer(g, s)
+	snapshotdv1.RegisterCollectorServiceServer(g, s)
 	snapshotdv1.RegisterAdminServiceServer(g, s)
 	var config net.ListenConfig
 	l, err := config.Listen(t.Context(), "tcp", "127.0.0.1:0")

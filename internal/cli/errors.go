@@ -217,6 +217,7 @@ var hints = map[string]string{
 	"KEY_NOT_FOUND":              "a key begins with /, without the cluster's root, as in `snapshotctl debug get /snapshot/rec/42`",
 	"LAYOUT_REFUSED":             "the file that the message names is not where the collection's layout wants it; --partition or --skip-indexes may leave it out",
 	"LIMIT_EXCEEDED":             "see what there is with `snapshotctl catalog get COLLECTION`",
+	"METADATA_BEHIND":            "the metadata store is older than what it wrote into the object store, as after it was restored from a backup; when that is so, `snapshotctl recover` lets it go on",
 	"NEVER_EXISTED":              "see which snapshots there are with `snapshotctl snapshot list`",
 	"NOT_EXACT":                  "wait for the data plane to flush, or leave out --require-exact: segments across the cut then get a row ceiling",
 	"OBJECT_STORE_DENIED":        "the object store denies the server access; the server's log says for what",

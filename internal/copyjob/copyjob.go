@@ -74,7 +74,8 @@
 //	                          that nothing of it comes after what others do then
 //	worker freezes            as when it dies. What it copies late are the same
 //	                          bytes to the same keys, or lies under ids that have
-//	                          ended
+//	                          ended: before the job's record goes, what lies there
+//	                          without a record is removed
 //	object missing, altered   FAILED, which gives the job up with its name
 //	store does not answer     the task goes back and is tried later, with longer
 //	                          pauses, until the cap of failures
@@ -137,6 +138,9 @@ type Options struct {
 	Resync       time.Duration // between looks that nothing asked for; default 30 s
 	MaxFailures  int           // of a task before the job is given up; default 12, about five minutes
 	Keep         time.Duration // how long jobs that have ended are kept; default a week
+	// Deleted is told of objects of jobs that were deleted, and of their bytes; for
+	// metrics. Nil: nobody is.
+	Deleted func(objects, bytes int64)
 }
 
 // Jobs runs restores. It is safe for concurrent use. All background work happens
@@ -168,6 +172,9 @@ func New(o Options) *Jobs {
 	}
 	if o.Keep == 0 {
 		o.Keep = 7 * 24 * time.Hour
+	}
+	if o.Deleted == nil {
+		o.Deleted = func(int64, int64) {}
 	}
 	j := &Jobs{o: o, kv: o.KV, log: o.Log}
 	j.board = newBoard(&j.o)

@@ -27,13 +27,12 @@ import (
 
 // How the leader works.
 const (
-	stepsInFlight   = 16              // jobs that are worked on at once
-	batchOps        = 100             // of one transaction
-	batchBytes      = 768 << 10       // of one transaction
-	assignBatch     = 20              // tasks in one transaction
-	writeTimeout    = 5 * time.Second // of a transaction that the loop waits for
-	deleteSpan      = 5000            // segments' records in one transaction
-	removesInFlight = 16              // prefixes of a job at once
+	stepsInFlight = 16              // jobs that are worked on at once
+	batchOps      = 100             // of one transaction
+	batchBytes    = 768 << 10       // of one transaction
+	assignBatch   = 20              // tasks in one transaction
+	writeTimeout  = 5 * time.Second // of a transaction that the loop waits for
+	deleteSpan    = 5000            // segments' records in one transaction
 )
 
 // leader moves jobs on. Its loop never waits for an object store: what may take
@@ -183,6 +182,8 @@ func (l *leader) ended(ctx context.Context, d decision, err error) {
 			delete(l.acted, d.job.ID)
 		}
 	case ctx.Err() != nil:
+	case errors.Is(err, errYoung):
+		l.retryAt[d.job.ID] = l.o.Now().Add(lateGrace)
 	default:
 		wait := 10 * time.Millisecond << min(l.tries[d.job.ID], 10)
 		l.tries[d.job.ID]++
@@ -225,10 +226,8 @@ func (l *leader) act(ctx context.Context, d decision) error {
 		return l.rollBack(ctx, d.job)
 	case stepForget:
 		// A store may have carried a copy out long after it was asked.
-		if d.job.State != Completed {
-			if err := l.removeObjects(ctx, d.job); err != nil {
-				return err
-			}
+		if err := l.sweepLate(ctx, d.job); err != nil {
+			return err
 		}
 		return l.write(ctx, d.job, nil, []meta.Op{meta.Delete(keys.Job(d.job.ID))})
 	case stepNone, stepAssign: // neither comes here
@@ -548,7 +547,8 @@ func (l *leader) rollBack(ctx context.Context, job *Job) error {
 	if l.board.isWorkedOn(job.ID) {
 		return errChanged
 	}
-	if err := l.removeObjects(ctx, job); err != nil {
+	foreign, err := l.removeObjects(ctx, job)
+	if err != nil {
 		return err
 	}
 	for _, op := range l.contentOf(job) {
@@ -566,7 +566,8 @@ func (l *leader) rollBack(ctx context.Context, job *Job) error {
 		meta.Delete(keys.Collection(job.Target)), meta.Delete(keys.CollectionName(job.DB, job.Name)),
 	})
 	if err == nil {
-		l.log.Info("restore is rolled back", zap.Int64("job", job.ID), zap.Stringer("state", next.State), zap.String("reason", job.Reason))
+		l.log.Info("restore is rolled back", zap.Int64("job", job.ID), zap.Stringer("state", next.State), zap.String("reason", job.Reason),
+			zap.Int64("foreign_objects_left", foreign))
 	}
 	return err
 }
@@ -579,41 +580,4 @@ func (l *leader) contentOf(job *Job) []meta.Op {
 		ops = append(ops, meta.DeleteRange(keys.Span(keys.SegmentPrefix(job.Target), first, last)))
 	}
 	return append(ops, catalog.ContentRanges(job.Target)...)
-}
-
-// removeObjects removes all objects that a job may have made.
-func (l *leader) removeObjects(ctx context.Context, job *Job) error {
-	if !job.Copied {
-		return nil
-	}
-	m := job.clean()
-	if err := m.Check(); err != nil {
-		return fmt.Errorf("job %s: %w", job, err)
-	}
-	group, ctx := errgroup.WithContext(ctx)
-	group.SetLimit(removesInFlight)
-	for number, root := range job.Roots {
-		store, ok := l.o.Stores[root.Store]
-		if !ok {
-			return fmt.Errorf("job %s: object store %q of root %d is not configured here", job, root.Store, number)
-		}
-		for prefix := range m.Prefixes() {
-			if ctx.Err() != nil {
-				break
-			}
-			group.Go(func() error { return removeAll(ctx, store, root.Prefix+prefix) })
-		}
-	}
-	if err := group.Wait(); err != nil {
-		return fmt.Errorf("job %s: %w", job, err)
-	}
-	return nil
-}
-
-// removeAll removes everything under a prefix, open uploads included.
-func removeAll(ctx context.Context, store object.Store, prefix string) error {
-	if _, err := store.AbortUploads(ctx, prefix, time.Time{}); err != nil {
-		return err
-	}
-	return object.DeletePrefix(ctx, store, prefix)
 }

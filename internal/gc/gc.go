@@ -29,7 +29,7 @@
 //	         units, their tombstones. The references are looked at after that,
 //	         in an index that is at that revision or beyond
 //	grant    compares: generation as read; no pending key, or only such as are
-//	         younger than every unit's drop; each unit as read
+//	         younger than every unit's drop; each unit as read; no /behind
 //	         puts: tombstones with the units' records; deletes: the units
 //	confirm  (all files are deleted) compares: tombstone as read; when snapshotd
 //	         is the deleter, leader's election key
@@ -67,10 +67,12 @@ import (
 	"context"
 	"errors"
 	"io"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/time/rate"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -90,15 +92,39 @@ type Options struct {
 	KV      meta.KV
 	Catalog *catalog.Catalog
 	Stores  map[string]object.Store // by alias
-	Now     func() time.Time
-	Rand    io.Reader
-	Log     *zap.Logger
+	// SnapshotStore is the alias of the store that the records of parked units go
+	// to.
+	SnapshotStore string
+	Now           func() time.Time
+	Rand          io.Reader
+	Log           *zap.Logger
 	// LoadWait is how long a call waits for references that are being read
 	// before it ends with ErrLoading. Default 10 s.
 	LoadWait time.Duration
 	// Interval is between looks at tombstones that nothing asked for, and how
 	// long an unreadable reference is left alone. Default 1 min.
 	Interval time.Duration
+	// Replica is the name of this process, for people.
+	Replica string
+	// CollectorOff says that the leader makes no rounds and no sweeps.
+	CollectorOff bool
+	// CollectInterval is between rounds of the leader. Default 1 min.
+	CollectInterval time.Duration
+	// Tolerance is how long ago a thing must have been dropped before a round
+	// takes it: readers may still use it for so long. Default 3 h.
+	Tolerance time.Duration
+	// MaxShare is the share of a collection in use that one round grants at most.
+	// Default 0.5.
+	MaxShare float64
+	// Rate is how many objects of units are deleted in a second. Default 3000,
+	// negative: as many as the store takes.
+	Rate int
+	// OrphanGrace is how old, by its store's clock, an object without a record must
+	// be before a sweep deletes it. Default 24 h.
+	OrphanGrace time.Duration
+	// SweepInterval is between the leader's sweeps, the first of which is a minute
+	// after it began to lead. Default 1 h.
+	SweepInterval time.Duration
 	// UnconfirmedAfter is the age from which a caller's grant is warned about.
 	// Default 1 h.
 	UnconfirmedAfter time.Duration
@@ -112,6 +138,11 @@ type GC struct {
 	log   *zap.Logger
 	refs  *index
 	tombs *tombs
+	rate  *rate.Limiter // of objects that are deleted
+
+	counters Counters
+	swept    lastSweep
+	last     atomic.Pointer[Summary] // of the rounds that this process made as the leader
 }
 
 // New returns a GC. It answers once Run has begun.
@@ -122,10 +153,34 @@ func New(o Options) *GC {
 	if o.Interval == 0 {
 		o.Interval = time.Minute
 	}
+	if o.CollectInterval == 0 {
+		o.CollectInterval = time.Minute
+	}
+	if o.Tolerance == 0 {
+		o.Tolerance = 3 * time.Hour
+	}
+	if o.MaxShare == 0 {
+		o.MaxShare = 0.5
+	}
+	if o.Rate == 0 {
+		o.Rate = 3000
+	}
+	if o.OrphanGrace == 0 {
+		o.OrphanGrace = 24 * time.Hour
+	}
+	if o.SweepInterval == 0 {
+		o.SweepInterval = time.Hour
+	}
 	if o.UnconfirmedAfter == 0 {
 		o.UnconfirmedAfter = time.Hour
 	}
-	return &GC{o: o, kv: o.KV, log: o.Log, refs: newIndex(&o), tombs: newTombs(&o)}
+	limit := rate.Inf
+	if o.Rate > 0 {
+		limit = rate.Limit(o.Rate)
+	}
+	return &GC{
+		o: o, kv: o.KV, log: o.Log, refs: newIndex(&o), tombs: newTombs(&o), rate: rate.NewLimiter(limit, deleteBatch),
+	}
 }
 
 // Run keeps the references and the list of tombstones current until ctx ends.
@@ -137,9 +192,16 @@ func (g *GC) Run(ctx context.Context) error {
 	return group.Wait()
 }
 
-// Lead deletes what was granted to snapshotd, until ctx ends or another leads.
+// Lead makes rounds and sweeps and deletes what was granted to snapshotd, until
+// ctx ends or another leads.
 func (g *GC) Lead(ctx context.Context, term election.Term) error {
-	return g.deleteGranted(ctx, term.Fence())
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return g.deleteGranted(ctx, term.Fence()) })
+	if !g.o.CollectorOff {
+		group.Go(func() error { return g.collectLoop(ctx, term.Fence()) })
+		group.Go(func() error { return g.sweepLoop(ctx) })
+	}
+	return group.Wait()
 }
 
 // Offer tells what a snapshot references that this replica is about to commit
@@ -167,3 +229,7 @@ func (g *GC) Stats() Stats {
 	g.tombs.stats(&s, g.o.Now())
 	return s
 }
+
+// LastRound returns what the last round came to that this process made as the
+// leader, nil when it has made none.
+func (g *GC) LastRound() *Summary { return g.last.Load() }

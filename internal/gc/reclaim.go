@@ -11,6 +11,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -72,6 +73,7 @@ type Answer struct {
 	LiveIn    int64            // the segment that it is, or is part of, when it is Live
 	Holders   int              // how many hold it; of snapshots only some are named
 	Tombstone *Tombstone       // when it is Granted
+	unit      *catalog.Unit    // when it is Dropped
 }
 
 // Tombstone is a granted unit.
@@ -97,7 +99,8 @@ func (g *GC) Check(ctx context.Context, ref catalog.Ref, asks []Ask) ([]Answer, 
 
 // Reclaim grants the units that nobody holds to deleter, for caller. The answers
 // are in the order of asks; what is Granted may be deleted. A unit that was
-// granted before stays granted as it was.
+// granted before stays granted as it was. It is an epoch.ErrBehind when there is
+// something to grant and the metadata store is behind the object store.
 func (g *GC) Reclaim(ctx context.Context, ref catalog.Ref, asks []Ask, deleter Deleter, caller string) ([]Answer, error) {
 	answers, err := g.decide(ctx, ref, asks, &grant{deleter: deleter, caller: caller})
 	if err != nil {
@@ -205,14 +208,16 @@ type premises struct {
 	generation int64 // 0: no snapshot was ever committed
 	pending    []meta.KeyValue
 	units      []unitState
+	behind     error // nothing is granted: the metadata store has gone back in time
 }
 
 type unitState struct {
-	live bool // it is a segment of the collection
-	unit *catalog.Unit
+	live bool          // it is a segment of the collection
+	unit *catalog.Unit // of a parked one no more than its stub says, until it is read whole
 	kv   meta.KeyValue // of the unit
 	rec  *storagev1.Unit
 	tomb *Tombstone
+	held *heldObject // that the record of a parked unit lies in
 }
 
 func (g *GC) readPremises(ctx context.Context, col *catalog.Collection, units []ask) (*premises, error) {
@@ -223,11 +228,13 @@ func (g *GC) readPremises(ctx context.Context, col *catalog.Collection, units []
 		gets = append(gets, meta.Get(keys.Unit(collection, u.unit)), meta.Get(keys.Tomb(collection, u.unit)),
 			meta.Get(keys.Segment(collection, u.unit)))
 	}
+	gets = append(gets, meta.Get(keys.Behind))
 	res, err := g.kv.Txn(ctx, meta.Txn{Then: gets})
 	if err != nil {
 		return nil, fmt.Errorf("read units: %w", err)
 	}
 	p := &premises{revision: res.Revision, pending: res.Ranges[1], units: make([]unitState, len(units))}
+	p.behind = epoch.Blocked(res.Ranges[len(gets)-1])
 	for _, kv := range res.Ranges[0] {
 		p.generation = kv.ModRevision
 	}
@@ -235,15 +242,9 @@ func (g *GC) readPremises(ctx context.Context, col *catalog.Collection, units []
 		s, got := &p.units[i], res.Ranges[2+3*i:]
 		s.live = len(got[2]) > 0
 		for _, kv := range got[0] {
-			s.kv, s.rec = kv, &storagev1.Unit{}
-			if err := record.Decode(kv, s.rec); err != nil {
+			if err := s.read(collection, units[i].unit, kv); err != nil {
 				return nil, err
 			}
-			u, err := catalog.UnitOf(collection, units[i].unit, s.rec)
-			if err != nil {
-				return nil, err
-			}
-			u.Revision, s.unit = kv.ModRevision, &u
 		}
 		for _, kv := range got[1] {
 			if s.tomb, err = DecodeTombstone(kv); err != nil {
@@ -300,6 +301,16 @@ func (g *GC) decideBatch(ctx context.Context, col *catalog.Collection, units []a
 		twice := map[int]int{} // places of units that were asked for in two ways, with those in free
 		for i := range units {
 			answers[i] = g.answer(col, units[i], p, &p.units[i])
+		}
+		moved, err := g.readParked(ctx, col, units, p, answers)
+		if err != nil {
+			return nil, err
+		}
+		if moved {
+			attempt++
+			continue
+		}
+		for i := range units {
 			if err := g.shared(ctx, col.ID, &p.units[i], &answers[i]); err != nil {
 				return nil, err
 			}
@@ -353,7 +364,7 @@ func (g *GC) answer(col *catalog.Collection, a ask, p *premises, s *unitState) A
 	case s.tomb != nil && s.unit == nil:
 		return Answer{State: Granted, Tombstone: s.tomb}
 	case s.unit != nil:
-		answer := Answer{State: Dropped}
+		answer := Answer{State: Dropped, unit: s.unit}
 		if s.tomb != nil {
 			// Two things were registered under one id, which nobody should do. The
 			// grant of the first says nothing of this one, which waits for it to end.
@@ -393,6 +404,9 @@ func heldBy(col *catalog.Collection, u *catalog.Unit) wanted {
 	if u.Kind == catalog.UnitBuild {
 		w = wanted{build: u.ID}
 	}
+	if u.Parked { // its files are looked at when its id does not hold it
+		return w
+	}
 	for f := range u.Owned() {
 		if f.Root < len(col.Roots) {
 			w.files = append(w.files, manifest.FileHash(col.Roots[f.Root].Store, col.Roots[f.Root].Prefix+f.Path))
@@ -405,17 +419,20 @@ func heldBy(col *catalog.Collection, u *catalog.Unit) wanted {
 // transaction, and says how many: none when the premises did not hold any more.
 // When there is too much for one, the rest is for the next.
 func (g *GC) grant(ctx context.Context, collection int64, p *premises, free []int, answers []Answer, to *grant) (int, error) {
+	if p.behind != nil {
+		return 0, p.behind
+	}
 	op, err := record.NewOp(g.o.Rand)
 	if err != nil {
 		return 0, err
 	}
 	now := g.o.Now()
 	newest := p.units[free[0]].unit.Revision // drop of them all
-	txn := meta.Txn{If: []meta.Cond{generationIs(collection, p.generation)}}
+	txn := meta.Txn{If: []meta.Cond{generationIs(collection, p.generation), meta.Absent(keys.Behind)}}
 	size, taken := 0, free[:0:0]
 	for _, i := range free {
 		s := &p.units[i]
-		if size += len(s.kv.Value); size > batchBytes && len(taken) > 0 {
+		if size += s.size(); size > batchBytes && len(taken) > 0 {
 			break
 		}
 		taken = append(taken, i)
@@ -442,6 +459,7 @@ func (g *GC) grant(ctx context.Context, collection int64, p *premises, free []in
 	for _, i := range taken {
 		answers[i].Tombstone.Revision = res.Revision
 	}
+	g.deleteHeld(ctx, p, taken)
 	return len(taken), nil
 }
 

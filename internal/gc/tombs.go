@@ -14,14 +14,16 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/follow"
+	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
 // How tombstones are worked off.
 const (
-	deletesInFlight = 8   // tombstones at once
-	deleteBatch     = 500 // objects at a time
+	deletesInFlight = 8    // batches at once
+	deleteUnits     = 80   // tombstones in a batch, which one transaction reads and one or two remove
+	deleteBatch     = 1000 // objects at a time, as many as one request of S3 takes
 )
 
 // tombs is which tombstones there are, kept current by a watch. What is done
@@ -129,28 +131,34 @@ func (g *GC) deleteGranted(ctx context.Context, fence meta.Cond) error {
 	}
 }
 
-// deletePass tries each of them once.
+// deletePass tries each of them once, in batches.
 func (g *GC) deletePass(ctx context.Context, fence meta.Cond) error {
 	work := g.tombs.work()
-	errs := make([]error, len(work))
+	slices.Sort(work) // those of one collection side by side
+	var mu sync.Mutex
+	var errs []error
 	var group errgroup.Group
 	group.SetLimit(deletesInFlight)
-	for i, key := range work {
+	for part := range slices.Chunk(work, deleteUnits) {
 		group.Go(func() error {
-			if ctx.Err() == nil {
-				errs[i] = g.deleteUnit(ctx, key, fence)
+			if ctx.Err() != nil {
+				return nil
+			}
+			if err := g.deleteUnits(ctx, part, fence); err != nil {
+				mu.Lock()
+				defer mu.Unlock()
+				errs = append(errs, err)
 			}
 			return nil
 		})
 	}
-	_ = group.Wait() // each error has its place
+	_ = group.Wait() // the errors are in errs
 	return firstOf(errs)
 }
 
 // firstOf returns the first error with how many there are: a store that is lost
-// makes one for each tombstone.
+// makes one for each batch.
 func firstOf(errs []error) error {
-	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
 	switch len(errs) {
 	case 0:
 		return nil
@@ -160,49 +168,172 @@ func firstOf(errs []error) error {
 	return fmt.Errorf("%w; and %d errors more", errs[0], len(errs)-1)
 }
 
-// deleteUnit deletes the files of a granted unit, and then its tombstone. The
-// tombstone stays while a file may be there.
-func (g *GC) deleteUnit(ctx context.Context, key string, fence meta.Cond) error {
-	kv, found, _, err := g.kv.Get(ctx, key)
-	if err != nil || !found {
-		return err
-	}
-	t, err := DecodeTombstone(kv)
+// doomed is a granted unit whose files are being deleted.
+type doomed struct {
+	tombstone *Tombstone
+	kv        meta.KeyValue // of the tombstone
+	files     int64
+	bytes     int64
+	err       error // why one of its files may be there
+}
+
+// deleteUnits deletes the files of granted units, and then the tombstones of
+// those whose files are all gone. A tombstone stays while a file may be there.
+func (g *GC) deleteUnits(ctx context.Context, tombs []string, fence meta.Cond) error {
+	units, err := g.readDoomed(ctx, tombs)
 	if err != nil {
-		return err
+		return fmt.Errorf("delete units: %w", err)
 	}
-	col, err := g.o.Catalog.Collection(ctx, catalog.Ref{ID: t.Collection})
-	if err != nil {
-		return fmt.Errorf("delete unit %d: %w", t.ID, err)
+	type target struct { // an object, and whose it is
+		key  string
+		unit *doomed
 	}
-	keysOf := map[string][]string{} // by store
-	for root, f := range t.Files(col.Roots) {
-		keysOf[root.Store] = append(keysOf[root.Store], root.Prefix+f.Path)
-	}
-	for alias, list := range keysOf {
-		if err := g.deleteObjects(ctx, alias, list); err != nil {
-			return fmt.Errorf("delete unit %d of collection %s: %w", t.ID, &col, err)
+	byStore := map[string][]target{}
+	roots := map[int64][]catalog.Root{}
+	var errs []error
+	for _, u := range units {
+		t := u.tombstone
+		if _, known := roots[t.Collection]; !known {
+			col, err := g.o.Catalog.Collection(ctx, catalog.Ref{ID: t.Collection})
+			if err != nil {
+				return fmt.Errorf("delete unit %d: %w", t.ID, err)
+			}
+			roots[t.Collection] = col.Roots
+		}
+		for root, f := range t.Files(roots[t.Collection]) {
+			byStore[root.Store] = append(byStore[root.Store], target{root.Prefix + f.Path, u})
+			u.files, u.bytes = u.files+1, u.bytes+f.Size
 		}
 	}
-	res, err := g.kv.Txn(ctx, meta.Txn{If: []meta.Cond{meta.Unchanged(key, kv.ModRevision), fence}, Then: t.removal()})
-	if err != nil {
-		return fmt.Errorf("delete unit %d of collection %s: %w", t.ID, &col, err)
+	for alias, targets := range byStore {
+		for part := range slices.Chunk(targets, deleteBatch) {
+			list := make([]string, len(part))
+			for i := range part {
+				list[i] = part[i].key
+			}
+			err := g.deleteObjects(ctx, alias, list)
+			if err == nil {
+				continue
+			}
+			failed := failedKeys(err)
+			for i := range part {
+				if keyErr, ok := failed[part[i].key]; ok {
+					part[i].unit.err = keyErr
+				} else if len(failed) == 0 {
+					part[i].unit.err = err
+				}
+			}
+		}
 	}
-	if res.Succeeded {
-		g.log.Info("unit deleted", zap.Int64("collection", t.Collection), zap.Int64("unit", t.ID))
+	var gone []*doomed
+	for _, u := range units {
+		if u.err != nil {
+			errs = append(errs, fmt.Errorf("delete unit %d of collection %d: %w", u.tombstone.ID, u.tombstone.Collection, u.err))
+			continue
+		}
+		gone = append(gone, u)
+	}
+	if err := g.removeTombs(ctx, gone, fence); err != nil {
+		errs = append(errs, err)
+	}
+	return firstOf(errs)
+}
+
+// readDoomed reads the tombstones that are still there.
+func (g *GC) readDoomed(ctx context.Context, tombs []string) ([]*doomed, error) {
+	gets := make([]meta.Op, len(tombs))
+	for i, key := range tombs {
+		gets[i] = meta.Get(key)
+	}
+	res, err := g.kv.Txn(ctx, meta.Txn{Then: gets})
+	if err != nil {
+		return nil, err
+	}
+	var units []*doomed
+	for _, kvs := range res.Ranges {
+		for _, kv := range kvs {
+			t, err := DecodeTombstone(kv)
+			if err != nil {
+				return nil, err
+			}
+			units = append(units, &doomed{tombstone: t, kv: kv})
+		}
+	}
+	return units, nil
+}
+
+// removeTombs removes tombstones whose files are deleted, all or, where one was
+// changed, each for itself.
+func (g *GC) removeTombs(ctx context.Context, units []*doomed, fence meta.Cond) error {
+	for len(units) > 0 {
+		txn, n := meta.Txn{If: []meta.Cond{fence}}, 0
+		for _, u := range units {
+			ops := u.tombstone.removal()
+			if len(txn.Then)+len(ops) > meta.MaxTxnOps || len(txn.If) == meta.MaxTxnOps {
+				break
+			}
+			txn.If = append(txn.If, meta.Unchanged(u.kv.Key, u.kv.ModRevision))
+			txn.Then = append(txn.Then, ops...)
+			n++
+		}
+		res, err := g.kv.Txn(ctx, txn)
+		if err != nil {
+			return fmt.Errorf("remove %d tombstones: %w", n, err)
+		}
+		switch {
+		case res.Succeeded:
+			var files, bytes int64
+			for _, u := range units[:n] {
+				files, bytes = files+u.files, bytes+u.bytes
+			}
+			g.counters.Add(ByUnit, files, bytes)
+			g.log.Info("units deleted", zap.Int("units", n), zap.Int64("files", files), zap.Int64("bytes", bytes),
+				zap.Int64("collection", units[0].tombstone.Collection), zap.Int64("first", units[0].tombstone.ID))
+		case n > 1: // somebody else has removed one
+			for _, u := range units[:n] {
+				if err := g.removeTombs(ctx, []*doomed{u}, fence); err != nil {
+					return err
+				}
+			}
+		}
+		units = units[n:]
 	}
 	return nil
 }
 
+// failedKeys returns the errors of single keys in an error of object.Store's
+// Delete. It is empty when the error is about all of them.
+func failedKeys(err error) map[string]error {
+	failed := map[string]error{}
+	var walk func(error)
+	walk = func(err error) {
+		if e, ok := err.(*object.DeleteError); ok { //nolint:errorlint // the walk unwraps
+			failed[e.Key] = e
+			return
+		}
+		switch e := err.(type) { //nolint:errorlint // the walk unwraps
+		case interface{ Unwrap() []error }:
+			for _, err := range e.Unwrap() {
+				walk(err)
+			}
+		case interface{ Unwrap() error }:
+			if err := e.Unwrap(); err != nil {
+				walk(err)
+			}
+		}
+	}
+	walk(err)
+	return failed
+}
+
+// deleteObjects deletes objects as fast as the rate allows.
 func (g *GC) deleteObjects(ctx context.Context, alias string, list []string) error {
 	store, ok := g.o.Stores[alias]
 	if !ok {
 		return fmt.Errorf("%w: %q", errNoStore, alias)
 	}
-	for from := 0; from < len(list); from += deleteBatch {
-		if err := store.Delete(ctx, list[from:min(from+deleteBatch, len(list))]...); err != nil {
-			return err
-		}
+	if err := g.rate.WaitN(ctx, len(list)); err != nil {
+		return err
 	}
-	return nil
+	return store.Delete(ctx, list...)
 }

@@ -10,6 +10,7 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -21,8 +22,11 @@ import (
 // nothing expires any more.
 const maxSkew = 5 * time.Minute
 
-// removesInFlight is how many snapshots are removed at once.
-const removesInFlight = 8
+// How snapshots are removed.
+const (
+	removesInFlight = 8   // snapshots at once
+	removeBatch     = 500 // objects at a time
+)
 
 // cleaner is the leader's work on snapshots: it reaps creates that died, drops
 // what expired and removes what is being deleted. Each of the three goes on
@@ -169,13 +173,15 @@ func (c *cleaner) removeAll(ctx context.Context, snapshots []*Snapshot, fence me
 }
 
 // remove deletes a dropped snapshot's own objects, and then its record. The
-// record stays while an object may be there.
+// record stays while one of them may be there; what somebody else has put beside
+// them is left where it is.
 func (c *cleaner) remove(ctx context.Context, s *Snapshot, fence meta.Cond) error {
 	store, ok := c.m.o.Stores[s.Store]
 	if !ok {
 		return fmt.Errorf("remove snapshot %s: its objects lie in store %q, which is not configured here", s, s.Store)
 	}
-	if err := object.DeletePrefix(ctx, store, manifest.Dir(s.Collection, s.ID)); err != nil {
+	foreign, err := c.removeObjects(ctx, store, s)
+	if err != nil {
 		return fmt.Errorf("remove snapshot %s: %w", s, err)
 	}
 	res, err := c.m.kv.Txn(ctx, meta.Txn{
@@ -186,7 +192,43 @@ func (c *cleaner) remove(ctx context.Context, s *Snapshot, fence meta.Cond) erro
 		return fmt.Errorf("remove snapshot %s: %w", s, err)
 	}
 	if res.Succeeded {
-		c.m.log.Info("snapshot removed", zap.Int64("snapshot", s.ID), zap.String("name", s.Name))
+		c.m.log.Info("snapshot removed", zap.Int64("snapshot", s.ID), zap.String("name", s.Name), zap.Int("foreign_objects_left", foreign))
 	}
 	return nil
+}
+
+// removeObjects deletes the objects with names that snapshotd gives, and returns
+// how many others there are.
+func (c *cleaner) removeObjects(ctx context.Context, store object.Store, s *Snapshot) (foreign int, err error) {
+	var batch []string
+	var bytes int64
+	flush := func() error {
+		if len(batch) == 0 {
+			return nil
+		}
+		if err := store.Delete(ctx, batch...); err != nil {
+			return err
+		}
+		c.m.gc.Counters().Add(gc.BySnapshot, int64(len(batch)), bytes)
+		batch, bytes = batch[:0], 0
+		return nil
+	}
+	dir := manifest.Dir(s.Collection, s.ID)
+	for info, err := range store.List(ctx, dir) {
+		if err != nil {
+			return 0, err
+		}
+		if !manifest.IsFileName(info.Key[len(dir):]) {
+			foreign++
+			continue
+		}
+		batch, bytes = append(batch, info.Key), bytes+info.Size
+		if len(batch) < removeBatch {
+			continue
+		}
+		if err := flush(); err != nil {
+			return 0, err
+		}
+	}
+	return foreign, flush()
 }

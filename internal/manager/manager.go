@@ -103,6 +103,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
+	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
@@ -131,8 +132,11 @@ type Options struct {
 	Stores        map[string]object.Store // by alias
 	SnapshotStore string                  // alias of the store for snapshots' own objects
 	// Features are what the stores can do; one that is not in it can do all.
-	Features      map[string]probe.Features
-	Requests      *request.Leases
+	Features map[string]probe.Features
+	Requests *request.Leases
+	// Epoch tells whether the metadata store has gone back in time. Nil: nobody
+	// looks.
+	Epoch         *epoch.Epoch
 	Replica       string // name of this process, for people
 	Release       string // of this program
 	Now           func() time.Time
@@ -232,10 +236,16 @@ func New(o Options) (*Manager, error) {
 		memory: semaphore.NewWeighted(o.CreateMemory),
 	}
 	m.clean = newCleaner(m)
-	m.gc = gc.New(gc.Options{KV: o.KV, Catalog: o.Catalog, Stores: o.Stores, Now: o.Now, Rand: o.Rand, Log: o.Log, Interval: o.CleanInterval})
+	m.gc = gc.New(gc.Options{
+		KV: o.KV, Catalog: o.Catalog, Stores: o.Stores, SnapshotStore: o.SnapshotStore,
+		Now: o.Now, Rand: o.Rand, Log: o.Log, Interval: o.CleanInterval,
+		Replica: o.Replica, CollectorOff: o.CollectorOff, CollectInterval: o.CollectInterval, Tolerance: o.CollectTolerance,
+		MaxShare: o.CollectMaxShare, Rate: o.CollectRate, OrphanGrace: o.OrphanGrace, SweepInterval: o.SweepInterval,
+	})
 	m.jobs = copyjob.New(copyjob.Options{
 		KV: o.KV, Catalog: o.Catalog, Source: restoreSource{m}, Stores: o.Stores, Requests: o.Requests, Replica: o.Replica,
 		Now: o.Now, Rand: o.Rand, Log: o.Log, WorkerTTL: o.LeaderTTL, Slots: o.RestoreSlots, CopyInFlight: o.CopyInFlight, Keep: o.KeepRestores,
+		Deleted: func(objects, bytes int64) { m.gc.Counters().Add(gc.ByRestore, objects, bytes) },
 	})
 	m.view = newView(m.kv, m.log, m.clean.Wake)
 	m.elect = election.New(election.Options{KV: o.KV, Key: keys.Leader, Name: o.Replica, TTL: o.LeaderTTL, Log: o.Log})
@@ -256,11 +266,13 @@ func (m *Manager) Run(ctx context.Context) error {
 			m.leading.Store(true)
 			defer m.leading.Store(false)
 			m.log.Info("leading", zap.String("replica", m.o.Replica), zap.Int64("term", term.Create))
-			leader, ctx := errgroup.WithContext(ctx)
-			leader.Go(func() error { return m.clean.Run(ctx, term) })
-			leader.Go(func() error { return m.gc.Lead(ctx, term) })
-			leader.Go(func() error { return m.jobs.Lead(ctx, term) })
-			err := leader.Wait()
+			err := m.whileNotBehind(ctx, func(ctx context.Context) error {
+				leader, ctx := errgroup.WithContext(ctx)
+				leader.Go(func() error { return m.clean.Run(ctx, term) })
+				leader.Go(func() error { return m.gc.Lead(ctx, term) })
+				leader.Go(func() error { return m.jobs.Lead(ctx, term) })
+				return leader.Wait()
+			})
 			m.log.Info("not leading any more", zap.String("replica", m.o.Replica), zap.Int64("term", term.Create))
 			return err
 		})

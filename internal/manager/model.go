@@ -44,7 +44,7 @@ var (
 	ErrCreateAborted        = errors.New("create aborted")
 	ErrStopping             = errors.New("this replica is stopping")
 	ErrOverloaded           = errors.New("too many creates at once")
-	ErrStoreNotFound        = errors.New("object store not found")
+	ErrStoreNotFound        = gc.ErrStoreNotFound
 	ErrEventsCompacted      = errors.New("events compacted")
 	ErrPinNotFound          = errors.New("pin not found")
 	ErrPinHasNoTTL          = errors.New("pin has no ttl")

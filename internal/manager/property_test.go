@@ -9,7 +9,6 @@ import (
 	"io"
 	"maps"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -20,13 +19,17 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/cluster"
+	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
 	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/object/identity"
 	objectmemory "github.com/snapshotd/snapshotd/internal/store/object/memory"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 	"github.com/snapshotd/snapshotd/internal/testing/virtual"
@@ -38,9 +41,9 @@ import (
 func TestNothingNeededIsEverDeleted(t *testing.T) {
 	var reached reach
 	// What must be reached is, whatever is drawn.
-	runCourse(t, t, scripted, &reached)
+	runCourse(t, t, scripted, &reached, true)
 	rapid.Check(t, func(rt *rapid.T) {
-		runCourse(t, rt, rapid.SliceOfN(genStep, 10, 60).Draw(rt, "steps"), &reached)
+		runCourse(t, rt, append(slices.Clone(prelude), rapid.SliceOfN(genStep, 10, 60).Draw(rt, "steps")...), &reached, false)
 	})
 	t.Log(reached.String())
 	for what, n := range reached.counts() {
@@ -54,6 +57,7 @@ func TestNothingNeededIsEverDeleted(t *testing.T) {
 type reach struct {
 	granted, heldBySnapshot, heldByCreate, compareFailed, again   atomic.Int64
 	unreadable, deleted, confirmed, unanswered, reaped, committed atomic.Int64
+	parked, restored, rolledBack, finished, swept, collected      atomic.Int64
 }
 
 func (r *reach) counts() map[string]int64 {
@@ -62,6 +66,8 @@ func (r *reach) counts() map[string]int64 {
 		"grant whose compares failed": r.compareFailed.Load(), "unit granted again": r.again.Load(),
 		"refusal for unreadable references": r.unreadable.Load(), "unit deleted": r.deleted.Load(), "unit confirmed": r.confirmed.Load(),
 		"reclaim without an answer": r.unanswered.Load(), "create given up": r.reaped.Load(), "commit": r.committed.Load(),
+		"unit parked": r.parked.Load(), "restore": r.restored.Load(), "restore rolled back": r.rolledBack.Load(),
+		"collection gone for good": r.finished.Load(), "object swept": r.swept.Load(), "grant to the collector": r.collected.Load(),
 	}
 }
 
@@ -88,12 +94,19 @@ var ops = []string{
 	"reclaim", "reclaim", "reclaim", "reclaim", "reclaim file", "faulty reclaim", "raced reclaim", "begun reclaim", "late reclaim",
 	"reclaim again", "confirm", "confirm",
 	"crash", "zombie", "release", "thaw", "thaw", "corrupt", "repair", "compact history", "wait", "wait", "wait long",
-	"drop collection",
+	"drop collection", "new collection", "drop partition", "drop partition", "drop index",
+	"restore", "restore", "slow restore", "faulty restore", "cancel", "cancel", "collect", "collect", "faulty collect",
+	"foreign", "foreign", "wait hours",
 }
 
 var genStep = rapid.Custom(func(t *rapid.T) step {
 	return step{rapid.SampledFrom(ops).Draw(t, "op"), rapid.IntRange(0, 999).Draw(t, "a"), rapid.IntRange(0, 999).Draw(t, "b"), rapid.IntRange(0, 999).Draw(t, "c")}
 })
+
+// prelude is what each drawn course begins with: something to hold.
+var prelude = []step{
+	{"add", 0, 55, 0}, {"add", 0, 6, 1}, {"add", 1, 36, 0}, {"add", 1, 12, 0}, {"create", 0, 0, 0}, {"create", 1, 1, 0},
+}
 
 // scripted meets everything that a run must have met.
 var scripted = []step{
@@ -137,17 +150,39 @@ var scripted = []step{
 	{"reclaim", 0, 0, 0},
 	{"dying create", 0, 2, 0},
 	{"wait long", 0, 0, 0},
+	{"add", 0, 63, 0}, // in the partition, with a large record
+	{"add", 0, 61, 0},
+	{"add", 0, 7, 0},
+	{"create", 0, 0, 0},
+	{"restore", 0, 0, 1},
+	{"wait", 0, 30, 0},
+	{"drop partition", 0, 0, 0},
+	{"drop index", 0, 0, 0},
+	{"wait long", 0, 8, 0}, // the collector parks what the snapshot holds
+	{"slow restore", 0, 0, 0},
+	{"wait", 0, 3, 0},
+	{"cancel", 0, 0, 0},
+	{"thaw", 0, 0, 0},
+	{"thaw", 0, 1, 0},
+	{"thaw", 0, 2, 0},
+	{"wait", 0, 30, 0},
+	{"new collection", 0, 0, 0},
+	{"drop collection", 1, 0, 0},
+	{"wait hours", 0, 0, 0},
 }
 
 // errWrong is how a course ends that saw what must not be.
 type errWrong string
 
-func runCourse(t *testing.T, report rapid.TB, steps []step, reached *reach) {
+// runCourse has steps done, and then everything ended. A long course keeps what
+// is kept for days for as long as that.
+func runCourse(t *testing.T, report rapid.TB, steps []step, reached *reach, long bool) {
 	var wrong errWrong
 	virtual.Test(t, func(t *testing.T) {
 		kv := metamemory.New(metamemory.Options{Now: time.Now})
-		w := &world{t: t, kv: kv, memory: kv, objects: objectmemory.New(objectmemory.Options{Now: time.Now}), now: time.Now}
-		c := &course{w: w, reach: reached}
+		g := newGuard(kv, objectmemory.New(objectmemory.Options{Now: time.Now}))
+		w := &world{t: t, kv: kv, memory: kv, objects: g, now: time.Now, foreign: g.isForeign}
+		c := &course{w: w, reach: reached, guard: g, objects: g.Store, long: long}
 		ctx, cancel := context.WithCancel(context.Background())
 		var watching sync.WaitGroup
 		defer func() {
@@ -161,6 +196,9 @@ func runCourse(t *testing.T, report rapid.TB, steps []step, reached *reach) {
 			}
 			c.stopAll()
 			c.flying.Wait()
+			for _, l := range c.lates {
+				l.flying.Wait()
+			}
 			cancel()
 			watching.Wait()
 			if t.Failed() {
@@ -188,9 +226,13 @@ func runCourse(t *testing.T, report rapid.TB, steps []step, reached *reach) {
 // holds, which segments there were at each revision and so what each snapshot
 // captured, and what was granted.
 type course struct {
-	w     *world
-	reach *reach
-	now   string // what is being done
+	w       *world
+	reach   *reach
+	guard   *guard
+	objects object.Store // what the guard guards, for what the oracle and engines do
+	long    bool
+	ending  bool
+	now     string // what is being done
 
 	cat      *catalog.Catalog // without faults, for the engine that writes the collections
 	reader   *Manager         // without faults, and not run
@@ -201,10 +243,14 @@ type course struct {
 	events []meta.Event
 	ended  []reclaimed
 
-	cols      [2]*ledger
+	cols      []*ledger
+	finished  []*ledger // of cols, whose records are gone
 	names     atomic.Int64
-	foreign   map[string]bool // keys of files that belong to nothing
-	granted   map[string]bool // keys of all files that were ever granted
+	lates     []*tardy // of all replicas that there ever were
+	jobs      map[int64]*copyjob.Job
+	content   map[string][]byte // what each data file and foreign file holds
+	foreign   map[string]bool   // keys of files that belong to nothing
+	granted   map[string]bool   // keys of all files that were ever granted
 	snapshots map[int64]*taken
 	pins      []*Pin
 	corrupted map[int64][]byte // what the references were, by snapshot
@@ -214,19 +260,22 @@ type course struct {
 type member struct {
 	*replica
 	spy    *spy
-	late   *lateDeletes
+	late   *tardy
 	frozen bool
 }
 
 // ledger is what the oracle knows of a collection.
 type ledger struct {
 	col     catalog.Collection
-	index   int64
+	index   catalog.Index
+	part    catalog.Partition
 	history []state // by revision
 	units   map[int64]catalog.Unit
 	grants  map[int64]*granted
 	dropped bool                      // the collection is
-	orphans map[int64]segment.Segment // dropped with it, and not granted
+	orphans map[int64]segment.Segment // dropped with it or its partition, and not granted
+	builds  map[int64]segment.Build   // dropped with their index, and not granted
+	stubs   map[int64]bool            // units that are parked
 }
 
 // state is what a collection consisted of from a revision on.
@@ -288,15 +337,16 @@ func (s *spy) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
 	return res, err
 }
 
-// lateDeletes is a store whose deletes, while it is held, land late: whatever
+// tardy is a store whose writes and deletes, while it is held, land late: whatever
 // has become of the caller since.
-type lateDeletes struct {
+type tardy struct {
 	object.Store
-	mu   sync.Mutex
-	gate chan struct{} // closed by release; nil when not held
+	flying sync.WaitGroup // what has still to land
+	mu     sync.Mutex
+	gate   chan struct{} // closed by release; nil when not held
 }
 
-func (l *lateDeletes) hold() {
+func (l *tardy) hold() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.gate == nil {
@@ -304,7 +354,7 @@ func (l *lateDeletes) hold() {
 	}
 }
 
-func (l *lateDeletes) release() {
+func (l *tardy) release() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.gate != nil {
@@ -313,15 +363,58 @@ func (l *lateDeletes) release() {
 	}
 }
 
-func (l *lateDeletes) Delete(ctx context.Context, list ...string) error {
+// land does something now or, when the store is held, once it is released, for a
+// caller that may have given up by then.
+func (l *tardy) land(ctx context.Context, do func(ctx context.Context) error) error {
 	l.mu.Lock()
 	gate := l.gate
 	l.mu.Unlock()
-	if gate != nil {
-		<-gate
-		ctx = context.WithoutCancel(ctx)
+	if gate == nil {
+		return do(ctx)
 	}
-	return l.Store.Delete(ctx, list...)
+	done := make(chan error, 1)
+	l.flying.Go(func() {
+		<-gate
+		done <- do(context.WithoutCancel(ctx))
+	})
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("%w: %w", object.ErrUnavailable, ctx.Err())
+	}
+}
+
+func (l *tardy) Delete(ctx context.Context, list ...string) error {
+	list = slices.Clone(list)
+	return l.land(ctx, func(ctx context.Context) error { return l.Store.Delete(ctx, list...) })
+}
+
+func (l *tardy) Put(ctx context.Context, key string, body []byte) (info object.Info, err error) {
+	body = slices.Clone(body)
+	return l.write(ctx, func(ctx context.Context) (object.Info, error) { return l.Store.Put(ctx, key, body) })
+}
+
+func (l *tardy) Create(ctx context.Context, key string, body []byte) (info object.Info, err error) {
+	body = slices.Clone(body)
+	return l.write(ctx, func(ctx context.Context) (object.Info, error) { return l.Store.Create(ctx, key, body) })
+}
+
+func (l *tardy) Copy(ctx context.Context, r object.CopyRequest) (object.Info, error) {
+	return l.write(ctx, func(ctx context.Context) (object.Info, error) { return l.Store.Copy(ctx, r) })
+}
+
+func (l *tardy) write(ctx context.Context, do func(ctx context.Context) (object.Info, error)) (object.Info, error) {
+	made := make(chan object.Info, 1)
+	err := l.land(ctx, func(ctx context.Context) error {
+		info, err := do(ctx)
+		made <- info
+		return err
+	})
+	if err != nil {
+		return object.Info{}, err
+	}
+	return <-made, nil
 }
 
 func (c *course) wrong(format string, args ...any) {
@@ -335,27 +428,83 @@ func (c *course) must(err error) {
 }
 
 func (c *course) setUp() {
-	c.foreign, c.granted = map[string]bool{}, map[string]bool{}
-	c.snapshots, c.corrupted = map[int64]*taken{}, map[int64][]byte{}
+	c.foreign, c.granted, c.content = map[string]bool{}, map[string]bool{}, map[string][]byte{}
+	c.snapshots, c.corrupted, c.jobs = map[int64]*taken{}, map[int64][]byte{}, map[int64]*copyjob.Job{}
 	requests := request.NewLeases(c.w.kv, c.w.now)
 	for i := range c.replicas {
 		c.start(i)
 	}
 	o := c.replicas[0].o
-	o.KV, o.Requests, o.Stores = c.w.kv, requests, map[string]object.Store{"default": c.w.objects}
-	o.Catalog = catalog.New(catalog.Options{KV: c.w.kv, Now: c.w.now, Rand: rand.Reader, Requests: requests, HasStore: func(string) bool { return true }})
+	stores := map[string]object.Store{"default": c.objects}
+	o.KV, o.Requests, o.Stores = c.w.kv, requests, stores
+	o.Epoch = c.epoch(c.w.kv, c.objects)
+	o.Catalog = catalog.New(catalog.Options{
+		KV: c.w.kv, Now: c.w.now, Rand: rand.Reader, Requests: requests, HasStore: func(string) bool { return true },
+		Held: catalog.ReadHeld(stores), RaiseIDs: o.Epoch.Raise,
+	})
 	c.cat = o.Catalog
 	var err error
 	c.reader, err = New(o)
 	c.must(err)
-	for i := range c.cols {
-		col, _, x := c.w.collection(c.replicas[0].replica, fmt.Sprint("c", i))
-		c.w.checkpoint(c.replicas[0].replica, col, 1000, 1000)
-		c.cols[i] = &ledger{
-			col: col, index: x.ID, history: []state{{0, map[int64]segment.Segment{}}},
-			units: map[int64]catalog.Unit{}, grants: map[int64]*granted{},
-		}
+	c.guard.reader = c.reader
+	c.must(identity.Check(context.Background(), c.w.kv, c.objects, "default", c.replicas[0].o.Cluster.ID, rand.Reader))
+	for range 2 {
+		c.newCollection()
 	}
+	for n := range foreignPlaces {
+		c.putForeign(n, n)
+	}
+}
+
+func (c *course) epoch(kv meta.KV, store object.Store) *epoch.Epoch {
+	cl, err := cluster.Open(context.Background(), c.w.kv, cluster.Options{NameScope: cluster.ScopeCluster, Release: "test", Now: c.w.now, Rand: rand.Reader})
+	c.must(err)
+	o := epoch.Options{KV: kv, Store: store, Cluster: cl.ID, Now: c.w.now, Rand: rand.Reader}
+	if c.ending {
+		o.Interval = 10 * time.Minute
+	}
+	return epoch.New(o)
+}
+
+func (c *course) newCollection() {
+	ctx := context.Background()
+	col, err := c.cat.CreateCollection(ctx, noToken, catalog.Collection{
+		DB: "default", Name: fmt.Sprint("c", c.names.Add(1)), Channels: []string{"ch-0", "ch-1"},
+		Roots:  []catalog.Root{{Store: "default", Prefix: "data/"}},
+		Schema: catalog.Schema{Format: "test", Raw: []byte{0}, Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}}},
+	})
+	c.must(err)
+	var list []catalog.Checkpoint
+	for shard := range 2 {
+		list = append(list, catalog.Checkpoint{Shard: shard, Position: segment.Position{Timestamp: 1000}})
+	}
+	_, err = c.cat.SetCheckpoints(ctx, catalog.Ref{ID: col.ID}, list)
+	c.must(err)
+	c.take(col, 0, map[int64]segment.Segment{})
+}
+
+// take begins an account of a collection.
+func (c *course) take(col catalog.Collection, revision int64, segments map[int64]segment.Segment) {
+	l := &ledger{
+		col: col, history: []state{{0, map[int64]segment.Segment{}}, {revision, segments}},
+		units: map[int64]catalog.Unit{}, grants: map[int64]*granted{},
+		orphans: map[int64]segment.Segment{}, builds: map[int64]segment.Build{}, stubs: map[int64]bool{},
+	}
+	c.newPart(l)
+	c.newIndex(l)
+	c.cols = append(c.cols, l)
+}
+
+func (c *course) newPart(l *ledger) {
+	var err error
+	l.part, err = c.cat.CreatePartition(context.Background(), noToken, catalog.Ref{ID: l.col.ID}, catalog.Partition{Name: fmt.Sprint("p", c.names.Add(1))})
+	c.must(err)
+}
+
+func (c *course) newIndex(l *ledger) {
+	var err error
+	l.index, err = c.cat.CreateIndex(context.Background(), noToken, catalog.Ref{ID: l.col.ID}, catalog.Index{Name: fmt.Sprint("x", c.names.Add(1)), Field: 100})
+	c.must(err)
 }
 
 func (c *course) start(i int) {
@@ -364,10 +513,25 @@ func (c *course) start(i int) {
 		o.Log = zap.NewNop()
 		o.MaxCreates = 4
 		m.spy = &spy{KV: o.KV, failed: func() { c.reach.compareFailed.Add(1) }}
-		m.late = &lateDeletes{Store: o.Stores["default"]}
-		o.KV, o.Stores = m.spy, map[string]object.Store{"default": m.late}
+		m.late = &tardy{Store: o.Stores["default"]}
+		stores := map[string]object.Store{"default": m.late}
+		o.Epoch = c.epoch(o.KV, m.late)
+		o.Catalog = catalog.New(catalog.Options{
+			KV: o.KV, Now: o.Now, Rand: o.Rand, Requests: o.Requests, HasStore: func(a string) bool { return a == "default" },
+			Held: catalog.ReadHeld(stores), RaiseIDs: o.Epoch.Raise,
+		})
+		o.KV, o.Stores = m.spy, stores
+		// What a sweep takes is dead at once; that it waits is only for safety's sake.
+		o.CollectTolerance, o.OrphanGrace, o.SweepInterval = 5*time.Minute, time.Second, 10*time.Minute
+		if !c.long {
+			o.KeepRestores = time.Hour
+		}
+		if c.ending { // at leisure: many hours are to pass
+			o.LeaderTTL, o.CleanInterval, o.CollectInterval = 10*time.Minute, 10*time.Minute, 10*time.Minute
+		}
 	})
 	c.replicas[i] = m
+	c.lates = append(c.lates, m.late)
 }
 
 func (m *member) thaw() {
@@ -379,11 +543,13 @@ func (m *member) thaw() {
 func (m *member) heal() {
 	m.kv.Hook(nil)
 	m.store.Plan(nil)
+	m.store.SetLatency(0)
 	m.thaw()
 	m.frozen = false
 }
 
 func (c *course) stopAll() {
+	c.release()
 	for _, m := range c.replicas {
 		if m != nil {
 			m.heal()
@@ -419,6 +585,9 @@ func (c *course) rest(d time.Duration) {
 	settle()
 	c.observe()
 	c.lookAround()
+	if text := c.guard.first(); text != "" {
+		c.wrong("%s", text)
+	}
 }
 
 func (c *course) ledgerOf(collection int64) *ledger {
@@ -444,8 +613,6 @@ func (l *ledger) at(revision int64) map[int64]segment.Segment {
 func (l *ledger) live() map[int64]segment.Segment { return l.history[len(l.history)-1].segments }
 
 func keyOf(f *segment.File) string { return "data/" + f.Path }
-
-func contentOf(key string) []byte { return []byte("this is " + key) }
 
 // watch takes down all that changes.
 func (c *course) watch(ctx context.Context) {
@@ -473,6 +640,10 @@ func (c *course) observe() {
 	c.mu.Unlock()
 	for _, e := range events {
 		switch {
+		case strings.HasPrefix(e.KV.Key, keys.JobPrefix):
+			c.sawJob(e)
+		case strings.HasPrefix(e.KV.Key, keys.CollectionPrefix) && e.Deleted:
+			c.sawEnd(e)
 		case strings.HasPrefix(e.KV.Key, keys.SnapshotPrefix):
 			c.sawSnapshot(e)
 		case strings.HasPrefix(e.KV.Key, keys.AllTombsPrefix):
@@ -483,13 +654,25 @@ func (c *course) observe() {
 			l := c.ledgerOf(collection)
 			if e.Deleted {
 				delete(l.units, id) // the tombstone comes in the same revision, see below
+				delete(l.stubs, id)
 				continue
 			}
 			if l.grants[id] != nil {
 				c.wrong("unit %d is back after its grant", id)
 			}
 			u, err := catalog.DecodeUnit(collection, e.KV)
+			if errors.Is(err, catalog.ErrParked) {
+				if _, was := l.units[id]; !was || l.stubs[id] {
+					c.wrong("unit %d is parked, and was not there, or parked", id)
+				}
+				l.stubs[id] = true
+				c.reach.parked.Add(1)
+				continue
+			}
 			c.must(err)
+			if _, was := l.units[id]; was {
+				c.wrong("unit %d is written again", id)
+			}
 			l.units[id] = u
 		}
 	}
@@ -574,7 +757,14 @@ func (c *course) sawTombstone(e meta.Event) {
 	g = &granted{tomb: t}
 	l.grants[id] = g
 	delete(l.orphans, id)
+	delete(l.builds, id)
+	for _, b := range t.Unit.Segment.Builds { // a build that was not finished goes with its segment
+		delete(l.builds, b.ID)
+	}
 	c.reach.granted.Add(1)
+	if t.Caller == "collector" {
+		c.reach.collected.Add(1)
+	}
 	for f := range t.Unit.Owned() {
 		g.files = append(g.files, keyOf(f))
 	}
@@ -611,6 +801,7 @@ func (c *course) sawAnswers(e *reclaimed) {
 			c.reach.unreadable.Add(1)
 		case errors.Is(e.err, meta.ErrUnavailable), errors.Is(e.err, gc.ErrLoading), errors.Is(e.err, context.DeadlineExceeded):
 			c.reach.unanswered.Add(1)
+		case errors.Is(e.err, catalog.ErrCollectionNotFound) && e.col.dropped: // and gone
 		default:
 			c.wrong("reclaim: %v", e.err)
 		}
@@ -671,7 +862,7 @@ func references(s *taken, u *catalog.Unit) bool {
 }
 
 func (c *course) object(key string) ([]byte, bool) {
-	r, _, err := c.w.objects.Get(context.Background(), key, 0, -1)
+	r, _, err := c.objects.Get(context.Background(), key, 0, -1)
 	if err != nil {
 		return nil, false
 	}
@@ -683,7 +874,7 @@ func (c *course) object(key string) ([]byte, bool) {
 // lookAround holds what must be true at every moment.
 func (c *course) lookAround() {
 	intact := func(key, what string) {
-		if got, there := c.object(key); !there || !bytes.Equal(got, contentOf(key)) {
+		if got, there := c.object(key); !there || !bytes.Equal(got, c.content[key]) {
 			c.wrong("%s, and %s holds %q", what, key, got)
 		}
 	}
@@ -711,6 +902,16 @@ func (c *course) lookAround() {
 				intact(keyOf(f), fmt.Sprint("segment ", id, " is not granted"))
 			}
 		}
+		for id, b := range l.builds {
+			for i := range b.Files {
+				intact(keyOf(&b.Files[i]), fmt.Sprint("build ", id, " is not granted"))
+			}
+		}
+		for id := range l.stubs {
+			if key := catalog.HeldKey(l.col.ID, id); !c.guard.has(key) {
+				c.wrong("unit %d is parked, and %s is not there", id, key)
+			}
+		}
 		for _, u := range l.units { // not granted
 			for f := range u.Segment.AllFiles() {
 				intact(keyOf(f), fmt.Sprint("unit ", u.ID, " is not granted"))
@@ -729,6 +930,15 @@ func (c *course) change(l *ledger, swap catalog.Swap, next map[int64]segment.Seg
 	l.history = append(l.history, state{revision, next})
 }
 
+// revisionOf is when a record was changed last, which must be there.
+func (c *course) revisionOf(key string) int64 {
+	kv, found, _, err := c.w.kv.Get(context.Background(), key)
+	if err != nil || !found {
+		c.wrong("%s: there %v, err = %v", key, found, err)
+	}
+	return kv.ModRevision
+}
+
 func (c *course) id() int64 {
 	id, err := c.cat.NextID(context.Background())
 	c.must(err)
@@ -741,23 +951,28 @@ func (c *course) write(kind, path string) segment.File {
 	if kind != segment.KindIndex {
 		f.MinTimestamp, f.MaxTimestamp = 1, 20
 	}
-	body := contentOf(keyOf(&f))
-	f.Size = int64(len(body))
-	_, err := c.w.objects.Put(context.Background(), keyOf(&f), body)
-	c.must(err)
+	c.put(keyOf(&f))
+	f.Size = int64(len(c.content[keyOf(&f)]))
 	return f
 }
 
+// put writes an object that is like no other.
+func (c *course) put(key string) {
+	c.content[key] = []byte("this is " + key)
+	_, err := c.objects.Put(context.Background(), key, c.content[key])
+	c.must(err)
+}
+
 func (c *course) newBuild(l *ledger, s *segment.Segment, layout int) segment.Build {
-	b := segment.Build{ID: c.id(), Index: l.index, Field: 100}
+	b := segment.Build{ID: c.id(), Index: l.index.ID, Field: 100}
 	path := ""
 	switch layout % 3 {
 	case 0: // under both ids
-		path = fmt.Sprintf("%d/0/%d/index/%d/f", l.col.ID, s.ID, b.ID)
+		path = fmt.Sprintf("%d/%d/%d/index/%d/f", l.col.ID, s.Partition, s.ID, b.ID)
 	case 1: // under its own
 		path = fmt.Sprintf("%d/index/%d/f", l.col.ID, b.ID)
 	default: // under the segment's, so that its own does not cover it
-		path = fmt.Sprintf("%d/0/%d/index/v%d", l.col.ID, s.ID, b.ID)
+		path = fmt.Sprintf("%d/%d/%d/index/v%d", l.col.ID, s.Partition, s.ID, b.ID)
 	}
 	b.Files = []segment.File{c.write(segment.KindIndex, path)}
 	return b
@@ -766,9 +981,15 @@ func (c *course) newBuild(l *ledger, s *segment.Segment, layout int) segment.Bui
 // newSegment makes a segment: with a build, more files, a foreign file.
 func (c *course) newSegment(l *ledger, shape int) segment.Segment {
 	s := segment.Segment{ID: c.id(), Channel: shape % 2, Level: 1, State: segment.Flushed, Rows: 1, DML: segment.Position{Timestamp: 21}}
-	s.Files = []segment.File{c.write(segment.KindInsert, fmt.Sprintf("%d/0/%d/insert/100/1", l.col.ID, s.ID))}
+	if shape&16 != 0 {
+		s.Partition = l.part.ID
+	}
+	if shape&32 != 0 {
+		s.EngineData = make([]byte, 500) // so that it is worthwhile to park it
+	}
+	s.Files = []segment.File{c.write(segment.KindInsert, fmt.Sprintf("%d/%d/%d/insert/100/1", l.col.ID, s.Partition, s.ID))}
 	if shape&2 != 0 {
-		s.Files = append(s.Files, c.write(segment.KindDelta, fmt.Sprintf("%d/0/%d/delta/0/1", l.col.ID, s.ID)))
+		s.Files = append(s.Files, c.write(segment.KindDelta, fmt.Sprintf("%d/%d/%d/delta/0/1", l.col.ID, s.Partition, s.ID)))
 	}
 	if shape&4 != 0 {
 		s.Builds = []segment.Build{c.newBuild(l, &s, shape)}
@@ -776,6 +997,7 @@ func (c *course) newSegment(l *ledger, shape int) segment.Segment {
 	if shape&8 != 0 {
 		f := c.write(segment.KindStats, fmt.Sprintf("%d/shared-%d", l.col.ID, s.ID))
 		c.foreign[keyOf(&f)] = true
+		c.guard.leave(keyOf(&f))
 		s.Files = append(s.Files, f)
 	}
 	return s
@@ -849,9 +1071,9 @@ func deleterOf(n int) gc.Deleter { return gc.Deleter(1 + n%2) }
 
 func (c *course) do(s step) {
 	ctx := context.Background()
-	l, m := c.cols[s.A%2], c.replicas[s.B%3]
+	l, m := c.cols[s.A%len(c.cols)], c.replicas[s.B%3]
 	live := maps.Clone(l.live())
-	if l.dropped && (s.Op == "add" || s.Op == "drop collection") {
+	if l.dropped && slices.Contains([]string{"add", "drop collection", "drop partition", "drop index"}, s.Op) {
 		return
 	}
 	switch s.Op {
@@ -859,12 +1081,66 @@ func (c *course) do(s step) {
 		if s.C%3 > 0 {
 			return // too good a way to an end of it all
 		}
-		_, err := c.cat.DropCollection(ctx, request.Token{}, catalog.Ref{ID: l.col.ID}, 0)
+		c.dropCollection(l)
+	case "new collection":
+		if live := slices.DeleteFunc(slices.Clone(c.cols), func(l *ledger) bool { return l.dropped }); len(live) < 3 && len(c.cols) < 6 {
+			c.newCollection()
+		}
+	case "drop partition":
+		_, err := c.cat.DropPartition(ctx, noToken, catalog.Ref{ID: l.col.ID}, l.part.Name)
 		c.must(err)
-		kv, _, _, err := c.w.kv.Get(ctx, keys.Collection(l.col.ID))
+		revision := c.revisionOf(keys.Partition(l.col.ID, l.part.ID))
+		for id, seg := range live {
+			if seg.Partition == l.part.ID {
+				l.orphans[id] = seg
+				delete(live, id)
+			}
+		}
+		l.history = append(l.history, state{revision, live})
+		c.newPart(l)
+	case "drop index":
+		_, err := c.cat.DropIndex(ctx, noToken, catalog.Ref{ID: l.col.ID}, l.index.Name)
 		c.must(err)
-		l.dropped, l.orphans = true, live
-		l.history = append(l.history, state{kv.ModRevision, map[int64]segment.Segment{}})
+		revision := c.revisionOf(keys.Index(l.col.ID, l.index.ID))
+		for id, seg := range live {
+			seg.Builds = slices.Clone(seg.Builds)
+			seg.Builds = slices.DeleteFunc(seg.Builds, func(b segment.Build) bool {
+				if b.Index == l.index.ID {
+					l.builds[b.ID] = b
+				}
+				return b.Index == l.index.ID
+			})
+			live[id] = seg
+		}
+		l.history = append(l.history, state{revision, live})
+		c.newIndex(l)
+	case "restore":
+		c.restore(c.calm(s.B), s)
+	case "slow restore": // the stores of all are slow, until they are thawed
+		for _, m := range c.replicas {
+			m.store.SetLatency(time.Second)
+		}
+		c.restore(c.calm(s.B), s)
+	case "faulty restore":
+		m.kv.FailNth(s.C%16, meta.Fault(1+s.C/16%2), meta.MethodTxn)
+		if s.C%3 == 0 {
+			m.store.FailNth(object.OpCopy, s.C/3%3, object.Fault(1+s.C/9%2))
+		}
+		c.restore(m, s)
+	case "cancel":
+		m = c.calm(s.C)
+		if id, ok := pickOf(c.underWay(), s.B); ok {
+			c.call(func(ctx context.Context) { _, _ = m.Jobs().Cancel(ctx, id) })
+		}
+	case "collect":
+		c.collect(c.calm(s.B), s)
+	case "faulty collect":
+		m.kv.FailNth(s.C%8, meta.Fault(1+s.C/8%2), meta.MethodTxn)
+		c.collect(m, s)
+	case "foreign":
+		c.putForeign(s.B, s.C)
+	case "wait hours":
+		c.rest(time.Duration(1+s.B%2) * time.Hour)
 	case "add":
 		seg := c.newSegment(l, s.B)
 		live[seg.ID] = seg
@@ -891,14 +1167,15 @@ func (c *course) do(s step) {
 		if id, ok := pickOf(live, s.B); ok {
 			seg := live[id]
 			b := c.newBuild(l, &seg, s.C)
-			seg.Builds = []segment.Build{b}
+			others := slices.DeleteFunc(slices.Clone(seg.Builds), func(old segment.Build) bool { return old.Index == b.Index })
+			seg.Builds = append(others, b)
 			live[id] = seg
 			c.change(l, catalog.Swap{Update: []catalog.Update{{Segment: id, AddBuilds: []segment.Build{b}}}}, live)
 		}
 	case "update":
 		if id, ok := pickOf(live, s.B); ok {
 			seg := live[id]
-			f := c.write(segment.KindInsert, fmt.Sprintf("%d/0/%d/insert/100/u%d", l.col.ID, id, c.id()))
+			f := c.write(segment.KindInsert, fmt.Sprintf("%d/%d/%d/insert/100/u%d", l.col.ID, seg.Partition, id, c.id()))
 			u := catalog.Update{Segment: id, AddFiles: []segment.File{f}, RemoveFiles: []catalog.FilePath{{Path: seg.Files[0].Path}}}
 			seg.Files = append(slices.Clone(seg.Files[1:]), f)
 			live[id] = seg
@@ -983,7 +1260,9 @@ func (c *course) do(s step) {
 	case "confirm":
 		c.confirm(m, l, s.C%4 == 3)
 	case "crash":
-		m.heal()
+		if s.C%2 == 0 { // else what it has sent lands when it is released
+			m.heal()
+		}
 		m.stop()
 		c.start(s.B % 3)
 	case "zombie": // whoever leads, most often
@@ -998,9 +1277,7 @@ func (c *course) do(s step) {
 			m.kv.Freeze()
 		}
 	case "release":
-		for _, m := range c.replicas {
-			m.late.release()
-		}
+		c.release()
 	case "thaw":
 		m.heal()
 	case "corrupt":
@@ -1017,6 +1294,13 @@ func (c *course) do(s step) {
 		c.rest(time.Duration(2+s.B%10) * time.Minute)
 	default:
 		c.wrong("no such step")
+	}
+}
+
+// release has everything land that is late.
+func (c *course) release() {
+	for _, l := range c.lates {
+		l.release()
 	}
 }
 
@@ -1041,7 +1325,7 @@ func (c *course) confirm(m *member, l *ledger, dies bool) {
 		if g.tomb.Deleter == gc.ByCaller && !g.gone {
 			ids = append(ids, id)
 			for _, key := range g.files {
-				c.must(c.w.objects.Delete(context.Background(), key))
+				c.must(c.objects.Delete(context.Background(), key))
 			}
 			g.asked = g.asked || !dies
 		}
@@ -1078,9 +1362,9 @@ func (c *course) corrupt(s step) {
 		}
 		var err error
 		if s.C%7 == 0 {
-			err = c.w.objects.Delete(context.Background(), key)
+			err = c.objects.Delete(context.Background(), key)
 		} else {
-			_, err = c.w.objects.Put(context.Background(), key, bad)
+			_, err = c.objects.Put(context.Background(), key, bad)
 		}
 		c.must(err)
 	}
@@ -1092,100 +1376,9 @@ func (c *course) corrupt(s step) {
 func (c *course) repair() {
 	for id, data := range c.corrupted {
 		if t := c.snapshots[id]; !t.dropped {
-			_, err := c.w.objects.Put(context.Background(), manifest.RefsKey(t.collection, id), data)
+			_, err := c.objects.Put(context.Background(), manifest.RefsKey(t.collection, id), data)
 			c.must(err)
 		}
 	}
 	clear(c.corrupted)
-}
-
-// finish brings all to an end, after which there must be nothing left but what
-// callers did not confirm.
-func (c *course) finish() {
-	ctx := context.Background()
-	c.repair()
-	for _, m := range c.replicas {
-		m.heal()
-		c.between(m, nil)
-	}
-	c.rest(15 * time.Minute) // leases run out, and what is in flight ends
-	c.flying.Wait()
-	c.rest(time.Minute)
-	for id, s := range c.committed() { // the model is right
-		files := 0
-		err := c.reader.Segments(ctx, Ref{ID: id}, 0, func(seg *Segment) bool {
-			want, ok := s.segments[seg.ID]
-			if !ok || len(want.Files) != len(seg.Files) || len(want.Builds) != len(seg.Builds) {
-				c.wrong("snapshot %s has segment %+v, and should %v: %+v", s.name, seg.Segment, ok, want)
-			}
-			for f := range seg.AllFiles() {
-				files++
-				if !s.files[keyOf(f)] {
-					c.wrong("snapshot %s has %s", s.name, f.Path)
-				}
-			}
-			return true
-		})
-		if err != nil || files != len(s.files) {
-			c.wrong("snapshot %s has %d files, want %d; err = %v", s.name, files, len(s.files), err)
-		}
-	}
-	// A creator that was stopped may write late, under an id without a record.
-	for _, key := range c.w.objectsUnder("snapshots/") {
-		id, err := strconv.ParseInt(strings.Split(key, "/")[2], 10, 64)
-		c.must(err)
-		if c.snapshots[id] == nil {
-			c.must(c.w.objects.Delete(ctx, key))
-		}
-	}
-	m := c.replicas[0]
-	c.w.check(m.replica)
-	for _, p := range c.pins {
-		c.must(m.Unpin(ctx, Ref{ID: p.Snapshot}, p.ID))
-	}
-	for id := range c.committed() {
-		_, err := m.Drop(ctx, request.Token{}, Ref{ID: id}, 0)
-		c.must(err)
-	}
-	for i, l := range c.cols {
-		if len(l.live()) > 0 {
-			c.change(l, catalog.Swap{Drop: slices.Sorted(maps.Keys(l.live()))}, map[int64]segment.Segment{})
-		}
-		c.rest(0)
-		c.reclaim(c.replicas[i], l, c.asks(l, 0), gc.BySnapshotd)
-	}
-	c.rest(3 * time.Minute)
-	c.w.check(m.replica)
-	left := map[string]bool{}
-	for _, l := range c.cols {
-		if len(l.units) > 0 {
-			c.wrong("units are left: %v", l.units)
-		}
-		for id, g := range l.grants {
-			if !g.gone && g.tomb.Deleter != gc.ByCaller {
-				c.wrong("tombstone %d is left", id)
-			}
-			for _, key := range g.files {
-				left[key] = !g.gone
-			}
-		}
-		if got := c.w.keysUnder("/catalog/replaced/" + keys.ID(l.col.ID)); len(got) > 0 {
-			unconfirmed := func(key string) bool {
-				id, err := keys.LastID(key)
-				return err == nil && l.grants[id] != nil && !l.grants[id].gone
-			}
-			if slices.ContainsFunc(got, func(key string) bool { return !unconfirmed(key) }) {
-				c.wrong("keys are left: %v", got)
-			}
-		}
-	}
-	for _, key := range c.w.objectsUnder("data/") {
-		if !left[key] && !c.foreign[key] {
-			c.wrong("%s is left", key)
-		}
-	}
-	s := m.GC().Stats()
-	if s.Snapshots+s.Loading+s.Unreadable+s.Segments+s.Builds+s.Granted != 0 {
-		c.wrong("all is gone, and there is %+v", s)
-	}
 }

@@ -886,9 +886,9 @@ func TestDeleteThatFailsIsTriedAgain(t *testing.T) {
 // its delete, which lands late, does no harm.
 func TestZombieLeader(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
-		var late *lateDeletes
+		var late *tardy
 		a := w.start("a", func(o *Options) {
-			late = &lateDeletes{Store: o.Stores["default"]}
+			late = &tardy{Store: o.Stores["default"]}
 			o.Stores = map[string]object.Store{"default": late}
 		})
 		settle()

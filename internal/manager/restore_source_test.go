@@ -135,7 +135,7 @@ func TestRestoreWithoutMetadata(t *testing.T) {
 		before := w.traces()
 		key := manifest.Dir(s.Collection, s.ID) + manifest.MetadataName
 		g := newGrave()
-		g.atWrite(a, 2, meta.Before, true) // behind the ids and the admission
+		g.atWrite(a, 3, meta.Before, true) // behind the ids, which are read and taken, and the admission
 		job := w.restore(a, restoreSpecOf(s))
 		if err := w.objects.Delete(t.Context(), key); err != nil {
 			t.Fatal(err)

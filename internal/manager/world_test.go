@@ -19,6 +19,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
 	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/object/identity"
 	objectmemory "github.com/snapshotd/snapshotd/internal/store/object/memory"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 	"github.com/snapshotd/snapshotd/internal/testing/virtual"
@@ -32,6 +33,7 @@ type world struct {
 	memory  *metamemory.Store // the same, when it is the twin
 	objects object.Store
 	now     func() time.Time
+	foreign func(key string) bool // objects that are not snapshotd's; nil: none are
 }
 
 type replica struct {
@@ -64,6 +66,7 @@ func (w *world) start(name string, change ...func(*Options)) *replica {
 		Log: zaptest.NewLogger(w.t).Named(name),
 		Catalog: catalog.New(catalog.Options{
 			KV: r.kv, Now: w.now, Rand: rand.Reader, Requests: requests, HasStore: func(a string) bool { return a == "default" },
+			Held: catalog.ReadHeld(map[string]object.Store{"default": r.store}),
 		}),
 	}
 	for _, c := range change {
@@ -277,7 +280,7 @@ func (w *world) check(r *replica) []*Snapshot {
 		w.t.Errorf("%s at rest", key)
 	}
 	for _, key := range w.objectsUnder("snapshots/") {
-		if !objects[key] {
+		if !objects[key] && key != identity.Key && (w.foreign == nil || !w.foreign(key)) {
 			w.t.Errorf("object %s belongs to nothing", key)
 		}
 	}

@@ -59,3 +59,20 @@ func Placed(path string, partition, id int64) bool {
 	}
 	return false
 }
+
+// NativePlace reads the ids at the beginning of a path in the native layout:
+// <collection>/<partition>/<segment>/ and more. It is false for a path that does
+// not begin with three numbers, the second of which may be 0.
+func NativePlace(path string) (collection, partition, id int64, ok bool) {
+	var ids [3]int64
+	rest := path
+	for i := range ids {
+		element, behind, found := strings.Cut(rest, "/")
+		n, err := strconv.ParseInt(element, 10, 64)
+		if !found || behind == "" || err != nil || n < 0 || n == 0 && i != 1 || strconv.FormatInt(n, 10) != element {
+			return 0, 0, 0, false
+		}
+		ids[i], rest = n, behind
+	}
+	return ids[0], ids[1], ids[2], true
+}

@@ -92,3 +92,28 @@ func TestCarries(t *testing.T) {
 		}
 	}
 }
+
+func TestNativePlace(t *testing.T) {
+	type place struct {
+		Collection, Partition, Segment int64
+		OK                             bool
+	}
+	for path, want := range map[string]place{
+		"1/2/3/insert/100/7": {1, 2, 3, true},
+		"1/0/3/x":            {1, 0, 3, true},
+		"1/2/3":              {},
+		"1/2/3/":             {},
+		"0/2/3/x":            {},
+		"1/2/0/x":            {},
+		"1/-1/3/x":           {},
+		"01/2/3/x":           {},
+		"a/1/2/3/x":          {},
+		"insert_log/1/2/3/4": {},
+		"":                   {},
+	} {
+		collection, partition, id, ok := segment.NativePlace(path)
+		if got := (place{collection, partition, id, ok}); got != want {
+			t.Errorf("%q: got %+v, want %+v", path, got, want)
+		}
+	}
+}

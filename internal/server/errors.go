@@ -19,6 +19,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/manager"
+	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
@@ -71,6 +72,11 @@ var classes = []class{
 	{err: errResumeToken, code: codes.InvalidArgument, reason: "INVALID_RESUME_TOKEN"},
 	{err: errKeyNotFound, code: codes.NotFound, reason: "KEY_NOT_FOUND"},
 
+	// Its own text says what was seen, and the way out.
+	{err: epoch.ErrBehind, code: codes.FailedPrecondition, reason: "METADATA_BEHIND"},
+	{err: epoch.ErrConflict, code: codes.Aborted, reason: "CONFLICT", retry: 100 * time.Millisecond},
+	{err: epoch.ErrDamaged, code: codes.DataLoss, reason: "RECORD_UNREADABLE"},
+
 	{err: request.ErrReused, code: codes.InvalidArgument, reason: "REQUEST_TOKEN_REUSED"},
 	{err: catalog.ErrInvalid, code: codes.InvalidArgument, reason: "INVALID_REQUEST"},
 
@@ -110,6 +116,7 @@ var classes = []class{
 
 	{err: gc.ErrLoading, code: codes.Unavailable, reason: "REFERENCES_LOADING", retry: time.Second},
 	{err: gc.ErrUnreadable, code: codes.FailedPrecondition, reason: "REFERENCES_UNREADABLE"},
+	{err: gc.ErrOrphanOptions, code: codes.InvalidArgument, reason: "INVALID_REQUEST"},
 
 	{err: catalog.ErrRevisionChanged, code: codes.Aborted, reason: "REVISION_CHANGED"},
 	{err: catalog.ErrConflict, code: codes.Aborted, reason: "CONFLICT", retry: 100 * time.Millisecond},

@@ -141,7 +141,7 @@ func (r *reporter) PostCall(err error, took time.Duration) {
 	}
 	switch code {
 	case codes.OK:
-		if permissions[r.method] == write {
+		if permissions[r.method] >= write {
 			r.log.Info("call", fields...)
 		} else {
 			r.log.Debug("call", fields...)

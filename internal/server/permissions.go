@@ -72,6 +72,13 @@ var permissions = map[string]permission{
 	pb.ReclaimService_ConfirmReclaimed_FullMethodName: write,
 	pb.ReclaimService_ListTombstones_FullMethodName:   read,
 
+	pb.CollectorService_Collect_FullMethodName:            administer,
+	pb.CollectorService_GetCollectorStatus_FullMethodName: read,
+	pb.CollectorService_ExplainObject_FullMethodName:      read,
+	pb.CollectorService_ListOrphans_FullMethodName:        read,
+	pb.CollectorService_DeleteOrphans_FullMethodName:      administer,
+	pb.CollectorService_Recover_FullMethodName:            administer,
+
 	pb.EventService_WatchEvents_FullMethodName: read,
 
 	pb.AdminService_GetServerInfo_FullMethodName: read,

@@ -124,6 +124,7 @@ func New(o Options) (*Server, error) {
 	pb.RegisterCatalogServiceServer(s.grpc, &catalogs{catalog: o.Catalog, tokens: tokens})
 	pb.RegisterEventServiceServer(s.grpc, &events{manager: o.Manager, catalog: o.Catalog, tokens: tokens})
 	pb.RegisterReclaimServiceServer(s.grpc, &reclaims{manager: o.Manager, catalog: o.Catalog, tokens: tokens})
+	pb.RegisterCollectorServiceServer(s.grpc, &collectors{manager: o.Manager, snapshotStore: o.SnapshotStore})
 	pb.RegisterAdminServiceServer(s.grpc, &admin{
 		manager: o.Manager, cluster: o.Cluster, kv: o.KV,
 		version: o.Version, replica: o.Replica, stores: o.Stores, snapshotStore: o.SnapshotStore,
@@ -187,7 +188,8 @@ func requests() ([]proto.Message, error) {
 	var list []proto.Message
 	for _, file := range []protoreflect.FileDescriptor{
 		pb.File_snapshotd_v1_snapshot_service_proto, pb.File_snapshotd_v1_catalog_service_proto,
-		pb.File_snapshotd_v1_event_service_proto, pb.File_snapshotd_v1_reclaim_service_proto, pb.File_snapshotd_v1_admin_service_proto,
+		pb.File_snapshotd_v1_event_service_proto, pb.File_snapshotd_v1_reclaim_service_proto, pb.File_snapshotd_v1_collector_service_proto,
+		pb.File_snapshotd_v1_admin_service_proto,
 	} {
 		for i := range file.Services().Len() {
 			methods := file.Services().Get(i).Methods()

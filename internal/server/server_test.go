@@ -38,6 +38,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/server"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
+	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	memkv "github.com/snapshotd/snapshotd/internal/store/meta/memory"
@@ -91,12 +92,14 @@ func start(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	requests := request.NewLeases(w.kv, time.Now)
+	age := epoch.New(epoch.Options{KV: w.kv, Store: w.objects, Cluster: c.ID, Now: time.Now, Rand: rand.Reader})
 	cat := catalog.New(catalog.Options{
-		KV: w.kv, Now: time.Now, Rand: rand.Reader, Requests: requests,
+		KV: w.kv, Now: time.Now, Rand: rand.Reader, Requests: requests, RaiseIDs: age.Raise,
 		HasStore: func(alias string) bool { return objects[alias] != nil },
+		Held:     catalog.ReadHeld(objects),
 	})
 	m, err := manager.New(manager.Options{
-		KV: w.kv, Catalog: cat, Cluster: c, Stores: objects, SnapshotStore: "default", Requests: requests,
+		KV: w.kv, Catalog: cat, Cluster: c, Stores: objects, SnapshotStore: "default", Requests: requests, Epoch: age,
 		Replica: "r1", Release: "test", Now: time.Now, Rand: rand.Reader, Log: zap.NewNop(),
 	})
 	if err != nil {

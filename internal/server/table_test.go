@@ -33,10 +33,11 @@ func TestEverySentinelHasARow(t *testing.T) {
 		name, dir string
 		none      []string // that no client is told of
 	}{
-		{"catalog", "../catalog", nil},
+		{"catalog", "../catalog", []string{"ErrParked"}},
 		{"manager", "../manager", nil},
-		{"gc", "../gc", nil},
+		{"gc", "../gc", []string{"ErrStoreNotFound"}}, // it is the manager's
 		{"copyjob", "../copyjob", []string{"ErrSource"}},
+		{"epoch", "../store/epoch", nil},
 		{"request", "../store/request", nil},
 		{"record", "../store/record", nil},
 		{"meta", "../store/meta", []string{"ErrLeaseNotFound", "ErrInvalid"}},

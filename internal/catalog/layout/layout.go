@@ -19,6 +19,7 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/object"
@@ -297,4 +298,68 @@ func (m *Mapping) Prefixes() iter.Seq[string] {
 			}
 		}
 	}
+}
+
+// Makes says whether path, relative to a root, is one that the mapping may make
+// for a segment and builds of its ranges, whatever the partition, and of which
+// segment and build (0: none) it is then. What else lies under its Prefixes was
+// put there by somebody else.
+func (m *Mapping) Makes(path string) (id, build int64, ok bool) {
+	if m.Layout == Native {
+		id, build, ok = m.parseNative(path)
+	} else {
+		id, build, ok = m.parseMilvus(path)
+	}
+	if !ok || id < m.FirstSegment || id-m.FirstSegment >= m.Segments {
+		return 0, 0, false
+	}
+	if build != 0 && (build < m.FirstBuild || build-m.FirstBuild >= m.Builds) {
+		return 0, 0, false
+	}
+	return id, build, true
+}
+
+// The last elements of a native path: of a file of a segment, and of a build.
+var (
+	nativeLog   = regexp.MustCompile(`^-?[0-9]+(\.[0-9]+)?$`)
+	nativeBuild = regexp.MustCompile(`^-?[0-9]+--?[0-9]+(\.[0-9]+)?$`)
+)
+
+func (m *Mapping) parseNative(path string) (id, build int64, ok bool) {
+	collection, _, id, ok := segment.NativePlace(path)
+	parts := strings.Split(path, "/")
+	if !ok || collection != m.Target || len(parts) != 6 || !plainKind.MatchString(parts[3]) {
+		return 0, 0, false
+	}
+	n, isNumber := number(parts[4])
+	switch {
+	case !isNumber:
+		return 0, 0, false
+	case nativeLog.MatchString(parts[5]):
+		return id, 0, true
+	case nativeBuild.MatchString(parts[5]) && n > 0:
+		return id, n, true
+	}
+	return 0, 0, false
+}
+
+func (m *Mapping) parseMilvus(path string) (id, build int64, ok bool) {
+	k, err := parse(path)
+	if err != nil {
+		return 0, 0, false
+	}
+	for i, name := range k.form {
+		n, _ := number(k.parts[i])
+		switch {
+		case name == collectionID && n != m.Target:
+			return 0, 0, false
+		case name == segmentID:
+			id = n
+		case name == buildID:
+			if build = n; build == 0 {
+				return 0, 0, false
+			}
+		}
+	}
+	return id, build, true
 }

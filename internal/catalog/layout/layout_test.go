@@ -506,6 +506,9 @@ func TestEveryFileHasItsOwnPlace(t *testing.T) {
 					if holders := under(prefixes, to.path); holders != 1 {
 						t.Errorf("%s is under %d of the prefixes %q", to.path, holders, prefixes)
 					}
+					if id, build, ok := j.Makes(to.path); !ok || build == 0 && id != to.unit || build != 0 && build != to.unit {
+						t.Errorf("%s of %d is of segment %d and build %d, %v", to.path, to.unit, id, build, ok)
+					}
 				}
 				for key := range keys {
 					for dir := range directories(key) {
@@ -618,6 +621,54 @@ func directories(key string) func(func(string) bool) {
 			if key[i] == '/' && !yield(key[:i]) {
 				return
 			}
+		}
+	}
+}
+
+// TestMakes knows what a mapping makes from what else lies beside it.
+func TestMakes(t *testing.T) {
+	type made struct {
+		Segment, Build int64
+		OK             bool
+	}
+	native := layout.Mapping{Layout: layout.Native, Roots: []string{""}, Source: 1, Target: 9, FirstSegment: 100, Segments: 10, FirstBuild: 200, Builds: 5}
+	milvus := native
+	milvus.Layout = layout.Milvus
+	bare := native
+	bare.FirstBuild, bare.Builds = 0, 0
+	for _, c := range []struct {
+		m    layout.Mapping
+		path string
+		want made
+	}{
+		{native, "9/3/100/insert/101/7", made{100, 0, true}},
+		{native, "9/0/109/delta/0/7", made{109, 0, true}},
+		{native, "9/3/100/insert/101/7.2", made{100, 0, true}},
+		{native, "9/3/100/index/204/101-7", made{100, 204, true}},
+		{native, "9/3/100/index/204/101-7.3", made{100, 204, true}},
+		{native, "9/3/100/index/205/101-7", made{}}, // no build of ours
+		{native, "9/3/110/insert/101/7", made{}},    // no segment of ours
+		{native, "9/3/99/insert/101/7", made{}},
+		{native, "8/3/100/insert/101/7", made{}}, // another collection
+		{native, "9/3/100/insert/101/README", made{}},
+		{native, "9/3/100/insert/7", made{}},
+		{native, "9/3/100/insert/101/7/8", made{}},
+		{native, "9/3/100/insert/x/7", made{}},
+		{native, "9/3/0100/insert/101/7", made{}},
+		{native, "9/README", made{}},
+		{bare, "9/3/100/index/204/101-7", made{}},
+		{milvus, "insert_log/9/3/100/101/7", made{100, 0, true}},
+		{milvus, "insert_log/9/-1/100/101/7", made{100, 0, true}},
+		{milvus, "index_files/204/1/3/100/file", made{100, 204, true}},
+		{milvus, "index_files/205/1/3/100/file", made{}},
+		{milvus, "index_files/204/1/3/99/file", made{}},
+		{milvus, "insert_log/8/3/100/101/7", made{}},
+		{milvus, "insert_log/9/3/100/101/README", made{}},
+		{milvus, "9/3/100/insert/101/7", made{}},
+	} {
+		segment, build, ok := c.m.Makes(c.path)
+		if got := (made{segment, build, ok}); got != c.want {
+			t.Errorf("%v %s: got %+v, want %+v", c.m.Layout, c.path, got, c.want)
 		}
 	}
 }

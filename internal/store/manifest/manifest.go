@@ -38,6 +38,8 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"strconv"
+	"strings"
 )
 
 // FormatVersion is the newest format that this package reads and the one that
@@ -103,6 +105,38 @@ func ManifestKey(collection, snapshot int64, n int) string { //nolint:revive // 
 // RefsKey returns the key of a snapshot's references.
 func RefsKey(collection, snapshot int64) string {
 	return Dir(collection, snapshot) + RefsName
+}
+
+// IsFileName says whether a snapshot's directory may hold a file of that name.
+// Whatever else lies there is somebody else's.
+func IsFileName(name string) bool {
+	if name == MetadataName || name == RefsName {
+		return true
+	}
+	number, ok := strings.CutPrefix(name, "manifest-")
+	if !ok {
+		return false
+	}
+	n, err := strconv.Atoi(strings.TrimSuffix(number, ".avro"))
+	return err == nil && n >= 0 && name == ManifestName(n)
+}
+
+// ParseKey takes the key of a snapshot's file apart. It is false for any other
+// key, also for one that says the same in another way.
+func ParseKey(key string) (collection, snapshot int64, ok bool) {
+	parts := strings.Split(key, "/")
+	if len(parts) != 4 || !IsFileName(parts[3]) {
+		return 0, 0, false
+	}
+	collection, err := strconv.ParseInt(parts[1], 10, 64)
+	if err != nil || collection <= 0 {
+		return 0, 0, false
+	}
+	snapshot, err = strconv.ParseInt(parts[2], 10, 64)
+	if err != nil || snapshot <= 0 || key != Dir(collection, snapshot)+parts[3] {
+		return 0, 0, false
+	}
+	return collection, snapshot, true
 }
 
 // SHA256 is a SHA-256 sum. As text it is hexadecimal.

@@ -63,3 +63,37 @@ func TestDigestSeesEveryBit(t *testing.T) {
 		}
 	}
 }
+
+// TestParseKey takes each key apart that snapshotd makes, and no other.
+func TestParseKey(t *testing.T) {
+	type parsed struct {
+		Collection, Snapshot int64
+		OK                   bool
+	}
+	for key, want := range map[string]parsed{
+		manifest.MetadataKey(7, 42):          {7, 42, true},
+		manifest.RefsKey(7, 42):              {7, 42, true},
+		manifest.ManifestKey(7, 42, 0):       {7, 42, true},
+		manifest.ManifestKey(7, 42, 123):     {7, 42, true},
+		"snapshots/identity.json":            {},
+		"snapshots/7/42/manifest-01.avro":    {},
+		"snapshots/7/42/manifest--1.avro":    {},
+		"snapshots/7/42/manifest-+1.avro":    {},
+		"snapshots/7/42/manifest-1":          {},
+		"snapshots/7/42/manifest-1.avro.bak": {},
+		"snapshots/7/42/README":              {},
+		"snapshots/7/42/":                    {},
+		"snapshots/07/42/metadata.json":      {},
+		"snapshots/7/+42/metadata.json":      {},
+		"snapshots/7/0/metadata.json":        {},
+		"snapshots/-7/42/metadata.json":      {},
+		"snapshots/7/42/x/metadata.json":     {},
+		"other/7/42/metadata.json":           {},
+		"":                                   {},
+	} {
+		collection, snapshot, ok := manifest.ParseKey(key)
+		if got := (parsed{collection, snapshot, ok}); got != want {
+			t.Errorf("%q: got %+v, want %+v", key, got, want)
+		}
+	}
+}

@@ -1,0 +1,503 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
+	"github.com/snapshotd/snapshotd/client"
+)
+
+func (a *app) gcCommand() *cobra.Command {
+	cmd := group("gc", "Deletes what nothing needs any more, and says why something stays", `Deletes what nothing needs any more, and says why something stays. The leader
+does the same by itself, in rounds, unless the configuration turns that off.
+
+What goes: segments, index builds and files that were dropped longer ago than
+the tolerance and that no snapshot holds; what is left of dropped collections,
+partitions and indexes; snapshots that expired; and objects under snapshotd's
+own prefixes that nothing knows. Files of an engine that nothing knows are shown
+by `+"`gc orphans`"+`, and go only when it is told to delete them.`)
+	cmd.Example = `  snapshotctl gc run --dry-run
+  snapshotctl gc status
+  snapshotctl gc orphans --collection docs`
+	cmd.AddCommand(a.gcRun(), a.gcStatus(), a.gcExplain(), a.gcOrphans())
+	return cmd
+}
+
+// receive hands on the messages of a stream until it ends.
+func receive[M any](stream interface{ Recv() (*M, error) }, each func(*M) error) error {
+	for {
+		msg, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := each(msg); err != nil {
+			return err
+		}
+	}
+}
+
+func (a *app) gcRun() *cobra.Command {
+	var (
+		collection   string
+		req          snapshotdv1.CollectRequest
+		tolerance    time.Duration
+		tellsObjects bool
+	)
+	cmd := &cobra.Command{
+		Use:   "run",
+		Short: "Makes a round of the collector now",
+		Long: `Makes a round of the collector now, and says what it came to. With --dry-run it
+changes nothing, and tells of each thing what would become of it, and why:
+  delete  it would go
+  keep    something holds it
+  wait    it was dropped too recently; see --tolerance
+  stop    the round would delete too much of the collection
+With --objects it names each object that would go below the thing that it is
+part of, and so why.
+
+A round stops in a collection of which it would delete more than the configured
+share: so much was rarely meant to go. The exit code is then 5, and nothing of
+that collection is deleted until --force says that it was.
+
+With -o json and yaml it prints what the server says, one message a line.`,
+		Example: `  snapshotctl gc run --dry-run
+  snapshotctl gc run --collection docs --dry-run --objects
+  snapshotctl gc run --collection docs --tolerance 0s --wait`,
+		Args: args(),
+	}
+	f := cmd.Flags()
+	f.StringVar(&collection, "collection", "", "only in this `collection`; of one that was dropped, '#ID'")
+	f.BoolVar(&req.DryRun, "dry-run", false, "change nothing, and tell what would be done")
+	f.BoolVar(&tellsObjects, "objects", false, "with --dry-run, name each object that would go")
+	f.DurationVar(&tolerance, "tolerance", 0, "take what was dropped longer ago than this `time` span (default as configured)")
+	f.BoolVar(&req.Force, "force", false, "delete whatever share of the collection it is; needs --collection")
+	f.BoolVar(&req.Wait, "wait", false, "return when the files are deleted, up to --timeout")
+	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
+		switch {
+		case req.GetForce() && collection == "":
+			return wrong("--force needs --collection: only for one collection at a time is it said that so much shall go")
+		case tellsObjects && !req.GetDryRun():
+			return wrong("--objects needs --dry-run; what a round has granted is in `snapshotctl reclaim list --files`")
+		case req.GetWait() && req.GetDryRun():
+			return wrong("--wait and --dry-run exclude each other: a dry run deletes nothing that could be waited for")
+		case tolerance < 0:
+			return wrong("--tolerance %v: it must not be negative", tolerance)
+		}
+		if f.Changed("tolerance") {
+			req.Tolerance = durationpb.New(tolerance)
+		}
+		if collection != "" {
+			var err error
+			if req.Collection, err = a.collectionRef(collection); err != nil {
+				return err
+			}
+		}
+		c, err := a.connect()
+		if err != nil {
+			return err
+		}
+		limited, cancel := a.limit(ctx, 0)
+		defer cancel()
+		stream, err := c.Collector.Collect(limited, &req)
+		if err != nil {
+			return err
+		}
+		var (
+			rows *table
+			sum  *snapshotdv1.CollectSummary
+		)
+		err = receive(stream, func(msg *snapshotdv1.CollectResponse) error {
+			if msg.GetSummary() != nil {
+				sum = msg.GetSummary()
+			}
+			if a.output != formatTable {
+				return a.line(msg)
+			}
+			if !req.GetDryRun() || len(msg.GetItems()) == 0 {
+				return nil
+			}
+			if rows == nil {
+				// As wide as the longest kind, for rows are shown as they come.
+				rows = newTable(a.out, "", "ACTION", "KIND       ", "ID", "COLLECTION", "FILES", "BYTES", "REASON")
+			}
+			return collectRows(rows, msg.GetItems(), tellsObjects)
+		})
+		if err != nil {
+			return err
+		}
+		if sum == nil {
+			return errors.New("the server ended the round without saying what it came to; see `snapshotctl gc status`")
+		}
+		if a.output == formatTable {
+			put(a.out, "%s", roundText(sum, &req))
+			a.stops(ctx, c, sum, req.GetDryRun())
+		}
+		switch {
+		case sum.GetError() != "":
+			return fmt.Errorf("the round met trouble: %s", sum.GetError())
+		case sum.GetStopCount() > 0:
+			return status.Errorf(codes.FailedPrecondition, "%s in %s", map[bool]string{false: "the round stopped", true: "the round would stop"}[req.GetDryRun()],
+				count(sum.GetStopCount(), "collection"))
+		}
+		return nil
+	})
+	return cmd
+}
+
+// collectRows shows items, with objects the objects of each below it.
+func collectRows(t *table, items []*snapshotdv1.CollectItem, objects bool) error {
+	for _, i := range items {
+		id := strconv.FormatInt(i.GetId(), 10)
+		if i.GetName() != "" {
+			id += " (" + i.GetName() + ")"
+		}
+		files, bytes := "", "" // of what stays they need not be known
+		if i.GetFiles() > 0 || i.GetAction() == snapshotdv1.CollectItem_ACTION_DELETE {
+			files, bytes = strconv.FormatInt(i.GetFiles(), 10), size(i.GetBytes())
+		}
+		t.row(lower(i.GetAction(), "ACTION_"), lower(i.GetKind(), "KIND_"), id, fmt.Sprintf("#%d", i.GetCollectionId()), files, bytes, i.GetReason())
+		if !objects || len(i.GetObjects()) == 0 {
+			continue
+		}
+		if err := t.flush(); err != nil {
+			return err
+		}
+		for _, o := range i.GetObjects() {
+			if _, err := fmt.Fprintf(t.out, "    %s  %s  %s\n", clean(o.GetStore()), clean(o.GetKey()), size(o.GetSize())); err != nil {
+				return err
+			}
+		}
+	}
+	return t.flush()
+}
+
+// filesText says how many files there are and of what size.
+func filesText(files, bytes int64) string {
+	return fmt.Sprintf("%s, %s", count(files, "file"), size(bytes))
+}
+
+// roundText says what a round came to.
+func roundText(sum *snapshotdv1.CollectSummary, req *snapshotdv1.CollectRequest) string {
+	var b strings.Builder
+	of := fmt.Sprintf("%s: %s", count(sum.GetGranted(), "unit"), filesText(sum.GetFiles(), sum.GetBytes()))
+	switch {
+	case sum.GetGranted() == 0 && sum.GetStopCount() > 0: // which is told of each
+	case sum.GetGranted() == 0:
+		put(&b, "no unit can go\n")
+	case req.GetDryRun():
+		put(&b, "would delete %s\n", of)
+	case req.GetWait():
+		put(&b, "deleted %s\n", of)
+	default:
+		put(&b, "snapshotd deletes %s\n", of)
+	}
+	if sum.GetWaiting() > 0 {
+		put(&b, "waiting: %s, dropped too recently\n", count(sum.GetWaiting(), "unit"))
+	}
+	if sum.GetHeld() > 0 {
+		put(&b, "held: %s%s\n", count(sum.GetHeld(), "unit"), parkedText(sum.GetParked()))
+	}
+	if sum.GetRemoved() > 0 {
+		put(&b, "gone for good: %s\n", removedText(sum.GetRemoved()))
+	}
+	return b.String()
+}
+
+func parkedText(n int64) string {
+	if n == 0 {
+		return ""
+	}
+	return fmt.Sprintf(", the records of %d in the object store", n)
+}
+
+// removedText names the things of which nothing is left, which the server counts
+// together.
+func removedText(n int64) string {
+	if n == 1 {
+		return "1 collection, partition or index"
+	}
+	return fmt.Sprintf("%d collections, partitions and indexes", n)
+}
+
+// stops tells in which collections a round stopped, and the way on.
+func (a *app) stops(ctx context.Context, c *client.Client, sum *snapshotdv1.CollectSummary, dryRun bool) {
+	if len(sum.GetStops()) == 0 {
+		return
+	}
+	share := "the configured share"
+	if resp, err := unary(ctx, a, c.Collector.GetCollectorStatus, &snapshotdv1.GetCollectorStatusRequest{}); err == nil { // else it is said without
+		share = shareText(resp.GetMaxShare())
+	}
+	stopped, look := "stopped", "look at it with --dry-run, then run"
+	if dryRun {
+		stopped, look = "would stop", "if so much shall go, run"
+	}
+	for _, s := range sum.GetStops() {
+		named, as := fmt.Sprintf("#%d", s.GetCollectionId()), fmt.Sprintf("#%d", s.GetCollectionId())
+		resp, err := unary(ctx, a, c.Catalog.GetCollection, &snapshotdv1.GetCollectionRequest{Collection: idRef(s.GetCollectionId())})
+		if col := resp.GetCollection(); err == nil && col.GetName() != "" { // else it goes by its id
+			as = strings.TrimPrefix(fullName(col.GetDb(), col.GetName(), col.GetId()), "default/")
+			named = fmt.Sprintf("%s (%d)", clean(as), col.GetId())
+		}
+		put(a.out, "%s in collection %s: %d of %s would go, more than %s; %s `snapshotctl gc run --collection %s --force`\n",
+			stopped, named, s.GetDue(), count(s.GetTotal(), "unit"), share, look, word(as, ""))
+	}
+	if more := sum.GetStopCount() - int64(len(sum.GetStops())); more > 0 {
+		put(a.out, "%s in %s more\n", stopped, count(more, "collection"))
+	}
+}
+
+// shareText writes a share of one for people, to a tenth of a percent.
+func shareText(share float64) string {
+	return strconv.FormatFloat(math.Round(share*1000)/10, 'f', -1, 64) + "%"
+}
+
+func (a *app) gcStatus() *cobra.Command {
+	return &cobra.Command{
+		Use:     "status",
+		Short:   "Shows what the leader's last round came to, and what is left to do",
+		Example: "  snapshotctl gc status",
+		Args:    args(),
+		RunE: a.run(func(ctx context.Context, _ []string) error {
+			c, err := a.connect()
+			if err != nil {
+				return err
+			}
+			resp, err := unary(ctx, a, c.Collector.GetCollectorStatus, &snapshotdv1.GetCollectorStatusRequest{})
+			if err != nil {
+				return err
+			}
+			return a.print(resp, func(w io.Writer) { renderCollector(w, resp) })
+		}),
+	}
+}
+
+func renderCollector(w io.Writer, r *snapshotdv1.GetCollectorStatusResponse) {
+	enabled, blocked := "on", "no"
+	if !r.GetEnabled() {
+		enabled = "off: nothing is deleted before somebody asks for it"
+	}
+	if r.GetBlocked() != "" {
+		blocked = r.GetBlocked()
+	}
+	facts(w, "",
+		"collector", enabled,
+		"blocked", blocked,
+		"tolerance", r.GetTolerance().AsDuration(),
+		"stops at", shareText(r.GetMaxShare())+" of a collection",
+		"deleting", count(r.GetDeleting(), "unit"),
+		"not confirmed by callers", count(r.GetUnconfirmed(), "unit"),
+	)
+	sum := r.GetLastRound()
+	if sum == nil {
+		put(w, "There was no round yet.\n")
+		return
+	}
+	took := sum.GetEndTime().AsTime().Sub(sum.GetStartTime().AsTime())
+	stops := "nowhere"
+	if sum.GetStopCount() > 0 {
+		var in []string
+		for _, s := range sum.GetStops() {
+			in = append(in, fmt.Sprintf("#%d (%d of %s)", s.GetCollectionId(), s.GetDue(), count(s.GetTotal(), "unit")))
+		}
+		if more := sum.GetStopCount() - int64(len(sum.GetStops())); more > 0 {
+			in = append(in, fmt.Sprintf("%d more", more))
+		}
+		stops = strings.Join(in, ", ")
+	}
+	trouble := sum.GetError()
+	if trouble == "" {
+		trouble = "none"
+	}
+	put(w, "Last round\n")
+	facts(w, "  ",
+		"by", sum.GetReplica(),
+		"began", sum.GetStartTime(),
+		"took", took.Round(time.Millisecond),
+		"granted", fmt.Sprintf("%s: %s", count(sum.GetGranted(), "unit"), filesText(sum.GetFiles(), sum.GetBytes())),
+		"waiting", count(sum.GetWaiting(), "unit"),
+		"held", count(sum.GetHeld(), "unit")+parkedText(sum.GetParked()),
+		"gone for good", removedText(sum.GetRemoved()),
+		"stopped in", stops,
+		"trouble", trouble,
+	)
+}
+
+func (a *app) gcExplain() *cobra.Command {
+	req := snapshotdv1.ExplainObjectRequest{}
+	cmd := &cobra.Command{
+		Use:   "explain KEY",
+		Short: "Says what an object belongs to, and whether and why it stays",
+		Long: `Says what an object of an object store belongs to, and whether and why it stays.
+KEY is the object's whole key in the store. The object need not be there.
+` + "`snapshotctl explain`" + ` says more about a segment, an index build or a file of a collection.`,
+		Example: `  snapshotctl gc explain snapshots/7/42/metadata.json
+  snapshotctl gc explain engine/7/8/101/insert/100/1 --store archive`,
+		Args: args("KEY"),
+	}
+	cmd.Flags().StringVar(&req.Store, "store", "", "`alias` of the store (default the one for snapshots)")
+	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
+		if req.Key = args[0]; req.GetKey() == "" {
+			return wrong("KEY is empty: which object?")
+		}
+		c, err := a.connect()
+		if err != nil {
+			return err
+		}
+		resp, err := unary(ctx, a, c.Collector.ExplainObject, &req)
+		if err != nil {
+			return err
+		}
+		return a.print(resp, func(w io.Writer) { renderObject(w, req.GetKey(), resp) })
+	})
+	return cmd
+}
+
+func renderObject(w io.Writer, key string, r *snapshotdv1.ExplainObjectResponse) {
+	what := r.GetWhat()
+	if what == "" {
+		what = "not known"
+	}
+	put(w, "%s: %s\n", clean(key), clean(what))
+	explainMore(w, "It is", explainHolders(&snapshotdv1.UnitReferences{Holders: r.GetHolders(), HolderCount: int64(len(r.GetHolders()))}))
+	switch reason := clean(r.GetReason()); {
+	case !r.GetExists():
+		put(w, "It is not there: %s\n", strings.TrimPrefix(reason, "there is no such object; "))
+	case r.GetKept():
+		put(w, "It stays: %s\n", reason)
+	default:
+		put(w, "It may go: %s\n", reason)
+	}
+	if r.GetCollectionId() != 0 && r.GetSegmentId() != 0 {
+		put(w, "More: snapshotctl explain --collection '#%d' %d\n", r.GetCollectionId(), r.GetSegmentId())
+	}
+}
+
+func (a *app) gcOrphans() *cobra.Command {
+	var (
+		collection string
+		remove     bool
+		grace      time.Duration
+	)
+	cmd := &cobra.Command{
+		Use:   "orphans",
+		Short: "Lists objects that nothing knows, and deletes them when told to",
+		Long: `Lists the objects that nothing knows: under snapshotd's own prefixes, where the
+collector deletes them by itself when they are old enough, or with --collection
+under the roots of a collection. It reads the listing of the stores, and takes as
+long as that does.
+
+With --delete those under the roots of a collection go that are deletable and
+older than --grace by the store's clock, and are listed. An engine writes files
+before it registers them, and until then they are orphans: --grace must be
+longer than that ever takes. Another program's files under the roots of the
+collection look the same, so look at the list first.
+
+With -o json and yaml it prints what the server says, one message a line.`,
+		Example: `  snapshotctl gc orphans
+  snapshotctl gc orphans --collection docs
+  snapshotctl gc orphans --collection docs --delete --grace 24h`,
+		Args: args(),
+	}
+	f := cmd.Flags()
+	f.StringVar(&collection, "collection", "", "under the roots of this `collection` (default under snapshotd's own prefixes)")
+	f.BoolVar(&remove, "delete", false, "delete those that are deletable; needs --collection and --grace")
+	f.DurationVar(&grace, "grace", 0, "with --delete, how old an object must be: a `time` span of at least 1h")
+	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
+		switch {
+		case remove && collection == "":
+			return wrong("--delete needs --collection: under snapshotd's own prefixes the collector deletes by itself, and an engine's files go for one collection at a time")
+		case remove && !f.Changed("grace"):
+			return wrong("--delete needs --grace: a file that is written and not registered yet is an orphan, too; give a time span, such as 24h, that is longer than a file ever stays so")
+		case !remove && f.Changed("grace"):
+			return wrong("--grace is for --delete; without it orphans of any age are listed")
+		}
+		var ref *snapshotdv1.CollectionRef
+		if collection != "" {
+			var err error
+			if ref, err = a.collectionRef(collection); err != nil {
+				return err
+			}
+		}
+		c, err := a.connect()
+		if err != nil {
+			return err
+		}
+		ctx, cancel := a.limit(ctx, 0)
+		defer cancel()
+		o := orphans{app: a, table: newTable(a.out, "", "STORE", "KEY", "SIZE", "AGE", "DELETABLE", "REASON")}
+		if remove {
+			stream, err := c.Collector.DeleteOrphans(ctx, &snapshotdv1.DeleteOrphansRequest{Collection: ref, Grace: durationpb.New(grace)})
+			if err != nil {
+				return err
+			}
+			err = receive(stream, func(msg *snapshotdv1.DeleteOrphansResponse) error {
+				if a.output != formatTable {
+					return a.line(msg)
+				}
+				return o.show(msg.GetDeleted())
+			})
+			return o.end(err, "deleted: %s\n", count(o.n, "object")+", "+size(o.bytes))
+		}
+		stream, err := c.Collector.ListOrphans(ctx, &snapshotdv1.ListOrphansRequest{Collection: ref})
+		if err != nil {
+			return err
+		}
+		err = receive(stream, func(msg *snapshotdv1.ListOrphansResponse) error {
+			if a.output != formatTable {
+				return a.line(msg)
+			}
+			return o.show(msg.GetOrphans())
+		})
+		return o.end(err, "%s; deletable: %s\n", count(o.n, "orphan")+", "+size(o.bytes), fmt.Sprintf("%d, %s", o.deletable, size(o.deletableBytes)))
+	})
+	return cmd
+}
+
+// orphans shows orphans as they come, and counts them.
+type orphans struct {
+	app                   *app
+	table                 *table
+	n, deletable          int64
+	bytes, deletableBytes int64
+}
+
+func (o *orphans) show(list []*snapshotdv1.Orphan) error {
+	for _, x := range list {
+		o.n, o.bytes = o.n+1, o.bytes+x.GetSize()
+		deletable := "no"
+		if x.GetDeletable() {
+			o.deletable, o.deletableBytes = o.deletable+1, o.deletableBytes+x.GetSize()
+			deletable = "yes"
+		}
+		o.table.row(x.GetStore(), x.GetKey(), size(x.GetSize()), x.GetAge().AsDuration().Round(time.Second), deletable, x.GetReason())
+	}
+	return o.table.flush()
+}
+
+// end ends a list with a sentence. After an error the sentence is about what came
+// before.
+func (o *orphans) end(err error, format string, args ...any) error {
+	if o.app.output == formatTable && (err == nil || o.n > 0) {
+		if flushErr := o.table.flush(); flushErr != nil && err == nil {
+			err = flushErr
+		}
+		put(o.app.out, format, args...)
+	}
+	return err
+}

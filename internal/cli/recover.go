@@ -1,0 +1,50 @@
+package cli
+
+import (
+	"context"
+	"io"
+
+	"github.com/spf13/cobra"
+
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
+)
+
+func (a *app) recoverCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "recover",
+		Short: "Lets a cluster go on whose metadata store was restored from a backup",
+		Long: `Lets a cluster go on whose metadata store is older than what it wrote into the
+object store, as after etcd was restored from a backup. Until then nothing is
+allocated, granted or deleted, for ids would be handed out twice.
+
+It skips the ids that may have been handed out since the backup. Objects under
+such ids are left alone for ever: what they were is in the lost part of the
+metadata. It changes nothing else, and nothing at all where the metadata store is
+not behind, so that it can be repeated.`,
+		Example: "  snapshotctl recover",
+		Args:    args(),
+		RunE: a.run(func(ctx context.Context, _ []string) error {
+			c, err := a.connect()
+			if err != nil {
+				return err
+			}
+			resp, err := unary(ctx, a, c.Collector.Recover, &snapshotdv1.RecoverRequest{})
+			if err != nil {
+				return err
+			}
+			return a.print(resp, func(w io.Writer) { renderRecovery(w, resp) })
+		}),
+	}
+}
+
+func renderRecovery(w io.Writer, r *snapshotdv1.RecoverResponse) {
+	switch skipped := r.GetNextId() - r.GetSkippedFrom(); {
+	case !r.GetWasBehind():
+		put(w, "nothing had to be done: the metadata store is not behind the object store\n")
+	case skipped <= 0:
+		put(w, "the metadata store was behind, and goes on; no ids had to be skipped, the next is %d\n", r.GetNextId())
+	default:
+		put(w, "the metadata store was behind, and goes on; skipped %s, from %d to %d; the next is %d\n",
+			count(skipped, "id"), r.GetSkippedFrom(), r.GetNextId()-1, r.GetNextId())
+	}
+}

@@ -1,0 +1,283 @@
+package copyjob
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/catalog/layout"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// What a job has made is removed twice: by rolling back, which removes all of it,
+// and when its record is forgotten, a week after it has ended. By then a store may
+// have carried out copies of workers that were frozen. What a job that was given
+// up finds then is removed like before.
+//
+// The target of a job that is COMPLETED is in use, and its segments come and go.
+// There, a copy came late when it is of a segment or build of the job's id ranges
+// that has no record at a revision read after the listing that showed it: ids
+// never return. Files that an engine has written since belong to other ids, or to
+// a segment that has a record.
+//
+// Neither touches a file that the job cannot have made by its path.
+
+// How objects of jobs are removed.
+const (
+	removesInFlight = 16  // prefixes of a job at once
+	removeBatch     = 500 // objects at a time
+	lateSegments    = 20  // whose records one transaction reads, under six keys each
+)
+
+// lateGrace is how old, by the store's clock, a copy that came late must be to be
+// removed. While one is younger, its job is not forgotten.
+const lateGrace = time.Hour
+
+// errYoung means that there are late copies that are too young.
+var errYoung = errors.New("late copies are too young to be removed")
+
+// places calls fn with each of the prefixes that objects of the job lie under,
+// several at once.
+func (l *leader) places(ctx context.Context, job *Job, fn func(ctx context.Context, m *layout.Mapping, at target) error) error {
+	if !job.Copied {
+		return nil
+	}
+	m := job.clean()
+	if err := m.Check(); err != nil {
+		return fmt.Errorf("job %s: %w", job, err)
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(removesInFlight)
+	for number, root := range job.Roots {
+		store, ok := l.o.Stores[root.Store]
+		if !ok && job.State == Completed {
+			l.log.Warn("late copies of a restore are not looked for: the object store is not configured here any more",
+				zap.Int64("job", job.ID), zap.String("store", root.Store))
+			continue
+		}
+		if !ok {
+			_ = group.Wait() // this error comes first
+			return fmt.Errorf("job %s: object store %q of root %d is not configured here", job, root.Store, number)
+		}
+		for prefix := range m.Prefixes() {
+			if ctx.Err() != nil {
+				break
+			}
+			group.Go(func() error { return fn(ctx, m, target{store: store, root: root.Prefix, prefix: root.Prefix + prefix}) })
+		}
+	}
+	if err := group.Wait(); err != nil {
+		return fmt.Errorf("job %s: %w", job, err)
+	}
+	return nil
+}
+
+// target is a prefix in a store, and the root that it lies under.
+type target struct {
+	store        object.Store
+	root, prefix string
+}
+
+// copied is an object that a job may have made.
+type copied struct {
+	info           object.Info
+	segment, build int64 // of the target; no build: 0
+}
+
+// pages calls fn with the objects of a place that the job may have made, some at a
+// time, and returns how many others there are. The page is fn's until it returns.
+func (t target) pages(ctx context.Context, m *layout.Mapping, fn func([]copied) error) (foreign int64, err error) {
+	var page []copied
+	for info, err := range t.store.List(ctx, t.prefix) {
+		if err != nil {
+			return 0, err
+		}
+		id, build, ok := m.Makes(info.Key[len(t.root):])
+		if !ok {
+			foreign++
+			continue
+		}
+		if page = append(page, copied{info, id, build}); len(page) < removeBatch {
+			continue
+		}
+		if err := fn(page); err != nil {
+			return 0, err
+		}
+		page = page[:0]
+	}
+	if len(page) > 0 {
+		err = fn(page)
+	}
+	return foreign, err
+}
+
+// delete deletes objects of a place.
+func (l *leader) delete(ctx context.Context, store object.Store, list []copied) error {
+	if len(list) == 0 {
+		return nil
+	}
+	names := make([]string, len(list))
+	var bytes int64
+	for i := range list {
+		names[i] = list[i].info.Key
+		bytes += list[i].info.Size
+	}
+	if err := store.Delete(ctx, names...); err != nil {
+		return err
+	}
+	l.o.Deleted(int64(len(list)), bytes)
+	return nil
+}
+
+// removeObjects removes all objects that a job may have made, open uploads
+// included, and returns how many others lie among them, which stay.
+func (l *leader) removeObjects(ctx context.Context, job *Job) (foreign int64, err error) {
+	var others atomic.Int64
+	err = l.places(ctx, job, func(ctx context.Context, m *layout.Mapping, at target) error {
+		if _, err := at.store.AbortUploads(ctx, at.prefix, time.Time{}); err != nil {
+			return err
+		}
+		n, err := at.pages(ctx, m, func(page []copied) error { return l.delete(ctx, at.store, page) })
+		others.Add(n)
+		return err
+	})
+	return others.Load(), err
+}
+
+// sweepLate removes what was copied after the job had ended. It is errYoung when
+// some of it has to wait.
+func (l *leader) sweepLate(ctx context.Context, job *Job) error {
+	if job.State != Completed {
+		_, err := l.removeObjects(ctx, job)
+		return err
+	}
+	var removed, young atomic.Int64
+	err := l.places(ctx, job, func(ctx context.Context, m *layout.Mapping, at target) error {
+		now, err := at.store.Now(ctx)
+		if err != nil {
+			return err
+		}
+		// An engine cannot have begun one before the job ended.
+		if _, err := at.store.AbortUploads(ctx, at.prefix, earlier(job.EndTime, now.Add(-lateGrace))); err != nil {
+			return err
+		}
+		_, err = at.pages(ctx, m, func(page []copied) error {
+			late, err := l.late(ctx, job, page)
+			if err != nil {
+				return err
+			}
+			n := len(late)
+			late = slices.DeleteFunc(late, func(c copied) bool { return now.Sub(c.info.ModTime) < lateGrace })
+			young.Add(int64(n - len(late)))
+			removed.Add(int64(len(late)))
+			return l.delete(ctx, at.store, late)
+		})
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if n := removed.Load(); n > 0 {
+		l.log.Info("copies were removed that came after the restore had ended", zap.Int64("job", job.ID), zap.Int64("objects", n))
+	}
+	if n := young.Load(); n > 0 {
+		return fmt.Errorf("job %s: %d: %w", job, n, errYoung)
+	}
+	return nil
+}
+
+func earlier(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
+}
+
+// late returns those of the listed objects that nothing knows any more. It reads
+// the records that tell, all after the listing.
+func (l *leader) late(ctx context.Context, job *Job, page []copied) ([]copied, error) {
+	type unit struct{ segment, build int64 }
+	dead := map[unit]bool{}
+	var order []unit
+	for _, c := range page {
+		u := unit{c.segment, c.build}
+		if _, seen := dead[u]; !seen {
+			dead[u] = false
+			order = append(order, u)
+		}
+	}
+	for part := range slices.Chunk(order, lateSegments) {
+		var gets []meta.Op
+		for _, u := range part {
+			// The id is the build's, or else the segment's: both are ids of units.
+			id := u.build
+			if id == 0 {
+				id = u.segment
+			}
+			gets = append(gets, meta.Get(keys.Segment(job.Target, u.segment)), meta.Get(keys.Unit(job.Target, u.segment)),
+				meta.Get(keys.Tomb(job.Target, u.segment)), meta.Get(keys.Unit(job.Target, id)), meta.Get(keys.Tomb(job.Target, id)),
+				meta.GetRange(meta.Prefix(keys.ReplacedPrefix(job.Target, u.segment))))
+		}
+		res, err := l.kv.Txn(ctx, meta.Txn{If: []meta.Cond{l.fence, job.unchanged(), meta.Absent(keys.Behind)}, Then: gets})
+		if err != nil {
+			return nil, fmt.Errorf("read segments: %w", err)
+		}
+		if !res.Succeeded {
+			return nil, errChanged
+		}
+		for i, u := range part {
+			if dead[u], err = isLate(job, u.build, res.Ranges[6*i:6*i+6]); err != nil {
+				return nil, err
+			}
+		}
+	}
+	var list []copied
+	for _, c := range page {
+		if dead[unit{c.segment, c.build}] {
+			list = append(list, c)
+		}
+	}
+	return list, nil
+}
+
+// isLate decides on the files of a segment, or of a build of it (0: none), by its records:
+// that of the segment, the unit and tombstone of the segment and of the build, and
+// the keys of units that were parts of the segment.
+func isLate(job *Job, build int64, found [][]meta.KeyValue) (bool, error) {
+	for _, kvs := range found[1:] {
+		if len(kvs) > 0 {
+			return false, nil
+		}
+	}
+	if len(found[0]) == 0 {
+		return true, nil
+	}
+	if build == 0 {
+		return false, nil
+	}
+	s, err := catalog.DecodeSegment(job.Target, found[0][0])
+	if err != nil {
+		return false, err
+	}
+	for i := range s.Builds {
+		if s.Builds[i].ID == build {
+			return false, nil
+		}
+	}
+	for f := range s.AllFiles() { // that it has in another way
+		if segment.Carries(f.Path, build) {
+			return false, nil
+		}
+	}
+	return true, nil
+}

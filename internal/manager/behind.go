@@ -1,0 +1,43 @@
+package manager
+
+import (
+	"context"
+	"errors"
+)
+
+// errNoEpoch means that nobody looks whether the metadata store has gone back in
+// time, which only tests ask for.
+var errNoEpoch = errors.New("this replica keeps no epoch")
+
+// whileNotBehind has a leader's work done while the metadata store has not gone
+// back in time.
+func (m *Manager) whileNotBehind(ctx context.Context, work func(ctx context.Context) error) error {
+	if m.o.Epoch == nil {
+		return work(ctx)
+	}
+	return m.o.Epoch.Lead(ctx, work)
+}
+
+// Behind says why nothing is allocated and deleted: that the metadata store has
+// gone back in time, and what to do; empty: it has not, as far as is known.
+func (m *Manager) Behind(ctx context.Context) (string, error) {
+	if m.o.Epoch == nil {
+		return "", nil
+	}
+	behind, err := m.o.Epoch.Behind(ctx)
+	if err != nil || behind == nil {
+		return "", err
+	}
+	return behind.Error(), nil
+}
+
+// Recover ends the state in which the metadata store is behind the object store. It
+// returns whether it was, the lowest id that is handed out from now on, and the
+// lowest of those that were passed over, equal to it when none was. A repeat is
+// success. With an error it may have happened.
+func (m *Manager) Recover(ctx context.Context) (wasBehind bool, next, skippedFrom int64, err error) {
+	if m.o.Epoch == nil {
+		return false, 0, 0, errNoEpoch
+	}
+	return m.o.Epoch.Recover(ctx)
+}

@@ -1,0 +1,208 @@
+package manager
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/store/epoch"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
+	"github.com/snapshotd/snapshotd/internal/store/meta/metatest"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// withEpoch has a replica notice when the metadata store has gone back in time, as
+// the program does.
+func withEpoch(o *Options) {
+	o.Epoch = epoch.New(epoch.Options{
+		KV: o.KV, Store: o.Stores[o.SnapshotStore], Cluster: o.Cluster.ID, Now: o.Now, Rand: rand.Reader, Log: o.Log.Named("epoch"),
+	})
+	o.Catalog = catalog.New(catalog.Options{
+		KV: o.KV, Now: o.Now, Rand: rand.Reader, Requests: o.Requests,
+		HasStore: func(a string) bool { return a == "default" }, RaiseIDs: o.Epoch.Raise,
+	})
+}
+
+// goBack replaces the metadata store by one that is restored from a backup.
+func (w *world) goBack(backup []meta.KeyValue, revision int64) {
+	w.t.Helper()
+	kv := metamemory.New(metamemory.Options{Now: w.now})
+	metatest.Restore(w.t, kv, backup, revision)
+	w.kv, w.memory = kv, kv
+}
+
+// A leader on a metadata store that was restored from a backup does nothing, and
+// nobody is given an id or a grant, until somebody says that it has recovered.
+func TestLeaderOfARestoredStore(t *testing.T) {
+	for name, revision := range map[string]int64{"lower revision": 0, "higher revision": 10_000} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				ctx := t.Context()
+				r := w.start("before", withEpoch)
+				col, _, _ := w.collection(r, "c")
+				one, two := w.segment(r, col, 0, 10, 19), w.segment(r, col, 0, 20, 29)
+				w.addWritten(r, col, one, two)
+				w.checkpoint(r, col, 100, 100)
+				asks := w.dropSegments(r, col, two.ID) // no snapshot holds it
+				expiring := spec(col, "expiring")
+				expiring.TTL = time.Hour
+				s, err := r.Create(ctx, request.Token{}, expiring)
+				if err != nil {
+					t.Fatal(err)
+				}
+				settle()
+				backup := metatest.Backup(t, w.kv)
+				// It goes on, and is lost; so is what was done since.
+				time.Sleep(2 * time.Minute)
+				late := w.create(r, col, "late")
+				last, err := r.catalog.AllocateIDs(ctx, request.Token{}, 1000)
+				if err != nil {
+					t.Fatal(err)
+				}
+				r.stop()
+
+				w.goBack(backup, revision)
+				r = w.start("after", withEpoch)
+				time.Sleep(2 * time.Hour)
+				settle()
+				if got, err := r.Get(ctx, Ref{ID: s.ID}); err != nil || got.State != Committed {
+					t.Errorf("the leader expired what may have been renewed: %v, %v", got, err)
+				}
+				if !r.Stats().Leading {
+					t.Error("nobody leads")
+				}
+				if why, err := r.Behind(ctx); err != nil || !strings.Contains(why, "snapshotctl recover") {
+					t.Errorf("behind: %q, %v", why, err)
+				}
+				if _, err := r.catalog.AllocateIDs(ctx, request.Token{}, 1); !errors.Is(err, epoch.ErrBehind) {
+					t.Errorf("allocate: %v", err)
+				}
+				if _, err := r.Create(ctx, request.Token{}, spec(col, "new")); !errors.Is(err, epoch.ErrBehind) {
+					t.Errorf("create: %v", err)
+				}
+				ref := catalog.Ref{ID: col.ID}
+				if _, err := r.GC().Reclaim(ctx, ref, asks, gc.BySnapshotd, "tester"); !errors.Is(err, epoch.ErrBehind) {
+					t.Errorf("reclaim: %v", err)
+				}
+				if a, err := r.GC().Check(ctx, ref, asks); err != nil || a[0].State != gc.Dropped || a[0].Holders != 0 {
+					t.Errorf("check: %v, %v", a, err)
+				}
+				settle()
+				if n := len(w.objectsUnder("snapshots/")); n == 0 {
+					t.Error("objects of a snapshot are deleted")
+				}
+
+				was, next, _, err := r.Recover(ctx)
+				if err != nil || !was || next < last.First+last.Count || next <= late.ID {
+					t.Errorf("recover: %v, %d, %v; ids up to %d were handed out", was, next, err, last.First+last.Count-1)
+				}
+				time.Sleep(2 * time.Minute)
+				settle()
+				if why, err := r.Behind(ctx); why != "" || err != nil {
+					t.Errorf("behind: %q, %v", why, err)
+				}
+				if _, err := r.Get(ctx, Ref{ID: s.ID}); !errors.Is(err, ErrExpiredOrDropped) {
+					t.Errorf("the leader does not go on: %v", err)
+				}
+				w.granted(w.reclaim(r, col, gc.BySnapshotd, asks...))
+				if id := w.newID(r); id < next {
+					t.Errorf("id %d, want %d or more", id, next)
+				}
+				w.create(r, col, "new")
+			})
+		})
+	}
+}
+
+// A leader that is at work ends it when the store is found to be behind.
+func TestLeaderEndsItsWork(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		ctx := t.Context()
+		r := w.start("a", withEpoch)
+		col, _, _ := w.collection(r, "c")
+		w.addWritten(r, col, w.segment(r, col, 0, 10, 19))
+		w.checkpoint(r, col, 100, 100)
+		short := spec(col, "short")
+		short.TTL = time.Hour
+		s, err := r.Create(ctx, request.Token{}, short)
+		if err != nil {
+			t.Fatal(err)
+		}
+		settle()
+		w.plantBeat(ctx, r, 1000, 9_000_000)
+		time.Sleep(2 * time.Hour)
+		settle()
+		if got, err := r.Get(ctx, Ref{ID: s.ID}); err != nil || got.State != Committed {
+			t.Errorf("the leader went on: %v, %v", got, err)
+		}
+		if _, _, _, err := r.Recover(ctx); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * time.Minute)
+		settle()
+		if _, err := r.Get(ctx, Ref{ID: s.ID}); !errors.Is(err, ErrExpiredOrDropped) {
+			t.Errorf("the leader does not go on: %v", err)
+		}
+	})
+}
+
+// grantHook calls do once, before the first transaction that puts a tombstone.
+type grantHook struct {
+	meta.KV
+	do func()
+}
+
+func (h *grantHook) Txn(ctx context.Context, txn meta.Txn) (meta.TxnResult, error) {
+	for _, op := range txn.Then {
+		if do := h.do; op.Kind == meta.OpPut && strings.HasPrefix(op.From, keys.AllTombsPrefix) && do != nil {
+			h.do = nil
+			do()
+		}
+	}
+	return h.KV.Txn(ctx, txn)
+}
+
+// The store is found to be behind between the look at the references and the grant.
+func TestGrantComparesBehind(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		ctx := t.Context()
+		hook := &grantHook{}
+		r := w.start("a", func(o *Options) { hook.KV, o.KV = o.KV, hook }, withEpoch)
+		col, _, _ := w.collection(r, "c")
+		one := w.segment(r, col, 0, 10, 19)
+		w.addWritten(r, col, one)
+		asks := w.dropSegments(r, col, one.ID)
+		settle()
+		found := false
+		hook.do = func() {
+			found = true
+			w.plantBeat(ctx, r, 1000, 9_000_000)
+			wantError(t, r.o.Epoch.Check(ctx), epoch.ErrBehind)
+		}
+		_, err := r.GC().Reclaim(ctx, catalog.Ref{ID: col.ID}, asks, gc.BySnapshotd, "tester")
+		if wantError(t, err, epoch.ErrBehind); !found {
+			t.Error("there was no grant")
+		}
+		if tombs := w.keysUnder(keys.AllTombsPrefix); len(tombs) > 0 {
+			t.Errorf("granted: %v", tombs)
+		}
+	})
+}
+
+// plantBeat writes a note of a metadata store that has come further.
+func (w *world) plantBeat(ctx context.Context, r *replica, beat, ceiling int64) {
+	w.t.Helper()
+	note := fmt.Sprintf(`{"format_version":1,"cluster_id":%q,"beat":"%d","nonce":"x","revision":"1","ceiling":"%d","time":"2026-01-02T03:04:05Z"}`,
+		r.o.Cluster.ID, beat, ceiling)
+	if _, err := w.objects.Put(ctx, epoch.Prefix+keys.ID(beat)+".json", []byte(note)); err != nil {
+		w.t.Fatal(err)
+	}
+}

@@ -1,0 +1,449 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// round makes one and waits for what it deletes.
+func (w *world) round(r *replica, o gc.CollectOptions) ([]gc.Item, gc.Summary) {
+	w.t.Helper()
+	var items []gc.Item
+	o.Emit = func(i gc.Item) error { items = append(items, i); return nil }
+	s, err := r.Collect(w.t.Context(), o)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	settle()
+	return items, s
+}
+
+// told are the kinds and actions of items, in order.
+func told(items []gc.Item) []string {
+	var list []string
+	for _, i := range items {
+		list = append(list, fmt.Sprintf("%d %d %d", i.Kind, i.Action, i.ID))
+	}
+	slices.Sort(list)
+	return list
+}
+
+func (w *world) drops(r *replica, col catalog.Collection) {
+	w.t.Helper()
+	if _, err := r.catalog.DropCollection(w.t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, 0); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// leftOf are the keys that there still are of a collection.
+func (w *world) leftOf(col catalog.Collection) []string {
+	w.t.Helper()
+	var list []string
+	for _, key := range append(w.keysUnder("/catalog/"), w.keysUnder("/gc/")...) {
+		if parts := strings.Split(key, "/"); parts[3] == keys.ID(col.ID) {
+			list = append(list, key)
+		}
+	}
+	return list
+}
+
+// The leader deletes what was dropped once the tolerance has passed, and not
+// before; what a snapshot holds waits for the snapshot.
+func TestCollectorWaits(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
+		col, _, _ := w.collection(r, "c")
+		free, held, lives := w.segment(r, col, 0, 1, 20), w.segment(r, col, 0, 21, 40), w.segment(r, col, 0, 41, 60)
+		w.addWritten(r, col, held, lives)
+		w.checkpoint(r, col, 100, 100)
+		s := w.create(r, col, "one")
+		w.addWritten(r, col, free)
+		w.dropSegments(r, col, free.ID, held.ID)
+		before := w.objectsUnder("data/")
+		time.Sleep(59 * time.Minute)
+		settle()
+		if diff := cmp.Diff(before, w.objectsUnder("data/")); diff != "" {
+			t.Errorf("before the tolerance has passed:\n%s", diff)
+		}
+		time.Sleep(3 * time.Minute)
+		settle()
+		want := []string{"data/" + held.Files[0].Path, "data/" + lives.Files[0].Path}
+		slices.Sort(want)
+		if diff := cmp.Diff(want, w.objectsUnder("data/")); diff != "" {
+			t.Errorf("after it:\n%s", diff)
+		}
+		w.dropSnapshot(r, s)
+		time.Sleep(3 * time.Minute)
+		settle()
+		if diff := cmp.Diff([]string{"data/" + lives.Files[0].Path}, w.objectsUnder("data/")); diff != "" {
+			t.Errorf("after the snapshot was dropped:\n%s", diff)
+		}
+		if left := append(w.keysUnder(keys.AllUnitsPrefix), w.keysUnder(keys.AllTombsPrefix)...); len(left) > 0 {
+			t.Errorf("left: %v", left)
+		}
+		w.check(r)
+	})
+}
+
+// A dropped collection goes with everything, and a snapshot of it is restored
+// though the collector has been there.
+func TestCollectorAndDroppedCollection(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		col := w.rich(r, "c", 6)
+		s := w.create(r, col, "one")
+		files := w.objectsUnder("data/")
+		late := w.segment(r, col, 0, 1000, 1001) // that the snapshot does not have
+		w.addWritten(r, col, late)
+		w.drops(r, col)
+		_, sum := w.round(r, gc.CollectOptions{})
+		if sum.Granted != 0 || len(w.objectsUnder("data/")) != len(files)+1 {
+			t.Errorf("before the tolerance: %+v", sum)
+		}
+		_, sum = w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+		if sum.Granted != 1 || sum.Held != 6 || sum.Removed != 0 {
+			t.Errorf("with a snapshot: %+v", sum)
+		}
+		if diff := cmp.Diff(files, w.objectsUnder("data/")); diff != "" {
+			t.Errorf("files of the snapshot:\n%s", diff)
+		}
+		before := w.traces()
+		sp := restoreSpecOf(s)
+		w.restored(r, before, w.completes(r, sp), sp)
+
+		w.dropSnapshot(r, s)
+		settle()
+		_, sum = w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+		if sum.Granted != 6 {
+			t.Errorf("without it: %+v", sum)
+		}
+		items, sum := w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+		if sum.Removed != 1 || len(items) != 1 || items[0].Kind != gc.ItemCollection || items[0].Action != gc.Deletes {
+			t.Errorf("the collection itself: %+v, %+v", items, sum)
+		}
+		if left := w.leftOf(col); len(left) > 0 {
+			t.Errorf("left: %v", left)
+		}
+		if _, err := r.catalog.Collection(t.Context(), catalog.Ref{ID: col.ID}); !errors.Is(err, catalog.ErrCollectionNotFound) {
+			t.Errorf("the collection: %v", err)
+		}
+	})
+}
+
+// A dropped partition takes its segments along, a dropped index its builds.
+func TestCollectorFinishesParts(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		col, p, x := w.collection(r, "c")
+		ref := catalog.Ref{ID: col.ID}
+		var in, out []segment.Segment
+		for i := range 70 {
+			s := w.segment(r, col, 0, segment.Timestamp(i*10+1), segment.Timestamp(i*10+9))
+			if i%2 == 0 {
+				s.Partition = p.ID
+			}
+			s.Files[0].Path = catalog.NativePath(col.ID, &s, &s.Files[0])
+			b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
+			b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/index/%d/f", col.ID, b.ID), Size: 5}}
+			s.Builds = []segment.Build{b}
+			if i%2 == 0 {
+				in = append(in, s)
+			} else {
+				out = append(out, s)
+			}
+		}
+		w.addWritten(r, col, append(slices.Clone(in), out...)...)
+		w.checkpoint(r, col, 1000, 1000)
+		s := w.create(r, col, "one")
+		if _, err := r.catalog.DropPartition(t.Context(), request.Token{}, ref, "p0"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.catalog.DropIndex(t.Context(), request.Token{}, ref, "x0"); err != nil {
+			t.Fatal(err)
+		}
+		items, sum := w.round(r, gc.CollectOptions{Tolerance: new(time.Duration), DryRun: true})
+		if diff := cmp.Diff([]string{fmt.Sprintf("4 1 %d", p.ID), fmt.Sprintf("5 1 %d", x.ID)}, told(items)); diff != "" || sum.Removed != 2 {
+			t.Errorf("dry run: %+v\n%s", sum, diff)
+		}
+		if len(w.keysUnder(keys.PartitionPrefix(col.ID))) != 1 || len(w.keysUnder(keys.IndexPrefix(col.ID))) != 1 {
+			t.Error("a dry run has changed something")
+		}
+		_, sum = w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+		if sum.Removed != 2 || sum.Held != int64(len(in)+len(out)) || sum.Granted != 0 {
+			t.Errorf("round: %+v", sum)
+		}
+		if len(w.keysUnder(keys.PartitionPrefix(col.ID))) != 0 || len(w.keysUnder(keys.IndexPrefix(col.ID))) != 0 {
+			t.Error("the records stay")
+		}
+		w.dropSnapshot(r, s)
+		settle()
+		_, sum = w.round(r, gc.CollectOptions{Tolerance: new(time.Duration), Collection: ref, Force: true})
+		if sum.Granted != int64(len(in)+len(out)) || sum.Files != int64(2*len(in)+len(out)) {
+			t.Errorf("round: %+v", sum)
+		}
+		var want []string
+		for _, s := range out {
+			want = append(want, "data/"+s.Files[0].Path)
+		}
+		slices.Sort(want)
+		if diff := cmp.Diff(want, w.objectsUnder("data/")); diff != "" {
+			t.Errorf("files:\n%s", diff)
+		}
+	})
+}
+
+// A round that would take too much of a collection in use stops, and says so,
+// until somebody insists.
+func TestCollectorStops(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
+		col, _, _ := w.collection(r, "c")
+		other, _, _ := w.collection(r, "d")
+		var ids []int64
+		var list []segment.Segment
+		for i := range 200 {
+			s := w.segment(r, col, 0, segment.Timestamp(i*10+1), segment.Timestamp(i*10+9))
+			list, ids = append(list, s), append(ids, s.ID)
+		}
+		w.addWritten(r, col, list...)
+		small := w.segment(r, other, 0, 1, 2)
+		w.addWritten(r, other, small)
+		for part := range slices.Chunk(ids[:101], catalog.MaxSwap) {
+			w.dropSegments(r, col, part...)
+		}
+		w.dropSegments(r, other, small.ID)
+		time.Sleep(62 * time.Minute)
+		settle()
+		if n := len(w.objectsUnder(fmt.Sprintf("data/%d/", col.ID))); n != 200 {
+			t.Errorf("%d files are left of 200", n)
+		}
+		if n := len(w.objectsUnder(fmt.Sprintf("data/%d/", other.ID))); n != 0 {
+			t.Error("it stopped in the other collection, too")
+		}
+		items, sum := w.round(r, gc.CollectOptions{})
+		want := []gc.Stop{{Collection: col.ID, Due: 101, Total: 200}}
+		if diff := cmp.Diff(want, sum.Stops); diff != "" || sum.StopCount != 1 || len(items) != 1 || items[0].Action != gc.Stops {
+			t.Errorf("%+v:\n%s", items, diff)
+		}
+		if last := r.GC().LastRound(); last == nil || last.StopCount != 1 {
+			t.Errorf("the leader's last round: %+v", last)
+		}
+		if _, sum = w.round(r, gc.CollectOptions{Collection: catalog.Ref{ID: col.ID}, Force: true}); sum.Granted != 101 {
+			t.Errorf("with force: %+v", sum)
+		}
+		if n := len(w.objectsUnder(fmt.Sprintf("data/%d/", col.ID))); n != 99 {
+			t.Errorf("%d files are left, want 99", n)
+		}
+	})
+}
+
+// A dry run says what would become of each unit and object and why, changes
+// nothing, and the round that follows does what it said.
+func TestCollectorDryRun(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		col, _, _ := w.collection(r, "c")
+		held, free, fresh := w.segment(r, col, 0, 1, 20), w.segment(r, col, 0, 21, 40), w.segment(r, col, 0, 41, 60)
+		w.addWritten(r, col, held, fresh)
+		w.checkpoint(r, col, 100, 100)
+		w.create(r, col, "before-sale")
+		w.addWritten(r, col, free)
+		w.dropSegments(r, col, held.ID, free.ID)
+		time.Sleep(4 * time.Hour)
+		w.dropSegments(r, col, fresh.ID)
+		revision := func() int64 { _, _, rev, _ := w.kv.Get(t.Context(), keys.IDs); return rev }
+		objects, before := w.objectsUnder("data/"), revision()
+		items, sum := w.round(r, gc.CollectOptions{DryRun: true})
+		if sum.Granted != 1 || sum.Held != 1 || sum.Waiting != 1 || sum.Files != 1 || sum.Bytes != 10 {
+			t.Errorf("%+v", sum)
+		}
+		if diff := cmp.Diff(objects, w.objectsUnder("data/")); diff != "" || revision() != before {
+			t.Errorf("a dry run has changed something:\n%s", diff)
+		}
+		reasons := map[int64]string{}
+		for _, i := range items {
+			reasons[i.ID] = fmt.Sprintf("%d: %s", i.Action, i.Reason)
+			if i.Action != gc.Deletes {
+				continue
+			}
+			if diff := cmp.Diff([]gc.Object{{Store: "default", Key: "data/" + free.Files[0].Path, Size: 10}}, i.Objects); diff != "" {
+				t.Errorf("objects:\n%s", diff)
+			}
+		}
+		for id, want := range map[int64]string{
+			free.ID:  "1: dropped 4h0m0s ago, and no snapshot holds it",
+			held.ID:  "2: held by snapshot before-sale",
+			fresh.ID: "3: dropped 0s ago; the tolerance is 3h0m0s",
+		} {
+			if !strings.HasPrefix(reasons[id], want) {
+				t.Errorf("%d: %q, want %q", id, reasons[id], want)
+			}
+		}
+		if _, sum = w.round(r, gc.CollectOptions{}); sum.Granted != 1 {
+			t.Errorf("the round: %+v", sum)
+		}
+	})
+}
+
+// Whatever call of a round fails, before or after its effect: nothing that is
+// held goes, and in the end all that is free is gone.
+func TestCollectorSurvivesEachFailedCall(t *testing.T) {
+	scene := func(t *testing.T, fail func(r *replica, n int) func() bool) {
+		for n := 0; ; n++ {
+			fired := false
+			inWorld(t, func(t *testing.T, w *world) {
+				r := w.start("a", func(o *Options) { o.CollectorOff = true })
+				col, p, x := w.collection(r, "c")
+				gone, _, _ := w.collection(r, "gone")
+				held, free, part := w.segment(r, col, 0, 1, 20), w.segment(r, col, 0, 21, 40), w.segment(r, col, 0, 41, 60)
+				part.Partition = p.ID
+				part.Files[0].Path = catalog.NativePath(col.ID, &part, &part.Files[0])
+				b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
+				b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/index/%d/f", col.ID, b.ID), Size: 5}}
+				free.Builds = []segment.Build{b}
+				w.addWritten(r, col, held, part)
+				w.addWritten(r, gone, w.segment(r, gone, 0, 1, 2))
+				w.checkpoint(r, col, 100, 100)
+				s := w.create(r, col, "one")
+				w.addWritten(r, col, free)
+				w.dropSegments(r, col, held.ID)
+				for _, err := range []error{
+					second(r.catalog.DropPartition(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, "p0")),
+					second(r.catalog.DropIndex(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, "x0")),
+					second(r.catalog.DropCollection(t.Context(), request.Token{}, catalog.Ref{ID: gone.ID}, 0)),
+				} {
+					if err != nil {
+						t.Fatal(err)
+					}
+				}
+				settle()
+				done := fail(r, n)
+				for range 2 {
+					_, _ = r.Collect(t.Context(), gc.CollectOptions{Tolerance: new(time.Duration)}) // may fail
+					settle()
+				}
+				fired = done()
+				r.lift()
+				time.Sleep(5 * time.Minute) // the deletes that failed are tried again
+				for range 3 {
+					w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+				}
+				want := []string{"data/" + held.Files[0].Path, "data/" + free.Files[0].Path, "data/" + part.Files[0].Path}
+				slices.Sort(want)
+				if diff := cmp.Diff(want, w.objectsUnder("data/")); diff != "" {
+					t.Fatalf("call %d, files:\n%s", n, diff)
+				}
+				if left := w.leftOf(gone); len(left) > 0 {
+					t.Fatalf("call %d, left: %v", n, left)
+				}
+				if _, err := w.segments(r, s), w.check(r); err == nil {
+					t.Fatal("the snapshot is gone")
+				}
+			})
+			if !fired {
+				if n < 1 {
+					t.Error("no call failed")
+				}
+				return
+			}
+		}
+	}
+	methods := []meta.Method{meta.MethodGet, meta.MethodRange, meta.MethodScan, meta.MethodTxn}
+	for name, fault := range map[string]meta.Fault{"before": meta.Before, "after": meta.After} {
+		t.Run("metadata store "+name, func(t *testing.T) {
+			scene(t, func(r *replica, n int) func() bool {
+				r.kv.FailNth(n, fault, methods...)
+				return func() bool { return r.kv.Fired() > 0 }
+			})
+		})
+	}
+	for name, fault := range map[string]object.Fault{"before": object.FaultBefore, "after": object.FaultAfter} {
+		t.Run("object store "+name, func(t *testing.T) {
+			scene(t, func(r *replica, n int) func() bool {
+				r.store.FailNth("", n, fault)
+				return func() bool { return r.store.Fired() > 0 }
+			})
+		})
+	}
+}
+
+func second[T any](_ T, err error) error { return err }
+
+// A round with nothing to do asks the object store for nothing and writes
+// nothing.
+func TestCollectorIdles(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		col, _, _ := w.collection(r, "c")
+		s := w.segment(r, col, 0, 1, 20)
+		w.addWritten(r, col, s, w.segment(r, col, 0, 21, 40))
+		w.checkpoint(r, col, 100, 100)
+		w.create(r, col, "one")
+		w.dropSegments(r, col, s.ID)
+		settle()
+		r.store.Plan(nil) // counts from here
+		_, _, before, err := w.kv.Get(t.Context(), keys.IDs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, sum := w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)}); sum.Held != 1 || sum.Granted != 0 {
+			t.Errorf("%+v", sum)
+		}
+		if n := r.store.Calls(""); n > 0 {
+			t.Errorf("%d object requests", n)
+		}
+		if _, _, after, _ := w.kv.Get(t.Context(), keys.IDs); after != before {
+			t.Errorf("it has written: revision %d, then %d", before, after)
+		}
+	})
+}
+
+// References that cannot be read keep everything of their collection, and of no
+// other.
+func TestCollectorIsBlocked(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		bad, _, _ := w.collection(r, "bad")
+		good, _, _ := w.collection(r, "good")
+		one, two := w.segment(r, bad, 0, 1, 20), w.segment(r, good, 0, 1, 20)
+		w.checkpoint(r, bad, 100, 100)
+		s := w.create(r, bad, "empty")
+		w.addWritten(r, bad, one)
+		w.addWritten(r, good, two)
+		w.dropSegments(r, bad, one.ID)
+		w.dropSegments(r, good, two.ID)
+		w.putObject(fmt.Sprintf("snapshots/%d/%d/refs.avro", bad.ID, s.ID), []byte("no"))
+		r = w.forget(r, "b") // knows no references yet
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		sum, err := r.Collect(ctx, gc.CollectOptions{Tolerance: new(time.Duration)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		settle()
+		if sum.Granted != 1 || !strings.Contains(sum.Error, "bad") {
+			t.Errorf("%+v", sum)
+		}
+		if diff := cmp.Diff([]string{"data/" + one.Files[0].Path}, w.objectsUnder("data/")); diff != "" {
+			t.Errorf("files:\n%s", diff)
+		}
+		if _, err = r.Collect(ctx, gc.CollectOptions{Tolerance: new(time.Duration), Collection: catalog.Ref{ID: bad.ID}}); !errors.Is(err, gc.ErrUnreadable) {
+			t.Errorf("asked for that one: %v", err)
+		}
+	})
+}

@@ -1,0 +1,151 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+)
+
+// A wait ends with the last delete that was granted up to then, and not for what
+// came later, or is of another collection, or a caller's.
+func TestAwaitDeleted(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		ctx := t.Context()
+		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		other, _, _ := w.collection(r, "other")
+		col, _, _ := w.collection(r, "c")
+		of := catalog.Ref{ID: col.ID}
+		var free []gc.Ask
+		for range 3 {
+			s := w.segment(r, col, 0, 1, 20)
+			w.addWritten(r, col, s)
+			free = append(free, w.dropSegments(r, col, s.ID)...)
+		}
+		foreign := w.segment(r, other, 0, 1, 20)
+		w.addWritten(r, other, foreign)
+		foreigns := w.dropSegments(r, other, foreign.ID)
+		w.reclaim(r, col, gc.ByCaller, free[0])
+		w.reclaim(r, col, gc.BySnapshotd, free[1])
+		if err := r.AwaitDeleted(ctx, of, w.now()); err != nil {
+			t.Errorf("what can be deleted: %v", err)
+		}
+		if n := r.GC().Stats().Granted; n != 0 {
+			t.Errorf("%d left", n)
+		}
+
+		r.store.Freeze()
+		w.reclaim(r, other, gc.BySnapshotd, foreigns...)
+		if err := r.AwaitDeleted(ctx, of, w.now()); err != nil {
+			t.Errorf("of another collection: %v", err)
+		}
+		if err := r.AwaitDeleted(ctx, catalog.Ref{}, w.now().Add(-time.Second)); err != nil {
+			t.Errorf("granted later: %v", err)
+		}
+		short, cancel := context.WithTimeout(ctx, time.Minute)
+		defer cancel()
+		if err := r.AwaitDeleted(short, catalog.Ref{}, w.now()); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("what cannot be deleted: got %v", err)
+		}
+		done := make(chan error, 1)
+		go func() { done <- r.AwaitDeleted(ctx, catalog.Ref{}, w.now()) }()
+		time.Sleep(time.Hour)
+		select {
+		case err := <-done:
+			t.Errorf("ended before the files were gone: %v", err)
+		default:
+		}
+		r.store.Thaw()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		if n := r.GC().Stats().Granted; n != 0 {
+			t.Errorf("%d left", n)
+		}
+		if err := r.AwaitDeleted(ctx, catalog.Ref{Name: "none", DB: catalog.DefaultDB}, w.now()); !errors.Is(err, catalog.ErrCollectionNotFound) {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// More came later than one look shows; what counts is behind it.
+func TestAwaitDeletedLooksOn(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		col, _, _ := w.collection(r, "c")
+		var all []gc.Ask
+		for range listLook + 10 {
+			s := w.segment(r, col, 0, 1, 20)
+			w.addWritten(r, col, s)
+			all = append(all, w.dropSegments(r, col, s.ID)...)
+		}
+		r.store.Freeze()
+		last := len(all) - 1
+		w.reclaim(r, col, gc.BySnapshotd, all[last])
+		granted := w.now()
+		time.Sleep(time.Minute)
+		w.reclaim(r, col, gc.BySnapshotd, all[:last]...)
+		short, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		if err := r.AwaitDeleted(short, catalog.Ref{}, granted); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v", err)
+		}
+		if err := r.AwaitDeleted(t.Context(), catalog.Ref{}, granted.Add(-time.Minute)); err != nil {
+			t.Errorf("all came later: %v", err)
+		}
+		r.store.Thaw()
+		if err := r.AwaitDeleted(t.Context(), catalog.Ref{}, w.now()); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// The last round is told by every replica, with all that it came to.
+func TestCollectorStatus(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.CollectTolerance, o.CollectMaxShare = time.Hour, 0.25 })
+		other := w.start("b", func(o *Options) { o.CollectorOff = true })
+		got, err := r.CollectorStatus(t.Context())
+		want := CollectorStatus{Tolerance: time.Hour, MaxShare: 0.25, Enabled: true}
+		if diff := cmp.Diff(want, got); diff != "" || err != nil {
+			t.Errorf("before the first round: %v\n%s", err, diff)
+		}
+		col, _, _ := w.collection(r, "c")
+		s := w.segment(r, col, 0, 1, 20)
+		w.addWritten(r, col, s)
+		w.reclaim(r, col, gc.ByCaller, w.dropSegments(r, col, s.ID)...)
+		s = w.segment(r, col, 0, 1, 20)
+		w.addWritten(r, col, s)
+		w.dropSegments(r, col, s.ID)
+		time.Sleep(2 * time.Minute)
+		settle()
+		got, err = other.CollectorStatus(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		last := r.GC().LastRound()
+		if last == nil {
+			last = other.GC().LastRound()
+		}
+		want = CollectorStatus{LastRound: last, Unconfirmed: 1, Tolerance: 3 * time.Hour, MaxShare: 0.5}
+		if last == nil || last.Waiting != 1 {
+			t.Errorf("the round came to %+v", last)
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Error(diff)
+		}
+		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(keys.Round, []byte("nonsense"))}}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := other.CollectorStatus(t.Context()); err == nil {
+			t.Error("an unreadable record is read")
+		}
+	})
+}

@@ -1,0 +1,331 @@
+package manager
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+func (w *world) write(list ...string) {
+	w.t.Helper()
+	for _, key := range list {
+		if _, err := w.objects.Put(w.t.Context(), key, []byte("12345")); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+}
+
+// collectionAt makes a collection with one channel and a root.
+func (w *world) collectionAt(r *replica, name, prefix string) catalog.Collection {
+	w.t.Helper()
+	col, err := r.catalog.CreateCollection(w.t.Context(), request.Token{}, catalog.Collection{
+		DB: "default", Name: name, Roots: []catalog.Root{{Store: "default", Prefix: prefix}},
+		Schema: catalog.Schema{Format: "test", Raw: []byte{1}, Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}}},
+	})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return col
+}
+
+// orphans are those of a collection, by key: why, and a mark for deletable ones.
+func (w *world) orphans(r *replica, col catalog.Collection, o gc.OrphanOptions) map[string]string {
+	w.t.Helper()
+	told := map[string]string{}
+	o.Collection = catalog.Ref{ID: col.ID}
+	o.Emit = func(o gc.Orphan) error {
+		mark := ""
+		if o.Deletable {
+			mark = "! "
+		}
+		if _, twice := told[o.Key]; twice || o.Collection != col.ID || o.Store != "default" || o.Size != 5 {
+			w.t.Errorf("told of %+v", o)
+		}
+		told[o.Key] = mark + o.Reason
+		return nil
+	}
+	if err := r.GC().Orphans(w.t.Context(), o); err != nil {
+		w.t.Fatal(err)
+	}
+	return told
+}
+
+// TestOrphans tells what is left over from what is somebody's, and deletes the
+// former alone.
+func TestOrphans(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, part, _ := w.collection(r, "c") // under data/
+		other := w.collectionAt(r, "other", "data/")
+		above := w.collectionAt(r, "above", "")
+
+		live, dropped, granted, held := w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5)
+		odd, gone := w.newID(r), w.newID(r)
+		// Files that lie where nothing of theirs leads to.
+		live.Files = append(live.Files, segment.File{Kind: segment.KindStats, Path: "shared/stats", Size: 5},
+			segment.File{Kind: segment.KindStats, Path: fmt.Sprintf("%d/0/%d/stats/0/1", col.ID, odd), Size: 5})
+		w.addWritten(r, col, live, dropped, granted, held)
+		theirs := segment.Segment{ID: w.newID(r), State: segment.Flushed, Level: 1, Rows: 1, Files: []segment.File{
+			{Kind: segment.KindInsert, Path: fmt.Sprintf("data/%d/0/%d/insert/0/1", col.ID, w.newID(r)), Size: 5},
+		}}
+		w.write(theirs.Files[0].Path)
+		w.add(r, above, theirs)
+		w.checkpoint(r, col, 100, 100)
+		w.create(r, col, "holder")
+		w.dropSegments(r, col, dropped.ID, held.ID)
+		young, fresh := w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5)
+		w.addWritten(r, col, young, fresh)
+		w.granted(w.reclaim(r, col, gc.ByCaller, w.dropSegments(r, col, young.ID)...))
+
+		path := func(id int64) string { return fmt.Sprintf("data/%d/%d/%d/insert/100/1", col.ID, part.ID, id) }
+		leftover := []string{path(gone), fmt.Sprintf("data/%d/0/%d/index/%d/100-1", col.ID, gone, gone)}
+		left := map[string]string{
+			fmt.Sprintf("data/%d/0/%d/insert/100/99", col.ID, fresh.ID): fmt.Sprintf("segment %d is known and does not have it; it may be about to be registered: left alone", fresh.ID),
+			fmt.Sprintf("data/%d/0/%d/index/1", other.ID, gone):         "not a path of a segment of the collection: left alone",
+			path(1 << 40): fmt.Sprintf("it carries id %d, which was never handed out: left alone", int64(1)<<40),
+			"data/README": "not a path of a segment of the collection: left alone",
+			fmt.Sprintf("data/%d/1099511627776/%d/insert/100/1", col.ID, gone): fmt.Sprintf("it carries id %d, which was never handed out: left alone", int64(1)<<40),
+		}
+		w.write(leftover...)
+		for key := range left {
+			w.write(key)
+		}
+		reason := fmt.Sprintf("! no segment, unit or snapshot knows it; segment %d is not there", gone)
+		want := map[string]string{leftover[0]: reason + "; younger than the grace period", leftover[1]: reason + "; younger than the grace period"}
+		maps.Copy(want, left)
+		if diff := cmp.Diff(want, w.orphans(r, col, gc.OrphanOptions{})); diff != "" {
+			t.Errorf("young (-want +got):\n%s", diff)
+		}
+		time.Sleep(2 * time.Hour)
+		before := w.objectsUnder("")
+		if got := w.orphans(r, col, gc.OrphanOptions{Delete: true, Grace: 3 * time.Hour}); len(got) > 0 {
+			t.Errorf("deleted %v", got)
+		}
+		if got := w.orphans(r, above, gc.OrphanOptions{Delete: true, Grace: time.Hour}); len(got) > 0 {
+			t.Errorf("deleted %v", got)
+		}
+		for _, o := range []gc.OrphanOptions{{Floor: gone + 1}} {
+			o.Delete, o.Grace = true, time.Hour
+			if got := w.orphans(r, col, o); len(got) > 0 {
+				t.Errorf("deleted %v below the floor", got)
+			}
+		}
+		if diff := cmp.Diff(before, w.objectsUnder("")); diff != "" {
+			t.Fatalf("(-want +got):\n%s", diff)
+		}
+		want = map[string]string{leftover[0]: reason, leftover[1]: reason}
+		if diff := cmp.Diff(want, w.orphans(r, col, gc.OrphanOptions{Delete: true, Grace: time.Hour})); diff != "" {
+			t.Errorf("deleted (-want +got):\n%s", diff)
+		}
+		// The other collection under the same root has its own.
+		theirLeftover := fmt.Sprintf("data/%d/0/%d/index/1", other.ID, gone)
+		want = map[string]string{theirLeftover: reason}
+		if diff := cmp.Diff(want, w.orphans(r, other, gc.OrphanOptions{Delete: true, Grace: time.Hour})); diff != "" {
+			t.Errorf("deleted of the other (-want +got):\n%s", diff)
+		}
+		leftover = append(leftover, theirLeftover)
+		rest := slices.DeleteFunc(before, func(key string) bool { return slices.Contains(leftover, key) })
+		if diff := cmp.Diff(rest, w.objectsUnder("")); diff != "" {
+			t.Errorf("left (-want +got):\n%s", diff)
+		}
+	})
+}
+
+// TestOrphansOfRestores leaves alone what a restore is writing, and what it has
+// left once it has ended.
+func TestOrphansOfRestores(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.RestoreSlots = -1 }) // so that it never ends
+		col := w.rich(r, "c", 12)
+		s := w.create(r, col, "one")
+		job := w.restore(r, restoreSpecOf(s))
+		time.Sleep(time.Second)
+		late := fmt.Sprintf("data/%d/%d/%d/insert/100/1", job.Target, job.FirstPartition, job.FirstSegment)
+		index := fmt.Sprintf("data/%d/0/%d/index/%d/100-1", col.ID, w.newID(r), job.FirstBuild)
+		w.write(late, index)
+		time.Sleep(2 * time.Hour)
+		target, err := r.catalog.Collection(t.Context(), catalog.Ref{ID: job.Target})
+		if err != nil || target.State != catalog.Restoring {
+			t.Fatalf("%+v, err = %v", target, err)
+		}
+		for _, c := range []catalog.Collection{target, col} {
+			if got := w.orphans(r, c, gc.OrphanOptions{Delete: true, Grace: time.Hour}); len(got) > 0 {
+				t.Errorf("deleted %v", got)
+			}
+		}
+		if got := w.orphans(r, col, gc.OrphanOptions{}); len(got) > 0 {
+			t.Errorf("told of %v", got)
+		}
+	})
+}
+
+// TestOrphansNeedReferences does nothing while references cannot be read, or a
+// collection's record.
+func TestOrphansNeedReferences(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		w.checkpoint(r, col, 100, 100)
+		s := w.create(r, col, "one")
+		key := fmt.Sprintf("data/%d/0/%d/insert/100/1", col.ID, w.newID(r))
+		w.write(key)
+		time.Sleep(48 * time.Hour)
+		if err := w.objects.Delete(t.Context(), manifest.RefsKey(col.ID, s.ID)); err != nil {
+			t.Fatal(err)
+		}
+		r = w.forget(r, "c")
+		o := gc.OrphanOptions{Collection: catalog.Ref{ID: col.ID}, Delete: true, Grace: time.Hour}
+		if err := r.GC().Orphans(t.Context(), o); !errors.Is(err, gc.ErrUnreadable) && !errors.Is(err, gc.ErrLoading) {
+			t.Errorf("got %v", err)
+		}
+		if e, err := r.GC().Explain(t.Context(), "default", key); err != nil || !e.Kept || !strings.Contains(e.Reason, "cannot be told") {
+			t.Errorf("%+v, err = %v", e, err)
+		}
+		w.dropSnapshot(r, s)
+		time.Sleep(time.Hour)
+		bad := keys.Collection(w.newID(r))
+		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(bad, []byte("garbage"))}}); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.GC().Orphans(t.Context(), o); !errors.Is(err, record.ErrUnreadable) {
+			t.Errorf("got %v", err)
+		}
+		if len(w.objectsUnder(key[:strings.LastIndexByte(key, '/')+1])) != 1 {
+			t.Fatal("it is deleted")
+		}
+		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(bad)}}); err != nil {
+			t.Fatal(err)
+		}
+		if got := w.orphans(r, col, gc.OrphanOptions{Delete: true, Grace: time.Hour}); len(got) != 1 {
+			t.Errorf("deleted %v", got)
+		}
+	})
+}
+
+// TestExplain says of each sort of object what it is.
+func TestExplain(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		live, dropped, held, granted := w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5)
+		live.Files = append(live.Files, segment.File{Kind: segment.KindStats, Path: "shared/stats", Size: 5})
+		w.addWritten(r, col, live, held)
+		w.checkpoint(r, col, 100, 100)
+		s := w.create(r, col, "one")
+		w.addWritten(r, col, dropped, granted)
+		w.dropSegments(r, col, dropped.ID, held.ID)
+		w.granted(w.reclaim(r, col, gc.ByCaller, w.dropSegments(r, col, granted.ID)...))
+		orphan := w.newID(r)
+		file := func(s segment.Segment) string { return "data/" + s.Files[0].Path }
+		lost := manifest.MetadataKey(col.ID, orphan)
+		w.write(fmt.Sprintf("data/%d/0/%d/insert/100/1", col.ID, orphan), "elsewhere/x", lost, "snapshots/README", "gc/epoch/1.json")
+		holder := []gc.SnapshotHolder{{ID: s.ID, Name: "one"}}
+		name := fmt.Sprintf("default/c (%d)", col.ID)
+		drop := time.Now().UTC().Format(time.RFC3339)
+		of := func(s segment.Segment) string { return fmt.Sprintf("file of segment %d of collection %s", s.ID, name) }
+		for key, want := range map[string]gc.Explanation{
+			file(live): {
+				Exists: true, Kept: true, What: of(live), Reason: "the segment lives", Collection: col.ID, Segment: live.ID, Snapshots: holder, Holders: 2,
+			},
+			"data/shared/stats": {
+				Exists: true, Kept: true, What: "file of collection " + name, Reason: "1 snapshots reference it", Collection: col.ID, Snapshots: holder, Holders: 1,
+			},
+			file(dropped): {
+				Exists: true, What: of(dropped), Reason: "it was dropped at " + drop + " and nothing holds it: the collector takes it once the tolerance is over",
+				Collection: col.ID, Segment: dropped.ID, Unit: dropped.ID,
+			},
+			file(held): {
+				Exists: true, Kept: true, What: of(held), Reason: "it was dropped at " + drop + ` and is held by snapshot "one"`,
+				Collection: col.ID, Segment: held.ID, Unit: held.ID, Snapshots: holder, Holders: 1,
+			},
+			file(granted): {
+				Exists: true, What: of(granted), Reason: `the unit was granted to "tester" at ` + drop + ", who deletes it",
+				Collection: col.ID, Segment: granted.ID, Unit: granted.ID,
+			},
+			fmt.Sprintf("data/%d/0/%d/insert/100/1", col.ID, orphan): {
+				Exists: true, Kept: true, What: "orphan under a root of collection " + name, Collection: col.ID,
+				Reason: fmt.Sprintf("no segment, unit or snapshot knows it; segment %d is not there; nothing deletes it but a call to delete the orphans of the collection", orphan),
+			},
+			"elsewhere/x": {Exists: true, Kept: true, What: "foreign object", Reason: "it lies under no root of a collection: left alone"},
+			"elsewhere/y": {Kept: true, What: "foreign object", Reason: "there is no such object; if there were one: it lies under no root of a collection: left alone"},
+			lost: {
+				Exists: true, Kept: true, What: fmt.Sprintf("object of snapshot %d", orphan), Collection: col.ID, Snapshot: orphan,
+				Reason: fmt.Sprintf("there is no snapshot %d any more; a sweep deletes it in 24h0m0s", orphan),
+			},
+			manifest.RefsKey(col.ID, s.ID): {
+				Exists: true, Kept: true, What: fmt.Sprintf("object of snapshot %d", s.ID), Reason: `snapshot "one" is committed`,
+				Collection: col.ID, Snapshot: s.ID, Snapshots: holder, Holders: 1,
+			},
+			"snapshots/README": {Exists: true, Kept: true, What: "foreign object under a prefix of snapshotd's own", Reason: "not a name that snapshotd writes: left alone"},
+			"gc/epoch/1.json": {
+				Exists: true, Kept: true, What: "note of how far the metadata store has come",
+				Reason: "the newest two stay; they tell when the metadata store has gone back in time",
+			},
+		} {
+			got, err := r.GC().Explain(t.Context(), "default", key)
+			if err != nil {
+				t.Errorf("%s: %v", key, err)
+				continue
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("%s (-want +got):\n%s", key, diff)
+			}
+		}
+		_, err := r.GC().Explain(t.Context(), "nowhere", "x")
+		wantError(t, err, ErrStoreNotFound)
+		_, err = r.GC().Explain(t.Context(), "default", "../x")
+		wantError(t, err, object.ErrInvalidKey)
+	})
+}
+
+// TestLeaderSweeps has the leader sweep by itself what came late, and a foreign
+// file survive a snapshot that it was put beside.
+func TestLeaderSweeps(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.OrphanGrace, o.SweepInterval = 2*time.Hour, 30*time.Minute })
+		col, _, _ := w.collection(r, "c")
+		w.checkpoint(r, col, 100, 100)
+		kept, s := w.create(r, col, "kept"), w.create(r, col, "one")
+		dir := manifest.Dir(col.ID, s.ID)
+		w.write(dir + "README")
+		w.dropSnapshot(r, s)
+		settle()
+		if diff := cmp.Diff([]string{dir + "README"}, w.objectsUnder(dir)); diff != "" {
+			t.Errorf("dropped (-want +got):\n%s", diff)
+		}
+		if got := w.keysUnder(keys.SnapshotPrefix); !slices.Equal(got, []string{keys.Snapshot(kept.ID)}) {
+			t.Errorf("records %v", got)
+		}
+		if n, _ := r.GC().Counters().Of(gc.BySnapshot); n == 0 {
+			t.Error("nothing is counted")
+		}
+		w.write(dir+"manifest-0.avro", dir+"metadata.json") // a creator that was frozen
+		time.Sleep(2 * time.Minute)
+		if st := r.GC().SweepStats(); st.End.IsZero() || st.Error != "" || st.Waiting != 2 || st.Foreign != 1 {
+			t.Errorf("the first sweep: %+v", st)
+		}
+		time.Sleep(3 * time.Hour)
+		if diff := cmp.Diff([]string{dir + "README"}, w.objectsUnder(dir)); diff != "" {
+			t.Errorf("swept (-want +got):\n%s", diff)
+		}
+		if n := len(w.objectsUnder(manifest.Dir(col.ID, kept.ID))); n < 2 {
+			t.Errorf("%d objects of a committed snapshot", n)
+		}
+	})
+}

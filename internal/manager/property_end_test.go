@@ -1,0 +1,316 @@
+package manager
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/epoch"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object/identity"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// restore has a committed snapshot restored.
+func (c *course) restore(m *member, s step) {
+	id, ok := pickOf(c.committed(), s.C)
+	if !ok || len(c.cols)+len(c.underWay()) > 6 {
+		return
+	}
+	n := c.names.Add(1)
+	var tok request.Token
+	if c.long { // tokens last for a day, which takes a while
+		tok = token(fmt.Sprint(n), fmt.Sprint(n))
+		tok.Method = "RestoreSnapshot"
+	}
+	sp := &RestoreSpec{Snapshot: Ref{ID: id}, DB: "default", Name: fmt.Sprint("t", n), SkipIndexes: s.C%4 == 0}
+	if s.C%5 == 0 {
+		sp.Timeout = 5 * time.Second
+	}
+	c.call(func(ctx context.Context) { _, _ = m.Restore(ctx, tok, sp) })
+}
+
+// collect has a round made, of all or of one collection.
+func (c *course) collect(m *member, s step) {
+	o := gc.CollectOptions{DryRun: s.C%5 == 0}
+	if s.C%3 == 0 {
+		o.Tolerance = new(time.Duration)
+	}
+	if s.C%2 == 0 {
+		o.Collection = catalog.Ref{ID: c.cols[s.A%len(c.cols)].col.ID}
+	}
+	c.call(func(ctx context.Context) {
+		_, _ = m.Collect(ctx, o)
+		if s.C%2 == 0 {
+			_, _ = m.GC().Sweep(ctx, gc.SweepOptions{DryRun: s.C%5 == 0})
+		}
+	})
+}
+
+// underWay are the jobs that have not ended.
+func (c *course) underWay() map[int64]*copyjob.Job {
+	list := map[int64]*copyjob.Job{}
+	for id, job := range c.jobs {
+		if !job.State.Ended() {
+			list[id] = job
+		}
+	}
+	return list
+}
+
+func (c *course) dropCollection(l *ledger) {
+	_, err := c.cat.DropCollection(context.Background(), noToken, catalog.Ref{ID: l.col.ID}, 0)
+	c.must(err)
+	revision := c.revisionOf(keys.Collection(l.col.ID))
+	l.dropped = true
+	maps.Copy(l.orphans, l.live())
+	l.history = append(l.history, state{revision, map[int64]segment.Segment{}})
+}
+
+// sawJob follows the jobs. The target of one that is COMPLETED holds what its
+// snapshot has, and is a collection like others from then on.
+func (c *course) sawJob(e meta.Event) {
+	id, err := keys.LastID(e.KV.Key)
+	c.must(err)
+	if e.Deleted {
+		if old := c.jobs[id]; old == nil || !old.State.Ended() {
+			c.wrong("job %d is forgotten, and was %+v", id, old)
+		}
+		return
+	}
+	job, err := copyjob.DecodeJob(e.KV)
+	c.must(err)
+	old := c.jobs[id]
+	c.jobs[id] = job
+	if old != nil && old.State.Ended() {
+		if old.State != job.State {
+			c.wrong("job %d was %v and is %v", id, old.State, job.State)
+		}
+		return
+	}
+	switch job.State {
+	case copyjob.Failed, copyjob.Canceled:
+		c.reach.rolledBack.Add(1)
+	case copyjob.Completed:
+		c.reach.restored.Add(1)
+		c.adopt(job, e.KV.ModRevision)
+	case copyjob.Pending, copyjob.Executing:
+	}
+}
+
+// adopt begins an account of what a restore made.
+func (c *course) adopt(job *copyjob.Job, revision int64) {
+	ctx := context.Background()
+	col, err := c.cat.Collection(ctx, catalog.Ref{ID: job.Target})
+	c.must(err)
+	if col.State != catalog.Active {
+		c.wrong("job %d is COMPLETED, and its target is %v", job.ID, col.State)
+	}
+	want := map[string]bool{}
+	for _, s := range c.snapshots[job.Snapshot].segments {
+		for i := range s.Files {
+			want[string(c.content[keyOf(&s.Files[i])])] = true
+		}
+		for _, b := range s.Builds {
+			for i := range b.Files {
+				if !job.SkipIndexes {
+					want[string(c.content[keyOf(&b.Files[i])])] = true
+				}
+			}
+		}
+	}
+	segments, got := map[int64]segment.Segment{}, map[string]bool{}
+	_, err = c.cat.ScanSegments(ctx, job.Target, 0, func(batch []segment.Segment) error {
+		for _, s := range batch {
+			segments[s.ID] = s
+			for f := range s.AllFiles() {
+				data, there := c.object(keyOf(f))
+				if !there {
+					c.wrong("job %d is COMPLETED, and %s is not there", job.ID, keyOf(f))
+				}
+				c.content[keyOf(f)] = data
+				got[string(data)] = true
+			}
+		}
+		return nil
+	})
+	c.must(err)
+	if diff := cmp.Diff(want, got); diff != "" {
+		c.wrong("job %d has copied: %s", job.ID, diff)
+	}
+	c.take(col, revision, segments)
+}
+
+// sawEnd judges that a collection's record goes: nothing of it may be left.
+func (c *course) sawEnd(e meta.Event) {
+	id, err := keys.LastID(e.KV.Key)
+	c.must(err)
+	i := slices.IndexFunc(c.cols, func(l *ledger) bool { return l.col.ID == id })
+	if i < 0 {
+		return // of a restore that was rolled back
+	}
+	l := c.cols[i]
+	if !l.dropped {
+		c.wrong("collection %d is gone, and was not dropped", id)
+	}
+	c.finished = append(c.finished, l)
+	c.reach.finished.Add(1)
+}
+
+// finish brings all to an end, after which there must be nothing left but what
+// stands for ever.
+func (c *course) finish() {
+	ctx := context.Background()
+	c.repair()
+	c.release()
+	for _, m := range c.replicas {
+		m.heal()
+		c.between(m, nil)
+	}
+	c.rest(15 * time.Minute) // leases run out, and what is in flight ends
+	c.flying.Wait()
+	for id := range c.underWay() {
+		_, _ = c.replicas[0].Jobs().Cancel(ctx, id)
+	}
+	c.rest(15 * time.Minute)
+	if left := c.underWay(); len(left) > 0 {
+		c.wrong("jobs do not end: %+v", left)
+	}
+	c.rightModel()
+	m := c.replicas[0]
+	c.w.check(m.replica)
+	for _, p := range c.pins {
+		c.must(m.Unpin(ctx, Ref{ID: p.Snapshot}, p.ID))
+	}
+	for id := range c.committed() {
+		_, err := m.Drop(ctx, noToken, Ref{ID: id}, 0)
+		c.must(err)
+	}
+	c.rest(0)
+	for i, l := range c.cols {
+		if l.dropped {
+			continue
+		}
+		if len(l.live()) > 0 && i%2 == 0 { // else they are dropped with their collection
+			c.change(l, catalog.Swap{Drop: slices.Sorted(maps.Keys(l.live()))}, map[int64]segment.Segment{})
+			c.reclaim(c.replicas[i%3], l, c.asks(l, 0), gc.BySnapshotd)
+		}
+		c.rest(0)
+		c.dropCollection(l)
+	}
+	c.rest(time.Minute)
+	for _, l := range c.cols {
+		c.confirm(m, l, false)
+	}
+	c.rest(time.Minute)
+	// One replica is enough to see to the rest, and it has just begun.
+	for i := range c.replicas {
+		c.replicas[i].heal()
+		c.replicas[i].stop()
+	}
+	c.ending = true
+	c.start(0)
+	switch {
+	case c.long: // tokens last for 25 hours, jobs for a week
+		c.rest(8 * 24 * time.Hour)
+	default:
+		c.rest(3 * time.Hour)
+	}
+	c.nothingLeft()
+}
+
+// rightModel holds that the oracle knows what each snapshot has.
+func (c *course) rightModel() {
+	for id, s := range c.committed() {
+		files := 0
+		err := c.reader.Segments(context.Background(), Ref{ID: id}, 0, func(seg *Segment) bool {
+			want, ok := s.segments[seg.ID]
+			if !ok || len(want.Files) != len(seg.Files) || len(want.Builds) != len(seg.Builds) {
+				c.wrong("snapshot %s has segment %d with %d files and builds %v, and should %v: %d files and builds %v",
+					s.name, seg.ID, len(seg.Files), buildIDs(&seg.Segment), ok, len(want.Files), buildIDs(&want))
+			}
+			for f := range seg.AllFiles() {
+				files++
+				if !s.files[keyOf(f)] {
+					c.wrong("snapshot %s has %s", s.name, f.Path)
+				}
+			}
+			return true
+		})
+		if err != nil || files != len(s.files) {
+			c.wrong("snapshot %s has %d files, want %d; err = %v", s.name, files, len(s.files), err)
+		}
+	}
+}
+
+// nothingLeft holds that after the end of everything the stores have what stands
+// for ever, and no more.
+func (c *course) nothingLeft() {
+	want := map[string]bool{
+		keys.Format:           true, // which cluster this is, for as long as there is a store
+		keys.IDs:              true, // ids never return, so neither does what was handed out
+		keys.Epoch:            true, // what was noted last of how far the store has come
+		keys.Leader:           true, // the lease of who leads now
+		keys.Round:            true, // what the last round came to, written over by the next
+		keys.Store("default"): true, // which object store the alias stands for
+	}
+	optional := map[string]bool{
+		keys.Unpin: true, // which pin was removed last, once one was; written over by the next
+	}
+	workers := 0
+	got := map[string]bool{}
+	for _, key := range c.w.keysUnder("/") {
+		switch {
+		case strings.HasPrefix(key, keys.WorkerPrefix): // under the lease of a replica that lives
+			workers++
+		case !optional[key]:
+			got[key] = true
+		}
+	}
+	if diff := cmp.Diff(want, got); diff != "" || workers != 1 {
+		c.wrong("keys are left, or gone; workers: %d: %s", workers, diff)
+	}
+	objects := maps.Clone(c.foreign)
+	objects[identity.Key] = true // which store this is
+	beats := 0
+	found := map[string]bool{}
+	for _, key := range c.w.objectsUnder("") {
+		if strings.HasPrefix(key, epoch.Prefix) && !c.foreign[key] { // the notes of how far the metadata store has come: the newest two
+			beats++
+			continue
+		}
+		found[key] = true
+	}
+	if diff := cmp.Diff(objects, found); diff != "" || beats != 2 {
+		c.wrong("objects are left, or gone; beats: %d: %s", beats, diff)
+	}
+	for key := range c.foreign {
+		if data, _ := c.object(key); !bytes.Equal(data, c.content[key]) {
+			c.wrong("%s, which is foreign, holds %q", key, data)
+		}
+	}
+	for _, l := range c.cols {
+		if len(l.units)+len(l.orphans)+len(l.builds) > 0 {
+			c.wrong("of collection %d units are left: %v, %v, %v", l.col.ID, l.units, l.orphans, l.builds)
+		}
+	}
+	if len(c.finished) != len(c.cols) {
+		c.wrong("%d of %d collections are gone", len(c.finished), len(c.cols))
+	}
+	s := c.replicas[0].GC().Stats()
+	if s.Snapshots+s.Loading+s.Unreadable+s.Segments+s.Builds+s.Granted+s.Unconfirmed != 0 {
+		c.wrong("all is gone, and there is %+v", s)
+	}
+	c.reach.swept.Add(c.guard.count())
+}

@@ -1,0 +1,171 @@
+package manager
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+)
+
+// longSnapshots is how many snapshots the long run takes: what fits into a few
+// seconds.
+const longSnapshots = 400
+
+// usedKeys is what the metadata store holds: of dropped units and what is
+// granted, of snapshots, and of everything else.
+type usedKeys struct {
+	Units, UnitBytes, LargestUnit int
+	Snapshots                     int
+	Other                         []string // keys, without ids
+}
+
+func (w *world) used() usedKeys {
+	w.t.Helper()
+	from, to := keys.All()
+	var u usedKeys
+	if _, err := w.kv.Scan(w.t.Context(), from, to, 0, func(batch []meta.KeyValue) error {
+		for _, kv := range batch {
+			switch {
+			case strings.HasPrefix(kv.Key, keys.AllUnitsPrefix), strings.HasPrefix(kv.Key, keys.AllTombsPrefix):
+				u.Units++
+				u.UnitBytes += len(kv.Value)
+				u.LargestUnit = max(u.LargestUnit, len(kv.Value))
+			case strings.HasPrefix(kv.Key, "/snapshot/rec/"), strings.HasPrefix(kv.Key, "/snapshot/name/"):
+				u.Snapshots++
+			default:
+				parts := strings.Split(kv.Key, "/")
+				if _, err := keys.LastID(kv.Key); err == nil {
+					parts[len(parts)-1] = "<id>"
+				}
+				u.Other = append(u.Other, strings.Join(parts, "/"))
+			}
+		}
+		return nil
+	}); err != nil {
+		w.t.Fatal(err)
+	}
+	return u
+}
+
+// Steady compaction under steady snapshots, all of which hold what each round
+// replaces, costs the metadata store a small stub for each unit and nothing else;
+// and it ends when the snapshots do.
+func TestSteadyCompactionUnderSnapshots(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) {
+			o.Log = zap.NewNop()
+			o.CollectTolerance = time.Minute
+		})
+		col, _, x := w.collection(r, "c")
+		w.checkpoint(r, col, 1000, 1000)
+		const files = 8 // of a segment: its record takes more than a stub
+		segments := func(n int) []segment.Segment {
+			var list []segment.Segment
+			for range n {
+				s := w.segment(r, col, 0, 1, 20)
+				s.Files = nil
+				for i := range files {
+					s.Files = append(s.Files, segment.File{
+						Kind: segment.KindInsert, Field: int64(100 + i), LogID: 1, Size: 10, MinTimestamp: 1, MaxTimestamp: 20, Entries: 20,
+					})
+				}
+				b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
+				b.Files = []segment.File{{Kind: segment.KindIndex, Field: 100, LogID: 1, Size: 10}}
+				s.Builds = []segment.Build{b}
+				w.place(col.ID, &s)
+				list = append(list, s)
+			}
+			return list
+		}
+		live := segments(8)
+		w.add(r, col, live...)
+		var snapshots []*Snapshot
+		var quarter usedKeys
+		for n := range longSnapshots {
+			snapshots = append(snapshots, w.create(r, col, fmt.Sprint("s", n)))
+			// Three are compacted into one, and two more are written.
+			out := segments(3)
+			swap := catalog.Swap{Add: out}
+			for _, s := range live[:3] {
+				swap.Drop = append(swap.Drop, s.ID)
+			}
+			if _, err := r.catalog.Change(t.Context(), noToken, catalog.Ref{ID: col.ID}, swap); err != nil {
+				t.Fatal(err)
+			}
+			live = append(live[3:], out...)
+			time.Sleep(3 * time.Minute)
+			settle()
+			if n%10 != 0 {
+				continue
+			}
+			u := w.used()
+			// What a snapshot holds is parked by the next round.
+			if want := 3 * (n + 1); u.Units != want || u.LargestUnit >= 300 {
+				t.Fatalf("after snapshot %d: %d units, want %d; the largest takes %d bytes", n, u.Units, want, u.LargestUnit)
+			}
+			if quarter.Units == 0 && n >= longSnapshots/4 {
+				quarter = u
+			}
+		}
+		end := w.used()
+		if diff := cmp.Diff(quarter.Other, end.Other); diff != "" {
+			t.Errorf("other keys come or go:\n%s", diff)
+		}
+		if perUnit, was := end.UnitBytes/end.Units, quarter.UnitBytes/quarter.Units; perUnit > was+2 {
+			t.Errorf("a unit takes %d bytes, and took %d", perUnit, was)
+		}
+		if end.Snapshots != 2*longSnapshots {
+			t.Errorf("%d keys of snapshots", end.Snapshots)
+		}
+		if n := len(w.objectsUnder(catalog.HeldPrefix)); n != end.Units {
+			t.Errorf("%d units, and %d objects that hold their records", end.Units, n)
+		}
+		w.check(r)
+		t.Logf("%d snapshots, %d units of %d bytes on average", longSnapshots, end.Units, end.UnitBytes/end.Units)
+
+		for _, s := range snapshots {
+			w.dropSnapshot(r, s)
+		}
+		time.Sleep(3 * time.Minute)
+		settle()
+		// They are nearly all of the collection, so somebody has to insist.
+		if last := r.GC().LastRound(); last == nil || len(last.Stops) != 1 {
+			t.Errorf("the last round: %+v", last)
+		}
+		if _, s := w.round(r, gc.CollectOptions{Collection: catalog.Ref{ID: col.ID}, Force: true}); s.Granted != int64(end.Units) {
+			t.Errorf("granted: %d of %d", s.Granted, end.Units)
+		}
+		time.Sleep(time.Minute)
+		settle()
+		var want []string
+		for i := range live {
+			for f := range live[i].AllFiles() {
+				want = append(want, keyOf(f))
+			}
+		}
+		got := map[string]bool{}
+		for _, key := range w.objectsUnder("") {
+			got[key] = true
+		}
+		left := map[string]bool{}
+		for _, key := range want {
+			left[key] = true
+		}
+		if diff := cmp.Diff(left, got); diff != "" {
+			t.Errorf("objects at the end:\n%s", diff)
+		}
+		u := w.used()
+		if diff := cmp.Diff(quarter.Other, u.Other); diff != "" || u.Units+u.Snapshots > 0 {
+			t.Errorf("%d units and %d keys of snapshots are left:\n%s", u.Units, u.Snapshots, diff)
+		}
+	})
+}

@@ -1,0 +1,144 @@
+package manager
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+)
+
+// TestLateCopies removes what workers that were frozen copied after a restore had
+// ended, before its job is forgotten, and nothing of what the target has by then.
+func TestLateCopies(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.KeepRestores = 24 * time.Hour })
+		s := w.create(r, w.rich(r, "c", 12), "one")
+		job := w.ended(r, w.restore(r, restoreSpecOf(s)).ID).Job
+		if job.State != copyjob.Completed {
+			t.Fatalf("%+v", job)
+		}
+		col, err := r.catalog.Collection(t.Context(), catalog.Ref{ID: job.Target})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var segments []segment.Segment
+		if _, err := r.catalog.ScanSegments(t.Context(), col.ID, 0, func(batch []segment.Segment) error {
+			segments = append(segments, batch...)
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		// One segment is reclaimed, one dropped and held, and a build replaced.
+		gone, held := segments[0], segments[2]
+		at := slices.IndexFunc(segments, func(s segment.Segment) bool { return len(s.Builds) > 0 })
+		built := segments[at]
+		build := built.Builds[0]
+		w.granted(w.reclaim(r, col, gc.BySnapshotd, w.dropSegments(r, col, gone.ID)...))
+		w.swap(r, col, catalog.Swap{Update: []catalog.Update{{Segment: built.ID, RemoveBuilds: []int64{build.ID}}}})
+		w.granted(w.reclaim(r, col, gc.BySnapshotd, gc.Ask{Build: build.ID}))
+		w.create(r, col, "holder")
+		w.dropSegments(r, col, held.ID)
+		time.Sleep(10 * time.Minute)
+		settle()
+		before := w.objectsUnder("data/")
+		dir := fmt.Sprintf("data/%d/", col.ID)
+		kept := []string{
+			dir + "README", // foreign
+			dir + fmt.Sprintf("0/%d/insert/100/77", w.newID(r)),     // an engine's
+			dir + fmt.Sprintf("0/%d/insert/100/77", segments[1].ID), // may be registered yet
+		}
+		late := []string{"data/" + gone.Files[0].Path, "data/" + build.Files[0].Path}
+		for _, key := range late {
+			if slices.Contains(before, key) {
+				t.Fatalf("%s is not deleted", key)
+			}
+		}
+		w.write(slices.Concat(kept, late)...)
+		time.Sleep(23*time.Hour + 30*time.Minute)
+		w.write(late[0]) // and once more, shortly before
+		time.Sleep(30 * time.Minute)
+		if n := len(w.keysUnder(keys.JobPrefix)); n != 1 {
+			t.Errorf("%d jobs, while a late copy is young", n)
+		}
+		time.Sleep(2 * time.Hour)
+		settle()
+		want := slices.Sorted(slices.Values(slices.Concat(before, kept)))
+		if diff := cmp.Diff(want, w.objectsUnder("data/")); diff != "" {
+			t.Errorf("(-want +got):\n%s", diff)
+		}
+		if got := w.keysUnder(keys.JobPrefix); len(got) > 0 {
+			t.Errorf("left %v", got)
+		}
+		if n, _ := r.GC().Counters().Of(gc.ByRestore); n != 2 {
+			t.Errorf("counted %d objects", n)
+		}
+	})
+}
+
+// TestLateCopiesOfDroppedTarget removes them when nothing is left of the target.
+func TestLateCopiesOfDroppedTarget(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.KeepRestores = 24 * time.Hour; o.CollectTolerance = time.Minute })
+		s := w.create(r, w.rich(r, "c", 4), "one")
+		before := w.objectsUnder("data/")
+		job := w.ended(r, w.restore(r, restoreSpecOf(s)).ID).Job
+		dir := fmt.Sprintf("data/%d/", job.Target)
+		copies := w.objectsUnder(dir)
+		if _, err := r.catalog.DropCollection(t.Context(), token("x", "y"), catalog.Ref{ID: job.Target}, 0); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Hour)
+		if got := w.objectsUnder(dir); len(got) > 0 || len(copies) == 0 {
+			t.Fatalf("left %v of %d", got, len(copies))
+		}
+		w.write(copies...)
+		time.Sleep(26 * time.Hour)
+		settle()
+		if diff := cmp.Diff(before, w.objectsUnder("data/")); diff != "" {
+			t.Errorf("(-want +got):\n%s", diff)
+		}
+	})
+}
+
+// TestRollBackSparesForeignFiles removes what the job made, and nothing that was
+// put beside it.
+func TestRollBackSparesForeignFiles(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.KeepRestores = 24 * time.Hour })
+		s := w.create(r, w.rich(r, "c", 40), "one")
+		before := w.objectsUnder("")
+		r.store.SetLatency(time.Second)
+		job := w.restore(r, restoreSpecOf(s))
+		time.Sleep(10 * time.Second)
+		dir := fmt.Sprintf("data/%d/", job.Target)
+		foreign := []string{dir + "README", dir + fmt.Sprintf("0/%d/insert/100/1", job.FirstSegment+job.Segments), dir + fmt.Sprintf("0/%d/notes", job.FirstSegment)}
+		w.write(foreign...)
+		if _, err := r.Jobs().Cancel(t.Context(), job.ID); err != nil {
+			t.Fatal(err)
+		}
+		if end := w.ended(r, job.ID); end.Job.State != copyjob.Canceled {
+			t.Fatalf("%+v", end.Job)
+		}
+		want := slices.Sorted(slices.Values(slices.Concat(before, foreign)))
+		if diff := cmp.Diff(want, w.objectsUnder("")); diff != "" {
+			t.Errorf("(-want +got):\n%s", diff)
+		}
+		w.write(dir + fmt.Sprintf("0/%d/insert/100/1", job.FirstSegment)) // late
+		time.Sleep(25 * time.Hour)
+		settle()
+		if diff := cmp.Diff(want, w.objectsUnder("")); diff != "" {
+			t.Errorf("forgotten (-want +got):\n%s", diff)
+		}
+		if got := w.keysUnder(keys.JobPrefix); len(got) > 0 {
+			t.Errorf("left %v", got)
+		}
+	})
+}

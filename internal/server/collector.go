@@ -1,0 +1,199 @@
+package server
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"strings"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/manager"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// Bounds on a message of a stream of things.
+const (
+	maxBatch      = 256
+	maxBatchBytes = 1 << 20 // unless it is a single thing
+)
+
+// batcher gathers things and sends them in messages of a bounded size. It is not
+// safe for concurrent use.
+type batcher[T proto.Message] struct {
+	send func([]T) error
+	list []T
+	size int
+}
+
+// add takes a thing, and first sends what there is when it would not fit.
+func (b *batcher[T]) add(thing T) error {
+	size := proto.Size(thing) + 6 // with tag and length
+	if len(b.list) == maxBatch || len(b.list) > 0 && b.size+size > maxBatchBytes {
+		if err := b.flush(); err != nil {
+			return err
+		}
+	}
+	b.list, b.size = append(b.list, thing), b.size+size
+	return nil
+}
+
+// flush sends what there is.
+func (b *batcher[T]) flush() error {
+	if len(b.list) == 0 {
+		return nil
+	}
+	list := b.list
+	b.list, b.size = nil, 0
+	return b.send(list)
+}
+
+// collectors is the CollectorService.
+type collectors struct {
+	pb.UnimplementedCollectorServiceServer
+	manager       *manager.Manager
+	snapshotStore string // alias
+}
+
+func (s *collectors) Collect(req *pb.CollectRequest, stream grpc.ServerStreamingServer[pb.CollectResponse]) error {
+	ctx := stream.Context()
+	if req.GetForce() && req.GetCollection() == nil {
+		return &catalog.InvalidError{Field: "force", Problem: "needs a collection: so much is deleted of one at a time"}
+	}
+	items := batcher[*pb.CollectItem]{send: func(list []*pb.CollectItem) error { return stream.Send(&pb.CollectResponse{Items: list}) }}
+	o := gc.CollectOptions{
+		Collection: collectionRef(req.GetCollection()), DryRun: req.GetDryRun(), Force: req.GetForce(),
+		Emit: func(item gc.Item) error { return items.add(itemToProto(&item)) },
+	}
+	if req.GetTolerance() != nil {
+		tolerance := req.GetTolerance().AsDuration()
+		o.Tolerance = &tolerance
+	}
+	sum, err := s.manager.Collect(ctx, o)
+	// What was done before an error is told all the same.
+	if flushErr := items.flush(); err == nil {
+		err = flushErr
+	}
+	if err == nil && req.GetWait() && !req.GetDryRun() {
+		err = s.manager.AwaitDeleted(ctx, o.Collection, sum.End)
+	}
+	if err != nil {
+		return err
+	}
+	return stream.Send(&pb.CollectResponse{Summary: summaryToProto(&sum)})
+}
+
+func (s *collectors) GetCollectorStatus(ctx context.Context, _ *pb.GetCollectorStatusRequest) (*pb.GetCollectorStatusResponse, error) {
+	now, err := s.manager.CollectorStatus(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.GetCollectorStatusResponse{
+		LastRound: summaryToProto(now.LastRound), Deleting: int64(now.Deleting), Unconfirmed: int64(now.Unconfirmed),
+		Tolerance: durationpb.New(now.Tolerance), MaxShare: now.MaxShare, Enabled: now.Enabled, Blocked: now.Blocked,
+	}, nil
+}
+
+func (s *collectors) ExplainObject(ctx context.Context, req *pb.ExplainObjectRequest) (*pb.ExplainObjectResponse, error) {
+	e, err := s.manager.GC().Explain(ctx, cmp.Or(req.GetStore(), s.snapshotStore), req.GetKey())
+	switch {
+	case errors.Is(err, object.ErrInvalidKey):
+		return nil, &catalog.InvalidError{Field: "key", Problem: "is not one that an object of the store could have"}
+	case err != nil:
+		return nil, err
+	}
+	holders, err := (&holdersTold{}).of(&gc.Answer{Snapshots: e.Snapshots}, nil)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.ExplainObjectResponse{
+		Exists: e.Exists, What: clip(e.What), Kept: e.Kept, Reason: clip(e.Reason),
+		CollectionId: e.Collection, SnapshotId: e.Snapshot, SegmentId: e.Segment, UnitId: e.Unit, Holders: holders,
+	}, nil
+}
+
+func (s *collectors) ListOrphans(req *pb.ListOrphansRequest, stream grpc.ServerStreamingServer[pb.ListOrphansResponse]) error {
+	return s.orphans(stream.Context(), gc.OrphanOptions{Collection: collectionRef(req.GetCollection())}, func(list []*pb.Orphan) error {
+		return stream.Send(&pb.ListOrphansResponse{Orphans: list})
+	})
+}
+
+func (s *collectors) DeleteOrphans(req *pb.DeleteOrphansRequest, stream grpc.ServerStreamingServer[pb.DeleteOrphansResponse]) error {
+	o := gc.OrphanOptions{Collection: collectionRef(req.GetCollection()), Grace: req.GetGrace().AsDuration(), Delete: true}
+	return s.orphans(stream.Context(), o, func(list []*pb.Orphan) error {
+		return stream.Send(&pb.DeleteOrphansResponse{Deleted: list})
+	})
+}
+
+// orphans sends orphans as they are found. What was found, or deleted, before an
+// error is told all the same.
+func (s *collectors) orphans(ctx context.Context, o gc.OrphanOptions, send func([]*pb.Orphan) error) error {
+	list := batcher[*pb.Orphan]{send: send}
+	o.Emit = func(x gc.Orphan) error { return list.add(orphanToProto(&x)) }
+	err := s.manager.GC().Orphans(ctx, o)
+	if flushErr := list.flush(); err == nil {
+		err = flushErr
+	}
+	return err
+}
+
+func (s *collectors) Recover(ctx context.Context, _ *pb.RecoverRequest) (*pb.RecoverResponse, error) {
+	behind, next, from, err := s.manager.Recover(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.RecoverResponse{WasBehind: behind, NextId: next, SkippedFrom: from}, nil
+}
+
+func orphanToProto(o *gc.Orphan) *pb.Orphan {
+	return &pb.Orphan{
+		Store: o.Store, Key: strings.ToValidUTF8(o.Key, "\uFFFD"), Size: o.Size, ModTime: timeToProto(o.ModTime), Age: durationpb.New(o.Age),
+		Reason: clip(o.Reason), Deletable: o.Deletable, CollectionId: o.Collection,
+	}
+}
+
+var itemKinds = map[gc.ItemKind]pb.CollectItem_Kind{
+	gc.ItemSegment:    pb.CollectItem_KIND_SEGMENT,
+	gc.ItemBuild:      pb.CollectItem_KIND_INDEX_BUILD,
+	gc.ItemFiles:      pb.CollectItem_KIND_FILES,
+	gc.ItemPartition:  pb.CollectItem_KIND_PARTITION,
+	gc.ItemIndex:      pb.CollectItem_KIND_INDEX,
+	gc.ItemCollection: pb.CollectItem_KIND_COLLECTION,
+	gc.ItemSnapshot:   pb.CollectItem_KIND_SNAPSHOT,
+}
+
+var actions = map[gc.Action]pb.CollectItem_Action{
+	gc.Deletes: pb.CollectItem_ACTION_DELETE,
+	gc.Keeps:   pb.CollectItem_ACTION_KEEP,
+	gc.Waits:   pb.CollectItem_ACTION_WAIT,
+	gc.Stops:   pb.CollectItem_ACTION_STOP,
+}
+
+func itemToProto(i *gc.Item) *pb.CollectItem {
+	return &pb.CollectItem{
+		Kind: itemKinds[i.Kind], Action: actions[i.Action], CollectionId: i.Collection, Id: i.ID, Name: i.Name, Reason: clip(i.Reason),
+		DropTime: timeToProto(i.DropTime), Files: i.Files, Bytes: i.Bytes,
+		Objects: convert(i.Objects, func(o gc.Object) *pb.TombstoneFile {
+			return &pb.TombstoneFile{Store: o.Store, Key: o.Key, Size: o.Size}
+		}),
+	}
+}
+
+func summaryToProto(s *gc.Summary) *pb.CollectSummary {
+	if s == nil {
+		return nil
+	}
+	return &pb.CollectSummary{
+		Replica: s.Replica, StartTime: timeToProto(s.Start), EndTime: timeToProto(s.End),
+		Granted: s.Granted, Files: s.Files, Bytes: s.Bytes, Waiting: s.Waiting, Held: s.Held, Parked: s.Parked, Removed: s.Removed,
+		Stops: convert(s.Stops, func(stop gc.Stop) *pb.CollectStop {
+			return &pb.CollectStop{CollectionId: stop.Collection, Due: stop.Due, Total: stop.Total}
+		}),
+		StopCount: s.StopCount, Error: clip(s.Error),
+	}
+}
