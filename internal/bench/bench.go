@@ -84,6 +84,9 @@ func Load() float64 {
 	return v
 }
 
+// LoadText writes [Load].
+func LoadText() string { return fmt.Sprintf("%.2f", Load()) }
+
 // Machine describes the machine in a line.
 func Machine() string {
 	cpu, memory := "unknown processor", "unknown memory"

@@ -148,3 +148,43 @@ func TestReport(t *testing.T) {
 		}
 	}
 }
+
+func TestFinish(t *testing.T) {
+	for _, c := range []struct {
+		what   string
+		bars   []bench.Bar
+		strict bool
+		want   int
+	}{
+		{"all passed", []bench.Bar{{OK: true}}, true, 0},
+		{"one missed", []bench.Bar{{OK: true}, {}, {Noise: "busy"}}, true, 1},
+		{"one inconclusive", []bench.Bar{{OK: true}, {Noise: "busy"}}, true, 3},
+		{"one missed, not strict", []bench.Bar{{}}, false, 0},
+	} {
+		var out strings.Builder
+		r := &bench.Report{Name: "x", Bars: c.bars}
+		if got, err := r.Finish(&out, "", c.strict); err != nil || got != c.want {
+			t.Errorf("%s: got %d, %v, want %d", c.what, got, err, c.want)
+		}
+		if !strings.Contains(out.String(), " passed, ") {
+			t.Errorf("%s: no count in %q", c.what, out.String())
+		}
+	}
+}
+
+func TestUsed(t *testing.T) {
+	p, err := bench.Start(t.Context(), bench.Command{
+		Name: "sh", Args: []string{"sh", "-c", "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; echo done; read x"},
+		Log: filepath.Join(t.TempDir(), "log"), Pipes: true,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Stop()
+	if _, err := io.ReadFull(p.Stdout, make([]byte, 5)); err != nil {
+		t.Fatal(err)
+	}
+	if got := p.Used(); got <= 0 || got > 60 {
+		t.Errorf("a loop took %v seconds of processor time", got)
+	}
+}

@@ -3,7 +3,10 @@
 package bench
 
 import (
+	"bufio"
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,6 +16,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -85,8 +90,50 @@ func Start(ctx context.Context, c Command) (*Process, error) {
 	return p, nil
 }
 
+// StartSelf starts this program anew, as a child that is asked by [Process.Ask].
+func StartSelf(ctx context.Context, dir, what string, args ...string) (*Process, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	return Start(ctx, Command{
+		Name: what, Args: append([]string{self, "child", what}, args...), Log: filepath.Join(dir, what+".log"), Pipes: true,
+	})
+}
+
+// Ask sends the child a line of JSON and reads one. Out reads from its Stdout.
+// The end of ctx kills the child.
+func (p *Process) Ask(ctx context.Context, out *bufio.Reader, question, answer any) error {
+	defer context.AfterFunc(ctx, p.Kill)()
+	if err := json.NewEncoder(p.Stdin).Encode(question); err != nil {
+		return err
+	}
+	line, err := out.ReadBytes('\n')
+	if err != nil {
+		return errors.Join(err, p.Failed())
+	}
+	return json.Unmarshal(line, answer)
+}
+
 // Pid is the child's process id.
 func (p *Process) Pid() int { return p.cmd.Process.Pid }
+
+// Used is the processor time that the child has taken so far, in seconds, or 0.
+func (p *Process) Used() float64 {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.Pid()))
+	if err != nil {
+		return 0
+	}
+	const hertz = 100 // of what Linux tells programs
+	rest := string(text[bytes.LastIndexByte(text, ')')+1:])
+	fields := strings.Fields(rest) // from the third on
+	if len(fields) < 13 {
+		return 0
+	}
+	user, _ := strconv.ParseFloat(fields[11], 64)
+	system, _ := strconv.ParseFloat(fields[12], 64)
+	return (user + system) / hertz
+}
 
 // Stop asks the child to end, and kills it when it does not.
 func (p *Process) Stop() {

@@ -122,6 +122,33 @@ func (r *Report) Markdown() []byte {
 	return b.Bytes()
 }
 
+// The exit codes of a benchmark that is strict.
+const (
+	exitMissed       = 1
+	exitInconclusive = 3
+)
+
+// Finish writes the report for a terminal, and into a file if one is named, and
+// returns the code to exit with: 0 unless strict, when a bar was missed or could
+// not be judged.
+func (r *Report) Finish(w io.Writer, file string, strict bool) (code int, err error) {
+	r.Plain(w)
+	passed, missed, inconclusive := r.Count()
+	fmt.Fprintf(w, "\n%d passed, %d missed, %d inconclusive\n", passed, missed, inconclusive)
+	if file != "" {
+		if err := r.WriteInto(file); err != nil {
+			return 0, err
+		}
+	}
+	switch {
+	case strict && missed > 0:
+		code = exitMissed
+	case strict && inconclusive > 0:
+		code = exitInconclusive
+	}
+	return code, nil
+}
+
 // WriteInto writes the Markdown to a file: between the two lines that mark the
 // place of this report in a document, or all of a file that does not exist.
 func (r *Report) WriteInto(name string) error {
@@ -154,6 +181,9 @@ func Time(seconds float64) string {
 	}
 	return fmt.Sprintf("%.1f ms", seconds*1000)
 }
+
+// Percent writes a share.
+func Percent(share float64) string { return fmt.Sprintf("%.0f %%", share*100) }
 
 // MiB writes bytes.
 func MiB(n float64) string { return fmt.Sprintf("%.1f MiB", n/(1<<20)) }

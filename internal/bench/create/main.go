@@ -16,7 +16,6 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -39,9 +38,8 @@ const (
 
 // The exit codes.
 const (
-	exitError        = 1
-	exitUsage        = 2
-	exitInconclusive = 3
+	exitError = 1
+	exitUsage = 2
 )
 
 type options struct {
@@ -142,12 +140,11 @@ type rig struct {
 	report *bench.Report
 	began  time.Time
 
-	proxy   *bench.Proxy
-	worker  *worker
-	client  *client.Client
-	server  *bench.Process
-	metrics string // host:port
-	etcdAt  string
+	proxy  *bench.Proxy
+	worker *worker
+	client *client.Client
+	server *bench.Snapshotd
+	etcdAt string
 
 	floors []float64 // spread of each floor
 	names  int
@@ -191,21 +188,7 @@ func run(ctx context.Context, o *options, stdout, stderr io.Writer) (code int, e
 		fmt.Sprintf("Medians of %d rounds after one that does not count; ratios are taken per round.", o.rounds),
 	}
 	r.judge()
-	r.report.Plain(stdout)
-	passed, missed, inconclusive := r.report.Count()
-	fmt.Fprintf(stdout, "\n%d passed, %d missed, %d inconclusive\n", passed, missed, inconclusive)
-	if o.output != "" {
-		if err := r.report.WriteInto(o.output); err != nil {
-			return 0, err
-		}
-	}
-	switch {
-	case o.strict && missed > 0:
-		code = exitError
-	case o.strict && inconclusive > 0:
-		code = exitInconclusive
-	}
-	return code, nil
+	return r.report.Finish(stdout, o.output, o.strict)
 }
 
 func (r *rig) measure(ctx context.Context) error {
@@ -289,57 +272,20 @@ func (r *rig) start(ctx context.Context, dir string) (stop func(), err error) {
 		return stop, err
 	}
 	ends = append(ends, r.worker.process.Stop)
-	listen, err := bench.FreeAddr(ctx)
-	if err != nil {
-		return stop, err
+	settings := bench.OnS3(r.proxy.Addr)
+	if r.maxCreates > 0 {
+		settings += fmt.Sprintf("max_creates: %d\n", r.maxCreates)
 	}
-	if r.metrics, err = bench.FreeAddr(ctx); err != nil {
-		return stop, err
-	}
-	if r.server, err = startSnapshotd(ctx, r.options, dir, endpoint, r.proxy.Addr, listen, r.metrics); err != nil {
+	if r.server, err = bench.StartSnapshotd(ctx, r.snapshotd, dir, endpoint, etcdRoot, settings); err != nil {
 		return stop, err
 	}
 	ends = append(ends, r.server.Stop)
-	if r.client, err = client.Dial(listen, client.Options{}); err != nil {
+	if err = r.server.Serves(ctx); err != nil {
+		return stop, err
+	}
+	if r.client, err = client.Dial(r.server.Listen, client.Options{}); err != nil {
 		return stop, err
 	}
 	ends = append(ends, func() { _ = r.client.Close() })
 	return stop, nil
-}
-
-func startSnapshotd(ctx context.Context, o *options, dir, etcd, s3, listen, metrics string) (*bench.Process, error) {
-	config := filepath.Join(dir, "snapshotd.yaml")
-	text := fmt.Sprintf(`
-data_dir: %s
-listen: %s
-metrics_listen: %s
-etcd_endpoints: [%q]
-etcd_root: %s
-log_level: warn
-object_stores:
-  default:
-    type: s3
-    bucket: %s
-    endpoint: http://%s
-    path_style: true
-`, filepath.Join(dir, "snapshotd"), listen, metrics, etcd, etcdRoot, bucket, s3)
-	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
-		return nil, err
-	}
-	args := []string{o.snapshotd, "serve", "--config", config}
-	if o.maxCreates > 0 {
-		args = append(args, "--max-creates", strconv.Itoa(o.maxCreates))
-	}
-	p, err := bench.Start(ctx, bench.Command{
-		Name: "snapshotd", Args: args, Log: filepath.Join(dir, "snapshotd.log"),
-		Env: []string{"AWS_ACCESS_KEY_ID=" + bench.AccessKeyID, "AWS_SECRET_ACCESS_KEY=" + bench.SecretAccessKey, "AWS_CA_BUNDLE="},
-	})
-	if err != nil {
-		return nil, err
-	}
-	if err := p.Await(ctx, "http://"+metrics+"/healthz"); err != nil {
-		p.Stop()
-		return nil, err
-	}
-	return p, nil
 }

@@ -14,7 +14,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -74,23 +73,12 @@ func (r *rig) counted(what, want, got string, ok bool) {
 	r.report.Bars = append(r.report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
 }
 
-func load() string { return fmt.Sprintf("%.2f", bench.Load()) }
-
-// etcd connects to etcd for a short time.
-func (r *rig) etcd(fn func(*clientv3.Client) error) error {
-	cli, err := clientv3.New(clientv3.Config{Endpoints: []string{r.etcdAt}, DialTimeout: 5 * time.Second})
-	if err != nil {
-		return err
-	}
-	return errors.Join(fn(cli), cli.Close())
-}
-
 func (r *rig) inUse(ctx context.Context) (bytes int64, err error) {
 	// A transaction counts once etcd has written it, at the latest 100 ms after.
 	if err := wait(ctx, 300*time.Millisecond); err != nil {
 		return 0, err
 	}
-	err = r.etcd(func(cli *clientv3.Client) error {
+	err = bench.AskEtcd(r.etcdAt, func(cli *clientv3.Client) error {
 		st, err := cli.Status(ctx, r.etcdAt)
 		if err == nil {
 			bytes = st.DbSizeInUse
@@ -134,7 +122,7 @@ func (r *rig) register(ctx context.Context, n int) (collection, error) {
 	}
 	debug.FreeOSMemory()
 	rate, size := float64(n)/bench.Median(times), bench.Median(sizes)
-	r.table(tableRegister).Add(strconv.Itoa(n), bench.Time(bench.Median(times)), fmt.Sprintf("%.0f", rate), fmt.Sprintf("%.0f", size), load())
+	r.table(tableRegister).Add(strconv.Itoa(n), bench.Time(bench.Median(times)), fmt.Sprintf("%.0f", rate), fmt.Sprintf("%.0f", size), bench.LoadText())
 	if n == barSize {
 		r.timed("register 100 000 segments", "≥ 20 000/s", fmt.Sprintf("%.0f/s", rate), rate >= minRegistered)
 		r.counted("etcd's database in use, a segment", "≤ 800 bytes", fmt.Sprintf("%.0f", size), size <= maxStored)
@@ -201,7 +189,7 @@ func (r *rig) send(ctx context.Context, streams [][]*snapshotdv1.AddSegmentsRequ
 // compacted says what the database takes once history is gone and its free
 // pages are given back.
 func (r *rig) compacted(ctx context.Context) error {
-	return r.etcd(func(cli *clientv3.Client) error {
+	return bench.AskEtcd(r.etcdAt, func(cli *clientv3.Client) error {
 		before, err := cli.Status(ctx, r.etcdAt)
 		if err != nil {
 			return err
@@ -221,7 +209,7 @@ func (r *rig) compacted(ctx context.Context) error {
 			return err
 		}
 		r.table(tableRegister).Add(fmt.Sprintf("all %d, compacted and defragmented", count.Count), "", "",
-			fmt.Sprintf("%.0f", float64(after.DbSize)/float64(count.Count)), load())
+			fmt.Sprintf("%.0f", float64(after.DbSize)/float64(count.Count)), bench.LoadText())
 		return nil
 	})
 }
@@ -334,11 +322,11 @@ func (r *rig) create(ctx context.Context, n int, col collection) error {
 		c, f := subject[round], floors[round]
 		r.say("created of %d segments in %s, floor %s (%.2f ×)", n, bench.Time(c.all), bench.Time(f.total()), c.all/f.total())
 	}
-	loaded := load()
+	loaded := bench.LoadText()
 	// Looking at the memory takes time itself, so it has rounds of its own.
 	var heaps []float64
 	for range r.rounds {
-		heap, err := r.heapOf(ctx, func() error { _, err := r.createOnce(ctx, col, n); return err })
+		heap, err := r.server.PeakHeap(ctx, 20*time.Millisecond, func() error { _, err := r.createOnce(ctx, col, n); return err })
 		if err != nil {
 			return err
 		}
@@ -400,55 +388,8 @@ func (r *rig) reportCreate(n int, loaded string, subject []*created, floors, dec
 	}
 }
 
-// heapOf returns the most that snapshotd had on its heap, garbage included,
-// while fn ran.
-func (r *rig) heapOf(ctx context.Context, fn func() error) (float64, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	highest, failed := 0.0, error(nil)
-	var group sync.WaitGroup
-	group.Go(func() {
-		tick := time.NewTicker(20 * time.Millisecond)
-		defer tick.Stop()
-		for {
-			v, err := r.heap(ctx)
-			if ctx.Err() != nil {
-				return
-			}
-			if err != nil {
-				failed = err
-				return
-			}
-			highest = max(highest, v)
-			select {
-			case <-tick.C:
-			case <-ctx.Done():
-				return
-			}
-		}
-	})
-	err := fn()
-	cancel()
-	group.Wait()
-	return highest, errors.Join(err, failed)
-}
-
 func (r *rig) get(ctx context.Context, path string) ([]byte, error) {
-	return bench.Get(ctx, "http://"+r.metrics+path)
-}
-
-// heap returns how much snapshotd has on its heap, garbage included.
-func (r *rig) heap(ctx context.Context) (float64, error) {
-	const metric = "go_memstats_heap_alloc_bytes"
-	text, err := r.get(ctx, "/metrics")
-	if err != nil {
-		return 0, err
-	}
-	v, err := bench.Sum(text, metric)
-	if err == nil && v == 0 { // it would pass for a very small heap
-		err = fmt.Errorf("there is no metric %s", metric)
-	}
-	return v, err
+	return bench.Get(ctx, "http://"+r.server.Metrics+path)
 }
 
 // profiles keeps profiles of snapshotd while fn runs, again and again for a few
@@ -514,8 +455,8 @@ func (r *rig) read(ctx context.Context) error {
 		}
 	}
 	l, g := bench.Median(list[1]), bench.Median(get[1])
-	r.table(tableRead).Add("ListSnapshots, a page of 100", strconv.Itoa(made), bench.Time(bench.Median(list[0])), bench.Time(l), load())
-	r.table(tableRead).Add("GetSnapshot by name", strconv.Itoa(made), bench.Time(bench.Median(get[0])), bench.Time(g), load())
+	r.table(tableRead).Add("ListSnapshots, a page of 100", strconv.Itoa(made), bench.Time(bench.Median(list[0])), bench.Time(l), bench.LoadText())
+	r.table(tableRead).Add("GetSnapshot by name", strconv.Itoa(made), bench.Time(bench.Median(get[0])), bench.Time(g), bench.LoadText())
 	r.timed(fmt.Sprintf("ListSnapshots, a page of 100 among %d, p99", made), "≤ 10 ms", bench.Time(l), l <= maxList)
 	r.timed("GetSnapshot, p99", "≤ 5 ms", bench.Time(g), g <= maxGet)
 	return nil
@@ -634,7 +575,7 @@ func (r *rig) many(ctx context.Context) error {
 		}
 		times := bench.Median(bench.Ratios(all, one))
 		r.table(tableClients).Add(c.delay.String(), fmt.Sprintf("%.1f", bench.Median(one)), fmt.Sprintf("%.1f", bench.Median(all)),
-			fmt.Sprintf("%.1f", times), load())
+			fmt.Sprintf("%.1f", times), bench.LoadText())
 		r.timed(fmt.Sprintf("%d clients against one, %v added to a request", len(cols), c.delay), c.want,
 			fmt.Sprintf("%.1f ×", times), times >= c.least)
 	}

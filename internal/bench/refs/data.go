@@ -24,10 +24,9 @@ const (
 	firstTimestamp = uint64(1_790_000_000_000) << 18
 	lastTimestamp  = firstTimestamp + uint64(3_000_000_000)<<18
 
-	swapSegments  = 30  // that a compaction drops, and as many that it adds
-	batchSegments = 500 // in a message of AddSegments
-	writers       = 4   // calls at once
-	forgetEvery   = 50  // snapshots, after which etcd forgets its history
+	swapSegments = 30 // that a compaction drops, and as many that it adds
+	writers      = 4  // calls at once
+	forgetEvery  = 50 // snapshots, after which etcd forgets its history
 )
 
 // collection is one that was made for the benchmark.
@@ -156,47 +155,11 @@ func register(ctx context.Context, c *client.Client, col *collection, n int, s s
 	if err != nil {
 		return nil, err
 	}
-	group, groupCtx := errgroup.WithContext(ctx)
-	share := (n + writers - 1) / writers
-	for part := range slices.Chunk(list, max(share, 1)) {
-		group.Go(func() error {
-			stream, err := c.Catalog.AddSegments(groupCtx)
-			if err != nil {
-				return err
-			}
-			for m := range slices.Chunk(part, batchSegments) {
-				if stream.Send(&snapshotdv1.AddSegmentsRequest{Collection: col.ref(), Segments: m}) != nil {
-					break // the answer says why
-				}
-			}
-			resp, err := stream.CloseAndRecv()
-			if err == nil && resp.GetAdded() != int64(len(part)) {
-				err = fmt.Errorf("%d of %d segments were added", resp.GetAdded(), len(part))
-			}
-			return err
-		})
-	}
 	ids := make([]int64, n)
 	for i := range list {
 		ids[i] = list[i].GetId()
 	}
-	return ids, group.Wait()
-}
-
-// drop drops segments of the collection.
-func drop(ctx context.Context, c *client.Client, col *collection, ids []int64) error {
-	group, groupCtx := errgroup.WithContext(ctx)
-	group.SetLimit(writers)
-	for part := range slices.Chunk(ids, batchSegments) {
-		group.Go(func() error {
-			resp, err := c.Catalog.DropSegments(groupCtx, &snapshotdv1.DropSegmentsRequest{Collection: col.ref(), SegmentIds: part})
-			if err == nil && resp.GetDropped() != int64(len(part)) {
-				err = fmt.Errorf("%d of %d segments were dropped", resp.GetDropped(), len(part))
-			}
-			return err
-		})
-	}
-	return group.Wait()
+	return ids, bench.AddSegments(ctx, c, col.ref(), list)
 }
 
 // compact replaces n segments, which r picks, by as many new ones.
@@ -265,7 +228,7 @@ func (r *rig) fill(ctx context.Context, cl *cluster) (*collection, error) {
 			return nil, err
 		}
 		if (i+1)%forgetEvery == 0 {
-			if err := cl.forget(ctx); err != nil {
+			if err := bench.Forget(ctx, cl.at); err != nil {
 				return nil, err
 			}
 			r.say("%d snapshots, load %.2f", i+1, bench.Load())

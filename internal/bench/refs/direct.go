@@ -150,7 +150,7 @@ func (r *rig) fillDirectly(ctx context.Context, cl *cluster) (*collection, error
 	if err := group.Wait(); err != nil {
 		return nil, err
 	}
-	if err := drop(ctx, cl.client, col, col.live); err != nil {
+	if err := bench.DropSegments(ctx, cl.client, col.ref(), col.live); err != nil {
 		return nil, err
 	}
 	col.dropped = col.live

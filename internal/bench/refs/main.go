@@ -21,7 +21,6 @@ import (
 	"syscall"
 	"time"
 
-	clientv3 "go.etcd.io/etcd/client/v3"          //nolint:depguard // has etcd forget its history
 	"google.golang.org/grpc"                      //nolint:depguard // calls that the client does not offer
 	"google.golang.org/grpc/credentials/insecure" //nolint:depguard // as above
 
@@ -30,13 +29,12 @@ import (
 	"github.com/snapshotd/snapshotd/internal/bench"
 )
 
-const etcdRoot = "/snapshotd"
+const etcdRoot = bench.EtcdRoot
 
 // The exit codes.
 const (
-	exitError        = 1
-	exitUsage        = 2
-	exitInconclusive = 3
+	exitError = 1
+	exitUsage = 2
 )
 
 type options struct {
@@ -152,21 +150,7 @@ func run(ctx context.Context, o *options, stdout, stderr io.Writer) (code int, e
 		fmt.Sprintf("Medians of %d rounds after one that does not count, of %d for creates and drops; ratios are taken per round.", o.rounds, o.pairs),
 	}
 	r.judge(before)
-	r.report.Plain(stdout)
-	passed, missed, inconclusive := r.report.Count()
-	fmt.Fprintf(stdout, "\n%d passed, %d missed, %d inconclusive\n", passed, missed, inconclusive)
-	if o.output != "" {
-		if err := r.report.WriteInto(o.output); err != nil {
-			return 0, err
-		}
-	}
-	switch {
-	case o.strict && missed > 0:
-		code = exitError
-	case o.strict && inconclusive > 0:
-		code = exitInconclusive
-	}
-	return code, nil
+	return r.report.Finish(stdout, o.output, o.strict)
 }
 
 // judge says of the bars about time that were missed that they cannot be judged
@@ -189,8 +173,7 @@ type cluster struct {
 	etcd *bench.Process
 	at   string // etcd's endpoint
 
-	server  *bench.Process
-	metrics string // host:port
+	server  *bench.Snapshotd
 	client  *client.Client
 	conn    *grpc.ClientConn
 	reclaim snapshotdv1.ReclaimServiceClient
@@ -211,42 +194,24 @@ func (c *cluster) objects() string { return filepath.Join(c.dir, "objects") }
 
 // start starts snapshotd, and does not wait for it to serve.
 func (c *cluster) start(ctx context.Context) error {
-	listen, err := bench.FreeAddr(ctx)
-	if err != nil {
-		return err
-	}
-	if c.metrics, err = bench.FreeAddr(ctx); err != nil {
-		return err
-	}
-	config := filepath.Join(c.dir, "snapshotd.yaml")
-	text := fmt.Sprintf(`
-data_dir: %s
-listen: %s
-metrics_listen: %s
-etcd_endpoints: [%q]
-etcd_root: %s
-log_level: warn
-object_stores:
+	var err error
+	if c.server, err = bench.StartSnapshotd(ctx, c.snapshotd, c.dir, c.at, etcdRoot, fmt.Sprintf(`object_stores:
   default:
     type: file
     path: %s
-`, filepath.Join(c.dir, "snapshotd"), listen, c.metrics, c.at, etcdRoot, c.objects())
-	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+`, c.objects())); err != nil {
 		return err
 	}
-	if c.client, err = client.Dial(listen, client.Options{}); err != nil {
+	if c.client, err = client.Dial(c.server.Listen, client.Options{}); err != nil {
 		return err
 	}
-	c.conn, err = grpc.NewClient(listen, grpc.WithTransportCredentials(insecure.NewCredentials()),
+	c.conn, err = grpc.NewClient(c.server.Listen, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64<<20)))
 	if err != nil {
 		return err
 	}
 	c.reclaim = snapshotdv1.NewReclaimServiceClient(c.conn)
-	c.server, err = bench.Start(ctx, bench.Command{
-		Name: "snapshotd", Args: []string{c.snapshotd, "serve", "--config", config}, Log: filepath.Join(c.dir, "snapshotd.log"),
-	})
-	return err
+	return nil
 }
 
 // serve starts snapshotd and waits until it serves.
@@ -254,7 +219,7 @@ func (c *cluster) serve(ctx context.Context) error {
 	if err := c.start(ctx); err != nil {
 		return err
 	}
-	return c.server.Await(ctx, "http://"+c.metrics+"/healthz")
+	return c.server.Serves(ctx)
 }
 
 // stop ends snapshotd.
@@ -275,44 +240,4 @@ func (c *cluster) close() {
 	if c.etcd != nil {
 		c.etcd.Stop()
 	}
-}
-
-// forget has etcd give up its history.
-func (c *cluster) forget(ctx context.Context) error {
-	return c.ask(func(cli *clientv3.Client) error {
-		st, err := cli.Status(ctx, c.at)
-		if err != nil {
-			return err
-		}
-		_, err = cli.Compact(ctx, st.Header.GetRevision(), clientv3.WithCompactPhysical())
-		return err
-	})
-}
-
-// defragment has etcd give up its history and the room that this took, and
-// returns the size of its database.
-func (c *cluster) defragment(ctx context.Context) (size int64, err error) {
-	if err := c.forget(ctx); err != nil {
-		return 0, err
-	}
-	err = c.ask(func(cli *clientv3.Client) error {
-		if _, err := cli.Defragment(ctx, c.at); err != nil {
-			return err
-		}
-		st, err := cli.Status(ctx, c.at)
-		if err == nil {
-			size = st.DbSize
-		}
-		return err
-	})
-	return size, err
-}
-
-// ask connects to etcd for a short time.
-func (c *cluster) ask(fn func(*clientv3.Client) error) error {
-	cli, err := clientv3.New(clientv3.Config{Endpoints: []string{c.at}, DialTimeout: 5 * time.Second})
-	if err != nil {
-		return err
-	}
-	return errors.Join(fn(cli), cli.Close())
 }

@@ -41,10 +41,6 @@ func (r *rig) counted(what, want, got string, ok bool) {
 	r.report.Bars = append(r.report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
 }
 
-func load() string { return fmt.Sprintf("%.2f", bench.Load()) }
-
-func percent(share float64) string { return fmt.Sprintf("%.0f %%", share*100) }
-
 func (r *rig) measure(ctx context.Context, dir string) error {
 	many, err := newCluster(ctx, r.options, filepath.Join(dir, "many"))
 	if many != nil {
@@ -69,13 +65,13 @@ func (r *rig) measure(ctx context.Context, dir string) error {
 	// What Reclaim is to grant: in each round units that no snapshot ever held.
 	spare, err := register(ctx, many.client, col, r.units*(r.rounds+1), full)
 	if err == nil {
-		err = drop(ctx, many.client, col, spare)
+		err = bench.DropSegments(ctx, many.client, col.ref(), spare)
 	}
 	if err != nil {
 		return fmt.Errorf("make units to reclaim: %w", err)
 	}
 	many.stop()
-	size, err := many.defragment(ctx)
+	size, err := bench.Defragment(ctx, many.at)
 	if err != nil {
 		return err
 	}
@@ -83,13 +79,13 @@ func (r *rig) measure(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	r.say("made %d snapshots in %v, load %s", r.snapshots, filled.Round(time.Second), load())
+	r.say("made %d snapshots in %v, load %s", r.snapshots, filled.Round(time.Second), bench.LoadText())
 	r.report.Tables = append(r.report.Tables, bench.Table{
 		Title: "Set-up",
 		Head:  []string{"snapshots", "segments of each", "distinct", "made in", "refs.avro, bytes a snapshot", "etcd's database", "load"},
 		Rows: [][]string{{
 			strconv.Itoa(r.snapshots), strconv.Itoa(r.segments), strconv.FormatInt(col.referenced, 10),
-			filled.Round(time.Second).String(), fmt.Sprintf("%.0f", refs), bench.MiB(float64(size)), load(),
+			filled.Round(time.Second).String(), fmt.Sprintf("%.0f", refs), bench.MiB(float64(size)), bench.LoadText(),
 		}},
 	})
 	if err := r.loads(ctx, many); err != nil {
@@ -129,7 +125,7 @@ func refsBytes(dir string) (float64, error) {
 
 // scrape reads snapshotd's metrics, or nil while it does not answer.
 func (c *cluster) scrape(ctx context.Context) []byte {
-	text, err := bench.Get(ctx, "http://"+c.metrics+"/metrics")
+	text, err := bench.Get(ctx, "http://"+c.server.Metrics+"/metrics")
 	if err != nil {
 		return nil
 	}
@@ -208,7 +204,7 @@ func (r *rig) loads(ctx context.Context, c *cluster) error {
 		if err != nil {
 			return err
 		}
-		r.say("knew %d snapshots after %s, %s of processor time, heap up to %s, load %s", r.snapshots, bench.Time(took), bench.Time(used), bench.MiB(heap), load())
+		r.say("knew %d snapshots after %s, %s of processor time, heap up to %s, load %s", r.snapshots, bench.Time(took), bench.Time(used), bench.MiB(heap), bench.LoadText())
 		if round > 0 {
 			times, heaps, uses = append(times, took), append(heaps, heap), append(uses, used)
 		}
@@ -217,7 +213,7 @@ func (r *rig) loads(ctx context.Context, c *cluster) error {
 	r.report.Tables = append(r.report.Tables, bench.Table{
 		Title: "Start of a replica",
 		Head:  []string{"snapshots known after", "spread", "processor time", "peak heap", "load"},
-		Rows:  [][]string{{bench.Time(took), percent(bench.Spread(times)), bench.Time(bench.Median(uses)), bench.MiB(heap), load()}},
+		Rows:  [][]string{{bench.Time(took), bench.Percent(bench.Spread(times)), bench.Time(bench.Median(uses)), bench.MiB(heap), bench.LoadText()}},
 	})
 	r.timed(fmt.Sprintf("%d snapshots of %d segments known after the start", r.snapshots, r.segments), "≤ 5 s", bench.Time(took), took <= maxLoad)
 	r.counted("peak heap until then", "≤ 500 MiB", bench.MiB(heap), heap <= maxHeap)
@@ -253,14 +249,14 @@ func (r *rig) checksAlone(ctx context.Context, c *cluster, col *collection) erro
 		return fmt.Errorf("%d segments and %d builds are referenced, want %d", got.Segments, got.Builds, want)
 	}
 	took := bench.Median(got.Checks)
-	r.say("looked %d segments up in %s, load %s", r.checks, bench.Time(took), load())
+	r.say("looked %d segments up in %s, load %s", r.checks, bench.Time(took), bench.LoadText())
 	r.report.Tables = append(r.report.Tables, bench.Table{
 		Title: "The index alone",
 		Head:  []string{"loaded in", "processor time", "heap, garbage collected", "bytes per snapshot and segment", "segments looked up", "of them referenced", "looked up in", "spread", "its processor time", "load"},
 		Rows: [][]string{{
 			bench.Time(got.Load), bench.Time(got.CPU), bench.MiB(float64(got.Heap)),
 			fmt.Sprintf("%.1f", float64(got.Heap)/float64(r.snapshots)/float64(r.segments)),
-			strconv.Itoa(r.checks), percent(float64(got.Held) / float64(r.checks)), bench.Time(took), percent(bench.Spread(got.Checks)), bench.Time(bench.Median(got.ChecksCPU)), load(),
+			strconv.Itoa(r.checks), bench.Percent(float64(got.Held) / float64(r.checks)), bench.Time(took), bench.Percent(bench.Spread(got.Checks)), bench.Time(bench.Median(got.ChecksCPU)), bench.LoadText(),
 		}},
 	})
 	r.timed(fmt.Sprintf("%d segments looked up", r.checks), "≤ 1 s", bench.Time(took), took <= maxChecks)
@@ -372,7 +368,7 @@ func (r *rig) reclaims(ctx context.Context, c *cluster, col *collection, spare [
 				return err
 			}
 		}
-		r.say("reclaim of %d units: granted %s, held %s, load %s", r.units, bench.Time(free[round].took), bench.Time(held[round].took), load())
+		r.say("reclaim of %d units: granted %s, held %s, load %s", r.units, bench.Time(free[round].took), bench.Time(held[round].took), bench.LoadText())
 	}
 	t := bench.Table{
 		Title: "Reclaim",
@@ -393,12 +389,12 @@ func (r *rig) reclaims(ctx context.Context, c *cluster, col *collection, spare [
 		median := func(fn func(asked) float64) string { return fmt.Sprintf("%.0f", bench.Median(column(fn))) }
 		times := column(func(a asked) float64 { return a.took })
 		took := bench.Median(times)
-		t.Add(strconv.Itoa(k.n), k.name, bench.Time(took), percent(bench.Spread(times)),
+		t.Add(strconv.Itoa(k.n), k.name, bench.Time(took), bench.Percent(bench.Spread(times)),
 			median(func(a asked) float64 { return a.txns }), median(func(a asked) float64 { return a.reads }),
-			median(func(a asked) float64 { return a.watch }), load())
+			median(func(a asked) float64 { return a.watch }), bench.LoadText())
 		r.timed(fmt.Sprintf("Reclaim of %d units, all of them %s", k.n, k.name), "≤ 2 s", bench.Time(took), took <= maxReclaim)
 	}
-	t.Add(strconv.Itoa(r.units), "confirmed", bench.Time(bench.Median(confirms[1:])), percent(bench.Spread(confirms[1:])), "", "", "", load())
+	t.Add(strconv.Itoa(r.units), "confirmed", bench.Time(bench.Median(confirms[1:])), bench.Percent(bench.Spread(confirms[1:])), "", "", "", bench.LoadText())
 	r.report.Tables = append(r.report.Tables, t)
 	return nil
 }
@@ -507,7 +503,7 @@ func (r *rig) beside(ctx context.Context, many *cluster, col *collection, dir st
 			x, y = append(x, k.of(a[i+1])), append(y, k.of(b[i+1]))
 		}
 		ratio := bench.Median(bench.Ratios(x, y))
-		t.Add(k.what, bench.Time(bench.Median(x)), bench.Time(bench.Median(y)), fmt.Sprintf("%.2f", ratio), percent(bench.Spread(y)), load())
+		t.Add(k.what, bench.Time(bench.Median(x)), bench.Time(bench.Median(y)), fmt.Sprintf("%.2f", ratio), bench.Percent(bench.Spread(y)), bench.LoadText())
 		if k.judged {
 			r.timed(fmt.Sprintf("%s beside %d snapshots, against none", k.what, r.snapshots), "≤ 1.20 ×", fmt.Sprintf("%.2f ×", ratio), ratio <= maxRatio)
 		}

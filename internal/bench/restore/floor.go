@@ -6,12 +6,9 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"os"
-	"path/filepath"
 	"runtime"
 	"strings"
 	"time"
@@ -49,46 +46,22 @@ type floor struct {
 }
 
 func startFloor(ctx context.Context, dir string) (*floor, error) {
-	p, err := startChild(ctx, dir, "floor")
+	p, err := bench.StartSelf(ctx, dir, "floor")
 	if err != nil {
 		return nil, err
 	}
 	return &floor{p, bufio.NewReader(p.Stdout)}, nil
 }
 
-// startChild starts this program anew.
-func startChild(ctx context.Context, dir, what string, args ...string) (*bench.Process, error) {
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
-	return bench.Start(ctx, bench.Command{
-		Name: what, Args: append([]string{self, "child", what}, args...), Log: filepath.Join(dir, what+".log"), Pipes: true,
-	})
-}
-
 func (f *floor) do(ctx context.Context, j job) (*result, error) {
 	r := &result{}
-	if err := ask(ctx, f.process, f.out, j, r); err != nil {
+	if err := f.process.Ask(ctx, f.out, j, r); err != nil {
 		return nil, err
 	}
 	if r.Error != "" {
 		return nil, fmt.Errorf("%s: %s", j.Op, r.Error)
 	}
 	return r, nil
-}
-
-// ask sends a child a line and reads one.
-func ask(ctx context.Context, p *bench.Process, out *bufio.Reader, question, answer any) error {
-	defer context.AfterFunc(ctx, p.Kill)()
-	if err := json.NewEncoder(p.Stdin).Encode(question); err != nil {
-		return err
-	}
-	line, err := out.ReadBytes('\n')
-	if err != nil {
-		return errors.Join(err, p.Failed())
-	}
-	return json.Unmarshal(line, answer)
 }
 
 // floorChild is the child's end.

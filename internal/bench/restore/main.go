@@ -28,8 +28,8 @@ import (
 )
 
 const (
-	bucket   = "bench"
-	etcdRoot = "/snapshotd"
+	bucket   = bench.Bucket
+	etcdRoot = bench.EtcdRoot
 
 	// noise is the spread of a floor above which a run does not judge times that
 	// were missed, and minRounds how many rounds it takes to know the spread.
@@ -39,9 +39,8 @@ const (
 
 // The exit codes.
 const (
-	exitError        = 1
-	exitUsage        = 2
-	exitInconclusive = 3
+	exitError = 1
+	exitUsage = 2
 )
 
 // The parts of a run, in their order.
@@ -168,9 +167,8 @@ type rig struct {
 	floor  *floor
 	names  int
 
-	snapshotdAt string // metrics address of the snapshotd that runs
-	server      *bench.Process
-	client      *client.Client
+	server *bench.Snapshotd // that runs
+	client *client.Client
 }
 
 // say tells a person how far the run has come.
@@ -208,21 +206,7 @@ func run(ctx context.Context, o *options, stdout, stderr io.Writer) (code int, e
 		fmt.Sprintf("Load average %.2f before and %.2f after; the run took %v.", r.before, bench.Load(), time.Since(r.began).Round(time.Second)),
 		fmt.Sprintf("Medians of %d rounds after one that does not count; ratios are taken per round.", o.rounds),
 	}
-	r.report.Plain(stdout)
-	passed, missed, inconclusive := r.report.Count()
-	fmt.Fprintf(stdout, "\n%d passed, %d missed, %d inconclusive\n", passed, missed, inconclusive)
-	if o.output != "" {
-		if err := r.report.WriteInto(o.output); err != nil {
-			return 0, err
-		}
-	}
-	switch {
-	case o.strict && missed > 0:
-		code = exitError
-	case o.strict && inconclusive > 0:
-		code = exitInconclusive
-	}
-	return code, nil
+	return r.report.Finish(stdout, o.output, o.strict)
 }
 
 // measure starts the servers and makes the parts.
@@ -277,44 +261,18 @@ func (r *rig) measure(ctx context.Context) error {
 // serve starts snapshotd on an S3 server, in place of the one that runs.
 func (r *rig) serve(ctx context.Context, s3, root string, inFlight int) error {
 	r.stop()
-	listen, err := bench.FreeAddr(ctx)
-	if err != nil {
-		return err
-	}
-	if r.snapshotdAt, err = bench.FreeAddr(ctx); err != nil {
-		return err
-	}
-	config := filepath.Join(r.root, "snapshotd.yaml")
-	text := fmt.Sprintf(`
-data_dir: %s
-listen: %s
-metrics_listen: %s
-etcd_endpoints: [%q]
-etcd_root: %s
-log_level: warn
-object_stores:
-  default:
-    type: s3
-    bucket: %s
-    endpoint: http://%s
-    path_style: true
-`, filepath.Join(r.root, "snapshotd"), listen, r.snapshotdAt, r.etcdAt, root, bucket, s3)
+	settings := bench.OnS3(s3)
 	if inFlight > 0 {
-		text += fmt.Sprintf("copy_in_flight: %d\n", inFlight)
+		settings += fmt.Sprintf("copy_in_flight: %d\n", inFlight)
 	}
-	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+	var err error
+	if r.server, err = bench.StartSnapshotd(ctx, r.snapshotd, r.root, r.etcdAt, root, settings); err != nil {
 		return err
 	}
-	if r.server, err = bench.Start(ctx, bench.Command{
-		Name: "snapshotd", Args: []string{r.snapshotd, "serve", "--config", config}, Log: filepath.Join(r.root, "snapshotd.log"),
-		Env: []string{"AWS_ACCESS_KEY_ID=" + bench.AccessKeyID, "AWS_SECRET_ACCESS_KEY=" + bench.SecretAccessKey, "AWS_CA_BUNDLE="},
-	}); err != nil {
+	if err := r.server.Serves(ctx); err != nil {
 		return err
 	}
-	if err := r.server.Await(ctx, "http://"+r.snapshotdAt+"/healthz"); err != nil {
-		return err
-	}
-	r.client, err = client.Dial(listen, client.Options{})
+	r.client, err = client.Dial(r.server.Listen, client.Options{})
 	return err
 }
 
@@ -354,5 +312,3 @@ func (r *rig) counted(what, want, got string, ok bool) {
 func openEtcd(endpoint, root string) (*etcd.Client, error) {
 	return etcd.Open(etcd.Options{Endpoints: []string{endpoint}, Root: root})
 }
-
-func load() string { return fmt.Sprintf("%.2f", bench.Load()) }

@@ -105,7 +105,7 @@ func (r *rig) many(ctx context.Context) error {
 	}
 	each := bench.Median(times) / float64(r.segments)
 	r.table(tableMany).Add(strconv.Itoa(r.segments), strconv.Itoa(r.segments*files), bench.Time(bench.Median(times)), fmt.Sprintf("%.3f", each*1000),
-		bench.MiB(all.Heap), strconv.Itoa(all.JobBytes), strconv.Itoa(all.TaskBytes), load())
+		bench.MiB(all.Heap), strconv.Itoa(all.JobBytes), strconv.Itoa(all.TaskBytes), bench.LoadText())
 	what := fmt.Sprintf("%d segments of %d files", r.segments, files)
 	r.counted(what+": largest record of a job or task", "< 4096 bytes", strconv.Itoa(max(all.JobBytes, all.TaskBytes)), max(all.JobBytes, all.TaskBytes) < maxRecord)
 	if r.segments >= barSegments {
@@ -184,7 +184,7 @@ type manyProcess struct {
 }
 
 func (r *rig) startMany(ctx context.Context, bits string) (*manyProcess, error) {
-	p, err := startChild(ctx, r.root, "many", r.etcdAt, bits)
+	p, err := bench.StartSelf(ctx, r.root, "many", r.etcdAt, bits)
 	if err != nil {
 		return nil, err
 	}
@@ -192,7 +192,7 @@ func (r *rig) startMany(ctx context.Context, bits string) (*manyProcess, error) 
 }
 
 func (p *manyProcess) do(ctx context.Context, j manyJob, res *manyResult) error {
-	if err := ask(ctx, p.process, p.out, j, res); err != nil {
+	if err := p.process.Ask(ctx, p.out, j, res); err != nil {
 		return err
 	}
 	if res.Error != "" {

@@ -7,11 +7,8 @@ import (
 	"context"
 	"fmt"
 	"net/http"
-	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/bench"
@@ -163,20 +160,18 @@ func (r *rig) judge(c *class, times [][]float64, floorAt, rcloneAt int) {
 	floorRatio := bench.Median(bench.Ratios(times[1], times[0]))
 	row := []string{
 		c.title, bench.Time(took), fmt.Sprintf("%.0f", float64(c.from.bytes)/(1<<20)/took),
-		bench.Time(bench.Median(times[1])), strconv.Itoa(floorAt), percent(bench.Spread(times[1])),
-		"", "", "", fmt.Sprintf("%.2f", floorRatio), "", load(),
+		bench.Time(bench.Median(times[1])), strconv.Itoa(floorAt), bench.Percent(bench.Spread(times[1])),
+		"", "", "", fmt.Sprintf("%.2f", floorRatio), "", bench.LoadText(),
 	}
 	r.timed(c.title+": throughput, the floor's being 1", fmt.Sprintf("≥ %.2f", c.floor), fmt.Sprintf("%.2f", floorRatio), floorRatio >= c.floor, times[1])
 	if len(times) > 2 {
 		ratio := bench.Median(bench.Ratios(times[2], times[0]))
-		row[6], row[7], row[8] = bench.Time(bench.Median(times[2])), strconv.Itoa(rcloneAt), percent(bench.Spread(times[2]))
+		row[6], row[7], row[8] = bench.Time(bench.Median(times[2])), strconv.Itoa(rcloneAt), bench.Percent(bench.Spread(times[2]))
 		row[10] = fmt.Sprintf("%.2f", ratio)
 		r.timed(c.title+": throughput, rclone's being 1", fmt.Sprintf("≥ %.2f", c.rclone), fmt.Sprintf("%.2f", ratio), ratio >= c.rclone, times[2])
 	}
 	r.table(tableCopy).Add(row...)
 }
-
-func percent(share float64) string { return fmt.Sprintf("%.0f %%", share*100) }
 
 // best tries a variant at each number of objects in flight, and returns the one
 // that is the fastest.
@@ -283,7 +278,7 @@ func (r *rig) segment(ctx context.Context) error {
 	}
 	median, p99 := bench.Median(times), bench.Quantile(times, 0.99)
 	r.say("one segment of 3 files: %s, p99 %s", bench.Time(median), bench.Time(p99))
-	r.table(tableOne).Add("a segment of 3 files of 64 KiB", strconv.Itoa(len(times)), bench.Time(median), bench.Time(p99), "", "", load())
+	r.table(tableOne).Add("a segment of 3 files of 64 KiB", strconv.Itoa(len(times)), bench.Time(median), bench.Time(p99), "", "", bench.LoadText())
 	r.timed("a segment of 3 files: COMPLETED after the call, median", "≤ 60 ms", bench.Time(median), median <= maxSegment, nil)
 	r.timed("a segment of 3 files: p99", "≤ 150 ms", bench.Time(p99), p99 <= maxSegmentP99, nil)
 	return r.profiled(ctx, partSegment, func() error {
@@ -345,7 +340,7 @@ func (r *rig) large(ctx context.Context) error {
 	}
 	ratio := bench.Median(bench.Ratios(single, restores))
 	r.table(tableOne).Add("an object of 600 MiB", strconv.Itoa(len(restores)), bench.Time(bench.Median(restores)), "",
-		bench.Time(bench.Median(single)), fmt.Sprintf("%.2f", ratio), load())
+		bench.Time(bench.Median(single)), fmt.Sprintf("%.2f", ratio), bench.LoadText())
 	r.timed("an object of 600 MiB, 200 ms and 100 MiB/s a request: throughput, one CopyObject's being 1", "≥ 2",
 		fmt.Sprintf("%.2f", ratio), ratio >= minLarge, single)
 	return r.discard(from.prefix, 1)
@@ -424,9 +419,9 @@ func (r *rig) delayed(ctx context.Context) error {
 	ideal := float64(from.files) * r.latency.Seconds() / delayedInFlight
 	took, floor := bench.Median(restores), bench.Median(floors)
 	r.table(tableDelayed).Add(r.latency.String(), strconv.Itoa(from.files), strconv.Itoa(delayedInFlight), bench.Time(took),
-		fmt.Sprintf("%.0f", float64(from.files)/took), percent(ideal/took), bench.Time(floor), percent(ideal/floor), load())
+		fmt.Sprintf("%.0f", float64(from.files)/took), bench.Percent(ideal/took), bench.Time(floor), bench.Percent(ideal/floor), bench.LoadText())
 	r.timed(fmt.Sprintf("%v added to a request, %d in flight: of %d ÷ latency", r.latency, delayedInFlight, delayedInFlight),
-		"≥ 88 %", percent(ideal/took), ideal/took >= minDelayed, floors)
+		"≥ 88 %", bench.Percent(ideal/took), ideal/took >= minDelayed, floors)
 	r.stop()
 	return nil
 }
@@ -437,18 +432,5 @@ func (r *rig) profiled(ctx context.Context, name string, fn func() error) error 
 	if r.profile == "" {
 		return nil
 	}
-	if err := os.MkdirAll(r.profile, 0o750); err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	data := make(chan []byte, 1)
-	go func() {
-		got, _ := bench.Get(ctx, "http://"+r.snapshotdAt+"/debug/pprof/profile?seconds=3")
-		data <- got
-	}()
-	if err := fn(); err != nil {
-		return err
-	}
-	return os.WriteFile(filepath.Join(r.profile, strings.ReplaceAll(name, "/", "-")+".pprof"), <-data, 0o600)
+	return r.server.Profile(ctx, r.profile, name, 3, fn)
 }

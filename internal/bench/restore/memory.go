@@ -28,7 +28,7 @@ type memoryServer struct {
 }
 
 func startMemoryS3(ctx context.Context, dir string) (*memoryServer, error) {
-	p, err := startChild(ctx, dir, "s3")
+	p, err := bench.StartSelf(ctx, dir, "s3")
 	if err != nil {
 		return nil, err
 	}
