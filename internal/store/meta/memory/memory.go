@@ -42,7 +42,7 @@ type Store struct {
 	compacted int64  // reads below it are refused
 	keys      []*key // sorted by name; includes deleted ones that have a history
 	log       []commit
-	watchers  map[*watcher]struct{}
+	watchers  []*watcher // in the order in which they were opened, and are woken
 	leases    map[meta.LeaseID]*lease
 	lastLease meta.LeaseID
 	due       time.Time // no lease ends before; zero when there is none
@@ -86,7 +86,6 @@ func New(o Options) *Store {
 	return &Store{
 		now:      o.Now,
 		revision: 1,
-		watchers: make(map[*watcher]struct{}),
 		leases:   make(map[meta.LeaseID]*lease),
 	}
 }
@@ -351,7 +350,7 @@ func (s *Store) commitLocked(events []meta.Event) {
 	s.revision++
 	c := commit{s.revision, events}
 	s.log = append(s.log, c)
-	for w := range s.watchers {
+	for _, w := range s.watchers {
 		w.addLocked(c)
 	}
 }

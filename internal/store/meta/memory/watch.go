@@ -3,6 +3,7 @@ package memory
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
@@ -42,11 +43,11 @@ func (s *Store) Watch(ctx context.Context, from, to string, after int64) meta.Wa
 	for _, c := range s.log {
 		w.addLocked(c)
 	}
-	s.watchers[w] = struct{}{}
+	s.watchers = append(s.watchers, w)
 	context.AfterFunc(ctx, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		delete(s.watchers, w)
+		s.watchers = slices.DeleteFunc(s.watchers, func(other *watcher) bool { return other == w })
 	})
 	return w
 }

@@ -1,0 +1,131 @@
+package sim
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/manager"
+	"github.com/snapshotd/snapshotd/internal/store/epoch"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// member is one life of a replica.
+type member struct {
+	index, life int
+	*manager.Manager
+	cat    *catalog.Catalog
+	engine bool // it is no replica: what writes the collections, and deletes what it was granted
+	dead   bool // under gate.mu; nothing that it does has an effect
+	frozen bool // its calls are not chosen
+	stop   context.CancelFunc
+	ended  chan struct{}
+	err    error // of Run, once ended is closed
+}
+
+func (m *member) String() string {
+	if m.engine {
+		return "engine"
+	}
+	return fmt.Sprintf("r%d.%d", m.index, m.life)
+}
+
+// seeded is a source of randomness of its own for each use. It is safe for
+// concurrent use.
+type seeded struct {
+	mu  sync.Mutex
+	src *rand.ChaCha8
+}
+
+func newSeeded(seed uint64, use string) *seeded {
+	var key [32]byte
+	copy(key[:], fmt.Sprintf("%d %s", seed, use))
+	return &seeded{src: rand.NewChaCha8(key)}
+}
+
+func (s *seeded) Read(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.src.Read(p)
+}
+
+// options are those of a replica in the run; at leisure when many hours are to
+// pass.
+func (s *sim) options(leisure bool) manager.Options {
+	o := manager.Options{
+		Cluster: s.cluster, SnapshotStore: "default", Release: "sim", Now: time.Now, Log: zap.NewNop(),
+		MaxCreates: 3, RestoreSlots: 2, CopyInFlight: 3,
+		CollectTolerance: 2 * time.Minute, OrphanGrace: time.Second, SweepInterval: 10 * time.Minute, KeepRestores: time.Hour,
+		CollectMaxShare: s.profile.share,
+	}
+	if leisure {
+		o.LeaderTTL, o.CleanInterval, o.CollectInterval = 10*time.Minute, 10*time.Minute, 10*time.Minute
+	}
+	return o
+}
+
+// start begins a life of a replica.
+func (s *sim) start(index int, leisure bool) *member {
+	s.lives[index]++
+	m := &member{index: index, life: s.lives[index], ended: make(chan struct{})}
+	kv := &gatedKV{KV: s.kv, g: s.gate, m: m}
+	var store object.Store = &gatedStore{ledger: ledger{s.objects, s.oracle, m}, g: s.gate, m: m}
+	random := newSeeded(s.seed, m.String())
+	// One number for each life: the order in which goroutines ask must not matter.
+	jitter := rand.New(rand.NewPCG(s.seed, uint64(index*1000+m.life))).Float64() //nolint:gosec // a simulation
+	spread := func() float64 { return jitter }
+	stores := map[string]object.Store{"default": store}
+	eo := epoch.Options{KV: kv, Store: store, Cluster: s.cluster.ID, Now: time.Now, Rand: random, Jitter: spread}
+	if leisure {
+		eo.Interval = 10 * time.Minute
+	}
+	ep := epoch.New(eo)
+	requests := request.NewLeases(kv, time.Now)
+	m.cat = catalog.New(catalog.Options{
+		KV: kv, Now: time.Now, Rand: random, Requests: requests, HasStore: func(a string) bool { return a == "default" },
+		Held: catalog.ReadHeld(stores), RaiseIDs: ep.Raise, Jitter: spread,
+	})
+	o := s.options(leisure)
+	o.KV, o.Catalog, o.Stores, o.Requests, o.Epoch = kv, m.cat, stores, requests, ep
+	o.Replica, o.Rand, o.Jitter = fmt.Sprint("r", index), random, spread
+	var err error
+	m.Manager, err = manager.New(o)
+	s.must(err)
+	ctx, cancel := context.WithCancel(never)
+	m.stop = cancel
+	s.members[index] = m
+	s.all = append(s.all, m)
+	go func() {
+		defer close(m.ended)
+		m.err = m.Run(ctx)
+	}()
+	return m
+}
+
+// up are the replicas that live, frozen ones too.
+func (s *sim) up() []*member {
+	var list []*member
+	for _, m := range s.members {
+		if m != nil {
+			list = append(list, m)
+		}
+	}
+	return list
+}
+
+// calm are the replicas that answer.
+func (s *sim) calm() []*member {
+	var list []*member
+	for _, m := range s.up() {
+		if !m.frozen {
+			list = append(list, m)
+		}
+	}
+	return list
+}
