@@ -14,10 +14,20 @@ VERSION ?= $(shell git describe --tags --always --dirty --abbrev=12 2>/dev/null 
 # What `make bench` runs, and for how long each.
 BENCH ?= .
 BENCHTIME ?= 200ms
-# Set to 1, `make bench-create`, `make bench-refs` and `make bench-restore` fail when a bar is missed or cannot be judged.
+# Set to 1, `make bench-create`, `make bench-refs`, `make bench-restore` and `make bench-gc` fail when a bar is missed or cannot be judged.
 STRICT ?= 0
 # Flags for them besides, such as '-n 1000 -rounds 3 -only register,create'.
 BENCH_FLAGS ?=
+# For how long `make fuzz` runs each fuzz test, and which: those whose package or name matches.
+FUZZTIME ?= 20s
+FUZZ ?= .
+# The points that `make crash` crashes at; set QUICK to 1 for one side of those of
+# creates and restores, which SEED chooses, 0 by chance.
+POINT ?=
+QUICK ?= 0
+SEED ?= 0
+# Which bug `make planted` plants, such as p4, or those that `make bugs` brings back: whose names begin so. Empty: all.
+ONLY ?=
 # Set to 1, an unreachable vulnerability database is said and forgiven.
 VULN_OPTIONAL ?= 0
 
@@ -47,6 +57,18 @@ test: $(BIN)/buf $(BIN)/versitygw ## Runs every test that gates a change, with t
 test-short: ## Runs the tests that need no server: under a minute.
 	$(GO) test -tags short -short -timeout 2m ./...
 
+.PHONY: fuzz
+fuzz: ## Runs every fuzz test for FUZZTIME=20s, until one finds something: FUZZ=regexp.
+	GO='$(GO)' internal/testing/fuzz.sh '$(FUZZTIME)' '$(FUZZ)'
+
+.PHONY: planted
+planted: $(BIN)/versitygw ## Plants each of the bugs of internal/planted and demands a test that finds it: ONLY=p4.
+	$(GO) run ./internal/planted/run -only '$(ONLY)'
+
+.PHONY: bugs
+bugs: $(BIN)/versitygw ## Undoes each of the fixes of internal/bugs, in a copy, and demands that its test fails: ONLY=name.
+	$(GO) run ./internal/bugs/run -only '$(ONLY)'
+
 .PHONY: bench
 bench: ## Runs the benchmarks: BENCH=regexp, BENCHTIME=200ms.
 	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -timeout 20m ./...
@@ -69,6 +91,12 @@ bench-restore: build $(BIN)/versitygw $(BIN)/rclone ## Measures restores against
 	$(GO) build -o $(BIN)/bench-restore ./internal/bench/restore
 	$(BIN)/bench-restore $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-restore.md $(BENCH_FLAGS)
 
+.PHONY: bench-gc
+bench-gc: build $(BIN)/versitygw ## Measures the rounds of the collector against their bars and a loop of bare deletes: STRICT=1, BENCH_FLAGS=.
+	$(GO) build -o $(BIN)/bench-etcd ./internal/bench/etcd
+	$(GO) build -o $(BIN)/bench-gc ./internal/bench/gc
+	$(BIN)/bench-gc $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-gc.md $(BENCH_FLAGS)
+
 .PHONY: docs-check
 docs-check: build $(BIN)/grpcurl $(BIN)/versitygw ## Runs the console examples of the documents and compares what they print.
 	$(GO) run ./internal/docscheck
@@ -77,13 +105,37 @@ docs-check: build $(BIN)/grpcurl $(BIN)/versitygw ## Runs the console examples o
 docs-update: build $(BIN)/grpcurl $(BIN)/versitygw ## Runs the same examples and writes what they print into the documents.
 	$(GO) run ./internal/docscheck -update
 
+# One seed is SEED=s; so many from there on are SEEDS=n. No seed begins after SIM_FOR.
+SEED ?= 0
+SEEDS ?= $(if $(filter-out 0,$(SEED)),1,2000)
+SIM_FOR ?= 3m
+.PHONY: sim
+sim: ## Simulates clusters with all faults, each run decided by a seed: SEEDS=n, SEED=s.
+	GO='$(GO)' internal/sim/exact.sh $(BIN)/sim
+	$(GO) test -tags exact -overlay $(BIN)/sim/overlay.json -count 1 -timeout 20m -v ./internal/sim -run 'TestReplay|TestSim' -seed $(SEED) -seeds $(SEEDS) -for $(SIM_FOR)
+
+# For how long `make torture` runs. SEED decides the traffic and the faults, 0 by the clock; ONLY names scenarios, with
+# commas between them; QUICK=1 runs three of them, in 90 seconds.
+TIME ?= 6m
+
+.PHONY: torture
+torture: build $(BIN)/versitygw ## Kills, freezes and cuts off what runs in processes of its own, and judges what is left: TIME=6m, SEED=, ONLY=, QUICK=1.
+	$(GO) test -c -tags torture -o $(BIN)/torture ./internal/torture
+	cd internal/torture && $(BIN)/torture -test.run '^TestTorture$$' -test.timeout 30m \
+		-time '$(TIME)' -seed '$(SEED)' -only '$(ONLY)' $(if $(filter 1,$(QUICK)),-quick)
+
 # MODEL=full checks the largest configurations as well.
 .PHONY: model
 model: ## Checks the protocols' models with spin, and that each rule is needed.
 	docs/design/model/check.sh
 
+.PHONY: crash
+crash: ## Kills snapshotd before and after every durable step and looks whether all is well: POINT=regexp, QUICK=1, SEED=n.
+	CGO_ENABLED=0 $(GO) build -tags crashpoints -o $(BIN)/crash/ ./cmd/snapshotd ./internal/crash
+	$(BIN)/crash/crash -bin $(BIN)/crash/snapshotd -point '$(POINT)' $(if $(filter 1,$(QUICK)),-quick) -seed $(SEED)
+
 .PHONY: lint
-lint: lint-go lint-proto lint-tidy check-generate ## Lints Go and protobuf, and checks that nothing generated is stale.
+lint: lint-go lint-proto lint-tidy lint-release check-generate ## Lints Go and protobuf, and checks that nothing generated is stale.
 
 .PHONY: lint-go
 lint-go: $(BIN)/golangci-lint
@@ -97,6 +149,10 @@ lint-proto: $(BIN)/buf
 	$(BIN)/buf format --diff --exit-code --exclude-path api/third_party/buf
 	$(BIN)/buf breaking api/proto --against api/baseline.binpb --exclude-imports
 	$(BIN)/buf breaking internal/store/proto --against internal/store/proto/baseline.binpb --exclude-imports
+
+.PHONY: lint-release
+lint-release: build
+	$(GO) run ./internal/planted/run -release bin/snapshotd bin/snapshotctl
 
 .PHONY: lint-tidy
 lint-tidy:

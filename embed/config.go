@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -19,6 +20,7 @@ import (
 	"github.com/spf13/pflag"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+	yamlv3 "go.yaml.in/yaml/v3"
 	"sigs.k8s.io/yaml"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
@@ -99,9 +101,9 @@ type Config struct {
 	KeepRestores Duration `json:"keep_restores"`
 
 	// Collector says whether the leader deletes by itself what nothing needs any
-	// more: "on" or "off". With "off" nothing is deleted before somebody asks for
-	// it. YAML takes an unquoted on for true, which means the same here. Default:
-	// "on".
+	// more: "on" or "off". With "off" it makes no rounds and no sweeps; snapshots
+	// that were dropped or expired it still removes. YAML takes an unquoted on for
+	// true, which means the same here. Default: "on".
 	Collector string `json:"collector"`
 	// CollectTolerance is how long ago a thing must have been dropped before the
 	// collector takes it. Default: 3h.
@@ -109,11 +111,11 @@ type Config struct {
 	// CollectInterval is between two rounds of the collector. Default: 1m.
 	CollectInterval Duration `json:"collect_interval"`
 	// CollectMaxShare is the share of a collection at which a round stops instead
-	// of deleting more of it, above 0 and at most 1, which never stops one.
-	// Default: 0.5.
+	// of deleting more of it, if it is 100 units or more: above 0 and at most 1,
+	// which never stops one. Default: 0.5.
 	CollectMaxShare float64 `json:"collect_max_share"`
-	// CollectRate is how many objects the collector deletes in a second; negative
-	// for as many as the store takes. Default: 3000.
+	// CollectRate is how many objects the collector deletes in a second, up to 1000
+	// of them at once; negative for as many as the store takes. Default: 3000.
 	CollectRate int `json:"collect_rate"`
 	// OrphanGrace is how old an object under snapshotd's own prefixes must be
 	// that nothing knows, by its store's clock, before the collector deletes it.
@@ -161,8 +163,8 @@ type EtcdTLS struct {
 	Key string `json:"key"`
 }
 
-// Duration is a duration that is written as 1m30s. Where one is written it is not
-// zero, which would mean the default.
+// Duration is a duration that is written as 1m30s, or as a number of days, 7d.
+// Where one is written it is not zero, which would mean the default.
 type Duration time.Duration
 
 // String returns d as time.Duration writes it.
@@ -173,16 +175,94 @@ func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil
 
 // UnmarshalText implements encoding.TextUnmarshaler.
 func (d *Duration) UnmarshalText(text []byte) error {
-	parsed, err := time.ParseDuration(string(text))
+	parsed, err := parseSpan(string(text))
 	switch {
 	case err != nil:
-		return fmt.Errorf("%q is not a time span such as 1m30s", text)
+		return fmt.Errorf("%q is not a time span such as 1m30s or 7d", text)
 	case parsed == 0:
-		return fmt.Errorf("%q is no time span; leave it out for the default", text)
+		return &zeroError{string(text)}
 	}
 	*d = Duration(parsed)
 	return nil
 }
+
+// parseSpan reads a time span, which may also be a number of days.
+func parseSpan(text string) (time.Duration, error) {
+	days, ok := strings.CutSuffix(text, "d")
+	if !ok {
+		return time.ParseDuration(text)
+	}
+	const day = 24 * time.Hour
+	n, err := strconv.ParseUint(days, 10, 64)
+	if err != nil && !errors.Is(err, strconv.ErrRange) {
+		return 0, err
+	}
+	return time.Duration(min(n, uint64(2*longest/day))) * day, nil // more would overflow
+}
+
+// longest is the longest time span of all settings.
+const longest = 10 * 365 * 24 * time.Hour
+
+// zeroError says that a time span is zero.
+type zeroError struct{ text string }
+
+func (e *zeroError) Error() string { return strconv.Quote(e.text) + " is too short" }
+
+// tooShort returns err, and of a time span that is zero an error that says how long
+// the one of the setting must be.
+func tooShort(setting string, err error) error {
+	zero, ok := errors.AsType[*zeroError](err)
+	if !ok {
+		return err
+	}
+	for _, s := range (&Config{}).spans() {
+		if s.setting == setting {
+			return fmt.Errorf("%q must be at least %s", zero.text, s.least)
+		}
+	}
+	return err
+}
+
+// span is a setting that is a time span, with its bounds as people write them.
+type span struct {
+	setting     string
+	value       *Duration
+	least, most string
+}
+
+func (c *Config) spans() []span {
+	return []span{
+		{"create_timeout", &c.CreateTimeout, "1s", "24h"},
+		{"create_lease_ttl", &c.CreateLeaseTTL, "2s", "24h"},
+		{"leader_ttl", &c.LeaderTTL, "2s", "24h"},
+		{"collect_interval", &c.CollectInterval, "1s", "24h"},
+		{"grace", &c.Grace, "1ms", "24h"},
+		{"keep_restores", &c.KeepRestores, "1m", "ten years"},
+		{"collect_tolerance", &c.CollectTolerance, "1ms", "ten years"},
+		{"orphan_grace", &c.OrphanGrace, "1h", "ten years"},
+		{"sweep_interval", &c.SweepInterval, "1s", "ten years"},
+	}
+}
+
+// within says whether a time span is within its bounds.
+func (s span) within() bool {
+	least, leastErr := time.ParseDuration(s.least)
+	most, mostErr := time.ParseDuration(s.most)
+	if mostErr != nil {
+		most = longest
+	}
+	v := time.Duration(*s.value)
+	return leastErr == nil && v >= least && v <= most
+}
+
+// spanFlag is a flag of a time span, whose errors say how long it must be.
+type spanFlag struct {
+	*Duration
+	setting string
+}
+
+// Set implements pflag.Value.
+func (f spanFlag) Set(text string) error { return tooShort(f.setting, f.Duration.Set(text)) }
 
 // Set implements pflag.Value.
 func (d *Duration) Set(text string) error { return d.UnmarshalText([]byte(text)) }
@@ -307,21 +387,21 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.TLS.Key, "tls-key", c.TLS.Key, "PEM file of its key")
 	fs.StringVar(&c.TLS.ClientCA, "tls-client-ca", c.TLS.ClientCA, "PEM file of who may sign client certificates")
 	fs.IntVar(&c.MaxConnections, "max-connections", c.MaxConnections, "connections at once")
-	fs.Var(&c.CreateTimeout, "create-timeout", "bound on a create as a whole")
-	fs.Var(&c.CreateLeaseTTL, "create-lease-ttl", "after how long a create that does not advance is given up")
-	fs.Var(&c.LeaderTTL, "leader-ttl", "after how long without a sign of life a leader, or one who works on restores, is replaced")
+	fs.Var(spanFlag{&c.CreateTimeout, "create_timeout"}, "create-timeout", "bound on a create as a whole")
+	fs.Var(spanFlag{&c.CreateLeaseTTL, "create_lease_ttl"}, "create-lease-ttl", "after how long a create that does not advance is given up")
+	fs.Var(spanFlag{&c.LeaderTTL, "leader_ttl"}, "leader-ttl", "after how long without a sign of life a leader, or one who works on restores, is replaced")
 	fs.IntVar(&c.MaxCreates, "max-creates", c.MaxCreates, "creates that a replica works on at once")
 	fs.IntVar(&c.RestoreSlots, "restore-slots", c.RestoreSlots, "tasks of restores that a replica works on at once")
 	fs.IntVar(&c.CopyInFlight, "copy-in-flight", c.CopyInFlight, "objects that a replica copies at once")
-	fs.Var(&c.KeepRestores, "keep-restores", "how long restore jobs are kept after their end")
-	fs.StringVar(&c.Collector, "collector", c.Collector, "whether the leader deletes by itself what nothing needs any more: on or off")
-	fs.Var(&c.CollectTolerance, "collect-tolerance", "how long ago a thing must have been dropped before the collector takes it")
-	fs.Var(&c.CollectInterval, "collect-interval", "between two rounds of the collector")
-	fs.Float64Var(&c.CollectMaxShare, "collect-max-share", c.CollectMaxShare, "share of a collection at which a round stops instead of deleting more of it, at most 1")
-	fs.IntVar(&c.CollectRate, "collect-rate", c.CollectRate, "objects that the collector deletes in a second; negative: as many as the store takes")
-	fs.Var(&c.OrphanGrace, "orphan-grace", "how old an object that nothing knows must be before the collector deletes it, at least 1h")
-	fs.Var(&c.SweepInterval, "sweep-interval", "between two looks for such objects")
-	fs.Var(&c.Grace, "grace", "how long the end waits for calls under way")
+	fs.Var(spanFlag{&c.KeepRestores, "keep_restores"}, "keep-restores", "how long restore jobs are kept after their end")
+	fs.StringVar(&c.Collector, "collector", c.Collector, "whether the leader deletes by itself what nothing needs any more: on or off, with which it still removes snapshots that were dropped or expired")
+	fs.Var(spanFlag{&c.CollectTolerance, "collect_tolerance"}, "collect-tolerance", "how long ago a thing must have been dropped before the collector takes it")
+	fs.Var(spanFlag{&c.CollectInterval, "collect_interval"}, "collect-interval", "between two rounds of the collector")
+	fs.Float64Var(&c.CollectMaxShare, "collect-max-share", c.CollectMaxShare, "share of a collection at which a round of 100 units or more stops instead of deleting more of it, above 0 and at most 1")
+	fs.IntVar(&c.CollectRate, "collect-rate", c.CollectRate, "objects that the collector deletes in a second, up to 1000 of them at once; negative: as many as the store takes")
+	fs.Var(spanFlag{&c.OrphanGrace, "orphan_grace"}, "orphan-grace", "how old an object that nothing knows must be before the collector deletes it, at least 1h")
+	fs.Var(spanFlag{&c.SweepInterval, "sweep_interval"}, "sweep-interval", "between two looks for such objects")
+	fs.Var(spanFlag{&c.Grace, "grace"}, "grace", "how long the end waits for calls under way")
 	fs.StringVar(&c.LogLevel, "log-level", c.LogLevel, "debug, info, warn or error")
 	fs.StringVar(&c.LogFormat, "log-format", c.LogFormat, "json or console")
 	fs.StringVar(&c.Replica, "replica", c.Replica, "name of this process (default: made of host, process id and chance)")
@@ -353,6 +433,10 @@ func LoadConfig(path string, env func(name string) (string, bool), flags *pflag.
 		if err := yaml.UnmarshalStrict(data, &c); err != nil {
 			errs = append(errs, fmt.Errorf("configuration %s: %w", path, nameFields(data, err)))
 		}
+		for _, err := range c.unset() {
+			errs = append(errs, fmt.Errorf("configuration %s: %w", path, err))
+			c.Collector, c.CollectMaxShare = Default().Collector, Default().CollectMaxShare // it is told once
+		}
 	}
 	if env != nil {
 		own := pflag.NewFlagSet("", pflag.ContinueOnError)
@@ -373,15 +457,16 @@ func LoadConfig(path string, env func(name string) (string, bool), flags *pflag.
 			if target == nil {
 				return
 			}
-			text := f.Value.String()
-			if list, ok := f.Value.(pflag.SliceValue); ok {
-				text = strings.Join(list.GetSlice(), ",")
+			set := func() error { return target.Value.Set(f.Value.String()) }
+			if list, ok := f.Value.(pflag.SliceValue); ok { // as text, what is in it might fall apart
+				set = func() error { return target.Value.(pflag.SliceValue).Replace(list.GetSlice()) }
 			}
-			if err := target.Value.Set(text); err != nil {
+			if err := set(); err != nil {
 				errs = append(errs, fmt.Errorf("flag --%s: %w", f.Name, err))
 			}
 		})
 	}
+	errs = append(errs, c.unset()...)
 	return c.complete(), errors.Join(errs...)
 }
 
@@ -407,10 +492,19 @@ func expected(flagType, text string, err error) error {
 // and seldom says which it is, so each field is tried alone.
 func nameFields(data []byte, err error) error {
 	var fields map[string]any
-	if yaml.Unmarshal(data, &fields) != nil {
-		return err // it is not even YAML
-	}
 	var errs []error
+	if yaml.Unmarshal(data, &fields) != nil {
+		_ = yamlv3.Unmarshal(data, &fields) // else it is not even YAML
+		for _, name := range slices.Sorted(maps.Keys(fields)) {
+			if v, ok := fields[name].(float64); ok && (math.IsNaN(v) || math.IsInf(v, 0)) {
+				errs = append(errs, fmt.Errorf("%s: %v is not a finite number", name, v))
+			}
+		}
+		if len(errs) == 0 {
+			return err
+		}
+		return errors.Join(errs...)
+	}
 	for _, name := range slices.Sorted(maps.Keys(fields)) {
 		part, partErr := yaml.Marshal(map[string]any{name: fields[name]})
 		if partErr == nil {
@@ -437,6 +531,9 @@ func fieldError(name string, err error) error {
 		}
 		return fmt.Errorf("%s: there is no setting %s", name, m[1])
 	}
+	if _, ok := errors.AsType[*zeroError](err); ok {
+		return fmt.Errorf("%s: %w", name, tooShort(name, err))
+	}
 	if t, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
 		if t.Field != "" {
 			name = t.Field
@@ -453,7 +550,7 @@ func fieldError(name string, err error) error {
 // kindOf says what a field of type t takes.
 func kindOf(t reflect.Type) string {
 	if t == reflect.TypeFor[Duration]() {
-		return "a time span such as 1m30s"
+		return "a time span such as 1m30s or 7d"
 	}
 	switch t.Kind() {
 	case reflect.Int, reflect.Int64:
@@ -481,6 +578,7 @@ func (c Config) YAML() ([]byte, error) {
 	}
 	var out bytes.Buffer
 	d := json.NewDecoder(bytes.NewReader(data))
+	d.UseNumber()                        // a float64 does not hold every whole number
 	if _, err := d.Token(); err != nil { // the brace
 		return nil, err
 	}
@@ -500,6 +598,26 @@ func (c Config) YAML() ([]byte, error) {
 		out.Write(part)
 	}
 	return out.Bytes(), nil
+}
+
+// checkShare checks CollectMaxShare.
+func (c Config) checkShare() error {
+	if c.CollectMaxShare > 0 && c.CollectMaxShare <= 1 { // unlike NaN
+		return nil
+	}
+	return fmt.Errorf("collect_max_share: %v is not above 0 and at most 1", c.CollectMaxShare)
+}
+
+// unset names the mistakes that the defaults would hide: what was set to the zero
+// value that stands for the default in a Config.
+func (c Config) unset() (errs []error) {
+	if c.Collector == "" {
+		errs = append(errs, errors.New(`collector: "" is not on or off`))
+	}
+	if err := c.checkShare(); c.CollectMaxShare == 0 || math.IsNaN(c.CollectMaxShare) { // NaN cannot be printed
+		errs = append(errs, err)
+	}
+	return errs
 }
 
 // Validate returns all mistakes at once, each with the name of the field, and
@@ -533,19 +651,9 @@ func (c Config) Validate() error {
 	c.validateEtcd(wrong)
 	c.validateStores(wrong)
 
-	for _, d := range []struct {
-		field string
-		value Duration
-		least time.Duration
-	}{
-		{"create_timeout", c.CreateTimeout, time.Second},
-		{"create_lease_ttl", c.CreateLeaseTTL, 2 * time.Second},
-		{"leader_ttl", c.LeaderTTL, 2 * time.Second},
-		{"collect_interval", c.CollectInterval, time.Second},
-		{"grace", c.Grace, time.Millisecond},
-	} {
-		if v := time.Duration(d.value); v < d.least || v > 24*time.Hour {
-			wrong(d.field, "%v is not %v to 24h", v, d.least)
+	for _, s := range c.spans() {
+		if !s.within() {
+			wrong(s.setting, "%v is not %s to %s", *s.value, s.least, s.most)
 		}
 	}
 	if c.MaxCreates < 1 || c.MaxCreates > 1024 {
@@ -557,26 +665,11 @@ func (c Config) Validate() error {
 	if c.CopyInFlight < 1 || c.CopyInFlight > 1024 {
 		wrong("copy_in_flight", "%d is not 1 to 1024", c.CopyInFlight)
 	}
-	for _, d := range []struct {
-		field string
-		value Duration
-		least time.Duration
-		text  string // of the least
-	}{
-		{"keep_restores", c.KeepRestores, time.Minute, "1m"},
-		{"collect_tolerance", c.CollectTolerance, time.Millisecond, "1ms"},
-		{"orphan_grace", c.OrphanGrace, time.Hour, "1h"},
-		{"sweep_interval", c.SweepInterval, time.Second, "1s"},
-	} {
-		if v := time.Duration(d.value); v < d.least || v > 10*365*24*time.Hour {
-			wrong(d.field, "%v is not %s to ten years", v, d.text)
-		}
-	}
 	if c.Collector != collectorOn && c.Collector != collectorOff {
 		wrong("collector", "%q is not on or off", c.Collector)
 	}
-	if !(c.CollectMaxShare > 0 && c.CollectMaxShare <= 1) { // as NaN is
-		wrong("collect_max_share", "%v is not above 0 and at most 1", c.CollectMaxShare)
+	if err := c.checkShare(); err != nil {
+		errs = append(errs, err)
 	}
 	if c.MaxConnections < 1 {
 		wrong("max_connections", "%d is not positive", c.MaxConnections)

@@ -181,10 +181,15 @@ func TestMistakesInForm(t *testing.T) {
 		"etcd_endpoints: a:1":        "etcd_endpoints: a list is expected, not string",
 		"tls: x":                     "tls: names with values is expected, not string",
 		"tls: {cert: [x]}":           "tls.cert: text is expected, not array",
-		"create_timeout: 10":         "create_timeout: a time span such as 1m30s is expected, not number",
-		"create_timeout: soon":       `create_timeout: "soon" is not a time span such as 1m30s`,
-		"create_timeout: 0s":         `create_timeout: "0s" is no time span; leave it out for the default`,
-		"grace: x\nlog_level: [x]":   "grace: \"x\" is not a time span such as 1m30s\nlog_level: text is expected, not array",
+		"create_timeout: 10":         "create_timeout: a time span such as 1m30s or 7d is expected, not number",
+		"create_timeout: soon":       `create_timeout: "soon" is not a time span such as 1m30s or 7d`,
+		"create_timeout: 0s":         `create_timeout: "0s" must be at least 1s`,
+		"orphan_grace: 0d":           `orphan_grace: "0d" must be at least 1h`,
+		"orphan_grace: 1.5d":         `orphan_grace: "1.5d" is not a time span such as 1m30s or 7d`,
+		"collect_max_share: 0":       "collect_max_share: 0 is not above 0 and at most 1",
+		"collect_max_share: .nan":    "collect_max_share: NaN is not a finite number",
+		`collector: ""`:              `collector: "" is not on or off`,
+		"grace: x\nlog_level: [x]":   "grace: \"x\" is not a time span such as 1m30s or 7d\nlog_level: text is expected, not array",
 		"object_stores: {a: {p: x}}": `object_stores: there is no setting "p"`,
 		"object_stores: {a: x}":      "object_stores",
 		"[":                          "",
@@ -206,7 +211,7 @@ func TestMistakesInForm(t *testing.T) {
 	}), nil)
 	for _, want := range []string{
 		`SNAPSHOTD_MAX_CREATES: "x" is not a whole number`, `SNAPSHOTD_GRACE: "y" is not a time span such as 1m30s`,
-		`SNAPSHOTD_LEADER_TTL: "0" is no time span; leave it out`, `SNAPSHOTD_OBJECT_STORE: "z" is not alias=`,
+		`SNAPSHOTD_LEADER_TTL: "0" must be at least 2s`, "SNAPSHOTD_OBJECT_STORE: object store 1 is not alias=",
 		`SNAPSHOTD_METRICS_PUBLIC: "perhaps" is not true or false`, `SNAPSHOTD_ETCD_QUOTA_BYTES: "99999999999999999999" is out of range`,
 		`SNAPSHOTD_COLLECT_MAX_SHARE: "half" is not a number`,
 	} {

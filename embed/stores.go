@@ -86,7 +86,10 @@ func (f *storesFlag) Set(text string) error {
 		if !strings.HasPrefix(part, "s3://") {
 			var ok bool
 			if alias, where, ok = strings.Cut(part, "="); !ok || alias == "" || where == "" {
-				return fmt.Errorf("%q is not alias=directory or s3://bucket", part)
+				return fmt.Errorf("object store %d is not alias=directory or s3://bucket", len(f.given)+1)
+			}
+			if strings.Contains(where, "://") && !strings.HasPrefix(where, "s3://") {
+				return fmt.Errorf("object store %s: is neither a directory nor s3://bucket", alias)
 			}
 		}
 		if _, twice := f.config.ObjectStores[alias]; twice {

@@ -74,7 +74,7 @@ func TestShortForm(t *testing.T) {
 	}
 	for _, text := range []string{
 		"s3://", "s3://me:canary@bucket", "s3://bucket?secret_key=canary", "s3://bucket?region=a&region=b", "s3://bucket?path_style=canary",
-		"s3://bucket#canary", "s3://bucket?%zz=canary", "s3://bucket,default=/x",
+		"s3://bucket#canary", "s3://bucket?%zz=canary", "s3://bucket,default=/x", "S3://me:canary@bucket", "cold=S3://me:canary@bucket", "s3:/me:canary@bucket",
 	} {
 		_, err := embed.LoadConfig("", environment(map[string]string{"SNAPSHOTD_OBJECT_STORE": text}), nil)
 		if err == nil || strings.Contains(err.Error(), "canary") {

@@ -77,13 +77,13 @@ func tell(ctx context.Context, d *demo) {
 		freed.data, size(freed.dataBytes))
 	d.run(ctx, "snapshotctl", "snapshot", "list")
 	d.say("And the other snapshot? It names every file, with its size and SHA-256; do they hold?")
-	d.verify(ctx, "before-sale")
+	d.verify(ctx)
 
 	d.chapter("The collection is dropped")
 	d.run(ctx, "snapshotctl", "catalog", "drop-collection", "shop")
 	d.fails(ctx, "engine", "--collection", "shop", "digest")
 	d.say("The snapshot goes on without it.")
-	files, total := d.verify(ctx, "before-sale")
+	files, total := d.verify(ctx)
 	d.check(files == before.files && total == before.bytes, "the snapshot's record counts the same: %d files", before.files)
 	d.say("The collector takes what a dropped collection leaves, after three hours. What if that time is over? It is told not " +
 		"to wait, and to say first what it would do.")
@@ -92,7 +92,7 @@ func tell(ctx context.Context, d *demo) {
 	d.run(ctx, "snapshotctl", "gc", "run", "--tolerance", "0s", "--wait")
 	has := d.measure()
 	d.check(has.data == before.files && has.data < had.data, "of %d data files %d are left: just those of the snapshot", had.data, has.data)
-	d.verify(ctx, "before-sale")
+	d.verify(ctx)
 	d.say("And is it still readable? The engine opens it in place of the collection.")
 	again := d.run(ctx, "engine", "--snapshot", "before-sale", "search", "--seed", "7")
 	d.check(again == found, "the same rows as before the sale")
@@ -224,8 +224,10 @@ type filesOfSegments struct {
 	}
 }
 
-// verify reads every file of a snapshot and compares it with the record.
-func (d *demo) verify(ctx context.Context, name string) (files, total int64) {
+// verify reads every file of the snapshot before-sale and compares it with the
+// record.
+func (d *demo) verify(ctx context.Context) (files, total int64) {
+	const name = "before-sale"
 	var list filesOfSegments
 	d.decode(d.read(ctx, "snapshot", "segments", name, "--files", "-o", "json"), &list)
 	roots := d.describe(ctx, name).Collection.Roots

@@ -136,6 +136,8 @@ type Options struct {
 	// RaiseIDs raises the ceiling of the ids that are handed out to at least to,
 	// once that is noted outside of the metadata store. Nil: no ceiling is kept.
 	RaiseIDs func(ctx context.Context, to int64) error
+	// Jitter spreads attempts: numbers in [0, 1). Default [rand.Float64].
+	Jitter func() float64
 }
 
 // Catalog reads and changes the catalog. It is safe for concurrent use and
@@ -147,14 +149,18 @@ type Catalog struct {
 	hasStore func(string) bool
 	requests *request.Leases
 	held     func(ctx context.Context, store, key string) ([]byte, error)
+	jitter   func() float64
 	ids      *allocator
 }
 
 // New returns a Catalog.
 func New(o Options) *Catalog {
+	if o.Jitter == nil {
+		o.Jitter = rand.Float64
+	}
 	return &Catalog{
 		kv: o.KV, now: o.Now, rand: o.Rand, hasStore: o.HasStore, requests: o.Requests, held: o.Held,
-		ids: newAllocator(o.KV, o.RaiseIDs),
+		jitter: o.Jitter, ids: newAllocator(o.KV, o.RaiseIDs),
 	}
 }
 
@@ -179,7 +185,7 @@ type outcome struct {
 func (c *Catalog) change(ctx context.Context, tok request.Token, decide func(ctx context.Context) (plan, error)) (outcome, error) {
 	for attempt := range maxAttempts {
 		if attempt > 0 {
-			if err := pause(ctx, attempt); err != nil {
+			if err := c.pause(ctx, attempt); err != nil {
 				return outcome{}, err
 			}
 		}
@@ -215,7 +221,9 @@ func (c *Catalog) change(ctx context.Context, tok request.Token, decide func(ctx
 		if len(p.txn.Then) == 0 { // nothing to change, nothing to remember
 			return outcome{id: p.id, result: p.result, revision: p.revision}, nil
 		}
+		atChange.Before()
 		res, err := c.kv.Txn(ctx, p.txn)
+		atChange.After()
 		switch {
 		case errors.Is(err, meta.ErrLeaseNotFound):
 			c.requests.Forget(ctx, lease)
@@ -231,9 +239,9 @@ func (c *Catalog) change(ctx context.Context, tok request.Token, decide func(ctx
 }
 
 // pause waits a little before another attempt, longer each time.
-func pause(ctx context.Context, attempt int) error {
+func (c *Catalog) pause(ctx context.Context, attempt int) error {
 	limit := time.Millisecond << min(attempt, 6)
-	timer := time.NewTimer(rand.N(limit)) //nolint:gosec // spreads attempts, protects nothing
+	timer := time.NewTimer(time.Duration(c.jitter() * float64(limit)))
 	defer timer.Stop()
 	select {
 	case <-ctx.Done():

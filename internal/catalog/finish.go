@@ -30,34 +30,33 @@ func (p Part) String() string {
 }
 
 // DroppedParts returns the partitions and indexes that were dropped and are not
-// finished, of one collection, or of all when that is 0.
-func (c *Catalog) DroppedParts(ctx context.Context, collection int64) ([]Part, error) {
+// finished, of one collection, or of all when that is 0. Records that cannot be
+// read are left out, and unreadable has their errors.
+func (c *Catalog) DroppedParts(ctx context.Context, collection int64) (parts []Part, unreadable []error, err error) {
 	partitions, indexes := keys.AllPartsPrefix, keys.AllIndexesPrefix
 	if collection > 0 {
 		partitions, indexes = keys.PartitionPrefix(collection), keys.IndexPrefix(collection)
 	}
-	var parts []Part
 	scan := func(prefix string, decode func(meta.KeyValue) (Part, State, error)) error {
 		from, to := meta.Prefix(prefix)
 		_, err := c.kv.Scan(ctx, from, to, 0, func(batch []meta.KeyValue) error {
 			for _, kv := range batch {
 				p, state, err := decode(kv)
-				if err != nil {
-					return err
+				if err == nil {
+					p.Collection, _, err = keys.LastTwo(kv.Key)
 				}
-				if state != Dropping {
-					continue
+				switch {
+				case err != nil:
+					unreadable = append(unreadable, err)
+				case state == Dropping:
+					parts = append(parts, p)
 				}
-				if p.Collection, _, err = keys.LastTwo(kv.Key); err != nil {
-					return err
-				}
-				parts = append(parts, p)
 			}
 			return nil
 		})
 		return err
 	}
-	err := scan(partitions, func(kv meta.KeyValue) (Part, State, error) {
+	err = scan(partitions, func(kv meta.KeyValue) (Part, State, error) {
 		p, err := decodePartition(kv)
 		return Part{ID: p.ID, Name: p.Name}, p.State, err
 	})
@@ -68,9 +67,9 @@ func (c *Catalog) DroppedParts(ctx context.Context, collection int64) ([]Part, e
 		})
 	}
 	if err != nil {
-		return nil, fmt.Errorf("look for dropped partitions and indexes: %w", err)
+		return nil, nil, fmt.Errorf("look for dropped partitions and indexes: %w", err)
 	}
-	return parts, nil
+	return parts, unreadable, nil
 }
 
 // FinishPart drops what is left of a dropped partition or index, its segments or
@@ -91,8 +90,8 @@ func (c *Catalog) FinishPart(ctx context.Context, p Part) (units int, err error)
 	var update []Update
 	flush := func(least int) error {
 		if n := len(drop); n > 0 && n >= least {
-			dropped, err := c.DropSegments(ctx, Ref{ID: p.Collection}, drop)
-			if err != nil && !errors.Is(err, ErrSegmentNotFound) { // dropped by somebody else, and reclaimed
+			dropped, err := c.dropThese(ctx, p.Collection, drop)
+			if err != nil {
 				return err
 			}
 			units, drop = units+dropped, drop[:0]
@@ -128,12 +127,33 @@ func (c *Catalog) FinishPart(ctx context.Context, p Part) (units int, err error)
 	if err != nil {
 		return units, fmt.Errorf("finish %s: %w", p, err)
 	}
-	if _, err := c.kv.Txn(ctx, meta.Txn{
+	atFinishPart.Before()
+	_, err = c.kv.Txn(ctx, meta.Txn{
 		If: []meta.Cond{meta.Unchanged(key, kv.ModRevision), meta.Absent(keys.Behind)}, Then: []meta.Op{meta.Delete(key)},
-	}); err != nil {
+	})
+	atFinishPart.After()
+	if err != nil {
 		return units, fmt.Errorf("finish %s: %w", p, err)
 	}
 	return units, nil
+}
+
+// dropThese drops segments, less those that somebody else has dropped and that
+// are reclaimed already.
+func (c *Catalog) dropThese(ctx context.Context, collection int64, ids []int64) (int, error) {
+	n, err := c.DropSegments(ctx, Ref{ID: collection}, ids)
+	switch {
+	case !errors.Is(err, ErrSegmentNotFound): // which comes before anything is written
+		return n, err
+	case len(ids) == 1:
+		return 0, nil
+	}
+	first, err := c.dropThese(ctx, collection, ids[:len(ids)/2])
+	if err != nil {
+		return first, err
+	}
+	second, err := c.dropThese(ctx, collection, ids[len(ids)/2:])
+	return first + second, err
 }
 
 // removeBuilds takes index builds from their segments, as many in one step as
@@ -177,7 +197,9 @@ func (c *Catalog) FinishCollection(ctx context.Context, col *Collection) (bool, 
 	} {
 		txn.If = append(txn.If, meta.RangeAbsent(meta.Prefix(prefix)))
 	}
+	atFinishCollection.Before()
 	res, err := c.kv.Txn(ctx, txn)
+	atFinishCollection.After()
 	if err != nil {
 		return false, fmt.Errorf("finish collection %s: %w", col, err)
 	}

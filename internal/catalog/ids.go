@@ -182,9 +182,11 @@ func (c *Catalog) AllocateRange(ctx context.Context, count int64) (IDRange, erro
 }
 
 func (c *Catalog) allocate(ctx context.Context, tok request.Token, count int64) (IDRange, error) {
+	atAllocate.Before()
 	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
 		return c.ids.plan(ctx, count)
 	})
+	atAllocate.After()
 	if err != nil {
 		return IDRange{}, fmt.Errorf("allocate ids: %w", err)
 	}

@@ -393,7 +393,7 @@ func (c *Catalog) addBatch(ctx context.Context, view View, batch []entry) (int, 
 	collection := view.Collection.ID
 	for attempt := range maxAttempts {
 		if attempt > 0 {
-			if err := pause(ctx, attempt); err != nil {
+			if err := c.pause(ctx, attempt); err != nil {
 				return 0, err
 			}
 			var err error

@@ -33,7 +33,33 @@ func collectionFlag(cmd *cobra.Command) *string {
 	return cmd.Flags().String("collection", "", "the `collection` (required)")
 }
 
-// required returns the collection of such a flag.
+// optional is a flag --collection that need not be given.
+type optional struct {
+	cmd  *cobra.Command
+	text string
+}
+
+// optionalCollection gives cmd such a flag, about which the help says about.
+func optionalCollection(cmd *cobra.Command, about string) *optional {
+	o := &optional{cmd: cmd}
+	cmd.Flags().StringVar(&o.text, "collection", "", about)
+	return o
+}
+
+// given returns the collection of such a flag, nil when it is not given. An empty
+// value is a mistake, such as that of a script whose variable is not set: it must
+// not stand for all collections.
+func (a *app) given(o *optional) (*snapshotdv1.CollectionRef, error) {
+	switch {
+	case !o.cmd.Flags().Changed("collection"):
+		return nil, nil //nolint:nilnil // no collection is an answer
+	case o.text == "":
+		return nil, wrong("--collection is empty: which collection?")
+	}
+	return a.collectionRef(o.text)
+}
+
+// required returns the collection of a required flag.
 func (a *app) required(flag *string) (*snapshotdv1.CollectionRef, error) {
 	if *flag == "" {
 		return nil, wrong("--collection is missing")

@@ -321,16 +321,20 @@ func (a *app) infoCommand() *cobra.Command {
 				if leader == "" {
 					leader = "none is elected"
 				}
-				facts(
-					w, "",
+				pairs := []any{
 					"version", resp.GetVersion(),
 					"cluster", resp.GetClusterId(),
 					"replica", resp.GetReplica(),
 					"leader", leader,
-					"snapshot names", "unique per "+lower(resp.GetNameScope(), "NAME_SCOPE_"),
+					"snapshot names", "unique per " + lower(resp.GetNameScope(), "NAME_SCOPE_"),
 					"stores", strings.Join(resp.GetStores(), ", "),
 					"snapshot store", resp.GetSnapshotStore(),
-				)
+				}
+				// Without an answer it is not known, and the rest is shown.
+				if now, err := unary(ctx, a, c.Collector.GetCollectorStatus, &snapshotdv1.GetCollectorStatusRequest{}); err == nil && now.GetBlocked() != "" {
+					pairs = append(pairs, "blocked", "METADATA_BEHIND: "+now.GetBlocked())
+				}
+				facts(w, "", pairs...)
 			})
 		}),
 	}

@@ -17,9 +17,8 @@ import (
 
 func (a *app) eventsCommand() *cobra.Command {
 	var (
-		follow     bool
-		collection string
-		req        snapshotdv1.WatchEventsRequest
+		follow bool
+		req    snapshotdv1.WatchEventsRequest
 	)
 	cmd := &cobra.Command{
 		Use:   "events",
@@ -39,14 +38,12 @@ the end it says on standard error how to resume.`,
 	}
 	f := cmd.Flags()
 	f.BoolVarP(&follow, "follow", "f", false, "go on until interrupted")
-	f.StringVar(&collection, "collection", "", "only of this `collection`, its snapshots, tombstones and restores, and of all pins")
+	collection := optionalCollection(cmd, "only of this `collection`, its snapshots, tombstones and restores, and of all pins")
 	f.StringVar(&req.ResumeToken, "resume-token", "", "go on after the event with this `token` (default from now on)")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
-		if collection != "" {
-			var err error
-			if req.Collection, err = a.collectionRef(collection); err != nil {
-				return err
-			}
+		var err error
+		if req.Collection, err = a.given(collection); err != nil {
+			return err
 		}
 		c, err := a.connect()
 		if err != nil {
@@ -74,8 +71,8 @@ the end it says on standard error how to resume.`,
 			status.Code(err) == codes.InvalidArgument
 		if a.output == formatTable && token != "" && !useless {
 			again := word(token, "")
-			if collection != "" { // a token is good for the same events only
-				again += " --collection " + word(collection, "")
+			if collection.text != "" { // a token is good for the same events only
+				again += " --collection " + word(collection.text, "")
 			}
 			put(a.err, "to resume: snapshotctl events --resume-token %s\n", again)
 		}

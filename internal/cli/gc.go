@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -21,7 +22,8 @@ import (
 
 func (a *app) gcCommand() *cobra.Command {
 	cmd := group("gc", "Deletes what nothing needs any more, and says why something stays", `Deletes what nothing needs any more, and says why something stays. The leader
-does the same by itself, in rounds, unless the configuration turns that off.
+does the same by itself, in rounds and sweeps. With collector: off it makes none of
+these; it still removes snapshots that were dropped or expired.
 
 What goes: segments, index builds and files that were dropped longer ago than
 the tolerance and that no snapshot holds; what is left of dropped collections,
@@ -53,9 +55,8 @@ func receive[M any](stream interface{ Recv() (*M, error) }, each func(*M) error)
 
 func (a *app) gcRun() *cobra.Command {
 	var (
-		collection   string
 		req          snapshotdv1.CollectRequest
-		tolerance    time.Duration
+		tolerance    span
 		tellsObjects bool
 	)
 	cmd := &cobra.Command{
@@ -66,13 +67,19 @@ changes nothing, and tells of each thing what would become of it, and why:
   delete  it would go
   keep    something holds it
   wait    it was dropped too recently; see --tolerance
-  stop    the round would delete too much of the collection
+  stop    the round would delete too much of the collection: told of that, and
+          of each unit that would go with --force
 With --objects it names each object that would go below the thing that it is
 part of, and so why.
 
 A round stops in a collection of which it would delete more than the configured
-share: so much was rarely meant to go. The exit code is then 5, and nothing of
-that collection is deleted until --force says that it was.
+share, and no fewer than 100 units: so much was rarely meant to go. The exit code
+is then 5, and nothing of that collection is deleted until --force says that it
+was. ` + "`gc status`" + ` tells the share.
+
+With --sweep it also deletes what nothing knows under snapshotd's own prefixes
+and is older than orphan_grace, as the leader does now and then. See what that is
+with ` + "`gc orphans`" + `.
 
 With -o json and yaml it prints what the server says, one message a line.`,
 		Example: `  snapshotctl gc run --dry-run
@@ -81,31 +88,34 @@ With -o json and yaml it prints what the server says, one message a line.`,
 		Args: args(),
 	}
 	f := cmd.Flags()
-	f.StringVar(&collection, "collection", "", "only in this `collection`; of one that was dropped, '#ID'")
+	collection := optionalCollection(cmd, "only in this `collection`; of one that was dropped, '#ID'")
 	f.BoolVar(&req.DryRun, "dry-run", false, "change nothing, and tell what would be done")
 	f.BoolVar(&tellsObjects, "objects", false, "with --dry-run, name each object that would go")
-	f.DurationVar(&tolerance, "tolerance", 0, "take what was dropped longer ago than this `time` span (default as configured)")
-	f.BoolVar(&req.Force, "force", false, "delete whatever share of the collection it is; needs --collection")
+	f.Var(&tolerance, "tolerance", "take what was dropped longer ago than this `time` span, such as 36h or 7d (default as configured)")
+	f.BoolVar(&req.Force, "force", false, "go on where a round of 100 units or more stops at the configured share of a collection; needs --collection")
+	f.BoolVar(&req.Sweep, "sweep", false, "also delete what nothing knows under snapshotd's own prefixes")
 	f.BoolVar(&req.Wait, "wait", false, "return when the files are deleted, up to --timeout")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
+		ref, err := a.given(collection)
 		switch {
-		case req.GetForce() && collection == "":
+		case err != nil:
+			return err
+		case req.GetForce() && ref == nil:
 			return wrong("--force needs --collection: only for one collection at a time is it said that so much shall go")
 		case tellsObjects && !req.GetDryRun():
 			return wrong("--objects needs --dry-run; what a round has granted is in `snapshotctl reclaim list --files`")
 		case req.GetWait() && req.GetDryRun():
 			return wrong("--wait and --dry-run exclude each other: a dry run deletes nothing that could be waited for")
-		case tolerance < 0:
-			return wrong("--tolerance %v: it must not be negative", tolerance)
+		case req.GetSweep() && ref != nil:
+			return wrong("--sweep and --collection exclude each other: a sweep is about snapshotd's own prefixes, in all stores")
+		case tolerance.of < 0:
+			return wrong("--tolerance %s: it must not be negative", clean(tolerance.text))
+		case tolerance.of > maxSpan:
+			return wrong("--tolerance %s: at most ten years, 3650d", clean(tolerance.text))
 		}
+		req.Collection = ref
 		if f.Changed("tolerance") {
-			req.Tolerance = durationpb.New(tolerance)
-		}
-		if collection != "" {
-			var err error
-			if req.Collection, err = a.collectionRef(collection); err != nil {
-				return err
-			}
+			req.Tolerance = durationpb.New(tolerance.of)
 		}
 		c, err := a.connect()
 		if err != nil {
@@ -145,7 +155,7 @@ With -o json and yaml it prints what the server says, one message a line.`,
 		}
 		if a.output == formatTable {
 			put(a.out, "%s", roundText(sum, &req))
-			a.stops(ctx, c, sum, req.GetDryRun())
+			a.stops(ctx, c, sum, &req)
 		}
 		switch {
 		case sum.GetError() != "":
@@ -196,7 +206,7 @@ func roundText(sum *snapshotdv1.CollectSummary, req *snapshotdv1.CollectRequest)
 	var b strings.Builder
 	of := fmt.Sprintf("%s: %s", count(sum.GetGranted(), "unit"), filesText(sum.GetFiles(), sum.GetBytes()))
 	switch {
-	case sum.GetGranted() == 0 && sum.GetStopCount() > 0: // which is told of each
+	case sum.GetGranted() == 0 && sum.GetStopCount()+sum.GetRemoved() > 0: // which is told below
 	case sum.GetGranted() == 0:
 		put(&b, "no unit can go\n")
 	case req.GetDryRun():
@@ -213,7 +223,18 @@ func roundText(sum *snapshotdv1.CollectSummary, req *snapshotdv1.CollectRequest)
 		put(&b, "held: %s%s\n", count(sum.GetHeld(), "unit"), parkedText(sum.GetParked()))
 	}
 	if sum.GetRemoved() > 0 {
-		put(&b, "gone for good: %s\n", removedText(sum.GetRemoved()))
+		gone := "gone for good"
+		if req.GetDryRun() {
+			gone = "would be gone for good"
+		}
+		put(&b, "%s: %s\n", gone, removedText(sum.GetRemoved()))
+	}
+	if req.GetSweep() {
+		swept := "swept"
+		if req.GetDryRun() {
+			swept = "would sweep"
+		}
+		put(&b, "%s: %s, %s, of snapshotd's own that nothing knows\n", swept, count(sum.GetSwept(), "object"), size(sum.GetSweptBytes()))
 	}
 	return b.String()
 }
@@ -234,8 +255,11 @@ func removedText(n int64) string {
 	return fmt.Sprintf("%d collections, partitions and indexes", n)
 }
 
+// maxSpan is the longest time span that the collector's calls take.
+const maxSpan = 10 * 365 * day
+
 // stops tells in which collections a round stopped, and the way on.
-func (a *app) stops(ctx context.Context, c *client.Client, sum *snapshotdv1.CollectSummary, dryRun bool) {
+func (a *app) stops(ctx context.Context, c *client.Client, sum *snapshotdv1.CollectSummary, req *snapshotdv1.CollectRequest) {
 	if len(sum.GetStops()) == 0 {
 		return
 	}
@@ -243,23 +267,42 @@ func (a *app) stops(ctx context.Context, c *client.Client, sum *snapshotdv1.Coll
 	if resp, err := unary(ctx, a, c.Collector.GetCollectorStatus, &snapshotdv1.GetCollectorStatusRequest{}); err == nil { // else it is said without
 		share = shareText(resp.GetMaxShare())
 	}
-	stopped, look := "stopped", "look at it with --dry-run, then run"
-	if dryRun {
-		stopped, look = "would stop", "if so much shall go, run"
+	stopped, tolerance := "stopped", ""
+	if req.GetDryRun() {
+		stopped = "would stop"
+	}
+	if req.GetTolerance() != nil { // with another the same command may find nothing
+		tolerance = " --tolerance " + req.GetTolerance().AsDuration().String()
 	}
 	for _, s := range sum.GetStops() {
-		named, as := fmt.Sprintf("#%d", s.GetCollectionId()), fmt.Sprintf("#%d", s.GetCollectionId())
-		resp, err := unary(ctx, a, c.Catalog.GetCollection, &snapshotdv1.GetCollectionRequest{Collection: idRef(s.GetCollectionId())})
-		if col := resp.GetCollection(); err == nil && col.GetName() != "" { // else it goes by its id
-			as = strings.TrimPrefix(fullName(col.GetDb(), col.GetName(), col.GetId()), "default/")
-			named = fmt.Sprintf("%s (%d)", clean(as), col.GetId())
+		as, named := a.stopPlace(ctx, c, s)
+		way := fmt.Sprintf("snapshotctl gc run --collection %s%s", word(as, ""), tolerance)
+		look := fmt.Sprintf("look with `%s --dry-run`, and if so much shall go, run it with --force instead", way)
+		if req.GetDryRun() {
+			look = fmt.Sprintf("if so much shall go: `%s --force`", way)
 		}
-		put(a.out, "%s in collection %s: %d of %s would go, more than %s; %s `snapshotctl gc run --collection %s --force`\n",
-			stopped, named, s.GetDue(), count(s.GetTotal(), "unit"), share, look, word(as, ""))
+		put(a.out, "%s in collection %s: %s would go, more than %s; %s\n", stopped, named, stopText(s), share, look)
 	}
 	if more := sum.GetStopCount() - int64(len(sum.GetStops())); more > 0 {
 		put(a.out, "%s in %s more\n", stopped, count(more, "collection"))
 	}
+}
+
+// stopText says how much would go.
+func stopText(s *snapshotdv1.CollectStop) string {
+	return fmt.Sprintf("%d of %d units and segments", s.GetDue(), s.GetTotal())
+}
+
+// stopPlace returns the collection of a stop as commands take it, and for people.
+func (a *app) stopPlace(ctx context.Context, c *client.Client, s *snapshotdv1.CollectStop) (as, named string) {
+	as = fmt.Sprintf("#%d", s.GetCollectionId())
+	resp, err := unary(ctx, a, c.Catalog.GetCollection, &snapshotdv1.GetCollectionRequest{Collection: idRef(s.GetCollectionId())})
+	col := resp.GetCollection()
+	if err != nil || col.GetName() == "" { // it goes by its id
+		return as, as
+	}
+	as = strings.TrimPrefix(fullName(col.GetDb(), col.GetName(), col.GetId()), "default/")
+	return as, fmt.Sprintf("%s (%d)", clean(as), col.GetId())
 }
 
 // shareText writes a share of one for people, to a tenth of a percent.
@@ -282,15 +325,23 @@ func (a *app) gcStatus() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.print(resp, func(w io.Writer) { renderCollector(w, resp) })
+			return a.print(resp, func(w io.Writer) {
+				renderCollector(w, resp, func(s *snapshotdv1.CollectStop) (string, string) { return a.stopPlace(ctx, c, s) })
+			})
 		}),
 	}
 }
 
-func renderCollector(w io.Writer, r *snapshotdv1.GetCollectorStatusResponse) {
+// renderCollector shows how the collector is doing. place names the collection of
+// a stop.
+func renderCollector(w io.Writer, r *snapshotdv1.GetCollectorStatusResponse, place func(*snapshotdv1.CollectStop) (as, named string)) {
 	enabled, blocked := "on", "no"
 	if !r.GetEnabled() {
-		enabled = "off: nothing is deleted before somebody asks for it"
+		enabled = "off: makes no rounds and no sweeps; dropped and expired snapshots are still removed"
+	}
+	at := shareText(r.GetMaxShare()) + " of a collection"
+	if r.GetStopUnits() > 0 {
+		at += fmt.Sprintf(", from %s on", count(r.GetStopUnits(), "unit"))
 	}
 	if r.GetBlocked() != "" {
 		blocked = r.GetBlocked()
@@ -299,7 +350,7 @@ func renderCollector(w io.Writer, r *snapshotdv1.GetCollectorStatusResponse) {
 		"collector", enabled,
 		"blocked", blocked,
 		"tolerance", r.GetTolerance().AsDuration(),
-		"stops at", shareText(r.GetMaxShare())+" of a collection",
+		"stops at", at,
 		"deleting", count(r.GetDeleting(), "unit"),
 		"not confirmed by callers", count(r.GetUnconfirmed(), "unit"),
 	)
@@ -309,16 +360,20 @@ func renderCollector(w io.Writer, r *snapshotdv1.GetCollectorStatusResponse) {
 		return
 	}
 	took := sum.GetEndTime().AsTime().Sub(sum.GetStartTime().AsTime())
-	stops := "nowhere"
+	stops, first := "nowhere", ""
 	if sum.GetStopCount() > 0 {
 		var in []string
-		for _, s := range sum.GetStops() {
-			in = append(in, fmt.Sprintf("#%d (%d of %s)", s.GetCollectionId(), s.GetDue(), count(s.GetTotal(), "unit")))
+		for _, s := range sum.GetStops()[:min(len(sum.GetStops()), maxPlaces)] {
+			as, named := place(s)
+			if first == "" {
+				first = as
+			}
+			in = append(in, named+": "+stopText(s))
 		}
-		if more := sum.GetStopCount() - int64(len(sum.GetStops())); more > 0 {
+		if more := sum.GetStopCount() - int64(len(in)); more > 0 {
 			in = append(in, fmt.Sprintf("%d more", more))
 		}
-		stops = strings.Join(in, ", ")
+		stops = strings.Join(in, "; ")
 	}
 	trouble := sum.GetError()
 	if trouble == "" {
@@ -336,7 +391,13 @@ func renderCollector(w io.Writer, r *snapshotdv1.GetCollectorStatusResponse) {
 		"stopped in", stops,
 		"trouble", trouble,
 	)
+	if first != "" {
+		put(w, "Look with `snapshotctl gc run --collection %s --dry-run`; if so much shall go, run it with --force instead.\n", word(first, ""))
+	}
 }
+
+// maxPlaces is how many stops the status names: each costs a call.
+const maxPlaces = 8
 
 func (a *app) gcExplain() *cobra.Command {
 	req := snapshotdv1.ExplainObjectRequest{}
@@ -374,25 +435,31 @@ func renderObject(w io.Writer, key string, r *snapshotdv1.ExplainObjectResponse)
 		what = "not known"
 	}
 	put(w, "%s: %s\n", clean(key), clean(what))
-	explainMore(w, "It is", explainHolders(&snapshotdv1.UnitReferences{Holders: r.GetHolders(), HolderCount: int64(len(r.GetHolders()))}))
+	untold := slices.DeleteFunc(slices.Clone(r.GetHolders()), func(h *snapshotdv1.Holder) bool { // of those that the reason names
+		return h.GetSnapshot() != nil && strings.Contains(r.GetReason(), strconv.Quote(h.GetSnapshot().GetName()))
+	})
+	explainMore(w, "It is", explainHolders(&snapshotdv1.UnitReferences{Holders: untold, HolderCount: int64(len(untold))}))
 	switch reason := clean(r.GetReason()); {
 	case !r.GetExists():
-		put(w, "It is not there: %s\n", strings.TrimPrefix(reason, "there is no such object; "))
+		put(w, "%s\n", reason)
 	case r.GetKept():
 		put(w, "It stays: %s\n", reason)
 	default:
 		put(w, "It may go: %s\n", reason)
 	}
-	if r.GetCollectionId() != 0 && r.GetSegmentId() != 0 {
+	switch {
+	case r.GetCollectionId() == 0:
+	case r.GetIndexBuildId() != 0:
+		put(w, "More: snapshotctl explain --collection '#%d' --build %d\n", r.GetCollectionId(), r.GetIndexBuildId())
+	case r.GetSegmentId() != 0:
 		put(w, "More: snapshotctl explain --collection '#%d' %d\n", r.GetCollectionId(), r.GetSegmentId())
 	}
 }
 
 func (a *app) gcOrphans() *cobra.Command {
 	var (
-		collection string
-		remove     bool
-		grace      time.Duration
+		remove bool
+		grace  span
 	)
 	cmd := &cobra.Command{
 		Use:   "orphans",
@@ -405,8 +472,12 @@ long as that does.
 With --delete those under the roots of a collection go that are deletable and
 older than --grace by the store's clock, and are listed. An engine writes files
 before it registers them, and until then they are orphans: --grace must be
-longer than that ever takes. Another program's files under the roots of the
-collection look the same, so look at the list first.
+longer than that ever takes. Deletable is what lies where segments of that
+collection lie, under ids that were handed out and have no record. Files that
+another program has put into such a place look the same, so look at the list
+first. Once a collection is dropped and gone nobody lists its orphans.
+
+DELETABLE is "not yet" for what is younger than the configured orphan_grace.
 
 With -o json and yaml it prints what the server says, one message a line.`,
 		Example: `  snapshotctl gc orphans
@@ -415,24 +486,24 @@ With -o json and yaml it prints what the server says, one message a line.`,
 		Args: args(),
 	}
 	f := cmd.Flags()
-	f.StringVar(&collection, "collection", "", "under the roots of this `collection` (default under snapshotd's own prefixes)")
+	collection := optionalCollection(cmd, "under the roots of this `collection` (default under snapshotd's own prefixes)")
 	f.BoolVar(&remove, "delete", false, "delete those that are deletable; needs --collection and --grace")
-	f.DurationVar(&grace, "grace", 0, "with --delete, how old an object must be: a `time` span of at least 1h")
+	f.Var(&grace, "grace", "with --delete, how old an object must be: a `time` span of at least 1h, such as 36h or 7d")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
+		ref, err := a.given(collection)
 		switch {
-		case remove && collection == "":
+		case err != nil:
+			return err
+		case remove && ref == nil:
 			return wrong("--delete needs --collection: under snapshotd's own prefixes the collector deletes by itself, and an engine's files go for one collection at a time")
 		case remove && !f.Changed("grace"):
 			return wrong("--delete needs --grace: a file that is written and not registered yet is an orphan, too; give a time span, such as 24h, that is longer than a file ever stays so")
 		case !remove && f.Changed("grace"):
 			return wrong("--grace is for --delete; without it orphans of any age are listed")
-		}
-		var ref *snapshotdv1.CollectionRef
-		if collection != "" {
-			var err error
-			if ref, err = a.collectionRef(collection); err != nil {
-				return err
-			}
+		case remove && grace.of < time.Hour:
+			return wrong("--grace %s: at least 1h, for files are written before they are registered", clean(grace.text))
+		case remove && grace.of > maxSpan:
+			return wrong("--grace %s: at most ten years, 3650d", clean(grace.text))
 		}
 		c, err := a.connect()
 		if err != nil {
@@ -442,7 +513,7 @@ With -o json and yaml it prints what the server says, one message a line.`,
 		defer cancel()
 		o := orphans{app: a, table: newTable(a.out, "", "STORE", "KEY", "SIZE", "AGE", "DELETABLE", "REASON")}
 		if remove {
-			stream, err := c.Collector.DeleteOrphans(ctx, &snapshotdv1.DeleteOrphansRequest{Collection: ref, Grace: durationpb.New(grace)})
+			stream, err := c.Collector.DeleteOrphans(ctx, &snapshotdv1.DeleteOrphansRequest{Collection: ref, Grace: durationpb.New(grace.of)})
 			if err != nil {
 				return err
 			}
@@ -481,7 +552,10 @@ func (o *orphans) show(list []*snapshotdv1.Orphan) error {
 	for _, x := range list {
 		o.n, o.bytes = o.n+1, o.bytes+x.GetSize()
 		deletable := "no"
-		if x.GetDeletable() {
+		switch {
+		case x.GetYoung():
+			deletable = "not yet"
+		case x.GetDeletable():
 			o.deletable, o.deletableBytes = o.deletable+1, o.deletableBytes+x.GetSize()
 			deletable = "yes"
 		}

@@ -92,13 +92,17 @@ func orphanList() []*snapshotdv1.Orphan {
 			Store: "default", Key: "engine/7/8/9/x", Size: 2 << 10, ModTime: timestamppb.New(now), Age: durationpb.New(26*time.Hour + time.Millisecond),
 			Reason: "its segment 9 is not known", Deletable: true, CollectionId: 7,
 		},
+		{
+			Store: "default", Key: "engine/7/8/9/y", Size: 1, Age: durationpb.New(time.Hour), Reason: "its segment 9 is not known; younger than orphan_grace, which is 24h0m0s",
+			Deletable: true, Young: true, CollectionId: 7,
+		},
 		{Store: "default", Key: "engine/readme", Size: 10, Age: durationpb.New(time.Minute), Reason: "its name says nothing", CollectionId: 7},
 	}
 }
 
 func TestGCOutput(t *testing.T) {
 	running := &snapshotdv1.GetCollectorStatusResponse{
-		LastRound: round(), Deleting: 4, Unconfirmed: 1, Tolerance: durationpb.New(3 * time.Hour), MaxShare: 0.5, Enabled: true,
+		LastRound: round(), Deleting: 4, Unconfirmed: 1, Tolerance: durationpb.New(3 * time.Hour), MaxShare: 0.5, StopUnits: 100, Enabled: true,
 	}
 	ended := []any{&snapshotdv1.CollectResponse{Summary: round()}}
 	dry := []any{&snapshotdv1.CollectResponse{Items: looked()[:1]}, &snapshotdv1.CollectResponse{Items: looked()[1:]}, &snapshotdv1.CollectResponse{Summary: round()}}
@@ -142,7 +146,7 @@ delete  snapshot     42 (old)  #7          0      0 B      expired at 2026-02-28
 would delete 2 units: 5 files, 5.0 KiB
 waiting: 1 unit, dropped too recently
 held: 3 units, the records of 2 in the object store
-gone for good: 1 collection, partition or index
+would be gone for good: 1 collection, partition or index
 `},
 		},
 		{
@@ -169,14 +173,14 @@ would delete 1 unit: 2 files, 3.0 KiB
 		{
 			"a stop", "gc run", stops,
 			result{
-				code: 5, out: "\nstopped in collection docs (7): 900 of 1000 units would go, more than 50%; look at it with --dry-run, then run `snapshotctl gc run --collection docs --force`\n",
+				code: 5, out: "\nstopped in collection docs (7): 900 of 1000 units and segments would go, more than 50%; look with `snapshotctl gc run --collection docs --dry-run`, and if so much shall go, run it with --force instead\n",
 				errOut: "error: the round stopped in 1 collection\n",
 			},
 		},
 		{
-			"a stop in a dry run", "gc run --dry-run", stops,
+			"a stop in a dry run", "gc run --dry-run --tolerance 1h", stops,
 			result{
-				code: 5, out: "\nwould stop in collection docs (7): 900 of 1000 units would go, more than 50%; if so much shall go, run `snapshotctl gc run --collection docs --force`\n",
+				code: 5, out: "\nwould stop in collection docs (7): 900 of 1000 units and segments would go, more than 50%; if so much shall go: `snapshotctl gc run --collection docs --tolerance 1h0m0s --force`\n",
 				errOut: "error: the round would stop in 1 collection\n",
 			},
 		},
@@ -184,9 +188,14 @@ would delete 1 unit: 2 files, 3.0 KiB
 			"stops of which little is known", "gc run",
 			map[string][]any{"Collect": {&snapshotdv1.CollectResponse{Summary: &snapshotdv1.CollectSummary{Stops: stopped().GetStops(), StopCount: 3}}}},
 			result{
-				code: 5, out: "\nstopped in collection #7: 900 of 1000 units would go, more than the configured share; look at it with --dry-run, then run `snapshotctl gc run --collection '#7' --force`\nstopped in 2 collections more\n",
+				code: 5, out: "\nstopped in collection #7: 900 of 1000 units and segments would go, more than the configured share; look with `snapshotctl gc run --collection '#7' --dry-run`, and if so much shall go, run it with --force instead\nstopped in 2 collections more\n",
 				errOut: "error: the round stopped in 3 collections\n",
 			},
+		},
+		{
+			"a round that ends a partition, and a sweep", "gc run --sweep",
+			map[string][]any{"Collect": {&snapshotdv1.CollectResponse{Summary: &snapshotdv1.CollectSummary{Removed: 1, Swept: 2, SweptBytes: 7}}}},
+			result{out: "\ngone for good: 1 collection, partition or index\nswept: 2 objects, 7 B, of snapshotd's own that nothing knows\n"},
 		},
 		{
 			"trouble", "gc run",
@@ -207,13 +216,30 @@ would delete 1 unit: 2 files, 3.0 KiB
 			},
 		},
 		{
+			"the server, behind", "info",
+			map[string][]any{
+				"GetServerInfo":      {&snapshotdv1.GetServerInfoResponse{Version: "1", Leader: "r1", Stores: []string{"default"}}},
+				"GetCollectorStatus": {&snapshotdv1.GetCollectorStatusResponse{Blocked: "the metadata store is behind"}},
+			},
+			result{out: `
+version:        1
+cluster:        -
+replica:        -
+leader:         r1
+snapshot names: unique per unspecified
+stores:         default
+snapshot store: -
+blocked:        METADATA_BEHIND: the metadata store is behind
+`},
+		},
+		{
 			"status", "gc status",
 			map[string][]any{"GetCollectorStatus": {running}},
 			result{out: `
 collector:                on
 blocked:                  no
 tolerance:                3h0m0s
-stops at:                 50% of a collection
+stops at:                 50% of a collection, from 100 units on
 deleting:                 4 units
 not confirmed by callers: 1 unit
 Last round
@@ -230,12 +256,15 @@ Last round
 		},
 		{
 			"status with trouble", "gc status",
-			map[string][]any{"GetCollectorStatus": {&snapshotdv1.GetCollectorStatusResponse{
-				MaxShare: 0.125, Blocked: "the metadata store is behind", Tolerance: durationpb.New(time.Minute),
-				LastRound: &snapshotdv1.CollectSummary{StartTime: timestamppb.New(now), EndTime: timestamppb.New(now), Stops: stopped().GetStops(), StopCount: 2, Error: "no\tstore"},
-			}}},
+			map[string][]any{
+				"GetCollectorStatus": {&snapshotdv1.GetCollectorStatusResponse{
+					MaxShare: 0.125, Blocked: "the metadata store is behind", Tolerance: durationpb.New(time.Minute),
+					LastRound: &snapshotdv1.CollectSummary{StartTime: timestamppb.New(now), EndTime: timestamppb.New(now), Stops: stopped().GetStops(), StopCount: 2, Error: "no\tstore"},
+				}},
+				"GetCollection": {&snapshotdv1.GetCollectionResponse{Collection: collection()}},
+			},
 			result{out: `
-collector:                off: nothing is deleted before somebody asks for it
+collector:                off: makes no rounds and no sweeps; dropped and expired snapshots are still removed
 blocked:                  the metadata store is behind
 tolerance:                1m0s
 stops at:                 12.5% of a collection
@@ -249,9 +278,9 @@ Last round
   waiting:       0 units
   held:          0 units
   gone for good: 0 collections, partitions and indexes
-  stopped in:    #7 (900 of 1000 units), 1 more
+  stopped in:    docs (7): 900 of 1000 units and segments; 1 more
   trouble:       "no\tstore"
-`},
+Look with ` + "`snapshotctl gc run --collection docs --dry-run`; if so much shall go, run it with --force instead.\n"},
 		},
 		{
 			"status before the first round", "gc status",
@@ -288,8 +317,20 @@ More: snapshotctl explain --collection '#7' 101
 		},
 		{
 			"an object that is not there", "gc explain snapshots/7/42/x --store default",
-			map[string][]any{"ExplainObject": {&snapshotdv1.ExplainObjectResponse{Reason: "there is no such object; if there were one: it would go"}}},
-			result{out: "\nsnapshots/7/42/x: not known\nIt is not there: if there were one: it would go\n"},
+			map[string][]any{"ExplainObject": {&snapshotdv1.ExplainObjectResponse{Reason: "There is no such object. If there were: it would go"}}},
+			result{out: "\nsnapshots/7/42/x: not known\nThere is no such object. If there were: it would go\n"},
+		},
+		{
+			"a file of an index build, whose holder the reason names", "gc explain engine/7/8/101/x",
+			map[string][]any{"ExplainObject": {&snapshotdv1.ExplainObjectResponse{
+				Exists: true, What: "a file of index build 201", Kept: true, Reason: `held by snapshot "nightly"`, CollectionId: 7, SegmentId: 101, IndexBuildId: 201,
+				Holders: []*snapshotdv1.Holder{heldBySnapshot(42, "nightly")},
+			}}},
+			result{out: `
+engine/7/8/101/x: a file of index build 201
+It stays: held by snapshot "nightly"
+More: snapshotctl explain --collection '#7' --build 201
+`},
 		},
 		{
 			"an object in a store that is not there", "gc explain x --store none",
@@ -302,8 +343,9 @@ More: snapshotctl explain --collection '#7' 101
 			result{out: `
 STORE    KEY             SIZE     AGE      DELETABLE  REASON
 default  engine/7/8/9/x  2.0 KiB  26h0m0s  yes        its segment 9 is not known
+default  engine/7/8/9/y  1 B      1h0m0s   not yet    its segment 9 is not known; younger than orphan_grace, which is 24h0m0s
 default  engine/readme   10 B     1m0s     no         its name says nothing
-2 orphans, 2.0 KiB; deletable: 1, 2.0 KiB
+3 orphans, 2.0 KiB; deletable: 1, 2.0 KiB
 `},
 		},
 		{
@@ -322,7 +364,7 @@ deleted: 1 object, 2.0 KiB
 		},
 		{
 			"orphans as JSON", "gc orphans -o json",
-			map[string][]any{"ListOrphans": {&snapshotdv1.ListOrphansResponse{Orphans: orphanList()[1:]}, &snapshotdv1.ListOrphansResponse{}}},
+			map[string][]any{"ListOrphans": {&snapshotdv1.ListOrphansResponse{Orphans: orphanList()[2:]}, &snapshotdv1.ListOrphansResponse{}}},
 			result{out: `
 {"orphans":[{"store":"default","key":"engine/readme","size":"10","age":"60s","reason":"its name says nothing","collectionId":"7"}]}
 {}
@@ -341,7 +383,7 @@ deleted: 1 object, 2.0 KiB
 		{
 			"nothing to recover", "recover",
 			map[string][]any{"Recover": {&snapshotdv1.RecoverResponse{NextId: 100, SkippedFrom: 100}}},
-			result{out: "\nnothing had to be done: the metadata store is not behind the object store\n"},
+			result{out: "\nnothing had to be done: the metadata store is not known to be behind the object store\n"},
 		},
 		{
 			"recovered, as JSON", "recover -o json",
@@ -369,11 +411,13 @@ func TestGCRequests(t *testing.T) {
 		"gc run --collection docs --tolerance 0s --force --wait": &snapshotdv1.CollectRequest{
 			Collection: docs, Tolerance: durationpb.New(0), Force: true, Wait: true,
 		},
+		"gc run --sweep --tolerance 7d":                        &snapshotdv1.CollectRequest{Sweep: true, Tolerance: durationpb.New(7 * 24 * time.Hour)},
 		"gc run --dry-run --tolerance 90m":                     &snapshotdv1.CollectRequest{DryRun: true, Tolerance: durationpb.New(90 * time.Minute)},
 		"gc status":                                            &snapshotdv1.GetCollectorStatusRequest{},
 		"gc explain a/b --store cold":                          &snapshotdv1.ExplainObjectRequest{Key: "a/b", Store: "cold"},
 		"gc orphans":                                           &snapshotdv1.ListOrphansRequest{},
 		"gc orphans --collection docs":                         &snapshotdv1.ListOrphansRequest{Collection: docs},
+		"gc orphans --collection docs --delete --grace 2d":     &snapshotdv1.DeleteOrphansRequest{Collection: docs, Grace: durationpb.New(48 * time.Hour)},
 		"gc orphans --collection docs --delete --grace 1h":     &snapshotdv1.DeleteOrphansRequest{Collection: docs, Grace: durationpb.New(time.Hour)},
 		"gc orphans --collection docs --delete --grace 1h30m ": &snapshotdv1.DeleteOrphansRequest{Collection: docs, Grace: durationpb.New(90 * time.Minute)},
 		"recover": &snapshotdv1.RecoverRequest{},
@@ -395,18 +439,28 @@ func TestGCRequests(t *testing.T) {
 // What makes no sense is refused before the server is asked.
 func TestGCUsage(t *testing.T) {
 	for args, want := range map[string]string{
-		"gc run --force":                     "--force needs --collection: only for one collection at a time is it said that so much shall go",
-		"gc run --objects":                   "--objects needs --dry-run; what a round has granted is in `snapshotctl reclaim list --files`",
-		"gc run --dry-run --wait":            "--wait and --dry-run exclude each other: a dry run deletes nothing that could be waited for",
-		"gc run --tolerance -1s":             "--tolerance -1s: it must not be negative",
-		"gc run --collection #x":             "\"x\" is no id: ids are positive numbers",
-		"gc run docs":                        "\"docs\" is one argument too many",
-		"gc explain":                         "KEY is missing",
-		"gc orphans --delete":                "--delete needs --collection: under snapshotd's own prefixes the collector deletes by itself, and an engine's files go for one collection at a time",
-		"gc orphans --delete --grace 2h":     "--delete needs --collection: under snapshotd's own prefixes the collector deletes by itself, and an engine's files go for one collection at a time",
-		"gc orphans --collection d --delete": "--delete needs --grace: a file that is written and not registered yet is an orphan, too; give a time span, such as 24h, that is longer than a file ever stays so",
-		"gc orphans --grace 2h":              "--grace is for --delete; without it orphans of any age are listed",
-		"recover now":                        "\"now\" is one argument too many",
+		"gc run --force":                                 "--force needs --collection: only for one collection at a time is it said that so much shall go",
+		"gc run --objects":                               "--objects needs --dry-run; what a round has granted is in `snapshotctl reclaim list --files`",
+		"gc run --dry-run --wait":                        "--wait and --dry-run exclude each other: a dry run deletes nothing that could be waited for",
+		"gc run --tolerance -1s":                         "--tolerance -1s: it must not be negative",
+		"gc run --collection #x":                         "\"x\" is no id: ids are positive numbers",
+		"gc run --tolerance 3651d":                       "--tolerance 3651d: at most ten years, 3650d",
+		"gc run --tolerance soon":                        "invalid argument \"soon\" for \"--tolerance\" flag: write a time span such as 36h or 30d",
+		"gc run --sweep --collection d":                  "--sweep and --collection exclude each other: a sweep is about snapshotd's own prefixes, in all stores",
+		"gc orphans --collection d --delete --grace 59m": "--grace 59m: at least 1h, for files are written before they are registered",
+		"gc run --collection=":                           "--collection is empty: which collection?",
+		"gc orphans --collection=":                       "--collection is empty: which collection?",
+		"events --collection=":                           "--collection is empty: which collection?",
+		"reclaim list --collection=":                     "--collection is empty: which collection?",
+		"snapshot list --collection=":                    "--collection is empty: which collection?",
+		"snapshot describe s --collection=":              "--collection is empty: which collection?",
+		"gc run docs":                                    "\"docs\" is one argument too many",
+		"gc explain":                                     "KEY is missing",
+		"gc orphans --delete":                            "--delete needs --collection: under snapshotd's own prefixes the collector deletes by itself, and an engine's files go for one collection at a time",
+		"gc orphans --delete --grace 2h":                 "--delete needs --collection: under snapshotd's own prefixes the collector deletes by itself, and an engine's files go for one collection at a time",
+		"gc orphans --collection d --delete":             "--delete needs --grace: a file that is written and not registered yet is an orphan, too; give a time span, such as 24h, that is longer than a file ever stays so",
+		"gc orphans --grace 2h":                          "--grace is for --delete; without it orphans of any age are listed",
+		"recover now":                                    "\"now\" is one argument too many",
 	} {
 		s := &server{answers: map[string][]any{}}
 		got := run(t, s, "", strings.Fields(args)...)

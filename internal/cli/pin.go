@@ -222,7 +222,7 @@ func (a *app) pinList() *cobra.Command {
 	one := cmd.Args
 	cmd.Args = func(cmd *cobra.Command, given []string) error {
 		if len(given) == 0 && !cmd.Flags().Changed("id") {
-			if of.collection != "" {
+			if cmd.Flags().Changed("collection") {
 				return usage(cmd, errors.New("SNAPSHOT is missing: --collection only says whose it is"))
 			}
 			return nil

@@ -442,9 +442,9 @@ func isAre(n int) string {
 
 func (a *app) reclaimList() *cobra.Command {
 	var (
-		collection, deleter string
-		files               bool
-		limit               int
+		deleter string
+		files   bool
+		limit   int
 	)
 	cmd := &cobra.Command{
 		Use:   "list",
@@ -458,7 +458,7 @@ delete; -o json and yaml always do.`,
 		Args: args(),
 	}
 	f := cmd.Flags()
-	f.StringVar(&collection, "collection", "", "only of this `collection`")
+	collection := optionalCollection(cmd, "only of this `collection`")
 	f.StringVar(&deleter, "deleter", "", "only those that snapshotd or a caller deletes: `who`")
 	f.BoolVar(&files, "files", false, "list the files of each, too")
 	f.IntVar(&limit, "limit", 0, "list so `many` tombstones (default all)")
@@ -467,10 +467,8 @@ delete; -o json and yaml always do.`,
 			req snapshotdv1.ListTombstonesRequest
 			err error
 		)
-		if collection != "" {
-			if req.Collection, err = a.collectionRef(collection); err != nil {
-				return err
-			}
+		if req.Collection, err = a.given(collection); err != nil {
+			return err
 		}
 		if req.Deleter, err = parseDeleter(deleter); err != nil {
 			return err

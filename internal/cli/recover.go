@@ -10,7 +10,8 @@ import (
 )
 
 func (a *app) recoverCommand() *cobra.Command {
-	return &cobra.Command{
+	var force bool
+	cmd := &cobra.Command{
 		Use:   "recover",
 		Short: "Lets a cluster go on whose metadata store was restored from a backup",
 		Long: `Lets a cluster go on whose metadata store is older than what it wrote into the
@@ -20,31 +21,41 @@ allocated, granted or deleted, for ids would be handed out twice.
 It skips the ids that may have been handed out since the backup. Objects under
 such ids are left alone for ever: what they were is in the lost part of the
 metadata. It changes nothing else, and nothing at all where the metadata store is
-not behind, so that it can be repeated.`,
-		Example: "  snapshotctl recover",
+not behind, so that it can be repeated.
+
+What etcd lost between two notes in the object store, up to a minute, goes
+unnoticed. After you have restored etcd always run it with --force: then ids are
+skipped whether or not anything was noticed.`,
+		Example: "  snapshotctl recover --force",
 		Args:    args(),
 		RunE: a.run(func(ctx context.Context, _ []string) error {
 			c, err := a.connect()
 			if err != nil {
 				return err
 			}
-			resp, err := unary(ctx, a, c.Collector.Recover, &snapshotdv1.RecoverRequest{})
+			resp, err := unary(ctx, a, c.Collector.Recover, &snapshotdv1.RecoverRequest{Force: force})
 			if err != nil {
 				return err
 			}
 			return a.print(resp, func(w io.Writer) { renderRecovery(w, resp) })
 		}),
 	}
+	cmd.Flags().BoolVar(&force, "force", false, "skip ids also where nobody noticed that the metadata store is behind")
+	return cmd
 }
 
 func renderRecovery(w io.Writer, r *snapshotdv1.RecoverResponse) {
-	switch skipped := r.GetNextId() - r.GetSkippedFrom(); {
-	case !r.GetWasBehind():
-		put(w, "nothing had to be done: the metadata store is not behind the object store\n")
+	skipped := r.GetNextId() - r.GetSkippedFrom()
+	switch {
+	case r.GetWasBehind():
+		put(w, "the metadata store was behind, and goes on; ")
 	case skipped <= 0:
-		put(w, "the metadata store was behind, and goes on; no ids had to be skipped, the next is %d\n", r.GetNextId())
-	default:
-		put(w, "the metadata store was behind, and goes on; skipped %s, from %d to %d; the next is %d\n",
-			count(skipped, "id"), r.GetSkippedFrom(), r.GetNextId()-1, r.GetNextId())
+		put(w, "nothing had to be done: the metadata store is not known to be behind the object store\n")
+		return
 	}
+	if skipped <= 0 {
+		put(w, "no ids had to be skipped, the next is %d\n", r.GetNextId())
+		return
+	}
+	put(w, "skipped %s, from %d to %d; the next is %d\n", count(skipped, "id"), r.GetSkippedFrom(), r.GetNextId()-1, r.GetNextId())
 }

@@ -138,19 +138,47 @@ const (
 	maxTTLDays = 36525
 )
 
-// parseTTL reads a duration, which may also be a number of days: 30d.
-func parseTTL(s string) (time.Duration, error) {
-	var d time.Duration
-	if days, ok := strings.CutSuffix(s, "d"); ok {
-		n, err := strconv.ParseUint(days, 10, 64)
-		if err == nil || errors.Is(err, strconv.ErrRange) {
-			d = time.Duration(min(n, maxTTLDays+1)) * day // more would overflow
-		}
-	} else {
-		d, _ = time.ParseDuration(s) // 0 with an error
+// parseSpan reads a duration, which may also be a number of days: 30d.
+func parseSpan(s string) (d time.Duration, ok bool) {
+	days, ok := strings.CutSuffix(s, "d")
+	if !ok {
+		d, err := time.ParseDuration(s)
+		return d, err == nil
 	}
+	n, err := strconv.ParseUint(days, 10, 64)
+	if err != nil && !errors.Is(err, strconv.ErrRange) {
+		return 0, false
+	}
+	return time.Duration(min(n, maxTTLDays+1)) * day, true // more would overflow
+}
+
+// span is a flag that parseSpan reads.
+type span struct {
+	of   time.Duration
+	text string // as it was given
+}
+
+// Set implements pflag.Value.
+func (s *span) Set(text string) error {
+	d, ok := parseSpan(text)
+	if !ok {
+		return errors.New("write a time span such as 36h or 30d")
+	}
+	s.of, s.text = d, text
+	return nil
+}
+
+// String implements pflag.Value.
+func (s *span) String() string { return s.text }
+
+// Type implements pflag.Value.
+func (*span) Type() string { return "time span" }
+
+// parseTTL reads the time span of --ttl.
+func parseTTL(s string) (time.Duration, error) {
+	d, ok := parseSpan(s)
 	switch {
-	case d <= 0:
+	case !ok || d <= 0:
 		return 0, wrong("--ttl %q: write a time span such as 36h or 30d", s)
 	case d > maxTTLDays*day:
 		return 0, wrong("--ttl %q: the longest is 100 years, %dd", s, maxTTLDays)

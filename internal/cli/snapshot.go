@@ -35,14 +35,14 @@ own: it references files where they lie and keeps them from being deleted.`)
 // chosen says which snapshot a command is about.
 type chosen struct {
 	id         int64
-	collection string
+	collection *optional
 }
 
 // choose gives cmd the flags and the argument that fill the result.
 func choose(cmd *cobra.Command) *chosen {
 	var c chosen
 	cmd.Flags().Int64Var(&c.id, "id", 0, "the snapshot's `id`, instead of SNAPSHOT")
-	cmd.Flags().StringVar(&c.collection, "collection", "", "the snapshot's `collection`: needed where several have a snapshot of that name, else checked")
+	c.collection = optionalCollection(cmd, "the snapshot's `collection`: needed where several have a snapshot of that name, else checked")
 	cmd.Args = func(cmd *cobra.Command, given []string) error {
 		switch {
 		case !cmd.Flags().Changed("id"):
@@ -67,10 +67,8 @@ func (a *app) ref(c *chosen, args []string) (*snapshotdv1.SnapshotRef, error) {
 	if err != nil {
 		return nil, err
 	}
-	if c.collection != "" {
-		if ref.Collection, err = a.collectionRef(c.collection); err != nil {
-			return nil, err
-		}
+	if ref.Collection, err = a.given(c.collection); err != nil {
+		return nil, err
 	}
 	return ref, nil
 }
@@ -309,8 +307,8 @@ it one of digits; an id is given as '#42' or with --id 42.`,
 			return err
 		}
 		undo := word(resp.GetSnapshot().GetName(), "")
-		if of.collection != "" {
-			undo += " --collection " + word(of.collection, "")
+		if of.collection.text != "" {
+			undo += " --collection " + word(of.collection.text, "")
 		}
 		return a.print(resp, func(w io.Writer) { renderDescription(w, resp, unknown, undo) })
 	})
@@ -547,7 +545,6 @@ func pages(limit int, fetch func(size int32, token string) (n int, next string, 
 
 func (a *app) snapshotList() *cobra.Command {
 	var (
-		collection     string
 		req            snapshotdv1.ListSnapshotsRequest
 		labels, states []string
 		limit          int
@@ -563,7 +560,7 @@ Snapshots of a dropped collection are found by its id.`,
 		Args: args(),
 	}
 	f := cmd.Flags()
-	f.StringVar(&collection, "collection", "", "only of this `collection`")
+	collection := optionalCollection(cmd, "only of this `collection`")
 	f.StringVar(&req.Db, "db", "", "only of collections in this `database`")
 	f.Int64Var(&req.PartitionId, "partition", 0, "only those that cover the partition with this `id`")
 	f.StringArrayVar(&labels, "label", nil, "only those with this label `key=value`; may be repeated")
@@ -572,10 +569,8 @@ Snapshots of a dropped collection are found by its id.`,
 	f.IntVar(&limit, "limit", 0, "list so `many` (default all)")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
 		var err error
-		if collection != "" {
-			if req.Collection, err = a.collectionRef(collection); err != nil {
-				return err
-			}
+		if req.Collection, err = a.given(collection); err != nil {
+			return err
 		}
 		if req.Labels, err = parseLabels(labels); err != nil {
 			return err

@@ -66,9 +66,9 @@ func newBoard(o *Options) *board {
 	b := &board{o: o, wake: make(chan struct{}, 1), moved: make(chan struct{}), rows: map[int64]*row{}}
 	b.pool, b.assigned = map[int64]*poolWorker{}, map[string]bool{}
 	from, to := meta.Prefix("/job/")
-	b.jobs = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: (*jobHandler)(b), Log: o.Log})
+	b.jobs = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: (*jobHandler)(b), Log: o.Log, Rand: o.Jitter})
 	from, to = meta.Prefix("/worker/")
-	b.workers = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: (*workerHandler)(b), Log: o.Log})
+	b.workers = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: (*workerHandler)(b), Log: o.Log, Rand: o.Jitter})
 	return b
 }
 

@@ -141,6 +141,8 @@ type Options struct {
 	// Deleted is told of objects of jobs that were deleted, and of their bytes; for
 	// metrics. Nil: nobody is.
 	Deleted func(objects, bytes int64)
+	// Jitter spreads attempts: numbers in [0, 1). Default that of [meta.Backoff].
+	Jitter func() float64
 }
 
 // Jobs runs restores. It is safe for concurrent use. All background work happens

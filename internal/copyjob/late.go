@@ -13,6 +13,8 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/catalog/layout"
+	"github.com/snapshotd/snapshotd/internal/crashpoint"
+	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -122,7 +124,7 @@ func (t target) pages(ctx context.Context, m *layout.Mapping, fn func([]copied) 
 }
 
 // delete deletes objects of a place.
-func (l *leader) delete(ctx context.Context, store object.Store, list []copied) error {
+func (l *leader) delete(ctx context.Context, at crashpoint.Point, store object.Store, list []copied) error {
 	if len(list) == 0 {
 		return nil
 	}
@@ -132,7 +134,10 @@ func (l *leader) delete(ctx context.Context, store object.Store, list []copied) 
 		names[i] = list[i].info.Key
 		bytes += list[i].info.Size
 	}
-	if err := store.Delete(ctx, names...); err != nil {
+	at.Before()
+	err := store.Delete(ctx, names...)
+	at.After()
+	if err != nil {
 		return err
 	}
 	l.o.Deleted(int64(len(list)), bytes)
@@ -144,10 +149,12 @@ func (l *leader) delete(ctx context.Context, store object.Store, list []copied) 
 func (l *leader) removeObjects(ctx context.Context, job *Job) (foreign int64, err error) {
 	var others atomic.Int64
 	err = l.places(ctx, job, func(ctx context.Context, m *layout.Mapping, at target) error {
-		if _, err := at.store.AbortUploads(ctx, at.prefix, time.Time{}); err != nil {
-			return err
+		if !planted.P13 { // else one that a worker left open is there for ever
+			if _, err := at.store.AbortUploads(ctx, at.prefix, time.Time{}); err != nil {
+				return err
+			}
 		}
-		n, err := at.pages(ctx, m, func(page []copied) error { return l.delete(ctx, at.store, page) })
+		n, err := at.pages(ctx, m, func(page []copied) error { return l.delete(ctx, atRemoveObjects, at.store, page) })
 		others.Add(n)
 		return err
 	})
@@ -180,7 +187,7 @@ func (l *leader) sweepLate(ctx context.Context, job *Job) error {
 			late = slices.DeleteFunc(late, func(c copied) bool { return now.Sub(c.info.ModTime) < lateGrace })
 			young.Add(int64(n - len(late)))
 			removed.Add(int64(len(late)))
-			return l.delete(ctx, at.store, late)
+			return l.delete(ctx, atRemoveLate, at.store, late)
 		})
 		return err
 	})

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/follow"
@@ -46,7 +47,7 @@ func newWorker(o *Options, b *board) *worker {
 }
 
 func (w *worker) run(ctx context.Context) {
-	backoff := meta.Backoff{}
+	backoff := meta.Backoff{Rand: w.o.Jitter}
 	for {
 		err := w.round(ctx, backoff.Reset)
 		if ctx.Err() != nil {
@@ -77,9 +78,11 @@ func (w *worker) round(ctx context.Context, good func()) error {
 		_ = w.o.KV.Revoke(ctx, lease) // else it ends by itself
 	}()
 	value := record.Encode(&storagev1.Worker{Format: record.Format, Replica: w.o.Replica, Slots: uint32(w.o.Slots)})
+	atWorker.Before()
 	res, err := w.o.KV.Txn(ctx, meta.Txn{
 		If: []meta.Cond{meta.Absent(keys.Worker(id))}, Then: []meta.Op{meta.PutLeased(keys.Worker(id), value, lease)},
 	})
+	atWorker.After()
 	if err != nil {
 		return err
 	}
@@ -91,7 +94,7 @@ func (w *worker) round(ctx context.Context, good func()) error {
 	group.Go(func() error { return w.keepAlive(ctx, lease, began) })
 	h := &hands{worker: w, ctx: ctx, group: group, tasks: map[string]*hand{}}
 	from, to := meta.Prefix(keys.AssignmentPrefix(id))
-	follower := follow.New(follow.Options{KV: w.o.KV, From: from, To: to, Handler: h, Log: w.o.Log})
+	follower := follow.New(follow.Options{KV: w.o.KV, From: from, To: to, Handler: h, Log: w.o.Log, Rand: w.o.Jitter})
 	group.Go(func() error { return follower.Run(ctx) })
 	group.Go(func() error { return h.watchJobs(ctx) })
 	return group.Wait()
@@ -360,7 +363,9 @@ func (a *attempt) giveBack(ctx context.Context, interrupted bool, cause error) (
 		txn.If = append(txn.If, a.job.unchanged(), meta.Unchanged(a.task.key(), a.task.revision))
 		txn.Then = append(txn.Then, meta.Put(a.task.key(), next.encode(op)))
 	}
+	atGiveBack.Before()
 	res, err := a.worker.o.KV.Txn(ctx, txn)
+	atGiveBack.After()
 	if err != nil {
 		return false, err
 	}
@@ -400,17 +405,24 @@ func (a *attempt) register(ctx context.Context, done *restored) error {
 	last := []meta.Op{
 		meta.Put(a.task.key(), next.encode(op)), meta.Delete(a.key), meta.Delete(keys.Progress(a.jobID, a.number)),
 	}
+	if planted.P6 { // what the other tasks make shows as it comes
+		col, _ := a.worker.o.Catalog.Collection(ctx, catalog.Ref{ID: a.job.Target})
+		last = append(last, catalog.PublishOp(col, op))
+	}
 	parts := batches(ops)
 	if len(parts) == 0 {
 		parts = [][]meta.Op{nil}
 	}
 	for i, part := range parts {
-		txn := meta.Txn{If: []meta.Cond{a.job.unchanged(), a.assignment}, Then: part}
+		txn, at := meta.Txn{If: []meta.Cond{a.job.unchanged(), a.assignment}, Then: part}, atRegister
 		if i == len(parts)-1 {
+			at = atDone
 			txn.If = append(txn.If, meta.Unchanged(a.task.key(), a.task.revision))
 			txn.Then = append(txn.Then, last...)
 		}
+		at.Before()
 		res, err := a.worker.o.KV.Txn(ctx, txn)
+		at.After()
 		if err != nil {
 			return err
 		}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -38,26 +40,33 @@ import (
 // A round needs no leader: all that it writes compares what it was decided on.
 // So a call makes one of its own, beside the leader's.
 //
-// A round that would grant more than a share of a collection that is in use stops
-// there, and somebody has to look: a mistake of an engine looks like that. What a
+// A round that would grant more than a share of a collection that is in use, from
+// StopUnits units on, stops there, and somebody has to look: a mistake of an engine
+// looks like that. A dry run tells of each unit that a stop keeps. What a
 // dropped collection leaves is exempt, for its drop was asked for by name.
 //
 // # Failures
 //
-//	one collection's records or references cannot be read
+//	one collection's references cannot be read
 //	                  nothing of it is touched; the round goes on with others
+//	one unit's record cannot be read
+//	                  it stays; the round goes on with others
 //	process dies      each step is a transaction; the next round goes on
 //	grants outrun deletes
 //	                  the tombstones wait, with the bytes that the units had
 
 // Limits of a round.
 const (
-	maxDue       = 200_000 // units that one round grants in a collection
-	maxPark      = 10_000  // units that one round parks in a collection
-	breakerLeast = 100     // fewer units than this never stop a round
-	maxStops     = 64      // that are told
-	pageKeys     = 10_000  // of segments of a dropped collection
+	maxDue    = 200_000         // units that one round grants in a collection
+	maxDueAll = 1_000_000       // in all of them
+	maxPark   = 10_000          // units that one round parks in a collection
+	maxSkew   = 5 * time.Minute // between the leader's clock and the store's
+	maxStops  = 64              // that are told
+	pageKeys  = 10_000          // of segments of a dropped collection
 )
+
+// StopUnits is from how many units on a round stops: fewer never stop one.
+const StopUnits = 100
 
 // Collect makes a round now and says what it came to. It is safe to call while
 // others do. Trouble with one of several collections is told in the summary; an
@@ -68,7 +77,19 @@ func (g *GC) Collect(ctx context.Context, o CollectOptions) (Summary, error) {
 	if err != nil {
 		return Summary{}, err
 	}
-	return r.run(ctx)
+	s, err := r.run(ctx)
+	if err != nil || !o.Sweep {
+		return s, err
+	}
+	swept, err := g.Sweep(ctx, SweepOptions{DryRun: o.DryRun})
+	s.Swept, s.SweptBytes, s.End = swept.Deleted, swept.Bytes, g.o.Now()
+	if err != nil {
+		if ctx.Err() != nil {
+			return s, fmt.Errorf("collect: %w", err)
+		}
+		s.Error = clip(strings.TrimPrefix(s.Error+"; "+err.Error(), "; "))
+	}
+	return s, nil
 }
 
 // round is one look at what was dropped.
@@ -82,11 +103,14 @@ type round struct {
 
 	mu      sync.Mutex // emits one at a time
 	summary Summary
-	again   bool // there is more than one round takes
+	room    int   // units that may still be taken up
+	again   bool  // there is more than one round takes
+	clock   error // why the tolerance cannot be told
+	checked bool  // the store's clock was read
 }
 
 func (g *GC) newRound(ctx context.Context, o CollectOptions) (*round, error) {
-	r := &round{g: g, o: o, tolerance: g.o.Tolerance, now: g.o.Now()}
+	r := &round{g: g, o: o, tolerance: g.o.Tolerance, now: g.o.Now(), room: maxDueAll}
 	r.summary = Summary{Replica: g.o.Replica, Start: r.now}
 	if o.Tolerance != nil {
 		r.tolerance = *o.Tolerance
@@ -108,20 +132,18 @@ type findings struct {
 	state   catalog.State
 	drop    time.Time // of the collection
 	units   int64
-	due     []ask   // units that no reference holds
+	free    int64   // units that no reference holds
+	due     []ask   // those of them that the round takes up
 	held    []int64 // units that one does, and that are not parked
 	waiting int64
 	err     error // why nothing of it is touched
 	ready   bool  // the references are known
+	stopped bool  // the round stops here
 }
 
 // run makes the round.
 func (r *round) run(ctx context.Context) (Summary, error) {
-	var trouble []error
-	collections, order, err := r.collections(ctx)
-	if err == nil {
-		trouble, err = r.parts(ctx, collections)
-	}
+	collections, order, trouble, err := r.collections(ctx)
 	if err == nil {
 		err = r.units(ctx, collections)
 	}
@@ -139,6 +161,16 @@ func (r *round) run(ctx context.Context) (Summary, error) {
 				break
 			}
 		}
+	}
+	if err == nil {
+		// Last, so that what becomes a unit by it waits for the next round, and a dry
+		// run tells the truth.
+		var more []error
+		more, err = r.parts(ctx, collections)
+		trouble = append(trouble, more...)
+	}
+	if r.clock != nil {
+		trouble = append(trouble, r.clock)
 	}
 	r.summary.End = r.g.o.Now()
 	if err == nil && r.only != 0 {
@@ -179,18 +211,17 @@ func clip(text string) string {
 }
 
 // collections reads what collections there are. RESTORING ones are their jobs'.
-func (r *round) collections(ctx context.Context) (map[int64]*findings, []int64, error) {
-	found := map[int64]*findings{}
-	var order []int64
+func (r *round) collections(ctx context.Context) (found map[int64]*findings, order []int64, trouble []error, err error) {
+	found = map[int64]*findings{}
 	from, to := meta.Prefix(keys.CollectionPrefix)
 	if r.only != 0 {
 		from, to = keys.Span(keys.CollectionPrefix, r.only, r.only)
 	}
-	_, err := r.g.kv.Scan(ctx, from, to, 0, func(batch []meta.KeyValue) error {
+	_, err = r.g.kv.Scan(ctx, from, to, 0, func(batch []meta.KeyValue) error {
 		for _, kv := range batch {
 			col, err := catalog.DecodeCollection(kv)
-			if err != nil { // its units are of a collection that is not known
-				r.g.log.Error("a collection cannot be read: nothing of it is collected", zap.String("key", kv.Key), zap.Error(err))
+			if err != nil {
+				trouble = append(trouble, fmt.Errorf("nothing of a collection is collected: %w", err))
 				continue
 			}
 			if col.State == catalog.Active || col.State == catalog.Dropping {
@@ -200,14 +231,14 @@ func (r *round) collections(ctx context.Context) (map[int64]*findings, []int64, 
 		}
 		return nil
 	})
-	return found, order, err
+	return found, order, trouble, err
 }
 
 // parts ends dropped partitions and indexes.
 func (r *round) parts(ctx context.Context, collections map[int64]*findings) (trouble []error, err error) {
-	parts, err := r.g.o.Catalog.DroppedParts(ctx, r.only)
+	parts, trouble, err := r.g.o.Catalog.DroppedParts(ctx, r.only)
 	if err != nil {
-		return nil, err
+		return trouble, err
 	}
 	for _, p := range parts {
 		f := collections[p.Collection]
@@ -297,33 +328,83 @@ func (r *round) unit(ctx context.Context, f *findings, id int64, rec *storagev1.
 		holders, n := r.g.refs.holders(f.id, w)
 		return r.tell(item, Keeps, heldReason(&Answer{Snapshots: holders, Holders: n}))
 	}
+	if r.leftByBoth(ctx, item.DropTime) > 0 {
+		f.waiting++
+		r.summary.Waiting++
+		return r.tell(item, Waits, r.waits(item.DropTime))
+	}
 	f.add(r, ask{unit: id, build: kind == ItemBuild})
 	return nil
 }
 
 // add takes a unit up for this round, if there is room.
 func (f *findings) add(r *round, a ask) {
-	if len(f.due) == maxDue {
-		r.again = true
-		return
+	if f.free++; r.room > 0 && len(f.due) < maxDue {
+		r.room--
+		f.due = append(f.due, a)
 	}
-	f.due = append(f.due, a)
 }
 
 // known says whether the references of the collection are known, and notes in f
-// if not.
+// if not. A round of all collections does not wait for them: the next one finds
+// them.
 func (r *round) known(ctx context.Context, f *findings) bool {
 	if f.err == nil && !f.ready {
 		// What is granted is decided anew, in a transaction. This is to leave out
 		// what is held.
-		f.err = r.g.refs.ready(ctx, f.id, 0)
+		if r.only != 0 {
+			f.err = r.g.refs.ready(ctx, f.id, 0)
+		} else {
+			f.err = r.g.refs.known(f.id)
+		}
 		f.ready = f.err == nil
 	}
 	return f.err == nil
 }
 
 // left is how long something dropped at a time has still to wait.
-func (r *round) left(drop time.Time) time.Duration { return drop.Add(r.tolerance).Sub(r.now) }
+func (r *round) left(drop time.Time) time.Duration {
+	if r.tolerance == 0 {
+		return 0
+	}
+	return drop.Add(r.tolerance).Sub(r.now)
+}
+
+// leftByBoth is left by the slower of two clocks, the leader's and the store's,
+// as expiry has it. It reads the latter once, so that a round that takes nothing
+// asks no object store. While the clocks are too far apart everything waits.
+func (r *round) leftByBoth(ctx context.Context, drop time.Time) time.Duration {
+	if r.tolerance == 0 {
+		return 0
+	}
+	if !r.checked {
+		r.checked = true
+		r.clock = r.readClock(ctx)
+	}
+	if r.clock != nil {
+		return r.tolerance
+	}
+	return r.left(drop)
+}
+
+func (r *round) readClock(ctx context.Context) error {
+	store, ok := r.g.o.Stores[r.g.o.SnapshotStore]
+	if !ok {
+		return fmt.Errorf("%w: %q", errNoStore, r.g.o.SnapshotStore)
+	}
+	now, err := store.Now(ctx)
+	if err != nil {
+		return fmt.Errorf("nothing is collected: read the clock of store %s: %w", r.g.o.SnapshotStore, err)
+	}
+	if skew := r.now.Sub(now); skew.Abs() > maxSkew {
+		return fmt.Errorf("nothing is collected: this replica's clock says %s and the clock of store %s says %s; set them right",
+			r.now.UTC().Format(time.RFC3339), r.g.o.SnapshotStore, now.UTC().Format(time.RFC3339))
+	}
+	if now.Before(r.now) {
+		r.now = now
+	}
+	return nil
+}
 
 func (r *round) ago(drop time.Time) string {
 	if drop.IsZero() || drop.Unix() == 0 {
@@ -372,19 +453,25 @@ func (r *round) collection(ctx context.Context, f *findings) error {
 			return err
 		}
 	}
-	if stop, err := r.stops(ctx, f); err != nil || stop {
-		return err
+	var parkErr error
+	if len(f.held) > 0 && r.park != nil && !r.o.DryRun {
+		var n int
+		n, parkErr = r.g.park(ctx, f.id, f.held, r.park)
+		r.summary.Parked += int64(n)
+	}
+	err := r.stops(ctx, f)
+	if err == nil && f.stopped && r.o.DryRun {
+		_, err = r.grantAll(ctx, f) // which tells of each
+	}
+	if err != nil || f.stopped {
+		return errors.Join(parkErr, err)
 	}
 	granted, err := r.grantAll(ctx, f)
-	if err != nil {
-		return err
+	if int64(len(f.due)) < f.free && granted > 0 {
+		r.again = true
 	}
-	if len(f.held) > 0 && r.park != nil && !r.o.DryRun {
-		n, err := r.g.park(ctx, f.id, f.held, r.park)
-		r.summary.Parked += int64(n)
-		if err != nil {
-			return err
-		}
+	if err := errors.Join(parkErr, err); err != nil {
+		return err
 	}
 	if !over || f.units > 0 && !r.o.DryRun || r.o.DryRun && granted < f.units {
 		return nil
@@ -428,7 +515,12 @@ func (r *round) leftBehind(ctx context.Context, f *findings) error {
 			f.units++
 			w := wanted{segment: id}
 			if r.g.refs.count(f.id, w) == 0 {
-				f.add(r, ask{unit: id})
+				if r.leftByBoth(ctx, f.drop) > 0 {
+					f.waiting++
+					r.summary.Waiting++
+				} else {
+					f.add(r, ask{unit: id})
+				}
 				continue
 			}
 			r.summary.Held++
@@ -447,40 +539,75 @@ func (r *round) leftBehind(ctx context.Context, f *findings) error {
 	}
 }
 
-// stops says whether the round would grant too much of a collection in use.
-func (r *round) stops(ctx context.Context, f *findings) (bool, error) {
-	due := int64(len(f.due))
-	if f.state != catalog.Active || r.o.Force || due < breakerLeast {
-		return false, nil
+// stops finds out whether the round would grant too much of a collection in use,
+// and tells if so.
+func (r *round) stops(ctx context.Context, f *findings) error {
+	stop := Stop{Collection: f.id, Due: f.free}
+	if f.state == catalog.Active && !r.o.Force && stop.Due >= StopUnits {
+		live, err := r.g.o.Catalog.CountSegments(ctx, f.id)
+		if err != nil {
+			return err
+		}
+		stop.Total = live + f.units
+		f.stopped = tooMuch(stop.Due, stop.Total, r.g.o.MaxShare)
 	}
-	live, err := r.g.o.Catalog.CountSegments(ctx, f.id)
-	if err != nil {
-		return false, err
+	if !r.o.DryRun && r.g.stopped.changes(stop, f.stopped) {
+		r.g.log.Warn("a round would delete too much of a collection, and stops there: look with `snapshotctl gc run --collection NAME --dry-run`, then --force",
+			zap.Int64("collection", f.id), zap.String("name", f.name), zap.Int64("due", stop.Due), zap.Int64("total", stop.Total))
 	}
-	total := live + f.units
-	if !tooMuch(due, total, r.g.o.MaxShare) {
-		return false, nil
+	if !f.stopped {
+		return nil
 	}
 	r.mu.Lock()
 	r.summary.StopCount++
+	r.summary.Stopped += stop.Due
 	if len(r.summary.Stops) < maxStops {
-		r.summary.Stops = append(r.summary.Stops, Stop{Collection: f.id, Due: due, Total: total})
+		r.summary.Stops = append(r.summary.Stops, stop)
 	}
 	r.mu.Unlock()
-	if !r.o.DryRun {
-		r.g.log.Warn("a round would delete too much of a collection, and stops; see snapshotctl gc run --dry-run, then --force",
-			zap.Int64("collection", f.id), zap.String("name", f.name), zap.Int64("due", due), zap.Int64("total", total))
-	}
-	return true, r.emit(Item{
+	return r.emit(Item{
 		Kind: ItemCollection, Action: Stops, Collection: f.id, ID: f.id, Name: f.name,
-		Reason: fmt.Sprintf("%d of %d units and segments would go, more than the share of %g", due, total, r.g.o.MaxShare),
+		Reason: fmt.Sprintf("%d of %d units and segments would go, more than %s", stop.Due, stop.Total, percent(r.g.o.MaxShare)),
 	})
+}
+
+// percent writes a share of one for people, to a tenth of a percent.
+func percent(share float64) string {
+	return strconv.FormatFloat(math.Round(share*1000)/10, 'f', -1, 64) + "%"
+}
+
+// knownStops are the stops that were logged, so that each is logged when it
+// changes, not in each round. The zero value is ready. It is safe for concurrent
+// use.
+type knownStops struct {
+	mu sync.Mutex
+	of map[int64]Stop // by collection
+}
+
+// changes notes whether the rounds stop in a collection, and says whether that is
+// a stop that was not noted yet.
+func (k *knownStops) changes(s Stop, stopped bool) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if !stopped {
+		delete(k.of, s.Collection)
+		return false
+	}
+	if k.of[s.Collection] == s {
+		return false
+	}
+	if k.of == nil {
+		k.of = map[int64]Stop{}
+	}
+	k.of[s.Collection] = s
+	return true
 }
 
 // tooMuch decides whether due of total is more than a share.
 func tooMuch(due, total int64, share float64) bool { return float64(due) > share*float64(total) }
 
-// grantAll grants what was taken up, and says how much of it nobody holds.
+// grantAll grants what was taken up, and says how much of it nobody holds. Where
+// the round stops, it only tells of it.
 func (r *round) grantAll(ctx context.Context, f *findings) (granted int64, err error) {
 	if len(f.due) == 0 {
 		return 0, nil
@@ -494,29 +621,60 @@ func (r *round) grantAll(ctx context.Context, f *findings) (granted int64, err e
 		to = &grant{deleter: BySnapshotd, caller: "collector"}
 	}
 	before := r.summary.Granted
+	var trouble []error // under r.mu
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(batchInFlight)
 	for from := 0; from < len(f.due); from += batchUnits {
 		part := f.due[from:min(from+batchUnits, len(f.due))]
 		group.Go(func() error {
-			answers, err := r.g.decideBatch(groupCtx, &col, part, to)
-			if err != nil {
+			err := r.grantBatch(groupCtx, &col, f, part, to)
+			if !errors.Is(err, record.ErrUnreadable) {
 				return err
 			}
-			for i := range answers {
-				if err := r.decided(&col, part[i], &answers[i]); err != nil {
+			for i := range part { // one that cannot be read does not keep the others
+				err := r.grantBatch(groupCtx, &col, f, part[i:i+1], to)
+				switch {
+				case errors.Is(err, record.ErrUnreadable):
+					r.mu.Lock()
+					trouble = append(trouble, err)
+					r.mu.Unlock()
+				case err != nil:
 					return err
 				}
 			}
 			return nil
 		})
 	}
-	err = group.Wait()
+	if err = group.Wait(); err == nil {
+		err = firstOf(trouble)
+	}
 	return r.summary.Granted - before, err
 }
 
+// grantBatch decides on units, grants those that nobody holds unless to is nil,
+// and tells of them.
+func (r *round) grantBatch(ctx context.Context, col *catalog.Collection, f *findings, units []ask, to *grant) error {
+	answers, err := r.g.decideBatch(ctx, col, units, to)
+	if err != nil {
+		return err
+	}
+	var granted []int64
+	for i := range answers {
+		if to != nil && answers[i].State == Granted {
+			granted = append(granted, units[i].unit)
+		}
+		if err := r.decided(col, f, units[i], &answers[i]); err != nil {
+			return err
+		}
+	}
+	if len(granted) > 0 {
+		r.g.log.Info("units are deleted: nothing holds them", zap.Int64("collection", col.ID), zap.Int64s("units", granted))
+	}
+	return nil
+}
+
 // decided counts and tells what was decided on a unit.
-func (r *round) decided(col *catalog.Collection, a ask, answer *Answer) error {
+func (r *round) decided(col *catalog.Collection, f *findings, a ask, answer *Answer) error {
 	unit := answer.unit
 	if answer.Tombstone != nil {
 		unit = &answer.Tombstone.Unit
@@ -534,13 +692,16 @@ func (r *round) decided(col *catalog.Collection, a ask, answer *Answer) error {
 		r.mu.Unlock()
 		return r.tell(item, Keeps, heldReason(answer))
 	}
-	for f := range unit.Owned() {
+	for file := range unit.Owned() {
 		item.Files++
-		item.Bytes += f.Size
-		if r.o.DryRun && f.Root < len(col.Roots) {
-			root := col.Roots[f.Root]
-			item.Objects = append(item.Objects, Object{Store: root.Store, Key: root.Prefix + f.Path, Size: f.Size})
+		item.Bytes += file.Size
+		if r.o.DryRun && file.Root < len(col.Roots) {
+			root := col.Roots[file.Root]
+			item.Objects = append(item.Objects, Object{Store: root.Store, Key: root.Prefix + file.Path, Size: file.Size})
 		}
+	}
+	if f.stopped {
+		return r.tell(item, Stops, r.ago(item.DropTime)+", and no snapshot holds it; it would go with force")
 	}
 	r.mu.Lock()
 	r.summary.Granted++
@@ -601,6 +762,9 @@ func (g *GC) collectLoop(ctx context.Context, fence meta.Cond) error {
 		if err != nil {
 			g.log.Warn("a round met trouble and will be made again", zap.Error(err))
 		}
+		if text := g.trouble.Load(); s.Error == "" && text != nil {
+			s.Error = *text // of the deletes
+		}
 		g.last.Store(&s)
 		if err := g.note(ctx, &s, fence); err != nil && ctx.Err() == nil {
 			g.log.Warn("what the round came to is not noted", zap.Error(err))
@@ -623,6 +787,8 @@ func (g *GC) note(ctx context.Context, s *Summary, fence meta.Cond) error {
 	for _, stop := range s.Stops {
 		rec.Stops = append(rec.Stops, &storagev1.Stop{CollectionId: stop.Collection, Due: stop.Due, Total: stop.Total})
 	}
+	atNote.Before()
 	_, err := g.kv.Txn(ctx, meta.Txn{If: []meta.Cond{fence}, Then: []meta.Op{meta.Put(keys.Round, record.Encode(rec))}})
+	atNote.After()
 	return err
 }

@@ -30,6 +30,7 @@ type Explanation struct {
 	Snapshot   int64            // that it is an object of; 0: none
 	Segment    int64            // that it is or was part of; 0: none
 	Unit       int64            // that it was dropped with; 0: none
+	Build      int64            // index build that it is or was part of; 0: none
 	Snapshots  []SnapshotHolder // that hold it, a few of them, the newest first
 	Holders    int              // how many hold it, snapshots and others
 }
@@ -56,7 +57,7 @@ func (g *GC) Explain(ctx context.Context, store, key string) (Explanation, error
 		return Explanation{}, fmt.Errorf("explain %s of store %s: %w", key, store, err)
 	}
 	if !e.Exists {
-		e.Reason = "there is no such object; if there were one: " + e.Reason
+		e.Reason = "There is no such object. If there were: " + e.Reason
 	}
 	return e, nil
 }
@@ -65,13 +66,13 @@ func (g *GC) Explain(ctx context.Context, store, key string) (Explanation, error
 func (g *GC) explainOwn(ctx context.Context, store object.Store, info object.Info, key string, e *Explanation) error {
 	s := subjectOf(key)
 	switch {
+	case isNote(key):
+		e.What, e.Reason = "note of how far the metadata store has come", "the newest two stay; they tell when the metadata store has gone back in time"
+		return nil
 	case s.own:
 		e.What, e.Reason = "identity of the object store", "replicas compare it with what the metadata store says; it is never deleted"
 		return nil
-	case s.id == 0 && strings.HasPrefix(key, "gc/epoch/"):
-		e.What, e.Reason = "note of how far the metadata store has come", "the newest two stay; they tell when the metadata store has gone back in time"
-		return nil
-	case s.id == 0 && !strings.HasPrefix(key, snapshotsPrefix) && !strings.HasPrefix(key, "gc/"):
+	case s.id == 0 && !strings.HasPrefix(key, snapshotsPrefix) && !strings.HasPrefix(key, gcPrefix):
 		e.What, e.Reason = "probe of what the object store can do", "whoever made it deletes it"
 		return nil
 	case s.id == 0:
@@ -101,6 +102,10 @@ func (g *GC) explainOwn(ctx context.Context, store object.Store, info object.Inf
 	}
 	e.Reason = v.reason
 	if v.fate != dead {
+		return nil
+	}
+	if g.o.CollectorOff {
+		e.Reason += "; the collector is off, so it goes with `snapshotctl gc run --sweep`"
 		return nil
 	}
 	if e.Exists {
@@ -173,6 +178,12 @@ func (g *GC) explainClaim(ctx context.Context, c claim, e *Explanation) (found b
 	}
 	e.Collection, e.Segment, e.Unit = c.col.ID, owner.Segment, owner.Unit
 	e.What = fmt.Sprintf("file of segment %d of collection %s", owner.Segment, c.col)
+	if e.Build, err = g.buildOf(ctx, c, owner); err != nil {
+		return false, err
+	}
+	if e.Build != 0 {
+		e.What = fmt.Sprintf("file of index build %d of segment %d of collection %s", e.Build, owner.Segment, c.col)
+	}
 	answers, err := g.Check(ctx, catalog.Ref{ID: c.col.ID}, []Ask{{File: path, FileSegment: owner.Segment}})
 	if err != nil {
 		return false, err
@@ -194,8 +205,10 @@ func (g *GC) explainClaim(ctx context.Context, c claim, e *Explanation) (found b
 		}
 		if e.Holders > 0 {
 			e.Reason = fmt.Sprintf("it was dropped%s and is held by %s", since, holdersText(&a))
+		} else if e.Kept, e.Reason, err = g.taken(ctx, c.col); err != nil {
+			return false, err
 		} else {
-			e.Kept, e.Reason = false, fmt.Sprintf("it was dropped%s and nothing holds it: the collector takes it once the tolerance is over", since)
+			e.Reason = fmt.Sprintf("it was dropped%s and nothing holds it: %s", since, e.Reason)
 		}
 	case Unknown:
 		e.Reason = "it is changing right now: ask again"
@@ -205,6 +218,69 @@ func (g *GC) explainClaim(ctx context.Context, c claim, e *Explanation) (found b
 		e.Reason += "; but its path does not carry the id of what it was part of, so it is never deleted"
 	}
 	return true, nil
+}
+
+// taken says whether the collector will not take by itself what was dropped from a
+// collection and nothing holds, and what becomes of it.
+func (g *GC) taken(ctx context.Context, col *catalog.Collection) (kept bool, reason string, err error) {
+	if g.o.CollectorOff {
+		return true, "the collector is off, so it goes with `snapshotctl gc run`, once the tolerance is over", nil
+	}
+	kv, found, _, err := g.kv.Get(ctx, keys.Round)
+	if err != nil {
+		return false, "", fmt.Errorf("read the last round: %w", err)
+	}
+	if found && col.State == catalog.Active {
+		rec := &storagev1.Round{}
+		if err := record.Decode(kv, rec); err != nil {
+			return false, "", err
+		}
+		for _, stop := range rec.GetStops() {
+			if stop.GetCollectionId() == col.ID {
+				return true, fmt.Sprintf("but the last round stopped in this collection, in which %d of %d units and segments would go: see `snapshotctl gc status`, then `snapshotctl gc run`",
+					stop.GetDue(), stop.GetTotal()), nil
+			}
+		}
+	}
+	return false, "the collector takes it once the tolerance is over", nil
+}
+
+// buildOf returns the index build that a file is or was part of, by the records of
+// what has it; 0: none.
+func (g *GC) buildOf(ctx context.Context, c claim, owner catalog.Owner) (int64, error) {
+	s := &segment.Segment{}
+	switch {
+	case owner.Live:
+		kv, found, _, err := g.kv.Get(ctx, keys.Segment(c.col.ID, owner.Segment))
+		if err != nil || !found {
+			return 0, err
+		}
+		live, err := catalog.DecodeSegment(c.col.ID, kv)
+		if err != nil {
+			return 0, err
+		}
+		s = &live
+	case owner.Unit != owner.Segment:
+		kv, found, _, err := g.kv.Get(ctx, keys.Unit(c.col.ID, owner.Unit))
+		if err != nil || !found {
+			return 0, err
+		}
+		rec := &storagev1.Unit{}
+		if err := record.Decode(kv, rec); err != nil {
+			return 0, err
+		}
+		if ItemKind(rec.GetKind()) == ItemBuild {
+			return owner.Unit, nil
+		}
+	}
+	for i := range s.Builds {
+		for _, f := range s.Builds[i].Files {
+			if f.Root == c.root && f.Path == c.path {
+				return s.Builds[i].ID, nil
+			}
+		}
+	}
+	return 0, nil
 }
 
 // owns says whether the path of a dropped file carries the id of what it was part
@@ -278,7 +354,7 @@ func (g *GC) explainUnknown(ctx context.Context, land *territory, store, key str
 	case err != nil:
 		return err
 	case f.known[0]:
-		return g.explainElsewhere(ctx, claims, key, e)
+		return g.explainElsewhere(ctx, claims, key, f.jobs[0], e)
 	}
 	e.What = fmt.Sprintf("orphan under a root of collection %s", first)
 	reason, deletable, err := s.judge(ctx, &s.kept[0], f)
@@ -293,16 +369,17 @@ func (g *GC) explainUnknown(ctx context.Context, land *territory, store, key str
 }
 
 // explainElsewhere is about a file that something has under a path that does not
-// lead to it.
-func (g *GC) explainElsewhere(ctx context.Context, claims []claim, key string, e *Explanation) error {
+// lead to it, that a restore may be writing, or that lies where something has its
+// files.
+func (g *GC) explainElsewhere(ctx context.Context, claims []claim, key string, job int64, e *Explanation) error {
 	for _, c := range claims {
-		for _, w := range wantedOf(c, key) {
-			if list, n := g.refs.holders(c.col.ID, w); n > 0 {
-				e.Collection, e.Snapshots, e.Holders = c.col.ID, list, n
-				e.What = fmt.Sprintf("file of collection %s", c.col)
+		if list, n := g.refs.holders(c.col.ID, wanted{files: wantedOf(c, key)[0].files}); n > 0 {
+			e.Collection, e.Snapshots, e.Holders = c.col.ID, list, n
+			e.What = fmt.Sprintf("file of collection %s", c.col)
+			if e.Reason = "1 snapshot references it"; n > 1 {
 				e.Reason = fmt.Sprintf("%d snapshots reference it", n)
-				return nil
 			}
+			return nil
 		}
 		var owner int64
 		from, to := meta.Prefix(keys.SegmentPrefix(c.col.ID))
@@ -332,6 +409,23 @@ func (g *GC) explainElsewhere(ctx context.Context, claims []claim, key string, e
 		}
 	}
 	e.What = fmt.Sprintf("object under a root of collection %s", claims[0].col)
-	e.Reason = "a restore may be writing it, or something that was dropped has it under another id: it stays"
+	if job != 0 {
+		e.Reason = fmt.Sprintf("restore job %d may be writing it: it stays as long as that runs", job)
+		return nil
+	}
+	for _, c := range claims {
+		for _, id := range segment.IDsIn(c.path) {
+			if _, n := g.refs.holders(c.col.ID, wanted{segment: id}); n > 0 {
+				e.Collection, e.Reason = c.col.ID, fmt.Sprintf(unregistered, id)
+				return nil
+			}
+			if _, n := g.refs.holders(c.col.ID, wanted{build: id}); n > 0 {
+				e.Collection = c.col.ID
+				e.Reason = fmt.Sprintf("not registered; it lies where index build %d has its files, and stays as long as a snapshot of that does", id)
+				return nil
+			}
+		}
+	}
+	e.Reason = "something that was dropped has it under another id: it stays"
 	return nil
 }

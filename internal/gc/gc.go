@@ -128,6 +128,8 @@ type Options struct {
 	// UnconfirmedAfter is the age from which a caller's grant is warned about.
 	// Default 1 h.
 	UnconfirmedAfter time.Duration
+	// Jitter spreads attempts: numbers in [0, 1). Default that of [meta.Backoff].
+	Jitter func() float64
 }
 
 // GC decides what may be deleted, and deletes it when it leads. It is safe for
@@ -142,6 +144,8 @@ type GC struct {
 
 	counters Counters
 	swept    lastSweep
+	stopped  knownStops
+	trouble  atomic.Pointer[string]  // of the last pass of deletes; nil: none
 	last     atomic.Pointer[Summary] // of the rounds that this process made as the leader
 }
 

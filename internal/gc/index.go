@@ -117,7 +117,7 @@ func newIndex(o *Options) *index {
 	x.collections, x.snapshots, x.missing = map[int64]*collection{}, map[int64]*entry{}, map[int64]*entry{}
 	x.strays, x.foreign = map[string]string{}, map[uint64]int32{}
 	from, to := meta.Prefix(keys.SnapshotPrefix)
-	x.follower = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: x, Log: o.Log})
+	x.follower = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: x, Log: o.Log, Rand: o.Jitter})
 	return x
 }
 
@@ -438,6 +438,13 @@ func (x *index) ready(ctx context.Context, id, revision int64) error {
 		case <-moved:
 		}
 	}
+}
+
+// known is ready at the revision that the index is at, without waiting.
+func (x *index) known(id int64) error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.complete(id)
 }
 
 // late turns the end of our own patience into ErrLoading.

@@ -39,7 +39,8 @@ import (
 // layout, <collection>/<partition>/<segment>/..., with ids that were handed out
 // and are not below the floor, when there is no record of that segment, of a unit
 // of it, or of a build of that id, in any of those collections. Anything else may
-// be somebody else's, and stays.
+// be somebody else's, and stays. What another program has put into such a place
+// looks the same as what is left over, so a person looks at the list first.
 
 // Limits of a search for orphans.
 const (
@@ -285,8 +286,9 @@ func (s *search) flush(ctx context.Context) error {
 			return err
 		}
 		young := o.Deletable && o.Age < s.o.Grace
-		if young {
-			o.Reason += "; younger than the grace period"
+		if young && !s.o.Delete {
+			o.Young = true
+			o.Reason += youngerThan(s.o.Grace)
 		}
 		if s.o.Delete {
 			if o.Deletable && !young {
@@ -315,7 +317,8 @@ func (s *search) flush(ctx context.Context) error {
 
 // findings of a flush, all of them read after the listing.
 type evidence struct {
-	known    []bool // by place in kept
+	known    []bool  // by place in kept
+	jobs     []int64 // likewise, the restore that may be writing it; 0: none
 	floor    int64
 	recorded map[string]bool // keys of records that there are
 }
@@ -326,7 +329,7 @@ func (s *search) read(ctx context.Context) (*evidence, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &evidence{known: make([]bool, len(s.kept))}
+	f := &evidence{known: make([]bool, len(s.kept)), jobs: make([]int64, len(s.kept))}
 	places := make(map[string]int, len(s.kept))
 	collections := map[int64]*catalog.Collection{}
 	for i := range s.kept {
@@ -336,7 +339,11 @@ func (s *search) read(ctx context.Context) (*evidence, error) {
 		for _, c := range k.claims {
 			collections[c.col.ID] = c.col
 		}
-		f.known[i] = slices.ContainsFunc(jobs, func(j *storagev1.Job) bool { return s.writes(j, k.info.Key) })
+		for id, job := range jobs {
+			if s.writes(job, k.info.Key) {
+				f.known[i], f.jobs[i] = true, id
+			}
+		}
 	}
 	for _, col := range collections {
 		if err := s.g.refs.ready(ctx, col.ID, revision); err != nil {
@@ -355,8 +362,8 @@ func (s *search) read(ctx context.Context) (*evidence, error) {
 }
 
 // refresh makes sure that the territory is current, and reads the restore jobs
-// that have not ended.
-func (s *search) refresh(ctx context.Context) (jobs []*storagev1.Job, revision int64, err error) {
+// that have not ended, by their ids.
+func (s *search) refresh(ctx context.Context) (jobs map[int64]*storagev1.Job, revision int64, err error) {
 	from, to := meta.Prefix(keys.JobPrefix)
 	for range maxAttempts {
 		res, err := s.g.kv.Txn(ctx, meta.Txn{If: []meta.Cond{s.land.unchanged()}, Then: []meta.Op{meta.GetRange(from, to)}})
@@ -369,14 +376,19 @@ func (s *search) refresh(ctx context.Context) (jobs []*storagev1.Job, revision i
 			}
 			continue
 		}
+		jobs = map[int64]*storagev1.Job{}
 		for _, kv := range res.Ranges[0] {
 			job := &storagev1.Job{}
 			if err := record.Decode(kv, job); err != nil {
 				return nil, 0, err
 			}
+			id, err := keys.LastID(kv.Key)
+			if err != nil {
+				return nil, 0, err
+			}
 			const completed, canceled = 3, 5 // those that have ended are from the one to the other
 			if state := job.GetState(); state < completed || state > canceled {
-				jobs = append(jobs, job)
+				jobs[id] = job
 			}
 		}
 		return jobs, res.Revision, nil
@@ -578,6 +590,10 @@ func (s *search) readRecords(ctx context.Context, f *evidence) error {
 	return nil
 }
 
+// unregistered is about a file that has the place of a segment's file, and that
+// the segment does not have. It may be about to be registered.
+const unregistered = "not registered; it lies where segment %d has its files, and stays as long as that segment or a snapshot of it does"
+
 // judge says why a file that nothing knows is what it is, and whether it may be
 // deleted.
 func (s *search) judge(ctx context.Context, k *suspect, f *evidence) (reason string, deletable bool, err error) {
@@ -611,7 +627,7 @@ func (s *search) judge(ctx context.Context, k *suspect, f *evidence) (reason str
 		}
 		list, prefix := recordsOf(c.col.ID, path)
 		if slices.ContainsFunc(append(list, prefix), func(key string) bool { return f.recorded[key] }) {
-			return fmt.Sprintf("segment %d is known and does not have it; it may be about to be registered: left alone", id), false, nil
+			return fmt.Sprintf(unregistered, id), false, nil
 		}
 	}
 	return fmt.Sprintf("no segment, unit or snapshot knows it; segment %d is not there", id), true, nil

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -375,7 +376,7 @@ func (g *GC) answer(col *catalog.Collection, a ask, p *premises, s *unitState) A
 		answer.Holders += n
 		for _, kv := range p.pending {
 			// A younger create captures after the drop: it does not see the unit.
-			if kv.CreateRevision < s.unit.Revision {
+			if kv.CreateRevision < s.unit.Revision && !planted.P2 {
 				answer.Holders++
 				if id, err := keys.LastID(kv.Key); err == nil && len(answer.Creating) < maxHolders {
 					answer.Creating = append(answer.Creating, SnapshotHolder{ID: id})
@@ -447,12 +448,16 @@ func (g *GC) grant(ctx context.Context, collection int64, p *premises, free []in
 		}}
 	}
 	from, end := meta.Prefix(keys.PendingPrefix(collection))
-	if len(p.pending) == 0 {
+	switch {
+	case planted.P2: // a create that is pending may reference them yet
+	case len(p.pending) == 0:
 		txn.If = append(txn.If, meta.RangeAbsent(from, end))
-	} else { // all there are, and will be, are younger than the last drop
+	default: // all there are, and will be, are younger than the last drop
 		txn.If = append(txn.If, meta.Cond{From: from, To: end, Target: meta.CreateRevision, Op: meta.Greater, Revision: newest})
 	}
+	atGrant.Before()
 	res, err := g.kv.Txn(ctx, txn)
+	atGrant.After()
 	if err != nil || !res.Succeeded {
 		return 0, err
 	}
@@ -538,7 +543,10 @@ func (g *GC) confirmBatch(ctx context.Context, collection int64, ids []int64, an
 		if len(txn.Then) == 0 {
 			return nil
 		}
-		if res, err = g.kv.Txn(ctx, txn); err != nil || res.Succeeded {
+		atConfirm.Before()
+		res, err = g.kv.Txn(ctx, txn)
+		atConfirm.After()
+		if err != nil || res.Succeeded {
 			return err
 		}
 	}

@@ -72,7 +72,10 @@ type Summary struct {
 	Removed    int64 // collections, partitions and indexes that went for good
 	Stops      []Stop
 	StopCount  int64
+	Stopped    int64  // units that stops keep
 	Error      string // what went wrong; empty: nothing
+	Swept      int64  // objects that nothing knew, if the round was to sweep
+	SweptBytes int64  // of those
 }
 
 // CollectOptions say what a round is about.
@@ -81,7 +84,8 @@ type CollectOptions struct {
 	DryRun     bool           // change nothing, and tell what would be done
 	Tolerance  *time.Duration // nil: as configured
 	Force      bool           // whatever share of the collection it deletes
+	Sweep      bool           // sweep as well, see [GC.Sweep]
 	// Emit is told of each thing that was looked at, one after another; of units
-	// that wait or are held in a dry run only. Nil: nobody is.
+	// that wait, are held or that a stop keeps in a dry run only. Nil: nobody is.
 	Emit func(Item) error
 }

@@ -14,6 +14,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -34,7 +35,8 @@ import (
 //	snapshots/<collection>/<id>/<file>  a snapshot's record, in whatever state,
 //	                                    readable or not
 //	gc/held/<collection>/<unit>         a unit's record or a tombstone, likewise
-//	anything else                       is left alone; foreign names are counted
+//	anything else                       is left alone; names under snapshots/ and
+//	                                    gc/ that snapshotd does not write are counted
 //
 // Ids decide, no clock does. A record is written before the first object of its
 // id and goes after the last, and ids never return. So an object whose id was
@@ -55,9 +57,10 @@ import (
 //
 // # Failures
 //
-//	a listing, a read or a delete fails  the sweep of that store ends with an
+//	a listing or a read fails            the sweep of that store ends with an
 //	                                     error, others go on; the next one finds
 //	                                     the same
+//	an object cannot be deleted          the others are; the error comes at the end
 //	process dies, is deposed             what it had decided stays right
 //	two sweeps at once                   both are right; a delete may be repeated
 
@@ -66,13 +69,18 @@ const (
 	sweepPage  = 500 // objects that are decided on together
 	sweepGets  = 96  // records that one transaction reads
 	sweepUnits = 16  // units whose records, which may be large, it reads
+	maxLogged  = 20  // keys of a page that the log names
 )
 
 // sweepDelay is how long a new leader waits before its first sweep.
 const sweepDelay = time.Minute
 
-// snapshotsPrefix is what the keys of all objects of snapshots begin with.
-const snapshotsPrefix = "snapshots/"
+// snapshotsPrefix is what the keys of all objects of snapshots begin with, gcPrefix
+// those of the collector's.
+const (
+	snapshotsPrefix = "snapshots/"
+	gcPrefix        = "gc/"
+)
 
 // Orphan is an object that nothing knows, or that is not what should lie there.
 type Orphan struct {
@@ -83,6 +91,7 @@ type Orphan struct {
 	Age        time.Duration // likewise
 	Reason     string        // for people
 	Deletable  bool          // it may be deleted once it is old enough
+	Young      bool          // it is Deletable, and younger than the configured grace period
 	Collection int64         // by its key, or under whose root it was looked for; 0: none
 }
 
@@ -191,25 +200,33 @@ func (g *GC) Sweep(ctx context.Context, o SweepOptions) (SweepSummary, error) {
 
 // sweep is one sweep.
 type sweep struct {
-	g       *GC
-	o       SweepOptions
-	summary SweepSummary
+	g         *GC
+	o         SweepOptions
+	summary   SweepSummary
+	undeleted []error // of pages of the store that is being swept
 }
 
 // store sweeps one store. The clock is read before the listing, so that nothing
 // is taken for older than it is.
 func (s *sweep) store(ctx context.Context, alias string) error {
 	store := s.g.o.Stores[alias]
+	s.undeleted = nil
 	now, err := store.Now(ctx)
 	if err != nil {
 		return fmt.Errorf("read its clock: %w", err)
 	}
-	for _, prefix := range []string{snapshotsPrefix, catalog.HeldPrefix} {
+	if planted.P11 { // which may be ahead of the store's
+		now = s.g.o.Now()
+	}
+	for _, prefix := range []string{snapshotsPrefix, gcPrefix} {
 		if err := pages(ctx, store, prefix, sweepPage, func(page []object.Info) error { return s.page(ctx, alias, now, page) }); err != nil {
 			return err
 		}
 		if s.o.DryRun {
 			continue
+		}
+		if prefix == gcPrefix { // where uploads of other names are somebody else's
+			prefix = catalog.HeldPrefix
 		}
 		n, err := store.AbortUploads(ctx, prefix, now.Add(-s.o.Grace))
 		s.summary.Uploads += int64(n)
@@ -217,7 +234,7 @@ func (s *sweep) store(ctx context.Context, alias string) error {
 			return err
 		}
 	}
-	return nil
+	return firstOf(s.undeleted)
 }
 
 // pages calls fn with the objects under prefix, up to size of them at a time. The
@@ -263,7 +280,15 @@ func subjectOf(key string) subject {
 			return subject{collection: collection, id: unit, unit: true}
 		}
 	}
-	return subject{own: key == identity.Key}
+	return subject{own: key == identity.Key || isNote(key)}
+}
+
+// isNote says whether a key is that of a note of how far the metadata store has
+// come.
+func isNote(key string) bool {
+	digits, isJSON := strings.CutSuffix(strings.TrimPrefix(key, epoch.Prefix), ".json")
+	beat, err := strconv.ParseInt(digits, 10, 64)
+	return isJSON && err == nil && beat > 0 && key == epoch.Prefix+keys.ID(beat)+".json"
 }
 
 // records are the keys of which any one keeps the object.
@@ -313,8 +338,8 @@ func (s *sweep) page(ctx context.Context, alias string, now time.Time, page []ob
 		case v.fate == lost:
 			s.summary.Lost++
 		case o.Age < s.o.Grace:
-			o.Deletable = true
-			o.Reason += "; younger than the grace period"
+			o.Deletable, o.Young = true, true
+			o.Reason += youngerThan(s.o.Grace)
 			s.summary.Waiting++
 		default:
 			o.Deletable = true
@@ -327,7 +352,12 @@ func (s *sweep) page(ctx context.Context, alias string, now time.Time, page []ob
 	}
 	if !s.o.DryRun {
 		var deleteErr error
-		if dead, deleteErr = s.g.deleteOrphans(ctx, dead, s.o.Wait); deleteErr != nil {
+		dead, deleteErr = s.g.deleteOrphans(ctx, dead, s.o.Wait)
+		switch {
+		case deleteErr == nil:
+		case ctx.Err() == nil && len(failedKeys(deleteErr)) > 0: // others go all the same
+			s.undeleted = append(s.undeleted, errors.New(clip(deleteErr.Error())))
+		default:
 			err = deleteErr
 		}
 	}
@@ -451,7 +481,13 @@ func decideFate(s subject, rec *recorded) verdict {
 	return verdict{dead, fmt.Sprintf("there is no %s %d any more", what, s.id)}
 }
 
-// errEmit means that who is told wants to hear no more. It wraps what they said.
+// youngerThan is the end of the reason of what is too young to be deleted.
+func youngerThan(grace time.Duration) string {
+	return fmt.Sprintf("; younger than orphan_grace, which is %s", grace)
+}
+
+// emitTo tells of an orphan. Its error wraps errEmit: who is told wants to hear no
+// more.
 func emitTo(emit func(Orphan) error, o Orphan) error {
 	if emit == nil {
 		return nil
@@ -477,7 +513,9 @@ func (g *GC) deleteOrphans(ctx context.Context, list []Orphan, wait func(context
 	for i := range list {
 		names[i] = list[i].Key
 	}
+	atSweep.Before()
 	err := g.deleteObjects(ctx, list[0].Store, names)
+	atSweep.After()
 	if err != nil {
 		failed := failedKeys(err)
 		if len(failed) == 0 {
@@ -489,6 +527,14 @@ func (g *GC) deleteOrphans(ctx context.Context, list []Orphan, wait func(context
 	var bytes int64
 	for i := range list {
 		bytes += list[i].Size
+	}
+	if len(list) > 0 {
+		var first []string
+		for _, o := range list[:min(len(list), maxLogged)] {
+			first = append(first, o.Key)
+		}
+		g.log.Info("objects that nothing knew are deleted", zap.String("store", list[0].Store), zap.Int("objects", len(list)),
+			zap.Int64("bytes", bytes), zap.Strings("first", first))
 	}
 	g.counters.Add(ByOrphan, int64(len(list)), bytes)
 	return list, err

@@ -11,6 +11,8 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/planted"
+	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/follow"
@@ -21,9 +23,14 @@ import (
 
 // How tombstones are worked off.
 const (
-	deletesInFlight = 8    // batches at once
-	deleteUnits     = 80   // tombstones in a batch, which one transaction reads and one or two remove
+	deletesInFlight = 8  // batches at once
+	deleteUnits     = 80 // tombstones in a batch, which one or two transactions remove
+	doomedGets      = 20 // tombstones that one transaction reads
+	doomedBytes     = 8 << 20
 	deleteBatch     = 1000 // objects at a time, as many as one request of S3 takes
+	// batchLinger is how long a batch that is not full waits for more while others
+	// are under way.
+	batchLinger = 50 * time.Millisecond
 )
 
 // tombs is which tombstones there are, kept current by a watch. What is done
@@ -41,7 +48,7 @@ type tombs struct {
 func newTombs(o *Options) *tombs {
 	t := &tombs{log: o.Log, wake: make(chan struct{}, 1), ours: map[string]bool{}, his: map[string]time.Time{}}
 	from, to := meta.Prefix(keys.AllTombsPrefix)
-	t.follower = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: t, Log: o.Log})
+	t.follower = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: t, Log: o.Log, Rand: o.Jitter})
 	return t
 }
 
@@ -80,6 +87,11 @@ func (t *tombs) put(kv meta.KeyValue) {
 		return
 	}
 	t.ours[kv.Key] = true
+	t.again()
+}
+
+// again has the leader look at what there is.
+func (t *tombs) again() {
 	select {
 	case t.wake <- struct{}{}:
 	default:
@@ -95,14 +107,18 @@ func (t *tombs) stats(s *Stats, now time.Time) {
 	}
 }
 
-// work returns the keys of what snapshotd has to delete.
-func (t *tombs) work() []string {
+// work returns the keys of what snapshotd has to delete and has not tried, in key
+// order.
+func (t *tombs) work(tried map[string]bool) []string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	list := make([]string, 0, len(t.ours))
+	var list []string
 	for key := range t.ours {
-		list = append(list, key)
+		if !tried[key] {
+			list = append(list, key)
+		}
 	}
+	slices.Sort(list)
 	return list
 }
 
@@ -119,7 +135,11 @@ func (g *GC) deleteGranted(ctx context.Context, fence meta.Cond) error {
 		case <-g.tombs.wake:
 		}
 		wait := g.o.Interval
-		if err := g.deletePass(ctx, fence); err != nil && ctx.Err() == nil {
+		err := g.deletePass(ctx, fence)
+		g.trouble.Store(nil)
+		if err != nil && ctx.Err() == nil {
+			text := clip(err.Error())
+			g.trouble.Store(&text)
 			g.log.Warn("deleting what was reclaimed met trouble and will go on later", zap.Error(err))
 			wait /= 10
 		}
@@ -131,29 +151,55 @@ func (g *GC) deleteGranted(ctx context.Context, fence meta.Cond) error {
 	}
 }
 
-// deletePass tries each of them once, in batches.
+// deletePass tries each of them once, in batches, with those that come while it
+// lasts: the next batch does not wait for the slowest of those under way.
 func (g *GC) deletePass(ctx context.Context, fence meta.Cond) error {
-	work := g.tombs.work()
-	slices.Sort(work) // those of one collection side by side
-	var mu sync.Mutex
-	var errs []error
-	var group errgroup.Group
-	group.SetLimit(deletesInFlight)
-	for part := range slices.Chunk(work, deleteUnits) {
-		group.Go(func() error {
-			if ctx.Err() != nil {
-				return nil
+	var (
+		errs   []error
+		queue  []string // to be tried, those of one collection side by side
+		tried  = map[string]bool{}
+		flying int
+		ended  = make(chan error)
+		group  errgroup.Group
+	)
+	linger := time.NewTimer(0) // for how long a batch that is not full waits for more
+	defer linger.Stop()
+	ripe := true
+	for {
+		if len(queue) < deleteUnits {
+			had := len(queue)
+			queue = g.tombs.work(tried)
+			if had == 0 && len(queue) > 0 && flying > 0 {
+				ripe = false
+				linger.Reset(batchLinger)
 			}
-			if err := g.deleteUnits(ctx, part, fence); err != nil {
-				mu.Lock()
-				defer mu.Unlock()
+		}
+		for flying < deletesInFlight && ctx.Err() == nil && (len(queue) >= deleteUnits || ripe && len(queue) > 0) {
+			part := queue[:min(deleteUnits, len(queue))]
+			queue = queue[len(part):]
+			for _, key := range part {
+				tried[key] = true
+			}
+			flying++
+			group.Go(func() error {
+				ended <- g.deleteUnits(ctx, part, fence)
+				return nil
+			})
+		}
+		if flying == 0 && (len(queue) == 0 || ctx.Err() != nil) {
+			return firstOf(errs)
+		}
+		select {
+		case err := <-ended:
+			if flying--; err != nil {
 				errs = append(errs, err)
 			}
-			return nil
-		})
+			ripe = ripe || flying == 0
+		case <-linger.C:
+			ripe = true
+		case <-g.tombs.wake:
+		}
 	}
-	_ = group.Wait() // the errors are in errs
-	return firstOf(errs)
 }
 
 // firstOf returns the first error with how many there are: a store that is lost
@@ -180,7 +226,7 @@ type doomed struct {
 // deleteUnits deletes the files of granted units, and then the tombstones of
 // those whose files are all gone. A tombstone stays while a file may be there.
 func (g *GC) deleteUnits(ctx context.Context, tombs []string, fence meta.Cond) error {
-	units, err := g.readDoomed(ctx, tombs)
+	units, errs, err := g.readDoomed(ctx, tombs)
 	if err != nil {
 		return fmt.Errorf("delete units: %w", err)
 	}
@@ -190,15 +236,18 @@ func (g *GC) deleteUnits(ctx context.Context, tombs []string, fence meta.Cond) e
 	}
 	byStore := map[string][]target{}
 	roots := map[int64][]catalog.Root{}
-	var errs []error
+	unreadable := map[int64]error{} // collections
 	for _, u := range units {
 		t := u.tombstone
-		if _, known := roots[t.Collection]; !known {
+		if _, known := roots[t.Collection]; !known && unreadable[t.Collection] == nil {
 			col, err := g.o.Catalog.Collection(ctx, catalog.Ref{ID: t.Collection})
 			if err != nil {
-				return fmt.Errorf("delete unit %d: %w", t.ID, err)
+				unreadable[t.Collection] = err
 			}
 			roots[t.Collection] = col.Roots
+		}
+		if u.err = unreadable[t.Collection]; u.err != nil {
+			continue
 		}
 		for root, f := range t.Files(roots[t.Collection]) {
 			byStore[root.Store] = append(byStore[root.Store], target{root.Prefix + f.Path, u})
@@ -211,7 +260,9 @@ func (g *GC) deleteUnits(ctx context.Context, tombs []string, fence meta.Cond) e
 			for i := range part {
 				list[i] = part[i].key
 			}
+			atDelete.Before()
 			err := g.deleteObjects(ctx, alias, list)
+			atDelete.After()
 			if err == nil {
 				continue
 			}
@@ -228,6 +279,12 @@ func (g *GC) deleteUnits(ctx context.Context, tombs []string, fence meta.Cond) e
 	var gone []*doomed
 	for _, u := range units {
 		if u.err != nil {
+			if planted.P4 { // the grant is taken back
+				s := u.tombstone.Unit.Segment
+				s.State = segment.Flushed
+				put, _ := catalog.SegmentOp(u.tombstone.Collection, &s, "")
+				_, _ = g.kv.Txn(ctx, meta.Txn{Then: []meta.Op{put, meta.Delete(u.kv.Key)}})
+			}
 			errs = append(errs, fmt.Errorf("delete unit %d of collection %d: %w", u.tombstone.ID, u.tombstone.Collection, u.err))
 			continue
 		}
@@ -239,27 +296,37 @@ func (g *GC) deleteUnits(ctx context.Context, tombs []string, fence meta.Cond) e
 	return firstOf(errs)
 }
 
-// readDoomed reads the tombstones that are still there.
-func (g *GC) readDoomed(ctx context.Context, tombs []string) ([]*doomed, error) {
-	gets := make([]meta.Op, len(tombs))
-	for i, key := range tombs {
-		gets[i] = meta.Get(key)
-	}
-	res, err := g.kv.Txn(ctx, meta.Txn{Then: gets})
-	if err != nil {
-		return nil, err
-	}
-	var units []*doomed
-	for _, kvs := range res.Ranges {
-		for _, kv := range kvs {
-			t, err := DecodeTombstone(kv)
-			if err != nil {
-				return nil, err
+// readDoomed reads the tombstones that are still there. Those that cannot be read
+// are left out, and unreadable has their errors. When they are large, the last of
+// them are left for the next pass.
+func (g *GC) readDoomed(ctx context.Context, tombs []string) (units []*doomed, unreadable []error, err error) {
+	size := 0
+	for part := range slices.Chunk(tombs, doomedGets) {
+		if size > doomedBytes {
+			g.tombs.again()
+			break
+		}
+		gets := make([]meta.Op, len(part))
+		for i, key := range part {
+			gets[i] = meta.Get(key)
+		}
+		res, err := g.kv.Txn(ctx, meta.Txn{Then: gets})
+		if err != nil {
+			return nil, nil, err
+		}
+		for _, kvs := range res.Ranges {
+			for _, kv := range kvs {
+				size += len(kv.Value)
+				t, err := DecodeTombstone(kv)
+				if err != nil {
+					unreadable = append(unreadable, err)
+					continue
+				}
+				units = append(units, &doomed{tombstone: t, kv: kv})
 			}
-			units = append(units, &doomed{tombstone: t, kv: kv})
 		}
 	}
-	return units, nil
+	return units, unreadable, nil
 }
 
 // removeTombs removes tombstones whose files are deleted, all or, where one was
@@ -276,7 +343,9 @@ func (g *GC) removeTombs(ctx context.Context, units []*doomed, fence meta.Cond) 
 			txn.Then = append(txn.Then, ops...)
 			n++
 		}
+		atRemoveTombs.Before()
 		res, err := g.kv.Txn(ctx, txn)
+		atRemoveTombs.After()
 		if err != nil {
 			return fmt.Errorf("remove %d tombstones: %w", n, err)
 		}

@@ -31,13 +31,26 @@ func (m *Manager) Behind(ctx context.Context) (string, error) {
 	return behind.Error(), nil
 }
 
-// Recover ends the state in which the metadata store is behind the object store. It
-// returns whether it was, the lowest id that is handed out from now on, and the
+// NotBehind returns an epoch.ErrBehind while the metadata store is known to be
+// behind the object store: what is decided on it may be wrong.
+func (m *Manager) NotBehind(ctx context.Context) error {
+	if m.o.Epoch == nil {
+		return nil
+	}
+	behind, err := m.o.Epoch.Behind(ctx)
+	if err != nil {
+		return err
+	}
+	return behind
+}
+
+// Recover ends the state in which the metadata store is behind the object store;
+// forced, it does the same where that was not noticed. It returns whether it was, the lowest id that is handed out from now on, and the
 // lowest of those that were passed over, equal to it when none was. A repeat is
 // success. With an error it may have happened.
-func (m *Manager) Recover(ctx context.Context) (wasBehind bool, next, skippedFrom int64, err error) {
+func (m *Manager) Recover(ctx context.Context, force bool) (wasBehind bool, next, skippedFrom int64, err error) {
 	if m.o.Epoch == nil {
 		return false, 0, 0, errNoEpoch
 	}
-	return m.o.Epoch.Recover(ctx)
+	return m.o.Epoch.Recover(ctx, force)
 }

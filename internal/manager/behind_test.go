@@ -100,7 +100,7 @@ func TestLeaderOfARestoredStore(t *testing.T) {
 					t.Error("objects of a snapshot are deleted")
 				}
 
-				was, next, _, err := r.Recover(ctx)
+				was, next, _, err := r.Recover(ctx, false)
 				if err != nil || !was || next < last.First+last.Count || next <= late.ID {
 					t.Errorf("recover: %v, %d, %v; ids up to %d were handed out", was, next, err, last.First+last.Count-1)
 				}
@@ -143,7 +143,7 @@ func TestLeaderEndsItsWork(t *testing.T) {
 		if got, err := r.Get(ctx, Ref{ID: s.ID}); err != nil || got.State != Committed {
 			t.Errorf("the leader went on: %v, %v", got, err)
 		}
-		if _, _, _, err := r.Recover(ctx); err != nil {
+		if _, _, _, err := r.Recover(ctx, false); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(2 * time.Minute)

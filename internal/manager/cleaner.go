@@ -92,7 +92,9 @@ func (c *cleaner) Pass(ctx context.Context, fence meta.Cond) (next time.Duration
 // reap gives up a create that died: its pending key went with its lease.
 func (c *cleaner) reap(ctx context.Context, s *Snapshot, fence meta.Cond) error {
 	text := fmt.Sprintf("%v: the replica that created %s died, or did not advance for longer than its lease lasts", ErrCreateAborted, s)
+	atReap.Before()
 	err := c.m.giveUp(ctx, s, "CREATE_ABORTED", text, []meta.Cond{meta.Absent(keys.Pending(s.Collection, s.ID)), fence})
+	atReap.After()
 	switch {
 	case errors.Is(err, errChanged): // it lives, or has ended: the view will say
 		return nil
@@ -143,7 +145,9 @@ func (c *cleaner) expire(ctx context.Context, snapshots []*Snapshot, fence meta.
 			return next, err
 		}
 		txn.If = append(txn.If, fence)
+		atExpire.Before()
 		res, err := c.m.kv.Txn(ctx, txn)
+		atExpire.After()
 		switch {
 		case err != nil:
 			errs = append(errs, fmt.Errorf("expire snapshot %s: %w", s, err))
@@ -184,10 +188,12 @@ func (c *cleaner) remove(ctx context.Context, s *Snapshot, fence meta.Cond) erro
 	if err != nil {
 		return fmt.Errorf("remove snapshot %s: %w", s, err)
 	}
+	atRemoveRecord.Before()
 	res, err := c.m.kv.Txn(ctx, meta.Txn{
 		If:   []meta.Cond{meta.Unchanged(keys.Snapshot(s.ID), s.Revision), fence},
 		Then: []meta.Op{meta.Delete(keys.Snapshot(s.ID))},
 	})
+	atRemoveRecord.After()
 	if err != nil {
 		return fmt.Errorf("remove snapshot %s: %w", s, err)
 	}
@@ -206,7 +212,10 @@ func (c *cleaner) removeObjects(ctx context.Context, store object.Store, s *Snap
 		if len(batch) == 0 {
 			return nil
 		}
-		if err := store.Delete(ctx, batch...); err != nil {
+		atRemoveObjects.Before()
+		err := store.Delete(ctx, batch...)
+		atRemoveObjects.After()
+		if err != nil {
 			return err
 		}
 		c.m.gc.Counters().Add(gc.BySnapshot, int64(len(batch)), bytes)

@@ -13,7 +13,7 @@ import (
 // snapshots as well: those that expired, were dropped or whose creator is gone.
 // The leader removes them by itself; this wakes it when it is this replica.
 func (m *Manager) Collect(ctx context.Context, o gc.CollectOptions) (gc.Summary, error) {
-	if err := m.notBehind(ctx); err != nil {
+	if err := m.NotBehind(ctx); err != nil {
 		return gc.Summary{}, fmt.Errorf("collect: %w", err)
 	}
 	only := int64(0)

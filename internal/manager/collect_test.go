@@ -15,6 +15,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/request"
@@ -184,8 +185,12 @@ func TestCollectorFinishesParts(t *testing.T) {
 			t.Error("a dry run has changed something")
 		}
 		_, sum = w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
-		if sum.Removed != 2 || sum.Held != int64(len(in)+len(out)) || sum.Granted != 0 {
+		if sum.Removed != 2 || sum.Held != 0 || sum.Granted != 0 {
 			t.Errorf("round: %+v", sum)
+		}
+		_, sum = w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+		if sum.Removed != 0 || sum.Held != int64(len(in)+len(out)) || sum.Granted != 0 {
+			t.Errorf("the next round: %+v", sum)
 		}
 		if len(w.keysUnder(keys.PartitionPrefix(col.ID))) != 0 || len(w.keysUnder(keys.IndexPrefix(col.ID))) != 0 {
 			t.Error("the records stay")
@@ -239,6 +244,15 @@ func TestCollectorStops(t *testing.T) {
 		want := []gc.Stop{{Collection: col.ID, Due: 101, Total: 200}}
 		if diff := cmp.Diff(want, sum.Stops); diff != "" || sum.StopCount != 1 || len(items) != 1 || items[0].Action != gc.Stops {
 			t.Errorf("%+v:\n%s", items, diff)
+		}
+		items, sum = w.round(r, gc.CollectOptions{DryRun: true})
+		if diff := cmp.Diff(want, sum.Stops); diff != "" || sum.Granted != 0 || sum.Files != 0 || sum.Stopped != 101 || len(items) != 102 {
+			t.Errorf("a dry run: %d items, %+v:\n%s", len(items), sum, diff)
+		}
+		for _, i := range items {
+			if i.Action != gc.Stops || i.Reason == "" || i.Kind != gc.ItemCollection && (i.Files != 1 || len(i.Objects) != 1) {
+				t.Errorf("a dry run tells %+v", i)
+			}
 		}
 		if last := r.GC().LastRound(); last == nil || last.StopCount != 1 {
 			t.Errorf("the leader's last round: %+v", last)
@@ -296,6 +310,30 @@ func TestCollectorDryRun(t *testing.T) {
 		}
 		if _, sum = w.round(r, gc.CollectOptions{}); sum.Granted != 1 {
 			t.Errorf("the round: %+v", sum)
+		}
+	})
+}
+
+// A round sweeps when it is told to.
+func TestCollectSweeps(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		col, _, _ := w.collection(r, "c")
+		dead := manifest.MetadataKey(col.ID, w.newID(r))
+		w.write(dead)
+		time.Sleep(25 * time.Hour)
+		for _, o := range []gc.CollectOptions{{}, {Sweep: true, DryRun: true}, {Sweep: true}} {
+			_, sum := w.round(r, o)
+			want := int64(0)
+			if o.Sweep {
+				want = 1
+			}
+			if sum.Swept != want || (sum.SweptBytes > 0) != o.Sweep || sum.Error != "" {
+				t.Errorf("%+v: %+v", o, sum)
+			}
+			if gone := len(w.objectsUnder(strings.TrimSuffix(dead, "metadata.json"))) == 0; gone != (o.Sweep && !o.DryRun) {
+				t.Errorf("%+v: gone is %v", o, gone)
+			}
 		}
 	})
 }

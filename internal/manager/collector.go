@@ -20,14 +20,15 @@ type CollectorStatus struct {
 	Unconfirmed int           // granted units that their callers have not confirmed
 	Tolerance   time.Duration // how long ago a thing must have been dropped
 	MaxShare    float64       // of a collection at which a round stops
-	Enabled     bool          // the leader makes rounds
+	StopUnits   int           // from how many units on it does
+	Enabled     bool          // the leader makes rounds and sweeps
 	Blocked     string        // why nothing is deleted at all; empty: it is
 }
 
 // CollectorStatus returns how the collector is doing. The last round is the
 // leader's, whichever replica that is; the counts are as this replica sees them.
 func (m *Manager) CollectorStatus(ctx context.Context) (CollectorStatus, error) {
-	s := CollectorStatus{Tolerance: m.o.CollectTolerance, MaxShare: m.o.CollectMaxShare, Enabled: !m.o.CollectorOff}
+	s := CollectorStatus{Tolerance: m.o.CollectTolerance, MaxShare: m.o.CollectMaxShare, StopUnits: gc.StopUnits, Enabled: !m.o.CollectorOff}
 	kv, found, _, err := m.kv.Get(ctx, keys.Round)
 	if err != nil {
 		return s, fmt.Errorf("read the last round: %w", err)
@@ -45,19 +46,6 @@ func (m *Manager) CollectorStatus(ctx context.Context) (CollectorStatus, error) 
 	now := m.gc.Stats()
 	s.Deleting, s.Unconfirmed = now.Granted, now.Unconfirmed
 	return s, nil
-}
-
-// notBehind returns an epoch.ErrBehind while the metadata store is behind the object
-// store. What was decided on it may be wrong, a dry run as well.
-func (m *Manager) notBehind(ctx context.Context) error {
-	if m.o.Epoch == nil {
-		return nil
-	}
-	behind, err := m.o.Epoch.Behind(ctx)
-	if err != nil {
-		return err
-	}
-	return behind
 }
 
 // roundOf returns what a round came to, by its record.

@@ -113,7 +113,7 @@ func TestCollectorStatus(t *testing.T) {
 		r := w.start("a", func(o *Options) { o.CollectTolerance, o.CollectMaxShare = time.Hour, 0.25 })
 		other := w.start("b", func(o *Options) { o.CollectorOff = true })
 		got, err := r.CollectorStatus(t.Context())
-		want := CollectorStatus{Tolerance: time.Hour, MaxShare: 0.25, Enabled: true}
+		want := CollectorStatus{Tolerance: time.Hour, MaxShare: 0.25, StopUnits: gc.StopUnits, Enabled: true}
 		if diff := cmp.Diff(want, got); diff != "" || err != nil {
 			t.Errorf("before the first round: %v\n%s", err, diff)
 		}
@@ -134,7 +134,7 @@ func TestCollectorStatus(t *testing.T) {
 		if last == nil {
 			last = other.GC().LastRound()
 		}
-		want = CollectorStatus{LastRound: last, Unconfirmed: 1, Tolerance: 3 * time.Hour, MaxShare: 0.5}
+		want = CollectorStatus{LastRound: last, Unconfirmed: 1, Tolerance: 3 * time.Hour, MaxShare: 0.5, StopUnits: gc.StopUnits}
 		if last == nil || last.Waiting != 1 {
 			t.Errorf("the round came to %+v", last)
 		}

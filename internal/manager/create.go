@@ -14,6 +14,8 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/crashpoint"
+	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -44,6 +46,7 @@ type creation struct {
 	tok  request.Token
 
 	segments int64 // of the collection, before the create began
+	revision int64 // to capture at; 0: the newest once the create has begun
 
 	begun chan struct{} // closed when the snapshot is durable as PENDING, or err is set
 	ended chan struct{} // closed at the end
@@ -318,6 +321,9 @@ func (m *Manager) create(ctx context.Context, c *creation) {
 		return
 	}
 	defer release()
+	if planted.P3 { // what is dropped from now until begin is captured, and not protected
+		_, _, c.revision, _ = m.kv.Get(ctx, keys.Collection(c.spec.Collection.ID))
+	}
 	lease, err := m.begin(ctx, c)
 	if err != nil {
 		c.err = err
@@ -421,6 +427,8 @@ func (l *createLease) advance(ctx context.Context) error {
 func (l *createLease) end(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
+	atEndLease.Before()
+	defer atEndLease.After()
 	return l.kv.Revoke(ctx, l.id)
 }
 
@@ -500,7 +508,9 @@ func (m *Manager) tryBegin(ctx context.Context, tok request.Token, s *Snapshot, 
 	if tok.Given() {
 		txn.Else = append(txn.Else, meta.Get(tok.Key()))
 	}
+	atBegin.Before()
 	res, err := m.kv.Txn(ctx, txn)
+	atBegin.After()
 	switch {
 	case errors.Is(err, meta.ErrLeaseNotFound):
 		return false, fmt.Errorf("%w: its lease ran out before it began", ErrCreateAborted)
@@ -548,7 +558,7 @@ func (m *Manager) captureAndWrite(ctx context.Context, c *creation, lease *creat
 		if err := meta.Pause(ctx, 10*unanswered); err != nil {
 			return nil, err
 		}
-		view, err := m.catalog.At(ctx, c.snap.Collection, 0)
+		view, err := m.catalog.At(ctx, c.snap.Collection, c.revision)
 		if err == nil && view.Collection.State != catalog.Active {
 			return nil, view.Collection.CheckActive()
 		}
@@ -688,7 +698,7 @@ func (w *snapshotWriter) write(ctx context.Context, c *chunk) error {
 	if c.totals.Segments == 0 {
 		return nil
 	}
-	return w.m.putOnce(ctx, manifest.ManifestKey(w.snap.Collection, w.snap.ID, c.number), data, w.lease)
+	return w.m.putOnce(ctx, atManifest, manifest.ManifestKey(w.snap.Collection, w.snap.ID, c.number), data, w.lease)
 }
 
 // encodeVerified is encode, and has the files looked at meanwhile if that is
@@ -774,7 +784,7 @@ func (w *snapshotWriter) writeRefs(ctx context.Context) error {
 		Segments: int64(len(refs.Segments)), Builds: int64(len(refs.Builds)), Files: int64(len(refs.Files)),
 	}
 	w.refs = refs
-	return w.m.putOnce(ctx, manifest.RefsKey(w.snap.Collection, w.snap.ID), data, w.lease)
+	return w.m.putOnce(ctx, atRefs, manifest.RefsKey(w.snap.Collection, w.snap.ID), data, w.lease)
 }
 
 // finish writes the metadata, and makes the committed record.
@@ -810,7 +820,7 @@ func (w *snapshotWriter) finish(ctx context.Context) (*Snapshot, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := w.m.putOnce(ctx, manifest.MetadataKey(w.snap.Collection, w.snap.ID), data, w.lease); err != nil {
+	if err := w.m.putOnce(ctx, atMetadata, manifest.MetadataKey(w.snap.Collection, w.snap.ID), data, w.lease); err != nil {
 		return nil, err
 	}
 	next.Metadata = manifest.Sum(data)
@@ -858,14 +868,16 @@ func (m *Manager) verifyFile(ctx context.Context, root catalog.Root, f *segment.
 // putOnce writes an object of the snapshot's own. After an answer that is no
 // answer, or says that the key is taken, it reads back: equal bytes are what an
 // earlier try wrote.
-func (m *Manager) putOnce(ctx context.Context, key string, data []byte, lease *createLease) error {
+func (m *Manager) putOnce(ctx context.Context, at crashpoint.Point, key string, data []byte, lease *createLease) error {
 	var last error
 	for attempt := range putAttempts {
 		if err := meta.Pause(ctx, attempt*attempt*10); err != nil {
 			return err
 		}
+		at.Before()
 		_, err := m.store.Create(ctx, key, data)
-		if err == nil {
+		at.After()
+		if err == nil || planted.P7A && errors.Is(err, object.ErrExists) { // whatever it holds
 			return lease.advance(ctx)
 		}
 		last = err
@@ -913,6 +925,7 @@ func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease
 				return nil, err
 			}
 		}
+		atCommit.Before()
 		res, err := m.kv.Txn(ctx, meta.Txn{
 			If: []meta.Cond{
 				meta.Unchanged(keys.Snapshot(next.ID), c.snap.Revision),
@@ -924,6 +937,7 @@ func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease
 				meta.Put(keys.Generation(next.Collection), record.Encode(&storagev1.Generation{Format: record.Format, SnapshotId: next.ID})),
 			}, c.tok.End(result, next.ID, value)),
 		})
+		atCommit.After()
 		switch {
 		case errors.Is(err, meta.ErrLeaseNotFound):
 			m.o.Requests.Forget(ctx, result)
@@ -1004,7 +1018,9 @@ func (m *Manager) giveUp(ctx context.Context, s *Snapshot, reason, text string, 
 				return err
 			}
 		}
+		atGiveUp.Before()
 		res, err := m.kv.Txn(ctx, txn)
+		atGiveUp.After()
 		switch {
 		case errors.Is(err, meta.ErrLeaseNotFound):
 			m.o.Requests.Forget(ctx, lease)

@@ -96,7 +96,7 @@ func TestOrphans(t *testing.T) {
 		path := func(id int64) string { return fmt.Sprintf("data/%d/%d/%d/insert/100/1", col.ID, part.ID, id) }
 		leftover := []string{path(gone), fmt.Sprintf("data/%d/0/%d/index/%d/100-1", col.ID, gone, gone)}
 		left := map[string]string{
-			fmt.Sprintf("data/%d/0/%d/insert/100/99", col.ID, fresh.ID): fmt.Sprintf("segment %d is known and does not have it; it may be about to be registered: left alone", fresh.ID),
+			fmt.Sprintf("data/%d/0/%d/insert/100/99", col.ID, fresh.ID): fmt.Sprintf("not registered; it lies where segment %d has its files, and stays as long as that segment or a snapshot of it does", fresh.ID),
 			fmt.Sprintf("data/%d/0/%d/index/1", other.ID, gone):         "not a path of a segment of the collection: left alone",
 			path(1 << 40): fmt.Sprintf("it carries id %d, which was never handed out: left alone", int64(1)<<40),
 			"data/README": "not a path of a segment of the collection: left alone",
@@ -107,7 +107,7 @@ func TestOrphans(t *testing.T) {
 			w.write(key)
 		}
 		reason := fmt.Sprintf("! no segment, unit or snapshot knows it; segment %d is not there", gone)
-		want := map[string]string{leftover[0]: reason + "; younger than the grace period", leftover[1]: reason + "; younger than the grace period"}
+		want := map[string]string{leftover[0]: reason + "; younger than orphan_grace, which is 24h0m0s", leftover[1]: reason + "; younger than orphan_grace, which is 24h0m0s"}
 		maps.Copy(want, left)
 		if diff := cmp.Diff(want, w.orphans(r, col, gc.OrphanOptions{})); diff != "" {
 			t.Errorf("young (-want +got):\n%s", diff)
@@ -172,6 +172,10 @@ func TestOrphansOfRestores(t *testing.T) {
 		if got := w.orphans(r, col, gc.OrphanOptions{}); len(got) > 0 {
 			t.Errorf("told of %v", got)
 		}
+		e, err := r.GC().Explain(t.Context(), "default", index)
+		if want := fmt.Sprintf("restore job %d may be writing it: it stays as long as that runs", job.ID); err != nil || !e.Kept || e.Reason != want {
+			t.Errorf("%+v, want %q, err = %v", e, want, err)
+		}
 	})
 }
 
@@ -233,8 +237,10 @@ func TestExplain(t *testing.T) {
 		w.granted(w.reclaim(r, col, gc.ByCaller, w.dropSegments(r, col, granted.ID)...))
 		orphan := w.newID(r)
 		file := func(s segment.Segment) string { return "data/" + s.Files[0].Path }
-		lost := manifest.MetadataKey(col.ID, orphan)
-		w.write(fmt.Sprintf("data/%d/0/%d/insert/100/1", col.ID, orphan), "elsewhere/x", lost, "snapshots/README", "gc/epoch/1.json")
+		lost, note := manifest.MetadataKey(col.ID, orphan), "gc/epoch/"+keys.ID(1)+".json"
+		w.write(fmt.Sprintf("data/%d/0/%d/insert/100/1", col.ID, orphan), "elsewhere/x", lost, "snapshots/README", "gc/epoch/1.json", note)
+		stray := fmt.Sprintf("data/%d/0/%d/insert/100/99", col.ID, live.ID)
+		w.write(stray)
 		holder := []gc.SnapshotHolder{{ID: s.ID, Name: "one"}}
 		name := fmt.Sprintf("default/c (%d)", col.ID)
 		drop := time.Now().UTC().Format(time.RFC3339)
@@ -244,7 +250,7 @@ func TestExplain(t *testing.T) {
 				Exists: true, Kept: true, What: of(live), Reason: "the segment lives", Collection: col.ID, Segment: live.ID, Snapshots: holder, Holders: 2,
 			},
 			"data/shared/stats": {
-				Exists: true, Kept: true, What: "file of collection " + name, Reason: "1 snapshots reference it", Collection: col.ID, Snapshots: holder, Holders: 1,
+				Exists: true, Kept: true, What: "file of collection " + name, Reason: "1 snapshot references it", Collection: col.ID, Snapshots: holder, Holders: 1,
 			},
 			file(dropped): {
 				Exists: true, What: of(dropped), Reason: "it was dropped at " + drop + " and nothing holds it: the collector takes it once the tolerance is over",
@@ -262,8 +268,12 @@ func TestExplain(t *testing.T) {
 				Exists: true, Kept: true, What: "orphan under a root of collection " + name, Collection: col.ID,
 				Reason: fmt.Sprintf("no segment, unit or snapshot knows it; segment %d is not there; nothing deletes it but a call to delete the orphans of the collection", orphan),
 			},
+			stray: {
+				Exists: true, Kept: true, What: "object under a root of collection " + name, Collection: col.ID,
+				Reason: fmt.Sprintf("not registered; it lies where segment %d has its files, and stays as long as that segment or a snapshot of it does", live.ID),
+			},
 			"elsewhere/x": {Exists: true, Kept: true, What: "foreign object", Reason: "it lies under no root of a collection: left alone"},
-			"elsewhere/y": {Kept: true, What: "foreign object", Reason: "there is no such object; if there were one: it lies under no root of a collection: left alone"},
+			"elsewhere/y": {Kept: true, What: "foreign object", Reason: "There is no such object. If there were: it lies under no root of a collection: left alone"},
 			lost: {
 				Exists: true, Kept: true, What: fmt.Sprintf("object of snapshot %d", orphan), Collection: col.ID, Snapshot: orphan,
 				Reason: fmt.Sprintf("there is no snapshot %d any more; a sweep deletes it in 24h0m0s", orphan),
@@ -273,7 +283,8 @@ func TestExplain(t *testing.T) {
 				Collection: col.ID, Snapshot: s.ID, Snapshots: holder, Holders: 1,
 			},
 			"snapshots/README": {Exists: true, Kept: true, What: "foreign object under a prefix of snapshotd's own", Reason: "not a name that snapshotd writes: left alone"},
-			"gc/epoch/1.json": {
+			"gc/epoch/1.json":  {Exists: true, Kept: true, What: "foreign object under a prefix of snapshotd's own", Reason: "not a name that snapshotd writes: left alone"},
+			note: {
 				Exists: true, Kept: true, What: "note of how far the metadata store has come",
 				Reason: "the newest two stay; they tell when the metadata store has gone back in time",
 			},
@@ -291,6 +302,43 @@ func TestExplain(t *testing.T) {
 		wantError(t, err, ErrStoreNotFound)
 		_, err = r.GC().Explain(t.Context(), "default", "../x")
 		wantError(t, err, object.ErrInvalidKey)
+	})
+}
+
+// TestExplainPromisesNothing says what is needed where the collector does not take
+// by itself what nothing holds.
+func TestExplainPromisesNothing(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.CollectTolerance, o.CollectMaxShare = time.Minute, 0.5 })
+		off := w.start("b", func(o *Options) { o.CollectorOff = true })
+		col, _, _ := w.collection(r, "c")
+		var list []segment.Segment
+		var ids []int64
+		for range gc.StopUnits {
+			s := w.segment(r, col, 0, 1, 5)
+			list, ids = append(list, s), append(ids, s.ID)
+		}
+		w.addWritten(r, col, list...)
+		for part := range slices.Chunk(ids, catalog.MaxSwap) {
+			w.dropSegments(r, col, part...)
+		}
+		key := "data/" + list[0].Files[0].Path
+		dead := manifest.MetadataKey(col.ID, w.newID(r))
+		w.write(dead)
+		time.Sleep(5 * time.Minute)
+		settle()
+		for _, tc := range []struct {
+			by        *replica
+			key, want string
+		}{
+			{r, key, "but the last round stopped in this collection, in which 100 of 100 units and segments would go: see `snapshotctl gc status`, then `snapshotctl gc run`"},
+			{off, key, "the collector is off, so it goes with `snapshotctl gc run`, once the tolerance is over"},
+			{off, dead, "the collector is off, so it goes with `snapshotctl gc run --sweep`"},
+		} {
+			if e, err := tc.by.GC().Explain(t.Context(), "default", tc.key); err != nil || !e.Kept || !strings.HasSuffix(e.Reason, tc.want) {
+				t.Errorf("%s: %+v, want %q, err = %v", tc.key, e, tc.want, err)
+			}
+		}
 	})
 }
 

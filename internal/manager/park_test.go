@@ -90,10 +90,11 @@ func TestLostHeldObjectStopsItsUnit(t *testing.T) {
 		col, _, _ := w.collection(r, "c")
 		lost := w.segment(r, col, 0, 1, 20)
 		lost.EngineData = bytes.Repeat([]byte{1}, 1000)
-		w.addWritten(r, col, lost)
+		other := w.segment(r, col, 0, 21, 40) // in the same round
+		w.addWritten(r, col, lost, other)
 		w.checkpoint(r, col, 100, 100)
 		s := w.create(r, col, "one")
-		w.dropSegments(r, col, lost.ID)
+		w.dropSegments(r, col, lost.ID, other.ID)
 		full, _, _, err := w.kv.Get(t.Context(), keys.Unit(col.ID, lost.ID))
 		if err != nil {
 			t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -127,10 +128,12 @@ func (m *Manager) tryPin(ctx context.Context, tok request.Token, s *Snapshot, p 
 		return false, err
 	}
 	key, value := keys.Pin(p.Snapshot, p.ID), encodePin(p)
+	atPin.Before()
 	won, revision, err := m.commitWith(ctx, tok, p.ID, tokenResult(key, value), meta.Txn{
 		If:   []meta.Cond{meta.Unchanged(keys.Snapshot(s.ID), s.Revision)},
 		Then: []meta.Op{meta.PutLeased(key, value, p.lease)},
 	})
+	atPin.After()
 	switch {
 	case err != nil && !refused(err):
 		return m.resolvePin(ctx, tok, p, err)
@@ -278,10 +281,12 @@ func (m *Manager) tryRenew(ctx context.Context, old, next *Pin) (bool, error) {
 		return false, err
 	}
 	key := keys.Pin(old.Snapshot, old.ID)
+	atRenew.Before()
 	res, err := m.kv.Txn(ctx, meta.Txn{
 		If:   []meta.Cond{meta.Unchanged(key, old.Revision)},
 		Then: []meta.Op{meta.PutLeased(key, encodePin(next), next.lease)},
 	})
+	atRenew.After()
 	switch {
 	case errors.Is(err, meta.ErrLeaseNotFound):
 		return false, nil // it was stopped for longer than the pin is to last
@@ -305,7 +310,7 @@ func (m *Manager) resolveRenewal(ctx context.Context, next *Pin, cause error) (b
 	if err != nil || !found {
 		return false, cause
 	}
-	if now, err := decodePin(kv); err != nil || now.op != next.op {
+	if now, err := decodePin(kv); err != nil || now.op != next.op && !planted.P12B {
 		return false, cause
 	}
 	next.Revision = kv.ModRevision
@@ -348,6 +353,7 @@ func (m *Manager) unpin(ctx context.Context, ref Ref, id int64) error {
 				return fmt.Errorf("%w: it goes when that ends; cancel it instead", ErrPinOfRestore)
 			}
 		}
+		atUnpin.Before()
 		res, err := m.kv.Txn(ctx, meta.Txn{
 			If: []meta.Cond{meta.Unchanged(key, kv.ModRevision)},
 			Then: []meta.Op{
@@ -355,6 +361,7 @@ func (m *Manager) unpin(ctx context.Context, ref Ref, id int64) error {
 				meta.Put(keys.Unpin, record.Encode(&storagev1.Unpin{Format: record.Format, SnapshotId: snapshot, PinId: id})),
 			},
 		})
+		atUnpin.After()
 		if err != nil {
 			return err
 		}

@@ -173,7 +173,9 @@ func (c *course) sawEnd(e meta.Event) {
 func (c *course) finish() {
 	ctx := context.Background()
 	c.repair()
-	c.release()
+	for _, m := range c.ever {
+		m.thaw()
+	}
 	for _, m := range c.replicas {
 		m.heal()
 		c.between(m, nil)
@@ -197,7 +199,8 @@ func (c *course) finish() {
 		_, err := m.Drop(ctx, noToken, Ref{ID: id}, 0)
 		c.must(err)
 	}
-	c.rest(0)
+	c.rest(30 * time.Minute)
+	c.nothingDropped()
 	for i, l := range c.cols {
 		if l.dropped {
 			continue
@@ -225,9 +228,26 @@ func (c *course) finish() {
 	case c.long: // tokens last for 25 hours, jobs for a week
 		c.rest(8 * 24 * time.Hour)
 	default:
-		c.rest(3 * time.Hour)
+		c.rest(26 * time.Hour)
 	}
 	c.nothingLeft()
+}
+
+// nothingDropped holds that nothing waits to be deleted any more, while
+// collections live.
+func (c *course) nothingDropped() {
+	parts, _, err := c.cat.DroppedParts(context.Background(), 0)
+	// Those of a dropped collection go with it.
+	parts = slices.DeleteFunc(parts, func(p catalog.Part) bool { return c.ledgerOf(p.Collection).dropped })
+	if err != nil || len(parts) > 0 {
+		c.wrong("dropped partitions and indexes are left: %v, err = %v", parts, err)
+	}
+	for _, l := range c.cols {
+		if len(l.units)+len(l.orphans)+len(l.builds) > 0 {
+			c.wrong("of collection %d, whose snapshots are gone, there are left: units %v, segments %v and builds %v that were dropped",
+				l.col.ID, slices.Collect(maps.Keys(l.units)), slices.Collect(maps.Keys(l.orphans)), slices.Collect(maps.Keys(l.builds)))
+		}
+	}
 }
 
 // rightModel holds that the oracle knows what each snapshot has.
@@ -300,11 +320,7 @@ func (c *course) nothingLeft() {
 			c.wrong("%s, which is foreign, holds %q", key, data)
 		}
 	}
-	for _, l := range c.cols {
-		if len(l.units)+len(l.orphans)+len(l.builds) > 0 {
-			c.wrong("of collection %d units are left: %v, %v, %v", l.col.ID, l.units, l.orphans, l.builds)
-		}
-	}
+	c.nothingDropped()
 	if len(c.finished) != len(c.cols) {
 		c.wrong("%d of %d collections are gone", len(c.finished), len(c.cols))
 	}
@@ -312,5 +328,7 @@ func (c *course) nothingLeft() {
 	if s.Snapshots+s.Loading+s.Unreadable+s.Segments+s.Builds+s.Granted+s.Unconfirmed != 0 {
 		c.wrong("all is gone, and there is %+v", s)
 	}
-	c.reach.swept.Add(c.guard.count())
+	swept, lateCopies := c.guard.counts()
+	c.reach.swept.Add(swept)
+	c.reach.lateCopies.Add(lateCopies)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 
@@ -11,6 +12,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -31,6 +33,7 @@ type guard struct {
 	captured map[int64]map[string]bool // keys of the files of committed snapshots
 	wrong    string                    // what was done first that must not be
 	swept    int64                     // objects of snapshots and units without a record
+	late     int64                     // copies of jobs that had ended
 }
 
 func newGuard(kv meta.KV, store object.Store) *guard {
@@ -57,10 +60,10 @@ func (g *guard) first() string {
 	return g.wrong
 }
 
-func (g *guard) count() int64 {
+func (g *guard) counts() (swept, late int64) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.swept
+	return g.swept, g.late
 }
 
 func (g *guard) has(key string) bool {
@@ -91,8 +94,8 @@ func (g *guard) Copy(ctx context.Context, r object.CopyRequest) (object.Info, er
 }
 
 func (g *guard) Delete(ctx context.Context, list ...string) error {
-	if len(list) > 0 {
-		n, err := g.needs()
+	if slices.ContainsFunc(list, func(key string) bool { return !isNote(key) || g.isForeign(key) }) {
+		n, err := g.needs() //nolint:contextcheck // the oracle looks, whatever becomes of the caller
 		if err != nil {
 			g.blame("what is needed cannot be read: %v", err)
 			return g.Store.Delete(ctx, list...)
@@ -105,6 +108,10 @@ func (g *guard) Delete(ctx context.Context, list ...string) error {
 	}
 	return g.Store.Delete(ctx, list...)
 }
+
+// isNote says whether a key is that of a note of how far the metadata store has
+// come, of which there may be too many, but not too few: see package epoch.
+func isNote(key string) bool { return strings.HasPrefix(key, epoch.Prefix) }
 
 // needs is what is needed at a revision.
 type needs struct {
@@ -207,7 +214,7 @@ func (g *guard) capture(ctx context.Context, s *Snapshot, n *needs) error {
 			}
 			return true
 		})
-		if errors.Is(err, ErrSnapshotNotFound) { // dropped meanwhile
+		if errors.Is(err, ErrSnapshotNotFound) || errors.Is(err, ErrSnapshotNotCommitted) { // dropped meanwhile
 			return nil
 		}
 		if err != nil {
@@ -237,7 +244,12 @@ func (g *guard) judge(n *needs, key string) string {
 		return ""
 	case data:
 		collection, _, _, _ := segment.NativePlace(path)
-		if job := n.jobs[collection]; job != nil && (job.State.Ended() || job.Phase == copyjob.RollBack) {
+		job := n.jobs[collection]
+		switch {
+		case job != nil && job.State.Ended():
+			g.late++
+			return ""
+		case job != nil && job.Phase == copyjob.RollBack:
 			return ""
 		}
 		return "it was never granted, and is not of a restore that is rolled back"
@@ -247,7 +259,7 @@ func (g *guard) judge(n *needs, key string) string {
 		}
 		g.swept++
 		return ""
-	case strings.HasPrefix(key, "gc/epoch/"):
+	case isNote(key):
 		return ""
 	}
 	_, id, ok := manifest.ParseKey(key)
@@ -271,7 +283,7 @@ const foreignPlaces = 18
 // would be found.
 func (c *course) putForeign(kind, n int) {
 	l := c.cols[n%len(c.cols)]
-	col, unit, snapshot, job := l.col.ID, l.col.ID, int64(1), int64(1)
+	col, unit, snapshot := l.col.ID, l.col.ID, int64(1)
 	if id, ok := pickOf(c.snapshots, n); ok {
 		snapshot = id
 	}
@@ -282,8 +294,7 @@ func (c *course) putForeign(kind, n int) {
 	}
 	target, first := col, unit
 	if id, ok := pickOf(c.jobs, n); ok {
-		job = id
-		target, first = c.jobs[job].Target, c.jobs[job].FirstSegment
+		target, first = c.jobs[id].Target, c.jobs[id].FirstSegment
 	}
 	dir := [foreignPlaces]string{
 		"", "snapshots/", fmt.Sprintf("snapshots/%d/", col), manifest.Dir(col, snapshot), manifest.Dir(col, snapshot) + "more/",

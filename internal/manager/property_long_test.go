@@ -18,7 +18,7 @@ import (
 
 // longSnapshots is how many snapshots the long run takes: what fits into a few
 // seconds.
-const longSnapshots = 400
+const longSnapshots = 300
 
 // usedKeys is what the metadata store holds: of dropped units and what is
 // granted, of snapshots, and of everything else.

@@ -43,7 +43,7 @@ func TestNothingNeededIsEverDeleted(t *testing.T) {
 	// What must be reached is, whatever is drawn.
 	runCourse(t, t, scripted, &reached, true)
 	rapid.Check(t, func(rt *rapid.T) {
-		runCourse(t, rt, append(slices.Clone(prelude), rapid.SliceOfN(genStep, 10, 60).Draw(rt, "steps")...), &reached, false)
+		runCourse(t, rt, append(slices.Clone(prelude), rapid.SliceOfN(genStep, 10, 50).Draw(rt, "steps")...), &reached, false)
 	})
 	t.Log(reached.String())
 	for what, n := range reached.counts() {
@@ -58,6 +58,7 @@ type reach struct {
 	granted, heldBySnapshot, heldByCreate, compareFailed, again   atomic.Int64
 	unreadable, deleted, confirmed, unanswered, reaped, committed atomic.Int64
 	parked, restored, rolledBack, finished, swept, collected      atomic.Int64
+	lateCopies                                                    atomic.Int64
 }
 
 func (r *reach) counts() map[string]int64 {
@@ -68,6 +69,7 @@ func (r *reach) counts() map[string]int64 {
 		"reclaim without an answer": r.unanswered.Load(), "create given up": r.reaped.Load(), "commit": r.committed.Load(),
 		"unit parked": r.parked.Load(), "restore": r.restored.Load(), "restore rolled back": r.rolledBack.Load(),
 		"collection gone for good": r.finished.Load(), "object swept": r.swept.Load(), "grant to the collector": r.collected.Load(),
+		"late copy removed": r.lateCopies.Load(),
 	}
 }
 
@@ -95,7 +97,7 @@ var ops = []string{
 	"reclaim again", "confirm", "confirm",
 	"crash", "zombie", "release", "thaw", "thaw", "corrupt", "repair", "compact history", "wait", "wait", "wait long",
 	"drop collection", "new collection", "drop partition", "drop partition", "drop index",
-	"restore", "restore", "slow restore", "faulty restore", "cancel", "cancel", "collect", "collect", "faulty collect",
+	"restore", "restore", "slow restore", "late restore", "faulty restore", "cancel", "cancel", "collect", "collect", "faulty collect",
 	"foreign", "foreign", "wait hours",
 }
 
@@ -166,6 +168,10 @@ var scripted = []step{
 	{"thaw", 0, 1, 0},
 	{"thaw", 0, 2, 0},
 	{"wait", 0, 30, 0},
+	{"late restore", 0, 0, 0},
+	{"cancel", 0, 0, 0},
+	{"wait", 0, 0, 0},
+	{"release", 0, 0, 0},
 	{"new collection", 0, 0, 0},
 	{"drop collection", 1, 0, 0},
 	{"wait hours", 0, 0, 0},
@@ -196,8 +202,8 @@ func runCourse(t *testing.T, report rapid.TB, steps []step, reached *reach, long
 			}
 			c.stopAll()
 			c.flying.Wait()
-			for _, l := range c.lates {
-				l.flying.Wait()
+			for _, m := range c.ever {
+				m.late.flying.Wait()
 			}
 			cancel()
 			watching.Wait()
@@ -246,7 +252,7 @@ type course struct {
 	cols      []*ledger
 	finished  []*ledger // of cols, whose records are gone
 	names     atomic.Int64
-	lates     []*tardy // of all replicas that there ever were
+	ever      []*member // all replicas that there ever were
 	jobs      map[int64]*copyjob.Job
 	content   map[string][]byte // what each data file and foreign file holds
 	foreign   map[string]bool   // keys of files that belong to nothing
@@ -459,11 +465,7 @@ func (c *course) setUp() {
 func (c *course) epoch(kv meta.KV, store object.Store) *epoch.Epoch {
 	cl, err := cluster.Open(context.Background(), c.w.kv, cluster.Options{NameScope: cluster.ScopeCluster, Release: "test", Now: c.w.now, Rand: rand.Reader})
 	c.must(err)
-	o := epoch.Options{KV: kv, Store: store, Cluster: cl.ID, Now: c.w.now, Rand: rand.Reader}
-	if c.ending {
-		o.Interval = 10 * time.Minute
-	}
-	return epoch.New(o)
+	return epoch.New(epoch.Options{KV: kv, Store: store, Cluster: cl.ID, Now: c.w.now, Rand: rand.Reader, Interval: 20 * time.Minute})
 }
 
 func (c *course) newCollection() {
@@ -524,14 +526,14 @@ func (c *course) start(i int) {
 		// What a sweep takes is dead at once; that it waits is only for safety's sake.
 		o.CollectTolerance, o.OrphanGrace, o.SweepInterval = 5*time.Minute, time.Second, 10*time.Minute
 		if !c.long {
-			o.KeepRestores = time.Hour
+			o.KeepRestores = 24 * time.Hour // for longer than anything is late
 		}
 		if c.ending { // at leisure: many hours are to pass
-			o.LeaderTTL, o.CleanInterval, o.CollectInterval = 10*time.Minute, 10*time.Minute, 10*time.Minute
+			o.LeaderTTL, o.CleanInterval, o.CollectInterval, o.SweepInterval = time.Hour, 30*time.Minute, 10*time.Minute, time.Hour
 		}
 	})
 	c.replicas[i] = m
-	c.lates = append(c.lates, m.late)
+	c.ever = append(c.ever, m)
 }
 
 func (m *member) thaw() {
@@ -549,7 +551,9 @@ func (m *member) heal() {
 }
 
 func (c *course) stopAll() {
-	c.release()
+	for _, m := range c.ever { // what one had sent that was stopped may hang still
+		m.thaw()
+	}
 	for _, m := range c.replicas {
 		if m != nil {
 			m.heal()
@@ -1121,6 +1125,11 @@ func (c *course) do(s step) {
 			m.store.SetLatency(time.Second)
 		}
 		c.restore(c.calm(s.B), s)
+	case "late restore": // what it copies lands when it is released
+		for _, m := range c.replicas {
+			m.late.hold()
+		}
+		c.restore(c.calm(s.B), s)
 	case "faulty restore":
 		m.kv.FailNth(s.C%16, meta.Fault(1+s.C/16%2), meta.MethodTxn)
 		if s.C%3 == 0 {
@@ -1141,6 +1150,7 @@ func (c *course) do(s step) {
 		c.putForeign(s.B, s.C)
 	case "wait hours":
 		c.rest(time.Duration(1+s.B%2) * time.Hour)
+		c.release() // a copy that is late for as long as jobs are kept is nobody's any more
 	case "add":
 		seg := c.newSegment(l, s.B)
 		live[seg.ID] = seg
@@ -1299,8 +1309,8 @@ func (c *course) do(s step) {
 
 // release has everything land that is late.
 func (c *course) release() {
-	for _, l := range c.lates {
-		l.release()
+	for _, m := range c.ever {
+		m.late.release()
 	}
 }
 

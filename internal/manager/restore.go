@@ -16,6 +16,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/catalog/layout"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -169,16 +170,20 @@ func (m *Manager) admit(ctx context.Context, tok request.Token, ref *Ref, spec *
 		CreateTime: now, Job: job.ID, op: op,
 	}
 	pin.Reason = fmt.Sprintf("%.*s", maxPinReason, pin.Reason)
+	putPin := meta.Put(keys.Pin(job.Snapshot, job.Pin), encodePin(pin))
+	if planted.P5 { // the pin goes while the job lives
+		putPin.Lease, _ = m.kv.Grant(ctx, m.o.LeaseTTL)
+	}
 	txn := meta.Txn{
-		If: slices.Concat([]meta.Cond{meta.Unchanged(keys.Snapshot(r.snapshot.ID), r.snapshot.Revision)}, conds, tok.Absent()),
-		Then: slices.Concat(ops, []meta.Op{
-			meta.Put(keys.Job(job.ID), job.Encode(op)), meta.Put(keys.Pin(job.Snapshot, job.Pin), encodePin(pin)),
-		}, tok.Begin(job.ID)),
+		If:   slices.Concat([]meta.Cond{meta.Unchanged(keys.Snapshot(r.snapshot.ID), r.snapshot.Revision)}, conds, tok.Absent()),
+		Then: slices.Concat(ops, []meta.Op{meta.Put(keys.Job(job.ID), job.Encode(op)), putPin}, tok.Begin(job.ID)),
 	}
 	if spec.Limits != (copyjob.Limits{}) {
 		txn.Then = append(txn.Then, copyjob.LimitsOp(job.ID, spec.Limits))
 	}
+	atAdmit.Before()
 	res, err := m.kv.Txn(ctx, txn)
+	atAdmit.After()
 	switch {
 	case errors.Is(err, meta.ErrNoSpace), errors.Is(err, meta.ErrTooLarge):
 		return nil, err

@@ -33,11 +33,11 @@ type view struct {
 	pins       map[string]bool  // keys of pins
 }
 
-func newView(kv meta.KV, log *zap.Logger, changed func()) *view {
+func newView(kv meta.KV, log *zap.Logger, jitter func() float64, changed func()) *view {
 	v := &view{log: log, changed: changed}
 	v.Reset(nil, 0)
 	from, to := meta.Prefix("/snapshot/")
-	v.follower = follow.New(follow.Options{KV: kv, From: from, To: to, Handler: v, Log: log})
+	v.follower = follow.New(follow.Options{KV: kv, From: from, To: to, Handler: v, Log: log, Rand: jitter})
 	return v
 }
 

@@ -65,9 +65,12 @@ func (s *collectors) Collect(req *pb.CollectRequest, stream grpc.ServerStreaming
 	if req.GetForce() && req.GetCollection() == nil {
 		return &catalog.InvalidError{Field: "force", Problem: "needs a collection: so much is deleted of one at a time"}
 	}
+	if req.GetSweep() && req.GetCollection() != nil {
+		return &catalog.InvalidError{Field: "sweep", Problem: "excludes a collection: it is about snapshotd's own prefixes, in all stores"}
+	}
 	items := batcher[*pb.CollectItem]{send: func(list []*pb.CollectItem) error { return stream.Send(&pb.CollectResponse{Items: list}) }}
 	o := gc.CollectOptions{
-		Collection: collectionRef(req.GetCollection()), DryRun: req.GetDryRun(), Force: req.GetForce(),
+		Collection: collectionRef(req.GetCollection()), DryRun: req.GetDryRun(), Force: req.GetForce(), Sweep: req.GetSweep(),
 		Emit: func(item gc.Item) error { return items.add(itemToProto(&item)) },
 	}
 	if req.GetTolerance() != nil {
@@ -95,7 +98,7 @@ func (s *collectors) GetCollectorStatus(ctx context.Context, _ *pb.GetCollectorS
 	}
 	return &pb.GetCollectorStatusResponse{
 		LastRound: summaryToProto(now.LastRound), Deleting: int64(now.Deleting), Unconfirmed: int64(now.Unconfirmed),
-		Tolerance: durationpb.New(now.Tolerance), MaxShare: now.MaxShare, Enabled: now.Enabled, Blocked: now.Blocked,
+		Tolerance: durationpb.New(now.Tolerance), MaxShare: now.MaxShare, StopUnits: int64(now.StopUnits), Enabled: now.Enabled, Blocked: now.Blocked,
 	}, nil
 }
 
@@ -113,7 +116,7 @@ func (s *collectors) ExplainObject(ctx context.Context, req *pb.ExplainObjectReq
 	}
 	return &pb.ExplainObjectResponse{
 		Exists: e.Exists, What: clip(e.What), Kept: e.Kept, Reason: clip(e.Reason),
-		CollectionId: e.Collection, SnapshotId: e.Snapshot, SegmentId: e.Segment, UnitId: e.Unit, Holders: holders,
+		CollectionId: e.Collection, SnapshotId: e.Snapshot, SegmentId: e.Segment, UnitId: e.Unit, IndexBuildId: e.Build, Holders: holders,
 	}, nil
 }
 
@@ -142,8 +145,8 @@ func (s *collectors) orphans(ctx context.Context, o gc.OrphanOptions, send func(
 	return err
 }
 
-func (s *collectors) Recover(ctx context.Context, _ *pb.RecoverRequest) (*pb.RecoverResponse, error) {
-	behind, next, from, err := s.manager.Recover(ctx)
+func (s *collectors) Recover(ctx context.Context, req *pb.RecoverRequest) (*pb.RecoverResponse, error) {
+	behind, next, from, err := s.manager.Recover(ctx, req.GetForce())
 	if err != nil {
 		return nil, err
 	}
@@ -153,7 +156,7 @@ func (s *collectors) Recover(ctx context.Context, _ *pb.RecoverRequest) (*pb.Rec
 func orphanToProto(o *gc.Orphan) *pb.Orphan {
 	return &pb.Orphan{
 		Store: o.Store, Key: strings.ToValidUTF8(o.Key, "\uFFFD"), Size: o.Size, ModTime: timeToProto(o.ModTime), Age: durationpb.New(o.Age),
-		Reason: clip(o.Reason), Deletable: o.Deletable, CollectionId: o.Collection,
+		Reason: clip(o.Reason), Deletable: o.Deletable, CollectionId: o.Collection, Young: o.Young,
 	}
 }
 
@@ -194,6 +197,6 @@ func summaryToProto(s *gc.Summary) *pb.CollectSummary {
 		Stops: convert(s.Stops, func(stop gc.Stop) *pb.CollectStop {
 			return &pb.CollectStop{CollectionId: stop.Collection, Due: stop.Due, Total: stop.Total}
 		}),
-		StopCount: s.StopCount, Error: clip(s.Error),
+		StopCount: s.StopCount, Error: clip(s.Error), Swept: s.Swept, SweptBytes: s.SweptBytes,
 	}
 }

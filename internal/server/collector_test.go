@@ -121,6 +121,18 @@ func TestCollect(t *testing.T) {
 	if !slices.ContainsFunc(items, func(i *pb.CollectItem) bool { return i.GetAction() == pb.CollectItem_ACTION_STOP }) {
 		t.Errorf("no item tells of the stop: %v", items)
 	}
+	if n := len(items); n != 291 { // the collection, and each unit
+		t.Errorf("a dry run tells of %d things", n)
+	}
+	w.put(t, fmt.Sprintf("snapshots/%d/%d/metadata.json", col.GetId(), w.ids(t, 1)), 7)
+	_, sum = collected(t, collector, &pb.CollectRequest{Sweep: true})
+	if sum.GetSwept() != 0 { // it is too young
+		t.Errorf("got %v", sum)
+	}
+	_, err := all(collector.Collect(ctx, &pb.CollectRequest{Sweep: true, Collection: of}))
+	if status.Code(err) != codes.InvalidArgument {
+		t.Errorf("a sweep of a collection: %v", err)
+	}
 	items, sum = collected(t, collector, &pb.CollectRequest{Collection: of, DryRun: true, Tolerance: now, Force: true})
 	if sum.GetGranted() != 290 || sum.GetFiles() != 290 || sum.GetBytes() != 2900 || sum.GetStopCount() != 0 {
 		t.Errorf("got %v", sum)

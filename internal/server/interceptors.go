@@ -177,7 +177,7 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	resp, err := func() (any, error) {
-		if err := admit(ctx, info.FullMethod); err != nil {
+		if err := s.admit(ctx, info.FullMethod); err != nil {
 			return nil, err
 		}
 		if err := s.validate(req); err != nil {
@@ -205,7 +205,7 @@ func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerIn
 		// end of this process.
 		defer context.AfterFunc(s.stopping, func() { cancel(manager.ErrStopping) })()
 	}
-	err := admit(ctx, info.FullMethod)
+	err := s.admit(ctx, info.FullMethod)
 	if err == nil {
 		err = handler(srv, &guarded{stream{ss, ctx}, s.validate})
 	}
@@ -215,14 +215,21 @@ func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerIn
 	return nil
 }
 
-// admit lets a caller in, or does not.
-func admit(ctx context.Context, method string) error {
+// admit lets a caller in, or does not. What changes anything waits for somebody to
+// recover a metadata store that has gone back in time.
+func (s *Server) admit(ctx context.Context, method string) error {
 	principal, err := authenticate(ctx)
 	if err != nil {
 		return err
 	}
 	callOf(ctx).principal = principal
-	return authorize(principal, method)
+	if err := authorize(principal, method); err != nil {
+		return err
+	}
+	if permissions[method] == write {
+		return s.manager.NotBehind(ctx)
+	}
+	return nil
 }
 
 // answer turns a handler's error into the answer.

@@ -79,6 +79,7 @@ type Server struct {
 	grpc      *grpc.Server
 	health    *health.Server
 	log       *zap.Logger
+	manager   *manager.Manager
 	validator protovalidate.Validator
 	maxConns  int
 	// stopping ends with Stop, and with it what would not end by itself.
@@ -98,7 +99,7 @@ func New(o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{log: o.Log, validator: validator, maxConns: o.MaxConnections, health: health.NewServer()}
+	s := &Server{log: o.Log, manager: o.Manager, validator: validator, maxConns: o.MaxConnections, health: health.NewServer()}
 	s.stopping, s.stop = context.WithCancel(context.Background())
 
 	metrics := grpcprom.NewServerMetrics(grpcprom.WithServerHandlingTimeHistogram(

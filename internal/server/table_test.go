@@ -303,7 +303,7 @@ func TestDeadlines(t *testing.T) {
 	} {
 		virtual.Test(t, func(t *testing.T) {
 			ctx := t.Context()
-			s := &Server{log: s.log, validator: s.validator, stopping: ctx} // channels stay in the bubble
+			s := &Server{log: s.log, manager: s.manager, validator: s.validator, stopping: ctx} // channels stay in the bubble
 			if tc.given > 0 {
 				var cancel context.CancelFunc
 				ctx, cancel = context.WithTimeout(ctx, tc.given)

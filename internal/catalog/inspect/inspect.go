@@ -24,6 +24,8 @@ var types = []struct {
 }{
 	{keys.Format, func() record.Message { return &storagev1.Cluster{} }},
 	{keys.IDs, func() record.Message { return &storagev1.Allocator{} }},
+	{keys.Epoch, func() record.Message { return &storagev1.Epoch{} }},
+	{keys.Behind, func() record.Message { return &storagev1.Behind{} }},
 	{keys.SnapshotPrefix, func() record.Message { return &storagev1.Snapshot{} }},
 	{"/snapshot/name/", func() record.Message { return &storagev1.Name{} }},
 	{"/snapshot/pending/", func() record.Message { return &storagev1.Pending{} }},
@@ -31,6 +33,7 @@ var types = []struct {
 	{"/gc/gen/", func() record.Message { return &storagev1.Generation{} }},
 	{keys.AllPinsPrefix, func() record.Message { return &storagev1.Pin{} }},
 	{keys.Unpin, func() record.Message { return &storagev1.Unpin{} }},
+	{keys.Round, func() record.Message { return &storagev1.Round{} }},
 	{keys.AllTombsPrefix, func() record.Message { return &storagev1.Tombstone{} }},
 	{keys.JobPrefix, func() record.Message { return &storagev1.Job{} }},
 	{keys.AllTasksPrefix, func() record.Message { return &storagev1.Task{} }},
@@ -47,6 +50,7 @@ var types = []struct {
 	{"/catalog/channel/", func() record.Message { return &storagev1.Channel{} }},
 	{"/catalog/segment/", func() record.Message { return &storagev1.Segment{} }},
 	{"/catalog/unit/", func() record.Message { return &storagev1.Unit{} }},
+	{"/catalog/replaced/", func() record.Message { return &storagev1.Name{} }},
 }
 
 // Describe returns the type of a record and the record as JSON. The type of one

@@ -114,10 +114,12 @@ func (e *Epoch) intend(ctx context.Context, s *state, raise int64) (bool, error)
 		return false, err
 	}
 	s.epoch.Op = op
+	atIntend.Before()
 	res, err := e.o.KV.Txn(ctx, meta.Txn{
 		If:   []meta.Cond{s.epochIs, meta.Absent(keys.Behind)},
 		Then: []meta.Op{meta.Put(keys.Epoch, record.Encode(s.epoch))},
 	})
+	atIntend.After()
 	return err == nil && res.Succeeded, err
 }
 
@@ -147,7 +149,9 @@ func plus(a, b int64) int64 {
 // that are kept no longer.
 func (e *Epoch) create(ctx context.Context, s *state) (old []string, ok bool, err error) {
 	name, body := key(s.intent.Beat), s.epoch.GetIntent()
+	atCreate.Before()
 	_, err = e.o.Store.Create(ctx, name, body)
+	atCreate.After()
 	if errors.Is(err, object.ErrExists) {
 		var has []byte
 		has, err = object.ReadAll(ctx, e.o.Store, name, maxNoteBytes)
@@ -180,7 +184,9 @@ func (e *Epoch) finish(ctx context.Context, s *state) (bool, error) {
 		txn.If = append(txn.If, s.idsAre)
 		txn.Then = append(txn.Then, meta.Put(keys.IDs, record.Encode(s.ids)))
 	}
+	atDone.Before()
 	res, err := e.o.KV.Txn(ctx, txn)
+	atDone.After()
 	return err == nil && res.Succeeded, err
 }
 
@@ -189,7 +195,10 @@ func (e *Epoch) forget(ctx context.Context, old []string) {
 	if len(old) == 0 || ctx.Err() != nil {
 		return
 	}
-	if err := e.o.Store.Delete(ctx, old...); err != nil && ctx.Err() == nil {
+	atForget.Before()
+	err := e.o.Store.Delete(ctx, old...)
+	atForget.After()
+	if err != nil && ctx.Err() == nil {
 		e.o.Log.Warn("old epoch objects stay until the next beat", zap.Error(err))
 	}
 }

@@ -47,10 +47,12 @@ func (e *Epoch) look(ctx context.Context) ([]string, error) {
 			return old, nil
 		}
 		rec := e.behind(s, n)
+		atMark.Before()
 		res, err := e.o.KV.Txn(ctx, meta.Txn{
 			If:   []meta.Cond{s.epochIs, s.behindIs},
 			Then: []meta.Op{meta.Put(keys.Behind, record.Encode(rec))},
 		})
+		atMark.After()
 		if err != nil {
 			return nil, fmt.Errorf("note that the metadata store is behind (%s): %w", why, err)
 		}
@@ -95,14 +97,15 @@ func (e *Epoch) behind(s *state, n *note) *storagev1.Behind {
 
 // Recover ends the state in which the metadata store is behind: ids that may have
 // been handed out before it went back are passed over, and the floor rises above
-// them. When it is not behind, ids are passed over all the same, up to the ceiling,
-// and the floor stays; so a repeat is success. It returns whether the store was
+// them. Where the store is not behind it does nothing, so a repeat is success,
+// unless it is forced: a store that lost less than what lies between two beats is
+// behind without anybody's noticing. It returns whether the store was
 // behind, the lowest id that is handed out from now on, and the lowest that was
 // passed over, equal to the other when none was. With an error it may have
 // happened; a repeat finds out.
-func (e *Epoch) Recover(ctx context.Context) (wasBehind bool, next, skippedFrom int64, err error) {
-	wasBehind, next, skippedFrom, err = e.recover(ctx)
-	if err == nil {
+func (e *Epoch) Recover(ctx context.Context, force bool) (wasBehind bool, next, skippedFrom int64, err error) {
+	wasBehind, next, skippedFrom, err = e.recover(ctx, force)
+	if err == nil && (wasBehind || force) {
 		// The newest note is that of the store which was given up, until this one.
 		err = e.Beat(ctx)
 	}
@@ -112,7 +115,7 @@ func (e *Epoch) Recover(ctx context.Context) (wasBehind bool, next, skippedFrom 
 	return wasBehind, next, skippedFrom, nil
 }
 
-func (e *Epoch) recover(ctx context.Context) (wasBehind bool, next, skippedFrom int64, err error) {
+func (e *Epoch) recover(ctx context.Context, force bool) (wasBehind bool, next, skippedFrom int64, err error) {
 	for attempt := range maxAttempts {
 		if err := meta.Pause(ctx, attempt); err != nil {
 			return false, 0, 0, err
@@ -126,19 +129,24 @@ func (e *Epoch) recover(ctx context.Context) (wasBehind bool, next, skippedFrom 
 			return false, 0, 0, err
 		}
 		wasBehind := s.behind != nil || judge(s, n, e.o.Cluster) != ""
+		skippedFrom := s.ids.GetNext()
+		if !wasBehind && !force {
+			return false, skippedFrom, skippedFrom, nil
+		}
 		op, err := record.NewOp(e.o.Rand)
 		if err != nil {
 			return false, 0, 0, err
 		}
-		skippedFrom := s.ids.GetNext()
-		settle(s, n, wasBehind)
+		settle(s, n)
 		s.epoch.Op = op
+		atRecover.Before()
 		res, err := e.o.KV.Txn(ctx, meta.Txn{
 			If: []meta.Cond{s.epochIs, s.idsAre, s.behindIs},
 			Then: []meta.Op{
 				meta.Put(keys.Epoch, record.Encode(s.epoch)), meta.Put(keys.IDs, record.Encode(s.ids)), meta.Delete(keys.Behind),
 			},
 		})
+		atRecover.After()
 		if err != nil {
 			return false, 0, 0, err
 		}
@@ -153,8 +161,9 @@ func (e *Epoch) recover(ctx context.Context) (wasBehind bool, next, skippedFrom 
 
 // settle decides what recovering makes of the records in s. The number of a beat
 // that was under way is passed over: its object may still come, and must not be
-// that of another beat.
-func settle(s *state, n *note, wasBehind bool) {
+// that of another beat. Where ids are passed over the floor is above them: what
+// carries one was made by a store that is lost, or by somebody else.
+func settle(s *state, n *note) {
 	beat, ceiling := s.epoch.GetBeat(), s.ids.GetCeiling()
 	if s.intent != nil {
 		beat++
@@ -165,7 +174,5 @@ func settle(s *state, n *note, wasBehind bool) {
 	s.ids.Next = max(s.ids.GetNext(), ceiling, 1)
 	s.ids.Ceiling = max(ceiling, s.ids.GetNext())
 	s.epoch.Beat, s.epoch.Recovered, s.epoch.Intent = beat, beat, nil
-	if wasBehind {
-		s.epoch.Floor = max(s.epoch.GetFloor(), s.ids.GetNext())
-	}
+	s.epoch.Floor = max(s.epoch.GetFloor(), s.ids.GetNext())
 }

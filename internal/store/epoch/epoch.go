@@ -60,9 +60,9 @@
 //	         puts: /behind
 //	recover  compares: /epoch, /ids, /behind as read
 //	         puts: /ids, whose next id is not below the greatest ceiling; /epoch with
-//	         the greatest beat, or beyond the intended one, without the intent, and,
-//	         when the store was behind, with that next id as the floor; deletes:
-//	         /behind
+//	         the greatest beat, or beyond the intended one, without the intent, and
+//	         with that next id as the floor; deletes: /behind. Where the store is
+//	         not behind nothing is put, unless it is forced
 //	         then a beat follows
 //
 // While /behind is there, the transactions that allocate ids, and those that grant
@@ -90,7 +90,7 @@
 //
 // A beat is a sample. Ids that were handed out, and deletions that were granted,
 // between the last beat before a backup and the next one, are not seen to be missing
-// when the store ends before that next one. A call of Recover after every restore
+// when the store ends before that next one. A forced Recover after every restore
 // passes over such ids in any case. Replicas that run while their store is replaced
 // notice with the leader's next check; they are to be stopped first.
 package epoch
@@ -143,6 +143,8 @@ type Options struct {
 	Log     *zap.Logger // default: none
 	// Interval is between the leader's checks. Default 1 min.
 	Interval time.Duration
+	// Jitter spreads attempts: numbers in [0, 1). Default that of [meta.Backoff].
+	Jitter func() float64
 }
 
 // Epoch keeps the note of a metadata store in an object store, and compares the

@@ -93,17 +93,17 @@ func TestJudge(t *testing.T) {
 func TestSettle(t *testing.T) {
 	for name, c := range map[string]struct {
 		beat, next, ceiling, floor int64
-		intended, behind           bool
+		intended                   bool
 		n                          *note
 		want                       [5]int64 // beat, recovered, next, ceiling, floor
 	}{
-		"new":                  {want: [5]int64{0, 0, 1, 1, 0}},
-		"behind":               {beat: 3, next: 10, ceiling: 100, behind: true, n: &note{Beat: 7, Ceiling: 200}, want: [5]int64{7, 7, 200, 200, 200}},
-		"behind, intended":     {beat: 3, next: 10, ceiling: 100, behind: true, intended: true, n: &note{Beat: 7, Ceiling: 200}, want: [5]int64{7, 7, 200, 200, 200}},
-		"by its revision":      {beat: 3, next: 10, ceiling: 100, behind: true, intended: true, n: &note{Beat: 3, Ceiling: 100}, want: [5]int64{4, 4, 100, 100, 100}},
-		"a higher floor":       {beat: 3, next: 10, ceiling: 100, floor: 300, behind: true, n: &note{Beat: 7, Ceiling: 200}, want: [5]int64{7, 7, 200, 200, 300}},
-		"not behind":           {beat: 3, next: 10, ceiling: 100, floor: 5, n: &note{Beat: 3, Ceiling: 100}, want: [5]int64{3, 3, 100, 100, 5}},
-		"next beyond ceilings": {beat: 3, next: 1000, ceiling: 0, behind: true, n: &note{Beat: 7, Ceiling: 200}, want: [5]int64{7, 7, 1000, 1000, 1000}},
+		"new":                  {want: [5]int64{0, 0, 1, 1, 1}},
+		"behind":               {beat: 3, next: 10, ceiling: 100, n: &note{Beat: 7, Ceiling: 200}, want: [5]int64{7, 7, 200, 200, 200}},
+		"behind, intended":     {beat: 3, next: 10, ceiling: 100, intended: true, n: &note{Beat: 7, Ceiling: 200}, want: [5]int64{7, 7, 200, 200, 200}},
+		"by its revision":      {beat: 3, next: 10, ceiling: 100, intended: true, n: &note{Beat: 3, Ceiling: 100}, want: [5]int64{4, 4, 100, 100, 100}},
+		"a higher floor":       {beat: 3, next: 10, ceiling: 100, floor: 300, n: &note{Beat: 7, Ceiling: 200}, want: [5]int64{7, 7, 200, 200, 300}},
+		"forced":               {beat: 3, next: 10, ceiling: 100, floor: 5, n: &note{Beat: 3, Ceiling: 100}, want: [5]int64{3, 3, 100, 100, 100}},
+		"next beyond ceilings": {beat: 3, next: 1000, ceiling: 0, n: &note{Beat: 7, Ceiling: 200}, want: [5]int64{7, 7, 1000, 1000, 1000}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := &state{
@@ -113,7 +113,7 @@ func TestSettle(t *testing.T) {
 			if c.intended {
 				s.intent = &note{Beat: c.beat + 1}
 			}
-			settle(s, c.n, c.behind)
+			settle(s, c.n)
 			got := [5]int64{s.epoch.GetBeat(), s.epoch.GetRecovered(), s.ids.GetNext(), s.ids.GetCeiling(), s.epoch.GetFloor()}
 			if got != c.want || len(s.epoch.GetIntent()) > 0 {
 				t.Errorf("got %v, intent %q, want %v", got, s.epoch.GetIntent(), c.want)

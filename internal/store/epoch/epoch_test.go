@@ -242,7 +242,7 @@ func TestEveryFault(t *testing.T) {
 		"beat":  func(r *replica, ctx context.Context) error { return r.Beat(ctx) },
 		"raise": func(r *replica, ctx context.Context) error { return r.Raise(ctx, 5_000_000) },
 		"recover": func(r *replica, ctx context.Context) error {
-			_, _, _, err := r.Recover(ctx)
+			_, _, _, err := r.Recover(ctx, false)
 			return err
 		},
 		"allocate": func(r *replica, ctx context.Context) error {
@@ -444,7 +444,7 @@ func TestForeign(t *testing.T) {
 			plant(w)
 			wantBehind(t, r.Check(t.Context()))
 			wantBehind(t, w.replica().Beat(t.Context()))
-			was, next, from, err := r.Recover(t.Context())
+			was, next, from, err := r.Recover(t.Context(), false)
 			if !was || next != 5_000_000 || from != 1 || err != nil {
 				t.Errorf("recover: %v, %d, %d, %v", was, next, from, err)
 			}
@@ -523,7 +523,7 @@ func TestTimeTravel(t *testing.T) {
 					t.Errorf("what was handed out is known no more: %v, %v", ok, err)
 				}
 
-				was, next, from, err := r.Recover(t.Context())
+				was, next, from, err := r.Recover(t.Context(), false)
 				if !was || next != before.GetCeiling() || from != 101 || err != nil {
 					t.Errorf("recover: %v, %d, %d, %v; want next %d", was, next, from, err, before.GetCeiling())
 				}
@@ -534,7 +534,7 @@ func TestTimeTravel(t *testing.T) {
 				if got := w.allocate(r, 10); got.First < last {
 					t.Errorf("got %v, ids up to %d are in use", got, last-1)
 				}
-				was, again, _, err := w.replica().Recover(t.Context())
+				was, again, _, err := w.replica().Recover(t.Context(), false)
 				if was || again <= next || err != nil {
 					t.Errorf("recover again: %v, %d, %v", was, again, err)
 				}
@@ -615,7 +615,7 @@ func TestNoIDReturns(t *testing.T) {
 				if err := r.Check(t.Context()); newest && !errors.Is(err, epoch.ErrBehind) {
 					rt.Fatalf("it went unnoticed: %v", err)
 				}
-				_, _, _, err := r.Recover(t.Context())
+				_, _, _, err := r.Recover(t.Context(), true)
 				w.must(err)
 			}
 		}
@@ -683,7 +683,7 @@ func TestLead(t *testing.T) {
 		l.want(t, "behind", false, 1)
 		time.Sleep(time.Hour)
 		l.want(t, "behind for long", false, 1)
-		if was, _, _, err := other.Recover(ctx); !was || err != nil {
+		if was, _, _, err := other.Recover(ctx, false); !was || err != nil {
 			t.Errorf("recover: %v, %v", was, err)
 		}
 		time.Sleep(time.Second)
@@ -694,7 +694,7 @@ func TestLead(t *testing.T) {
 		wantBehind(t, other.Check(ctx))
 		time.Sleep(time.Second)
 		l.want(t, "behind, by another", false, 2)
-		if was, _, _, err := other.Recover(ctx); !was || err != nil {
+		if was, _, _, err := other.Recover(ctx, false); !was || err != nil {
 			t.Errorf("recover: %v, %v", was, err)
 		}
 		time.Sleep(time.Second)
@@ -776,7 +776,7 @@ func TestRecoverBetween(t *testing.T) {
 	w.put(9, 1, 5_000_000, "mine")
 	recovered := false
 	kv := &between{KV: w.kv, key: keys.Behind, do: func() {
-		was, _, _, err := other.Recover(t.Context())
+		was, _, _, err := other.Recover(t.Context(), false)
 		if recovered = was; err != nil {
 			t.Error(err)
 		}
@@ -803,5 +803,29 @@ func TestBehindBetween(t *testing.T) {
 	wantBehind(t, ids.ReserveIDs(t.Context(), request.Token{}, catalog.IDRange{First: 1 << 40, Count: 5}))
 	if _, rec, _ := w.records(); rec.GetNext() != 11 {
 		t.Errorf("ids %v", rec)
+	}
+}
+
+// A store that is not known to be behind is left as it is, unless it is forced:
+// then what carries one of the ids that are passed over is below the floor.
+func TestRecoverOfAStoreThatIsFine(t *testing.T) {
+	w := newWorld(t)
+	r := w.replica()
+	w.must(r.Beat(t.Context()))
+	_, _, before, err := w.kv.Get(t.Context(), keys.IDs)
+	w.must(err)
+	was, next, from, err := r.Recover(t.Context(), false)
+	if was || next != from || err != nil {
+		t.Errorf("recover: %v, %d, %d, %v", was, next, from, err)
+	}
+	if _, _, after, _ := w.kv.Get(t.Context(), keys.IDs); after != before || len(w.notes()) != 1 {
+		t.Errorf("it has written: revision %d, then %d, notes %v", before, after, w.notes())
+	}
+	was, next, from, err = r.Recover(t.Context(), true)
+	if was || next <= from || err != nil {
+		t.Errorf("forced: %v, %d, %d, %v", was, next, from, err)
+	}
+	if floor, err := r.Floor(t.Context()); floor != next || err != nil {
+		t.Errorf("the floor is %d, %v, want %d", floor, err, next)
 	}
 }

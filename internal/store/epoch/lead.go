@@ -116,7 +116,7 @@ func (e *Epoch) whileFine(ctx context.Context, changed <-chan struct{}, work fun
 
 // watch tells changed when /behind may have come or gone, until ctx ends.
 func (e *Epoch) watch(ctx context.Context, changed chan<- struct{}) {
-	var backoff meta.Backoff
+	backoff := meta.Backoff{Rand: e.o.Jitter}
 	for {
 		_, _, revision, err := e.o.KV.Get(ctx, keys.Behind)
 		if err == nil {

@@ -217,7 +217,7 @@ func LastTwo(key string) (first, second int64, err error) {
 	if second, err = LastID(key); err != nil {
 		return 0, 0, err
 	}
-	first, err = LastID(key[:strings.LastIndexByte(key, '/')])
+	first, err = LastID(key[:max(strings.LastIndexByte(key, '/'), 0)])
 	return first, second, err
 }
 

@@ -123,6 +123,7 @@ func (r *datumReader) more() (bool, error) {
 // measure moves past one record and returns its bytes.
 func (r *datumReader) measure() ([]byte, error) {
 	before := r.rest.rest
+	r.rest.items = 0
 	if !r.shape.skip(&r.rest) {
 		r.rest.rest = nil
 		return nil, fmt.Errorf("%w: block %d: bad record", ErrCorrupt, r.next-1)

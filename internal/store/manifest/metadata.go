@@ -16,6 +16,9 @@ import (
 const (
 	MaxMetadataBytes = 64 << 20
 	maxMetadataDepth = 32
+	// maxMetadataObjects bounds how many objects there are: one takes three bytes as
+	// JSON and hundreds in memory.
+	maxMetadataObjects = 1 << 18
 )
 
 // Metadata is the content of metadata.json: with the files that it lists, all
@@ -252,7 +255,7 @@ func checkJSON(data []byte) error {
 	d := json.NewDecoder(bytes.NewReader(data))
 	d.UseNumber()
 	var seen []map[string]bool // for each open object its keys, for an array nil
-	isKey := false
+	isKey, objects := false, 0
 	for {
 		token, err := d.Token()
 		if errors.Is(err, io.EOF) {
@@ -272,6 +275,9 @@ func checkJSON(data []byte) error {
 		}
 		switch token {
 		case json.Delim('{'):
+			if objects++; objects > maxMetadataObjects {
+				return fmt.Errorf("more than %d objects", maxMetadataObjects)
+			}
 			seen = append(seen, make(map[string]bool))
 		case json.Delim('['):
 			seen = append(seen, nil)

@@ -294,7 +294,8 @@ func (b block) decompress(dst []byte) ([]byte, error) {
 
 // cursor reads Avro primitives. Its methods report whether there was one.
 type cursor struct {
-	rest []byte
+	rest  []byte
+	items int64 // of arrays and maps that were passed over in this record
 }
 
 func (c *cursor) take(n int64) ([]byte, bool) {

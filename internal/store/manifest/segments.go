@@ -144,10 +144,18 @@ func check(s *segment.Segment, last int64) error {
 	case !fitsInt32(s.Channel) || !fitsInt32(s.Level) || !fitsInt32(int(s.State)):
 		return fmt.Errorf("channel %d, level %d or state %d is out of range", s.Channel, s.Level, s.State)
 	}
+	items := len(s.Attributes)
+	for i := range s.Builds {
+		items += 1 + len(s.Builds[i].Params)
+	}
 	for f := range s.AllFiles() {
+		items += 1 + len(f.Attributes)
 		if f.Size < 0 || f.Entries < 0 || !fitsInt32(f.Root) {
 			return fmt.Errorf("file %s: %d bytes, %d entries in root %d", f.Path, f.Size, f.Entries, f.Root)
 		}
+	}
+	if items > maxItems {
+		return fmt.Errorf("%d files, builds and attributes, at most %d", items, maxItems)
 	}
 	return nil
 }
@@ -335,6 +343,7 @@ func (r *segmentRecord) segment() *segment.Segment {
 		EngineData:      orNil(r.EngineData),
 		Attributes:      toMap(r.Attributes),
 	}
+	s.Builds = slices.Grow(s.Builds, len(r.Builds))
 	for _, b := range r.Builds {
 		s.Builds = append(s.Builds, segment.Build{
 			ID: b.ID, Index: b.Index, Field: b.Field, Params: toMap(b.Params), Files: toFiles(b.Files),

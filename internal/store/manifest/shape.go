@@ -21,6 +21,11 @@ type shape struct {
 // maxShapeNodes bounds a schema with its named types written out.
 const maxShapeNodes = 2000
 
+// maxItems bounds the items of all arrays and maps in one record. An empty item takes
+// a byte or two in a file, next to nothing when that is compressed, and hundreds in
+// memory. A segment's record in the catalog has room for fewer.
+const maxItems = 1 << 18
+
 // newShape returns the shape of a schema, or an error if it is recursive, too
 // large, or has arrays of items that take no bytes.
 func newShape(schema avro.Schema) (*shape, error) {
@@ -149,6 +154,9 @@ func (s *shape) skipItems(c *cursor) bool {
 		}
 		before := int64(len(c.rest))
 		if count < 0 || count > before { // each takes a byte or more
+			return false
+		}
+		if c.items += count; c.items > maxItems {
 			return false
 		}
 		for range count {

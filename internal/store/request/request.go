@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -32,7 +33,7 @@ type Token struct {
 }
 
 // Given says whether there is a token.
-func (t Token) Given() bool { return t.Value != "" }
+func (t Token) Given() bool { return t.Value != "" && !planted.P12A }
 
 // Key is the key of the token's record; empty without a token.
 func (t Token) Key() string {

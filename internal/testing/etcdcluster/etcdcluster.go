@@ -25,6 +25,7 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
@@ -49,6 +50,7 @@ type member struct {
 	Client  string // URL
 	Peer    string // URL
 	Cluster string // all the members, as etcd has them
+	Quota   int64  // bytes
 }
 
 // Main is for TestMain to begin with. In a process that is a member it serves
@@ -82,7 +84,7 @@ func serve(text string) error {
 	cfg.InitialCluster = m.Cluster
 	cfg.TickMs, cfg.ElectionMs = 50, 500
 	cfg.UnsafeNoFsync = true // what is written outlives the process, if not the host
-	cfg.QuotaBackendBytes = quotaBytes
+	cfg.QuotaBackendBytes = m.Quota
 	cfg.EnableGRPCGateway = false
 	cfg.LogLevel, cfg.LogOutputs = "warn", []string{embed.StdErrLogOutput}
 	e, err := embed.StartEtcd(cfg)
@@ -111,6 +113,12 @@ type process struct {
 // its members serve.
 func Start(tb testing.TB) *Cluster {
 	tb.Helper()
+	return StartWithQuota(tb, quotaBytes)
+}
+
+// StartWithQuota is Start with members that are full at so many bytes.
+func StartWithQuota(tb testing.TB, quota int64) *Cluster {
+	tb.Helper()
 	if os.Getenv(variable) != "" {
 		tb.Fatal("TestMain does not begin with etcdcluster.Main")
 	}
@@ -131,7 +139,7 @@ func Start(tb testing.TB) *Cluster {
 	var all []string
 	for i := range c.members {
 		name := fmt.Sprintf("m%d", i)
-		m := member{Name: name, Dir: filepath.Join(dir, name), Client: freeURL(tb, host), Peer: freeURL(tb, host)}
+		m := member{Name: name, Dir: filepath.Join(dir, name), Client: freeURL(tb, host), Peer: freeURL(tb, host), Quota: quota}
 		c.members[i] = m
 		all = append(all, name+"="+m.Peer)
 	}
@@ -199,6 +207,58 @@ func (c *Cluster) Restart(tb testing.TB, i int) {
 	tb.Helper()
 	c.run(tb, i)
 	c.serves(tb, i)
+}
+
+// RestartAll is Restart of several members, of which none serves without the
+// others.
+func (c *Cluster) RestartAll(tb testing.TB, members ...int) {
+	tb.Helper()
+	for _, i := range members {
+		c.run(tb, i)
+	}
+	for _, i := range members {
+		c.serves(tb, i)
+	}
+}
+
+// fillPrefix is that of the keys that [Cluster.Fill] writes.
+const fillPrefix = "/etcdcluster-fill/"
+
+// Fill writes until the members take no more, and says whether they were full in
+// the end: false when ctx ended first.
+func (c *Cluster) Fill(ctx context.Context) (full bool, err error) {
+	const each = 512 << 10
+	value := strings.Repeat("x", each)
+	for i := 0; ; i++ {
+		_, err := c.client.Put(ctx, fmt.Sprint(fillPrefix, i), value)
+		switch {
+		case errors.Is(err, rpctypes.ErrNoSpace):
+			return true, nil
+		case ctx.Err() != nil:
+			return false, nil //nolint:nilerr // the end of ctx is told by the answer
+		case err != nil:
+			return false, err
+		}
+	}
+}
+
+// MakeRoom deletes what Fill wrote, gives its room back and lifts the alarm, as an
+// operator does.
+func (c *Cluster) MakeRoom(ctx context.Context) error {
+	gone, err := c.client.Delete(ctx, fillPrefix, clientv3.WithPrefix())
+	if err != nil {
+		return err
+	}
+	if _, err := c.client.Compact(ctx, gone.Header.GetRevision(), clientv3.WithCompactPhysical()); err != nil {
+		return err
+	}
+	for _, endpoint := range c.Endpoints() {
+		if _, err := c.client.Defragment(ctx, endpoint); err != nil {
+			return err
+		}
+	}
+	_, err = c.client.AlarmDisarm(ctx, &clientv3.AlarmMember{})
+	return err
 }
 
 // Pause stops a member: it keeps its connections, and is silent on them.

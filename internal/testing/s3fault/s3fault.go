@@ -4,6 +4,7 @@ package s3fault
 
 import (
 	"bytes"
+	"encoding/xml"
 	"fmt"
 	"io"
 	"maps"
@@ -335,6 +336,15 @@ type Proxy struct {
 	mu     sync.Mutex
 	rules  []*planned
 	events []Event
+	asked  func(Asked)
+}
+
+// Asked is a request as the server gets it.
+type Asked struct {
+	Op  Op
+	Key string
+	// Deletes are the keys that it deletes, of a DeleteObject or DeleteObjects.
+	Deletes []string
 }
 
 type planned struct {
@@ -381,6 +391,33 @@ func (p *Proxy) Plan(rules ...Rule) {
 			r.Times = 1
 		}
 		p.rules = append(p.rules, &planned{Rule: r})
+	}
+}
+
+// OnAsked has fn told of each request before the server gets it, twice of one that
+// is sent twice. Fn is called by many goroutines at once. It is set before the
+// first request, and outlasts Plan.
+func (p *Proxy) OnAsked(fn func(Asked)) { p.asked = fn }
+
+// deletes returns the keys that a request deletes.
+func deletes(op Op, key string, body []byte) ([]string, error) {
+	switch op {
+	case DeleteObject:
+		return []string{key}, nil
+	case DeleteObjects:
+		var list struct {
+			Object []struct{ Key string }
+		}
+		if err := xml.Unmarshal(body, &list); err != nil {
+			return nil, err
+		}
+		keys := make([]string, len(list.Object))
+		for i, o := range list.Object {
+			keys[i] = o.Key
+		}
+		return keys, nil
+	default:
+		return nil, nil
 	}
 }
 
@@ -520,6 +557,14 @@ func (w *lateWriter) send(fired bool) {
 
 // send asks the server.
 func (p *Proxy) send(r *http.Request, body []byte) *Answer {
+	if p.asked != nil {
+		op, key := Classify(r)
+		keys, err := deletes(op, key, body)
+		if err != nil { // what cannot be told of is not done
+			return &Answer{Status: http.StatusBadRequest, Header: http.Header{}, Body: xmlError("MalformedXML")}
+		}
+		p.asked(Asked{Op: op, Key: key, Deletes: keys})
+	}
 	out := r.Clone(r.Context())
 	out.Body, out.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
 	rec := httptest.NewRecorder()

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
 )
 
@@ -136,5 +138,40 @@ func TestProxy(t *testing.T) {
 	p.Plan()
 	if status, _, _, err := get(http.MethodGet, "k"); status != http.StatusBadGateway || errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("without a server: %d, %v", status, err)
+	}
+}
+
+func TestOnAsked(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	defer server.Close()
+	p := s3fault.New(t, server.URL)
+	var got []s3fault.Asked
+	p.OnAsked(func(a s3fault.Asked) { got = append(got, a) })
+	p.Plan(s3fault.Rule{Op: s3fault.HeadObject, Action: s3fault.Reset()}, s3fault.Rule{Op: s3fault.GetObject, Action: s3fault.Duplicate()})
+	for _, r := range []struct{ method, path, body string }{
+		{http.MethodHead, "/b/never", ""},
+		{http.MethodGet, "/b/twice", ""},
+		{http.MethodDelete, "/b/a/k", ""},
+		{http.MethodDelete, "/b/a/k?uploadId=x", ""},
+		{http.MethodPost, "/b?delete=", `<Delete xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Object><Key>a&amp;b</Key></Object><Object><Key>c</Key></Object></Delete>`},
+		{http.MethodPost, "/b?delete=", "no XML"},
+	} {
+		req, err := http.NewRequestWithContext(t.Context(), r.method, p.URL()+r.path, strings.NewReader(r.body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if resp, err := http.DefaultClient.Do(req); err == nil {
+			_ = resp.Body.Close()
+		}
+	}
+	want := []s3fault.Asked{
+		{Op: s3fault.GetObject, Key: "twice"},
+		{Op: s3fault.GetObject, Key: "twice"},
+		{Op: s3fault.DeleteObject, Key: "a/k", Deletes: []string{"a/k"}},
+		{Op: s3fault.AbortMultipartUpload, Key: "a/k"},
+		{Op: s3fault.DeleteObjects, Deletes: []string{"a&b", "c"}},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
 	}
 }

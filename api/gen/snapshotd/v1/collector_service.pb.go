@@ -109,7 +109,9 @@ const (
 	CollectItem_ACTION_KEEP CollectItem_Action = 2
 	// It stays for now: its time has not come.
 	CollectItem_ACTION_WAIT CollectItem_Action = 3
-	// It stays: the round would delete too much of the collection.
+	// It stays: the round would delete too much of the collection. A dry run
+	// tells that of the collection and of each unit that would go, else a round
+	// tells it of the collection alone.
 	CollectItem_ACTION_STOP CollectItem_Action = 4
 )
 
@@ -171,7 +173,11 @@ type CollectRequest struct {
 	// share. Needs a collection.
 	Force bool `protobuf:"varint,4,opt,name=force,proto3" json:"force,omitempty"`
 	// Return when the files of what was granted are deleted, not before.
-	Wait          bool `protobuf:"varint,5,opt,name=wait,proto3" json:"wait,omitempty"`
+	Wait bool `protobuf:"varint,5,opt,name=wait,proto3" json:"wait,omitempty"`
+	// Sweep as well: delete the objects under snapshotd's own prefixes that nothing
+	// knows and that are older than the configured grace period. It lists these
+	// prefixes in all stores, so it excludes a collection.
+	Sweep         bool `protobuf:"varint,6,opt,name=sweep,proto3" json:"sweep,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -237,6 +243,13 @@ func (x *CollectRequest) GetForce() bool {
 func (x *CollectRequest) GetWait() bool {
 	if x != nil {
 		return x.Wait
+	}
+	return false
+}
+
+func (x *CollectRequest) GetSweep() bool {
+	if x != nil {
+		return x.Sweep
 	}
 	return false
 }
@@ -317,7 +330,7 @@ type CollectItem struct {
 	Files int64 `protobuf:"varint,8,opt,name=files,proto3" json:"files,omitempty"`
 	// Their bytes.
 	Bytes int64 `protobuf:"varint,9,opt,name=bytes,proto3" json:"bytes,omitempty"`
-	// Those files, told by a dry run of what is deleted.
+	// Those files, told by a dry run of what is deleted, or would be but for a stop.
 	Objects       []*TombstoneFile `protobuf:"bytes,10,rep,name=objects,proto3" json:"objects,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -432,7 +445,7 @@ type CollectSummary struct {
 	StartTime *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
 	// When it ended.
 	EndTime *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
-	// Units that were granted, or would be.
+	// Units that were granted, or would be. Those that a stop keeps do not count.
 	Granted int64 `protobuf:"varint,4,opt,name=granted,proto3" json:"granted,omitempty"`
 	// Their files.
 	Files int64 `protobuf:"varint,5,opt,name=files,proto3" json:"files,omitempty"`
@@ -451,7 +464,11 @@ type CollectSummary struct {
 	// How many those are.
 	StopCount int64 `protobuf:"varint,12,opt,name=stop_count,json=stopCount,proto3" json:"stop_count,omitempty"`
 	// What went wrong; empty: nothing.
-	Error         string `protobuf:"bytes,13,opt,name=error,proto3" json:"error,omitempty"`
+	Error string `protobuf:"bytes,13,opt,name=error,proto3" json:"error,omitempty"`
+	// With sweep: objects that nothing knew and that were deleted, or would be.
+	Swept int64 `protobuf:"varint,14,opt,name=swept,proto3" json:"swept,omitempty"`
+	// Their bytes.
+	SweptBytes    int64 `protobuf:"varint,15,opt,name=swept_bytes,json=sweptBytes,proto3" json:"swept_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -577,6 +594,20 @@ func (x *CollectSummary) GetError() string {
 	return ""
 }
 
+func (x *CollectSummary) GetSwept() int64 {
+	if x != nil {
+		return x.Swept
+	}
+	return 0
+}
+
+func (x *CollectSummary) GetSweptBytes() int64 {
+	if x != nil {
+		return x.SweptBytes
+	}
+	return 0
+}
+
 // CollectStop says that a round stopped in a collection.
 type CollectStop struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -691,10 +722,13 @@ type GetCollectorStatusResponse struct {
 	Tolerance *durationpb.Duration `protobuf:"bytes,4,opt,name=tolerance,proto3" json:"tolerance,omitempty"`
 	// The share of a collection at which a round stops, between 0 and 1.
 	MaxShare float64 `protobuf:"fixed64,5,opt,name=max_share,json=maxShare,proto3" json:"max_share,omitempty"`
-	// Whether the leader collects by itself.
+	// Whether the leader makes rounds and sweeps by itself. Snapshots that were
+	// dropped or expired it removes in any case.
 	Enabled bool `protobuf:"varint,6,opt,name=enabled,proto3" json:"enabled,omitempty"`
 	// Why nothing is deleted at all; empty: it is.
-	Blocked       string `protobuf:"bytes,7,opt,name=blocked,proto3" json:"blocked,omitempty"`
+	Blocked string `protobuf:"bytes,7,opt,name=blocked,proto3" json:"blocked,omitempty"`
+	// From how many units on a round stops; fewer never stop one.
+	StopUnits     int64 `protobuf:"varint,8,opt,name=stop_units,json=stopUnits,proto3" json:"stop_units,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -778,6 +812,13 @@ func (x *GetCollectorStatusResponse) GetBlocked() string {
 	return ""
 }
 
+func (x *GetCollectorStatusResponse) GetStopUnits() int64 {
+	if x != nil {
+		return x.StopUnits
+	}
+	return 0
+}
+
 // ExplainObjectRequest is the request of ExplainObject.
 type ExplainObjectRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -840,7 +881,7 @@ type ExplainObjectResponse struct {
 	Exists bool `protobuf:"varint,1,opt,name=exists,proto3" json:"exists,omitempty"`
 	// What it is, in a few words.
 	What string `protobuf:"bytes,2,opt,name=what,proto3" json:"what,omitempty"`
-	// Whether the collector may ever delete it as things are.
+	// Whether it stays as things are: nothing that runs by itself deletes it.
 	Kept bool `protobuf:"varint,3,opt,name=kept,proto3" json:"kept,omitempty"`
 	// Why it stays, or what becomes of it.
 	Reason string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
@@ -853,7 +894,9 @@ type ExplainObjectResponse struct {
 	// The unit that it was dropped with; 0: none.
 	UnitId int64 `protobuf:"varint,8,opt,name=unit_id,json=unitId,proto3" json:"unit_id,omitempty"`
 	// Who holds it, some of them.
-	Holders       []*Holder `protobuf:"bytes,9,rep,name=holders,proto3" json:"holders,omitempty"`
+	Holders []*Holder `protobuf:"bytes,9,rep,name=holders,proto3" json:"holders,omitempty"`
+	// The index build that it is or was part of; 0: none.
+	IndexBuildId  int64 `protobuf:"varint,10,opt,name=index_build_id,json=indexBuildId,proto3" json:"index_build_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -951,6 +994,13 @@ func (x *ExplainObjectResponse) GetHolders() []*Holder {
 	return nil
 }
 
+func (x *ExplainObjectResponse) GetIndexBuildId() int64 {
+	if x != nil {
+		return x.IndexBuildId
+	}
+	return 0
+}
+
 // Orphan is an object that nothing knows.
 type Orphan struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -970,7 +1020,9 @@ type Orphan struct {
 	// collector when it lies under snapshotd's own prefixes, else by DeleteOrphans.
 	Deletable bool `protobuf:"varint,7,opt,name=deletable,proto3" json:"deletable,omitempty"`
 	// The collection under whose root it lies; 0: none.
-	CollectionId  int64 `protobuf:"varint,8,opt,name=collection_id,json=collectionId,proto3" json:"collection_id,omitempty"`
+	CollectionId int64 `protobuf:"varint,8,opt,name=collection_id,json=collectionId,proto3" json:"collection_id,omitempty"`
+	// Whether it is deletable and younger than the configured grace period.
+	Young         bool `protobuf:"varint,9,opt,name=young,proto3" json:"young,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1059,6 +1111,13 @@ func (x *Orphan) GetCollectionId() int64 {
 		return x.CollectionId
 	}
 	return 0
+}
+
+func (x *Orphan) GetYoung() bool {
+	if x != nil {
+		return x.Young
+	}
+	return false
 }
 
 // ListOrphansRequest is the request of ListOrphans.
@@ -1257,7 +1316,11 @@ func (x *DeleteOrphansResponse) GetDeleted() []*Orphan {
 
 // RecoverRequest is the request of Recover.
 type RecoverRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Skip ids also where nobody noticed that the metadata store is behind. What it
+	// lost between two notes in the object store, a minute at most, goes unnoticed:
+	// after etcd was restored, always.
+	Force         bool `protobuf:"varint,1,opt,name=force,proto3" json:"force,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1290,6 +1353,13 @@ func (x *RecoverRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use RecoverRequest.ProtoReflect.Descriptor instead.
 func (*RecoverRequest) Descriptor() ([]byte, []int) {
 	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *RecoverRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
 }
 
 // RecoverResponse is the response of Recover.
@@ -1360,7 +1430,7 @@ var File_snapshotd_v1_collector_service_proto protoreflect.FileDescriptor
 
 const file_snapshotd_v1_collector_service_proto_rawDesc = "" +
 	"\n" +
-	"$snapshotd/v1/collector_service.proto\x12\fsnapshotd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19snapshotd/v1/common.proto\x1a\"snapshotd/v1/reclaim_service.proto\"\xdb\x01\n" +
+	"$snapshotd/v1/collector_service.proto\x12\fsnapshotd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19snapshotd/v1/common.proto\x1a\"snapshotd/v1/reclaim_service.proto\"\xf1\x01\n" +
 	"\x0eCollectRequest\x12;\n" +
 	"\n" +
 	"collection\x18\x01 \x01(\v2\x1b.snapshotd.v1.CollectionRefR\n" +
@@ -1369,7 +1439,8 @@ const file_snapshotd_v1_collector_service_proto_rawDesc = "" +
 	"\ttolerance\x18\x03 \x01(\v2\x19.google.protobuf.DurationB\x10\xbaH\r\xaa\x01\n" +
 	"\"\x06\b\x80\x86\xb0\x96\x012\x00R\ttolerance\x12\x14\n" +
 	"\x05force\x18\x04 \x01(\bR\x05force\x12\x12\n" +
-	"\x04wait\x18\x05 \x01(\bR\x04wait\"z\n" +
+	"\x04wait\x18\x05 \x01(\bR\x04wait\x12\x14\n" +
+	"\x05sweep\x18\x06 \x01(\bR\x05sweep\"z\n" +
 	"\x0fCollectResponse\x12/\n" +
 	"\x05items\x18\x01 \x03(\v2\x19.snapshotd.v1.CollectItemR\x05items\x126\n" +
 	"\asummary\x18\x02 \x01(\v2\x1c.snapshotd.v1.CollectSummaryR\asummary\"\x83\x05\n" +
@@ -1401,7 +1472,7 @@ const file_snapshotd_v1_collector_service_proto_rawDesc = "" +
 	"\rACTION_DELETE\x10\x01\x12\x0f\n" +
 	"\vACTION_KEEP\x10\x02\x12\x0f\n" +
 	"\vACTION_WAIT\x10\x03\x12\x0f\n" +
-	"\vACTION_STOP\x10\x04\"\xa8\x03\n" +
+	"\vACTION_STOP\x10\x04\"\xdf\x03\n" +
 	"\x0eCollectSummary\x12\x18\n" +
 	"\areplica\x18\x01 \x01(\tR\areplica\x129\n" +
 	"\n" +
@@ -1418,12 +1489,15 @@ const file_snapshotd_v1_collector_service_proto_rawDesc = "" +
 	"\x05stops\x18\v \x03(\v2\x19.snapshotd.v1.CollectStopR\x05stops\x12\x1d\n" +
 	"\n" +
 	"stop_count\x18\f \x01(\x03R\tstopCount\x12\x14\n" +
-	"\x05error\x18\r \x01(\tR\x05error\"Z\n" +
+	"\x05error\x18\r \x01(\tR\x05error\x12\x14\n" +
+	"\x05swept\x18\x0e \x01(\x03R\x05swept\x12\x1f\n" +
+	"\vswept_bytes\x18\x0f \x01(\x03R\n" +
+	"sweptBytes\"Z\n" +
 	"\vCollectStop\x12#\n" +
 	"\rcollection_id\x18\x01 \x01(\x03R\fcollectionId\x12\x10\n" +
 	"\x03due\x18\x02 \x01(\x03R\x03due\x12\x14\n" +
 	"\x05total\x18\x03 \x01(\x03R\x05total\"\x1b\n" +
-	"\x19GetCollectorStatusRequest\"\xa1\x02\n" +
+	"\x19GetCollectorStatusRequest\"\xc0\x02\n" +
 	"\x1aGetCollectorStatusResponse\x12;\n" +
 	"\n" +
 	"last_round\x18\x01 \x01(\v2\x1c.snapshotd.v1.CollectSummaryR\tlastRound\x12\x1a\n" +
@@ -1432,11 +1506,13 @@ const file_snapshotd_v1_collector_service_proto_rawDesc = "" +
 	"\ttolerance\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\ttolerance\x12\x1b\n" +
 	"\tmax_share\x18\x05 \x01(\x01R\bmaxShare\x12\x18\n" +
 	"\aenabled\x18\x06 \x01(\bR\aenabled\x12\x18\n" +
-	"\ablocked\x18\a \x01(\tR\ablocked\"y\n" +
+	"\ablocked\x18\a \x01(\tR\ablocked\x12\x1d\n" +
+	"\n" +
+	"stop_units\x18\b \x01(\x03R\tstopUnits\"y\n" +
 	"\x14ExplainObjectRequest\x12C\n" +
 	"\x05store\x18\x01 \x01(\tB-\xbaH*\xd8\x01\x01r%2#^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$R\x05store\x12\x1c\n" +
 	"\x03key\x18\x02 \x01(\tB\n" +
-	"\xbaH\ar\x05\x10\x01(\x80\bR\x03key\"\x9d\x02\n" +
+	"\xbaH\ar\x05\x10\x01(\x80\bR\x03key\"\xc3\x02\n" +
 	"\x15ExplainObjectResponse\x12\x16\n" +
 	"\x06exists\x18\x01 \x01(\bR\x06exists\x12\x12\n" +
 	"\x04what\x18\x02 \x01(\tR\x04what\x12\x12\n" +
@@ -1448,7 +1524,9 @@ const file_snapshotd_v1_collector_service_proto_rawDesc = "" +
 	"\n" +
 	"segment_id\x18\a \x01(\x03R\tsegmentId\x12\x17\n" +
 	"\aunit_id\x18\b \x01(\x03R\x06unitId\x12.\n" +
-	"\aholders\x18\t \x03(\v2\x14.snapshotd.v1.HolderR\aholders\"\x83\x02\n" +
+	"\aholders\x18\t \x03(\v2\x14.snapshotd.v1.HolderR\aholders\x12$\n" +
+	"\x0eindex_build_id\x18\n" +
+	" \x01(\x03R\findexBuildId\"\x99\x02\n" +
 	"\x06Orphan\x12\x14\n" +
 	"\x05store\x18\x01 \x01(\tR\x05store\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\tR\x03key\x12\x12\n" +
@@ -1457,7 +1535,8 @@ const file_snapshotd_v1_collector_service_proto_rawDesc = "" +
 	"\x03age\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x03age\x12\x16\n" +
 	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x1c\n" +
 	"\tdeletable\x18\a \x01(\bR\tdeletable\x12#\n" +
-	"\rcollection_id\x18\b \x01(\x03R\fcollectionId\"Q\n" +
+	"\rcollection_id\x18\b \x01(\x03R\fcollectionId\x12\x14\n" +
+	"\x05young\x18\t \x01(\bR\x05young\"Q\n" +
 	"\x12ListOrphansRequest\x12;\n" +
 	"\n" +
 	"collection\x18\x01 \x01(\v2\x1b.snapshotd.v1.CollectionRefR\n" +
@@ -1470,8 +1549,9 @@ const file_snapshotd_v1_collector_service_proto_rawDesc = "" +
 	"collection\x12G\n" +
 	"\x05grace\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x16\xbaH\x13\xc8\x01\x01\xaa\x01\r\"\x06\b\x80\x86\xb0\x96\x012\x03\b\x90\x1cR\x05grace\"G\n" +
 	"\x15DeleteOrphansResponse\x12.\n" +
-	"\adeleted\x18\x01 \x03(\v2\x14.snapshotd.v1.OrphanR\adeleted\"\x10\n" +
-	"\x0eRecoverRequest\"l\n" +
+	"\adeleted\x18\x01 \x03(\v2\x14.snapshotd.v1.OrphanR\adeleted\"&\n" +
+	"\x0eRecoverRequest\x12\x14\n" +
+	"\x05force\x18\x01 \x01(\bR\x05force\"l\n" +
 	"\x0fRecoverResponse\x12\x1d\n" +
 	"\n" +
 	"was_behind\x18\x01 \x01(\bR\twasBehind\x12\x17\n" +

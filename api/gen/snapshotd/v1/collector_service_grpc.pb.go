@@ -73,7 +73,8 @@ type CollectorServiceClient interface {
 	DeleteOrphans(ctx context.Context, in *DeleteOrphansRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DeleteOrphansResponse], error)
 	// Recover ends the state in which the metadata store is behind the object
 	// store: ids that may have been handed out since the backup are skipped, and
-	// what has objects under such ids is left alone for ever. A repeat is success.
+	// what has objects under such ids is left alone for ever. It does nothing where
+	// the metadata store is not behind, unless it is forced; a repeat is success.
 	Recover(ctx context.Context, in *RecoverRequest, opts ...grpc.CallOption) (*RecoverResponse, error)
 }
 
@@ -218,7 +219,8 @@ type CollectorServiceServer interface {
 	DeleteOrphans(*DeleteOrphansRequest, grpc.ServerStreamingServer[DeleteOrphansResponse]) error
 	// Recover ends the state in which the metadata store is behind the object
 	// store: ids that may have been handed out since the backup are skipped, and
-	// what has objects under such ids is left alone for ever. A repeat is success.
+	// what has objects under such ids is left alone for ever. It does nothing where
+	// the metadata store is not behind, unless it is forced; a repeat is success.
 	Recover(context.Context, *RecoverRequest) (*RecoverResponse, error)
 	mustEmbedUnimplementedCollectorServiceServer()
 }

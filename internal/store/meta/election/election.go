@@ -53,6 +53,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
@@ -84,7 +85,12 @@ type Term struct {
 
 // Fence holds for as long as the term does. Every write that only a leader may
 // make compares it.
-func (t Term) Fence() meta.Cond { return meta.SameKey(t.Key, t.Create) }
+func (t Term) Fence() meta.Cond {
+	if planted.P1 { // whoever led once may write for ever
+		return meta.Cond{From: t.Key, Target: meta.CreateRevision, Op: meta.Greater, Revision: -1}
+	}
+	return meta.SameKey(t.Key, t.Create)
+}
 
 // New returns a candidate that does nothing yet.
 func New(o Options) *Election {
@@ -147,7 +153,10 @@ func (e *Election) stand(ctx context.Context, lead func(context.Context, Term) e
 	defer func() { // also of a claim whose outcome is unknown: it can win no more
 		rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.o.TTL)
 		defer cancel()
-		if rerr := e.o.KV.Revoke(rctx, lease); rerr != nil {
+		atResign.Before()
+		rerr := e.o.KV.Revoke(rctx, lease)
+		atResign.After()
+		if rerr != nil {
 			err = errors.Join(err, fmt.Errorf("resign: %w", rerr))
 		}
 	}()
@@ -201,11 +210,13 @@ func (e *Election) claim(ctx context.Context, lease meta.LeaseID, until time.Tim
 	defer cancel()
 	backoff := meta.Backoff{Min: e.o.TTL / 100, Max: e.o.TTL / 10, Rand: e.o.Rand}
 	for {
+		atClaim.Before()
 		res, err := e.o.KV.Txn(ctx, meta.Txn{
 			If:   []meta.Cond{meta.Absent(e.o.Key)},
 			Then: []meta.Op{meta.PutLeased(e.o.Key, []byte(e.o.Name), lease)},
 			Else: []meta.Op{meta.Get(e.o.Key)},
 		})
+		atClaim.After()
 		switch {
 		case err == nil && res.Succeeded:
 			return Term{e.o.Key, res.Revision, e.o.Name}, true, nil

@@ -64,11 +64,13 @@ func Check(ctx context.Context, kv meta.KV, store object.Store, alias, cluster s
 		return fmt.Errorf("object store %s: %w: %s says that it belongs to cluster %s, and this is %s; give each cluster a directory, bucket or prefix of its own",
 			alias, ErrOther, Key, has.Cluster, cluster)
 	}
+	atRecord.Before()
 	res, err := kv.Txn(ctx, meta.Txn{
 		If:   []meta.Cond{meta.Absent(keys.Store(alias))},
 		Then: []meta.Op{meta.Put(keys.Store(alias), []byte(has.ID))},
 		Else: []meta.Op{meta.Get(keys.Store(alias))},
 	})
+	atRecord.After()
 	if err != nil {
 		return fmt.Errorf("record the identity of object store %s: %w", alias, err)
 	}
@@ -126,7 +128,9 @@ func create(ctx context.Context, store object.Store, cluster string, rand io.Rea
 	if err != nil {
 		return content{}, err
 	}
+	atCreate.Before()
 	_, err = store.Create(ctx, Key, append(data, '\n'))
+	atCreate.After()
 	if errors.Is(err, object.ErrExists) { // another's, or our own after a retry
 		return read(ctx, store)
 	}

@@ -19,6 +19,7 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
@@ -93,11 +94,15 @@ func (s *Store) copyWhole(ctx context.Context, c *copying) *failure {
 			c.doubt = c.doubt || !f.decided()
 			return ofSource(f)
 		}
-		if out.CopyObjectResult == nil || bare(out.CopyObjectResult.ETag) == "" {
+		result := out.CopyObjectResult
+		if result == nil {
+			result = &types.CopyObjectResult{}
+		}
+		if bare(result.ETag) == "" && !planted.P8 {
 			c.doubt = true
 			return unusable("no ETag")
 		}
-		c.made(out.CopyObjectResult.ETag, out.CopyObjectResult.LastModified, out.ResultMetadata)
+		c.made(result.ETag, result.LastModified, out.ResultMetadata)
 		return nil
 	})
 }

@@ -1,0 +1,11 @@
+package catalog
+
+import "github.com/snapshotd/snapshotd/internal/crashpoint"
+
+// The steps that a crash is tried at.
+var (
+	atChange           = crashpoint.New("catalog.change")
+	atAllocate         = crashpoint.New("catalog.allocate")
+	atFinishPart       = crashpoint.New("collect.part")
+	atFinishCollection = crashpoint.New("collect.collection")
+)

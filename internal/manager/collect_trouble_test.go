@@ -1,0 +1,236 @@
+package manager
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// scanHook calls after with the beginning of each scan that has found something.
+type scanHook struct {
+	meta.KV
+	after func(from string)
+}
+
+func (h *scanHook) Scan(ctx context.Context, from, to string, rev int64, fn func([]meta.KeyValue) error) (int64, error) {
+	return h.KV.Scan(ctx, from, to, rev, func(b []meta.KeyValue) error {
+		if h.after != nil {
+			h.after(from)
+		}
+		return fn(b)
+	})
+}
+
+// dropMany registers n segments and drops some of them.
+func (w *world) dropMany(r *replica, col catalog.Collection, n, drop int) {
+	w.t.Helper()
+	var ids []int64
+	var list []segment.Segment
+	for i := range n {
+		s := w.segment(r, col, 0, segment.Timestamp(i*10+1), segment.Timestamp(i*10+9))
+		list, ids = append(list, s), append(ids, s.ID)
+	}
+	w.addWritten(r, col, list...)
+	for part := range slices.Chunk(ids[:drop], catalog.MaxSwap) {
+		w.dropSegments(r, col, part...)
+	}
+}
+
+// A segment of a dropped partition that somebody else drops, and that is reclaimed
+// meanwhile, does not leave the others behind.
+func TestFinishPartWhileSegmentsGo(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		hook := &scanHook{}
+		r := w.start("a", func(o *Options) {
+			o.CollectorOff = true
+			hook.KV = o.KV
+			o.KV = hook
+			o.Catalog = catalog.New(catalog.Options{
+				KV: hook, Now: w.now, Rand: o.Rand, Requests: o.Requests,
+				HasStore: func(a string) bool { return a == "default" }, Held: catalog.ReadHeld(o.Stores),
+			})
+		})
+		col, p, _ := w.collection(r, "c")
+		var list []segment.Segment
+		for i := range 10 {
+			s := w.segment(r, col, 0, segment.Timestamp(i*10+1), segment.Timestamp(i*10+9))
+			s.Partition = p.ID
+			s.Files[0].Path = catalog.NativePath(col.ID, &s, &s.Files[0])
+			list = append(list, s)
+		}
+		w.addWritten(r, col, list...)
+		if _, err := r.catalog.DropPartition(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, "p0"); err != nil {
+			t.Fatal(err)
+		}
+		hook.after = func(from string) {
+			if strings.HasPrefix(from, keys.SegmentPrefix(col.ID)) {
+				hook.after = nil
+				asks := w.dropSegments(r, col, list[3].ID)
+				w.granted(w.reclaim(r, col, gc.ByCaller, asks...))
+				if _, err := r.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, []int64{list[3].ID}); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		for range 2 {
+			w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+		}
+		if n := len(w.keysUnder(keys.SegmentPrefix(col.ID))); n > 0 {
+			t.Errorf("%d live segments are left of the dropped partition, whose record is there %d times", n, len(w.keysUnder(keys.PartitionPrefix(col.ID))))
+		}
+	})
+}
+
+// The tolerance has passed when it has by the slower of two clocks, and while those
+// are far apart nothing is taken.
+func TestCollectorAndClockThatIsAhead(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.start("engine-side", func(o *Options) { o.CollectorOff = true }).stop()
+		r := w.start("a", func(o *Options) { now := o.Now; o.Now = func() time.Time { return now().Add(4 * time.Hour) } })
+		col, _, _ := w.collection(r, "c")
+		s := w.segment(r, col, 0, 1, 9)
+		w.addWritten(r, col, s)
+		w.dropSegments(r, col, s.ID)
+		time.Sleep(2 * time.Minute)
+		settle()
+		if n := w.objectsUnder("data/"); len(n) == 0 {
+			t.Error("the files of a segment that was dropped two minutes ago are gone")
+		}
+		if last := r.GC().LastRound(); last == nil || !strings.Contains(last.Error, "clock") {
+			t.Errorf("the round says %+v", last)
+		}
+	})
+}
+
+// One record that cannot be read stops nothing but what it is about, and is told.
+func TestCollectorAndUnreadableRecords(t *testing.T) {
+	for name, damage := range map[string]func(w *world, r *replica, bad catalog.Collection, p catalog.Partition){
+		"partition": func(w *world, _ *replica, bad catalog.Collection, p catalog.Partition) {
+			w.put(keys.Partition(bad.ID, p.ID), []byte{0xff})
+		},
+		"collection": func(w *world, _ *replica, bad catalog.Collection, _ catalog.Partition) {
+			w.put(keys.Collection(bad.ID), []byte{0xff})
+		},
+		"tombstone": func(w *world, r *replica, bad catalog.Collection, _ catalog.Partition) {
+			w.put(keys.Tomb(bad.ID, w.newID(r)), record.Encode(&storagev1.Tombstone{
+				Format: record.Format, Deleter: 1, Unit: &storagev1.Unit{Format: record.Format, Kind: 1},
+			}))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
+				bad, p, _ := w.collection(r, "bad")
+				good, _, _ := w.collection(r, "good")
+				one, two, three := w.segment(r, bad, 0, 1, 9), w.segment(r, good, 0, 1, 9), w.segment(r, good, 0, 11, 19)
+				w.addWritten(r, bad, one)
+				w.addWritten(r, good, two, three)
+				r.store.Plan(func(c object.Call) object.Fault {
+					if c.Op == object.OpDelete {
+						return object.FaultBefore
+					}
+					return object.FaultNone
+				})
+				w.granted(w.reclaim(r, bad, gc.BySnapshotd, w.dropSegments(r, bad, one.ID)...))
+				w.granted(w.reclaim(r, good, gc.BySnapshotd, w.dropSegments(r, good, two.ID)...))
+				settle()
+				damage(w, r, bad, p)
+				r.store.Plan(nil)
+				w.dropSegments(r, good, three.ID)
+				time.Sleep(4 * time.Hour)
+				settle()
+				var want []string
+				if name == "collection" { // where its files are is not known
+					want = []string{"data/" + one.Files[0].Path}
+				}
+				if diff := cmp.Diff(want, w.objectsUnder("data/")); diff != "" {
+					t.Errorf("files:\n%s", diff)
+				}
+				if l := r.GC().LastRound(); l.Error == "" {
+					t.Error("the rounds say nothing of it")
+				}
+			})
+		})
+	}
+}
+
+// What a stop keeps is no reason to let etcd grow.
+func TestCollectorParksWhereItStops(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
+		col, _, _ := w.collection(r, "c")
+		held := w.segment(r, col, 0, 1, 20)
+		held.EngineData = bytes.Repeat([]byte{1}, 1000)
+		w.addWritten(r, col, held)
+		w.checkpoint(r, col, 100, 100)
+		w.create(r, col, "one")
+		w.dropSegments(r, col, held.ID)
+		w.dropMany(r, col, 140, 120)
+		time.Sleep(3 * time.Hour)
+		settle()
+		l := r.GC().LastRound()
+		if l.Parked != 1 {
+			t.Errorf("stops %v, held %d, parked %d", l.Stops, l.Held, l.Parked)
+		}
+	})
+}
+
+// locked is a store with an object that nobody may delete.
+type locked struct {
+	object.Store
+	key string
+}
+
+func (l *locked) Delete(ctx context.Context, list ...string) error {
+	if err := l.Store.Delete(ctx, slices.DeleteFunc(slices.Clone(list), func(key string) bool { return key == l.key })...); err != nil {
+		return err
+	}
+	if slices.Contains(list, l.key) {
+		return &object.DeleteError{Key: l.key, Err: object.ErrDenied}
+	}
+	return nil
+}
+
+// An object that cannot be deleted does not keep a sweep from the others.
+func TestSweepAndLockedObject(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		var l *locked
+		r := w.start("a", func(o *Options) {
+			l = &locked{Store: o.Stores["default"]}
+			o.Stores["default"] = l
+		})
+		var list []string
+		for range 1200 {
+			list = append(list, fmt.Sprintf("snapshots/5/%d/metadata.json", w.newID(r)))
+		}
+		list = append(list, catalog.HeldKey(5, w.newID(r)))
+		for _, key := range list {
+			w.putObject(key, []byte{1})
+		}
+		l.key = list[700]
+		time.Sleep(26 * time.Hour)
+		settle()
+		if diff := cmp.Diff([]string{l.key}, append(w.objectsUnder("snapshots/"), w.objectsUnder("gc/held/")...)); diff != "" {
+			t.Errorf("objects:\n%s", diff)
+		}
+		if text := r.GC().SweepStats().Error; !strings.Contains(text, l.key) {
+			t.Errorf("the sweep says %q", text)
+		}
+	})
+}

@@ -1,0 +1,77 @@
+package manager
+
+import (
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// TestCaptureFollowsThePendingKey drops and reclaims a segment after a create was
+// asked for and before it has its pending key: it must not be captured.
+func TestCaptureFollowsThePendingKey(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r, b := w.start("a"), w.start("b")
+		col, _, _ := w.collection(b, "c")
+		gone, kept := w.segment(b, col, 0, 1, 20), w.segment(b, col, 0, 1, 20)
+		w.addWritten(b, col, gone, kept)
+		w.checkpoint(b, col, 100, 100)
+		settle()
+		dropped := false
+		r.kv.Hook(func(c meta.Call) meta.Fault {
+			if c.Method == meta.MethodGrant && !dropped { // of the create's lease
+				dropped = true
+				w.granted(w.reclaim(b, col, gc.BySnapshotd, w.dropSegments(b, col, gone.ID)...))
+			}
+			return meta.NoFault
+		})
+		s := w.create(r, col, "x")
+		r.kv.Hook(nil)
+		if !dropped {
+			t.Fatal("nothing was dropped in between")
+		}
+		list := w.segments(r, s)
+		if len(list) != 1 || list[0].ID != kept.ID {
+			t.Errorf("the snapshot has %v, want segment %d alone", list, kept.ID)
+		}
+	})
+}
+
+// TestRollBackAbortsUploads holds that a restore that is rolled back does not end
+// before the uploads were aborted that its copies may have left.
+func TestRollBackAbortsUploads(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		s := w.create(r, w.rich(r, "c", 12), "one")
+		before := w.traces()
+		r.store.Plan(func(c object.Call) object.Fault {
+			if c.Op == object.OpCopy || c.Op == object.OpAbort {
+				return object.FaultBefore
+			}
+			return object.FaultNone
+		})
+		job := w.restore(r, restoreSpecOf(s))
+		time.Sleep(time.Second)
+		st, err := r.Jobs().Get(t.Context(), job.ID)
+		if err != nil || st.Job.Phase != copyjob.Copy {
+			t.Fatalf("%+v, err = %v", st.Job, err)
+		}
+		if _, err := r.Jobs().Cancel(t.Context(), job.ID); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(10 * time.Minute)
+		settle()
+		st, err = r.Jobs().Get(t.Context(), job.ID)
+		if err != nil || st.Job.State != copyjob.Executing || st.Job.Phase != copyjob.RollBack {
+			t.Fatalf("while no upload can be aborted the job is %+v, err = %v", st.Job, err)
+		}
+		r.store.Plan(nil)
+		if end := w.ended(r, job.ID).Job; end.State != copyjob.Canceled {
+			t.Errorf("it ended as %v, %s", end.State, end.Message)
+		}
+		w.nothingSince(before)
+	})
+}

@@ -1,0 +1,6 @@
+//go:build planted_p5
+
+package planted
+
+// P5 plants that a restore's pin is under a lease.
+const P5 = true
