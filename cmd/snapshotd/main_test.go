@@ -29,7 +29,7 @@ func TestExitCodes(t *testing.T) {
 		{[]string{"serve", "--bogus"}, 2, "", "--bogus"},
 		{[]string{"serve", "extra"}, 2, "", "extra"},
 		{[]string{"serve", "--max-creates", "x"}, 2, "", "max-creates"},
-		{[]string{"serve", "--create-timeout", "0s"}, 2, "", "leave it out for the default"},
+		{[]string{"serve", "--create-timeout", "0s"}, 2, "", "must be at least 1s"},
 		{[]string{"config"}, 2, "", "config print"},
 		{[]string{"serve", "--config", "/does/not/exist"}, 1, "", "/does/not/exist"},
 		{[]string{"serve", "--listen", ":1", "--name-scope", "x"}, 1, "", "name_scope"},
