@@ -21,6 +21,7 @@ import (
 
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/testing/virtual"
 )
@@ -303,7 +304,7 @@ func TestDeadlines(t *testing.T) {
 	} {
 		virtual.Test(t, func(t *testing.T) {
 			ctx := t.Context()
-			s := &Server{log: s.log, manager: s.manager, validator: s.validator, stopping: ctx} // channels stay in the bubble
+			s := &Server{log: s.log, manager: &manager.Manager{}, validator: s.validator, stopping: ctx} // channels stay in the bubble
 			if tc.given > 0 {
 				var cancel context.CancelFunc
 				ctx, cancel = context.WithTimeout(ctx, tc.given)

@@ -1,0 +1,343 @@
+//go:build linux
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // the harness is a client
+	"github.com/snapshotd/snapshotd/client"
+)
+
+// quiet is how long it may take until nothing is left to do.
+const quiet = 45 * time.Second
+
+// audit looks whether all is as the ledger says: the catalog, the snapshots, and
+// every single object of the store. With orphans, objects of units that were parked
+// may be left, whose ids are dead.
+func (w *world) audit(ctx context.Context, orphans bool) error {
+	status, err := w.c().Collector.GetCollectorStatus(ctx, &api.GetCollectorStatusRequest{})
+	switch {
+	case err != nil:
+		return err
+	case status.GetBlocked() != "" || status.GetDeleting() > 0 || status.GetUnconfirmed() > 0:
+		return fmt.Errorf("the collector has work left: %v", status)
+	}
+	engine := map[string]bool{} // paths that something has
+	if err := w.auditCollections(ctx, engine); err != nil {
+		return err
+	}
+	own, err := w.auditSnapshots(ctx, engine)
+	if err != nil {
+		return err
+	}
+	if err := w.auditRest(ctx); err != nil {
+		return err
+	}
+	return w.auditStore(ctx, engine, own, orphans)
+}
+
+// look is a segment as it is: what was registered, with the contents that its
+// files have in the store.
+func (w *world) look(s *api.Segment, engine map[string]bool, partitions map[int64]string) seg {
+	got := seg{ID: s.GetId(), Partition: partitions[s.GetPartitionId()]}
+	files := s.GetFiles()
+	for _, b := range s.GetIndexBuilds() {
+		files = append(files, b.GetFiles()...)
+	}
+	for _, f := range files {
+		engine[f.GetPath()] = true
+		content, err := os.ReadFile(w.objects(root, f.GetPath()))
+		if err != nil {
+			got.Files = append(got.Files, err.Error())
+			continue
+		}
+		got.Files = append(got.Files, sum(content))
+	}
+	return got
+}
+
+func (w *world) auditCollections(ctx context.Context, engine map[string]bool) error {
+	list, err := w.c().Catalog.ListCollections(ctx, &api.ListCollectionsRequest{States: []api.Collection_State{
+		api.Collection_STATE_ACTIVE, api.Collection_STATE_RESTORING, api.Collection_STATE_DROPPING,
+	}})
+	if err != nil {
+		return err
+	}
+	got := map[string][]seg{}
+	for _, col := range list.GetCollections() {
+		if col.GetState() != api.Collection_STATE_ACTIVE {
+			return fmt.Errorf("collection %s is %v", col.GetName(), col.GetState())
+		}
+		partitions, err := w.c().Catalog.ListPartitions(ctx, &api.ListPartitionsRequest{Collection: byName(col.GetName())})
+		if err != nil {
+			return err
+		}
+		names := map[int64]string{}
+		for _, p := range partitions.GetPartitions() {
+			names[p.GetId()] = p.GetName()
+			if p.GetState() != api.Partition_STATE_ACTIVE {
+				return fmt.Errorf("partition %s of %s is %v", p.GetName(), col.GetName(), p.GetState())
+			}
+		}
+		segments, err := w.export(ctx, col.GetName())
+		if err != nil {
+			return err
+		}
+		got[col.GetName()] = []seg{}
+		for _, s := range segments {
+			one := w.look(s, engine, names)
+			if w.Restored[col.GetName()] {
+				one.ID = 0
+			}
+			got[col.GetName()] = append(got[col.GetName()], one)
+		}
+	}
+	if diff := cmp.Diff(w.Collections, got); diff != "" {
+		return fmt.Errorf("the collections are not as they were made (-want +got):\n%s", diff)
+	}
+	return nil
+}
+
+// auditSnapshots returns the prefixes of the snapshots' own objects.
+func (w *world) auditSnapshots(ctx context.Context, engine map[string]bool) (own []string, err error) {
+	list, err := w.c().Snapshots.ListSnapshots(ctx, &api.ListSnapshotsRequest{States: []api.Snapshot_State{
+		api.Snapshot_STATE_PENDING, api.Snapshot_STATE_COMMITTED, api.Snapshot_STATE_DELETING,
+	}})
+	if err != nil {
+		return nil, err
+	}
+	got := map[string][]seg{}
+	for _, s := range list.GetSnapshots() {
+		name := s.GetName()
+		if _, twice := got[name]; twice || s.GetState() != api.Snapshot_STATE_COMMITTED {
+			return nil, fmt.Errorf("snapshot %s (%d) is %v, or there twice", name, s.GetId(), s.GetState())
+		}
+		described, err := w.c().Snapshots.DescribeSnapshot(ctx, &api.DescribeSnapshotRequest{Snapshot: snapshot(name)})
+		if err != nil {
+			return nil, err
+		}
+		own = append(own, described.GetPrefix())
+		for _, m := range described.GetManifests() {
+			content, err := os.ReadFile(w.objects(described.GetPrefix(), m.GetFile()))
+			if err != nil {
+				return nil, fmt.Errorf("snapshot %s: %w", name, err)
+			}
+			if h := sha256.Sum256(content); !bytes.Equal(h[:], m.GetSha256()) {
+				return nil, fmt.Errorf("snapshot %s: %s is not what was written", name, m.GetFile())
+			}
+		}
+		partitions := map[int64]string{}
+		for _, p := range described.GetPartitions() {
+			partitions[p.GetId()] = p.GetName()
+		}
+		got[name] = []seg{}
+		req := &api.ListSnapshotSegmentsRequest{Snapshot: snapshot(name), View: api.SegmentView_SEGMENT_VIEW_FILES}
+		for {
+			page, err := w.c().Snapshots.ListSnapshotSegments(ctx, req)
+			if err != nil {
+				return nil, err
+			}
+			for _, x := range page.GetSegments() {
+				got[name] = append(got[name], w.look(x.GetSegment(), engine, partitions))
+			}
+			if req.PageToken = page.GetNextPageToken(); req.GetPageToken() == "" {
+				break
+			}
+		}
+	}
+	if diff := cmp.Diff(w.Snapshots, got); diff != "" {
+		return nil, fmt.Errorf("the snapshots do not hold what they captured (-want +got):\n%s", diff)
+	}
+	return own, nil
+}
+
+// auditRest looks at pins, restore jobs and tombstones.
+func (w *world) auditRest(ctx context.Context) error {
+	pins, err := w.c().Snapshots.ListPins(ctx, &api.ListPinsRequest{})
+	if err != nil {
+		return err
+	}
+	if len(pins.GetPins()) != w.Pins {
+		return fmt.Errorf("there are %d pins, not %d: %v", len(pins.GetPins()), w.Pins, pins.GetPins())
+	}
+	jobs, err := w.c().Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{States: []api.RestoreJob_State{
+		api.RestoreJob_STATE_PENDING, api.RestoreJob_STATE_EXECUTING,
+	}})
+	if err != nil {
+		return err
+	}
+	if len(jobs.GetJobs()) > 0 {
+		return fmt.Errorf("restores have not ended: %v", jobs.GetJobs())
+	}
+	tombs, err := w.c().Reclaim.ListTombstones(ctx, &api.ListTombstonesRequest{})
+	if err != nil {
+		return err
+	}
+	if len(tombs.GetTombstones()) > 0 {
+		return fmt.Errorf("there are tombstones left: %v", tombs.GetTombstones())
+	}
+	return nil
+}
+
+// Objects that are snapshotd's own and of no snapshot.
+var (
+	isEpoch  = regexp.MustCompile(`^gc/epoch/\d+\.json$`)
+	isHeld   = regexp.MustCompile(`^gc/held/\d+/(\d+)$`)
+	isMember = regexp.MustCompile(`^snapshots/\d+/(\d+)/[^/]+$`)
+)
+
+// auditStore goes through all objects. Each must belong to something that there
+// is; only of units that were parked it may be an orphan, where a crash leaves it.
+func (w *world) auditStore(ctx context.Context, engine map[string]bool, own []string, orphans bool) error {
+	dead, err := w.orphans(ctx)
+	if err != nil {
+		return err
+	}
+	var wrong []string
+	err = filepath.WalkDir(w.objects(), func(name string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			if errors.Is(err, fs.ErrNotExist) { // it goes while we look
+				return nil
+			}
+			return err
+		}
+		key, err := filepath.Rel(w.objects(), name)
+		if err != nil {
+			return err
+		}
+		key = filepath.ToSlash(key)
+		path, ofEngine := strings.CutPrefix(key, root)
+		member, held := isMember.FindStringSubmatch(key), isHeld.FindStringSubmatch(key)
+		ofSnapshot := slices.ContainsFunc(own, func(prefix string) bool { return strings.HasPrefix(key, prefix) })
+		switch {
+		case ofEngine && engine[path], ofSnapshot && member != nil && !dead[key],
+			key == "snapshots/identity.json", isEpoch.MatchString(key), strings.HasPrefix(key, tempDir):
+			return nil
+		case held != nil && !dead[key] && len(w.Snapshots) > 0: // it has a record, and so is held
+			return nil
+		case held != nil && dead[key] && orphans:
+			return nil
+		}
+		wrong = append(wrong, fmt.Sprintf("%s (orphan: %v)", key, dead[key]))
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if len(wrong) > 0 {
+		return fmt.Errorf("objects are left that nothing has: %s", strings.Join(wrong, ", "))
+	}
+	return nil
+}
+
+// tempDir is where a store that is a directory keeps what is not whole.
+const tempDir = ".snapshotd-tmp/"
+
+// orphans returns the keys of what snapshotd says is left over, and whether it is of
+// a dead id.
+func (w *world) orphans(ctx context.Context) (map[string]bool, error) {
+	stream, err := w.c().Collector.ListOrphans(ctx, &api.ListOrphansRequest{})
+	keys := map[string]bool{}
+	for err == nil {
+		var part *api.ListOrphansResponse
+		if part, err = stream.Recv(); err != nil {
+			break
+		}
+		for _, o := range part.GetOrphans() {
+			keys[o.GetKey()] = o.GetDeletable()
+		}
+	}
+	if !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	return keys, nil
+}
+
+// goesOn looks whether the service still does all that it should: a snapshot is
+// taken, a part of it restored, and both are dropped.
+func (w *world) goesOn(ctx context.Context) error {
+	if _, ok := w.Collections[shop]; !ok {
+		return nil
+	}
+	if err := w.take(ctx, shop, "last", client.NewRequestToken()); err != nil {
+		return err
+	}
+	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
+		Snapshot: snapshot("last"), Target: &api.CollectionName{Name: "last"}, Partitions: []string{"small"}, RequestToken: client.NewRequestToken(),
+	})
+	if err != nil {
+		return err
+	}
+	if err := w.ended(ctx, job, api.RestoreJob_STATE_COMPLETED); err != nil {
+		return err
+	}
+	w.Snapshots["last"] = w.Collections[shop]
+	w.Collections["last"], w.Restored["last"] = copies(w.Collections[shop], "small"), true
+	return w.fresh(ctx)
+}
+
+// fresh looks whether ids are new that are given out now.
+func (w *world) fresh(ctx context.Context) error {
+	_, err := w.allocate(ctx, 3, client.NewRequestToken(), "fresh id")
+	return err
+}
+
+// dropAll drops everything.
+func (w *world) dropAll(ctx context.Context) error {
+	pins, err := w.c().Snapshots.ListPins(ctx, &api.ListPinsRequest{})
+	if err != nil {
+		return err
+	}
+	for _, p := range pins.GetPins() {
+		ref := &api.SnapshotRef{Ref: &api.SnapshotRef_Id{Id: p.GetSnapshotId()}}
+		if _, err := w.c().Snapshots.UnpinSnapshot(ctx, &api.UnpinSnapshotRequest{Snapshot: ref, PinId: p.GetId()}); err != nil {
+			return err
+		}
+	}
+	for name := range w.Snapshots {
+		if _, err := w.c().Snapshots.DropSnapshot(ctx, &api.DropSnapshotRequest{Snapshot: snapshot(name), RequestToken: client.NewRequestToken()}); err != nil {
+			return err
+		}
+	}
+	for name := range w.Collections {
+		if _, err := w.c().Catalog.DropCollection(ctx, &api.DropCollectionRequest{Collection: byName(name), RequestToken: client.NewRequestToken()}); err != nil {
+			return err
+		}
+	}
+	w.Snapshots, w.Collections, w.Pins = map[string][]seg{}, map[string][]seg{}, 0
+	return nil
+}
+
+// plant puts an object into the store that was last written long ago.
+func (w *world) plant(key string) error {
+	name := w.objects(key)
+	if err := os.MkdirAll(filepath.Dir(name), 0o750); err != nil {
+		return err
+	}
+	if err := os.WriteFile(name, []byte("late"), 0o600); err != nil {
+		return err
+	}
+	long := time.Now().Add(-3 * time.Hour)
+	return os.Chtimes(name, long, long)
+}
+
+// planted says whether an object is there.
+func (w *world) planted(key string) bool {
+	_, err := os.Stat(w.objects(key))
+	return err == nil
+}

@@ -1,0 +1,439 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // the harness is a client
+	"github.com/snapshotd/snapshotd/client"
+)
+
+const (
+	root     = "engine/" // where the files of collections lie
+	taskSize = 32        // segments of one task of a restore
+	spareIDs = 20        // that were allocated and are used by nothing yet
+	deadIDs  = 5         // that were allocated and never will be used
+)
+
+// The names of what every case begins with.
+const (
+	shop = "shop" // a collection of two tasks; keep and old are snapshots of it
+	mall = "mall" // a small collection that no snapshot knows
+	keep = "keep"
+	old  = "old" // holds a segment that nothing else has, which is parked
+)
+
+// seg is what the harness knows of a segment.
+type seg struct {
+	ID        int64 // 0: whatever it is
+	Partition string
+	Files     []string // SHA-256 of each content, in the order of the segment's files and builds
+}
+
+// ledger is what there must be, by what the harness did. Nothing in it was
+// learned from snapshotd but ids.
+type ledger struct {
+	Collections map[string][]seg // live segments, by the collection's name
+	Snapshots   map[string][]seg // by name
+	Pins        int
+	Pin         int64            // of keep, with a ttl
+	Restored    map[string]bool  // collections that restores made
+	Collection  map[string]int64 // ids by name, of those that are used
+	Old         int64            // the segment that old alone holds
+	Spare       []int64          // ids to use
+	Dead        []int64          // ids that nothing has a record of
+	Late        string           // path of a file of a restored segment that is gone
+	IDs         map[int64]string // every id that was given out, and to what
+}
+
+func (l *ledger) clone() *ledger {
+	n := *l
+	n.Collections, n.Snapshots, n.Restored = maps.Clone(l.Collections), maps.Clone(l.Snapshots), maps.Clone(l.Restored)
+	n.Collection, n.IDs, n.Spare, n.Dead = maps.Clone(l.Collection), maps.Clone(l.IDs), slices.Clone(l.Spare), slices.Clone(l.Dead)
+	return &n
+}
+
+// world is a data directory, a snapshotd on it, and what there must be.
+type world struct {
+	*ledger
+	bin, dir string
+	settings string
+	s        *server
+	starts   int
+	answers  map[string]any // of the first call, to compare that of the repeat with
+	crash    crash          // where it dies, or has died
+	armed    bool           // it has not died yet
+}
+
+func (w *world) c() *client.Client { return w.s.c }
+
+// start starts snapshotd, which kills itself at a point; empty: nowhere. It waits
+// until it serves unless it may die before.
+func (w *world) start(ctx context.Context, point string) error {
+	w.starts++
+	var err error
+	w.s, err = startServer(ctx, w.bin, w.dir, w.settings, point, filepath.Join(w.dir, fmt.Sprintf("snapshotd-%d.log", w.starts)))
+	if err != nil {
+		return err
+	}
+	if err := w.s.serves(ctx); err != nil && (point == "" || !errors.Is(err, errEnded)) {
+		return err
+	}
+	return nil
+}
+
+// objects is a path below the object store.
+func (w *world) objects(elem ...string) string {
+	return filepath.Join(append([]string{w.dir, "data", "objects"}, elem...)...)
+}
+
+// took notes that an id was given out for what. It is an error when it was given
+// out for something else before.
+func (w *world) took(id int64, what string) error {
+	if before, ok := w.IDs[id]; ok && before != what {
+		return fmt.Errorf("id %d was given out twice: for %s and for %s", id, before, what)
+	}
+	w.IDs[id] = what
+	return nil
+}
+
+// same compares an answer with that of the first call of the case that got one.
+func (w *world) same(what string, answer any) error {
+	if before, ok := w.answers[what]; ok && before != answer {
+		return fmt.Errorf("the repeat was answered with another %s: %v, and before %v", what, answer, before)
+	}
+	w.answers[what] = answer
+	return nil
+}
+
+// allocate returns n ids in a row.
+func (w *world) allocate(ctx context.Context, n int64, token, what string) ([]int64, error) {
+	resp, err := w.c().Catalog.AllocateIds(ctx, &api.AllocateIdsRequest{Want: &api.AllocateIdsRequest_Count{Count: n}, RequestToken: token})
+	if err != nil {
+		return nil, err
+	}
+	ids := make([]int64, n)
+	for i := range ids {
+		ids[i] = resp.GetIds().GetFirst() + int64(i)
+		if err := w.took(ids[i], fmt.Sprintf("%s %d of allocation %s", what, i, token)); err != nil {
+			return nil, err
+		}
+	}
+	return ids, nil
+}
+
+// byName refers to a collection.
+func byName(name string) *api.CollectionRef {
+	return &api.CollectionRef{Ref: &api.CollectionRef_Name{Name: &api.CollectionName{Name: name}}}
+}
+
+// snapshot refers to a snapshot.
+func snapshot(name string) *api.SnapshotRef {
+	return &api.SnapshotRef{Ref: &api.SnapshotRef_Name{Name: name}}
+}
+
+func sum(content []byte) string {
+	h := sha256.Sum256(content)
+	return hex.EncodeToString(h[:8])
+}
+
+// shape is how a segment is to be made.
+type shape struct {
+	partition string
+	big       bool  // its record fills a part of a transaction
+	index     int64 // of a build that it has; 0: none
+}
+
+// segment writes the files of a segment and returns it: as the engine registers it,
+// and as the ledger has it. It uses three ids.
+func (w *world) segment(collection int64, partitions map[string]int64, ids []int64, s shape) (*api.Segment, seg, error) {
+	known := seg{ID: ids[0], Partition: s.partition}
+	file := func(path, kind string) (*api.File, error) {
+		content := fmt.Appendf(nil, "%s\n%s", path, strings.Repeat(kind+" ", 40+int(ids[0]%50)))
+		name := w.objects(root, path)
+		if err := os.MkdirAll(filepath.Dir(name), 0o750); err != nil {
+			return nil, err
+		}
+		known.Files = append(known.Files, sum(content))
+		return &api.File{Path: path, Kind: kind, LogId: ids[1], Entries: 1, MinTimestamp: 1, MaxTimestamp: 9, SizeBytes: int64(len(content))},
+			os.WriteFile(name, content, 0o600)
+	}
+	data, err := file(fmt.Sprintf("%d/0/%d/insert/0/%d", collection, ids[0], ids[1]), "insert")
+	if err != nil {
+		return nil, seg{}, err
+	}
+	out := &api.Segment{
+		Id: ids[0], PartitionId: partitions[s.partition], Level: api.Segment_LEVEL_L1, State: api.Segment_STATE_FLUSHED, Rows: 1,
+		StartPosition: &api.Position{Timestamp: 1}, DmlPosition: &api.Position{Timestamp: 10}, Files: []*api.File{data},
+	}
+	if s.big {
+		out.EngineData = []byte(strings.Repeat("engine data ", 1<<14/12))
+		out.Attributes = map[string]string{"a": strings.Repeat("a", 4096), "b": strings.Repeat("b", 4096), "c": strings.Repeat("c", 4096)}
+	}
+	if s.index != 0 {
+		built, err := file(fmt.Sprintf("%d/0/%d/index/%d/%d", collection, ids[0], ids[2], ids[1]), "index")
+		if err != nil {
+			return nil, seg{}, err
+		}
+		out.IndexBuilds = []*api.IndexBuild{{Id: ids[2], IndexId: s.index, FieldId: 1, Files: []*api.File{built}}}
+	}
+	return out, known, nil
+}
+
+// collection makes a collection with two partitions, main and small, an index and
+// segments: the first has a build of the index, the last two are in small.
+func (w *world) collection(ctx context.Context, name string, segments, big int) error {
+	made, err := w.c().Catalog.CreateCollection(ctx, &api.CreateCollectionRequest{
+		Name: &api.CollectionName{Name: name}, Channels: []string{name + "-channel"},
+		Schema: &api.Schema{Fields: []*api.Field{{Id: 1, Name: "id", DataType: "Int64", PrimaryKey: true}}},
+		Roots:  []*api.Root{{Store: "default", Prefix: root}}, RequestToken: client.NewRequestToken(),
+	})
+	if err != nil {
+		return err
+	}
+	id := made.GetCollection().GetId()
+	w.Collection[name] = id
+	partitions := map[string]int64{}
+	for _, p := range []string{"main", "small"} {
+		got, err := w.c().Catalog.CreatePartition(ctx, &api.CreatePartitionRequest{Collection: byName(name), Name: p, RequestToken: client.NewRequestToken()})
+		if err != nil {
+			return err
+		}
+		partitions[p] = got.GetPartition().GetId()
+	}
+	index, err := w.c().Catalog.CreateIndex(ctx, &api.CreateIndexRequest{Collection: byName(name), Name: "by-id", FieldId: 1, RequestToken: client.NewRequestToken()})
+	if err != nil {
+		return err
+	}
+	for what, id := range map[string]int64{
+		"collection": id, "partition main": partitions["main"], "partition small": partitions["small"], "index": index.GetIndex().GetId(),
+	} {
+		if err := w.took(id, what+" of "+name); err != nil {
+			return err
+		}
+	}
+	ids, err := w.allocate(ctx, int64(3*segments), client.NewRequestToken(), "segment of "+name)
+	if err != nil {
+		return err
+	}
+	add := &api.AddSegmentsRequest{Collection: byName(name)}
+	for i := range segments {
+		s := shape{partition: "main", big: i < big}
+		if i == 0 {
+			s.index = index.GetIndex().GetId()
+		}
+		if i >= segments-2 {
+			s.partition = "small"
+		}
+		one, known, err := w.segment(id, partitions, ids[3*i:3*i+3], s)
+		if err != nil {
+			return err
+		}
+		add.Segments = append(add.Segments, one)
+		w.Collections[name] = append(w.Collections[name], known)
+	}
+	stream, err := w.c().Catalog.AddSegments(ctx)
+	if err != nil {
+		return err
+	}
+	_ = stream.Send(add) // why it fails is in the answer
+	if _, err := stream.CloseAndRecv(); err != nil {
+		return err
+	}
+	_, err = w.c().Catalog.SetCheckpoints(ctx, &api.SetCheckpointsRequest{
+		Collection: byName(name), Checkpoints: []*api.ChannelPosition{{Position: &api.Position{Timestamp: 10}}},
+	})
+	return err
+}
+
+// take takes a snapshot of a collection.
+func (w *world) take(ctx context.Context, collection, name, token string) error {
+	got, err := w.c().Snapshots.CreateSnapshot(ctx, &api.CreateSnapshotRequest{Collection: byName(collection), Name: name, RequestToken: token})
+	if err != nil {
+		return err
+	}
+	if err := w.took(got.GetSnapshot().GetId(), "snapshot "+name+" "+token); err != nil {
+		return err
+	}
+	return w.same("snapshot "+name, got.GetSnapshot().GetId())
+}
+
+// dropSegments drops segments of a collection.
+func (w *world) dropSegments(ctx context.Context, collection string, ids ...int64) error {
+	_, err := w.c().Catalog.DropSegments(ctx, &api.DropSegmentsRequest{Collection: byName(collection), SegmentIds: ids})
+	return err
+}
+
+// without is the segments but those of ids.
+func without(segments []seg, ids ...int64) []seg {
+	return slices.DeleteFunc(slices.Clone(segments), func(s seg) bool { return slices.Contains(ids, s.ID) })
+}
+
+// copies is what a restore makes of a snapshot's segments, of all partitions when
+// none are named.
+func copies(segments []seg, partitions ...string) []seg {
+	var list []seg
+	for _, s := range segments {
+		if len(partitions) == 0 || slices.Contains(partitions, s.Partition) {
+			list = append(list, seg{Partition: s.Partition, Files: s.Files})
+		}
+	}
+	return list
+}
+
+// restore restores a snapshot and returns the job's id.
+func (w *world) restore(ctx context.Context, req *api.RestoreSnapshotRequest) (int64, error) {
+	got, err := w.c().Snapshots.RestoreSnapshot(ctx, req)
+	if err != nil {
+		return 0, err
+	}
+	name := req.GetTarget().GetName()
+	if err := w.took(got.GetJobId(), "restore to "+name+" "+req.GetRequestToken()); err != nil {
+		return 0, err
+	}
+	if err := w.took(got.GetCollectionId(), "collection "+name+" "+req.GetRequestToken()); err != nil {
+		return 0, err
+	}
+	return got.GetJobId(), w.same("restore to "+name, got.GetJobId())
+}
+
+// ended waits for a restore to end, in the state that it must.
+func (w *world) ended(ctx context.Context, job int64, want api.RestoreJob_State) error {
+	got, err := client.WaitRestore(ctx, w.c().Snapshots, job)
+	if err != nil {
+		return err
+	}
+	if got.GetState() != want {
+		return fmt.Errorf("restore %d is %v, not %v: %s %s", job, got.GetState(), want, got.GetReason(), got.GetMessage())
+	}
+	return nil
+}
+
+// collect makes a round and waits for the files to be deleted.
+func (w *world) collect(ctx context.Context) error {
+	stream, err := w.c().Collector.Collect(ctx, &api.CollectRequest{Wait: true})
+	for err == nil {
+		_, err = stream.Recv()
+	}
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	return err
+}
+
+// build makes what every case begins with.
+func (w *world) build(ctx context.Context) error {
+	if err := w.collection(ctx, shop, taskSize+3, taskSize); err != nil {
+		return fmt.Errorf("collection %s: %w", shop, err)
+	}
+	if err := w.collection(ctx, mall, 4, 1); err != nil {
+		return fmt.Errorf("collection %s: %w", mall, err)
+	}
+	if err := w.take(ctx, shop, old, client.NewRequestToken()); err != nil {
+		return err
+	}
+	w.Snapshots[old] = w.Collections[shop]
+	w.Old = w.Collections[shop][1].ID
+	if err := w.dropSegments(ctx, shop, w.Old); err != nil {
+		return err
+	}
+	w.Collections[shop] = without(w.Collections[shop], w.Old)
+	if err := w.take(ctx, shop, keep, client.NewRequestToken()); err != nil {
+		return err
+	}
+	w.Snapshots[keep] = w.Collections[shop]
+	// A restored collection that has lost a segment.
+	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
+		Snapshot: snapshot(keep), Target: &api.CollectionName{Name: "before"}, Partitions: []string{"small"}, RequestToken: client.NewRequestToken(),
+	})
+	if err != nil {
+		return err
+	}
+	if err := w.ended(ctx, job, api.RestoreJob_STATE_COMPLETED); err != nil {
+		return err
+	}
+	w.Restored["before"] = true
+	segments, err := w.export(ctx, "before")
+	if err != nil {
+		return err
+	}
+	w.Late = segments[0].GetFiles()[0].GetPath()
+	if err := w.dropSegments(ctx, "before", segments[0].GetId()); err != nil {
+		return err
+	}
+	w.Collections["before"] = copies(w.Snapshots[keep], "small")[1:]
+	if w.Spare, err = w.allocate(ctx, spareIDs, client.NewRequestToken(), "spare"); err != nil {
+		return err
+	}
+	if w.Dead, err = w.allocate(ctx, deadIDs, client.NewRequestToken(), "dead"); err != nil {
+		return err
+	}
+	return w.parked(ctx, 1)
+}
+
+// parked waits until the records of so many units lie in the object store, and
+// those of no more do not.
+func (w *world) parked(ctx context.Context, want int64) error {
+	return eventually(ctx, func(ctx context.Context) error {
+		got, err := w.c().Collector.GetCollectorStatus(ctx, &api.GetCollectorStatusRequest{})
+		if err != nil {
+			return err
+		}
+		if r := got.GetLastRound(); r.GetHeld() != want || r.GetParked() != want {
+			return fmt.Errorf("%d units are held and %d parked, not %d", r.GetHeld(), r.GetParked(), want)
+		}
+		return nil
+	})
+}
+
+// beats starts snapshotd, waits until it has noted in the object store how far etcd
+// has come, and ends it.
+func (w *world) beats(ctx context.Context) error {
+	notes := func() (string, error) {
+		list, err := filepath.Glob(w.objects("gc", "epoch", "*.json"))
+		return slices.Max(append(list, "")), err
+	}
+	had, err := notes()
+	if err != nil {
+		return err
+	}
+	if err := w.start(ctx, ""); err != nil {
+		return err
+	}
+	err = eventually(ctx, func(context.Context) error {
+		have, err := notes()
+		if err == nil && have == had {
+			err = errors.New("there is no new epoch object")
+		}
+		return err
+	})
+	return errors.Join(err, w.s.stop())
+}
+
+// export returns a collection's segments in the order of their ids.
+func (w *world) export(ctx context.Context, name string) ([]*api.Segment, error) {
+	stream, err := w.c().Catalog.ExportSegments(ctx, &api.ExportSegmentsRequest{Collection: byName(name)})
+	var all []*api.Segment
+	for err == nil {
+		var part *api.ExportSegmentsResponse
+		if part, err = stream.Recv(); err == nil {
+			all = append(all, part.GetSegments()...)
+		}
+	}
+	if !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("export %s: %w", name, err)
+	}
+	slices.SortFunc(all, func(a, b *api.Segment) int { return int(a.GetId() - b.GetId()) })
+	return all, nil
+}
