@@ -103,6 +103,7 @@ func TestDropOfPinnedIsRefused(t *testing.T) {
 		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(keys.PinPrefix(s.ID) + "restore-7")}}); err != nil {
 			t.Fatal(err)
 		}
+		settle() // what the leader writes at first is not to be taken for the drop
 		pinned := false
 		r.kv.Hook(func(c meta.Call) meta.Fault {
 			if c.Method == meta.MethodTxn && !pinned {
