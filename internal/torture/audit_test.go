@@ -32,13 +32,13 @@ func (w *worker) settle(ctx context.Context) error {
 	if err := w.until(ctx, "a snapshot is created", func(ctx context.Context, c *client.Client) (bool, error) {
 		tag := w.tag()
 		s := &snapshot{tag: tag, name: "final", call: w.now(), ret: forever}
-		w.note(func(l *ledger) { l.snapshots[tag] = s })
+		w.l.note(func(l *ledger) { l.snapshots[tag] = s })
 		resp, err := c.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
 			Collection: w.ref(), Name: "final-" + tag, Description: tag, RequestToken: client.NewRequestToken(),
 		})
 		if err == nil {
 			id = resp.GetSnapshot().GetId()
-			w.note(func(*ledger) { s.id, s.ret, s.committed, s.name = id, w.now(), true, "final-"+tag })
+			w.l.note(func(*ledger) { s.id, s.ret, s.committed, s.name = id, w.now(), true, "final-"+tag })
 		}
 		return err == nil, err
 	}); err != nil {
@@ -199,18 +199,7 @@ func (w *worker) audit(ctx context.Context) (worst verdict, text []string, orpha
 	if len(text) > 0 {
 		worst = broken
 	}
-	tags := map[string]string{}
-	for _, s := range w.l.snapshots {
-		if s.id != 0 {
-			tags[fmt.Sprintf("#%d", s.id)] = s.tag
-		}
-	}
-	for i, e := range w.l.events {
-		if len(e.Tag) > 0 && e.Tag[0] == '#' {
-			w.l.events[i].Tag = tags[e.Tag] // empty: any
-		}
-	}
-	v, wrong := linearizable(w.l.events, judgePatience)
+	v, wrong := linearizable(w.l.history(), judgePatience)
 	return max(worst, v), append(text, wrong...), orphans, nil
 }
 

@@ -4,6 +4,8 @@ import (
 	"crypto/sha256"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 // planted is a ledger of two segments, one of which was compacted away from 100 to
@@ -19,6 +21,9 @@ func planted() *ledger {
 	add(65, 10, 20, 100, 110, "data/1/2/65/insert/1/1", "data/1/2/65/insert/1/2")
 	add(66, 10, 20, forever, forever, "data/1/2/66/insert/1/1")
 	add(67, 100, 110, forever, forever, "data/1/2/67/insert/1/1")
+	l.note(func(l *ledger) {
+		l.events = []event{at(50, 60, begun, "a"), at(50, 60, committed, "a"), at(300, 310, dropped, idTag(7)), at(320, 330, dropped, idTag(12))}
+	})
 	l.compactions = []compaction{{inputs: []int64{65}, output: 67, call: 100, ret: 110}}
 	l.snapshots["a"] = &snapshot{
 		tag: "a", name: "n", id: 7, call: 50, ret: 60, committed: true,
@@ -36,6 +41,13 @@ func wants(t *testing.T, got []string, want string) {
 		return
 	}
 	t.Errorf("got %q, want %q", got, want)
+}
+
+func TestHistory(t *testing.T) {
+	want := []event{at(50, 60, begun, "a"), at(50, 60, committed, "a"), at(300, 310, dropped, "a"), at(320, 330, dropped, "")}
+	if diff := cmp.Diff(want, planted().history()); diff != "" {
+		t.Error(diff)
+	}
 }
 
 func TestMisdeeds(t *testing.T) {

@@ -29,6 +29,34 @@ func newLedger() *ledger {
 	return &ledger{files: map[string]file{}, segments: map[int64]*segment{}, snapshots: map[string]*snapshot{}}
 }
 
+// note changes the ledger, or reads it, while the clients are at work.
+func (l *ledger) note(fn func(l *ledger)) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	fn(l)
+}
+
+// idTag stands for the tag of a snapshot of which only the id is known.
+func idTag(id int64) string { return fmt.Sprintf("#%d", id) }
+
+// history returns what was noted of names, with the tags of snapshots that were
+// told by their ids: empty, which is any, where nobody learned whose the id is.
+func (l *ledger) history() []event {
+	tags := map[string]string{}
+	for _, s := range l.snapshots {
+		if s.id != 0 {
+			tags[idTag(s.id)] = s.tag
+		}
+	}
+	list := slices.Clone(l.events)
+	for i, e := range list {
+		if strings.HasPrefix(e.Tag, "#") {
+			list[i].Tag = tags[e.Tag]
+		}
+	}
+	return list
+}
+
 // file is an object that a client wrote, before it registered it.
 type file struct {
 	sum     [sha256.Size]byte

@@ -250,19 +250,12 @@ func trim(etag *string) string {
 	return string(bytes.Trim([]byte(*etag), `"`))
 }
 
-// note changes the ledger.
-func (w *worker) note(fn func(l *ledger)) {
-	w.l.mu.Lock()
-	defer w.l.mu.Unlock()
-	fn(w.l)
-}
-
 func (w *worker) add(ctx context.Context) error {
 	s, err := w.write(ctx)
 	if err != nil {
 		return err
 	}
-	w.note(func(l *ledger) { l.segments[s.GetId()].call = w.now() })
+	w.l.note(func(l *ledger) { l.segments[s.GetId()].call = w.now() })
 	end, from, to, _ := w.call(ctx, func(ctx context.Context, c *client.Client) error {
 		stream, err := c.Catalog.AddSegments(ctx)
 		if err != nil {
@@ -274,7 +267,7 @@ func (w *worker) add(ctx context.Context) error {
 		_, err = stream.CloseAndRecv()
 		return err
 	})
-	w.note(func(l *ledger) {
+	w.l.note(func(l *ledger) {
 		g := l.segments[s.GetId()]
 		g.call = from
 		switch end {
@@ -311,7 +304,7 @@ func (w *worker) compact(ctx context.Context) error {
 		_, err := c.Catalog.CompactSegments(ctx, req)
 		return err
 	})
-	w.note(func(l *ledger) {
+	w.l.note(func(l *ledger) {
 		g := l.segments[out.GetId()]
 		switch end {
 		case success:
@@ -347,7 +340,7 @@ func (w *worker) remove(ctx context.Context) error {
 		_, err := c.Catalog.DropSegments(ctx, &snapshotdv1.DropSegmentsRequest{Collection: w.ref(), SegmentIds: []int64{id}})
 		return err
 	})
-	w.note(func(l *ledger) {
+	w.l.note(func(l *ledger) {
 		g := l.segments[id]
 		switch end {
 		case success:
@@ -377,7 +370,7 @@ func (w *worker) createNamed(ctx context.Context, name string) error {
 	tag := w.tag()
 	req := &snapshotdv1.CreateSnapshotRequest{Collection: w.ref(), Name: name, Description: tag, RequestToken: client.NewRequestToken()}
 	s := &snapshot{tag: tag, name: name, call: w.now(), ret: forever}
-	w.note(func(l *ledger) { l.snapshots[tag] = s })
+	w.l.note(func(l *ledger) { l.snapshots[tag] = s })
 	var made *snapshotdv1.Snapshot
 	end, from, to, err := w.call(ctx, func(ctx context.Context, c *client.Client) error {
 		resp, err := c.Snapshots.CreateSnapshot(ctx, req)
@@ -391,7 +384,7 @@ func (w *worker) createNamed(ctx context.Context, name string) error {
 		}
 		return e
 	}
-	w.note(func(l *ledger) {
+	w.l.note(func(l *ledger) {
 		s.call = from
 		switch {
 		case end == success:
@@ -416,7 +409,7 @@ func (w *worker) createNamed(ctx context.Context, name string) error {
 	w.mu.Unlock()
 	content, end, _ := w.content(ctx, s.id)
 	if end == success {
-		w.note(func(*ledger) { s.content = content })
+		w.l.note(func(*ledger) { s.content = content })
 	}
 	return nil
 }
@@ -471,7 +464,7 @@ func (w *worker) seen(name string, s *snapshotdv1.Snapshot, from, to moment) {
 	default:
 		return // it was dropped while it was read
 	}
-	w.note(func(l *ledger) {
+	w.l.note(func(l *ledger) {
 		l.events = append(l.events, e)
 		mine := l.snapshots[e.Tag]
 		if mine == nil {
@@ -501,7 +494,7 @@ func (w *worker) getNamed(ctx context.Context, name string) error {
 	case end == success:
 		w.seen(name, got, from, to)
 	case status.Code(err) == codes.NotFound: // of a read, whatever came before
-		w.note(func(l *ledger) {
+		w.l.note(func(l *ledger) {
 			l.events = append(l.events, event{Client: w.id, Name: name, Kind: seenFree, Call: from, Return: to})
 		})
 	}
@@ -525,7 +518,7 @@ func (w *worker) list(ctx context.Context) error {
 			w.seen(name, got[i], from, to)
 			continue
 		}
-		w.note(func(l *ledger) {
+		w.l.note(func(l *ledger) {
 			l.events = append(l.events, event{Client: w.id, Name: name, Kind: seenNone, Call: from, Return: to})
 		})
 	}
@@ -542,12 +535,12 @@ func (w *worker) drop(ctx context.Context) error {
 		return err
 	})
 	e := event{Client: w.id, Name: name, Call: from, Return: to}
-	w.note(func(l *ledger) {
+	w.l.note(func(l *ledger) {
 		switch {
 		case end == success && id == 0:
 			e.Kind = seenFree
 		case end == success:
-			e.Kind, e.Tag = dropped, fmt.Sprintf("#%d", id)
+			e.Kind, e.Tag = dropped, idTag(id)
 			l.drops = append(l.drops, drop{name: name, id: id, call: from, ret: to})
 		case end == refused && client.Reason(err) == "SNAPSHOT_PENDING":
 			e.Kind = seenPending
@@ -592,7 +585,7 @@ func (w *worker) pinAWhile(ctx context.Context) error {
 		return nil
 	}
 	_ = wait(ctx, time.Duration(w.rand.IntN(300))*time.Millisecond)
-	w.note(func(l *ledger) { l.pins = append(l.pins, pin{id: s.id, from: to, to: w.now()}) })
+	w.l.note(func(l *ledger) { l.pins = append(l.pins, pin{id: s.id, from: to, to: w.now()}) })
 	_, _, _, _ = w.call(ctx, func(ctx context.Context, c *client.Client) error {
 		_, err := c.Snapshots.UnpinSnapshot(ctx, &snapshotdv1.UnpinSnapshotRequest{Snapshot: byID(s.id), PinId: made})
 		return err
@@ -618,11 +611,11 @@ func (w *worker) restoreAs(ctx context.Context, id int64, name string) int64 {
 	req := &snapshotdv1.RestoreSnapshotRequest{
 		Snapshot: byID(id), Target: &snapshotdv1.CollectionName{Name: name}, RequestToken: client.NewRequestToken(),
 	}
-	w.note(func(l *ledger) { l.restores = append(l.restores, r) })
+	w.l.note(func(l *ledger) { l.restores = append(l.restores, r) })
 	end, _, _, _ := w.call(ctx, func(ctx context.Context, c *client.Client) error {
 		resp, err := c.Snapshots.RestoreSnapshot(ctx, req)
 		if err == nil {
-			w.note(func(*ledger) { r.job, r.target = resp.GetJobId(), resp.GetCollectionId() })
+			w.l.note(func(*ledger) { r.job, r.target = resp.GetJobId(), resp.GetCollectionId() })
 		}
 		return err
 	})
@@ -633,7 +626,7 @@ func (w *worker) restoreAs(ctx context.Context, id int64, name string) int64 {
 		return r.job
 	}
 	if end == refused {
-		w.note(func(l *ledger) { l.restores = slices.DeleteFunc(l.restores, func(o *restore) bool { return o == r }) })
+		w.l.note(func(l *ledger) { l.restores = slices.DeleteFunc(l.restores, func(o *restore) bool { return o == r }) })
 	}
 	return 0
 }
