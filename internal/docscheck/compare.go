@@ -31,8 +31,10 @@ var masks = []struct {
 	{regexp.MustCompile(`(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\]):\d{2,5}\b`), "<address>"},
 	// 12 B, 3.4 MiB, 120MB/s
 	{regexp.MustCompile(`\b\d+(\.\d+)? ?([KMGTPE]i?)?B(/s)?\b`), "<size>"},
-	// 1h30m, 12.5ms
-	{regexp.MustCompile(`\b(\d+(\.\d+)?(ns|us|µs|ms|s|m|h|d))+\b`), "<duration>"},
+	// catalog revision 12, mod revision: 3: others write, too
+	{regexp.MustCompile(`\b(revision:?)\s+\d+`), "$1 <revision>"},
+	// 1h30m, 12.5ms, -45ms
+	{regexp.MustCompile(`(?:\B-)?\b(\d+(\.\d+)?(ns|us|µs|ms|s|m|h|d))+\b`), "<duration>"},
 	{regexp.MustCompile(`\d+\.\d{3,}`), "<number>"},
 	{regexp.MustCompile(`\d{4,}`), "<id>"},
 	// The rules of a table, and the blanks of its columns; JSON is free to have
