@@ -157,6 +157,7 @@ func run(t *testing.T, s scenario, seed uint64, bin string, during time.Duration
 	}
 	for ctx.Err() == nil { // the harm, over and over
 		s.harm(ctx, tr, chance)
+		tr.round++
 		_ = wait(ctx, time.Duration(200+chance.IntN(800))*time.Millisecond)
 	}
 	r.proxy.Plan()
