@@ -110,7 +110,7 @@ func FuzzCalls(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, input []byte) {
 		if len(input) > 4096 {
-			t.Skip()
+			return
 		}
 		virtual.Test(t, func(t *testing.T) {
 			v, err := validator()
