@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -16,6 +17,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
@@ -57,12 +59,11 @@ import (
 
 // Limits of a round.
 const (
-	maxDue    = 200_000         // units that one round grants in a collection
-	maxDueAll = 1_000_000       // in all of them
-	maxPark   = 10_000          // units that one round parks in a collection
-	maxSkew   = 5 * time.Minute // between the leader's clock and the store's
-	maxStops  = 64              // that are told
-	pageKeys  = 10_000          // of segments of a dropped collection
+	maxDue    = 200_000   // units that one round grants in a collection
+	maxDueAll = 1_000_000 // in all of them
+	maxPark   = 10_000    // units that one round parks in a collection
+	maxStops  = 64        // that are told
+	pageKeys  = 10_000    // of segments of a dropped collection
 )
 
 // StopUnits is from how many units on a round stops: fewer never stop one.
@@ -87,7 +88,7 @@ func (g *GC) Collect(ctx context.Context, o CollectOptions) (Summary, error) {
 		if ctx.Err() != nil {
 			return s, fmt.Errorf("collect: %w", err)
 		}
-		s.Error = clip(strings.TrimPrefix(s.Error+"; "+err.Error(), "; "))
+		s.Error = record.Clip(strings.TrimPrefix(s.Error+"; "+err.Error(), "; "), record.MaxText)
 	}
 	return s, nil
 }
@@ -133,7 +134,8 @@ type findings struct {
 	drop    time.Time // of the collection
 	units   int64
 	free    int64   // units that no reference holds
-	due     []ask   // those of them that the round takes up
+	due     []ask   // those of them that the round takes up, in key order
+	lying   []ask   // as due, of a dropped collection's segments, which are units where they lie
 	held    []int64 // units that one does, and that are not parked
 	waiting int64
 	err     error // why nothing of it is touched
@@ -184,7 +186,7 @@ func (r *round) run(ctx context.Context) (Summary, error) {
 		trouble = append(trouble, err)
 	}
 	if err := firstOf(trouble); err != nil {
-		r.summary.Error = clip(err.Error())
+		r.summary.Error = record.Clip(err.Error(), record.MaxText)
 	}
 	return r.summary, err
 }
@@ -199,15 +201,6 @@ func firstOfKind(errs []error, kind error) error {
 		}
 	}
 	return nil
-}
-
-// clip bounds a text that goes into a record.
-func clip(text string) string {
-	const most = 1024
-	if len(text) > most {
-		text = text[:most] + "…"
-	}
-	return strings.ToValidUTF8(text, "")
 }
 
 // collections reads what collections there are. RESTORING ones are their jobs'.
@@ -274,6 +267,7 @@ func (r *round) units(ctx context.Context, collections map[int64]*findings) erro
 	if r.only != 0 {
 		from, to = meta.Prefix(keys.UnitPrefix(r.only))
 	}
+	rec := &storagev1.UnitHead{}
 	_, err := r.g.kv.Scan(ctx, from, to, 0, func(batch []meta.KeyValue) error {
 		for _, kv := range batch {
 			collection, id, err := keys.LastTwo(kv.Key)
@@ -284,8 +278,7 @@ func (r *round) units(ctx context.Context, collections map[int64]*findings) erro
 			if f == nil {
 				continue // RESTORING, unreadable, or newer than our look
 			}
-			rec := &storagev1.Unit{}
-			if err := record.Decode(kv, rec); err != nil {
+			if err := record.DecodeHead(kv, rec); err != nil {
 				f.err = err
 				continue
 			}
@@ -299,7 +292,7 @@ func (r *round) units(ctx context.Context, collections map[int64]*findings) erro
 }
 
 // unit sorts one unit.
-func (r *round) unit(ctx context.Context, f *findings, id int64, rec *storagev1.Unit) error {
+func (r *round) unit(ctx context.Context, f *findings, id int64, rec *storagev1.UnitHead) error {
 	f.units++
 	kind := ItemKind(rec.GetKind())
 	item := Item{Kind: kind, Collection: f.id, ID: id, DropTime: record.Time(rec.GetDropTime())}
@@ -333,15 +326,15 @@ func (r *round) unit(ctx context.Context, f *findings, id int64, rec *storagev1.
 		r.summary.Waiting++
 		return r.tell(item, Waits, r.waits(item.DropTime))
 	}
-	f.add(r, ask{unit: id, build: kind == ItemBuild})
+	r.add(f, &f.due, ask{unit: id, build: kind == ItemBuild})
 	return nil
 }
 
 // add takes a unit up for this round, if there is room.
-func (f *findings) add(r *round, a ask) {
-	if f.free++; r.room > 0 && len(f.due) < maxDue {
+func (r *round) add(f *findings, list *[]ask, a ask) {
+	if f.free++; r.room > 0 && len(f.due)+len(f.lying) < maxDue {
 		r.room--
-		f.due = append(f.due, a)
+		*list = append(*list, a)
 	}
 }
 
@@ -396,13 +389,11 @@ func (r *round) readClock(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("nothing is collected: read the clock of store %s: %w", r.g.o.SnapshotStore, err)
 	}
-	if skew := r.now.Sub(now); skew.Abs() > maxSkew {
-		return fmt.Errorf("nothing is collected: this replica's clock says %s and the clock of store %s says %s; set them right",
-			r.now.UTC().Format(time.RFC3339), r.g.o.SnapshotStore, now.UTC().Format(time.RFC3339))
+	now, err = object.EarlierClock(r.g.o.SnapshotStore, r.now, now)
+	if err != nil {
+		return fmt.Errorf("nothing is collected: %w", err)
 	}
-	if now.Before(r.now) {
-		r.now = now
-	}
+	r.now = now
 	return nil
 }
 
@@ -467,7 +458,7 @@ func (r *round) collection(ctx context.Context, f *findings) error {
 		return errors.Join(parkErr, err)
 	}
 	granted, err := r.grantAll(ctx, f)
-	if int64(len(f.due)) < f.free && granted > 0 {
+	if int64(len(f.due)+len(f.lying)) < f.free && granted > 0 {
 		r.again = true
 	}
 	if err := errors.Join(parkErr, err); err != nil {
@@ -519,7 +510,7 @@ func (r *round) leftBehind(ctx context.Context, f *findings) error {
 					f.waiting++
 					r.summary.Waiting++
 				} else {
-					f.add(r, ask{unit: id})
+					r.add(f, &f.lying, ask{unit: id})
 				}
 				continue
 			}
@@ -609,41 +600,41 @@ func tooMuch(due, total int64, share float64) bool { return float64(due) > share
 // grantAll grants what was taken up, and says how much of it nobody holds. Where
 // the round stops, it only tells of it.
 func (r *round) grantAll(ctx context.Context, f *findings) (granted int64, err error) {
-	if len(f.due) == 0 {
+	if len(f.due)+len(f.lying) == 0 {
 		return 0, nil
 	}
 	col, err := r.g.o.Catalog.Collection(ctx, catalog.Ref{ID: f.id})
 	if err != nil {
 		return 0, err
 	}
-	var to *grant
-	if !r.o.DryRun {
-		to = &grant{deleter: BySnapshotd, caller: "collector"}
-	}
 	before := r.summary.Granted
 	var trouble []error // under r.mu
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(batchInFlight)
-	for from := 0; from < len(f.due); from += batchUnits {
-		part := f.due[from:min(from+batchUnits, len(f.due))]
-		group.Go(func() error {
-			err := r.grantBatch(groupCtx, &col, f, part, to)
-			if !errors.Is(err, record.ErrUnreadable) {
-				return err
-			}
-			for i := range part { // one that cannot be read does not keep the others
-				err := r.grantBatch(groupCtx, &col, f, part[i:i+1], to)
-				switch {
-				case errors.Is(err, record.ErrUnreadable):
-					r.mu.Lock()
-					trouble = append(trouble, err)
-					r.mu.Unlock()
-				case err != nil:
+	for _, list := range []struct {
+		units []ask
+		lie   place
+	}{{f.due, keys.Unit}, {f.lying, keys.Segment}} {
+		for part := range slices.Chunk(list.units, batchUnits) {
+			group.Go(func() error {
+				err := r.grantBatch(groupCtx, &col, f, part, list.lie)
+				if !errors.Is(err, record.ErrUnreadable) {
 					return err
 				}
-			}
-			return nil
-		})
+				for i := range part { // one that cannot be read does not keep the others
+					err := r.grantBatch(groupCtx, &col, f, part[i:i+1], list.lie)
+					switch {
+					case errors.Is(err, record.ErrUnreadable):
+						r.mu.Lock()
+						trouble = append(trouble, err)
+						r.mu.Unlock()
+					case err != nil:
+						return err
+					}
+				}
+				return nil
+			})
+		}
 	}
 	if err = group.Wait(); err == nil {
 		err = firstOf(trouble)
@@ -651,10 +642,16 @@ func (r *round) grantAll(ctx context.Context, f *findings) (granted int64, err e
 	return r.summary.Granted - before, err
 }
 
-// grantBatch decides on units, grants those that nobody holds unless to is nil,
-// and tells of them.
-func (r *round) grantBatch(ctx context.Context, col *catalog.Collection, f *findings, units []ask, to *grant) error {
-	answers, err := r.g.decideBatch(ctx, col, units, to)
+// grantBatch decides on units whose records lie at a place, grants those that
+// nobody holds unless it is a dry run, and tells of them.
+func (r *round) grantBatch(ctx context.Context, col *catalog.Collection, f *findings, units []ask, lie place) error {
+	var to *grant
+	if r.o.DryRun {
+		lie = nil
+	} else {
+		to = &grant{deleter: BySnapshotd, caller: "collector"}
+	}
+	answers, err := r.g.decideBatch(ctx, col, units, lie, to)
 	if err != nil {
 		return err
 	}

@@ -29,7 +29,8 @@
 //	         units, their tombstones. The references are looked at after that,
 //	         in an index that is at that revision or beyond
 //	grant    compares: generation as read; no pending key, or only such as are
-//	         younger than every unit's drop; each unit as read; no /behind
+//	         younger than every unit's drop; each unit as read, and no tombstone
+//	         of it; of a segment of a dropped collection no unit; no /behind
 //	         puts: tombstones with the units' records; deletes: the units
 //	confirm  (all files are deleted) compares: tombstone as read; when snapshotd
 //	         is the deleter, leader's election key

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"slices"
 	"sync"
 	"time"
@@ -487,8 +488,8 @@ func toldOf(err error) error {
 
 // wanted is what a unit is held by.
 type wanted struct {
-	segment, build int64    // one of them, the other 0
-	files          []uint64 // hashes of its files that another thing may have as foreign ones
+	segment, build int64            // one of them, the other 0
+	files          iter.Seq[uint64] // hashes of its files that another thing may have as foreign ones; nil: none
 }
 
 // holders returns the snapshots of a collection that reference w, the newest
@@ -499,10 +500,7 @@ type wanted struct {
 func (x *index) holders(id int64, w wanted) (list []SnapshotHolder, total int) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	foreign := false
-	if len(x.foreign) > 0 {
-		foreign = slices.ContainsFunc(w.files, func(hash uint64) bool { return x.foreign[hash] > 0 })
-	}
+	foreign := w.hasFile(len(x.foreign), func(hash uint64) bool { return x.foreign[hash] > 0 })
 	c := x.collections[id]
 	if c == nil {
 		if foreign {
@@ -546,10 +544,24 @@ func (e *entry) references(w wanted) bool {
 	case w.segment != 0 && e.refs.segments.has(w.segment), w.build != 0 && e.refs.builds.has(w.build):
 		return true
 	}
-	return slices.ContainsFunc(w.files, func(hash uint64) bool {
+	return w.hasFile(len(e.refs.files), func(hash uint64) bool {
 		_, found := slices.BinarySearch(e.refs.files, hash)
 		return found
 	})
+}
+
+// hasFile says whether one of its files is among so many others. To hash them is
+// what costs, and mostly there are no others.
+func (w *wanted) hasFile(others int, among func(hash uint64) bool) bool {
+	if others == 0 || w.files == nil {
+		return false
+	}
+	for hash := range w.files {
+		if among(hash) {
+			return true
+		}
+	}
+	return false
 }
 
 func (x *index) stats() Stats {

@@ -487,7 +487,7 @@ func (g *GC) referenced(key string, claims []claim) bool {
 
 // wantedOf is what a snapshot would reference of a file.
 func wantedOf(c claim, key string) []wanted {
-	files := []uint64{manifest.FileHash(c.col.Roots[c.root].Store, key)}
+	files := slices.Values([]uint64{manifest.FileHash(c.col.Roots[c.root].Store, key)})
 	collection, _, id, ok := segment.NativePlace(c.path)
 	if ok && collection == c.col.ID {
 		list := []wanted{{segment: id, files: files}}

@@ -23,7 +23,7 @@ import (
 // Limits of one decision.
 const (
 	maxHolders    = 8         // that are named
-	batchUnits    = 40        // three keys of each are read, two written, in one transaction
+	batchUnits    = 40        // three keys of each are read, three compared, two written, in one transaction
 	batchBytes    = 768 << 10 // of records in one transaction
 	batchInFlight = 8
 	maxAttempts   = 16
@@ -142,7 +142,7 @@ func (g *GC) decide(ctx context.Context, ref catalog.Ref, asks []Ask, to *grant)
 		at := n
 		n++
 		group.Go(func() (err error) {
-			results[at], err = g.decideBatch(groupCtx, &col, part, to)
+			results[at], err = g.decideBatch(groupCtx, &col, part, nil, to)
 			return err
 		})
 	}
@@ -221,26 +221,38 @@ type unitState struct {
 	held *heldObject // that the record of a parked unit lies in
 }
 
+// around are the reads of what is decided on besides the units.
+func around(collection int64) []meta.Op {
+	from, to := meta.Prefix(keys.PendingPrefix(collection))
+	return []meta.Op{meta.Get(keys.Generation(collection)), meta.GetRange(from, to), meta.Get(keys.Behind)}
+}
+
+// premisesOf begins the premises of n units with what around has read.
+func premisesOf(res *meta.TxnResult, n int) *premises {
+	p := &premises{revision: res.Revision, pending: res.Ranges[1], units: make([]unitState, n)}
+	for _, kv := range res.Ranges[0] {
+		p.generation = kv.ModRevision
+	}
+	p.behind = epoch.Blocked(res.Ranges[2])
+	return p
+}
+
+// readPremises reads what the decision on units is made on.
 func (g *GC) readPremises(ctx context.Context, col *catalog.Collection, units []ask) (*premises, error) {
 	collection := col.ID
-	from, to := meta.Prefix(keys.PendingPrefix(collection))
-	gets := []meta.Op{meta.Get(keys.Generation(collection)), meta.GetRange(from, to)}
+	gets := around(collection)
+	first := len(gets)
 	for _, u := range units {
 		gets = append(gets, meta.Get(keys.Unit(collection, u.unit)), meta.Get(keys.Tomb(collection, u.unit)),
 			meta.Get(keys.Segment(collection, u.unit)))
 	}
-	gets = append(gets, meta.Get(keys.Behind))
 	res, err := g.kv.Txn(ctx, meta.Txn{Then: gets})
 	if err != nil {
 		return nil, fmt.Errorf("read units: %w", err)
 	}
-	p := &premises{revision: res.Revision, pending: res.Ranges[1], units: make([]unitState, len(units))}
-	p.behind = epoch.Blocked(res.Ranges[len(gets)-1])
-	for _, kv := range res.Ranges[0] {
-		p.generation = kv.ModRevision
-	}
+	p := premisesOf(&res, len(units))
 	for i := range units {
-		s, got := &p.units[i], res.Ranges[2+3*i:]
+		s, got := &p.units[i], res.Ranges[first+3*i:]
 		s.live = len(got[2]) > 0
 		for _, kv := range got[0] {
 			if err := s.read(collection, units[i].unit, kv); err != nil {
@@ -254,6 +266,40 @@ func (g *GC) readPremises(ctx context.Context, col *catalog.Collection, units []
 		}
 		if s.live && col.State == catalog.Dropping && s.unit == nil && s.tomb == nil {
 			if err := s.droppedWith(col, got[2][0]); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return p, nil
+}
+
+// place is the key of a unit's record: keys.Unit, or keys.Segment of a segment of
+// a dropped collection.
+type place func(collection, id int64) string
+
+// readUnits reads as much as it takes to grant units of which it is known where
+// their records lie: neither whether they have tombstones nor what else has their
+// ids. The grant compares that there is none.
+func (g *GC) readUnits(ctx context.Context, col *catalog.Collection, units []ask, lie place) (*premises, error) {
+	gets := around(col.ID)
+	first := len(gets)
+	for _, u := range units {
+		gets = append(gets, meta.Get(lie(col.ID, u.unit)))
+	}
+	res, err := g.kv.Txn(ctx, meta.Txn{Then: gets})
+	if err != nil {
+		return nil, fmt.Errorf("read units: %w", err)
+	}
+	p := premisesOf(&res, len(units))
+	for i := range units {
+		s := &p.units[i]
+		for _, kv := range res.Ranges[first+i] {
+			if kv.Key == keys.Unit(col.ID, units[i].unit) {
+				err = s.read(col.ID, units[i].unit, kv)
+			} else {
+				err = s.droppedWith(col, kv)
+			}
+			if err != nil {
 				return nil, err
 			}
 		}
@@ -283,16 +329,24 @@ func (s *unitState) droppedWith(col *catalog.Collection, kv meta.KeyValue) error
 	return nil
 }
 
-// decideBatch answers for units, few enough for one transaction.
-func (g *GC) decideBatch(ctx context.Context, col *catalog.Collection, units []ask, to *grant) ([]Answer, error) {
+// decideBatch answers for units, few enough for one transaction. lie says where
+// the records of units lie that are to be granted; nil: it is not known.
+func (g *GC) decideBatch(ctx context.Context, col *catalog.Collection, units []ask, lie place, to *grant) ([]Answer, error) {
 	for attempt := 0; attempt < maxAttempts; {
 		if err := meta.Pause(ctx, attempt); err != nil {
 			return nil, err
 		}
-		p, err := g.readPremises(ctx, col, units)
+		var p *premises
+		var err error
+		if lie != nil {
+			p, err = g.readUnits(ctx, col, units, lie)
+		} else {
+			p, err = g.readPremises(ctx, col, units)
+		}
 		if err != nil {
 			return nil, err
 		}
+		lie = nil // another attempt reads all of it
 		// The generation was read before the references are looked at.
 		if err := g.refs.ready(ctx, col.ID, p.revision); err != nil {
 			return nil, err
@@ -408,9 +462,11 @@ func heldBy(col *catalog.Collection, u *catalog.Unit) wanted {
 	if u.Parked { // its files are looked at when its id does not hold it
 		return w
 	}
-	for f := range u.Owned() {
-		if f.Root < len(col.Roots) {
-			w.files = append(w.files, manifest.FileHash(col.Roots[f.Root].Store, col.Roots[f.Root].Prefix+f.Path))
+	w.files = func(yield func(uint64) bool) {
+		for f := range u.Owned() {
+			if f.Root < len(col.Roots) && !yield(manifest.FileHash(col.Roots[f.Root].Store, col.Roots[f.Root].Prefix+f.Path)) {
+				return
+			}
 		}
 	}
 	return w
@@ -441,7 +497,10 @@ func (g *GC) grant(ctx context.Context, collection int64, p *premises, free []in
 		rec := &storagev1.Tombstone{
 			Format: record.Format, Unit: s.rec, Deleter: uint32(to.deleter), Caller: to.caller, GrantTime: now.UnixNano(), Op: op,
 		}
-		txn.If = append(txn.If, meta.Unchanged(s.kv.Key, s.kv.ModRevision))
+		txn.If = append(txn.If, meta.Unchanged(s.kv.Key, s.kv.ModRevision), meta.Absent(keys.Tomb(collection, s.unit.ID)))
+		if own := keys.Unit(collection, s.unit.ID); own != s.kv.Key { // it is a segment of a dropped collection
+			txn.If = append(txn.If, meta.Absent(own))
+		}
 		txn.Then = append(txn.Then, meta.Put(keys.Tomb(collection, s.unit.ID), record.Encode(rec)), meta.Delete(s.kv.Key))
 		answers[i] = Answer{State: Granted, Tombstone: &Tombstone{
 			ID: s.unit.ID, Collection: collection, Unit: *s.unit, Deleter: to.deleter, Caller: to.caller, GrantTime: now,

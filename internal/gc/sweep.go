@@ -356,7 +356,7 @@ func (s *sweep) page(ctx context.Context, alias string, now time.Time, page []ob
 		switch {
 		case deleteErr == nil:
 		case ctx.Err() == nil && len(failedKeys(deleteErr)) > 0: // others go all the same
-			s.undeleted = append(s.undeleted, errors.New(clip(deleteErr.Error())))
+			s.undeleted = append(s.undeleted, errors.New(record.Clip(deleteErr.Error(), record.MaxText)))
 		default:
 			err = deleteErr
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -25,28 +26,37 @@ import (
 const (
 	deletesInFlight = 8  // batches at once
 	deleteUnits     = 80 // tombstones in a batch, which one or two transactions remove
-	doomedGets      = 20 // tombstones that one transaction reads
+	doomedReads     = 20 // tombstones that are read at once
 	doomedBytes     = 8 << 20
-	deleteBatch     = 1000 // objects at a time, as many as one request of S3 takes
+	keptBytes       = 32 << 20 // of records that are kept until their turn
+	deleteBatch     = 1000     // objects at a time, as many as one request of S3 takes
 	// batchLinger is how long a batch that is not full waits for more while others
 	// are under way.
 	batchLinger = 50 * time.Millisecond
 )
 
-// tombs is which tombstones there are, kept current by a watch. What is done
-// about one is decided by reading it.
+// tombs is which tombstones there are, kept current by a watch, with the records
+// of as many as fit. Before anything is done about one, it is looked whether it
+// still is as it says.
 type tombs struct {
 	follower *follow.Follower
 	log      *zap.Logger
 	wake     chan struct{} // size one; there may be something to delete
 
 	mu   sync.Mutex
-	ours map[string]bool      // keys of those that snapshotd deletes
+	ours map[string]granted   // by key, those that snapshotd deletes
+	size int                  // bytes of their records
 	his  map[string]time.Time // keys of those that callers delete, with when they were granted
 }
 
+// granted is a tombstone that snapshotd works off.
+type granted struct {
+	kv meta.KeyValue // its value is nil where there was no room for it
+	at int64         // Unix nanoseconds of the grant
+}
+
 func newTombs(o *Options) *tombs {
-	t := &tombs{log: o.Log, wake: make(chan struct{}, 1), ours: map[string]bool{}, his: map[string]time.Time{}}
+	t := &tombs{log: o.Log, wake: make(chan struct{}, 1), ours: map[string]granted{}, his: map[string]time.Time{}}
 	from, to := meta.Prefix(keys.AllTombsPrefix)
 	t.follower = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: t, Log: o.Log, Rand: o.Jitter})
 	return t
@@ -56,7 +66,7 @@ func newTombs(o *Options) *tombs {
 func (t *tombs) Reset(kvs []meta.KeyValue, _ int64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.ours, t.his = map[string]bool{}, map[string]time.Time{}
+	t.ours, t.size, t.his = map[string]granted{}, 0, map[string]time.Time{}
 	for _, kv := range kvs {
 		t.put(kv)
 	}
@@ -67,18 +77,18 @@ func (t *tombs) Apply(events []meta.Event, _ int64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, e := range events {
-		if e.Deleted {
-			delete(t.ours, e.KV.Key)
-			delete(t.his, e.KV.Key)
-		} else {
+		t.size -= len(t.ours[e.KV.Key].kv.Value)
+		delete(t.ours, e.KV.Key)
+		delete(t.his, e.KV.Key)
+		if !e.Deleted {
 			t.put(e.KV)
 		}
 	}
 }
 
 func (t *tombs) put(kv meta.KeyValue) {
-	rec := &storagev1.Tombstone{}
-	if err := record.Decode(kv, rec); err != nil {
+	rec := &storagev1.TombstoneHead{}
+	if err := record.DecodeHead(kv, rec); err != nil {
 		t.log.Error("tombstone is left alone", zap.String("key", kv.Key), zap.Error(err))
 		return
 	}
@@ -86,7 +96,11 @@ func (t *tombs) put(kv meta.KeyValue) {
 		t.his[kv.Key] = time.Unix(0, rec.GetGrantTime())
 		return
 	}
-	t.ours[kv.Key] = true
+	if t.size+len(kv.Value) > keptBytes {
+		kv.Value = nil
+	}
+	t.size += len(kv.Value)
+	t.ours[kv.Key] = granted{kv, rec.GetGrantTime()}
 	t.again()
 }
 
@@ -122,6 +136,65 @@ func (t *tombs) work(tried map[string]bool) []string {
 	return list
 }
 
+// kept returns the records of tombstones, nil when one of them was not kept.
+func (t *tombs) kept(list []string) []meta.KeyValue {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	kvs := make([]meta.KeyValue, len(list))
+	for i, key := range list {
+		if kvs[i] = t.ours[key].kv; kvs[i].Value == nil {
+			return nil
+		}
+	}
+	return kvs
+}
+
+// waiting says whether files of a unit are still to be deleted that snapshotd was
+// granted up to a time, in one collection or, with 0, in all.
+func (t *tombs) waiting(collection int64, until time.Time) bool {
+	prefix := keys.AllTombsPrefix
+	if collection > 0 {
+		prefix = keys.TombPrefix(collection)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for key, g := range t.ours {
+		if g.at <= until.UnixNano() && strings.HasPrefix(key, prefix) {
+			return true
+		}
+	}
+	return false
+}
+
+// Looks at what is left to delete.
+const (
+	firstLook = 20 * time.Millisecond  // until the second
+	maxLook   = 500 * time.Millisecond // between two
+)
+
+// AwaitDeleted waits until the files of all units are deleted that were granted
+// to snapshotd up to a time, in one collection or, with 0, in all. It waits for
+// what other calls were granted, too, and for ever when a file cannot be deleted:
+// the end of ctx ends it, with the error of ctx.
+func (g *GC) AwaitDeleted(ctx context.Context, collection int64, granted time.Time) error {
+	if _, err := g.tombs.follower.Sync(ctx); err != nil {
+		return err
+	}
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for look := firstLook; ; look = min(2*look, maxLook) {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-timer.C:
+		}
+		if !g.tombs.waiting(collection, granted) {
+			return nil
+		}
+		timer.Reset(look)
+	}
+}
+
 // deleteGranted works off the tombstones that are snapshotd's, until ctx ends.
 // Trouble is logged and met again later.
 func (g *GC) deleteGranted(ctx context.Context, fence meta.Cond) error {
@@ -138,7 +211,7 @@ func (g *GC) deleteGranted(ctx context.Context, fence meta.Cond) error {
 		err := g.deletePass(ctx, fence)
 		g.trouble.Store(nil)
 		if err != nil && ctx.Err() == nil {
-			text := clip(err.Error())
+			text := record.Clip(err.Error(), record.MaxText)
 			g.trouble.Store(&text)
 			g.log.Warn("deleting what was reclaimed met trouble and will go on later", zap.Error(err))
 			wait /= 10
@@ -296,37 +369,98 @@ func (g *GC) deleteUnits(ctx context.Context, tombs []string, fence meta.Cond) e
 	return firstOf(errs)
 }
 
-// readDoomed reads the tombstones that are still there. Those that cannot be read
-// are left out, and unreadable has their errors. When they are large, the last of
-// them are left for the next pass.
+// readDoomed returns the tombstones of a batch that are still there. Those that
+// cannot be read are left out, and unreadable has their errors. When they are
+// large, the last of them are left for the next pass.
 func (g *GC) readDoomed(ctx context.Context, tombs []string) (units []*doomed, unreadable []error, err error) {
-	size := 0
-	for part := range slices.Chunk(tombs, doomedGets) {
-		if size > doomedBytes {
-			g.tombs.again()
-			break
-		}
-		gets := make([]meta.Op, len(part))
-		for i, key := range part {
-			gets[i] = meta.Get(key)
-		}
-		res, err := g.kv.Txn(ctx, meta.Txn{Then: gets})
-		if err != nil {
-			return nil, nil, err
-		}
-		for _, kvs := range res.Ranges {
-			for _, kv := range kvs {
-				size += len(kv.Value)
-				t, err := DecodeTombstone(kv)
-				if err != nil {
-					unreadable = append(unreadable, err)
-					continue
-				}
-				units = append(units, &doomed{tombstone: t, kv: kv})
+	kvs, err := g.keptOf(ctx, tombs)
+	if err != nil {
+		return nil, nil, err
+	}
+	if kvs == nil {
+		size := 0
+		for part := range slices.Chunk(tombs, doomedReads) {
+			if size > doomedBytes {
+				g.tombs.again()
+				break
 			}
+			read, err := readMany(ctx, g.kv, part)
+			if err != nil {
+				return nil, nil, err
+			}
+			for _, kv := range read {
+				size += len(kv.Value)
+			}
+			kvs = append(kvs, read...)
 		}
 	}
+	for _, kv := range kvs {
+		if kv.Key == "" { // it is gone
+			continue
+		}
+		t, err := DecodeTombstone(kv)
+		if err != nil {
+			unreadable = append(unreadable, err)
+			continue
+		}
+		units = append(units, &doomed{tombstone: t, kv: kv})
+	}
 	return units, unreadable, nil
+}
+
+// keptOf returns the records of tombstones if they were kept and are current;
+// nil: they are to be read.
+func (g *GC) keptOf(ctx context.Context, tombs []string) ([]meta.KeyValue, error) {
+	kvs := g.tombs.kept(tombs)
+	if kvs == nil {
+		return nil, nil
+	}
+	var look meta.Txn
+	for _, kv := range kvs {
+		look.If = append(look.If, meta.Unchanged(kv.Key, kv.ModRevision))
+	}
+	res, err := g.kv.Txn(ctx, look)
+	if err != nil || !res.Succeeded {
+		return nil, err
+	}
+	return kvs, nil
+}
+
+// readMany reads records by their keys, which are in order and fit into one
+// transaction. Those that are not there are left empty. Records mostly lie side by
+// side, and then a range costs the store less than as many gets; what it does not
+// reach, for others lie between, is read one by one.
+func readMany(ctx context.Context, kv meta.KV, wanted []string) ([]meta.KeyValue, error) {
+	found := make([]meta.KeyValue, len(wanted))
+	last := wanted[len(wanted)-1]
+	span, err := kv.Range(ctx, meta.Range{From: wanted[0], To: last + "\x00", Limit: len(wanted)})
+	if err != nil {
+		return nil, err
+	}
+	for _, kv := range span.KVs {
+		if at, ok := slices.BinarySearch(wanted, kv.Key); ok {
+			found[at] = kv
+		}
+	}
+	if !span.More {
+		return found, nil
+	}
+	end := span.KVs[len(span.KVs)-1].Key
+	rest, _ := slices.BinarySearch(wanted, end+"\x00")
+	gets := make([]meta.Op, 0, len(wanted)-rest)
+	for _, key := range wanted[rest:] {
+		gets = append(gets, meta.Get(key))
+	}
+	res, err := kv.Txn(ctx, meta.Txn{Then: gets})
+	if err != nil {
+		return nil, err
+	}
+	for i, kvs := range res.Ranges {
+		for _, kv := range kvs {
+			found[rest+i] = kv
+		}
+	}
+	return found, nil
 }
 
 // removeTombs removes tombstones whose files are deleted, all or, where one was

@@ -3,7 +3,6 @@ package manager
 import (
 	"context"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
@@ -62,13 +61,6 @@ func roundOf(rec *storagev1.Round) *gc.Summary {
 	return s
 }
 
-// Looks at what is left to delete.
-const (
-	firstLook = 20 * time.Millisecond // until the second
-	maxLook   = time.Second           // between two
-	listLook  = 100                   // tombstones
-)
-
 // AwaitDeleted waits until the files of all units are deleted that were granted
 // to snapshotd up to a time, in one collection or, with the zero Ref, in all. It
 // waits for what other calls were granted, too, and for ever when a file cannot
@@ -81,34 +73,5 @@ func (m *Manager) AwaitDeleted(ctx context.Context, ref catalog.Ref, granted tim
 			return err
 		}
 	}
-	// In key order. What is granted behind the place that was reached was granted
-	// too late to count.
-	var collection, unit int64
-	for look := firstLook; ; {
-		list, more, err := m.gc.List(ctx, only, gc.BySnapshotd, collection, unit, listLook)
-		if err != nil {
-			return err
-		}
-		waits := slices.IndexFunc(list, func(t *gc.Tombstone) bool { return !t.GrantTime.After(granted) })
-		if waits < 0 {
-			if !more {
-				return nil
-			}
-			waits = len(list)
-		}
-		if waits > 0 {
-			collection, unit = list[waits-1].Collection, list[waits-1].ID
-		}
-		if waits == len(list) {
-			continue
-		}
-		timer := time.NewTimer(look)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return ctx.Err()
-		case <-timer.C:
-		}
-		look = min(2*look, maxLook)
-	}
+	return m.gc.AwaitDeleted(ctx, only, granted)
 }

@@ -44,7 +44,17 @@ func Encode(m Message) []byte {
 
 // Decode reads kv into m. The error wraps ErrUnreadable and names the key.
 func Decode(kv meta.KeyValue, m Message) error {
-	if err := proto.Unmarshal(kv.Value, m); err != nil {
+	return decode(kv, m, proto.UnmarshalOptions{})
+}
+
+// DecodeHead is Decode into a message that has some of the record's fields. The
+// others are passed over.
+func DecodeHead(kv meta.KeyValue, m Message) error {
+	return decode(kv, m, proto.UnmarshalOptions{DiscardUnknown: true})
+}
+
+func decode(kv meta.KeyValue, m Message, o proto.UnmarshalOptions) error {
+	if err := o.Unmarshal(kv.Value, m); err != nil {
 		return fmt.Errorf("%w at %s: %w", ErrUnreadable, kv.Key, err)
 	}
 	if m.GetFormat() != Format {

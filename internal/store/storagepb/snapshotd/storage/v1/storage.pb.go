@@ -2107,6 +2107,88 @@ func (x *Unit) GetParked() *Parked {
 	return nil
 }
 
+// UnitHead is a Unit without its segment, for who does not look at that.
+type UnitHead struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As Unit has it.
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// As Unit has it.
+	Kind uint32 `protobuf:"varint,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	// As Unit has it.
+	SegmentId int64 `protobuf:"varint,3,opt,name=segment_id,json=segmentId,proto3" json:"segment_id,omitempty"`
+	// As Unit has it.
+	DropTime int64 `protobuf:"varint,6,opt,name=drop_time,json=dropTime,proto3" json:"drop_time,omitempty"`
+	// As Unit has it.
+	Parked        *Parked `protobuf:"bytes,7,opt,name=parked,proto3" json:"parked,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnitHead) Reset() {
+	*x = UnitHead{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnitHead) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnitHead) ProtoMessage() {}
+
+func (x *UnitHead) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnitHead.ProtoReflect.Descriptor instead.
+func (*UnitHead) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *UnitHead) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *UnitHead) GetKind() uint32 {
+	if x != nil {
+		return x.Kind
+	}
+	return 0
+}
+
+func (x *UnitHead) GetSegmentId() int64 {
+	if x != nil {
+		return x.SegmentId
+	}
+	return 0
+}
+
+func (x *UnitHead) GetDropTime() int64 {
+	if x != nil {
+		return x.DropTime
+	}
+	return 0
+}
+
+func (x *UnitHead) GetParked() *Parked {
+	if x != nil {
+		return x.Parked
+	}
+	return nil
+}
+
 // Parked says where a unit's record lies that a snapshot holds for long.
 type Parked struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2122,7 +2204,7 @@ type Parked struct {
 
 func (x *Parked) Reset() {
 	*x = Parked{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[21]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2134,7 +2216,7 @@ func (x *Parked) String() string {
 func (*Parked) ProtoMessage() {}
 
 func (x *Parked) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[21]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2147,7 +2229,7 @@ func (x *Parked) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Parked.ProtoReflect.Descriptor instead.
 func (*Parked) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{21}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Parked) GetStore() string {
@@ -2228,7 +2310,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[22]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2240,7 +2322,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[22]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2253,7 +2335,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{22}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Snapshot) GetFormat() uint32 {
@@ -2439,7 +2521,7 @@ type Cut struct {
 
 func (x *Cut) Reset() {
 	*x = Cut{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2451,7 +2533,7 @@ func (x *Cut) String() string {
 func (*Cut) ProtoMessage() {}
 
 func (x *Cut) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2464,7 +2546,7 @@ func (x *Cut) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cut.ProtoReflect.Descriptor instead.
 func (*Cut) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{23}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Cut) GetChannel() string {
@@ -2509,7 +2591,7 @@ type Totals struct {
 
 func (x *Totals) Reset() {
 	*x = Totals{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2521,7 +2603,7 @@ func (x *Totals) String() string {
 func (*Totals) ProtoMessage() {}
 
 func (x *Totals) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2534,7 +2616,7 @@ func (x *Totals) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Totals.ProtoReflect.Descriptor instead.
 func (*Totals) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{24}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Totals) GetSegments() int64 {
@@ -2593,7 +2675,7 @@ type Pending struct {
 
 func (x *Pending) Reset() {
 	*x = Pending{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2605,7 +2687,7 @@ func (x *Pending) String() string {
 func (*Pending) ProtoMessage() {}
 
 func (x *Pending) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2618,7 +2700,7 @@ func (x *Pending) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pending.ProtoReflect.Descriptor instead.
 func (*Pending) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{25}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Pending) GetFormat() uint32 {
@@ -2661,7 +2743,7 @@ type Request struct {
 
 func (x *Request) Reset() {
 	*x = Request{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2673,7 +2755,7 @@ func (x *Request) String() string {
 func (*Request) ProtoMessage() {}
 
 func (x *Request) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2686,7 +2768,7 @@ func (x *Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Request.ProtoReflect.Descriptor instead.
 func (*Request) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{26}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Request) GetFormat() uint32 {
@@ -2759,7 +2841,7 @@ type Generation struct {
 
 func (x *Generation) Reset() {
 	*x = Generation{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2771,7 +2853,7 @@ func (x *Generation) String() string {
 func (*Generation) ProtoMessage() {}
 
 func (x *Generation) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2784,7 +2866,7 @@ func (x *Generation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generation.ProtoReflect.Descriptor instead.
 func (*Generation) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{27}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Generation) GetFormat() uint32 {
@@ -2827,7 +2909,7 @@ type Pin struct {
 
 func (x *Pin) Reset() {
 	*x = Pin{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2839,7 +2921,7 @@ func (x *Pin) String() string {
 func (*Pin) ProtoMessage() {}
 
 func (x *Pin) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2852,7 +2934,7 @@ func (x *Pin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pin.ProtoReflect.Descriptor instead.
 func (*Pin) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{28}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Pin) GetFormat() uint32 {
@@ -2928,7 +3010,7 @@ type Unpin struct {
 
 func (x *Unpin) Reset() {
 	*x = Unpin{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2940,7 +3022,7 @@ func (x *Unpin) String() string {
 func (*Unpin) ProtoMessage() {}
 
 func (x *Unpin) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2953,7 +3035,7 @@ func (x *Unpin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unpin.ProtoReflect.Descriptor instead.
 func (*Unpin) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{29}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Unpin) GetFormat() uint32 {
@@ -2999,7 +3081,7 @@ type Tombstone struct {
 
 func (x *Tombstone) Reset() {
 	*x = Tombstone{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3011,7 +3093,7 @@ func (x *Tombstone) String() string {
 func (*Tombstone) ProtoMessage() {}
 
 func (x *Tombstone) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3024,7 +3106,7 @@ func (x *Tombstone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tombstone.ProtoReflect.Descriptor instead.
 func (*Tombstone) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{30}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Tombstone) GetFormat() uint32 {
@@ -3067,6 +3149,70 @@ func (x *Tombstone) GetOp() string {
 		return x.Op
 	}
 	return ""
+}
+
+// TombstoneHead is a Tombstone without its unit, for who does not look at that.
+type TombstoneHead struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As Tombstone has it.
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// As Tombstone has it.
+	Deleter uint32 `protobuf:"varint,3,opt,name=deleter,proto3" json:"deleter,omitempty"`
+	// As Tombstone has it.
+	GrantTime     int64 `protobuf:"varint,5,opt,name=grant_time,json=grantTime,proto3" json:"grant_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TombstoneHead) Reset() {
+	*x = TombstoneHead{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TombstoneHead) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TombstoneHead) ProtoMessage() {}
+
+func (x *TombstoneHead) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TombstoneHead.ProtoReflect.Descriptor instead.
+func (*TombstoneHead) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *TombstoneHead) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *TombstoneHead) GetDeleter() uint32 {
+	if x != nil {
+		return x.Deleter
+	}
+	return 0
+}
+
+func (x *TombstoneHead) GetGrantTime() int64 {
+	if x != nil {
+		return x.GrantTime
+	}
+	return 0
 }
 
 // Job is the record at /job/rec/<id>: a restore. It changes with its state and
@@ -3160,7 +3306,7 @@ type Job struct {
 
 func (x *Job) Reset() {
 	*x = Job{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3172,7 +3318,7 @@ func (x *Job) String() string {
 func (*Job) ProtoMessage() {}
 
 func (x *Job) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3185,7 +3331,7 @@ func (x *Job) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Job.ProtoReflect.Descriptor instead.
 func (*Job) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{31}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Job) GetFormat() uint32 {
@@ -3483,7 +3629,7 @@ type JobLimits struct {
 
 func (x *JobLimits) Reset() {
 	*x = JobLimits{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3495,7 +3641,7 @@ func (x *JobLimits) String() string {
 func (*JobLimits) ProtoMessage() {}
 
 func (x *JobLimits) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3508,7 +3654,7 @@ func (x *JobLimits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobLimits.ProtoReflect.Descriptor instead.
 func (*JobLimits) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{32}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *JobLimits) GetFormat() uint32 {
@@ -3562,7 +3708,7 @@ type Task struct {
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3574,7 +3720,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3587,7 +3733,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{33}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Task) GetFormat() uint32 {
@@ -3678,7 +3824,7 @@ type TaskProgress struct {
 
 func (x *TaskProgress) Reset() {
 	*x = TaskProgress{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3690,7 +3836,7 @@ func (x *TaskProgress) String() string {
 func (*TaskProgress) ProtoMessage() {}
 
 func (x *TaskProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3703,7 +3849,7 @@ func (x *TaskProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskProgress.ProtoReflect.Descriptor instead.
 func (*TaskProgress) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{34}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *TaskProgress) GetFormat() uint32 {
@@ -3749,7 +3895,7 @@ type Worker struct {
 
 func (x *Worker) Reset() {
 	*x = Worker{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3761,7 +3907,7 @@ func (x *Worker) String() string {
 func (*Worker) ProtoMessage() {}
 
 func (x *Worker) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3774,7 +3920,7 @@ func (x *Worker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Worker.ProtoReflect.Descriptor instead.
 func (*Worker) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{35}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Worker) GetFormat() uint32 {
@@ -3812,7 +3958,7 @@ type Assignment struct {
 
 func (x *Assignment) Reset() {
 	*x = Assignment{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3824,7 +3970,7 @@ func (x *Assignment) String() string {
 func (*Assignment) ProtoMessage() {}
 
 func (x *Assignment) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3837,7 +3983,7 @@ func (x *Assignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Assignment.ProtoReflect.Descriptor instead.
 func (*Assignment) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{36}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Assignment) GetFormat() uint32 {
@@ -4097,6 +4243,13 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\asegment\x18\x04 \x01(\v2\x1d.snapshotd.storage.v1.SegmentR\asegment\x12\x0e\n" +
 	"\x02op\x18\x05 \x01(\tR\x02op\x12\x1b\n" +
 	"\tdrop_time\x18\x06 \x01(\x03R\bdropTime\x124\n" +
+	"\x06parked\x18\a \x01(\v2\x1c.snapshotd.storage.v1.ParkedR\x06parked\"\xa8\x01\n" +
+	"\bUnitHead\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\rR\x04kind\x12\x1d\n" +
+	"\n" +
+	"segment_id\x18\x03 \x01(\x03R\tsegmentId\x12\x1b\n" +
+	"\tdrop_time\x18\x06 \x01(\x03R\bdropTime\x124\n" +
 	"\x06parked\x18\a \x01(\v2\x1c.snapshotd.storage.v1.ParkedR\x06parked\"N\n" +
 	"\x06Parked\x12\x14\n" +
 	"\x05store\x18\x01 \x01(\tR\x05store\x12\x16\n" +
@@ -4191,7 +4344,12 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x06caller\x18\x04 \x01(\tR\x06caller\x12\x1d\n" +
 	"\n" +
 	"grant_time\x18\x05 \x01(\x03R\tgrantTime\x12\x0e\n" +
-	"\x02op\x18\x06 \x01(\tR\x02op\"\xc2\n" +
+	"\x02op\x18\x06 \x01(\tR\x02op\"`\n" +
+	"\rTombstoneHead\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x18\n" +
+	"\adeleter\x18\x03 \x01(\rR\adeleter\x12\x1d\n" +
+	"\n" +
+	"grant_time\x18\x05 \x01(\x03R\tgrantTime\"\xc2\n" +
 	"\n" +
 	"\x03Job\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1f\n" +
@@ -4289,100 +4447,103 @@ func file_snapshotd_storage_v1_storage_proto_rawDescGZIP() []byte {
 	return file_snapshotd_storage_v1_storage_proto_rawDescData
 }
 
-var file_snapshotd_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
+var file_snapshotd_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
 var file_snapshotd_storage_v1_storage_proto_goTypes = []any{
-	(*Cluster)(nil),      // 0: snapshotd.storage.v1.Cluster
-	(*Allocator)(nil),    // 1: snapshotd.storage.v1.Allocator
-	(*Epoch)(nil),        // 2: snapshotd.storage.v1.Epoch
-	(*Behind)(nil),       // 3: snapshotd.storage.v1.Behind
-	(*Round)(nil),        // 4: snapshotd.storage.v1.Round
-	(*Stop)(nil),         // 5: snapshotd.storage.v1.Stop
-	(*IdRange)(nil),      // 6: snapshotd.storage.v1.IdRange
-	(*Position)(nil),     // 7: snapshotd.storage.v1.Position
-	(*Collection)(nil),   // 8: snapshotd.storage.v1.Collection
-	(*Root)(nil),         // 9: snapshotd.storage.v1.Root
-	(*Schema)(nil),       // 10: snapshotd.storage.v1.Schema
-	(*Field)(nil),        // 11: snapshotd.storage.v1.Field
-	(*Partition)(nil),    // 12: snapshotd.storage.v1.Partition
-	(*Index)(nil),        // 13: snapshotd.storage.v1.Index
-	(*Channel)(nil),      // 14: snapshotd.storage.v1.Channel
-	(*Name)(nil),         // 15: snapshotd.storage.v1.Name
-	(*Segment)(nil),      // 16: snapshotd.storage.v1.Segment
-	(*Build)(nil),        // 17: snapshotd.storage.v1.Build
-	(*Files)(nil),        // 18: snapshotd.storage.v1.Files
-	(*Attributes)(nil),   // 19: snapshotd.storage.v1.Attributes
-	(*Unit)(nil),         // 20: snapshotd.storage.v1.Unit
-	(*Parked)(nil),       // 21: snapshotd.storage.v1.Parked
-	(*Snapshot)(nil),     // 22: snapshotd.storage.v1.Snapshot
-	(*Cut)(nil),          // 23: snapshotd.storage.v1.Cut
-	(*Totals)(nil),       // 24: snapshotd.storage.v1.Totals
-	(*Pending)(nil),      // 25: snapshotd.storage.v1.Pending
-	(*Request)(nil),      // 26: snapshotd.storage.v1.Request
-	(*Generation)(nil),   // 27: snapshotd.storage.v1.Generation
-	(*Pin)(nil),          // 28: snapshotd.storage.v1.Pin
-	(*Unpin)(nil),        // 29: snapshotd.storage.v1.Unpin
-	(*Tombstone)(nil),    // 30: snapshotd.storage.v1.Tombstone
-	(*Job)(nil),          // 31: snapshotd.storage.v1.Job
-	(*JobLimits)(nil),    // 32: snapshotd.storage.v1.JobLimits
-	(*Task)(nil),         // 33: snapshotd.storage.v1.Task
-	(*TaskProgress)(nil), // 34: snapshotd.storage.v1.TaskProgress
-	(*Worker)(nil),       // 35: snapshotd.storage.v1.Worker
-	(*Assignment)(nil),   // 36: snapshotd.storage.v1.Assignment
-	nil,                  // 37: snapshotd.storage.v1.Collection.PropertiesEntry
-	nil,                  // 38: snapshotd.storage.v1.Collection.AttributesEntry
-	nil,                  // 39: snapshotd.storage.v1.Field.TypeParamsEntry
-	nil,                  // 40: snapshotd.storage.v1.Field.AttributesEntry
-	nil,                  // 41: snapshotd.storage.v1.Partition.AttributesEntry
-	nil,                  // 42: snapshotd.storage.v1.Index.TypeParamsEntry
-	nil,                  // 43: snapshotd.storage.v1.Index.IndexParamsEntry
-	nil,                  // 44: snapshotd.storage.v1.Index.AttributesEntry
-	nil,                  // 45: snapshotd.storage.v1.Segment.AttributesEntry
-	nil,                  // 46: snapshotd.storage.v1.Build.ParamsEntry
-	nil,                  // 47: snapshotd.storage.v1.Files.AttributesEntry
-	nil,                  // 48: snapshotd.storage.v1.Attributes.PairsEntry
-	nil,                  // 49: snapshotd.storage.v1.Snapshot.LabelsEntry
-	nil,                  // 50: snapshotd.storage.v1.Job.LabelsEntry
+	(*Cluster)(nil),       // 0: snapshotd.storage.v1.Cluster
+	(*Allocator)(nil),     // 1: snapshotd.storage.v1.Allocator
+	(*Epoch)(nil),         // 2: snapshotd.storage.v1.Epoch
+	(*Behind)(nil),        // 3: snapshotd.storage.v1.Behind
+	(*Round)(nil),         // 4: snapshotd.storage.v1.Round
+	(*Stop)(nil),          // 5: snapshotd.storage.v1.Stop
+	(*IdRange)(nil),       // 6: snapshotd.storage.v1.IdRange
+	(*Position)(nil),      // 7: snapshotd.storage.v1.Position
+	(*Collection)(nil),    // 8: snapshotd.storage.v1.Collection
+	(*Root)(nil),          // 9: snapshotd.storage.v1.Root
+	(*Schema)(nil),        // 10: snapshotd.storage.v1.Schema
+	(*Field)(nil),         // 11: snapshotd.storage.v1.Field
+	(*Partition)(nil),     // 12: snapshotd.storage.v1.Partition
+	(*Index)(nil),         // 13: snapshotd.storage.v1.Index
+	(*Channel)(nil),       // 14: snapshotd.storage.v1.Channel
+	(*Name)(nil),          // 15: snapshotd.storage.v1.Name
+	(*Segment)(nil),       // 16: snapshotd.storage.v1.Segment
+	(*Build)(nil),         // 17: snapshotd.storage.v1.Build
+	(*Files)(nil),         // 18: snapshotd.storage.v1.Files
+	(*Attributes)(nil),    // 19: snapshotd.storage.v1.Attributes
+	(*Unit)(nil),          // 20: snapshotd.storage.v1.Unit
+	(*UnitHead)(nil),      // 21: snapshotd.storage.v1.UnitHead
+	(*Parked)(nil),        // 22: snapshotd.storage.v1.Parked
+	(*Snapshot)(nil),      // 23: snapshotd.storage.v1.Snapshot
+	(*Cut)(nil),           // 24: snapshotd.storage.v1.Cut
+	(*Totals)(nil),        // 25: snapshotd.storage.v1.Totals
+	(*Pending)(nil),       // 26: snapshotd.storage.v1.Pending
+	(*Request)(nil),       // 27: snapshotd.storage.v1.Request
+	(*Generation)(nil),    // 28: snapshotd.storage.v1.Generation
+	(*Pin)(nil),           // 29: snapshotd.storage.v1.Pin
+	(*Unpin)(nil),         // 30: snapshotd.storage.v1.Unpin
+	(*Tombstone)(nil),     // 31: snapshotd.storage.v1.Tombstone
+	(*TombstoneHead)(nil), // 32: snapshotd.storage.v1.TombstoneHead
+	(*Job)(nil),           // 33: snapshotd.storage.v1.Job
+	(*JobLimits)(nil),     // 34: snapshotd.storage.v1.JobLimits
+	(*Task)(nil),          // 35: snapshotd.storage.v1.Task
+	(*TaskProgress)(nil),  // 36: snapshotd.storage.v1.TaskProgress
+	(*Worker)(nil),        // 37: snapshotd.storage.v1.Worker
+	(*Assignment)(nil),    // 38: snapshotd.storage.v1.Assignment
+	nil,                   // 39: snapshotd.storage.v1.Collection.PropertiesEntry
+	nil,                   // 40: snapshotd.storage.v1.Collection.AttributesEntry
+	nil,                   // 41: snapshotd.storage.v1.Field.TypeParamsEntry
+	nil,                   // 42: snapshotd.storage.v1.Field.AttributesEntry
+	nil,                   // 43: snapshotd.storage.v1.Partition.AttributesEntry
+	nil,                   // 44: snapshotd.storage.v1.Index.TypeParamsEntry
+	nil,                   // 45: snapshotd.storage.v1.Index.IndexParamsEntry
+	nil,                   // 46: snapshotd.storage.v1.Index.AttributesEntry
+	nil,                   // 47: snapshotd.storage.v1.Segment.AttributesEntry
+	nil,                   // 48: snapshotd.storage.v1.Build.ParamsEntry
+	nil,                   // 49: snapshotd.storage.v1.Files.AttributesEntry
+	nil,                   // 50: snapshotd.storage.v1.Attributes.PairsEntry
+	nil,                   // 51: snapshotd.storage.v1.Snapshot.LabelsEntry
+	nil,                   // 52: snapshotd.storage.v1.Job.LabelsEntry
 }
 var file_snapshotd_storage_v1_storage_proto_depIdxs = []int32{
 	6,  // 0: snapshotd.storage.v1.Allocator.reserved:type_name -> snapshotd.storage.v1.IdRange
 	5,  // 1: snapshotd.storage.v1.Round.stops:type_name -> snapshotd.storage.v1.Stop
 	10, // 2: snapshotd.storage.v1.Collection.schema:type_name -> snapshotd.storage.v1.Schema
 	9,  // 3: snapshotd.storage.v1.Collection.roots:type_name -> snapshotd.storage.v1.Root
-	37, // 4: snapshotd.storage.v1.Collection.properties:type_name -> snapshotd.storage.v1.Collection.PropertiesEntry
-	38, // 5: snapshotd.storage.v1.Collection.attributes:type_name -> snapshotd.storage.v1.Collection.AttributesEntry
+	39, // 4: snapshotd.storage.v1.Collection.properties:type_name -> snapshotd.storage.v1.Collection.PropertiesEntry
+	40, // 5: snapshotd.storage.v1.Collection.attributes:type_name -> snapshotd.storage.v1.Collection.AttributesEntry
 	11, // 6: snapshotd.storage.v1.Schema.fields:type_name -> snapshotd.storage.v1.Field
-	39, // 7: snapshotd.storage.v1.Field.type_params:type_name -> snapshotd.storage.v1.Field.TypeParamsEntry
-	40, // 8: snapshotd.storage.v1.Field.attributes:type_name -> snapshotd.storage.v1.Field.AttributesEntry
-	41, // 9: snapshotd.storage.v1.Partition.attributes:type_name -> snapshotd.storage.v1.Partition.AttributesEntry
-	42, // 10: snapshotd.storage.v1.Index.type_params:type_name -> snapshotd.storage.v1.Index.TypeParamsEntry
-	43, // 11: snapshotd.storage.v1.Index.index_params:type_name -> snapshotd.storage.v1.Index.IndexParamsEntry
-	44, // 12: snapshotd.storage.v1.Index.attributes:type_name -> snapshotd.storage.v1.Index.AttributesEntry
+	41, // 7: snapshotd.storage.v1.Field.type_params:type_name -> snapshotd.storage.v1.Field.TypeParamsEntry
+	42, // 8: snapshotd.storage.v1.Field.attributes:type_name -> snapshotd.storage.v1.Field.AttributesEntry
+	43, // 9: snapshotd.storage.v1.Partition.attributes:type_name -> snapshotd.storage.v1.Partition.AttributesEntry
+	44, // 10: snapshotd.storage.v1.Index.type_params:type_name -> snapshotd.storage.v1.Index.TypeParamsEntry
+	45, // 11: snapshotd.storage.v1.Index.index_params:type_name -> snapshotd.storage.v1.Index.IndexParamsEntry
+	46, // 12: snapshotd.storage.v1.Index.attributes:type_name -> snapshotd.storage.v1.Index.AttributesEntry
 	7,  // 13: snapshotd.storage.v1.Channel.checkpoint:type_name -> snapshotd.storage.v1.Position
 	7,  // 14: snapshotd.storage.v1.Segment.start:type_name -> snapshotd.storage.v1.Position
 	7,  // 15: snapshotd.storage.v1.Segment.dml:type_name -> snapshotd.storage.v1.Position
 	18, // 16: snapshotd.storage.v1.Segment.files:type_name -> snapshotd.storage.v1.Files
 	17, // 17: snapshotd.storage.v1.Segment.builds:type_name -> snapshotd.storage.v1.Build
-	45, // 18: snapshotd.storage.v1.Segment.attributes:type_name -> snapshotd.storage.v1.Segment.AttributesEntry
-	46, // 19: snapshotd.storage.v1.Build.params:type_name -> snapshotd.storage.v1.Build.ParamsEntry
-	47, // 20: snapshotd.storage.v1.Files.attributes:type_name -> snapshotd.storage.v1.Files.AttributesEntry
-	48, // 21: snapshotd.storage.v1.Attributes.pairs:type_name -> snapshotd.storage.v1.Attributes.PairsEntry
+	47, // 18: snapshotd.storage.v1.Segment.attributes:type_name -> snapshotd.storage.v1.Segment.AttributesEntry
+	48, // 19: snapshotd.storage.v1.Build.params:type_name -> snapshotd.storage.v1.Build.ParamsEntry
+	49, // 20: snapshotd.storage.v1.Files.attributes:type_name -> snapshotd.storage.v1.Files.AttributesEntry
+	50, // 21: snapshotd.storage.v1.Attributes.pairs:type_name -> snapshotd.storage.v1.Attributes.PairsEntry
 	16, // 22: snapshotd.storage.v1.Unit.segment:type_name -> snapshotd.storage.v1.Segment
-	21, // 23: snapshotd.storage.v1.Unit.parked:type_name -> snapshotd.storage.v1.Parked
-	49, // 24: snapshotd.storage.v1.Snapshot.labels:type_name -> snapshotd.storage.v1.Snapshot.LabelsEntry
-	23, // 25: snapshotd.storage.v1.Snapshot.cuts:type_name -> snapshotd.storage.v1.Cut
-	24, // 26: snapshotd.storage.v1.Snapshot.totals:type_name -> snapshotd.storage.v1.Totals
-	20, // 27: snapshotd.storage.v1.Tombstone.unit:type_name -> snapshotd.storage.v1.Unit
-	50, // 28: snapshotd.storage.v1.Job.labels:type_name -> snapshotd.storage.v1.Job.LabelsEntry
-	24, // 29: snapshotd.storage.v1.Job.totals:type_name -> snapshotd.storage.v1.Totals
-	24, // 30: snapshotd.storage.v1.Job.done:type_name -> snapshotd.storage.v1.Totals
-	9,  // 31: snapshotd.storage.v1.Job.roots:type_name -> snapshotd.storage.v1.Root
-	24, // 32: snapshotd.storage.v1.Task.totals:type_name -> snapshotd.storage.v1.Totals
-	19, // 33: snapshotd.storage.v1.Files.AttributesEntry.value:type_name -> snapshotd.storage.v1.Attributes
-	34, // [34:34] is the sub-list for method output_type
-	34, // [34:34] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	22, // 23: snapshotd.storage.v1.Unit.parked:type_name -> snapshotd.storage.v1.Parked
+	22, // 24: snapshotd.storage.v1.UnitHead.parked:type_name -> snapshotd.storage.v1.Parked
+	51, // 25: snapshotd.storage.v1.Snapshot.labels:type_name -> snapshotd.storage.v1.Snapshot.LabelsEntry
+	24, // 26: snapshotd.storage.v1.Snapshot.cuts:type_name -> snapshotd.storage.v1.Cut
+	25, // 27: snapshotd.storage.v1.Snapshot.totals:type_name -> snapshotd.storage.v1.Totals
+	20, // 28: snapshotd.storage.v1.Tombstone.unit:type_name -> snapshotd.storage.v1.Unit
+	52, // 29: snapshotd.storage.v1.Job.labels:type_name -> snapshotd.storage.v1.Job.LabelsEntry
+	25, // 30: snapshotd.storage.v1.Job.totals:type_name -> snapshotd.storage.v1.Totals
+	25, // 31: snapshotd.storage.v1.Job.done:type_name -> snapshotd.storage.v1.Totals
+	9,  // 32: snapshotd.storage.v1.Job.roots:type_name -> snapshotd.storage.v1.Root
+	25, // 33: snapshotd.storage.v1.Task.totals:type_name -> snapshotd.storage.v1.Totals
+	19, // 34: snapshotd.storage.v1.Files.AttributesEntry.value:type_name -> snapshotd.storage.v1.Attributes
+	35, // [35:35] is the sub-list for method output_type
+	35, // [35:35] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_snapshotd_storage_v1_storage_proto_init() }
@@ -4396,7 +4557,7 @@ func file_snapshotd_storage_v1_storage_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_snapshotd_storage_v1_storage_proto_rawDesc), len(file_snapshotd_storage_v1_storage_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   51,
+			NumMessages:   53,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
