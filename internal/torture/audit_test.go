@@ -31,7 +31,7 @@ func (w *worker) settle(ctx context.Context) error {
 	var id int64
 	if err := w.until(ctx, "a snapshot is created", func(ctx context.Context, c *client.Client) (bool, error) {
 		tag := w.tag()
-		s := &snapshot{tag: tag, name: "final", call: w.now(), ret: forever}
+		s := &snapshot{collection: w.collection.id, tag: tag, name: "final", call: w.now(), ret: forever}
 		w.l.note(func(l *ledger) { l.snapshots[tag] = s })
 		resp, err := c.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
 			Collection: w.ref(), Name: "final-" + tag, Description: tag, RequestToken: client.NewRequestToken(),
@@ -62,16 +62,39 @@ func (w *worker) settle(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	return w.until(ctx, "a round of the collector succeeds", func(ctx context.Context, c *client.Client) (bool, error) {
-		stream, err := c.Collector.Collect(ctx, &snapshotdv1.CollectRequest{Collection: w.ref(), Force: true, Wait: true})
-		for err == nil {
-			var m *snapshotdv1.CollectResponse
-			if m, err = stream.Recv(); m.GetSummary().GetError() != "" {
-				return false, errors.New(m.GetSummary().GetError())
-			}
+	if err := w.until(ctx, "a round of the collector succeeds", func(ctx context.Context, c *client.Client) (bool, error) {
+		err := w.roundOf(ctx, c, &snapshotdv1.CollectRequest{Collection: w.ref(), Force: true, Wait: true})
+		return err == nil, err
+	}); err != nil {
+		return err
+	}
+	return w.until(ctx, "a sweep leaves nothing of snapshots that are gone", func(ctx context.Context, c *client.Client) (bool, error) {
+		if err := w.roundOf(ctx, c, &snapshotdv1.CollectRequest{Sweep: true}); err != nil {
+			return false, err
 		}
-		return errors.Is(err, io.EOF), err
+		left, err := w.left(ctx, c)
+		if err == nil && len(left) > 0 {
+			err = fmt.Errorf("%d objects are left, such as %s", len(left), left[0])
+		}
+		return err == nil, err
 	})
+}
+
+// left returns the objects of snapshots that are not there.
+func (w *worker) left(ctx context.Context, c *client.Client) ([]string, error) {
+	keys, err := w.keys(ctx, snapshotPrefix)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := c.Snapshots.ListSnapshots(ctx, &snapshotdv1.ListSnapshotsRequest{PageSize: 1000})
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(keys, func(key string) bool {
+		_, foreign := w.l.foreign[key]
+		id, ok := ownID(key)
+		return foreign || !ok || slices.ContainsFunc(resp.GetSnapshots(), func(s *snapshotdv1.Snapshot) bool { return s.GetId() == id })
+	}), nil
 }
 
 // until asks one replica after the other until it is so, and returns the last
@@ -138,9 +161,13 @@ func (w *worker) audit(ctx context.Context) (worst verdict, text []string, orpha
 			contents[s.id] = s.content
 		}
 	}
-	catalog, err := w.export(ctx, w.collection)
-	if err != nil {
-		return broken, nil, 0, err
+	var catalog []*snapshotdv1.Segment
+	for _, c := range w.collections {
+		list, err := w.export(ctx, c.id)
+		if err != nil {
+			return broken, nil, 0, err
+		}
+		catalog = append(catalog, list...)
 	}
 	living := map[int64]bool{}
 	for _, s := range catalog {
@@ -191,6 +218,13 @@ func (w *worker) audit(ctx context.Context) (worst verdict, text []string, orpha
 	w.rig.mu.Unlock()
 	text = append(text, w.l.misdeeds(deletions)...)
 	text = append(text, w.improper...)
+	uploads, err := w.store.ListMultipartUploads(ctx, &s3.ListMultipartUploadsInput{Bucket: &w.bucket})
+	if err != nil {
+		return broken, nil, 0, err
+	}
+	for _, u := range uploads.Uploads { // of restores that have ended
+		say("an upload of %s is open", *u.Key)
+	}
 	for _, p := range w.replicas {
 		if p.endedItself() {
 			say("%s ended by itself: %s", p.name, p.tail())
@@ -281,13 +315,30 @@ func (w *worker) restored(ctx context.Context) (targets map[*restore][]*snapshot
 			if found != nil {
 				text = append(text, fmt.Sprintf("restore %d is %v, and %s is %v", r.job, j.GetState(), r.name, found))
 			}
-			if j.GetState() == snapshotdv1.RestoreJob_STATE_FAILED {
+			if j.GetState() == snapshotdv1.RestoreJob_STATE_FAILED && !w.explained(r, j) {
 				text = append(text, fmt.Sprintf("restore %d failed, which no fault explains: %s: %s", r.job, j.GetReason(), j.GetMessage()))
 			}
 		}
 	}
 	return targets, text, nil
 }
+
+// explained says whether a restore may have failed: its files were harmed, or the
+// S3 server said so.
+func (w *worker) explained(r *restore, j *snapshotdv1.RestoreJob) bool {
+	switch j.GetReason() {
+	case sourceMissing, sourceAltered:
+		return w.headLies || w.l.harmedIn(r.snapshot)
+	default:
+		return false
+	}
+}
+
+// Reasons of restores that failed.
+const (
+	sourceMissing = "SOURCE_OBJECT_MISSING"
+	sourceAltered = "SOURCE_OBJECT_ALTERED"
+)
 
 // copied judges a target: as many segments as the snapshot has, in its order, each
 // with the bytes of its source.
@@ -320,16 +371,9 @@ func (l *ledger) copied(r *restore, segments []*snapshotdv1.Segment, content map
 // walk reads the whole bucket, past the proxy.
 func (r *rig) walk(ctx context.Context) (map[string]stored, error) {
 	bucket := map[string]stored{}
-	var keys []string
-	pages := s3.NewListObjectsV2Paginator(r.store, &s3.ListObjectsV2Input{Bucket: &r.bucket})
-	for pages.HasMorePages() {
-		page, err := pages.NextPage(ctx)
-		if err != nil {
-			return nil, err
-		}
-		for _, o := range page.Contents {
-			keys = append(keys, *o.Key)
-		}
+	keys, err := r.keys(ctx, "")
+	if err != nil {
+		return nil, err
 	}
 	objects := make([]*stored, len(keys))
 	group, ctx := errgroup.WithContext(ctx)
@@ -359,6 +403,21 @@ func (r *rig) walk(ctx context.Context) (map[string]stored, error) {
 		}
 	}
 	return bucket, nil
+}
+
+// keys lists the bucket, past the proxy.
+func (r *rig) keys(ctx context.Context, prefix string) (keys []string, err error) {
+	pages := s3.NewListObjectsV2Paginator(r.store, &s3.ListObjectsV2Input{Bucket: &r.bucket, Prefix: &prefix})
+	for pages.HasMorePages() {
+		page, err := pages.NextPage(ctx)
+		if err != nil {
+			return nil, err
+		}
+		for _, o := range page.Contents {
+			keys = append(keys, *o.Key)
+		}
+	}
+	return keys, nil
 }
 
 func isMissing(err error) bool {

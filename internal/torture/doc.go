@@ -14,11 +14,22 @@
 // answer was a success, a definite error, or no answer at all, which may mean
 // either. Meanwhile the scenario does its harm, and counts each fault when it is
 // seen to have had its effect: a leader that is stopped counts once another one
-// leads. A scenario in which a planned fault did not fire, or too few calls
-// succeeded, is INCONCLUSIVE, and the run fails as if a promise were broken.
+// leads, a replica whose watches were compacted away once it says so. Kinds of harm
+// take turns until each that is planned has fired.
 //
-// Then all harm ends, and a create, a restore and a round of the collector must
-// succeed. What is left is judged:
+// Some scenarios have a collection and a client of their own: where the copies of a
+// worker are to be met in their middle, where objects are large enough to be copied
+// in parts, and where somebody replaces and deletes files of snapshots past
+// snapshotd, which the judges then do not ask for.
+//
+// Objects of nobody's lie in all places that deletes come by, and must be there in
+// the end. Objects under the ids of dropped snapshots, as a process writes that was
+// thought dead, must not. A sweep may delete what is an hour old; the proxy has every
+// listing say that all objects are, so that nothing but the rules of the sweep, and
+// not their age, protects what is needed.
+//
+// Then all harm ends, and a create, a restore, a round of the collector and a sweep
+// must succeed. What is left is judged:
 //
 //   - the history of each name is linearizable (register_test.go): what was
 //     acknowledged is seen by whoever asks later, until somebody drops it;
@@ -34,6 +45,20 @@
 //
 // The ledger is the clients' own: what an object must hold is never asked of
 // snapshotd.
+//
+// # How a run ends
+//
+// The last line of the program's output is one of these, and its exit status says
+// the same; make turns each that is not 0 into 2:
+//
+//	torture: ok            0  all promises were kept
+//	torture: FAILED        1  a promise was broken, or the run itself went wrong
+//	torture: INCONCLUSIVE  3  nothing was broken, but in a scenario a planned fault
+//	                          did not fire, too few calls succeeded, a history was
+//	                          not judged in time, or no time was left
+//
+// An INCONCLUSIVE run says nothing. It may be made once more; a second one in a row
+// says that the machine is too slow, or that a fault is not one any more.
 //
 // # Replay
 //

@@ -29,6 +29,7 @@ func planted() *ledger {
 		tag: "a", name: "n", id: 7, call: 50, ret: 60, committed: true,
 		content: map[int64][]string{65: {"data/1/2/65/insert/1/1", "data/1/2/65/insert/1/2"}, 66: {"data/1/2/66/insert/1/1"}},
 	}
+	l.foreign["data/note"] = stored{size: 1}
 	l.restores = []*restore{{job: 8, target: 9, name: "r", snapshot: 7, completed: true, keys: map[string]bool{"data/9/2/70/insert/1/1": true}}}
 	return l
 }
@@ -67,6 +68,7 @@ func TestMisdeeds(t *testing.T) {
 		{"of a restored collection", "data/9/2/70/insert/1/1", 350, "was restored with it"},
 		{"what roll back left", "data/9/2/71/insert/1/1", 350, ""},
 		{"what nobody knows", "data/1/2/99/insert/1/1", 350, "nobody knows it"},
+		{"a note of somebody's", "data/note", 350, "it is nobody's"},
 		{"a probe", "snapshotd-probe/1", 350, ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -105,6 +107,7 @@ func TestCaptures(t *testing.T) {
 			delete(s.content, 65)
 			l.segments[65].removal = 1 // else it is missing, which is another complaint
 		}, "it has 1 of the segments"},
+		{"another collection's", func(_ *ledger, s *snapshot) { s.collection, s.content = 5, map[int64][]string{} }, ""},
 		{"half of what it could have", func(l *ledger, s *snapshot) {
 			l.compactions[0].inputs = []int64{65, 66}
 			l.segments[65].call, l.segments[65].ret = 55, 80
@@ -167,6 +170,25 @@ func TestLost(t *testing.T) {
 	}
 }
 
+// TestHarmed takes nothing amiss that somebody did past snapshotd.
+func TestHarmed(t *testing.T) {
+	l := planted()
+	if l.harmedIn(7) {
+		t.Error("nothing is harmed")
+	}
+	l.harmed["data/1/2/66/insert/1/1"] = true
+	if !l.harmedIn(7) || l.harmedIn(8) {
+		t.Error("snapshot 7 alone is harmed")
+	}
+	bucket := map[string]stored{"data/note": {size: 1}, "snapshots/1/7/metadata.json": {}, "data/9/2/70/insert/1/1": {}}
+	for key, f := range l.files {
+		bucket[key] = stored{sum: f.sum, size: f.size}
+	}
+	delete(bucket, "data/1/2/66/insert/1/1")
+	text, _ := l.objects(bucket, map[int64]bool{7: true}, map[int64]bool{66: true, 67: true}, func(int64) bool { return true })
+	wants(t, text, "")
+}
+
 func TestObjects(t *testing.T) {
 	for _, tc := range []struct {
 		name    string
@@ -177,6 +199,8 @@ func TestObjects(t *testing.T) {
 		{"as it should be", func(map[string]stored) {}, 0, ""},
 		{"a file of a snapshot is missing", func(b map[string]stored) { delete(b, "data/1/2/65/insert/1/1") }, 0, "is missing, which snapshot 7"},
 		{"a file of a segment is missing", func(b map[string]stored) { delete(b, "data/1/2/67/insert/1/1") }, 0, "is missing, which segment 67"},
+		{"a note of somebody's is missing", func(b map[string]stored) { delete(b, "data/note") }, 0, "data/note, which is nobody's"},
+		{"a note of somebody's has other bytes", func(b map[string]stored) { b["data/note"] = stored{size: 2} }, 0, "data/note, which is nobody's"},
 		{"a bit is wrong", func(b map[string]stored) {
 			o := b["data/1/2/66/insert/1/1"]
 			o.sum[3] ^= 1
@@ -191,7 +215,7 @@ func TestObjects(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			l := planted()
 			bucket := map[string]stored{
-				"snapshots/identity.json": {}, "gc/epoch/1.json": {}, "snapshots/1/7/metadata.json": {}, "data/9/2/70/insert/1/1": {},
+				"data/note": {size: 1}, "snapshots/identity.json": {}, "gc/epoch/1.json": {}, "snapshots/1/7/metadata.json": {}, "data/9/2/70/insert/1/1": {},
 			}
 			for key, f := range l.files {
 				bucket[key] = stored{sum: f.sum, size: f.size}

@@ -16,6 +16,8 @@ import (
 type ledger struct {
 	mu          sync.Mutex
 	files       map[string]file      // by key
+	foreign     map[string]stored    // by key: objects of nobody's, which stay as they are
+	harmed      map[string]bool      // by key: files that somebody replaced or deleted past snapshotd
 	segments    map[int64]*segment   // by id
 	snapshots   map[string]*snapshot // by tag
 	drops       []drop
@@ -26,7 +28,7 @@ type ledger struct {
 }
 
 func newLedger() *ledger {
-	return &ledger{files: map[string]file{}, segments: map[int64]*segment{}, snapshots: map[string]*snapshot{}}
+	return &ledger{files: map[string]file{}, foreign: map[string]stored{}, harmed: map[string]bool{}, segments: map[int64]*segment{}, snapshots: map[string]*snapshot{}}
 }
 
 // note changes the ledger, or reads it, while the clients are at work.
@@ -67,19 +69,21 @@ type file struct {
 // segment is one that a client registered. Nobody but that client removes it, by
 // at most one call that is not known to have failed.
 type segment struct {
-	keys      []string
-	call, ret moment // of the registration; ret is forever when it was not acknowledged
-	removal   moment // when the first call was made that may have removed it, else forever
-	removed   moment // when that was acknowledged, else forever
+	collection int64
+	keys       []string
+	call, ret  moment // of the registration; ret is forever when it was not acknowledged
+	removal    moment // when the first call was made that may have removed it, else forever
+	removed    moment // when that was acknowledged, else forever
 }
 
 // snapshot is a create, and what was seen of its snapshot.
 type snapshot struct {
-	tag, name string
-	id        int64 // 0: not known
-	call, ret moment
-	committed bool               // it was acknowledged, or seen
-	content   map[int64][]string // keys of the files by segment; nil: not read
+	collection int64
+	tag, name  string
+	id         int64 // 0: not known
+	call, ret  moment
+	committed  bool               // it was acknowledged, or seen
+	content    map[int64][]string // keys of the files by segment; nil: not read
 }
 
 // drop is a call that dropped a snapshot, or may have.
@@ -169,7 +173,10 @@ func (l *ledger) misdeeds(deletions []deletion) []string {
 			}
 		}
 		f, ours := l.files[d.key]
+		_, foreign := l.foreign[d.key]
 		switch {
+		case foreign:
+			say(d, "it is nobody's")
 		case ours:
 			if s := l.segments[f.segment]; s == nil || d.at < s.removal {
 				say(d, "segment %d lives", f.segment)
@@ -238,7 +245,7 @@ func (l *ledger) captures() []string {
 			}
 		}
 		for _, id := range slices.Sorted(maps.Keys(l.segments)) {
-			if g := l.segments[id]; g.ret < s.call && g.removal > s.ret && s.content[id] == nil {
+			if g := l.segments[id]; g.collection == s.collection && g.ret < s.call && g.removal > s.ret && s.content[id] == nil {
 				say("segment %d is missing", id)
 			}
 		}
@@ -251,6 +258,7 @@ func (l *ledger) captures() []string {
 			}
 			out := s.content[c.output] != nil
 			switch g := l.segments[c.output]; {
+			case g.collection != s.collection:
 			case out && n > 0, n > 0 && n < len(c.inputs) && l.registeredBefore(c.inputs, s.call):
 				say("it has %d of the segments %v, and their compaction %d: %v", n, c.inputs, c.output, out)
 			case !out && n == 0 && l.registeredBefore(c.inputs, s.call) && g.removal > s.ret && c.call > s.call:
@@ -342,10 +350,16 @@ func (l *ledger) objects(bucket map[string]stored, there, living map[int64]bool,
 	}
 	for _, key := range slices.Sorted(maps.Keys(need)) {
 		switch got, ok := bucket[key]; {
+		case l.harmed[key]:
 		case !ok:
 			text = append(text, fmt.Sprintf("%s is missing, which %s needs", key, need[key]))
 		case got.sum != l.files[key].sum || got.size != l.files[key].size:
 			text = append(text, fmt.Sprintf("%s has other bytes than were written, and %s needs it", key, need[key]))
+		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(l.foreign)) {
+		if got, ok := bucket[key]; !ok || got != l.foreign[key] {
+			text = append(text, fmt.Sprintf("%s, which is nobody's, is gone or has other bytes", key))
 		}
 	}
 	restored := map[string]bool{}
@@ -354,8 +368,9 @@ func (l *ledger) objects(bucket map[string]stored, there, living map[int64]bool,
 	}
 	for _, key := range slices.Sorted(maps.Keys(bucket)) {
 		_, ours := l.files[key]
+		_, foreign := l.foreign[key]
 		switch {
-		case ours, restored[key], key == identityKey, strings.HasPrefix(key, epochPrefix), strings.HasPrefix(key, heldPrefix), strings.HasPrefix(key, probePrefix):
+		case ours, foreign, restored[key], key == identityKey, strings.HasPrefix(key, epochPrefix), strings.HasPrefix(key, heldPrefix), strings.HasPrefix(key, probePrefix):
 		case strings.HasPrefix(key, snapshotPrefix):
 			if id, ok := ownID(key); !ok || !known(id) {
 				text = append(text, fmt.Sprintf("%s is nobody's", key))
@@ -378,6 +393,22 @@ func (l *ledger) lateCopy(key string) bool {
 	for _, r := range l.restores {
 		if r.target != 0 && strings.HasPrefix(key, fmt.Sprintf("%s%d/", dataPrefix, r.target)) {
 			return true
+		}
+	}
+	return false
+}
+
+// harmedIn says whether one of the files of a snapshot was replaced or deleted past
+// snapshotd.
+func (l *ledger) harmedIn(id int64) bool {
+	for _, s := range l.snapshots {
+		if s.id != id {
+			continue
+		}
+		for _, keys := range s.content {
+			if slices.ContainsFunc(keys, func(key string) bool { return l.harmed[key] }) {
+				return true
+			}
 		}
 	}
 	return false

@@ -7,12 +7,12 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -30,12 +30,15 @@ import (
 
 const (
 	replicas     = 3
-	patience     = 45 * time.Second // for what must come about without faults
-	defaultQuota = 256 << 20        // bytes of etcd
+	patience     = time.Minute   // for what must come about without faults
+	defaultQuota = 256 << 20     // bytes of etcd
+	age          = 2 * time.Hour // of every object, as listings tell it
+	root         = "/snapshotd"  // of the replicas' keys in etcd
 )
 
 // settings are those of every replica: short times, so that what takes minutes
-// happens in a run.
+// happens in a run. Objects cannot be swept before they are an hour old, so that
+// the listings say that all of them are.
 const settings = `leader_ttl: 2s
 create_lease_ttl: 2s
 create_timeout: 30s
@@ -67,6 +70,13 @@ type rig struct {
 // now is the time since the scenario began.
 func (r *rig) now() moment { return moment(time.Since(r.begin)) }
 
+// firedAll says whether each of these faults was counted.
+func (r *rig) firedAll(planned []string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return !slices.ContainsFunc(planned, func(what string) bool { return r.fired[what] == 0 })
+}
+
 // fire counts faults that were seen to have had their effect.
 func (r *rig) fire(what string, n int) {
 	r.mu.Lock()
@@ -82,6 +92,7 @@ func newRig(tb testing.TB, bin, dir string, quota int64) *rig {
 	o := s3.Bucket(tb)
 	r.store, r.bucket = s3.Client(), o.Bucket
 	r.proxy = s3fault.New(tb, s3.Endpoint())
+	r.proxy.Age(age)
 	r.proxy.OnAsked(func(a s3fault.Asked) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
@@ -99,6 +110,7 @@ func newRig(tb testing.TB, bin, dir string, quota int64) *rig {
 			p.links = append(p.links, l)
 			endpoints = append(endpoints, fmt.Sprintf("%q", l.addr()))
 		}
+		p.store = newLink(tb, host, strings.TrimPrefix(r.proxy.URL(), "http://"))
 		p.listen = freeAddr(tb, host)
 		p.config, p.log = filepath.Join(dir, p.name+".yaml"), filepath.Join(dir, p.name+".log")
 		text := fmt.Sprintf(`data_dir: %s
@@ -109,9 +121,9 @@ object_stores:
   default:
     type: s3
     bucket: %s
-    endpoint: %s
+    endpoint: http://%s
     path_style: true
-%s`, filepath.Join(dir, p.name), p.name, p.listen, strings.Join(endpoints, ", "), r.bucket, r.proxy.URL(), settings)
+%s`, filepath.Join(dir, p.name), p.name, p.listen, strings.Join(endpoints, ", "), r.bucket, p.store.addr(), settings)
 		if err := os.WriteFile(p.config, []byte(text), 0o600); err != nil {
 			tb.Fatal(err)
 		}
@@ -215,6 +227,7 @@ type replica struct {
 	log    string
 	listen string
 	links  []*link // to the members of etcd
+	store  *link   // to the S3 server's proxy
 	client *client.Client
 
 	cmd   *exec.Cmd     // nil while killed
@@ -287,6 +300,17 @@ func (p *replica) tail() string {
 	return string(text[max(0, len(text)-3000):])
 }
 
+// logged is how many lines of the replica's log have a text in them.
+func (p *replica) logged(text string) (n int) {
+	log, _ := os.ReadFile(p.log)
+	for line := range strings.Lines(string(log)) {
+		if strings.Contains(line, text) {
+			n++
+		}
+	}
+	return n
+}
+
 // cut breaks the links of the replica to etcd, and has none made anew, until
 // heal. It returns how many connections it broke.
 func (p *replica) cut() (n int) {
@@ -296,88 +320,20 @@ func (p *replica) cut() (n int) {
 	return n
 }
 
-func (p *replica) heal() {
+// hinder has what the replica's links to etcd carry that way held back until heal,
+// for ever or for so long.
+func (p *replica) hinder(way direction, lag time.Duration) {
 	for _, l := range p.links {
-		l.heal()
+		l.hinder(way, lag)
 	}
 }
 
-// link is a way for connections to an address, which can be cut. It is safe for
-// concurrent use, and ends with the test.
-type link struct {
-	l  net.Listener
-	to string
-
-	mu    sync.Mutex
-	down  bool
-	conns map[net.Conn]bool // those of the client
-}
-
-func newLink(tb testing.TB, host, to string) *link {
-	tb.Helper()
-	listener, err := net.Listen("tcp", net.JoinHostPort(host, "0"))
-	if err != nil {
-		tb.Fatal(err)
+// heal ends what cut and hinder do. It returns how much was held back meanwhile.
+func (p *replica) heal() (held int) {
+	for _, l := range p.links {
+		held += l.heal()
 	}
-	l := &link{l: listener, to: to, conns: map[net.Conn]bool{}}
-	go func() {
-		for {
-			conn, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			go l.carry(conn)
-		}
-	}()
-	tb.Cleanup(func() {
-		_ = listener.Close()
-		l.cut()
-	})
-	return l
-}
-
-func (l *link) addr() string { return l.l.Addr().String() }
-
-func (l *link) carry(conn net.Conn) {
-	defer func() { _ = conn.Close() }()
-	l.mu.Lock()
-	if l.down {
-		l.mu.Unlock()
-		return
-	}
-	l.conns[conn] = true
-	l.mu.Unlock()
-	defer func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		delete(l.conns, conn)
-	}()
-	there, err := net.Dial("tcp", l.to)
-	if err != nil {
-		return
-	}
-	defer func() { _ = there.Close() }()
-	go func() {
-		_, _ = io.Copy(there, conn)
-		_ = there.Close()
-	}()
-	_, _ = io.Copy(conn, there)
-}
-
-func (l *link) cut() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.down = true
-	for conn := range l.conns {
-		_ = conn.Close()
-	}
-	return len(l.conns)
-}
-
-func (l *link) heal() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.down = false
+	return held
 }
 
 // randomHost returns a loopback address of a run's own. The ports of 127.0.0.1

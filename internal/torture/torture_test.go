@@ -23,7 +23,7 @@ import (
 )
 
 var (
-	timeFlag = flag.Duration("time", 6*time.Minute, "how long all scenarios take, about; those that have not begun by then are INCONCLUSIVE")
+	timeFlag = flag.Duration("time", 6*time.Minute, "how long all scenarios take, about; those that have not begun half as much later are INCONCLUSIVE")
 	seedFlag = flag.Uint64("seed", 0, "the seed; 0: by the clock")
 	onlyFlag = flag.String("only", "", "names of scenarios, separated by commas; default: all")
 	quick    = flag.Bool("quick", false, "only the scenarios that find the most, for 90 seconds")
@@ -33,15 +33,39 @@ var (
 const (
 	overhead    = 12 * time.Second // of a scenario, for start and audit
 	leastTime   = 8 * time.Second  // of traffic
+	overtime    = 90 * time.Second // that is given to faults that have not fired by then
 	leastCalls  = 40               // that succeed; a run with fewer says nothing
 	quickBound  = 90 * time.Second
 	logsMessage = "logs are in %s"
 )
 
+// The last line of a run, and its exit status.
+const (
+	endOK           = "torture: ok"
+	endFailed       = "torture: FAILED"
+	endInconclusive = "torture: INCONCLUSIVE"
+
+	statusFailed       = 1
+	statusInconclusive = 3
+)
+
+// end is how the run ends, unless something else fails.
+var end = endFailed
+
 func TestMain(m *testing.M) {
 	etcdcluster.Main()
 	flag.Parse()
-	os.Exit(m.Run())
+	status := m.Run()
+	switch {
+	case status == 0:
+		end = endOK
+	case end == endInconclusive:
+		status = statusInconclusive
+	default:
+		end, status = endFailed, statusFailed
+	}
+	fmt.Fprintln(os.Stdout, end)
+	os.Exit(status)
 }
 
 // result is a line of the table.
@@ -79,14 +103,21 @@ func TestTorture(t *testing.T) {
 	fmt.Fprintf(os.Stdout, "torture: seed %d, %d scenarios in %v\n", seed, len(chosen), *timeFlag)
 	until := time.Now().Add(*timeFlag)
 	var results []result
+	var inconclusive, failed int
 	for i, s := range chosen {
 		left := time.Until(until)
 		traffic := max(left/time.Duration(len(chosen)-i)-overhead, leastTime)
-		res := result{scenario: s.name, seed: seed, verdict: "INCONCLUSIVE: no time was left"}
-		if left > 0 {
-			t.Run(s.name, func(t *testing.T) { res = run(t, s, seed, bin, traffic) })
+		res := result{scenario: s.name, seed: seed, verdict: notKnown + "no time was left"}
+		if left > -*timeFlag/2 {
+			res.verdict = "FAILED to run"
+			t.Run(s.name, func(t *testing.T) { run(t, s, seed, bin, traffic, &res) })
 		} else {
 			t.Errorf("%s: no time was left", s.name)
+		}
+		if strings.HasPrefix(res.verdict, notKnown) {
+			inconclusive++
+		} else if res.verdict != verdictOK {
+			failed++
 		}
 		results = append(results, res)
 		fmt.Fprintln(os.Stdout, res)
@@ -96,7 +127,16 @@ func TestTorture(t *testing.T) {
 		fmt.Fprintf(os.Stdout, "%-14s %8d %6d %8d %10d %7d %8.1f  %-34s %s\n", r.scenario, r.seed, r.counts[success], r.counts[refused], r.counts[noAnswer],
 			r.orphans, r.took.Seconds(), r.faults(), r.verdict)
 	}
+	if failed == 0 && inconclusive > 0 {
+		end = endInconclusive
+	}
 }
+
+// What a verdict is, or begins with.
+const (
+	verdictOK = "ok"
+	notKnown  = "INCONCLUSIVE: "
+)
 
 func (r result) faults() string {
 	var list []string
@@ -111,10 +151,9 @@ func (r result) String() string {
 		r.scenario, r.seed, r.counts[success], r.counts[refused], r.counts[noAnswer], r.faults(), r.verdict, r.took.Seconds())
 }
 
-// run runs a scenario.
-func run(t *testing.T, s scenario, seed uint64, bin string, during time.Duration) (res result) {
+// run runs a scenario, and says in res how it ended.
+func run(t *testing.T, s scenario, seed uint64, bin string, during time.Duration, res *result) {
 	began := time.Now()
-	res = result{scenario: s.name, seed: seed, verdict: "FAILED to run"}
 	dir, err := os.MkdirTemp("", "torture-"+s.name+"-") //nolint:usetesting // kept when it fails
 	if err != nil {
 		t.Fatal(err)
@@ -132,13 +171,22 @@ func run(t *testing.T, s scenario, seed uint64, bin string, during time.Duration
 		quota = s.quota
 	}
 	r := newRig(t, bin, dir, quota)
-	tr := &traffic{rig: r, l: newLedger(), seed: seed, storeFails: s.storeFails, errors: map[string]int{}, jobs: map[int64]string{}}
+	tr := &traffic{rig: r, l: newLedger(), seed: seed, storeFails: s.storeFails, headLies: s.headLies, errors: map[string]int{}, jobs: map[int64]string{}}
 	if err := tr.prepare(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	list := make([]*worker, workers+1) // the last one is for the audit
 	for i := range list {
-		if list[i], err = tr.newWorker(t.Context(), i); err != nil {
+		if list[i], err = tr.newWorker(t.Context(), i, tr.collection); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s.own {
+		c, err := tr.newCollection(t.Context(), "own")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if tr.own, err = tr.newWorker(t.Context(), len(list), c); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -146,7 +194,7 @@ func run(t *testing.T, s scenario, seed uint64, bin string, during time.Duration
 	_, _ = hash.Write([]byte(s.name)) // never fails
 	chance := rand.New(rand.NewPCG(seed, hash.Sum64()))
 	life := t.Context() // of the clients, who end what they have begun
-	ctx, stop := context.WithTimeout(life, during)
+	ctx, stop := context.WithTimeout(life, during+overtime)
 	defer stop()
 	group, _ := errgroup.WithContext(ctx)
 	for _, w := range list[:workers] {
@@ -155,27 +203,32 @@ func run(t *testing.T, s scenario, seed uint64, bin string, during time.Duration
 	if err := wait(ctx, time.Second); err != nil { // something is there by then
 		t.Fatal(err)
 	}
-	for ctx.Err() == nil { // the harm, over and over
+	until := time.Now().Add(during)
+	for ctx.Err() == nil && (time.Now().Before(until) || !r.firedAll(s.planned)) { // the harm, over and over
 		s.harm(ctx, tr, chance)
 		tr.round++
 		_ = wait(ctx, time.Duration(200+chance.IntN(800))*time.Millisecond)
 	}
 	r.proxy.Plan()
+	stop()
 	if err := group.Wait(); err != nil {
 		t.Error(err)
 	}
 	auditor := list[workers]
 	err = auditor.settle(t.Context())
+	if n := int(tr.swept.Load()); n > 0 {
+		r.fire("swept", n)
+	}
 	res.counts, res.fired = tr.counts, r.fired
 	if err != nil {
 		t.Errorf("it does not recover: %v", err)
 		res.verdict = "BROKEN: it does not recover"
-		return res
+		return
 	}
 	v, text, orphans, err := auditor.audit(t.Context())
 	if err != nil {
 		t.Error(err)
-		return res
+		return
 	}
 	res.orphans = orphans
 	for i, line := range text {
@@ -188,27 +241,28 @@ func run(t *testing.T, s scenario, seed uint64, bin string, during time.Duration
 	switch v {
 	case broken:
 		res.verdict = fmt.Sprintf("BROKEN: %d complaints", len(text))
-		return res
+		return
 	case undecided:
-		res.verdict = "INCONCLUSIVE: a history was not judged in time"
+		res.verdict = notKnown + "a history was not judged in time"
 		t.Error(res.verdict)
-		return res
+		return
 	case fine:
 	}
+	if t.Failed() { // for what was said before
+		return
+	}
+	res.verdict = verdictOK
 	if tr.counts[success] < leastCalls {
-		res.verdict = fmt.Sprintf("INCONCLUSIVE: %d calls succeeded", tr.counts[success])
+		res.verdict = fmt.Sprintf("%s%d calls succeeded", notKnown, tr.counts[success])
 	}
 	for _, what := range s.planned {
 		if r.fired[what] == 0 {
-			res.verdict = "INCONCLUSIVE: did not fire: " + what
+			res.verdict = notKnown + "did not fire: " + what
 		}
 	}
-	if strings.HasPrefix(res.verdict, "INCONCLUSIVE") {
+	if res.verdict != verdictOK {
 		t.Error(res.verdict)
-		return res
 	}
-	res.verdict = "ok"
-	return res
 }
 
 func copyFile(to, from string) (err error) {

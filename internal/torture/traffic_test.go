@@ -12,7 +12,9 @@ import (
 	"maps"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	awss3 "github.com/aws/aws-sdk-go-v2/service/s3"
@@ -30,6 +32,7 @@ const (
 	callTimeout  = 3 * time.Second
 	callAttempts = 4
 	idsEach      = 20_000
+	neverID      = int64(1) << 50 // no cluster has handed that out
 )
 
 // outcome is how a call ended.
@@ -46,32 +49,44 @@ type traffic struct {
 	*rig
 	l          *ledger
 	seed       uint64
-	collection int64
-	partition  int64
-	round      int  // of the harm
-	storeFails bool // see scenario
+	collection collection // of the clients' own
+	own        *worker    // the scenario's, if it has one, of a collection of its own
+	ownFirst   *snapshot  // of that collection
+	round      int        // of the harm
+	storeFails bool       // see scenario
+	headLies   bool       // likewise
+
+	swept atomic.Int64 // objects that sweeps have deleted
 
 	mu       sync.Mutex
 	counts   [3]int           // calls, by outcome
 	errors   map[string]int   // by code and reason
 	improper []string         // answers that no fault explains
-	known    []*snapshot      // that were acknowledged
+	known    []*snapshot      // of the clients' collection that were acknowledged
 	jobs     map[int64]string // restores that were admitted, by id: names of their targets
+
+	collections []collection // all that clients write to
 }
+
+// collection is one that clients write to.
+type collection struct{ id, partition int64 }
 
 // worker is one client. It does one thing after the other.
 type worker struct {
 	*traffic
-	id    int
-	rand  *rand.Rand
-	next  int64 // id for a segment
-	n     int   // what it has made, for names and tags
-	alive []int64
-	gone  []int64 // removed by a call that was acknowledged
+	collection
+
+	id      int
+	rand    *rand.Rand
+	next    int64 // id for a segment
+	n       int   // what it has made, for names and tags
+	alive   []int64
+	gone    []int64 // removed by a call that was acknowledged
+	dropped int64   // the snapshot that it dropped last
 }
 
-func (t *traffic) ref() *snapshotdv1.CollectionRef {
-	return &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Id{Id: t.collection}}
+func (c collection) ref() *snapshotdv1.CollectionRef {
+	return &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Id{Id: c.id}}
 }
 
 func byID(id int64) *snapshotdv1.SnapshotRef {
@@ -113,7 +128,11 @@ func (w *worker) call(ctx context.Context, fn func(context.Context, *client.Clie
 }
 
 // alarms are reasons that no fault of a scenario explains.
-var alarms = []string{"METADATA_BEHIND", "OBJECT_STORE_DENIED", "OBJECT_STORE_MISCONFIGURED", "FORMAT_TOO_NEW", "NEVER_EXISTED", "FILE_MISSING"}
+var alarms = []string{"METADATA_BEHIND", "OBJECT_STORE_DENIED", "OBJECT_STORE_MISCONFIGURED", "FORMAT_TOO_NEW", "NEVER_EXISTED", fileMissing}
+
+// fileMissing is why a create is refused that finds one of its files missing, or
+// other than it was registered.
+const fileMissing = "FILE_MISSING"
 
 // judge says what an error means, and notes those that there should not be.
 func (w *worker) judge(err error) outcome {
@@ -126,7 +145,7 @@ func (w *worker) judge(err error) outcome {
 	w.errors[code.String()+" "+reason]++
 	switch code {
 	case codes.NotFound, codes.AlreadyExists, codes.FailedPrecondition, codes.Aborted:
-		if slices.Contains(alarms, reason) || reason == "REFERENCES_UNREADABLE" && !w.storeFails {
+		if slices.Contains(alarms, reason) && (reason != fileMissing || !w.headLies) || reason == "REFERENCES_UNREADABLE" && !w.storeFails {
 			w.improper = append(w.improper, err.Error())
 		}
 		return refused
@@ -138,33 +157,54 @@ func (w *worker) judge(err error) outcome {
 	}
 }
 
-// prepare makes the collection.
-func (t *traffic) prepare(ctx context.Context) error {
-	c := t.replicas[0].client
-	made, err := c.Catalog.CreateCollection(ctx, &snapshotdv1.CreateCollectionRequest{
-		Name: &snapshotdv1.CollectionName{Name: "source"}, Roots: []*snapshotdv1.Root{{Prefix: dataPrefix}}, RequestToken: client.NewRequestToken(),
-	})
-	if err != nil {
+// prepare makes the clients' collection, and puts objects of nobody's where
+// deletes come by.
+func (t *traffic) prepare(ctx context.Context) (err error) {
+	if t.collection, err = t.newCollection(ctx, "source"); err != nil {
 		return err
 	}
-	t.collection = made.GetCollection().GetId()
-	p, err := c.Catalog.CreatePartition(ctx, &snapshotdv1.CreatePartitionRequest{Collection: t.ref(), Name: "p", RequestToken: client.NewRequestToken()})
-	if err != nil {
-		return err
+	c, p := t.collection.id, t.collection.partition
+	for i, key := range []string{
+		"note", snapshotPrefix + "note", fmt.Sprintf("%s%d/note", snapshotPrefix, c), fmt.Sprintf("%s%d/%d/note", snapshotPrefix, c, c),
+		fmt.Sprintf("%s%d/%d/metadata.json", snapshotPrefix, c, neverID), "gc/note", heldPrefix + "note", fmt.Sprintf("%s%d/%d", heldPrefix, c, neverID),
+		epochPrefix + "note", dataPrefix + "note", fmt.Sprintf("%s%d/note", dataPrefix, c), fmt.Sprintf("%s%d/%d/note", dataPrefix, c, p),
+		fmt.Sprintf("%s%d/%d/%d/insert/100/1", dataPrefix, c, p, neverID), fmt.Sprintf("%s%d/note", dataPrefix, neverID),
+	} {
+		body := fmt.Appendf(nil, "note %d", i)
+		if _, err := t.store.PutObject(ctx, &awss3.PutObjectInput{Bucket: &t.bucket, Key: &key, Body: bytes.NewReader(body)}); err != nil {
+			return err
+		}
+		t.l.foreign[key] = stored{sum: sha256.Sum256(body), size: int64(len(body))}
 	}
-	t.partition = p.GetPartition().GetId()
 	return nil
 }
 
-// newWorker returns a client with ids of its own.
-func (t *traffic) newWorker(ctx context.Context, id int) (*worker, error) {
+// newCollection makes a collection with one partition.
+func (t *traffic) newCollection(ctx context.Context, name string) (collection, error) {
+	var made collection
+	c := t.replicas[0].client
+	col, err := c.Catalog.CreateCollection(ctx, &snapshotdv1.CreateCollectionRequest{
+		Name: &snapshotdv1.CollectionName{Name: name}, Roots: []*snapshotdv1.Root{{Prefix: dataPrefix}}, RequestToken: client.NewRequestToken(),
+	})
+	if err != nil {
+		return made, err
+	}
+	made.id = col.GetCollection().GetId()
+	p, err := c.Catalog.CreatePartition(ctx, &snapshotdv1.CreatePartitionRequest{Collection: made.ref(), Name: "p", RequestToken: client.NewRequestToken()})
+	made.partition = p.GetPartition().GetId()
+	t.collections = append(t.collections, made)
+	return made, err
+}
+
+// newWorker returns a client of a collection, with ids of its own.
+func (t *traffic) newWorker(ctx context.Context, id int, of collection) (*worker, error) {
 	ids, err := t.replicas[0].client.Catalog.AllocateIds(ctx, &snapshotdv1.AllocateIdsRequest{
 		Want: &snapshotdv1.AllocateIdsRequest_Count{Count: idsEach}, RequestToken: client.NewRequestToken(),
 	})
 	if err != nil {
 		return nil, err
 	}
-	return &worker{traffic: t, id: id, rand: rand.New(rand.NewPCG(t.seed, uint64(id))), next: ids.GetIds().GetFirst()}, nil
+	return &worker{traffic: t, collection: of, id: id, rand: rand.New(rand.NewPCG(t.seed, uint64(id))), next: ids.GetIds().GetFirst()}, nil
 }
 
 // work does one thing after the other until it is told to stop. What it has begun
@@ -186,6 +226,7 @@ func (w *worker) work(ctx context.Context, stop <-chan struct{}) error {
 		{2, w.cancel},
 		{5, w.reclaim},
 		{2, w.collect},
+		{2, w.sweep},
 	}
 	sum := 0
 	for _, d := range deeds {
@@ -212,17 +253,31 @@ func (w *worker) work(ctx context.Context, stop <-chan struct{}) error {
 
 // write makes a segment with real objects, past snapshotd, and notes it.
 func (w *worker) write(ctx context.Context) (*snapshotdv1.Segment, error) {
+	bodies := make([][]byte, 1+w.rand.IntN(3))
+	for n := range bodies {
+		bodies[n] = w.bytes(1 + w.rand.IntN(4096))
+	}
+	return w.writeAs(ctx, bodies)
+}
+
+// bytes returns so many, by chance.
+func (w *worker) bytes(n int) []byte {
+	body := make([]byte, n)
+	for i := range body {
+		body[i] = byte(w.rand.UintN(256))
+	}
+	return body
+}
+
+// writeAs is write of these files.
+func (w *worker) writeAs(ctx context.Context, bodies [][]byte) (*snapshotdv1.Segment, error) {
 	id := w.next
 	w.next++
 	s := &snapshotdv1.Segment{Id: id, PartitionId: w.partition, Rows: 10, StorageVersion: 2}
-	noted := &segment{call: forever, ret: forever, removal: forever, removed: forever}
+	noted := &segment{collection: w.collection.id, call: forever, ret: forever, removal: forever, removed: forever}
 	files := map[string]file{}
-	for n := range 1 + w.rand.IntN(3) {
-		body := make([]byte, 1+w.rand.IntN(4096))
-		for i := range body {
-			body[i] = byte(w.rand.UintN(256))
-		}
-		path := fmt.Sprintf("%d/%d/%d/insert/100/%d", w.collection, w.partition, id, n+1)
+	for n, body := range bodies {
+		path := fmt.Sprintf("%d/%d/%d/insert/100/%d", w.collection.id, w.partition, id, n+1)
 		key := dataPrefix + path
 		each, cancel := context.WithTimeout(ctx, patience)
 		put, err := w.store.PutObject(each, &awss3.PutObjectInput{Bucket: &w.bucket, Key: &key, Body: bytes.NewReader(body)})
@@ -255,6 +310,12 @@ func (w *worker) add(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	w.register(ctx, s)
+	return nil
+}
+
+// register has a segment that is written become one of the collection.
+func (w *worker) register(ctx context.Context, s *snapshotdv1.Segment) outcome {
 	w.l.note(func(l *ledger) { l.segments[s.GetId()].call = w.now() })
 	end, from, to, _ := w.call(ctx, func(ctx context.Context, c *client.Client) error {
 		stream, err := c.Catalog.AddSegments(ctx)
@@ -279,7 +340,7 @@ func (w *worker) add(ctx context.Context) error {
 		case noAnswer: // nobody touches it again
 		}
 	})
-	return nil
+	return end
 }
 
 // take takes a segment of the worker's own, which nobody uses again.
@@ -335,7 +396,12 @@ func (w *worker) remove(ctx context.Context) error {
 	if len(w.alive) < 3 {
 		return w.add(ctx)
 	}
-	id := w.take()
+	w.dropSegment(ctx, w.take())
+	return nil
+}
+
+// dropSegment drops a segment of the worker's own, which is not alive any more.
+func (w *worker) dropSegment(ctx context.Context, id int64) {
 	end, from, to, _ := w.call(ctx, func(ctx context.Context, c *client.Client) error {
 		_, err := c.Catalog.DropSegments(ctx, &snapshotdv1.DropSegmentsRequest{Collection: w.ref(), SegmentIds: []int64{id}})
 		return err
@@ -352,7 +418,6 @@ func (w *worker) remove(ctx context.Context) error {
 			g.removal = from
 		}
 	})
-	return nil
 }
 
 // name is one of the few that snapshots have.
@@ -364,12 +429,19 @@ func (w *worker) tag() string {
 	return fmt.Sprintf("c%d.%d", w.id, w.n)
 }
 
-func (w *worker) create(ctx context.Context) error { return w.createNamed(ctx, w.name()) }
+func (w *worker) create(ctx context.Context) error {
+	w.createNamed(ctx, w.name())
+	return nil
+}
 
-func (w *worker) createNamed(ctx context.Context, name string) error {
+// createNamed takes a snapshot, and returns it when that was acknowledged, else
+// nil. Of every second one the files are looked at, but not where they may be harmed.
+func (w *worker) createNamed(ctx context.Context, name string) *snapshot {
 	tag := w.tag()
-	req := &snapshotdv1.CreateSnapshotRequest{Collection: w.ref(), Name: name, Description: tag, RequestToken: client.NewRequestToken()}
-	s := &snapshot{tag: tag, name: name, call: w.now(), ret: forever}
+	req := &snapshotdv1.CreateSnapshotRequest{
+		Collection: w.ref(), Name: name, Description: tag, RequestToken: client.NewRequestToken(), Verify: w.n%2 == 0 && w != w.own,
+	}
+	s := &snapshot{collection: w.collection.id, tag: tag, name: name, call: w.now(), ret: forever}
 	w.l.note(func(l *ledger) { l.snapshots[tag] = s })
 	var made *snapshotdv1.Snapshot
 	end, from, to, err := w.call(ctx, func(ctx context.Context, c *client.Client) error {
@@ -404,14 +476,16 @@ func (w *worker) createNamed(ctx context.Context, name string) error {
 	if end != success {
 		return nil
 	}
-	w.mu.Lock()
-	w.known = append(w.known, s)
-	w.mu.Unlock()
+	if w.collection == w.traffic.collection { // the others' are not for everybody
+		w.mu.Lock()
+		w.known = append(w.known, s)
+		w.mu.Unlock()
+	}
 	content, end, _ := w.content(ctx, s.id)
 	if end == success {
 		w.l.note(func(*ledger) { s.content = content })
 	}
-	return nil
+	return s
 }
 
 // wrong notes an answer that there should not be.
@@ -554,7 +628,25 @@ func (w *worker) drop(ctx context.Context) error {
 		}
 		l.events = append(l.events, e)
 	})
-	return nil
+	if end != success || id == 0 {
+		return nil
+	}
+	before := w.dropped
+	w.dropped = id
+	if before == 0 {
+		return nil
+	}
+	return w.late(ctx, before)
+}
+
+// late writes what a process that was thought dead may write of a snapshot that is
+// gone, which a sweep has to find.
+func (w *worker) late(ctx context.Context, id int64) error {
+	key := fmt.Sprintf("%s%d/%d/refs.avro", snapshotPrefix, w.collection.id, id)
+	each, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	_, err := w.store.PutObject(each, &awss3.PutObjectInput{Bucket: &w.bucket, Key: &key, Body: strings.NewReader("late")})
+	return err
 }
 
 // some returns one of the snapshots that were acknowledged last, or nil.
@@ -620,9 +712,11 @@ func (w *worker) restoreAs(ctx context.Context, id int64, name string) int64 {
 		return err
 	})
 	if end == success {
-		w.mu.Lock()
-		w.jobs[r.job] = name
-		w.mu.Unlock()
+		if w != w.own { // whose restores nobody cancels
+			w.mu.Lock()
+			w.jobs[r.job] = name
+			w.mu.Unlock()
+		}
 		return r.job
 	}
 	if end == refused {
@@ -675,14 +769,32 @@ func (w *worker) reclaim(ctx context.Context) error {
 
 func (w *worker) collect(ctx context.Context) error {
 	_, _, _, _ = w.call(ctx, func(ctx context.Context, c *client.Client) error {
-		stream, err := c.Collector.Collect(ctx, &snapshotdv1.CollectRequest{Collection: w.ref(), Force: true})
-		for err == nil {
-			_, err = stream.Recv()
-		}
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		return err
+		return w.roundOf(ctx, c, &snapshotdv1.CollectRequest{Collection: w.ref(), Force: true})
 	})
 	return nil
+}
+
+func (w *worker) sweep(ctx context.Context) error {
+	_, _, _, _ = w.call(ctx, func(ctx context.Context, c *client.Client) error {
+		return w.roundOf(ctx, c, &snapshotdv1.CollectRequest{Sweep: true})
+	})
+	return nil
+}
+
+// roundOf makes a round of the collector, and counts what it swept.
+func (w *worker) roundOf(ctx context.Context, c *client.Client, req *snapshotdv1.CollectRequest) error {
+	stream, err := c.Collector.Collect(ctx, req)
+	for err == nil {
+		var m *snapshotdv1.CollectResponse
+		if m, err = stream.Recv(); err == nil {
+			w.swept.Add(m.GetSummary().GetSwept())
+			if text := m.GetSummary().GetError(); text != "" {
+				err = status.Error(codes.Unavailable, text)
+			}
+		}
+	}
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	return err
 }

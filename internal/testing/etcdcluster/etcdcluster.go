@@ -261,6 +261,44 @@ func (c *Cluster) MakeRoom(ctx context.Context) error {
 	return err
 }
 
+// Revoke ends the lease that a key is held by, as a third party that may do so does,
+// and returns the id of that lease: 0 when there is no such key, or no lease.
+func (c *Cluster) Revoke(ctx context.Context, key string) (lease int64, err error) {
+	if lease, err = c.Lease(ctx, key); err != nil || lease == 0 {
+		return 0, err
+	}
+	_, err = c.client.Revoke(ctx, clientv3.LeaseID(lease))
+	return lease, err
+}
+
+// Lease returns the id of the lease that a key is held by, 0 when there is none.
+func (c *Cluster) Lease(ctx context.Context, key string) (int64, error) {
+	got, err := c.client.Get(ctx, key)
+	if err != nil || len(got.Kvs) == 0 {
+		return 0, err
+	}
+	return got.Kvs[0].Lease, nil
+}
+
+// Read returns the keys under a prefix, with what they hold, and the revision.
+func (c *Cluster) Read(ctx context.Context, prefix string) (kvs map[string]string, revision int64, err error) {
+	got, err := c.client.Get(ctx, prefix, clientv3.WithPrefix())
+	if err != nil {
+		return nil, 0, err
+	}
+	kvs = map[string]string{}
+	for _, kv := range got.Kvs {
+		kvs[string(kv.Key)] = string(kv.Value)
+	}
+	return kvs, got.Header.GetRevision(), nil
+}
+
+// Compact has the members forget all revisions before this one.
+func (c *Cluster) Compact(ctx context.Context, revision int64) error {
+	_, err := c.client.Compact(ctx, revision, clientv3.WithCompactPhysical())
+	return err
+}
+
 // Pause stops a member: it keeps its connections, and is silent on them.
 func (c *Cluster) Pause(i int) { c.pause(i, true) }
 

@@ -286,6 +286,93 @@ func Short() Action {
 	})
 }
 
+// Long adds bytes to the body, and says so in Content-Length.
+func Long() Action {
+	return Edit("long", func(a *Answer) bool {
+		if len(a.Body) == 0 {
+			return false
+		}
+		a.Body = append(a.Body, "more"...)
+		return true
+	})
+}
+
+// WrongLength adds one to the length that the answer to a HEAD tells.
+func WrongLength() Action {
+	return Edit("wrong length", func(a *Answer) bool {
+		n, err := strconv.Atoi(a.Header.Get("Content-Length"))
+		if err != nil || a.Status != http.StatusOK || len(a.Body) > 0 {
+			return false
+		}
+		a.Header.Set("Content-Length", strconv.Itoa(n+1))
+		return true
+	})
+}
+
+// NotThere says 404 of what is there.
+func NotThere() Action {
+	return Edit("not there", func(a *Answer) bool {
+		if a.Status != http.StatusOK {
+			return false
+		}
+		*a = Answer{Status: http.StatusNotFound, Header: http.Header{}}
+		return true
+	})
+}
+
+// What a listing consists of.
+var (
+	listed   = regexp.MustCompile(`(?s)<Contents>.*?</Contents>`)
+	keyOf    = regexp.MustCompile(`<Key>[^<]*</Key>`)
+	keyCount = regexp.MustCompile(`<KeyCount>\d+</KeyCount>`)
+	modified = regexp.MustCompile(`<LastModified>([^<]*)</LastModified>`)
+)
+
+// editList changes the entries of a listing, and how many it says there are. It is
+// false when there are none.
+func editList(name string, change func(entries []string) []string) Action {
+	return Edit(name, func(a *Answer) bool {
+		entries := listed.FindAllString(string(a.Body), -1)
+		if len(entries) == 0 {
+			return false
+		}
+		at := listed.FindIndex(a.Body)[0]
+		rest := listed.ReplaceAllLiteralString(string(a.Body), "")
+		entries = change(entries)
+		body := rest[:at] + strings.Join(entries, "") + rest[at:]
+		a.Body = []byte(keyCount.ReplaceAllLiteralString(body, fmt.Sprintf("<KeyCount>%d</KeyCount>", len(entries))))
+		return true
+	})
+}
+
+// ListMisses leaves one object out of a listing.
+func ListMisses() Action {
+	return editList("list misses", func(entries []string) []string { return slices.Delete(entries, len(entries)/2, len(entries)/2+1) })
+}
+
+// ListTwice lists one object twice.
+func ListTwice() Action {
+	return editList("list twice", func(entries []string) []string {
+		return slices.Insert(entries, len(entries)/2, entries[len(entries)/2])
+	})
+}
+
+// ListStray adds an object to a listing, with a key that is not below its prefix.
+func ListStray(key string) Action {
+	return editList("list stray", func(entries []string) []string {
+		return append(entries, keyOf.ReplaceAllLiteralString(entries[len(entries)-1], "<Key>"+key+"</Key>"))
+	})
+}
+
+// Meanwhile calls fn before the server is asked. Fn is called by many goroutines at
+// once.
+func Meanwhile(fn func(r *http.Request)) Action {
+	return Action{name: "meanwhile", before: func(_ *Proxy, _ http.ResponseWriter, r *http.Request) bool {
+		fn(r)
+		return false
+	}}
+}
+
 // StripRequest leaves a field out of the request, which it signs again.
 func StripRequest(name string, accessKeyID, secret string) Action {
 	return Action{name: "strip " + name, before: func(p *Proxy, w http.ResponseWriter, r *http.Request) bool {
@@ -337,6 +424,7 @@ type Proxy struct {
 	rules  []*planned
 	events []Event
 	asked  func(Asked)
+	age    time.Duration
 }
 
 // Asked is a request as the server gets it.
@@ -398,6 +486,21 @@ func (p *Proxy) Plan(rules ...Rule) {
 // is sent twice. Fn is called by many goroutines at once. It is set before the
 // first request, and outlasts Plan.
 func (p *Proxy) OnAsked(fn func(Asked)) { p.asked = fn }
+
+// Age has every listing say that its objects are older by so much. It is set before
+// the first request, and outlasts Plan.
+func (p *Proxy) Age(d time.Duration) { p.age = d }
+
+// aged is a listing with its objects older by so much.
+func aged(body []byte, by time.Duration) []byte {
+	return modified.ReplaceAllFunc(body, func(element []byte) []byte {
+		at, err := time.Parse(time.RFC3339, string(modified.FindSubmatch(element)[1]))
+		if err != nil {
+			return element
+		}
+		return fmt.Appendf(nil, "<LastModified>%s</LastModified>", at.Add(-by).Format("2006-01-02T15:04:05.000Z07:00"))
+	})
+}
 
 // deletes returns the keys that a request deletes.
 func deletes(op Op, key string, body []byte) ([]string, error) {
@@ -569,7 +672,12 @@ func (p *Proxy) send(r *http.Request, body []byte) *Answer {
 	out.Body, out.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
 	rec := httptest.NewRecorder()
 	p.next.ServeHTTP(rec, out)
-	return &Answer{Status: rec.Code, Header: rec.Header().Clone(), Body: rec.Body.Bytes()}
+	answer := &Answer{Status: rec.Code, Header: rec.Header().Clone(), Body: rec.Body.Bytes()}
+	if op, _ := Classify(r); op == ListObjectsV2 && p.age != 0 {
+		answer.Body = aged(answer.Body, p.age)
+		answer.Header.Del("Content-Length") // as it turns out
+	}
+	return answer
 }
 
 func (p *Proxy) hang(r *http.Request) {

@@ -95,6 +95,9 @@ func TestProxy(t *testing.T) {
 		{"truncate", s3fault.Truncate(), 1, 200, "01234", true},
 		{"short", s3fault.Short(), 1, 200, "01234", false},
 		{"corrupt", s3fault.Corrupt(), 1, 200, "0123446789", false},
+		{"long", s3fault.Long(), 1, 200, "0123456789more", false},
+		{"not there", s3fault.NotThere(), 1, 404, "", false},
+		{"meanwhile", s3fault.Meanwhile(func(*http.Request) { asked.Add(100) }), 101, 200, "0123456789", false},
 		{"duplicate", s3fault.Duplicate(), 2, 200, "0123456789", false},
 		{"strip", s3fault.StripAnswer("ETag"), 1, 200, "0123456789", false},
 	} {
@@ -134,10 +137,74 @@ func TestProxy(t *testing.T) {
 	if status, _, _, err := get(http.MethodHead, "k"); status != 200 || err != nil || p.Fired() != 0 {
 		t.Errorf("%d, %v; fired %d", status, err, p.Fired())
 	}
+	p.Plan(s3fault.Rule{Op: s3fault.HeadObject, Action: s3fault.WrongLength()})
+	if status, _, header, err := get(http.MethodHead, "k"); status != 200 || err != nil || p.Fired() != 1 || header.Get("Content-Length") != "11" {
+		t.Errorf("%d, %v, %v; fired %d", status, header, err, p.Fired())
+	}
 	server.Close()
 	p.Plan()
 	if status, _, _, err := get(http.MethodGet, "k"); status != http.StatusBadGateway || errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("without a server: %d, %v", status, err)
+	}
+}
+
+func TestListings(t *testing.T) {
+	entry := func(key string) string {
+		return "<Contents><Key>" + key + "</Key><LastModified>2026-01-02T03:04:05.006Z</LastModified></Contents>"
+	}
+	list := func(count string, keys ...string) string {
+		s := "<R><KeyCount>" + count + "</KeyCount>"
+		for _, key := range keys {
+			s += entry(key)
+		}
+		return s + "<Prefix>p/</Prefix></R>"
+	}
+	answer := list("3", "p/a", "p/b", "p/c")
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, answer) }))
+	defer server.Close()
+	get := func(p *s3fault.Proxy) string {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, p.URL()+"/b?list-type=2", http.NoBody)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = resp.Body.Close() }()
+		body, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Error(err)
+		}
+		return string(body)
+	}
+	p := s3fault.New(t, server.URL)
+	for _, c := range []struct {
+		action s3fault.Action
+		want   string
+	}{
+		{s3fault.ListMisses(), list("2", "p/a", "p/c")},
+		{s3fault.ListTwice(), list("4", "p/a", "p/b", "p/b", "p/c")},
+		{s3fault.ListStray("z"), list("4", "p/a", "p/b", "p/c", "z")},
+	} {
+		p.Plan(s3fault.Rule{Op: s3fault.ListObjectsV2, Action: c.action})
+		if diff := cmp.Diff(c.want, get(p)); diff != "" {
+			t.Error(diff)
+		}
+		p.MustHaveFired(t)
+		if got := get(p); got != answer {
+			t.Errorf("after it: %s", got)
+		}
+	}
+	old := s3fault.New(t, server.URL)
+	old.Age(2 * time.Hour)
+	if diff := cmp.Diff(strings.ReplaceAll(answer, "T03:", "T01:"), get(old)); diff != "" {
+		t.Error(diff)
+	}
+	answer = "<R></R>"
+	p.Plan(s3fault.Rule{Op: s3fault.ListObjectsV2, Action: s3fault.ListMisses()})
+	if get(p); p.Fired() != 0 {
+		t.Error("it is said to have fired on nothing")
 	}
 }
 
