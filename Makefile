@@ -116,13 +116,22 @@ sim: ## Simulates clusters with all faults, each run decided by a seed: SEEDS=n,
 
 # For how long `make torture` runs. SEED decides the traffic and the faults, 0 by the clock; ONLY names scenarios, with
 # commas between them; QUICK=1 runs three of them, in 90 seconds.
-TIME ?= 6m
+TIME ?= 10m
 
 .PHONY: torture
-torture: build $(BIN)/versitygw ## Kills, freezes and cuts off what runs in processes of its own, and judges what is left: TIME=6m, SEED=, ONLY=, QUICK=1.
+torture: build $(BIN)/versitygw ## Kills, freezes and cuts off what runs in processes of its own, and judges what is left: TIME=10m, SEED=, ONLY=, QUICK=1.
 	$(GO) test -c -tags torture -o $(BIN)/torture ./internal/torture
 	cd internal/torture && $(BIN)/torture -test.run '^TestTorture$$' -test.timeout 30m \
 		-time '$(TIME)' -seed '$(SEED)' -only '$(ONLY)' $(if $(filter 1,$(QUICK)),-quick)
+
+# For how long `make soak` runs. SEED decides the load, 0 by the clock.
+SOAK_TIME ?= 10m
+
+.PHONY: soak
+soak: build $(BIN)/versitygw ## Shows that memory, goroutines, files, etcd and the bucket stay as they are: SOAK_TIME=10m, SEED=.
+	$(GO) build -o $(BIN)/bench-etcd ./internal/bench/etcd
+	$(GO) build -o $(BIN)/soak ./internal/soak
+	$(BIN)/soak -for '$(SOAK_TIME)' -seed '$(SEED)' -o $(BIN)/soak.md
 
 # MODEL=full checks the largest configurations as well.
 .PHONY: model
