@@ -174,8 +174,7 @@ func (l *leader) sweepLate(ctx context.Context, job *Job) error {
 		if err != nil {
 			return err
 		}
-		// An engine cannot have begun one before the job ended.
-		if _, err := at.store.AbortUploads(ctx, at.prefix, earlier(job.EndTime, now.Add(-lateGrace))); err != nil {
+		if _, err := at.store.AbortUploads(ctx, at.prefix, lateUploads(job.EndTime, now)); err != nil {
 			return err
 		}
 		_, err = at.pages(ctx, m, func(page []copied) error {
@@ -203,11 +202,15 @@ func (l *leader) sweepLate(ctx context.Context, job *Job) error {
 	return nil
 }
 
-func earlier(a, b time.Time) time.Time {
-	if a.Before(b) {
-		return a
+// lateUploads is before when, by the store's clock, which says now, the unfinished
+// uploads of a job were begun that has COMPLETED at end: an engine begins none
+// before that. The end is told by a leader's clock, which may be behind.
+func lateUploads(end, now time.Time) time.Time {
+	end, now = end.Add(object.MaxSkew), now.Add(-lateGrace)
+	if end.Before(now) {
+		return end
 	}
-	return b
+	return now
 }
 
 // late returns those of the listed objects that nothing knows any more. It reads
