@@ -3,6 +3,7 @@ package manager
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"strings"
@@ -202,6 +203,7 @@ func (w *world) plantBeat(ctx context.Context, r *replica, beat, ceiling int64) 
 	w.t.Helper()
 	note := fmt.Sprintf(`{"format_version":1,"cluster_id":%q,"beat":"%d","nonce":"x","revision":"1","ceiling":"%d","time":"2026-01-02T03:04:05Z"}`,
 		r.o.Cluster.ID, beat, ceiling)
+	note = fmt.Sprintf(`%s,"sha256":"%x"}`, strings.TrimSuffix(note, "}"), sha256.Sum256([]byte(note)))
 	if _, err := w.objects.Put(ctx, epoch.Prefix+keys.ID(beat)+".json", []byte(note)); err != nil {
 		w.t.Fatal(err)
 	}

@@ -1,9 +1,11 @@
 package epoch
 
 import (
+	"bytes"
 	"errors"
 	"math"
 	"testing"
+	"time"
 
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
@@ -23,6 +25,26 @@ func TestBeatOf(t *testing.T) {
 	} {
 		if got, ok := beatOf(name); got != want || ok != (want > 0) {
 			t.Errorf("%s: got %d, %v, want %d", name, got, ok, want)
+		}
+	}
+}
+
+// A digit that was altered on the way does not make another note of one.
+func TestAlteredNotes(t *testing.T) {
+	sound, err := encode(&note{
+		FormatVersion: formatVersion, Cluster: "c", Beat: 3, Nonce: "n", Revision: 50, Ceiling: 2_000_000, Time: time.Date(2026, 1, 2, 3, 4, 5, 6, time.UTC),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := decode(3, sound); err != nil {
+		t.Fatal(err)
+	}
+	for i := range len(sound) - 1 { // the last is a newline
+		altered := bytes.Clone(sound)
+		altered[i] ^= 1
+		if _, err := decode(3, altered); !errors.Is(err, ErrDamaged) {
+			t.Errorf("%s: err = %v", altered, err)
 		}
 	}
 }
@@ -124,12 +146,12 @@ func TestSettle(t *testing.T) {
 
 func TestDecode(t *testing.T) {
 	good := `{"format_version":1,"cluster_id":"c","beat":"7","nonce":"n","revision":"3","ceiling":"9","time":"2026-01-02T03:04:05Z","later":1}`
-	if n, err := decode(7, []byte(good)); err != nil || n.Beat != 7 || n.Ceiling != 9 || n.Revision != 3 {
+	if n, err := decode(7, seal([]byte(good))); err != nil || n.Beat != 7 || n.Ceiling != 9 || n.Revision != 3 {
 		t.Errorf("got %v, %v", n, err)
 	}
 	for name, data := range map[string]string{
 		"empty": "", "no JSON": "x", "of another beat": `{"format_version":1,"beat":"8","nonce":"n"}`,
-		"newer": `{"format_version":2,"beat":"7","nonce":"n"}`, "no nonce": `{"format_version":1,"beat":"7"}`,
+		"unsealed": good, "newer": `{"format_version":2,"beat":"7","nonce":"n"}`, "no nonce": `{"format_version":1,"beat":"7"}`,
 		"negative": `{"format_version":1,"beat":"7","nonce":"n","ceiling":"-1"}`,
 		"long":     good + string(make([]byte, maxNoteBytes)),
 	} {

@@ -3,6 +3,7 @@ package epoch_test
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -135,8 +136,13 @@ func (w *world) put(beat, revision, ceiling int64, cluster string) {
 	w.t.Helper()
 	body := fmt.Sprintf(`{"format_version":1,"cluster_id":%q,"beat":"%d","nonce":"other","revision":"%d","ceiling":"%d","time":"2026-01-02T03:04:05Z"}`,
 		cluster, beat, revision, ceiling)
-	_, err := w.objects.Put(w.t.Context(), noteKey(beat), []byte(body))
+	_, err := w.objects.Put(w.t.Context(), noteKey(beat), summed(body))
 	w.must(err)
+}
+
+// summed adds its digest to a note.
+func summed(body string) []byte {
+	return fmt.Appendf(nil, `%s,"sha256":"%x"}`, strings.TrimSuffix(body, "}"), sha256.Sum256([]byte(body)))
 }
 
 func (w *world) allocate(r *replica, count int64) catalog.IDRange {

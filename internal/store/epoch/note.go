@@ -1,7 +1,9 @@
 package epoch
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -53,7 +55,22 @@ func encode(n *note) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode epoch object %d: %w", n.Beat, err)
 	}
-	return append(data, '\n'), nil
+	return seal(data), nil
+}
+
+// sumField begins the last field of a note: the SHA-256 of the note without it, for
+// with one digit altered on the way it would be another note.
+const sumField = `,"sha256":"`
+
+// seal adds it to a JSON object.
+func seal(data []byte) []byte {
+	return fmt.Appendf(nil, "%s%s%x\"}\n", bytes.TrimSuffix(data, []byte("}")), sumField, sha256.Sum256(data))
+}
+
+// sealed says whether it is there and right.
+func sealed(data []byte) bool {
+	body, _, found := bytes.Cut(data, []byte(sumField))
+	return found && bytes.Equal(bytes.TrimSpace(data), bytes.TrimSpace(seal(append(bytes.Clone(body), '}'))))
 }
 
 // decode reads the note of beat. The error is an ErrDamaged.
@@ -71,6 +88,8 @@ func decode(beat int64, data []byte) (*note, error) {
 		problem = fmt.Sprintf("it says that it is of beat %d", n.Beat)
 	case n.Nonce == "" || n.Revision < 0 || n.Ceiling < 0:
 		problem = "fields are missing or negative"
+	case !sealed(data):
+		problem = "its SHA-256 is another than it says"
 	default:
 		return n, nil
 	}
