@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -20,8 +21,12 @@ import (
 )
 
 // Dir is the directory of a store below which probes work, each in one of its
-// own. Whatever is left there may be deleted.
+// own. What a probe leaves there that dies, one removes that runs a day later.
 const Dir = "snapshotd-probe"
+
+// leftFor is how old, by the store's clock, a thing must be to be of a probe that
+// has died.
+const leftFor = 24 * time.Hour
 
 const (
 	racers         = 16
@@ -159,7 +164,10 @@ type prober struct {
 }
 
 func run(ctx context.Context, store object.Store, dir string, checks []check) (report Report, err error) {
-	p := &prober{store: store, dir: path.Join(dir, Dir, strings.ToLower(rand.Text()))}
+	parent := path.Join(dir, Dir) + "/"
+	p := &prober{store: store, dir: parent + strings.ToLower(rand.Text())}
+	// Trouble with it is no finding: the checks say what the store cannot do.
+	_ = removeLeft(ctx, store, parent)
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTimeout)
 		defer cancel()
@@ -184,6 +192,35 @@ func run(ctx context.Context, store object.Store, dir string, checks []check) (r
 	}
 	return report, report.Err()
 }
+
+// removeLeft removes what probes left that died long ago.
+func removeLeft(ctx context.Context, store object.Store, parent string) error {
+	now, err := store.Now(ctx)
+	if err != nil {
+		return err
+	}
+	before := now.Add(-leftFor)
+	var left []string
+	for info, err := range store.List(ctx, parent) {
+		if err != nil {
+			return err
+		}
+		if ofProbe.MatchString(info.Key[len(parent):]) && info.ModTime.Before(before) {
+			left = append(left, info.Key)
+		}
+		if len(left) == maxLeft {
+			break
+		}
+	}
+	_, err = store.AbortUploads(ctx, parent, before)
+	return errors.Join(err, store.Delete(ctx, left...))
+}
+
+// maxLeft is how many objects one probe removes.
+const maxLeft = 1000
+
+// ofProbe are the keys of probes, in lower case as of rand.Text.
+var ofProbe = regexp.MustCompile(`^[a-z2-7]{26}/`)
 
 // key names an object of this probe.
 func (p *prober) key(name string) string { return p.dir + "/" + name }
