@@ -28,7 +28,7 @@ var patches embed.FS
 const (
 	gc      = "./internal/gc"
 	manager = "./internal/manager"
-	copyjob = "./internal/copyjob"
+	record  = "./internal/store/record"
 	s3      = "./internal/store/object/s3"
 )
 
@@ -99,7 +99,7 @@ var All = []Bug{
 		What: "a segment with the id of a field took another's file along when it was reclaimed",
 	},
 	{
-		Name: "text-that-is-no-utf8", Fixed: "b451e3a", Package: copyjob, Test: "TestClip",
+		Name: "text-that-is-no-utf8", Fixed: "b451e3a", Package: record, Test: "TestClip",
 		What: "an error whose text was no UTF-8 made the leader or a worker panic",
 	},
 }

@@ -304,7 +304,7 @@ func (b *board) note(job int64, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if r := b.rows[job]; r != nil {
-		r.lastErr = clip(err.Error())
+		r.lastErr = record.Clip(err.Error(), record.MaxText)
 	}
 }
 

@@ -22,24 +22,27 @@ var (
 var classes = []struct {
 	err    error
 	reason string
+	last   bool // only when it was the last try
 }{
-	{errSourceMissing, "SOURCE_OBJECT_MISSING"},
-	{errSourceAltered, "SOURCE_OBJECT_ALTERED"},
-	{ErrSource, "SNAPSHOT_CORRUPT"},
-	{errMapping, "INTERNAL"},
-	{object.ErrDenied, "OBJECT_STORE_DENIED"},
-	{object.ErrMisconfigured, "OBJECT_STORE_MISCONFIGURED"},
-	{object.ErrInvalidKey, "LAYOUT_REFUSED"},
-	{catalog.ErrLimitExceeded, "LIMIT_EXCEEDED"},
-	{meta.ErrTooLarge, "LIMIT_EXCEEDED"},
+	{errSourceMissing, "SOURCE_OBJECT_MISSING", false},
+	{errSourceAltered, "SOURCE_OBJECT_ALTERED", false},
+	{ErrSource, "SNAPSHOT_CORRUPT", false},
+	{ErrDigest, "SNAPSHOT_CORRUPT", true},
+	{errMapping, "INTERNAL", false},
+	{object.ErrDenied, "OBJECT_STORE_DENIED", false},
+	{object.ErrMisconfigured, "OBJECT_STORE_MISCONFIGURED", false},
+	{object.ErrInvalidKey, "LAYOUT_REFUSED", false},
+	{catalog.ErrLimitExceeded, "LIMIT_EXCEEDED", false},
+	{meta.ErrTooLarge, "LIMIT_EXCEEDED", false},
 }
 
 // classify returns the reason by which err gives the job up, and true; or a
-// reason for people, and false when it may pass.
-func classify(err error) (reason string, permanent bool) {
+// reason for people, and false when it may pass. It is told whether it was the
+// last try.
+func classify(err error, last bool) (reason string, permanent bool) {
 	for _, c := range classes {
 		if errors.Is(err, c.err) {
-			return c.reason, true
+			return c.reason, last || !c.last
 		}
 	}
 	var refused *layout.RefusedError

@@ -77,6 +77,8 @@
 //	                          ended: before the job's record goes, what lies there
 //	                          without a record is removed
 //	object missing, altered   FAILED, which gives the job up with its name
+//	manifest altered          as when the store does not answer: it may be the way.
+//	                          At the cap of failures the snapshot is corrupt
 //	store does not answer     the task goes back and is tried later, with longer
 //	                          pauses, until the cap of failures
 //	roll back fails           it is tried again until all is gone; the claim stays
@@ -109,7 +111,7 @@ var (
 )
 
 // Source reads what a snapshot captured. Its errors that wrap ErrSource will not
-// pass.
+// pass, and those that wrap ErrDigest may.
 type Source interface {
 	// Metadata returns what the snapshot says of itself and its collection.
 	Metadata(ctx context.Context, snapshot int64) (*manifest.Metadata, error)
@@ -117,8 +119,14 @@ type Source interface {
 	Manifest(ctx context.Context, snapshot int64, number int) ([]segment.Segment, error)
 }
 
-// ErrSource means that a snapshot cannot be read and never will be.
-var ErrSource = errors.New("the snapshot cannot be read")
+// Errors of a Source.
+var (
+	// ErrSource means that a snapshot cannot be read and never will be.
+	ErrSource = errors.New("the snapshot cannot be read")
+	// ErrDigest means that what was read of a snapshot is not what was written. The
+	// way may be to blame, so it is read again, up to the cap of failures.
+	ErrDigest = errors.New("not as it was written")
+)
 
 // Options are what Jobs need.
 type Options struct {

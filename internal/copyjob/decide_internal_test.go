@@ -15,6 +15,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog/layout"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -365,6 +366,7 @@ func TestClassify(t *testing.T) {
 		reason    string
 		permanent bool
 	}{
+		{fmt.Errorf("%w: %w", ErrDigest, manifest.ErrCorrupt), "SNAPSHOT_CORRUPT", false}, // the way may be to blame
 		{errSourceMissing, "SOURCE_OBJECT_MISSING", true},
 		{errSourceAltered, "SOURCE_OBJECT_ALTERED", true},
 		{fmt.Errorf("%w: %w", ErrSource, object.ErrUnavailable), "SNAPSHOT_CORRUPT", true},
@@ -388,8 +390,12 @@ func TestClassify(t *testing.T) {
 		if err != nil {
 			err = fmt.Errorf("task: %w", err)
 		}
-		if reason, permanent := classify(err); reason != c.reason || permanent != c.permanent {
+		if reason, permanent := classify(err, false); reason != c.reason || permanent != c.permanent {
 			t.Errorf("%v: %s, %v; want %s, %v", c.err, reason, permanent, c.reason, c.permanent)
+		}
+		last := c.permanent || errors.Is(c.err, ErrDigest)
+		if reason, permanent := classify(err, true); reason != c.reason || permanent != last {
+			t.Errorf("%v, the last try: %s, %v; want %s, %v", c.err, reason, permanent, c.reason, last)
 		}
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -126,6 +125,13 @@ const (
 	maxTries = 40
 )
 
+// isLast says whether the job is given up if its step goes wrong this time.
+func (l *leader) isLast(job int64) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.wrong[job]+1 >= maxWrong
+}
+
 // orGiveUp is d, or that the job is given up when the step went wrong too often.
 func (l *leader) orGiveUp(d decision) decision {
 	l.mu.Lock()
@@ -214,7 +220,7 @@ func (l *leader) act(ctx context.Context, d decision) error {
 		return l.move(ctx, atBegin, d.job, &next)
 	case stepPrepare:
 		err := l.prepare(ctx, d.job)
-		if reason, permanent := classify(err); permanent {
+		if reason, permanent := classify(err, l.isLast(d.job.ID)); permanent {
 			d.outcome, d.reason, d.message = Failed, reason, err.Error()
 			return l.move(ctx, atGiveUp, d.job, givenUp(d, l.o.Now()))
 		}
@@ -244,22 +250,8 @@ func givenUp(d decision, now time.Time) *Job {
 		next.StartTime = now
 	}
 	next.State, next.Phase, next.Outcome = Executing, RollBack, d.outcome
-	next.Reason, next.Message, next.Done, next.Retries = d.reason, clip(d.message), d.done, d.retries
+	next.Reason, next.Message, next.Done, next.Retries = d.reason, record.Clip(d.message, record.MaxText), d.done, d.retries
 	return &next
-}
-
-// maxMessage is how many bytes of a message a record keeps.
-const maxMessage = 1024
-
-// clip is what a record keeps of a message, which may say anything, and records
-// take nothing but UTF-8.
-func clip(message string) string {
-	const more = "…"
-	message = strings.ToValidUTF8(message, "\uFFFD")
-	if len(message) <= maxMessage {
-		return message
-	}
-	return strings.ToValidUTF8(message[:maxMessage-len(more)], "") + more // without the rune that was cut
 }
 
 // write makes a change of a job in one transaction, which compares the job as it

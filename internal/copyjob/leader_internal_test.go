@@ -1,45 +1,13 @@
 package copyjob
 
 import (
-	"strings"
 	"testing"
-	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
 )
-
-// TestClip holds that a record takes whatever an error says: no more than so much
-// of it, and nothing that is no text.
-func TestClip(t *testing.T) {
-	a := func(n int) string { return strings.Repeat("a", n) }
-	for name, c := range map[string]struct{ message, want string }{
-		"empty":                       {"", ""},
-		"short":                       {"it failed: é", "it failed: é"},
-		"short and invalid":           {"key \xff\xfe of a\xc3", "key \uFFFD of a\uFFFD"},
-		"as long as may be":           {a(maxMessage), a(maxMessage)},
-		"longer":                      {a(maxMessage + 1), a(maxMessage-3) + "…"},
-		"a rune up to the cut":        {a(maxMessage-5) + "é" + a(10), a(maxMessage-5) + "é…"},
-		"a rune across the cut":       {a(maxMessage-4) + "é" + a(10), a(maxMessage-4) + "…"},
-		"a rune across the limit":     {a(maxMessage-1) + "é", a(maxMessage-3) + "…"},
-		"a long rune across the cut":  {a(maxMessage-6) + "😀😀", a(maxMessage-6) + "…"},
-		"made longer by what it says": {a(maxMessage-2) + "\xff", a(maxMessage-3) + "…"},
-		"invalid across the cut":      {a(maxMessage-4) + "\xff" + a(10), a(maxMessage-4) + "…"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			got := clip(c.message)
-			if diff := cmp.Diff(c.want, got); diff != "" {
-				t.Errorf("(-want +got):\n%s", diff)
-			}
-			if len(got) > maxMessage || !utf8.ValidString(got) {
-				t.Errorf("%d bytes, valid: %v", len(got), utf8.ValidString(got))
-			}
-			(&task{message: got}).encode("op") // panics unless it is valid
-		})
-	}
-}
 
 // TestOrGiveUp gives a job up when its step went wrong too often, and not before.
 func TestOrGiveUp(t *testing.T) {

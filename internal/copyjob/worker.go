@@ -353,8 +353,9 @@ func (a *attempt) giveBack(ctx context.Context, interrupted bool, cause error) (
 			return false, err
 		}
 		next := *a.task
-		reason, permanent := classify(cause)
-		next.reason, next.message, next.failures = reason, clip(cause.Error()), a.task.failures+1
+		next.failures = a.task.failures + 1
+		reason, permanent := classify(cause, int(next.failures) >= a.worker.o.MaxFailures)
+		next.reason, next.message = reason, record.Clip(cause.Error(), record.MaxText)
 		if next.state = TaskPending; permanent {
 			next.state = TaskFailed
 		} else {

@@ -184,11 +184,10 @@ func (g *GC) explainClaim(ctx context.Context, c claim, e *Explanation) (found b
 	if e.Build != 0 {
 		e.What = fmt.Sprintf("file of index build %d of segment %d of collection %s", e.Build, owner.Segment, c.col)
 	}
-	answers, err := g.Check(ctx, catalog.Ref{ID: c.col.ID}, []Ask{{File: path, FileSegment: owner.Segment}})
+	a, unread, err := g.explainHolders(ctx, c.col, Ask{File: path, FileSegment: owner.Segment})
 	if err != nil {
 		return false, err
 	}
-	a := answers[0]
 	e.Snapshots, e.Holders = a.Snapshots, a.Holders
 	switch a.State {
 	case Live:
@@ -205,6 +204,8 @@ func (g *GC) explainClaim(ctx context.Context, c claim, e *Explanation) (found b
 		}
 		if e.Holders > 0 {
 			e.Reason = fmt.Sprintf("it was dropped%s and is held by %s", since, holdersText(&a))
+		} else if unread != nil {
+			e.Reason = fmt.Sprintf("it was dropped%s and stays until it can be told whether anything holds it", since)
 		} else if e.Kept, e.Reason, err = g.taken(ctx, c.col); err != nil {
 			return false, err
 		} else {
@@ -213,11 +214,36 @@ func (g *GC) explainClaim(ctx context.Context, c claim, e *Explanation) (found b
 	case Unknown:
 		e.Reason = "it is changing right now: ask again"
 	}
+	if unread != nil && a.State != Granted {
+		e.Reason += fmt.Sprintf("; not all that hold it are known: %v", unread)
+	}
 	if owned, known := owns(c, owner); known && !owned && a.State != Live {
 		e.Kept = true
 		e.Reason += "; but its path does not carry the id of what it was part of, so it is never deleted"
 	}
 	return true, nil
+}
+
+// explainHolders says what becomes of a file and who holds it. Where not all
+// references can be read, unread says why: there may be more holders than it names.
+func (g *GC) explainHolders(ctx context.Context, col *catalog.Collection, of Ask) (a Answer, unread, err error) {
+	answers, err := g.decide(ctx, catalog.Ref{ID: col.ID}, []Ask{of}, nil)
+	switch {
+	case err == nil:
+		return answers[0], nil, nil
+	case !errors.Is(err, ErrLoading) && !errors.Is(err, ErrUnreadable):
+		return Answer{}, nil, err
+	}
+	unread = err
+	u, err := g.resolve(ctx, col, of)
+	if err != nil {
+		return Answer{}, nil, err
+	}
+	p, err := g.readPremises(ctx, col, []ask{u})
+	if err != nil {
+		return Answer{}, nil, err
+	}
+	return g.answer(col, u, p, &p.units[0]), unread, nil
 }
 
 // taken says whether the collector will not take by itself what was dropped from a

@@ -18,10 +18,6 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// maxSkew is how far the leader's clock and a store's may be apart before
-// nothing expires any more.
-const maxSkew = 5 * time.Minute
-
 // How snapshots are removed.
 const (
 	removesInFlight = 8   // snapshots at once
@@ -125,14 +121,9 @@ func (c *cleaner) expire(ctx context.Context, snapshots []*Snapshot, fence meta.
 	if err != nil {
 		return next, fmt.Errorf("read the clock of store %s: %w", c.m.o.SnapshotStore, err)
 	}
-	skew := now.Sub(storeNow)
-	c.clockSkew.Store(int64(skew))
-	if skew.Abs() > maxSkew {
-		return next, fmt.Errorf("nothing expires: this replica's clock says %s and the clock of store %s says %s; set them right",
-			now.Format(time.RFC3339), c.m.o.SnapshotStore, storeNow.Format(time.RFC3339))
-	}
-	if storeNow.Before(now) {
-		now = storeNow
+	c.clockSkew.Store(int64(now.Sub(storeNow)))
+	if now, err = object.EarlierClock(c.m.o.SnapshotStore, now, storeNow); err != nil {
+		return next, fmt.Errorf("nothing expires: %w", err)
 	}
 	var errs []error
 	for _, s := range due {

@@ -888,8 +888,8 @@ func (m *Manager) putOnce(ctx context.Context, at crashpoint.Point, key string, 
 		case err != nil:
 		case bytes.Equal(there, data):
 			return lease.advance(ctx)
-		default:
-			return fmt.Errorf("write %s: %w with other content; snapshotd's prefix must be its own", key, object.ErrExists)
+		default: // or it was not read as it is there
+			last = fmt.Errorf("%w with other content; snapshotd's prefix must be its own", object.ErrExists)
 		}
 	}
 	return fmt.Errorf("write %s: %w", key, last)

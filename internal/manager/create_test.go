@@ -795,6 +795,38 @@ func TestCreateFailsWhenTheObjectStoreIsLost(t *testing.T) {
 	})
 }
 
+// TestCreateAndAlteredAnswers loses the answer to each write of an object, and has
+// what is read back of it altered twice.
+func TestCreateAndAlteredAnswers(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		w.add(r, col, w.segment(r, col, 0, 1, 2))
+		w.checkpoint(r, col, 10, 10)
+		seen := map[string]int{}
+		r.store.Plan(func(c object.Call) object.Fault {
+			if c.Op != object.OpCreate && c.Op != object.OpGet {
+				return object.FaultNone
+			}
+			seen[c.Keys[0]+string(c.Op)]++
+			switch n := seen[c.Keys[0]+string(c.Op)]; {
+			case c.Op == object.OpCreate && n == 1:
+				return object.FaultAfter
+			case c.Op == object.OpGet && n <= 2:
+				return object.FaultFlip
+			}
+			return object.FaultNone
+		})
+		w.create(r, col, "x")
+		r.store.Plan(nil)
+		settle()
+		w.check(r)
+		if len(seen) < 6 {
+			t.Errorf("not all objects were read back: %v", seen)
+		}
+	})
+}
+
 func TestForeignObjectIsNotOverwritten(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		r := w.start("a")

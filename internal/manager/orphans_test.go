@@ -305,6 +305,58 @@ func TestExplain(t *testing.T) {
 	})
 }
 
+// TestExplainWithoutAllReferences says what is known while the references of one
+// snapshot cannot be read, names that, and does not say that nothing holds a file.
+func TestExplainWithoutAllReferences(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		live, held, lost, granted := w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5)
+		w.addWritten(r, col, live, held)
+		w.checkpoint(r, col, 100, 100)
+		s := w.create(r, col, "readable")
+		w.addWritten(r, col, lost)
+		bad := w.create(r, col, "unreadable")
+		w.addWritten(r, col, granted)
+		w.granted(w.reclaim(r, col, gc.ByCaller, w.dropSegments(r, col, granted.ID)...))
+		w.dropSegments(r, col, held.ID, lost.ID)
+		if err := w.objects.Delete(t.Context(), manifest.RefsKey(col.ID, bad.ID)); err != nil {
+			t.Fatal(err)
+		}
+		r = w.forget(r, "b")
+		drop := time.Now().UTC().Format(time.RFC3339)
+		holder := []gc.SnapshotHolder{{ID: s.ID, Name: "readable"}}
+		unread := fmt.Sprintf(`; not all that hold it are known: references of a snapshot cannot be read: snapshot "unreadable" (%d): `, bad.ID)
+		for name, tc := range map[string]struct {
+			of   segment.Segment
+			want gc.Explanation // without what is cut off its reason
+		}{
+			"live": {live, gc.Explanation{Kept: true, Reason: "the segment lives" + unread, Snapshots: holder, Holders: 2}},
+			"held by one that is readable": {held, gc.Explanation{
+				Kept: true, Reason: "it was dropped at " + drop + ` and is held by snapshot "readable"` + unread, Unit: held.ID, Snapshots: holder, Holders: 1,
+			}},
+			"held by the other": {lost, gc.Explanation{
+				Kept: true, Reason: "it was dropped at " + drop + " and stays until it can be told whether anything holds it" + unread, Unit: lost.ID,
+			}},
+			"granted": {granted, gc.Explanation{Reason: `the unit was granted to "tester" at ` + drop + ", who deletes it", Unit: granted.ID}},
+		} {
+			got, err := r.GC().Explain(t.Context(), "default", "data/"+tc.of.Files[0].Path)
+			if err != nil {
+				t.Errorf("%s: %v", name, err)
+				continue
+			}
+			if at := strings.Index(got.Reason, unread); at >= 0 {
+				got.Reason = got.Reason[:at+len(unread)]
+			}
+			tc.want.Exists, tc.want.Collection, tc.want.Segment = true, col.ID, tc.of.ID
+			tc.want.What = fmt.Sprintf("file of segment %d of collection default/c (%d)", tc.of.ID, col.ID)
+			if diff := cmp.Diff(tc.want, got); diff != "" {
+				t.Errorf("%s (-want +got):\n%s", name, diff)
+			}
+		}
+	})
+}
+
 // TestExplainPromisesNothing says what is needed where the collector does not take
 // by itself what nothing holds.
 func TestExplainPromisesNothing(t *testing.T) {

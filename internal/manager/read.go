@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 
+	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
@@ -61,7 +63,7 @@ func (m *Manager) readOwn(ctx context.Context, s *Snapshot, name string, want ma
 		}
 	}
 	if err := want.Check(data); err != nil {
-		return nil, fmt.Errorf("%w: %s/%s: %w", ErrSnapshotCorrupt, s.Store, key, err)
+		return nil, fmt.Errorf("%w: %s/%s: %w: %w", ErrSnapshotCorrupt, s.Store, key, copyjob.ErrDigest, err)
 	}
 	return data, nil
 }
@@ -128,7 +130,7 @@ func (m *Manager) cachedOwn(ctx context.Context, s *Snapshot, name string, want 
 	}
 	data, err := m.readOwn(ctx, s, name, want)
 	if err == nil {
-		m.manifests.put(key, data)
+		m.manifests.put(cachedFile{s.ID, key, data}, m.view.has)
 	}
 	return data, err
 }
@@ -138,12 +140,12 @@ func (m *Manager) cachedOwn(ctx context.Context, s *Snapshot, name string, want 
 type manifestCache struct {
 	mu      sync.Mutex
 	entries []cachedFile // the latest last
-	size    int
 }
 
 type cachedFile struct {
-	key  string
-	data []byte
+	snapshot int64
+	key      string
+	data     []byte
 }
 
 // maxCached bounds the cache in bytes.
@@ -160,13 +162,18 @@ func (c *manifestCache) get(key string) []byte {
 	return nil
 }
 
-func (c *manifestCache) put(key string, data []byte) {
+// put adds a file, and forgets those of snapshots that are gone and the oldest of
+// too many.
+func (c *manifestCache) put(f cachedFile, lives func(snapshot int64) bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.entries = append(c.entries, cachedFile{key, data})
-	c.size += len(data)
-	for c.size > maxCached {
-		c.size -= len(c.entries[0].data)
-		c.entries = c.entries[1:]
+	c.entries = slices.DeleteFunc(c.entries, func(e cachedFile) bool { return e.key == f.key || !lives(e.snapshot) })
+	c.entries = append(c.entries, f)
+	size := 0
+	for i, e := range slices.Backward(c.entries) {
+		if size += len(e.data); size > maxCached {
+			c.entries = slices.Delete(c.entries, 0, i+1)
+			break
+		}
 	}
 }

@@ -502,8 +502,12 @@ func (r restoreSource) open(ctx context.Context, snapshot int64) (*Snapshot, *ma
 	return s, md, lasting(err)
 }
 
-// lasting marks the errors of reading a snapshot that will not pass.
+// lasting marks the errors of reading a snapshot that will not pass. Of other
+// bytes than were written more tries tell.
 func lasting(err error) error {
+	if errors.Is(err, copyjob.ErrDigest) {
+		return err
+	}
 	for _, never := range []error{ErrSnapshotCorrupt, ErrSnapshotNotCommitted, ErrExpiredOrDropped, ErrNeverExisted, manifest.ErrNewerFormat} {
 		if errors.Is(err, never) {
 			return fmt.Errorf("%w: %w", copyjob.ErrSource, err)

@@ -3,6 +3,7 @@ package manager
 import (
 	"context"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -121,6 +122,48 @@ func TestRestoreOfDamagedManifests(t *testing.T) {
 					wantError(t, err, ErrSnapshotCorrupt)
 				})
 			})
+		}
+	}
+}
+
+// TestRestoreAndAlteredAnswers has a store answer some times, or for ever, with
+// other bytes than a snapshot's object consists of, which is whole.
+func TestRestoreAndAlteredAnswers(t *testing.T) {
+	for _, name := range []string{manifest.MetadataName, "manifest-0.avro"} {
+		for how, fault := range map[string]object.Fault{"flipped": object.FaultFlip, "truncated": object.FaultTruncate} {
+			for _, times := range []int{1, 2, 3, 6, math.MaxInt} {
+				t.Run(fmt.Sprintf("%s %s %d times", name, how, times), func(t *testing.T) {
+					inWorld(t, func(t *testing.T, w *world) {
+						leader := w.start("leader")
+						settle()
+						r := w.start("r", func(o *Options) { o.RestoreSlots = -1 })
+						s := w.create(r, w.rich(r, "c", 4), "one")
+						settle()
+						left := times // the leader alone reads it from here on
+						leader.store.Plan(func(c object.Call) object.Fault {
+							if c.Op != object.OpGet || !strings.HasSuffix(c.Keys[0], name) || left == 0 {
+								return object.FaultNone
+							}
+							left--
+							return fault
+						})
+						sp := restoreSpecOf(s)
+						if times < math.MaxInt {
+							w.completes(r, sp)
+							if left != 0 {
+								t.Errorf("%d of %d answers were not asked for", left, times)
+							}
+							return
+						}
+						w.fails(r, sp, "SNAPSHOT_CORRUPT", name)
+						if asked := times - left; asked < 10 {
+							t.Errorf("given up after %d answers", asked)
+						}
+						leader.lift()
+						w.completes(r, sp)
+					})
+				})
+			}
 		}
 	}
 }

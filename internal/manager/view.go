@@ -172,6 +172,13 @@ func (v *view) list(f *Filter, after Place, limit int) (list []*Snapshot, more b
 	return list, false
 }
 
+// has says whether a snapshot is known.
+func (v *view) has(id int64) bool {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	return v.byID[id] != nil
+}
+
 // count returns the number of snapshots by state, of unreadable records, and of
 // pins.
 func (v *view) count() (states map[State]int, unreadable, pins int) {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"buf.build/go/protovalidate"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -281,14 +280,4 @@ func fromStream(err error) error {
 
 // clip bounds a text and makes it UTF-8, without which no message could be
 // encoded.
-func clip(s string) string {
-	s = strings.ToValidUTF8(s, "\uFFFD")
-	if len(s) <= maxMessageText {
-		return s
-	}
-	end := maxMessageText
-	for !utf8.RuneStart(s[end]) {
-		end--
-	}
-	return s[:end] + "…"
-}
+func clip(s string) string { return record.Clip(s, maxMessageText) }

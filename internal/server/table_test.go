@@ -37,7 +37,7 @@ func TestEverySentinelHasARow(t *testing.T) {
 		{"catalog", "../catalog", []string{"ErrParked"}},
 		{"manager", "../manager", nil},
 		{"gc", "../gc", []string{"ErrStoreNotFound"}}, // it is the manager's
-		{"copyjob", "../copyjob", []string{"ErrSource"}},
+		{"copyjob", "../copyjob", []string{"ErrSource", "ErrDigest"}},
 		{"epoch", "../store/epoch", nil},
 		{"request", "../store/request", nil},
 		{"record", "../store/record", nil},
