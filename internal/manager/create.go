@@ -124,9 +124,11 @@ func (m *Manager) startCreate(ctx context.Context, tok request.Token, spec Creat
 		return c.snap, nil // the create goes on, and with it c.err
 	}
 	if c.snap == nil { // begin failed: perhaps another call with the token was first
-		if known := m.wasFirst(ctx, tok); known != nil {
+		known, err := m.wasFirst(ctx, tok, c.err)
+		if known != nil {
 			return m.join(ctx, tok, known, spec.NoWait)
 		}
+		return nil, err
 	}
 	return c.last, c.err
 }

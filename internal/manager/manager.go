@@ -489,7 +489,7 @@ func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec U
 		var s *Snapshot
 		if known == nil {
 			if s, err = m.updatable(ctx, ref, &spec); err != nil {
-				known = m.wasFirst(ctx, tok)
+				known, err = m.wasFirst(ctx, tok, err)
 			}
 		}
 		if known != nil {
@@ -551,14 +551,15 @@ func (m *Manager) updatable(ctx context.Context, ref Ref, spec *UpdateSpec) (*Sn
 }
 
 // wasFirst looks whether another call with the token took effect while this one
-// was being decided: what looks like an error may be that call's doing. It
-// returns nil when there is nothing, or nothing to be learned.
-func (m *Manager) wasFirst(ctx context.Context, tok request.Token) *request.Record {
+// was being decided: what looks like an error may be that call's doing. The error
+// is cause when there was no such call; when that cannot be found out, cause is no
+// verdict, and the error is that of the look.
+func (m *Manager) wasFirst(ctx context.Context, tok request.Token, cause error) (*request.Record, error) {
 	known, err := request.Find(ctx, m.kv, tok)
-	if err != nil {
-		return nil
+	if err == nil && known == nil {
+		err = cause
 	}
-	return known
+	return known, err
 }
 
 // Drop drops a snapshot: when it returns, the name is free and the snapshot
@@ -576,7 +577,8 @@ func (m *Manager) Drop(ctx context.Context, tok request.Token, ref Ref, expected
 		}
 		s, txn, err := m.droppable(ctx, ref, expected)
 		if err != nil {
-			if known := m.wasFirst(ctx, tok); known != nil {
+			known, err := m.wasFirst(ctx, tok, err)
+			if known != nil {
 				return known.ID, nil
 			}
 			return 0, fmt.Errorf("drop snapshot %s: %w", ref, err)

@@ -71,7 +71,7 @@ func (m *Manager) pin(ctx context.Context, tok request.Token, ref Ref, spec PinS
 		var s *Snapshot
 		if known == nil {
 			if s, err = m.pinnable(ctx, ref); err != nil {
-				known = m.wasFirst(ctx, tok)
+				known, err = m.wasFirst(ctx, tok, err)
 			}
 		}
 		if known != nil {

@@ -96,7 +96,8 @@ func (m *Manager) restore(ctx context.Context, tok request.Token, spec *RestoreS
 		case errors.Is(err, errChanged):
 			continue
 		case err != nil:
-			if known := m.wasFirst(ctx, tok); known != nil {
+			known, err := m.wasFirst(ctx, tok, err)
+			if known != nil {
 				return m.restoreOf(ctx, known)
 			}
 			return nil, err

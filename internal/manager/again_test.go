@@ -1,0 +1,40 @@
+package manager
+
+import (
+	"errors"
+	"testing"
+
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// It was once wrong: the first call with a token lands while the second decides, and
+// the second cannot read what has become of the first.
+func TestRepeatThatCannotLookAgain(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a, b := w.start("a"), w.start("b")
+		col, _, _ := w.collection(a, "c")
+		settle()
+		tok := request.Token{Principal: "local", Method: "CreateSnapshot", Value: "t", Hash: []byte{1}}
+		begun, lost := false, false
+		b.kv.Hook(func(c meta.Call) meta.Fault {
+			switch {
+			case c.Method == meta.MethodGrant && !begun: // of the create's lease: its token was looked for
+				begun = true
+				if _, err := a.Create(t.Context(), tok, spec(col, "x")); err != nil {
+					t.Error(err)
+				}
+			case c.Method == meta.MethodRevoke: // its begin has lost
+				lost = true
+			case c.Method == meta.MethodGet && lost:
+				return meta.Before
+			}
+			return meta.NoFault
+		})
+		_, err := b.Create(t.Context(), tok, spec(col, "x"))
+		b.kv.Hook(nil)
+		if !errors.Is(err, meta.ErrUnavailable) || !lost {
+			t.Errorf("err = %v, lost: %v", err, lost)
+		}
+	})
+}
