@@ -61,12 +61,11 @@ func (w *world) look(s *api.Segment, engine map[string]bool, partitions map[int6
 	}
 	for _, f := range files {
 		engine[f.GetPath()] = true
-		content, err := os.ReadFile(w.objects(root, f.GetPath()))
+		content, err := sumFile(w.objects(root, f.GetPath()))
 		if err != nil {
-			got.Files = append(got.Files, err.Error())
-			continue
+			content = err.Error()
 		}
-		got.Files = append(got.Files, sum(content))
+		got.Files = append(got.Files, content)
 	}
 	return got
 }
@@ -208,12 +207,20 @@ func (w *world) auditStore(ctx context.Context, engine map[string]bool, own []st
 	if err != nil {
 		return err
 	}
-	var wrong []string
+	wrong, err := w.uploads(ctx)
+	if err != nil {
+		return err
+	}
+	for i := range wrong {
+		wrong[i] = "an upload to " + wrong[i]
+	}
 	err = filepath.WalkDir(w.objects(), func(name string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			if errors.Is(err, fs.ErrNotExist) { // it goes while we look
-				return nil
-			}
+		switch {
+		case errors.Is(err, fs.ErrNotExist): // it goes while we look
+			return nil
+		case err == nil && d.IsDir() && d.Name() == serverDir:
+			return fs.SkipDir
+		case err != nil || d.IsDir():
 			return err
 		}
 		key, err := filepath.Rel(w.objects(), name)
@@ -226,7 +233,7 @@ func (w *world) auditStore(ctx context.Context, engine map[string]bool, own []st
 		ofSnapshot := slices.ContainsFunc(own, func(prefix string) bool { return strings.HasPrefix(key, prefix) })
 		switch {
 		case ofEngine && engine[path], ofSnapshot && member != nil && !dead[key],
-			key == "snapshots/identity.json", isEpoch.MatchString(key), strings.HasPrefix(key, tempDir):
+			key == "snapshots/identity.json", isEpoch.MatchString(key), strings.HasPrefix(key, tempDir), w.ofProbe(key):
 			return nil
 		case held != nil && !dead[key] && len(w.Snapshots) > 0: // it has a record, and so is held
 			return nil
@@ -269,10 +276,12 @@ func (w *world) orphans(ctx context.Context) (map[string]bool, error) {
 }
 
 // goesOn looks whether the service still does all that it should: a snapshot is
-// taken, a part of it restored, and both are dropped.
+// taken, and a part of it restored. Where there is no collection yet it makes one.
 func (w *world) goesOn(ctx context.Context) error {
 	if _, ok := w.Collections[shop]; !ok {
-		return nil
+		if err := w.collection(ctx, shop, 4, 0); err != nil {
+			return err
+		}
 	}
 	if err := w.take(ctx, shop, "last", client.NewRequestToken()); err != nil {
 		return err
@@ -324,16 +333,11 @@ func (w *world) dropAll(ctx context.Context) error {
 }
 
 // plant puts an object into the store that was last written long ago.
-func (w *world) plant(key string) error {
-	name := w.objects(key)
-	if err := os.MkdirAll(filepath.Dir(name), 0o750); err != nil {
+func (w *world) plant(ctx context.Context, key string) error {
+	if err := w.put(ctx, key, []byte("late")); err != nil {
 		return err
 	}
-	if err := os.WriteFile(name, []byte("late"), 0o600); err != nil {
-		return err
-	}
-	long := time.Now().Add(-3 * time.Hour)
-	return os.Chtimes(name, long, long)
+	return os.Chtimes(w.objects(key), longAgo(), longAgo())
 }
 
 // planted says whether an object is there.

@@ -26,10 +26,15 @@ const token = "the-same-request"
 
 // scenario is an operation, and the points that it comes by.
 type scenario struct {
+	name   string
 	points []string
 	twice  []string // points at which the second time is tried as well
-	quick  bool     // it is part of a quick run
-	empty  bool     // it begins with no data
+	// requests are points of requests to a bucket that it comes by, and how often at
+	// least: each time is tried.
+	requests map[string]int
+	quick    bool // it is part of a quick run
+	empty    bool // it begins with no data
+	huge     bool // it begins with huge, and runs on a bucket only
 	// orphans says that the crash may leave the object of a unit that was parked,
 	// which a sweep deletes after the grace period.
 	orphans  bool
@@ -38,7 +43,7 @@ type scenario struct {
 	// end others. Nil: nothing.
 	prepare func(ctx context.Context, r *runner, w *world) error
 	// op is the operation. It is called while snapshotd is there that crashes, and
-	// again, with the next, when it has to succeed.
+	// again, with the next, when it has to succeed unless that one crashes as well.
 	op func(ctx context.Context, w *world) error
 	// after enters in the ledger what op has changed. Nil: nothing.
 	after func(w *world)
@@ -46,57 +51,79 @@ type scenario struct {
 
 var scenarios = []scenario{
 	{
-		points: []string{"create.begin", "create.manifest", "create.refs", "create.metadata", "create.commit", "create.endlease"},
-		quick:  true, op: create, after: created("new", shop),
+		name:     "create",
+		points:   []string{"create.begin", "create.manifest", "create.refs", "create.metadata", "create.commit", "create.endlease"},
+		requests: map[string]int{"bucket.put": 2},
+		quick:    true, op: create, after: created("new", shop),
 	},
-	{points: []string{"create.reap"}, prepare: leavePending, op: takeReaped, after: created("new", shop)},
-	{points: []string{"create.giveup"}, op: createBroken, after: created("broken", mall)},
+	{name: "reap", points: []string{"create.reap"}, prepare: leavePending, op: takeReaped, after: created("new", shop)},
+	{name: "broken", points: []string{"create.giveup"}, op: createBroken, after: created("broken", mall)},
 	{
+		name: "drop",
 		points: []string{
 			"drop.txn", "drop.objects", "drop.record", "reclaim.grant", "reclaim.held", "reclaim.delete", "reclaim.tombs", "collect.note",
 		},
-		orphans: true, op: drop, after: func(w *world) { delete(w.Snapshots, old) },
+		requests: map[string]int{"bucket.delete": 3},
+		orphans:  true, op: drop, after: func(w *world) { delete(w.Snapshots, old) },
 	},
-	{points: []string{"drop.expire"}, op: expire, after: func(w *world) { delete(w.Snapshots, old) }},
+	{name: "expire", points: []string{"drop.expire"}, op: expire, after: func(w *world) { delete(w.Snapshots, old) }},
 	{
+		name: "restore",
 		points: []string{
 			"restore.admit", "restore.begin", "restore.prepare", "restore.prepared", "restore.assign", "restore.copy", "restore.register",
 			"restore.done", "restore.publish",
 		},
-		twice: []string{"restore.copy", "restore.done"}, quick: true, op: restore,
+		requests: map[string]int{"bucket.copy": 3},
+		twice:    []string{"restore.copy", "restore.done"}, quick: true, op: restore,
 		after: func(w *world) { w.Collections["copy"], w.Restored["copy"] = copies(w.Snapshots[keep]), true },
 	},
 	{
+		name:   "give-up",
 		points: []string{"restore.giveup", "restore.giveback", "restore.objects", "restore.content", "restore.end"},
-		twice:  []string{"restore.content"}, op: restoreTooSlow,
+		twice:  []string{"restore.content"}, requests: map[string]int{"bucket.delete": 1}, op: restoreTooSlow,
 	},
-	{points: []string{"restore.cancel"}, op: cancelRestore},
+	{name: "cancel", points: []string{"restore.cancel"}, op: cancelRestore},
 	{
-		points: []string{"restore.late", "restore.forget"}, settings: "keep_restores: 1m\n",
+		name: "parts", requests: map[string]int{"bucket.begin": 1, "bucket.part": 3, "bucket.complete": 1},
+		huge: true, settings: "keep_restores: 1m\n", op: restoreHuge,
+		after: func(w *world) { w.Collections["copy"], w.Restored["copy"] = copies(w.Snapshots[huge]), true },
+	},
+	{name: "abort", requests: map[string]int{"bucket.abort": 2}, huge: true, prepare: leaveUpload, op: restoreHugeTooSlow},
+	{
+		name: "late", points: []string{"restore.late", "restore.forget"}, settings: "keep_restores: 1m\n",
 		prepare: makeLate, op: awaitForgotten,
 	},
-	{points: []string{"reclaim.confirm"}, settings: "collector: \"off\"\n", op: reclaim, after: dropped(mall, 1)},
-	{points: []string{"collect.part"}, op: dropParts, after: func(w *world) {
+	{name: "reclaim", points: []string{"reclaim.confirm"}, settings: "collector: \"off\"\n", op: reclaim, after: dropped(mall, 1)},
+	{name: "drop-parts", points: []string{"collect.part"}, requests: map[string]int{"bucket.delete": 1}, op: dropParts, after: func(w *world) {
 		first := w.Collections[mall][0]
 		first.Files = first.Files[:1] // without the build
 		w.Collections[mall] = []seg{first, w.Collections[mall][1]}
 	}},
-	{points: []string{"collect.collection"}, op: dropCollection, after: func(w *world) { delete(w.Collections, mall) }},
-	{points: []string{"park.put", "park.txn"}, orphans: true, op: park, after: dropped(shop, 0)},
-	{points: []string{"sweep.delete"}, prepare: makeOrphan, op: deleteOrphans},
-	{points: []string{"catalog.allocate"}, op: allocate},
-	{points: []string{"catalog.change"}, op: compact, after: func(w *world) {
+	{
+		name: "drop-collection", points: []string{"collect.collection"}, requests: map[string]int{"bucket.delete": 1},
+		op: dropCollection, after: func(w *world) { delete(w.Collections, mall) },
+	},
+	{
+		name: "park", points: []string{"park.put", "park.txn"}, requests: map[string]int{"bucket.put": 1},
+		orphans: true, op: park, after: dropped(shop, 0),
+	},
+	{name: "sweep", points: []string{"sweep.delete"}, requests: map[string]int{"bucket.delete": 1}, prepare: makeOrphan, op: deleteOrphans},
+	{name: "allocate", points: []string{"catalog.allocate"}, op: allocate},
+	{name: "compact", points: []string{"catalog.change"}, op: compact, after: func(w *world) {
 		in := w.Collections[mall][1].ID
 		w.Collections[mall] = append(without(w.Collections[mall], in), w.answers["segment"].(seg))
 	}},
-	{points: []string{"pin.create"}, op: pin, after: func(w *world) { w.Pins++ }},
-	{points: []string{"pin.renew"}, op: renew},
-	{points: []string{"pin.remove"}, op: unpin, after: func(w *world) { w.Pins-- }},
-	{points: []string{"elect.claim", "restore.worker", "epoch.intend", "epoch.create", "epoch.done", "epoch.forget"}, op: nothing},
-	{points: []string{"elect.resign"}, op: resign},
-	{points: []string{"epoch.recover"}, op: recoverEpoch},
-	{points: []string{"epoch.mark"}, prepare: goBack, op: recoverEpoch},
-	{points: []string{"start.cluster", "start.identity", "start.store"}, empty: true, op: first},
+	{name: "pin", points: []string{"pin.create"}, op: pin, after: func(w *world) { w.Pins++ }},
+	{name: "renew", points: []string{"pin.renew"}, op: renew},
+	{name: "unpin", points: []string{"pin.remove"}, op: unpin, after: func(w *world) { w.Pins-- }},
+	{
+		name:   "start",
+		points: []string{"elect.claim", "restore.worker", "epoch.intend", "epoch.create", "epoch.done", "epoch.forget"}, op: nothing,
+	},
+	{name: "resign", points: []string{"elect.resign"}, op: resign},
+	{name: "recover", points: []string{"epoch.recover"}, op: recoverEpoch},
+	{name: "go-back", points: []string{"epoch.mark"}, prepare: goBack, op: recoverEpoch},
+	{name: "first-start", points: []string{"start.cluster", "start.identity", "start.store"}, empty: true, op: nothing},
 }
 
 // created enters a snapshot of what a collection has now.
@@ -111,43 +138,30 @@ func dropped(name string, at int) func(w *world) {
 
 func nothing(context.Context, *world) error { return nil }
 
-// create takes a snapshot. A create whose process died may end as given up, and its
-// token then says so for good: then the name must be free.
+// create takes a snapshot. A create whose process died may end as given up.
 func create(ctx context.Context, w *world) error {
 	err := w.take(ctx, shop, "new", token)
-	if client.Reason(err) != "CREATE_ABORTED" {
+	if client.Reason(err) != givenUp {
 		return err
 	}
-	if at := w.crash; at.point == "create.endlease" || at == (crash{"create.commit", after, 1}) || at == (crash{"create.begin", before, 1}) {
+	committed := w.crashes[0].point == "create.endlease" || w.crashes[0] == (crash{"create.commit", after, 1})
+	if committed || len(w.crashes) == 1 && w.crashes[0] == (crash{"create.begin", before, 1}) {
 		return fmt.Errorf("it cannot have been given up: %w", err)
 	}
-	if id, ok := w.answers["snapshot new"]; ok {
-		return fmt.Errorf("snapshot %d was answered with success before: %w", id, err)
-	}
-	return w.take(ctx, shop, "new", "another-request")
+	return w.takeAnew(ctx, shop, "new")
 }
 
 // leavePending has snapshotd die in the middle of a create.
 func leavePending(ctx context.Context, _ *runner, w *world) error {
-	at := crash{"create.commit", before, 1}
-	if err := w.start(ctx, at.String()); err != nil {
-		return err
-	}
-	running, done := w.s.whileRunning(ctx)
-	defer done()
-	err := w.take(running, shop, "new", token)
-	if err == nil {
-		return errors.New("the create succeeded without its commit")
-	}
-	return w.s.crashed(ctx, crashPatience, at.String())
+	return w.dieAt(ctx, crash{"create.commit", before, 1}, func(ctx context.Context) error { return w.take(ctx, shop, "new", token) })
 }
 
 // takeReaped waits for the leader to give the create up, and takes the name.
 func takeReaped(ctx context.Context, w *world) error {
-	if err := w.take(ctx, shop, "new", token); client.Reason(err) != "CREATE_ABORTED" {
+	if err := w.take(ctx, shop, "new", token); client.Reason(err) != givenUp {
 		return fmt.Errorf("the create that died was answered with %w", err)
 	}
-	return w.take(ctx, shop, "new", "another-request")
+	return w.takeAnew(ctx, shop, "new")
 }
 
 // createBroken takes a snapshot of a collection that lacks a file, which fails, and
@@ -161,16 +175,16 @@ func createBroken(ctx context.Context, w *world) error {
 	_, err := w.c().Snapshots.CreateSnapshot(ctx, &api.CreateSnapshotRequest{
 		Collection: byName(mall), Name: "broken", Verify: true, RequestToken: token,
 	})
-	if reason := client.Reason(err); reason != "FILE_MISSING" && reason != "CREATE_ABORTED" {
+	if reason := client.Reason(err); reason != "FILE_MISSING" && reason != givenUp {
 		return fmt.Errorf("a create that lacks a file ended with %w", err)
 	}
-	if w.armed {
+	if w.asked == 0 {
 		return nil
 	}
 	if err := os.Rename(aside, file); err != nil {
 		return err
 	}
-	return w.take(ctx, mall, "broken", "another-request")
+	return w.takeAnew(ctx, mall, "broken")
 }
 
 func drop(ctx context.Context, w *world) error {
@@ -182,7 +196,7 @@ func drop(ctx context.Context, w *world) error {
 }
 
 func expire(ctx context.Context, w *world) error {
-	if w.armed { // the repeat must be the same request
+	if w.asked == 0 { // the repeat must be the same request
 		w.answers["expire time"] = timestamppb.New(time.Now().Add(2 * time.Second))
 	}
 	_, err := w.c().Snapshots.UpdateSnapshot(ctx, &api.UpdateSnapshotRequest{
@@ -215,7 +229,57 @@ func restore(ctx context.Context, w *world) error {
 func restoreTooSlow(ctx context.Context, w *world) error {
 	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
 		Snapshot: snapshot(keep), Target: &api.CollectionName{Name: "copy"}, RequestToken: token,
-		Limits: &api.RestoreLimits{RequestsPerSecond: 10}, Timeout: durationpb.New(3 * time.Second),
+		Limits: &api.RestoreLimits{RequestsPerSecond: 3}, Timeout: durationpb.New(8 * time.Second),
+	})
+	if err != nil {
+		return err
+	}
+	return w.ended(ctx, job, api.RestoreJob_STATE_FAILED)
+}
+
+// restoreHuge restores an object in parts, and waits for the job to be forgotten: by
+// then no upload may be left that a process has begun that died.
+func restoreHuge(ctx context.Context, w *world) error {
+	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
+		Snapshot: snapshot(huge), Target: &api.CollectionName{Name: "copy"}, RequestToken: token,
+	})
+	if err != nil {
+		return err
+	}
+	if err := w.ended(ctx, job, api.RestoreJob_STATE_COMPLETED); err != nil {
+		return err
+	}
+	if err := w.ageUploads(); err != nil {
+		return err
+	}
+	return within(ctx, time.Minute+quiet, w.forgotten)
+}
+
+// hugeTimeout is of a restore that is to fail for it.
+const hugeTimeout = 10 * time.Second
+
+// leaveUpload has snapshotd die in the middle of a restore of an object in parts, and
+// waits until it is too late to go on with that.
+func leaveUpload(ctx context.Context, _ *runner, w *world) error {
+	began := time.Now()
+	err := w.dieAt(ctx, crash{"bucket.part", before, 1}, func(ctx context.Context) error { return restoreHugeTooSlow(ctx, w) })
+	if err != nil {
+		return err
+	}
+	if err := until(ctx, began.Add(hugeTimeout)); err != nil {
+		return err
+	}
+	if open, err := w.uploads(ctx); err != nil || len(open) != 1 {
+		return fmt.Errorf("there is not one upload but %v: %w", open, err)
+	}
+	return nil
+}
+
+// restoreHugeTooSlow restores an object in parts, for which there is no time any more
+// after the crash.
+func restoreHugeTooSlow(ctx context.Context, w *world) error {
+	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
+		Snapshot: snapshot(huge), Target: &api.CollectionName{Name: "copy"}, RequestToken: token, Timeout: durationpb.New(hugeTimeout),
 	})
 	if err != nil {
 		return err
@@ -251,31 +315,48 @@ func cancelRestore(ctx context.Context, w *world) error {
 // makeLate puts a file back that a restored collection has dropped, as a copy that
 // comes late would, and waits until the job may be forgotten.
 func makeLate(ctx context.Context, r *runner, w *world) error {
-	timer := time.NewTimer(time.Until(r.built.Add(time.Minute)))
+	if err := until(ctx, r.built.Add(time.Minute)); err != nil {
+		return err
+	}
+	return w.plant(ctx, root+w.Late)
+}
+
+// until waits for a time.
+func until(ctx context.Context, at time.Time) error {
+	timer := time.NewTimer(time.Until(at))
 	defer timer.Stop()
 	select {
 	case <-timer.C:
-		return w.plant(root + w.Late)
+		return nil
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 }
 
 func awaitForgotten(ctx context.Context, w *world) error {
-	return eventually(ctx, func(ctx context.Context) error {
-		jobs, err := w.c().Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{})
-		if err == nil && (len(jobs.GetJobs()) > 0 || w.planted(root+w.Late)) {
-			err = fmt.Errorf("the late copy is there: %v, and so are %d jobs", w.planted(root+w.Late), len(jobs.GetJobs()))
-		}
+	if err := eventually(ctx, w.forgotten); err != nil {
 		return err
-	})
+	}
+	if w.planted(root + w.Late) {
+		return errors.New("the late copy is there")
+	}
+	return nil
+}
+
+// forgotten is an error while there is a job.
+func (w *world) forgotten(ctx context.Context) error {
+	jobs, err := w.c().Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{})
+	if err == nil && len(jobs.GetJobs()) > 0 {
+		err = fmt.Errorf("there are %d jobs", len(jobs.GetJobs()))
+	}
+	return err
 }
 
 // reclaim drops a segment, deletes its files itself when that is granted, and
 // confirms it.
 func reclaim(ctx context.Context, w *world) error {
 	id := w.Collections[mall][1].ID
-	if err := w.dropSegments(ctx, mall, id); err != nil && (w.armed || client.Reason(err) != "SEGMENT_NOT_FOUND") {
+	if err := w.dropSegments(ctx, mall, id); err != nil && (w.asked == 0 || client.Reason(err) != "SEGMENT_NOT_FOUND") {
 		return err // not found: it was confirmed
 	}
 	got, err := w.c().Reclaim.Reclaim(ctx, &api.ReclaimRequest{
@@ -284,7 +365,7 @@ func reclaim(ctx context.Context, w *world) error {
 	if err != nil {
 		return err
 	}
-	if w.armed && got.GetResults()[0].GetTombstone() == nil {
+	if w.asked == 0 && got.GetResults()[0].GetTombstone() == nil {
 		return fmt.Errorf("it is not granted: %v", got)
 	}
 	list, err := w.c().Reclaim.ListTombstones(ctx, &api.ListTombstonesRequest{Collection: byName(mall), Deleter: api.Deleter_DELETER_CALLER})
@@ -333,7 +414,7 @@ func orphan(w *world) string {
 	return fmt.Sprintf("%s%d/0/%d/insert/0/%d", root, w.Collection[shop], w.Dead[0], w.Dead[1])
 }
 
-func makeOrphan(_ context.Context, _ *runner, w *world) error { return w.plant(orphan(w)) }
+func makeOrphan(ctx context.Context, _ *runner, w *world) error { return w.plant(ctx, orphan(w)) }
 
 func deleteOrphans(ctx context.Context, w *world) error {
 	stream, err := w.c().Collector.DeleteOrphans(ctx, &api.DeleteOrphansRequest{Collection: byName(shop), Grace: durationpb.New(time.Hour)})
@@ -367,7 +448,7 @@ func compact(ctx context.Context, w *world) error {
 	for _, p := range list.GetPartitions() {
 		partitions[p.GetName()] = p.GetId()
 	}
-	out, known, err := w.segment(w.Collection[mall], partitions, w.Spare[:3], shape{partition: "main"})
+	out, known, err := w.segment(ctx, w.Collection[mall], partitions, w.Spare[:3], shape{partition: "main"})
 	if err != nil {
 		return err
 	}
@@ -401,7 +482,7 @@ func unpin(ctx context.Context, w *world) error {
 
 // resign tells the leader to end.
 func resign(_ context.Context, w *world) error {
-	if !w.armed {
+	if w.asked > 0 {
 		return nil
 	}
 	return w.s.cmd.Process.Signal(syscall.SIGTERM)
@@ -414,24 +495,12 @@ func recoverEpoch(ctx context.Context, w *world) error {
 }
 
 // goBack has the object store get ahead of etcd.
-func goBack(ctx context.Context, r *runner, w *world) error {
+func goBack(ctx context.Context, _ *runner, w *world) error {
 	if err := w.beats(ctx); err != nil {
 		return err
 	}
 	if err := os.RemoveAll(filepath.Join(w.dir, "data", "etcd")); err != nil {
 		return err
 	}
-	return copyTree(ctx, filepath.Join(r.base.dir, "data", "etcd"), filepath.Join(w.dir, "data", "etcd"))
-}
-
-// first makes a collection and a snapshot where there was nothing before.
-func first(ctx context.Context, w *world) error {
-	if w.armed {
-		return nil
-	}
-	if err := w.collection(ctx, shop, 4, 0); err != nil {
-		return err
-	}
-	w.Snapshots[keep] = w.Collections[shop]
-	return w.take(ctx, shop, keep, token)
+	return copyTree(ctx, filepath.Join(w.base.dir, "data", "etcd"), filepath.Join(w.dir, "data", "etcd"))
 }

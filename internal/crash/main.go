@@ -3,8 +3,10 @@
 // Command crash kills snapshotd at every step that is to be durable, and looks
 // whether all is well after that: `make crash`.
 //
-// A case is a crash point, a side of it and the how manieth time. Each runs on data
-// of its own, copied from what is made once at the start: two collections, two
+// A case is a crash point, a side of it and the how manieth time, on a store that is
+// a directory or a bucket of a real S3 server. In a bucket snapshotd dies besides
+// before and after each request that changes something. Each case runs on data of
+// its own, copied from what is made once at the start: two collections, two
 // snapshots, a parked unit, a pin, a restored collection. Then
 //
 //	snapshotd is started, with the point at which it kills itself
@@ -20,8 +22,13 @@
 //
 // To look at everything is to compare collections, snapshots, pins, restores and each
 // object of the store with a ledger of what the harness did: each file of a snapshot
-// has the content that the harness wrote, each object belongs to something, names are
-// there once, no id is given out twice. See audit.go.
+// has the content that the harness wrote, each object belongs to something, no upload
+// is open, names are there once, no id is given out twice. See audit.go.
+//
+// snapshotd that recovers writes down the points that it comes by. A pair is a case
+// with one of them as its second crash: snapshotd dies in the recovery, is started a
+// third time and asked once more. A seed chooses some; -pairs -1 tries them all, which
+// takes hours, or as many as -timeout leaves time for.
 //
 // Points enter themselves, so one without a scenario is a failure as well.
 package main
@@ -32,22 +39,19 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
-	"google.golang.org/protobuf/types/known/durationpb"
-
-	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // the harness is a client
-	_ "github.com/snapshotd/snapshotd/embed"                  // whose packages enter the points
+	_ "github.com/snapshotd/snapshotd/embed" // whose packages enter the points
 	"github.com/snapshotd/snapshotd/internal/crashpoint"
 )
 
@@ -62,7 +66,13 @@ const (
 	after  = "after"
 )
 
-// crash is where snapshotd dies.
+// The kinds of stores.
+const (
+	onDirectory = "directory"
+	onBucket    = "bucket"
+)
+
+// crash is where snapshotd dies. The zero crash is nowhere.
 type crash struct {
 	point, side string
 	nth         int
@@ -70,19 +80,84 @@ type crash struct {
 
 func (c crash) String() string { return fmt.Sprintf("%s:%s:%d", c.point, c.side, c.nth) }
 
-// oneCase is a crash in a scenario.
+// parseCrash reads point:side or point:side:nth.
+func parseCrash(text string) (crash, error) {
+	parts := strings.Split(text, ":")
+	if len(parts) == 2 {
+		parts = append(parts, "1")
+	}
+	if len(parts) != 3 || parts[1] != before && parts[1] != after {
+		return crash{}, fmt.Errorf("%q is not point:side or point:side:nth", text)
+	}
+	nth, err := strconv.Atoi(parts[2])
+	return crash{parts[0], parts[1], nth}, err
+}
+
+// oneCase is a crash in a scenario, and perhaps a second in the recovery from it.
 type oneCase struct {
 	crash
-	s *scenario
+	then  crash
+	s     *scenario
+	store string
+}
+
+func (c oneCase) String() string {
+	text := c.store + " " + c.s.name + " " + c.crash.String()
+	if c.then != (crash{}) {
+		text += " " + c.then.String()
+	}
+	return text
+}
+
+// parseCase reads what String returns.
+func parseCase(text string) (oneCase, error) {
+	parts := strings.Fields(text)
+	if len(parts) < 3 || len(parts) > 4 || parts[0] != onDirectory && parts[0] != onBucket {
+		return oneCase{}, fmt.Errorf("%q is not what a case is printed as", text)
+	}
+	at := slices.IndexFunc(scenarios, func(s scenario) bool { return s.name == parts[1] })
+	if at < 0 {
+		return oneCase{}, fmt.Errorf("there is no scenario %q", parts[1])
+	}
+	c := oneCase{s: &scenarios[at], store: parts[0]}
+	var errs [2]error
+	c.crash, errs[0] = parseCrash(parts[2])
+	if len(parts) == 4 {
+		c.then, errs[1] = parseCrash(parts[3])
+	}
+	return c, errors.Join(errs[:]...)
+}
+
+// crashes returns the crashes of a scenario on a store.
+func (s *scenario) crashes(store string) (list []crash) {
+	if s.huge && store == onDirectory {
+		return nil
+	}
+	times := map[string]int{}
+	for _, point := range s.points {
+		times[point] = 1
+		if slices.Contains(s.twice, point) {
+			times[point] = 2
+		}
+	}
+	if store == onBucket {
+		maps.Copy(times, s.requests)
+	}
+	for _, point := range slices.Sorted(maps.Keys(times)) {
+		for nth := range times[point] {
+			list = append(list, crash{point, before, nth + 1}, crash{point, after, nth + 1})
+		}
+	}
+	return list
 }
 
 // planned returns the cases of the points that match, and of those that a seed
-// chooses when it is quick: one side of each. It is an error when a point has no
-// scenario, or a scenario names one that there is not.
+// chooses when it is quick: one of each point and scenario. It is an error when a
+// point has no scenario, or a scenario names one that there is not.
 func planned(points []string, match *regexp.Regexp, quick bool, seed uint64) ([]oneCase, error) {
 	var list []oneCase
 	var wrong []error
-	choice := rand.New(rand.NewPCG(seed, 0)) //nolint:gosec // which side is tried
+	choice := rand.New(rand.NewPCG(seed, 0)) //nolint:gosec // which cases are tried
 	known := map[string]bool{}
 	for i := range scenarios {
 		s := &scenarios[i]
@@ -91,19 +166,26 @@ func planned(points []string, match *regexp.Regexp, quick bool, seed uint64) ([]
 				wrong = append(wrong, fmt.Errorf("%s is in two scenarios, or is no point", point))
 			}
 			known[point] = true
-			sides := []crash{{point, before, 1}, {point, after, 1}}
-			if slices.Contains(s.twice, point) {
-				sides = append(sides, crash{point, before, 2}, crash{point, after, 2})
+		}
+		for _, point := range slices.Sorted(maps.Keys(s.requests)) {
+			if !slices.Contains(points, point) {
+				wrong = append(wrong, fmt.Errorf("%s is no point", point))
 			}
-			if quick {
-				at := choice.IntN(2)
-				sides = sides[at : at+1]
-			}
-			if match.MatchString(point) && (!quick || s.quick) {
-				for _, at := range sides {
-					list = append(list, oneCase{at, s})
+			known[point] = true
+		}
+		var cases []oneCase
+		for _, store := range []string{onDirectory, onBucket} {
+			for _, at := range s.crashes(store) {
+				if match.MatchString(at.point) {
+					cases = append(cases, oneCase{crash: at, s: s, store: store})
 				}
 			}
+		}
+		switch {
+		case quick && s.quick:
+			list = append(list, oneOfEach(cases, choice)...)
+		case !quick:
+			list = append(list, cases...)
 		}
 	}
 	for _, point := range points {
@@ -114,162 +196,39 @@ func planned(points []string, match *regexp.Regexp, quick bool, seed uint64) ([]
 	return list, errors.Join(wrong...)
 }
 
-// runner runs cases.
-type runner struct {
-	bin   string
-	dir   string
-	base  *world
-	built time.Time
-}
-
-// makeBase makes what the cases begin with.
-func (r *runner) makeBase(ctx context.Context) error {
-	w := r.world("base")
-	if err := os.MkdirAll(w.dir, 0o750); err != nil {
-		return err
+// oneOfEach returns one case of each point.
+func oneOfEach(cases []oneCase, choice *rand.Rand) (list []oneCase) {
+	of := map[string][]oneCase{}
+	for _, c := range cases {
+		of[c.point] = append(of[c.point], c)
 	}
-	if err := w.start(ctx, ""); err != nil {
-		return err
+	for _, point := range slices.Sorted(maps.Keys(of)) {
+		list = append(list, of[point][choice.IntN(len(of[point]))])
 	}
-	err := w.build(ctx)
-	if err == nil {
-		var got *api.PinSnapshotResponse
-		got, err = w.c().Snapshots.PinSnapshot(ctx, &api.PinSnapshotRequest{
-			Snapshot: snapshot(keep), Owner: "harness", Ttl: durationpb.New(time.Hour),
-		})
-		w.Pin, w.Pins = got.GetPin().GetId(), 1
-	}
-	if err == nil {
-		err = eventually(ctx, func(ctx context.Context) error { return w.audit(ctx, false) })
-	}
-	r.base, r.built = w, time.Now()
-	if err := errors.Join(err, w.s.stop()); err != nil {
-		return err
-	}
-	return w.beats(ctx) // so that there are as many epoch objects as are kept
-}
-
-// world returns a world that is empty.
-func (r *runner) world(name string) *world {
-	return &world{
-		ledger: &ledger{
-			Collections: map[string][]seg{}, Snapshots: map[string][]seg{}, Restored: map[string]bool{}, Collection: map[string]int64{},
-			IDs: map[int64]string{},
-		},
-		bin: r.bin, dir: filepath.Join(r.dir, name), answers: map[string]any{},
-	}
-}
-
-// copyTree copies a directory with all that etcd minds.
-func copyTree(ctx context.Context, from, to string) error {
-	if out, err := exec.CommandContext(ctx, "cp", "-a", from, to).CombinedOutput(); err != nil { //nolint:gosec // our own paths
-		return fmt.Errorf("copy %s: %w: %s", from, err, out)
-	}
-	return nil
-}
-
-// run runs a case.
-func (r *runner) run(ctx context.Context, c oneCase) error {
-	ctx, cancel := context.WithTimeout(ctx, casePatience)
-	defer cancel()
-	w := r.world(strings.ReplaceAll(c.String(), ":", "-"))
-	w.crash, w.settings = c.crash, c.s.settings
-	if err := os.MkdirAll(w.dir, 0o750); err != nil {
-		return err
-	}
-	if !c.s.empty {
-		w.ledger = r.base.clone()
-		if err := copyTree(ctx, filepath.Join(r.base.dir, "data"), filepath.Join(w.dir, "data")); err != nil {
-			return err
-		}
-	}
-	defer func() {
-		if w.s != nil {
-			w.s.kill()
-		}
-	}()
-	if c.s.prepare != nil {
-		if err := c.s.prepare(ctx, r, w); err != nil {
-			return fmt.Errorf("inconclusive: prepare: %w", err)
-		}
-	}
-	if err := w.die(ctx, c); err != nil {
-		return err
-	}
-	if err := w.start(ctx, ""); err != nil {
-		return fmt.Errorf("after the crash: %w", err)
-	}
-	if err := c.s.op(ctx, w); err != nil {
-		return fmt.Errorf("the repeat: %w", err)
-	}
-	if c.s.after != nil {
-		c.s.after(w)
-	}
-	look := func(when string) error {
-		err := eventually(ctx, func(ctx context.Context) error {
-			return errors.Join(w.collect(ctx), w.audit(ctx, c.s.orphans))
-		})
-		if err != nil {
-			return fmt.Errorf("%s: %w", when, err)
-		}
-		return nil
-	}
-	if err := look("after the repeat"); err != nil {
-		return err
-	}
-	if err := w.goesOn(ctx); err != nil {
-		return fmt.Errorf("it does not go on: %w", err)
-	}
-	if err := look("after it went on"); err != nil {
-		return err
-	}
-	if err := w.dropAll(ctx); err != nil {
-		return fmt.Errorf("drop everything: %w", err)
-	}
-	if err := look("after everything was dropped"); err != nil {
-		return err
-	}
-	if err := w.s.stop(); err != nil {
-		return err
-	}
-	w.s = nil
-	return os.RemoveAll(w.dir)
-}
-
-// die has snapshotd crash in the operation.
-func (w *world) die(ctx context.Context, c oneCase) error {
-	w.armed = true
-	defer func() { w.armed = false }()
-	if err := w.start(ctx, c.String()); err != nil {
-		return err
-	}
-	running, done := w.s.whileRunning(ctx)
-	opErr := c.s.op(running, w)
-	done()
-	if err := w.s.crashed(ctx, crashPatience, c.String()); err != nil {
-		return fmt.Errorf("%w; the operation ended with: %v", err, opErr) //nolint:errorlint // beside the point
-	}
-	return w.s.c.Close()
+	return list
 }
 
 type options struct {
-	bin, point  string
-	quick, list bool
-	seed        uint64
-	lanes       int
-	timeout     time.Duration
-	stdout      io.Writer
+	bin, s3, point, one string
+	quick, list         bool
+	seed                uint64
+	pairs, lanes        int
+	timeout             time.Duration
+	stdout              io.Writer
 }
 
 func main() {
 	o := options{stdout: os.Stdout}
 	flag.StringVar(&o.bin, "bin", "", "snapshotd, built with the tag crashpoints")
+	flag.StringVar(&o.s3, "s3", ".bin/versitygw", "versitygw")
 	flag.StringVar(&o.point, "point", "", "regular expression of the points to crash at")
-	flag.BoolVar(&o.quick, "quick", false, "creates and restores only, and one side of each point")
-	flag.Uint64Var(&o.seed, "seed", 0, "chooses the sides when it is quick; 0: by chance")
+	flag.StringVar(&o.one, "case", "", "run this case alone, named as it is printed")
+	flag.BoolVar(&o.quick, "quick", false, "creates and restores only, one case of each point, and three pairs")
+	flag.Uint64Var(&o.seed, "seed", 0, "chooses the cases when it is quick, and the pairs; 0: by chance")
+	flag.IntVar(&o.pairs, "pairs", 24, "how many pairs to run; -1: all")
 	flag.BoolVar(&o.list, "list", false, "list the cases and end")
-	flag.IntVar(&o.lanes, "lanes", 2, "how many cases to run at once")
-	flag.DurationVar(&o.timeout, "timeout", 12*time.Minute, "of all")
+	flag.IntVar(&o.lanes, "lanes", 4*runtime.NumCPU(), "how many cases to run at once; they mostly wait")
+	flag.DurationVar(&o.timeout, "timeout", 25*time.Minute, "of all")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -289,9 +248,16 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	if o.seed == 0 {
-		o.seed = rand.Uint64() //nolint:gosec // which side is tried
+		o.seed = rand.Uint64() //nolint:gosec // which cases are tried
+	}
+	if o.quick && o.pairs > quickPairs {
+		o.pairs = quickPairs
 	}
 	cases, err := planned(crashpoint.Names(), match, o.quick, o.seed)
+	if err == nil && o.one != "" {
+		cases, o.pairs = make([]oneCase, 1), 0
+		cases[0], err = parseCase(o.one)
+	}
 	if err != nil {
 		return err
 	}
@@ -311,47 +277,26 @@ func run(ctx context.Context, o options) error {
 	if err != nil {
 		return err
 	}
-	r := &runner{bin: o.bin, dir: dir}
+	r := &runner{options: o, dir: dir, bases: map[string]*world{}}
 	fmt.Fprintf(o.stdout, "%d cases, seed %d, in %s\n", len(cases), o.seed, dir)
-	if err := r.makeBase(ctx); err != nil {
+	if r.buckets, err = startBuckets(ctx, o.s3, dir); err != nil {
+		return err
+	}
+	defer r.buckets.server.Stop()
+	if err := r.makeBases(ctx, cases); err != nil {
 		return fmt.Errorf("make what the cases begin with: %w", err)
 	}
-	failed := r.runAll(ctx, cases, o)
-	fmt.Fprintf(o.stdout, "%d of %d cases passed in %v\n", len(cases)-failed, len(cases), time.Since(began).Round(time.Second))
-	if failed > 0 {
-		return fmt.Errorf("%d cases failed; their data is in %s", failed, dir)
+	fmt.Fprintf(o.stdout, "prepared in %v\n", time.Since(began).Round(time.Second))
+	r.runAll(ctx, cases)
+	fmt.Fprintf(o.stdout, "%d of %d cases passed in %v\n", r.passed, len(cases), time.Since(began).Round(time.Second))
+	if err := r.runPairs(ctx); err != nil {
+		r.failed++
+		fmt.Fprintf(o.stdout, "FAIL  pairs: %v\n", err)
 	}
+	if r.failed > 0 {
+		return fmt.Errorf("%d cases failed; their data is in %s", r.failed, dir)
+	}
+	fmt.Fprintf(o.stdout, "all passed in %v\n", time.Since(began).Round(time.Second))
+	r.buckets.server.Stop()
 	return os.RemoveAll(dir)
-}
-
-// runAll runs the cases, some at once, and returns how many failed.
-func (r *runner) runAll(ctx context.Context, cases []oneCase, o options) (failed int) {
-	queue := make(chan oneCase)
-	var mu sync.Mutex
-	var lanes sync.WaitGroup
-	for range o.lanes {
-		lanes.Go(func() {
-			for c := range queue {
-				began := time.Now()
-				err := r.run(ctx, c)
-				mu.Lock()
-				took := time.Since(began).Round(100 * time.Millisecond)
-				if err == nil {
-					fmt.Fprintf(o.stdout, "ok    %-28s %v\n", c, took)
-				} else {
-					failed++
-					fmt.Fprintf(o.stdout, "FAIL  %-28s %v\n      %v\n", c, took, err)
-				}
-				mu.Unlock()
-			}
-		})
-	}
-	// What has to wait for something comes last.
-	slices.SortStableFunc(cases, func(a, b oneCase) int { return len(a.s.settings) - len(b.s.settings) })
-	for _, c := range cases {
-		queue <- c
-	}
-	close(queue)
-	lanes.Wait()
-	return failed
 }

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -37,10 +38,17 @@ type server struct {
 	state *os.ProcessState
 }
 
+// start is how a server is started. The zero start is one that kills itself
+// nowhere.
+type start struct {
+	at      string // where it kills itself; empty: nowhere
+	from    string // passes of that point count from when this file is there; empty: from the start
+	reached string // the file to enter the points in that it comes by; empty: none
+}
+
 // startServer starts the program bin on the data directory of a case, with more
-// settings in YAML. The point says where it kills itself, empty for nowhere. It
-// does not wait for it to serve.
-func startServer(ctx context.Context, bin, dir, settings, point, log string) (*server, error) {
+// settings in YAML. It does not wait for it to serve.
+func startServer(ctx context.Context, bin, dir, settings string, how start, log string) (*server, error) {
 	addr, err := freeAddr(ctx)
 	if err != nil {
 		return nil, err
@@ -50,7 +58,7 @@ func startServer(ctx context.Context, bin, dir, settings, point, log string) (*s
 listen: %s
 metrics_listen: "off"
 leader_ttl: 2s
-create_lease_ttl: 2s
+create_lease_ttl: 5s
 collect_interval: 1s
 collect_tolerance: 1ms
 collect_max_share: 1
@@ -66,7 +74,7 @@ grace: 5s
 	}
 	s := &server{addr: addr, log: log, ended: make(chan struct{})}
 	s.cmd = exec.CommandContext(context.WithoutCancel(ctx), bin, "serve", "--config", config) //nolint:gosec // the program that was built for this
-	s.cmd.Env = append(os.Environ(), "SNAPSHOTD_CRASH="+point)
+	s.cmd.Env = append(os.Environ(), "SNAPSHOTD_CRASH="+how.at, "SNAPSHOTD_CRASH_FROM="+how.from, "SNAPSHOTD_CRASH_REACHED="+how.reached)
 	s.cmd.Stdout, s.cmd.Stderr = out, out
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	started := make(chan error, 1)
@@ -182,9 +190,15 @@ func (s *server) tail() string {
 	return string(text[max(0, len(text)-2000):])
 }
 
-// freeAddr is a loopback address that nobody listens on.
+// addrs counts the addresses that were used.
+var addrs atomic.Uint32
+
+// freeAddr is a loopback address that nobody listens on. Each has a host of its own:
+// of many servers that start at once, none is taken for another that got its port.
 func freeAddr(ctx context.Context) (string, error) {
-	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
+	n := addrs.Add(1)
+	host := fmt.Sprintf("127.%d.%d.%d", 1+os.Getpid()%250, n/250%250, 1+n%250)
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", net.JoinHostPort(host, "0"))
 	if err != nil {
 		return "", err
 	}
@@ -192,10 +206,15 @@ func freeAddr(ctx context.Context) (string, error) {
 }
 
 // eventually calls check until it returns nil, and returns its last error when
-// that took longer than quiet. A call has as long for itself, so that its error is
-// that of what it found, and not that time was up.
+// that took longer than quiet.
 func eventually(ctx context.Context, check func(context.Context) error) error {
-	timer := time.NewTimer(quiet)
+	return within(ctx, quiet, check)
+}
+
+// within is eventually with another patience. A call has quiet for itself, so that
+// its error is that of what it found, and not that time was up.
+func within(ctx context.Context, patience time.Duration, check func(context.Context) error) error {
+	timer := time.NewTimer(patience)
 	defer timer.Stop()
 	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
@@ -208,7 +227,7 @@ func eventually(ctx context.Context, check func(context.Context) error) error {
 		}
 		select {
 		case <-timer.C:
-			return fmt.Errorf("after %v: %w", quiet, err)
+			return fmt.Errorf("after %v: %w", patience, err)
 		default:
 		}
 		select {

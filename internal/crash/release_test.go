@@ -103,8 +103,12 @@ func TestEveryPointHasAScenario(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := 2 * len(namesInSource(t)); len(all) < want {
-		t.Errorf("%d cases, want %d at least", len(all), want)
+	for _, point := range namesInSource(t) {
+		for _, side := range []string{before, after} {
+			if !slices.ContainsFunc(all, func(c oneCase) bool { return c.store == onBucket && c.crash == crash{point, side, 1} }) {
+				t.Errorf("there is no case %s %s", side, point)
+			}
+		}
 	}
 	quick, err := planned(namesInSource(t), every, true, 1)
 	if err != nil || len(quick) == 0 || len(quick) > 20 {
@@ -119,5 +123,25 @@ func TestEveryPointHasAScenario(t *testing.T) {
 	}
 	if _, err := planned(namesInSource(t)[1:], every, false, 1); err == nil {
 		t.Error("a scenario of a point that there is not was not noticed")
+	}
+}
+
+func TestParseCase(t *testing.T) {
+	all, err := planned(namesInSource(t), regexp.MustCompile(""), false, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range all {
+		for _, then := range []crash{{}, {"elect.claim", after, 1}} {
+			c.then = then
+			if got, err := parseCase(c.String()); err != nil || got != c {
+				t.Errorf("parseCase(%q) = %v, %v", c, got, err)
+			}
+		}
+	}
+	for _, text := range []string{"", "bucket create", "disk create create.begin:before:1", "bucket none create.begin:before:1", "bucket create create.begin", "bucket create create.begin:before:x"} {
+		if got, err := parseCase(text); err == nil {
+			t.Errorf("parseCase(%q) = %v", text, got)
+		}
 	}
 }

@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"syscall"
 
 	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // the harness is a client
 	"github.com/snapshotd/snapshotd/client"
@@ -32,6 +34,9 @@ const (
 	mall = "mall" // a small collection that no snapshot knows
 	keep = "keep"
 	old  = "old" // holds a segment that nothing else has, which is parked
+	// huge is a collection with an object that is copied in parts, and a snapshot of
+	// it. Only cases of huge scenarios have it.
+	huge = "huge"
 )
 
 // seg is what the harness knows of a segment.
@@ -69,25 +74,32 @@ type world struct {
 	*ledger
 	bin, dir string
 	settings string
+	buckets  *buckets // nil: the store is a directory
+	bucket   string
 	s        *server
 	starts   int
+	base     *world         // what it is a copy of; nil: nothing
 	answers  map[string]any // of the first call, to compare that of the repeat with
-	crash    crash          // where it dies, or has died
-	armed    bool           // it has not died yet
+	crashes  []crash        // where it dies, or has died
+	armed    bool           // it is to die yet, so calls may fail
+	asked    int            // how often the operation was asked for before
 }
 
 func (w *world) c() *client.Client { return w.s.c }
 
-// start starts snapshotd, which kills itself at a point; empty: nowhere. It waits
-// until it serves unless it may die before.
-func (w *world) start(ctx context.Context, point string) error {
+// start starts snapshotd. It waits until it serves unless it may die before.
+func (w *world) start(ctx context.Context, how start) error {
 	w.starts++
+	settings := w.settings
+	if w.buckets != nil {
+		settings += w.buckets.settings(w.bucket)
+	}
 	var err error
-	w.s, err = startServer(ctx, w.bin, w.dir, w.settings, point, filepath.Join(w.dir, fmt.Sprintf("snapshotd-%d.log", w.starts)))
+	w.s, err = startServer(ctx, w.bin, w.dir, settings, how, filepath.Join(w.dir, fmt.Sprintf("snapshotd-%d.log", w.starts)))
 	if err != nil {
 		return err
 	}
-	if err := w.s.serves(ctx); err != nil && (point == "" || !errors.Is(err, errEnded)) {
+	if err := w.s.serves(ctx); err != nil && (how.at == "" || !errors.Is(err, errEnded)) {
 		return err
 	}
 	return nil
@@ -95,7 +107,11 @@ func (w *world) start(ctx context.Context, point string) error {
 
 // objects is a path below the object store.
 func (w *world) objects(elem ...string) string {
-	return filepath.Join(append([]string{w.dir, "data", "objects"}, elem...)...)
+	store := filepath.Join(w.dir, "data", "objects")
+	if w.buckets != nil {
+		store = filepath.Join(w.buckets.dir, w.bucket)
+	}
+	return filepath.Join(append([]string{store}, elem...)...)
 }
 
 // took notes that an id was given out for what. It is an error when it was given
@@ -148,26 +164,56 @@ func sum(content []byte) string {
 	return hex.EncodeToString(h[:8])
 }
 
+// hugeSums are the sums of huge files that were read once, by inode and time: nobody
+// writes into a file of a bucket, only new ones.
+var hugeSums sync.Map
+
+// sumFile is the sum of a file's content.
+func sumFile(name string) (string, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = f.Close() }() // it is only read
+	stat, err := f.Stat()
+	if err != nil {
+		return "", err
+	}
+	of := [2]int64{int64(stat.Sys().(*syscall.Stat_t).Ino), stat.ModTime().UnixNano()} //nolint:gosec // as good as any number
+	if had, ok := hugeSums.Load(of); ok && stat.Size() == hugeSize {
+		return had.(string), nil
+	}
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return "", err
+	}
+	text := hex.EncodeToString(h.Sum(nil)[:8])
+	if stat.Size() == hugeSize {
+		hugeSums.Store(of, text)
+	}
+	return text, nil
+}
+
 // shape is how a segment is to be made.
 type shape struct {
 	partition string
 	big       bool  // its record fills a part of a transaction
 	index     int64 // of a build that it has; 0: none
+	huge      bool  // its file is copied in parts
 }
 
 // segment writes the files of a segment and returns it: as the engine registers it,
 // and as the ledger has it. It uses three ids.
-func (w *world) segment(collection int64, partitions map[string]int64, ids []int64, s shape) (*api.Segment, seg, error) {
+func (w *world) segment(ctx context.Context, collection int64, partitions map[string]int64, ids []int64, s shape) (*api.Segment, seg, error) {
 	known := seg{ID: ids[0], Partition: s.partition}
 	file := func(path, kind string) (*api.File, error) {
 		content := fmt.Appendf(nil, "%s\n%s", path, strings.Repeat(kind+" ", 40+int(ids[0]%50)))
-		name := w.objects(root, path)
-		if err := os.MkdirAll(filepath.Dir(name), 0o750); err != nil {
-			return nil, err
+		if s.huge && kind == "insert" {
+			content = filled(hugeSize)
 		}
 		known.Files = append(known.Files, sum(content))
 		return &api.File{Path: path, Kind: kind, LogId: ids[1], Entries: 1, MinTimestamp: 1, MaxTimestamp: 9, SizeBytes: int64(len(content))},
-			os.WriteFile(name, content, 0o600)
+			w.put(ctx, root+path, content)
 	}
 	data, err := file(fmt.Sprintf("%d/0/%d/insert/0/%d", collection, ids[0], ids[1]), "insert")
 	if err != nil {
@@ -229,14 +275,14 @@ func (w *world) collection(ctx context.Context, name string, segments, big int) 
 	}
 	add := &api.AddSegmentsRequest{Collection: byName(name)}
 	for i := range segments {
-		s := shape{partition: "main", big: i < big}
+		s := shape{partition: "main", big: i < big, huge: name == huge && i == 0}
 		if i == 0 {
 			s.index = index.GetIndex().GetId()
 		}
 		if i >= segments-2 {
 			s.partition = "small"
 		}
-		one, known, err := w.segment(id, partitions, ids[3*i:3*i+3], s)
+		one, known, err := w.segment(ctx, id, partitions, ids[3*i:3*i+3], s)
 		if err != nil {
 			return err
 		}
@@ -259,14 +305,34 @@ func (w *world) collection(ctx context.Context, name string, segments, big int) 
 
 // take takes a snapshot of a collection.
 func (w *world) take(ctx context.Context, collection, name, token string) error {
+	what := "snapshot " + name + " " + token
 	got, err := w.c().Snapshots.CreateSnapshot(ctx, &api.CreateSnapshotRequest{Collection: byName(collection), Name: name, RequestToken: token})
+	if id, ok := w.answers[what]; ok && client.Reason(err) == givenUp {
+		return fmt.Errorf("snapshot %d was answered with success before: %w", id, err)
+	}
 	if err != nil {
 		return err
 	}
-	if err := w.took(got.GetSnapshot().GetId(), "snapshot "+name+" "+token); err != nil {
+	if err := w.took(got.GetSnapshot().GetId(), what); err != nil {
 		return err
 	}
-	return w.same("snapshot "+name, got.GetSnapshot().GetId())
+	return w.same(what, got.GetSnapshot().GetId())
+}
+
+// givenUp is why a create fails whose process died, for good under its token.
+const givenUp = "CREATE_ABORTED"
+
+// takeAnew takes a snapshot whose name has to be free, under a token that no create
+// was given up under.
+func (w *world) takeAnew(ctx context.Context, collection, name string) error {
+	var err error
+	for i := range len(w.crashes) + 1 { // one of them for each process that died
+		err = w.take(ctx, collection, name, fmt.Sprintf("another-request-%d", i))
+		if client.Reason(err) != givenUp {
+			return err
+		}
+	}
+	return err
 }
 
 // dropSegments drops segments of a collection.
@@ -408,7 +474,7 @@ func (w *world) beats(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := w.start(ctx, ""); err != nil {
+	if err := w.start(ctx, start{}); err != nil {
 		return err
 	}
 	err = eventually(ctx, func(context.Context) error {

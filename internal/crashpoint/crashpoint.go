@@ -21,6 +21,11 @@
 // compares did not hold, or that got no answer, counts as well. A step is made
 // every time that its code comes by, also by another goroutine.
 //
+// Where SNAPSHOTD_CRASH_FROM names a file, passes count from when that is there,
+// for points that a start comes by as well. Where SNAPSHOTD_CRASH_REACHED names
+// one, the process adds a line to it when a side of a point is passed for the first
+// time: name:before or name:after.
+//
 // A name is the operation, a dot and the step, both in small letters. Points are
 // package variables, each of a name of its own.
 package crashpoint

@@ -3,6 +3,7 @@
 package crashpoint
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -16,8 +17,13 @@ import (
 // Enabled says whether this program was built with crash points.
 const Enabled = true
 
-// Variable is the environment variable that says where to crash.
-const Variable = "SNAPSHOTD_CRASH"
+// The environment variables: where to crash, the file from whose making on passes
+// count, and the file that takes the points that were passed.
+const (
+	Variable        = "SNAPSHOTD_CRASH"
+	FromVariable    = "SNAPSHOTD_CRASH_FROM"
+	ReachedVariable = "SNAPSHOTD_CRASH_REACHED"
+)
 
 // The sides of a step.
 const (
@@ -63,9 +69,50 @@ func (p Point) Before() { p.pass(sideBefore, p.before) }
 func (p Point) After() { p.pass(sideAfter, p.after) }
 
 func (p Point) pass(side string, count *atomic.Int64) {
+	if !counts() {
+		return
+	}
 	n := count.Add(1)
+	if n == 1 {
+		note(p.name + ":" + side)
+	}
 	if w := asked(); w.name == p.name && w.side == side && w.nth == n {
 		kill(w)
+	}
+}
+
+// begun is set once passes count.
+var begun atomic.Bool
+
+// counts says whether passes count: from the start, or from when there is the file
+// that the environment names.
+func counts() bool {
+	if begun.Load() {
+		return true
+	}
+	if name := os.Getenv(FromVariable); name != "" {
+		if _, err := os.Stat(name); err != nil {
+			return false
+		}
+	}
+	begun.Store(true)
+	return true
+}
+
+// note adds a line to the file that the environment names, if it names one. What
+// cannot be noted is a panic: it would be missed.
+func note(line string) {
+	name := os.Getenv(ReachedVariable)
+	if name == "" {
+		return
+	}
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err == nil {
+		_, err = f.WriteString(line + "\n")
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		panic(err)
 	}
 }
 
