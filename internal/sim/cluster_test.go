@@ -24,9 +24,14 @@ type member struct {
 	engine bool // it is no replica: what writes the collections, and deletes what it was granted
 	dead   bool // under gate.mu; nothing that it does has an effect
 	frozen bool // its calls are not chosen
-	stop   context.CancelFunc
-	ended  chan struct{}
-	err    error // of Run, once ended is closed
+	clock  clock
+	knows  map[int64]bool // snapshots whose references it has written, or read as they are
+	// misread is how often it was answered with another content than that of the
+	// object. It belongs to the scheduler's goroutine, as knows does.
+	misread int
+	stop    context.CancelFunc
+	ended   chan struct{}
+	err     error // of Run, once ended is closed
 }
 
 func (m *member) String() string {
@@ -61,7 +66,8 @@ func (s *sim) options(leisure bool) manager.Options {
 	o := manager.Options{
 		Cluster: s.cluster, SnapshotStore: "default", Release: "sim", Now: time.Now, Log: zap.NewNop(),
 		MaxCreates: 3, RestoreSlots: 2, CopyInFlight: 3,
-		CollectTolerance: 2 * time.Minute, OrphanGrace: time.Second, SweepInterval: 10 * time.Minute, KeepRestores: time.Hour,
+		CollectTolerance: 2 * time.Minute, OrphanGrace: s.profile.grace, SweepInterval: 10 * time.Minute,
+		KeepRestores:    time.Hour + 2*s.profile.clocks, // so that no clock makes it less than an hour
 		CollectMaxShare: s.profile.share,
 	}
 	if leisure {
@@ -73,27 +79,28 @@ func (s *sim) options(leisure bool) manager.Options {
 // start begins a life of a replica.
 func (s *sim) start(index int, leisure bool) *member {
 	s.lives[index]++
-	m := &member{index: index, life: s.lives[index], ended: make(chan struct{})}
-	kv := &gatedKV{KV: s.kv, g: s.gate, m: m}
+	m := &member{index: index, life: s.lives[index], ended: make(chan struct{}), knows: map[int64]bool{}}
+	s.setClock(&m.clock, s.profile.clocks)
+	kv := &gatedKV{KV: s.kv, g: s.gate, m: m, o: s.oracle, batch: s.profile.batch}
 	var store object.Store = &gatedStore{ledger: ledger{s.objects, s.oracle, m}, g: s.gate, m: m}
 	random := newSeeded(s.seed, m.String())
 	// One number for each life: the order in which goroutines ask must not matter.
 	jitter := rand.New(rand.NewPCG(s.seed, uint64(index*1000+m.life))).Float64() //nolint:gosec // a simulation
 	spread := func() float64 { return jitter }
 	stores := map[string]object.Store{"default": store}
-	eo := epoch.Options{KV: kv, Store: store, Cluster: s.cluster.ID, Now: time.Now, Rand: random, Jitter: spread}
+	eo := epoch.Options{KV: kv, Store: store, Cluster: s.cluster.ID, Now: m.clock.now, Rand: random, Jitter: spread}
 	if leisure {
 		eo.Interval = 10 * time.Minute
 	}
 	ep := epoch.New(eo)
-	requests := request.NewLeases(kv, time.Now)
+	requests := request.NewLeases(kv, m.clock.now)
 	m.cat = catalog.New(catalog.Options{
-		KV: kv, Now: time.Now, Rand: random, Requests: requests, HasStore: func(a string) bool { return a == "default" },
+		KV: kv, Now: m.clock.now, Rand: random, Requests: requests, HasStore: func(a string) bool { return a == "default" },
 		Held: catalog.ReadHeld(stores), RaiseIDs: ep.Raise, Jitter: spread,
 	})
 	o := s.options(leisure)
 	o.KV, o.Catalog, o.Stores, o.Requests, o.Epoch = kv, m.cat, stores, requests, ep
-	o.Replica, o.Rand, o.Jitter = fmt.Sprint("r", index), random, spread
+	o.Replica, o.Rand, o.Jitter, o.Now = fmt.Sprint("r", index), random, spread, m.clock.now
 	var err error
 	m.Manager, err = manager.New(o)
 	s.must(err)

@@ -14,6 +14,14 @@
 // caller gave up, or died, may still take effect, at any time later. Ids and
 // jitter come from the seed as well.
 //
+// The stores may lie: an object is read with a byte that is wrong, in part, or of
+// another range, once or for a while by everybody; a scan or a list ends in its
+// middle; a list leaves a key out, or has it twice; a copy that fails leaves an
+// upload open; somebody else writes where a create is about to. Clocks differ, those
+// of the replicas and that of the object store, and jump. A run may have more of
+// some requests than of others, and calls of one kind that are slow. The notes of
+// package epoch, which have no digest, are always read as they are.
+//
 // The oracle follows the metadata store by a watch of its own and knows what
 // each object held since it was written. After each step it judges what has
 // changed:
@@ -31,10 +39,23 @@
 //     files are gone;
 //   - a restore that is COMPLETED has a target with all that the snapshot has; of
 //     one that ended otherwise nothing is left in the catalog;
-//   - a snapshot that is pinned is not dropped.
+//   - a snapshot that is pinned is not dropped; a pin is as it was answered, that of
+//     a restore ends with its job alone, and while that is open the snapshot stays;
+//   - the records of snapshots, jobs and tasks move as they may, and nothing changes
+//     that is COMMITTED, or has ended; a result is that of the newest attempt;
+//   - the target of a restore shows in the transaction that makes the job COMPLETED;
+//   - what is the leader's alone is written under the term of the leader, and a grant
+//     is made by who has read what each snapshot of the collection references;
+//   - a snapshot expires by two clocks that agree, and a sweep takes what is old
+//     enough by that of the object store.
 //
 // In the end all faults are off, all is dropped and time passes. Then the stores
 // must be empty but for what stands for ever.
+//
+// In runs of another kind the metadata store goes back to what it was in the middle
+// of the course, when beats have noted since how far it had come. Once that is
+// noticed nothing is deleted, granted, or handed out; after the recovery no id is one
+// that stood for something, and what may be of the store that is lost stays.
 //
 // # Replay
 //

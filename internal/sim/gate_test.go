@@ -9,11 +9,13 @@ import (
 	"hash/fnv"
 	"io"
 	"iter"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
@@ -21,13 +23,14 @@ import (
 // call is a call of a store that is parked, or that nobody waits for any more.
 type call struct {
 	m     *member
-	name  string                           // method, keys, digest: the same in each run
-	write bool                             // it may have an effect though nobody waits for it
-	seq   int                              // settles between calls of one name
-	step  int                              // of the scheduler, after which it came
-	do    func(ctx context.Context) string // ctx never ends: there may be no caller any more
-	held  time.Time                        // not to be chosen before
-	gone  bool                             // nobody waits for it
+	name  string                                           // method, keys, digest: the same in each run
+	write bool                                             // it may have an effect though nobody waits for it
+	seq   int                                              // settles between calls of one name
+	step  int                                              // of the scheduler, after which it came
+	do    func(ctx context.Context) string                 // ctx never ends: there may be no caller any more
+	spoil func(ctx context.Context, rng *rand.Rand) string // do with another answer than the true one; nil: it has no such
+	held  time.Time                                        // not to be chosen before
+	gone  bool                                             // nobody waits for it
 	done  chan error
 	lost  error // what a failed call wraps
 }
@@ -53,10 +56,16 @@ var errDead = errors.New("the replica is dead")
 // park waits until the scheduler has decided about a call. do is carried out by
 // the scheduler, or never; it returns the answer for the trace.
 func (g *gate) park(ctx context.Context, m *member, lost error, write bool, name string, do func(ctx context.Context) string) error {
+	return g.parkCall(ctx, &call{m: m, name: name, write: write, do: do, lost: lost})
+}
+
+// parkCall is park of a call that is made.
+func (g *gate) parkCall(ctx context.Context, c *call) error {
+	m, name, lost := c.m, c.name, c.lost
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
-	c := &call{m: m, name: name, write: write, do: do, done: make(chan error, 1), lost: lost}
+	c.done = make(chan error, 1)
 	g.mu.Lock()
 	if g.open || m.dead {
 		g.mu.Unlock()
@@ -83,7 +92,7 @@ func (g *gate) park(ctx context.Context, m *member, lost error, write bool, name
 	default:
 	}
 	c.gone = true
-	if !write {
+	if !c.write {
 		g.removeLocked(c)
 	}
 	return fmt.Errorf("%s: %w", name, ctx.Err())
@@ -147,8 +156,10 @@ func (g *gate) close() {
 // gatedKV is the metadata store as one replica reaches it.
 type gatedKV struct {
 	meta.KV
-	g *gate
-	m *member
+	g     *gate
+	m     *member
+	o     *oracle
+	batch int // keys that a scan hands out at once
 }
 
 var never = context.Background() // what is delivered late has no caller any more
@@ -191,25 +202,39 @@ func (k *gatedKV) Range(ctx context.Context, r meta.Range) (res meta.RangeResult
 }
 
 func (k *gatedKV) Scan(ctx context.Context, from, to string, revision int64, fn func([]meta.KeyValue) error) (rev int64, err error) {
-	var batches [][]meta.KeyValue
-	perr := k.g.park(ctx, k.m, meta.ErrUnavailable, false, "scan "+from+" "+to+" "+digest(revision), func(ctx context.Context) string {
-		n := 0
+	var all []meta.KeyValue
+	c := &call{m: k.m, name: "scan " + from + " " + to + " " + digest(revision), lost: meta.ErrUnavailable}
+	c.do = func(ctx context.Context) string {
 		rev, err = k.KV.Scan(ctx, from, to, revision, func(kvs []meta.KeyValue) error {
-			batches = append(batches, kvs)
-			n += len(kvs)
+			all = append(all, kvs...)
 			return nil
 		})
-		return answer(err, "%d at %d", n, rev)
-	})
-	if perr != nil {
+		return answer(err, "%d at %d", len(all), rev)
+	}
+	c.spoil = func(ctx context.Context, rng *rand.Rand) string {
+		text := c.do(ctx)
+		if err != nil {
+			return text
+		}
+		all, err = all[:rng.IntN(len(all)+1)], meta.ErrUnavailable
+		if rng.IntN(2) == 0 {
+			err = meta.ErrCompacted
+		}
+		err = fmt.Errorf("scan %s: %w: in its middle", from, err)
+		return fmt.Sprintf("%s, cut after %d", text, len(all))
+	}
+	if perr := k.g.parkCall(ctx, c); perr != nil {
 		return 0, perr
 	}
-	for _, b := range batches {
+	for b := range slices.Chunk(all, k.batch) {
 		if err := fn(b); err != nil {
 			return 0, err
 		}
 	}
-	return rev, err
+	if err != nil {
+		return 0, err
+	}
+	return rev, nil
 }
 
 // txnName names a transaction by its keys and compares; values hold ids of
@@ -237,6 +262,9 @@ func (k *gatedKV) Txn(ctx context.Context, t meta.Txn) (res meta.TxnResult, err 
 	t = meta.Txn{If: slices.Clone(t.If), Then: cloneOps(t.Then), Else: cloneOps(t.Else)}
 	perr := k.g.park(ctx, k.m, meta.ErrUnavailable, true, txnName(&t), func(ctx context.Context) string {
 		res, err = k.KV.Txn(ctx, t)
+		if err == nil && res.Succeeded && k.o != nil {
+			k.o.sawTxn(ctx, k.m, &t)
+		}
 		return answer(err, "%v at %d", res.Succeeded, res.Revision)
 	})
 	if perr != nil {
@@ -345,18 +373,44 @@ func (s *gatedStore) Create(ctx context.Context, key string, body []byte) (objec
 }
 
 func (s *gatedStore) Copy(ctx context.Context, r object.CopyRequest) (object.Info, error) {
-	return s.write(ctx, "object copy "+r.From+" "+r.To, func(ctx context.Context) (object.Info, error) { return s.ledger.Copy(ctx, r) })
+	return s.write(ctx, copyName+r.From+" "+r.To, func(ctx context.Context) (object.Info, error) { return s.ledger.Copy(ctx, r) })
 }
 
 func (s *gatedStore) Get(ctx context.Context, key string, offset, length int64) (r io.ReadCloser, info object.Info, err error) {
 	var body []byte
-	perr := s.g.park(ctx, s.m, object.ErrUnavailable, false, fmt.Sprint("object get ", key, " ", offset, " ", length), func(ctx context.Context) string {
+	c := &call{m: s.m, name: fmt.Sprint("object get ", key, " ", offset, " ", length), lost: object.ErrUnavailable}
+	read := func(ctx context.Context) {
 		if r, info, err = s.ledger.Get(ctx, key, offset, length); err == nil {
 			body, err = io.ReadAll(r)
 		}
-		return answer(err, "%d bytes", len(body))
-	})
-	if err = cmp.Or(perr, err); err != nil {
+	}
+	c.do = func(ctx context.Context) string {
+		if read(ctx); err != nil {
+			return answer(err, "")
+		}
+		var bad bool
+		if body, bad = s.o.rotten(key, body); bad {
+			s.m.misread++
+			return fmt.Sprintf("%d bytes, rotten", len(body))
+		}
+		if offset == 0 && int64(len(body)) == info.Size {
+			s.m.read(key)
+		}
+		return fmt.Sprintf("%d bytes", len(body))
+	}
+	c.spoil = func(ctx context.Context, rng *rand.Rand) string {
+		if read(ctx); err != nil {
+			return answer(err, "")
+		}
+		var how string
+		body, how = corrupt(rng, body)
+		s.m.misread++
+		return fmt.Sprintf("%d bytes, %s", len(body), how)
+	}
+	if strings.HasPrefix(key, epoch.Prefix) { // a note has no digest
+		c.spoil = nil
+	}
+	if err = cmp.Or(s.g.parkCall(ctx, c), err); err != nil {
 		return nil, object.Info{}, err
 	}
 	return io.NopCloser(bytes.NewReader(body)), info, nil
@@ -377,22 +431,50 @@ func (s *gatedStore) List(ctx context.Context, prefix string) iter.Seq2[object.I
 	return func(yield func(object.Info, error) bool) {
 		var list []object.Info
 		var err error
-		perr := s.g.park(ctx, s.m, object.ErrUnavailable, false, "object list "+prefix, func(ctx context.Context) string {
+		c := &call{m: s.m, name: "object list " + prefix, lost: object.ErrUnavailable}
+		c.do = func(ctx context.Context) string {
 			for info, lerr := range s.ledger.List(ctx, prefix) {
 				if err = lerr; err == nil {
 					list = append(list, info)
 				}
 			}
 			return answer(err, "%d objects", len(list))
-		})
-		if err = cmp.Or(perr, err); err != nil {
-			yield(object.Info{}, err)
+		}
+		c.spoil = func(ctx context.Context, rng *rand.Rand) string {
+			text := c.do(ctx)
+			if err != nil || len(list) == 0 {
+				return text
+			}
+			i := rng.IntN(len(list))
+			switch rng.IntN(3) {
+			case 0:
+				list, err = list[:i], fmt.Errorf("%s: %w: in its middle", c.name, object.ErrUnavailable)
+				return fmt.Sprintf("%s, cut after %d", text, i)
+			case 1:
+				s.o.hidden[list[i].Key] = true
+				text += ", not " + list[i].Key
+				list = slices.Delete(list, i, i+1)
+				return text
+			default:
+				text += ", twice " + list[i].Key
+				list = slices.Insert(list, i, list[i])
+				return text
+			}
+		}
+		if prefix == epoch.Prefix { // that the newest note is there is all there is to know
+			c.spoil = nil
+		}
+		if perr := s.g.parkCall(ctx, c); perr != nil {
+			yield(object.Info{}, perr)
 			return
 		}
 		for _, info := range list {
 			if !yield(info, nil) {
 				return
 			}
+		}
+		if err != nil {
+			yield(object.Info{}, err)
 		}
 	}
 }
@@ -403,7 +485,9 @@ func (s *gatedStore) Delete(ctx context.Context, list ...string) (err error) {
 	if len(list) == 0 {
 		return nil
 	}
+	asked := time.Now()
 	perr := s.g.park(ctx, s.m, object.ErrUnavailable, true, fmt.Sprint("object delete ", len(list), " ", list[0], " ", digest(list)), func(ctx context.Context) string {
+		s.o.judgeSweep(ctx, s.m, asked, list)
 		err = s.ledger.Delete(ctx, list...)
 		return answer(err, "ok")
 	})

@@ -35,6 +35,7 @@ type reach struct {
 	granted, parked, unitsGone, restored, rolledBack, colsGone  int
 	before, after, late, crashed, frozen                        int
 	repeated, heldBySnapshot, heldByCreate, swept, listed, read int
+	spoiled, rotten, jumped, uploads, foreign, renewed          int
 }
 
 func (r *reach) counts() map[string]int {
@@ -44,6 +45,8 @@ func (r *reach) counts() map[string]int {
 		"collection gone for good": r.colsGone, "call that failed before": r.before, "call that failed after": r.after,
 		"call that landed late": r.late, "crash": r.crashed, "freeze": r.frozen, "repeat that was answered": r.repeated,
 		"hold by a snapshot": r.heldBySnapshot, "hold by a create": r.heldByCreate, "object swept": r.swept, "list": r.listed, "snapshot read": r.read,
+		"read that was spoiled": r.spoiled, "object that was rotten": r.rotten, "clock that jumped": r.jumped, "upload left open": r.uploads,
+		"foreign object in the way": r.foreign, "pin renewed": r.renewed,
 	}
 }
 
@@ -65,6 +68,7 @@ type oracle struct {
 
 	mu     sync.Mutex
 	events []meta.Event
+	log    []meta.Event // all that there were
 
 	content   map[string][]byte // what each object ever held
 	engine    map[string]bool   // keys of files that engines wrote
@@ -74,8 +78,26 @@ type oracle struct {
 	cols      map[int64]*collection
 	snapshots map[int64]*snapshot
 	jobs      map[int64]*copyjob.Job
-	pins      map[string]bool
+	pins      map[string]*pinned
 	granted   map[string]bool // keys of the files of all tombstones that there ever were
+
+	states     map[int64]*storagev1.Snapshot // each snapshot's record as it was seen last
+	recordGone map[int64]time.Time           // when each snapshot's record went
+	tasks      map[string]*storagev1.Task
+	wrote      map[string]*member   // who last wrote each snapshot's record
+	rot        map[string]rot       // objects that are read with another content
+	hidden     map[string]bool      // objects that a list has left out
+	foreign    map[string]bool      // objects that somebody else wrote
+	uploads    map[string]time.Time // that are open, by the keys that they are to
+
+	past *past // nil: the metadata store never went back in time
+}
+
+// pinned is what the oracle knows of a pin.
+type pinned struct {
+	job     int64
+	expires map[int64]int64 // by the revisions at which it was written
+	gone    bool
 }
 
 // collection is what the oracle knows of a collection.
@@ -112,6 +134,7 @@ type snapshot struct {
 	revision       int64 // at which it captured
 	segments       int
 	files          map[string]bool
+	metadata       *manifest.Metadata
 	dropping       bool // somebody began to drop it
 	dropped        bool // its record says DELETING, or is gone
 	expires        time.Time
@@ -120,8 +143,9 @@ type snapshot struct {
 func newOracle(s *sim) *oracle {
 	o := &oracle{
 		s: s, content: map[string][]byte{}, engine: map[string]bool{}, used: map[string]bool{}, shared: map[string]bool{}, ids: map[int64]string{},
-		cols: map[int64]*collection{}, snapshots: map[int64]*snapshot{}, jobs: map[int64]*copyjob.Job{}, pins: map[string]bool{},
-		granted: map[string]bool{},
+		cols: map[int64]*collection{}, snapshots: map[int64]*snapshot{}, jobs: map[int64]*copyjob.Job{}, pins: map[string]*pinned{},
+		granted: map[string]bool{}, states: map[int64]*storagev1.Snapshot{}, recordGone: map[int64]time.Time{}, tasks: map[string]*storagev1.Task{},
+		wrote: map[string]*member{}, rot: map[string]rot{}, hidden: map[string]bool{}, foreign: map[string]bool{}, uploads: map[string]time.Time{},
 	}
 	stores := map[string]object.Store{"default": s.objects}
 	random := newSeeded(s.seed, "oracle")
@@ -165,6 +189,7 @@ func (l ledger) Create(ctx context.Context, key string, body []byte) (object.Inf
 	info, err := l.Store.Create(ctx, key, body)
 	if err == nil {
 		l.keep(key, body)
+		l.m.read(key)
 	}
 	return info, err
 }
@@ -173,11 +198,27 @@ func (l ledger) Copy(ctx context.Context, r object.CopyRequest) (object.Info, er
 	info, err := l.Store.Copy(ctx, r)
 	if err == nil {
 		l.keep(r.To, l.o.content[r.From])
+		delete(l.o.uploads, r.To)
 	}
 	return info, err
 }
 
+func (l ledger) AbortUploads(_ context.Context, prefix string, before time.Time) (n int, _ error) {
+	maps.DeleteFunc(l.o.uploads, func(key string, began time.Time) bool {
+		if !strings.HasPrefix(key, prefix) || !before.IsZero() && !began.Before(before) {
+			return false
+		}
+		n++
+		return true
+	})
+	return n, nil
+}
+
 func (l ledger) Delete(ctx context.Context, list ...string) error {
+	if p := l.o.past; p != nil {
+		p.judge(ctx, l.m, list)
+		return l.Store.Delete(ctx, list...)
+	}
 	needed := l.o.needed()
 	for _, key := range list {
 		if why := l.o.judge(ctx, needed, key); why != "" {
@@ -291,6 +332,7 @@ func (o *oracle) watch(ctx context.Context) {
 func (o *oracle) observe() {
 	o.mu.Lock()
 	events := o.events
+	o.log = append(o.log, events...)
 	o.events = nil
 	o.mu.Unlock()
 	for _, id := range o.s.work.handed() {
@@ -358,6 +400,7 @@ func (o *oracle) sawRevision(events []meta.Event) {
 			}
 		}
 	}
+	o.together(events)
 }
 
 func (o *oracle) sawCatalog(e meta.Event, changed map[int64]bool) {
@@ -469,12 +512,9 @@ func (o *oracle) sawRest(e meta.Event) {
 	case strings.HasPrefix(key, keys.JobPrefix):
 		o.sawJob(e)
 	case strings.HasPrefix(key, keys.AllPinsPrefix):
-		if e.Deleted {
-			delete(o.pins, key)
-		} else {
-			o.pins[key] = true
-			o.s.reached.pinned++
-		}
+		o.sawPin(e)
+	case strings.HasPrefix(key, keys.AllTasksPrefix):
+		o.sawTask(e)
 	}
 }
 
@@ -499,12 +539,12 @@ func (o *oracle) sawSnapshot(e meta.Event) {
 	o.s.must(err)
 	s := o.snapshots[id]
 	if e.Deleted {
-		if s != nil && !s.dropped {
-			o.s.wrong("snapshot %d is gone and was not dropped", id)
-		}
+		o.moved(id, nil, 0)
+		o.recordGone[id] = time.Now()
 		return
 	}
 	rec := o.decode(e.KV)
+	o.moved(id, rec, e.KV.ModRevision)
 	state := manager.State(rec.GetState())
 	switch {
 	case e.KV.CreateRevision == e.KV.ModRevision:
@@ -525,7 +565,7 @@ func (o *oracle) sawSnapshot(e meta.Event) {
 
 func (o *oracle) sawDrop(s *snapshot) {
 	s.dropped = true
-	expired := !s.expires.IsZero() && !time.Now().Before(s.expires)
+	expired := !s.expires.IsZero() && o.due(s)
 	switch {
 	case s.dropping:
 		o.s.reached.dropped++
@@ -534,9 +574,14 @@ func (o *oracle) sawDrop(s *snapshot) {
 	default:
 		o.s.wrong("snapshot %s is dropped, which nobody asked for, and it does not expire before %v", s.name, s.expires)
 	}
-	for key := range o.pins {
-		if strings.HasPrefix(key, keys.PinPrefix(s.id)) {
+	for key, p := range o.pins {
+		if !p.gone && strings.HasPrefix(key, keys.PinPrefix(s.id)) {
 			o.s.wrong("snapshot %s is dropped, and pinned by %s", s.name, key)
+		}
+	}
+	for _, job := range o.jobs {
+		if job.Snapshot == s.id && !job.State.Ended() {
+			o.s.wrong("snapshot %s is dropped, and job %d restores it", s.name, job.ID)
 		}
 	}
 }
@@ -616,6 +661,12 @@ func (o *oracle) own(s *snapshot) {
 	d, err := o.reader.Describe(never, manager.Ref{ID: s.id})
 	if err != nil {
 		o.s.wrong("snapshot %s is committed and cannot be described: %v", s.name, err)
+	}
+	if s.metadata == nil {
+		s.metadata = d.Metadata
+	}
+	if diff := cmp.Diff(s.metadata, d.Metadata); diff != "" {
+		o.s.wrong("snapshot %s has other metadata than before: %s", s.name, diff)
 	}
 	key := manifest.RefsKey(s.collection, s.id)
 	data, err := o.bytes(key)
@@ -703,9 +754,9 @@ func (o *oracle) sawJob(e meta.Event) {
 	o.jobs[id] = job
 	switch {
 	case old != nil && old.State.Ended():
-		if old.State != job.State {
-			o.s.wrong("job %d was %v and is %v", id, old.State, job.State)
-		}
+		o.s.wrong("job %d was %v, and is written again as %v", id, old.State, job.State)
+	case old != nil && (job.Phase < old.Phase || job.State < old.State):
+		o.s.wrong("job %d was %v in phase %v, and is %v in phase %v", id, old.State, old.Phase, job.State, job.Phase)
 	case job.State == copyjob.Completed:
 		o.s.reached.restored++
 		if old != nil && old.Phase == copyjob.RollBack {
@@ -808,11 +859,15 @@ func (o *oracle) nothingLeft() string {
 	for info, err := range o.s.objects.List(never, "") {
 		o.s.must(err)
 		switch {
-		case info.Key == identity.Key, strings.HasPrefix(info.Key, epoch.Prefix):
+		case info.Key == identity.Key, strings.HasPrefix(info.Key, epoch.Prefix), o.hidden[info.Key]:
 		case o.engine[info.Key] && (!o.used[info.Key] || o.shared[info.Key]): // the engine's own business
 		default:
 			left = append(left, info.Key)
 		}
 	}
+	for key := range o.uploads {
+		left = append(left, "upload to "+key)
+	}
+	slices.Sort(left)
 	return strings.Join(left, "\n")
 }

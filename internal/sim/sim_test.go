@@ -1,6 +1,7 @@
 package sim
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -49,6 +50,20 @@ func TestMain(m *testing.M) {
 }
 
 func TestSim(t *testing.T) {
+	reached, ran := runSeeds(t, run)
+	t.Log(reached.String())
+	if ran >= enough {
+		for what, count := range reached.counts() {
+			if count == 0 {
+				t.Errorf("there never was: %s", what)
+			}
+		}
+	}
+}
+
+// runSeeds makes the runs that are asked for, for as long as is asked for.
+func runSeeds(t *testing.T, run func(t *testing.T, seed uint64, reached *reach) *sim) (reached reach, ran int) {
+	t.Helper()
 	first, n := uint64(1), fixedSeeds
 	switch {
 	case *seedFlag != 0 && *seedsFlag != 0:
@@ -61,8 +76,7 @@ func TestSim(t *testing.T) {
 		n = 3
 	}
 	began := time.Now()
-	var reached reach
-	ran, failed, steps := 0, []uint64{}, 0
+	failed, steps := []uint64{}, 0
 	for seed := first; seed < first+uint64(n) && time.Since(began) < *forFlag && len(failed) < 5; seed++ {
 		s := run(t, seed, &reached)
 		ran++
@@ -73,17 +87,10 @@ func TestSim(t *testing.T) {
 		}
 	}
 	t.Logf("%d seeds from %d on, %d steps, in %v", ran, first, steps, time.Since(began).Round(time.Millisecond))
-	t.Log(reached.String())
 	if len(failed) > 0 {
 		t.Errorf("seeds that failed: %v", failed)
 	}
-	if ran >= enough {
-		for what, count := range reached.counts() {
-			if count == 0 {
-				t.Errorf("there never was: %s", what)
-			}
-		}
-	}
+	return reached, ran
 }
 
 // TestReplay runs seeds twice, and demands the same trace.
@@ -135,17 +142,45 @@ type profile struct {
 	fifo                             bool // calls are chosen in the order of their arrival
 	share                            float64
 	drop                             bool // collections are dropped often
+
+	spoil   float64       // chance that a read is answered with what is not so, or is cut in its middle
+	rot     float64       // chance in a step that an object of a snapshot cannot be read for a while
+	foreign float64       // chance that somebody else writes where a create is about to
+	clocks  time.Duration // how far a replica's clock may be off, and that of the object store
+	jump    float64       // chance in a step that a clock jumps
+	grace   time.Duration // of orphans
+	batch   int           // keys that a scan hands out at once
+	focus   []string      // chores of which half of those come that are asked for
+	slow    string        // calls whose names begin with it are held up, mostly; empty: none
+	weak    string        // calls whose names begin with it fail often; empty: none
 }
+
+// slowly are kinds of calls: when those of one kind take long, the others overtake them.
+var slowly = []string{"object create ", "object get ", "object list ", "object delete ", copyName, "txn", "scan ", "tell ", "grant "}
 
 func (s *sim) newProfile() profile {
 	pick := func(list ...float64) float64 { return list[s.rng.IntN(len(list))] }
-	return profile{
+	p := profile{
 		replicas: 2 + s.rng.IntN(2), ops: 40 + s.rng.IntN(60),
 		fail: pick(0, 0.002, 0.01, 0.04), after: pick(0, 0.002, 0.01, 0.04), crash: pick(0, 0.0005, 0.002), freeze: pick(0, 0.001, 0.004),
 		hold: pick(0, 0.01, 0.05), late: pick(0.2, 0.5, 0.9), patience: pick(0.002, 0.01, 0.03), haste: pick(0.02, 0.1, 0.3),
 		longest: []time.Duration{time.Second, 30 * time.Second, 3 * time.Minute}[s.rng.IntN(3)],
 		fifo:    s.rng.IntN(4) == 0, share: pick(0.5, 1), drop: s.rng.IntN(3) == 0,
+		spoil: pick(0, 0, 0.01, 0.05), rot: pick(0, 0, 0.002), foreign: pick(0, 0, 0, 0.05),
+		clocks: []time.Duration{0, 0, time.Minute, 4 * time.Minute, time.Hour}[s.rng.IntN(5)], jump: pick(0, 0.001),
+		grace: []time.Duration{time.Second, 10 * time.Minute}[s.rng.IntN(2)], batch: []int{1, 3, 500}[s.rng.IntN(3)],
 	}
+	if s.rng.IntN(3) == 0 {
+		p.slow = slowly[s.rng.IntN(len(slowly))]
+	}
+	if s.rng.IntN(4) == 0 {
+		p.weak = slowly[s.rng.IntN(len(slowly))]
+	}
+	if s.rng.IntN(3) > 0 {
+		f := focuses[s.rng.IntN(len(focuses))]
+		p.focus, p.slow, p.weak, p.spoil = f.chores, cmp.Or(f.slow, p.slow), cmp.Or(f.weak, p.weak), max(f.spoil, p.spoil)
+	}
+	return p
 }
 
 // sim is one run.
@@ -163,7 +198,8 @@ type sim struct {
 	lives   []int
 	all     []*member
 	began   time.Time
-	calmed  bool // the end has begun
+	clock   clock // of the object store
+	calmed  bool  // the end has begun
 
 	step    int
 	trace   []string
@@ -197,6 +233,15 @@ func (s *sim) note(format string, args ...any) {
 // interrupt goroutines at other places each time.
 func run(t *testing.T, seed uint64, reached *reach) *sim {
 	t.Helper()
+	return runAs(t, seed, reached, func(s *sim) {
+		s.play()
+		s.finish()
+	})
+}
+
+// runAs is run of a course of its own.
+func runAs(t *testing.T, seed uint64, reached *reach, course func(s *sim)) *sim {
+	t.Helper()
 	if reached == nil {
 		reached = &reach{}
 	}
@@ -221,8 +266,7 @@ func run(t *testing.T, seed uint64, reached *reach) *sim {
 		}()
 		s.setUp()
 		watching.Go(func() { s.oracle.watch(ctx) })
-		s.play()
-		s.finish()
+		course(s)
 	})
 	if *traceFlag != "" {
 		if err := os.WriteFile(*traceFlag, []byte(strings.Join(s.trace, "\n")+"\n"), 0o600); err != nil {
@@ -240,7 +284,8 @@ func (s *sim) fails(text string) {
 func (s *sim) setUp() {
 	s.profile = s.newProfile()
 	s.kv = metamemory.New(metamemory.Options{Now: time.Now})
-	s.objects = objectmemory.New(objectmemory.Options{Now: time.Now})
+	s.setClock(&s.clock, s.profile.clocks/2)
+	s.objects = objectmemory.New(objectmemory.Options{Now: s.clock.now})
 	s.gate = newGate()
 	random := newSeeded(s.seed, "set-up")
 	var err error
@@ -315,6 +360,10 @@ func (s *sim) turn() {
 		s.revive()
 	case len(list) == 0:
 		s.pass(p.longest)
+	case s.chance(p.rot):
+		s.rot()
+	case s.chance(p.jump):
+		s.jump()
 	case s.chance(p.patience):
 		s.pass(time.Duration(1 + s.rng.Int64N(int64(p.longest))))
 	default:
@@ -346,17 +395,24 @@ func (s *sim) decide(c *call) {
 		s.gate.take(c)
 		if !s.chance(p.late) {
 			s.note("%v %s: lost", c.m, c.name)
+			s.leaveUpload(c)
 			return
 		}
 		s.reached.late++
 		s.note("%v %s: late: %s", c.m, c.name, c.do(never))
-	case s.chance(p.hold):
+	case s.chance(p.hold), p.slow != "" && c.held.IsZero() && strings.HasPrefix(c.name, p.slow) && s.chance(0.7):
 		c.held = time.Now().Add(time.Duration(1 + s.rng.Int64N(int64(p.longest))))
 		s.note("%v %s: held", c.m, c.name)
-	case s.chance(p.fail):
+	case c.spoil != nil && s.chance(p.spoil):
+		s.gate.take(c)
+		s.reached.spoiled++
+		s.note("%v %s: %s", c.m, c.name, c.spoil(never, s.rng))
+		c.done <- nil
+	case s.chance(p.fail), p.weak != "" && strings.HasPrefix(c.name, p.weak) && s.chance(0.2):
 		s.gate.take(c)
 		s.reached.before++
 		s.note("%v %s: fails", c.m, c.name)
+		s.leaveUpload(c)
 		c.done <- fmt.Errorf("%s: %w: it failed before", c.name, c.lost)
 	case s.chance(p.after):
 		s.gate.take(c)
@@ -364,6 +420,9 @@ func (s *sim) decide(c *call) {
 		s.note("%v %s: %s, and fails", c.m, c.name, c.do(never))
 		c.done <- fmt.Errorf("%s: %w: it failed after", c.name, c.lost)
 	default:
+		if key, creates := strings.CutPrefix(c.name, "object create snapshots/"); creates && s.chance(p.foreign) {
+			s.overtake("snapshots/" + strings.Fields(key)[0])
+		}
 		s.deliver(c)
 	}
 }
@@ -387,6 +446,7 @@ func (s *sim) crash(m *member) {
 		switch {
 		case !c.write || s.chance(0.3):
 			s.gate.take(c)
+			s.leaveUpload(c)
 		case s.chance(0.5):
 			s.gate.take(c)
 			s.note("%v %s: %s, at the last moment", m, c.name, c.do(never))
@@ -429,6 +489,11 @@ func (s *sim) pass(d time.Duration) {
 func (s *sim) calmDown() {
 	s.calmed = true
 	s.note("the end begins")
+	clear(s.oracle.rot)
+	for _, m := range s.all {
+		m.clock.set(0)
+	}
+	s.clock.set(0)
 	for i, m := range s.members {
 		if m == nil {
 			s.start(i, false)

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	gocmp "github.com/google/go-cmp/cmp"
+
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
@@ -19,6 +21,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/record"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
@@ -205,20 +208,38 @@ func (w *work) standing() map[int64]*snapshot {
 // chores are what may be asked for, those that are asked for often several times.
 var chores = []string{
 	"add", "add", "add", "add", "drop", "drop", "compact", "compact", "rebuild", "update", "create", "create", "create", "create",
-	"create again", "create again", "shared name", "expiring create", "drop snapshot", "drop snapshot", "drop snapshot", "pin", "unpin",
+	"create again", "create again", "shared name", "expiring create", "drop snapshot", "drop snapshot", "drop snapshot", "pin", "unpin", "renew", "renew",
 	"reclaim", "reclaim", "reclaim", "reclaim", "confirm", "confirm", "restore", "restore", "restore again", "cancel", "collect", "sweep",
 	"list", "list", "read", "read", "drop partition", "drop index", "drop collection", "new collection", "compact history", "recover",
+}
+
+// focus is a kind of run: chores that meet, and what happens to their calls.
+type focus struct {
+	chores     []string
+	slow, weak string  // as in a profile
+	spoil      float64 // likewise
+}
+
+var focuses = []focus{
+	{chores: []string{"add", "add", "create", "create", "drop", "drop", "drop", "compact", "rebuild", "reclaim", "collect"}, slow: "object create "},
+	{chores: []string{"add", "add", "add", "create", "create", "restore", "restore", "restore", "restore again", "cancel", "cancel", "drop snapshot"}, weak: copyName},
+	{chores: []string{"create", "pin", "pin", "renew", "renew", "renew", "unpin", "drop snapshot"}, weak: "txn put " + keys.AllPinsPrefix},
+	{chores: []string{"add", "create", "read", "read", "read", "restore"}, spoil: 0.1},
 }
 
 // begin asks for something.
 func (w *work) begin() {
 	w.left--
-	chore := chores[w.s.rng.IntN(len(chores))]
+	list := chores
+	if f := w.s.profile.focus; f != nil && w.s.chance(0.5) {
+		list = f
+	}
+	chore := list[w.s.rng.IntN(len(list))]
 	if w.activeCount() == 0 || w.activeCount() < 2 && w.s.chance(0.3) {
 		chore = "new collection"
 	}
 	m, c := w.replica(), w.active()
-	if chore == "drop" && w.s.chance(0.5) { // under a create, if there is one
+	if slices.Contains([]string{"drop", "compact", "rebuild"}, chore) && w.s.chance(0.5) { // under a create, if there is one
 		for _, r := range w.creates {
 			if busy := w.s.oracle.cols[r.spec.Collection.ID]; r.open > 0 && busy.state == catalog.Active && len(busy.live) > 0 {
 				c = busy
@@ -247,7 +268,7 @@ func (w *work) begin() {
 	case "create again":
 		var list []*create
 		for _, r := range w.creates {
-			if r.tok.Given() {
+			if r.tok.Value != "" {
 				list = append(list, r)
 			}
 		}
@@ -266,6 +287,13 @@ func (w *work) begin() {
 			w.call(m, fmt.Sprint("unpin ", p.ID), func(ctx context.Context) (string, func()) {
 				return fmt.Sprint(m.Unpin(ctx, manager.Ref{ID: p.Snapshot}, p.ID)), nil
 			})
+		}
+	case "renew":
+		if len(w.pins) > 0 {
+			p := w.pins[w.s.rng.IntN(len(w.pins))]
+			for range 1 + w.s.rng.IntN(3) {
+				w.renew(w.replica(), p, time.Duration(5+w.s.rng.IntN(120))*time.Second)
+			}
 		}
 	case "reclaim":
 		w.reclaim(m)
@@ -286,7 +314,7 @@ func (w *work) begin() {
 	case "restore again":
 		var list []*restore
 		for _, r := range w.restores {
-			if r.tok.Given() {
+			if r.tok.Value != "" {
 				list = append(list, r)
 			}
 		}
@@ -454,7 +482,7 @@ func (w *work) write(chore string, m *member, c *collection) {
 	fresh := w.name("n")
 	change := func(ctx context.Context, swap catalog.Swap) (string, func()) {
 		_, err := m.cat.Change(ctx, tok, ref, swap)
-		if err != nil && unknown(err) && tok.Given() {
+		if err != nil && unknown(err) && tok.Value != "" {
 			_, err = m.cat.Change(ctx, tok, ref, swap)
 		}
 		return say(err)
@@ -594,7 +622,7 @@ func (w *work) create(m *member, r *create) {
 	began := w.revision()
 	w.call(m, fmt.Sprintf("create snapshot %s of %v, again: %v", r.spec.Name, r.spec.Collection, repeat), func(ctx context.Context) (string, func()) {
 		s, err := m.Create(ctx, r.tok, r.spec)
-		return answer(err, "%v", s), func() { w.created(r, s, err, began, repeat) }
+		return answer(err, "%v", s), func() { w.created(r, s, err, began, repeat) } //nolint:contextcheck // judged when the call is over
 	})
 }
 
@@ -622,6 +650,7 @@ func (w *work) created(r *create, s *manager.Snapshot, err error, began int64, r
 		}
 	case unknown(err):
 		r.unknown = true
+	case r.open > 0 && !w.decided(r): // it did not even begin, and the repeat may
 	case errors.Is(err, manager.ErrCreateAborted), !r.unknown && r.open == 0:
 		if r.snapshot != 0 {
 			w.s.wrong("the create of %s was acknowledged, and now it failed: %v", r.spec.Name, err)
@@ -629,6 +658,13 @@ func (w *work) created(r *create, s *manager.Snapshot, err error, began int64, r
 		r.failed = err.Error()
 		w.checkFailed(r.spec.Name)
 	}
+}
+
+// decided says whether the token of a request knows how it has ended.
+func (w *work) decided(r *create) bool {
+	known, err := request.Find(never, w.s.kv, r.tok)
+	w.s.must(err)
+	return known != nil && known.Done
 }
 
 // checkFailed holds that a name of which all creates failed is not that of a
@@ -664,7 +700,7 @@ func (w *work) dropSnapshot(m *member) {
 	}
 	w.call(m, fmt.Sprint("drop snapshot ", s.name), func(ctx context.Context) (string, func()) {
 		_, err := m.Drop(ctx, tok, manager.Ref{ID: id}, 0)
-		if err != nil && unknown(err) && tok.Given() {
+		if err != nil && unknown(err) && tok.Value != "" {
 			_, err = m.Drop(ctx, tok, manager.Ref{ID: id}, 0)
 		}
 		return answer(err, "dropped"), func() {
@@ -693,9 +729,33 @@ func (w *work) pin(m *member) {
 		return answer(err, "pinned"), func() {
 			if err == nil {
 				w.pins = append(w.pins, p)
+				w.lasts(p)
 			}
 		}
 	})
+}
+
+func (w *work) renew(m *member, p *manager.Pin, ttl time.Duration) {
+	w.call(m, fmt.Sprintf("renew pin %d of snapshot %d for %v", p.ID, p.Snapshot, ttl), func(ctx context.Context) (string, func()) {
+		next, err := m.RenewPin(ctx, manager.Ref{ID: p.Snapshot}, p.ID, ttl)
+		return answer(err, "renewed"), func() {
+			if err == nil {
+				w.s.reached.renewed++
+				w.lasts(next)
+			}
+		}
+	})
+}
+
+// lasts holds that a pin was written as it was answered.
+func (w *work) lasts(p *manager.Pin) {
+	known := w.s.oracle.pins[keys.Pin(p.Snapshot, p.ID)]
+	if known == nil {
+		w.s.wrong("pin %d of snapshot %d was acknowledged, and there never was one", p.ID, p.Snapshot)
+	}
+	if expires, ok := known.expires[p.Revision]; !ok || expires != record.Nanos(p.ExpireTime) {
+		w.s.wrong("pin %d is said to end at %v since revision %d, and was written: %v", p.ID, p.ExpireTime, p.Revision, known.expires)
+	}
 }
 
 func (w *work) reclaim(m *member) {
@@ -868,23 +928,26 @@ func (w *work) read(m *member) {
 	}
 	s := w.s.oracle.snapshots[id]
 	w.call(m, fmt.Sprint("read snapshot ", s.name), func(ctx context.Context) (string, func()) {
-		n, files := 0, 0
-		_, err := m.Describe(ctx, manager.Ref{ID: id})
+		n, files := 0, map[string]bool{}
+		d, err := m.Describe(ctx, manager.Ref{ID: id})
 		if err == nil {
 			err = m.Segments(ctx, manager.Ref{ID: id}, 0, func(seg *manager.Segment) bool {
 				n++
-				for range seg.AllFiles() {
-					files++
+				for f := range seg.AllFiles() {
+					files[keyOf(f)] = true
 				}
 				return true
 			})
 		}
 		return answer(err, "%d segments", n), func() {
 			switch {
-			case err == nil && (n != s.segments || files != len(s.files)):
-				w.s.wrong("snapshot %s is read with %d segments and %d files, and has %d and %d", s.name, n, files, s.segments, len(s.files))
+			case err == nil && (n != s.segments || !maps.Equal(files, s.files)):
+				w.s.wrong("snapshot %s is read with %d segments and the files %v, and has %d and %v", s.name, n, files, s.segments, s.files)
+			case err == nil && gocmp.Diff(s.metadata, d.Metadata) != "":
+				w.s.wrong("snapshot %s is described with other metadata than it has: %s", s.name, gocmp.Diff(s.metadata, d.Metadata))
 			case err == nil:
 				w.s.reached.read++
+			case errors.Is(err, manager.ErrSnapshotCorrupt) && m.misread > 0:
 			case !unknown(err) && !s.dropped:
 				w.s.wrong("snapshot %s cannot be read: %v", s.name, err)
 			}
