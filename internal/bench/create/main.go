@@ -13,13 +13,10 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"os"
-	"os/signal"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/snapshotd/snapshotd/client"
@@ -29,116 +26,80 @@ import (
 const (
 	bucket   = "bench"
 	etcdRoot = "/snapshotd"
-
-	// noise is the spread of the floor above which a run does not judge times,
-	// and minRounds how many rounds it takes to know the spread.
-	noise     = 0.10
-	minRounds = 5
 )
 
-// The exit codes.
+// The parts of a run, in their order.
 const (
-	exitError = 1
-	exitUsage = 2
+	partRegister = "register"
+	partCreate   = "create"
+	partRead     = "read"
+	partClients  = "clients"
 )
 
 type options struct {
+	bench.Options
+	bench.Parts
+
 	sizes         []int
-	rounds        int
 	referenceMax  int
 	listed        int
 	window        time.Duration
 	clients       int
 	latency       time.Duration
-	bound         time.Duration
-	strict        bool
-	snapshotd     string
-	etcdBin       string
-	s3Bin         string
-	dir           string
-	output        string
 	profile       string
 	maxCreates    int
-	only          string
 	streams       int
 	batchSegments int
 }
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if len(os.Args) == 4 && os.Args[1] == "worker" {
-		if err := work(ctx, os.Args[2], os.Args[3], os.Stdin, os.Stdout); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(exitError)
-		}
-		return
+func main() { bench.Main("bench-create", child, run) }
+
+func child(ctx context.Context, args []string) (bool, error) {
+	if len(args) != 3 || args[0] != "worker" {
+		return false, nil
 	}
-	o, err := parse(os.Args[1:])
-	if errors.Is(err, flag.ErrHelp) {
-		return
-	}
-	if err != nil {
-		os.Exit(exitUsage)
-	}
-	code, err := run(ctx, o, os.Stdout, os.Stderr)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "bench-create:", err)
-		code = exitError
-	}
-	os.Exit(code)
+	return true, work(ctx, args[1], args[2], os.Stdin, os.Stdout)
 }
 
 func parse(args []string) (*options, error) {
-	o := &options{}
+	o := &options{Options: bench.Options{Bound: 14 * time.Minute}}
 	fs := flag.NewFlagSet("bench-create", flag.ContinueOnError)
+	o.Options.Flags(fs)
+	o.Parts.Flags(fs, partRegister, partCreate, partRead, partClients) // create needs register
 	sizes := fs.String("n", "1000,10000,100000", "numbers of segments")
-	fs.IntVar(&o.rounds, "rounds", 5, "rounds that count; one more is made before them")
 	fs.IntVar(&o.referenceMax, "reference-max", 10_000, "most segments for which the reference design is measured")
 	fs.IntVar(&o.listed, "snapshots", 10_000, "snapshots to list among")
 	fs.DurationVar(&o.window, "window", 3*time.Second, "how long clients take snapshots in each measurement")
 	fs.IntVar(&o.clients, "clients", 64, "clients that take snapshots at once")
 	fs.DurationVar(&o.latency, "latency", 20*time.Millisecond, "what is added to each request to the store for the clients")
-	fs.DurationVar(&o.bound, "bound", 14*time.Minute, "the longest that the run may take")
-	fs.BoolVar(&o.strict, "strict", false, "exit with 1 when a bar is missed, with 3 when one cannot be judged")
-	fs.StringVar(&o.snapshotd, "snapshotd", "bin/snapshotd", "the program to measure")
-	fs.StringVar(&o.etcdBin, "etcd", ".bin/bench-etcd", "internal/bench/etcd")
-	fs.StringVar(&o.s3Bin, "s3", ".bin/versitygw", "versitygw")
-	fs.StringVar(&o.dir, "dir", os.TempDir(), "where to make the directory of the run")
-	fs.StringVar(&o.output, "o", "", "Markdown file to write the report into")
 	fs.StringVar(&o.profile, "profile", "", "directory for profiles of snapshotd at the largest size")
 	fs.IntVar(&o.maxCreates, "max-creates", 0, "snapshotd's --max-creates; 0 leaves its default")
-	fs.StringVar(&o.only, "only", "register,create,read,clients", "what to measure; create needs register")
 	fs.IntVar(&o.streams, "streams", 4, "streams that register segments at once")
 	fs.IntVar(&o.batchSegments, "message", 500, "segments in a message of such a stream")
-	if err := fs.Parse(args); err != nil {
-		return nil, err
-	}
-	for text := range strings.SplitSeq(*sizes, ",") {
+	return o, bench.Parse(fs, args, func() error { return o.check(*sizes) })
+}
+
+func (o *options) check(sizes string) error {
+	for text := range strings.SplitSeq(sizes, ",") {
 		n, err := strconv.Atoi(strings.ReplaceAll(strings.TrimSpace(text), "_", ""))
 		if err != nil || n < 1 || n > 500_000 {
-			err = fmt.Errorf("-n: %q is not a number from 1 to 500000", text)
-			fmt.Fprintln(os.Stderr, err)
-			return nil, err
+			return fmt.Errorf("-n: %q is not a number from 1 to 500000", text)
 		}
 		o.sizes = append(o.sizes, n)
 	}
-	if o.rounds < 1 || o.clients < 1 || o.streams < 1 || o.batchSegments < 1 || o.listed < 1 {
-		err := errors.New("-rounds, -clients, -streams, -message and -snapshots must be positive")
-		fmt.Fprintln(os.Stderr, err)
-		return nil, err
+	if o.Rounds < 1 || o.clients < 1 || o.streams < 1 || o.batchSegments < 1 || o.listed < 1 {
+		return errors.New("-rounds, -clients, -streams, -message and -snapshots must be positive")
 	}
-	return o, nil
+	if o.Wants(partCreate) && !o.Wants(partRegister) {
+		return fmt.Errorf("-only: %s needs %s", partCreate, partRegister)
+	}
+	return o.Check()
 }
-
-func (o *options) wants(part string) bool { return strings.Contains(","+o.only+",", ","+part+",") }
 
 // rig is what the measurements share.
 type rig struct {
 	*options
-	log    io.Writer
-	report *bench.Report
-	began  time.Time
+	*bench.Run
 
 	proxy  *bench.Proxy
 	worker *worker
@@ -147,54 +108,33 @@ type rig struct {
 	etcdAt string
 
 	floors []float64 // spread of each floor
-	names  int
 }
 
-// say tells a person how far the run has come.
-func (r *rig) say(format string, args ...any) {
-	fmt.Fprintf(r.log, "%6.1fs  %s\n", time.Since(r.began).Seconds(), fmt.Sprintf(format, args...))
-}
-
-// name returns a name that is not taken.
-func (r *rig) name() string {
-	r.names++
-	return fmt.Sprintf("b%d", r.names)
-}
-
-func run(ctx context.Context, o *options, stdout, stderr io.Writer) (code int, err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, o.bound, fmt.Errorf("the run took longer than %v", o.bound))
-	defer cancel()
-	dir, err := os.MkdirTemp(o.dir, "bench-create-")
+func run(ctx context.Context, args []string) (int, error) {
+	o, err := parse(args)
 	if err != nil {
 		return 0, err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	r := &rig{options: o, log: stderr, began: time.Now(), report: &bench.Report{Name: "bench-create"}}
-	stop, err := r.start(ctx, dir)
-	defer stop()
-	if err != nil {
-		return 0, err
-	}
-	before, commit := bench.Load(), bench.Commit()
-	if err := r.measure(ctx); err != nil {
-		if cause := context.Cause(ctx); cause != nil {
-			err = errors.Join(cause, err)
+	medians := fmt.Sprintf("Medians of %d rounds after one that does not count; ratios are taken per round.", o.Rounds)
+	return bench.Measure(ctx, &o.Options, "bench-create", medians, func(ctx context.Context, run *bench.Run) error {
+		r := &rig{options: o, Run: run}
+		stop, err := r.start(ctx, run.Root)
+		defer stop()
+		if err != nil {
+			return err
 		}
-		return 0, err
-	}
-	r.report.Facts = []string{
-		fmt.Sprintf("Commit %s, %s, %s.", commit, bench.Today(), bench.Machine()),
-		fmt.Sprintf("Load average %.2f before and %.2f after; the run took %v.", before, bench.Load(), time.Since(r.began).Round(time.Second)),
-		fmt.Sprintf("Medians of %d rounds after one that does not count; ratios are taken per round.", o.rounds),
-	}
-	r.judge()
-	return r.report.Finish(stdout, o.output, o.strict)
+		if err := r.measure(ctx); err != nil {
+			return err
+		}
+		r.judge()
+		return nil
+	})
 }
 
 func (r *rig) measure(ctx context.Context) error {
 	var largest *collection
 	for _, n := range r.sizes {
-		if !r.wants("register") {
+		if !r.Wants(partRegister) {
 			break
 		}
 		col, err := r.register(ctx, n)
@@ -202,7 +142,7 @@ func (r *rig) measure(ctx context.Context) error {
 			return fmt.Errorf("register %d segments: %w", n, err)
 		}
 		largest = &col
-		if r.wants("create") {
+		if r.Wants(partCreate) {
 			if err := r.create(ctx, n, col); err != nil {
 				return fmt.Errorf("create of %d segments: %w", n, err)
 			}
@@ -213,12 +153,12 @@ func (r *rig) measure(ctx context.Context) error {
 			return err
 		}
 	}
-	if r.wants("read") {
+	if r.Wants(partRead) {
 		if err := r.read(ctx); err != nil {
 			return fmt.Errorf("read: %w", err)
 		}
 	}
-	if r.wants("clients") {
+	if r.Wants(partClients) {
 		if err := r.many(ctx); err != nil {
 			return fmt.Errorf("clients: %w", err)
 		}
@@ -233,13 +173,13 @@ func (r *rig) judge() {
 	switch {
 	case len(r.floors) == 0:
 		why = "no floor was measured"
-	case r.rounds < minRounds:
-		why = fmt.Sprintf("fewer than %d rounds", minRounds)
-	case slices.Max(r.floors) > noise:
+	case r.Rounds < bench.MinRounds:
+		why = fmt.Sprintf("fewer than %d rounds", bench.MinRounds)
+	case slices.Max(r.floors) > bench.MaxSpread:
 		why = fmt.Sprintf("the floor spread by %.0f %%", slices.Max(r.floors)*100)
 	}
-	for i := range r.report.Bars {
-		if b := &r.report.Bars[i]; b.Timed {
+	for i := range r.Report.Bars {
+		if b := &r.Report.Bars[i]; b.Timed {
 			b.Noise = why
 		}
 	}
@@ -253,13 +193,13 @@ func (r *rig) start(ctx context.Context, dir string) (stop func(), err error) {
 			end()
 		}
 	}
-	etcd, endpoint, err := bench.StartEtcd(ctx, r.etcdBin, dir)
+	etcd, endpoint, err := bench.StartEtcd(ctx, r.Etcd, dir)
 	if err != nil {
 		return stop, err
 	}
 	ends = append(ends, etcd.Stop)
 	r.etcdAt = endpoint
-	s3, addr, err := bench.StartS3(ctx, r.s3Bin, dir, bucket)
+	s3, addr, err := bench.StartS3(ctx, r.S3, dir, bucket)
 	if err != nil {
 		return stop, err
 	}
@@ -276,7 +216,7 @@ func (r *rig) start(ctx context.Context, dir string) (stop func(), err error) {
 	if r.maxCreates > 0 {
 		settings += fmt.Sprintf("max_creates: %d\n", r.maxCreates)
 	}
-	if r.server, err = bench.StartSnapshotd(ctx, r.snapshotd, dir, endpoint, etcdRoot, settings); err != nil {
+	if r.server, err = bench.StartSnapshotd(ctx, r.Snapshotd, dir, endpoint, etcdRoot, settings); err != nil {
 		return stop, err
 	}
 	ends = append(ends, r.server.Stop)

@@ -51,8 +51,8 @@ const (
 )
 
 func (r *rig) table(i int) *bench.Table {
-	if r.report.Tables == nil {
-		r.report.Tables = []bench.Table{
+	if r.Report.Tables == nil {
+		r.Report.Tables = []bench.Table{
 			{Title: "Registration", Head: []string{"segments", "time", "segments/s", "database in use, bytes/segment", "load"}},
 			{Title: "Create", Head: []string{"segments", "captured after", "writing", "in all", "/ floor", "reference /", "requests", "sent", "peak heap", "load"}},
 			{Title: "Floor and reference", Head: []string{"segments", "read", "encode", "put", "floor", "spread", "range", "read and decode", "reference", "spread"}},
@@ -60,17 +60,17 @@ func (r *rig) table(i int) *bench.Table {
 			{Title: "Clients at once", Head: []string{"added to a request", "1 client, snapshots/s", "many, snapshots/s", "times", "load"}},
 		}
 	}
-	return &r.report.Tables[i]
+	return &r.Report.Tables[i]
 }
 
 // timed adds a bar that a busy machine can miss.
 func (r *rig) timed(what, want, got string, ok bool) {
-	r.report.Bars = append(r.report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok, Timed: true})
+	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok, Timed: true})
 }
 
 // counted adds a bar that it cannot.
 func (r *rig) counted(what, want, got string, ok bool) {
-	r.report.Bars = append(r.report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
+	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
 }
 
 func (r *rig) inUse(ctx context.Context) (bytes int64, err error) {
@@ -104,13 +104,13 @@ func wait(ctx context.Context, d time.Duration) error {
 func (r *rig) register(ctx context.Context, n int) (collection, error) {
 	var times, sizes []float64
 	var col collection
-	for round := range r.rounds + 1 {
+	for round := range r.Rounds + 1 {
 		var took, size float64
 		var err error
 		if col, took, size, err = r.registerOnce(ctx, n); err != nil {
 			return col, err
 		}
-		r.say("registered %d segments in %s", n, bench.Time(took))
+		r.Say("registered %d segments in %s", n, bench.Time(took))
 		if round > 0 {
 			times, sizes = append(times, took), append(sizes, size)
 		}
@@ -133,7 +133,7 @@ func (r *rig) register(ctx context.Context, n int) (collection, error) {
 // registerOnce returns the collection, the seconds that it took, and by how many
 // bytes a segment the database grew.
 func (r *rig) registerOnce(ctx context.Context, n int) (col collection, took, size float64, err error) {
-	if col, err = newCollection(ctx, r.client, r.name()); err != nil {
+	if col, err = newCollection(ctx, r.client, r.Name()); err != nil {
 		return col, 0, 0, err
 	}
 	list, err := newSegments(ctx, r.client, col, n)
@@ -226,7 +226,7 @@ func (r *rig) createOnce(ctx context.Context, col collection, n int) (*created, 
 	r.proxy.Take()
 	begin := time.Now()
 	resp, err := r.client.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
-		Collection: ref(col.id), Name: r.name(), RequestToken: client.NewRequestToken(),
+		Collection: ref(col.id), Name: r.Name(), RequestToken: client.NewRequestToken(),
 	})
 	c := &created{all: time.Since(begin).Seconds()}
 	if err != nil {
@@ -283,7 +283,7 @@ func (r *rig) create(ctx context.Context, n int, col collection) error {
 
 	var subject []*created
 	var floors, refs, decodes []*result
-	for round := range r.rounds + 1 {
+	for round := range r.Rounds + 1 {
 		steps := []func() error{
 			func() error {
 				c, err := r.createOnce(ctx, col, n)
@@ -320,12 +320,12 @@ func (r *rig) create(ctx context.Context, n int, col collection) error {
 		}
 		decodes = append(decodes, d)
 		c, f := subject[round], floors[round]
-		r.say("created of %d segments in %s, floor %s (%.2f ×)", n, bench.Time(c.all), bench.Time(f.total()), c.all/f.total())
+		r.Say("created of %d segments in %s, floor %s (%.2f ×)", n, bench.Time(c.all), bench.Time(f.total()), c.all/f.total())
 	}
 	loaded := bench.LoadText()
 	// Looking at the memory takes time itself, so it has rounds of its own.
 	var heaps []float64
-	for range r.rounds {
+	for range r.Rounds {
 		heap, err := r.server.PeakHeap(ctx, 20*time.Millisecond, func() error { _, err := r.createOnce(ctx, col, n); return err })
 		if err != nil {
 			return err
@@ -418,7 +418,7 @@ func (r *rig) profiles(ctx context.Context, name string, fn func() error) error 
 
 // emptyCollection makes a collection without segments.
 func (r *rig) emptyCollection(ctx context.Context) (collection, error) {
-	return newCollection(ctx, r.client, r.name())
+	return newCollection(ctx, r.client, r.Name())
 }
 
 // read measures the calls that read snapshots, among many.
@@ -432,10 +432,10 @@ func (r *rig) read(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r.say("made %d snapshots in %s", made, bench.Time(time.Since(begin).Seconds()))
+	r.Say("made %d snapshots in %s", made, bench.Time(time.Since(begin).Seconds()))
 	const samples = 1000
 	var list, get [2][]float64 // median and p99 of each round
-	for round := range r.rounds + 1 {
+	for round := range r.Rounds + 1 {
 		var l, g []float64
 		var err error
 		lists := func() error { l, err = r.listSamples(ctx, col, samples); return err }
@@ -553,7 +553,7 @@ func (r *rig) many(ctx context.Context) error {
 	} {
 		r.proxy.Delay(c.delay)
 		var one, all []float64
-		for round := range r.rounds + 1 {
+		for round := range r.Rounds + 1 {
 			var a, b float64
 			var err error
 			steps := []func() error{
@@ -568,7 +568,7 @@ func (r *rig) many(ctx context.Context) error {
 					return err
 				}
 			}
-			r.say("%v added: 1 client %.1f/s, %d clients %.1f/s (%.1f ×)", c.delay, a, len(cols), b, b/a)
+			r.Say("%v added: 1 client %.1f/s, %d clients %.1f/s (%.1f ×)", c.delay, a, len(cols), b, b/a)
 			if round > 0 {
 				one, all = append(one, a), append(all, b)
 			}
@@ -587,7 +587,7 @@ func (r *rig) many(ctx context.Context) error {
 // each without pause.
 func (r *rig) rate(ctx context.Context, cols []collection) (float64, error) {
 	group, ctx := errgroup.WithContext(ctx)
-	base := r.name()
+	base := r.Name()
 	var made atomic.Int64
 	begin := time.Now()
 	for i, col := range cols {

@@ -156,7 +156,7 @@ type collection struct {
 // newCollection makes a collection of segments that have so many files each. The
 // files are made only if they are wanted.
 func (r *rig) newCollection(ctx context.Context, segments, each int, written bool) (*collection, error) {
-	c := &collection{name: r.name()}
+	c := &collection{name: r.Name()}
 	made, err := r.client.Catalog.CreateCollection(ctx, &snapshotdv1.CreateCollectionRequest{
 		Name: &snapshotdv1.CollectionName{Name: c.name}, Channels: []string{c.name + "-0"},
 		Roots:        []*snapshotdv1.Root{{Prefix: "data/" + c.name + "/"}},

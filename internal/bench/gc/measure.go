@@ -50,8 +50,8 @@ const (
 )
 
 func (r *rig) table(i int) *bench.Table {
-	if r.report.Tables == nil {
-		r.report.Tables = []bench.Table{
+	if r.Report.Tables == nil {
+		r.Report.Tables = []bench.Table{
 			{Title: "Deleting", Head: []string{"segments", "objects", "rounds", "round", "objects/s", "call answered", "floor", "objects/s", "in flight", "spread", "floor / round", "load"}},
 			{Title: "What it takes", Head: []string{"segments", "processor time: snapshotd", "etcd", "versitygw", "the floor's", "versitygw for it", "peak heap", "etcd's database before", "after", "load"}},
 			{Title: "Requests", Head: []string{"objects", "requests", "deletes", "others", "for 1000 objects"}},
@@ -59,7 +59,7 @@ func (r *rig) table(i int) *bench.Table {
 			{Title: "Grants alone", Head: []string{"units", "rounds", "time", "grants/s", "spread", "processor time: snapshotd", "etcd", "load"}},
 		}
 	}
-	return &r.report.Tables[i]
+	return &r.Report.Tables[i]
 }
 
 // took is what deleting a set took.
@@ -191,7 +191,7 @@ func (r *rig) once(ctx context.Context, segments int, whole bool) (took, error) 
 
 // floorOnce has the floor delete as many objects.
 func (r *rig) floorOnce(ctx context.Context, segments, inFlight int) (t took, err error) {
-	s := set{Prefix: "floor/" + r.name() + "/", Collection: 1, Partition: 2, First: 1 << 30, Segments: segments, Each: filesEach}
+	s := set{Prefix: "floor/" + r.Name() + "/", Collection: 1, Partition: 2, First: 1 << 30, Segments: segments, Each: filesEach}
 	if err := r.write(ctx, &s); err != nil {
 		return t, err
 	}
@@ -218,7 +218,7 @@ func (r *rig) best(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		r.say("floor, %d in flight: %d objects in %s", n, segments*filesEach, bench.Time(t.seconds))
+		r.Say("floor, %d in flight: %d objects in %s", n, segments*filesEach, bench.Time(t.seconds))
 		sums[n] += t.seconds
 	}
 	r.inFlight = slices.MinFunc(tries, func(a, b int) int { return cmp.Compare(sums[a], sums[b]) })
@@ -235,7 +235,7 @@ func (r *rig) deletes(ctx context.Context) error {
 		return err
 	}
 	var subject, floors []took
-	for round := range r.rounds + 1 {
+	for round := range r.Rounds + 1 {
 		a, b, err := r.both(ctx, r.segments, false, round%2 == 1)
 		if err != nil {
 			return err
@@ -276,7 +276,7 @@ func (r *rig) both(ctx context.Context, segments int, whole, floorFirst bool) (a
 			return a, b, err
 		}
 	}
-	r.say("%d segments: round %s, answered after %s, floor %s: %.2f; processor: snapshotd %s, etcd %s, versitygw %s; floor %s, versitygw %s", segments,
+	r.Say("%d segments: round %s, answered after %s, floor %s: %.2f; processor: snapshotd %s, etcd %s, versitygw %s; floor %s, versitygw %s", segments,
 		bench.Time(a.seconds), bench.Time(a.answered), bench.Time(b.seconds), b.seconds/a.seconds,
 		bench.Time(a.client), bench.Time(a.etcd), bench.Time(a.gateway), bench.Time(b.client), bench.Time(b.gateway))
 	return a, b, nil
@@ -309,7 +309,7 @@ func (r *rig) judge(what string, segments int, subject, floors []took) {
 	r.timed(bench.Bar{
 		What: fmt.Sprintf("%s segments of %d files: throughput, the floor's being 1", what, filesEach),
 		Want: fmt.Sprintf("≥ %.2f", minRatio), Got: fmt.Sprintf("%.2f", ratio), OK: ratio >= minRatio,
-	}, r.floors, minRounds)
+	}, r.floors, bench.MinRounds)
 }
 
 func rate(n int, seconds float64) string { return fmt.Sprintf("%.0f", float64(n)/seconds) }
@@ -377,7 +377,7 @@ func (r *rig) fullRound(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r.say("%d segments: round %s, floor %s: %.2f, peak heap %s, etcd %s before and %s after", r.full, bench.Time(a.seconds), bench.Time(b.seconds),
+	r.Say("%d segments: round %s, floor %s: %.2f, peak heap %s, etcd %s before and %s after", r.full, bench.Time(a.seconds), bench.Time(b.seconds),
 		b.seconds/a.seconds, bench.MiB(heap), bench.MiB(float64(before)), bench.MiB(float64(after)))
 	what := strconv.Itoa(r.full)
 	r.judge(what, r.full, []took{a}, []took{b})
@@ -416,7 +416,7 @@ func (r *rig) delayed(ctx context.Context) error {
 	was := r.inFlight
 	defer func() { r.inFlight = was }()
 	r.inFlight = tries[len(tries)-1]
-	for round := range r.rounds + 1 {
+	for round := range r.Rounds + 1 {
 		a, b, err := r.both(ctx, segments, false, round%2 == 1)
 		if err != nil {
 			return err
@@ -459,7 +459,7 @@ func (r *rig) idle(ctx context.Context) error {
 		}
 	}
 	registered := time.Since(begin)
-	r.say("registered %d segments in %v", r.living+r.held, registered.Round(time.Second))
+	r.Say("registered %d segments in %v", r.living+r.held, registered.Round(time.Second))
 	size, err := bench.Defragment(ctx, r.etcdAt)
 	if err != nil {
 		return err
@@ -474,7 +474,7 @@ func (r *rig) idle(ctx context.Context) error {
 	}
 	var times []float64
 	requests := 0
-	for i := range r.rounds + 1 {
+	for i := range r.Rounds + 1 {
 		r.proxy.Take()
 		begin := time.Now()
 		if err := round(); err != nil {
@@ -482,7 +482,7 @@ func (r *rig) idle(ctx context.Context) error {
 		}
 		took := time.Since(begin).Seconds()
 		seen := r.proxy.Take()
-		r.say("nothing to do: %s, %d requests", bench.Time(took), len(seen))
+		r.Say("nothing to do: %s, %d requests", bench.Time(took), len(seen))
 		if i > 0 {
 			times, requests = append(times, took), max(requests, len(seen))
 		}
@@ -525,7 +525,7 @@ func (r *rig) grants(ctx context.Context) error {
 		}
 	}
 	var list []took
-	for i := range r.rounds + 1 {
+	for i := range r.Rounds + 1 {
 		c, err := r.made(ctx, r.segments, false, false)
 		if err != nil {
 			return err
@@ -541,7 +541,7 @@ func (r *rig) grants(ctx context.Context) error {
 			return err
 		}
 		t := took{seconds: time.Since(begin).Seconds(), client: r.server.Used() - used[0], etcd: r.etcd.Used() - used[1]}
-		r.say("%d grants in %s; processor: snapshotd %s, etcd %s", r.segments, bench.Time(t.seconds), bench.Time(t.client), bench.Time(t.etcd))
+		r.Say("%d grants in %s; processor: snapshotd %s, etcd %s", r.segments, bench.Time(t.seconds), bench.Time(t.client), bench.Time(t.etcd))
 		if i > 0 {
 			list = append(list, t)
 		}

@@ -231,7 +231,7 @@ func (r *rig) fill(ctx context.Context, cl *cluster) (*collection, error) {
 			if err := bench.Forget(ctx, cl.at); err != nil {
 				return nil, err
 			}
-			r.say("%d snapshots, load %.2f", i+1, bench.Load())
+			r.Say("%d snapshots, load %.2f", i+1, bench.Load())
 		}
 	}
 	return col, nil

@@ -33,12 +33,12 @@ const lookEvery = 20 * time.Millisecond
 
 // timed adds a bar that a busy machine can miss.
 func (r *rig) timed(what, want, got string, ok bool) {
-	r.report.Bars = append(r.report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok, Timed: true})
+	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok, Timed: true})
 }
 
 // counted adds a bar that it cannot.
 func (r *rig) counted(what, want, got string, ok bool) {
-	r.report.Bars = append(r.report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
+	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
 }
 
 func (r *rig) measure(ctx context.Context, dir string) error {
@@ -63,7 +63,7 @@ func (r *rig) measure(ctx context.Context, dir string) error {
 	}
 	filled := time.Since(begin)
 	// What Reclaim is to grant: in each round units that no snapshot ever held.
-	spare, err := register(ctx, many.client, col, r.units*(r.rounds+1), full)
+	spare, err := register(ctx, many.client, col, r.units*(r.Rounds+1), full)
 	if err == nil {
 		err = bench.DropSegments(ctx, many.client, col.ref(), spare)
 	}
@@ -79,8 +79,8 @@ func (r *rig) measure(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	r.say("made %d snapshots in %v, load %s", r.snapshots, filled.Round(time.Second), bench.LoadText())
-	r.report.Tables = append(r.report.Tables, bench.Table{
+	r.Say("made %d snapshots in %v, load %s", r.snapshots, filled.Round(time.Second), bench.LoadText())
+	r.Report.Tables = append(r.Report.Tables, bench.Table{
 		Title: "Set-up",
 		Head:  []string{"snapshots", "segments of each", "distinct", "made in", "refs.avro, bytes a snapshot", "etcd's database", "load"},
 		Rows: [][]string{{
@@ -193,7 +193,7 @@ func (c *cluster) quiet(ctx context.Context, n int) error {
 // knows the references of all snapshots.
 func (r *rig) loads(ctx context.Context, c *cluster) error {
 	var times, heaps, uses []float64
-	for round := range r.rounds + 1 {
+	for round := range r.Rounds + 1 {
 		begin := time.Now()
 		if err := c.start(ctx); err != nil {
 			return err
@@ -204,13 +204,13 @@ func (r *rig) loads(ctx context.Context, c *cluster) error {
 		if err != nil {
 			return err
 		}
-		r.say("knew %d snapshots after %s, %s of processor time, heap up to %s, load %s", r.snapshots, bench.Time(took), bench.Time(used), bench.MiB(heap), bench.LoadText())
+		r.Say("knew %d snapshots after %s, %s of processor time, heap up to %s, load %s", r.snapshots, bench.Time(took), bench.Time(used), bench.MiB(heap), bench.LoadText())
 		if round > 0 {
 			times, heaps, uses = append(times, took), append(heaps, heap), append(uses, used)
 		}
 	}
 	took, heap := bench.Median(times), slices.Max(heaps)
-	r.report.Tables = append(r.report.Tables, bench.Table{
+	r.Report.Tables = append(r.Report.Tables, bench.Table{
 		Title: "Start of a replica",
 		Head:  []string{"snapshots known after", "spread", "processor time", "peak heap", "load"},
 		Rows:  [][]string{{bench.Time(took), bench.Percent(bench.Spread(times)), bench.Time(bench.Median(uses)), bench.MiB(heap), bench.LoadText()}},
@@ -236,7 +236,7 @@ func (r *rig) checksAlone(ctx context.Context, c *cluster, col *collection) erro
 	defer context.AfterFunc(ctx, p.Kill)()
 	err = json.NewEncoder(p.Stdin).Encode(job{
 		Endpoint: c.at, Objects: c.objects(), Collection: col.id, Snapshots: r.snapshots,
-		First: col.first, Last: col.last, Checks: r.checks, Rounds: r.rounds, Seed: r.seed, Profile: r.profile,
+		First: col.first, Last: col.last, Checks: r.checks, Rounds: r.Rounds, Seed: r.seed, Profile: r.profile,
 	})
 	if err != nil {
 		return err
@@ -249,8 +249,8 @@ func (r *rig) checksAlone(ctx context.Context, c *cluster, col *collection) erro
 		return fmt.Errorf("%d segments and %d builds are referenced, want %d", got.Segments, got.Builds, want)
 	}
 	took := bench.Median(got.Checks)
-	r.say("looked %d segments up in %s, load %s", r.checks, bench.Time(took), bench.LoadText())
-	r.report.Tables = append(r.report.Tables, bench.Table{
+	r.Say("looked %d segments up in %s, load %s", r.checks, bench.Time(took), bench.LoadText())
+	r.Report.Tables = append(r.Report.Tables, bench.Table{
 		Title: "The index alone",
 		Head:  []string{"loaded in", "processor time", "heap, garbage collected", "bytes per snapshot and segment", "segments looked up", "of them referenced", "looked up in", "spread", "its processor time", "load"},
 		Rows: [][]string{{
@@ -341,7 +341,7 @@ func (r *rig) reclaims(ctx context.Context, c *cluster, col *collection, spare [
 	heldIDs := oldest[:min(r.units, len(oldest))]
 	var free, held []asked
 	var confirms []float64
-	for round := range r.rounds + 1 {
+	for round := range r.Rounds + 1 {
 		ids := spare[round*r.units:][:r.units]
 		steps := []func() error{
 			func() error {
@@ -368,7 +368,7 @@ func (r *rig) reclaims(ctx context.Context, c *cluster, col *collection, spare [
 				return err
 			}
 		}
-		r.say("reclaim of %d units: granted %s, held %s, load %s", r.units, bench.Time(free[round].took), bench.Time(held[round].took), bench.LoadText())
+		r.Say("reclaim of %d units: granted %s, held %s, load %s", r.units, bench.Time(free[round].took), bench.Time(held[round].took), bench.LoadText())
 	}
 	t := bench.Table{
 		Title: "Reclaim",
@@ -395,7 +395,7 @@ func (r *rig) reclaims(ctx context.Context, c *cluster, col *collection, spare [
 		r.timed(fmt.Sprintf("Reclaim of %d units, all of them %s", k.n, k.name), "≤ 2 s", bench.Time(took), took <= maxReclaim)
 	}
 	t.Add(strconv.Itoa(r.units), "confirmed", bench.Time(bench.Median(confirms[1:])), bench.Percent(bench.Spread(confirms[1:])), "", "", "", bench.LoadText())
-	r.report.Tables = append(r.report.Tables, t)
+	r.Report.Tables = append(r.Report.Tables, t)
 	return nil
 }
 
@@ -508,6 +508,6 @@ func (r *rig) beside(ctx context.Context, many *cluster, col *collection, dir st
 			r.timed(fmt.Sprintf("%s beside %d snapshots, against none", k.what, r.snapshots), "≤ 1.20 ×", fmt.Sprintf("%.2f ×", ratio), ratio <= maxRatio)
 		}
 	}
-	r.report.Tables = append(r.report.Tables, t)
+	r.Report.Tables = append(r.Report.Tables, t)
 	return nil
 }

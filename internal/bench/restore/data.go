@@ -43,7 +43,7 @@ type captured struct {
 // capture writes a collection of segments with so many files of a size each, and
 // takes a snapshot of it. S3 is where the files are written.
 func (r *rig) capture(ctx context.Context, s3 string, segments, files int, size int64) (*captured, error) {
-	name := r.name()
+	name := r.Name()
 	c := &captured{prefix: "data/" + name + "/", set: name, files: segments * files, bytes: int64(segments*files) * size}
 	made, err := r.client.Catalog.CreateCollection(ctx, &snapshotdv1.CreateCollectionRequest{
 		Name: &snapshotdv1.CollectionName{Name: name}, Channels: []string{name + "-0"},
@@ -142,7 +142,7 @@ func (r *rig) restore(ctx context.Context, c *captured) (seconds float64, target
 	begin := time.Now()
 	resp, err := r.client.Snapshots.RestoreSnapshot(ctx, &snapshotdv1.RestoreSnapshotRequest{
 		Snapshot: &snapshotdv1.SnapshotRef{Ref: &snapshotdv1.SnapshotRef_Id{Id: c.snapshot}},
-		Target:   &snapshotdv1.CollectionName{Name: r.name()}, RequestToken: client.NewRequestToken(),
+		Target:   &snapshotdv1.CollectionName{Name: r.Name()}, RequestToken: client.NewRequestToken(),
 	})
 	if err != nil {
 		return 0, 0, err

@@ -76,7 +76,7 @@ type manyResult struct {
 // killed.
 func (r *rig) many(ctx context.Context) error {
 	r.stop()
-	bits := filepath.Join(r.root, "many")
+	bits := filepath.Join(r.Root, "many")
 	c, err := r.startMany(ctx, bits)
 	if err != nil {
 		return err
@@ -86,20 +86,20 @@ func (r *rig) many(ctx context.Context) error {
 	if err := c.do(ctx, manyJob{Op: "setup", Segments: r.segments}, made); err != nil {
 		return err
 	}
-	r.say("%d segments: registered", r.segments)
+	r.Say("%d segments: registered", r.segments)
 	task := manyJob{Segments: r.segments, Snapshot: made.Snapshot, First: made.First}
 	var times []float64
 	all := &manyResult{}
-	for range r.rounds {
+	for range r.Rounds {
 		task.Op = "restore"
 		res := &manyResult{}
 		if err := c.do(ctx, task, res); err != nil {
 			return err
 		}
-		r.say("%d segments: restore %s, peak heap %s", r.segments, bench.Time(res.Seconds), bench.MiB(res.Heap))
+		r.Say("%d segments: restore %s, peak heap %s", r.segments, bench.Time(res.Seconds), bench.MiB(res.Heap))
 		times = append(times, res.Seconds)
 		all.Heap, all.JobBytes, all.TaskBytes = max(all.Heap, res.Heap), max(all.JobBytes, res.JobBytes), max(all.TaskBytes, res.TaskBytes)
-		if time.Since(r.began) > r.bound-5*time.Minute { // what is left is for the restart
+		if r.Since() > r.Bound-5*time.Minute { // what is left is for the restart
 			break
 		}
 	}
@@ -148,7 +148,7 @@ func (r *rig) restart(ctx context.Context, c **manyProcess, bits string, task ma
 	if err := next.do(ctx, task, res); err != nil {
 		return err
 	}
-	r.say("killed with %d tasks left: %d writes before the first copy, at most %d for a task", left, res.All, res.Writes)
+	r.Say("killed with %d tasks left: %d writes before the first copy, at most %d for a task", left, res.All, res.Writes)
 	r.counted(fmt.Sprintf("killed with %d tasks unfinished: writes to etcd before copying went on, for each of them (for one at most %d)", left, res.Writes),
 		"≤ 2", fmt.Sprintf("%.2f", float64(res.All)/float64(max(1, left))), res.Tasks > 0 && res.All <= maxWrites*left)
 	return nil
@@ -184,7 +184,7 @@ type manyProcess struct {
 }
 
 func (r *rig) startMany(ctx context.Context, bits string) (*manyProcess, error) {
-	p, err := bench.StartSelf(ctx, r.root, "many", r.etcdAt, bits)
+	p, err := bench.StartSelf(ctx, r.Root, "many", r.etcdAt, bits)
 	if err != nil {
 		return nil, err
 	}

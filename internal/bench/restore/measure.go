@@ -53,8 +53,8 @@ const (
 )
 
 func (r *rig) table(i int) *bench.Table {
-	if r.report.Tables == nil {
-		r.report.Tables = []bench.Table{
+	if r.Report.Tables == nil {
+		r.Report.Tables = []bench.Table{
 			{Title: "Throughput", Head: []string{"objects", "restore", "MiB/s", "floor", "in flight", "spread", "rclone", "in flight", "spread", "floor / restore", "rclone / restore", "load"}},
 			{Title: "Requests", Head: []string{"objects", "requests", "copies", "lists and reads", "heads", "for an object"}},
 			{Title: "One object, one segment", Head: []string{"what", "restores", "median", "p99", "one request", "one request / restore", "load"}},
@@ -62,7 +62,7 @@ func (r *rig) table(i int) *bench.Table {
 			{Title: "A large job", Head: []string{"segments", "files", "time", "ms a segment", "peak heap", "job record, bytes", "largest task record, bytes", "load"}},
 		}
 	}
-	return &r.report.Tables[i]
+	return &r.Report.Tables[i]
 }
 
 // small measures many small objects.
@@ -114,7 +114,7 @@ func (r *rig) throughput(ctx context.Context, c *class) error {
 	variants := []*variant{r.restoreVariant(c), r.floorVariant(c, floorAt)}
 	rcloneAt := 0
 	if r.rclone != "" {
-		other, err := startRclone(ctx, r.rclone, r.root, r.s3At)
+		other, err := startRclone(ctx, r.rclone, r.Root, r.s3At)
 		if err != nil {
 			return err
 		}
@@ -126,7 +126,7 @@ func (r *rig) throughput(ctx context.Context, c *class) error {
 		variants = append(variants, with(rcloneAt))
 	}
 	times := make([][]float64, len(variants))
-	for round := range r.rounds + 1 {
+	for round := range r.Rounds + 1 {
 		took := make([]float64, len(variants))
 		order := []int{0, 1, 2}[:len(variants)]
 		if round%2 == 1 {
@@ -138,7 +138,7 @@ func (r *rig) throughput(ctx context.Context, c *class) error {
 			}
 		}
 		for i := range variants {
-			r.say("%s: %s %s", c.title, variants[i].name, bench.Time(took[i]))
+			r.Say("%s: %s %s", c.title, variants[i].name, bench.Time(took[i]))
 			if round > 0 {
 				times[i] = append(times[i], took[i])
 			}
@@ -185,7 +185,7 @@ func (r *rig) best(ctx context.Context, c *class, with func(inFlight int) *varia
 		if err != nil {
 			return 0, err
 		}
-		r.say("%s: %s, %d in flight: %s", c.title, v.name, n, bench.Time(took))
+		r.Say("%s: %s, %d in flight: %s", c.title, v.name, n, bench.Time(took))
 		sums[n] += took
 	}
 	return slices.MinFunc(tries, func(a, b int) int { return cmp.Compare(sums[a], sums[b]) }), nil
@@ -209,7 +209,7 @@ func (r *rig) restoreVariant(c *class) *variant {
 
 func (r *rig) floorVariant(c *class, inFlight int) *variant {
 	return &variant{"floor", func(ctx context.Context) (float64, string, error) {
-		to := "floor/" + r.name() + "/"
+		to := "floor/" + r.Name() + "/"
 		res, err := r.floor.do(ctx, job{Op: "copy", S3: r.s3At, Set: c.from.set, Prefix: to, InFlight: inFlight})
 		if err != nil {
 			return 0, "", err
@@ -220,7 +220,7 @@ func (r *rig) floorVariant(c *class, inFlight int) *variant {
 
 func (r *rig) rcloneVariant(c *class, other *rclone, inFlight int) *variant {
 	return &variant{"rclone", func(ctx context.Context) (float64, string, error) {
-		to := "rclone/" + r.name() + "/"
+		to := "rclone/" + r.Name() + "/"
 		took, err := other.copy(ctx, c.from.prefix+c.from.dir, to+c.from.dir, inFlight)
 		return took, to, err
 	}}
@@ -264,7 +264,7 @@ func (r *rig) segment(ctx context.Context) error {
 	}
 	const warm = 5
 	var times []float64
-	for i := range r.rounds*r.calls + warm {
+	for i := range r.Rounds*r.calls + warm {
 		took, target, err := r.restore(ctx, from)
 		if err != nil {
 			return err
@@ -277,7 +277,7 @@ func (r *rig) segment(ctx context.Context) error {
 		}
 	}
 	median, p99 := bench.Median(times), bench.Quantile(times, 0.99)
-	r.say("one segment of 3 files: %s, p99 %s", bench.Time(median), bench.Time(p99))
+	r.Say("one segment of 3 files: %s, p99 %s", bench.Time(median), bench.Time(p99))
 	r.table(tableOne).Add("a segment of 3 files of 64 KiB", strconv.Itoa(len(times)), bench.Time(median), bench.Time(p99), "", "", bench.LoadText())
 	r.timed("a segment of 3 files: COMPLETED after the call, median", "≤ 60 ms", bench.Time(median), median <= maxSegment, nil)
 	r.timed("a segment of 3 files: p99", "≤ 150 ms", bench.Time(p99), p99 <= maxSegmentP99, nil)
@@ -304,7 +304,7 @@ func (r *rig) large(ctx context.Context) error {
 	r.proxy.Pace(pace)
 	defer r.proxy.Pace(nil)
 	var restores, single []float64
-	for round := range r.rounds + 1 {
+	for round := range r.Rounds + 1 {
 		var a, b float64
 		steps := []func() error{
 			func() error {
@@ -316,7 +316,7 @@ func (r *rig) large(ctx context.Context) error {
 				return r.discard(fmt.Sprintf("%s%d/", from.prefix, target), 1)
 			},
 			func() error {
-				to := "floor/" + r.name() + "/"
+				to := "floor/" + r.Name() + "/"
 				res, err := r.floor.do(ctx, job{Op: "copy", S3: r.proxy.Addr, Set: from.set, Prefix: to, InFlight: 1})
 				if err != nil {
 					return err
@@ -333,7 +333,7 @@ func (r *rig) large(ctx context.Context) error {
 				return err
 			}
 		}
-		r.say("600 MiB: restore %s, one request %s", bench.Time(a), bench.Time(b))
+		r.Say("600 MiB: restore %s, one request %s", bench.Time(a), bench.Time(b))
 		if round > 0 {
 			restores, single = append(restores, a), append(single, b)
 		}
@@ -362,7 +362,7 @@ func pace(q *http.Request) time.Duration {
 // delayed measures how well a restore fills the requests that it may have in
 // flight, when each takes long.
 func (r *rig) delayed(ctx context.Context) error {
-	s3, err := startMemoryS3(ctx, r.root)
+	s3, err := startMemoryS3(ctx, r.Root)
 	if err != nil {
 		return err
 	}
@@ -385,7 +385,7 @@ func (r *rig) delayed(ctx context.Context) error {
 		return err
 	}
 	var restores, floors []float64
-	for round := range r.rounds + 1 {
+	for round := range r.Rounds + 1 {
 		var a, b float64
 		steps := []func() error{
 			func() error {
@@ -408,7 +408,7 @@ func (r *rig) delayed(ctx context.Context) error {
 				return err
 			}
 		}
-		r.say("%v added: restore %s, floor %s", r.latency, bench.Time(a), bench.Time(b))
+		r.Say("%v added: restore %s, floor %s", r.latency, bench.Time(a), bench.Time(b))
 		if round > 0 {
 			restores, floors = append(restores, a), append(floors, b)
 		}
