@@ -1,0 +1,159 @@
+package manager
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// revokeAll ends every lease that a key hangs on, as somebody with a client of
+// the store may.
+func (w *world) revokeAll() (n int) {
+	w.t.Helper()
+	res, err := w.kv.Range(w.t.Context(), meta.Range{From: "/", To: "0"})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	seen := map[meta.LeaseID]bool{0: true}
+	for _, kv := range res.KVs {
+		if seen[kv.Lease] {
+			continue
+		}
+		seen[kv.Lease] = true
+		n++
+		if err := w.kv.Revoke(w.t.Context(), kv.Lease); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	return n
+}
+
+// TestLeasesRevoked revokes all leases over and over while snapshots are created
+// and restored: who led leads no more, creates and workers lose their hold, and
+// tokens their results. Nothing ends otherwise than well or not at all.
+func TestLeasesRevoked(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	aborted, made := 0, 0
+	for range 3 {
+		inWorld(t, func(t *testing.T, w *world) {
+			soon := func(o *Options) { o.OrphanGrace, o.SweepInterval = time.Hour, 30*time.Minute }
+			rs := []*replica{w.start("a", soon), w.start("b", soon), w.start("c", soon)}
+			col := w.rich(rs[0], "c", 40)
+			s := w.create(rs[0], col, "first")
+			for _, r := range rs {
+				r.store.SetLatency(300 * time.Millisecond)
+			}
+			before := w.traces()
+			sp := restoreSpecOf(s)
+			job := w.restore(rs[1], sp)
+			terms := map[int64]bool{}
+			var mu sync.Mutex
+			var creates sync.WaitGroup
+			there := map[string]bool{"first": true}
+			for i := range 20 {
+				creates.Go(func() {
+					name := fmt.Sprint("s", i)
+					_, err := rs[i%3].Create(t.Context(), token(name, name), spec(col, name))
+					mu.Lock()
+					defer mu.Unlock()
+					switch {
+					case err == nil:
+						made++
+						there[name] = true
+					case errors.Is(err, ErrCreateAborted):
+						aborted++
+					default:
+						t.Errorf("create %s: %v", name, err)
+					}
+				})
+				time.Sleep(time.Duration(random.IntN(400)) * time.Millisecond)
+				if i%4 == 0 {
+					if kv, found, _, err := w.kv.Get(t.Context(), keys.Leader); err == nil && found {
+						terms[kv.CreateRevision] = true
+					}
+					w.revokeAll()
+				}
+			}
+			creates.Wait()
+			end := w.ended(rs[0], job.ID)
+			if len(terms) < 3 {
+				t.Errorf("%d terms: the leader did not lose its lease", len(terms))
+			}
+			for _, r := range rs {
+				r.store.SetLatency(0)
+			}
+			time.Sleep(3 * time.Hour) // what a create wrote that had lost its lease is swept
+			settle()
+			for _, got := range w.check(rs[2]) {
+				if !there[got.Name] {
+					t.Errorf("snapshot %s is there, and its create said that it was aborted", got)
+				}
+				delete(there, got.Name)
+				if got.ID != s.ID {
+					w.dropSnapshot(rs[1], got)
+				}
+			}
+			if len(there) > 0 {
+				t.Errorf("not there: %v", there)
+			}
+			settle()
+			if end.Job.State != copyjob.Completed {
+				t.Errorf("%+v", end.Job)
+			}
+			w.restored(rs[0], before, end.Job, sp)
+		})
+	}
+	if aborted == 0 || made == 0 {
+		t.Errorf("%d creates were aborted, %d made", aborted, made)
+	}
+}
+
+// TestCompactedAllTheTime compacts the metadata store to its newest revision all
+// the time while a cluster does all it can.
+func TestCompactedAllTheTime(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		done := make(chan struct{})
+		var compacts sync.WaitGroup
+		compacts.Go(func() {
+			tick := time.NewTicker(300 * time.Millisecond)
+			defer tick.Stop()
+			for {
+				select {
+				case <-done:
+					return
+				case <-tick.C:
+				}
+				_, _, now, err := w.kv.Get(t.Context(), keys.Format)
+				if err != nil {
+					t.Errorf("read: %v", err)
+				}
+				if err := w.memory.Compact(t.Context(), now); err != nil && !errors.Is(err, meta.ErrCompacted) {
+					t.Errorf("compact: %v", err)
+				}
+			}
+		})
+		w.live()
+		close(done)
+		compacts.Wait()
+		r := w.start("last")
+		col, _, _ := w.collection(r, "after")
+		s := w.create(r, col, "after")
+		if got, err := r.Get(t.Context(), Ref{Name: "after"}); err != nil || got.ID != s.ID {
+			t.Errorf("got %v, err = %v", got, err)
+		}
+		if _, err := r.catalog.DropCollection(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, 0); err != nil {
+			t.Error(err)
+		}
+	})
+}

@@ -1,0 +1,182 @@
+//go:build linux && !short
+
+package manager
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"regexp"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
+	"github.com/snapshotd/snapshotd/internal/testing/s3test"
+)
+
+// withLarge is a collection with a few small files and one that is copied in two
+// parts, whose content it returns.
+func (w *world) withLarge(r *replica) (catalog.Collection, segment.File, []byte) {
+	w.t.Helper()
+	col := w.rich(r, "c", 4)
+	large := w.segment(r, col, 0, 1, 9)
+	f := &large.Files[0]
+	f.Size = object.MinPartSize + 1
+	f.Path = catalog.NativePath(col.ID, &large, f)
+	content := bytes.Repeat([]byte("0123456789abcdef"), object.MinPartSize/16+1)[:f.Size]
+	info, err := w.objects.Put(w.t.Context(), "data/"+f.Path, content)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	f.ETag = info.ETag
+	w.add(r, col, large)
+	return col, *f, content
+}
+
+// throughProxy has a replica copy large files in parts, one after the other.
+func throughProxy(through object.Store) func(*Options) {
+	return func(o *Options) {
+		o.Stores, o.KV, o.CopyInFlight = map[string]object.Store{"default": through}, smallParts{o.KV}, 1
+	}
+}
+
+// onPatientS3 is onS3 with requests that are not given up while a test is at it.
+func onPatientS3(t *testing.T) (*world, object.Store, *s3fault.Proxy) {
+	t.Helper()
+	o := s3test.Bucket(t)
+	direct := s3test.Open(t, o)
+	if _, err := direct.Put(t.Context(), "keep/bucket", nil); err != nil {
+		t.Fatal(err)
+	}
+	proxy := s3fault.New(t, o.Endpoint)
+	o.Endpoint, o.RequestTimeout, o.Backoff = proxy.URL(), clusterPatience, time.Millisecond
+	kv := metamemory.New(metamemory.Options{})
+	return &world{t: t, kv: kv, memory: kv, objects: direct, now: time.Now}, s3test.Open(t, o), proxy
+}
+
+// TestSourceChangesInMidCopy replaces or deletes a file of the snapshot between
+// the requests of its copy: before the first part, and beside the last. The
+// restore fails and leaves nothing, or completes with what the file was.
+func TestSourceChangesInMidCopy(t *testing.T) {
+	for how, c := range map[string]struct {
+		change func(w *world, key string, content []byte) error
+		reason string
+	}{
+		"replaced": {func(w *world, key string, content []byte) error {
+			_, err := w.objects.Put(context.Background(), key, bytes.ToUpper(content))
+			return err
+		}, "SOURCE_OBJECT_ALTERED"},
+		"deleted": {func(w *world, key string, _ []byte) error {
+			return w.objects.Delete(context.Background(), key)
+		}, "SOURCE_OBJECT_MISSING"},
+	} {
+		for _, after := range []struct {
+			op   s3fault.Op
+			skip int
+			late bool // all that there is may be copied before
+		}{
+			{s3fault.HeadObject, 0, false}, {s3fault.CreateMultipartUpload, 0, false}, {s3fault.UploadPartCopy, 1, true},
+		} {
+			t.Run(fmt.Sprintf("%s after %s", how, after.op), func(t *testing.T) {
+				w, through, proxy := onPatientS3(t)
+				r := w.start("a", throughProxy(through))
+				col, file, content := w.withLarge(r)
+				s := w.create(r, col, "one")
+				key := "data/" + file.Path
+				before := w.traces()
+				rule := s3fault.Rule{Op: after.op, Skip: after.skip, Action: s3fault.Edit("change", func(*s3fault.Answer) bool {
+					if err := c.change(w, key, content); err != nil {
+						t.Error(err)
+					}
+					return true
+				})}
+				if after.op == s3fault.HeadObject {
+					rule.Key = regexp.MustCompile(regexp.QuoteMeta(file.Path) + "$")
+				}
+				proxy.Plan(rule)
+				sp := restoreSpecOf(s)
+				end := w.ended(r, w.restore(r, sp).ID)
+				proxy.MustHaveFired(t)
+				proxy.Plan()
+				if _, err := w.objects.Put(t.Context(), key, content); err != nil {
+					t.Fatal(err)
+				}
+				switch {
+				case after.late && end.Job.State == copyjob.Completed:
+					w.restored(r, before, end.Job, sp)
+				case end.Job.State == copyjob.Failed && end.Job.Reason == c.reason:
+					w.nothingSince(before)
+				default:
+					t.Errorf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+				}
+				if n, err := w.objects.AbortUploads(t.Context(), "", time.Time{}); err != nil || n != 0 {
+					t.Errorf("%d uploads are open, err = %v", n, err)
+				}
+			})
+		}
+	}
+}
+
+// TestHeadsThatLie has HEADs of a snapshot's file say another size, or that there
+// is none, or one that is gone. A create that verifies refuses what it is told is
+// wrong; what it cannot see a restore does, and leaves nothing.
+func TestHeadsThatLie(t *testing.T) {
+	w, through, proxy := onPatientS3(t)
+	r := w.start("a", throughProxy(through))
+	col, file, content := w.withLarge(r)
+	of := regexp.MustCompile(regexp.QuoteMeta(file.Path) + "$")
+	lie := func(name string, edit func(a *s3fault.Answer)) {
+		proxy.Plan(s3fault.Rule{
+			Op: s3fault.HeadObject, Key: of, Times: -1, Action: s3fault.Edit(name, func(a *s3fault.Answer) bool { edit(a); return true }),
+		})
+	}
+	sp := spec(col, "verified")
+	sp.Verify = true
+	for name, c := range map[string]struct {
+		edit func(a *s3fault.Answer)
+		want error
+	}{
+		"size": {func(a *s3fault.Answer) { a.Header.Set("Content-Length", "7") }, ErrFileMissing},
+		// That a HEAD has no body makes it doubtful, and a GET is asked.
+		"missing": {func(a *s3fault.Answer) { a.Status = 404 }, ErrCreateAborted},
+	} {
+		lie(name, c.edit)
+		_, err := r.Create(t.Context(), request.Token{}, sp)
+		proxy.MustHaveFired(t)
+		wantError(t, err, c.want)
+	}
+	proxy.Plan()
+	s, err := r.Create(t.Context(), request.Token{}, sp)
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	if err := w.objects.Delete(t.Context(), "data/"+file.Path); err != nil {
+		t.Fatal(err)
+	}
+	lie("there", func(a *s3fault.Answer) {
+		a.Status = 200
+		a.Header.Set("Content-Length", fmt.Sprint(len(content)))
+		a.Header.Set("ETag", `"`+file.ETag+`"`)
+		a.Header.Set("Last-Modified", "Mon, 02 Jan 2006 15:04:05 GMT")
+	})
+	sp.Name = "gone"
+	if _, err := r.Create(t.Context(), request.Token{}, sp); err != nil {
+		t.Errorf("nobody could see it: %v", err)
+	}
+	proxy.MustHaveFired(t)
+	before := w.traces()
+	restore := restoreSpecOf(s)
+	end := w.ended(r, w.restore(r, restore).ID)
+	if end.Job.Reason != "SOURCE_OBJECT_MISSING" {
+		t.Errorf("%+v", end.Job)
+	}
+	proxy.Plan()
+	w.nothingSince(before)
+}

@@ -1,0 +1,320 @@
+package manager
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/object/identity"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// itself stands in a premise for the key that is written.
+const itself = "itself"
+
+// premise says what a write of a key has to compare.
+type premise struct {
+	kind   meta.OpKind
+	prefix string
+	// compares are alternatives: of one of them, all.
+	compares [][]string
+}
+
+func (p *premise) name() string {
+	return map[meta.OpKind]string{meta.OpPut: "put of ", meta.OpDelete: "delete of "}[p.kind] + p.prefix
+}
+
+const (
+	recs       = keys.SnapshotPrefix
+	namesOf    = "/snapshot/name/"
+	segments   = "/catalog/segment/"
+	generation = "/gc/gen/"
+)
+
+// premises are those of all writes that there are, the first whose prefix fits.
+// What only the leader's loops write, or a worker under its assignment, compares
+// the leader's key, or the assignment.
+var premises = []premise{
+	{meta.OpPut, keys.Format, [][]string{{itself}}},
+	{meta.OpPut, keys.IDs, [][]string{{itself, keys.Behind}}},
+	{meta.OpPut, keys.Epoch, [][]string{{itself, keys.Behind}}},
+	{meta.OpPut, keys.Behind, [][]string{{itself, keys.Epoch}}},
+	{meta.OpDelete, keys.Behind, [][]string{{itself, keys.Epoch, keys.IDs}}},
+	{meta.OpPut, keys.Leader, [][]string{{itself}}},
+	{meta.OpPut, keys.Store(""), [][]string{{itself}}},
+
+	{meta.OpPut, recs, [][]string{{itself}, {namesOf, keys.CollectionPrefix}}},
+	{meta.OpDelete, recs, [][]string{{itself, keys.Leader}}},
+	{meta.OpPut, namesOf, [][]string{{itself, keys.CollectionPrefix}}},
+	{meta.OpDelete, namesOf, [][]string{{recs}}},
+	{meta.OpPut, pendingKeys, [][]string{{namesOf, keys.CollectionPrefix}}},
+	{meta.OpDelete, pendingKeys, [][]string{{recs}}},
+	{meta.OpPut, generation, [][]string{{recs, pendingKeys}}},
+	{meta.OpDelete, generation, [][]string{{keys.CollectionPrefix, keys.AllTombsPrefix, keys.AllUnitsPrefix, segments, pendingKeys, keys.Behind}}},
+	{meta.OpPut, keys.AllPinsPrefix, [][]string{{recs}, {itself}}},
+	{meta.OpDelete, keys.AllPinsPrefix, [][]string{{itself}, {keys.JobPrefix, keys.Leader}}},
+	{meta.OpPut, keys.Unpin, [][]string{{keys.AllPinsPrefix}, {keys.JobPrefix, keys.Leader}}},
+
+	{meta.OpPut, "/request/", [][]string{{itself}, {recs}, {keys.JobPrefix, keys.Leader}}},
+
+	{meta.OpPut, keys.JobPrefix, [][]string{{itself}, {recs, keys.CollectionPrefix}}},
+	{meta.OpDelete, keys.JobPrefix, [][]string{{itself, keys.Leader}}},
+	{meta.OpPut, keys.AllTasksPrefix, [][]string{{keys.JobPrefix, keys.Leader}, {itself, keys.JobPrefix, keys.AssignedPrefix}}},
+	{meta.OpDelete, keys.AllTasksPrefix, [][]string{{keys.JobPrefix, keys.Leader}}},
+	{meta.OpPut, keys.AllProgressPrefix, [][]string{{keys.JobPrefix, keys.AssignedPrefix}}},
+	{meta.OpDelete, keys.AllProgressPrefix, [][]string{{keys.JobPrefix, keys.Leader}, {keys.JobPrefix, keys.AssignedPrefix}}},
+	{meta.OpPut, keys.LimitsPrefix, [][]string{{keys.JobPrefix}, {recs, keys.CollectionPrefix}}},
+	{meta.OpDelete, keys.LimitsPrefix, [][]string{{keys.JobPrefix, keys.Leader}}},
+	{meta.OpPut, keys.WorkerPrefix, [][]string{{itself}}},
+	{meta.OpPut, keys.AssignedPrefix, [][]string{{keys.JobPrefix, keys.Leader}}},
+	{meta.OpDelete, keys.AssignedPrefix, [][]string{{itself}, {keys.JobPrefix, keys.Leader}}},
+
+	{meta.OpPut, keys.AllTombsPrefix, [][]string{
+		{generation, keys.Behind, keys.AllUnitsPrefix, pendingKeys}, {generation, keys.Behind, segments, pendingKeys}, // of a dropped collection
+	}},
+	{meta.OpDelete, keys.AllTombsPrefix, [][]string{{itself}}},
+	{meta.OpPut, keys.Round, [][]string{{keys.Leader}}},
+
+	{meta.OpPut, "/catalog/name/", [][]string{{itself}}},
+	{meta.OpDelete, "/catalog/name/", [][]string{{keys.CollectionPrefix}, {keys.JobPrefix, keys.Leader}}},
+	{meta.OpPut, keys.CollectionPrefix, [][]string{{itself}}},
+	{meta.OpDelete, keys.CollectionPrefix, [][]string{{itself, keys.Behind}, {keys.JobPrefix, keys.Leader}}},
+	{meta.OpPut, segments, [][]string{{keys.CollectionPrefix}, {keys.JobPrefix, keys.AssignedPrefix}}},
+	{meta.OpDelete, segments, [][]string{{itself}, {keys.JobPrefix, keys.Leader}, {keys.CollectionPrefix, segments, keys.Behind}}},
+	{meta.OpPut, keys.AllUnitsPrefix, [][]string{{segments}, {itself}}},
+	{meta.OpDelete, keys.AllUnitsPrefix, [][]string{{itself, generation, keys.Behind, pendingKeys}, {keys.CollectionPrefix, keys.Behind}}},
+	{meta.OpPut, "/catalog/", [][]string{{keys.CollectionPrefix}, {keys.JobPrefix, keys.Leader}, {itself}}},
+	{meta.OpDelete, "/catalog/replaced/", [][]string{{keys.AllTombsPrefix}, {keys.CollectionPrefix, keys.Behind}}},
+	{meta.OpDelete, "/catalog/", [][]string{{itself, keys.Behind}, {itself, keys.CollectionPrefix}, {keys.CollectionPrefix, keys.Behind}, {keys.JobPrefix, keys.Leader}}},
+}
+
+// judged is a KV that holds each write against its premises.
+type judged struct {
+	meta.KV
+
+	mu    sync.Mutex
+	wrong map[string]string // by premise
+	seen  map[string]int    // how often there was a write of each premise
+}
+
+// Txn implements [meta.KV].
+func (j *judged) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
+	j.mu.Lock()
+	for _, op := range t.Then {
+		if op.Kind != meta.OpGet {
+			j.judge(&t, op)
+		}
+	}
+	for _, op := range t.Else {
+		if op.Kind != meta.OpGet {
+			j.wrong[op.From] = "it is written because compares did not hold"
+		}
+	}
+	j.mu.Unlock()
+	return j.KV.Txn(ctx, t)
+}
+
+func (j *judged) judge(t *meta.Txn, op meta.Op) {
+	i := slices.IndexFunc(premises, func(p premise) bool { return p.kind == op.Kind && strings.HasPrefix(op.From, p.prefix) })
+	if i < 0 {
+		j.wrong[op.From] = fmt.Sprintf("it is written (%d), and no premise is known", op.Kind)
+		return
+	}
+	p := premises[i]
+	j.seen[p.name()]++
+	if !slices.ContainsFunc(p.compares, func(all []string) bool {
+		return !slices.ContainsFunc(all, func(prefix string) bool { return !compares(t.If, op, prefix) })
+	}) {
+		j.wrong[p.name()] = fmt.Sprintf("%s is written, and compares %+v; want one of %v", op.From, t.If, p.compares)
+	}
+}
+
+// compares says whether one of the compares is about a key under prefix. That of
+// the leader's key must be about who put it.
+func compares(conds []meta.Cond, op meta.Op, prefix string) bool {
+	return slices.ContainsFunc(conds, func(c meta.Cond) bool {
+		switch prefix {
+		case itself:
+			return c.From == op.From || c.To != "" && meta.InRange(op.From, c.From, c.To)
+		case keys.Leader:
+			return c.From == keys.Leader && c.Target == meta.CreateRevision && c.Op == meta.Equal && c.Revision > 0
+		}
+		return strings.HasPrefix(c.From, prefix)
+	})
+}
+
+// TestEveryWriteHasItsPremise lives through all that a cluster does, and holds
+// that no write is made that would be made whatever has become of what it was
+// decided on: those of the leader's loops compare that it leads, those of a worker
+// its assignment, all others the records that they follow from.
+func TestEveryWriteHasItsPremise(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		j := &judged{KV: w.memory, seen: map[string]int{}, wrong: map[string]string{}}
+		w.kv = j
+		if err := identity.Check(t.Context(), w.kv, w.objects, "default", "test", rand.Reader); err != nil {
+			t.Fatal(err)
+		}
+		w.live()
+		w.recovers()
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		for what, text := range j.wrong {
+			t.Errorf("%s: %s", what, text)
+		}
+		for _, p := range premises {
+			if j.seen[p.name()] == 0 {
+				t.Errorf("there was no %s", p.name())
+			}
+		}
+	})
+}
+
+// live has a cluster do each thing that it can do: well, and with trouble.
+func (w *world) live() {
+	t, ctx := w.t, w.t.Context()
+	change := func(o *Options) {
+		withEpoch(o)
+		o.CollectTolerance, o.CollectInterval, o.CollectMaxShare, o.KeepRestores = time.Hour, 10*time.Minute, 1, time.Hour
+		o.Catalog = catalog.New(catalog.Options{
+			KV: o.KV, Now: o.Now, Rand: o.Rand, Requests: o.Requests, RaiseIDs: o.Epoch.Raise,
+			HasStore: func(a string) bool { return a == "default" }, Held: catalog.ReadHeld(o.Stores),
+		})
+	}
+	a, b := w.start("a", change), w.start("b", change)
+	col := w.rich(a, "c", 40)
+	ref := catalog.Ref{ID: col.ID}
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	// Snapshots: kept, changed, pinned, dropped, expired, given up.
+	one, err := b.Create(ctx, token("one", "one"), spec(col, "one"))
+	must(err)
+	text := "described"
+	_, err = a.Update(ctx, request.Token{}, Ref{ID: one.ID}, UpdateSpec{Description: &text})
+	must(err)
+	pin := w.pin(b, one, time.Hour)
+	_, err = b.RenewPin(ctx, Ref{ID: one.ID}, pin.ID, 2*time.Hour)
+	must(err)
+	must(a.Unpin(ctx, Ref{ID: one.ID}, pin.ID))
+	soon := spec(col, "soon")
+	soon.TTL = time.Minute
+	_, err = a.Create(ctx, request.Token{}, soon)
+	must(err)
+	w.dropSnapshot(b, w.create(a, col, "dropped"))
+	b.store.Plan(func(c object.Call) object.Fault {
+		if c.Op == object.OpCreate {
+			return object.FaultBefore
+		}
+		return object.FaultNone
+	})
+	if _, err := b.Create(ctx, token("fails", "fails"), spec(col, "fails")); err == nil {
+		t.Error("a snapshot without objects")
+	}
+	b.store.Plan(nil)
+	b.kv.Freeze() // in the midst of a create, which the leader ends
+	b.store.Freeze()
+	frozen := make(chan error, 1)
+	go func() {
+		_, err := b.Create(ctx, token("frozen", "frozen"), spec(col, "frozen"))
+		frozen <- err
+	}()
+	b.kv.Thaw()
+	settle()
+	b.kv.Freeze()
+	time.Sleep(3 * time.Minute)
+	b.kv.Thaw()
+	b.store.Thaw()
+	if err := <-frozen; err == nil {
+		t.Error("a create that froze")
+	}
+
+	// Restores: completed, with limits, canceled in the copy, failed, and with a
+	// worker that is lost.
+	sp := restoreSpecOf(one)
+	sp.Limits.Requests = 1000
+	must(second(b.Restore(ctx, token("restore", "restore"), sp)))
+	w.ended(a, w.jobs()[0].ID)
+	for _, r := range []*replica{a, b} {
+		r.store.SetLatency(2 * time.Second)
+	}
+	sp = restoreSpecOf(one)
+	sp.Name = "canceled"
+	job := w.restore(b, sp)
+	w.copying()
+	_, err = a.Jobs().SetLimits(ctx, job.ID, copyjob.Limits{Requests: 500})
+	must(err)
+	_, err = a.Jobs().Cancel(ctx, job.ID)
+	must(err)
+	w.ended(a, job.ID)
+	sp.Name = "interrupted"
+	job = w.restore(b, sp)
+	w.copying()
+	b.kv.Freeze()
+	time.Sleep(time.Minute)
+	b.kv.Thaw()
+	w.ended(a, job.ID)
+	for _, r := range []*replica{a, b} {
+		r.store.SetLatency(0)
+	}
+	for _, r := range []*replica{a, b} {
+		failCopies(r)
+	}
+	sp.Name = "failed"
+	w.ended(a, w.restore(b, sp).ID)
+	for _, r := range []*replica{a, b} {
+		r.lift()
+	}
+
+	// The catalog, and what is reclaimed: by its engine, by the collector, parked.
+	segs := w.segments(a, one)
+	w.dropSegments(a, col, segs[0].ID, segs[1].ID)
+	replaced := catalog.FilePath{Root: segs[2].Files[1].Root, Path: segs[2].Files[1].Path}
+	w.swap(a, col, catalog.Swap{Update: []catalog.Update{{Segment: segs[2].ID, RemoveFiles: []catalog.FilePath{replaced}}}})
+	must(second(a.catalog.DropIndex(ctx, request.Token{}, ref, "x1")))
+	must(second(a.catalog.DropPartition(ctx, request.Token{}, ref, "p1")))
+	must(second(a.catalog.RenameCollection(ctx, request.Token{}, ref, "default", "renamed")))
+	free := w.segment(a, col, 0, 100, 110)
+	w.addWritten(a, col, free)
+	tombs := w.granted(w.reclaim(a, col, gc.ByCaller, w.dropSegments(a, col, free.ID)...))
+	must(second(b.GC().Confirm(ctx, ref, []int64{tombs[0].ID})))
+	time.Sleep(2 * time.Hour)
+	w.dropSnapshot(a, one)
+	for _, name := range []string{"copy", "interrupted"} {
+		must(second(a.catalog.DropCollection(ctx, request.Token{}, catalog.Ref{DB: "default", Name: name}, 0)))
+	}
+	w.drops(b, col)
+	time.Sleep(4 * time.Hour)
+	settle()
+	if left := w.keysUnder(keys.CollectionPrefix); len(left) > 0 {
+		t.Errorf("left: %v; the last round: %+v", left, a.GC().LastRound())
+	}
+}
+
+// recovers has the metadata store go back in time, which is noticed, and go on.
+func (w *world) recovers() {
+	ctx := w.t.Context()
+	r := w.start("c", withEpoch)
+	w.plantBeat(ctx, r, 1_000_000, 1_000_000)
+	if err := r.o.Epoch.Check(ctx); err == nil {
+		w.t.Error("nobody noticed")
+	}
+	if _, _, _, err := r.o.Epoch.Recover(ctx, false); err != nil {
+		w.t.Error(err)
+	}
+	w.newID(r)
+}

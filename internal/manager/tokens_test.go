@@ -1,0 +1,107 @@
+package manager
+
+import (
+	"errors"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// atOnce makes n calls at once, on the replicas in turn, and returns what they
+// came to.
+func atOnce[T any](rs []*replica, n int, call func(r *replica) (T, error)) ([]T, []error) {
+	results, errs := make([]T, n), make([]error, n)
+	var group sync.WaitGroup
+	for i := range n {
+		group.Go(func() { results[i], errs[i] = call(rs[i%len(rs)]) })
+	}
+	group.Wait()
+	return results, errs
+}
+
+// TestOneTokenAtOnce makes each call that takes a token many times at once, on
+// three replicas: it has one effect, and all get the same answer. The same token
+// with anything else is refused, also beside them.
+func TestOneTokenAtOnce(t *testing.T) {
+	const n = 64
+	inWorld(t, func(t *testing.T, w *world) {
+		ctx := t.Context()
+		rs := []*replica{w.start("a"), w.start("b"), w.start("c")}
+		col := w.rich(rs[0], "c", 4)
+		for _, r := range rs {
+			r.store.SetLatency(100 * time.Millisecond)
+		}
+		tok := token("create", "one")
+		made, errs := atOnce(rs, n, func(r *replica) (*Snapshot, error) { return r.Create(ctx, tok, spec(col, "one")) })
+		for i, s := range made {
+			if errs[i] != nil || s.ID != made[0].ID || s.Revision != made[0].Revision || s.State != Committed {
+				t.Fatalf("call %d: %v, err = %v; the first %v", i, s, errs[i], made[0])
+			}
+		}
+		if list := w.check(rs[1]); len(list) != 1 {
+			t.Errorf("one token made %v", list)
+		}
+		_, errs = atOnce(rs, n, func(r *replica) (*Snapshot, error) { return r.Create(ctx, token("create", "two"), spec(col, "two")) })
+		for _, err := range errs {
+			wantError(t, err, request.ErrReused)
+		}
+
+		// Two requests with one token: one of them is it, and the other refused.
+		var asked atomic.Int64
+		won, errs := atOnce(rs, n, func(r *replica) (*Snapshot, error) {
+			name := []string{"x", "y"}[asked.Add(1)%2]
+			return r.Create(ctx, token("either", name), spec(col, name))
+		})
+		for i, err := range errs {
+			if err != nil && !errors.Is(err, request.ErrReused) {
+				t.Errorf("call %d: %v, err = %v", i, won[i], err)
+			}
+		}
+		list := w.check(rs[2])
+		if len(list) != 2 {
+			t.Errorf("two tokens made %v", list)
+		}
+
+		// A restore, and what ends a snapshot.
+		sp := restoreSpecOf(made[0])
+		tok.Method, tok.Value = "RestoreSnapshot", "restore"
+		before := w.traces()
+		jobs, errs := atOnce(rs, n, func(r *replica) (*copyjob.Job, error) { return r.Restore(ctx, tok, sp) })
+		for i, job := range jobs {
+			if errs[i] != nil || job.ID != jobs[0].ID {
+				t.Fatalf("call %d: %v, err = %v; the first %v", i, job, errs[i], jobs[0])
+			}
+		}
+		if all := w.jobs(); len(all) != 1 {
+			t.Errorf("one token made %v", all)
+		}
+		w.restored(rs[0], before, w.ended(rs[0], jobs[0].ID).Job, sp)
+		tok.Method, tok.Value = "DropSnapshot", "drop"
+		_, errs = atOnce(rs, n, func(r *replica) (int64, error) { return r.Drop(ctx, tok, Ref{Name: "one"}, 0) })
+		for _, err := range errs {
+			wantError(t, err, nil)
+		}
+		// The name is free; a repeat drops nobody else's.
+		again := w.create(rs[0], col, "one")
+		if id, err := rs[1].Drop(ctx, tok, Ref{Name: "one"}, 0); err != nil || id != made[0].ID {
+			t.Errorf("the repeat dropped %d, err = %v", id, err)
+		}
+		if got, err := rs[2].Get(ctx, Ref{Name: "one"}); err != nil || got.ID != again.ID {
+			t.Errorf("got %v, err = %v", got, err)
+		}
+
+		// Ids, which an engine asks for.
+		tok.Method, tok.Value = "AllocateIDs", "ids"
+		ids, errs := atOnce(rs, n, func(r *replica) (catalog.IDRange, error) { return r.catalog.AllocateIDs(ctx, tok, 7) })
+		for i := range ids {
+			if errs[i] != nil || ids[i] != ids[0] {
+				t.Errorf("call %d: %v, err = %v; the first %v", i, ids[i], errs[i], ids[0])
+			}
+		}
+	})
+}

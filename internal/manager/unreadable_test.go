@@ -1,0 +1,98 @@
+package manager
+
+import (
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// TestUnreadableReferencesDeleteNothing damages what says what a snapshot
+// references, in each way: no object of that collection is deleted by anybody, by
+// request, by the collector or with the collection itself, for as long as it
+// lasts, and it is counted. Other collections go on, and this one, once it is
+// repaired.
+func TestUnreadableReferencesDeleteNothing(t *testing.T) {
+	for name, damage := range map[string]func([]byte) []byte{
+		"missing":  nil,
+		"one bit":  func(b []byte) []byte { b[len(b)/2] ^= 1; return b },
+		"cut":      func(b []byte) []byte { return b[:len(b)/2] },
+		"empty":    func([]byte) []byte { return nil },
+		"longer":   func(b []byte) []byte { return append(b, 0) },
+		"zeros":    func(b []byte) []byte { return make([]byte, len(b)) },
+		"of other": func([]byte) []byte { return []byte(`{"format_version":1}`) },
+	} {
+		for _, object := range []string{manifest.RefsName, manifest.MetadataName} {
+			t.Run(name+" "+object, func(t *testing.T) {
+				inWorld(t, func(_ *testing.T, w *world) { w.damaged(object, damage) })
+			})
+		}
+	}
+}
+
+func (w *world) damaged(name string, damage func([]byte) []byte) {
+	t, ctx := w.t, w.t.Context()
+	often := func(o *Options) {
+		o.CollectTolerance, o.CollectInterval, o.CollectMaxShare = time.Hour, 10*time.Minute, 1
+	}
+	a := w.start("a", often)
+	col, _, _ := w.collection(a, "c")
+	other, _, _ := w.collection(a, "other")
+	held, free, last := w.segment(a, col, 0, 1, 20), w.segment(a, col, 0, 101, 120), w.segment(a, col, 0, 121, 140)
+	elsewhere := w.segment(a, other, 0, 1, 20)
+	w.addWritten(a, col, held)
+	w.addWritten(a, other, elsewhere)
+	w.checkpoint(a, col, 100, 100)
+	s := w.create(a, col, "one")
+	w.addWritten(a, col, free, last)
+	key := manifest.Dir(s.Collection, s.ID) + name
+	whole := w.bytes(key)
+	a.stop() // and with it what it remembers
+	if damage == nil {
+		if err := w.objects.Delete(ctx, key); err != nil {
+			t.Fatal(err)
+		}
+	} else {
+		w.putObject(key, damage(slices.Clone(whole)))
+	}
+	b := w.start("b", often)
+	prefix := "data/" + strings.SplitAfter(held.Files[0].Path, "/")[0]
+	b.store.Plan(func(c object.Call) object.Fault {
+		if c.Op == object.OpDelete && slices.ContainsFunc(c.Keys, func(k string) bool { return strings.HasPrefix(k, prefix) }) {
+			t.Errorf("deleted: %v", c.Keys)
+		}
+		return object.FaultNone
+	})
+	asks := w.dropSegments(b, col, held.ID, free.ID)
+	w.dropSegments(b, other, elsewhere.ID)
+	for _, deleter := range []gc.Deleter{gc.ByCaller, gc.BySnapshotd} {
+		_, err := b.GC().Reclaim(ctx, catalog.Ref{ID: col.ID}, asks, deleter, "tester")
+		wantError(t, err, gc.ErrUnreadable)
+	}
+	time.Sleep(2 * time.Hour)
+	settle()
+	w.drops(b, col)
+	time.Sleep(3 * time.Hour)
+	settle()
+	if st := b.GC().Stats(); st.Unreadable != 1 {
+		t.Errorf("it is not counted: %+v", st)
+	}
+	if got := w.objectsUnder(prefix); len(got) != 3 {
+		t.Errorf("of three files there are %v", got)
+	}
+	if got := w.objectsUnder("data/"); len(got) != 3 {
+		t.Errorf("another collection is held up: %v", got)
+	}
+	b.store.Plan(nil)
+	w.putObject(key, whole)
+	time.Sleep(2 * time.Hour)
+	settle()
+	if got := w.objectsUnder(prefix); len(got) != 1 || got[0] != "data/"+held.Files[0].Path {
+		t.Errorf("once it was repaired there are %v", got)
+	}
+}
