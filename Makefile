@@ -108,11 +108,11 @@ docs-update: build $(BIN)/grpcurl $(BIN)/versitygw ## Runs the same examples and
 # One seed is SEED=s; so many from there on are SEEDS=n. No seed begins after SIM_FOR.
 SEED ?= 0
 SEEDS ?= $(if $(filter-out 0,$(SEED)),1,2000)
-SIM_FOR ?= 3m
+SIM_FOR ?= 2m
 .PHONY: sim
 sim: ## Simulates clusters with all faults, each run decided by a seed: SEEDS=n, SEED=s.
 	GO='$(GO)' internal/sim/exact.sh $(BIN)/sim
-	$(GO) test -tags exact -overlay $(BIN)/sim/overlay.json -count 1 -timeout 20m -v ./internal/sim -run 'TestReplay|TestSim' -seed $(SEED) -seeds $(SEEDS) -for $(SIM_FOR)
+	$(GO) test -tags exact -overlay $(BIN)/sim/overlay.json -count 1 -timeout 20m -v ./internal/sim -run 'TestReplay|TestSim|TestTravel' -seed $(SEED) -seeds $(SEEDS) -for $(SIM_FOR)
 
 # For how long `make torture` runs. SEED decides the traffic and the faults, 0 by the clock; ONLY names scenarios, with
 # commas between them; QUICK=1 runs three of them, in 90 seconds.
@@ -139,9 +139,10 @@ model: ## Checks the protocols' models with spin, and that each rule is needed.
 	docs/design/model/check.sh
 
 .PHONY: crash
-crash: ## Kills snapshotd before and after every durable step and looks whether all is well: POINT=regexp, QUICK=1, SEED=n.
+crash: $(BIN)/versitygw ## Kills snapshotd before and after every durable step and looks whether all is well: POINT=regexp, CASE=line, PAIRS=n, QUICK=1, SEED=n.
 	CGO_ENABLED=0 $(GO) build -tags crashpoints -o $(BIN)/crash/ ./cmd/snapshotd ./internal/crash
-	$(BIN)/crash/crash -bin $(BIN)/crash/snapshotd -point '$(POINT)' $(if $(filter 1,$(QUICK)),-quick) -seed $(SEED)
+	$(BIN)/crash/crash -bin $(BIN)/crash/snapshotd -point '$(POINT)' -s3 $(BIN)/versitygw $(if $(CASE),-case '$(CASE)') $(if $(PAIRS),-pairs '$(PAIRS)') \
+		$(if $(filter 1,$(QUICK)),-quick) -seed $(SEED)
 
 .PHONY: lint
 lint: lint-go lint-proto lint-tidy lint-release check-generate ## Lints Go and protobuf, and checks that nothing generated is stale.
