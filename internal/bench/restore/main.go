@@ -44,6 +44,7 @@ type options struct {
 	calls    int
 	segments int
 	latency  time.Duration
+	store    string
 	rclone   string
 	profile  string
 }
@@ -74,6 +75,7 @@ func parse(args []string) (*options, error) {
 	fs.IntVar(&o.calls, "calls", 40, "restores of one segment in a round")
 	fs.IntVar(&o.segments, "segments", 100_000, "segments of the large job")
 	fs.DurationVar(&o.latency, "latency", 50*time.Millisecond, "what is added to each request for part latency")
+	fs.StringVar(&o.store, "objects", "/dev/shm", "where to make the directory of the S3 server")
 	fs.StringVar(&o.rclone, "rclone", ".bin/rclone", "rclone; empty: without it")
 	fs.StringVar(&o.profile, "profile", "", "directory for processor profiles of one restore of each part")
 	return o, bench.Parse(fs, args, o.check)
@@ -91,6 +93,7 @@ type rig struct {
 	*options
 	*bench.Run
 
+	data   string // directory of the S3 server
 	etcdAt string
 	kv     *etcd.Client
 	s3At   string // versitygw
@@ -102,7 +105,7 @@ type rig struct {
 }
 
 // objects is the directory in which versitygw keeps what has a prefix.
-func (r *rig) objects(prefix string) string { return filepath.Join(r.Root, "s3", bucket, prefix) }
+func (r *rig) objects(prefix string) string { return filepath.Join(r.data, "s3", bucket, prefix) }
 
 func run(ctx context.Context, args []string) (int, error) {
 	o, err := parse(args)
@@ -110,8 +113,13 @@ func run(ctx context.Context, args []string) (int, error) {
 		return 0, err
 	}
 	medians := fmt.Sprintf("Medians of %d rounds after one that does not count; ratios are taken per round.", o.Rounds)
-	return bench.Measure(ctx, &o.Options, "bench-restore", medians, func(ctx context.Context, run *bench.Run) error {
-		return (&rig{options: o, Run: run}).measure(ctx)
+	return bench.Measure(ctx, &o.Options, "bench-restore", medians, func(ctx context.Context, run *bench.Run) (err error) {
+		r := &rig{options: o, Run: run}
+		if r.data, err = os.MkdirTemp(o.store, "bench-restore-"); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, os.RemoveAll(r.data)) }()
+		return r.measure(ctx)
 	})
 }
 
@@ -127,7 +135,7 @@ func (r *rig) measure(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = r.kv.Close() }()
-	gateway, addr, err := bench.StartS3(ctx, r.S3, r.Root, bucket)
+	gateway, addr, err := bench.StartS3(ctx, r.S3, r.data, bucket)
 	if err != nil {
 		return err
 	}

@@ -37,8 +37,11 @@ var copiesThatAnswerLate = []struct {
 	call string
 	op   s3fault.Op
 }{
-	{"Copy", s3fault.CopyObject}, {"CopyParts", s3fault.UploadPartCopy}, {"CopyParts", s3fault.CompleteMultipartUpload},
-	{"PutParts", s3fault.CompleteMultipartUpload}, {"CreateParts", s3fault.CompleteMultipartUpload},
+	{"Copy", s3fault.CopyObject},
+	{"CopyParts", s3fault.UploadPartCopy},
+	{"CopyParts", s3fault.CompleteMultipartUpload},
+	{"PutParts", s3fault.CompleteMultipartUpload},
+	{"CreateParts", s3fault.CompleteMultipartUpload},
 }
 
 // TestErrorsInSuccess answers 200 with an error in the body. What may get better
@@ -49,8 +52,10 @@ func TestErrorsInSuccess(t *testing.T) {
 			code string
 			want error // nil: it is tried again, and then well
 		}{
-			{"InternalError", nil}, {"SlowDown", nil},
-			{"AccessDenied", object.ErrDenied}, {"NoSuchBucket", object.ErrMisconfigured},
+			{"InternalError", nil},
+			{"SlowDown", nil},
+			{"AccessDenied", object.ErrDenied},
+			{"NoSuchBucket", object.ErrMisconfigured},
 		} {
 			for how, body := range errorsIn200(f.code) {
 				t.Run(fmt.Sprintf("%s/%s/%s/%s", late.call, late.op, f.code, how), func(t *testing.T) {
