@@ -128,10 +128,14 @@ torture: build $(BIN)/versitygw ## Kills, freezes and cuts off what runs in proc
 SOAK_TIME ?= 10m
 
 .PHONY: soak
-soak: build $(BIN)/versitygw ## Shows that memory, goroutines, files, etcd and the bucket stay as they are: SOAK_TIME=10m, SEED=.
+soak: build $(BIN)/versitygw ## Shows that memory, goroutines, files, etcd and the bucket stay as they are: SOAK_TIME=10m, SEED=, QUICK=1.
 	$(GO) build -o $(BIN)/bench-etcd ./internal/bench/etcd
 	$(GO) build -o $(BIN)/soak ./internal/soak
-	$(BIN)/soak -for '$(SOAK_TIME)' -seed '$(SEED)' -o $(BIN)/soak.md
+	$(BIN)/soak -for '$(SOAK_TIME)' $(if $(filter 1,$(QUICK)),-short) -seed '$(SEED)' -o $(BIN)/soak.md
+
+.PHONY: share
+share: ## Runs a share of sim, crash, torture, planted, bugs, fuzz and soak, in about ten minutes, as CI does.
+	internal/testing/share.sh
 
 # MODEL=full checks the largest configurations as well.
 .PHONY: model

@@ -124,8 +124,8 @@ func (r *Report) Markdown() []byte {
 
 // The exit codes of a benchmark that is strict.
 const (
-	exitMissed       = 1
-	exitInconclusive = 3
+	ExitMissed       = 1
+	ExitInconclusive = 3
 )
 
 // Finish writes the report for a terminal, and into a file if one is named, and
@@ -142,9 +142,9 @@ func (r *Report) Finish(w io.Writer, file string, strict bool) (code int, err er
 	}
 	switch {
 	case strict && missed > 0:
-		code = exitMissed
+		code = ExitMissed
 	case strict && inconclusive > 0:
-		code = exitInconclusive
+		code = ExitInconclusive
 	}
 	return code, nil
 }

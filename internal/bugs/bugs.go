@@ -26,6 +26,7 @@ func (b Bug) Patch() ([]byte, error) { return patches.ReadFile("patches/" + b.Na
 var patches embed.FS
 
 const (
+	copyjob = "./internal/copyjob"
 	gc      = "./internal/gc"
 	manager = "./internal/manager"
 	record  = "./internal/store/record"
@@ -101,5 +102,37 @@ var All = []Bug{
 	{
 		Name: "text-that-is-no-utf8", Fixed: "b451e3a", Package: record, Test: "TestClip",
 		What: "an error whose text was no UTF-8 made the leader or a worker panic",
+	},
+	{
+		Name: "uploads-by-a-slow-clock", Fixed: "30f2e65", Package: copyjob, Test: "TestLateUploads",
+		What: "an upload that a worker left open stayed so for ever when the leader's clock was behind the store's",
+	},
+	{
+		Name: "altered-note", Fixed: "787e019", Package: "./internal/store/epoch", Test: "TestAlteredNotes",
+		What: "a digit altered on the way made another note of how far the metadata store had come",
+	},
+	{
+		Name: "probe-that-died", Fixed: "b91de25", Package: "./internal/store/object/probe", Test: "TestRemovesWhatOthersLeft",
+		What: "what a probe left in the bucket that was killed stayed there for ever",
+	},
+	{
+		Name: "restore-and-altered-answers", Fixed: "8da5041", Package: manager, Test: "TestRestoreAndAlteredAnswers",
+		What: "two altered answers in a row made a restore of a sound snapshot fail as of a corrupt one",
+	},
+	{
+		Name: "create-and-altered-answers", Fixed: "8da5041", Package: manager, Test: "TestCreateAndAlteredAnswers",
+		What: "a create whose answer was lost took an altered read-back for somebody else's object",
+	},
+	{
+		Name: "cache-of-what-is-gone", Fixed: "8da5041", Package: manager, Test: "TestManifestCache",
+		What: "the cache of manifests kept those of snapshots that were gone",
+	},
+	{
+		Name: "repeat-that-cannot-look-again", Fixed: "120d096", Package: manager, Test: "TestRepeatThatCannotLookAgain",
+		What: "a repeat that could not find out whether the first call was through was told of an error that came of that one's success",
+	},
+	{
+		Name: "upload-left-open", Fixed: "d41baea", Package: s3, Test: "TestCopyLeavesNoUploadBesideItsLike", Server: true,
+		What: "a copy in parts that found an equal one in place left its own upload open",
 	},
 }

@@ -182,6 +182,11 @@ func (r *rig) once(ctx context.Context, segments int, whole bool) (took, error) 
 	if err != nil {
 		return took{}, err
 	}
+	// As etcd does by itself now and then: else each round has the history of all
+	// those before it.
+	if _, err := bench.Defragment(ctx, r.etcdAt); err != nil {
+		return took{}, err
+	}
 	t, err := r.collect(ctx, c)
 	if err != nil {
 		return t, err
