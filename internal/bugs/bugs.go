@@ -131,8 +131,4 @@ var All = []Bug{
 		Name: "repeat-that-cannot-look-again", Fixed: "120d096", Package: manager, Test: "TestRepeatThatCannotLookAgain",
 		What: "a repeat that could not find out whether the first call was through was told of an error that came of that one's success",
 	},
-	{
-		Name: "upload-left-open", Fixed: "d41baea", Package: s3, Test: "TestCopyLeavesNoUploadBesideItsLike", Server: true,
-		What: "a copy in parts that found an equal one in place left its own upload open",
-	},
 }

@@ -204,7 +204,9 @@ func (l *leader) sweepLate(ctx context.Context, job *Job) error {
 
 // lateUploads is before when, by the store's clock, which says now, the unfinished
 // uploads of a job were begun that has COMPLETED at end: an engine begins none
-// before that. The end is told by a leader's clock, which may be behind.
+// before that. The end is told by a leader's clock, which may be behind; so one
+// that an engine begins in the minutes after the end counts as the job's, if it is
+// still open when the job is forgotten.
 func lateUploads(end, now time.Time) time.Time {
 	end, now = end.Add(object.MaxSkew), now.Add(-lateGrace)
 	if end.Before(now) {

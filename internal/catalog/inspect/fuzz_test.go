@@ -39,7 +39,7 @@ func TestEveryRecordIsShown(t *testing.T) {
 			t.Fatal(err)
 		}
 		rec, ok := m.New().Interface().(record.Message)
-		if !ok {
+		if !ok || strings.HasSuffix(string(name), "Head") { // which is of another record
 			continue
 		}
 		rec.ProtoReflect().Set(m.Descriptor().Fields().ByName("format"), protoreflect.ValueOfUint32(record.Format))

@@ -366,7 +366,6 @@ func (s *Store) completeCopy(ctx context.Context, c *copying, id string, parts [
 		return f
 	})
 	if f != nil && c.doubt && over(ctx) == nil && errors.Is(f.kind, object.ErrUnavailable) && s.copied(ctx, c) {
-		s.abortAfter(ctx, c.To, id) // it is there still if an earlier copy made the target
 		return nil
 	}
 	return f
