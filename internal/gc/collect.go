@@ -762,6 +762,9 @@ func (g *GC) collectLoop(ctx context.Context, fence meta.Cond) error {
 		if text := g.trouble.Load(); s.Error == "" && text != nil {
 			s.Error = *text // of the deletes
 		}
+		if err := g.tombs.leftAlone(); s.Error == "" && err != nil {
+			s.Error = record.Clip(err.Error(), record.MaxText)
+		}
 		g.last.Store(&s)
 		if err := g.note(ctx, &s, fence); err != nil && ctx.Err() == nil {
 			g.log.Warn("what the round came to is not noted", zap.Error(err))

@@ -512,6 +512,9 @@ func (x *index) holders(id int64, w wanted) (list []SnapshotHolder, total int) {
 	if count == 0 && !foreign {
 		return nil, 0
 	}
+	if !foreign {
+		w.files = nil // none of them has one
+	}
 	for _, e := range c.entries {
 		if e.refs == nil || !e.references(w) {
 			continue

@@ -296,7 +296,7 @@ func (g *GC) readUnits(ctx context.Context, col *catalog.Collection, units []ask
 		for _, kv := range res.Ranges[first+i] {
 			if kv.Key == keys.Unit(col.ID, units[i].unit) {
 				err = s.read(col.ID, units[i].unit, kv)
-			} else {
+			} else if col.State == catalog.Dropping {
 				err = s.droppedWith(col, kv)
 			}
 			if err != nil {

@@ -3,6 +3,7 @@ package gc
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -43,10 +44,11 @@ type tombs struct {
 	log      *zap.Logger
 	wake     chan struct{} // size one; there may be something to delete
 
-	mu   sync.Mutex
-	ours map[string]granted   // by key, those that snapshotd deletes
-	size int                  // bytes of their records
-	his  map[string]time.Time // keys of those that callers delete, with when they were granted
+	mu         sync.Mutex
+	ours       map[string]granted   // by key, those that snapshotd deletes
+	size       int                  // bytes of their records
+	his        map[string]time.Time // keys of those that callers delete, with when they were granted
+	unreadable map[string]error     // by key, what is left alone
 }
 
 // granted is a tombstone that snapshotd works off.
@@ -56,17 +58,22 @@ type granted struct {
 }
 
 func newTombs(o *Options) *tombs {
-	t := &tombs{log: o.Log, wake: make(chan struct{}, 1), ours: map[string]granted{}, his: map[string]time.Time{}}
+	t := &tombs{log: o.Log, wake: make(chan struct{}, 1)}
+	t.clear()
 	from, to := meta.Prefix(keys.AllTombsPrefix)
 	t.follower = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: t, Log: o.Log, Rand: o.Jitter})
 	return t
+}
+
+func (t *tombs) clear() {
+	t.ours, t.size, t.his, t.unreadable = map[string]granted{}, 0, map[string]time.Time{}, map[string]error{}
 }
 
 // Reset implements follow.Handler.
 func (t *tombs) Reset(kvs []meta.KeyValue, _ int64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.ours, t.size, t.his = map[string]granted{}, 0, map[string]time.Time{}
+	t.clear()
 	for _, kv := range kvs {
 		t.put(kv)
 	}
@@ -80,6 +87,7 @@ func (t *tombs) Apply(events []meta.Event, _ int64) {
 		t.size -= len(t.ours[e.KV.Key].kv.Value)
 		delete(t.ours, e.KV.Key)
 		delete(t.his, e.KV.Key)
+		delete(t.unreadable, e.KV.Key)
 		if !e.Deleted {
 			t.put(e.KV)
 		}
@@ -89,7 +97,7 @@ func (t *tombs) Apply(events []meta.Event, _ int64) {
 func (t *tombs) put(kv meta.KeyValue) {
 	rec := &storagev1.TombstoneHead{}
 	if err := record.DecodeHead(kv, rec); err != nil {
-		t.log.Error("tombstone is left alone", zap.String("key", kv.Key), zap.Error(err))
+		t.leaveLocked(kv.Key, err)
 		return
 	}
 	if Deleter(rec.GetDeleter()) == ByCaller {
@@ -102,6 +110,31 @@ func (t *tombs) put(kv meta.KeyValue) {
 	t.size += len(kv.Value)
 	t.ours[kv.Key] = granted{kv, rec.GetGrantTime()}
 	t.again()
+}
+
+// leave leaves a tombstone alone until it changes: it cannot be read.
+func (t *tombs) leave(key string, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.leaveLocked(key, err)
+}
+
+func (t *tombs) leaveLocked(key string, err error) {
+	t.log.Error("tombstone is left alone", zap.String("key", key), zap.Error(err))
+	t.size -= len(t.ours[key].kv.Value)
+	delete(t.ours, key)
+	t.unreadable[key] = err
+}
+
+// leftAlone is why tombstones are left alone, nil when none is.
+func (t *tombs) leftAlone() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var errs []error
+	for _, key := range slices.Sorted(maps.Keys(t.unreadable)) {
+		errs = append(errs, t.unreadable[key])
+	}
+	return firstOf(errs)
 }
 
 // again has the leader look at what there is.
@@ -150,20 +183,26 @@ func (t *tombs) kept(list []string) []meta.KeyValue {
 }
 
 // waiting says whether files of a unit are still to be deleted that snapshotd was
-// granted up to a time, in one collection or, with 0, in all.
-func (t *tombs) waiting(collection int64, until time.Time) bool {
+// granted up to a time, in one collection or, with 0, in all. Of a tombstone that
+// cannot be read nobody knows.
+func (t *tombs) waiting(collection int64, until time.Time) (bool, error) {
 	prefix := keys.AllTombsPrefix
 	if collection > 0 {
 		prefix = keys.TombPrefix(collection)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for key, g := range t.ours {
-		if g.at <= until.UnixNano() && strings.HasPrefix(key, prefix) {
-			return true
+	for key, err := range t.unreadable {
+		if strings.HasPrefix(key, prefix) {
+			return true, err
 		}
 	}
-	return false
+	for key, g := range t.ours {
+		if g.at <= until.UnixNano() && strings.HasPrefix(key, prefix) {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // Looks at what is left to delete.
@@ -175,7 +214,8 @@ const (
 // AwaitDeleted waits until the files of all units are deleted that were granted
 // to snapshotd up to a time, in one collection or, with 0, in all. It waits for
 // what other calls were granted, too, and for ever when a file cannot be deleted:
-// the end of ctx ends it, with the error of ctx.
+// the end of ctx ends it, with the error of ctx. A tombstone that cannot be read is
+// a record.ErrUnreadable.
 func (g *GC) AwaitDeleted(ctx context.Context, collection int64, granted time.Time) error {
 	if _, err := g.tombs.follower.Sync(ctx); err != nil {
 		return err
@@ -188,8 +228,8 @@ func (g *GC) AwaitDeleted(ctx context.Context, collection int64, granted time.Ti
 			return ctx.Err()
 		case <-timer.C:
 		}
-		if !g.tombs.waiting(collection, granted) {
-			return nil
+		if waits, err := g.tombs.waiting(collection, granted); err != nil || !waits {
+			return err
 		}
 		timer.Reset(look)
 	}
@@ -400,6 +440,7 @@ func (g *GC) readDoomed(ctx context.Context, tombs []string) (units []*doomed, u
 		}
 		t, err := DecodeTombstone(kv)
 		if err != nil {
+			g.tombs.leave(kv.Key, err)
 			unreadable = append(unreadable, err)
 			continue
 		}

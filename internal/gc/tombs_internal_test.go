@@ -1,9 +1,11 @@
 package gc
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -143,8 +145,17 @@ func TestTombstonesThatAreNotKept(t *testing.T) {
 		if diff := cmp.Diff(list, l.doomedKeys(list)); diff != "" {
 			t.Error(diff)
 		}
-		if !tombs.waiting(l.col.ID, time.Now()) || tombs.waiting(l.col.ID, time.Now().Add(-time.Second)) || tombs.waiting(l.col.ID+1, time.Now()) {
-			t.Error("what is waited for is told wrongly")
+		for i, want := range []bool{true, false, false} {
+			collection, until := l.col.ID, time.Now()
+			switch i {
+			case 1:
+				until = until.Add(-time.Second)
+			case 2:
+				collection++
+			}
+			if waits, err := tombs.waiting(collection, until); waits != want || err != nil {
+				t.Errorf("%d: waits %v, %v", i, waits, err)
+			}
 		}
 		if n := l.replicas[0].Stats().Granted; n != len(list) || tombs.size != keptBytes {
 			t.Errorf("%d granted, %d bytes", n, tombs.size)
@@ -179,6 +190,41 @@ func TestRoundAndForeignTombstone(t *testing.T) {
 		virtual.Wait()
 		if got := l.replicas[0].tombs.work(nil); !slices.Equal(got, []string{keys.Tomb(l.col.ID, other)}) {
 			t.Errorf("granted to snapshotd: %v", got)
+		}
+	})
+}
+
+// A tombstone that cannot be read is left alone, is told to who waits, and keeps no
+// other from its end.
+func TestUnreadableTombstones(t *testing.T) {
+	inLot(t, 1, func(t *testing.T, l *lot) {
+		r := l.replicas[0]
+		list := l.granted3()
+		kv, _, _, err := l.kv.Get(t.Context(), list[1])
+		l.must(err)
+		rec := &storagev1.Tombstone{}
+		l.must(record.Decode(kv, rec))
+		rec.Unit.Segment = nil // its head can be read, the unit cannot
+		for _, value := range [][]byte{record.Encode(rec), []byte("x")} {
+			_, err = l.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(list[1], value)}})
+			l.must(err)
+			virtual.Wait()
+			units, unreadable, err := r.readDoomed(t.Context(), list)
+			l.must(err)
+			if len(units) != 2 || len(unreadable) != 1 {
+				t.Errorf("%d units, unreadable %v", len(units), unreadable)
+			}
+			if got := r.tombs.work(nil); !slices.Equal(got, []string{list[0], list[2]}) {
+				t.Errorf("to be worked off: %v", got)
+			}
+			if err := r.AwaitDeleted(t.Context(), 0, time.Now()); !errors.Is(err, record.ErrUnreadable) || !strings.Contains(err.Error(), list[1]) && !strings.Contains(err.Error(), "unit") {
+				t.Errorf("err = %v", err)
+			}
+		}
+		_, err = l.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(list[0]), meta.Delete(list[1]), meta.Delete(list[2])}})
+		l.must(err)
+		if err := r.AwaitDeleted(t.Context(), 0, time.Now()); err != nil || r.tombs.size != 0 {
+			t.Errorf("%v, %d bytes", err, r.tombs.size)
 		}
 	})
 }

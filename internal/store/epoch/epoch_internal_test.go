@@ -37,14 +37,15 @@ func TestAlteredNotes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := decode(3, sound); err != nil {
+	want, err := decode(3, sound)
+	if err != nil {
 		t.Fatal(err)
 	}
 	for i := range len(sound) - 1 { // the last is a newline
 		altered := bytes.Clone(sound)
 		altered[i] ^= 1
-		if _, err := decode(3, altered); !errors.Is(err, ErrDamaged) {
-			t.Errorf("%s: err = %v", altered, err)
+		if got, err := decode(3, altered); err == nil && *got != *want || err != nil && !errors.Is(err, ErrDamaged) {
+			t.Errorf("%s: got %+v, %v", altered, got, err)
 		}
 	}
 }
@@ -146,12 +147,12 @@ func TestSettle(t *testing.T) {
 
 func TestDecode(t *testing.T) {
 	good := `{"format_version":1,"cluster_id":"c","beat":"7","nonce":"n","revision":"3","ceiling":"9","time":"2026-01-02T03:04:05Z","later":1}`
-	if n, err := decode(7, seal([]byte(good))); err != nil || n.Beat != 7 || n.Ceiling != 9 || n.Revision != 3 {
+	if n, err := decode(7, []byte(good)); err != nil || n.Beat != 7 || n.Ceiling != 9 || n.Revision != 3 {
 		t.Errorf("got %v, %v", n, err)
 	}
 	for name, data := range map[string]string{
 		"empty": "", "no JSON": "x", "of another beat": `{"format_version":1,"beat":"8","nonce":"n"}`,
-		"unsealed": good, "newer": `{"format_version":2,"beat":"7","nonce":"n"}`, "no nonce": `{"format_version":1,"beat":"7"}`,
+		"newer": `{"format_version":2,"beat":"7","nonce":"n"}`, "no nonce": `{"format_version":1,"beat":"7"}`,
 		"negative": `{"format_version":1,"beat":"7","nonce":"n","ceiling":"-1"}`,
 		"long":     good + string(make([]byte, maxNoteBytes)),
 	} {

@@ -67,10 +67,11 @@ func seal(data []byte) []byte {
 	return fmt.Appendf(nil, "%s%s%x\"}\n", bytes.TrimSuffix(data, []byte("}")), sumField, sha256.Sum256(data))
 }
 
-// sealed says whether it is there and right.
+// sealed says whether it is right. A note of a release before has none, and one that
+// was altered in one place cannot both lack it and say something else.
 func sealed(data []byte) bool {
 	body, _, found := bytes.Cut(data, []byte(sumField))
-	return found && bytes.Equal(bytes.TrimSpace(data), bytes.TrimSpace(seal(append(bytes.Clone(body), '}'))))
+	return !found || bytes.Equal(bytes.TrimSpace(data), bytes.TrimSpace(seal(append(bytes.Clone(body), '}'))))
 }
 
 // decode reads the note of beat. The error is an ErrDamaged.

@@ -188,13 +188,21 @@ func (c *Client) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
 	}
 	rctx, cancel := context.WithTimeout(ctx, c.o.RequestTimeout)
 	defer cancel()
-	resp, err := c.etcd.Txn(rctx).If(c.cmps(t.If)...).Then(c.ops(t.Then)...).Else(c.ops(t.Else)...).Commit()
+	then, other := c.ops(t.Then), c.ops(t.Else)
+	compares := len(then)+len(other) == 0
+	if compares {
+		// A transaction without a read etcd answers from where the member is that it
+		// reaches, which may be far behind.
+		read := []clientv3.Op{clientv3.OpGet(c.key("\x00"), clientv3.WithCountOnly())}
+		then, other = read, read
+	}
+	resp, err := c.etcd.Txn(rctx).If(c.cmps(t.If)...).Then(then...).Else(other...).Commit()
 	if err != nil {
 		return meta.TxnResult{}, fmt.Errorf("transaction: %w", mapError(ctx, rctx, err))
 	}
 	res := meta.TxnResult{Succeeded: resp.Succeeded, Revision: resp.Header.Revision}
 	for _, r := range resp.Responses {
-		if got := r.GetResponseRange(); got != nil {
+		if got := r.GetResponseRange(); got != nil && !compares {
 			res.Ranges = append(res.Ranges, c.kvs(got.Kvs))
 		}
 	}

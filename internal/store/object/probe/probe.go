@@ -34,6 +34,7 @@ const (
 	longestKeyTry  = object.MaxKeyBytes
 	allowedSkew    = time.Minute
 	cleanUpTimeout = 30 * time.Second
+	leftTimeout    = 5 * time.Second // to remove what others left
 )
 
 // ErrMissing means that a store lacks what snapshotd cannot do without.
@@ -195,6 +196,8 @@ func run(ctx context.Context, store object.Store, dir string, checks []check) (r
 
 // removeLeft removes what probes left that died long ago.
 func removeLeft(ctx context.Context, store object.Store, parent string) error {
+	ctx, cancel := context.WithTimeout(ctx, leftTimeout)
+	defer cancel()
 	now, err := store.Now(ctx)
 	if err != nil {
 		return err
@@ -219,8 +222,9 @@ func removeLeft(ctx context.Context, store object.Store, parent string) error {
 // maxLeft is how many objects one probe removes.
 const maxLeft = 1000
 
-// ofProbe are the keys of probes, in lower case as of rand.Text.
-var ofProbe = regexp.MustCompile(`^[a-z2-7]{26}/`)
+// ofProbe are the keys of probes, in lower case as of rand.Text; those that are
+// made on demand lie in a directory of that name once more.
+var ofProbe = regexp.MustCompile(`^(` + Dir + `/)?[a-z2-7]{26}/`)
 
 // key names an object of this probe.
 func (p *prober) key(name string) string { return p.dir + "/" + name }
