@@ -19,7 +19,7 @@ STRICT ?= 0
 # Flags for them besides, such as '-n 1000 -rounds 3 -only register,create'.
 BENCH_FLAGS ?=
 # For how long `make fuzz` runs each fuzz test, and which: those whose package or name matches.
-FUZZTIME ?= 20s
+FUZZTIME ?= 10s
 FUZZ ?= .
 # The points that `make crash` crashes at; set QUICK to 1 for one side of those of
 # creates and restores, which SEED chooses, 0 by chance.
@@ -58,7 +58,7 @@ test-short: ## Runs the tests that need no server: under a minute.
 	$(GO) test -tags short -short -timeout 2m ./...
 
 .PHONY: fuzz
-fuzz: ## Runs every fuzz test for FUZZTIME=20s, until one finds something: FUZZ=regexp.
+fuzz: ## Runs every fuzz test for FUZZTIME=10s, until one finds something: FUZZ=regexp.
 	GO='$(GO)' internal/testing/fuzz.sh '$(FUZZTIME)' '$(FUZZ)'
 
 .PHONY: planted
@@ -116,10 +116,10 @@ sim: ## Simulates clusters with all faults, each run decided by a seed: SEEDS=n,
 
 # For how long `make torture` runs. SEED decides the traffic and the faults, 0 by the clock; ONLY names scenarios, with
 # commas between them; QUICK=1 runs three of them, in 90 seconds.
-TIME ?= 10m
+TIME ?= 7m
 
 .PHONY: torture
-torture: build $(BIN)/versitygw ## Kills, freezes and cuts off what runs in processes of its own, and judges what is left: TIME=10m, SEED=, ONLY=, QUICK=1.
+torture: build $(BIN)/versitygw ## Kills, freezes and cuts off what runs in processes of its own, and judges what is left: TIME=7m, SEED=, ONLY=, QUICK=1.
 	$(GO) test -c -tags torture -o $(BIN)/torture ./internal/torture
 	cd internal/torture && $(BIN)/torture -test.run '^TestTorture$$' -test.timeout 30m \
 		-time '$(TIME)' -seed '$(SEED)' -only '$(ONLY)' $(if $(filter 1,$(QUICK)),-quick)
