@@ -41,6 +41,7 @@ type past struct {
 	snapshots map[int64]*snapshot
 	there     map[string]bool // objects that there were when it went back
 	known     map[int64]bool  // snapshots of which it has a record
+	granted   map[string]bool // files whose deletion was granted since: a delete may be repeated, and come late
 	recovered bool
 	next      int64 // the lowest id that is handed out since
 }
@@ -120,7 +121,7 @@ func (s *sim) goBack(then int64) *past {
 	virtual.Wait()
 	s.oracle.observe()
 	before := s.oracle
-	p := &past{s: s, lost: before.ids, snapshots: before.snapshots, there: map[string]bool{}, known: map[int64]bool{}}
+	p := &past{s: s, lost: before.ids, snapshots: before.snapshots, there: map[string]bool{}, known: map[int64]bool{}, granted: map[string]bool{}}
 	before.past = p
 	for info, err := range s.objects.List(never, "") {
 		s.must(err)
@@ -333,7 +334,10 @@ func (p *past) needed(ctx context.Context, key string) string {
 	}
 	path, data := strings.CutPrefix(key, "data/")
 	switch {
-	case strings.HasPrefix(key, epoch.Prefix), p.isGranted(ctx, key):
+	case strings.HasPrefix(key, epoch.Prefix), p.granted[key]:
+		return ""
+	case p.isGranted(ctx, key):
+		p.granted[key] = true
 		return ""
 	case data:
 		id, _, _, _ := segment.NativePlace(path)
