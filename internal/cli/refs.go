@@ -188,8 +188,9 @@ func parseTTL(s string) (time.Duration, error) {
 
 func parseTime(s string) (*timestamppb.Timestamp, error) {
 	t, err := time.Parse(time.RFC3339, s)
-	if err != nil {
+	ts := timestamppb.New(t)
+	if err != nil || !ts.IsValid() { // before the year 1, after 9999
 		return nil, wrong("--expire-time %q: write a time as in 2030-01-31T00:00:00Z", s)
 	}
-	return timestamppb.New(t), nil
+	return ts, nil
 }
