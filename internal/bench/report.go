@@ -124,7 +124,7 @@ func (r *Report) Markdown() []byte {
 
 // The exit codes of a benchmark that is strict.
 const (
-	ExitMissed       = 1
+	exitMissed       = 1
 	ExitInconclusive = 3
 )
 
@@ -142,7 +142,7 @@ func (r *Report) Finish(w io.Writer, file string, strict bool) (code int, err er
 	}
 	switch {
 	case strict && missed > 0:
-		code = ExitMissed
+		code = exitMissed
 	case strict && inconclusive > 0:
 		code = ExitInconclusive
 	}
