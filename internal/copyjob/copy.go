@@ -393,7 +393,7 @@ func (a *attempt) verify(ctx context.Context, b *budget, files []*fileCopy) erro
 			}
 		}
 		switch {
-		case info.ETag != f.file.ETag:
+		case !object.SameETag(info.ETag, f.file.ETag):
 			return fmt.Errorf("verify the copy of %s: %s has ETag %q, not %q", f.name(), f.to, info.ETag, f.file.ETag)
 		case info.Size != f.from.Size && f.from.ETag != "":
 			return fmt.Errorf("%w: %s has %d bytes, not %d", errSourceAltered, f.name(), info.Size, f.from.Size)

@@ -860,7 +860,7 @@ func (m *Manager) verifyFile(ctx context.Context, root catalog.Root, f *segment.
 	case info.Size != f.Size:
 		return fmt.Errorf("%w: %s/%s of segment %d has %d bytes, not %d", ErrFileMissing, root.Store,
 			root.Prefix+f.Path, id, info.Size, f.Size)
-	case f.ETag != "" && info.ETag != "" && info.ETag != f.ETag:
+	case f.ETag != "" && info.ETag != "" && !object.SameETag(info.ETag, f.ETag):
 		return fmt.Errorf("%w: %s/%s of segment %d has ETag %s, not %s", ErrFileMissing, root.Store,
 			root.Prefix+f.Path, id, info.ETag, f.ETag)
 	}

@@ -461,7 +461,7 @@ func (m *Manager) lookFor(ctx context.Context, md *manifest.Metadata, id int64, 
 		return err
 	case info.Size != f.Size:
 		missing("%s/%s of segment %d: %d bytes, not %d", root.Store, root.Prefix+f.Path, id, info.Size, f.Size)
-	case f.ETag != "" && info.ETag != f.ETag:
+	case f.ETag != "" && !object.SameETag(info.ETag, f.ETag):
 		missing("%s/%s of segment %d: ETag %s, not %s", root.Store, root.Prefix+f.Path, id, info.ETag, f.ETag)
 	}
 	return nil

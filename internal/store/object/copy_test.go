@@ -116,3 +116,35 @@ func TestProvedEqual(t *testing.T) {
 		})
 	}
 }
+
+func TestSameETag(t *testing.T) {
+	for _, c := range []struct {
+		a, b string
+		same bool
+	}{
+		{"5d41402abc4b2a76b9719d911017c592", "5d41402abc4b2a76b9719d911017c592", true},
+		{"5d41402abc4b2a76b9719d911017c592", "5d41402abc4b2a76b9719d911017c593", false},
+		{"5d41402abc4b2a76b9719d911017c592-2", "5d41402abc4b2a76b9719d911017c592-3", false},
+		{"5d41402abc4b2a76b9719d911017c592-2", "5d41402abc4b2a76b9719d911017c592", false},
+		// A directory store, now and in earlier releases.
+		{"f-18ab", "f-18ab", true},
+		{"f-18ab", "f-18ac", false},
+		{"f-18ab", "e-18ab", false},
+		{"f-18ab-77", "f-18ab", true},
+		{"f-18ab", "f-18ab-77", true},
+		{"f-18ab-77", "f-18ab-78", true},
+		{"f-18ab-77", "f-18ac", false},
+		{"f-18ac-77", "f-18ab-77", false},
+		// Other text in three parts is no ETag of a directory store.
+		{"f-18ab-7z", "f-18ab", false},
+		{"F-18ab-77", "F-18ab", false},
+		{"f-18ab-", "f-18ab", false},
+		{"f--77", "f-", false},
+		{"f-18ab-77-1", "f-18ab", false},
+		{"5d41402abc4b2a76b9719d911017c592-2-1", "5d41402abc4b2a76b9719d911017c592-2", false},
+	} {
+		if got := object.SameETag(c.a, c.b); got != c.same {
+			t.Errorf("%q and %q: %v, want %v", c.a, c.b, got, c.same)
+		}
+	}
+}

@@ -53,7 +53,7 @@ var (
 type Info struct {
 	Key     string
 	Size    int64     // bytes
-	ETag    string    // as the store gives it, without quotes; not a content hash
+	ETag    string    // as the store gives it, without quotes; compare it with SameETag
 	ModTime time.Time // by the store's clock
 
 	// What follows Head alone delivers, and where the store knows it. Everywhere
@@ -69,6 +69,30 @@ type Info struct {
 	// OpaqueETag says that the ETag is no MD5 even if it looks like one, as that
 	// of an object under a key of KMS.
 	OpaqueETag bool
+}
+
+// SameETag reports whether two ETags, neither of them empty, name the same
+// version of an object. All comparisons of a recorded ETag with one that a store
+// returns go through it: ETags are equal as text, or are those of a directory
+// store, whose earlier releases added the inode as a third part. That part is not
+// compared, since a copy of the directory has other inodes.
+func SameETag(a, b string) bool {
+	return a == b || withoutInode(a) == withoutInode(b)
+}
+
+// withoutInode removes the inode from an ETag of the form size-mtime-inode, all
+// in lower-case hex, and returns any other ETag as it is.
+func withoutInode(etag string) string {
+	parts := strings.Split(etag, "-")
+	if len(parts) != 3 {
+		return etag
+	}
+	for _, part := range parts {
+		if part == "" || len(part) > 16 || strings.Trim(part, "0123456789abcdef") != "" {
+			return etag
+		}
+	}
+	return parts[0] + "-" + parts[1]
 }
 
 // Store is a flat space of keys. All methods are safe for concurrent use. They
@@ -106,7 +130,7 @@ type Store interface {
 	// and the same ETag where ETags follow from the content.
 	//
 	// It is ErrNotFound when From does not exist and ErrSourceChanged when it has
-	// another ETag. Another size than the request says is ErrSourceChanged too, or
+	// another ETag, by [SameETag]. Another size than the request says is ErrSourceChanged too, or
 	// goes unnoticed when the ETag is right and the object is not copied in parts.
 	//
 	// After any other error To may have been written, and may yet be: a late copy

@@ -53,7 +53,7 @@ func unchanged(r object.CopyRequest, source *os.File) error {
 		return err
 	case !stat.Mode().IsRegular():
 		return object.ErrNotFound
-	case describe(r.From, stat).ETag != r.SourceETag || stat.Size() != r.Size:
+	case !object.SameETag(describe(r.From, stat).ETag, r.SourceETag) || stat.Size() != r.Size:
 		return object.ErrSourceChanged
 	}
 	return nil

@@ -10,7 +10,13 @@
 // write returns. The file system must have hard links. A copy is written in the
 // same way; it shares its blocks with the source where the file system can.
 //
-// An ETag is made of a file's size, time and inode, so each copy has another.
+// An ETag is made of a file's size and modification time in nanoseconds, and of
+// nothing that a copy of the directory with its times (cp -a, rsync -a) changes.
+// ETags of earlier releases have the inode as a third part, which
+// [object.SameETag] passes over. What the store itself writes has a time of its
+// own, however coarse the clock is: see [Store.stamp]. What others write over a
+// file goes unnoticed when size and time stay the same, as when they write twice
+// in one tick of the file system's clock.
 //
 // What a directory cannot do and S3 can: an element of a key longer than 255
 // bytes, and two objects one of whose keys is a directory of the other's, as
@@ -39,7 +45,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -79,6 +84,9 @@ type Store struct {
 	// a write lock. So whoever finds a directory knows that it is durable.
 	// Pruning takes no lock: a write that loses its directory makes it again.
 	dirs sync.RWMutex
+
+	stampMu   sync.Mutex
+	lastStamp time.Time // of the file that was stamped last
 }
 
 var _ object.Store = (*Store)(nil)
@@ -199,12 +207,42 @@ func (s *Store) writeTemp(fill func(*os.File) error) (name string, stat fs.FileI
 	}
 	err = fill(f)
 	if err == nil {
+		err = s.stamp(name, f)
+	}
+	if err == nil {
 		err = f.Sync()
 	}
 	if err == nil {
 		stat, err = f.Stat()
 	}
 	return name, stat, errors.Join(err, f.Close())
+}
+
+// sameTick is how far ahead of the file system's clock a stamp may be. A larger
+// distance is a clock that was set back.
+const sameTick = time.Second
+
+// stamp gives a complete temporary file a modification time that no other file
+// has that this store wrote: a nanosecond after the last one, when the clock has
+// not moved on since. So an object that is replaced gets another ETag even when
+// its size stays the same.
+func (s *Store) stamp(name string, f *os.File) error {
+	stat, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	s.stampMu.Lock()
+	stamp := stat.ModTime()
+	moved := false
+	if ahead := s.lastStamp.Sub(stamp); ahead >= 0 && ahead < sameTick {
+		stamp, moved = s.lastStamp.Add(time.Nanosecond), true
+	}
+	s.lastStamp = stamp
+	s.stampMu.Unlock()
+	if !moved {
+		return nil
+	}
+	return s.root.Chtimes(name, time.Time{}, stamp)
 }
 
 // install calls name, which gives a file the name key, in a directory that
@@ -500,17 +538,12 @@ func check(ctx context.Context, key string) error {
 	return ctx.Err()
 }
 
-// describe makes an Info. A replaced object has another inode or another time,
-// as long as the inode is not used again within one tick of the clock.
+// describe makes an Info.
 func describe(key string, stat fs.FileInfo) object.Info {
-	var inode uint64
-	if sys, ok := stat.Sys().(*syscall.Stat_t); ok {
-		inode = sys.Ino
-	}
 	return object.Info{
 		Key:     key,
 		Size:    stat.Size(),
-		ETag:    fmt.Sprintf("%x-%x-%x", stat.Size(), stat.ModTime().UnixNano(), inode),
+		ETag:    fmt.Sprintf("%x-%x", stat.Size(), stat.ModTime().UnixNano()),
 		ModTime: stat.ModTime(),
 	}
 }

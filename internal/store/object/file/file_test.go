@@ -181,6 +181,89 @@ func copyAll(t *testing.T, s *file.Store) {
 	}
 }
 
+// copyDir copies a directory as cp -a does: other inodes, the same times.
+func copyDir(t *testing.T, to, from string) {
+	t.Helper()
+	if err := os.CopyFS(to, os.DirFS(from)); err != nil {
+		t.Fatal(err)
+	}
+	if err := filepath.WalkDir(from, func(name string, e os.DirEntry, err error) error {
+		if err != nil || !e.Type().IsRegular() {
+			return err
+		}
+		info, err := e.Info()
+		if err != nil {
+			return err
+		}
+		return os.Chtimes(filepath.Join(to, strings.TrimPrefix(name, from)), time.Time{}, info.ModTime())
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestCopiedDirectory has a copy of a store's directory know every version that
+// was recorded of the first one, also as earlier releases recorded it.
+func TestCopiedDirectory(t *testing.T) {
+	dir, moved := t.TempDir(), filepath.Join(t.TempDir(), "moved")
+	first := open(t, dir)
+	put(t, first, "a/b")
+	source, err := first.Head(t.Context(), "a/b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	copyDir(t, moved, dir)
+	second := open(t, moved)
+	if got, err := second.Head(t.Context(), "a/b"); err != nil || !object.SameETag(got.ETag, source.ETag) {
+		t.Errorf("in the copy: %+v, %v; it was %+v", got, err, source)
+	}
+	for i, etag := range []string{source.ETag, source.ETag + "-7a1c"} {
+		r := object.CopyRequest{From: "a/b", To: fmt.Sprintf("c/%d", i), SourceETag: etag, Size: source.Size}
+		if _, err := second.Copy(t.Context(), r); err != nil {
+			t.Errorf("a copy pinned to ETag %s: %v", etag, err)
+		}
+	}
+	// A file that was touched is another version.
+	now := time.Now()
+	if err := os.Chtimes(filepath.Join(moved, "a", "b"), now, now); err != nil {
+		t.Fatal(err)
+	}
+	r := object.CopyRequest{From: "a/b", To: "c/d", SourceETag: source.ETag, Size: source.Size}
+	if _, err := second.Copy(t.Context(), r); !errors.Is(err, object.ErrSourceChanged) {
+		t.Errorf("of a file that was touched: err = %v, want ErrSourceChanged", err)
+	}
+}
+
+// TestOverwritesDiffer replaces an object faster than the clock of the file
+// system ticks, each time with one of the same size.
+func TestOverwritesDiffer(t *testing.T) {
+	s := open(t, t.TempDir())
+	seen := map[string]bool{}
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	for w := range 4 {
+		wg.Go(func() {
+			for i := range 50 {
+				info, err := s.Put(t.Context(), fmt.Sprintf("k/%d", w%2), []byte{byte(i)})
+				mu.Lock()
+				if err != nil || seen[info.ETag] {
+					t.Errorf("%+v, %v: the ETag was there before", info, err)
+				}
+				seen[info.ETag] = true
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	now, err := s.Now(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	info, err := s.Head(t.Context(), "k/0")
+	if err != nil || info.ModTime.After(now.Add(time.Millisecond)) {
+		t.Errorf("%+v, %v is later than the clock, %v", info, err, now)
+	}
+}
+
 // TestCopyIsIndependent writes into the file of a source, as no store does, and
 // asks for a copy of what links point to.
 func TestCopyIsIndependent(t *testing.T) {

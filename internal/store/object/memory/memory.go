@@ -181,7 +181,7 @@ func (s *Store) Copy(ctx context.Context, r object.CopyRequest) (object.Info, er
 	switch {
 	case !ok:
 		return object.Info{}, fmt.Errorf("copy %s to %s: %w", r.From, r.To, object.ErrNotFound)
-	case source.info.ETag != r.SourceETag || source.info.Size != r.Size:
+	case !object.SameETag(source.info.ETag, r.SourceETag) || source.info.Size != r.Size:
 		return object.Info{}, fmt.Errorf("copy %s to %s: %w", r.From, r.To, object.ErrSourceChanged)
 	}
 	target := stored{body: source.body, info: source.info}

@@ -1,0 +1,156 @@
+//go:build !short && unix
+
+package embed_test
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
+	"github.com/snapshotd/snapshotd/embed"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/object/file"
+)
+
+// TestCopyOfTheDataDirectory stops an embedded server, copies its data directory
+// with its times, and restores from the copy what has ETags: a segment that an
+// earlier release registered, whose ETag has the inode, and a restored one.
+func TestCopyOfTheDataDirectory(t *testing.T) {
+	cfg := small(t)
+	put := putFile(t, filepath.Join(cfg.DataDir, "objects"))
+	run := func(do func(s *embed.Server)) {
+		t.Helper()
+		s, err := embed.Start(t.Context(), cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		do(s)
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run(func(s *embed.Server) {
+		if err := createCollection(t.Context(), s.Conn(), "c"); err != nil {
+			t.Fatal(err)
+		}
+		register(t, s, "c", put.Size, put.ETag+"-7a1c")
+		restoreOf(t, s, "c", "s0", "first")
+		restoreOf(t, s, "first", "s1", "second")
+	})
+	moved := filepath.Join(t.TempDir(), "moved")
+	copyWithTimes(t, moved, cfg.DataDir)
+	cfg.DataDir = moved
+	run(func(s *embed.Server) {
+		restoreOf(t, s, "", "s0", "third")
+		restoreOf(t, s, "", "s1", "fourth")
+	})
+}
+
+// putFile writes the only file of the collection c.
+func putFile(t *testing.T, dir string) object.Info {
+	t.Helper()
+	store, err := file.Open(dir, file.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	info, err := store.Put(t.Context(), "c/data", []byte("rows"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return info
+}
+
+// register registers a segment of the file c/data.
+func register(t *testing.T, s *embed.Server, collection string, size int64, etag string) {
+	t.Helper()
+	ctx, catalog := t.Context(), pb.NewCatalogServiceClient(s.Conn())
+	ref := &pb.CollectionRef{Ref: &pb.CollectionRef_Name{Name: &pb.CollectionName{Name: collection}}}
+	ids, err := catalog.AllocateIds(ctx, &pb.AllocateIdsRequest{Want: &pb.AllocateIdsRequest_Count{Count: 1}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stream, err := catalog.AddSegments(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.Send(&pb.AddSegmentsRequest{Collection: ref, Segments: []*pb.Segment{{
+		Id: ids.GetIds().GetFirst(), State: pb.Segment_STATE_FLUSHED, Rows: 1,
+		StartPosition: &pb.Position{Timestamp: 1}, DmlPosition: &pb.Position{Timestamp: 2},
+		Files: []*pb.File{{Path: "data", Kind: "insert", SizeBytes: size, Etag: etag, Entries: 1, MinTimestamp: 1, MaxTimestamp: 1}},
+	}}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.CloseAndRecv(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := catalog.SetCheckpoints(ctx, &pb.SetCheckpointsRequest{
+		Collection: ref, Checkpoints: []*pb.ChannelPosition{{Position: &pb.Position{Timestamp: 10}}},
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// restoreOf restores a snapshot, of a collection that it first takes it of when
+// one is named, and waits for the end.
+func restoreOf(t *testing.T, s *embed.Server, collection, snapshot, target string) {
+	t.Helper()
+	ctx, snapshots := t.Context(), pb.NewSnapshotServiceClient(s.Conn())
+	if collection != "" {
+		if _, err := snapshots.CreateSnapshot(ctx, &pb.CreateSnapshotRequest{
+			Name: snapshot, Verify: true,
+			Collection: &pb.CollectionRef{Ref: &pb.CollectionRef_Name{Name: &pb.CollectionName{Name: collection}}},
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	job, err := snapshots.RestoreSnapshot(ctx, &pb.RestoreSnapshotRequest{
+		Snapshot: &pb.SnapshotRef{Ref: &pb.SnapshotRef_Name{Name: snapshot}}, Target: &pb.CollectionName{Name: target},
+	})
+	if err != nil {
+		t.Fatalf("restore %s to %s: %v", snapshot, target, err)
+	}
+	stream, err := snapshots.WatchRestore(ctx, &pb.WatchRestoreRequest{JobId: job.GetJobId()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for {
+		resp, err := stream.Recv()
+		if err != nil {
+			t.Fatalf("restore %s to %s: %v", snapshot, target, err)
+		}
+		switch state := resp.GetJob().GetState(); state {
+		case pb.RestoreJob_STATE_COMPLETED:
+			return
+		case pb.RestoreJob_STATE_FAILED, pb.RestoreJob_STATE_CANCELED:
+			t.Fatalf("restore %s to %s ends as %v: %v", snapshot, target, state, resp.GetJob())
+		}
+	}
+}
+
+// copyWithTimes copies a directory as cp -a does: other inodes, the same times.
+func copyWithTimes(t *testing.T, to, from string) {
+	t.Helper()
+	if err := os.CopyFS(to, os.DirFS(from)); err != nil {
+		t.Fatal(err)
+	}
+	if err := filepath.WalkDir(from, func(name string, e fs.DirEntry, err error) error {
+		if err != nil || !e.Type().IsRegular() {
+			return err
+		}
+		info, err := e.Info()
+		if err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		return os.Chtimes(filepath.Join(to, strings.TrimPrefix(name, from)), time.Time{}, info.ModTime())
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
