@@ -375,9 +375,9 @@ func Meanwhile(fn func(r *http.Request)) Action {
 
 // StripRequest leaves a field out of the request, which it signs again.
 func StripRequest(name string, accessKeyID, secret string) Action {
-	return Action{name: "strip " + name, before: func(p *Proxy, w http.ResponseWriter, r *http.Request) bool {
+	return Action{name: "strip " + name, before: func(_ *Proxy, w http.ResponseWriter, r *http.Request) bool {
 		r.Header.Del(name)
-		if err := p.sign(r, accessKeyID, secret); err != nil {
+		if err := Resign(r, accessKeyID, secret); err != nil {
 			http.Error(w, err.Error(), http.StatusBadGateway)
 			return true
 		}
@@ -688,8 +688,9 @@ func (p *Proxy) hang(r *http.Request) {
 	panic(http.ErrAbortHandler)
 }
 
-// sign signs a request that was changed.
-func (p *Proxy) sign(r *http.Request, accessKeyID, secret string) error {
+// Resign signs a request that was changed on its way to a server, with the payload
+// hash and the date that it carries.
+func Resign(r *http.Request, accessKeyID, secret string) error {
 	out := r.Clone(r.Context())
 	out.URL.Scheme, out.URL.Host = "http", r.Host
 	out.Header.Del("Authorization")

@@ -28,7 +28,8 @@ type upload struct {
 
 // AbortUploads implements [object.Store]. Some servers, MinIO among them, list
 // the uploads of one whole key only; there it finds none, and they go when the
-// server thinks them old enough.
+// server thinks them old enough. A server that does not know the request leaves all
+// of them to its own rules for old uploads, which one warning says.
 func (s *Store) AbortUploads(ctx context.Context, prefix string, before time.Time) (int, error) {
 	err := object.CheckPrefix(prefix)
 	if err == nil && prefix != "" {
@@ -51,6 +52,12 @@ func (s *Store) abortUploads(ctx context.Context, prefix string, match func(uplo
 	aborted := make(map[string]int) // by id, how often
 	for {
 		uploads, f := s.uploads(ctx, prefix, match)
+		if f != nil && unsupported(f) {
+			s.unlistedOnce.Do(func() {
+				s.o.Log.Warn("the store does not list unfinished uploads: set a lifecycle rule that aborts them", zap.String("bucket", s.o.Bucket))
+			})
+			return len(aborted), nil
+		}
 		if f != nil {
 			return len(aborted), s.error("list uploads of", prefix, f)
 		}

@@ -53,7 +53,7 @@ func (s *Store) Delete(ctx context.Context, keys ...string) error {
 			continue
 		}
 		left, f := s.deleteBatch(ctx, part, failed)
-		if f != nil && unsupported(f) {
+		if f != nil && refusesBatch(f) {
 			s.noBatch.Store(true)
 			single = append(single, left...)
 			continue
@@ -85,12 +85,37 @@ func unsupported(f *failure) bool {
 		f.status == http.StatusNotImplemented || f.status == http.StatusMethodNotAllowed
 }
 
+// refusesBatch says whether the server refuses the form of the request, so that
+// keys go one by one from then on. A lack of rights or of patience is not the form.
+func refusesBatch(f *failure) bool {
+	if unsupported(f) {
+		return true
+	}
+	switch f.status {
+	case http.StatusBadRequest, http.StatusNotFound, http.StatusLengthRequired, http.StatusUnsupportedMediaType:
+		return !f.retry && !errors.Is(f.kind, object.ErrDenied) && f.code != "NoSuchBucket"
+	}
+	return false
+}
+
+// missesMD5 says whether the server wants the field Content-MD5.
+func missesMD5(f *failure) bool {
+	return f.status == http.StatusBadRequest &&
+		(f.code == "MissingContentMD5" || strings.Contains(strings.ToLower(f.detail), "content-md5"))
+}
+
 // deleteBatch deletes keys with one request, or some more for those that did not
 // go with the first. It calls failed for those that will not go, and returns
 // those that it does not know about, with what kept it.
 func (s *Store) deleteBatch(ctx context.Context, keys []string, failed func(string, error)) (left []string, f *failure) {
 	left = keys
 	f = s.retry(ctx, "delete", fmt.Sprintf("%s and %d more", keys[0], len(keys)-1), func() *failure {
+		withMD5 := s.wantsMD5.Load()
+		options := func(o *s3.Options) {
+			if withMD5 {
+				o.APIOptions = append(slices.Clone(o.APIOptions), smithyhttp.AddContentChecksumMiddleware)
+			}
+		}
 		objects := make([]types.ObjectIdentifier, len(left))
 		for i, key := range left {
 			objects[i].Key = s.key(key)
@@ -100,9 +125,13 @@ func (s *Store) deleteBatch(ctx context.Context, keys []string, failed func(stri
 			defer atDelete.After()
 			return s.client.DeleteObjects(ctx, &s3.DeleteObjectsInput{
 				Bucket: &s.o.Bucket, ExpectedBucketOwner: s.owner, Delete: &types.Delete{Objects: objects, Quiet: aws.Bool(false)},
-			})
+			}, options)
 		})
 		switch {
+		case f != nil && !withMD5 && missesMD5(f):
+			s.wantsMD5.Store(true)
+			f.retry = true
+			return f
 		case f != nil && errors.Is(f.kind, object.ErrNotFound):
 			return unusable("there is no such key as a list of keys")
 		case f != nil:

@@ -35,7 +35,6 @@ func TestValidate(t *testing.T) {
 		{Bucket: "abc", Prefix: "/"},
 		{Bucket: "abc", Prefix: strings.Repeat("x/", 300)},
 		{Bucket: "abc", Endpoint: "host:9000"},
-		{Bucket: "abc", Endpoint: "http://h/path"},
 		{Bucket: "abc", Endpoint: "http://h?x"},
 		{Bucket: "abc", Endpoint: "file:///x"},
 		{Bucket: ""},

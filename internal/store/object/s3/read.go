@@ -388,7 +388,12 @@ func (s *Store) page(ctx context.Context, prefix string, token *string, last str
 		case !strings.HasPrefix(key, s.o.Prefix+prefix):
 			return page{}, unusable("key %q does not begin with the prefix asked for", clip(key))
 		case key <= last:
-			return page{}, unusable("key %q does not come after key %q", clip(key), clip(last))
+			f := unusable("key %q does not come after key %q", clip(key), clip(last))
+			if key < last {
+				f.kind = object.ErrMisconfigured // when the store answers so each time
+				f.detail += "; the store lists objects out of key order, and snapshotd needs that order"
+			}
+			return page{}, f
 		case o.Size == nil || *o.Size < 0 || bare(o.ETag) == "" || o.LastModified == nil:
 			return page{}, unusable("key %q has no size, ETag or time", clip(key))
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net/http"
 	"sync"
 	"time"
 
@@ -64,8 +65,10 @@ func pause(base time.Duration, attempts int) time.Duration {
 }
 
 // retry calls try until it succeeds, fails for good, or may not be tried again,
-// and returns its last failure.
+// and returns its last failure. An answer that only asks for a lower rate is no
+// failed attempt and costs no budget until ratePatience is over.
 func (s *Store) retry(ctx context.Context, op, key string, try func() *failure) *failure {
+	var limited time.Time // when the store first asked for a lower rate
 	for attempt := 1; ; attempt++ {
 		if f := over(ctx); f != nil {
 			return f
@@ -81,11 +84,18 @@ func (s *Store) retry(ctx context.Context, op, key string, try func() *failure) 
 		if !f.retry {
 			return f
 		}
-		if attempt >= s.o.MaxAttempts {
+		patient := false
+		if f.status == http.StatusTooManyRequests {
+			if limited.IsZero() {
+				limited = time.Now()
+			}
+			patient = time.Since(limited) < ratePatience
+		}
+		if attempt >= s.o.MaxAttempts && !patient {
 			f.detail = fmt.Sprintf("%d attempts, the last: %s", attempt, f.detail)
 			return f
 		}
-		if !s.budget.spend() {
+		if !patient && !s.budget.spend() {
 			f.detail = "no more retries for now, too many calls fail: " + f.detail
 			return f
 		}

@@ -28,6 +28,7 @@ import (
 	"os"
 	"regexp"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -37,6 +38,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/credentials"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
 	"github.com/aws/aws-sdk-go-v2/service/s3/types"
+	"github.com/aws/smithy-go/middleware"
 	"go.uber.org/zap"
 
 	"github.com/snapshotd/snapshotd/internal/store/object"
@@ -59,6 +61,7 @@ const (
 	copyPatience   = 3        // times the timeout of a request
 	copiedPerSec   = 10 << 20 // bytes; a copy slower than that is given up
 	maxPause       = 5 * time.Second
+	ratePatience   = 30 * time.Second // with a store that takes so many writes of one key in a second
 	maxRetryAfter  = 10 * time.Second
 )
 
@@ -86,7 +89,8 @@ type Options struct {
 	// Region is the bucket's. Default: "us-east-1".
 	Region string
 	// Endpoint is the address of another server than AWS, as http://host:port or
-	// https://host:port. Default: that of AWS in the region.
+	// https://host:port, with a path where the server has one. Default: that of AWS
+	// in the region.
 	Endpoint string
 	// PathStyle puts the bucket into the path and not into the host's name. Most
 	// servers other than AWS need it.
@@ -152,8 +156,8 @@ func (o Options) Validate() error {
 	if o.Endpoint != "" {
 		u, err := url.Parse(o.Endpoint)
 		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.User != nil ||
-			strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "" {
-			wrong("endpoint: is not http://host:port or https://host:port, and nothing else")
+			u.RawQuery != "" || u.Fragment != "" {
+			wrong("endpoint: is not http://host:port/path or https://host:port/path; the path may be empty")
 		}
 	}
 	if strings.ContainsAny(o.Region, " \t\r\n/:@?#") {
@@ -217,6 +221,11 @@ type Store struct {
 	owner     *string
 	// noBatch says that the server does not know how to delete many at once.
 	noBatch atomic.Bool
+	// wantsMD5 says that the server wants the field Content-MD5 with a list of keys
+	// to delete.
+	wantsMD5 atomic.Bool
+	// unlistedOnce guards the warning that the server does not list uploads.
+	unlistedOnce sync.Once
 }
 
 var _ object.Store = (*Store)(nil)
@@ -258,6 +267,7 @@ func Open(ctx context.Context, o Options) (*Store, error) {
 		DisableLogOutputChecksumValidationSkipped: true,
 		DisableMultiRegionAccessPoints:            true,
 		DisableS3ExpressSessionAuth:               aws.Bool(true),
+		APIOptions:                                []func(*middleware.Stack) error{noAcceptEncoding},
 	}
 	if o.Endpoint != "" {
 		so.BaseEndpoint = aws.String(strings.TrimRight(o.Endpoint, "/"))
@@ -322,6 +332,19 @@ func findCredentials(ctx context.Context, o Options, config *tls.Config) (aws.Cr
 		return nil, fmt.Errorf("%w: no credentials were found; set an access key, or give the process a role: %s", object.ErrDenied, clip(err.Error()))
 	}
 	return cfg.Credentials, nil
+}
+
+// noAcceptEncoding keeps the SDK from setting, and so from signing, the field
+// Accept-Encoding. Front ends such as those of GCS and of content networks rewrite
+// it, and the signature is then wrong. Without the field a server compresses
+// nothing.
+func noAcceptEncoding(stack *middleware.Stack) error {
+	const id = "DisableAcceptEncodingGzip"
+	if _, found := stack.Finalize.Get(id); !found {
+		return nil
+	}
+	_, err := stack.Finalize.Remove(id)
+	return err
 }
 
 // key is the name of an object in the bucket.

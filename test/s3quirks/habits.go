@@ -1,0 +1,324 @@
+package s3quirks
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"hash/fnv"
+	"maps"
+	"net/http"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
+)
+
+// Refusal is an error of S3 with a message.
+func Refusal(status int, code, message string) *s3fault.Answer {
+	body := fmt.Appendf(nil, "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>%s</Code><Message>%s</Message></Error>", code, message)
+	return &s3fault.Answer{Status: status, Header: http.Header{"Content-Type": {"application/xml"}}, Body: body}
+}
+
+// Match selects requests: those of one of the operations, or of all when there
+// is none, whose key matches, or any key when the pattern is nil.
+type Match struct {
+	Ops []s3fault.Op
+	Key *regexp.Regexp
+	// Skip is how many of them pass first, Times how many are then concerned.
+	// Times 0 means all.
+	Skip, Times int
+}
+
+func (m Match) selects(r *Request) bool {
+	return (len(m.Ops) == 0 || slices.Contains(m.Ops, r.Op)) && (m.Key == nil || m.Key.MatchString(r.Key))
+}
+
+// Refuse answers the requests that match with an error and the header fields,
+// and does not ask the server.
+func Refuse(m Match, status int, code, message string, header http.Header) Habit {
+	return func(next Handler) Handler {
+		var mu sync.Mutex
+		seen := 0
+		return func(r *Request) *s3fault.Answer {
+			if !m.selects(r) {
+				return next(r)
+			}
+			mu.Lock()
+			seen++
+			concerned := seen > m.Skip && (m.Times == 0 || seen <= m.Skip+m.Times)
+			mu.Unlock()
+			if !concerned {
+				return next(r)
+			}
+			answer := Refusal(status, code, message)
+			maps.Copy(answer.Header, header)
+			return answer
+		}
+	}
+}
+
+// Lacks refuses operations as not implemented.
+func Lacks(ops ...s3fault.Op) Habit {
+	return Refuse(Match{Ops: ops}, http.StatusNotImplemented, "NotImplemented", "A header or query you provided implies functionality that is not implemented.", nil)
+}
+
+// writes are the operations that give a key another content.
+var writes = []s3fault.Op{s3fault.PutObject, s3fault.CopyObject, s3fault.CompleteMultipartUpload}
+
+// RatePerKey takes one write of a key in each interval and refuses others with
+// HTTP 429.
+func RatePerKey(interval time.Duration) Habit {
+	return func(next Handler) Handler {
+		var mu sync.Mutex
+		last := map[string]time.Time{}
+		return func(r *Request) *s3fault.Answer {
+			if slices.Contains(writes, r.Op) {
+				now := time.Now()
+				mu.Lock()
+				early := now.Sub(last[r.URL.Path]) < interval
+				if !early {
+					last[r.URL.Path] = now
+				}
+				mu.Unlock()
+				if early {
+					return Refusal(http.StatusTooManyRequests, "TooManyRequests", "Reduce your concurrent request rate for the same object.")
+				}
+			}
+			return next(r)
+		}
+	}
+}
+
+// RewritesAcceptEncoding gives the field Accept-Encoding another value on the
+// way, as front ends that compress do. A signature that covers it is then wrong.
+func RewritesAcceptEncoding() Habit {
+	return func(next Handler) Handler {
+		return func(r *Request) *s3fault.Answer {
+			r.Header.Set("Accept-Encoding", "gzip, br, rewritten")
+			return next(r)
+		}
+	}
+}
+
+// WantsContentMD5 refuses DeleteObjects without the field Content-MD5.
+func WantsContentMD5(code string) Habit {
+	return func(next Handler) Handler {
+		return func(r *Request) *s3fault.Answer {
+			if r.Op == s3fault.DeleteObjects && r.Header.Get("Content-Md5") == "" {
+				return Refusal(http.StatusBadRequest, code, "Missing required header for this request: Content-MD5")
+			}
+			return next(r)
+		}
+	}
+}
+
+// Ignores drops a field of the request, as a server does that does not know it.
+func Ignores(field string, ops ...s3fault.Op) Habit {
+	return func(next Handler) Handler {
+		return func(r *Request) *s3fault.Answer {
+			if r.Header.Get(field) == "" || len(ops) > 0 && !slices.Contains(ops, r.Op) {
+				return next(r)
+			}
+			r.Header.Del(field)
+			if err := r.Resign(); err != nil {
+				return Refusal(http.StatusInternalServerError, "InternalError", err.Error())
+			}
+			return next(r)
+		}
+	}
+}
+
+// UnderPath serves S3 below a path, as in http://host/storage/v1/s3.
+func UnderPath(path string) Habit {
+	return func(next Handler) Handler {
+		return func(r *Request) *s3fault.Answer {
+			rest, found := strings.CutPrefix(r.URL.Path, path)
+			if !found || rest == "" {
+				return Refusal(http.StatusNotFound, "NoSuchPath", "There is nothing at this path.")
+			}
+			r.URL.Path = rest
+			r.URL.RawPath = strings.TrimPrefix(r.URL.RawPath, path)
+			r.RequestURI = ""
+			if source := r.Header.Get("X-Amz-Copy-Source"); source != "" {
+				r.Header.Set("X-Amz-Copy-Source", strings.TrimPrefix(source, path))
+			}
+			r.Op, r.Key = s3fault.Classify(r.Request)
+			if err := r.Resign(); err != nil {
+				return Refusal(http.StatusInternalServerError, "InternalError", err.Error())
+			}
+			return next(r)
+		}
+	}
+}
+
+var (
+	contents = regexp.MustCompile(`(?s)<Contents>.*?</Contents>`)
+	keyIn    = regexp.MustCompile(`<Key>([^<]*)</Key>`)
+	keyCount = regexp.MustCompile(`<KeyCount>\d+</KeyCount>`)
+	etagIn   = regexp.MustCompile(`<ETag>(&quot;|&#34;|")?([^<"&]*)(&quot;|&#34;|")?</ETag>`)
+)
+
+// editList changes the entries of the listings that the server answers with.
+func editList(change func(r *Request, entries []string) []string) Habit {
+	return func(next Handler) Handler {
+		return func(r *Request) *s3fault.Answer {
+			answer := next(r)
+			if r.Op != s3fault.ListObjectsV2 || answer.Status != http.StatusOK {
+				return answer
+			}
+			body := string(answer.Body)
+			entries := contents.FindAllString(body, -1)
+			if len(entries) == 0 {
+				return answer
+			}
+			at := contents.FindStringIndex(body)[0]
+			rest := contents.ReplaceAllLiteralString(body, "")
+			entries = change(r, entries)
+			body = rest[:at] + strings.Join(entries, "") + rest[at:]
+			answer.Body = []byte(keyCount.ReplaceAllLiteralString(body, "<KeyCount>"+strconv.Itoa(len(entries))+"</KeyCount>"))
+			return answer
+		}
+	}
+}
+
+func keyOf(entry string) string {
+	if m := keyIn.FindStringSubmatch(entry); m != nil {
+		return m[1]
+	}
+	return ""
+}
+
+// UnorderedLists orders each page of a list by a hash of the keys.
+func UnorderedLists() Habit {
+	hash := func(entry string) uint64 {
+		h := fnv.New64a()
+		_, _ = h.Write([]byte(keyOf(entry))) // never fails
+		return h.Sum64()
+	}
+	return editList(func(_ *Request, entries []string) []string {
+		slices.SortFunc(entries, func(a, b string) int {
+			switch x, y := hash(a), hash(b); {
+			case x < y:
+				return -1
+			case x > y:
+				return 1
+			}
+			return 0
+		})
+		return entries
+	})
+}
+
+// BlindLists answers lists of a prefix that matches with no object at all.
+func BlindLists(prefix *regexp.Regexp) Habit {
+	return editList(func(r *Request, entries []string) []string {
+		if prefix.MatchString(r.URL.Query().Get("prefix")) {
+			return nil
+		}
+		return entries
+	})
+}
+
+// OtherETags gives each object the ETag of an upload in parts, as a store does
+// that splits objects by itself. It translates conditions back.
+func OtherETags() Habit {
+	const suffix = "-1"
+	strip := func(value string) string {
+		return strings.ReplaceAll(value, suffix+`"`, `"`)
+	}
+	return func(next Handler) Handler {
+		return func(r *Request) *s3fault.Answer {
+			changed := false
+			for _, name := range []string{"If-Match", "X-Amz-Copy-Source-If-Match"} {
+				if value := r.Header.Get(name); value != "" {
+					r.Header.Set(name, strip(value))
+					changed = true
+				}
+			}
+			if r.Op == s3fault.CompleteMultipartUpload {
+				if body := etagIn.ReplaceAllFunc(r.Body, func(tag []byte) []byte {
+					return []byte(strings.Replace(string(tag), suffix, "", 1))
+				}); string(body) != string(r.Body) {
+					sum := sha256.Sum256(body)
+					r.Body, r.ContentLength = body, int64(len(body))
+					r.Header.Set("X-Amz-Content-Sha256", hex.EncodeToString(sum[:]))
+					changed = true
+				}
+			}
+			if changed {
+				if err := r.Resign(); err != nil {
+					return Refusal(http.StatusInternalServerError, "InternalError", err.Error())
+				}
+			}
+			answer := next(r)
+			if tag := answer.Header.Get("Etag"); tag != "" && !strings.Contains(tag, "-") {
+				answer.Header.Set("Etag", `"`+strings.Trim(tag, `"`)+suffix+`"`)
+			}
+			answer.Body = etagIn.ReplaceAllFunc(answer.Body, func(tag []byte) []byte {
+				m := etagIn.FindSubmatch(tag)
+				if bytes.Contains(m[2], []byte("-")) {
+					return tag
+				}
+				return fmt.Appendf(nil, "<ETag>&quot;%s%s&quot;</ETag>", m[2], suffix)
+			})
+			return answer
+		}
+	}
+}
+
+// Full refuses all that takes space, and answers reads and deletes.
+func Full(status int, code string) Habit {
+	return Refuse(Match{Ops: []s3fault.Op{
+		s3fault.PutObject, s3fault.CopyObject, s3fault.CreateMultipartUpload, s3fault.UploadPart,
+		s3fault.UploadPartCopy, s3fault.CompleteMultipartUpload,
+	}}, status, code, "There is no space left on the store.", nil)
+}
+
+// Versioned adds the fields that a bucket with versions sends.
+func Versioned() Habit {
+	return func(next Handler) Handler {
+		return func(r *Request) *s3fault.Answer {
+			answer := next(r)
+			if answer.Status < 300 && r.Key != "" {
+				answer.Header.Set("X-Amz-Version-Id", "3sL4kqtJlcpXroDTDmJ.rmSpXd3dIbrHY")
+				if r.Op == s3fault.DeleteObject {
+					answer.Header.Set("X-Amz-Delete-Marker", "true")
+				}
+			}
+			return answer
+		}
+	}
+}
+
+// Archived refuses to read or copy objects whose key matches, as a store does for
+// those of an archive class.
+func Archived(key *regexp.Regexp) Habit {
+	return func(next Handler) Handler {
+		return func(r *Request) *s3fault.Answer {
+			read := r.Op == s3fault.GetObject && key.MatchString(r.Key)
+			copied := r.Op == s3fault.CopyObject && key.MatchString(r.Header.Get("X-Amz-Copy-Source"))
+			if read || copied {
+				return Refusal(http.StatusForbidden, "InvalidObjectState", "The operation is not valid for the object's storage class")
+			}
+			return next(r)
+		}
+	}
+}
+
+// Answers gives the successful answers of an operation another status.
+func Answers(op s3fault.Op, status int) Habit {
+	return func(next Handler) Handler {
+		return func(r *Request) *s3fault.Answer {
+			answer := next(r)
+			if r.Op == op && answer.Status < 300 {
+				answer.Status = status
+			}
+			return answer
+		}
+	}
+}

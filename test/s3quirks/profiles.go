@@ -1,0 +1,43 @@
+package s3quirks
+
+import (
+	"net/http"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
+)
+
+// Profile is a set of habits that users of a kind of store have reported. It is a
+// model for tests, not a statement about any release of the store it is named for.
+type Profile struct {
+	Name   string
+	Habits func() []Habit // fresh ones, for some have state
+	// Path is what the endpoint's address ends in, empty or with a leading slash.
+	Path string
+	// Unfit is part of the message with which the probe refuses the store. Empty:
+	// snapshotd runs on it and the whole conformance suite passes.
+	Unfit string
+}
+
+// Profiles are those that the tests and docs/s3.md know.
+var Profiles = []Profile{
+	{Name: "AWS", Habits: func() []Habit { return []Habit{Versioned()} }},
+	{Name: "R2", Habits: func() []Habit {
+		return []Habit{RatePerKey(4 * time.Millisecond)} // in place of a second, so that the suite ends
+	}},
+	{Name: "GCS XML", Habits: func() []Habit {
+		return []Habit{RewritesAcceptEncoding(), Lacks(s3fault.DeleteObjects)}
+	}},
+	{Name: "GCS XML without conditions", Unfit: "conditional create", Habits: func() []Habit {
+		return []Habit{RewritesAcceptEncoding(), Ignores("If-None-Match")}
+	}},
+	{Name: "MinIO", Habits: func() []Habit {
+		return []Habit{Ignores("If-None-Match", s3fault.CopyObject), Ignores("If-Match", s3fault.DeleteObject)}
+	}},
+	{Name: "Ceph", Habits: func() []Habit { return []Habit{OtherETags(), WantsContentMD5("InvalidRequest")} }},
+	{Name: "HCP", Habits: func() []Habit {
+		return []Habit{WantsContentMD5("MissingContentMD5"), Answers(s3fault.DeleteObject, http.StatusOK), Lacks(s3fault.ListMultipartUploads)}
+	}},
+	{Name: "Supabase", Path: "/storage/v1/s3", Habits: func() []Habit { return []Habit{UnderPath("/storage/v1/s3")} }},
+	{Name: "old gateway", Unfit: "key order", Habits: func() []Habit { return []Habit{UnorderedLists()} }},
+}

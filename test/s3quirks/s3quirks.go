@@ -1,0 +1,106 @@
+// Package s3quirks puts habits of other object stores in front of an S3 server:
+// a rate for each key, lists out of order, requests that are not implemented,
+// header fields that are rewritten on the way. Tests choose single habits or a
+// [Profile], which is a set of them under the name of a kind of store.
+//
+// Package s3fault makes single requests fail; this package changes what a server
+// is. A fault proxy may stand in front of a server with habits.
+package s3quirks
+
+import (
+	"bytes"
+	"io"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"slices"
+	"strconv"
+	"testing"
+
+	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
+	"github.com/snapshotd/snapshotd/internal/testing/s3test"
+)
+
+// Request is a request with its body read.
+type Request struct {
+	*http.Request
+	Body []byte
+	Op   s3fault.Op
+	Key  string // without the bucket; empty for a request about the bucket
+}
+
+// Resign signs the request again after a habit has changed it.
+func (r *Request) Resign() error {
+	return s3fault.Resign(r.Request, s3test.AccessKeyID, s3test.SecretAccessKey)
+}
+
+// Handler answers a request.
+type Handler func(*Request) *s3fault.Answer
+
+// Habit wraps the server that next stands for. A habit with state belongs to one
+// [Server]; its handler is safe for concurrent use.
+type Habit func(next Handler) Handler
+
+// Server is an S3 server with habits. It is safe for concurrent use.
+type Server struct {
+	server *httptest.Server
+	handle Handler
+}
+
+// New starts a server that has the habits and stores objects at the S3 server
+// behind endpoint. The first habit sees a request first. It ends with the test.
+func New(tb testing.TB, endpoint string, habits ...Habit) *Server {
+	tb.Helper()
+	target, err := url.Parse(endpoint)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	transport := &http.Transport{MaxIdleConnsPerHost: 64, DisableCompression: true}
+	proxy := &httputil.ReverseProxy{
+		Rewrite: func(r *httputil.ProxyRequest) {
+			r.Out.URL.Scheme, r.Out.URL.Host = target.Scheme, target.Host
+			r.Out.Host = r.In.Host // the signature covers it
+		},
+		Transport:    transport,
+		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, _ error) { w.WriteHeader(http.StatusBadGateway) },
+	}
+	s := &Server{handle: func(r *Request) *s3fault.Answer {
+		out := r.Clone(r.Context())
+		out.Body, out.ContentLength = io.NopCloser(bytes.NewReader(r.Body)), int64(len(r.Body))
+		rec := httptest.NewRecorder()
+		proxy.ServeHTTP(rec, out)
+		return &s3fault.Answer{Status: rec.Code, Header: rec.Header().Clone(), Body: rec.Body.Bytes()}
+	}}
+	for _, habit := range slices.Backward(habits) {
+		s.handle = habit(s.handle)
+	}
+	s.server = httptest.NewServer(s)
+	tb.Cleanup(func() {
+		s.server.Close()
+		transport.CloseIdleConnections()
+	})
+	return s
+}
+
+// URL returns the address of the server.
+func (s *Server) URL() string { return s.server.URL }
+
+// ServeHTTP implements [http.Handler].
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		w.WriteHeader(http.StatusBadRequest)
+		return
+	}
+	in := &Request{Request: r, Body: body}
+	in.Op, in.Key = s3fault.Classify(r)
+	answer := s.handle(in)
+	maps.Copy(w.Header(), answer.Header)
+	if r.Method != http.MethodHead { // a HEAD has the length of a body that it does not have
+		w.Header().Set("Content-Length", strconv.Itoa(len(answer.Body)))
+	}
+	w.WriteHeader(answer.Status)
+	_, _ = w.Write(answer.Body) // the client may have gone
+}
