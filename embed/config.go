@@ -76,6 +76,10 @@ type Config struct {
 	// MaxConnections is how many connections there may be at once; others wait.
 	// Default: 1024.
 	MaxConnections int `json:"max_connections"`
+	// AllowReserveIDs allows AllocateIds to reserve a range of ids that an engine
+	// chooses, and to release one. A range that is reserved by mistake takes its
+	// ids from the whole cluster. Default: false.
+	AllowReserveIDs bool `json:"allow_reserve_ids"`
 
 	// CreateTimeout bounds a create as a whole. Default: 10m.
 	CreateTimeout Duration `json:"create_timeout"`
@@ -387,6 +391,7 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.TLS.Key, "tls-key", c.TLS.Key, "PEM file of its key")
 	fs.StringVar(&c.TLS.ClientCA, "tls-client-ca", c.TLS.ClientCA, "PEM file of who may sign client certificates")
 	fs.IntVar(&c.MaxConnections, "max-connections", c.MaxConnections, "connections at once")
+	fs.BoolVar(&c.AllowReserveIDs, "allow-reserve-ids", c.AllowReserveIDs, "allow AllocateIds to reserve and release ranges of ids that an engine chooses")
 	fs.Var(spanFlag{&c.CreateTimeout, "create_timeout"}, "create-timeout", "bound on a create as a whole")
 	fs.Var(spanFlag{&c.CreateLeaseTTL, "create_lease_ttl"}, "create-lease-ttl", "after how long a create that does not advance is given up")
 	fs.Var(spanFlag{&c.LeaderTTL, "leader_ttl"}, "leader-ttl", "after how long without a sign of life a leader, or one who works on restores, is replaced")

@@ -195,7 +195,7 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	cat := catalog.New(catalog.Options{
 		KV: kv, Now: time.Now, Rand: rand.Reader, Requests: requests, RaiseIDs: age.Raise,
 		HasStore: func(alias string) bool { _, ok := stores[alias]; return ok },
-		Held:     catalog.ReadHeld(stores),
+		Held:     catalog.ReadHeld(stores), AllowReserve: cfg.AllowReserveIDs,
 	})
 	p.manager, err = manager.New(manager.Options{
 		KV: kv, Catalog: cat, Cluster: p.cluster, Stores: stores, Features: features, SnapshotStore: cfg.SnapshotStore, Requests: requests, Epoch: age,

@@ -87,6 +87,7 @@ var (
 	ErrCheckpointRegression = errors.New("checkpoint cannot go back")
 	ErrIDNotAllocated       = errors.New("id not allocated")
 	ErrIDRangeTaken         = errors.New("id range taken")
+	ErrReserveNotAllowed    = errors.New("this server neither reserves nor releases ids: set allow_reserve_ids, or take ids by count")
 	ErrLimitExceeded        = errors.New("limit exceeded")
 	ErrTooLarge             = errors.New("change too large for one transaction")
 	ErrRevisionChanged      = errors.New("revision changed")
@@ -136,6 +137,8 @@ type Options struct {
 	// RaiseIDs raises the ceiling of the ids that are handed out to at least to,
 	// once that is noted outside of the metadata store. Nil: no ceiling is kept.
 	RaiseIDs func(ctx context.Context, to int64) error
+	// AllowReserve allows ReserveIDs and ReleaseIDs to change anything.
+	AllowReserve bool
 	// Jitter spreads attempts: numbers in [0, 1). Default [rand.Float64].
 	Jitter func() float64
 }
@@ -151,6 +154,8 @@ type Catalog struct {
 	held     func(ctx context.Context, store, key string) ([]byte, error)
 	jitter   func() float64
 	ids      *allocator
+
+	allowReserve bool
 }
 
 // New returns a Catalog.
@@ -160,7 +165,7 @@ func New(o Options) *Catalog {
 	}
 	return &Catalog{
 		kv: o.KV, now: o.Now, rand: o.Rand, hasStore: o.HasStore, requests: o.Requests, held: o.Held,
-		jitter: o.Jitter, ids: newAllocator(o.KV, o.RaiseIDs),
+		jitter: o.Jitter, ids: newAllocator(o.KV, o.RaiseIDs), allowReserve: o.AllowReserve,
 	}
 }
 

@@ -29,11 +29,6 @@ type IDRange struct {
 func (r IDRange) last() int64             { return r.First + r.Count - 1 }
 func (r IDRange) overlaps(o IDRange) bool { return r.First <= o.last() && o.First <= r.last() }
 
-// maxReservedCeiling bounds up to where the ceiling rises above a range that is
-// reserved: all ids below the ceiling are passed over when the metadata store has
-// gone back in time, and there must be some beyond.
-const maxReservedCeiling = 1 << 62
-
 // allocator keeps the replica's stock of ids.
 type allocator struct {
 	kv    meta.KV
@@ -64,41 +59,6 @@ func take(rec *storagev1.Allocator, count int64) (IDRange, error) {
 	}
 	rec.Next = first + count
 	return IDRange{first, count}, nil
-}
-
-// reserve decides what reserving want makes of rec, which it changes.
-func reserve(rec *storagev1.Allocator, want IDRange) error {
-	if want.First > math.MaxInt64-want.Count {
-		return invalid("reserve", "the range ends beyond the largest id")
-	}
-	for i, r := range rec.GetReserved() {
-		have := IDRange{r.GetFirst(), r.GetCount()}
-		if have == want {
-			return nil
-		}
-		if have.overlaps(want) {
-			return fmt.Errorf("%w: %d to %d overlaps the reserved %d to %d", ErrIDRangeTaken,
-				want.First, want.last(), have.First, have.last())
-		}
-		if have.First > want.First {
-			return insertReserved(rec, i, want)
-		}
-	}
-	return insertReserved(rec, len(rec.GetReserved()), want)
-}
-
-func insertReserved(rec *storagev1.Allocator, at int, want IDRange) error {
-	if want.First < rec.GetNext() {
-		return fmt.Errorf("%w: %d to %d holds ids that were handed out; those from %d on are free",
-			ErrIDRangeTaken, want.First, want.last(), rec.GetNext())
-	}
-	if len(rec.GetReserved()) >= maxReservedIDs {
-		return fmt.Errorf("%w: %d id ranges are reserved already", ErrLimitExceeded, maxReservedIDs)
-	}
-	rec.Reserved = append(rec.Reserved, nil)
-	copy(rec.Reserved[at+1:], rec.Reserved[at:])
-	rec.Reserved[at] = &storagev1.IdRange{First: want.First, Count: want.Count}
-	return nil
 }
 
 // allocation is the allocator's record as it was read.
@@ -193,42 +153,6 @@ func (c *Catalog) allocate(ctx context.Context, tok request.Token, count int64) 
 	return IDRange{out.id, count}, nil
 }
 
-// ReserveIDs sets a range aside for an engine that has used it before. A
-// repeat of the same is success.
-func (c *Catalog) ReserveIDs(ctx context.Context, tok request.Token, want IDRange) error {
-	if want.First < 1 || want.Count < 1 {
-		return invalid("reserve", "first and count must be positive")
-	}
-	_, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
-		s, err := c.ids.read(ctx)
-		if err != nil {
-			return plan{}, err
-		}
-		if s.behind != nil {
-			return plan{}, s.behind
-		}
-		before := len(s.rec.GetReserved())
-		if err := reserve(s.rec, want); err != nil {
-			return plan{}, err
-		}
-		p := plan{id: want.First, txn: meta.Txn{If: s.unchanged}}
-		if len(s.rec.GetReserved()) > before {
-			// A store that forgets the range must not hand out its ids.
-			if end := want.last() + 1; c.ids.raise != nil && end > s.rec.GetCeiling() && end <= maxReservedCeiling {
-				if err := c.ids.raise(ctx, end); err != nil {
-					return plan{}, err
-				}
-			}
-			p.txn.Then = []meta.Op{meta.Put(keys.IDs, record.Encode(s.rec))}
-		}
-		return p, nil
-	})
-	if err != nil {
-		return fmt.Errorf("reserve ids: %w", err)
-	}
-	return nil
-}
-
 // NextID hands out one id from the replica's stock.
 func (c *Catalog) NextID(ctx context.Context) (int64, error) {
 	a := c.ids
@@ -276,26 +200,6 @@ func (c *Catalog) HandedOut(ctx context.Context, ids ...int64) (missing int64, o
 		}
 	}
 	return 0, true, nil
-}
-
-func isReserved(rec *storagev1.Allocator, id int64) bool {
-	for _, r := range rec.GetReserved() {
-		if id >= r.GetFirst() && id-r.GetFirst() < r.GetCount() {
-			return true
-		}
-	}
-	return false
-}
-
-func (c *Catalog) checkHandedOut(ctx context.Context, what string, ids ...int64) error {
-	missing, ok, err := c.HandedOut(ctx, ids...)
-	if err != nil {
-		return err
-	}
-	if !ok {
-		return fmt.Errorf("%w: %s %d; get ids from AllocateIds", ErrIDNotAllocated, what, missing)
-	}
-	return nil
 }
 
 // freshOrGiven returns id, checked, or a new one when id is 0.

@@ -15,7 +15,7 @@ import (
 func allocator1(next int64, reserved ...IDRange) *storagev1.Allocator {
 	rec := &storagev1.Allocator{Next: next}
 	for _, r := range reserved {
-		rec.Reserved = append(rec.Reserved, &storagev1.IdRange{First: r.First, Count: r.Count})
+		rec.Reserved = append(rec.Reserved, &storagev1.IdRange{First: r.First, Count: r.Count, UnusedFrom: r.First})
 	}
 	return rec
 }
@@ -71,8 +71,11 @@ func TestReserve(t *testing.T) {
 		{"around", allocator1(1, IDRange{10, 5}), IDRange{1, 50}, ErrIDRangeTaken, nil},
 		{"overlaps the second", allocator1(1, IDRange{10, 5}, IDRange{20, 5}), IDRange{15, 6}, ErrIDRangeTaken, nil},
 		{"handed out", allocator1(100), IDRange{99, 5}, ErrIDRangeTaken, nil},
-		{"all the rest", allocator1(100), IDRange{100, math.MaxInt64 - 100}, nil, allocator1(100, IDRange{100, math.MaxInt64 - 100})},
-		{"beyond the end", allocator1(100), IDRange{100, math.MaxInt64 - 99}, ErrInvalid, nil},
+		{"all of half", allocator1(100), IDRange{100, 1<<62 - 100}, nil, allocator1(100, IDRange{100, 1<<62 - 100})},
+		{"beyond half", allocator1(100), IDRange{100, 1<<62 - 99}, ErrInvalid, nil},
+		{"all there are", allocator1(1), IDRange{2, math.MaxInt64 - 1}, ErrInvalid, nil},
+		{"in the other half", allocator1(1), IDRange{1 << 62, 1}, ErrInvalid, nil},
+		{"the last id", allocator1(1), IDRange{math.MaxInt64, 1}, ErrInvalid, nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			into := c.into

@@ -1,10 +1,12 @@
 package catalog_test
 
 import (
+	"crypto/rand"
 	"errors"
 	"math"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -148,5 +150,45 @@ func TestIDsAreUsedUp(t *testing.T) {
 	}
 	if got, err := c.AllocateIDs(t.Context(), request.Token{}, 6); err != nil || got.First != math.MaxInt64-6 {
 		t.Errorf("the last six: %v, %v", got, err)
+	}
+}
+
+// A range that is reserved by mistake is given back, but for what was registered of
+// it; without the permission nothing is reserved or released.
+func TestReserveAndRelease(t *testing.T) {
+	ctx := t.Context()
+	kv := memory.New(memory.Options{})
+	r := newRig(t, kv)
+	whole := catalog.IDRange{First: 100_000, Count: 1024}
+	deny := catalog.New(catalog.Options{KV: kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(kv, time.Now)})
+	if err := deny.ReserveIDs(ctx, request.Token{}, whole); !errors.Is(err, catalog.ErrReserveNotAllowed) {
+		t.Errorf("reserve: err = %v, want %v", err, catalog.ErrReserveNotAllowed)
+	}
+	if err := r.ReserveIDs(ctx, request.Token{}, catalog.IDRange{First: 2, Count: math.MaxInt64 - 1}); !errors.Is(err, catalog.ErrInvalid) {
+		t.Errorf("reserve all ids: err = %v, want %v", err, catalog.ErrInvalid)
+	}
+	if err := r.ReserveIDs(ctx, request.Token{}, whole); err != nil {
+		t.Fatal(err)
+	}
+	if err := deny.ReserveIDs(ctx, request.Token{}, whole); err != nil {
+		t.Errorf("reserve what is reserved: %v", err)
+	}
+	if _, err := deny.ReleaseIDs(ctx, request.Token{}, whole); !errors.Is(err, catalog.ErrReserveNotAllowed) {
+		t.Errorf("release: err = %v, want %v", err, catalog.ErrReserveNotAllowed)
+	}
+	r.add(t, 100_007)
+	freed := catalog.IDRange{First: 100_009, Count: 1024 - 9}
+	for range 2 { // the second is a repeat
+		if got, err := r.ReleaseIDs(ctx, token("release"), whole); err != nil || got != freed {
+			t.Errorf("released %v, %v; want %v", got, err, freed)
+		}
+	}
+	for id, want := range map[int64]bool{100_007: true, 100_008: true, 100_009: false, 101_000: false} {
+		if _, ok, err := open(kv).HandedOut(ctx, id); err != nil || ok != want {
+			t.Errorf("HandedOut(%d) = %v, %v; want %v", id, ok, err, want)
+		}
+	}
+	if _, _, err := r.AddSegments(ctx, r.col.ID, r.segments([]int64{100_100})); !errors.Is(err, catalog.ErrIDNotAllocated) {
+		t.Errorf("register an id that was given back: %v", err)
 	}
 }

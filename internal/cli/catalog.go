@@ -251,18 +251,23 @@ exist is success.`,
 }
 
 func (a *app) catalogAllocateIDs() *cobra.Command {
-	var first int64
+	var first, release int64
 	cmd := &cobra.Command{
 		Use:   "allocate-ids COUNT",
 		Short: "Hands out ids that nobody else gets",
 		Long: `Hands out COUNT ids in a row that nobody else gets. Collections, partitions,
 indexes, index builds and segments are registered under such ids. With
---reserve it is the COUNT ids from that one on, which an engine has used before.`,
+--reserve it is the COUNT ids from that one on, which an engine has used before;
+--release gives back those of them above the highest id that was registered, and
+prints what it gave back. Both need allow_reserve_ids in the server's configuration.`,
 		Example: `  snapshotctl catalog allocate-ids 1000
-  snapshotctl catalog allocate-ids 500000 --reserve 449000000000000000`,
+  snapshotctl catalog allocate-ids 500000 --reserve 449000000000000000
+  snapshotctl catalog allocate-ids 500000 --release 449000000000000000`,
 		Args: args("COUNT"),
 	}
 	cmd.Flags().Int64Var(&first, "reserve", 0, "reserve the range that begins with this `id`")
+	cmd.Flags().Int64Var(&release, "release", 0, "give back the unused end of the reserved range that begins with this `id`")
+	cmd.MarkFlagsMutuallyExclusive("reserve", "release")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
 		count, err := strconv.ParseInt(args[0], 10, 64)
 		if err != nil || count <= 0 {
@@ -275,6 +280,9 @@ indexes, index builds and segments are registered under such ids. With
 		if cmd.Flags().Changed("reserve") {
 			req.Want = &snapshotdv1.AllocateIdsRequest_Reserve{Reserve: &snapshotdv1.IdRange{First: first, Count: count}}
 		}
+		if cmd.Flags().Changed("release") {
+			req.Want = &snapshotdv1.AllocateIdsRequest_Release{Release: &snapshotdv1.IdRange{First: release, Count: count}}
+		}
 		c, err := a.connect()
 		if err != nil {
 			return err
@@ -286,6 +294,10 @@ indexes, index builds and segments are registered under such ids. With
 		return a.print(resp, func(w io.Writer) {
 			t := newTable(w, "", "FIRST", "LAST", "COUNT")
 			ids := resp.GetIds()
+			if ids.GetCount() == 0 { // of a release
+				put(w, "all ids of the range are used, none is given back\n")
+				return
+			}
 			t.row(ids.GetFirst(), ids.GetFirst()+ids.GetCount()-1, ids.GetCount())
 			_ = t.flush() // w is memory
 		})

@@ -786,6 +786,10 @@ func TestRequests(t *testing.T) {
 			[]string{"catalog", "allocate-ids", "10", "--reserve", "100"},
 			&snapshotdv1.AllocateIdsRequest{Want: &snapshotdv1.AllocateIdsRequest_Reserve{Reserve: &snapshotdv1.IdRange{First: 100, Count: 10}}},
 		},
+		{
+			[]string{"catalog", "allocate-ids", "10", "--release", "100"},
+			&snapshotdv1.AllocateIdsRequest{Want: &snapshotdv1.AllocateIdsRequest_Release{Release: &snapshotdv1.IdRange{First: 100, Count: 10}}},
+		},
 		{[]string{"catalog", "drop-segments", "--collection", "docs", "1", "2"}, &snapshotdv1.DropSegmentsRequest{Collection: byName("", "docs"), SegmentIds: []int64{1, 2}}},
 	} {
 		t.Run(strings.Join(tc.args, " "), func(t *testing.T) {

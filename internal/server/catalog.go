@@ -29,6 +29,13 @@ func (s *catalogs) AllocateIds(ctx context.Context, req *pb.AllocateIdsRequest) 
 		}
 		return &pb.AllocateIdsResponse{Ids: &pb.IdRange{First: want.GetFirst(), Count: want.GetCount()}}, nil
 	}
+	if want := req.GetRelease(); want != nil {
+		ids, err := s.catalog.ReleaseIDs(ctx, tok, catalog.IDRange{First: want.GetFirst(), Count: want.GetCount()})
+		if err != nil {
+			return nil, err
+		}
+		return &pb.AllocateIdsResponse{Ids: &pb.IdRange{First: ids.First, Count: ids.Count}}, nil
+	}
 	ids, err := s.catalog.AllocateIDs(ctx, tok, req.GetCount())
 	if err != nil {
 		return nil, err

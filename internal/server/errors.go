@@ -136,6 +136,7 @@ var classes = []class{
 	{err: catalog.ErrCheckpointRegression, code: codes.FailedPrecondition, reason: "CHECKPOINT_REGRESSION"},
 	{err: catalog.ErrIDNotAllocated, code: codes.FailedPrecondition, reason: "ID_NOT_ALLOCATED"},
 	{err: catalog.ErrIDRangeTaken, code: codes.FailedPrecondition, reason: "ID_RANGE_TAKEN"},
+	{err: catalog.ErrReserveNotAllowed, code: codes.FailedPrecondition, reason: "RESERVE_NOT_ALLOWED"},
 	{err: catalog.ErrLimitExceeded, code: codes.FailedPrecondition, reason: "LIMIT_EXCEEDED"},
 	{err: catalog.ErrTooLarge, code: codes.FailedPrecondition, reason: "TOO_LARGE"},
 

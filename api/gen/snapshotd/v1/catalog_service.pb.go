@@ -87,6 +87,7 @@ type AllocateIdsRequest struct {
 	//
 	//	*AllocateIdsRequest_Count
 	//	*AllocateIdsRequest_Reserve
+	//	*AllocateIdsRequest_Release
 	Want isAllocateIdsRequest_Want `protobuf_oneof:"want"`
 	// For safe repeats; see SnapshotService. At most 128 printable ASCII
 	// characters.
@@ -150,6 +151,15 @@ func (x *AllocateIdsRequest) GetReserve() *IdRange {
 	return nil
 }
 
+func (x *AllocateIdsRequest) GetRelease() *IdRange {
+	if x != nil {
+		if x, ok := x.Want.(*AllocateIdsRequest_Release); ok {
+			return x.Release
+		}
+	}
+	return nil
+}
+
 func (x *AllocateIdsRequest) GetRequestToken() string {
 	if x != nil {
 		return x.RequestToken
@@ -168,13 +178,24 @@ type AllocateIdsRequest_Count struct {
 
 type AllocateIdsRequest_Reserve struct {
 	// This very range, for an engine's own ids from before. At most 64 ranges
-	// can be reserved in a cluster. Repeating a reservation is success.
+	// can be reserved in a cluster, all below 2^62: the ids from there on stay
+	// free. Repeating a reservation is success.
 	Reserve *IdRange `protobuf:"bytes,2,opt,name=reserve,proto3,oneof"`
+}
+
+type AllocateIdsRequest_Release struct {
+	// A reserved range, with the first id and the count that it was reserved
+	// with. The ids above the highest one that was registered, up to a
+	// thousandth of the range more, are given back; the answer holds those.
+	// When none are left the answer's count is 0.
+	Release *IdRange `protobuf:"bytes,4,opt,name=release,proto3,oneof"`
 }
 
 func (*AllocateIdsRequest_Count) isAllocateIdsRequest_Want() {}
 
 func (*AllocateIdsRequest_Reserve) isAllocateIdsRequest_Want() {}
+
+func (*AllocateIdsRequest_Release) isAllocateIdsRequest_Want() {}
 
 // AllocateIdsResponse is the response of AllocateIds.
 type AllocateIdsResponse struct {
@@ -2753,10 +2774,11 @@ const file_snapshotd_v1_catalog_service_proto_rawDesc = "" +
 	"\"snapshotd/v1/catalog_service.proto\x12\fsnapshotd.v1\x1a\x1bbuf/validate/validate.proto\x1a google/protobuf/field_mask.proto\x1a\x1dsnapshotd/v1/collection.proto\x1a\x19snapshotd/v1/common.proto\"G\n" +
 	"\aIdRange\x12\x1d\n" +
 	"\x05first\x18\x01 \x01(\x03B\a\xbaH\x04\"\x02 \x00R\x05first\x12\x1d\n" +
-	"\x05count\x18\x02 \x01(\x03B\a\xbaH\x04\"\x02 \x00R\x05count\"\xb7\x01\n" +
+	"\x05count\x18\x02 \x01(\x03B\a\xbaH\x04\"\x02 \x00R\x05count\"\xea\x01\n" +
 	"\x12AllocateIdsRequest\x12#\n" +
 	"\x05count\x18\x01 \x01(\x03B\v\xbaH\b\"\x06\x18\xc0\x84= \x00H\x00R\x05count\x121\n" +
-	"\areserve\x18\x02 \x01(\v2\x15.snapshotd.v1.IdRangeH\x00R\areserve\x12:\n" +
+	"\areserve\x18\x02 \x01(\v2\x15.snapshotd.v1.IdRangeH\x00R\areserve\x121\n" +
+	"\arelease\x18\x04 \x01(\v2\x15.snapshotd.v1.IdRangeH\x00R\arelease\x12:\n" +
 	"\rrequest_token\x18\x03 \x01(\tB\x15\xbaH\x12r\x102\x0e^[!-~]{0,128}$R\frequestTokenB\r\n" +
 	"\x04want\x12\x05\xbaH\x02\b\x01\">\n" +
 	"\x13AllocateIdsResponse\x12'\n" +
@@ -3122,110 +3144,111 @@ var file_snapshotd_v1_catalog_service_proto_goTypes = []any{
 }
 var file_snapshotd_v1_catalog_service_proto_depIdxs = []int32{
 	0,  // 0: snapshotd.v1.AllocateIdsRequest.reserve:type_name -> snapshotd.v1.IdRange
-	0,  // 1: snapshotd.v1.AllocateIdsResponse.ids:type_name -> snapshotd.v1.IdRange
-	53, // 2: snapshotd.v1.CreateCollectionRequest.name:type_name -> snapshotd.v1.CollectionName
-	54, // 3: snapshotd.v1.CreateCollectionRequest.schema:type_name -> snapshotd.v1.Schema
-	55, // 4: snapshotd.v1.CreateCollectionRequest.roots:type_name -> snapshotd.v1.Root
-	56, // 5: snapshotd.v1.CreateCollectionRequest.layout:type_name -> snapshotd.v1.Layout
-	45, // 6: snapshotd.v1.CreateCollectionRequest.properties:type_name -> snapshotd.v1.CreateCollectionRequest.PropertiesEntry
-	46, // 7: snapshotd.v1.CreateCollectionRequest.attributes:type_name -> snapshotd.v1.CreateCollectionRequest.AttributesEntry
-	57, // 8: snapshotd.v1.CreateCollectionResponse.collection:type_name -> snapshotd.v1.Collection
-	58, // 9: snapshotd.v1.GetCollectionRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	57, // 10: snapshotd.v1.GetCollectionResponse.collection:type_name -> snapshotd.v1.Collection
-	59, // 11: snapshotd.v1.ListCollectionsRequest.states:type_name -> snapshotd.v1.Collection.State
-	57, // 12: snapshotd.v1.ListCollectionsResponse.collections:type_name -> snapshotd.v1.Collection
-	58, // 13: snapshotd.v1.UpdateCollectionRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	60, // 14: snapshotd.v1.UpdateCollectionRequest.update_mask:type_name -> google.protobuf.FieldMask
-	47, // 15: snapshotd.v1.UpdateCollectionRequest.properties:type_name -> snapshotd.v1.UpdateCollectionRequest.PropertiesEntry
-	48, // 16: snapshotd.v1.UpdateCollectionRequest.attributes:type_name -> snapshotd.v1.UpdateCollectionRequest.AttributesEntry
-	57, // 17: snapshotd.v1.UpdateCollectionResponse.collection:type_name -> snapshotd.v1.Collection
-	58, // 18: snapshotd.v1.RenameCollectionRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	53, // 19: snapshotd.v1.RenameCollectionRequest.new_name:type_name -> snapshotd.v1.CollectionName
-	57, // 20: snapshotd.v1.RenameCollectionResponse.collection:type_name -> snapshotd.v1.Collection
-	58, // 21: snapshotd.v1.DropCollectionRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	58, // 22: snapshotd.v1.CreatePartitionRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	49, // 23: snapshotd.v1.CreatePartitionRequest.attributes:type_name -> snapshotd.v1.CreatePartitionRequest.AttributesEntry
-	61, // 24: snapshotd.v1.CreatePartitionResponse.partition:type_name -> snapshotd.v1.Partition
-	58, // 25: snapshotd.v1.ListPartitionsRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	61, // 26: snapshotd.v1.ListPartitionsResponse.partitions:type_name -> snapshotd.v1.Partition
-	58, // 27: snapshotd.v1.DropPartitionRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	58, // 28: snapshotd.v1.CreateIndexRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	50, // 29: snapshotd.v1.CreateIndexRequest.type_params:type_name -> snapshotd.v1.CreateIndexRequest.TypeParamsEntry
-	51, // 30: snapshotd.v1.CreateIndexRequest.index_params:type_name -> snapshotd.v1.CreateIndexRequest.IndexParamsEntry
-	52, // 31: snapshotd.v1.CreateIndexRequest.attributes:type_name -> snapshotd.v1.CreateIndexRequest.AttributesEntry
-	62, // 32: snapshotd.v1.CreateIndexResponse.index:type_name -> snapshotd.v1.Index
-	58, // 33: snapshotd.v1.ListIndexesRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	62, // 34: snapshotd.v1.ListIndexesResponse.indexes:type_name -> snapshotd.v1.Index
-	58, // 35: snapshotd.v1.DropIndexRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	58, // 36: snapshotd.v1.AddSegmentsRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	63, // 37: snapshotd.v1.AddSegmentsRequest.segments:type_name -> snapshotd.v1.Segment
-	58, // 38: snapshotd.v1.GetSegmentRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	63, // 39: snapshotd.v1.GetSegmentResponse.segment:type_name -> snapshotd.v1.Segment
-	58, // 40: snapshotd.v1.ExportSegmentsRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	63, // 41: snapshotd.v1.ExportSegmentsResponse.segments:type_name -> snapshotd.v1.Segment
-	64, // 42: snapshotd.v1.SegmentUpdate.state:type_name -> snapshotd.v1.Segment.State
-	65, // 43: snapshotd.v1.SegmentUpdate.dml_position:type_name -> snapshotd.v1.Position
-	34, // 44: snapshotd.v1.SegmentUpdate.remove_files:type_name -> snapshotd.v1.FilePath
-	66, // 45: snapshotd.v1.SegmentUpdate.add_files:type_name -> snapshotd.v1.File
-	67, // 46: snapshotd.v1.SegmentUpdate.add_index_builds:type_name -> snapshotd.v1.IndexBuild
-	58, // 47: snapshotd.v1.UpdateSegmentsRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	33, // 48: snapshotd.v1.UpdateSegmentsRequest.updates:type_name -> snapshotd.v1.SegmentUpdate
-	68, // 49: snapshotd.v1.UpdateSegmentsRequest.checkpoints:type_name -> snapshotd.v1.ChannelPosition
-	58, // 50: snapshotd.v1.CompactSegmentsRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	63, // 51: snapshotd.v1.CompactSegmentsRequest.outputs:type_name -> snapshotd.v1.Segment
-	33, // 52: snapshotd.v1.CompactSegmentsRequest.updates:type_name -> snapshotd.v1.SegmentUpdate
-	58, // 53: snapshotd.v1.DropSegmentsRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	58, // 54: snapshotd.v1.SetCheckpointsRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	68, // 55: snapshotd.v1.SetCheckpointsRequest.checkpoints:type_name -> snapshotd.v1.ChannelPosition
-	58, // 56: snapshotd.v1.ListCheckpointsRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	68, // 57: snapshotd.v1.ListCheckpointsResponse.checkpoints:type_name -> snapshotd.v1.ChannelPosition
-	1,  // 58: snapshotd.v1.CatalogService.AllocateIds:input_type -> snapshotd.v1.AllocateIdsRequest
-	3,  // 59: snapshotd.v1.CatalogService.CreateCollection:input_type -> snapshotd.v1.CreateCollectionRequest
-	5,  // 60: snapshotd.v1.CatalogService.GetCollection:input_type -> snapshotd.v1.GetCollectionRequest
-	7,  // 61: snapshotd.v1.CatalogService.ListCollections:input_type -> snapshotd.v1.ListCollectionsRequest
-	9,  // 62: snapshotd.v1.CatalogService.UpdateCollection:input_type -> snapshotd.v1.UpdateCollectionRequest
-	11, // 63: snapshotd.v1.CatalogService.RenameCollection:input_type -> snapshotd.v1.RenameCollectionRequest
-	13, // 64: snapshotd.v1.CatalogService.DropCollection:input_type -> snapshotd.v1.DropCollectionRequest
-	15, // 65: snapshotd.v1.CatalogService.CreatePartition:input_type -> snapshotd.v1.CreatePartitionRequest
-	17, // 66: snapshotd.v1.CatalogService.ListPartitions:input_type -> snapshotd.v1.ListPartitionsRequest
-	19, // 67: snapshotd.v1.CatalogService.DropPartition:input_type -> snapshotd.v1.DropPartitionRequest
-	21, // 68: snapshotd.v1.CatalogService.CreateIndex:input_type -> snapshotd.v1.CreateIndexRequest
-	23, // 69: snapshotd.v1.CatalogService.ListIndexes:input_type -> snapshotd.v1.ListIndexesRequest
-	25, // 70: snapshotd.v1.CatalogService.DropIndex:input_type -> snapshotd.v1.DropIndexRequest
-	27, // 71: snapshotd.v1.CatalogService.AddSegments:input_type -> snapshotd.v1.AddSegmentsRequest
-	29, // 72: snapshotd.v1.CatalogService.GetSegment:input_type -> snapshotd.v1.GetSegmentRequest
-	31, // 73: snapshotd.v1.CatalogService.ExportSegments:input_type -> snapshotd.v1.ExportSegmentsRequest
-	35, // 74: snapshotd.v1.CatalogService.UpdateSegments:input_type -> snapshotd.v1.UpdateSegmentsRequest
-	37, // 75: snapshotd.v1.CatalogService.CompactSegments:input_type -> snapshotd.v1.CompactSegmentsRequest
-	39, // 76: snapshotd.v1.CatalogService.DropSegments:input_type -> snapshotd.v1.DropSegmentsRequest
-	41, // 77: snapshotd.v1.CatalogService.SetCheckpoints:input_type -> snapshotd.v1.SetCheckpointsRequest
-	43, // 78: snapshotd.v1.CatalogService.ListCheckpoints:input_type -> snapshotd.v1.ListCheckpointsRequest
-	2,  // 79: snapshotd.v1.CatalogService.AllocateIds:output_type -> snapshotd.v1.AllocateIdsResponse
-	4,  // 80: snapshotd.v1.CatalogService.CreateCollection:output_type -> snapshotd.v1.CreateCollectionResponse
-	6,  // 81: snapshotd.v1.CatalogService.GetCollection:output_type -> snapshotd.v1.GetCollectionResponse
-	8,  // 82: snapshotd.v1.CatalogService.ListCollections:output_type -> snapshotd.v1.ListCollectionsResponse
-	10, // 83: snapshotd.v1.CatalogService.UpdateCollection:output_type -> snapshotd.v1.UpdateCollectionResponse
-	12, // 84: snapshotd.v1.CatalogService.RenameCollection:output_type -> snapshotd.v1.RenameCollectionResponse
-	14, // 85: snapshotd.v1.CatalogService.DropCollection:output_type -> snapshotd.v1.DropCollectionResponse
-	16, // 86: snapshotd.v1.CatalogService.CreatePartition:output_type -> snapshotd.v1.CreatePartitionResponse
-	18, // 87: snapshotd.v1.CatalogService.ListPartitions:output_type -> snapshotd.v1.ListPartitionsResponse
-	20, // 88: snapshotd.v1.CatalogService.DropPartition:output_type -> snapshotd.v1.DropPartitionResponse
-	22, // 89: snapshotd.v1.CatalogService.CreateIndex:output_type -> snapshotd.v1.CreateIndexResponse
-	24, // 90: snapshotd.v1.CatalogService.ListIndexes:output_type -> snapshotd.v1.ListIndexesResponse
-	26, // 91: snapshotd.v1.CatalogService.DropIndex:output_type -> snapshotd.v1.DropIndexResponse
-	28, // 92: snapshotd.v1.CatalogService.AddSegments:output_type -> snapshotd.v1.AddSegmentsResponse
-	30, // 93: snapshotd.v1.CatalogService.GetSegment:output_type -> snapshotd.v1.GetSegmentResponse
-	32, // 94: snapshotd.v1.CatalogService.ExportSegments:output_type -> snapshotd.v1.ExportSegmentsResponse
-	36, // 95: snapshotd.v1.CatalogService.UpdateSegments:output_type -> snapshotd.v1.UpdateSegmentsResponse
-	38, // 96: snapshotd.v1.CatalogService.CompactSegments:output_type -> snapshotd.v1.CompactSegmentsResponse
-	40, // 97: snapshotd.v1.CatalogService.DropSegments:output_type -> snapshotd.v1.DropSegmentsResponse
-	42, // 98: snapshotd.v1.CatalogService.SetCheckpoints:output_type -> snapshotd.v1.SetCheckpointsResponse
-	44, // 99: snapshotd.v1.CatalogService.ListCheckpoints:output_type -> snapshotd.v1.ListCheckpointsResponse
-	79, // [79:100] is the sub-list for method output_type
-	58, // [58:79] is the sub-list for method input_type
-	58, // [58:58] is the sub-list for extension type_name
-	58, // [58:58] is the sub-list for extension extendee
-	0,  // [0:58] is the sub-list for field type_name
+	0,  // 1: snapshotd.v1.AllocateIdsRequest.release:type_name -> snapshotd.v1.IdRange
+	0,  // 2: snapshotd.v1.AllocateIdsResponse.ids:type_name -> snapshotd.v1.IdRange
+	53, // 3: snapshotd.v1.CreateCollectionRequest.name:type_name -> snapshotd.v1.CollectionName
+	54, // 4: snapshotd.v1.CreateCollectionRequest.schema:type_name -> snapshotd.v1.Schema
+	55, // 5: snapshotd.v1.CreateCollectionRequest.roots:type_name -> snapshotd.v1.Root
+	56, // 6: snapshotd.v1.CreateCollectionRequest.layout:type_name -> snapshotd.v1.Layout
+	45, // 7: snapshotd.v1.CreateCollectionRequest.properties:type_name -> snapshotd.v1.CreateCollectionRequest.PropertiesEntry
+	46, // 8: snapshotd.v1.CreateCollectionRequest.attributes:type_name -> snapshotd.v1.CreateCollectionRequest.AttributesEntry
+	57, // 9: snapshotd.v1.CreateCollectionResponse.collection:type_name -> snapshotd.v1.Collection
+	58, // 10: snapshotd.v1.GetCollectionRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	57, // 11: snapshotd.v1.GetCollectionResponse.collection:type_name -> snapshotd.v1.Collection
+	59, // 12: snapshotd.v1.ListCollectionsRequest.states:type_name -> snapshotd.v1.Collection.State
+	57, // 13: snapshotd.v1.ListCollectionsResponse.collections:type_name -> snapshotd.v1.Collection
+	58, // 14: snapshotd.v1.UpdateCollectionRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	60, // 15: snapshotd.v1.UpdateCollectionRequest.update_mask:type_name -> google.protobuf.FieldMask
+	47, // 16: snapshotd.v1.UpdateCollectionRequest.properties:type_name -> snapshotd.v1.UpdateCollectionRequest.PropertiesEntry
+	48, // 17: snapshotd.v1.UpdateCollectionRequest.attributes:type_name -> snapshotd.v1.UpdateCollectionRequest.AttributesEntry
+	57, // 18: snapshotd.v1.UpdateCollectionResponse.collection:type_name -> snapshotd.v1.Collection
+	58, // 19: snapshotd.v1.RenameCollectionRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	53, // 20: snapshotd.v1.RenameCollectionRequest.new_name:type_name -> snapshotd.v1.CollectionName
+	57, // 21: snapshotd.v1.RenameCollectionResponse.collection:type_name -> snapshotd.v1.Collection
+	58, // 22: snapshotd.v1.DropCollectionRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	58, // 23: snapshotd.v1.CreatePartitionRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	49, // 24: snapshotd.v1.CreatePartitionRequest.attributes:type_name -> snapshotd.v1.CreatePartitionRequest.AttributesEntry
+	61, // 25: snapshotd.v1.CreatePartitionResponse.partition:type_name -> snapshotd.v1.Partition
+	58, // 26: snapshotd.v1.ListPartitionsRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	61, // 27: snapshotd.v1.ListPartitionsResponse.partitions:type_name -> snapshotd.v1.Partition
+	58, // 28: snapshotd.v1.DropPartitionRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	58, // 29: snapshotd.v1.CreateIndexRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	50, // 30: snapshotd.v1.CreateIndexRequest.type_params:type_name -> snapshotd.v1.CreateIndexRequest.TypeParamsEntry
+	51, // 31: snapshotd.v1.CreateIndexRequest.index_params:type_name -> snapshotd.v1.CreateIndexRequest.IndexParamsEntry
+	52, // 32: snapshotd.v1.CreateIndexRequest.attributes:type_name -> snapshotd.v1.CreateIndexRequest.AttributesEntry
+	62, // 33: snapshotd.v1.CreateIndexResponse.index:type_name -> snapshotd.v1.Index
+	58, // 34: snapshotd.v1.ListIndexesRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	62, // 35: snapshotd.v1.ListIndexesResponse.indexes:type_name -> snapshotd.v1.Index
+	58, // 36: snapshotd.v1.DropIndexRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	58, // 37: snapshotd.v1.AddSegmentsRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	63, // 38: snapshotd.v1.AddSegmentsRequest.segments:type_name -> snapshotd.v1.Segment
+	58, // 39: snapshotd.v1.GetSegmentRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	63, // 40: snapshotd.v1.GetSegmentResponse.segment:type_name -> snapshotd.v1.Segment
+	58, // 41: snapshotd.v1.ExportSegmentsRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	63, // 42: snapshotd.v1.ExportSegmentsResponse.segments:type_name -> snapshotd.v1.Segment
+	64, // 43: snapshotd.v1.SegmentUpdate.state:type_name -> snapshotd.v1.Segment.State
+	65, // 44: snapshotd.v1.SegmentUpdate.dml_position:type_name -> snapshotd.v1.Position
+	34, // 45: snapshotd.v1.SegmentUpdate.remove_files:type_name -> snapshotd.v1.FilePath
+	66, // 46: snapshotd.v1.SegmentUpdate.add_files:type_name -> snapshotd.v1.File
+	67, // 47: snapshotd.v1.SegmentUpdate.add_index_builds:type_name -> snapshotd.v1.IndexBuild
+	58, // 48: snapshotd.v1.UpdateSegmentsRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	33, // 49: snapshotd.v1.UpdateSegmentsRequest.updates:type_name -> snapshotd.v1.SegmentUpdate
+	68, // 50: snapshotd.v1.UpdateSegmentsRequest.checkpoints:type_name -> snapshotd.v1.ChannelPosition
+	58, // 51: snapshotd.v1.CompactSegmentsRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	63, // 52: snapshotd.v1.CompactSegmentsRequest.outputs:type_name -> snapshotd.v1.Segment
+	33, // 53: snapshotd.v1.CompactSegmentsRequest.updates:type_name -> snapshotd.v1.SegmentUpdate
+	58, // 54: snapshotd.v1.DropSegmentsRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	58, // 55: snapshotd.v1.SetCheckpointsRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	68, // 56: snapshotd.v1.SetCheckpointsRequest.checkpoints:type_name -> snapshotd.v1.ChannelPosition
+	58, // 57: snapshotd.v1.ListCheckpointsRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	68, // 58: snapshotd.v1.ListCheckpointsResponse.checkpoints:type_name -> snapshotd.v1.ChannelPosition
+	1,  // 59: snapshotd.v1.CatalogService.AllocateIds:input_type -> snapshotd.v1.AllocateIdsRequest
+	3,  // 60: snapshotd.v1.CatalogService.CreateCollection:input_type -> snapshotd.v1.CreateCollectionRequest
+	5,  // 61: snapshotd.v1.CatalogService.GetCollection:input_type -> snapshotd.v1.GetCollectionRequest
+	7,  // 62: snapshotd.v1.CatalogService.ListCollections:input_type -> snapshotd.v1.ListCollectionsRequest
+	9,  // 63: snapshotd.v1.CatalogService.UpdateCollection:input_type -> snapshotd.v1.UpdateCollectionRequest
+	11, // 64: snapshotd.v1.CatalogService.RenameCollection:input_type -> snapshotd.v1.RenameCollectionRequest
+	13, // 65: snapshotd.v1.CatalogService.DropCollection:input_type -> snapshotd.v1.DropCollectionRequest
+	15, // 66: snapshotd.v1.CatalogService.CreatePartition:input_type -> snapshotd.v1.CreatePartitionRequest
+	17, // 67: snapshotd.v1.CatalogService.ListPartitions:input_type -> snapshotd.v1.ListPartitionsRequest
+	19, // 68: snapshotd.v1.CatalogService.DropPartition:input_type -> snapshotd.v1.DropPartitionRequest
+	21, // 69: snapshotd.v1.CatalogService.CreateIndex:input_type -> snapshotd.v1.CreateIndexRequest
+	23, // 70: snapshotd.v1.CatalogService.ListIndexes:input_type -> snapshotd.v1.ListIndexesRequest
+	25, // 71: snapshotd.v1.CatalogService.DropIndex:input_type -> snapshotd.v1.DropIndexRequest
+	27, // 72: snapshotd.v1.CatalogService.AddSegments:input_type -> snapshotd.v1.AddSegmentsRequest
+	29, // 73: snapshotd.v1.CatalogService.GetSegment:input_type -> snapshotd.v1.GetSegmentRequest
+	31, // 74: snapshotd.v1.CatalogService.ExportSegments:input_type -> snapshotd.v1.ExportSegmentsRequest
+	35, // 75: snapshotd.v1.CatalogService.UpdateSegments:input_type -> snapshotd.v1.UpdateSegmentsRequest
+	37, // 76: snapshotd.v1.CatalogService.CompactSegments:input_type -> snapshotd.v1.CompactSegmentsRequest
+	39, // 77: snapshotd.v1.CatalogService.DropSegments:input_type -> snapshotd.v1.DropSegmentsRequest
+	41, // 78: snapshotd.v1.CatalogService.SetCheckpoints:input_type -> snapshotd.v1.SetCheckpointsRequest
+	43, // 79: snapshotd.v1.CatalogService.ListCheckpoints:input_type -> snapshotd.v1.ListCheckpointsRequest
+	2,  // 80: snapshotd.v1.CatalogService.AllocateIds:output_type -> snapshotd.v1.AllocateIdsResponse
+	4,  // 81: snapshotd.v1.CatalogService.CreateCollection:output_type -> snapshotd.v1.CreateCollectionResponse
+	6,  // 82: snapshotd.v1.CatalogService.GetCollection:output_type -> snapshotd.v1.GetCollectionResponse
+	8,  // 83: snapshotd.v1.CatalogService.ListCollections:output_type -> snapshotd.v1.ListCollectionsResponse
+	10, // 84: snapshotd.v1.CatalogService.UpdateCollection:output_type -> snapshotd.v1.UpdateCollectionResponse
+	12, // 85: snapshotd.v1.CatalogService.RenameCollection:output_type -> snapshotd.v1.RenameCollectionResponse
+	14, // 86: snapshotd.v1.CatalogService.DropCollection:output_type -> snapshotd.v1.DropCollectionResponse
+	16, // 87: snapshotd.v1.CatalogService.CreatePartition:output_type -> snapshotd.v1.CreatePartitionResponse
+	18, // 88: snapshotd.v1.CatalogService.ListPartitions:output_type -> snapshotd.v1.ListPartitionsResponse
+	20, // 89: snapshotd.v1.CatalogService.DropPartition:output_type -> snapshotd.v1.DropPartitionResponse
+	22, // 90: snapshotd.v1.CatalogService.CreateIndex:output_type -> snapshotd.v1.CreateIndexResponse
+	24, // 91: snapshotd.v1.CatalogService.ListIndexes:output_type -> snapshotd.v1.ListIndexesResponse
+	26, // 92: snapshotd.v1.CatalogService.DropIndex:output_type -> snapshotd.v1.DropIndexResponse
+	28, // 93: snapshotd.v1.CatalogService.AddSegments:output_type -> snapshotd.v1.AddSegmentsResponse
+	30, // 94: snapshotd.v1.CatalogService.GetSegment:output_type -> snapshotd.v1.GetSegmentResponse
+	32, // 95: snapshotd.v1.CatalogService.ExportSegments:output_type -> snapshotd.v1.ExportSegmentsResponse
+	36, // 96: snapshotd.v1.CatalogService.UpdateSegments:output_type -> snapshotd.v1.UpdateSegmentsResponse
+	38, // 97: snapshotd.v1.CatalogService.CompactSegments:output_type -> snapshotd.v1.CompactSegmentsResponse
+	40, // 98: snapshotd.v1.CatalogService.DropSegments:output_type -> snapshotd.v1.DropSegmentsResponse
+	42, // 99: snapshotd.v1.CatalogService.SetCheckpoints:output_type -> snapshotd.v1.SetCheckpointsResponse
+	44, // 100: snapshotd.v1.CatalogService.ListCheckpoints:output_type -> snapshotd.v1.ListCheckpointsResponse
+	80, // [80:101] is the sub-list for method output_type
+	59, // [59:80] is the sub-list for method input_type
+	59, // [59:59] is the sub-list for extension type_name
+	59, // [59:59] is the sub-list for extension extendee
+	0,  // [0:59] is the sub-list for field type_name
 }
 
 func init() { file_snapshotd_v1_catalog_service_proto_init() }
@@ -3238,6 +3261,7 @@ func file_snapshotd_v1_catalog_service_proto_init() {
 	file_snapshotd_v1_catalog_service_proto_msgTypes[1].OneofWrappers = []any{
 		(*AllocateIdsRequest_Count)(nil),
 		(*AllocateIdsRequest_Reserve)(nil),
+		(*AllocateIdsRequest_Release)(nil),
 	}
 	file_snapshotd_v1_catalog_service_proto_msgTypes[33].OneofWrappers = []any{}
 	type x struct{}

@@ -59,13 +59,17 @@ const (
 //	                     Nothing was written; try again.
 type CatalogServiceClient interface {
 	// AllocateIds hands out ids that nobody else gets, or reserves a range that
-	// an engine has used before. Collections, partitions, indexes, index builds
-	// and segments are registered under such ids.
+	// an engine has used before, or releases the unused end of such a range.
+	// Collections, partitions, indexes, index builds and segments are registered
+	// under such ids.
 	//
 	// Errors:
 	//
 	//	FAILED_PRECONDITION  ID_RANGE_TAKEN: a range to reserve overlaps ids that
 	//	                     were handed out or reserved.
+	//	                     RESERVE_NOT_ALLOWED: the server is configured
+	//	                     without allow_reserve_ids, which reserve and release
+	//	                     need.
 	AllocateIds(ctx context.Context, in *AllocateIdsRequest, opts ...grpc.CallOption) (*AllocateIdsResponse, error)
 	// CreateCollection makes an empty collection.
 	//
@@ -444,13 +448,17 @@ func (c *catalogServiceClient) ListCheckpoints(ctx context.Context, in *ListChec
 //	                     Nothing was written; try again.
 type CatalogServiceServer interface {
 	// AllocateIds hands out ids that nobody else gets, or reserves a range that
-	// an engine has used before. Collections, partitions, indexes, index builds
-	// and segments are registered under such ids.
+	// an engine has used before, or releases the unused end of such a range.
+	// Collections, partitions, indexes, index builds and segments are registered
+	// under such ids.
 	//
 	// Errors:
 	//
 	//	FAILED_PRECONDITION  ID_RANGE_TAKEN: a range to reserve overlaps ids that
 	//	                     were handed out or reserved.
+	//	                     RESERVE_NOT_ALLOWED: the server is configured
+	//	                     without allow_reserve_ids, which reserve and release
+	//	                     need.
 	AllocateIds(context.Context, *AllocateIdsRequest) (*AllocateIdsResponse, error)
 	// CreateCollection makes an empty collection.
 	//

@@ -620,7 +620,10 @@ type IdRange struct {
 	// The first id.
 	First int64 `protobuf:"varint,1,opt,name=first,proto3" json:"first,omitempty"`
 	// How many.
-	Count         int64 `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
+	Count int64 `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
+	// No id from it on is registered before it was raised, so those can be given
+	// back. 0: not known, as in records of before; nothing can.
+	UnusedFrom    int64 `protobuf:"varint,3,opt,name=unused_from,json=unusedFrom,proto3" json:"unused_from,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -665,6 +668,13 @@ func (x *IdRange) GetFirst() int64 {
 func (x *IdRange) GetCount() int64 {
 	if x != nil {
 		return x.Count
+	}
+	return 0
+}
+
+func (x *IdRange) GetUnusedFrom() int64 {
+	if x != nil {
+		return x.UnusedFrom
 	}
 	return 0
 }
@@ -4056,10 +4066,12 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x04Stop\x12#\n" +
 	"\rcollection_id\x18\x01 \x01(\x03R\fcollectionId\x12\x10\n" +
 	"\x03due\x18\x02 \x01(\x03R\x03due\x12\x14\n" +
-	"\x05total\x18\x03 \x01(\x03R\x05total\"5\n" +
+	"\x05total\x18\x03 \x01(\x03R\x05total\"V\n" +
 	"\aIdRange\x12\x14\n" +
 	"\x05first\x18\x01 \x01(\x03R\x05first\x12\x14\n" +
-	"\x05count\x18\x02 \x01(\x03R\x05count\"@\n" +
+	"\x05count\x18\x02 \x01(\x03R\x05count\x12\x1f\n" +
+	"\vunused_from\x18\x03 \x01(\x03R\n" +
+	"unusedFrom\"@\n" +
 	"\bPosition\x12\x1c\n" +
 	"\ttimestamp\x18\x01 \x01(\x04R\ttimestamp\x12\x16\n" +
 	"\x06opaque\x18\x02 \x01(\fR\x06opaque\"\xe6\x05\n" +
