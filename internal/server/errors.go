@@ -43,6 +43,7 @@ var (
 	errDenied          = errors.New("permission denied")
 	errUnauthenticated = errors.New("the client certificate names nobody: it needs a URI or DNS name, or a common name")
 	errTooLarge        = fmt.Errorf("message too large: at most %d MiB; send less at a time", maxMessage>>20)
+	errTooMany         = fmt.Errorf("message too large: at most %d entries of lists and maps, nested ones included; send fewer at a time", maxElements)
 	errSlowReader      = fmt.Errorf("the messages of this stream were not read for %v; resume it with the last token", sendTimeout)
 )
 
@@ -66,6 +67,7 @@ var classes = []class{
 	{err: errDenied, code: codes.PermissionDenied, reason: "PERMISSION_DENIED"},
 	{err: errUnauthenticated, code: codes.Unauthenticated, reason: "UNAUTHENTICATED"},
 	{err: errTooLarge, code: codes.ResourceExhausted, reason: "MESSAGE_TOO_LARGE"},
+	{err: errTooMany, code: codes.ResourceExhausted, reason: "MESSAGE_TOO_LARGE"},
 	{err: errSlowReader, code: codes.Unavailable, reason: "SLOW_READER", retry: time.Second},
 	{err: errPageToken, code: codes.InvalidArgument, reason: "INVALID_PAGE_TOKEN"},
 	{err: errResumeToken, code: codes.InvalidArgument, reason: "INVALID_RESUME_TOKEN"},

@@ -251,6 +251,9 @@ func (s *Server) validate(req any) error {
 	if !ok {
 		return nil
 	}
+	if isOverfull(m) {
+		return errTooMany
+	}
 	if proto.Size(m) > maxMessage {
 		return errTooLarge
 	}
@@ -259,6 +262,10 @@ func (s *Server) validate(req any) error {
 		if err := protovalidate.Validate(m, protovalidate.WithFilter(only(m))); err != nil {
 			return err
 		}
+	}
+	if hasMoreThan(thoroughElements, m.ProtoReflect()) {
+		// A violation takes kilobytes, and each element may have some.
+		return s.validator.Validate(m, protovalidate.WithFailFast())
 	}
 	return s.validator.Validate(m)
 }

@@ -106,6 +106,7 @@ func New(o Options) (*Server, error) {
 		grpcprom.WithHistogramBuckets([]float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 60, 300, 900})))
 	opts := append(s.chain(metrics),
 		grpc.Creds(transport(o.TLS)),
+		grpc.ForceServerCodecV2(newCodec()),
 		grpc.MaxRecvMsgSize(hardMessage),
 		grpc.MaxSendMsgSize(maxSend),
 		grpc.MaxHeaderListSize(maxHeaderList),

@@ -1295,3 +1295,34 @@ func TestMetrics(t *testing.T) {
 	}
 	t.Error("the call was not counted")
 }
+
+// One call cannot use up the ids: reserving is off unless it is allowed.
+func TestReserveIsOff(t *testing.T) {
+	w := start(t)
+	for _, want := range []*pb.AllocateIdsRequest{
+		{Want: &pb.AllocateIdsRequest_Reserve{Reserve: &pb.IdRange{First: 1000, Count: 10}}},
+		{Want: &pb.AllocateIdsRequest_Release{Release: &pb.IdRange{First: 1000, Count: 10}}},
+	} {
+		if _, err := w.catalog.AllocateIds(t.Context(), want); reason(err) != "RESERVE_NOT_ALLOWED" || status.Code(err) != codes.FailedPrecondition {
+			t.Errorf("%v: %v", want, err)
+		}
+	}
+}
+
+// A message of too many nested elements gets a reason, and so does each message of a
+// stream.
+func TestTooManyElements(t *testing.T) {
+	w := start(t)
+	seg := &pb.Segment{Id: 1}
+	for range 1_000_000 {
+		seg.Files = append(seg.Files, &pb.File{})
+	}
+	ref := byID(1)
+	_, unaryErr := w.catalog.CompactSegments(t.Context(), &pb.CompactSegmentsRequest{Collection: ref, Inputs: []int64{1}, Outputs: []*pb.Segment{seg}})
+	_, streamErr := w.tryAdd(t.Context(), &pb.AddSegmentsRequest{Collection: ref, Segments: []*pb.Segment{seg}})
+	for _, err := range []error{unaryErr, streamErr} {
+		if reason(err) != "MESSAGE_TOO_LARGE" || status.Code(err) != codes.ResourceExhausted {
+			t.Errorf("%v", err)
+		}
+	}
+}

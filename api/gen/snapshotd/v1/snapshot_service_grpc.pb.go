@@ -55,7 +55,9 @@ const (
 //	                     the same request_token. STOPPING: this replica is about
 //	                     to end. SLOW_READER: a stream was not read for long.
 //	RESOURCE_EXHAUSTED   STORE_FULL, OVERLOADED; MESSAGE_TOO_LARGE: more than
-//	                     4 MiB (no details when gRPC itself refuses it).
+//	                     4 MiB (no details when gRPC itself refuses it), or
+//	                     more than 150 000 entries of lists and maps, those of
+//	                     nested messages included.
 //	DATA_LOSS            RECORD_UNREADABLE: a record is damaged or of a newer
 //	                     release; it is left alone.
 //	FAILED_PRECONDITION  FORMAT_TOO_NEW: a newer release wrote the snapshot.
@@ -429,7 +431,9 @@ func (c *snapshotServiceClient) CancelRestore(ctx context.Context, in *CancelRes
 //	                     the same request_token. STOPPING: this replica is about
 //	                     to end. SLOW_READER: a stream was not read for long.
 //	RESOURCE_EXHAUSTED   STORE_FULL, OVERLOADED; MESSAGE_TOO_LARGE: more than
-//	                     4 MiB (no details when gRPC itself refuses it).
+//	                     4 MiB (no details when gRPC itself refuses it), or
+//	                     more than 150 000 entries of lists and maps, those of
+//	                     nested messages included.
 //	DATA_LOSS            RECORD_UNREADABLE: a record is damaged or of a newer
 //	                     release; it is left alone.
 //	FAILED_PRECONDITION  FORMAT_TOO_NEW: a newer release wrote the snapshot.
