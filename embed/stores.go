@@ -281,6 +281,12 @@ func openStore(ctx context.Context, c ObjectStore, log *zap.Logger, open *closer
 		return nil, probe.Features{}, err
 	}
 	o.Log = log.Named("s3")
+	if o.AccessKeyID != "" {
+		o.ReadKeys = func() (s3.Keys, error) { // an operator replaces the files while the server runs
+			now, err := c.s3Options()
+			return s3.Keys{AccessKeyID: now.AccessKeyID, SecretAccessKey: now.SecretAccessKey, SessionToken: now.SessionToken}, err
+		}
+	}
 	s, err := s3.Open(ctx, o)
 	if err != nil {
 		return nil, probe.Features{}, err

@@ -99,6 +99,18 @@ var codes = map[string]meaning{
 	"AuthorizationHeaderMalformed": {kind: object.ErrMisconfigured, todo: "; set the bucket's own region"},
 }
 
+// passing are the statuses below 500 of what another attempt may cure.
+var passing = map[int]bool{
+	http.StatusTooManyRequests: true, http.StatusRequestTimeout: true, http.StatusConflict: true,
+	http.StatusLocked: true, http.StatusTooEarly: true, 499: true, // a proxy's: the client has gone
+}
+
+// passingKMS are the codes of the key service that pass.
+var passingKMS = map[string]bool{
+	"KMS.ThrottlingException": true, "KMS.KMSInternalException": true, "KMS.DependencyTimeoutException": true,
+	"KMS.KeyUnavailableException": true, "KMS.InternalFailure": true, "KMS.ServiceUnavailable": true,
+}
+
 // judge says what an error of the SDK means. One that came from a context is
 // for its caller to recognise.
 func judge(err error) *failure {
@@ -127,6 +139,9 @@ func judge(err error) *failure {
 	m, known := codes[f.code]
 	if !known && strings.HasPrefix(f.code, "KMS.") {
 		m, known = meaning{kind: object.ErrDenied, todo: "; check the key and who may use it"}, true
+		if passingKMS[f.code] {
+			m = meaning{kind: object.ErrUnavailable, retry: true}
+		}
 	}
 	switch {
 	case known:
@@ -142,8 +157,12 @@ func judge(err error) *failure {
 		f.kind, todo = object.ErrMisconfigured, codes["NotImplemented"].todo
 	case f.status == http.StatusPreconditionFailed:
 		f.kind = object.ErrExists
-	case f.status >= 500, f.status == http.StatusTooManyRequests, f.status == http.StatusRequestTimeout, f.status == http.StatusConflict:
+	case f.status >= 500, passing[f.status]:
 		f.retry = true
+	case f.status >= 400 && f.status != http.StatusNotFound && f.status != http.StatusRequestedRangeNotSatisfiable:
+		// The store has understood the request and refuses it: the next one, which is
+		// the same, fares no better.
+		f.kind, todo = object.ErrMisconfigured, "; the store refuses this request"
 	}
 	f.detail = describe(err, f, message) + todo
 	if region := header.Get("X-Amz-Bucket-Region"); region != "" && errors.Is(f.kind, object.ErrMisconfigured) {

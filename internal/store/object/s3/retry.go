@@ -66,17 +66,25 @@ func pause(base time.Duration, attempts int) time.Duration {
 
 // retry calls try until it succeeds, fails for good, or may not be tried again,
 // and returns its last failure. An answer that only asks for a lower rate is no
-// failed attempt and costs no budget until ratePatience is over.
+// failed attempt and costs no budget until ratePatience is over. A credential that
+// the store refuses is read again.
 func (s *Store) retry(ctx context.Context, op, key string, try func() *failure) *failure {
 	var limited time.Time // when the store first asked for a lower rate
+	refreshes := 0        // attempts that another credential may cure
 	for attempt := 1; ; attempt++ {
 		if f := over(ctx); f != nil {
 			return f
 		}
+		used, _ := s.keys.retrieve(ctx) // an error shows in try
 		f := try()
 		if f == nil {
 			s.budget.earn()
 			return nil
+		}
+		if staleKeys[f.code] && refreshes < maxRefreshes && s.keys.changedSince(ctx, used) {
+			refreshes++
+			attempt--
+			continue
 		}
 		if end := over(ctx); end != nil {
 			return end
@@ -111,6 +119,9 @@ func (s *Store) retry(ctx context.Context, op, key string, try func() *failure) 
 		}
 	}
 }
+
+// maxRefreshes is how often one call goes on with another credential.
+const maxRefreshes = 3
 
 // errTimeout ends an attempt, not the call.
 var errTimeout = errors.New("attempt timed out")

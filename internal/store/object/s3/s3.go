@@ -33,9 +33,6 @@ import (
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
-	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
-	awsconfig "github.com/aws/aws-sdk-go-v2/config"
-	"github.com/aws/aws-sdk-go-v2/credentials"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
 	"github.com/aws/aws-sdk-go-v2/service/s3/types"
 	"github.com/aws/smithy-go/middleware"
@@ -55,7 +52,6 @@ const (
 	maxEmptyPages  = 100       // of a list, one after another
 	partsInFlight  = 4         // of one object
 	deletesAtOnce  = 16        // where keys are deleted one by one
-	lookupTimeout  = time.Minute
 	cleanUpTimeout = 10 * time.Second
 	maxAborts      = 5        // of one upload that stays
 	copyPatience   = 3        // times the timeout of a request
@@ -102,6 +98,11 @@ type Options struct {
 	AccessKeyID     string
 	SecretAccessKey Secret
 	SessionToken    Secret
+
+	// ReadKeys, when it is not nil, returns the credentials in place of the three
+	// above. The store calls it once a minute and when the server refuses a
+	// credential, and keeps the last ones when it fails.
+	ReadKeys func() (Keys, error)
 
 	// CAFile is a PEM file of who may sign the server's certificate, besides
 	// those that the system trusts.
@@ -218,6 +219,7 @@ type Store struct {
 	client    *s3.Client
 	transport *http.Transport
 	budget    *budget
+	keys      *keyring
 	owner     *string
 	// noBatch says that the server does not know how to delete many at once.
 	noBatch atomic.Bool
@@ -250,15 +252,16 @@ func Open(ctx context.Context, o Options) (*Store, error) {
 		Transport:     s.transport,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
-	creds, err := findCredentials(ctx, o, s.transport.TLSClientConfig)
+	s.keys, err = findCredentials(ctx, o, s.transport.TLSClientConfig)
 	if err != nil {
 		s.transport.CloseIdleConnections()
 		return nil, fmt.Errorf("open bucket %s: %w", o.Bucket, err)
 	}
 	so := s3.Options{
 		Region:       o.Region,
-		Credentials:  creds,
+		Credentials:  s.keys.cache,
 		HTTPClient:   client,
+		HTTPSignerV4: &signer{},
 		UsePathStyle: o.PathStyle,
 		Retryer:      aws.NopRetryer{},
 		// Both are off in a client that is made this way.
@@ -311,27 +314,6 @@ func newTransport(o Options) (*http.Transport, error) {
 		DisableCompression: true,
 		TLSNextProto:       map[string]func(string, *tls.Conn) http.RoundTripper{},
 	}, nil
-}
-
-func findCredentials(ctx context.Context, o Options, config *tls.Config) (aws.CredentialsProvider, error) {
-	if o.AccessKeyID != "" {
-		return credentials.NewStaticCredentialsProvider(o.AccessKeyID, string(o.SecretAccessKey), string(o.SessionToken)), nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
-	defer cancel()
-	// The SDK's own client, which it may teach more authorities by AWS_CA_BUNDLE.
-	client := awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) {
-		t.Proxy = nil
-		t.TLSClientConfig = config.Clone()
-	})
-	cfg, err := awsconfig.LoadDefaultConfig(ctx, awsconfig.WithRegion(o.Region), awsconfig.WithHTTPClient(client))
-	if err == nil {
-		_, err = cfg.Credentials.Retrieve(ctx)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%w: no credentials were found; set an access key, or give the process a role: %s", object.ErrDenied, clip(err.Error()))
-	}
-	return cfg.Credentials, nil
 }
 
 // noAcceptEncoding keeps the SDK from setting, and so from signing, the field
