@@ -245,7 +245,7 @@ var hints = map[string]string{
 	"SNAPSHOT_PENDING":           "it is still being created; see how it is with `snapshotctl snapshot get SNAPSHOT`",
 	"SNAPSHOT_PINNED":            "see who keeps it with `snapshotctl pin list SNAPSHOT`; remove a pin that nobody needs with `snapshotctl pin remove SNAPSHOT PIN_ID`",
 	"STOPPING":                   "the server is about to stop; run the command again",
-	"STORE_FULL":                 "the metadata store is full; drop what is not needed with `snapshotctl snapshot drop SNAPSHOT`",
+	"STORE_FULL":                 "the message says which store is full; enlarge it, or drop snapshots that are not needed: see `snapshotctl snapshot list`",
 	"STORE_UNAVAILABLE":          "the server runs, but its metadata or object store did not answer; run the command again when it does",
 	"UNAUTHENTICATED":            "present a certificate that names you, with --tls-cert and --tls-key",
 }

@@ -29,6 +29,7 @@ var classes = []struct {
 	{ErrSource, "SNAPSHOT_CORRUPT", false},
 	{ErrDigest, "SNAPSHOT_CORRUPT", true},
 	{errMapping, "INTERNAL", false},
+	{object.ErrFull, "STORE_FULL", true}, // space may be freed in time
 	{object.ErrDenied, "OBJECT_STORE_DENIED", false},
 	{object.ErrMisconfigured, "OBJECT_STORE_MISCONFIGURED", false},
 	{object.ErrInvalidKey, "LAYOUT_REFUSED", false},

@@ -372,6 +372,7 @@ func TestClassify(t *testing.T) {
 		{fmt.Errorf("%w: %w", ErrSource, object.ErrUnavailable), "SNAPSHOT_CORRUPT", true},
 		{errMapping, "INTERNAL", true},
 		{errNoStore, "TASK_FAILED", false}, // another replica may have it
+		{object.ErrFull, "STORE_FULL", false},
 		{object.ErrDenied, "OBJECT_STORE_DENIED", true},
 		{object.ErrMisconfigured, "OBJECT_STORE_MISCONFIGURED", true},
 		{object.ErrInvalidKey, "LAYOUT_REFUSED", true},
@@ -393,7 +394,7 @@ func TestClassify(t *testing.T) {
 		if reason, permanent := classify(err, false); reason != c.reason || permanent != c.permanent {
 			t.Errorf("%v: %s, %v; want %s, %v", c.err, reason, permanent, c.reason, c.permanent)
 		}
-		last := c.permanent || errors.Is(c.err, ErrDigest)
+		last := c.permanent || errors.Is(c.err, ErrDigest) || errors.Is(c.err, object.ErrFull)
 		if reason, permanent := classify(err, true); reason != c.reason || permanent != last {
 			t.Errorf("%v, the last try: %s, %v; want %s, %v", c.err, reason, permanent, c.reason, last)
 		}

@@ -478,7 +478,7 @@ func (x *index) complete(id int64) error {
 // toldOf is what a caller is told of err. What a store says may tell of addresses;
 // the log has it.
 func toldOf(err error) error {
-	for _, class := range []error{object.ErrUnavailable, object.ErrDenied, object.ErrMisconfigured} {
+	for _, class := range []error{object.ErrUnavailable, object.ErrFull, object.ErrDenied, object.ErrMisconfigured} {
 		if errors.Is(err, class) {
 			return class
 		}

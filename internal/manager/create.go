@@ -191,6 +191,7 @@ var endings = []struct {
 	{ErrNotExact, "NOT_EXACT"},
 	{ErrFileMissing, "FILE_MISSING"},
 	{ErrCatalogCompacted, "CATALOG_COMPACTED"},
+	{object.ErrFull, "STORE_FULL"},
 	{object.ErrDenied, "OBJECT_STORE_DENIED"},
 	{object.ErrMisconfigured, "OBJECT_STORE_MISCONFIGURED"},
 	{ErrCreateAborted, "CREATE_ABORTED"},

@@ -155,6 +155,10 @@ var classes = []class{
 		text: "the metadata store did not answer; a write may have happened: repeat the call with the same request_token",
 	},
 	{
+		err: object.ErrFull, code: codes.ResourceExhausted, reason: "STORE_FULL",
+		text: "the object store is full: free space there or enlarge it, then call again with a new request_token",
+	},
+	{
 		err: object.ErrDenied, code: codes.FailedPrecondition, reason: "OBJECT_STORE_DENIED",
 		text: "the object store denies access to snapshotd; its log says what to grant",
 	},
@@ -214,6 +218,9 @@ func toAnswer(err error, requestID string) *answer {
 				fields = append(fields, &errdetails.BadRequest_FieldViolation{Field: invalid.Field, Description: clip(invalid.Problem)})
 			}
 			return invalidRequest(err, fields)
+		}
+		if full, ok := errors.AsType[*object.FullError](err); ok && c.err == object.ErrFull { //nolint:errorlint // the row
+			text = full.Error() + "; free space there or enlarge it, then call again with a new request_token"
 		}
 		var details []protoadapt.MessageV1
 		if c.code == codes.FailedPrecondition {

@@ -23,6 +23,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
+	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/testing/virtual"
 )
 
@@ -176,6 +177,19 @@ func TestHiddenTexts(t *testing.T) {
 				t.Errorf("%s tells %q", c.reason, a.Error())
 			}
 		}
+	}
+}
+
+// TestFullObjectStore has the answer name the place that is full, and nothing
+// else of the error.
+func TestFullObjectStore(t *testing.T) {
+	full := &object.FullError{Place: "directory /data/objects", Lacks: "no space or no inodes are left"}
+	a := toAnswer(fmt.Errorf("create snapshot: %w: open /secret: no space left on device", full), "")
+	if a.reason != "STORE_FULL" || a.status.Code() != codes.ResourceExhausted {
+		t.Errorf("got %s, %v", a.reason, a.status.Code())
+	}
+	if text := a.Error(); !strings.Contains(text, "directory /data/objects") || strings.Contains(text, "secret") {
+		t.Errorf("the text is %q", text)
 	}
 }
 

@@ -25,8 +25,8 @@ import (
 const MaxKeyBytes = 1024
 
 // Errors that callers tell apart. Any other error wraps ErrUnavailable or the
-// context's error. Those, ErrDenied and ErrMisconfigured leave the outcome of a
-// write, copy or delete unknown.
+// context's error. Those, ErrFull, ErrDenied and ErrMisconfigured leave the outcome
+// of a write, copy or delete unknown.
 var (
 	// ErrNotFound means that there is no object of that key.
 	ErrNotFound = errors.New("object not found")
@@ -40,6 +40,9 @@ var (
 	ErrInvalidKey = errors.New("invalid object key")
 	// ErrUnavailable means that the store did not answer, or not usefully.
 	ErrUnavailable = errors.New("object store unavailable")
+	// ErrFull means that the store has no room for what is written. A [*FullError]
+	// in its chain names the place.
+	ErrFull = errors.New("object store full")
 	// ErrDenied means that the store does not let these credentials do that. To
 	// try again does not help until somebody changes the one or the other.
 	ErrDenied = errors.New("access denied by the object store")
@@ -162,6 +165,17 @@ func (e *DeleteError) Error() string { return fmt.Sprintf("delete %s: %v", e.Key
 
 // Unwrap returns the cause.
 func (e *DeleteError) Unwrap() error { return e.Err }
+
+// FullError is [ErrFull] with the place that is full. The text holds no address.
+type FullError struct {
+	Place string // such as "directory /var/lib/snapshotd/objects"
+	Lacks string // such as "no space left on device"
+}
+
+func (e *FullError) Error() string { return fmt.Sprintf("%v: %s: %s", ErrFull, e.Place, e.Lacks) }
+
+// Unwrap returns ErrFull.
+func (e *FullError) Unwrap() error { return ErrFull }
 
 // CheckKey says whether key may be used: 1 to MaxKeyBytes bytes of UTF-8
 // without control characters or backslashes, relative, and in canonical form,

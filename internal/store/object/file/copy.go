@@ -30,11 +30,11 @@ func (s *Store) Copy(ctx context.Context, r object.CopyRequest) (object.Info, er
 	op := fmt.Sprintf("copy %s to", r.From)
 	source, err := s.openFile(r.From)
 	if err != nil {
-		return object.Info{}, classify(op, r.To, missing(err))
+		return object.Info{}, s.classify(op, r.To, missing(err))
 	}
 	defer func() { _ = source.Close() }() // it is only read
 	if err := unchanged(r, source); err != nil {
-		return object.Info{}, classify(op, r.To, err)
+		return object.Info{}, s.classify(op, r.To, err)
 	}
 	fill := func(target *os.File) error {
 		if err := copyContent(ctx, target, source, r.Size); err != nil {

@@ -45,6 +45,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -192,7 +193,7 @@ func (s *Store) write(ctx context.Context, op, key string, fill func(*os.File) e
 		_ = s.unlink(temp, 0)
 	}
 	if err != nil {
-		return object.Info{}, classify(op, key, err)
+		return object.Info{}, s.classify(op, key, err)
 	}
 	return describe(key, stat), nil
 }
@@ -313,7 +314,7 @@ func (s *Store) Get(ctx context.Context, key string, offset, length int64) (io.R
 	}
 	f, err := s.openFile(key)
 	if err != nil {
-		return nil, object.Info{}, classify("get", key, missing(err))
+		return nil, object.Info{}, s.classify("get", key, missing(err))
 	}
 	stat, err := f.Stat()
 	if err == nil && !stat.Mode().IsRegular() {
@@ -321,7 +322,7 @@ func (s *Store) Get(ctx context.Context, key string, offset, length int64) (io.R
 	}
 	if err != nil {
 		_ = f.Close() // it was only read
-		return nil, object.Info{}, classify("get", key, err)
+		return nil, object.Info{}, s.classify("get", key, err)
 	}
 	info := describe(key, stat)
 	offset = min(offset, info.Size)
@@ -350,7 +351,7 @@ func (s *Store) Head(ctx context.Context, key string) (object.Info, error) {
 		err = object.ErrNotFound
 	}
 	if err != nil {
-		return object.Info{}, classify("head", key, missing(err))
+		return object.Info{}, s.classify("head", key, missing(err))
 	}
 	return describe(key, stat), nil
 }
@@ -385,7 +386,7 @@ func (s *Store) list(ctx context.Context, prefix string, yield func(object.Info)
 		return true, nil
 	}
 	if err != nil {
-		return false, classify("list", prefix, err)
+		return false, s.classify("list", prefix, err)
 	}
 	// By name alone "a/b" would come before "a-b", since "a" does.
 	slices.SortFunc(entries, func(a, b fs.DirEntry) int { return strings.Compare(sortName(a), sortName(b)) })
@@ -434,14 +435,14 @@ func (s *Store) Delete(ctx context.Context, keys ...string) error {
 		}
 		err := s.unlink(key, 0)
 		if err != nil && !isGone(err) && !s.isDir(key) {
-			failed(key, classify("delete", key, err))
+			failed(key, s.classify("delete", key, err))
 			continue
 		}
 		touched[s.prune(path.Dir(key))] = key
 	}
 	for dir, key := range touched {
 		if err := s.sync(dir); err != nil && !isGone(err) {
-			failed(key, classify("delete", key, err))
+			failed(key, s.classify("delete", key, err))
 		}
 	}
 	return errors.Join(errs...)
@@ -467,19 +468,20 @@ func (s *Store) prune(dir string) string {
 }
 
 // Now implements [object.Store]: the file system's clock, which is the one that
-// sets modification times.
+// sets modification times. It sets that of [TempDir], which needs no inode, so
+// that a full store still has a clock.
 func (s *Store) Now(ctx context.Context) (time.Time, error) {
 	if err := ctx.Err(); err != nil {
 		return time.Time{}, err
 	}
-	name := fmt.Sprintf("%s/%s-%d", TempDir, s.names, s.count.Add(1))
-	f, err := s.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, fileMode)
+	dir, err := s.root.Open(TempDir)
 	if err != nil {
-		return time.Time{}, fmt.Errorf("read clock: %w: %w", object.ErrUnavailable, err)
+		return time.Time{}, fmt.Errorf("read clock: %w", s.failed(err))
 	}
-	stat, err := f.Stat()
-	if err := errors.Join(err, f.Close(), s.unlink(name, 0)); err != nil {
-		return time.Time{}, fmt.Errorf("read clock: %w: %w", object.ErrUnavailable, err)
+	err = touch(dir)
+	stat, statErr := dir.Stat()
+	if err := errors.Join(err, statErr, dir.Close()); err != nil {
+		return time.Time{}, fmt.Errorf("read clock: %w", s.failed(err))
 	}
 	return stat.ModTime(), nil
 }
@@ -564,7 +566,7 @@ func missing(err error) error {
 }
 
 // classify gives err the meaning that the contract asks for.
-func classify(op, key string, err error) error {
+func (s *Store) classify(op, key string, err error) error {
 	switch {
 	case errors.Is(err, object.ErrInvalidKey), errors.Is(err, object.ErrExists), errors.Is(err, object.ErrNotFound),
 		errors.Is(err, object.ErrSourceChanged), errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
@@ -572,5 +574,22 @@ func classify(op, key string, err error) error {
 	case errors.Is(err, unix.ENAMETOOLONG):
 		return fmt.Errorf("%s %s: %w: an element is longer than the file system allows", op, key, object.ErrInvalidKey)
 	}
-	return fmt.Errorf("%s %s: %w: %w", op, key, object.ErrUnavailable, err)
+	return fmt.Errorf("%s %s: %w", op, key, s.failed(err))
+}
+
+// failed is the error for err, which the file system returned: ErrFull, or else
+// ErrUnavailable.
+func (s *Store) failed(err error) error {
+	for _, full := range []struct {
+		errno syscall.Errno
+		lacks string
+	}{
+		{unix.ENOSPC, "no space or no inodes are left"}, // the file system does not say which
+		{unix.EDQUOT, "the disk quota is used up"},
+	} {
+		if errors.Is(err, full.errno) {
+			return fmt.Errorf("%w: %w", &object.FullError{Place: "directory " + s.root.Name(), Lacks: full.lacks}, err)
+		}
+	}
+	return fmt.Errorf("%w: %w", object.ErrUnavailable, err)
 }

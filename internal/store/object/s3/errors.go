@@ -49,10 +49,14 @@ func (s *Store) error(op, key string, f *failure) error {
 	if key == "" {
 		at = fmt.Sprintf("%s bucket %s", op, s.o.Bucket)
 	}
-	if f.detail == "" {
-		return fmt.Errorf("%s: %w", at, f.kind)
+	kind := f.kind
+	if errors.Is(kind, object.ErrFull) {
+		kind = &object.FullError{Place: "bucket " + s.o.Bucket, Lacks: "the server refuses more"}
 	}
-	return fmt.Errorf("%s: %w: %s", at, f.kind, f.detail)
+	if f.detail == "" {
+		return fmt.Errorf("%s: %w", at, kind)
+	}
+	return fmt.Errorf("%s: %w: %s", at, kind, f.detail)
 }
 
 // meaning is what a code of S3 stands for.
@@ -62,7 +66,10 @@ type meaning struct {
 	todo  string
 }
 
-const credentialsTodo = "; check the access key, its secret and the session token"
+const (
+	fullTodo        = "; free space in the store, or raise its quota"
+	credentialsTodo = "; check the access key, its secret and the session token"
+)
 
 // codes holds those that the status alone does not tell enough of.
 var codes = map[string]meaning{
@@ -82,6 +89,10 @@ var codes = map[string]meaning{
 	"IncompleteBody":             {kind: object.ErrUnavailable, retry: true},
 	"BadDigest":                  {kind: object.ErrUnavailable, retry: true}, // garbled on its way
 	"XAmzContentSHA256Mismatch":  {kind: object.ErrUnavailable, retry: true},
+
+	"XMinioStorageFull":              {kind: object.ErrFull, todo: fullTodo},
+	"XMinioAdminBucketQuotaExceeded": {kind: object.ErrFull, todo: fullTodo},
+	"QuotaExceeded":                  {kind: object.ErrFull, todo: fullTodo}, // of Ceph and versitygw
 
 	"AccessDenied":          {kind: object.ErrDenied, todo: "; grant it in the policies of the role and of the bucket"},
 	"InvalidAccessKeyId":    {kind: object.ErrDenied, todo: credentialsTodo},
@@ -153,6 +164,8 @@ func judge(err error) *failure {
 		}
 	case f.status == http.StatusForbidden || f.status == http.StatusUnauthorized:
 		f.kind, todo = object.ErrDenied, codes["AccessDenied"].todo
+	case f.status == http.StatusInsufficientStorage:
+		f.kind, todo = object.ErrFull, fullTodo
 	case f.status == http.StatusNotImplemented || f.status == http.StatusMethodNotAllowed:
 		f.kind, todo = object.ErrMisconfigured, codes["NotImplemented"].todo
 	case f.status == http.StatusPreconditionFailed:

@@ -333,6 +333,9 @@ func TestFaults(t *testing.T) {
 		{name: "short", action: s3fault.Short(), once: always, only: hasAnswer},
 		{name: "corrupt", action: s3fault.Corrupt(), once: always, only: func(op s3fault.Op) bool { return op == s3fault.GetObject }},
 		{name: "AccessDenied", action: s3fault.Status(403, "AccessDenied"), once: object.ErrDenied},
+		{name: "QuotaExceeded", action: s3fault.Status(403, "QuotaExceeded"), once: object.ErrFull},
+		{name: "507", action: s3fault.Status(507, "XMinioStorageFull"), once: object.ErrFull},
+		{name: "507 without a code", action: s3fault.Status(507, ""), once: object.ErrFull},
 		{name: "InvalidAccessKeyId", action: s3fault.Status(403, "InvalidAccessKeyId"), once: object.ErrDenied},
 		{name: "ExpiredToken", action: s3fault.Status(400, "ExpiredToken"), once: object.ErrDenied},
 		{name: "NoSuchBucket", action: s3fault.Status(404, "NoSuchBucket"), once: object.ErrMisconfigured},
@@ -412,7 +415,7 @@ func hasAnswer(op s3fault.Op) bool {
 // that is nobody's business.
 func wantClear(t *testing.T, r *rig, err error) {
 	t.Helper()
-	if !errors.Is(err, object.ErrUnavailable) && !errors.Is(err, object.ErrDenied) && !errors.Is(err, object.ErrMisconfigured) {
+	if !errors.Is(err, object.ErrUnavailable) && !errors.Is(err, object.ErrFull) && !errors.Is(err, object.ErrDenied) && !errors.Is(err, object.ErrMisconfigured) {
 		t.Errorf("err = %v, of no kind", err)
 	}
 	if errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrExists) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
