@@ -3,6 +3,7 @@
 package embed_test
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -49,6 +50,22 @@ func TestCopyOfTheDataDirectory(t *testing.T) {
 		restoreOf(t, s, "", "s0", "third")
 		restoreOf(t, s, "", "s1", "fourth")
 	})
+}
+
+// TestObjectDirectoryInUse starts a second embedded server on the object directory
+// of the first.
+func TestObjectDirectoryInUse(t *testing.T) {
+	first, second := small(t), small(t)
+	start(t, first)
+	objects := filepath.Join(first.DataDir, "objects")
+	second.ObjectStores = map[string]embed.ObjectStore{"default": {Path: objects}}
+	s, err := embed.Start(t.Context(), second)
+	if err == nil {
+		err = errors.Join(errors.New("it started"), s.Close())
+	}
+	if !errors.Is(err, embed.ErrInUse) || !strings.Contains(err.Error(), objects) {
+		t.Errorf("got %v", err)
+	}
 }
 
 // putFile writes the only file of the collection c.

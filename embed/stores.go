@@ -258,7 +258,7 @@ func (c Config) validateStores(wrong func(field, format string, args ...any)) {
 func openStores(ctx context.Context, cfg Config, log *zap.Logger, open *closers) (map[string]object.Store, map[string]probe.Features, error) {
 	stores, features := map[string]object.Store{}, map[string]probe.Features{}
 	for _, alias := range cfg.aliases() {
-		s, f, err := openStore(ctx, cfg.ObjectStores[alias], log.With(zap.String("store", alias)), open)
+		s, f, err := openStore(ctx, cfg.ObjectStores[alias], len(cfg.EtcdEndpoints) > 0, log.With(zap.String("store", alias)), open)
 		if err != nil {
 			return nil, nil, fmt.Errorf("object store %s: %w", alias, err)
 		}
@@ -267,9 +267,12 @@ func openStores(ctx context.Context, cfg Config, log *zap.Logger, open *closers)
 	return stores, features, nil
 }
 
-func openStore(ctx context.Context, c ObjectStore, log *zap.Logger, open *closers) (object.Store, probe.Features, error) {
+func openStore(ctx context.Context, c ObjectStore, shared bool, log *zap.Logger, open *closers) (object.Store, probe.Features, error) {
 	if c.Type == typeFile {
-		s, err := file.Open(c.Path, file.Options{}) //nolint:contextcheck // a local directory
+		s, err := file.Open(c.Path, file.Options{Shared: shared}) //nolint:contextcheck // a local directory
+		if errors.Is(err, file.ErrInUse) {
+			return nil, probe.Features{}, fmt.Errorf("%w: %w; end it, or choose another path: only replicas of one cluster share a directory", ErrInUse, err)
+		}
 		if err != nil {
 			return nil, probe.Features{}, err
 		}

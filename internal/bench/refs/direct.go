@@ -57,7 +57,7 @@ func newCopier(ctx context.Context, cl *cluster, col *collection, snapshot int64
 	if c.metadata, err = manifest.DecodeMetadata(data); err != nil {
 		return nil, err
 	}
-	c.objects, err = file.Open(cl.objects(), file.Options{}) //nolint:contextcheck // a local directory
+	c.objects, err = file.Open(cl.objects(), file.Options{Shared: true}) //nolint:contextcheck // a local directory
 	return c, err
 }
 

@@ -28,7 +28,11 @@
 // Links, devices and files whose names are no valid keys are not objects: Head
 // does not find them and List passes over them.
 //
-// One process writes to a directory at a time; any number may read it.
+// A directory is opened for one process, the default, or shared by any number of
+// processes, which then sync the directories above what they write, each time:
+// one of them cannot know which directory another has made and not synced yet. A
+// lock on [TempDir] for as long as the store is open keeps the two ways apart
+// ([ErrInUse]), on file systems that have locks.
 package file
 
 import (
@@ -58,6 +62,10 @@ import (
 // with it is invalid, and List does not show it.
 const TempDir = ".snapshotd-tmp"
 
+// ErrInUse means that another store is open on the directory, and that one of the
+// two is not shared.
+var ErrInUse = errors.New("object store directory in use")
+
 const (
 	fileMode = 0o640
 	dirMode  = 0o750
@@ -72,13 +80,19 @@ type Options struct {
 	// StaleAfter is the age at which Open takes a temporary file for one that a
 	// crash left behind, and removes it. Default: 24 hours.
 	StaleAfter time.Duration
+	// Shared says that other processes may write to the directory as well, all of
+	// them with Shared. Default: the store has the directory for itself, else Open
+	// fails with ErrInUse.
+	Shared bool
 }
 
 // Store is an object store on a directory. Use [Open].
 type Store struct {
-	root  *os.Root
-	names string        // makes this process's temporary names its own
-	count atomic.Uint64 // makes them differ from each other
+	root   *os.Root
+	lock   *os.File // TempDir, locked
+	shared bool
+	names  string        // makes this process's temporary names its own
+	count  atomic.Uint64 // makes them differ from each other
 
 	// dirs orders the giving of names against the making of directories: a name
 	// is given under a read lock, a directory made and its parent synced under
@@ -105,20 +119,51 @@ func Open(dir string, o Options) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open object store: %w", err)
 	}
-	s := &Store{root: root, names: rand.Text()}
-	if err := s.prepareTemp(o.StaleAfter); err != nil {
-		return nil, errors.Join(fmt.Errorf("open object store %s: %w", dir, err), root.Close())
+	s := &Store{root: root, names: rand.Text(), shared: o.Shared}
+	err = s.acquire()
+	if err == nil {
+		err = s.prepareTemp(o.StaleAfter)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open object store %s: %w", dir, err), s.Close())
 	}
 	return s, nil
 }
 
-// Close releases the directory. Readers that Get returned stay valid.
-func (s *Store) Close() error { return s.root.Close() }
-
-func (s *Store) prepareTemp(staleAfter time.Duration) error {
+// acquire makes TempDir and locks it, exclusively unless the store is shared.
+func (s *Store) acquire() error {
 	if err := s.root.Mkdir(TempDir, dirMode); err != nil && !errors.Is(err, fs.ErrExist) {
+		return s.failed(err)
+	}
+	dir, err := s.root.Open(TempDir)
+	if err != nil {
 		return err
 	}
+	s.lock = dir
+	how := unix.LOCK_EX
+	if s.shared {
+		how = unix.LOCK_SH
+	}
+	switch err := unix.Flock(int(dir.Fd()), how|unix.LOCK_NB); {
+	case errors.Is(err, unix.EWOULDBLOCK):
+		return fmt.Errorf("%w: another process has it open", ErrInUse)
+	case errors.Is(err, unix.EBADF), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOLCK),
+		errors.Is(err, unix.ENOSYS), errors.Is(err, unix.ENOTSUP): // a file system without locks of directories
+		return nil
+	default:
+		return err
+	}
+}
+
+// Close releases the directory. Readers that Get returned stay valid.
+func (s *Store) Close() error {
+	if s.lock == nil {
+		return s.root.Close()
+	}
+	return errors.Join(s.lock.Close(), s.root.Close())
+}
+
+func (s *Store) prepareTemp(staleAfter time.Duration) error {
 	if err := s.sync("."); err != nil {
 		return err
 	}
@@ -255,11 +300,7 @@ func (s *Store) install(ctx context.Context, key string, name func() error) erro
 		err := name()
 		s.dirs.RUnlock()
 		if err == nil {
-			// A directory that is gone was pruned, and so this object deleted.
-			if err = s.sync(dir); isGone(err) {
-				err = nil
-			}
-			return err
+			return s.syncUp(dir)
 		}
 		if errors.Is(err, unix.ENOTDIR) {
 			return fmt.Errorf("%w: a part of its path is an object", object.ErrInvalidKey)
@@ -275,6 +316,21 @@ func (s *Store) install(ctx context.Context, key string, name func() error) erro
 		}
 	}
 	return fmt.Errorf("directory %s keeps vanishing", dir)
+}
+
+// syncUp makes an object's name in dir durable and, in a shared store, the names
+// of dir and of all directories above it.
+func (s *Store) syncUp(dir string) error {
+	for {
+		// A directory that is gone was pruned, and so this object deleted.
+		if err := s.sync(dir); err != nil && !isGone(err) {
+			return err
+		}
+		if !s.shared || dir == "." {
+			return nil
+		}
+		dir = path.Dir(dir)
+	}
 }
 
 // makeDir makes dir and what it lies in durably. That dir may be gone again on

@@ -23,9 +23,47 @@ func TestContract(t *testing.T) {
 	objecttest.Run(t, func(t *testing.T) object.Store { return open(t, t.TempDir()) })
 }
 
+func TestSharedContract(t *testing.T) {
+	objecttest.Run(t, func(t *testing.T) object.Store { return openWith(t, t.TempDir(), file.Options{Shared: true}) })
+}
+
+// TestOneProcess opens a directory twice: as one that is not shared only when the
+// other is closed.
+func TestOneProcess(t *testing.T) {
+	dir := t.TempDir()
+	for _, c := range []struct{ first, second, works bool }{
+		{false, false, false}, {false, true, false}, {true, false, false}, {true, true, true},
+	} {
+		first, err := file.Open(dir, file.Options{Shared: c.first})
+		if err != nil {
+			t.Fatal(err)
+		}
+		second, err := file.Open(dir, file.Options{Shared: c.second})
+		switch {
+		case c.works != (err == nil), err != nil && (!errors.Is(err, file.ErrInUse) || !strings.Contains(err.Error(), dir)):
+			t.Errorf("%+v: got %v", c, err)
+		}
+		if err == nil {
+			put(t, second, "a/b")
+			put(t, first, "a/c")
+			if err := second.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+		if err := first.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func open(t *testing.T, dir string) *file.Store {
 	t.Helper()
-	s, err := file.Open(dir, file.Options{})
+	return openWith(t, dir, file.Options{})
+}
+
+func openWith(t *testing.T, dir string, o file.Options) *file.Store {
+	t.Helper()
+	s, err := file.Open(dir, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,12 +96,12 @@ func keys(t *testing.T, s object.Store) string {
 
 func TestObjectsOutliveTheStore(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "made", "by", "open")
-	first := open(t, dir)
+	first := openWith(t, dir, file.Options{Shared: true})
 	want, err := first.Put(t.Context(), "a/b", []byte("x"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	second := open(t, dir)
+	second := openWith(t, dir, file.Options{Shared: true})
 	if got, err := second.Head(t.Context(), "a/b"); err != nil || got != want {
 		t.Errorf("after opening again: %+v, err = %v; want %+v", got, err, want)
 	}
@@ -318,10 +356,22 @@ func TestCopyIsIndependent(t *testing.T) {
 	}
 }
 
+// closed opens a store and closes it.
+func closed(t *testing.T, dir string) {
+	t.Helper()
+	s, err := file.Open(dir, file.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestOpenRemovesStaleTempFiles(t *testing.T) {
 	dir := t.TempDir()
 	temp := filepath.Join(dir, file.TempDir)
-	open(t, dir)
+	closed(t, dir)
 	now := time.Now()
 	for name, age := range map[string]time.Duration{"old": 25 * time.Hour, "young": 23 * time.Hour} {
 		path := filepath.Join(temp, name)
@@ -332,7 +382,7 @@ func TestOpenRemovesStaleTempFiles(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	open(t, dir)
+	closed(t, dir)
 	if _, err := os.Stat(filepath.Join(temp, "old")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the old file: err = %v, want it gone", err)
 	}
