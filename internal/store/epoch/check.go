@@ -162,7 +162,8 @@ func (e *Epoch) recover(ctx context.Context, force bool) (wasBehind bool, next, 
 // settle decides what recovering makes of the records in s. The number of a beat
 // that was under way is passed over: its object may still come, and must not be
 // that of another beat. Where ids are passed over the floor is above them: what
-// carries one was made by a store that is lost, or by somebody else.
+// carries one was made by a store that is lost, or by somebody else. What is made
+// from now on is of another history.
 func settle(s *state, n *note) {
 	beat, ceiling := s.epoch.GetBeat(), s.ids.GetCeiling()
 	if s.intent != nil {
@@ -175,4 +176,5 @@ func settle(s *state, n *note) {
 	s.ids.Ceiling = max(ceiling, s.ids.GetNext())
 	s.epoch.Beat, s.epoch.Recovered, s.epoch.Intent = beat, beat, nil
 	s.epoch.Floor = max(s.epoch.GetFloor(), s.ids.GetNext())
+	s.epoch.History++
 }

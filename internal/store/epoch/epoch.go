@@ -14,6 +14,9 @@
 //	behind   the metadata store is older than the newest beat; the key /behind
 //	floor    ids below it that have no record may have been lost with a store that
 //	         was behind: their objects are left alone for ever
+//	history  the number of recoveries, plus one. It marks the records of which the
+//	         create revision may be compared with those of others: in a store to
+//	         which records were copied, a recovery excludes the copies
 //
 // # States
 //
@@ -60,9 +63,10 @@
 //	         puts: /behind
 //	recover  compares: /epoch, /ids, /behind as read
 //	         puts: /ids, whose next id is not below the greatest ceiling; /epoch with
-//	         the greatest beat, or beyond the intended one, without the intent, and
-//	         with that next id as the floor; deletes: /behind. Where the store is
-//	         not behind nothing is put, unless it is forced
+//	         the greatest beat, or beyond the intended one, without the intent, with
+//	         that next id as the floor, and with the number of the next history;
+//	         deletes: /behind. Where the store is not behind nothing is put, unless
+//	         it is forced
 //	         then a beat follows
 //
 // While /behind is there, the transactions that allocate ids, and those that grant
@@ -230,6 +234,17 @@ func Blocked(found []meta.KeyValue) error {
 func behindError(rec *storagev1.Behind) error {
 	return fmt.Errorf("%w: beat %d at revision %d there, beat %d at revision %d here; %s", ErrBehind,
 		rec.GetBeat(), rec.GetRevision(), rec.GetOwnBeat(), rec.GetOwnRevision(), wayOut)
+}
+
+// History returns the number of the history of the metadata store, of what a get
+// of [keys.Epoch] found. It is positive, and each recovery raises it. It is 0 when
+// the record is unreadable: then it equals the history of no record.
+func History(found []meta.KeyValue) int64 {
+	rec := &storagev1.Epoch{}
+	if len(found) > 0 && record.Decode(found[0], rec) != nil {
+		return 0
+	}
+	return rec.GetHistory() + 1
 }
 
 // Behind says why nothing is allocated and deleted: nil while it is, else an

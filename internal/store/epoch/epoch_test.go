@@ -93,6 +93,13 @@ func (w *world) records() (*storagev1.Epoch, *storagev1.Allocator, bool) {
 	return e, ids, behind
 }
 
+func (w *world) history() int64 {
+	w.t.Helper()
+	res, err := w.kv.Txn(w.t.Context(), meta.Txn{Then: []meta.Op{meta.Get(keys.Epoch)}})
+	w.must(err)
+	return epoch.History(res.Ranges[0])
+}
+
 func (w *world) notes() []string {
 	w.t.Helper()
 	var list []string
@@ -516,6 +523,9 @@ func TestTimeTravel(t *testing.T) {
 				wantBehind(t, r.Check(t.Context()))
 				wantBehind(t, r.Check(t.Context()))
 				wantBehind(t, r.Beat(t.Context()))
+				if n := w.history(); n != 1 {
+					t.Errorf("history %d before the recovery", n)
+				}
 				_, err := r.ids.AllocateIDs(t.Context(), request.Token{}, 1)
 				wantBehind(t, err)
 				_, err = r.ids.NextID(t.Context())
@@ -543,11 +553,30 @@ func TestTimeTravel(t *testing.T) {
 				if was || again <= next || err != nil {
 					t.Errorf("recover again: %v, %d, %v", was, again, err)
 				}
+				if n := w.history(); n != 2 {
+					t.Errorf("history %d after one recovery, and one without need", n)
+				}
 				if floor, _ := r.Floor(t.Context()); floor != next {
 					t.Errorf("floor %d, want %d", floor, next)
 				}
 				w.settled()
+				if _, _, _, err := r.Recover(t.Context(), true); err != nil || w.history() != 3 {
+					t.Errorf("history %d after a forced recovery, %v", w.history(), err)
+				}
 			})
+		}
+	}
+}
+
+// An unreadable record is of no history: what is compared with it is not equal.
+func TestHistoryOfAnUnreadableRecord(t *testing.T) {
+	for want, found := range map[int64][]meta.KeyValue{
+		1: nil,
+		2: {{Key: keys.Epoch, Value: record.Encode(&storagev1.Epoch{Format: record.Format, History: 1})}},
+		0: {{Key: keys.Epoch, Value: []byte("garbage")}},
+	} {
+		if got := epoch.History(found); got != want {
+			t.Errorf("%v is of history %d, want %d", found, got, want)
 		}
 	}
 }

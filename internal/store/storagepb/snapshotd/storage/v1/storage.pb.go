@@ -207,7 +207,10 @@ type Epoch struct {
 	Intent []byte `protobuf:"bytes,5,opt,name=intent,proto3" json:"intent,omitempty"`
 	// The objects up to this beat are of a store that was given up: what they say
 	// of cluster and revision is not compared.
-	Recovered     int64 `protobuf:"varint,6,opt,name=recovered,proto3" json:"recovered,omitempty"`
+	Recovered int64 `protobuf:"varint,6,opt,name=recovered,proto3" json:"recovered,omitempty"`
+	// How often the metadata store was recovered. The history of a record is this
+	// number, plus one, at the revision that made the record.
+	History       int64 `protobuf:"varint,7,opt,name=history,proto3" json:"history,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -280,6 +283,13 @@ func (x *Epoch) GetIntent() []byte {
 func (x *Epoch) GetRecovered() int64 {
 	if x != nil {
 		return x.Recovered
+	}
+	return 0
+}
+
+func (x *Epoch) GetHistory() int64 {
+	if x != nil {
+		return x.History
 	}
 	return 0
 }
@@ -2313,7 +2323,12 @@ type Snapshot struct {
 	// Why it was given up, as code and text; empty: dropped.
 	Reason string `protobuf:"bytes,23,opt,name=reason,proto3" json:"reason,omitempty"`
 	// The alias of the store that its own objects lie in.
-	Store         string `protobuf:"bytes,24,opt,name=store,proto3" json:"store,omitempty"`
+	Store string `protobuf:"bytes,24,opt,name=store,proto3" json:"store,omitempty"`
+	// The history of the metadata store that the snapshot began in; 0: not known.
+	History int64 `protobuf:"varint,25,opt,name=history,proto3" json:"history,omitempty"`
+	// The revision of the transaction that began it, once COMMITTED. It is the
+	// create revision of the record, unless the record was copied.
+	BeginRevision int64 `protobuf:"varint,26,opt,name=begin_revision,json=beginRevision,proto3" json:"begin_revision,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2514,6 +2529,20 @@ func (x *Snapshot) GetStore() string {
 		return x.Store
 	}
 	return ""
+}
+
+func (x *Snapshot) GetHistory() int64 {
+	if x != nil {
+		return x.History
+	}
+	return 0
+}
+
+func (x *Snapshot) GetBeginRevision() int64 {
+	if x != nil {
+		return x.BeginRevision
+	}
+	return 0
 }
 
 // Cut is where a snapshot cuts a channel.
@@ -4029,14 +4058,15 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04next\x18\x02 \x01(\x03R\x04next\x129\n" +
 	"\breserved\x18\x03 \x03(\v2\x1d.snapshotd.storage.v1.IdRangeR\breserved\x12\x18\n" +
-	"\aceiling\x18\x04 \x01(\x03R\aceiling\"\x8f\x01\n" +
+	"\aceiling\x18\x04 \x01(\x03R\aceiling\"\xa9\x01\n" +
 	"\x05Epoch\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04beat\x18\x02 \x01(\x03R\x04beat\x12\x0e\n" +
 	"\x02op\x18\x03 \x01(\tR\x02op\x12\x14\n" +
 	"\x05floor\x18\x04 \x01(\x03R\x05floor\x12\x16\n" +
 	"\x06intent\x18\x05 \x01(\fR\x06intent\x12\x1c\n" +
-	"\trecovered\x18\x06 \x01(\x03R\trecovered\"\xbc\x01\n" +
+	"\trecovered\x18\x06 \x01(\x03R\trecovered\x12\x18\n" +
+	"\ahistory\x18\a \x01(\x03R\ahistory\"\xbc\x01\n" +
 	"\x06Behind\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04beat\x18\x02 \x01(\x03R\x04beat\x12\x19\n" +
@@ -4266,7 +4296,7 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x06Parked\x12\x14\n" +
 	"\x05store\x18\x01 \x01(\tR\x05store\x12\x16\n" +
 	"\x06length\x18\x02 \x01(\x03R\x06length\x12\x16\n" +
-	"\x06sha256\x18\x03 \x01(\fR\x06sha256\"\xf1\x06\n" +
+	"\x06sha256\x18\x03 \x01(\fR\x06sha256\"\xb2\a\n" +
 	"\bSnapshot\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12#\n" +
@@ -4298,7 +4328,9 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"requestKey\x12\x0e\n" +
 	"\x02op\x18\x16 \x01(\tR\x02op\x12\x16\n" +
 	"\x06reason\x18\x17 \x01(\tR\x06reason\x12\x14\n" +
-	"\x05store\x18\x18 \x01(\tR\x05store\x1a9\n" +
+	"\x05store\x18\x18 \x01(\tR\x05store\x12\x18\n" +
+	"\ahistory\x18\x19 \x01(\x03R\ahistory\x12%\n" +
+	"\x0ebegin_revision\x18\x1a \x01(\x03R\rbeginRevision\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"S\n" +
