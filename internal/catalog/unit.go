@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -224,6 +226,100 @@ func hasFile(s *segment.Segment, path FilePath) bool {
 		}
 	}
 	return false
+}
+
+// Has says whether the file is one of the unit's. It panics when the unit is
+// Parked, for then nothing is known of its files.
+func (u *Unit) Has(path FilePath) bool {
+	if u.Parked {
+		panic(fmt.Sprintf("the files of unit %d are not known: it is parked", u.ID))
+	}
+	return hasFile(&u.Segment, path)
+}
+
+// partsInFlight is how many parked parts are read at once.
+const partsInFlight = 8
+
+// Parts calls visit with the units that were taken from segments, whose ids must
+// ascend, and that are not granted: replaced index builds and files. A unit that is
+// parked is read whole where whole says so of its stub, and is left a stub
+// otherwise. visit is called by one goroutine at a time.
+func (c *Catalog) Parts(ctx context.Context, collection int64, segments []int64, whole func(*Unit) bool, visit func(Unit)) error {
+	if len(segments) == 0 {
+		return nil
+	}
+	from := keys.ReplacedPrefix(collection, segments[0])
+	_, to := meta.Prefix(keys.ReplacedPrefix(collection, segments[len(segments)-1]))
+	var units []int64
+	_, err := c.kv.Scan(ctx, from, to, 0, func(batch []meta.KeyValue) error {
+		for _, kv := range batch {
+			of, unit, err := keys.LastTwo(kv.Key)
+			if err != nil {
+				return err
+			}
+			if _, wanted := slices.BinarySearch(segments, of); wanted {
+				units = append(units, unit)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("read what was taken from segments of collection %d: %w", collection, err)
+	}
+	for part := range slices.Chunk(units, partsInFlight*4) {
+		if err := c.readParts(ctx, collection, part, whole, visit); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// readParts is Parts for a few units.
+func (c *Catalog) readParts(ctx context.Context, collection int64, units []int64, whole func(*Unit) bool, visit func(Unit)) error {
+	gets := make([]meta.Op, len(units))
+	for i, id := range units {
+		gets[i] = meta.Get(keys.Unit(collection, id))
+	}
+	res, err := c.kv.Txn(ctx, meta.Txn{Then: gets})
+	if err != nil {
+		return fmt.Errorf("read units of collection %d: %w", collection, err)
+	}
+	list := make([]*Unit, len(units))
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(partsInFlight)
+	for i, kvs := range res.Ranges {
+		if len(kvs) == 0 { // granted
+			continue
+		}
+		rec := &storagev1.Unit{}
+		if err := record.Decode(kvs[0], rec); err != nil {
+			return errors.Join(err, group.Wait())
+		}
+		if rec.GetParked() != nil {
+			stub := StubOf(units[i], rec)
+			stub.Revision = kvs[0].CreateRevision
+			if !whole(&stub) {
+				list[i] = &stub
+				continue
+			}
+		}
+		group.Go(func() error {
+			read, err := c.readUnits(ctx, collection, units[i], kvs)
+			if err == nil && len(read) > 0 && read[0].Revision > 0 { // and was not granted meanwhile
+				list[i] = &read[0]
+			}
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return err
+	}
+	for _, u := range list {
+		if u != nil {
+			visit(*u)
+		}
+	}
+	return nil
 }
 
 // Owner is what a file is part of.

@@ -73,7 +73,7 @@ func BenchmarkCount(b *testing.B) {
 // One operation is one segment, of which about 9 in 10 are referenced.
 func BenchmarkSegment(b *testing.B) {
 	list, last := benchRefs()
-	c := Counts{benchIndex(list), benchCollection}
+	c := Counts{refs: benchIndex(list), collection: benchCollection}
 	r := rand.New(rand.NewPCG(1, 2))
 	for b.Loop() {
 		c.Segment(2 * (1 + r.Int64N(last/2)))

@@ -101,6 +101,7 @@ type round struct {
 	tolerance time.Duration
 	park      []meta.Cond // compared when units are parked; nil: none are
 	now       time.Time
+	history   int64 // of the metadata store, when the round began to read units
 
 	mu      sync.Mutex // emits one at a time
 	summary Summary
@@ -267,8 +268,12 @@ func (r *round) units(ctx context.Context, collections map[int64]*findings) erro
 	if r.only != 0 {
 		from, to = meta.Prefix(keys.UnitPrefix(r.only))
 	}
+	var err error
+	if r.history, _, err = r.g.readHistory(ctx); err != nil {
+		return err
+	}
 	rec := &storagev1.UnitHead{}
-	_, err := r.g.kv.Scan(ctx, from, to, 0, func(batch []meta.KeyValue) error {
+	_, err = r.g.kv.Scan(ctx, from, to, 0, func(batch []meta.KeyValue) error {
 		for _, kv := range batch {
 			collection, id, err := keys.LastTwo(kv.Key)
 			if err != nil {
@@ -282,7 +287,7 @@ func (r *round) units(ctx context.Context, collections map[int64]*findings) erro
 				f.err = err
 				continue
 			}
-			if err := r.unit(ctx, f, id, rec); err != nil {
+			if err := r.unit(ctx, f, id, kv.CreateRevision, rec); err != nil {
 				return err
 			}
 		}
@@ -291,8 +296,8 @@ func (r *round) units(ctx context.Context, collections map[int64]*findings) erro
 	return err
 }
 
-// unit sorts one unit.
-func (r *round) unit(ctx context.Context, f *findings, id int64, rec *storagev1.UnitHead) error {
+// unit sorts one unit, which was dropped at a revision.
+func (r *round) unit(ctx context.Context, f *findings, id, dropped int64, rec *storagev1.UnitHead) error {
 	f.units++
 	kind := ItemKind(rec.GetKind())
 	item := Item{Kind: kind, Collection: f.id, ID: id, DropTime: record.Time(rec.GetDropTime())}
@@ -304,11 +309,8 @@ func (r *round) unit(ctx context.Context, f *findings, id int64, rec *storagev1.
 	if !r.known(ctx, f) {
 		return nil
 	}
-	w := wanted{segment: rec.GetSegmentId()}
-	if kind == ItemBuild {
-		w = wanted{build: id}
-	}
-	if r.g.refs.count(f.id, w) > 0 {
+	w := wantedOfKind(catalog.UnitKind(rec.GetKind()), id, rec.GetSegmentId(), dropped, r.history)
+	if r.g.refs.holds(f.id, w) {
 		r.summary.Held++
 		if rec.GetParked() != nil {
 			r.summary.Parked++
@@ -505,7 +507,7 @@ func (r *round) leftBehind(ctx context.Context, f *findings) error {
 			}
 			f.units++
 			w := wanted{segment: id}
-			if r.g.refs.count(f.id, w) == 0 {
+			if !r.g.refs.holds(f.id, w) {
 				if r.leftByBoth(ctx, f.drop) > 0 {
 					f.waiting++
 					r.summary.Waiting++

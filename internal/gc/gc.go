@@ -6,7 +6,8 @@
 //	unit        what is deleted as a whole: a dropped segment, an index build
 //	            that was replaced or removed, or files that were taken from a
 //	            living segment. A unit is held by its index build's id if it is
-//	            one, else by its segment's
+//	            one, else by its segment's. Files of a living segment are not
+//	            held by a snapshot that began after they were taken: see below
 //	reference   an id or file that a committed snapshot has in its refs.avro
 //	grant       the decision that a unit is deleted; it is never taken back
 //	tombstone   a unit that was granted and whose deletion is not confirmed
@@ -26,7 +27,7 @@
 // # Transactions
 //
 //	read     at one revision: generation, pending keys of the collection, the
-//	         units, their tombstones. The references are looked at after that,
+//	         units, their tombstones, the history of the metadata store. The references are looked at after that,
 //	         in an index that is at that revision or beyond
 //	grant    compares: generation as read; no pending key, or only such as are
 //	         younger than every unit's drop; each unit as read, and no tombstone
@@ -45,6 +46,25 @@
 // it, so that the compare fails; or it was given up and will never commit. When
 // the capture is after the drop, it does not see the unit. References of a
 // snapshot only go when it is dropped, which is final.
+//
+// # Files of a living segment
+//
+// References hold segments, not files. A snapshot does not hold a unit of files that
+// were taken from a living segment if it began after that: if the create revision of
+// its record is greater than that of the unit's record. Its capture comes after its
+// begin and does not see the files.
+//
+// Restoring etcd from a backup does not harm the comparison: both records are in one
+// store, and up to a begin its revisions are those that the creator captured from,
+// whatever was lost later. A copy of the records into another store would harm it. So
+// it counts only for a snapshot whose record has
+//
+//	the right begin    begin_revision is the create revision of the record
+//	the right history  history is that of /epoch, which each recovery raises
+//
+// Any other snapshot, such as one of an older release, holds the unit if it has the
+// segment. The unit's record needs no such fields: a copy of it is younger than the
+// original, and a younger unit is held by more snapshots.
 //
 // # Failures
 //

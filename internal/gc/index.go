@@ -104,6 +104,8 @@ type entry struct {
 	metadata   manifest.Digest
 	refs       *snapshotRefs // nil until known
 	closed     bool          // its record is of a newer release: it stays unknown
+	began      int64         // revision of the transaction that began it
+	history    int64         // of the metadata store, that began is of; 0: not known
 	loading    bool
 	gone       bool      // while it was being loaded
 	err        error     // why it could not be read, the last time
@@ -191,7 +193,8 @@ func (x *index) put(kv meta.KeyValue) (id int64, protects bool) {
 		x.o.Log.Error("a snapshot record cannot be read: nothing of its collection is reclaimed",
 			zap.String("key", kv.Key), zap.Int64("collection", rec.GetCollectionId()), zap.Error(err))
 		// References that are known stay as they are, whatever it says now.
-		if e := x.expect(id, rec); e.refs == nil {
+		e := x.expect(id, rec)
+		if e.history = 0; e.refs == nil {
 			e.closed, e.err = true, err
 		}
 		return id, true
@@ -202,6 +205,7 @@ func (x *index) put(kv meta.KeyValue) (id int64, protects bool) {
 		return id, false
 	default:
 		e := x.expect(id, rec)
+		e.history = 0
 		e.closed, e.err = true, fmt.Errorf("its state is %d, of a newer release", rec.GetState())
 		return id, true
 	}
@@ -211,7 +215,11 @@ func (x *index) put(kv meta.KeyValue) (id int64, protects bool) {
 		}
 		e.closed = false
 	}
-	x.expect(id, rec)
+	e := x.expect(id, rec)
+	e.began, e.history = rec.GetBeginRevision(), rec.GetHistory()
+	if e.began != kv.CreateRevision {
+		e.history = 0 // the record is a copy from another metadata store
+	}
 	return id, true
 }
 
@@ -490,6 +498,19 @@ func toldOf(err error) error {
 type wanted struct {
 	segment, build int64            // one of them, the other 0
 	files          iter.Seq[uint64] // hashes of its files that another thing may have as foreign ones; nil: none
+	// taken is the revision at which files were taken from segment, which lives on:
+	// a snapshot that began after that has the segment without them. 0: it is the
+	// whole segment or build.
+	taken int64
+	// history is that of the metadata store. A snapshot of an earlier history, or
+	// of one that is not known, holds the files wherever it has the segment.
+	history int64
+}
+
+// lackedBy says whether the snapshot certainly does not have the files that were
+// taken from its segment: it began after that, in the same metadata store.
+func (w *wanted) lackedBy(e *entry) bool {
+	return w.taken > 0 && e.history > 0 && e.history == w.history && e.began > w.taken
 }
 
 // holders returns the snapshots of a collection that reference w, the newest
@@ -512,6 +533,10 @@ func (x *index) holders(id int64, w wanted) (list []SnapshotHolder, total int) {
 	if count == 0 && !foreign {
 		return nil, 0
 	}
+	known := count // how many there are, unless all have to be looked at
+	if w.taken > 0 {
+		known = 0
+	}
 	if !foreign {
 		w.files = nil // none of them has one
 	}
@@ -521,7 +546,7 @@ func (x *index) holders(id int64, w wanted) (list []SnapshotHolder, total int) {
 		}
 		if total++; total <= maxHolders {
 			list = append(list, SnapshotHolder{ID: e.id, Name: e.name})
-		} else if !foreign {
+		} else if !foreign && known > 0 {
 			break // the count says the rest
 		}
 	}
@@ -529,22 +554,55 @@ func (x *index) holders(id int64, w wanted) (list []SnapshotHolder, total int) {
 		total = max(total, 1)
 	}
 	// A count that is still being taken down holds until it is.
-	return list, max(total, count)
+	return list, max(total, known)
 }
 
-// count returns how many snapshots of a collection reference a segment or build.
+// count returns how many snapshots of a collection hold w by their references of
+// its segment or build. It takes longer for files that were taken from a segment:
+// each snapshot is looked at.
 func (x *index) count(id int64, w wanted) int {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if c := x.collections[id]; c != nil {
-		return c.held.of(w)
+	c := x.collections[id]
+	if c == nil {
+		return 0
 	}
-	return 0
+	n := c.held.of(w)
+	if n == 0 || w.taken == 0 {
+		return n
+	}
+	n = 0
+	for _, e := range c.entries {
+		if e.refs != nil && e.refersTo(&w) {
+			n++
+		}
+	}
+	return n
+}
+
+// holds says whether count is positive, and looks at no more snapshots than it
+// takes to find one.
+func (x *index) holds(id int64, w wanted) bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	c := x.collections[id]
+	if c == nil || c.held.of(w) == 0 {
+		return false
+	}
+	return w.taken == 0 || slices.ContainsFunc(c.entries, func(e *entry) bool { return e.refs != nil && e.refersTo(&w) })
+}
+
+// refersTo says whether the snapshot holds w by its reference of the segment or
+// build.
+func (e *entry) refersTo(w *wanted) bool {
+	if w.build != 0 && e.refs.builds.has(w.build) {
+		return true
+	}
+	return w.segment != 0 && !w.lackedBy(e) && e.refs.segments.has(w.segment)
 }
 
 func (e *entry) references(w wanted) bool {
-	switch {
-	case w.segment != 0 && e.refs.segments.has(w.segment), w.build != 0 && e.refs.builds.has(w.build):
+	if e.refersTo(&w) {
 		return true
 	}
 	return w.hasFile(len(e.refs.files), func(hash uint64) bool {

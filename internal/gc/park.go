@@ -62,7 +62,8 @@ import (
 // end. To take an earlier one is not: a create that has captured the unit would
 // count as younger. Parking puts the record again, so the revision of its last
 // write would be a later one, and each time that a unit is parked creates that are
-// under way would hold it for nothing. Its create revision is exact: the
+// under way would hold it for nothing. The begin of a committed
+// snapshot is compared with the same revision. Its create revision is exact: the
 // transaction that drops a unit compares that its key is not there, and the key is
 // deleted once, by the grant, and never put again.
 //

@@ -207,6 +207,7 @@ func (g *GC) resolve(ctx context.Context, col *catalog.Collection, a Ask) (ask, 
 type premises struct {
 	revision   int64
 	generation int64 // 0: no snapshot was ever committed
+	history    int64 // of the metadata store; 0: not known
 	pending    []meta.KeyValue
 	units      []unitState
 	behind     error // nothing is granted: the metadata store has gone back in time
@@ -224,7 +225,9 @@ type unitState struct {
 // around are the reads of what is decided on besides the units.
 func around(collection int64) []meta.Op {
 	from, to := meta.Prefix(keys.PendingPrefix(collection))
-	return []meta.Op{meta.Get(keys.Generation(collection)), meta.GetRange(from, to), meta.Get(keys.Behind)}
+	return []meta.Op{
+		meta.Get(keys.Generation(collection)), meta.GetRange(from, to), meta.Get(keys.Behind), meta.Get(keys.Epoch),
+	}
 }
 
 // premisesOf begins the premises of n units with what around has read.
@@ -234,6 +237,7 @@ func premisesOf(res *meta.TxnResult, n int) *premises {
 		p.generation = kv.ModRevision
 	}
 	p.behind = epoch.Blocked(res.Ranges[2])
+	p.history = epoch.History(res.Ranges[3])
 	return p
 }
 
@@ -426,7 +430,7 @@ func (g *GC) answer(col *catalog.Collection, a ask, p *premises, s *unitState) A
 			answer.Holders++
 		}
 		var n int
-		answer.Snapshots, n = g.refs.holders(col.ID, heldBy(col, s.unit))
+		answer.Snapshots, n = g.refs.holders(col.ID, heldBy(col, s.unit, p.history))
 		answer.Holders += n
 		for _, kv := range p.pending {
 			// A younger create captures after the drop: it does not see the unit.
@@ -453,12 +457,9 @@ func (g *GC) answer(col *catalog.Collection, a ask, p *premises, s *unitState) A
 	return answer
 }
 
-// heldBy says which references hold a unit.
-func heldBy(col *catalog.Collection, u *catalog.Unit) wanted {
-	w := wanted{segment: u.Segment.ID}
-	if u.Kind == catalog.UnitBuild {
-		w = wanted{build: u.ID}
-	}
+// heldBy says which references hold a unit, in a history of the metadata store.
+func heldBy(col *catalog.Collection, u *catalog.Unit, history int64) wanted {
+	w := wantedOfKind(u.Kind, u.ID, u.Segment.ID, u.Revision, history)
 	if u.Parked { // its files are looked at when its id does not hold it
 		return w
 	}
@@ -470,6 +471,19 @@ func heldBy(col *catalog.Collection, u *catalog.Unit) wanted {
 		}
 	}
 	return w
+}
+
+// wantedOfKind says which references hold a unit by its id or its segment's, of
+// what the head of its record says and its create revision.
+func wantedOfKind(kind catalog.UnitKind, unit, segment, dropped, history int64) wanted {
+	switch kind {
+	case catalog.UnitBuild:
+		return wanted{build: unit}
+	case catalog.UnitFiles:
+		return wanted{segment: segment, taken: dropped, history: history}
+	case catalog.UnitSegment:
+	}
+	return wanted{segment: segment}
 }
 
 // grant moves the units that nobody holds to their tombstones, in one
@@ -693,20 +707,35 @@ func DecodeTombstone(kv meta.KeyValue) (*Tombstone, error) {
 
 var errNoStore = errors.New("object store is not configured here")
 
-// Counts tells how many committed snapshots of a collection reference a segment
-// or an index build.
+// Counts holds how many committed snapshots of a collection reference a segment,
+// an index build or a unit.
 type Counts struct {
 	refs       *index
 	collection int64
+	history    int64 // of the metadata store
 }
 
-// Counts returns the counts of a collection as they are at revision or later. It
-// waits for references that are being read.
-func (g *GC) Counts(ctx context.Context, collection, revision int64) (Counts, error) {
-	if err := g.refs.ready(ctx, collection, revision); err != nil {
+// Counts returns the counts of a collection, of all snapshots that were committed
+// before the call. It waits for references that are being read.
+func (g *GC) Counts(ctx context.Context, collection int64) (Counts, error) {
+	history, now, err := g.readHistory(ctx)
+	if err != nil {
 		return Counts{}, err
 	}
-	return Counts{g.refs, collection}, nil
+	if err := g.refs.ready(ctx, collection, now); err != nil {
+		return Counts{}, err
+	}
+	return Counts{g.refs, collection, history}, nil
+}
+
+// readHistory returns the history of the metadata store, and the revision at which
+// it was read.
+func (g *GC) readHistory(ctx context.Context) (history, revision int64, err error) {
+	res, err := g.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Get(keys.Epoch)}})
+	if err != nil {
+		return 0, 0, fmt.Errorf("read the history of the metadata store: %w", err)
+	}
+	return epoch.History(res.Ranges[0]), res.Revision, nil
 }
 
 // Segment returns how many snapshots reference the segment.
@@ -714,3 +743,8 @@ func (c Counts) Segment(id int64) int { return c.refs.count(c.collection, wanted
 
 // Build returns how many snapshots reference the index build.
 func (c Counts) Build(id int64) int { return c.refs.count(c.collection, wanted{build: id}) }
+
+// Unit returns how many snapshots hold the unit by its id or its segment's.
+func (c Counts) Unit(u *catalog.Unit) int {
+	return c.refs.count(c.collection, wantedOfKind(u.Kind, u.ID, u.Segment.ID, u.Revision, c.history))
+}

@@ -17,6 +17,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/crashpoint"
 	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -504,6 +505,7 @@ func (m *Manager) tryBegin(ctx context.Context, tok request.Token, s *Snapshot, 
 				meta.Put(name, record.Encode(&storagev1.Name{Format: record.Format, Id: s.ID})),
 				meta.Put(keys.Snapshot(s.ID), value),
 				meta.PutLeased(keys.Pending(s.Collection, s.ID), pending, lease.id),
+				meta.Get(keys.Epoch),
 			},
 			tok.Begin(s.ID)),
 		Else: []meta.Op{meta.Get(name)},
@@ -523,6 +525,7 @@ func (m *Manager) tryBegin(ctx context.Context, tok request.Token, s *Snapshot, 
 		return m.resolveBegin(ctx, s, lease, err)
 	case res.Succeeded:
 		s.Revision, s.Order = res.Revision, res.Revision
+		s.history = epoch.History(res.Ranges[0])
 		return true, nil
 	case tok.Given() && len(res.Ranges[1]) > 0:
 		return false, errTokenTaken
@@ -793,7 +796,7 @@ func (w *snapshotWriter) writeRefs(ctx context.Context) error {
 // finish writes the metadata, and makes the committed record.
 func (w *snapshotWriter) finish(ctx context.Context) (*Snapshot, error) {
 	next := w.snap.moved(Committed, "")
-	next.CatalogRevision, next.Totals = w.view.Revision, w.totals
+	next.CatalogRevision, next.Totals, next.beginRev = w.view.Revision, w.totals, w.snap.Revision
 	next.DB, next.CollectionName = w.view.Collection.DB, w.view.Collection.Name
 	md := describe(next, w.view, w.m.o.Cluster.ID, w.m.o.Release)
 	for _, p := range md.Partitions {

@@ -25,7 +25,8 @@
 //	begin    compares: name key absent, collection as read (ACTIVE), request
 //	         token absent
 //	         puts: name key, record PENDING, pending key under a lease of this
-//	         create alone, request token with the id
+//	         create alone, request token with the id; gets: the history of the
+//	         metadata store, which commit writes into the record
 //	commit   compares: record as written by begin, pending key the very one of
 //	         begin (by its create revision)
 //	         puts: record COMMITTED with the digest of the metadata, generation,

@@ -116,6 +116,8 @@ type Snapshot struct {
 	requestKey string
 	op         string
 	commitRev  int64 // stored; 0: that of the record
+	history    int64 // of the metadata store, that it began in; 0: not known
+	beginRev   int64 // of the transaction that began it, once committed
 }
 
 func (s *Snapshot) String() string { return fmt.Sprintf("%s (%d)", s.Name, s.ID) }
@@ -148,6 +150,7 @@ func encode(s *Snapshot, op string) []byte {
 		},
 		MetadataLength: s.Metadata.Length, ManifestBytes: s.ManifestBytes,
 		CommitRevision: s.commitRev, RequestKey: s.requestKey, Op: op, Reason: s.Reason, Store: s.Store,
+		History: s.history, BeginRevision: s.beginRev,
 	}
 	if s.Metadata.Length > 0 {
 		rec.MetadataSha256 = s.Metadata.SHA256[:]
@@ -182,6 +185,7 @@ func decode(kv meta.KeyValue) (*Snapshot, error) {
 		Reason: rec.GetReason(), Store: rec.GetStore(),
 		Revision: kv.ModRevision, Order: rec.GetCommitRevision(),
 		requestKey: rec.GetRequestKey(), op: rec.GetOp(), commitRev: rec.GetCommitRevision(),
+		history: rec.GetHistory(), beginRev: rec.GetBeginRevision(),
 	}
 	copy(s.Metadata.SHA256[:], rec.GetMetadataSha256())
 	for _, c := range rec.GetCuts() {

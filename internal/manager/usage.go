@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc"
@@ -27,12 +28,7 @@ func (m *Manager) Usage(ctx context.Context, ref Ref) (*Usage, error) {
 	if err != nil {
 		return nil, fmt.Errorf("usage of snapshot %s: %w", ref, err)
 	}
-	// All snapshots count that were committed before the call.
-	_, _, now, err := m.kv.Get(ctx, keys.Generation(s.Collection))
-	if err != nil {
-		return nil, fmt.Errorf("usage of snapshot %s: %w", s, err)
-	}
-	counts, err := m.gc.Counts(ctx, s.Collection, now)
+	counts, err := m.gc.Counts(ctx, s.Collection)
 	if err != nil {
 		return nil, fmt.Errorf("usage of snapshot %s: %w", s, err)
 	}
@@ -77,18 +73,24 @@ func (m *Manager) addUsage(ctx context.Context, u *Usage, collection int64, segm
 			return err
 		}
 	}
+	parts, err := m.takenParts(ctx, collection, segments, live, counts)
+	if err != nil {
+		return err
+	}
 	for i := range segments {
 		s := &segments[i]
 		_, lives := live[s.ID]
 		shared := counts.Segment(s.ID) > 1
 		for j := range s.Files {
 			f := &s.Files[j]
-			u.add(f, !shared && segment.Carries(f.Path, s.ID) && !live[s.ID][catalog.FilePath{Root: f.Root, Path: f.Path}])
+			path := catalog.FilePath{Root: f.Root, Path: f.Path}
+			exclusive := !shared || parts[s.ID].exclusive(path, counts)
+			u.add(f, exclusive && segment.Carries(f.Path, s.ID) && !live[s.ID][path])
 		}
 		for b := range s.Builds {
 			build := &s.Builds[b]
-			// A build goes with its segment, or alone when the segment lives on.
-			buildShared := counts.Build(build.ID) > 1 || shared && !lives
+			// A build goes with its segment, unless it was taken from it before.
+			buildShared := counts.Build(build.ID) > 1 || shared && !lives && !parts[s.ID].hasBuild(build.ID)
 			for j := range build.Files {
 				f := &build.Files[j]
 				owned := segment.Carries(f.Path, build.ID) || segment.Carries(f.Path, s.ID)
@@ -97,6 +99,49 @@ func (m *Manager) addUsage(ctx context.Context, u *Usage, collection int64, segm
 		}
 	}
 	return nil
+}
+
+// partsOf are the units that were taken from one segment.
+type partsOf []catalog.Unit
+
+// exclusive says whether the file is of a unit that one snapshot alone holds.
+func (p partsOf) exclusive(path catalog.FilePath, counts gc.Counts) bool {
+	for i := range p {
+		if p[i].Kind == catalog.UnitFiles && !p[i].Parked && p[i].Has(path) {
+			return counts.Unit(&p[i]) <= 1
+		}
+	}
+	return false
+}
+
+func (p partsOf) hasBuild(id int64) bool {
+	return slices.ContainsFunc(p, func(u catalog.Unit) bool { return u.Kind == catalog.UnitBuild && u.ID == id })
+}
+
+// takenParts reads the units that were taken from those of a snapshot's segments
+// of which other snapshots may have less or more: they are held by others than
+// their segments are. The segments are in id order.
+func (m *Manager) takenParts(
+	ctx context.Context, collection int64, segments []segment.Segment, live map[int64]map[catalog.FilePath]bool, counts gc.Counts,
+) (map[int64]partsOf, error) {
+	var ids []int64
+	for i := range segments {
+		s := &segments[i]
+		files, lives := live[s.ID]
+		whole := lives && !slices.ContainsFunc(s.Files, func(f segment.File) bool {
+			return !files[catalog.FilePath{Root: f.Root, Path: f.Path}]
+		})
+		if !whole && counts.Segment(s.ID) > 1 {
+			ids = append(ids, s.ID)
+		}
+	}
+	// The record of a parked unit is in the object store. It is needed only for
+	// files that the snapshot may have to itself.
+	parts := map[int64]partsOf{}
+	err := m.catalog.Parts(ctx, collection, ids, func(u *catalog.Unit) bool {
+		return u.Kind == catalog.UnitFiles && counts.Unit(u) <= 1
+	}, func(u catalog.Unit) { parts[u.Segment.ID] = append(parts[u.Segment.ID], u) })
+	return parts, err
 }
 
 func (u *Usage) add(f *segment.File, exclusive bool) {

@@ -39,14 +39,23 @@ type kept struct {
 type droppedUnit struct {
 	ask     gc.Ask
 	segment int64
-	build   int64 // 0: it goes with the segment
+	build   int64  // 0: it is no build
+	taken   string // a file that was taken from the segment; empty: it is none
 	files   map[string]int64
 }
 
 // heldBy says whether a snapshot holds the unit.
 func (k *kept) heldBy(u *droppedUnit, snapshot int64) bool {
 	s, ok := k.has[snapshot][u.segment]
-	return ok && (u.build == 0 || slices.ContainsFunc(s.Builds, func(b segment.Build) bool { return b.ID == u.build }))
+	switch {
+	case !ok:
+		return false
+	case u.build != 0:
+		return slices.ContainsFunc(s.Builds, func(b segment.Build) bool { return b.ID == u.build })
+	case u.taken != "":
+		return slices.ContainsFunc(s.Files, func(f segment.File) bool { return f.Path == u.taken })
+	}
+	return true
 }
 
 // ownFiles are the sizes of the files whose path has one of ids as an element.
@@ -136,7 +145,7 @@ func (k *kept) do(s step) {
 			old := seg.Files[0]
 			path := catalog.FilePath{Path: old.Path}
 			k.w.swap(k.r, k.col, catalog.Swap{Update: []catalog.Update{{Segment: id, RemoveFiles: []catalog.FilePath{path}, AddFiles: []segment.File{f}}}})
-			u := droppedUnit{ask: gc.Ask{File: path, FileSegment: id}, segment: id, files: map[string]int64{}}
+			u := droppedUnit{ask: gc.Ask{File: path, FileSegment: id}, segment: id, taken: old.Path, files: map[string]int64{}}
 			ownFiles(u.files, []segment.File{old}, id)
 			k.units = append(k.units, u)
 			seg.Files = append(slices.Clone(seg.Files[1:]), f)
@@ -173,39 +182,27 @@ func (k *kept) bytes() (n int64) {
 	return n
 }
 
-// want computes what a snapshot keeps for itself: exactly, and as far as is
-// told, which is less where a build was replaced in a segment that was dropped
-// later, and another snapshot has the segment without the build.
-func (k *kept) want(snapshot int64) (exact, told, files int64) {
-	others := func(u *droppedUnit) bool {
-		return slices.ContainsFunc(k.snapshots, func(s *Snapshot) bool { return s.ID != snapshot && k.heldBy(u, s.ID) })
-	}
+// want computes what a snapshot keeps for itself.
+func (k *kept) want(snapshot int64) (bytes, files int64) {
 	for i := range k.units {
 		u := &k.units[i]
-		if others(u) {
+		if slices.ContainsFunc(k.snapshots, func(s *Snapshot) bool { return s.ID != snapshot && k.heldBy(u, s.ID) }) {
 			continue
 		}
-		whole := *u
-		whole.build = 0
-		_, lives := k.live[u.segment]
-		untold := u.build != 0 && !lives && others(&whole)
 		for _, s := range k.has[snapshot] {
 			for f := range s.AllFiles() {
 				if size, ok := u.files[f.Path]; ok && s.ID == u.segment {
-					exact += size
-					if !untold {
-						told += size
-						files++
-					}
+					bytes += size
+					files++
 				}
 			}
 		}
 	}
-	return exact, told, files
+	return bytes, files
 }
 
 // seenUsage counts bytes and files of each sort.
-type seenUsage struct{ shared, exclusive, more, untold atomic.Int64 }
+type seenUsage struct{ shared, exclusive, more atomic.Int64 }
 
 func TestUsageIsWhatADropFrees(t *testing.T) {
 	var seen seenUsage
@@ -238,7 +235,7 @@ func TestUsageIsWhatADropFrees(t *testing.T) {
 		usageCourse(t, steps, which, &seen)
 	})
 	for what, n := range map[string]int64{
-		"exclusive": seen.exclusive.Load(), "shared": seen.shared.Load(), "freed besides": seen.more.Load(), "not told": seen.untold.Load(),
+		"exclusive": seen.exclusive.Load(), "shared": seen.shared.Load(), "freed besides": seen.more.Load(),
 	} {
 		if n == 0 {
 			t.Errorf("there never was anything %s", what)
@@ -265,18 +262,17 @@ func usageCourse(t *testing.T, steps []step, which int, seen *seenUsage) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			exact, told, files := k.want(s.ID)
-			if u.ExclusiveBytes != told || u.ExclusiveFiles != files ||
+			bytes, files := k.want(s.ID)
+			if u.ExclusiveBytes != bytes || u.ExclusiveFiles != files ||
 				u.ExclusiveBytes+u.SharedBytes != s.Totals.Bytes || u.ExclusiveFiles+u.SharedFiles != s.Totals.Files {
-				t.Fatalf("steps %+v: %s uses %+v of %+v, want %d bytes in %d files", steps, s, u, s.Totals, told, files)
+				t.Fatalf("steps %+v: %s uses %+v of %+v, want %d bytes in %d files", steps, s, u, s.Totals, bytes, files)
 			}
 			seen.shared.Add(u.SharedFiles)
 			seen.exclusive.Add(u.ExclusiveFiles)
-			seen.untold.Add(exact - told)
 		}
 		k.reclaimAll()
 		s := k.snapshots[which%len(k.snapshots)]
-		exact, _, _ := k.want(s.ID)
+		exact, _ := k.want(s.ID)
 		id, u, err := r.CheckDrop(t.Context(), Ref{ID: s.ID}, 0)
 		if err != nil || id != s.ID {
 			t.Fatalf("check drop: %d, err = %v", id, err)
@@ -296,7 +292,7 @@ func usageCourse(t *testing.T, steps []step, which int, seen *seenUsage) {
 		freed := before - k.bytes()
 		// More goes than it has when a unit holds files that came after it.
 		if freed != goes || freed < exact || freed < u.ExclusiveBytes {
-			t.Fatalf("steps %+v: the drop of %s freed %d, want %d; it had %d for itself, and told %+v", steps, s, freed, goes, exact, u)
+			t.Fatalf("steps %+v: the drop of %s freed %d, want %d; it had %d for itself, and its usage was %+v", steps, s, freed, goes, exact, u)
 		}
 		seen.more.Add(freed - exact)
 		w.check(r)

@@ -47,6 +47,7 @@ table() {
 	holds | lifecycle, answers lost | lifecycle | -DUNITS=1 -DRECLAIMERS=1 -DLOST=1 -DRESTORES=0 | |
 	holds | lifecycle, answers lost, younger | lifecycle | -DUNITS=1 -DRECLAIMERS=1 -DLOST=1 -DRESTORES=0 -DR_GRANT_PENDING=2 | |
 	holds | lifecycle, with sweep | lifecycle | -DRECLAIMERS=1 -DUNITS=1 -DSWEEPERS=1 | |
+	holds | lifecycle, files of a living segment | lifecycle | -DPARTS=1 -DUNITS=1 -DR_GRANT_PENDING=2 | |
 	holds | lifecycle, nothing late, no sweep | lifecycle | -DRECLAIMERS=1 -DLATE_PUT=0 -DR_SWEEP=0 | |
 	$([ "$MODEL" != full ] || cat <<-FULL
 	holds | full: lifecycle, younger, sweep | lifecycle | -DR_GRANT_PENDING=2 -DSWEEPERS=1 | |
@@ -71,6 +72,9 @@ table() {
 	breaks | GRANT_GEN | lifecycle | $L | $file | a snapshot was committed between the references and the grant
 	breaks | GEN_FIRST=0 | lifecycle | $L | $file | a snapshot was committed between the references and the generation
 	breaks | GRANT_UNIT | lifecycle | $L -DRECLAIMERS=2 | granted twice | two grants of one unit: two tombstones, and only one will be confirmed
+	breaks | LATER=0 | lifecycle | $L -DPARTS=1 | leaked: a file that nobody needs | a snapshot that began after the files were taken has the segment, and counts
+	breaks | LATER=2 | lifecycle | $L -DPARTS=1 | $file | a snapshot captured the files, which were taken before it was committed
+	breaks | HISTORY | lifecycle | $L -DPARTS=1 | $file | in a copied store each snapshot seems to have begun after the files were taken
 	breaks | ALL_REFS | lifecycle | $L | $file | references that could not be read count as none
 	breaks | TOMB | lifecycle | $L | leaked: a file that nobody needs | the unit's record is gone, its reclaimer dies before the delete
 	breaks | CONFIRM | lifecycle | $L | leaked: a file that nobody needs | a delete without an answer did not happen, and nobody knows of it any more

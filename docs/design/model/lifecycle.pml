@@ -29,6 +29,10 @@
  *   file[f]          the unit's files are in the object store
  *   collActive          the collection's record says ACTIVE
  *   younger[2*s+f]   the pending key of s was created after unit f was dropped
+ *   later[2*s+f]     the create revision of the record of s is greater than that of
+ *                    unit f
+ *   copied[s]        the record of s was copied from another store; its history is
+ *                    not that of today
  *
  * WHO IS WHO
  *
@@ -40,6 +44,8 @@
  *                    (zombies included), users who drop, compaction
  *   Reclaimer        a replica's collector, or a caller that asked Reclaim and
  *                    deletes itself: the steps are the same
+ *                    With PARTS, the operator who copies all keys to another store,
+ *                    in the order of their names, and recovers
  *   Restore          the part of a restore that this model needs: pin, read, unpin
  *   Sweeper          removes objects that have no record
  *   Dropper, Reuser, Taker   only run when their rule is broken
@@ -105,6 +111,14 @@
 #ifndef R_GRANT_UNIT     /* reclaim: grant compares the unit's record */
 #define R_GRANT_UNIT 1
 #endif
+#ifndef R_LATER          /* reclaim: of files of a living segment, a snapshot does not count that
+                            1: began after they were taken   2: was committed after it
+                            0: all count that have the segment */
+#define R_LATER 1
+#endif
+#ifndef R_HISTORY        /* reclaim: a snapshot of an earlier history counts in any case */
+#define R_HISTORY 1
+#endif
 #ifndef R_ALL_REFS       /* reclaim: no grant while the references of one snapshot are unknown */
 #define R_ALL_REFS 1
 #endif
@@ -150,6 +164,9 @@
 #ifndef DROPCOLL         /* 1: the collection may be dropped */
 #define DROPCOLL 1
 #endif
+#ifndef PARTS            /* 1: a unit is files of a living segment, which each snapshot has */
+#define PARTS 0
+#endif
 #ifndef LOST             /* 1: answers of begin and commit may be lost */
 #define LOST 0
 #endif
@@ -180,6 +197,11 @@ bool collActive = true;
 #if R_GRANT_PENDING >= 2
 bool younger[4];
 #endif
+#if PARTS
+bool later[4];
+bool copied[2];
+bool moved;                     /* the keys were copied to another store */
+#endif
 bool reaped[2];                 /* reaped although it was COMMITTED */
 #if LOST
 bool toldfailed[2];             /* the caller heard that there will be no snapshot */
@@ -195,6 +217,15 @@ bool named;                     /* the one name that both snapshots want is take
 
 #define HOLDS(s, f)  (snap[s] == COMMITTED && ((refs[s] >> f) & 1))
 #define HELD(f)      (HOLDS(0, f) || HOLDS(1, f))
+#if PARTS
+#define LACKS(s, f)  (later[2 * s + f] && !(R_HISTORY && copied[s]))
+#define REFERS(s, f) (snap[s] == COMMITTED && !(R_LATER && LACKS(s, f)))
+#define MAYHOLD(s, f) (snap[s] == COMMITTED && (copied[s] || !later[2 * s + f]))
+#define NEEDED(f)    (HELD(f) || MAYHOLD(0, f) || MAYHOLD(1, f))
+#else
+#define REFERS(s, f) HOLDS(s, f)
+#define NEEDED(f)    HELD(f)
+#endif
 #define NORECORD(s)  (snap[s] == NONE || snap[s] == REMOVED)
 
 #if R_GRANT_PENDING == 0
@@ -223,6 +254,9 @@ inline pending_goes(s) {
 
 inline to_deleting(s) {
 	snap[s] = DELETING; pending_goes(s); refs[s] = 0; partial[s] = false
+#if PARTS
+	; later[2 * s] = false; later[2 * s + 1] = false; copied[s] = false
+#endif
 #if !R_KEY_BY_ID
 	; named = false
 #endif
@@ -233,6 +267,9 @@ inline begin(s) {
 	snap[s] = PENDING; pend[s] = true;
 #if R_GRANT_PENDING >= 2
 	younger[2 * s] = (unit[0] != LIVE); younger[2 * s + 1] = (unit[1] != LIVE);
+#endif
+#if PARTS
+	later[2 * s] = (unit[0] != LIVE); later[2 * s + 1] = (unit[1] != LIVE);
 #endif
 #if !R_KEY_BY_ID
 	named = true
@@ -254,6 +291,9 @@ inline capture(s) {
 inline commit(s) {
 	say("create %d: commit: record COMMITTED\n", s);
 	snap[s] = COMMITTED; pending_goes(s);
+#if PARTS && R_LATER == 2
+	later[2 * s] = (unit[0] != LIVE); later[2 * s + 1] = (unit[1] != LIVE);
+#endif
 	if
 	:: R_COMMIT_BUMP -> stale[0] = true; stale[1] = true
 	:: else
@@ -406,6 +446,19 @@ end:	do
 #if UNITS == 2
 	UNIT_STEPS(1)
 #endif
+#if PARTS
+	:: atomic { !moved -> /* units come before snapshots; what is under a lease is lost */
+		say("user: copies all keys to another store, and recovers\n"); moved = true;
+		pending_goes(0); pending_goes(1); stale[0] = true; stale[1] = true;
+		if
+		:: snap[0] == COMMITTED -> copied[0] = true; later[0] = true; later[1] = true
+		:: else
+		fi;
+		if
+		:: snap[1] == COMMITTED -> copied[1] = true; later[2] = true; later[3] = true
+		:: else
+		fi }
+#endif
 #if DROPCOLL
 	:: atomic { collActive -> say("user: drops the collection\n"); collActive = false }
 #endif
@@ -413,7 +466,7 @@ end:	do
 }
 
 /* What a reclaimer begins with: a dropped unit without references, or a tombstone. */
-#define REFERENCED(f) (HOLDS(1, f) || (R_ALL_REFS && HOLDS(0, f)))
+#define REFERENCED(f) (REFERS(1, f) || (R_ALL_REFS && REFERS(0, f)))
 #define WANTED(f) ((unit[f] == DROPPED && (R_GEN_FIRST == 2 || !REFERENCED(f))) || tomb[f])
 
 proctype Reclaimer(byte r) {
@@ -574,8 +627,8 @@ inline look_at_snapshot(s) {
 }
 inline look_at_unit(f) {
 	assert(file[f] || unit[f] != LIVE);              /* lost: a file of the catalog */
-	file_ = file[f] && !tomb[f] && !(unit[f] == DROPPED && !HELD(f));
-	assert(!file_ || unit[f] == LIVE || HELD(f))     /* leaked: a file that nobody needs */
+	file_ = file[f] && !tomb[f] && !(unit[f] == DROPPED && !REFERS(0, f) && !REFERS(1, f));
+	assert(!file_ || unit[f] == LIVE || NEEDED(f))   /* leaked: a file that nobody needs */
 }
 proctype Monitor() {
 	mtype rec_;

@@ -126,7 +126,7 @@ func (j *job) measure(ctx context.Context, g *gc.GC, begin time.Time, used float
 	r.Heap = heap() - before
 	s := g.Stats()
 	r.Segments, r.Builds = int64(s.Segments), int64(s.Builds)
-	counts, err := g.Counts(ctx, j.Collection, 0)
+	counts, err := g.Counts(ctx, j.Collection)
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,272 @@
+package manager
+
+import (
+	"bytes"
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/meta/metatest"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// taking is a collection with one segment from which files are taken.
+type taking struct {
+	*world
+	r       *replica
+	col     catalog.Collection
+	segment segment.Segment
+	n       int
+}
+
+func (w *world) taking(r *replica) *taking {
+	w.t.Helper()
+	t := &taking{world: w, r: r}
+	t.col, _, _ = w.collection(r, "c")
+	t.segment = w.segment(r, t.col, 0, 1, 20)
+	t.addWritten(r, t.col, t.segment)
+	t.checkpoint(r, t.col, 100, 100)
+	return t
+}
+
+// replace takes the segment's file from it, adds another, which is large enough for
+// its unit to be parked, and returns the file that was taken.
+func (t *taking) replace() catalog.FilePath {
+	t.t.Helper()
+	t.n++
+	was := t.segment.Files[0]
+	f := was
+	f.LogID, f.Attributes = int64(1+t.n), map[string]string{"note": string(bytes.Repeat([]byte("x"), 500))}
+	f.Path = catalog.NativePath(t.col.ID, &t.segment, &f)
+	t.writeFiles(&segment.Segment{Files: []segment.File{f}})
+	taken := catalog.FilePath{Path: was.Path}
+	t.swap(t.r, t.col, catalog.Swap{Update: []catalog.Update{{
+		Segment: t.segment.ID, RemoveFiles: []catalog.FilePath{taken}, AddFiles: []segment.File{f},
+	}}})
+	t.segment.Files = []segment.File{f}
+	return taken
+}
+
+// holders are the snapshots that hold a file that was taken, the newest first.
+func (t *taking) holders(file catalog.FilePath) (ids []int64) {
+	t.t.Helper()
+	answers, err := t.r.GC().Check(t.t.Context(), catalog.Ref{ID: t.col.ID}, []gc.Ask{{File: file}})
+	if err != nil || answers[0].State != gc.Dropped || answers[0].Holders != len(answers[0].Snapshots) {
+		t.t.Fatalf("%+v, err = %v", answers, err)
+	}
+	for _, s := range answers[0].Snapshots {
+		ids = append(ids, s.ID)
+	}
+	return ids
+}
+
+func (t *taking) wantHolders(when string, file catalog.FilePath, want ...*Snapshot) {
+	t.t.Helper()
+	var ids []int64
+	for _, s := range want {
+		ids = append(ids, s.ID)
+	}
+	if got := t.holders(file); !slices.Equal(got, ids) {
+		t.t.Errorf("%s: %v is held by %v, want %v", when, file, got, ids)
+	}
+}
+
+func (t *taking) wantObject(when string, file catalog.FilePath, want bool) {
+	t.t.Helper()
+	if got := slices.Contains(t.objectsUnder("data/"), "data/"+file.Path); got != want {
+		t.t.Errorf("%s: %v is there: %v, want %v", when, file, got, want)
+	}
+}
+
+// exclusive is the number of files that a drop of the snapshot would free.
+func (t *taking) exclusive(s *Snapshot) int64 {
+	t.t.Helper()
+	id, u, err := t.r.CheckDrop(t.t.Context(), Ref{ID: s.ID}, 0)
+	if err != nil || id != s.ID {
+		t.t.Fatalf("check drop: %d, err = %v", id, err)
+	}
+	return u.ExclusiveFiles
+}
+
+// Files that were taken from a living segment go with the last snapshot that began
+// before that, although younger snapshots have the segment, and whether the unit is
+// parked or not.
+func TestTakenFilesAreHeldByOlderSnapshotsAlone(t *testing.T) {
+	for name, wait := range map[string]time.Duration{"full": 0, "parked": 3 * time.Hour} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				c := w.taking(w.start("a", func(o *Options) { o.CollectTolerance = time.Hour }))
+				c.replace() // so that what is taken next is large enough to be parked
+				old := c.create(c.r, c.col, "old")
+				taken := c.replace()
+				rolling := c.create(c.r, c.col, "rolling-0")
+				time.Sleep(wait)
+				settle()
+				if parked := len(c.objectsUnder(catalog.HeldPrefix)); parked != min(int(wait), 1) {
+					t.Fatalf("%d units are parked", parked)
+				}
+				c.wantHolders("at first", taken, old)
+				if got := []int64{c.exclusive(old), c.exclusive(rolling)}; !slices.Equal(got, []int64{1, 0}) {
+					t.Errorf("files that drops would free: %v", got)
+				}
+				c.dropSnapshot(c.r, old)
+				for i := range 3 {
+					next := c.create(c.r, c.col, fmt.Sprint("rolling-", i+1))
+					c.dropSnapshot(c.r, rolling)
+					rolling = next
+				}
+				time.Sleep(2 * time.Hour)
+				settle()
+				c.wantObject("after the tolerance", taken, false)
+				if got := slices.Concat(c.keysUnder("/catalog/unit/"), c.objectsUnder(catalog.HeldPrefix)); len(got) > 0 {
+					t.Errorf("left %v", got)
+				}
+				c.check(c.r)
+			})
+		})
+	}
+}
+
+// A create that began before files were taken holds them, wherever its capture came.
+func TestTakenFilesAreHeldByWhatBeganBefore(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		c := w.taking(w.start("a", func(o *Options) { o.CollectorOff = true }))
+		b := w.start("b", func(o *Options) { o.CollectorOff = true })
+		b.store.Freeze() // after the capture
+		sp := spec(c.col, "slow")
+		sp.NoWait = true
+		pending, err := b.Create(t.Context(), token("t", "slow"), sp)
+		if err != nil {
+			t.Fatal(err)
+		}
+		settle()
+		taken := c.replace()
+		b.store.Thaw()
+		settle()
+		slow, err := c.r.Get(t.Context(), Ref{ID: pending.ID})
+		if err != nil || slow.State != Committed {
+			t.Fatalf("%v, err = %v", slow, err)
+		}
+		c.create(c.r, c.col, "later")
+		c.wantHolders("with both", taken, slow)
+		c.heldBy(c.reclaim(c.r, c.col, gc.ByCaller, gc.Ask{File: taken})[0], slow)
+		c.dropSnapshot(c.r, slow)
+		settle()
+		c.granted(c.reclaim(c.r, c.col, gc.ByCaller, gc.Ask{File: taken}))
+		c.check(c.r)
+	})
+}
+
+// rewrite puts the record of a snapshot as change has it.
+func (t *taking) rewrite(s *Snapshot, change func(*storagev1.Snapshot)) {
+	t.t.Helper()
+	kv, _, _, err := t.kv.Get(t.t.Context(), keys.Snapshot(s.ID))
+	rec := &storagev1.Snapshot{}
+	if err == nil {
+		err = record.Decode(kv, rec)
+	}
+	if err != nil {
+		t.t.Fatal(err)
+	}
+	change(rec)
+	if _, err := t.kv.Txn(t.t.Context(), meta.Txn{Then: []meta.Op{meta.Put(kv.Key, record.Encode(rec))}}); err != nil {
+		t.t.Fatal(err)
+	}
+	settle()
+}
+
+// A record that does not say in which history of the metadata store its snapshot
+// began, says another one, or is not where that began, holds all that the segment
+// ever had.
+func TestSnapshotOfAnotherHistoryHoldsTakenFiles(t *testing.T) {
+	for name, change := range map[string]func(*storagev1.Snapshot){
+		"of a release before": func(s *storagev1.Snapshot) { s.History, s.BeginRevision = 0, 0 },
+		"without a history":   func(s *storagev1.Snapshot) { s.History = 0 },
+		"of an earlier one":   func(s *storagev1.Snapshot) { s.History-- },
+		"of a later one":      func(s *storagev1.Snapshot) { s.History++ },
+		"that was copied":     func(s *storagev1.Snapshot) { s.BeginRevision-- },
+	} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				c := w.taking(w.start("a", withEpoch, func(o *Options) { o.CollectorOff = true }))
+				if _, _, _, err := c.r.Recover(t.Context(), true); err != nil {
+					t.Fatal(err)
+				}
+				taken := c.replace()
+				s := c.create(c.r, c.col, "s")
+				c.wantHolders("as it is", taken)
+				if n := c.exclusive(s); n != 0 {
+					t.Errorf("%d files of a segment that lives", n)
+				}
+				c.rewrite(s, change)
+				c.wantHolders("rewritten", taken, s)
+				c.heldBy(c.reclaim(c.r, c.col, gc.ByCaller, gc.Ask{File: taken})[0], s)
+			})
+		})
+	}
+}
+
+// What is changed of a snapshot later does not change in which history it began.
+func TestUpdateKeepsTheHistoryOfASnapshot(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		c := w.taking(w.start("a", func(o *Options) { o.CollectorOff = true }))
+		taken := c.replace()
+		s := c.create(c.r, c.col, "s")
+		labels := map[string]string{"a": "b"}
+		if _, err := c.r.Update(t.Context(), request.Token{}, Ref{ID: s.ID}, UpdateSpec{Labels: &labels}); err != nil {
+			t.Fatal(err)
+		}
+		settle()
+		c.wantHolders("updated", taken)
+		c.granted(c.reclaim(c.r, c.col, gc.ByCaller, gc.Ask{File: taken}))
+	})
+}
+
+// In a metadata store to which the keys were copied, records have other create
+// revisions: there, files that were taken are held by all snapshots that were
+// copied, before the recovery and after it, and not by those that begin after it.
+func TestTakenFilesInACopiedStore(t *testing.T) {
+	for name, revision := range map[string]int64{"lower revision": 0, "higher revision": 10_000} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				off := func(o *Options) { o.CollectorOff = true }
+				c := w.taking(w.start("before", withEpoch, off))
+				old := c.create(c.r, c.col, "old")
+				taken := c.replace()
+				young := c.create(c.r, c.col, "young")
+				c.wantHolders("before", taken, old)
+				settle()
+				backup := metatest.Backup(t, w.kv)
+				c.r.stop()
+
+				w.goBack(backup, revision)
+				c.r = w.start("after", withEpoch, off)
+				settle()
+				c.wantHolders("copied", taken, young, old)
+				if _, _, _, err := c.r.Recover(t.Context(), true); err != nil {
+					t.Fatal(err)
+				}
+				settle()
+				again := c.replace()
+				c.create(c.r, c.col, "fresh")
+				c.wantHolders("recovered", taken, young, old)
+				c.wantHolders("taken since", again, young, old)
+				c.dropSnapshot(c.r, old)
+				c.dropSnapshot(c.r, young)
+				settle()
+				c.granted(c.reclaim(c.r, c.col, gc.BySnapshotd, gc.Ask{File: taken}, gc.Ask{File: again}))
+				settle()
+				c.wantObject("at the end", taken, false)
+				c.wantObject("at the end", again, false)
+			})
+		})
+	}
+}
