@@ -163,10 +163,12 @@ func New(o Options) *Catalog {
 	if o.Jitter == nil {
 		o.Jitter = rand.Float64
 	}
-	return &Catalog{
+	c := &Catalog{
 		kv: o.KV, now: o.Now, rand: o.Rand, hasStore: o.HasStore, requests: o.Requests, held: o.Held,
-		jitter: o.Jitter, ids: newAllocator(o.KV, o.RaiseIDs), allowReserve: o.AllowReserve,
+		jitter: o.Jitter, allowReserve: o.AllowReserve,
 	}
+	c.ids = newAllocator(o.KV, o.RaiseIDs, c.pause)
+	return c
 }
 
 // plan is one attempt at a change.

@@ -2,8 +2,11 @@ package catalog
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
+	"slices"
+	"sync"
 	"sync/atomic"
 
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
@@ -29,18 +32,59 @@ type IDRange struct {
 func (r IDRange) last() int64             { return r.First + r.Count - 1 }
 func (r IDRange) overlaps(o IDRange) bool { return r.First <= o.last() && o.First <= r.last() }
 
+// Ids come from one record, which each replica changes in transactions that compare
+// it. The callers of a replica that wait at the same time share one:
+//
+//	wait      a call puts its demand into the queue
+//	lead      the call that gets the turn takes all demands from the queue, reads
+//	          the record, and writes it once with a range for each; callers that
+//	          come meanwhile wait for the next turn
+//	answer    each call of the batch has its range; a request token is then written
+//	          with it, in a transaction of the call's own
+//
+// So a replica has one transaction of the record under way, however many call it,
+// and only other replicas conflict with it. A conflict is no error: the leader tries
+// again for as long as its call lasts.
+//
+//	others changed the record   read again, pause a little, and try again; demands
+//	                            that have come since join
+//	the leader's call ends      the demands go back into the queue, and another of
+//	                            them leads; ids may be lost
+//	no answer                   an error for the whole batch; ids may be lost
+//	a waiting call ends         its demand leaves the queue, or its ids are lost
+//	the token is there          another call with it was first; ids are lost
+
 // allocator keeps the replica's stock of ids.
 type allocator struct {
 	kv    meta.KV
 	raise func(ctx context.Context, to int64) error // the ceiling; nil: there is none
-	turn  chan struct{}                             // holds one token; who has it may touch stock
+	// pause waits between attempts.
+	pause func(ctx context.Context, attempt int) error
+	turn  chan struct{} // holds one token; who has it may touch stock
 	stock IDRange
 	mark  atomic.Int64 // every id below it was handed out; grows only
+
+	lead  chan struct{} // holds one token; who has it changes the record
+	mu    sync.Mutex
+	queue []*demand
 }
 
-func newAllocator(kv meta.KV, raise func(ctx context.Context, to int64) error) *allocator {
-	a := &allocator{kv: kv, raise: raise, turn: make(chan struct{}, 1)}
+// demand is a call that waits for ids. The leader sets what comes after done, and
+// then closes done.
+type demand struct {
+	count int64
+	done  chan struct{}
+	got   IDRange
+	err   error
+}
+
+// maxBatch is the most ids that one transaction takes for several calls.
+const maxBatch = 16 * MaxAllocate
+
+func newAllocator(kv meta.KV, raise func(ctx context.Context, to int64) error, pause func(context.Context, int) error) *allocator {
+	a := &allocator{kv: kv, raise: raise, pause: pause, turn: make(chan struct{}, 1), lead: make(chan struct{}, 1)}
 	a.turn <- struct{}{}
+	a.lead <- struct{}{}
 	return a
 }
 
@@ -100,30 +144,111 @@ func (a *allocator) read(ctx context.Context) (allocation, error) {
 	}
 }
 
-// plan decides what handing out count ids makes of the record, below the ceiling,
-// which it has raised first when they would pass it.
-func (a *allocator) plan(ctx context.Context, count int64) (plan, error) {
-	for range maxAttempts { // others may use up what was raised
-		s, err := a.read(ctx)
-		if err != nil {
-			return plan{}, err
+// allocate hands out count ids. It is an epoch.ErrBehind while the metadata store
+// is behind the object store.
+func (a *allocator) allocate(ctx context.Context, count int64) (IDRange, error) {
+	d := &demand{count: count, done: make(chan struct{})}
+	a.mu.Lock()
+	a.queue = append(a.queue, d)
+	a.mu.Unlock()
+	for {
+		select { // first, so that a call that was served does not lead
+		case <-d.done:
+			return d.got, d.err
+		default:
 		}
-		if s.behind != nil {
-			return plan{}, s.behind
-		}
-		got, err := take(s.rec, count)
-		if err != nil {
-			return plan{}, err
-		}
-		if a.raise == nil || s.rec.GetNext() <= s.rec.GetCeiling() {
-			txn := meta.Txn{If: s.unchanged, Then: []meta.Op{meta.Put(keys.IDs, record.Encode(s.rec))}}
-			return plan{txn: txn, id: got.First}, nil
-		}
-		if err := a.raise(ctx, s.rec.GetNext()); err != nil {
-			return plan{}, err
+		select {
+		case <-d.done:
+		case <-ctx.Done():
+			a.mu.Lock()
+			a.queue = slices.DeleteFunc(a.queue, func(o *demand) bool { return o == d })
+			a.mu.Unlock()
+			return IDRange{}, ctx.Err()
+		case <-a.lead:
+			a.serve(ctx)
+			a.lead <- struct{}{}
 		}
 	}
-	return plan{}, fmt.Errorf("%w: gave up after the id ceiling was raised %d times; nothing was written", ErrConflict, maxAttempts)
+}
+
+// join returns batch with the demands that wait, as many as fit.
+func (a *allocator) join(batch []*demand) []*demand {
+	var sum int64
+	for _, d := range batch {
+		sum += d.count
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	n := 0
+	for n < len(a.queue) && (len(batch)+n == 0 || sum+a.queue[n].count <= maxBatch) {
+		sum += a.queue[n].count
+		n++
+	}
+	batch = append(batch, a.queue[:n]...)
+	a.queue = slices.Clone(a.queue[n:])
+	return batch
+}
+
+// serve answers the demands that wait, one batch of them. When ctx ends first they
+// wait on.
+func (a *allocator) serve(ctx context.Context) {
+	var batch []*demand
+	for attempt := 0; ; attempt++ {
+		batch = a.join(batch)
+		if len(batch) == 0 {
+			return
+		}
+		done, err := a.try(ctx, batch)
+		if err == nil && !done {
+			err = a.pause(ctx, attempt)
+		}
+		switch {
+		case ctx.Err() != nil && !done:
+			a.mu.Lock()
+			a.queue = slices.Concat(batch, a.queue)
+			a.mu.Unlock()
+			return
+		case done || err != nil:
+			for _, d := range batch {
+				if d.err == nil {
+					d.err = err
+				}
+				close(d.done)
+			}
+			return
+		}
+	}
+}
+
+// try makes one attempt at ranges for all of batch. It is not done when others
+// changed the record meanwhile.
+func (a *allocator) try(ctx context.Context, batch []*demand) (done bool, err error) {
+	s, err := a.read(ctx)
+	if err != nil {
+		return false, err
+	}
+	if s.behind != nil {
+		return false, s.behind
+	}
+	some := false
+	for _, d := range batch {
+		d.got, d.err = take(s.rec, d.count)
+		some = some || d.err == nil
+	}
+	if !some {
+		return true, nil
+	}
+	if a.raise != nil && s.rec.GetNext() > s.rec.GetCeiling() {
+		if err := a.raise(ctx, s.rec.GetNext()); err != nil && !errors.Is(err, epoch.ErrConflict) {
+			return false, err
+		}
+		return false, nil // the record has changed
+	}
+	res, err := a.kv.Txn(ctx, meta.Txn{If: s.unchanged, Then: []meta.Op{meta.Put(keys.IDs, record.Encode(s.rec))}})
+	if err != nil {
+		return false, fmt.Errorf("write the id allocator: %w", err)
+	}
+	return res.Succeeded, nil
 }
 
 // AllocateIDs hands out count ids that nobody else gets. It is an epoch.ErrBehind
@@ -144,7 +269,8 @@ func (c *Catalog) AllocateRange(ctx context.Context, count int64) (IDRange, erro
 func (c *Catalog) allocate(ctx context.Context, tok request.Token, count int64) (IDRange, error) {
 	atAllocate.Before()
 	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
-		return c.ids.plan(ctx, count)
+		got, err := c.ids.allocate(ctx, count)
+		return plan{id: got.First, txn: meta.Txn{If: []meta.Cond{meta.Absent(keys.Behind)}}}, err
 	})
 	atAllocate.After()
 	if err != nil {

@@ -55,7 +55,7 @@ const (
 //	NOT_FOUND            COLLECTION_NOT_FOUND.
 //	FAILED_PRECONDITION  COLLECTION_NOT_ACTIVE: the collection is being dropped
 //	                     or restored.
-//	ABORTED              CONFLICT: others changed the same things too often.
+//	ABORTED              CONFLICT: others changed the very same things too often.
 //	                     Nothing was written; try again.
 type CatalogServiceClient interface {
 	// AllocateIds hands out ids that nobody else gets, or reserves a range that
@@ -444,7 +444,7 @@ func (c *catalogServiceClient) ListCheckpoints(ctx context.Context, in *ListChec
 //	NOT_FOUND            COLLECTION_NOT_FOUND.
 //	FAILED_PRECONDITION  COLLECTION_NOT_ACTIVE: the collection is being dropped
 //	                     or restored.
-//	ABORTED              CONFLICT: others changed the same things too often.
+//	ABORTED              CONFLICT: others changed the very same things too often.
 //	                     Nothing was written; try again.
 type CatalogServiceServer interface {
 	// AllocateIds hands out ids that nobody else gets, or reserves a range that

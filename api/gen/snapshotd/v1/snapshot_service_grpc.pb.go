@@ -64,6 +64,10 @@ const (
 //	                     OBJECT_STORE_DENIED, OBJECT_STORE_MISCONFIGURED: the
 //	                     server may not do what it must at its object store.
 //	DEADLINE_EXCEEDED, CANCELED  of the same names.
+//	ABORTED              CONFLICT: others changed the very same thing, such as
+//	                     the snapshot that is restored, too often. Nothing was
+//	                     written; try again. Calls that change different things
+//	                     never end so.
 //	INTERNAL             INTERNAL: a mistake in snapshotd; its log has it under
 //	                     the request id that the message gives.
 //
@@ -440,6 +444,10 @@ func (c *snapshotServiceClient) CancelRestore(ctx context.Context, in *CancelRes
 //	                     OBJECT_STORE_DENIED, OBJECT_STORE_MISCONFIGURED: the
 //	                     server may not do what it must at its object store.
 //	DEADLINE_EXCEEDED, CANCELED  of the same names.
+//	ABORTED              CONFLICT: others changed the very same thing, such as
+//	                     the snapshot that is restored, too often. Nothing was
+//	                     written; try again. Calls that change different things
+//	                     never end so.
 //	INTERNAL             INTERNAL: a mistake in snapshotd; its log has it under
 //	                     the request id that the message gives.
 //
