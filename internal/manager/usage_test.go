@@ -39,8 +39,8 @@ type kept struct {
 type droppedUnit struct {
 	ask     gc.Ask
 	segment int64
-	build   int64  // 0: it is no build
-	taken   string // a file that was taken from the segment; empty: it is none
+	build   int64 // 0: it is no build
+	taken   int   // 1 more than the snapshots that began before it was taken from its segment; 0: it is the whole
 	files   map[string]int64
 }
 
@@ -52,8 +52,8 @@ func (k *kept) heldBy(u *droppedUnit, snapshot int64) bool {
 		return false
 	case u.build != 0:
 		return slices.ContainsFunc(s.Builds, func(b segment.Build) bool { return b.ID == u.build })
-	case u.taken != "":
-		return slices.ContainsFunc(s.Files, func(f segment.File) bool { return f.Path == u.taken })
+	case u.taken > 0: // what began before has the segment, and perhaps not the file yet
+		return slices.IndexFunc(k.snapshots, func(s *Snapshot) bool { return s.ID == snapshot }) < u.taken-1
 	}
 	return true
 }
@@ -145,7 +145,7 @@ func (k *kept) do(s step) {
 			old := seg.Files[0]
 			path := catalog.FilePath{Path: old.Path}
 			k.w.swap(k.r, k.col, catalog.Swap{Update: []catalog.Update{{Segment: id, RemoveFiles: []catalog.FilePath{path}, AddFiles: []segment.File{f}}}})
-			u := droppedUnit{ask: gc.Ask{File: path, FileSegment: id}, segment: id, taken: old.Path, files: map[string]int64{}}
+			u := droppedUnit{ask: gc.Ask{File: path, FileSegment: id}, segment: id, taken: 1 + len(k.snapshots), files: map[string]int64{}}
 			ownFiles(u.files, []segment.File{old}, id)
 			k.units = append(k.units, u)
 			seg.Files = append(slices.Clone(seg.Files[1:]), f)
