@@ -15,6 +15,18 @@ import (
 // transactions: it compares its own record in each of them, and so is the only
 // one that writes a RESTORING collection.
 
+// RestorePrefix is what the keys of all objects begin with that a restore keeps
+// for itself until its job is forgotten.
+const RestorePrefix = "gc/restore/"
+
+// RestoreDir is the prefix of the objects of one job.
+func RestoreDir(job int64) string { return fmt.Sprintf("%s%d/", RestorePrefix, job) }
+
+// PinsKey is an object that holds the ETags of files of a task.
+func PinsKey(job, task int64, part int) string {
+	return fmt.Sprintf("%spins-%d-%d.json", RestoreDir(job), task, part)
+}
+
 // CheckNew says whether a collection may be made of spec, and fills its defaults
 // in.
 func (c *Catalog) CheckNew(spec *Collection) error { return c.checkSpec(spec) }

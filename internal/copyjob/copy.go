@@ -232,40 +232,6 @@ func (a *attempt) transfer(ctx context.Context, files []*fileCopy) error {
 	return a.verify(ctx, budget, files)
 }
 
-// pinSources finds the ETags that are not known, by listing where they lie.
-func (a *attempt) pinSources(ctx context.Context, b *budget, files []*fileCopy) error {
-	var unknown []*fileCopy
-	for _, f := range files {
-		if f.from.ETag == "" {
-			unknown = append(unknown, f)
-		}
-	}
-	if len(unknown) == 0 {
-		return nil
-	}
-	found, err := a.list(ctx, b, unknown, func(f *fileCopy) place { return f.source })
-	if err != nil {
-		return err
-	}
-	return each(ctx, unknown, func(ctx context.Context, f *fileCopy) error {
-		info, ok := found[f.source][f.from.Key]
-		if !ok || f.from.Checksum != "" { // which a listing does not tell
-			var err error
-			if info, err = a.head(ctx, b, f, f.from.Key); err != nil {
-				return err
-			}
-		}
-		if !sameSum(f.from.Checksum, info.Checksum) {
-			return fmt.Errorf("%w: %s has checksum %s, not %s", errSourceAltered, f.name(), info.Checksum, f.from.Checksum)
-		}
-		if info.Size != f.from.Size {
-			return fmt.Errorf("%w: %s has %d bytes, not %d", errSourceAltered, f.name(), info.Size, f.from.Size)
-		}
-		f.from.ETag = info.ETag
-		return nil
-	})
-}
-
 // each calls do for each of files, some at a time, until one fails.
 func each(ctx context.Context, files []*fileCopy, do func(context.Context, *fileCopy) error) error {
 	group, ctx := errgroup.WithContext(ctx)

@@ -76,6 +76,8 @@
 //	                          bytes to the same keys, or lies under ids that have
 //	                          ended: before the job's record goes, what lies there
 //	                          without a record is removed
+//	object altered between    FAILED, also when nobody had registered its ETag: the
+//	attempts                  first attempt's is kept (pins.go)
 //	object missing, altered   FAILED, which gives the job up with its name
 //	manifest altered          as when the store does not answer: it may be the way.
 //	                          At the cap of failures the snapshot is corrupt
@@ -134,6 +136,7 @@ type Options struct {
 	Catalog  *catalog.Catalog
 	Source   Source
 	Stores   map[string]object.Store // by alias
+	PinStore string                  // alias of the store that keeps the pins of sources
 	Requests *request.Leases
 	Replica  string
 	Now      func() time.Time

@@ -237,6 +237,9 @@ func (l *leader) act(ctx context.Context, d decision) error {
 		if err := l.sweepLate(ctx, d.job); err != nil {
 			return err
 		}
+		if err := l.removePins(ctx, d.job); err != nil {
+			return err
+		}
 		return l.write(ctx, atForget, d.job, nil, []meta.Op{meta.Delete(keys.Job(d.job.ID))})
 	case stepNone, stepAssign: // neither comes here
 	}
@@ -545,6 +548,9 @@ func (l *leader) rollBack(ctx context.Context, job *Job) error {
 	}
 	foreign, err := l.removeObjects(ctx, job)
 	if err != nil {
+		return err
+	}
+	if err := l.removePins(ctx, job); err != nil {
 		return err
 	}
 	for _, op := range l.contentOf(job) {

@@ -101,6 +101,7 @@ type Job struct {
 	CreateTime, StartTime, EndTime, Deadline time.Time
 	RequestKey                               string
 	Pin                                      int64
+	PinStore                                 string // alias of the store of its sources' pins; empty: the configured one
 
 	Revision int64
 	op       string
@@ -184,7 +185,7 @@ func (j *Job) Encode(op string) []byte {
 		Segments: j.Segments, Builds: j.Builds, CopyThreshold: j.Parts.Threshold, CopyPartSize: j.Parts.PartSize,
 		Tasks: j.Tasks, TaskSegments: j.TaskSegments, Totals: totalsRecord(j.Totals), Done: totalsRecord(j.Done), Retries: j.Retries,
 		CreateTime: record.Nanos(j.CreateTime), StartTime: record.Nanos(j.StartTime), EndTime: record.Nanos(j.EndTime), Deadline: record.Nanos(j.Deadline),
-		RequestKey: j.RequestKey, PinId: j.Pin, Op: op,
+		RequestKey: j.RequestKey, PinId: j.Pin, PinStore: j.PinStore, Op: op,
 	})
 }
 
@@ -214,6 +215,7 @@ func DecodeJob(kv meta.KeyValue) (*Job, error) {
 		Tasks: r.GetTasks(), TaskSegments: r.GetTaskSegments(), Totals: totalsOf(r.GetTotals()), Done: totalsOf(r.GetDone()),
 		Retries: r.GetRetries(), CreateTime: record.Time(r.GetCreateTime()), StartTime: record.Time(r.GetStartTime()),
 		EndTime: record.Time(r.GetEndTime()), Deadline: record.Time(r.GetDeadline()), RequestKey: r.GetRequestKey(), Pin: r.GetPinId(),
+		PinStore: r.GetPinStore(),
 		Revision: kv.ModRevision, op: r.GetOp(),
 	}, nil
 }

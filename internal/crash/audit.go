@@ -197,6 +197,7 @@ func (w *world) auditRest(ctx context.Context) error {
 var (
 	isEpoch  = regexp.MustCompile(`^gc/epoch/\d+\.json$`)
 	isHeld   = regexp.MustCompile(`^gc/held/\d+/(\d+)$`)
+	isPins   = regexp.MustCompile(`^gc/restore/(\d+)/pins-\d+-\d+\.json$`)
 	isMember = regexp.MustCompile(`^snapshots/\d+/(\d+)/[^/]+$`)
 )
 
@@ -204,6 +205,10 @@ var (
 // is; only of units that were parked it may be an orphan, where a crash leaves it.
 func (w *world) auditStore(ctx context.Context, engine map[string]bool, own []string, orphans bool) error {
 	dead, err := w.orphans(ctx)
+	if err != nil {
+		return err
+	}
+	completed, err := w.completed(ctx)
 	if err != nil {
 		return err
 	}
@@ -229,7 +234,7 @@ func (w *world) auditStore(ctx context.Context, engine map[string]bool, own []st
 		}
 		key = filepath.ToSlash(key)
 		path, ofEngine := strings.CutPrefix(key, root)
-		member, held := isMember.FindStringSubmatch(key), isHeld.FindStringSubmatch(key)
+		member, held, pins := isMember.FindStringSubmatch(key), isHeld.FindStringSubmatch(key), isPins.FindStringSubmatch(key)
 		ofSnapshot := slices.ContainsFunc(own, func(prefix string) bool { return strings.HasPrefix(key, prefix) })
 		switch {
 		case ofEngine && engine[path], ofSnapshot && member != nil && !dead[key],
@@ -238,6 +243,8 @@ func (w *world) auditStore(ctx context.Context, engine map[string]bool, own []st
 		case held != nil && !dead[key] && len(w.Snapshots) > 0: // it has a record, and so is held
 			return nil
 		case held != nil && dead[key] && orphans:
+			return nil
+		case pins != nil && completed[pins[1]]: // they go with the job's record
 			return nil
 		}
 		wrong = append(wrong, fmt.Sprintf("%s (orphan: %v)", key, dead[key]))
@@ -250,6 +257,18 @@ func (w *world) auditStore(ctx context.Context, engine map[string]bool, own []st
 		return fmt.Errorf("objects are left that nothing has: %s", strings.Join(wrong, ", "))
 	}
 	return nil
+}
+
+// completed returns the ids of the restore jobs that are COMPLETED and not forgotten.
+func (w *world) completed(ctx context.Context) (map[string]bool, error) {
+	list, err := w.c().Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{
+		States: []api.RestoreJob_State{api.RestoreJob_STATE_COMPLETED},
+	})
+	ids := map[string]bool{}
+	for _, job := range list.GetJobs() {
+		ids[fmt.Sprint(job.GetId())] = true
+	}
+	return ids, err
 }
 
 // tempDir is where a store that is a directory keeps what is not whole.

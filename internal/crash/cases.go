@@ -70,16 +70,16 @@ var scenarios = []scenario{
 	{
 		name: "restore",
 		points: []string{
-			"restore.admit", "restore.begin", "restore.prepare", "restore.prepared", "restore.assign", "restore.copy", "restore.register",
-			"restore.done", "restore.publish",
+			"restore.admit", "restore.begin", "restore.prepare", "restore.prepared", "restore.assign", "restore.pin", "restore.copy",
+			"restore.register", "restore.done", "restore.publish",
 		},
-		requests: map[string]int{"bucket.copy": 3},
-		twice:    []string{"restore.copy", "restore.done"}, quick: true, op: restore,
+		requests: map[string]int{"bucket.put": 1, "bucket.copy": 3},
+		twice:    []string{"restore.pin", "restore.copy", "restore.done"}, quick: true, op: restore,
 		after: func(w *world) { w.Collections["copy"], w.Restored["copy"] = copies(w.Snapshots[keep]), true },
 	},
 	{
 		name:   "give-up",
-		points: []string{"restore.giveup", "restore.giveback", "restore.objects", "restore.content", "restore.end"},
+		points: []string{"restore.giveup", "restore.giveback", "restore.objects", "restore.pins", "restore.content", "restore.end"},
 		twice:  []string{"restore.content"}, requests: map[string]int{"bucket.delete": 1}, op: restoreTooSlow,
 	},
 	{name: "cancel", points: []string{"restore.cancel"}, op: cancelRestore},

@@ -80,9 +80,12 @@ func (g *GC) explainOwn(ctx context.Context, store object.Store, info object.Inf
 		return nil
 	}
 	e.Collection = s.collection
-	if s.unit {
+	switch {
+	case s.unit:
 		e.What, e.Unit = fmt.Sprintf("record of the parked unit %d", s.id), s.id
-	} else {
+	case s.job:
+		e.What = fmt.Sprintf("pinned ETags of source files of restore job %d", s.id)
+	default:
 		e.What, e.Snapshot = fmt.Sprintf("object of snapshot %d", s.id), s.id
 		if said, err := g.explainSnapshot(ctx, s.id, e); said || err != nil {
 			return err

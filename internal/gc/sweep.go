@@ -35,6 +35,8 @@ import (
 //	snapshots/<collection>/<id>/<file>  a snapshot's record, in whatever state,
 //	                                    readable or not
 //	gc/held/<collection>/<unit>         a unit's record or a tombstone, likewise
+//	gc/restore/<job>/pins-<task>-<part>.json
+//	                                    a restore job's record, likewise
 //	anything else                       is left alone; names under snapshots/ and
 //	                                    gc/ that snapshotd does not write are counted
 //
@@ -260,11 +262,22 @@ func pages(ctx context.Context, store object.Store, prefix string, size int, fn 
 }
 
 // subject is an object under one of snapshotd's own prefixes. Its id is that of a
-// snapshot or of a unit, 0 of neither.
+// snapshot, of a unit or of a restore job, 0 of none of them.
 type subject struct {
 	collection, id int64
-	unit           bool
+	unit, job      bool
 	own            bool // snapshotd's, but of no id
+}
+
+// kind is what the id is of, for people.
+func (s subject) kind() string {
+	switch {
+	case s.unit:
+		return "unit"
+	case s.job:
+		return "restore job"
+	}
+	return "snapshot"
 }
 
 // subjectOf reads a key.
@@ -280,7 +293,24 @@ func subjectOf(key string) subject {
 			return subject{collection: collection, id: unit, unit: true}
 		}
 	}
+	if job, ok := pinsOf(key); ok {
+		return subject{id: job, job: true}
+	}
 	return subject{own: key == identity.Key || isNote(key)}
+}
+
+// pinsOf returns the restore job whose pins of sources an object holds, by its key.
+func pinsOf(key string) (job int64, ok bool) {
+	rest, ok := strings.CutPrefix(key, catalog.RestorePrefix)
+	if !ok {
+		return 0, false
+	}
+	var task int64
+	var part int
+	if _, err := fmt.Sscanf(rest, "%d/pins-%d-%d.json", &job, &task, &part); err != nil {
+		return 0, false
+	}
+	return job, job > 0 && task >= 0 && part >= 0 && key == catalog.PinsKey(job, task, part)
 }
 
 // isNote says whether a key is that of a note of how far the metadata store has
@@ -298,6 +328,8 @@ func (s subject) records() []string {
 		return nil
 	case s.unit:
 		return []string{keys.Unit(s.collection, s.id), keys.Tomb(s.collection, s.id)}
+	case s.job:
+		return []string{keys.Job(s.id)}
 	}
 	return []string{keys.Snapshot(s.id)}
 }
@@ -464,10 +496,7 @@ func (g *GC) judge(ctx context.Context, s subject, rec *recorded) (verdict, erro
 }
 
 func decideFate(s subject, rec *recorded) verdict {
-	what := "snapshot"
-	if s.unit {
-		what = "unit"
-	}
+	what := s.kind()
 	switch {
 	case s.own:
 		return verdict{stays, "it is snapshotd's own"}

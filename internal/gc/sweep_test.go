@@ -127,13 +127,18 @@ func TestSweepKeeps(t *testing.T) {
 		r.record(keys.Unit(5, 30), record.Encode(&storagev1.Unit{Format: record.Format, Parked: &storagev1.Parked{Store: "default"}}))
 		r.record(keys.Unit(5, 31), record.Encode(&storagev1.Unit{Format: record.Format, Segment: &storagev1.Segment{}}))
 		r.record(keys.Tomb(5, 32), []byte("garbage"))
+		r.record(keys.Job(50), []byte("garbage"))
 		known := []string{
+			"gc/restore/50/pins-0-0.json", "gc/restore/50/pins-17-3.json",
 			manifest.RefsKey(5, 20), "gc/held/5/30", "gc/held/5/31", "gc/held/5/32", "snapshots/identity.json", "gc/epoch/0000000000000000001.json",
 			"snapshotd-probe/x", "data/5/0/77/insert/100/1",
 		}
 		foreign := []string{
 			"snapshots/5/99/README", "snapshots/5/99/manifest-01.avro", "snapshots/5/notes.txt", "snapshots/5/99/sub/metadata.json",
-			"gc/held/5/x", "gc/held/5/099", "gc/held/README", "gc/README", "gc/epoch/1.json", "gc/epoch/notes.txt",
+			"gc/held/5/x", "gc/held/5/099", "gc/held/README", "gc/README", "gc/epoch/1.json",
+			"gc/restore/50/pins-0.json", "gc/restore/050/pins-0-0.json", "gc/restore/50/pins-0-0.json.old", "gc/restore/x/pins-0-0.json",
+			"gc/restore/50/pins--1-0.json", "gc/restore/1001/pins-0-0.json",
+			"gc/epoch/notes.txt",
 			"snapshots/5/1001/metadata.json", // 1001 was not handed out
 		}
 		r.put(slices.Concat(known, foreign)...)
@@ -155,6 +160,7 @@ func TestSweepKeeps(t *testing.T) {
 func TestSweepTakes(t *testing.T) {
 	dead := []string{
 		manifest.MetadataKey(5, 40), manifest.RefsKey(5, 40), manifest.ManifestKey(5, 40, 0), manifest.ManifestKey(5, 41, 17), "gc/held/5/42",
+		"gc/restore/43/pins-0-0.json",
 	}
 	for name, ahead := range map[string]time.Duration{"clocks agree": 0, "local clock ahead": 50_000 * time.Hour, "local clock behind": -50_000 * time.Hour} {
 		t.Run(name, func(t *testing.T) {
@@ -162,12 +168,12 @@ func TestSweepTakes(t *testing.T) {
 				r.put(dead...)
 				r.put("snapshots/5/40/README")
 				time.Sleep(24*time.Hour - time.Second)
-				if got, want := r.sweep(gc.SweepOptions{}), (gc.SweepSummary{Objects: 6, Waiting: 5, Foreign: 1}); got != want {
+				if got, want := r.sweep(gc.SweepOptions{}), (gc.SweepSummary{Objects: 7, Waiting: 6, Foreign: 1}); got != want {
 					t.Errorf("young: %+v, want %+v", got, want)
 				}
 				r.want(append([]string{"snapshots/5/40/README"}, dead...)...)
 				time.Sleep(time.Second)
-				want := gc.SweepSummary{Objects: 6, Deleted: 5, Bytes: 25, Foreign: 1}
+				want := gc.SweepSummary{Objects: 7, Deleted: 6, Bytes: 30, Foreign: 1}
 				if got := r.sweep(gc.SweepOptions{DryRun: true}); got != want {
 					t.Errorf("dry run: %+v, want %+v", got, want)
 				}
@@ -177,11 +183,11 @@ func TestSweepTakes(t *testing.T) {
 					waited += n
 					return nil
 				}})
-				if got != want || waited != 5 {
+				if got != want || waited != 6 {
 					t.Errorf("%+v, want %+v; waited for %d", got, want, waited)
 				}
 				r.want("snapshots/5/40/README")
-				if n, bytes := r.Counters().Of(gc.ByOrphan); n != 5 || bytes != 25 {
+				if n, bytes := r.Counters().Of(gc.ByOrphan); n != 6 || bytes != 30 {
 					t.Errorf("counted %d objects and %d bytes", n, bytes)
 				}
 			})

@@ -249,7 +249,7 @@ func New(o Options) (*Manager, error) {
 		Jitter: o.Jitter,
 	})
 	m.jobs = copyjob.New(copyjob.Options{
-		KV: o.KV, Catalog: o.Catalog, Source: restoreSource{m}, Stores: o.Stores, Requests: o.Requests, Replica: o.Replica,
+		KV: o.KV, Catalog: o.Catalog, Source: restoreSource{m}, Stores: o.Stores, PinStore: o.SnapshotStore, Requests: o.Requests, Replica: o.Replica,
 		Now: o.Now, Rand: o.Rand, Log: o.Log, WorkerTTL: o.LeaderTTL, Slots: o.RestoreSlots, CopyInFlight: o.CopyInFlight, Keep: o.KeepRestores,
 		Deleted: func(objects, bytes int64) { m.gc.Counters().Add(gc.ByRestore, objects, bytes) },
 		Jitter:  o.Jitter,

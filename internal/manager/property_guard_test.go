@@ -261,6 +261,13 @@ func (g *guard) judge(n *needs, key string) string {
 		return ""
 	case isNote(key):
 		return ""
+	case strings.HasPrefix(key, catalog.RestorePrefix):
+		for _, job := range n.jobs {
+			if strings.HasPrefix(key, catalog.RestoreDir(job.ID)) && !job.State.Ended() && job.Phase != copyjob.RollBack {
+				return fmt.Sprintf("job %d copies by it", job.ID)
+			}
+		}
+		return ""
 	}
 	_, id, ok := manifest.ParseKey(key)
 	state, there := n.snapshots[id]

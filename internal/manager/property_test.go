@@ -350,11 +350,15 @@ type tardy struct {
 	flying sync.WaitGroup // what has still to land
 	mu     sync.Mutex
 	gate   chan struct{} // closed by release; nil when not held
+	pins   bool          // whether the pins of a restore's files land late as well, before which nothing is copied
 }
 
-func (l *tardy) hold() {
+func (l *tardy) hold() { l.holdAll(true) }
+
+func (l *tardy) holdAll(pins bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.pins = pins
 	if l.gate == nil {
 		l.gate = make(chan struct{})
 	}
@@ -403,6 +407,12 @@ func (l *tardy) Put(ctx context.Context, key string, body []byte) (info object.I
 
 func (l *tardy) Create(ctx context.Context, key string, body []byte) (info object.Info, err error) {
 	body = slices.Clone(body)
+	l.mu.Lock()
+	pins := l.pins
+	l.mu.Unlock()
+	if !pins && strings.HasPrefix(key, catalog.RestorePrefix) {
+		return l.Store.Create(ctx, key, body)
+	}
 	return l.write(ctx, func(ctx context.Context) (object.Info, error) { return l.Store.Create(ctx, key, body) })
 }
 
@@ -1127,7 +1137,7 @@ func (c *course) do(s step) {
 		c.restore(c.calm(s.B), s)
 	case "late restore": // what it copies lands when it is released
 		for _, m := range c.replicas {
-			m.late.hold()
+			m.late.holdAll(s.B%16 == 0)
 		}
 		c.restore(c.calm(s.B), s)
 	case "faulty restore":

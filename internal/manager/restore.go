@@ -147,7 +147,7 @@ func (m *Manager) admit(ctx context.Context, tok request.Token, ref *Ref, spec *
 		FirstBuild: ids.First + 3 + partitions + indexes + md.Totals.Segments, Builds: md.Totals.Builds,
 		Parts: r.parts, TaskSegments: copyjob.TaskSegments,
 		Tasks:  (md.Totals.Segments + copyjob.TaskSegments - 1) / copyjob.TaskSegments,
-		Totals: r.totals, CreateTime: now, RequestKey: tok.Key(),
+		Totals: r.totals, CreateTime: now, RequestKey: tok.Key(), PinStore: m.o.SnapshotStore,
 	}
 	if spec.Timeout > 0 {
 		job.Deadline = now.Add(spec.Timeout)

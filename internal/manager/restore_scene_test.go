@@ -279,6 +279,9 @@ func (w *world) restored(r *replica, before traces, job *copyjob.Job, sp *Restor
 		}
 	}
 	for _, key := range w.objectsUnder("") {
+		if strings.HasPrefix(key, catalog.RestoreDir(job.ID)) { // it goes with the job's record
+			continue
+		}
 		if !made[key] && !before.objects[key] {
 			w.t.Errorf("object %s belongs to nothing", key)
 		}

@@ -288,6 +288,13 @@ func (o *oracle) judge(ctx context.Context, needed map[string]string, key string
 		return "it was never granted, and is not of a restore that is given up or has ended"
 	case strings.HasPrefix(key, catalog.HeldPrefix), strings.HasPrefix(key, epoch.Prefix):
 		return ""
+	case strings.HasPrefix(key, catalog.RestorePrefix):
+		for _, job := range o.jobs {
+			if strings.HasPrefix(key, catalog.RestoreDir(job.ID)) && !job.State.Ended() && job.Phase != copyjob.RollBack {
+				return fmt.Sprint("job ", job.ID, " copies by it")
+			}
+		}
+		return ""
 	}
 	_, id, ok := manifest.ParseKey(key)
 	if !ok {

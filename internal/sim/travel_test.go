@@ -341,10 +341,16 @@ func (p *past) needed(ctx context.Context, key string) string {
 		return ""
 	case data:
 		id, _, _, _ := segment.NativePlace(path)
-		if p.givenUp(ctx, id) {
+		if p.givenUp(ctx, func(job *copyjob.Job) bool { return job.Target == id }) {
 			return ""
 		}
 		return "it is not granted, nor of a restore that is given up"
+	case strings.HasPrefix(key, catalog.RestorePrefix):
+		if p.givenUp(ctx, func(job *copyjob.Job) bool { return strings.HasPrefix(key, catalog.RestoreDir(job.ID)) }) {
+			p.granted[key] = true // a delete may be repeated, and come late
+			return ""
+		}
+		return "it is not of a restore that is given up or has ended"
 	}
 	if _, id, ok := manifest.ParseKey(key); ok {
 		kv, found, _, err := p.s.kv.Get(ctx, keys.Snapshot(id))
@@ -387,11 +393,11 @@ func (p *past) isGranted(ctx context.Context, key string) bool {
 	})
 }
 
-func (p *past) givenUp(ctx context.Context, target int64) bool {
+func (p *past) givenUp(ctx context.Context, is func(*copyjob.Job) bool) bool {
 	return p.scan(ctx, keys.JobPrefix, func(kv meta.KeyValue) bool {
 		job, err := copyjob.DecodeJob(kv)
 		p.s.must(err)
-		return job.Target == target && (job.State.Ended() || job.Phase == copyjob.RollBack)
+		return is(job) && (job.State.Ended() || job.Phase == copyjob.RollBack)
 	})
 }
 

@@ -138,6 +138,7 @@ const (
 	dataPrefix     = "data/"
 	snapshotPrefix = "snapshots/"
 	heldPrefix     = "gc/held/"
+	restorePrefix  = "gc/restore/"
 	epochPrefix    = "gc/epoch/"
 	probePrefix    = "snapshotd-probe/"
 	identityKey    = "snapshots/identity.json"
@@ -188,7 +189,8 @@ func (l *ledger) misdeeds(deletions []deletion) []string {
 			} else if s != nil && d.at < l.mayGo(s) {
 				say(d, "snapshot %d (%s) is committed", s.id, s.name)
 			}
-		case strings.HasPrefix(d.key, heldPrefix), strings.HasPrefix(d.key, epochPrefix), strings.HasPrefix(d.key, probePrefix):
+		case strings.HasPrefix(d.key, heldPrefix), strings.HasPrefix(d.key, restorePrefix),
+			strings.HasPrefix(d.key, epochPrefix), strings.HasPrefix(d.key, probePrefix):
 		default:
 			restored := false
 			for _, r := range l.restores {
@@ -370,7 +372,8 @@ func (l *ledger) objects(bucket map[string]stored, there, living map[int64]bool,
 		_, ours := l.files[key]
 		_, foreign := l.foreign[key]
 		switch {
-		case ours, foreign, restored[key], key == identityKey, strings.HasPrefix(key, epochPrefix), strings.HasPrefix(key, heldPrefix), strings.HasPrefix(key, probePrefix):
+		case ours, foreign, restored[key], key == identityKey, strings.HasPrefix(key, epochPrefix), strings.HasPrefix(key, heldPrefix),
+			strings.HasPrefix(key, restorePrefix), strings.HasPrefix(key, probePrefix):
 		case strings.HasPrefix(key, snapshotPrefix):
 			if id, ok := ownID(key); !ok || !known(id) {
 				text = append(text, fmt.Sprintf("%s is nobody's", key))

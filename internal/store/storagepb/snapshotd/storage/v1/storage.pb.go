@@ -3338,7 +3338,10 @@ type Job struct {
 	// Where objects of the target may lie.
 	Roots []*Root `protobuf:"bytes,39,rep,name=roots,proto3" json:"roots,omitempty"`
 	// Whether it ever was in phase copy, and objects may be there.
-	Copied        bool `protobuf:"varint,40,opt,name=copied,proto3" json:"copied,omitempty"`
+	Copied bool `protobuf:"varint,40,opt,name=copied,proto3" json:"copied,omitempty"`
+	// The alias of the store that keeps the ETags of files without a registered one,
+	// under gc/restore/<id>/; empty: the configured store of snapshots.
+	PinStore      string `protobuf:"bytes,41,opt,name=pin_store,json=pinStore,proto3" json:"pin_store,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3651,6 +3654,13 @@ func (x *Job) GetCopied() bool {
 		return x.Copied
 	}
 	return false
+}
+
+func (x *Job) GetPinStore() string {
+	if x != nil {
+		return x.PinStore
+	}
+	return ""
 }
 
 // JobLimits is the record at /job/limits/<id>.
@@ -4393,7 +4403,7 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x18\n" +
 	"\adeleter\x18\x03 \x01(\rR\adeleter\x12\x1d\n" +
 	"\n" +
-	"grant_time\x18\x05 \x01(\x03R\tgrantTime\"\xc2\n" +
+	"grant_time\x18\x05 \x01(\x03R\tgrantTime\"\xdf\n" +
 	"\n" +
 	"\x03Job\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1f\n" +
@@ -4444,7 +4454,8 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x06pin_id\x18% \x01(\x03R\x05pinId\x120\n" +
 	"\x04done\x18& \x01(\v2\x1c.snapshotd.storage.v1.TotalsR\x04done\x120\n" +
 	"\x05roots\x18' \x03(\v2\x1a.snapshotd.storage.v1.RootR\x05roots\x12\x16\n" +
-	"\x06copied\x18( \x01(\bR\x06copied\x1a9\n" +
+	"\x06copied\x18( \x01(\bR\x06copied\x12\x1b\n" +
+	"\tpin_store\x18) \x01(\tR\bpinStore\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"U\n" +

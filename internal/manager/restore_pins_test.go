@@ -1,0 +1,191 @@
+package manager
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// alterUnpinned replaces the files of a snapshot without a registered ETag by others
+// of the same size, and returns what they held.
+func (w *world) alterUnpinned(segments []segment.Segment) map[string][]byte {
+	w.t.Helper()
+	was := map[string][]byte{}
+	for i := range segments {
+		for f := range segments[i].AllFiles() {
+			if f.ETag != "" {
+				continue
+			}
+			key := "data/" + f.Path
+			was[key] = w.bytes(key)
+			if _, err := w.objects.Put(w.t.Context(), key, bytes.Map(func(r rune) rune { return r ^ 1 }, was[key])); err != nil {
+				w.t.Fatal(err)
+			}
+		}
+	}
+	return was
+}
+
+// pairs pairs the files of a snapshot with those of a restored collection.
+func (w *world) pairs(segments []segment.Segment, target int64) map[string]string {
+	w.t.Helper()
+	var got []segment.Segment
+	_, err := catalog.New(catalog.Options{KV: w.kv, Now: w.now}).ScanSegments(w.t.Context(), target, 0, func(batch []segment.Segment) error {
+		got = append(got, batch...)
+		return nil
+	})
+	if err != nil || len(got) != len(segments) {
+		w.t.Fatalf("%d segments of %d, err = %v", len(got), len(segments), err)
+	}
+	pairs := map[string]string{}
+	for i := range got {
+		var to []string
+		for f := range got[i].AllFiles() {
+			to = append(to, "data/"+f.Path)
+		}
+		for f := range segments[i].AllFiles() {
+			pairs["data/"+f.Path], to = to[0], to[1:]
+		}
+	}
+	return pairs
+}
+
+// TestRestoreOfFilesAlteredBetweenAttempts kills the replica at each request of a
+// restore, alters files without a registered ETag before another goes on, and holds
+// that once a file was copied the restore makes what it began to, or fails with the
+// name of a file.
+func TestRestoreOfFilesAlteredBetweenAttempts(t *testing.T) {
+	failed, completed := 0, 0
+	for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
+		eachOf(t, 200, func(n int) (fired bool) {
+			inWorld(t, func(t *testing.T, w *world) {
+				a := w.start("a")
+				s := w.create(a, w.rich(a, "c", 5), "one")
+				settle()
+				before := w.traces()
+				segments := w.segments(a, s)
+				g := newGrave()
+				g.atRequest(a, n, fault, 1, true)
+				sp, tok := restoreSpecOf(s), token("t", "restore")
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				_, err := a.Restore(ctx, tok, sp)
+				cancel()
+				if err == nil && w.endedOrDead(g) {
+					return
+				}
+				fired = true
+				a.stop()
+				copied := len(w.traces().objects) > len(before.objects)+1 // the pins are one
+				was := w.alterUnpinned(segments)
+				b := w.start("b")
+				job := w.definitely(b, tok, sp)
+				end := w.ended(b, job.ID)
+				settle()
+				switch end.Job.State {
+				case copyjob.Completed:
+					completed++
+					pairs := w.pairs(segments, job.Target)
+					for from, content := range was {
+						if copied && !bytes.Equal(w.bytes(pairs[from]), content) {
+							t.Errorf("request %d, fault %v: COMPLETED with other bytes of %s than were there when it began", n, fault, from)
+						}
+					}
+				case copyjob.Failed:
+					failed++
+					named := false
+					for from := range was {
+						named = named || strings.Contains(end.Job.Message, from)
+					}
+					if end.Job.Reason != "SOURCE_OBJECT_ALTERED" || !named {
+						t.Errorf("request %d, fault %v: %s: %s", n, fault, end.Job.Reason, end.Job.Message)
+					}
+					w.nothingSince(before)
+				default:
+					t.Errorf("request %d, fault %v: %v", n, fault, end.Job.State)
+				}
+			})
+			return fired
+		})
+	}
+	t.Logf("%d restores failed, %d are complete", failed, completed)
+	if failed < 10 || completed < 4 {
+		t.Error("too few of one kind")
+	}
+}
+
+// TestRestoreKeepsPins holds that the pins of a restore's files stay until its job is
+// forgotten, that there are none of files with a registered ETag, and that what a
+// frozen worker creates later is swept.
+func TestRestoreKeepsPins(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a := w.start("a")
+		col := w.rich(a, "c", 100) // four tasks
+		s := w.create(a, col, "one")
+		job := w.completes(a, restoreSpecOf(s))
+		list := w.objectsUnder(catalog.RestorePrefix)
+		if len(list) != 4 || list[0] != fmt.Sprintf("gc/restore/%d/pins-0-0.json", job.ID) {
+			t.Errorf("%v", list)
+		}
+		again := w.create(a, catalog.Collection{ID: job.Target}, "two") // all of its ETags are registered
+		sp := restoreSpecOf(again)
+		sp.Name = "second"
+		w.completes(a, sp)
+		if more := w.objectsUnder(catalog.RestorePrefix); len(more) != 4 {
+			t.Errorf("%v", more)
+		}
+		time.Sleep(6 * 24 * time.Hour)
+		settle()
+		if more := w.objectsUnder(catalog.RestorePrefix); len(more) != 4 {
+			t.Errorf("%v, after six days", more)
+		}
+		time.Sleep(2 * 24 * time.Hour)
+		settle()
+		if more := w.objectsUnder(catalog.RestorePrefix); len(more) != 0 || len(w.keysUnder(keys.JobPrefix)) != 0 {
+			t.Errorf("%v, after eight days", more)
+		}
+		if _, err := w.objects.Put(t.Context(), catalog.PinsKey(job.ID, 3, 0), []byte("late")); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(26 * time.Hour)
+		settle()
+		if more := w.objectsUnder(catalog.RestorePrefix); len(more) != 0 {
+			t.Errorf("%v, after a sweep", more)
+		}
+	})
+}
+
+// TestRestoreWithAlteredPins has the store answer with other bytes than the pins
+// consist of: the task is tried again, and nothing is copied by them.
+func TestRestoreWithAlteredPins(t *testing.T) {
+	for _, fault := range []object.Fault{object.FaultFlip, object.FaultTruncate} {
+		inWorld(t, func(t *testing.T, w *world) {
+			a := w.start("a")
+			s := w.create(a, w.rich(a, "c", 5), "one")
+			left, copies := 3, 0
+			a.store.Plan(func(c object.Call) object.Fault {
+				switch {
+				case c.Op == object.OpCopy && copies < 2:
+					copies++
+					return object.FaultBefore
+				case c.Op == object.OpGet && strings.HasPrefix(c.Keys[0], catalog.RestorePrefix) && left > 0:
+					left--
+					return fault
+				}
+				return object.FaultNone
+			})
+			w.completes(a, restoreSpecOf(s))
+			if left != 0 {
+				t.Errorf("fault %v: %d altered answers were not asked for", fault, left)
+			}
+		})
+	}
+}
