@@ -32,10 +32,13 @@ const (
 )
 
 // loadsInFlight is how many snapshots' references are read at once.
-const loadsInFlight = 16
+const loadsInFlight = 32
 
 // index knows what the committed snapshots reference. It follows their records;
-// what each references is read from its refs.avro, once.
+// what each references is read from its refs.avro, once: one object for each
+// snapshot, whose digest is in the record, and the metadata besides where the
+// record is of an earlier release. Those of a collection that a call waits for are
+// read before all others.
 //
 // A snapshot is first expected, by its record, then known, when its references
 // are counted. While one of a collection is expected and not known, nothing can
@@ -52,14 +55,15 @@ type index struct {
 	foreign     map[uint64]int32  // how many snapshots, of any collection, have a file as a foreign one
 	offered     []offer           // by creates of this replica, the latest last
 	strays      map[string]string // records of which not even the collection is known, with why
+	awaited     map[int64]int     // how many calls wait for a collection
 	moved       chan struct{}     // closed and replaced when an entry becomes known, unreadable or is gone
 }
 
 // collection is what the snapshots of one collection reference.
 type collection struct {
 	held    held
-	entries []*entry // newest first
-	missing int
+	entries []*entry         // newest first
+	missing map[int64]*entry // those whose references are not known
 }
 
 // offer is what a snapshot references, from the create that has just written it.
@@ -102,10 +106,11 @@ type entry struct {
 	name       string
 	store      string
 	metadata   manifest.Digest
-	refs       *snapshotRefs // nil until known
-	closed     bool          // its record is of a newer release: it stays unknown
-	began      int64         // revision of the transaction that began it
-	history    int64         // of the metadata store, that began is of; 0: not known
+	refsFile   manifest.RefsFile // of the record; zero: the metadata has it
+	refs       *snapshotRefs     // nil until known
+	closed     bool              // its record is of a newer release: it stays unknown
+	began      int64             // revision of the transaction that began it
+	history    int64             // of the metadata store, that began is of; 0: not known
 	loading    bool
 	gone       bool      // while it was being loaded
 	err        error     // why it could not be read, the last time
@@ -118,6 +123,7 @@ func newestFirst(a, b *entry) int { return cmp.Compare(b.id, a.id) }
 func newIndex(o *Options) *index {
 	x := &index{o: o, work: make(chan struct{}, 1), moved: make(chan struct{})}
 	x.collections, x.snapshots, x.missing = map[int64]*collection{}, map[int64]*entry{}, map[int64]*entry{}
+	x.awaited = map[int64]int{}
 	x.strays, x.foreign = map[string]string{}, map[uint64]int32{}
 	from, to := meta.Prefix(keys.SnapshotPrefix)
 	x.follower = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: x, Log: o.Log, Rand: o.Jitter})
@@ -232,16 +238,17 @@ func (x *index) expect(id int64, rec *storagev1.Snapshot) *entry {
 	e := &entry{id: id, collection: rec.GetCollectionId(), name: rec.GetName(), store: rec.GetStore()}
 	e.metadata.Length = rec.GetMetadataLength()
 	copy(e.metadata.SHA256[:], rec.GetMetadataSha256())
+	e.refsFile = manifest.RefsOf(rec.GetReferences())
 	x.snapshots[id] = e
 	x.missing[id] = e
 	c := x.collections[e.collection]
 	if c == nil {
-		c = &collection{held: newHeld(x.foreign)}
+		c = &collection{held: newHeld(x.foreign), missing: map[int64]*entry{}}
 		x.collections[e.collection] = c
 	}
 	at, _ := slices.BinarySearchFunc(c.entries, e, newestFirst)
 	c.entries = slices.Insert(c.entries, at, e)
-	c.missing++
+	c.missing[id] = e
 	return e
 }
 
@@ -259,7 +266,7 @@ func (x *index) drop(id int64) {
 	}
 	e.gone = true
 	if e.refs == nil {
-		c.missing--
+		delete(c.missing, id)
 	} else {
 		c.held.count(e.refs, -1, x.breathe)
 	}
@@ -323,22 +330,36 @@ func (x *index) next() (e *entry, wait time.Duration) {
 	defer x.mu.Unlock()
 	wait = x.o.Interval
 	now := x.o.Now()
-	for _, candidate := range x.missing {
-		if candidate.closed || candidate.loading {
-			continue
+	pick := func(missing map[int64]*entry) bool {
+		for _, candidate := range missing {
+			if candidate.closed || candidate.loading {
+				continue
+			}
+			if left := candidate.retry.Sub(now); left > 0 {
+				wait = min(wait, left)
+				continue
+			}
+			e = candidate
+			return true
 		}
-		if left := candidate.retry.Sub(now); left > 0 {
-			wait = min(wait, left)
-			continue
-		}
-		candidate.loading = true
-		select { // there may be more for another loader
-		case x.work <- struct{}{}:
-		default:
-		}
-		return candidate, 0
+		return false
 	}
-	return nil, wait
+	found := false
+	for id := range x.awaited {
+		if c := x.collections[id]; c != nil && pick(c.missing) {
+			found = true
+			break
+		}
+	}
+	if !found && !pick(x.missing) {
+		return nil, wait
+	}
+	e.loading = true
+	select { // there may be more for another loader
+	case x.work <- struct{}{}:
+	default:
+	}
+	return e, 0
 }
 
 // loaded notes how the reading of a snapshot's references ended.
@@ -361,7 +382,7 @@ func (x *index) loaded(e *entry, refs *snapshotRefs, err error) {
 		}
 		e.refs, e.err = refs, nil
 		delete(x.missing, e.id)
-		c.missing--
+		delete(c.missing, e.id)
 		return
 	}
 	wait := x.o.Interval
@@ -388,19 +409,23 @@ func (x *index) load(ctx context.Context, e *entry) (*snapshotRefs, error) {
 	if !ok {
 		return nil, fmt.Errorf("its objects lie in store %q, which is not configured here", e.store)
 	}
-	dir := manifest.Dir(e.collection, e.id)
-	data, err := read(ctx, store, dir+manifest.MetadataName, e.metadata)
+	dir, file := manifest.Dir(e.collection, e.id), e.refsFile
+	if file.Length == 0 {
+		data, err := read(ctx, store, dir+manifest.MetadataName, e.metadata)
+		if err != nil {
+			return nil, err
+		}
+		md, err := manifest.DecodeMetadata(data)
+		if err != nil {
+			return nil, err
+		}
+		file = md.Refs
+	}
+	data, err := read(ctx, store, dir+manifest.RefsName, file.Digest)
 	if err != nil {
 		return nil, err
 	}
-	md, err := manifest.DecodeMetadata(data)
-	if err != nil {
-		return nil, err
-	}
-	if data, err = read(ctx, store, dir+manifest.RefsName, md.Refs.Digest); err != nil {
-		return nil, err
-	}
-	refs, err := manifest.DecodeRefs(data, md.Refs)
+	refs, err := manifest.DecodeRefs(data, file)
 	if err != nil {
 		return nil, err
 	}
@@ -434,6 +459,8 @@ func (x *index) ready(ctx context.Context, id, revision int64) error {
 			return x.late(ctx, err)
 		}
 	}
+	x.await(id, 1)
+	defer x.await(id, -1)
 	for {
 		x.mu.Lock()
 		err, moved := x.complete(id), x.moved
@@ -446,6 +473,15 @@ func (x *index) ready(ctx context.Context, id, revision int64) error {
 			return x.late(ctx, err)
 		case <-moved:
 		}
+	}
+}
+
+// await counts a call that waits for a collection.
+func (x *index) await(id int64, by int) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.awaited[id] += by; x.awaited[id] == 0 {
+		delete(x.awaited, id)
 	}
 }
 
@@ -471,7 +507,7 @@ func (x *index) complete(id int64) error {
 		return fmt.Errorf("%w: record %s: %s", ErrUnreadable, key, why)
 	}
 	c := x.collections[id]
-	if c == nil || c.missing == 0 {
+	if c == nil || len(c.missing) == 0 {
 		return nil
 	}
 	for _, e := range c.entries {
@@ -480,7 +516,7 @@ func (x *index) complete(id int64) error {
 				ErrUnreadable, e.name, e.id, toldOf(e.err), id)
 		}
 	}
-	return fmt.Errorf("%w: of %d snapshots of collection %d", ErrLoading, c.missing, id)
+	return fmt.Errorf("%w: of %d snapshots of collection %d", ErrLoading, len(c.missing), id)
 }
 
 // toldOf is what a caller is told of err. What a store says may tell of addresses;

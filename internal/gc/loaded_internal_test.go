@@ -55,7 +55,7 @@ func countOnce(t *testing.T) {
 	if got := x.count(7, wanted{segment: 1}); got != 1 {
 		t.Errorf("the segment is counted %d times", got)
 	}
-	if got := x.collections[7].missing; got != 0 {
+	if got := len(x.collections[7].missing); got != 0 {
 		t.Errorf("%d snapshots are missing", got)
 	}
 }

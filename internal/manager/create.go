@@ -829,7 +829,7 @@ func (w *snapshotWriter) finish(ctx context.Context) (*Snapshot, error) {
 	if err := w.m.putOnce(ctx, atMetadata, manifest.MetadataKey(w.snap.Collection, w.snap.ID), data, w.lease); err != nil {
 		return nil, err
 	}
-	next.Metadata = manifest.Sum(data)
+	next.Metadata, next.refs = manifest.Sum(data), w.refsFile
 	next.ManifestBytes += w.refsFile.Length + int64(len(data))
 	w.m.gc.Offer(next.ID, next.Metadata, w.refs)
 	return next, nil

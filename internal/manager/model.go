@@ -115,9 +115,10 @@ type Snapshot struct {
 
 	requestKey string
 	op         string
-	commitRev  int64 // stored; 0: that of the record
-	history    int64 // of the metadata store, that it began in; 0: not known
-	beginRev   int64 // of the transaction that began it, once committed
+	commitRev  int64             // stored; 0: that of the record
+	history    int64             // of the metadata store, that it began in; 0: not known
+	beginRev   int64             // of the transaction that began it, once committed
+	refs       manifest.RefsFile // zero in records of earlier releases
 }
 
 func (s *Snapshot) String() string { return fmt.Sprintf("%s (%d)", s.Name, s.ID) }
@@ -155,6 +156,7 @@ func encode(s *Snapshot, op string) []byte {
 	if s.Metadata.Length > 0 {
 		rec.MetadataSha256 = s.Metadata.SHA256[:]
 	}
+	rec.References = s.refs.Record()
 	for _, c := range s.Cuts {
 		rec.Cuts = append(rec.Cuts, &storagev1.Cut{Shard: uint32(c.Shard), Channel: c.Channel, Timestamp: uint64(c.Timestamp)})
 	}
@@ -188,6 +190,7 @@ func decode(kv meta.KeyValue) (*Snapshot, error) {
 		history: rec.GetHistory(), beginRev: rec.GetBeginRevision(),
 	}
 	copy(s.Metadata.SHA256[:], rec.GetMetadataSha256())
+	s.refs = manifest.RefsOf(rec.GetReferences())
 	for _, c := range rec.GetCuts() {
 		s.Cuts = append(s.Cuts, Cut{Shard: int(c.GetShard()), Channel: c.GetChannel(), Timestamp: segment.Timestamp(c.GetTimestamp())})
 	}

@@ -565,6 +565,7 @@ func TestUnreadableReferences(t *testing.T) {
 				w.t.Fatal(err)
 			}
 			w.putObject(key, data[:len(data)-1])
+			w.withoutReferences(s) // else the metadata is not read
 			return func() { w.putObject(key, data) }
 		},
 		"another store": func(w *world, s *Snapshot, _ string, _ []byte) func() {

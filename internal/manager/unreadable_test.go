@@ -1,8 +1,10 @@
 package manager
 
 import (
+	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -10,6 +12,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/object"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
 // TestUnreadableReferencesDeleteNothing damages what says what a snapshot
@@ -35,6 +38,70 @@ func TestUnreadableReferencesDeleteNothing(t *testing.T) {
 	}
 }
 
+// withoutReferences makes a snapshot's record that of a release that kept what
+// describes the references in the metadata alone.
+func (w *world) withoutReferences(s *Snapshot) {
+	w.t.Helper()
+	w.changeRecord(s, func(r *storagev1.Snapshot) { r.References = nil })
+}
+
+// TestReadsOfAStart counts the objects that a replica reads before it can say
+// what is held: one for each snapshot, and two where the record is of an earlier
+// release. Those of a collection that is asked about come before all others.
+func TestReadsOfAStart(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a := w.start("a", func(o *Options) { o.CollectorOff = true })
+		many, _, _ := w.collection(a, "many")
+		few, _, _ := w.collection(a, "few")
+		held := w.segment(a, few, 0, 1, 20)
+		w.addWritten(a, few, held)
+		w.checkpoint(a, few, 100, 100)
+		w.checkpoint(a, many, 100, 100)
+		w.create(a, few, "one")
+		old := w.create(a, few, "two")
+		const n = 200
+		for i := range n {
+			w.create(a, many, fmt.Sprint("m", i))
+		}
+		asks := w.dropSegments(a, few, held.ID)
+		a.stop()
+		w.withoutReferences(old)
+
+		var mu sync.Mutex
+		reads := map[bool]int{}
+		b := w.start("b", func(o *Options) {
+			o.CollectorOff = true
+			store, ok := o.Stores["default"].(*object.Faulty)
+			if !ok {
+				t.Fatalf("the store is a %T", o.Stores["default"])
+			}
+			store.SetLatency(time.Second)
+			store.Plan(func(c object.Call) object.Fault {
+				if c.Op == object.OpGet && strings.HasPrefix(c.Keys[0], "snapshots/") {
+					mu.Lock()
+					defer mu.Unlock()
+					reads[strings.HasPrefix(c.Keys[0], fmt.Sprintf("snapshots/%d/", few.ID))]++
+				}
+				return object.FaultNone
+			})
+		})
+		began := time.Now()
+		if _, err := b.GC().Reclaim(t.Context(), catalog.Ref{ID: few.ID}, asks, gc.ByCaller, "tester"); err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(began); took > 4*time.Second {
+			t.Errorf("a collection of two snapshots waited for %v", took)
+		}
+		time.Sleep(time.Hour)
+		settle()
+		mu.Lock()
+		defer mu.Unlock()
+		if reads[true] != 3 || reads[false] != n {
+			t.Errorf("read %d objects of two snapshots, one of them old, and %d of %d others", reads[true], reads[false], n)
+		}
+	})
+}
+
 func (w *world) damaged(name string, damage func([]byte) []byte) {
 	t, ctx := w.t, w.t.Context()
 	often := func(o *Options) {
@@ -52,6 +119,9 @@ func (w *world) damaged(name string, damage func([]byte) []byte) {
 	w.addWritten(a, col, free, last)
 	key := manifest.Dir(s.Collection, s.ID) + name
 	whole := w.bytes(key)
+	if name == manifest.MetadataName { // which is read for records of an earlier release alone
+		w.withoutReferences(s)
+	}
 	a.stop() // and with it what it remembers
 	if damage == nil {
 		if err := w.objects.Delete(ctx, key); err != nil {

@@ -87,6 +87,8 @@ func (c *copier) put(ctx context.Context, id int64, name string, segments, build
 	}
 	sum := manifest.Sum(text)
 	rec.Name, rec.MetadataLength, rec.MetadataSha256 = name, sum.Length, sum.SHA256[:]
+	rec.References.Length, rec.References.Sha256 = md.Refs.Length, md.Refs.SHA256[:]
+	rec.References.Segments, rec.References.Builds = int64(len(segments)), int64(len(builds))
 	_, err = c.kv.Txn(ctx, meta.Txn{Then: []meta.Op{
 		meta.Put(keys.SnapshotName(0, name), record.Encode(&storagev1.Name{Format: record.Format, Id: id})),
 		meta.Put(keys.Snapshot(id), record.Encode(rec)),

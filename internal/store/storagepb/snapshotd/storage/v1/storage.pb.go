@@ -2329,6 +2329,8 @@ type Snapshot struct {
 	// The revision of the transaction that began it, once COMMITTED. It is the
 	// create revision of the record, unless the record was copied.
 	BeginRevision int64 `protobuf:"varint,26,opt,name=begin_revision,json=beginRevision,proto3" json:"begin_revision,omitempty"`
+	// Its references file, as its metadata has it; absent: only the metadata does.
+	References    *References `protobuf:"bytes,30,opt,name=references,proto3" json:"references,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2545,6 +2547,95 @@ func (x *Snapshot) GetBeginRevision() int64 {
 	return 0
 }
 
+func (x *Snapshot) GetReferences() *References {
+	if x != nil {
+		return x.References
+	}
+	return nil
+}
+
+// References describes a snapshot's references file.
+type References struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its length in bytes.
+	Length int64 `protobuf:"varint,1,opt,name=length,proto3" json:"length,omitempty"`
+	// Its SHA-256.
+	Sha256 []byte `protobuf:"bytes,2,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	// The number of segments in it.
+	Segments int64 `protobuf:"varint,3,opt,name=segments,proto3" json:"segments,omitempty"`
+	// The number of index builds in it.
+	Builds int64 `protobuf:"varint,4,opt,name=builds,proto3" json:"builds,omitempty"`
+	// The number of files in it.
+	Files         int64 `protobuf:"varint,5,opt,name=files,proto3" json:"files,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *References) Reset() {
+	*x = References{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *References) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*References) ProtoMessage() {}
+
+func (x *References) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use References.ProtoReflect.Descriptor instead.
+func (*References) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *References) GetLength() int64 {
+	if x != nil {
+		return x.Length
+	}
+	return 0
+}
+
+func (x *References) GetSha256() []byte {
+	if x != nil {
+		return x.Sha256
+	}
+	return nil
+}
+
+func (x *References) GetSegments() int64 {
+	if x != nil {
+		return x.Segments
+	}
+	return 0
+}
+
+func (x *References) GetBuilds() int64 {
+	if x != nil {
+		return x.Builds
+	}
+	return 0
+}
+
+func (x *References) GetFiles() int64 {
+	if x != nil {
+		return x.Files
+	}
+	return 0
+}
+
 // Cut is where a snapshot cuts a channel.
 type Cut struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2560,7 +2651,7 @@ type Cut struct {
 
 func (x *Cut) Reset() {
 	*x = Cut{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2572,7 +2663,7 @@ func (x *Cut) String() string {
 func (*Cut) ProtoMessage() {}
 
 func (x *Cut) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2585,7 +2676,7 @@ func (x *Cut) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cut.ProtoReflect.Descriptor instead.
 func (*Cut) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{24}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Cut) GetChannel() string {
@@ -2630,7 +2721,7 @@ type Totals struct {
 
 func (x *Totals) Reset() {
 	*x = Totals{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2642,7 +2733,7 @@ func (x *Totals) String() string {
 func (*Totals) ProtoMessage() {}
 
 func (x *Totals) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2655,7 +2746,7 @@ func (x *Totals) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Totals.ProtoReflect.Descriptor instead.
 func (*Totals) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{25}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Totals) GetSegments() int64 {
@@ -2714,7 +2805,7 @@ type Pending struct {
 
 func (x *Pending) Reset() {
 	*x = Pending{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2726,7 +2817,7 @@ func (x *Pending) String() string {
 func (*Pending) ProtoMessage() {}
 
 func (x *Pending) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2739,7 +2830,7 @@ func (x *Pending) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pending.ProtoReflect.Descriptor instead.
 func (*Pending) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{26}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Pending) GetFormat() uint32 {
@@ -2782,7 +2873,7 @@ type Request struct {
 
 func (x *Request) Reset() {
 	*x = Request{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2794,7 +2885,7 @@ func (x *Request) String() string {
 func (*Request) ProtoMessage() {}
 
 func (x *Request) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2807,7 +2898,7 @@ func (x *Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Request.ProtoReflect.Descriptor instead.
 func (*Request) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{27}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Request) GetFormat() uint32 {
@@ -2880,7 +2971,7 @@ type Generation struct {
 
 func (x *Generation) Reset() {
 	*x = Generation{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2892,7 +2983,7 @@ func (x *Generation) String() string {
 func (*Generation) ProtoMessage() {}
 
 func (x *Generation) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2905,7 +2996,7 @@ func (x *Generation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generation.ProtoReflect.Descriptor instead.
 func (*Generation) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{28}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Generation) GetFormat() uint32 {
@@ -2948,7 +3039,7 @@ type Pin struct {
 
 func (x *Pin) Reset() {
 	*x = Pin{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2960,7 +3051,7 @@ func (x *Pin) String() string {
 func (*Pin) ProtoMessage() {}
 
 func (x *Pin) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2973,7 +3064,7 @@ func (x *Pin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pin.ProtoReflect.Descriptor instead.
 func (*Pin) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{29}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Pin) GetFormat() uint32 {
@@ -3049,7 +3140,7 @@ type Unpin struct {
 
 func (x *Unpin) Reset() {
 	*x = Unpin{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3061,7 +3152,7 @@ func (x *Unpin) String() string {
 func (*Unpin) ProtoMessage() {}
 
 func (x *Unpin) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3074,7 +3165,7 @@ func (x *Unpin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unpin.ProtoReflect.Descriptor instead.
 func (*Unpin) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{30}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Unpin) GetFormat() uint32 {
@@ -3120,7 +3211,7 @@ type Tombstone struct {
 
 func (x *Tombstone) Reset() {
 	*x = Tombstone{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3132,7 +3223,7 @@ func (x *Tombstone) String() string {
 func (*Tombstone) ProtoMessage() {}
 
 func (x *Tombstone) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3145,7 +3236,7 @@ func (x *Tombstone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tombstone.ProtoReflect.Descriptor instead.
 func (*Tombstone) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{31}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Tombstone) GetFormat() uint32 {
@@ -3205,7 +3296,7 @@ type TombstoneHead struct {
 
 func (x *TombstoneHead) Reset() {
 	*x = TombstoneHead{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3217,7 +3308,7 @@ func (x *TombstoneHead) String() string {
 func (*TombstoneHead) ProtoMessage() {}
 
 func (x *TombstoneHead) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3230,7 +3321,7 @@ func (x *TombstoneHead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TombstoneHead.ProtoReflect.Descriptor instead.
 func (*TombstoneHead) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{32}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *TombstoneHead) GetFormat() uint32 {
@@ -3348,7 +3439,7 @@ type Job struct {
 
 func (x *Job) Reset() {
 	*x = Job{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3360,7 +3451,7 @@ func (x *Job) String() string {
 func (*Job) ProtoMessage() {}
 
 func (x *Job) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3373,7 +3464,7 @@ func (x *Job) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Job.ProtoReflect.Descriptor instead.
 func (*Job) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{33}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Job) GetFormat() uint32 {
@@ -3678,7 +3769,7 @@ type JobLimits struct {
 
 func (x *JobLimits) Reset() {
 	*x = JobLimits{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3690,7 +3781,7 @@ func (x *JobLimits) String() string {
 func (*JobLimits) ProtoMessage() {}
 
 func (x *JobLimits) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3703,7 +3794,7 @@ func (x *JobLimits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobLimits.ProtoReflect.Descriptor instead.
 func (*JobLimits) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{34}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *JobLimits) GetFormat() uint32 {
@@ -3757,7 +3848,7 @@ type Task struct {
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3769,7 +3860,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3782,7 +3873,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{35}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Task) GetFormat() uint32 {
@@ -3873,7 +3964,7 @@ type TaskProgress struct {
 
 func (x *TaskProgress) Reset() {
 	*x = TaskProgress{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3885,7 +3976,7 @@ func (x *TaskProgress) String() string {
 func (*TaskProgress) ProtoMessage() {}
 
 func (x *TaskProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3898,7 +3989,7 @@ func (x *TaskProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskProgress.ProtoReflect.Descriptor instead.
 func (*TaskProgress) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{36}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *TaskProgress) GetFormat() uint32 {
@@ -3944,7 +4035,7 @@ type Worker struct {
 
 func (x *Worker) Reset() {
 	*x = Worker{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[37]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3956,7 +4047,7 @@ func (x *Worker) String() string {
 func (*Worker) ProtoMessage() {}
 
 func (x *Worker) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[37]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3969,7 +4060,7 @@ func (x *Worker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Worker.ProtoReflect.Descriptor instead.
 func (*Worker) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{37}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Worker) GetFormat() uint32 {
@@ -4007,7 +4098,7 @@ type Assignment struct {
 
 func (x *Assignment) Reset() {
 	*x = Assignment{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[38]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4019,7 +4110,7 @@ func (x *Assignment) String() string {
 func (*Assignment) ProtoMessage() {}
 
 func (x *Assignment) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[38]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4032,7 +4123,7 @@ func (x *Assignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Assignment.ProtoReflect.Descriptor instead.
 func (*Assignment) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{38}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Assignment) GetFormat() uint32 {
@@ -4306,7 +4397,7 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x06Parked\x12\x14\n" +
 	"\x05store\x18\x01 \x01(\tR\x05store\x12\x16\n" +
 	"\x06length\x18\x02 \x01(\x03R\x06length\x12\x16\n" +
-	"\x06sha256\x18\x03 \x01(\fR\x06sha256\"\xb2\a\n" +
+	"\x06sha256\x18\x03 \x01(\fR\x06sha256\"\xf4\a\n" +
 	"\bSnapshot\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12#\n" +
@@ -4340,10 +4431,20 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x06reason\x18\x17 \x01(\tR\x06reason\x12\x14\n" +
 	"\x05store\x18\x18 \x01(\tR\x05store\x12\x18\n" +
 	"\ahistory\x18\x19 \x01(\x03R\ahistory\x12%\n" +
-	"\x0ebegin_revision\x18\x1a \x01(\x03R\rbeginRevision\x1a9\n" +
+	"\x0ebegin_revision\x18\x1a \x01(\x03R\rbeginRevision\x12@\n" +
+	"\n" +
+	"references\x18\x1e \x01(\v2 .snapshotd.storage.v1.ReferencesR\n" +
+	"references\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"S\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x86\x01\n" +
+	"\n" +
+	"References\x12\x16\n" +
+	"\x06length\x18\x01 \x01(\x03R\x06length\x12\x16\n" +
+	"\x06sha256\x18\x02 \x01(\fR\x06sha256\x12\x1a\n" +
+	"\bsegments\x18\x03 \x01(\x03R\bsegments\x12\x16\n" +
+	"\x06builds\x18\x04 \x01(\x03R\x06builds\x12\x14\n" +
+	"\x05files\x18\x05 \x01(\x03R\x05files\"S\n" +
 	"\x03Cut\x12\x18\n" +
 	"\achannel\x18\x01 \x01(\tR\achannel\x12\x1c\n" +
 	"\ttimestamp\x18\x02 \x01(\x04R\ttimestamp\x12\x14\n" +
@@ -4502,7 +4603,7 @@ func file_snapshotd_storage_v1_storage_proto_rawDescGZIP() []byte {
 	return file_snapshotd_storage_v1_storage_proto_rawDescData
 }
 
-var file_snapshotd_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
+var file_snapshotd_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
 var file_snapshotd_storage_v1_storage_proto_goTypes = []any{
 	(*Cluster)(nil),       // 0: snapshotd.storage.v1.Cluster
 	(*Allocator)(nil),     // 1: snapshotd.storage.v1.Allocator
@@ -4528,77 +4629,79 @@ var file_snapshotd_storage_v1_storage_proto_goTypes = []any{
 	(*UnitHead)(nil),      // 21: snapshotd.storage.v1.UnitHead
 	(*Parked)(nil),        // 22: snapshotd.storage.v1.Parked
 	(*Snapshot)(nil),      // 23: snapshotd.storage.v1.Snapshot
-	(*Cut)(nil),           // 24: snapshotd.storage.v1.Cut
-	(*Totals)(nil),        // 25: snapshotd.storage.v1.Totals
-	(*Pending)(nil),       // 26: snapshotd.storage.v1.Pending
-	(*Request)(nil),       // 27: snapshotd.storage.v1.Request
-	(*Generation)(nil),    // 28: snapshotd.storage.v1.Generation
-	(*Pin)(nil),           // 29: snapshotd.storage.v1.Pin
-	(*Unpin)(nil),         // 30: snapshotd.storage.v1.Unpin
-	(*Tombstone)(nil),     // 31: snapshotd.storage.v1.Tombstone
-	(*TombstoneHead)(nil), // 32: snapshotd.storage.v1.TombstoneHead
-	(*Job)(nil),           // 33: snapshotd.storage.v1.Job
-	(*JobLimits)(nil),     // 34: snapshotd.storage.v1.JobLimits
-	(*Task)(nil),          // 35: snapshotd.storage.v1.Task
-	(*TaskProgress)(nil),  // 36: snapshotd.storage.v1.TaskProgress
-	(*Worker)(nil),        // 37: snapshotd.storage.v1.Worker
-	(*Assignment)(nil),    // 38: snapshotd.storage.v1.Assignment
-	nil,                   // 39: snapshotd.storage.v1.Collection.PropertiesEntry
-	nil,                   // 40: snapshotd.storage.v1.Collection.AttributesEntry
-	nil,                   // 41: snapshotd.storage.v1.Field.TypeParamsEntry
-	nil,                   // 42: snapshotd.storage.v1.Field.AttributesEntry
-	nil,                   // 43: snapshotd.storage.v1.Partition.AttributesEntry
-	nil,                   // 44: snapshotd.storage.v1.Index.TypeParamsEntry
-	nil,                   // 45: snapshotd.storage.v1.Index.IndexParamsEntry
-	nil,                   // 46: snapshotd.storage.v1.Index.AttributesEntry
-	nil,                   // 47: snapshotd.storage.v1.Segment.AttributesEntry
-	nil,                   // 48: snapshotd.storage.v1.Build.ParamsEntry
-	nil,                   // 49: snapshotd.storage.v1.Files.AttributesEntry
-	nil,                   // 50: snapshotd.storage.v1.Attributes.PairsEntry
-	nil,                   // 51: snapshotd.storage.v1.Snapshot.LabelsEntry
-	nil,                   // 52: snapshotd.storage.v1.Job.LabelsEntry
+	(*References)(nil),    // 24: snapshotd.storage.v1.References
+	(*Cut)(nil),           // 25: snapshotd.storage.v1.Cut
+	(*Totals)(nil),        // 26: snapshotd.storage.v1.Totals
+	(*Pending)(nil),       // 27: snapshotd.storage.v1.Pending
+	(*Request)(nil),       // 28: snapshotd.storage.v1.Request
+	(*Generation)(nil),    // 29: snapshotd.storage.v1.Generation
+	(*Pin)(nil),           // 30: snapshotd.storage.v1.Pin
+	(*Unpin)(nil),         // 31: snapshotd.storage.v1.Unpin
+	(*Tombstone)(nil),     // 32: snapshotd.storage.v1.Tombstone
+	(*TombstoneHead)(nil), // 33: snapshotd.storage.v1.TombstoneHead
+	(*Job)(nil),           // 34: snapshotd.storage.v1.Job
+	(*JobLimits)(nil),     // 35: snapshotd.storage.v1.JobLimits
+	(*Task)(nil),          // 36: snapshotd.storage.v1.Task
+	(*TaskProgress)(nil),  // 37: snapshotd.storage.v1.TaskProgress
+	(*Worker)(nil),        // 38: snapshotd.storage.v1.Worker
+	(*Assignment)(nil),    // 39: snapshotd.storage.v1.Assignment
+	nil,                   // 40: snapshotd.storage.v1.Collection.PropertiesEntry
+	nil,                   // 41: snapshotd.storage.v1.Collection.AttributesEntry
+	nil,                   // 42: snapshotd.storage.v1.Field.TypeParamsEntry
+	nil,                   // 43: snapshotd.storage.v1.Field.AttributesEntry
+	nil,                   // 44: snapshotd.storage.v1.Partition.AttributesEntry
+	nil,                   // 45: snapshotd.storage.v1.Index.TypeParamsEntry
+	nil,                   // 46: snapshotd.storage.v1.Index.IndexParamsEntry
+	nil,                   // 47: snapshotd.storage.v1.Index.AttributesEntry
+	nil,                   // 48: snapshotd.storage.v1.Segment.AttributesEntry
+	nil,                   // 49: snapshotd.storage.v1.Build.ParamsEntry
+	nil,                   // 50: snapshotd.storage.v1.Files.AttributesEntry
+	nil,                   // 51: snapshotd.storage.v1.Attributes.PairsEntry
+	nil,                   // 52: snapshotd.storage.v1.Snapshot.LabelsEntry
+	nil,                   // 53: snapshotd.storage.v1.Job.LabelsEntry
 }
 var file_snapshotd_storage_v1_storage_proto_depIdxs = []int32{
 	6,  // 0: snapshotd.storage.v1.Allocator.reserved:type_name -> snapshotd.storage.v1.IdRange
 	5,  // 1: snapshotd.storage.v1.Round.stops:type_name -> snapshotd.storage.v1.Stop
 	10, // 2: snapshotd.storage.v1.Collection.schema:type_name -> snapshotd.storage.v1.Schema
 	9,  // 3: snapshotd.storage.v1.Collection.roots:type_name -> snapshotd.storage.v1.Root
-	39, // 4: snapshotd.storage.v1.Collection.properties:type_name -> snapshotd.storage.v1.Collection.PropertiesEntry
-	40, // 5: snapshotd.storage.v1.Collection.attributes:type_name -> snapshotd.storage.v1.Collection.AttributesEntry
+	40, // 4: snapshotd.storage.v1.Collection.properties:type_name -> snapshotd.storage.v1.Collection.PropertiesEntry
+	41, // 5: snapshotd.storage.v1.Collection.attributes:type_name -> snapshotd.storage.v1.Collection.AttributesEntry
 	11, // 6: snapshotd.storage.v1.Schema.fields:type_name -> snapshotd.storage.v1.Field
-	41, // 7: snapshotd.storage.v1.Field.type_params:type_name -> snapshotd.storage.v1.Field.TypeParamsEntry
-	42, // 8: snapshotd.storage.v1.Field.attributes:type_name -> snapshotd.storage.v1.Field.AttributesEntry
-	43, // 9: snapshotd.storage.v1.Partition.attributes:type_name -> snapshotd.storage.v1.Partition.AttributesEntry
-	44, // 10: snapshotd.storage.v1.Index.type_params:type_name -> snapshotd.storage.v1.Index.TypeParamsEntry
-	45, // 11: snapshotd.storage.v1.Index.index_params:type_name -> snapshotd.storage.v1.Index.IndexParamsEntry
-	46, // 12: snapshotd.storage.v1.Index.attributes:type_name -> snapshotd.storage.v1.Index.AttributesEntry
+	42, // 7: snapshotd.storage.v1.Field.type_params:type_name -> snapshotd.storage.v1.Field.TypeParamsEntry
+	43, // 8: snapshotd.storage.v1.Field.attributes:type_name -> snapshotd.storage.v1.Field.AttributesEntry
+	44, // 9: snapshotd.storage.v1.Partition.attributes:type_name -> snapshotd.storage.v1.Partition.AttributesEntry
+	45, // 10: snapshotd.storage.v1.Index.type_params:type_name -> snapshotd.storage.v1.Index.TypeParamsEntry
+	46, // 11: snapshotd.storage.v1.Index.index_params:type_name -> snapshotd.storage.v1.Index.IndexParamsEntry
+	47, // 12: snapshotd.storage.v1.Index.attributes:type_name -> snapshotd.storage.v1.Index.AttributesEntry
 	7,  // 13: snapshotd.storage.v1.Channel.checkpoint:type_name -> snapshotd.storage.v1.Position
 	7,  // 14: snapshotd.storage.v1.Segment.start:type_name -> snapshotd.storage.v1.Position
 	7,  // 15: snapshotd.storage.v1.Segment.dml:type_name -> snapshotd.storage.v1.Position
 	18, // 16: snapshotd.storage.v1.Segment.files:type_name -> snapshotd.storage.v1.Files
 	17, // 17: snapshotd.storage.v1.Segment.builds:type_name -> snapshotd.storage.v1.Build
-	47, // 18: snapshotd.storage.v1.Segment.attributes:type_name -> snapshotd.storage.v1.Segment.AttributesEntry
-	48, // 19: snapshotd.storage.v1.Build.params:type_name -> snapshotd.storage.v1.Build.ParamsEntry
-	49, // 20: snapshotd.storage.v1.Files.attributes:type_name -> snapshotd.storage.v1.Files.AttributesEntry
-	50, // 21: snapshotd.storage.v1.Attributes.pairs:type_name -> snapshotd.storage.v1.Attributes.PairsEntry
+	48, // 18: snapshotd.storage.v1.Segment.attributes:type_name -> snapshotd.storage.v1.Segment.AttributesEntry
+	49, // 19: snapshotd.storage.v1.Build.params:type_name -> snapshotd.storage.v1.Build.ParamsEntry
+	50, // 20: snapshotd.storage.v1.Files.attributes:type_name -> snapshotd.storage.v1.Files.AttributesEntry
+	51, // 21: snapshotd.storage.v1.Attributes.pairs:type_name -> snapshotd.storage.v1.Attributes.PairsEntry
 	16, // 22: snapshotd.storage.v1.Unit.segment:type_name -> snapshotd.storage.v1.Segment
 	22, // 23: snapshotd.storage.v1.Unit.parked:type_name -> snapshotd.storage.v1.Parked
 	22, // 24: snapshotd.storage.v1.UnitHead.parked:type_name -> snapshotd.storage.v1.Parked
-	51, // 25: snapshotd.storage.v1.Snapshot.labels:type_name -> snapshotd.storage.v1.Snapshot.LabelsEntry
-	24, // 26: snapshotd.storage.v1.Snapshot.cuts:type_name -> snapshotd.storage.v1.Cut
-	25, // 27: snapshotd.storage.v1.Snapshot.totals:type_name -> snapshotd.storage.v1.Totals
-	20, // 28: snapshotd.storage.v1.Tombstone.unit:type_name -> snapshotd.storage.v1.Unit
-	52, // 29: snapshotd.storage.v1.Job.labels:type_name -> snapshotd.storage.v1.Job.LabelsEntry
-	25, // 30: snapshotd.storage.v1.Job.totals:type_name -> snapshotd.storage.v1.Totals
-	25, // 31: snapshotd.storage.v1.Job.done:type_name -> snapshotd.storage.v1.Totals
-	9,  // 32: snapshotd.storage.v1.Job.roots:type_name -> snapshotd.storage.v1.Root
-	25, // 33: snapshotd.storage.v1.Task.totals:type_name -> snapshotd.storage.v1.Totals
-	19, // 34: snapshotd.storage.v1.Files.AttributesEntry.value:type_name -> snapshotd.storage.v1.Attributes
-	35, // [35:35] is the sub-list for method output_type
-	35, // [35:35] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	52, // 25: snapshotd.storage.v1.Snapshot.labels:type_name -> snapshotd.storage.v1.Snapshot.LabelsEntry
+	25, // 26: snapshotd.storage.v1.Snapshot.cuts:type_name -> snapshotd.storage.v1.Cut
+	26, // 27: snapshotd.storage.v1.Snapshot.totals:type_name -> snapshotd.storage.v1.Totals
+	24, // 28: snapshotd.storage.v1.Snapshot.references:type_name -> snapshotd.storage.v1.References
+	20, // 29: snapshotd.storage.v1.Tombstone.unit:type_name -> snapshotd.storage.v1.Unit
+	53, // 30: snapshotd.storage.v1.Job.labels:type_name -> snapshotd.storage.v1.Job.LabelsEntry
+	26, // 31: snapshotd.storage.v1.Job.totals:type_name -> snapshotd.storage.v1.Totals
+	26, // 32: snapshotd.storage.v1.Job.done:type_name -> snapshotd.storage.v1.Totals
+	9,  // 33: snapshotd.storage.v1.Job.roots:type_name -> snapshotd.storage.v1.Root
+	26, // 34: snapshotd.storage.v1.Task.totals:type_name -> snapshotd.storage.v1.Totals
+	19, // 35: snapshotd.storage.v1.Files.AttributesEntry.value:type_name -> snapshotd.storage.v1.Attributes
+	36, // [36:36] is the sub-list for method output_type
+	36, // [36:36] is the sub-list for method input_type
+	36, // [36:36] is the sub-list for extension type_name
+	36, // [36:36] is the sub-list for extension extendee
+	0,  // [0:36] is the sub-list for field type_name
 }
 
 func init() { file_snapshotd_storage_v1_storage_proto_init() }
@@ -4612,7 +4715,7 @@ func file_snapshotd_storage_v1_storage_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_snapshotd_storage_v1_storage_proto_rawDesc), len(file_snapshotd_storage_v1_storage_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   53,
+			NumMessages:   54,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

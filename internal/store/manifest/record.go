@@ -1,0 +1,23 @@
+package manifest
+
+import storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+
+// Record returns the file as a snapshot's record holds it; nil: there is none.
+func (f *RefsFile) Record() *storagev1.References {
+	if f.Length == 0 {
+		return nil
+	}
+	return &storagev1.References{Length: f.Length, Sha256: f.SHA256[:], Segments: f.Segments, Builds: f.Builds, Files: f.Files}
+}
+
+// RefsOf returns the file that a snapshot's record describes. It is zero when the
+// record is of a release that kept it in the metadata alone.
+func RefsOf(rec *storagev1.References) RefsFile {
+	f := RefsFile{}
+	if rec.GetLength() <= 0 || len(rec.GetSha256()) != len(f.SHA256) {
+		return f
+	}
+	f.File, f.Length, f.Segments, f.Builds, f.Files = RefsName, rec.GetLength(), rec.GetSegments(), rec.GetBuilds(), rec.GetFiles()
+	copy(f.SHA256[:], rec.GetSha256())
+	return f
+}
