@@ -29,7 +29,11 @@
 //     happened already, so it is never repeated.
 //   - ABORTED with reason CONFLICT or CATALOG_COMPACTED and a
 //     google.rpc.RetryInfo: nothing was written. CreateSnapshot is the exception:
-//     what a token ended with is final, so a caller tries again with a new one.
+//     what a token ended with is final.
+//   - ABORTED with reason CREATE_ABORTED: the create was given up, and left
+//     nothing. It begins again under another token, which follows from the first
+//     one. So a later repeat under the first token, also of another process,
+//     returns the snapshot that was made in the end.
 //
 // A google.rpc.RetryInfo is obeyed in both cases. Streams are not repeated, for
 // only the caller knows what it has seen of them; WatchEvents does it for events.

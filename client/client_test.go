@@ -39,6 +39,8 @@ type server struct {
 	tokens []string                             // that each stream began with
 	jobs   [][]*snapshotdv1.RestoreJob          // of each stream
 	asked  []int64                              // the job that each stream was of
+
+	creates []string // token of each create
 }
 
 func (s *server) next() error {
@@ -53,7 +55,10 @@ func (s *server) next() error {
 	return err
 }
 
-func (s *server) CreateSnapshot(context.Context, *snapshotdv1.CreateSnapshotRequest) (*snapshotdv1.CreateSnapshotResponse, error) {
+func (s *server) CreateSnapshot(_ context.Context, req *snapshotdv1.CreateSnapshotRequest) (*snapshotdv1.CreateSnapshotResponse, error) {
+	s.mu.Lock()
+	s.creates = append(s.creates, req.GetRequestToken())
+	s.mu.Unlock()
 	return &snapshotdv1.CreateSnapshotResponse{}, s.next()
 }
 
@@ -195,7 +200,8 @@ func TestRetry(t *testing.T) {
 		{"a conflict", []error{answer(t, codes.Aborted, "CONFLICT", soon)}, drop(""), 2, codes.OK},
 		{"a conflict without advice", []error{answer(t, codes.Aborted, "CONFLICT")}, drop("t"), 1, codes.Aborted},
 		{"another abort", []error{answer(t, codes.Aborted, "REVISION_CHANGED", soon)}, drop("t"), 1, codes.Aborted},
-		{"an aborted create", []error{answer(t, codes.Aborted, "CATALOG_COMPACTED", soon)}, create, 1, codes.Aborted},
+		{"a create that was overtaken", []error{answer(t, codes.Aborted, "CATALOG_COMPACTED", soon)}, create, 1, codes.Aborted},
+		{"a create that was given up", []error{answer(t, codes.Aborted, "CREATE_ABORTED")}, create, 2, codes.OK},
 		{"an unavailable create", []error{unavailable}, create, 2, codes.OK},
 		{
 			"a wait past the deadline",
@@ -215,6 +221,36 @@ func TestRetry(t *testing.T) {
 				t.Errorf("got %d calls, want %d", s.calls, tc.calls)
 			}
 		})
+	}
+}
+
+// TestCreateBeginsAgain has creates given up: each begins again under another token.
+// A repeat under the first token takes the same way.
+func TestCreateBeginsAgain(t *testing.T) {
+	aborted, unavailable := answer(t, codes.Aborted, "CREATE_ABORTED"), answer(t, codes.Unavailable, "STORE_UNAVAILABLE")
+	s := &server{errs: []error{aborted, unavailable, aborted, nil, aborted, aborted, nil, aborted, nil}}
+	c := dial(t, s, client.Options{})
+	create := func(req *snapshotdv1.CreateSnapshotRequest) {
+		t.Helper()
+		token := req.GetRequestToken()
+		if _, err := c.Snapshots.CreateSnapshot(t.Context(), req); err != nil {
+			t.Error(err)
+		}
+		if req.GetRequestToken() != token {
+			t.Errorf("the caller's request has token %q, not %q", req.GetRequestToken(), token)
+		}
+	}
+	create(&snapshotdv1.CreateSnapshotRequest{RequestToken: "t"})
+	create(&snapshotdv1.CreateSnapshotRequest{RequestToken: "t"})
+	create(&snapshotdv1.CreateSnapshotRequest{})
+	got := s.creates
+	if len(got) != 9 {
+		t.Fatalf("calls with %v", got)
+	}
+	second, third := got[1], got[3]
+	want := []string{"t", second, second, third, "t", second, third, "", ""}
+	if second == "t" || third == second || third == "t" || !slices.Equal(got, want) {
+		t.Errorf("calls with %v, want %v", got, want)
 	}
 }
 

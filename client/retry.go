@@ -2,6 +2,8 @@ package client
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -11,6 +13,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 )
@@ -39,7 +42,26 @@ func (r retry) intercept(ctx context.Context, method string, req, reply any, cc 
 		if sleep(ctx, wait) != nil {
 			return err
 		}
+		req = again(req, err)
 	}
+}
+
+// createAborted is the reason of a create that was given up: its token has ended
+// with it, and another create may begin.
+const createAborted = "CREATE_ABORTED"
+
+// again returns the request with which a call that ended with err is made again. A
+// create that was given up has the token that follows its own, so that a later
+// repeat under the first token comes by the same tokens, to the same snapshot.
+func again(req any, err error) any {
+	r, ok := req.(*snapshotdv1.CreateSnapshotRequest)
+	if !ok || r.GetRequestToken() == "" || Reason(err) != createAborted {
+		return req
+	}
+	next := proto.CloneOf(r)
+	sum := sha256.Sum256([]byte("after " + r.GetRequestToken()))
+	next.RequestToken = hex.EncodeToString(sum[:16])
+	return next
 }
 
 // repeatable says whether a call that ended with err may be made again, and
@@ -49,10 +71,10 @@ func repeatable(method string, req any, err error) bool {
 	case codes.Unavailable:
 		return reads(method) || hasToken(req) || slices.Contains(idempotent, method)
 	case codes.Aborted:
-		if method == snapshotdv1.SnapshotService_CreateSnapshot_FullMethodName {
-			return false
-		}
 		reason := Reason(err)
+		if method == snapshotdv1.SnapshotService_CreateSnapshot_FullMethodName {
+			return reason == createAborted
+		}
 		return detail[*errdetails.RetryInfo](err) != nil && (reason == "CONFLICT" || reason == "CATALOG_COMPACTED")
 	default:
 		return false

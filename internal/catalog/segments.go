@@ -35,7 +35,7 @@ func isNotFound(err error) bool { return errors.Is(err, ErrCollectionNotFound) }
 // until it returns, its segments for good.
 func (c *Catalog) ScanSegments(ctx context.Context, collection, revision int64, fn func([]segment.Segment) error) (int64, error) {
 	var batch []segment.Segment
-	return c.ScanRecords(ctx, collection, revision, func(kvs []meta.KeyValue) error {
+	return c.ScanRecords(ctx, collection, revision, "", func(kvs []meta.KeyValue) error {
 		batch = slices.Grow(batch[:0], len(kvs))
 		for _, kv := range kvs {
 			s, err := DecodeSegment(collection, kv)
@@ -49,9 +49,13 @@ func (c *Catalog) ScanSegments(ctx context.Context, collection, revision int64, 
 }
 
 // ScanRecords is [Catalog.ScanSegments] for one who decodes the records with a
-// [Decoder], elsewhere or later. The batch is fn's for good.
-func (c *Catalog) ScanRecords(ctx context.Context, collection, revision int64, fn func([]meta.KeyValue) error) (int64, error) {
+// [Decoder], elsewhere or later, and who may go on behind the record with the key
+// after; empty: from the first one on. The batch is fn's for good.
+func (c *Catalog) ScanRecords(ctx context.Context, collection, revision int64, after string, fn func([]meta.KeyValue) error) (int64, error) {
 	from, to := meta.Prefix(keys.SegmentPrefix(collection))
+	if after != "" {
+		from = after + "\x00"
+	}
 	return c.kv.Scan(ctx, from, to, revision, fn)
 }
 

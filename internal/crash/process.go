@@ -36,6 +36,8 @@ type server struct {
 	log   string        // file
 	ended chan struct{} // closed once it is gone and state is set
 	state *os.ProcessState
+
+	aborted atomic.Int64 // answers that a create was given up
 }
 
 // start is how a server is started. The zero start is one that kills itself
@@ -94,11 +96,23 @@ grace: 5s
 	if err := <-started; err != nil {
 		return nil, fmt.Errorf("start snapshotd: %w", err)
 	}
-	if s.c, err = client.Dial(addr, client.Options{}); err != nil {
+	if s.c, err = client.Dial(addr, client.Options{DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(s.countAborted)}}); err != nil {
 		s.kill()
 		return nil, err
 	}
 	return s, nil
+}
+
+// countAborted counts the answers that a create was given up. The client does not
+// show them: it begins again.
+func (s *server) countAborted(
+	ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption,
+) error {
+	err := invoke(ctx, method, req, reply, cc, opts...)
+	if client.Reason(err) == "CREATE_ABORTED" {
+		s.aborted.Add(1)
+	}
+	return err
 }
 
 // errEnded means that the server ended while it was waited for.

@@ -307,9 +307,6 @@ func (w *world) collection(ctx context.Context, name string, segments, big int) 
 func (w *world) take(ctx context.Context, collection, name, token string) error {
 	what := "snapshot " + name + " " + token
 	got, err := w.c().Snapshots.CreateSnapshot(ctx, &api.CreateSnapshotRequest{Collection: byName(collection), Name: name, RequestToken: token})
-	if id, ok := w.answers[what]; ok && client.Reason(err) == givenUp {
-		return fmt.Errorf("snapshot %d was answered with success before: %w", id, err)
-	}
 	if err != nil {
 		return err
 	}
@@ -317,22 +314,6 @@ func (w *world) take(ctx context.Context, collection, name, token string) error 
 		return err
 	}
 	return w.same(what, got.GetSnapshot().GetId())
-}
-
-// givenUp is why a create fails whose process died, for good under its token.
-const givenUp = "CREATE_ABORTED"
-
-// takeAnew takes a snapshot whose name has to be free, under a token that no create
-// was given up under.
-func (w *world) takeAnew(ctx context.Context, collection, name string) error {
-	var err error
-	for i := range len(w.crashes) + 1 { // one of them for each process that died
-		err = w.take(ctx, collection, name, fmt.Sprintf("another-request-%d", i))
-		if client.Reason(err) != givenUp {
-			return err
-		}
-	}
-	return err
 }
 
 // dropSegments drops segments of a collection.

@@ -87,9 +87,8 @@ func (c *cleaner) Pass(ctx context.Context, fence meta.Cond) (next time.Duration
 
 // reap gives up a create that died: its pending key went with its lease.
 func (c *cleaner) reap(ctx context.Context, s *Snapshot, fence meta.Cond) error {
-	text := fmt.Sprintf("%v: the replica that created %s died, or did not advance for longer than its lease lasts", ErrCreateAborted, s)
 	atReap.Before()
-	err := c.m.giveUp(ctx, s, "CREATE_ABORTED", text, []meta.Cond{meta.Absent(keys.Pending(s.Collection, s.ID)), fence})
+	err := c.m.abandon(ctx, s, fence)
 	atReap.After()
 	switch {
 	case errors.Is(err, errChanged): // it lives, or has ended: the view will say

@@ -2,6 +2,7 @@ package manager
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -34,12 +35,13 @@ const (
 	chunksInFlight  = 2       // manifests being written at once
 	advanceSegments = 64      // after which a create has come a step further
 	captureAttempts = 3       // when the revision is compacted in mid-read
-	// when the metadata store does not answer, with pauses that grow
-	unansweredAttempts = 5
-	putAttempts        = 5  // of one object
-	verifyInFlight     = 16 // files looked at, at once, for each manifest
-	maxStraddling      = 10 // segments that an error names
+	putAttempts     = 5       // of one object, of those that the store answers
+	verifyInFlight  = 16      // files looked at, at once, for each manifest
+	maxStraddling   = 10      // segments that an error names
 )
+
+// endTimeout bounds the end of a create that failed, timed out or is stopped.
+const endTimeout = 10 * time.Second
 
 // creation is a create from its hand-over to Run until its end.
 type creation struct {
@@ -137,19 +139,24 @@ func (m *Manager) startCreate(ctx context.Context, tok request.Token, spec Creat
 // errTokenTaken means that begin lost to another call with the same token.
 var errTokenTaken = errors.New("request token taken")
 
-// join waits for the create that a token stands for, wherever it runs.
+// join waits for the create that a token stands for, wherever it runs, and ends
+// it when its pending key is gone.
 func (m *Manager) join(ctx context.Context, tok request.Token, known *request.Record, noWait bool) (*Snapshot, error) {
-	if !known.Done && noWait {
-		if s, err := m.read(ctx, known.ID); err != nil || s != nil {
-			return s, err
-		}
-	}
 	for !known.Done {
-		next, err := m.nextOf(ctx, tok, known)
+		s, err := m.awaitEnd(ctx, known.ID, noWait)
 		if err != nil {
 			return nil, fmt.Errorf("wait for snapshot %d: %w", known.ID, err)
 		}
-		known = next
+		if s != nil {
+			return s, nil
+		}
+		// The transaction that ended the create ended the token with it.
+		if known, err = request.Find(ctx, m.kv, tok); err != nil {
+			return nil, err
+		}
+		if known == nil {
+			return nil, fmt.Errorf("%w: its request token is gone", ErrCreateAborted)
+		}
 	}
 	if known.ErrorReason != "" {
 		return nil, endingError(known.ErrorReason, known.ErrorText)
@@ -157,26 +164,65 @@ func (m *Manager) join(ctx context.Context, tok request.Token, known *request.Re
 	return decode(meta.KeyValue{Key: keys.Snapshot(known.ID), Value: known.Result, ModRevision: known.Revision})
 }
 
-// nextOf waits for the next change of a token's record.
-func (m *Manager) nextOf(ctx context.Context, tok request.Token, known *request.Record) (*request.Record, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	w := m.kv.Watch(ctx, tok.Key(), tok.Key()+"\x00", known.Read)
-	for {
-		batch, err := w.Next()
-		if err != nil && !errors.Is(err, meta.ErrCompacted) {
+// awaitEnd waits until a snapshot is not PENDING any more, and abandons it when
+// its pending key is gone. With noWait it returns the record while the pending key
+// is there.
+func (m *Manager) awaitEnd(ctx context.Context, id int64, noWait bool) (*Snapshot, error) {
+	for attempt := 0; ; attempt++ {
+		if err := meta.Pause(ctx, min(attempt, maxAttempts)); err != nil {
 			return nil, err
 		}
-		if err == nil && len(batch.Events) == 0 {
+		s, err := m.read(ctx, id)
+		if err != nil || s == nil || s.State != Pending {
+			return nil, err
+		}
+		pending := keys.Pending(s.Collection, s.ID)
+		_, alive, revision, err := m.kv.Get(ctx, pending)
+		switch {
+		case err != nil:
+			return nil, err
+		case alive && noWait:
+			return s, nil
+		case alive:
+			if err := m.awaitDelete(ctx, pending, revision); err != nil {
+				return nil, err
+			}
 			continue
 		}
-		// Read it as it is now, which also is the way on after a compaction.
-		next, err := request.Find(ctx, m.kv, tok)
-		if err == nil && next == nil {
-			err = fmt.Errorf("%w: its request token is gone", ErrCreateAborted)
+		err = m.abandon(ctx, s)
+		if err == nil {
+			m.log.Info("snapshot given up at a repeat: its creator is gone", zap.Int64("snapshot", s.ID), zap.String("name", s.Name))
+			return nil, nil //nolint:nilnil // it has ended
 		}
-		return next, err
+		if !errors.Is(err, errChanged) {
+			return nil, err
+		}
 	}
+}
+
+// awaitDelete waits until key, which was there at revision, is deleted. It may
+// return earlier.
+func (m *Manager) awaitDelete(ctx context.Context, key string, revision int64) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	w := m.kv.Watch(ctx, key, key+"\x00", revision)
+	for {
+		batch, err := w.Next()
+		if errors.Is(err, meta.ErrCompacted) { // its state is read again
+			return nil
+		}
+		if err != nil || slices.ContainsFunc(batch.Events, func(e meta.Event) bool { return e.Deleted }) {
+			return err
+		}
+	}
+}
+
+// abandon gives up a create whose pending key is gone: it can commit no more. It
+// is errChanged when the key is there, or the record is not as it was read. fence
+// is what the leader compares besides.
+func (m *Manager) abandon(ctx context.Context, s *Snapshot, fence ...meta.Cond) error {
+	text := fmt.Sprintf("%v: the replica that created %s died, or did not advance for longer than its lease lasts", ErrCreateAborted, s)
+	return m.giveUp(ctx, s, "CREATE_ABORTED", text, append(fence, meta.Absent(keys.Pending(s.Collection, s.ID))))
 }
 
 // endings are the reasons for which a create ends badly, as its token and its
@@ -359,9 +405,12 @@ func (m *Manager) create(ctx context.Context, c *creation) {
 	}
 	cause := err
 	reason, err := endingReason(err)
+	if reason == "CREATE_ABORTED" && errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		err = fmt.Errorf("%w within %v", err, m.o.CreateTimeout)
+	}
 	c.err = err
 	// Given up even when the replica stops, so that the name is free at once.
-	ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
 	defer cancel()
 	giveUpErr := m.giveUp(ctx, c.snap, reason, err.Error(), nil)
 	switch {
@@ -398,6 +447,7 @@ type createLease struct {
 	kv       meta.KV
 	id       meta.LeaseID
 	now      func() time.Time
+	jitter   func() float64 // as [meta.Backoff] wants it
 	interval time.Duration
 	mu       sync.Mutex
 	renewed  time.Time
@@ -428,6 +478,24 @@ func (l *createLease) advance(ctx context.Context) error {
 	return ctx.Err() // a store that does not answer is seen by those who need it
 }
 
+// persist repeats do while a store does not answer, until ctx ends: a create that
+// waits lives. The error is then that of the store.
+func (l *createLease) persist(ctx context.Context, do func() error) error {
+	pauses := meta.Backoff{Rand: l.jitter}
+	for {
+		err := do()
+		if !errors.Is(err, meta.ErrUnavailable) && !errors.Is(err, object.ErrUnavailable) {
+			return err
+		}
+		if pauses.Wait(ctx) != nil {
+			return err
+		}
+		if gone := l.advance(ctx); gone != nil && ctx.Err() == nil {
+			return gone
+		}
+	}
+}
+
 func (l *createLease) end(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
@@ -444,10 +512,18 @@ func (m *Manager) begin(ctx context.Context, c *creation) (_ *createLease, err e
 	if err != nil {
 		return nil, fmt.Errorf("lease for the create: %w", err)
 	}
-	lease := &createLease{kv: m.kv, id: id, now: m.o.Now, interval: min(m.o.LeaseTTL/3, time.Second), renewed: granted}
+	lease := &createLease{
+		kv: m.kv, id: id, now: m.o.Now, jitter: m.o.Jitter, interval: min(m.o.LeaseTTL/3, time.Second), renewed: granted,
+	}
+	sent := false // a begin without an answer
 	defer func() {
-		if err != nil && !errors.Is(err, errUndecided) {
-			_ = lease.end(context.WithoutCancel(ctx)) // runs out by itself otherwise; nothing is under it
+		if err == nil {
+			return
+		}
+		// What was sent cannot happen any more, unless it has. Else nothing is
+		// under the lease, and it may run out.
+		if endErr := lease.end(context.WithoutCancel(ctx)); endErr != nil && sent {
+			err = fmt.Errorf("%w: %w; %w", errUndecided, endErr, err)
 		}
 	}()
 	snapshot, err := m.catalog.NextID(ctx)
@@ -458,48 +534,63 @@ func (m *Manager) begin(ctx context.Context, c *creation) (_ *createLease, err e
 	if err != nil {
 		return nil, err
 	}
-	for attempt := range maxAttempts {
-		if err := meta.Pause(ctx, attempt); err != nil {
-			return nil, err
-		}
-		col, err := m.catalog.Collection(ctx, c.spec.Collection)
-		if err != nil {
-			return nil, err
-		}
-		if col.State != catalog.Active {
-			return nil, col.CheckActive()
-		}
-		now := m.o.Now()
-		s := &Snapshot{
-			ID: snapshot, Name: c.spec.Name, Collection: col.ID, DB: col.DB, CollectionName: col.Name, State: Pending,
-			Description: c.spec.Description, Labels: c.spec.Labels, CreateTime: now, TTL: c.spec.TTL,
-			ExpireTime: c.spec.ExpireTime, Store: m.o.SnapshotStore,
-			requestKey: c.tok.Key(), op: op,
-		}
-		done, err := m.tryBegin(ctx, c.tok, s, &col, lease)
-		if err != nil {
-			return nil, err
-		}
-		if done {
+	ctx, cancel := context.WithTimeout(ctx, m.o.LeaseTTL)
+	defer cancel()
+	pauses := meta.Backoff{Rand: m.o.Jitter}
+	for attempt := 0; attempt < maxAttempts; {
+		s, err := m.tryBegin(ctx, c, snapshot, op, lease)
+		switch {
+		case err == nil && s != nil:
 			c.snap = s
 			return lease, nil
+		case err == nil: // the collection changed
+			attempt++
+			err = meta.Pause(ctx, attempt)
+		case errors.Is(err, errUndecided):
+			sent = true
+			if pauses.Wait(ctx) == nil {
+				err = nil
+			} else if !errors.Is(err, meta.ErrUnavailable) { // ctx ended in the call
+				err = fmt.Errorf("%w: %w", meta.ErrUnavailable, err)
+			}
+		}
+		if err != nil {
+			return nil, err
 		}
 	}
 	return nil, fmt.Errorf("%w: the collection keeps changing", catalog.ErrConflict)
 }
 
-// tryBegin is the begin transaction. It says false when the collection changed.
-func (m *Manager) tryBegin(ctx context.Context, tok request.Token, s *Snapshot, col *catalog.Collection, lease *createLease) (bool, error) {
+// tryBegin is the begin transaction of a snapshot id, which may be sent again
+// with the same id, op and lease. It returns nil when the collection changed, and
+// errUndecided when there is no answer.
+func (m *Manager) tryBegin(ctx context.Context, c *creation, id int64, op string, lease *createLease) (*Snapshot, error) {
+	col, err := m.catalog.Collection(ctx, c.spec.Collection)
+	if errors.Is(err, meta.ErrUnavailable) {
+		return nil, fmt.Errorf("%w: %w", errUndecided, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if col.State != catalog.Active {
+		return nil, col.CheckActive()
+	}
+	s := &Snapshot{
+		ID: id, Name: c.spec.Name, Collection: col.ID, DB: col.DB, CollectionName: col.Name, State: Pending,
+		Description: c.spec.Description, Labels: c.spec.Labels, CreateTime: m.o.Now(), TTL: c.spec.TTL,
+		ExpireTime: c.spec.ExpireTime, Store: m.o.SnapshotStore,
+		requestKey: c.tok.Key(), op: op,
+	}
 	value := encode(s, s.op)
 	if err := checkRecordSize(value); err != nil {
-		return false, err
+		return nil, err
 	}
 	name := keys.SnapshotName(m.scope(s.Collection), s.Name)
 	pending := record.Encode(&storagev1.Pending{Format: record.Format, Replica: m.o.Replica})
 	txn := meta.Txn{
 		If: slices.Concat(
-			[]meta.Cond{meta.Absent(name), meta.Unchanged(keys.Collection(col.ID), col.Revision)},
-			tok.Absent()),
+			[]meta.Cond{meta.Absent(keys.Snapshot(s.ID)), meta.Absent(name), meta.Unchanged(keys.Collection(col.ID), col.Revision)},
+			c.tok.Absent()),
 		Then: slices.Concat(
 			[]meta.Op{
 				meta.Put(name, record.Encode(&storagev1.Name{Format: record.Format, Id: s.ID})),
@@ -507,49 +598,49 @@ func (m *Manager) tryBegin(ctx context.Context, tok request.Token, s *Snapshot, 
 				meta.PutLeased(keys.Pending(s.Collection, s.ID), pending, lease.id),
 				meta.Get(keys.Epoch),
 			},
-			tok.Begin(s.ID)),
-		Else: []meta.Op{meta.Get(name)},
+			c.tok.Begin(s.ID)),
+		Else: []meta.Op{meta.Get(keys.Snapshot(s.ID)), meta.Get(name)},
 	}
-	if tok.Given() {
-		txn.Else = append(txn.Else, meta.Get(tok.Key()))
+	if c.tok.Given() {
+		txn.Else = append(txn.Else, meta.Get(c.tok.Key()))
 	}
 	atBegin.Before()
 	res, err := m.kv.Txn(ctx, txn)
 	atBegin.After()
 	switch {
 	case errors.Is(err, meta.ErrLeaseNotFound):
-		return false, fmt.Errorf("%w: its lease ran out before it began", ErrCreateAborted)
+		return nil, fmt.Errorf("%w: its lease ran out before it began", ErrCreateAborted)
 	case errors.Is(err, meta.ErrNoSpace), errors.Is(err, meta.ErrTooLarge):
-		return false, err
+		return nil, err
 	case err != nil:
-		return m.resolveBegin(ctx, s, lease, err)
+		if now, readErr := m.read(ctx, s.ID); readErr == nil && now != nil {
+			return begun(now)
+		}
+		return nil, fmt.Errorf("%w: %w", errUndecided, err)
 	case res.Succeeded:
 		s.Revision, s.Order = res.Revision, res.Revision
 		s.history = epoch.History(res.Ranges[0])
-		return true, nil
-	case tok.Given() && len(res.Ranges[1]) > 0:
-		return false, errTokenTaken
-	case len(res.Ranges[0]) > 0:
-		return false, fmt.Errorf("%w: %q; choose another name, or drop it first", ErrSnapshotExists, s.Name)
+		return s, nil
+	case len(res.Ranges[0]) > 0: // one that was sent before
+		now, err := decode(res.Ranges[0][0])
+		if err != nil {
+			return nil, err
+		}
+		return begun(now)
+	case c.tok.Given() && len(res.Ranges[2]) > 0:
+		return nil, errTokenTaken
+	case len(res.Ranges[1]) > 0:
+		return nil, fmt.Errorf("%w: %q; choose another name, or drop it first", ErrSnapshotExists, s.Name)
 	}
-	return false, nil
+	return nil, nil //nolint:nilnil // the collection changed
 }
 
-// resolveBegin finds out what became of a begin that got no answer. "There" is
-// a verdict. "Not there" becomes one by revoking the lease that the transaction
-// needs, unless it happened just before.
-func (m *Manager) resolveBegin(ctx context.Context, s *Snapshot, lease *createLease, cause error) (bool, error) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), m.o.LeaseTTL/3)
-	defer cancel()
-	now, err := m.read(ctx, s.ID)
-	if err == nil && now != nil && now.op == s.op {
-		s.Revision, s.Order = now.Revision, now.Order
-		return true, nil
+// begun returns the record of a begin without an answer, unless it has ended.
+func begun(s *Snapshot) (*Snapshot, error) {
+	if s.State != Pending {
+		return nil, fmt.Errorf("%w: its lease ran out before its begin was answered", ErrCreateAborted)
 	}
-	if err := lease.end(ctx); err != nil {
-		return false, fmt.Errorf("%w: %w", errUndecided, cause)
-	}
-	return false, cause
+	return s, nil
 }
 
 // errUndecided means that it is not known how a transaction ended. The store's
@@ -560,38 +651,38 @@ var errUndecided = errors.New("outcome unknown")
 // the metadata last. It returns the record as commit will write it.
 func (m *Manager) captureAndWrite(ctx context.Context, c *creation, lease *createLease) (*Snapshot, error) {
 	used := 0 // manifests that were begun: a key is not used twice
-	for compacted, unanswered := 0, 0; ; {
-		if err := meta.Pause(ctx, 10*unanswered); err != nil {
-			return nil, err
+	for compacted := 0; ; {
+		next, written, err := m.capture(ctx, c, lease, used)
+		used += written
+		if !errors.Is(err, meta.ErrCompacted) {
+			return next, err
 		}
-		view, err := m.catalog.At(ctx, c.snap.Collection, c.revision)
-		if err == nil && view.Collection.State != catalog.Active {
-			return nil, view.Collection.CheckActive()
-		}
-		var next *Snapshot
-		if err == nil {
-			w := &snapshotWriter{
-				m: m, spec: &c.spec, snap: c.snap, view: &view, cutter: newCutter(&view), lease: lease, first: used,
-				room: int(min(c.segments, chunkSegments)),
-			}
-			next, err = w.run(ctx)
-			used += len(w.chunks)
-		}
-		switch {
-		case err == nil:
-			return next, nil
-		case errors.Is(err, meta.ErrCompacted):
-			if compacted++; compacted == captureAttempts {
-				return nil, fmt.Errorf("%w in each of %d captures; compact less often, or try again", ErrCatalogCompacted, compacted)
-			}
-		case errors.Is(err, meta.ErrUnavailable):
-			if unanswered++; unanswered == unansweredAttempts {
-				return nil, err
-			}
-		default:
-			return nil, err
+		if compacted++; compacted == captureAttempts {
+			return nil, fmt.Errorf("%w in each of %d captures; compact less often, or try again", ErrCatalogCompacted, compacted)
 		}
 	}
+}
+
+// capture is one capture, whose manifests are numbered from first on. It also
+// returns how many it began.
+func (m *Manager) capture(ctx context.Context, c *creation, lease *createLease, first int) (next *Snapshot, begun int, err error) {
+	var view catalog.View
+	err = lease.persist(ctx, func() (err error) {
+		view, err = m.catalog.At(ctx, c.snap.Collection, c.revision)
+		return err
+	})
+	if err != nil {
+		return nil, 0, err
+	}
+	if view.Collection.State != catalog.Active {
+		return nil, 0, view.Collection.CheckActive()
+	}
+	w := &snapshotWriter{
+		m: m, spec: &c.spec, snap: c.snap, view: &view, cutter: newCutter(&view), lease: lease, first: first,
+		room: int(min(c.segments, chunkSegments)),
+	}
+	next, err = w.run(ctx)
+	return next, len(w.chunks), err
 }
 
 // snapshotWriter writes one capture. One goroutine reads the records of segments
@@ -674,17 +765,22 @@ func (w *snapshotWriter) readAll(ctx context.Context, group *errgroup.Group) err
 		records, size = nil, 0
 		group.Go(func() error { return w.write(ctx, c) })
 	}
-	_, err := w.m.catalog.ScanRecords(ctx, w.snap.Collection, w.view.Revision, func(batch []meta.KeyValue) error {
-		for _, kv := range batch {
-			if records == nil {
-				records = make([]meta.KeyValue, 0, w.room)
+	last := "" // key of the record that was read last
+	err := w.lease.persist(ctx, func() error {
+		_, err := w.m.catalog.ScanRecords(ctx, w.snap.Collection, w.view.Revision, last, func(batch []meta.KeyValue) error {
+			for _, kv := range batch {
+				if records == nil {
+					records = make([]meta.KeyValue, 0, w.room)
+				}
+				records = append(records, kv)
+				if size += len(kv.Value); len(records) == chunkSegments || size >= chunkBytes {
+					flush()
+				}
 			}
-			records = append(records, kv)
-			if size += len(kv.Value); len(records) == chunkSegments || size >= chunkBytes {
-				flush()
-			}
-		}
-		return w.lease.advance(ctx)
+			last = batch[len(batch)-1].Key
+			return w.lease.advance(ctx)
+		})
+		return err
 	})
 	if err == nil && len(records) > 0 {
 		flush()
@@ -842,7 +938,8 @@ func (m *Manager) verify(ctx context.Context, group *errgroup.Group, roots []cat
 	for f := range s.AllFiles() {
 		file := *f
 		group.Go(func() error {
-			if err := m.verifyFile(ctx, roots[file.Root], &file, id); err != nil {
+			err := lease.persist(ctx, func() error { return m.verifyFile(ctx, roots[file.Root], &file, id) })
+			if err != nil {
 				return err
 			}
 			return lease.advance(ctx)
@@ -875,39 +972,46 @@ func (m *Manager) verifyFile(ctx context.Context, root catalog.Root, f *segment.
 // answer, or says that the key is taken, it reads back: equal bytes are what an
 // earlier try wrote.
 func (m *Manager) putOnce(ctx context.Context, at crashpoint.Point, key string, data []byte, lease *createLease) error {
-	var last error
-	for attempt := range putAttempts {
-		if err := meta.Pause(ctx, attempt*attempt*10); err != nil {
-			return err
+	err := lease.persist(ctx, func() error {
+		var last error
+		for attempt := range putAttempts {
+			if err := meta.Pause(ctx, attempt*attempt*10); err != nil {
+				return cmp.Or(last, err)
+			}
+			at.Before()
+			_, err := m.store.Create(ctx, key, data)
+			at.After()
+			if err == nil || planted.P7A && errors.Is(err, object.ErrExists) { // whatever it holds
+				return nil
+			}
+			last = err
+			there, err := object.ReadAll(ctx, m.store, key, int64(len(data)))
+			switch {
+			case errors.Is(err, object.ErrNotFound) && errors.Is(last, object.ErrInvalidKey):
+				return last
+			case err != nil:
+			case bytes.Equal(there, data):
+				return nil
+			default: // or it was not read as it is there
+				last = fmt.Errorf("%w with other content; snapshotd's prefix must be its own", object.ErrExists)
+			}
 		}
-		at.Before()
-		_, err := m.store.Create(ctx, key, data)
-		at.After()
-		if err == nil || planted.P7A && errors.Is(err, object.ErrExists) { // whatever it holds
-			return lease.advance(ctx)
-		}
-		last = err
-		there, err := object.ReadAll(ctx, m.store, key, int64(len(data)))
-		switch {
-		case errors.Is(err, object.ErrNotFound) && errors.Is(last, object.ErrInvalidKey):
-			return fmt.Errorf("write %s: %w", key, last)
-		case err != nil:
-		case bytes.Equal(there, data):
-			return lease.advance(ctx)
-		default: // or it was not read as it is there
-			last = fmt.Errorf("%w with other content; snapshotd's prefix must be its own", object.ErrExists)
-		}
+		return last
+	})
+	if err != nil {
+		return fmt.Errorf("write %s: %w", key, err)
 	}
-	return fmt.Errorf("write %s: %w", key, last)
+	return lease.advance(ctx)
 }
 
-// commit makes the snapshot COMMITTED.
+// commit makes the snapshot COMMITTED. While there is no answer it sends the same
+// transaction again; that it failed is said only once it cannot happen any more.
 func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease *createLease) (*Snapshot, error) {
 	op, err := record.NewOp(m.o.Rand)
 	if err != nil {
 		return nil, err
 	}
-	next.CommitTime = m.o.Now()
+	next.CommitTime, next.op = m.o.Now(), op
 	if next.TTL > 0 {
 		next.ExpireTime = next.CommitTime.Add(next.TTL)
 	}
@@ -915,86 +1019,119 @@ func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease
 	if err := checkRecordSize(value); err != nil {
 		return nil, err
 	}
-	for attempt := range maxAttempts {
-		if err := meta.Pause(ctx, 10*attempt); err != nil {
-			return nil, err
-		}
-		if err := lease.advance(ctx); err != nil {
-			return nil, err
-		}
-		var result meta.LeaseID
-		if c.tok.Given() {
-			if result, err = m.o.Requests.Get(ctx); errors.Is(err, meta.ErrUnavailable) && attempt < unansweredAttempts {
-				continue // nothing was sent
-			}
-			if err != nil {
-				return nil, err
-			}
-		}
-		atCommit.Before()
-		res, err := m.kv.Txn(ctx, meta.Txn{
-			If: []meta.Cond{
-				meta.Unchanged(keys.Snapshot(next.ID), c.snap.Revision),
-				meta.SameKey(keys.Pending(next.Collection, next.ID), c.snap.Revision),
-			},
-			Then: slices.Concat([]meta.Op{
-				meta.Put(keys.Snapshot(next.ID), value),
-				meta.Delete(keys.Pending(next.Collection, next.ID)),
-				meta.Put(keys.Generation(next.Collection), record.Encode(&storagev1.Generation{Format: record.Format, SnapshotId: next.ID})),
-			}, c.tok.End(result, next.ID, value)),
-		})
-		atCommit.After()
+	open := false // a commit that was sent has no answer, and may yet happen
+	pauses := meta.Backoff{Rand: m.o.Jitter}
+	for leases := 0; ; {
+		done, err := m.tryCommit(ctx, c, next, value, lease, &open)
 		switch {
-		case errors.Is(err, meta.ErrLeaseNotFound):
-			m.o.Requests.Forget(ctx, result)
-			continue
-		case errors.Is(err, meta.ErrNoSpace), errors.Is(err, meta.ErrTooLarge):
+		case done && err != nil:
 			return nil, err
-		case err != nil:
-			return m.resolveCommit(ctx, c, next, err)
-		case !res.Succeeded:
-			return nil, fmt.Errorf("%w: its lease ran out before the commit", ErrCreateAborted)
+		case done:
+			return next, nil
+		case errors.Is(err, meta.ErrLeaseNotFound): // that of the result
+			if leases++; leases < maxAttempts {
+				continue
+			}
+			err = fmt.Errorf("%w: no lease for the result", ErrCreateAborted)
+		case errors.Is(err, meta.ErrUnavailable) && pauses.Wait(ctx) == nil:
+			continue
 		}
-		next.Revision, next.Order, next.op = res.Revision, res.Revision, op
-		return next, nil
+		if open {
+			return m.endCommit(ctx, c, next, err)
+		}
+		return nil, err
 	}
-	return nil, fmt.Errorf("%w: no lease for the result", ErrCreateAborted)
 }
 
-// resolveCommit finds out what became of a commit that got no answer. That it
-// failed may be said only once it cannot happen any more.
-func (m *Manager) resolveCommit(ctx context.Context, c *creation, next *Snapshot, cause error) (*Snapshot, error) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), m.o.LeaseTTL/3)
-	defer cancel()
-	for attempt := range maxAttempts {
-		if err := meta.Pause(ctx, attempt*10); err != nil {
-			break
-		}
-		now, err := m.read(ctx, c.snap.ID)
-		if err != nil {
-			continue
-		}
-		switch {
-		case now == nil:
-			return nil, fmt.Errorf("%w: %w", errUndecided, cause) // either, and cleaned since
-		case now.State == Committed:
-			return now, nil // by us: nobody else commits this id
-		case now.State == Deleting && now.commitRev != 0: // and was dropped since
-			next.Revision, next.Order = now.commitRev, now.commitRev
-			return next, nil
-		case now.State == Deleting:
-			return nil, fmt.Errorf("%w: %w", ErrCreateAborted, cause)
-		}
-		text := fmt.Sprintf("%v: the commit got no answer and was taken back: %v", ErrCreateAborted, cause)
-		err = m.giveUp(ctx, now, "CREATE_ABORTED", text, nil)
-		if err == nil {
-			return nil, fmt.Errorf("%w: the commit got no answer and was taken back: %w", ErrCreateAborted, cause)
-		}
-		if !errors.Is(err, errChanged) {
-			m.log.Warn("a commit without an answer is still undecided", zap.Int64("snapshot", c.snap.ID), zap.Error(err))
+// tryCommit sends the commit, which fills next in. It says whether that is decided
+// for good; err then says why it failed. open is set while it is not known what
+// becomes of one that was sent.
+func (m *Manager) tryCommit(ctx context.Context, c *creation, next *Snapshot, value []byte, lease *createLease, open *bool) (done bool, err error) {
+	if err := lease.advance(ctx); err != nil && !*open {
+		return true, err
+	}
+	var result meta.LeaseID
+	if c.tok.Given() {
+		if result, err = m.o.Requests.Get(ctx); err != nil {
+			return false, err
 		}
 	}
-	return nil, fmt.Errorf("%w: %w", errUndecided, cause)
+	atCommit.Before()
+	res, err := m.kv.Txn(ctx, meta.Txn{
+		If: []meta.Cond{
+			meta.Unchanged(keys.Snapshot(next.ID), c.snap.Revision),
+			meta.SameKey(keys.Pending(next.Collection, next.ID), c.snap.Revision),
+		},
+		Then: slices.Concat([]meta.Op{
+			meta.Put(keys.Snapshot(next.ID), value),
+			meta.Delete(keys.Pending(next.Collection, next.ID)),
+			meta.Put(keys.Generation(next.Collection), record.Encode(&storagev1.Generation{Format: record.Format, SnapshotId: next.ID})),
+		}, c.tok.End(result, next.ID, value)),
+	})
+	atCommit.After()
+	switch {
+	case errors.Is(err, meta.ErrLeaseNotFound):
+		m.o.Requests.Forget(ctx, result)
+		return false, err
+	case errors.Is(err, meta.ErrNoSpace), errors.Is(err, meta.ErrTooLarge):
+		return false, err
+	case err != nil:
+		*open = true
+		return false, err
+	case res.Succeeded:
+		next.Revision, next.Order = res.Revision, res.Revision
+		return true, nil
+	}
+	// Refused, and the record says why: another one of ours was applied, or the
+	// pending key is gone and none can be any more.
+	now, err := m.read(ctx, next.ID)
+	if err != nil {
+		return false, err
+	}
+	if now != nil && now.State == Pending {
+		return true, fmt.Errorf("%w: its lease ran out before the commit", ErrCreateAborted)
+	}
+	return true, committedAs(next, now, *open)
+}
+
+// committedAs fills next in from its record, nil if there is none, which is not
+// PENDING any more. open says whether the commit may have been applied.
+func committedAs(next, now *Snapshot, open bool) error {
+	switch {
+	case now == nil && open:
+		return fmt.Errorf("%w: %w: the commit got no answer, and the record is gone", errUndecided, meta.ErrUnavailable)
+	case now == nil, now.State == Deleting && now.commitRev == 0:
+		return fmt.Errorf("%w: its lease ran out before the commit", ErrCreateAborted)
+	case now.State == Deleting: // committed, and dropped since
+		next.Revision, next.Order = now.commitRev, now.commitRev
+	default: // by us: nobody else commits this id
+		*next = *now
+	}
+	return nil
+}
+
+// endCommit ends a create whose commit got no answer in its time. That it failed
+// is said only once the commit cannot happen any more.
+func (m *Manager) endCommit(ctx context.Context, c *creation, next *Snapshot, cause error) (*Snapshot, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), m.o.LeaseTTL/3)
+	defer cancel()
+	_, why := endingReason(cause)
+	for pauses := (meta.Backoff{Rand: m.o.Jitter}); ; {
+		now, err := m.read(ctx, next.ID)
+		if err == nil {
+			if now == nil || now.State != Pending {
+				return next, committedAs(next, now, true)
+			}
+			err = m.giveUp(ctx, now, "CREATE_ABORTED", fmt.Sprintf("the commit was taken back: %v", why), nil)
+		}
+		if err == nil {
+			return nil, fmt.Errorf("the commit was taken back: %w", why)
+		}
+		if pauses.Wait(ctx) != nil {
+			m.log.Warn("a commit without an answer is still undecided", zap.Int64("snapshot", c.snap.ID), zap.Error(err))
+			return nil, fmt.Errorf("%w: %w: %w", errUndecided, meta.ErrUnavailable, cause)
+		}
+	}
 }
 
 // errChanged means that a record was not as it was read.

@@ -16,14 +16,14 @@
 //	        begin                commit                 drop, expire
 //	none ---------> PENDING ------------> COMMITTED --------------+
 //	                   |                                          v
-//	                   +---- give up, or its pending key ---> DELETING ---> none
-//	                         is gone (leader)                        clean
+//	                   +---- give up, abandon --------------> DELETING ---> none
+//	                                                                 clean
 //	                                                                (leader)
 //
 // # Transactions
 //
-//	begin    compares: name key absent, collection as read (ACTIVE), request
-//	         token absent
+//	begin    compares: name key and record absent, collection as read (ACTIVE),
+//	         request token absent
 //	         puts: name key, record PENDING, pending key under a lease of this
 //	         create alone, request token with the id; gets: the history of the
 //	         metadata store, which commit writes into the record
@@ -33,7 +33,9 @@
 //	         result under the request token; deletes: pending key
 //	give up  compares: record as read (PENDING)
 //	         puts: record DELETING, result; deletes: name key, pending key
-//	reap     as give up; compares besides: no pending key, leader's election key
+//	abandon  as give up; compares besides: no pending key. Any replica may do it:
+//	         the leader, which compares its election key besides, or one that
+//	         serves a repeat under the create's token
 //	drop     compares: record as read (COMMITTED), nothing under its pins
 //	         puts: record DELETING; deletes: name key
 //	clean    (all objects are deleted) compares: record as read, leader's
@@ -53,19 +55,38 @@
 //
 // # Failures
 //
-//	begin: no answer        the record is read back. There: go on. Not there:
-//	                        the lease is revoked, after which begin cannot
-//	                        happen any more unless it has; UNAVAILABLE
+//	begin: no answer        the record is read back. There: go on. Not there: begin
+//	                        is sent again, with the same record under the same
+//	                        lease, for as long as the lease lasts. Each compares
+//	                        that there is no record, so one of them happens at
+//	                        most. Then the lease is revoked, after which begin
+//	                        cannot happen any more unless it has; UNAVAILABLE
 //	capture: compacted      it starts again at a newer revision, three times in
 //	                        all, under file names that were not used yet
-//	object write: no answer the object is read back; equal bytes are ours
-//	capture: no answer      it starts over likewise, a few times
+//	capture: no answer      the read goes on behind the last record that came, at
+//	                        the same revision, until the create's timeout
+//	object write: no answer the object is read back; equal bytes are ours. Else it
+//	                        is written again, until the create's timeout
 //	commit: no answer       the record is read back. COMMITTED, or DELETING from
-//	                        there: done. PENDING: give up, which makes the commit
-//	                        impossible, and only then say that it failed. Gone, or
-//	                        no answer: UNAVAILABLE, the lease runs out, the leader
-//	                        reaps or finds COMMITTED
-//	give up: no answer      UNAVAILABLE; the lease is ended, the leader reaps
+//	                        there: done. DELETING from PENDING: it failed. PENDING:
+//	                        commit is sent again, the same record, until the
+//	                        create's timeout. Each compares the record as begin
+//	                        wrote it, so one of them happens at most
+//	commit: refused after   the pending key or the record is another. The record is
+//	one without an answer   read: COMMITTED, or DELETING from there: done. PENDING:
+//	                        the pending key is gone, no commit can happen any
+//	                        more; give up, it failed. Gone: UNAVAILABLE
+//	commit: still no answer give up, which makes the commit impossible, and only
+//	at the timeout, or when then say that it failed. Refused: the record is read,
+//	the replica stops       as above. No answer: UNAVAILABLE, the lease is revoked,
+//	                        and a repeat or the leader abandons it, or
+//	                        finds COMMITTED
+//	give up: no answer      UNAVAILABLE; the lease is ended, it is abandoned
+//	repeat under the token  the pending key is there: it waits for the key to go,
+//	of a create under way   which every end of a create does. The key is gone and
+//	                        the record PENDING: abandon; CREATE_ABORTED. abandon
+//	                        refused: another was first, the token says how it
+//	                        ended. abandon, no answer: UNAVAILABLE, repeat again
 //	pin: no answer          the pin is read back. There: done. Not there: without
 //	                        a token the lease is revoked, as in begin; with one it
 //	                        is left to run out, for the pin may come late, and a
@@ -77,11 +98,13 @@
 //	unpin: no answer        UNAVAILABLE; a repeat finds it done, or does it
 //	owner of a pin dies     its lease runs out, which deletes the pin and wakes the
 //	                        leader; without a ttl somebody has to remove it
-//	creator dies, freezes   its lease runs out, the leader reaps. When it wakes
-//	                        up, commit fails on the pending key; objects that it
+//	creator dies, freezes   its lease runs out; the leader abandons it, or a repeat
+//	                        does, with a leader or without. When it wakes up,
+//	                        commit fails on the pending key; objects that it
 //	                        writes late lie under an id that has no record
-//	creator is slow         it renews its lease when it advances, at most once a
-//	                        second and up to the create timeout, and is left alone
+//	creator is slow, or     it renews its lease when it advances or asks again, at
+//	waits for a store       most once a second and up to the create timeout, and is
+//	                        left alone
 //	cleaner dies            another leader goes on; deletes are harmless when
 //	                        repeated, and the record goes last
 //	old leader wakes up     its writes fail on the election key; its deletes are

@@ -336,7 +336,8 @@ proctype Creator(byte s) {
 	   atomic {
 		if
 		:: snap[s] != NONE                   /* read back: it is there */
-		:: else ->
+		:: snap[s] == NONE -> say("create %d: sends begin again\n", s); goto again
+		:: snap[s] == NONE ->
 			say("create %d: begin without an answer is not there; UNAVAILABLE\n", s);
 			revoked[s] = R_OWN_LEASE;    /* then it cannot happen any more */
 			forgotten[s] = !R_OWN_LEASE;
@@ -346,11 +347,15 @@ proctype Creator(byte s) {
 	   goto begun
 	:: true
 	fi;
+again:
 #endif
 	atomic {
 		if
+#if LOST
+		:: snap[s] != NONE                   /* the one that was sent before */
+#endif
 #if R_KEY_BY_ID
-		:: collActive -> begin(s)
+		:: collActive && snap[s] == NONE -> begin(s)
 #else
 		:: collActive && !named -> begin(s)
 #endif
@@ -388,6 +393,7 @@ begun:
 			fi;
 			say("create %d: tells its caller that it failed\n", s);
 			toldfailed[s] = true; goto end
+		:: snap[s] == PENDING -> say("create %d: sends the commit again\n", s)
 		:: else -> goto end                  /* committed, or reaped */
 		fi
 	   }
@@ -398,6 +404,9 @@ begun:
 	:: atomic {
 		if
 		:: snap[s] == PENDING && (!R_COMMIT_PENDING || pend[s]) -> commit(s)
+#if LOST
+		:: snap[s] == PENDING && !pend[s] -> say("create %d: tells its caller that it failed\n", s); toldfailed[s] = true
+#endif
 		:: else
 		fi
 	   };
@@ -424,7 +433,7 @@ end:	skip
 	:: atomic { pend[s] -> \
 		say("lease of create %d ends: its pending key is gone\n", s); pending_goes(s) } \
 	:: atomic { !pend[s] && (snap[s] == PENDING || (!R_REAP_STATE && snap[s] == COMMITTED)) -> \
-		say("leader: reaps create %d: record DELETING\n", s); \
+		say("leader, or a repeat: abandons create %d: record DELETING\n", s); \
 		reaped[s] = (snap[s] == COMMITTED); to_deleting(s) } \
 	:: atomic { (snap[s] == DELETING || snap[s] == REMOVED) && objs[OBJ(s)] -> /* or any later */ \
 		say("leader, perhaps one deposed: deletes the objects of snapshot %d\n", s); objs[OBJ(s)] = false } \
