@@ -73,8 +73,10 @@ type Config struct {
 
 	// TLS secures Listen. Default: plaintext, on a loopback address only.
 	TLS TLS `json:"tls"`
-	// MaxConnections is how many connections there may be at once; others wait.
-	// Default: 1024.
+	// MaxConnections is how many connections there may be at once, and from one
+	// other host half as many. One more is refused; of the total, after 3 seconds.
+	// A connection counts from when its client has sent the first bytes of HTTP/2,
+	// for which it has 3 seconds. Default: 1024.
 	MaxConnections int `json:"max_connections"`
 	// AllowReserveIDs allows AllocateIds to reserve a range of ids that an engine
 	// chooses, and to release one. A range that is reserved by mistake takes its
@@ -390,7 +392,7 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.TLS.Cert, "tls-cert", c.TLS.Cert, "PEM file of the server's certificate")
 	fs.StringVar(&c.TLS.Key, "tls-key", c.TLS.Key, "PEM file of its key")
 	fs.StringVar(&c.TLS.ClientCA, "tls-client-ca", c.TLS.ClientCA, "PEM file of who may sign client certificates")
-	fs.IntVar(&c.MaxConnections, "max-connections", c.MaxConnections, "connections at once")
+	fs.IntVar(&c.MaxConnections, "max-connections", c.MaxConnections, "connections at once; from one other host half as many")
 	fs.BoolVar(&c.AllowReserveIDs, "allow-reserve-ids", c.AllowReserveIDs, "allow AllocateIds to reserve and release ranges of ids that an engine chooses")
 	fs.Var(spanFlag{&c.CreateTimeout, "create_timeout"}, "create-timeout", "bound on a create as a whole")
 	fs.Var(spanFlag{&c.CreateLeaseTTL, "create_lease_ttl"}, "create-lease-ttl", "after how long a create that does not advance is given up")

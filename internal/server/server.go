@@ -19,7 +19,6 @@ import (
 	grpcprom "github.com/grpc-ecosystem/go-grpc-middleware/providers/prometheus"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
-	"golang.org/x/net/netutil"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
@@ -43,12 +42,11 @@ const (
 	maxMessage = 4 << 20 // bytes of a message received
 	// hardMessage is what gRPC itself takes, which refuses without a reason and
 	// before anything is logged.
-	hardMessage    = 8 << 20
-	maxSend        = 64 << 20 // bytes of a message sent; pages stay far below
-	maxHeaderList  = 16 << 10 // bytes of metadata
-	maxStreams     = 256      // calls at once on one connection
-	maxPageBytes   = 2 << 20  // of the segments in one message
-	connectTimeout = 10 * time.Second
+	hardMessage   = 8 << 20
+	maxSend       = 64 << 20 // bytes of a message sent; pages stay far below
+	maxHeaderList = 16 << 10 // bytes of metadata
+	maxStreams    = 256      // calls at once on one connection
+	maxPageBytes  = 2 << 20  // of the segments in one message
 )
 
 // Options are what New needs. The zero value of a field means the default
@@ -69,8 +67,8 @@ type Options struct {
 	Stores        []string // aliases
 	SnapshotStore string   // alias
 
-	// MaxConnections is how many there may be at once; others wait. Default
-	// 1024.
+	// MaxConnections is how many there may be at once, of another host half as many;
+	// others wait a little. Default 1024.
 	MaxConnections int
 }
 
@@ -81,7 +79,7 @@ type Server struct {
 	log       *zap.Logger
 	manager   *manager.Manager
 	validator protovalidate.Validator
-	maxConns  int
+	conns     *connections
 	// stopping ends with Stop, and with it what would not end by itself.
 	stopping context.Context //nolint:containedctx // the server's own life, not a call's
 	stop     context.CancelFunc
@@ -99,13 +97,13 @@ func New(o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{log: o.Log, manager: o.Manager, validator: validator, maxConns: o.MaxConnections, health: health.NewServer()}
+	s := &Server{log: o.Log, manager: o.Manager, validator: validator, conns: newConnections(o.MaxConnections, o.Log), health: health.NewServer()}
 	s.stopping, s.stop = context.WithCancel(context.Background())
 
 	metrics := grpcprom.NewServerMetrics(grpcprom.WithServerHandlingTimeHistogram(
 		grpcprom.WithHistogramBuckets([]float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 60, 300, 900})))
 	opts := append(s.chain(metrics),
-		grpc.Creds(transport(o.TLS)),
+		grpc.Creds(&counting{transport(o.TLS), s.conns}),
 		grpc.ForceServerCodecV2(newCodec()),
 		grpc.MaxRecvMsgSize(hardMessage),
 		grpc.MaxSendMsgSize(maxSend),
@@ -139,6 +137,9 @@ func New(o Options) (*Server, error) {
 		if err := o.Registry.Register(metrics); err != nil {
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}
+		if err := s.conns.register(o.Registry); err != nil {
+			return nil, fmt.Errorf("register metrics: %w", err)
+		}
 	}
 	metrics.InitializeMetrics(s.grpc)
 	return s, nil
@@ -160,7 +161,7 @@ func (s *Server) SetServing(ready bool) {
 // Serve answers the connections of l until Stop, and then returns nil, as it
 // does at once after Stop. It may be called for several listeners.
 func (s *Server) Serve(l net.Listener) error {
-	if err := s.grpc.Serve(netutil.LimitListener(l, s.maxConns)); !errors.Is(err, grpc.ErrServerStopped) {
+	if err := s.grpc.Serve(s.conns.listen(l)); !errors.Is(err, grpc.ErrServerStopped) {
 		return err
 	}
 	return nil
