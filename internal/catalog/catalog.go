@@ -63,6 +63,7 @@ const (
 	maxAttempts      = 16        // of a change whose premises keep changing
 	maxReservedIDs   = 64        // ranges
 	maxSegmentFiles  = 4096
+	maxRemoved       = 4096 // paths of files taken from a segment that are known
 	maxEngineData    = 16 << 10
 	defaultPartition = 0 // belongs to all
 )

@@ -2,6 +2,8 @@ package catalog
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
 	"fmt"
 	"slices"
 	"time"
@@ -275,7 +277,7 @@ func (p *swapPlan) drop(kv meta.KeyValue) error {
 	}
 	p.txn.If = append(p.txn.If, meta.Unchanged(kv.Key, kv.ModRevision))
 	p.txn.Then = append(p.txn.Then, meta.Delete(kv.Key))
-	rec.State = uint32(segment.Dropped)
+	rec.State, rec.Removed = uint32(segment.Dropped), nil
 	p.unit(id, &storagev1.Unit{Kind: uint32(UnitSegment), SegmentId: id, Segment: rec})
 	return nil
 }
@@ -285,7 +287,7 @@ func (p *swapPlan) add(field string, s *segment.Segment) error {
 		return err
 	}
 	key := keys.Segment(p.collection, s.ID)
-	if err := p.put(key, s); err != nil {
+	if err := p.put(key, s, nil); err != nil {
 		return err
 	}
 	p.taken = append(p.taken, taken{key, true, fmt.Errorf("%w: %d, in %s; an id is never used twice", ErrSegmentExists, s.ID, field)})
@@ -305,8 +307,12 @@ func (p *swapPlan) addBuilds(builds []segment.Build) {
 	}
 }
 
-func (p *swapPlan) put(key string, s *segment.Segment) error {
-	value := record.Encode(encodeSegment(p.collection, s, p.op))
+// put puts the record of a segment, with the hashes of the paths of files that were
+// taken from it.
+func (p *swapPlan) put(key string, s *segment.Segment, removed []uint64) error {
+	rec := encodeSegment(p.collection, s, p.op)
+	rec.Removed = removed
+	value := record.Encode(rec)
 	if len(value) > MaxSegmentBytes {
 		return fmt.Errorf("%w: segment %d takes %d bytes, at most %d; give it fewer files", ErrLimitExceeded, s.ID, len(value), MaxSegmentBytes)
 	}
@@ -321,6 +327,16 @@ func (p *swapPlan) update(field string, kv meta.KeyValue, u *Update) error {
 	}
 	if u.Revision > 0 && u.Revision != kv.ModRevision {
 		return fmt.Errorf("%w: segment %d is at %d, not %d; read it again", ErrRevisionChanged, s.ID, kv.ModRevision, u.Revision)
+	}
+	before := &storagev1.Segment{} // for what a segment does not show
+	if err := record.Decode(kv, before); err != nil {
+		return err
+	}
+	for i := range u.AddFiles {
+		if f := &u.AddFiles[i]; slices.Contains(before.GetRemoved(), pathHash(f)) {
+			return fmt.Errorf("%w: %q, in %s.add_files[%d], was taken from segment %d before; a path is never used twice",
+				ErrFileExists, f.Path, field, i, s.ID)
+		}
 	}
 	old := slices.Clone(s.Builds)
 	removed, replaced, err := applyUpdate(field, &s, u)
@@ -346,7 +362,7 @@ func (p *swapPlan) update(field string, kv meta.KeyValue, u *Update) error {
 		p.claims = append(p.claims, claim{field, s.ID, FilePath{f.Root, f.Path}})
 	}
 	p.txn.If = append(p.txn.If, meta.Unchanged(kv.Key, kv.ModRevision))
-	return p.put(kv.Key, &s)
+	return p.put(kv.Key, &s, withRemoved(before.GetRemoved(), removed))
 }
 
 // partOf is a segment record that holds only a part of s, dropped.
@@ -430,6 +446,26 @@ func applyUpdate(field string, s *segment.Segment, u *Update) (removed []segment
 		}
 	}
 	return removed, replaced, nil
+}
+
+// pathHash is the hash by which a segment's record knows the path of a file that
+// was taken from it. Two paths may share one, and then one refuses the other.
+func pathHash(f *segment.File) uint64 {
+	sum := sha256.Sum256(fmt.Appendf(nil, "%d\x00%s", f.Root, f.Path))
+	return binary.BigEndian.Uint64(sum[:])
+}
+
+// withRemoved adds the hashes of files to a list, which it does not change. A list
+// that is too long loses the oldest ones.
+func withRemoved(list []uint64, files []segment.File) []uint64 {
+	if len(files) == 0 {
+		return list
+	}
+	list = slices.Clip(list)
+	for i := range files {
+		list = append(list, pathHash(&files[i]))
+	}
+	return list[max(0, len(list)-maxRemoved):]
 }
 
 // moveCheckpoints returns the revision at which it read the checkpoints, 0 when

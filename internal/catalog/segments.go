@@ -473,7 +473,7 @@ func equalSegments(a, b meta.KeyValue) (bool, error) {
 		if err := record.Decode(kv, rec); err != nil {
 			return false, err
 		}
-		rec.Op = ""
+		rec.Op, rec.Removed = "", nil
 		plain[i] = record.Encode(rec)
 	}
 	return bytes.Equal(plain[0], plain[1]), nil

@@ -270,3 +270,34 @@ func TestTakenFilesInACopiedStore(t *testing.T) {
 		})
 	}
 }
+
+// An update that adds a file is repeated when the file was taken from its segment
+// again and is deleted. It is refused: a snapshot would have a file that is gone.
+func TestLateRepeatOfAnAddedFile(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		c := w.taking(w.start("a", func(o *Options) { o.CollectorOff = true }))
+		f := c.segment.Files[0]
+		f.LogID = 2
+		f.Path = catalog.NativePath(c.col.ID, &c.segment, &f)
+		w.writeFiles(&segment.Segment{Files: []segment.File{f}})
+		add := catalog.Swap{Update: []catalog.Update{{Segment: c.segment.ID, AddFiles: []segment.File{f}}}}
+		w.swap(c.r, c.col, add)
+		taken := catalog.FilePath{Path: f.Path}
+		w.swap(c.r, c.col, catalog.Swap{Update: []catalog.Update{{Segment: c.segment.ID, RemoveFiles: []catalog.FilePath{taken}}}})
+		w.granted(w.reclaim(c.r, c.col, gc.BySnapshotd, gc.Ask{File: taken}))
+		time.Sleep(2 * time.Minute)
+		settle()
+		c.wantObject("reclaimed", taken, false)
+		if got := w.keysUnder("/gc/tomb/"); len(got) > 0 {
+			t.Fatalf("left %v", got)
+		}
+		_, err := c.r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: c.col.ID}, add)
+		wantError(t, err, catalog.ErrFileExists)
+		for _, s := range w.segments(c.r, w.create(c.r, c.col, "s")) {
+			for f := range s.AllFiles() {
+				c.wantObject("committed", catalog.FilePath{Path: f.Path}, true)
+			}
+		}
+		w.add(c.r, c.col, c.segment) // as it is: the files that it no longer has do not count
+	})
+}

@@ -1539,7 +1539,10 @@ type Segment struct {
 	// Anything else.
 	Attributes map[string]string `protobuf:"bytes,16,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// The id of the operation that wrote the record.
-	Op            string `protobuf:"bytes,17,opt,name=op,proto3" json:"op,omitempty"`
+	Op string `protobuf:"bytes,17,opt,name=op,proto3" json:"op,omitempty"`
+	// Hashes of the paths of files that were taken from the segment, in the order of
+	// that; of very many the last ones. None of these paths is added again.
+	Removed       []uint64 `protobuf:"fixed64,19,rep,packed,name=removed,proto3" json:"removed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1691,6 +1694,13 @@ func (x *Segment) GetOp() string {
 		return x.Op
 	}
 	return ""
+}
+
+func (x *Segment) GetRemoved() []uint64 {
+	if x != nil {
+		return x.Removed
+	}
+	return nil
 }
 
 // Build is one index build of a segment.
@@ -4308,7 +4318,7 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x02op\x18\x03 \x01(\tR\x02op\".\n" +
 	"\x04Name\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x0e\n" +
-	"\x02id\x18\x02 \x01(\x03R\x02id\"\xb1\x05\n" +
+	"\x02id\x18\x02 \x01(\x03R\x02id\"\xcb\x05\n" +
 	"\aSegment\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1c\n" +
 	"\tpartition\x18\x02 \x01(\x03R\tpartition\x12\x14\n" +
@@ -4331,7 +4341,8 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\n" +
 	"attributes\x18\x10 \x03(\v2-.snapshotd.storage.v1.Segment.AttributesEntryR\n" +
 	"attributes\x12\x0e\n" +
-	"\x02op\x18\x11 \x01(\tR\x02op\x1a=\n" +
+	"\x02op\x18\x11 \x01(\tR\x02op\x12\x18\n" +
+	"\aremoved\x18\x13 \x03(\x06R\aremoved\x1a=\n" +
 	"\x0fAttributesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd5\x01\n" +
