@@ -114,6 +114,15 @@ sim: ## Simulates clusters with all faults, each run decided by a seed: SEEDS=n,
 	GO='$(GO)' internal/sim/exact.sh $(BIN)/sim
 	$(GO) test -tags exact -overlay $(BIN)/sim/overlay.json -count 1 -timeout 20m -v ./internal/sim -run 'TestReplay|TestSim|TestTravel' -seed $(SEED) -seeds $(SEEDS) -for $(SIM_FOR)
 
+# An etcd that is too old; empty: that of Debian 12, which apt-get fetches and nothing installs.
+OLD_ETCD ?=
+.PHONY: old-etcd
+old-etcd: ## Shows that an etcd that is too old is refused, with the one of Debian 12 or OLD_ETCD.
+	if [ -z '$(OLD_ETCD)' ] && [ ! -x $(BIN)/old-etcd/usr/bin/etcd ]; then \
+		mkdir -p $(BIN)/old-etcd && cd $(BIN)/old-etcd && apt-get download etcd-server && dpkg -x etcd-server_*.deb .; \
+	fi
+	OLD_ETCD=$(or $(OLD_ETCD),$(BIN)/old-etcd/usr/bin/etcd) $(GO) test -tags oldetcd -count 1 -run '^TestRealOldEtcd$$' -v ./internal/store/meta/etcd
+
 # For how long `make torture` runs. SEED decides the traffic and the faults, 0 by the clock; ONLY names scenarios, with
 # commas between them; QUICK=1 runs three of them, in 90 seconds.
 TIME ?= 7m

@@ -63,8 +63,8 @@ const (
 type Server struct {
 	addr, metricsAddr string
 	conn              *grpc.ClientConn
-	serving           atomic.Bool // from the start to the stop
-	etcdGone          atomic.Bool // by watchEtcd
+	serving           atomic.Bool            // from the start to the stop
+	etcdLost          atomic.Pointer[string] // why etcd cannot be used; by watchEtcd
 	stop              func()
 	done              chan struct{} // closed when everything has ended
 	err               error         // why; set before done is closed
@@ -150,6 +150,7 @@ type parts struct {
 	server   *server.Server
 	etcdErr  <-chan error // nil in a cluster
 	kv       meta.KV
+	tooOld   func() string    // names etcd servers that are not used
 	ticks    <-chan time.Time // when to ask etcd whether it is there
 	registry func(profiles bool, unhealthy func() string) *http.Server
 }
@@ -265,6 +266,13 @@ func openMeta(ctx context.Context, cfg Config, log *zap.Logger, open *closers, p
 		return nil, err
 	}
 	open.add(kv.Close)
+	p.tooOld = kv.TooOld
+	if err := kv.Check(ctx); err != nil {
+		return nil, err
+	}
+	if err := checkAccess(ctx, kv); err != nil {
+		return nil, fmt.Errorf("check the rights at etcd, below %s: %w", cfg.EtcdRoot, err)
+	}
 	return kv, nil
 }
 

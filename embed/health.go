@@ -2,11 +2,13 @@ package embed
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
 const (
@@ -14,6 +16,9 @@ const (
 	checkBound = 2 * time.Second // and how long it may take to answer
 	// checkFailures is after how many in a row it is gone. One may be an election.
 	checkFailures = 2
+	// accessEvery is how many ticks pass between two looks at the rights that
+	// snapshotd has at etcd, each of which is an entry in etcd's log.
+	accessEvery = 30
 )
 
 // unhealthy says in a few words why the server does not serve; empty when it
@@ -22,17 +27,48 @@ func (s *Server) unhealthy() string {
 	switch {
 	case !s.serving.Load():
 		return "stopping"
-	case s.etcdGone.Load():
-		return "etcd does not answer"
+	}
+	if why := s.etcdLost.Load(); why != nil {
+		return *why
 	}
 	return ""
 }
 
-// watchEtcd asks etcd at each tick for something that needs a quorum, and tells
-// health checks when it no longer answers and when it does again. Without it a
-// balancer would send calls to a replica that can only refuse them.
+// Why a replica does not serve although it runs; or what TooOld says.
+const (
+	etcdSilent = "etcd does not answer"
+	etcdDenies = "etcd denies access"
+)
+
+// checkAccess makes sure that snapshotd may read and write all keys, with a
+// transaction that does neither: its compare never holds, and etcd looks at the
+// rights for both branches before it looks at that.
+func checkAccess(ctx context.Context, kv meta.KV) error {
+	from, to := keys.All()
+	_, err := kv.Txn(ctx, meta.Txn{
+		If:   []meta.Cond{{From: keys.Format, Target: meta.ModRevision, Op: meta.Less}}, // than 0
+		Then: []meta.Op{meta.GetRange(from, to), meta.Delete("/health")},
+		Else: []meta.Op{meta.Get(keys.Format)},
+	})
+	return err
+}
+
+// watchEtcd asks etcd at each tick for something that needs a quorum, and makes
+// health checks say when it no longer answers, denies access or has a server that is
+// too old, and when all is well again. Without it a balancer would send calls to a
+// replica that can only refuse them.
+//
+//	at a tick                            | the replica
+//	etcd answers, every server is new    | serves
+//	no answer, once                      | goes on as it was: it may be an election
+//	no answer, twice in a row            | does not serve
+//	an answer that denies access         | does not serve
+//	a server that is too old is met      | does not serve, though others may be fine: the
+//	                                     | gate in front of it keeps calls away from it
+//
+// The process does not end for any of it: what is wrong is mended elsewhere.
 func (s *Server) watchEtcd(ctx context.Context, p *parts) {
-	for failures := 0; ; {
+	for tick, failures := 0, 0; ; tick++ {
 		select {
 		case <-ctx.Done():
 			return
@@ -40,22 +76,38 @@ func (s *Server) watchEtcd(ctx context.Context, p *parts) {
 		}
 		bounded, cancel := context.WithTimeout(ctx, checkBound)
 		_, _, _, err := p.kv.Get(bounded, keys.Format)
+		if err == nil && tick%accessEvery == 0 {
+			err = checkAccess(bounded, p.kv)
+		}
 		cancel()
-		switch {
-		case ctx.Err() != nil:
+		if ctx.Err() != nil {
 			return
-		case err == nil:
-			failures = 0
-			if s.etcdGone.CompareAndSwap(true, false) {
-				p.log.Info("etcd answers again: serving")
-				p.server.SetServing(true)
+		}
+		why := p.tooOld()
+		switch {
+		case why != "":
+		case errors.Is(err, meta.ErrDenied):
+			why = etcdDenies
+		case err != nil:
+			if failures++; failures < checkFailures {
+				continue
 			}
+			why = etcdSilent
 		default:
-			failures++
-			if failures >= checkFailures && s.etcdGone.CompareAndSwap(false, true) {
-				p.log.Warn("etcd does not answer: not serving until it does", zap.Error(err))
-				p.server.SetServing(false)
-			}
+			failures = 0
+		}
+		was := s.etcdLost.Load()
+		switch {
+		case why == "" && was != nil && tick%accessEvery != 0 && *was == etcdDenies:
+			tick = -1 // what was denied is asked for again, by the next tick
+		case why == "" && was != nil:
+			s.etcdLost.Store(nil)
+			p.log.Info("etcd is well again: serving", zap.String("was", *was))
+			p.server.SetServing(true)
+		case why != "" && (was == nil || *was != why):
+			s.etcdLost.Store(&why)
+			p.log.Warn("not serving until that is over: "+why, zap.Error(err))
+			p.server.SetServing(false)
 		}
 	}
 }

@@ -1,9 +1,14 @@
 package embed
 
 import (
+	"crypto/rand"
+	"errors"
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -15,87 +20,194 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
 	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/testing/etcdproxy"
+	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
 )
 
-// TestEtcdGone has etcd not answer for a while: one failure changes nothing, two
-// do, and an answer brings the server back.
-func TestEtcdGone(t *testing.T) {
-	core, logs := observer.New(zapcore.InfoLevel)
-	cfg := Config{DataDir: t.TempDir(), Replica: "r", Log: zap.New(core)}.complete()
+// served is a server whose looks at etcd a test decides.
+type served struct {
+	t         *testing.T
+	ticks     chan time.Time
+	listeners []net.Listener
+	health    healthpb.HealthClient
+}
+
+// serve serves until the test ends. change may change what it stands on.
+func serve(t *testing.T, cfg Config, change func(*parts)) *served {
+	t.Helper()
+	cfg = cfg.complete()
 	var open closers
 	p, err := openParts(t.Context(), cfg, cfg.Log, &open)
 	if err != nil {
 		t.Fatal(err)
 	}
-	faulty, ticks := meta.NewFaulty(p.kv), make(chan time.Time)
-	p.kv, p.ticks = faulty, ticks
+	s := &served{t: t, ticks: make(chan time.Time)}
+	p.ticks = s.ticks
+	if change != nil {
+		change(p)
+	}
 	var listen net.ListenConfig
-	var listeners []net.Listener
 	for range 3 {
 		l, err := listen.Listen(t.Context(), "tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)
 		}
-		listeners = append(listeners, l)
+		s.listeners = append(s.listeners, l)
 	}
-	s := &Server{done: make(chan struct{})}
-	s.run(t.Context(), cfg, p, listeners[0], listeners[1], listeners[2], open)
-	conn, err := grpc.NewClient(listeners[0].Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	srv := &Server{done: make(chan struct{})}
+	srv.run(t.Context(), cfg, p, s.listeners[0], s.listeners[1], s.listeners[2], open)
+	conn, err := grpc.NewClient(s.listeners[0].Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() {
+	s.health = healthpb.NewHealthClient(conn)
+	t.Cleanup(func() {
 		if err := conn.Close(); err != nil {
 			t.Error(err)
 		}
-		if err := s.Close(); err != nil {
+		if err := srv.Close(); err != nil {
 			t.Error(err)
 		}
-	}()
+	})
+	return s
+}
 
-	// A tick is taken when the one before has been dealt with.
-	tick := func(count int) {
-		for range count {
-			ticks <- time.Time{}
+// tick has the server look at etcd. A tick is taken when the one before has been
+// dealt with.
+func (s *served) tick(count int) {
+	for range count {
+		s.ticks <- time.Time{}
+	}
+}
+
+// state is what /healthz says; gRPC must agree with it.
+func (s *served) state(when string) (code int, body string) {
+	s.t.Helper()
+	req, err := http.NewRequestWithContext(s.t.Context(), http.MethodGet, "http://"+s.listeners[2].Addr().String()+"/healthz", nil)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	want := healthpb.HealthCheckResponse_SERVING
+	if resp.StatusCode != http.StatusOK {
+		want = healthpb.HealthCheckResponse_NOT_SERVING
+	}
+	health, err := s.health.Check(s.t.Context(), &healthpb.HealthCheckRequest{})
+	if err != nil || health.GetStatus() != want {
+		s.t.Errorf("%s: got %v, %v; /healthz says %s", when, health, err, text)
+	}
+	return resp.StatusCode, string(text)
+}
+
+func (s *served) look(when string, wantCode int, wantBody string) {
+	s.t.Helper()
+	if code, body := s.state(when); code != wantCode || body != wantBody {
+		s.t.Errorf("%s: got %d %q", when, code, body)
+	}
+}
+
+// becomes looks at etcd until /healthz says want.
+func (s *served) becomes(want string) {
+	s.t.Helper()
+	for range 1000 {
+		s.tick(2)
+		if _, body := s.state(want); strings.Contains(body, want) {
+			return
 		}
 	}
-	look := func(when string, wantCode int, wantBody string, want healthpb.HealthCheckResponse_ServingStatus) {
-		t.Helper()
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+listeners[2].Addr().String()+"/healthz", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer func() { _ = resp.Body.Close() }()
-		body, err := io.ReadAll(resp.Body)
-		if err != nil || resp.StatusCode != wantCode || string(body) != wantBody {
-			t.Errorf("%s: got %d %q, %v", when, resp.StatusCode, body, err)
-		}
-		health, err := healthpb.NewHealthClient(conn).Check(t.Context(), &healthpb.HealthCheckRequest{})
-		if err != nil || health.GetStatus() != want {
-			t.Errorf("%s: got %v, %v", when, health, err)
-		}
-	}
+	_, body := s.state(want)
+	s.t.Fatalf("/healthz says %q, want %q", body, want)
+}
+
+// TestEtcdGone has etcd not answer for a while: one failure changes nothing, two
+// do, and an answer brings the server back.
+func TestEtcdGone(t *testing.T) {
+	core, logs := observer.New(zapcore.InfoLevel)
+	var faulty *meta.Faulty
+	s := serve(t, Config{DataDir: t.TempDir(), Replica: "r", Log: zap.New(core)}, func(p *parts) {
+		faulty = meta.NewFaulty(p.kv)
+		p.kv = faulty
+	})
 	const ok, gone = "ok\n", "not serving: etcd does not answer\n"
-	tick(2)
-	look("at first", http.StatusOK, ok, healthpb.HealthCheckResponse_SERVING)
+	s.tick(2)
+	s.look("at first", http.StatusOK, ok)
 	faulty.FailNth(0, meta.Before)
-	tick(3)
-	look("after one failure", http.StatusOK, ok, healthpb.HealthCheckResponse_SERVING)
+	s.tick(3)
+	s.look("after one failure", http.StatusOK, ok)
 	faulty.Hook(func(meta.Call) meta.Fault { return meta.Before })
-	tick(4)
-	look("without etcd", http.StatusServiceUnavailable, gone, healthpb.HealthCheckResponse_NOT_SERVING)
+	s.tick(4)
+	s.look("without etcd", http.StatusServiceUnavailable, gone)
 	faulty.Hook(nil)
-	tick(3)
-	look("with etcd again", http.StatusOK, ok, healthpb.HealthCheckResponse_SERVING)
+	s.tick(3)
+	s.look("with etcd again", http.StatusOK, ok)
 	for message, level := range map[string]zapcore.Level{
-		"etcd does not answer: not serving until it does": zapcore.WarnLevel, "etcd answers again: serving": zapcore.InfoLevel,
+		"not serving until that is over: etcd does not answer": zapcore.WarnLevel, "etcd is well again: serving": zapcore.InfoLevel,
 	} {
 		if got := logs.FilterMessage(message).All(); len(got) != 1 || got[0].Level != level {
 			t.Errorf("%q is logged as %v", message, got)
 		}
+	}
+}
+
+// A start meets an old etcd and ends; a server that runs does not serve while there
+// is one, and does not end.
+func TestOldEtcd(t *testing.T) {
+	etcd := etcdtest.Shared(t)
+	one, two := etcdproxy.Start(t, etcd.Endpoint()), etcdproxy.Start(t, etcd.Endpoint())
+	cfg := Config{
+		DataDir: t.TempDir(), Replica: "r", Log: zap.NewNop(), Listen: "127.0.0.1:0", MetricsListen: "off",
+		EtcdEndpoints: []string{one.Endpoint(), two.Endpoint()}, EtcdRoot: "/" + rand.Text(),
+	}
+	two.Version("3.4.23")
+	if _, err := Start(t.Context(), cfg); !errors.Is(err, meta.ErrTooOld) || !strings.Contains(err.Error(), two.Endpoint()) {
+		t.Fatalf("start: got error %v, want one that names %s", err, two.Endpoint())
+	}
+	two.Stop() // one that does not answer is no reason not to start
+	s := serve(t, cfg, nil)
+	s.becomes("ok")
+	two.Restart(t)
+	s.becomes("not serving: the etcd 3.4.23 at " + two.Endpoint())
+	two.Stop()
+	two.Version("")
+	two.Restart(t)
+	s.becomes("ok")
+}
+
+// The user at etcd needs the rights on its root alone. Without them a start ends, and
+// a server that runs does not serve.
+func TestEtcdDenies(t *testing.T) {
+	etcd := etcdtest.Start(t)
+	password := filepath.Join(t.TempDir(), "password")
+	if err := os.WriteFile(password, []byte("secret"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	etcd.Restrict(t, "snap", "secret", "/snapshotd/")
+	cfg := Config{
+		DataDir: t.TempDir(), Replica: "r", Log: zap.NewNop(), Listen: "127.0.0.1:0", MetricsListen: "off",
+		EtcdEndpoints: []string{etcd.Endpoint()}, EtcdUsername: "snap", EtcdPasswordFile: password,
+	}
+	elsewhere := cfg
+	elsewhere.EtcdRoot = "/other"
+	if _, err := Start(t.Context(), elsewhere); !errors.Is(err, meta.ErrDenied) || !strings.Contains(err.Error(), "/other") {
+		t.Errorf("start under another root: got error %v, want denied", err)
+	}
+	s := serve(t, cfg, nil)
+	s.becomes("ok")
+	etcd.Allow(t, "snap", "/snapshotd/", false)
+	s.becomes("not serving: etcd denies access")
+	etcd.Allow(t, "snap", "/snapshotd/", true)
+	s.becomes("ok")
+	etcd.Password(t, "snap", "another")
+	began := time.Now()
+	if _, err := Start(t.Context(), cfg); !errors.Is(err, meta.ErrDenied) || time.Since(began) > 30*time.Second {
+		t.Errorf("start with a wrong password: got error %v after %v, want denied", err, time.Since(began))
 	}
 }

@@ -52,7 +52,7 @@ func classify(err error, last bool) (reason string, permanent bool) {
 		return "LAYOUT_REFUSED", true
 	case errors.Is(err, object.ErrUnavailable):
 		return "OBJECT_STORE_UNAVAILABLE", false
-	case errors.Is(err, meta.ErrUnavailable), errors.Is(err, meta.ErrNoSpace):
+	case meta.Unusable(err):
 		return "METADATA_STORE_UNAVAILABLE", false
 	}
 	return "TASK_FAILED", false

@@ -196,7 +196,7 @@ func (l *leader) ended(ctx context.Context, d decision, err error) {
 		wait := 10 * time.Millisecond << min(l.tries[d.job.ID], 10)
 		l.tries[d.job.ID]++
 		l.retryAt[d.job.ID] = l.o.Now().Add(wait)
-		if !errors.Is(err, errChanged) && !errors.Is(err, object.ErrUnavailable) && !errors.Is(err, meta.ErrUnavailable) && !errors.Is(err, meta.ErrNoSpace) {
+		if !errors.Is(err, errChanged) && !errors.Is(err, object.ErrUnavailable) && !meta.Unusable(err) {
 			l.wrong[d.job.ID]++
 		}
 		if !errors.Is(err, errChanged) {

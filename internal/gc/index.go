@@ -386,7 +386,7 @@ func (x *index) loaded(e *entry, refs *snapshotRefs, err error) {
 		return
 	}
 	wait := x.o.Interval
-	if errors.Is(err, object.ErrUnavailable) || errors.Is(err, meta.ErrUnavailable) {
+	if errors.Is(err, object.ErrUnavailable) || meta.Unusable(err) {
 		// As long as the store does not answer there is nothing wrong with it.
 		if e.transient++; e.transient < 6 {
 			e.retry = x.o.Now().Add(50 * time.Millisecond << e.transient)

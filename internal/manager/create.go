@@ -208,7 +208,7 @@ func (m *Manager) awaitDelete(ctx context.Context, key string, revision int64) e
 	w := m.kv.Watch(ctx, key, key+"\x00", revision)
 	for {
 		batch, err := w.Next()
-		if errors.Is(err, meta.ErrCompacted) { // its state is read again
+		if errors.Is(err, meta.ErrCompacted) || errors.Is(err, meta.ErrWatchBroken) { // its state is read again
 			return nil
 		}
 		if err != nil || slices.ContainsFunc(batch.Events, func(e meta.Event) bool { return e.Deleted }) {
@@ -330,6 +330,10 @@ func (m *Manager) awaitCut(ctx context.Context, ref catalog.Ref, want []catalog.
 				})
 				continue
 			}
+			if errors.Is(err, meta.ErrCompacted) || errors.Is(err, meta.ErrWatchBroken) {
+				w = nil // changes may be missing: look, and watch from there
+				break
+			}
 			if wait.Err() != nil && (ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded)) {
 				return fmt.Errorf("%w: %v; flush these channels, or ask for less", ErrCutNotReached, behind)
 			}
@@ -337,6 +341,9 @@ func (m *Manager) awaitCut(ctx context.Context, ref catalog.Ref, want []catalog.
 		}
 		if view, err = m.catalog.At(ctx, col.ID, 0); err != nil {
 			return err
+		}
+		if w == nil {
+			w = m.kv.Watch(wait, own, record+"\x00", view.Revision)
 		}
 	}
 }
@@ -610,7 +617,7 @@ func (m *Manager) tryBegin(ctx context.Context, c *creation, id int64, op string
 	switch {
 	case errors.Is(err, meta.ErrLeaseNotFound):
 		return nil, fmt.Errorf("%w: its lease ran out before it began", ErrCreateAborted)
-	case errors.Is(err, meta.ErrNoSpace), errors.Is(err, meta.ErrTooLarge):
+	case meta.Refused(err):
 		return nil, err
 	case err != nil:
 		if now, readErr := m.read(ctx, s.ID); readErr == nil && now != nil {
@@ -1073,7 +1080,7 @@ func (m *Manager) tryCommit(ctx context.Context, c *creation, next *Snapshot, va
 	case errors.Is(err, meta.ErrLeaseNotFound):
 		m.o.Requests.Forget(ctx, result)
 		return false, err
-	case errors.Is(err, meta.ErrNoSpace), errors.Is(err, meta.ErrTooLarge):
+	case meta.Refused(err):
 		return false, err
 	case err != nil:
 		*open = true

@@ -61,6 +61,9 @@ func (m *Manager) Watch(ctx context.Context, after, collection int64, fn func(ev
 		if errors.Is(err, meta.ErrCompacted) {
 			return fmt.Errorf("%w: revision %d is no longer kept; list what there is and watch from now on", ErrEventsCompacted, told)
 		}
+		if errors.Is(err, meta.ErrWatchBroken) {
+			return fmt.Errorf("%w: events up to revision %d may be missing; list what there is and watch from now on", ErrEventsCompacted, told)
+		}
 		if err != nil {
 			return err
 		}

@@ -135,7 +135,7 @@ func (m *Manager) tryPin(ctx context.Context, tok request.Token, s *Snapshot, p 
 	})
 	atPin.After()
 	switch {
-	case err != nil && !refused(err):
+	case err != nil && !meta.Refused(err):
 		return m.resolvePin(ctx, tok, p, err)
 	case err != nil || !won:
 		m.revokePin(ctx, p.lease)
@@ -177,13 +177,6 @@ func (m *Manager) resolvePin(ctx context.Context, tok request.Token, p *Pin, cau
 		m.revokePin(ctx, p.lease)
 	}
 	return false, cause
-}
-
-// refused says whether a transaction that ended with err changed nothing.
-func refused(err error) bool {
-	return slices.ContainsFunc([]error{meta.ErrLeaseNotFound, meta.ErrNoSpace, meta.ErrTooLarge, meta.ErrInvalid}, func(r error) bool {
-		return errors.Is(err, r)
-	})
 }
 
 // revokePin ends a lease that is not needed any more. One that stays runs out by
@@ -290,7 +283,7 @@ func (m *Manager) tryRenew(ctx context.Context, old, next *Pin) (bool, error) {
 	switch {
 	case errors.Is(err, meta.ErrLeaseNotFound):
 		return false, nil // it was stopped for longer than the pin is to last
-	case err != nil && !refused(err):
+	case err != nil && !meta.Refused(err):
 		return m.resolveRenewal(ctx, next, err)
 	case err != nil || !res.Succeeded:
 		m.revokePin(ctx, next.lease)

@@ -186,7 +186,7 @@ func (m *Manager) admit(ctx context.Context, tok request.Token, ref *Ref, spec *
 	res, err := m.kv.Txn(ctx, txn)
 	atAdmit.After()
 	switch {
-	case errors.Is(err, meta.ErrNoSpace), errors.Is(err, meta.ErrTooLarge):
+	case meta.Refused(err):
 		return nil, err
 	case err != nil: // it may have happened: "there" is a verdict, "not there" is none
 		readCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readBackTimeout)

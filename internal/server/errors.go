@@ -144,8 +144,18 @@ var classes = []class{
 
 	{err: meta.ErrTooLarge, code: codes.FailedPrecondition, reason: "TOO_LARGE"},
 	{err: meta.ErrCompacted, code: codes.Aborted, reason: "CATALOG_COMPACTED", retry: time.Second},
+	// Those who watch deal with it; a call that is made again reads again.
+	{err: meta.ErrWatchBroken, code: codes.Aborted, reason: "CATALOG_COMPACTED", retry: time.Second},
 	{err: record.ErrUnreadable, code: codes.DataLoss, reason: "RECORD_UNREADABLE"},
 	{err: manifest.ErrNewerFormat, code: codes.FailedPrecondition, reason: "FORMAT_TOO_NEW"},
+	{
+		err: meta.ErrTooOld, code: codes.FailedPrecondition, reason: "METADATA_STORE_TOO_OLD",
+		text: "the metadata store is older than snapshotd works with; its log says which server, and what is needed",
+	},
+	{
+		err: meta.ErrDenied, code: codes.FailedPrecondition, reason: "METADATA_STORE_DENIED",
+		text: "the metadata store denies access to snapshotd; its log says for what",
+	},
 	{
 		err: meta.ErrNoSpace, code: codes.ResourceExhausted, reason: "STORE_FULL",
 		text: "the metadata store is full: drop what is not needed, then compact and defragment it",

@@ -24,6 +24,7 @@ import (
 	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 	"github.com/snapshotd/snapshotd/internal/testing/etcdcluster"
+	"github.com/snapshotd/snapshotd/internal/testing/etcdproxy"
 	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
 	"github.com/snapshotd/snapshotd/internal/testing/s3test"
 )
@@ -57,7 +58,8 @@ type rig struct {
 	dir      string
 	begin    time.Time
 	etcd     *etcdcluster.Cluster
-	store    *awss3.Client // straight to the S3 server, past the proxy
+	members  []*etcdproxy.Proxy // between the replicas and the members, where they are asked for
+	store    *awss3.Client      // straight to the S3 server, past the proxy
 	bucket   string
 	proxy    *s3fault.Proxy
 	replicas [replicas]*replica
@@ -85,7 +87,7 @@ func (r *rig) fire(what string, n int) {
 }
 
 // newRig starts the servers and waits until each serves. Bin is snapshotd.
-func newRig(tb testing.TB, bin, dir string, quota int64) *rig {
+func newRig(tb testing.TB, bin, dir string, quota int64, proxied bool) *rig {
 	tb.Helper()
 	r := &rig{tb: tb, dir: dir, begin: time.Now(), fired: map[string]int{}}
 	s3 := s3test.Start(tb)
@@ -102,13 +104,21 @@ func newRig(tb testing.TB, bin, dir string, quota int64) *rig {
 	})
 	r.etcd = etcdcluster.StartWithQuota(tb, quota)
 	host := randomHost()
+	endpoints := r.etcd.Endpoints()
+	if proxied {
+		for i, member := range endpoints {
+			p := etcdproxy.StartAt(tb, member, net.JoinHostPort(host, "0"))
+			r.members = append(r.members, p)
+			endpoints[i] = p.Endpoint()
+		}
+	}
 	for i := range r.replicas {
 		p := &replica{tb: tb, name: fmt.Sprintf("r%d", i), bin: bin}
-		var endpoints []string
-		for _, member := range r.etcd.Endpoints() {
+		var addrs []string
+		for _, member := range endpoints {
 			l := newLink(tb, host, member)
 			p.links = append(p.links, l)
-			endpoints = append(endpoints, fmt.Sprintf("%q", l.addr()))
+			addrs = append(addrs, fmt.Sprintf("%q", l.addr()))
 		}
 		p.store = newLink(tb, host, strings.TrimPrefix(r.proxy.URL(), "http://"))
 		p.listen = freeAddr(tb, host)
@@ -123,7 +133,7 @@ object_stores:
     bucket: %s
     endpoint: http://%s
     path_style: true
-%s`, filepath.Join(dir, p.name), p.name, p.listen, strings.Join(endpoints, ", "), r.bucket, p.store.addr(), settings)
+%s`, filepath.Join(dir, p.name), p.name, p.listen, strings.Join(addrs, ", "), r.bucket, p.store.addr(), settings)
 		if err := os.WriteFile(p.config, []byte(text), 0o600); err != nil {
 			tb.Fatal(err)
 		}

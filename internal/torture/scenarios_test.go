@@ -34,6 +34,9 @@ type scenario struct {
 	// headLies says that the S3 server may tell of an object that it is not there or
 	// that it is another, so that a create or a restore may be refused for it.
 	headLies bool
+	// overtakes says that what replicas hear from etcd passes a proxy that can have
+	// progress overtake events.
+	overtakes bool
 	// own says that the scenario has a client and a collection of its own.
 	own bool
 	// harm does the harm once and takes it back, whatever comes of it. It ends
@@ -59,6 +62,9 @@ const (
 	revokes       = "lease revoked"
 	closes        = "watches closed"
 	compacts      = "compacted past watches"
+	overtakes     = "events overtaken"
+	overtakesCut  = "overtaken and cut"
+	startsOver    = "started over"
 	killsMember   = "etcd leader killed"
 	pausesMember  = "etcd leader paused"
 	losesMember   = "member lost"
@@ -109,6 +115,7 @@ var scenarios = []scenario{
 	{name: "etcd-lost", planned: []string{losesMember, losesQuorum, losesLong}, harm: loseMembers},
 	{name: "etcd-full", quota: fullQuota, planned: []string{fills}, harm: fillEtcd},
 	{name: "etcd-hostile", planned: []string{revokes, closes, compacts}, harm: offendEtcd},
+	{name: "etcd-overtaken", overtakes: true, planned: []string{overtakes, overtakesCut, startsOver}, harm: overtakeEvents},
 	{name: "s3-down", storeFails: true, planned: []string{downs, refuses, fails, expires}, harm: storeDown},
 	{name: "s3-slow", storeFails: true, planned: []string{slows, throttles, postpones}, harm: storeSlow},
 	{name: "s3-hang", storeFails: true, planned: []string{hangs, hangsAfter, hangsInBody}, harm: storeHangs},
@@ -506,6 +513,42 @@ func offendEtcd(ctx context.Context, t *traffic, chance *rand.Rand) {
 		}
 	}
 }
+
+// overtakeEvents has etcd say that watches have seen everything before it sends them
+// the last of it, and break some of them in between.
+func overtakeEvents(ctx context.Context, t *traffic, chance *rand.Rand) {
+	logged := func() (n int) {
+		for _, p := range t.replicas {
+			n += p.logged(outOfOrder)
+		}
+		return n
+	}
+	count := func() (events, cuts int64) {
+		for _, p := range t.members {
+			e, c := p.Overtaken()
+			events, cuts = events+e, cuts+c
+		}
+		return events, cuts
+	}
+	said := logged()
+	eventsBefore, cutsBefore := count()
+	for _, p := range t.members {
+		p.Overtake(10+chance.IntN(20), 1+chance.IntN(2))
+	}
+	_ = wait(ctx, time.Second+milliseconds(chance, 1000))
+	for _, p := range t.members {
+		p.Overtake(0, 0)
+	}
+	events, cuts := count()
+	t.fire(overtakes, int(events-eventsBefore))
+	t.fire(overtakesCut, int(cuts-cutsBefore))
+	if t.await(ctx, func(context.Context) bool { return logged() > said }) {
+		t.fire(startsOver, logged()-said)
+	}
+}
+
+// outOfOrder is what a replica logs whose watch was shown an event too late.
+const outOfOrder = "watch out of order"
 
 // tooOld is what a replica logs whose watch is of a revision that was compacted.
 const tooOld = "revision compacted"

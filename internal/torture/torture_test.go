@@ -170,7 +170,7 @@ func run(t *testing.T, s scenario, seed uint64, bin string, during time.Duration
 	if s.quota != 0 {
 		quota = s.quota
 	}
-	r := newRig(t, bin, dir, quota)
+	r := newRig(t, bin, dir, quota, s.overtakes)
 	tr := &traffic{rig: r, l: newLedger(), seed: seed, storeFails: s.storeFails, headLies: s.headLies, errors: map[string]int{}, jobs: map[int64]string{}}
 	if err := tr.prepare(t.Context()); err != nil {
 		t.Fatal(err)

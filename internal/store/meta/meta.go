@@ -14,6 +14,7 @@ package meta
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 )
 
@@ -39,6 +40,16 @@ var (
 	ErrUnavailable = errors.New("metadata store unavailable")
 	// ErrCompacted means that the revision asked for is no longer kept.
 	ErrCompacted = errors.New("revision compacted")
+	// ErrWatchBroken means that a watch was shown a change at or before a revision up
+	// to which it was said to have seen everything. What it has delivered may lack
+	// others as well: who keeps a copy of the range reads it again.
+	ErrWatchBroken = errors.New("watch out of order")
+	// ErrTooOld means that the store's servers are of a release that is not used.
+	// The request was not sent.
+	ErrTooOld = errors.New("metadata store too old")
+	// ErrDenied means that the store knows who asks and refuses, or refuses to know.
+	// A transaction that meets it changed nothing. It does not pass by itself.
+	ErrDenied = errors.New("metadata store denies access")
 	// ErrLeaseNotFound means that the lease expired, was revoked, or never was.
 	// A transaction that meets it changed nothing.
 	ErrLeaseNotFound = errors.New("lease not found")
@@ -53,6 +64,23 @@ var (
 	// in one transaction. It was not sent.
 	ErrInvalid = errors.New("invalid request")
 )
+
+// Refused says whether a transaction that ended with err changed nothing, and
+// will not.
+func Refused(err error) bool {
+	return isOneOf(err, ErrLeaseNotFound, ErrNoSpace, ErrTooLarge, ErrTooOld, ErrDenied, ErrInvalid)
+}
+
+// Unusable says whether err is for the store itself, whatever was asked: it did not
+// answer, is full, too old, or denies access. The same request goes well once the
+// store is well.
+func Unusable(err error) bool {
+	return isOneOf(err, ErrUnavailable, ErrNoSpace, ErrTooOld, ErrDenied)
+}
+
+func isOneOf(err error, list ...error) bool {
+	return slices.ContainsFunc(list, func(e error) bool { return errors.Is(err, e) })
+}
 
 // KeyValue is one key at one revision.
 type KeyValue struct {
@@ -98,7 +126,7 @@ type KV interface {
 	// Txn applies t.Then if every compare of t.If holds, else t.Else, in one
 	// atomic step. The operations run in order, and a get sees what came before
 	// it. When it returns an error that is not ErrLeaseNotFound, ErrNoSpace,
-	// ErrTooLarge or ErrInvalid, the transaction may have been applied, or may
+	// ErrTooLarge, ErrTooOld, ErrDenied or ErrInvalid, the transaction may have been applied, or may
 	// still be: read back before deciding anything, and take "not there" for an
 	// answer only after a transaction that makes the write impossible. It is
 	// never sent twice.
@@ -111,7 +139,7 @@ type KV interface {
 	// Watch reports every change of the keys in [from, to) after revision after,
 	// in order, without gaps and without repeats; after may be a revision that
 	// is yet to come. It does not block, and ends with ctx, which must end for
-	// its resources to be freed. Trouble shows in Next.
+	// its resources to be freed. Errors show in Next.
 	Watch(ctx context.Context, from, to string, after int64) Watcher
 
 	// Grant makes a lease that ends ttl from now unless it is kept alive. A ttl
@@ -152,8 +180,9 @@ type Watcher interface {
 	// Next waits for the next batch: all changes of one or more whole revisions,
 	// or no change and a raised Revision when the store said how far it has
 	// come. It returns ErrCompacted when the watch cannot go on without a gap,
-	// ErrInvalid for a range that is none, and the context's error when the
-	// watch's context ended. A store that is lost and found again is no error;
+	// ErrWatchBroken when the store contradicts what it said, ErrDenied when it
+	// refuses the range, ErrInvalid for a range that is none, and the context's
+	// error when the watch's context ended. A store that is lost and found again is no error;
 	// ErrUnavailable means that this watch is over, and that another may be
 	// opened after the last revision. After an error Next only returns errors.
 	Next() (WatchBatch, error)

@@ -170,3 +170,67 @@ func (s *Server) Disarm(tb testing.TB) {
 		tb.Fatal(err)
 	}
 }
+
+// The user that may do everything, once Restrict was called.
+const (
+	rootUser     = "root"
+	rootPassword = "rootpass"
+)
+
+// Restrict turns on authentication, with a user who may read and write the keys
+// below prefix, and nothing else.
+func (s *Server) Restrict(tb testing.TB, user, password, prefix string) {
+	tb.Helper()
+	c := s.admin(tb, clientv3.Config{})
+	ctx := tb.Context()
+	for _, do := range []func() error{
+		func() error { _, err := c.UserAdd(ctx, rootUser, rootPassword); return err },
+		func() error { _, err := c.UserGrantRole(ctx, rootUser, "root"); return err },
+		func() error { _, err := c.UserAdd(ctx, user, password); return err },
+		func() error { _, err := c.RoleAdd(ctx, user); return err },
+		func() error { _, err := c.UserGrantRole(ctx, user, user); return err },
+		func() error {
+			_, err := c.RoleGrantPermission(ctx, user, prefix, clientv3.GetPrefixRangeEnd(prefix), clientv3.PermissionType(clientv3.PermReadWrite))
+			return err
+		},
+		func() error { _, err := c.AuthEnable(ctx); return err },
+	} {
+		if err := do(); err != nil {
+			tb.Fatal(err)
+		}
+	}
+}
+
+// Allow gives the user of Restrict, or takes from it, the right to write below
+// prefix; to read stays.
+func (s *Server) Allow(tb testing.TB, user, prefix string, write bool) {
+	tb.Helper()
+	c := s.admin(tb, clientv3.Config{Username: rootUser, Password: rootPassword})
+	kind := clientv3.PermRead
+	if write {
+		kind = clientv3.PermReadWrite
+	}
+	if _, err := c.RoleGrantPermission(tb.Context(), user, prefix, clientv3.GetPrefixRangeEnd(prefix), clientv3.PermissionType(kind)); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+// Password changes a password after Restrict.
+func (s *Server) Password(tb testing.TB, user, password string) {
+	tb.Helper()
+	c := s.admin(tb, clientv3.Config{Username: rootUser, Password: rootPassword})
+	if _, err := c.UserChangePassword(tb.Context(), user, password); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+func (s *Server) admin(tb testing.TB, cfg clientv3.Config) *clientv3.Client {
+	tb.Helper()
+	cfg.Endpoints, cfg.Logger = []string{s.Endpoint()}, zap.NewNop()
+	c, err := clientv3.New(cfg)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { _ = c.Close() })
+	return c
+}

@@ -63,6 +63,8 @@ const (
 //	FAILED_PRECONDITION  FORMAT_TOO_NEW: a newer release wrote the snapshot.
 //	                     OBJECT_STORE_DENIED, OBJECT_STORE_MISCONFIGURED: the
 //	                     server may not do what it must at its object store.
+//	                     METADATA_STORE_DENIED, METADATA_STORE_TOO_OLD: the
+//	                     same at etcd, or etcd is older than it may be.
 //	DEADLINE_EXCEEDED, CANCELED  of the same names.
 //	ABORTED              CONFLICT: others changed the very same thing, such as
 //	                     the snapshot that is restored, too often. Nothing was
@@ -443,6 +445,8 @@ func (c *snapshotServiceClient) CancelRestore(ctx context.Context, in *CancelRes
 //	FAILED_PRECONDITION  FORMAT_TOO_NEW: a newer release wrote the snapshot.
 //	                     OBJECT_STORE_DENIED, OBJECT_STORE_MISCONFIGURED: the
 //	                     server may not do what it must at its object store.
+//	                     METADATA_STORE_DENIED, METADATA_STORE_TOO_OLD: the
+//	                     same at etcd, or etcd is older than it may be.
 //	DEADLINE_EXCEEDED, CANCELED  of the same names.
 //	ABORTED              CONFLICT: others changed the very same thing, such as
 //	                     the snapshot that is restored, too often. Nothing was

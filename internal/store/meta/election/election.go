@@ -191,7 +191,7 @@ func (e *Election) watch(ctx context.Context, revision int64, until func(meta.Ev
 	w := e.o.KV.Watch(ctx, e.o.Key, e.o.Key+"\x00", revision)
 	for {
 		b, err := w.Next()
-		if errors.Is(err, meta.ErrCompacted) {
+		if errors.Is(err, meta.ErrCompacted) || errors.Is(err, meta.ErrWatchBroken) {
 			return nil
 		}
 		if err != nil {

@@ -1,5 +1,9 @@
-// Package etcd is the metadata store on etcd 3.4 and later. No type, error or
-// status of etcd's client leaves it.
+// Package etcd is the metadata store on etcd, of the releases that
+// [MinimumVersions] names and later. No type, error or status of etcd's client
+// leaves it.
+//
+// A server that is older is not used: each connection is asked for the version at
+// its other end before any call goes through it; see gate.
 //
 // Every key lives under one root, which callers do not see. Reads are
 // linearizable. A long read streams (etcd 3.7), or else goes page by page, at
@@ -35,6 +39,10 @@ import (
 // operations within what etcd takes, roots and envelope included.
 const maxRootBytes = 64
 
+// noKey is a key that is read for the revision alone. It lies among those below
+// the root, for which the user at etcd has the right to read.
+const noKey = "/\x00"
+
 // Options configure [Open]. The zero value of a field means the default beside
 // it.
 type Options struct {
@@ -49,11 +57,13 @@ type Options struct {
 
 // Client is a [meta.KV] on etcd.
 type Client struct {
-	o      Options
-	etcd   *clientv3.Client
-	leases pb.LeaseClient
-	ctx    context.Context //nolint:containedctx // ends the watches when the client is closed
-	cancel context.CancelFunc
+	o       Options
+	etcd    *clientv3.Client
+	leases  pb.LeaseClient
+	watches pb.WatchClient
+	gate    *gate
+	ctx     context.Context //nolint:containedctx // ends the watches when the client is closed
+	cancel  context.CancelFunc
 }
 
 var _ meta.KV = (*Client)(nil)
@@ -78,6 +88,7 @@ func Open(o Options) (*Client, error) {
 	if o.Log == nil {
 		o.Log = zap.NewNop()
 	}
+	g, gated := newGate(o.Log, o.RequestTimeout)
 	cli, err := clientv3.New(clientv3.Config{
 		Endpoints:   o.Endpoints,
 		TLS:         o.TLS,
@@ -90,18 +101,21 @@ func Open(o Options) (*Client, error) {
 		DialKeepAliveTimeout: 5 * time.Second,
 		// gRPC would wait up to two minutes between attempts to connect, and so
 		// find etcd that much later when it is back.
-		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
+		DialOptions: append(gated, grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
 			MinConnectTimeout: 3 * time.Second,
-		})},
+		})),
 		// The client warns of every error that it returns as well.
 		Logger: o.Log.WithOptions(zap.IncreaseLevel(max(zap.ErrorLevel, o.Log.Level()))),
 	})
 	if err != nil {
-		return nil, fmt.Errorf("open etcd: %v", err) //nolint:errorlint // may hold a gRPC status
+		g.close()
+		return nil, fmt.Errorf("open etcd: %w", mapError(context.Background(), context.Background(), err))
 	}
-	c := &Client{o: o, etcd: cli, leases: pb.NewLeaseClient(cli.ActiveConnection())}
+	conn := cli.ActiveConnection()
+	c := &Client{o: o, etcd: cli, leases: pb.NewLeaseClient(conn), watches: pb.NewWatchClient(conn), gate: g}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
+	g.connected(conn)
 	return c, nil
 }
 
@@ -109,6 +123,7 @@ func Open(o Options) (*Client, error) {
 // fail.
 func (c *Client) Close() error {
 	c.cancel()
+	c.gate.close()
 	if err := c.etcd.Close(); err != nil && !errors.Is(err, context.Canceled) {
 		return fmt.Errorf("close etcd: %v", err) //nolint:errorlint // may hold a gRPC status
 	}
@@ -193,7 +208,7 @@ func (c *Client) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
 	if compares {
 		// A transaction without a read etcd answers from where the member is that it
 		// reaches, which may be far behind.
-		read := []clientv3.Op{clientv3.OpGet(c.key("\x00"), clientv3.WithCountOnly())}
+		read := []clientv3.Op{clientv3.OpGet(c.key(noKey), clientv3.WithCountOnly())}
 		then, other = read, read
 	}
 	resp, err := c.etcd.Txn(rctx).If(c.cmps(t.If)...).Then(then...).Else(other...).Commit()
@@ -334,6 +349,10 @@ func mapError(ctx, rctx context.Context, err error) error {
 	}
 	class := meta.ErrUnavailable
 	switch known := rpctypes.Error(err); {
+	case status.Code(err) == codes.Unknown && strings.Contains(err.Error(), tooOld):
+		class = meta.ErrTooOld
+	case isDenied(err):
+		class = meta.ErrDenied
 	case errors.Is(known, rpctypes.ErrCompacted):
 		class = meta.ErrCompacted
 	case errors.Is(known, rpctypes.ErrLeaseNotFound):
@@ -344,4 +363,16 @@ func mapError(ctx, rctx context.Context, err error) error {
 		class = meta.ErrTooLarge
 	}
 	return fmt.Errorf("%w: %v", class, err) //nolint:errorlint // see above
+}
+
+// isDenied says whether etcd refused a request for who asks, or a login. It is no
+// answer to a token that has run out: the client gets itself another.
+func isDenied(err error) bool {
+	if err == nil {
+		return false
+	}
+	known := rpctypes.Error(err)
+	return errors.Is(known, rpctypes.ErrPermissionDenied) || errors.Is(known, rpctypes.ErrAuthFailed) ||
+		errors.Is(known, rpctypes.ErrUserEmpty) || errors.Is(known, rpctypes.ErrUserNotFound) ||
+		errors.Is(known, rpctypes.ErrRoleNotFound) || errors.Is(known, rpctypes.ErrAuthNotEnabled)
 }

@@ -8,23 +8,20 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net"
 	"runtime"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
 	"github.com/snapshotd/snapshotd/internal/store/meta/memory"
 	"github.com/snapshotd/snapshotd/internal/store/meta/metatest"
+	"github.com/snapshotd/snapshotd/internal/testing/etcdproxy"
 	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
 )
 
@@ -34,8 +31,9 @@ func TestEtcd(t *testing.T) {
 
 // A server that does not know RangeStream is read page by page.
 func TestEtcdWithoutStream(t *testing.T) {
-	old := &oldKV{}
-	kv := open(t, etcd.Options{Endpoints: []string{old.serve(t, etcdtest.Shared(t).Endpoint())}, Root: "/" + crand.Text()})
+	old := etcdproxy.Start(t, etcdtest.Shared(t).Endpoint())
+	old.WithoutRangeStream()
+	kv := open(t, etcd.Options{Endpoints: []string{old.Endpoint()}, Root: "/" + crand.Text()})
 	ctx := t.Context()
 	const n = 1000 // several pages, the last one full or not
 	var at int64
@@ -71,56 +69,9 @@ func TestEtcdWithoutStream(t *testing.T) {
 			t.Errorf("scan to %s: got %d keys at %d, error %v; want %d at %d", c.to, got, rev, err, c.want, at)
 		}
 	}
-	if old.streams.Load() == 0 {
+	if old.Calls(pb.KV_RangeStream_FullMethodName) == 0 {
 		t.Error("no stream was asked for")
 	}
-}
-
-// oldKV forwards what an etcd before 3.7 knows.
-type oldKV struct {
-	pb.UnimplementedKVServer
-	kv      pb.KVClient
-	streams atomic.Int64
-}
-
-func (o *oldKV) serve(t *testing.T, endpoint string) string {
-	conn, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	o.kv = pb.NewKVClient(conn)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	srv := grpc.NewServer()
-	pb.RegisterKVServer(srv, o)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		_ = srv.Serve(l)
-	}()
-	t.Cleanup(func() {
-		srv.Stop()
-		<-done
-		if err := conn.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return l.Addr().String()
-}
-
-func (o *oldKV) Range(ctx context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
-	return o.kv.Range(ctx, r)
-}
-
-func (o *oldKV) Txn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error) {
-	return o.kv.Txn(ctx, r)
-}
-
-func (o *oldKV) RangeStream(r *pb.RangeRequest, s pb.KV_RangeStreamServer) error {
-	o.streams.Add(1)
-	return o.UnimplementedKVServer.RangeStream(r, s)
 }
 
 func open(t *testing.T, o etcd.Options) *etcd.Client {
@@ -482,7 +433,7 @@ func TestEtcdLeavesNothing(t *testing.T) {
 	stacks := make([]byte, 4<<20)
 	for began := time.Now(); ; runtime.Gosched() {
 		text := string(stacks[:runtime.Stack(stacks, true)])
-		if !strings.Contains(text, "etcd/client/v3.(*kv).GetStream") && !strings.Contains(text, "etcd/client/v3.(*watch") {
+		if !strings.Contains(text, "etcd/client/v3.(*kv).GetStream") && !strings.Contains(text, "internal/store/meta/etcd.(*Client).Watch") && !strings.Contains(text, "grpc.newClientStream") {
 			return
 		}
 		if time.Since(began) > 10*time.Second {

@@ -49,7 +49,7 @@ func (c *Client) Scan(ctx context.Context, from, to string, revision int64, fn f
 func (c *Client) revision(ctx context.Context) (int64, error) {
 	rctx, cancel := context.WithTimeout(ctx, c.o.RequestTimeout)
 	defer cancel()
-	resp, err := c.etcd.Get(rctx, c.key("\x00"), clientv3.WithCountOnly())
+	resp, err := c.etcd.Get(rctx, c.key(noKey), clientv3.WithCountOnly())
 	if err != nil {
 		return 0, mapError(ctx, rctx, err)
 	}

@@ -4,12 +4,15 @@ package follow_test
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
+	"fmt"
 	"testing"
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
+	"github.com/snapshotd/snapshotd/internal/testing/etcdproxy"
 	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
 )
 
@@ -93,4 +96,53 @@ func retry(t *testing.T, kv *etcd.Client, ops ...meta.Op) int64 {
 			t.Fatal(err)
 		}
 	}
+}
+
+// Progress overtakes events, and now and then the stream breaks in between: the
+// follower starts over, and misses nothing for longer than that takes.
+func TestEtcdOvertaken(t *testing.T) {
+	p := etcdproxy.Start(t, etcdtest.Shared(t).Endpoint())
+	root := "/" + rand.Text()
+	kv, err := etcd.Open(etcd.Options{Endpoints: []string{p.Endpoint()}, Root: root})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, c, stop := start(t, kv)
+	t.Cleanup(func() {
+		stop()
+		if err := kv.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	writer := etcdtest.Shared(t).KVAt(t, root)
+	sync1(t, f, 0)
+	p.Overtake(2, 3)
+	var last int64
+	for i := range 30 {
+		last = put(t, writer, meta.Put(fmt.Sprintf("/f/%d", i), nil))
+		sync1(t, f, last)
+	}
+	p.Overtake(0, 0)
+	if _, cuts := p.Overtaken(); cuts != 3 {
+		t.Errorf("%d streams were cut, want 3", cuts)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	for { // until it has heard of the last event that was overtaken
+		sync1(t, f, last)
+		n := 0
+		for i := range 30 {
+			if _, found := c.read(fmt.Sprintf("/f/%d", i)); found {
+				n++
+			}
+		}
+		if n == 30 {
+			break
+		}
+		if err := ctx.Err(); err != nil {
+			t.Fatalf("the copy has %d keys of 30: %v", n, err)
+		}
+	}
+	sync1(t, f, 0)
+	c.same(writer)
 }

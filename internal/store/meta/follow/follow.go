@@ -8,10 +8,15 @@
 // [Follower.Sync] learns the newest revision from the store and waits for the
 // handler to get there. What is read from the copy after that is as fresh as a
 // read of the store itself would have been when Sync was called.
+//
+//	the watch ends with   | the copy                      | Sync
+//	no answer, compacted  | stays as good as it was       | waits for what is newer
+//	ErrWatchBroken        | lacks what it claims to have  | waits for the copy that is read next
 package follow
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -111,6 +116,9 @@ func (f *Follower) follow(ctx context.Context, good func()) error {
 	asking.Go(func() { f.ask(ctx, w) })
 	for {
 		b, err := w.Next()
+		if errors.Is(err, meta.ErrWatchBroken) {
+			f.advance(0) // what the copy may lack it lacks already: Sync waits for the next one
+		}
 		if err != nil {
 			return err
 		}
@@ -157,7 +165,7 @@ func (f *Follower) advance(revision int64) {
 }
 
 // Revision returns the revision that the handler has got to; 0 before the first
-// Reset.
+// Reset, and while the copy may lack something.
 func (f *Follower) Revision() int64 {
 	f.mu.Lock()
 	defer f.mu.Unlock()

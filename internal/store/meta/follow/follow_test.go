@@ -300,3 +300,23 @@ func TestSyncIsLinearizable(t *testing.T) {
 	f, c, _ := start(t, store)
 	linearizable(t, store, f, c)
 }
+
+// A copy that was said to be complete and was not answers no read before it has been
+// read again.
+func TestOvertaken(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
+		store := memory.New(memory.Options{})
+		rev := put(t, store, meta.Put("/f/a", nil))
+		f, c, _ := start(t, store)
+		sync1(t, f, rev)
+		store.Overtake(true)
+		rev = put(t, store, meta.Put("/f/b", nil))
+		store.Overtake(false)
+		time.Sleep(time.Nanosecond) // the watch has broken
+		if got := f.Revision(); got != 0 {
+			t.Errorf("it is at %d, want nowhere", got)
+		}
+		sync1(t, f, rev)
+		c.same(store)
+	})
+}

@@ -47,6 +47,7 @@ type Store struct {
 	lastLease meta.LeaseID
 	due       time.Time // no lease ends before; zero when there is none
 	full      bool
+	overtakes bool
 }
 
 var _ meta.KV = (*Store)(nil)
@@ -108,6 +109,14 @@ func (s *Store) SetFull(full bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.full = full
+}
+
+// Overtake has each watch hear of changes after it heard that it has seen
+// everything, as from a server that confuses the two.
+func (s *Store) Overtake(on bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.overtakes = on
 }
 
 // Compact forgets what stood before revision. Compacting twice is

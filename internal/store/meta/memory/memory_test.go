@@ -16,6 +16,11 @@ func TestMemory(t *testing.T) {
 	metatest.Run(t, func(*testing.T) meta.KV { return memory.New(memory.Options{}) })
 }
 
+func TestMemoryOvertaken(t *testing.T) {
+	s := memory.New(memory.Options{})
+	metatest.Overtaken(t, s, s.Overtake)
+}
+
 // A lease ends on time in a bubble, without anybody calling, and a store with
 // living leases and watches keeps no bubble from ending.
 func TestLeaseInBubble(t *testing.T) {

@@ -20,6 +20,7 @@ type watcher struct {
 	err       error // final
 	delivered int64 // the revision of Next's last answer
 	pending   meta.WatchBatch
+	overtaken bool // what is pending says more than was added: nothing comes after it
 }
 
 // Watch implements [meta.KV].
@@ -54,7 +55,12 @@ func (s *Store) Watch(ctx context.Context, from, to string, after int64) meta.Wa
 
 // addLocked takes note of what c changed in the watcher's range.
 func (w *watcher) addLocked(c commit) {
-	if c.revision <= w.pending.Revision {
+	if c.revision <= w.pending.Revision || w.overtaken {
+		return
+	}
+	if w.store.overtakes && slices.ContainsFunc(c.events, func(ev meta.Event) bool { return meta.InRange(ev.KV.Key, w.from, w.to) }) {
+		w.pending.Revision, w.overtaken = c.revision, true
+		w.wakeUp()
 		return
 	}
 	for _, ev := range c.events {
@@ -99,7 +105,10 @@ func (w *watcher) take() (b meta.WatchBatch, ok bool, err error) {
 		return meta.WatchBatch{}, false, w.err
 	}
 	if w.pending.Revision == w.delivered {
-		return meta.WatchBatch{}, false, nil
+		if w.overtaken {
+			w.err = fmt.Errorf("watch %s after %d: %w", w.from, w.delivered, meta.ErrWatchBroken)
+		}
+		return meta.WatchBatch{}, false, w.err
 	}
 	b = w.pending
 	w.pending.Events = nil
@@ -115,7 +124,7 @@ func (w *watcher) Progress(ctx context.Context) error {
 	w.store.mu.Lock()
 	defer w.store.mu.Unlock()
 	w.store.expireLocked()
-	if w.store.revision > w.pending.Revision {
+	if w.store.revision > w.pending.Revision && !w.overtaken {
 		w.pending.Revision = w.store.revision
 		w.wakeUp()
 	}

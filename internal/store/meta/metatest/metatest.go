@@ -1028,6 +1028,31 @@ func Full(t *testing.T, kv meta.KV, fill, free func()) {
 	s.grant(time.Minute)
 }
 
+// Overtaken checks what a watch does that hears of progress before the changes that
+// it is about. overtake has that happen from now on, or not any more.
+func Overtaken(t *testing.T, kv meta.KV, overtake func(on bool)) {
+	s := newSuite(t, kv)
+	first := s.put("/w/a", "1")
+	w := s.watch("/w/", "/w0", first-1)
+	equal(t, "events before", changes(w.until(first), first), []string{"0 /w/a=1"})
+	overtake(true)
+	late := s.put("/w/b", "2")
+	for {
+		b, err := w.w.Next()
+		if err != nil {
+			wantErr(t, "overtaken watch", err, meta.ErrWatchBroken)
+			break
+		}
+		if len(b.Events) > 0 {
+			t.Fatalf("got %v, after all up to %d was there", b.Events, b.Revision)
+		}
+	}
+	_, err := w.w.Next()
+	wantErr(t, "next after it broke", err, meta.ErrWatchBroken)
+	overtake(false)
+	equal(t, "events of another watch", changes(s.watch("/w/", "/w0", first).until(late), first), []string{fmt.Sprintf("%d /w/b=2", late-first)})
+}
+
 func (s *suite) compact(revision int64) {
 	s.t.Helper()
 	c, ok := s.KV.(Compacter)

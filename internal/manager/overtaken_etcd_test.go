@@ -1,0 +1,98 @@
+//go:build !short
+
+package manager
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+	"github.com/snapshotd/snapshotd/internal/testing/etcdproxy"
+	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
+)
+
+// An etcd that answers requests for progress before it has sent the events up to
+// there, and whose streams break in between: no replica goes on without a snapshot
+// that it was not shown, for lists or for what may be deleted.
+func TestEtcdOvertaken(t *testing.T) {
+	p := etcdproxy.Start(t, etcdtest.Shared(t).Endpoint())
+	kv, err := etcd.Open(etcd.Options{Endpoints: []string{p.Endpoint()}, Root: "/" + rand.Text()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := kv.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	w := inReality(t, kv)
+	a := w.start("a", func(o *Options) { o.CollectorOff = true })
+	col, _, _ := w.collection(a, "c")
+	s := w.segment(a, col, 0, 1, 20)
+	w.add(a, col, s)
+	w.checkpoint(a, col, 100, 100)
+	p.Overtake(7, 12)
+	var group sync.WaitGroup
+	made := make(chan int, 3)
+	for k := range 3 {
+		group.Go(func() {
+			n := 0
+			for i := range 25 {
+				_, err := a.Create(t.Context(), request.Token{}, spec(col, fmt.Sprintf("s-%d-%d", k, i)))
+				switch {
+				case err == nil:
+					n++
+				case errors.Is(err, meta.ErrUnavailable), errors.Is(err, ErrCreateAborted): // cut off in between
+				default:
+					t.Error(err)
+				}
+			}
+			made <- n
+		})
+	}
+	all := []*replica{a}
+	for i := range 6 { // start while snapshots are made
+		all = append(all, w.start(fmt.Sprint("b", i), func(o *Options) { o.CollectorOff = true }))
+		for range 5 { // ask for progress
+			if _, _, err := all[i+1].List(t.Context(), Filter{}, Place{}, 1); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	group.Wait()
+	close(made)
+	want := 0
+	for n := range made {
+		want += n
+	}
+	p.Overtake(0, 0)
+	if events, cuts := p.Overtaken(); events == 0 || cuts == 0 {
+		t.Fatalf("%d answers were overtaken, %d streams cut", events, cuts)
+	}
+	asks := w.dropSegments(a, col, s.ID)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	for _, r := range all {
+		for backoff := (meta.Backoff{Max: 100 * time.Millisecond}); ; {
+			list, _, err := r.List(ctx, Filter{States: []State{Committed}}, Place{}, 1000)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := r.GC().Check(ctx, catalog.Ref{ID: col.ID}, asks)
+			if err == nil && len(list) >= want && got[0].Holders == len(list) {
+				break
+			}
+			if backoff.Wait(ctx) != nil {
+				t.Fatalf("%s lists %d of %d snapshots, and knows of %v: %v", r.o.Replica, len(list), want, got, err)
+			}
+		}
+	}
+}

@@ -1,0 +1,147 @@
+//go:build !short
+
+package etcd_test
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
+	"github.com/snapshotd/snapshotd/internal/testing/etcdproxy"
+	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
+)
+
+// debian is the version of the etcd of Debian 12.
+const debian = "3.4.23"
+
+func get(ctx context.Context, kv meta.KV) error {
+	_, _, _, err := kv.Get(ctx, "/a")
+	return err
+}
+
+// An old server is refused, and nothing but the question reaches it, by any call.
+func TestOldEtcdIsRefused(t *testing.T) {
+	p := etcdproxy.Start(t, etcdtest.Shared(t).Endpoint())
+	p.Version(debian)
+	kv := open(t, etcd.Options{Endpoints: []string{p.Endpoint()}, Root: "/old"})
+	err := kv.Check(t.Context())
+	for _, want := range []string{debian, p.Endpoint(), etcd.MinimumVersions()} {
+		if !errors.Is(err, meta.ErrTooOld) || !strings.Contains(err.Error(), want) {
+			t.Errorf("check: got error %v, want one that names %s", err, want)
+		}
+	}
+	if kv.TooOld() == "" {
+		t.Error("it is not called too old")
+	}
+	ctx := t.Context()
+	for name, call := range map[string]func() error{
+		"get":       func() error { return get(ctx, kv) },
+		"scan":      func() error { _, err := kv.Scan(ctx, "/a", "/b", 0, nil); return err },
+		"scan at":   func() error { _, err := kv.Scan(ctx, "/a", "/b", 2, nil); return err },
+		"txn":       func() error { _, err := kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Put("/a", nil)}}); return err },
+		"grant":     func() error { _, err := kv.Grant(ctx, time.Minute); return err },
+		"keepalive": func() error { return kv.KeepAlive(ctx, 1) },
+		"revoke":    func() error { return kv.Revoke(ctx, 1) },
+		"compact":   func() error { return kv.Compact(ctx, 1) },
+	} {
+		if err := call(); !errors.Is(err, meta.ErrTooOld) || errors.Is(err, meta.ErrUnavailable) {
+			t.Errorf("%s: got error %v, want too old", name, err)
+		}
+	}
+	short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
+	defer cancel()
+	if _, err := kv.Watch(short, "/a", "/b", 0).Next(); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("watch: got error %v", err)
+	}
+	if n := p.Used(); n != 0 {
+		t.Errorf("%d calls reached the old server", n)
+	}
+}
+
+// Of several endpoints those are used that are known to be new enough. One that
+// does not say its version is not used, and asked until it does.
+func TestUnknownEtcdIsNotUsed(t *testing.T) {
+	srv := etcdtest.Shared(t)
+	good, silent := etcdproxy.Start(t, srv.Endpoint()), etcdproxy.Start(t, srv.Endpoint())
+	silent.Mute(true)
+	kv := open(t, etcd.Options{Endpoints: []string{good.Endpoint(), silent.Endpoint()}, Root: "/unknown"})
+	if err := kv.Check(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for range 20 {
+		if err := get(t.Context(), kv); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := silent.Used(); n != 0 {
+		t.Errorf("%d calls went to a server whose version is not known", n)
+	}
+	silent.Mute(false)
+	for silent.Used() == 0 { // asked again by itself
+		if err := get(t.Context(), kv); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// None that is known: calls wait, and are unavailable in the end.
+	alone := open(t, etcd.Options{Endpoints: []string{silent.Endpoint()}, Root: "/unknown", RequestTimeout: 200 * time.Millisecond})
+	silent.Mute(true)
+	if err := alone.Check(t.Context()); !errors.Is(err, meta.ErrUnavailable) {
+		t.Errorf("check: got error %v, want unavailable", err)
+	}
+	if err := get(t.Context(), alone); !errors.Is(err, meta.ErrUnavailable) {
+		t.Errorf("get: got error %v, want unavailable", err)
+	}
+}
+
+// A server that comes back as an older one is refused at the reconnect, and used
+// once it is a new one again; what another endpoint serves goes on.
+func TestEtcdIsAskedAtEachReconnect(t *testing.T) {
+	srv := etcdtest.Shared(t)
+	one, two := etcdproxy.Start(t, srv.Endpoint()), etcdproxy.Start(t, srv.Endpoint())
+	kv := open(t, etcd.Options{Endpoints: []string{one.Endpoint(), two.Endpoint()}, Root: "/again"})
+	if err := kv.Check(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	two.Stop()
+	two.Version("3.5.7")
+	used := two.Used()
+	two.Restart(t)
+	for kv.TooOld() == "" {
+		if err := get(t.Context(), kv); err != nil && !errors.Is(err, meta.ErrUnavailable) {
+			t.Fatal(err)
+		}
+	}
+	for range 20 {
+		if err := get(t.Context(), kv); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if two.Used() != used {
+		t.Errorf("%d calls went to the old server", two.Used()-used)
+	}
+	one.Stop()
+	for { // the good one is gone
+		err := get(t.Context(), kv)
+		if errors.Is(err, meta.ErrTooOld) {
+			break
+		}
+		if err != nil && !errors.Is(err, meta.ErrUnavailable) {
+			t.Fatal(err)
+		}
+	}
+	two.Stop()
+	two.Version("")
+	two.Restart(t)
+	for get(t.Context(), kv) != nil {
+		if err := t.Context().Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if old := kv.TooOld(); old != "" {
+		t.Errorf("still called too old: %s", old)
+	}
+}

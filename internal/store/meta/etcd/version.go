@@ -1,0 +1,71 @@
+package etcd
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// minimums are the oldest releases of etcd that this package works with, one of
+// each line; what is newer than the last line passes, all else is refused. Before
+// 3.4.25 and 3.5.8 an answer about progress may overtake events, so that a watch
+// misses them for ever; the rest is security fixes. docs/operations.md names the
+// same releases, and a test compares the two.
+var minimums = []version{{3, 6, 14}, {3, 7, 1}}
+
+// version is a release of etcd.
+type version struct{ major, minor, patch int }
+
+func (v version) String() string { return fmt.Sprintf("%d.%d.%d", v.major, v.minor, v.patch) }
+
+func (v version) compare(o version) int {
+	return cmp.Or(cmp.Compare(v.major, o.major), cmp.Compare(v.minor, o.minor), cmp.Compare(v.patch, o.patch))
+}
+
+// MinimumVersions names the oldest releases that are not refused.
+func MinimumVersions() string {
+	var names []string
+	for _, v := range minimums {
+		names = append(names, v.String())
+	}
+	return strings.Join(names, " / ")
+}
+
+// newEnough says whether a server that calls itself text may be used. What cannot
+// be read may not, and a release candidate is older than its release.
+func newEnough(text string) bool {
+	v, candidate, ok := parseVersion(text)
+	if !ok {
+		return false
+	}
+	if candidate {
+		v.patch-- // of x.y.0 it becomes less than any
+	}
+	for _, least := range minimums {
+		if v.major == least.major && v.minor == least.minor {
+			return v.compare(least) >= 0
+		}
+	}
+	newest := slices.MaxFunc(minimums, version.compare)
+	return v.major > newest.major || v.major == newest.major && v.minor > newest.minor
+}
+
+// parseVersion reads 3.6.14, 3.7.0-rc.1 or 3.6.14+vendor.
+func parseVersion(text string) (v version, candidate, ok bool) {
+	text, _, _ = strings.Cut(strings.TrimPrefix(text, "v"), "+")
+	text, _, candidate = strings.Cut(text, "-")
+	parts := strings.Split(text, ".")
+	if len(parts) != 3 {
+		return version{}, false, false
+	}
+	for i, field := range []*int{&v.major, &v.minor, &v.patch} {
+		n, err := strconv.ParseUint(parts[i], 10, 16)
+		if err != nil {
+			return version{}, false, false
+		}
+		*field = int(n)
+	}
+	return v, candidate, true
+}
