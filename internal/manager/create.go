@@ -621,7 +621,7 @@ func (m *Manager) tryBegin(ctx context.Context, c *creation, id int64, op string
 		return nil, err
 	case err != nil:
 		if now, readErr := m.read(ctx, s.ID); readErr == nil && now != nil {
-			return begun(now)
+			return begun(now, op)
 		}
 		return nil, fmt.Errorf("%w: %w", errUndecided, err)
 	case res.Succeeded:
@@ -633,7 +633,7 @@ func (m *Manager) tryBegin(ctx context.Context, c *creation, id int64, op string
 		if err != nil {
 			return nil, err
 		}
-		return begun(now)
+		return begun(now, op)
 	case c.tok.Given() && len(res.Ranges[2]) > 0:
 		return nil, errTokenTaken
 	case len(res.Ranges[1]) > 0:
@@ -642,8 +642,13 @@ func (m *Manager) tryBegin(ctx context.Context, c *creation, id int64, op string
 	return nil, nil //nolint:nilnil // the collection changed
 }
 
-// begun returns the record of a begin without an answer, unless it has ended.
-func begun(s *Snapshot) (*Snapshot, error) {
+// begun returns the record of a begin without an answer, unless it has ended. A
+// record of another operation is of another create: the id was handed out twice, by
+// a metadata store that went back in time unnoticed.
+func begun(s *Snapshot, op string) (*Snapshot, error) {
+	if s.State == Pending && s.op != op {
+		return nil, fmt.Errorf("%w: another create has the id %d", catalog.ErrConflict, s.ID)
+	}
 	if s.State != Pending {
 		return nil, fmt.Errorf("%w: its lease ran out before its begin was answered", ErrCreateAborted)
 	}

@@ -301,3 +301,30 @@ func TestLateRepeatOfAnAddedFile(t *testing.T) {
 		w.add(c.r, c.col, c.segment) // as it is: the files that it no longer has do not count
 	})
 }
+
+// The metadata store went back in time, unnoticed, and hands out the id of a create
+// that is under way. The second create with the id fails; the first is whole.
+func TestCreateWithTheIDOfAnother(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		off := func(o *Options) { o.CollectorOff = true }
+		c := w.taking(w.start("a", off))
+		b := w.start("b", off)
+		b.store.Freeze()
+		sp := spec(c.col, "first")
+		sp.NoWait = true
+		first, err := b.Create(t.Context(), request.Token{}, sp)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.put(keys.IDs, record.Encode(&storagev1.Allocator{Format: record.Format, Next: first.ID}))
+		_, err = w.start("c", off).Create(t.Context(), request.Token{}, spec(c.col, "second"))
+		wantError(t, err, catalog.ErrConflict)
+		b.store.Thaw()
+		settle()
+		got, err := c.r.Get(t.Context(), Ref{Name: "first"})
+		if err != nil || got.ID != first.ID || got.State != Committed {
+			t.Errorf("the first is %+v, err = %v", got, err)
+		}
+		c.check(c.r)
+	})
+}
