@@ -22,6 +22,7 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
@@ -83,6 +84,7 @@ type app struct {
 
 	started bool           // the command's own code runs: usage was right
 	conn    *client.Client // once connected
+	notes   []string       // of the server that were printed
 
 	// What the user calls what the command is about, for hints.
 	snapshot, collection string
@@ -239,13 +241,30 @@ func args(names ...string) cobra.PositionalArgs {
 // connect returns the client, which the first call makes.
 func (a *app) connect() (*client.Client, error) {
 	if a.conn == nil {
-		c, err := client.Dial(a.addr, a.options)
+		o := a.options
+		o.DialOptions = append(slices.Clone(o.DialOptions), grpc.WithChainUnaryInterceptor(a.printNotes))
+		c, err := client.Dial(a.addr, o)
 		if err != nil {
 			return nil, &hintError{&usageError{err: err}, "--tls or --tls-ca connects with TLS; --insecure allows plaintext to other machines"}
 		}
 		a.conn = c
 	}
 	return a.conn, nil
+}
+
+// printNotes prints the server's remarks on an answer, each once.
+func (a *app) printNotes(
+	ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption,
+) error {
+	var header metadata.MD
+	err := invoke(ctx, method, req, reply, cc, append(opts, grpc.Header(&header))...)
+	for _, text := range header.Get("snapshotd-note") {
+		if !slices.Contains(a.notes, text) {
+			a.notes = append(a.notes, text)
+			put(a.err, "note: %s\n", clean(text))
+		}
+	}
+	return err
 }
 
 func (a *app) close() {

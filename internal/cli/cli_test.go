@@ -20,6 +20,7 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/protoadapt"
@@ -43,6 +44,7 @@ type server struct {
 
 	// answers to each method, messages or errors; the last one stays.
 	answers map[string][]any
+	notes   []string // beside each answer
 	// what each message of AddSegments is answered with; nil goes on.
 	added func(*snapshotdv1.AddSegmentsRequest) error
 
@@ -75,7 +77,10 @@ func (s *server) next(name string, req proto.Message) (proto.Message, error) {
 // start runs the server and returns its address.
 func (s *server) start(t *testing.T) string {
 	t.Helper()
-	g := grpc.NewServer(grpc.UnaryInterceptor(func(_ context.Context, req any, info *grpc.UnaryServerInfo, _ grpc.UnaryHandler) (any, error) {
+	g := grpc.NewServer(grpc.UnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, _ grpc.UnaryHandler) (any, error) {
+		for _, text := range s.notes {
+			_ = grpc.SetHeader(ctx, metadata.Pairs("snapshotd-note", text))
+		}
 		return s.next(method(info.FullMethod), req.(proto.Message))
 	}))
 	snapshotdv1.RegisterSnapshotServiceServer(g, s)
@@ -168,6 +173,22 @@ func run(t *testing.T, s *server, stdin string, args ...string) result {
 	}
 	code := p.Run(t.Context(), args, strings.NewReader(stdin), &out, &errOut)
 	return result{code, out.String(), strings.ReplaceAll(errOut.String(), addr, "ADDR")}
+}
+
+// TestNotes prints the server's remarks on its answers once each, beside the output.
+func TestNotes(t *testing.T) {
+	page := func(token string) *snapshotdv1.ListSnapshotsResponse {
+		return &snapshotdv1.ListSnapshotsResponse{Snapshots: []*snapshotdv1.Snapshot{{Name: "s", Id: 4}}, NextPageToken: token}
+	}
+	s := &server{
+		answers: map[string][]any{"ListSnapshots": {page("next"), page("")}},
+		notes:   []string{"2 collections had the name default/c", "another"},
+	}
+	got := run(t, s, "", "snapshot", "list", "--collection", "c", "-o", "json")
+	if got.code != 0 || strings.Count(got.errOut, "note: ") != 2 || !strings.Contains(got.errOut, "note: 2 collections had the name default/c\n") ||
+		strings.Contains(got.out, "note") {
+		t.Errorf("%+v", got)
+	}
 }
 
 // answer returns an error as snapshotd sends it.

@@ -357,8 +357,9 @@ func (w *world) race(seed uint64) *history {
 		return rnd.IntN(n)
 	}
 	var rs []*replica
+	soon := func(o *Options) { o.OrphanGrace, o.SweepInterval = time.Hour, 30*time.Minute }
 	for _, name := range []string{"a", "b", "c"} {
-		rs = append(rs, w.start(name))
+		rs = append(rs, w.start(name, soon))
 	}
 	col := w.rich(rs[0], "c", 40)
 	for _, r := range rs {
@@ -402,7 +403,7 @@ func (w *world) race(seed uint64) *history {
 	for _, r := range rs {
 		r.store.SetLatency(0)
 	}
-	time.Sleep(3 * time.Minute)
+	time.Sleep(3 * time.Hour) // what a replica wrote late that froze is swept
 	settle()
 	h := w.judgeHistory()
 	for _, job := range w.jobs() {

@@ -136,7 +136,6 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object/probe"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	"github.com/snapshotd/snapshotd/internal/store/request"
-	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
 // maxLabels is how many bytes the labels of a snapshot take at most.
@@ -394,46 +393,13 @@ func (m *Manager) read(ctx context.Context, id int64) (*Snapshot, error) {
 	return decode(kv)
 }
 
-// resolve returns the id that ref stands for, ErrSnapshotNotFound if none.
-func (m *Manager) resolve(ctx context.Context, ref Ref) (int64, error) {
-	if ref.ID > 0 {
-		return ref.ID, nil
-	}
-	if err := catalog.CheckName("snapshot.name", ref.Name); err != nil {
-		return 0, err
-	}
-	scope := int64(0)
-	if m.o.Cluster.NameScope == cluster.ScopeCollection {
-		if ref.Collection == (catalog.Ref{}) {
-			return 0, &catalog.InvalidError{
-				Field:   "snapshot.collection",
-				Problem: "snapshot names are unique per collection here: say which collection, or give the snapshot's id",
-			}
-		}
-		var err error
-		if scope, err = m.catalog.Resolve(ctx, ref.Collection); err != nil {
-			return 0, err
-		}
-	}
-	kv, found, _, err := m.kv.Get(ctx, keys.SnapshotName(scope, ref.Name))
-	if err != nil {
-		return 0, fmt.Errorf("read snapshot %s: %w", ref, err)
-	}
-	if !found {
-		return 0, fmt.Errorf("%w: %q; see ListSnapshots for those there are", ErrSnapshotNotFound, ref.Name)
-	}
-	rec := &storagev1.Name{}
-	if err := record.Decode(kv, rec); err != nil {
-		return 0, err
-	}
-	return rec.GetId(), nil
-}
-
 // Get returns a snapshot's record, whatever its state. By name it is
 // ErrSnapshotNotFound when there is none; by id ErrExpiredOrDropped when the id
 // was handed out, else ErrNeverExisted.
-func (m *Manager) Get(ctx context.Context, ref Ref) (*Snapshot, error) {
-	id, err := m.resolve(ctx, ref)
+func (m *Manager) Get(ctx context.Context, ref Ref) (*Snapshot, error) { return m.get(ctx, ref, false) }
+
+func (m *Manager) get(ctx context.Context, ref Ref, certain bool) (*Snapshot, error) {
+	id, err := m.resolve(ctx, ref, certain)
 	if err != nil {
 		return nil, err
 	}
@@ -451,15 +417,8 @@ func (m *Manager) Get(ctx context.Context, ref Ref) (*Snapshot, error) {
 		}
 		return nil, fmt.Errorf("%w: %s", ErrNeverExisted, ref)
 	}
-	if ref.Collection != (catalog.Ref{}) {
-		collection, err := m.catalog.Resolve(ctx, ref.Collection)
-		if err != nil {
-			return nil, err
-		}
-		if collection != s.Collection {
-			return nil, fmt.Errorf("%w: %s is not of collection %s but of %s/%s (%d)", ErrSnapshotMismatch, ref, ref.Collection,
-				s.DB, s.CollectionName, s.Collection)
-		}
+	if err := m.checkCollection(ctx, s, ref); err != nil {
+		return nil, err
 	}
 	return s, nil
 }
@@ -484,7 +443,7 @@ func (m *Manager) List(ctx context.Context, f Filter, after Place, limit int) (l
 		f.States = []State{Committed}
 	}
 	if f.Collection != (catalog.Ref{}) {
-		if f.Collection.ID, err = m.catalog.Resolve(ctx, f.Collection); err != nil {
+		if f.Collection.ID, err = m.ResolveCollection(ctx, f.Collection); err != nil {
 			return nil, false, err
 		}
 	}
@@ -633,7 +592,7 @@ func (m *Manager) Drop(ctx context.Context, tok request.Token, ref Ref, expected
 // droppable returns the snapshot that ref stands for, nil when there is none, and
 // the transaction that drops it, empty when there is nothing to do.
 func (m *Manager) droppable(ctx context.Context, ref Ref, expected int64) (s *Snapshot, txn meta.Txn, err error) {
-	s, err = m.Get(ctx, ref)
+	s, err = m.get(ctx, ref, expected == 0)
 	switch {
 	case errors.Is(err, ErrSnapshotNotFound), errors.Is(err, ErrExpiredOrDropped), errors.Is(err, ErrNeverExisted):
 		return nil, meta.Txn{}, nil

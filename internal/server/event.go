@@ -72,7 +72,7 @@ func (s *events) WatchEvents(req *pb.WatchEventsRequest, stream grpc.ServerStrea
 		}
 	} else if req.GetCollection() != nil {
 		var err error
-		if collection, err = s.catalog.Resolve(ctx, collectionRef(req.GetCollection())); err != nil {
+		if collection, err = s.manager.ResolveCollection(ctx, collectionRef(req.GetCollection())); err != nil {
 			return err
 		}
 	}

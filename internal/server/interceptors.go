@@ -31,6 +31,10 @@ import (
 // and finds the one that was used.
 const requestIDKey = "x-request-id"
 
+// noteKey is the metadata key of remarks on an answer: a person should see them,
+// a program need not.
+const noteKey = "snapshotd-note"
+
 var requestIDRule = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
 
 // Deadlines.
@@ -176,6 +180,7 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
+	ctx, notes := manager.WithNotes(ctx)
 	resp, err := func() (any, error) {
 		if err := s.admit(ctx, info.FullMethod); err != nil {
 			return nil, err
@@ -187,6 +192,9 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 	}()
 	if err != nil {
 		return nil, s.answer(ctx, info.FullMethod, err)
+	}
+	for _, text := range notes.List() {
+		_ = grpc.SetHeader(ctx, metadata.Pairs(noteKey, text)) // fails only when the call is over
 	}
 	return resp, nil
 }

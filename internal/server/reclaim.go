@@ -98,7 +98,7 @@ func (s *reclaims) ListTombstones(ctx context.Context, req *pb.ListTombstonesReq
 		}
 	} else if req.GetCollection() != nil { // the name is resolved once, for all pages
 		var err error
-		if collection, err = s.catalog.Resolve(ctx, collectionRef(req.GetCollection())); err != nil {
+		if collection, err = s.manager.ResolveCollection(ctx, collectionRef(req.GetCollection())); err != nil {
 			return nil, err
 		}
 	}

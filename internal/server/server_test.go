@@ -662,6 +662,30 @@ func (w *world) snapshot(t *testing.T, name string) *pb.Snapshot {
 	})).GetSnapshot()
 }
 
+// TestNameOfSeveralCollections asks for the snapshots of a name that two collections
+// had which were dropped: the answer is about the newest, and says so once.
+func TestNameOfSeveralCollections(t *testing.T) {
+	w := start(t)
+	ctx := t.Context()
+	for _, name := range []string{"one", "two"} {
+		w.collection(t, "c")
+		must[*pb.CreateSnapshotResponse](t)(w.snapshots.CreateSnapshot(ctx, &pb.CreateSnapshotRequest{Collection: byName("c"), Name: name}))
+		must[*pb.DropCollectionResponse](t)(w.catalog.DropCollection(ctx, &pb.DropCollectionRequest{Collection: byName("c")}))
+	}
+	var header metadata.MD
+	list, err := w.snapshots.ListSnapshots(ctx, &pb.ListSnapshotsRequest{Collection: byName("c")}, grpc.Header(&header))
+	if err != nil || len(list.GetSnapshots()) != 1 || list.GetSnapshots()[0].GetName() != "two" {
+		t.Errorf("got %v, err = %v", list, err)
+	}
+	if notes := header.Get("snapshotd-note"); len(notes) != 1 || !strings.Contains(notes[0], "2 collections had the name default/c") {
+		t.Errorf("notes %q", notes)
+	}
+	header = nil
+	if _, err := w.snapshots.ListSnapshots(ctx, &pb.ListSnapshotsRequest{}, grpc.Header(&header)); err != nil || len(header.Get("snapshotd-note")) > 0 {
+		t.Errorf("notes %q, err = %v", header.Get("snapshotd-note"), err)
+	}
+}
+
 func TestPins(t *testing.T) {
 	w := start(t)
 	ctx := t.Context()

@@ -79,6 +79,9 @@ func (x *CollectionName) GetName() string {
 
 // CollectionRef points at a collection by id or by name. A name is resolved
 // once per request. An id stays right when a collection is renamed or dropped.
+// Where snapshots are asked for, a name that no collection has stands for the
+// one that had it when the newest of them was taken. When that is one of
+// several, the answer carries a header "snapshotd-note" that says so.
 type CollectionRef struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// How the collection is given. Required.
@@ -178,7 +181,8 @@ type SnapshotRef struct {
 	Ref isSnapshotRef_Ref `protobuf_oneof:"ref"`
 	// The collection that the snapshot was taken of. Needed with a name only
 	// where snapshot names are unique per collection (name scope COLLECTION);
-	// when given it is checked in every case.
+	// when given it is checked in every case. DropSnapshot takes no name that may
+	// stand for snapshots of several collections: SNAPSHOT_MISMATCH.
 	Collection    *CollectionRef `protobuf:"bytes,3,opt,name=collection,proto3" json:"collection,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -1,0 +1,178 @@
+package manager
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/store/cluster"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+func byCollection(o *Options) { o.Cluster.NameScope = cluster.ScopeCollection }
+
+// TestSnapshotsAreFoundByTheirDroppedCollection finds the snapshots of a collection
+// that was dropped by its name, in each call, with each scope of names.
+func TestSnapshotsAreFoundByTheirDroppedCollection(t *testing.T) {
+	for _, change := range []func(*Options){func(*Options) {}, byCollection} {
+		inWorld(t, func(t *testing.T, w *world) {
+			ctx := t.Context()
+			r := w.start("a", change)
+			col := w.rich(r, "c", 6)
+			s := w.create(r, col, "one")
+			w.drops(r, col)
+			time.Sleep(4 * time.Hour)
+			settle()
+			named := catalog.Ref{DB: "default", Name: "c"}
+			ref := Ref{Name: "one", Collection: named}
+			list, _, err := r.List(ctx, Filter{Collection: named}, Place{}, 10)
+			if err != nil || len(list) != 1 || list[0].ID != s.ID {
+				t.Errorf("list: %v, err = %v", list, err)
+			}
+			if got, err := r.Get(ctx, ref); err != nil || got.ID != s.ID {
+				t.Errorf("get: %v, err = %v", got, err)
+			}
+			if d, err := r.Describe(ctx, ref); err != nil || d.Snapshot.ID != s.ID {
+				t.Errorf("describe: %v, err = %v", d, err)
+			}
+			if _, err := r.Usage(ctx, ref); err != nil {
+				t.Errorf("usage: %v", err)
+			}
+			pin, err := r.Pin(ctx, request.Token{}, ref, PinSpec{Owner: "o"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := r.Unpin(ctx, ref, pin.ID); err != nil {
+				t.Error(err)
+			}
+			sp := restoreSpecOf(s)
+			sp.Snapshot, sp.Name = ref, "back"
+			if _, err := r.PlanRestore(ctx, sp, false); err != nil {
+				t.Errorf("plan: %v", err)
+			}
+			job, err := r.Restore(ctx, request.Token{}, sp)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if end := w.ended(r, job.ID); end.Job.State != copyjob.Completed {
+				t.Errorf("restore: %+v", end.Job)
+			}
+			for _, other := range []string{"d", "C"} {
+				_, err := r.Get(ctx, Ref{Name: "one", Collection: catalog.Ref{DB: "default", Name: other}})
+				wantError(t, err, catalog.ErrCollectionNotFound)
+				_, _, err = r.List(ctx, Filter{Collection: catalog.Ref{DB: "default", Name: other}}, Place{}, 10)
+				wantError(t, err, catalog.ErrCollectionNotFound)
+			}
+			if id, err := r.Drop(ctx, request.Token{}, ref, 0); err != nil || id != s.ID {
+				t.Errorf("drop: %d, err = %v", id, err)
+			}
+			settle()
+			_, err = r.Get(ctx, Ref{ID: s.ID})
+			wantError(t, err, ErrExpiredOrDropped)
+		})
+	}
+}
+
+// TestSeveralCollectionsOfOneName drops a collection and makes another of its name,
+// again and again: what is living comes first, then what is newest, and that is
+// noted. Nothing is dropped that may not be meant.
+func TestSeveralCollectionsOfOneName(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", byCollection)
+		named := catalog.Ref{DB: "default", Name: "c"}
+		ref := Ref{Name: "nightly", Collection: named}
+		make1 := func(name string) *Snapshot {
+			col, _, _ := w.collection(r, "c")
+			s := w.create(r, col, name)
+			w.drops(r, col)
+			settle()
+			return s
+		}
+		get := func(ref Ref, want *Snapshot, notes int) {
+			t.Helper()
+			ctx, n := WithNotes(t.Context())
+			got, err := r.Get(ctx, ref)
+			if err != nil || got.ID != want.ID || len(n.List()) != notes {
+				t.Errorf("%s: %v, err = %v, notes %q; want %v and %d notes", ref, got, err, n.List(), want, notes)
+			}
+		}
+		first := make1("nightly")
+		get(ref, first, 0)
+		second := make1("nightly")
+		get(ref, second, 1)
+		weekly := make1("weekly")
+		get(ref, second, 1)
+		get(Ref{Name: "weekly", Collection: named}, weekly, 0)
+		ctx, notes := WithNotes(t.Context())
+		list, _, err := r.List(ctx, Filter{Collection: named}, Place{}, 10)
+		if err != nil || len(list) != 1 || list[0].ID != weekly.ID || len(notes.List()) != 1 || !strings.Contains(notes.List()[0], "3 collections") {
+			t.Errorf("list: %v, err = %v, notes %q", list, err, notes.List())
+		}
+		if _, err := r.Drop(t.Context(), request.Token{}, ref, 0); err == nil || !strings.Contains(errText(err), "2 collections had the name") {
+			t.Errorf("drop of one of two: %v", err)
+		}
+
+		col, _, _ := w.collection(r, "c")
+		get(ref, second, 1) // the living one has none of the name
+		_, err = r.Drop(t.Context(), request.Token{}, Ref{Name: "weekly", Collection: named}, 0)
+		wantError(t, err, ErrSnapshotMismatch) // it may be a repeat
+		third := w.create(r, col, "nightly")
+		get(ref, third, 0)
+		list, _, err = r.List(t.Context(), Filter{Collection: named}, Place{}, 10)
+		if err != nil || len(list) != 1 || list[0].ID != third.ID {
+			t.Errorf("list: %v, err = %v", list, err)
+		}
+		if id, err := r.Drop(t.Context(), request.Token{}, ref, 0); err != nil || id != third.ID {
+			t.Errorf("drop: %d, err = %v", id, err)
+		}
+		_, err = r.Drop(t.Context(), request.Token{}, ref, 0)
+		wantError(t, err, ErrSnapshotMismatch)
+		for _, s := range []*Snapshot{first, second, weekly} {
+			if id, err := r.Drop(t.Context(), request.Token{}, Ref{ID: s.ID, Collection: named}, 0); err != nil || id != s.ID {
+				t.Errorf("drop by id: %d, err = %v", id, err)
+			}
+		}
+		if id, err := r.Drop(t.Context(), request.Token{}, ref, 0); err != nil || id != 0 {
+			t.Errorf("drop of none: %d, err = %v", id, err)
+		}
+	})
+}
+
+// TestRestoreIntoTheNameOfTheDropped restores a snapshot into the name of its
+// dropped collection, and a snapshot of that after the first one was dropped.
+func TestRestoreIntoTheNameOfTheDropped(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		col := w.rich(r, "c", 6)
+		s := w.create(r, col, "one")
+		w.drops(r, col)
+		sp := restoreSpecOf(s)
+		sp.Name = "c"
+		if end := w.ended(r, w.restore(r, sp).ID); end.Job.State != copyjob.Completed {
+			t.Fatalf("%+v", end.Job)
+		}
+		w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+		back, err := r.catalog.Collection(t.Context(), catalog.Ref{DB: "default", Name: "c"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		two := w.create(r, back, "two")
+		w.dropSnapshot(r, s)
+		w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+		time.Sleep(time.Hour)
+		settle()
+		for _, seg := range w.segments(r, two) {
+			for f := range seg.AllFiles() {
+				if _, err := w.objects.Head(t.Context(), "data/"+f.Path); err != nil {
+					t.Errorf("%s of the restored collection: %v", f.Path, err)
+				}
+			}
+		}
+		if end := w.ended(r, w.restore(r, restoreSpecOf(two)).ID); end.Job.State != copyjob.Completed {
+			t.Errorf("%+v", end.Job)
+		}
+	})
+}
