@@ -44,7 +44,9 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcdserver"
-	"github.com/snapshotd/snapshotd/internal/store/object/identity"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/object/admit"
+	"github.com/snapshotd/snapshotd/internal/store/object/probe"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
@@ -150,7 +152,8 @@ type parts struct {
 	server   *server.Server
 	etcdErr  <-chan error // nil in a cluster
 	kv       meta.KV
-	tooOld   func() string    // names etcd servers that are not used
+	tooOld   func() string // names etcd servers that are not used
+	stores   map[string]*admit.Store
 	ticks    <-chan time.Time // when to ask etcd whether it is there
 	registry func(profiles bool, unhealthy func() string) *http.Server
 }
@@ -167,10 +170,6 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	ticker := time.NewTicker(checkEvery)
 	open.add(func() error { ticker.Stop(); return nil })
 	p.ticks = ticker.C
-	stores, features, err := openStores(ctx, cfg, log, open)
-	if err != nil {
-		return nil, err
-	}
 	scope, err := cfg.nameScope()
 	if err != nil {
 		return nil, err
@@ -179,28 +178,26 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	if err != nil {
 		return nil, err
 	}
-	for _, alias := range cfg.aliases() { // only now, for it may write to the store
-		if err := identity.Check(ctx, kv, stores[alias], alias, p.cluster.ID, rand.Reader); err != nil {
-			return nil, err // which names the alias
-		}
+	if p.stores, err = openStores(ctx, cfg, kv, p.cluster.ID, log, open); err != nil {
+		return nil, err
+	}
+	stores, ready := map[string]object.Store{}, map[string]<-chan struct{}{}
+	for alias, s := range p.stores {
+		stores[alias], ready[alias] = s, s.Ready()
 	}
 	requests := request.NewLeases(kv, time.Now)
 	age := epoch.New(epoch.Options{
 		KV: kv, Store: stores[cfg.SnapshotStore], Cluster: p.cluster.ID, Now: time.Now, Rand: rand.Reader, Log: log.Named("epoch"),
 	})
-	// A store that is behind is served all the same: there has to be somebody who
-	// recovers it.
-	if err := age.Check(ctx); err != nil && !errors.Is(err, epoch.ErrBehind) {
-		return nil, err
-	}
 	cat := catalog.New(catalog.Options{
 		KV: kv, Now: time.Now, Rand: rand.Reader, Requests: requests, RaiseIDs: age.Raise,
 		HasStore: func(alias string) bool { _, ok := stores[alias]; return ok },
 		Held:     catalog.ReadHeld(stores), AllowReserve: cfg.AllowReserveIDs,
 	})
 	p.manager, err = manager.New(manager.Options{
-		KV: kv, Catalog: cat, Cluster: p.cluster, Stores: stores, Features: features, SnapshotStore: cfg.SnapshotStore, Requests: requests, Epoch: age,
-		Replica: cfg.Replica, Release: cfg.Version, Now: time.Now, Rand: rand.Reader, Log: log.Named("manager"),
+		KV: kv, Catalog: cat, Cluster: p.cluster, Stores: stores, Ready: ready, SnapshotStore: cfg.SnapshotStore, Requests: requests, Epoch: age,
+		Features: func(alias string) (probe.Features, error) { return p.stores[alias].Features() },
+		Replica:  cfg.Replica, Release: cfg.Version, Now: time.Now, Rand: rand.Reader, Log: log.Named("manager"),
 		CreateTimeout: time.Duration(cfg.CreateTimeout), LeaseTTL: time.Duration(cfg.CreateLeaseTTL),
 		LeaderTTL: time.Duration(cfg.LeaderTTL), MaxCreates: cfg.MaxCreates,
 		RestoreSlots: cfg.RestoreSlots, CopyInFlight: cfg.CopyInFlight, KeepRestores: time.Duration(cfg.KeepRestores),
@@ -216,9 +213,9 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 		return nil, err
 	}
 	registry := newRegistry()
-	registry.MustRegister(stats{p.manager})
+	registry.MustRegister(stats{p.manager, p.stores})
 	p.registry = func(profiles bool, unhealthy func() string) *http.Server {
-		return metricsServer(registry, unhealthy, profiles)
+		return metricsServer(registry, unhealthy, func() []string { return waiting(p.stores) }, profiles)
 	}
 	p.server, err = server.New(server.Options{
 		Manager: p.manager, Catalog: cat, Cluster: p.cluster, KV: kv, Log: log.Named("rpc"), Registry: registry, TLS: config,
@@ -291,6 +288,9 @@ func (s *Server) run(ctx context.Context, cfg Config, p *parts, tcp, inside, met
 		}
 		return wrap("background work", err)
 	})
+	for _, store := range p.stores {
+		group.Go(func() error { return store.Run(loops) })
+	}
 	group.Go(func() error { return wrap("gRPC service", p.server.Serve(tcp)) })
 	group.Go(func() error { return wrap("gRPC service within the process", p.server.Serve(inside)) })
 	// Before anybody can ask, or the loop that watches etcd say otherwise.

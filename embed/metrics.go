@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/http"
 	"net/http/pprof"
+	"slices"
 	"strings"
 	"time"
 
@@ -13,10 +14,14 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/manager"
+	"github.com/snapshotd/snapshotd/internal/store/object/admit"
 )
 
 // stats shows what the manager is doing. The names are part of the interface.
-type stats struct{ manager *manager.Manager }
+type stats struct {
+	manager *manager.Manager
+	stores  map[string]*admit.Store
+}
 
 var (
 	snapshotsDesc  = prometheus.NewDesc("snapshotd_snapshots", "Snapshots by state, as this replica knows them.", []string{"state"}, nil)
@@ -39,13 +44,14 @@ var (
 	lastSweepDesc  = prometheus.NewDesc("snapshotd_gc_last_sweep_timestamp_seconds", "When the last sweep for objects under snapshotd's own prefixes that nothing knows ended that this replica made as the leader, in seconds since 1970.", nil, nil)
 	orphansDesc    = prometheus.NewDesc("snapshotd_gc_orphans", "Objects under snapshotd's own prefixes that nothing knows and that stay, as of the last sweep that this replica made as the leader: waiting for orphan_grace, lost with a metadata store that went back in time, or foreign.", []string{"state"}, nil)
 	behindDesc     = prometheus.NewDesc("snapshotd_metadata_behind", "1 while the metadata store is older than what it wrote into the object store: nothing is allocated and deleted.", nil, nil)
+	storeReadyDesc = prometheus.NewDesc("snapshotd_object_store_ready", "1 once the object store has answered since the start and is known to be the cluster's; 0: calls that need it are refused.", []string{"store"}, nil)
 	skewDesc       = prometheus.NewDesc("snapshotd_clock_skew_seconds", "How far this host's clock and the object store's are apart.", nil, nil)
 )
 
 func (s stats) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		snapshotsDesc, leaderDesc, createsDesc, unreadable, skewDesc, referencesDesc, referenced, tombstonesDesc, oldestDesc, pinsDesc, restoresDesc, workersDesc, tasksDesc,
-		deletedObjects, deletedBytes, unitsDesc, stoppedDesc, lastRoundDesc, lastSweepDesc, orphansDesc, behindDesc,
+		deletedObjects, deletedBytes, unitsDesc, stoppedDesc, lastRoundDesc, lastSweepDesc, orphansDesc, behindDesc, storeReadyDesc,
 	} {
 		ch <- d
 	}
@@ -64,6 +70,14 @@ func (s stats) Collect(ch chan<- prometheus.Metric) {
 		leading = 1
 	}
 	gauge(leaderDesc, leading)
+	closed := waiting(s.stores)
+	for alias := range s.stores {
+		ready := 1.
+		if slices.Contains(closed, alias) {
+			ready = 0
+		}
+		gauge(storeReadyDesc, ready, alias)
+	}
 	gauge(createsDesc, float64(now.Creates))
 	gauge(unreadable, float64(now.Unreadable))
 	gauge(skewDesc, now.ClockSkew.Seconds())
@@ -138,8 +152,9 @@ func newRegistry() *prometheus.Registry {
 }
 
 // metricsServer returns what answers on the metrics address. Unhealthy says why
-// the server does not serve, or nothing.
-func metricsServer(registry *prometheus.Registry, unhealthy func() string, profiles bool) *http.Server {
+// the server does not serve, or nothing; waiting which object stores it serves
+// without.
+func metricsServer(registry *prometheus.Registry, unhealthy func() string, waiting func() []string, profiles bool) *http.Server {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
@@ -147,7 +162,11 @@ func metricsServer(registry *prometheus.Registry, unhealthy func() string, profi
 			http.Error(w, "not serving: "+why, http.StatusServiceUnavailable)
 			return
 		}
-		_, _ = w.Write([]byte("ok\n")) // the asker is gone: nobody to tell
+		text := "ok\n"
+		if stores := waiting(); len(stores) > 0 {
+			text = "ok, without object store " + strings.Join(stores, ", ") + ", which has not answered since the start: calls that need it are refused\n"
+		}
+		_, _ = w.Write([]byte(text)) // the asker is gone: nobody to tell
 	})
 	if profiles {
 		mux.HandleFunc("GET /debug/pprof/", pprof.Index)

@@ -15,6 +15,9 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/embed"
 	"github.com/snapshotd/snapshotd/internal/store/object/probe"
@@ -185,5 +188,77 @@ func TestStartTriesTheBucket(t *testing.T) {
 			}
 			p.MustHaveFired(t)
 		})
+	}
+}
+
+// TestStartWithoutTheBucket starts a replica again while its bucket is away: it
+// answers reads, refuses to change anything, says so, and goes on by itself when
+// the bucket is back.
+func TestStartWithoutTheBucket(t *testing.T) {
+	o := s3test.Bucket(t)
+	p := s3fault.New(t, o.Endpoint)
+	store := onS3(t, o)
+	store.Endpoint = p.URL()
+	cfg := small(t)
+	cfg.ObjectStores = map[string]embed.ObjectStore{"default": store}
+	ref := &pb.CollectionRef{Ref: &pb.CollectionRef_Name{Name: &pb.CollectionName{Name: "c"}}}
+	create := func(s *embed.Server, name string) error {
+		_, err := pb.NewSnapshotServiceClient(s.Conn()).CreateSnapshot(t.Context(), &pb.CreateSnapshotRequest{Collection: ref, Name: name})
+		return err
+	}
+	first, err := embed.Start(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := createCollection(t.Context(), first.Conn(), "c"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pb.NewCatalogServiceClient(first.Conn()).SetCheckpoints(t.Context(), &pb.SetCheckpointsRequest{
+		Collection: ref, Checkpoints: []*pb.ChannelPosition{{Position: &pb.Position{Timestamp: 10}}},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := create(first, "before"); err != nil {
+		t.Fatal(err)
+	}
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	p.Plan(s3fault.Rule{Times: -1, Action: s3fault.Reset()})
+	s := start(t, cfg)
+	if got := names(t, s.Conn()); got != "before" {
+		t.Errorf("without the bucket it lists %q", got)
+	}
+	ids := &pb.AllocateIdsRequest{Want: &pb.AllocateIdsRequest_Count{Count: 1}}
+	_, idsErr := pb.NewCatalogServiceClient(s.Conn()).AllocateIds(t.Context(), ids)
+	for _, err := range []error{create(s, "meanwhile"), createCollection(t.Context(), s.Conn(), "d"), idsErr} {
+		if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "has not answered since this replica started") {
+			t.Errorf("a change without the bucket: got %v", err)
+		}
+	}
+	metrics := "http://" + s.MetricsAddr()
+	if code, body := get(t, metrics+"/healthz"); code != 200 || !strings.Contains(body, "without object store default") {
+		t.Errorf("healthz: %d %q", code, body)
+	}
+	if _, body := get(t, metrics+"/metrics"); !strings.Contains(body, `snapshotd_object_store_ready{store="default"} 0`) {
+		t.Errorf("metrics:\n%s", body)
+	}
+	p.MustHaveFired(t)
+
+	p.Plan()
+	deadline := time.NewTimer(time.Minute)
+	defer deadline.Stop()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for err := create(s, "after"); err != nil; err = create(s, "after") {
+		select {
+		case <-tick.C:
+		case <-deadline.C:
+			t.Fatalf("the bucket is back, and still: %v", err)
+		}
+	}
+	if code, body := get(t, metrics+"/healthz"); code != 200 || body != "ok\n" {
+		t.Errorf("healthz: %d %q", code, body)
 	}
 }

@@ -2,20 +2,28 @@ package embed
 
 import (
 	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
-	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/epoch"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object/admit"
 	"github.com/snapshotd/snapshotd/internal/store/object/file"
-	"github.com/snapshotd/snapshotd/internal/store/object/probe"
 	"github.com/snapshotd/snapshotd/internal/store/object/s3"
 )
 
@@ -252,57 +260,96 @@ func (c Config) validateStores(wrong func(field, format string, args ...any)) {
 	}
 }
 
-// openStores opens the object stores and adds to open what is to be closed. A
-// bucket is tried out first: a server that ignores what snapshotd relies on
-// says that all is well.
-func openStores(ctx context.Context, cfg Config, log *zap.Logger, open *closers) (map[string]object.Store, map[string]probe.Features, error) {
-	stores, features := map[string]object.Store{}, map[string]probe.Features{}
+// startWait is how long a start waits for the object stores to answer.
+const startWait = 10 * time.Second
+
+// openStores opens the object stores, tries to admit all of them at once, and adds
+// to open what is to be closed. A store that does not answer stays closed: the
+// server starts without it. One that is refused, or that the cluster does not know
+// yet and that does not answer, ends the start.
+func openStores(ctx context.Context, cfg Config, kv meta.KV, cluster string, log *zap.Logger, open *closers) (map[string]*admit.Store, error) {
+	stores := map[string]*admit.Store{}
 	for _, alias := range cfg.aliases() {
-		s, f, err := openStore(ctx, cfg.ObjectStores[alias], len(cfg.EtcdEndpoints) > 0, log.With(zap.String("store", alias)), open)
+		o, err := openStore(ctx, cfg, alias, log.With(zap.String("store", alias)), open)
 		if err != nil {
-			return nil, nil, fmt.Errorf("object store %s: %w", alias, err)
+			return nil, fmt.Errorf("object store %s: %w", alias, err)
 		}
-		stores[alias], features[alias] = s, f
+		o.Alias, o.KV, o.Cluster, o.Now, o.Rand, o.Log = alias, kv, cluster, time.Now, rand.Reader, log.Named("admit")
+		if alias == cfg.SnapshotStore {
+			age := epoch.New(epoch.Options{KV: kv, Store: o.Store, Cluster: cluster, Now: time.Now, Rand: rand.Reader, Log: log.Named("epoch")})
+			o.Check = func(ctx context.Context) error {
+				// A store that is behind is served all the same: there has to be somebody who
+				// recovers it.
+				if err := age.Check(ctx); !errors.Is(err, epoch.ErrBehind) {
+					return err
+				}
+				return nil
+			}
+		}
+		stores[alias] = admit.New(o)
 	}
-	return stores, features, nil
+	bounded, cancel := context.WithTimeout(ctx, startWait)
+	defer cancel()
+	errs := make([]error, len(stores))
+	var wg sync.WaitGroup
+	for i, alias := range cfg.aliases() {
+		wg.Go(func() { errs[i] = stores[alias].Attempt(bounded) })
+	}
+	wg.Wait()
+	for _, err := range errs {
+		switch {
+		case err == nil:
+		case ctx.Err() != nil || !admit.Pending(err) || errors.Is(err, admit.ErrUnknown):
+			return nil, err
+		default:
+			log.Warn("an object store does not answer: starting without it, and calls that need it are refused until it does", zap.Error(err))
+		}
+	}
+	return stores, nil
 }
 
-func openStore(ctx context.Context, c ObjectStore, shared bool, log *zap.Logger, open *closers) (object.Store, probe.Features, error) {
+// openStore opens the store of an alias, which may not answer yet.
+func openStore(ctx context.Context, cfg Config, alias string, log *zap.Logger, open *closers) (admit.Options, error) {
+	c := cfg.ObjectStores[alias]
 	if c.Type == typeFile {
+		shared := len(cfg.EtcdEndpoints) > 0
 		s, err := file.Open(c.Path, file.Options{Shared: shared}) //nolint:contextcheck // a local directory
 		if errors.Is(err, file.ErrInUse) {
-			return nil, probe.Features{}, fmt.Errorf("%w: %w; end it, or choose another path: only replicas of one cluster share a directory", ErrInUse, err)
+			return admit.Options{}, fmt.Errorf("%w: %w; end it, or choose another path: only replicas of one cluster share a directory", ErrInUse, err)
 		}
 		if err != nil {
-			return nil, probe.Features{}, err
+			return admit.Options{}, err
 		}
 		open.add(s.Close)
-		return s, probe.Features{ConditionalCopy: true, MultipartCopy: true}, nil
+		return admit.Options{Store: s}, nil
 	}
 	o, err := c.s3Options()
 	if err != nil {
-		return nil, probe.Features{}, err
+		return admit.Options{}, err
 	}
 	o.Log = log.Named("s3")
-	if o.AccessKeyID != "" {
-		o.ReadKeys = func() (s3.Keys, error) { // an operator replaces the files while the server runs
-			now, err := c.s3Options()
-			return s3.Keys{AccessKeyID: now.AccessKeyID, SecretAccessKey: now.SecretAccessKey, SessionToken: now.SessionToken}, err
-		}
-	}
 	s, err := s3.Open(ctx, o)
 	if err != nil {
-		return nil, probe.Features{}, err
+		return admit.Options{}, err
 	}
 	open.add(s.Close)
-	report, err := probe.Light(ctx, s, "")
+	about, err := json.Marshal(c)
 	if err != nil {
-		return nil, probe.Features{}, err
+		return admit.Options{}, err
 	}
-	for _, check := range report.Checks {
-		if !check.OK {
-			log.Warn("the object store lacks what would be good to have", zap.String("check", check.Name), zap.String("detail", check.Detail))
+	sum := sha256.Sum256(append(about, cfg.Version...))
+	return admit.Options{Store: s, About: sum[:]}, nil
+}
+
+// waiting returns the aliases of the stores that are not admitted yet.
+func waiting(stores map[string]*admit.Store) []string {
+	var list []string
+	for _, alias := range slices.Sorted(maps.Keys(stores)) {
+		select {
+		case <-stores[alias].Ready():
+		default:
+			list = append(list, alias)
 		}
 	}
-	return s, report.Features(), nil
+	return list
 }

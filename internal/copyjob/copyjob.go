@@ -154,6 +154,8 @@ type Options struct {
 	Deleted func(objects, bytes int64)
 	// Jitter spreads attempts: numbers in [0, 1). Default that of [meta.Backoff].
 	Jitter func() float64
+	// Ready are channels. This replica takes no tasks before all are closed.
+	Ready []<-chan struct{}
 }
 
 // Jobs runs restores. It is safe for concurrent use. All background work happens

@@ -47,6 +47,13 @@ func newWorker(o *Options, b *board) *worker {
 }
 
 func (w *worker) run(ctx context.Context) {
+	for _, ready := range w.o.Ready {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ready:
+		}
+	}
 	backoff := meta.Backoff{Rand: w.o.Jitter}
 	for {
 		err := w.round(ctx, backoff.Reset)

@@ -151,6 +151,8 @@ type Options struct {
 	UnconfirmedAfter time.Duration
 	// Jitter spreads attempts: numbers in [0, 1). Default that of [meta.Backoff].
 	Jitter func() float64
+	// Ready is closed once references can be read. Nil: they can.
+	Ready <-chan struct{}
 }
 
 // GC decides what may be deleted, and deletes it when it leads. It is safe for

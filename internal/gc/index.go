@@ -293,6 +293,13 @@ func (x *index) changed() {
 
 // loader reads references that are missing until ctx ends.
 func (x *index) loader(ctx context.Context) {
+	if x.o.Ready != nil {
+		select {
+		case <-ctx.Done():
+			return
+		case <-x.o.Ready:
+		}
+	}
 	for {
 		e, wait := x.next()
 		if e == nil {

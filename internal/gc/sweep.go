@@ -21,6 +21,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/object/identity"
+	"github.com/snapshotd/snapshotd/internal/store/object/probe"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
@@ -37,6 +38,8 @@ import (
 //	gc/held/<collection>/<unit>         a unit's record or a tombstone, likewise
 //	gc/restore/<job>/pins-<task>-<part>.json
 //	                                    a restore job's record, likewise
+//	snapshotd-probe/<probe>/<file>      goes when it is older than a day, by the
+//	                                    store's clock: a probe takes minutes at most
 //	anything else                       is left alone; names under snapshots/ and
 //	                                    gc/ that snapshotd does not write are counted
 //
@@ -236,7 +239,25 @@ func (s *sweep) store(ctx context.Context, alias string) error {
 			return err
 		}
 	}
+	if !s.o.DryRun {
+		if err := s.probes(ctx, store, now); err != nil {
+			return err
+		}
+	}
 	return firstOf(s.undeleted)
+}
+
+// probes removes what probes of the store left.
+func (s *sweep) probes(ctx context.Context, store object.Store, now time.Time) error {
+	objects, bytes, uploads, err := probe.RemoveLeft(ctx, store, now)
+	s.summary.Deleted += objects
+	s.summary.Bytes += bytes
+	s.summary.Uploads += int64(uploads)
+	s.g.counters.Add(ByOrphan, objects, bytes)
+	if err != nil {
+		return fmt.Errorf("remove what probes left: %w", err)
+	}
+	return nil
 }
 
 // pages calls fn with the objects under prefix, up to size of them at a time. The

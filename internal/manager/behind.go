@@ -31,9 +31,22 @@ func (m *Manager) Behind(ctx context.Context) (string, error) {
 	return behind.Error(), nil
 }
 
+// ErrNotReady means that the object store for snapshots has not answered since this
+// replica started, so that it is not known whether it is the cluster's, nor whether
+// the metadata store has gone back in time. Nothing was written.
+var ErrNotReady = errors.New("the object store has not answered since this replica started")
+
 // NotBehind returns an epoch.ErrBehind while the metadata store is known to be
-// behind the object store: what is decided on it may be wrong.
+// behind the object store: what is decided on it may be wrong. It returns an
+// ErrNotReady while that cannot be known.
 func (m *Manager) NotBehind(ctx context.Context) error {
+	if ready := m.o.Ready[m.o.SnapshotStore]; ready != nil {
+		select {
+		case <-ready:
+		default:
+			return ErrNotReady
+		}
+	}
 	if m.o.Epoch == nil {
 		return nil
 	}

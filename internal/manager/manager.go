@@ -116,6 +116,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -155,8 +157,13 @@ type Options struct {
 	Cluster       cluster.Cluster
 	Stores        map[string]object.Store // by alias
 	SnapshotStore string                  // alias of the store for snapshots' own objects
-	// Features are what the stores can do; one that is not in it can do all.
-	Features map[string]probe.Features
+	// Features returns what the store of an alias can do; an object.ErrUnavailable
+	// while that is not known. Nil: each can do all.
+	Features func(alias string) (probe.Features, error)
+	// Ready holds for each alias a channel that is closed once the store is known to
+	// be the cluster's. Until that of SnapshotStore is, NotBehind refuses, and no
+	// references are read; until all are, this replica copies nothing. Nil: all are.
+	Ready    map[string]<-chan struct{}
 	Requests *request.Leases
 	// Epoch tells whether the metadata store has gone back in time. Nil: nobody
 	// looks.
@@ -268,13 +275,14 @@ func New(o Options) (*Manager, error) {
 		Now: o.Now, Rand: o.Rand, Log: o.Log, Interval: o.CleanInterval,
 		Replica: o.Replica, CollectorOff: o.CollectorOff, CollectInterval: o.CollectInterval, Tolerance: o.CollectTolerance,
 		MaxShare: o.CollectMaxShare, Rate: o.CollectRate, OrphanGrace: o.OrphanGrace, SweepInterval: o.SweepInterval,
-		Jitter: o.Jitter,
+		Jitter: o.Jitter, Ready: o.Ready[o.SnapshotStore],
 	})
 	m.jobs = copyjob.New(copyjob.Options{
 		KV: o.KV, Catalog: o.Catalog, Source: restoreSource{m}, Stores: o.Stores, PinStore: o.SnapshotStore, Requests: o.Requests, Replica: o.Replica,
 		Now: o.Now, Rand: o.Rand, Log: o.Log, WorkerTTL: o.LeaderTTL, Slots: o.RestoreSlots, CopyInFlight: o.CopyInFlight, Keep: o.KeepRestores,
 		Deleted: func(objects, bytes int64) { m.gc.Counters().Add(gc.ByRestore, objects, bytes) },
 		Jitter:  o.Jitter,
+		Ready:   slices.Collect(maps.Values(o.Ready)),
 	})
 	m.view = newView(m.kv, m.log, o.Jitter, m.clean.Wake)
 	m.elect = election.New(election.Options{KV: o.KV, Key: keys.Leader, Name: o.Replica, TTL: o.LeaderTTL, Log: o.Log, Rand: o.Jitter})

@@ -276,9 +276,13 @@ func (m *Manager) fill(ctx context.Context, r *restorable, spec *RestoreSpec) er
 func (m *Manager) checkStores(r *restorable) error {
 	r.parts = object.CopyParts{}.WithDefaults()
 	for _, root := range r.md.Roots {
-		f, known := m.o.Features[root.Store]
+		if m.o.Features == nil {
+			continue
+		}
+		f, err := m.o.Features(root.Store)
 		switch {
-		case !known:
+		case err != nil:
+			return err
 		case !f.ConditionalCopy:
 			return fmt.Errorf("%w: %s does not copy just the version that is asked for; see AdminService.ProbeStore", ErrStoreUnfit, root.Store)
 		case !f.MultipartCopy:

@@ -103,6 +103,10 @@ var classes = []class{
 	{err: manager.ErrCatalogCompacted, code: codes.Aborted, reason: "CATALOG_COMPACTED", retry: time.Second},
 	{err: manager.ErrStoreNotFound, code: codes.NotFound, reason: "STORE_NOT_FOUND"},
 	{err: manager.ErrEventsCompacted, code: codes.OutOfRange, reason: "EVENTS_COMPACTED"},
+	{
+		err: manager.ErrNotReady, code: codes.Unavailable, reason: "STORE_UNAVAILABLE", retry: time.Second,
+		text: "the object store has not answered since this replica started: it changes nothing until it does; nothing was written, call again",
+	},
 	{err: manager.ErrStopping, code: codes.Unavailable, reason: "STOPPING", retry: time.Second},
 	{err: manager.ErrOverloaded, code: codes.ResourceExhausted, reason: "OVERLOADED", retry: time.Second},
 	// The caller has to look at what there is now.

@@ -79,6 +79,12 @@ func ID(id int64) string { return fmt.Sprintf("%019d", id) }
 // Store is the id of the object store that an alias stands for.
 func Store(alias string) string { return "/store/" + alias }
 
+// VerdictPrefix is what the keys of all verdicts begin with.
+const VerdictPrefix = "/verdict/"
+
+// Verdict is what a probe found of the object store that an alias stands for.
+func Verdict(alias string) string { return VerdictPrefix + alias }
+
 // Snapshot is a snapshot's record.
 func Snapshot(id int64) string { return SnapshotPrefix + ID(id) }
 

@@ -80,6 +80,17 @@ func Check(ctx context.Context, kv meta.KV, store object.Store, alias, cluster s
 	return nil
 }
 
+// Known reports whether the cluster of kv knows alias. Then the error is nil only
+// when store is the one that it stands for. It writes nothing.
+func Known(ctx context.Context, kv meta.KV, store object.Store, alias string) (bool, error) {
+	known, found, _, err := kv.Get(ctx, keys.Store(alias))
+	if err != nil || !found {
+		return false, err
+	}
+	has, err := read(ctx, store)
+	return true, compare(alias, string(known.Value), has.ID, err)
+}
+
 // compare judges what read returned.
 func compare(alias, want, has string, err error) error {
 	const remedy = "all replicas must reach the same store under the same alias"

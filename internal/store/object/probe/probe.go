@@ -21,7 +21,7 @@ import (
 )
 
 // Dir is the directory of a store below which probes work, each in one of its
-// own. What a probe leaves there that dies, one removes that runs a day later.
+// own. What a probe leaves there, RemoveLeft removes a day later.
 const Dir = "snapshotd-probe"
 
 // leftFor is how old, by the store's clock, a thing must be to be of a probe that
@@ -34,7 +34,6 @@ const (
 	longestKeyTry  = object.MaxKeyBytes
 	allowedSkew    = time.Minute
 	cleanUpTimeout = 30 * time.Second
-	leftTimeout    = 5 * time.Second // to remove what others left
 )
 
 // ErrMissing means that a store lacks what snapshotd cannot do without.
@@ -45,6 +44,7 @@ type Check struct {
 	Name     string
 	Required bool // snapshotd does not run without
 	OK       bool
+	Unknown  bool   // it could not be found out, since the store did not answer, or was full
 	Detail   string // what was seen
 }
 
@@ -113,6 +113,7 @@ func Light(ctx context.Context, store object.Store, dir string) (Report, error) 
 type check struct {
 	name            string
 	required, light bool
+	alone           bool // no other check is made meanwhile
 	try             func(p *prober, ctx context.Context) (detail string, err error)
 }
 
@@ -139,20 +140,20 @@ const (
 )
 
 var checks = []check{
-	{"write and read back", true, true, (*prober).roundTrip},
-	{"conditional create", true, true, (*prober).conditionalCreate},
-	{"ranges", true, true, (*prober).ranges},
-	{"list after write and delete", true, true, (*prober).lists},
-	{"delete of a missing object", true, true, (*prober).deleteMissing},
-	{conditionalCopy, false, true, (*prober).conditionalCopy},
-	{multipartCopy, false, true, (*prober).multipartCopy},
-	{"one winner of " + fmt.Sprint(racers), true, false, (*prober).race},
-	{"read after write", true, false, (*prober).follow},
-	{"keys that look alike", true, false, (*prober).alike},
-	{fmt.Sprintf("keys of %d bytes", longestKeyTry), false, false, (*prober).longKeys},
-	{rangeCopy, false, false, (*prober).rangeCopy},
-	{"clock", false, true, (*prober).clock},
-	{"latency", false, false, (*prober).latency},
+	{"write and read back", true, true, false, (*prober).roundTrip},
+	{"conditional create", true, true, false, (*prober).conditionalCreate},
+	{"ranges", true, true, false, (*prober).ranges},
+	{"list after write and delete", true, true, false, (*prober).lists},
+	{"delete of a missing object", true, true, false, (*prober).deleteMissing},
+	{conditionalCopy, false, true, false, (*prober).conditionalCopy},
+	{multipartCopy, false, true, false, (*prober).multipartCopy},
+	{"one winner of " + fmt.Sprint(racers), true, false, false, (*prober).race},
+	{"read after write", true, false, false, (*prober).follow},
+	{"keys that look alike", true, false, false, (*prober).alike},
+	{fmt.Sprintf("keys of %d bytes", longestKeyTry), false, false, false, (*prober).longKeys},
+	{rangeCopy, false, false, false, (*prober).rangeCopy},
+	{"clock", false, true, true, (*prober).clock},
+	{"latency", false, false, true, (*prober).latency},
 }
 
 // prober is a probe under way.
@@ -165,19 +166,15 @@ type prober struct {
 }
 
 func run(ctx context.Context, store object.Store, dir string, checks []check) (report Report, err error) {
-	parent := path.Join(dir, Dir) + "/"
-	p := &prober{store: store, dir: parent + strings.ToLower(rand.Text())}
-	// Trouble with it is no finding: the checks say what the store cannot do.
-	_ = removeLeft(ctx, store, parent)
+	p := &prober{store: store, dir: path.Join(dir, Dir) + "/" + strings.ToLower(rand.Text())}
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTimeout)
 		defer cancel()
-		if cleanErr := p.clean(ctx); cleanErr != nil && err == nil {
-			err = fmt.Errorf("clean up after the probe: %w", cleanErr)
-		}
+		_ = p.clean(ctx) // what stays, RemoveLeft removes: it says nothing of what was found
 	}()
-	for _, c := range checks {
-		detail, err := c.try(p, ctx)
+	tried := p.tryAll(ctx, checks)
+	for i, c := range checks {
+		detail, err := tried[i].detail, tried[i].err
 		f, found := errors.AsType[finding](err)
 		switch {
 		case ctx.Err() != nil:
@@ -189,37 +186,63 @@ func run(ctx context.Context, store object.Store, dir string, checks []check) (r
 		case err != nil:
 			detail = err.Error()
 		}
-		report.Checks = append(report.Checks, Check{Name: c.name, Required: c.required, OK: err == nil, Detail: detail})
+		report.Checks = append(report.Checks, Check{
+			Name: c.name, Required: c.required, OK: err == nil, Unknown: errors.Is(err, object.ErrUnavailable) || errors.Is(err, object.ErrFull), Detail: detail,
+		})
 	}
 	return report, report.Err()
 }
 
-// removeLeft removes what probes left that died long ago.
-func removeLeft(ctx context.Context, store object.Store, parent string) error {
-	ctx, cancel := context.WithTimeout(ctx, leftTimeout)
-	defer cancel()
-	now, err := store.Now(ctx)
-	if err != nil {
-		return err
+// outcome is what a check returned.
+type outcome struct {
+	detail string
+	err    error
+}
+
+// tryAll makes the checks, all at once but those that measure time: each uses
+// names of its own, and a store that is far away answers none of them quickly.
+func (p *prober) tryAll(ctx context.Context, checks []check) []outcome {
+	tried := make([]outcome, len(checks))
+	var wg sync.WaitGroup
+	for i, c := range checks {
+		if !c.alone {
+			wg.Go(func() { tried[i].detail, tried[i].err = c.try(p, ctx) })
+		}
 	}
-	before := now.Add(-leftFor)
+	wg.Wait()
+	for i, c := range checks {
+		if c.alone {
+			tried[i].detail, tried[i].err = c.try(p, ctx)
+		}
+	}
+	return tried
+}
+
+// RemoveLeft removes what probes left in a store that died, or could not clean up,
+// longer than a day before now, by the store's clock. It returns how many objects
+// and uploads it removed, and the bytes of the former, also with an error.
+func RemoveLeft(ctx context.Context, store object.Store, now time.Time) (objects, bytes int64, uploads int, err error) {
+	parent, before := Dir+"/", now.Add(-leftFor)
 	var left []string
 	for info, err := range store.List(ctx, parent) {
 		if err != nil {
-			return err
+			return 0, 0, 0, err
 		}
 		if ofProbe.MatchString(info.Key[len(parent):]) && info.ModTime.Before(before) {
-			left = append(left, info.Key)
+			left, bytes = append(left, info.Key), bytes+info.Size
 		}
 		if len(left) == maxLeft {
 			break
 		}
 	}
-	_, err = store.AbortUploads(ctx, parent, before)
-	return errors.Join(err, store.Delete(ctx, left...))
+	if err := store.Delete(ctx, left...); err != nil {
+		return 0, 0, 0, err
+	}
+	uploads, err = store.AbortUploads(ctx, parent, before)
+	return int64(len(left)), bytes, uploads, err
 }
 
-// maxLeft is how many objects one probe removes.
+// maxLeft is how many objects one call of RemoveLeft removes.
 const maxLeft = 1000
 
 // ofProbe are the keys of probes, in lower case as of rand.Text; those that are

@@ -2646,6 +2646,89 @@ func (x *References) GetFiles() int64 {
 	return 0
 }
 
+// StoreVerdict is what a probe of an object store found, when all that snapshotd
+// requires is there.
+type StoreVerdict struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1.
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// When it was found, by the clock of the replica; Unix nanoseconds.
+	Time int64 `protobuf:"varint,2,opt,name=time,proto3" json:"time,omitempty"`
+	// The SHA-256 of what it is about: release and configuration of the store.
+	About []byte `protobuf:"bytes,3,opt,name=about,proto3" json:"about,omitempty"`
+	// Copies are made only of the version asked for.
+	ConditionalCopy bool `protobuf:"varint,4,opt,name=conditional_copy,json=conditionalCopy,proto3" json:"conditional_copy,omitempty"`
+	// Copies are made in parts.
+	MultipartCopy bool `protobuf:"varint,5,opt,name=multipart_copy,json=multipartCopy,proto3" json:"multipart_copy,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StoreVerdict) Reset() {
+	*x = StoreVerdict{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StoreVerdict) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StoreVerdict) ProtoMessage() {}
+
+func (x *StoreVerdict) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StoreVerdict.ProtoReflect.Descriptor instead.
+func (*StoreVerdict) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *StoreVerdict) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *StoreVerdict) GetTime() int64 {
+	if x != nil {
+		return x.Time
+	}
+	return 0
+}
+
+func (x *StoreVerdict) GetAbout() []byte {
+	if x != nil {
+		return x.About
+	}
+	return nil
+}
+
+func (x *StoreVerdict) GetConditionalCopy() bool {
+	if x != nil {
+		return x.ConditionalCopy
+	}
+	return false
+}
+
+func (x *StoreVerdict) GetMultipartCopy() bool {
+	if x != nil {
+		return x.MultipartCopy
+	}
+	return false
+}
+
 // Cut is where a snapshot cuts a channel.
 type Cut struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2661,7 +2744,7 @@ type Cut struct {
 
 func (x *Cut) Reset() {
 	*x = Cut{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2673,7 +2756,7 @@ func (x *Cut) String() string {
 func (*Cut) ProtoMessage() {}
 
 func (x *Cut) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2686,7 +2769,7 @@ func (x *Cut) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cut.ProtoReflect.Descriptor instead.
 func (*Cut) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{25}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Cut) GetChannel() string {
@@ -2731,7 +2814,7 @@ type Totals struct {
 
 func (x *Totals) Reset() {
 	*x = Totals{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2743,7 +2826,7 @@ func (x *Totals) String() string {
 func (*Totals) ProtoMessage() {}
 
 func (x *Totals) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2756,7 +2839,7 @@ func (x *Totals) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Totals.ProtoReflect.Descriptor instead.
 func (*Totals) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{26}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Totals) GetSegments() int64 {
@@ -2815,7 +2898,7 @@ type Pending struct {
 
 func (x *Pending) Reset() {
 	*x = Pending{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2827,7 +2910,7 @@ func (x *Pending) String() string {
 func (*Pending) ProtoMessage() {}
 
 func (x *Pending) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2840,7 +2923,7 @@ func (x *Pending) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pending.ProtoReflect.Descriptor instead.
 func (*Pending) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{27}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Pending) GetFormat() uint32 {
@@ -2883,7 +2966,7 @@ type Request struct {
 
 func (x *Request) Reset() {
 	*x = Request{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2895,7 +2978,7 @@ func (x *Request) String() string {
 func (*Request) ProtoMessage() {}
 
 func (x *Request) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2908,7 +2991,7 @@ func (x *Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Request.ProtoReflect.Descriptor instead.
 func (*Request) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{28}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Request) GetFormat() uint32 {
@@ -2981,7 +3064,7 @@ type Generation struct {
 
 func (x *Generation) Reset() {
 	*x = Generation{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2993,7 +3076,7 @@ func (x *Generation) String() string {
 func (*Generation) ProtoMessage() {}
 
 func (x *Generation) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3006,7 +3089,7 @@ func (x *Generation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generation.ProtoReflect.Descriptor instead.
 func (*Generation) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{29}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Generation) GetFormat() uint32 {
@@ -3049,7 +3132,7 @@ type Pin struct {
 
 func (x *Pin) Reset() {
 	*x = Pin{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3061,7 +3144,7 @@ func (x *Pin) String() string {
 func (*Pin) ProtoMessage() {}
 
 func (x *Pin) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3074,7 +3157,7 @@ func (x *Pin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pin.ProtoReflect.Descriptor instead.
 func (*Pin) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{30}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Pin) GetFormat() uint32 {
@@ -3150,7 +3233,7 @@ type Unpin struct {
 
 func (x *Unpin) Reset() {
 	*x = Unpin{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3162,7 +3245,7 @@ func (x *Unpin) String() string {
 func (*Unpin) ProtoMessage() {}
 
 func (x *Unpin) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3175,7 +3258,7 @@ func (x *Unpin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unpin.ProtoReflect.Descriptor instead.
 func (*Unpin) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{31}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Unpin) GetFormat() uint32 {
@@ -3221,7 +3304,7 @@ type Tombstone struct {
 
 func (x *Tombstone) Reset() {
 	*x = Tombstone{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3233,7 +3316,7 @@ func (x *Tombstone) String() string {
 func (*Tombstone) ProtoMessage() {}
 
 func (x *Tombstone) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3246,7 +3329,7 @@ func (x *Tombstone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tombstone.ProtoReflect.Descriptor instead.
 func (*Tombstone) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{32}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Tombstone) GetFormat() uint32 {
@@ -3306,7 +3389,7 @@ type TombstoneHead struct {
 
 func (x *TombstoneHead) Reset() {
 	*x = TombstoneHead{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3318,7 +3401,7 @@ func (x *TombstoneHead) String() string {
 func (*TombstoneHead) ProtoMessage() {}
 
 func (x *TombstoneHead) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3331,7 +3414,7 @@ func (x *TombstoneHead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TombstoneHead.ProtoReflect.Descriptor instead.
 func (*TombstoneHead) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{33}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *TombstoneHead) GetFormat() uint32 {
@@ -3449,7 +3532,7 @@ type Job struct {
 
 func (x *Job) Reset() {
 	*x = Job{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3461,7 +3544,7 @@ func (x *Job) String() string {
 func (*Job) ProtoMessage() {}
 
 func (x *Job) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3474,7 +3557,7 @@ func (x *Job) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Job.ProtoReflect.Descriptor instead.
 func (*Job) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{34}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Job) GetFormat() uint32 {
@@ -3779,7 +3862,7 @@ type JobLimits struct {
 
 func (x *JobLimits) Reset() {
 	*x = JobLimits{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3791,7 +3874,7 @@ func (x *JobLimits) String() string {
 func (*JobLimits) ProtoMessage() {}
 
 func (x *JobLimits) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3804,7 +3887,7 @@ func (x *JobLimits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobLimits.ProtoReflect.Descriptor instead.
 func (*JobLimits) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{35}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *JobLimits) GetFormat() uint32 {
@@ -3858,7 +3941,7 @@ type Task struct {
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3870,7 +3953,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3883,7 +3966,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{36}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Task) GetFormat() uint32 {
@@ -3974,7 +4057,7 @@ type TaskProgress struct {
 
 func (x *TaskProgress) Reset() {
 	*x = TaskProgress{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[37]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3986,7 +4069,7 @@ func (x *TaskProgress) String() string {
 func (*TaskProgress) ProtoMessage() {}
 
 func (x *TaskProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[37]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3999,7 +4082,7 @@ func (x *TaskProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskProgress.ProtoReflect.Descriptor instead.
 func (*TaskProgress) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{37}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *TaskProgress) GetFormat() uint32 {
@@ -4045,7 +4128,7 @@ type Worker struct {
 
 func (x *Worker) Reset() {
 	*x = Worker{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[38]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4057,7 +4140,7 @@ func (x *Worker) String() string {
 func (*Worker) ProtoMessage() {}
 
 func (x *Worker) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[38]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4070,7 +4153,7 @@ func (x *Worker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Worker.ProtoReflect.Descriptor instead.
 func (*Worker) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{38}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Worker) GetFormat() uint32 {
@@ -4108,7 +4191,7 @@ type Assignment struct {
 
 func (x *Assignment) Reset() {
 	*x = Assignment{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[39]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4120,7 +4203,7 @@ func (x *Assignment) String() string {
 func (*Assignment) ProtoMessage() {}
 
 func (x *Assignment) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[39]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4133,7 +4216,7 @@ func (x *Assignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Assignment.ProtoReflect.Descriptor instead.
 func (*Assignment) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{39}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Assignment) GetFormat() uint32 {
@@ -4455,7 +4538,13 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x06sha256\x18\x02 \x01(\fR\x06sha256\x12\x1a\n" +
 	"\bsegments\x18\x03 \x01(\x03R\bsegments\x12\x16\n" +
 	"\x06builds\x18\x04 \x01(\x03R\x06builds\x12\x14\n" +
-	"\x05files\x18\x05 \x01(\x03R\x05files\"S\n" +
+	"\x05files\x18\x05 \x01(\x03R\x05files\"\xa2\x01\n" +
+	"\fStoreVerdict\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
+	"\x04time\x18\x02 \x01(\x03R\x04time\x12\x14\n" +
+	"\x05about\x18\x03 \x01(\fR\x05about\x12)\n" +
+	"\x10conditional_copy\x18\x04 \x01(\bR\x0fconditionalCopy\x12%\n" +
+	"\x0emultipart_copy\x18\x05 \x01(\bR\rmultipartCopy\"S\n" +
 	"\x03Cut\x12\x18\n" +
 	"\achannel\x18\x01 \x01(\tR\achannel\x12\x1c\n" +
 	"\ttimestamp\x18\x02 \x01(\x04R\ttimestamp\x12\x14\n" +
@@ -4614,7 +4703,7 @@ func file_snapshotd_storage_v1_storage_proto_rawDescGZIP() []byte {
 	return file_snapshotd_storage_v1_storage_proto_rawDescData
 }
 
-var file_snapshotd_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
+var file_snapshotd_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
 var file_snapshotd_storage_v1_storage_proto_goTypes = []any{
 	(*Cluster)(nil),       // 0: snapshotd.storage.v1.Cluster
 	(*Allocator)(nil),     // 1: snapshotd.storage.v1.Allocator
@@ -4641,72 +4730,73 @@ var file_snapshotd_storage_v1_storage_proto_goTypes = []any{
 	(*Parked)(nil),        // 22: snapshotd.storage.v1.Parked
 	(*Snapshot)(nil),      // 23: snapshotd.storage.v1.Snapshot
 	(*References)(nil),    // 24: snapshotd.storage.v1.References
-	(*Cut)(nil),           // 25: snapshotd.storage.v1.Cut
-	(*Totals)(nil),        // 26: snapshotd.storage.v1.Totals
-	(*Pending)(nil),       // 27: snapshotd.storage.v1.Pending
-	(*Request)(nil),       // 28: snapshotd.storage.v1.Request
-	(*Generation)(nil),    // 29: snapshotd.storage.v1.Generation
-	(*Pin)(nil),           // 30: snapshotd.storage.v1.Pin
-	(*Unpin)(nil),         // 31: snapshotd.storage.v1.Unpin
-	(*Tombstone)(nil),     // 32: snapshotd.storage.v1.Tombstone
-	(*TombstoneHead)(nil), // 33: snapshotd.storage.v1.TombstoneHead
-	(*Job)(nil),           // 34: snapshotd.storage.v1.Job
-	(*JobLimits)(nil),     // 35: snapshotd.storage.v1.JobLimits
-	(*Task)(nil),          // 36: snapshotd.storage.v1.Task
-	(*TaskProgress)(nil),  // 37: snapshotd.storage.v1.TaskProgress
-	(*Worker)(nil),        // 38: snapshotd.storage.v1.Worker
-	(*Assignment)(nil),    // 39: snapshotd.storage.v1.Assignment
-	nil,                   // 40: snapshotd.storage.v1.Collection.PropertiesEntry
-	nil,                   // 41: snapshotd.storage.v1.Collection.AttributesEntry
-	nil,                   // 42: snapshotd.storage.v1.Field.TypeParamsEntry
-	nil,                   // 43: snapshotd.storage.v1.Field.AttributesEntry
-	nil,                   // 44: snapshotd.storage.v1.Partition.AttributesEntry
-	nil,                   // 45: snapshotd.storage.v1.Index.TypeParamsEntry
-	nil,                   // 46: snapshotd.storage.v1.Index.IndexParamsEntry
-	nil,                   // 47: snapshotd.storage.v1.Index.AttributesEntry
-	nil,                   // 48: snapshotd.storage.v1.Segment.AttributesEntry
-	nil,                   // 49: snapshotd.storage.v1.Build.ParamsEntry
-	nil,                   // 50: snapshotd.storage.v1.Files.AttributesEntry
-	nil,                   // 51: snapshotd.storage.v1.Attributes.PairsEntry
-	nil,                   // 52: snapshotd.storage.v1.Snapshot.LabelsEntry
-	nil,                   // 53: snapshotd.storage.v1.Job.LabelsEntry
+	(*StoreVerdict)(nil),  // 25: snapshotd.storage.v1.StoreVerdict
+	(*Cut)(nil),           // 26: snapshotd.storage.v1.Cut
+	(*Totals)(nil),        // 27: snapshotd.storage.v1.Totals
+	(*Pending)(nil),       // 28: snapshotd.storage.v1.Pending
+	(*Request)(nil),       // 29: snapshotd.storage.v1.Request
+	(*Generation)(nil),    // 30: snapshotd.storage.v1.Generation
+	(*Pin)(nil),           // 31: snapshotd.storage.v1.Pin
+	(*Unpin)(nil),         // 32: snapshotd.storage.v1.Unpin
+	(*Tombstone)(nil),     // 33: snapshotd.storage.v1.Tombstone
+	(*TombstoneHead)(nil), // 34: snapshotd.storage.v1.TombstoneHead
+	(*Job)(nil),           // 35: snapshotd.storage.v1.Job
+	(*JobLimits)(nil),     // 36: snapshotd.storage.v1.JobLimits
+	(*Task)(nil),          // 37: snapshotd.storage.v1.Task
+	(*TaskProgress)(nil),  // 38: snapshotd.storage.v1.TaskProgress
+	(*Worker)(nil),        // 39: snapshotd.storage.v1.Worker
+	(*Assignment)(nil),    // 40: snapshotd.storage.v1.Assignment
+	nil,                   // 41: snapshotd.storage.v1.Collection.PropertiesEntry
+	nil,                   // 42: snapshotd.storage.v1.Collection.AttributesEntry
+	nil,                   // 43: snapshotd.storage.v1.Field.TypeParamsEntry
+	nil,                   // 44: snapshotd.storage.v1.Field.AttributesEntry
+	nil,                   // 45: snapshotd.storage.v1.Partition.AttributesEntry
+	nil,                   // 46: snapshotd.storage.v1.Index.TypeParamsEntry
+	nil,                   // 47: snapshotd.storage.v1.Index.IndexParamsEntry
+	nil,                   // 48: snapshotd.storage.v1.Index.AttributesEntry
+	nil,                   // 49: snapshotd.storage.v1.Segment.AttributesEntry
+	nil,                   // 50: snapshotd.storage.v1.Build.ParamsEntry
+	nil,                   // 51: snapshotd.storage.v1.Files.AttributesEntry
+	nil,                   // 52: snapshotd.storage.v1.Attributes.PairsEntry
+	nil,                   // 53: snapshotd.storage.v1.Snapshot.LabelsEntry
+	nil,                   // 54: snapshotd.storage.v1.Job.LabelsEntry
 }
 var file_snapshotd_storage_v1_storage_proto_depIdxs = []int32{
 	6,  // 0: snapshotd.storage.v1.Allocator.reserved:type_name -> snapshotd.storage.v1.IdRange
 	5,  // 1: snapshotd.storage.v1.Round.stops:type_name -> snapshotd.storage.v1.Stop
 	10, // 2: snapshotd.storage.v1.Collection.schema:type_name -> snapshotd.storage.v1.Schema
 	9,  // 3: snapshotd.storage.v1.Collection.roots:type_name -> snapshotd.storage.v1.Root
-	40, // 4: snapshotd.storage.v1.Collection.properties:type_name -> snapshotd.storage.v1.Collection.PropertiesEntry
-	41, // 5: snapshotd.storage.v1.Collection.attributes:type_name -> snapshotd.storage.v1.Collection.AttributesEntry
+	41, // 4: snapshotd.storage.v1.Collection.properties:type_name -> snapshotd.storage.v1.Collection.PropertiesEntry
+	42, // 5: snapshotd.storage.v1.Collection.attributes:type_name -> snapshotd.storage.v1.Collection.AttributesEntry
 	11, // 6: snapshotd.storage.v1.Schema.fields:type_name -> snapshotd.storage.v1.Field
-	42, // 7: snapshotd.storage.v1.Field.type_params:type_name -> snapshotd.storage.v1.Field.TypeParamsEntry
-	43, // 8: snapshotd.storage.v1.Field.attributes:type_name -> snapshotd.storage.v1.Field.AttributesEntry
-	44, // 9: snapshotd.storage.v1.Partition.attributes:type_name -> snapshotd.storage.v1.Partition.AttributesEntry
-	45, // 10: snapshotd.storage.v1.Index.type_params:type_name -> snapshotd.storage.v1.Index.TypeParamsEntry
-	46, // 11: snapshotd.storage.v1.Index.index_params:type_name -> snapshotd.storage.v1.Index.IndexParamsEntry
-	47, // 12: snapshotd.storage.v1.Index.attributes:type_name -> snapshotd.storage.v1.Index.AttributesEntry
+	43, // 7: snapshotd.storage.v1.Field.type_params:type_name -> snapshotd.storage.v1.Field.TypeParamsEntry
+	44, // 8: snapshotd.storage.v1.Field.attributes:type_name -> snapshotd.storage.v1.Field.AttributesEntry
+	45, // 9: snapshotd.storage.v1.Partition.attributes:type_name -> snapshotd.storage.v1.Partition.AttributesEntry
+	46, // 10: snapshotd.storage.v1.Index.type_params:type_name -> snapshotd.storage.v1.Index.TypeParamsEntry
+	47, // 11: snapshotd.storage.v1.Index.index_params:type_name -> snapshotd.storage.v1.Index.IndexParamsEntry
+	48, // 12: snapshotd.storage.v1.Index.attributes:type_name -> snapshotd.storage.v1.Index.AttributesEntry
 	7,  // 13: snapshotd.storage.v1.Channel.checkpoint:type_name -> snapshotd.storage.v1.Position
 	7,  // 14: snapshotd.storage.v1.Segment.start:type_name -> snapshotd.storage.v1.Position
 	7,  // 15: snapshotd.storage.v1.Segment.dml:type_name -> snapshotd.storage.v1.Position
 	18, // 16: snapshotd.storage.v1.Segment.files:type_name -> snapshotd.storage.v1.Files
 	17, // 17: snapshotd.storage.v1.Segment.builds:type_name -> snapshotd.storage.v1.Build
-	48, // 18: snapshotd.storage.v1.Segment.attributes:type_name -> snapshotd.storage.v1.Segment.AttributesEntry
-	49, // 19: snapshotd.storage.v1.Build.params:type_name -> snapshotd.storage.v1.Build.ParamsEntry
-	50, // 20: snapshotd.storage.v1.Files.attributes:type_name -> snapshotd.storage.v1.Files.AttributesEntry
-	51, // 21: snapshotd.storage.v1.Attributes.pairs:type_name -> snapshotd.storage.v1.Attributes.PairsEntry
+	49, // 18: snapshotd.storage.v1.Segment.attributes:type_name -> snapshotd.storage.v1.Segment.AttributesEntry
+	50, // 19: snapshotd.storage.v1.Build.params:type_name -> snapshotd.storage.v1.Build.ParamsEntry
+	51, // 20: snapshotd.storage.v1.Files.attributes:type_name -> snapshotd.storage.v1.Files.AttributesEntry
+	52, // 21: snapshotd.storage.v1.Attributes.pairs:type_name -> snapshotd.storage.v1.Attributes.PairsEntry
 	16, // 22: snapshotd.storage.v1.Unit.segment:type_name -> snapshotd.storage.v1.Segment
 	22, // 23: snapshotd.storage.v1.Unit.parked:type_name -> snapshotd.storage.v1.Parked
 	22, // 24: snapshotd.storage.v1.UnitHead.parked:type_name -> snapshotd.storage.v1.Parked
-	52, // 25: snapshotd.storage.v1.Snapshot.labels:type_name -> snapshotd.storage.v1.Snapshot.LabelsEntry
-	25, // 26: snapshotd.storage.v1.Snapshot.cuts:type_name -> snapshotd.storage.v1.Cut
-	26, // 27: snapshotd.storage.v1.Snapshot.totals:type_name -> snapshotd.storage.v1.Totals
+	53, // 25: snapshotd.storage.v1.Snapshot.labels:type_name -> snapshotd.storage.v1.Snapshot.LabelsEntry
+	26, // 26: snapshotd.storage.v1.Snapshot.cuts:type_name -> snapshotd.storage.v1.Cut
+	27, // 27: snapshotd.storage.v1.Snapshot.totals:type_name -> snapshotd.storage.v1.Totals
 	24, // 28: snapshotd.storage.v1.Snapshot.references:type_name -> snapshotd.storage.v1.References
 	20, // 29: snapshotd.storage.v1.Tombstone.unit:type_name -> snapshotd.storage.v1.Unit
-	53, // 30: snapshotd.storage.v1.Job.labels:type_name -> snapshotd.storage.v1.Job.LabelsEntry
-	26, // 31: snapshotd.storage.v1.Job.totals:type_name -> snapshotd.storage.v1.Totals
-	26, // 32: snapshotd.storage.v1.Job.done:type_name -> snapshotd.storage.v1.Totals
+	54, // 30: snapshotd.storage.v1.Job.labels:type_name -> snapshotd.storage.v1.Job.LabelsEntry
+	27, // 31: snapshotd.storage.v1.Job.totals:type_name -> snapshotd.storage.v1.Totals
+	27, // 32: snapshotd.storage.v1.Job.done:type_name -> snapshotd.storage.v1.Totals
 	9,  // 33: snapshotd.storage.v1.Job.roots:type_name -> snapshotd.storage.v1.Root
-	26, // 34: snapshotd.storage.v1.Task.totals:type_name -> snapshotd.storage.v1.Totals
+	27, // 34: snapshotd.storage.v1.Task.totals:type_name -> snapshotd.storage.v1.Totals
 	19, // 35: snapshotd.storage.v1.Files.AttributesEntry.value:type_name -> snapshotd.storage.v1.Attributes
 	36, // [36:36] is the sub-list for method output_type
 	36, // [36:36] is the sub-list for method input_type
@@ -4726,7 +4816,7 @@ func file_snapshotd_storage_v1_storage_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_snapshotd_storage_v1_storage_proto_rawDesc), len(file_snapshotd_storage_v1_storage_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   54,
+			NumMessages:   55,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -1,0 +1,331 @@
+// Package admit keeps an object store closed until it is known to be the one that
+// the cluster uses, and fit for it. So a replica starts, and serves what needs the
+// metadata store alone, while an object store does not answer; and it writes and
+// deletes nothing in a store before it has seen its identity.
+//
+// # States
+//
+//	         identify, probe, record, check
+//	closed ---------------------------------> open
+//	   |
+//	   +--- refused: an error, which ends the process
+//
+// A closed store answers every call with ErrUnavailable. An open one stays open.
+//
+// # An attempt
+//
+//	identify  where the metadata store knows the alias: the identity of the store is
+//	          read and compared. Nothing is written before
+//	probe     the store is tried out, unless the metadata store holds a verdict about
+//	          the same release and configuration that is younger than a day
+//	remember  puts the verdict, when the probe found all that is required
+//	record    where the alias is not known: package identity makes an identity, or
+//	          reads it, and records it
+//	check     what else the caller asks for
+//
+// # Failures
+//
+//	no answer, of either store, in  the store stays closed; Run tries again. A probe
+//	any step                        that could not find out leaves no verdict. Where the
+//	                                alias is not known, the error is an ErrUnknown too
+//	another store; lacks what is    refused: Attempt and Run return it
+//	required
+//	denied, misconfigured, damaged  Attempt returns it, and so ends a start; Run, in a
+//	                                replica that serves, logs it and tries again
+//	remember: no answer             logged; the next start probes again
+//	process dies, freezes           nothing is left but objects of the probe, which
+//	                                the sweep removes
+package admit
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/object/identity"
+	"github.com/snapshotd/snapshotd/internal/store/object/probe"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
+)
+
+// ErrUnknown means that the cluster does not know the alias yet, so that there is
+// nothing that could be served without the store.
+var ErrUnknown = errors.New("the cluster does not know this object store yet")
+
+const (
+	// verdictFor is how long a verdict spares a probe.
+	verdictFor = 24 * time.Hour
+	// attemptTimeout bounds an attempt of Run.
+	attemptTimeout = time.Minute
+	// minWait and maxWait bound the time between attempts of Run.
+	minWait = time.Second
+	maxWait = 30 * time.Second
+)
+
+// Options are what a Store needs.
+type Options struct {
+	Store   object.Store // the one to admit
+	Alias   string
+	KV      meta.KV
+	Cluster string // the cluster's id
+	// About is the SHA-256 of the release and the configuration of the store. Empty:
+	// the store is not probed, and can do all.
+	About []byte
+	// Check is a further step; nil: none.
+	Check func(ctx context.Context) error
+	Now   func() time.Time
+	Rand  io.Reader
+	Log   *zap.Logger
+}
+
+// Store is an object store that is closed until it is admitted. It is safe for
+// concurrent use.
+type Store struct {
+	o     Options
+	ready chan struct{} // closed when the store is open
+
+	mu       sync.Mutex
+	features probe.Features
+	last     error // of the last attempt
+}
+
+var _ object.Store = (*Store)(nil)
+
+// New returns a Store that is closed.
+func New(o Options) *Store {
+	return &Store{o: o, ready: make(chan struct{}), last: errors.New("it has not been asked yet")}
+}
+
+// Ready returns a channel that is closed once the store is open.
+func (s *Store) Ready() <-chan struct{} { return s.ready }
+
+// Features returns what the store can do. It is an ErrUnavailable while the store
+// is closed.
+func (s *Store) Features() (probe.Features, error) {
+	if err := s.closed(); err != nil {
+		return probe.Features{}, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.features, nil
+}
+
+// Pending reports whether an error of Attempt leaves open what the store is: it, or
+// the metadata store, did not answer or was full.
+func Pending(err error) bool {
+	for _, e := range []error{object.ErrUnavailable, object.ErrFull, meta.ErrUnavailable, meta.ErrNoSpace, context.DeadlineExceeded} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// Attempt tries once to admit the store, and returns nil when it is open. See
+// [Pending] for its errors.
+func (s *Store) Attempt(ctx context.Context) error {
+	if s.closed() == nil {
+		return nil
+	}
+	features, err := s.attempt(ctx)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.last = err
+	if err != nil {
+		return fmt.Errorf("object store %s: %w", s.o.Alias, err)
+	}
+	s.features = features
+	close(s.ready)
+	return nil
+}
+
+// Run tries until the store is open, or ctx ended: then it returns nil. It returns
+// the error of an attempt that found another store, or one that is not fit.
+func (s *Store) Run(ctx context.Context) error {
+	for wait := time.Duration(0); ; wait = min(max(2*wait, minWait), maxWait) {
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case <-s.ready:
+			timer.Stop()
+			return nil
+		case <-timer.C:
+		}
+		bounded, cancel := context.WithTimeout(ctx, attemptTimeout)
+		err := s.Attempt(bounded)
+		cancel()
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err == nil:
+			s.o.Log.Info("the object store is admitted: calls that need it are served", zap.String("store", s.o.Alias))
+			return nil
+		case errors.Is(err, identity.ErrOther), errors.Is(err, probe.ErrMissing):
+			return err
+		}
+		s.o.Log.Warn("the object store is not admitted yet: calls that need it are refused", zap.Error(err))
+	}
+}
+
+func (s *Store) attempt(ctx context.Context) (probe.Features, error) {
+	known, err := identity.Known(ctx, s.o.KV, s.o.Store, s.o.Alias)
+	if err != nil {
+		return probe.Features{}, err
+	}
+	features, err := s.fit(ctx)
+	if err == nil && !known {
+		err = identity.Check(ctx, s.o.KV, s.o.Store, s.o.Alias, s.o.Cluster, s.o.Rand)
+	}
+	if err == nil && s.o.Check != nil {
+		err = s.o.Check(ctx)
+	}
+	if err != nil && !known {
+		err = fmt.Errorf("%w (%w)", err, ErrUnknown)
+	}
+	return features, err
+}
+
+// fit returns what the store can do.
+func (s *Store) fit(ctx context.Context) (probe.Features, error) {
+	if len(s.o.About) == 0 {
+		return probe.Features{ConditionalCopy: true, MultipartCopy: true}, nil
+	}
+	return s.find(ctx)
+}
+
+// find returns the features that are remembered, or those that a probe finds.
+func (s *Store) find(ctx context.Context) (probe.Features, error) {
+	kv, found, _, err := s.o.KV.Get(ctx, keys.Verdict(s.o.Alias))
+	if err != nil {
+		return probe.Features{}, err
+	}
+	verdict := &storagev1.StoreVerdict{}
+	if found && record.Decode(kv, verdict) == nil && bytes.Equal(verdict.GetAbout(), s.o.About) {
+		age := s.o.Now().Sub(record.Time(verdict.GetTime()))
+		if age >= 0 && age < verdictFor {
+			return probe.Features{ConditionalCopy: verdict.GetConditionalCopy(), MultipartCopy: verdict.GetMultipartCopy()}, nil
+		}
+	}
+	report, err := probe.Light(ctx, s.o.Store, "")
+	if err != nil {
+		return probe.Features{}, err
+	}
+	for _, check := range report.Checks {
+		if check.Unknown {
+			return probe.Features{}, fmt.Errorf("%w: probe %s: %s", object.ErrUnavailable, check.Name, check.Detail)
+		}
+		if !check.OK {
+			s.o.Log.Warn("the object store lacks what would be good to have", zap.String("check", check.Name), zap.String("detail", check.Detail))
+		}
+	}
+	features := report.Features()
+	value := record.Encode(&storagev1.StoreVerdict{
+		Format: record.Format, Time: record.Nanos(s.o.Now()), About: s.o.About,
+		ConditionalCopy: features.ConditionalCopy, MultipartCopy: features.MultipartCopy,
+	})
+	if _, err := s.o.KV.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Put(keys.Verdict(s.o.Alias), value)}}); err != nil {
+		s.o.Log.Warn("what the probe of the object store found is not remembered: the next start probes again", zap.Error(err))
+	}
+	return features, nil
+}
+
+// closed returns nil when the store is open, else an ErrUnavailable.
+func (s *Store) closed() error {
+	select {
+	case <-s.ready:
+		return nil
+	default:
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return fmt.Errorf("%w: store %s is not known to be the cluster's since this replica started: %w", object.ErrUnavailable, s.o.Alias, s.last)
+}
+
+// Put implements [object.Store].
+func (s *Store) Put(ctx context.Context, key string, body []byte) (object.Info, error) {
+	if err := s.closed(); err != nil {
+		return object.Info{}, err
+	}
+	return s.o.Store.Put(ctx, key, body)
+}
+
+// Create implements [object.Store].
+func (s *Store) Create(ctx context.Context, key string, body []byte) (object.Info, error) {
+	if err := s.closed(); err != nil {
+		return object.Info{}, err
+	}
+	return s.o.Store.Create(ctx, key, body)
+}
+
+// Get implements [object.Store].
+func (s *Store) Get(ctx context.Context, key string, offset, length int64) (io.ReadCloser, object.Info, error) {
+	if err := s.closed(); err != nil {
+		return nil, object.Info{}, err
+	}
+	return s.o.Store.Get(ctx, key, offset, length)
+}
+
+// Head implements [object.Store].
+func (s *Store) Head(ctx context.Context, key string) (object.Info, error) {
+	if err := s.closed(); err != nil {
+		return object.Info{}, err
+	}
+	return s.o.Store.Head(ctx, key)
+}
+
+// List implements [object.Store].
+func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[object.Info, error] {
+	if err := s.closed(); err != nil {
+		return func(yield func(object.Info, error) bool) { yield(object.Info{}, err) }
+	}
+	return s.o.Store.List(ctx, prefix)
+}
+
+// Delete implements [object.Store].
+func (s *Store) Delete(ctx context.Context, keys ...string) error {
+	err := s.closed()
+	if err == nil {
+		return s.o.Store.Delete(ctx, keys...)
+	}
+	errs := make([]error, len(keys))
+	for i, key := range keys {
+		errs[i] = &object.DeleteError{Key: key, Err: err}
+	}
+	return errors.Join(errs...)
+}
+
+// Copy implements [object.Store].
+func (s *Store) Copy(ctx context.Context, r object.CopyRequest) (object.Info, error) {
+	if err := s.closed(); err != nil {
+		return object.Info{}, err
+	}
+	return s.o.Store.Copy(ctx, r)
+}
+
+// AbortUploads implements [object.Store].
+func (s *Store) AbortUploads(ctx context.Context, prefix string, before time.Time) (int, error) {
+	if err := s.closed(); err != nil {
+		return 0, err
+	}
+	return s.o.Store.AbortUploads(ctx, prefix, before)
+}
+
+// Now implements [object.Store].
+func (s *Store) Now(ctx context.Context) (time.Time, error) {
+	if err := s.closed(); err != nil {
+		return time.Time{}, err
+	}
+	return s.o.Store.Now(ctx)
+}

@@ -1,0 +1,282 @@
+package admit_test
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/zap/zaptest"
+
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/object/admit"
+	"github.com/snapshotd/snapshotd/internal/store/object/identity"
+	"github.com/snapshotd/snapshotd/internal/store/object/memory"
+	"github.com/snapshotd/snapshotd/internal/store/object/objecttest"
+	"github.com/snapshotd/snapshotd/internal/store/object/probe"
+	"github.com/snapshotd/snapshotd/internal/testing/virtual"
+)
+
+// env is a cluster with one object store.
+type env struct {
+	t       *testing.T
+	kv      meta.KV
+	objects *object.Faulty
+	clock   time.Duration // the replica's, ahead
+}
+
+func newEnv(t *testing.T) *env {
+	return &env{t, metamemory.New(metamemory.Options{Now: time.Now}), object.NewFaulty(memory.New(memory.Options{Now: time.Now})), 0}
+}
+
+// open is what a start makes.
+func (e *env) open(change ...func(*admit.Options)) *admit.Store {
+	o := admit.Options{
+		Store: e.objects, Alias: "a", KV: e.kv, Cluster: "c1", About: []byte("one"),
+		Now: func() time.Time { return time.Now().Add(e.clock) }, Rand: rand.Reader, Log: zaptest.NewLogger(e.t),
+	}
+	for _, c := range change {
+		c(&o)
+	}
+	return admit.New(o)
+}
+
+func (e *env) admitted() *admit.Store {
+	e.t.Helper()
+	s := e.open()
+	if err := s.Attempt(e.t.Context()); err != nil {
+		e.t.Fatal(err)
+	}
+	return s
+}
+
+// down has the store answer nothing.
+func (e *env) down() { e.objects.Plan(func(object.Call) object.Fault { return object.FaultBefore }) }
+
+func (e *env) up() { e.objects.Plan(nil) }
+
+// calls counts the calls that reach the store.
+func (e *env) calls(do func()) int {
+	before := e.objects.Calls("")
+	do()
+	return e.objects.Calls("") - before
+}
+
+func TestContract(t *testing.T) {
+	objecttest.Run(t, func(t *testing.T) object.Store {
+		s := admit.New(admit.Options{
+			Store: memory.New(memory.Options{}), Alias: "a", KV: metamemory.New(metamemory.Options{Now: time.Now}), Cluster: "c1",
+			Now: time.Now, Rand: rand.Reader, Log: zaptest.NewLogger(t),
+		})
+		if err := s.Attempt(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Delete(t.Context(), identity.Key); err != nil { // the suite wants an empty store
+			t.Fatal(err)
+		}
+		return s
+	})
+}
+
+// A closed store is not touched by any call, and each says that it does not answer.
+func TestClosed(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
+		e := newEnv(t)
+		s, ctx := e.open(), t.Context()
+		if n := e.calls(func() {
+			_, put := s.Put(ctx, "a", nil)
+			_, create := s.Create(ctx, "a", nil)
+			_, _, get := s.Get(ctx, "a", 0, -1)
+			_, head := s.Head(ctx, "a")
+			_, copied := s.Copy(ctx, object.CopyRequest{})
+			_, abort := s.AbortUploads(ctx, "", time.Time{})
+			_, now := s.Now(ctx)
+			_, features := s.Features()
+			errs := []error{put, create, get, head, copied, abort, now, features, s.Delete(ctx, "a", "b")}
+			for _, err := range s.List(ctx, "") {
+				errs = append(errs, err)
+			}
+			if len(errs) != 10 {
+				t.Errorf("%d errors", len(errs))
+			}
+			for i, err := range errs {
+				if !errors.Is(err, object.ErrUnavailable) {
+					t.Errorf("call %d: got %v", i, err)
+				}
+			}
+		}); n != 0 {
+			t.Errorf("%d calls reached it", n)
+		}
+	})
+}
+
+// A start of a replica whose store is down goes on by itself, without a probe, for
+// what one found is remembered.
+func TestDownAtTheStart(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
+		e := newEnv(t)
+		e.admitted()
+		e.down()
+		s := e.open()
+		err := s.Attempt(t.Context())
+		if !admit.Pending(err) || errors.Is(err, admit.ErrUnknown) {
+			t.Errorf("got %v", err)
+		}
+		done := make(chan error, 1)
+		go func() { done <- s.Run(t.Context()) }()
+		time.Sleep(10 * time.Minute)
+		select {
+		case <-s.Ready():
+			t.Fatal("a store that does not answer is open")
+		case err := <-done:
+			t.Fatalf("Run ended: %v", err)
+		default:
+		}
+		e.up()
+		if n := e.calls(func() {
+			began := time.Now()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			if took := time.Since(began); took > time.Minute {
+				t.Errorf("it took %v", took)
+			}
+		}); n != 1 { // the identity
+			t.Errorf("%d calls", n)
+		}
+		<-s.Ready()
+		if f, err := s.Features(); err != nil || f != (probe.Features{ConditionalCopy: true, MultipartCopy: true}) {
+			t.Errorf("got %+v, %v", f, err)
+		}
+		if _, err := s.Put(t.Context(), "x", nil); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// A verdict is of one configuration and of a day; where there is none the probe is
+// made, and one that could not find out leaves none.
+func TestVerdict(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
+		e := newEnv(t)
+		e.objects.Plan(func(c object.Call) object.Fault {
+			if c.Op == object.OpCopy {
+				return object.FaultBefore
+			}
+			return object.FaultNone
+		})
+		if err := e.open().Attempt(t.Context()); !admit.Pending(err) || !errors.Is(err, admit.ErrUnknown) {
+			t.Errorf("copies that are not answered: got %v", err)
+		}
+		if _, found, _, err := e.kv.Get(t.Context(), keys.Verdict("a")); found || err != nil {
+			t.Errorf("a probe that could not find out left a verdict: %v, %v", found, err)
+		}
+		e.up()
+		for _, c := range []struct {
+			name   string
+			probed bool
+			change func(*admit.Options)
+			clock  time.Duration
+		}{
+			{"first", true, nil, 0},
+			{"again", false, nil, 0},
+			{"another configuration", true, func(o *admit.Options) { o.About = []byte("two") }, 0},
+			{"again", false, func(o *admit.Options) { o.About = []byte("two") }, 23 * time.Hour},
+			{"a day later", true, func(o *admit.Options) { o.About = []byte("two") }, 25 * time.Hour},
+			{"made in the future", true, func(o *admit.Options) { o.About = []byte("two") }, 0},
+		} {
+			e.clock = c.clock
+			n := e.calls(func() {
+				s := e.open()
+				if c.change != nil {
+					s = e.open(c.change)
+				}
+				if err := s.Attempt(t.Context()); err != nil {
+					t.Errorf("%s: %v", c.name, err)
+				}
+			})
+			if (n > 2) != c.probed {
+				t.Errorf("%s: %d calls", c.name, n)
+			}
+		}
+	})
+}
+
+// A store of another cluster is refused before anything is written there: by an
+// attempt, and by Run, which ends.
+func TestAnotherStore(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
+		e := newEnv(t)
+		e.admitted()
+		var mu sync.Mutex
+		var writes []object.Op
+		other := object.NewFaulty(memory.New(memory.Options{Now: time.Now}))
+		if err := identity.Check(t.Context(), metamemory.New(metamemory.Options{Now: time.Now}), other, "a", "c2", rand.Reader); err != nil {
+			t.Fatal(err)
+		}
+		answers := false
+		other.Plan(func(c object.Call) object.Fault {
+			mu.Lock()
+			defer mu.Unlock()
+			if !answers {
+				return object.FaultBefore
+			}
+			if !slices.Contains([]object.Op{object.OpGet, object.OpHead, object.OpList, object.OpNow}, c.Op) {
+				writes = append(writes, c.Op)
+			}
+			return object.FaultNone
+		})
+		s := e.open(func(o *admit.Options) { o.Store, o.About = other, []byte("new") })
+		if err := s.Attempt(t.Context()); !admit.Pending(err) {
+			t.Errorf("got %v", err)
+		}
+		done := make(chan error, 1)
+		go func() { done <- s.Run(t.Context()) }()
+		time.Sleep(time.Minute)
+		mu.Lock()
+		answers = true
+		mu.Unlock()
+		if err := <-done; !errors.Is(err, identity.ErrOther) {
+			t.Errorf("Run: got %v", err)
+		}
+		if err := s.Attempt(t.Context()); !errors.Is(err, identity.ErrOther) || admit.Pending(err) {
+			t.Errorf("Attempt: got %v", err)
+		}
+		if len(writes) > 0 {
+			t.Errorf("it was written to: %v", writes)
+		}
+	})
+}
+
+// What the caller adds is asked last, and keeps the store closed.
+func TestCheck(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
+		e := newEnv(t)
+		e.admitted()
+		fails := fmt.Errorf("check: %w", object.ErrDenied)
+		s := e.open(func(o *admit.Options) { o.Check = func(context.Context) error { return fails } })
+		if err := s.Attempt(t.Context()); !errors.Is(err, object.ErrDenied) || admit.Pending(err) {
+			t.Errorf("got %v", err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- s.Run(ctx) }()
+		time.Sleep(time.Hour) // a replica that serves goes on
+		select {
+		case err := <-done:
+			t.Errorf("Run ended: %v", err)
+		default:
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
