@@ -105,6 +105,9 @@ type Config struct {
 	// KeepRestores is how long restore jobs are kept after their end. Default:
 	// 168h, which is a week.
 	KeepRestores Duration `json:"keep_restores"`
+	// RestoreStallTimeout is how long a restore waits for a store that does not
+	// answer while none of its files is finished, before it is given up. Default: 24h.
+	RestoreStallTimeout Duration `json:"restore_stall_timeout"`
 
 	// Collector says whether the leader deletes by itself what nothing needs any
 	// more: "on" or "off". With "off" it makes no rounds and no sweeps; snapshots
@@ -244,6 +247,7 @@ func (c *Config) spans() []span {
 		{"collect_interval", &c.CollectInterval, "1s", "24h"},
 		{"grace", &c.Grace, "1ms", "24h"},
 		{"keep_restores", &c.KeepRestores, "1m", "ten years"},
+		{"restore_stall_timeout", &c.RestoreStallTimeout, "1m", "ten years"},
 		{"collect_tolerance", &c.CollectTolerance, "1ms", "ten years"},
 		{"orphan_grace", &c.OrphanGrace, "1h", "ten years"},
 		{"sweep_interval", &c.SweepInterval, "1s", "ten years"},
@@ -280,32 +284,33 @@ func (*Duration) Type() string { return "duration" }
 // keeps everything below one directory and listens on the loopback address.
 func Default() Config {
 	return Config{
-		DataDir:          "snapshotd-data",
-		Listen:           "127.0.0.1:7950",
-		MetricsListen:    "127.0.0.1:7951",
-		EtcdRoot:         "/snapshotd",
-		EtcdQuotaBytes:   8 << 30,
-		SnapshotStore:    "default",
-		NameScope:        cluster.ScopeCluster.String(),
-		MaxConnections:   1024,
-		CreateTimeout:    Duration(10 * time.Minute),
-		CreateLeaseTTL:   Duration(time.Minute),
-		LeaderTTL:        Duration(10 * time.Second),
-		MaxCreates:       64,
-		RestoreSlots:     8,
-		CopyInFlight:     32,
-		KeepRestores:     Duration(7 * 24 * time.Hour),
-		Collector:        collectorOn,
-		CollectTolerance: Duration(3 * time.Hour),
-		CollectInterval:  Duration(time.Minute),
-		CollectMaxShare:  0.5,
-		CollectRate:      3000,
-		OrphanGrace:      Duration(24 * time.Hour),
-		SweepInterval:    Duration(time.Hour),
-		Grace:            Duration(15 * time.Second),
-		LogLevel:         "info",
-		LogFormat:        "json",
-		Version:          "unknown",
+		DataDir:             "snapshotd-data",
+		Listen:              "127.0.0.1:7950",
+		MetricsListen:       "127.0.0.1:7951",
+		EtcdRoot:            "/snapshotd",
+		EtcdQuotaBytes:      8 << 30,
+		SnapshotStore:       "default",
+		NameScope:           cluster.ScopeCluster.String(),
+		MaxConnections:      1024,
+		CreateTimeout:       Duration(10 * time.Minute),
+		CreateLeaseTTL:      Duration(time.Minute),
+		LeaderTTL:           Duration(10 * time.Second),
+		MaxCreates:          64,
+		RestoreSlots:        8,
+		CopyInFlight:        32,
+		KeepRestores:        Duration(7 * 24 * time.Hour),
+		RestoreStallTimeout: Duration(24 * time.Hour),
+		Collector:           collectorOn,
+		CollectTolerance:    Duration(3 * time.Hour),
+		CollectInterval:     Duration(time.Minute),
+		CollectMaxShare:     0.5,
+		CollectRate:         3000,
+		OrphanGrace:         Duration(24 * time.Hour),
+		SweepInterval:       Duration(time.Hour),
+		Grace:               Duration(15 * time.Second),
+		LogLevel:            "info",
+		LogFormat:           "json",
+		Version:             "unknown",
 	}
 }
 
@@ -333,6 +338,7 @@ func (c Config) complete() Config {
 	orElse(&c.RestoreSlots, d.RestoreSlots)
 	orElse(&c.CopyInFlight, d.CopyInFlight)
 	orElse(&c.KeepRestores, d.KeepRestores)
+	orElse(&c.RestoreStallTimeout, d.RestoreStallTimeout)
 	orElse(&c.Collector, d.Collector)
 	switch c.Collector { // as YAML reads them without quotes
 	case "true":
@@ -401,6 +407,8 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.IntVar(&c.RestoreSlots, "restore-slots", c.RestoreSlots, "tasks of restores that a replica works on at once")
 	fs.IntVar(&c.CopyInFlight, "copy-in-flight", c.CopyInFlight, "objects that a replica copies at once")
 	fs.Var(spanFlag{&c.KeepRestores, "keep_restores"}, "keep-restores", "how long restore jobs are kept after their end")
+	fs.Var(spanFlag{&c.RestoreStallTimeout, "restore_stall_timeout"}, "restore-stall-timeout",
+		"how long a restore waits for a store that does not answer while none of its files is finished")
 	fs.StringVar(&c.Collector, "collector", c.Collector, "whether the leader deletes by itself what nothing needs any more: on or off, with which it still removes snapshots that were dropped or expired")
 	fs.Var(spanFlag{&c.CollectTolerance, "collect_tolerance"}, "collect-tolerance", "how long ago a thing must have been dropped before the collector takes it")
 	fs.Var(spanFlag{&c.CollectInterval, "collect_interval"}, "collect-interval", "between two rounds of the collector")

@@ -384,6 +384,7 @@ func renderJob(w io.Writer, job *snapshotdv1.RestoreJob) {
 		"reason", job.GetReason(),
 		"message", job.GetMessage(),
 		"last error", job.GetLastError(),
+		"waiting since", job.GetWaitingSince(),
 		"labels", pairs(job.GetLabels()),
 	)
 }

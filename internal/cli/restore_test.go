@@ -46,7 +46,7 @@ func executing() *snapshotdv1.RestoreJob {
 			SegmentsDone: 1, SegmentsTotal: 3, FilesDone: 6, FilesTotal: 12, BytesDone: 5 << 19, BytesTotal: 5 << 20,
 			BytesPerSecond: 1 << 20, Remaining: durationpb.New(2500 * time.Millisecond), Fraction: 0.499, Retries: 1,
 		},
-		LastError:  "the store\tdid not answer",
+		LastError: "the store\tdid not answer", WaitingSince: timestamppb.New(now.Add(2 * time.Second)),
 		CreateTime: timestamppb.New(now), StartTime: timestamppb.New(now.Add(time.Second)), Deadline: timestamppb.New(now.Add(time.Hour)),
 		Labels: map[string]string{"b": "2", "a": "1"},
 		Limits: &snapshotdv1.RestoreLimits{RequestsPerSecond: 100, BytesPerSecond: 1 << 20},
@@ -57,7 +57,7 @@ func executing() *snapshotdv1.RestoreJob {
 func ended(state snapshotdv1.RestoreJob_State, reason, message string) *snapshotdv1.RestoreJob {
 	job := executing()
 	job.State, job.Reason, job.Message, job.LastError = state, reason, message, ""
-	job.Labels, job.Limits, job.Deadline = nil, nil, nil
+	job.Labels, job.Limits, job.Deadline, job.WaitingSince = nil, nil, nil, nil
 	job.EndTime = timestamppb.New(now.Add(3500 * time.Millisecond))
 	p := job.GetProgress()
 	p.BytesPerSecond, p.Remaining = 0, nil
@@ -96,6 +96,7 @@ given up at:       -
 reason:            -
 message:           -
 last error:        -
+waiting since:     -
 labels:            -
 `
 
@@ -121,6 +122,7 @@ given up at:       2026-03-01T13:00:00Z
 reason:            -
 message:           -
 last error:        "the store\tdid not answer"
+waiting since:     2026-03-01T12:00:02Z
 labels:            a=1,b=2
 `
 

@@ -45,6 +45,7 @@ type row struct {
 	done    segment.Totals // sums of the tasks that are done
 	shown   segment.Totals // the most that was ever told
 	lastErr string
+	finish  time.Time // when an attempt last finished a file that none had before
 	samples []sample
 }
 
@@ -162,6 +163,7 @@ func (b *board) put(kv meta.KeyValue) {
 		if job, number, err = keys.LastTwo(kv.Key); err == nil {
 			if err = record.Decode(kv, rec); err == nil {
 				b.row(job).setRunning(number, segment.Totals{Files: rec.GetFiles(), Bytes: rec.GetBytes()})
+				b.row(job).finish = later(b.row(job).finish, record.Time(rec.GetFinishTime()))
 			}
 		}
 	default:
@@ -183,6 +185,7 @@ func (r *row) setTask(t *task) {
 		r.done = minus(r.done, old.totals)
 	}
 	r.tasks[t.number], r.open[t.number] = t, t
+	r.finish = later(r.finish, t.finishTime)
 	if t.state == TaskDone {
 		r.done = plus(r.done, t.totals)
 		delete(r.running, t.number)
@@ -191,6 +194,30 @@ func (r *row) setTask(t *task) {
 	if t.message != "" {
 		r.lastErr = t.message
 	}
+}
+
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
+}
+
+// stall returns since when the job has waited for a store that does not answer, and
+// how long: up to the last attempt that got none. The time is zero while no task
+// waits.
+func (r *row) stall() (since time.Time, d time.Duration) {
+	for _, t := range r.open {
+		if t.waits == 0 {
+			continue
+		}
+		from := later(t.waitSince, r.finish)
+		if since.IsZero() || from.Before(since) {
+			since = from
+		}
+		d = max(d, t.waitTime.Sub(from))
+	}
+	return since, d
 }
 
 // setRunning notes how far a task has come. Another attempt begins with what it
@@ -357,6 +384,7 @@ type Status struct {
 	Remaining time.Duration // 0: not known
 	Fraction  float64       // 1 only when it is COMPLETED
 	LastError string
+	Waiting   time.Time // since when it has waited for a store that does not answer; zero: it does not
 	Retries   int64
 }
 
@@ -382,6 +410,9 @@ func (b *board) status(r *row) *Status {
 		for _, t := range r.tasks {
 			s.Retries += int64(max(1, t.attempt)) - 1
 		}
+	}
+	if job.Phase == Copy {
+		s.Waiting, _ = r.stall()
 	}
 	at := b.o.Now()
 	r.samples = append(r.samples, sample{at, s.Done.Bytes})

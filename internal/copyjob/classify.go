@@ -1,7 +1,9 @@
 package copyjob
 
 import (
+	"context"
 	"errors"
+	"time"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/catalog/layout"
@@ -35,6 +37,42 @@ var classes = []struct {
 	{object.ErrInvalidKey, "LAYOUT_REFUSED", false},
 	{catalog.ErrLimitExceeded, "LIMIT_EXCEEDED", false},
 	{meta.ErrTooLarge, "LIMIT_EXCEEDED", false},
+}
+
+// # No answer
+//
+// That a store does not answer is no failure of a task. An attempt that ends for it
+// goes back and is tried later, with pauses of up to a minute, however often, until
+// the job's deadline or until it has stalled: attempts have gone unanswered for
+// [Options.StallTimeout] and no file of the job was finished in that time. Only
+// answers of a store count as failures.
+//
+//	attempt ends       counts as   next attempt
+//	answered, passing  a failure   later; MaxFailures of a task give the job up
+//	answered, lasting  a failure   none: the job is given up
+//	not answered       a wait      later; waits in a row for StallTimeout, in which
+//	                               no task of the job has finished a file that none
+//	                               of its attempts had before, give it up: STALLED
+//	worker dies        neither     at once; 200 give the job up
+//
+// Waits are compared by the times that their records have, not with now: a job that
+// gets no worker does not stall. Preparing waits in the same way, for as long as one
+// leader leads. Rolling back, publishing and forgetting are tried for ever.
+
+// maxPauseTime is the longest pause between two attempts of a task.
+const maxPauseTime = time.Minute
+
+// pauseAfter is how long a task waits after so many failures, or waits in a row.
+func pauseAfter(n uint32) time.Duration { return min(maxPauseTime, 100*time.Millisecond<<min(n, 10)) }
+
+// isUnanswered says whether a store gave no answer, or none of use.
+func isUnanswered(err error) bool {
+	for _, c := range classes {
+		if errors.Is(err, c.err) {
+			return false
+		}
+	}
+	return errors.Is(err, object.ErrUnavailable) || errors.Is(err, context.DeadlineExceeded) || meta.Unusable(err)
 }
 
 // classify returns the reason by which err gives the job up, and true; or a

@@ -213,6 +213,7 @@ func (a *attempt) transfer(ctx context.Context, files []*fileCopy) error {
 	order := slices.Clone(files)
 	slices.SortStableFunc(order, func(x, y *fileCopy) int { return cmp.Compare(y.from.Size, x.from.Size) })
 	progress := &progress{attempt: a, last: a.worker.o.Now()}
+	a.progress = progress
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(a.worker.o.CopyInFlight)
 	for _, f := range order {
@@ -376,6 +377,18 @@ type progress struct {
 	files int64
 	bytes int64
 	last  time.Time
+	more  time.Time // when it last finished more files than any attempt before; zero: it has not
+}
+
+// finished returns how many files the attempt has finished, and when that last was
+// more than any attempt before had.
+func (p *progress) finished() (int64, time.Time) {
+	if p == nil {
+		return 0, time.Time{}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.files, p.more
 }
 
 // add counts a file. It is never an error that nobody could be told.
@@ -384,12 +397,15 @@ func (p *progress) add(ctx context.Context, bytes int64) {
 	p.files++
 	p.bytes += bytes
 	a, now := p.attempt, p.attempt.worker.o.Now()
+	if p.files > a.task.finished {
+		p.more = now
+	}
 	if now.Sub(p.last) < progressEvery {
 		p.mu.Unlock()
 		return
 	}
 	p.last = now
-	value := record.Encode(&storagev1.TaskProgress{Format: record.Format, Attempt: a.attempt, Files: p.files, Bytes: p.bytes})
+	value := record.Encode(&storagev1.TaskProgress{Format: record.Format, Attempt: a.attempt, Files: p.files, Bytes: p.bytes, FinishTime: record.Nanos(p.more)})
 	p.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 	defer cancel()

@@ -82,7 +82,10 @@
 //	manifest altered          as when the store does not answer: it may be the way.
 //	                          At the cap of failures the snapshot is corrupt
 //	store does not answer     the task goes back and is tried later, with longer
-//	                          pauses, until the cap of failures
+//	                          pauses, until the job's deadline, or until no file
+//	                          was finished for a day: it has stalled (classify.go)
+//	store answers with an     likewise, up to the cap of failures
+//	error that may pass
 //	roll back fails           it is tried again until all is gone; the claim stays
 //	                          until then
 //	replica stops             as when it dies, but its lease is ended at once
@@ -148,6 +151,7 @@ type Options struct {
 	WorkerTTL    time.Duration // of a worker's lease; default 10 s
 	Resync       time.Duration // between looks that nothing asked for; default 30 s
 	MaxFailures  int           // of a task before the job is given up; default 12, about five minutes
+	StallTimeout time.Duration // how long a job waits for a store without a file finished; default a day
 	Keep         time.Duration // how long jobs that have ended are kept; default a week
 	// Deleted is told of objects of jobs that were deleted, and of their bytes; for
 	// metrics. Nil: nobody is.
@@ -184,6 +188,9 @@ func New(o Options) *Jobs {
 	}
 	if o.MaxFailures == 0 {
 		o.MaxFailures = 12
+	}
+	if o.StallTimeout == 0 {
+		o.StallTimeout = 24 * time.Hour
 	}
 	if o.Keep == 0 {
 		o.Keep = 7 * 24 * time.Hour

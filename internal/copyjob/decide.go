@@ -37,7 +37,11 @@ type decision struct {
 	retries int64
 }
 
-// maxTaskAttempts is how often a task may be begun. That a worker dies is no
+// stalled is the reason of a job that waited for a store for too long.
+const stalled = "STALLED"
+
+// maxTaskAttempts is how often a task may be begun, less the attempts that got no
+// answer. That a worker dies is no
 // failure of the task, unless it is always so.
 const maxTaskAttempts = 200
 
@@ -101,12 +105,17 @@ func (b *board) decideJob(r *row, until func(time.Time) bool) decision {
 	case job.State != Executing || job.Phase != Copy: // of a newer release
 		return d
 	}
+	if since, d := r.stall(); d >= b.o.StallTimeout {
+		return giveUp(stalled, "no file was finished for %v, from %s on, because a store does not answer: %s",
+			d.Round(time.Second), since.Format(time.RFC3339), r.lastErr)
+	}
 	for _, t := range r.open {
 		switch {
 		case t.state == TaskFailed:
 			return giveUp(t.reason, "%s", t.message)
-		case t.attempt >= maxTaskAttempts:
-			return giveUp("TOO_MANY_FAILURES", "gave up after %d attempts, of which %d said why they failed; its workers may have crashed", t.attempt, t.failures)
+		case t.attempt-t.unanswered >= maxTaskAttempts:
+			return giveUp("TOO_MANY_FAILURES", "gave up after %d attempts, of which %d said why they failed; its workers may have crashed",
+				t.attempt-t.unanswered, t.failures)
 		case int(t.failures) >= b.o.MaxFailures:
 			return giveUp("TOO_MANY_FAILURES", "gave up after %d failures, the last of which was: %s", t.failures, t.message)
 		case t.state == TaskPending && until(t.notBefore),

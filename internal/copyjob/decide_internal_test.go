@@ -33,6 +33,7 @@ type table struct {
 func newTable() *table {
 	return &table{board: newBoard(&Options{
 		Now: func() time.Time { return start }, Log: zap.NewNop(), Resync: time.Minute, MaxFailures: 3, Keep: time.Hour,
+		StallTimeout: 24 * time.Hour,
 	})}
 }
 
@@ -141,6 +142,45 @@ func TestDecide(t *testing.T) {
 		},
 		"it failed too often": {
 			[]any{executing(Copy, 1), &task{job: 1, state: TaskPending, failures: 3, message: "M"}}, stepGiveUp, nil, "TOO_MANY_FAILURES", time.Minute,
+		},
+		"it was not answered 5000 times": {
+			[]any{executing(Copy, 1), &task{
+				job: 1, state: TaskPending, attempt: 5001, unanswered: 5000, waits: 900,
+				waitSince: start.Add(-24 * time.Hour), waitTime: start.Add(-1),
+			}},
+			stepAssign,
+			[]int64{0},
+			"", time.Minute,
+		},
+		"it was not answered for a day": {
+			[]any{executing(Copy, 1), &task{
+				job: 1, state: TaskPending, attempt: 900, unanswered: 900, waits: 900,
+				waitSince: start.Add(-24 * time.Hour), waitTime: start, message: "M",
+			}},
+			stepGiveUp, nil, "STALLED", time.Minute,
+		},
+		"it was not answered for a day, and another finished a file": {
+			[]any{
+				executing(Copy, 2),
+				&task{job: 1, number: 1, state: TaskPending, waits: 9, waitSince: start.Add(-24 * time.Hour), waitTime: start},
+				&task{job: 1, state: TaskRunning, worker: 7, attempt: 1, finished: 1, finishTime: start.Add(-23 * time.Hour)},
+				assigned{7, 1, 0},
+			},
+			stepAssign,
+			[]int64{1},
+			"", time.Minute,
+		},
+		"it was not answered two days ago, and then had no worker": {
+			[]any{executing(Copy, 1), &task{
+				job: 1, state: TaskPending, waits: 9, waitSince: start.Add(-50 * time.Hour), waitTime: start.Add(-48 * time.Hour),
+			}},
+			stepAssign,
+			[]int64{0},
+			"", time.Minute,
+		},
+		"its workers died too often": {
+			[]any{executing(Copy, 1), &task{job: 1, state: TaskPending, attempt: 700, unanswered: 500}},
+			stepGiveUp, nil, "TOO_MANY_FAILURES", time.Minute,
 		},
 		"it failed often": {
 			[]any{executing(Copy, 1), &task{job: 1, state: TaskPending, failures: 2}}, stepAssign, []int64{0}, "", time.Minute,

@@ -71,7 +71,7 @@ func (j *Jobs) next(ctx context.Context, told *Status, every time.Duration) (*St
 		switch {
 		case s == nil:
 			return nil, fmt.Errorf("%w: %d", ErrJobNotFound, told.Job.ID)
-		case s.Job.Revision != told.Job.Revision, waited && (s.Done != told.Done || s.LastError != told.LastError):
+		case s.Job.Revision != told.Job.Revision, waited && (s.Done != told.Done || s.LastError != told.LastError || !s.Waiting.Equal(told.Waiting)):
 			return s, nil
 		}
 		select {

@@ -20,7 +20,6 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
-	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
@@ -51,12 +50,13 @@ type leader struct {
 	tries   map[int64]int       // steps of a job in a row that met trouble
 	wrong   map[int64]int       // those of them that no store was to blame for
 	retryAt map[int64]time.Time // when the next of them may be tried
+	waiting map[int64]time.Time // since when a store has not answered a step of a job
 }
 
 func newLeader(j *Jobs, term election.Term) *leader {
 	l := &leader{Jobs: j, fence: term.Fence(), wake: make(chan struct{}, 1)}
 	l.busy, l.acted, l.given = map[int64]bool{}, map[int64]int64{}, map[int64]map[int64]int64{}
-	l.tries, l.wrong, l.retryAt = map[int64]int{}, map[int64]int{}, map[int64]time.Time{}
+	l.tries, l.wrong, l.retryAt, l.waiting = map[int64]int{}, map[int64]int{}, map[int64]time.Time{}, map[int64]time.Time{}
 	l.steps.SetLimit(stepsInFlight)
 	return l
 }
@@ -102,7 +102,7 @@ func (l *leader) pass(ctx context.Context) time.Duration {
 		if !l.begin(d.job.ID) {
 			continue
 		}
-		d = l.orGiveUp(d)
+		d = l.orGiveUp(d, now)
 		started := l.steps.TryGo(func() error {
 			err := l.act(ctx, d)
 			l.ended(ctx, d, err)
@@ -117,13 +117,10 @@ func (l *leader) pass(ctx context.Context) time.Duration {
 	return next
 }
 
-// maxWrong is how often a step that goes wrong in itself is tried, and maxTries
-// how often prepare is when a store does not answer, which takes some minutes. For
-// publishing it is waited: all the work is done.
-const (
-	maxWrong = 20
-	maxTries = 40
-)
+// maxWrong is how often a step that goes wrong in itself is tried. When a store does
+// not answer, prepare waits for as long as copies do; publishing waits for ever, for
+// all the work is done.
+const maxWrong = 20
 
 // isLast says whether the job is given up if its step goes wrong this time.
 func (l *leader) isLast(job int64) bool {
@@ -132,8 +129,9 @@ func (l *leader) isLast(job int64) bool {
 	return l.wrong[job]+1 >= maxWrong
 }
 
-// orGiveUp is d, or that the job is given up when the step went wrong too often.
-func (l *leader) orGiveUp(d decision) decision {
+// orGiveUp is d, or that the job is given up when the step went wrong too often, or
+// waited for too long.
+func (l *leader) orGiveUp(d decision, now time.Time) decision {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	next := decision{
@@ -142,8 +140,8 @@ func (l *leader) orGiveUp(d decision) decision {
 	switch {
 	case l.wrong[d.job.ID] >= maxWrong && (d.step == stepPrepare || d.step == stepPublish):
 		next.reason = "INTERNAL"
-	case l.tries[d.job.ID] >= maxTries && d.step == stepPrepare:
-		next.reason = "TOO_MANY_FAILURES"
+	case d.step == stepPrepare && !l.waiting[d.job.ID].IsZero() && now.Sub(l.waiting[d.job.ID]) >= l.o.StallTimeout:
+		next.reason = stalled
 	default:
 		return d
 	}
@@ -186,6 +184,7 @@ func (l *leader) ended(ctx context.Context, d decision, err error) {
 		delete(l.tries, d.job.ID)
 		delete(l.wrong, d.job.ID)
 		delete(l.retryAt, d.job.ID)
+		delete(l.waiting, d.job.ID)
 		if d.step == stepForget {
 			delete(l.acted, d.job.ID)
 		}
@@ -196,8 +195,13 @@ func (l *leader) ended(ctx context.Context, d decision, err error) {
 		wait := 10 * time.Millisecond << min(l.tries[d.job.ID], 10)
 		l.tries[d.job.ID]++
 		l.retryAt[d.job.ID] = l.o.Now().Add(wait)
-		if !errors.Is(err, errChanged) && !errors.Is(err, object.ErrUnavailable) && !meta.Unusable(err) {
+		switch {
+		case errors.Is(err, errChanged):
+		case !isUnanswered(err):
 			l.wrong[d.job.ID]++
+			delete(l.waiting, d.job.ID)
+		case l.waiting[d.job.ID].IsZero():
+			l.waiting[d.job.ID] = l.o.Now()
 		}
 		if !errors.Is(err, errChanged) {
 			l.log.Warn("a step of a restore met trouble and will be tried again", zap.Int64("job", d.job.ID),

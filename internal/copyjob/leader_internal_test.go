@@ -2,6 +2,7 @@ package copyjob
 
 import (
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -13,30 +14,33 @@ import (
 func TestOrGiveUp(t *testing.T) {
 	done := segment.Totals{Files: 3}
 	for name, c := range map[string]struct {
-		step         step
-		tries, wrong int
-		reason       string // empty: it goes on
+		step   step
+		waits  time.Duration // for a store that does not answer; 0: it does not wait
+		wrong  int
+		reason string // empty: it goes on
 	}{
 		"prepare, the first time":              {stepPrepare, 0, 0, ""},
-		"prepare, no answer for long":          {stepPrepare, maxTries - 1, 0, ""},
-		"prepare, no answer too often":         {stepPrepare, maxTries, 0, "TOO_MANY_FAILURES"},
-		"prepare, wrong for long":              {stepPrepare, maxWrong - 1, maxWrong - 1, ""},
-		"prepare, wrong too often":             {stepPrepare, maxWrong, maxWrong, "INTERNAL"},
-		"prepare, both":                        {stepPrepare, maxTries, maxWrong, "INTERNAL"},
-		"publish, no answer":                   {stepPublish, 10 * maxTries, 0, ""},
-		"publish, wrong for long":              {stepPublish, maxWrong - 1, maxWrong - 1, ""},
-		"publish, wrong too often":             {stepPublish, maxWrong, maxWrong, "INTERNAL"},
-		"to begin is tried for ever":           {stepBegin, 10 * maxTries, 10 * maxWrong, ""},
-		"so is giving up":                      {stepGiveUp, 10 * maxTries, 10 * maxWrong, ""},
-		"and rolling back":                     {stepRollBack, 10 * maxTries, 10 * maxWrong, ""},
-		"what has ended is forgotten some day": {stepForget, 10 * maxTries, 10 * maxWrong, ""},
+		"prepare, no answer for long":          {stepPrepare, 24*time.Hour - 1, 0, ""},
+		"prepare, no answer for too long":      {stepPrepare, 24 * time.Hour, 0, "STALLED"},
+		"prepare, wrong for long":              {stepPrepare, 0, maxWrong - 1, ""},
+		"prepare, wrong too often":             {stepPrepare, 0, maxWrong, "INTERNAL"},
+		"prepare, both":                        {stepPrepare, 24 * time.Hour, maxWrong, "INTERNAL"},
+		"publish, no answer":                   {stepPublish, 240 * time.Hour, 0, ""},
+		"publish, wrong for long":              {stepPublish, 0, maxWrong - 1, ""},
+		"publish, wrong too often":             {stepPublish, 0, maxWrong, "INTERNAL"},
+		"to begin is tried for ever":           {stepBegin, 240 * time.Hour, 10 * maxWrong, ""},
+		"so is giving up":                      {stepGiveUp, 240 * time.Hour, 10 * maxWrong, ""},
+		"and rolling back":                     {stepRollBack, 240 * time.Hour, 10 * maxWrong, ""},
+		"what has ended is forgotten some day": {stepForget, 240 * time.Hour, 10 * maxWrong, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newTable()
 			b.has(executing(Copy, 1), &task{job: 1, state: TaskPending, message: "the last error"})
 			l := newLeader(&Jobs{o: *b.o, board: b.board}, election.Term{})
-			l.tries[1], l.wrong[1] = c.tries, c.wrong
-			l.tries[2], l.wrong[2] = 10*maxTries, 10*maxWrong // another job's
+			if l.wrong[1] = c.wrong; c.waits > 0 {
+				l.waiting[1] = start.Add(-c.waits)
+			}
+			l.waiting[2], l.wrong[2] = start.Add(-240*time.Hour), 10*maxWrong // another job's
 			d := decision{step: c.step, job: b.job(1), done: done, retries: 5, tasks: nil}
 			want := d
 			if c.reason != "" {
@@ -44,7 +48,7 @@ func TestOrGiveUp(t *testing.T) {
 					step: stepGiveUp, job: d.job, outcome: Failed, reason: c.reason, message: "the last error", done: done, retries: 5,
 				}
 			}
-			if diff := cmp.Diff(want, l.orGiveUp(d), cmp.AllowUnexported(decision{}), cmp.Comparer(func(x, y *Job) bool { return x == y })); diff != "" {
+			if diff := cmp.Diff(want, l.orGiveUp(d, start), cmp.AllowUnexported(decision{}), cmp.Comparer(func(x, y *Job) bool { return x == y })); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})

@@ -242,6 +242,12 @@ type task struct {
 	reason      string
 	message     string
 	totals      segment.Totals // once it is done
+	unanswered  uint32         // attempts that ended because a store did not answer
+	waits       uint32         // those of them in a row that finished no file
+	waitSince   time.Time      // when the first of these ended
+	waitTime    time.Time      // when the last of these ended
+	finished    int64          // the most files that an attempt had finished when it ended
+	finishTime  time.Time      // when an attempt last finished more files than any before
 	revision    int64
 }
 
@@ -251,6 +257,8 @@ func (t *task) encode(op string) []byte {
 	return record.Encode(&storagev1.Task{
 		Format: record.Format, State: uint32(t.state), Attempt: t.attempt, Failures: t.failures, Worker: t.worker,
 		NotBefore: record.Nanos(t.notBefore), Reason: t.reason, Message: t.message, Totals: totalsRecord(t.totals), Op: op,
+		Unanswered: t.unanswered, Waits: t.waits, WaitSince: record.Nanos(t.waitSince), WaitTime: record.Nanos(t.waitTime),
+		Finished: t.finished, FinishTime: record.Nanos(t.finishTime),
 	})
 }
 
@@ -266,7 +274,9 @@ func decodeTask(kv meta.KeyValue) (*task, error) {
 	return &task{
 		job: job, number: number, state: TaskState(r.GetState()), attempt: r.GetAttempt(), failures: r.GetFailures(),
 		worker: r.GetWorker(), notBefore: record.Time(r.GetNotBefore()), reason: r.GetReason(), message: r.GetMessage(),
-		totals: totalsOf(r.GetTotals()), revision: kv.ModRevision,
+		totals: totalsOf(r.GetTotals()), unanswered: r.GetUnanswered(), waits: r.GetWaits(), waitSince: record.Time(r.GetWaitSince()),
+		waitTime: record.Time(r.GetWaitTime()), finished: r.GetFinished(), finishTime: record.Time(r.GetFinishTime()),
+		revision: kv.ModRevision,
 	}, nil
 }
 

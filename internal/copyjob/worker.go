@@ -291,6 +291,7 @@ type attempt struct {
 	key        string
 	job        *Job
 	task       *task
+	progress   *progress // nil before it has begun to copy
 }
 
 // run works on the task until it is done or has failed, says so, and gives the
@@ -359,15 +360,7 @@ func (a *attempt) giveBack(ctx context.Context, interrupted bool, cause error) (
 		if err != nil {
 			return false, err
 		}
-		next := *a.task
-		next.failures = a.task.failures + 1
-		reason, permanent := classify(cause, int(next.failures) >= a.worker.o.MaxFailures)
-		next.reason, next.message = reason, record.Clip(cause.Error(), record.MaxText)
-		if next.state = TaskPending; permanent {
-			next.state = TaskFailed
-		} else {
-			next.notBefore = a.worker.o.Now().Add(min(time.Minute, 100*time.Millisecond<<min(next.failures, 10)))
-		}
+		next := a.task.after(cause, a.progress, a.worker.o.Now(), a.worker.o.MaxFailures)
 		txn.If = append(txn.If, a.job.unchanged(), meta.Unchanged(a.task.key(), a.task.revision))
 		txn.Then = append(txn.Then, meta.Put(a.task.key(), next.encode(op)))
 	}
@@ -382,6 +375,34 @@ func (a *attempt) giveBack(ctx context.Context, interrupted bool, cause error) (
 	}
 	// The job has moved on: all that is left to do is to let go.
 	return a.giveBack(ctx, true, cause)
+}
+
+// after is the task as an attempt leaves it that ended now with cause.
+func (t *task) after(cause error, p *progress, now time.Time, maxFailures int) *task {
+	next := *t
+	if n, at := p.finished(); n > t.finished {
+		next.finished, next.finishTime = n, at
+		next.waits = 0
+	}
+	if isUnanswered(cause) {
+		next.reason, _ = classify(cause, false)
+		next.state, next.message = TaskPending, record.Clip(cause.Error(), record.MaxText)
+		if next.waits == 0 {
+			next.waitSince = now
+		}
+		next.unanswered, next.waits, next.waitTime = t.unanswered+1, next.waits+1, now
+		next.notBefore = now.Add(pauseAfter(next.waits))
+		return &next
+	}
+	next.failures, next.waits, next.waitSince, next.waitTime = t.failures+1, 0, time.Time{}, time.Time{}
+	reason, permanent := classify(cause, int(next.failures) >= maxFailures)
+	next.reason, next.message = reason, record.Clip(cause.Error(), record.MaxText)
+	if next.state = TaskPending; permanent {
+		next.state = TaskFailed
+	} else {
+		next.notBefore = now.Add(pauseAfter(next.failures))
+	}
+	return &next
 }
 
 // maxPause is the try from which on the pause, of more than a second, is always
@@ -410,6 +431,7 @@ func (a *attempt) register(ctx context.Context, done *restored) error {
 	}
 	next := *a.task
 	next.state, next.totals, next.reason, next.message = TaskDone, done.totals, "", ""
+	next.waits, next.finished, next.finishTime = 0, done.totals.Files, a.worker.o.Now()
 	last := []meta.Op{
 		meta.Put(a.task.key(), next.encode(op)), meta.Delete(a.key), meta.Delete(keys.Progress(a.jobID, a.number)),
 	}

@@ -185,6 +185,9 @@ type Options struct {
 	RestoreSlots int           // tasks of restores that this replica works on at once; default 8, negative: none
 	CopyInFlight int           // objects that it copies at once; default 32
 	KeepRestores time.Duration // how long restore jobs that have ended are kept; default a week
+	// RestoreStallTimeout is how long a restore waits for a store that does not answer
+	// without a file finished; default a day.
+	RestoreStallTimeout time.Duration
 
 	CollectorOff     bool          // the leader makes no rounds of its own; Collect makes one all the same
 	CollectTolerance time.Duration // how long ago a thing must have been dropped; default 3 h
@@ -280,9 +283,10 @@ func New(o Options) (*Manager, error) {
 	m.jobs = copyjob.New(copyjob.Options{
 		KV: o.KV, Catalog: o.Catalog, Source: restoreSource{m}, Stores: o.Stores, PinStore: o.SnapshotStore, Requests: o.Requests, Replica: o.Replica,
 		Now: o.Now, Rand: o.Rand, Log: o.Log, WorkerTTL: o.LeaderTTL, Slots: o.RestoreSlots, CopyInFlight: o.CopyInFlight, Keep: o.KeepRestores,
-		Deleted: func(objects, bytes int64) { m.gc.Counters().Add(gc.ByRestore, objects, bytes) },
-		Jitter:  o.Jitter,
-		Ready:   slices.Collect(maps.Values(o.Ready)),
+		StallTimeout: o.RestoreStallTimeout,
+		Deleted:      func(objects, bytes int64) { m.gc.Counters().Add(gc.ByRestore, objects, bytes) },
+		Jitter:       o.Jitter,
+		Ready:        slices.Collect(maps.Values(o.Ready)),
 	})
 	m.view = newView(m.kv, m.log, o.Jitter, m.clean.Wake)
 	m.elect = election.New(election.Options{KV: o.KV, Key: keys.Leader, Name: o.Replica, TTL: o.LeaderTTL, Log: o.Log, Rand: o.Jitter})

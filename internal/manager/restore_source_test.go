@@ -214,16 +214,22 @@ func TestRestoreWithStoreDown(t *testing.T) {
 		}
 		sp := restoreSpecOf(s)
 
-		// Never: the job is given up, and the claim stays for as long as nothing
-		// can be removed.
+		// Never: it is waited for a day, then the job is given up, and the claim stays
+		// for as long as nothing can be removed.
 		down(object.OpCopy)
 		job := w.restore(r, sp)
 		settle() // it is prepared
 		down(object.OpCopy, object.OpDelete, object.OpList)
-		time.Sleep(10 * time.Minute)
+		time.Sleep(23 * time.Hour)
 		st, err := r.Jobs().Get(t.Context(), job.ID)
-		if err != nil || st.Job.State != copyjob.Executing || st.Job.Phase != copyjob.RollBack || st.Job.Reason != "TOO_MANY_FAILURES" ||
-			!strings.Contains(st.LastError, "injected fault") {
+		if err != nil || st.Job.State != copyjob.Executing || st.Job.Phase != copyjob.Copy || st.Waiting.IsZero() ||
+			time.Since(st.Waiting) < 22*time.Hour || !strings.Contains(st.LastError, "injected fault") {
+			t.Fatalf("%+v of %+v, err = %v", st, st.Job, err)
+		}
+		time.Sleep(time.Hour + 5*time.Minute)
+		st, err = r.Jobs().Get(t.Context(), job.ID)
+		if err != nil || st.Job.State != copyjob.Executing || st.Job.Phase != copyjob.RollBack || st.Job.Reason != "STALLED" ||
+			!strings.Contains(st.LastError, "injected fault") || !st.Waiting.IsZero() {
 			t.Fatalf("%+v of %+v, err = %v", st, st.Job, err)
 		}
 		if _, err := r.catalog.Collection(t.Context(), catalog.Ref{DB: sp.DB, Name: sp.Name}); err != nil {
@@ -232,8 +238,8 @@ func TestRestoreWithStoreDown(t *testing.T) {
 		wantError(t, dropErr(r, s), ErrSnapshotPinned)
 		down(object.OpCopy)
 		end := w.ended(r, job.ID)
-		if end.Job.State != copyjob.Failed || end.Job.Reason != "TOO_MANY_FAILURES" || !strings.Contains(end.Job.Message, "injected fault") ||
-			!strings.Contains(end.Job.Message, fmt.Sprintf("after %d failures", end.Retries+1)) {
+		if end.Job.State != copyjob.Failed || end.Job.Reason != "STALLED" || !strings.Contains(end.Job.Message, "injected fault") ||
+			!strings.Contains(end.Job.Message, "no file was finished for 24h") {
 			t.Errorf("%+v of %+v", end, end.Job)
 		}
 		w.nothingSince(before)
@@ -251,6 +257,99 @@ func TestRestoreWithStoreDown(t *testing.T) {
 			t.Errorf("%+v of %+v", end, end.Job)
 		}
 		w.restored(r, before, job, sp)
+	})
+}
+
+// TestRestoreOutlastsOutages has the object store go in the midst of the copies for
+// longer and longer: what was copied stays, and the restore completes. So it does when
+// the store goes before the target is prepared, and when it comes and goes.
+func TestRestoreOutlastsOutages(t *testing.T) {
+	for _, outage := range []time.Duration{time.Minute, 4 * time.Minute, 10 * time.Minute, 5 * time.Hour, 23 * time.Hour} {
+		for _, after := range []int{0, 30} { // copies
+			t.Run(fmt.Sprintf("%v after %d copies", outage, after), func(t *testing.T) {
+				inWorld(t, func(t *testing.T, w *world) {
+					r := w.start("a", func(o *Options) { o.CollectorOff = true })
+					s := w.create(r, w.rich(r, "c", 40), "one")
+					copies, began := 0, time.Time{}
+					r.store.Plan(func(c object.Call) object.Fault {
+						if c.Op == object.OpCopy {
+							copies++
+						}
+						prepares := c.Op == object.OpList && after == 0
+						if (prepares || after > 0 && copies == after) && began.IsZero() {
+							began = time.Now()
+						}
+						if !began.IsZero() && time.Since(began) < outage {
+							return object.FaultBefore
+						}
+						return object.FaultNone
+					})
+					before := w.traces()
+					job := w.restore(r, restoreSpecOf(s))
+					time.Sleep(outage - time.Second)
+					settle()
+					if n := len(w.objectsUnder(fmt.Sprintf("data/%d/", job.Target))); n < after/2 {
+						t.Errorf("%d objects of the target are there during the outage", n)
+					}
+					end := w.ended(r, job.ID)
+					if end.Job.State != copyjob.Completed {
+						t.Fatalf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+					}
+					w.restored(r, before, end.Job, restoreSpecOf(s))
+				})
+			})
+		}
+	}
+}
+
+// failsAfter holds that a restore fails when about so much time has passed.
+func (w *world) failsAfter(r *replica, sp *RestoreSpec, after time.Duration, reason, names string) {
+	w.t.Helper()
+	before := w.traces()
+	job := w.restore(r, sp)
+	time.Sleep(after - time.Second)
+	settle()
+	if st, err := r.Jobs().Get(w.t.Context(), job.ID); err != nil || st.Job.State != copyjob.Executing || st.Job.Phase != copyjob.Copy {
+		w.t.Fatalf("%+v, err = %v", st, err)
+	}
+	time.Sleep(5 * time.Minute)
+	end := w.ended(r, job.ID)
+	if end.Job.State != copyjob.Failed || end.Job.Reason != reason || !strings.Contains(end.Job.Message, names) {
+		w.t.Errorf("it ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, reason, names)
+	}
+	w.nothingSince(before)
+}
+
+// TestRestoreWaitsUntilItsDeadline has a job's own deadline end the waiting.
+func TestRestoreWaitsUntilItsDeadline(t *testing.T) {
+	inWorld(t, func(_ *testing.T, w *world) {
+		r := w.start("a")
+		s := w.create(r, w.rich(r, "c", 4), "one")
+		r.store.Plan(func(c object.Call) object.Fault {
+			if c.Op == object.OpCopy {
+				return object.FaultBefore
+			}
+			return object.FaultNone
+		})
+		sp := restoreSpecOf(s)
+		sp.Timeout = 2 * time.Hour
+		w.failsAfter(r, sp, 2*time.Hour, "TIMEOUT", "deadline")
+	})
+}
+
+// TestRestoreStallsDespiteRepeats has one file that is never copied: that the others
+// are copied again in each attempt is no progress.
+func TestRestoreStallsDespiteRepeats(t *testing.T) {
+	inWorld(t, func(_ *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.RestoreStallTimeout = 2 * time.Hour })
+		s := w.create(r, w.rich(r, "c", 12), "one")
+		r.store.Plan(func(c object.Call) object.Fault {
+			if c.Op == object.OpCopy && strings.Contains(c.Keys[0], "/of-an-engine/") {
+				return object.FaultBefore
+			}
+			return object.FaultNone
+		})
+		w.failsAfter(r, restoreSpecOf(s), 2*time.Hour, "STALLED", "of-an-engine")
 	})
 }
 

@@ -133,7 +133,7 @@ func jobToProto(job *copyjob.Job) *pb.RestoreJob {
 
 func jobStatusToProto(s *copyjob.Status) *pb.RestoreJob {
 	out := jobToProto(s.Job)
-	out.LastError = s.LastError
+	out.LastError, out.WaitingSince = s.LastError, timeToProto(s.Waiting)
 	if s.Limits != (copyjob.Limits{}) {
 		out.Limits = &pb.RestoreLimits{RequestsPerSecond: s.Limits.Requests, BytesPerSecond: s.Limits.Bytes}
 	}

@@ -67,7 +67,7 @@ func (s *sim) options(leisure bool) manager.Options {
 		Cluster: s.cluster, SnapshotStore: "default", Release: "sim", Now: time.Now, Log: zap.NewNop(),
 		MaxCreates: 3, RestoreSlots: 2, CopyInFlight: 3,
 		CollectTolerance: 2 * time.Minute, OrphanGrace: s.profile.grace, SweepInterval: 10 * time.Minute,
-		KeepRestores:    time.Hour + 2*s.profile.clocks, // so that no clock makes it less than an hour
+		KeepRestores:    time.Hour + time.Second + 2*s.profile.clocks, // so that no clock makes it an hour or less
 		CollectMaxShare: s.profile.share,
 	}
 	if leisure {

@@ -3934,7 +3934,18 @@ type Task struct {
 	// Once DONE: what was restored.
 	Totals *Totals `protobuf:"bytes,8,opt,name=totals,proto3" json:"totals,omitempty"`
 	// The id of the operation that wrote the record.
-	Op            string `protobuf:"bytes,9,opt,name=op,proto3" json:"op,omitempty"`
+	Op string `protobuf:"bytes,9,opt,name=op,proto3" json:"op,omitempty"`
+	// How many attempts ended because a store did not answer. They are no failures.
+	Unanswered uint32 `protobuf:"varint,11,opt,name=unanswered,proto3" json:"unanswered,omitempty"`
+	// How many of them ended so in a row, none of which finished a file.
+	Waits uint32 `protobuf:"varint,12,opt,name=waits,proto3" json:"waits,omitempty"`
+	// Unix nanoseconds; when the first and the last of these ended.
+	WaitSince int64 `protobuf:"varint,13,opt,name=wait_since,json=waitSince,proto3" json:"wait_since,omitempty"`
+	WaitTime  int64 `protobuf:"varint,14,opt,name=wait_time,json=waitTime,proto3" json:"wait_time,omitempty"`
+	// The most files that an attempt had finished when it ended.
+	Finished int64 `protobuf:"varint,15,opt,name=finished,proto3" json:"finished,omitempty"`
+	// Unix nanoseconds; when an attempt last finished more files than any before.
+	FinishTime    int64 `protobuf:"varint,16,opt,name=finish_time,json=finishTime,proto3" json:"finish_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4039,6 +4050,48 @@ func (x *Task) GetOp() string {
 	return ""
 }
 
+func (x *Task) GetUnanswered() uint32 {
+	if x != nil {
+		return x.Unanswered
+	}
+	return 0
+}
+
+func (x *Task) GetWaits() uint32 {
+	if x != nil {
+		return x.Waits
+	}
+	return 0
+}
+
+func (x *Task) GetWaitSince() int64 {
+	if x != nil {
+		return x.WaitSince
+	}
+	return 0
+}
+
+func (x *Task) GetWaitTime() int64 {
+	if x != nil {
+		return x.WaitTime
+	}
+	return 0
+}
+
+func (x *Task) GetFinished() int64 {
+	if x != nil {
+		return x.Finished
+	}
+	return 0
+}
+
+func (x *Task) GetFinishTime() int64 {
+	if x != nil {
+		return x.FinishTime
+	}
+	return 0
+}
+
 // TaskProgress is the record at /job/progress/<job>/<task>: how far the attempt
 // that runs has come.
 type TaskProgress struct {
@@ -4050,7 +4103,10 @@ type TaskProgress struct {
 	// Files that are copied.
 	Files int64 `protobuf:"varint,3,opt,name=files,proto3" json:"files,omitempty"`
 	// Their bytes.
-	Bytes         int64 `protobuf:"varint,4,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Bytes int64 `protobuf:"varint,4,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	// Unix nanoseconds; when the attempt last finished more files than any before
+	// it. 0: it has not.
+	FinishTime    int64 `protobuf:"varint,5,opt,name=finish_time,json=finishTime,proto3" json:"finish_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4109,6 +4165,13 @@ func (x *TaskProgress) GetFiles() int64 {
 func (x *TaskProgress) GetBytes() int64 {
 	if x != nil {
 		return x.Bytes
+	}
+	return 0
+}
+
+func (x *TaskProgress) GetFinishTime() int64 {
+	if x != nil {
+		return x.FinishTime
 	}
 	return 0
 }
@@ -4663,7 +4726,7 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\tJobLimits\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1a\n" +
 	"\brequests\x18\x02 \x01(\x03R\brequests\x12\x14\n" +
-	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\"\x99\x02\n" +
+	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\"\xc8\x03\n" +
 	"\x04Task\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\rR\x05state\x12\x18\n" +
@@ -4676,12 +4739,24 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x18\n" +
 	"\amessage\x18\a \x01(\tR\amessage\x124\n" +
 	"\x06totals\x18\b \x01(\v2\x1c.snapshotd.storage.v1.TotalsR\x06totals\x12\x0e\n" +
-	"\x02op\x18\t \x01(\tR\x02op\"l\n" +
+	"\x02op\x18\t \x01(\tR\x02op\x12\x1e\n" +
+	"\n" +
+	"unanswered\x18\v \x01(\rR\n" +
+	"unanswered\x12\x14\n" +
+	"\x05waits\x18\f \x01(\rR\x05waits\x12\x1d\n" +
+	"\n" +
+	"wait_since\x18\r \x01(\x03R\twaitSince\x12\x1b\n" +
+	"\twait_time\x18\x0e \x01(\x03R\bwaitTime\x12\x1a\n" +
+	"\bfinished\x18\x0f \x01(\x03R\bfinished\x12\x1f\n" +
+	"\vfinish_time\x18\x10 \x01(\x03R\n" +
+	"finishTime\"\x8d\x01\n" +
 	"\fTaskProgress\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x18\n" +
 	"\aattempt\x18\x02 \x01(\rR\aattempt\x12\x14\n" +
 	"\x05files\x18\x03 \x01(\x03R\x05files\x12\x14\n" +
-	"\x05bytes\x18\x04 \x01(\x03R\x05bytes\"P\n" +
+	"\x05bytes\x18\x04 \x01(\x03R\x05bytes\x12\x1f\n" +
+	"\vfinish_time\x18\x05 \x01(\x03R\n" +
+	"finishTime\"P\n" +
 	"\x06Worker\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x18\n" +
 	"\areplica\x18\x02 \x01(\tR\areplica\x12\x14\n" +
