@@ -79,9 +79,11 @@ func (s *Store) Copy(ctx context.Context, r object.CopyRequest) (object.Info, er
 func (s *Store) copyWhole(ctx context.Context, c *copying) *failure {
 	timeout := s.copyTimeout(c.Size)
 	return s.retry(ctx, "copy", c.To, func() *failure {
-		// Nobody may take the copy for over while the server is still at it: it
-		// goes on for as long as it may take, whatever becomes of ctx.
-		longer, cancel := outliveBy(ctx, timeout)
+		// The server goes on with a copy that is cut off, so an attempt outlives ctx by
+		// as long as any other request: mostly the copy is over then. It does not wait
+		// for the minutes that a large one may take, which would hold up the end of the
+		// process; a copy that lands after that is the same bytes under the same key.
+		longer, cancel := s.outlive(ctx)
 		defer cancel()
 		out, f := attemptFor(longer, timeout, func(ctx context.Context) (*s3.CopyObjectOutput, error) {
 			atCopy.Before()
@@ -221,7 +223,7 @@ func (s *Store) copyUpload(ctx context.Context, c *copying) *failure {
 	return f
 }
 
-// outlive returns a context for requests that belong to an upload: it is over
+// outlive returns a context for copies and requests that belong to an upload: it is over
 // the timeout of a request later than ctx. What is cut off a server may carry
 // out all the same, and later than the abort that was to be the end of it.
 func (s *Store) outlive(ctx context.Context) (context.Context, context.CancelFunc) {

@@ -262,6 +262,32 @@ func TestCopyWholeCanceled(t *testing.T) {
 	}
 }
 
+// TestCopyOutlivesItsContextBriefly ends the context of a copy that the server does
+// not answer. An attempt may take the time of three requests; once the context is over
+// it gets that of one.
+func TestCopyOutlivesItsContextBriefly(t *testing.T) {
+	const request = 2 * time.Second
+	r := newRig(t, func(o *s3.Options) { o.RequestTimeout = request })
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	r.put(t, "old", "old content")
+	returned := make(chan struct{})
+	r.proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Action: s3fault.Edit("hold", func(*s3fault.Answer) bool {
+		cancel()
+		<-returned
+		return true
+	})})
+	began := time.Now()
+	err := copyOld(ctx, r.store, 0, oldETag)
+	close(returned)
+	if took := time.Since(began); took > 5*request/2 {
+		t.Errorf("it took %v", took)
+	}
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("err = %v, want Canceled", err)
+	}
+}
+
 // TestCopyAbortsLast has one part fail, or the context end, while another is on
 // its way: it must not arrive after the abort.
 func TestCopyAbortsLast(t *testing.T) {
