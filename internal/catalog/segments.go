@@ -59,14 +59,18 @@ func (c *Catalog) ScanRecords(ctx context.Context, collection, revision int64, a
 	return c.kv.Scan(ctx, from, to, revision, fn)
 }
 
-// CountSegments returns how many segments of a collection are not dropped.
-func (c *Catalog) CountSegments(ctx context.Context, collection int64) (int64, error) {
+// CountSegments returns how many segments of a collection are not dropped, and the
+// record of the first one, if there is one.
+func (c *Catalog) CountSegments(ctx context.Context, collection int64) (n int64, first meta.KeyValue, err error) {
 	from, to := meta.Prefix(keys.SegmentPrefix(collection))
-	res, err := c.kv.Range(ctx, meta.Range{From: from, To: to, Limit: 1, KeysOnly: true})
+	res, err := c.kv.Range(ctx, meta.Range{From: from, To: to, Limit: 1})
 	if err != nil {
-		return 0, fmt.Errorf("count segments of collection %d: %w", collection, err)
+		return 0, meta.KeyValue{}, fmt.Errorf("count segments of collection %d: %w", collection, err)
 	}
-	return res.Count, nil
+	if len(res.KVs) > 0 {
+		first = res.KVs[0]
+	}
+	return res.Count, first, nil
 }
 
 // Segment returns a segment that is not dropped, and its revision.

@@ -537,7 +537,7 @@ func (r *round) leftBehind(ctx context.Context, f *findings) error {
 func (r *round) stops(ctx context.Context, f *findings) error {
 	stop := Stop{Collection: f.id, Due: f.free}
 	if f.state == catalog.Active && !r.o.Force && stop.Due >= StopUnits {
-		live, err := r.g.o.Catalog.CountSegments(ctx, f.id)
+		live, _, err := r.g.o.Catalog.CountSegments(ctx, f.id)
 		if err != nil {
 			return err
 		}

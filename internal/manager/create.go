@@ -49,6 +49,7 @@ type creation struct {
 	tok  request.Token
 
 	segments int64 // of the collection, before the create began
+	memory   *reservation
 	revision int64 // to capture at; 0: the newest once the create has begun
 
 	begun chan struct{} // closed when the snapshot is durable as PENDING, or err is set
@@ -371,13 +372,12 @@ func (m *Manager) create(ctx context.Context, c *creation) {
 	defer close(c.ended)
 	ctx, cancel := context.WithTimeout(ctx, m.o.CreateTimeout)
 	defer cancel()
-	release, err := m.reserve(ctx, c)
-	if err != nil {
+	if err := m.reserve(ctx, c); err != nil {
 		c.err = err
 		close(c.begun)
 		return
 	}
-	defer release()
+	defer c.memory.end()
 	if planted.P3 { // what is dropped from now until begin is captured, and not protected
 		_, _, c.revision, _ = m.kv.Get(ctx, keys.Collection(c.spec.Collection.ID))
 	}
@@ -429,24 +429,16 @@ func (m *Manager) create(ctx context.Context, c *creation) {
 	}
 }
 
-// segmentMemory is what a create is reckoned to hold of one segment of a dozen
-// files, in bytes: its record, or its part of a manifest.
-const segmentMemory = 2 << 10
-
 // reserve waits until there is memory for the create. It comes before begin, for
 // a create that waits does not advance.
-func (m *Manager) reserve(ctx context.Context, c *creation) (release func(), err error) {
-	n, err := m.catalog.CountSegments(ctx, c.spec.Collection.ID)
+func (m *Manager) reserve(ctx context.Context, c *creation) (err error) {
+	n, first, err := m.catalog.CountSegments(ctx, c.spec.Collection.ID)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	c.segments = n
-	need := min(n, chunkSegments*(chunksInFlight+1)) * segmentMemory
-	need = min(need, (chunksInFlight+1)*chunkBytes, m.o.CreateMemory)
-	if err := m.memory.Acquire(ctx, need); err != nil {
-		return nil, fmt.Errorf("%w: no memory for it in time: %w", ErrOverloaded, err)
-	}
-	return func() { m.memory.Release(need) }, nil
+	c.memory, err = m.memory.reserve(ctx, n, first)
+	return err
 }
 
 // createLease is the lease of one create. It lives while the create advances.
@@ -691,7 +683,7 @@ func (m *Manager) capture(ctx context.Context, c *creation, lease *createLease, 
 	}
 	w := &snapshotWriter{
 		m: m, spec: &c.spec, snap: c.snap, view: &view, cutter: newCutter(&view), lease: lease, first: first,
-		room: int(min(c.segments, chunkSegments)),
+		room: int(min(c.segments, chunkSegments)), memory: c.memory,
 	}
 	next, err = w.run(ctx)
 	return next, len(w.chunks), err
@@ -711,6 +703,7 @@ type snapshotWriter struct {
 
 	first  int // number of the first chunk
 	room   int // records to make room for in a chunk
+	memory *reservation
 	chunks []*chunk
 
 	// What the chunks come to.
@@ -724,6 +717,7 @@ type snapshotWriter struct {
 type chunk struct {
 	number  int // of the manifest
 	records []meta.KeyValue
+	memory  charge // of the records, then of the manifest
 
 	// What is captured of them. Its goroutine sets it before it closes encoded,
 	// which it does unless it fails.
@@ -769,23 +763,37 @@ func (w *snapshotWriter) run(ctx context.Context) (*Snapshot, error) {
 // readAll reads the records, and has each chunk of them written once it is full.
 // It waits while chunksInFlight are being written.
 func (w *snapshotWriter) readAll(ctx context.Context, group *errgroup.Group) error {
-	var records []meta.KeyValue
+	var c *chunk // that is read
 	size := 0
 	flush := func() {
-		c := &chunk{number: w.first + len(w.chunks), records: records, encoded: make(chan struct{})}
-		w.chunks = append(w.chunks, c)
-		records, size = nil, 0
-		group.Go(func() error { return w.write(ctx, c) })
+		full := c
+		w.chunks = append(w.chunks, full)
+		c, size = nil, 0
+		group.Go(func() error {
+			defer full.memory.end()
+			return w.write(ctx, full)
+		})
 	}
+	defer func() {
+		if c != nil { // not all is read
+			c.memory.end()
+		}
+	}()
 	last := "" // key of the record that was read last
 	err := w.lease.persist(ctx, func() error {
 		_, err := w.m.catalog.ScanRecords(ctx, w.snap.Collection, w.view.Revision, last, func(batch []meta.KeyValue) error {
 			for _, kv := range batch {
-				if records == nil {
-					records = make([]meta.KeyValue, 0, w.room)
+				if c == nil {
+					c = &chunk{
+						number: w.first + len(w.chunks), records: make([]meta.KeyValue, 0, w.room), memory: charge{of: w.memory},
+						encoded: make(chan struct{}),
+					}
 				}
-				records = append(records, kv)
-				if size += len(kv.Value); len(records) == chunkSegments || size >= chunkBytes {
+				if err := c.memory.add(ctx, recordMemory(kv), w.lease.advance); err != nil {
+					return err
+				}
+				c.records = append(c.records, kv)
+				if size += len(kv.Value); len(c.records) == chunkSegments || size >= chunkBytes {
 					flush()
 				}
 			}
@@ -794,7 +802,10 @@ func (w *snapshotWriter) readAll(ctx context.Context, group *errgroup.Group) err
 		})
 		return err
 	})
-	if err == nil && len(records) > 0 {
+	if err == nil {
+		w.memory.allRead()
+	}
+	if err == nil && c != nil {
 		flush()
 	}
 	return err
@@ -808,6 +819,7 @@ func (w *snapshotWriter) write(ctx context.Context, c *chunk) error {
 		return err
 	}
 	c.digest = manifest.Sum(data)
+	c.memory.shrink(int64(len(data)))
 	close(c.encoded)
 	if c.totals.Segments == 0 {
 		return nil

@@ -3,6 +3,7 @@ package manager
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"slices"
@@ -908,10 +909,16 @@ func TestCreateWaitsForItsTurn(t *testing.T) {
 // the budget: they take turns, and none is given up for waiting.
 func TestCreatesShareOneMemoryBudget(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
-		r := w.start("a", func(o *Options) { o.CreateMemory = 60 * segmentMemory })
+		const weight = 16 << 10
+		r := w.start("a", func(o *Options) { o.CreateMemory = 45 * 2 * weight })
 		col, _, _ := w.collection(r, "c")
 		for range 40 {
-			w.add(r, col, w.segment(r, col, 0, 1, 2))
+			s := w.segment(r, col, 0, 1, 2)
+			s.EngineData = make([]byte, weight)
+			if _, err := rand.Read(s.EngineData); err != nil {
+				t.Fatal(err)
+			}
+			w.add(r, col, s)
 		}
 		w.checkpoint(r, col, 10, 10)
 		small, _, _ := w.collection(r, "small")
@@ -933,8 +940,8 @@ func TestCreatesShareOneMemoryBudget(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		if took := time.Since(begin); took < 5*20*time.Second {
-			t.Errorf("five creates of 20 s took %v", took)
+		if took := time.Since(begin); took < 5*10*time.Second {
+			t.Errorf("five creates that each hold the memory for 10 s took %v", took)
 		}
 		r.store.SetLatency(0)
 		w.create(r, small, "an-empty-one")

@@ -123,7 +123,6 @@ import (
 
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sync/semaphore"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
@@ -179,8 +178,8 @@ type Options struct {
 	CleanInterval time.Duration // between passes of the cleaner that nothing woke; default 1 min
 	MaxCreates    int           // at once; default 64
 	// CreateMemory bounds what all creates together hold of segments and
-	// manifests, in bytes, as estimated. A create that needs more than all of it
-	// has it for itself. Default 128 MiB.
+	// manifests, in bytes, but for one manifest that may be held besides. A create
+	// that needs more than all of it has it for itself. Default 128 MiB.
 	CreateMemory int64
 	RestoreSlots int           // tasks of restores that this replica works on at once; default 8, negative: none
 	CopyInFlight int           // objects that it copies at once; default 32
@@ -219,7 +218,7 @@ type Manager struct {
 	running  chan struct{} // closed when Run begins
 	stopped  chan struct{} // closed when Run ends
 
-	memory    *semaphore.Weighted // of creates, in bytes
+	memory    *createMemory
 	leading   atomic.Bool
 	creates   atomic.Int64
 	manifests manifestCache
@@ -270,7 +269,7 @@ func New(o Options) (*Manager, error) {
 	m := &Manager{
 		o: o, kv: o.KV, catalog: o.Catalog, store: store, log: o.Log,
 		starting: make(chan *creation), running: make(chan struct{}), stopped: make(chan struct{}),
-		memory: semaphore.NewWeighted(o.CreateMemory),
+		memory: newCreateMemory(o.CreateMemory),
 	}
 	m.clean = newCleaner(m)
 	m.gc = gc.New(gc.Options{

@@ -88,7 +88,7 @@ func TestRestore(t *testing.T) {
 		if err != nil || target.ID != job.Target || target.State != catalog.Active {
 			t.Fatalf("%+v, err = %v", target, err)
 		}
-		n, err := r.catalog.CountSegments(t.Context(), target.ID)
+		n, _, err := r.catalog.CountSegments(t.Context(), target.ID)
 		if err != nil || n != 70 {
 			t.Errorf("%d segments, err = %v", n, err)
 		}

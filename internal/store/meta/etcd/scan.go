@@ -13,10 +13,22 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// pageLimit is how many keys are asked for at once when etcd cannot stream. With
-// values near a transaction's limit a page is large, but it is one message only,
-// and records of that size are rare.
-const pageLimit = 256
+// How many keys are asked for at once when etcd cannot stream: few at first, then
+// as many as make pageBytes, by the size of those that came.
+const (
+	firstPage = 64
+	pageLimit = 256
+	pageBytes = 2 << 20
+)
+
+// nextPage is how many keys to ask for after a page of kvs.
+func nextPage(kvs []meta.KeyValue) int {
+	size := 1
+	for _, kv := range kvs {
+		size += len(kv.Value)
+	}
+	return min(max(len(kvs)*pageBytes/size, 1), pageLimit)
+}
 
 // errNoStream means that the server does not know RangeStream.
 var errNoStream = errors.New("no range stream")
@@ -110,8 +122,8 @@ func (c *Client) scanStream(ctx context.Context, from, to string, revision int64
 // scanPages reads page by page; each begins after the last key of the one
 // before.
 func (c *Client) scanPages(ctx context.Context, from, to string, revision int64, fn func([]meta.KeyValue) error) error {
-	for {
-		res, err := c.Range(ctx, meta.Range{From: from, To: to, Revision: revision, Limit: pageLimit})
+	for limit := firstPage; ; {
+		res, err := c.Range(ctx, meta.Range{From: from, To: to, Revision: revision, Limit: limit})
 		if err != nil {
 			return fmt.Errorf("scan: %w", err)
 		}
@@ -123,6 +135,7 @@ func (c *Client) scanPages(ctx context.Context, from, to string, revision int64,
 		if !res.More {
 			return nil
 		}
+		limit = nextPage(res.KVs)
 		if from = res.KVs[len(res.KVs)-1].Key + "\x00"; from >= to {
 			return nil // there is no key between
 		}

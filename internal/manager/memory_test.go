@@ -1,0 +1,194 @@
+package manager
+
+import (
+	"context"
+	crand "crypto/rand"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+	"github.com/snapshotd/snapshotd/internal/testing/virtual"
+)
+
+// inFlight is an object store that knows how much is being written to it at once.
+type inFlight struct {
+	object.Store
+
+	mu        sync.Mutex
+	now, most int64
+}
+
+// Create implements [object.Store].
+func (f *inFlight) Create(ctx context.Context, key string, data []byte) (object.Info, error) {
+	f.add(int64(len(data)))
+	defer f.add(-int64(len(data)))
+	return f.Store.Create(ctx, key, data)
+}
+
+func (f *inFlight) add(n int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.now += n
+	f.most = max(f.most, f.now)
+}
+
+// TestHeavySegmentsShareTheMemory takes 64 snapshots at once of segments that are
+// heavier than they are estimated to be, by all and by the first of them. What they
+// hold stays within the bound, none is given up for waiting longer than its lease
+// lasts, and all memory is returned.
+func TestHeavySegmentsShareTheMemory(t *testing.T) {
+	const segments, weight, creates, bound = 100, 16 << 10, 64, 8 << 20
+	for _, light := range []int{0, 1} {
+		inWorld(t, func(t *testing.T, w *world) {
+			r := w.start("a", func(o *Options) { o.CreateMemory, o.CreateTimeout = bound, 24*time.Hour })
+			col, _, _ := w.collection(r, "c")
+			for i := range segments {
+				s := w.segment(r, col, 0, 1, 2)
+				if i >= light {
+					s.EngineData = make([]byte, weight)
+					if _, err := crand.Read(s.EngineData); err != nil {
+						t.Fatal(err)
+					}
+				}
+				w.add(r, col, s)
+			}
+			w.checkpoint(r, col, 10, 10)
+			r.store.SetLatency(20 * time.Second)
+			held := &inFlight{Store: r.store}
+			r.Manager.store = held
+			var all sync.WaitGroup
+			for i := range creates {
+				all.Go(func() {
+					if _, err := r.Create(t.Context(), request.Token{}, spec(col, fmt.Sprint("s", i))); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			all.Wait()
+			one := int64(segments * weight)
+			if most := bound + one + bound/10; held.most > int64(most) || held.most < one {
+				t.Errorf("%d bytes of manifests were held at once, want %d to %d", held.most, one, most)
+			}
+			t.Logf("light %d: %d bytes of manifests were held at once", light, held.most)
+			if !r.memory.budget.TryAcquire(bound) || len(r.memory.overdraft) != 1 {
+				t.Error("not all memory was returned")
+			}
+			r.store.SetLatency(0)
+			if n := len(w.check(r)); n != creates {
+				t.Errorf("%d snapshots, want %d", n, creates)
+			}
+		})
+	}
+}
+
+// TestMemoryIsBoundedAndReturned has creates of random sizes, which are more than
+// they are estimated to be, charge chunk after chunk, some at once: no more than the
+// bound and one chunk is charged, and all of them end.
+func TestMemoryIsBoundedAndReturned(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	const bound, chunkMost = 1000, 300
+	virtual.Test(t, func(t *testing.T) {
+		m := newCreateMemory(bound)
+		var mu sync.Mutex
+		var now, most int64
+		add := func(n int64) {
+			mu.Lock()
+			defer mu.Unlock()
+			now += n
+			most = max(most, now)
+		}
+		var all sync.WaitGroup
+		for i := range 40 {
+			rnd := rand.New(rand.NewPCG(seed, uint64(i)))
+			all.Go(func() {
+				r := &reservation{memory: m, own: int64(rnd.IntN(200))}
+				if err := m.budget.Acquire(t.Context(), r.own); err != nil {
+					t.Error(err)
+					return
+				}
+				var chunks sync.WaitGroup
+				for range 1 + rnd.IntN(5) {
+					c := &charge{of: r}
+					size := int64(1 + rnd.IntN(chunkMost))
+					for left := size; left > 0; {
+						n := min(left, int64(1+rnd.IntN(100)))
+						if err := c.add(t.Context(), n, func(context.Context) error { return nil }); err != nil {
+							t.Error(err)
+						}
+						add(n)
+						left -= n
+					}
+					pause := time.Duration(rnd.IntN(1000)) * time.Millisecond
+					chunks.Go(func() {
+						time.Sleep(pause)
+						c.shrink(size / 2)
+						time.Sleep(pause)
+						add(-size)
+						c.end()
+					})
+				}
+				chunks.Wait()
+				r.end()
+			})
+		}
+		all.Wait()
+		if most > bound+chunkMost {
+			t.Errorf("%d were held at once, at most %d", most, bound+chunkMost)
+		}
+		if !m.budget.TryAcquire(bound) || len(m.overdraft) != 1 {
+			t.Error("not all memory was returned")
+		}
+	})
+}
+
+// TestCreateThatWaitsForMemoryEnds has a create wait for memory that nobody returns:
+// it ends with its caller's time, and one whose lease is gone ends as well.
+func TestCreateThatWaitsForMemoryEnds(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.CreateMemory = 1 << 20 })
+		col, _, _ := w.collection(r, "c")
+		for i := range 4 {
+			s := w.segment(r, col, 0, 1, 2)
+			s.EngineData = make([]byte, min(i, 1)*16<<10)
+			w.add(r, col, s)
+		}
+		w.checkpoint(r, col, 10, 10)
+		if !r.memory.budget.TryAcquire(1<<20 - 10<<10) {
+			t.Fatal("no memory")
+		}
+		<-r.memory.overdraft
+		begin := time.Now()
+		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
+		wantError(t, err, ErrCreateAborted)
+		if took := time.Since(begin); took < r.o.CreateTimeout {
+			t.Errorf("it took %v", took)
+		}
+		done := make(chan error, 1)
+		go func() {
+			_, err := r.Create(t.Context(), request.Token{}, spec(col, "y"))
+			done <- err
+		}()
+		time.Sleep(3 * time.Minute)
+		pending := w.keysUnder(pendingKeys)
+		if len(pending) != 1 {
+			t.Fatalf("pending: %v", pending)
+		}
+		kv, _, _, err := w.kv.Get(t.Context(), pending[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := w.kv.Revoke(t.Context(), kv.Lease); err != nil {
+			t.Fatal(err)
+		}
+		wantError(t, <-done, ErrCreateAborted)
+		r.memory.overdraft <- struct{}{}
+		w.create(r, col, "z")
+		settle()
+		w.check(r)
+	})
+}
