@@ -667,7 +667,8 @@ func (r *round) grantBatch(ctx context.Context, col *catalog.Collection, f *find
 		}
 	}
 	if len(granted) > 0 {
-		r.g.log.Info("units are deleted: nothing holds them", zap.Int64("collection", col.ID), zap.Int64s("units", granted))
+		r.g.log.Info("units are deleted: nothing holds them", zap.Int64("collection", col.ID), zap.Int("units", len(granted)),
+			zap.Int64s("first", granted[:min(len(granted), maxLogged)]))
 	}
 	return nil
 }

@@ -3,7 +3,6 @@ package gc
 import (
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"sync/atomic"
 
@@ -14,6 +13,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
@@ -97,7 +97,6 @@ import (
 const (
 	parksInFlight = 8   // units that are parked, or read whole, at once
 	parkAbove     = 256 // bytes: a smaller record stays where it is
-	maxJoined     = 8   // errors that are told one by one
 )
 
 // heldObject is where the record of a parked unit lies.
@@ -149,7 +148,7 @@ func (g *GC) park(ctx context.Context, collection int64, units []int64, conds []
 		})
 	}
 	_ = group.Wait() // each error has its place
-	return int(parked.Load()), joined(errs)
+	return int(parked.Load()), object.Join(errs...)
 }
 
 func (g *GC) parkUnit(ctx context.Context, collection, unit int64, conds []meta.Cond) (done bool, err error) {
@@ -182,26 +181,6 @@ func (g *GC) parkUnit(ctx context.Context, collection, unit int64, conds []meta.
 	})
 	atPark.After()
 	return err == nil && res.Succeeded, err
-}
-
-// joined joins the first of errs, leaving nil ones out, and says how many more
-// there are: a store that is lost makes one for each unit.
-func joined(errs []error) error {
-	var list []error
-	more := 0
-	for _, err := range errs {
-		switch {
-		case err == nil:
-		case len(list) < maxJoined:
-			list = append(list, err)
-		default:
-			more++
-		}
-	}
-	if more > 0 {
-		list = append(list, fmt.Errorf("and %d errors more", more))
-	}
-	return errors.Join(list...)
 }
 
 // read takes up a unit from its record; of a parked one as much as the stub says.

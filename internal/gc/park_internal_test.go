@@ -468,7 +468,7 @@ func TestParkErrors(t *testing.T) {
 		})
 		n, err = r.park(t.Context(), l.col.ID, units, nil)
 		r.kv.Hook(nil)
-		if n != 0 || !errors.Is(err, meta.ErrUnavailable) || strings.Count(err.Error(), "park unit") != maxJoined || !strings.HasSuffix(err.Error(), "and 4 errors more") {
+		if n != 0 || !errors.Is(err, meta.ErrUnavailable) || strings.Count(err.Error(), "park unit") != object.MaxJoined || !strings.HasSuffix(err.Error(), "and 4 errors more") {
 			t.Errorf("parked %d, err = %v", n, err)
 		}
 	})

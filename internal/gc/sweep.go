@@ -200,7 +200,7 @@ func (g *GC) Sweep(ctx context.Context, o SweepOptions) (SweepSummary, error) {
 			break
 		}
 	}
-	return s.summary, errors.Join(errs...)
+	return s.summary, object.Join(errs...)
 }
 
 // sweep is one sweep.

@@ -82,7 +82,7 @@ func (c *cleaner) Pass(ctx context.Context, fence meta.Cond) (next time.Duration
 	}
 	next, err = c.expire(ctx, expiring, fence)
 	errs = append(errs, err)
-	return next, errors.Join(append(errs, c.removeAll(ctx, deleting, fence))...)
+	return next, object.Join(append(errs, c.removeAll(ctx, deleting, fence)...)...)
 }
 
 // reap gives up a create that died: its pending key went with its lease.
@@ -145,12 +145,12 @@ func (c *cleaner) expire(ctx context.Context, snapshots []*Snapshot, fence meta.
 			c.m.log.Info("snapshot expired", zap.Int64("snapshot", s.ID), zap.String("name", s.Name))
 		} // else it is pinned, changed, or not ours to drop: the next pass sees
 	}
-	return next, errors.Join(errs...)
+	return next, object.Join(errs...)
 }
 
 // removeAll removes what is being deleted, several at once. A store that hangs
 // does not hold up the next pass for longer than an interval.
-func (c *cleaner) removeAll(ctx context.Context, snapshots []*Snapshot, fence meta.Cond) error {
+func (c *cleaner) removeAll(ctx context.Context, snapshots []*Snapshot, fence meta.Cond) []error {
 	ctx, cancel := context.WithTimeout(ctx, c.m.o.CleanInterval)
 	defer cancel()
 	errs := make([]error, len(snapshots))
@@ -163,7 +163,7 @@ func (c *cleaner) removeAll(ctx context.Context, snapshots []*Snapshot, fence me
 		})
 	}
 	_ = group.Wait() // each error has its place
-	return errors.Join(errs...)
+	return errs
 }
 
 // remove deletes a dropped snapshot's own objects, and then its record. The

@@ -336,7 +336,11 @@ func (m *Manager) awaitCut(ctx context.Context, ref catalog.Ref, want []catalog.
 				break
 			}
 			if wait.Err() != nil && (ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded)) {
-				return fmt.Errorf("%w: %v; flush these channels, or ask for less", ErrCutNotReached, behind)
+				text := strings.Join(behind[:min(len(behind), maxNamed)], ", ")
+				if more := len(behind) - maxNamed; more > 0 {
+					text += fmt.Sprintf(", and %d more", more)
+				}
+				return fmt.Errorf("%w: %s; flush these channels, or ask for less", ErrCutNotReached, text)
 			}
 			return err
 		}

@@ -9,6 +9,9 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
+
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -464,4 +467,47 @@ func TestLargestRecord(t *testing.T) {
 	if err != nil || !slices.Equal(got.Partitions, s.Partitions) || len(got.Cuts) != len(s.Cuts) {
 		t.Errorf("it does not come back: %v", err)
 	}
+}
+
+// TestCleanerLogLine has the store refuse every delete, of hundreds of snapshots
+// that were dropped: no line of the log grows with their number.
+func TestCleanerLogLine(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		core, logs := observer.New(zap.InfoLevel)
+		r := w.start("a", func(o *Options) { o.CollectorOff = true; o.Log = zap.New(core) })
+		col, _, _ := w.collection(r, "c")
+		var list []*Snapshot
+		for i := range 300 {
+			list = append(list, w.create(r, col, fmt.Sprint("s", i)))
+		}
+		settle()
+		r.store.Plan(func(c object.Call) object.Fault {
+			if c.Op == object.OpDelete {
+				return object.FaultBefore
+			}
+			return object.FaultNone
+		})
+		for _, s := range list {
+			w.dropSnapshot(r, s)
+		}
+		time.Sleep(5 * time.Minute)
+		settle()
+		failed := 0
+		for _, e := range logs.All() {
+			for field, v := range e.ContextMap() {
+				if text := fmt.Sprint(v); len(text) > 6<<10 {
+					t.Errorf("%q has %d bytes of %s", e.Message, len(text), field)
+				} else if strings.Contains(text, "and 292 errors more") {
+					failed++
+				}
+			}
+		}
+		if failed == 0 {
+			t.Error("the log does not say that no snapshot can be removed")
+		}
+		r.store.Plan(nil)
+		time.Sleep(5 * time.Minute)
+		settle()
+		w.check(r)
+	})
 }

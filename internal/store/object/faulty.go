@@ -301,5 +301,5 @@ func (f *Faulty) Delete(ctx context.Context, keys ...string) error {
 	for i, key := range keys {
 		errs[i] = &DeleteError{Key: key, Err: err}
 	}
-	return errors.Join(errs...)
+	return Join(errs...)
 }

@@ -501,7 +501,7 @@ func (s *Store) Delete(ctx context.Context, keys ...string) error {
 			failed(key, s.classify("delete", key, err))
 		}
 	}
-	return errors.Join(errs...)
+	return object.Join(errs...)
 }
 
 func (s *Store) isDir(key string) bool {

@@ -9,7 +9,6 @@ import (
 	"context"
 	"crypto/md5"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"io"
 	"iter"
@@ -164,7 +163,7 @@ func (s *Store) Delete(ctx context.Context, keys ...string) error {
 		delete(s.objects, key)
 		s.mu.Unlock()
 	}
-	return errors.Join(errs...)
+	return object.Join(errs...)
 }
 
 // Copy implements [object.Store].

@@ -86,7 +86,7 @@ func (s *Store) abortUploads(ctx context.Context, prefix string, match func(uplo
 			})
 		}
 		_ = group.Wait()
-		if err := errors.Join(errs...); err != nil {
+		if err := object.Join(errs...); err != nil {
 			return len(aborted), err
 		}
 	}

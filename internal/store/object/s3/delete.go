@@ -76,7 +76,7 @@ func (s *Store) Delete(ctx context.Context, keys ...string) error {
 		})
 	}
 	_ = group.Wait()
-	return errors.Join(errs...)
+	return object.Join(errs...)
 }
 
 // unsupported says whether the server does not know the request.
