@@ -74,6 +74,9 @@
 //	snapshot record unreadable
 //	                       as above; when not even its collection is known,
 //	                       nothing at all is granted
+//	references of a snapshot of an earlier release not read yet, or unreadable
+//	                       nothing at all is granted: in those releases two
+//	                       collections could have one segment
 //	a compare fails        read and decide anew, a few times; then ErrConflict
 //	grant: no answer       UNAVAILABLE; a repeat finds the tombstones, or the
 //	                       units as they were

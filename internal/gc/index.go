@@ -40,6 +40,11 @@ const loadsInFlight = 32
 // record is of an earlier release. Those of a collection that a call waits for are
 // read before all others.
 //
+// In earlier releases two collections could have one segment, whose files go with
+// either of them, and snapshots outlive their collections. So a snapshot whose record
+// is of an earlier release, without a history, holds what it references in every
+// collection, and nothing is said of any collection before it is known.
+//
 // A snapshot is first expected, by its record, then known, when its references
 // are counted. While one of a collection is expected and not known, nothing can
 // be said of that collection.
@@ -56,6 +61,8 @@ type index struct {
 	offered     []offer           // by creates of this replica, the latest last
 	strays      map[string]string // records of which not even the collection is known, with why
 	awaited     map[int64]int     // how many calls wait for a collection
+	elders      map[int64]*entry  // those of missing that are of earlier releases
+	elder       held              // what snapshots of earlier releases reference, of all collections; no files
 	moved       chan struct{}     // closed and replaced when an entry becomes known, unreadable or is gone
 }
 
@@ -108,6 +115,7 @@ type entry struct {
 	metadata   manifest.Digest
 	refsFile   manifest.RefsFile // of the record; zero: the metadata has it
 	refs       *snapshotRefs     // nil until known
+	elder      bool              // it is counted as one of an earlier release
 	closed     bool              // its record is of a newer release: it stays unknown
 	began      int64             // revision of the transaction that began it
 	history    int64             // of the metadata store, that began is of; 0: not known
@@ -123,7 +131,7 @@ func newestFirst(a, b *entry) int { return cmp.Compare(b.id, a.id) }
 func newIndex(o *Options) *index {
 	x := &index{o: o, work: make(chan struct{}, 1), moved: make(chan struct{})}
 	x.collections, x.snapshots, x.missing = map[int64]*collection{}, map[int64]*entry{}, map[int64]*entry{}
-	x.awaited = map[int64]int{}
+	x.awaited, x.elders, x.elder = map[int64]int{}, map[int64]*entry{}, newHeld(nil)
 	x.strays, x.foreign = map[string]string{}, map[uint64]int32{}
 	from, to := meta.Prefix(keys.SnapshotPrefix)
 	x.follower = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: x, Log: o.Log, Rand: o.Jitter})
@@ -222,6 +230,9 @@ func (x *index) put(kv meta.KeyValue) (id int64, protects bool) {
 		e.closed = false
 	}
 	e := x.expect(id, rec)
+	if rec.GetHistory() == 0 && e.refs == nil {
+		x.elders[id] = e
+	}
 	e.began, e.history = rec.GetBeginRevision(), rec.GetHistory()
 	if e.began != kv.CreateRevision {
 		e.history = 0 // the record is a copy from another metadata store
@@ -260,6 +271,7 @@ func (x *index) drop(id int64) {
 	}
 	delete(x.snapshots, id)
 	delete(x.missing, id)
+	delete(x.elders, id)
 	c := x.collections[e.collection]
 	if at, found := slices.BinarySearchFunc(c.entries, e, newestFirst); found {
 		c.entries = slices.Delete(c.entries, at, at+1)
@@ -268,6 +280,9 @@ func (x *index) drop(id int64) {
 	if e.refs == nil {
 		delete(c.missing, id)
 	} else {
+		if e.elder {
+			x.elder.countIDs(e.refs, -1, x.breathe)
+		}
 		c.held.count(e.refs, -1, x.breathe)
 	}
 	if len(c.entries) == 0 {
@@ -383,12 +398,20 @@ func (x *index) loaded(e *entry, refs *snapshotRefs, err error) {
 	if err == nil {
 		c := x.collections[e.collection]
 		c.held.count(refs, 1, x.breathe)
+		elder := x.elders[e.id] != nil
+		if elder {
+			x.elder.countIDs(refs, 1, x.breathe)
+		}
 		if e.gone { // while others had the lock
 			c.held.count(refs, -1, func() {})
+			if elder {
+				x.elder.countIDs(refs, -1, func() {})
+			}
 			return
 		}
-		e.refs, e.err = refs, nil
+		e.refs, e.elder, e.err = refs, elder, nil
 		delete(x.missing, e.id)
+		delete(x.elders, e.id)
 		delete(c.missing, e.id)
 		return
 	}
@@ -513,6 +536,9 @@ func (x *index) complete(id int64) error {
 	for key, why := range x.strays {
 		return fmt.Errorf("%w: record %s: %s", ErrUnreadable, key, why)
 	}
+	if err := x.eldersKnown(id); err != nil {
+		return err
+	}
 	c := x.collections[id]
 	if c == nil || len(c.missing) == 0 {
 		return nil
@@ -524,6 +550,27 @@ func (x *index) complete(id int64) error {
 		}
 	}
 	return fmt.Errorf("%w: of %d snapshots of collection %d", ErrLoading, len(c.missing), id)
+}
+
+// eldersKnown says whether the references of all snapshots of earlier releases are
+// known, of collections other than id: in those releases two collections could have
+// one segment. The lock must be held.
+func (x *index) eldersKnown(id int64) error {
+	n := 0
+	for _, e := range x.elders {
+		switch {
+		case e.collection == id: // complete says so
+		case e.err != nil:
+			return fmt.Errorf("%w: snapshot %q (%d), of an earlier release: %w; nothing is reclaimed until it can be read or is dropped",
+				ErrUnreadable, e.name, e.id, toldOf(e.err))
+		default:
+			n++
+		}
+	}
+	if n > 0 {
+		return fmt.Errorf("%w: of %d snapshots of an earlier release", ErrLoading, n)
+	}
+	return nil
 }
 
 // toldOf is what a caller is told of err. What a store says may tell of addresses;
@@ -564,7 +611,9 @@ func (w *wanted) lackedBy(e *entry) bool {
 func (x *index) holders(id int64, w wanted) (list []SnapshotHolder, total int) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	foreign := w.hasFile(len(x.foreign), func(hash uint64) bool { return x.foreign[hash] > 0 })
+	// One of an earlier release may have the segment or build in another collection.
+	// If it is of this one, it counts below as well.
+	foreign := x.elder.of(w) > 0 || w.hasFile(len(x.foreign), func(hash uint64) bool { return x.foreign[hash] > 0 })
 	c := x.collections[id]
 	if c == nil {
 		if foreign {

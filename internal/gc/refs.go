@@ -128,18 +128,30 @@ func (h *held) of(w wanted) int {
 // for all of it.
 const countPart = 4096
 
-// count adds n, 1 or -1, for each thing that r references, calling between after
-// every few thousand of them. Counts that are too high hold too much, never too
-// little: to add comes before a snapshot counts as known, to subtract after it is
-// known to be gone.
-func (h *held) count(r *snapshotRefs, n int32, between func()) {
+// everyPart returns a step that calls between after every few thousand things.
+func everyPart(between func()) func(things int) {
 	part := 0
-	step := func(things int) {
+	return func(things int) {
 		if part += things; part >= countPart {
 			part = 0
 			between()
 		}
 	}
+}
+
+// countIDs is count without the files.
+func (h *held) countIDs(r *snapshotRefs, n int32, between func()) {
+	step := everyPart(between)
+	h.segments.add(&r.segments, n, step)
+	h.builds.add(&r.builds, n, step)
+}
+
+// count adds n, 1 or -1, for each thing that r references, calling between after
+// every few thousand of them. Counts that are too high hold too much, never too
+// little: to add comes before a snapshot counts as known, to subtract after it is
+// known to be gone.
+func (h *held) count(r *snapshotRefs, n int32, between func()) {
+	step := everyPart(between)
 	h.segments.add(&r.segments, n, step)
 	h.builds.add(&r.builds, n, step)
 	for _, file := range r.files {

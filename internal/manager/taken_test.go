@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -11,8 +12,10 @@ import (
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/metatest"
+	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
@@ -326,5 +329,63 @@ func TestCreateWithTheIDOfAnother(t *testing.T) {
 			t.Errorf("the first is %+v, err = %v", got, err)
 		}
 		c.check(c.r)
+	})
+}
+
+// In an earlier release a segment was registered in two collections, and one of them
+// is gone but for a snapshot. The other does not take the files away from it, and
+// grants nothing before the references of the snapshot are known.
+func TestSnapshotOfAnEarlierReleaseHoldsInEveryCollection(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		off := func(o *Options) { o.CollectorOff = true }
+		r := w.start("a", off)
+		col, _, x := w.collection(r, "c")
+		s, other := w.segment(r, col, 0, 1, 20), w.segment(r, col, 0, 21, 40)
+		b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
+		s.Builds = []segment.Build{b}
+		w.addWritten(r, col, s)
+		w.checkpoint(r, col, 100, 100)
+		snap := w.create(r, col, "s")
+		w.addWritten(r, col, other)
+		gone := w.newID(r) // the collection that had the segment too
+		from := manifest.Dir(col.ID, snap.ID)
+		for _, key := range w.objectsUnder(from) {
+			data, err := object.ReadAll(t.Context(), w.objects, key, 1<<20)
+			if err != nil {
+				t.Fatal(err)
+			}
+			w.putObject(manifest.Dir(gone, snap.ID)+strings.TrimPrefix(key, from), data)
+		}
+		r.stop()
+		kv, _, _, err := w.kv.Get(t.Context(), keys.Snapshot(snap.ID))
+		rec := &storagev1.Snapshot{}
+		if err == nil {
+			err = record.Decode(kv, rec)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		rec.CollectionId, rec.History, rec.BeginRevision = gone, 0, 0
+		w.put(kv.Key, record.Encode(rec))
+
+		frozen := func(o *Options) {
+			if store, ok := o.Stores["default"].(*object.Faulty); ok {
+				store.Freeze()
+			}
+		}
+		r = w.start("b", off, frozen)
+		asks := w.dropSegments(r, col, s.ID, other.ID)
+		_, err = r.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks[1:], gc.BySnapshotd, "tester")
+		wantError(t, err, gc.ErrLoading)
+		r.store.Thaw()
+		settle()
+		for i, a := range w.reclaim(r, col, gc.BySnapshotd, asks...) {
+			if want := 1 - i; a.Holders != want || (a.State == gc.Granted) != (want == 0) {
+				t.Errorf("%v is %+v, want %d holders", asks[i], a, want)
+			}
+		}
+		w.dropSnapshot(r, snap)
+		settle()
+		w.granted(w.reclaim(r, col, gc.BySnapshotd, asks[0]))
 	})
 }
