@@ -388,7 +388,8 @@ func (a *app) storeCommand() *cobra.Command {
 		Short: "Finds out what an object store honours",
 		Long: `Finds out what an object store honours of what snapshotd relies on, by small
 objects under snapshotd-probe/ that it removes again. Without ALIAS it is the
-store for snapshots. The exit code is 5 when the store lacks what is required.`,
+store for snapshots. The exit code is 5 when the store lacks what is required, or
+when a required check could not be made.`,
 		Example: `  snapshotctl store probe
   snapshotctl store probe archive -o json`,
 		Args: cobra.MaximumNArgs(1),
@@ -409,7 +410,7 @@ store for snapshots. The exit code is 5 when the store lacks what is required.`,
 				return err
 			}
 			if !resp.GetUsable() {
-				return status.Errorf(codes.FailedPrecondition, "store %s lacks what snapshotd needs", resp.GetStore())
+				return status.Errorf(codes.FailedPrecondition, "store %s lacks what snapshotd needs, or a check could not be made", resp.GetStore())
 			}
 			return nil
 		}),
@@ -420,7 +421,11 @@ store for snapshots. The exit code is 5 when the store lacks what is required.`,
 func renderProbe(w io.Writer, r *snapshotdv1.ProbeStoreResponse) {
 	t := newTable(w, "", "CHECK", "REQUIRED", "HONOURED", "SEEN")
 	for _, c := range r.GetChecks() {
-		t.row(clean(c.GetName()), c.GetRequired(), c.GetOk(), clean(c.GetDetail()))
+		honoured := fmt.Sprint(c.GetOk())
+		if c.GetNotKnown() {
+			honoured = "not known"
+		}
+		t.row(clean(c.GetName()), c.GetRequired(), honoured, clean(c.GetDetail()))
 	}
 	_ = t.flush() // w is memory
 	if r.GetUsable() {

@@ -368,7 +368,8 @@ func (m *Manager) Leader(ctx context.Context) (string, error) {
 }
 
 // ProbeStore finds out what the store of an alias honours; an empty alias is
-// the store for snapshots. A check that failed is no error but in the report.
+// the store for snapshots. A check that failed or could not be made is no error but
+// in the report, unless none could be made.
 func (m *Manager) ProbeStore(ctx context.Context, alias string) (probe.Report, error) {
 	if alias == "" {
 		alias = m.o.SnapshotStore
@@ -378,7 +379,7 @@ func (m *Manager) ProbeStore(ctx context.Context, alias string) (probe.Report, e
 		return probe.Report{}, fmt.Errorf("%w: %q", ErrStoreNotFound, alias)
 	}
 	report, err := probe.Run(ctx, store, probe.Dir)
-	if len(report.Checks) == 0 && err != nil {
+	if !report.Made() && err != nil {
 		return report, fmt.Errorf("probe store %s: %w", alias, err)
 	}
 	return report, nil

@@ -80,7 +80,7 @@ func (s *admin) ProbeStore(ctx context.Context, req *pb.ProbeStoreRequest) (*pb.
 	}
 	resp := &pb.ProbeStoreResponse{Store: cmp.Or(req.GetStore(), s.snapshotStore), Usable: report.Err() == nil}
 	for _, c := range report.Checks {
-		resp.Checks = append(resp.Checks, &pb.ProbeCheck{Name: c.Name, Required: c.Required, Ok: c.OK, Detail: c.Detail})
+		resp.Checks = append(resp.Checks, &pb.ProbeCheck{Name: c.Name, Required: c.Required, Ok: c.OK, Detail: c.Detail, NotKnown: c.Err != nil})
 	}
 	return resp, nil
 }

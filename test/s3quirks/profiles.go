@@ -39,5 +39,5 @@ var Profiles = []Profile{
 		return []Habit{WantsContentMD5("MissingContentMD5"), Answers(s3fault.DeleteObject, http.StatusOK), Lacks(s3fault.ListMultipartUploads)}
 	}},
 	{Name: "Supabase", Path: "/storage/v1/s3", Habits: func() []Habit { return []Habit{UnderPath("/storage/v1/s3")} }},
-	{Name: "old gateway", Unfit: "key order", Habits: func() []Habit { return []Habit{UnorderedLists()} }},
+	{Name: "old gateway", Unfit: "list in key order", Habits: func() []Habit { return []Habit{UnorderedLists()} }},
 }

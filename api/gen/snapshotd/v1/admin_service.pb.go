@@ -128,7 +128,8 @@ type ProbeStoreResponse struct {
 	Store string `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
 	// What was looked at.
 	Checks []*ProbeCheck `protobuf:"bytes,2,rep,name=checks,proto3" json:"checks,omitempty"`
-	// Whether all that is required is honoured.
+	// Whether all that is required is honoured. A check that could not be made has
+	// not passed.
 	Usable        bool `protobuf:"varint,3,opt,name=usable,proto3" json:"usable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -195,8 +196,10 @@ type ProbeCheck struct {
 	Required bool `protobuf:"varint,2,opt,name=required,proto3" json:"required,omitempty"`
 	// Whether the store honours it.
 	Ok bool `protobuf:"varint,3,opt,name=ok,proto3" json:"ok,omitempty"`
-	// What was seen.
-	Detail        string `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`
+	// What was seen, or the error that kept the check from being made.
+	Detail string `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`
+	// Whether the check could not be made: nothing is known, and ok is false.
+	NotKnown      bool `protobuf:"varint,5,opt,name=not_known,json=notKnown,proto3" json:"not_known,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -257,6 +260,13 @@ func (x *ProbeCheck) GetDetail() string {
 		return x.Detail
 	}
 	return ""
+}
+
+func (x *ProbeCheck) GetNotKnown() bool {
+	if x != nil {
+		return x.NotKnown
+	}
+	return false
 }
 
 // GetServerInfoRequest is the request of GetServerInfo.
@@ -544,13 +554,14 @@ const file_snapshotd_v1_admin_service_proto_rawDesc = "" +
 	"\x12ProbeStoreResponse\x12\x14\n" +
 	"\x05store\x18\x01 \x01(\tR\x05store\x120\n" +
 	"\x06checks\x18\x02 \x03(\v2\x18.snapshotd.v1.ProbeCheckR\x06checks\x12\x16\n" +
-	"\x06usable\x18\x03 \x01(\bR\x06usable\"d\n" +
+	"\x06usable\x18\x03 \x01(\bR\x06usable\"\x81\x01\n" +
 	"\n" +
 	"ProbeCheck\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\brequired\x18\x02 \x01(\bR\brequired\x12\x0e\n" +
 	"\x02ok\x18\x03 \x01(\bR\x02ok\x12\x16\n" +
-	"\x06detail\x18\x04 \x01(\tR\x06detail\"\x16\n" +
+	"\x06detail\x18\x04 \x01(\tR\x06detail\x12\x1b\n" +
+	"\tnot_known\x18\x05 \x01(\bR\bnotKnown\"\x16\n" +
 	"\x14GetServerInfoRequest\"\xeb\x02\n" +
 	"\x15GetServerInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1d\n" +

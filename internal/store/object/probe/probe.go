@@ -17,6 +17,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
@@ -45,7 +47,8 @@ type Check struct {
 	Required bool // snapshotd does not run without
 	OK       bool
 	Unknown  bool   // it could not be found out, since the store did not answer, or was full
-	Detail   string // what was seen
+	Detail   string // what was seen, or the error that kept the check from being made
+	Err      error  // that error; nil for a check that was made
 }
 
 // Report is what a probe found.
@@ -53,19 +56,30 @@ type Report struct {
 	Checks []Check
 }
 
-// Err returns nil, or an error that wraps [ErrMissing] and names every required
-// check that failed.
+// Err returns nil when every required check has passed. Else it wraps [ErrMissing]
+// and names every required check that failed, or, when none failed, wraps the error
+// of the first that could not be made: nothing is then known of the store.
 func (r Report) Err() error {
 	var missing []string
+	var unmade error
 	for _, c := range r.Checks {
-		if c.Required && !c.OK {
+		switch {
+		case !c.Required || c.OK:
+		case c.Err == nil:
 			missing = append(missing, c.Name+" ("+c.Detail+")")
+		case unmade == nil:
+			unmade = fmt.Errorf("probe %s: %w", c.Name, c.Err)
 		}
 	}
 	if len(missing) == 0 {
-		return nil
+		return unmade
 	}
 	return fmt.Errorf("%w: %s", ErrMissing, strings.Join(missing, "; "))
+}
+
+// Made reports whether any check could be made.
+func (r Report) Made() bool {
+	return slices.ContainsFunc(r.Checks, func(c Check) bool { return c.Err == nil })
 }
 
 // Features are what snapshotd does not need to run, but to do more.
@@ -96,8 +110,8 @@ func (r Report) failed(name string) bool {
 }
 
 // Run makes every check, in a directory of its own below dir, which is empty or
-// a key, and removes what it made. An error is that of the report, or says that
-// the store could not be asked; then there may be no report.
+// a key, and removes what it made. The error is that of the report, or of ctx; then
+// there is no report.
 func Run(ctx context.Context, store object.Store, dir string) (Report, error) {
 	return run(ctx, store, dir, checks)
 }
@@ -144,6 +158,7 @@ var checks = []check{
 	{"conditional create", true, true, false, (*prober).conditionalCreate},
 	{"ranges", true, true, false, (*prober).ranges},
 	{"list after write and delete", true, true, false, (*prober).lists},
+	{"list in key order", true, true, false, (*prober).listOrder},
 	{"delete of a missing object", true, true, false, (*prober).deleteMissing},
 	{conditionalCopy, false, true, false, (*prober).conditionalCopy},
 	{multipartCopy, false, true, false, (*prober).multipartCopy},
@@ -173,22 +188,19 @@ func run(ctx context.Context, store object.Store, dir string, checks []check) (r
 		_ = p.clean(ctx) // what stays, RemoveLeft removes: it says nothing of what was found
 	}()
 	tried := p.tryAll(ctx, checks)
+	if ctx.Err() != nil {
+		return report, fmt.Errorf("probe: %w", ctx.Err())
+	}
 	for i, c := range checks {
 		detail, err := tried[i].detail, tried[i].err
-		f, found := errors.AsType[finding](err)
-		switch {
-		case ctx.Err() != nil:
-			return report, fmt.Errorf("probe: %w", ctx.Err())
-		case err != nil && !found && c.required:
-			return report, fmt.Errorf("probe %s: %w", c.name, err)
-		case found:
-			detail = string(f)
-		case err != nil:
-			detail = err.Error()
+		result := Check{Name: c.name, Required: c.required, OK: err == nil, Detail: detail}
+		if f, found := errors.AsType[finding](err); found {
+			result.Detail = string(f)
+		} else if err != nil {
+			result.Detail, result.Err = err.Error(), err
+			result.Unknown = errors.Is(err, object.ErrUnavailable) || errors.Is(err, object.ErrFull)
 		}
-		report.Checks = append(report.Checks, Check{
-			Name: c.name, Required: c.required, OK: err == nil, Unknown: errors.Is(err, object.ErrUnavailable) || errors.Is(err, object.ErrFull), Detail: detail,
-		})
+		report.Checks = append(report.Checks, result)
 	}
 	return report, report.Err()
 }
@@ -369,6 +381,39 @@ func (p *prober) lists(ctx context.Context) (string, error) {
 	return "", nil
 }
 
+// listOrder lists keys that only an order by bytes lists as they are here. They are
+// so many that a list without an order does not pass by chance.
+func (p *prober) listOrder(ctx context.Context) (string, error) {
+	names := []string{
+		"order/a!", "order/a-b", "order/a-b-/c", "order/a.b/c", "order/a/b", "order/a/c", "order/a0",
+		"order/aa", "order/b", "order/\u00e9", "order/\ue000", "order/\uffef", "order/\U00010000",
+	}
+	var group errgroup.Group
+	for _, name := range names {
+		group.Go(func() error {
+			_, err := p.put(ctx, name, "x")
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return "", err
+	}
+	var listed []string
+	for info, err := range p.store.List(ctx, p.key("order")+"/") {
+		if errors.Is(err, object.ErrMisconfigured) {
+			return "", wrong("lists are not in key order: %v", err)
+		}
+		if err != nil {
+			return "", err
+		}
+		listed = append(listed, strings.TrimPrefix(info.Key, p.dir+"/"))
+	}
+	if !slices.Equal(listed, names) {
+		return "", wrong("lists are not in the order of the bytes of keys, or not complete: %q", listed)
+	}
+	return "", nil
+}
+
 func (p *prober) wantListed(ctx context.Context, name string, want bool) error {
 	listed := false
 	for info, err := range p.store.List(ctx, p.key("l")+"/") {
@@ -406,7 +451,7 @@ func (p *prober) rangeCopy(ctx context.Context) (string, error) {
 
 // copies copies an object that is the version asked for, and one that is not.
 func (p *prober) copies(ctx context.Context, name, body string, parts object.CopyParts) error {
-	old, err := p.put(ctx, name+"/from", strings.ToUpper(body))
+	old, err := p.put(ctx, name+"/other", strings.ToUpper(body))
 	if err != nil {
 		return err
 	}
@@ -472,10 +517,11 @@ func (p *prober) race(ctx context.Context) (string, error) {
 
 func (p *prober) follow(ctx context.Context) (string, error) {
 	for i := range followed {
-		if _, err := p.put(ctx, "follow", fmt.Sprint(i)); err != nil {
+		name := fmt.Sprint("follow/", i) // each its own: some stores take one write of a key in a second
+		if _, err := p.put(ctx, name, fmt.Sprint(i)); err != nil {
 			return "", err
 		}
-		if got, _, err := p.read(ctx, "follow", 0, -1); err != nil || got != fmt.Sprint(i) {
+		if got, _, err := p.read(ctx, name, 0, -1); err != nil || got != fmt.Sprint(i) {
 			return "", orWrong(err, "write %d is not what was read next", i)
 		}
 	}

@@ -314,3 +314,23 @@ func TestProbeFarAway(t *testing.T) {
 		}
 	})
 }
+
+// TestUnmadeIsNotPassed shows that a required check which ends in an error is
+// neither passed nor missing: the report has it with its error.
+func TestUnmadeIsNotPassed(t *testing.T) {
+	plain := memory.New(memory.Options{})
+	away := fmt.Errorf("put: %w", object.ErrUnavailable)
+	s := &liar{Store: plain, create: func(context.Context, string, []byte) (object.Info, error) { return object.Info{}, away }}
+	report, err := probe.Run(t.Context(), s, "")
+	if !errors.Is(err, object.ErrUnavailable) || errors.Is(err, probe.ErrMissing) {
+		t.Errorf("err = %v, want ErrUnavailable and not ErrMissing", err)
+	}
+	if report.Err() == nil || !report.Made() {
+		t.Errorf("the report says %v, made %v", report.Err(), report.Made())
+	}
+	for _, c := range report.Checks {
+		if c.Name == "conditional create" && (c.OK || c.Err == nil || c.Detail != away.Error()) {
+			t.Errorf("%+v, want the error", c)
+		}
+	}
+}

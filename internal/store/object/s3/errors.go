@@ -76,6 +76,9 @@ var codes = map[string]meaning{
 	"NoSuchKey":          {kind: object.ErrNotFound},
 	"PreconditionFailed": {kind: object.ErrExists},
 	"KeyTooLongError":    {kind: object.ErrInvalidKey},
+	// Of gateways in front of a file system: the key is another's directory.
+	"ExistingObjectIsDirectory": {kind: object.ErrInvalidKey},
+	"ObjectParentIsFile":        {kind: object.ErrInvalidKey},
 
 	"SlowDown":                   {kind: object.ErrUnavailable, retry: true},
 	"ServiceUnavailable":         {kind: object.ErrUnavailable, retry: true},
