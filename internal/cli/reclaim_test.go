@@ -522,6 +522,9 @@ func TestDescribeUsage(t *testing.T) {
 	}
 	without := proto.CloneOf(with)
 	without.Usage = nil
+	damaged, unlisted := proto.CloneOf(without), proto.CloneOf(without)
+	damaged.Damage = []string{"manifest-0.avro is missing"}
+	unlisted.DamageUnknown = "the object store did not answer"
 	for _, tc := range []struct {
 		name    string
 		answers []any
@@ -532,6 +535,15 @@ func TestDescribeUsage(t *testing.T) {
 			"not known",
 			[]any{answer(t, codes.FailedPrecondition, "REFERENCES_UNREADABLE", "references of snapshot \"x\" (41)"), without},
 			"protects: 12 files, 5.0 MiB\nkept by it alone: not known: references of snapshot \"x\" (41)\nto undo:",
+		},
+		{
+			"damaged",
+			[]any{answer(t, codes.DataLoss, "SNAPSHOT_CORRUPT", "manifest-0.avro is missing"), damaged},
+			"DAMAGED: manifest-0.avro is missing\n\nprotects: 12 files, 5.0 MiB\nkept by it alone: not known: manifest-0.avro is missing\nto undo:",
+		},
+		{
+			"not listed", []any{unlisted},
+			"whether all its files are there is not known: the object store did not answer\n\nprotects: 12 files, 5.0 MiB\nto undo:",
 		},
 		{"an older server", []any{without}, "protects: 12 files, 5.0 MiB\nto undo:"},
 	} {

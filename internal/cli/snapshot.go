@@ -279,7 +279,8 @@ func (a *app) snapshotDescribe() *cobra.Command {
 		Short: "Shows what a snapshot captured",
 		Long: `Shows what a snapshot captured, but for its segments: the cut of each channel,
 schema, partitions and indexes, and the snapshot's own files; and what it keeps:
-how many files, and how many of them nothing else needs. SNAPSHOT is a name, be
+how many files, and how many of them nothing else needs. A file of its own that is
+missing or has another length is named as DAMAGED. SNAPSHOT is a name, be
 it one of digits; an id is given as '#42' or with --id 42.`,
 		Example: `  snapshotctl snapshot describe nightly
   snapshotctl snapshot describe '#42' -o yaml`,
@@ -298,7 +299,7 @@ it one of digits; an id is given as '#42' or with --id 42.`,
 		resp, err := unary(ctx, a, c.Snapshots.DescribeSnapshot, req)
 		unknown := ""
 		switch client.Reason(err) { // the rest can be shown without
-		case "REFERENCES_LOADING", "REFERENCES_UNREADABLE":
+		case "REFERENCES_LOADING", "REFERENCES_UNREADABLE", "SNAPSHOT_CORRUPT":
 			unknown, _ = describe(err)
 			req.IncludeUsage = false
 			resp, err = unary(ctx, a, c.Snapshots.DescribeSnapshot, req)
@@ -369,6 +370,13 @@ func renderDescription(w io.Writer, r *snapshotdv1.DescribeSnapshotResponse, unk
 		t.row(m.GetFile(), size(m.GetSizeBytes()), m.GetSegments(), m.GetFirstOrdinal(), hex.EncodeToString(m.GetSha256()))
 	}
 	_ = t.flush()
+
+	for _, text := range r.GetDamage() {
+		put(w, "DAMAGED: %s\n", clean(text))
+	}
+	if why := r.GetDamageUnknown(); why != "" {
+		put(w, "whether all its files are there is not known: %s\n", clean(why))
+	}
 
 	put(w, "\nprotects: %s, %s\n", count(n.GetFiles(), "file"), size(n.GetBytes()))
 	switch u := r.GetUsage(); {

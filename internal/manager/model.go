@@ -294,6 +294,10 @@ type Description struct {
 	Snapshot *Snapshot
 	Metadata *manifest.Metadata
 	Prefix   string // of the snapshot's own objects in its store
+	// Damage says which of its own objects are missing or have another length, at
+	// most maxDamage of them. Nil, and DamageErr: they could not be listed.
+	Damage    []string
+	DamageErr error
 }
 
 // Segment is a segment as a snapshot holds it.

@@ -23,7 +23,62 @@ func (m *Manager) Describe(ctx context.Context, ref Ref) (*Description, error) {
 	if err != nil {
 		return nil, fmt.Errorf("describe snapshot %s: %w", s, err)
 	}
-	return &Description{Snapshot: s, Metadata: md, Prefix: manifest.Dir(s.Collection, s.ID)}, nil
+	d := &Description{Snapshot: s, Metadata: md, Prefix: manifest.Dir(s.Collection, s.ID)}
+	if d.Damage, d.DamageErr = m.damage(ctx, s, md); len(d.Damage) > 0 {
+		// What is being dropped loses its objects first.
+		if now, err := m.read(ctx, s.ID); err == nil && (now == nil || now.State != Committed) {
+			return nil, fmt.Errorf("describe snapshot %s: %w", s, ErrExpiredOrDropped)
+		}
+	}
+	return d, nil
+}
+
+// maxDamage bounds how many of a snapshot's own objects are said to be damaged.
+const maxDamage = 100
+
+// damage lists a snapshot's own objects, and says in words which are missing or of
+// another length. One that the listing does not show is asked for once more.
+func (m *Manager) damage(ctx context.Context, s *Snapshot, md *manifest.Metadata) ([]string, error) {
+	store, ok := m.o.Stores[s.Store]
+	if !ok {
+		return nil, fmt.Errorf("%w: %q", ErrStoreNotFound, s.Store)
+	}
+	dir, there := manifest.Dir(s.Collection, s.ID), map[string]int64{}
+	for info, err := range store.List(ctx, dir) {
+		if err != nil {
+			return nil, err
+		}
+		there[info.Key[len(dir):]] = info.Size
+	}
+	var list []string
+	look := func(name string, want int64) error {
+		size, ok := there[name]
+		if !ok {
+			info, err := store.Head(ctx, dir+name)
+			if err != nil && !errors.Is(err, object.ErrNotFound) {
+				return err
+			}
+			size, ok = info.Size, err == nil
+		}
+		switch {
+		case !ok:
+			list = append(list, name+" is missing")
+		case size != want:
+			list = append(list, fmt.Sprintf("%s has %d bytes, not %d", name, size, want))
+		}
+		return nil
+	}
+	err := look(manifest.MetadataName, s.Metadata.Length)
+	if err == nil && md.Refs.Length > 0 {
+		err = look(manifest.RefsName, md.Refs.Length)
+	}
+	for i := range md.Manifests {
+		if err != nil || len(list) == maxDamage {
+			break
+		}
+		err = look(md.Manifests[i].File, md.Manifests[i].Length)
+	}
+	return list, err
 }
 
 // metadata reads a snapshot's metadata and checks it against the record.

@@ -39,6 +39,10 @@ func (s *snapshots) DescribeSnapshot(ctx context.Context, req *pb.DescribeSnapsh
 		return nil, err
 	}
 	resp := descriptionToProto(d)
+	resp.Damage = d.Damage
+	if d.DamageErr != nil {
+		resp.DamageUnknown = toAnswer(d.DamageErr, callOf(ctx).id).Error()
+	}
 	if req.GetIncludeUsage() {
 		usage, err := s.manager.Usage(ctx, manager.Ref{ID: d.Snapshot.ID})
 		if err != nil {

@@ -512,7 +512,13 @@ type DescribeSnapshotResponse struct {
 	// The format version of the snapshot's files.
 	FormatVersion int32 `protobuf:"varint,8,opt,name=format_version,json=formatVersion,proto3" json:"format_version,omitempty"`
 	// What it keeps, with include_usage.
-	Usage         *SnapshotUsage `protobuf:"bytes,9,opt,name=usage,proto3" json:"usage,omitempty"`
+	Usage *SnapshotUsage `protobuf:"bytes,9,opt,name=usage,proto3" json:"usage,omitempty"`
+	// Its own files that are missing or have another length than was written, in
+	// words, as a listing of the prefix shows them; at most 100. Their content is
+	// not read. Empty: none, unless damage_unknown says otherwise.
+	Damage []string `protobuf:"bytes,10,rep,name=damage,proto3" json:"damage,omitempty"`
+	// Why the prefix could not be listed; empty: it was.
+	DamageUnknown string `protobuf:"bytes,11,opt,name=damage_unknown,json=damageUnknown,proto3" json:"damage_unknown,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -608,6 +614,20 @@ func (x *DescribeSnapshotResponse) GetUsage() *SnapshotUsage {
 		return x.Usage
 	}
 	return nil
+}
+
+func (x *DescribeSnapshotResponse) GetDamage() []string {
+	if x != nil {
+		return x.Damage
+	}
+	return nil
+}
+
+func (x *DescribeSnapshotResponse) GetDamageUnknown() string {
+	if x != nil {
+		return x.DamageUnknown
+	}
+	return ""
 }
 
 // Manifest is one file that lists segments of a snapshot: an Avro object
@@ -2578,7 +2598,7 @@ const file_snapshotd_v1_snapshot_service_proto_rawDesc = "" +
 	"\bsnapshot\x18\x01 \x01(\v2\x16.snapshotd.v1.SnapshotR\bsnapshot\"}\n" +
 	"\x17DescribeSnapshotRequest\x12=\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x19.snapshotd.v1.SnapshotRefB\x06\xbaH\x03\xc8\x01\x01R\bsnapshot\x12#\n" +
-	"\rinclude_usage\x18\x02 \x01(\bR\fincludeUsage\"\xae\x03\n" +
+	"\rinclude_usage\x18\x02 \x01(\bR\fincludeUsage\"\xed\x03\n" +
 	"\x18DescribeSnapshotResponse\x122\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x16.snapshotd.v1.SnapshotR\bsnapshot\x128\n" +
 	"\n" +
@@ -2592,7 +2612,10 @@ const file_snapshotd_v1_snapshot_service_proto_rawDesc = "" +
 	"\x06prefix\x18\x06 \x01(\tR\x06prefix\x124\n" +
 	"\tmanifests\x18\a \x03(\v2\x16.snapshotd.v1.ManifestR\tmanifests\x12%\n" +
 	"\x0eformat_version\x18\b \x01(\x05R\rformatVersion\x121\n" +
-	"\x05usage\x18\t \x01(\v2\x1b.snapshotd.v1.SnapshotUsageR\x05usage\"\x96\x01\n" +
+	"\x05usage\x18\t \x01(\v2\x1b.snapshotd.v1.SnapshotUsageR\x05usage\x12\x16\n" +
+	"\x06damage\x18\n" +
+	" \x03(\tR\x06damage\x12%\n" +
+	"\x0edamage_unknown\x18\v \x01(\tR\rdamageUnknown\"\x96\x01\n" +
 	"\bManifest\x12\x12\n" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12\x1d\n" +
 	"\n" +
