@@ -154,6 +154,9 @@ func start(ctx context.Context, dir string, quotaBytes int64) (*etcdserver.Serve
 			c.TickMs = 10
 			c.ElectionMs = 100
 			c.UnsafeNoFsync = true
+			if quotaBytes > 0 {
+				c.QuotaBackendBytes = quotaBytes // without the reserve: what is beyond is etcd's to refuse
+			}
 		},
 	})
 }

@@ -11,9 +11,11 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"go.etcd.io/etcd/client/pkg/v3/fileutil"
 	"go.etcd.io/etcd/server/v3/embed"
+	"go.etcd.io/etcd/server/v3/features"
 	"go.uber.org/zap"
 )
 
@@ -33,7 +35,10 @@ const (
 // Config configures [Start].
 type Config struct {
 	Dir        string // required; made with mode 0700 if it is not there
-	QuotaBytes int64  // the size of the database at which puts are refused; default 8 GiB
+	QuotaBytes int64  // the size of the database at which [Server.Full] says so; default 8 GiB
+	// History is how long old revisions are kept when room is short. Else it is
+	// between one and two hours. Default one minute.
+	History time.Duration
 	// ClientAddr is the loopback address to listen on, such as 127.0.0.1:2379;
 	// port 0 takes any. The default is a unix socket in Dir, or, when its path
 	// would be too long, any port of 127.0.0.1. Only who may enter Dir reaches
@@ -50,6 +55,7 @@ type Server struct {
 	endpoint string
 	lock     *fileutil.LockedFile
 	close    func() error // once
+	keeper   keeper
 }
 
 // Start starts etcd and returns when it serves, within seconds, or when ctx
@@ -59,6 +65,9 @@ type Server struct {
 func Start(ctx context.Context, c Config) (*Server, error) {
 	if c.QuotaBytes <= 0 {
 		c.QuotaBytes = defaultQuotaBytes
+	}
+	if c.History <= 0 {
+		c.History = time.Minute
 	}
 	if c.Log == nil {
 		c.Log = zap.NewNop()
@@ -103,10 +112,18 @@ func (s *Server) start(ctx context.Context, dir string, c Config) error {
 	cfg.ListenPeerUrls = nil
 	cfg.AdvertisePeerUrls = []url.URL{peer}
 	cfg.InitialCluster = cfg.Name + "=" + peer.String()
-	cfg.QuotaBackendBytes = c.QuotaBytes
+	cfg.QuotaBackendBytes = c.QuotaBytes + reserveOf(c.QuotaBytes)
 	cfg.AutoCompactionMode = embed.CompactorModePeriodic
 	cfg.AutoCompactionRetention = "1h"
 	cfg.EnableGRPCGateway = false
+	// Else every lease lives for its full time again after each start.
+	gates, ok := cfg.ServerFeatureGate.(interface{ Set(gates string) error })
+	if !ok {
+		return errors.New("features cannot be set")
+	}
+	if err := gates.Set(string(features.LeaseCheckpoint) + "=true," + string(features.LeaseCheckpointPersist) + "=true"); err != nil {
+		return err
+	}
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(c.Log.WithOptions(zap.IncreaseLevel(max(zap.WarnLevel, c.Log.Level()))))
 	if c.Tune != nil {
 		c.Tune(cfg)
@@ -125,6 +142,10 @@ func (s *Server) start(ctx context.Context, dir string, c Config) error {
 		return err
 	}
 	s.endpoint = endpoint(client)
+	s.keeper = keeper{
+		etcd: s.etcd.Server, log: c.Log, quota: c.QuotaBytes, limit: cfg.QuotaBackendBytes, history: c.History,
+		points: []point{{time.Now(), s.etcd.Server.KV().Rev()}}, // nobody has read anything older
+	}
 	s.close = sync.OnceValue(func() error {
 		s.etcd.Close()
 		return s.lock.Close()
