@@ -56,9 +56,14 @@ type Config struct {
 	EtcdUsername string `json:"etcd_username"`
 	// EtcdPasswordFile is the file that holds the user's password.
 	EtcdPasswordFile string `json:"etcd_password_file"`
-	// EtcdQuotaBytes is the size at which the etcd in this process takes no more
-	// writes. Default: 8589934592 (8 GiB).
+	// EtcdQuotaBytes is the size at which the etcd in this process takes nothing new;
+	// drops and deletes go on. Default: 8589934592 (8 GiB).
 	EtcdQuotaBytes int64 `json:"etcd_quota_bytes"`
+
+	// EtcdCompact has snapshotd compact the etcd at EtcdEndpoints, for all who use
+	// it: what is older than an hour goes. Default: false, for etcd's own
+	// --auto-compaction-mode does it better.
+	EtcdCompact bool `json:"etcd_compact"`
 
 	// ObjectStores are the object stores by alias. Default: one, "default", of
 	// type file under DataDir/objects.
@@ -391,7 +396,8 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.EtcdTLS.Key, "etcd-key", c.EtcdTLS.Key, "PEM file of its key")
 	fs.StringVar(&c.EtcdUsername, "etcd-username", c.EtcdUsername, "user at etcd")
 	fs.StringVar(&c.EtcdPasswordFile, "etcd-password-file", c.EtcdPasswordFile, "file with the user's password")
-	fs.Int64Var(&c.EtcdQuotaBytes, "etcd-quota-bytes", c.EtcdQuotaBytes, "size at which the etcd in this process takes no more writes")
+	fs.Int64Var(&c.EtcdQuotaBytes, "etcd-quota-bytes", c.EtcdQuotaBytes, "size at which the etcd in this process takes nothing new")
+	fs.BoolVar(&c.EtcdCompact, "etcd-compact", c.EtcdCompact, "compact the etcd at --etcd-endpoints, for all who use it: what is older than an hour goes")
 	fs.Var(&storesFlag{config: c}, "object-store", "object store as alias=directory or alias=s3://bucket/prefix?endpoint=..., may be repeated; without an alias it is the default (default: default=<data-dir>/objects)")
 	fs.StringVar(&c.SnapshotStore, "snapshot-store", c.SnapshotStore, "alias of the store for the snapshots' own files")
 	fs.StringVar(&c.NameScope, "name-scope", c.NameScope, "within what snapshot names are unique: cluster or collection; settled at the first start")

@@ -41,9 +41,11 @@ import (
 	"github.com/snapshotd/snapshotd/internal/server"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcdserver"
+	"github.com/snapshotd/snapshotd/internal/store/meta/reserve"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/object/admit"
 	"github.com/snapshotd/snapshotd/internal/store/object/probe"
@@ -55,10 +57,13 @@ import (
 var ErrInUse = errors.New("data directory in use")
 
 const (
-	startTimeout   = time.Minute // for etcd to answer
-	insideBuffer   = 1 << 20     // bytes, of a connection within the process
-	maxInsideReply = 64 << 20    // bytes
+	insideBuffer   = 1 << 20  // bytes, of a connection within the process
+	maxInsideReply = 64 << 20 // bytes
 )
+
+// startTimeout is for a start, once etcd is there: etcd in this process reads its
+// data for as long as it takes, which is longer the more there are.
+var startTimeout = time.Minute
 
 // Server is a running snapshotd. Use [Start]. Its methods are safe for
 // concurrent use.
@@ -89,22 +94,19 @@ func Start(ctx context.Context, cfg Config) (_ *Server, err error) {
 			return nil, err
 		}
 	}
-	startCtx, cancel := context.WithTimeout(ctx, startTimeout)
-	defer cancel()
-
 	var open closers
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, open.close())
 		}
 	}()
-	p, err := openParts(startCtx, cfg, log, &open)
+	p, err := openParts(ctx, cfg, log, &open)
 	if err != nil {
 		return nil, err
 	}
 	s := &Server{done: make(chan struct{})}
 	var listen net.ListenConfig
-	tcp, err := listen.Listen(startCtx, "tcp", cfg.Listen)
+	tcp, err := listen.Listen(ctx, "tcp", cfg.Listen)
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
 	}
@@ -112,7 +114,7 @@ func Start(ctx context.Context, cfg Config) (_ *Server, err error) {
 	s.addr = tcp.Addr().String()
 	var metrics net.Listener
 	if cfg.MetricsListen != "off" {
-		if metrics, err = listen.Listen(startCtx, "tcp", cfg.MetricsListen); err != nil {
+		if metrics, err = listen.Listen(ctx, "tcp", cfg.MetricsListen); err != nil {
 			return nil, fmt.Errorf("metrics_listen: %w", err)
 		}
 		open.add(ignoreClosed(metrics.Close))
@@ -150,7 +152,10 @@ type parts struct {
 	cluster  cluster.Cluster
 	manager  *manager.Manager
 	server   *server.Server
-	etcdErr  <-chan error // nil in a cluster
+	etcdErr  <-chan error                    // nil in a cluster
+	etcdRun  func(ctx context.Context) error // nil in a cluster
+	room     *room
+	history  *history // nil where etcd is in this process
 	kv       meta.KV
 	tooOld   func() string // names etcd servers that are not used
 	stores   map[string]*admit.Store
@@ -167,6 +172,8 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 		return nil, err
 	}
 	p.kv = kv
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
 	ticker := time.NewTicker(checkEvery)
 	open.add(func() error { ticker.Stop(); return nil })
 	p.ticks = ticker.C
@@ -214,7 +221,7 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 		return nil, err
 	}
 	registry := newRegistry()
-	registry.MustRegister(stats{p.manager, p.stores})
+	registry.MustRegister(stats{p.manager, p.stores}, p.room)
 	p.registry = func(profiles bool, unhealthy func() string) *http.Server {
 		return metricsServer(registry, unhealthy, func() []string { return waiting(p.stores) }, profiles)
 	}
@@ -228,12 +235,18 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 
 // openMeta connects to etcd, which it starts first in the embedded mode.
 func openMeta(ctx context.Context, cfg Config, log *zap.Logger, open *closers, p *parts) (meta.KV, error) {
+	p.room = &room{log: log}
+	var full func() bool
 	o := etcd.Options{Endpoints: cfg.EtcdEndpoints, Root: cfg.EtcdRoot, Username: cfg.EtcdUsername, Log: log.Named("etcd-client")}
 	if len(cfg.EtcdEndpoints) == 0 {
 		dir, err := filepath.Abs(filepath.Join(cfg.DataDir, "etcd"))
 		if err != nil {
 			return nil, fmt.Errorf("data_dir: %w", err)
 		}
+		slow := time.AfterFunc(10*time.Second, func() {
+			log.Info("etcd reads its data; of a large database that takes minutes", zap.String("dir", dir))
+		})
+		defer slow.Stop()
 		etcdLog, least := newEtcdLog(log.Named("etcd"))
 		least.Store(int32(zapcore.ErrorLevel))
 		srv, err := etcdserver.Start(ctx, etcdserver.Config{Dir: dir, QuotaBytes: cfg.EtcdQuotaBytes, Log: etcdLog})
@@ -248,7 +261,13 @@ func openMeta(ctx context.Context, cfg Config, log *zap.Logger, open *closers, p
 			least.Store(int32(zapcore.FatalLevel))
 			return srv.Close()
 		})
-		p.etcdErr = srv.Err()
+		p.etcdErr, p.etcdRun, full = srv.Err(), srv.Run, srv.Full
+		p.room.read = func(context.Context) ([]etcd.Usage, error) {
+			u := etcd.Usage{Endpoint: "embedded", Full: srv.Full()}
+			u.SizeBytes, u.InUseBytes, u.QuotaBytes = srv.Sizes()
+			u.CountedBytes = u.InUseBytes // free pages are given back before they are short
+			return []etcd.Usage{u}, nil
+		}
 		o.Endpoints = []string{srv.Endpoint()}
 	} else {
 		var err error
@@ -271,7 +290,15 @@ func openMeta(ctx context.Context, cfg Config, log *zap.Logger, open *closers, p
 	if err := checkAccess(ctx, kv); err != nil {
 		return nil, fmt.Errorf("check the rights at etcd, below %s: %w", cfg.EtcdRoot, err)
 	}
-	return kv, nil
+	if full != nil {
+		return reserve.New(kv, full, keys.Behind, keys.Epoch), nil
+	}
+	p.room.read = nearlyFull(kv.Usage)
+	p.history = &history{kv: kv, log: log, now: time.Now}
+	if cfg.EtcdCompact {
+		p.history.compact = kv.Compact
+	}
+	return reserve.New(kv, p.room.full, keys.Behind, keys.Epoch), nil
 }
 
 // run starts everything. Whatever ends first ends all, in order: the service is
@@ -291,6 +318,9 @@ func (s *Server) run(ctx context.Context, cfg Config, p *parts, tcp, inside, met
 	})
 	for _, store := range p.stores {
 		group.Go(func() error { return store.Run(loops) })
+	}
+	if p.etcdRun != nil {
+		group.Go(func() error { return p.etcdRun(loops) })
 	}
 	group.Go(func() error { return wrap("gRPC service", p.server.Serve(tcp)) })
 	group.Go(func() error { return wrap("gRPC service within the process", p.server.Serve(inside)) })

@@ -17,7 +17,8 @@ const (
 	// checkFailures is after how many in a row it is gone. One may be an election.
 	checkFailures = 2
 	// accessEvery is how many ticks pass between two looks at the rights that
-	// snapshotd has at etcd, each of which is an entry in etcd's log.
+	// snapshotd has at etcd, each of which is an entry in etcd's log, and at what
+	// room there is.
 	accessEvery = 30
 )
 
@@ -53,6 +54,24 @@ func checkAccess(ctx context.Context, kv meta.KV) error {
 	return err
 }
 
+// lookAround looks at etcd's size and history, for those who run it.
+func lookAround(ctx context.Context, p *parts) {
+	p.lookAtRoom(ctx)
+	bounded, cancel := context.WithTimeout(ctx, checkBound)
+	defer cancel()
+	if p.history != nil {
+		if err := p.history.look(bounded); err != nil && ctx.Err() == nil {
+			p.log.Warn("how far back etcd can be read is not known; it is tried again", zap.Error(err))
+		}
+	}
+}
+
+func (p *parts) lookAtRoom(ctx context.Context) {
+	bounded, cancel := context.WithTimeout(ctx, checkBound)
+	defer cancel()
+	p.room.look(bounded)
+}
+
 // watchEtcd asks etcd at each tick for something that needs a quorum, and makes
 // health checks say when it no longer answers, denies access or has a server that is
 // too old, and when all is well again. Without it a balancer would send calls to a
@@ -80,6 +99,13 @@ func (s *Server) watchEtcd(ctx context.Context, p *parts) {
 			err = checkAccess(bounded, p.kv)
 		}
 		cancel()
+		switch {
+		case err != nil:
+		case tick%accessEvery == 0:
+			lookAround(ctx, p)
+		case p.room.full(): // what waits for room need not wait longer
+			p.lookAtRoom(ctx)
+		}
 		if ctx.Err() != nil {
 			return
 		}

@@ -162,7 +162,7 @@ var classes = []class{
 	},
 	{
 		err: meta.ErrNoSpace, code: codes.ResourceExhausted, reason: "STORE_FULL",
-		text: "the metadata store is full: drop what is not needed, then compact and defragment it",
+		text: "the metadata store is full and takes nothing new: drop what is not needed; its log says more",
 	},
 	{
 		err: meta.ErrUnavailable, code: codes.Unavailable, reason: "STORE_UNAVAILABLE", retry: time.Second,

@@ -371,7 +371,7 @@ func (g *gate) askLocked(m *member) {
 func (g *gate) ask(m *member, life int) {
 	backoff := meta.Backoff{Max: time.Second}
 	for {
-		resp, err := g.status(m, life)
+		resp, err := g.status(g.ctx, m, life)
 		g.mu.Lock()
 		if m.life != life || g.closed {
 			g.mu.Unlock()
@@ -397,11 +397,11 @@ func (g *gate) ask(m *member, life int) {
 }
 
 // status asks for the status of the server at the end of one very connection.
-func (g *gate) status(m *member, life int) (*pb.StatusResponse, error) {
+func (g *gate) status(ctx context.Context, m *member, life int) (*pb.StatusResponse, error) {
 	g.mu.Lock()
 	conn := g.conn
 	g.mu.Unlock()
-	ctx, cancel := context.WithTimeout(context.WithValue(g.ctx, aimKey{}, aim{m, life}), g.timeout)
+	ctx, cancel := context.WithTimeout(context.WithValue(ctx, aimKey{}, aim{m, life}), g.timeout)
 	defer cancel()
 	return pb.NewMaintenanceClient(conn).Status(ctx, &pb.StatusRequest{})
 }
@@ -441,6 +441,42 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		return balancer.PickResult{}, balancer.ErrNoSubConnAvailable
 	}
 	return balancer.PickResult{}, p.err
+}
+
+// Usage is how much room there is at one server.
+type Usage struct {
+	Endpoint                          string
+	SizeBytes, InUseBytes, QuotaBytes int64 // the quota is 0 where the server does not say it
+	CountedBytes                      int64 // what counts against the quota
+	Full                              bool  // the server has raised its alarm
+}
+
+// Usage asks each server that is connected and may be used for the room that it has.
+func (c *Client) Usage(ctx context.Context) ([]Usage, error) {
+	var list []Usage
+	for _, m := range c.gate.usable() {
+		resp, err := c.gate.status(ctx, m.member, m.life)
+		if err != nil {
+			return nil, fmt.Errorf("status of %s: %w", m.member.addr, mapError(ctx, ctx, err))
+		}
+		list = append(list, Usage{
+			Endpoint: m.member.addr, SizeBytes: resp.GetDbSize(), InUseBytes: resp.GetDbSizeInUse(), QuotaBytes: resp.GetDbSizeQuota(),
+			CountedBytes: resp.GetDbSize(),
+			Full:         slices.ContainsFunc(resp.GetErrors(), func(e string) bool { return strings.Contains(e, pb.AlarmType_NOSPACE.String()) }),
+		})
+	}
+	return list, nil
+}
+
+func (g *gate) usable() (list []aim) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, m := range g.members {
+		if m.verdict == open {
+			list = append(list, aim{m, m.life})
+		}
+	}
+	return list
 }
 
 // Versions returns the versions of the servers that are connected, in the order

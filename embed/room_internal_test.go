@@ -1,0 +1,160 @@
+package embed
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
+	"github.com/snapshotd/snapshotd/internal/store/meta/memory"
+	"github.com/snapshotd/snapshotd/internal/testing/virtual"
+)
+
+func TestRoomGetsShort(t *testing.T) {
+	core, logs := observer.New(zapcore.InfoLevel)
+	usage := etcd.Usage{Endpoint: "e", QuotaBytes: 1000}
+	r := &room{log: zap.New(core), read: func(context.Context) ([]etcd.Usage, error) { return []etcd.Usage{usage}, nil }}
+	for _, c := range []struct {
+		counted int64
+		want    int // lines of the log, in all
+	}{{599, 0}, {600, 1}, {800, 1}, {500, 2}, {700, 3}} {
+		usage.CountedBytes = c.counted
+		r.look(t.Context())
+		if logs.Len() != c.want {
+			t.Errorf("at %d of 1000: %d lines, want %d: %v", c.counted, logs.Len(), c.want, logs.All())
+		}
+	}
+}
+
+// What is kept for drops begins before etcd's own quota.
+func TestRoomIsNearlyFull(t *testing.T) {
+	for _, c := range []struct {
+		usage etcd.Usage
+		want  bool
+	}{
+		{etcd.Usage{SizeBytes: 899, InUseBytes: 899, QuotaBytes: 1000}, false},
+		{etcd.Usage{SizeBytes: 900, InUseBytes: 800, QuotaBytes: 1000}, true},
+		{etcd.Usage{SizeBytes: 999, InUseBytes: 700, QuotaBytes: 1000}, false},
+		{etcd.Usage{SizeBytes: 100, InUseBytes: 100, QuotaBytes: 1000, Full: true}, true},
+		{etcd.Usage{SizeBytes: 900, InUseBytes: 800}, false},
+	} {
+		r := &room{log: zap.NewNop(), read: nearlyFull(func(context.Context) ([]etcd.Usage, error) { return []etcd.Usage{c.usage}, nil })}
+		r.look(t.Context())
+		if r.full() != c.want {
+			t.Errorf("%+v: full %v, want %v", c.usage, r.full(), c.want)
+		}
+	}
+}
+
+// An etcd that is never compacted is called so after an hour, once, and no longer when
+// it moves; one that is not written to is left in peace.
+func TestHistoryIsStuck(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
+		core, logs := observer.New(zapcore.InfoLevel)
+		kv := memory.New(memory.Options{Now: time.Now})
+		h := &history{kv: kv, log: zap.New(core), now: time.Now}
+		look := func(d time.Duration, write bool, want int) {
+			t.Helper()
+			for range d / time.Minute {
+				time.Sleep(time.Minute)
+				if write {
+					put(t, kv)
+				}
+				if err := h.look(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if logs.Len() != want {
+				t.Fatalf("%d lines, want %d: %v", logs.Len(), want, logs.All())
+			}
+		}
+		look(3*time.Hour, false, 0)
+		revision := put(t, kv)
+		look(3*time.Hour, true, 1)
+		if err := kv.Compact(t.Context(), revision); err != nil {
+			t.Fatal(err)
+		}
+		look(50*time.Minute, true, 2)
+		if h.oldest != revision {
+			t.Errorf("the oldest revision is %d, want %d", h.oldest, revision)
+		}
+		look(30*time.Minute, true, 3)
+	})
+}
+
+// With etcd_compact it is compacted, to an hour ago.
+func TestHistoryIsCompacted(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
+		core, logs := observer.New(zapcore.InfoLevel)
+		kv := memory.New(memory.Options{Now: time.Now})
+		h := &history{kv: kv, log: zap.New(core), now: time.Now, compact: kv.Compact}
+		var at []int64
+		for range 5 * 60 {
+			at = append(at, put(t, kv))
+			if err := h.look(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Minute)
+		}
+		if n := len(at); h.oldest < at[n-1-60-6] || h.oldest > at[n-1-59] {
+			t.Errorf("the oldest revision is %d, want that of an hour ago, %d", h.oldest, at[n-1-60])
+		}
+		if logs.Len() > 0 {
+			t.Errorf("logged: %v", logs.All())
+		}
+	})
+}
+
+func put(t *testing.T, kv meta.KV) int64 {
+	t.Helper()
+	res, err := kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(keys.Format, fmt.Append(nil, time.Now()))}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return res.Revision
+}
+
+// A start waits for etcd to read its data, however long that takes.
+func TestSlowEtcdStart(t *testing.T) {
+	cfg := Config{DataDir: t.TempDir(), Listen: "127.0.0.1:0", MetricsListen: "off", Log: zap.NewNop()}
+	srv, err := Start(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := srv.Close(); err != nil {
+		t.Fatal(err)
+	}
+	file, err := os.Open(filepath.Join(cfg.DataDir, "etcd", "data", "member", "snap", "db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// etcd waits for the lock on its database.
+	if err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	normal := startTimeout
+	startTimeout = 2 * time.Second
+	defer func() { startTimeout = normal }()
+	began := time.Now()
+	time.AfterFunc(startTimeout+time.Second, func() { _ = file.Close() })
+	srv, err = Start(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(began); took < startTimeout {
+		t.Errorf("it started after %v, before etcd could", took)
+	}
+	if err := srv.Close(); err != nil {
+		t.Fatal(err)
+	}
+}

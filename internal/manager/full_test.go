@@ -1,0 +1,63 @@
+package manager
+
+import (
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/meta/reserve"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// A metadata store that is at its quota takes no snapshot, segment or collection,
+// and can be emptied: snapshots and collections are dropped, what is left of them is
+// collected, and a leader is elected for it.
+func TestFullStoreCanBeEmptied(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		full := false
+		w.kv = reserve.New(w.kv, func() bool { return full }, keys.Behind, keys.Epoch)
+		fast := func(o *Options) { o.CollectTolerance, o.CollectMaxShare = time.Millisecond, 1 }
+		a := w.start("a", fast)
+		ctx := t.Context()
+		col, _, _ := w.collection(a, "c")
+		s := w.segment(a, col, 0, 1, 20)
+		w.addWritten(a, col, s)
+		w.checkpoint(a, col, 100, 100)
+		snap := w.create(a, col, "s")
+		settle()
+
+		full = true
+		a.stop()
+		a = w.start("b", fast) // elected with what is left
+		time.Sleep(time.Minute)
+		settle()
+		if !a.Stats().Leading {
+			t.Error("nobody leads")
+		}
+		_, err := a.Create(ctx, request.Token{}, spec(col, "another"))
+		wantError(t, err, meta.ErrNoSpace)
+		_, _, err = a.catalog.AddSegments(ctx, col.ID, []segment.Segment{w.segment(a, col, 0, 30, 40)})
+		wantError(t, err, meta.ErrNoSpace)
+		w.dropSnapshot(a, snap)
+		w.drops(a, col)
+		for range 3 {
+			time.Sleep(2 * time.Minute)
+			settle()
+		}
+		left := slices.DeleteFunc(append(w.keysUnder("/catalog/"), w.keysUnder("/snapshot/")...), func(key string) bool {
+			return strings.HasPrefix(key, keys.IDs)
+		})
+		if len(left) > 0 {
+			t.Errorf("left: %v", left)
+		}
+		if objects := w.objectsUnder("data/"); len(objects) > 0 {
+			t.Errorf("objects left: %v", objects)
+		}
+		full = false
+		w.collection(a, "c")
+	})
+}
