@@ -36,7 +36,7 @@ func TestFullStoreCanBeEmptied(t *testing.T) {
 		time.Sleep(time.Minute)
 		settle()
 		if !a.Stats().Leading {
-			t.Error("nobody leads")
+			t.Error("there is no leader")
 		}
 		_, err := a.Create(ctx, request.Token{}, spec(col, "another"))
 		wantError(t, err, meta.ErrNoSpace)

@@ -238,7 +238,7 @@ func (g *gate) stateChanged(m *member, s balancer.SubConnState) {
 	}
 }
 
-// updateLocked has gRPC choose anew for the calls that wait.
+// updateLocked has gRPC choose again for the calls that wait.
 func (g *gate) updateLocked() {
 	close(g.moved)
 	g.moved = make(chan struct{})

@@ -54,8 +54,8 @@ func TestEtcdOvertakenAndCut(t *testing.T) {
 	}
 }
 
-// A watch that was told of progress, and whose stream breaks, goes on behind its
-// last event: what is compacted by then cannot be told apart from what was missed.
+// A watch that has heard of progress, and whose stream breaks, goes on behind its
+// last event: what is compacted by then looks like what was missed.
 func TestEtcdBrokenAfterProgress(t *testing.T) {
 	srv := etcdtest.Start(t)
 	p := etcdproxy.Start(t, srv.Endpoint())

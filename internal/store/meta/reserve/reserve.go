@@ -2,7 +2,7 @@
 //
 // An etcd that has reached its quota takes deletes, but no put and no lease. To
 // drop a snapshot or a collection is a put: its record says so from then on, and
-// what goes later goes for that record. And whoever deletes has to be elected, which
+// what goes later goes for that record. And who deletes has to be elected, which
 // takes a lease. So a store that is full could never be emptied through snapshotd.
 //
 // Below etcd's own quota lies therefore one of snapshotd's, from which on it refuses
