@@ -154,6 +154,7 @@ func start(ctx context.Context, dir string, quotaBytes int64) (*etcdserver.Serve
 			c.TickMs = 10
 			c.ElectionMs = 100
 			c.UnsafeNoFsync = true
+			c.BcryptCost = 4 // the least: each login is one
 			if quotaBytes > 0 {
 				c.QuotaBackendBytes = quotaBytes // without the reserve: what is beyond is etcd's to refuse
 			}
