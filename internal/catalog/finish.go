@@ -168,9 +168,15 @@ func (c *Catalog) removeBuilds(ctx context.Context, collection int64, updates []
 		return c.removeBuilds(ctx, collection, updates[min(len(updates), MaxSwap):])
 	case len(updates) == 1 && (errors.Is(err, ErrSegmentNotFound) || errors.Is(err, ErrIndexNotFound)):
 		return nil
+	case len(updates) == 1 && errors.Is(err, ErrPartitionNotFound):
+		// Its partition was dropped as well, for good: the segment goes as a whole,
+		// its builds with it, as when the partition is finished.
+		_, err := c.dropThese(ctx, collection, []int64{updates[0].Segment})
+		return err
 	case len(updates) == 1:
 		return err
-	case errors.Is(err, ErrTooLarge), errors.Is(err, meta.ErrTooLarge), errors.Is(err, ErrSegmentNotFound), errors.Is(err, ErrIndexNotFound):
+	case errors.Is(err, ErrTooLarge), errors.Is(err, meta.ErrTooLarge), errors.Is(err, ErrSegmentNotFound), errors.Is(err, ErrIndexNotFound),
+		errors.Is(err, ErrPartitionNotFound):
 		if err := c.removeBuilds(ctx, collection, updates[:len(updates)/2]); err != nil {
 			return err
 		}

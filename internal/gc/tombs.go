@@ -265,14 +265,19 @@ func (g *GC) deleteGranted(ctx context.Context, fence meta.Cond) error {
 }
 
 // deletePass tries each of them once, in batches, with those that come while it
-// lasts: the next batch does not wait for the slowest of those under way.
+// lasts: the next batch does not wait for the slowest of those under way. What a
+// batch has left for another, it tries with another.
 func (g *GC) deletePass(ctx context.Context, fence meta.Cond) error {
+	type outcome struct {
+		left []string
+		err  error
+	}
 	var (
 		errs   []error
 		queue  []string // to be tried, those of one collection side by side
 		tried  = map[string]bool{}
 		flying int
-		ended  = make(chan error)
+		ended  = make(chan outcome)
 		group  errgroup.Group
 	)
 	linger := time.NewTimer(0) // for how long a batch that is not full waits for more
@@ -295,7 +300,8 @@ func (g *GC) deletePass(ctx context.Context, fence meta.Cond) error {
 			}
 			flying++
 			group.Go(func() error {
-				ended <- g.deleteUnits(ctx, part, fence)
+				left, err := g.deleteUnits(ctx, part, fence)
+				ended <- outcome{left, err}
 				return nil
 			})
 		}
@@ -303,9 +309,12 @@ func (g *GC) deletePass(ctx context.Context, fence meta.Cond) error {
 			return firstOf(errs)
 		}
 		select {
-		case err := <-ended:
-			if flying--; err != nil {
-				errs = append(errs, err)
+		case o := <-ended:
+			if flying--; o.err != nil {
+				errs = append(errs, o.err)
+			}
+			for _, key := range o.left {
+				delete(tried, key)
 			}
 			ripe = ripe || flying == 0
 		case <-linger.C:
@@ -338,10 +347,11 @@ type doomed struct {
 
 // deleteUnits deletes the files of granted units, and then the tombstones of
 // those whose files are all gone. A tombstone stays while a file may be there.
-func (g *GC) deleteUnits(ctx context.Context, tombs []string, fence meta.Cond) error {
-	units, errs, err := g.readDoomed(ctx, tombs)
+// Those that it has not looked at it returns: the records are large.
+func (g *GC) deleteUnits(ctx context.Context, tombs []string, fence meta.Cond) (left []string, err error) {
+	units, left, errs, err := g.readDoomed(ctx, tombs)
 	if err != nil {
-		return fmt.Errorf("delete units: %w", err)
+		return nil, fmt.Errorf("delete units: %w", err)
 	}
 	type target struct { // an object, and whose it is
 		key  string
@@ -406,27 +416,27 @@ func (g *GC) deleteUnits(ctx context.Context, tombs []string, fence meta.Cond) e
 	if err := g.removeTombs(ctx, gone, fence); err != nil {
 		errs = append(errs, err)
 	}
-	return firstOf(errs)
+	return left, firstOf(errs)
 }
 
 // readDoomed returns the tombstones of a batch that are still there. Those that
 // cannot be read are left out, and unreadable has their errors. When they are
-// large, the last of them are left for the next pass.
-func (g *GC) readDoomed(ctx context.Context, tombs []string) (units []*doomed, unreadable []error, err error) {
+// large, the last of them are left.
+func (g *GC) readDoomed(ctx context.Context, tombs []string) (units []*doomed, left []string, unreadable []error, err error) {
 	kvs, err := g.keptOf(ctx, tombs)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	if kvs == nil {
 		size := 0
 		for part := range slices.Chunk(tombs, doomedReads) {
 			if size > doomedBytes {
-				g.tombs.again()
-				break
+				left = append(left, part...)
+				continue
 			}
 			read, err := readMany(ctx, g.kv, part)
 			if err != nil {
-				return nil, nil, err
+				return nil, nil, nil, err
 			}
 			for _, kv := range read {
 				size += len(kv.Value)
@@ -446,7 +456,7 @@ func (g *GC) readDoomed(ctx context.Context, tombs []string) (units []*doomed, u
 		}
 		units = append(units, &doomed{tombstone: t, kv: kv})
 	}
-	return units, unreadable, nil
+	return units, left, unreadable, nil
 }
 
 // keptOf returns the records of tombstones if they were kept and are current;

@@ -89,7 +89,7 @@ func (l *lot) granted3() []string {
 // doomedKeys are the tombstones that a batch is about.
 func (l *lot) doomedKeys(list []string) (got []string) {
 	l.t.Helper()
-	units, unreadable, err := l.replicas[0].readDoomed(l.t.Context(), list)
+	units, _, unreadable, err := l.replicas[0].readDoomed(l.t.Context(), list)
 	l.must(err)
 	if len(unreadable) > 0 {
 		l.t.Error(unreadable)
@@ -209,7 +209,7 @@ func TestUnreadableTombstones(t *testing.T) {
 			_, err = l.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(list[1], value)}})
 			l.must(err)
 			virtual.Wait()
-			units, unreadable, err := r.readDoomed(t.Context(), list)
+			units, _, unreadable, err := r.readDoomed(t.Context(), list)
 			l.must(err)
 			if len(units) != 2 || len(unreadable) != 1 {
 				t.Errorf("%d units, unreadable %v", len(units), unreadable)
@@ -225,6 +225,38 @@ func TestUnreadableTombstones(t *testing.T) {
 		l.must(err)
 		if err := r.AwaitDeleted(t.Context(), 0, time.Now()); err != nil || r.tombs.size != 0 {
 			t.Errorf("%v, %d bytes", err, r.tombs.size)
+		}
+	})
+}
+
+// Large tombstones, whose records no batch reads at once, are all worked off in one
+// pass.
+func TestLargeTombstonesInOnePass(t *testing.T) {
+	inLot(t, 1, func(t *testing.T, l *lot) {
+		r := l.replicas[0]
+		r.tombs.mu.Lock()
+		r.tombs.size = keptBytes
+		r.tombs.mu.Unlock()
+		const n = 20
+		for range n {
+			for _, key := range l.granted3() {
+				kv, _, _, err := l.kv.Get(t.Context(), key)
+				l.must(err)
+				rec := &storagev1.Tombstone{}
+				l.must(record.Decode(kv, rec))
+				rec.Unit.Segment.EngineData = make([]byte, doomedBytes/doomedReads+1)
+				_, err = l.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(key, record.Encode(rec))}})
+				l.must(err)
+			}
+		}
+		virtual.Wait()
+		if got := len(r.tombs.work(nil)); got != 3*n {
+			t.Fatalf("%d tombstones, want %d", got, 3*n)
+		}
+		l.must(r.deletePass(t.Context(), meta.Absent("/none")))
+		virtual.Wait()
+		if left := r.tombs.work(nil); len(left) > 0 {
+			t.Errorf("a pass left %d of %d tombstones: %v", len(left), 3*n, left)
 		}
 	})
 }

@@ -97,6 +97,48 @@ func TestFinishPartWhileSegmentsGo(t *testing.T) {
 	})
 }
 
+// An index is finished before a partition that was dropped as well: what is left of
+// the partition does not keep it.
+func TestFinishIndexOfADroppedPartition(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		col, p, x := w.collection(r, "c")
+		var list []segment.Segment
+		for i := range 10 {
+			s := w.segment(r, col, 0, segment.Timestamp(i*10+1), segment.Timestamp(i*10+9))
+			if i%2 == 0 {
+				s.Partition = p.ID
+				s.Files[0].Path = catalog.NativePath(col.ID, &s, &s.Files[0])
+			}
+			b := segment.Build{ID: w.newID(r), Index: x.ID}
+			b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("index/%d/0", b.ID), Size: 7, LogID: 1}}
+			s.Builds = []segment.Build{b}
+			list = append(list, s)
+		}
+		w.addWritten(r, col, list...)
+		ref := catalog.Ref{ID: col.ID}
+		if _, err := r.catalog.DropPartition(t.Context(), request.Token{}, ref, "p0"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.catalog.DropIndex(t.Context(), request.Token{}, ref, "x0"); err != nil {
+			t.Fatal(err)
+		}
+		n, err := r.catalog.FinishPart(t.Context(), catalog.Part{Collection: col.ID, ID: x.ID, Name: "x0", Index: true})
+		if err != nil || n != 10 {
+			t.Errorf("%d units, err = %v", n, err)
+		}
+		if n := len(w.keysUnder(keys.IndexPrefix(col.ID))); n != 0 {
+			t.Errorf("%d records of indexes are left", n)
+		}
+		for range 2 {
+			w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+		}
+		if segs, parts := len(w.keysUnder(keys.SegmentPrefix(col.ID))), len(w.keysUnder(keys.PartitionPrefix(col.ID))); segs != 5 || parts != 0 {
+			t.Errorf("%d live segments and %d partitions, want 5 and 0", segs, parts)
+		}
+	})
+}
+
 // The tolerance has passed when it has by the slower of two clocks, and while those
 // are far apart nothing is taken.
 func TestCollectorAndClockThatIsAhead(t *testing.T) {

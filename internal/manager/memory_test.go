@@ -70,7 +70,7 @@ func TestHeavySegmentsShareTheMemory(t *testing.T) {
 			}
 			all.Wait()
 			one := int64(segments * weight)
-			if most := bound + one + bound/10; held.most > int64(most) || held.most < one {
+			if most := bound + one + bound/10; held.most > most || held.most < one {
 				t.Errorf("%d bytes of manifests were held at once, want %d to %d", held.most, one, most)
 			}
 			t.Logf("light %d: %d bytes of manifests were held at once", light, held.most)
