@@ -104,6 +104,10 @@ func Start(ctx context.Context, cfg Config) (_ *Server, err error) {
 	if err != nil {
 		return nil, err
 	}
+	// Once in the life of a cluster, and as long as its size takes.
+	if err := claimAll(ctx, p.catalog, log); err != nil {
+		return nil, err
+	}
 	s := &Server{done: make(chan struct{})}
 	var listen net.ListenConfig
 	tcp, err := listen.Listen(ctx, "tcp", cfg.Listen)
@@ -138,6 +142,26 @@ func Start(ctx context.Context, cfg Config) (_ *Server, err error) {
 	return s, nil
 }
 
+// maxDisputes bounds the disputed ids that are logged one by one.
+const maxDisputes = 100
+
+// claimAll claims the ids of what was registered before ids were claimed, and logs
+// those that are disputed.
+func claimAll(ctx context.Context, cat *catalog.Catalog, log *zap.Logger) error {
+	disputes, err := cat.ClaimAll(ctx)
+	if err != nil {
+		return err
+	}
+	for _, d := range disputes[:min(len(disputes), maxDisputes)] {
+		log.Warn("an id is disputed: none of the files of its segment is deleted, in any of the collections",
+			zap.Int64("id", d.ID), zap.Bool("index_build", d.Part), zap.Int64s("collections", d.Collections))
+	}
+	if len(disputes) > maxDisputes {
+		log.Warn("more ids are disputed", zap.Int("ids", len(disputes)), zap.Int("logged", maxDisputes))
+	}
+	return nil
+}
+
 // mode says where etcd is.
 func (c Config) mode() string {
 	if len(c.EtcdEndpoints) == 0 {
@@ -150,6 +174,7 @@ func (c Config) mode() string {
 type parts struct {
 	log      *zap.Logger
 	cluster  cluster.Cluster
+	catalog  *catalog.Catalog
 	manager  *manager.Manager
 	server   *server.Server
 	etcdErr  <-chan error                    // nil in a cluster
@@ -201,6 +226,7 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 		HasStore: func(alias string) bool { _, ok := stores[alias]; return ok },
 		Held:     catalog.ReadHeld(stores), AllowReserve: cfg.AllowReserveIDs,
 	})
+	p.catalog = cat
 	p.manager, err = manager.New(manager.Options{
 		KV: kv, Catalog: cat, Cluster: p.cluster, Stores: stores, Ready: ready, SnapshotStore: cfg.SnapshotStore, Requests: requests, Epoch: age,
 		Features: func(alias string) (probe.Features, error) { return p.stores[alias].Features() },

@@ -21,6 +21,53 @@
 //	unit        a dropped segment, a dropped index build or replaced files: a
 //	            record of its own. What it says never changes; while a snapshot
 //	            holds the unit, it may lie in the object store, and a stub here
+//	id          free -> claimed by one collection of the cluster, for a segment or
+//	            for a part of one -> free, when its last record goes
+//
+// # Ownership
+//
+// Collections share roots: each restore makes one more under the roots of its
+// source. Only what a segment has to itself is ever deleted with it:
+//
+//	place       what the layouts say of a path: the ids that stand where a layout
+//	            has ids, see [layout.PlaceOf]. Each place is that of one segment. An
+//	            equal number elsewhere, such as a log id, makes no place
+//	claim       /catalog/owner/segment/<id> or /catalog/owner/build/<id>, which says
+//	            which collection has the id. So a segment's id is that of one
+//	            segment in the cluster
+//	own file    one that lies at the place of the segment that has it, in the
+//	            collection that has that one; see [Owns], the one decision
+//	foreign     every other file. It is captured, checked and copied like any other,
+//	            and never deleted
+//	disputed    an id from before ids were claimed that two collections have, or at
+//	            whose place something else has a file. The record says so, and the
+//	            segment owns no file
+//
+// A file at the place of another segment is refused where it is registered, with
+// the name of the owner. So whatever has a file at a place is the segment that has
+// the id, and what is deleted with that segment is held by nothing else: not by
+// another collection, and not by a snapshot of one, which captured what was
+// registered.
+//
+// # Transactions
+//
+//	register  AddSegments, a swap that adds segments or index builds, an update that
+//	          takes files out, which gives them an id of their own
+//	          compares: no claim to any of the ids, for a segment or for a part; no
+//	          restore that claims ids has come since it was looked; what else the
+//	          change was decided on
+//	          puts: a claim for each id, the records
+//	admit     a restore claims the ids of its segments and builds as one range,
+//	          /catalog/owner/range/<last>
+//	          compares: no claim to any id of the range
+//	copy      compares: the job. Puts: claims and records of its segments. Nothing
+//	          else claims ids of the range, so there is no claim to compare
+//	roll back deletes: claims and records. The claim to the range goes with the job's
+//	          record, after the last look for copies that came late
+//	confirm   compares: tombstone. Deletes: tombstone, and the claims to its ids, of
+//	          which it is the last record; see package gc
+//	upgrade   see [Catalog.ClaimAll]: once, before anything is registered or granted,
+//	          for the records of releases that claimed no ids
 //
 // # Failures
 //
@@ -31,6 +78,11 @@
 //	                     are idempotent by id, checkpoints by value, drops by id
 //	store is full        meta.ErrNoSpace: nothing was written. Drops are refused
 //	                     as well, for they put the record of what they drop
+//	id is claimed        ErrIDOwned names the collection that has it; by the same
+//	                     collection it is a repeat, or ErrSegmentExists
+//	path at the place    ErrPlaceOwned names the owner: nothing was written
+//	of another
+//	upgrade dies         it begins again at the next start; what is claimed is found
 //	process dies         each change is one transaction: it happened or not.
 //	                     AddSegments and DropSegments are one per batch, and are
 //	                     repeated from the beginning
@@ -87,6 +139,8 @@ var (
 	ErrFileExists           = errors.New("file exists")
 	ErrCheckpointRegression = errors.New("checkpoint cannot go back")
 	ErrIDNotAllocated       = errors.New("id not allocated")
+	ErrIDOwned              = errors.New("id belongs to something else")
+	ErrPlaceOwned           = errors.New("path lies at the place of something else")
 	ErrIDRangeTaken         = errors.New("id range taken")
 	ErrReserveNotAllowed    = errors.New("this server neither reserves nor releases ids: set allow_reserve_ids, or take ids by count")
 	ErrLimitExceeded        = errors.New("limit exceeded")

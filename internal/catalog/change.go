@@ -85,7 +85,7 @@ type swapPlan struct {
 	now        time.Time
 	rules      rules
 	txn        meta.Txn
-	newIDs     []int64 // segments and builds that the swap registers
+	newIDs     []newID // that the swap registers
 	unitIDs    []int64 // fresh ids for units of replaced files
 	taken      []taken
 	claims     []claim // files that must not belong to anything else
@@ -94,8 +94,8 @@ type swapPlan struct {
 // taken is a key that must not be there, and the error when it is.
 type taken struct {
 	key     string
-	compare bool // in the transaction as well
-	err     error
+	compare bool // in the transaction as well; that of a claim has its own compares
+	err     func(meta.KeyValue) error
 }
 
 func (c *Catalog) planSwap(ctx context.Context, ref *Ref, swap Swap) (plan, error) {
@@ -175,17 +175,14 @@ func (c *Catalog) planSwap(ctx context.Context, ref *Ref, swap Swap) (plan, erro
 	if err != nil {
 		return plan{}, err
 	}
-	if err := checkUnique(p.newIDs); err != nil {
+	if err := c.checkNew(ctx, p.newIDs); err != nil {
 		return plan{}, err
 	}
-	if err := c.checkHandedOut(ctx, "segment or index build", p.newIDs...); err != nil {
-		return plan{}, err
-	}
-	notDropped, err := c.notDropped(ctx, col.ID, p.newIDs)
+	unclaimed, claims, err := c.claim(ctx, col.ID, p.newIDs)
 	if err != nil {
 		return plan{}, err
 	}
-	p.txn.If = append(p.txn.If, notDropped...)
+	p.txn.If, p.txn.Then = append(p.txn.If, unclaimed...), append(p.txn.Then, claims...)
 	if err := c.checkClaims(ctx, col.ID, p.claims); err != nil {
 		return plan{}, err
 	}
@@ -199,7 +196,13 @@ func (c *Catalog) checkTaken(ctx context.Context, p *swapPlan) error {
 	if len(p.txn.If) > meta.MaxTxnOps {
 		return nil // too large, as the store will say
 	}
-	for part := range slices.Chunk(p.taken, meta.MaxTxnOps) {
+	list := slices.Clip(p.taken)
+	for _, n := range p.newIDs {
+		for part, key := range []string{keys.OwnerSegment(n.id), keys.OwnerBuild(n.id)} {
+			list = append(list, taken{key: key, err: func(kv meta.KeyValue) error { return c.claimed(ctx, p.collection, n, part == 1, kv) }})
+		}
+	}
+	for part := range slices.Chunk(list, meta.MaxTxnOps) {
 		gets := make([]meta.Op, len(part))
 		for i := range part {
 			gets[i] = meta.Get(part[i].key)
@@ -209,8 +212,8 @@ func (c *Catalog) checkTaken(ctx context.Context, p *swapPlan) error {
 			return err
 		}
 		for i, kvs := range res.Ranges {
-			if len(kvs) > 0 {
-				return part[i].err
+			for _, kv := range kvs {
+				return part[i].err(kv)
 			}
 		}
 	}
@@ -254,8 +257,9 @@ func (p *swapPlan) unit(id int64, u *storagev1.Unit) {
 	u.Format, u.Op, u.DropTime = record.Format, p.op, p.now.UnixNano()
 	key := keys.Unit(p.collection, id)
 	p.txn.Then = append(p.txn.Then, meta.Put(key, record.Encode(u)))
-	p.taken = append(p.taken, taken{key, true, fmt.Errorf("%w: %d stands for something else that was dropped; an id is never used twice",
-		ErrIndexBuildExists, id)})
+	p.taken = append(p.taken, taken{key, true, func(meta.KeyValue) error {
+		return fmt.Errorf("%w: %d stands for something else that was dropped; an id is never used twice", ErrIndexBuildExists, id)
+	}})
 }
 
 // part puts the record of a unit that was part of a segment which lives on, and
@@ -290,21 +294,9 @@ func (p *swapPlan) add(field string, s *segment.Segment) error {
 	if err := p.put(key, s, nil); err != nil {
 		return err
 	}
-	p.taken = append(p.taken, taken{key, true, fmt.Errorf("%w: %d, in %s; an id is never used twice", ErrSegmentExists, s.ID, field)})
-	p.newIDs = append(p.newIDs, s.ID)
-	p.addBuilds(s.Builds)
-	p.claims = claimsOf(p.claims, field, s)
+	p.newIDs = newIDs(p.newIDs, s)
+	p.claims = claimsOf(p.claims, p.collection, field, s)
 	return nil
-}
-
-// addBuilds notes the ids of builds that the swap registers. That none is a
-// segment's is looked up, not compared: it is a mistake, not a race.
-func (p *swapPlan) addBuilds(builds []segment.Build) {
-	for i := range builds {
-		id := builds[i].ID
-		p.newIDs = append(p.newIDs, id)
-		p.taken = append(p.taken, taken{keys.Segment(p.collection, id), false, fmt.Errorf("%w: %d is the id of a segment", ErrIndexBuildExists, id)})
-	}
 }
 
 // put puts the record of a segment, with the hashes of the paths of files that were
@@ -348,6 +340,7 @@ func (p *swapPlan) update(field string, kv meta.KeyValue, u *Update) error {
 	}
 	if len(removed) > 0 {
 		id := p.unitIDs[len(p.unitIDs)-1]
+		p.newIDs = append(p.newIDs, newID{id, true})
 		part := partOf(&s)
 		part.Files = removed
 		p.part(id, UnitFiles, part)
@@ -357,7 +350,7 @@ func (p *swapPlan) update(field string, kv meta.KeyValue, u *Update) error {
 		part.Builds = []segment.Build{b}
 		p.part(b.ID, UnitBuild, part)
 	}
-	p.addBuilds(u.AddBuilds)
+	p.newIDs = appendBuilds(p.newIDs, u.AddBuilds)
 	for f := range (&segment.Segment{Files: u.AddFiles, Builds: u.AddBuilds}).AllFiles() {
 		p.claims = append(p.claims, claim{field, s.ID, FilePath{f.Root, f.Path}})
 	}
@@ -367,7 +360,7 @@ func (p *swapPlan) update(field string, kv meta.KeyValue, u *Update) error {
 
 // partOf is a segment record that holds only a part of s, dropped.
 func partOf(s *segment.Segment) *segment.Segment {
-	return &segment.Segment{ID: s.ID, Partition: s.Partition, Channel: s.Channel, State: segment.Dropped}
+	return &segment.Segment{ID: s.ID, Partition: s.Partition, Channel: s.Channel, State: segment.Dropped, Disputed: s.Disputed}
 }
 
 // canMove holds the legal changes of a segment's state.

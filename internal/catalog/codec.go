@@ -68,7 +68,7 @@ func encodeSegment(collection int64, s *segment.Segment, op string) *storagev1.S
 		Format: record.Format, Partition: s.Partition, Shard: uint32(s.Channel), Level: uint32(s.Level), State: uint32(s.State),
 		Rows: s.Rows, Start: positionRecord(s.Start), Dml: positionRecord(s.DML), StorageVersion: s.StorageVersion,
 		Sorted: s.Sorted, CommitTimestamp: uint64(s.CommitTimestamp), RowCeiling: uint64(s.RowCeiling),
-		EngineData: s.EngineData, Attributes: s.Attributes, Op: op,
+		EngineData: s.EngineData, Attributes: s.Attributes, Op: op, Disputed: s.Disputed,
 	}
 	for i := range s.Builds {
 		b := &s.Builds[i]

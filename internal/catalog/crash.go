@@ -6,6 +6,7 @@ import "github.com/snapshotd/snapshotd/internal/crashpoint"
 var (
 	atChange           = crashpoint.New("catalog.change")
 	atAllocate         = crashpoint.New("catalog.allocate")
+	atClaimAll         = crashpoint.New("catalog.claimall")
 	atFinishPart       = crashpoint.New("collect.part")
 	atFinishCollection = crashpoint.New("collect.collection")
 )

@@ -340,7 +340,7 @@ func (d *Decoder) segment(collection, id int64, rec *storagev1.Segment) (segment
 		State: segment.State(rec.GetState()), Rows: rec.GetRows(), Start: positionOf(rec.GetStart()), DML: positionOf(rec.GetDml()),
 		StorageVersion: rec.GetStorageVersion(), Sorted: rec.GetSorted(),
 		CommitTimestamp: segment.Timestamp(rec.GetCommitTimestamp()), RowCeiling: segment.Timestamp(rec.GetRowCeiling()),
-		EngineData: rec.GetEngineData(), Attributes: rec.GetAttributes(),
+		EngineData: rec.GetEngineData(), Attributes: rec.GetAttributes(), Disputed: rec.GetDisputed(),
 	}
 	files, err := d.decodeFiles(collection, &s, rec.GetFiles())
 	if err != nil {

@@ -72,13 +72,19 @@ func ContentOps(collection int64, partitions []Partition, indexes []Index, check
 	return ops
 }
 
-// SegmentOp returns what makes a restored segment.
-func SegmentOp(collection int64, s *segment.Segment, op string) (meta.Op, error) {
+// SegmentOps returns what makes a restored segment, and claims its ids, which
+// ClaimRange keeps from everybody else.
+func SegmentOps(collection int64, s *segment.Segment, op string) ([]meta.Op, error) {
 	value := record.Encode(encodeSegment(collection, s, op))
 	if len(value) > MaxSegmentBytes {
-		return meta.Op{}, fmt.Errorf("%w: segment %d takes %d bytes, at most %d", ErrLimitExceeded, s.ID, len(value), MaxSegmentBytes)
+		return nil, fmt.Errorf("%w: segment %d takes %d bytes, at most %d", ErrLimitExceeded, s.ID, len(value), MaxSegmentBytes)
 	}
-	return meta.Put(keys.Segment(collection, s.ID), value), nil
+	owner := record.Encode(&storagev1.Owner{Format: record.Format, CollectionId: collection})
+	ops := []meta.Op{meta.Put(keys.Segment(collection, s.ID), value)}
+	for _, n := range newIDs(nil, s) {
+		ops = append(ops, meta.Put(n.key(), owner))
+	}
+	return ops, nil
 }
 
 // PublishOp returns what makes a restored collection ACTIVE.

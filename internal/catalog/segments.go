@@ -21,7 +21,7 @@ import (
 
 // How segments are registered in bulk.
 const (
-	batchSegments = 100     // in one transaction
+	batchIDs      = 61      // that one transaction claims, two compares for each at most
 	batchBytes    = 1 << 20 // in one transaction
 	batchInFlight = 8
 	dropLookup    = meta.MaxTxnOps / 3 // segments that one transaction looks up, under three keys each
@@ -230,70 +230,41 @@ func (r *rules) files(field string, files []segment.File) error {
 }
 
 // newIDs appends the ids of a segment and its builds.
-func newIDs(ids []int64, s *segment.Segment) []int64 {
-	ids = append(ids, s.ID)
-	for i := range s.Builds {
-		ids = append(ids, s.Builds[i].ID)
+func newIDs(ids []newID, s *segment.Segment) []newID {
+	return appendBuilds(append(ids, newID{s.ID, false}), s.Builds)
+}
+
+func appendBuilds(ids []newID, builds []segment.Build) []newID {
+	for i := range builds {
+		ids = append(ids, newID{builds[i].ID, true})
 	}
 	return ids
 }
 
-// checkUnique refuses an id that stands for two things: what is dropped first
-// would hide the other.
-func checkUnique(ids []int64) error {
-	seen := make(map[int64]bool, len(ids))
-	for _, id := range ids {
-		if seen[id] {
-			return invalid("id", "%d occurs twice; segments and index builds share their ids", id)
-		}
-		seen[id] = true
+// checkNew says whether ids may be registered, each for one thing: whether they
+// were handed out, and that none stands for two.
+func (c *Catalog) checkNew(ctx context.Context, ids []newID) error {
+	if err := checkUnique(ids); err != nil {
+		return err
 	}
-	return nil
+	list := make([]int64, len(ids))
+	for i, n := range ids {
+		list[i] = n.id
+	}
+	return c.checkHandedOut(ctx, "segment or index build", list...)
 }
 
-// notDropped finds out, at one revision, that none of ids was dropped, and
-// returns the compares that this is still so. An id that was dropped is
-// ErrSegmentExists: an id is never used twice.
-func (c *Catalog) notDropped(ctx context.Context, collection int64, ids []int64) ([]meta.Cond, error) {
-	if len(ids) == 0 {
-		return nil, nil
-	}
-	sorted := slices.Clone(ids)
-	slices.Sort(sorted)
-	var revision int64
-	prefixes := []string{keys.UnitPrefix(collection), keys.TombPrefix(collection)}
-	for _, prefix := range prefixes {
-		from, to := keys.Span(prefix, sorted[0], sorted[len(sorted)-1])
-		for {
-			res, err := c.kv.Range(ctx, meta.Range{From: from, To: to, KeysOnly: true, Limit: 1000, Revision: revision})
-			if err != nil {
-				return nil, fmt.Errorf("read dropped units of collection %d: %w", collection, err)
-			}
-			if revision == 0 {
-				revision = res.Revision
-			}
-			for _, kv := range res.KVs {
-				id, err := keys.LastID(kv.Key)
-				if err != nil {
-					return nil, err
-				}
-				if _, dropped := slices.BinarySearch(sorted, id); dropped {
-					return nil, fmt.Errorf("%w: %d was dropped; an id is never used twice", ErrSegmentExists, id)
-				}
-			}
-			if !res.More {
-				break
-			}
-			from = res.KVs[len(res.KVs)-1].Key + "\x00"
+// checkUnique refuses an id that stands for two things: what is dropped first
+// would hide the other.
+func checkUnique(ids []newID) error {
+	seen := make(map[int64]bool, len(ids))
+	for _, n := range ids {
+		if seen[n.id] {
+			return invalid("id", "%d occurs twice; segments and index builds share their ids", n.id)
 		}
+		seen[n.id] = true
 	}
-	var conds []meta.Cond
-	for _, prefix := range prefixes {
-		from, to := keys.Span(prefix, sorted[0], sorted[len(sorted)-1])
-		// Parking puts the record of a unit again, and drops none.
-		conds = append(conds, meta.Cond{From: from, To: to, Target: meta.CreateRevision, Op: meta.Less, Revision: revision + 1})
-	}
-	return conds, nil
+	return nil
 }
 
 // AddSegments registers segments, in atomic batches. It is idempotent by id:
@@ -324,7 +295,7 @@ func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []
 	entries := make([]entry, len(segments))
 	r := rules{view}
 	seen := make(map[int64]bool, len(segments))
-	var ids []int64
+	var ids []newID
 	var claims []claim
 	for i := range segments {
 		e := entry{field: fmt.Sprintf("segments[%d]", i), segment: &segments[i], key: keys.Segment(collection, segments[i].ID)}
@@ -336,7 +307,7 @@ func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []
 		}
 		seen[e.segment.ID] = true
 		ids = newIDs(ids, e.segment)
-		claims = claimsOf(claims, e.field, e.segment)
+		claims = claimsOf(claims, collection, e.field, e.segment)
 		e.value = record.Encode(encodeSegment(collection, e.segment, op))
 		if len(e.value) > MaxSegmentBytes {
 			return 0, 0, fmt.Errorf("%w: segment %d takes %d bytes, at most %d; give it fewer files",
@@ -344,16 +315,13 @@ func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []
 		}
 		entries[i] = e
 	}
-	if err := checkUnique(ids); err != nil {
-		return 0, 0, err
-	}
-	if err := c.checkHandedOut(ctx, "segment or index build", ids...); err != nil {
+	if err := c.checkNew(ctx, ids); err != nil {
 		return 0, 0, err
 	}
 	if err := c.checkClaims(ctx, collection, claims); err != nil {
 		return 0, 0, err
 	}
-	batches := split(entries, batchSegments, func(e entry) int { return len(e.value) })
+	batches := splitEntries(entries)
 	counts := make([]int, len(batches))
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(batchInFlight)
@@ -395,6 +363,21 @@ func split[T any](list []T, count int, size func(T) int) [][]T {
 	return append(parts, list[from:])
 }
 
+// splitEntries cuts list into parts for one transaction each: of at most batchIDs
+// ids, and of at most batchBytes, unless a segment alone has more.
+func splitEntries(list []entry) [][]entry {
+	var parts [][]entry
+	from, ids, bytes := 0, 0, 0
+	for i, e := range list {
+		n := 1 + len(e.segment.Builds)
+		if i > from && (ids+n > batchIDs || bytes+len(e.value) > batchBytes) {
+			parts, from, ids, bytes = append(parts, list[from:i:i]), i, 0, 0
+		}
+		ids, bytes = ids+n, bytes+len(e.value)
+	}
+	return append(parts, list[from:])
+}
+
 // addBatch writes a batch, checked against view, in one transaction and returns
 // how many of its segments were not there before.
 func (c *Catalog) addBatch(ctx context.Context, view View, batch []entry) (int, error) {
@@ -418,17 +401,16 @@ func (c *Catalog) addBatch(ctx context.Context, view View, batch []entry) (int, 
 				}
 			}
 		}
-		var ids []int64
+		var ids []newID
 		for _, e := range batch {
 			ids = newIDs(ids, e.segment)
 		}
-		notDropped, err := c.notDropped(ctx, collection, ids)
+		unclaimed, claims, err := c.claim(ctx, collection, ids)
 		if err != nil {
 			return 0, err
 		}
-		txn := meta.Txn{If: append(notDropped, view.Collection.unchanged())}
+		txn := meta.Txn{If: append(unclaimed, view.Collection.unchanged()), Then: claims}
 		for _, e := range batch {
-			txn.If = append(txn.If, meta.Absent(e.key))
 			txn.Then = append(txn.Then, meta.Put(e.key, e.value))
 			txn.Else = append(txn.Else, meta.Get(e.key))
 		}
@@ -439,12 +421,16 @@ func (c *Catalog) addBatch(ctx context.Context, view View, batch []entry) (int, 
 		if res.Succeeded {
 			return len(batch), nil
 		}
-		if batch, err = missing(batch, res.Ranges); err != nil {
+		rest, err := missing(batch, res.Ranges)
+		switch {
+		case err != nil || len(rest) == 0:
 			return 0, err
+		case len(rest) == len(batch):
+			if err := c.checkUnclaimed(ctx, collection, ids); err != nil {
+				return 0, err
+			}
 		}
-		if len(batch) == 0 {
-			return 0, nil
-		}
+		batch = rest
 	}
 	return 0, fmt.Errorf("%w: gave up after %d attempts", ErrConflict, maxAttempts)
 }

@@ -34,8 +34,9 @@ const (
 // Unit is something that was dropped from a collection and is reclaimed as a
 // whole.
 type Unit struct {
-	ID   int64 // that of the segment or build, or one of its own
-	Kind UnitKind
+	ID         int64 // that of the segment or build, or one of its own
+	Collection int64
+	Kind       UnitKind
 	// Segment is the segment that was dropped, or what was part of one, under
 	// that segment's id.
 	Segment segment.Segment
@@ -90,14 +91,16 @@ func UnitOf(collection, id int64, rec *storagev1.Unit) (Unit, error) {
 	if err != nil {
 		return Unit{}, fmt.Errorf("unit %d of collection %d: %w", id, collection, err)
 	}
-	return Unit{ID: id, Kind: UnitKind(rec.GetKind()), Segment: s, DropTime: record.Time(rec.GetDropTime())}, nil
+	s.Disputed = s.Disputed || rec.GetDisputed()
+	return Unit{ID: id, Collection: collection, Kind: UnitKind(rec.GetKind()), Segment: s, DropTime: record.Time(rec.GetDropTime())}, nil
 }
 
 // StubOf reads from the record of a parked unit what that says of it: its ids,
 // its kind and the time of its drop.
-func StubOf(id int64, rec *storagev1.Unit) Unit {
+func StubOf(collection, id int64, rec *storagev1.Unit) Unit {
 	return Unit{
-		ID: id, Kind: UnitKind(rec.GetKind()), Segment: segment.Segment{ID: rec.GetSegmentId(), State: segment.Dropped},
+		ID: id, Collection: collection, Kind: UnitKind(rec.GetKind()),
+		Segment:  segment.Segment{ID: rec.GetSegmentId(), State: segment.Dropped, Disputed: rec.GetDisputed()},
 		DropTime: record.Time(rec.GetDropTime()), Parked: true,
 	}
 }
@@ -139,6 +142,7 @@ func (c *Catalog) Whole(ctx context.Context, collection, id int64, rec *storagev
 	if whole.GetParked() != nil {
 		return fail(fmt.Errorf("%w: it is a stub itself", record.ErrUnreadable))
 	}
+	whole.Disputed = whole.GetDisputed() || rec.GetDisputed() // which may have been found out since
 	return whole, nil
 }
 
@@ -193,27 +197,18 @@ func (c *Catalog) ReadUnit(ctx context.Context, collection int64, kv meta.KeyVal
 	return u, err
 }
 
-// Owned yields the unit's files that belong to it alone: those whose path has
-// its id for an element. Any other file is foreign: it may be part of something
-// else as well, and is never deleted with the unit. It panics when the unit is
-// Parked, for then nothing is known of its files.
+// Owned yields the unit's files that belong to it alone, as [Owns] decides. Any
+// other file is foreign: it may be part of something else as well, and is never
+// deleted with the unit. It panics when the unit is Parked, for then nothing is
+// known of its files.
 func (u *Unit) Owned() iter.Seq[*segment.File] {
 	if u.Parked {
 		panic(fmt.Sprintf("the files of unit %d are not known: it is parked", u.ID))
 	}
 	return func(yield func(*segment.File) bool) {
-		s := &u.Segment
-		for i := range s.Files {
-			if segment.Carries(s.Files[i].Path, s.ID) && !yield(&s.Files[i]) {
+		for f := range u.Segment.AllFiles() {
+			if Owns(u.Collection, &u.Segment, f.Path) && !yield(f) {
 				return
-			}
-		}
-		for b := range s.Builds {
-			for i := range s.Builds[b].Files {
-				f := &s.Builds[b].Files[i]
-				if (segment.Carries(f.Path, s.Builds[b].ID) || segment.Carries(f.Path, s.ID)) && !yield(f) {
-					return
-				}
 			}
 		}
 	}
@@ -296,7 +291,7 @@ func (c *Catalog) readParts(ctx context.Context, collection int64, units []int64
 			return errors.Join(err, group.Wait())
 		}
 		if rec.GetParked() != nil {
-			stub := StubOf(units[i], rec)
+			stub := StubOf(collection, units[i], rec)
 			stub.Revision = kvs[0].CreateRevision
 			if !whole(&stub) {
 				list[i] = &stub
@@ -327,6 +322,8 @@ type Owner struct {
 	Segment int64 // that it is or was part of
 	Live    bool  // part of a segment of the collection
 	Unit    int64 // else the unit that it was dropped with
+	// Owned says that it is that segment's own, see [Owns]: else it is never deleted.
+	Owned bool
 }
 
 // FindOwner looks for what has the file at path: among the segments and units
@@ -342,7 +339,7 @@ func (c *Catalog) FindOwner(ctx context.Context, collection int64, path FilePath
 		return Owner{}, false, err
 	}
 	for _, id := range ids {
-		if owner, found := holdings[id].find(path); found {
+		if owner, found := holdings[id].find(collection, path); found {
 			return owner, true, nil
 		}
 	}
@@ -356,17 +353,17 @@ type holding struct {
 	units []Unit
 }
 
-// find returns what has the file at path.
-func (h *holding) find(path FilePath) (Owner, bool) {
+// find returns what of a collection has the file at path.
+func (h *holding) find(collection int64, path FilePath) (Owner, bool) {
 	if h == nil {
 		return Owner{}, false
 	}
 	if h.live != nil && hasFile(h.live, path) {
-		return Owner{Segment: h.live.ID, Live: true}, true
+		return Owner{Segment: h.live.ID, Live: true, Owned: Owns(collection, h.live, path.Path)}, true
 	}
 	for i := range h.units {
 		if u := &h.units[i]; hasFile(&u.Segment, path) {
-			return Owner{Segment: u.Segment.ID, Unit: u.ID}, true
+			return Owner{Segment: u.Segment.ID, Unit: u.ID, Owned: Owns(collection, &u.Segment, path.Path)}, true
 		}
 	}
 	return Owner{}, false
@@ -474,23 +471,24 @@ type claim struct {
 }
 
 // claimsOf are the files that have to be looked up before they may become part
-// of s. Those that have its id in its place can only have been its own.
-func claimsOf(claims []claim, field string, s *segment.Segment) []claim {
+// of s. Those that lie at its place can only have been its own.
+func claimsOf(claims []claim, collection int64, field string, s *segment.Segment) []claim {
 	for f := range s.AllFiles() {
-		if !segment.Placed(f.Path, s.Partition, s.ID) {
+		if !Owns(collection, s, f.Path) {
 			claims = append(claims, claim{field, s.ID, FilePath{f.Root, f.Path}})
 		}
 	}
 	return claims
 }
 
-// checkClaims refuses files that belong to something else of the collection: a
-// file of another segment goes when that one is reclaimed, and one that was
-// taken from a segment is about to go. It looks, and does not compare: this is a
-// mistake, not a race.
+// checkClaims refuses files that lie at the place of something else, and files that
+// belong to something else of the collection: a file of another segment goes when
+// that one is reclaimed, and one that was taken from a segment is about to go. It
+// looks, and does not compare: this is a mistake, not a race.
 func (c *Catalog) checkClaims(ctx context.Context, collection int64, claims []claim) error {
 	var ids []int64
-	for _, cl := range claims {
+	for i := range claims {
+		cl := &claims[i]
 		ids = append(append(ids, segment.IDsIn(cl.path.Path)...), cl.segment)
 	}
 	if len(ids) == 0 {
@@ -500,48 +498,19 @@ func (c *Catalog) checkClaims(ctx context.Context, collection int64, claims []cl
 	if err != nil {
 		return err
 	}
-	for _, cl := range claims {
+	known := map[int64]bool{}
+	for i := range claims {
+		cl := &claims[i]
 		for _, id := range append(segment.IDsIn(cl.path.Path), cl.segment) {
-			owner, found := holdings[id].find(cl.path)
+			owner, found := holdings[id].find(collection, cl.path)
 			if found && (!owner.Live || owner.Segment != cl.segment) {
 				return fmt.Errorf("%w: %q, in %s, belongs to segment %d and goes when that does; a path is never used twice",
 					ErrFileExists, cl.path.Path, cl.field, owner.Segment)
 			}
 		}
+		if err := c.checkPlace(ctx, collection, cl, known); err != nil {
+			return err
+		}
 	}
 	return nil
-}
-
-// SharedWith returns what else of the collection has one of a unit's files, found
-// is false when nothing has. Files that have the id of the unit's segment in its
-// place are nobody else's and are not looked for.
-func (c *Catalog) SharedWith(ctx context.Context, collection int64, u *Unit) (owner Owner, found bool, err error) {
-	var paths []FilePath
-	var ids []int64
-	for f := range u.Owned() {
-		if !segment.Placed(f.Path, u.Segment.Partition, u.Segment.ID) {
-			paths = append(paths, FilePath{f.Root, f.Path})
-			ids = append(append(ids, segment.IDsIn(f.Path)...), u.Segment.ID)
-		}
-	}
-	if len(paths) == 0 {
-		return Owner{}, false, nil
-	}
-	holdings, err := c.holdings(ctx, collection, ids)
-	if err != nil {
-		return Owner{}, false, err
-	}
-	for _, h := range holdings {
-		for _, path := range paths {
-			if h.live != nil && h.live.ID != u.ID && hasFile(h.live, path) {
-				return Owner{Segment: h.live.ID, Live: true}, true, nil
-			}
-			for i := range h.units {
-				if other := &h.units[i]; other.ID != u.ID && hasFile(&other.Segment, path) {
-					return Owner{Segment: other.Segment.ID, Unit: other.ID}, true, nil
-				}
-			}
-		}
-	}
-	return Owner{}, false, nil
 }

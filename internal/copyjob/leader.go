@@ -244,7 +244,10 @@ func (l *leader) act(ctx context.Context, d decision) error {
 		if err := l.removePins(ctx, d.job); err != nil {
 			return err
 		}
-		return l.write(ctx, atForget, d.job, nil, []meta.Op{meta.Delete(keys.Job(d.job.ID))})
+		// Until now the ids of the job were kept from everybody else: a late copy could
+		// have met what they had made of them.
+		return l.write(ctx, atForget, d.job, nil, append(
+			catalog.ReleaseRange(d.job.FirstSegment, d.job.Segments+d.job.Builds), meta.Delete(keys.Job(d.job.ID))))
 	case stepNone, stepAssign: // neither comes here
 	}
 	return nil
@@ -583,7 +586,12 @@ func (l *leader) contentOf(job *Job) []meta.Op {
 	var ops []meta.Op
 	for first := job.FirstSegment; first < job.FirstSegment+job.Segments; first += deleteSpan {
 		last := min(first+deleteSpan, job.FirstSegment+job.Segments) - 1
-		ops = append(ops, meta.DeleteRange(keys.Span(keys.SegmentPrefix(job.Target), first, last)))
+		ops = append(ops, meta.DeleteRange(keys.Span(keys.SegmentPrefix(job.Target), first, last)),
+			meta.DeleteRange(keys.OwnerSegments(first, last)))
+	}
+	for first := job.FirstBuild; first < job.FirstBuild+job.Builds; first += deleteSpan {
+		last := min(first+deleteSpan, job.FirstBuild+job.Builds) - 1
+		ops = append(ops, meta.DeleteRange(keys.OwnerBuilds(first, last)))
 	}
 	return append(ops, catalog.ContentRanges(job.Target)...)
 }

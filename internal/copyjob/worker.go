@@ -423,11 +423,11 @@ func (a *attempt) register(ctx context.Context, done *restored) error {
 	}
 	var ops []meta.Op
 	for i := range done.segments {
-		put, err := catalog.SegmentOp(a.job.Target, &done.segments[i], op)
+		puts, err := catalog.SegmentOps(a.job.Target, &done.segments[i], op)
 		if err != nil {
 			return err
 		}
-		ops = append(ops, put)
+		ops = append(ops, puts...)
 	}
 	next := *a.task
 	next.state, next.totals, next.reason, next.message = TaskDone, done.totals, "", ""

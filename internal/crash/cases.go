@@ -123,7 +123,7 @@ var scenarios = []scenario{
 	{name: "resign", points: []string{"elect.resign"}, op: resign},
 	{name: "recover", points: []string{"epoch.recover"}, op: recoverEpoch},
 	{name: "go-back", points: []string{"epoch.mark"}, prepare: goBack, op: recoverEpoch},
-	{name: "first-start", points: []string{"start.cluster", "start.identity", "start.store"}, empty: true, op: nothing},
+	{name: "first-start", points: []string{"start.cluster", "start.identity", "start.store", "catalog.claimall"}, empty: true, op: nothing},
 }
 
 // created enters a snapshot of what a collection has now.

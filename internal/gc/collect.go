@@ -725,9 +725,6 @@ func heldReason(a *Answer) string {
 	for _, s := range a.Creating {
 		parts = append(parts, fmt.Sprintf("snapshot %d, which is being created", s.ID))
 	}
-	if a.LiveIn != 0 {
-		return fmt.Sprintf("segment %d has one of its files, too", a.LiveIn)
-	}
 	if rest := a.Holders - len(parts); rest > 0 && len(parts) > 0 {
 		parts = append(parts, fmt.Sprintf("%d more", rest))
 	}

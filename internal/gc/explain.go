@@ -220,9 +220,9 @@ func (g *GC) explainClaim(ctx context.Context, c claim, e *Explanation) (found b
 	if unread != nil && a.State != Granted {
 		e.Reason += fmt.Sprintf("; not all that hold it are known: %v", unread)
 	}
-	if owned, known := owns(c, owner); known && !owned && a.State != Live {
+	if !owner.Owned && a.State != Live {
 		e.Kept = true
-		e.Reason += "; but its path does not carry the id of what it was part of, so it is never deleted"
+		e.Reason += "; but it does not lie at the place of that segment alone, so it is never deleted"
 	}
 	return true, nil
 }
@@ -312,15 +312,6 @@ func (g *GC) buildOf(ctx context.Context, c claim, owner catalog.Owner) (int64, 
 	return 0, nil
 }
 
-// owns says whether the path of a dropped file carries the id of what it was part
-// of, as a unit's own files do.
-func owns(c claim, owner catalog.Owner) (owned, known bool) {
-	if owner.Live {
-		return false, false
-	}
-	return segment.Carries(c.path, owner.Segment) || segment.Carries(c.path, owner.Unit), true
-}
-
 // droppedAt says since when what an owner stands for is dropped, in words that
 // follow a verb.
 func (g *GC) droppedAt(ctx context.Context, col *catalog.Collection, owner catalog.Owner) (string, error) {
@@ -352,9 +343,6 @@ func holdersText(a *Answer) string {
 	}
 	for _, s := range a.Creating {
 		names = append(names, fmt.Sprintf("snapshot %d, which is being created", s.ID))
-	}
-	if a.LiveIn != 0 {
-		names = append(names, fmt.Sprintf("segment %d, which has the file too", a.LiveIn))
 	}
 	if more := a.Holders - len(names); more > 0 {
 		names = append(names, fmt.Sprintf("%d more", more))

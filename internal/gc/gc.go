@@ -14,6 +14,8 @@
 //	generation  the revision of /gc/gen/<collection>, which every commit of a
 //	            snapshot moves
 //	deleter     who deletes a granted unit's files: snapshotd, or the caller
+//	own file    a file that lies at the place of the unit's segment, see package
+//	            catalog. Only own files are deleted with a unit
 //
 // # States of a unit
 //
@@ -35,7 +37,8 @@
 //	         puts: tombstones with the units' records; deletes: the units
 //	confirm  (all files are deleted) compares: tombstone as read; when snapshotd
 //	         is the deleter, leader's election key
-//	         deletes: tombstone, and the key that leads to it from its segment
+//	         deletes: tombstone, the key that leads to it from its segment, and the
+//	         claims to the ids of which it was the last record
 //
 // # Why a granted unit is not needed
 //

@@ -518,11 +518,11 @@ func nativeBuild(path string) int64 {
 }
 
 // recordsOf are the records that keep a file from being left over: of its segment,
-// as a unit or not, and of its build. The prefix is that of the keys of other
+// as a unit or not, of whatever claims the segment's id, and of its build. The prefix is that of the keys of other
 // units of the segment.
 func recordsOf(collection int64, path string) (list []string, prefix string) {
 	_, _, id, _ := segment.NativePlace(path)
-	list = []string{keys.Segment(collection, id), keys.Unit(collection, id), keys.Tomb(collection, id)}
+	list = []string{keys.Segment(collection, id), keys.Unit(collection, id), keys.Tomb(collection, id), keys.OwnerSegment(id)}
 	if build := nativeBuild(path); build > 0 {
 		list = append(list, keys.Unit(collection, build), keys.Tomb(collection, build))
 	}

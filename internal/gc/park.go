@@ -194,7 +194,7 @@ func (s *unitState) read(collection, id int64, kv meta.KeyValue) error {
 	if parked == nil {
 		return s.readWhole(collection, id, rec)
 	}
-	u := catalog.StubOf(id, rec)
+	u := catalog.StubOf(collection, id, rec)
 	u.Revision = kv.CreateRevision
 	s.rec, s.unit = rec, &u
 	s.held = &heldObject{store: parked.GetStore(), key: catalog.HeldKey(collection, id), length: parked.GetLength()}

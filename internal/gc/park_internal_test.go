@@ -274,9 +274,7 @@ func (l *lot) told(asks []Ask, files []catalog.FilePath, units []int64) []string
 		kv, _ := l.read(keys.Unit(l.col.ID, id))
 		u, err := r.cat.ReadUnit(l.t.Context(), l.col.ID, kv)
 		l.must(err)
-		owner, found, err := r.cat.SharedWith(l.t.Context(), l.col.ID, &u)
-		l.must(err)
-		list = append(list, fmt.Sprintf("%d is shared: %v %v; it is %+v", id, found, owner, u))
+		list = append(list, fmt.Sprintf("%d is %+v", id, u))
 	}
 	return list
 }
@@ -287,14 +285,14 @@ func TestParkedUnitIsWhole(t *testing.T) {
 		r := l.replicas[0]
 		dropped, lives, other := l.segment(3), l.segment(3), l.segment(2)
 		b := segment.Build{ID: l.id(), Index: l.index, Field: 100, Params: map[string]string{"p": strings.Repeat("x", 300)}}
-		b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("index/%d/f", b.ID), Size: 5}}
+		b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/f", l.col.ID, lives.ID, b.ID), Size: 5}}
 		lives.Builds = []segment.Build{b}
-		lives.Files = append(lives.Files, segment.File{Kind: segment.KindStats, Path: fmt.Sprintf("stats/%d/%s", lives.ID, strings.Repeat("s", 300)), Size: 5})
+		lives.Files = append(lives.Files, segment.File{Kind: segment.KindStats, Path: fmt.Sprintf("%d/0/%d/%s", l.col.ID, lives.ID, strings.Repeat("s", 300)), Size: 5})
 		// One of its files is part of another segment, registered first.
 		shared := segment.File{Kind: segment.KindStats, Path: fmt.Sprintf("any/%d/shared", dropped.ID), Size: 7}
 		other.Files = append(other.Files, shared)
 		l.add(other)
-		dropped.Files = append(dropped.Files, segment.File{Kind: segment.KindStats, Path: fmt.Sprintf("any/%d/own", dropped.ID), Size: 7})
+		dropped.Files = append(dropped.Files, segment.File{Kind: segment.KindStats, Path: fmt.Sprintf("%d/0/%d/own", l.col.ID, dropped.ID), Size: 7})
 		l.add(dropped, lives)
 		stats := catalog.FilePath{Path: lives.Files[3].Path}
 		l.swap(catalog.Swap{Drop: []int64{dropped.ID}, Update: []catalog.Update{{
@@ -374,25 +372,34 @@ func TestParkedUnitIsWhole(t *testing.T) {
 	})
 }
 
-// A unit that shares a file is held by that, parked or not.
+// A unit that shares a file is granted without it, parked or not.
 func TestParkedUnitWithSharedFile(t *testing.T) {
-	inLot(t, 1, func(t *testing.T, l *lot) {
-		dropped, other := l.segment(2), l.segment(2)
-		shared := segment.File{Kind: segment.KindStats, Path: fmt.Sprintf("any/%d/%d/shared", dropped.ID, other.ID), Size: 7}
-		dropped.Files, other.Files = append(dropped.Files, shared), append(other.Files, shared)
-		// They are registered in one call, which looks at what was there before.
-		l.add(dropped, other)
-		l.swap(catalog.Swap{Drop: []int64{dropped.ID}})
-		for _, parked := range []bool{false, true} {
+	for _, parked := range []bool{false, true} {
+		inLot(t, 1, func(t *testing.T, l *lot) {
+			dropped, other := l.segment(2), l.segment(2)
+			shared := segment.File{Kind: segment.KindStats, Path: fmt.Sprintf("any/%d/%d/shared", dropped.ID, other.ID), Size: 7}
+			dropped.Files, other.Files = append(dropped.Files, shared), append(other.Files, shared)
+			// They are registered in one call, which looks at what was there before.
+			l.add(dropped, other)
+			l.swap(catalog.Swap{Drop: []int64{dropped.ID}})
 			if parked {
 				l.park(dropped.ID)
 			}
 			a := l.reclaim(l.replicas[0], Ask{Segment: dropped.ID})[0]
-			if a.State != Dropped || a.Holders != 1 || a.LiveIn != other.ID {
-				t.Errorf("parked %v: got %+v, want it held by segment %d", parked, a, other.ID)
+			if a.State != Granted {
+				t.Fatalf("parked %v: got %+v, want a grant", parked, a)
 			}
-		}
-	})
+			n := 0
+			for _, f := range a.Tombstone.Files(l.col.Roots) {
+				if n++; f.Path == shared.Path {
+					t.Errorf("parked %v: %s is deleted", parked, f.Path)
+				}
+			}
+			if n != 2 {
+				t.Errorf("parked %v: %d files are deleted, want 2", parked, n)
+			}
+		})
+	}
 }
 
 // A file that a snapshot has as a foreign one holds the unit whose own it is, which

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/crashpoint"
 	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
@@ -370,9 +371,6 @@ func (g *GC) decideBatch(ctx context.Context, col *catalog.Collection, units []a
 			continue
 		}
 		for i := range units {
-			if err := g.shared(ctx, col.ID, &p.units[i], &answers[i]); err != nil {
-				return nil, err
-			}
 			if answers[i].State != Dropped || answers[i].Holders > 0 {
 				continue
 			}
@@ -399,21 +397,6 @@ func (g *GC) decideBatch(ctx context.Context, col *catalog.Collection, units []a
 		}
 	}
 	return nil, fmt.Errorf("%w: gave up after %d attempts", catalog.ErrConflict, maxAttempts)
-}
-
-// shared holds a unit that nothing else holds when one of its files is part of
-// something else as well. Registering that is refused; this is for what was
-// registered the other way round.
-func (g *GC) shared(ctx context.Context, collection int64, s *unitState, a *Answer) error {
-	if a.State != Dropped || a.Holders > 0 {
-		return nil
-	}
-	owner, found, err := g.o.Catalog.SharedWith(ctx, collection, s.unit)
-	if err != nil || !found {
-		return err
-	}
-	a.Holders, a.LiveIn = 1, owner.Segment
-	return nil
 }
 
 // answer decides on one unit. It is a function of what was read, and of the
@@ -593,7 +576,7 @@ func (g *GC) confirmBatch(ctx context.Context, collection int64, ids []int64, an
 		if err != nil {
 			return err
 		}
-		var txn meta.Txn
+		var list []*doomed
 		for i, kvs := range res.Ranges {
 			if len(kvs) == 0 {
 				if answers[i] == 0 { // else we confirmed it, and the answer was lost
@@ -610,25 +593,64 @@ func (g *GC) confirmBatch(ctx context.Context, collection int64, ids []int64, an
 				continue
 			}
 			answers[i] = Confirmed
-			txn.If = append(txn.If, meta.Unchanged(kvs[0].Key, kvs[0].ModRevision))
-			txn.Then = append(txn.Then, t.removal()...)
+			list = append(list, &doomed{tombstone: t, kv: kvs[0]})
 		}
-		if len(txn.Then) == 0 {
+		changed := false
+		for len(list) > 0 && !changed {
+			n := removable(list)
+			if changed, err = g.remove(ctx, atConfirm, list[:n], nil); err != nil {
+				return err
+			}
+			list = list[n:]
+		}
+		if !changed {
 			return nil
-		}
-		atConfirm.Before()
-		res, err = g.kv.Txn(ctx, txn)
-		atConfirm.After()
-		if err != nil || res.Succeeded {
-			return err
 		}
 	}
 	return fmt.Errorf("%w: gave up after %d attempts", catalog.ErrConflict, maxAttempts)
 }
 
-// removal is how a tombstone whose files are deleted goes.
+// removable is how many of the first of some tombstones one transaction removes.
+func removable(list []*doomed) int {
+	ops := 0
+	for n, u := range list {
+		ops += len(u.tombstone.removal())
+		if n > 0 && (ops > meta.MaxTxnOps || n >= meta.MaxTxnOps-2) {
+			return n
+		}
+	}
+	return len(list)
+}
+
+// remove removes tombstones whose files are deleted, in one transaction, and says
+// when one of them was changed: then it removed none. A single one with more
+// claims than that takes loses the first of them before.
+func (g *GC) remove(ctx context.Context, at crashpoint.Point, list []*doomed, conds []meta.Cond) (changed bool, err error) {
+	txn := meta.Txn{If: conds}
+	for _, u := range list {
+		txn.If = append(txn.If, meta.Unchanged(u.kv.Key, u.kv.ModRevision))
+		txn.Then = append(txn.Then, u.tombstone.removal()...)
+	}
+	for {
+		part := txn
+		if len(txn.Then) > meta.MaxTxnOps { // the tombstone is among the last
+			part.Then, txn.Then = txn.Then[:meta.MaxTxnOps/2], txn.Then[meta.MaxTxnOps/2:]
+		} else {
+			txn.Then = nil
+		}
+		at.Before()
+		res, err := g.kv.Txn(ctx, part)
+		at.After()
+		if err != nil || !res.Succeeded || len(txn.Then) == 0 {
+			return err == nil && !res.Succeeded, err
+		}
+	}
+}
+
+// removal is how a tombstone whose files are deleted goes, with the claims to the
+// ids of its unit, whose last record it is.
 func (t *Tombstone) removal() []meta.Op {
-	ops := []meta.Op{meta.Delete(keys.Tomb(t.Collection, t.ID))}
+	ops := append(t.Unit.Release(), meta.Delete(keys.Tomb(t.Collection, t.ID)))
 	if t.Unit.Kind != catalog.UnitSegment {
 		ops = append(ops, meta.Delete(keys.Replaced(t.Collection, t.Unit.Segment.ID, t.ID)))
 	}

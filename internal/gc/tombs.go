@@ -405,8 +405,8 @@ func (g *GC) deleteUnits(ctx context.Context, tombs []string, fence meta.Cond) (
 			if planted.P4 { // the grant is taken back
 				s := u.tombstone.Unit.Segment
 				s.State = segment.Flushed
-				put, _ := catalog.SegmentOp(u.tombstone.Collection, &s, "")
-				_, _ = g.kv.Txn(ctx, meta.Txn{Then: []meta.Op{put, meta.Delete(u.kv.Key)}})
+				puts, _ := catalog.SegmentOps(u.tombstone.Collection, &s, "")
+				_, _ = g.kv.Txn(ctx, meta.Txn{Then: append(puts, meta.Delete(u.kv.Key))})
 			}
 			errs = append(errs, fmt.Errorf("delete unit %d of collection %d: %w", u.tombstone.ID, u.tombstone.Collection, u.err))
 			continue
@@ -518,24 +518,13 @@ func readMany(ctx context.Context, kv meta.KV, wanted []string) ([]meta.KeyValue
 // changed, each for itself.
 func (g *GC) removeTombs(ctx context.Context, units []*doomed, fence meta.Cond) error {
 	for len(units) > 0 {
-		txn, n := meta.Txn{If: []meta.Cond{fence}}, 0
-		for _, u := range units {
-			ops := u.tombstone.removal()
-			if len(txn.Then)+len(ops) > meta.MaxTxnOps || len(txn.If) == meta.MaxTxnOps {
-				break
-			}
-			txn.If = append(txn.If, meta.Unchanged(u.kv.Key, u.kv.ModRevision))
-			txn.Then = append(txn.Then, ops...)
-			n++
-		}
-		atRemoveTombs.Before()
-		res, err := g.kv.Txn(ctx, txn)
-		atRemoveTombs.After()
+		n := removable(units)
+		changed, err := g.remove(ctx, atRemoveTombs, units[:n], []meta.Cond{fence})
 		if err != nil {
 			return fmt.Errorf("remove %d tombstones: %w", n, err)
 		}
 		switch {
-		case res.Succeeded:
+		case !changed:
 			var files, bytes int64
 			for _, u := range units[:n] {
 				files, bytes = files+u.files, bytes+u.bytes

@@ -145,29 +145,18 @@ func straddles(s *segment.Segment, f *segment.File, cut segment.Timestamp) bool 
 }
 
 // addRefs adds what protection must know of s.
-func addRefs(refs *manifest.Refs, roots []catalog.Root, s *segment.Segment) {
+func addRefs(refs *manifest.Refs, col *catalog.Collection, s *segment.Segment) {
 	refs.Segments = append(refs.Segments, s.ID)
-	for i := range s.Files {
-		addForeign(refs, roots, &s.Files[i], s.ID)
-	}
 	for b := range s.Builds {
 		refs.Builds = append(refs.Builds, s.Builds[b].ID)
-		for i := range s.Builds[b].Files {
-			addForeign(refs, roots, &s.Builds[b].Files[i], s.Builds[b].ID, s.ID)
+	}
+	// A foreign file is referenced by itself: no id covers it.
+	for f := range s.AllFiles() {
+		if !catalog.Owns(col.ID, s, f.Path) {
+			root := col.Roots[f.Root]
+			refs.Files = append(refs.Files, manifest.FileHash(root.Store, root.Prefix+f.Path))
 		}
 	}
-}
-
-// addForeign adds a file whose key carries none of the ids that it may go with,
-// so that their references do not cover it.
-func addForeign(refs *manifest.Refs, roots []catalog.Root, f *segment.File, units ...int64) {
-	for _, unit := range units {
-		if segment.Carries(f.Path, unit) {
-			return
-		}
-	}
-	root := roots[f.Root]
-	refs.Files = append(refs.Files, manifest.FileHash(root.Store, root.Prefix+f.Path))
 }
 
 func sortRefs(refs *manifest.Refs) {

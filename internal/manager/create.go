@@ -733,9 +733,9 @@ type chunk struct {
 }
 
 // add counts what is captured of a segment.
-func (c *chunk) add(roots []catalog.Root, got *captured) {
+func (c *chunk) add(col *catalog.Collection, got *captured) {
 	c.totals.Add(&got.Segment)
-	addRefs(&c.refs, roots, &got.Segment)
+	addRefs(&c.refs, col, &got.Segment)
 	if got.straddles {
 		if c.totals.Straddling++; len(c.straddling) < maxStraddling {
 			c.straddling = append(c.straddling, got.ID)
@@ -873,7 +873,7 @@ func (w *snapshotWriter) encode(ctx context.Context, c *chunk, look func(*segmen
 			continue
 		}
 		look(&got.Segment)
-		c.add(w.view.Collection.Roots, &got)
+		c.add(&w.view.Collection, &got)
 		if err := out.Add(&got.Segment); err != nil {
 			return nil, err
 		}

@@ -93,7 +93,7 @@ func TestReferencesCoverSegmentsBuildsAndForeignFiles(t *testing.T) {
 		s := w.segment(r, col, 0, 1, 2)
 		s.Files = append(s.Files, segment.File{Kind: "odd", Path: "elsewhere/odd"})
 		b := segment.Build{ID: w.newID(r), Index: x.ID}
-		b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("index/%d/1", b.ID)}, {Kind: segment.KindIndex, Path: "elsewhere/index"}}
+		b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/1", col.ID, s.ID, b.ID)}, {Kind: segment.KindIndex, Path: "elsewhere/index"}}
 		s.Builds = []segment.Build{b}
 		w.add(r, col, s)
 		w.checkpoint(r, col, 10, 10)

@@ -76,10 +76,10 @@ func TestOrphans(t *testing.T) {
 		above := w.collectionAt(r, "above", "")
 
 		live, dropped, granted, held := w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5)
-		odd, gone := w.newID(r), w.newID(r)
+		gone := w.newID(r)
 		// Files that lie where nothing of theirs leads to.
 		live.Files = append(live.Files, segment.File{Kind: segment.KindStats, Path: "shared/stats", Size: 5},
-			segment.File{Kind: segment.KindStats, Path: fmt.Sprintf("%d/0/%d/stats/0/1", col.ID, odd), Size: 5})
+			segment.File{Kind: segment.KindStats, Path: fmt.Sprintf("stats/%d/0/0/1", col.ID), Size: 5})
 		w.addWritten(r, col, live, dropped, granted, held)
 		theirs := segment.Segment{ID: w.newID(r), State: segment.Flushed, Level: 1, Rows: 1, Files: []segment.File{
 			{Kind: segment.KindInsert, Path: fmt.Sprintf("data/%d/0/%d/insert/0/1", col.ID, w.newID(r)), Size: 5},

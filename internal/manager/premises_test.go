@@ -40,6 +40,7 @@ const (
 	namesOf    = "/snapshot/name/"
 	segments   = "/catalog/segment/"
 	generation = "/gc/gen/"
+	owners     = "/catalog/owner/"
 )
 
 // premises are those of all writes that there are, the first whose prefix fits.
@@ -94,6 +95,10 @@ var premises = []premise{
 	{meta.OpDelete, segments, [][]string{{itself}, {keys.JobPrefix, keys.Leader}, {keys.CollectionPrefix, segments, keys.Behind}}},
 	{meta.OpPut, keys.AllUnitsPrefix, [][]string{{segments}, {itself}}},
 	{meta.OpDelete, keys.AllUnitsPrefix, [][]string{{itself, generation, keys.Behind, pendingKeys}, {keys.CollectionPrefix, keys.Behind}}},
+	{meta.OpPut, keys.OwnerRangePrefix, [][]string{{recs, keys.CollectionPrefix, owners}}},
+	{meta.OpDelete, keys.OwnerRangePrefix, [][]string{{keys.JobPrefix, keys.Leader}}},
+	{meta.OpPut, owners, [][]string{{itself, keys.CollectionPrefix, keys.OwnerRangePrefix}, {keys.JobPrefix, keys.AssignedPrefix}}},
+	{meta.OpDelete, owners, [][]string{{keys.AllTombsPrefix}, {keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, "/catalog/", [][]string{{keys.CollectionPrefix}, {keys.JobPrefix, keys.Leader}, {itself}}},
 	{meta.OpDelete, "/catalog/replaced/", [][]string{{keys.AllTombsPrefix}, {keys.CollectionPrefix, keys.Behind}}},
 	{meta.OpDelete, "/catalog/", [][]string{{itself, keys.Behind}, {itself, keys.CollectionPrefix}, {keys.CollectionPrefix, keys.Behind}, {keys.JobPrefix, keys.Leader}}},

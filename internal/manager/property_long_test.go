@@ -21,7 +21,7 @@ import (
 const longSnapshots = 300
 
 // usedKeys is what the metadata store holds: of dropped units and what is
-// granted, of snapshots, and of everything else.
+// granted, the claims to their ids left out, of snapshots, and of everything else.
 type usedKeys struct {
 	Units, UnitBytes, LargestUnit int
 	Snapshots                     int
@@ -41,6 +41,7 @@ func (w *world) used() usedKeys {
 				u.LargestUnit = max(u.LargestUnit, len(kv.Value))
 			case strings.HasPrefix(kv.Key, "/snapshot/rec/"), strings.HasPrefix(kv.Key, "/snapshot/name/"):
 				u.Snapshots++
+			case strings.HasPrefix(kv.Key, "/catalog/owner/"):
 			default:
 				parts := strings.Split(kv.Key, "/")
 				if _, err := keys.LastID(kv.Key); err == nil {

@@ -979,16 +979,21 @@ func (c *course) put(key string) {
 
 func (c *course) newBuild(l *ledger, s *segment.Segment, layout int) segment.Build {
 	b := segment.Build{ID: c.id(), Index: l.index.ID, Field: 100}
-	path := ""
+	path, foreign := "", false
 	switch layout % 3 {
 	case 0: // under both ids
 		path = fmt.Sprintf("%d/%d/%d/index/%d/f", l.col.ID, s.Partition, s.ID, b.ID)
-	case 1: // under its own
-		path = fmt.Sprintf("%d/index/%d/f", l.col.ID, b.ID)
+	case 1: // at no place
+		path, foreign = fmt.Sprintf("%d/index/%d/f", l.col.ID, b.ID), true
 	default: // under the segment's, so that its own does not cover it
 		path = fmt.Sprintf("%d/%d/%d/index/v%d", l.col.ID, s.Partition, s.ID, b.ID)
 	}
-	b.Files = []segment.File{c.write(segment.KindIndex, path)}
+	f := c.write(segment.KindIndex, path)
+	if foreign {
+		c.foreign[keyOf(&f)] = true
+		c.guard.leave(keyOf(&f))
+	}
+	b.Files = []segment.File{f}
 	return b
 }
 

@@ -166,6 +166,8 @@ func (m *Manager) admit(ctx context.Context, tok request.Token, ref *Ref, spec *
 	if err != nil {
 		return nil, err
 	}
+	free, claims := catalog.ClaimRange(job.Target, job.FirstSegment, job.Segments+job.Builds)
+	conds, ops = append(conds, free...), append(ops, claims...)
 	pin := &Pin{
 		Snapshot: job.Snapshot, ID: job.Pin, Owner: "snapshotd", Reason: fmt.Sprintf("restore job %d to %s/%s", job.ID, spec.DB, spec.Name),
 		CreateTime: now, Job: job.ID, op: op,

@@ -585,7 +585,7 @@ func TestRestoreEvents(t *testing.T) {
 // TestRestoreMilvus restores a collection of the shape that Milvus has, and
 // refuses one with a file that has no place there.
 func TestRestoreMilvus(t *testing.T) {
-	for _, odd := range []string{"", "insert_log/%d/%d/%d/_data/0.parquet", "somewhere/else", "insert_log/%[1]d/%[2]d/12345/100/1"} {
+	for _, odd := range []string{"", "insert_log/%d/%d/%d/_data/0.parquet", "somewhere/else"} {
 		t.Run(odd, func(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
 				r := w.start("a")

@@ -85,7 +85,7 @@ func (m *Manager) addUsage(ctx context.Context, u *Usage, collection int64, segm
 			f := &s.Files[j]
 			path := catalog.FilePath{Root: f.Root, Path: f.Path}
 			exclusive := !shared || parts[s.ID].exclusive(path, counts)
-			u.add(f, exclusive && segment.Carries(f.Path, s.ID) && !live[s.ID][path])
+			u.add(f, exclusive && catalog.Owns(collection, s, f.Path) && !live[s.ID][path])
 		}
 		for b := range s.Builds {
 			build := &s.Builds[b]
@@ -93,8 +93,7 @@ func (m *Manager) addUsage(ctx context.Context, u *Usage, collection int64, segm
 			buildShared := counts.Build(build.ID) > 1 || shared && !lives && !parts[s.ID].hasBuild(build.ID)
 			for j := range build.Files {
 				f := &build.Files[j]
-				owned := segment.Carries(f.Path, build.ID) || segment.Carries(f.Path, s.ID)
-				u.add(f, !buildShared && owned && !live[s.ID][catalog.FilePath{Root: f.Root, Path: f.Path}])
+				u.add(f, !buildShared && catalog.Owns(collection, s, f.Path) && !live[s.ID][catalog.FilePath{Root: f.Root, Path: f.Path}])
 			}
 		}
 	}

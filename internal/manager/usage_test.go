@@ -58,13 +58,11 @@ func (k *kept) heldBy(u *droppedUnit, snapshot int64) bool {
 	return true
 }
 
-// ownFiles are the sizes of the files whose path has one of ids as an element.
-func ownFiles(into map[string]int64, files []segment.File, ids ...int64) {
+// ownFiles are the sizes of the files that lie at the place of a segment.
+func (k *kept) ownFiles(into map[string]int64, files []segment.File, id int64) {
 	for _, f := range files {
-		for _, id := range ids {
-			if slices.Contains(strings.Split(f.Path, "/"), fmt.Sprint(id)) {
-				into[f.Path] = f.Size
-			}
+		if strings.HasPrefix(f.Path, fmt.Sprintf("%d/0/%d/", k.col.ID, id)) {
+			into[f.Path] = f.Size
 		}
 	}
 }
@@ -96,9 +94,9 @@ func (k *kept) newSegment(n int) segment.Segment {
 
 func (k *kept) dropped(s *segment.Segment) {
 	u := droppedUnit{ask: gc.Ask{Segment: s.ID}, segment: s.ID, files: map[string]int64{}}
-	ownFiles(u.files, s.Files, s.ID)
+	k.ownFiles(u.files, s.Files, s.ID)
 	for _, b := range s.Builds {
-		ownFiles(u.files, b.Files, s.ID, b.ID)
+		k.ownFiles(u.files, b.Files, s.ID)
 	}
 	k.units = append(k.units, u)
 }
@@ -131,7 +129,7 @@ func (k *kept) do(s step) {
 			k.w.swap(k.r, k.col, catalog.Swap{Update: []catalog.Update{{Segment: id, AddBuilds: []segment.Build{b}}}})
 			for _, old := range seg.Builds {
 				u := droppedUnit{ask: gc.Ask{Build: old.ID}, segment: id, build: old.ID, files: map[string]int64{}}
-				ownFiles(u.files, old.Files, id, old.ID)
+				k.ownFiles(u.files, old.Files, id)
 				k.units = append(k.units, u)
 			}
 			seg.Builds = []segment.Build{b}
@@ -146,7 +144,7 @@ func (k *kept) do(s step) {
 			path := catalog.FilePath{Path: old.Path}
 			k.w.swap(k.r, k.col, catalog.Swap{Update: []catalog.Update{{Segment: id, RemoveFiles: []catalog.FilePath{path}, AddFiles: []segment.File{f}}}})
 			u := droppedUnit{ask: gc.Ask{File: path, FileSegment: id}, segment: id, taken: 1 + len(k.snapshots), files: map[string]int64{}}
-			ownFiles(u.files, []segment.File{old}, id)
+			k.ownFiles(u.files, []segment.File{old}, id)
 			k.units = append(k.units, u)
 			seg.Files = append(slices.Clone(seg.Files[1:]), f)
 			k.live[id] = seg

@@ -91,6 +91,10 @@ type Segment struct {
 	Files      []File
 	Builds     []Build
 	EngineData []byte // at most 16 KiB, kept byte for byte
+	// Disputed means that another collection claims the id as well, or has a file
+	// at its place: no file of the segment is owned. Only records from before ids
+	// were claimed are.
+	Disputed   bool
 	Attributes map[string]string
 }
 

@@ -95,7 +95,7 @@ func TestCollect(t *testing.T) {
 	first := w.ids(t, 400)
 	var free []int64
 	for i := range int64(300) {
-		path := fmt.Sprintf("%d/x", first+i)
+		path := fmt.Sprintf("%d/0/%d/x", of.GetId(), first+i)
 		w.put(t, "data/c/"+path, 10)
 		w.addSegments(t, of, &pb.Segment{Id: first + i, Files: []*pb.File{{Path: path, Kind: "insert", SizeBytes: 10}}})
 		free = append(free, first+i)
@@ -145,14 +145,14 @@ func TestCollect(t *testing.T) {
 		units++
 		if i.GetAction() != pb.CollectItem_ACTION_DELETE || i.GetReason() == "" || i.GetCollectionId() != col.GetId() || i.GetDropTime() == nil ||
 			len(i.GetObjects()) != 1 || i.GetObjects()[0].GetStore() != "default" ||
-			i.GetObjects()[0].GetKey() != fmt.Sprintf("data/c/%d/x", i.GetId()) || i.GetObjects()[0].GetSize() != 10 {
+			i.GetObjects()[0].GetKey() != fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), i.GetId()) || i.GetObjects()[0].GetSize() != 10 {
 			t.Errorf("got %v", i)
 		}
 	}
 	if units != 290 {
 		t.Errorf("told of %d units", units)
 	}
-	if !w.exists(t, fmt.Sprintf("data/c/%d/x", first+1)) {
+	if !w.exists(t, fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), first+1)) {
 		t.Error("a dry run has deleted")
 	}
 	_, sum = collected(t, collector, &pb.CollectRequest{Collection: byName("c"), Tolerance: now, Force: true, Wait: true})
@@ -160,7 +160,7 @@ func TestCollect(t *testing.T) {
 		t.Errorf("got %v", sum)
 	}
 	for i, id := range free {
-		if there := w.exists(t, fmt.Sprintf("data/c/%d/x", id)); there != (i >= 290) {
+		if there := w.exists(t, fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), id)); there != (i >= 290) {
 			t.Errorf("file %d: there is one: %v", i, there)
 		}
 	}
@@ -176,7 +176,7 @@ func TestCollectWaits(t *testing.T) {
 	collector := pb.NewCollectorServiceClient(w.conn)
 	of := byID(w.collection(t, "c").GetId())
 	id := w.ids(t, 1)
-	w.addSegments(t, of, &pb.Segment{Id: id, Files: []*pb.File{{Path: fmt.Sprintf("%d/x", id), Kind: "insert"}}})
+	w.addSegments(t, of, &pb.Segment{Id: id, Files: []*pb.File{{Path: fmt.Sprintf("%d/0/%d/x", of.GetId(), id), Kind: "insert"}}})
 	must[*pb.DropSegmentsResponse](t)(w.catalog.DropSegments(t.Context(), &pb.DropSegmentsRequest{Collection: of, SegmentIds: []int64{id}}))
 	w.objects.Freeze()
 	defer w.objects.Thaw()
@@ -205,8 +205,8 @@ func TestOrphans(t *testing.T) {
 		want = append(want, key)
 	}
 	id := w.ids(t, 1)
-	w.put(t, fmt.Sprintf("data/c/%d/x", id), 7)
-	w.addSegments(t, of, &pb.Segment{Id: id, Files: []*pb.File{{Path: fmt.Sprintf("%d/x", id), Kind: "insert", SizeBytes: 7}}})
+	w.put(t, fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), id), 7)
+	w.addSegments(t, of, &pb.Segment{Id: id, Files: []*pb.File{{Path: fmt.Sprintf("%d/0/%d/x", of.GetId(), id), Kind: "insert", SizeBytes: 7}}})
 	msgs, err := all(collector.ListOrphans(ctx, &pb.ListOrphansRequest{Collection: of}))
 	if err != nil {
 		t.Fatal(err)
@@ -244,9 +244,9 @@ func TestExplainObject(t *testing.T) {
 	collector := pb.NewCollectorServiceClient(w.conn)
 	of := byID(w.collection(t, "c").GetId())
 	id := w.ids(t, 1)
-	key := fmt.Sprintf("data/c/%d/x", id)
+	key := fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), id)
 	w.put(t, key, 7)
-	w.addSegments(t, of, &pb.Segment{Id: id, Files: []*pb.File{{Path: fmt.Sprintf("%d/x", id), Kind: "insert", SizeBytes: 7}}})
+	w.addSegments(t, of, &pb.Segment{Id: id, Files: []*pb.File{{Path: fmt.Sprintf("%d/0/%d/x", of.GetId(), id), Kind: "insert", SizeBytes: 7}}})
 	s := w.snapshot(t, "s")
 	got := must[*pb.ExplainObjectResponse](t)(collector.ExplainObject(ctx, &pb.ExplainObjectRequest{Key: key}))
 	if !got.GetExists() || !got.GetKept() || got.GetWhat() == "" || got.GetReason() == "" || got.GetCollectionId() != of.GetId() || got.GetSegmentId() != id {

@@ -94,7 +94,7 @@ func TestReclaim(t *testing.T) {
 	for i := range 10 {
 		must[*pb.DropSnapshotResponse](t)(w.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed(fmt.Sprint("s", i))}))
 	}
-	results := ask(pb.Deleter_DELETER_CALLER, fileUnit(fmt.Sprint(first, "/x"), 0), segmentUnit(first), fileUnit("nobody/has/7", first))
+	results := ask(pb.Deleter_DELETER_CALLER, fileUnit(fmt.Sprintf("1/0/%d/x", first), 0), segmentUnit(first), fileUnit("nobody/has/7", first))
 	if got := outcomes(results); got != "GRANTED, GRANTED, UNKNOWN" {
 		t.Errorf("got %s", got)
 	}
@@ -119,7 +119,7 @@ func TestReclaim(t *testing.T) {
 		t.Errorf("got %v", listed)
 	}
 	f := listed.GetTombstones()[0].GetFiles()[0]
-	if f.GetStore() != "default" || f.GetKey() != fmt.Sprint("data/c/", first, "/x") || f.GetSize() != 100 {
+	if f.GetStore() != "default" || f.GetKey() != fmt.Sprintf("data/c/1/0/%d/x", first) || f.GetSize() != 100 {
 		t.Errorf("got %v", f)
 	}
 	for deleter, want := range map[pb.Deleter]int64{pb.Deleter_DELETER_CALLER: first, pb.Deleter_DELETER_SNAPSHOTD: first + 4} {
@@ -156,7 +156,7 @@ func TestTombstonePages(t *testing.T) {
 		for i := range int64(3) {
 			s := &pb.Segment{Id: first + i}
 			for n := range 1600 {
-				s.Files = append(s.Files, &pb.File{Path: fmt.Sprintf("%d/%s%d", first+i, strings.Repeat("long/", 100), n), Kind: "insert"})
+				s.Files = append(s.Files, &pb.File{Path: fmt.Sprintf("%d/0/%d/%s%d", col.GetId(), first+i, strings.Repeat("long/", 100), n), Kind: "insert"})
 			}
 			w.addSegments(t, byID(col.GetId()), s)
 			ids = append(ids, s.GetId())

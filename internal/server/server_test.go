@@ -220,7 +220,7 @@ func (w *world) tryAdd(ctx context.Context, msgs ...*pb.AddSegmentsRequest) (*pb
 	return stream.CloseAndRecv()
 }
 
-// full is a segment with every field set.
+// full is a segment of collection 1 with every field set.
 func full(id, partition, index int64) *pb.Segment {
 	file := func(path, kind string) *pb.File {
 		return &pb.File{
@@ -232,10 +232,10 @@ func full(id, partition, index int64) *pb.Segment {
 		Id: id, PartitionId: partition, Level: pb.Segment_LEVEL_L2, State: pb.Segment_STATE_SEALED, Rows: 7,
 		StartPosition: &pb.Position{Timestamp: 5, Opaque: []byte("s")}, DmlPosition: &pb.Position{Timestamp: 10, Opaque: []byte("d")},
 		StorageVersion: 3, Sorted: true, CommitTimestamp: 6, RowCeiling: 11,
-		Files: []*pb.File{file(fmt.Sprint(id, "/x"), "insert"), file(fmt.Sprint(id, "/y"), "own-kind")},
+		Files: []*pb.File{file(fmt.Sprintf("1/%d/%d/x", partition, id), "insert"), file(fmt.Sprintf("1/%d/%d/y", partition, id), "own-kind")},
 		IndexBuilds: []*pb.IndexBuild{{
 			Id: id + 1, IndexId: index, FieldId: 101, Params: map[string]string{"k": "v"},
-			Files: []*pb.File{file(fmt.Sprint(id, "/i"), "index")},
+			Files: []*pb.File{file(fmt.Sprintf("1/%d/%d/i", partition, id), "index")},
 		}},
 		EngineData: []byte("engine"), Attributes: map[string]string{"c": "d"},
 	}

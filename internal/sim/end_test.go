@@ -156,8 +156,8 @@ func (s *sim) alone() *member {
 }
 
 // sharedFiles are those of a unit that it does not own.
-func sharedFiles(s *segment.Segment) []string {
-	u := catalog.Unit{ID: s.ID, Segment: *s}
+func sharedFiles(collection int64, s *segment.Segment) []string {
+	u := catalog.Unit{ID: s.ID, Collection: collection, Segment: *s}
 	owned := map[string]bool{}
 	for f := range u.Owned() {
 		owned[f.Path] = true

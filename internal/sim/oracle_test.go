@@ -434,7 +434,7 @@ func (o *oracle) sawCatalog(e meta.Event, changed map[int64]bool) {
 			o.takeID(id, fmt.Sprint("a segment of ", collection))
 		}
 		c.live[id] = seg
-		for _, key := range sharedFiles(&seg) {
+		for _, key := range sharedFiles(collection, &seg) {
 			o.shared[key] = true
 		}
 		for f := range seg.AllFiles() {

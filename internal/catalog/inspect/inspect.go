@@ -52,6 +52,10 @@ var types = []struct {
 	{"/catalog/segment/", func() record.Message { return &storagev1.Segment{} }},
 	{"/catalog/unit/", func() record.Message { return &storagev1.Unit{} }},
 	{"/catalog/replaced/", func() record.Message { return &storagev1.Name{} }},
+	{keys.OwnerRangePrefix, func() record.Message { return &storagev1.OwnerRange{} }},
+	{"/catalog/owner/", func() record.Message { return &storagev1.Owner{} }},
+	{keys.Owners, func() record.Message { return &storagev1.Owner{} }},
+	{keys.GonePrefix, func() record.Message { return &storagev1.Gone{} }},
 }
 
 // Describe returns the type of a record and the record as JSON. The type of one

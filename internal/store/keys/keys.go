@@ -33,6 +33,11 @@
 //	/catalog/unit/<collection>/<unit>           dropped, waits to be reclaimed
 //	/catalog/replaced/<collection>/<segment>/<unit>
 //	                                            -> unit of a part of a segment
+//	/catalog/owner/segment/<id>                 -> collection that claims the id for a segment
+//	/catalog/owner/build/<id>                   -> collection that claims the id for a part of one
+//	/catalog/owner/range/<last>                 ids that a restore claims, by the last of them
+//	/catalog/owners                             every record from before has its claims
+//	/catalog/gone/<block>                       ids whose records are gone
 //
 // Ids are written with leading zeros, so that key order is id order. Names
 // follow the rule of names and hold no slash; request tokens are hashed.
@@ -68,6 +73,13 @@ const (
 	AllPartsPrefix    = "/catalog/partition/"
 	AllIndexesPrefix  = "/catalog/index/"
 	AllUnitsPrefix    = "/catalog/unit/"
+	AllSegmentsPrefix = "/catalog/segment/"
+	OwnerRangePrefix  = "/catalog/owner/range/"
+	Owners            = "/catalog/owners"
+	GonePrefix        = "/catalog/gone/"
+
+	ownerSegmentPrefix = "/catalog/owner/segment/"
+	ownerBuildPrefix   = "/catalog/owner/build/"
 )
 
 // All returns the range of every key of the cluster.
@@ -187,7 +199,7 @@ func Channel(collection int64, shard int) string {
 }
 
 // SegmentPrefix is what all segments of a collection begin with.
-func SegmentPrefix(collection int64) string { return "/catalog/segment/" + ID(collection) + "/" }
+func SegmentPrefix(collection int64) string { return AllSegmentsPrefix + ID(collection) + "/" }
 
 // Segment is a segment's record.
 func Segment(collection, id int64) string { return SegmentPrefix(collection) + ID(id) }
@@ -212,6 +224,25 @@ func AllReplacedPrefix(collection int64) string { return "/catalog/replaced/" + 
 func Replaced(collection, segment, unit int64) string {
 	return ReplacedPrefix(collection, segment) + ID(unit)
 }
+
+// OwnerSegment is which collection claims an id for a segment.
+func OwnerSegment(id int64) string { return ownerSegmentPrefix + ID(id) }
+
+// OwnerSegments is the range of the claims of the ids first to last for segments.
+func OwnerSegments(first, last int64) (from, to string) { return Span(ownerSegmentPrefix, first, last) }
+
+// OwnerBuild is which collection claims an id for a part of a segment: an index
+// build, or files that were taken from it.
+func OwnerBuild(id int64) string { return ownerBuildPrefix + ID(id) }
+
+// OwnerBuilds is the range of the claims of the ids first to last for parts.
+func OwnerBuilds(first, last int64) (from, to string) { return Span(ownerBuildPrefix, first, last) }
+
+// OwnerRange is the claim of a restore to ids of which last is the last.
+func OwnerRange(last int64) string { return OwnerRangePrefix + ID(last) }
+
+// Gone is which ids of a block are gone.
+func Gone(block int64) string { return GonePrefix + ID(block) }
 
 // Span returns the range of the ids first to last under prefix, both included.
 func Span(prefix string, first, last int64) (from, to string) {

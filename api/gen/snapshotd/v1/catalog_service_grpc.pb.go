@@ -143,6 +143,10 @@ type CatalogServiceClient interface {
 	//
 	//	ALREADY_EXISTS       SEGMENT_EXISTS: the id stands for another content, or
 	//	                     was dropped. An id is never used twice.
+	//	                     INDEX_BUILD_EXISTS: likewise of an index build.
+	//	                     ID_OWNED: the id is of a segment or an index build of
+	//	                     another collection. PLACE_OWNED: a path lies at the
+	//	                     place of another segment or collection. FILE_EXISTS.
 	//	FAILED_PRECONDITION  ID_NOT_ALLOCATED. A missing checkpoint is not checked
 	//	                     here but at the snapshot.
 	//	NOT_FOUND            PARTITION_NOT_FOUND; INDEX_NOT_FOUND.
@@ -173,7 +177,8 @@ type CatalogServiceClient interface {
 	//	FAILED_PRECONDITION  ID_NOT_ALLOCATED; SEGMENT_STATE: a state moves only
 	//	                     forward; CHECKPOINT_REGRESSION; TOO_LARGE: more than
 	//	                     one transaction holds.
-	//	ALREADY_EXISTS       FILE_EXISTS; INDEX_BUILD_EXISTS.
+	//	ALREADY_EXISTS       FILE_EXISTS; INDEX_BUILD_EXISTS; ID_OWNED and
+	//	                     PLACE_OWNED as with AddSegments.
 	//	ABORTED              REVISION_CHANGED: expected_revision is not current.
 	UpdateSegments(ctx context.Context, in *UpdateSegmentsRequest, opts ...grpc.CallOption) (*UpdateSegmentsResponse, error)
 	// CompactSegments drops the inputs, adds the outputs and applies the updates
@@ -532,6 +537,10 @@ type CatalogServiceServer interface {
 	//
 	//	ALREADY_EXISTS       SEGMENT_EXISTS: the id stands for another content, or
 	//	                     was dropped. An id is never used twice.
+	//	                     INDEX_BUILD_EXISTS: likewise of an index build.
+	//	                     ID_OWNED: the id is of a segment or an index build of
+	//	                     another collection. PLACE_OWNED: a path lies at the
+	//	                     place of another segment or collection. FILE_EXISTS.
 	//	FAILED_PRECONDITION  ID_NOT_ALLOCATED. A missing checkpoint is not checked
 	//	                     here but at the snapshot.
 	//	NOT_FOUND            PARTITION_NOT_FOUND; INDEX_NOT_FOUND.
@@ -562,7 +571,8 @@ type CatalogServiceServer interface {
 	//	FAILED_PRECONDITION  ID_NOT_ALLOCATED; SEGMENT_STATE: a state moves only
 	//	                     forward; CHECKPOINT_REGRESSION; TOO_LARGE: more than
 	//	                     one transaction holds.
-	//	ALREADY_EXISTS       FILE_EXISTS; INDEX_BUILD_EXISTS.
+	//	ALREADY_EXISTS       FILE_EXISTS; INDEX_BUILD_EXISTS; ID_OWNED and
+	//	                     PLACE_OWNED as with AddSegments.
 	//	ABORTED              REVISION_CHANGED: expected_revision is not current.
 	UpdateSegments(context.Context, *UpdateSegmentsRequest) (*UpdateSegmentsResponse, error)
 	// CompactSegments drops the inputs, adds the outputs and applies the updates

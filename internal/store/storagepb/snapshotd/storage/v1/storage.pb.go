@@ -1540,6 +1540,9 @@ type Segment struct {
 	Attributes map[string]string `protobuf:"bytes,16,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// The id of the operation that wrote the record.
 	Op string `protobuf:"bytes,17,opt,name=op,proto3" json:"op,omitempty"`
+	// Another collection claims the segment's id, or has a file at its place: none
+	// of its files is ever deleted.
+	Disputed bool `protobuf:"varint,18,opt,name=disputed,proto3" json:"disputed,omitempty"`
 	// Hashes of the paths of files that were taken from the segment, in the order of
 	// that; of very many the last ones. None of these paths is added again.
 	Removed       []uint64 `protobuf:"fixed64,19,rep,packed,name=removed,proto3" json:"removed,omitempty"`
@@ -1696,11 +1699,212 @@ func (x *Segment) GetOp() string {
 	return ""
 }
 
+func (x *Segment) GetDisputed() bool {
+	if x != nil {
+		return x.Disputed
+	}
+	return false
+}
+
 func (x *Segment) GetRemoved() []uint64 {
 	if x != nil {
 		return x.Removed
 	}
 	return nil
+}
+
+// Owner is the claim of a collection to the id of a segment or of an index build.
+type Owner struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1.
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// The collection; 0: the id is disputed, and no collection owns its files.
+	CollectionId  int64 `protobuf:"varint,2,opt,name=collection_id,json=collectionId,proto3" json:"collection_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Owner) Reset() {
+	*x = Owner{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Owner) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Owner) ProtoMessage() {}
+
+func (x *Owner) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Owner.ProtoReflect.Descriptor instead.
+func (*Owner) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *Owner) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *Owner) GetCollectionId() int64 {
+	if x != nil {
+		return x.CollectionId
+	}
+	return 0
+}
+
+// OwnerRange is the claim of a restore to the ids of its segments and builds.
+type OwnerRange struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1.
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// The first id.
+	First int64 `protobuf:"varint,2,opt,name=first,proto3" json:"first,omitempty"`
+	// How many there are.
+	Count int64 `protobuf:"varint,3,opt,name=count,proto3" json:"count,omitempty"`
+	// The collection that the restore makes.
+	CollectionId  int64 `protobuf:"varint,4,opt,name=collection_id,json=collectionId,proto3" json:"collection_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OwnerRange) Reset() {
+	*x = OwnerRange{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OwnerRange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OwnerRange) ProtoMessage() {}
+
+func (x *OwnerRange) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OwnerRange.ProtoReflect.Descriptor instead.
+func (*OwnerRange) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *OwnerRange) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *OwnerRange) GetFirst() int64 {
+	if x != nil {
+		return x.First
+	}
+	return 0
+}
+
+func (x *OwnerRange) GetCount() int64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *OwnerRange) GetCollectionId() int64 {
+	if x != nil {
+		return x.CollectionId
+	}
+	return 0
+}
+
+// Gone is which ids of a block of 4096 stood for a segment or a part of one
+// whose record is gone.
+type Gone struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1.
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// Ranges in ascending order, two numbers for each: the ids that are passed over
+	// since the range before it, or since the block began, and the ids in the range.
+	Ranges []uint32 `protobuf:"varint,2,rep,packed,name=ranges,proto3" json:"ranges,omitempty"`
+	// Unix nanoseconds of when the last id was added.
+	ChangeTime    int64 `protobuf:"varint,3,opt,name=change_time,json=changeTime,proto3" json:"change_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Gone) Reset() {
+	*x = Gone{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Gone) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Gone) ProtoMessage() {}
+
+func (x *Gone) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Gone.ProtoReflect.Descriptor instead.
+func (*Gone) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *Gone) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *Gone) GetRanges() []uint32 {
+	if x != nil {
+		return x.Ranges
+	}
+	return nil
+}
+
+func (x *Gone) GetChangeTime() int64 {
+	if x != nil {
+		return x.ChangeTime
+	}
+	return 0
 }
 
 // Build is one index build of a segment.
@@ -1722,7 +1926,7 @@ type Build struct {
 
 func (x *Build) Reset() {
 	*x = Build{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[17]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1734,7 +1938,7 @@ func (x *Build) String() string {
 func (*Build) ProtoMessage() {}
 
 func (x *Build) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[17]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1747,7 +1951,7 @@ func (x *Build) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Build.ProtoReflect.Descriptor instead.
 func (*Build) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{17}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Build) GetId() int64 {
@@ -1834,7 +2038,7 @@ type Files struct {
 
 func (x *Files) Reset() {
 	*x = Files{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[18]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1846,7 +2050,7 @@ func (x *Files) String() string {
 func (*Files) ProtoMessage() {}
 
 func (x *Files) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[18]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1859,7 +2063,7 @@ func (x *Files) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Files.ProtoReflect.Descriptor instead.
 func (*Files) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{18}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Files) GetCount() uint32 {
@@ -1999,7 +2203,7 @@ type Attributes struct {
 
 func (x *Attributes) Reset() {
 	*x = Attributes{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[19]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2011,7 +2215,7 @@ func (x *Attributes) String() string {
 func (*Attributes) ProtoMessage() {}
 
 func (x *Attributes) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[19]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2024,7 +2228,7 @@ func (x *Attributes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attributes.ProtoReflect.Descriptor instead.
 func (*Attributes) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{19}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Attributes) GetPairs() map[string]string {
@@ -2053,14 +2257,16 @@ type Unit struct {
 	// Unix nanoseconds of the drop.
 	DropTime int64 `protobuf:"varint,6,opt,name=drop_time,json=dropTime,proto3" json:"drop_time,omitempty"`
 	// Where the record is that stands here in full when this is not set.
-	Parked        *Parked `protobuf:"bytes,7,opt,name=parked,proto3" json:"parked,omitempty"`
+	Parked *Parked `protobuf:"bytes,7,opt,name=parked,proto3" json:"parked,omitempty"`
+	// As Segment has it, also of a unit that is parked.
+	Disputed      bool `protobuf:"varint,8,opt,name=disputed,proto3" json:"disputed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Unit) Reset() {
 	*x = Unit{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[20]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2072,7 +2278,7 @@ func (x *Unit) String() string {
 func (*Unit) ProtoMessage() {}
 
 func (x *Unit) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[20]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2085,7 +2291,7 @@ func (x *Unit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unit.ProtoReflect.Descriptor instead.
 func (*Unit) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{20}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Unit) GetFormat() uint32 {
@@ -2137,6 +2343,13 @@ func (x *Unit) GetParked() *Parked {
 	return nil
 }
 
+func (x *Unit) GetDisputed() bool {
+	if x != nil {
+		return x.Disputed
+	}
+	return false
+}
+
 // UnitHead is a Unit without its segment, for who does not look at that.
 type UnitHead struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2156,7 +2369,7 @@ type UnitHead struct {
 
 func (x *UnitHead) Reset() {
 	*x = UnitHead{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[21]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2168,7 +2381,7 @@ func (x *UnitHead) String() string {
 func (*UnitHead) ProtoMessage() {}
 
 func (x *UnitHead) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[21]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2181,7 +2394,7 @@ func (x *UnitHead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnitHead.ProtoReflect.Descriptor instead.
 func (*UnitHead) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{21}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *UnitHead) GetFormat() uint32 {
@@ -2234,7 +2447,7 @@ type Parked struct {
 
 func (x *Parked) Reset() {
 	*x = Parked{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[22]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2246,7 +2459,7 @@ func (x *Parked) String() string {
 func (*Parked) ProtoMessage() {}
 
 func (x *Parked) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[22]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2259,7 +2472,7 @@ func (x *Parked) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Parked.ProtoReflect.Descriptor instead.
 func (*Parked) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{22}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Parked) GetStore() string {
@@ -2347,7 +2560,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2359,7 +2572,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2372,7 +2585,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{23}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Snapshot) GetFormat() uint32 {
@@ -2583,7 +2796,7 @@ type References struct {
 
 func (x *References) Reset() {
 	*x = References{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2595,7 +2808,7 @@ func (x *References) String() string {
 func (*References) ProtoMessage() {}
 
 func (x *References) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2608,7 +2821,7 @@ func (x *References) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use References.ProtoReflect.Descriptor instead.
 func (*References) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{24}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *References) GetLength() int64 {
@@ -2666,7 +2879,7 @@ type StoreVerdict struct {
 
 func (x *StoreVerdict) Reset() {
 	*x = StoreVerdict{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2678,7 +2891,7 @@ func (x *StoreVerdict) String() string {
 func (*StoreVerdict) ProtoMessage() {}
 
 func (x *StoreVerdict) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2691,7 +2904,7 @@ func (x *StoreVerdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreVerdict.ProtoReflect.Descriptor instead.
 func (*StoreVerdict) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{25}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *StoreVerdict) GetFormat() uint32 {
@@ -2744,7 +2957,7 @@ type Cut struct {
 
 func (x *Cut) Reset() {
 	*x = Cut{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2756,7 +2969,7 @@ func (x *Cut) String() string {
 func (*Cut) ProtoMessage() {}
 
 func (x *Cut) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2769,7 +2982,7 @@ func (x *Cut) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cut.ProtoReflect.Descriptor instead.
 func (*Cut) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{26}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Cut) GetChannel() string {
@@ -2814,7 +3027,7 @@ type Totals struct {
 
 func (x *Totals) Reset() {
 	*x = Totals{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2826,7 +3039,7 @@ func (x *Totals) String() string {
 func (*Totals) ProtoMessage() {}
 
 func (x *Totals) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2839,7 +3052,7 @@ func (x *Totals) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Totals.ProtoReflect.Descriptor instead.
 func (*Totals) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{27}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Totals) GetSegments() int64 {
@@ -2898,7 +3111,7 @@ type Pending struct {
 
 func (x *Pending) Reset() {
 	*x = Pending{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2910,7 +3123,7 @@ func (x *Pending) String() string {
 func (*Pending) ProtoMessage() {}
 
 func (x *Pending) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2923,7 +3136,7 @@ func (x *Pending) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pending.ProtoReflect.Descriptor instead.
 func (*Pending) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{28}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Pending) GetFormat() uint32 {
@@ -2966,7 +3179,7 @@ type Request struct {
 
 func (x *Request) Reset() {
 	*x = Request{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2978,7 +3191,7 @@ func (x *Request) String() string {
 func (*Request) ProtoMessage() {}
 
 func (x *Request) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2991,7 +3204,7 @@ func (x *Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Request.ProtoReflect.Descriptor instead.
 func (*Request) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{29}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Request) GetFormat() uint32 {
@@ -3064,7 +3277,7 @@ type Generation struct {
 
 func (x *Generation) Reset() {
 	*x = Generation{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3076,7 +3289,7 @@ func (x *Generation) String() string {
 func (*Generation) ProtoMessage() {}
 
 func (x *Generation) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3089,7 +3302,7 @@ func (x *Generation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generation.ProtoReflect.Descriptor instead.
 func (*Generation) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{30}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Generation) GetFormat() uint32 {
@@ -3132,7 +3345,7 @@ type Pin struct {
 
 func (x *Pin) Reset() {
 	*x = Pin{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3144,7 +3357,7 @@ func (x *Pin) String() string {
 func (*Pin) ProtoMessage() {}
 
 func (x *Pin) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3157,7 +3370,7 @@ func (x *Pin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pin.ProtoReflect.Descriptor instead.
 func (*Pin) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{31}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Pin) GetFormat() uint32 {
@@ -3233,7 +3446,7 @@ type Unpin struct {
 
 func (x *Unpin) Reset() {
 	*x = Unpin{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3245,7 +3458,7 @@ func (x *Unpin) String() string {
 func (*Unpin) ProtoMessage() {}
 
 func (x *Unpin) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3258,7 +3471,7 @@ func (x *Unpin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unpin.ProtoReflect.Descriptor instead.
 func (*Unpin) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{32}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Unpin) GetFormat() uint32 {
@@ -3304,7 +3517,7 @@ type Tombstone struct {
 
 func (x *Tombstone) Reset() {
 	*x = Tombstone{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3316,7 +3529,7 @@ func (x *Tombstone) String() string {
 func (*Tombstone) ProtoMessage() {}
 
 func (x *Tombstone) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3329,7 +3542,7 @@ func (x *Tombstone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tombstone.ProtoReflect.Descriptor instead.
 func (*Tombstone) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{33}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Tombstone) GetFormat() uint32 {
@@ -3389,7 +3602,7 @@ type TombstoneHead struct {
 
 func (x *TombstoneHead) Reset() {
 	*x = TombstoneHead{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3401,7 +3614,7 @@ func (x *TombstoneHead) String() string {
 func (*TombstoneHead) ProtoMessage() {}
 
 func (x *TombstoneHead) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3414,7 +3627,7 @@ func (x *TombstoneHead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TombstoneHead.ProtoReflect.Descriptor instead.
 func (*TombstoneHead) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{34}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *TombstoneHead) GetFormat() uint32 {
@@ -3532,7 +3745,7 @@ type Job struct {
 
 func (x *Job) Reset() {
 	*x = Job{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3544,7 +3757,7 @@ func (x *Job) String() string {
 func (*Job) ProtoMessage() {}
 
 func (x *Job) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3557,7 +3770,7 @@ func (x *Job) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Job.ProtoReflect.Descriptor instead.
 func (*Job) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{35}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Job) GetFormat() uint32 {
@@ -3862,7 +4075,7 @@ type JobLimits struct {
 
 func (x *JobLimits) Reset() {
 	*x = JobLimits{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3874,7 +4087,7 @@ func (x *JobLimits) String() string {
 func (*JobLimits) ProtoMessage() {}
 
 func (x *JobLimits) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3887,7 +4100,7 @@ func (x *JobLimits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobLimits.ProtoReflect.Descriptor instead.
 func (*JobLimits) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{36}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *JobLimits) GetFormat() uint32 {
@@ -3952,7 +4165,7 @@ type Task struct {
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[37]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3964,7 +4177,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[37]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3977,7 +4190,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{37}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Task) GetFormat() uint32 {
@@ -4113,7 +4326,7 @@ type TaskProgress struct {
 
 func (x *TaskProgress) Reset() {
 	*x = TaskProgress{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[38]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4125,7 +4338,7 @@ func (x *TaskProgress) String() string {
 func (*TaskProgress) ProtoMessage() {}
 
 func (x *TaskProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[38]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4138,7 +4351,7 @@ func (x *TaskProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskProgress.ProtoReflect.Descriptor instead.
 func (*TaskProgress) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{38}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *TaskProgress) GetFormat() uint32 {
@@ -4191,7 +4404,7 @@ type Worker struct {
 
 func (x *Worker) Reset() {
 	*x = Worker{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[39]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4203,7 +4416,7 @@ func (x *Worker) String() string {
 func (*Worker) ProtoMessage() {}
 
 func (x *Worker) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[39]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4216,7 +4429,7 @@ func (x *Worker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Worker.ProtoReflect.Descriptor instead.
 func (*Worker) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{39}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Worker) GetFormat() uint32 {
@@ -4254,7 +4467,7 @@ type Assignment struct {
 
 func (x *Assignment) Reset() {
 	*x = Assignment{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[40]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4266,7 +4479,7 @@ func (x *Assignment) String() string {
 func (*Assignment) ProtoMessage() {}
 
 func (x *Assignment) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[40]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4279,7 +4492,7 @@ func (x *Assignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Assignment.ProtoReflect.Descriptor instead.
 func (*Assignment) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{40}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Assignment) GetFormat() uint32 {
@@ -4464,7 +4677,7 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x02op\x18\x03 \x01(\tR\x02op\".\n" +
 	"\x04Name\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x0e\n" +
-	"\x02id\x18\x02 \x01(\x03R\x02id\"\xcb\x05\n" +
+	"\x02id\x18\x02 \x01(\x03R\x02id\"\xe7\x05\n" +
 	"\aSegment\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1c\n" +
 	"\tpartition\x18\x02 \x01(\x03R\tpartition\x12\x14\n" +
@@ -4487,11 +4700,26 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\n" +
 	"attributes\x18\x10 \x03(\v2-.snapshotd.storage.v1.Segment.AttributesEntryR\n" +
 	"attributes\x12\x0e\n" +
-	"\x02op\x18\x11 \x01(\tR\x02op\x12\x18\n" +
+	"\x02op\x18\x11 \x01(\tR\x02op\x12\x1a\n" +
+	"\bdisputed\x18\x12 \x01(\bR\bdisputed\x12\x18\n" +
 	"\aremoved\x18\x13 \x03(\x06R\aremoved\x1a=\n" +
 	"\x0fAttributesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd5\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"D\n" +
+	"\x05Owner\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12#\n" +
+	"\rcollection_id\x18\x02 \x01(\x03R\fcollectionId\"u\n" +
+	"\n" +
+	"OwnerRange\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
+	"\x05first\x18\x02 \x01(\x03R\x05first\x12\x14\n" +
+	"\x05count\x18\x03 \x01(\x03R\x05count\x12#\n" +
+	"\rcollection_id\x18\x04 \x01(\x03R\fcollectionId\"W\n" +
+	"\x04Gone\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x16\n" +
+	"\x06ranges\x18\x02 \x03(\rR\x06ranges\x12\x1f\n" +
+	"\vchange_time\x18\x03 \x01(\x03R\n" +
+	"changeTime\"\xd5\x01\n" +
 	"\x05Build\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x03R\x02id\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x03R\x05index\x12\x14\n" +
@@ -4534,7 +4762,7 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\n" +
 	"PairsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xed\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x89\x02\n" +
 	"\x04Unit\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\rR\x04kind\x12\x1d\n" +
@@ -4543,7 +4771,8 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\asegment\x18\x04 \x01(\v2\x1d.snapshotd.storage.v1.SegmentR\asegment\x12\x0e\n" +
 	"\x02op\x18\x05 \x01(\tR\x02op\x12\x1b\n" +
 	"\tdrop_time\x18\x06 \x01(\x03R\bdropTime\x124\n" +
-	"\x06parked\x18\a \x01(\v2\x1c.snapshotd.storage.v1.ParkedR\x06parked\"\xa8\x01\n" +
+	"\x06parked\x18\a \x01(\v2\x1c.snapshotd.storage.v1.ParkedR\x06parked\x12\x1a\n" +
+	"\bdisputed\x18\b \x01(\bR\bdisputed\"\xa8\x01\n" +
 	"\bUnitHead\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\rR\x04kind\x12\x1d\n" +
@@ -4778,7 +5007,7 @@ func file_snapshotd_storage_v1_storage_proto_rawDescGZIP() []byte {
 	return file_snapshotd_storage_v1_storage_proto_rawDescData
 }
 
-var file_snapshotd_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
+var file_snapshotd_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
 var file_snapshotd_storage_v1_storage_proto_goTypes = []any{
 	(*Cluster)(nil),       // 0: snapshotd.storage.v1.Cluster
 	(*Allocator)(nil),     // 1: snapshotd.storage.v1.Allocator
@@ -4797,82 +5026,85 @@ var file_snapshotd_storage_v1_storage_proto_goTypes = []any{
 	(*Channel)(nil),       // 14: snapshotd.storage.v1.Channel
 	(*Name)(nil),          // 15: snapshotd.storage.v1.Name
 	(*Segment)(nil),       // 16: snapshotd.storage.v1.Segment
-	(*Build)(nil),         // 17: snapshotd.storage.v1.Build
-	(*Files)(nil),         // 18: snapshotd.storage.v1.Files
-	(*Attributes)(nil),    // 19: snapshotd.storage.v1.Attributes
-	(*Unit)(nil),          // 20: snapshotd.storage.v1.Unit
-	(*UnitHead)(nil),      // 21: snapshotd.storage.v1.UnitHead
-	(*Parked)(nil),        // 22: snapshotd.storage.v1.Parked
-	(*Snapshot)(nil),      // 23: snapshotd.storage.v1.Snapshot
-	(*References)(nil),    // 24: snapshotd.storage.v1.References
-	(*StoreVerdict)(nil),  // 25: snapshotd.storage.v1.StoreVerdict
-	(*Cut)(nil),           // 26: snapshotd.storage.v1.Cut
-	(*Totals)(nil),        // 27: snapshotd.storage.v1.Totals
-	(*Pending)(nil),       // 28: snapshotd.storage.v1.Pending
-	(*Request)(nil),       // 29: snapshotd.storage.v1.Request
-	(*Generation)(nil),    // 30: snapshotd.storage.v1.Generation
-	(*Pin)(nil),           // 31: snapshotd.storage.v1.Pin
-	(*Unpin)(nil),         // 32: snapshotd.storage.v1.Unpin
-	(*Tombstone)(nil),     // 33: snapshotd.storage.v1.Tombstone
-	(*TombstoneHead)(nil), // 34: snapshotd.storage.v1.TombstoneHead
-	(*Job)(nil),           // 35: snapshotd.storage.v1.Job
-	(*JobLimits)(nil),     // 36: snapshotd.storage.v1.JobLimits
-	(*Task)(nil),          // 37: snapshotd.storage.v1.Task
-	(*TaskProgress)(nil),  // 38: snapshotd.storage.v1.TaskProgress
-	(*Worker)(nil),        // 39: snapshotd.storage.v1.Worker
-	(*Assignment)(nil),    // 40: snapshotd.storage.v1.Assignment
-	nil,                   // 41: snapshotd.storage.v1.Collection.PropertiesEntry
-	nil,                   // 42: snapshotd.storage.v1.Collection.AttributesEntry
-	nil,                   // 43: snapshotd.storage.v1.Field.TypeParamsEntry
-	nil,                   // 44: snapshotd.storage.v1.Field.AttributesEntry
-	nil,                   // 45: snapshotd.storage.v1.Partition.AttributesEntry
-	nil,                   // 46: snapshotd.storage.v1.Index.TypeParamsEntry
-	nil,                   // 47: snapshotd.storage.v1.Index.IndexParamsEntry
-	nil,                   // 48: snapshotd.storage.v1.Index.AttributesEntry
-	nil,                   // 49: snapshotd.storage.v1.Segment.AttributesEntry
-	nil,                   // 50: snapshotd.storage.v1.Build.ParamsEntry
-	nil,                   // 51: snapshotd.storage.v1.Files.AttributesEntry
-	nil,                   // 52: snapshotd.storage.v1.Attributes.PairsEntry
-	nil,                   // 53: snapshotd.storage.v1.Snapshot.LabelsEntry
-	nil,                   // 54: snapshotd.storage.v1.Job.LabelsEntry
+	(*Owner)(nil),         // 17: snapshotd.storage.v1.Owner
+	(*OwnerRange)(nil),    // 18: snapshotd.storage.v1.OwnerRange
+	(*Gone)(nil),          // 19: snapshotd.storage.v1.Gone
+	(*Build)(nil),         // 20: snapshotd.storage.v1.Build
+	(*Files)(nil),         // 21: snapshotd.storage.v1.Files
+	(*Attributes)(nil),    // 22: snapshotd.storage.v1.Attributes
+	(*Unit)(nil),          // 23: snapshotd.storage.v1.Unit
+	(*UnitHead)(nil),      // 24: snapshotd.storage.v1.UnitHead
+	(*Parked)(nil),        // 25: snapshotd.storage.v1.Parked
+	(*Snapshot)(nil),      // 26: snapshotd.storage.v1.Snapshot
+	(*References)(nil),    // 27: snapshotd.storage.v1.References
+	(*StoreVerdict)(nil),  // 28: snapshotd.storage.v1.StoreVerdict
+	(*Cut)(nil),           // 29: snapshotd.storage.v1.Cut
+	(*Totals)(nil),        // 30: snapshotd.storage.v1.Totals
+	(*Pending)(nil),       // 31: snapshotd.storage.v1.Pending
+	(*Request)(nil),       // 32: snapshotd.storage.v1.Request
+	(*Generation)(nil),    // 33: snapshotd.storage.v1.Generation
+	(*Pin)(nil),           // 34: snapshotd.storage.v1.Pin
+	(*Unpin)(nil),         // 35: snapshotd.storage.v1.Unpin
+	(*Tombstone)(nil),     // 36: snapshotd.storage.v1.Tombstone
+	(*TombstoneHead)(nil), // 37: snapshotd.storage.v1.TombstoneHead
+	(*Job)(nil),           // 38: snapshotd.storage.v1.Job
+	(*JobLimits)(nil),     // 39: snapshotd.storage.v1.JobLimits
+	(*Task)(nil),          // 40: snapshotd.storage.v1.Task
+	(*TaskProgress)(nil),  // 41: snapshotd.storage.v1.TaskProgress
+	(*Worker)(nil),        // 42: snapshotd.storage.v1.Worker
+	(*Assignment)(nil),    // 43: snapshotd.storage.v1.Assignment
+	nil,                   // 44: snapshotd.storage.v1.Collection.PropertiesEntry
+	nil,                   // 45: snapshotd.storage.v1.Collection.AttributesEntry
+	nil,                   // 46: snapshotd.storage.v1.Field.TypeParamsEntry
+	nil,                   // 47: snapshotd.storage.v1.Field.AttributesEntry
+	nil,                   // 48: snapshotd.storage.v1.Partition.AttributesEntry
+	nil,                   // 49: snapshotd.storage.v1.Index.TypeParamsEntry
+	nil,                   // 50: snapshotd.storage.v1.Index.IndexParamsEntry
+	nil,                   // 51: snapshotd.storage.v1.Index.AttributesEntry
+	nil,                   // 52: snapshotd.storage.v1.Segment.AttributesEntry
+	nil,                   // 53: snapshotd.storage.v1.Build.ParamsEntry
+	nil,                   // 54: snapshotd.storage.v1.Files.AttributesEntry
+	nil,                   // 55: snapshotd.storage.v1.Attributes.PairsEntry
+	nil,                   // 56: snapshotd.storage.v1.Snapshot.LabelsEntry
+	nil,                   // 57: snapshotd.storage.v1.Job.LabelsEntry
 }
 var file_snapshotd_storage_v1_storage_proto_depIdxs = []int32{
 	6,  // 0: snapshotd.storage.v1.Allocator.reserved:type_name -> snapshotd.storage.v1.IdRange
 	5,  // 1: snapshotd.storage.v1.Round.stops:type_name -> snapshotd.storage.v1.Stop
 	10, // 2: snapshotd.storage.v1.Collection.schema:type_name -> snapshotd.storage.v1.Schema
 	9,  // 3: snapshotd.storage.v1.Collection.roots:type_name -> snapshotd.storage.v1.Root
-	41, // 4: snapshotd.storage.v1.Collection.properties:type_name -> snapshotd.storage.v1.Collection.PropertiesEntry
-	42, // 5: snapshotd.storage.v1.Collection.attributes:type_name -> snapshotd.storage.v1.Collection.AttributesEntry
+	44, // 4: snapshotd.storage.v1.Collection.properties:type_name -> snapshotd.storage.v1.Collection.PropertiesEntry
+	45, // 5: snapshotd.storage.v1.Collection.attributes:type_name -> snapshotd.storage.v1.Collection.AttributesEntry
 	11, // 6: snapshotd.storage.v1.Schema.fields:type_name -> snapshotd.storage.v1.Field
-	43, // 7: snapshotd.storage.v1.Field.type_params:type_name -> snapshotd.storage.v1.Field.TypeParamsEntry
-	44, // 8: snapshotd.storage.v1.Field.attributes:type_name -> snapshotd.storage.v1.Field.AttributesEntry
-	45, // 9: snapshotd.storage.v1.Partition.attributes:type_name -> snapshotd.storage.v1.Partition.AttributesEntry
-	46, // 10: snapshotd.storage.v1.Index.type_params:type_name -> snapshotd.storage.v1.Index.TypeParamsEntry
-	47, // 11: snapshotd.storage.v1.Index.index_params:type_name -> snapshotd.storage.v1.Index.IndexParamsEntry
-	48, // 12: snapshotd.storage.v1.Index.attributes:type_name -> snapshotd.storage.v1.Index.AttributesEntry
+	46, // 7: snapshotd.storage.v1.Field.type_params:type_name -> snapshotd.storage.v1.Field.TypeParamsEntry
+	47, // 8: snapshotd.storage.v1.Field.attributes:type_name -> snapshotd.storage.v1.Field.AttributesEntry
+	48, // 9: snapshotd.storage.v1.Partition.attributes:type_name -> snapshotd.storage.v1.Partition.AttributesEntry
+	49, // 10: snapshotd.storage.v1.Index.type_params:type_name -> snapshotd.storage.v1.Index.TypeParamsEntry
+	50, // 11: snapshotd.storage.v1.Index.index_params:type_name -> snapshotd.storage.v1.Index.IndexParamsEntry
+	51, // 12: snapshotd.storage.v1.Index.attributes:type_name -> snapshotd.storage.v1.Index.AttributesEntry
 	7,  // 13: snapshotd.storage.v1.Channel.checkpoint:type_name -> snapshotd.storage.v1.Position
 	7,  // 14: snapshotd.storage.v1.Segment.start:type_name -> snapshotd.storage.v1.Position
 	7,  // 15: snapshotd.storage.v1.Segment.dml:type_name -> snapshotd.storage.v1.Position
-	18, // 16: snapshotd.storage.v1.Segment.files:type_name -> snapshotd.storage.v1.Files
-	17, // 17: snapshotd.storage.v1.Segment.builds:type_name -> snapshotd.storage.v1.Build
-	49, // 18: snapshotd.storage.v1.Segment.attributes:type_name -> snapshotd.storage.v1.Segment.AttributesEntry
-	50, // 19: snapshotd.storage.v1.Build.params:type_name -> snapshotd.storage.v1.Build.ParamsEntry
-	51, // 20: snapshotd.storage.v1.Files.attributes:type_name -> snapshotd.storage.v1.Files.AttributesEntry
-	52, // 21: snapshotd.storage.v1.Attributes.pairs:type_name -> snapshotd.storage.v1.Attributes.PairsEntry
+	21, // 16: snapshotd.storage.v1.Segment.files:type_name -> snapshotd.storage.v1.Files
+	20, // 17: snapshotd.storage.v1.Segment.builds:type_name -> snapshotd.storage.v1.Build
+	52, // 18: snapshotd.storage.v1.Segment.attributes:type_name -> snapshotd.storage.v1.Segment.AttributesEntry
+	53, // 19: snapshotd.storage.v1.Build.params:type_name -> snapshotd.storage.v1.Build.ParamsEntry
+	54, // 20: snapshotd.storage.v1.Files.attributes:type_name -> snapshotd.storage.v1.Files.AttributesEntry
+	55, // 21: snapshotd.storage.v1.Attributes.pairs:type_name -> snapshotd.storage.v1.Attributes.PairsEntry
 	16, // 22: snapshotd.storage.v1.Unit.segment:type_name -> snapshotd.storage.v1.Segment
-	22, // 23: snapshotd.storage.v1.Unit.parked:type_name -> snapshotd.storage.v1.Parked
-	22, // 24: snapshotd.storage.v1.UnitHead.parked:type_name -> snapshotd.storage.v1.Parked
-	53, // 25: snapshotd.storage.v1.Snapshot.labels:type_name -> snapshotd.storage.v1.Snapshot.LabelsEntry
-	26, // 26: snapshotd.storage.v1.Snapshot.cuts:type_name -> snapshotd.storage.v1.Cut
-	27, // 27: snapshotd.storage.v1.Snapshot.totals:type_name -> snapshotd.storage.v1.Totals
-	24, // 28: snapshotd.storage.v1.Snapshot.references:type_name -> snapshotd.storage.v1.References
-	20, // 29: snapshotd.storage.v1.Tombstone.unit:type_name -> snapshotd.storage.v1.Unit
-	54, // 30: snapshotd.storage.v1.Job.labels:type_name -> snapshotd.storage.v1.Job.LabelsEntry
-	27, // 31: snapshotd.storage.v1.Job.totals:type_name -> snapshotd.storage.v1.Totals
-	27, // 32: snapshotd.storage.v1.Job.done:type_name -> snapshotd.storage.v1.Totals
+	25, // 23: snapshotd.storage.v1.Unit.parked:type_name -> snapshotd.storage.v1.Parked
+	25, // 24: snapshotd.storage.v1.UnitHead.parked:type_name -> snapshotd.storage.v1.Parked
+	56, // 25: snapshotd.storage.v1.Snapshot.labels:type_name -> snapshotd.storage.v1.Snapshot.LabelsEntry
+	29, // 26: snapshotd.storage.v1.Snapshot.cuts:type_name -> snapshotd.storage.v1.Cut
+	30, // 27: snapshotd.storage.v1.Snapshot.totals:type_name -> snapshotd.storage.v1.Totals
+	27, // 28: snapshotd.storage.v1.Snapshot.references:type_name -> snapshotd.storage.v1.References
+	23, // 29: snapshotd.storage.v1.Tombstone.unit:type_name -> snapshotd.storage.v1.Unit
+	57, // 30: snapshotd.storage.v1.Job.labels:type_name -> snapshotd.storage.v1.Job.LabelsEntry
+	30, // 31: snapshotd.storage.v1.Job.totals:type_name -> snapshotd.storage.v1.Totals
+	30, // 32: snapshotd.storage.v1.Job.done:type_name -> snapshotd.storage.v1.Totals
 	9,  // 33: snapshotd.storage.v1.Job.roots:type_name -> snapshotd.storage.v1.Root
-	27, // 34: snapshotd.storage.v1.Task.totals:type_name -> snapshotd.storage.v1.Totals
-	19, // 35: snapshotd.storage.v1.Files.AttributesEntry.value:type_name -> snapshotd.storage.v1.Attributes
+	30, // 34: snapshotd.storage.v1.Task.totals:type_name -> snapshotd.storage.v1.Totals
+	22, // 35: snapshotd.storage.v1.Files.AttributesEntry.value:type_name -> snapshotd.storage.v1.Attributes
 	36, // [36:36] is the sub-list for method output_type
 	36, // [36:36] is the sub-list for method input_type
 	36, // [36:36] is the sub-list for extension type_name
@@ -4891,7 +5123,7 @@ func file_snapshotd_storage_v1_storage_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_snapshotd_storage_v1_storage_proto_rawDesc), len(file_snapshotd_storage_v1_storage_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   55,
+			NumMessages:   58,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
