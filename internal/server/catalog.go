@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
@@ -18,6 +19,26 @@ type catalogs struct {
 	pb.UnimplementedCatalogServiceServer
 	catalog *catalog.Catalog
 	tokens  sealer
+	exports slots
+}
+
+// slots bounds how many calls of a kind are under way. A call holds a slot while it
+// has sent a value and not received it again.
+type slots chan struct{}
+
+// take waits for a slot, and returns what gives it back. It is an errExports when
+// there is none in time.
+func (s slots) take(ctx context.Context, wait time.Duration) (release func(), err error) {
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case s <- struct{}{}:
+		return func() { <-s }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-timer.C:
+		return nil, errExports
+	}
 }
 
 //nolint:revive // the generated interface has the name
@@ -225,6 +246,11 @@ func (s *catalogs) GetSegment(ctx context.Context, req *pb.GetSegmentRequest) (*
 
 func (s *catalogs) ExportSegments(req *pb.ExportSegmentsRequest, stream grpc.ServerStreamingServer[pb.ExportSegmentsResponse]) error {
 	ctx := stream.Context()
+	release, err := s.exports.take(ctx, exportWait)
+	if err != nil {
+		return err
+	}
+	defer release()
 	id, err := s.catalog.Resolve(ctx, collectionRef(req.GetCollection()))
 	if err != nil {
 		return err

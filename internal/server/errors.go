@@ -44,6 +44,7 @@ var (
 	errUnauthenticated = errors.New("the client certificate names nobody: it needs a URI or DNS name, or a common name")
 	errTooLarge        = fmt.Errorf("message too large: at most %d MiB; send less at a time", maxMessage>>20)
 	errTooMany         = fmt.Errorf("message too large: at most %d entries of lists and maps, nested ones included; send fewer at a time", maxElements)
+	errExports         = fmt.Errorf("%d exports of segments are under way here, and none ended within %v; nothing was read", maxExports, exportWait)
 	errSlowReader      = fmt.Errorf("the messages of this stream were not read for %v; resume it with the last token", sendTimeout)
 )
 
@@ -68,6 +69,7 @@ var classes = []class{
 	{err: errUnauthenticated, code: codes.Unauthenticated, reason: "UNAUTHENTICATED"},
 	{err: errTooLarge, code: codes.ResourceExhausted, reason: "MESSAGE_TOO_LARGE"},
 	{err: errTooMany, code: codes.ResourceExhausted, reason: "MESSAGE_TOO_LARGE"},
+	{err: errExports, code: codes.ResourceExhausted, reason: "OVERLOADED", retry: time.Second},
 	{err: errSlowReader, code: codes.Unavailable, reason: "SLOW_READER", retry: time.Second},
 	{err: errPageToken, code: codes.InvalidArgument, reason: "INVALID_PAGE_TOKEN"},
 	{err: errResumeToken, code: codes.InvalidArgument, reason: "INVALID_RESUME_TOKEN"},

@@ -209,7 +209,7 @@ func newCaller(t *testing.T, s *Server) *caller {
 		t: t, server: s, kv: kv, store: store,
 		impl: map[string]any{
 			pb.SnapshotService_ServiceDesc.ServiceName:  &snapshots{manager: m, tokens: tokens},
-			pb.CatalogService_ServiceDesc.ServiceName:   &catalogs{catalog: cat, tokens: tokens},
+			pb.CatalogService_ServiceDesc.ServiceName:   &catalogs{catalog: cat, tokens: tokens, exports: make(slots, maxExports)},
 			pb.EventService_ServiceDesc.ServiceName:     &events{manager: m, catalog: cat, tokens: tokens},
 			pb.ReclaimService_ServiceDesc.ServiceName:   &reclaims{manager: m, catalog: cat, tokens: tokens},
 			pb.CollectorService_ServiceDesc.ServiceName: &collectors{manager: m, snapshotStore: "default"},

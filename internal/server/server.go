@@ -47,6 +47,11 @@ const (
 	maxHeaderList = 16 << 10 // bytes of metadata
 	maxStreams    = 256      // calls at once on one connection
 	maxPageBytes  = 2 << 20  // of the segments in one message
+	// maxExports is how many exports are under way at once. Each holds some 14 MiB
+	// for as long as its reader takes, up to sendTimeout a message.
+	maxExports = 8
+	// exportWait is how long a further one waits for its turn.
+	exportWait = 5 * time.Second
 )
 
 // Options are what New needs. The zero value of a field means the default
@@ -121,7 +126,7 @@ func New(o Options) (*Server, error) {
 
 	tokens := sealer{o.Cluster.TokenKey}
 	pb.RegisterSnapshotServiceServer(s.grpc, &snapshots{manager: o.Manager, tokens: tokens})
-	pb.RegisterCatalogServiceServer(s.grpc, &catalogs{catalog: o.Catalog, tokens: tokens})
+	pb.RegisterCatalogServiceServer(s.grpc, &catalogs{catalog: o.Catalog, tokens: tokens, exports: make(slots, maxExports)})
 	pb.RegisterEventServiceServer(s.grpc, &events{manager: o.Manager, catalog: o.Catalog, tokens: tokens})
 	pb.RegisterReclaimServiceServer(s.grpc, &reclaims{manager: o.Manager, catalog: o.Catalog, tokens: tokens})
 	pb.RegisterCollectorServiceServer(s.grpc, &collectors{manager: o.Manager, snapshotStore: o.SnapshotStore})

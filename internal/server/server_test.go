@@ -567,6 +567,50 @@ func TestPageBytes(t *testing.T) {
 	}
 }
 
+// TestUnreadExports has clients begin exports and not read them: no more than a few
+// are under way at once, and one that ends makes room for another.
+func TestUnreadExports(t *testing.T) {
+	w := start(t)
+	col := w.collection(t, "c")
+	const n, times, most = 200, 6, 8 // more than a client takes that does not read
+	for range times {
+		first := w.ids(t, n)
+		var segments []*pb.Segment
+		for i := range int64(n) {
+			segments = append(segments, &pb.Segment{Id: first + i, EngineData: make([]byte, 16<<10), Files: []*pb.File{{Path: fmt.Sprint(first + i), Kind: "insert"}}})
+		}
+		w.addSegments(t, byID(col.GetId()), segments...)
+	}
+	begin := func() (context.CancelFunc, error) {
+		ctx, cancel := context.WithCancel(t.Context())
+		export, err := w.catalog.ExportSegments(ctx, &pb.ExportSegmentsRequest{Collection: byName("c")})
+		if err == nil {
+			_, err = export.Recv() // the last ones wait
+		}
+		return cancel, err
+	}
+	var ends []context.CancelFunc
+	for range most {
+		end, err := begin()
+		defer end()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ends = append(ends, end)
+	}
+	end, err := begin()
+	defer end()
+	if status.Code(err) != codes.ResourceExhausted || reason(err) != "OVERLOADED" {
+		t.Errorf("one more: got %v", err)
+	}
+	ends[0]()
+	end, err = begin()
+	defer end()
+	if err != nil {
+		t.Errorf("after one has ended: %v", err)
+	}
+}
+
 func TestEvents(t *testing.T) {
 	w := start(t)
 	ctx, cancel := context.WithCancel(t.Context())

@@ -164,8 +164,9 @@ type CatalogServiceClient interface {
 	//
 	// Errors:
 	//
-	//	ABORTED  CATALOG_COMPACTED: the revision was compacted in mid-read. Try
-	//	         again.
+	//	ABORTED             CATALOG_COMPACTED: the revision was compacted in
+	//	                    mid-read. Try again.
+	//	RESOURCE_EXHAUSTED  OVERLOADED: too many exports are under way. Try again.
 	ExportSegments(ctx context.Context, in *ExportSegmentsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ExportSegmentsResponse], error)
 	// UpdateSegments changes segments in one atomic step: flushes a growing
 	// segment, replaces files, adds index builds, together with the checkpoints
@@ -558,8 +559,9 @@ type CatalogServiceServer interface {
 	//
 	// Errors:
 	//
-	//	ABORTED  CATALOG_COMPACTED: the revision was compacted in mid-read. Try
-	//	         again.
+	//	ABORTED             CATALOG_COMPACTED: the revision was compacted in
+	//	                    mid-read. Try again.
+	//	RESOURCE_EXHAUSTED  OVERLOADED: too many exports are under way. Try again.
 	ExportSegments(*ExportSegmentsRequest, grpc.ServerStreamingServer[ExportSegmentsResponse]) error
 	// UpdateSegments changes segments in one atomic step: flushes a growing
 	// segment, replaces files, adds index builds, together with the checkpoints
