@@ -24,7 +24,11 @@ type reclaims struct {
 }
 
 func (s *reclaims) CheckReferences(ctx context.Context, req *pb.CheckReferencesRequest) (*pb.CheckReferencesResponse, error) {
-	answers, err := s.manager.GC().Check(ctx, collectionRef(req.GetCollection()), convert(req.GetUnits(), askFromProto))
+	collection, err := s.manager.ResolveCollection(ctx, collectionRef(req.GetCollection()))
+	if err != nil {
+		return nil, err
+	}
+	answers, err := s.manager.GC().Check(ctx, catalog.Ref{ID: collection}, convert(req.GetUnits(), askFromProto))
 	if err != nil {
 		return nil, err
 	}

@@ -48,6 +48,27 @@ func outcomes(results []*pb.ReclaimResult) string {
 	return strings.Join(list, ", ")
 }
 
+// TestReferencesOfADroppedCollection asks by the name of a collection that was
+// dropped who holds its segment.
+func TestReferencesOfADroppedCollection(t *testing.T) {
+	w := start(t)
+	ctx := t.Context()
+	col := w.collection(t, "c")
+	index := must[*pb.CreateIndexResponse](t)(w.catalog.CreateIndex(ctx, &pb.CreateIndexRequest{
+		Collection: byID(col.GetId()), Name: "x", FieldId: 101,
+	})).GetIndex()
+	s := full(w.ids(t, 10), 0, index.GetId())
+	s.RowCeiling, s.CommitTimestamp = 0, 0
+	w.addSegments(t, byID(col.GetId()), s)
+	w.snapshot(t, "s0")
+	must[*pb.DropCollectionResponse](t)(w.catalog.DropCollection(ctx, &pb.DropCollectionRequest{Collection: byName("c")}))
+	req := &pb.CheckReferencesRequest{Collection: byName("c"), Units: []*pb.Unit{segmentUnit(s.GetId())}}
+	checked := must[*pb.CheckReferencesResponse](t)(pb.NewReclaimServiceClient(w.conn).CheckReferences(ctx, req)).GetUnits()
+	if len(checked) != 1 || len(checked[0].GetHolders()) != 1 {
+		t.Errorf("got %v", checked)
+	}
+}
+
 func TestReclaim(t *testing.T) {
 	w := start(t)
 	ctx := t.Context()
