@@ -301,6 +301,17 @@ func (c *Catalog) NextID(ctx context.Context) (int64, error) {
 	return id, nil
 }
 
+// ForgetStock drops the ids that the replica has in stock, since one of them turned
+// out to be in use. It waits for a NextID under way.
+func (c *Catalog) ForgetStock(ctx context.Context) {
+	select {
+	case <-ctx.Done():
+	case <-c.ids.turn:
+		c.ids.stock = IDRange{}
+		c.ids.turn <- struct{}{}
+	}
+}
+
 // HandedOut says whether each of ids was handed out or lies in a reserved
 // range; if not it returns the first that does not. It reads the allocator only
 // when its memory of it does not settle the question.

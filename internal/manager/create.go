@@ -1026,6 +1026,11 @@ func (m *Manager) putOnce(ctx context.Context, at crashpoint.Point, key string, 
 		}
 		return last
 	})
+	if errors.Is(err, object.ErrExists) && m.o.Epoch != nil {
+		// The id is new, so only a store from before can have written under it.
+		m.catalog.ForgetStock(ctx)
+		err = m.o.Epoch.Alarm(ctx, key)
+	}
 	if err != nil {
 		return fmt.Errorf("write %s: %w", key, err)
 	}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -839,6 +840,25 @@ func TestForeignObjectIsNotOverwritten(t *testing.T) {
 		}
 		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
 		wantError(t, err, object.ErrExists)
+	})
+}
+
+// TestIDThatComesBack stops all allocations when a create finds another's object
+// under its new id.
+func TestIDThatComesBack(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", withEpoch)
+		col, _, _ := w.collection(r, "c")
+		key := manifest.RefsKey(col.ID, w.newID(r)+1)
+		if _, err := w.objects.Put(t.Context(), key, []byte("of a store from before")); err != nil {
+			t.Fatal(err)
+		}
+		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
+		wantError(t, err, epoch.ErrBehind)
+		_, err = r.Create(t.Context(), request.Token{}, spec(col, "y"))
+		wantError(t, err, epoch.ErrBehind)
+		_, err = r.catalog.AllocateIDs(t.Context(), request.Token{}, 1)
+		wantError(t, err, epoch.ErrBehind)
 	})
 }
 

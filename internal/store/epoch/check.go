@@ -67,6 +67,43 @@ func (e *Epoch) look(ctx context.Context) ([]string, error) {
 	return nil, fmt.Errorf("check the epoch: %w: gave up after %d attempts", ErrConflict, maxAttempts)
 }
 
+// Alarm puts /behind since an object was found with other content under an id that
+// was just handed out: in snapshotd's own prefixes only a store from before has
+// written it. It returns an ErrBehind, or the error of the metadata store. Recover
+// ends the state, as any other.
+func (e *Epoch) Alarm(ctx context.Context, object string) error {
+	for attempt := range maxAttempts {
+		if err := meta.Pause(ctx, attempt); err != nil {
+			return err
+		}
+		s, err := e.read(ctx)
+		if err != nil {
+			return err
+		}
+		if s.behind != nil {
+			return s.behind
+		}
+		rec := e.behind(s, &note{Beat: s.epoch.GetBeat(), Revision: s.revision, Ceiling: s.ids.GetCeiling()})
+		rec.Object = object
+		atMark.Before()
+		res, err := e.o.KV.Txn(ctx, meta.Txn{
+			If:   []meta.Cond{s.epochIs, s.behindIs},
+			Then: []meta.Op{meta.Put(keys.Behind, record.Encode(rec))},
+		})
+		atMark.After()
+		if err != nil {
+			return fmt.Errorf("note that %s is of an earlier store: %w", object, err)
+		}
+		if res.Succeeded {
+			err := behindError(rec)
+			e.o.Log.Error("an id was handed out a second time: nothing is allocated or deleted any more; "+
+				"find out whether the metadata store was restored from a backup, then run `snapshotctl recover`", zap.Error(err))
+			return err
+		}
+	}
+	return fmt.Errorf("note that %s is of an earlier store: %w: gave up after %d attempts", object, ErrConflict, maxAttempts)
+}
+
 // judge says why the metadata store is behind its newest note; empty: it is not.
 // The store was read after the note was.
 func judge(s *state, n *note, cluster string) string {

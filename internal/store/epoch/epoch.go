@@ -85,6 +85,9 @@
 //	                         behind. A leader that has begun goes on; one that has not
 //	                         waits. Ids are allocated up to the ceiling
 //	objects are lost         a warning; the next beat makes one
+//	objects are not listed   the known beat and those after it are read by name
+//	an id comes back         who creates an object of its own under a new id and finds
+//	                         another there puts /behind (alarm)
 //	object is damaged        check fails, naming it, until somebody looks into it
 //	recover: no answer       a repeat finds it done, or does it
 //	recover: the beat fails  the error says so. The recovery holds; the next beat
@@ -232,6 +235,10 @@ func Blocked(found []meta.KeyValue) error {
 }
 
 func behindError(rec *storagev1.Behind) error {
+	if object := rec.GetObject(); object != "" {
+		return fmt.Errorf("%w, or ids come back: object %s exists with other content under an id that was just handed out; %s",
+			ErrBehind, object, wayOut)
+	}
 	return fmt.Errorf("%w: beat %d at revision %d there, beat %d at revision %d here; %s", ErrBehind,
 		rec.GetBeat(), rec.GetRevision(), rec.GetOwnBeat(), rec.GetOwnRevision(), wayOut)
 }

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"strings"
 	"sync"
 	"testing"
@@ -862,4 +863,61 @@ func TestRecoverOfAStoreThatIsFine(t *testing.T) {
 	if floor, err := r.Floor(t.Context()); floor != next || err != nil {
 		t.Errorf("the floor is %d, %v, want %d", floor, err, next)
 	}
+}
+
+// blind is a store that lists nothing of what it has.
+type blind struct{ object.Store }
+
+func (blind) List(context.Context, string) iter.Seq2[object.Info, error] {
+	return func(func(object.Info, error) bool) {}
+}
+
+// TestBlindList shows that a metadata store which went back in time is noticed
+// although the object store lists none of the notes.
+func TestBlindList(t *testing.T) {
+	for _, since := range []int{1, 2, 5, 17} {
+		w := newWorld(t)
+		cannotList := func(o *epoch.Options) { o.Store = blind{o.Store} }
+		r := w.replica(cannotList)
+		w.must(r.Beat(t.Context()))
+		w.must(r.Check(t.Context()))
+		backup := metatest.Backup(t, w.kv)
+		for range since {
+			w.allocate(r, catalog.MaxAllocate/2)
+			w.must(r.Beat(t.Context()))
+			w.must(r.Check(t.Context()))
+		}
+		_, before, _ := w.records()
+
+		w = w.restored(backup, 0)
+		r = w.replica(cannotList)
+		wantBehind(t, r.Check(t.Context()))
+		_, err := r.ids.AllocateIDs(t.Context(), request.Token{}, 1)
+		wantBehind(t, err)
+		was, next, _, err := r.Recover(t.Context(), false)
+		if !was || next != before.GetCeiling() || err != nil {
+			t.Errorf("%d beats: recover: %v, %d, %v; want next %d", since, was, next, err, before.GetCeiling())
+		}
+		w.must(r.Check(t.Context()))
+		w.allocate(r, 10)
+	}
+}
+
+// TestAlarm shows that an id which comes back stops all allocations until a recovery.
+func TestAlarm(t *testing.T) {
+	w := newWorld(t)
+	r := w.replica()
+	w.must(r.Beat(t.Context()))
+	err := r.Alarm(t.Context(), "snapshots/1/2/refs.avro")
+	wantBehind(t, err)
+	if !strings.Contains(err.Error(), "snapshots/1/2/refs.avro") {
+		t.Errorf("%v does not name the object", err)
+	}
+	wantBehind(t, r.Alarm(t.Context(), "another"))
+	_, err = r.ids.AllocateIDs(t.Context(), request.Token{}, 1)
+	wantBehind(t, err)
+	if was, _, _, err := r.Recover(t.Context(), false); !was || err != nil {
+		t.Errorf("recover: %v, %v", was, err)
+	}
+	w.allocate(r, 1)
 }

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
@@ -102,8 +104,12 @@ func decode(beat int64, data []byte) (*note, error) {
 func (e *Epoch) newest(ctx context.Context) (*note, []string, error) {
 	for attempt := 1; ; attempt++ {
 		beats, err := e.list(ctx)
-		if err != nil || len(beats) == 0 {
+		if err != nil {
 			return nil, nil, err
+		}
+		if len(beats) == 0 {
+			n, err := e.byName(ctx)
+			return n, nil, err
 		}
 		last := beats[len(beats)-1]
 		data, err := object.ReadAll(ctx, e.o.Store, key(last), maxNoteBytes)
@@ -123,6 +129,68 @@ func (e *Epoch) newest(ctx context.Context) (*note, []string, error) {
 		}
 		return n, old, nil
 	}
+}
+
+// maxByName bounds the beats that byName goes beyond the known one.
+const maxByName = 1 << 40
+
+// byName reads the newest note without a list, for a store may list nothing of what
+// it has: it asks for the beat that the metadata store knows and for those after it.
+// The note is nil when none of them is there. A store that lists nothing deletes no
+// old note either, so the notes after the known one follow each other without a gap,
+// and a search by doubling and halving finds the last.
+func (e *Epoch) byName(ctx context.Context) (*note, error) {
+	s, err := e.read(ctx)
+	if err != nil || s.behind == nil && s.epoch.GetBeat() == 0 && s.intent == nil {
+		return nil, err
+	}
+	known := s.epoch.GetBeat()
+	there := func(beat int64) (*note, error) {
+		if beat < 1 {
+			return nil, nil
+		}
+		data, err := object.ReadAll(ctx, e.o.Store, key(beat), maxNoteBytes)
+		if errors.Is(err, object.ErrNotFound) {
+			return nil, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read epoch object: %w", err)
+		}
+		return decode(beat, data)
+	}
+	newest, err := there(known)
+	if err != nil {
+		return nil, err
+	}
+	low, high := known, known+1 // low is there, or the known one; high is not looked at yet
+	for high-known <= maxByName {
+		n, err := there(high)
+		if err != nil {
+			return nil, err
+		}
+		if n == nil {
+			break
+		}
+		newest, low = n, high
+		high = known + 2*(high-known)
+	}
+	for high-low > 1 {
+		middle := low + (high-low)/2
+		n, err := there(middle)
+		if err != nil {
+			return nil, err
+		}
+		if n == nil {
+			high = middle
+			continue
+		}
+		newest, low = n, middle
+	}
+	if newest != nil {
+		e.o.Log.Warn("the object store lists none of its epoch objects although it has them; they are read by name",
+			zap.String("prefix", Prefix), zap.Int64("beat", low))
+	}
+	return newest, nil
 }
 
 // list returns the beats of which there are notes, ascending. What else lies there

@@ -312,7 +312,10 @@ type Behind struct {
 	// The id ceiling in the object store.
 	Ceiling int64 `protobuf:"varint,6,opt,name=ceiling,proto3" json:"ceiling,omitempty"`
 	// Unix nanoseconds of the look.
-	Time          int64 `protobuf:"varint,7,opt,name=time,proto3" json:"time,omitempty"`
+	Time int64 `protobuf:"varint,7,opt,name=time,proto3" json:"time,omitempty"`
+	// The key of an object with other content than its new id should have; empty: the
+	// epoch objects say so.
+	Object        string `protobuf:"bytes,8,opt,name=object,proto3" json:"object,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -394,6 +397,13 @@ func (x *Behind) GetTime() int64 {
 		return x.Time
 	}
 	return 0
+}
+
+func (x *Behind) GetObject() string {
+	if x != nil {
+		return x.Object
+	}
+	return ""
 }
 
 // Round is the record at /gc/round: what the leader's last look at what is
@@ -4536,7 +4546,7 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x05floor\x18\x04 \x01(\x03R\x05floor\x12\x16\n" +
 	"\x06intent\x18\x05 \x01(\fR\x06intent\x12\x1c\n" +
 	"\trecovered\x18\x06 \x01(\x03R\trecovered\x12\x18\n" +
-	"\ahistory\x18\a \x01(\x03R\ahistory\"\xbc\x01\n" +
+	"\ahistory\x18\a \x01(\x03R\ahistory\"\xd4\x01\n" +
 	"\x06Behind\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04beat\x18\x02 \x01(\x03R\x04beat\x12\x19\n" +
@@ -4544,7 +4554,8 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\brevision\x18\x04 \x01(\x03R\brevision\x12!\n" +
 	"\fown_revision\x18\x05 \x01(\x03R\vownRevision\x12\x18\n" +
 	"\aceiling\x18\x06 \x01(\x03R\aceiling\x12\x12\n" +
-	"\x04time\x18\a \x01(\x03R\x04time\"\x80\x03\n" +
+	"\x04time\x18\a \x01(\x03R\x04time\x12\x16\n" +
+	"\x06object\x18\b \x01(\tR\x06object\"\x80\x03\n" +
 	"\x05Round\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x18\n" +
 	"\areplica\x18\x02 \x01(\tR\areplica\x12\x1d\n" +
