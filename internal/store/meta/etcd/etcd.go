@@ -110,7 +110,7 @@ func Open(o Options) (*Client, error) {
 	})
 	if err != nil {
 		g.close()
-		return nil, fmt.Errorf("open etcd: %w", mapError(context.Background(), context.Background(), err))
+		return nil, fmt.Errorf("open etcd: %w", classOf(err))
 	}
 	conn := cli.ActiveConnection()
 	c := &Client{o: o, etcd: cli, leases: pb.NewLeaseClient(conn), watches: pb.NewWatchClient(conn), gate: g}
@@ -347,6 +347,11 @@ func mapError(ctx, rctx context.Context, err error) error {
 			return fmt.Errorf("%w: %v", context.DeadlineExceeded, err) //nolint:errorlint // see above
 		}
 	}
+	return classOf(err)
+}
+
+// classOf is mapError without regard to the time that a request had.
+func classOf(err error) error {
 	class := meta.ErrUnavailable
 	switch known := rpctypes.Error(err); {
 	case status.Code(err) == codes.Unknown && strings.Contains(err.Error(), tooOld):

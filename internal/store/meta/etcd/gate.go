@@ -182,7 +182,7 @@ func (g *gate) begin(cc balancer.ClientConn, endpoints []resolver.Endpoint) erro
 			names = append(names, a.Addr)
 		}
 		m.addr = strings.Join(names, ",")
-		sc, err := cc.NewSubConn(e.Addresses, balancer.NewSubConnOptions{
+		sc, err := cc.NewSubConn(e.Addresses, balancer.NewSubConnOptions{ //nolint:staticcheck // of one address, which it will take for ever
 			StateListener: func(s balancer.SubConnState) { g.stateChanged(m, s) },
 		})
 		if err != nil {

@@ -145,3 +145,55 @@ func TestEtcdIsAskedAtEachReconnect(t *testing.T) {
 		t.Errorf("still called too old: %s", old)
 	}
 }
+
+// With a user the version is asked for under a login, which is made again after each
+// restart of the server; one that is refused is said at once, by calls and watches.
+func TestEtcdLogin(t *testing.T) {
+	srv := etcdtest.Start(t)
+	srv.Restrict(t, "snap", "secret", "/login/")
+	kv := open(t, etcd.Options{Endpoints: []string{srv.Endpoint()}, Root: "/login", Username: "snap", Password: "secret"})
+	if err := kv.Check(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	until := func(want error) {
+		t.Helper()
+		for {
+			err := get(ctx, kv)
+			if errors.Is(err, want) {
+				return
+			}
+			if err != nil && !errors.Is(err, meta.ErrUnavailable) {
+				t.Fatalf("got error %v, want %v", err, want)
+			}
+		}
+	}
+	until(nil)
+	srv.Stop(t)
+	srv.Restart(t)
+	until(nil)
+	if _, err := kv.Scan(ctx, "/a", "/b", 0, func([]meta.KeyValue) error { return nil }); err != nil {
+		t.Errorf("scan: %v", err)
+	}
+	// Every method may be used with rights below the root alone.
+	if _, err := kv.Txn(ctx, meta.Txn{If: []meta.Cond{meta.Absent("/a")}}); err != nil {
+		t.Errorf("compares alone: %v", err)
+	}
+	srv.Password(t, "snap", "another")
+	srv.Stop(t)
+	srv.Restart(t)
+	until(meta.ErrDenied)
+	if _, err := kv.Watch(ctx, "/", "0", 0).Next(); !errors.Is(err, meta.ErrDenied) {
+		t.Errorf("watch: got error %v, want denied", err)
+	}
+	if _, err := etcd.Open(etcd.Options{Endpoints: []string{srv.Endpoint()}, Username: "snap", Password: "wrong"}); !errors.Is(err, meta.ErrDenied) {
+		t.Errorf("open: got error %v, want denied", err)
+	}
+	srv.Password(t, "snap", "secret")
+	for err := get(ctx, kv); err != nil; err = get(ctx, kv) { // it is asked again within a second
+		if !errors.Is(err, meta.ErrDenied) {
+			t.Fatal(err)
+		}
+	}
+}

@@ -86,8 +86,8 @@ func (c *Client) Watch(ctx context.Context, from, to string, after int64) meta.W
 		return w
 	}
 	w.ended, w.end = context.WithCancel(ctx)
-	stop := context.AfterFunc(c.ctx, w.end) //nolint:contextcheck // ended follows both contexts
-	context.AfterFunc(w.ended, func() { stop() })
+	stop := context.AfterFunc(c.ctx, w.end)       //nolint:contextcheck // ended follows both contexts
+	context.AfterFunc(w.ended, func() { stop() }) //nolint:contextcheck // see above
 	return w
 }
 
