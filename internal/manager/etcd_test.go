@@ -112,7 +112,9 @@ func TestEtcdFrozenCreator(t *testing.T) {
 func TestEtcdLostAndBack(t *testing.T) {
 	server := etcdtest.Start(t)
 	w := inReality(t, server.KV(t))
-	r := w.start("a", func(o *Options) { o.LeaseTTL, o.LeaderTTL = 6*time.Second, 2*time.Second })
+	r := w.start("a", func(o *Options) {
+		o.LeaseTTL, o.LeaderTTL, o.CreateTimeout = 6*time.Second, 2*time.Second, 10*time.Second
+	})
 	col, _, _ := w.collection(r, "c")
 	w.create(r, col, "before")
 	r.store.Freeze()
