@@ -143,10 +143,11 @@ func restoreOf(t *testing.T, s *embed.Server, collection, snapshot, target strin
 		if err != nil {
 			t.Fatalf("restore %s to %s: %v", snapshot, target, err)
 		}
-		switch state := resp.GetJob().GetState(); state {
-		case pb.RestoreJob_STATE_COMPLETED:
+		state := resp.GetJob().GetState()
+		if state == pb.RestoreJob_STATE_COMPLETED {
 			return
-		case pb.RestoreJob_STATE_FAILED, pb.RestoreJob_STATE_CANCELED:
+		}
+		if state == pb.RestoreJob_STATE_FAILED || state == pb.RestoreJob_STATE_CANCELED {
 			t.Fatalf("restore %s to %s ends as %v: %v", snapshot, target, state, resp.GetJob())
 		}
 	}

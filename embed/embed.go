@@ -39,6 +39,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/server"
+	"github.com/snapshotd/snapshotd/internal/store/admit"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -47,7 +48,6 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcdserver"
 	"github.com/snapshotd/snapshotd/internal/store/meta/reserve"
 	"github.com/snapshotd/snapshotd/internal/store/object"
-	"github.com/snapshotd/snapshotd/internal/store/object/admit"
 	"github.com/snapshotd/snapshotd/internal/store/object/probe"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )

@@ -14,7 +14,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/manager"
-	"github.com/snapshotd/snapshotd/internal/store/object/admit"
+	"github.com/snapshotd/snapshotd/internal/store/admit"
 )
 
 // stats shows what the manager is doing. The names are part of the interface.

@@ -20,9 +20,9 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/store/admit"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
-	"github.com/snapshotd/snapshotd/internal/store/object/admit"
 	"github.com/snapshotd/snapshotd/internal/store/object/file"
 	"github.com/snapshotd/snapshotd/internal/store/object/s3"
 )

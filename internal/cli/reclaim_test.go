@@ -542,7 +542,8 @@ func TestDescribeUsage(t *testing.T) {
 			"DAMAGED: manifest-0.avro is missing\n\nprotects: 12 files, 5.0 MiB\nkept by it alone: not known: manifest-0.avro is missing\nto undo:",
 		},
 		{
-			"not listed", []any{unlisted},
+			"not listed",
+			[]any{unlisted},
 			"whether all its files are there is not known: the object store did not answer\n\nprotects: 12 files, 5.0 MiB\nto undo:",
 		},
 		{"an older server", []any{without}, "protects: 12 files, 5.0 MiB\nto undo:"},

@@ -249,7 +249,7 @@ func (x *index) expect(id int64, rec *storagev1.Snapshot) *entry {
 	e := &entry{id: id, collection: rec.GetCollectionId(), name: rec.GetName(), store: rec.GetStore()}
 	e.metadata.Length = rec.GetMetadataLength()
 	copy(e.metadata.SHA256[:], rec.GetMetadataSha256())
-	e.refsFile = manifest.RefsOf(rec.GetReferences())
+	e.refsFile = record.RefsFile(rec.GetReferences())
 	x.snapshots[id] = e
 	x.missing[id] = e
 	c := x.collections[e.collection]

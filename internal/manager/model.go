@@ -156,7 +156,7 @@ func encode(s *Snapshot, op string) []byte {
 	if s.Metadata.Length > 0 {
 		rec.MetadataSha256 = s.Metadata.SHA256[:]
 	}
-	rec.References = s.refs.Record()
+	rec.References = record.References(&s.refs)
 	for _, c := range s.Cuts {
 		rec.Cuts = append(rec.Cuts, &storagev1.Cut{Shard: uint32(c.Shard), Channel: c.Channel, Timestamp: uint64(c.Timestamp)})
 	}
@@ -190,7 +190,7 @@ func decode(kv meta.KeyValue) (*Snapshot, error) {
 		history: rec.GetHistory(), beginRev: rec.GetBeginRevision(),
 	}
 	copy(s.Metadata.SHA256[:], rec.GetMetadataSha256())
-	s.refs = manifest.RefsOf(rec.GetReferences())
+	s.refs = record.RefsFile(rec.GetReferences())
 	for _, c := range rec.GetCuts() {
 		s.Cuts = append(s.Cuts, Cut{Shard: int(c.GetShard()), Channel: c.GetChannel(), Timestamp: segment.Timestamp(c.GetTimestamp())})
 	}

@@ -166,13 +166,11 @@ func (s *Store) Run(ctx context.Context) error {
 		bounded, cancel := context.WithTimeout(ctx, attemptTimeout)
 		err := s.Attempt(bounded)
 		cancel()
-		switch {
-		case ctx.Err() != nil:
-			return nil
-		case err == nil:
+		if err == nil {
 			s.o.Log.Info("the object store is admitted: calls that need it are served", zap.String("store", s.o.Alias))
 			return nil
-		case errors.Is(err, identity.ErrOther), errors.Is(err, probe.ErrMissing):
+		}
+		if errors.Is(err, identity.ErrOther) || errors.Is(err, probe.ErrMissing) {
 			return err
 		}
 		s.o.Log.Warn("the object store is not admitted yet: calls that need it are refused", zap.Error(err))

@@ -12,11 +12,11 @@ import (
 
 	"go.uber.org/zap/zaptest"
 
+	"github.com/snapshotd/snapshotd/internal/store/admit"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
 	"github.com/snapshotd/snapshotd/internal/store/object"
-	"github.com/snapshotd/snapshotd/internal/store/object/admit"
 	"github.com/snapshotd/snapshotd/internal/store/object/identity"
 	"github.com/snapshotd/snapshotd/internal/store/object/memory"
 	"github.com/snapshotd/snapshotd/internal/store/object/objecttest"
@@ -48,13 +48,12 @@ func (e *env) open(change ...func(*admit.Options)) *admit.Store {
 	return admit.New(o)
 }
 
-func (e *env) admitted() *admit.Store {
+// start has the cluster know the store.
+func (e *env) start() {
 	e.t.Helper()
-	s := e.open()
-	if err := s.Attempt(e.t.Context()); err != nil {
+	if err := e.open().Attempt(e.t.Context()); err != nil {
 		e.t.Fatal(err)
 	}
-	return s
 }
 
 // down has the store answer nothing.
@@ -122,7 +121,7 @@ func TestClosed(t *testing.T) {
 func TestDownAtTheStart(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
 		e := newEnv(t)
-		e.admitted()
+		e.start()
 		e.down()
 		s := e.open()
 		err := s.Attempt(t.Context())
@@ -214,7 +213,7 @@ func TestVerdict(t *testing.T) {
 func TestAnotherStore(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
 		e := newEnv(t)
-		e.admitted()
+		e.start()
 		var mu sync.Mutex
 		var writes []object.Op
 		other := object.NewFaulty(memory.New(memory.Options{Now: time.Now}))
@@ -259,7 +258,7 @@ func TestAnotherStore(t *testing.T) {
 func TestCheck(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
 		e := newEnv(t)
-		e.admitted()
+		e.start()
 		fails := fmt.Errorf("check: %w", object.ErrDenied)
 		s := e.open(func(o *admit.Options) { o.Check = func(context.Context) error { return fails } })
 		if err := s.Attempt(t.Context()); !errors.Is(err, object.ErrDenied) || admit.Pending(err) {
