@@ -86,7 +86,7 @@ func scalar(f protoreflect.FieldDescriptor) protoreflect.Value {
 		return protoreflect.ValueOfInt32(-7)
 	case protoreflect.Uint32Kind:
 		return protoreflect.ValueOfUint32(7)
-	case protoreflect.Uint64Kind:
+	case protoreflect.Uint64Kind, protoreflect.Fixed64Kind:
 		return protoreflect.ValueOfUint64(1 << 63)
 	default:
 		return protoreflect.ValueOfInt64(1 << 62)
