@@ -556,7 +556,9 @@ func TestMinCut(t *testing.T) {
 			result <- s
 		}()
 		settle()
+		w.memory.Overtake(true) // it looks again for what its watch may not have seen
 		w.checkpoint(r, col, 20, 4)
+		w.memory.Overtake(false)
 		settle()
 		w.checkpoint(r, col, 25, 6)
 		s := <-result

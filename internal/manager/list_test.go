@@ -258,6 +258,13 @@ func TestEvents(t *testing.T) {
 		}
 		err = a.Watch(t.Context(), start, 0, func([]Event, int64) error { return nil })
 		wantError(t, err, ErrEventsCompacted)
+		// So does one that was said to have seen what it had not.
+		ended := make(chan error, 1)
+		go func() { ended <- a.Watch(t.Context(), 0, 0, func([]Event, int64) error { return nil }) }()
+		settle()
+		w.memory.Overtake(true)
+		w.collection(a, "another")
+		wantError(t, <-ended, ErrEventsCompacted)
 	})
 }
 
