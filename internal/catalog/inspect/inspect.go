@@ -27,6 +27,7 @@ var types = []struct {
 	{keys.Epoch, func() record.Message { return &storagev1.Epoch{} }},
 	{keys.Behind, func() record.Message { return &storagev1.Behind{} }},
 	{keys.VerdictPrefix, func() record.Message { return &storagev1.StoreVerdict{} }},
+	{keys.Clock, func() record.Message { return &storagev1.Clock{} }},
 	{keys.SnapshotPrefix, func() record.Message { return &storagev1.Snapshot{} }},
 	{"/snapshot/name/", func() record.Message { return &storagev1.Name{} }},
 	{"/snapshot/pending/", func() record.Message { return &storagev1.Pending{} }},

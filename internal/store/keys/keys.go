@@ -5,6 +5,7 @@
 //	/ids                                        the id allocator
 //	/epoch                                      what was last noted in the object store of this store
 //	/behind                                     this store is older than that: nothing is deleted
+//	/clock                                      the time as the leader read it last
 //	/election/leader                            leader of the background loops
 //	/store/<alias>                              id of the object store, in hex
 //	/snapshot/rec/<id>                          record
@@ -57,6 +58,7 @@ const (
 	IDs               = "/ids"
 	Epoch             = "/epoch"
 	Behind            = "/behind"
+	Clock             = "/clock"
 	Leader            = "/election/leader"
 	SnapshotPrefix    = "/snapshot/rec/"
 	AllPinsPrefix     = "/snapshot/pin/"

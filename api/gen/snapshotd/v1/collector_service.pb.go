@@ -1320,7 +1320,9 @@ type RecoverRequest struct {
 	// Skip ids also where nobody noticed that the metadata store is behind. What it
 	// lost between two notes in the object store, a minute at most, goes unnoticed:
 	// after etcd was restored, always.
-	Force         bool `protobuf:"varint,1,opt,name=force,proto3" json:"force,omitempty"`
+	Force bool `protobuf:"varint,1,opt,name=force,proto3" json:"force,omitempty"`
+	// Trust the clocks as they are, and nothing else. Set them right first.
+	Clock         bool `protobuf:"varint,2,opt,name=clock,proto3" json:"clock,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1362,6 +1364,13 @@ func (x *RecoverRequest) GetForce() bool {
 	return false
 }
 
+func (x *RecoverRequest) GetClock() bool {
+	if x != nil {
+		return x.Clock
+	}
+	return false
+}
+
 // RecoverResponse is the response of Recover.
 type RecoverResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1370,7 +1379,11 @@ type RecoverResponse struct {
 	// The lowest id that is handed out from now on.
 	NextId int64 `protobuf:"varint,2,opt,name=next_id,json=nextId,proto3" json:"next_id,omitempty"`
 	// The ids from here up to next_id were skipped; equal to it: none were.
-	SkippedFrom   int64 `protobuf:"varint,3,opt,name=skipped_from,json=skippedFrom,proto3" json:"skipped_from,omitempty"`
+	SkippedFrom int64 `protobuf:"varint,3,opt,name=skipped_from,json=skippedFrom,proto3" json:"skipped_from,omitempty"`
+	// With clock: whether the clock was stopped.
+	ClockWasStopped bool `protobuf:"varint,4,opt,name=clock_was_stopped,json=clockWasStopped,proto3" json:"clock_was_stopped,omitempty"`
+	// With clock: the time that lifetimes are judged by now.
+	ClockTime     *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=clock_time,json=clockTime,proto3" json:"clock_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1424,6 +1437,20 @@ func (x *RecoverResponse) GetSkippedFrom() int64 {
 		return x.SkippedFrom
 	}
 	return 0
+}
+
+func (x *RecoverResponse) GetClockWasStopped() bool {
+	if x != nil {
+		return x.ClockWasStopped
+	}
+	return false
+}
+
+func (x *RecoverResponse) GetClockTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ClockTime
+	}
+	return nil
 }
 
 var File_snapshotd_v1_collector_service_proto protoreflect.FileDescriptor
@@ -1549,14 +1576,19 @@ const file_snapshotd_v1_collector_service_proto_rawDesc = "" +
 	"collection\x12G\n" +
 	"\x05grace\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x16\xbaH\x13\xc8\x01\x01\xaa\x01\r\"\x06\b\x80\x86\xb0\x96\x012\x03\b\x90\x1cR\x05grace\"G\n" +
 	"\x15DeleteOrphansResponse\x12.\n" +
-	"\adeleted\x18\x01 \x03(\v2\x14.snapshotd.v1.OrphanR\adeleted\"&\n" +
+	"\adeleted\x18\x01 \x03(\v2\x14.snapshotd.v1.OrphanR\adeleted\"\xa8\x01\n" +
 	"\x0eRecoverRequest\x12\x14\n" +
-	"\x05force\x18\x01 \x01(\bR\x05force\"l\n" +
+	"\x05force\x18\x01 \x01(\bR\x05force\x12\x14\n" +
+	"\x05clock\x18\x02 \x01(\bR\x05clock:j\xbaHg\x1ae\n" +
+	"\vrecover.one\x129force and clock are two recoveries: ask for one at a time\x1a\x1b!(this.force && this.clock)\"\xd3\x01\n" +
 	"\x0fRecoverResponse\x12\x1d\n" +
 	"\n" +
 	"was_behind\x18\x01 \x01(\bR\twasBehind\x12\x17\n" +
 	"\anext_id\x18\x02 \x01(\x03R\x06nextId\x12!\n" +
-	"\fskipped_from\x18\x03 \x01(\x03R\vskippedFrom2\x99\x04\n" +
+	"\fskipped_from\x18\x03 \x01(\x03R\vskippedFrom\x12*\n" +
+	"\x11clock_was_stopped\x18\x04 \x01(\bR\x0fclockWasStopped\x129\n" +
+	"\n" +
+	"clock_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\tclockTime2\x99\x04\n" +
 	"\x10CollectorService\x12H\n" +
 	"\aCollect\x12\x1c.snapshotd.v1.CollectRequest\x1a\x1d.snapshotd.v1.CollectResponse0\x01\x12g\n" +
 	"\x12GetCollectorStatus\x12'.snapshotd.v1.GetCollectorStatusRequest\x1a(.snapshotd.v1.GetCollectorStatusResponse\x12X\n" +
@@ -1626,23 +1658,24 @@ var file_snapshotd_v1_collector_service_proto_depIdxs = []int32{
 	18, // 18: snapshotd.v1.DeleteOrphansRequest.collection:type_name -> snapshotd.v1.CollectionRef
 	19, // 19: snapshotd.v1.DeleteOrphansRequest.grace:type_name -> google.protobuf.Duration
 	11, // 20: snapshotd.v1.DeleteOrphansResponse.deleted:type_name -> snapshotd.v1.Orphan
-	2,  // 21: snapshotd.v1.CollectorService.Collect:input_type -> snapshotd.v1.CollectRequest
-	7,  // 22: snapshotd.v1.CollectorService.GetCollectorStatus:input_type -> snapshotd.v1.GetCollectorStatusRequest
-	9,  // 23: snapshotd.v1.CollectorService.ExplainObject:input_type -> snapshotd.v1.ExplainObjectRequest
-	12, // 24: snapshotd.v1.CollectorService.ListOrphans:input_type -> snapshotd.v1.ListOrphansRequest
-	14, // 25: snapshotd.v1.CollectorService.DeleteOrphans:input_type -> snapshotd.v1.DeleteOrphansRequest
-	16, // 26: snapshotd.v1.CollectorService.Recover:input_type -> snapshotd.v1.RecoverRequest
-	3,  // 27: snapshotd.v1.CollectorService.Collect:output_type -> snapshotd.v1.CollectResponse
-	8,  // 28: snapshotd.v1.CollectorService.GetCollectorStatus:output_type -> snapshotd.v1.GetCollectorStatusResponse
-	10, // 29: snapshotd.v1.CollectorService.ExplainObject:output_type -> snapshotd.v1.ExplainObjectResponse
-	13, // 30: snapshotd.v1.CollectorService.ListOrphans:output_type -> snapshotd.v1.ListOrphansResponse
-	15, // 31: snapshotd.v1.CollectorService.DeleteOrphans:output_type -> snapshotd.v1.DeleteOrphansResponse
-	17, // 32: snapshotd.v1.CollectorService.Recover:output_type -> snapshotd.v1.RecoverResponse
-	27, // [27:33] is the sub-list for method output_type
-	21, // [21:27] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	20, // 21: snapshotd.v1.RecoverResponse.clock_time:type_name -> google.protobuf.Timestamp
+	2,  // 22: snapshotd.v1.CollectorService.Collect:input_type -> snapshotd.v1.CollectRequest
+	7,  // 23: snapshotd.v1.CollectorService.GetCollectorStatus:input_type -> snapshotd.v1.GetCollectorStatusRequest
+	9,  // 24: snapshotd.v1.CollectorService.ExplainObject:input_type -> snapshotd.v1.ExplainObjectRequest
+	12, // 25: snapshotd.v1.CollectorService.ListOrphans:input_type -> snapshotd.v1.ListOrphansRequest
+	14, // 26: snapshotd.v1.CollectorService.DeleteOrphans:input_type -> snapshotd.v1.DeleteOrphansRequest
+	16, // 27: snapshotd.v1.CollectorService.Recover:input_type -> snapshotd.v1.RecoverRequest
+	3,  // 28: snapshotd.v1.CollectorService.Collect:output_type -> snapshotd.v1.CollectResponse
+	8,  // 29: snapshotd.v1.CollectorService.GetCollectorStatus:output_type -> snapshotd.v1.GetCollectorStatusResponse
+	10, // 30: snapshotd.v1.CollectorService.ExplainObject:output_type -> snapshotd.v1.ExplainObjectResponse
+	13, // 31: snapshotd.v1.CollectorService.ListOrphans:output_type -> snapshotd.v1.ListOrphansResponse
+	15, // 32: snapshotd.v1.CollectorService.DeleteOrphans:output_type -> snapshotd.v1.DeleteOrphansResponse
+	17, // 33: snapshotd.v1.CollectorService.Recover:output_type -> snapshotd.v1.RecoverResponse
+	28, // [28:34] is the sub-list for method output_type
+	22, // [22:28] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_snapshotd_v1_collector_service_proto_init() }

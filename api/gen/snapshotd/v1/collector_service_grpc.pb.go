@@ -75,6 +75,8 @@ type CollectorServiceClient interface {
 	// store: ids that may have been handed out since the backup are skipped, and
 	// what has objects under such ids is left alone for ever. It does nothing where
 	// the metadata store is not behind, unless it is forced; a repeat is success.
+	// With clock it does none of that: it ends the state in which a step of the
+	// clock stops expiry and collection, and trusts the clocks as they are.
 	Recover(ctx context.Context, in *RecoverRequest, opts ...grpc.CallOption) (*RecoverResponse, error)
 }
 
@@ -221,6 +223,8 @@ type CollectorServiceServer interface {
 	// store: ids that may have been handed out since the backup are skipped, and
 	// what has objects under such ids is left alone for ever. It does nothing where
 	// the metadata store is not behind, unless it is forced; a repeat is success.
+	// With clock it does none of that: it ends the state in which a step of the
+	// clock stops expiry and collection, and trusts the clocks as they are.
 	Recover(context.Context, *RecoverRequest) (*RecoverResponse, error)
 	mustEmbedUnimplementedCollectorServiceServer()
 }

@@ -1,0 +1,399 @@
+package clock_test
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/snapshotd/snapshotd/internal/store/clock"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	objectmemory "github.com/snapshotd/snapshotd/internal/store/object/memory"
+	"github.com/snapshotd/snapshotd/internal/testing/virtual"
+)
+
+// host is a clock whose parts can be set wrong.
+type host struct {
+	off   time.Duration // of the wall clock
+	slept time.Duration // that passed without virtual time
+	base  time.Time
+}
+
+func (h *host) Now() time.Time         { return time.Now().Add(h.off + h.slept) }
+func (h *host) Elapsed() time.Duration { return time.Since(h.base) + h.slept }
+
+// env is two stores and the clocks of some hosts.
+type env struct {
+	t        *testing.T
+	kv       *metamemory.Store
+	store    *object.Faulty
+	storeOff time.Duration
+	logs     *observer.ObservedLogs
+	log      *zap.Logger
+}
+
+func inEnv(t *testing.T, fn func(t *testing.T, e *env)) {
+	t.Helper()
+	virtual.Test(t, func(t *testing.T) {
+		e := &env{t: t, kv: metamemory.New(metamemory.Options{Now: time.Now})}
+		e.store = object.NewFaulty(objectmemory.New(objectmemory.Options{Now: func() time.Time { return time.Now().Add(e.storeOff) }}))
+		core, logs := observer.New(zap.InfoLevel)
+		e.log, e.logs = zap.New(core), logs
+		fn(t, e)
+	})
+}
+
+// process is a process on a host. With store the object store's clock is another.
+func (e *env) process(h *host, replica string, store bool) *clock.Trusted {
+	if h.base.IsZero() {
+		h.base = time.Now()
+	}
+	o := clock.Options{KV: e.kv, Clock: h, Replica: replica, Log: e.log, Alias: "default"}
+	if store {
+		o.Store = e.store
+	}
+	return clock.New(o)
+}
+
+// lead has c lead until the returned function is called.
+func (e *env) lead(c *clock.Trusted) (stop func()) {
+	ctx, cancel := context.WithCancel(e.t.Context())
+	done := make(chan error, 1)
+	go func() { done <- c.Lead(ctx, meta.Absent("/no/such/key")) }()
+	virtual.Wait()
+	stopped := false
+	stop = func() {
+		if stopped {
+			return
+		}
+		stopped = true
+		cancel()
+		if err := <-done; err != nil {
+			e.t.Error(err)
+		}
+	}
+	e.t.Cleanup(stop)
+	return stop
+}
+
+func (e *env) judge(c *clock.Trusted) time.Time {
+	e.t.Helper()
+	now, err := c.Judge(e.t.Context())
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	return now
+}
+
+func (e *env) stamp(c *clock.Trusted) time.Time {
+	e.t.Helper()
+	now, err := c.Stamp(e.t.Context())
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	return now
+}
+
+func (e *env) untrusted(c *clock.Trusted, stamps bool) {
+	e.t.Helper()
+	if _, err := c.Judge(e.t.Context()); !errors.Is(err, clock.ErrUntrusted) || !strings.Contains(err.Error(), "recover --clock") {
+		e.t.Errorf("judge: %v, want ErrUntrusted with the way out", err)
+	}
+	if _, err := c.Stamp(e.t.Context()); (err == nil) != stamps || err != nil && !errors.Is(err, clock.ErrUntrusted) {
+		e.t.Errorf("stamp: %v, stamps are given = %v", err, stamps)
+	}
+}
+
+func near(t *testing.T, got, want time.Time) {
+	t.Helper()
+	if d := got.Sub(want).Abs(); d > 2*time.Second {
+		t.Errorf("reading %v is %v from %v", got, d, want)
+	}
+}
+
+func TestReadings(t *testing.T) {
+	for _, c := range []struct {
+		name              string
+		own               time.Duration // against the store's clock
+		store             bool
+		wantStamp, wantBy time.Duration // against the store's clock
+	}{
+		{"ahead within a minute", 40 * time.Second, true, 40 * time.Second, 0},
+		{"behind within a minute", -40 * time.Second, true, 0, -40 * time.Second},
+		{"far behind", -2 * time.Hour, true, 0, 0},
+		{"far ahead", 10 * time.Minute, true, 0, 0},
+		{"alone", 10 * time.Minute, false, 10 * time.Minute, 10 * time.Minute},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			inEnv(t, func(t *testing.T, e *env) {
+				p := e.process(&host{off: c.own}, "a", c.store)
+				near(t, e.stamp(p), time.Now().Add(c.wantStamp))
+				near(t, e.judge(p), time.Now().Add(c.wantBy))
+				near(t, p.Display(), time.Now().Add(c.wantStamp))
+				if skew := p.Skew(); c.store && (skew-c.own).Abs() > time.Second {
+					t.Errorf("skew = %v", skew)
+				}
+				time.Sleep(time.Hour)
+				near(t, e.stamp(p), time.Now().Add(c.wantStamp))
+				want := 0
+				if c.store && c.own.Abs() > time.Minute {
+					want = 1
+				}
+				if n := e.logs.FilterMessageSnippet("over a minute off").Len(); n != want {
+					t.Errorf("logged %d times, want %d", n, want)
+				}
+			})
+		})
+	}
+}
+
+// What two replicas stamp and judge never ends early.
+func TestReadingsOfTwoReplicas(t *testing.T) {
+	offs := []time.Duration{-time.Hour, -50 * time.Second, 0, 50 * time.Second, time.Hour}
+	for _, a := range offs {
+		for _, b := range offs {
+			inEnv(t, func(t *testing.T, e *env) {
+				stamp := e.stamp(e.process(&host{off: a}, "a", true))
+				if judge := e.judge(e.process(&host{off: b}, "b", true)); judge.After(stamp.Add(2 * time.Second)) {
+					t.Errorf("%v, %v: judged %v after the stamp", a, b, judge.Sub(stamp))
+				}
+			})
+		}
+	}
+}
+
+func TestReadingsAreCached(t *testing.T) {
+	inEnv(t, func(t *testing.T, e *env) {
+		p := e.process(&host{}, "a", true)
+		for range 1000 {
+			e.stamp(p)
+			e.judge(p)
+		}
+		if n := e.store.Calls(object.OpNow); n != 1 {
+			t.Errorf("%d requests for the store's clock", n)
+		}
+	})
+}
+
+func TestStep(t *testing.T) {
+	for _, c := range []struct {
+		name       string
+		own, other time.Duration // by how much the clocks move
+		store      bool
+		stops      bool
+	}{
+		{"a year forward", 365 * 24 * time.Hour, 0, false, true},
+		{"two minutes forward", 2 * time.Minute, 0, false, true},
+		{"two minutes backward", -2 * time.Minute, 0, false, true},
+		{"half a minute", 30 * time.Second, 0, false, false},
+		{"both clocks of one host", 365 * 24 * time.Hour, 365 * 24 * time.Hour, true, true},
+		{"the store's alone", 0, time.Hour, true, true},
+		{"the own one, beside a steady store", time.Hour, 0, true, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			inEnv(t, func(t *testing.T, e *env) {
+				h := &host{}
+				p := e.process(h, "a", c.store)
+				stop := e.lead(p)
+				e.judge(p)
+				h.off += c.own
+				e.storeOff += c.other
+				if c.store { // else the process sees it at once
+					time.Sleep(time.Minute)
+				}
+				if !c.stops {
+					near(t, e.judge(p), time.Now().Add(c.own*time.Duration(map[bool]int{true: 0, false: 1}[c.store])))
+					return
+				}
+				e.untrusted(p, false)
+				time.Sleep(2 * time.Minute)
+				if e.logs.FilterMessage("the clock is stopped").Len() != 1 {
+					t.Errorf("logs: %v", e.logs.All())
+				}
+				if p.Stopped() == "" {
+					t.Error("Stopped says nothing")
+				}
+				// It is durable, also when the clock steps back.
+				stop()
+				e.untrusted(e.process(&host{off: h.off}, "b", c.store), false)
+			})
+		})
+	}
+}
+
+// A host that sleeps is not one whose clock steps.
+func TestSuspend(t *testing.T) {
+	inEnv(t, func(t *testing.T, e *env) {
+		h := &host{}
+		p := e.process(h, "a", false)
+		e.lead(p)
+		h.slept = 8 * time.Hour
+		near(t, e.judge(p), time.Now().Add(8*time.Hour))
+		time.Sleep(2 * time.Minute)
+		e.judge(p)
+	})
+}
+
+func TestDowntime(t *testing.T) {
+	for _, c := range []struct {
+		down  time.Duration // as the wall clock has it
+		stops bool
+	}{
+		{30 * 24 * time.Hour, false},
+		{36 * 24 * time.Hour, true},
+		{-30 * time.Second, false},
+		{-2 * time.Minute, true},
+	} {
+		t.Run(c.down.String(), func(t *testing.T) {
+			inEnv(t, func(t *testing.T, e *env) {
+				stop := e.lead(e.process(&host{}, "a", false))
+				stop()
+				p := e.process(&host{off: c.down}, "b", false)
+				if !c.stops {
+					e.judge(p)
+					e.lead(p)
+					e.judge(p)
+					return
+				}
+				e.untrusted(p, c.down > 0)
+				e.lead(p)
+				e.untrusted(p, c.down > 0)
+			})
+		})
+	}
+}
+
+func TestRecover(t *testing.T) {
+	inEnv(t, func(t *testing.T, e *env) {
+		h := &host{}
+		p := e.process(h, "a", false)
+		if was, _, err := p.Recover(t.Context()); was || err != nil || len(e.keys()) != 0 {
+			t.Errorf("recover of a clock that is not stopped: %v, %v, %v", was, err, e.keys())
+		}
+		e.lead(p)
+		h.off = time.Hour
+		time.Sleep(time.Minute)
+		e.untrusted(p, false)
+		other := e.process(&host{off: time.Hour}, "b", false)
+		was, now, err := other.Recover(t.Context())
+		if !was || err != nil {
+			t.Fatal(was, err)
+		}
+		near(t, now, time.Now().Add(time.Hour))
+		near(t, e.judge(p), now)
+		if was, _, err := p.Recover(t.Context()); was || err != nil {
+			t.Errorf("a repeat: %v, %v", was, err)
+		}
+		time.Sleep(time.Hour)
+		e.judge(p)
+	})
+}
+
+func (e *env) keys() []meta.KeyValue {
+	e.t.Helper()
+	res, err := e.kv.Range(e.t.Context(), meta.Range{From: keys.Clock, To: keys.Clock + "\x00"})
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	return res.KVs
+}
+
+func TestDayOfSteadyClocks(t *testing.T) {
+	inEnv(t, func(t *testing.T, e *env) {
+		h := &host{}
+		p := e.process(h, "a", false)
+		stop := e.lead(p)
+		h.off = time.Hour
+		time.Sleep(12 * time.Hour)
+		h.off = 0 // another step: the day begins again
+		time.Sleep(13 * time.Hour)
+		e.untrusted(p, false)
+		// What a leader counted counts for the next; what lies between does not.
+		stop()
+		time.Sleep(20 * time.Hour)
+		p = e.process(&host{}, "b", false)
+		e.lead(p)
+		time.Sleep(10 * time.Hour)
+		e.untrusted(p, false)
+		time.Sleep(2 * time.Hour)
+		near(t, e.judge(p), time.Now())
+		if e.logs.FilterMessageSnippet("a day of steady clocks").FilterLevelExact(zap.InfoLevel).Len() != 1 {
+			t.Errorf("logs: %v", e.logs.All())
+		}
+	})
+}
+
+// A process whose counter stood still, as in a virtual machine that was paused,
+// stops nobody else.
+func TestPausedProcess(t *testing.T) {
+	inEnv(t, func(t *testing.T, e *env) {
+		e.lead(e.process(&host{}, "a", true))
+		h := &host{}
+		p := e.process(h, "b", true)
+		e.judge(p)
+		time.Sleep(time.Hour)
+		h.base = h.base.Add(time.Hour) // its elapsed time lacks the hour
+		near(t, e.judge(p), time.Now())
+	})
+}
+
+func TestSilentStore(t *testing.T) {
+	inEnv(t, func(t *testing.T, e *env) {
+		silent := false
+		e.store.Plan(func(object.Call) object.Fault {
+			if silent {
+				return object.FaultBefore
+			}
+			return object.FaultNone
+		})
+		silent = true
+		p := e.process(&host{off: -time.Hour}, "a", true)
+		if _, err := p.Stamp(t.Context()); !errors.Is(err, object.ErrUnavailable) {
+			t.Errorf("stamp without a measurement: %v", err)
+		}
+		silent = false
+		e.stamp(p)
+		silent = true
+		time.Sleep(23 * time.Hour)
+		near(t, e.stamp(p), time.Now())
+		time.Sleep(2 * time.Hour)
+		if _, err := p.Stamp(t.Context()); !errors.Is(err, object.ErrUnavailable) {
+			t.Errorf("stamp by a measurement of 25 h: %v", err)
+		}
+		silent = false
+		e.stamp(p)
+	})
+}
+
+// A step that could not be written is not forgotten.
+func TestStopWithoutAnswer(t *testing.T) {
+	inEnv(t, func(t *testing.T, e *env) {
+		h := &host{}
+		kv := meta.NewFaulty(e.kv)
+		h.base = time.Now()
+		p := clock.New(clock.Options{KV: kv, Clock: h, Replica: "a"})
+		e.lead(p)
+		h.off = time.Hour
+		kv.FailNth(0, meta.Before, meta.MethodTxn)
+		time.Sleep(time.Minute)
+		e.untrusted(p, false)
+		time.Sleep(time.Minute)
+		e.untrusted(e.process(&host{off: time.Hour}, "b", false), false)
+	})
+}
+
+func TestSystem(t *testing.T) {
+	c := clock.System{}
+	a := c.Elapsed()
+	if b := c.Elapsed(); b < a || a <= 0 {
+		t.Errorf("elapsed went from %v to %v", a, b)
+	}
+	near(t, c.Now(), time.Now())
+}
