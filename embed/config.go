@@ -24,6 +24,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 )
 
@@ -113,6 +114,11 @@ type Config struct {
 	// RestoreStallTimeout is how long a restore waits for a store that does not
 	// answer while none of its files is finished, before it is given up. Default: 24h.
 	RestoreStallTimeout Duration `json:"restore_stall_timeout"`
+
+	// ClockMaxDowntime is for how long no server may have run before the time that
+	// has passed is taken for a clock that stepped: then nothing expires until
+	// `snapshotctl recover --clock`. Default: 840h, which is 35 days.
+	ClockMaxDowntime Duration `json:"clock_max_downtime"`
 
 	// Collector says whether the leader deletes by itself what nothing needs any
 	// more: "on" or "off". With "off" it makes no rounds and no sweeps; snapshots
@@ -253,6 +259,7 @@ func (c *Config) spans() []span {
 		{"grace", &c.Grace, "1ms", "24h"},
 		{"keep_restores", &c.KeepRestores, "1m", "ten years"},
 		{"restore_stall_timeout", &c.RestoreStallTimeout, "1m", "ten years"},
+		{"clock_max_downtime", &c.ClockMaxDowntime, "1h", "ten years"},
 		{"collect_tolerance", &c.CollectTolerance, "1ms", "ten years"},
 		{"orphan_grace", &c.OrphanGrace, "1h", "ten years"},
 		{"sweep_interval", &c.SweepInterval, "1s", "ten years"},
@@ -305,6 +312,7 @@ func Default() Config {
 		CopyInFlight:        32,
 		KeepRestores:        Duration(7 * 24 * time.Hour),
 		RestoreStallTimeout: Duration(24 * time.Hour),
+		ClockMaxDowntime:    Duration(clock.DefaultMaxDowntime),
 		Collector:           collectorOn,
 		CollectTolerance:    Duration(3 * time.Hour),
 		CollectInterval:     Duration(time.Minute),
@@ -344,6 +352,7 @@ func (c Config) complete() Config {
 	orElse(&c.CopyInFlight, d.CopyInFlight)
 	orElse(&c.KeepRestores, d.KeepRestores)
 	orElse(&c.RestoreStallTimeout, d.RestoreStallTimeout)
+	orElse(&c.ClockMaxDowntime, d.ClockMaxDowntime)
 	orElse(&c.Collector, d.Collector)
 	switch c.Collector { // as YAML reads them without quotes
 	case "true":
@@ -415,6 +424,7 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.Var(spanFlag{&c.KeepRestores, "keep_restores"}, "keep-restores", "how long restore jobs are kept after their end")
 	fs.Var(spanFlag{&c.RestoreStallTimeout, "restore_stall_timeout"}, "restore-stall-timeout",
 		"how long a restore waits for a store that does not answer while none of its files is finished")
+	fs.Var(spanFlag{&c.ClockMaxDowntime, "clock_max_downtime"}, "clock-max-downtime", "how long no server may have run before the clock counts as one that stepped")
 	fs.StringVar(&c.Collector, "collector", c.Collector, "whether the leader deletes by itself what nothing needs any more: on or off, with which it still removes snapshots that were dropped or expired")
 	fs.Var(spanFlag{&c.CollectTolerance, "collect_tolerance"}, "collect-tolerance", "how long ago a thing must have been dropped before the collector takes it")
 	fs.Var(spanFlag{&c.CollectInterval, "collect_interval"}, "collect-interval", "between two rounds of the collector")

@@ -40,6 +40,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/server"
 	"github.com/snapshotd/snapshotd/internal/store/admit"
+	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -217,12 +218,20 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	for alias, s := range p.stores {
 		stores[alias], ready[alias] = s, s.Ready()
 	}
+	timeOptions := clock.Options{
+		KV: kv, Clock: clock.System{}, Alias: cfg.SnapshotStore, Replica: cfg.Replica, Log: log.Named("clock"),
+		MaxDowntime: time.Duration(cfg.ClockMaxDowntime),
+	}
+	if cfg.ObjectStores[cfg.SnapshotStore].Type == typeS3 { // a directory has the clock of this host
+		timeOptions.Store = stores[cfg.SnapshotStore]
+	}
+	trusted := clock.New(timeOptions)
 	requests := request.NewLeases(kv, time.Now)
 	age := epoch.New(epoch.Options{
 		KV: kv, Store: stores[cfg.SnapshotStore], Cluster: p.cluster.ID, Now: time.Now, Rand: rand.Reader, Log: log.Named("epoch"),
 	})
 	cat := catalog.New(catalog.Options{
-		KV: kv, Now: time.Now, Rand: rand.Reader, Requests: requests, RaiseIDs: age.Raise,
+		KV: kv, Now: time.Now, Stamp: trusted.Stamp, Rand: rand.Reader, Requests: requests, RaiseIDs: age.Raise,
 		HasStore: func(alias string) bool { _, ok := stores[alias]; return ok },
 		Held:     catalog.ReadHeld(stores), AllowReserve: cfg.AllowReserveIDs,
 	})
@@ -230,7 +239,7 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	p.manager, err = manager.New(manager.Options{
 		KV: kv, Catalog: cat, Cluster: p.cluster, Stores: stores, Ready: ready, SnapshotStore: cfg.SnapshotStore, Requests: requests, Epoch: age,
 		Features: func(alias string) (probe.Features, error) { return p.stores[alias].Features() },
-		Replica:  cfg.Replica, Release: cfg.Version, Now: time.Now, Rand: rand.Reader, Log: log.Named("manager"),
+		Replica:  cfg.Replica, Release: cfg.Version, Now: time.Now, Clock: trusted, Rand: rand.Reader, Log: log.Named("manager"),
 		CreateTimeout: time.Duration(cfg.CreateTimeout), LeaseTTL: time.Duration(cfg.CreateLeaseTTL),
 		LeaderTTL: time.Duration(cfg.LeaderTTL), MaxCreates: cfg.MaxCreates,
 		RestoreSlots: cfg.RestoreSlots, CopyInFlight: cfg.CopyInFlight, KeepRestores: time.Duration(cfg.KeepRestores),

@@ -45,12 +45,13 @@ var (
 	orphansDesc    = prometheus.NewDesc("snapshotd_gc_orphans", "Objects under snapshotd's own prefixes that nothing knows and that stay, as of the last sweep that this replica made as the leader: waiting for orphan_grace, lost with a metadata store that went back in time, or foreign.", []string{"state"}, nil)
 	behindDesc     = prometheus.NewDesc("snapshotd_metadata_behind", "1 while the metadata store is older than what it wrote into the object store: nothing is allocated and deleted.", nil, nil)
 	storeReadyDesc = prometheus.NewDesc("snapshotd_object_store_ready", "1 once the object store has answered since the start and is known to be the cluster's; 0: calls that need it are refused.", []string{"store"}, nil)
-	skewDesc       = prometheus.NewDesc("snapshotd_clock_skew_seconds", "How far this host's clock and the object store's are apart.", nil, nil)
+	skewDesc       = prometheus.NewDesc("snapshotd_clock_skew_seconds", "How far this host's clock is ahead of the object store's; 0 where that is a directory of this host.", nil, nil)
+	clockDesc      = prometheus.NewDesc("snapshotd_clock_stopped", "1 while this replica does not trust the clock: one has stepped, and nothing expires and nothing is collected.", nil, nil)
 )
 
 func (s stats) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		snapshotsDesc, leaderDesc, createsDesc, unreadable, skewDesc, referencesDesc, referenced, tombstonesDesc, oldestDesc, pinsDesc, restoresDesc, workersDesc, tasksDesc,
+		snapshotsDesc, leaderDesc, createsDesc, unreadable, skewDesc, clockDesc, referencesDesc, referenced, tombstonesDesc, oldestDesc, pinsDesc, restoresDesc, workersDesc, tasksDesc,
 		deletedObjects, deletedBytes, unitsDesc, stoppedDesc, lastRoundDesc, lastSweepDesc, orphansDesc, behindDesc, storeReadyDesc,
 	} {
 		ch <- d
@@ -81,6 +82,11 @@ func (s stats) Collect(ch chan<- prometheus.Metric) {
 	gauge(createsDesc, float64(now.Creates))
 	gauge(unreadable, float64(now.Unreadable))
 	gauge(skewDesc, now.ClockSkew.Seconds())
+	stopped := 0.
+	if now.ClockStopped {
+		stopped = 1
+	}
+	gauge(clockDesc, stopped)
 	gauge(pinsDesc, float64(now.Pins))
 	restores := s.manager.Jobs().Stats()
 	for state, n := range restores.Jobs {

@@ -180,9 +180,12 @@ func CheckName(field, name string) error {
 
 // Options are what a Catalog needs.
 type Options struct {
-	KV   meta.KV
-	Now  func() time.Time
-	Rand io.Reader
+	KV  meta.KV
+	Now func() time.Time
+	// Stamp returns the time at which a thing is dropped, which the collector judges
+	// later, perhaps in another replica. Nil: Now.
+	Stamp func(ctx context.Context) (time.Time, error)
+	Rand  io.Reader
 	// HasStore says whether an object store of that alias is configured.
 	HasStore func(alias string) bool
 	Requests *request.Leases
@@ -203,6 +206,7 @@ type Options struct {
 type Catalog struct {
 	kv       meta.KV
 	now      func() time.Time
+	stamp    func(ctx context.Context) (time.Time, error)
 	rand     io.Reader
 	hasStore func(string) bool
 	requests *request.Leases
@@ -218,8 +222,11 @@ func New(o Options) *Catalog {
 	if o.Jitter == nil {
 		o.Jitter = rand.Float64
 	}
+	if o.Stamp == nil {
+		o.Stamp = func(context.Context) (time.Time, error) { return o.Now(), nil }
+	}
 	c := &Catalog{
-		kv: o.KV, now: o.Now, rand: o.Rand, hasStore: o.HasStore, requests: o.Requests, held: o.Held,
+		kv: o.KV, now: o.Now, stamp: o.Stamp, rand: o.Rand, hasStore: o.HasStore, requests: o.Requests, held: o.Held,
 		jitter: o.Jitter, allowReserve: o.AllowReserve,
 	}
 	c.ids = newAllocator(o.KV, o.RaiseIDs, c.pause)

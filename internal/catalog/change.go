@@ -82,7 +82,8 @@ func (c *Catalog) SetCheckpoints(ctx context.Context, ref Ref, checkpoints []Che
 type swapPlan struct {
 	collection int64
 	op         string
-	now        time.Time
+	now        time.Time // that units are dropped at
+	drops      bool      // there is a unit
 	rules      rules
 	txn        meta.Txn
 	newIDs     []newID // that the swap registers
@@ -109,7 +110,11 @@ func (c *Catalog) planSwap(ctx context.Context, ref *Ref, swap Swap) (plan, erro
 			return plan{}, err
 		}
 	}
-	p := &swapPlan{collection: col.ID, now: c.now(), rules: rules{view}}
+	p := &swapPlan{collection: col.ID, rules: rules{view}}
+	var stampErr error // of one that turns out to drop something
+	if len(swap.Drop)+len(swap.Update) > 0 {
+		p.now, stampErr = c.stamp(ctx)
+	}
 	p.txn.If = []meta.Cond{unchanged}
 	if p.op, err = record.NewOp(c.rand); err != nil {
 		return plan{}, err
@@ -162,6 +167,9 @@ func (c *Catalog) planSwap(ctx context.Context, ref *Ref, swap Swap) (plan, erro
 		if err := p.add(fmt.Sprintf("outputs[%d]", i), &swap.Add[i]); err != nil {
 			return plan{}, err
 		}
+	}
+	if p.drops && stampErr != nil {
+		return plan{}, fmt.Errorf("the time of the drop: %w", stampErr)
 	}
 	if err := c.checkTaken(ctx, p); err != nil {
 		return plan{}, err
@@ -254,7 +262,7 @@ func (c *Catalog) readSegments(ctx context.Context, collection int64, ids []int6
 // unit puts the record of a dropped unit, which must not be there yet: that of
 // another would be lost with it, and its files never reclaimed.
 func (p *swapPlan) unit(id int64, u *storagev1.Unit) {
-	u.Format, u.Op, u.DropTime = record.Format, p.op, p.now.UnixNano()
+	u.Format, u.Op, u.DropTime, p.drops = record.Format, p.op, p.now.UnixNano(), true
 	key := keys.Unit(p.collection, id)
 	p.txn.Then = append(p.txn.Then, meta.Put(key, record.Encode(u)))
 	p.taken = append(p.taken, taken{key, true, func(meta.KeyValue) error {

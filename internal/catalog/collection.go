@@ -354,7 +354,10 @@ func (c *Catalog) DropCollection(ctx context.Context, tok request.Token, ref Ref
 			return plan{}, err
 		}
 		unchanged := meta.Unchanged(keys.Collection(col.ID), col.Revision)
-		col.State, col.DropTime = Dropping, c.now()
+		col.State = Dropping
+		if col.DropTime, err = c.stamp(ctx); err != nil {
+			return plan{}, fmt.Errorf("the time of the drop: %w", err)
+		}
 		return plan{
 			txn: meta.Txn{
 				If: []meta.Cond{unchanged},

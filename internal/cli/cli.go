@@ -350,8 +350,13 @@ func (a *app) infoCommand() *cobra.Command {
 					"snapshot store", resp.GetSnapshotStore(),
 				}
 				// Without an answer it is not known, and the rest is shown.
-				if now, err := unary(ctx, a, c.Collector.GetCollectorStatus, &snapshotdv1.GetCollectorStatusRequest{}); err == nil && now.GetBlocked() != "" {
-					pairs = append(pairs, "blocked", "METADATA_BEHIND: "+now.GetBlocked())
+				if now, err := unary(ctx, a, c.Collector.GetCollectorStatus, &snapshotdv1.GetCollectorStatusRequest{}); err == nil {
+					if now.GetBlocked() != "" {
+						pairs = append(pairs, "blocked", "METADATA_BEHIND: "+now.GetBlocked())
+					}
+					if now.GetClockStopped() != "" {
+						pairs = append(pairs, "clock", "CLOCK_UNTRUSTED: "+now.GetClockStopped())
+					}
 				}
 				facts(w, "", pairs...)
 			})

@@ -198,6 +198,7 @@ var hints = map[string]string{
 	"CHANNEL_MISMATCH":           "give --channel as often as the snapshot has channels, or not at all; see them with `snapshotctl snapshot describe SNAPSHOT`",
 	"CHECKPOINT_MISSING":         "see which channel lacks one with `snapshotctl catalog get COLLECTION`, and set it with `snapshotctl catalog set-checkpoint --collection COLLECTION SHARD=TIMESTAMP`",
 	"CHECKPOINT_REGRESSION":      "a checkpoint only moves forward; see them with `snapshotctl catalog get COLLECTION`",
+	"CLOCK_UNTRUSTED":            "set the clocks of the server and of its object store right, then run `snapshotctl recover --clock`",
 	"COLLECTION_EXISTS":          "see it with `snapshotctl catalog get COLLECTION`, or choose another name",
 	"COLLECTION_MISMATCH":        "the name stands for another collection by now; see it with `snapshotctl catalog get COLLECTION`",
 	"COLLECTION_NOT_ACTIVE":      "see its state with `snapshotctl catalog get COLLECTION`",

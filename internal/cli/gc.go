@@ -343,8 +343,11 @@ func renderCollector(w io.Writer, r *snapshotdv1.GetCollectorStatusResponse, pla
 	if r.GetStopUnits() > 0 {
 		at += fmt.Sprintf(", from %s on", count(r.GetStopUnits(), "unit"))
 	}
-	if r.GetBlocked() != "" {
+	switch {
+	case r.GetBlocked() != "":
 		blocked = r.GetBlocked()
+	case r.GetClockStopped() != "":
+		blocked = r.GetClockStopped()
 	}
 	facts(w, "",
 		"collector", enabled,

@@ -376,6 +376,33 @@ deleted: 1 object, 2.0 KiB
 			result{out: "\nthe metadata store was behind, and goes on; skipped 3996 ids, from 100 to 4095; the next is 4096\n"},
 		},
 		{
+			"clock stopped", "info",
+			map[string][]any{
+				"GetServerInfo":      {&snapshotdv1.GetServerInfoResponse{Version: "1", Leader: "r1", Stores: []string{"default"}}},
+				"GetCollectorStatus": {&snapshotdv1.GetCollectorStatusResponse{ClockStopped: "the clock stepped"}},
+			},
+			result{out: `
+version:        1
+cluster:        -
+replica:        -
+leader:         r1
+snapshot names: unique per unspecified
+stores:         default
+snapshot store: -
+clock:          CLOCK_UNTRUSTED: the clock stepped
+`},
+		},
+		{
+			"clock recovered", "recover --clock",
+			map[string][]any{"Recover": {&snapshotdv1.RecoverResponse{ClockWasStopped: true, ClockTime: timestamppb.New(time.Unix(0, 0))}}},
+			result{out: "\nthe clock is trusted again: it is 1970-01-01T00:00:00Z\n"},
+		},
+		{
+			"clock to recover that is trusted", "recover --clock",
+			map[string][]any{"Recover": {&snapshotdv1.RecoverResponse{ClockTime: timestamppb.New(time.Unix(0, 0))}}},
+			result{out: "\nnothing had to be done: the clock is trusted, it is 1970-01-01T00:00:00Z\n"},
+		},
+		{
 			"recovered without ids", "recover",
 			map[string][]any{"Recover": {&snapshotdv1.RecoverResponse{WasBehind: true, NextId: 100, SkippedFrom: 100}}},
 			result{out: "\nthe metadata store was behind, and goes on; no ids had to be skipped, the next is 100\n"},
@@ -420,7 +447,8 @@ func TestGCRequests(t *testing.T) {
 		"gc orphans --collection docs --delete --grace 2d":     &snapshotdv1.DeleteOrphansRequest{Collection: docs, Grace: durationpb.New(48 * time.Hour)},
 		"gc orphans --collection docs --delete --grace 1h":     &snapshotdv1.DeleteOrphansRequest{Collection: docs, Grace: durationpb.New(time.Hour)},
 		"gc orphans --collection docs --delete --grace 1h30m ": &snapshotdv1.DeleteOrphansRequest{Collection: docs, Grace: durationpb.New(90 * time.Minute)},
-		"recover": &snapshotdv1.RecoverRequest{},
+		"recover":         &snapshotdv1.RecoverRequest{},
+		"recover --clock": &snapshotdv1.RecoverRequest{Clock: true},
 	} {
 		s := &server{answers: map[string][]any{
 			"Collect": {&snapshotdv1.CollectResponse{Summary: round()}}, "GetCollectorStatus": {&snapshotdv1.GetCollectorStatusResponse{}},

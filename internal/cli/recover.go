@@ -3,6 +3,7 @@ package cli
 import (
 	"context"
 	"io"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -10,7 +11,7 @@ import (
 )
 
 func (a *app) recoverCommand() *cobra.Command {
-	var force bool
+	var force, clock bool
 	cmd := &cobra.Command{
 		Use:   "recover",
 		Short: "Lets a cluster go on whose metadata store was restored from a backup",
@@ -25,23 +26,45 @@ not behind, so that it can be repeated.
 
 What etcd lost between two notes in the object store, up to a minute, goes
 unnoticed. After you have restored etcd always run it with --force: then ids are
-skipped whether or not anything was noticed.`,
-		Example: "  snapshotctl recover --force",
+skipped whether or not anything was noticed.
+
+With --clock it does none of that. It says that the clocks of the servers and of
+the object store are right now, after one of them stepped or the cluster was down
+for longer than clock_max_downtime. Until then, or until the clocks have been steady
+for a day, nothing expires and nothing is collected.`,
+		Example: "  snapshotctl recover --force\n  snapshotctl recover --clock",
 		Args:    args(),
 		RunE: a.run(func(ctx context.Context, _ []string) error {
 			c, err := a.connect()
 			if err != nil {
 				return err
 			}
-			resp, err := unary(ctx, a, c.Collector.Recover, &snapshotdv1.RecoverRequest{Force: force})
+			resp, err := unary(ctx, a, c.Collector.Recover, &snapshotdv1.RecoverRequest{Force: force, Clock: clock})
 			if err != nil {
 				return err
 			}
-			return a.print(resp, func(w io.Writer) { renderRecovery(w, resp) })
+			return a.print(resp, func(w io.Writer) {
+				if clock {
+					renderClockRecovery(w, resp)
+				} else {
+					renderRecovery(w, resp)
+				}
+			})
 		}),
 	}
 	cmd.Flags().BoolVar(&force, "force", false, "skip ids also where nobody noticed that the metadata store is behind")
+	cmd.Flags().BoolVar(&clock, "clock", false, "trust the clocks as they are now, and do nothing else")
+	cmd.MarkFlagsMutuallyExclusive("force", "clock")
 	return cmd
+}
+
+func renderClockRecovery(w io.Writer, r *snapshotdv1.RecoverResponse) {
+	now := r.GetClockTime().AsTime().Format(time.RFC3339)
+	if r.GetClockWasStopped() {
+		put(w, "the clock is trusted again: it is %s\n", now)
+		return
+	}
+	put(w, "nothing had to be done: the clock is trusted, it is %s\n", now)
 }
 
 func renderRecovery(w io.Writer, r *snapshotdv1.RecoverResponse) {

@@ -112,6 +112,11 @@ func (h *jobHandler) Reset(kvs []meta.KeyValue, _ int64) {
 	for id, r := range b.rows { // what was told stays told
 		if o := old[id]; o != nil {
 			r.shown, r.samples = o.shown, o.samples
+			for number, t := range r.tasks {
+				if seen := o.tasks[number]; seen != nil && seen.revision == t.revision {
+					t.seen = seen.seen
+				}
+			}
 		}
 	}
 	b.changed()
@@ -155,6 +160,7 @@ func (b *board) put(kv meta.KeyValue) {
 	case strings.HasPrefix(kv.Key, keys.AllTasksPrefix):
 		var t *task
 		if t, err = decodeTask(kv); err == nil {
+			t.seen = b.o.Clock.Elapsed()
 			b.row(t.job).setTask(t)
 		}
 	case strings.HasPrefix(kv.Key, keys.AllProgressPrefix):

@@ -212,7 +212,7 @@ func (a *attempt) transfer(ctx context.Context, files []*fileCopy) error {
 	}
 	order := slices.Clone(files)
 	slices.SortStableFunc(order, func(x, y *fileCopy) int { return cmp.Compare(y.from.Size, x.from.Size) })
-	progress := &progress{attempt: a, last: a.worker.o.Now()}
+	progress := &progress{attempt: a, last: a.worker.o.Clock.Elapsed()}
 	a.progress = progress
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(a.worker.o.CopyInFlight)
@@ -376,8 +376,8 @@ type progress struct {
 	mu    sync.Mutex
 	files int64
 	bytes int64
-	last  time.Time
-	more  time.Time // when it last finished more files than any attempt before; zero: it has not
+	last  time.Duration // elapsed
+	more  time.Time     // when it last finished more files than any attempt before; zero: it has not
 }
 
 // finished returns how many files the attempt has finished, and when that last was
@@ -396,11 +396,11 @@ func (p *progress) add(ctx context.Context, bytes int64) {
 	p.mu.Lock()
 	p.files++
 	p.bytes += bytes
-	a, now := p.attempt, p.attempt.worker.o.Now()
+	a, now := p.attempt, p.attempt.worker.o.Clock.Elapsed()
 	if p.files > a.task.finished {
-		p.more = now
+		p.more = a.worker.o.Clock.Display()
 	}
-	if now.Sub(p.last) < progressEvery {
+	if now-p.last < progressEvery {
 		p.mu.Unlock()
 		return
 	}

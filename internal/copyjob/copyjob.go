@@ -102,6 +102,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
@@ -143,8 +144,11 @@ type Options struct {
 	Requests *request.Leases
 	Replica  string
 	Now      func() time.Time
-	Rand     io.Reader
-	Log      *zap.Logger
+	// Clock judges deadlines, and measures the time between two tries. Nil: one over
+	// Now, without another clock to compare it with.
+	Clock *clock.Trusted
+	Rand  io.Reader
+	Log   *zap.Logger
 
 	Slots        int           // tasks that this replica works on at once; default 8; negative: none
 	CopyInFlight int           // objects that it copies at once; default 32
@@ -197,6 +201,9 @@ func New(o Options) *Jobs {
 	}
 	if o.Deleted == nil {
 		o.Deleted = func(int64, int64) {}
+	}
+	if o.Clock == nil {
+		o.Clock = clock.New(clock.Options{KV: o.KV, Clock: clock.Of(o.Now), Replica: o.Replica, Log: o.Log})
 	}
 	j := &Jobs{o: o, kv: o.KV, log: o.Log}
 	j.board = newBoard(&j.o)

@@ -45,25 +45,41 @@ const stalled = "STALLED"
 // failure of the task, unless it is always so.
 const maxTaskAttempts = 200
 
+// moment is the time of a decision.
+type moment struct {
+	// judged is the time that deadlines are judged by; zero: the clock is not
+	// trusted, and no deadline has come.
+	judged  time.Time
+	elapsed time.Duration
+}
+
+// untrustedWait is between two looks at deadlines while the clock is not trusted.
+const untrustedWait = 5 * time.Second
+
 // decide looks at all jobs and says what is to be done, the jobs of the highest
 // priority first, then the oldest, and how long there is nothing more unless
 // something changes. It is a function of the board and the time.
-func (b *board) decide(now time.Time) (list []decision, next time.Duration) {
+func (b *board) decide(at moment) (list []decision, next time.Duration) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	next = b.o.Resync
-	until := func(at time.Time) bool {
-		left := at.Sub(now)
+	after := func(left time.Duration) bool {
 		if left > 0 {
 			next = min(next, left)
 		}
 		return left <= 0
 	}
+	until := func(t time.Time) bool {
+		if at.judged.IsZero() { // looked at again soon
+			return after(untrustedWait)
+		}
+		return after(t.Sub(at.judged))
+	}
 	for _, r := range b.rows {
 		if r.job == nil {
 			continue
 		}
-		if d := b.decideJob(r, until); d.step != stepNone {
+		if d := b.decideJob(r, until, func(t *task) bool { return after(t.pause() - (at.elapsed - t.seen)) }); d.step != stepNone {
 			list = append(list, d)
 		}
 	}
@@ -73,8 +89,9 @@ func (b *board) decide(now time.Time) (list []decision, next time.Duration) {
 	return list, next
 }
 
-// decideJob decides for one job. until says whether a time has come.
-func (b *board) decideJob(r *row, until func(time.Time) bool) decision {
+// decideJob decides for one job. until says whether a time has come, and ready
+// whether a task that failed may be tried again.
+func (b *board) decideJob(r *row, until func(time.Time) bool, ready func(*task) bool) decision {
 	job := r.job
 	d := decision{job: job}
 	giveUp := func(reason, format string, args ...any) decision {
@@ -118,7 +135,7 @@ func (b *board) decideJob(r *row, until func(time.Time) bool) decision {
 				t.attempt-t.unanswered, t.failures)
 		case int(t.failures) >= b.o.MaxFailures:
 			return giveUp("TOO_MANY_FAILURES", "gave up after %d failures, the last of which was: %s", t.failures, t.message)
-		case t.state == TaskPending && until(t.notBefore),
+		case t.state == TaskPending && ready(t),
 			t.state == TaskRunning && !b.isAssigned(t):
 			d.tasks = append(d.tasks, t)
 		}

@@ -14,6 +14,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/catalog/layout"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -24,6 +25,15 @@ import (
 
 var start = time.Unix(1_000_000, 0).UTC()
 
+// afterAll is start, long after all that is on a table was seen.
+var afterAll = moment{judged: start, elapsed: time.Hour}
+
+// still is a clock that stands.
+type still struct{}
+
+func (still) Now() time.Time         { return start }
+func (still) Elapsed() time.Duration { return 0 }
+
 // table is a board that is filled by hand.
 type table struct {
 	*board
@@ -32,7 +42,7 @@ type table struct {
 
 func newTable() *table {
 	return &table{board: newBoard(&Options{
-		Now: func() time.Time { return start }, Log: zap.NewNop(), Resync: time.Minute, MaxFailures: 3, Keep: time.Hour,
+		Now: still{}.Now, Clock: clock.New(clock.Options{Clock: still{}}), Log: zap.NewNop(), Resync: time.Minute, MaxFailures: 3, Keep: time.Hour,
 		StallTimeout: 24 * time.Hour,
 	})}
 }
@@ -121,9 +131,11 @@ func TestDecide(t *testing.T) {
 		"one not seen": {[]any{executing(Copy, 2), doneTask(0)}, stepNone, nil, "", time.Minute},
 		"all done":     {[]any{executing(Copy, 2), doneTask(0), doneTask(1)}, stepPublish, nil, "", time.Minute},
 		"sums differ":  {[]any{executing(Copy, 2), doneTask(0), short}, stepGiveUp, nil, "INTERNAL", time.Minute},
-		"a task waits": {[]any{executing(Copy, 2), doneTask(0), &task{job: 1, number: 1, state: TaskPending, notBefore: start.Add(5 * time.Second)}}, stepNone, nil, "", 5 * time.Second},
-		"its time has come": {
-			[]any{executing(Copy, 2), doneTask(0), &task{job: 1, number: 1, state: TaskPending, notBefore: start}}, stepAssign, []int64{1}, "", time.Minute,
+		"the clock of its worker was ahead": {
+			[]any{executing(Copy, 2), doneTask(0), &task{job: 1, number: 1, state: TaskPending, notBefore: start.Add(time.Hour)}},
+			stepAssign,
+			[]int64{1},
+			"", time.Minute,
 		},
 		"two are free": {
 			[]any{executing(Copy, 3), &task{job: 1, number: 2, state: TaskPending}, doneTask(0), &task{job: 1, number: 1, state: TaskPending}},
@@ -208,7 +220,7 @@ func TestDecide(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := newTable()
 			b.has(c.things...)
-			list, next := b.decide(start)
+			list, next := b.decide(afterAll)
 			if next != c.next {
 				t.Errorf("next in %v, want %v", next, c.next)
 			}
@@ -232,13 +244,38 @@ func TestDecide(t *testing.T) {
 	}
 }
 
+// A task that failed waits from when the leader saw the failure, longer each time.
+func TestDecideRetry(t *testing.T) {
+	for failures, wait := range map[uint32]time.Duration{0: 0, 1: 200 * time.Millisecond, 2: 400 * time.Millisecond} {
+		b := newTable()
+		b.has(executing(Copy, 1), &task{job: 1, state: TaskPending, failures: failures})
+		if list, next := b.decide(moment{start, wait - 1}); wait > 0 && (len(list) != 0 || next != 1) {
+			t.Errorf("%d failures, too early: %+v, next in %v", failures, list, next)
+		}
+		if list, _ := b.decide(moment{start, wait}); len(list) != 1 || list[0].step != stepAssign {
+			t.Errorf("%d failures: %+v after %v", failures, list, wait)
+		}
+	}
+}
+
+// While the clock is not trusted no deadline has come, and all else goes on.
+func TestDecideWithoutClock(t *testing.T) {
+	b := newTable()
+	b.has(with(executing(Prepare, 1), func(j *Job) { j.Deadline = start.Add(-time.Hour) }),
+		&Job{ID: 2, State: Failed, Phase: RollBack, EndTime: start.Add(-time.Hour)})
+	list, next := b.decide(moment{elapsed: time.Hour})
+	if len(list) != 1 || list[0].step != stepPrepare || next != untrustedWait {
+		t.Errorf("%+v, next in %v", list, next)
+	}
+}
+
 func TestDecideOrder(t *testing.T) {
 	b := newTable()
 	for id, priority := range map[int64]int{1: 0, 2: 5, 3: -1, 4: 5, 5: 0} {
 		b.has(&Job{ID: id, State: Pending, Priority: priority})
 	}
 	var ids []int64
-	list, _ := b.decide(start)
+	list, _ := b.decide(afterAll)
 	for _, d := range list {
 		ids = append(ids, d.job.ID)
 	}
@@ -392,7 +429,7 @@ func TestUnreadableRecords(t *testing.T) {
 		b.apply(meta.Event{Deleted: true, KV: meta.KeyValue{Key: "/job/task/x"}})
 	}
 	b.apply(meta.Event{KV: meta.KeyValue{Key: keys.Worker(2), Value: []byte("?")}})
-	if list, _ := b.decide(start); len(list) != 0 {
+	if list, _ := b.decide(afterAll); len(list) != 0 {
 		t.Errorf("%+v", list)
 	}
 	if s, _ := b.statusOf(1); s == nil {

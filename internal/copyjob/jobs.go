@@ -153,7 +153,7 @@ func (j *Jobs) Cancel(ctx context.Context, id int64) (*Status, error) {
 		if s, _ := j.board.statusOf(id); s != nil {
 			d.done, d.retries = s.Done, s.Retries
 		}
-		next := givenUp(d, j.o.Now())
+		next := givenUp(d, j.o.Clock.Display())
 		atCancel.Before()
 		res, err := j.kv.Txn(ctx, meta.Txn{
 			If: []meta.Cond{job.unchanged()}, Then: []meta.Op{meta.Put(keys.Job(id), next.Encode(op))},

@@ -16,6 +16,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/crashpoint"
 	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
@@ -168,6 +169,10 @@ func (l *leader) sweepLate(ctx context.Context, job *Job) error {
 		_, err := l.removeObjects(ctx, job)
 		return err
 	}
+	// Ages are by the stores' clocks, which may step with that of the host.
+	if _, trusted := l.o.Clock.Peek(); !trusted {
+		return fmt.Errorf("job %s: the clock is not trusted: %w", job, errYoung)
+	}
 	var removed, young atomic.Int64
 	err := l.places(ctx, job, func(ctx context.Context, m *layout.Mapping, at target) error {
 		now, err := at.store.Now(ctx)
@@ -202,13 +207,17 @@ func (l *leader) sweepLate(ctx context.Context, job *Job) error {
 	return nil
 }
 
+// endMargin is how far the time that a job ended at, a reading of the leader's, may
+// be behind the clock of a store.
+const endMargin = 2 * clock.Bound
+
 // lateUploads is before when, by the store's clock, which says now, the unfinished
 // uploads of a job were begun that has COMPLETED at end: an engine begins none
-// before that. The end is told by a leader's clock, which may be behind; so one
+// before that. The end may be behind the store's clock by endMargin; so one
 // that an engine begins in the minutes after the end counts as the job's, if it is
 // still open when the job is forgotten.
 func lateUploads(end, now time.Time) time.Time {
-	end, now = end.Add(object.MaxSkew), now.Add(-lateGrace)
+	end, now = end.Add(endMargin), now.Add(-lateGrace)
 	if end.Before(now) {
 		return end
 	}

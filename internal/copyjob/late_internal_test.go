@@ -15,7 +15,7 @@ func TestLateUploads(t *testing.T) {
 		want  bool          // it goes
 	}{
 		"long before":                      {-time.Hour, 48 * time.Hour, true},
-		"the leader is behind":             {4 * time.Minute, 48 * time.Hour, true},
+		"the leader is behind":             {90 * time.Second, 48 * time.Hour, true},
 		"an engine's":                      {time.Hour, 48 * time.Hour, false},
 		"young, and the job is not kept":   {-time.Minute, time.Minute, false},
 		"an hour old, the job is not kept": {-time.Minute, time.Hour, true},

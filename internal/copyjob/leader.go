@@ -45,18 +45,19 @@ type leader struct {
 	given map[int64]map[int64]int64 // by job and task: the revision of one that was assigned; the loop's alone
 
 	mu      sync.Mutex
-	busy    map[int64]bool      // jobs with a step under way
-	acted   map[int64]int64     // the revision of a job that was moved on
-	tries   map[int64]int       // steps of a job in a row that met trouble
-	wrong   map[int64]int       // those of them that no store was to blame for
-	retryAt map[int64]time.Time // when the next of them may be tried
-	waiting map[int64]time.Time // since when a store has not answered a step of a job
+	busy    map[int64]bool          // jobs with a step under way
+	acted   map[int64]int64         // the revision of a job that was moved on
+	tries   map[int64]int           // steps of a job in a row that met trouble
+	wrong   map[int64]int           // those of them that no store was to blame for
+	retryAt map[int64]time.Duration // elapsed when the next of them may be tried
+	waiting map[int64]time.Duration // elapsed since a store has not answered a step of a job
 }
 
 func newLeader(j *Jobs, term election.Term) *leader {
 	l := &leader{Jobs: j, fence: term.Fence(), wake: make(chan struct{}, 1)}
 	l.busy, l.acted, l.given = map[int64]bool{}, map[int64]int64{}, map[int64]map[int64]int64{}
-	l.tries, l.wrong, l.retryAt, l.waiting = map[int64]int{}, map[int64]int{}, map[int64]time.Time{}, map[int64]time.Time{}
+	l.tries, l.wrong = map[int64]int{}, map[int64]int{}
+	l.retryAt, l.waiting = map[int64]time.Duration{}, map[int64]time.Duration{}
 	l.steps.SetLimit(stepsInFlight)
 	return l
 }
@@ -80,8 +81,9 @@ func (l *leader) run(ctx context.Context) error {
 // pass looks at every job once, and returns how long there is nothing more to do
 // unless something changes.
 func (l *leader) pass(ctx context.Context) time.Duration {
-	now := l.o.Now()
-	list, next := l.board.decide(now)
+	now := l.o.Clock.Elapsed()
+	judged, _ := l.o.Clock.Peek()
+	list, next := l.board.decide(moment{judged, now})
 	slots := l.board.slots()
 	for _, d := range list {
 		if wait := l.mayAct(d.job, now); wait > 0 {
@@ -131,16 +133,17 @@ func (l *leader) isLast(job int64) bool {
 
 // orGiveUp is d, or that the job is given up when the step went wrong too often, or
 // waited for too long.
-func (l *leader) orGiveUp(d decision, now time.Time) decision {
+func (l *leader) orGiveUp(d decision, now time.Duration) decision {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	since, waits := l.waiting[d.job.ID]
 	next := decision{
 		step: stepGiveUp, job: d.job, outcome: Failed, message: l.board.lastError(d.job.ID), done: d.done, retries: d.retries,
 	}
 	switch {
 	case l.wrong[d.job.ID] >= maxWrong && (d.step == stepPrepare || d.step == stepPublish):
 		next.reason = "INTERNAL"
-	case d.step == stepPrepare && !l.waiting[d.job.ID].IsZero() && now.Sub(l.waiting[d.job.ID]) >= l.o.StallTimeout:
+	case d.step == stepPrepare && waits && now-since >= l.o.StallTimeout:
 		next.reason = stalled
 	default:
 		return d
@@ -150,13 +153,13 @@ func (l *leader) orGiveUp(d decision, now time.Time) decision {
 
 // mayAct says how long to wait before a job may be acted on; below zero it is for
 // something to change.
-func (l *leader) mayAct(job *Job, now time.Time) time.Duration {
+func (l *leader) mayAct(job *Job, now time.Duration) time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.busy[job.ID] || l.acted[job.ID] == job.Revision {
 		return -1
 	}
-	return max(0, l.retryAt[job.ID].Sub(now))
+	return max(0, l.retryAt[job.ID]-now)
 }
 
 func (l *leader) begin(job int64) bool {
@@ -190,18 +193,20 @@ func (l *leader) ended(ctx context.Context, d decision, err error) {
 		}
 	case ctx.Err() != nil:
 	case errors.Is(err, errYoung):
-		l.retryAt[d.job.ID] = l.o.Now().Add(lateGrace)
+		l.retryAt[d.job.ID] = l.o.Clock.Elapsed() + lateGrace
 	default:
 		wait := 10 * time.Millisecond << min(l.tries[d.job.ID], 10)
 		l.tries[d.job.ID]++
-		l.retryAt[d.job.ID] = l.o.Now().Add(wait)
+		l.retryAt[d.job.ID] = l.o.Clock.Elapsed() + wait
 		switch {
 		case errors.Is(err, errChanged):
 		case !isUnanswered(err):
 			l.wrong[d.job.ID]++
 			delete(l.waiting, d.job.ID)
-		case l.waiting[d.job.ID].IsZero():
-			l.waiting[d.job.ID] = l.o.Now()
+		default:
+			if _, waits := l.waiting[d.job.ID]; !waits {
+				l.waiting[d.job.ID] = l.o.Clock.Elapsed()
+			}
 		}
 		if !errors.Is(err, errChanged) {
 			l.log.Warn("a step of a restore met trouble and will be tried again", zap.Int64("job", d.job.ID),
@@ -220,18 +225,18 @@ func (l *leader) act(ctx context.Context, d decision) error {
 	switch d.step {
 	case stepBegin:
 		next := *d.job
-		next.State, next.Phase, next.StartTime = Executing, Prepare, l.o.Now()
+		next.State, next.Phase, next.StartTime = Executing, Prepare, l.o.Clock.Display()
 		return l.move(ctx, atBegin, d.job, &next)
 	case stepPrepare:
 		err := l.prepare(ctx, d.job)
 		if reason, permanent := classify(err, l.isLast(d.job.ID)); permanent {
 			d.outcome, d.reason, d.message = Failed, reason, err.Error()
-			return l.move(ctx, atGiveUp, d.job, givenUp(d, l.o.Now()))
+			return l.move(ctx, atGiveUp, d.job, givenUp(d, l.o.Clock.Display()))
 		}
 		return err
 	case stepGiveUp:
 		l.log.Warn("restore is given up", zap.Int64("job", d.job.ID), zap.String("reason", d.reason), zap.String("message", d.message))
-		return l.move(ctx, atGiveUp, d.job, givenUp(d, l.o.Now()))
+		return l.move(ctx, atGiveUp, d.job, givenUp(d, l.o.Clock.Display()))
 	case stepPublish:
 		return l.publish(ctx, d)
 	case stepRollBack:
@@ -301,7 +306,7 @@ func (l *leader) prepare(ctx context.Context, job *Job) error {
 		return l.move(ctx, atGiveUp, job, givenUp(decision{
 			job: job, outcome: Failed, reason: "TARGET_NOT_EMPTY",
 			message: there + " is where the target's files would go: something else uses ids of this cluster there; nothing was touched",
-		}, l.o.Now()))
+		}, l.o.Clock.Display()))
 	}
 	op, err := record.NewOp(l.o.Rand)
 	if err != nil {
@@ -492,7 +497,7 @@ func (l *leader) publish(ctx context.Context, d decision) error {
 		return fmt.Errorf("collection %s is %v by job %d, not being restored by %d", &col, col.State, col.Job, d.job.ID)
 	}
 	next := *d.job
-	next.State, next.Phase, next.EndTime, next.Done, next.Retries = Completed, Publish, l.o.Now(), d.done, d.retries
+	next.State, next.Phase, next.EndTime, next.Done, next.Retries = Completed, Publish, l.o.Clock.Display(), d.done, d.retries
 	op, err := record.NewOp(l.o.Rand)
 	if err != nil {
 		return err
@@ -566,7 +571,7 @@ func (l *leader) rollBack(ctx context.Context, job *Job) error {
 		}
 	}
 	next := *job
-	next.State, next.EndTime = job.Outcome, l.o.Now()
+	next.State, next.EndTime = job.Outcome, l.o.Clock.Display()
 	op, err := record.NewOp(l.o.Rand)
 	if err != nil {
 		return err

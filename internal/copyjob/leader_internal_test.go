@@ -38,9 +38,9 @@ func TestOrGiveUp(t *testing.T) {
 			b.has(executing(Copy, 1), &task{job: 1, state: TaskPending, message: "the last error"})
 			l := newLeader(&Jobs{o: *b.o, board: b.board}, election.Term{})
 			if l.wrong[1] = c.wrong; c.waits > 0 {
-				l.waiting[1] = start.Add(-c.waits)
+				l.waiting[1] = -c.waits
 			}
-			l.waiting[2], l.wrong[2] = start.Add(-240*time.Hour), 10*maxWrong // another job's
+			l.waiting[2], l.wrong[2] = -240*time.Hour, 10*maxWrong // another job's
 			d := decision{step: c.step, job: b.job(1), done: done, retries: 5, tasks: nil}
 			want := d
 			if c.reason != "" {
@@ -48,7 +48,7 @@ func TestOrGiveUp(t *testing.T) {
 					step: stepGiveUp, job: d.job, outcome: Failed, reason: c.reason, message: "the last error", done: done, retries: 5,
 				}
 			}
-			if diff := cmp.Diff(want, l.orGiveUp(d, start), cmp.AllowUnexported(decision{}), cmp.Comparer(func(x, y *Job) bool { return x == y })); diff != "" {
+			if diff := cmp.Diff(want, l.orGiveUp(d, 0), cmp.AllowUnexported(decision{}), cmp.Comparer(func(x, y *Job) bool { return x == y })); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})

@@ -238,7 +238,8 @@ type task struct {
 	attempt     uint32
 	failures    uint32
 	worker      int64
-	notBefore   time.Time
+	notBefore   time.Time     // for leaders of an older release
+	seen        time.Duration // elapsed when this replica first saw the record
 	reason      string
 	message     string
 	totals      segment.Totals // once it is done
@@ -249,6 +250,19 @@ type task struct {
 	finished    int64          // the most files that an attempt had finished when it ended
 	finishTime  time.Time      // when an attempt last finished more files than any before
 	revision    int64
+}
+
+// pause is how long a task waits before it is tried again, after a failure or after a
+// store did not answer. The leader measures it from when it saw that, so no two
+// clocks are compared.
+func (t *task) pause() time.Duration {
+	switch {
+	case t.waits > 0:
+		return pauseAfter(t.waits)
+	case t.failures > 0:
+		return pauseAfter(t.failures)
+	}
+	return 0
 }
 
 func (t *task) key() string { return keys.Task(t.job, t.number) }

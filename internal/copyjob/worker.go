@@ -360,7 +360,7 @@ func (a *attempt) giveBack(ctx context.Context, interrupted bool, cause error) (
 		if err != nil {
 			return false, err
 		}
-		next := a.task.after(cause, a.progress, a.worker.o.Now(), a.worker.o.MaxFailures)
+		next := a.task.after(cause, a.progress, a.worker.o.Clock.Display(), a.worker.o.MaxFailures)
 		txn.If = append(txn.If, a.job.unchanged(), meta.Unchanged(a.task.key(), a.task.revision))
 		txn.Then = append(txn.Then, meta.Put(a.task.key(), next.encode(op)))
 	}

@@ -118,10 +118,11 @@ var scenarios = []scenario{
 	{name: "unpin", points: []string{"pin.remove"}, op: unpin, after: func(w *world) { w.Pins-- }},
 	{
 		name:   "start",
-		points: []string{"elect.claim", "restore.worker", "epoch.intend", "epoch.create", "epoch.done", "epoch.forget"}, op: nothing,
+		points: []string{"elect.claim", "restore.worker", "epoch.intend", "epoch.create", "epoch.done", "epoch.forget", "clock.note"}, op: nothing,
 	},
 	{name: "resign", points: []string{"elect.resign"}, op: resign},
 	{name: "recover", points: []string{"epoch.recover"}, op: recoverEpoch},
+	{name: "recover-clock", points: []string{"clock.recover"}, op: recoverClock},
 	{name: "go-back", points: []string{"epoch.mark"}, prepare: goBack, op: recoverEpoch},
 	{name: "first-start", points: []string{"start.cluster", "start.identity", "start.store", "catalog.claimall"}, empty: true, op: nothing},
 }
@@ -511,6 +512,12 @@ func resign(_ context.Context, w *world) error {
 // recoverEpoch passes over ids, whether etcd went back or not.
 func recoverEpoch(ctx context.Context, w *world) error {
 	_, err := w.c().Collector.Recover(ctx, &api.RecoverRequest{Force: true})
+	return err
+}
+
+// recoverClock has the clocks trusted, whether they were or not.
+func recoverClock(ctx context.Context, w *world) error {
+	_, err := w.c().Collector.Recover(ctx, &api.RecoverRequest{Clock: true})
 	return err
 }
 

@@ -17,7 +17,6 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
-	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
@@ -83,7 +82,7 @@ func (g *GC) Collect(ctx context.Context, o CollectOptions) (Summary, error) {
 		return s, err
 	}
 	swept, err := g.Sweep(ctx, SweepOptions{DryRun: o.DryRun})
-	s.Swept, s.SweptBytes, s.End = swept.Deleted, swept.Bytes, g.o.Now()
+	s.Swept, s.SweptBytes, s.End = swept.Deleted, swept.Bytes, g.o.Clock.Display()
 	if err != nil {
 		if ctx.Err() != nil {
 			return s, fmt.Errorf("collect: %w", err)
@@ -107,15 +106,21 @@ type round struct {
 	summary Summary
 	room    int   // units that may still be taken up
 	again   bool  // there is more than one round takes
-	clock   error // why the tolerance cannot be told
-	checked bool  // the store's clock was read
+	clock   error // why the tolerance cannot be judged
 }
 
 func (g *GC) newRound(ctx context.Context, o CollectOptions) (*round, error) {
-	r := &round{g: g, o: o, tolerance: g.o.Tolerance, now: g.o.Now(), room: maxDueAll}
+	r := &round{g: g, o: o, tolerance: g.o.Tolerance, now: g.o.Clock.Display(), room: maxDueAll}
 	r.summary = Summary{Replica: g.o.Replica, Start: r.now}
 	if o.Tolerance != nil {
 		r.tolerance = *o.Tolerance
+	}
+	if r.tolerance > 0 {
+		if now, err := g.o.Clock.Judge(ctx); err != nil {
+			r.clock = fmt.Errorf("nothing is collected: %w", err)
+		} else {
+			r.now = now
+		}
 	}
 	if o.Collection != (catalog.Ref{}) {
 		col, err := g.o.Catalog.Collection(ctx, o.Collection)
@@ -175,7 +180,7 @@ func (r *round) run(ctx context.Context) (Summary, error) {
 	if r.clock != nil {
 		trouble = append(trouble, r.clock)
 	}
-	r.summary.End = r.g.o.Now()
+	r.summary.End = r.g.o.Clock.Display()
 	if err == nil && r.only != 0 {
 		err = errors.Join(trouble...)
 	}
@@ -323,11 +328,6 @@ func (r *round) unit(ctx context.Context, f *findings, id, dropped int64, rec *s
 		holders, n := r.g.refs.holders(f.id, w)
 		return r.tell(item, Keeps, heldReason(&Answer{Snapshots: holders, Holders: n}))
 	}
-	if r.leftByBoth(ctx, item.DropTime) > 0 {
-		f.waiting++
-		r.summary.Waiting++
-		return r.tell(item, Waits, r.waits(item.DropTime))
-	}
 	r.add(f, &f.due, ask{unit: id, build: kind == ItemBuild})
 	return nil
 }
@@ -357,46 +357,16 @@ func (r *round) known(ctx context.Context, f *findings) bool {
 	return f.err == nil
 }
 
-// left is how long something dropped at a time has still to wait.
+// left is how long something dropped at a time has still to wait, by the reading
+// that lifetimes are judged by. While the clock is not trusted everything waits.
 func (r *round) left(drop time.Time) time.Duration {
-	if r.tolerance == 0 {
+	switch {
+	case r.tolerance == 0:
 		return 0
-	}
-	return drop.Add(r.tolerance).Sub(r.now)
-}
-
-// leftByBoth is left by the slower of two clocks, the leader's and the store's,
-// as expiry has it. It reads the latter once, so that a round that takes nothing
-// asks no object store. While the clocks are too far apart everything waits.
-func (r *round) leftByBoth(ctx context.Context, drop time.Time) time.Duration {
-	if r.tolerance == 0 {
-		return 0
-	}
-	if !r.checked {
-		r.checked = true
-		r.clock = r.readClock(ctx)
-	}
-	if r.clock != nil {
+	case r.clock != nil:
 		return r.tolerance
 	}
-	return r.left(drop)
-}
-
-func (r *round) readClock(ctx context.Context) error {
-	store, ok := r.g.o.Stores[r.g.o.SnapshotStore]
-	if !ok {
-		return fmt.Errorf("%w: %q", errNoStore, r.g.o.SnapshotStore)
-	}
-	now, err := store.Now(ctx)
-	if err != nil {
-		return fmt.Errorf("nothing is collected: read the clock of store %s: %w", r.g.o.SnapshotStore, err)
-	}
-	now, err = object.EarlierClock(r.g.o.SnapshotStore, r.now, now)
-	if err != nil {
-		return fmt.Errorf("nothing is collected: %w", err)
-	}
-	r.now = now
-	return nil
+	return drop.Add(r.tolerance).Sub(r.now)
 }
 
 func (r *round) ago(drop time.Time) string {
@@ -508,12 +478,7 @@ func (r *round) leftBehind(ctx context.Context, f *findings) error {
 			f.units++
 			w := wanted{segment: id}
 			if !r.g.refs.holds(f.id, w) {
-				if r.leftByBoth(ctx, f.drop) > 0 {
-					f.waiting++
-					r.summary.Waiting++
-				} else {
-					r.add(f, &f.lying, ask{unit: id})
-				}
+				r.add(f, &f.lying, ask{unit: id})
 				continue
 			}
 			r.summary.Held++

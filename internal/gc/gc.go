@@ -102,6 +102,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
@@ -123,8 +124,11 @@ type Options struct {
 	// to.
 	SnapshotStore string
 	Now           func() time.Time
-	Rand          io.Reader
-	Log           *zap.Logger
+	// Clock judges how long ago a thing was dropped. Nil: one over Now and the
+	// store for snapshots.
+	Clock *clock.Trusted
+	Rand  io.Reader
+	Log   *zap.Logger
 	// LoadWait is how long a call waits for references that are being read
 	// before it ends with ErrLoading. Default 10 s.
 	LoadWait time.Duration
@@ -207,6 +211,11 @@ func New(o Options) *GC {
 	if o.UnconfirmedAfter == 0 {
 		o.UnconfirmedAfter = time.Hour
 	}
+	if o.Clock == nil {
+		o.Clock = clock.New(clock.Options{
+			KV: o.KV, Clock: clock.Of(o.Now), Store: o.Stores[o.SnapshotStore], Alias: o.SnapshotStore, Replica: o.Replica, Log: o.Log,
+		})
+	}
 	limit := rate.Inf
 	if o.Rate > 0 {
 		limit = rate.Limit(o.Rate)
@@ -259,7 +268,7 @@ type Stats struct {
 // Stats returns the state of protection as this replica sees it.
 func (g *GC) Stats() Stats {
 	s := g.refs.stats()
-	g.tombs.stats(&s, g.o.Now())
+	g.tombs.stats(&s, g.o.Clock.Display())
 	return s
 }
 

@@ -102,6 +102,11 @@ func (g *GC) Orphans(ctx context.Context, o OrphanOptions) error {
 	if err != nil {
 		return fmt.Errorf("orphans of collection %s: %w", o.Collection, err)
 	}
+	if o.Delete {
+		if _, err := g.o.Clock.Judge(ctx); err != nil { // ages are by clocks that may step with it
+			return fmt.Errorf("orphans of collection %s: nothing is deleted: %w", &col, err)
+		}
+	}
 	s := &search{g: g, o: o, col: col}
 	for _, root := range col.Roots {
 		if err := s.root(ctx, root); err != nil {

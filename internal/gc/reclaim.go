@@ -480,7 +480,7 @@ func (g *GC) grant(ctx context.Context, collection int64, p *premises, free []in
 	if err != nil {
 		return 0, err
 	}
-	now := g.o.Now()
+	now := g.o.Clock.Display()
 	newest := p.units[free[0]].unit.Revision // drop of them all
 	txn := meta.Txn{If: []meta.Cond{generationIs(collection, p.generation), meta.Absent(keys.Behind)}}
 	size, taken := 0, free[:0:0]

@@ -165,7 +165,7 @@ func (g *GC) sweepLoop(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
-		stats := SweepStats{SweepSummary: summary, End: g.o.Now()}
+		stats := SweepStats{SweepSummary: summary, End: g.o.Clock.Display()}
 		if err != nil {
 			stats.Error = err.Error()
 			g.log.Warn("a sweep met trouble; the next one will go on", zap.Error(err))
@@ -190,6 +190,10 @@ func (g *GC) Sweep(ctx context.Context, o SweepOptions) (SweepSummary, error) {
 		o.Grace = g.o.OrphanGrace
 	}
 	s := &sweep{g: g, o: o}
+	// Ages are by the stores' clocks, which may step with that of the host.
+	if _, err := g.o.Clock.Judge(ctx); err != nil && !o.DryRun {
+		return s.summary, fmt.Errorf("nothing is swept: %w", err)
+	}
 	var errs []error
 	for _, alias := range slices.Sorted(maps.Keys(g.o.Stores)) {
 		err := s.store(ctx, alias)

@@ -3,6 +3,7 @@ package manager
 import (
 	"context"
 	"errors"
+	"time"
 )
 
 // errNoEpoch means that nobody looks whether the metadata store has gone back in
@@ -66,4 +67,14 @@ func (m *Manager) Recover(ctx context.Context, force bool) (wasBehind bool, next
 		return false, 0, 0, errNoEpoch
 	}
 	return m.o.Epoch.Recover(ctx, force)
+}
+
+// RecoverClock has the clocks trusted as they are now. It returns whether they were
+// not, and the time that lifetimes are judged by. A repeat is success.
+func (m *Manager) RecoverClock(ctx context.Context) (wasStopped bool, now time.Time, err error) {
+	wasStopped, now, err = m.clock.Recover(ctx)
+	if err == nil {
+		m.clean.Wake()
+	}
+	return wasStopped, now, err
 }

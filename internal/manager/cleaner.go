@@ -4,13 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -29,9 +29,8 @@ const (
 // when the others meet trouble, and the first two come before the third, which
 // can take long.
 type cleaner struct {
-	m         *Manager
-	wake      chan struct{} // size one
-	clockSkew atomic.Int64  // nanoseconds, as last seen
+	m    *Manager
+	wake chan struct{} // size one
 }
 
 func newCleaner(m *Manager) *cleaner {
@@ -45,8 +44,6 @@ func (c *cleaner) Wake() {
 	default:
 	}
 }
-
-func (c *cleaner) skew() time.Duration { return time.Duration(c.clockSkew.Load()) }
 
 // Run makes a pass at once, then after each Wake, when something expires, and
 // after each interval, until ctx ends. Trouble is logged and met again later.
@@ -63,7 +60,9 @@ func (c *cleaner) Run(ctx context.Context, term election.Term) error {
 		next, err := c.Pass(ctx, term.Fence())
 		if err != nil && ctx.Err() == nil {
 			c.m.log.Warn("cleaning met trouble and will go on later", zap.Error(err))
-			next = min(next, c.m.o.CleanInterval/10)
+			if !errors.Is(err, clock.ErrUntrusted) { // which takes an operator, or a day
+				next = min(next, c.m.o.CleanInterval/10)
+			}
 		}
 		timer.Reset(next)
 	}
@@ -75,12 +74,15 @@ func (c *cleaner) Pass(ctx context.Context, fence meta.Cond) (next time.Duration
 	if err := c.m.view.sync(ctx); err != nil {
 		return c.m.o.CleanInterval, err
 	}
-	deleting, dead, expiring := c.m.view.work()
+	deleting, dead, expiring, _ := c.m.view.work()
 	var errs []error
 	for _, s := range dead {
 		errs = append(errs, c.reap(ctx, s, fence))
 	}
+	pinsNext, err := c.endPins(ctx, c.m.view.endingPins(), fence)
+	errs = append(errs, err)
 	next, err = c.expire(ctx, expiring, fence)
+	next = min(next, pinsNext)
 	errs = append(errs, err)
 	return next, object.Join(append(errs, c.removeAll(ctx, deleting, fence)...)...)
 }
@@ -100,32 +102,41 @@ func (c *cleaner) reap(ctx context.Context, s *Snapshot, fence meta.Cond) error 
 	return nil
 }
 
-// expire drops the snapshots whose time has come by both clocks, the leader's
-// and the store's, and returns how long the next one has.
-func (c *cleaner) expire(ctx context.Context, snapshots []*Snapshot, fence meta.Cond) (time.Duration, error) {
+// endPins removes the pins that are over and whose leases are not, and returns how
+// long the next one has.
+func (c *cleaner) endPins(ctx context.Context, pins []*Pin, fence meta.Cond) (time.Duration, error) {
 	next := c.m.o.CleanInterval
-	now := c.m.o.Now()
-	var due []*Snapshot
-	for _, s := range snapshots {
-		if left := s.ExpireTime.Sub(now); left > 0 {
-			next = min(next, left)
-		} else {
-			due = append(due, s)
-		}
-	}
-	if len(due) == 0 {
+	if len(pins) == 0 {
 		return next, nil
 	}
-	storeNow, err := c.m.store.Now(ctx)
+	now, err := c.m.clock.Judge(ctx)
 	if err != nil {
-		return next, fmt.Errorf("read the clock of store %s: %w", c.m.o.SnapshotStore, err)
+		return next, fmt.Errorf("pins end with their leases alone: %w", err)
 	}
-	c.clockSkew.Store(int64(now.Sub(storeNow)))
-	if now, err = object.EarlierClock(c.m.o.SnapshotStore, now, storeNow); err != nil {
+	var over []*Pin
+	for _, p := range pins {
+		if left := p.ExpireTime.Sub(now); left > 0 {
+			next = min(next, max(left, time.Second))
+		} else {
+			over = append(over, p)
+		}
+	}
+	return next, c.m.endPins(ctx, over, fence)
+}
+
+// expire drops the snapshots whose time has come by the reading that lifetimes are
+// judged by, and returns how long the next one has.
+func (c *cleaner) expire(ctx context.Context, snapshots []*Snapshot, fence meta.Cond) (time.Duration, error) {
+	next := c.m.o.CleanInterval
+	if len(snapshots) == 0 {
+		return next, nil
+	}
+	now, err := c.m.clock.Judge(ctx)
+	if err != nil {
 		return next, fmt.Errorf("nothing expires: %w", err)
 	}
 	var errs []error
-	for _, s := range due {
+	for _, s := range snapshots {
 		if left := s.ExpireTime.Sub(now); left > 0 {
 			next = min(next, max(left, time.Second))
 			continue

@@ -3,6 +3,7 @@ package manager
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
@@ -27,8 +28,8 @@ func (m *Manager) Collect(ctx context.Context, o gc.CollectOptions) (gc.Summary,
 	if err := m.view.sync(ctx); err != nil {
 		return gc.Summary{}, fmt.Errorf("collect: %w", err)
 	}
-	deleting, dead, expiring := m.view.work()
-	now := m.o.Now()
+	deleting, dead, expiring, pinned := m.view.work()
+	now, untrusted := m.clock.Judge(ctx)
 	tell := func(s *Snapshot, action gc.Action, reason string) error {
 		if o.Emit == nil || only != 0 && s.Collection != only {
 			return nil
@@ -45,8 +46,8 @@ func (m *Manager) Collect(ctx context.Context, o gc.CollectOptions) (gc.Summary,
 			return gc.Summary{}, err
 		}
 	}
-	for _, s := range expiring {
-		if s.ExpireTime.After(now) {
+	for _, s := range slices.Concat(expiring, pinned) {
+		if untrusted != nil || s.ExpireTime.After(now) {
 			continue
 		}
 		action, reason := gc.Deletes, "expired at "+s.ExpireTime.UTC().Format(time.RFC3339)

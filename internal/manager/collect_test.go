@@ -281,6 +281,7 @@ func TestCollectorDryRun(t *testing.T) {
 		time.Sleep(4 * time.Hour)
 		w.dropSegments(r, col, fresh.ID)
 		revision := func() int64 { _, _, rev, _ := w.kv.Get(t.Context(), keys.IDs); return rev }
+		settle() // the leader notes the time
 		objects, before := w.objectsUnder("data/"), revision()
 		items, sum := w.round(r, gc.CollectOptions{DryRun: true})
 		if sum.Granted != 1 || sum.Held != 1 || sum.Waiting != 1 || sum.Files != 1 || sum.Bytes != 10 {

@@ -2,11 +2,13 @@ package manager
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
@@ -22,6 +24,7 @@ type CollectorStatus struct {
 	StopUnits   int           // from how many units on it does
 	Enabled     bool          // the leader makes rounds and sweeps
 	Blocked     string        // why nothing is deleted at all; empty: it is
+	Clock       string        // why the clock is not trusted; empty: it is
 }
 
 // CollectorStatus returns how the collector is doing. The last round is the
@@ -41,6 +44,9 @@ func (m *Manager) CollectorStatus(ctx context.Context) (CollectorStatus, error) 
 	}
 	if s.Blocked, err = m.Behind(ctx); err != nil {
 		return s, err
+	}
+	if _, err := m.clock.Judge(ctx); errors.Is(err, clock.ErrUntrusted) {
+		s.Clock = err.Error()
 	}
 	now := m.gc.Stats()
 	s.Deleting, s.Unconfirmed = now.Granted, now.Unconfirmed

@@ -18,6 +18,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/crashpoint"
 	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -86,11 +87,16 @@ func (m *Manager) startCreate(ctx context.Context, tok request.Token, spec Creat
 	if known != nil {
 		return m.join(ctx, tok, known, spec.NoWait)
 	}
-	if err := checkExpiry(spec.ExpireTime, m.o.Now()); err != nil {
+	if err := m.checkExpiry(ctx, spec.ExpireTime); err != nil {
 		return nil, err
 	}
 	if spec.TTL < 0 || spec.TTL > maxExpiry {
 		return nil, &catalog.InvalidError{Field: "ttl", Problem: fmt.Sprintf("%v is not 0 to 100 years", spec.TTL)}
+	}
+	if spec.TTL > 0 { // commit stamps; without a trusted clock nothing begins
+		if _, err := m.clock.Stamp(ctx); err != nil {
+			return nil, fmt.Errorf("the time that the ttl begins at: %w", err)
+		}
 	}
 	collection, err := m.catalog.Resolve(ctx, spec.Collection) // once
 	if err != nil {
@@ -243,6 +249,7 @@ var endings = []struct {
 	{object.ErrDenied, "OBJECT_STORE_DENIED"},
 	{object.ErrMisconfigured, "OBJECT_STORE_MISCONFIGURED"},
 	{ErrCreateAborted, "CREATE_ABORTED"},
+	{clock.ErrUntrusted, "CLOCK_UNTRUSTED"},
 }
 
 // endingReason is what is kept of err; an error that is no reason of its own
@@ -580,7 +587,7 @@ func (m *Manager) tryBegin(ctx context.Context, c *creation, id int64, op string
 	}
 	s := &Snapshot{
 		ID: id, Name: c.spec.Name, Collection: col.ID, DB: col.DB, CollectionName: col.Name, State: Pending,
-		Description: c.spec.Description, Labels: c.spec.Labels, CreateTime: m.o.Now(), TTL: c.spec.TTL,
+		Description: c.spec.Description, Labels: c.spec.Labels, CreateTime: m.clock.Display(), TTL: c.spec.TTL,
 		ExpireTime: c.spec.ExpireTime, Store: m.o.SnapshotStore,
 		requestKey: c.tok.Key(), op: op,
 	}
@@ -1044,8 +1051,11 @@ func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease
 	if err != nil {
 		return nil, err
 	}
-	next.CommitTime, next.op = m.o.Now(), op
+	next.CommitTime, next.op = m.clock.Display(), op
 	if next.TTL > 0 {
+		if next.CommitTime, err = m.clock.Stamp(ctx); err != nil {
+			return nil, fmt.Errorf("the time that the ttl begins at: %w", err)
+		}
 		next.ExpireTime = next.CommitTime.Add(next.TTL)
 	}
 	value := encode(next, op)

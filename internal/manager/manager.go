@@ -128,6 +128,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/planted"
+	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -166,10 +167,13 @@ type Options struct {
 	Requests *request.Leases
 	// Epoch tells whether the metadata store has gone back in time. Nil: nobody
 	// looks.
-	Epoch         *epoch.Epoch
-	Replica       string // name of this process, for people
-	Release       string // of this program
-	Now           func() time.Time
+	Epoch   *epoch.Epoch
+	Replica string // name of this process, for people
+	Release string // of this program
+	Now     func() time.Time
+	// Clock gives the time that lifetimes are stamped and judged by. Nil: one over
+	// Now and the store for snapshots.
+	Clock         *clock.Trusted
 	Rand          io.Reader
 	Log           *zap.Logger
 	CreateTimeout time.Duration // of a create as a whole; default 10 min
@@ -206,6 +210,7 @@ type Manager struct {
 	o       Options
 	kv      meta.KV
 	catalog *catalog.Catalog
+	clock   *clock.Trusted
 	store   object.Store
 	log     *zap.Logger
 
@@ -266,22 +271,28 @@ func New(o Options) (*Manager, error) {
 	if !ok {
 		return nil, fmt.Errorf("no object store %q is configured for snapshots", o.SnapshotStore)
 	}
+	if o.Clock == nil {
+		o.Clock = clock.New(clock.Options{
+			KV: o.KV, Clock: clock.Of(o.Now), Store: store, Alias: o.SnapshotStore, Replica: o.Replica, Log: o.Log,
+		})
+	}
 	m := &Manager{
-		o: o, kv: o.KV, catalog: o.Catalog, store: store, log: o.Log,
+		clock: o.Clock,
+		o:     o, kv: o.KV, catalog: o.Catalog, store: store, log: o.Log,
 		starting: make(chan *creation), running: make(chan struct{}), stopped: make(chan struct{}),
 		memory: newCreateMemory(o.CreateMemory),
 	}
 	m.clean = newCleaner(m)
 	m.gc = gc.New(gc.Options{
 		KV: o.KV, Catalog: o.Catalog, Stores: o.Stores, SnapshotStore: o.SnapshotStore,
-		Now: o.Now, Rand: o.Rand, Log: o.Log, Interval: o.CleanInterval,
+		Now: o.Now, Clock: o.Clock, Rand: o.Rand, Log: o.Log, Interval: o.CleanInterval,
 		Replica: o.Replica, CollectorOff: o.CollectorOff, CollectInterval: o.CollectInterval, Tolerance: o.CollectTolerance,
 		MaxShare: o.CollectMaxShare, Rate: o.CollectRate, OrphanGrace: o.OrphanGrace, SweepInterval: o.SweepInterval,
 		Jitter: o.Jitter, Ready: o.Ready[o.SnapshotStore],
 	})
 	m.jobs = copyjob.New(copyjob.Options{
 		KV: o.KV, Catalog: o.Catalog, Source: restoreSource{m}, Stores: o.Stores, PinStore: o.SnapshotStore, Requests: o.Requests, Replica: o.Replica,
-		Now: o.Now, Rand: o.Rand, Log: o.Log, WorkerTTL: o.LeaderTTL, Slots: o.RestoreSlots, CopyInFlight: o.CopyInFlight, Keep: o.KeepRestores,
+		Now: o.Now, Clock: o.Clock, Rand: o.Rand, Log: o.Log, WorkerTTL: o.LeaderTTL, Slots: o.RestoreSlots, CopyInFlight: o.CopyInFlight, Keep: o.KeepRestores,
 		StallTimeout: o.RestoreStallTimeout,
 		Deleted:      func(objects, bytes int64) { m.gc.Counters().Add(gc.ByRestore, objects, bytes) },
 		Jitter:       o.Jitter,
@@ -308,6 +319,7 @@ func (m *Manager) Run(ctx context.Context) error {
 			m.log.Info("leading", zap.String("replica", m.o.Replica), zap.Int64("term", term.Create))
 			err := m.whileNotBehind(ctx, func(ctx context.Context) error {
 				leader, ctx := errgroup.WithContext(ctx)
+				leader.Go(func() error { return m.clock.Lead(ctx, term.Fence()) })
 				leader.Go(func() error { return m.clean.Run(ctx, term) })
 				leader.Go(func() error { return m.gc.Lead(ctx, term) })
 				leader.Go(func() error { return m.jobs.Lead(ctx, term) })
@@ -343,17 +355,18 @@ func (m *Manager) GC() *gc.GC { return m.gc }
 
 // Stats is what a replica is doing.
 type Stats struct {
-	Snapshots  map[State]int
-	Leading    bool
-	Creates    int // in flight here
-	Unreadable int // snapshot records that this release cannot read
-	Pins       int
-	ClockSkew  time.Duration
+	Snapshots    map[State]int
+	Leading      bool
+	Creates      int // in flight here
+	Unreadable   int // snapshot records that this release cannot read
+	Pins         int
+	ClockSkew    time.Duration
+	ClockStopped bool // nothing expires and nothing is collected
 }
 
 // Stats returns what this replica is doing, from its cache.
 func (m *Manager) Stats() Stats {
-	s := Stats{Leading: m.leading.Load(), Creates: int(m.creates.Load()), ClockSkew: m.clean.skew()}
+	s := Stats{Leading: m.leading.Load(), Creates: int(m.creates.Load()), ClockSkew: m.clock.Skew(), ClockStopped: m.clock.Stopped() != ""}
 	s.Snapshots, s.Unreadable, s.Pins = m.view.count()
 	return s
 }
@@ -531,7 +544,7 @@ func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec U
 // updatable returns a snapshot that may be changed as spec says.
 func (m *Manager) updatable(ctx context.Context, ref Ref, spec *UpdateSpec) (*Snapshot, error) {
 	if spec.ExpireTime != nil {
-		if err := checkExpiry(*spec.ExpireTime, m.o.Now()); err != nil {
+		if err := m.checkExpiry(ctx, *spec.ExpireTime); err != nil {
 			return nil, err
 		}
 	}
@@ -543,6 +556,18 @@ func (m *Manager) updatable(ctx context.Context, ref Ref, spec *UpdateSpec) (*Sn
 		return nil, fmt.Errorf("%w: %s is at revision %d, not %d; read it again", ErrRevisionChanged, s, s.Revision, spec.Revision)
 	}
 	return s, nil
+}
+
+// checkExpiry says whether a snapshot may expire at t.
+func (m *Manager) checkExpiry(ctx context.Context, t time.Time) error {
+	if t.IsZero() {
+		return nil
+	}
+	now, err := m.clock.Stamp(ctx)
+	if err != nil {
+		return fmt.Errorf("the time that expire_time is compared with: %w", err)
+	}
+	return checkExpiry(t, now)
 }
 
 // wasFirst looks whether another call with the token took effect while this one
@@ -649,13 +674,29 @@ func (m *Manager) dropTxn(s *Snapshot) (meta.Txn, error) {
 // drops it compares the same again.
 func (m *Manager) checkPins(ctx context.Context, s *Snapshot) error {
 	from, to := meta.Prefix(keys.PinPrefix(s.ID))
-	res, err := m.kv.Range(ctx, meta.Range{From: from, To: to, Limit: pinsNamed})
-	if err != nil {
-		return err
+	var res meta.RangeResult
+	for range maxAttempts {
+		var err error
+		if res, err = m.kv.Range(ctx, meta.Range{From: from, To: to, Limit: pinsAtOnce}); err != nil {
+			return err
+		}
+		var over []*Pin
+		for _, kv := range res.KVs {
+			if p, err := decodePin(kv); err == nil && m.ended(ctx, p) {
+				over = append(over, p)
+			}
+		}
+		if len(over) == 0 {
+			break
+		}
+		if err := m.endPins(ctx, over); err != nil {
+			return err
+		}
 	}
 	if len(res.KVs) == 0 || planted.P9 {
 		return nil
 	}
+	res.KVs = res.KVs[:min(len(res.KVs), pinsNamed)]
 	wayOut := "remove the pins first"
 	for _, kv := range res.KVs {
 		if p, err := decodePin(kv); err == nil && p.Job != 0 {

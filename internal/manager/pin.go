@@ -30,8 +30,10 @@ const (
 	maxPinTTL    = 30 * 24 * time.Hour
 )
 
-// pinsNamed is how many pins an error names.
-const pinsNamed = 3
+const (
+	pinsNamed  = 3   // how many pins an error names
+	pinsAtOnce = 100 // how many are looked at or ended in one transaction
+)
 
 // readBackTimeout bounds what is done about a transaction without an answer, and
 // about a lease that is not needed any more, after the caller may have gone.
@@ -123,8 +125,7 @@ func (m *Manager) tryPin(ctx context.Context, tok request.Token, s *Snapshot, p 
 	if p.op, err = record.NewOp(m.o.Rand); err != nil {
 		return false, err
 	}
-	p.CreateTime = m.o.Now() // before the lease begins, so that the pin does not end before it says
-	if err := m.leasePin(ctx, p, p.CreateTime); err != nil {
+	if p.CreateTime, err = m.leasePin(ctx, p); err != nil {
 		return false, err
 	}
 	key, value := keys.Pin(p.Snapshot, p.ID), encodePin(p)
@@ -145,18 +146,22 @@ func (m *Manager) tryPin(ctx context.Context, tok request.Token, s *Snapshot, p 
 	return true, nil
 }
 
-// leasePin grants the lease that p needs, and sets when it ends.
-func (m *Manager) leasePin(ctx context.Context, p *Pin, now time.Time) error {
+// leasePin grants the lease that p needs, and sets when it ends. The time is
+// stamped before the lease begins, so that the pin does not end before it says.
+func (m *Manager) leasePin(ctx context.Context, p *Pin) (now time.Time, err error) {
 	p.lease, p.ExpireTime = 0, time.Time{}
 	if p.TTL == 0 {
-		return nil
+		return m.clock.Display(), nil
+	}
+	if now, err = m.clock.Stamp(ctx); err != nil {
+		return now, fmt.Errorf("the time that the pin begins at: %w", err)
 	}
 	lease, err := m.kv.Grant(ctx, p.TTL)
 	if err != nil {
-		return fmt.Errorf("lease for the pin: %w", err)
+		return now, fmt.Errorf("lease for the pin: %w", err)
 	}
 	p.lease, p.ExpireTime = lease, now.Add(p.TTL)
-	return nil
+	return now, nil
 }
 
 // resolvePin finds out what became of a pin that got no answer. "There" is a
@@ -244,6 +249,9 @@ func (m *Manager) renewPin(ctx context.Context, ref Ref, id int64, ttl time.Dura
 		if err != nil {
 			return nil, err
 		}
+		if m.ended(ctx, old) {
+			return nil, gone
+		}
 		if old.TTL == 0 {
 			return nil, fmt.Errorf("%w: it lasts until it is removed, and needs no renewal", ErrPinHasNoTTL)
 		}
@@ -270,7 +278,7 @@ func (m *Manager) tryRenew(ctx context.Context, old, next *Pin) (bool, error) {
 	if next.op, err = record.NewOp(m.o.Rand); err != nil {
 		return false, err
 	}
-	if err := m.leasePin(ctx, next, m.o.Now()); err != nil {
+	if _, err = m.leasePin(ctx, next); err != nil {
 		return false, err
 	}
 	key := keys.Pin(old.Snapshot, old.ID)
@@ -408,7 +416,7 @@ func (m *Manager) Pins(ctx context.Context, snapshot int64, after PinPlace, limi
 			if err != nil {
 				m.log.Error("pin record is left alone", zap.String("key", kv.Key), zap.Error(err))
 			}
-			if p != nil {
+			if p != nil && !m.ended(ctx, p) {
 				list = append(list, p)
 			}
 		}
@@ -417,6 +425,43 @@ func (m *Manager) Pins(ctx context.Context, snapshot int64, after PinPlace, limi
 		}
 		from = res.KVs[len(res.KVs)-1].Key + "\x00"
 	}
+}
+
+// ended says whether a pin is over. Its lease may outlive it, for etcd begins leases
+// again when it restarts and when another of its members leads. While the clock is
+// not trusted the lease decides alone.
+func (m *Manager) ended(ctx context.Context, p *Pin) bool {
+	if p.ExpireTime.IsZero() || p.Job != 0 {
+		return false
+	}
+	now, err := m.clock.Judge(ctx)
+	return err == nil && !now.Before(p.ExpireTime)
+}
+
+// endPins removes pins that are over, in one transaction, as their leases would.
+func (m *Manager) endPins(ctx context.Context, pins []*Pin, conds ...meta.Cond) error {
+	for part := range slices.Chunk(pins, pinsAtOnce) {
+		txn := meta.Txn{If: slices.Clone(conds)}
+		for _, p := range part {
+			key := keys.Pin(p.Snapshot, p.ID)
+			txn.If = append(txn.If, meta.Unchanged(key, p.Revision))
+			txn.Then = append(txn.Then, meta.Delete(key))
+		}
+		atUnpin.Before()
+		res, err := m.kv.Txn(ctx, txn)
+		atUnpin.After()
+		if err != nil {
+			return fmt.Errorf("remove %d pins that are over: %w", len(part), err)
+		}
+		if !res.Succeeded { // one was renewed or removed: the next look shows
+			continue
+		}
+		for _, p := range part {
+			m.log.Info("pin ended", zap.Int64("snapshot", p.Snapshot), zap.Int64("pin", p.ID))
+			m.revokePin(ctx, p.lease) // nothing is under it any more
+		}
+	}
+	return nil
 }
 
 // pinNames tells people of the pins in a part of what keeps a snapshot. One that

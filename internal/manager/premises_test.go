@@ -52,6 +52,7 @@ var premises = []premise{
 	{meta.OpPut, keys.Epoch, [][]string{{itself, keys.Behind}}},
 	{meta.OpPut, keys.Behind, [][]string{{itself, keys.Epoch}}},
 	{meta.OpDelete, keys.Behind, [][]string{{itself, keys.Epoch, keys.IDs}}},
+	{meta.OpPut, keys.Clock, [][]string{{itself}}},
 	{meta.OpPut, keys.Leader, [][]string{{itself}}},
 	{meta.OpPut, keys.Store(""), [][]string{{itself}}},
 

@@ -282,6 +282,7 @@ func (c *course) nothingLeft() {
 		keys.IDs:              true, // ids never return, so neither does what was handed out
 		keys.Epoch:            true, // what was noted last of how far the store has come
 		keys.Leader:           true, // the lease of who leads now
+		keys.Clock:            true, // the time as it was noted last, written over by the next
 		keys.Round:            true, // what the last round came to, written over by the next
 		keys.Store("default"): true, // which object store the alias stands for
 	}

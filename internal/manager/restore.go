@@ -135,7 +135,12 @@ func (m *Manager) admit(ctx context.Context, tok request.Token, ref *Ref, spec *
 	if err != nil {
 		return nil, err
 	}
-	now := m.o.Now()
+	now := m.clock.Display()
+	if spec.Timeout > 0 {
+		if now, err = m.clock.Stamp(ctx); err != nil {
+			return nil, fmt.Errorf("the time that the timeout begins at: %w", err)
+		}
+	}
 	job := &copyjob.Job{
 		ID: ids.First, Snapshot: r.snapshot.ID, SnapshotName: r.snapshot.Name, Source: r.snapshot.Collection,
 		Target: ids.First + 1, Pin: ids.First + 2, DB: spec.DB, Name: spec.Name,

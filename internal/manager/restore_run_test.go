@@ -265,6 +265,7 @@ func TestRestoreDeadline(t *testing.T) {
 		before := w.traces()
 		sp := restoreSpecOf(s)
 		sp.Timeout = time.Minute
+		settle()                             // the clocks are compared
 		r.store.SetLatency(45 * time.Second) // copy and verify take longer, removal does not matter
 		began := time.Now()
 		job := w.restore(r, sp)

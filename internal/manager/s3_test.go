@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/snapshotd/snapshotd/internal/store/keys"
 	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/request"
@@ -124,6 +125,8 @@ func s3FaultAt(t *testing.T, action s3fault.Action, skip, times int) bool {
 	col, _, _ := w.collection(r, "c")
 	w.add(r, col, w.segment(r, col, 0, 1, 2))
 	w.checkpoint(r, col, 10, 10)
+	// So that no request for the time is in between.
+	eventually(t, name+": the leader notes the time", func() bool { return len(w.keysUnder(keys.Clock)) > 0 })
 	proxy.Plan(s3fault.Rule{Skip: skip, Times: times, Action: action})
 	s, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
 	switch {

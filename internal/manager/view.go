@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -30,7 +31,8 @@ type view struct {
 	ordered    []*Snapshot      // newest first
 	alive      map[string]int64 // pending keys, with their create revisions
 	unreadable map[string]bool  // keys of records that this release cannot read
-	pins       map[string]bool  // keys of pins
+	pins       map[string]*Pin  // by key; of one that cannot be read the ids alone, or nil
+	pinned     map[int64]int    // how many pins a snapshot has
 }
 
 func newView(kv meta.KV, log *zap.Logger, jitter func() float64, changed func()) *view {
@@ -53,7 +55,8 @@ func (v *view) sync(ctx context.Context) error {
 func (v *view) Reset(kvs []meta.KeyValue, _ int64) {
 	v.mu.Lock()
 	v.byID, v.ordered = map[int64]*Snapshot{}, nil
-	v.alive, v.unreadable, v.pins = map[string]int64{}, map[string]bool{}, map[string]bool{}
+	v.alive, v.unreadable, v.pins = map[string]int64{}, map[string]bool{}, map[string]*Pin{}
+	v.pinned = map[int64]int{}
 	for _, kv := range kvs {
 		switch {
 		case strings.HasPrefix(kv.Key, keys.SnapshotPrefix):
@@ -64,7 +67,7 @@ func (v *view) Reset(kvs []meta.KeyValue, _ int64) {
 		case strings.HasPrefix(kv.Key, pendingKeys):
 			v.alive[kv.Key] = kv.CreateRevision
 		case strings.HasPrefix(kv.Key, keys.AllPinsPrefix):
-			v.pins[kv.Key] = true
+			v.pin(kv)
 		}
 	}
 	slices.SortFunc(v.ordered, newestFirst)
@@ -85,9 +88,9 @@ func (v *view) Apply(events []meta.Event, _ int64) {
 			v.apply(e)
 		case strings.HasPrefix(e.KV.Key, keys.AllPinsPrefix):
 			if e.Deleted {
-				delete(v.pins, e.KV.Key)
+				v.unpin(e.KV.Key)
 			} else {
-				v.pins[e.KV.Key] = true
+				v.pin(e.KV)
 			}
 		case strings.HasPrefix(e.KV.Key, pendingKeys):
 			if e.Deleted {
@@ -101,6 +104,51 @@ func (v *view) Apply(events []meta.Event, _ int64) {
 	if work {
 		v.changed()
 	}
+}
+
+// pin notes a pin that came or was renewed.
+func (v *view) pin(kv meta.KeyValue) {
+	p, _ := decodePin(kv) // what cannot be read keeps its snapshot all the same
+	if _, known := v.pins[kv.Key]; !known {
+		v.pinned[pinnedSnapshot(kv.Key)]++
+	}
+	v.pins[kv.Key] = p
+}
+
+// unpin notes that a pin went.
+func (v *view) unpin(key string) {
+	if _, known := v.pins[key]; !known {
+		return
+	}
+	delete(v.pins, key)
+	id := pinnedSnapshot(key)
+	if v.pinned[id]--; v.pinned[id] <= 0 {
+		delete(v.pinned, id)
+	}
+}
+
+// pinnedSnapshot is the id in a pin's key; 0: there is none.
+func pinnedSnapshot(key string) int64 {
+	id, _, _ := strings.Cut(strings.TrimPrefix(key, keys.AllPinsPrefix), "/")
+	n, err := strconv.ParseInt(id, 10, 64)
+	if err != nil {
+		return 0
+	}
+	return n
+}
+
+// endingPins returns the pins that end some time.
+func (v *view) endingPins() []*Pin {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	var list []*Pin
+	for _, p := range v.pins {
+		if p != nil && !p.ExpireTime.IsZero() && p.Job == 0 {
+			list = append(list, p)
+		}
+	}
+	slices.SortFunc(list, func(a, b *Pin) int { return cmp.Or(cmp.Compare(a.Snapshot, b.Snapshot), cmp.Compare(a.ID, b.ID)) })
+	return list
 }
 
 func (v *view) apply(e meta.Event) {
@@ -193,8 +241,9 @@ func (v *view) count() (states map[State]int, unreadable, pins int) {
 
 // work returns the snapshots that the cleaner has to look at: those that are
 // being deleted, those that are PENDING without a pending key, and those that
-// expire some time.
-func (v *view) work() (deleting, dead, expiring []*Snapshot) {
+// expire some time; apart from these the pinned ones, which do not expire before
+// their last pin goes.
+func (v *view) work() (deleting, dead, expiring, pinned []*Snapshot) {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
 	for _, s := range v.ordered {
@@ -206,10 +255,14 @@ func (v *view) work() (deleting, dead, expiring []*Snapshot) {
 				dead = append(dead, s)
 			}
 		case Committed:
-			if !s.ExpireTime.IsZero() {
+			switch {
+			case s.ExpireTime.IsZero():
+			case v.pinned[s.ID] > 0:
+				pinned = append(pinned, s)
+			default:
 				expiring = append(expiring, s)
 			}
 		}
 	}
-	return deleting, dead, expiring
+	return deleting, dead, expiring, pinned
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -64,13 +65,20 @@ func (w *world) start(name string, change ...func(*Options)) *replica {
 		KV: r.kv, Cluster: cl, Stores: map[string]object.Store{"default": r.store}, SnapshotStore: "default",
 		Requests: requests, Replica: name, Release: "test", Now: w.now, Rand: rand.Reader,
 		Log: zaptest.NewLogger(w.t).Named(name),
-		Catalog: catalog.New(catalog.Options{
-			KV: r.kv, Now: w.now, Rand: rand.Reader, Requests: requests, HasStore: func(a string) bool { return a == "default" },
-			Held: catalog.ReadHeld(map[string]object.Store{"default": r.store}),
-		}),
 	}
 	for _, c := range change {
 		c(&o)
+	}
+	if o.Clock == nil {
+		o.Clock = clock.New(clock.Options{
+			KV: o.KV, Clock: clock.Of(o.Now), Store: o.Stores[o.SnapshotStore], Alias: o.SnapshotStore, Replica: name, Log: o.Log,
+		})
+	}
+	if o.Catalog == nil {
+		o.Catalog = catalog.New(catalog.Options{
+			KV: o.KV, Now: o.Now, Stamp: o.Clock.Stamp, Rand: o.Rand, Requests: o.Requests,
+			HasStore: func(a string) bool { return a == "default" }, Held: catalog.ReadHeld(o.Stores),
+		})
 	}
 	m, err := New(o)
 	if err != nil {

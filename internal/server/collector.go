@@ -99,6 +99,7 @@ func (s *collectors) GetCollectorStatus(ctx context.Context, _ *pb.GetCollectorS
 	return &pb.GetCollectorStatusResponse{
 		LastRound: summaryToProto(now.LastRound), Deleting: int64(now.Deleting), Unconfirmed: int64(now.Unconfirmed),
 		Tolerance: durationpb.New(now.Tolerance), MaxShare: now.MaxShare, StopUnits: int64(now.StopUnits), Enabled: now.Enabled, Blocked: now.Blocked,
+		ClockStopped: now.Clock,
 	}, nil
 }
 
@@ -146,6 +147,13 @@ func (s *collectors) orphans(ctx context.Context, o gc.OrphanOptions, send func(
 }
 
 func (s *collectors) Recover(ctx context.Context, req *pb.RecoverRequest) (*pb.RecoverResponse, error) {
+	if req.GetClock() {
+		stopped, now, err := s.manager.RecoverClock(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return &pb.RecoverResponse{ClockWasStopped: stopped, ClockTime: timeToProto(now)}, nil
+	}
 	behind, next, from, err := s.manager.Recover(ctx, req.GetForce())
 	if err != nil {
 		return nil, err

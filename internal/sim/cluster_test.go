@@ -11,6 +11,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/manager"
+	trusted "github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/request"
@@ -93,14 +94,21 @@ func (s *sim) start(index int, leisure bool) *member {
 		eo.Interval = 10 * time.Minute
 	}
 	ep := epoch.New(eo)
+	co := trusted.Options{
+		KV: kv, Clock: trusted.Of(m.clock.now), Store: store, Alias: "default", Replica: fmt.Sprint("r", index), Log: zap.NewNop(),
+	}
+	if leisure {
+		co.Interval = 10 * time.Minute
+	}
+	tr := trusted.New(co)
 	requests := request.NewLeases(kv, m.clock.now)
 	m.cat = catalog.New(catalog.Options{
-		KV: kv, Now: m.clock.now, Rand: random, Requests: requests, HasStore: func(a string) bool { return a == "default" },
+		KV: kv, Now: m.clock.now, Stamp: tr.Stamp, Rand: random, Requests: requests, HasStore: func(a string) bool { return a == "default" },
 		Held: catalog.ReadHeld(stores), RaiseIDs: ep.Raise, Jitter: spread,
 	})
 	o := s.options(leisure)
 	o.KV, o.Catalog, o.Stores, o.Requests, o.Epoch = kv, m.cat, stores, requests, ep
-	o.Replica, o.Rand, o.Jitter, o.Now = fmt.Sprint("r", index), random, spread, m.clock.now
+	o.Replica, o.Rand, o.Jitter, o.Now, o.Clock = fmt.Sprint("r", index), random, spread, m.clock.now, tr
 	var err error
 	m.Manager, err = manager.New(o)
 	s.must(err)

@@ -38,6 +38,7 @@ func (s *sim) ask(m *member, what string, do func(ctx context.Context) error) {
 func (s *sim) finish() {
 	s.calmDown()
 	s.rest(15 * time.Minute) // leases run out, and what is in flight ends
+	s.recoverClock()
 	if !s.until(2*time.Hour, func() bool {
 		for _, job := range s.oracle.jobs {
 			if !job.State.Ended() {
@@ -63,6 +64,15 @@ func (s *sim) finish() {
 		s.wrong("all is gone, and there is %+v", st)
 	}
 	s.note("the end")
+}
+
+// recoverClock is what an operator does once the clocks are right.
+func (s *sim) recoverClock() {
+	m := s.members[0]
+	s.ask(m, "recover the clock", func(ctx context.Context) error {
+		_, _, err := m.RecoverClock(ctx)
+		return err
+	})
 }
 
 // atRest holds that nothing is under way any more.

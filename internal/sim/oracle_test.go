@@ -849,7 +849,7 @@ func (o *oracle) lookAround() {
 // nothingLeft holds that the stores have what stands for ever, and no more.
 func (o *oracle) nothingLeft() string {
 	stands := map[string]bool{
-		keys.Format: true, keys.IDs: true, keys.Epoch: true, keys.Leader: true, keys.Round: true, keys.Store("default"): true, keys.Unpin: true,
+		keys.Format: true, keys.IDs: true, keys.Epoch: true, keys.Clock: true, keys.Leader: true, keys.Round: true, keys.Store("default"): true, keys.Unpin: true,
 	}
 	var left []string
 	from, to := keys.All()

@@ -52,22 +52,15 @@ func (o *oracle) moved(id int64, rec *storagev1.Snapshot, revision int64) {
 	o.states[id] = rec
 }
 
-// due says whether a snapshot may expire now, by the clock of who drops it and by
-// that of the object store, and whether these are near enough to each other to be
-// believed.
+// due says whether a snapshot may expire now: by the clock of the object store,
+// which no reading that lifetimes are judged by is ahead of.
 func (o *oracle) due(s *snapshot) bool {
-	m := o.wrote[keys.Snapshot(s.id)]
-	if m == nil {
+	if o.wrote[keys.Snapshot(s.id)] == nil {
 		return false
 	}
-	for _, a := range m.clock.ever() {
-		for _, b := range o.s.clock.ever() {
-			if (a-b).Abs() <= 5*time.Minute && !time.Now().Add(min(a, b)).Before(s.expires) {
-				return true
-			}
-		}
-	}
-	return false
+	return slices.ContainsFunc(o.s.clock.ever(), func(off time.Duration) bool {
+		return !time.Now().Add(off).Before(s.expires)
+	})
 }
 
 func (o *oracle) sawPin(e meta.Event) {

@@ -80,6 +80,8 @@ func (s *sim) travel() {
 	s.thaw()
 	s.recover(p)
 	p.recovered = true
+	s.rest(15 * time.Minute)
+	s.recoverClock()
 	s.rest(time.Hour)
 	s.judgeRecovered(p)
 	s.note("the end")

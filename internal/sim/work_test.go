@@ -18,6 +18,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	trusted "github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
@@ -144,6 +145,7 @@ func (w *work) handed() []int64 {
 func unknown(err error) bool {
 	return slices.ContainsFunc([]error{
 		meta.ErrUnavailable, object.ErrUnavailable, context.Canceled, context.DeadlineExceeded, manager.ErrStopping, gc.ErrLoading, catalog.ErrConflict,
+		trusted.ErrUntrusted,
 	}, func(class error) bool { return errors.Is(err, class) })
 }
 
@@ -210,7 +212,7 @@ var chores = []string{
 	"add", "add", "add", "add", "drop", "drop", "compact", "compact", "rebuild", "update", "create", "create", "create", "create",
 	"create again", "create again", "shared name", "expiring create", "drop snapshot", "drop snapshot", "drop snapshot", "pin", "unpin", "renew", "renew",
 	"reclaim", "reclaim", "reclaim", "reclaim", "confirm", "confirm", "restore", "restore", "restore again", "cancel", "collect", "sweep",
-	"list", "list", "read", "read", "drop partition", "drop index", "drop collection", "new collection", "compact history", "recover",
+	"list", "list", "read", "read", "drop partition", "drop index", "drop collection", "new collection", "compact history", "recover", "recover clock",
 }
 
 // focus is a kind of run: chores that meet, and what happens to their calls.
@@ -246,7 +248,7 @@ func (w *work) begin() {
 			}
 		}
 	}
-	if c == nil && !slices.Contains([]string{"new collection", "list", "read", "sweep", "recover"}, chore) {
+	if c == nil && !slices.Contains([]string{"new collection", "list", "read", "sweep", "recover", "recover clock"}, chore) {
 		return
 	}
 	switch chore {
@@ -354,6 +356,11 @@ func (w *work) begin() {
 					w.s.wrong("the metadata store is said to have gone back in time")
 				}
 			}
+		})
+	case "recover clock":
+		w.call(m, "recover the clock", func(ctx context.Context) (string, func()) {
+			was, _, err := m.RecoverClock(ctx)
+			return answer(err, "stopped: %v", was), nil
 		})
 	default:
 		w.s.wrong("no such chore: %s", chore)

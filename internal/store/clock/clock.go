@@ -53,8 +53,8 @@
 //	         the steady time, which a step sets to zero; after a day of it no cause
 //	stop     is a note with a cause
 //	recover  compares: /clock as read
-//	         puts: /clock with the reading and without a cause. Where the clock is
-//	         not stopped nothing is put
+//	         puts: /clock with the reading and without a cause, also where the clock
+//	         is not stopped
 //
 // # Failures
 //
@@ -102,13 +102,15 @@ const (
 	lookInterval = 20 * time.Second // between looks at most, while readings are taken
 	storeTimeout = 10 * time.Second // of a request for the store's clock
 	staleAfter   = 24 * time.Hour   // of the store's clock when it does not answer
-	noteInterval = time.Minute
 	maxAttempts  = 16
 )
 
 // ErrUntrusted means that the time is not known well enough to stamp or to judge
 // a lifetime. Its text names the cause and what to do.
 var ErrUntrusted = errors.New("the clock is not trusted")
+
+// ErrConflict means that others noted the time again and again. To try again helps.
+var ErrConflict = errors.New("too many concurrent notes of the clock")
 
 // wayOut is what to do about a clock that stopped.
 const wayOut = "nothing expires and nothing is collected until the clocks are right and " +
@@ -159,6 +161,8 @@ type Options struct {
 	// MaxDowntime is the longest gap without a note that passes for downtime.
 	// Default [DefaultMaxDowntime].
 	MaxDowntime time.Duration
+	// Interval is between two notes. Default 1 min.
+	Interval time.Duration
 }
 
 // Trusted gives the readings that lifetimes are stamped and judged by. It is safe
@@ -180,6 +184,9 @@ func New(o Options) *Trusted {
 	}
 	if o.MaxDowntime == 0 {
 		o.MaxDowntime = DefaultMaxDowntime
+	}
+	if o.Interval == 0 {
+		o.Interval = time.Minute
 	}
 	t := &Trusted{o: o, turn: make(chan struct{}, 1)}
 	t.turn <- struct{}{}
@@ -287,6 +294,28 @@ func (t *Trusted) Judge(ctx context.Context) (time.Time, error) {
 	return t.read(l, time.Time.Before), nil
 }
 
+// Peek is Judge without waiting for a store: the reading by the last look, which
+// must be one of the last minutes. It says false when there is none, or the clock
+// is not trusted.
+func (t *Trusted) Peek() (time.Time, bool) {
+	t.mu.Lock()
+	l := t.last
+	t.mu.Unlock()
+	if l == nil || l.problem != nil {
+		return time.Time{}, false
+	}
+	at := t.o.Clock.Elapsed()
+	if at-l.at > 2*t.o.Interval+lookInterval || l.store.IsZero() && t.moved(l, at) {
+		return time.Time{}, false
+	}
+	return t.read(l, time.Time.Before), true
+}
+
+// moved says whether the own clock has stepped since the look.
+func (t *Trusted) moved(l *look, at time.Duration) bool {
+	return wall(t.o.Clock).Add(-at).Sub(l.own).Abs() > Bound
+}
+
 // Display returns the best time that is known without asking a store, for people
 // and for logs. No lifetime depends on it.
 func (t *Trusted) Display() time.Time {
@@ -350,7 +379,7 @@ func (t *Trusted) current(ctx context.Context) (*look, error) {
 			return nil, false
 		}
 		at := t.o.Clock.Elapsed()
-		if moved := wall(t.o.Clock).Add(-at).Sub(l.own); moved.Abs() > Bound {
+		if t.moved(l, at) {
 			return nil, false
 		}
 		return l, at-l.at < lookInterval
@@ -405,7 +434,7 @@ func (t *Trusted) look(ctx context.Context) (*look, error) {
 	if moved := between(last, next); moved != nil {
 		suspect = moved
 	}
-	decide(next, suspect, t.o.Replica, t.o.MaxDowntime)
+	decide(next, suspect, &t.o)
 	t.mu.Lock()
 	t.last, t.suspect = next, next.suspect
 	off := next.off().Abs() > Bound+next.slack
@@ -471,12 +500,12 @@ func between(last, next *look) *step {
 
 // decide says whether the reading of l is trusted, in l. suspect is a step that the
 // process saw and that was not noted.
-func decide(l *look, suspect *step, replica string, maxDowntime time.Duration) {
+func decide(l *look, suspect *step, o *Options) {
 	now, noted := l.reading(), time.Time{}
 	if l.note != nil {
 		noted = record.Time(l.note.GetTime())
 		since := now.Sub(noted)
-		if suspect != nil && l.note.GetReplica() != replica && since >= -Bound && since <= 2*noteInterval {
+		if suspect != nil && l.note.GetReplica() != o.Replica && since >= -Bound && since <= 2*o.Interval {
 			suspect = nil // the counter of this process stood still
 		}
 	}
@@ -490,7 +519,7 @@ func decide(l *look, suspect *step, replica string, maxDowntime time.Duration) {
 	case l.note == nil:
 	case noted.Sub(now) > Bound+l.slack:
 		l.problem = newStep(noted, now)
-	case now.Sub(noted) > maxDowntime:
+	case now.Sub(noted) > o.MaxDowntime:
 		l.problem = &step{gap, noted, now}
 	}
 }
@@ -516,14 +545,14 @@ func (t *Trusted) Lead(ctx context.Context, fence meta.Cond) error {
 		default:
 			from = at
 		}
-		timer.Reset(noteInterval)
+		timer.Reset(t.o.Interval)
 	}
 }
 
 // noteNow looks and notes. from is when it did so last, as elapsed, below zero:
 // not yet; the return is when it did now.
 func (t *Trusted) noteNow(ctx context.Context, fence meta.Cond, from time.Duration) (time.Duration, error) {
-	ctx, cancel := context.WithTimeout(ctx, noteInterval)
+	ctx, cancel := context.WithTimeout(ctx, t.o.Interval)
 	defer cancel()
 	l, err := t.fresh(ctx)
 	if err != nil {
@@ -590,9 +619,6 @@ func (t *Trusted) Recover(ctx context.Context) (wasStopped bool, now time.Time, 
 		if err != nil {
 			return false, time.Time{}, fmt.Errorf("recover the clock: %w", err)
 		}
-		if l.problem == nil {
-			return wasStopped, l.reading(), nil
-		}
 		rec := &storagev1.Clock{Format: record.Format, Time: record.Nanos(l.reading()), Replica: t.o.Replica}
 		atRecover.Before()
 		res, err := t.o.KV.Txn(ctx, meta.Txn{If: []meta.Cond{l.noteIs}, Then: []meta.Op{meta.Put(keys.Clock, record.Encode(rec))}})
@@ -603,11 +629,23 @@ func (t *Trusted) Recover(ctx context.Context) (wasStopped bool, now time.Time, 
 		if !res.Succeeded {
 			continue
 		}
-		wasStopped = true
-		t.o.Log.Info("the clock is trusted again: an operator says so", zap.Stringer("was", l.problem), zap.Time("reading", l.reading()))
-		t.mu.Lock()
-		t.suspect = nil
-		t.mu.Unlock()
+		if l.problem != nil {
+			t.o.Log.Info("the clock is trusted again: an operator says so", zap.Stringer("was", l.problem), zap.Time("reading", l.reading()))
+		}
+		t.forget()
+		return l.problem != nil, l.reading(), nil
 	}
-	return false, time.Time{}, fmt.Errorf("recover the clock: it keeps stepping: %w", ErrUntrusted)
+	return false, time.Time{}, fmt.Errorf("recover the clock: %w: gave up after %d attempts", ErrConflict, maxAttempts)
+}
+
+// forget drops the suspicion and the last verdict, so that the next reading looks.
+func (t *Trusted) forget() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.suspect = nil
+	if t.last != nil {
+		trusted := *t.last
+		trusted.problem, trusted.suspect = nil, nil
+		t.last = &trusted
+	}
 }

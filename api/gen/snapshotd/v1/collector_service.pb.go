@@ -728,7 +728,10 @@ type GetCollectorStatusResponse struct {
 	// Why nothing is deleted at all; empty: it is.
 	Blocked string `protobuf:"bytes,7,opt,name=blocked,proto3" json:"blocked,omitempty"`
 	// From how many units on a round stops; fewer never stop one.
-	StopUnits     int64 `protobuf:"varint,8,opt,name=stop_units,json=stopUnits,proto3" json:"stop_units,omitempty"`
+	StopUnits int64 `protobuf:"varint,8,opt,name=stop_units,json=stopUnits,proto3" json:"stop_units,omitempty"`
+	// Why nothing expires and nothing is collected for the clock's sake, until
+	// Recover with clock or a day of steady clocks; empty: the clock is trusted.
+	ClockStopped  string `protobuf:"bytes,9,opt,name=clock_stopped,json=clockStopped,proto3" json:"clock_stopped,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -817,6 +820,13 @@ func (x *GetCollectorStatusResponse) GetStopUnits() int64 {
 		return x.StopUnits
 	}
 	return 0
+}
+
+func (x *GetCollectorStatusResponse) GetClockStopped() string {
+	if x != nil {
+		return x.ClockStopped
+	}
+	return ""
 }
 
 // ExplainObjectRequest is the request of ExplainObject.
@@ -1524,7 +1534,7 @@ const file_snapshotd_v1_collector_service_proto_rawDesc = "" +
 	"\rcollection_id\x18\x01 \x01(\x03R\fcollectionId\x12\x10\n" +
 	"\x03due\x18\x02 \x01(\x03R\x03due\x12\x14\n" +
 	"\x05total\x18\x03 \x01(\x03R\x05total\"\x1b\n" +
-	"\x19GetCollectorStatusRequest\"\xc0\x02\n" +
+	"\x19GetCollectorStatusRequest\"\xe5\x02\n" +
 	"\x1aGetCollectorStatusResponse\x12;\n" +
 	"\n" +
 	"last_round\x18\x01 \x01(\v2\x1c.snapshotd.v1.CollectSummaryR\tlastRound\x12\x1a\n" +
@@ -1535,7 +1545,8 @@ const file_snapshotd_v1_collector_service_proto_rawDesc = "" +
 	"\aenabled\x18\x06 \x01(\bR\aenabled\x12\x18\n" +
 	"\ablocked\x18\a \x01(\tR\ablocked\x12\x1d\n" +
 	"\n" +
-	"stop_units\x18\b \x01(\x03R\tstopUnits\"y\n" +
+	"stop_units\x18\b \x01(\x03R\tstopUnits\x12#\n" +
+	"\rclock_stopped\x18\t \x01(\tR\fclockStopped\"y\n" +
 	"\x14ExplainObjectRequest\x12C\n" +
 	"\x05store\x18\x01 \x01(\tB-\xbaH*\xd8\x01\x01r%2#^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$R\x05store\x12\x1c\n" +
 	"\x03key\x18\x02 \x01(\tB\n" +

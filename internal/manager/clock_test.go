@@ -1,0 +1,377 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/store/clock"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// host is a clock that may be wrong, and a host that may sleep.
+type host struct {
+	off, slept time.Duration
+	base       time.Time
+}
+
+func (h *host) Now() time.Time         { return time.Now().Add(h.off + h.slept) }
+func (h *host) Elapsed() time.Duration { return time.Since(h.base) + h.slept }
+
+// on has a replica run on a host. Alone, its object store is a directory there.
+func (w *world) on(h *host, alone bool) func(*Options) {
+	if h.base.IsZero() {
+		h.base = time.Now()
+	}
+	return func(o *Options) {
+		o.Now = h.Now
+		if alone {
+			o.Stores = map[string]object.Store{"default": onHost{o.Stores["default"], h}}
+		}
+		co := clock.Options{KV: o.KV, Clock: h, Alias: "default", Replica: o.Replica, Log: o.Log}
+		if !alone {
+			co.Store = o.Stores["default"]
+		}
+		o.Clock = clock.New(co)
+	}
+}
+
+// onHost is an object store whose clock is that of a host.
+type onHost struct {
+	object.Store
+	h *host
+}
+
+func (s onHost) Now(context.Context) (time.Time, error) { return s.h.Now(), nil }
+
+func (w *world) left(r *replica) int {
+	w.t.Helper()
+	list, _, err := r.List(w.t.Context(), Filter{}, Place{}, 1000)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return len(list)
+}
+
+func (w *world) createTTL(r *replica, col catalog.Collection, name string, ttl time.Duration) *Snapshot {
+	w.t.Helper()
+	sp := spec(col, name)
+	sp.TTL = ttl
+	s, err := r.Create(w.t.Context(), request.Token{}, sp)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return s
+}
+
+// A ttl counts from the time that all agree on, not from the creating replica's.
+func TestTTLOfACreatorWhoseClockIsOff(t *testing.T) {
+	for _, by := range []time.Duration{-24 * time.Hour, -2 * time.Hour, 2 * time.Hour} {
+		inWorld(t, func(t *testing.T, w *world) {
+			a := w.start("a")
+			settle()
+			b := w.start("b", w.on(&host{off: by}, false))
+			col, _, _ := w.collection(a, "c")
+			w.createTTL(b, col, "short", time.Hour)
+			time.Sleep(59 * time.Minute)
+			settle()
+			if w.left(a) != 1 {
+				t.Errorf("off by %v: a snapshot with a ttl of one hour is gone after 59 minutes", by)
+			}
+			time.Sleep(3 * time.Minute)
+			settle()
+			if w.left(a) != 0 {
+				t.Errorf("off by %v: a snapshot with a ttl of one hour is there after 62 minutes", by)
+			}
+		})
+	}
+}
+
+// Readers get the whole tolerance, and no more than that, whichever replica drops.
+func TestDropTimeOfAReplicaWhoseClockIsOff(t *testing.T) {
+	for _, by := range []time.Duration{-2 * time.Hour, 2 * time.Hour} {
+		inWorld(t, func(t *testing.T, w *world) {
+			a := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
+			settle()
+			b := w.start("b", w.on(&host{off: by}, false))
+			col, _, _ := w.collection(a, "c")
+			gone, _, _ := w.collection(a, "gone")
+			s, other := w.segment(a, col, 0, 1, 9), w.segment(a, gone, 0, 1, 9)
+			w.addWritten(a, col, s)
+			w.addWritten(a, gone, other)
+			w.dropSegments(b, col, s.ID)
+			if _, err := b.catalog.DropCollection(t.Context(), request.Token{}, catalog.Ref{ID: gone.ID}, 0); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(58 * time.Minute)
+			settle()
+			if n := len(w.objectsUnder("data/")); n != 2 {
+				t.Errorf("off by %v: %d of 2 files are left 58 minutes after the drop", by, n)
+			}
+			time.Sleep(6 * time.Minute)
+			settle()
+			if n := len(w.objectsUnder("data/")); n != 0 {
+				t.Errorf("off by %v: %d files are left 64 minutes after the drop", by, n)
+			}
+		})
+	}
+}
+
+// A host whose clock steps deletes nothing, neither then nor after a restart, until
+// an operator says that the clock is right.
+func TestHostClockSteps(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		h := &host{}
+		r := w.start("a", w.on(h, true))
+		col, _, _ := w.collection(r, "c")
+		w.createTTL(r, col, "month", 30*24*time.Hour)
+		s, later := w.segment(r, col, 0, 1, 9), w.segment(r, col, 0, 1, 9)
+		w.addWritten(r, col, s)
+		w.add(r, col, later)
+		w.checkpoint(r, col, 10, 10)
+		w.dropSegments(r, col, s.ID)
+		time.Sleep(time.Minute)
+		h.off = 365 * 24 * time.Hour // set wrong, until NTP steps it back
+		time.Sleep(10 * time.Minute)
+		settle()
+		check := func(when string) {
+			t.Helper()
+			if snapshots, files := w.left(r), len(w.objectsUnder("data/")); snapshots != 1 || files != 1 {
+				t.Fatalf("%s: %d snapshots and %d files are left", when, snapshots, files)
+			}
+		}
+		check("after a step of a year")
+		// What needs the time says so; what does not goes on.
+		wantUntrusted := func(what string, err error) {
+			t.Helper()
+			if !errors.Is(err, clock.ErrUntrusted) {
+				t.Errorf("%s: %v, want %v", what, err, clock.ErrUntrusted)
+			}
+		}
+		sp := spec(col, "short")
+		sp.TTL = time.Hour
+		_, err := r.Create(t.Context(), request.Token{}, sp)
+		wantUntrusted("create with a ttl", err)
+		_, err = r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.Swap{Drop: []int64{later.ID}})
+		wantUntrusted("drop of a segment", err)
+		_, err = r.Pin(t.Context(), request.Token{}, Ref{Name: "month"}, PinSpec{Owner: "me", TTL: time.Hour})
+		wantUntrusted("pin with a ttl", err)
+		_, err = r.Restore(t.Context(), request.Token{}, &RestoreSpec{Snapshot: Ref{Name: "month"}, DB: "default", Name: "copy", Timeout: time.Hour})
+		wantUntrusted("restore with a timeout", err)
+		_, err = r.Collect(t.Context(), gc.CollectOptions{Collection: catalog.Ref{ID: col.ID}})
+		wantUntrusted("round", err)
+		w.create(r, col, "forever")
+		if err := dropByName(t.Context(), r, "forever"); err != nil {
+			t.Error(err)
+		}
+		if !r.Stats().ClockStopped {
+			t.Error("the state is not in the stats")
+		}
+		r.stop()
+		r = w.start("b", w.on(h, true))
+		time.Sleep(10 * time.Minute)
+		settle()
+		check("after a restart")
+		h.off = 0
+		time.Sleep(10 * time.Minute)
+		settle()
+		check("after the step back")
+		if was, _, err := r.RecoverClock(t.Context()); !was || err != nil {
+			t.Fatal(was, err)
+		}
+		time.Sleep(4 * time.Hour)
+		settle()
+		if snapshots, files := w.left(r), len(w.objectsUnder("data/")); snapshots != 1 || files != 0 {
+			t.Errorf("after recover: %d snapshots and %d files are left", snapshots, files)
+		}
+		w.dropSegments(r, col, later.ID)
+	})
+}
+
+func dropByName(ctx context.Context, r *replica, name string) error {
+	_, err := r.Drop(ctx, request.Token{}, Ref{Name: name}, 0)
+	return err
+}
+
+// Downtime expires what became due in it; a gap that no downtime explains does not.
+func TestDowntimeAndExpiry(t *testing.T) {
+	for days, want := range map[int]int{30: 0, 36: 1} {
+		inWorld(t, func(t *testing.T, w *world) {
+			h := &host{}
+			r := w.start("a", w.on(h, true))
+			col, _, _ := w.collection(r, "c")
+			w.createTTL(r, col, "week", 7*24*time.Hour)
+			settle()
+			r.stop()
+			h.slept += time.Duration(days) * 24 * time.Hour
+			r = w.start("a", w.on(h, true))
+			time.Sleep(10 * time.Minute)
+			settle()
+			if n := w.left(r); n != want {
+				t.Errorf("%d snapshots are left after %d days, want %d", n, days, want)
+			}
+		})
+	}
+}
+
+// A host that sleeps for a night goes on.
+func TestSleepingHost(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		h := &host{}
+		r := w.start("a", w.on(h, true))
+		col, _, _ := w.collection(r, "c")
+		w.createTTL(r, col, "hour", time.Hour)
+		time.Sleep(time.Minute)
+		h.slept = 8 * time.Hour
+		time.Sleep(2 * time.Minute)
+		settle()
+		if n := w.left(r); n != 0 || r.Stats().ClockStopped {
+			t.Errorf("%d snapshots are left, stopped: %v", n, r.Stats().ClockStopped)
+		}
+	})
+}
+
+// A deadline is stamped and judged by one time, though the clocks of the replica
+// that admits and of the one that leads are apart.
+func TestRestoreDeadlineAndClocks(t *testing.T) {
+	for _, off := range []struct{ leader, other time.Duration }{{0, -10 * time.Minute}, {10 * time.Minute, 0}, {0, 10 * time.Minute}} {
+		inWorld(t, func(t *testing.T, w *world) {
+			a := w.start("a", w.on(&host{off: off.leader}, false))
+			settle()
+			b := w.start("b", w.on(&host{off: off.other}, false))
+			col, _, _ := w.collection(a, "c")
+			s := w.segment(a, col, 0, 1, 9)
+			w.addWritten(a, col, s)
+			w.checkpoint(a, col, 10, 10)
+			w.create(a, col, "s")
+			job, err := b.Restore(t.Context(), request.Token{}, &RestoreSpec{
+				Snapshot: Ref{Name: "s"}, DB: "default", Name: "copy", Timeout: 5 * time.Minute,
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(4 * time.Minute)
+			settle()
+			got, err := a.jobs.Get(t.Context(), job.ID)
+			if err != nil || got.Job.State != copyjob.Completed {
+				t.Errorf("%+v: %v, %v", off, got, err)
+			}
+		})
+	}
+}
+
+// Snapshots that are pinned when they expire cost nothing until the pin goes.
+func TestExpiredButPinned(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		idle := func(pinned int) int {
+			r := w.start(fmt.Sprint("a", pinned), func(o *Options) { o.CollectorOff = true })
+			defer r.stop()
+			col, _, _ := w.collection(r, fmt.Sprint("c", pinned))
+			for i := range pinned {
+				s := w.createTTL(r, col, fmt.Sprint("s", i), time.Hour)
+				w.put(keys.PinPrefix(s.ID)+"p", []byte{1})
+			}
+			time.Sleep(2 * time.Hour)
+			settle()
+			before := r.kv.Calls()
+			for i := range 10 {
+				w.create(r, col, fmt.Sprintf("new-%d-%d", pinned, i))
+				settle()
+			}
+			time.Sleep(time.Hour)
+			settle()
+			return r.kv.Calls() - before
+		}
+		without, with := idle(0), idle(50)
+		if with > without+20 {
+			t.Errorf("%d calls with 50 expired and pinned snapshots, %d without", with, without)
+		}
+		r := w.start("b", func(o *Options) { o.CollectorOff = true })
+		settle()
+		n := w.left(r)
+		s, err := r.Get(t.Context(), Ref{Name: "s7"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.remove(keys.PinPrefix(s.ID) + "p")
+		settle()
+		if w.left(r) != n-1 {
+			t.Error("the snapshot stays when its pin is gone")
+		}
+	})
+}
+
+func (w *world) remove(key string) {
+	w.t.Helper()
+	if _, err := w.kv.Txn(w.t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(key)}}); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// A pin ends by its expire_time, though its lease goes on, as it does when etcd
+// restarts.
+func TestPinOutlivedByItsLease(t *testing.T) {
+	// again has the lease of a pin begin again.
+	again := func(t *testing.T, w *world, p *Pin) {
+		t.Helper()
+		kv, found, _, err := w.kv.Get(t.Context(), keys.Pin(p.Snapshot, p.ID))
+		if err != nil || !found {
+			t.Fatal(found, err)
+		}
+		if err := w.kv.KeepAlive(t.Context(), kv.Lease); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pinned := func(t *testing.T, w *world, r *replica) (*Snapshot, *Pin) {
+		t.Helper()
+		col, _, _ := w.collection(r, "c")
+		s := w.create(r, col, "s")
+		p, err := r.Pin(t.Context(), request.Token{}, Ref{ID: s.ID}, PinSpec{Owner: "me", TTL: time.Hour})
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(59 * time.Minute)
+		again(t, w, p)
+		return s, p
+	}
+	t.Run("the leader removes it", func(t *testing.T) {
+		inWorld(t, func(t *testing.T, w *world) {
+			r := w.start("a")
+			_, p := pinned(t, w, r)
+			time.Sleep(3 * time.Minute)
+			settle()
+			if _, found, _, err := w.kv.Get(t.Context(), keys.Pin(p.Snapshot, p.ID)); found || err != nil {
+				t.Errorf("the pin is there: %v, %v", found, err)
+			}
+		})
+	})
+	t.Run("readers and a drop do not wait for that", func(t *testing.T) {
+		inWorld(t, func(t *testing.T, w *world) {
+			r := w.start("a", func(o *Options) { o.CleanInterval = 24 * time.Hour })
+			s, p := pinned(t, w, r)
+			if list, _, err := r.Pins(t.Context(), s.ID, PinPlace{}, 10); len(list) != 1 || err != nil {
+				t.Fatal(list, err)
+			}
+			if err := dropByName(t.Context(), r, "s"); !errors.Is(err, ErrSnapshotPinned) {
+				t.Fatalf("drop of a pinned snapshot: %v", err)
+			}
+			time.Sleep(time.Minute)
+			if list, _, err := r.Pins(t.Context(), s.ID, PinPlace{}, 10); len(list) != 0 || err != nil {
+				t.Errorf("pins: %v, %v", list, err)
+			}
+			_, err := r.RenewPin(t.Context(), Ref{ID: s.ID}, p.ID, 0)
+			wantError(t, err, ErrPinNotFound)
+			if err := dropByName(t.Context(), r, "s"); err != nil {
+				t.Errorf("drop: %v", err)
+			}
+		})
+	})
+}
