@@ -226,7 +226,7 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 		timeOptions.Store = stores[cfg.SnapshotStore]
 	}
 	trusted := clock.New(timeOptions)
-	requests := request.NewLeases(kv, time.Now)
+	requests := request.NewLeases(kv, time.Now, trusted.Stamp)
 	age := epoch.New(epoch.Options{
 		KV: kv, Store: stores[cfg.SnapshotStore], Cluster: p.cluster.ID, Now: time.Now, Rand: rand.Reader, Log: log.Named("epoch"),
 	})

@@ -275,7 +275,7 @@ func (c *Catalog) change(ctx context.Context, tok request.Token, decide func(ctx
 		if known != nil {
 			return outcome{id: known.ID, result: known.Result, revision: known.Revision}, nil
 		}
-		var lease meta.LeaseID
+		var lease request.Lease
 		if tok.Given() {
 			if lease, err = c.requests.Get(ctx); err != nil {
 				return outcome{}, err

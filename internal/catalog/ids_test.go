@@ -160,7 +160,7 @@ func TestReserveAndRelease(t *testing.T) {
 	kv := memory.New(memory.Options{})
 	r := newRig(t, kv)
 	whole := catalog.IDRange{First: 100_000, Count: 1024}
-	deny := catalog.New(catalog.Options{KV: kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(kv, time.Now)})
+	deny := catalog.New(catalog.Options{KV: kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(kv, time.Now, nil)})
 	if err := deny.ReserveIDs(ctx, request.Token{}, whole); !errors.Is(err, catalog.ErrReserveNotAllowed) {
 		t.Errorf("reserve: err = %v, want %v", err, catalog.ErrReserveNotAllowed)
 	}

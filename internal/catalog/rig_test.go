@@ -75,7 +75,7 @@ func open(kv meta.KV) *catalog.Catalog {
 	return catalog.New(catalog.Options{
 		KV: kv, Now: time.Now, Rand: rand.Reader,
 		HasStore: func(alias string) bool { return alias == "default" || alias == "other" },
-		Requests: request.NewLeases(kv, time.Now), AllowReserve: true,
+		Requests: request.NewLeases(kv, time.Now, nil), AllowReserve: true,
 	})
 }
 

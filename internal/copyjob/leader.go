@@ -522,7 +522,7 @@ func (l *leader) end(ctx context.Context, at crashpoint.Point, job, next *Job, o
 		from, to := meta.Prefix(prefix)
 		ops = append(ops, meta.DeleteRange(from, to))
 	}
-	var lease meta.LeaseID
+	var lease request.Lease
 	if job.RequestKey != "" {
 		kv, found, _, err := l.kv.Get(ctx, job.RequestKey)
 		if err != nil {

@@ -61,7 +61,7 @@ func inLot(t *testing.T, n int, fn func(t *testing.T, l *lot)) {
 			r := &parker{kv: meta.NewFaulty(l.kv), store: object.NewFaulty(l.objects)}
 			stores := map[string]object.Store{"default": r.store}
 			r.cat = catalog.New(catalog.Options{
-				KV: r.kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(r.kv, time.Now),
+				KV: r.kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(r.kv, time.Now, nil),
 				HasStore: func(alias string) bool { return alias == "default" }, Held: catalog.ReadHeld(stores),
 			})
 			r.GC = New(Options{

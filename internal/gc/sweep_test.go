@@ -47,7 +47,7 @@ func sweeping(t *testing.T, ahead time.Duration, fn func(t *testing.T, r *rig)) 
 		r := &rig{t: t, kv: meta.NewFaulty(metamemory.New(metamemory.Options{Now: time.Now})), told: map[string]string{}}
 		r.store = object.NewFaulty(objectmemory.New(objectmemory.Options{Now: time.Now}))
 		c := catalog.New(catalog.Options{
-			KV: r.kv, Now: now, Rand: rand.Reader, Requests: request.NewLeases(r.kv, now), HasStore: func(string) bool { return true },
+			KV: r.kv, Now: now, Rand: rand.Reader, Requests: request.NewLeases(r.kv, now, nil), HasStore: func(string) bool { return true },
 		})
 		if _, err := c.AllocateIDs(t.Context(), request.Token{}, 1000); err != nil {
 			t.Fatal(err)

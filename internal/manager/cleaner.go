@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -16,12 +17,16 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
 	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
 // How snapshots are removed.
 const (
 	removesInFlight = 8   // snapshots at once
 	removeBatch     = 500 // objects at a time
+
+	tokenInterval = time.Hour // between looks at request tokens
+	tokensAtOnce  = 100       // in one transaction
 )
 
 // cleaner is the leader's work on snapshots: it reaps creates that died, drops
@@ -31,6 +36,9 @@ const (
 type cleaner struct {
 	m    *Manager
 	wake chan struct{} // size one
+	// tokens is when records of request tokens are looked at next, as elapsed; Run's
+	// alone.
+	tokens time.Duration
 }
 
 func newCleaner(m *Manager) *cleaner {
@@ -50,6 +58,7 @@ func (c *cleaner) Wake() {
 func (c *cleaner) Run(ctx context.Context, term election.Term) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	c.tokens = c.m.clock.Elapsed() + c.m.o.CleanInterval
 	for {
 		select {
 		case <-ctx.Done():
@@ -58,6 +67,10 @@ func (c *cleaner) Run(ctx context.Context, term election.Term) error {
 		case <-c.wake:
 		}
 		next, err := c.Pass(ctx, term.Fence())
+		if c.m.clock.Elapsed() >= c.tokens {
+			c.tokens = c.m.clock.Elapsed() + tokenInterval
+			err = errors.Join(err, c.endTokens(ctx, term.Fence()))
+		}
 		if err != nil && ctx.Err() == nil {
 			c.m.log.Warn("cleaning met trouble and will go on later", zap.Error(err))
 			if !errors.Is(err, clock.ErrUntrusted) { // which takes an operator, or a day
@@ -122,6 +135,47 @@ func (c *cleaner) endPins(ctx context.Context, pins []*Pin, fence meta.Cond) (ti
 		}
 	}
 	return next, c.m.endPins(ctx, over, fence)
+}
+
+// endTokens removes the records of request tokens that are over and whose leases are
+// not. It reads all of them, a page at a time, so it is done seldom.
+func (c *cleaner) endTokens(ctx context.Context, fence meta.Cond) error {
+	now, err := c.m.clock.Judge(ctx)
+	if err != nil {
+		return fmt.Errorf("request tokens end with their leases alone: %w", err)
+	}
+	removed := 0
+	from, to := meta.Prefix(keys.RequestPrefix)
+	_, err = c.m.kv.Scan(ctx, from, to, 0, func(page []meta.KeyValue) error {
+		var over []meta.KeyValue
+		for _, kv := range page {
+			if is, err := request.Expired(kv, now); err == nil && is { // one that cannot be read ends with its lease
+				over = append(over, kv)
+			}
+		}
+		for part := range slices.Chunk(over, tokensAtOnce) {
+			txn := meta.Txn{If: []meta.Cond{fence}}
+			for _, kv := range part {
+				txn.If = append(txn.If, meta.Unchanged(kv.Key, kv.ModRevision))
+				txn.Then = append(txn.Then, meta.Delete(kv.Key))
+			}
+			res, err := c.m.kv.Txn(ctx, txn)
+			if err != nil {
+				return err
+			}
+			if res.Succeeded { // else one of them went with its lease: the next look finds the others
+				removed += len(part)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("remove request tokens that are over: %w", err)
+	}
+	if removed > 0 {
+		c.m.log.Info("request tokens ended that outlived their day", zap.Int("tokens", removed))
+	}
+	return nil
 }
 
 // expire drops the snapshots whose time has come by the reading that lifetimes are

@@ -375,3 +375,37 @@ func TestPinOutlivedByItsLease(t *testing.T) {
 		})
 	})
 }
+
+// The record of a request token ends by its expire_time, though its lease goes on.
+func TestTokenOutlivedByItsLease(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		tok := token("t", "request")
+		if _, err := r.Create(t.Context(), tok, spec(col, "s")); err != nil {
+			t.Fatal(err)
+		}
+		there := func() bool {
+			kv, found, _, err := w.kv.Get(t.Context(), tok.Key())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if found { // as when etcd restarts
+				if err := w.kv.KeepAlive(t.Context(), kv.Lease); err != nil {
+					t.Fatal(err)
+				}
+			}
+			return found
+		}
+		time.Sleep(24 * time.Hour)
+		settle()
+		if !there() {
+			t.Error("the record is gone after a day")
+		}
+		time.Sleep(3 * time.Hour)
+		settle()
+		if there() {
+			t.Error("the record is there after 27 hours")
+		}
+	})
+}

@@ -1093,7 +1093,7 @@ func (m *Manager) tryCommit(ctx context.Context, c *creation, next *Snapshot, va
 	if err := lease.advance(ctx); err != nil && !*open {
 		return true, err
 	}
-	var result meta.LeaseID
+	var result request.Lease
 	if c.tok.Given() {
 		if result, err = m.o.Requests.Get(ctx); err != nil {
 			return false, err
@@ -1198,7 +1198,7 @@ func (m *Manager) giveUp(ctx context.Context, s *Snapshot, reason, text string, 
 				meta.Delete(keys.Pending(s.Collection, s.ID)),
 			},
 		}
-		var lease meta.LeaseID
+		var lease request.Lease
 		if s.requestKey != "" {
 			if lease, err = m.endToken(ctx, s.requestKey, reason, text, &txn); err != nil {
 				return err
@@ -1222,21 +1222,20 @@ func (m *Manager) giveUp(ctx context.Context, s *Snapshot, reason, text string, 
 }
 
 // endToken adds to txn that the token at key ends with an error.
-func (m *Manager) endToken(ctx context.Context, key, reason, text string, txn *meta.Txn) (meta.LeaseID, error) {
+func (m *Manager) endToken(ctx context.Context, key, reason, text string, txn *meta.Txn) (request.Lease, error) {
 	kv, found, _, err := m.kv.Get(ctx, key)
 	if err != nil || !found {
-		return 0, err
-	}
-	rec := &storagev1.Request{}
-	if err := record.Decode(kv, rec); err != nil {
-		return 0, err
+		return request.Lease{}, err
 	}
 	lease, err := m.o.Requests.Get(ctx)
 	if err != nil {
-		return 0, err
+		return request.Lease{}, err
 	}
-	rec.Done, rec.ErrorReason, rec.ErrorText = true, reason, strings.ToValidUTF8(text, "?")
+	end, err := request.Failed(kv, lease, reason, text)
+	if err != nil {
+		return request.Lease{}, err
+	}
 	txn.If = append(txn.If, meta.Unchanged(key, kv.ModRevision))
-	txn.Then = append(txn.Then, meta.PutLeased(key, record.Encode(rec), lease))
+	txn.Then = append(txn.Then, end)
 	return lease, nil
 }

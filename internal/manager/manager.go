@@ -709,7 +709,7 @@ func (m *Manager) checkPins(ctx context.Context, s *Snapshot) error {
 // commitWith carries out a transaction that ends an operation, with the result
 // under the operation's token. It says whether the compares held.
 func (m *Manager) commitWith(ctx context.Context, tok request.Token, id int64, result []byte, txn meta.Txn) (won bool, revision int64, err error) {
-	var lease meta.LeaseID
+	var lease request.Lease
 	if tok.Given() {
 		if lease, err = m.o.Requests.Get(ctx); err != nil {
 			return false, 0, err

@@ -17,7 +17,9 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/object/identity"
+	"github.com/snapshotd/snapshotd/internal/store/record"
 	"github.com/snapshotd/snapshotd/internal/store/request"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
 // itself stands in a premise for the key that is written.
@@ -69,6 +71,8 @@ var premises = []premise{
 	{meta.OpPut, keys.Unpin, [][]string{{keys.AllPinsPrefix}, {keys.JobPrefix, keys.Leader}}},
 
 	{meta.OpPut, "/request/", [][]string{{itself}, {recs}, {keys.JobPrefix, keys.Leader}}},
+
+	{meta.OpDelete, "/request/", [][]string{{itself, keys.Leader}}},
 
 	{meta.OpPut, keys.JobPrefix, [][]string{{itself}, {recs, keys.CollectionPrefix}}},
 	{meta.OpDelete, keys.JobPrefix, [][]string{{itself, keys.Leader}}},
@@ -298,6 +302,9 @@ func (w *world) live() {
 	w.addWritten(a, col, free)
 	tombs := w.granted(w.reclaim(a, col, gc.ByCaller, w.dropSegments(a, col, free.ID)...))
 	must(second(b.GC().Confirm(ctx, ref, []int64{tombs[0].ID})))
+	must(second(w.memory.Txn(ctx, meta.Txn{Then: []meta.Op{ // whose lease is longer than its day
+		meta.Put(keys.RequestPrefix+"m/old", record.Encode(&storagev1.Request{Format: record.Format, Done: true, ExpireTime: 1})),
+	}})))
 	time.Sleep(2 * time.Hour)
 	w.dropSnapshot(a, one)
 	for _, name := range []string{"copy", "interrupted"} {

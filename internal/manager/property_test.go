@@ -446,7 +446,7 @@ func (c *course) must(err error) {
 func (c *course) setUp() {
 	c.foreign, c.granted, c.content = map[string]bool{}, map[string]bool{}, map[string][]byte{}
 	c.snapshots, c.corrupted, c.jobs = map[int64]*taken{}, map[int64][]byte{}, map[int64]*copyjob.Job{}
-	requests := request.NewLeases(c.w.kv, c.w.now)
+	requests := request.NewLeases(c.w.kv, c.w.now, nil)
 	for i := range c.replicas {
 		c.start(i)
 	}

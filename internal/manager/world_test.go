@@ -60,7 +60,8 @@ func (w *world) start(name string, change ...func(*Options)) *replica {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	requests := request.NewLeases(r.kv, w.now)
+	var trusted *clock.Trusted
+	requests := request.NewLeases(r.kv, w.now, func(ctx context.Context) (time.Time, error) { return trusted.Stamp(ctx) })
 	o := Options{
 		KV: r.kv, Cluster: cl, Stores: map[string]object.Store{"default": r.store}, SnapshotStore: "default",
 		Requests: requests, Replica: name, Release: "test", Now: w.now, Rand: rand.Reader,
@@ -74,6 +75,7 @@ func (w *world) start(name string, change ...func(*Options)) *replica {
 			KV: o.KV, Clock: clock.Of(o.Now), Store: o.Stores[o.SnapshotStore], Alias: o.SnapshotStore, Replica: name, Log: o.Log,
 		})
 	}
+	trusted = o.Clock
 	if o.Catalog == nil {
 		o.Catalog = catalog.New(catalog.Options{
 			KV: o.KV, Now: o.Now, Stamp: o.Clock.Stamp, Rand: o.Rand, Requests: o.Requests,

@@ -181,7 +181,7 @@ func newCaller(t *testing.T, s *Server) *caller {
 		t.Fatal(err)
 	}
 	locked := &lockedReader{r: random}
-	requests := request.NewLeases(kv, time.Now)
+	requests := request.NewLeases(kv, time.Now, nil)
 	age := epoch.New(epoch.Options{KV: kv, Store: store, Cluster: c.ID, Now: time.Now, Rand: locked})
 	cat := catalog.New(catalog.Options{
 		KV: kv, Now: time.Now, Rand: locked, Requests: requests, RaiseIDs: age.Raise,

@@ -91,7 +91,7 @@ func start(t *testing.T) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	requests := request.NewLeases(w.kv, time.Now)
+	requests := request.NewLeases(w.kv, time.Now, nil)
 	age := epoch.New(epoch.Options{KV: w.kv, Store: w.objects, Cluster: c.ID, Now: time.Now, Rand: rand.Reader})
 	cat := catalog.New(catalog.Options{
 		KV: w.kv, Now: time.Now, Rand: rand.Reader, Requests: requests, RaiseIDs: age.Raise,

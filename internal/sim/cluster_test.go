@@ -101,7 +101,7 @@ func (s *sim) start(index int, leisure bool) *member {
 		co.Interval = 10 * time.Minute
 	}
 	tr := trusted.New(co)
-	requests := request.NewLeases(kv, m.clock.now)
+	requests := request.NewLeases(kv, m.clock.now, tr.Stamp)
 	m.cat = catalog.New(catalog.Options{
 		KV: kv, Now: m.clock.now, Stamp: tr.Stamp, Rand: random, Requests: requests, HasStore: func(a string) bool { return a == "default" },
 		Held: catalog.ReadHeld(stores), RaiseIDs: ep.Raise, Jitter: spread,

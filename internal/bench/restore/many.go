@@ -221,7 +221,7 @@ func manyChild(ctx context.Context, endpoint, bits string, in io.Reader, out io.
 	}
 	const alias = "default"
 	stores := map[string]object.Store{alias: store}
-	requests := request.NewLeases(kv, time.Now)
+	requests := request.NewLeases(kv, time.Now, nil)
 	cat := catalog.New(catalog.Options{
 		KV: kv, Now: time.Now, Rand: rand.Reader, Requests: requests, HasStore: func(name string) bool { return name == alias },
 	})

@@ -257,7 +257,7 @@ func TestDowntime(t *testing.T) {
 		{-2 * time.Minute, true},
 	} {
 		t.Run(c.down.String(), func(t *testing.T) {
-			inEnv(t, func(t *testing.T, e *env) {
+			inEnv(t, func(_ *testing.T, e *env) {
 				stop := e.lead(e.process(&host{}, "a", false))
 				stop()
 				p := e.process(&host{off: c.down}, "b", false)
@@ -370,7 +370,7 @@ func TestSilentStore(t *testing.T) {
 
 // A step that could not be written is not forgotten.
 func TestStopWithoutAnswer(t *testing.T) {
-	inEnv(t, func(t *testing.T, e *env) {
+	inEnv(t, func(_ *testing.T, e *env) {
 		h := &host{}
 		kv := meta.NewFaulty(e.kv)
 		h.base = time.Now()

@@ -59,7 +59,7 @@ func (w *world) replica(change ...func(*epoch.Options)) *replica {
 	}
 	r.Epoch = epoch.New(o)
 	r.ids = catalog.New(catalog.Options{
-		KV: r.kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(r.kv, time.Now), RaiseIDs: r.Raise, AllowReserve: true,
+		KV: r.kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(r.kv, time.Now, nil), RaiseIDs: r.Raise, AllowReserve: true,
 	})
 	return r
 }
@@ -586,7 +586,7 @@ func TestHistoryOfAnUnreadableRecord(t *testing.T) {
 func TestReplicaOutlivesItsStore(t *testing.T) {
 	w := newWorld(t)
 	kv := &switched{KV: w.kv}
-	ids := catalog.New(catalog.Options{KV: kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(kv, time.Now), AllowReserve: true})
+	ids := catalog.New(catalog.Options{KV: kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(kv, time.Now, nil), AllowReserve: true})
 	allocate := func() error {
 		_, err := ids.AllocateIDs(t.Context(), request.Token{}, 10)
 		return err
@@ -831,7 +831,7 @@ func TestBehindBetween(t *testing.T) {
 		w.put(9, 1, 5_000_000, "mine")
 		wantBehind(t, w.replica().Check(t.Context()))
 	}}
-	ids := catalog.New(catalog.Options{KV: kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(kv, time.Now), AllowReserve: true})
+	ids := catalog.New(catalog.Options{KV: kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(kv, time.Now, nil), AllowReserve: true})
 	_, err := ids.AllocateIDs(t.Context(), request.Token{}, 10)
 	wantBehind(t, err)
 	kv.do = func() { t.Error("it tried") }

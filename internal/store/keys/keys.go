@@ -69,6 +69,7 @@ const (
 	AllTasksPrefix    = "/job/task/"
 	AllProgressPrefix = "/job/progress/"
 	LimitsPrefix      = "/job/limits/"
+	RequestPrefix     = "/request/"
 	WorkerPrefix      = "/worker/rec/"
 	AssignedPrefix    = "/worker/task/"
 	CollectionPrefix  = "/catalog/collection/"
@@ -123,7 +124,7 @@ func Pin(snapshot, pin int64) string { return PinPrefix(snapshot) + ID(pin) }
 // Request is the record of a request token.
 func Request(principal, method, token string) string {
 	h := sha256.Sum256([]byte(principal + "\x00" + token))
-	return "/request/" + method + "/" + hex.EncodeToString(h[:])
+	return RequestPrefix + method + "/" + hex.EncodeToString(h[:])
 }
 
 // Job is a restore job's record.

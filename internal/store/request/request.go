@@ -4,6 +4,11 @@
 // operation; the one that ends the operation stores the result in it and puts
 // it under a lease of a day. A repeat finds the record and joins or returns the
 // result, though what it made may since be gone.
+//
+// The record holds besides when the day is over, by the reading that lifetimes are
+// judged by: etcd begins leases again when it restarts or another of its members
+// leads, so a lease alone may keep a record for ever. The leader removes what is
+// over, see [Expired].
 package request
 
 import (
@@ -11,6 +16,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/planted"
@@ -60,24 +66,44 @@ func (t Token) Begin(id int64) []meta.Op {
 }
 
 // End is the write of an operation that ends in its first transaction.
-func (t Token) End(lease meta.LeaseID, id int64, result []byte) []meta.Op {
+func (t Token) End(lease Lease, id int64, result []byte) []meta.Op {
 	if !t.Given() {
 		return nil
 	}
 	return []meta.Op{meta.PutLeased(t.Key(), record.Encode(&storagev1.Request{
-		Format: record.Format, Hash: t.Hash, Id: id, Done: true, Result: result,
-	}), lease)}
+		Format: record.Format, Hash: t.Hash, Id: id, Done: true, Result: result, ExpireTime: record.Nanos(lease.expires),
+	}), lease.ID)}
 }
 
 // Ended is the write that ends an operation well when another than its first
 // transaction does: kv is the token's record, which the transaction compares.
-func Ended(kv meta.KeyValue, lease meta.LeaseID, result []byte) (meta.Op, error) {
+func Ended(kv meta.KeyValue, lease Lease, result []byte) (meta.Op, error) {
 	rec := &storagev1.Request{}
 	if err := record.Decode(kv, rec); err != nil {
 		return meta.Op{}, err
 	}
-	rec.Done, rec.Result = true, result
-	return meta.PutLeased(kv.Key, record.Encode(rec), lease), nil
+	rec.Done, rec.Result, rec.ExpireTime = true, result, record.Nanos(lease.expires)
+	return meta.PutLeased(kv.Key, record.Encode(rec), lease.ID), nil
+}
+
+// Failed is Ended for an operation that ends with an error.
+func Failed(kv meta.KeyValue, lease Lease, reason, text string) (meta.Op, error) {
+	rec := &storagev1.Request{}
+	if err := record.Decode(kv, rec); err != nil {
+		return meta.Op{}, err
+	}
+	rec.Done, rec.ErrorReason, rec.ErrorText, rec.ExpireTime = true, reason, strings.ToValidUTF8(text, "?"), record.Nanos(lease.expires)
+	return meta.PutLeased(kv.Key, record.Encode(rec), lease.ID), nil
+}
+
+// Expired says whether the record of a request that has ended is over. One that
+// does not say when ends with its lease.
+func Expired(kv meta.KeyValue, now time.Time) (bool, error) {
+	rec := &storagev1.Request{}
+	if err := record.Decode(kv, rec); err != nil {
+		return false, err
+	}
+	return rec.GetDone() && rec.GetExpireTime() != 0 && !now.Before(record.Time(rec.GetExpireTime())), nil
 }
 
 // Record is what is known of a token.
@@ -136,51 +162,64 @@ const (
 	leaseSpan = time.Hour
 )
 
-// Leases hands out the lease that results are kept under.
+// Lease is what a result is kept under.
+type Lease struct {
+	ID      meta.LeaseID
+	expires time.Time // zero: when the lease ends
+}
+
+// Leases gives out the lease that results are kept under.
 type Leases struct {
 	kv      meta.KV
 	now     func() time.Time
+	stamp   func(ctx context.Context) (time.Time, error)
 	turn    chan struct{} // holds one token; who has it may touch what follows
-	id      meta.LeaseID
+	lease   Lease
 	granted time.Time
 }
 
-// NewLeases returns Leases on kv.
-func NewLeases(kv meta.KV, now func() time.Time) *Leases {
-	l := &Leases{kv: kv, now: now, turn: make(chan struct{}, 1)}
+// NewLeases returns Leases on kv. The times at which records are over begin at
+// stamp; with nil, or while it fails, they end with their lease alone.
+func NewLeases(kv meta.KV, now func() time.Time, stamp func(ctx context.Context) (time.Time, error)) *Leases {
+	l := &Leases{kv: kv, now: now, stamp: stamp, turn: make(chan struct{}, 1)}
 	l.turn <- struct{}{}
 	return l
 }
 
 // Get returns a lease with at least a day to go.
-func (l *Leases) Get(ctx context.Context) (meta.LeaseID, error) {
+func (l *Leases) Get(ctx context.Context) (Lease, error) {
 	select {
 	case <-ctx.Done():
-		return 0, ctx.Err()
+		return Lease{}, ctx.Err()
 	case <-l.turn:
 	}
 	defer func() { l.turn <- struct{}{} }()
 	now := l.now()
-	if age := now.Sub(l.granted); l.id != 0 && age >= 0 && age < leaseSpan {
-		return l.id, nil
+	if age := now.Sub(l.granted); l.lease.ID != 0 && age >= 0 && age < leaseSpan {
+		return l.lease, nil
 	}
 	id, err := l.kv.Grant(ctx, keep+leaseSpan)
 	if err != nil {
-		return 0, fmt.Errorf("lease for request tokens: %w", err)
+		return Lease{}, fmt.Errorf("lease for request tokens: %w", err)
 	}
-	l.id, l.granted = id, now
-	return id, nil
+	l.lease, l.granted = Lease{ID: id}, now
+	if l.stamp != nil {
+		if began, err := l.stamp(ctx); err == nil { // else the lease decides
+			l.lease.expires = began.Add(keep + leaseSpan)
+		}
+	}
+	return l.lease, nil
 }
 
-// Forget drops the lease id, after the store said that it is not there.
-func (l *Leases) Forget(ctx context.Context, id meta.LeaseID) {
+// Forget drops a lease, after the store said that it is not there.
+func (l *Leases) Forget(ctx context.Context, lease Lease) {
 	select {
 	case <-ctx.Done():
 		return
 	case <-l.turn:
 	}
 	defer func() { l.turn <- struct{}{} }()
-	if l.id == id {
-		l.id = 0
+	if l.lease.ID == lease.ID {
+		l.lease = Lease{}
 	}
 }

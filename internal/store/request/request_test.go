@@ -21,7 +21,7 @@ func token(hash string) request.Token {
 
 func TestNoToken(t *testing.T) {
 	var none request.Token
-	if none.Given() || none.Key() != "" || none.Absent() != nil || none.Begin(1) != nil || none.End(1, 1, nil) != nil {
+	if none.Given() || none.Key() != "" || none.Absent() != nil || none.Begin(1) != nil || none.End(request.Lease{ID: 1}, 1, nil) != nil {
 		t.Error("no token adds something")
 	}
 	if got, err := request.Find(t.Context(), memory.New(memory.Options{}), none); got != nil || err != nil {
@@ -60,7 +60,7 @@ func TestToken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	res, err := kv.Txn(ctx, meta.Txn{Then: tok.End(lease, 7, []byte("result"))})
+	res, err := kv.Txn(ctx, meta.Txn{Then: tok.End(request.Lease{ID: lease}, 7, []byte("result"))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -83,14 +83,51 @@ func TestToken(t *testing.T) {
 	}
 }
 
+// A record says when it is over, however it ended; without a time its lease does.
+func TestExpired(t *testing.T) {
+	ctx := t.Context()
+	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	kv := memory.New(memory.Options{})
+	untrusted := errors.New("no time")
+	for _, stampErr := range []error{nil, untrusted} {
+		l := request.NewLeases(kv, time.Now, func(context.Context) (time.Time, error) { return now, stampErr })
+		lease, err := l.Get(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tok := token("h")
+		begun := meta.KeyValue{Key: tok.Key(), Value: tok.Begin(1)[0].Value}
+		ended, err := request.Ended(begun, lease, []byte("result"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		failed, err := request.Failed(begun, lease, "REASON", "text")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, value := range map[string][]byte{
+			"in one": tok.End(lease, 1, nil)[0].Value, "ended": ended.Value, "failed": failed.Value, "under way": begun.Value,
+		} {
+			record := meta.KeyValue{Key: tok.Key(), Value: value}
+			over, err := request.Expired(record, now.Add(25*time.Hour))
+			if want := stampErr == nil && name != "under way"; err != nil || over != want {
+				t.Errorf("%s, stamped with %v: over after 25 h = %v, %v", name, stampErr, over, err)
+			}
+			if over, err := request.Expired(record, now.Add(25*time.Hour-1)); err != nil || over {
+				t.Errorf("%s: over before that: %v, %v", name, over, err)
+			}
+		}
+	}
+}
+
 // A result is kept for a day at least, whenever in its lease's life it came.
 func TestLeases(t *testing.T) {
 	ctx := t.Context()
 	now := time.Now()
 	clock := func() time.Time { return now }
 	kv := memory.New(memory.Options{Now: clock})
-	l := request.NewLeases(kv, clock)
-	get := func() meta.LeaseID {
+	l := request.NewLeases(kv, clock, nil)
+	get := func() request.Lease {
 		t.Helper()
 		id, err := l.Get(ctx)
 		if err != nil {
@@ -135,7 +172,7 @@ func TestLeases(t *testing.T) {
 
 	f := meta.NewFaulty(kv)
 	f.FailNth(0, meta.Before)
-	l = request.NewLeases(f, clock)
+	l = request.NewLeases(f, clock, nil)
 	if _, err := l.Get(ctx); !errors.Is(err, meta.ErrUnavailable) {
 		t.Errorf("err = %v", err)
 	}
