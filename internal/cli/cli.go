@@ -42,8 +42,6 @@ type Program struct {
 	Version string
 	// Getenv reads the environment. Default: os.Getenv.
 	Getenv func(string) string
-	// Now is the clock, for --ttl. Default: time.Now.
-	Now func() time.Time
 }
 
 // Run runs snapshotctl with its arguments, without the program's name, and
@@ -74,7 +72,6 @@ type app struct {
 	out, err io.Writer
 	version  string
 	getenv   func(string) string
-	now      func() time.Time
 
 	// Global flags.
 	addr    string
@@ -91,7 +88,7 @@ type app struct {
 }
 
 func (p Program) app(stdin io.Reader, stdout, stderr io.Writer) *app {
-	a := &app{in: stdin, out: stdout, err: stderr, version: p.Version, getenv: p.Getenv, now: p.Now}
+	a := &app{in: stdin, out: stdout, err: stderr, version: p.Version, getenv: p.Getenv}
 	if a.version == "" {
 		a.version = "unknown"
 		if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
@@ -100,9 +97,6 @@ func (p Program) app(stdin io.Reader, stdout, stderr io.Writer) *app {
 	}
 	if a.getenv == nil {
 		a.getenv = os.Getenv
-	}
-	if a.now == nil {
-		a.now = time.Now
 	}
 	return a
 }

@@ -163,7 +163,6 @@ func run(t *testing.T, s *server, stdin string, args ...string) result {
 	var out, errOut bytes.Buffer
 	p := cli.Program{
 		Version: "v1",
-		Now:     func() time.Time { return now },
 		Getenv: func(name string) string {
 			if name == "SNAPSHOTCTL_ADDR" {
 				return addr
@@ -769,8 +768,8 @@ func TestRequests(t *testing.T) {
 		{
 			[]string{"snapshot", "update", "nightly", "--description", "", "--no-labels", "--ttl", "1h"},
 			&snapshotdv1.UpdateSnapshotRequest{
-				Snapshot: named("nightly"), UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"description", "labels", "expire_time"}},
-				ExpireTime: timestamppb.New(now.Add(time.Hour)),
+				Snapshot: named("nightly"), UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"description", "labels", "ttl"}},
+				Ttl: durationpb.New(time.Hour),
 			},
 		},
 		{

@@ -12,7 +12,6 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
@@ -663,8 +662,8 @@ it is; the labels that are given take the place of all that it has.`,
 			if err != nil {
 				return err
 			}
-			change("expire_time")
-			req.ExpireTime = timestamppb.New(a.now().Add(d))
+			change("ttl") // from now on by the server's time
+			req.Ttl = durationpb.New(d)
 		case expireTime != "":
 			change("expire_time")
 			if req.ExpireTime, err = parseTime(expireTime); err != nil {

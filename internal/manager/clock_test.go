@@ -409,3 +409,28 @@ func TestTokenOutlivedByItsLease(t *testing.T) {
 		}
 	})
 }
+
+// A ttl that is given later begins by the same time, whichever replica is asked.
+func TestUpdateTTL(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a := w.start("a")
+		settle()
+		b := w.start("b", w.on(&host{off: -3 * time.Hour}, false))
+		col, _, _ := w.collection(a, "c")
+		s := w.create(a, col, "s")
+		ttl := time.Hour
+		got, err := b.Update(t.Context(), request.Token{}, Ref{ID: s.ID}, UpdateSpec{TTL: &ttl})
+		if err != nil || time.Until(got.ExpireTime.Add(-ttl)).Abs() > time.Minute {
+			t.Fatalf("it expires at %v, err = %v", got.ExpireTime, err)
+		}
+		for _, wrong := range []time.Duration{0, -1, 101 * 366 * 24 * time.Hour} {
+			_, err := b.Update(t.Context(), request.Token{}, Ref{ID: s.ID}, UpdateSpec{TTL: &wrong})
+			wantError(t, err, catalog.ErrInvalid)
+		}
+		time.Sleep(63 * time.Minute)
+		settle()
+		if w.left(a) != 0 {
+			t.Error("it is there")
+		}
+	})
+}

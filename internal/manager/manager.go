@@ -42,6 +42,11 @@
 //	         election key; deletes: record
 //	pin      compares: record as read (COMMITTED), request token absent
 //	         puts: pin, with a ttl under a lease of this pin alone, result
+//	end pin  (past its expire_time, by the reading that lifetimes are judged by)
+//	         compares: pin as read, leader's election key unless a drop does it
+//	         deletes: pin; its lease is then revoked
+//	end      (likewise) compares: the request tokens' records as read, leader's
+//	tokens   election key; deletes: records
 //	renew    compares: pin as read
 //	         puts: pin, under another lease; the one before is then revoked
 //	unpin    compares: pin as read
@@ -96,6 +101,12 @@
 //	                        the pin may come under it late, and the old one with
 //	                        the pin or without it
 //	unpin: no answer        UNAVAILABLE; a repeat finds it done, or does it
+//	lease outlives its pin  etcd begins leases again when it restarts or another of
+//	or token                its members leads. The leader ends both by the time that
+//	                        their records say; readers of pins, renewals and drops do
+//	                        not wait for that
+//	clock is not trusted    nothing expires, pins and tokens end with their leases,
+//	                        creates and pins with a ttl end with CLOCK_UNTRUSTED
 //	owner of a pin dies     its lease runs out, which deletes the pin and wakes the
 //	                        leader; without a ttl somebody has to remove it
 //	creator dies, freezes   its lease runs out; the leader abandons it, or a repeat
@@ -522,6 +533,13 @@ func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec U
 		if spec.ExpireTime != nil {
 			next.ExpireTime = *spec.ExpireTime
 		}
+		if spec.TTL != nil {
+			now, err := m.clock.Stamp(ctx)
+			if err != nil {
+				return nil, fmt.Errorf("update snapshot %s: the time that the ttl begins at: %w", s, err)
+			}
+			next.ExpireTime = now.Add(*spec.TTL)
+		}
 		value := encode(&next, op)
 		if err := checkRecordSize(value); err != nil {
 			return nil, err
@@ -547,6 +565,9 @@ func (m *Manager) updatable(ctx context.Context, ref Ref, spec *UpdateSpec) (*Sn
 		if err := m.checkExpiry(ctx, *spec.ExpireTime); err != nil {
 			return nil, err
 		}
+	}
+	if spec.TTL != nil && (*spec.TTL <= 0 || *spec.TTL > maxExpiry) {
+		return nil, &catalog.InvalidError{Field: "ttl", Problem: fmt.Sprintf("%v is not above 0 and up to 100 years", *spec.TTL)}
 	}
 	s, err := m.committed(ctx, ref)
 	if err != nil {

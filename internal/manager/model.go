@@ -285,8 +285,9 @@ type CreateSpec struct {
 type UpdateSpec struct {
 	Description *string
 	Labels      *map[string]string
-	ExpireTime  *time.Time // the zero time: never
-	Revision    int64      // that the snapshot must have; 0: any
+	ExpireTime  *time.Time     // the zero time: never
+	TTL         *time.Duration // in place of ExpireTime: so long from now
+	Revision    int64          // that the snapshot must have; 0: any
 }
 
 // Description is what a snapshot captured, but for its segments.

@@ -406,6 +406,8 @@ func updateSpec(r *pb.UpdateSnapshotRequest) manager.UpdateSpec {
 			spec.Labels = new(r.GetLabels())
 		case "expire_time":
 			spec.ExpireTime = new(timeFromProto(r.GetExpireTime()))
+		case "ttl":
+			spec.TTL = new(r.GetTtl().AsDuration())
 		}
 	}
 	return spec

@@ -116,7 +116,11 @@ func start(t *testing.T) *world {
 	ran, served := make(chan error, 1), make(chan error, 1)
 	l := bufconn.Listen(1 << 20)
 	go func() { ran <- m.Run(ctx) }()
-	for m.Jobs().Stats().Workers == 0 { // it writes itself down, as nothing else does by itself
+	noted := func() bool {
+		_, found, _, err := w.kv.Get(ctx, keys.Clock)
+		return found || err != nil
+	}
+	for m.Jobs().Stats().Workers == 0 || !noted() { // what is written by itself
 		runtime.Gosched()
 	}
 	go func() { served <- w.server.Serve(l) }()

@@ -1086,8 +1086,8 @@ type UpdateSnapshotRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The snapshot. Required.
 	Snapshot *SnapshotRef `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
-	// What to change: "description", "labels" (all of them), "expire_time".
-	// Required.
+	// What to change: "description", "labels" (all of them), and "expire_time" or
+	// "ttl". Required.
 	UpdateMask *fieldmaskpb.FieldMask `protobuf:"bytes,2,opt,name=update_mask,json=updateMask,proto3" json:"update_mask,omitempty"`
 	// The new description, at most 1 KiB.
 	Description string `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
@@ -1098,7 +1098,9 @@ type UpdateSnapshotRequest struct {
 	// The revision that the snapshot must have; 0: any.
 	ExpectedRevision int64 `protobuf:"varint,6,opt,name=expected_revision,json=expectedRevision,proto3" json:"expected_revision,omitempty"`
 	// For safe repeats; see the service. At most 128 printable ASCII characters.
-	RequestToken  string `protobuf:"bytes,7,opt,name=request_token,json=requestToken,proto3" json:"request_token,omitempty"`
+	RequestToken string `protobuf:"bytes,7,opt,name=request_token,json=requestToken,proto3" json:"request_token,omitempty"`
+	// The new expiry, so long from now by the server's time; 1 second to 100 years.
+	Ttl           *durationpb.Duration `protobuf:"bytes,8,opt,name=ttl,proto3" json:"ttl,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1180,6 +1182,13 @@ func (x *UpdateSnapshotRequest) GetRequestToken() string {
 		return x.RequestToken
 	}
 	return ""
+}
+
+func (x *UpdateSnapshotRequest) GetTtl() *durationpb.Duration {
+	if x != nil {
+		return x.Ttl
+	}
+	return nil
 }
 
 // UpdateSnapshotResponse is the response of UpdateSnapshot.
@@ -2655,18 +2664,20 @@ const file_snapshotd_v1_snapshot_service_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"u\n" +
 	"\x15ListSnapshotsResponse\x124\n" +
 	"\tsnapshots\x18\x01 \x03(\v2\x16.snapshotd.v1.SnapshotR\tsnapshots\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xef\x05\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xbe\a\n" +
 	"\x15UpdateSnapshotRequest\x12=\n" +
-	"\bsnapshot\x18\x01 \x01(\v2\x19.snapshotd.v1.SnapshotRefB\x06\xbaH\x03\xc8\x01\x01R\bsnapshot\x12\xfd\x01\n" +
-	"\vupdate_mask\x18\x02 \x01(\v2\x1a.google.protobuf.FieldMaskB\xbf\x01\xbaH\xbb\x01\xba\x01\xb4\x01\n" +
-	"\x11update_mask.paths\x12Eupdate_mask must name one or more of description, labels, expire_time\x1aXsize(this.paths) > 0 && this.paths.all(p, p in ['description', 'labels', 'expire_time'])\xc8\x01\x01R\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x19.snapshotd.v1.SnapshotRefB\x06\xbaH\x03\xc8\x01\x01R\bsnapshot\x12\x8b\x03\n" +
+	"\vupdate_mask\x18\x02 \x01(\v2\x1a.google.protobuf.FieldMaskB\xcd\x02\xbaH\xc9\x02\xba\x01\xc0\x01\n" +
+	"\x11update_mask.paths\x12Jupdate_mask must name one or more of description, labels, expire_time, ttl\x1a_size(this.paths) > 0 && this.paths.all(p, p in ['description', 'labels', 'expire_time', 'ttl'])\xba\x01\x7f\n" +
+	"\x12update_mask.expiry\x122update_mask must not name both expire_time and ttl\x1a5!('expire_time' in this.paths && 'ttl' in this.paths)\xc8\x01\x01R\n" +
 	"updateMask\x12*\n" +
 	"\vdescription\x18\x03 \x01(\tB\b\xbaH\x05r\x03(\x80\bR\vdescription\x12\x80\x01\n" +
 	"\x06labels\x18\x04 \x03(\v2/.snapshotd.v1.UpdateSnapshotRequest.LabelsEntryB7\xbaH4\x9a\x011\x10@\"&r$2\"^[A-Za-z0-9][A-Za-z0-9_./-]{0,62}$*\x05r\x03(\xff\x01R\x06labels\x12;\n" +
 	"\vexpire_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"expireTime\x124\n" +
 	"\x11expected_revision\x18\x06 \x01(\x03B\a\xbaH\x04\"\x02(\x00R\x10expectedRevision\x12:\n" +
-	"\rrequest_token\x18\a \x01(\tB\x15\xbaH\x12r\x102\x0e^[!-~]{0,128}$R\frequestToken\x1a9\n" +
+	"\rrequest_token\x18\a \x01(\tB\x15\xbaH\x12r\x102\x0e^[!-~]{0,128}$R\frequestToken\x12?\n" +
+	"\x03ttl\x18\b \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xaa\x01\f\"\x06\b\x80\xa7\xe4\xe0\v2\x02\b\x01R\x03ttl\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"L\n" +
@@ -2904,73 +2915,74 @@ var file_snapshotd_v1_snapshot_service_proto_depIdxs = []int32{
 	56, // 24: snapshotd.v1.UpdateSnapshotRequest.update_mask:type_name -> google.protobuf.FieldMask
 	40, // 25: snapshotd.v1.UpdateSnapshotRequest.labels:type_name -> snapshotd.v1.UpdateSnapshotRequest.LabelsEntry
 	46, // 26: snapshotd.v1.UpdateSnapshotRequest.expire_time:type_name -> google.protobuf.Timestamp
-	48, // 27: snapshotd.v1.UpdateSnapshotResponse.snapshot:type_name -> snapshotd.v1.Snapshot
-	49, // 28: snapshotd.v1.DropSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
-	53, // 29: snapshotd.v1.DropSnapshotResponse.usage:type_name -> snapshotd.v1.SnapshotUsage
-	49, // 30: snapshotd.v1.PinSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
-	45, // 31: snapshotd.v1.PinSnapshotRequest.ttl:type_name -> google.protobuf.Duration
-	57, // 32: snapshotd.v1.PinSnapshotResponse.pin:type_name -> snapshotd.v1.Pin
-	49, // 33: snapshotd.v1.RenewPinRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
-	45, // 34: snapshotd.v1.RenewPinRequest.ttl:type_name -> google.protobuf.Duration
-	57, // 35: snapshotd.v1.RenewPinResponse.pin:type_name -> snapshotd.v1.Pin
-	49, // 36: snapshotd.v1.UnpinSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
-	49, // 37: snapshotd.v1.ListPinsRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
-	57, // 38: snapshotd.v1.ListPinsResponse.pins:type_name -> snapshotd.v1.Pin
-	49, // 39: snapshotd.v1.RestoreSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
-	58, // 40: snapshotd.v1.RestoreSnapshotRequest.target:type_name -> snapshotd.v1.CollectionName
-	1,  // 41: snapshotd.v1.RestoreSnapshotRequest.mode:type_name -> snapshotd.v1.RestoreSnapshotRequest.Mode
-	41, // 42: snapshotd.v1.RestoreSnapshotRequest.properties:type_name -> snapshotd.v1.RestoreSnapshotRequest.PropertiesEntry
-	59, // 43: snapshotd.v1.RestoreSnapshotRequest.limits:type_name -> snapshotd.v1.RestoreLimits
-	45, // 44: snapshotd.v1.RestoreSnapshotRequest.timeout:type_name -> google.protobuf.Duration
-	42, // 45: snapshotd.v1.RestoreSnapshotRequest.labels:type_name -> snapshotd.v1.RestoreSnapshotRequest.LabelsEntry
-	60, // 46: snapshotd.v1.RestoreSnapshotResponse.plan:type_name -> snapshotd.v1.RestorePlan
-	61, // 47: snapshotd.v1.GetRestoreStateResponse.job:type_name -> snapshotd.v1.RestoreJob
-	61, // 48: snapshotd.v1.WatchRestoreResponse.job:type_name -> snapshotd.v1.RestoreJob
-	62, // 49: snapshotd.v1.ListRestoreJobsRequest.states:type_name -> snapshotd.v1.RestoreJob.State
-	43, // 50: snapshotd.v1.ListRestoreJobsRequest.labels:type_name -> snapshotd.v1.ListRestoreJobsRequest.LabelsEntry
-	61, // 51: snapshotd.v1.ListRestoreJobsResponse.jobs:type_name -> snapshotd.v1.RestoreJob
-	59, // 52: snapshotd.v1.UpdateRestoreRequest.limits:type_name -> snapshotd.v1.RestoreLimits
-	61, // 53: snapshotd.v1.UpdateRestoreResponse.job:type_name -> snapshotd.v1.RestoreJob
-	61, // 54: snapshotd.v1.CancelRestoreResponse.job:type_name -> snapshotd.v1.RestoreJob
-	2,  // 55: snapshotd.v1.SnapshotService.CreateSnapshot:input_type -> snapshotd.v1.CreateSnapshotRequest
-	4,  // 56: snapshotd.v1.SnapshotService.GetSnapshot:input_type -> snapshotd.v1.GetSnapshotRequest
-	6,  // 57: snapshotd.v1.SnapshotService.DescribeSnapshot:input_type -> snapshotd.v1.DescribeSnapshotRequest
-	9,  // 58: snapshotd.v1.SnapshotService.ListSnapshotSegments:input_type -> snapshotd.v1.ListSnapshotSegmentsRequest
-	12, // 59: snapshotd.v1.SnapshotService.ListSnapshots:input_type -> snapshotd.v1.ListSnapshotsRequest
-	14, // 60: snapshotd.v1.SnapshotService.UpdateSnapshot:input_type -> snapshotd.v1.UpdateSnapshotRequest
-	16, // 61: snapshotd.v1.SnapshotService.DropSnapshot:input_type -> snapshotd.v1.DropSnapshotRequest
-	18, // 62: snapshotd.v1.SnapshotService.PinSnapshot:input_type -> snapshotd.v1.PinSnapshotRequest
-	20, // 63: snapshotd.v1.SnapshotService.RenewPin:input_type -> snapshotd.v1.RenewPinRequest
-	22, // 64: snapshotd.v1.SnapshotService.UnpinSnapshot:input_type -> snapshotd.v1.UnpinSnapshotRequest
-	24, // 65: snapshotd.v1.SnapshotService.ListPins:input_type -> snapshotd.v1.ListPinsRequest
-	26, // 66: snapshotd.v1.SnapshotService.RestoreSnapshot:input_type -> snapshotd.v1.RestoreSnapshotRequest
-	28, // 67: snapshotd.v1.SnapshotService.GetRestoreState:input_type -> snapshotd.v1.GetRestoreStateRequest
-	30, // 68: snapshotd.v1.SnapshotService.WatchRestore:input_type -> snapshotd.v1.WatchRestoreRequest
-	32, // 69: snapshotd.v1.SnapshotService.ListRestoreJobs:input_type -> snapshotd.v1.ListRestoreJobsRequest
-	34, // 70: snapshotd.v1.SnapshotService.UpdateRestore:input_type -> snapshotd.v1.UpdateRestoreRequest
-	36, // 71: snapshotd.v1.SnapshotService.CancelRestore:input_type -> snapshotd.v1.CancelRestoreRequest
-	3,  // 72: snapshotd.v1.SnapshotService.CreateSnapshot:output_type -> snapshotd.v1.CreateSnapshotResponse
-	5,  // 73: snapshotd.v1.SnapshotService.GetSnapshot:output_type -> snapshotd.v1.GetSnapshotResponse
-	7,  // 74: snapshotd.v1.SnapshotService.DescribeSnapshot:output_type -> snapshotd.v1.DescribeSnapshotResponse
-	11, // 75: snapshotd.v1.SnapshotService.ListSnapshotSegments:output_type -> snapshotd.v1.ListSnapshotSegmentsResponse
-	13, // 76: snapshotd.v1.SnapshotService.ListSnapshots:output_type -> snapshotd.v1.ListSnapshotsResponse
-	15, // 77: snapshotd.v1.SnapshotService.UpdateSnapshot:output_type -> snapshotd.v1.UpdateSnapshotResponse
-	17, // 78: snapshotd.v1.SnapshotService.DropSnapshot:output_type -> snapshotd.v1.DropSnapshotResponse
-	19, // 79: snapshotd.v1.SnapshotService.PinSnapshot:output_type -> snapshotd.v1.PinSnapshotResponse
-	21, // 80: snapshotd.v1.SnapshotService.RenewPin:output_type -> snapshotd.v1.RenewPinResponse
-	23, // 81: snapshotd.v1.SnapshotService.UnpinSnapshot:output_type -> snapshotd.v1.UnpinSnapshotResponse
-	25, // 82: snapshotd.v1.SnapshotService.ListPins:output_type -> snapshotd.v1.ListPinsResponse
-	27, // 83: snapshotd.v1.SnapshotService.RestoreSnapshot:output_type -> snapshotd.v1.RestoreSnapshotResponse
-	29, // 84: snapshotd.v1.SnapshotService.GetRestoreState:output_type -> snapshotd.v1.GetRestoreStateResponse
-	31, // 85: snapshotd.v1.SnapshotService.WatchRestore:output_type -> snapshotd.v1.WatchRestoreResponse
-	33, // 86: snapshotd.v1.SnapshotService.ListRestoreJobs:output_type -> snapshotd.v1.ListRestoreJobsResponse
-	35, // 87: snapshotd.v1.SnapshotService.UpdateRestore:output_type -> snapshotd.v1.UpdateRestoreResponse
-	37, // 88: snapshotd.v1.SnapshotService.CancelRestore:output_type -> snapshotd.v1.CancelRestoreResponse
-	72, // [72:89] is the sub-list for method output_type
-	55, // [55:72] is the sub-list for method input_type
-	55, // [55:55] is the sub-list for extension type_name
-	55, // [55:55] is the sub-list for extension extendee
-	0,  // [0:55] is the sub-list for field type_name
+	45, // 27: snapshotd.v1.UpdateSnapshotRequest.ttl:type_name -> google.protobuf.Duration
+	48, // 28: snapshotd.v1.UpdateSnapshotResponse.snapshot:type_name -> snapshotd.v1.Snapshot
+	49, // 29: snapshotd.v1.DropSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
+	53, // 30: snapshotd.v1.DropSnapshotResponse.usage:type_name -> snapshotd.v1.SnapshotUsage
+	49, // 31: snapshotd.v1.PinSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
+	45, // 32: snapshotd.v1.PinSnapshotRequest.ttl:type_name -> google.protobuf.Duration
+	57, // 33: snapshotd.v1.PinSnapshotResponse.pin:type_name -> snapshotd.v1.Pin
+	49, // 34: snapshotd.v1.RenewPinRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
+	45, // 35: snapshotd.v1.RenewPinRequest.ttl:type_name -> google.protobuf.Duration
+	57, // 36: snapshotd.v1.RenewPinResponse.pin:type_name -> snapshotd.v1.Pin
+	49, // 37: snapshotd.v1.UnpinSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
+	49, // 38: snapshotd.v1.ListPinsRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
+	57, // 39: snapshotd.v1.ListPinsResponse.pins:type_name -> snapshotd.v1.Pin
+	49, // 40: snapshotd.v1.RestoreSnapshotRequest.snapshot:type_name -> snapshotd.v1.SnapshotRef
+	58, // 41: snapshotd.v1.RestoreSnapshotRequest.target:type_name -> snapshotd.v1.CollectionName
+	1,  // 42: snapshotd.v1.RestoreSnapshotRequest.mode:type_name -> snapshotd.v1.RestoreSnapshotRequest.Mode
+	41, // 43: snapshotd.v1.RestoreSnapshotRequest.properties:type_name -> snapshotd.v1.RestoreSnapshotRequest.PropertiesEntry
+	59, // 44: snapshotd.v1.RestoreSnapshotRequest.limits:type_name -> snapshotd.v1.RestoreLimits
+	45, // 45: snapshotd.v1.RestoreSnapshotRequest.timeout:type_name -> google.protobuf.Duration
+	42, // 46: snapshotd.v1.RestoreSnapshotRequest.labels:type_name -> snapshotd.v1.RestoreSnapshotRequest.LabelsEntry
+	60, // 47: snapshotd.v1.RestoreSnapshotResponse.plan:type_name -> snapshotd.v1.RestorePlan
+	61, // 48: snapshotd.v1.GetRestoreStateResponse.job:type_name -> snapshotd.v1.RestoreJob
+	61, // 49: snapshotd.v1.WatchRestoreResponse.job:type_name -> snapshotd.v1.RestoreJob
+	62, // 50: snapshotd.v1.ListRestoreJobsRequest.states:type_name -> snapshotd.v1.RestoreJob.State
+	43, // 51: snapshotd.v1.ListRestoreJobsRequest.labels:type_name -> snapshotd.v1.ListRestoreJobsRequest.LabelsEntry
+	61, // 52: snapshotd.v1.ListRestoreJobsResponse.jobs:type_name -> snapshotd.v1.RestoreJob
+	59, // 53: snapshotd.v1.UpdateRestoreRequest.limits:type_name -> snapshotd.v1.RestoreLimits
+	61, // 54: snapshotd.v1.UpdateRestoreResponse.job:type_name -> snapshotd.v1.RestoreJob
+	61, // 55: snapshotd.v1.CancelRestoreResponse.job:type_name -> snapshotd.v1.RestoreJob
+	2,  // 56: snapshotd.v1.SnapshotService.CreateSnapshot:input_type -> snapshotd.v1.CreateSnapshotRequest
+	4,  // 57: snapshotd.v1.SnapshotService.GetSnapshot:input_type -> snapshotd.v1.GetSnapshotRequest
+	6,  // 58: snapshotd.v1.SnapshotService.DescribeSnapshot:input_type -> snapshotd.v1.DescribeSnapshotRequest
+	9,  // 59: snapshotd.v1.SnapshotService.ListSnapshotSegments:input_type -> snapshotd.v1.ListSnapshotSegmentsRequest
+	12, // 60: snapshotd.v1.SnapshotService.ListSnapshots:input_type -> snapshotd.v1.ListSnapshotsRequest
+	14, // 61: snapshotd.v1.SnapshotService.UpdateSnapshot:input_type -> snapshotd.v1.UpdateSnapshotRequest
+	16, // 62: snapshotd.v1.SnapshotService.DropSnapshot:input_type -> snapshotd.v1.DropSnapshotRequest
+	18, // 63: snapshotd.v1.SnapshotService.PinSnapshot:input_type -> snapshotd.v1.PinSnapshotRequest
+	20, // 64: snapshotd.v1.SnapshotService.RenewPin:input_type -> snapshotd.v1.RenewPinRequest
+	22, // 65: snapshotd.v1.SnapshotService.UnpinSnapshot:input_type -> snapshotd.v1.UnpinSnapshotRequest
+	24, // 66: snapshotd.v1.SnapshotService.ListPins:input_type -> snapshotd.v1.ListPinsRequest
+	26, // 67: snapshotd.v1.SnapshotService.RestoreSnapshot:input_type -> snapshotd.v1.RestoreSnapshotRequest
+	28, // 68: snapshotd.v1.SnapshotService.GetRestoreState:input_type -> snapshotd.v1.GetRestoreStateRequest
+	30, // 69: snapshotd.v1.SnapshotService.WatchRestore:input_type -> snapshotd.v1.WatchRestoreRequest
+	32, // 70: snapshotd.v1.SnapshotService.ListRestoreJobs:input_type -> snapshotd.v1.ListRestoreJobsRequest
+	34, // 71: snapshotd.v1.SnapshotService.UpdateRestore:input_type -> snapshotd.v1.UpdateRestoreRequest
+	36, // 72: snapshotd.v1.SnapshotService.CancelRestore:input_type -> snapshotd.v1.CancelRestoreRequest
+	3,  // 73: snapshotd.v1.SnapshotService.CreateSnapshot:output_type -> snapshotd.v1.CreateSnapshotResponse
+	5,  // 74: snapshotd.v1.SnapshotService.GetSnapshot:output_type -> snapshotd.v1.GetSnapshotResponse
+	7,  // 75: snapshotd.v1.SnapshotService.DescribeSnapshot:output_type -> snapshotd.v1.DescribeSnapshotResponse
+	11, // 76: snapshotd.v1.SnapshotService.ListSnapshotSegments:output_type -> snapshotd.v1.ListSnapshotSegmentsResponse
+	13, // 77: snapshotd.v1.SnapshotService.ListSnapshots:output_type -> snapshotd.v1.ListSnapshotsResponse
+	15, // 78: snapshotd.v1.SnapshotService.UpdateSnapshot:output_type -> snapshotd.v1.UpdateSnapshotResponse
+	17, // 79: snapshotd.v1.SnapshotService.DropSnapshot:output_type -> snapshotd.v1.DropSnapshotResponse
+	19, // 80: snapshotd.v1.SnapshotService.PinSnapshot:output_type -> snapshotd.v1.PinSnapshotResponse
+	21, // 81: snapshotd.v1.SnapshotService.RenewPin:output_type -> snapshotd.v1.RenewPinResponse
+	23, // 82: snapshotd.v1.SnapshotService.UnpinSnapshot:output_type -> snapshotd.v1.UnpinSnapshotResponse
+	25, // 83: snapshotd.v1.SnapshotService.ListPins:output_type -> snapshotd.v1.ListPinsResponse
+	27, // 84: snapshotd.v1.SnapshotService.RestoreSnapshot:output_type -> snapshotd.v1.RestoreSnapshotResponse
+	29, // 85: snapshotd.v1.SnapshotService.GetRestoreState:output_type -> snapshotd.v1.GetRestoreStateResponse
+	31, // 86: snapshotd.v1.SnapshotService.WatchRestore:output_type -> snapshotd.v1.WatchRestoreResponse
+	33, // 87: snapshotd.v1.SnapshotService.ListRestoreJobs:output_type -> snapshotd.v1.ListRestoreJobsResponse
+	35, // 88: snapshotd.v1.SnapshotService.UpdateRestore:output_type -> snapshotd.v1.UpdateRestoreResponse
+	37, // 89: snapshotd.v1.SnapshotService.CancelRestore:output_type -> snapshotd.v1.CancelRestoreResponse
+	73, // [73:90] is the sub-list for method output_type
+	56, // [56:73] is the sub-list for method input_type
+	56, // [56:56] is the sub-list for extension type_name
+	56, // [56:56] is the sub-list for extension extendee
+	0,  // [0:56] is the sub-list for field type_name
 }
 
 func init() { file_snapshotd_v1_snapshot_service_proto_init() }
