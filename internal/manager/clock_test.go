@@ -434,3 +434,34 @@ func TestUpdateTTL(t *testing.T) {
 		}
 	})
 }
+
+// A clock that steps under a create with a ttl aborts it, and leaves nothing.
+func TestClockStepsInMidCreate(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		h := &host{}
+		r := w.start("a", w.on(h, true))
+		col, _, _ := w.collection(r, "c")
+		settle()
+		r.store.SetLatency(10 * time.Second)
+		tok := token("t", "request")
+		sp := spec(col, "s")
+		sp.TTL = time.Hour
+		ended := make(chan error, 1)
+		go func() {
+			_, err := r.Create(t.Context(), tok, sp)
+			ended <- err
+		}()
+		time.Sleep(5 * time.Second)
+		h.off = time.Hour
+		wantError(t, <-ended, ErrCreateAborted)
+		_, err := r.Create(t.Context(), tok, sp)
+		wantError(t, err, ErrCreateAborted)
+		r.store.SetLatency(0)
+		time.Sleep(2 * time.Minute)
+		settle()
+		if list := w.check(r); len(list) != 0 {
+			t.Errorf("left: %v", list)
+		}
+		w.create(r, col, "s")
+	})
+}

@@ -249,7 +249,6 @@ var endings = []struct {
 	{object.ErrDenied, "OBJECT_STORE_DENIED"},
 	{object.ErrMisconfigured, "OBJECT_STORE_MISCONFIGURED"},
 	{ErrCreateAborted, "CREATE_ABORTED"},
-	{clock.ErrUntrusted, "CLOCK_UNTRUSTED"},
 }
 
 // endingReason is what is kept of err; an error that is no reason of its own
@@ -1053,7 +1052,10 @@ func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease
 	}
 	next.CommitTime, next.op = m.clock.Display(), op
 	if next.TTL > 0 {
-		if next.CommitTime, err = m.clock.Stamp(ctx); err != nil {
+		if next.CommitTime, err = m.clock.Stamp(ctx); errors.Is(err, clock.ErrUntrusted) {
+			// Its token ends with it, so that another create has to begin.
+			return nil, fmt.Errorf("%w: the time that the ttl begins at: %s", ErrCreateAborted, err.Error())
+		} else if err != nil {
 			return nil, fmt.Errorf("the time that the ttl begins at: %w", err)
 		}
 		next.ExpireTime = next.CommitTime.Add(next.TTL)

@@ -54,6 +54,8 @@ const (
 //	                     answer. A write may have happened: repeat the call with
 //	                     the same request_token. STOPPING: this replica is about
 //	                     to end. SLOW_READER: a stream was not read for long.
+//	                     CLOCK_UNTRUSTED: a clock stepped, and the call begins a
+//	                     lifetime; nothing was written.
 //	RESOURCE_EXHAUSTED   STORE_FULL, OVERLOADED; MESSAGE_TOO_LARGE: more than
 //	                     4 MiB (no details when gRPC itself refuses it), or
 //	                     more than 150 000 entries of lists and maps, those of
@@ -436,6 +438,8 @@ func (c *snapshotServiceClient) CancelRestore(ctx context.Context, in *CancelRes
 //	                     answer. A write may have happened: repeat the call with
 //	                     the same request_token. STOPPING: this replica is about
 //	                     to end. SLOW_READER: a stream was not read for long.
+//	                     CLOCK_UNTRUSTED: a clock stepped, and the call begins a
+//	                     lifetime; nothing was written.
 //	RESOURCE_EXHAUSTED   STORE_FULL, OVERLOADED; MESSAGE_TOO_LARGE: more than
 //	                     4 MiB (no details when gRPC itself refuses it), or
 //	                     more than 150 000 entries of lists and maps, those of
