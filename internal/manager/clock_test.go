@@ -291,7 +291,7 @@ func TestExpiredButPinned(t *testing.T) {
 			return r.kv.Calls() - before
 		}
 		without, with := idle(0), idle(50)
-		if with > without+20 {
+		if with > without+100 { // each pass would try all 50
 			t.Errorf("%d calls with 50 expired and pinned snapshots, %d without", with, without)
 		}
 		r := w.start("b", func(o *Options) { o.CollectorOff = true })

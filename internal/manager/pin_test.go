@@ -146,7 +146,7 @@ func TestPinHoldsUpExpiry(t *testing.T) {
 				before = r.kv.Calls()
 				time.Sleep(10 * time.Minute)
 				settle()
-				if calls := r.kv.Calls() - before; calls > 500 {
+				if calls := r.kv.Calls() - before; calls > 540 {
 					t.Errorf("%d calls in ten minutes at rest", calls)
 				}
 				if n := len(w.check(r)); n != 1 {
