@@ -46,8 +46,8 @@ import (
 //	an open connection               | takes it, whatever the others are
 //	none, and an unknown one         | waits for the verdict
 //	none, and one under way          | waits for it
-//	none, all others are refused     | ends with ErrTooOld, not sent
-//	none, no server can be reached   | ends with ErrUnavailable, not sent
+//	none, all are refused            | ends with ErrTooOld, not sent
+//	none, some cannot be reached     | ends with ErrUnavailable, not sent
 //	a server that is replaced by     | its connection breaks with it; the next one
 //	an older one                     | is unknown again
 type gate struct {
@@ -271,8 +271,8 @@ func (g *gate) updateLocked() {
 			p.err = status.Error(codes.Unauthenticated, rpctypes.ErrorDesc(m.lastErr))
 		}
 	}
-	if old := g.oldLocked(); old != "" {
-		p.err = status.Error(codes.Unknown, old)
+	if !slices.ContainsFunc(g.members, func(m *member) bool { return m.verdict != refused }) && len(g.members) > 0 {
+		p.err = status.Error(codes.Unknown, g.oldLocked())
 	}
 	if p.err == nil { // no status: a call that waits for a connection goes on to wait
 		p.err = errors.New("no connection to etcd: " + strings.Join(errs, "; "))

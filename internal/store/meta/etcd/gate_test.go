@@ -124,12 +124,12 @@ func TestEtcdIsAskedAtEachReconnect(t *testing.T) {
 		t.Errorf("%d calls went to the old server", two.Used()-used)
 	}
 	one.Stop()
-	for { // the good one is gone
+	for { // the good one is gone, and may come back
 		err := get(t.Context(), kv)
-		if errors.Is(err, meta.ErrTooOld) {
+		if errors.Is(err, meta.ErrUnavailable) {
 			break
 		}
-		if err != nil && !errors.Is(err, meta.ErrUnavailable) {
+		if err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -195,5 +195,48 @@ func TestEtcdLogin(t *testing.T) {
 		if !errors.Is(err, meta.ErrDenied) {
 			t.Fatal(err)
 		}
+	}
+}
+
+// The room at each server that may be used is known; that of others is not asked for.
+func TestEtcdUsage(t *testing.T) {
+	srv := etcdtest.Start(t)
+	old := etcdproxy.Start(t, srv.Endpoint())
+	kv := open(t, etcd.Options{Endpoints: []string{srv.Endpoint(), old.Endpoint()}, Root: "/usage"})
+	if err := kv.Check(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	list, err := kv.Usage(t.Context())
+	if err != nil || len(list) != 2 {
+		t.Fatalf("got %+v, error %v; want two servers", list, err)
+	}
+	for _, u := range list {
+		if u.Endpoint == "" || u.SizeBytes <= 0 || u.InUseBytes <= 0 || u.InUseBytes > u.SizeBytes || u.QuotaBytes < 1<<30 || u.Full {
+			t.Errorf("got %+v", u)
+		}
+	}
+	old.Stop()
+	old.Version(debian)
+	old.Restart(t)
+	for kv.TooOld() == "" {
+		if err := get(t.Context(), kv); err != nil && !errors.Is(err, meta.ErrUnavailable) {
+			t.Fatal(err)
+		}
+	}
+	if list, err = kv.Usage(t.Context()); err != nil || len(list) != 1 {
+		t.Errorf("got %+v, error %v; want one server", list, err)
+	}
+	// A server that is full says so.
+	srv.Stop(t)
+	srv.QuotaBytes = 1
+	srv.Restart(t)
+	for err = nil; !errors.Is(err, meta.ErrNoSpace); {
+		_, err = kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put("/fill", nil)}})
+		if err != nil && !errors.Is(err, meta.ErrNoSpace) && !errors.Is(err, meta.ErrUnavailable) {
+			t.Fatal(err)
+		}
+	}
+	if list, err = kv.Usage(t.Context()); err != nil || len(list) != 1 || !list[0].Full {
+		t.Errorf("full: got %+v, error %v", list, err)
 	}
 }
