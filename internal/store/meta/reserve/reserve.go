@@ -13,8 +13,8 @@
 //	from there to etcd's        | ends  | goes
 //	at etcd's                   | ends  | ends, by etcd; deletes alone go
 //
-// A transaction grows the store when it puts a key that it compares to be absent,
-// under no lease, and deletes none: collections, segments, snapshots and restores
+// A transaction grows the store when it puts a key that it compares to be absent, by
+// itself or with a range, under no lease, and deletes none: collections, segments, snapshots and restores
 // begin so. A drop, an expiry, a grant, a compaction swap and what ends a create
 // delete a key beside what they put. A change of a record compares it to be there. A
 // leader, a worker and a pin with an end are put under leases. All of these go, and
@@ -61,6 +61,9 @@ func (k *KV) grows(t meta.Txn) bool {
 	}
 	return slices.ContainsFunc(t.Then, func(op meta.Op) bool {
 		return op.Kind == meta.OpPut && op.Lease == 0 && !slices.Contains(k.exempt, op.From) &&
-			slices.Contains(t.If, meta.Absent(op.From))
+			slices.ContainsFunc(t.If, func(c meta.Cond) bool { return wantsAbsent(c) && meta.InRange(op.From, c.From, c.To) })
 	})
 }
+
+// wantsAbsent says whether a compare holds for what does not exist alone.
+func wantsAbsent(c meta.Cond) bool { return c.Op == meta.Equal && c.Revision == 0 }

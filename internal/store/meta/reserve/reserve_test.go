@@ -38,6 +38,8 @@ func TestReserve(t *testing.T) {
 	}{
 		{"create", meta.Txn{If: []meta.Cond{meta.Absent("/new"), rec}, Then: []meta.Op{meta.Put("/new", nil), meta.PutLeased("/pending", nil, lease)}}, true},
 		{"register", meta.Txn{If: []meta.Cond{meta.Absent("/s1"), meta.Absent("/s2")}, Then: []meta.Op{meta.Put("/s1", nil), meta.Put("/s2", nil)}}, true},
+		{"register under a claim", meta.Txn{If: []meta.Cond{meta.RangeAbsent("/owner/1", "/owner/5"), rec}, Then: []meta.Op{meta.Put("/owner/3", nil), meta.Put("/s3", nil)}}, true},
+		{"drop what nothing pins", meta.Txn{If: []meta.Cond{rec, meta.RangeAbsent("/pin/", "/pin0")}, Then: []meta.Op{meta.Put("/rec", nil)}}, false},
 		{"election", meta.Txn{If: []meta.Cond{meta.Absent("/leader")}, Then: []meta.Op{meta.PutLeased("/leader", nil, lease)}, Else: []meta.Op{meta.Get("/leader")}}, false},
 		{"a mark", meta.Txn{If: []meta.Cond{meta.Absent("/mark")}, Then: []meta.Op{meta.Put("/mark", nil)}}, false},
 		{"grant", meta.Txn{If: []meta.Cond{meta.Absent("/tomb")}, Then: []meta.Op{meta.Put("/tomb", nil), meta.Delete("/old")}}, false},
