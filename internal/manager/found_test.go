@@ -323,14 +323,17 @@ func TestLeaseGoneBeforeBegin(t *testing.T) {
 		a, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(b, "c")
 		settle()
+		stopped := false
 		a.kv.Hook(func(c meta.Call) meta.Fault {
-			if c.Method == meta.MethodTxn && len(w.keysUnder("/catalog/")) > 0 {
-				time.Sleep(2 * time.Minute) // the process was stopped
+			if c.Method == meta.MethodTxn && !stopped && len(w.keysUnder("/catalog/")) > 0 {
+				stopped = true
+				time.Sleep(2 * time.Minute) // the process was stopped, with the lease and without an id
 			}
 			return meta.NoFault
 		})
 		_, err := a.Create(t.Context(), request.Token{}, spec(col, "x"))
 		a.kv.Hook(nil)
+		wantError(t, err, ErrCreateAborted)
 		t.Logf("%v; lease not found: %v", err, errors.Is(err, meta.ErrLeaseNotFound))
 		if errors.Is(err, meta.ErrLeaseNotFound) && !errors.Is(err, ErrCreateAborted) {
 			t.Error("that has no row in the server's table: INTERNAL")
