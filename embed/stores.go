@@ -211,9 +211,14 @@ func (s ObjectStore) s3Options() (s3.Options, error) {
 
 func (c Config) validateStores(wrong func(field, format string, args ...any)) {
 	places := map[string]string{}
-	place := func(field, alias, where string) {
-		if other, twice := places[where]; twice {
-			wrong(field, "is that of %s as well", other)
+	place := func(field, alias, where string) { // which ends in a slash
+		for _, there := range slices.Sorted(maps.Keys(places)) {
+			switch other := places[there]; {
+			case there == where:
+				wrong(field, "is that of %s as well", other)
+			case strings.HasPrefix(there, where) || strings.HasPrefix(where, there):
+				wrong(field, "lies inside that of %s, or has it inside: an object would have two names", other)
+			}
 		}
 		places[where] = alias
 	}
@@ -237,7 +242,7 @@ func (c Config) validateStores(wrong func(field, format string, args ...any)) {
 				wrong(field+".path", "%w", err)
 				continue
 			}
-			place(field+".path", alias, path)
+			place(field+".path", alias, strings.TrimSuffix(path, "/")+"/")
 		case typeS3:
 			if s.Path != "" {
 				wrong(field+".path", "is of no use for type s3; is prefix meant?")

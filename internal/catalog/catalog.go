@@ -141,6 +141,7 @@ var (
 	ErrIDNotAllocated       = errors.New("id not allocated")
 	ErrIDOwned              = errors.New("id belongs to something else")
 	ErrPlaceOwned           = errors.New("path lies at the place of something else")
+	ErrRootNested           = errors.New("root lies inside another, or has another inside")
 	ErrIDRangeTaken         = errors.New("id range taken")
 	ErrReserveNotAllowed    = errors.New("this server neither reserves nor releases ids: set allow_reserve_ids, or take ids by count")
 	ErrLimitExceeded        = errors.New("limit exceeded")

@@ -184,13 +184,18 @@ func (c *Catalog) CreateCollection(ctx context.Context, tok request.Token, spec 
 			return plan{}, fmt.Errorf("%w: the collection's record takes %d bytes, at most %d; make schema, properties or attributes smaller",
 				ErrLimitExceeded, len(data), MaxRecordBytes)
 		}
+		col.ID = id
+		apart, roots, err := c.rootOps(ctx, &col)
+		if err != nil {
+			return plan{}, err
+		}
 		return plan{
 			txn: meta.Txn{
-				If: []meta.Cond{meta.Absent(name), meta.Absent(keys.Collection(id))},
-				Then: []meta.Op{
+				If: append(apart, meta.Absent(name), meta.Absent(keys.Collection(id))),
+				Then: append(roots,
 					meta.Put(name, record.Encode(&storagev1.Name{Format: record.Format, Id: id})),
 					meta.Put(keys.Collection(id), data),
-				},
+				),
 			},
 			id: id, result: data,
 		}, nil

@@ -153,7 +153,7 @@ func TestSpec(t *testing.T) {
 		{"roots[1].prefix", func(s *catalog.Collection) { s.Roots[1] = catalog.Root{Store: "default"} }},
 		{"roots[1].prefix", func(s *catalog.Collection) { s.Roots[1] = s.Roots[0] }},
 		{"", func(s *catalog.Collection) { s.Roots[1] = catalog.Root{Store: "default", Prefix: "data2/"} }},
-		{"", func(s *catalog.Collection) { s.Roots[1] = catalog.Root{Store: "other", Prefix: "data/"} }},
+		{"", func(s *catalog.Collection) { s.Roots[0] = catalog.Root{Store: "default", Prefix: "apart/"} }},
 	} {
 		s := spec("fine")
 		c.edit(&s)

@@ -191,7 +191,7 @@ func (c *Catalog) removeBuilds(ctx context.Context, collection int64, updates []
 func (c *Catalog) FinishCollection(ctx context.Context, col *Collection) (bool, error) {
 	txn := meta.Txn{
 		If: []meta.Cond{meta.Unchanged(keys.Collection(col.ID), col.Revision), meta.Absent(keys.Behind)},
-		Then: append(ContentRanges(col.ID),
+		Then: append(append(ContentRanges(col.ID), ReleaseRoots(col.ID, col.Roots)...),
 			meta.DeleteRange(meta.Prefix(keys.AllReplacedPrefix(col.ID))),
 			meta.Delete(keys.Generation(col.ID)), meta.Delete(keys.Collection(col.ID))),
 	}

@@ -1,6 +1,7 @@
 package catalog
 
 import (
+	"context"
 	"fmt"
 	"time"
 
@@ -32,8 +33,9 @@ func PinsKey(job, task int64, part int) string {
 func (c *Catalog) CheckNew(spec *Collection) error { return c.checkSpec(spec) }
 
 // ClaimOps returns what makes the RESTORING collection of a job, and takes its
-// name: it must compare that both are absent.
-func ClaimOps(col *Collection, op string) ([]meta.Cond, []meta.Op, error) {
+// name: it must compare that both are absent, and that its roots are apart from
+// those of other collections.
+func (c *Catalog) ClaimOps(ctx context.Context, col *Collection, op string) ([]meta.Cond, []meta.Op, error) {
 	name, key := keys.CollectionName(col.DB, col.Name), keys.Collection(col.ID)
 	col.State = Restoring
 	data := record.Encode(encodeCollection(col, op))
@@ -41,10 +43,14 @@ func ClaimOps(col *Collection, op string) ([]meta.Cond, []meta.Op, error) {
 		return nil, nil, fmt.Errorf("%w: the collection's record takes %d bytes, at most %d; make properties smaller",
 			ErrLimitExceeded, len(data), MaxRecordBytes)
 	}
-	return []meta.Cond{meta.Absent(name), meta.Absent(key)}, []meta.Op{
+	conds, ops, err := c.rootOps(ctx, col)
+	if err != nil {
+		return nil, nil, err
+	}
+	return append(conds, meta.Absent(name), meta.Absent(key)), append(ops,
 		meta.Put(name, record.Encode(&storagev1.Name{Format: record.Format, Id: col.ID})),
 		meta.Put(key, data),
-	}, nil
+	), nil
 }
 
 // ContentOps returns what makes a restored collection's partitions, indexes and

@@ -50,6 +50,9 @@ var scenarios = []struct {
 	{"ChangeRace", testChangeRace},
 	{"ChangeTokens", testChangeTokens},
 	{"TimeTravel", testTimeTravel},
+	{"Roots", testRoots},
+	{"RootRace", testRootRace},
+	{"RootReturns", testRootReturns},
 }
 
 func TestMemory(t *testing.T) {

@@ -46,6 +46,10 @@ func (c *Catalog) claimAll(ctx context.Context) ([]Dispute, error) {
 	if err := u.restores(ctx); err != nil {
 		return nil, err
 	}
+	var err error
+	if u.nested, err = u.nestedRoots(ctx); err != nil {
+		return nil, err
+	}
 	for _, prefix := range []string{keys.AllSegmentsPrefix, keys.AllUnitsPrefix, keys.AllTombsPrefix} {
 		if err := u.scan(ctx, prefix); err != nil {
 			return nil, err
@@ -74,7 +78,7 @@ func (c *Catalog) claimAll(ctx context.Context) ([]Dispute, error) {
 	slices.SortFunc(list, func(a, b Dispute) int { return cmp.Compare(a.ID, b.ID) })
 	done := record.Encode(&storagev1.Owner{Format: record.Format})
 	atClaimAll.Before()
-	_, err := c.kv.Txn(ctx, meta.Txn{If: []meta.Cond{meta.Absent(keys.Owners)}, Then: []meta.Op{meta.Put(keys.Owners, done)}})
+	_, err = c.kv.Txn(ctx, meta.Txn{If: []meta.Cond{meta.Absent(keys.Owners)}, Then: []meta.Op{meta.Put(keys.Owners, done)}})
 	atClaimAll.After()
 	return list, err
 }
@@ -86,6 +90,8 @@ type upgrade struct {
 	// with the collections of those others.
 	misplaced map[int64][]int64
 	disputed  map[newID][]int64 // with the collections that have the id
+	// nested are the collections of which one has a root inside another's.
+	nested map[int64]bool
 }
 
 // old is an id that a record has.
@@ -123,6 +129,9 @@ func (u *upgrade) scan(ctx context.Context, prefix string) error {
 			}
 			for _, n := range unit.ids() {
 				list = append(list, old{n, collection})
+				if u.nested[collection] {
+					u.disputed[n] = append(u.disputed[n], collection)
+				}
 			}
 			for f := range unit.Segment.AllFiles() {
 				if place, ok := layout.PlaceOf(f.Path); ok && !place.Is(collection, unit.Segment.ID) {

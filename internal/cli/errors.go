@@ -227,6 +227,7 @@ var hints = map[string]string{
 	"OBJECT_STORE_DENIED":        "the object store denies the server access; the server's log says for what",
 	"OBJECT_STORE_MISCONFIGURED": "the object store is not what the server's configuration says; the server's log says what differs",
 	"OVERLOADED":                 "run the command again in a while",
+	"ROOT_NESTED":                "give the collection the very root of the other one, or one that lies apart from it",
 	"PLACE_OWNED":                "write the file under COLLECTION/PARTITION/SEGMENT/ with the ids of its own collection and segment, and register that path",
 	"PARTITION_NOT_FOUND":        "see which there are with `snapshotctl catalog get COLLECTION`",
 	"PERMISSION_DENIED":          "this server does not let you: see which it is with `snapshotctl info`",

@@ -576,9 +576,9 @@ func (l *leader) rollBack(ctx context.Context, job *Job) error {
 	if err != nil {
 		return err
 	}
-	err = l.end(ctx, atEnd, job, &next, op, nil, []meta.Op{
+	err = l.end(ctx, atEnd, job, &next, op, nil, append(catalog.ReleaseRoots(job.Target, job.Roots),
 		meta.Delete(keys.Collection(job.Target)), meta.Delete(keys.CollectionName(job.DB, job.Name)),
-	})
+	))
 	if err == nil {
 		l.log.Info("restore is rolled back", zap.Int64("job", job.ID), zap.Stringer("state", next.State), zap.String("reason", job.Reason),
 			zap.Int64("foreign_objects_left", foreign))

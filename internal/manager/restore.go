@@ -167,7 +167,7 @@ func (m *Manager) admit(ctx context.Context, tok request.Token, ref *Ref, spec *
 	if err != nil {
 		return nil, err
 	}
-	conds, ops, err := catalog.ClaimOps(&col, op)
+	conds, ops, err := m.catalog.ClaimOps(ctx, &col, op)
 	if err != nil {
 		return nil, err
 	}

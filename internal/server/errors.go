@@ -150,6 +150,7 @@ var classes = []class{
 	{err: catalog.ErrIDNotAllocated, code: codes.FailedPrecondition, reason: "ID_NOT_ALLOCATED"},
 	{err: catalog.ErrIDOwned, code: codes.AlreadyExists, reason: "ID_OWNED"},
 	{err: catalog.ErrPlaceOwned, code: codes.AlreadyExists, reason: "PLACE_OWNED"},
+	{err: catalog.ErrRootNested, code: codes.FailedPrecondition, reason: "ROOT_NESTED"},
 	{err: catalog.ErrIDRangeTaken, code: codes.FailedPrecondition, reason: "ID_RANGE_TAKEN"},
 	{err: catalog.ErrReserveNotAllowed, code: codes.FailedPrecondition, reason: "RESERVE_NOT_ALLOWED"},
 	{err: catalog.ErrLimitExceeded, code: codes.FailedPrecondition, reason: "LIMIT_EXCEEDED"},

@@ -53,6 +53,7 @@ var types = []struct {
 	{"/catalog/segment/", func() record.Message { return &storagev1.Segment{} }},
 	{"/catalog/unit/", func() record.Message { return &storagev1.Unit{} }},
 	{"/catalog/replaced/", func() record.Message { return &storagev1.Name{} }},
+	{"/catalog/root/", func() record.Message { return &storagev1.Name{} }},
 	{keys.OwnerRangePrefix, func() record.Message { return &storagev1.OwnerRange{} }},
 	{"/catalog/owner/", func() record.Message { return &storagev1.Owner{} }},
 	{keys.Owners, func() record.Message { return &storagev1.Owner{} }},

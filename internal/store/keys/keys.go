@@ -31,6 +31,7 @@
 //	/catalog/index-name/<collection>/<name>     -> id
 //	/catalog/channel/<collection>/<shard>       checkpoint
 //	/catalog/segment/<collection>/<id>          record
+//	/catalog/root/<store>/<prefix>/<collection> the collection has the root
 //	/catalog/unit/<collection>/<unit>           dropped, waits to be reclaimed
 //	/catalog/replaced/<collection>/<segment>/<unit>
 //	                                            -> unit of a part of a segment
@@ -243,6 +244,15 @@ func OwnerBuilds(first, last int64) (from, to string) { return Span(ownerBuildPr
 
 // OwnerRange is the claim of a restore to ids of which last is the last.
 func OwnerRange(last int64) string { return OwnerRangePrefix + ID(last) }
+
+// RootPrefix is what the keys of a root begin with, and of all roots below it.
+func RootPrefix(store, prefix string) string { return "/catalog/root/" + store + "/" + prefix }
+
+// Root says that a collection has a root. A prefix is empty or ends with a slash, so
+// what follows it tells the root from one below it.
+func Root(store, prefix string, collection int64) string {
+	return RootPrefix(store, prefix) + "/" + ID(collection)
+}
 
 // Gone is which ids of a block are gone.
 func Gone(block int64) string { return GonePrefix + ID(block) }

@@ -77,6 +77,8 @@ type CatalogServiceClient interface {
 	//
 	//	ALREADY_EXISTS       COLLECTION_EXISTS: the name or id is taken.
 	//	FAILED_PRECONDITION  ID_NOT_ALLOCATED.
+	//	                     ROOT_NESTED: a root lies inside a root of another
+	//	                     collection, or has one inside. Equal roots are fine.
 	//	INVALID_ARGUMENT     INVALID_REQUEST: also for an unknown object store.
 	CreateCollection(ctx context.Context, in *CreateCollectionRequest, opts ...grpc.CallOption) (*CreateCollectionResponse, error)
 	// GetCollection returns a collection.
@@ -472,6 +474,8 @@ type CatalogServiceServer interface {
 	//
 	//	ALREADY_EXISTS       COLLECTION_EXISTS: the name or id is taken.
 	//	FAILED_PRECONDITION  ID_NOT_ALLOCATED.
+	//	                     ROOT_NESTED: a root lies inside a root of another
+	//	                     collection, or has one inside. Equal roots are fine.
 	//	INVALID_ARGUMENT     INVALID_REQUEST: also for an unknown object store.
 	CreateCollection(context.Context, *CreateCollectionRequest) (*CreateCollectionResponse, error)
 	// GetCollection returns a collection.

@@ -197,7 +197,8 @@ type SnapshotServiceClient interface {
 	//	                     number of channels than the snapshot has;
 	//	                     LAYOUT_REFUSED: a file has no place in the target's
 	//	                     layout; STORE_UNFIT: the object store cannot copy
-	//	                     just the version of an object that is asked for.
+	//	                     just the version of an object that is asked for;
+	//	                     ROOT_NESTED as with CreateCollection.
 	//	DATA_LOSS            SNAPSHOT_CORRUPT: its metadata is missing or altered.
 	RestoreSnapshot(ctx context.Context, in *RestoreSnapshotRequest, opts ...grpc.CallOption) (*RestoreSnapshotResponse, error)
 	// GetRestoreState returns a restore job. Jobs that have ended are kept for the
@@ -581,7 +582,8 @@ type SnapshotServiceServer interface {
 	//	                     number of channels than the snapshot has;
 	//	                     LAYOUT_REFUSED: a file has no place in the target's
 	//	                     layout; STORE_UNFIT: the object store cannot copy
-	//	                     just the version of an object that is asked for.
+	//	                     just the version of an object that is asked for;
+	//	                     ROOT_NESTED as with CreateCollection.
 	//	DATA_LOSS            SNAPSHOT_CORRUPT: its metadata is missing or altered.
 	RestoreSnapshot(context.Context, *RestoreSnapshotRequest) (*RestoreSnapshotResponse, error)
 	// GetRestoreState returns a restore job. Jobs that have ended are kept for the
