@@ -141,6 +141,12 @@ type Config struct {
 	// that nothing knows, by its store's clock, before the collector deletes it.
 	// At least 1h. Default: 24h.
 	OrphanGrace Duration `json:"orphan_grace"`
+	// GoneIDRanges is how many ranges the ids whose records are gone may make of each
+	// 4096 ids before the gaps between them are closed. Default: 256.
+	GoneIDRanges int `json:"gone_id_ranges"`
+	// GoneIDAge is how long ago the last of those ids must have gone for that.
+	// Default: 720h.
+	GoneIDAge Duration `json:"gone_id_age"`
 	// SweepInterval is between two looks for such objects, each of which lists
 	// these prefixes. Default: 1h.
 	SweepInterval Duration `json:"sweep_interval"`
@@ -262,6 +268,7 @@ func (c *Config) spans() []span {
 		{"clock_max_downtime", &c.ClockMaxDowntime, "1h", "ten years"},
 		{"collect_tolerance", &c.CollectTolerance, "1ms", "ten years"},
 		{"orphan_grace", &c.OrphanGrace, "1h", "ten years"},
+		{"gone_id_age", &c.GoneIDAge, "1h", "ten years"},
 		{"sweep_interval", &c.SweepInterval, "1s", "ten years"},
 	}
 }
@@ -319,6 +326,8 @@ func Default() Config {
 		CollectMaxShare:     0.5,
 		CollectRate:         3000,
 		OrphanGrace:         Duration(24 * time.Hour),
+		GoneIDRanges:        catalog.DefaultMaxGoneRanges,
+		GoneIDAge:           Duration(catalog.DefaultGoneGapAge),
 		SweepInterval:       Duration(time.Hour),
 		Grace:               Duration(15 * time.Second),
 		LogLevel:            "info",
@@ -365,6 +374,8 @@ func (c Config) complete() Config {
 	orElse(&c.CollectMaxShare, d.CollectMaxShare)
 	orElse(&c.CollectRate, d.CollectRate)
 	orElse(&c.OrphanGrace, d.OrphanGrace)
+	orElse(&c.GoneIDRanges, d.GoneIDRanges)
+	orElse(&c.GoneIDAge, d.GoneIDAge)
 	orElse(&c.SweepInterval, d.SweepInterval)
 	orElse(&c.Grace, d.Grace)
 	orElse(&c.LogLevel, d.LogLevel)
@@ -431,6 +442,8 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.Float64Var(&c.CollectMaxShare, "collect-max-share", c.CollectMaxShare, "share of a collection at which a round of 100 units or more stops instead of deleting more of it, above 0 and at most 1")
 	fs.IntVar(&c.CollectRate, "collect-rate", c.CollectRate, "objects that the collector deletes in a second, up to 1000 of them at once; negative: as many as the store takes")
 	fs.Var(spanFlag{&c.OrphanGrace, "orphan_grace"}, "orphan-grace", "how old an object that nothing knows must be before the collector deletes it, at least 1h")
+	fs.IntVar(&c.GoneIDRanges, "gone-id-ranges", c.GoneIDRanges, "ranges of each 4096 ids whose records are gone before the gaps between them are closed, 1 to 2048")
+	fs.Var(spanFlag{&c.GoneIDAge, "gone_id_age"}, "gone-id-age", "how long ago the last of those ids must have gone for that, at least 1h")
 	fs.Var(spanFlag{&c.SweepInterval, "sweep_interval"}, "sweep-interval", "between two looks for such objects")
 	fs.Var(spanFlag{&c.Grace, "grace"}, "grace", "how long the end waits for calls under way")
 	fs.StringVar(&c.LogLevel, "log-level", c.LogLevel, "debug, info, warn or error")
@@ -686,6 +699,9 @@ func (c Config) Validate() error {
 		if !s.within() {
 			wrong(s.setting, "%v is not %s to %s", *s.value, s.least, s.most)
 		}
+	}
+	if c.GoneIDRanges < 1 || c.GoneIDRanges > 2048 {
+		wrong("gone_id_ranges", "%d is not 1 to 2048", c.GoneIDRanges)
 	}
 	if c.MaxCreates < 1 || c.MaxCreates > 1024 {
 		wrong("max_creates", "%d is not 1 to 1024", c.MaxCreates)

@@ -22,7 +22,8 @@
 //	            record of its own. What it says never changes; while a snapshot
 //	            holds the unit, it may lie in the object store, and a stub here
 //	id          free -> claimed by one collection of the cluster, for a segment or
-//	            for a part of one -> free, when its last record goes
+//	            for a part of one -> gone, when its last record goes, for good; see
+//	            gone.go
 //
 // # Ownership
 //
@@ -53,8 +54,8 @@
 //
 //	register  AddSegments, a swap that adds segments or index builds, an update that
 //	          takes files out, which gives them an id of their own
-//	          compares: no claim to any of the ids, for a segment or for a part; no
-//	          restore that claims ids has come since it was looked; what else the
+//	          compares: no claim to any of the ids, for a segment or for a part; the
+//	          blocks of gone ids as read, none of which has one of them; no restore that claims ids has come since it was looked; what else the
 //	          change was decided on
 //	          puts: a claim for each id, the records
 //	admit     a restore claims the ids of its segments and builds as one range,
@@ -64,8 +65,9 @@
 //	          else claims ids of the range, so there is no claim to compare
 //	roll back deletes: claims and records. The claim to the range goes with the job's
 //	          record, after the last look for copies that came late
-//	confirm   compares: tombstone. Deletes: tombstone, and the claims to its ids, of
-//	          which it is the last record; see package gc
+//	confirm   compares: tombstone; the blocks of its ids as read. Deletes: tombstone,
+//	          and the claims to its ids, of which it is the last record. Puts: the
+//	          blocks with these ids. See package gc
 //	upgrade   see [Catalog.ClaimAll]: once, before anything is registered or granted,
 //	          for the records of releases that claimed no ids
 //
@@ -80,6 +82,7 @@
 //	                     as well, for they put the record of what they drop
 //	id is claimed        ErrIDOwned names the collection that has it; by the same
 //	                     collection it is a repeat, or ErrSegmentExists
+//	id is gone           ErrIDUsed; a drop of it is success
 //	path at the place    ErrPlaceOwned names the owner: nothing was written
 //	of another
 //	upgrade dies         it begins again at the next start; what is claimed is found
@@ -139,6 +142,7 @@ var (
 	ErrFileExists           = errors.New("file exists")
 	ErrCheckpointRegression = errors.New("checkpoint cannot go back")
 	ErrIDNotAllocated       = errors.New("id not allocated")
+	ErrIDUsed               = errors.New("id was used before")
 	ErrIDOwned              = errors.New("id belongs to something else")
 	ErrPlaceOwned           = errors.New("path lies at the place of something else")
 	ErrRootNested           = errors.New("root lies inside another, or has another inside")
@@ -198,6 +202,12 @@ type Options struct {
 	RaiseIDs func(ctx context.Context, to int64) error
 	// AllowReserve allows ReserveIDs and ReleaseIDs to change anything.
 	AllowReserve bool
+	// MaxGoneRanges is how many ranges the ids that are gone may make of each 4096
+	// ids before the gaps between them are closed. Default DefaultMaxGoneRanges.
+	MaxGoneRanges int
+	// GoneGapAge is how long ago the last of these ids must have gone for that.
+	// Default DefaultGoneGapAge.
+	GoneGapAge time.Duration
 	// Jitter spreads attempts: numbers in [0, 1). Default [rand.Float64].
 	Jitter func() float64
 }
@@ -215,7 +225,9 @@ type Catalog struct {
 	jitter   func() float64
 	ids      *allocator
 
-	allowReserve bool
+	allowReserve  bool
+	maxGoneRanges int
+	goneGapAge    time.Duration
 }
 
 // New returns a Catalog.
@@ -226,9 +238,15 @@ func New(o Options) *Catalog {
 	if o.Stamp == nil {
 		o.Stamp = func(context.Context) (time.Time, error) { return o.Now(), nil }
 	}
+	if o.MaxGoneRanges == 0 {
+		o.MaxGoneRanges = DefaultMaxGoneRanges
+	}
+	if o.GoneGapAge == 0 {
+		o.GoneGapAge = DefaultGoneGapAge
+	}
 	c := &Catalog{
 		kv: o.KV, now: o.Now, stamp: o.Stamp, rand: o.Rand, hasStore: o.HasStore, requests: o.Requests, held: o.Held,
-		jitter: o.Jitter, allowReserve: o.AllowReserve,
+		jitter: o.Jitter, allowReserve: o.AllowReserve, maxGoneRanges: o.MaxGoneRanges, goneGapAge: o.GoneGapAge,
 	}
 	c.ids = newAllocator(o.KV, o.RaiseIDs, c.pause)
 	return c

@@ -49,7 +49,7 @@ func (n newID) key() string {
 
 // claim returns what a transaction compares and writes that registers ids for a
 // collection: that no collection claims any of them for anything, that no restore
-// does, and the claims.
+// does, that none of them is gone, and the claims.
 func (c *Catalog) claim(ctx context.Context, collection int64, ids []newID) (conds []meta.Cond, ops []meta.Op, err error) {
 	if len(ids) == 0 {
 		return nil, nil, nil
@@ -64,7 +64,11 @@ func (c *Catalog) claim(ctx context.Context, collection int64, ids []newID) (con
 	if err != nil {
 		return nil, nil, err
 	}
-	conds = append(conds, restores)
+	gone, err := c.notGone(ctx, sorted)
+	if err != nil {
+		return nil, nil, err
+	}
+	conds = append(append(conds, restores), gone...)
 	for first, last := range runs(sorted) {
 		conds = append(conds, meta.RangeAbsent(keys.OwnerSegments(first, last)), meta.RangeAbsent(keys.OwnerBuilds(first, last)))
 	}
@@ -204,9 +208,9 @@ func (u *Unit) ids() []newID {
 	return list
 }
 
-// Release returns what deletes the claims to the ids of a unit whose tombstone
+// release returns what deletes the claims to the ids of a unit whose tombstone
 // goes. The claim to a disputed id stays.
-func (u *Unit) Release() []meta.Op {
+func (u *Unit) release() []meta.Op {
 	if u.Segment.Disputed {
 		return nil
 	}

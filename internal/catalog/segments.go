@@ -470,9 +470,9 @@ func equalSegments(a, b meta.KeyValue) (bool, error) {
 }
 
 // DropSegments drops segments in atomic batches and returns how many it
-// dropped; those that were dropped before do not count. One that never was
-// there is ErrSegmentNotFound, before anything is written, and so is one whose
-// files are all reclaimed.
+// dropped; those that were dropped before do not count, also when their files are
+// all reclaimed. One that never was there is ErrSegmentNotFound, before anything is
+// written.
 func (c *Catalog) DropSegments(ctx context.Context, ref Ref, ids []int64) (int, error) {
 	col, _, err := c.active(ctx, &ref)
 	if err != nil {
@@ -486,6 +486,7 @@ func (c *Catalog) DropSegments(ctx context.Context, ref Ref, ids []int64) (int, 
 		size int // of the record, and so of the unit
 	}
 	var found []live
+	var missing []int64 // of which there is no record
 	for part := range slices.Chunk(ids, dropLookup) {
 		// All at one revision: a drop moves from one key to the next.
 		var gets []meta.Op
@@ -502,8 +503,17 @@ func (c *Catalog) DropSegments(ctx context.Context, ref Ref, ids []int64) (int, 
 			case len(kvs[0]) > 0:
 				found = append(found, live{id, len(kvs[0][0].Value)})
 			case len(kvs[1]) == 0 && len(kvs[2]) == 0:
-				return 0, fmt.Errorf("drop segments: %w: %d of collection %s", ErrSegmentNotFound, id, &col)
+				missing = append(missing, id)
 			}
+		}
+	}
+	gone, err := c.Gone(ctx, missing) // after the look: what was there then and is not now is gone
+	if err != nil {
+		return 0, fmt.Errorf("drop segments of %s: %w", &col, err)
+	}
+	for _, id := range missing {
+		if !gone[id] {
+			return 0, fmt.Errorf("drop segments: %w: %d of collection %s", ErrSegmentNotFound, id, &col)
 		}
 	}
 	dropped := 0

@@ -212,6 +212,7 @@ var hints = map[string]string{
 	"FORMAT_TOO_NEW":             "a newer snapshotd wrote it: upgrade the server",
 	"ID_NOT_ALLOCATED":           "get ids with `snapshotctl catalog allocate-ids COUNT`, or reserve an engine's own with `snapshotctl catalog allocate-ids COUNT --reserve FIRST`, which needs allow_reserve_ids at the server",
 	"ID_OWNED":                   "an id is of one collection for ever; get new ones with `snapshotctl catalog allocate-ids COUNT`",
+	"ID_USED":                    "it stood for a segment or an index build whose files are deleted; get new ones with `snapshotctl catalog allocate-ids COUNT`",
 	"ID_RANGE_TAKEN":             "choose another range, or take what is free with `snapshotctl catalog allocate-ids COUNT`",
 	"INDEX_NOT_FOUND":            "see which there are with `snapshotctl catalog get COLLECTION`",
 	"INVALID_RESUME_TOKEN":       "a token is good for the cluster and the --collection that it was given for; go on without --resume-token",

@@ -249,6 +249,13 @@ func (l *leader) act(ctx context.Context, d decision) error {
 		if err := l.removePins(ctx, d.job); err != nil {
 			return err
 		}
+		if d.job.State != Completed { // of a target that is in use each id goes with its last record
+			if err := l.o.Catalog.GoneRange(ctx, d.job.FirstSegment, d.job.Segments+d.job.Builds, func(conds []meta.Cond, ops []meta.Op) error {
+				return l.write(ctx, atForget, d.job, conds, ops)
+			}); err != nil {
+				return err
+			}
+		}
 		// Until now the ids of the job were kept from everybody else: a late copy could
 		// have met what they had made of them.
 		return l.write(ctx, atForget, d.job, nil, append(

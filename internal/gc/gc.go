@@ -38,7 +38,9 @@
 //	confirm  (all files are deleted) compares: tombstone as read; when snapshotd
 //	         is the deleter, leader's election key
 //	         deletes: tombstone, the key that leads to it from its segment, and the
-//	         claims to the ids of which it was the last record
+//	         claims to the ids of which it was the last record; puts: that these are
+//	         gone. A full store takes the deletes of tombstones alone: then the claims
+//	         stay, and keep the ids
 //
 // # Why a granted unit is not needed
 //

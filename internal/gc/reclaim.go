@@ -612,10 +612,12 @@ func (g *GC) confirmBatch(ctx context.Context, collection int64, ids []int64, an
 
 // removable is how many of the first of some tombstones one transaction removes.
 func removable(list []*doomed) int {
-	ops := 0
+	const conds, ops = 2, 2 // besides: of the leader, and of each tombstone
+	units := make([]*catalog.Unit, 0, len(list))
 	for n, u := range list {
-		ops += len(u.tombstone.removal())
-		if n > 0 && (ops > meta.MaxTxnOps || n >= meta.MaxTxnOps-2) {
+		units = append(units, &u.tombstone.Unit)
+		c, o := catalog.ReleaseSize(units)
+		if n > 0 && (c+conds+len(units) > meta.MaxTxnOps || o+ops*len(units) > meta.MaxTxnOps) {
 			return n
 		}
 	}
@@ -623,34 +625,66 @@ func removable(list []*doomed) int {
 }
 
 // remove removes tombstones whose files are deleted, in one transaction, and says
-// when one of them was changed: then it removed none. A single one with more
-// claims than that takes loses the first of them before.
+// when one of them was changed: then it removed none. The claims to the ids of
+// their units go with them, and the ids are gone.
 func (g *GC) remove(ctx context.Context, at crashpoint.Point, list []*doomed, conds []meta.Cond) (changed bool, err error) {
+	var units []*catalog.Unit
 	txn := meta.Txn{If: conds}
 	for _, u := range list {
+		units = append(units, &u.tombstone.Unit)
 		txn.If = append(txn.If, meta.Unchanged(u.kv.Key, u.kv.ModRevision))
+		txn.Else = append(txn.Else, meta.Get(u.kv.Key))
+	}
+	if _, ops := catalog.ReleaseSize(units); ops+2*len(list) > meta.MaxTxnOps { // a single one, of many index builds
+		builds, rest := units[0].Parts()
+		units = []*catalog.Unit{rest}
+		for part := range slices.Chunk(builds, batchUnits) {
+			if changed, err := g.release(ctx, at, txn, list, part); changed || err != nil {
+				return changed, err
+			}
+		}
+	}
+	for _, u := range list {
 		txn.Then = append(txn.Then, u.tombstone.removal()...)
 	}
-	for {
-		part := txn
-		if len(txn.Then) > meta.MaxTxnOps { // the tombstone is among the last
-			part.Then, txn.Then = txn.Then[:meta.MaxTxnOps/2], txn.Then[meta.MaxTxnOps/2:]
-		} else {
-			txn.Then = nil
-		}
-		at.Before()
-		res, err := g.kv.Txn(ctx, part)
-		at.After()
-		if err != nil || !res.Succeeded || len(txn.Then) == 0 {
-			return err == nil && !res.Succeeded, err
-		}
-	}
+	return g.release(ctx, at, txn, list, units)
 }
 
-// removal is how a tombstone whose files are deleted goes, with the claims to the
-// ids of its unit, whose last record it is.
+// release carries out a transaction about tombstones together with what releases
+// the ids of units. It says when one of the tombstones was changed.
+func (g *GC) release(ctx context.Context, at crashpoint.Point, txn meta.Txn, list []*doomed, units []*catalog.Unit) (changed bool, err error) {
+	for attempt := range maxAttempts {
+		if err := meta.Pause(ctx, attempt); err != nil {
+			return false, err
+		}
+		conds, ops, err := g.o.Catalog.Release(ctx, units)
+		if err != nil {
+			return false, err
+		}
+		full := meta.Txn{If: slices.Concat(txn.If, conds), Then: slices.Concat(txn.Then, ops), Else: txn.Else}
+		at.Before()
+		res, err := g.kv.Txn(ctx, full)
+		at.After()
+		if errors.Is(err, meta.ErrNoSpace) && len(txn.Then) > 0 {
+			// A full store takes deletes alone. The claims stay, and keep the ids.
+			full.Then = txn.Then
+			res, err = g.kv.Txn(ctx, full)
+		}
+		if err != nil || res.Succeeded {
+			return false, err
+		}
+		for i, u := range list {
+			if len(res.Ranges[i]) == 0 || res.Ranges[i][0].ModRevision != u.kv.ModRevision {
+				return true, nil
+			}
+		}
+	}
+	return true, nil // others lead, or the ids beside go all the time: the next pass tries again
+}
+
+// removal is how a tombstone whose files are deleted goes.
 func (t *Tombstone) removal() []meta.Op {
-	ops := append(t.Unit.Release(), meta.Delete(keys.Tomb(t.Collection, t.ID)))
+	ops := []meta.Op{meta.Delete(keys.Tomb(t.Collection, t.ID))}
 	if t.Unit.Kind != catalog.UnitSegment {
 		ops = append(ops, meta.Delete(keys.Replaced(t.Collection, t.Unit.Segment.ID, t.ID)))
 	}

@@ -102,6 +102,7 @@ var premises = []premise{
 	{meta.OpDelete, keys.AllUnitsPrefix, [][]string{{itself, generation, keys.Behind, pendingKeys}, {keys.CollectionPrefix, keys.Behind}}},
 	{meta.OpPut, keys.OwnerRangePrefix, [][]string{{recs, keys.CollectionPrefix, owners}}},
 	{meta.OpDelete, keys.OwnerRangePrefix, [][]string{{keys.JobPrefix, keys.Leader}}},
+	{meta.OpPut, keys.GonePrefix, [][]string{{itself, keys.AllTombsPrefix}, {itself, keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, owners, [][]string{{itself, keys.CollectionPrefix, keys.OwnerRangePrefix}, {keys.JobPrefix, keys.AssignedPrefix}}},
 	{meta.OpDelete, owners, [][]string{{keys.AllTombsPrefix}, {keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, "/catalog/", [][]string{{keys.CollectionPrefix}, {keys.JobPrefix, keys.Leader}, {itself}}},

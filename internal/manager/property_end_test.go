@@ -295,6 +295,7 @@ func (c *course) nothingLeft() {
 		switch {
 		case strings.HasPrefix(key, keys.WorkerPrefix): // under the lease of a replica that lives
 			workers++
+		case strings.HasPrefix(key, keys.GonePrefix): // which ids are gone, for ever
 		case !optional[key]:
 			got[key] = true
 		}

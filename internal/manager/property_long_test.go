@@ -41,7 +41,7 @@ func (w *world) used() usedKeys {
 				u.LargestUnit = max(u.LargestUnit, len(kv.Value))
 			case strings.HasPrefix(kv.Key, "/snapshot/rec/"), strings.HasPrefix(kv.Key, "/snapshot/name/"):
 				u.Snapshots++
-			case strings.HasPrefix(kv.Key, "/catalog/owner/"):
+			case strings.HasPrefix(kv.Key, "/catalog/owner/"), strings.HasPrefix(kv.Key, keys.GonePrefix):
 			default:
 				parts := strings.Split(kv.Key, "/")
 				if _, err := keys.LastID(kv.Key); err == nil {

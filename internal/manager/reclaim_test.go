@@ -1221,7 +1221,7 @@ func TestConfirmRaces(t *testing.T) {
 						t.Error(err)
 					}
 				}
-				if n == 4 {
+				if n == 6 { // after it has read again what it is about, and which ids are gone
 					return meta.After
 				}
 			}

@@ -148,6 +148,7 @@ var classes = []class{
 	{err: catalog.ErrFileExists, code: codes.AlreadyExists, reason: "FILE_EXISTS"},
 	{err: catalog.ErrCheckpointRegression, code: codes.FailedPrecondition, reason: "CHECKPOINT_REGRESSION"},
 	{err: catalog.ErrIDNotAllocated, code: codes.FailedPrecondition, reason: "ID_NOT_ALLOCATED"},
+	{err: catalog.ErrIDUsed, code: codes.AlreadyExists, reason: "ID_USED"},
 	{err: catalog.ErrIDOwned, code: codes.AlreadyExists, reason: "ID_OWNED"},
 	{err: catalog.ErrPlaceOwned, code: codes.AlreadyExists, reason: "PLACE_OWNED"},
 	{err: catalog.ErrRootNested, code: codes.FailedPrecondition, reason: "ROOT_NESTED"},

@@ -856,7 +856,7 @@ func (o *oracle) nothingLeft() string {
 	_, err := o.s.kv.Scan(never, from, to, 0, func(batch []meta.KeyValue) error {
 		for _, kv := range batch {
 			switch {
-			case stands[kv.Key], strings.HasPrefix(kv.Key, keys.WorkerPrefix):
+			case stands[kv.Key], strings.HasPrefix(kv.Key, keys.WorkerPrefix), strings.HasPrefix(kv.Key, keys.GonePrefix):
 			case strings.HasPrefix(kv.Key, "/request/") && kv.Lease != 0: // it lasts for a day
 			default:
 				left = append(left, kv.Key)

@@ -146,6 +146,8 @@ type CatalogServiceClient interface {
 	//	ALREADY_EXISTS       SEGMENT_EXISTS: the id stands for another content, or
 	//	                     was dropped. An id is never used twice.
 	//	                     INDEX_BUILD_EXISTS: likewise of an index build.
+	//	                     ID_USED: the id stood for something whose files are
+	//	                     deleted, as when the call comes late.
 	//	                     ID_OWNED: the id is of a segment or an index build of
 	//	                     another collection. PLACE_OWNED: a path lies at the
 	//	                     place of another segment or collection. FILE_EXISTS.
@@ -180,8 +182,8 @@ type CatalogServiceClient interface {
 	//	FAILED_PRECONDITION  ID_NOT_ALLOCATED; SEGMENT_STATE: a state moves only
 	//	                     forward; CHECKPOINT_REGRESSION; TOO_LARGE: more than
 	//	                     one transaction holds.
-	//	ALREADY_EXISTS       FILE_EXISTS; INDEX_BUILD_EXISTS; ID_OWNED and
-	//	                     PLACE_OWNED as with AddSegments.
+	//	ALREADY_EXISTS       FILE_EXISTS; INDEX_BUILD_EXISTS; ID_USED, ID_OWNED
+	//	                     and PLACE_OWNED as with AddSegments.
 	//	ABORTED              REVISION_CHANGED: expected_revision is not current.
 	UpdateSegments(ctx context.Context, in *UpdateSegmentsRequest, opts ...grpc.CallOption) (*UpdateSegmentsResponse, error)
 	// CompactSegments drops the inputs, adds the outputs and applies the updates
@@ -190,8 +192,8 @@ type CatalogServiceClient interface {
 	// Errors: as AddSegments and UpdateSegments.
 	CompactSegments(ctx context.Context, in *CompactSegmentsRequest, opts ...grpc.CallOption) (*CompactSegmentsResponse, error)
 	// DropSegments drops segments, in atomic batches of 60. One that is dropped
-	// already counts as such; one that never was is an error before anything is
-	// written.
+	// already counts as such, also when its files are deleted since; one that never
+	// was is an error before anything is written.
 	//
 	// Errors:
 	//
@@ -543,6 +545,8 @@ type CatalogServiceServer interface {
 	//	ALREADY_EXISTS       SEGMENT_EXISTS: the id stands for another content, or
 	//	                     was dropped. An id is never used twice.
 	//	                     INDEX_BUILD_EXISTS: likewise of an index build.
+	//	                     ID_USED: the id stood for something whose files are
+	//	                     deleted, as when the call comes late.
 	//	                     ID_OWNED: the id is of a segment or an index build of
 	//	                     another collection. PLACE_OWNED: a path lies at the
 	//	                     place of another segment or collection. FILE_EXISTS.
@@ -577,8 +581,8 @@ type CatalogServiceServer interface {
 	//	FAILED_PRECONDITION  ID_NOT_ALLOCATED; SEGMENT_STATE: a state moves only
 	//	                     forward; CHECKPOINT_REGRESSION; TOO_LARGE: more than
 	//	                     one transaction holds.
-	//	ALREADY_EXISTS       FILE_EXISTS; INDEX_BUILD_EXISTS; ID_OWNED and
-	//	                     PLACE_OWNED as with AddSegments.
+	//	ALREADY_EXISTS       FILE_EXISTS; INDEX_BUILD_EXISTS; ID_USED, ID_OWNED
+	//	                     and PLACE_OWNED as with AddSegments.
 	//	ABORTED              REVISION_CHANGED: expected_revision is not current.
 	UpdateSegments(context.Context, *UpdateSegmentsRequest) (*UpdateSegmentsResponse, error)
 	// CompactSegments drops the inputs, adds the outputs and applies the updates
@@ -587,8 +591,8 @@ type CatalogServiceServer interface {
 	// Errors: as AddSegments and UpdateSegments.
 	CompactSegments(context.Context, *CompactSegmentsRequest) (*CompactSegmentsResponse, error)
 	// DropSegments drops segments, in atomic batches of 60. One that is dropped
-	// already counts as such; one that never was is an error before anything is
-	// written.
+	// already counts as such, also when its files are deleted since; one that never
+	// was is an error before anything is written.
 	//
 	// Errors:
 	//

@@ -1,0 +1,144 @@
+package catalog_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/meta/memory"
+)
+
+// release makes ids gone, as the confirmation of their tombstones does.
+func (r *rig) release(t rapid.TB, c *catalog.Catalog, ids ...int64) {
+	t.Helper()
+	var units []*catalog.Unit
+	for _, id := range ids {
+		units = append(units, &catalog.Unit{ID: id, Collection: r.col.ID, Kind: catalog.UnitSegment, Segment: segment.Segment{ID: id}})
+	}
+	conds, ops, err := c.Release(context.Background(), units)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res, err := r.kv.Txn(context.Background(), meta.Txn{If: conds, Then: ops}); err != nil || !res.Succeeded {
+		t.Fatalf("%v, err = %v", res.Succeeded, err)
+	}
+}
+
+// Whatever ids go, in whatever order, those that went are gone and no others, until
+// there are too many ranges of old ones; and then nothing above or below them is.
+func TestGone(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		const limit, age = 3, time.Hour
+		now := time.Unix(1e9, 0)
+		kv := memory.New(memory.Options{})
+		c := catalog.New(catalog.Options{KV: kv, Now: func() time.Time { return now }, MaxGoneRanges: limit, GoneGapAge: age})
+		r := &rig{Catalog: c, kv: kv}
+		const first, last = 4096 - 40, 4096 + 40 // of two blocks
+		gone := map[int64]bool{}
+		lowest, highest := map[int64]int64{}, map[int64]int64{}
+		aged := false
+		check := func() {
+			var all []int64
+			for id := int64(first); id <= last; id++ {
+				all = append(all, id)
+			}
+			got, err := c.Gone(context.Background(), all)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, id := range all {
+				block := id / 4096
+				between := lowest[block] != 0 && id > lowest[block] && id < highest[block]
+				if got[id] != gone[id] && (!aged || !between || !got[id]) {
+					t.Fatalf("%d is gone: %v, want %v; gone are %v", id, got[id], gone[id], gone)
+				}
+			}
+		}
+		for range rapid.IntRange(1, 40).Draw(t, "steps") {
+			if rapid.IntRange(0, 9).Draw(t, "waits") == 0 {
+				now, aged = now.Add(age), true
+			}
+			id := rapid.Int64Range(first, last).Draw(t, "id")
+			r.release(t, c, id)
+			gone[id] = true
+			block := id / 4096
+			highest[block] = max(highest[block], id)
+			if lowest[block] == 0 {
+				lowest[block] = id
+			}
+			lowest[block] = min(lowest[block], id)
+			check()
+		}
+	})
+}
+
+// The record of a block stays small, however its ids go.
+func TestGoneIsSmall(t *testing.T) {
+	kv := memory.New(memory.Options{})
+	c := catalog.New(catalog.Options{KV: kv, Now: time.Now})
+	r := &rig{Catalog: c, kv: kv}
+	for id := int64(4096); id < 8192; id += 2 * 50 {
+		var ids []int64
+		for i := id; i < min(id+100, 8192); i += 2 {
+			ids = append(ids, i)
+		}
+		r.release(t, c, ids...)
+	}
+	kv1, _, _, err := kv.Get(t.Context(), keys.Gone(1))
+	if err != nil || len(kv1.Value) > 8<<10 {
+		t.Errorf("the worst block takes %d bytes, err = %v", len(kv1.Value), err)
+	}
+	for id := int64(4097); id < 8192; id += 2 * 50 {
+		var ids []int64
+		for i := id; i < min(id+100, 8192); i += 2 {
+			ids = append(ids, i)
+		}
+		r.release(t, c, ids...)
+	}
+	if kv1, _, _, err = kv.Get(t.Context(), keys.Gone(1)); err != nil || len(kv1.Value) > 20 {
+		t.Errorf("a block that is gone whole takes %d bytes, err = %v", len(kv1.Value), err)
+	}
+}
+
+// A late repeat of a registration is refused, by each of the calls that register,
+// while ids beside it may be registered in any order; a late repeat of a drop is
+// success.
+func TestLateRepeat(t *testing.T) {
+	r := newRig(t, memory.New(memory.Options{}))
+	ids := r.ids(t, 10)
+	r.add(t, ids[4], ids[6])
+	for _, id := range []int64{ids[4], ids[6]} {
+		if _, err := r.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(keys.Segment(r.col.ID, id))}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.release(t, r.Catalog, ids[4], ids[6])
+	for _, id := range []int64{ids[4], ids[6]} {
+		r.refused(t, fmt.Sprint("segment ", id), catalog.ErrIDUsed, func() error {
+			_, _, err := r.AddSegments(t.Context(), r.col.ID, r.segments([]int64{id}))
+			return err
+		})
+		r.refused(t, fmt.Sprint("output ", id), catalog.ErrIDUsed, func() error {
+			return r.change(t.Context(), catalog.Swap{Add: r.segments([]int64{id})})
+		})
+	}
+	r.add(t, ids[9])
+	r.add(t, ids[5], ids[0])
+	if n, err := r.DropSegments(t.Context(), r.ref, []int64{ids[4], ids[5], ids[6]}); n != 1 || err != nil {
+		t.Errorf("dropped %d, err = %v; want the one that is there", n, err)
+	}
+	if n, err := r.DropSegments(t.Context(), r.ref, []int64{ids[4]}); n != 0 || err != nil {
+		t.Errorf("dropped %d, err = %v", n, err)
+	}
+	if _, err := r.DropSegments(t.Context(), r.ref, []int64{ids[4], ids[7]}); !errors.Is(err, catalog.ErrSegmentNotFound) {
+		t.Errorf("one that never was: %v", err)
+	}
+}

@@ -1,0 +1,78 @@
+package manager
+
+import (
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+)
+
+// A registration that is repeated after its segment was dropped and deleted is
+// refused: a snapshot would be committed with files that are gone. A drop that is
+// repeated so late is success.
+func TestLateRepeatAfterReclaim(t *testing.T) {
+	for _, by := range []gc.Deleter{gc.BySnapshotd, gc.ByCaller} {
+		inWorld(t, func(t *testing.T, w *world) {
+			r := w.start("a", func(o *Options) { o.CollectorOff = true })
+			col, _, x := w.collection(r, "c")
+			s := w.segment(r, col, 0, 1, 20)
+			b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
+			s.Builds = []segment.Build{b}
+			w.addWritten(r, col, s)
+			w.checkpoint(r, col, 100, 100)
+			tombs := w.granted(w.reclaim(r, col, by, w.dropSegments(r, col, s.ID)...))
+			if by == gc.ByCaller {
+				if _, err := r.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, []int64{tombs[0].ID}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			time.Sleep(10 * time.Minute)
+			settle()
+			_, _, err := r.catalog.AddSegments(t.Context(), col.ID, []segment.Segment{s})
+			wantError(t, err, catalog.ErrIDUsed)
+			other := w.segment(r, col, 0, 1, 20)
+			other.Builds = s.Builds
+			_, _, err = r.catalog.AddSegments(t.Context(), col.ID, []segment.Segment{other})
+			wantError(t, err, catalog.ErrIDUsed)
+			if n, err := r.catalog.DropSegments(t.Context(), catalog.Ref{ID: col.ID}, []int64{s.ID}); n != 0 || err != nil {
+				t.Errorf("dropped %d again, err = %v", n, err)
+			}
+			if snap := w.create(r, col, "one"); snap.Totals.Segments != 0 {
+				t.Errorf("%+v is in the snapshot", snap.Totals)
+			}
+		})
+	}
+}
+
+// A registration that was decided before its id went fails, for it compares which
+// ids are gone.
+func TestRegistrationRacesConfirm(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r, b := w.start("a"), w.start("b")
+		col, _, _ := w.collection(b, "c")
+		s, beside := w.segment(b, col, 0, 1, 20), w.segment(b, col, 0, 1, 20)
+		w.add(b, col, s)
+		tomb := w.granted(w.reclaim(b, col, gc.ByCaller, w.dropSegments(b, col, s.ID)...))[0]
+		settle()
+		confirmed, txns := false, 0
+		r.kv.Hook(func(c meta.Call) meta.Fault {
+			if c.Method != meta.MethodTxn {
+				return meta.NoFault
+			}
+			if txns++; txns == 2 { // which ids are gone was read
+				confirmed = true
+				if _, err := b.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, []int64{tomb.ID}); err != nil {
+					t.Error(err)
+				}
+			}
+			return meta.NoFault
+		})
+		_, _, err := r.catalog.AddSegments(t.Context(), col.ID, []segment.Segment{s, beside})
+		if wantError(t, err, catalog.ErrIDUsed); !confirmed {
+			t.Error("nothing raced")
+		}
+	})
+}
