@@ -327,14 +327,14 @@ func openMeta(ctx context.Context, cfg Config, log *zap.Logger, open *closers, p
 		return nil, fmt.Errorf("check the rights at etcd, below %s: %w", cfg.EtcdRoot, err)
 	}
 	if full != nil {
-		return reserve.New(kv, full, keys.Behind, keys.Epoch), nil
+		return reserve.New(kv, full, keys.Behind, keys.Epoch, keys.Clock), nil
 	}
 	p.room.read = nearlyFull(kv.Usage)
 	p.history = &history{kv: kv, log: log, now: time.Now}
 	if cfg.EtcdCompact {
 		p.history.compact = kv.Compact
 	}
-	return reserve.New(kv, p.room.full, keys.Behind, keys.Epoch), nil
+	return reserve.New(kv, p.room.full, keys.Behind, keys.Epoch, keys.Clock), nil
 }
 
 // run starts everything. Whatever ends first ends all, in order: the service is
