@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -43,23 +42,33 @@ func (m *Manager) Watch(ctx context.Context, after, collection int64, fn func(ev
 	if err := fn(nil, after); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	from, to := keys.All()
-	w := m.kv.Watch(ctx, from, to, after)
+	compacted := func(told int64) error {
+		return fmt.Errorf("%w: revision %d is no longer kept; list what there is and watch from now on", ErrEventsCompacted, told)
+	}
+	if after < now { // all replicas answer alike, whatever their feeds hold
+		_, err := m.kv.Range(ctx, meta.Range{From: keys.Format, Revision: after + 1, KeysOnly: true})
+		if errors.Is(err, meta.ErrCompacted) {
+			return compacted(after)
+		}
+		if err != nil {
+			return fmt.Errorf("watch events: %w", err)
+		}
+	}
+	r := m.feed.join(after, collection)
+	defer m.feed.leave(r)
 	behind := after < now // the reader is told when it has caught up
-	asking, stopAsking := context.WithCancel(ctx)
-	var asker sync.WaitGroup
-	defer asker.Wait()
-	defer stopAsking()
 	if behind {
-		asker.Go(func() { askProgress(asking, w) })
+		m.feed.want(now)
 	}
 	told := after
 	for {
-		batch, err := w.Next()
+		wakeAt := told + bookmarkEvery
+		if behind {
+			wakeAt = min(wakeAt, now)
+		}
+		events, revision, err := m.feed.next(ctx, r, wakeAt)
 		if errors.Is(err, meta.ErrCompacted) {
-			return fmt.Errorf("%w: revision %d is no longer kept; list what there is and watch from now on", ErrEventsCompacted, told)
+			return compacted(told)
 		}
 		if errors.Is(err, meta.ErrWatchBroken) {
 			return fmt.Errorf("%w: events up to revision %d may be missing; list what there is and watch from now on", ErrEventsCompacted, told)
@@ -67,29 +76,22 @@ func (m *Manager) Watch(ctx context.Context, after, collection int64, fn func(ev
 		if err != nil {
 			return err
 		}
-		events, err := m.events(batch.Events, collection)
-		if err != nil {
-			return err
-		}
-		caughtUp := behind && batch.Revision >= now
-		if len(events) == 0 && !caughtUp && batch.Revision-told < bookmarkEvery {
+		caughtUp := behind && revision >= now
+		if len(events) == 0 && !caughtUp && revision-told < bookmarkEvery {
 			continue
 		}
 		if len(events) > 0 {
-			if err := fn(events, batch.Revision); err != nil {
+			if err := fn(events, revision); err != nil {
 				return err
 			}
 		}
 		if len(events) == 0 || caughtUp {
-			if err := fn(nil, batch.Revision); err != nil {
+			if err := fn(nil, revision); err != nil {
 				return err
 			}
 		}
-		if caughtUp {
-			stopAsking()
-		}
 		behind = behind && !caughtUp
-		told = batch.Revision
+		told = revision
 	}
 }
 
@@ -109,99 +111,81 @@ func askProgress(ctx context.Context, w meta.Watcher) {
 }
 
 // events picks what readers are told of.
-func (m *Manager) events(changes []meta.Event, collection int64) ([]Event, error) {
+func (m *Manager) events(changes []meta.Event) []Event {
 	var list []Event
 	unpinned := unpinnedIn(changes)
 	rolledBack := rolledBackIn(changes)
 	for _, e := range changes {
-		event := Event{Type: Updated, Revision: e.KV.ModRevision}
+		event, err := eventOf(e)
 		switch {
-		case e.Deleted:
-			event.Type = Deleted
-		case e.KV.CreateRevision == e.KV.ModRevision:
+		case err != nil:
+			m.log.Error("event is not told", zap.String("key", e.KV.Key), zap.Error(err))
+			continue
+		case event == nil:
+			continue
+		case event.Pin != nil && e.Deleted:
+			event.Expired = unpinned[e.KV.ModRevision] != PinPlace{event.Pin.Snapshot, event.Pin.ID}
+		case event.Collection != nil && e.Deleted && rolledBack[e.KV.ModRevision] == event.Collection.ID:
+			continue // nobody was told of it
+		}
+		list = append(list, *event)
+	}
+	return list
+}
+
+// eventOf is the event of a change, nil when readers are not told of it. Of what is
+// gone only ids are known.
+func eventOf(e meta.Event) (*Event, error) {
+	event := &Event{Type: Updated, Revision: e.KV.ModRevision}
+	switch {
+	case e.Deleted:
+		event.Type = Deleted
+	case e.KV.CreateRevision == e.KV.ModRevision:
+		event.Type = Created
+	}
+	var err error
+	switch {
+	case strings.HasPrefix(e.KV.Key, keys.SnapshotPrefix):
+		event.Snapshot, err = snapshotOf(e)
+	case strings.HasPrefix(e.KV.Key, keys.CollectionPrefix):
+		var col catalog.Collection
+		if col.ID, err = keys.LastID(e.KV.Key); err == nil && !e.Deleted {
+			col, err = catalog.DecodeCollection(e.KV)
+		}
+		if !e.Deleted && col.State == catalog.Restoring {
+			return nil, err // told when it is published
+		}
+		if err == nil && !e.Deleted && catalog.WasPublished(e.KV) {
 			event.Type = Created
 		}
-		switch {
-		case strings.HasPrefix(e.KV.Key, keys.SnapshotPrefix):
-			s := &Snapshot{}
-			if e.Deleted {
-				id, err := keys.LastID(e.KV.Key)
-				if err != nil {
-					return nil, err
-				}
-				s.ID = id
-			} else {
-				var err error
-				if s, err = decode(e.KV); err != nil {
-					m.log.Error("event is not told", zap.Error(err))
-					continue
-				}
-				if collection > 0 && s.Collection != collection {
-					continue
-				}
-			}
-			event.Snapshot = s
-		case strings.HasPrefix(e.KV.Key, keys.CollectionPrefix):
-			id, err := keys.LastID(e.KV.Key)
-			if err != nil {
-				return nil, err
-			}
-			if collection > 0 && id != collection {
-				continue
-			}
-			col := catalog.Collection{ID: id}
-			if !e.Deleted {
-				if col, err = catalog.DecodeCollection(e.KV); err != nil {
-					m.log.Error("event is not told", zap.Error(err))
-					continue
-				}
-				if col.State == catalog.Restoring {
-					continue // told when it is published
-				}
-				if catalog.WasPublished(e.KV) {
-					event.Type = Created
-				}
-			} else if rolledBack[e.KV.ModRevision] == id {
-				continue // nobody was told of it
-			}
-			event.Collection = &col
-		case strings.HasPrefix(e.KV.Key, keys.AllPinsPrefix):
-			p, err := decodePin(e.KV)
-			if p == nil || err != nil && !e.Deleted {
-				m.log.Error("event is not told", zap.Error(err))
-				continue
-			}
-			if e.Deleted {
-				p = &Pin{Snapshot: p.Snapshot, ID: p.ID}
-				event.Expired = unpinned[e.KV.ModRevision] != PinPlace{p.Snapshot, p.ID}
-			}
-			event.Pin = p
-		case strings.HasPrefix(e.KV.Key, keys.AllTombsPrefix):
-			t, err := tombstoneOf(e)
-			if err != nil {
-				m.log.Error("event is not told", zap.Error(err))
-				continue
-			}
-			if collection > 0 && t.Collection != collection {
-				continue
-			}
-			event.Tombstone = t
-		case strings.HasPrefix(e.KV.Key, keys.JobPrefix):
-			job, err := jobOf(e)
-			if err != nil {
-				m.log.Error("event is not told", zap.Error(err))
-				continue
-			}
-			if collection > 0 && !e.Deleted && job.Source != collection && job.Target != collection {
-				continue
-			}
-			event.Restore = job
-		default:
-			continue
+		event.Collection = &col
+	case strings.HasPrefix(e.KV.Key, keys.AllPinsPrefix):
+		var p *Pin
+		p, err = decodePin(e.KV)
+		if p != nil && e.Deleted {
+			p, err = &Pin{Snapshot: p.Snapshot, ID: p.ID}, nil
 		}
-		list = append(list, event)
+		event.Pin = p
+	case strings.HasPrefix(e.KV.Key, keys.AllTombsPrefix):
+		event.Tombstone, err = tombstoneOf(e)
+	case strings.HasPrefix(e.KV.Key, keys.JobPrefix):
+		event.Restore, err = jobOf(e)
+	default:
+		return nil, nil //nolint:nilnil // not told
 	}
-	return list, nil
+	if err != nil {
+		return nil, err
+	}
+	return event, nil
+}
+
+// snapshotOf is the snapshot of a change; of one that is gone only the id.
+func snapshotOf(e meta.Event) (*Snapshot, error) {
+	if !e.Deleted {
+		return decode(e.KV)
+	}
+	id, err := keys.LastID(e.KV.Key)
+	return &Snapshot{ID: id}, err
 }
 
 // tombstoneOf is the tombstone of a change; of one that is gone only the ids.

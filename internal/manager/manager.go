@@ -226,6 +226,7 @@ type Manager struct {
 	log     *zap.Logger
 
 	view     *view
+	feed     *feed
 	elect    *election.Election
 	clean    *cleaner
 	gc       *gc.GC
@@ -309,6 +310,7 @@ func New(o Options) (*Manager, error) {
 		Jitter:       o.Jitter,
 		Ready:        slices.Collect(maps.Values(o.Ready)),
 	})
+	m.feed = newFeed(m.kv, m.log, o.Jitter, m.events)
 	m.view = newView(m.kv, m.log, o.Jitter, m.clean.Wake)
 	m.elect = election.New(election.Options{KV: o.KV, Key: keys.Leader, Name: o.Replica, TTL: o.LeaderTTL, Log: o.Log, Rand: o.Jitter})
 	return m, nil
@@ -321,6 +323,7 @@ func (m *Manager) Run(ctx context.Context) error {
 	defer close(m.stopped)
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return m.view.run(ctx) })
+	group.Go(func() error { return m.feed.Run(ctx) })
 	group.Go(func() error { return m.gc.Run(ctx) })
 	group.Go(func() error { return m.jobs.Run(ctx) })
 	group.Go(func() error {

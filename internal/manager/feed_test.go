@@ -1,0 +1,256 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+)
+
+// line is an event in a form that compares.
+func line(e *Event) string {
+	ids, all := e.concerns()
+	id := int64(0)
+	switch {
+	case e.Snapshot != nil:
+		id = e.Snapshot.ID
+	case e.Pin != nil:
+		id = e.Pin.ID
+	case e.Collection != nil:
+		id = e.Collection.ID
+	}
+	return fmt.Sprint(e.Revision, e.Type, ids, all, id)
+}
+
+// history is what a reader of a collection is told after a revision, by a watch of
+// its own.
+func (w *world) history(r *replica, after, collection int64) (list []string) {
+	w.t.Helper()
+	_, _, now, err := w.kv.Get(w.t.Context(), keys.Format)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	from, to := keys.All()
+	ctx, cancel := context.WithCancel(w.t.Context())
+	defer cancel()
+	changes := w.kv.Watch(ctx, from, to, after)
+	for at := after; at < now; {
+		if err := changes.Progress(ctx); err != nil {
+			w.t.Fatal(err)
+		}
+		b, err := changes.Next()
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		for _, e := range appendConcerning(nil, r.events(b.Events), &reader{collection: collection}) {
+			list = append(list, line(&e))
+		}
+		at = b.Revision
+	}
+	return list
+}
+
+// Readers that are slow, restricted, or resume from long ago are told what a watch of
+// their own would tell, each event once and in order, from a ring that holds little
+// and over a watch that breaks.
+func TestReadersOfAFeed(t *testing.T) {
+	for seed := range uint64(10) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				random := rand.New(rand.NewPCG(seed, 1))
+				r := w.start("a")
+				r.feed.events = 1 + random.IntN(12)
+				col, _, _ := w.collection(r, "c0")
+				_, _, first, err := w.kv.Get(t.Context(), keys.Format)
+				if err != nil {
+					t.Fatal(err)
+				}
+				var nexts, fails atomic.Int64
+				r.kv.Hook(func(c meta.Call) meta.Fault {
+					if c.Method == meta.MethodNext && nexts.Add(1)%29 == 0 {
+						fails.Add(1)
+						return meta.Before
+					}
+					return meta.NoFault
+				})
+				type state struct {
+					mu   sync.Mutex
+					got  []string
+					at   int64
+					slow time.Duration
+					col  int64
+				}
+				ctx, cancel := context.WithCancel(t.Context())
+				var wg sync.WaitGroup
+				readers := make([]*state, 12)
+				for i := range readers {
+					s := &state{slow: time.Duration(random.IntN(3)*random.IntN(900)) * time.Millisecond, at: first}
+					if i%3 == 0 {
+						s.col = col.ID
+					}
+					readers[i] = s
+					wg.Go(func() {
+						for ctx.Err() == nil { // resumes when the watch broke
+							_ = r.Watch(ctx, s.at, s.col, func(events []Event, revision int64) error {
+								s.mu.Lock()
+								for j := range events {
+									s.got = append(s.got, line(&events[j]))
+								}
+								s.at = revision
+								s.mu.Unlock()
+								time.Sleep(s.slow)
+								return nil
+							})
+							time.Sleep(time.Millisecond)
+						}
+					})
+				}
+				for i := range 60 {
+					switch random.IntN(3) {
+					case 0:
+						_, _ = r.catalog.CreateCollection(t.Context(), noToken, catalog.Collection{
+							DB: "d", Name: fmt.Sprint("c-", i), Roots: []catalog.Root{{Store: "default", Prefix: "data/"}},
+						})
+					case 1:
+						w.create(r, col, fmt.Sprint("s-", i))
+					case 2:
+						time.Sleep(time.Duration(random.IntN(400)) * time.Millisecond)
+					}
+				}
+				time.Sleep(10 * time.Minute)
+				for i, s := range readers {
+					s.mu.Lock()
+					if diff := cmp.Diff(w.history(r, first, s.col), s.got); diff != "" {
+						t.Errorf("reader %d (-want +got):\n%s", i, diff)
+					}
+					s.mu.Unlock()
+				}
+				if fails.Load() == 0 {
+					t.Error("no watch broke")
+				}
+				cancel()
+				wg.Wait()
+			})
+		})
+	}
+}
+
+// All readers of a replica share one watch, and writes that concern none of them wake
+// none of them.
+func TestReadersShareAWatch(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		other, _, _ := w.collection(r, "other")
+		w.checkpoint(r, col, 20, 20)
+		settle()
+		var watches atomic.Int64
+		r.kv.Hook(func(c meta.Call) meta.Fault {
+			if c.Method == meta.MethodWatch {
+				watches.Add(1)
+			}
+			return meta.NoFault
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		var told atomic.Int64
+		var wg sync.WaitGroup
+		for i := range 300 {
+			wg.Go(func() {
+				collection := []int64{col.ID, other.ID}[i%2]
+				err := r.Watch(ctx, 0, collection, func(events []Event, _ int64) error {
+					told.Add(int64(len(events)))
+					return nil
+				})
+				if !errors.Is(err, context.Canceled) {
+					t.Error(err)
+				}
+			})
+		}
+		settle()
+		if n := watches.Load(); n != 1 {
+			t.Errorf("%d watches", n)
+		}
+		stand := func() (sum int64) {
+			r.feed.mu.Lock()
+			defer r.feed.mu.Unlock()
+			r.feed.each(func(r *reader) {
+				if !r.idle {
+					t.Error("a reader is not idle")
+				}
+				sum += r.at // moves when it is woken
+			})
+			return sum
+		}
+		before := stand()
+		for range 20 {
+			w.add(r, col, w.segment(r, col, 0, 1, 9))
+		}
+		settle()
+		if stand() != before || told.Load() != 0 {
+			t.Errorf("segments woke readers of events; %d were told", told.Load())
+		}
+		w.create(r, col, "s")
+		settle()
+		if n := told.Load(); n != 150*2 { // PENDING, COMMITTED
+			t.Errorf("told %d events, want those of one collection", n)
+		}
+		cancel()
+		wg.Wait()
+		if len(r.feed.readers) != 0 {
+			t.Error("readers are left")
+		}
+	})
+}
+
+// A reader that is so slow that the store has forgotten what it lacks is told so.
+func TestSlowReaderIsCompacted(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		r.feed.events = 1
+		col, _, _ := w.collection(r, "c")
+		reading, read := make(chan struct{}), make(chan struct{})
+		ended := make(chan error, 1)
+		go func() {
+			ended <- r.Watch(t.Context(), 0, 0, func(events []Event, _ int64) error {
+				if len(events) > 0 {
+					reading <- struct{}{}
+					<-read
+				}
+				return nil
+			})
+		}()
+		settle()
+		go w.create(r, col, "first")
+		<-reading
+		settle()
+		for i := range 3 {
+			w.create(r, col, fmt.Sprint("s-", i))
+			settle() // else all may come in one batch, which the ring keeps
+		}
+		_, _, now, err := w.kv.Get(t.Context(), keys.Format)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := w.memory.Compact(t.Context(), now); err != nil {
+			t.Fatal(err)
+		}
+		close(read)
+		go func() {
+			for range reading { //nolint:revive // what it has been told of is let pass
+			}
+		}()
+		wantError(t, <-ended, ErrEventsCompacted)
+		close(reading)
+	})
+}
