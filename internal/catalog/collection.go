@@ -114,6 +114,9 @@ func (c *Catalog) ListCollections(ctx context.Context, f ListFilter, after int64
 	if len(f.States) == 0 {
 		f.States = []State{Active}
 	}
+	if f.DB != "" && !slices.Contains(f.States, Dropping) {
+		return c.listNamed(ctx, f, after, limit)
+	}
 	_, end := meta.Prefix(keys.CollectionPrefix)
 	from, revision, size := keys.Collection(after)+"\x00", int64(0), 0
 	for {
@@ -146,6 +149,63 @@ func (c *Catalog) ListCollections(ctx context.Context, f ListFilter, after int64
 		}
 		from = res.KVs[len(res.KVs)-1].Key + "\x00"
 	}
+}
+
+// listNamed is ListCollections of a database without the collections that are being
+// dropped, which have no name: it reads the names of the database, and then only the
+// records of those.
+func (c *Catalog) listNamed(ctx context.Context, f ListFilter, after int64, limit int) (list []Collection, more bool, err error) {
+	var ids []int64
+	from, to := meta.Prefix(keys.CollectionName(f.DB, ""))
+	_, err = c.kv.Scan(ctx, from, to, 0, func(batch []meta.KeyValue) error {
+		for _, kv := range batch {
+			rec := &storagev1.Name{}
+			switch err := record.Decode(kv, rec); {
+			case errors.Is(err, record.ErrUnreadable): // as below
+			case err != nil:
+				return err
+			case rec.GetId() > after:
+				ids = append(ids, rec.GetId())
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, false, fmt.Errorf("list collections: %w", err)
+	}
+	slices.Sort(ids)
+	size := 0
+	for part := range slices.Chunk(ids, 16) {
+		gets := make([]meta.Op, len(part))
+		for i, id := range part {
+			gets[i] = meta.Get(keys.Collection(id))
+		}
+		res, err := c.kv.Txn(ctx, meta.Txn{Then: gets})
+		if err != nil {
+			return nil, false, fmt.Errorf("list collections: %w", err)
+		}
+		for _, kvs := range res.Ranges {
+			for _, kv := range kvs {
+				col, err := DecodeCollection(kv)
+				if errors.Is(err, record.ErrUnreadable) {
+					continue // whoever asks for it by name or id is told
+				}
+				if err != nil {
+					return nil, false, err
+				}
+				if f.DB != col.DB || !slices.Contains(f.States, col.State) { // meanwhile
+					continue
+				}
+				size += len(kv.Value) - len(col.Schema.Raw)
+				col.Schema.Raw = nil
+				if len(list) == limit || len(list) > 0 && size > maxListBytes {
+					return list, true, nil
+				}
+				list = append(list, col)
+			}
+		}
+	}
+	return list, false, nil
 }
 
 // CreateCollection makes an empty collection of what spec says: DB, Name,
