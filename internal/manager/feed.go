@@ -40,6 +40,8 @@ import (
 //	                            the feed watches from head, with its ring
 //	head was compacted          the ring is emptied and the feed begins at the newest
 //	                            revision; each reader is late
+//	the store contradicts what  each reader ends: what it was told may lack events;
+//	it said                     the feed begins at the newest revision
 //	a late reader is compacted  its watch ends: ErrEventsCompacted
 //	record is unreadable        it is logged, once, and left out
 //	replica ends                each reader ends: the error wraps meta.ErrUnavailable
@@ -98,6 +100,7 @@ type reader struct {
 	at     int64 // the revision it stands at; while idle, if that is higher, it is head
 	idle   bool
 	wakeAt int64 // an idle reader is woken at this revision
+	err    error // ends it
 }
 
 func newFeed(kv meta.KV, log *zap.Logger, rand func() float64, decode func([]meta.Event) []Event) *feed {
@@ -167,8 +170,8 @@ func (f *feed) follow(ctx context.Context, good func()) error {
 	asking.Go(func() { f.askWanted(ctx, w) })
 	for {
 		b, err := w.Next()
-		if errors.Is(err, meta.ErrCompacted) {
-			f.empty()
+		if errors.Is(err, meta.ErrCompacted) || errors.Is(err, meta.ErrWatchBroken) {
+			f.empty(err)
 		}
 		if err != nil {
 			return err
@@ -216,13 +219,20 @@ func (f *feed) start(head int64) {
 	f.change()
 }
 
-// empty has the feed begin again: events after head are lost to it.
-func (f *feed) empty() {
+// empty has the feed begin again, for events after head are lost to it. After an
+// ErrWatchBroken those before head may be as well, which ends its readers.
+func (f *feed) empty(err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.live, f.ring, f.held = false, nil, entryTotals{}
 	f.change()
-	f.each(func(r *reader) { f.unsettle(r, f.head); f.rouse(r) })
+	f.each(func(r *reader) {
+		if errors.Is(err, meta.ErrWatchBroken) {
+			r.err = err
+		}
+		f.unsettle(r, f.head)
+		f.rouse(r)
+	})
 }
 
 // append takes the feed on by a batch of changes, and wakes the readers that it
@@ -360,6 +370,10 @@ func (f *feed) next(ctx context.Context, r *reader, wakeAt int64) ([]Event, int6
 	for {
 		f.mu.Lock()
 		live, ended, changed := f.live, f.ended, f.changed
+		if r.err != nil {
+			f.mu.Unlock()
+			return nil, 0, fmt.Errorf("watch events: %w", r.err)
+		}
 		if ended {
 			f.mu.Unlock()
 			return nil, 0, fmt.Errorf("watch events: %w: following has ended", meta.ErrUnavailable)

@@ -254,3 +254,37 @@ func TestSlowReaderIsCompacted(t *testing.T) {
 		close(reading)
 	})
 }
+
+// When the store contradicts what it said, what readers were told may lack events:
+// each of them ends, and one that begins afterwards is told all again.
+func TestFeedOfABrokenWatch(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		col, _, _ := w.collection(r, "c")
+		watch := func() (ended chan error, told *atomic.Int64) {
+			ended, told = make(chan error, 1), &atomic.Int64{}
+			go func() {
+				ended <- r.Watch(t.Context(), 0, 0, func(events []Event, _ int64) error {
+					told.Add(int64(len(events)))
+					return nil
+				})
+			}()
+			settle()
+			return ended, told
+		}
+		first, _ := watch()
+		second, _ := watch()
+		w.memory.Overtake(true)
+		w.collection(r, "other")
+		w.memory.Overtake(false)
+		wantError(t, <-first, ErrEventsCompacted)
+		wantError(t, <-second, ErrEventsCompacted)
+		time.Sleep(time.Minute) // the feed is back
+		_, told := watch()
+		w.create(r, col, "s")
+		settle()
+		if told.Load() != 2 {
+			t.Errorf("told %d events, want PENDING and COMMITTED", told.Load())
+		}
+	})
+}
