@@ -11,9 +11,9 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// marked is an allocator's record with one reserved range and its mark.
-func marked(next, first, count, unusedFrom int64) *storagev1.Allocator {
-	return &storagev1.Allocator{Next: next, Reserved: []*storagev1.IdRange{{First: first, Count: count, UnusedFrom: unusedFrom}}}
+// marked is an allocator's record with one reserved range, from 10 on, and its mark.
+func marked(next, count, unusedFrom int64) *storagev1.Allocator {
+	return &storagev1.Allocator{Next: next, Reserved: []*storagev1.IdRange{{First: 10, Count: count, UnusedFrom: unusedFrom}}}
 }
 
 func TestRelease(t *testing.T) {
@@ -25,14 +25,14 @@ func TestRelease(t *testing.T) {
 		err  error
 		into *storagev1.Allocator
 	}{
-		{"unused", marked(5, 10, 20, 10), IDRange{10, 20}, IDRange{10, 20}, nil, allocator1(5)},
-		{"partly used", marked(5, 10, 20, 15), IDRange{10, 20}, IDRange{15, 15}, nil, marked(5, 10, 5, 15)},
-		{"used up", marked(5, 10, 20, 30), IDRange{10, 20}, IDRange{30, 0}, nil, marked(5, 10, 20, 30)},
-		{"repeated", marked(5, 10, 5, 15), IDRange{10, 20}, IDRange{15, 0}, nil, marked(5, 10, 5, 15)},
-		{"passed by the allocator", marked(100, 10, 20, 15), IDRange{10, 20}, IDRange{30, 0}, nil, allocator1(100)},
-		{"of an old record", marked(5, 10, 20, 0), IDRange{10, 20}, IDRange{}, ErrIDRangeTaken, marked(5, 10, 20, 0)},
-		{"not reserved", marked(5, 10, 20, 10), IDRange{11, 19}, IDRange{}, ErrInvalid, marked(5, 10, 20, 10)},
-		{"of a smaller range", marked(5, 10, 20, 10), IDRange{10, 19}, IDRange{}, ErrInvalid, marked(5, 10, 20, 10)},
+		{"unused", marked(5, 20, 10), IDRange{10, 20}, IDRange{10, 20}, nil, allocator1(5)},
+		{"partly used", marked(5, 20, 15), IDRange{10, 20}, IDRange{15, 15}, nil, marked(5, 5, 15)},
+		{"used up", marked(5, 20, 30), IDRange{10, 20}, IDRange{30, 0}, nil, marked(5, 20, 30)},
+		{"repeated", marked(5, 5, 15), IDRange{10, 20}, IDRange{15, 0}, nil, marked(5, 5, 15)},
+		{"passed by the allocator", marked(100, 20, 15), IDRange{10, 20}, IDRange{30, 0}, nil, allocator1(100)},
+		{"of an old record", marked(5, 20, 0), IDRange{10, 20}, IDRange{}, ErrIDRangeTaken, marked(5, 20, 0)},
+		{"not reserved", marked(5, 20, 10), IDRange{11, 19}, IDRange{}, ErrInvalid, marked(5, 20, 10)},
+		{"of a smaller range", marked(5, 20, 10), IDRange{10, 19}, IDRange{}, ErrInvalid, marked(5, 20, 10)},
 		{"nothing reserved", allocator1(5), IDRange{10, 20}, IDRange{}, ErrInvalid, allocator1(5)},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -55,15 +55,15 @@ func TestUse(t *testing.T) {
 		unused int64
 		raised bool
 	}{
-		{"the first", marked(5, 10, 20, 10), []int64{10}, 11, true},
-		{"some", marked(5, 10, 20, 10), []int64{12, 17, 13}, 18, true},
-		{"the last", marked(5, 10, 20, 10), []int64{29}, 30, true},
-		{"below the mark", marked(5, 10, 20, 18), []int64{10, 17}, 18, false},
-		{"outside", marked(5, 10, 20, 10), []int64{9, 30}, 10, false},
-		{"passed by the allocator", marked(100, 10, 20, 10), []int64{12}, 10, false},
-		{"of an old record", marked(5, 10, 20, 0), []int64{12}, 0, false},
-		{"a thousandth ahead", marked(5, 10, 1<<20, 10), []int64{12}, 13 + 1<<10, true},
-		{"not beyond the end", marked(5, 10, 1<<20, 10), []int64{10 + 1<<20 - 5}, 10 + 1<<20, true},
+		{"the first", marked(5, 20, 10), []int64{10}, 11, true},
+		{"some", marked(5, 20, 10), []int64{12, 17, 13}, 18, true},
+		{"the last", marked(5, 20, 10), []int64{29}, 30, true},
+		{"below the mark", marked(5, 20, 18), []int64{10, 17}, 18, false},
+		{"outside", marked(5, 20, 10), []int64{9, 30}, 10, false},
+		{"passed by the allocator", marked(100, 20, 10), []int64{12}, 10, false},
+		{"of an old record", marked(5, 20, 0), []int64{12}, 0, false},
+		{"a thousandth ahead", marked(5, 1<<20, 10), []int64{12}, 13 + 1<<10, true},
+		{"not beyond the end", marked(5, 1<<20, 10), []int64{10 + 1<<20 - 5}, 10 + 1<<20, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if raised := use(c.rec, c.ids); raised != c.raised || c.rec.GetReserved()[0].GetUnusedFrom() != c.unused {
@@ -111,7 +111,7 @@ func TestReleaseKeepsWhatIsUsed(t *testing.T) {
 							t.Fatalf("%d is used and was given back", id)
 						}
 					}
-					break //nolint:staticcheck // one is enough: the list has changed
+					break // one is enough: the list has changed
 				}
 			}
 		}

@@ -231,8 +231,15 @@ func TestSlowReaderIsCompacted(t *testing.T) {
 			})
 		}()
 		settle()
-		go w.create(r, col, "first")
+		created := make(chan error, 1)
+		go func() {
+			_, err := r.Create(t.Context(), noToken, spec(col, "first"))
+			created <- err
+		}()
 		<-reading
+		if err := <-created; err != nil {
+			t.Fatal(err)
+		}
 		settle()
 		for i := range 3 {
 			w.create(r, col, fmt.Sprint("s-", i))
@@ -247,7 +254,7 @@ func TestSlowReaderIsCompacted(t *testing.T) {
 		}
 		close(read)
 		go func() {
-			for range reading { //nolint:revive // what it has been told of is let pass
+			for range reading { // what it has been told of is let pass
 			}
 		}()
 		wantError(t, <-ended, ErrEventsCompacted)

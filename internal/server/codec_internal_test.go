@@ -10,7 +10,6 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/reflect/protoreflect"
 	"pgregory.net/rapid"
 
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
@@ -104,7 +103,7 @@ func TestCountOnTheWire(t *testing.T) {
 			if onWire, decoded := countDown(1000, wire, d, 0), countDecoded(1000, m.ProtoReflect()); onWire != decoded {
 				t.Fatalf("%s: %d left on the wire, %d decoded", d.Name(), onWire, decoded)
 			}
-			var got protoreflect.Message = m.ProtoReflect().New()
+			got := m.ProtoReflect().New()
 			if err := newCodec().Unmarshal(mem.BufferSlice{mem.SliceBuffer(wire)}, got.Interface()); err != nil || !proto.Equal(m, got.Interface()) {
 				t.Fatalf("decoded: %v, %v", got, err)
 			}

@@ -63,7 +63,7 @@ func newDoor(t *testing.T, maximum int) *door {
 	if err := d.conns.register(d.registry); err != nil {
 		t.Fatal(err)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // a test
+	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -126,7 +126,7 @@ func (d *door) idle(n int) {
 	for range 8 {
 		wg.Go(func() {
 			for range n / 8 {
-				c, err := net.Dial("tcp", d.addr) //nolint:noctx // a test
+				c, err := net.Dial("tcp", d.addr)
 				if err != nil {
 					d.t.Error(err)
 					return
@@ -185,11 +185,11 @@ func TestConnectionsOfAHost(t *testing.T) {
 	}
 	// All four are open: the next waits, and is refused in the end.
 	d.next <- "192.0.2.3"
-	raw, err := net.Dial("tcp", d.addr) //nolint:noctx // a test
+	raw, err := net.Dial("tcp", d.addr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer raw.Close()
+	defer func() { _ = raw.Close() }()
 	if _, err := fmt.Fprint(raw, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"); err != nil {
 		t.Fatal(err)
 	}
