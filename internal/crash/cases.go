@@ -88,7 +88,7 @@ var scenarios = []scenario{
 		huge: true, settings: "keep_restores: 1m\n", op: restoreHuge,
 		after: func(w *world) { w.Collections["copy"], w.Restored["copy"] = copies(w.Snapshots[huge]), true },
 	},
-	{name: "abort", requests: map[string]int{"bucket.abort": 2}, huge: true, prepare: leaveUpload, op: restoreHugeTooSlow},
+	{name: "abort", requests: map[string]int{"bucket.abort": 1}, huge: true, prepare: leaveUpload, op: restoreHugeTooSlow},
 	{
 		name: "late", points: []string{"restore.late", "restore.forget"}, settings: "keep_restores: 1m\n",
 		prepare: makeLate, op: awaitForgotten,

@@ -234,9 +234,9 @@ func readCrashes(name string) (list []crash, err error) {
 	return list, nil
 }
 
-// countsFromStart says whether requests count from the start, where the probe makes
-// some, and not from when the operation is asked for: aborts do, as the leader makes
-// its own as soon as it leads.
+// countsFromStart says whether requests count from the start, and not from when the
+// operation is asked for: aborts do, as the leader makes its own as soon as it leads.
+// The start itself makes none, for what its probe found is remembered.
 func countsFromStart(at crash) bool { return at.point == "bucket.abort" }
 
 // dieAt starts snapshotd, which crashes in the operation.
