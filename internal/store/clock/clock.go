@@ -442,7 +442,8 @@ func (t *Trusted) look(ctx context.Context) (*look, error) {
 	t.warned = off
 	t.mu.Unlock()
 	if warn {
-		t.o.Log.Warn("the clock of this host is over a minute off; the object store's is used in its place: set the clock right",
+		t.o.Log.Warn("the clock of this host is over a minute off; "+
+			"the object store's is used in its place: set the clock right",
 			zap.Duration("ahead", next.off()), zap.String("store", t.o.Alias))
 	}
 	return next, nil
@@ -564,7 +565,8 @@ func (t *Trusted) noteNow(ctx context.Context, fence meta.Cond, from time.Durati
 	}
 	rec := nextNote(l, t.o.Replica, steady)
 	atNote.Before()
-	res, err := t.o.KV.Txn(ctx, meta.Txn{If: []meta.Cond{l.noteIs, fence}, Then: []meta.Op{meta.Put(keys.Clock, record.Encode(rec))}})
+	put := []meta.Op{meta.Put(keys.Clock, record.Encode(rec))}
+	res, err := t.o.KV.Txn(ctx, meta.Txn{If: []meta.Cond{l.noteIs, fence}, Then: put})
 	atNote.After()
 	if err != nil || !res.Succeeded { // another leads, or an operator recovered
 		return from, err
@@ -621,7 +623,8 @@ func (t *Trusted) Recover(ctx context.Context) (wasStopped bool, now time.Time, 
 		}
 		rec := &storagev1.Clock{Format: record.Format, Time: record.Nanos(l.reading()), Replica: t.o.Replica}
 		atRecover.Before()
-		res, err := t.o.KV.Txn(ctx, meta.Txn{If: []meta.Cond{l.noteIs}, Then: []meta.Op{meta.Put(keys.Clock, record.Encode(rec))}})
+		put := []meta.Op{meta.Put(keys.Clock, record.Encode(rec))}
+		res, err := t.o.KV.Txn(ctx, meta.Txn{If: []meta.Cond{l.noteIs}, Then: put})
 		atRecover.After()
 		if err != nil {
 			return false, time.Time{}, fmt.Errorf("recover the clock: %w", err)
@@ -630,7 +633,8 @@ func (t *Trusted) Recover(ctx context.Context) (wasStopped bool, now time.Time, 
 			continue
 		}
 		if l.problem != nil {
-			t.o.Log.Info("the clock is trusted again: an operator says so", zap.Stringer("was", l.problem), zap.Time("reading", l.reading()))
+			t.o.Log.Info("the clock is trusted again: an operator says so",
+				zap.Stringer("was", l.problem), zap.Time("reading", l.reading()))
 		}
 		t.forget()
 		return l.problem != nil, l.reading(), nil

@@ -327,7 +327,7 @@ func TestDayOfSteadyClocks(t *testing.T) {
 }
 
 // A process whose counter stood still, as in a virtual machine that was paused,
-// stops nobody else.
+// stops no other.
 func TestPausedProcess(t *testing.T) {
 	inEnv(t, func(t *testing.T, e *env) {
 		e.lead(e.process(&host{}, "a", true))
