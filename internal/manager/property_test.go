@@ -58,7 +58,7 @@ type reach struct {
 	granted, heldBySnapshot, heldByCreate, compareFailed, again   atomic.Int64
 	unreadable, deleted, confirmed, unanswered, reaped, committed atomic.Int64
 	parked, restored, rolledBack, finished, swept, collected      atomic.Int64
-	lateCopies                                                    atomic.Int64
+	lateCopies, stolen                                            atomic.Int64
 }
 
 func (r *reach) counts() map[string]int64 {
@@ -69,7 +69,7 @@ func (r *reach) counts() map[string]int64 {
 		"reclaim without an answer": r.unanswered.Load(), "create given up": r.reaped.Load(), "commit": r.committed.Load(),
 		"unit parked": r.parked.Load(), "restore": r.restored.Load(), "restore rolled back": r.rolledBack.Load(),
 		"collection gone for good": r.finished.Load(), "object swept": r.swept.Load(), "grant to the collector": r.collected.Load(),
-		"late copy removed": r.lateCopies.Load(),
+		"late copy removed": r.lateCopies.Load(), "refusal of what is another's": r.stolen.Load(),
 	}
 }
 
@@ -98,7 +98,7 @@ var ops = []string{
 	"crash", "zombie", "release", "thaw", "thaw", "corrupt", "repair", "compact history", "wait", "wait", "wait long",
 	"drop collection", "new collection", "drop partition", "drop partition", "drop index",
 	"restore", "restore", "slow restore", "late restore", "faulty restore", "cancel", "cancel", "collect", "collect", "faulty collect",
-	"foreign", "foreign", "wait hours",
+	"foreign", "foreign", "wait hours", "steal", "steal", "steal",
 }
 
 var genStep = rapid.Custom(func(t *rapid.T) step {
@@ -114,6 +114,9 @@ var prelude = []step{
 var scripted = []step{
 	{"add", 0, 7, 0},
 	{"add", 0, 7, 1},
+	{"steal", 1, 0, 0},
+	{"steal", 1, 0, 1},
+	{"steal", 1, 0, 2},
 	{"create", 0, 0, 0},
 	{"drop", 0, 0, 0},
 	{"reclaim", 0, 0, 0}, // held by a snapshot
@@ -1022,6 +1025,37 @@ func (c *course) newSegment(l *ledger, shape int) segment.Segment {
 	return s
 }
 
+// steal has an engine register in a collection what is not its own: a segment of
+// another collection, or of one that is gone, under its id, or its files under an id
+// of its own that stands in all places of their paths that are no ids.
+func (c *course) steal(l *ledger, s step) {
+	var of []segment.Segment
+	for _, other := range c.cols {
+		for _, id := range slices.Sorted(maps.Keys(other.live())) {
+			if other != l {
+				of = append(of, other.live()[id])
+			}
+		}
+	}
+	if l.dropped || len(of) == 0 {
+		return
+	}
+	seg := of[s.B%len(of)]
+	seg.Partition, seg.Builds = 0, nil
+	switch s.C % 3 {
+	case 0: // the line of the segment, as it is
+	case 1: // its files, under another id
+		seg.ID = c.id()
+	case 2: // its id, with a file elsewhere
+		seg.Files = []segment.File{{Kind: segment.KindInsert, Path: fmt.Sprintf("stolen/%d/%d", seg.ID, seg.ID), Size: 1}}
+	}
+	_, _, err := c.cat.AddSegments(context.Background(), l.col.ID, []segment.Segment{seg})
+	if !errors.Is(err, catalog.ErrIDOwned) && !errors.Is(err, catalog.ErrPlaceOwned) {
+		c.wrong("segment %d of another collection, registered in collection %d (%d): err = %v", seg.ID, l.col.ID, s.C%3, err)
+	}
+	c.reach.stolen.Add(1)
+}
+
 func pickOf[K int64 | string, V any](set map[K]V, n int) (K, bool) {
 	if len(set) == 0 {
 		var none K
@@ -1170,6 +1204,8 @@ func (c *course) do(s step) {
 		seg := c.newSegment(l, s.B)
 		live[seg.ID] = seg
 		c.change(l, catalog.Swap{Add: []segment.Segment{seg}}, live)
+	case "steal":
+		c.steal(l, s)
 	case "drop":
 		if id, ok := pickOf(live, s.B); ok {
 			delete(live, id)
