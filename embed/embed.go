@@ -233,7 +233,7 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	cat := catalog.New(catalog.Options{
 		KV: kv, Now: time.Now, Stamp: trusted.Stamp, Rand: rand.Reader, Requests: requests, RaiseIDs: age.Raise,
 		HasStore: func(alias string) bool { _, ok := stores[alias]; return ok },
-		Held:     catalog.ReadHeld(stores), AllowReserve: cfg.AllowReserveIDs,
+		Held:     catalog.ReadHeld(stores), Hold: catalog.WriteHeld(stores, cfg.SnapshotStore), AllowReserve: cfg.AllowReserveIDs,
 		MaxGoneRanges: cfg.GoneIDRanges, GoneGapAge: time.Duration(cfg.GoneIDAge),
 	})
 	p.catalog = cat

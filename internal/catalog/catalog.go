@@ -110,7 +110,7 @@ const (
 	MaxIndexes       = 1024
 	MaxChannels      = 64
 	maxChannelBytes  = 4096      // of all channels' names: a snapshot's record holds them
-	MaxSegmentBytes  = 1 << 20   // of a segment's record
+	MaxSegmentBytes  = 1_200_000 // of a segment's record, with the room that a restore of it needs
 	MaxRecordBytes   = 768 << 10 // of a collection's record
 	maxPartBytes     = 512 << 10 // of a partition's or index's, which share a transaction with it
 	maxRemembered    = 64 << 10  // of what a request token keeps
@@ -197,6 +197,10 @@ type Options struct {
 	// Held reads the object at key of the store of that alias, which holds the
 	// record of a parked unit; see [ReadHeld]. Nil: parked units are an error.
 	Held func(ctx context.Context, store, key string) ([]byte, error)
+	// Hold writes such an object, and returns the alias of its store; see
+	// [WriteHeld]. Nil: a swap whose inputs do not fit in one transaction is
+	// meta.ErrTooLarge.
+	Hold func(ctx context.Context, key string, data []byte) (store string, err error)
 	// RaiseIDs raises the ceiling of the ids that are handed out to at least to,
 	// once that is noted outside of the metadata store. Nil: no ceiling is kept.
 	RaiseIDs func(ctx context.Context, to int64) error
@@ -222,6 +226,7 @@ type Catalog struct {
 	hasStore func(string) bool
 	requests *request.Leases
 	held     func(ctx context.Context, store, key string) ([]byte, error)
+	hold     func(ctx context.Context, key string, data []byte) (store string, err error)
 	jitter   func() float64
 	ids      *allocator
 
@@ -245,7 +250,7 @@ func New(o Options) *Catalog {
 		o.GoneGapAge = DefaultGoneGapAge
 	}
 	c := &Catalog{
-		kv: o.KV, now: o.Now, stamp: o.Stamp, rand: o.Rand, hasStore: o.HasStore, requests: o.Requests, held: o.Held,
+		kv: o.KV, now: o.Now, stamp: o.Stamp, rand: o.Rand, hasStore: o.HasStore, requests: o.Requests, held: o.Held, hold: o.Hold,
 		jitter: o.Jitter, allowReserve: o.AllowReserve, maxGoneRanges: o.MaxGoneRanges, goneGapAge: o.GoneGapAge,
 	}
 	c.ids = newAllocator(o.KV, o.RaiseIDs, c.pause)

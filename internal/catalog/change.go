@@ -4,9 +4,13 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"fmt"
 	"slices"
 	"time"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -89,7 +93,15 @@ type swapPlan struct {
 	newIDs     []newID // that the swap registers
 	unitIDs    []int64 // fresh ids for units of replaced files
 	taken      []taken
+	dropped    []droppedUnit
 	claims     []claim // files that must not belong to anything else
+}
+
+// droppedUnit is a segment that the swap drops, with where its unit's record is put.
+type droppedUnit struct {
+	id   int64
+	rec  *storagev1.Unit
+	then int // in txn.Then
 }
 
 // taken is a key that must not be there, and the error when it is.
@@ -194,7 +206,95 @@ func (c *Catalog) planSwap(ctx context.Context, ref *Ref, swap Swap) (plan, erro
 	if err := c.checkClaims(ctx, col.ID, p.claims); err != nil {
 		return plan{}, err
 	}
+	if err := c.fit(ctx, p); err != nil {
+		return plan{}, err
+	}
 	return plan{txn: p.txn, id: col.ID, revision: revision}, nil
+}
+
+// # Size of a swap
+//
+// The transaction of a swap holds the records of its outputs and updates, and those
+// of its inputs, which become units. 60 inputs may have 60 times MaxSegmentBytes,
+// and a transaction takes [meta.MaxTxnBytes]. So the inputs that do not fit are
+// parked before it, the largest first:
+//
+//	put   (no compare) the unit's record, as the object
+//	      gc/held/<collection>/<segment>-<digest> of the store of snapshots
+//	swap  compares: the segment as read. Puts: the unit's stub; deletes: the segment
+//
+// What is left is a stub of about 150 bytes for each of them, so any inputs fit,
+// and outputs and updates of up to about 1.4 MB together. The key has the record's
+// digest, for a swap that is decided anew may drop another content: so a key is
+// never used for two contents, and a put that comes late harms no other.
+//
+// A sweep deletes such an object only when there is neither a segment nor a unit
+// nor a tombstone of the id, at one revision read after its listing: the segment's
+// record is there before the put, and the swap moves it to the unit's.
+//
+//	put fails, or dies after it    no swap. The object stays until the segment is
+//	                               dropped and its unit is gone; then it is swept
+//	swap fails by a compare        likewise; decided anew, with another object
+//	swap: no answer                the unit is parked with its object in place, or
+//	                               as above
+//	store does not answer          a swap that fits goes on as ever; one that does
+//	                               not is refused as UNAVAILABLE
+const maxSwapBytes = meta.MaxTxnBytes - 4096
+
+// parksInFlight is how many inputs of a swap are parked at once.
+const parksInFlight = 8
+
+// fit parks as many of the segments that a swap drops as is needed for its
+// transaction to be small enough.
+func (c *Catalog) fit(ctx context.Context, p *swapPlan) error {
+	bytes := 0
+	for _, cond := range p.txn.If {
+		bytes += len(cond.From) + len(cond.To)
+	}
+	for _, op := range p.txn.Then {
+		bytes += len(op.From) + len(op.Value)
+	}
+	if bytes <= maxSwapBytes || c.hold == nil { // then the store refuses what is too large
+		return nil
+	}
+	size := func(d droppedUnit) int { return len(p.txn.Then[d.then].Value) }
+	slices.SortFunc(p.dropped, func(a, b droppedUnit) int { return size(b) - size(a) })
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.SetLimit(parksInFlight)
+	for _, d := range p.dropped {
+		if bytes <= maxSwapBytes {
+			break
+		}
+		op := &p.txn.Then[d.then]
+		full := op.Value
+		sum := sha256.Sum256(full)
+		stub := proto.CloneOf(d.rec)
+		stub.Segment = nil
+		stub.Parked = &storagev1.Parked{
+			Length: int64(len(full)), Sha256: sum[:], Suffix: hex.EncodeToString(sum[:])[:heldSuffix],
+		}
+		bytes -= len(full) - 256 // more than a stub takes
+		group.Go(func() error {
+			key := HeldKeyOf(p.collection, d.id, stub.GetParked())
+			atHold.Before()
+			store, err := c.hold(groupCtx, key, full)
+			atHold.After()
+			if err != nil {
+				return fmt.Errorf("park segment %d, which the swap drops, as %s: %w", d.id, key, err)
+			}
+			stub.Parked.Store = store
+			op.Value = record.Encode(stub)
+			return nil
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return err
+	}
+	if bytes > maxSwapBytes {
+		return fmt.Errorf("%w: the swap takes %d bytes without the segments that it drops, at most %d; split it",
+			meta.ErrTooLarge, bytes, maxSwapBytes)
+	}
+	return nil
 }
 
 // checkTaken refuses a swap that would put a key which is there, and which no
@@ -290,7 +390,9 @@ func (p *swapPlan) drop(kv meta.KeyValue) error {
 	p.txn.If = append(p.txn.If, meta.Unchanged(kv.Key, kv.ModRevision))
 	p.txn.Then = append(p.txn.Then, meta.Delete(kv.Key))
 	rec.State, rec.Removed = uint32(segment.Dropped), nil
-	p.unit(id, &storagev1.Unit{Kind: uint32(UnitSegment), SegmentId: id, Segment: rec})
+	u := &storagev1.Unit{Kind: uint32(UnitSegment), SegmentId: id, Segment: rec}
+	p.unit(id, u)
+	p.dropped = append(p.dropped, droppedUnit{id, u, len(p.txn.Then) - 1})
 	return nil
 }
 
@@ -299,7 +401,7 @@ func (p *swapPlan) add(field string, s *segment.Segment) error {
 		return err
 	}
 	key := keys.Segment(p.collection, s.ID)
-	if err := p.put(key, s, nil); err != nil {
+	if err := p.put(key, s, nil, 0); err != nil {
 		return err
 	}
 	p.newIDs = newIDs(p.newIDs, s)
@@ -308,13 +410,14 @@ func (p *swapPlan) add(field string, s *segment.Segment) error {
 }
 
 // put puts the record of a segment, with the hashes of the paths of files that were
-// taken from it.
-func (p *swapPlan) put(key string, s *segment.Segment, removed []uint64) error {
+// taken from it. It may have as many bytes as it had before, with the room that a
+// restore needs; 0: it is new.
+func (p *swapPlan) put(key string, s *segment.Segment, removed []uint64, before int) error {
 	rec := encodeSegment(p.collection, s, p.op)
 	rec.Removed = removed
 	value := record.Encode(rec)
-	if len(value) > MaxSegmentBytes {
-		return fmt.Errorf("%w: segment %d takes %d bytes, at most %d; give it fewer files", ErrLimitExceeded, s.ID, len(value), MaxSegmentBytes)
+	if err := checkSize(rec, s, value, before); err != nil {
+		return err
 	}
 	p.txn.Then = append(p.txn.Then, meta.Put(key, value))
 	return nil
@@ -338,6 +441,7 @@ func (p *swapPlan) update(field string, kv meta.KeyValue, u *Update) error {
 				ErrFileExists, f.Path, field, i, s.ID)
 		}
 	}
+	size := restoredSize(before, &s, len(kv.Value))
 	old := slices.Clone(s.Builds)
 	removed, replaced, err := applyUpdate(field, &s, u)
 	if err != nil {
@@ -363,7 +467,7 @@ func (p *swapPlan) update(field string, kv meta.KeyValue, u *Update) error {
 		p.claims = append(p.claims, claim{field, s.ID, FilePath{f.Root, f.Path}})
 	}
 	p.txn.If = append(p.txn.If, meta.Unchanged(kv.Key, kv.ModRevision))
-	return p.put(kv.Key, &s, withRemoved(before.GetRemoved(), removed))
+	return p.put(kv.Key, &s, withRemoved(before.GetRemoved(), removed), size)
 }
 
 // partOf is a segment record that holds only a part of s, dropped.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -156,6 +157,45 @@ func encodeFiles(collection int64, s *segment.Segment) *storagev1.Files {
 	out.MinTimestamp, out.TimestampSpan = unlessZero(out.MinTimestamp), unlessZero(out.TimestampSpan)
 	out.LogId = unlessZero(out.LogId)
 	return out
+}
+
+// What a restore may add to a segment's record.
+const (
+	restoredETag = 48 // bytes of the longest ETag that is reckoned with
+	restoredIDs  = 80 // bytes of the ids in a path, and of what else there is once
+)
+
+// restoredSize is how many bytes the record of a restored copy of a segment may
+// take: each of its files then has an ETag, which is no MD5 where files are copied
+// in parts, and its ids are longer.
+func restoredSize(rec *storagev1.Segment, s *segment.Segment, size int) int {
+	files := rec.GetFiles()
+	size += restoredIDs*(1+len(s.Builds)) - len(files.GetEtag16())
+	for _, etag := range files.GetEtag() {
+		size -= len(etag) + 2
+	}
+	dir := ""
+	i := 0
+	for f := range s.AllFiles() {
+		size += max(restoredETag, len(f.ETag)) + 2
+		if at(files.GetPathShared(), i) > 0 { // the path is spelled out, as far as it differs from the one before
+			if next := f.Path[:strings.LastIndexByte(f.Path, '/')+1]; next != dir {
+				dir, size = next, size+restoredIDs
+			}
+		}
+		i++
+	}
+	return size
+}
+
+// checkSize refuses a segment that would be too large, now or once it is restored,
+// unless it is no larger than it was before.
+func checkSize(rec *storagev1.Segment, s *segment.Segment, value []byte, before int) error {
+	if size := restoredSize(rec, s, len(value)); size > max(MaxSegmentBytes, before) {
+		return fmt.Errorf("%w: segment %d takes %d bytes, %d of them for what a restore adds, at most %d; "+
+			"give it fewer files", ErrLimitExceeded, s.ID, size, size-len(value), MaxSegmentBytes)
+	}
+	return nil
 }
 
 // unlessZero returns column, or nil when it holds only zeros.

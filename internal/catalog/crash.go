@@ -5,6 +5,7 @@ import "github.com/snapshotd/snapshotd/internal/crashpoint"
 // The steps that a crash is tried at.
 var (
 	atChange           = crashpoint.New("catalog.change")
+	atHold             = crashpoint.New("catalog.park")
 	atAllocate         = crashpoint.New("catalog.allocate")
 	atClaimAll         = crashpoint.New("catalog.claimall")
 	atFinishPart       = crashpoint.New("collect.part")

@@ -308,10 +308,10 @@ func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []
 		seen[e.segment.ID] = true
 		ids = newIDs(ids, e.segment)
 		claims = claimsOf(claims, collection, e.field, e.segment)
-		e.value = record.Encode(encodeSegment(collection, e.segment, op))
-		if len(e.value) > MaxSegmentBytes {
-			return 0, 0, fmt.Errorf("%w: segment %d takes %d bytes, at most %d; give it fewer files",
-				ErrLimitExceeded, e.segment.ID, len(e.value), MaxSegmentBytes)
+		rec := encodeSegment(collection, e.segment, op)
+		e.value = record.Encode(rec)
+		if err := checkSize(rec, e.segment, e.value, 0); err != nil {
+			return 0, 0, err
 		}
 		entries[i] = e
 	}

@@ -198,7 +198,7 @@ func TestSegmentRules(t *testing.T) {
 		}},
 		{catalog.ErrInvalid, "id", func(s *segment.Segment) { s.Builds = []segment.Build{build(s.ID)} }},
 		{catalog.ErrLimitExceeded, "", func(s *segment.Segment) {
-			s.Attributes = map[string]string{"a": longName(1 << 20)}
+			s.Attributes = map[string]string{"a": longName(catalog.MaxSegmentBytes)}
 		}},
 	} {
 		s := r.makeSegment(ids[i], 2)

@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"iter"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -61,6 +63,51 @@ const HeldPrefix = "gc/held/"
 // HeldKey is the object that holds the record of a unit while it is parked.
 func HeldKey(collection, unit int64) string {
 	return fmt.Sprintf("%s%d/%d", HeldPrefix, collection, unit)
+}
+
+// heldSuffix is how many digits of a SHA-256 end the key of a record that was
+// parked as its unit was dropped.
+const heldSuffix = 16
+
+// HeldKeyOf is the object that holds the record of a parked unit, by its stub.
+func HeldKeyOf(collection, unit int64, parked *storagev1.Parked) string {
+	if parked.GetSuffix() == "" {
+		return HeldKey(collection, unit)
+	}
+	return HeldKey(collection, unit) + "-" + parked.GetSuffix()
+}
+
+// ParseHeldKey returns whose record an object holds, by its key.
+func ParseHeldKey(key string) (collection, unit int64, ok bool) {
+	rest, ok := strings.CutPrefix(key, HeldPrefix)
+	if !ok {
+		return 0, 0, false
+	}
+	first, second, _ := strings.Cut(rest, "/")
+	second, suffix, _ := strings.Cut(second, "-")
+	collection, err1 := strconv.ParseInt(first, 10, 64)
+	unit, err2 := strconv.ParseInt(second, 10, 64)
+	sum, err := hex.DecodeString(suffix)
+	if err != nil || hex.EncodeToString(sum) != suffix || suffix != "" && len(suffix) != heldSuffix {
+		return 0, 0, false
+	}
+	ok = err1 == nil && err2 == nil && collection > 0 && unit > 0 &&
+		key == HeldKeyOf(collection, unit, &storagev1.Parked{Suffix: suffix})
+	return collection, unit, ok
+}
+
+// WriteHeld returns an Options.Hold that writes to one of stores.
+func WriteHeld(
+	stores map[string]object.Store, alias string,
+) func(ctx context.Context, key string, data []byte) (string, error) {
+	return func(ctx context.Context, key string, data []byte) (string, error) {
+		s, ok := stores[alias]
+		if !ok {
+			return "", fmt.Errorf("object store %q is not configured here", alias)
+		}
+		_, err := s.Put(ctx, key, data)
+		return alias, err
+	}
 }
 
 // DecodeUnit reads a unit's record. That of a parked one is ErrParked.
@@ -127,7 +174,7 @@ func (c *Catalog) Whole(ctx context.Context, collection, id int64, rec *storagev
 	if parked == nil {
 		return rec, nil
 	}
-	key := HeldKey(collection, id)
+	key := HeldKeyOf(collection, id, parked)
 	fail := func(err error) (*storagev1.Unit, error) {
 		return nil, fmt.Errorf("unit %d of collection %d is parked: read %s of store %q: %w", id, collection, key, parked.GetStore(), err)
 	}

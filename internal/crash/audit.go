@@ -196,7 +196,7 @@ func (w *world) auditRest(ctx context.Context) error {
 // Objects that are snapshotd's own and of no snapshot.
 var (
 	isEpoch  = regexp.MustCompile(`^gc/epoch/\d+\.json$`)
-	isHeld   = regexp.MustCompile(`^gc/held/\d+/(\d+)$`)
+	isHeld   = regexp.MustCompile(`^gc/held/\d+/(\d+)(?:-[0-9a-f]{16})?$`)
 	isPins   = regexp.MustCompile(`^gc/restore/(\d+)/pins-\d+-\d+\.json$`)
 	isMember = regexp.MustCompile(`^snapshots/\d+/(\d+)/[^/]+$`)
 )

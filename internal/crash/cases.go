@@ -113,6 +113,12 @@ var scenarios = []scenario{
 		in := w.Collections[mall][1].ID
 		w.Collections[mall] = append(without(w.Collections[mall], in), w.answers["segment"].(seg))
 	}},
+	{
+		name: "compact-large", points: []string{"catalog.park"}, requests: map[string]int{"bucket.put": 1},
+		orphans: true, op: compactLarge, after: func(w *world) {
+			w.Collections[mall] = append(w.Collections[mall], w.answers["segment"].(seg))
+		},
+	},
 	{name: "pin", points: []string{"pin.create"}, op: pin, after: func(w *world) { w.Pins++ }},
 	{name: "renew", points: []string{"pin.renew"}, op: renew},
 	{name: "unpin", points: []string{"pin.remove"}, op: unpin, after: func(w *world) { w.Pins-- }},
@@ -459,15 +465,61 @@ func allocate(ctx context.Context, w *world) error {
 	return w.same("first id", ids[0])
 }
 
-// compact replaces a segment.
-func compact(ctx context.Context, w *world) error {
+// partitions returns the ids of the partitions of mall.
+func (w *world) partitions(ctx context.Context) (map[string]int64, error) {
 	list, err := w.c().Catalog.ListPartitions(ctx, &api.ListPartitionsRequest{Collection: byName(mall)})
-	if err != nil {
-		return err
-	}
 	partitions := map[string]int64{}
 	for _, p := range list.GetPartitions() {
 		partitions[p.GetName()] = p.GetId()
+	}
+	return partitions, err
+}
+
+// compactLarge registers segments whose records do not fit in one transaction, and
+// replaces them.
+func compactLarge(ctx context.Context, w *world) error {
+	partitions, err := w.partitions(ctx)
+	if err != nil {
+		return err
+	}
+	const inputs = 3
+	out := w.Spare[3*inputs : 3*inputs+3]
+	if w.asked == 0 {
+		add := &api.AddSegmentsRequest{Collection: byName(mall)}
+		var ids []int64
+		for i := range inputs {
+			one, _, err := w.segment(ctx, w.Collection[mall], partitions, w.Spare[3*i:3*i+3], shape{partition: "main", large: true})
+			if err != nil {
+				return err
+			}
+			add.Segments, ids = append(add.Segments, one), append(ids, one.GetId())
+		}
+		stream, err := w.c().Catalog.AddSegments(ctx)
+		if err != nil {
+			return err
+		}
+		_ = stream.Send(add) // why it fails is in the answer
+		if _, err := stream.CloseAndRecv(); err != nil {
+			return err
+		}
+		w.answers["inputs"] = ids
+	}
+	output, known, err := w.segment(ctx, w.Collection[mall], partitions, out, shape{partition: "main"})
+	if err != nil {
+		return err
+	}
+	w.answers["segment"] = known
+	_, err = w.c().Catalog.CompactSegments(ctx, &api.CompactSegmentsRequest{
+		Collection: byName(mall), Inputs: w.answers["inputs"].([]int64), Outputs: []*api.Segment{output}, RequestToken: token,
+	})
+	return err
+}
+
+// compact replaces a segment.
+func compact(ctx context.Context, w *world) error {
+	partitions, err := w.partitions(ctx)
+	if err != nil {
+		return err
 	}
 	out, known, err := w.segment(ctx, w.Collection[mall], partitions, w.Spare[:3], shape{partition: "main"})
 	if err != nil {

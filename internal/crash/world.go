@@ -200,6 +200,7 @@ type shape struct {
 	big       bool  // its record fills a part of a transaction
 	index     int64 // of a build that it has; 0: none
 	huge      bool  // its file is copied in parts
+	large     bool  // its record fills a third of a transaction and more
 }
 
 // segment writes the files of a segment and returns it: as the engine registers it,
@@ -226,6 +227,12 @@ func (w *world) segment(ctx context.Context, collection int64, partitions map[st
 	if s.big {
 		out.EngineData = []byte(strings.Repeat("engine data ", 1<<14/12))
 		out.Attributes = map[string]string{"a": strings.Repeat("a", 4096), "b": strings.Repeat("b", 4096), "c": strings.Repeat("c", 4096)}
+	}
+	if s.large {
+		out.Attributes, data.Attributes = map[string]string{}, map[string]string{}
+		for i := range 64 {
+			out.Attributes[fmt.Sprint(i)], data.Attributes[fmt.Sprint(i)] = strings.Repeat("a", 4096), strings.Repeat("b", 4096)
+		}
 	}
 	if s.index != 0 {
 		built, err := file(fmt.Sprintf("%d/0/%d/index/%d/%d", collection, ids[0], ids[2], ids[1]), "index")

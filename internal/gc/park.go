@@ -31,6 +31,10 @@ import (
 //	   |                                ^
 //	   +------------- grant ------------+
 //
+// A swap whose inputs do not fit in one transaction parks some of them as it drops
+// them: such a unit is never full, and its object's key ends with a part of its
+// digest ([catalog.Catalog.Change] says how).
+//
 // There is no way back from parked to full: the grant puts the whole record into
 // the tombstone. So an object is written while its unit is full, needed while it
 // is parked, and dead as soon as there is no record of the unit, which is for
@@ -50,7 +54,8 @@ import (
 // object puts the same bytes, however late.
 //
 // Objects that nobody needs are found by a sweep. It may delete one only when
-// there is no record of its unit at a revision read after the listing. One whose
+// there is no record of its unit, nor a segment of its id that may become one, at a
+// revision read after the listing. One whose
 // unit is full must stay: whoever has put it may be about to write the stub, and
 // a delete that comes late would take what the stub of another refers to.
 //
@@ -197,7 +202,7 @@ func (s *unitState) read(collection, id int64, kv meta.KeyValue) error {
 	u := catalog.StubOf(collection, id, rec)
 	u.Revision = kv.CreateRevision
 	s.rec, s.unit = rec, &u
-	s.held = &heldObject{store: parked.GetStore(), key: catalog.HeldKey(collection, id), length: parked.GetLength()}
+	s.held = &heldObject{store: parked.GetStore(), key: catalog.HeldKeyOf(collection, id, parked), length: parked.GetLength()}
 	return nil
 }
 

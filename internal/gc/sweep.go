@@ -35,7 +35,9 @@ import (
 //
 //	snapshots/<collection>/<id>/<file>  a snapshot's record, in whatever state,
 //	                                    readable or not
-//	gc/held/<collection>/<unit>         a unit's record or a tombstone, likewise
+//	gc/held/<collection>/<unit>[-<digest>]
+//	                                    a unit's record, a tombstone, or a segment
+//	                                    of its id, likewise
 //	gc/restore/<job>/pins-<task>-<part>.json
 //	                                    a restore job's record, likewise
 //	snapshotd-probe/<probe>/<file>      goes when it is older than a day, by the
@@ -310,13 +312,8 @@ func subjectOf(key string) subject {
 	if collection, id, ok := manifest.ParseKey(key); ok {
 		return subject{collection: collection, id: id}
 	}
-	if rest, ok := strings.CutPrefix(key, catalog.HeldPrefix); ok {
-		first, second, _ := strings.Cut(rest, "/")
-		collection, err1 := strconv.ParseInt(first, 10, 64)
-		unit, err2 := strconv.ParseInt(second, 10, 64)
-		if err1 == nil && err2 == nil && collection > 0 && unit > 0 && key == catalog.HeldKey(collection, unit) {
-			return subject{collection: collection, id: unit, unit: true}
-		}
+	if collection, unit, ok := catalog.ParseHeldKey(key); ok {
+		return subject{collection: collection, id: unit, unit: true}
 	}
 	if job, ok := pinsOf(key); ok {
 		return subject{id: job, job: true}
@@ -352,7 +349,7 @@ func (s subject) records() []string {
 	case s.id == 0:
 		return nil
 	case s.unit:
-		return []string{keys.Unit(s.collection, s.id), keys.Tomb(s.collection, s.id)}
+		return []string{keys.Unit(s.collection, s.id), keys.Tomb(s.collection, s.id), keys.Segment(s.collection, s.id)}
 	case s.job:
 		return []string{keys.Job(s.id)}
 	}
@@ -437,7 +434,7 @@ func (g *GC) readRecorded(ctx context.Context, subjects []subject) (*recorded, e
 	for _, s := range subjects {
 		wanted = append(wanted, s.records()...)
 		if s.unit {
-			limit = 2 * sweepUnits
+			limit = 3 * sweepUnits
 		}
 	}
 	slices.Sort(wanted)

@@ -97,8 +97,8 @@ var ops = []string{
 	"reclaim again", "confirm", "confirm",
 	"crash", "zombie", "release", "thaw", "thaw", "corrupt", "repair", "compact history", "wait", "wait", "wait long",
 	"drop collection", "new collection", "drop partition", "drop partition", "drop index",
-	"restore", "restore", "slow restore", "late restore", "faulty restore", "cancel", "cancel", "collect", "collect", "faulty collect",
-	"foreign", "foreign", "wait hours", "steal", "steal", "steal",
+	"restore", "restore", "slow restore", "late restore", "late restore", "faulty restore", "cancel", "cancel",
+	"collect", "collect", "faulty collect", "foreign", "foreign", "wait hours", "steal", "steal", "steal",
 }
 
 var genStep = rapid.Custom(func(t *rapid.T) step {

@@ -80,6 +80,7 @@ func (w *world) start(name string, change ...func(*Options)) *replica {
 		o.Catalog = catalog.New(catalog.Options{
 			KV: o.KV, Now: o.Now, Stamp: o.Clock.Stamp, Rand: o.Rand, Requests: o.Requests,
 			HasStore: func(a string) bool { return a == "default" }, Held: catalog.ReadHeld(o.Stores),
+			Hold: catalog.WriteHeld(o.Stores, "default"),
 		})
 	}
 	m, err := New(o)

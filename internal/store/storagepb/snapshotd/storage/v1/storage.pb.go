@@ -2547,12 +2547,15 @@ func (x *UnitHead) GetParked() *Parked {
 // Parked says where a unit's record lies that a snapshot holds for long.
 type Parked struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The alias of the object store. The key follows from the ids.
+	// The alias of the object store. The key follows from the ids and the suffix.
 	Store string `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
 	// The length of the record.
 	Length int64 `protobuf:"varint,2,opt,name=length,proto3" json:"length,omitempty"`
 	// Its SHA-256.
-	Sha256        []byte `protobuf:"bytes,3,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	Sha256 []byte `protobuf:"bytes,3,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	// Of one that was parked as it was dropped: the first 16 digits of the SHA-256,
+	// with which the key ends.
+	Suffix        string `protobuf:"bytes,4,opt,name=suffix,proto3" json:"suffix,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2606,6 +2609,13 @@ func (x *Parked) GetSha256() []byte {
 		return x.Sha256
 	}
 	return nil
+}
+
+func (x *Parked) GetSuffix() string {
+	if x != nil {
+		return x.Suffix
+	}
+	return ""
 }
 
 // Snapshot is the record at /snapshot/rec/<id>, at most 16 KiB.
@@ -4910,11 +4920,12 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\n" +
 	"segment_id\x18\x03 \x01(\x03R\tsegmentId\x12\x1b\n" +
 	"\tdrop_time\x18\x06 \x01(\x03R\bdropTime\x124\n" +
-	"\x06parked\x18\a \x01(\v2\x1c.snapshotd.storage.v1.ParkedR\x06parked\"N\n" +
+	"\x06parked\x18\a \x01(\v2\x1c.snapshotd.storage.v1.ParkedR\x06parked\"f\n" +
 	"\x06Parked\x12\x14\n" +
 	"\x05store\x18\x01 \x01(\tR\x05store\x12\x16\n" +
 	"\x06length\x18\x02 \x01(\x03R\x06length\x12\x16\n" +
-	"\x06sha256\x18\x03 \x01(\fR\x06sha256\"\xf4\a\n" +
+	"\x06sha256\x18\x03 \x01(\fR\x06sha256\x12\x16\n" +
+	"\x06suffix\x18\x04 \x01(\tR\x06suffix\"\xf4\a\n" +
 	"\bSnapshot\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12#\n" +

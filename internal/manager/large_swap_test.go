@@ -1,0 +1,200 @@
+package manager
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// heavy registers n segments of many files, none of which is there but for the first
+// of each, and returns their ids.
+func (w *world) heavy(r *replica, col catalog.Collection, n, files int) []int64 {
+	w.t.Helper()
+	ids := make([]int64, n)
+	for i := range ids {
+		s := w.segment(r, col, 0, 1, 20)
+		for j := range files {
+			s.Files = append(s.Files, segment.File{
+				Kind: segment.KindDelta, Path: fmt.Sprintf("%d/0/%d/delta/%d", col.ID, s.ID, j), Size: int64(j),
+				ETag: fmt.Sprintf("%.16x", sha256.Sum256([]byte(fmt.Sprint(i, j)))),
+			})
+		}
+		w.add(r, col, s)
+		ids[i] = s.ID
+	}
+	return ids
+}
+
+func (w *world) compact(r *replica, col catalog.Collection, ids []int64) error {
+	w.t.Helper()
+	out := w.segment(r, col, 0, 1, 20)
+	_, err := r.catalog.Change(w.t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.Swap{Drop: ids, Add: []segment.Segment{out}})
+	return err
+}
+
+// TestLargeCompaction compacts segments whose records do not fit in one transaction,
+// while a snapshot holds them, drops that, and holds that all of it goes.
+func TestLargeCompaction(t *testing.T) {
+	for _, c := range []struct{ segments, files int }{{50, 200}, {50, 800}, {59, 3000}, {6, 4000}} {
+		t.Run(fmt.Sprintf("%d of %d files", c.segments, c.files), func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				r := w.start("a", func(o *Options) { o.CollectorOff = true })
+				col, _, _ := w.collection(r, "c")
+				ids := w.heavy(r, col, c.segments, c.files)
+				w.checkpoint(r, col, 100, 100)
+				snap := w.create(r, col, "one")
+				if err := w.compact(r, col, ids); err != nil {
+					t.Fatal(err)
+				}
+				parked := len(w.objectsUnder(catalog.HeldPrefix))
+				if fits := c.segments*c.files < 25_000; (parked == 0) != fits || parked > c.segments {
+					t.Errorf("%d of %d are parked", parked, c.segments)
+				}
+				if n := len(w.keysUnder("/catalog/unit/")); n != c.segments {
+					t.Errorf("%d units of %d", n, c.segments)
+				}
+				settle()
+				if _, sum := w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)}); sum.Granted != 0 || sum.Held != int64(c.segments) {
+					t.Errorf("%+v, while a snapshot holds them", sum)
+				}
+				got := w.segments(r, snap)
+				if len(got) != c.segments || len(got[0].Files) != c.files+1 {
+					t.Errorf("the snapshot has %d segments", len(got))
+				}
+				w.dropSnapshot(r, snap)
+				time.Sleep(5 * time.Minute)
+				settle()
+				if _, sum := w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)}); sum.Granted != int64(c.segments) {
+					t.Errorf("%+v, once nothing holds them", sum)
+				}
+				time.Sleep(30 * time.Minute)
+				settle()
+				for _, prefix := range []string{"/catalog/unit/", "/gc/tomb/"} {
+					if left := w.keysUnder(prefix); len(left) > 0 {
+						t.Errorf("%d keys are left, as %s", len(left), left[0])
+					}
+				}
+				if left := w.objectsUnder(catalog.HeldPrefix); len(left) > 0 {
+					t.Errorf("%d objects are left, as %s", len(left), left[0])
+				}
+			})
+		})
+	}
+}
+
+// TestLargeCompactionIsInterrupted has the store of snapshots and the metadata store
+// fail in the midst of a large compaction: it happens as a whole or not at all, and
+// what it parked for nothing stays for as long as its segment does.
+func TestLargeCompactionIsInterrupted(t *testing.T) {
+	for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
+		inWorld(t, func(t *testing.T, w *world) {
+			r := w.start("a", func(o *Options) { o.CollectorOff = true })
+			col, _, _ := w.collection(r, "c")
+			ids := w.heavy(r, col, 50, 800)
+			r.store.FailNth(object.OpPut, 3, fault)
+			if err := w.compact(r, col, ids); err == nil {
+				t.Fatal("it succeeded without all of its objects")
+			}
+			r.lift()
+			if n := len(w.keysUnder("/catalog/segment/")); n != 50 {
+				t.Fatalf("%d segments", n)
+			}
+			left := w.objectsUnder(catalog.HeldPrefix)
+			if len(left) == 0 {
+				t.Fatal("nothing was parked")
+			}
+			time.Sleep(48 * time.Hour)
+			settle()
+			if sum, err := r.GC().Sweep(t.Context(), gc.SweepOptions{}); err != nil || sum.Deleted != 0 {
+				t.Errorf("swept %+v, err = %v, while their segments live", sum, err)
+			}
+			if e, err := r.GC().Explain(t.Context(), "default", left[0]); err != nil || !strings.Contains(e.What, "record of the parked unit") || !e.Kept {
+				t.Errorf("%+v, err = %v", e, err)
+			}
+			// One of them changes meanwhile: what is parked is what is dropped.
+			w.swap(r, col, catalog.Swap{Update: []catalog.Update{{Segment: ids[0], Rows: new(int64(7))}}})
+			if err := w.compact(r, col, ids); err != nil {
+				t.Fatal(err)
+			}
+			_, sum := w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+			if sum.Granted != 50 {
+				t.Errorf("%+v", sum)
+			}
+			time.Sleep(48 * time.Hour)
+			settle()
+			if _, err := r.GC().Sweep(t.Context(), gc.SweepOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			if left := w.objectsUnder(catalog.HeldPrefix); len(left) > 0 {
+				t.Errorf("%d objects are left, as %s", len(left), left[0])
+			}
+		})
+	}
+}
+
+// TestLargestSegmentIsRestored registers segments of more and more files until one is
+// refused: the largest that is not is captured, restored, restored again from there,
+// and compacted.
+func TestLargestSegmentIsRestored(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		col, _, x := w.collection(r, "c")
+		var list []catalog.Index
+		list = append(list, x)
+		var last *segment.Segment
+		for n := 1; ; n++ {
+			s := w.segment(r, col, 0, 1, 9)
+			for i := range n {
+				if i == len(list) {
+					ix, err := r.catalog.CreateIndex(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.Index{Name: fmt.Sprint("x", i+1), Field: 100})
+					if err != nil {
+						t.Fatal(err)
+					}
+					list = append(list, ix)
+				}
+				b := segment.Build{ID: w.newID(r), Index: list[i].ID, Field: 100}
+				for j := range 2000 {
+					b.Files = append(b.Files, segment.File{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/index/%d/%d", col.ID, b.ID, j), Size: 10})
+				}
+				s.Builds = append(s.Builds, b)
+			}
+			if _, _, err := r.catalog.AddSegments(t.Context(), col.ID, []segment.Segment{s}); err != nil {
+				wantError(t, err, catalog.ErrLimitExceeded)
+				break
+			}
+			if last != nil {
+				w.dropSegments(r, col, last.ID)
+			}
+			last = &s
+		}
+		if n := len(last.Builds); n < 7 || n > 12 {
+			t.Errorf("the largest has %d builds", n)
+		}
+		for f := range last.AllFiles() {
+			if _, err := w.objects.Put(t.Context(), "data/"+f.Path, tenBytes(f.Path)[:f.Size]); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w.checkpoint(r, col, 10, 10)
+		from := col
+		for _, name := range []string{"first", "second"} {
+			sp := restoreSpecOf(w.create(r, from, "of-"+name))
+			sp.Name = name
+			job := w.restore(r, sp)
+			end := w.ended(r, job.ID)
+			if end.Job.State != copyjob.Completed {
+				t.Fatalf("%s: it ended %v: %s: %s", name, end.Job.State, end.Job.Reason, end.Job.Message)
+			}
+			from = catalog.Collection{ID: job.Target}
+		}
+	})
+}
