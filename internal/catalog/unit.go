@@ -455,12 +455,8 @@ func (c *Catalog) holdings(ctx context.Context, collection int64, ids []int64) (
 				}
 				of(id).units = append(of(id).units, list...)
 			}
-			for _, kv := range got[3] {
-				unit, err := keys.LastID(kv.Key)
-				if err != nil {
-					return nil, err
-				}
-				list, err := c.unit(ctx, collection, unit)
+			for parts := range slices.Chunk(got[3], partsInFlight*4) {
+				list, err := c.units(ctx, collection, parts)
 				if err != nil {
 					return nil, err
 				}
@@ -471,13 +467,35 @@ func (c *Catalog) holdings(ctx context.Context, collection int64, ids []int64) (
 	return found, nil
 }
 
-// unit reads a unit, granted or not; none when it is gone.
-func (c *Catalog) unit(ctx context.Context, collection, id int64) ([]Unit, error) {
-	kvs, err := c.unitRecords(ctx, collection, id)
+// units reads units by the keys that lead to them, granted or not, in one transaction;
+// those of them that are gone are left out. Parked ones are read some at a time.
+func (c *Catalog) units(ctx context.Context, collection int64, parts []meta.KeyValue) ([]Unit, error) {
+	ids, gets := make([]int64, len(parts)), make([]meta.Op, 0, 2*len(parts))
+	for i := range parts {
+		var err error
+		if ids[i], err = keys.LastID(parts[i].Key); err != nil {
+			return nil, err
+		}
+		gets = append(gets, meta.Get(keys.Unit(collection, ids[i])), meta.Get(keys.Tomb(collection, ids[i])))
+	}
+	res, err := c.kv.Txn(ctx, meta.Txn{Then: gets})
 	if err != nil {
+		return nil, fmt.Errorf("read units of collection %d: %w", collection, err)
+	}
+	lists := make([][]Unit, len(parts))
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.SetLimit(partsInFlight)
+	for i := range parts {
+		kvs := slices.Concat(res.Ranges[2*i], res.Ranges[2*i+1])
+		group.Go(func() (err error) {
+			lists[i], err = c.readUnits(groupCtx, collection, ids[i], kvs)
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
 		return nil, err
 	}
-	return c.readUnits(ctx, collection, id, kvs)
+	return slices.Concat(lists...), nil
 }
 
 // unitRecords reads what there is of a unit's record and its tombstone.
