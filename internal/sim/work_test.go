@@ -187,6 +187,37 @@ func (w *work) active() *collection {
 	return w.s.oracle.cols[id]
 }
 
+// steal registers in a collection what another one under the same root has: a segment
+// as it is, or its files under another id. Nothing of that may succeed.
+func (w *work) steal(m *member, c *collection) {
+	other, ok := pick(w.s, w.s.oracle.cols)
+	if !ok || other == c.id {
+		return
+	}
+	id, ok := pick(w.s, w.s.oracle.cols[other].live)
+	if !ok {
+		return
+	}
+	s := w.s.oracle.cols[other].live[id]
+	s.Partition, s.Channel, s.Builds = 0, 0, nil
+	fresh := w.s.chance(0.5)
+	w.call(m, fmt.Sprintf("register segment %d of %d in %d, under another id: %v", id, other, c.id, fresh), func(ctx context.Context) (string, func()) {
+		var err error
+		if fresh {
+			s.ID, err = w.id(ctx, m)
+		}
+		if err != nil {
+			return answer(err, "done"), nil
+		}
+		_, _, err = m.cat.AddSegments(ctx, c.id, []segment.Segment{s})
+		return answer(err, "done"), func() {
+			if err == nil {
+				w.s.wrong("segment %d of collection %d is registered in collection %d as well", id, other, c.id)
+			}
+		}
+	})
+}
+
 func (w *work) activeCount() int {
 	n := 0
 	for _, c := range w.s.oracle.cols {
@@ -212,7 +243,7 @@ var chores = []string{
 	"add", "add", "add", "add", "drop", "drop", "compact", "compact", "rebuild", "update", "create", "create", "create", "create",
 	"create again", "create again", "shared name", "expiring create", "drop snapshot", "drop snapshot", "drop snapshot", "pin", "unpin", "renew", "renew",
 	"reclaim", "reclaim", "reclaim", "reclaim", "confirm", "confirm", "restore", "restore", "restore again", "cancel", "collect", "sweep",
-	"list", "list", "read", "read", "drop partition", "drop index", "drop collection", "new collection", "compact history", "recover", "recover clock",
+	"list", "list", "read", "read", "drop partition", "drop index", "drop collection", "new collection", "compact history", "recover", "recover clock", "steal",
 }
 
 // focus is a kind of run: chores that meet, and what happens to their calls.
@@ -254,6 +285,8 @@ func (w *work) begin() {
 	switch chore {
 	case "add", "drop", "compact", "rebuild", "update", "drop partition", "drop index", "drop collection", "new collection":
 		w.write(chore, m, c)
+	case "steal":
+		w.steal(m, c)
 	case "create", "shared name", "expiring create":
 		r := &create{spec: manager.CreateSpec{Collection: catalog.Ref{ID: c.id}, Name: w.name("s")}, began: w.revision()}
 		switch chore {
