@@ -4284,9 +4284,10 @@ type Task struct {
 	Unanswered uint32 `protobuf:"varint,11,opt,name=unanswered,proto3" json:"unanswered,omitempty"`
 	// How many of them ended so in a row, none of which finished a file.
 	Waits uint32 `protobuf:"varint,12,opt,name=waits,proto3" json:"waits,omitempty"`
-	// Unix nanoseconds; when the first and the last of these ended.
+	// Unix nanoseconds; when the first of these ended.
 	WaitSince int64 `protobuf:"varint,13,opt,name=wait_since,json=waitSince,proto3" json:"wait_since,omitempty"`
-	WaitTime  int64 `protobuf:"varint,14,opt,name=wait_time,json=waitTime,proto3" json:"wait_time,omitempty"`
+	// Unix nanoseconds; when the last of these ended.
+	WaitTime int64 `protobuf:"varint,14,opt,name=wait_time,json=waitTime,proto3" json:"wait_time,omitempty"`
 	// The most files that an attempt had finished when it ended.
 	Finished int64 `protobuf:"varint,15,opt,name=finished,proto3" json:"finished,omitempty"`
 	// Unix nanoseconds; when an attempt last finished more files than any before.
