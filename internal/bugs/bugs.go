@@ -112,7 +112,7 @@ var All = []Bug{
 		What: "a digit altered on the way made another note of how far the metadata store had come",
 	},
 	{
-		Name: "probe-that-died", Fixed: "b91de25", Package: "./internal/store/object/probe", Test: "TestRemovesWhatOthersLeft",
+		Name: "probe-that-died", Fixed: "b91de25", Package: gc, Test: "TestSweepRemovesProbes",
 		What: "what a probe left in the bucket that was killed stayed there for ever",
 	},
 	{

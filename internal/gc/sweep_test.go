@@ -315,6 +315,26 @@ func TestSweepEndsWithEmit(t *testing.T) {
 	})
 }
 
+// TestSweepRemovesProbes sweeps what a killed probe left in the bucket: it goes once it
+// is a day old by the store's clock, and a dry run leaves it. Other names stay.
+func TestSweepRemovesProbes(t *testing.T) {
+	sweeping(t, 50_000*time.Hour, func(t *testing.T, r *rig) {
+		probe := "snapshotd-probe/" + strings.Repeat("a", 26) + "/"
+		all := []string{probe + "created", probe + "trip", "snapshotd-probe/x"}
+		r.put(all...)
+		time.Sleep(24 * time.Hour)
+		r.sweep(gc.SweepOptions{})
+		r.want(all...)
+		time.Sleep(time.Second)
+		r.sweep(gc.SweepOptions{DryRun: true})
+		r.want(all...)
+		if got, want := r.sweep(gc.SweepOptions{}), (gc.SweepSummary{Deleted: 2, Bytes: 10}); got != want {
+			t.Errorf("%+v, want %+v", got, want)
+		}
+		r.want("snapshotd-probe/x")
+	})
+}
+
 // TestOrphansOfOwnPrefixes tells of them and deletes nothing.
 func TestOrphansOfOwnPrefixes(t *testing.T) {
 	sweeping(t, 0, func(t *testing.T, r *rig) {
