@@ -128,7 +128,8 @@ func TestSourceChangesInMidCopy(t *testing.T) {
 // wrong; what it cannot see a restore does, and leaves nothing.
 func TestHeadsThatLie(t *testing.T) {
 	w, through, proxy := onPatientS3(t)
-	r := w.start("a", throughProxy(through))
+	// A create waits for an answer that it can use until its own timeout.
+	r := w.start("a", throughProxy(through), func(o *Options) { o.CreateTimeout = 5 * time.Second })
 	col, file, content := w.withLarge(r)
 	of := regexp.MustCompile(regexp.QuoteMeta(file.Path) + "$")
 	lie := func(name string, edit func(a *s3fault.Answer)) {

@@ -20,6 +20,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	"github.com/snapshotd/snapshotd/internal/store/request"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
 func (w *world) write(list ...string) {
@@ -39,6 +40,29 @@ func (w *world) collectionAt(r *replica, name, prefix string) catalog.Collection
 		Schema: catalog.Schema{Format: "test", Raw: []byte{1}, Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}}},
 	})
 	if err != nil {
+		w.t.Fatal(err)
+	}
+	return col
+}
+
+// nestedCollection makes a collection with a root that lies around those of others,
+// as earlier releases let one be made.
+func (w *world) nestedCollection(r *replica, name, prefix string) catalog.Collection {
+	w.t.Helper()
+	col := w.collectionAt(r, name, "apart/")
+	kv, _, _, err := w.kv.Get(w.t.Context(), keys.Collection(col.ID))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	rec := &storagev1.Collection{}
+	if err := record.Decode(kv, rec); err != nil {
+		w.t.Fatal(err)
+	}
+	rec.Roots[0].Prefix = prefix
+	if _, err := w.kv.Txn(w.t.Context(), meta.Txn{Then: []meta.Op{meta.Put(kv.Key, record.Encode(rec))}}); err != nil {
+		w.t.Fatal(err)
+	}
+	if col, err = r.catalog.Collection(w.t.Context(), catalog.Ref{ID: col.ID}); err != nil {
 		w.t.Fatal(err)
 	}
 	return col
@@ -73,7 +97,7 @@ func TestOrphans(t *testing.T) {
 		r := w.start("a")
 		col, part, _ := w.collection(r, "c") // under data/
 		other := w.collectionAt(r, "other", "data/")
-		above := w.collectionAt(r, "above", "")
+		above := w.nestedCollection(r, "above", "")
 
 		live, dropped, granted, held := w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5)
 		gone := w.newID(r)

@@ -120,6 +120,7 @@ func s3FaultAt(t *testing.T, action s3fault.Action, skip, times int) bool {
 	r := w.start("a", func(o *Options) {
 		o.Stores = map[string]object.Store{"default": through}
 		o.CleanInterval = 500 * time.Millisecond
+		o.CreateTimeout = time.Second // for which it waits for a store that does not answer
 	})
 	defer r.stop()
 	col, _, _ := w.collection(r, "c")
