@@ -25,6 +25,9 @@ FUZZ ?= .
 # creates and restores, which SEED chooses, 0 by chance.
 POINT ?=
 QUICK ?= 0
+# CASE=line runs one case, named as the run prints it. PAIRS=n runs n pairs of points, -1 all of them.
+CASE ?=
+PAIRS ?=
 SEED ?= 0
 # Which bug `make planted` plants, such as p4, or those that `make bugs` brings back: whose names begin so. Empty: all.
 ONLY ?=
