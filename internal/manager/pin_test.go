@@ -843,6 +843,7 @@ func TestPinsInPages(t *testing.T) {
 		w.put(keys.Pin(odd.Snapshot, odd.ID), []byte{8, 99})
 		all = append(all, odd)
 		slices.SortFunc(all, func(a, b PinPlace) int { return int(a.Snapshot-b.Snapshot)*1000 + int(min(a.ID, 1000)-min(b.ID, 1000)) })
+		settle()           // so that the calls below are those of the pages alone
 		for i := range 9 { // which nobody can tell of
 			w.put(fmt.Sprintf("%sx%d", keys.PinPrefix(snaps[1].ID-1), i), nil)
 			w.put(fmt.Sprintf("%sx%d", keys.PinPrefix(snaps[2].ID), i), nil)

@@ -356,6 +356,7 @@ func TestSnapshotOfAnEarlierReleaseHoldsInEveryCollection(t *testing.T) {
 			}
 			w.putObject(manifest.Dir(gone, snap.ID)+strings.TrimPrefix(key, from), data)
 		}
+		asks := w.dropSegments(r, col, s.ID, other.ID) // which needs the store's clock
 		r.stop()
 		kv, _, _, err := w.kv.Get(t.Context(), keys.Snapshot(snap.ID))
 		rec := &storagev1.Snapshot{}
@@ -374,7 +375,6 @@ func TestSnapshotOfAnEarlierReleaseHoldsInEveryCollection(t *testing.T) {
 			}
 		}
 		r = w.start("b", off, frozen)
-		asks := w.dropSegments(r, col, s.ID, other.ID)
 		_, err = r.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks[1:], gc.BySnapshotd, "tester")
 		wantError(t, err, gc.ErrLoading)
 		r.store.Thaw()
