@@ -172,7 +172,7 @@ func metricsServer(registry *prometheus.Registry, unhealthy func() string, waiti
 		if stores := waiting(); len(stores) > 0 {
 			text = "ok, without object store " + strings.Join(stores, ", ") + ", which has not answered since the start: calls that need it are refused\n"
 		}
-		_, _ = w.Write([]byte(text)) // the asker is gone: nobody to tell
+		_, _ = w.Write([]byte(text)) // the client has gone
 	})
 	if profiles {
 		mux.HandleFunc("GET /debug/pprof/", pprof.Index)

@@ -283,7 +283,7 @@ func openStores(ctx context.Context, cfg Config, kv meta.KV, cluster string, log
 		if alias == cfg.SnapshotStore {
 			age := epoch.New(epoch.Options{KV: kv, Store: o.Store, Cluster: cluster, Now: time.Now, Rand: rand.Reader, Log: log.Named("epoch")})
 			o.Check = func(ctx context.Context) error {
-				// A store that is behind is served all the same: there has to be somebody who
+				// A store that is behind is served all the same: a running server is needed that
 				// recovers it.
 				if err := age.Check(ctx); !errors.Is(err, epoch.ErrBehind) {
 					return err

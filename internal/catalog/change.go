@@ -225,7 +225,7 @@ func (c *Catalog) planSwap(ctx context.Context, ref *Ref, swap Swap) (plan, erro
 //
 // What is left is a stub of about 150 bytes for each of them, so any inputs fit,
 // and outputs and updates of up to about 1.4 MB together. The key has the record's
-// digest, for a swap that is decided anew may drop another content: so a key is
+// digest, for a swap that is decided again may drop another content: so a key is
 // never used for two contents, and a put that comes late harms no other.
 //
 // A sweep deletes such an object only when there is neither a segment nor a unit
@@ -234,7 +234,7 @@ func (c *Catalog) planSwap(ctx context.Context, ref *Ref, swap Swap) (plan, erro
 //
 //	put fails, or dies after it    no swap. The object stays until the segment is
 //	                               dropped and its unit is gone; then it is swept
-//	swap fails by a compare        likewise; decided anew, with another object
+//	swap fails by a compare        likewise; decided again, with another object
 //	swap: no answer                the unit is parked with its object in place, or
 //	                               as above
 //	store does not answer          a swap that fits goes on as ever; one that does

@@ -161,7 +161,7 @@ func encodeFiles(collection int64, s *segment.Segment) *storagev1.Files {
 
 // What a restore may add to a segment's record.
 const (
-	restoredETag = 48 // bytes of the longest ETag that is reckoned with
+	restoredETag = 48 // bytes of the longest ETag that the size of a record allows for
 	restoredIDs  = 80 // bytes of the ids in a path, and of what else there is once
 )
 

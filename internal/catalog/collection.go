@@ -128,7 +128,7 @@ func (c *Catalog) ListCollections(ctx context.Context, f ListFilter, after int64
 		for _, kv := range res.KVs {
 			col, err := DecodeCollection(kv)
 			if errors.Is(err, record.ErrUnreadable) {
-				continue // whoever asks for it by name or id is told
+				continue // a request for it by name or id gets the error
 			}
 			if err != nil {
 				return nil, false, err
@@ -188,7 +188,7 @@ func (c *Catalog) listNamed(ctx context.Context, f ListFilter, after int64, limi
 			for _, kv := range kvs {
 				col, err := DecodeCollection(kv)
 				if errors.Is(err, record.ErrUnreadable) {
-					continue // whoever asks for it by name or id is told
+					continue // a request for it by name or id gets the error
 				}
 				if err != nil {
 					return nil, false, err

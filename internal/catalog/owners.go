@@ -230,7 +230,7 @@ func (u *Unit) release() []meta.Op {
 	return ops
 }
 
-// checkPlace refuses a file that lies at the place of something else. Whoever has
+// checkPlace refuses a file that lies at the place of something else. What has
 // that place may delete what lies there.
 // known has the collections that were looked for, and whether they are there.
 func (c *Catalog) checkPlace(ctx context.Context, collection int64, cl *claim, known map[int64]bool) error {

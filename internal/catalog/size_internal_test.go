@@ -56,7 +56,7 @@ func asRestored(s *segment.Segment) *segment.Segment {
 }
 
 // TestRestoredSize holds that a record has the room that a restore of it needs, and
-// that not much more is reckoned with.
+// that not much more is allowed for.
 func TestRestoredSize(t *testing.T) {
 	for _, etag := range []string{"", "d41d8cd98f00b204e9800998ecf8427e", "d41d8cd98f00b204e9800998ecf8427e-17", strings.Repeat("e", restoredETag)} {
 		for _, c := range [][2]int{{0, 0}, {0, 1}, {0, 4000}, {1, 1}, {200, 1}, {20, 100}} {
@@ -65,7 +65,7 @@ func TestRestoredSize(t *testing.T) {
 			room := restoredSize(rec, s, len(record.Encode(rec)))
 			got := len(record.Encode(encodeSegment(int64(1)<<62+2, asRestored(s), "op")))
 			if got > room || room > got+got/4+600+200*c[0] {
-				t.Errorf("ETag %q, %d builds of %d files: %d bytes restored, %d reckoned with", etag, c[0], c[1], got, room)
+				t.Errorf("ETag %q, %d builds of %d files: %d bytes restored, %d allowed for", etag, c[0], c[1], got, room)
 			}
 			if again := restoredSize(encodeSegment(int64(1)<<62+2, asRestored(s), "op"), asRestored(s), got); again > room+restoredIDs*(1+3*c[0]) {
 				t.Errorf("ETag %q, %d builds of %d files: %d bytes when restored again, %d at first", etag, c[0], c[1], again, room)

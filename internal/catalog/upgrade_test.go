@@ -60,7 +60,7 @@ func newBefore(t *testing.T, kv meta.KV) *before {
 	b.segment(t, a, i[1], at(a, i[1])) // as it should be
 	b.segment(t, a, i[2], at(a, i[2])) // the other collection has its file, too
 	b.segment(t, o, i[3], at(o, i[3]), at(a, i[2]))
-	b.segment(t, o, i[4], at(a, i[5])) // at the place of one that nobody has
+	b.segment(t, o, i[4], at(a, i[5])) // at the place of one that is not there
 	for n, disputed := range map[int]string{6: at(a, i[6]), 7: at(o, i[7])} {
 		s := segment.Segment{ID: i[n], Level: 1, State: segment.Flushed, Files: []segment.File{{Kind: "k", Path: disputed}}}
 		collection := map[int]int64{6: a, 7: o}[n]

@@ -76,7 +76,7 @@
 //	                          bytes to the same keys, or lies under ids that have
 //	                          ended: before the job's record goes, what lies there
 //	                          without a record is removed
-//	object altered between    FAILED, also when nobody had registered its ETag: the
+//	object altered between    FAILED, also without a registered ETag: the
 //	attempts                  first attempt's is kept (pins.go)
 //	object missing, altered   FAILED, which gives the job up with its name
 //	manifest altered          as when the store does not answer: it may be the way.

@@ -62,16 +62,16 @@ func (j *Jobs) Watch(ctx context.Context, id int64, every time.Duration, fn func
 }
 
 // next waits for a job to be worth telling of again.
-func (j *Jobs) next(ctx context.Context, told *Status, every time.Duration) (*Status, error) {
+func (j *Jobs) next(ctx context.Context, reported *Status, every time.Duration) (*Status, error) {
 	timer := time.NewTimer(every)
 	defer timer.Stop()
 	waited := false
 	for {
-		s, moved := j.board.statusOf(told.Job.ID)
+		s, moved := j.board.statusOf(reported.Job.ID)
 		switch {
 		case s == nil:
-			return nil, fmt.Errorf("%w: %d", ErrJobNotFound, told.Job.ID)
-		case s.Job.Revision != told.Job.Revision, waited && (s.Done != told.Done || s.LastError != told.LastError || !s.Waiting.Equal(told.Waiting)):
+			return nil, fmt.Errorf("%w: %d", ErrJobNotFound, reported.Job.ID)
+		case s.Job.Revision != reported.Job.Revision, waited && (s.Done != reported.Done || s.LastError != reported.LastError || !s.Waiting.Equal(reported.Waiting)):
 			return s, nil
 		}
 		select {

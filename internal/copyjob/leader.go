@@ -47,7 +47,7 @@ type leader struct {
 	mu      sync.Mutex
 	busy    map[int64]bool          // jobs with a step under way
 	acted   map[int64]int64         // the revision of a job that was moved on
-	tries   map[int64]int           // steps of a job in a row that met trouble
+	tries   map[int64]int           // failed steps of a job in a row
 	wrong   map[int64]int           // those of them that no store was to blame for
 	retryAt map[int64]time.Duration // elapsed when the next of them may be tried
 	waiting map[int64]time.Duration // elapsed since a store has not answered a step of a job

@@ -13,7 +13,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// TestUnanswered tells apart what a store answered, which counts, and what it did not.
+// TestUnanswered separates what a store answered, which counts, from what it did not.
 func TestUnanswered(t *testing.T) {
 	for _, c := range []struct {
 		err  error

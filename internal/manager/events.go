@@ -22,15 +22,15 @@ import (
 const askEvery = 200 * time.Millisecond
 
 // bookmarkEvery is how many revisions may pass without an event before the
-// reader is told how far it has come.
+// reader is reported how far it has come.
 const bookmarkEvery = 1000
 
 // Watch tells fn what happens to collections, snapshots and pins after revision
 // after (0: from now on), in order, without gaps. The first call has no events
-// and says from where on events will be told; later calls without events only
+// and says from where on events will be reported; later calls without events only
 // move the revision. A positive collection restricts it to that collection and
 // its snapshots, but removals, of which only ids are known, and pins are always
-// told. It ends with ctx, with fn's first error, or with ErrEventsCompacted.
+// reported. It ends with ctx, with fn's first error, or with ErrEventsCompacted.
 func (m *Manager) Watch(ctx context.Context, after, collection int64, fn func(events []Event, revision int64) error) error {
 	_, _, now, err := m.kv.Get(ctx, keys.Format)
 	if err != nil {
@@ -42,8 +42,8 @@ func (m *Manager) Watch(ctx context.Context, after, collection int64, fn func(ev
 	if err := fn(nil, after); err != nil {
 		return err
 	}
-	compacted := func(told int64) error {
-		return fmt.Errorf("%w: revision %d is no longer kept; list what there is and watch from now on", ErrEventsCompacted, told)
+	compacted := func(reported int64) error {
+		return fmt.Errorf("%w: revision %d is no longer kept; list what there is and watch from now on", ErrEventsCompacted, reported)
 	}
 	if after < now { // all replicas answer alike, whatever their feeds hold
 		_, err := m.kv.Range(ctx, meta.Range{From: keys.Format, Revision: after + 1, KeysOnly: true})
@@ -56,28 +56,28 @@ func (m *Manager) Watch(ctx context.Context, after, collection int64, fn func(ev
 	}
 	r := m.feed.join(after, collection)
 	defer m.feed.leave(r)
-	behind := after < now // the reader is told when it has caught up
+	behind := after < now // the reader is reported when it has caught up
 	if behind {
 		m.feed.want(now)
 	}
-	told := after
+	reported := after
 	for {
-		wakeAt := told + bookmarkEvery
+		wakeAt := reported + bookmarkEvery
 		if behind {
 			wakeAt = min(wakeAt, now)
 		}
 		events, revision, err := m.feed.next(ctx, r, wakeAt)
 		if errors.Is(err, meta.ErrCompacted) {
-			return compacted(told)
+			return compacted(reported)
 		}
 		if errors.Is(err, meta.ErrWatchBroken) {
-			return fmt.Errorf("%w: events up to revision %d may be missing; list what there is and watch from now on", ErrEventsCompacted, told)
+			return fmt.Errorf("%w: events up to revision %d may be missing; list what there is and watch from now on", ErrEventsCompacted, reported)
 		}
 		if err != nil {
 			return err
 		}
 		caughtUp := behind && revision >= now
-		if len(events) == 0 && !caughtUp && revision-told < bookmarkEvery {
+		if len(events) == 0 && !caughtUp && revision-reported < bookmarkEvery {
 			continue
 		}
 		if len(events) > 0 {
@@ -91,7 +91,7 @@ func (m *Manager) Watch(ctx context.Context, after, collection int64, fn func(ev
 			}
 		}
 		behind = behind && !caughtUp
-		told = revision
+		reported = revision
 	}
 }
 
@@ -110,7 +110,7 @@ func askProgress(ctx context.Context, w meta.Watcher) {
 	}
 }
 
-// events picks what readers are told of.
+// events picks what readers are reported of.
 func (m *Manager) events(changes []meta.Event) []Event {
 	var list []Event
 	unpinned := unpinnedIn(changes)
@@ -119,21 +119,21 @@ func (m *Manager) events(changes []meta.Event) []Event {
 		event, err := eventOf(e)
 		switch {
 		case err != nil:
-			m.log.Error("event is not told", zap.String("key", e.KV.Key), zap.Error(err))
+			m.log.Error("event cannot be decoded and is left out", zap.String("key", e.KV.Key), zap.Error(err))
 			continue
 		case event == nil:
 			continue
 		case event.Pin != nil && e.Deleted:
 			event.Expired = unpinned[e.KV.ModRevision] != PinPlace{event.Pin.Snapshot, event.Pin.ID}
 		case event.Collection != nil && e.Deleted && rolledBack[e.KV.ModRevision] == event.Collection.ID:
-			continue // nobody was told of it
+			continue // readers never got it
 		}
 		list = append(list, *event)
 	}
 	return list
 }
 
-// eventOf is the event of a change, nil when readers are not told of it. Of what is
+// eventOf is the event of a change, nil when readers do not get it. Of what is
 // gone only ids are known.
 func eventOf(e meta.Event) (*Event, error) {
 	event := &Event{Type: Updated, Revision: e.KV.ModRevision}
@@ -153,7 +153,7 @@ func eventOf(e meta.Event) (*Event, error) {
 			col, err = catalog.DecodeCollection(e.KV)
 		}
 		if !e.Deleted && col.State == catalog.Restoring {
-			return nil, err // told when it is published
+			return nil, err // reported when it is published
 		}
 		if err == nil && !e.Deleted && catalog.WasPublished(e.KV) {
 			event.Type = Created
@@ -171,7 +171,7 @@ func eventOf(e meta.Event) (*Event, error) {
 	case strings.HasPrefix(e.KV.Key, keys.JobPrefix):
 		event.Restore, err = jobOf(e)
 	default:
-		return nil, nil //nolint:nilnil // not told
+		return nil, nil //nolint:nilnil // not reported
 	}
 	if err != nil {
 		return nil, err

@@ -40,7 +40,7 @@ import (
 //	                            the feed watches from head, with its ring
 //	head was compacted          the ring is emptied and the feed begins at the newest
 //	                            revision; each reader is late
-//	the store contradicts what  each reader ends: what it was told may lack events;
+//	the store contradicts what  each reader ends: what it got may lack events;
 //	it said                     the feed begins at the newest revision
 //	a late reader is compacted  its watch ends: ErrEventsCompacted
 //	record is unreadable        it is logged, once, and left out
@@ -82,7 +82,7 @@ type feed struct {
 	markAt  int64                          // the lowest wakeAt of idle readers
 }
 
-// entry is what one batch of changes holds that readers are told of.
+// entry is what one batch of changes holds that readers get.
 type entry struct {
 	events   []Event
 	revision int64 // of the batch; the events' are not above it
@@ -471,7 +471,7 @@ func (f *feed) catchUp(ctx context.Context, r *reader) ([]Event, int64, error) {
 	return events, at, nil
 }
 
-// concerns returns the collections whose readers are told of e, or that all are.
+// concerns returns the collections whose readers get e, or that all are.
 func (e *Event) concerns() (ids []int64, all bool) {
 	switch {
 	case e.Collection != nil:

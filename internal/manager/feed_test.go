@@ -32,7 +32,7 @@ func line(e *Event) string {
 	return fmt.Sprint(e.Revision, e.Type, ids, all, id)
 }
 
-// history is what a reader of a collection is told after a revision, by a watch of
+// history is what a reader of a collection gets after a revision, by a watch of
 // its own.
 func (w *world) history(r *replica, after, collection int64) (list []string) {
 	w.t.Helper()
@@ -60,7 +60,7 @@ func (w *world) history(r *replica, after, collection int64) (list []string) {
 	return list
 }
 
-// Readers that are slow, restricted, or resume from long ago are told what a watch of
+// Readers that are slow, restricted, or resume from long ago get what a watch of
 // their own would tell, each event once and in order, from a ring that holds little
 // and over a watch that breaks.
 func TestReadersOfAFeed(t *testing.T) {
@@ -163,13 +163,13 @@ func TestReadersShareAWatch(t *testing.T) {
 		})
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		var told atomic.Int64
+		var reported atomic.Int64
 		var wg sync.WaitGroup
 		for i := range 300 {
 			wg.Go(func() {
 				collection := []int64{col.ID, other.ID}[i%2]
 				err := r.Watch(ctx, 0, collection, func(events []Event, _ int64) error {
-					told.Add(int64(len(events)))
+					reported.Add(int64(len(events)))
 					return nil
 				})
 				if !errors.Is(err, context.Canceled) {
@@ -197,13 +197,13 @@ func TestReadersShareAWatch(t *testing.T) {
 			w.add(r, col, w.segment(r, col, 0, 1, 9))
 		}
 		settle()
-		if stand() != before || told.Load() != 0 {
-			t.Errorf("segments woke readers of events; %d were told", told.Load())
+		if stand() != before || reported.Load() != 0 {
+			t.Errorf("segments woke readers of events; %d were reported", reported.Load())
 		}
 		w.create(r, col, "s")
 		settle()
-		if n := told.Load(); n != 150*2 { // PENDING, COMMITTED
-			t.Errorf("told %d events, want those of one collection", n)
+		if n := reported.Load(); n != 150*2 { // PENDING, COMMITTED
+			t.Errorf("reported %d events, want those of one collection", n)
 		}
 		cancel()
 		wg.Wait()
@@ -213,7 +213,7 @@ func TestReadersShareAWatch(t *testing.T) {
 	})
 }
 
-// A reader that is so slow that the store has forgotten what it lacks is told so.
+// A reader that is so slow that the store has forgotten what it lacks gets that error.
 func TestSlowReaderIsCompacted(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		r := w.start("a")
@@ -254,7 +254,7 @@ func TestSlowReaderIsCompacted(t *testing.T) {
 		}
 		close(read)
 		go func() {
-			for range reading { // what it has been told of is let pass
+			for range reading { // what it got already
 			}
 		}()
 		wantError(t, <-ended, ErrEventsCompacted)
@@ -262,22 +262,22 @@ func TestSlowReaderIsCompacted(t *testing.T) {
 	})
 }
 
-// When the store contradicts what it said, what readers were told may lack events:
-// each of them ends, and one that begins afterwards is told all again.
+// When the store contradicts what it said, what readers got may lack events:
+// each of them ends, and one that begins afterwards gets all again.
 func TestFeedOfABrokenWatch(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
-		watch := func() (ended chan error, told *atomic.Int64) {
-			ended, told = make(chan error, 1), &atomic.Int64{}
+		watch := func() (ended chan error, reported *atomic.Int64) {
+			ended, reported = make(chan error, 1), &atomic.Int64{}
 			go func() {
 				ended <- r.Watch(t.Context(), 0, 0, func(events []Event, _ int64) error {
-					told.Add(int64(len(events)))
+					reported.Add(int64(len(events)))
 					return nil
 				})
 			}()
 			settle()
-			return ended, told
+			return ended, reported
 		}
 		first, _ := watch()
 		second, _ := watch()
@@ -287,11 +287,11 @@ func TestFeedOfABrokenWatch(t *testing.T) {
 		wantError(t, <-first, ErrEventsCompacted)
 		wantError(t, <-second, ErrEventsCompacted)
 		time.Sleep(time.Minute) // the feed is back
-		_, told := watch()
+		_, reported := watch()
 		w.create(r, col, "s")
 		settle()
-		if told.Load() != 2 {
-			t.Errorf("told %d events, want PENDING and COMMITTED", told.Load())
+		if reported.Load() != 2 {
+			t.Errorf("reported %d events, want PENDING and COMMITTED", reported.Load())
 		}
 	})
 }

@@ -146,7 +146,7 @@ func TestMemoryIsBoundedAndReturned(t *testing.T) {
 	})
 }
 
-// TestCreateThatWaitsForMemoryEnds has a create wait for memory that nobody returns:
+// TestCreateThatWaitsForMemoryEnds has a create wait for memory that is not returned:
 // it ends with its caller's time, and one whose lease is gone ends as well.
 func TestCreateThatWaitsForMemoryEnds(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {

@@ -77,7 +77,7 @@ func TestFileOfTwoCollections(t *testing.T) {
 		unused := own
 		unused.ID = w.newID(r)
 		fresh.Files = []segment.File{{Kind: segment.KindInsert, Path: catalog.NativePath(clone.ID, &unused, &own.Files[0]), Size: 10}}
-		refused("a path of a segment that nobody has", catalog.ErrPlaceOwned, "no collection", fresh)
+		refused("a path of a segment that is not there", catalog.ErrPlaceOwned, "no collection", fresh)
 		w.add(r, clone, own)
 		_, err := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: clone.ID}, catalog.Swap{
 			Update: []catalog.Update{{Segment: own.ID, AddFiles: s.Files}},

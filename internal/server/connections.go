@@ -28,7 +28,7 @@ import (
 //
 // A host other than this one gets at most half of the open connections and half of
 // the handshakes. What never sends a byte is gone after connectTimeout, however much
-// of it there is, and keeps nobody else out.
+// of it there is, and keeps no other host out.
 
 // connectTimeout is how long a connection may take to be open.
 const connectTimeout = 3 * time.Second

@@ -138,7 +138,7 @@ func (d *door) idle(n int) {
 	wg.Wait()
 }
 
-// Connections that never send a byte keep nobody out: neither while they are there,
+// Connections that never send a byte keep no client out: neither while they are there,
 // nor are they there for long; and they are seen.
 func TestIdleConnectionsKeepNobodyOut(t *testing.T) {
 	d := newDoor(t, 16)

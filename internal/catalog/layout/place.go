@@ -23,7 +23,7 @@ type Place struct {
 //	<collection>/<partition>/<segment>/...
 //
 // or of a form of Milvus, whatever stands behind the ids. Every place has a
-// segment, so whoever has the id of the segment to itself has the place to
+// segment, so the segment that has the id to itself has the place to
 // itself. A path of no layout has no place.
 func PlaceOf(path string) (Place, bool) {
 	if path == "" || path[0] >= '0' && path[0] <= '9' {

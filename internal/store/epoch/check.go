@@ -199,7 +199,7 @@ func (e *Epoch) recover(ctx context.Context, force bool) (wasBehind bool, next, 
 // settle decides what recovering makes of the records in s. The number of a beat
 // that was under way is passed over: its object may still come, and must not be
 // that of another beat. Where ids are passed over the floor is above them: what
-// carries one was made by a store that is lost, or by somebody else. What is made
+// carries one was made by a store that is lost, or by another program. What is made
 // from now on is of another history.
 func settle(s *state, n *note) {
 	beat, ceiling := s.epoch.GetBeat(), s.ids.GetCeiling()

@@ -249,7 +249,7 @@ func OwnerRange(last int64) string { return OwnerRangePrefix + ID(last) }
 func RootPrefix(store, prefix string) string { return "/catalog/root/" + store + "/" + prefix }
 
 // Root says that a collection has a root. A prefix is empty or ends with a slash, so
-// what follows it tells the root from one below it.
+// what follows it separates the root from one below it.
 func Root(store, prefix string, collection int64) string {
 	return RootPrefix(store, prefix) + "/" + ID(collection)
 }

@@ -144,7 +144,7 @@ func (s *Server) start(ctx context.Context, dir string, c Config) error {
 	s.endpoint = endpoint(client)
 	s.keeper = keeper{
 		etcd: s.etcd.Server, log: c.Log, quota: c.QuotaBytes, limit: cfg.QuotaBackendBytes, history: c.History,
-		points: []point{{time.Now(), s.etcd.Server.KV().Rev()}}, // nobody has read anything older
+		points: []point{{time.Now(), s.etcd.Server.KV().Rev()}}, // nothing older was read
 	}
 	s.close = sync.OnceValue(func() error {
 		s.etcd.Close()
