@@ -1023,6 +1023,8 @@ func (m *Manager) putOnce(ctx context.Context, at crashpoint.Point, key string, 
 			switch {
 			case errors.Is(err, object.ErrNotFound) && errors.Is(last, object.ErrInvalidKey):
 				return last
+			case errors.Is(err, object.ErrUnavailable): // what holds the key is not known
+				last = err
 			case err != nil:
 			case bytes.Equal(there, data):
 				return nil
@@ -1032,8 +1034,7 @@ func (m *Manager) putOnce(ctx context.Context, at crashpoint.Point, key string, 
 		}
 		return last
 	})
-	if errors.Is(err, object.ErrExists) && m.o.Epoch != nil {
-		// The id is new, so only a store from before can have written under it.
+	if errors.Is(err, object.ErrExists) && m.o.Epoch != nil && m.isOfAnotherStore(ctx, key, data, lease) {
 		m.catalog.ForgetStock(ctx)
 		err = m.o.Epoch.Alarm(ctx, key)
 	}
@@ -1041,6 +1042,29 @@ func (m *Manager) putOnce(ctx context.Context, at crashpoint.Point, key string, 
 		return fmt.Errorf("write %s: %w", key, err)
 	}
 	return lease.advance(ctx)
+}
+
+// maxEvidence bounds what is read of an object that holds the key of another.
+const maxEvidence = 4 << 20
+
+// isOfAnotherStore reports whether the object under a key of a new snapshot proves
+// that the snapshot's id was handed out before: it is not data, two reads agree,
+// and snapshotd wrote it as an object of that key. An alarm stops the whole
+// cluster, so a read that was altered, and an object of another program, are none:
+// they fail the create alone.
+func (m *Manager) isOfAnotherStore(ctx context.Context, key string, data []byte, lease *createLease) bool {
+	var reads [2][]byte
+	for i := range reads {
+		err := lease.persist(ctx, func() (err error) {
+			reads[i], err = object.ReadAll(ctx, m.store, key, maxEvidence)
+			return err
+		})
+		if err != nil {
+			return false
+		}
+	}
+	there := reads[0]
+	return bytes.Equal(there, reads[1]) && !bytes.HasPrefix(data, there) && manifest.WrittenAs(key, there)
 }
 
 // commit makes the snapshot COMMITTED. While there is no answer it sends the same

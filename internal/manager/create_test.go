@@ -831,9 +831,11 @@ func TestCreateAndAlteredAnswers(t *testing.T) {
 	})
 }
 
+// TestForeignObjectIsNotOverwritten has another program's object where a create is
+// about to write. It fails that create alone.
 func TestForeignObjectIsNotOverwritten(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
-		r := w.start("a")
+		r := w.start("a", withEpoch)
 		col, _, _ := w.collection(r, "c")
 		next := w.newID(r) + 1
 		key := manifest.RefsKey(col.ID, next)
@@ -842,26 +844,90 @@ func TestForeignObjectIsNotOverwritten(t *testing.T) {
 		}
 		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
 		wantError(t, err, object.ErrExists)
+		w.create(r, col, "y")
+		if behind, err := r.Behind(t.Context()); err != nil || behind != "" {
+			t.Errorf("behind: %q, %v", behind, err)
+		}
 	})
 }
 
-// TestIDThatComesBack stops all allocations when a create finds another's object
-// under its new id.
+// TestIDThatComesBack stops all allocations when a create finds what snapshotd wrote
+// earlier under its new id.
 func TestIDThatComesBack(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
-		r := w.start("a", withEpoch)
-		col, _, _ := w.collection(r, "c")
-		key := manifest.RefsKey(col.ID, w.newID(r)+1)
-		if _, err := w.objects.Put(t.Context(), key, []byte("of a store from before")); err != nil {
-			t.Fatal(err)
-		}
-		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
-		wantError(t, err, epoch.ErrBehind)
-		_, err = r.Create(t.Context(), request.Token{}, spec(col, "y"))
-		wantError(t, err, epoch.ErrBehind)
-		_, err = r.catalog.AllocateIDs(t.Context(), request.Token{}, 1)
-		wantError(t, err, epoch.ErrBehind)
-	})
+	refs, err := manifest.EncodeRefs(&manifest.Refs{Segments: []int64{7}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, body := range map[string]func(col, id int64) (string, []byte){
+		"refs": func(col, id int64) (string, []byte) { return manifest.RefsKey(col, id), refs },
+		"metadata": func(col, id int64) (string, []byte) {
+			md, err := manifest.EncodeMetadata(&manifest.Metadata{
+				Snapshot: manifest.SnapshotInfo{ID: id}, Collection: manifest.CollectionInfo{ID: col},
+				Refs: manifest.RefsFile{File: manifest.RefsName},
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return manifest.MetadataKey(col, id), md
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				r := w.start("a", withEpoch)
+				col, _, _ := w.collection(r, "c")
+				key, data := body(col.ID, w.newID(r)+1)
+				if _, err := w.objects.Put(t.Context(), key, data); err != nil {
+					t.Fatal(err)
+				}
+				_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
+				wantError(t, err, epoch.ErrBehind)
+				_, err = r.Create(t.Context(), request.Token{}, spec(col, "y"))
+				wantError(t, err, epoch.ErrBehind)
+				_, err = r.catalog.AllocateIDs(t.Context(), request.Token{}, 1)
+				wantError(t, err, epoch.ErrBehind)
+			})
+		})
+	}
+}
+
+// TestOwnObjectIsNoAlarm loses the answer to each write of an object, and has what is
+// read back of it fail for a while, or always be altered. Neither proves that the id
+// was handed out before.
+func TestOwnObjectIsNoAlarm(t *testing.T) {
+	for name, fault := range map[string]object.Fault{"no answer": object.FaultBefore, "altered": object.FaultFlip} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				r := w.start("a", withEpoch)
+				col, _, _ := w.collection(r, "c")
+				gets := 0
+				r.store.Plan(func(c object.Call) object.Fault {
+					switch {
+					case !strings.HasPrefix(c.Keys[0], "snapshots/"):
+					case c.Op == object.OpCreate:
+						return object.FaultAfter
+					case c.Op == object.OpGet && (fault == object.FaultFlip || gets < 2*putAttempts):
+						gets++
+						return fault
+					}
+					return object.FaultNone
+				})
+				_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
+				r.store.Plan(nil)
+				switch fault {
+				case object.FaultFlip:
+					wantError(t, err, object.ErrExists)
+				default:
+					if err != nil {
+						t.Error(err)
+					}
+				}
+				if behind, err := r.Behind(t.Context()); err != nil || behind != "" {
+					t.Errorf("behind: %q, %v", behind, err)
+				}
+				w.create(r, col, "y")
+			})
+		})
+	}
 }
 
 func TestStoreLostInTheMiddle(t *testing.T) {

@@ -47,7 +47,8 @@
 //   - what is the leader's alone is written under the term of the leader, and a grant
 //     is made by who has read what each snapshot of the collection references;
 //   - a snapshot expires by two clocks that agree, and a sweep takes what is old
-//     enough by that of the object store.
+//     enough by that of the object store;
+//   - the metadata store is noted to be behind only after it went back in time.
 //
 // In the end all faults are off, all is dropped and time passes. Then the stores
 // must be empty but for what stands for ever.

@@ -516,6 +516,8 @@ func (o *oracle) sawCatalog(e meta.Event, changed map[int64]bool) {
 
 func (o *oracle) sawRest(e meta.Event) {
 	switch key := e.KV.Key; {
+	case key == keys.Behind && !e.Deleted && o.past == nil:
+		o.s.wrong("the metadata store is noted to be behind, and never went back: %q", e.KV.Value)
 	case strings.HasPrefix(key, keys.SnapshotPrefix):
 		o.sawSnapshot(e)
 	case strings.HasPrefix(key, keys.JobPrefix):

@@ -67,9 +67,9 @@ func (e *Epoch) look(ctx context.Context) ([]string, error) {
 	return nil, fmt.Errorf("check the epoch: %w: gave up after %d attempts", ErrConflict, maxAttempts)
 }
 
-// Alarm puts /behind since an object was found with other content under an id that
-// was just handed out: in snapshotd's own prefixes only a store from before has
-// written it. It returns an ErrBehind, or the error of the metadata store. Recover
+// Alarm puts /behind since an object was found that snapshotd wrote earlier under an
+// id that was just handed out. The caller has proof of both: /behind stops the whole
+// cluster. It returns an ErrBehind, or the error of the metadata store. Recover
 // ends the state, as any other.
 func (e *Epoch) Alarm(ctx context.Context, object string) error {
 	for attempt := range maxAttempts {

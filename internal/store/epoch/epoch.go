@@ -86,8 +86,10 @@
 //	                         waits. Ids are allocated up to the ceiling
 //	objects are lost         a warning; the next beat makes one
 //	objects are not listed   the known beat and those after it are read by name
-//	an id comes back         who creates an object of its own under a new id and finds
-//	                         another there puts /behind (alarm)
+//	an id comes back         a create whose new id has an object that snapshotd wrote
+//	                         earlier, with other content, puts /behind (alarm). Any
+//	                         other object, and a read that was altered, fails the
+//	                         create alone
 //	object is damaged        check fails, naming it, until somebody looks into it
 //	recover: no answer       a repeat finds it done, or does it
 //	recover: the beat fails  the error says so. The recovery holds; the next beat

@@ -36,6 +36,7 @@ package manifest
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strconv"
@@ -139,6 +140,30 @@ func ParseKey(key string) (collection, snapshot int64, ok bool) {
 		return 0, 0, false
 	}
 	return collection, snapshot, true
+}
+
+// WrittenAs reports whether data shows that snapshotd wrote it under the key of a
+// snapshot's file, in this release or another: metadata name the snapshot, and the
+// sync marker of an Avro file is the hash of what precedes it and of the first
+// block. Of an Avro file the data may lack what follows the first block.
+func WrittenAs(key string, data []byte) bool {
+	collection, snapshot, ok := ParseKey(key)
+	switch {
+	case !ok:
+		return false
+	case strings.HasSuffix(key, "/"+MetadataName):
+		var md struct {
+			FormatVersion int `json:"format_version"`
+			Snapshot      struct {
+				ID int64 `json:"id,string"`
+			} `json:"snapshot"`
+			Collection struct {
+				ID int64 `json:"id,string"`
+			} `json:"collection"`
+		}
+		return json.Unmarshal(data, &md) == nil && md.FormatVersion > 0 && md.Snapshot.ID == snapshot && md.Collection.ID == collection
+	}
+	return isMarked(data)
 }
 
 // SHA256 is a SHA-256 sum. As text it is hexadecimal.

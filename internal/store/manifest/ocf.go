@@ -231,6 +231,32 @@ func openContainer(data []byte) (*container, error) {
 	return f, nil
 }
 
+// isMarked reports whether data begins with the header and the first block of a
+// container, and its sync marker is the one that finish gives it.
+func isMarked(data []byte) bool {
+	c := &cursor{rest: data}
+	if magic, ok := c.take(int64(len(ocfMagic))); !ok || string(magic) != ocfMagic {
+		return false
+	}
+	if keys, err := readHeader(c); err != nil || keys[keyRecords] == "" {
+		return false
+	}
+	h := sha256.New()
+	h.Write(data[:len(data)-len(c.rest)])
+	sync, ok := c.take(syncSize)
+	if !ok {
+		return false
+	}
+	if len(c.rest) > 0 {
+		first, err := readBlock(c, sync)
+		if err != nil {
+			return false
+		}
+		h.Write(first.data)
+	}
+	return bytes.Equal(sync, h.Sum(nil)[:syncSize])
+}
+
 // readHeader reads the key-value map of the header. Avro allows it to come in
 // several parts, each with an optional size.
 func readHeader(c *cursor) (map[string]string, error) {
