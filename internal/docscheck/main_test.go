@@ -43,7 +43,7 @@ ready
 Text.
 
 '''console
-$ echo "$WORD" in $(basename "$PWD"), id $$
+$ echo "$WORD" in $(basename "$PWD"), id $((100000 + $$))
 kept in sub, id 12345
 $ pwd
 /tmp/snapshotd-docs/sub
