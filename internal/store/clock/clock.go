@@ -460,8 +460,9 @@ func (t *Trusted) measure(ctx context.Context, last *look) (*look, error) {
 		after := t.o.Clock.Elapsed()
 		switch {
 		case err == nil:
-			next.store, next.fresh = now.Round(0).Add(-(before+after)/2), after
-			next.slack = time.Second + (after-before)/2
+			// As of the answer's arrival, so that the reading is never ahead of the store.
+			next.store, next.fresh = now.Round(0).Add(-after), after
+			next.slack = time.Second + after - before
 		case last != nil && after-last.fresh < staleAfter:
 			next.store, next.fresh, next.slack = last.store, last.fresh, last.slack
 		default:
