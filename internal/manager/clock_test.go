@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -19,12 +20,26 @@ import (
 
 // host is a clock that may be wrong, and a host that may sleep.
 type host struct {
-	off, slept time.Duration
+	off, slept shift // of the wall clock; and the time that passed without virtual time
 	base       time.Time
 }
 
-func (h *host) Now() time.Time         { return time.Now().Add(h.off + h.slept) }
-func (h *host) Elapsed() time.Duration { return time.Since(h.base) + h.slept }
+// shift is a duration that a test changes while others read it.
+type shift struct{ atomic.Int64 }
+
+func (s *shift) get() time.Duration  { return time.Duration(s.Load()) }
+func (s *shift) set(d time.Duration) { s.Store(int64(d)) }
+func (s *shift) add(d time.Duration) { s.Add(int64(d)) }
+
+// hostOff is a host whose clock is off by so much.
+func hostOff(by time.Duration) *host {
+	h := &host{}
+	h.off.set(by)
+	return h
+}
+
+func (h *host) Now() time.Time         { return time.Now().Add(h.off.get() + h.slept.get()) }
+func (h *host) Elapsed() time.Duration { return time.Since(h.base) + h.slept.get() }
 
 // on has a replica run on a host. Alone, its object store is a directory there.
 func (w *world) on(h *host, alone bool) func(*Options) {
@@ -78,7 +93,7 @@ func TestTTLOfACreatorWhoseClockIsOff(t *testing.T) {
 		inWorld(t, func(t *testing.T, w *world) {
 			a := w.start("a")
 			settle()
-			b := w.start("b", w.on(&host{off: by}, false))
+			b := w.start("b", w.on(hostOff(by), false))
 			col, _, _ := w.collection(a, "c")
 			w.createTTL(b, col, "short", time.Hour)
 			time.Sleep(59 * time.Minute)
@@ -101,7 +116,7 @@ func TestDropTimeOfAReplicaWhoseClockIsOff(t *testing.T) {
 		inWorld(t, func(t *testing.T, w *world) {
 			a := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
 			settle()
-			b := w.start("b", w.on(&host{off: by}, false))
+			b := w.start("b", w.on(hostOff(by), false))
 			col, _, _ := w.collection(a, "c")
 			gone, _, _ := w.collection(a, "gone")
 			s, other := w.segment(a, col, 0, 1, 9), w.segment(a, gone, 0, 1, 9)
@@ -139,7 +154,7 @@ func TestHostClockSteps(t *testing.T) {
 		w.checkpoint(r, col, 10, 10)
 		w.dropSegments(r, col, s.ID)
 		time.Sleep(time.Minute)
-		h.off = 365 * 24 * time.Hour // set wrong, until NTP steps it back
+		h.off.set(365 * 24 * time.Hour) // set wrong, until NTP steps it back
 		time.Sleep(10 * time.Minute)
 		settle()
 		check := func(when string) {
@@ -180,7 +195,7 @@ func TestHostClockSteps(t *testing.T) {
 		time.Sleep(10 * time.Minute)
 		settle()
 		check("after a restart")
-		h.off = 0
+		h.off.set(0)
 		time.Sleep(10 * time.Minute)
 		settle()
 		check("after the step back")
@@ -211,7 +226,7 @@ func TestDowntimeAndExpiry(t *testing.T) {
 			w.createTTL(r, col, "week", 7*24*time.Hour)
 			settle()
 			r.stop()
-			h.slept += time.Duration(days) * 24 * time.Hour
+			h.slept.add(time.Duration(days) * 24 * time.Hour)
 			r = w.start("a", w.on(h, true))
 			time.Sleep(10 * time.Minute)
 			settle()
@@ -230,7 +245,7 @@ func TestSleepingHost(t *testing.T) {
 		col, _, _ := w.collection(r, "c")
 		w.createTTL(r, col, "hour", time.Hour)
 		time.Sleep(time.Minute)
-		h.slept = 8 * time.Hour
+		h.slept.set(8 * time.Hour)
 		time.Sleep(2 * time.Minute)
 		settle()
 		if n := w.left(r); n != 0 || r.Stats().ClockStopped {
@@ -244,9 +259,9 @@ func TestSleepingHost(t *testing.T) {
 func TestRestoreDeadlineAndClocks(t *testing.T) {
 	for _, off := range []struct{ leader, other time.Duration }{{0, -10 * time.Minute}, {10 * time.Minute, 0}, {0, 10 * time.Minute}} {
 		inWorld(t, func(t *testing.T, w *world) {
-			a := w.start("a", w.on(&host{off: off.leader}, false))
+			a := w.start("a", w.on(hostOff(off.leader), false))
 			settle()
-			b := w.start("b", w.on(&host{off: off.other}, false))
+			b := w.start("b", w.on(hostOff(off.other), false))
 			col, _, _ := w.collection(a, "c")
 			s := w.segment(a, col, 0, 1, 9)
 			w.addWritten(a, col, s)
@@ -415,7 +430,7 @@ func TestUpdateTTL(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		a := w.start("a")
 		settle()
-		b := w.start("b", w.on(&host{off: -3 * time.Hour}, false))
+		b := w.start("b", w.on(hostOff(-3*time.Hour), false))
 		col, _, _ := w.collection(a, "c")
 		s := w.create(a, col, "s")
 		ttl := time.Hour
@@ -452,7 +467,7 @@ func TestClockStepsInMidCreate(t *testing.T) {
 			ended <- err
 		}()
 		time.Sleep(5 * time.Second)
-		h.off = time.Hour
+		h.off.set(time.Hour)
 		wantError(t, <-ended, ErrCreateAborted)
 		_, err := r.Create(t.Context(), tok, sp)
 		wantError(t, err, ErrCreateAborted)

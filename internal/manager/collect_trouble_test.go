@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -240,15 +241,19 @@ func TestCollectorParksWhereItStops(t *testing.T) {
 // locked is a store with an object that nobody may delete.
 type locked struct {
 	object.Store
-	key string
+	key atomic.Pointer[string]
 }
 
 func (l *locked) Delete(ctx context.Context, list ...string) error {
-	if err := l.Store.Delete(ctx, slices.DeleteFunc(slices.Clone(list), func(key string) bool { return key == l.key })...); err != nil {
+	held := l.key.Load()
+	if held == nil {
+		return l.Store.Delete(ctx, list...)
+	}
+	if err := l.Store.Delete(ctx, slices.DeleteFunc(slices.Clone(list), func(key string) bool { return key == *held })...); err != nil {
 		return err
 	}
-	if slices.Contains(list, l.key) {
-		return &object.DeleteError{Key: l.key, Err: object.ErrDenied}
+	if slices.Contains(list, *held) {
+		return &object.DeleteError{Key: *held, Err: object.ErrDenied}
 	}
 	return nil
 }
@@ -269,13 +274,13 @@ func TestSweepAndLockedObject(t *testing.T) {
 		for _, key := range list {
 			w.putObject(key, []byte{1})
 		}
-		l.key = list[700]
+		l.key.Store(&list[700])
 		time.Sleep(26 * time.Hour)
 		settle()
-		if diff := cmp.Diff([]string{l.key}, append(w.objectsUnder("snapshots/"), w.objectsUnder("gc/held/")...)); diff != "" {
+		if diff := cmp.Diff([]string{list[700]}, append(w.objectsUnder("snapshots/"), w.objectsUnder("gc/held/")...)); diff != "" {
 			t.Errorf("objects:\n%s", diff)
 		}
-		if text := r.GC().SweepStats().Error; !strings.Contains(text, l.key) {
+		if text := r.GC().SweepStats().Error; !strings.Contains(text, list[700]) {
 			t.Errorf("the sweep says %q", text)
 		}
 	})

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -323,10 +324,9 @@ func TestLeaseGoneBeforeBegin(t *testing.T) {
 		a, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(b, "c")
 		settle()
-		stopped := false
+		var stopped atomic.Bool
 		a.kv.Hook(func(c meta.Call) meta.Fault {
-			if c.Method == meta.MethodTxn && !stopped && len(w.keysUnder("/catalog/")) > 0 {
-				stopped = true
+			if c.Method == meta.MethodTxn && len(w.keysUnder("/catalog/")) > 0 && stopped.CompareAndSwap(false, true) {
 				time.Sleep(2 * time.Minute) // the process was stopped, with the lease and without an id
 			}
 			return meta.NoFault

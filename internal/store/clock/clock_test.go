@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -20,20 +21,33 @@ import (
 
 // host is a clock whose parts can be set wrong.
 type host struct {
-	off   time.Duration // of the wall clock
-	slept time.Duration // that passed without virtual time
-	base  time.Time
+	off, slept shift // of the wall clock; and the time that passed without virtual time
+	base       time.Time
 }
 
-func (h *host) Now() time.Time         { return time.Now().Add(h.off + h.slept) }
-func (h *host) Elapsed() time.Duration { return time.Since(h.base) + h.slept }
+// shift is a duration that a test changes while others read it.
+type shift struct{ atomic.Int64 }
+
+func (s *shift) get() time.Duration  { return time.Duration(s.Load()) }
+func (s *shift) set(d time.Duration) { s.Store(int64(d)) }
+func (s *shift) add(d time.Duration) { s.Add(int64(d)) }
+
+// hostOff is a host whose clock is off by so much.
+func hostOff(by time.Duration) *host {
+	h := &host{}
+	h.off.set(by)
+	return h
+}
+
+func (h *host) Now() time.Time         { return time.Now().Add(h.off.get() + h.slept.get()) }
+func (h *host) Elapsed() time.Duration { return time.Since(h.base) + h.slept.get() }
 
 // env is two stores and the clocks of some hosts.
 type env struct {
 	t        *testing.T
 	kv       *metamemory.Store
 	store    *object.Faulty
-	storeOff time.Duration
+	storeOff shift
 	logs     *observer.ObservedLogs
 	log      *zap.Logger
 }
@@ -42,7 +56,7 @@ func inEnv(t *testing.T, fn func(t *testing.T, e *env)) {
 	t.Helper()
 	virtual.Test(t, func(t *testing.T) {
 		e := &env{t: t, kv: metamemory.New(metamemory.Options{Now: time.Now})}
-		e.store = object.NewFaulty(objectmemory.New(objectmemory.Options{Now: func() time.Time { return time.Now().Add(e.storeOff) }}))
+		e.store = object.NewFaulty(objectmemory.New(objectmemory.Options{Now: func() time.Time { return time.Now().Add(e.storeOff.get()) }}))
 		core, logs := observer.New(zap.InfoLevel)
 		e.log, e.logs = zap.New(core), logs
 		fn(t, e)
@@ -138,7 +152,7 @@ func TestReadings(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			inEnv(t, func(t *testing.T, e *env) {
-				p := e.process(&host{off: c.own}, "a", c.store)
+				p := e.process(hostOff(c.own), "a", c.store)
 				near(t, e.stamp(p), time.Now().Add(c.wantStamp))
 				near(t, e.judge(p), time.Now().Add(c.wantBy))
 				near(t, p.Display(), time.Now().Add(c.wantStamp))
@@ -165,8 +179,8 @@ func TestReadingsOfTwoReplicas(t *testing.T) {
 	for _, a := range offs {
 		for _, b := range offs {
 			inEnv(t, func(t *testing.T, e *env) {
-				stamp := e.stamp(e.process(&host{off: a}, "a", true))
-				if judge := e.judge(e.process(&host{off: b}, "b", true)); judge.After(stamp.Add(2 * time.Second)) {
+				stamp := e.stamp(e.process(hostOff(a), "a", true))
+				if judge := e.judge(e.process(hostOff(b), "b", true)); judge.After(stamp.Add(2 * time.Second)) {
 					t.Errorf("%v, %v: judged %v after the stamp", a, b, judge.Sub(stamp))
 				}
 			})
@@ -208,8 +222,8 @@ func TestStep(t *testing.T) {
 				p := e.process(h, "a", c.store)
 				stop := e.lead(p)
 				e.judge(p)
-				h.off += c.own
-				e.storeOff += c.other
+				h.off.add(c.own)
+				e.storeOff.add(c.other)
 				if c.store { // else the process sees it at once
 					pass(time.Minute)
 				}
@@ -227,7 +241,7 @@ func TestStep(t *testing.T) {
 				}
 				// It is durable, also when the clock steps back.
 				stop()
-				e.untrusted(e.process(&host{off: h.off}, "b", c.store), false)
+				e.untrusted(e.process(hostOff(h.off.get()), "b", c.store), false)
 			})
 		})
 	}
@@ -239,7 +253,7 @@ func TestSuspend(t *testing.T) {
 		h := &host{}
 		p := e.process(h, "a", false)
 		e.lead(p)
-		h.slept = 8 * time.Hour
+		h.slept.set(8 * time.Hour)
 		near(t, e.judge(p), time.Now().Add(8*time.Hour))
 		pass(2 * time.Minute)
 		e.judge(p)
@@ -260,7 +274,7 @@ func TestDowntime(t *testing.T) {
 			inEnv(t, func(_ *testing.T, e *env) {
 				stop := e.lead(e.process(&host{}, "a", false))
 				stop()
-				p := e.process(&host{off: c.down}, "b", false)
+				p := e.process(hostOff(c.down), "b", false)
 				if !c.stops {
 					e.judge(p)
 					e.lead(p)
@@ -283,10 +297,10 @@ func TestRecover(t *testing.T) {
 			t.Errorf("recover of a clock that is not stopped: %v, %v", was, err)
 		}
 		e.lead(p)
-		h.off = time.Hour
+		h.off.set(time.Hour)
 		pass(time.Minute)
 		e.untrusted(p, false)
-		other := e.process(&host{off: time.Hour}, "b", false)
+		other := e.process(hostOff(time.Hour), "b", false)
 		was, now, err := other.Recover(t.Context())
 		if !was || err != nil {
 			t.Fatal(was, err)
@@ -306,9 +320,9 @@ func TestDayOfSteadyClocks(t *testing.T) {
 		h := &host{}
 		p := e.process(h, "a", false)
 		stop := e.lead(p)
-		h.off = time.Hour
+		h.off.set(time.Hour)
 		pass(12 * time.Hour)
-		h.off = 0 // another step: the day begins again
+		h.off.set(0) // another step: the day begins again
 		pass(13 * time.Hour)
 		e.untrusted(p, false)
 		// What a leader counted counts for the next; what lies between does not.
@@ -350,7 +364,7 @@ func TestSilentStore(t *testing.T) {
 			return object.FaultNone
 		})
 		silent = true
-		p := e.process(&host{off: -time.Hour}, "a", true)
+		p := e.process(hostOff(-time.Hour), "a", true)
 		if _, err := p.Stamp(t.Context()); !errors.Is(err, object.ErrUnavailable) {
 			t.Errorf("stamp without a measurement: %v", err)
 		}
@@ -376,12 +390,12 @@ func TestStopWithoutAnswer(t *testing.T) {
 		h.base = time.Now()
 		p := clock.New(clock.Options{KV: kv, Clock: h, Replica: "a"})
 		e.lead(p)
-		h.off = time.Hour
+		h.off.set(time.Hour)
 		kv.FailNth(0, meta.Before, meta.MethodTxn)
 		pass(time.Minute)
 		e.untrusted(p, false)
 		pass(time.Minute)
-		e.untrusted(e.process(&host{off: time.Hour}, "b", false), false)
+		e.untrusted(e.process(hostOff(time.Hour), "b", false), false)
 	})
 }
 
