@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
+	"iter"
 	"slices"
 	"time"
 
@@ -389,7 +390,7 @@ func (p *swapPlan) drop(kv meta.KeyValue) error {
 	}
 	p.txn.If = append(p.txn.If, meta.Unchanged(kv.Key, kv.ModRevision))
 	p.txn.Then = append(p.txn.Then, meta.Delete(kv.Key))
-	rec.State, rec.Removed = uint32(segment.Dropped), nil
+	rec.State, rec.Removed, rec.RemovedWhole = uint32(segment.Dropped), nil, false
 	u := &storagev1.Unit{Kind: uint32(UnitSegment), SegmentId: id, Segment: rec}
 	p.unit(id, u)
 	p.dropped = append(p.dropped, droppedUnit{id, u, len(p.txn.Then) - 1})
@@ -401,7 +402,7 @@ func (p *swapPlan) add(field string, s *segment.Segment) error {
 		return err
 	}
 	key := keys.Segment(p.collection, s.ID)
-	if err := p.put(key, s, nil, 0); err != nil {
+	if err := p.put(key, s, nil, true, 0); err != nil {
 		return err
 	}
 	p.newIDs = newIDs(p.newIDs, s)
@@ -412,9 +413,9 @@ func (p *swapPlan) add(field string, s *segment.Segment) error {
 // put puts the record of a segment, with the hashes of the paths of files that were
 // taken from it. It may have as many bytes as it had before, with the room that a
 // restore needs; 0: it is new.
-func (p *swapPlan) put(key string, s *segment.Segment, removed []uint64, before int) error {
+func (p *swapPlan) put(key string, s *segment.Segment, removed []uint64, whole bool, before int) error {
 	rec := encodeSegment(p.collection, s, p.op)
-	rec.Removed = removed
+	rec.Removed, rec.RemovedWhole = removed, whole
 	value := record.Encode(rec)
 	if err := checkSize(rec, s, value, before); err != nil {
 		return err
@@ -435,8 +436,8 @@ func (p *swapPlan) update(field string, kv meta.KeyValue, u *Update) error {
 	if err := record.Decode(kv, before); err != nil {
 		return err
 	}
-	for i := range u.AddFiles {
-		if f := &u.AddFiles[i]; slices.Contains(before.GetRemoved(), pathHash(f)) {
+	for i := range u.AddFiles { // those of builds are looked up with the claims
+		if f := &u.AddFiles[i]; slices.Contains(before.GetRemoved(), pathHash(f.Root, f.Path)) {
 			return fmt.Errorf("%w: %q, in %s.add_files[%d], was taken from segment %d before; a path is never used twice",
 				ErrFileExists, f.Path, field, i, s.ID)
 		}
@@ -467,7 +468,8 @@ func (p *swapPlan) update(field string, kv meta.KeyValue, u *Update) error {
 		p.claims = append(p.claims, claim{field, s.ID, FilePath{f.Root, f.Path}})
 	}
 	p.txn.If = append(p.txn.If, meta.Unchanged(kv.Key, kv.ModRevision))
-	return p.put(kv.Key, &s, withRemoved(before.GetRemoved(), removed), size)
+	taken, all := withRemoved(before.GetRemoved(), (&segment.Segment{Files: removed, Builds: replaced}).AllFiles())
+	return p.put(kv.Key, &s, taken, before.GetRemovedWhole() && all, size)
 }
 
 // partOf is a segment record that holds only a part of s, dropped.
@@ -555,22 +557,19 @@ func applyUpdate(field string, s *segment.Segment, u *Update) (removed []segment
 
 // pathHash is the hash by which a segment's record knows the path of a file that
 // was taken from it. Two paths may share one, and then one refuses the other.
-func pathHash(f *segment.File) uint64 {
-	sum := sha256.Sum256(fmt.Appendf(nil, "%d\x00%s", f.Root, f.Path))
+func pathHash(root int, path string) uint64 {
+	sum := sha256.Sum256(fmt.Appendf(nil, "%d\x00%s", root, path))
 	return binary.BigEndian.Uint64(sum[:])
 }
 
 // withRemoved adds the hashes of files to a list, which it does not change. A list
-// that is too long loses the oldest ones.
-func withRemoved(list []uint64, files []segment.File) []uint64 {
-	if len(files) == 0 {
-		return list
-	}
+// that is too long loses the oldest ones, and is then not all.
+func withRemoved(list []uint64, files iter.Seq[*segment.File]) (longer []uint64, all bool) {
 	list = slices.Clip(list)
-	for i := range files {
-		list = append(list, pathHash(&files[i]))
+	for f := range files {
+		list = append(list, pathHash(f.Root, f.Path))
 	}
-	return list[max(0, len(list)-maxRemoved):]
+	return list[max(0, len(list)-maxRemoved):], len(list) <= maxRemoved
 }
 
 // moveCheckpoints returns the revision at which it read the checkpoints, 0 when

@@ -293,7 +293,7 @@ func (c *Catalog) FindOwners(ctx context.Context, collection int64, paths []File
 	if len(all) == 0 {
 		return owners, nil
 	}
-	holdings, err := c.holdings(ctx, collection, all)
+	holdings, err := c.holdings(ctx, collection, all, false)
 	if err != nil {
 		return nil, err
 	}

@@ -81,7 +81,9 @@ func ContentOps(collection int64, partitions []Partition, indexes []Index, check
 // SegmentOps returns what makes a restored segment, and claims its ids, which
 // ClaimRange keeps from everybody else.
 func SegmentOps(collection int64, s *segment.Segment, op string) ([]meta.Op, error) {
-	value := record.Encode(encodeSegment(collection, s, op))
+	rec := encodeSegment(collection, s, op)
+	rec.RemovedWhole = true // it is new
+	value := record.Encode(rec)
 	if len(value) > MaxSegmentBytes {
 		return nil, fmt.Errorf("%w: segment %d takes %d bytes, at most %d", ErrLimitExceeded, s.ID, len(value), MaxSegmentBytes)
 	}

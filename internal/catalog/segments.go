@@ -309,6 +309,7 @@ func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []
 		ids = newIDs(ids, e.segment)
 		claims = claimsOf(claims, collection, e.field, e.segment)
 		rec := encodeSegment(collection, e.segment, op)
+		rec.RemovedWhole = true // it is new
 		e.value = record.Encode(rec)
 		if err := checkSize(rec, e.segment, e.value, 0); err != nil {
 			return 0, 0, err
@@ -463,7 +464,7 @@ func equalSegments(a, b meta.KeyValue) (bool, error) {
 		if err := record.Decode(kv, rec); err != nil {
 			return false, err
 		}
-		rec.Op, rec.Removed = "", nil
+		rec.Op, rec.Removed, rec.RemovedWhole = "", nil, false
 		plain[i] = record.Encode(rec)
 	}
 	return bytes.Equal(plain[0], plain[1]), nil

@@ -381,7 +381,7 @@ func (c *Catalog) FindOwner(ctx context.Context, collection int64, path FilePath
 	if segmentID > 0 {
 		ids = append(ids, segmentID)
 	}
-	holdings, err := c.holdings(ctx, collection, ids)
+	holdings, err := c.holdings(ctx, collection, ids, false)
 	if err != nil {
 		return Owner{}, false, err
 	}
@@ -398,6 +398,10 @@ func (c *Catalog) FindOwner(ctx context.Context, collection int64, path FilePath
 type holding struct {
 	live  *segment.Segment
 	units []Unit
+	// With byHash, taken has the hashes of all paths that were taken from the living
+	// segment, and units has none of them.
+	taken  []uint64
+	byHash bool
 }
 
 // find returns what of a collection has the file at path.
@@ -407,6 +411,9 @@ func (h *holding) find(collection int64, path FilePath) (Owner, bool) {
 	}
 	if h.live != nil && hasFile(h.live, path) {
 		return Owner{Segment: h.live.ID, Live: true, Owned: Owns(collection, h.live, path.Path)}, true
+	}
+	if len(h.taken) > 0 && slices.Contains(h.taken, pathHash(path.Root, path.Path)) {
+		return Owner{Segment: h.live.ID}, true
 	}
 	for i := range h.units {
 		if u := &h.units[i]; hasFile(&u.Segment, path) {
@@ -418,7 +425,11 @@ func (h *holding) find(collection int64, path FilePath) (Owner, bool) {
 
 // holdings reads what there is of segments. Ids that stand for nothing are left
 // out.
-func (c *Catalog) holdings(ctx context.Context, collection int64, ids []int64) (map[int64]*holding, error) {
+//
+// With byHash, what was taken from a living segment whose record has the hashes of
+// all paths that were is known by these, and no unit of it is read: so the calls do
+// not grow with the history of the segment.
+func (c *Catalog) holdings(ctx context.Context, collection int64, ids []int64, byHash bool) (map[int64]*holding, error) {
 	ids = slices.Clone(ids)
 	slices.Sort(ids)
 	found := map[int64]*holding{}
@@ -431,22 +442,28 @@ func (c *Catalog) holdings(ctx context.Context, collection int64, ids []int64) (
 	for part := range slices.Chunk(slices.Compact(ids), meta.MaxTxnOps/4) {
 		var gets []meta.Op
 		for _, id := range part {
-			from, to := meta.Prefix(keys.ReplacedPrefix(collection, id))
 			gets = append(gets, meta.Get(keys.Segment(collection, id)), meta.Get(keys.Unit(collection, id)),
-				meta.Get(keys.Tomb(collection, id)), meta.GetRange(from, to))
+				meta.Get(keys.Tomb(collection, id)))
 		}
 		res, err := c.kv.Txn(ctx, meta.Txn{Then: gets})
 		if err != nil {
 			return nil, fmt.Errorf("read segments of collection %d: %w", collection, err)
 		}
 		for i, id := range part {
-			got := res.Ranges[4*i : 4*i+4]
+			got := res.Ranges[3*i : 3*i+3]
 			for _, kv := range got[0] {
 				s, err := DecodeSegment(collection, kv)
 				if err != nil {
 					return nil, err
 				}
+				rec := &storagev1.Segment{} // for what a segment does not show
+				if err := record.Decode(kv, rec); err != nil {
+					return nil, err
+				}
 				of(id).live = &s
+				if byHash && rec.GetRemovedWhole() {
+					of(id).taken, of(id).byHash = rec.GetRemoved(), true
+				}
 			}
 			if kvs := slices.Concat(got[1], got[2]); len(kvs) > 0 {
 				list, err := c.readUnits(ctx, collection, id, kvs)
@@ -455,16 +472,39 @@ func (c *Catalog) holdings(ctx context.Context, collection int64, ids []int64) (
 				}
 				of(id).units = append(of(id).units, list...)
 			}
-			for parts := range slices.Chunk(got[3], partsInFlight*4) {
-				list, err := c.units(ctx, collection, parts)
-				if err != nil {
-					return nil, err
-				}
-				of(id).units = append(of(id).units, list...)
-			}
+		}
+		if err := c.takenUnits(ctx, collection, part, found, of); err != nil {
+			return nil, err
 		}
 	}
 	return found, nil
+}
+
+// takenUnits reads the units that were taken from segments, but not of those that
+// know them by hash.
+func (c *Catalog) takenUnits(ctx context.Context, collection int64, ids []int64, found map[int64]*holding, of func(int64) *holding) error {
+	ids = slices.DeleteFunc(slices.Clone(ids), func(id int64) bool { return found[id] != nil && found[id].byHash })
+	if len(ids) == 0 {
+		return nil
+	}
+	gets := make([]meta.Op, len(ids))
+	for i, id := range ids {
+		gets[i] = meta.GetRange(meta.Prefix(keys.ReplacedPrefix(collection, id)))
+	}
+	res, err := c.kv.Txn(ctx, meta.Txn{Then: gets})
+	if err != nil {
+		return fmt.Errorf("read what was taken from segments of collection %d: %w", collection, err)
+	}
+	for i, id := range ids {
+		for parts := range slices.Chunk(res.Ranges[i], partsInFlight*4) {
+			list, err := c.units(ctx, collection, parts)
+			if err != nil {
+				return err
+			}
+			of(id).units = append(of(id).units, list...)
+		}
+	}
+	return nil
 }
 
 // units reads units by the keys that lead to them, granted or not, in one transaction;
@@ -559,7 +599,7 @@ func (c *Catalog) checkClaims(ctx context.Context, collection int64, claims []cl
 	if len(ids) == 0 {
 		return nil
 	}
-	holdings, err := c.holdings(ctx, collection, ids)
+	holdings, err := c.holdings(ctx, collection, ids, true)
 	if err != nil {
 		return err
 	}

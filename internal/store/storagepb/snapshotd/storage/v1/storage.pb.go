@@ -1657,7 +1657,10 @@ type Segment struct {
 	Disputed bool `protobuf:"varint,18,opt,name=disputed,proto3" json:"disputed,omitempty"`
 	// Hashes of the paths of files that were taken from the segment, in the order of
 	// that; of very many the last ones. None of these paths is added again.
-	Removed       []uint64 `protobuf:"fixed64,19,rep,packed,name=removed,proto3" json:"removed,omitempty"`
+	Removed []uint64 `protobuf:"fixed64,19,rep,packed,name=removed,proto3" json:"removed,omitempty"`
+	// Removed holds the path of every file and of every file of a replaced index build
+	// that was ever taken from the segment.
+	RemovedWhole  bool `protobuf:"varint,20,opt,name=removed_whole,json=removedWhole,proto3" json:"removed_whole,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1823,6 +1826,13 @@ func (x *Segment) GetRemoved() []uint64 {
 		return x.Removed
 	}
 	return nil
+}
+
+func (x *Segment) GetRemovedWhole() bool {
+	if x != nil {
+		return x.RemovedWhole
+	}
+	return false
 }
 
 // Owner is the claim of a collection to the id of a segment or of an index build.
@@ -4819,7 +4829,7 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x02op\x18\x03 \x01(\tR\x02op\".\n" +
 	"\x04Name\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x0e\n" +
-	"\x02id\x18\x02 \x01(\x03R\x02id\"\xe7\x05\n" +
+	"\x02id\x18\x02 \x01(\x03R\x02id\"\x8c\x06\n" +
 	"\aSegment\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1c\n" +
 	"\tpartition\x18\x02 \x01(\x03R\tpartition\x12\x14\n" +
@@ -4844,7 +4854,8 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"attributes\x12\x0e\n" +
 	"\x02op\x18\x11 \x01(\tR\x02op\x12\x1a\n" +
 	"\bdisputed\x18\x12 \x01(\bR\bdisputed\x12\x18\n" +
-	"\aremoved\x18\x13 \x03(\x06R\aremoved\x1a=\n" +
+	"\aremoved\x18\x13 \x03(\x06R\aremoved\x12#\n" +
+	"\rremoved_whole\x18\x14 \x01(\bR\fremovedWhole\x1a=\n" +
 	"\x0fAttributesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"D\n" +
