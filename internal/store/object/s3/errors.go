@@ -76,9 +76,10 @@ var codes = map[string]meaning{
 	"NoSuchKey":          {kind: object.ErrNotFound},
 	"PreconditionFailed": {kind: object.ErrExists},
 	"KeyTooLongError":    {kind: object.ErrInvalidKey},
-	// Of gateways in front of a file system: the key is another's directory.
-	"ExistingObjectIsDirectory": {kind: object.ErrInvalidKey},
-	"ObjectParentIsFile":        {kind: object.ErrInvalidKey},
+	// Of gateways in front of a file system: the key is the directory of another
+	// object. A delete that empties that directory at the same time makes it pass.
+	"ExistingObjectIsDirectory": {kind: object.ErrInvalidKey, retry: true},
+	"ObjectParentIsFile":        {kind: object.ErrInvalidKey, retry: true},
 
 	"SlowDown":                   {kind: object.ErrUnavailable, retry: true},
 	"ServiceUnavailable":         {kind: object.ErrUnavailable, retry: true},

@@ -306,6 +306,7 @@ func TestFaults(t *testing.T) {
 		{name: "504", action: s3fault.Instead(&s3fault.Answer{Status: 504})},
 		{name: "RequestTimeout", action: s3fault.Status(400, "RequestTimeout"), only: writes},
 		{name: "conflict", action: s3fault.Status(409, "ConditionalRequestConflict"), only: writes},
+		{name: "directory", action: s3fault.Status(409, "ExistingObjectIsDirectory"), only: writes},
 		{name: "reset", action: s3fault.Reset()},
 		{name: "lost", action: s3fault.Lost()},
 		{name: "500 after", action: s3fault.After(&s3fault.Answer{Status: 500, Header: http.Header{}, Body: []byte("<Error><Code>InternalError</Code></Error>")})},
@@ -415,7 +416,8 @@ func hasAnswer(op s3fault.Op) bool {
 // that is nobody's business.
 func wantClear(t *testing.T, r *rig, err error) {
 	t.Helper()
-	if !errors.Is(err, object.ErrUnavailable) && !errors.Is(err, object.ErrFull) && !errors.Is(err, object.ErrDenied) && !errors.Is(err, object.ErrMisconfigured) {
+	if !errors.Is(err, object.ErrUnavailable) && !errors.Is(err, object.ErrFull) && !errors.Is(err, object.ErrDenied) &&
+		!errors.Is(err, object.ErrMisconfigured) && !errors.Is(err, object.ErrInvalidKey) {
 		t.Errorf("err = %v, of no kind", err)
 	}
 	if errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrExists) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
