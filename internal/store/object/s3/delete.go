@@ -166,7 +166,7 @@ func (s *Store) deleteBatch(ctx context.Context, keys []string, failed func(stri
 
 // judgeDelete says what the error of one key among many means; nil: it is gone.
 func judgeDelete(code, message string) *failure {
-	m, known := codes[code]
+	m, known := meaningOf(code, message)
 	if known && errors.Is(m.kind, object.ErrNotFound) {
 		return nil
 	}

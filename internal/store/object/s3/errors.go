@@ -3,6 +3,7 @@ package s3
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net/http"
@@ -69,6 +70,17 @@ type meaning struct {
 const (
 	fullTodo        = "; free space in the store, or raise its quota"
 	credentialsTodo = "; check the access key, its secret and the session token"
+	accountTodo     = "; the account is suspended or not entitled: see to it at the provider"
+	capTodo         = "; the account has reached a cap: raise it at the provider, or wait until it is reset"
+	lockTodo        = "; a retention or lock rule protects the object: wait until it ends, or change the rule"
+	skewTodo        = "; the clocks of this host and of the store differ: set them right"
+	regionTodo      = "; set the bucket's own region"
+	bucketTodo      = "; make the bucket, or set another"
+	kmsTodo         = "; set the store's key service up, or another sse"
+	sizeTodo        = "; a proxy in front of the store bounds the size of requests: raise its bound"
+	// Of answers without a code, which are none of S3.
+	proxyTodo    = "; a proxy, firewall or portal in front of the store refuses the request, not the store"
+	endpointTodo = "; check the endpoint's address, its port, and whether it is http or https"
 )
 
 // codes holds those that the status alone does not tell enough of.
@@ -80,6 +92,18 @@ var codes = map[string]meaning{
 	// object. A delete that empties that directory at the same time makes it pass.
 	"ExistingObjectIsDirectory": {kind: object.ErrInvalidKey, retry: true},
 	"ObjectParentIsFile":        {kind: object.ErrInvalidKey, retry: true},
+	// Likewise, of MinIO and of Tencent's COS.
+	"XMinioObjectExistsAsDirectory": {kind: object.ErrInvalidKey, retry: true},
+	"XMinioParentIsObject":          {kind: object.ErrInvalidKey, retry: true},
+	"PathConflict":                  {kind: object.ErrInvalidKey, retry: true},
+	"XMinioInvalidObjectName":       {kind: object.ErrInvalidKey},
+	"XMinioInvalidResourceName":     {kind: object.ErrInvalidKey},
+	"InvalidObjectName":             {kind: object.ErrInvalidKey}, // of R2
+	// Of Alibaba's OSS, and of gateways in front of Azure.
+	"FileAlreadyExists": {kind: object.ErrExists},
+	"BlobAlreadyExists": {kind: object.ErrExists},
+	"ConditionNotMet":   {kind: object.ErrExists},
+	"BlobNotFound":      {kind: object.ErrNotFound},
 
 	"SlowDown":                   {kind: object.ErrUnavailable, retry: true},
 	"ServiceUnavailable":         {kind: object.ErrUnavailable, retry: true},
@@ -90,28 +114,64 @@ var codes = map[string]meaning{
 	"Throttling":                 {kind: object.ErrUnavailable, retry: true},
 	"TooManyRequests":            {kind: object.ErrUnavailable, retry: true},
 	"RequestLimitExceeded":       {kind: object.ErrUnavailable, retry: true},
-	"IncompleteBody":             {kind: object.ErrUnavailable, retry: true},
-	"BadDigest":                  {kind: object.ErrUnavailable, retry: true}, // garbled on its way
-	"XAmzContentSHA256Mismatch":  {kind: object.ErrUnavailable, retry: true},
+	// Other names of throttling, some of which come with HTTP 400 or 403.
+	"ThrottlingException":         {kind: object.ErrUnavailable, retry: true},
+	"ThrottledException":          {kind: object.ErrUnavailable, retry: true},
+	"RequestThrottled":            {kind: object.ErrUnavailable, retry: true},
+	"RequestThrottledException":   {kind: object.ErrUnavailable, retry: true},
+	"TooManyRequestsException":    {kind: object.ErrUnavailable, retry: true},
+	"BandwidthLimitExceeded":      {kind: object.ErrUnavailable, retry: true},
+	"PriorRequestNotComplete":     {kind: object.ErrUnavailable, retry: true},
+	"RateLimitExceeded":           {kind: object.ErrUnavailable, retry: true},
+	"SlowDownRead":                {kind: object.ErrUnavailable, retry: true}, // of MinIO
+	"SlowDownWrite":               {kind: object.ErrUnavailable, retry: true},
+	"ServerBusy":                  {kind: object.ErrUnavailable, retry: true}, // of Azure
+	"OperationTimedOut":           {kind: object.ErrUnavailable, retry: true},
+	"ClientDisconnect":            {kind: object.ErrUnavailable, retry: true}, // of R2, HTTP 400
+	"IncompleteBody":              {kind: object.ErrUnavailable, retry: true},
+	"BadDigest":                   {kind: object.ErrUnavailable, retry: true}, // garbled on its way
+	"XAmzContentSHA256Mismatch":   {kind: object.ErrUnavailable, retry: true},
+	"XAmzContentChecksumMismatch": {kind: object.ErrUnavailable, retry: true},
 
 	"XMinioStorageFull":              {kind: object.ErrFull, todo: fullTodo},
 	"XMinioAdminBucketQuotaExceeded": {kind: object.ErrFull, todo: fullTodo},
 	"QuotaExceeded":                  {kind: object.ErrFull, todo: fullTodo}, // of Ceph and versitygw
+	"InsufficientStorageSpace":       {kind: object.ErrFull, todo: fullTodo}, // of Huawei's OBS
 
-	"AccessDenied":          {kind: object.ErrDenied, todo: "; grant it in the policies of the role and of the bucket"},
-	"InvalidAccessKeyId":    {kind: object.ErrDenied, todo: credentialsTodo},
-	"SignatureDoesNotMatch": {kind: object.ErrDenied, todo: credentialsTodo},
-	"InvalidToken":          {kind: object.ErrDenied, todo: credentialsTodo},
-	"ExpiredToken":          {kind: object.ErrDenied, todo: credentialsTodo},
-	"TokenRefreshRequired":  {kind: object.ErrDenied, todo: credentialsTodo},
-	"XAdminUserNotFound":    {kind: object.ErrDenied, todo: credentialsTodo}, // versitygw's
-	"InvalidObjectState":    {kind: object.ErrDenied, todo: "; the object is archived: restore it first"},
+	"AccessDenied":               {kind: object.ErrDenied, todo: "; grant it in the policies of the role and of the bucket"},
+	"InvalidAccessKeyId":         {kind: object.ErrDenied, todo: credentialsTodo},
+	"SignatureDoesNotMatch":      {kind: object.ErrDenied, todo: credentialsTodo},
+	"InvalidToken":               {kind: object.ErrDenied, todo: credentialsTodo},
+	"ExpiredToken":               {kind: object.ErrDenied, todo: credentialsTodo},
+	"TokenRefreshRequired":       {kind: object.ErrDenied, todo: credentialsTodo},
+	"XAdminUserNotFound":         {kind: object.ErrDenied, todo: credentialsTodo}, // versitygw's
+	"InvalidTokenId":             {kind: object.ErrDenied, todo: credentialsTodo}, // of MinIO
+	"Unauthorized":               {kind: object.ErrDenied, todo: credentialsTodo}, // of R2
+	"AuthenticationFailed":       {kind: object.ErrDenied, todo: credentialsTodo}, // of Azure
+	"AccountProblem":             {kind: object.ErrDenied, todo: accountTodo},
+	"AllAccessDisabled":          {kind: object.ErrDenied, todo: accountTodo},
+	"NotSignedUp":                {kind: object.ErrDenied, todo: accountTodo},
+	"NotEntitled":                {kind: object.ErrDenied, todo: accountTodo}, // of R2
+	"UserSuspended":              {kind: object.ErrDenied, todo: accountTodo}, // of Ceph
+	"AccountIsDisabled":          {kind: object.ErrDenied, todo: accountTodo}, // of Azure
+	"ObjectLockedByBucketPolicy": {kind: object.ErrDenied, todo: lockTodo},    // of R2
+	"ObjectUnderActiveHold":      {kind: object.ErrDenied, todo: lockTodo},    // of GCS
+	"FileImmutable":              {kind: object.ErrDenied, todo: lockTodo},    // of OSS, HTTP 409
+	"BlobImmutableDueToPolicy":   {kind: object.ErrDenied, todo: lockTodo},    // of Azure, HTTP 409
+	"InvalidObjectState":         {kind: object.ErrDenied, todo: "; the object is archived: restore it first"},
 
-	"NoSuchBucket":                 {kind: object.ErrMisconfigured, todo: "; make the bucket, or set another"},
-	"RequestTimeTooSkewed":         {kind: object.ErrMisconfigured, todo: "; the clocks of this host and of the store differ: set them right"},
-	"NotImplemented":               {kind: object.ErrMisconfigured, todo: "; the store lacks what snapshotd needs"},
-	"MethodNotAllowed":             {kind: object.ErrMisconfigured, todo: "; the store lacks what snapshotd needs"},
-	"AuthorizationHeaderMalformed": {kind: object.ErrMisconfigured, todo: "; set the bucket's own region"},
+	"NoSuchBucket":                       {kind: object.ErrMisconfigured, todo: bucketTodo},
+	"RequestTimeTooSkewed":               {kind: object.ErrMisconfigured, todo: skewTodo},
+	"NotImplemented":                     {kind: object.ErrMisconfigured, todo: "; the store lacks what snapshotd needs"},
+	"MethodNotAllowed":                   {kind: object.ErrMisconfigured, todo: "; the store lacks what snapshotd needs"},
+	"AuthorizationHeaderMalformed":       {kind: object.ErrMisconfigured, todo: regionTodo},
+	"ContainerNotFound":                  {kind: object.ErrMisconfigured, todo: bucketTodo}, // of Azure
+	"InvalidBucketName":                  {kind: object.ErrMisconfigured, todo: bucketTodo},
+	"ExpiredRequest":                     {kind: object.ErrMisconfigured, todo: skewTodo},   // of R2
+	"InvalidRegion":                      {kind: object.ErrMisconfigured, todo: regionTodo}, // of MinIO
+	"IllegalLocationConstraintException": {kind: object.ErrMisconfigured, todo: regionTodo},
+	"XMinioKMSNotConfigured":             {kind: object.ErrMisconfigured, todo: kmsTodo},
+	"InvalidEncryptionAlgorithmError":    {kind: object.ErrMisconfigured, todo: kmsTodo},
 }
 
 // passing are the statuses below 500 of what another attempt may cure.
@@ -151,23 +211,26 @@ func judge(err error) *failure {
 		return f
 	}
 	todo := ""
-	m, known := codes[f.code]
-	if !known && strings.HasPrefix(f.code, "KMS.") {
-		m, known = meaning{kind: object.ErrDenied, todo: "; check the key and who may use it"}, true
-		if passingKMS[f.code] {
-			m = meaning{kind: object.ErrUnavailable, retry: true}
-		}
-	}
+	m, known := meaningOf(f.code, message)
 	switch {
 	case known:
 		f.kind, f.retry, todo = m.kind, m.retry, m.todo
 	case f.status == 0 || f.status < 300: // no answer, or one that is none
 		f.retry = true
-		if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
-			f.kind, f.retry, todo = object.ErrMisconfigured, false, "; set the file of who signed the store's certificate"
+		if todo = tlsTodo(err); todo != "" {
+			f.kind, f.retry = object.ErrMisconfigured, false
 		}
 	case f.status == http.StatusForbidden || f.status == http.StatusUnauthorized:
 		f.kind, todo = object.ErrDenied, codes["AccessDenied"].todo
+		if f.code == "" {
+			todo = proxyTodo
+		}
+	case f.status == http.StatusProxyAuthRequired:
+		f.kind, todo = object.ErrMisconfigured, proxyTodo
+	case f.status == http.StatusRequestEntityTooLarge:
+		f.kind, todo = object.ErrMisconfigured, sizeTodo
+	case f.status == http.StatusBadRequest && f.code == "":
+		f.kind, todo = object.ErrMisconfigured, endpointTodo
 	case f.status == http.StatusInsufficientStorage:
 		f.kind, todo = object.ErrFull, fullTodo
 	case f.status == http.StatusNotImplemented || f.status == http.StatusMethodNotAllowed:
@@ -186,6 +249,43 @@ func judge(err error) *failure {
 		f.detail += ": the bucket is in region " + clip(region)
 	}
 	return f
+}
+
+// meaningOf returns the meaning of a code of S3 and the message with it, and
+// whether it has one beyond its HTTP status.
+func meaningOf(code, message string) (meaning, bool) {
+	if strings.HasPrefix(code, "KMS.") {
+		if passingKMS[code] {
+			return meaning{kind: object.ErrUnavailable, retry: true}, true
+		}
+		return meaning{kind: object.ErrDenied, todo: "; check the key and who may use it"}, true
+	}
+	m, known := codes[code]
+	if code == "AccessDenied" && strings.Contains(message, "cap exceeded") { // of Backblaze
+		m.todo = capTodo
+		if strings.Contains(message, "storage cap") {
+			m.kind = object.ErrFull
+		}
+	}
+	return m, known
+}
+
+// tlsTodo says what to do about an error of TLS that does not pass by itself;
+// empty for any other error.
+func tlsTodo(err error) string {
+	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
+		return "; the endpoint does not speak TLS: http may be meant, or another port"
+	}
+	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); !ok {
+		return ""
+	}
+	if invalid, ok := errors.AsType[x509.CertificateInvalidError](err); ok && invalid.Reason == x509.Expired {
+		return "; renew the store's certificate, or set the clock of this host right"
+	}
+	if _, ok := errors.AsType[x509.HostnameError](err); ok {
+		return "; set the endpoint to a name that the store's certificate has"
+	}
+	return "; set the file of who signed the store's certificate"
 }
 
 func describe(err error, f *failure, message string) string {

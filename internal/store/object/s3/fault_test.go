@@ -334,6 +334,7 @@ func TestFaults(t *testing.T) {
 		{name: "short", action: s3fault.Short(), once: always, only: hasAnswer},
 		{name: "corrupt", action: s3fault.Corrupt(), once: always, only: func(op s3fault.Op) bool { return op == s3fault.GetObject }},
 		{name: "AccessDenied", action: s3fault.Status(403, "AccessDenied"), once: object.ErrDenied},
+		{name: "ThrottlingException", action: s3fault.Status(400, "ThrottlingException")},
 		{name: "QuotaExceeded", action: s3fault.Status(403, "QuotaExceeded"), once: object.ErrFull},
 		{name: "507", action: s3fault.Status(507, "XMinioStorageFull"), once: object.ErrFull},
 		{name: "507 without a code", action: s3fault.Status(507, ""), once: object.ErrFull},
