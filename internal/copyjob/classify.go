@@ -15,6 +15,7 @@ import (
 var (
 	errSourceMissing = errors.New("a file of the snapshot is missing")
 	errSourceAltered = errors.New("a file of the snapshot was altered")
+	errSourceLayout  = errors.New("a file of the snapshot cannot be compared with its record")
 	errNoStore       = errors.New("an object store is not configured here")
 	errMapping       = errors.New("the snapshot is not what the job was made for")
 )
@@ -28,6 +29,7 @@ var classes = []struct {
 }{
 	{errSourceMissing, "SOURCE_OBJECT_MISSING", false},
 	{errSourceAltered, "SOURCE_OBJECT_ALTERED", false},
+	{errSourceLayout, "SOURCE_ETAG_LAYOUT", false},
 	{ErrSource, "SNAPSHOT_CORRUPT", false},
 	{ErrDigest, "SNAPSHOT_CORRUPT", true},
 	{errMapping, "INTERNAL", false},

@@ -3,7 +3,6 @@ package copyjob
 import (
 	"cmp"
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"slices"
@@ -170,7 +169,7 @@ func (a *attempt) plan(md *manifest.Metadata, items []item, targets []segment.Se
 			}
 			files = append(files, &fileCopy{
 				file: f, segment: it.ID, store: store, alias: root.Store,
-				from:   object.Info{Key: root.Prefix + src.Path, Size: src.Size, ETag: src.ETag, Checksum: sumOf(src.Checksum)},
+				from:   object.Info{Key: root.Prefix + src.Path, Size: src.Size, ETag: src.ETag, Checksum: src.Checksum.Text()},
 				to:     root.Prefix + f.Path,
 				source: place{root.Store, anchor(root.Prefix, src.Path, it.ID)},
 				target: place{root.Store, anchor(root.Prefix, f.Path, ids...)},
@@ -241,22 +240,6 @@ func each(ctx context.Context, files []*fileCopy, do func(context.Context, *file
 		group.Go(func() error { return do(ctx, f) })
 	}
 	return group.Wait()
-}
-
-// sameSum says whether two checksums, each a type, a colon and a value, may be of
-// one content: they are not when they differ and are of one type.
-func sameSum(a, b string) bool {
-	kind, _, _ := strings.Cut(a, ":")
-	other, _, _ := strings.Cut(b, ":")
-	return a == "" || b == "" || kind != other || a == b
-}
-
-// sumOf writes a checksum as stores do.
-func sumOf(c segment.Checksum) string {
-	if c.Type == "" {
-		return ""
-	}
-	return c.Type + ":" + base64.StdEncoding.EncodeToString(c.Value)
 }
 
 // name says which file it is.
@@ -337,12 +320,29 @@ func (a *attempt) copyFile(ctx context.Context, b *budget, f *fileCopy, have map
 	case errors.Is(err, object.ErrNotFound):
 		return fmt.Errorf("%w: %s", errSourceMissing, f.name())
 	case errors.Is(err, object.ErrSourceChanged):
-		return fmt.Errorf("%w: %s is not of ETag %q and %d bytes any more", errSourceAltered, f.name(), f.from.ETag, f.from.Size)
+		return a.changed(ctx, b, f)
 	case err != nil:
 		return fmt.Errorf("copy %s: %w", f.name(), err)
 	}
 	f.file.ETag = info.ETag
 	return nil
+}
+
+// changed returns what it means that a store refuses to copy a file as it was
+// recorded: it asks what the file is now. No answer to that says nothing; the copy is
+// tried again.
+func (a *attempt) changed(ctx context.Context, b *budget, f *fileCopy) error {
+	info, err := a.head(ctx, b, f, f.from.Key)
+	if err != nil {
+		return fmt.Errorf("look what %s is now: %w", f.name(), err)
+	}
+	switch likeness, reason := object.Compare(f.from, info); {
+	case likeness == object.OtherLayout:
+		return fmt.Errorf("%w: %s: %s", errSourceLayout, f.name(), reason)
+	case likeness.Refused():
+		return fmt.Errorf("%w: %s: %s", errSourceAltered, f.name(), reason)
+	}
+	return fmt.Errorf("%w: %s was not of ETag %q and %d bytes while it was copied", errSourceAltered, f.name(), f.from.ETag, f.from.Size)
 }
 
 // verify looks whether all that was copied is there as the copies' answers said.

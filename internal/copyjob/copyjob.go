@@ -79,6 +79,8 @@
 //	object altered between    FAILED, also without a registered ETag: the
 //	attempts                  first attempt's is kept (pins.go)
 //	object missing, altered   FAILED, which gives the job up with its name
+//	object has an ETag of     FAILED, by a reason of its own: the copy is refused,
+//	another layout            and [object.Compare] does not find another content
 //	manifest altered          as when the store does not answer: it may be the way.
 //	                          At the cap of failures the snapshot is corrupt
 //	store does not answer     the task goes back and is tried later, with longer

@@ -181,11 +181,8 @@ func (a *attempt) sourceETags(ctx context.Context, b *budget, files []*fileCopy)
 				return err
 			}
 		}
-		if !sameSum(f.from.Checksum, info.Checksum) {
-			return fmt.Errorf("%w: %s has checksum %s, not %s", errSourceAltered, f.name(), info.Checksum, f.from.Checksum)
-		}
-		if info.Size != f.from.Size {
-			return fmt.Errorf("%w: %s has %d bytes, not %d", errSourceAltered, f.name(), info.Size, f.from.Size)
+		if likeness, reason := object.Compare(f.from, info); likeness.Refused() {
+			return fmt.Errorf("%w: %s: %s", errSourceAltered, f.name(), reason)
 		}
 		etags[at[f]] = info.ETag
 		return nil

@@ -992,12 +992,9 @@ func (m *Manager) verifyFile(ctx context.Context, root catalog.Root, f *segment.
 		return fmt.Errorf("%w: %s/%s of segment %d is not there", ErrFileMissing, root.Store, root.Prefix+f.Path, id)
 	case err != nil:
 		return err
-	case info.Size != f.Size:
-		return fmt.Errorf("%w: %s/%s of segment %d has %d bytes, not %d", ErrFileMissing, root.Store,
-			root.Prefix+f.Path, id, info.Size, f.Size)
-	case f.ETag != "" && info.ETag != "" && !object.SameETag(info.ETag, f.ETag):
-		return fmt.Errorf("%w: %s/%s of segment %d has ETag %s, not %s", ErrFileMissing, root.Store,
-			root.Prefix+f.Path, id, info.ETag, f.ETag)
+	}
+	if likeness, reason := compareFile(f, info); likeness.Refused() {
+		return fmt.Errorf("%w: %s/%s of segment %d: %s", ErrFileMissing, root.Store, root.Prefix+f.Path, id, reason)
 	}
 	return nil
 }

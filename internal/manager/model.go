@@ -39,7 +39,7 @@ var (
 	ErrStoreUnfit           = errors.New("the object store lacks what a restore needs")
 	ErrCheckpointMissing    = errors.New("checkpoint missing")
 	ErrNotExact             = errors.New("segments straddle the cut")
-	ErrFileMissing          = errors.New("file missing or altered")
+	ErrFileMissing          = errors.New("file missing or not as recorded")
 	ErrCatalogCompacted     = errors.New("catalog revision compacted")
 	ErrCreateAborted        = errors.New("create aborted")
 	ErrStopping             = errors.New("this replica is stopping")

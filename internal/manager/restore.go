@@ -468,14 +468,19 @@ func (m *Manager) lookFor(ctx context.Context, md *manifest.Metadata, id int64, 
 	switch {
 	case errors.Is(err, object.ErrNotFound):
 		missing("%s/%s of segment %d", root.Store, root.Prefix+f.Path, id)
+		return nil
 	case err != nil:
 		return err
-	case info.Size != f.Size:
-		missing("%s/%s of segment %d: %d bytes, not %d", root.Store, root.Prefix+f.Path, id, info.Size, f.Size)
-	case f.ETag != "" && !object.SameETag(info.ETag, f.ETag):
-		missing("%s/%s of segment %d: ETag %s, not %s", root.Store, root.Prefix+f.Path, id, info.ETag, f.ETag)
+	}
+	if likeness, reason := compareFile(f, info); likeness.Refused() {
+		missing("%s/%s of segment %d: %s", root.Store, root.Prefix+f.Path, id, reason)
 	}
 	return nil
+}
+
+// compareFile compares an object with what is recorded of a file.
+func compareFile(f *segment.File, now object.Info) (object.Likeness, string) {
+	return object.Compare(object.Info{Size: f.Size, ETag: f.ETag, Checksum: f.Checksum.Text()}, now)
 }
 
 // Jobs returns what runs restores. It works while Run does.

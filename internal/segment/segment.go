@@ -3,7 +3,10 @@
 // It holds shapes only; who may change what is the catalog's affair.
 package segment
 
-import "math"
+import (
+	"encoding/base64"
+	"math"
+)
 
 // Timestamp is a data timestamp: the engine's own logical time, ordered as an
 // unsigned number and comparable within a collection. It says nothing about
@@ -120,6 +123,15 @@ type File struct {
 type Checksum struct {
 	Type  string
 	Value []byte
+}
+
+// Text writes a checksum as object stores do, as "CRC64NVME:AAAAAAAAAAA=". That of
+// none is empty.
+func (c Checksum) Text() string {
+	if c.Type == "" {
+		return ""
+	}
+	return c.Type + ":" + base64.StdEncoding.EncodeToString(c.Value)
 }
 
 // Build is one build of an index over one segment.

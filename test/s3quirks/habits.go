@@ -229,6 +229,9 @@ func BlindLists(prefix *regexp.Regexp) Habit {
 func OtherETags() Habit {
 	const suffix = "-1"
 	strip := func(value string) string {
+		if !strings.Contains(value, "-") && value != "*" {
+			return `"of no object"` // its objects have no such ETag
+		}
 		return strings.ReplaceAll(value, suffix+`"`, `"`)
 	}
 	return func(next Handler) Handler {

@@ -1,0 +1,128 @@
+//go:build linux && !short
+
+package manager
+
+import (
+	"bytes"
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/object/s3"
+	"github.com/snapshotd/snapshotd/internal/testing/s3test"
+	"github.com/snapshotd/snapshotd/test/s3quirks"
+)
+
+// switchedTo stops the replica and starts another on a store that has the world's
+// objects, as after a change of the configuration.
+func (w *world) switchedTo(r *replica, store object.Store) *replica {
+	r.stop()
+	w.objects = store
+	return w.start("b", func(o *Options) { o.Stores = map[string]object.Store{"default": store} })
+}
+
+// otherLayout holds that the plan of a restore, a restore and a create that
+// verifies name the file, and say that its ETag is of another layout.
+func (w *world) otherLayout(r *replica, s *Snapshot, col catalog.Collection, path string, parts ...string) {
+	w.t.Helper()
+	parts = append(parts, path, "ETag of another layout", "no checksum was registered")
+	holds := func(what, text string) {
+		for _, part := range parts {
+			if !strings.Contains(text, part) {
+				w.t.Errorf("%s says %q, want %q in it", what, text, part)
+			}
+		}
+		if strings.Contains(text, "altered") || strings.Contains(text, "replaced") {
+			w.t.Errorf("%s says of an equal file: %q", what, text)
+		}
+	}
+	sp := restoreSpecOf(s)
+	plan, err := r.PlanRestore(w.t.Context(), sp, true)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	holds("the plan", strings.Join(plan.Missing, "; "))
+	end := w.fails(r, sp, "SOURCE_ETAG_LAYOUT", path)
+	holds("the restore", end.Job.Message)
+	verified := spec(col, "verified")
+	verified.Verify = true
+	_, err = r.Create(w.t.Context(), noToken, verified)
+	if !errors.Is(err, ErrFileMissing) {
+		w.t.Fatalf("a create that verifies: err = %v", err)
+	}
+	holds("the create", err.Error())
+}
+
+// TestBucketCopiedInOtherParts copies a bucket as other tools do, with parts of
+// another size, and has snapshotd use the copy. Only the file in parts is refused, and
+// with the words that are right. A copy in the recorded parts restores.
+func TestBucketCopiedInOtherParts(t *testing.T) {
+	const size = 12<<20 + 5
+	o := s3test.Bucket(t)
+	o.MultipartThreshold, o.PartSize = 5<<20, 8<<20
+	original := s3test.Open(t, o)
+	w, through, _ := onS3(t)
+	through, w.objects = original, original
+	r := w.start("a", func(o *Options) { o.Stores = map[string]object.Store{"default": through} })
+	col, _, _ := w.collection(r, "c")
+	small, large := w.segment(r, col, 0, 1, 9), w.segment(r, col, 1, 1, 9)
+	put := func(s *segment.Segment, content []byte) {
+		f := &s.Files[0]
+		info, err := original.Put(t.Context(), "data/"+f.Path, content)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.Size, f.ETag = info.Size, info.ETag
+	}
+	put(&small, []byte("ten bytes."))
+	put(&large, bytes.Repeat([]byte("x"), size))
+	w.add(r, col, small, large)
+	w.checkpoint(r, col, 10, 10)
+	s := w.create(r, col, "one")
+
+	copyOf := func(partSize int64) *s3.Store {
+		o := s3test.Bucket(t)
+		o.MultipartThreshold, o.PartSize = 5<<20, partSize
+		store := s3test.Open(t, o)
+		for info, err := range original.List(t.Context(), "") {
+			if err != nil {
+				t.Fatal(err)
+			}
+			data, err := object.ReadAll(t.Context(), original, info.Key, 1<<30)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := store.Put(t.Context(), info.Key, data); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return store
+	}
+	r = w.switchedTo(r, copyOf(5<<20))
+	w.otherLayout(r, s, col, large.Files[0].Path, "3 parts", "2 parts", large.Files[0].ETag)
+
+	r = w.switchedTo(r, copyOf(8<<20))
+	w.completes(r, restoreSpecOf(s))
+}
+
+// TestStoreOfOtherETags has a store give all its objects ETags of another layout,
+// as one of another kind does after the bucket has moved there.
+func TestStoreOfOtherETags(t *testing.T) {
+	o := s3test.Bucket(t)
+	w, _, _ := onS3(t)
+	w.objects = s3test.Open(t, o)
+	r := w.start("a")
+	col, _, _ := w.collection(r, "c")
+	seg := w.segment(r, col, 0, 1, 9)
+	w.place(col.ID, &seg)
+	w.add(r, col, seg)
+	w.checkpoint(r, col, 10, 10)
+	s := w.create(r, col, "one")
+
+	o.Endpoint = s3quirks.New(t, o.Endpoint, s3quirks.OtherETags()).URL()
+	r = w.switchedTo(r, s3test.Open(t, o))
+	w.otherLayout(r, s, col, seg.Files[0].Path, "1 part", seg.Files[0].ETag)
+}
