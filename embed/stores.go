@@ -24,6 +24,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object/file"
+	"github.com/snapshotd/snapshotd/internal/store/object/identity"
 	"github.com/snapshotd/snapshotd/internal/store/object/s3"
 )
 
@@ -318,7 +319,7 @@ func openStore(ctx context.Context, cfg Config, alias string, log *zap.Logger, o
 	c := cfg.ObjectStores[alias]
 	if c.Type == typeFile {
 		shared := len(cfg.EtcdEndpoints) > 0
-		s, err := file.Open(c.Path, file.Options{Shared: shared}) //nolint:contextcheck // a local directory
+		s, err := file.Open(c.Path, file.Options{Shared: shared, Mark: identity.Key}) //nolint:contextcheck // a local directory
 		if errors.Is(err, file.ErrInUse) {
 			return admit.Options{}, fmt.Errorf("%w: %w; end it, or choose another path: only replicas of one cluster share a directory", ErrInUse, err)
 		}

@@ -23,14 +23,14 @@ func (s *Store) Copy(ctx context.Context, r object.CopyRequest) (object.Info, er
 		return object.Info{}, err
 	}
 	for _, key := range []string{r.From, r.To} {
-		if err := check(ctx, key); err != nil {
+		if err := s.check(ctx, key); err != nil {
 			return object.Info{}, err
 		}
 	}
 	op := fmt.Sprintf("copy %s to", r.From)
 	source, err := s.openFile(r.From)
 	if err != nil {
-		return object.Info{}, s.classify(op, r.To, missing(err))
+		return object.Info{}, s.classify(op, r.To, s.missing(err))
 	}
 	defer func() { _ = source.Close() }() // it is only read
 	if err := unchanged(r, source); err != nil {

@@ -33,6 +33,20 @@
 // one of them cannot know which directory another has made and not synced yet. A
 // lock on [TempDir] for as long as the store is open keeps the two ways apart
 // ([ErrInUse]), on file systems that have locks.
+//
+// A directory may be removed, moved away or replaced while the store is open, and a
+// file system unmounted and mounted again. Once a second a call compares the
+// directory that is open with the one that has its path:
+//
+//	at its path there is          | a call
+//	the directory that is open    | goes on
+//	nothing, or no answer         | ends with ErrUnavailable, and the next looks again
+//	a directory with another      | likewise: a mount point may be empty for a while
+//	mark, or with none            |
+//	a directory with that mark    | works on that one from then on
+//
+// "Not found" is an answer of a directory that exists. Of one that was removed
+// nothing is known, and the call ends with ErrUnavailable.
 package file
 
 import (
@@ -45,11 +59,11 @@ import (
 	"iter"
 	"os"
 	"path"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -84,15 +98,24 @@ type Options struct {
 	// them with Shared. Default: the store has the directory for itself, else Open
 	// fails with ErrInUse.
 	Shared bool
+	// Mark is the key of an object that no other store has with the same content. A
+	// directory that takes the place of the one that was opened is used when its mark
+	// is equal. Default: none, so no other directory is used.
+	Mark string
 }
 
 // Store is an object store on a directory. Use [Open].
 type Store struct {
-	root   *os.Root
-	lock   *os.File // TempDir, locked
-	shared bool
-	names  string        // makes this process's temporary names its own
-	count  atomic.Uint64 // makes them differ from each other
+	o     Options
+	path  string // of the directory, absolute
+	tree  atomic.Pointer[tree]
+	names string        // makes this process's temporary names its own
+	count atomic.Uint64 // makes them differ from each other
+
+	lookMu    sync.Mutex
+	lookEvery time.Duration
+	looked    atomic.Int64 // when current last found the directory at its path, as Unix nanoseconds
+	mark      []byte       // the content of Options.Mark; nil: not known yet
 
 	// dirs orders the giving of names against the making of directories: a name
 	// is given under a read lock, a directory made and its parent synced under
@@ -115,33 +138,44 @@ func Open(dir string, o Options) (*Store, error) {
 	if err := os.MkdirAll(dir, dirMode); err != nil {
 		return nil, fmt.Errorf("open object store: %w", err)
 	}
-	root, err := os.OpenRoot(dir)
+	path, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, fmt.Errorf("open object store: %w", err)
 	}
-	s := &Store{root: root, names: rand.Text(), shared: o.Shared}
-	err = s.acquire()
-	if err == nil {
+	s := &Store{o: o, path: path, names: rand.Text(), lookEvery: lookEvery}
+	t, err := s.openTree()
+	if err != nil {
+		return nil, fmt.Errorf("open object store %s: %w", dir, err)
+	}
+	s.tree.Store(t)
+	if t.lock != nil {
 		err = s.prepareTemp(o.StaleAfter)
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, object.ErrDenied) { // one that may only be read is read
 		return nil, errors.Join(fmt.Errorf("open object store %s: %w", dir, err), s.Close())
 	}
 	return s, nil
 }
 
-// acquire makes TempDir and locks it, exclusively unless the store is shared.
-func (s *Store) acquire() error {
-	if err := s.root.Mkdir(TempDir, dirMode); err != nil && !errors.Is(err, fs.ErrExist) {
+// acquire makes TempDir and locks it, exclusively unless the store is shared. A
+// directory that may only be read and has no TempDir is not locked.
+func (s *Store) acquire(t *tree) error {
+	made := t.root.Mkdir(TempDir, dirMode)
+	if errors.Is(made, fs.ErrExist) {
+		made = nil
+	}
+	dir, err := t.root.Open(TempDir)
+	switch {
+	case errors.Is(s.failed(made), object.ErrDenied) && errors.Is(err, fs.ErrNotExist):
+		return nil
+	case made != nil:
+		return s.failed(made)
+	case err != nil:
 		return s.failed(err)
 	}
-	dir, err := s.root.Open(TempDir)
-	if err != nil {
-		return err
-	}
-	s.lock = dir
+	t.lock = dir
 	how := unix.LOCK_EX
-	if s.shared {
+	if s.o.Shared {
 		how = unix.LOCK_SH
 	}
 	switch err := unix.Flock(int(dir.Fd()), how|unix.LOCK_NB); {
@@ -157,15 +191,14 @@ func (s *Store) acquire() error {
 
 // Close releases the directory. Readers that Get returned stay valid.
 func (s *Store) Close() error {
-	if s.lock == nil {
-		return s.root.Close()
-	}
-	return errors.Join(s.lock.Close(), s.root.Close())
+	s.lookMu.Lock()
+	defer s.lookMu.Unlock()
+	return s.tree.Load().close()
 }
 
 func (s *Store) prepareTemp(staleAfter time.Duration) error {
 	if err := s.sync("."); err != nil {
-		return err
+		return s.failed(err)
 	}
 	now, err := s.Now(context.Background())
 	if err != nil {
@@ -173,7 +206,7 @@ func (s *Store) prepareTemp(staleAfter time.Duration) error {
 	}
 	entries, err := s.readDir(TempDir)
 	if err != nil {
-		return err
+		return s.failed(err)
 	}
 	for _, e := range entries {
 		info, err := e.Info()
@@ -181,7 +214,7 @@ func (s *Store) prepareTemp(staleAfter time.Duration) error {
 			continue
 		}
 		if err := s.unlink(path.Join(TempDir, e.Name()), 0); err != nil && !isGone(err) {
-			return err
+			return s.failed(err)
 		}
 	}
 	return nil
@@ -194,7 +227,7 @@ func (s *Store) Put(ctx context.Context, key string, body []byte) (object.Info, 
 
 // replace gives the temporary file the name key, whatever has it.
 func (s *Store) replace(temp, key string) error {
-	err := s.root.Rename(temp, key)
+	err := s.root().Rename(temp, key)
 	if errors.Is(err, fs.ErrExist) || errors.Is(err, unix.EISDIR) {
 		return fmt.Errorf("%w: it is a directory", object.ErrInvalidKey)
 	}
@@ -211,11 +244,11 @@ func fillWith(body []byte) func(*os.File) error {
 // Create implements [object.Store].
 func (s *Store) Create(ctx context.Context, key string, body []byte) (object.Info, error) {
 	return s.write(ctx, "create", key, fillWith(body), func(temp string) error {
-		err := s.root.Link(temp, key)
+		err := s.root().Link(temp, key)
 		if !errors.Is(err, fs.ErrExist) {
 			return err
 		}
-		switch info, err := s.root.Lstat(key); {
+		switch info, err := s.root().Lstat(key); {
 		case err != nil: // if it is gone by now, install tries again
 			return err
 		case info.IsDir():
@@ -227,7 +260,7 @@ func (s *Store) Create(ctx context.Context, key string, body []byte) (object.Inf
 
 // write makes a temporary file that fill fills and has name give it its name.
 func (s *Store) write(ctx context.Context, op, key string, fill func(*os.File) error, name func(temp string) error) (object.Info, error) {
-	if err := check(ctx, key); err != nil {
+	if err := s.check(ctx, key); err != nil {
 		return object.Info{}, err
 	}
 	temp, stat, err := s.writeTemp(fill)
@@ -247,7 +280,7 @@ func (s *Store) write(ctx context.Context, op, key string, fill func(*os.File) e
 // set if there is a file to remove, even with an error.
 func (s *Store) writeTemp(fill func(*os.File) error) (name string, stat fs.FileInfo, err error) {
 	name = fmt.Sprintf("%s/%s-%d", TempDir, s.names, s.count.Add(1))
-	f, err := s.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, fileMode)
+	f, err := s.root().OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, fileMode)
 	if err != nil {
 		return "", nil, err
 	}
@@ -288,7 +321,7 @@ func (s *Store) stamp(name string, f *os.File) error {
 	if !moved {
 		return nil
 	}
-	return s.root.Chtimes(name, time.Time{}, stamp)
+	return s.root().Chtimes(name, time.Time{}, stamp)
 }
 
 // install calls name, which gives a file the name key, in a directory that
@@ -326,7 +359,7 @@ func (s *Store) syncUp(dir string) error {
 		if err := s.sync(dir); err != nil && !isGone(err) {
 			return err
 		}
-		if !s.shared || dir == "." {
+		if !s.o.Shared || dir == "." {
 			return nil
 		}
 		dir = path.Dir(dir)
@@ -343,7 +376,7 @@ func (s *Store) makeDir(dir string) error {
 			continue
 		}
 		part := dir[:i]
-		switch err := s.root.Mkdir(part, dirMode); {
+		switch err := s.root().Mkdir(part, dirMode); {
 		case err == nil:
 			if err := s.sync(path.Dir(part)); err != nil && !isGone(err) {
 				return err
@@ -362,7 +395,7 @@ func (s *Store) makeDir(dir string) error {
 
 // Get implements [object.Store].
 func (s *Store) Get(ctx context.Context, key string, offset, length int64) (io.ReadCloser, object.Info, error) {
-	if err := check(ctx, key); err != nil {
+	if err := s.check(ctx, key); err != nil {
 		return nil, object.Info{}, err
 	}
 	if offset < 0 {
@@ -370,7 +403,7 @@ func (s *Store) Get(ctx context.Context, key string, offset, length int64) (io.R
 	}
 	f, err := s.openFile(key)
 	if err != nil {
-		return nil, object.Info{}, s.classify("get", key, missing(err))
+		return nil, object.Info{}, s.classify("get", key, s.missing(err))
 	}
 	stat, err := f.Stat()
 	if err == nil && !stat.Mode().IsRegular() {
@@ -399,15 +432,15 @@ func (r *reader) Close() error { return r.file.Close() }
 
 // Head implements [object.Store].
 func (s *Store) Head(ctx context.Context, key string) (object.Info, error) {
-	if err := check(ctx, key); err != nil {
+	if err := s.check(ctx, key); err != nil {
 		return object.Info{}, err
 	}
-	stat, err := s.root.Lstat(key)
+	stat, err := s.root().Lstat(key)
 	if err == nil && !stat.Mode().IsRegular() {
 		err = object.ErrNotFound
 	}
 	if err != nil {
-		return object.Info{}, s.classify("head", key, missing(err))
+		return object.Info{}, s.classify("head", key, s.missing(err))
 	}
 	return describe(key, stat), nil
 }
@@ -419,6 +452,9 @@ func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[object.Info, 
 		err := object.CheckPrefix(prefix)
 		if dir := strings.TrimSuffix(prefix, "/"); err == nil && dir != "" {
 			err = check(ctx, dir)
+		}
+		if err == nil {
+			err = s.current()
 		}
 		if err != nil {
 			yield(object.Info{}, err)
@@ -439,7 +475,10 @@ func (s *Store) list(ctx context.Context, prefix string, yield func(object.Info)
 	}
 	entries, err := s.readDir(path.Clean(prefix))
 	if isGone(err) {
-		return true, nil
+		err = s.lost()
+		if err == nil {
+			return true, nil
+		}
 	}
 	if err != nil {
 		return false, s.classify("list", prefix, err)
@@ -460,8 +499,14 @@ func (s *Store) list(ctx context.Context, prefix string, yield func(object.Info)
 			continue
 		}
 		stat, err := e.Info()
-		if err != nil || !stat.Mode().IsRegular() {
-			continue // deleted meanwhile, or not an object
+		if isGone(err) { // deleted meanwhile
+			continue
+		}
+		if err != nil {
+			return false, s.classify("list", key, err)
+		}
+		if !stat.Mode().IsRegular() {
+			continue // not an object
 		}
 		if !yield(describe(key, stat)) {
 			return false, nil
@@ -485,11 +530,17 @@ func (s *Store) Delete(ctx context.Context, keys ...string) error {
 	}
 	touched := make(map[string]string) // directory to sync → a key deleted below it
 	for _, key := range keys {
-		if err := check(ctx, key); err != nil {
+		if err := s.check(ctx, key); err != nil {
 			failed(key, err)
 			continue
 		}
 		err := s.unlink(key, 0)
+		if isGone(err) {
+			if lost := s.lost(); lost != nil {
+				failed(key, s.classify("delete", key, lost))
+				continue
+			}
+		}
 		if err != nil && !isGone(err) && !s.isDir(key) {
 			failed(key, s.classify("delete", key, err))
 			continue
@@ -505,7 +556,7 @@ func (s *Store) Delete(ctx context.Context, keys ...string) error {
 }
 
 func (s *Store) isDir(key string) bool {
-	stat, err := s.root.Lstat(key)
+	stat, err := s.root().Lstat(key)
 	return err == nil && stat.IsDir()
 }
 
@@ -530,7 +581,10 @@ func (s *Store) Now(ctx context.Context) (time.Time, error) {
 	if err := ctx.Err(); err != nil {
 		return time.Time{}, err
 	}
-	dir, err := s.root.Open(TempDir)
+	if err := s.current(); err != nil {
+		return time.Time{}, fmt.Errorf("read clock: %w", err)
+	}
+	dir, err := s.root().Open(TempDir)
 	if err != nil {
 		return time.Time{}, fmt.Errorf("read clock: %w", s.failed(err))
 	}
@@ -545,7 +599,7 @@ func (s *Store) Now(ctx context.Context) (time.Time, error) {
 // unlink removes the file, or with unix.AT_REMOVEDIR the empty directory, of
 // that name. Unlike [os.Root.Remove] it never takes one for the other.
 func (s *Store) unlink(name string, flags int) error {
-	dir, err := s.root.Open(path.Dir(name))
+	dir, err := s.root().Open(path.Dir(name))
 	if err != nil {
 		return err
 	}
@@ -556,7 +610,7 @@ func (s *Store) unlink(name string, flags int) error {
 // openFile opens the file of that name for reading. It fails on a symbolic
 // link and does not block on a pipe.
 func (s *Store) openFile(name string) (*os.File, error) {
-	dir, err := s.root.Open(path.Dir(name))
+	dir, err := s.root().Open(path.Dir(name))
 	if err != nil {
 		return nil, err
 	}
@@ -568,7 +622,7 @@ func (s *Store) openFile(name string) (*os.File, error) {
 }
 
 func (s *Store) readDir(name string) ([]fs.DirEntry, error) {
-	dir, err := s.root.Open(name)
+	dir, err := s.root().Open(name)
 	if err != nil {
 		return nil, err
 	}
@@ -578,7 +632,7 @@ func (s *Store) readDir(name string) ([]fs.DirEntry, error) {
 
 // sync makes durable which names the directory holds.
 func (s *Store) sync(name string) error {
-	dir, err := s.root.Open(name)
+	dir, err := s.root().Open(name)
 	if err != nil {
 		return err
 	}
@@ -610,42 +664,4 @@ func describe(key string, stat fs.FileInfo) object.Info {
 // be it that what should be a directory on the way is a file.
 func isGone(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR)
-}
-
-// missing turns an error that means that there is no such object into
-// ErrNotFound. A symbolic link is none.
-func missing(err error) error {
-	if isGone(err) || errors.Is(err, unix.ELOOP) {
-		return object.ErrNotFound
-	}
-	return err
-}
-
-// classify gives err the meaning that the contract asks for.
-func (s *Store) classify(op, key string, err error) error {
-	switch {
-	case errors.Is(err, object.ErrInvalidKey), errors.Is(err, object.ErrExists), errors.Is(err, object.ErrNotFound),
-		errors.Is(err, object.ErrSourceChanged), errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
-		return fmt.Errorf("%s %s: %w", op, key, err)
-	case errors.Is(err, unix.ENAMETOOLONG):
-		return fmt.Errorf("%s %s: %w: an element is longer than the file system allows", op, key, object.ErrInvalidKey)
-	}
-	return fmt.Errorf("%s %s: %w", op, key, s.failed(err))
-}
-
-// failed is the error for err, which the file system returned: ErrFull, or else
-// ErrUnavailable.
-func (s *Store) failed(err error) error {
-	for _, full := range []struct {
-		errno syscall.Errno
-		lacks string
-	}{
-		{unix.ENOSPC, "no space or no inodes are left"}, // the file system does not say which
-		{unix.EDQUOT, "the disk quota is used up"},
-	} {
-		if errors.Is(err, full.errno) {
-			return fmt.Errorf("%w: %w", &object.FullError{Place: "directory " + s.root.Name(), Lacks: full.lacks}, err)
-		}
-	}
-	return fmt.Errorf("%w: %w", object.ErrUnavailable, err)
 }

@@ -44,11 +44,60 @@ func TestFull(t *testing.T) {
 			}
 		}
 	}
-	if err := s.failed(unix.EIO); !errors.Is(err, object.ErrUnavailable) || errors.Is(err, object.ErrFull) {
-		t.Errorf("another error of the file system: got %v", err)
-	}
 	entries, err := os.ReadDir(dir)
 	if err != nil || len(entries) != 1 {
 		t.Errorf("left %v, %v", entries, err)
+	}
+}
+
+// TestErrors is the table of what errors of the file system mean: whether they pass by
+// themselves, and if not, whether room, rights or the place are short.
+func TestErrors(t *testing.T) {
+	s, err := Open(t.TempDir(), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = s.Close() }()
+	kinds := []error{object.ErrUnavailable, object.ErrFull, object.ErrDenied, object.ErrMisconfigured, object.ErrInvalidKey, object.ErrNotFound}
+	for _, c := range []struct {
+		errno         unix.Errno
+		write, remove error
+		read          error
+	}{
+		{unix.ENOSPC, object.ErrFull, object.ErrFull, object.ErrFull},
+		{unix.EDQUOT, object.ErrFull, object.ErrFull, object.ErrFull},
+		{unix.EROFS, object.ErrDenied, object.ErrDenied, object.ErrDenied},
+		{unix.EACCES, object.ErrDenied, object.ErrDenied, object.ErrDenied},
+		{unix.EPERM, object.ErrDenied, object.ErrDenied, object.ErrDenied},
+		{unix.ENAMETOOLONG, object.ErrInvalidKey, object.ErrInvalidKey, object.ErrInvalidKey},
+		{unix.EILSEQ, object.ErrInvalidKey, object.ErrInvalidKey, object.ErrInvalidKey},
+		{unix.ELOOP, object.ErrInvalidKey, object.ErrInvalidKey, object.ErrNotFound},
+		{unix.ENOENT, object.ErrUnavailable, object.ErrUnavailable, object.ErrNotFound},
+		{unix.ENOTDIR, object.ErrUnavailable, object.ErrUnavailable, object.ErrNotFound},
+		{unix.EXDEV, object.ErrMisconfigured, object.ErrMisconfigured, object.ErrMisconfigured},
+		{unix.EFBIG, object.ErrMisconfigured, object.ErrMisconfigured, object.ErrMisconfigured},
+		{unix.EMLINK, object.ErrMisconfigured, object.ErrMisconfigured, object.ErrMisconfigured},
+		{unix.ENOTSUP, object.ErrMisconfigured, object.ErrMisconfigured, object.ErrMisconfigured},
+		{unix.ENOSYS, object.ErrMisconfigured, object.ErrMisconfigured, object.ErrMisconfigured},
+		{unix.EMFILE, object.ErrUnavailable, object.ErrUnavailable, object.ErrUnavailable},
+		{unix.ENFILE, object.ErrUnavailable, object.ErrUnavailable, object.ErrUnavailable},
+		{unix.ENOMEM, object.ErrUnavailable, object.ErrUnavailable, object.ErrUnavailable},
+		{unix.EIO, object.ErrUnavailable, object.ErrUnavailable, object.ErrUnavailable},
+		{unix.ESTALE, object.ErrUnavailable, object.ErrUnavailable, object.ErrUnavailable},
+		{unix.ENOTCONN, object.ErrUnavailable, object.ErrUnavailable, object.ErrUnavailable},
+		{unix.ETIMEDOUT, object.ErrUnavailable, object.ErrUnavailable, object.ErrUnavailable},
+	} {
+		cause := &fs.PathError{Op: "open", Path: "a/b", Err: c.errno}
+		for name, got := range map[string]struct{ err, want error }{
+			"write":  {s.classify("put", "a/b", cause), c.write},
+			"delete": {s.classify("delete", "a/b", cause), c.remove},
+			"read":   {s.classify("get", "a/b", s.missing(cause)), c.read},
+		} {
+			for _, kind := range kinds {
+				if is := errors.Is(got.err, kind); is != errors.Is(kind, got.want) {
+					t.Errorf("%s, %v: %v is %v: %v", name, c.errno, kind, is, got.err)
+				}
+			}
+		}
 	}
 }
