@@ -29,7 +29,7 @@ QUICK ?= 0
 CASE ?=
 PAIRS ?=
 SEED ?= 0
-# Which bug `make planted` plants, such as p4, or those that `make bugs` brings back: whose names begin so. Empty: all.
+# The prefix of the names of the mutants that `make mutants` runs. Empty: all.
 ONLY ?=
 # Set to 1, an unreachable vulnerability database is said and forgiven.
 VULN_OPTIONAL ?= 0
@@ -64,13 +64,9 @@ test-short: ## Runs the tests that need no server: under a minute.
 fuzz: ## Runs every fuzz test for FUZZTIME=10s, until one finds something: FUZZ=regexp.
 	GO='$(GO)' internal/testing/fuzz.sh '$(FUZZTIME)' '$(FUZZ)'
 
-.PHONY: planted
-planted: $(BIN)/versitygw ## Plants each of the bugs of internal/planted and demands a test that finds it: ONLY=p4.
-	$(GO) run ./internal/planted/run -only '$(ONLY)'
-
-.PHONY: bugs
-bugs: $(BIN)/versitygw ## Undoes each of the fixes of internal/bugs, in a copy, and demands that its test fails: ONLY=name.
-	$(GO) run ./internal/bugs/run -only '$(ONLY)'
+.PHONY: mutants
+mutants: $(BIN)/versitygw ## Puts each defect of test/mutants into a copy and requires that a test finds it: ONLY=prefix.
+	$(GO) run ./test/mutants/run -only '$(ONLY)'
 
 .PHONY: bench
 bench: ## Runs the benchmarks: BENCH=regexp, BENCHTIME=200ms.
@@ -146,7 +142,7 @@ soak: build $(BIN)/versitygw ## Shows that memory, goroutines, files, etcd and t
 	$(BIN)/soak -for '$(SOAK_TIME)' $(if $(filter 1,$(QUICK)),-short) -seed '$(SEED)' -o $(BIN)/soak.md
 
 .PHONY: share
-share: ## Runs a share of sim, crash, torture, planted, bugs, fuzz and soak, in about ten minutes, as CI does.
+share: ## Runs a share of sim, crash, torture, mutants, fuzz and soak, in about ten minutes, as CI does.
 	internal/testing/share.sh
 
 # MODEL=full checks the largest configurations as well.
@@ -161,7 +157,7 @@ crash: $(BIN)/versitygw ## Kills snapshotd before and after every durable step a
 		$(if $(filter 1,$(QUICK)),-quick) -seed $(SEED)
 
 .PHONY: lint
-lint: lint-go lint-proto lint-tidy lint-release check-generate ## Lints Go and protobuf, and checks that nothing generated is stale.
+lint: lint-go lint-proto lint-tidy check-generate ## Lints Go and protobuf, and checks that nothing generated is stale.
 
 .PHONY: lint-go
 lint-go: $(BIN)/golangci-lint
@@ -175,10 +171,6 @@ lint-proto: $(BIN)/buf
 	$(BIN)/buf format --diff --exit-code --exclude-path api/third_party/buf
 	$(BIN)/buf breaking api/proto --against api/baseline.binpb --exclude-imports
 	$(BIN)/buf breaking internal/store/proto --against internal/store/proto/baseline.binpb --exclude-imports
-
-.PHONY: lint-release
-lint-release: build
-	$(GO) run ./internal/planted/run -release bin/snapshotd bin/snapshotctl
 
 .PHONY: lint-tidy
 lint-tidy:

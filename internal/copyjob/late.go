@@ -14,7 +14,6 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/catalog/layout"
 	"github.com/snapshotd/snapshotd/internal/crashpoint"
-	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -150,10 +149,8 @@ func (l *leader) delete(ctx context.Context, at crashpoint.Point, store object.S
 func (l *leader) removeObjects(ctx context.Context, job *Job) (foreign int64, err error) {
 	var others atomic.Int64
 	err = l.places(ctx, job, func(ctx context.Context, m *layout.Mapping, at target) error {
-		if !planted.P13 { // else one that a worker left open is there for ever
-			if _, err := at.store.AbortUploads(ctx, at.prefix, time.Time{}); err != nil {
-				return err
-			}
+		if _, err := at.store.AbortUploads(ctx, at.prefix, time.Time{}); err != nil {
+			return err
 		}
 		n, err := at.pages(ctx, m, func(page []copied) error { return l.delete(ctx, atRemoveObjects, at.store, page) })
 		others.Add(n)

@@ -14,7 +14,6 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/crashpoint"
-	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -500,7 +499,7 @@ func (l *leader) publish(ctx context.Context, d decision) error {
 	if err != nil {
 		return err
 	}
-	if (col.State != catalog.Restoring || col.Job != d.job.ID) && !planted.P6 {
+	if col.State != catalog.Restoring || col.Job != d.job.ID {
 		return fmt.Errorf("collection %s is %v by job %d, not being restored by %d", &col, col.State, col.Job, d.job.ID)
 	}
 	next := *d.job

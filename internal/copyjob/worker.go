@@ -13,7 +13,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
-	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/follow"
@@ -434,10 +433,6 @@ func (a *attempt) register(ctx context.Context, done *restored) error {
 	next.waits, next.finished, next.finishTime = 0, done.totals.Files, a.worker.o.Now()
 	last := []meta.Op{
 		meta.Put(a.task.key(), next.encode(op)), meta.Delete(a.key), meta.Delete(keys.Progress(a.jobID, a.number)),
-	}
-	if planted.P6 { // what the other tasks make shows as it comes
-		col, _ := a.worker.o.Catalog.Collection(ctx, catalog.Ref{ID: a.job.Target})
-		last = append(last, catalog.PublishOp(col, op))
 	}
 	parts := batches(ops)
 	if len(parts) == 0 {

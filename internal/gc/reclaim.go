@@ -11,7 +11,6 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/crashpoint"
-	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -417,7 +416,7 @@ func (g *GC) answer(col *catalog.Collection, a ask, p *premises, s *unitState) A
 		answer.Holders += n
 		for _, kv := range p.pending {
 			// A younger create captures after the drop: it does not see the unit.
-			if kv.CreateRevision < s.unit.Revision && !planted.P2 {
+			if kv.CreateRevision < s.unit.Revision {
 				answer.Holders++
 				if id, err := keys.LastID(kv.Key); err == nil && len(answer.Creating) < maxHolders {
 					answer.Creating = append(answer.Creating, SnapshotHolder{ID: id})
@@ -504,11 +503,9 @@ func (g *GC) grant(ctx context.Context, collection int64, p *premises, free []in
 		}}
 	}
 	from, end := meta.Prefix(keys.PendingPrefix(collection))
-	switch {
-	case planted.P2: // a create that is pending may reference them yet
-	case len(p.pending) == 0:
+	if len(p.pending) == 0 {
 		txn.If = append(txn.If, meta.RangeAbsent(from, end))
-	default: // all there are, and will be, are younger than the last drop
+	} else { // all there are, and will be, are younger than the last drop
 		txn.If = append(txn.If, meta.Cond{From: from, To: end, Target: meta.CreateRevision, Op: meta.Greater, Revision: newest})
 	}
 	atGrant.Before()

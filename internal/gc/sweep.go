@@ -14,7 +14,6 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
-	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -225,9 +224,6 @@ func (s *sweep) store(ctx context.Context, alias string) error {
 	now, err := store.Now(ctx)
 	if err != nil {
 		return fmt.Errorf("read its clock: %w", err)
-	}
-	if planted.P11 { // which may be ahead of the store's
-		now = s.g.o.Now()
 	}
 	for _, prefix := range []string{snapshotsPrefix, gcPrefix} {
 		if err := pages(ctx, store, prefix, sweepPage, func(page []object.Info) error { return s.page(ctx, alias, now, page) }); err != nil {

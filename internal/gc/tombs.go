@@ -13,8 +13,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
-	"github.com/snapshotd/snapshotd/internal/planted"
-	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/follow"
@@ -402,12 +400,6 @@ func (g *GC) deleteUnits(ctx context.Context, tombs []string, fence meta.Cond) (
 	var gone []*doomed
 	for _, u := range units {
 		if u.err != nil {
-			if planted.P4 { // the grant is taken back
-				s := u.tombstone.Unit.Segment
-				s.State = segment.Flushed
-				puts, _ := catalog.SegmentOps(u.tombstone.Collection, &s, "")
-				_, _ = g.kv.Txn(ctx, meta.Txn{Then: append(puts, meta.Delete(u.kv.Key))})
-			}
 			errs = append(errs, fmt.Errorf("delete unit %d of collection %d: %w", u.tombstone.ID, u.tombstone.Collection, u.err))
 			continue
 		}

@@ -16,7 +16,6 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/crashpoint"
-	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
@@ -388,9 +387,6 @@ func (m *Manager) create(ctx context.Context, c *creation) {
 		return
 	}
 	defer c.memory.end()
-	if planted.P3 { // what is dropped from now until begin is captured, and not protected
-		_, _, c.revision, _ = m.kv.Get(ctx, keys.Collection(c.spec.Collection.ID))
-	}
 	lease, err := m.begin(ctx, c)
 	if err != nil {
 		c.err = err
@@ -1012,7 +1008,7 @@ func (m *Manager) putOnce(ctx context.Context, at crashpoint.Point, key string, 
 			at.Before()
 			_, err := m.store.Create(ctx, key, data)
 			at.After()
-			if err == nil || planted.P7A && errors.Is(err, object.ErrExists) { // whatever it holds
+			if err == nil {
 				return nil
 			}
 			last = err

@@ -138,7 +138,6 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
-	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
@@ -681,12 +680,11 @@ func (m *Manager) dropTxn(s *Snapshot) (meta.Txn, error) {
 	if err != nil {
 		return meta.Txn{}, err
 	}
-	conds := []meta.Cond{meta.Unchanged(keys.Snapshot(s.ID), s.Revision)}
-	if !planted.P9 { // else it goes while a restore reads it
-		conds = append(conds, meta.RangeAbsent(meta.Prefix(keys.PinPrefix(s.ID))))
-	}
 	return meta.Txn{
-		If: conds,
+		If: []meta.Cond{
+			meta.Unchanged(keys.Snapshot(s.ID), s.Revision),
+			meta.RangeAbsent(meta.Prefix(keys.PinPrefix(s.ID))),
+		},
 		Then: []meta.Op{
 			meta.Put(keys.Snapshot(s.ID), encode(s.moved(Deleting, ""), op)),
 			meta.Delete(keys.SnapshotName(m.scope(s.Collection), s.Name)),
@@ -717,7 +715,7 @@ func (m *Manager) checkPins(ctx context.Context, s *Snapshot) error {
 			return err
 		}
 	}
-	if len(res.KVs) == 0 || planted.P9 {
+	if len(res.KVs) == 0 {
 		return nil
 	}
 	res.KVs = res.KVs[:min(len(res.KVs), pinsNamed)]

@@ -13,7 +13,6 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
-	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -311,7 +310,7 @@ func (m *Manager) resolveRenewal(ctx context.Context, next *Pin, cause error) (b
 	if err != nil || !found {
 		return false, cause
 	}
-	if now, err := decodePin(kv); err != nil || now.op != next.op && !planted.P12B {
+	if now, err := decodePin(kv); err != nil || now.op != next.op {
 		return false, cause
 	}
 	next.Revision = kv.ModRevision

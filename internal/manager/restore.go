@@ -16,7 +16,6 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/catalog/layout"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
-	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -179,9 +178,6 @@ func (m *Manager) admit(ctx context.Context, tok request.Token, ref *Ref, spec *
 	}
 	pin.Reason = fmt.Sprintf("%.*s", maxPinReason, pin.Reason)
 	putPin := meta.Put(keys.Pin(job.Snapshot, job.Pin), encodePin(pin))
-	if planted.P5 { // the pin goes while the job lives
-		putPin.Lease, _ = m.kv.Grant(ctx, m.o.LeaseTTL)
-	}
 	txn := meta.Txn{
 		If:   slices.Concat([]meta.Cond{meta.Unchanged(keys.Snapshot(r.snapshot.ID), r.snapshot.Revision)}, conds, tok.Absent()),
 		Then: slices.Concat(ops, []meta.Op{meta.Put(keys.Job(job.ID), job.Encode(op)), putPin}, tok.Begin(job.ID)),

@@ -33,7 +33,6 @@ step simulation make sim SIM_FOR=30s
 step 'crash sweep' make crash QUICK=1
 step torture twice '^torture: INCONCLUSIVE' make torture QUICK=1
 step soak make soak QUICK=1 SOAK_TIME=90s
-step 'planted bugs' make planted
-step 'bugs of the past' make bugs
+step mutants make mutants
 # Of the parsers of what comes from outside; all seeds run with the tests.
 step fuzzing make fuzz FUZZTIME=3s FUZZ='internal/(store/manifest|segment|catalog/layout|store/keys|store/epoch)'

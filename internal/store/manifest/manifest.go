@@ -41,8 +41,6 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
-
-	"github.com/snapshotd/snapshotd/internal/planted"
 )
 
 // FormatVersion is the newest format that this package reads and the one that
@@ -199,7 +197,7 @@ func (d Digest) Check(data []byte) error {
 	if int64(len(data)) != d.Length {
 		return fmt.Errorf("%w: %d bytes, want %d", ErrCorrupt, len(data), d.Length)
 	}
-	if sum := Sum(data).SHA256; sum != d.SHA256 && !planted.P10 {
+	if sum := Sum(data).SHA256; sum != d.SHA256 {
 		return fmt.Errorf("%w: SHA-256 is %v, want %v", ErrCorrupt, sum, d.SHA256)
 	}
 	return nil

@@ -19,7 +19,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -39,7 +38,7 @@ type Token struct {
 }
 
 // Given says whether there is a token.
-func (t Token) Given() bool { return t.Value != "" && !planted.P12A }
+func (t Token) Given() bool { return t.Value != "" }
 
 // Key is the key of the token's record; empty without a token.
 func (t Token) Key() string {

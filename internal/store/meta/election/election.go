@@ -53,7 +53,6 @@ import (
 
 	"go.uber.org/zap"
 
-	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
@@ -86,9 +85,6 @@ type Term struct {
 // Fence holds for as long as the term does. Every write that only a leader may
 // make compares it.
 func (t Term) Fence() meta.Cond {
-	if planted.P1 { // whoever led once may write for ever
-		return meta.Cond{From: t.Key, Target: meta.CreateRevision, Op: meta.Greater, Revision: -1}
-	}
 	return meta.SameKey(t.Key, t.Create)
 }
 

@@ -20,7 +20,6 @@ import (
 	"github.com/aws/smithy-go/middleware"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/snapshotd/snapshotd/internal/planted"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
@@ -118,7 +117,7 @@ func (s *Store) concluded(ctx context.Context, w *write, f *failure, etag, their
 		f = unusable("no ETag")
 	case errors.Is(f.kind, object.ErrExists) && w.cond == nil:
 		return unusable("a condition failed that was not made")
-	case errors.Is(f.kind, object.ErrExists) && (!w.doubt || planted.P7B):
+	case errors.Is(f.kind, object.ErrExists) && !w.doubt:
 		return f
 	case errors.Is(f.kind, object.ErrExists), f.code == "NoSuchUpload" && w.doubt: // perhaps by ourselves
 	default:
