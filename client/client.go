@@ -185,7 +185,13 @@ func transport(addr string, o Options) (credentials.TransportCredentials, error)
 		if err != nil {
 			return nil, fmt.Errorf("read client certificate: %w", err)
 		}
-		config.Certificates = []tls.Certificate{cert}
+		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			// The files are replaced when the certificate is, and may not match meanwhile.
+			if again, err := tls.LoadX509KeyPair(o.CertFile, o.KeyFile); err == nil {
+				return &again, nil
+			}
+			return &cert, nil
+		}
 	}
 	return credentials.NewTLS(config), nil
 }

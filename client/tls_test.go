@@ -102,4 +102,26 @@ func TestTLS(t *testing.T) {
 			}
 		})
 	}
+	t.Run("a certificate that is replaced", func(t *testing.T) {
+		otherCert, otherKey := certificate(t)
+		c, err := client.Dial(l.Addr().String(), client.Options{CAFile: certFile, CertFile: otherCert, KeyFile: otherKey, MaxAttempts: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for from, to := range map[string]string{certFile: otherCert, keyFile: otherKey} {
+			data, err := os.ReadFile(from)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(to, data, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := c.Snapshots.GetSnapshot(t.Context(), &snapshotdv1.GetSnapshotRequest{}); err != nil {
+			t.Error(err)
+		}
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 }

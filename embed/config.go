@@ -673,7 +673,7 @@ func (c Config) Validate() error {
 		errs = append(errs, fmt.Errorf(field+": "+format, args...))
 	}
 
-	_, tlsErr := c.serverTLS()
+	_, tlsErr := c.serverTLS(zap.NewNop())
 	if tlsErr != nil {
 		wrong("tls", "%w", tlsErr)
 	}
@@ -759,7 +759,7 @@ func (c Config) validateEtcd(wrong func(field, format string, args ...any)) {
 		}
 		return
 	}
-	if _, err := c.etcdTLS(); err != nil {
+	if _, err := c.etcdTLS(zap.NewNop()); err != nil {
 		wrong("etcd_tls", "%w", err)
 	}
 	if _, err := c.etcdPassword(); err != nil {

@@ -252,7 +252,7 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	if err != nil {
 		return nil, err
 	}
-	config, err := cfg.serverTLS()
+	config, err := cfg.serverTLS(log)
 	if err != nil {
 		return nil, err
 	}
@@ -307,7 +307,7 @@ func openMeta(ctx context.Context, cfg Config, log *zap.Logger, open *closers, p
 		o.Endpoints = []string{srv.Endpoint()}
 	} else {
 		var err error
-		if o.TLS, err = cfg.etcdTLS(); err != nil {
+		if o.TLS, err = cfg.etcdTLS(log); err != nil {
 			return nil, fmt.Errorf("etcd_tls: %w", err)
 		}
 		if o.Password, err = cfg.etcdPassword(); err != nil {

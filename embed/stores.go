@@ -202,12 +202,21 @@ func (s ObjectStore) s3Options() (s3.Options, error) {
 			wrong("ca_file: %w", err)
 		}
 	}
+	if hasID { // the files are replaced when a key is
+		o.ReadKeys = s.readKeys
+	}
 	rest := o // its credentials were looked at
 	rest.AccessKeyID, rest.SecretAccessKey, rest.SessionToken = "", "", ""
 	if err := rest.Validate(); err != nil {
 		errs = append(errs, err.(interface{ Unwrap() []error }).Unwrap()...)
 	}
 	return o, errors.Join(errs...)
+}
+
+// readKeys reads the credentials again.
+func (s ObjectStore) readKeys() (s3.Keys, error) {
+	o, err := s.s3Options()
+	return s3.Keys{AccessKeyID: o.AccessKeyID, SecretAccessKey: o.SecretAccessKey, SessionToken: o.SessionToken}, err
 }
 
 func (c Config) validateStores(wrong func(field, format string, args ...any)) {

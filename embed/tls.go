@@ -7,10 +7,54 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
 )
 
-// serverTLS is the configuration of the gRPC listener, nil for plaintext.
-func (c Config) serverTLS() (*tls.Config, error) {
+// rereadEvery is how often files of certificates are read again at most.
+const rereadEvery = time.Second
+
+// reread returns a function for what read returns, which it calls again when the last
+// value is older than rereadEvery. Files are replaced while the server runs. Where
+// they cannot be read, as between the writes of a certificate and of its key, the last
+// value stays, and the log says so once. The function is safe for concurrent use.
+func reread[T any](last T, read func() (T, error), log *zap.Logger, what string) func() T {
+	var mu sync.Mutex
+	at, failed := time.Now(), false
+	return func() T {
+		mu.Lock()
+		defer mu.Unlock()
+		if time.Since(at) < rereadEvery {
+			return last
+		}
+		at = time.Now()
+		value, err := read()
+		if err == nil {
+			last = value
+		} else if !failed {
+			log.Warn("files of certificates cannot be read again: the last ones are used", zap.String("of", what), zap.Error(err))
+		}
+		failed = err != nil
+		return last
+	}
+}
+
+// serverTLS is the configuration of the gRPC listener, nil for plaintext. A connection
+// uses what the files hold when it is made.
+func (c Config) serverTLS(log *zap.Logger) (*tls.Config, error) {
+	config, err := c.readServerTLS()
+	if config == nil || err != nil {
+		return nil, err
+	}
+	current := reread(config, c.readServerTLS, log, "tls")
+	config = config.Clone()
+	config.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) { return current(), nil }
+	return config, nil
+}
+
+func (c Config) readServerTLS() (*tls.Config, error) {
 	if c.TLS == (TLS{}) {
 		return nil, nil //nolint:nilnil // plaintext
 	}
@@ -27,11 +71,13 @@ func (c Config) serverTLS() (*tls.Config, error) {
 		Certificates: []tls.Certificate{cert},
 		ClientAuth:   tls.RequireAndVerifyClientCert,
 		ClientCAs:    pool,
+		NextProtos:   []string{"h2"},
 	}, nil
 }
 
-// etcdTLS is the configuration of the connection to etcd, nil for plaintext.
-func (c Config) etcdTLS() (*tls.Config, error) {
+// etcdTLS is the configuration of the connection to etcd, nil for plaintext. A
+// connection uses the certificate that the files hold when it is made.
+func (c Config) etcdTLS(log *zap.Logger) (*tls.Config, error) {
 	if c.EtcdTLS == (EtcdTLS{}) {
 		return nil, nil //nolint:nilnil // plaintext
 	}
@@ -49,11 +95,16 @@ func (c Config) etcdTLS() (*tls.Config, error) {
 	if c.EtcdTLS.Cert == "" || c.EtcdTLS.Key == "" {
 		return nil, errors.New("cert and key belong together")
 	}
-	cert, err := tls.LoadX509KeyPair(c.EtcdTLS.Cert, c.EtcdTLS.Key)
+	read := func() (tls.Certificate, error) { return tls.LoadX509KeyPair(c.EtcdTLS.Cert, c.EtcdTLS.Key) }
+	cert, err := read()
 	if err != nil {
 		return nil, err
 	}
-	config.Certificates = []tls.Certificate{cert}
+	current := reread(cert, read, log, "etcd_tls")
+	config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		cert := current()
+		return &cert, nil
+	}
 	return config, nil
 }
 

@@ -5,11 +5,16 @@ package s3_test
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -798,6 +803,21 @@ func TestSecrets(t *testing.T) {
 	}
 }
 
+// otherAuthority is a certificate that has signed nothing but itself.
+func otherAuthority(t *testing.T) []byte {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return der
+}
+
 // TestTLS speaks to the server through one with a certificate, and minds neither
 // a proxy of the environment nor a region's own address.
 func TestTLS(t *testing.T) {
@@ -813,15 +833,22 @@ func TestTLS(t *testing.T) {
 	}})
 	defer secure.Close()
 	o.Endpoint, o.CAFile = secure.URL, filepath.Join(t.TempDir(), "ca.pem")
-	cert := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: secure.Certificate().Raw})
-	if err := os.WriteFile(o.CAFile, cert, 0o600); err != nil {
-		t.Fatal(err)
+	authority := func(der []byte) {
+		t.Helper()
+		if err := os.WriteFile(o.CAFile, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
+	authority(otherAuthority(t))
 	t.Setenv("AWS_ACCESS_KEY_ID", o.AccessKeyID)
 	t.Setenv("AWS_SECRET_ACCESS_KEY", string(o.SecretAccessKey))
 	o.AccessKeyID, o.SecretAccessKey = "", ""
 	o.MultipartThreshold = 100
 	s := s3test.Open(t, o)
+	if _, err := s.Put(t.Context(), "k", nil); !errors.Is(err, object.ErrMisconfigured) {
+		t.Errorf("a certificate of another authority: %v", err)
+	}
+	authority(secure.Certificate().Raw) // without opening the store again
 	for _, body := range []string{"", "small", strings.Repeat("large", 100)} {
 		if _, err := s.Put(t.Context(), "k", []byte(body)); err != nil {
 			t.Fatal(err)

@@ -59,6 +59,8 @@ const (
 	maxPause       = 5 * time.Second
 	ratePatience   = 30 * time.Second // with a store that takes so many writes of one key in a second
 	maxRetryAfter  = 10 * time.Second
+
+	handshakeTimeout = 5 * time.Second
 )
 
 // Secret is a text that prints as "[redacted]" in whatever form.
@@ -287,24 +289,23 @@ func (s *Store) Close() error {
 
 func newTransport(o Options) (*http.Transport, error) {
 	config := &tls.Config{MinVersion: tls.VersionTLS12}
-	if o.CAFile != "" {
-		pem, err := os.ReadFile(o.CAFile)
-		if err != nil {
-			return nil, fmt.Errorf("ca file: %w", err)
-		}
-		pool, err := x509.SystemCertPool()
-		if err != nil {
-			pool = x509.NewCertPool()
-		}
-		if !pool.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("ca file: %s holds no certificate", o.CAFile)
-		}
-		config.RootCAs = pool
+	if err := readCA(o, config); err != nil {
+		return nil, err
 	}
+	dialer := &net.Dialer{Timeout: 5 * time.Second, KeepAlive: 30 * time.Second}
 	return &http.Transport{
-		DialContext:         (&net.Dialer{Timeout: 5 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
-		TLSClientConfig:     config,
-		TLSHandshakeTimeout: 5 * time.Second,
+		DialContext: dialer.DialContext,
+		// A connection trusts what the file of authorities holds when it is made.
+		DialTLSContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			now := config.Clone()
+			if err := readCA(o, now); err != nil {
+				o.Log.Warn("the file of authorities cannot be read again: the first ones are used", zap.Error(err))
+			}
+			ctx, cancel := context.WithTimeout(ctx, dialer.Timeout+handshakeTimeout)
+			defer cancel()
+			return (&tls.Dialer{NetDialer: dialer, Config: now}).DialContext(ctx, network, addr)
+		},
+		TLSClientConfig: config,
 		// For 64 requests in flight, so that none makes a connection of its own.
 		MaxIdleConns:          128,
 		MaxIdleConnsPerHost:   128,
@@ -314,6 +315,26 @@ func newTransport(o Options) (*http.Transport, error) {
 		DisableCompression: true,
 		TLSNextProto:       map[string]func(string, *tls.Conn) http.RoundTripper{},
 	}, nil
+}
+
+// readCA sets who may sign the server's certificate.
+func readCA(o Options, config *tls.Config) error {
+	if o.CAFile == "" {
+		return nil
+	}
+	pem, err := os.ReadFile(o.CAFile)
+	if err != nil {
+		return fmt.Errorf("ca file: %w", err)
+	}
+	pool, err := x509.SystemCertPool()
+	if err != nil {
+		pool = x509.NewCertPool()
+	}
+	if !pool.AppendCertsFromPEM(pem) {
+		return fmt.Errorf("ca file: %s holds no certificate", o.CAFile)
+	}
+	config.RootCAs = pool
+	return nil
 }
 
 // noAcceptEncoding keeps the SDK from setting, and so from signing, the field
