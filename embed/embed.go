@@ -44,6 +44,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcdserver"
@@ -174,6 +175,7 @@ func (c Config) mode() string {
 // parts are what runs.
 type parts struct {
 	log      *zap.Logger
+	problems *lasting.Problems
 	cluster  cluster.Cluster
 	catalog  *catalog.Catalog
 	manager  *manager.Manager
@@ -192,7 +194,7 @@ type parts struct {
 // openParts makes everything that does not listen yet, and adds to open what is
 // to be closed.
 func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) (*parts, error) {
-	p := &parts{log: log}
+	p := &parts{log: log, problems: lasting.New(time.Now)}
 	kv, err := openMeta(ctx, cfg, log, open, p)
 	if err != nil {
 		return nil, err
@@ -211,7 +213,7 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	if err != nil {
 		return nil, err
 	}
-	if p.stores, err = openStores(ctx, cfg, kv, p.cluster.ID, log, open); err != nil {
+	if p.stores, err = openStores(ctx, cfg, kv, p, open); err != nil {
 		return nil, err
 	}
 	stores, ready := map[string]object.Store{}, map[string]<-chan struct{}{}
@@ -257,9 +259,9 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 		return nil, err
 	}
 	registry := newRegistry()
-	registry.MustRegister(stats{p.manager, p.stores}, p.room)
+	registry.MustRegister(stats{p.manager, p.stores, p.problems}, p.room)
 	p.registry = func(profiles bool, unhealthy func() string) *http.Server {
-		return metricsServer(registry, unhealthy, func() []string { return waiting(p.stores) }, profiles)
+		return metricsServer(registry, unhealthy, func() string { return lacking(p.stores) }, profiles)
 	}
 	p.server, err = server.New(server.Options{
 		Manager: p.manager, Catalog: cat, Cluster: p.cluster, KV: kv, Log: log.Named("rpc"), Registry: registry, TLS: config,

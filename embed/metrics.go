@@ -15,12 +15,15 @@ import (
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/store/admit"
+	"github.com/snapshotd/snapshotd/internal/store/lasting"
 )
 
 // stats shows what the manager is doing. The names are part of the interface.
 type stats struct {
 	manager *manager.Manager
 	stores  map[string]*admit.Store
+	// problems are those that last, and those that did.
+	problems *lasting.Problems
 }
 
 var (
@@ -45,6 +48,9 @@ var (
 	orphansDesc    = prometheus.NewDesc("snapshotd_gc_orphans", "Objects under snapshotd's own prefixes that nothing knows and that stay, as of the last sweep that this replica made as the leader: waiting for orphan_grace, lost with a metadata store that went back in time, or foreign.", []string{"state"}, nil)
 	behindDesc     = prometheus.NewDesc("snapshotd_metadata_behind", "1 while the metadata store is older than what it wrote into the object store: nothing is allocated and deleted.", nil, nil)
 	storeReadyDesc = prometheus.NewDesc("snapshotd_object_store_ready", "1 once the object store has answered since the start and is known to be the cluster's; 0: calls that need it are refused.", []string{"store"}, nil)
+	writableDesc   = prometheus.NewDesc("snapshotd_object_store_writable", "0 while the object store refuses writes, since it is full or denies them, as last seen; reads, drops and the collector go on.", []string{"store"}, nil)
+	lastsDesc      = prometheus.NewDesc("snapshotd_problem_lasts_seconds", "For how long something fails at each try; 0: it does not. The log has it once.", []string{"problem"}, nil)
+	failuresDesc   = prometheus.NewDesc("snapshotd_problem_failures_total", "How often something failed that is tried again by itself.", []string{"problem"}, nil)
 	skewDesc       = prometheus.NewDesc("snapshotd_clock_skew_seconds", "How far this host's clock is ahead of the object store's; 0 where that is a directory of this host.", nil, nil)
 	clockDesc      = prometheus.NewDesc("snapshotd_clock_stopped", "1 while this replica does not trust the clock: one has stepped, and nothing expires and nothing is collected.", nil, nil)
 )
@@ -53,6 +59,7 @@ func (s stats) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		snapshotsDesc, leaderDesc, createsDesc, unreadable, skewDesc, clockDesc, referencesDesc, referenced, tombstonesDesc, oldestDesc, pinsDesc, restoresDesc, workersDesc, tasksDesc,
 		deletedObjects, deletedBytes, unitsDesc, stoppedDesc, lastRoundDesc, lastSweepDesc, orphansDesc, behindDesc, storeReadyDesc,
+		writableDesc, lastsDesc, failuresDesc,
 	} {
 		ch <- d
 	}
@@ -72,12 +79,25 @@ func (s stats) Collect(ch chan<- prometheus.Metric) {
 	}
 	gauge(leaderDesc, leading)
 	closed := waiting(s.stores)
-	for alias := range s.stores {
+	for alias, store := range s.stores {
 		ready := 1.
 		if slices.Contains(closed, alias) {
 			ready = 0
 		}
 		gauge(storeReadyDesc, ready, alias)
+		writable := 1.
+		if ready == 0 || store.NoWrites() != nil {
+			writable = 0
+		}
+		gauge(writableDesc, writable, alias)
+	}
+	for _, p := range s.problems.States() {
+		lasts := 0.
+		if !p.Since.IsZero() {
+			lasts = max(time.Since(p.Since).Seconds(), 0)
+		}
+		gauge(lastsDesc, lasts, p.Name)
+		ch <- prometheus.MustNewConstMetric(failuresDesc, prometheus.CounterValue, float64(p.Total), p.Name)
 	}
 	gauge(createsDesc, float64(now.Creates))
 	gauge(unreadable, float64(now.Unreadable))
@@ -158,9 +178,8 @@ func newRegistry() *prometheus.Registry {
 }
 
 // metricsServer returns what answers on the metrics address. Unhealthy says why
-// the server does not serve, or nothing; waiting which object stores it serves
-// without.
-func metricsServer(registry *prometheus.Registry, unhealthy func() string, waiting func() []string, profiles bool) *http.Server {
+// the server does not serve, or nothing; lacking what object stores it lacks.
+func metricsServer(registry *prometheus.Registry, unhealthy, lacking func() string, profiles bool) *http.Server {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
@@ -169,8 +188,8 @@ func metricsServer(registry *prometheus.Registry, unhealthy func() string, waiti
 			return
 		}
 		text := "ok\n"
-		if stores := waiting(); len(stores) > 0 {
-			text = "ok, without object store " + strings.Join(stores, ", ") + ", which has not answered since the start: calls that need it are refused\n"
+		if what := lacking(); what != "" {
+			text = "ok, " + what + "\n"
 		}
 		_, _ = w.Write([]byte(text)) // the client has gone
 	})

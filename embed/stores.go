@@ -280,16 +280,18 @@ const startWait = 10 * time.Second
 
 // openStores opens the object stores, tries to admit all of them at once, and adds
 // to open what is to be closed. A store that does not answer stays closed: the
-// server starts without it. One that is refused, or that the cluster does not know
-// yet and that does not answer, ends the start.
-func openStores(ctx context.Context, cfg Config, kv meta.KV, cluster string, log *zap.Logger, open *closers) (map[string]*admit.Store, error) {
-	stores := map[string]*admit.Store{}
+// server starts without it; from one that takes no writes it reads. One that is
+// refused, or that the cluster does not know yet and that does not answer or is full,
+// ends the start.
+func openStores(ctx context.Context, cfg Config, kv meta.KV, p *parts, open *closers) (map[string]*admit.Store, error) {
+	stores, cluster, log := map[string]*admit.Store{}, p.cluster.ID, p.log
 	for _, alias := range cfg.aliases() {
 		o, err := openStore(ctx, cfg, alias, log.With(zap.String("store", alias)), open)
 		if err != nil {
 			return nil, fmt.Errorf("object store %s: %w", alias, err)
 		}
 		o.Alias, o.KV, o.Cluster, o.Now, o.Rand, o.Log = alias, kv, cluster, time.Now, rand.Reader, log.Named("admit")
+		o.Problems = p.problems
 		if alias == cfg.SnapshotStore {
 			age := epoch.New(epoch.Options{KV: kv, Store: o.Store, Cluster: cluster, Now: time.Now, Rand: rand.Reader, Log: log.Named("epoch")})
 			o.Check = func(ctx context.Context) error {
@@ -312,12 +314,8 @@ func openStores(ctx context.Context, cfg Config, kv meta.KV, cluster string, log
 	}
 	wg.Wait()
 	for _, err := range errs {
-		switch {
-		case err == nil:
-		case ctx.Err() != nil || !admit.Pending(err) || errors.Is(err, admit.ErrUnknown):
+		if err != nil && (ctx.Err() != nil || !admit.Pending(err) || errors.Is(err, admit.ErrUnknown)) {
 			return nil, err
-		default:
-			log.Warn("an object store does not answer: starting without it, and calls that need it are refused until it does", zap.Error(err))
 		}
 	}
 	return stores, nil
@@ -367,4 +365,20 @@ func waiting(stores map[string]*admit.Store) []string {
 		}
 	}
 	return list
+}
+
+// lacking says which stores are not admitted yet, and which refuse writes; empty:
+// none.
+func lacking(stores map[string]*admit.Store) string {
+	var list []string
+	if closed := waiting(stores); len(closed) > 0 {
+		list = append(list, "without object store "+strings.Join(closed, ", ")+
+			", which has not answered since the start: calls that need it are refused")
+	}
+	for _, alias := range slices.Sorted(maps.Keys(stores)) {
+		if stores[alias].NoWrites() != nil {
+			list = append(list, "object store "+alias+" takes no writes: what has to write there is refused, all else goes on")
+		}
+	}
+	return strings.Join(list, "; ")
 }

@@ -133,6 +133,7 @@ Exit codes:
   5  the state of things does not allow it (FAILED_PRECONDITION)
   6  no answer from the server, or not in time (UNAVAILABLE, DEADLINE_EXCEEDED)
   7  given up in favour of something concurrent; try again (ABORTED)
+  8  a store is full, or a limit is reached (RESOURCE_EXHAUSTED)
 
 Environment: SNAPSHOTCTL_ADDR, SNAPSHOTCTL_TLS_CA, SNAPSHOTCTL_TLS_CERT and
 SNAPSHOTCTL_TLS_KEY stand in for the flags of these names.`

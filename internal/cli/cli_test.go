@@ -961,6 +961,12 @@ func TestErrors(t *testing.T) {
 			result{code: 7, errOut: "error: no\nreason: CREATE_ABORTED\nhint: run the command again, without --request-token or with a new one\n"},
 		},
 		{
+			"full", answer(t, codes.ResourceExhausted, "STORE_FULL", "object store full: bucket b: QuotaExceeded (HTTP 403)"),
+			"snapshot create x --collection docs",
+			result{code: 8, errOut: "error: object store full: bucket b: QuotaExceeded (HTTP 403)\nreason: STORE_FULL\n" +
+				"hint: the message says which store is full; enlarge it, or drop snapshots that are not needed: see `snapshotctl snapshot list`\n"},
+		},
+		{
 			"no reason", status.Error(codes.Internal, "a\nb\x1b[2J"),
 			"info",
 			result{code: 1, errOut: "error: \"a\\nb\\x1b[2J\"\n"},

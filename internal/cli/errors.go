@@ -24,6 +24,7 @@ const (
 	exitPrecondition = 5
 	exitUnavailable  = 6
 	exitAborted      = 7
+	exitExhausted    = 8
 )
 
 // usageError is a mistake in how the program was called.
@@ -101,6 +102,8 @@ func (a *app) report(ctx context.Context, err error) int {
 		return exitUnavailable
 	case codes.Aborted:
 		return exitAborted
+	case codes.ResourceExhausted:
+		return exitExhausted
 	default:
 		return exitOther
 	}

@@ -253,6 +253,9 @@ var endings = []struct {
 // endingReason is what is kept of err; an error that is no reason of its own
 // becomes ErrCreateAborted, for a create that was given up does not come back.
 func endingReason(err error) (reason string, as error) {
+	if full, ok := errors.AsType[*object.FullError](err); ok {
+		return "STORE_FULL", full // its text, which a repeat gets, is complete
+	}
 	for _, e := range endings {
 		if errors.Is(err, e.err) {
 			return e.reason, err
@@ -270,6 +273,9 @@ func endingReason(err error) (reason string, as error) {
 }
 
 func endingError(reason, text string) error {
+	if full, ok := object.ParseFull(text); ok && reason == "STORE_FULL" {
+		return full
+	}
 	for _, e := range endings {
 		if e.reason == reason {
 			return &ended{text: text, err: e.err}

@@ -5,29 +5,34 @@
 //
 // # States
 //
-//	         identify, probe, record, check
-//	closed ---------------------------------> open
-//	   |
-//	   +--- refused: an error, which ends the process
+//	         identify, record, check              probe
+//	closed --------------------------> readable ---------> open
+//	   |                                  |
+//	   +----------------------------------+--- refused: an error, which ends the process
 //
-// A closed store answers every call with ErrUnavailable. An open one stays open.
+// A closed store answers every call with ErrUnavailable. A readable one reads, lists
+// and deletes, for it is known to be the cluster's: a full store is emptied so. It
+// refuses writes with the error of the probe, for whether the store keeps what is
+// written is not known. An open store stays open. Where the alias is not known the
+// probe comes first: there is nothing to read, and the record is a write.
 //
 // # An attempt
 //
 //	identify  where the metadata store knows the alias: the identity of the store is
 //	          read and compared. Nothing is written before
+//	check     what else the caller asks for; last where the alias is not known
 //	probe     the store is tried out, unless the metadata store holds a verdict about
 //	          the same release and configuration that is younger than a day
 //	remember  puts the verdict, when the probe found all that is required
 //	record    where the alias is not known: package identity makes an identity, or
 //	          reads it, and records it
-//	check     what else the caller asks for
 //
 // # Failures
 //
-//	no answer, of either store, in  the store stays closed; Run tries again. A probe
-//	any step                        that could not find out leaves no verdict. Where the
-//	                                alias is not known, the error is an ErrUnknown too
+//	no answer, of either store, in  the store stays closed; Run tries again. Where the
+//	a step but the probe            alias is not known, the error is an ErrUnknown too
+//	probe: full, no answer, no end  the store stays readable; Run tries again. No
+//	                                verdict is left
 //	another store; lacks what is    refused: Attempt and Run return it
 //	required
 //	denied, misconfigured, damaged  Attempt returns it, and so ends a start; Run, in a
@@ -35,6 +40,11 @@
 //	remember: no answer             logged; the next start probes again
 //	process dies, freezes           nothing is left but objects of the probe, which
 //	                                the sweep removes
+//
+// # Writes that are refused
+//
+// Also an open store may refuse writes, since it is full or denies them. That is
+// logged once and counted until one succeeds; [Store.NoWrites] says it meanwhile.
 package admit
 
 import (
@@ -50,6 +60,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/object/identity"
@@ -86,13 +97,19 @@ type Options struct {
 	Now   func() time.Time
 	Rand  io.Reader
 	Log   *zap.Logger
+	// Problems gets those of the store. Default: its own.
+	Problems *lasting.Problems
 }
 
 // Store is an object store that is closed until it is admitted. It is safe for
 // concurrent use.
 type Store struct {
-	o     Options
-	ready chan struct{} // closed when the store is open
+	o      Options
+	ready  chan struct{} // closed when the store is readable
+	opened chan struct{} // closed when it is open
+
+	admission *lasting.Problem
+	writes    *lasting.Problem
 
 	mu       sync.Mutex
 	features probe.Features
@@ -103,16 +120,35 @@ var _ object.Store = (*Store)(nil)
 
 // New returns a Store that is closed.
 func New(o Options) *Store {
-	return &Store{o: o, ready: make(chan struct{}), last: errors.New("it has not been asked yet")}
+	if o.Problems == nil {
+		o.Problems = lasting.New(o.Now)
+	}
+	log := o.Log.With(zap.String("store", o.Alias))
+	return &Store{
+		o: o, ready: make(chan struct{}), opened: make(chan struct{}), last: errors.New("it has not been asked yet"),
+		admission: o.Problems.Add(log, "store admission "+o.Alias,
+			"the object store is not admitted yet: calls that need it are refused", "everything that needs object store "+o.Alias),
+		writes: o.Problems.Add(log, "store writes "+o.Alias,
+			"the object store refuses writes; reads, lists and deletes go on", "what has to write to object store "+o.Alias),
+	}
 }
 
-// Ready returns a channel that is closed once the store is open.
+// Ready returns a channel that is closed once the store is known to be the cluster's,
+// so that it can be read.
 func (s *Store) Ready() <-chan struct{} { return s.ready }
 
+// NoWrites returns why the store takes no writes, as last seen; nil: it does.
+func (s *Store) NoWrites() error {
+	if state := s.writes.State(); state.Error != "" {
+		return errors.New(state.Error)
+	}
+	return nil
+}
+
 // Features returns what the store can do. It is an ErrUnavailable while the store
-// is closed.
+// is closed, and the error of the probe while that could not be made.
 func (s *Store) Features() (probe.Features, error) {
-	if err := s.closed(); err != nil {
+	if err := s.unwritable(); err != nil {
 		return probe.Features{}, err
 	}
 	s.mu.Lock()
@@ -131,22 +167,52 @@ func Pending(err error) bool {
 	return false
 }
 
-// Attempt tries once to admit the store, and returns nil when it is open. See
-// [Pending] for its errors.
+// Attempt tries once to admit the store, and returns nil when it is readable or open.
+// See [Pending] for its errors.
 func (s *Store) Attempt(ctx context.Context) error {
-	if s.closed() == nil {
+	if isClosed(s.opened) {
 		return nil
 	}
-	features, err := s.attempt(ctx)
+	features, readable, err := s.attempt(ctx)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.last = err
-	if err != nil {
-		return fmt.Errorf("object store %s: %w", s.o.Alias, err)
+	switch {
+	case isClosed(s.opened):
+		return nil
+	case err == nil:
+		s.features = features
+		s.admission.Passed()
+		s.writes.Passed()
+		s.beReady()
+		close(s.opened)
+		return nil
+	case readable && Pending(err):
+		s.admission.Passed()
+		s.writes.Failed(err)
+		s.beReady()
+		return nil
 	}
-	s.features = features
-	close(s.ready)
-	return nil
+	if Pending(err) && !errors.Is(err, ErrUnknown) {
+		s.admission.Failed(err)
+	}
+	return fmt.Errorf("object store %s: %w", s.o.Alias, err)
+}
+
+// beReady lets reads through. The lock must be held.
+func (s *Store) beReady() {
+	if !isClosed(s.ready) {
+		close(s.ready)
+	}
+}
+
+func isClosed(ch <-chan struct{}) bool {
+	select {
+	case <-ch:
+		return true
+	default:
+		return false
+	}
 }
 
 // Run tries until the store is open, or ctx ended: then it returns nil. It returns
@@ -158,7 +224,7 @@ func (s *Store) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			timer.Stop()
 			return nil
-		case <-s.ready:
+		case <-s.opened:
 			timer.Stop()
 			return nil
 		case <-timer.C:
@@ -166,33 +232,49 @@ func (s *Store) Run(ctx context.Context) error {
 		bounded, cancel := context.WithTimeout(ctx, attemptTimeout)
 		err := s.Attempt(bounded)
 		cancel()
-		if err == nil {
+		switch {
+		case errors.Is(err, identity.ErrOther) || errors.Is(err, probe.ErrMissing):
+			return err
+		case err != nil && !Pending(err) && ctx.Err() == nil: // else Attempt has noted it
+			s.admission.Failed(err)
+		case err == nil && isClosed(s.opened):
 			s.o.Log.Info("the object store is admitted: calls that need it are served", zap.String("store", s.o.Alias))
 			return nil
 		}
-		if errors.Is(err, identity.ErrOther) || errors.Is(err, probe.ErrMissing) {
-			return err
-		}
-		s.o.Log.Warn("the object store is not admitted yet: calls that need it are refused", zap.Error(err))
 	}
 }
 
-func (s *Store) attempt(ctx context.Context) (probe.Features, error) {
+// attempt returns what the store can do. It is readable with an error of the probe.
+func (s *Store) attempt(ctx context.Context) (features probe.Features, readable bool, err error) {
 	known, err := identity.Known(ctx, s.o.KV, s.o.Store, s.o.Alias)
 	if err != nil {
-		return probe.Features{}, err
+		return features, false, err
 	}
-	features, err := s.fit(ctx)
-	if err == nil && !known {
+	if known {
+		if err := s.check(ctx); err != nil {
+			return features, false, err
+		}
+		features, err = s.fit(ctx)
+		return features, true, err
+	}
+	features, err = s.fit(ctx)
+	if err == nil {
 		err = identity.Check(ctx, s.o.KV, s.o.Store, s.o.Alias, s.o.Cluster, s.o.Rand)
 	}
-	if err == nil && s.o.Check != nil {
-		err = s.o.Check(ctx)
+	if err == nil {
+		err = s.check(ctx)
 	}
-	if err != nil && !known {
+	if err != nil {
 		err = fmt.Errorf("%w (%w)", err, ErrUnknown)
 	}
-	return features, err
+	return features, false, err
+}
+
+func (s *Store) check(ctx context.Context) error {
+	if s.o.Check == nil {
+		return nil
+	}
+	return s.o.Check(ctx)
 }
 
 // fit returns what the store can do.
@@ -222,7 +304,7 @@ func (s *Store) find(ctx context.Context) (probe.Features, error) {
 	}
 	for _, check := range report.Checks {
 		if check.Unknown {
-			return probe.Features{}, fmt.Errorf("%w: probe %s: %s", object.ErrUnavailable, check.Name, check.Detail)
+			return probe.Features{}, fmt.Errorf("probe %s: %w", check.Name, check.Err)
 		}
 		if !check.OK {
 			s.o.Log.Warn("the object store lacks what would be good to have", zap.String("check", check.Name), zap.String("detail", check.Detail))
@@ -239,32 +321,57 @@ func (s *Store) find(ctx context.Context) (probe.Features, error) {
 	return features, nil
 }
 
-// closed returns nil when the store is open, else an ErrUnavailable.
+// closed returns nil when the store is readable, else an ErrUnavailable.
 func (s *Store) closed() error {
-	select {
-	case <-s.ready:
+	if isClosed(s.ready) {
 		return nil
-	default:
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return fmt.Errorf("%w: store %s is not known to be the cluster's since this replica started: %w", object.ErrUnavailable, s.o.Alias, s.last)
 }
 
+// unwritable returns nil when the store is open.
+func (s *Store) unwritable() error {
+	if isClosed(s.opened) {
+		return nil
+	}
+	if err := s.closed(); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.last == nil { // it has been opened meanwhile
+		return nil
+	}
+	return fmt.Errorf("store %s takes no writes before it could be tried out: %w", s.o.Alias, s.last)
+}
+
+// wrote takes note of what became of a write.
+func (s *Store) wrote(info object.Info, err error) (object.Info, error) {
+	switch {
+	case err == nil:
+		s.writes.Passed()
+	case errors.Is(err, object.ErrFull), errors.Is(err, object.ErrDenied):
+		s.writes.Failed(err)
+	}
+	return info, err
+}
+
 // Put implements [object.Store].
 func (s *Store) Put(ctx context.Context, key string, body []byte) (object.Info, error) {
-	if err := s.closed(); err != nil {
+	if err := s.unwritable(); err != nil {
 		return object.Info{}, err
 	}
-	return s.o.Store.Put(ctx, key, body)
+	return s.wrote(s.o.Store.Put(ctx, key, body))
 }
 
 // Create implements [object.Store].
 func (s *Store) Create(ctx context.Context, key string, body []byte) (object.Info, error) {
-	if err := s.closed(); err != nil {
+	if err := s.unwritable(); err != nil {
 		return object.Info{}, err
 	}
-	return s.o.Store.Create(ctx, key, body)
+	return s.wrote(s.o.Store.Create(ctx, key, body))
 }
 
 // Get implements [object.Store].
@@ -306,10 +413,10 @@ func (s *Store) Delete(ctx context.Context, keys ...string) error {
 
 // Copy implements [object.Store].
 func (s *Store) Copy(ctx context.Context, r object.CopyRequest) (object.Info, error) {
-	if err := s.closed(); err != nil {
+	if err := s.unwritable(); err != nil {
 		return object.Info{}, err
 	}
-	return s.o.Store.Copy(ctx, r)
+	return s.wrote(s.o.Store.Copy(ctx, r))
 }
 
 // AbortUploads implements [object.Store].

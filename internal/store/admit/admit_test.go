@@ -10,7 +10,10 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest"
+	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/snapshotd/snapshotd/internal/store/admit"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -276,6 +279,133 @@ func TestCheck(t *testing.T) {
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)
+		}
+	})
+}
+
+// refuseWrites has all calls that write end with a fault.
+func (e *env) refuseWrites(fault object.Fault) {
+	e.objects.Plan(func(c object.Call) object.Fault {
+		if slices.Contains([]object.Op{object.OpPut, object.OpCreate, object.OpCopy}, c.Op) {
+			return fault
+		}
+		return object.FaultNone
+	})
+}
+
+// A store that is known and takes no write is read, listed and deleted from. It takes
+// writes once the probe could be made, and none before.
+func TestNoWritesAtTheStart(t *testing.T) {
+	for name, c := range map[string]struct {
+		fault object.Fault
+		want  error
+	}{
+		"full":      {object.FaultFull, object.ErrFull},
+		"no answer": {object.FaultBefore, object.ErrUnavailable},
+	} {
+		t.Run(name, func(t *testing.T) {
+			virtual.Test(t, func(t *testing.T) {
+				e, ctx := newEnv(t), t.Context()
+				e.start()
+				if _, err := e.objects.Put(ctx, "old", nil); err != nil {
+					t.Fatal(err)
+				}
+				e.refuseWrites(c.fault)
+				s := e.open(func(o *admit.Options) { o.About = []byte("two") })
+				if err := s.Attempt(ctx); err != nil {
+					t.Fatalf("an attempt: %v", err)
+				}
+				<-s.Ready()
+				if _, err := s.Head(ctx, "old"); err != nil {
+					t.Errorf("head: %v", err)
+				}
+				if err := s.Delete(ctx, "old"); err != nil {
+					t.Errorf("delete: %v", err)
+				}
+				if _, err := s.Now(ctx); err != nil {
+					t.Errorf("now: %v", err)
+				}
+				for _, err := range s.List(ctx, "") {
+					if err != nil {
+						t.Errorf("list: %v", err)
+					}
+				}
+				if s.NoWrites() == nil {
+					t.Error("it says that it takes writes")
+				}
+				if n := e.calls(func() {
+					_, put := s.Put(ctx, "a", nil)
+					_, create := s.Create(ctx, "a", nil)
+					_, copied := s.Copy(ctx, object.CopyRequest{})
+					_, features := s.Features()
+					for i, err := range []error{put, create, copied, features} {
+						if !errors.Is(err, c.want) {
+							t.Errorf("call %d: got %v", i, err)
+						}
+					}
+				}); n != 0 {
+					t.Errorf("%d calls reached a store that was not tried out", n)
+				}
+				done := make(chan error, 1)
+				go func() { done <- s.Run(ctx) }()
+				time.Sleep(10 * time.Minute)
+				e.up()
+				began := time.Now()
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+				if took := time.Since(began); took > time.Minute {
+					t.Errorf("it took %v", took)
+				}
+				if _, err := s.Put(ctx, "a", nil); err != nil {
+					t.Error(err)
+				}
+				if f, err := s.Features(); err != nil || !f.ConditionalCopy {
+					t.Errorf("features: %+v, %v", f, err)
+				}
+				if err := s.NoWrites(); err != nil {
+					t.Errorf("it takes writes, and says %v", err)
+				}
+			})
+		})
+	}
+}
+
+// A full store that the cluster does not know yet is not admitted: that is a write.
+func TestFullAtTheFirstStart(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
+		e := newEnv(t)
+		e.refuseWrites(object.FaultFull)
+		if err := e.open().Attempt(t.Context()); !errors.Is(err, admit.ErrUnknown) || !errors.Is(err, object.ErrFull) {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// A store that fills up says so until a write succeeds, and is logged once.
+func TestFillsUp(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
+		e, ctx := newEnv(t), t.Context()
+		core, logs := observer.New(zapcore.InfoLevel)
+		s := e.open(func(o *admit.Options) { o.Log = zap.New(core) })
+		if err := s.Attempt(ctx); err != nil {
+			t.Fatal(err)
+		}
+		e.refuseWrites(object.FaultFull)
+		for range 100 {
+			if _, err := s.Put(ctx, "a", nil); !errors.Is(err, object.ErrFull) {
+				t.Fatalf("got %v", err)
+			}
+		}
+		if err := s.NoWrites(); err == nil || logs.FilterMessageSnippet("refuses writes").Len() != 1 {
+			t.Errorf("it says %v, and logs %v", err, logs.All())
+		}
+		e.up()
+		if _, err := s.Put(ctx, "a", nil); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.NoWrites(); err != nil || logs.FilterMessageSnippet("over: ").Len() != 1 {
+			t.Errorf("then it says %v, and logs %v", err, logs.All())
 		}
 	})
 }

@@ -40,12 +40,14 @@ type Call struct {
 // Fault is what a [Faulty] does to a call.
 type Fault int
 
-// The faults. An error that a fault makes wraps ErrUnavailable.
+// The faults. An error that a fault makes wraps ErrUnavailable, unless it says another.
 const (
 	// FaultNone lets the call through.
 	FaultNone Fault = iota
 	// FaultBefore fails the call without its reaching the store.
 	FaultBefore
+	// FaultFull fails the call without its reaching the store, with a [FullError].
+	FaultFull
 	// FaultAfter lets the store carry the call out and then loses the answer. A
 	// list yields all its objects and then fails.
 	FaultAfter
@@ -179,8 +181,12 @@ func (f *Faulty) enter(ctx context.Context, op Op, keys ...string) (Fault, error
 	case <-ctx.Done():
 		return FaultNone, ctx.Err()
 	}
-	if fault == FaultBefore {
+	switch fault {
+	case FaultBefore:
 		return fault, f.fire(op, "before", keys)
+	case FaultFull:
+		_ = f.fire(op, "full", keys)
+		return fault, fmt.Errorf("%s %v: %w", op, keys, &FullError{Place: "store of a test", Lacks: "no room is left"})
 	}
 	return fault, nil
 }

@@ -169,13 +169,20 @@ func (e *DeleteError) Unwrap() error { return e.Err }
 // FullError is [ErrFull] with the place that is full. The text holds no address.
 type FullError struct {
 	Place string // such as "directory /var/lib/snapshotd/objects"
-	Lacks string // such as "no space left on device"
+	Lacks string // such as "no space left on device", or a server's own words
 }
 
 func (e *FullError) Error() string { return fmt.Sprintf("%v: %s: %s", ErrFull, e.Place, e.Lacks) }
 
 // Unwrap returns ErrFull.
 func (e *FullError) Unwrap() error { return ErrFull }
+
+// ParseFull reads the text of a [FullError].
+func ParseFull(text string) (*FullError, bool) {
+	rest, ok := strings.CutPrefix(text, ErrFull.Error()+": ")
+	place, lacks, found := strings.Cut(rest, ": ")
+	return &FullError{Place: place, Lacks: lacks}, ok && found
+}
 
 // CheckKey says whether key may be used: 1 to MaxKeyBytes bytes of UTF-8
 // without control characters or backslashes, relative, and in canonical form,

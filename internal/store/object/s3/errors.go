@@ -52,7 +52,8 @@ func (s *Store) error(op, key string, f *failure) error {
 	}
 	kind := f.kind
 	if errors.Is(kind, object.ErrFull) {
-		kind = &object.FullError{Place: "bucket " + s.o.Bucket, Lacks: "the server refuses more"}
+		lacks := strings.TrimSuffix(f.detail, fullTodo) // callers add what to do
+		return fmt.Errorf("%s: %w", at, &object.FullError{Place: "bucket " + s.o.Bucket, Lacks: lacks})
 	}
 	if f.detail == "" {
 		return fmt.Errorf("%s: %w", at, kind)
@@ -137,6 +138,7 @@ var codes = map[string]meaning{
 	"XMinioAdminBucketQuotaExceeded": {kind: object.ErrFull, todo: fullTodo},
 	"QuotaExceeded":                  {kind: object.ErrFull, todo: fullTodo}, // of Ceph and versitygw
 	"InsufficientStorageSpace":       {kind: object.ErrFull, todo: fullTodo}, // of Huawei's OBS
+	"InsufficientStorage":            {kind: object.ErrFull, todo: fullTodo},
 
 	"AccessDenied":               {kind: object.ErrDenied, todo: "; grant it in the policies of the role and of the bucket"},
 	"InvalidAccessKeyId":         {kind: object.ErrDenied, todo: credentialsTodo},
@@ -261,6 +263,9 @@ func meaningOf(code, message string) (meaning, bool) {
 		return meaning{kind: object.ErrDenied, todo: "; check the key and who may use it"}, true
 	}
 	m, known := codes[code]
+	if code == "AccessDenied" && strings.Contains(message, "size quota") { // of Garage
+		return codes["QuotaExceeded"], true
+	}
 	if code == "AccessDenied" && strings.Contains(message, "cap exceeded") { // of Backblaze
 		m.todo = capTodo
 		if strings.Contains(message, "storage cap") {

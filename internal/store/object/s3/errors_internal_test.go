@@ -70,6 +70,10 @@ func TestErrors(t *testing.T) {
 		{"404 of an ingress", answered(404, "", ""), object.ErrUnavailable, false, ""},
 
 		{"Ceph's quota", answered(403, "QuotaExceeded", ""), object.ErrFull, false, "raise its quota"},
+		{
+			"Garage's quota", answered(403, "AccessDenied", "Forbidden: Bucket size quota is reached, maximum total size of objects for this bucket: 1024"),
+			object.ErrFull, false, "raise its quota",
+		},
 		{"OBS is full", answered(403, "InsufficientStorageSpace", ""), object.ErrFull, false, "raise its quota"},
 		{"B2's storage cap", answered(403, "AccessDenied", "Cannot upload files, storage cap exceeded."), object.ErrFull, false, "reached a cap"},
 		{"B2's transaction cap", answered(403, "AccessDenied", "Transaction cap exceeded, see Caps & Alerts"), object.ErrDenied, false, "reached a cap"},

@@ -341,6 +341,7 @@ func TestFaults(t *testing.T) {
 		{name: "AccessDenied", action: s3fault.Status(403, "AccessDenied"), once: object.ErrDenied},
 		{name: "ThrottlingException", action: s3fault.Status(400, "ThrottlingException")},
 		{name: "QuotaExceeded", action: s3fault.Status(403, "QuotaExceeded"), once: object.ErrFull},
+		{name: "InsufficientStorage", action: s3fault.Status(403, "InsufficientStorage"), once: object.ErrFull},
 		{name: "507", action: s3fault.Status(507, "XMinioStorageFull"), once: object.ErrFull},
 		{name: "507 without a code", action: s3fault.Status(507, ""), once: object.ErrFull},
 		{name: "InvalidAccessKeyId", action: s3fault.Status(403, "InvalidAccessKeyId"), once: object.ErrDenied},

@@ -1,0 +1,75 @@
+package lasting_test
+
+import (
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/snapshotd/snapshotd/internal/store/lasting"
+)
+
+// TestOnceThenCounted meets a problem at each of many turns.
+func TestOnceThenCounted(t *testing.T) {
+	core, logs := observer.New(zapcore.InfoLevel)
+	now := time.Unix(1000, 0)
+	all := lasting.New(func() time.Time { return now })
+	p := all.Add(zap.New(core), "remove", "snapshots are not removed", "removal")
+	full, denied := errors.New("full"), errors.New("denied")
+	p.Passed()
+	for i := range 100 {
+		p.Failed(fmt.Errorf("remove snapshot %d: %w", i, full))
+		now = now.Add(time.Second)
+	}
+	if logs.Len() != 1 {
+		t.Errorf("one cause is logged %d times", logs.Len())
+	}
+	for range 10 { // one cause after the other and back
+		p.Failed(errors.Join(fmt.Errorf("remove snapshot 7: %w", denied), full))
+		p.Failed(full)
+	}
+	if logs.Len() != 2 {
+		t.Errorf("two causes are logged %d times", logs.Len())
+	}
+	for i := range 1000 {
+		p.Failed(fmt.Errorf("of its own: %c", rune('a'+i)))
+	}
+	if logs.Len() > 16 {
+		t.Errorf("any number of causes is logged %d times", logs.Len())
+	}
+	s := all.States()[0]
+	if s.Name != "remove" || s.Stops != "removal" || s.Error == "" || !s.Since.Equal(time.Unix(1000, 0)) || s.Failed != 1120 {
+		t.Errorf("it lasts: %+v", s)
+	}
+	logs.TakeAll()
+	p.Note(nil)
+	p.Passed()
+	if over := logs.TakeAll(); len(over) != 1 || over[0].Level != zapcore.InfoLevel || over[0].ContextMap()["failures"] != int64(1120) {
+		t.Errorf("its end: %v", over)
+	}
+	if s := all.States()[0]; s.Error != "" || !s.Since.IsZero() || s.Failed != 0 || s.Total != 1120 {
+		t.Errorf("it is over: %+v", s)
+	}
+	for range 50 { // it comes and goes
+		now = now.Add(time.Minute)
+		p.Note(full)
+		if s := all.States()[0]; s.Error == "" || s.Failed != 1 {
+			t.Errorf("it is back: %+v", s)
+		}
+		now = now.Add(time.Minute)
+		p.Note(nil)
+	}
+	if logs.Len() != 0 {
+		t.Errorf("coming and going is logged: %v", logs.All())
+	}
+	now = now.Add(time.Hour)
+	p.Note(full)
+	p.Note(nil)
+	if logs.Len() != 2 {
+		t.Errorf("it comes back after an hour: %v", logs.All())
+	}
+}
