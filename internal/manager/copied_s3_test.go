@@ -126,3 +126,33 @@ func TestStoreOfOtherETags(t *testing.T) {
 	r = w.switchedTo(r, s3test.Open(t, o))
 	w.otherLayout(r, s, col, seg.Files[0].Path, "1 part", seg.Files[0].ETag)
 }
+
+// TestConditionThatIsIgnoredLater has a store stop to honour the condition of copies
+// after it was probed, and alters a file. The restore fails by what the copy is.
+func TestConditionThatIsIgnoredLater(t *testing.T) {
+	for name, parts := range map[string]bool{"whole": false, "in parts": true} {
+		t.Run(name, func(t *testing.T) {
+			o := s3test.Bucket(t)
+			w, _, _ := onS3(t)
+			direct := s3test.Open(t, o)
+			w.objects = direct
+			r := w.start("a")
+			col, file, content := w.withLarge(r)
+			path := file.Path
+			if !parts {
+				seg := w.segment(r, col, 0, 1, 9)
+				w.place(col.ID, &seg)
+				w.add(r, col, seg)
+				path, content = seg.Files[0].Path, w.bytes("data/"+seg.Files[0].Path)
+			}
+			s := w.create(r, col, "one")
+			o.Endpoint = s3quirks.New(t, o.Endpoint, s3quirks.Ignores("X-Amz-Copy-Source-If-Match")).URL()
+			r.stop()
+			r = w.start("b", throughProxy(s3test.Open(t, o)))
+			if _, err := direct.Put(t.Context(), "data/"+path, bytes.ToUpper(content)); err != nil {
+				t.Fatal(err)
+			}
+			w.fails(r, restoreSpecOf(s), "SOURCE_OBJECT_ALTERED", path)
+		})
+	}
+}

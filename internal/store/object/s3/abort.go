@@ -181,10 +181,22 @@ func (s *Store) abort(ctx context.Context, key, id string) *failure {
 			return f
 		}
 		raw, ok := awsmiddleware.GetRawResponse(out.ResultMetadata).(*smithyhttp.Response)
-		if !ok || raw.StatusCode != http.StatusNoContent {
+		if ok && raw.StatusCode == http.StatusNoContent {
+			return nil
+		}
+		// Not what S3 answers, so it takes a look.
+		_, f = attempt(ctx, s, 0, func(ctx context.Context) (*s3.ListPartsOutput, error) {
+			return s.client.ListParts(ctx, &s3.ListPartsInput{
+				Bucket: &s.o.Bucket, Key: s.key(key), UploadId: &id, ExpectedBucketOwner: s.owner,
+			})
+		})
+		switch {
+		case f != nil && f.code == "NoSuchUpload":
+			return nil
+		case f != nil && unsupported(f), f == nil:
 			return unusable("not that of an abort")
 		}
-		return nil
+		return f
 	})
 }
 

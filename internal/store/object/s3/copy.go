@@ -50,8 +50,8 @@ type copying struct {
 // copied; the target is encrypted as the options say, like any other write.
 //
 // A copy in parts costs three requests besides the parts and two to begin and
-// end it. It leaves the tags out where the store does not let them be read, or
-// has none.
+// end it. It leaves the tags out where the store does not let them be read or
+// written, or has none.
 func (s *Store) Copy(ctx context.Context, r object.CopyRequest) (object.Info, error) {
 	if err := r.Check(); err != nil {
 		return object.Info{}, err
@@ -106,8 +106,40 @@ func (s *Store) copyWhole(ctx context.Context, c *copying) *failure {
 			return unusable("no ETag")
 		}
 		c.made(result.ETag, result.LastModified, out.ResultMetadata)
-		return nil
+		if opaque(out.ServerSideEncryption, nil) {
+			return nil
+		}
+		return s.sameContent(ctx, c)
 	})
+}
+
+// sameContent compares the ETag of a copy in one request with that of the source.
+// Both are MD5s mostly, so that a copy of another version shows without trust in the
+// condition, which a server may have ceased to honour since it was probed. Where
+// they differ it asks whether either is encrypted, so that its ETag proves nothing.
+func (s *Store) sameContent(ctx context.Context, c *copying) *failure {
+	source := object.Info{Size: c.Size, ETag: c.SourceETag}
+	if likeness, _ := object.Compare(source, c.info); likeness != object.Altered {
+		return nil
+	}
+	for _, key := range []string{c.From, c.To} {
+		switch out, f := s.headOutput(ctx, key); {
+		case f != nil:
+			c.doubt = true
+			return f
+		case opaque(out.ServerSideEncryption, out.SSECustomerAlgorithm):
+			return nil
+		case key == c.From && bare(out.ETag) != c.SourceETag:
+			return ignoredCondition(bare(out.ETag), c)
+		}
+	}
+	c.doubt = true
+	return unusable("the copy has ETag %s, its source %s", clip(c.info.ETag), c.SourceETag)
+}
+
+// opaque says whether an ETag is no MD5 even if it looks like one.
+func opaque(sse types.ServerSideEncryption, customer *string) bool {
+	return strings.HasPrefix(string(sse), "aws:kms") || aws.ToString(customer) != ""
 }
 
 // made notes what the answer says of the target.
@@ -159,7 +191,38 @@ func (s *Store) copyParts(ctx context.Context, c *copying) *failure {
 	if c.stray {
 		s.sweep(ctx, c)
 	}
+	if f == nil && bare(c.meta.ETag) != c.SourceETag {
+		return s.listedSource(ctx, c)
+	}
 	return f
+}
+
+// listedSource decides by a list where the HEAD of a source named another version
+// than the one asked for, and its parts were copied all the same: either the HEAD was
+// wrong, or the conditions are ignored.
+func (s *Store) listedSource(ctx context.Context, c *copying) *failure {
+	var p page
+	f := s.retry(ctx, "list", c.From, func() (f *failure) {
+		p, f = s.page(ctx, c.From, nil, "", 1)
+		return f
+	})
+	switch {
+	case f != nil:
+		c.doubt = true
+		return f
+	case len(p.objects) == 0 || p.objects[0].Key != *s.key(c.From):
+		return &failure{kind: object.ErrSourceChanged, detail: "it is not listed any more"}
+	case p.objects[0].ETag != c.SourceETag:
+		return ignoredCondition(p.objects[0].ETag, c)
+	}
+	return nil
+}
+
+// ignoredCondition is that a copy was made of an object that is not the version
+// asked for.
+func ignoredCondition(etag string, c *copying) *failure {
+	return &failure{kind: object.ErrSourceChanged, detail: fmt.Sprintf("the store ignored the condition and copied ETag %s, not %s",
+		clip(etag), c.SourceETag)}
 }
 
 // lost says whether a failure is that of an upload that cannot be completed any
@@ -262,6 +325,10 @@ func (s *Store) beginCopy(ctx context.Context, c *copying) (id string, f *failur
 			defer atBegin.After()
 			return s.client.CreateMultipartUpload(ctx, in)
 		})
+		if f != nil && in.Tagging != nil && refusesTags(f) {
+			in.Tagging = nil
+			f.retry = true
+		}
 		if f == nil {
 			if id = aws.ToString(out.UploadId); id == "" {
 				f = unusable("no upload id")
@@ -271,6 +338,12 @@ func (s *Store) beginCopy(ctx context.Context, c *copying) (id string, f *failur
 		return f
 	})
 	return id, f
+}
+
+// refusesTags says whether a request with tags was refused for a reason that may be
+// the tags: the server does not know them, or the credentials may not write them.
+func refusesTags(f *failure) bool {
+	return unsupported(f) || f.decided() && (f.status == http.StatusBadRequest || f.status == http.StatusForbidden)
 }
 
 func (s *Store) fillCopy(ctx context.Context, c *copying, id string) ([]types.CompletedPart, *failure) {

@@ -447,8 +447,8 @@ func TestCopyBeginsAgain(t *testing.T) {
 	})
 }
 
-// TestCopyIgnoredConditions copies on a server that looks at no condition. A
-// copy then is of another version than was meant; only a probe can tell.
+// TestCopyIgnoredConditions copies on a server that looks at no condition. A copy
+// then is of another version than was meant, and is not taken for made.
 func TestCopyIgnoredConditions(t *testing.T) {
 	r := newRig(t, nil)
 	r.put(t, "old", "new content")
@@ -456,8 +456,9 @@ func TestCopyIgnoredConditions(t *testing.T) {
 	for _, threshold := range []int64{0, 1} {
 		r.proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Times: -1, Action: strip}, s3fault.Rule{Op: s3fault.UploadPartCopy, Times: -1, Action: strip})
 		request := object.CopyRequest{From: "old", To: "copy", SourceETag: oldETag, Size: 11, Parts: object.CopyParts{Threshold: threshold}}
-		if _, err := r.store.Copy(t.Context(), request); err != nil {
-			t.Errorf("without the condition: %v", err)
+		_, err := r.store.Copy(t.Context(), request)
+		if !errors.Is(err, object.ErrSourceChanged) || !strings.Contains(err.Error(), "ignored the condition") {
+			t.Errorf("without the condition: err = %v, want ErrSourceChanged", err)
 		}
 		r.proxy.Plan()
 		if _, err := r.store.Copy(t.Context(), request); !errors.Is(err, object.ErrSourceChanged) {

@@ -219,7 +219,7 @@ func (s *Store) Head(ctx context.Context, key string) (object.Info, error) {
 	}
 	info := headInfo(key, out)
 	info.Checksum, info.SourceETag = sumOf(out), out.Metadata[sourceName]
-	info.OpaqueETag = strings.HasPrefix(string(out.ServerSideEncryption), "aws:kms") || aws.ToString(out.SSECustomerAlgorithm) != ""
+	info.OpaqueETag = opaque(out.ServerSideEncryption, out.SSECustomerAlgorithm)
 	return info, nil
 }
 
