@@ -2,12 +2,15 @@ package s3quirks
 
 import (
 	"bytes"
-	"crypto/sha256"
-	"encoding/hex"
+	"crypto/md5"
+	"encoding/base64"
+	"encoding/xml"
 	"fmt"
 	"hash/fnv"
+	"html"
 	"maps"
 	"net/http"
+	"net/url"
 	"regexp"
 	"slices"
 	"strconv"
@@ -20,7 +23,9 @@ import (
 
 // Refusal is an error of S3 with a message.
 func Refusal(status int, code, message string) *s3fault.Answer {
-	body := fmt.Appendf(nil, "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>%s</Code><Message>%s</Message></Error>", code, message)
+	var text strings.Builder
+	_ = xml.EscapeText(&text, []byte(message)) // never fails
+	body := fmt.Appendf(nil, "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>%s</Code><Message>%s</Message></Error>", code, text.String())
 	return &s3fault.Answer{Status: status, Header: http.Header{"Content-Type": {"application/xml"}}, Body: body}
 }
 
@@ -158,6 +163,7 @@ func UnderPath(path string) Habit {
 
 var (
 	contents = regexp.MustCompile(`(?s)<Contents>.*?</Contents>`)
+	objectIn = regexp.MustCompile(`(?s)<Object>.*?</Object>`)
 	keyIn    = regexp.MustCompile(`<Key>([^<]*)</Key>`)
 	keyCount = regexp.MustCompile(`<KeyCount>\d+</KeyCount>`)
 	etagIn   = regexp.MustCompile(`<ETag>(&quot;|&#34;|")?([^<"&]*)(&quot;|&#34;|")?</ETag>`)
@@ -247,9 +253,7 @@ func OtherETags() Habit {
 				if body := etagIn.ReplaceAllFunc(r.Body, func(tag []byte) []byte {
 					return []byte(strings.Replace(string(tag), suffix, "", 1))
 				}); string(body) != string(r.Body) {
-					sum := sha256.Sum256(body)
-					r.Body, r.ContentLength = body, int64(len(body))
-					r.Header.Set("X-Amz-Content-Sha256", hex.EncodeToString(sum[:]))
+					r.setBody(body)
 					changed = true
 				}
 			}
@@ -270,6 +274,122 @@ func OtherETags() Habit {
 				return fmt.Appendf(nil, "<ETag>&quot;%s%s&quot;</ETag>", m[2], suffix)
 			})
 			return answer
+		}
+	}
+}
+
+// ListsOtherETags has lists give another ETag than everything else does.
+func ListsOtherETags() Habit {
+	return editList(func(_ *Request, entries []string) []string {
+		for i := range entries {
+			entries[i] = etagIn.ReplaceAllString(entries[i], "<ETag>&quot;${2}-l&quot;</ETag>")
+		}
+		return entries
+	})
+}
+
+// ListsPlus encodes the keys of lists, but a plus, which then reads as a space.
+func ListsPlus() Habit {
+	encoded := editList(func(_ *Request, entries []string) []string {
+		for i := range entries {
+			entries[i] = keyIn.ReplaceAllStringFunc(entries[i], func(key string) string {
+				name := html.UnescapeString(keyIn.FindStringSubmatch(key)[1])
+				return "<Key>" + strings.NewReplacer("+", "%20", "%2B", "+").Replace(url.QueryEscape(name)) + "</Key>"
+			})
+		}
+		return entries
+	})
+	return func(next Handler) Handler {
+		next = encoded(next)
+		return func(r *Request) *s3fault.Answer {
+			answer := next(r)
+			if r.Op == s3fault.ListObjectsV2 {
+				answer.Body = bytes.Replace(answer.Body, []byte("<EncodingType></EncodingType>"), []byte("<EncodingType>url</EncodingType>"), 1)
+			}
+			return answer
+		}
+	}
+}
+
+// LosesDeletes confirms deletes among many of keys that match, and makes none of
+// them.
+func LosesDeletes(key *regexp.Regexp) Habit {
+	return func(next Handler) Handler {
+		return func(r *Request) *s3fault.Answer {
+			if r.Op != s3fault.DeleteObjects {
+				return next(r)
+			}
+			var lost strings.Builder
+			r.Body = objectIn.ReplaceAllFunc(r.Body, func(entry []byte) []byte {
+				name := keyIn.FindSubmatch(entry)
+				if name == nil || !key.Match(name[1]) {
+					return entry
+				}
+				fmt.Fprintf(&lost, "<Deleted><Key>%s</Key></Deleted>", name[1])
+				return nil
+			})
+			if lost.Len() == 0 {
+				return next(r)
+			}
+			if !objectIn.Match(r.Body) {
+				return &s3fault.Answer{
+					Status: http.StatusOK, Header: http.Header{"Content-Type": {"application/xml"}},
+					Body: []byte("<DeleteResult>" + lost.String() + "</DeleteResult>"),
+				}
+			}
+			r.setBody(r.Body)
+			sum := md5.Sum(r.Body) // versitygw wants a digest of the body
+			r.Header.Set("Content-Md5", base64.StdEncoding.EncodeToString(sum[:]))
+			if err := r.Resign(); err != nil {
+				return Refusal(http.StatusInternalServerError, "InternalError", err.Error())
+			}
+			answer := next(r)
+			answer.Body = bytes.Replace(answer.Body, []byte("</DeleteResult>"), []byte(lost.String()+"</DeleteResult>"), 1)
+			answer.Header.Del("Content-Length")
+			return answer
+		}
+	}
+}
+
+// DecodesSourceTwice reads the name of a copy's source as if it were encoded once
+// more than it is.
+func DecodesSourceTwice() Habit {
+	return func(next Handler) Handler {
+		return func(r *Request) *s3fault.Answer {
+			source := r.Header.Get("X-Amz-Copy-Source")
+			if !strings.Contains(source, "%25") {
+				return next(r)
+			}
+			r.Header.Set("X-Amz-Copy-Source", strings.ReplaceAll(source, "%25", "%"))
+			if err := r.Resign(); err != nil {
+				return Refusal(http.StatusInternalServerError, "InternalError", err.Error())
+			}
+			return next(r)
+		}
+	}
+}
+
+// TakesKeys refuses to write keys that do not match.
+func TakesKeys(pattern *regexp.Regexp) Habit {
+	return func(next Handler) Handler {
+		return func(r *Request) *s3fault.Answer {
+			makes := slices.Contains(writes, r.Op) || r.Op == s3fault.CreateMultipartUpload
+			if makes && !pattern.MatchString(r.Key) {
+				return Refusal(http.StatusBadRequest, "InvalidKey", "Invalid key: "+r.Key)
+			}
+			return next(r)
+		}
+	}
+}
+
+// RefusesTags refuses writes that come with tags.
+func RefusesTags(status int, code string) Habit {
+	return func(next Handler) Handler {
+		return func(r *Request) *s3fault.Answer {
+			if r.Header.Get("X-Amz-Tagging") != "" {
+				return Refusal(status, code, "Header 'x-amz-tagging' with value not implemented")
+			}
+			return next(r)
 		}
 	}
 }

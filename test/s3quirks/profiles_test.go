@@ -4,8 +4,15 @@ package s3quirks_test
 
 import (
 	"errors"
+	"net/http"
+	"os"
+	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	awss3 "github.com/aws/aws-sdk-go-v2/service/s3"
 
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/object/objecttest"
@@ -42,7 +49,123 @@ func TestProfiles(t *testing.T) {
 			if f := report.Features(); !f.ConditionalCopy {
 				t.Errorf("features: %+v, want conditional copies", f)
 			}
-			objecttest.Run(t, func(t *testing.T) object.Store { return bucket(t, p) })
+			objecttest.RunExcept(t, func(t *testing.T) object.Store { return bucket(t, p) }, p.Broken...)
 		})
+	}
+}
+
+// TestCopyWithRefusedTags copies an object with tags in parts, on servers that take no
+// tags: the copy is made without.
+func TestCopyWithRefusedTags(t *testing.T) {
+	for _, c := range []struct {
+		status int
+		code   string
+	}{
+		{http.StatusNotImplemented, "NotImplemented"},
+		{http.StatusForbidden, "AccessDenied"},
+		{http.StatusBadRequest, "InvalidArgument"},
+	} {
+		t.Run(c.code, func(t *testing.T) {
+			o := s3test.Bucket(t)
+			if _, err := s3test.Shared(t).Client().PutObject(t.Context(), &awss3.PutObjectInput{
+				Bucket: &o.Bucket, Key: aws.String("from"), Body: strings.NewReader("body"), Tagging: aws.String("a=b"),
+			}); err != nil {
+				t.Fatal(err)
+			}
+			o.Endpoint = s3quirks.New(t, o.Endpoint, s3quirks.RefusesTags(c.status, c.code)).URL()
+			s := s3test.Open(t, o)
+			from, err := s.Head(t.Context(), "from")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.Copy(t.Context(), object.CopyRequest{
+				From: "from", To: "to", SourceETag: from.ETag, Size: from.Size, Parts: object.CopyParts{Threshold: 1},
+			}); err != nil {
+				t.Fatalf("copy: %v", err)
+			}
+			if n, err := s.AbortUploads(t.Context(), "", time.Time{}); err != nil || n != 0 {
+				t.Errorf("%d uploads are open, err = %v", n, err)
+			}
+		})
+	}
+}
+
+// TestProbeOfUnusualSources has a server read the names of sources as others. The probe
+// reports it, and does not refuse the store: usual keys are copied.
+func TestProbeOfUnusualSources(t *testing.T) {
+	o := s3test.Bucket(t)
+	o.Endpoint = s3quirks.New(t, o.Endpoint, s3quirks.DecodesSourceTwice()).URL()
+	report, err := probe.Run(t.Context(), s3test.Open(t, o), "")
+	if err != nil || !report.Features().ConditionalCopy {
+		t.Fatalf("%+v, err = %v", report.Features(), err)
+	}
+	for _, c := range report.Checks {
+		if unusual := c.Name == "copy of unusual keys"; c.OK == unusual || unusual && !strings.Contains(c.Detail, "another") {
+			t.Errorf("%+v", c)
+		}
+	}
+}
+
+// TestProbeOfKeysOfSomeCharacters makes every check of a store that takes keys of some
+// characters only: it can be used, and the report says which keys it refuses.
+func TestProbeOfKeysOfSomeCharacters(t *testing.T) {
+	i := slices.IndexFunc(s3quirks.Profiles, func(p s3quirks.Profile) bool { return p.Name == "Supabase" })
+	report, err := probe.Run(t.Context(), bucket(t, s3quirks.Profiles[i]), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	said := 0
+	for _, c := range report.Checks {
+		if strings.Contains(c.Detail, "refuses some characters") {
+			said++
+		}
+	}
+	if said < 2 {
+		t.Errorf("the refused keys are not mentioned: %+v", report)
+	}
+}
+
+// TestProfilesAreDocumented holds that the table of docs/s3.md has a row for each
+// profile and for nothing else, and refuses those that are unfit, by the same words.
+func TestProfilesAreDocumented(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/s3.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, found := strings.Cut(string(doc), "\n| profile |")
+	table, _, ends := strings.Cut(table, "\n\n")
+	if !found || !ends {
+		t.Fatal("docs/s3.md has no table of profiles")
+	}
+	rows := map[string][]string{}
+	for _, line := range strings.Split(table, "\n")[2:] {
+		cells := strings.Split(strings.Trim(line, "| "), " | ")
+		if len(cells) != 5 {
+			t.Errorf("%d columns: %s", len(cells), line)
+			continue
+		}
+		rows[cells[0]] = cells
+	}
+	for _, p := range s3quirks.Profiles {
+		cells := rows[p.Name]
+		if cells == nil {
+			t.Errorf("no row for profile %q", p.Name)
+			continue
+		}
+		delete(rows, p.Name)
+		holds, refused := cells[3], cells[4]
+		switch check, why, _ := strings.Cut(refused, ":"); {
+		case p.Unfit == "" && refused != "-", p.Unfit != "" && (check != p.Unfit || strings.TrimSpace(why) == ""):
+			t.Errorf("%s: the table refuses %q, the profile %q", p.Name, refused, p.Unfit)
+		case (p.Unfit == "") == (holds == "-"):
+			t.Errorf("%s: the table says that %q holds", p.Name, holds)
+		case len(p.Broken) > 0 && holds == "all":
+			t.Errorf("%s: the table does not say that %v do not hold", p.Name, p.Broken)
+		case p.Path != "" && !strings.Contains(cells[2], p.Path):
+			t.Errorf("%s: the table does not name the path %s", p.Name, p.Path)
+		}
+	}
+	for name := range rows {
+		t.Errorf("a row for %q, which is no profile", name)
 	}
 }

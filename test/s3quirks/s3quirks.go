@@ -9,6 +9,8 @@ package s3quirks
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
 	"io"
 	"maps"
 	"net/http"
@@ -17,6 +19,7 @@ import (
 	"net/url"
 	"slices"
 	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
@@ -34,6 +37,21 @@ type Request struct {
 // Resign signs the request again after a habit has changed it.
 func (r *Request) Resign() error {
 	return s3fault.Resign(r.Request, s3test.AccessKeyID, s3test.SecretAccessKey)
+}
+
+// setBody gives the request another body. It has to be signed again.
+func (r *Request) setBody(body []byte) {
+	sum := sha256.Sum256(body)
+	r.Body, r.ContentLength = body, int64(len(body))
+	r.Header.Set("Content-Length", strconv.Itoa(len(body)))
+	r.Header.Set("X-Amz-Content-Sha256", hex.EncodeToString(sum[:]))
+	r.Header.Del("Content-Md5")
+	for name := range r.Header { // of the former body
+		if strings.HasPrefix(name, "X-Amz-Checksum-") {
+			r.Header.Del(name)
+		}
+	}
+	r.Header.Del("X-Amz-Sdk-Checksum-Algorithm")
 }
 
 // Handler answers a request.

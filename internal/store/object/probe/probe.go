@@ -160,12 +160,14 @@ var checks = []check{
 	{"list after write and delete", true, true, false, (*prober).lists},
 	{"list in key order", true, true, false, (*prober).listOrder},
 	{"delete of a missing object", true, true, false, (*prober).deleteMissing},
+	{"delete of many", true, true, false, (*prober).deleteMany},
 	{conditionalCopy, false, true, false, (*prober).conditionalCopy},
 	{multipartCopy, false, true, false, (*prober).multipartCopy},
 	{"one winner of " + fmt.Sprint(racers), true, false, false, (*prober).race},
 	{"read after write", true, false, false, (*prober).follow},
 	{"keys that look alike", true, false, false, (*prober).alike},
 	{fmt.Sprintf("keys of %d bytes", longestKeyTry), false, false, false, (*prober).longKeys},
+	{"copy of unusual keys", false, false, false, (*prober).copyKeys},
 	{rangeCopy, false, false, false, (*prober).rangeCopy},
 	{"clock", false, true, true, (*prober).clock},
 	{"latency", false, false, true, (*prober).latency},
@@ -362,18 +364,19 @@ func (p *prober) ranges(ctx context.Context) (string, error) {
 func (p *prober) lists(ctx context.Context) (string, error) {
 	names := []string{"l/a", "l/b", "l/c/d"}
 	for _, name := range names {
-		if _, err := p.put(ctx, name, name); err != nil {
+		info, err := p.put(ctx, name, name)
+		if err != nil {
 			return "", err
 		}
-		if err := p.wantListed(ctx, name, true); err != nil {
+		if err := p.wantListed(ctx, info); err != nil {
 			return "", err
 		}
 	}
 	if err := p.store.Delete(ctx, p.key("l/b")); err != nil {
 		return "", err
 	}
-	if err := p.wantListed(ctx, "l/b", false); err != nil {
-		return "", err
+	if _, found, err := p.listed(ctx, p.key("l/b")); err != nil || found {
+		return "", orWrong(err, "a deleted object is listed")
 	}
 	if _, err := p.store.Head(ctx, p.key("l/b")); !errors.Is(err, object.ErrNotFound) {
 		return "", orWrong(err, "a deleted object is still there")
@@ -382,20 +385,16 @@ func (p *prober) lists(ctx context.Context) (string, error) {
 }
 
 // listOrder lists keys that only an order by bytes lists as they are here. They are
-// so many that a list without an order does not pass by chance.
+// so many that a list without an order does not pass by chance, and they have the
+// characters that a list may show as others. A store that takes some characters only
+// is asked for the order of the keys that it takes.
 func (p *prober) listOrder(ctx context.Context) (string, error) {
 	names := []string{
-		"order/a!", "order/a-b", "order/a-b-/c", "order/a.b/c", "order/a/b", "order/a/c", "order/a0",
-		"order/aa", "order/b", "order/\u00e9", "order/\ue000", "order/\uffef", "order/\U00010000",
+		"order/a b", "order/a!", "order/a%25", "order/a&b", "order/a+b", "order/a-b", "order/a-b-/c", "order/a.b/c", "order/a/b",
+		"order/a/c", "order/a0", "order/a=b", "order/aa", "order/b", "order/\u00e9", "order/\ue000", "order/\uffef", "order/\U00010000",
 	}
-	var group errgroup.Group
-	for _, name := range names {
-		group.Go(func() error {
-			_, err := p.put(ctx, name, "x")
-			return err
-		})
-	}
-	if err := group.Wait(); err != nil {
+	names, refused, err := p.putAll(ctx, names)
+	if err != nil {
 		return "", err
 	}
 	var listed []string
@@ -411,24 +410,93 @@ func (p *prober) listOrder(ctx context.Context) (string, error) {
 	if !slices.Equal(listed, names) {
 		return "", wrong("lists are not in the order of the bytes of keys, or not complete: %q", listed)
 	}
-	return "", nil
+	return refused, nil
 }
 
-func (p *prober) wantListed(ctx context.Context, name string, want bool) error {
-	listed := false
-	for info, err := range p.store.List(ctx, p.key("l")+"/") {
-		if err != nil {
+// usualKey matches the keys that a store has to take: those of snapshotd and of the
+// layouts that it makes. An engine may have others.
+var usualKey = regexp.MustCompile(`^[A-Za-z0-9/._-]*$`)
+
+// putAll writes its name under each of names. It returns those that the store takes,
+// and says whether it refuses others, which are no usual ones.
+func (p *prober) putAll(ctx context.Context, names []string) (taken []string, refused string, err error) {
+	var group errgroup.Group
+	refuses := make([]bool, len(names))
+	for i, name := range names {
+		group.Go(func() error {
+			_, err := p.put(ctx, name, name)
+			if refuses[i] = errors.Is(err, object.ErrInvalidKey) && !usualKey.MatchString(name); refuses[i] {
+				return nil
+			}
 			return err
-		}
-		listed = listed || info.Key == p.key(name)
+		})
 	}
+	if err := group.Wait(); err != nil {
+		return nil, "", err
+	}
+	for i, name := range names {
+		switch {
+		case !refuses[i]:
+			taken = append(taken, name)
+		case refused == "":
+			refused = fmt.Sprintf("the store refuses some characters in keys, as in %q", path.Base(name))
+		}
+	}
+	return taken, refused, nil
+}
+
+// listed returns what a list of the object's directory says of it.
+func (p *prober) listed(ctx context.Context, key string) (found object.Info, ok bool, err error) {
+	for info, err := range p.store.List(ctx, path.Dir(key)+"/") {
+		if err != nil {
+			return found, false, err
+		}
+		if info.Key == key {
+			found, ok = info, true
+		}
+	}
+	return found, ok, nil
+}
+
+// wantListed wants a list to say of an object what its write did. Copies are verified
+// by lists, and files are pinned to the ETags that these have.
+func (p *prober) wantListed(ctx context.Context, want object.Info) error {
+	info, ok, err := p.listed(ctx, want.Key)
 	switch {
-	case listed && !want:
-		return wrong("a deleted object is listed")
-	case !listed && want:
+	case err != nil:
+		return err
+	case !ok:
 		return wrong("an object that was written is not listed")
+	case info.ETag != want.ETag || info.Size != want.Size:
+		return wrong("a list says that an object has ETag %q and %d bytes, its write %q and %d", info.ETag, info.Size, want.ETag, want.Size)
 	}
 	return nil
+}
+
+// deleteMany deletes objects with one call, among them one that is not there, and
+// looks whether they are gone.
+func (p *prober) deleteMany(ctx context.Context) (string, error) {
+	names, refused, err := p.putAll(ctx, []string{"many/a", "many/a b", "many/a+b", "many/a%2Bc", "many/a&amp;b", "many/<b>", "many/\u00e9"})
+	if err != nil {
+		return "", err
+	}
+	keys := []string{p.key("many/never-written")}
+	for _, name := range names {
+		keys = append(keys, p.key(name))
+	}
+	if err := p.store.Delete(ctx, keys...); err != nil {
+		return "", err
+	}
+	var group errgroup.Group
+	for _, key := range keys {
+		group.Go(func() error {
+			if _, err := p.store.Head(ctx, key); !errors.Is(err, object.ErrNotFound) {
+				return orWrong(err, "%q is still there after a delete of many that was confirmed", path.Base(key))
+			}
+			return nil
+		})
+	}
+	return refused, group.Wait()
 }
 
 func (p *prober) deleteMissing(ctx context.Context) (string, error) {
@@ -466,6 +534,11 @@ func (p *prober) copies(ctx context.Context, name, body string, parts object.Cop
 	case !errors.Is(err, object.ErrSourceChanged):
 		return err
 	}
+	// The client may see by itself that a copy was made in spite of the condition.
+	if _, err := p.store.Head(ctx, r.To); !errors.Is(err, object.ErrNotFound) {
+		return orWrong(err, "a copy of another version was made than the one asked for: "+
+			"the condition x-amz-copy-source-if-match is ignored")
+	}
 	r.To, r.SourceETag = p.note(p.key(name+"/to")), source.ETag
 	info, err := p.store.Copy(ctx, r)
 	if errors.Is(err, object.ErrSourceChanged) {
@@ -483,7 +556,36 @@ func (p *prober) copies(ctx context.Context, name, body string, parts object.Cop
 	case read.ETag != info.ETag:
 		return wrong("its ETag is another each time: %q, %q", info.ETag, read.ETag)
 	}
-	return nil
+	return p.wantListed(ctx, object.Info{Key: r.To, ETag: info.ETag, Size: int64(len(body))})
+}
+
+// copyKeys copies objects whose keys a server may read as others in the field that
+// names the source.
+func (p *prober) copyKeys(ctx context.Context) (string, error) {
+	names, refused, err := p.putAll(ctx, []string{"source/a", "source/a b", "source/a+b", "source/a%2Bb", "source/a?b&c", "source/\u00e9"})
+	if err != nil {
+		return "", err
+	}
+	for i, name := range names {
+		source, err := p.store.Head(ctx, p.key(name))
+		if err != nil {
+			return "", err
+		}
+		to := fmt.Sprint("target/", i)
+		_, err = p.store.Copy(ctx, object.CopyRequest{
+			From: source.Key, To: p.note(p.key(to)), SourceETag: source.ETag, Size: source.Size,
+		})
+		if errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrSourceChanged) {
+			return "", wrong("a copy of %q finds another source: %v", path.Base(name), err)
+		}
+		if err != nil {
+			return "", err
+		}
+		if got, _, err := p.read(ctx, to, 0, -1); err != nil || got != name {
+			return "", orWrong(err, "a copy of %q has another content", path.Base(name))
+		}
+	}
+	return refused, nil
 }
 
 func (p *prober) race(ctx context.Context) (string, error) {
@@ -531,10 +633,9 @@ func (p *prober) follow(ctx context.Context) (string, error) {
 // alike are keys that a store might take for one.
 func (p *prober) alike(ctx context.Context) (string, error) {
 	names := []string{"alike/x", "alike/X", "alike/%78", "alike/x+y", "alike/x y", "alike/\u00e9", "alike/e\u0301"}
-	for _, name := range names {
-		if _, err := p.put(ctx, name, name); err != nil {
-			return "", err
-		}
+	names, refused, err := p.putAll(ctx, names)
+	if err != nil {
+		return "", err
 	}
 	for _, name := range names {
 		got, _, err := p.read(ctx, name, 0, -1)
@@ -545,7 +646,7 @@ func (p *prober) alike(ctx context.Context) (string, error) {
 			return "", wrong("key %q holds what was written as %q", name, got)
 		}
 	}
-	return "", nil
+	return refused, nil
 }
 
 func (p *prober) longKeys(ctx context.Context) (string, error) {

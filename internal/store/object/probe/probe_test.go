@@ -228,7 +228,7 @@ func TestEveryFault(t *testing.T) {
 			if c.N != n {
 				return object.FaultNone
 			}
-			cleaning = c.Op == object.OpDelete && len(c.Keys) > 1
+			cleaning = c.Op == object.OpDelete && len(c.Keys) > 20 // more than any check deletes
 			return object.FaultBefore
 		})
 		report, err := probe.Light(t.Context(), f, "")

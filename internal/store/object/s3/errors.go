@@ -100,6 +100,7 @@ var codes = map[string]meaning{
 	"XMinioInvalidObjectName":       {kind: object.ErrInvalidKey},
 	"XMinioInvalidResourceName":     {kind: object.ErrInvalidKey},
 	"InvalidObjectName":             {kind: object.ErrInvalidKey}, // of R2
+	"InvalidKey":                    {kind: object.ErrInvalidKey}, // of Supabase
 	// Of Alibaba's OSS, and of gateways in front of Azure.
 	"FileAlreadyExists": {kind: object.ErrExists},
 	"BlobAlreadyExists": {kind: object.ErrExists},
