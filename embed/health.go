@@ -37,8 +37,9 @@ func (s *Server) unhealthy() string {
 
 // Why a replica does not serve although it runs; or what TooOld says.
 const (
-	etcdSilent = "etcd does not answer"
-	etcdDenies = "etcd denies access"
+	etcdSilent  = "etcd does not answer"
+	etcdDenies  = "etcd denies access"
+	etcdCorrupt = "etcd has found its data damaged"
 )
 
 // checkAccess makes sure that snapshotd may read and write all keys, with a
@@ -81,7 +82,8 @@ func (p *parts) lookAtRoom(ctx context.Context) {
 //	etcd answers, every server is new    | serves
 //	no answer, once                      | goes on as it was: it may be an election
 //	no answer, twice in a row            | does not serve
-//	an answer that denies access         | does not serve
+//	an answer that denies access, or     | does not serve
+//	that etcd's data are damaged         |
 //	a server that is too old is met      | does not serve, though others may be fine: the
 //	                                     | gate in front of it keeps calls away from it
 //
@@ -114,6 +116,8 @@ func (s *Server) watchEtcd(ctx context.Context, p *parts) {
 		case why != "":
 		case errors.Is(err, meta.ErrDenied):
 			why = etcdDenies
+		case errors.Is(err, meta.ErrCorrupt):
+			why = etcdCorrupt
 		case err != nil:
 			if failures++; failures < checkFailures {
 				continue

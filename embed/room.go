@@ -40,7 +40,8 @@ type room struct {
 	log  *zap.Logger
 
 	mu    sync.Mutex
-	last  []etcd.Usage
+	last  []etcd.Usage // of those that answered
+	known bool         // by the last look
 	short map[string]bool
 }
 
@@ -66,11 +67,11 @@ func nearlyFull(read func(context.Context) ([]etcd.Usage, error)) func(context.C
 // look reads how much there is.
 func (r *room) look(ctx context.Context) {
 	list, err := r.read(ctx)
-	if err != nil {
-		return // that etcd does not answer is said elsewhere
-	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.known = err == nil; err != nil {
+		return // that etcd does not answer is said elsewhere
+	}
 	was := r.short
 	r.last, r.short = list, map[string]bool{}
 	for _, u := range list {
@@ -99,6 +100,9 @@ func (*room) Describe(ch chan<- *prometheus.Desc) {
 func (r *room) Collect(ch chan<- prometheus.Metric) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if !r.known { // a number of an earlier look would pass for one of today
+		return
+	}
 	for _, u := range r.last {
 		full := 0.
 		if u.Full {
@@ -107,6 +111,9 @@ func (r *room) Collect(ch chan<- prometheus.Metric) {
 		for d, v := range map[*prometheus.Desc]float64{
 			etcdSizeDesc: float64(u.SizeBytes), etcdInUseDesc: float64(u.InUseBytes), etcdQuotaDesc: float64(u.QuotaBytes), etcdFullDesc: full,
 		} {
+			if d == etcdQuotaDesc && u.QuotaBytes <= 0 { // not known, or none
+				continue
+			}
 			ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, u.Endpoint)
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
@@ -32,6 +33,33 @@ func TestRoomGetsShort(t *testing.T) {
 		r.look(t.Context())
 		if logs.Len() != c.want {
 			t.Errorf("at %d of 1000: %d lines, want %d: %v", c.counted, logs.Len(), c.want, logs.All())
+		}
+	}
+}
+
+// What is not known has no number: that of a server that does not answer, a quota that
+// the server does not say, and all when none answers.
+func TestRoomIsNotKnown(t *testing.T) {
+	var list []etcd.Usage
+	var err error
+	r := &room{log: zap.NewNop(), read: func(context.Context) ([]etcd.Usage, error) { return list, err }}
+	one, two := etcd.Usage{Endpoint: "one", SizeBytes: 1, QuotaBytes: 10}, etcd.Usage{Endpoint: "two", SizeBytes: 2, Full: true}
+	for _, c := range []struct {
+		list []etcd.Usage
+		err  error
+		want int // numbers
+	}{
+		{[]etcd.Usage{one, two}, nil, 7},
+		{[]etcd.Usage{one}, nil, 4},
+		{nil, meta.ErrUnavailable, 0},
+		{[]etcd.Usage{two}, nil, 3},
+	} {
+		list, err = c.list, c.err
+		r.look(t.Context())
+		metrics := make(chan prometheus.Metric, 100)
+		r.Collect(metrics)
+		if len(metrics) != c.want {
+			t.Errorf("%+v, %v: %d numbers, want %d", c.list, c.err, len(metrics), c.want)
 		}
 	}
 }

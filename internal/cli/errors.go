@@ -226,6 +226,7 @@ var hints = map[string]string{
 	"METADATA_BEHIND":            "the metadata store is older than what it wrote into the object store, as after it was restored from a backup; when that is so, `snapshotctl recover` lets it go on",
 	"NEVER_EXISTED":              "see which snapshots there are with `snapshotctl snapshot list`",
 	"NOT_EXACT":                  "wait for the data plane to flush, or leave out --require-exact: segments across the cut then get a row ceiling",
+	"METADATA_STORE_CORRUPT":     "etcd has raised its alarm CORRUPT: see `etcdctl alarm list`, and replace the member that differs from the others",
 	"METADATA_STORE_DENIED":      "etcd denies the server access: see Security in docs/operations.md for the role that its user needs",
 	"METADATA_STORE_TOO_OLD":     "the server met an etcd that is too old to be used; its log says where, docs/operations.md from which release on",
 	"OBJECT_STORE_DENIED":        "the object store denies the server access; the server's log says for what",

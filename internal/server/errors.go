@@ -172,6 +172,10 @@ var classes = []class{
 		text: "the metadata store denies access to snapshotd; its log says for what",
 	},
 	{
+		err: meta.ErrCorrupt, code: codes.DataLoss, reason: "METADATA_STORE_CORRUPT",
+		text: "the metadata store has found its data damaged, and serves nothing until an operator has mended it; its log says more",
+	},
+	{
 		err: meta.ErrNoSpace, code: codes.ResourceExhausted, reason: "STORE_FULL",
 		text: "the metadata store is full and takes nothing new: drop what is not needed; its log says more",
 	},

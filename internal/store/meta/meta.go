@@ -50,6 +50,9 @@ var (
 	// ErrDenied means that the store knows who asks and refuses, or refuses to know.
 	// A transaction that meets it changed nothing. It does not pass by itself.
 	ErrDenied = errors.New("metadata store denies access")
+	// ErrCorrupt means that the store has found its own data damaged, and serves nothing
+	// until an operator has mended it. It comes with ErrUnavailable.
+	ErrCorrupt = errors.New("metadata store found its data damaged")
 	// ErrLeaseNotFound means that the lease expired, was revoked, or never was.
 	// A transaction that meets it changed nothing.
 	ErrLeaseNotFound = errors.New("lease not found")

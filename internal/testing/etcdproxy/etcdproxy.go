@@ -33,6 +33,7 @@ type Proxy struct {
 
 	version   atomic.Pointer[string]
 	mute      atomic.Bool
+	learner   atomic.Bool
 	every     atomic.Int64 // of so many answers with events one is overtaken; 0: none
 	cuts      atomic.Int64
 	events    atomic.Int64
@@ -112,6 +113,9 @@ func (p *Proxy) Version(version string) { p.version.Store(&version) }
 
 // Mute has questions for the version end as if the server were not there.
 func (p *Proxy) Mute(mute bool) { p.mute.Store(mute) }
+
+// Learner has the server say that it is a learner.
+func (p *Proxy) Learner(learner bool) { p.learner.Store(learner) }
 
 // WithoutRangeStream has the server not know RangeStream, as before etcd 3.7.
 func (p *Proxy) WithoutRangeStream() { p.noStream.Store(true) }
@@ -201,14 +205,15 @@ func (p *Proxy) handle(_ any, in grpc.ServerStream) error {
 func (p *Proxy) answer(method string, in grpc.ServerStream, msg *frame) error {
 	switch method {
 	case pb.Maintenance_Status_FullMethodName:
-		if v := p.version.Load(); v != nil && *v != "" {
-			resp := &pb.StatusResponse{}
-			if err := proto.Unmarshal(msg.data, resp); err != nil {
-				return err
-			}
-			resp.Version = *v
-			return send(in, resp)
+		resp := &pb.StatusResponse{}
+		if err := proto.Unmarshal(msg.data, resp); err != nil {
+			return err
 		}
+		if v := p.version.Load(); v != nil && *v != "" {
+			resp.Version = *v
+		}
+		resp.IsLearner = resp.GetIsLearner() || p.learner.Load()
+		return send(in, resp)
 	case pb.Watch_Watch_FullMethodName:
 		every := p.every.Load()
 		if every == 0 {

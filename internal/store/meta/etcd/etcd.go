@@ -354,6 +354,8 @@ func mapError(ctx, rctx context.Context, err error) error {
 func classOf(err error) error {
 	class := meta.ErrUnavailable
 	switch known := rpctypes.Error(err); {
+	case errors.Is(known, rpctypes.ErrCorrupt):
+		class = fmt.Errorf("%w: %w", meta.ErrUnavailable, meta.ErrCorrupt)
 	case status.Code(err) == codes.Unknown && strings.Contains(err.Error(), tooOld):
 		class = meta.ErrTooOld
 	case isDenied(err):

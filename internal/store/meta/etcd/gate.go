@@ -40,7 +40,8 @@ import (
 // Calls go through open connections only, whatever they are; through one that is
 // unknown go the question for its version and the login that etcd wants before it
 // answers that, and through one that is refused nothing. A question without an
-// answer is asked again, and the connection stays unknown.
+// answer is asked again, and the connection stays unknown; so does that to a learner,
+// which refuses reads and writes until it is promoted.
 //
 //	there is                         | a call
 //	an open connection               | takes it, whatever the others are
@@ -368,10 +369,16 @@ func (g *gate) askLocked(m *member) {
 	g.asking.Go(func() { g.ask(m, life) })
 }
 
+// errLearner is the answer of a server that is used once it is promoted.
+var errLearner = errors.New("it is a learner, and refuses reads and writes until it is promoted")
+
 func (g *gate) ask(m *member, life int) {
 	backoff := meta.Backoff{Max: time.Second}
 	for {
 		resp, err := g.status(g.ctx, m, life)
+		if err == nil && resp.GetIsLearner() {
+			err = errLearner
+		}
 		g.mu.Lock()
 		if m.life != life || g.closed {
 			g.mu.Unlock()
@@ -451,19 +458,25 @@ type Usage struct {
 	Full                              bool  // the server has raised its alarm
 }
 
-// Usage asks each server that is connected and may be used for the room that it has.
+// Usage asks each server that is connected and may be used for the room that it has,
+// and returns that of those that answer. The error is nil when one does.
 func (c *Client) Usage(ctx context.Context) ([]Usage, error) {
 	var list []Usage
+	var errs []error
 	for _, m := range c.gate.usable() {
 		resp, err := c.gate.status(ctx, m.member, m.life)
 		if err != nil {
-			return nil, fmt.Errorf("status of %s: %w", m.member.addr, mapError(ctx, ctx, err))
+			errs = append(errs, fmt.Errorf("status of %s: %w", m.member.addr, mapError(ctx, ctx, err)))
+			continue
 		}
 		list = append(list, Usage{
 			Endpoint: m.member.addr, SizeBytes: resp.GetDbSize(), InUseBytes: resp.GetDbSizeInUse(), QuotaBytes: resp.GetDbSizeQuota(),
 			CountedBytes: resp.GetDbSize(),
 			Full:         slices.ContainsFunc(resp.GetErrors(), func(e string) bool { return strings.Contains(e, pb.AlarmType_NOSPACE.String()) }),
 		})
+	}
+	if len(list) == 0 {
+		return nil, errors.Join(errs...)
 	}
 	return list, nil
 }

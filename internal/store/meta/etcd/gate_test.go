@@ -97,6 +97,31 @@ func TestUnknownEtcdIsNotUsed(t *testing.T) {
 	}
 }
 
+// A learner refuses what it is asked for, so it is not used until it is promoted.
+func TestLearnerIsNotUsed(t *testing.T) {
+	srv := etcdtest.Shared(t)
+	good, learner := etcdproxy.Start(t, srv.Endpoint()), etcdproxy.Start(t, srv.Endpoint())
+	learner.Learner(true)
+	kv := open(t, etcd.Options{Endpoints: []string{good.Endpoint(), learner.Endpoint()}, Root: "/learner"})
+	if err := kv.Check(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for range 20 {
+		if err := get(t.Context(), kv); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := learner.Used(); n != 0 {
+		t.Errorf("%d calls went to a learner", n)
+	}
+	learner.Learner(false)
+	for learner.Used() == 0 { // asked again by itself
+		if err := get(t.Context(), kv); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // A server that comes back as an older one is refused at the reconnect, and used
 // once it is a new one again; what another endpoint serves goes on.
 func TestEtcdIsAskedAtEachReconnect(t *testing.T) {
@@ -215,6 +240,12 @@ func TestEtcdUsage(t *testing.T) {
 			t.Errorf("got %+v", u)
 		}
 	}
+	// One that does not answer hides nothing of the others.
+	old.Mute(true)
+	if list, err = kv.Usage(t.Context()); err != nil || len(list) != 1 || list[0].Endpoint != srv.Endpoint() {
+		t.Errorf("got %+v, error %v; want the server that answers", list, err)
+	}
+	old.Mute(false)
 	old.Stop()
 	old.Version(debian)
 	old.Restart(t)
