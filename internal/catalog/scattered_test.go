@@ -101,3 +101,22 @@ func TestListOfADatabaseReadsOnlyIt(t *testing.T) {
 		t.Errorf("%d collections, %v, %v; %d records were read", len(list), more, err, kv.records)
 	}
 }
+
+// Segments whose ids lie in many blocks of ids are registered in one call, as those
+// are whose ids follow each other.
+func TestIDsOfManyBlocks(t *testing.T) {
+	const segments, apart = 200, 5000
+	r := newRig(t, memory.New(memory.Options{}))
+	got, err := r.AllocateIDs(t.Context(), request.Token{}, segments*apart)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ids := make([]int64, segments)
+	for i := range ids {
+		ids[i] = got.First + int64(i)*apart
+	}
+	r.add(t, ids...)
+	if scanned := r.scan(t, 0); !slices.Equal(scanned, ids) {
+		t.Errorf("%d segments are there", len(scanned))
+	}
+}

@@ -24,6 +24,7 @@ const (
 	batchIDs      = 61      // that one transaction claims, two compares for each at most
 	batchBytes    = 1 << 20 // in one transaction
 	batchInFlight = 8
+	fixedCompares = 2                  // of the collection, and of the ids of restores
 	dropLookup    = meta.MaxTxnOps / 3 // segments that one transaction looks up, under three keys each
 )
 
@@ -365,16 +366,30 @@ func split[T any](list []T, count int, size func(T) int) [][]T {
 }
 
 // splitEntries cuts list into parts for one transaction each: of at most batchIDs
-// ids, and of at most batchBytes, unless a segment alone has more.
+// ids, of at most as many compares as a transaction takes, which are two for each
+// id and one for each block of ids, and of at most batchBytes, unless a segment
+// alone has more.
 func splitEntries(list []entry) [][]entry {
 	var parts [][]entry
-	from, ids, bytes := 0, 0, 0
+	from, ids, bytes, blocks := 0, 0, 0, map[int64]bool{}
 	for i, e := range list {
-		n := 1 + len(e.segment.Builds)
-		if i > from && (ids+n > batchIDs || bytes+len(e.value) > batchBytes) {
-			parts, from, ids, bytes = append(parts, list[from:i:i]), i, 0, 0
+		own := newIDs(nil, e.segment)
+		added := map[int64]bool{}
+		for _, n := range own {
+			if b := blockOf(n.id); !blocks[b] {
+				added[b] = true
+			}
 		}
-		ids, bytes = ids+n, bytes+len(e.value)
+		n := ids + len(own)
+		compares := fixedCompares + 2*n + len(blocks) + len(added)
+		if i > from && (n > batchIDs || compares > meta.MaxTxnOps || bytes+len(e.value) > batchBytes) {
+			parts, from, ids, bytes = append(parts, list[from:i:i]), i, 0, 0
+			clear(blocks)
+		}
+		ids, bytes = ids+len(own), bytes+len(e.value)
+		for _, n := range own {
+			blocks[blockOf(n.id)] = true
+		}
 	}
 	return append(parts, list[from:])
 }
