@@ -325,6 +325,7 @@ func (m *Manager) Run(ctx context.Context) error {
 	group.Go(func() error { return m.feed.Run(ctx) })
 	group.Go(func() error { return m.gc.Run(ctx) })
 	group.Go(func() error { return m.jobs.Run(ctx) })
+	group.Go(func() error { return m.clock.Follow(ctx) })
 	group.Go(func() error {
 		return m.elect.Run(ctx, func(ctx context.Context, term election.Term) error {
 			m.leading.Store(true)

@@ -40,7 +40,11 @@
 //	         backward; or the authority is more than a minute before the note
 //	gap      the first look is more than the longest downtime after the note: no
 //	         process ran, or the clock stepped meanwhile. A shorter gap is downtime
-//	suspect  a process that saw a step and does not lead. Its own counter may have
+//	ahead    without a store's clock: the note changes between two looks, so the
+//	         leader wrote it in that time, and the authority is further ahead of it
+//	         than that time, the longest write of a note and a minute allow. One of
+//	         the two clocks is wrong
+//	suspect  a process that saw a step, or is ahead, and does not lead. Its own counter may have
 //	         stood still, as in a virtual machine that was paused. It neither stamps
 //	         nor judges until a note of another replica agrees with its reading, or it
 //	         leads
@@ -72,7 +76,10 @@
 //	recover: no answer      a repeat finds it done, or does it
 //	host sleeps             elapsed runs on: no step
 //	two replicas without a  the one whose clock is over a minute before the note
-//	store's clock           neither stamps nor judges
+//	store's clock           neither stamps nor judges; nor does one that is ahead. If
+//	                        that one comes to lead, its first note stops the clock
+//	a replica leads before  its difference from the note of the last leader passes for
+//	it has seen two notes   downtime
 package clock
 
 import (
@@ -235,6 +242,7 @@ const (
 	stepForward cause = iota + 1
 	stepBackward
 	gap
+	ahead
 )
 
 // step is a move of the authority.
@@ -258,6 +266,8 @@ func (s *step) String() string {
 		return fmt.Sprintf("it stepped forward by %v, from %s to %s", by, at(s.from), at(s.to))
 	case stepBackward:
 		return fmt.Sprintf("it stepped backward by %v, from %s to %s", by, at(s.from), at(s.to))
+	case ahead:
+		return fmt.Sprintf("it is %v ahead of the clock of the replica that leads, %s against %s", by, at(s.to), at(s.from))
 	case gap:
 		return fmt.Sprintf("it is %v after the last note, %s against %s, and no downtime is that long (clock_max_downtime)",
 			by, at(s.to), at(s.from))
@@ -433,6 +443,8 @@ func (t *Trusted) look(ctx context.Context) (*look, error) {
 	}
 	if moved := between(last, next); moved != nil {
 		suspect = moved
+	} else if suspect == nil {
+		suspect = aheadOf(last, next, &t.o)
 	}
 	decide(next, suspect, &t.o)
 	t.mu.Lock()
@@ -500,6 +512,19 @@ func between(last, next *look) *step {
 	return newStep(next.reading().Add(-moved), next.reading())
 }
 
+// aheadOf is how far the reading of next is ahead of a note that another replica wrote
+// between two looks; nil: it is not. With a store's clock all replicas read that.
+func aheadOf(last, next *look, o *Options) *step {
+	if last == nil || next.note == nil || o.Store != nil || last.noteIs == next.noteIs || next.note.GetReplica() == o.Replica {
+		return nil
+	}
+	noted := record.Time(next.note.GetTime())
+	if next.reading().Sub(noted) <= next.at-last.at+o.Interval+Bound {
+		return nil
+	}
+	return &step{ahead, noted, next.reading()}
+}
+
 // decide says whether the reading of l is trusted, in l. suspect is a step that the
 // process saw and that was not noted.
 func decide(l *look, suspect *step, o *Options) {
@@ -548,6 +573,27 @@ func (t *Trusted) Lead(ctx context.Context, fence meta.Cond) error {
 			from = at
 		}
 		timer.Reset(t.o.Interval)
+	}
+}
+
+// Follow looks at the notes of other replicas until ctx ends, so that a process whose
+// clock is ahead of theirs knows it before it leads. With a store's clock there is
+// nothing to do.
+func (t *Trusted) Follow(ctx context.Context) error {
+	if t.o.Store != nil {
+		return nil
+	}
+	ticker := time.NewTicker(lookInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		}
+		if _, err := t.current(ctx); err != nil && ctx.Err() == nil {
+			t.o.Log.Warn("the notes of the clock could not be read; they are read again", zap.Error(err))
+		}
 	}
 }
 

@@ -354,6 +354,61 @@ func TestPausedProcess(t *testing.T) {
 	})
 }
 
+// Without a store's clock a replica that is ahead of the one that leads neither stamps
+// nor judges, before it leads and after; one that is not does.
+func TestAheadOfTheLeader(t *testing.T) {
+	for _, c := range []struct {
+		by    time.Duration
+		stops bool
+	}{
+		{0, false},
+		{50 * time.Second, false},
+		{10 * time.Minute, true},
+		{10 * time.Hour, true},
+		{30 * 24 * time.Hour, true},
+	} {
+		t.Run(c.by.String(), func(t *testing.T) {
+			inEnv(t, func(t *testing.T, e *env) {
+				stop := e.lead(e.process(&host{}, "a", false))
+				h := hostOff(c.by)
+				p := e.process(h, "b", false)
+				ctx, cancel := context.WithCancel(t.Context())
+				followed := make(chan error, 1)
+				go func() { followed <- p.Follow(ctx) }()
+				defer func() {
+					cancel()
+					if err := <-followed; err != nil {
+						t.Error(err)
+					}
+				}()
+				pass(5 * time.Minute)
+				if !c.stops {
+					near(t, e.judge(p), time.Now().Add(c.by))
+					stop()
+					e.lead(p)
+					near(t, e.judge(p), time.Now().Add(c.by))
+					return
+				}
+				e.untrusted(p, false)
+				if _, ok := p.Peek(); ok {
+					t.Error("a replica that is ahead has a reading")
+				}
+				// Set right, it agrees with the leader; ahead again, it must not lead.
+				h.off.set(0)
+				pass(2 * time.Minute)
+				near(t, e.judge(p), time.Now())
+				h.off.set(c.by)
+				pass(2 * time.Minute)
+				stop()
+				e.lead(p)
+				e.untrusted(p, false)
+				pass(5 * time.Minute)
+				e.untrusted(p, false)
+			})
+		})
+	}
+}
+
 func TestSilentStore(t *testing.T) {
 	inEnv(t, func(t *testing.T, e *env) {
 		silent := false
