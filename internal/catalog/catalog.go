@@ -111,6 +111,7 @@ const (
 	MaxChannels      = 64
 	maxChannelBytes  = 4096      // of all channels' names: a snapshot's record holds them
 	MaxSegmentBytes  = 1_200_000 // of a segment's record, with the room that a restore of it needs
+	MaxShownBytes    = 4_128_768 // of an answer that shows a segment, beneath the 4 MiB of a gRPC client
 	MaxRecordBytes   = 768 << 10 // of a collection's record
 	maxPartBytes     = 512 << 10 // of a partition's or index's, which share a transaction with it
 	maxRemembered    = 64 << 10  // of what a request token keeps

@@ -402,7 +402,7 @@ func (p *swapPlan) add(field string, s *segment.Segment) error {
 		return err
 	}
 	key := keys.Segment(p.collection, s.ID)
-	if err := p.put(key, s, nil, true, 0); err != nil {
+	if err := p.put(key, s, nil, true, sizes{}); err != nil {
 		return err
 	}
 	p.newIDs = newIDs(p.newIDs, s)
@@ -412,12 +412,12 @@ func (p *swapPlan) add(field string, s *segment.Segment) error {
 
 // put puts the record of a segment, with the hashes of the paths of files that were
 // taken from it. It may have as many bytes as it had before, with the room that a
-// restore needs; 0: it is new.
-func (p *swapPlan) put(key string, s *segment.Segment, removed []uint64, whole bool, before int) error {
+// restore needs; none: it is new.
+func (p *swapPlan) put(key string, s *segment.Segment, removed []uint64, whole bool, before sizes) error {
 	rec := encodeSegment(p.collection, s, p.op)
 	rec.Removed, rec.RemovedWhole = removed, whole
 	value := record.Encode(rec)
-	if err := checkSize(rec, s, value, before); err != nil {
+	if err := checkSize(rec, s, p.rules.view.Collection.Roots, value, before); err != nil {
 		return err
 	}
 	p.txn.Then = append(p.txn.Then, meta.Put(key, value))
@@ -442,7 +442,7 @@ func (p *swapPlan) update(field string, kv meta.KeyValue, u *Update) error {
 				ErrFileExists, f.Path, field, i, s.ID)
 		}
 	}
-	size := restoredSize(before, &s, len(kv.Value))
+	size := sizesOf(before, &s, p.rules.view.Collection.Roots, len(kv.Value))
 	old := slices.Clone(s.Builds)
 	removed, replaced, err := applyUpdate(field, &s, u)
 	if err != nil {

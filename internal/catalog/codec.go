@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 
+	"google.golang.org/protobuf/encoding/protowire"
+
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
@@ -188,12 +190,84 @@ func restoredSize(rec *storagev1.Segment, s *segment.Segment, size int) int {
 	return size
 }
 
+// shownSize is at least how many bytes an answer takes that shows a segment, or that
+// names the objects of its files by store and key, also once it is restored. Unlike its
+// record such an answer has what paths begin with for each file.
+func shownSize(s *segment.Segment, roots []Root) int {
+	const (
+		fixed  = 256 // what a segment has once, or a file besides strings and numbers
+		header = 5   // tag and length
+	)
+	size := fixed + len(s.Start.Opaque) + len(s.DML.Opaque) + len(s.EngineData) + shownPairs(s.Attributes)
+	for i := range s.Builds {
+		size += fixed + shownPairs(s.Builds[i].Params)
+	}
+	files, objects := 0, 0
+	for f := range s.AllFiles() {
+		path := header + len(f.Path) + idRoom(f.Path)
+		numbers := 0
+		for _, n := range [...]uint64{
+			uint64(f.Size), uint64(f.MinTimestamp), uint64(f.MaxTimestamp), uint64(f.Entries), uint64(f.Field), uint64(f.LogID),
+		} {
+			numbers += 1 + protowire.SizeVarint(n)
+		}
+		files += header + 2 + path + 2 + len(f.Kind) + numbers + 2 + max(restoredETag, len(f.ETag)) + shownPairs(f.Attributes)
+		if f.Checksum.Type != "" {
+			files += 6 + len(f.Checksum.Type) + len(f.Checksum.Value)
+		}
+		objects += header + path + 1 + protowire.SizeVarint(uint64(f.Size))
+		if f.Root < len(roots) {
+			objects += header + len(roots[f.Root].Store) + len(roots[f.Root].Prefix)
+		}
+	}
+	return size + max(files, objects)
+}
+
+// shownPairs is at least how many bytes a map takes in an answer.
+func shownPairs(pairs map[string]string) int {
+	size := 0
+	for k, v := range pairs {
+		size += len(k) + len(v) + 12
+	}
+	return size
+}
+
+// idRoom is at least how many bytes longer a path gets where a restore gives its
+// segment, and the partition, the collection and an index build, other ids.
+func idRoom(path string) int {
+	const digits, ids = 19, 4 // of an id, that a path has of these
+	room, n := 0, 0
+	for element := range strings.SplitSeq(path, "/") {
+		if element == "" || strings.Trim(element, "0123456789") != "" {
+			continue
+		}
+		room += max(0, digits-len(element))
+		if n++; n == ids {
+			break
+		}
+	}
+	return room
+}
+
+// sizes are what a segment takes in bytes, each with the room that a restore needs.
+type sizes struct{ record, shown int }
+
+func sizesOf(rec *storagev1.Segment, s *segment.Segment, roots []Root, bytes int) sizes {
+	n := restoredSize(rec, s, bytes)
+	return sizes{n, shownSize(s, roots)}
+}
+
 // checkSize refuses a segment that would be too large, now or once it is restored,
 // unless it is no larger than it was before.
-func checkSize(rec *storagev1.Segment, s *segment.Segment, value []byte, before int) error {
-	if size := restoredSize(rec, s, len(value)); size > max(MaxSegmentBytes, before) {
+func checkSize(rec *storagev1.Segment, s *segment.Segment, roots []Root, value []byte, before sizes) error {
+	size := sizesOf(rec, s, roots, len(value))
+	if size.record > max(MaxSegmentBytes, before.record) {
 		return fmt.Errorf("%w: segment %d takes %d bytes, %d of them for what a restore adds, at most %d; "+
-			"give it fewer files", ErrLimitExceeded, s.ID, size, size-len(value), MaxSegmentBytes)
+			"give it fewer files", ErrLimitExceeded, s.ID, size.record, size.record-len(value), MaxSegmentBytes)
+	}
+	if size.shown > max(MaxShownBytes, before.shown) {
+		return fmt.Errorf("%w: an answer that shows segment %d takes %d bytes, at most %d; "+
+			"give it fewer files, or shorter paths", ErrLimitExceeded, s.ID, size.shown, MaxShownBytes)
 	}
 	return nil
 }

@@ -312,7 +312,7 @@ func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []
 		rec := encodeSegment(collection, e.segment, op)
 		rec.RemovedWhole = true // it is new
 		e.value = record.Encode(rec)
-		if err := checkSize(rec, e.segment, e.value, 0); err != nil {
+		if err := checkSize(rec, e.segment, view.Collection.Roots, e.value, sizes{}); err != nil {
 			return 0, 0, err
 		}
 		entries[i] = e

@@ -83,9 +83,36 @@ func TestCheckSize(t *testing.T) {
 	if len(value) > 1<<20 || size < MaxSegmentBytes {
 		t.Fatalf("%d bytes, %d with room", len(value), size)
 	}
+	roots := []Root{{Store: "default", Prefix: "data/"}}
+	if shown := shownSize(s, roots); shown > MaxShownBytes {
+		t.Fatalf("%d bytes are shown: files with short paths are bounded by their record", shown)
+	}
 	for before, want := range map[int]error{0: ErrLimitExceeded, size - 1: ErrLimitExceeded, size: nil} {
-		if err := checkSize(rec, s, value, before); !errors.Is(err, want) {
+		if err := checkSize(rec, s, roots, value, sizes{record: before}); !errors.Is(err, want) {
 			t.Errorf("before %d: %v, want %v", before, err, want)
+		}
+	}
+}
+
+// TestShownSize refuses a segment with long paths that share their beginnings, which
+// its record has once and an answer for each file.
+func TestShownSize(t *testing.T) {
+	roots := []Root{{Store: "default", Prefix: strings.Repeat("r", 499) + "/"}}
+	for dir, want := range map[int]error{100: nil, 512: ErrLimitExceeded} {
+		s := sizedSegment(0, 4096, "")
+		for i := range s.Files {
+			s.Files[i].Path = fmt.Sprintf("%s/%d", strings.Repeat("d", dir), i)
+		}
+		rec := encodeSegment(1, s, "op")
+		value := record.Encode(rec)
+		if restoredSize(rec, s, len(value)) > MaxSegmentBytes/2 {
+			t.Fatalf("a record of %d bytes", len(value))
+		}
+		if err := checkSize(rec, s, roots, value, sizes{}); !errors.Is(err, want) {
+			t.Errorf("directories of %d bytes: %v, want %v", dir, err, want)
+		}
+		if err := checkSize(rec, s, roots, value, sizes{shown: shownSize(s, roots)}); err != nil {
+			t.Errorf("directories of %d bytes, no more than before: %v", dir, err)
 		}
 	}
 }
