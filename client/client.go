@@ -59,11 +59,6 @@ import (
 	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 )
 
-// maxMessageBytes is the largest answer that is taken. The server bounds its
-// pages far below, but a description with a thousand partitions and their
-// attributes is larger than gRPC's default of 4 MiB.
-const maxMessageBytes = 64 << 20
-
 // Options are the settings of a client. The zero value connects in plaintext,
 // and only to this machine.
 type Options struct {
@@ -122,7 +117,6 @@ func Dial(addr string, o Options) (*Client, error) {
 	opts := []grpc.DialOption{
 		grpc.WithTransportCredentials(creds),
 		grpc.WithChainUnaryInterceptor(retry{attempts: attempts}.intercept),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessageBytes)),
 		// A server that restarts is back sooner than gRPC's default backoff of
 		// one second supposes.
 		grpc.WithConnectParams(grpc.ConnectParams{

@@ -58,10 +58,7 @@ import (
 // data directory.
 var ErrInUse = errors.New("data directory in use")
 
-const (
-	insideBuffer   = 1 << 20  // bytes, of a connection within the process
-	maxInsideReply = 64 << 20 // bytes
-)
+const insideBuffer = 1 << 20 // bytes, of a connection within the process
 
 // startTimeout is for a start, once etcd is there: etcd in this process reads its
 // data for as long as it takes, which is longer the more there are.
@@ -130,7 +127,6 @@ func Start(ctx context.Context, cfg Config) (_ *Server, err error) {
 	s.conn, err = grpc.NewClient("passthrough:///snapshotd",
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return inside.DialContext(ctx) }),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxInsideReply)),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("connect within the process: %w", err)

@@ -112,22 +112,49 @@ func (c *Catalog) Checkpoints(ctx context.Context, ref Ref) ([]Checkpoint, error
 	return list, err
 }
 
-// Partitions returns a collection's partitions in id order.
-func (c *Catalog) Partitions(ctx context.Context, ref Ref) ([]Partition, error) {
-	col, err := c.Collection(ctx, ref)
-	if err != nil {
-		return nil, err
-	}
-	return readAll(ctx, c.kv, keys.PartitionPrefix(col.ID), 0, decodePartition)
+// Partitions calls fn with a collection's partitions in id order, from the first
+// behind id after on, until fn returns false, and returns whether it did. Of many
+// it reads no more at a time than a scan does.
+func (c *Catalog) Partitions(ctx context.Context, collection, after int64, fn func(Partition) bool) (more bool, err error) {
+	return readUntil(ctx, c.kv, keys.PartitionPrefix(collection), after, decodePartition, fn)
 }
 
-// Indexes returns a collection's indexes in id order.
-func (c *Catalog) Indexes(ctx context.Context, ref Ref) ([]Index, error) {
-	col, err := c.Collection(ctx, ref)
-	if err != nil {
-		return nil, err
+// Indexes is Partitions for indexes.
+func (c *Catalog) Indexes(ctx context.Context, collection, after int64, fn func(Index) bool) (more bool, err error) {
+	return readUntil(ctx, c.kv, keys.IndexPrefix(collection), after, decodeIndex, fn)
+}
+
+// errEnough ends a scan.
+var errEnough = errors.New("enough")
+
+// readUntil calls fn with the records under a prefix whose last element is an id, in
+// id order, from the first behind after on, until fn returns false.
+func readUntil[T any](
+	ctx context.Context, kv meta.KV, prefix string, after int64, decode func(meta.KeyValue) (T, error), fn func(T) bool,
+) (more bool, err error) {
+	from, to := meta.Prefix(prefix)
+	if after > 0 {
+		from = prefix + keys.ID(after) + "\x00"
 	}
-	return readAll(ctx, c.kv, keys.IndexPrefix(col.ID), 0, decodeIndex)
+	_, err = kv.Scan(ctx, from, to, 0, func(batch []meta.KeyValue) error {
+		for _, kv := range batch {
+			t, err := decode(kv)
+			if err != nil {
+				return err
+			}
+			if !fn(t) {
+				return errEnough
+			}
+		}
+		return nil
+	})
+	if errors.Is(err, errEnough) {
+		return true, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("read %s: %w", prefix, err)
+	}
+	return false, nil
 }
 
 // rules check segments against the collection that they are to join.

@@ -335,10 +335,10 @@ func (a *app) planFor(ctx context.Context, c *client.Client, d declaration) (pla
 	}
 	h := holdings{collection: resp.GetCollection()}
 	ref := idRef(h.collection.GetId())
-	if h.partitions, err = unary(ctx, a, c.Catalog.ListPartitions, &snapshotdv1.ListPartitionsRequest{Collection: ref}); err != nil {
+	if h.partitions, err = unary(ctx, a, c.AllPartitions, &snapshotdv1.ListPartitionsRequest{Collection: ref}); err != nil {
 		return plan{}, err
 	}
-	if h.indexes, err = unary(ctx, a, c.Catalog.ListIndexes, &snapshotdv1.ListIndexesRequest{Collection: ref}); err != nil {
+	if h.indexes, err = unary(ctx, a, c.AllIndexes, &snapshotdv1.ListIndexesRequest{Collection: ref}); err != nil {
 		return plan{}, err
 	}
 	return diff(d, h)

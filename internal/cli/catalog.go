@@ -156,10 +156,10 @@ ListCheckpoints, ListPartitions and ListIndexes in one object.`,
 			if h.checkpoints, err = unary(ctx, a, c.Catalog.ListCheckpoints, &snapshotdv1.ListCheckpointsRequest{Collection: ref}); err != nil {
 				return err
 			}
-			if h.partitions, err = unary(ctx, a, c.Catalog.ListPartitions, &snapshotdv1.ListPartitionsRequest{Collection: ref}); err != nil {
+			if h.partitions, err = unary(ctx, a, c.AllPartitions, &snapshotdv1.ListPartitionsRequest{Collection: ref}); err != nil {
 				return err
 			}
-			if h.indexes, err = unary(ctx, a, c.Catalog.ListIndexes, &snapshotdv1.ListIndexesRequest{Collection: ref}); err != nil {
+			if h.indexes, err = unary(ctx, a, c.AllIndexes, &snapshotdv1.ListIndexesRequest{Collection: ref}); err != nil {
 				return err
 			}
 			all := make(map[string]json.RawMessage)

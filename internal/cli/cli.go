@@ -449,7 +449,7 @@ anything. KEY is without the cluster's root; numbers need no leading zeros.`,
 			if err != nil {
 				return err
 			}
-			resp, err := unary(ctx, a, c.Admin.GetKey, &snapshotdv1.GetKeyRequest{Key: args[0]})
+			resp, err := unary(ctx, a, c.WholeKey, &snapshotdv1.GetKeyRequest{Key: args[0]})
 			if err != nil {
 				return err
 			}

@@ -295,13 +295,13 @@ it one of digits; an id is given as '#42' or with --id 42.`,
 			return err
 		}
 		req := &snapshotdv1.DescribeSnapshotRequest{Snapshot: ref, IncludeUsage: true}
-		resp, err := unary(ctx, a, c.Snapshots.DescribeSnapshot, req)
+		resp, err := unary(ctx, a, c.DescribeWhole, req)
 		unknown := ""
 		switch client.Reason(err) { // the rest can be shown without
 		case "REFERENCES_LOADING", "REFERENCES_UNREADABLE", "SNAPSHOT_CORRUPT":
 			unknown, _ = describe(err)
 			req.IncludeUsage = false
-			resp, err = unary(ctx, a, c.Snapshots.DescribeSnapshot, req)
+			resp, err = unary(ctx, a, c.DescribeWhole, req)
 		}
 		if err != nil {
 			return err

@@ -13,8 +13,25 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// Describe returns what a committed snapshot captured, but for its segments.
+// Describe returns what a committed snapshot captured, but for its segments, and
+// looks whether its own objects are there.
 func (m *Manager) Describe(ctx context.Context, ref Ref) (*Description, error) {
+	d, err := m.Captured(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	s := d.Snapshot
+	if d.Damage, d.DamageErr = m.damage(ctx, s, d.Metadata); len(d.Damage) > 0 {
+		// What is being dropped loses its objects first.
+		if now, err := m.read(ctx, s.ID); err == nil && (now == nil || now.State != Committed) {
+			return nil, fmt.Errorf("describe snapshot %s: %w", s, ErrExpiredOrDropped)
+		}
+	}
+	return d, nil
+}
+
+// Captured returns what a committed snapshot captured, but for its segments.
+func (m *Manager) Captured(ctx context.Context, ref Ref) (*Description, error) {
 	s, err := m.committed(ctx, ref)
 	if err != nil {
 		return nil, fmt.Errorf("describe snapshot %s: %w", ref, err)
@@ -23,14 +40,7 @@ func (m *Manager) Describe(ctx context.Context, ref Ref) (*Description, error) {
 	if err != nil {
 		return nil, fmt.Errorf("describe snapshot %s: %w", s, err)
 	}
-	d := &Description{Snapshot: s, Metadata: md, Prefix: manifest.Dir(s.Collection, s.ID)}
-	if d.Damage, d.DamageErr = m.damage(ctx, s, md); len(d.Damage) > 0 {
-		// What is being dropped loses its objects first.
-		if now, err := m.read(ctx, s.ID); err == nil && (now == nil || now.State != Committed) {
-			return nil, fmt.Errorf("describe snapshot %s: %w", s, ErrExpiredOrDropped)
-		}
-	}
-	return d, nil
+	return &Description{Snapshot: s, Metadata: md, Prefix: manifest.Dir(s.Collection, s.ID)}, nil
 }
 
 // maxDamage bounds how many of a snapshot's own objects are said to be damaged.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"unicode/utf8"
 
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/internal/catalog/inspect"
@@ -19,6 +20,7 @@ type admin struct {
 	manager       *manager.Manager
 	cluster       cluster.Cluster
 	kv            meta.KV
+	tokens        sealer
 	version       string
 	replica       string
 	stores        []string
@@ -41,24 +43,67 @@ func (s *admin) GetServerInfo(ctx context.Context, _ *pb.GetServerInfoRequest) (
 }
 
 func (s *admin) GetKey(ctx context.Context, req *pb.GetKeyRequest) (*pb.GetKeyResponse, error) {
+	const method = "GetKey"
+	kv, err := s.record(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	var revision, offset int64
+	if token := req.GetPageToken(); token != "" {
+		if !s.tokens.open(token, method, filterHash(req), &revision, &offset) {
+			return nil, errPageToken
+		}
+		// The record as it was: pages of two would not fit together.
+		was, err := s.kv.Range(ctx, meta.Range{From: kv.Key, Revision: revision})
+		if err != nil {
+			return nil, fmt.Errorf("read %s as it was at revision %d: %w", kv.Key, revision, err)
+		}
+		if len(was.KVs) == 0 {
+			return nil, fmt.Errorf("%w: %s", errKeyNotFound, req.GetKey())
+		}
+		kv = was.KVs[0]
+	}
+	kind, text := inspect.Describe(kv)
+	if offset < 0 || offset > int64(len(text)) {
+		return nil, errPageToken
+	}
+	resp := &pb.GetKeyResponse{
+		Key: kv.Key, CreateRevision: kv.CreateRevision, ModRevision: kv.ModRevision, Leased: kv.Lease != 0, Type: kind,
+	}
+	resp.Json = cutText(text[offset:], maxAnswerBytes)
+	if end := offset + int64(len(resp.GetJson())); end < int64(len(text)) {
+		resp.NextPageToken = s.tokens.seal(method, filterHash(req), kv.ModRevision, end)
+	}
+	return resp, nil
+}
+
+// cutText returns the most of text that takes no more than so many bytes and ends with
+// a whole rune.
+func cutText(text string, most int) string {
+	if len(text) <= most {
+		return text
+	}
+	for most > 0 && !utf8.RuneStart(text[most]) {
+		most--
+	}
+	return text[:most]
+}
+
+// record returns what lies under the key that is asked for.
+func (s *admin) record(ctx context.Context, req *pb.GetKeyRequest) (meta.KeyValue, error) {
 	for _, key := range []string{req.GetKey(), padded(req.GetKey())} {
 		if len(key) > meta.MaxKeyBytes {
 			continue
 		}
 		kv, found, _, err := s.kv.Get(ctx, key)
 		if err != nil {
-			return nil, fmt.Errorf("read %s: %w", key, err)
+			return meta.KeyValue{}, fmt.Errorf("read %s: %w", key, err)
 		}
-		if !found {
-			continue
+		if found {
+			return kv, nil
 		}
-		kind, text := inspect.Describe(kv)
-		return &pb.GetKeyResponse{
-			Key: kv.Key, CreateRevision: kv.CreateRevision, ModRevision: kv.ModRevision, Leased: kv.Lease != 0,
-			Type: kind, Json: text,
-		}, nil
 	}
-	return nil, fmt.Errorf("%w: %s", errKeyNotFound, req.GetKey())
+	return meta.KeyValue{}, fmt.Errorf("%w: %s", errKeyNotFound, req.GetKey())
 }
 
 // padded writes the numbers in a key as they are stored.
@@ -80,7 +125,7 @@ func (s *admin) ProbeStore(ctx context.Context, req *pb.ProbeStoreRequest) (*pb.
 	}
 	resp := &pb.ProbeStoreResponse{Store: cmp.Or(req.GetStore(), s.snapshotStore), Usable: report.Err() == nil}
 	for _, c := range report.Checks {
-		resp.Checks = append(resp.Checks, &pb.ProbeCheck{Name: c.Name, Required: c.Required, Ok: c.OK, Detail: c.Detail, NotKnown: c.Err != nil})
+		resp.Checks = append(resp.Checks, &pb.ProbeCheck{Name: c.Name, Required: c.Required, Ok: c.OK, Detail: clip(c.Detail), NotKnown: c.Err != nil})
 	}
 	return resp, nil
 }

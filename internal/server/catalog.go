@@ -93,20 +93,18 @@ func (s *catalogs) ListCollections(ctx context.Context, req *pb.ListCollectionsR
 	if err != nil {
 		return nil, err
 	}
-	resp := &pb.ListCollectionsResponse{}
-	size := 0
+	resp, page := &pb.ListCollectionsResponse{}, newPage(req.GetPageSize())
 	for i := range list {
 		out := collectionToProto(&list[i])
 		out.Schema.SchemaRaw = nil
-		size += proto.Size(out)
-		if i > 0 && size > maxPageBytes {
-			list, more = list[:i], true
+		if !page.add(out) {
+			more = true
 			break
 		}
 		resp.Collections = append(resp.Collections, out)
 	}
-	if more {
-		resp.NextPageToken = s.tokens.seal(method, filters, list[len(list)-1].ID)
+	if n := len(resp.GetCollections()); more && n > 0 {
+		resp.NextPageToken = s.tokens.seal(method, filters, list[n-1].ID)
 	}
 	return resp, nil
 }
@@ -162,11 +160,53 @@ func (s *catalogs) CreatePartition(ctx context.Context, req *pb.CreatePartitionR
 }
 
 func (s *catalogs) ListPartitions(ctx context.Context, req *pb.ListPartitionsRequest) (*pb.ListPartitionsResponse, error) {
-	list, err := s.catalog.Partitions(ctx, collectionRef(req.GetCollection()))
+	resp, page := &pb.ListPartitionsResponse{}, wholePage(req.GetPageSize())
+	next, err := s.parts(ctx, "ListPartitions", req, func(collection, after int64) (last int64, more bool, err error) {
+		more, err = s.catalog.Partitions(ctx, collection, after, func(p catalog.Partition) bool {
+			out := partitionToProto(p)
+			if !page.add(out) {
+				return false
+			}
+			last, resp.Partitions = p.ID, append(resp.Partitions, out)
+			return true
+		})
+		return last, more, err
+	})
 	if err != nil {
 		return nil, err
 	}
-	return &pb.ListPartitionsResponse{Partitions: convert(list, partitionToProto)}, nil
+	resp.NextPageToken = next
+	noteRest(ctx, req.GetPageSize(), req.GetPageToken(), next, "partitions of the collection")
+	return resp, nil
+}
+
+// parts is what ListPartitions and ListIndexes have in common: read reads a page of
+// a collection, from the first id behind after on, and returns the last id of it
+// and whether there are more. It returns the token of the next page.
+func (s *catalogs) parts(ctx context.Context, method string, req interface {
+	proto.Message
+	GetCollection() *pb.CollectionRef
+	GetPageToken() string
+}, read func(collection, after int64) (last int64, more bool, err error),
+) (string, error) {
+	filters := filterHash(req)
+	ref := collectionRef(req.GetCollection())
+	var after int64
+	if token := req.GetPageToken(); token != "" {
+		ref = catalog.Ref{} // the name is resolved once, for all pages
+		if !s.tokens.open(token, method, filters, &ref.ID, &after) {
+			return "", errPageToken
+		}
+	}
+	col, err := s.catalog.Collection(ctx, ref)
+	if err != nil {
+		return "", err
+	}
+	last, more, err := read(col.ID, after)
+	if err != nil || !more {
+		return "", err
+	}
+	return s.tokens.seal(method, filters, col.ID, last), nil
 }
 
 func (s *catalogs) DropPartition(ctx context.Context, req *pb.DropPartitionRequest) (*pb.DropPartitionResponse, error) {
@@ -191,11 +231,24 @@ func (s *catalogs) CreateIndex(ctx context.Context, req *pb.CreateIndexRequest) 
 }
 
 func (s *catalogs) ListIndexes(ctx context.Context, req *pb.ListIndexesRequest) (*pb.ListIndexesResponse, error) {
-	list, err := s.catalog.Indexes(ctx, collectionRef(req.GetCollection()))
+	resp, page := &pb.ListIndexesResponse{}, wholePage(req.GetPageSize())
+	next, err := s.parts(ctx, "ListIndexes", req, func(collection, after int64) (last int64, more bool, err error) {
+		more, err = s.catalog.Indexes(ctx, collection, after, func(x catalog.Index) bool {
+			out := indexToProto(x)
+			if !page.add(out) {
+				return false
+			}
+			last, resp.Indexes = x.ID, append(resp.Indexes, out)
+			return true
+		})
+		return last, more, err
+	})
 	if err != nil {
 		return nil, err
 	}
-	return &pb.ListIndexesResponse{Indexes: convert(list, indexToProto)}, nil
+	resp.NextPageToken = next
+	noteRest(ctx, req.GetPageSize(), req.GetPageToken(), next, "indexes of the collection")
+	return resp, nil
 }
 
 func (s *catalogs) DropIndex(ctx context.Context, req *pb.DropIndexRequest) (*pb.DropIndexResponse, error) {
@@ -262,19 +315,18 @@ func (s *catalogs) ExportSegments(req *pb.ExportSegmentsRequest, stream grpc.Ser
 	if err := view.Collection.CheckActive(); err != nil {
 		return err
 	}
-	msg, size := &pb.ExportSegmentsResponse{CatalogRevision: view.Revision}, 0
+	msg, page := &pb.ExportSegmentsResponse{CatalogRevision: view.Revision}, newPage(maxPage)
 	_, err = s.catalog.ScanSegments(ctx, id, view.Revision, func(batch []segment.Segment) error {
 		for i := range batch {
 			out := segmentToProto(&batch[i])
-			n := proto.Size(out)
-			if len(msg.GetSegments()) > 0 && (size+n > maxPageBytes || len(msg.GetSegments()) == maxPage) {
+			if !page.add(out) {
 				if err := stream.Send(msg); err != nil {
 					return err
 				}
-				msg, size = &pb.ExportSegmentsResponse{CatalogRevision: view.Revision}, 0
+				msg, page = &pb.ExportSegmentsResponse{CatalogRevision: view.Revision}, newPage(maxPage)
+				page.add(out)
 			}
 			msg.Segments = append(msg.Segments, out)
-			size += n
 		}
 		return nil
 	})

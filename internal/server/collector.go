@@ -98,8 +98,8 @@ func (s *collectors) GetCollectorStatus(ctx context.Context, _ *pb.GetCollectorS
 	}
 	return &pb.GetCollectorStatusResponse{
 		LastRound: summaryToProto(now.LastRound), Deleting: int64(now.Deleting), Unconfirmed: int64(now.Unconfirmed),
-		Tolerance: durationpb.New(now.Tolerance), MaxShare: now.MaxShare, StopUnits: int64(now.StopUnits), Enabled: now.Enabled, Blocked: now.Blocked,
-		ClockStopped: now.Clock,
+		Tolerance: durationpb.New(now.Tolerance), MaxShare: now.MaxShare, StopUnits: int64(now.StopUnits), Enabled: now.Enabled, Blocked: clip(now.Blocked),
+		ClockStopped: clip(now.Clock),
 	}, nil
 }
 

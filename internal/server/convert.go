@@ -457,23 +457,52 @@ func descriptionToProto(d *manager.Description) *pb.DescribeSnapshotResponse {
 	return &pb.DescribeSnapshotResponse{
 		Snapshot:   snapshotToProto(d.Snapshot),
 		Collection: col,
-		Partitions: convert(m.Partitions, func(p manifest.Partition) *pb.Partition {
-			return &pb.Partition{Id: p.ID, Name: p.Name, Attributes: p.Attributes, State: pb.Partition_STATE_ACTIVE}
-		}),
-		Indexes: convert(m.Indexes, func(x manifest.Index) *pb.Index {
-			return &pb.Index{
+		Store:      d.Snapshot.Store, Prefix: d.Prefix,
+		FormatVersion: int32(m.FormatVersion), //nolint:gosec // a small number, checked when it was read
+	}
+}
+
+// describePage puts as many of the partitions, the indexes and the manifests of a
+// snapshot as the page takes into resp, from the one with the number from on, which
+// counts all three, and how many there are. It returns the number of the first that
+// is not on the page; 0: none is left.
+func describePage(resp *pb.DescribeSnapshotResponse, m *manifest.Metadata, from int64, page *page) (next int64) {
+	partitions, indexes, manifests := int64(len(m.Partitions)), int64(len(m.Indexes)), int64(len(m.Manifests))
+	resp.PartitionCount, resp.IndexCount, resp.ManifestCount = partitions, indexes, manifests
+	for n := from; n < partitions+indexes+manifests; n++ {
+		if page.elements == 0 && page.size > page.bytes {
+			return n // what is beside the lists fills the page
+		}
+		switch {
+		case n < partitions:
+			p := &m.Partitions[n]
+			out := &pb.Partition{Id: p.ID, Name: p.Name, Attributes: p.Attributes, State: pb.Partition_STATE_ACTIVE}
+			if !page.add(out) {
+				return n
+			}
+			resp.Partitions = append(resp.Partitions, out)
+		case n < partitions+indexes:
+			x := &m.Indexes[n-partitions]
+			out := &pb.Index{
 				Id: x.ID, Name: x.Name, FieldId: x.Field, TypeParams: x.TypeParams, IndexParams: x.IndexParams,
 				Attributes: x.Attributes, State: pb.Index_STATE_ACTIVE,
 			}
-		}),
-		Store: d.Snapshot.Store, Prefix: d.Prefix,
-		Manifests: convert(m.Manifests, func(f manifest.ManifestFile) *pb.Manifest {
-			return &pb.Manifest{
+			if !page.add(out) {
+				return n
+			}
+			resp.Indexes = append(resp.Indexes, out)
+		default:
+			f := &m.Manifests[n-partitions-indexes]
+			out := &pb.Manifest{
 				File: f.File, SizeBytes: f.Length, Sha256: f.SHA256[:], Segments: f.Segments, FirstOrdinal: f.FirstOrdinal,
 			}
-		}),
-		FormatVersion: int32(m.FormatVersion), //nolint:gosec // a small number, checked when it was read
+			if !page.add(out) {
+				return n
+			}
+			resp.Manifests = append(resp.Manifests, out)
+		}
 	}
+	return 0
 }
 
 // Pins.

@@ -10,6 +10,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/manager"
+	"github.com/snapshotd/snapshotd/internal/store/record"
 )
 
 // maxPinsTold is how many pins of a holder are told.
@@ -43,7 +44,7 @@ func (s *reclaims) CheckReferences(ctx context.Context, req *pb.CheckReferencesR
 			return nil, err
 		}
 		resp.Units = append(resp.Units, &pb.UnitReferences{
-			State: unitStates[a.State], Holders: holders, HolderCount: int64(a.Holders), Tombstone: tombstoneToProto(a.Tombstone),
+			State: unitStates[a.State], Holders: holders, HolderCount: int64(a.Holders), Tombstone: grantToProto(a.Tombstone),
 		})
 	}
 	return resp, nil
@@ -67,7 +68,7 @@ func (s *reclaims) Reclaim(ctx context.Context, req *pb.ReclaimRequest) (*pb.Rec
 			return nil, err
 		}
 		out := &pb.ReclaimResult{
-			Outcome: pb.ReclaimResult_OUTCOME_HELD, Holders: holders, HolderCount: int64(a.Holders), Tombstone: tombstoneToProto(a.Tombstone),
+			Outcome: pb.ReclaimResult_OUTCOME_HELD, Holders: holders, HolderCount: int64(a.Holders), Tombstone: grantToProto(a.Tombstone),
 		}
 		switch {
 		case a.State == gc.Granted:
@@ -110,9 +111,9 @@ func (s *reclaims) ListTombstones(ctx context.Context, req *pb.ListTombstonesReq
 	if err != nil {
 		return nil, err
 	}
-	resp, size := &pb.ListTombstonesResponse{}, 0
+	resp, page := &pb.ListTombstonesResponse{}, newPage(req.GetPageSize())
 	roots := map[int64][]catalog.Root{}
-	for i, t := range list {
+	for _, t := range list {
 		if _, known := roots[t.Collection]; !known {
 			col, err := s.catalog.Collection(ctx, catalog.Ref{ID: t.Collection})
 			if err != nil {
@@ -124,7 +125,7 @@ func (s *reclaims) ListTombstones(ctx context.Context, req *pb.ListTombstonesReq
 		for root, f := range t.Files(roots[t.Collection]) {
 			out.Files = append(out.Files, &pb.TombstoneFile{Store: root.Store, Key: root.Prefix + f.Path, Size: f.Size})
 		}
-		if size += proto.Size(out); i > 0 && size > maxPageBytes {
+		if !page.add(out) {
 			more = true
 			break
 		}
@@ -203,6 +204,18 @@ var confirmations = map[gc.Confirmation]pb.ConfirmResult_Outcome{
 var deleters = map[pb.Deleter]gc.Deleter{
 	pb.Deleter_DELETER_SNAPSHOTD: gc.BySnapshotd,
 	pb.Deleter_DELETER_CALLER:    gc.ByCaller,
+}
+
+// maxCaller bounds who asked for a grant, in bytes, in an answer about 10 000 units.
+const maxCaller = 128
+
+// grantToProto is tombstoneToProto for one of many units.
+func grantToProto(t *gc.Tombstone) *pb.Tombstone {
+	out := tombstoneToProto(t)
+	if out != nil {
+		out.Caller = record.Clip(out.GetCaller(), maxCaller)
+	}
+	return out
 }
 
 // tombstoneToProto tells a tombstone without its files.

@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
@@ -31,7 +30,8 @@ func (s *snapshots) RestoreSnapshot(ctx context.Context, req *pb.RestoreSnapshot
 		}
 		return &pb.RestoreSnapshotResponse{Plan: &pb.RestorePlan{
 			Segments: plan.Totals.Segments, Files: plan.Totals.Files, Bytes: plan.Totals.Bytes, Requests: plan.Requests,
-			EstimatedTime: durationpb.New(plan.EstimatedTime), Conflicts: plan.Conflicts, Missing: plan.Missing, MissingCount: plan.MissingCount,
+			EstimatedTime: durationpb.New(plan.EstimatedTime), Conflicts: convert(plan.Conflicts, clip), Missing: convert(plan.Missing, clip),
+			MissingCount: plan.MissingCount,
 		}}, nil
 	}
 	tok := requestToken(callOf(ctx).principal, "RestoreSnapshot", req)
@@ -80,10 +80,10 @@ func (s *snapshots) ListRestoreJobs(ctx context.Context, req *pb.ListRestoreJobs
 	if err != nil {
 		return nil, err
 	}
-	resp, size := &pb.ListRestoreJobsResponse{}, 0
-	for i, job := range list {
+	resp, page := &pb.ListRestoreJobsResponse{}, newPage(req.GetPageSize())
+	for _, job := range list {
 		out := jobStatusToProto(job)
-		if size += proto.Size(out); i > 0 && size > maxPageBytes {
+		if !page.add(out) {
 			more = true
 			break
 		}
@@ -133,7 +133,7 @@ func jobToProto(job *copyjob.Job) *pb.RestoreJob {
 
 func jobStatusToProto(s *copyjob.Status) *pb.RestoreJob {
 	out := jobToProto(s.Job)
-	out.LastError, out.WaitingSince = s.LastError, timeToProto(s.Waiting)
+	out.LastError, out.WaitingSince = clip(s.LastError), timeToProto(s.Waiting)
 	if s.Limits != (copyjob.Limits{}) {
 		out.Limits = &pb.RestoreLimits{RequestsPerSecond: s.Limits.Requests, BytesPerSecond: s.Limits.Bytes}
 	}

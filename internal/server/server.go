@@ -42,11 +42,13 @@ const (
 	maxMessage = 4 << 20 // bytes of a message received
 	// hardMessage is what gRPC itself takes, which refuses without a reason and
 	// before anything is logged.
-	hardMessage   = 8 << 20
-	maxSend       = 64 << 20 // bytes of a message sent; pages stay far below
+	hardMessage = 8 << 20
+	// maxSend is what gRPC sends at most, in bytes. What is registered by this release
+	// stays beneath maxMessage; segments of older ones may be larger, for clients that
+	// take as much.
+	maxSend       = 64 << 20
 	maxHeaderList = 16 << 10 // bytes of metadata
 	maxStreams    = 256      // calls at once on one connection
-	maxPageBytes  = 2 << 20  // of the segments in one message
 	// maxExports is how many exports are under way at once. Each holds some 14 MiB
 	// for as long as its reader takes, up to sendTimeout a message.
 	maxExports = 8
@@ -131,7 +133,7 @@ func New(o Options) (*Server, error) {
 	pb.RegisterReclaimServiceServer(s.grpc, &reclaims{manager: o.Manager, catalog: o.Catalog, tokens: tokens})
 	pb.RegisterCollectorServiceServer(s.grpc, &collectors{manager: o.Manager, snapshotStore: o.SnapshotStore})
 	pb.RegisterAdminServiceServer(s.grpc, &admin{
-		manager: o.Manager, cluster: o.Cluster, kv: o.KV,
+		manager: o.Manager, cluster: o.Cluster, kv: o.KV, tokens: tokens,
 		version: o.Version, replica: o.Replica, stores: o.Stores, snapshotStore: o.SnapshotStore,
 	})
 	healthpb.RegisterHealthServer(s.grpc, s.health)

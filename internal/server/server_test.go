@@ -78,15 +78,20 @@ type world struct {
 	events    pb.EventServiceClient
 	admin     pb.AdminServiceClient
 	conn      *grpc.ClientConn
+	listener  *bufconn.Listener
 }
 
-func start(t *testing.T) *world {
+// start makes a world whose server has the store "default", and further ones under aliases.
+func start(t *testing.T, aliases ...string) *world {
 	t.Helper()
 	core, logs := observer.New(zap.DebugLevel)
 	log := zap.New(core)
 	w := &world{kv: &store{Store: memkv.New(memkv.Options{})}, logs: logs, registry: prometheus.NewRegistry()}
 	w.objects = object.NewFaulty(memobject.New(memobject.Options{}))
 	objects := map[string]object.Store{"default": w.objects}
+	for _, alias := range aliases {
+		objects[alias] = memobject.New(memobject.Options{})
+	}
 	c, err := cluster.Open(t.Context(), w.kv, cluster.Options{Release: "test", Now: time.Now, Rand: rand.Reader})
 	if err != nil {
 		t.Fatal(err)
@@ -107,7 +112,7 @@ func start(t *testing.T) *world {
 	}
 	w.server, err = server.New(server.Options{
 		Manager: m, Catalog: cat, Cluster: c, KV: w.kv, Log: log, Registry: w.registry,
-		Version: "v1", Replica: "r1", Stores: []string{"default"}, SnapshotStore: "default",
+		Version: "v1", Replica: "r1", Stores: append([]string{"default"}, aliases...), SnapshotStore: "default",
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -115,6 +120,7 @@ func start(t *testing.T) *world {
 	ctx, cancel := context.WithCancel(context.Background())
 	ran, served := make(chan error, 1), make(chan error, 1)
 	l := bufconn.Listen(1 << 20)
+	w.listener = l
 	go func() { ran <- m.Run(ctx) }()
 	noted := func() bool {
 		_, found, _, err := w.kv.Get(ctx, keys.Clock)

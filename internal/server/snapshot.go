@@ -34,16 +34,49 @@ func (s *snapshots) GetSnapshot(ctx context.Context, req *pb.GetSnapshotRequest)
 }
 
 func (s *snapshots) DescribeSnapshot(ctx context.Context, req *pb.DescribeSnapshotRequest) (*pb.DescribeSnapshotResponse, error) {
-	d, err := s.manager.Describe(ctx, snapshotRef(req.GetSnapshot()))
-	if err != nil {
-		return nil, err
+	const method = "DescribeSnapshot"
+	// The usage is on the first page alone, so that a caller may ask for it or not.
+	filters := hashWithout(req, "page_size", "page_token", "include_usage")
+	page := wholePage(req.GetPageSize())
+	var resp *pb.DescribeSnapshotResponse
+	var d *manager.Description
+	var id, from int64
+	if token := req.GetPageToken(); token != "" {
+		if !s.tokens.open(token, method, filters, &id, &from) || from < 0 {
+			return nil, errPageToken
+		}
+		var err error
+		if d, err = s.manager.Captured(ctx, manager.Ref{ID: id}); err != nil {
+			return nil, err
+		}
+		resp = &pb.DescribeSnapshotResponse{}
+	} else { // the name is resolved once, for all pages
+		var err error
+		if d, err = s.manager.Describe(ctx, snapshotRef(req.GetSnapshot())); err != nil {
+			return nil, err
+		}
+		if resp, err = s.describeHead(ctx, d, req.GetIncludeUsage()); err != nil {
+			return nil, err
+		}
+		id = d.Snapshot.ID
+		// The lists begin beside it, and may begin on the next page.
+		page.elements, page.size = 0, proto.Size(resp)
 	}
+	if next := describePage(resp, d.Metadata, from, page); next > 0 {
+		resp.NextPageToken = s.tokens.seal(method, filters, id, next)
+	}
+	noteRest(ctx, req.GetPageSize(), req.GetPageToken(), resp.GetNextPageToken(), "partitions, indexes and manifests of the snapshot")
+	return resp, nil
+}
+
+// describeHead returns what a description has on its first page besides the lists.
+func (s *snapshots) describeHead(ctx context.Context, d *manager.Description, usage bool) (*pb.DescribeSnapshotResponse, error) {
 	resp := descriptionToProto(d)
-	resp.Damage = d.Damage
+	resp.Damage = convert(d.Damage, clip)
 	if d.DamageErr != nil {
 		resp.DamageUnknown = toAnswer(d.DamageErr, callOf(ctx).id).Error()
 	}
-	if req.GetIncludeUsage() {
+	if usage {
 		usage, err := s.manager.Usage(ctx, manager.Ref{ID: d.Snapshot.ID})
 		if err != nil {
 			return nil, err
@@ -69,15 +102,10 @@ func (s *snapshots) ListSnapshotSegments(ctx context.Context, req *pb.ListSnapsh
 		id = snap.ID
 	}
 	resp := &pb.ListSnapshotSegmentsResponse{}
-	limit, size := pageSize(req.GetPageSize()), 0
+	page := newPage(req.GetPageSize())
 	err := s.manager.Segments(ctx, manager.Ref{ID: id}, from, func(seg *manager.Segment) bool {
-		if len(resp.GetSegments()) == limit {
-			resp.NextPageToken = s.tokens.seal(method, filters, id, seg.Ordinal)
-			return false
-		}
 		out := snapshotSegmentToProto(seg, req.GetView() == pb.SegmentView_SEGMENT_VIEW_FILES)
-		size += proto.Size(out)
-		if len(resp.GetSegments()) > 0 && size > maxPageBytes {
+		if !page.add(out) {
 			resp.NextPageToken = s.tokens.seal(method, filters, id, seg.Ordinal)
 			return false
 		}
@@ -104,10 +132,17 @@ func (s *snapshots) ListSnapshots(ctx context.Context, req *pb.ListSnapshotsRequ
 	if err != nil {
 		return nil, err
 	}
-	resp := &pb.ListSnapshotsResponse{Snapshots: convert(list, snapshotToProto)}
-	if more {
-		last := list[len(list)-1]
-		resp.NextPageToken = s.tokens.seal(method, filters, last.Order, last.ID)
+	resp, page := &pb.ListSnapshotsResponse{}, newPage(req.GetPageSize())
+	for _, snap := range list {
+		out := snapshotToProto(snap)
+		if !page.add(out) {
+			more = true
+			break
+		}
+		resp.Snapshots = append(resp.Snapshots, out)
+	}
+	if n := len(resp.GetSnapshots()); more && n > 0 {
+		resp.NextPageToken = s.tokens.seal(method, filters, list[n-1].Order, list[n-1].ID)
 	}
 	return resp, nil
 }
@@ -183,10 +218,17 @@ func (s *snapshots) ListPins(ctx context.Context, req *pb.ListPinsRequest) (*pb.
 	if err != nil {
 		return nil, err
 	}
-	resp := &pb.ListPinsResponse{Pins: convert(list, pinToProto)}
-	if more {
-		last := list[len(list)-1]
-		resp.NextPageToken = s.tokens.seal(method, filters, id, last.Snapshot, last.ID)
+	resp, page := &pb.ListPinsResponse{}, newPage(req.GetPageSize())
+	for _, pin := range list {
+		out := pinToProto(pin)
+		if !page.add(out) {
+			more = true
+			break
+		}
+		resp.Pins = append(resp.Pins, out)
+	}
+	if n := len(resp.GetPins()); more && n > 0 {
+		resp.NextPageToken = s.tokens.seal(method, filters, id, list[n-1].Snapshot, list[n-1].ID)
 	}
 	return resp, nil
 }

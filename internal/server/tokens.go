@@ -97,16 +97,3 @@ func hashWithout(req proto.Message, fields ...protoreflect.Name) [sha256.Size]by
 	}
 	return sha256.Sum256(data)
 }
-
-// Pages.
-const (
-	defaultPage = 100
-	maxPage     = 1000
-)
-
-func pageSize(asked int32) int {
-	if asked <= 0 {
-		return defaultPage
-	}
-	return min(int(asked), maxPage)
-}

@@ -411,7 +411,9 @@ type GetKeyRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The key, without the cluster's root, for example "/snapshot/rec/42".
 	// Numbers need no leading zeros. Required.
-	Key           string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// From the previous answer, for the next page, with the same key.
+	PageToken     string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -453,6 +455,13 @@ func (x *GetKeyRequest) GetKey() string {
 	return ""
 }
 
+func (x *GetKeyRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
 // GetKeyResponse is the response of GetKey.
 type GetKeyResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -466,8 +475,11 @@ type GetKeyResponse struct {
 	Leased bool `protobuf:"varint,4,opt,name=leased,proto3" json:"leased,omitempty"`
 	// The type of the record; empty: unknown.
 	Type string `protobuf:"bytes,5,opt,name=type,proto3" json:"type,omitempty"`
-	// The record as JSON; of an unknown type its bytes in base64.
-	Json          string `protobuf:"bytes,6,opt,name=json,proto3" json:"json,omitempty"`
+	// The record as JSON; of an unknown type its bytes in base64. The texts of all
+	// pages make it up.
+	Json string `protobuf:"bytes,6,opt,name=json,proto3" json:"json,omitempty"`
+	// For the next page of the same record; empty on the last.
+	NextPageToken string `protobuf:"bytes,7,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -544,6 +556,13 @@ func (x *GetKeyResponse) GetJson() string {
 	return ""
 }
 
+func (x *GetKeyResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
 var File_snapshotd_v1_admin_service_proto protoreflect.FileDescriptor
 
 const file_snapshotd_v1_admin_service_proto_rawDesc = "" +
@@ -576,16 +595,19 @@ const file_snapshotd_v1_admin_service_proto_rawDesc = "" +
 	"\tNameScope\x12\x1a\n" +
 	"\x16NAME_SCOPE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12NAME_SCOPE_CLUSTER\x10\x01\x12\x19\n" +
-	"\x15NAME_SCOPE_COLLECTION\x10\x02\".\n" +
+	"\x15NAME_SCOPE_COLLECTION\x10\x02\"W\n" +
 	"\rGetKeyRequest\x12\x1d\n" +
-	"\x03key\x18\x01 \x01(\tB\v\xbaH\br\x06(\x80\b:\x01/R\x03key\"\xae\x01\n" +
+	"\x03key\x18\x01 \x01(\tB\v\xbaH\br\x06(\x80\b:\x01/R\x03key\x12'\n" +
+	"\n" +
+	"page_token\x18\x02 \x01(\tB\b\xbaH\x05r\x03(\x80\bR\tpageToken\"\xd6\x01\n" +
 	"\x0eGetKeyResponse\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12'\n" +
 	"\x0fcreate_revision\x18\x02 \x01(\x03R\x0ecreateRevision\x12!\n" +
 	"\fmod_revision\x18\x03 \x01(\x03R\vmodRevision\x12\x16\n" +
 	"\x06leased\x18\x04 \x01(\bR\x06leased\x12\x12\n" +
 	"\x04type\x18\x05 \x01(\tR\x04type\x12\x12\n" +
-	"\x04json\x18\x06 \x01(\tR\x04json2\xfe\x01\n" +
+	"\x04json\x18\x06 \x01(\tR\x04json\x12&\n" +
+	"\x0fnext_page_token\x18\a \x01(\tR\rnextPageToken2\xfe\x01\n" +
 	"\fAdminService\x12X\n" +
 	"\rGetServerInfo\x12\".snapshotd.v1.GetServerInfoRequest\x1a#.snapshotd.v1.GetServerInfoResponse\x12C\n" +
 	"\x06GetKey\x12\x1b.snapshotd.v1.GetKeyRequest\x1a\x1c.snapshotd.v1.GetKeyResponse\x12O\n" +

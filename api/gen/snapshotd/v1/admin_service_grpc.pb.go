@@ -33,11 +33,15 @@ type AdminServiceClient interface {
 	// GetServerInfo says what is running.
 	GetServerInfo(ctx context.Context, in *GetServerInfoRequest, opts ...grpc.CallOption) (*GetServerInfoResponse, error)
 	// GetKey returns one record of the metadata store in readable form, for
-	// finding out what happened. It never changes anything.
+	// finding out what happened. It never changes anything. What one message of
+	// 4 MiB does not hold of it comes in pages.
 	//
 	// Errors:
 	//
-	//	NOT_FOUND  KEY_NOT_FOUND.
+	//	NOT_FOUND         KEY_NOT_FOUND.
+	//	INVALID_ARGUMENT  INVALID_PAGE_TOKEN.
+	//	ABORTED           CATALOG_COMPACTED: the record changed since the first
+	//	                  page, and is no longer kept as it was. Begin again.
 	GetKey(ctx context.Context, in *GetKeyRequest, opts ...grpc.CallOption) (*GetKeyResponse, error)
 	// ProbeStore finds out what an object store honours, by small objects under
 	// snapshotd-probe/ that it removes again. It can take some seconds.
@@ -95,11 +99,15 @@ type AdminServiceServer interface {
 	// GetServerInfo says what is running.
 	GetServerInfo(context.Context, *GetServerInfoRequest) (*GetServerInfoResponse, error)
 	// GetKey returns one record of the metadata store in readable form, for
-	// finding out what happened. It never changes anything.
+	// finding out what happened. It never changes anything. What one message of
+	// 4 MiB does not hold of it comes in pages.
 	//
 	// Errors:
 	//
-	//	NOT_FOUND  KEY_NOT_FOUND.
+	//	NOT_FOUND         KEY_NOT_FOUND.
+	//	INVALID_ARGUMENT  INVALID_PAGE_TOKEN.
+	//	ABORTED           CATALOG_COMPACTED: the record changed since the first
+	//	                  page, and is no longer kept as it was. Begin again.
 	GetKey(context.Context, *GetKeyRequest) (*GetKeyResponse, error)
 	// ProbeStore finds out what an object store honours, by small objects under
 	// snapshotd-probe/ that it removes again. It can take some seconds.

@@ -519,7 +519,7 @@ type ListCollectionsRequest struct {
 	// Only collections in one of these states. Default: ACTIVE.
 	States []Collection_State `protobuf:"varint,2,rep,packed,name=states,proto3,enum=snapshotd.v1.Collection_State" json:"states,omitempty"`
 	// The most collections in the answer. Default 100; more than 1 000 counts as
-	// 1 000.
+	// 1 000. A page may hold fewer: it is also bounded to about 2 MiB.
 	PageSize int32 `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// From the previous answer, for the next page, with the same filters.
 	PageToken     string `protobuf:"bytes,4,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
@@ -1143,7 +1143,13 @@ func (x *CreatePartitionResponse) GetPartition() *Partition {
 type ListPartitionsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The collection. Required.
-	Collection    *CollectionRef `protobuf:"bytes,1,opt,name=collection,proto3" json:"collection,omitempty"`
+	Collection *CollectionRef `protobuf:"bytes,1,opt,name=collection,proto3" json:"collection,omitempty"`
+	// The most partitions in the answer; more than 1 000 counts as 1 000. A page is
+	// also bounded to about 2 MiB. Default: as many as one message of 4 MiB holds,
+	// and when that is not all the answer carries a header "snapshotd-note".
+	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// From the previous answer, for the next page.
+	PageToken     string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1185,11 +1191,27 @@ func (x *ListPartitionsRequest) GetCollection() *CollectionRef {
 	return nil
 }
 
+func (x *ListPartitionsRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListPartitionsRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
 // ListPartitionsResponse is the response of ListPartitions.
 type ListPartitionsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The partitions, in id order, those being dropped included.
-	Partitions    []*Partition `protobuf:"bytes,1,rep,name=partitions,proto3" json:"partitions,omitempty"`
+	Partitions []*Partition `protobuf:"bytes,1,rep,name=partitions,proto3" json:"partitions,omitempty"`
+	// For the next page; empty on the last.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1229,6 +1251,13 @@ func (x *ListPartitionsResponse) GetPartitions() []*Partition {
 		return x.Partitions
 	}
 	return nil
+}
+
+func (x *ListPartitionsResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
 }
 
 // DropPartitionRequest is the request of DropPartition.
@@ -1502,7 +1531,13 @@ func (x *CreateIndexResponse) GetIndex() *Index {
 type ListIndexesRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The collection. Required.
-	Collection    *CollectionRef `protobuf:"bytes,1,opt,name=collection,proto3" json:"collection,omitempty"`
+	Collection *CollectionRef `protobuf:"bytes,1,opt,name=collection,proto3" json:"collection,omitempty"`
+	// The most indexes in the answer; more than 1 000 counts as 1 000. A page is
+	// also bounded to about 2 MiB. Default: as many as one message of 4 MiB holds,
+	// and when that is not all the answer carries a header "snapshotd-note".
+	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// From the previous answer, for the next page.
+	PageToken     string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1544,11 +1579,27 @@ func (x *ListIndexesRequest) GetCollection() *CollectionRef {
 	return nil
 }
 
+func (x *ListIndexesRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListIndexesRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
 // ListIndexesResponse is the response of ListIndexes.
 type ListIndexesResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The indexes, in id order, those being dropped included.
-	Indexes       []*Index `protobuf:"bytes,1,rep,name=indexes,proto3" json:"indexes,omitempty"`
+	Indexes []*Index `protobuf:"bytes,1,rep,name=indexes,proto3" json:"indexes,omitempty"`
+	// For the next page; empty on the last.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1588,6 +1639,13 @@ func (x *ListIndexesResponse) GetIndexes() []*Index {
 		return x.Indexes
 	}
 	return nil
+}
+
+func (x *ListIndexesResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
 }
 
 // DropIndexRequest is the request of DropIndex.
@@ -2886,15 +2944,19 @@ const file_snapshotd_v1_catalog_service_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"P\n" +
 	"\x17CreatePartitionResponse\x125\n" +
-	"\tpartition\x18\x01 \x01(\v2\x17.snapshotd.v1.PartitionR\tpartition\"\\\n" +
+	"\tpartition\x18\x01 \x01(\v2\x17.snapshotd.v1.PartitionR\tpartition\"\xab\x01\n" +
 	"\x15ListPartitionsRequest\x12C\n" +
 	"\n" +
 	"collection\x18\x01 \x01(\v2\x1b.snapshotd.v1.CollectionRefB\x06\xbaH\x03\xc8\x01\x01R\n" +
-	"collection\"Q\n" +
+	"collection\x12$\n" +
+	"\tpage_size\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\bpageSize\x12'\n" +
+	"\n" +
+	"page_token\x18\x03 \x01(\tB\b\xbaH\x05r\x03(\x80\bR\tpageToken\"y\n" +
 	"\x16ListPartitionsResponse\x127\n" +
 	"\n" +
 	"partitions\x18\x01 \x03(\v2\x17.snapshotd.v1.PartitionR\n" +
-	"partitions\"\xd7\x01\n" +
+	"partitions\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xd7\x01\n" +
 	"\x14DropPartitionRequest\x12C\n" +
 	"\n" +
 	"collection\x18\x01 \x01(\v2\x1b.snapshotd.v1.CollectionRefB\x06\xbaH\x03\xc8\x01\x01R\n" +
@@ -2927,13 +2989,17 @@ const file_snapshotd_v1_catalog_service_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"@\n" +
 	"\x13CreateIndexResponse\x12)\n" +
-	"\x05index\x18\x01 \x01(\v2\x13.snapshotd.v1.IndexR\x05index\"Y\n" +
+	"\x05index\x18\x01 \x01(\v2\x13.snapshotd.v1.IndexR\x05index\"\xa8\x01\n" +
 	"\x12ListIndexesRequest\x12C\n" +
 	"\n" +
 	"collection\x18\x01 \x01(\v2\x1b.snapshotd.v1.CollectionRefB\x06\xbaH\x03\xc8\x01\x01R\n" +
-	"collection\"D\n" +
+	"collection\x12$\n" +
+	"\tpage_size\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\bpageSize\x12'\n" +
+	"\n" +
+	"page_token\x18\x03 \x01(\tB\b\xbaH\x05r\x03(\x80\bR\tpageToken\"l\n" +
 	"\x13ListIndexesResponse\x12-\n" +
-	"\aindexes\x18\x01 \x03(\v2\x13.snapshotd.v1.IndexR\aindexes\"\xd3\x01\n" +
+	"\aindexes\x18\x01 \x03(\v2\x13.snapshotd.v1.IndexR\aindexes\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xd3\x01\n" +
 	"\x10DropIndexRequest\x12C\n" +
 	"\n" +
 	"collection\x18\x01 \x01(\v2\x1b.snapshotd.v1.CollectionRefB\x06\xbaH\x03\xc8\x01\x01R\n" +

@@ -118,7 +118,11 @@ type CatalogServiceClient interface {
 	//	ALREADY_EXISTS       PARTITION_EXISTS: the name or id is taken.
 	//	FAILED_PRECONDITION  ID_NOT_ALLOCATED; LIMIT_EXCEEDED.
 	CreatePartition(ctx context.Context, in *CreatePartitionRequest, opts ...grpc.CallOption) (*CreatePartitionResponse, error)
-	// ListPartitions returns a collection's partitions in id order.
+	// ListPartitions returns a collection's partitions in id order, in pages.
+	//
+	// Errors:
+	//
+	//	INVALID_ARGUMENT  INVALID_PAGE_TOKEN.
 	ListPartitions(ctx context.Context, in *ListPartitionsRequest, opts ...grpc.CallOption) (*ListPartitionsResponse, error)
 	// DropPartition drops a partition with its segments. Dropping one that does
 	// not exist is success.
@@ -131,7 +135,11 @@ type CatalogServiceClient interface {
 	//	ALREADY_EXISTS       INDEX_EXISTS: the name or id is taken.
 	//	FAILED_PRECONDITION  ID_NOT_ALLOCATED; LIMIT_EXCEEDED.
 	CreateIndex(ctx context.Context, in *CreateIndexRequest, opts ...grpc.CallOption) (*CreateIndexResponse, error)
-	// ListIndexes returns a collection's indexes in id order.
+	// ListIndexes returns a collection's indexes in id order, in pages.
+	//
+	// Errors:
+	//
+	//	INVALID_ARGUMENT  INVALID_PAGE_TOKEN.
 	ListIndexes(ctx context.Context, in *ListIndexesRequest, opts ...grpc.CallOption) (*ListIndexesResponse, error)
 	// DropIndex drops an index with its builds. Dropping one that does not exist
 	// is success.
@@ -152,7 +160,9 @@ type CatalogServiceClient interface {
 	//	                     another collection. PLACE_OWNED: a path lies at the
 	//	                     place of another segment or collection. FILE_EXISTS.
 	//	FAILED_PRECONDITION  ID_NOT_ALLOCATED. A missing checkpoint is not checked
-	//	                     here but at the snapshot.
+	//	                     here but at the snapshot. LIMIT_EXCEEDED: a segment
+	//	                     is larger than its record, or an answer that shows
+	//	                     it, may be.
 	//	NOT_FOUND            PARTITION_NOT_FOUND; INDEX_NOT_FOUND.
 	//	INVALID_ARGUMENT     INVALID_REQUEST: also for a path that escapes its
 	//	                     root, an unknown shard or root, a duplicate id.
@@ -517,7 +527,11 @@ type CatalogServiceServer interface {
 	//	ALREADY_EXISTS       PARTITION_EXISTS: the name or id is taken.
 	//	FAILED_PRECONDITION  ID_NOT_ALLOCATED; LIMIT_EXCEEDED.
 	CreatePartition(context.Context, *CreatePartitionRequest) (*CreatePartitionResponse, error)
-	// ListPartitions returns a collection's partitions in id order.
+	// ListPartitions returns a collection's partitions in id order, in pages.
+	//
+	// Errors:
+	//
+	//	INVALID_ARGUMENT  INVALID_PAGE_TOKEN.
 	ListPartitions(context.Context, *ListPartitionsRequest) (*ListPartitionsResponse, error)
 	// DropPartition drops a partition with its segments. Dropping one that does
 	// not exist is success.
@@ -530,7 +544,11 @@ type CatalogServiceServer interface {
 	//	ALREADY_EXISTS       INDEX_EXISTS: the name or id is taken.
 	//	FAILED_PRECONDITION  ID_NOT_ALLOCATED; LIMIT_EXCEEDED.
 	CreateIndex(context.Context, *CreateIndexRequest) (*CreateIndexResponse, error)
-	// ListIndexes returns a collection's indexes in id order.
+	// ListIndexes returns a collection's indexes in id order, in pages.
+	//
+	// Errors:
+	//
+	//	INVALID_ARGUMENT  INVALID_PAGE_TOKEN.
 	ListIndexes(context.Context, *ListIndexesRequest) (*ListIndexesResponse, error)
 	// DropIndex drops an index with its builds. Dropping one that does not exist
 	// is success.
@@ -551,7 +569,9 @@ type CatalogServiceServer interface {
 	//	                     another collection. PLACE_OWNED: a path lies at the
 	//	                     place of another segment or collection. FILE_EXISTS.
 	//	FAILED_PRECONDITION  ID_NOT_ALLOCATED. A missing checkpoint is not checked
-	//	                     here but at the snapshot.
+	//	                     here but at the snapshot. LIMIT_EXCEEDED: a segment
+	//	                     is larger than its record, or an answer that shows
+	//	                     it, may be.
 	//	NOT_FOUND            PARTITION_NOT_FOUND; INDEX_NOT_FOUND.
 	//	INVALID_ARGUMENT     INVALID_REQUEST: also for a path that escapes its
 	//	                     root, an unknown shard or root, a duplicate id.

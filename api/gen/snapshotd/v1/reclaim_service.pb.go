@@ -1064,7 +1064,8 @@ type Tombstone struct {
 	SegmentId int64 `protobuf:"varint,4,opt,name=segment_id,json=segmentId,proto3" json:"segment_id,omitempty"`
 	// Who deletes the files.
 	Deleter Deleter `protobuf:"varint,5,opt,name=deleter,proto3,enum=snapshotd.v1.Deleter" json:"deleter,omitempty"`
-	// Who asked for it, as the server knows its callers.
+	// Who asked for it, as the server knows its callers; at most 128 bytes of it but
+	// in ListTombstones and events.
 	Caller string `protobuf:"bytes,6,opt,name=caller,proto3" json:"caller,omitempty"`
 	// When it was granted.
 	GrantTime *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=grant_time,json=grantTime,proto3" json:"grant_time,omitempty"`

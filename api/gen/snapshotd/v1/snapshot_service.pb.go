@@ -442,8 +442,16 @@ type DescribeSnapshotRequest struct {
 	// The snapshot. Required.
 	Snapshot *SnapshotRef `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
 	// Whether to tell the snapshot's usage, which costs a read of its manifests
-	// and of the collection's segments.
-	IncludeUsage  bool `protobuf:"varint,2,opt,name=include_usage,json=includeUsage,proto3" json:"include_usage,omitempty"`
+	// and of the collection's segments. On the first page only.
+	IncludeUsage bool `protobuf:"varint,2,opt,name=include_usage,json=includeUsage,proto3" json:"include_usage,omitempty"`
+	// The most partitions, indexes and manifests in the answer, counted together;
+	// more than 1 000 counts as 1 000. A page is also bounded to about 2 MiB.
+	// Default: as many as one message of 4 MiB holds, and when that is not all the
+	// answer carries a header "snapshotd-note".
+	PageSize int32 `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// From the previous answer, for the next page: the partitions, then the indexes,
+	// then the manifests that the pages before it did not have, and the counts.
+	PageToken     string `protobuf:"bytes,4,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -492,6 +500,20 @@ func (x *DescribeSnapshotRequest) GetIncludeUsage() bool {
 	return false
 }
 
+func (x *DescribeSnapshotRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *DescribeSnapshotRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
 // DescribeSnapshotResponse is the response of DescribeSnapshot.
 type DescribeSnapshotResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -519,6 +541,14 @@ type DescribeSnapshotResponse struct {
 	Damage []string `protobuf:"bytes,10,rep,name=damage,proto3" json:"damage,omitempty"`
 	// Why the prefix could not be listed; empty: it was.
 	DamageUnknown string `protobuf:"bytes,11,opt,name=damage_unknown,json=damageUnknown,proto3" json:"damage_unknown,omitempty"`
+	// For the next page; empty on the last.
+	NextPageToken string `protobuf:"bytes,12,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	// How many partitions there are, on all pages together.
+	PartitionCount int64 `protobuf:"varint,13,opt,name=partition_count,json=partitionCount,proto3" json:"partition_count,omitempty"`
+	// How many indexes.
+	IndexCount int64 `protobuf:"varint,14,opt,name=index_count,json=indexCount,proto3" json:"index_count,omitempty"`
+	// How many manifests.
+	ManifestCount int64 `protobuf:"varint,15,opt,name=manifest_count,json=manifestCount,proto3" json:"manifest_count,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -628,6 +658,34 @@ func (x *DescribeSnapshotResponse) GetDamageUnknown() string {
 		return x.DamageUnknown
 	}
 	return ""
+}
+
+func (x *DescribeSnapshotResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+func (x *DescribeSnapshotResponse) GetPartitionCount() int64 {
+	if x != nil {
+		return x.PartitionCount
+	}
+	return 0
+}
+
+func (x *DescribeSnapshotResponse) GetIndexCount() int64 {
+	if x != nil {
+		return x.IndexCount
+	}
+	return 0
+}
+
+func (x *DescribeSnapshotResponse) GetManifestCount() int64 {
+	if x != nil {
+		return x.ManifestCount
+	}
+	return 0
 }
 
 // Manifest is one file that lists segments of a snapshot: an Avro object
@@ -932,7 +990,7 @@ type ListSnapshotsRequest struct {
 	// Only snapshots whose name begins so.
 	NamePrefix string `protobuf:"bytes,6,opt,name=name_prefix,json=namePrefix,proto3" json:"name_prefix,omitempty"`
 	// The most snapshots in the answer. Default 100; more than 1 000 counts as
-	// 1 000.
+	// 1 000. A page may hold fewer: it is also bounded to about 2 MiB.
 	PageSize int32 `protobuf:"varint,7,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// From the previous answer, for the next page, with the same filters.
 	PageToken     string `protobuf:"bytes,8,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
@@ -1705,7 +1763,8 @@ type ListPinsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Only pins of this snapshot. Default: of all.
 	Snapshot *SnapshotRef `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
-	// The most pins in the answer. Default 100; more than 1 000 counts as 1 000.
+	// The most pins in the answer. Default 100; more than 1 000 counts as 1 000. A
+	// page may hold fewer: it is also bounded to about 2 MiB.
 	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// From the previous answer, for the next page.
 	PageToken     string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
@@ -2245,7 +2304,8 @@ type ListRestoreJobsRequest struct {
 	States []RestoreJob_State `protobuf:"varint,3,rep,packed,name=states,proto3,enum=snapshotd.v1.RestoreJob_State" json:"states,omitempty"`
 	// Only jobs that have all these labels with these values.
 	Labels map[string]string `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// The most jobs in the answer. Default 100; more than 1 000 counts as 1 000.
+	// The most jobs in the answer. Default 100; more than 1 000 counts as 1 000. A
+	// page may hold fewer: it is also bounded to about 2 MiB.
 	PageSize int32 `protobuf:"varint,5,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// From the previous answer, for the next page, with the same filters.
 	PageToken     string `protobuf:"bytes,6,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
@@ -2604,10 +2664,13 @@ const file_snapshotd_v1_snapshot_service_proto_rawDesc = "" +
 	"\x12GetSnapshotRequest\x12=\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x19.snapshotd.v1.SnapshotRefB\x06\xbaH\x03\xc8\x01\x01R\bsnapshot\"I\n" +
 	"\x13GetSnapshotResponse\x122\n" +
-	"\bsnapshot\x18\x01 \x01(\v2\x16.snapshotd.v1.SnapshotR\bsnapshot\"}\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x16.snapshotd.v1.SnapshotR\bsnapshot\"\xcc\x01\n" +
 	"\x17DescribeSnapshotRequest\x12=\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x19.snapshotd.v1.SnapshotRefB\x06\xbaH\x03\xc8\x01\x01R\bsnapshot\x12#\n" +
-	"\rinclude_usage\x18\x02 \x01(\bR\fincludeUsage\"\xed\x03\n" +
+	"\rinclude_usage\x18\x02 \x01(\bR\fincludeUsage\x12$\n" +
+	"\tpage_size\x18\x03 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\bpageSize\x12'\n" +
+	"\n" +
+	"page_token\x18\x04 \x01(\tB\b\xbaH\x05r\x03(\x80\bR\tpageToken\"\x86\x05\n" +
 	"\x18DescribeSnapshotResponse\x122\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x16.snapshotd.v1.SnapshotR\bsnapshot\x128\n" +
 	"\n" +
@@ -2624,7 +2687,12 @@ const file_snapshotd_v1_snapshot_service_proto_rawDesc = "" +
 	"\x05usage\x18\t \x01(\v2\x1b.snapshotd.v1.SnapshotUsageR\x05usage\x12\x16\n" +
 	"\x06damage\x18\n" +
 	" \x03(\tR\x06damage\x12%\n" +
-	"\x0edamage_unknown\x18\v \x01(\tR\rdamageUnknown\"\x96\x01\n" +
+	"\x0edamage_unknown\x18\v \x01(\tR\rdamageUnknown\x12&\n" +
+	"\x0fnext_page_token\x18\f \x01(\tR\rnextPageToken\x12'\n" +
+	"\x0fpartition_count\x18\r \x01(\x03R\x0epartitionCount\x12\x1f\n" +
+	"\vindex_count\x18\x0e \x01(\x03R\n" +
+	"indexCount\x12%\n" +
+	"\x0emanifest_count\x18\x0f \x01(\x03R\rmanifestCount\"\x96\x01\n" +
 	"\bManifest\x12\x12\n" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12\x1d\n" +
 	"\n" +

@@ -106,10 +106,12 @@ type SnapshotServiceClient interface {
 	//	FAILED_PRECONDITION  SNAPSHOT_MISMATCH: it is another collection's.
 	GetSnapshot(ctx context.Context, in *GetSnapshotRequest, opts ...grpc.CallOption) (*GetSnapshotResponse, error)
 	// DescribeSnapshot returns what a snapshot captured, but for its segments:
-	// schema, partitions, indexes, cuts and manifests.
+	// schema, partitions, indexes, cuts and manifests. Partitions, indexes and
+	// manifests come in pages when one message does not hold them all.
 	//
 	// Errors: as GetSnapshot, and
 	//
+	//	INVALID_ARGUMENT     INVALID_PAGE_TOKEN.
 	//	FAILED_PRECONDITION  SNAPSHOT_NOT_COMMITTED.
 	//	DATA_LOSS            SNAPSHOT_CORRUPT: its metadata is missing or altered.
 	//
@@ -491,10 +493,12 @@ type SnapshotServiceServer interface {
 	//	FAILED_PRECONDITION  SNAPSHOT_MISMATCH: it is another collection's.
 	GetSnapshot(context.Context, *GetSnapshotRequest) (*GetSnapshotResponse, error)
 	// DescribeSnapshot returns what a snapshot captured, but for its segments:
-	// schema, partitions, indexes, cuts and manifests.
+	// schema, partitions, indexes, cuts and manifests. Partitions, indexes and
+	// manifests come in pages when one message does not hold them all.
 	//
 	// Errors: as GetSnapshot, and
 	//
+	//	INVALID_ARGUMENT     INVALID_PAGE_TOKEN.
 	//	FAILED_PRECONDITION  SNAPSHOT_NOT_COMMITTED.
 	//	DATA_LOSS            SNAPSHOT_CORRUPT: its metadata is missing or altered.
 	//
