@@ -122,6 +122,11 @@ old-etcd: ## Shows that an etcd that is too old is refused, with the one of Debi
 	fi
 	OLD_ETCD=$(or $(OLD_ETCD),$(BIN)/old-etcd/usr/bin/etcd) $(GO) test -tags oldetcd -count 1 -run '^TestRealOldEtcd$$' -v ./internal/store/meta/etcd
 
+# The server's address is S3_ENDPOINT, of keys that may make buckets. S3_BROKEN names subtests that are left out.
+.PHONY: s3-conformance
+s3-conformance: ## Probes an S3 server and runs the conformance suite on it: S3_ENDPOINT, S3_ACCESS_KEY_ID, S3_SECRET_ACCESS_KEY, S3_REGION, S3_BROKEN.
+	$(GO) test -tags s3foreign -count 1 -run '^TestForeignServer$$' -v ./internal/store/object/s3
+
 # For how long `make torture` runs. SEED decides the traffic and the faults, 0 by the clock; ONLY names scenarios, with
 # commas between them; QUICK=1 runs three of them, in 90 seconds.
 TIME ?= 7m
