@@ -64,9 +64,9 @@ func TestBucketCopiedInOtherParts(t *testing.T) {
 	o := s3test.Bucket(t)
 	o.MultipartThreshold, o.PartSize = 5<<20, 8<<20
 	original := s3test.Open(t, o)
-	w, through, _ := onS3(t)
-	through, w.objects = original, original
-	r := w.start("a", func(o *Options) { o.Stores = map[string]object.Store{"default": through} })
+	w, _, _ := onS3(t)
+	w.objects = original
+	r := w.start("a")
 	col, _, _ := w.collection(r, "c")
 	small, large := w.segment(r, col, 0, 1, 9), w.segment(r, col, 1, 1, 9)
 	put := func(s *segment.Segment, content []byte) {

@@ -8,9 +8,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/aws/aws-sdk-go-v2/aws"
-	awss3 "github.com/aws/aws-sdk-go-v2/service/s3"
-
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
 	"github.com/snapshotd/snapshotd/internal/testing/s3test"
@@ -33,10 +30,7 @@ func TestAbortsAnsweredOtherwise(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			o := s3test.Bucket(t)
-			client := s3test.Shared(t).Client()
-			if _, err := client.CreateMultipartUpload(t.Context(), &awss3.CreateMultipartUploadInput{Bucket: &o.Bucket, Key: aws.String("a/b")}); err != nil {
-				t.Fatal(err)
-			}
+			s3test.Shared(t).BeginUpload(t, o.Bucket, "a/b")
 			o.Endpoint, o.MaxAttempts = s3quirks.New(t, o.Endpoint, habit).URL(), 2
 			n, err := s3test.Open(t, o).AbortUploads(t.Context(), "", time.Time{})
 			if name == "aborted" && (n != 1 || err != nil) || name != "aborted" && !errors.Is(err, object.ErrUnavailable) {

@@ -11,9 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/aws/aws-sdk-go-v2/aws"
-	awss3 "github.com/aws/aws-sdk-go-v2/service/s3"
-
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/object/objecttest"
 	"github.com/snapshotd/snapshotd/internal/store/object/probe"
@@ -67,11 +64,7 @@ func TestCopyWithRefusedTags(t *testing.T) {
 	} {
 		t.Run(c.code, func(t *testing.T) {
 			o := s3test.Bucket(t)
-			if _, err := s3test.Shared(t).Client().PutObject(t.Context(), &awss3.PutObjectInput{
-				Bucket: &o.Bucket, Key: aws.String("from"), Body: strings.NewReader("body"), Tagging: aws.String("a=b"),
-			}); err != nil {
-				t.Fatal(err)
-			}
+			s3test.Shared(t).PutTagged(t, o.Bucket, "from", "body", "a=b")
 			o.Endpoint = s3quirks.New(t, o.Endpoint, s3quirks.RefusesTags(c.status, c.code)).URL()
 			s := s3test.Open(t, o)
 			from, err := s.Head(t.Context(), "from")

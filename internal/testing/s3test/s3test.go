@@ -137,6 +137,24 @@ func (s *Server) Client() *awss3.Client {
 	})
 }
 
+// PutTagged writes an object with tags, in the form of a query.
+func (s *Server) PutTagged(tb testing.TB, bucket, key, body, tags string) {
+	tb.Helper()
+	if _, err := s.Client().PutObject(tb.Context(), &awss3.PutObjectInput{
+		Bucket: &bucket, Key: &key, Body: strings.NewReader(body), Tagging: &tags,
+	}); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+// BeginUpload begins an upload in parts that is not completed.
+func (s *Server) BeginUpload(tb testing.TB, bucket, key string) {
+	tb.Helper()
+	if _, err := s.Client().CreateMultipartUpload(tb.Context(), &awss3.CreateMultipartUploadInput{Bucket: &bucket, Key: &key}); err != nil {
+		tb.Fatal(err)
+	}
+}
+
 // Open opens the store and closes it with the test.
 func Open(tb testing.TB, o s3.Options) *s3.Store {
 	tb.Helper()
