@@ -18,7 +18,8 @@ import (
 // collection's name stands for the living collection that has it, and else for the
 // one that had it when the newest of the snapshots that say so was taken. When
 // there are several of these, a note goes with the answer, and nothing is dropped
-// without an id.
+// without an id. A collection that a restore makes has no snapshots, and is often given
+// the name of the one that was dropped: it counts as living once it is published.
 
 // maxNamed is how many ids a note or an error names.
 const maxNamed = 5
@@ -95,7 +96,12 @@ func severalNamed(ref catalog.Ref, list []former) string {
 // name says. It is ErrCollectionNotFound when there is none.
 func (m *Manager) ResolveCollection(ctx context.Context, ref catalog.Ref) (int64, error) {
 	id, err := m.catalog.Resolve(ctx, ref)
-	if !errors.Is(err, catalog.ErrCollectionNotFound) {
+	if err == nil && ref.ID == 0 {
+		restoring, err := m.isRestoring(ctx, id)
+		if err != nil || !restoring {
+			return id, err
+		}
+	} else if !errors.Is(err, catalog.ErrCollectionNotFound) {
 		return id, err
 	}
 	if err := m.view.sync(ctx); err != nil {
@@ -103,12 +109,21 @@ func (m *Manager) ResolveCollection(ctx context.Context, ref catalog.Ref) (int64
 	}
 	list := m.view.former(ref, "", 0)
 	if len(list) == 0 {
-		return 0, err
+		return id, err
 	}
 	if len(list) > 1 {
 		note(ctx, severalNamed(ref, list)+"; the answer is about the first")
 	}
 	return list[0].collection, nil
+}
+
+// isRestoring says whether a restore makes the collection that has a name.
+func (m *Manager) isRestoring(ctx context.Context, id int64) (bool, error) {
+	col, err := m.catalog.Collection(ctx, catalog.Ref{ID: id})
+	if errors.Is(err, catalog.ErrCollectionNotFound) { // since its name was read
+		return false, nil
+	}
+	return col.State == catalog.Restoring, err
 }
 
 // resolve returns the id that ref stands for, ErrSnapshotNotFound if none. With
@@ -134,6 +149,13 @@ func (m *Manager) resolve(ctx context.Context, ref Ref, certain bool) (int64, er
 		id, err := m.named(ctx, living, ref)
 		if !errors.Is(err, ErrSnapshotNotFound) || ref.Collection.ID > 0 {
 			return id, err
+		}
+		restoring, err := m.isRestoring(ctx, living)
+		if err != nil {
+			return 0, err
+		}
+		if restoring {
+			living = 0
 		}
 	} else if !errors.Is(err, catalog.ErrCollectionNotFound) {
 		return 0, err
@@ -195,6 +217,10 @@ func (m *Manager) checkCollection(ctx context.Context, s *Snapshot, ref Ref) err
 		return nil
 	case named && m.o.Cluster.NameScope == cluster.ScopeCollection:
 		return nil // as resolve has found it
+	case named:
+		if restoring, err := m.isRestoring(ctx, collection); err != nil || restoring {
+			return err
+		}
 	}
 	return fmt.Errorf("%w: %s is not of collection %s but of %s/%s (%d)", ErrSnapshotMismatch, ref, ref.Collection,
 		s.DB, s.CollectionName, s.Collection)

@@ -9,6 +9,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
+	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
@@ -139,6 +140,55 @@ func TestSeveralCollectionsOfOneName(t *testing.T) {
 			t.Errorf("drop of none: %d, err = %v", id, err)
 		}
 	})
+}
+
+// TestNamesWhileARestoreHasTheName finds the snapshots of a dropped collection by its
+// name while a restore makes another collection of that name.
+func TestNamesWhileARestoreHasTheName(t *testing.T) {
+	for _, change := range []func(*Options){func(*Options) {}, byCollection} {
+		inWorld(t, func(t *testing.T, w *world) {
+			ctx := t.Context()
+			r := w.start("a", change)
+			col := w.rich(r, "c", 6)
+			s, other := w.create(r, col, "one"), w.create(r, col, "two")
+			w.drops(r, col)
+			settle()
+			r.store.Plan(func(c object.Call) object.Fault {
+				if c.Op == object.OpCopy {
+					return object.FaultBefore
+				}
+				return object.FaultNone
+			})
+			sp := restoreSpecOf(s)
+			sp.Name = "c"
+			job, err := r.Restore(ctx, request.Token{}, sp)
+			if err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Minute)
+			named := catalog.Ref{DB: "default", Name: "c"}
+			if id, err := r.ResolveCollection(ctx, named); err != nil || id != col.ID {
+				t.Errorf("the name stands for collection %d, err = %v; want %d", id, err, col.ID)
+			}
+			list, _, err := r.List(ctx, Filter{Collection: named}, Place{}, 10)
+			if err != nil || len(list) != 2 {
+				t.Errorf("list: %v, err = %v", list, err)
+			}
+			if got, err := r.Get(ctx, Ref{Name: "one", Collection: named}); err != nil || got.ID != s.ID {
+				t.Errorf("get: %v, err = %v", got, err)
+			}
+			if id, err := r.Drop(ctx, request.Token{}, Ref{Name: "two", Collection: named}, 0); err != nil || id != other.ID {
+				t.Errorf("drop: %d, err = %v", id, err)
+			}
+			r.store.Plan(nil)
+			if end := w.ended(r, job.ID); end.Job.State != copyjob.Completed {
+				t.Errorf("restore: %+v", end.Job)
+			}
+			if id, err := r.ResolveCollection(ctx, named); err != nil || id != job.Target {
+				t.Errorf("the name stands for collection %d, err = %v; want the one that lives, %d", id, err, job.Target)
+			}
+		})
+	}
 }
 
 // TestRestoreIntoTheNameOfTheDropped restores a snapshot into the name of its
