@@ -114,6 +114,9 @@ type Config struct {
 	// RestoreStallTimeout is how long a restore waits for a store that does not
 	// answer while none of its files is finished, before it is given up. Default: 24h.
 	RestoreStallTimeout Duration `json:"restore_stall_timeout"`
+	// RestoreRefusalTimeout is how long a restore tries copies again that the store
+	// refuses for an expired token, a right, a clock or the like. Default: 5m.
+	RestoreRefusalTimeout Duration `json:"restore_refusal_timeout"`
 
 	// ClockMaxDowntime is for how long no server may have run before the time that
 	// has passed is taken for a clock that stepped: then nothing expires until
@@ -265,6 +268,7 @@ func (c *Config) spans() []span {
 		{"grace", &c.Grace, "1ms", "24h"},
 		{"keep_restores", &c.KeepRestores, "1m", "ten years"},
 		{"restore_stall_timeout", &c.RestoreStallTimeout, "1m", "ten years"},
+		{"restore_refusal_timeout", &c.RestoreRefusalTimeout, "1s", "24h"},
 		{"clock_max_downtime", &c.ClockMaxDowntime, "1h", "ten years"},
 		{"collect_tolerance", &c.CollectTolerance, "1ms", "ten years"},
 		{"orphan_grace", &c.OrphanGrace, "1h", "ten years"},
@@ -333,6 +337,8 @@ func Default() Config {
 		LogLevel:            "info",
 		LogFormat:           "json",
 		Version:             "unknown",
+
+		RestoreRefusalTimeout: Duration(5 * time.Minute),
 	}
 }
 
@@ -361,6 +367,7 @@ func (c Config) complete() Config {
 	orElse(&c.CopyInFlight, d.CopyInFlight)
 	orElse(&c.KeepRestores, d.KeepRestores)
 	orElse(&c.RestoreStallTimeout, d.RestoreStallTimeout)
+	orElse(&c.RestoreRefusalTimeout, d.RestoreRefusalTimeout)
 	orElse(&c.ClockMaxDowntime, d.ClockMaxDowntime)
 	orElse(&c.Collector, d.Collector)
 	switch c.Collector { // as YAML reads them without quotes
@@ -435,6 +442,8 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.Var(spanFlag{&c.KeepRestores, "keep_restores"}, "keep-restores", "how long restore jobs are kept after their end")
 	fs.Var(spanFlag{&c.RestoreStallTimeout, "restore_stall_timeout"}, "restore-stall-timeout",
 		"how long a restore waits for a store that does not answer while none of its files is finished")
+	fs.Var(spanFlag{&c.RestoreRefusalTimeout, "restore_refusal_timeout"}, "restore-refusal-timeout",
+		"how long a restore tries again what the store refuses for an expired token, a right or a clock")
 	fs.Var(spanFlag{&c.ClockMaxDowntime, "clock_max_downtime"}, "clock-max-downtime", "how long no server may have run before the clock counts as one that stepped")
 	fs.StringVar(&c.Collector, "collector", c.Collector, "whether the leader deletes by itself what nothing needs any more: on or off, with which it still removes snapshots that were dropped or expired")
 	fs.Var(spanFlag{&c.CollectTolerance, "collect_tolerance"}, "collect-tolerance", "how long ago a thing must have been dropped before the collector takes it")

@@ -242,8 +242,8 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 		CreateTimeout: time.Duration(cfg.CreateTimeout), LeaseTTL: time.Duration(cfg.CreateLeaseTTL),
 		LeaderTTL: time.Duration(cfg.LeaderTTL), MaxCreates: cfg.MaxCreates,
 		RestoreSlots: cfg.RestoreSlots, CopyInFlight: cfg.CopyInFlight, KeepRestores: time.Duration(cfg.KeepRestores),
-		RestoreStallTimeout: time.Duration(cfg.RestoreStallTimeout),
-		CollectorOff:        cfg.Collector == collectorOff, CollectTolerance: time.Duration(cfg.CollectTolerance),
+		RestoreStallTimeout: time.Duration(cfg.RestoreStallTimeout), RestoreRefusalTimeout: time.Duration(cfg.RestoreRefusalTimeout),
+		CollectorOff: cfg.Collector == collectorOff, CollectTolerance: time.Duration(cfg.CollectTolerance),
 		CollectInterval: time.Duration(cfg.CollectInterval), CollectMaxShare: cfg.CollectMaxShare, CollectRate: cfg.CollectRate,
 		OrphanGrace: time.Duration(cfg.OrphanGrace), SweepInterval: time.Duration(cfg.SweepInterval),
 	})

@@ -39,6 +39,7 @@ var (
 	restoresDesc   = prometheus.NewDesc("snapshotd_restore_jobs", "Restore jobs by state.", []string{"state"}, nil)
 	workersDesc    = prometheus.NewDesc("snapshotd_restore_workers", "Replicas that work on restores.", nil, nil)
 	tasksDesc      = prometheus.NewDesc("snapshotd_restore_tasks_running", "Tasks of restores that workers have.", nil, nil)
+	refusalsDesc   = prometheus.NewDesc("snapshotd_restore_refusals_total", "Attempts at tasks of restores, by this replica, that an object store refused in a way that may pass: an expired token, a right, a clock. They are made again.", nil, nil)
 	deletedObjects = prometheus.NewDesc("snapshotd_gc_deleted_objects_total", "Objects that this replica deleted, by why: of a reclaimed unit, an orphan, a snapshot's own, or of a restore that did not come to its end.", []string{"reason"}, nil)
 	deletedBytes   = prometheus.NewDesc("snapshotd_gc_deleted_bytes_total", "Bytes of the objects that this replica deleted, by why, as far as they were known.", []string{"reason"}, nil)
 	unitsDesc      = prometheus.NewDesc("snapshotd_gc_units", "Dropped units that stay, as of the last round of the collector that this replica made as the leader: waiting for collect_tolerance, held by snapshots, of these parked, which have their records in the object store, and stopped, in collections where the round stopped.", []string{"state"}, nil)
@@ -57,7 +58,7 @@ var (
 
 func (s stats) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		snapshotsDesc, leaderDesc, createsDesc, unreadable, skewDesc, clockDesc, referencesDesc, referenced, tombstonesDesc, oldestDesc, pinsDesc, restoresDesc, workersDesc, tasksDesc,
+		snapshotsDesc, leaderDesc, createsDesc, unreadable, skewDesc, clockDesc, referencesDesc, referenced, tombstonesDesc, oldestDesc, pinsDesc, restoresDesc, workersDesc, tasksDesc, refusalsDesc,
 		deletedObjects, deletedBytes, unitsDesc, stoppedDesc, lastRoundDesc, lastSweepDesc, orphansDesc, behindDesc, storeReadyDesc,
 		writableDesc, lastsDesc, failuresDesc,
 	} {
@@ -114,6 +115,7 @@ func (s stats) Collect(ch chan<- prometheus.Metric) {
 	}
 	gauge(workersDesc, float64(restores.Workers))
 	gauge(tasksDesc, float64(restores.Running))
+	ch <- prometheus.MustNewConstMetric(refusalsDesc, prometheus.CounterValue, float64(restores.Refusals))
 	refs := s.manager.GC().Stats()
 	gauge(referencesDesc, float64(refs.Snapshots), "known")
 	gauge(referencesDesc, float64(refs.Loading), "loading")

@@ -385,6 +385,7 @@ func renderJob(w io.Writer, job *snapshotdv1.RestoreJob) {
 		"message", job.GetMessage(),
 		"last error", job.GetLastError(),
 		"waiting since", job.GetWaitingSince(),
+		"refused since", job.GetRefusedSince(),
 		"labels", pairs(job.GetLabels()),
 	)
 }

@@ -47,7 +47,8 @@ func executing() *snapshotdv1.RestoreJob {
 			BytesPerSecond: 1 << 20, Remaining: durationpb.New(2500 * time.Millisecond), Fraction: 0.499, Retries: 1,
 		},
 		LastError: "the store\tdid not answer", WaitingSince: timestamppb.New(now.Add(2 * time.Second)),
-		CreateTime: timestamppb.New(now), StartTime: timestamppb.New(now.Add(time.Second)), Deadline: timestamppb.New(now.Add(time.Hour)),
+		RefusedSince: timestamppb.New(now.Add(3 * time.Second)),
+		CreateTime:   timestamppb.New(now), StartTime: timestamppb.New(now.Add(time.Second)), Deadline: timestamppb.New(now.Add(time.Hour)),
 		Labels: map[string]string{"b": "2", "a": "1"},
 		Limits: &snapshotdv1.RestoreLimits{RequestsPerSecond: 100, BytesPerSecond: 1 << 20},
 	}
@@ -57,7 +58,7 @@ func executing() *snapshotdv1.RestoreJob {
 func ended(state snapshotdv1.RestoreJob_State, reason, message string) *snapshotdv1.RestoreJob {
 	job := executing()
 	job.State, job.Reason, job.Message, job.LastError = state, reason, message, ""
-	job.Labels, job.Limits, job.Deadline, job.WaitingSince = nil, nil, nil, nil
+	job.Labels, job.Limits, job.Deadline, job.WaitingSince, job.RefusedSince = nil, nil, nil, nil, nil
 	job.EndTime = timestamppb.New(now.Add(3500 * time.Millisecond))
 	p := job.GetProgress()
 	p.BytesPerSecond, p.Remaining = 0, nil
@@ -97,6 +98,7 @@ reason:            -
 message:           -
 last error:        -
 waiting since:     -
+refused since:     -
 labels:            -
 `
 
@@ -123,6 +125,7 @@ reason:            -
 message:           -
 last error:        "the store\tdid not answer"
 waiting since:     2026-03-01T12:00:02Z
+refused since:     2026-03-01T12:00:03Z
 labels:            a=1,b=2
 `
 

@@ -214,7 +214,7 @@ func later(a, b time.Time) time.Time {
 // waits.
 func (r *row) stall() (since time.Time, d time.Duration) {
 	for _, t := range r.open {
-		if t.waits == 0 {
+		if t.waits == 0 || t.refusals > 0 { // a refusal is an answer
 			continue
 		}
 		from := later(t.waitSince, r.finish)
@@ -224,6 +224,17 @@ func (r *row) stall() (since time.Time, d time.Duration) {
 		d = max(d, t.waitTime.Sub(from))
 	}
 	return since, d
+}
+
+// refusedSince returns since when a store has refused tasks of the job; zero: it
+// refuses none.
+func (r *row) refusedSince() (since time.Time) {
+	for _, t := range r.open {
+		if t.refusals > 0 && (since.IsZero() || t.refuseSince.Before(since)) {
+			since = t.refuseSince
+		}
+	}
+	return since
 }
 
 // setRunning notes how far a task has come. Another attempt begins with what it
@@ -391,6 +402,7 @@ type Status struct {
 	Fraction  float64       // 1 only when it is COMPLETED
 	LastError string
 	Waiting   time.Time // since when it has waited for a store that does not answer; zero: it does not
+	Refused   time.Time // since when a store has refused copies that are tried again; zero: it refuses none
 	Retries   int64
 }
 
@@ -419,6 +431,7 @@ func (b *board) status(r *row) *Status {
 	}
 	if job.Phase == Copy {
 		s.Waiting, _ = r.stall()
+		s.Refused = r.refusedSince()
 	}
 	at := b.o.Now()
 	r.samples = append(r.samples, sample{at, s.Done.Bytes})

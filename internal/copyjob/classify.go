@@ -21,7 +21,8 @@ var (
 )
 
 // classes say which errors of a task give its job up, and by which reason. All
-// others may pass: the task is tried again, up to the cap.
+// others may pass: the task is tried again, up to the cap. A class by which a store
+// refuses gives the job up at once unless [object.IsPassing] holds.
 var classes = []struct {
 	err    error
 	reason string
@@ -52,6 +53,8 @@ var classes = []struct {
 //	attempt ends       counts as   next attempt
 //	answered, passing  a failure   later; MaxFailures of a task give the job up
 //	answered, lasting  a failure   none: the job is given up
+//	refused            a refusal   later; refusals in a row for RefusalTimeout give the
+//	                               job up by the reason of the refusal
 //	not answered       a wait      later; waits in a row for StallTimeout, in which
 //	                               no task of the job has finished a file that none
 //	                               of its attempts had before, give it up: STALLED
@@ -61,11 +64,57 @@ var classes = []struct {
 // gets no worker does not stall. Preparing waits in the same way, for as long as one
 // leader leads. Rolling back, publishing and forgetting are tried for ever.
 
+// # Refusals
+//
+// A refusal that may pass ([object.IsPassing]) says nothing of the snapshot or the
+// target. It follows a list of the target's places that the store answered, in phase
+// prepare, so the store contradicts itself when it says that the bucket does not
+// exist or that the credentials have no right.
+//
+//	                 refused, may pass
+//	refusals 0 ----------------------------> 1, 2, ...  PENDING, with a pause
+//	    ^                                        |  |
+//	    |  a file more was finished, another     |  |  the pauses in a row add up to
+//	    |  answer, no answer                     |  |  RefusalTimeout
+//	    +----------------------------------------+  +--> FAILED, and so the job
+//
+// The task's record counts the refusals in a row, and each refusal has its pause. So
+// the time for which a task was refused is the sum of these pauses, which the leader
+// measures by its elapsed time. No two clocks are compared: a refusal may be due to a
+// clock that is wrong, and being set.
+//
+//	worker dies              the next attempt goes on with the record's count
+//	leader dies              the next leader waits for the whole pause of the record
+//	a file of many is        the attempt copies the others, up to maxRefused refusals;
+//	refused                  from then on no file more is finished, and the pauses
+//	                         add up
+//	refused, then no answer  the count starts again; waits in a row go on, and end
+//	                         the job after StallTimeout
+//	prepare is refused       the leader measures it in memory, from the first refusal
+//	                         in a row on; the next leader starts again
+//	roll back is refused     it is tried for ever
+//
+// A refusal at the admission, and in a plan, is the answer of that call.
+
 // maxPauseTime is the longest pause between two attempts of a task.
 const maxPauseTime = time.Minute
 
 // pauseAfter is how long a task waits after so many failures, or waits in a row.
 func pauseAfter(n uint32) time.Duration { return min(maxPauseTime, 100*time.Millisecond<<min(n, 10)) }
+
+// refusedFor is for how long a task has waited, at least, that was refused so often in
+// a row: the pauses behind all refusals but the last.
+func refusedFor(refusals uint32) (d time.Duration) {
+	for n := uint32(1); n < refusals; n++ {
+		d += pauseAfter(n)
+	}
+	return d
+}
+
+// isRefused says whether a store refused, in a way that may pass.
+func isRefused(err error) bool {
+	return object.IsPassing(err) && (errors.Is(err, object.ErrDenied) || errors.Is(err, object.ErrMisconfigured))
+}
 
 // isUnanswered says whether a store gave no answer, or none of use.
 func isUnanswered(err error) bool {
@@ -79,11 +128,11 @@ func isUnanswered(err error) bool {
 
 // classify returns the reason by which err gives the job up, and true; or a
 // reason for people, and false when it may pass. It is told whether it was the
-// last try.
+// last try; of a refusal, whether the refusal timeout is over.
 func classify(err error, last bool) (reason string, permanent bool) {
 	for _, c := range classes {
 		if errors.Is(err, c.err) {
-			return c.reason, last || !c.last
+			return c.reason, last || !c.last && !isRefused(err)
 		}
 	}
 	var refused *layout.RefusedError

@@ -34,6 +34,11 @@ const (
 	mostParts  = 16
 )
 
+// maxRefused is how many copies a store may refuse before an attempt begins no more.
+// Up to it the attempt copies the other files, so that one refusal does not cut off
+// large copies and a file that stays refused is soon all that is left to do.
+const maxRefused = 8
+
 // restored is what an attempt has made.
 type restored struct {
 	segments []segment.Segment
@@ -213,13 +218,20 @@ func (a *attempt) transfer(ctx context.Context, files []*fileCopy) error {
 	slices.SortStableFunc(order, func(x, y *fileCopy) int { return cmp.Compare(y.from.Size, x.from.Size) })
 	progress := &progress{attempt: a, last: a.worker.o.Clock.Elapsed()}
 	a.progress = progress
+	var refused refusedCopies
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(a.worker.o.CopyInFlight)
 	for _, f := range order {
 		// A file that is almost alone may have the room of many.
 		f.parts = min(max(leastParts, a.worker.o.CopyInFlight/len(files)), mostParts)
 		group.Go(func() error {
-			if err := a.copyFile(groupCtx, budget, f, have); err != nil {
+			if refused.tooMany() {
+				return nil
+			}
+			if err := a.copyFile(groupCtx, budget, f, have); isRefused(err) {
+				refused.add(err)
+				return nil
+			} else if err != nil {
 				return err
 			}
 			progress.add(groupCtx, f.from.Size)
@@ -229,7 +241,31 @@ func (a *attempt) transfer(ctx context.Context, files []*fileCopy) error {
 	if err := group.Wait(); err != nil {
 		return err
 	}
+	if refused.first != nil {
+		return refused.first
+	}
 	return a.verify(ctx, budget, files)
+}
+
+// refusedCopies are the copies of an attempt that the store refused.
+type refusedCopies struct {
+	mu    sync.Mutex
+	n     int
+	first error // nil: there are none
+}
+
+func (r *refusedCopies) add(err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.n++; r.first == nil {
+		r.first = err
+	}
+}
+
+func (r *refusedCopies) tooMany() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.n >= maxRefused
 }
 
 // each calls do for each of files, some at a time, until one fails.

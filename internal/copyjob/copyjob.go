@@ -27,7 +27,8 @@
 //	                   EXECUTING, roll back ------------> FAILED, CANCELED
 //
 //	task    PENDING -> RUNNING -> DONE; back to PENDING after an error that may
-//	        pass; FAILED after one that will not
+//	        pass, and after a refusal by the store; FAILED after an error that will
+//	        not, and after refusals in a row for the refusal timeout (classify.go)
 //
 // # Transactions
 //
@@ -48,8 +49,8 @@
 //	register  several when the segments are many; puts: target segments
 //	done      compares: task as read. Puts: the last segments, task DONE;
 //	          deletes: assignment
-//	failed    compares: task as read. Puts: task PENDING (later) or FAILED;
-//	          deletes: assignment
+//	failed    compares: task as read. Puts: task PENDING (later) or FAILED, with
+//	          its failures, waits and refusals; deletes: assignment
 //	publish   (all tasks are DONE, and their sums are the job's) puts: job
 //	          COMPLETED, collection ACTIVE, result under the token; deletes: pin,
 //	          tasks
@@ -86,8 +87,14 @@
 //	store does not answer     the task goes back and is tried later, with longer
 //	                          pauses, until the job's deadline, or until no file
 //	                          was finished for a day: it has stalled (classify.go)
+//	store refuses: expired    likewise, until the task was refused for the refusal
+//	token, lack of a right,   timeout in a row; then FAILED by the store's reason.
+//	clock skew, key service,  A worker or leader that dies in between changes
+//	bucket not known          nothing: the record counts the refusals
 //	store answers with an     likewise, up to the cap of failures
 //	error that may pass
+//	store refuses the         FAILED at once: the store lacks a call, the request
+//	request for good          or the key is invalid
 //	roll back fails           it is tried again until all is gone; the claim stays
 //	                          until then
 //	replica stops             as when it dies, but its lease is ended at once
@@ -158,7 +165,10 @@ type Options struct {
 	Resync       time.Duration // between looks that nothing asked for; default 30 s
 	MaxFailures  int           // of a task before the job is given up; default 12, about five minutes
 	StallTimeout time.Duration // how long a job waits for a store without a file finished; default a day
-	Keep         time.Duration // how long jobs that have ended are kept; default a week
+	// RefusalTimeout is how long a task that the store refuses is tried again, by a
+	// refusal that may pass, before the job is given up. Default: 5 minutes.
+	RefusalTimeout time.Duration
+	Keep           time.Duration // how long jobs that have ended are kept; default a week
 	// Deleted is told of objects of jobs that were deleted, and of their bytes; for
 	// metrics. Nil: nobody is.
 	Deleted func(objects, bytes int64)
@@ -197,6 +207,9 @@ func New(o Options) *Jobs {
 	}
 	if o.StallTimeout == 0 {
 		o.StallTimeout = 24 * time.Hour
+	}
+	if o.RefusalTimeout == 0 {
+		o.RefusalTimeout = 5 * time.Minute
 	}
 	if o.Keep == 0 {
 		o.Keep = 7 * 24 * time.Hour

@@ -71,7 +71,8 @@ func (j *Jobs) next(ctx context.Context, reported *Status, every time.Duration) 
 		switch {
 		case s == nil:
 			return nil, fmt.Errorf("%w: %d", ErrJobNotFound, reported.Job.ID)
-		case s.Job.Revision != reported.Job.Revision, waited && (s.Done != reported.Done || s.LastError != reported.LastError || !s.Waiting.Equal(reported.Waiting)):
+		case s.Job.Revision != reported.Job.Revision, waited && (s.Done != reported.Done || s.LastError != reported.LastError ||
+			!s.Waiting.Equal(reported.Waiting) || !s.Refused.Equal(reported.Refused)):
 			return s, nil
 		}
 		select {
@@ -227,6 +228,9 @@ type Stats struct {
 	Jobs    map[State]int
 	Workers int
 	Running int // tasks that workers have
+	// Refusals is how many attempts of this replica a store refused, in a way that
+	// may pass.
+	Refusals int64
 }
 
 // Stats returns the state of restores as this replica sees it.
@@ -234,6 +238,7 @@ func (j *Jobs) Stats() Stats {
 	j.board.mu.Lock()
 	defer j.board.mu.Unlock()
 	s := Stats{Jobs: map[State]int{Pending: 0, Executing: 0, Completed: 0, Failed: 0, Canceled: 0}, Workers: len(j.board.pool), Running: len(j.board.assigned)}
+	s.Refusals = j.work.refusals.Load()
 	for _, r := range j.board.rows {
 		if r.job != nil {
 			s.Jobs[r.job.State]++

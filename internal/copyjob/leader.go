@@ -50,6 +50,7 @@ type leader struct {
 	wrong   map[int64]int           // those of them that no store was to blame for
 	retryAt map[int64]time.Duration // elapsed when the next of them may be tried
 	waiting map[int64]time.Duration // elapsed since a store has not answered a step of a job
+	refused map[int64]time.Duration // elapsed since a store has refused a step of a job
 }
 
 func newLeader(j *Jobs, term election.Term) *leader {
@@ -57,6 +58,7 @@ func newLeader(j *Jobs, term election.Term) *leader {
 	l.busy, l.acted, l.given = map[int64]bool{}, map[int64]int64{}, map[int64]map[int64]int64{}
 	l.tries, l.wrong = map[int64]int{}, map[int64]int{}
 	l.retryAt, l.waiting = map[int64]time.Duration{}, map[int64]time.Duration{}
+	l.refused = map[int64]time.Duration{}
 	l.steps.SetLimit(stepsInFlight)
 	return l
 }
@@ -123,10 +125,14 @@ func (l *leader) pass(ctx context.Context) time.Duration {
 // all the work is done.
 const maxWrong = 20
 
-// isLast says whether the job is given up if its step goes wrong this time.
-func (l *leader) isLast(job int64) bool {
+// isLast says whether the job is given up if its step ends with err this time.
+func (l *leader) isLast(job int64, err error) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if isRefused(err) {
+		since, again := l.refused[job]
+		return again && l.o.Clock.Elapsed()-since >= l.o.RefusalTimeout
+	}
 	return l.wrong[job]+1 >= maxWrong
 }
 
@@ -187,6 +193,7 @@ func (l *leader) ended(ctx context.Context, d decision, err error) {
 		delete(l.wrong, d.job.ID)
 		delete(l.retryAt, d.job.ID)
 		delete(l.waiting, d.job.ID)
+		delete(l.refused, d.job.ID)
 		if d.step == stepForget {
 			delete(l.acted, d.job.ID)
 		}
@@ -197,8 +204,16 @@ func (l *leader) ended(ctx context.Context, d decision, err error) {
 		wait := 10 * time.Millisecond << min(l.tries[d.job.ID], 10)
 		l.tries[d.job.ID]++
 		l.retryAt[d.job.ID] = l.o.Clock.Elapsed() + wait
+		if !isRefused(err) && !errors.Is(err, errChanged) {
+			delete(l.refused, d.job.ID)
+		}
 		switch {
 		case errors.Is(err, errChanged):
+		case isRefused(err):
+			if _, again := l.refused[d.job.ID]; !again {
+				l.refused[d.job.ID] = l.o.Clock.Elapsed()
+			}
+			delete(l.waiting, d.job.ID)
 		case !isUnanswered(err):
 			l.wrong[d.job.ID]++
 			delete(l.waiting, d.job.ID)
@@ -228,7 +243,7 @@ func (l *leader) act(ctx context.Context, d decision) error {
 		return l.move(ctx, atBegin, d.job, &next)
 	case stepPrepare:
 		err := l.prepare(ctx, d.job)
-		if reason, permanent := classify(err, l.isLast(d.job.ID)); permanent {
+		if reason, permanent := classify(err, l.isLast(d.job.ID, err)); permanent {
 			d.outcome, d.reason, d.message = Failed, reason, err.Error()
 			return l.move(ctx, atGiveUp, d.job, givenUp(d, l.o.Clock.Display()))
 		}

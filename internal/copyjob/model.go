@@ -243,10 +243,12 @@ type task struct {
 	reason      string
 	message     string
 	totals      segment.Totals // once it is done
-	unanswered  uint32         // attempts that ended because a store did not answer
+	unanswered  uint32         // attempts that ended because a store did not answer, or refused
 	waits       uint32         // those of them in a row that finished no file
 	waitSince   time.Time      // when the first of these ended
 	waitTime    time.Time      // when the last of these ended
+	refusals    uint32         // attempts in a row that a store refused, with no file finished
+	refuseSince time.Time      // when the first of these ended
 	finished    int64          // the most files that an attempt had finished when it ended
 	finishTime  time.Time      // when an attempt last finished more files than any before
 	revision    int64
@@ -273,6 +275,7 @@ func (t *task) encode(op string) []byte {
 		NotBefore: record.Nanos(t.notBefore), Reason: t.reason, Message: t.message, Totals: totalsRecord(t.totals), Op: op,
 		Unanswered: t.unanswered, Waits: t.waits, WaitSince: record.Nanos(t.waitSince), WaitTime: record.Nanos(t.waitTime),
 		Finished: t.finished, FinishTime: record.Nanos(t.finishTime),
+		Refusals: t.refusals, RefuseSince: record.Nanos(t.refuseSince),
 	})
 }
 
@@ -290,6 +293,7 @@ func decodeTask(kv meta.KeyValue) (*task, error) {
 		worker: r.GetWorker(), notBefore: record.Time(r.GetNotBefore()), reason: r.GetReason(), message: r.GetMessage(),
 		totals: totalsOf(r.GetTotals()), unanswered: r.GetUnanswered(), waits: r.GetWaits(), waitSince: record.Time(r.GetWaitSince()),
 		waitTime: record.Time(r.GetWaitTime()), finished: r.GetFinished(), finishTime: record.Time(r.GetFinishTime()),
+		refusals: r.GetRefusals(), refuseSince: record.Time(r.GetRefuseSince()),
 		revision: kv.ModRevision,
 	}, nil
 }

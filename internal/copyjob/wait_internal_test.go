@@ -38,9 +38,44 @@ func TestUnanswered(t *testing.T) {
 	}
 }
 
+// TestRefused separates refusals that are tried again from those that end a job.
+func TestRefused(t *testing.T) {
+	for _, c := range []struct {
+		err  error
+		want bool
+	}{
+		{object.Passing(object.ErrDenied), true},
+		{fmt.Errorf("copy x: %w: AccessDenied", object.Passing(object.ErrMisconfigured)), true},
+		{object.ErrDenied, false},
+		{object.ErrMisconfigured, false},
+		{object.ErrUnavailable, false},
+		{fmt.Errorf("%w: x", ErrSource), false},
+	} {
+		if got := isRefused(c.err); got != c.want {
+			t.Errorf("%v: %v", c.err, got)
+		}
+		if isUnanswered(c.err) && c.want {
+			t.Errorf("%v counts twice", c.err)
+		}
+		if _, permanent := classify(c.err, false); c.want && permanent {
+			t.Errorf("%v is permanent at once", c.err)
+		}
+		if _, permanent := classify(c.err, true); c.want && !permanent {
+			t.Errorf("%v is never permanent", c.err)
+		}
+	}
+	if d := refusedFor(1); d != 0 {
+		t.Errorf("refused once for %v", d)
+	}
+	if d := refusedFor(3); d != 600*time.Millisecond {
+		t.Errorf("refused three times for %v", d)
+	}
+}
+
 // TestAfter follows a task through attempts that end in each way.
 func TestAfter(t *testing.T) {
 	away, broken := fmt.Errorf("x: %w", object.ErrUnavailable), errors.New("broken")
+	denied := fmt.Errorf("x: %w", object.Passing(object.ErrDenied))
 	at := func(d time.Duration) time.Time { return start.Add(d) }
 	for name, c := range map[string]struct {
 		before task
@@ -82,10 +117,64 @@ func TestAfter(t *testing.T) {
 			errSourceMissing, 2,
 			task{state: TaskFailed, failures: 4, finished: 2, finishTime: at(time.Minute)},
 		},
+		"first refusal": {
+			task{state: TaskRunning, failures: 2},
+			denied, 0,
+			task{
+				state: TaskPending, failures: 2, unanswered: 1, waits: 1, waitSince: at(time.Hour), waitTime: at(time.Hour),
+				refusals: 1, refuseSince: at(time.Hour), notBefore: at(time.Hour + 200*time.Millisecond),
+			},
+		},
+		"the last refusal but one": {
+			task{unanswered: 11, waits: 11, waitSince: start, refusals: 11, refuseSince: start},
+			denied, 0,
+			task{
+				state: TaskPending, unanswered: 12, waits: 12, waitSince: start, waitTime: at(time.Hour),
+				refusals: 12, refuseSince: start, notBefore: at(time.Hour + time.Minute),
+			},
+		},
+		"the last refusal": {
+			task{unanswered: 13, waits: 13, waitSince: start, waitTime: start, refusals: 13, refuseSince: start},
+			denied, 0,
+			task{
+				state: TaskFailed, failures: 1, unanswered: 13, waits: 13, waitSince: start, waitTime: start,
+				refusals: 14, refuseSince: start,
+				message: "refused for 5m42s: " + denied.Error(),
+			},
+		},
+		"refused, but it got further": {
+			task{unanswered: 13, waits: 13, waitSince: start, refusals: 13, refuseSince: start, finished: 5},
+			denied, 6,
+			task{
+				state: TaskPending, unanswered: 14, waits: 1, waitSince: at(time.Hour), waitTime: at(time.Hour), finished: 6,
+				refusals: 1, refuseSince: at(time.Hour), finishTime: at(time.Minute), notBefore: at(time.Hour + 200*time.Millisecond),
+			},
+		},
+		"not answered after refusals": {
+			task{unanswered: 13, waits: 13, waitSince: start, refusals: 13, refuseSince: start},
+			away, 0,
+			task{
+				state: TaskPending, unanswered: 14, waits: 14, waitSince: start, waitTime: at(time.Hour),
+				notBefore: at(time.Hour + time.Minute),
+			},
+		},
+		"answered with an error after refusals": {
+			task{unanswered: 13, waits: 13, waitSince: start, refusals: 13, refuseSince: start},
+			broken, 0,
+			task{state: TaskPending, unanswered: 13, failures: 1, notBefore: at(time.Hour + 200*time.Millisecond)},
+		},
+		"refused for good": {
+			task{},
+			fmt.Errorf("x: %w", object.ErrMisconfigured), 0,
+			task{state: TaskFailed, failures: 1},
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got := c.before.after(c.cause, &progress{files: c.files, more: at(time.Minute)}, at(time.Hour), 12)
-			c.want.reason, c.want.message = got.reason, c.cause.Error()
+			o := &Options{MaxFailures: 12, RefusalTimeout: 5 * time.Minute}
+			got := c.before.after(c.cause, &progress{files: c.files, more: at(time.Minute)}, at(time.Hour), o)
+			if c.want.reason = got.reason; c.want.message == "" {
+				c.want.message = c.cause.Error()
+			}
 			if diff := cmp.Diff(&c.want, got, cmp.AllowUnexported(task{})); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
@@ -95,7 +184,7 @@ func TestAfter(t *testing.T) {
 				t.Fatal(err)
 			}
 			if want, text := got.waitSince, back.waitSince; !want.Equal(text) || back.waits != got.waits || back.unanswered != got.unanswered ||
-				!back.finishTime.Equal(got.finishTime) || back.finished != got.finished || !back.waitTime.Equal(got.waitTime) {
+				!back.finishTime.Equal(got.finishTime) || back.refusals != got.refusals || !back.refuseSince.Equal(got.refuseSince) || back.finished != got.finished || !back.waitTime.Equal(got.waitTime) {
 				t.Errorf("%+v is read as %+v", got, back)
 			}
 		})

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -35,13 +36,17 @@ type worker struct {
 	gate    *gate
 	sources *sources
 
+	refusals atomic.Int64 // attempts that a store refused
+
 	mu      sync.Mutex
 	budgets map[int64]*budget // by job
+	refused map[int64]bool    // jobs whose first refusal is in the log
 }
 
 func newWorker(o *Options, b *board) *worker {
 	return &worker{
 		o: o, board: b, gate: newGate(o.CopyInFlight), sources: newSources(o.Source), budgets: map[int64]*budget{},
+		refused: map[int64]bool{},
 	}
 }
 
@@ -165,6 +170,29 @@ func (w *worker) budget(job int64) *budget {
 		w.budgets[job] = b
 	}
 	return b
+}
+
+// logFailure logs how an attempt ended. A refusal that may pass is counted, and the
+// first one of each job is a warning.
+func (w *worker) logFailure(log *zap.Logger, job int64, err error) {
+	if !isRefused(err) {
+		log.Warn("a task of a restore failed", zap.Error(err))
+		return
+	}
+	w.refusals.Add(1)
+	w.mu.Lock()
+	again := w.refused[job]
+	if len(w.refused) >= maxBudgets { // of jobs that have ended, most of them
+		clear(w.refused)
+	}
+	w.refused[job] = true
+	w.mu.Unlock()
+	if again {
+		log.Debug("the object store refuses a task of a restore again", zap.Error(err))
+		return
+	}
+	log.Warn("the object store refuses a task of a restore: it is tried again, and further refusals of this restore are counted only",
+		zap.Duration("for", w.o.RefusalTimeout), zap.Error(err))
 }
 
 // hands are the tasks that a worker has. It is the handler of its assignments.
@@ -307,7 +335,7 @@ func (a *attempt) run(ctx context.Context) error {
 	w := a.worker
 	log := w.o.Log.With(zap.Int64("job", a.jobID), zap.Int64("task", a.number), zap.Uint32("attempt", a.attempt))
 	if ctx.Err() == nil && !errors.Is(err, errChanged) {
-		log.Warn("a task of a restore failed", zap.Error(err))
+		w.logFailure(log, a.jobID, err)
 	}
 	if a.task == nil && !errors.Is(err, errChanged) {
 		_ = meta.Pause(ctx, patience(maxPause)) // what cannot be read now is asked for again, but not at once
@@ -359,7 +387,7 @@ func (a *attempt) giveBack(ctx context.Context, interrupted bool, cause error) (
 		if err != nil {
 			return false, err
 		}
-		next := a.task.after(cause, a.progress, a.worker.o.Clock.Display(), a.worker.o.MaxFailures)
+		next := a.task.after(cause, a.progress, a.worker.o.Clock.Display(), a.worker.o)
 		txn.If = append(txn.If, a.job.unchanged(), meta.Unchanged(a.task.key(), a.task.revision))
 		txn.Then = append(txn.Then, meta.Put(a.task.key(), next.encode(op)))
 	}
@@ -377,24 +405,33 @@ func (a *attempt) giveBack(ctx context.Context, interrupted bool, cause error) (
 }
 
 // after is the task as an attempt leaves it that ended now with cause.
-func (t *task) after(cause error, p *progress, now time.Time, maxFailures int) *task {
+func (t *task) after(cause error, p *progress, now time.Time, o *Options) *task {
 	next := *t
 	if n, at := p.finished(); n > t.finished {
 		next.finished, next.finishTime = n, at
-		next.waits = 0
+		next.waits, next.refusals = 0, 0
 	}
-	if isUnanswered(cause) {
-		next.reason, _ = classify(cause, false)
-		next.state, next.message = TaskPending, record.Clip(cause.Error(), record.MaxText)
-		if next.waits == 0 {
-			next.waitSince = now
+	switch {
+	case isRefused(cause):
+		if next.refusals++; next.refusals == 1 {
+			next.refuseSince = now
 		}
-		next.unanswered, next.waits, next.waitTime = t.unanswered+1, next.waits+1, now
-		next.notBefore = now.Add(pauseAfter(next.waits))
+		if waited := refusedFor(next.refusals); waited >= o.RefusalTimeout {
+			next.state, next.failures = TaskFailed, t.failures+1
+			next.reason, _ = classify(cause, true)
+			next.message = record.Clip(fmt.Sprintf("refused for %v: %v", waited.Round(time.Second), cause), record.MaxText)
+			return &next
+		}
+		next.wait(cause, now)
+		return &next
+	case isUnanswered(cause):
+		next.refusals, next.refuseSince = 0, time.Time{}
+		next.wait(cause, now)
 		return &next
 	}
 	next.failures, next.waits, next.waitSince, next.waitTime = t.failures+1, 0, time.Time{}, time.Time{}
-	reason, permanent := classify(cause, int(next.failures) >= maxFailures)
+	next.refusals, next.refuseSince = 0, time.Time{}
+	reason, permanent := classify(cause, int(next.failures) >= o.MaxFailures)
 	next.reason, next.message = reason, record.Clip(cause.Error(), record.MaxText)
 	if next.state = TaskPending; permanent {
 		next.state = TaskFailed
@@ -402,6 +439,18 @@ func (t *task) after(cause error, p *progress, now time.Time, maxFailures int) *
 		next.notBefore = now.Add(pauseAfter(next.failures))
 	}
 	return &next
+}
+
+// wait puts the task back after an attempt that was not answered, or was refused, and
+// ended now.
+func (t *task) wait(cause error, now time.Time) {
+	if t.waits == 0 {
+		t.waitSince = now
+	}
+	t.unanswered, t.waits, t.waitTime = t.unanswered+1, t.waits+1, now
+	t.reason, _ = classify(cause, false)
+	t.state, t.message = TaskPending, record.Clip(cause.Error(), record.MaxText)
+	t.notBefore = now.Add(pauseAfter(t.waits))
 }
 
 // maxPause is the try from which on the pause, of more than a second, is always
@@ -431,6 +480,7 @@ func (a *attempt) register(ctx context.Context, done *restored) error {
 	next := *a.task
 	next.state, next.totals, next.reason, next.message = TaskDone, done.totals, "", ""
 	next.waits, next.finished, next.finishTime = 0, done.totals.Files, a.worker.o.Now()
+	next.refusals, next.refuseSince = 0, time.Time{}
 	last := []meta.Op{
 		meta.Put(a.task.key(), next.encode(op)), meta.Delete(a.key), meta.Delete(keys.Progress(a.jobID, a.number)),
 	}

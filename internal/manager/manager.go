@@ -201,6 +201,9 @@ type Options struct {
 	// RestoreStallTimeout is how long a restore waits for a store that does not answer
 	// without a file finished; default a day.
 	RestoreStallTimeout time.Duration
+	// RestoreRefusalTimeout is how long a restore whose copies the store refuses, by a
+	// refusal that may pass, tries them again. Default: 5 minutes.
+	RestoreRefusalTimeout time.Duration
 
 	CollectorOff     bool          // the leader makes no rounds of its own; Collect makes one all the same
 	CollectTolerance time.Duration // how long ago a thing must have been dropped; default 3 h
@@ -304,10 +307,10 @@ func New(o Options) (*Manager, error) {
 	m.jobs = copyjob.New(copyjob.Options{
 		KV: o.KV, Catalog: o.Catalog, Source: restoreSource{m}, Stores: o.Stores, PinStore: o.SnapshotStore, Requests: o.Requests, Replica: o.Replica,
 		Now: o.Now, Clock: o.Clock, Rand: o.Rand, Log: o.Log, WorkerTTL: o.LeaderTTL, Slots: o.RestoreSlots, CopyInFlight: o.CopyInFlight, Keep: o.KeepRestores,
-		StallTimeout: o.RestoreStallTimeout,
-		Deleted:      func(objects, bytes int64) { m.gc.Counters().Add(gc.ByRestore, objects, bytes) },
-		Jitter:       o.Jitter,
-		Ready:        slices.Collect(maps.Values(o.Ready)),
+		StallTimeout: o.RestoreStallTimeout, RefusalTimeout: o.RestoreRefusalTimeout,
+		Deleted: func(objects, bytes int64) { m.gc.Counters().Add(gc.ByRestore, objects, bytes) },
+		Jitter:  o.Jitter,
+		Ready:   slices.Collect(maps.Values(o.Ready)),
 	})
 	m.feed = newFeed(m.kv, m.log, o.Jitter, m.events)
 	m.view = newView(m.kv, m.log, o.Jitter, m.clean.Wake)

@@ -134,6 +134,7 @@ func jobToProto(job *copyjob.Job) *pb.RestoreJob {
 func jobStatusToProto(s *copyjob.Status) *pb.RestoreJob {
 	out := jobToProto(s.Job)
 	out.LastError, out.WaitingSince = clip(s.LastError), timeToProto(s.Waiting)
+	out.RefusedSince = timeToProto(s.Refused)
 	if s.Limits != (copyjob.Limits{}) {
 		out.Limits = &pb.RestoreLimits{RequestsPerSecond: s.Limits.Requests, BytesPerSecond: s.Limits.Bytes}
 	}

@@ -48,6 +48,12 @@ const (
 	FaultBefore
 	// FaultFull fails the call without its reaching the store, with a [FullError].
 	FaultFull
+	// FaultDenied fails the call without its reaching the store, with an ErrDenied
+	// that is passing.
+	FaultDenied
+	// FaultMisconfigured fails it likewise, with an ErrMisconfigured that is not
+	// passing.
+	FaultMisconfigured
 	// FaultAfter lets the store carry the call out and then loses the answer. A
 	// list yields all its objects and then fails.
 	FaultAfter
@@ -183,20 +189,24 @@ func (f *Faulty) enter(ctx context.Context, op Op, keys ...string) (Fault, error
 	}
 	switch fault {
 	case FaultBefore:
-		return fault, f.fire(op, "before", keys)
+		return fault, f.fire(ErrUnavailable, op, "before", keys)
+	case FaultDenied:
+		return fault, f.fire(Passing(ErrDenied), op, "before", keys)
+	case FaultMisconfigured:
+		return fault, f.fire(ErrMisconfigured, op, "before", keys)
 	case FaultFull:
-		_ = f.fire(op, "full", keys)
+		_ = f.fire(ErrUnavailable, op, "full", keys)
 		return fault, fmt.Errorf("%s %v: %w", op, keys, &FullError{Place: "store of a test", Lacks: "no room is left"})
 	}
 	return fault, nil
 }
 
 // fire counts a fault that had its effect and returns its error.
-func (f *Faulty) fire(op Op, when string, keys []string) error {
+func (f *Faulty) fire(kind error, op Op, when string, keys []string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.fired++
-	return fmt.Errorf("%w: injected fault %s %s %v", ErrUnavailable, when, op, keys)
+	return fmt.Errorf("%w: injected fault %s %s %v", kind, when, op, keys)
 }
 
 // call carries out a call that is about keys.
@@ -208,7 +218,7 @@ func call[T any](ctx context.Context, f *Faulty, op Op, do func() (T, error), ke
 	}
 	v, err := do()
 	if fault == FaultAfter {
-		return zero, f.fire(op, "after", keys)
+		return zero, f.fire(ErrUnavailable, op, "after", keys)
 	}
 	return v, err
 }
@@ -255,7 +265,7 @@ func (f *Faulty) Get(ctx context.Context, key string, offset, length int64) (io.
 		if err == nil {
 			_ = r.Close()
 		}
-		return nil, Info{}, f.fire(OpGet, "after", []string{key})
+		return nil, Info{}, f.fire(ErrUnavailable, OpGet, "after", []string{key})
 	case err != nil || fault == FaultNone:
 		return r, info, err
 	}
@@ -264,7 +274,7 @@ func (f *Faulty) Get(ctx context.Context, key string, offset, length int64) (io.
 		return nil, Info{}, err
 	}
 	if len(body) > 0 {
-		_ = f.fire(OpGet, "in", []string{key})
+		_ = f.fire(ErrUnavailable, OpGet, "in", []string{key})
 		if fault == FaultFlip {
 			body[len(body)/2] ^= 1
 		} else {
@@ -288,7 +298,7 @@ func (f *Faulty) List(ctx context.Context, prefix string) iter.Seq2[Info, error]
 			}
 		}
 		if fault == FaultAfter {
-			yield(Info{}, f.fire(OpList, "after", []string{prefix}))
+			yield(Info{}, f.fire(ErrUnavailable, OpList, "after", []string{prefix}))
 		}
 	}
 }
@@ -301,7 +311,7 @@ func (f *Faulty) Delete(ctx context.Context, keys ...string) error {
 		if fault != FaultAfter {
 			return err
 		}
-		err = f.fire(OpDelete, "after", keys)
+		err = f.fire(ErrUnavailable, OpDelete, "after", keys)
 	}
 	errs := make([]error, len(keys))
 	for i, key := range keys {

@@ -214,6 +214,14 @@ func TestFaultyCorruptsBodies(t *testing.T) {
 		}
 		return string(got)
 	}
+	for fault, want := range map[object.Fault]error{
+		object.FaultDenied: object.ErrDenied, object.FaultMisconfigured: object.ErrMisconfigured, object.FaultBefore: object.ErrUnavailable,
+	} {
+		f.FailNth(object.OpHead, 0, fault)
+		if _, err := f.Head(t.Context(), "a"); !errors.Is(err, want) || f.Fired() != 1 || object.IsPassing(err) != (fault == object.FaultDenied) {
+			t.Errorf("fault %d: err = %v, fired %d", fault, err, f.Fired())
+		}
+	}
 	for fault, want := range map[object.Fault]string{object.FaultFlip: "0123446789", object.FaultTruncate: "01234"} {
 		f.Plan(func(object.Call) object.Fault { return fault })
 		if got := read("empty"); got != "" || f.Fired() != 0 {

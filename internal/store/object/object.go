@@ -43,14 +43,34 @@ var (
 	// ErrFull means that the store has no room for what is written. A [*FullError]
 	// in its chain names the place.
 	ErrFull = errors.New("object store full")
-	// ErrDenied means that the store does not let these credentials do that. To
-	// try again does not help until somebody changes the one or the other.
+	// ErrDenied means that the store does not let these credentials do that. Where
+	// IsPassing holds as well, the same request may succeed minutes later.
 	ErrDenied = errors.New("access denied by the object store")
 	// ErrMisconfigured means that the store is not what the configuration says,
 	// such as one without that bucket, in another region or of another clock, or
-	// that it lacks what is asked of it. To try again does not help.
+	// that it lacks what is asked of it. To try again does not help, unless
+	// IsPassing holds as well.
 	ErrMisconfigured = errors.New("object store misconfigured")
 )
+
+// Passing returns kind, ErrDenied or ErrMisconfigured, with the same text and marked
+// as a refusal that may pass: its cause is outside of the request and can end while
+// the store is open. Examples are a token that has expired, a policy or a key of
+// encryption that is being replaced, a clock that is being set, and a server behind
+// the same address that does not know the bucket yet. A caller with much work behind
+// it tries again for some minutes; one that has just begun reports the error.
+func Passing(kind error) error { return passing{kind} }
+
+// IsPassing reports whether err wraps an error that Passing returned.
+func IsPassing(err error) bool {
+	_, ok := errors.AsType[passing](err)
+	return ok
+}
+
+type passing struct{ kind error }
+
+func (p passing) Error() string { return p.kind.Error() }
+func (p passing) Unwrap() error { return p.kind }
 
 // Info describes an object.
 type Info struct {

@@ -202,7 +202,12 @@ type RestoreJob struct {
 	Limits *RestoreLimits `protobuf:"bytes,20,opt,name=limits,proto3" json:"limits,omitempty"`
 	// Since when it has waited for a store that does not answer, with no file
 	// finished; unset: it does not wait. The last error says for which.
-	WaitingSince  *timestamppb.Timestamp `protobuf:"bytes,21,opt,name=waiting_since,json=waitingSince,proto3" json:"waiting_since,omitempty"`
+	WaitingSince *timestamppb.Timestamp `protobuf:"bytes,21,opt,name=waiting_since,json=waitingSince,proto3" json:"waiting_since,omitempty"`
+	// Since when the object store refuses its copies, by a refusal that may pass: an
+	// expired token, a right, a clock. They are tried again for the time that the
+	// server is configured with, then the job fails. Unset: none is refused. The last
+	// error has the store's words.
+	RefusedSince  *timestamppb.Timestamp `protobuf:"bytes,22,opt,name=refused_since,json=refusedSince,proto3" json:"refused_since,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -380,6 +385,13 @@ func (x *RestoreJob) GetLimits() *RestoreLimits {
 func (x *RestoreJob) GetWaitingSince() *timestamppb.Timestamp {
 	if x != nil {
 		return x.WaitingSince
+	}
+	return nil
+}
+
+func (x *RestoreJob) GetRefusedSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RefusedSince
 	}
 	return nil
 }
@@ -682,7 +694,8 @@ var File_snapshotd_v1_restore_proto protoreflect.FileDescriptor
 
 const file_snapshotd_v1_restore_proto_rawDesc = "" +
 	"\n" +
-	"\x1asnapshotd/v1/restore.proto\x12\fsnapshotd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19snapshotd/v1/common.proto\"\xf7\t\n" +
+	"\x1asnapshotd/v1/restore.proto\x12\fsnapshotd.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19snapshotd/v1/common.proto\"\xb8\n" +
+	"\n" +
 	"\n" +
 	"RestoreJob\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x03R\x02id\x12\x1f\n" +
@@ -712,7 +725,8 @@ const file_snapshotd_v1_restore_proto_rawDesc = "" +
 	"\fskip_indexes\x18\x12 \x01(\bR\vskipIndexes\x12\x1a\n" +
 	"\bpriority\x18\x13 \x01(\x05R\bpriority\x123\n" +
 	"\x06limits\x18\x14 \x01(\v2\x1b.snapshotd.v1.RestoreLimitsR\x06limits\x12?\n" +
-	"\rwaiting_since\x18\x15 \x01(\v2\x1a.google.protobuf.TimestampR\fwaitingSince\x1a9\n" +
+	"\rwaiting_since\x18\x15 \x01(\v2\x1a.google.protobuf.TimestampR\fwaitingSince\x12?\n" +
+	"\rrefused_since\x18\x16 \x01(\v2\x1a.google.protobuf.TimestampR\frefusedSince\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x81\x01\n" +
@@ -798,13 +812,14 @@ var file_snapshotd_v1_restore_proto_depIdxs = []int32{
 	6,  // 8: snapshotd.v1.RestoreJob.labels:type_name -> snapshotd.v1.RestoreJob.LabelsEntry
 	4,  // 9: snapshotd.v1.RestoreJob.limits:type_name -> snapshotd.v1.RestoreLimits
 	8,  // 10: snapshotd.v1.RestoreJob.waiting_since:type_name -> google.protobuf.Timestamp
-	9,  // 11: snapshotd.v1.RestoreProgress.remaining:type_name -> google.protobuf.Duration
-	9,  // 12: snapshotd.v1.RestorePlan.estimated_time:type_name -> google.protobuf.Duration
-	13, // [13:13] is the sub-list for method output_type
-	13, // [13:13] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	8,  // 11: snapshotd.v1.RestoreJob.refused_since:type_name -> google.protobuf.Timestamp
+	9,  // 12: snapshotd.v1.RestoreProgress.remaining:type_name -> google.protobuf.Duration
+	9,  // 13: snapshotd.v1.RestorePlan.estimated_time:type_name -> google.protobuf.Duration
+	14, // [14:14] is the sub-list for method output_type
+	14, // [14:14] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_snapshotd_v1_restore_proto_init() }

@@ -21,7 +21,8 @@ import (
 // How often credentials are read again.
 const (
 	keysKeptFor   = time.Minute     // those that ReadKeys returns
-	refreshPause  = 2 * time.Second // between two reads that a refusal asks for
+	refreshPause  = 2 * time.Second // between two reads that a refusal of the credentials asks for
+	deniedPause   = time.Minute     // between two reads that a refusal of the right asks for
 	lookupTimeout = time.Minute
 )
 
@@ -37,6 +38,21 @@ type Keys struct {
 var staleKeys = map[string]bool{
 	"InvalidAccessKeyId": true, "SignatureDoesNotMatch": true, "ExpiredToken": true, "InvalidToken": true,
 	"TokenRefreshRequired": true, "XAdminUserNotFound": true, // versitygw's
+	"ExpiredTokenException": true, "RequestExpired": true, "InvalidTokenId": true, "Unauthorized": true, "AuthenticationFailed": true,
+}
+
+// maxAge returns how old the credentials of a refused request may be before they are
+// read again, and false if other credentials do not help. A store refuses a token
+// of a role that was replaced, too, as a lack of rights: so then as well, but not as
+// often.
+func maxAge(f *failure) (time.Duration, bool) {
+	switch {
+	case staleKeys[f.code]:
+		return refreshPause, true
+	case errors.Is(f.kind, object.ErrDenied) && f.mayPass():
+		return deniedPause, true
+	}
+	return 0, false
 }
 
 // keyring gives requests their credentials and reads them again when the store
@@ -54,8 +70,8 @@ func (k *keyring) retrieve(ctx context.Context) (aws.Credentials, error) {
 }
 
 // changedSince reports whether the credentials differ from used, which the store
-// has refused. It reads them again when they do not, at most every refreshPause.
-func (k *keyring) changedSince(ctx context.Context, used aws.Credentials) bool {
+// has refused. It reads them again when they do not and the last read is pause ago.
+func (k *keyring) changedSince(ctx context.Context, used aws.Credentials, pause time.Duration) bool {
 	differs := func() bool {
 		now, err := k.cache.Retrieve(ctx)
 		return err == nil && (now.AccessKeyID != used.AccessKeyID ||
@@ -65,7 +81,7 @@ func (k *keyring) changedSince(ctx context.Context, used aws.Credentials) bool {
 		return true
 	}
 	k.mu.Lock()
-	again := k.refreshed.IsZero() || time.Since(k.refreshed) >= refreshPause
+	again := k.refreshed.IsZero() || time.Since(k.refreshed) >= pause
 	if again {
 		k.refreshed = time.Now()
 	}

@@ -29,6 +29,30 @@ func TestKeysAreReadAgain(t *testing.T) {
 	}
 }
 
+// TestKeysAreReadAgainWhenDenied replaces the keys of an open store that answers the
+// old ones with a lack of rights.
+func TestKeysAreReadAgainWhenDenied(t *testing.T) {
+	o := s3test.Bucket(t)
+	proxy := s3fault.New(t, o.Endpoint)
+	right := s3.Keys{AccessKeyID: o.AccessKeyID, SecretAccessKey: o.SecretAccessKey}
+	var keys atomic.Pointer[s3.Keys]
+	keys.Store(&s3.Keys{AccessKeyID: right.AccessKeyID, SecretAccessKey: "one-of-yesterday"})
+	o.Endpoint, o.AccessKeyID, o.SecretAccessKey = proxy.URL(), "", ""
+	o.ReadKeys = func() (s3.Keys, error) { return *keys.Load(), nil }
+	store := s3test.Open(t, o)
+	keys.Store(&right)
+	proxy.Plan(s3fault.Rule{Op: s3fault.PutObject, Action: s3fault.Status(403, "AccessDenied")})
+	if _, err := store.Put(t.Context(), "a", []byte("x")); err != nil {
+		t.Errorf("Put with a key that was replaced: %v", err)
+	}
+	proxy.MustHaveFired(t)
+	// The next refusal comes too soon for another reading, and is the answer.
+	proxy.Plan(s3fault.Rule{Op: s3fault.PutObject, Action: s3fault.Status(403, "AccessDenied")})
+	if _, err := store.Put(t.Context(), "a", []byte("x")); !errors.Is(err, object.ErrDenied) || !object.IsPassing(err) {
+		t.Errorf("Put: %v", err)
+	}
+}
+
 // TestRefusedKeysStayRefused shows that a store does not try again for ever, and
 // that keys which cannot be read leave the last ones in place.
 func TestRefusedKeysStayRefused(t *testing.T) {

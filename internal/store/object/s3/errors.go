@@ -13,6 +13,7 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/aws/aws-sdk-go-v2/aws/retry"
 	"github.com/aws/smithy-go"
 	smithyhttp "github.com/aws/smithy-go/transport/http"
 
@@ -30,6 +31,9 @@ type failure struct {
 	code   string        // of S3, where it gave one
 	status int           // of HTTP; 0: there was no answer
 	detail string        // for people
+	// certificate says that the server's certificate is not accepted. It may be one
+	// server of several, or be replaced.
+	certificate bool
 }
 
 // unusable is an answer that does not carry what it must, so that nothing is
@@ -44,6 +48,36 @@ func (f *failure) decided() bool {
 	return f.status >= 400 && f.status < 500 && f.code != "" && f.code != "RequestTimeout" && f.status != http.StatusRequestTimeout
 }
 
+// lastingDenials are the codes of denials that no change of credentials, policies or
+// clocks cures within minutes: the object itself is not to be read or written.
+var lastingDenials = map[string]bool{
+	"InvalidObjectState": true, "ObjectLockedByBucketPolicy": true, "ObjectUnderActiveHold": true, "FileImmutable": true,
+	"BlobImmutableDueToPolicy": true,
+}
+
+// passingErrors are the codes and statuses of a store that is not as configured, but
+// may be minutes later. One of several servers may not know a bucket that the others
+// know, one that is new or whose disk is being mounted. A clock is set right.
+var (
+	passingErrors = map[string]bool{
+		"NoSuchBucket": true, "ContainerNotFound": true, "RequestTimeTooSkewed": true, "ExpiredRequest": true,
+	}
+	passingStatuses = map[int]bool{
+		http.StatusFound: true, http.StatusTemporaryRedirect: true, http.StatusProxyAuthRequired: true,
+	}
+)
+
+// mayPass reports whether a refusal may pass, as [object.Passing] defines it.
+func (f *failure) mayPass() bool {
+	switch {
+	case errors.Is(f.kind, object.ErrDenied):
+		return !lastingDenials[f.code]
+	case errors.Is(f.kind, object.ErrMisconfigured):
+		return passingErrors[f.code] || passingStatuses[f.status] || f.certificate
+	}
+	return false
+}
+
 // error is what a caller gets.
 func (s *Store) error(op, key string, f *failure) error {
 	at := fmt.Sprintf("%s %s in bucket %s", op, key, s.o.Bucket)
@@ -54,6 +88,9 @@ func (s *Store) error(op, key string, f *failure) error {
 	if errors.Is(kind, object.ErrFull) {
 		lacks := strings.TrimSuffix(f.detail, fullTodo) // callers add what to do
 		return fmt.Errorf("%s: %w", at, &object.FullError{Place: "bucket " + s.o.Bucket, Lacks: lacks})
+	}
+	if f.mayPass() {
+		kind = object.Passing(kind)
 	}
 	if f.detail == "" {
 		return fmt.Errorf("%s: %w", at, kind)
@@ -146,6 +183,8 @@ var codes = map[string]meaning{
 	"SignatureDoesNotMatch":      {kind: object.ErrDenied, todo: credentialsTodo},
 	"InvalidToken":               {kind: object.ErrDenied, todo: credentialsTodo},
 	"ExpiredToken":               {kind: object.ErrDenied, todo: credentialsTodo},
+	"ExpiredTokenException":      {kind: object.ErrDenied, todo: credentialsTodo}, // of AWS services but S3
+	"RequestExpired":             {kind: object.ErrDenied, todo: credentialsTodo},
 	"TokenRefreshRequired":       {kind: object.ErrDenied, todo: credentialsTodo},
 	"XAdminUserNotFound":         {kind: object.ErrDenied, todo: credentialsTodo}, // versitygw's
 	"InvalidTokenId":             {kind: object.ErrDenied, todo: credentialsTodo}, // of MinIO
@@ -181,6 +220,13 @@ var codes = map[string]meaning{
 var passing = map[int]bool{
 	http.StatusTooManyRequests: true, http.StatusRequestTimeout: true, http.StatusConflict: true,
 	http.StatusLocked: true, http.StatusTooEarly: true, 499: true, // a proxy's: the client has gone
+}
+
+// isThrottling reports whether a code asks for a lower rate. Each service behind a
+// store has its own code for that, and gateways have more.
+func isThrottling(code string) bool {
+	_, known := retry.DefaultThrottleErrorCodes[code]
+	return known || strings.Contains(code, "Throttl")
 }
 
 // passingKMS are the codes of the key service that pass.
@@ -222,6 +268,7 @@ func judge(err error) *failure {
 		f.retry = true
 		if todo = tlsTodo(err); todo != "" {
 			f.kind, f.retry = object.ErrMisconfigured, false
+			_, f.certificate = errors.AsType[*tls.CertificateVerificationError](err)
 		}
 	case f.status == http.StatusForbidden || f.status == http.StatusUnauthorized:
 		f.kind, todo = object.ErrDenied, codes["AccessDenied"].todo
@@ -258,12 +305,15 @@ func judge(err error) *failure {
 // whether it has one beyond its HTTP status.
 func meaningOf(code, message string) (meaning, bool) {
 	if strings.HasPrefix(code, "KMS.") {
-		if passingKMS[code] {
+		if passingKMS[code] || isThrottling(code) {
 			return meaning{kind: object.ErrUnavailable, retry: true}, true
 		}
 		return meaning{kind: object.ErrDenied, todo: "; check the key and who may use it"}, true
 	}
 	m, known := codes[code]
+	if !known && isThrottling(code) {
+		return meaning{kind: object.ErrUnavailable, retry: true}, true
+	}
 	if code == "AccessDenied" && strings.Contains(message, "size quota") { // of Garage
 		return codes["QuotaExceeded"], true
 	}

@@ -81,7 +81,7 @@ func (s *Store) retry(ctx context.Context, op, key string, try func() *failure) 
 			s.budget.earn()
 			return nil
 		}
-		if staleKeys[f.code] && refreshes < maxRefreshes && s.keys.changedSince(ctx, used) {
+		if age, stale := maxAge(f); stale && refreshes < maxRefreshes && s.keys.changedSince(ctx, used, age) {
 			refreshes++
 			attempt--
 			continue

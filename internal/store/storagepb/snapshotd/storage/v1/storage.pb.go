@@ -4290,7 +4290,8 @@ type Task struct {
 	Totals *Totals `protobuf:"bytes,8,opt,name=totals,proto3" json:"totals,omitempty"`
 	// The id of the operation that wrote the record.
 	Op string `protobuf:"bytes,9,opt,name=op,proto3" json:"op,omitempty"`
-	// How many attempts ended because a store did not answer. They are no failures.
+	// How many attempts ended because a store did not answer, or refused in a way that
+	// may pass. They are no failures.
 	Unanswered uint32 `protobuf:"varint,11,opt,name=unanswered,proto3" json:"unanswered,omitempty"`
 	// How many of them ended so in a row, none of which finished a file.
 	Waits uint32 `protobuf:"varint,12,opt,name=waits,proto3" json:"waits,omitempty"`
@@ -4301,7 +4302,12 @@ type Task struct {
 	// The most files that an attempt had finished when it ended.
 	Finished int64 `protobuf:"varint,15,opt,name=finished,proto3" json:"finished,omitempty"`
 	// Unix nanoseconds; when an attempt last finished more files than any before.
-	FinishTime    int64 `protobuf:"varint,16,opt,name=finish_time,json=finishTime,proto3" json:"finish_time,omitempty"`
+	FinishTime int64 `protobuf:"varint,16,opt,name=finish_time,json=finishTime,proto3" json:"finish_time,omitempty"`
+	// How many attempts in a row ended because a store refused, none of which finished
+	// a file.
+	Refusals uint32 `protobuf:"varint,17,opt,name=refusals,proto3" json:"refusals,omitempty"`
+	// Unix nanoseconds; when the first of these ended.
+	RefuseSince   int64 `protobuf:"varint,18,opt,name=refuse_since,json=refuseSince,proto3" json:"refuse_since,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4444,6 +4450,20 @@ func (x *Task) GetFinished() int64 {
 func (x *Task) GetFinishTime() int64 {
 	if x != nil {
 		return x.FinishTime
+	}
+	return 0
+}
+
+func (x *Task) GetRefusals() uint32 {
+	if x != nil {
+		return x.Refusals
+	}
+	return 0
+}
+
+func (x *Task) GetRefuseSince() int64 {
+	if x != nil {
+		return x.RefuseSince
 	}
 	return 0
 }
@@ -5111,7 +5131,7 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\tJobLimits\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1a\n" +
 	"\brequests\x18\x02 \x01(\x03R\brequests\x12\x14\n" +
-	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\"\xc8\x03\n" +
+	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\"\x87\x04\n" +
 	"\x04Task\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\rR\x05state\x12\x18\n" +
@@ -5134,7 +5154,9 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\twait_time\x18\x0e \x01(\x03R\bwaitTime\x12\x1a\n" +
 	"\bfinished\x18\x0f \x01(\x03R\bfinished\x12\x1f\n" +
 	"\vfinish_time\x18\x10 \x01(\x03R\n" +
-	"finishTime\"\x8d\x01\n" +
+	"finishTime\x12\x1a\n" +
+	"\brefusals\x18\x11 \x01(\rR\brefusals\x12!\n" +
+	"\frefuse_since\x18\x12 \x01(\x03R\vrefuseSince\"\x8d\x01\n" +
 	"\fTaskProgress\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x18\n" +
 	"\aattempt\x18\x02 \x01(\rR\aattempt\x12\x14\n" +

@@ -1,0 +1,95 @@
+//go:build linux && !short
+
+package manager
+
+import (
+	"net/http"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
+)
+
+// TestS3RefusesOneCopy has an S3 server refuse one of the copies of a restore in each
+// way that may pass, or all of them for longer than the restore tries: it completes,
+// or it fails by the right reason and leaves nothing.
+func TestS3RefusesOneCopy(t *testing.T) {
+	page := &s3fault.Answer{Status: 403, Header: http.Header{"Content-Type": {"text/html"}}, Body: []byte("<html>Forbidden</html>")}
+	for name, c := range map[string]struct {
+		action s3fault.Action
+		reason string // of a restore whose copies are all refused; empty: it waits
+	}{
+		"ExpiredToken":            {s3fault.Status(400, "ExpiredToken"), "OBJECT_STORE_DENIED"},
+		"AccessDenied":            {s3fault.Status(403, "AccessDenied"), "OBJECT_STORE_DENIED"},
+		"InvalidAccessKeyId":      {s3fault.Status(403, "InvalidAccessKeyId"), "OBJECT_STORE_DENIED"},
+		"SignatureDoesNotMatch":   {s3fault.Status(403, "SignatureDoesNotMatch"), "OBJECT_STORE_DENIED"},
+		"403 of a proxy":          {s3fault.Instead(page), "OBJECT_STORE_DENIED"},
+		"RequestTimeTooSkewed":    {s3fault.Status(403, "RequestTimeTooSkewed"), "OBJECT_STORE_MISCONFIGURED"},
+		"NoSuchBucket":            {s3fault.Status(404, "NoSuchBucket"), "OBJECT_STORE_MISCONFIGURED"},
+		"TemporaryRedirect":       {s3fault.Status(307, "TemporaryRedirect"), "OBJECT_STORE_MISCONFIGURED"},
+		"KMS.DisabledException":   {s3fault.Status(400, "KMS.DisabledException"), "OBJECT_STORE_DENIED"},
+		"KMS.ThrottlingException": {s3fault.Status(400, "KMS.ThrottlingException"), ""},
+		"KMSThrottling":           {s3fault.Status(400, "KMSThrottling"), ""},
+		"ThrottlingException":     {s3fault.Status(400, "ThrottlingException"), ""},
+		"PriorRequestNotComplete": {s3fault.Status(400, "PriorRequestNotComplete"), ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w, through, proxy := onS3(t)
+			r := w.start("a", func(o *Options) {
+				o.Stores = map[string]object.Store{"default": through}
+				o.RestoreRefusalTimeout, o.CollectorOff = time.Second, true
+			})
+			s := w.create(r, w.rich(r, "c", 40), "one")
+			sp := restoreSpecOf(s)
+			if c.reason != "" {
+				proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Skip: 20, Times: -1, Action: c.action})
+				end := w.fails(r, sp, c.reason, "refused for 1")
+				proxy.MustHaveFired(t)
+				if end.Done.Files > 100 {
+					t.Errorf("%+v", end)
+				}
+			}
+			// Twice, so that the store's own second attempt does not hide it.
+			proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Skip: 27, Times: 2, Action: c.action})
+			before := w.traces()
+			job := w.restore(r, sp)
+			end := w.ended(r, job.ID)
+			if proxy.MustHaveFired(t); end.Job.State != copyjob.Completed {
+				t.Fatalf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+			}
+			w.restored(r, before, end.Job, sp)
+		})
+	}
+}
+
+// TestS3RefusesForGood has an S3 server refuse one of the copies of a restore in ways
+// that no time cures: it fails at once.
+func TestS3RefusesForGood(t *testing.T) {
+	w, through, proxy := onS3(t)
+	r := w.start("a", func(o *Options) {
+		o.Stores, o.CollectorOff = map[string]object.Store{"default": through}, true
+	})
+	s := w.create(r, w.rich(r, "c", 12), "one")
+	for code, c := range map[string]struct {
+		status int
+		reason string
+	}{
+		"NotImplemented":     {501, "OBJECT_STORE_MISCONFIGURED"},
+		"MethodNotAllowed":   {405, "OBJECT_STORE_MISCONFIGURED"},
+		"InvalidObjectState": {403, "OBJECT_STORE_DENIED"},
+		"InvalidRequest":     {400, "OBJECT_STORE_MISCONFIGURED"},
+		"KeyTooLongError":    {400, "LAYOUT_REFUSED"},
+		"NoSuchKey":          {404, "SOURCE_OBJECT_MISSING"},
+		"PreconditionFailed": {412, "SOURCE_OBJECT_ALTERED"},
+	} {
+		proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Skip: 9, Times: 1, Action: s3fault.Status(c.status, code)})
+		began := time.Now()
+		w.fails(r, restoreSpecOf(s), c.reason, "")
+		if proxy.MustHaveFired(t); time.Since(began) > time.Minute {
+			t.Errorf("%s: it took %v", code, time.Since(began))
+		}
+	}
+}

@@ -1,0 +1,241 @@
+package manager
+
+import (
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// refuses has the store refuse calls of op whose number, from zero on, is one that
+// which names. Which gets the number of copies before as well. It returns how many it has refused.
+func refuses(r *replica, op object.Op, fault object.Fault, which func(n, copies int) bool) (refused func() int) {
+	var mu sync.Mutex
+	n, count, copies := 0, 0, 0
+	r.store.Plan(func(c object.Call) object.Fault {
+		mu.Lock()
+		defer mu.Unlock()
+		if c.Op == object.OpCopy {
+			copies++
+		}
+		if c.Op != op {
+			return object.FaultNone
+		}
+		n++
+		if !which(n-1, copies) {
+			return object.FaultNone
+		}
+		count++
+		return fault
+	})
+	return func() int {
+		mu.Lock()
+		defer mu.Unlock()
+		return count
+	}
+}
+
+// refusalMessage is in the warning of a restore that the store refuses.
+const refusalMessage = "the object store refuses a task of a restore"
+
+// TestRestoreOutlastsRefusals has the store refuse a call of a restore once, or for
+// some minutes: the restore completes, and what refused is one warning.
+func TestRestoreOutlastsRefusals(t *testing.T) {
+	for name, c := range map[string]struct {
+		op     object.Op
+		from   int           // of these calls
+		copies int           // before
+		lasts  time.Duration // zero: once
+		counts bool          // by the worker
+	}{
+		"the first copy once":            {object.OpCopy, 0, 0, 0, true},
+		"one copy of many once":          {object.OpCopy, 27, 0, 0, true},
+		"copies for four minutes":        {object.OpCopy, 27, 0, 4 * time.Minute, true},
+		"all copies for four minutes":    {object.OpCopy, 0, 0, 4 * time.Minute, true},
+		"the list before the first copy": {object.OpList, 0, 0, 0, false},
+		"lists for four minutes":         {object.OpList, 0, 0, 4 * time.Minute, false},
+		"the pins of sources":            {object.OpCreate, 0, 0, 0, true},
+		"the lists that verify copies":   {object.OpList, 0, 100, 0, true},
+		"the snapshot's own metadata":    {object.OpGet, 1, 0, 0, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				core, logs := observer.New(zapcore.WarnLevel)
+				r := w.start("a", func(o *Options) { o.CollectorOff, o.Log = true, zap.New(core) })
+				s := w.create(r, w.rich(r, "c", 40), "one")
+				settle()
+				var began time.Time
+				refused := refuses(r, c.op, object.FaultDenied, func(n, copies int) bool {
+					first := n >= c.from && copies >= c.copies && began.IsZero()
+					if first {
+						began = time.Now()
+					}
+					return first || !began.IsZero() && time.Since(began) < c.lasts
+				})
+				before := w.traces()
+				job := w.restore(r, restoreSpecOf(s))
+				if c.lasts > 0 {
+					time.Sleep(c.lasts - time.Second)
+					settle()
+					st, err := r.Jobs().Get(t.Context(), job.ID)
+					if err != nil || st.Job.State != copyjob.Executing || !strings.Contains(st.LastError, "access denied") ||
+						c.counts == st.Refused.IsZero() || !st.Waiting.IsZero() {
+						t.Errorf("%+v of %+v, err = %v", st, st.Job, err)
+					}
+				}
+				end := w.ended(r, job.ID)
+				if end.Job.State != copyjob.Completed {
+					t.Fatalf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+				}
+				if !end.Refused.IsZero() || refused() == 0 {
+					t.Errorf("%d refused, %+v", refused(), end)
+				}
+				if n := r.Jobs().Stats().Refusals; c.counts && n == 0 || n > int64(refused()) {
+					t.Errorf("%d refusals are counted, of %d", n, refused())
+				}
+				if n := logs.FilterMessageSnippet(refusalMessage).Len(); c.counts && n != 1 {
+					t.Errorf("%d warnings: %v", n, logs.All())
+				}
+				w.restored(r, before, end.Job, restoreSpecOf(s))
+			})
+		})
+	}
+}
+
+// TestRestoreRefusedForGood has the store refuse calls of a restore for ever: the
+// restore fails after the set time by the reason of the refusal, and leaves nothing.
+func TestRestoreRefusedForGood(t *testing.T) {
+	for name, c := range map[string]struct {
+		op     object.Op
+		only   string // of the source's keys; empty: all
+		within time.Duration
+	}{
+		"all copies":            {object.OpCopy, "", 2 * time.Minute},
+		"the copies of one":     {object.OpCopy, "/of-an-engine/", 2 * time.Minute},
+		"lists of the target's": {object.OpList, "", time.Minute},
+	} {
+		for _, lasts := range []time.Duration{time.Second, 5 * time.Minute, time.Hour} {
+			t.Run(fmt.Sprintf("%s, %v", name, lasts), func(t *testing.T) {
+				inWorld(t, func(t *testing.T, w *world) {
+					r := w.start("a", func(o *Options) {
+						o.CollectorOff = true
+						if lasts != 5*time.Minute { // which is the default
+							o.RestoreRefusalTimeout = lasts
+						}
+					})
+					s := w.create(r, w.rich(r, "c", 40), "one")
+					before := w.traces()
+					began := time.Now()
+					r.store.Plan(func(call object.Call) object.Fault {
+						if call.Op == c.op && strings.Contains(call.Keys[0], c.only) {
+							return object.FaultDenied
+						}
+						return object.FaultNone
+					})
+					job := w.restore(r, restoreSpecOf(s))
+					for {
+						settle()
+						if j := w.jobs()[0]; j.Phase == copyjob.RollBack || j.State.Ended() {
+							break
+						}
+						if time.Since(began) > 24*time.Hour {
+							t.Fatalf("it goes on: %+v", w.jobs()[0])
+						}
+						time.Sleep(100 * time.Millisecond)
+					}
+					if took := time.Since(began); took < lasts || took > lasts+c.within {
+						t.Errorf("it was given up after %v", took)
+					}
+					r.lift()
+					end := w.ended(r, job.ID)
+					if end.Job.State != copyjob.Failed || end.Job.Reason != "OBJECT_STORE_DENIED" ||
+						!strings.Contains(end.Job.Message, "access denied") {
+						t.Errorf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+					}
+					w.nothingSince(before)
+				})
+			})
+		}
+	}
+}
+
+// TestRestoreRefusedAtOnce has the store refuse a copy by what no time cures.
+func TestRestoreRefusedAtOnce(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		s := w.create(r, w.rich(r, "c", 12), "one")
+		began := time.Now()
+		refuses(r, object.OpCopy, object.FaultMisconfigured, func(n, _ int) bool { return n == 9 })
+		w.fails(r, restoreSpecOf(s), "OBJECT_STORE_MISCONFIGURED", "injected fault")
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("it took %v", took)
+		}
+	})
+}
+
+// TestRestoreRefusedThroughRestarts replaces the one replica again and again while
+// the store refuses copies: the time of the refusals goes on.
+func TestRestoreRefusedThroughRestarts(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		deny := func(r *replica) { refuses(r, object.OpCopy, object.FaultDenied, func(int, int) bool { return true }) }
+		r := w.start("a")
+		s := w.create(r, w.rich(r, "c", 4), "one")
+		before := w.traces()
+		deny(r)
+		job := w.restore(r, restoreSpecOf(s))
+		began := time.Now()
+		for n := range 20 {
+			time.Sleep(90 * time.Second)
+			settle()
+			if w.jobs()[0].State.Ended() {
+				break
+			}
+			r.stop()
+			time.Sleep(time.Minute)
+			r = w.start(fmt.Sprint("b", n))
+			deny(r)
+		}
+		end := w.ended(r, job.ID)
+		if end.Job.State != copyjob.Failed || end.Job.Reason != "OBJECT_STORE_DENIED" {
+			t.Errorf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+		}
+		if took := time.Since(began); took < 5*time.Minute || took > 20*time.Minute {
+			t.Errorf("it was given up after %v", took)
+		}
+		w.nothingSince(before)
+	})
+}
+
+// TestRefusedAtAdmission has the store refuse what the admission reads: the call
+// ends with that at once.
+func TestRefusedAtAdmission(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a := w.start("a")
+		s := w.create(a, w.rich(a, "c", 4), "one")
+		a.stop() // and with it what it remembers of the snapshot
+		r := w.start("b")
+		settle()
+		before := w.traces()
+		refuses(r, object.OpGet, object.FaultDenied, func(int, int) bool { return true })
+		began := time.Now()
+		_, err := r.Restore(t.Context(), noToken, restoreSpecOf(s))
+		wantError(t, err, object.ErrDenied)
+		_, err = r.PlanRestore(t.Context(), restoreSpecOf(s), false)
+		wantError(t, err, object.ErrDenied)
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("it took %v", took)
+		}
+		if jobs := w.jobs(); len(jobs) > 0 {
+			t.Errorf("%+v", jobs)
+		}
+		w.nothingSince(before)
+	})
+}
