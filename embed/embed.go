@@ -237,8 +237,10 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	p.catalog = cat
 	p.manager, err = manager.New(manager.Options{
 		KV: kv, Catalog: cat, Cluster: p.cluster, Stores: stores, Ready: ready, SnapshotStore: cfg.SnapshotStore, Requests: requests, Epoch: age,
-		Features: func(alias string) (probe.Features, error) { return p.stores[alias].Features() },
-		Replica:  cfg.Replica, Release: cfg.Version, Now: time.Now, Clock: trusted, Rand: rand.Reader, Log: log.Named("manager"),
+		Features: func(ctx context.Context, alias string, again bool) (probe.Features, error) {
+			return p.stores[alias].Features(ctx, again)
+		},
+		Replica: cfg.Replica, Release: cfg.Version, Now: time.Now, Clock: trusted, Rand: rand.Reader, Log: log.Named("manager"),
 		CreateTimeout: time.Duration(cfg.CreateTimeout), LeaseTTL: time.Duration(cfg.CreateLeaseTTL),
 		LeaderTTL: time.Duration(cfg.LeaderTTL), MaxCreates: cfg.MaxCreates,
 		RestoreSlots: cfg.RestoreSlots, CopyInFlight: cfg.CopyInFlight, KeepRestores: time.Duration(cfg.KeepRestores),

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
+	"github.com/snapshotd/snapshotd/client"
 	"github.com/snapshotd/snapshotd/embed"
 	"github.com/snapshotd/snapshotd/internal/store/object/probe"
 	"github.com/snapshotd/snapshotd/internal/store/object/s3"
@@ -188,6 +189,55 @@ func TestStartTriesTheBucket(t *testing.T) {
 			p.MustHaveFired(t)
 		})
 	}
+}
+
+// TestStartReadOnly starts a replica again with a policy that lets it list and read, and
+// no more: it answers what needs no write, and writes again once it may.
+func TestStartReadOnly(t *testing.T) {
+	o := s3test.Bucket(t)
+	p := s3fault.New(t, o.Endpoint)
+	store := onS3(t, o)
+	store.Endpoint = p.URL()
+	cfg := small(t)
+	cfg.ObjectStores = map[string]embed.ObjectStore{"default": store}
+	s := start(t, cfg)
+	if err := createCollection(t.Context(), s.Conn(), "c"); err != nil {
+		t.Fatal(err)
+	}
+	if err := createSnapshot(t, s, "before"); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	var rules []s3fault.Rule
+	for _, op := range append(takesSpace, s3fault.DeleteObjects, s3fault.DeleteObject) {
+		rules = append(rules, s3fault.Rule{Op: op, Times: -1, Action: s3fault.Status(403, "AccessDenied")})
+	}
+	p.Plan(rules...)
+	cfg.Version = "another release" // so that the store is tried
+	s = start(t, cfg)
+	snapshots := pb.NewSnapshotServiceClient(s.Conn())
+	if _, err := snapshots.DescribeSnapshot(t.Context(), &pb.DescribeSnapshotRequest{Snapshot: snapshotRef("before")}); err != nil {
+		t.Errorf("describe: %v", err)
+	}
+	if list, err := snapshots.ListSnapshots(t.Context(), &pb.ListSnapshotsRequest{}); err != nil || len(list.GetSnapshots()) != 1 {
+		t.Errorf("list: %v, %v", list, err)
+	}
+	plan, err := snapshots.RestoreSnapshot(t.Context(), &pb.RestoreSnapshotRequest{
+		Snapshot: snapshotRef("before"), Target: &pb.CollectionName{Name: "d"}, DryRun: true,
+	})
+	if err != nil || len(plan.GetPlan().GetConflicts()) != 1 {
+		t.Errorf("plan: %v, %v", plan, err)
+	}
+	if err := createSnapshot(t, s, "during"); client.Reason(err) != "OBJECT_STORE_DENIED" {
+		t.Errorf("create: %v", err)
+	}
+	if _, err := snapshots.DropSnapshot(t.Context(), &pb.DropSnapshotRequest{Snapshot: snapshotRef("before")}); err != nil {
+		t.Errorf("drop: %v", err)
+	}
+	p.Plan()
+	eventually(t, "a create", func() bool { return createSnapshot(t, s, "after") == nil })
 }
 
 // TestStartWithoutTheBucket starts a replica again while its bucket is away: it

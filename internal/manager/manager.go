@@ -167,9 +167,10 @@ type Options struct {
 	Cluster       cluster.Cluster
 	Stores        map[string]object.Store // by alias
 	SnapshotStore string                  // alias of the store for snapshots' own objects
-	// Features returns what the store of an alias can do; an object.ErrUnavailable
-	// while that is not known. Nil: each can do all.
-	Features func(alias string) (probe.Features, error)
+	// Features returns what the store of an alias can do; an error of package object
+	// while that is not known. With again, what is missing or not known is tried again,
+	// which writes. Nil: each store can do all.
+	Features func(ctx context.Context, alias string, again bool) (probe.Features, error)
 	// Ready holds for each alias a channel that is closed once the store is known to
 	// be the cluster's. Until that of SnapshotStore is, NotBehind refuses, and no
 	// references are read; until all are, this replica copies nothing. Nil: all are.

@@ -124,6 +124,9 @@ func (m *Manager) restoreOf(ctx context.Context, known *request.Record) (*copyjo
 // admit makes the job, its claim and its pin in one transaction.
 func (m *Manager) admit(ctx context.Context, tok request.Token, ref *Ref, spec *RestoreSpec) (*copyjob.Job, error) {
 	r, err := m.restorable(ctx, *ref, spec)
+	if err == nil {
+		err = m.checkStores(ctx, r, true)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -237,6 +240,9 @@ func (m *Manager) restorable(ctx context.Context, ref Ref, spec *RestoreSpec) (*
 	return r, m.fill(ctx, r, spec)
 }
 
+// errCopiesUnknown means that a store could not be tried out.
+var errCopiesUnknown = errors.New("whether copies are made of just the version that is asked for is not known")
+
 // fill finds out what of the snapshot is restored, and whether the layout takes
 // it.
 func (m *Manager) fill(ctx context.Context, r *restorable, spec *RestoreSpec) error {
@@ -258,9 +264,6 @@ func (m *Manager) fill(ctx context.Context, r *restorable, spec *RestoreSpec) er
 	}
 	slices.Sort(r.partitions)
 	r.partitions = slices.Compact(r.partitions)
-	if err := m.checkStores(r); err != nil {
-		return err
-	}
 	r.layout = layout.Native
 	if r.md.Collection.Layout == layout.Milvus.String() {
 		r.layout = layout.Milvus
@@ -275,17 +278,18 @@ func (m *Manager) fill(ctx context.Context, r *restorable, spec *RestoreSpec) er
 }
 
 // checkStores refuses stores that cannot copy safely, and has those copy objects
-// whole that cannot do it in parts.
-func (m *Manager) checkStores(r *restorable) error {
+// whole that cannot do it in parts. With again it tries a store that could not, or of
+// which nothing is known, once more, which writes there.
+func (m *Manager) checkStores(ctx context.Context, r *restorable, again bool) error {
 	r.parts = object.CopyParts{}.WithDefaults()
 	for _, root := range r.md.Roots {
 		if m.o.Features == nil {
 			continue
 		}
-		f, err := m.o.Features(root.Store)
+		f, err := m.o.Features(ctx, root.Store, again)
 		switch {
 		case err != nil:
-			return err
+			return fmt.Errorf("%w of store %s: %w", errCopiesUnknown, root.Store, err)
 		case !f.ConditionalCopy:
 			return fmt.Errorf("%w: %s does not copy just the version that is asked for; see AdminService.ProbeStore", ErrStoreUnfit, root.Store)
 		case !f.MultipartCopy:
@@ -379,10 +383,16 @@ func (m *Manager) PlanRestore(ctx context.Context, spec *RestoreSpec, verify boo
 		err = m.fill(ctx, r, spec)
 	}
 	switch {
-	case errors.Is(err, ErrLayoutRefused), errors.Is(err, ErrStoreUnfit):
+	case errors.Is(err, ErrLayoutRefused):
 		plan.Conflicts = append(plan.Conflicts, err.Error())
 	case err != nil:
 		return nil, fmt.Errorf("plan the restore of snapshot %s: %w", spec.Snapshot, err)
+	}
+	switch err := m.checkStores(ctx, r, false); {
+	case errors.Is(err, errCopiesUnknown): // its text may hold addresses
+		plan.Conflicts = append(plan.Conflicts, fmt.Sprintf("%v: the store takes no writes at present; a restore tries again", errCopiesUnknown))
+	case err != nil:
+		plan.Conflicts = append(plan.Conflicts, err.Error())
 	}
 	col := targetOf(r.md, spec)
 	if err := m.catalog.CheckNew(&col); err != nil {

@@ -1,6 +1,7 @@
 package manager
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -17,6 +18,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/object/probe"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
@@ -67,6 +69,50 @@ func TestRestoresOfOneName(t *testing.T) {
 		w.restored(a, before, won[0], sp)
 		_, err = a.Restore(t.Context(), noToken, sp)
 		wantError(t, err, catalog.ErrCollectionExists)
+	})
+}
+
+// TestRestoreFeatures restores from a store that cannot copy safely, or of which that is
+// not known: a restore has it tried again and is refused with the true reason, a plan
+// writes nothing and says what it can.
+func TestRestoreFeatures(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		s := w.create(r, w.rich(r, "c", 4), "one")
+		sp := restoreSpecOf(s)
+		var features probe.Features
+		var unknown error
+		var tried []bool
+		r.o.Features = func(_ context.Context, _ string, again bool) (probe.Features, error) {
+			tried = append(tried, again)
+			return features, unknown
+		}
+		for _, c := range []struct {
+			unknown, want, never error
+		}{
+			{nil, ErrStoreUnfit, object.ErrDenied},
+			{fmt.Errorf("probe: %w", object.ErrDenied), object.ErrDenied, ErrStoreUnfit},
+			{fmt.Errorf("probe: %w", object.ErrUnavailable), object.ErrUnavailable, ErrStoreUnfit},
+		} {
+			unknown, tried = c.unknown, nil
+			plan, err := r.PlanRestore(t.Context(), sp, true)
+			if err != nil || len(plan.Conflicts) != 1 || plan.Totals.Files == 0 {
+				t.Errorf("%v: the plan is %+v, %v", c.want, plan, err)
+			}
+			if slices.Contains(tried, true) {
+				t.Errorf("%v: a plan tries the store", c.want)
+			}
+			tried = nil
+			_, err = r.Restore(t.Context(), noToken, sp)
+			wantError(t, err, c.want)
+			if errors.Is(err, c.never) || slices.Contains(tried, false) {
+				t.Errorf("%v: got %v, tried again %v", c.want, err, tried)
+			}
+		}
+		features, unknown = probe.Features{ConditionalCopy: true, MultipartCopy: true}, nil
+		if end := w.ended(r, w.restore(r, sp).ID); end.Job.State != copyjob.Completed {
+			t.Errorf("%+v", end.Job)
+		}
 	})
 }
 

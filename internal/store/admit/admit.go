@@ -31,8 +31,12 @@
 //
 //	no answer, of either store, in  the store stays closed; Run tries again. Where the
 //	a step but the probe            alias is not known, the error is an ErrUnknown too
-//	probe: full, no answer, no end  the store stays readable; Run tries again. No
-//	                                verdict is left
+//	probe: full, no answer, writes  the store stays readable; Run tries again. No
+//	are denied                      verdict is left
+//	copies cannot be tried, as for  the store is open; what it can do is not known, and
+//	a right that is missing         no verdict is left. Features tries again
+//	copies were found not to be     likewise: a store is upgraded, and a gateway
+//	safe                            replaced, while the replica runs
 //	another store; lacks what is    refused: Attempt and Run return it
 //	required
 //	denied, misconfigured, damaged  Attempt returns it, and so ends a start; Run, in a
@@ -81,6 +85,8 @@ const (
 	// minWait and maxWait bound the time between attempts of Run.
 	minWait = time.Second
 	maxWait = 30 * time.Second
+	// lookAgain is how long after a try Features makes the next one.
+	lookAgain = 10 * time.Second
 )
 
 // Options are what a Store needs.
@@ -112,8 +118,19 @@ type Store struct {
 	writes    *lasting.Problem
 
 	mu       sync.Mutex
-	features probe.Features
+	features found
 	last     error // of the last attempt
+
+	trying sync.Mutex // held by the call that tries copies again
+}
+
+// found is what a store can do.
+type found struct {
+	probe.Features
+
+	unknown error     // why it is not known whether copies are safe; nil: it is
+	decided bool      // all is known
+	at      time.Time // when it was tried; zero: it is remembered, or was not
 }
 
 var _ object.Store = (*Store)(nil)
@@ -147,13 +164,49 @@ func (s *Store) NoWrites() error {
 
 // Features returns what the store can do. It is an ErrUnavailable while the store
 // is closed, and the error of the probe while that could not be made.
-func (s *Store) Features() (probe.Features, error) {
+//
+// With again a store that makes no copies of just the version asked for, or of which
+// that is not known, is tried once more when the last try was longer ago than
+// lookAgain. What is not known then is an error that wraps why.
+func (s *Store) Features(ctx context.Context, again bool) (probe.Features, error) {
 	if err := s.unwritable(); err != nil {
 		return probe.Features{}, err
 	}
+	if again {
+		s.tryAgain(ctx)
+	}
+	f := s.known()
+	return f.Features, f.unknown
+}
+
+func (s *Store) known() found {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.features, nil
+	return s.features
+}
+
+// tryAgain tries copies when that is due.
+func (s *Store) tryAgain(ctx context.Context) {
+	due := func() bool {
+		f := s.known()
+		return (!f.decided || !f.ConditionalCopy) && time.Since(f.at) >= lookAgain
+	}
+	if !due() {
+		return
+	}
+	s.trying.Lock() // others wait for what it finds
+	defer s.trying.Unlock()
+	if !due() {
+		return
+	}
+	report, err := probe.Copies(ctx, s.o.Store, "")
+	if err != nil {
+		return // ctx ended: this call has found out nothing
+	}
+	f := s.foundBy(ctx, report)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.features = f
 }
 
 // Pending reports whether an error of Attempt leaves open what the store is: it, or
@@ -187,7 +240,7 @@ func (s *Store) Attempt(ctx context.Context) error {
 		s.beReady()
 		close(s.opened)
 		return nil
-	case readable && Pending(err):
+	case readable && (Pending(err) || errors.Is(err, object.ErrDenied)):
 		s.admission.Passed()
 		s.writes.Failed(err)
 		s.beReady()
@@ -245,7 +298,7 @@ func (s *Store) Run(ctx context.Context) error {
 }
 
 // attempt returns what the store can do. It is readable with an error of the probe.
-func (s *Store) attempt(ctx context.Context) (features probe.Features, readable bool, err error) {
+func (s *Store) attempt(ctx context.Context) (features found, readable bool, err error) {
 	known, err := identity.Known(ctx, s.o.KV, s.o.Store, s.o.Alias)
 	if err != nil {
 		return features, false, err
@@ -278,39 +331,59 @@ func (s *Store) check(ctx context.Context) error {
 }
 
 // fit returns what the store can do.
-func (s *Store) fit(ctx context.Context) (probe.Features, error) {
+func (s *Store) fit(ctx context.Context) (found, error) {
 	if len(s.o.About) == 0 {
-		return probe.Features{ConditionalCopy: true, MultipartCopy: true}, nil
+		return found{Features: probe.Features{ConditionalCopy: true, MultipartCopy: true}, decided: true}, nil
 	}
 	return s.find(ctx)
 }
 
 // find returns the features that are remembered, or those that a probe finds.
-func (s *Store) find(ctx context.Context) (probe.Features, error) {
-	kv, found, _, err := s.o.KV.Get(ctx, keys.Verdict(s.o.Alias))
+func (s *Store) find(ctx context.Context) (found, error) {
+	kv, there, _, err := s.o.KV.Get(ctx, keys.Verdict(s.o.Alias))
 	if err != nil {
-		return probe.Features{}, err
+		return found{}, err
 	}
 	verdict := &storagev1.StoreVerdict{}
-	if found && record.Decode(kv, verdict) == nil && bytes.Equal(verdict.GetAbout(), s.o.About) {
+	if there && record.Decode(kv, verdict) == nil && bytes.Equal(verdict.GetAbout(), s.o.About) {
 		age := s.o.Now().Sub(record.Time(verdict.GetTime()))
 		if age >= 0 && age < verdictFor {
-			return probe.Features{ConditionalCopy: verdict.GetConditionalCopy(), MultipartCopy: verdict.GetMultipartCopy()}, nil
+			return found{
+				Features: probe.Features{ConditionalCopy: verdict.GetConditionalCopy(), MultipartCopy: verdict.GetMultipartCopy()},
+				decided:  true,
+			}, nil
 		}
 	}
 	report, err := probe.Light(ctx, s.o.Store, "")
 	if err != nil {
-		return probe.Features{}, err
+		return found{}, err
 	}
 	for _, check := range report.Checks {
 		if check.Unknown {
-			return probe.Features{}, fmt.Errorf("probe %s: %w", check.Name, check.Err)
+			return found{}, fmt.Errorf("probe %s: %w", check.Name, check.Err)
 		}
-		if !check.OK {
+		switch {
+		case errors.Is(check.Err, object.ErrDenied):
+			s.o.Log.Warn("a check of the object store is denied: what it can do is not known",
+				zap.String("check", check.Name), zap.Error(check.Err))
+		case !check.OK:
 			s.o.Log.Warn("the object store lacks what would be good to have", zap.String("check", check.Name), zap.String("detail", check.Detail))
 		}
 	}
-	features := report.Features()
+	return s.foundBy(ctx, report), nil
+}
+
+// foundBy is what a probe has found, which is remembered when all is known.
+func (s *Store) foundBy(ctx context.Context, report probe.Report) found {
+	f := found{Features: report.Features(), unknown: report.UnknownCopy(), decided: report.Decided(), at: time.Now()}
+	if f.decided {
+		s.remember(ctx, f.Features)
+	}
+	return f
+}
+
+// remember puts the verdict.
+func (s *Store) remember(ctx context.Context, features probe.Features) {
 	value := record.Encode(&storagev1.StoreVerdict{
 		Format: record.Format, Time: record.Nanos(s.o.Now()), About: s.o.About,
 		ConditionalCopy: features.ConditionalCopy, MultipartCopy: features.MultipartCopy,
@@ -318,7 +391,6 @@ func (s *Store) find(ctx context.Context) (probe.Features, error) {
 	if _, err := s.o.KV.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Put(keys.Verdict(s.o.Alias), value)}}); err != nil {
 		s.o.Log.Warn("what the probe of the object store found is not remembered: the next start probes again", zap.Error(err))
 	}
-	return features, nil
 }
 
 // closed returns nil when the store is readable, else an ErrUnavailable.

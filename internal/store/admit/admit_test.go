@@ -1,12 +1,14 @@
 package admit_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -100,7 +102,7 @@ func TestClosed(t *testing.T) {
 			_, copied := s.Copy(ctx, object.CopyRequest{})
 			_, abort := s.AbortUploads(ctx, "", time.Time{})
 			_, now := s.Now(ctx)
-			_, features := s.Features()
+			_, features := s.Features(ctx, true)
 			errs := []error{put, create, get, head, copied, abort, now, features, s.Delete(ctx, "a", "b")}
 			for _, err := range s.List(ctx, "") {
 				errs = append(errs, err)
@@ -154,7 +156,7 @@ func TestDownAtTheStart(t *testing.T) {
 			t.Errorf("%d calls", n)
 		}
 		<-s.Ready()
-		if f, err := s.Features(); err != nil || f != (probe.Features{ConditionalCopy: true, MultipartCopy: true}) {
+		if f, err := s.Features(t.Context(), false); err != nil || f != (probe.Features{ConditionalCopy: true, MultipartCopy: true}) {
 			t.Errorf("got %+v, %v", f, err)
 		}
 		if _, err := s.Put(t.Context(), "x", nil); err != nil {
@@ -302,6 +304,7 @@ func TestNoWritesAtTheStart(t *testing.T) {
 	}{
 		"full":      {object.FaultFull, object.ErrFull},
 		"no answer": {object.FaultBefore, object.ErrUnavailable},
+		"denied":    {object.FaultBefore, object.ErrDenied}, // of a policy that lets it read
 	} {
 		t.Run(name, func(t *testing.T) {
 			virtual.Test(t, func(t *testing.T) {
@@ -311,7 +314,12 @@ func TestNoWritesAtTheStart(t *testing.T) {
 					t.Fatal(err)
 				}
 				e.refuseWrites(c.fault)
-				s := e.open(func(o *admit.Options) { o.About = []byte("two") })
+				s := e.open(func(o *admit.Options) {
+					o.About = []byte("two")
+					if errors.Is(c.want, object.ErrDenied) {
+						o.Store = denying{e.objects}
+					}
+				})
 				if err := s.Attempt(ctx); err != nil {
 					t.Fatalf("an attempt: %v", err)
 				}
@@ -337,7 +345,7 @@ func TestNoWritesAtTheStart(t *testing.T) {
 					_, put := s.Put(ctx, "a", nil)
 					_, create := s.Create(ctx, "a", nil)
 					_, copied := s.Copy(ctx, object.CopyRequest{})
-					_, features := s.Features()
+					_, features := s.Features(ctx, false)
 					for i, err := range []error{put, create, copied, features} {
 						if !errors.Is(err, c.want) {
 							t.Errorf("call %d: got %v", i, err)
@@ -360,11 +368,131 @@ func TestNoWritesAtTheStart(t *testing.T) {
 				if _, err := s.Put(ctx, "a", nil); err != nil {
 					t.Error(err)
 				}
-				if f, err := s.Features(); err != nil || !f.ConditionalCopy {
+				if f, err := s.Features(ctx, false); err != nil || !f.ConditionalCopy {
 					t.Errorf("features: %+v, %v", f, err)
 				}
 				if err := s.NoWrites(); err != nil {
 					t.Errorf("it takes writes, and says %v", err)
+				}
+			})
+		})
+	}
+}
+
+// denying is a store whose failures to answer are denials.
+type denying struct{ *object.Faulty }
+
+func denied(err error) error {
+	if errors.Is(err, object.ErrUnavailable) {
+		return fmt.Errorf("%w by a policy", object.ErrDenied)
+	}
+	return err
+}
+
+func (d denying) Put(ctx context.Context, key string, body []byte) (object.Info, error) {
+	info, err := d.Faulty.Put(ctx, key, body)
+	return info, denied(err)
+}
+
+func (d denying) Create(ctx context.Context, key string, body []byte) (object.Info, error) {
+	info, err := d.Faulty.Create(ctx, key, body)
+	return info, denied(err)
+}
+
+func (d denying) Copy(ctx context.Context, r object.CopyRequest) (object.Info, error) {
+	info, err := d.Faulty.Copy(ctx, r)
+	return info, denied(err)
+}
+
+// careless is a store that ignores which version is to be copied, until it does not.
+type careless struct {
+	object.Store
+	careful *atomic.Bool
+}
+
+func (c careless) Copy(ctx context.Context, r object.CopyRequest) (object.Info, error) {
+	if info, err := c.Head(ctx, r.From); err == nil && !c.careful.Load() {
+		r.SourceETag = info.ETag
+	}
+	return c.Store.Copy(ctx, r)
+}
+
+// What a store can do is yes, no, or not known. Not known is no verdict, and neither it
+// nor a no stays when the store becomes fit: both are tried again when that is asked for.
+func TestFeaturesAreTriedAgain(t *testing.T) {
+	for name, c := range map[string]struct {
+		unknown    bool
+		remembered bool
+	}{
+		"copies are denied":       {unknown: true},
+		"copies are not answered": {unknown: true},
+		"copies are not safe":     {remembered: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			virtual.Test(t, func(t *testing.T) {
+				e, ctx := newEnv(t), t.Context()
+				e.start()
+				var careful atomic.Bool
+				fails := false
+				s := e.open(func(o *admit.Options) {
+					o.About = []byte("two")
+					switch name {
+					case "copies are denied":
+						o.Store = denying{e.objects}
+					case "copies are not safe":
+						o.Store = careless{e.objects, &careful}
+					}
+				})
+				e.objects.Plan(func(call object.Call) object.Fault {
+					if fails && call.Op == object.OpCopy {
+						return object.FaultBefore
+					}
+					return object.FaultNone
+				})
+				if name == "copies are not answered" { // at the start they were not safe
+					s = e.open(func(o *admit.Options) { o.About, o.Store = []byte("two"), careless{e.objects, &careful} })
+				}
+				fails = name == "copies are denied"
+				if err := s.Attempt(ctx); err != nil {
+					t.Fatal(err)
+				}
+				if name == "copies are not answered" {
+					fails = true
+					time.Sleep(time.Minute)
+					if _, err := s.Features(ctx, true); !errors.Is(err, object.ErrUnavailable) {
+						t.Errorf("no answer: got %v", err)
+					}
+				}
+				kv, there, _, err := e.kv.Get(ctx, keys.Verdict("a"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				mine := there && bytes.Contains(kv.Value, []byte("two"))
+				if name != "copies are not answered" && mine != c.remembered {
+					t.Errorf("a verdict is remembered: %v", mine)
+				}
+				if f, err := s.Features(ctx, false); (err != nil) != c.unknown || f.ConditionalCopy {
+					t.Errorf("at first: %+v, %v", f, err)
+				}
+				if n := e.calls(func() { _, _ = s.Features(ctx, true) }); n != 0 {
+					t.Errorf("%d calls at once", n)
+				}
+				fails = false
+				careful.Store(true)
+				time.Sleep(time.Minute)
+				if f, err := s.Features(ctx, false); (err != nil) != c.unknown || f.ConditionalCopy {
+					t.Errorf("not tried again: %+v, %v", f, err)
+				}
+				if f, err := s.Features(ctx, true); err != nil || !f.ConditionalCopy || !f.MultipartCopy {
+					t.Errorf("tried again: %+v, %v", f, err)
+				}
+				next := e.open(func(o *admit.Options) { o.About = []byte("two") })
+				if n := e.calls(func() {
+					if err := next.Attempt(ctx); err != nil {
+						t.Error(err)
+					}
+				}); n != 1 {
+					t.Errorf("the verdict is not remembered: %d calls", n)
 				}
 			})
 		})

@@ -95,8 +95,27 @@ type Features struct {
 	MultipartCopy bool
 }
 
+// UnknownCopy returns why it is not known whether the store copies just the version
+// that is asked for; nil: it is known. A right that is missing, and a store that does
+// not answer or is full, say nothing of that. A request that the store refuses does.
+func (r Report) UnknownCopy() error { return r.unknown(conditionalCopy) }
+
+// Decided reports whether all that [Report.Features] returns is known.
+func (r Report) Decided() bool {
+	return r.unknown(conditionalCopy) == nil && r.unknown(multipartCopy) == nil
+}
+
+func (r Report) unknown(name string) error {
+	for _, c := range r.Checks {
+		if c.Name == name && (c.Unknown || errors.Is(c.Err, object.ErrDenied)) {
+			return fmt.Errorf("probe %s: %w", c.Name, c.Err)
+		}
+	}
+	return nil
+}
+
 // Features returns what the checks have found. A feature that was not tried, or
-// whose try failed for another reason, is none.
+// whose try failed for another reason, is none; see UnknownCopy.
 func (r Report) Features() Features {
 	return Features{ConditionalCopy: r.passed(conditionalCopy), MultipartCopy: r.passed(multipartCopy) && !r.failed(rangeCopy)}
 }
@@ -120,6 +139,13 @@ func Run(ctx context.Context, store object.Store, dir string) (Report, error) {
 // against a store nearby.
 func Light(ctx context.Context, store object.Store, dir string) (Report, error) {
 	return run(ctx, store, dir, slices.DeleteFunc(slices.Clone(checks), func(c check) bool { return !c.light }))
+}
+
+// Copies is Run with the checks alone that features come from, and that a start makes.
+func Copies(ctx context.Context, store object.Store, dir string) (Report, error) {
+	return run(ctx, store, dir, slices.DeleteFunc(slices.Clone(checks), func(c check) bool {
+		return c.name != conditionalCopy && c.name != multipartCopy
+	}))
 }
 
 // check is what is tried and how. A finding among the errors of try is a check
