@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -80,7 +81,7 @@ var scenarios = []scenario{
 	{
 		name:   "give-up",
 		points: []string{"restore.giveup", "restore.giveback", "restore.objects", "restore.pins", "restore.content", "restore.end"},
-		twice:  []string{"restore.content"}, requests: map[string]int{"bucket.delete": 1}, op: restoreTooSlow,
+		twice:  []string{"restore.content"}, requests: map[string]int{"bucket.delete": 1}, op: restoreBroken,
 	},
 	{name: "cancel", points: []string{"restore.cancel"}, op: cancelRestore},
 	{
@@ -224,7 +225,7 @@ func drop(ctx context.Context, w *world) error {
 
 func expire(ctx context.Context, w *world) error {
 	if w.asked == 0 { // the repeat must be the same request
-		w.answers["expire time"] = timestamppb.New(time.Now().Add(2 * time.Second))
+		w.answers["expire time"] = timestamppb.New(time.Now().Add(5 * time.Second))
 	}
 	_, err := w.c().Snapshots.UpdateSnapshot(ctx, &api.UpdateSnapshotRequest{
 		Snapshot: snapshot(old), UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"expire_time"}},
@@ -252,16 +253,60 @@ func restore(ctx context.Context, w *world) error {
 	return w.ended(ctx, job, api.RestoreJob_STATE_COMPLETED)
 }
 
-// restoreTooSlow restores in less time than it takes.
-func restoreTooSlow(ctx context.Context, w *world) error {
+// restoreBroken begins a restore, takes the files of the snapshot away once one of
+// them is copied, and waits for the restore to fail. Then the files are put back.
+func restoreBroken(ctx context.Context, w *world) error {
 	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
 		Snapshot: snapshot(keep), Target: &api.CollectionName{Name: "copy"}, RequestToken: token,
-		Limits: &api.RestoreLimits{RequestsPerSecond: 3}, Timeout: durationpb.New(8 * time.Second),
+		Limits: &api.RestoreLimits{RequestsPerSecond: 3}, // so that most of the 36 files are not copied yet
 	})
 	if err != nil {
 		return err
 	}
-	return w.ended(ctx, job, api.RestoreJob_STATE_FAILED)
+	files, target := w.objects(root, fmt.Sprint(w.Collection[shop])), w.objects(root, fmt.Sprint(w.answers["target of copy"]))
+	aside := filepath.Join(w.dir, "aside")
+	copied := func() bool {
+		_, missing := os.Stat(files)
+		return missing != nil || holdsFile(target)
+	}
+	if err := w.running(ctx, job, copied); err != nil {
+		return err
+	}
+	if err := os.Rename(files, aside); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := w.ended(ctx, job, api.RestoreJob_STATE_FAILED); err != nil {
+		return err
+	}
+	return os.Rename(aside, files)
+}
+
+// holdsFile says whether there is a file in a directory or below.
+func holdsFile(dir string) (found bool) {
+	_ = filepath.WalkDir(dir, func(_ string, e fs.DirEntry, err error) error { // a directory that is gone holds none
+		if err != nil {
+			return err
+		}
+		if found = e.Type().IsRegular(); found {
+			return fs.SkipAll
+		}
+		return nil
+	})
+	return found
+}
+
+// running waits until done returns true, or the restore has ended.
+func (w *world) running(ctx context.Context, job int64, done func() bool) error {
+	return eventually(ctx, func(ctx context.Context) error {
+		if done() {
+			return nil
+		}
+		got, err := w.c().Snapshots.GetRestoreState(ctx, &api.GetRestoreStateRequest{JobId: job})
+		if err == nil && got.GetJob().GetState() <= api.RestoreJob_STATE_EXECUTING {
+			err = errors.New("the restore has not copied a file yet")
+		}
+		return err
+	})
 }
 
 // restoreHuge restores an object in parts, and waits for the job to be forgotten: by
@@ -283,7 +328,7 @@ func restoreHuge(ctx context.Context, w *world) error {
 }
 
 // hugeTimeout is of a restore that is to fail for it.
-const hugeTimeout = 10 * time.Second
+const hugeTimeout = 20 * time.Second
 
 // leaveUpload has snapshotd die in the middle of a restore of an object in parts, and
 // waits until it is too late to go on with that.
@@ -318,7 +363,7 @@ func restoreHugeTooSlow(ctx context.Context, w *world) error {
 func cancelRestore(ctx context.Context, w *world) error {
 	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
 		Snapshot: snapshot(keep), Target: &api.CollectionName{Name: "copy"}, RequestToken: token,
-		Limits: &api.RestoreLimits{RequestsPerSecond: 3},
+		Limits: &api.RestoreLimits{RequestsPerSecond: 1}, // so that it lasts for more than a minute
 	})
 	if err != nil {
 		return err

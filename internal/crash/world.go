@@ -359,6 +359,9 @@ func (w *world) restore(ctx context.Context, req *api.RestoreSnapshotRequest) (i
 	if err := w.took(got.GetCollectionId(), "collection "+name+" "+req.GetRequestToken()); err != nil {
 		return 0, err
 	}
+	if err := w.same("target of "+name, got.GetCollectionId()); err != nil {
+		return 0, err
+	}
 	return got.GetJobId(), w.same("restore to "+name, got.GetJobId())
 }
 
