@@ -174,6 +174,7 @@ func (m *Manager) join(ctx context.Context, tok request.Token, known *request.Re
 // its pending key is gone. With noWait it returns the record while the pending key
 // is there.
 func (m *Manager) awaitEnd(ctx context.Context, id int64, noWait bool) (*Snapshot, error) {
+	var waiting *waiter
 	for attempt := 0; ; attempt++ {
 		if err := meta.Pause(ctx, min(attempt, maxAttempts)); err != nil {
 			return nil, err
@@ -183,14 +184,18 @@ func (m *Manager) awaitEnd(ctx context.Context, id int64, noWait bool) (*Snapsho
 			return nil, err
 		}
 		pending := keys.Pending(s.Collection, s.ID)
-		_, alive, revision, err := m.kv.Get(ctx, pending)
+		if waiting == nil { // the first time; before the key is read
+			waiting = m.view.pending.join(pending)
+			defer waiting.leave()
+		}
+		_, alive, _, err := m.kv.Get(ctx, pending)
 		switch {
 		case err != nil:
 			return nil, err
 		case alive && noWait:
 			return s, nil
 		case alive:
-			if err := m.awaitDelete(ctx, pending, revision); err != nil {
+			if err := waiting.wait(ctx); err != nil {
 				return nil, err
 			}
 			continue
@@ -202,23 +207,6 @@ func (m *Manager) awaitEnd(ctx context.Context, id int64, noWait bool) (*Snapsho
 		}
 		if !errors.Is(err, errChanged) {
 			return nil, err
-		}
-	}
-}
-
-// awaitDelete waits until key, which was there at revision, is deleted. It may
-// return earlier.
-func (m *Manager) awaitDelete(ctx context.Context, key string, revision int64) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	w := m.kv.Watch(ctx, key, key+"\x00", revision)
-	for {
-		batch, err := w.Next()
-		if errors.Is(err, meta.ErrCompacted) || errors.Is(err, meta.ErrWatchBroken) { // its state is read again
-			return nil
-		}
-		if err != nil || slices.ContainsFunc(batch.Events, func(e meta.Event) bool { return e.Deleted }) {
-			return err
 		}
 	}
 }
@@ -317,15 +305,13 @@ func (m *Manager) awaitCut(ctx context.Context, ref catalog.Ref, want []catalog.
 		wait, cancel = context.WithTimeout(ctx, left-min(left/5, 500*time.Millisecond))
 		defer cancel()
 	}
-	view, err := m.catalog.At(ctx, col.ID, 0)
-	if err != nil {
-		return err
-	}
-	// One range holds the channels' keys and the collection's, and others' in
-	// between, which are passed over.
-	own, record := keys.ChannelPrefix(col.ID), keys.Collection(col.ID)
-	w := m.kv.Watch(wait, own, record+"\x00", view.Revision)
+	waiting := m.cuts.await(col.ID) // before they are read
+	defer waiting.leave()
 	for {
+		view, err := m.catalog.At(ctx, col.ID, 0)
+		if err != nil {
+			return err
+		}
 		behind := laggards(&view, want)
 		if len(behind) == 0 {
 			return nil
@@ -333,33 +319,16 @@ func (m *Manager) awaitCut(ctx context.Context, ref catalog.Ref, want []catalog.
 		if view.Collection.State != catalog.Active {
 			return view.Collection.CheckActive()
 		}
-		concerned := false
-		for !concerned {
-			batch, err := w.Next()
-			if err == nil {
-				concerned = slices.ContainsFunc(batch.Events, func(e meta.Event) bool {
-					return e.KV.Key == record || strings.HasPrefix(e.KV.Key, own)
-				})
-				continue
+		err = waiting.wait(wait)
+		if wait.Err() != nil && (ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded)) {
+			text := strings.Join(behind[:min(len(behind), maxNamed)], ", ")
+			if more := len(behind) - maxNamed; more > 0 {
+				text += fmt.Sprintf(", and %d more", more)
 			}
-			if errors.Is(err, meta.ErrCompacted) || errors.Is(err, meta.ErrWatchBroken) {
-				w = nil // changes may be missing: look, and watch from there
-				break
-			}
-			if wait.Err() != nil && (ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded)) {
-				text := strings.Join(behind[:min(len(behind), maxNamed)], ", ")
-				if more := len(behind) - maxNamed; more > 0 {
-					text += fmt.Sprintf(", and %d more", more)
-				}
-				return fmt.Errorf("%w: %s; flush these channels, or ask for less", ErrCutNotReached, text)
-			}
-			return err
+			return fmt.Errorf("%w: %s; flush these channels, or ask for less", ErrCutNotReached, text)
 		}
-		if view, err = m.catalog.At(ctx, col.ID, 0); err != nil {
+		if err != nil {
 			return err
-		}
-		if w == nil {
-			w = m.kv.Watch(wait, own, record+"\x00", view.Revision)
 		}
 	}
 }

@@ -230,6 +230,7 @@ type Manager struct {
 
 	view     *view
 	feed     *feed
+	cuts     *cuts
 	elect    *election.Election
 	clean    *cleaner
 	gc       *gc.GC
@@ -314,6 +315,7 @@ func New(o Options) (*Manager, error) {
 		Ready:   slices.Collect(maps.Values(o.Ready)),
 	})
 	m.feed = newFeed(m.kv, m.log, o.Jitter, m.events)
+	m.cuts = newCuts(m.kv, m.log, o.Jitter)
 	m.view = newView(m.kv, m.log, o.Jitter, m.clean.Wake)
 	m.elect = election.New(election.Options{KV: o.KV, Key: keys.Leader, Name: o.Replica, TTL: o.LeaderTTL, Log: o.Log, Rand: o.Jitter})
 	return m, nil
@@ -327,6 +329,7 @@ func (m *Manager) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return m.view.run(ctx) })
 	group.Go(func() error { return m.feed.Run(ctx) })
+	group.Go(func() error { return m.cuts.Run(ctx) })
 	group.Go(func() error { return m.gc.Run(ctx) })
 	group.Go(func() error { return m.jobs.Run(ctx) })
 	group.Go(func() error { return m.clock.Follow(ctx) })

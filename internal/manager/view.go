@@ -24,7 +24,8 @@ const pendingKeys = "/snapshot/pending/"
 type view struct {
 	follower *follow.Follower
 	log      *zap.Logger
-	changed  func() // called after each change that may give the cleaner work
+	changed  func()  // called after each change that may give the cleaner work
+	pending  *topics // pending keys, for calls that wait until they are deleted
 
 	mu         sync.RWMutex
 	byID       map[int64]*Snapshot
@@ -36,14 +37,17 @@ type view struct {
 }
 
 func newView(kv meta.KV, log *zap.Logger, jitter func() float64, changed func()) *view {
-	v := &view{log: log, changed: changed}
+	v := &view{log: log, changed: changed, pending: newTopics()}
 	v.Reset(nil, 0)
 	from, to := meta.Prefix("/snapshot/")
 	v.follower = follow.New(follow.Options{KV: kv, From: from, To: to, Handler: v, Log: log, Rand: jitter})
 	return v
 }
 
-func (v *view) run(ctx context.Context) error { return v.follower.Run(ctx) }
+func (v *view) run(ctx context.Context) error {
+	defer v.pending.end()
+	return v.follower.Run(ctx)
+}
 
 // sync waits until the view shows all that was written before the call.
 func (v *view) sync(ctx context.Context) error {
@@ -72,6 +76,7 @@ func (v *view) Reset(kvs []meta.KeyValue, _ int64) {
 	}
 	slices.SortFunc(v.ordered, newestFirst)
 	v.mu.Unlock()
+	v.pending.allChanged()
 	v.changed()
 }
 
@@ -95,6 +100,7 @@ func (v *view) Apply(events []meta.Event, _ int64) {
 		case strings.HasPrefix(e.KV.Key, pendingKeys):
 			if e.Deleted {
 				delete(v.alive, e.KV.Key)
+				v.pending.changed(e.KV.Key)
 			} else {
 				v.alive[e.KV.Key] = e.KV.CreateRevision
 			}

@@ -74,6 +74,7 @@ const (
 	WorkerPrefix      = "/worker/rec/"
 	AssignedPrefix    = "/worker/task/"
 	CollectionPrefix  = "/catalog/collection/"
+	AllChannelsPrefix = "/catalog/channel/"
 	AllPartsPrefix    = "/catalog/partition/"
 	AllIndexesPrefix  = "/catalog/index/"
 	AllUnitsPrefix    = "/catalog/unit/"
@@ -195,7 +196,7 @@ func IndexName(collection int64, name string) string {
 }
 
 // ChannelPrefix is what all checkpoints of a collection begin with.
-func ChannelPrefix(collection int64) string { return "/catalog/channel/" + ID(collection) + "/" }
+func ChannelPrefix(collection int64) string { return AllChannelsPrefix + ID(collection) + "/" }
 
 // Channel is a channel's checkpoint.
 func Channel(collection int64, shard int) string {
