@@ -2,6 +2,8 @@ package embed
 
 import (
 	"context"
+	"crypto/rand"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -18,6 +20,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
 	"github.com/snapshotd/snapshotd/internal/store/meta/memory"
+	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
 	"github.com/snapshotd/snapshotd/internal/testing/virtual"
 )
 
@@ -141,6 +144,42 @@ func TestHistoryIsCompacted(t *testing.T) {
 			t.Errorf("logged: %v", logs.All())
 		}
 	})
+}
+
+// An etcd of others is compacted when etcd_compact says so, and never otherwise: then it
+// is said that nothing compacts it.
+func TestEtcdOfOthersIsCompactedWhenAsked(t *testing.T) {
+	server := etcdtest.Start(t)
+	for _, compacts := range []bool{false, true} {
+		t.Run(fmt.Sprintf("etcd_compact=%v", compacts), func(t *testing.T) {
+			core, logs := observer.New(zapcore.InfoLevel)
+			cfg := Config{EtcdEndpoints: []string{server.Endpoint()}, EtcdRoot: "/" + rand.Text(), EtcdCompact: compacts}
+			var open closers
+			p := &parts{}
+			kv, err := openMeta(t.Context(), cfg, zap.New(core), &open, p)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = open.close() }()
+			first, now := put(t, kv), time.Now()
+			p.history.now = func() time.Time { return now }
+			for range 3 {
+				put(t, kv)
+				if err := p.history.look(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				now = now.Add(time.Hour)
+			}
+			_, err = kv.Range(t.Context(), meta.Range{From: keys.Format, Revision: first})
+			if gone := errors.Is(err, meta.ErrCompacted); gone != compacts {
+				t.Errorf("reading what is three hours old ended with %v", err)
+			}
+			said := logs.FilterMessageSnippet("has not been compacted for an hour").Len()
+			if said > 0 == compacts {
+				t.Errorf("it was said %d times that nothing compacts it: %v", said, logs.All())
+			}
+		})
+	}
 }
 
 func put(t *testing.T, kv meta.KV) int64 {
