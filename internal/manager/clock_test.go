@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -16,36 +15,12 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/request"
+	"github.com/snapshotd/snapshotd/internal/testing/hosts"
 )
 
-// host is a clock that may be wrong, and a host that may sleep.
-type host struct {
-	off, slept shift // of the wall clock; and the time that passed without virtual time
-	base       time.Time
-}
-
-// shift is a duration that a test changes while others read it.
-type shift struct{ atomic.Int64 }
-
-func (s *shift) get() time.Duration  { return time.Duration(s.Load()) }
-func (s *shift) set(d time.Duration) { s.Store(int64(d)) }
-func (s *shift) add(d time.Duration) { s.Add(int64(d)) }
-
-// hostOff is a host whose clock is off by so much.
-func hostOff(by time.Duration) *host {
-	h := &host{}
-	h.off.set(by)
-	return h
-}
-
-func (h *host) Now() time.Time         { return time.Now().Add(h.off.get() + h.slept.get()) }
-func (h *host) Elapsed() time.Duration { return time.Since(h.base) + h.slept.get() }
-
 // on has a replica run on a host. Alone, its object store is a directory there.
-func (w *world) on(h *host, alone bool) func(*Options) {
-	if h.base.IsZero() {
-		h.base = time.Now()
-	}
+func (w *world) on(h *hosts.Host, alone bool) func(*Options) {
+	h.Boot()
 	return func(o *Options) {
 		o.Now = h.Now
 		if alone {
@@ -62,7 +37,7 @@ func (w *world) on(h *host, alone bool) func(*Options) {
 // onHost is an object store whose clock is that of a host.
 type onHost struct {
 	object.Store
-	h *host
+	h *hosts.Host
 }
 
 func (s onHost) Now(context.Context) (time.Time, error) { return s.h.Now(), nil }
@@ -93,7 +68,7 @@ func TestTTLOfACreatorWhoseClockIsOff(t *testing.T) {
 		inWorld(t, func(t *testing.T, w *world) {
 			a := w.start("a")
 			settle()
-			b := w.start("b", w.on(hostOff(by), false))
+			b := w.start("b", w.on(hosts.Off(by), false))
 			col, _, _ := w.collection(a, "c")
 			w.createTTL(b, col, "short", time.Hour)
 			time.Sleep(59 * time.Minute)
@@ -116,7 +91,7 @@ func TestDropTimeOfAReplicaWhoseClockIsOff(t *testing.T) {
 		inWorld(t, func(t *testing.T, w *world) {
 			a := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
 			settle()
-			b := w.start("b", w.on(hostOff(by), false))
+			b := w.start("b", w.on(hosts.Off(by), false))
 			col, _, _ := w.collection(a, "c")
 			gone, _, _ := w.collection(a, "gone")
 			s, other := w.segment(a, col, 0, 1, 9), w.segment(a, gone, 0, 1, 9)
@@ -144,7 +119,7 @@ func TestDropTimeOfAReplicaWhoseClockIsOff(t *testing.T) {
 // an operator says that the clock is right.
 func TestHostClockSteps(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
-		h := &host{}
+		h := &hosts.Host{}
 		r := w.start("a", w.on(h, true))
 		col, _, _ := w.collection(r, "c")
 		w.createTTL(r, col, "month", 30*24*time.Hour)
@@ -154,7 +129,7 @@ func TestHostClockSteps(t *testing.T) {
 		w.checkpoint(r, col, 10, 10)
 		w.dropSegments(r, col, s.ID)
 		time.Sleep(time.Minute)
-		h.off.set(365 * 24 * time.Hour) // set wrong, until NTP steps it back
+		h.Off.Set(365 * 24 * time.Hour) // set wrong, until NTP steps it back
 		time.Sleep(10 * time.Minute)
 		settle()
 		check := func(when string) {
@@ -195,7 +170,7 @@ func TestHostClockSteps(t *testing.T) {
 		time.Sleep(10 * time.Minute)
 		settle()
 		check("after a restart")
-		h.off.set(0)
+		h.Off.Set(0)
 		time.Sleep(10 * time.Minute)
 		settle()
 		check("after the step back")
@@ -220,13 +195,13 @@ func dropByName(ctx context.Context, r *replica, name string) error {
 func TestDowntimeAndExpiry(t *testing.T) {
 	for days, want := range map[int]int{30: 0, 36: 1} {
 		inWorld(t, func(t *testing.T, w *world) {
-			h := &host{}
+			h := &hosts.Host{}
 			r := w.start("a", w.on(h, true))
 			col, _, _ := w.collection(r, "c")
 			w.createTTL(r, col, "week", 7*24*time.Hour)
 			settle()
 			r.stop()
-			h.slept.add(time.Duration(days) * 24 * time.Hour)
+			h.Slept.Add(time.Duration(days) * 24 * time.Hour)
 			r = w.start("a", w.on(h, true))
 			time.Sleep(10 * time.Minute)
 			settle()
@@ -240,12 +215,12 @@ func TestDowntimeAndExpiry(t *testing.T) {
 // A host that sleeps for a night goes on.
 func TestSleepingHost(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
-		h := &host{}
+		h := &hosts.Host{}
 		r := w.start("a", w.on(h, true))
 		col, _, _ := w.collection(r, "c")
 		w.createTTL(r, col, "hour", time.Hour)
 		time.Sleep(time.Minute)
-		h.slept.set(8 * time.Hour)
+		h.Slept.Set(8 * time.Hour)
 		time.Sleep(2 * time.Minute)
 		settle()
 		if n := w.left(r); n != 0 || r.Stats().ClockStopped {
@@ -259,9 +234,9 @@ func TestSleepingHost(t *testing.T) {
 func TestRestoreDeadlineAndClocks(t *testing.T) {
 	for _, off := range []struct{ leader, other time.Duration }{{0, -10 * time.Minute}, {10 * time.Minute, 0}, {0, 10 * time.Minute}} {
 		inWorld(t, func(t *testing.T, w *world) {
-			a := w.start("a", w.on(hostOff(off.leader), false))
+			a := w.start("a", w.on(hosts.Off(off.leader), false))
 			settle()
-			b := w.start("b", w.on(hostOff(off.other), false))
+			b := w.start("b", w.on(hosts.Off(off.other), false))
 			col, _, _ := w.collection(a, "c")
 			s := w.segment(a, col, 0, 1, 9)
 			w.addWritten(a, col, s)
@@ -430,7 +405,7 @@ func TestUpdateTTL(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		a := w.start("a")
 		settle()
-		b := w.start("b", w.on(hostOff(-3*time.Hour), false))
+		b := w.start("b", w.on(hosts.Off(-3*time.Hour), false))
 		col, _, _ := w.collection(a, "c")
 		s := w.create(a, col, "s")
 		ttl := time.Hour
@@ -453,7 +428,7 @@ func TestUpdateTTL(t *testing.T) {
 // A clock that steps under a create with a ttl aborts it, and leaves nothing.
 func TestClockStepsInMidCreate(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
-		h := &host{}
+		h := &hosts.Host{}
 		r := w.start("a", w.on(h, true))
 		col, _, _ := w.collection(r, "c")
 		settle()
@@ -467,7 +442,7 @@ func TestClockStepsInMidCreate(t *testing.T) {
 			ended <- err
 		}()
 		time.Sleep(5 * time.Second)
-		h.off.set(time.Hour)
+		h.Off.Set(time.Hour)
 		wantError(t, <-ended, ErrCreateAborted)
 		_, err := r.Create(t.Context(), tok, sp)
 		wantError(t, err, ErrCreateAborted)

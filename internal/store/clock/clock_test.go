@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -16,38 +15,16 @@ import (
 	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	objectmemory "github.com/snapshotd/snapshotd/internal/store/object/memory"
+	"github.com/snapshotd/snapshotd/internal/testing/hosts"
 	"github.com/snapshotd/snapshotd/internal/testing/virtual"
 )
-
-// host is a clock whose parts can be set wrong.
-type host struct {
-	off, slept shift // of the wall clock; and the time that passed without virtual time
-	base       time.Time
-}
-
-// shift is a duration that a test changes while others read it.
-type shift struct{ atomic.Int64 }
-
-func (s *shift) get() time.Duration  { return time.Duration(s.Load()) }
-func (s *shift) set(d time.Duration) { s.Store(int64(d)) }
-func (s *shift) add(d time.Duration) { s.Add(int64(d)) }
-
-// hostOff is a host whose clock is off by so much.
-func hostOff(by time.Duration) *host {
-	h := &host{}
-	h.off.set(by)
-	return h
-}
-
-func (h *host) Now() time.Time         { return time.Now().Add(h.off.get() + h.slept.get()) }
-func (h *host) Elapsed() time.Duration { return time.Since(h.base) + h.slept.get() }
 
 // env is two stores and the clocks of some hosts.
 type env struct {
 	t        *testing.T
 	kv       *metamemory.Store
 	store    *object.Faulty
-	storeOff shift
+	storeOff hosts.Shift
 	logs     *observer.ObservedLogs
 	log      *zap.Logger
 }
@@ -56,7 +33,7 @@ func inEnv(t *testing.T, fn func(t *testing.T, e *env)) {
 	t.Helper()
 	virtual.Test(t, func(t *testing.T) {
 		e := &env{t: t, kv: metamemory.New(metamemory.Options{Now: time.Now})}
-		e.store = object.NewFaulty(objectmemory.New(objectmemory.Options{Now: func() time.Time { return time.Now().Add(e.storeOff.get()) }}))
+		e.store = object.NewFaulty(objectmemory.New(objectmemory.Options{Now: func() time.Time { return time.Now().Add(e.storeOff.Get()) }}))
 		core, logs := observer.New(zap.InfoLevel)
 		e.log, e.logs = zap.New(core), logs
 		fn(t, e)
@@ -70,10 +47,8 @@ func pass(d time.Duration) {
 }
 
 // process is a process on a host. With store the object store's clock is another.
-func (e *env) process(h *host, replica string, store bool) *clock.Trusted {
-	if h.base.IsZero() {
-		h.base = time.Now()
-	}
+func (e *env) process(h *hosts.Host, replica string, store bool) *clock.Trusted {
+	h.Boot()
 	o := clock.Options{KV: e.kv, Clock: h, Replica: replica, Log: e.log, Alias: "default"}
 	if store {
 		o.Store = e.store
@@ -152,7 +127,7 @@ func TestReadings(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			inEnv(t, func(t *testing.T, e *env) {
-				p := e.process(hostOff(c.own), "a", c.store)
+				p := e.process(hosts.Off(c.own), "a", c.store)
 				near(t, e.stamp(p), time.Now().Add(c.wantStamp))
 				near(t, e.judge(p), time.Now().Add(c.wantBy))
 				near(t, p.Display(), time.Now().Add(c.wantStamp))
@@ -179,8 +154,8 @@ func TestReadingsOfTwoReplicas(t *testing.T) {
 	for _, a := range offs {
 		for _, b := range offs {
 			inEnv(t, func(t *testing.T, e *env) {
-				stamp := e.stamp(e.process(hostOff(a), "a", true))
-				if judge := e.judge(e.process(hostOff(b), "b", true)); judge.After(stamp.Add(2 * time.Second)) {
+				stamp := e.stamp(e.process(hosts.Off(a), "a", true))
+				if judge := e.judge(e.process(hosts.Off(b), "b", true)); judge.After(stamp.Add(2 * time.Second)) {
 					t.Errorf("%v, %v: judged %v after the stamp", a, b, judge.Sub(stamp))
 				}
 			})
@@ -190,7 +165,7 @@ func TestReadingsOfTwoReplicas(t *testing.T) {
 
 func TestReadingsAreCached(t *testing.T) {
 	inEnv(t, func(t *testing.T, e *env) {
-		p := e.process(&host{}, "a", true)
+		p := e.process(&hosts.Host{}, "a", true)
 		for range 1000 {
 			e.stamp(p)
 			e.judge(p)
@@ -218,12 +193,12 @@ func TestStep(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			inEnv(t, func(t *testing.T, e *env) {
-				h := &host{}
+				h := &hosts.Host{}
 				p := e.process(h, "a", c.store)
 				stop := e.lead(p)
 				e.judge(p)
-				h.off.add(c.own)
-				e.storeOff.add(c.other)
+				h.Off.Add(c.own)
+				e.storeOff.Add(c.other)
 				if c.store { // else the process sees it at once
 					pass(time.Minute)
 				}
@@ -241,7 +216,7 @@ func TestStep(t *testing.T) {
 				}
 				// It is durable, also when the clock steps back.
 				stop()
-				e.untrusted(e.process(hostOff(h.off.get()), "b", c.store), false)
+				e.untrusted(e.process(hosts.Off(h.Off.Get()), "b", c.store), false)
 			})
 		})
 	}
@@ -250,10 +225,10 @@ func TestStep(t *testing.T) {
 // A host that sleeps is not one whose clock steps.
 func TestSuspend(t *testing.T) {
 	inEnv(t, func(t *testing.T, e *env) {
-		h := &host{}
+		h := &hosts.Host{}
 		p := e.process(h, "a", false)
 		e.lead(p)
-		h.slept.set(8 * time.Hour)
+		h.Slept.Set(8 * time.Hour)
 		near(t, e.judge(p), time.Now().Add(8*time.Hour))
 		pass(2 * time.Minute)
 		e.judge(p)
@@ -272,9 +247,9 @@ func TestDowntime(t *testing.T) {
 	} {
 		t.Run(c.down.String(), func(t *testing.T) {
 			inEnv(t, func(_ *testing.T, e *env) {
-				stop := e.lead(e.process(&host{}, "a", false))
+				stop := e.lead(e.process(&hosts.Host{}, "a", false))
 				stop()
-				p := e.process(hostOff(c.down), "b", false)
+				p := e.process(hosts.Off(c.down), "b", false)
 				if !c.stops {
 					e.judge(p)
 					e.lead(p)
@@ -291,16 +266,16 @@ func TestDowntime(t *testing.T) {
 
 func TestRecover(t *testing.T) {
 	inEnv(t, func(t *testing.T, e *env) {
-		h := &host{}
+		h := &hosts.Host{}
 		p := e.process(h, "a", false)
 		if was, _, err := p.Recover(t.Context()); was || err != nil {
 			t.Errorf("recover of a clock that is not stopped: %v, %v", was, err)
 		}
 		e.lead(p)
-		h.off.set(time.Hour)
+		h.Off.Set(time.Hour)
 		pass(time.Minute)
 		e.untrusted(p, false)
-		other := e.process(hostOff(time.Hour), "b", false)
+		other := e.process(hosts.Off(time.Hour), "b", false)
 		was, now, err := other.Recover(t.Context())
 		if !was || err != nil {
 			t.Fatal(was, err)
@@ -317,18 +292,18 @@ func TestRecover(t *testing.T) {
 
 func TestDayOfSteadyClocks(t *testing.T) {
 	inEnv(t, func(t *testing.T, e *env) {
-		h := &host{}
+		h := &hosts.Host{}
 		p := e.process(h, "a", false)
 		stop := e.lead(p)
-		h.off.set(time.Hour)
+		h.Off.Set(time.Hour)
 		pass(12 * time.Hour)
-		h.off.set(0) // another step: the day begins again
+		h.Off.Set(0) // another step: the day begins again
 		pass(13 * time.Hour)
 		e.untrusted(p, false)
 		// What a leader counted counts for the next; what lies between does not.
 		stop()
 		pass(20 * time.Hour)
-		p = e.process(&host{}, "b", false)
+		p = e.process(&hosts.Host{}, "b", false)
 		e.lead(p)
 		pass(10 * time.Hour)
 		e.untrusted(p, false)
@@ -344,12 +319,12 @@ func TestDayOfSteadyClocks(t *testing.T) {
 // stops no other.
 func TestPausedProcess(t *testing.T) {
 	inEnv(t, func(t *testing.T, e *env) {
-		e.lead(e.process(&host{}, "a", true))
-		h := &host{}
+		e.lead(e.process(&hosts.Host{}, "a", true))
+		h := &hosts.Host{}
 		p := e.process(h, "b", true)
 		e.judge(p)
 		pass(time.Hour)
-		h.base = h.base.Add(time.Hour) // its elapsed time lacks the hour
+		h.Reboot(h.Booted().Add(time.Hour)) // its elapsed time lacks the hour
 		near(t, e.judge(p), time.Now())
 	})
 }
@@ -369,8 +344,8 @@ func TestAheadOfTheLeader(t *testing.T) {
 	} {
 		t.Run(c.by.String(), func(t *testing.T) {
 			inEnv(t, func(t *testing.T, e *env) {
-				stop := e.lead(e.process(&host{}, "a", false))
-				h := hostOff(c.by)
+				stop := e.lead(e.process(&hosts.Host{}, "a", false))
+				h := hosts.Off(c.by)
 				p := e.process(h, "b", false)
 				ctx, cancel := context.WithCancel(t.Context())
 				followed := make(chan error, 1)
@@ -394,10 +369,10 @@ func TestAheadOfTheLeader(t *testing.T) {
 					t.Error("a replica that is ahead has a reading")
 				}
 				// Set right, it agrees with the leader; ahead again, it must not lead.
-				h.off.set(0)
+				h.Off.Set(0)
 				pass(2 * time.Minute)
 				near(t, e.judge(p), time.Now())
-				h.off.set(c.by)
+				h.Off.Set(c.by)
 				pass(2 * time.Minute)
 				stop()
 				e.lead(p)
@@ -419,7 +394,7 @@ func TestSilentStore(t *testing.T) {
 			return object.FaultNone
 		})
 		silent = true
-		p := e.process(hostOff(-time.Hour), "a", true)
+		p := e.process(hosts.Off(-time.Hour), "a", true)
 		if _, err := p.Stamp(t.Context()); !errors.Is(err, object.ErrUnavailable) {
 			t.Errorf("stamp without a measurement: %v", err)
 		}
@@ -440,17 +415,17 @@ func TestSilentStore(t *testing.T) {
 // A step that could not be written is not forgotten.
 func TestStopWithoutAnswer(t *testing.T) {
 	inEnv(t, func(_ *testing.T, e *env) {
-		h := &host{}
+		h := &hosts.Host{}
 		kv := meta.NewFaulty(e.kv)
-		h.base = time.Now()
+		h.Reboot(time.Now())
 		p := clock.New(clock.Options{KV: kv, Clock: h, Replica: "a"})
 		e.lead(p)
-		h.off.set(time.Hour)
+		h.Off.Set(time.Hour)
 		kv.FailNth(0, meta.Before, meta.MethodTxn)
 		pass(time.Minute)
 		e.untrusted(p, false)
 		pass(time.Minute)
-		e.untrusted(e.process(hostOff(time.Hour), "b", false), false)
+		e.untrusted(e.process(hosts.Off(time.Hour), "b", false), false)
 	})
 }
 
