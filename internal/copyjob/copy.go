@@ -378,7 +378,8 @@ func (a *attempt) changed(ctx context.Context, b *budget, f *fileCopy) error {
 	case likeness.Refused():
 		return fmt.Errorf("%w: %s: %s", errSourceAltered, f.name(), reason)
 	}
-	return fmt.Errorf("%w: %s was not of ETag %q and %d bytes while it was copied", errSourceAltered, f.name(), f.from.ETag, f.from.Size)
+	return fmt.Errorf("%w: %s was not of ETag %q and %d bytes while it was copied",
+		errSourceAltered, f.name(), f.from.ETag, f.from.Size)
 }
 
 // verify looks whether all that was copied is there as the copies' answers said.

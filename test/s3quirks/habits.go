@@ -304,7 +304,7 @@ func ListsPlus() Habit {
 		return func(r *Request) *s3fault.Answer {
 			answer := next(r)
 			if r.Op == s3fault.ListObjectsV2 {
-				answer.Body = bytes.Replace(answer.Body, []byte("<EncodingType></EncodingType>"), []byte("<EncodingType>url</EncodingType>"), 1)
+				answer.Body = bytes.Replace(answer.Body, []byte("<EncodingType><"), []byte("<EncodingType>url<"), 1)
 			}
 			return answer
 		}

@@ -56,7 +56,9 @@ var Profiles = []Profile{
 	{Name: "gateway with other ETags in lists", Unfit: "list after write and delete", Habits: func() []Habit {
 		return []Habit{ListsOtherETags()}
 	}},
-	{Name: "gateway that lists a plus as a space", Unfit: "list in key order", Habits: func() []Habit { return []Habit{ListsPlus()} }},
+	{Name: "gateway that lists a plus as a space", Unfit: "list in key order", Habits: func() []Habit {
+		return []Habit{ListsPlus()}
+	}},
 	{Name: "gateway that loses deletes", Unfit: "delete of many", Habits: func() []Habit {
 		return []Habit{LosesDeletes(regexp.MustCompile(`[+&]`))}
 	}},

@@ -85,7 +85,8 @@ func Compare(recorded, now Info) (l Likeness, reason string) {
 		return NotKnown, fmt.Sprintf("it has %s: its content was replaced, or copied in parts of another size; %s",
 			etags, sums.of(recorded, now))
 	}
-	return NotKnown, fmt.Sprintf("it has %s, which does not say whether the content is another; %s", etags, sums.of(recorded, now))
+	return NotKnown, fmt.Sprintf("it has %s, which does not say whether the content is another; %s",
+		etags, sums.of(recorded, now))
 }
 
 // sums is what the checksums of two objects say.

@@ -1,6 +1,36 @@
 // Package probe finds out what an object store honours of what snapshotd relies
 // on. A server that ignores a condition answers that all is well, so only a try
 // tells.
+//
+// # What is relied on
+//
+// A check that a start makes is marked with S; all of them are made on demand.
+//
+//	relied on                                  by                     check
+//	a write is read back, with one ETag        all                 S  write and read back
+//	If-None-Match: * of PutObject              identity, beats,    S  conditional create,
+//	                                           pins, manifests        one winner, read after write
+//	ranges, also beyond the end                manifests           S  ranges
+//	a list shows a write and a delete at once  sweep, roll back    S  list after write and delete
+//	a list has the ETag and size of the write  copies' verify,     S  list after write and delete,
+//	                                           pins                   conditional and multipart copy
+//	lists are in order, with keys as they are  sweep, roll back    S  list in key order
+//	a confirmed delete is made                 drop, collector     S  delete of many, of a missing one
+//	x-amz-copy-source-if-match                 restore             S  conditional copy, multipart copy
+//	the name of a copy's source                restore                copy of unusual keys
+//	keys that differ are different objects     all                    keys that look alike
+//	the length of keys                         engines                keys of 1024 bytes
+//	ranges of a copy in parts                  restore                multipart copy of ranges
+//	the field Date                             lifetimes           S  clock
+//
+// Not tried, since a fallback is there or nothing depends on it: the metadata of a
+// write and of a copy in parts (the content is compared, or the copy made again),
+// tags (left out), the list and abort of unfinished uploads (a lifecycle rule; one
+// warning), DeleteObjects (keys go one by one), checksums (compared where there are
+// any), versions, and storage classes (the object is named when it is copied). Pages
+// of a list are not tried with the thousand objects that it takes: each page has to
+// go on after the last key of the one before, or the list fails. An upload of a write
+// in parts begins at a size that no file of snapshotd's own has.
 package probe
 
 import (
@@ -416,8 +446,9 @@ func (p *prober) lists(ctx context.Context) (string, error) {
 // is asked for the order of the keys that it takes.
 func (p *prober) listOrder(ctx context.Context) (string, error) {
 	names := []string{
-		"order/a b", "order/a!", "order/a%25", "order/a&b", "order/a+b", "order/a-b", "order/a-b-/c", "order/a.b/c", "order/a/b",
-		"order/a/c", "order/a0", "order/a=b", "order/aa", "order/b", "order/\u00e9", "order/\ue000", "order/\uffef", "order/\U00010000",
+		"order/a b", "order/a!", "order/a%25", "order/a&b", "order/a+b", "order/a-b", "order/a-b-/c", "order/a.b/c",
+		"order/a/b", "order/a/c", "order/a0", "order/a=b", "order/aa", "order/b", "order/\u00e9", "order/\ue000",
+		"order/\uffef", "order/\U00010000",
 	}
 	names, refused, err := p.putAll(ctx, names)
 	if err != nil {
@@ -494,7 +525,8 @@ func (p *prober) wantListed(ctx context.Context, want object.Info) error {
 	case !ok:
 		return wrong("an object that was written is not listed")
 	case info.ETag != want.ETag || info.Size != want.Size:
-		return wrong("a list says that an object has ETag %q and %d bytes, its write %q and %d", info.ETag, info.Size, want.ETag, want.Size)
+		return wrong("a list says that an object has ETag %q and %d bytes, its write %q and %d",
+			info.ETag, info.Size, want.ETag, want.Size)
 	}
 	return nil
 }
@@ -502,7 +534,9 @@ func (p *prober) wantListed(ctx context.Context, want object.Info) error {
 // deleteMany deletes objects with one call, among them one that is not there, and
 // looks whether they are gone.
 func (p *prober) deleteMany(ctx context.Context) (string, error) {
-	names, refused, err := p.putAll(ctx, []string{"many/a", "many/a b", "many/a+b", "many/a%2Bc", "many/a&amp;b", "many/<b>", "many/\u00e9"})
+	names, refused, err := p.putAll(ctx, []string{
+		"many/a", "many/a b", "many/a+b", "many/a%2Bc", "many/a&amp;b", "many/<b>", "many/\u00e9",
+	})
 	if err != nil {
 		return "", err
 	}
@@ -588,7 +622,9 @@ func (p *prober) copies(ctx context.Context, name, body string, parts object.Cop
 // copyKeys copies objects whose keys a server may read as others in the field that
 // names the source.
 func (p *prober) copyKeys(ctx context.Context) (string, error) {
-	names, refused, err := p.putAll(ctx, []string{"source/a", "source/a b", "source/a+b", "source/a%2Bb", "source/a?b&c", "source/\u00e9"})
+	names, refused, err := p.putAll(ctx, []string{
+		"source/a", "source/a b", "source/a+b", "source/a%2Bb", "source/a?b&c", "source/\u00e9",
+	})
 	if err != nil {
 		return "", err
 	}

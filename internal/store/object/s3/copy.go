@@ -221,8 +221,8 @@ func (s *Store) listedSource(ctx context.Context, c *copying) *failure {
 // ignoredCondition is that a copy was made of an object that is not the version
 // asked for.
 func ignoredCondition(etag string, c *copying) *failure {
-	return &failure{kind: object.ErrSourceChanged, detail: fmt.Sprintf("the store ignored the condition and copied ETag %s, not %s",
-		clip(etag), c.SourceETag)}
+	return &failure{kind: object.ErrSourceChanged, detail: fmt.Sprintf(
+		"the store ignored the condition and copied ETag %s, not %s", clip(etag), c.SourceETag)}
 }
 
 // lost says whether a failure is that of an upload that cannot be completed any
