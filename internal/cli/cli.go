@@ -8,6 +8,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -366,14 +367,24 @@ func readyInfo(c *client.Client) callFunc[snapshotdv1.GetServerInfoRequest, snap
 	return func(ctx context.Context, req *snapshotdv1.GetServerInfoRequest, opts ...grpc.CallOption) (*snapshotdv1.GetServerInfoResponse, error) {
 		again := time.NewTicker(50 * time.Millisecond)
 		defer again.Stop()
+		var last error // of the last answer
 		for {
 			resp, err := c.Admin.GetServerInfo(ctx, req, append(opts, grpc.WaitForReady(true))...)
-			if err != nil || resp.GetLeader() != "" {
-				return resp, err
+			switch {
+			case err == nil && resp.GetLeader() != "":
+				return resp, nil
+			case err == nil:
+				last = status.Error(codes.DeadlineExceeded, "the server answers, and no leader is elected yet")
+			case ctx.Err() != nil || status.Code(err) == codes.DeadlineExceeded: // the answer there was says more than the end of the time
+				return nil, cmp.Or(last, err)
+			case status.Code(err) != codes.Unavailable:
+				return nil, err
+			default:
+				last = err
 			}
 			select {
 			case <-ctx.Done():
-				return resp, nil // which says that none is elected
+				return nil, last
 			case <-again.C:
 			}
 		}

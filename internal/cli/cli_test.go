@@ -1058,6 +1058,29 @@ func TestPlaintextAndTLS(t *testing.T) {
 	}
 }
 
+// TestInfoWaits waits for a server that does not answer well yet, and for a leader; a
+// time that ends without one is no success.
+func TestInfoWaits(t *testing.T) {
+	var answers []any
+	for range 12 { // more than one call makes attempts
+		answers = append(answers, answer(t, codes.Unavailable, "STORE_UNAVAILABLE", "the metadata store did not answer"))
+	}
+	answers = append(answers, &snapshotdv1.GetServerInfoResponse{Replica: "r1"}, &snapshotdv1.GetServerInfoResponse{Replica: "r1", Leader: "r1"})
+	got := run(t, &server{answers: map[string][]any{"GetServerInfo": answers}}, "", "info", "--wait", "--timeout", "1m")
+	if got.code != 0 || !strings.Contains(got.out, "leader:         r1") {
+		t.Errorf("got %+v", got)
+	}
+	for want, last := range map[string]any{
+		"no leader is elected yet":          &snapshotdv1.GetServerInfoResponse{Replica: "r1"},
+		"the metadata store did not answer": answers[0],
+	} {
+		got := run(t, &server{answers: map[string][]any{"GetServerInfo": {last}}}, "", "info", "--wait", "--timeout", "1s")
+		if got.code != 6 || !strings.Contains(got.errOut, want) {
+			t.Errorf("%s: got %+v", want, got)
+		}
+	}
+}
+
 // tlsAddr returns the address of a server that speaks TLS only.
 func tlsAddr(t *testing.T) string {
 	t.Helper()

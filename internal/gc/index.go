@@ -416,7 +416,7 @@ func (x *index) loaded(e *entry, refs *snapshotRefs, err error) {
 		return
 	}
 	wait := x.o.Interval
-	if errors.Is(err, object.ErrUnavailable) || meta.Unusable(err) {
+	if passes(err) {
 		// As long as the store does not answer there is nothing wrong with it.
 		if e.transient++; e.transient < 6 {
 			e.retry = x.o.Now().Add(50 * time.Millisecond << e.transient)
@@ -495,7 +495,7 @@ func (x *index) ready(ctx context.Context, id, revision int64) error {
 		x.mu.Lock()
 		err, moved := x.complete(id), x.moved
 		x.mu.Unlock()
-		if !errors.Is(err, ErrLoading) {
+		if !errors.Is(err, ErrLoading) || errors.Is(err, errNoAnswer) {
 			return err
 		}
 		select {
@@ -543,11 +543,20 @@ func (x *index) complete(id int64) error {
 	if c == nil || len(c.missing) == 0 {
 		return nil
 	}
+	var silent error
 	for _, e := range c.entries {
-		if e.err != nil {
+		switch {
+		case e.err == nil:
+		case passes(e.err):
+			silent = fmt.Errorf("%w (%w): snapshot %q (%d): %w; nothing of collection %d is reclaimed until the store answers",
+				ErrLoading, errNoAnswer, e.name, e.id, toldOf(e.err), id)
+		default:
 			return fmt.Errorf("%w: snapshot %q (%d): %w; nothing of collection %d is reclaimed until it can be read or is dropped",
 				ErrUnreadable, e.name, e.id, toldOf(e.err), id)
 		}
+	}
+	if silent != nil {
+		return silent
 	}
 	return fmt.Errorf("%w: of %d snapshots of collection %d", ErrLoading, len(c.missing), id)
 }
@@ -557,9 +566,13 @@ func (x *index) complete(id int64) error {
 // one segment. The lock must be held.
 func (x *index) eldersKnown(id int64) error {
 	n := 0
+	var silent error
 	for _, e := range x.elders {
 		switch {
 		case e.collection == id: // complete says so
+		case e.err != nil && passes(e.err):
+			silent = fmt.Errorf("%w (%w): snapshot %q (%d), of an earlier release: %w; nothing is reclaimed until the store answers",
+				ErrLoading, errNoAnswer, e.name, e.id, toldOf(e.err))
 		case e.err != nil:
 			return fmt.Errorf("%w: snapshot %q (%d), of an earlier release: %w; nothing is reclaimed until it can be read or is dropped",
 				ErrUnreadable, e.name, e.id, toldOf(e.err))
@@ -567,11 +580,22 @@ func (x *index) eldersKnown(id int64) error {
 			n++
 		}
 	}
+	if silent != nil {
+		return silent
+	}
 	if n > 0 {
 		return fmt.Errorf("%w: of %d snapshots of an earlier release", ErrLoading, n)
 	}
 	return nil
 }
+
+// errNoAnswer comes with an ErrLoading that a call need not wait for: the store has not
+// answered for a while.
+var errNoAnswer = errors.New("the store does not answer")
+
+// passes says whether err is for a store that did not answer, which says nothing of
+// the references that it holds.
+func passes(err error) bool { return errors.Is(err, object.ErrUnavailable) || meta.Unusable(err) }
 
 // toldOf is what a caller is told of err. What a store says may tell of addresses;
 // the log has it.

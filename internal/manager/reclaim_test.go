@@ -3,6 +3,7 @@ package manager
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -638,8 +639,9 @@ func TestUnreadableReferences(t *testing.T) {
 	}
 }
 
-// A store that does not answer is asked again; after a while that counts as
-// unreadable, which heals by itself. What the store said is not told.
+// A store that does not answer is asked again. After a while the metrics count its
+// references as unreadable, which heals by itself; a caller learns that they are not
+// read yet, for no answer says nothing of the snapshot. What the store said is not told.
 func TestReferencesOfALostStore(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		r := w.start("a")
@@ -661,8 +663,17 @@ func TestReferencesOfALostStore(t *testing.T) {
 			t.Errorf("got %+v", st)
 		}
 		_, err := b.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester")
-		wantError(t, err, gc.ErrUnreadable)
+		wantError(t, err, gc.ErrLoading)
 		wantError(t, err, object.ErrUnavailable)
+		if errors.Is(err, gc.ErrUnreadable) || strings.Contains(errText(err), "dropped") {
+			t.Errorf("no answer is a verdict: %v", err)
+		}
+		began := time.Now()
+		_, err = b.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester")
+		wantError(t, err, gc.ErrLoading)
+		if d := time.Since(began); d != 0 {
+			t.Errorf("it waited %v for a store that does not answer", d)
+		}
 		if strings.Contains(errText(err), "injected") {
 			t.Errorf("it tells %v", err)
 		}
