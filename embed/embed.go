@@ -313,6 +313,7 @@ func openMeta(ctx context.Context, cfg Config, log *zap.Logger, open *closers, p
 		if o.Password, err = cfg.etcdPassword(); err != nil {
 			return nil, fmt.Errorf("etcd_password_file: %w", err)
 		}
+		o.ReadPassword = cfg.etcdPassword
 	}
 	kv, err := etcd.Open(o)
 	if err != nil {

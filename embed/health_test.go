@@ -210,4 +210,20 @@ func TestEtcdDenies(t *testing.T) {
 	if _, err := Start(t.Context(), cfg); !errors.Is(err, meta.ErrDenied) || time.Since(began) > 30*time.Second {
 		t.Errorf("start with a wrong password: got error %v after %v, want denied", err, time.Since(began))
 	}
+	// The password at etcd is another, the file holds the old one: once that is replaced
+	// the server goes on, without a restart.
+	s.becomes("not serving: etcd denies access")
+	if err := os.WriteFile(password, []byte("another\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.becomes("ok")
+	// The other way round nothing is ever denied.
+	if err := os.WriteFile(password, []byte("a third\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	etcd.Stop(t)
+	etcd.Restart(t)
+	s.becomes("ok")
+	etcd.Password(t, "snap", "a third")
+	s.becomes("ok")
 }

@@ -50,9 +50,13 @@ type Options struct {
 	Root               string      // in front of every key; such as "/snapshotd", no slash at the end, at most 64 bytes
 	TLS                *tls.Config // default: no TLS
 	Username, Password string
-	DialTimeout        time.Duration // of one attempt to connect; default 5 s
-	RequestTimeout     time.Duration // of one request, and of a scan or watch between two answers it owes; default 5 s
-	Log                *zap.Logger   // default: none
+	// ReadPassword returns the password again, for each login after the first. When it
+	// fails, or etcd refuses what it returns, the last password that etcd accepted is
+	// used. Default: Password, which never changes.
+	ReadPassword   func() (string, error)
+	DialTimeout    time.Duration // of one attempt to connect; default 5 s
+	RequestTimeout time.Duration // of one request, and of a scan or watch between two answers it owes; default 5 s
+	Log            *zap.Logger   // default: none
 }
 
 // Client is a [meta.KV] on etcd.
@@ -89,6 +93,10 @@ func Open(o Options) (*Client, error) {
 		o.Log = zap.NewNop()
 	}
 	g, gated := newGate(o.Log, o.RequestTimeout)
+	if o.ReadPassword != nil && o.Username != "" {
+		l := &login{read: o.ReadPassword, log: o.Log, last: o.Password}
+		gated = append(gated, grpc.WithChainUnaryInterceptor(l.intercept))
+	}
 	cli, err := clientv3.New(clientv3.Config{
 		Endpoints:   o.Endpoints,
 		TLS:         o.TLS,
