@@ -479,7 +479,7 @@ func (a *attempt) register(ctx context.Context, done *restored) error {
 	}
 	next := *a.task
 	next.state, next.totals, next.reason, next.message = TaskDone, done.totals, "", ""
-	next.waits, next.finished, next.finishTime = 0, done.totals.Files, a.worker.o.Now()
+	next.waits, next.finished, next.finishTime = 0, done.totals.Files, a.worker.o.Clock.Display()
 	next.refusals, next.refuseSince = 0, time.Time{}
 	last := []meta.Op{
 		meta.Put(a.task.key(), next.encode(op)), meta.Delete(a.key), meta.Delete(keys.Progress(a.jobID, a.number)),

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -14,7 +16,9 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/record"
 	"github.com/snapshotd/snapshotd/internal/store/request"
+	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 	"github.com/snapshotd/snapshotd/internal/testing/hosts"
 )
 
@@ -253,6 +257,57 @@ func TestRestoreDeadlineAndClocks(t *testing.T) {
 			got, err := a.jobs.Get(t.Context(), job.ID)
 			if err != nil || got.Job.State != copyjob.Completed {
 				t.Errorf("%+v: %v, %v", off, got, err)
+			}
+		})
+	}
+}
+
+// When a task was done is noted by the time that all agree on, since a job stalls by
+// it.
+func TestFinishTimeOfAWorkerWhoseClockIsOff(t *testing.T) {
+	for _, by := range []time.Duration{-24 * time.Hour, 24 * time.Hour} {
+		inWorld(t, func(t *testing.T, w *world) {
+			r := w.start("a", w.on(hosts.Off(by), false))
+			col := w.rich(r, "c", copyjob.TaskSegments+1)
+			s := w.create(r, col, "s")
+			var last atomic.Int64 // segment of the second task, which is not copied
+			r.store.Plan(func(c object.Call) object.Fault {
+				if c.Op == object.OpCopy && strings.Contains(c.Keys[len(c.Keys)-1], fmt.Sprintf("/%d/", last.Load())) {
+					return object.FaultBefore
+				}
+				return object.FaultNone
+			})
+			job, err := r.Restore(t.Context(), request.Token{}, restoreSpecOf(s))
+			if err != nil {
+				t.Fatal(err)
+			}
+			last.Store(job.FirstSegment + copyjob.TaskSegments)
+			time.Sleep(time.Minute)
+			settle()
+			done := 0
+			for _, key := range w.keysUnder(keys.TaskPrefix(job.ID)) {
+				kv, _, _, err := w.kv.Get(t.Context(), key)
+				rec := &storagev1.Task{}
+				if err == nil {
+					err = record.Decode(kv, rec)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				if rec.GetFinishTime() == 0 {
+					continue
+				}
+				done++
+				if at := record.Time(rec.GetFinishTime()); time.Since(at).Abs() > 2*time.Minute {
+					t.Errorf("off by %v: a task was done at %v, and it is %v", by, at, time.Now())
+				}
+			}
+			if done != 1 {
+				t.Errorf("%d tasks are done, want the first", done)
+			}
+			r.store.Plan(nil)
+			if end := w.ended(r, job.ID); end.Job.State != copyjob.Completed {
+				t.Errorf("%+v", end.Job)
 			}
 		})
 	}
