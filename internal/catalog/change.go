@@ -398,7 +398,7 @@ func (p *swapPlan) drop(kv meta.KeyValue) error {
 }
 
 func (p *swapPlan) add(field string, s *segment.Segment) error {
-	if err := p.rules.segment(field, s, nil); err != nil {
+	if err := p.rules.added(field, s); err != nil {
 		return err
 	}
 	key := keys.Segment(p.collection, s.ID)
@@ -443,10 +443,13 @@ func (p *swapPlan) update(field string, kv meta.KeyValue, u *Update) error {
 		}
 	}
 	size := sizesOf(before, &s, p.rules.view.Collection.Roots, len(kv.Value))
-	old := slices.Clone(s.Builds)
+	old, lacked := slices.Clone(s.Builds), s.Lacking()
 	removed, replaced, err := applyUpdate(field, &s, u)
 	if err != nil {
 		return err
+	}
+	if s.Lacking() && !lacked { // those of releases before that were let in go on
+		return invalid(field, lackingText, s.ID, s.Rows)
 	}
 	if err := p.rules.segment(field, &s, old); err != nil {
 		return err

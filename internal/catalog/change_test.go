@@ -251,6 +251,45 @@ func testUpdate(t *testing.T, kv meta.KV) {
 }
 
 // Every pair of states, against the table.
+// TestFlushedWithoutFiles has a swap leave rows without a file that holds them: no
+// snapshot would have these.
+func TestFlushedWithoutFiles(t *testing.T) {
+	r := newRig(t, memory.New(memory.Options{}))
+	ids := r.ids(t, 6)
+	whole, growing := r.makeSegment(ids[0], 1), r.makeSegment(ids[1], 1)
+	growing.State, growing.Files = segment.Growing, nil
+	if _, _, err := r.AddSegments(t.Context(), r.col.ID, []segment.Segment{whole, growing}); err != nil {
+		t.Fatal(err)
+	}
+	all := func(s *segment.Segment) (paths []catalog.FilePath) {
+		for _, f := range s.Files {
+			paths = append(paths, catalog.FilePath{Root: f.Root, Path: f.Path})
+		}
+		return paths
+	}
+	none := int64(0)
+	bare := r.makeSegment(ids[2], 1)
+	bare.Files = nil
+	flushed := catalog.Update{Segment: growing.ID, State: segment.Flushed}
+	for name, swap := range map[string]catalog.Swap{
+		"flushes":                   {Update: []catalog.Update{flushed}},
+		"removes its files":         {Update: []catalog.Update{{Segment: whole.ID, RemoveFiles: all(&whole)}}},
+		"compacts to one with none": {Drop: []int64{whole.ID}, Add: []segment.Segment{bare}},
+	} {
+		r.refused(t, name, catalog.ErrInvalid, func() error { return r.change(t.Context(), swap) })
+	}
+	flushedNow := r.makeSegment(ids[1], 1)
+	flushed.AddFiles = flushedNow.Files
+	for name, swap := range map[string]catalog.Swap{
+		"flushes with its files":         {Update: []catalog.Update{flushed}},
+		"removes its files and its rows": {Update: []catalog.Update{{Segment: whole.ID, RemoveFiles: all(&whole), Rows: &none}}},
+	} {
+		if err := r.change(t.Context(), swap); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 func TestSegmentStates(t *testing.T) {
 	ctx := t.Context()
 	r := newRig(t, memory.New(memory.Options{}))

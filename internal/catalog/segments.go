@@ -192,6 +192,18 @@ func (r *rules) segment(field string, s *segment.Segment, old []segment.Build) e
 	return r.builds(field+".index_builds", s, old)
 }
 
+// added checks one that is new. No snapshot would hold one that has its rows in no
+// file, and nothing would say so.
+func (r *rules) added(field string, s *segment.Segment) error {
+	if s.Lacking() {
+		return invalid(field+".files", lackingText, s.ID, s.Rows)
+	}
+	return r.segment(field, s, nil)
+}
+
+const lackingText = "segment %d is FLUSHED with %d rows, and no file that holds rows or deletes: no snapshot would have it; " +
+	"give the files with it, or let it be GROWING or SEALED until they are written, or have 0 rows"
+
 // builds checks the segment's builds, and that no path occurs twice in it.
 func (r *rules) builds(field string, s *segment.Segment, old []segment.Build) error {
 	indexes := map[int64]bool{}
@@ -327,7 +339,7 @@ func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []
 	var claims []claim
 	for i := range segments {
 		e := entry{field: fmt.Sprintf("segments[%d]", i), segment: &segments[i], key: keys.Segment(collection, segments[i].ID)}
-		if err := r.segment(e.field, e.segment, nil); err != nil {
+		if err := r.added(e.field, e.segment); err != nil {
 			return 0, 0, err
 		}
 		if seen[e.segment.ID] {
@@ -439,7 +451,7 @@ func (c *Catalog) addBatch(ctx context.Context, view View, batch []entry) (int, 
 			}
 			r := rules{view}
 			for _, e := range batch {
-				if err := r.segment(e.field, e.segment, nil); err != nil {
+				if err := r.added(e.field, e.segment); err != nil {
 					return 0, err
 				}
 			}

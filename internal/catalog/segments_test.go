@@ -139,7 +139,13 @@ func TestSegmentRules(t *testing.T) {
 	}{
 		{nil, "", func(*segment.Segment) {}},
 		{nil, "", func(s *segment.Segment) { s.Partition = p.ID }},
-		{nil, "", func(s *segment.Segment) { s.Files = nil }},
+		{nil, "", func(s *segment.Segment) { s.Files, s.Rows = nil, 0 }},
+		{nil, "", func(s *segment.Segment) { s.Files, s.State = nil, segment.Growing }},
+		{nil, "", func(s *segment.Segment) { s.Files, s.State = nil, segment.Importing }},
+		{catalog.ErrInvalid, "segments[0].files", func(s *segment.Segment) { s.Files = nil }},
+		{catalog.ErrInvalid, "segments[0].files", func(s *segment.Segment) {
+			s.Files = []segment.File{{Kind: segment.KindStats, Path: "stats"}}
+		}},
 		{nil, "", func(s *segment.Segment) { s.State = segment.Importing }},
 		{nil, "", func(s *segment.Segment) { s.Files[0].Kind = "something new" }},
 		{nil, "", func(s *segment.Segment) { s.Builds = []segment.Build{build(ids[150])} }},

@@ -426,7 +426,7 @@ func TestNotParked(t *testing.T) {
 	inLot(t, 1, func(t *testing.T, l *lot) {
 		r := l.replicas[0]
 		small := l.segment(0)
-		small.EngineData = bytes.Repeat([]byte{1}, 150)
+		small.Rows, small.EngineData = 0, bytes.Repeat([]byte{1}, 150)
 		l.add(small)
 		l.swap(catalog.Swap{Drop: []int64{small.ID}})
 		n, err := r.park(t.Context(), l.col.ID, []int64{small.ID, l.id()}, nil)

@@ -47,6 +47,9 @@ type captured struct {
 	segment.Segment
 	in        bool // whether it holds anything
 	straddles bool // whether there may be more on the other side of the cut
+	// lacking means that it is out although all of its rows are said to be in files,
+	// for it has none. Only releases before let such a segment in.
+	lacking bool
 }
 
 // capture returns what of s is in the snapshot. It does not change s, whose lists
@@ -59,8 +62,8 @@ func (c *cutter) capture(s segment.Segment) (captured, error) {
 	if s.Partition != 0 && !c.partitions[s.Partition] {
 		return captured{}, nil
 	}
-	if !anyHoldsData(s.Files) {
-		return captured{}, nil
+	if !segment.HoldsData(s.Files) {
+		return captured{lacking: s.Lacking()}, nil
 	}
 	cut, ok := c.cuts[s.Channel]
 	if !ok {
@@ -86,7 +89,7 @@ func (c *cutter) capture(s segment.Segment) (captured, error) {
 		got.straddles = got.straddles || straddles(&s, f, cut)
 		return false
 	})
-	if !anyHoldsData(got.Files) {
+	if !segment.HoldsData(got.Files) {
 		return captured{}, nil
 	}
 	if got.straddles && (s.RowCeiling == 0 || s.RowCeiling > cut) {
@@ -108,15 +111,6 @@ func without[T any](list []T, goes func(*T) bool) []T {
 		}
 	}
 	return kept
-}
-
-func anyHoldsData(files []segment.File) bool {
-	for i := range files {
-		if holdsData(&files[i]) {
-			return true
-		}
-	}
-	return false
 }
 
 func holdsData(f *segment.File) bool { return !segment.Derived(f.Kind) }

@@ -690,6 +690,8 @@ type snapshotWriter struct {
 	// What the chunks come to.
 	totals     segment.Totals
 	straddling []int64 // the first few
+	lacking    []int64 // likewise
+	lackingAll int     // how many there are
 	refsFile   manifest.RefsFile
 	refs       *manifest.Refs // in that file
 }
@@ -704,6 +706,8 @@ type chunk struct {
 	// which it does unless it fails.
 	totals     segment.Totals
 	straddling []int64 // the first few
+	lacking    []int64 // likewise
+	lackingAll int     // how many there are
 	refs       manifest.Refs
 	digest     manifest.Digest
 	encoded    chan struct{}
@@ -846,6 +850,11 @@ func (w *snapshotWriter) encode(ctx context.Context, c *chunk, look func(*segmen
 		if err != nil {
 			return nil, err
 		}
+		if got.lacking {
+			if c.lackingAll++; len(c.lacking) < maxStraddling {
+				c.lacking = append(c.lacking, s.ID)
+			}
+		}
 		if !got.in {
 			continue
 		}
@@ -876,10 +885,17 @@ func (w *snapshotWriter) writeRefs(ctx context.Context) error {
 		w.totals.Builds += c.totals.Builds
 		w.totals.Straddling += c.totals.Straddling
 		w.straddling = append(w.straddling, c.straddling[:min(len(c.straddling), maxStraddling-len(w.straddling))]...)
+		w.lackingAll += c.lackingAll
+		w.lacking = append(w.lacking, c.lacking[:min(len(c.lacking), maxStraddling-len(w.lacking))]...)
 		refs.Segments = append(refs.Segments, c.refs.Segments...)
 		refs.Builds = append(refs.Builds, c.refs.Builds...)
 		refs.Files = append(refs.Files, c.refs.Files...)
 		c.refs = manifest.Refs{}
+	}
+	if w.lackingAll > 0 {
+		w.m.log.Warn("the snapshot lacks segments that are FLUSHED with rows and have no file of them: an earlier release "+
+			"let them in; give them their files with UpdateSegments, or drop them", zap.Int64("snapshot", w.snap.ID),
+			zap.Int("segments", w.lackingAll), zap.Int64s("first", w.lacking))
 	}
 	sortRefs(refs)
 	data, err := manifest.EncodeRefs(refs)

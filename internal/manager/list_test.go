@@ -407,4 +407,10 @@ func TestCaptureDecides(t *testing.T) {
 	if got, err := c.capture(segment.Segment{Channel: 7}); got.in || err != nil {
 		t.Errorf("a segment without data on a channel without a checkpoint: in = %v, err = %v", got.in, err)
 	}
+	for state, lacking := range map[segment.State]bool{segment.Flushed: true, segment.Growing: false} {
+		got, err := c.capture(segment.Segment{State: state, Rows: 5, Files: []segment.File{file("stats", 1, 2)}})
+		if got.in || got.lacking != lacking || err != nil {
+			t.Errorf("rows without a file, %v: in = %v, lacking = %v, err = %v", state, got.in, got.lacking, err)
+		}
+	}
 }

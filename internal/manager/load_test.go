@@ -50,7 +50,7 @@ func TestNoCallIsRefusedForOthers(t *testing.T) {
 			return err
 		}},
 		{"AddSegments", func(ctx context.Context, r *replica, i int) error {
-			seg := segment.Segment{ID: first.First + int64(i), State: segment.Flushed, Rows: 1, Start: segment.Position{Timestamp: 1}}
+			seg := segment.Segment{ID: first.First + int64(i), State: segment.Growing, Rows: 1, Start: segment.Position{Timestamp: 1}}
 			_, _, err := r.catalog.AddSegments(ctx, col.ID, []segment.Segment{seg})
 			return err
 		}},

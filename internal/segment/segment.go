@@ -75,6 +75,21 @@ func Derived(kind string) bool {
 	return false
 }
 
+// HoldsData says whether there is a file of rows or deletes among files: what has none
+// is in no snapshot.
+func HoldsData(files []File) bool {
+	for i := range files {
+		if !Derived(files[i].Kind) {
+			return true
+		}
+	}
+	return false
+}
+
+// Lacking says whether all rows of the segment are said to be in files, and there is
+// none that may hold them.
+func (s *Segment) Lacking() bool { return s.State == Flushed && s.Rows > 0 && !HoldsData(s.Files) }
+
 // Segment is a set of files that hold rows or deletes of one channel.
 type Segment struct {
 	ID              int64

@@ -355,7 +355,8 @@ const (
 	Segment_STATE_GROWING Segment_State = 1
 	// Takes no more rows; not all of them are in files yet.
 	Segment_STATE_SEALED Segment_State = 2
-	// All rows are in files.
+	// All rows are in files. One with rows and without a file that holds rows or
+	// deletes is refused: no snapshot would have it.
 	Segment_STATE_FLUSHED Segment_State = 3
 	// Being written by an import. Never captured.
 	Segment_STATE_IMPORTING Segment_State = 4
