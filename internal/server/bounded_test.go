@@ -3,6 +3,7 @@ package server_test
 import (
 	"cmp"
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -16,8 +17,10 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
@@ -710,6 +713,86 @@ func (b *largeScene) watch(token string) {
 		msg := must[*pb.WatchEventsResponse](b.t)(stream.Recv())
 		if job := msg.GetRestore().GetJob(); job != nil {
 			restores[job.GetId()] = true
+		}
+	}
+}
+
+// TestErrorsFitIntoTrailers has errors with the longest names and texts. An error travels
+// in trailers, of which clients in Java, C and Python take 8 KiB unless they ask for
+// more, with all else that is among them.
+func TestErrorsFitIntoTrailers(t *testing.T) {
+	const limit = 7 << 10
+	w := start(t)
+	ctx := t.Context()
+	w.collection(t, "c")
+	w.snapshot(t, "s")
+	for range 20 {
+		must[*pb.PinSnapshotResponse](t)(w.snapshots.PinSnapshot(ctx, &pb.PinSnapshotRequest{
+			Snapshot: snapNamed("s"), Owner: strings.Repeat("é", 127), Reason: strings.Repeat("é", 128),
+		}))
+	}
+	ids := make([]int64, 9_000)
+	long := strings.Repeat("é", 1<<20)
+	labels := map[string]string{}
+	for i := range 30 {
+		labels[fmt.Sprintf("é%d%s", i, strings.Repeat("%", 40<<10))] = strings.Repeat("v", 300)
+	}
+	for what, call := range map[string]func(...grpc.CallOption) error{
+		"a drop under pins": func(o ...grpc.CallOption) error {
+			_, err := w.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s")}, o...)
+			return err
+		},
+		"a long key of a map": func(o ...grpc.CallOption) error {
+			_, err := w.snapshots.CreateSnapshot(ctx, &pb.CreateSnapshotRequest{
+				Collection: byName("c"), Name: "x", Labels: map[string]string{long: ""},
+			}, o...)
+			return err
+		},
+		"long keys of a map": func(o ...grpc.CallOption) error {
+			_, err := w.snapshots.CreateSnapshot(ctx, &pb.CreateSnapshotRequest{Collection: byName("c"), Name: "x", Labels: labels}, o...)
+			return err
+		},
+		"many violations": func(o ...grpc.CallOption) error {
+			_, err := w.catalog.DropSegments(ctx, &pb.DropSegmentsRequest{Collection: byName("c"), SegmentIds: ids}, o...)
+			return err
+		},
+		"a long key": func(o ...grpc.CallOption) error {
+			_, err := w.admin.GetKey(ctx, &pb.GetKeyRequest{Key: "/" + strings.Repeat("é", 511)}, o...)
+			return err
+		},
+	} {
+		var header, trailer metadata.MD
+		err := call(grpc.Header(&header), grpc.Trailer(&trailer))
+		if reason(err) == "" {
+			t.Errorf("%s: no reason: %.200v", what, err)
+		}
+		if len(fields(err)) == 0 && status.Code(err) == codes.InvalidArgument {
+			t.Errorf("%s: no field", what)
+		}
+		// What gRPC encodes is gone from the trailer by now.
+		st := status.Convert(err)
+		encoded, marshalErr := proto.Marshal(st.Proto())
+		if marshalErr != nil {
+			t.Fatal(marshalErr)
+		}
+		size := base64.StdEncoding.EncodedLen(len(encoded))
+		for _, b := range []byte(st.Message()) {
+			if size++; b < ' ' || b > '~' || b == '%' {
+				size += 2
+			}
+		}
+		for _, md := range []metadata.MD{header, trailer} {
+			for k, values := range md {
+				if k == "grpc-status-details-bin" {
+					continue
+				}
+				for _, v := range values {
+					size += len(k) + len(v) + 32
+				}
+			}
+		}
+		if size > limit {
+			t.Errorf("%s: %d bytes of trailers", what, size)
 		}
 	}
 }

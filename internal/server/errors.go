@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"strings"
@@ -11,6 +12,7 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/protoadapt"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -30,11 +32,23 @@ import (
 // domain is that of all reasons.
 const domain = "snapshotd"
 
-// Bounds on what an error tells, so that it fits into a response's trailer.
+// Bounds on what an error tells. It travels in the trailers of a response, of which
+// clients of gRPC in Java, C and Python take 8 KiB unless they ask for more.
 const (
 	maxMessageText = 2048 // bytes
 	maxViolations  = 20
+	maxTrailer     = 6 << 10 // bytes of the error as it is encoded there
 )
+
+// fits are the bounds of ever shorter errors: of the text, of a text in the details, and
+// how many violations these name. The last one fits whatever the texts hold.
+var fits = []struct{ text, detail, violations int }{
+	{maxMessageText, maxMessageText, maxViolations},
+	{maxMessageText, 512, maxViolations},
+	{maxMessageText, 128, 8},
+	{1024, 128, 8},
+	{512, 64, 4},
+}
 
 // Errors of this package.
 var (
@@ -266,12 +280,58 @@ func toAnswer(err error, requestID string) *answer {
 }
 
 func newAnswer(cause error, code codes.Code, reason, text string, details ...protoadapt.MessageV1) *answer {
-	st := status.New(code, clip(text))
 	info := &errdetails.ErrorInfo{Reason: reason, Domain: domain}
-	if full, err := st.WithDetails(append([]protoadapt.MessageV1{info}, details...)...); err == nil {
-		st = full
+	var st *status.Status
+	for _, fit := range fits {
+		st = status.New(code, record.Clip(text, fit.text))
+		all := []protoadapt.MessageV1{info}
+		for _, d := range details {
+			all = append(all, clipDetail(d, fit.detail, fit.violations))
+		}
+		if full, err := st.WithDetails(all...); err == nil {
+			st = full
+		}
+		if trailerBytes(st) <= maxTrailer {
+			break
+		}
 	}
 	return &answer{status: st, reason: reason, cause: cause}
+}
+
+// clipDetail returns a detail of an error with texts of at most so many bytes, and no
+// more violations than that.
+func clipDetail(d protoadapt.MessageV1, most, violations int) protoadapt.MessageV1 {
+	switch d := d.(type) {
+	case *errdetails.BadRequest:
+		out := &errdetails.BadRequest{}
+		for _, v := range d.GetFieldViolations()[:min(len(d.GetFieldViolations()), violations)] {
+			out.FieldViolations = append(out.FieldViolations, &errdetails.BadRequest_FieldViolation{
+				Field: record.Clip(v.GetField(), most), Description: record.Clip(v.GetDescription(), most),
+			})
+		}
+		return out
+	case *errdetails.PreconditionFailure:
+		out := &errdetails.PreconditionFailure{}
+		for _, v := range d.GetViolations() {
+			out.Violations = append(out.Violations, &errdetails.PreconditionFailure_Violation{
+				Type: v.GetType(), Subject: v.GetSubject(), Description: record.Clip(v.GetDescription(), most),
+			})
+		}
+		return out
+	}
+	return d
+}
+
+// trailerBytes is how many bytes a status takes in the trailers: its text, with each byte
+// that is not printable as three, and all of it once more in base64.
+func trailerBytes(st *status.Status) int {
+	size := base64.StdEncoding.EncodedLen(proto.Size(st.Proto()))
+	for _, b := range []byte(st.Message()) {
+		if size++; b < ' ' || b > '~' || b == '%' {
+			size += 2
+		}
+	}
+	return size
 }
 
 func invalidRequest(cause error, fields []*errdetails.BadRequest_FieldViolation) *answer {
@@ -279,13 +339,16 @@ func invalidRequest(cause error, fields []*errdetails.BadRequest_FieldViolation)
 	if len(fields) > 0 {
 		var parts []string
 		for _, f := range fields {
-			parts = append(parts, strings.TrimPrefix(f.GetField()+": "+f.GetDescription(), ": "))
+			parts = append(parts, strings.TrimPrefix(record.Clip(f.GetField(), maxFieldText)+": "+f.GetDescription(), ": "))
 		}
 		text = strings.Join(parts, "; ")
 	}
 	return newAnswer(cause, codes.InvalidArgument, "INVALID_REQUEST", "invalid request: "+text,
 		&errdetails.BadRequest{FieldViolations: fields})
 }
+
+// maxFieldText bounds the name of a field in an error, in bytes: it has the keys of maps.
+const maxFieldText = 256
 
 // violations are the first of those that a validation found.
 func violations(err *protovalidate.ValidationError) []*errdetails.BadRequest_FieldViolation {
@@ -296,7 +359,7 @@ func violations(err *protovalidate.ValidationError) []*errdetails.BadRequest_Fie
 			text = "is not a name: 1 to 255 of A-Z a-z 0-9 _ . - are, and the first is not . or -"
 		}
 		list = append(list, &errdetails.BadRequest_FieldViolation{
-			Field: protovalidate.FieldPathString(v.Proto.GetField()), Description: clip(text),
+			Field: record.Clip(protovalidate.FieldPathString(v.Proto.GetField()), maxFieldText), Description: clip(text),
 		})
 	}
 	return list

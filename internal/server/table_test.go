@@ -194,12 +194,38 @@ func TestFullObjectStore(t *testing.T) {
 }
 
 func TestLongAndBrokenText(t *testing.T) {
-	a := toAnswer(fmt.Errorf("%w: \xff%s", catalog.ErrSegmentNotFound, strings.Repeat("é", 4000)), "")
-	if n := len(a.Error()); n > maxMessageText+8 || n < maxMessageText-8 {
-		t.Errorf("%d bytes", n)
+	for letter, least := range map[string]int{"e": maxMessageText - 8, "é": maxMessageText/2 - 8} {
+		a := toAnswer(fmt.Errorf("%w: \xff%s", catalog.ErrSegmentNotFound, strings.Repeat(letter, 4000)), "")
+		if n := len(a.Error()); n > maxMessageText || n < least {
+			t.Errorf("%d bytes of %s", n, letter)
+		}
+		if strings.Contains(a.Error(), "\xff") {
+			t.Error("not UTF-8")
+		}
 	}
-	if strings.Contains(a.Error(), "\xff") {
-		t.Error("not UTF-8")
+}
+
+// Whatever an error says, it fits into the trailers.
+func TestErrorsAreBoundedInTrailers(t *testing.T) {
+	for _, letter := range []string{"e", "é", "%", "\xff", "\x00"} {
+		long := strings.Repeat(letter, 1<<20)
+		list := []error{&catalog.InvalidError{Field: long, Problem: long}}
+		for _, c := range classes {
+			list = append(list, fmt.Errorf("%s: %w", long, c.err), fmt.Errorf("%w: %s", c.err, long))
+		}
+		for _, err := range list {
+			if a := toAnswer(err, "id"); trailerBytes(a.status) > maxTrailer {
+				t.Errorf("%.60q takes %d bytes", err, trailerBytes(a.status))
+			}
+		}
+		var fields []*errdetails.BadRequest_FieldViolation
+		for range maxViolations {
+			fields = append(fields, &errdetails.BadRequest_FieldViolation{Field: clip(long), Description: clip(long)})
+		}
+		a := invalidRequest(errors.New(long), fields)
+		if n := trailerBytes(a.status); n > maxTrailer || len(a.status.Details()) != 2 {
+			t.Errorf("violations of %q take %d bytes, %d details", letter, n, len(a.status.Details()))
+		}
 	}
 }
 
