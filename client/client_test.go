@@ -280,6 +280,22 @@ func TestErrorDetails(t *testing.T) {
 	}
 }
 
+// What gRPC refuses for its size has the reason of what snapshotd refuses for it.
+func TestTooLargeForGRPC(t *testing.T) {
+	c := dial(t, &server{}, client.Options{MaxAttempts: 1})
+	_, err := c.Snapshots.CreateSnapshot(t.Context(), &snapshotdv1.CreateSnapshotRequest{Description: strings.Repeat("d", 5<<20)})
+	if client.Reason(err) != "MESSAGE_TOO_LARGE" || status.Code(err) != codes.ResourceExhausted {
+		t.Errorf("a request of 5 MiB: %v", err)
+	}
+	_, err = c.Admin.GetKey(t.Context(), &snapshotdv1.GetKeyRequest{Key: "/large"})
+	if client.Reason(err) != "MESSAGE_TOO_LARGE" {
+		t.Errorf("an answer of 5 MiB: %v", err)
+	}
+	if _, err = c.Admin.GetKey(t.Context(), &snapshotdv1.GetKeyRequest{Key: "/exhausted"}); client.Reason(err) != "" {
+		t.Errorf("another limit: %v", err)
+	}
+}
+
 func TestWatchEvents(t *testing.T) {
 	msg := func(token string) *snapshotdv1.WatchEventsResponse {
 		return &snapshotdv1.WatchEventsResponse{ResumeToken: token}

@@ -1,7 +1,10 @@
 package client
 
 import (
+	"strings"
+
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
 
@@ -11,13 +14,20 @@ const domain = "snapshotd"
 // Reason returns the stable reason of an error that snapshotd answered with,
 // such as "SNAPSHOT_EXISTS"; the API's comments list them at each call. It is
 // empty for nil and for errors that came from elsewhere, the transport for one.
-// An error that wraps such an answer has its reason.
+// An error that wraps such an answer has its reason. What gRPC itself refuses for its
+// size, before snapshotd sees it, is MESSAGE_TOO_LARGE as well.
 func Reason(err error) string {
 	if info := detail[*errdetails.ErrorInfo](err); info.GetDomain() == domain {
 		return info.GetReason()
 	}
+	if st, ok := status.FromError(err); ok && st.Code() == codes.ResourceExhausted && strings.Contains(st.Message(), tooLarge) {
+		return "MESSAGE_TOO_LARGE"
+	}
 	return ""
 }
+
+// tooLarge is in what gRPC says of a message above a limit, in whichever direction.
+const tooLarge = "message larger than max"
 
 // Violation says which field of a request breaks its rule.
 type Violation struct {

@@ -6,6 +6,9 @@ import (
 	"strings"
 	"testing"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
 	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 )
@@ -68,6 +71,13 @@ func (s *server) DescribeSnapshot(_ context.Context, req *snapshotdv1.DescribeSn
 
 func (s *server) GetKey(_ context.Context, req *snapshotdv1.GetKeyRequest) (*snapshotdv1.GetKeyResponse, error) {
 	resp := &snapshotdv1.GetKeyResponse{Key: req.GetKey()}
+	switch req.GetKey() {
+	case "/large":
+		resp.Json = strings.Repeat("j", 5<<20)
+		return resp, nil
+	case "/exhausted":
+		return nil, status.Error(codes.ResourceExhausted, "no more")
+	}
 	numbers, next := pageAt(req.GetPageToken())
 	for _, n := range numbers {
 		resp.Json += strconv.Itoa(n)

@@ -223,6 +223,7 @@ var hints = map[string]string{
 	"KEY_NOT_FOUND":              "a key begins with /, without the cluster's root, as in `snapshotctl debug get /snapshot/rec/42`",
 	"LAYOUT_REFUSED":             "the file that the message names is not where the collection's layout wants it; --partition or --skip-indexes may leave it out",
 	"LIMIT_EXCEEDED":             "see what there is with `snapshotctl catalog get COLLECTION`",
+	"MESSAGE_TOO_LARGE":          "a message takes 4 MiB: send fewer things at a time; an answer above that comes from a server that is older than this snapshotctl",
 	"METADATA_BEHIND":            "the metadata store is older than what it wrote into the object store, as after it was restored from a backup; when that is so, `snapshotctl recover` lets it go on",
 	"NEVER_EXISTED":              "see which snapshots there are with `snapshotctl snapshot list`",
 	"NOT_EXACT":                  "wait for the data plane to flush, or leave out --require-exact: segments across the cut then get a row ceiling",
