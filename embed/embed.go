@@ -140,8 +140,11 @@ func Start(ctx context.Context, cfg Config) (_ *Server, err error) {
 	return s, nil
 }
 
-// maxDisputes bounds the disputed ids that are logged one by one.
-const maxDisputes = 100
+// Bounds on what is logged of disputed ids.
+const (
+	maxDisputes  = 100 // ids that are logged one by one
+	maxClaimants = 20  // collections that are named of each
+)
 
 // claimAll claims the ids of what was registered before ids were claimed, and logs
 // those that are disputed.
@@ -152,7 +155,8 @@ func claimAll(ctx context.Context, cat *catalog.Catalog, log *zap.Logger) error 
 	}
 	for _, d := range disputes[:min(len(disputes), maxDisputes)] {
 		log.Warn("an id is disputed: none of the files of its segment is deleted, in any of the collections",
-			zap.Int64("id", d.ID), zap.Bool("index_build", d.Part), zap.Int64s("collections", d.Collections))
+			zap.Int64("id", d.ID), zap.Bool("index_build", d.Part),
+			zap.Int64s("collections", d.Collections[:min(len(d.Collections), maxClaimants)]), zap.Int("claimants", len(d.Collections)))
 	}
 	if len(disputes) > maxDisputes {
 		log.Warn("more ids are disputed", zap.Int("ids", len(disputes)), zap.Int("logged", maxDisputes))
