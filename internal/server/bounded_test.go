@@ -1,7 +1,6 @@
 package server_test
 
 import (
-	"cmp"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -137,8 +136,13 @@ func TestEveryAnswerIsBounded(t *testing.T) { //nolint:maintidx // one scene of 
 	ctx := t.Context()
 
 	token := b.firstToken()
+	b.many = must[*pb.CreateCollectionResponse](t)(b.catalog.CreateCollection(ctx, &pb.CreateCollectionRequest{
+		Name: &pb.CollectionName{Db: long(255, 1), Name: long(255, 0)}, Roots: []*pb.Root{{Prefix: "many/"}}, Channels: b.channels(),
+	})).GetCollection().GetId()
+	for i := range catalog.MaxPartitions {
+		must[*pb.CreatePartitionResponse](t)(b.catalog.CreatePartition(ctx, &pb.CreatePartitionRequest{Collection: byID(b.many), Name: long(255, i)}))
+	}
 	b.collections()
-	b.parts()
 	b.segments()
 	b.describe()
 	b.manySnapshots()
@@ -219,20 +223,24 @@ func (b *largeScene) collections() {
 	for i := range 14 {
 		roots = append(roots, &pb.Root{Store: b.store, Prefix: long(511, i+1) + "/"})
 	}
+	// Its settings come when all else is there, for each change of it reads them.
+	b.wide = must[*pb.CreateCollectionResponse](t)(b.catalog.CreateCollection(ctx, &pb.CreateCollectionRequest{
+		Name: &pb.CollectionName{Db: long(255, 1), Name: long(255, 98)}, Roots: roots, Channels: b.channels(), ConsistencyLevel: long(255, 0),
+	})).GetCollection().GetId()
+	b.parts()
 	for i := range 9 {
-		col := must[*pb.CreateCollectionResponse](t)(b.catalog.CreateCollection(ctx, &pb.CreateCollectionRequest{
+		must[*pb.CreateCollectionResponse](t)(b.catalog.CreateCollection(ctx, &pb.CreateCollectionRequest{
 			Name: &pb.CollectionName{Db: long(255, 0), Name: long(255, i)}, Roots: roots, Channels: b.channels(),
 			Schema:           &pb.Schema{Fields: fields, SchemaFormat: long(255, 0), SchemaRaw: make([]byte, 230<<10)},
 			ConsistencyLevel: long(255, 0), Properties: pairs(50, 128, long(4096, 0)),
-		})).GetCollection()
-		b.wide = cmp.Or(b.wide, col.GetId())
+		}))
 	}
 	ref := byID(b.wide)
 	must[*pb.UpdateCollectionResponse](t)(b.catalog.UpdateCollection(ctx, &pb.UpdateCollectionRequest{
-		Collection: ref, UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"properties"}}, Properties: pairs(50, 128, long(4096, 0)),
+		Collection: ref, UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"properties"}}, Properties: pairs(175, 128, long(4096, 0)),
 	}))
 	must[*pb.RenameCollectionResponse](t)(b.catalog.RenameCollection(ctx, &pb.RenameCollectionRequest{
-		Collection: ref, NewName: &pb.CollectionName{Db: long(255, 0), Name: long(255, 99)},
+		Collection: ref, NewName: &pb.CollectionName{Db: long(255, 1), Name: long(255, 99)},
 	}))
 	must[*pb.GetCollectionResponse](t)(b.catalog.GetCollection(ctx, &pb.GetCollectionRequest{Collection: ref}))
 	list := pagesOf(t, "collections", func(token string) (proto.Message, []*pb.Collection, string) {
@@ -245,12 +253,6 @@ func (b *largeScene) collections() {
 		t.Errorf("%d collections are listed", len(list))
 	}
 
-	b.many = must[*pb.CreateCollectionResponse](t)(b.catalog.CreateCollection(ctx, &pb.CreateCollectionRequest{
-		Name: &pb.CollectionName{Db: long(255, 1), Name: long(255, 0)}, Roots: []*pb.Root{{Prefix: "many/"}}, Channels: b.channels(),
-	})).GetCollection().GetId()
-	for i := range catalog.MaxPartitions {
-		must[*pb.CreatePartitionResponse](t)(b.catalog.CreatePartition(ctx, &pb.CreatePartitionRequest{Collection: byID(b.many), Name: long(255, i)}))
-	}
 	var positions []*pb.ChannelPosition
 	for i := range catalog.MaxChannels {
 		positions = append(positions, &pb.ChannelPosition{
@@ -343,7 +345,7 @@ func (b *largeScene) segment(root int32, path int) *pb.Segment {
 	t := b.t
 	var made *pb.Segment
 	low, high := 1, 4096 // files that are accepted, and not
-	for high-low > 8 {
+	for high-low > 40 {
 		n := (low + high + 1) / 2
 		id := b.ids(t, 1)
 		dir := fmt.Sprintf("%d/0/%d/", b.wide, id)
@@ -385,11 +387,12 @@ func (b *largeScene) segments() {
 		b.large = append(b.large, seg)
 		// As large as updates make it.
 		for i := 0; ; i++ {
-			_, err := b.catalog.UpdateSegments(ctx, &pb.UpdateSegmentsRequest{Collection: ref, Updates: []*pb.SegmentUpdate{{
-				SegmentId: seg.GetId(), AddFiles: []*pb.File{{
-					Root: s.root, Path: fmt.Sprintf("%d/0/%d/%s", b.wide, seg.GetId(), long(100, i)), Kind: "insert",
-				}},
-			}}})
+			update := &pb.SegmentUpdate{SegmentId: seg.GetId()}
+			for n := range 8 {
+				path := fmt.Sprintf("%d/0/%d/%s", b.wide, seg.GetId(), long(100, 8*i+n))
+				update.AddFiles = append(update.AddFiles, &pb.File{Root: s.root, Path: path, Kind: "insert"})
+			}
+			_, err := b.catalog.UpdateSegments(ctx, &pb.UpdateSegmentsRequest{Collection: ref, Updates: []*pb.SegmentUpdate{update}})
 			if reason(err) == "LIMIT_EXCEEDED" || reason(err) == "INVALID_REQUEST" {
 				break
 			}
