@@ -162,3 +162,20 @@ func TestProfilesAreDocumented(t *testing.T) {
 		t.Errorf("a row for %q, which is no profile", name)
 	}
 }
+
+// TestETagsThatAreNoMD5s has a store whose ETags look like MD5s and are none: it can be
+// used, and a copy of another version is still refused by the condition.
+func TestETagsThatAreNoMD5s(t *testing.T) {
+	o := s3test.Bucket(t)
+	o.Endpoint = s3quirks.New(t, o.Endpoint, s3quirks.OwnETags()).URL()
+	s := s3test.Open(t, o)
+	report, err := probe.Run(t.Context(), s, "")
+	if want := (probe.Features{ConditionalCopy: true, MultipartCopy: true}); err != nil || report.Features() != want {
+		t.Fatalf("%+v, err = %v", report, err)
+	}
+	objecttest.RunExcept(t, func(t *testing.T) object.Store {
+		o := s3test.Bucket(t)
+		o.Endpoint = s3quirks.New(t, o.Endpoint, s3quirks.OwnETags()).URL()
+		return s3test.Open(t, o)
+	}, "Copy") // a copy has another ETag than its source, which proves nothing
+}

@@ -2,8 +2,11 @@ package s3
 
 import (
 	"context"
+	"crypto/md5"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
 	"net/url"
@@ -25,6 +28,9 @@ import (
 // sourceName is the entry of an object's metadata that tells of which ETag the
 // object was that it was copied from in parts. Stored: never rename.
 const sourceName = "snapshotd-source-etag"
+
+// maxDigest is the size in bytes up to which a source is read to see what its ETag is.
+const maxDigest = 8 << 20
 
 // copying is one call of Copy.
 type copying struct {
@@ -116,8 +122,12 @@ func (s *Store) copyWhole(ctx context.Context, c *copying) *failure {
 // sameContent compares the ETag of a copy in one request with that of the source.
 // Both are MD5s mostly, so that a copy of another version shows without trust in the
 // condition, which a server may have ceased to honour since it was probed. Where
-// they differ it asks whether either is encrypted, so that its ETag proves nothing.
+// they differ it asks whether either is encrypted, and whether the source's ETag is
+// its MD5: if not, the ETags prove nothing.
 func (s *Store) sameContent(ctx context.Context, c *copying) *failure {
+	if s.noMD5.Load() {
+		return nil
+	}
 	source := object.Info{Size: c.Size, ETag: c.SourceETag}
 	if likeness, _ := object.Compare(source, c.info); likeness != object.Altered {
 		return nil
@@ -133,8 +143,41 @@ func (s *Store) sameContent(ctx context.Context, c *copying) *failure {
 			return ignoredCondition(bare(out.ETag), c)
 		}
 	}
+	switch is, f := s.isMD5(ctx, c); {
+	case f != nil:
+		c.doubt = true
+		return f
+	case !is:
+		return nil
+	}
 	c.doubt = true
 	return unusable("the copy has ETag %s, its source %s", clip(c.info.ETag), c.SourceETag)
+}
+
+// isMD5 says whether the source's ETag is known to be its MD5. It reads a source of up
+// to maxDigest bytes, and notes if ETags of the server are no MD5s.
+func (s *Store) isMD5(ctx context.Context, c *copying) (bool, *failure) {
+	if c.Size > maxDigest {
+		return false, nil
+	}
+	r, info, f := s.get(ctx, c.From, 0, -1)
+	if f != nil {
+		return false, f
+	}
+	if info.ETag != c.SourceETag {
+		_ = r.Close() // nobody reads it
+		return false, ignoredCondition(info.ETag, c)
+	}
+	sum := md5.New() // an ETag, not a defence
+	_, err := io.Copy(sum, r)
+	if err := errors.Join(err, r.Close()); err != nil {
+		return false, unusable("%s", clip(err.Error()))
+	}
+	if hex.EncodeToString(sum.Sum(nil)) == c.SourceETag {
+		return true, nil
+	}
+	s.noMD5.Store(true)
+	return false, nil
 }
 
 // opaque says whether an ETag is no MD5 even if it looks like one.

@@ -228,6 +228,8 @@ type Store struct {
 	// wantsMD5 says that the server wants the field Content-MD5 with a list of keys
 	// to delete.
 	wantsMD5 atomic.Bool
+	// noMD5 says that ETags of the server look like MD5s and are none.
+	noMD5 atomic.Bool
 	// unlistedOnce guards the warning that the server does not list uploads.
 	unlistedOnce sync.Once
 }
