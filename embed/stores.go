@@ -291,7 +291,7 @@ func openStores(ctx context.Context, cfg Config, kv meta.KV, p *parts, open *clo
 			return nil, fmt.Errorf("object store %s: %w", alias, err)
 		}
 		o.Alias, o.KV, o.Cluster, o.Now, o.Rand, o.Log = alias, kv, cluster, time.Now, rand.Reader, log.Named("admit")
-		o.Problems = p.problems
+		o.Problems, o.InUse = p.problems, cfg.aliases()
 		if alias == cfg.SnapshotStore {
 			age := epoch.New(epoch.Options{KV: kv, Store: o.Store, Cluster: cluster, Now: time.Now, Rand: rand.Reader, Log: log.Named("epoch")})
 			o.Check = func(ctx context.Context) error {

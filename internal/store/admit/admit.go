@@ -93,6 +93,7 @@ const (
 type Options struct {
 	Store   object.Store // the one to admit
 	Alias   string
+	InUse   []string // all aliases of this replica
 	KV      meta.KV
 	Cluster string // the cluster's id
 	// About is the SHA-256 of the release and the configuration of the store. Empty:
@@ -286,7 +287,7 @@ func (s *Store) Run(ctx context.Context) error {
 		err := s.Attempt(bounded)
 		cancel()
 		switch {
-		case errors.Is(err, identity.ErrOther) || errors.Is(err, probe.ErrMissing):
+		case errors.Is(err, identity.ErrOther) || errors.Is(err, identity.ErrTwice) || errors.Is(err, probe.ErrMissing):
 			return err
 		case err != nil && !Pending(err) && ctx.Err() == nil: // else Attempt has noted it
 			s.admission.Failed(err)
@@ -312,7 +313,7 @@ func (s *Store) attempt(ctx context.Context) (features found, readable bool, err
 	}
 	features, err = s.fit(ctx)
 	if err == nil {
-		err = identity.Check(ctx, s.o.KV, s.o.Store, s.o.Alias, s.o.Cluster, s.o.Rand)
+		err = identity.Check(ctx, s.o.KV, s.o.Store, s.o.Alias, s.o.Cluster, s.o.Rand, s.o.InUse...)
 	}
 	if err == nil {
 		err = s.check(ctx)

@@ -5,6 +5,20 @@
 // and a replica that finds them to differ does not start. The object also names
 // the cluster: two clusters give the same ids to different snapshots, so they
 // must not share a bucket and prefix.
+//
+// One store under two aliases would give each object two names, so that a root could
+// lie inside another, and one file could be two of a segment. An alias is therefore
+// recorded only if no other alias in use has the id:
+//
+//	record  compares: the alias is absent; each other alias in use as read, with
+//	        another id or absent
+//	        puts: the alias with the store's id
+//
+//	two aliases of one store, at once   one of them finds the other changed, and
+//	                                    reads again
+//	no answer                           a repeat finds it recorded, or records it
+//	an alias that is no longer in use   is not compared: a store may get a new alias
+//	both recorded by an older release   both stay
 package identity
 
 import (
@@ -28,7 +42,11 @@ const Key = "snapshots/identity.json"
 // than in the cluster.
 var ErrOther = errors.New("not the object store that the cluster knows")
 
+// ErrTwice means that a store that has an alias would get a second one.
+var ErrTwice = errors.New("the object store has another alias already")
+
 const (
+	maxAttempts   = 16
 	formatVersion = 1
 	idBytes       = 16
 	maxBytes      = 4 << 10 // of the object; it has far fewer
@@ -44,8 +62,9 @@ type content struct {
 // Check returns nil when store is the one that alias stands for in the cluster
 // of kv, whose id is cluster. An alias that the cluster does not know yet stands for store from now
 // on; of several replicas that come first with different stores, one wins and
-// the others get ErrOther.
-func Check(ctx context.Context, kv meta.KV, store object.Store, alias, cluster string, rand io.Reader) error {
+// the others get ErrOther. It is ErrTwice when one of inUse, the other aliases of this
+// replica, stands for the store.
+func Check(ctx context.Context, kv meta.KV, store object.Store, alias, cluster string, rand io.Reader, inUse ...string) error {
 	known, found, _, err := kv.Get(ctx, keys.Store(alias))
 	if err != nil {
 		return fmt.Errorf("read the identity of object store %s: %w", alias, err)
@@ -64,20 +83,55 @@ func Check(ctx context.Context, kv meta.KV, store object.Store, alias, cluster s
 		return fmt.Errorf("object store %s: %w: %s says that it belongs to cluster %s, and this is %s; give each cluster a directory, bucket or prefix of its own",
 			alias, ErrOther, Key, has.Cluster, cluster)
 	}
-	atRecord.Before()
-	res, err := kv.Txn(ctx, meta.Txn{
-		If:   []meta.Cond{meta.Absent(keys.Store(alias))},
-		Then: []meta.Op{meta.Put(keys.Store(alias), []byte(has.ID))},
-		Else: []meta.Op{meta.Get(keys.Store(alias))},
-	})
-	atRecord.After()
-	if err != nil {
-		return fmt.Errorf("record the identity of object store %s: %w", alias, err)
+	for attempt := range maxAttempts {
+		if err := meta.Pause(ctx, attempt); err != nil {
+			return err
+		}
+		conds, err := onlyName(ctx, kv, alias, has.ID, inUse)
+		if err != nil {
+			return err
+		}
+		atRecord.Before()
+		res, err := kv.Txn(ctx, meta.Txn{
+			If:   append(conds, meta.Absent(keys.Store(alias))),
+			Then: []meta.Op{meta.Put(keys.Store(alias), []byte(has.ID))},
+			Else: []meta.Op{meta.Get(keys.Store(alias))},
+		})
+		atRecord.After()
+		if err != nil {
+			return fmt.Errorf("record the identity of object store %s: %w", alias, err)
+		}
+		if res.Succeeded {
+			return nil
+		}
+		if len(res.Ranges[0]) > 0 { // another replica was first
+			return compare(alias, string(res.Ranges[0][0].Value), has.ID, nil)
+		}
 	}
-	if !res.Succeeded { // another replica was first
-		return compare(alias, string(res.Ranges[0][0].Value), has.ID, nil)
+	return fmt.Errorf("record the identity of object store %s: %w: the other aliases change all the time", alias, meta.ErrUnavailable)
+}
+
+// onlyName returns the compares that none of inUse stands for the store with an id.
+func onlyName(ctx context.Context, kv meta.KV, alias, id string, inUse []string) ([]meta.Cond, error) {
+	var conds []meta.Cond
+	for _, other := range inUse {
+		if other == alias {
+			continue
+		}
+		got, found, _, err := kv.Get(ctx, keys.Store(other))
+		switch {
+		case err != nil:
+			return nil, fmt.Errorf("read the identity of object store %s: %w", other, err)
+		case !found:
+			conds = append(conds, meta.Absent(keys.Store(other)))
+		case string(got.Value) == id:
+			return nil, fmt.Errorf("object store %s: %w: %s is the same one, so an object would have two names; configure one of the two",
+				alias, ErrTwice, other)
+		default:
+			conds = append(conds, meta.Unchanged(keys.Store(other), got.ModRevision))
+		}
 	}
-	return nil
+	return conds, nil
 }
 
 // Known reports whether the cluster of kv knows alias. Then the error is nil only

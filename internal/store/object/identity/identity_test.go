@@ -40,6 +40,44 @@ func both(t *testing.T, kv meta.KV, s object.Store) (body, id string) {
 	return string(data), string(have.Value)
 }
 
+// A store gets a second alias only when the first one is not in use any more.
+func TestTwoAliasesOfOneStore(t *testing.T) {
+	named := func(kv meta.KV, s object.Store, alias string, inUse ...string) error {
+		return identity.Check(t.Context(), kv, s, alias, "cluster-1", rand.Reader, inUse...)
+	}
+	kv, s := metamemory.New(metamemory.Options{}), memory.New(memory.Options{})
+	inUse := []string{"cold", "warm"}
+	for range 2 {
+		if err := named(kv, s, "cold", inUse...); err != nil {
+			t.Fatal(err)
+		}
+		if err := named(kv, s, "warm", inUse...); !errors.Is(err, identity.ErrTwice) || !strings.Contains(err.Error(), "cold is the same one") {
+			t.Errorf("a second alias: %v", err)
+		}
+	}
+	if err := named(kv, memory.New(memory.Options{}), "warm", inUse...); err != nil {
+		t.Errorf("another store: %v", err)
+	}
+	for _, inUse := range [][]string{{"new"}, {"cold", "new"}} { // a cluster that has recorded both goes on
+		if err := named(kv, s, "new", inUse...); err != nil {
+			t.Errorf("a new alias, with %v in use: %v", inUse, err)
+		}
+	}
+	// Both at once, in a cluster that knows neither.
+	for range 20 {
+		kv, s := metamemory.New(metamemory.Options{}), memory.New(memory.Options{})
+		errs := make([]error, len(inUse))
+		var wg sync.WaitGroup
+		for i, alias := range inUse {
+			wg.Go(func() { errs[i] = named(kv, s, alias, inUse...) })
+		}
+		wg.Wait()
+		if first, second := errs[0] == nil, errs[1] == nil; first == second || !errors.Is(errors.Join(errs...), identity.ErrTwice) {
+			t.Errorf("both at once: %v", errs)
+		}
+	}
+}
+
 func TestFirstStartSettlesIt(t *testing.T) {
 	kv, s := metamemory.New(metamemory.Options{}), memory.New(memory.Options{})
 	for range 2 {
