@@ -416,8 +416,9 @@ func (x *index) loaded(e *entry, refs *snapshotRefs, err error) {
 		return
 	}
 	wait := x.o.Interval
-	if passes(err) {
-		// As long as the store does not answer there is nothing wrong with it.
+	if passes(err) || object.IsPassing(err) {
+		// As long as the store does not answer, or refuses, there is nothing wrong with
+		// the snapshot.
 		if e.transient++; e.transient < 6 {
 			e.retry = x.o.Now().Add(50 * time.Millisecond << e.transient)
 			return

@@ -959,13 +959,29 @@ func (m *Manager) verify(ctx context.Context, group *errgroup.Group, roots []cat
 	for f := range s.AllFiles() {
 		file := *f
 		group.Go(func() error {
-			err := lease.persist(ctx, func() error { return m.verifyFile(ctx, roots[file.Root], &file, id) })
+			err := lease.persist(ctx, func() error {
+				return pastRefusals(ctx, func() error { return m.verifyFile(ctx, roots[file.Root], &file, id) })
+			})
 			if err != nil {
 				return err
 			}
 			return lease.advance(ctx)
 		})
 	}
+}
+
+// pastRefusals repeats do while the store refuses in a way that may pass, up to
+// putAttempts times: one refusal among the requests of a create does not end it.
+func pastRefusals(ctx context.Context, do func() error) (err error) {
+	for attempt := range putAttempts {
+		if over := meta.Pause(ctx, attempt*attempt*10); over != nil {
+			return cmp.Or(err, over)
+		}
+		if err = do(); !object.IsPassing(err) {
+			return err
+		}
+	}
+	return err
 }
 
 func (m *Manager) verifyFile(ctx context.Context, root catalog.Root, f *segment.File, id int64) error {

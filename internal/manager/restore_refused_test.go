@@ -11,7 +11,9 @@ import (
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
 
+	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
@@ -237,5 +239,65 @@ func TestRefusedAtAdmission(t *testing.T) {
 			t.Errorf("%+v", jobs)
 		}
 		w.nothingSince(before)
+	})
+}
+
+// TestCreateOutlastsARefusal has the store refuse one request of a create that looks at
+// all files, and all of them.
+func TestCreateOutlastsARefusal(t *testing.T) {
+	for _, op := range []object.Op{object.OpHead, object.OpCreate} {
+		t.Run(string(op), func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				r := w.start("a", func(o *Options) { o.CollectorOff = true })
+				col := w.rich(r, "c", 40)
+				settle()
+				refused := refuses(r, op, object.FaultDenied, func(n, _ int) bool { return n == 0 || n == 20 })
+				sp := spec(col, "one")
+				sp.Verify = true
+				if _, err := r.Create(t.Context(), noToken, sp); err != nil || refused() == 0 {
+					t.Errorf("after %d refusals: %v", refused(), err)
+				}
+				began := time.Now()
+				refuses(r, op, object.FaultDenied, func(int, int) bool { return true })
+				sp = spec(col, "two")
+				sp.Verify = true
+				_, err := r.Create(t.Context(), noToken, sp)
+				wantError(t, err, object.ErrDenied)
+				if took := time.Since(began); took > 10*time.Second {
+					t.Errorf("it took %v", took)
+				}
+			})
+		})
+	}
+}
+
+// TestRefusedReferencesAreReadAgain has the store refuse the first reads of what a
+// snapshot references: it does not count as unreadable, and reclaiming goes on.
+func TestRefusedReferencesAreReadAgain(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		a := w.start("a", func(o *Options) { o.CollectorOff = true })
+		col, _, _ := w.collection(a, "c")
+		held := w.segment(a, col, 0, 1, 20)
+		w.addWritten(a, col, held)
+		w.checkpoint(a, col, 100, 100)
+		w.create(a, col, "one")
+		asks := w.dropSegments(a, col, held.ID)
+		a.stop()
+		var refused func() int
+		b := w.start("b", func(o *Options) {
+			o.CollectorOff = true
+			store, ok := o.Stores["default"].(*object.Faulty)
+			if !ok {
+				t.Fatalf("the store is a %T", o.Stores["default"])
+			}
+			refused = refuses(&replica{store: store}, object.OpGet, object.FaultDenied, func(n, _ int) bool { return n < 3 })
+		})
+		began := time.Now()
+		if _, err := b.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester"); err != nil || refused() == 0 {
+			t.Errorf("after %d refusals: %v", refused(), err)
+		}
+		if took := time.Since(began); took > 5*time.Second {
+			t.Errorf("it took %v", took)
+		}
 	})
 }

@@ -364,8 +364,8 @@ func (s *Store) find(ctx context.Context) (found, error) {
 			return found{}, fmt.Errorf("probe %s: %w", check.Name, check.Err)
 		}
 		switch {
-		case errors.Is(check.Err, object.ErrDenied):
-			s.o.Log.Warn("a check of the object store is denied: what it can do is not known",
+		case errors.Is(check.Err, object.ErrDenied), object.IsPassing(check.Err):
+			s.o.Log.Warn("a check of the object store is refused: what it can do is not known",
 				zap.String("check", check.Name), zap.Error(check.Err))
 		case !check.OK:
 			s.o.Log.Warn("the object store lacks what would be good to have", zap.String("check", check.Name), zap.String("detail", check.Detail))

@@ -132,12 +132,12 @@ func (r Report) UnknownCopy() error { return r.unknown(conditionalCopy) }
 
 // Decided reports whether all that [Report.Features] returns is known.
 func (r Report) Decided() bool {
-	return r.unknown(conditionalCopy) == nil && r.unknown(multipartCopy) == nil
+	return r.unknown(conditionalCopy) == nil && r.unknown(multipartCopy) == nil && r.unknown(rangeCopy) == nil
 }
 
 func (r Report) unknown(name string) error {
 	for _, c := range r.Checks {
-		if c.Name == name && (c.Unknown || errors.Is(c.Err, object.ErrDenied)) {
+		if c.Name == name && (c.Unknown || errors.Is(c.Err, object.ErrDenied) || object.IsPassing(c.Err)) {
 			return fmt.Errorf("probe %s: %w", c.Name, c.Err)
 		}
 	}

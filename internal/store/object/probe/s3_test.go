@@ -65,3 +65,23 @@ func TestS3Missing(t *testing.T) {
 		t.Errorf("left: %v %v", info.Key, err)
 	}
 }
+
+// TestS3RefusedCopyIsNotKnown has a server refuse the copies of a probe in ways that
+// may pass: whether it can copy is not known then, and nothing is remembered.
+func TestS3RefusedCopyIsNotKnown(t *testing.T) {
+	o := s3test.Bucket(t)
+	p := s3fault.New(t, o.Endpoint)
+	o.Endpoint = p.URL()
+	s := s3test.Open(t, o)
+	for code, status := range map[string]int{"RequestTimeTooSkewed": 403, "NoSuchBucket": 404, "ExpiredToken": 400, "TemporaryRedirect": 307} {
+		p.Plan(s3fault.Rule{Op: s3fault.CopyObject, Times: -1, Action: s3fault.Status(status, code)})
+		report, err := probe.Copies(t.Context(), s, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if report.UnknownCopy() == nil || report.Decided() {
+			t.Errorf("%s: the verdict is %+v", code, report.Features())
+		}
+		p.MustHaveFired(t)
+	}
+}
