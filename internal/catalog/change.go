@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"iter"
 	"slices"
@@ -69,7 +70,12 @@ func (c *Catalog) Change(ctx context.Context, tok request.Token, ref Ref, swap S
 		return 0, invalid("inputs", "%d inputs, outputs and updates, at most %d in one step; split it into several", n, MaxSwap)
 	}
 	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
-		return c.planSwap(ctx, &ref, swap)
+		p, err := c.planSwap(ctx, &ref, swap)
+		if errors.Is(err, errStaleStock) {
+			c.ForgetStock(ctx)
+			p, err = c.planSwap(ctx, &ref, swap)
+		}
+		return p, err
 	})
 	if err != nil {
 		return 0, fmt.Errorf("change segments of collection %s: %w", ref, err)
@@ -82,6 +88,10 @@ func (c *Catalog) Change(ctx context.Context, tok request.Token, ref Ref, swap S
 func (c *Catalog) SetCheckpoints(ctx context.Context, ref Ref, checkpoints []Checkpoint) (int64, error) {
 	return c.Change(ctx, request.Token{}, ref, Swap{Checkpoints: checkpoints})
 }
+
+// errStaleStock means that an id of the replica's stock is gone: a gap was closed that
+// it lay in, for the stock was that old.
+var errStaleStock = errors.New("stock of ids is too old")
 
 // swapPlan gathers the transaction of a swap.
 type swapPlan struct {
@@ -200,6 +210,11 @@ func (c *Catalog) planSwap(ctx context.Context, ref *Ref, swap Swap) (plan, erro
 		return plan{}, err
 	}
 	unclaimed, claims, err := c.claim(ctx, col.ID, p.newIDs)
+	if errors.Is(err, ErrIDUsed) {
+		if gone, goneErr := c.Gone(ctx, p.unitIDs); goneErr == nil && len(gone) > 0 {
+			err = fmt.Errorf("%w: %w", errStaleStock, err)
+		}
+	}
 	if err != nil {
 		return plan{}, err
 	}

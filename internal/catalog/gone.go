@@ -34,6 +34,8 @@ import (
 //
 //	two at once       one of them finds the block changed and reads it again
 //	no answer         as of the transaction that it is part of
+//	a closed gap has  the replica drops its stock and takes fresh ids, when it next
+//	ids of a stock    needs one for files that a segment loses
 
 const (
 	goneBits  = 12 // a block has 4096 ids

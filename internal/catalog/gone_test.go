@@ -2,6 +2,7 @@ package catalog_test
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"testing"
@@ -14,6 +15,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/memory"
+	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
 // release makes ids gone, as the confirmation of their tombstones does.
@@ -78,6 +80,50 @@ func TestGone(t *testing.T) {
 			check()
 		}
 	})
+}
+
+// A replica whose stock of ids is so old that the gap which it lies in was closed takes
+// fresh ones for the files that a segment loses.
+func TestStockInAClosedGap(t *testing.T) {
+	now := time.Unix(1e9, 0)
+	kv := memory.New(memory.Options{})
+	options := catalog.Options{
+		KV: kv, Now: func() time.Time { return now }, Rand: rand.Reader, HasStore: func(string) bool { return true },
+		MaxGoneRanges: 3, GoneGapAge: time.Hour,
+	}
+	other := catalog.New(options)
+	r := &rig{Catalog: catalog.New(options), kv: kv}
+	before, err := other.AllocateIDs(t.Context(), request.Token{}, 10)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.col, err = r.CreateCollection(t.Context(), request.Token{}, spec("c")); err != nil { // takes a stock
+		t.Fatal(err)
+	}
+	r.ref = catalog.Ref{ID: r.col.ID}
+	after, err := other.AllocateIDs(t.Context(), request.Token{}, 10)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []int64{before.First, before.First + 2, before.First + 4, after.First + 2, after.First + 4} {
+		r.release(t, other, id)
+	}
+	now = now.Add(2 * time.Hour)
+	r.release(t, other, after.First+6)
+	id := after.First + 8
+	s := r.add(t, id)[0]
+	taken := catalog.FilePath{Root: s.Files[0].Root, Path: s.Files[0].Path}
+	if err := r.change(t.Context(), catalog.Swap{Update: []catalog.Update{{Segment: id, RemoveFiles: []catalog.FilePath{taken}}}}); err != nil {
+		t.Fatal(err)
+	}
+	units := unitIDs(r.units(t))
+	if len(units) != 1 || units[0] <= id {
+		t.Errorf("units %v, want one with a fresh id", units)
+	}
+	_, _, err = r.AddSegments(t.Context(), r.col.ID, r.segments([]int64{before.First + 1}))
+	if !errors.Is(err, catalog.ErrIDUsed) {
+		t.Errorf("an id of the caller's in the gap: %v", err)
+	}
 }
 
 // The record of a block stays small, however its ids go.
