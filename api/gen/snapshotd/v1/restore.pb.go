@@ -595,7 +595,8 @@ type RestorePlan struct {
 	// Why it could not be done, such as a name that is taken; empty: nothing is in
 	// the way.
 	Conflicts []string `protobuf:"bytes,6,rep,name=conflicts,proto3" json:"conflicts,omitempty"`
-	// Files of the snapshot that are missing or have another size, at most 100.
+	// Files of the snapshot that are missing or not as they were recorded, at most 100,
+	// each with what differs: size, checksum or ETag, also an ETag of another layout.
 	// Looked for only when the request asks for verification.
 	Missing []string `protobuf:"bytes,7,rep,name=missing,proto3" json:"missing,omitempty"`
 	// How many those are.

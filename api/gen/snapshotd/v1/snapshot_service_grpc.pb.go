@@ -92,7 +92,7 @@ type SnapshotServiceClient interface {
 	//	                     min_cut in time; CHECKPOINT_MISSING: a segment's
 	//	                     channel has no checkpoint; NOT_EXACT: require_exact,
 	//	                     and segments straddle the cut; FILE_MISSING: verify
-	//	                     found a file missing or altered.
+	//	                     found a file missing or not as it was recorded.
 	//	ABORTED              CATALOG_COMPACTED: the capture was overtaken three
 	//	                     times; CREATE_ABORTED: the replica that did it died
 	//	                     or ran out of time. Try again with a new token.
@@ -479,7 +479,7 @@ type SnapshotServiceServer interface {
 	//	                     min_cut in time; CHECKPOINT_MISSING: a segment's
 	//	                     channel has no checkpoint; NOT_EXACT: require_exact,
 	//	                     and segments straddle the cut; FILE_MISSING: verify
-	//	                     found a file missing or altered.
+	//	                     found a file missing or not as it was recorded.
 	//	ABORTED              CATALOG_COMPACTED: the capture was overtaken three
 	//	                     times; CREATE_ABORTED: the replica that did it died
 	//	                     or ran out of time. Try again with a new token.
