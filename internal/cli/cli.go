@@ -375,7 +375,8 @@ func readyInfo(c *client.Client) callFunc[snapshotdv1.GetServerInfoRequest, snap
 				return resp, nil
 			case err == nil:
 				last = status.Error(codes.DeadlineExceeded, "the server answers, and no leader is elected yet")
-			case ctx.Err() != nil || status.Code(err) == codes.DeadlineExceeded: // the answer there was says more than the end of the time
+			case ctx.Err() != nil || status.Code(err) == codes.DeadlineExceeded:
+				// The answer there was says more than the end of the time.
 				return nil, cmp.Or(last, err)
 			case status.Code(err) != codes.Unavailable:
 				return nil, err

@@ -48,13 +48,15 @@ func (s *Store) Delete(ctx context.Context, keys ...string) error {
 		}
 	}
 	for part := range slices.Chunk(batch, maxDelete) {
-		if s.noBatch.Load() {
+		if s.noBatch.holds() {
 			single = append(single, part...)
 			continue
 		}
 		left, f := s.deleteBatch(ctx, part, failed)
 		if f != nil && refusesBatch(f) {
-			s.noBatch.Store(true)
+			if f.code != "" { // the page of a proxy says nothing of the server
+				s.noBatch.set()
+			}
 			single = append(single, left...)
 			continue
 		}
@@ -86,7 +88,7 @@ func unsupported(f *failure) bool {
 }
 
 // refusesBatch says whether the server refuses the form of the request, so that
-// keys go one by one from then on. A lack of rights or of patience is not the form.
+// keys go one by one from then on, for an hour. A lack of rights or of patience is not the form.
 func refusesBatch(f *failure) bool {
 	if unsupported(f) {
 		return true

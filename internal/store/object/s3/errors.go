@@ -117,7 +117,7 @@ const (
 	kmsTodo         = "; set the store's key service up, or another sse"
 	sizeTodo        = "; a proxy in front of the store bounds the size of requests: raise its bound"
 	// Of answers without a code, which are none of S3.
-	proxyTodo    = "; a proxy, firewall or portal in front of the store refuses the request, not the store"
+	proxyTodo    = "; a proxy, firewall or portal in front of the store may refuse the request: see its log"
 	endpointTodo = "; check the endpoint's address, its port, and whether it is http or https"
 )
 
@@ -250,6 +250,9 @@ func judge(err error) *failure {
 	message := ""
 	if api, ok := errors.AsType[smithy.APIError](err); ok {
 		f.code, message = api.ErrorCode(), api.ErrorMessage()
+		if isMadeUp(f.status, f.code, message) {
+			f.code, message = "", ""
+		}
 	}
 	if f.status >= 300 && f.status < 400 {
 		f.kind = object.ErrMisconfigured
@@ -324,6 +327,13 @@ func meaningOf(code, message string) (meaning, bool) {
 		}
 	}
 	return m, known
+}
+
+// isMadeUp says whether the SDK has made a code and a message of the status, for the
+// body has none, as the page of a proxy.
+func isMadeUp(status int, code, message string) bool {
+	text := http.StatusText(status)
+	return code == "UnknownError" && message == code || text != "" && message == text && code == strings.ReplaceAll(text, " ", "")
 }
 
 // tlsTodo says what to do about an error of TLS that does not pass by itself;

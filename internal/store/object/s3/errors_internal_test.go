@@ -1,10 +1,10 @@
 package s3
 
 import (
+	"cmp"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
-	"io"
 	"net/http"
 	"net/url"
 	"strings"
@@ -16,13 +16,13 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// answered is the error of the SDK for an answer. Without a code the answer is not
-// one of S3.
+// answered is the error of the SDK for an answer. Without a code the answer is not one
+// of S3, and the SDK makes one of the status.
 func answered(status int, code, message string) error {
-	err := error(&smithy.DeserializationError{Err: io.ErrUnexpectedEOF})
-	if code != "" {
-		err = &smithy.GenericAPIError{Code: code, Message: message}
+	if text := http.StatusText(status); code == "" {
+		code, message = cmp.Or(strings.ReplaceAll(text, " ", ""), "UnknownError"), cmp.Or(text, "UnknownError")
 	}
+	err := error(&smithy.GenericAPIError{Code: code, Message: message})
 	response := &smithyhttp.Response{Response: &http.Response{StatusCode: status, Header: http.Header{}}}
 	return &smithy.OperationError{Err: &smithyhttp.ResponseError{Response: response, Err: err}}
 }

@@ -671,6 +671,23 @@ func TestDelete(t *testing.T) {
 		r.proxy.MustHaveFired(t)
 		wantContent(t, r, "b", "-")
 	})
+	t.Run("the page of a proxy", func(t *testing.T) {
+		r := newRig(t, nil)
+		r.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObjects, Action: s3fault.Instead(&s3fault.Answer{
+			Status: 404, Body: []byte("<html>default backend - 404</html>"),
+		})})
+		for range 2 {
+			r.put(t, "a", "x")
+			if err := r.store.Delete(t.Context(), "a", "missing"); err != nil {
+				t.Error(err)
+			}
+			wantContent(t, r, "a", "-")
+		}
+		r.proxy.MustHaveFired(t)
+		if batches, single := r.proxy.Count(s3fault.DeleteObjects), r.proxy.Count(s3fault.DeleteObject); batches != 2 || single != 2 {
+			t.Errorf("%d batches and %d single deletes, want 2 and 2", batches, single)
+		}
+	})
 	t.Run("one by one", func(t *testing.T) {
 		r := newRig(t, nil)
 		r.put(t, "a", "x")

@@ -3,6 +3,8 @@ package s3
 import (
 	"testing"
 	"time"
+
+	"github.com/snapshotd/snapshotd/internal/testing/virtual"
 )
 
 func TestPause(t *testing.T) {
@@ -15,6 +17,23 @@ func TestPause(t *testing.T) {
 			t.Errorf("after %d attempts up to %v, want up to %v", attempts, longest, most)
 		}
 	}
+}
+
+// What a server was found not to know is asked of it again.
+func TestLapsing(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
+		var l lapsing
+		if l.holds() {
+			t.Error("it holds at first")
+		}
+		l.set()
+		if time.Sleep(verdictFor - time.Second); !l.holds() {
+			t.Error("it has lapsed too early")
+		}
+		if time.Sleep(2 * time.Second); l.holds() {
+			t.Error("it holds for ever")
+		}
+	})
 }
 
 func TestBudgetRefills(t *testing.T) {

@@ -224,7 +224,7 @@ type Store struct {
 	keys      *keyring
 	owner     *string
 	// noBatch says that the server does not know how to delete many at once.
-	noBatch atomic.Bool
+	noBatch lapsing
 	// wantsMD5 says that the server wants the field Content-MD5 with a list of keys
 	// to delete.
 	wantsMD5 atomic.Bool
@@ -235,6 +235,16 @@ type Store struct {
 }
 
 var _ object.Store = (*Store)(nil)
+
+// verdictFor is how long a lapsing holds: servers are upgraded, and gateways replaced.
+const verdictFor = time.Hour
+
+// lapsing is a finding about a server that is made again after a while. It is safe for
+// concurrent use.
+type lapsing struct{ until atomic.Int64 }
+
+func (l *lapsing) set()        { l.until.Store(time.Now().Add(verdictFor).UnixNano()) }
+func (l *lapsing) holds() bool { return time.Now().UnixNano() < l.until.Load() }
 
 // Open returns the store on a bucket that exists. It finds the credentials and
 // does not speak to the store; see package probe for what does. Close it after
