@@ -832,6 +832,11 @@ func (w *snapshotWriter) encodeVerified(ctx context.Context, c *chunk) ([]byte, 
 // encode captures the segments of a chunk, shows each to look, and returns the
 // manifest.
 func (w *snapshotWriter) encode(ctx context.Context, c *chunk, look func(*segment.Segment)) ([]byte, error) {
+	end, err := w.m.memory.decode(ctx, c.records, w.lease.advance)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
 	out := manifest.NewWriter()
 	defer out.Close()
 	var decoder catalog.Decoder

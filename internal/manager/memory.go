@@ -18,18 +18,29 @@ import (
 // keeps that until it has read all of its records. What it reads is charged record by record: to its own
 // reservation first, then to what is free of the budget. When nothing is free the
 // chunk waits for the overdraft, of which there is one, and from then on charges
-// nothing. A chunk that was read is written and let go without any further memory.
+// nothing. A chunk that was read is written and let go without any further memory but
+// that of decoding: a segment of many files is decoded to far more than its record. A
+// chunk with such a record decodes, captures and encodes its segments one after another
+// within a second budget, a quarter of CreateMemory.
 //
 //	who waits                 for what           who lets it go
 //	a create before it begins the budget         creates that end; holds nothing
 //	a chunk that is read      the overdraft      the chunk that has it, which waits
-//	                                             for no memory until it is written
+//	                                             for decoding alone until it is written
+//	a chunk of heavy records  decoding           chunks that are encoded, which wait
+//	                                             for no memory
 //
-// So nothing that holds memory waits for one that waits for memory.
+// So waits form no circle: what ends a wait at the bottom of this table waits for none.
 
 // segmentMemory is the estimated memory of one segment of a dozen files, in bytes:
 // its record, or its part of a manifest.
 const segmentMemory = 2 << 10
+
+// What decoding a segment takes, in bytes.
+const (
+	decodedFactor = 64      // for each byte of its record, at most: of files without ETags
+	lightRecord   = 8 << 10 // records up to this are decoded without a charge
+)
 
 // recordMemory is what is charged for a record: its bytes, as many for its part of
 // the manifest, and what stands around them.
@@ -40,10 +51,14 @@ type createMemory struct {
 	size      int64
 	budget    *semaphore.Weighted
 	overdraft chan struct{} // holds one token while nothing has it
+
+	decodeSize int64
+	decoding   *semaphore.Weighted
 }
 
 func newCreateMemory(size int64) *createMemory {
-	m := &createMemory{size: size, budget: semaphore.NewWeighted(size), overdraft: make(chan struct{}, 1)}
+	m := &createMemory{size: size, budget: semaphore.NewWeighted(size), overdraft: make(chan struct{}, 1), decodeSize: max(1, size/4)}
+	m.decoding = semaphore.NewWeighted(m.decodeSize)
 	m.overdraft <- struct{}{}
 	return m
 }
@@ -57,6 +72,33 @@ func (m *createMemory) reserve(ctx context.Context, n int64, first meta.KeyValue
 		return nil, fmt.Errorf("%w: no memory for it in time: %w", ErrOverloaded, err)
 	}
 	return &reservation{memory: m, own: need}, nil
+}
+
+// decode waits until there is memory to decode records, one after another. While it
+// waits it calls alive each second. A record that takes more than all of it takes all.
+func (m *createMemory) decode(ctx context.Context, records []meta.KeyValue, alive func(context.Context) error) (end func(), err error) {
+	largest := 0
+	for i := range records {
+		largest = max(largest, len(records[i].Value))
+	}
+	if largest <= lightRecord {
+		return func() {}, nil
+	}
+	need := min(decodedFactor*int64(largest), m.decodeSize)
+	for {
+		second, cancel := context.WithTimeout(ctx, time.Second)
+		err := m.decoding.Acquire(second, need)
+		cancel()
+		if err == nil {
+			return func() { m.decoding.Release(need) }, nil
+		}
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		if err := alive(ctx); err != nil {
+			return nil, err
+		}
+	}
 }
 
 // reservation is the memory of one create.

@@ -3,12 +3,15 @@ package manager
 import (
 	"context"
 	crand "crypto/rand"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 	"github.com/snapshotd/snapshotd/internal/testing/virtual"
@@ -143,6 +146,95 @@ func TestMemoryIsBoundedAndReturned(t *testing.T) {
 		}
 		if !m.budget.TryAcquire(bound) || len(m.overdraft) != 1 {
 			t.Error("not all memory was returned")
+		}
+	})
+}
+
+// TestHeavySegmentsAreDecodedInTurn has a create of a segment with many files wait,
+// longer than its lease lasts, until there is memory to decode it; one of a light
+// segment goes on.
+func TestHeavySegmentsAreDecodedInTurn(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		r := w.start("a")
+		light, _, _ := w.collection(r, "light")
+		w.add(r, light, w.segment(r, light, 0, 1, 2))
+		w.checkpoint(r, light, 10, 10)
+		heavy, _, _ := w.collection(r, "heavy")
+		s := w.segment(r, heavy, 0, 1, 2)
+		for i := range 4000 {
+			f := s.Files[0]
+			f.LogID = int64(i + 2)
+			f.Path = catalog.NativePath(heavy.ID, &s, &f)
+			s.Files = append(s.Files, f)
+		}
+		w.add(r, heavy, s)
+		w.checkpoint(r, heavy, 10, 10)
+		if !r.memory.decoding.TryAcquire(r.memory.decodeSize) {
+			t.Fatal("no memory")
+		}
+		created := make(chan error, 1)
+		go func() {
+			_, err := r.Create(t.Context(), request.Token{}, spec(heavy, "h"))
+			created <- err
+		}()
+		w.create(r, light, "l")
+		time.Sleep(3 * r.o.LeaseTTL)
+		settle()
+		if len(created) != 0 {
+			t.Fatalf("without memory to decode a create ended with %v", <-created)
+		}
+		r.memory.decoding.Release(r.memory.decodeSize)
+		if err := <-created; err != nil {
+			t.Fatal(err)
+		}
+		if !r.memory.decoding.TryAcquire(r.memory.decodeSize) {
+			t.Error("not all memory was returned")
+		}
+		w.check(r)
+	})
+}
+
+// TestDecodingIsBounded has many chunks decode at once: those that do never need more
+// than there is, and a record that needs more than that is decoded alone.
+func TestDecodingIsBounded(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
+		m := newCreateMemory(32 << 20)
+		var mu sync.Mutex
+		var now, most int64
+		add := func(n int64) {
+			mu.Lock()
+			defer mu.Unlock()
+			now += n
+			most = max(most, now)
+		}
+		var all sync.WaitGroup
+		for i := range 64 {
+			size := []int{lightRecord + 1, 100_000, 1_000_000}[i%3]
+			all.Go(func() {
+				records := []meta.KeyValue{{Value: make([]byte, 10)}, {Value: make([]byte, size)}}
+				end, err := m.decode(t.Context(), records, func(context.Context) error { return nil })
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				need := min(decodedFactor*int64(size), 8<<20)
+				add(need)
+				time.Sleep(3 * time.Second)
+				add(-need)
+				end()
+			})
+		}
+		all.Wait()
+		if most > 8<<20 || most < 6<<20 {
+			t.Errorf("%d bytes were decoded at once, at most %d", most, 8<<20)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		if !m.decoding.TryAcquire(m.decodeSize) {
+			t.Error("not all memory was returned")
+		}
+		if _, err := m.decode(ctx, []meta.KeyValue{{Value: make([]byte, lightRecord+1)}}, func(context.Context) error { return nil }); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("without memory: %v", err)
 		}
 	})
 }
