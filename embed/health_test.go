@@ -15,10 +15,13 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
 
+	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/testing/etcdproxy"
 	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
@@ -29,6 +32,7 @@ type served struct {
 	t         *testing.T
 	ticks     chan time.Time
 	listeners []net.Listener
+	conn      *grpc.ClientConn
 	health    healthpb.HealthClient
 }
 
@@ -60,7 +64,7 @@ func serve(t *testing.T, cfg Config, change func(*parts)) *served {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.health = healthpb.NewHealthClient(conn)
+	s.conn, s.health = conn, healthpb.NewHealthClient(conn)
 	t.Cleanup(func() {
 		if err := conn.Close(); err != nil {
 			t.Error(err)
@@ -181,6 +185,24 @@ func TestOldEtcd(t *testing.T) {
 	s.becomes("ok")
 }
 
+// create makes a collection.
+func (s *served) create(name string) error {
+	_, err := pb.NewCatalogServiceClient(s.conn).CreateCollection(s.t.Context(), &pb.CreateCollectionRequest{
+		Name: &pb.CollectionName{Name: name}, Roots: []*pb.Root{{Prefix: name + "/"}},
+	})
+	return err
+}
+
+// reasonOf is the reason of a call's error, empty for none.
+func reasonOf(err error) string {
+	for _, detail := range status.Convert(err).Details() {
+		if info, ok := detail.(*errdetails.ErrorInfo); ok {
+			return info.GetReason()
+		}
+	}
+	return ""
+}
+
 // The user at etcd needs the rights on its root alone. Without them a start ends, and
 // a server that runs does not serve.
 func TestEtcdDenies(t *testing.T) {
@@ -202,13 +224,22 @@ func TestEtcdDenies(t *testing.T) {
 	s := serve(t, cfg, nil)
 	s.becomes("ok")
 	etcd.Allow(t, "snap", "/snapshotd/", false)
+	if got := reasonOf(s.create("denied")); got != "METADATA_STORE_DENIED" {
+		t.Errorf("a call without the right to write: got reason %q", got)
+	}
 	s.becomes("not serving: etcd denies access")
 	etcd.Allow(t, "snap", "/snapshotd/", true)
 	s.becomes("ok")
+	if err := s.create("granted"); err != nil {
+		t.Errorf("a call with the right again: %v", err)
+	}
 	etcd.Password(t, "snap", "another")
 	began := time.Now()
 	if _, err := Start(t.Context(), cfg); !errors.Is(err, meta.ErrDenied) || time.Since(began) > 30*time.Second {
 		t.Errorf("start with a wrong password: got error %v after %v, want denied", err, time.Since(began))
+	}
+	if got := reasonOf(s.create("password")); got != "METADATA_STORE_DENIED" {
+		t.Errorf("a call with a wrong password: got reason %q", got)
 	}
 	// The password at etcd is another, the file holds the old one: once that is replaced
 	// the server goes on, without a restart.
