@@ -114,6 +114,8 @@ const (
 	MaxShownBytes    = 4_128_768 // of an answer that shows a segment, beneath the 4 MiB of a gRPC client
 	MaxRecordBytes   = 768 << 10 // of a collection's record
 	maxPartBytes     = 512 << 10 // of a partition's or index's, which share a transaction with it
+	maxPartsBytes    = 16 << 20  // of all partitions and indexes of a collection that are not small
+	smallPartBytes   = 4 << 10   // of a partition's or index's record that is
 	maxRemembered    = 64 << 10  // of what a request token keeps
 	MaxSwap          = 60        // inputs, outputs and updates of one compaction
 	maxAttempts      = 16        // of a change whose premises keep changing

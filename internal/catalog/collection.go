@@ -528,6 +528,9 @@ func (c *Catalog) addPart(ctx context.Context, tok request.Token, ref Ref, p par
 		if len(data) > maxPartBytes {
 			return plan{}, fmt.Errorf("%w: the record takes %d bytes, at most %d", ErrLimitExceeded, len(data), maxPartBytes)
 		}
+		if err := c.checkPartsBytes(ctx, col.ID, len(data)); err != nil {
+			return plan{}, err
+		}
 		return plan{
 			txn: meta.Txn{
 				If: []meta.Cond{unchanged, meta.Absent(name), meta.Absent(key)},
@@ -554,6 +557,37 @@ func (c *Catalog) addPart(ctx context.Context, tok request.Token, ref Ref, p par
 		err = fmt.Errorf("%w: %d was dropped since", p.errNotFound, out.id)
 	}
 	return kv, err
+}
+
+// checkPartsBytes refuses a large partition or index of so many bytes where all those of
+// its collection would take too much. They are read together, by each capture and by
+// who adds segments, and are in the metadata of a snapshot. Small ones, whose number
+// bounds them, cost no read. Not compared, like the limit of the number.
+func (c *Catalog) checkPartsBytes(ctx context.Context, collection int64, bytes int) error {
+	if bytes <= smallPartBytes {
+		return nil
+	}
+	sum := bytes
+	for _, prefix := range []string{keys.PartitionPrefix(collection), keys.IndexPrefix(collection)} {
+		from, to := meta.Prefix(prefix)
+		_, err := c.kv.Scan(ctx, from, to, 0, func(batch []meta.KeyValue) error {
+			for _, kv := range batch {
+				sum += len(kv.Value)
+			}
+			if sum > maxPartsBytes {
+				return errEnough
+			}
+			return nil
+		})
+		if errors.Is(err, errEnough) {
+			return fmt.Errorf("%w: partitions and indexes of a collection take at most %d bytes in all, those being dropped "+
+				"included, unless they have %d at most; make attributes or parameters smaller", ErrLimitExceeded, maxPartsBytes, smallPartBytes)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // DropPartition begins the end of a partition: no snapshot captures any of it

@@ -541,6 +541,40 @@ func testPartitions(t *testing.T, kv meta.KV) {
 	}
 }
 
+// The partitions and indexes of a collection, which are read together, are bounded
+// together, but for small ones.
+func testPartsBytes(t *testing.T, kv meta.KV) {
+	ctx := t.Context()
+	r := newRig(t, kv)
+	attributes := func(bytes int) map[string]string { return map[string]string{"k": strings.Repeat("v", bytes)} }
+	const each = 500 << 10
+	made := 0
+	for ; ; made++ {
+		var err error
+		if name := fmt.Sprint("p", made); made%2 == 0 {
+			_, err = r.CreatePartition(ctx, request.Token{}, r.ref, catalog.Partition{Name: name, Attributes: attributes(each)})
+		} else {
+			_, err = r.CreateIndex(ctx, request.Token{}, r.ref, catalog.Index{Name: name, Attributes: attributes(each)})
+		}
+		if errors.Is(err, catalog.ErrLimitExceeded) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if made != (16<<20)/each {
+		t.Errorf("%d of %d bytes", made, each)
+	}
+	r.refused(t, "a large index", catalog.ErrLimitExceeded, func() error {
+		_, err := r.CreateIndex(ctx, request.Token{}, r.ref, catalog.Index{Name: "large", Attributes: attributes(each)})
+		return err
+	})
+	if _, err := r.CreatePartition(ctx, request.Token{}, r.ref, catalog.Partition{Name: "small", Attributes: attributes(1 << 10)}); err != nil {
+		t.Errorf("a small one: %v", err)
+	}
+}
+
 func testIndexes(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
 	r := newRig(t, kv)

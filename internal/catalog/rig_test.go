@@ -36,6 +36,7 @@ var scenarios = []struct {
 	{"ListCollections", testListCollections},
 	{"Rename", testRename},
 	{"Partitions", testPartitions},
+	{"PartsBytes", testPartsBytes},
 	{"Indexes", testIndexes},
 	{"PartitionDropRace", testPartitionDropRace},
 	{"NotActive", testNotActive},

@@ -149,8 +149,7 @@ func (c *cluster) start(ctx context.Context) error {
 	if c.client, err = client.Dial(c.server.Listen, client.Options{}); err != nil {
 		return err
 	}
-	c.conn, err = grpc.NewClient(c.server.Listen, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64<<20)))
+	c.conn, err = grpc.NewClient(c.server.Listen, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		return err
 	}

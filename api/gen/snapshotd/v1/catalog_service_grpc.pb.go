@@ -111,7 +111,9 @@ type CatalogServiceClient interface {
 	//	FAILED_PRECONDITION  COLLECTION_MISMATCH: the name is another
 	//	                     collection's than expected_id.
 	DropCollection(ctx context.Context, in *DropCollectionRequest, opts ...grpc.CallOption) (*DropCollectionResponse, error)
-	// CreatePartition adds a partition. A collection holds at most 1 024.
+	// CreatePartition adds a partition. A collection holds at most 1 024, and its
+	// partitions and indexes take at most 16 MiB in all, besides those of at most
+	// 4 KiB.
 	//
 	// Errors:
 	//
@@ -128,7 +130,7 @@ type CatalogServiceClient interface {
 	// not exist is success.
 	DropPartition(ctx context.Context, in *DropPartitionRequest, opts ...grpc.CallOption) (*DropPartitionResponse, error)
 	// CreateIndex adds the definition of an index. A collection holds at most
-	// 1 024.
+	// 1 024; see CreatePartition for their size.
 	//
 	// Errors:
 	//
@@ -520,7 +522,9 @@ type CatalogServiceServer interface {
 	//	FAILED_PRECONDITION  COLLECTION_MISMATCH: the name is another
 	//	                     collection's than expected_id.
 	DropCollection(context.Context, *DropCollectionRequest) (*DropCollectionResponse, error)
-	// CreatePartition adds a partition. A collection holds at most 1 024.
+	// CreatePartition adds a partition. A collection holds at most 1 024, and its
+	// partitions and indexes take at most 16 MiB in all, besides those of at most
+	// 4 KiB.
 	//
 	// Errors:
 	//
@@ -537,7 +541,7 @@ type CatalogServiceServer interface {
 	// not exist is success.
 	DropPartition(context.Context, *DropPartitionRequest) (*DropPartitionResponse, error)
 	// CreateIndex adds the definition of an index. A collection holds at most
-	// 1 024.
+	// 1 024; see CreatePartition for their size.
 	//
 	// Errors:
 	//
