@@ -188,11 +188,10 @@ type largeScene struct {
 	t     *testing.T
 	store string // with the longest alias
 
-	wide, many       int64 // collections
-	large            []*pb.Segment
-	first, nextBuild int64
-	jobs             []int64
-	lastDropped      []int64
+	wide, many  int64 // collections
+	large       []*pb.Segment
+	jobs        []int64
+	lastDropped []int64
 }
 
 func (b *largeScene) firstToken() string {
@@ -359,7 +358,9 @@ func (b *largeScene) segment(root int32, path int) *pb.Segment {
 		_, err := b.tryAdd(t.Context(), &pb.AddSegmentsRequest{Collection: byID(b.wide), Segments: []*pb.Segment{seg}})
 		switch reason(err) {
 		case "":
-			must[error](t)(nil, err)
+			if err != nil {
+				t.Fatal(err)
+			}
 			if made != nil {
 				must[*pb.DropSegmentsResponse](t)(b.catalog.DropSegments(t.Context(), &pb.DropSegmentsRequest{
 					Collection: byID(b.wide), SegmentIds: []int64{made.GetId()},
