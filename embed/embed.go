@@ -222,7 +222,7 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	}
 	timeOptions := clock.Options{
 		KV: kv, Clock: clock.System{}, Alias: cfg.SnapshotStore, Replica: cfg.Replica, Log: log.Named("clock"),
-		MaxDowntime: time.Duration(cfg.ClockMaxDowntime),
+		MaxDowntime: time.Duration(cfg.ClockMaxDowntime), Problems: p.problems,
 	}
 	if cfg.ObjectStores[cfg.SnapshotStore].Type == typeS3 { // a directory has the clock of this host
 		timeOptions.Store = stores[cfg.SnapshotStore]
@@ -231,6 +231,7 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	requests := request.NewLeases(kv, time.Now, trusted.Stamp)
 	age := epoch.New(epoch.Options{
 		KV: kv, Store: stores[cfg.SnapshotStore], Cluster: p.cluster.ID, Now: time.Now, Rand: rand.Reader, Log: log.Named("epoch"),
+		Problems: p.problems,
 	})
 	cat := catalog.New(catalog.Options{
 		KV: kv, Now: time.Now, Stamp: trusted.Stamp, Rand: rand.Reader, Requests: requests, RaiseIDs: age.Raise,
@@ -240,7 +241,8 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	})
 	p.catalog = cat
 	p.manager, err = manager.New(manager.Options{
-		KV: kv, Catalog: cat, Cluster: p.cluster, Stores: stores, Ready: ready, SnapshotStore: cfg.SnapshotStore, Requests: requests, Epoch: age,
+		Problems: p.problems,
+		KV:       kv, Catalog: cat, Cluster: p.cluster, Stores: stores, Ready: ready, SnapshotStore: cfg.SnapshotStore, Requests: requests, Epoch: age,
 		Features: func(ctx context.Context, alias string, again bool) (probe.Features, error) {
 			return p.stores[alias].Features(ctx, again)
 		},

@@ -293,7 +293,9 @@ func openStores(ctx context.Context, cfg Config, kv meta.KV, p *parts, open *clo
 		o.Alias, o.KV, o.Cluster, o.Now, o.Rand, o.Log = alias, kv, cluster, time.Now, rand.Reader, log.Named("admit")
 		o.Problems, o.InUse = p.problems, cfg.aliases()
 		if alias == cfg.SnapshotStore {
-			age := epoch.New(epoch.Options{KV: kv, Store: o.Store, Cluster: cluster, Now: time.Now, Rand: rand.Reader, Log: log.Named("epoch")})
+			age := epoch.New(epoch.Options{
+				KV: kv, Store: o.Store, Cluster: cluster, Now: time.Now, Rand: rand.Reader, Log: log.Named("epoch"), Problems: p.problems,
+			})
 			o.Check = func(ctx context.Context) error {
 				// A store that is behind is served all the same: a running server is needed that
 				// recovers it.

@@ -357,6 +357,7 @@ func renderCollector(w io.Writer, r *snapshotdv1.GetCollectorStatusResponse, pla
 		"deleting", count(r.GetDeleting(), "unit"),
 		"not confirmed by callers", count(r.GetUnconfirmed(), "unit"),
 	)
+	renderHalts(w, r.GetHalts())
 	sum := r.GetLastRound()
 	if sum == nil {
 		put(w, "There was no round yet.\n")
@@ -379,7 +380,10 @@ func renderCollector(w io.Writer, r *snapshotdv1.GetCollectorStatusResponse, pla
 		stops = strings.Join(in, "; ")
 	}
 	trouble := sum.GetError()
-	if trouble == "" {
+	switch {
+	case trouble == "" && len(r.GetHalts()) > 0:
+		trouble = "see what stands still, above"
+	case trouble == "":
 		trouble = "none"
 	}
 	put(w, "Last round\n")
@@ -396,6 +400,27 @@ func renderCollector(w io.Writer, r *snapshotdv1.GetCollectorStatusResponse, pla
 	)
 	if first != "" {
 		put(w, "Look with `snapshotctl gc run --collection %s --dry-run`; if so much shall go, run it with --force instead.\n", word(first, ""))
+	}
+}
+
+// renderHalts shows what of expiry, removal and collection stands still.
+func renderHalts(w io.Writer, halts []*snapshotdv1.CollectorHalt) {
+	if len(halts) == 0 {
+		return
+	}
+	put(w, "Stands still\n")
+	for _, h := range halts {
+		text := h.GetError()
+		if h.GetSinceTime() != nil {
+			text += "; since " + h.GetSinceTime().AsTime().Format(time.RFC3339)
+		}
+		if h.GetFailures() > 0 {
+			text += fmt.Sprintf(", %s", count(h.GetFailures(), "failure"))
+		}
+		if h.GetReplica() != "" {
+			text += ", in replica " + h.GetReplica()
+		}
+		facts(w, "  ", h.GetWhat(), text)
 	}
 }
 

@@ -283,6 +283,37 @@ Last round
 Look with ` + "`snapshotctl gc run --collection docs --dry-run`; if so much shall go, run it with --force instead.\n"},
 		},
 		{
+			"status while things stand still", "gc status",
+			map[string][]any{"GetCollectorStatus": {&snapshotdv1.GetCollectorStatusResponse{
+				MaxShare: 1, Enabled: true, LastRound: &snapshotdv1.CollectSummary{StartTime: timestamppb.New(now), EndTime: timestamppb.New(now)},
+				Halts: []*snapshotdv1.CollectorHalt{
+					{Name: "leader", What: "expiry, removal and collection", Error: "no replica leads"},
+					{Name: "remove", What: "removal of dropped snapshots", Error: "denied", SinceTime: timestamppb.New(now), Replica: "a", Failures: 7},
+				},
+			}}},
+			result{out: `
+collector:                on
+blocked:                  no
+tolerance:                0s
+stops at:                 100% of a collection
+deleting:                 0 units
+not confirmed by callers: 0 units
+Stands still
+  expiry, removal and collection: no replica leads
+  removal of dropped snapshots: denied; since 2026-03-01T12:00:00Z, 7 failures, in replica a
+Last round
+  by:            -
+  began:         2026-03-01T12:00:00Z
+  took:          0s
+  granted:       0 units: 0 files, 0 B
+  waiting:       0 units
+  held:          0 units
+  gone for good: 0 collections, partitions and indexes
+  stopped in:    nowhere
+  trouble:       see what stands still, above
+`},
+		},
+		{
 			"status before the first round", "gc status",
 			map[string][]any{"GetCollectorStatus": {&snapshotdv1.GetCollectorStatusResponse{MaxShare: 1, Enabled: true}}},
 			result{out: `

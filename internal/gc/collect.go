@@ -107,6 +107,7 @@ type round struct {
 	room    int   // units that may still be taken up
 	again   bool  // there is more than one round takes
 	clock   error // why the tolerance cannot be judged
+	failed  error // what the summary has as its error
 }
 
 func (g *GC) newRound(ctx context.Context, o CollectOptions) (*round, error) {
@@ -192,7 +193,7 @@ func (r *round) run(ctx context.Context) (Summary, error) {
 		trouble = append(trouble, err)
 	}
 	if err := firstOf(trouble); err != nil {
-		r.summary.Error = record.Clip(err.Error(), record.MaxText)
+		r.summary.Error, r.failed = record.Clip(err.Error(), record.MaxText), err
 	}
 	return r.summary, err
 }
@@ -718,12 +719,10 @@ func (g *GC) collectLoop(ctx context.Context, fence meta.Cond) error {
 		if ctx.Err() != nil {
 			return nil
 		}
-		if err == nil && s.Error != "" {
-			err = errors.New(s.Error)
+		if err == nil {
+			err = r.failed
 		}
-		if err != nil {
-			g.log.Warn("a round met trouble and will be made again", zap.Error(err))
-		}
+		g.problems.round.Note(err)
 		if text := g.trouble.Load(); s.Error == "" && text != nil {
 			s.Error = *text // of the deletes
 		}
@@ -731,8 +730,8 @@ func (g *GC) collectLoop(ctx context.Context, fence meta.Cond) error {
 			s.Error = record.Clip(err.Error(), record.MaxText)
 		}
 		g.last.Store(&s)
-		if err := g.note(ctx, &s, fence); err != nil && ctx.Err() == nil {
-			g.log.Warn("what the round came to is not noted", zap.Error(err))
+		if err := g.note(ctx, &s, fence); ctx.Err() == nil {
+			g.problems.note.Note(err)
 		}
 		wait := g.o.CollectInterval
 		if r.again {
@@ -752,6 +751,7 @@ func (g *GC) note(ctx context.Context, s *Summary, fence meta.Cond) error {
 	for _, stop := range s.Stops {
 		rec.Stops = append(rec.Stops, &storagev1.Stop{CollectionId: stop.Collection, Due: stop.Due, Total: stop.Total})
 	}
+	g.setHalts(rec)
 	atNote.Before()
 	_, err := g.kv.Txn(ctx, meta.Txn{If: []meta.Cond{fence}, Then: []meta.Op{meta.Put(keys.Round, record.Encode(rec))}})
 	atNote.After()

@@ -105,6 +105,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
+	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
@@ -122,6 +123,8 @@ type Options struct {
 	KV      meta.KV
 	Catalog *catalog.Catalog
 	Stores  map[string]object.Store // by alias
+	// Problems gets what the leader's loops meet. Default: its own.
+	Problems *lasting.Problems
 	// SnapshotStore is the alias of the store that the records of parked units go
 	// to.
 	SnapshotStore string
@@ -180,7 +183,8 @@ type GC struct {
 	counters Counters
 	swept    lastSweep
 	stopped  knownStops
-	trouble  atomic.Pointer[string]  // of the last pass of deletes; nil: none
+	trouble  atomic.Pointer[string] // of the last pass of deletes; nil: none
+	problems problems
 	last     atomic.Pointer[Summary] // of the rounds that this process made as the leader
 }
 
@@ -213,6 +217,9 @@ func New(o Options) *GC {
 	if o.UnconfirmedAfter == 0 {
 		o.UnconfirmedAfter = time.Hour
 	}
+	if o.Problems == nil {
+		o.Problems = lasting.New(o.Now)
+	}
 	if o.Clock == nil {
 		o.Clock = clock.New(clock.Options{
 			KV: o.KV, Clock: clock.Of(o.Now), Store: o.Stores[o.SnapshotStore], Alias: o.SnapshotStore, Replica: o.Replica, Log: o.Log,
@@ -224,6 +231,7 @@ func New(o Options) *GC {
 	}
 	return &GC{
 		o: o, kv: o.KV, log: o.Log, refs: newIndex(&o), tombs: newTombs(&o), rate: rate.NewLimiter(limit, deleteBatch),
+		problems: newProblems(&o),
 	}
 }
 

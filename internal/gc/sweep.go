@@ -169,8 +169,8 @@ func (g *GC) sweepLoop(ctx context.Context) error {
 		stats := SweepStats{SweepSummary: summary, End: g.o.Clock.Display()}
 		if err != nil {
 			stats.Error = err.Error()
-			g.log.Warn("a sweep met trouble; the next one will go on", zap.Error(err))
 		}
+		g.problems.sweep.Note(err)
 		if summary.Deleted+summary.Uploads > 0 {
 			g.log.Info("swept what had no record", zap.Int64("objects", summary.Deleted), zap.Int64("bytes", summary.Bytes),
 				zap.Int64("uploads", summary.Uploads))

@@ -251,13 +251,16 @@ func (g *GC) deleteGranted(ctx context.Context, fence meta.Cond) error {
 		if err != nil && ctx.Err() == nil {
 			text := record.Clip(err.Error(), record.MaxText)
 			g.trouble.Store(&text)
-			g.log.Warn("deleting what was reclaimed met trouble and will go on later", zap.Error(err))
 			wait /= 10
 		}
-		if s := g.Stats(); s.Oldest > g.o.UnconfirmedAfter {
-			g.log.Warn("granted units are not confirmed; their callers must delete them and call ConfirmReclaimed",
-				zap.Int("tombstones", s.Unconfirmed), zap.Duration("oldest", s.Oldest))
+		if ctx.Err() == nil {
+			g.problems.deletes.Note(err)
 		}
+		var late error
+		if s := g.Stats(); s.Oldest > g.o.UnconfirmedAfter {
+			late = fmt.Errorf("%d tombstones, the oldest for %v", s.Unconfirmed, s.Oldest.Round(time.Minute))
+		}
+		g.problems.unconfirmed.Note(late)
 		timer.Reset(wait)
 	}
 }

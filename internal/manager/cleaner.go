@@ -13,6 +13,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
@@ -39,10 +40,20 @@ type cleaner struct {
 	// tokens is when records of request tokens are looked at next, as elapsed; Run's
 	// alone.
 	tokens time.Duration
+
+	looks, reaps, expires, removes, ends *lasting.Problem
 }
 
 func newCleaner(m *Manager) *cleaner {
-	return &cleaner{m: m, wake: make(chan struct{}, 1)}
+	add := func(name, text, stops string) *lasting.Problem { return m.o.Problems.Add(m.log, name, text, stops) }
+	return &cleaner{
+		m: m, wake: make(chan struct{}, 1),
+		looks:   add("clean", "the snapshots could not be read; it is tried again", "expiry and removal of snapshots"),
+		reaps:   add("reap", "creates that died could not be given up; it is tried again", "removal of creates that died"),
+		expires: add("expire", "snapshots and pins do not expire; it is tried again", "expiry of snapshots and pins"),
+		removes: add("remove", "dropped snapshots could not be removed; it is tried again", "removal of dropped snapshots"),
+		ends:    add("tokens", "records of request tokens could not be removed; it is tried again", ""),
+	}
 }
 
 // Wake makes Run pass soon. It never blocks.
@@ -69,10 +80,9 @@ func (c *cleaner) Run(ctx context.Context, term election.Term) error {
 		next, err := c.Pass(ctx, term.Fence())
 		if c.m.clock.Elapsed() >= c.tokens {
 			c.tokens = c.m.clock.Elapsed() + tokenInterval
-			err = errors.Join(err, c.endTokens(ctx, term.Fence()))
+			err = errors.Join(err, noted(ctx, c.ends, c.endTokens(ctx, term.Fence())))
 		}
 		if err != nil && ctx.Err() == nil {
-			c.m.log.Warn("cleaning met trouble and will go on later", zap.Error(err))
 			if !errors.Is(err, clock.ErrUntrusted) { // which takes an operator, or a day
 				next = min(next, c.m.o.CleanInterval/10)
 			}
@@ -84,20 +94,29 @@ func (c *cleaner) Run(ctx context.Context, term election.Term) error {
 // Pass looks at every snapshot once, and returns how long there is nothing more
 // to do. Every write compares fence.
 func (c *cleaner) Pass(ctx context.Context, fence meta.Cond) (next time.Duration, err error) {
-	if err := c.m.view.sync(ctx); err != nil {
+	if err := noted(ctx, c.looks, c.m.view.sync(ctx)); err != nil {
 		return c.m.o.CleanInterval, err
 	}
 	deleting, dead, expiring, _ := c.m.view.work()
-	var errs []error
+	var reaped []error
 	for _, s := range dead {
-		errs = append(errs, c.reap(ctx, s, fence))
+		reaped = append(reaped, c.reap(ctx, s, fence))
 	}
-	pinsNext, err := c.endPins(ctx, c.m.view.endingPins(), fence)
-	errs = append(errs, err)
+	pinsNext, pinsErr := c.endPins(ctx, c.m.view.endingPins(), fence)
 	next, err = c.expire(ctx, expiring, fence)
-	next = min(next, pinsNext)
-	errs = append(errs, err)
-	return next, object.Join(append(errs, c.removeAll(ctx, deleting, fence)...)...)
+	return min(next, pinsNext), object.Join(
+		noted(ctx, c.reaps, object.Join(reaped...)),
+		noted(ctx, c.expires, object.Join(pinsErr, err)),
+		noted(ctx, c.removes, object.Join(c.removeAll(ctx, deleting, fence)...)),
+	)
+}
+
+// noted returns err, and has p take note of it unless ctx ended.
+func noted(ctx context.Context, p *lasting.Problem, err error) error {
+	if ctx.Err() == nil {
+		p.Note(err)
+	}
+	return err
 }
 
 // reap gives up a create that died: its pending key went with its lease.

@@ -56,7 +56,7 @@ func (w *world) leftOf(col catalog.Collection) []string {
 	w.t.Helper()
 	var list []string
 	for _, key := range append(w.keysUnder("/catalog/"), w.keysUnder("/gc/")...) {
-		if parts := strings.Split(key, "/"); parts[3] == keys.ID(col.ID) {
+		if parts := strings.Split(key, "/"); len(parts) > 3 && parts[3] == keys.ID(col.ID) {
 			list = append(list, key)
 		}
 	}

@@ -25,6 +25,7 @@ type CollectorStatus struct {
 	Enabled     bool          // the leader makes rounds and sweeps
 	Blocked     string        // why nothing is deleted at all; empty: it is
 	Clock       string        // why the clock is not trusted; empty: it is
+	Halts       []gc.Halt     // what of expiry, removal and collection stands still
 }
 
 // CollectorStatus returns how the collector is doing. The last round is the
@@ -35,22 +36,54 @@ func (m *Manager) CollectorStatus(ctx context.Context) (CollectorStatus, error) 
 	if err != nil {
 		return s, fmt.Errorf("read the last round: %w", err)
 	}
+	rec := &storagev1.Round{}
 	if found {
-		rec := &storagev1.Round{}
 		if err := record.Decode(kv, rec); err != nil {
 			return s, err
 		}
-		s.LastRound = roundOf(rec)
+		if rec.GetEndTime() != 0 { // else it has the halts alone
+			s.LastRound = roundOf(rec)
+		}
 	}
 	if s.Blocked, err = m.Behind(ctx); err != nil {
 		return s, err
 	}
-	if _, err := m.clock.Judge(ctx); errors.Is(err, clock.ErrUntrusted) {
-		s.Clock = err.Error()
+	_, untrusted := m.clock.Judge(ctx)
+	if errors.Is(untrusted, clock.ErrUntrusted) {
+		s.Clock = untrusted.Error()
+	}
+	if s.Halts, err = m.halts(ctx, rec, s.Blocked, untrusted); err != nil {
+		return s, err
 	}
 	now := m.gc.Stats()
 	s.Deleting, s.Unconfirmed = now.Granted, now.Unconfirmed
 	return s, nil
+}
+
+// halts returns what stands still: in all replicas, in the leader, by its record, and in
+// this replica.
+func (m *Manager) halts(ctx context.Context, rec *storagev1.Round, blocked string, untrusted error) ([]gc.Halt, error) {
+	const all = "expiry, removal and collection"
+	var list []gc.Halt
+	leader, err := m.Leader(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("read who leads: %w", err)
+	}
+	if leader == "" {
+		list = append(list, gc.Halt{Name: "leader", What: all, Error: "no replica leads"})
+	}
+	if blocked != "" {
+		list = append(list, gc.Halt{Name: "metadata behind", What: all, Error: blocked})
+	}
+	if untrusted != nil && ctx.Err() == nil {
+		list = append(list, gc.Halt{
+			Name: "clock", What: "expiry and collection", Error: untrusted.Error(), Since: m.clock.StoppedSince(), Replica: m.o.Replica,
+		})
+	}
+	if by, replica := gc.HaltsOf(rec); replica == leader && leader != m.o.Replica {
+		list = append(list, by...)
+	}
+	return append(list, m.gc.Halts()...), nil
 }
 
 // roundOf returns what a round came to, by its record.

@@ -7,11 +7,15 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
 // A wait ends with the last delete that was granted up to then, and not for what
@@ -144,6 +148,57 @@ func TestCollectorStatus(t *testing.T) {
 		}
 		if _, err := other.CollectorStatus(t.Context()); err == nil {
 			t.Error("an unreadable record is read")
+		}
+	})
+}
+
+// What the leader cannot do is said by every replica, since when, and is logged once.
+// It is said no more once it is done, or another leads.
+func TestCollectorStatusSaysWhatStandsStill(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		core, logs := observer.New(zapcore.InfoLevel)
+		r := w.start("a", func(o *Options) { o.CollectorOff, o.Log = true, zap.New(core) })
+		settle() // so that it is the one that leads
+		other := w.start("b", func(o *Options) { o.CollectorOff = true })
+		col, _, _ := w.collection(r, "c")
+		s := w.create(r, col, "x")
+		r.store.Plan(func(c object.Call) object.Fault {
+			if c.Op == object.OpDelete {
+				return object.FaultBefore
+			}
+			return object.FaultNone
+		})
+		began := time.Now()
+		w.dropSnapshot(r, s)
+		time.Sleep(10 * time.Minute)
+		settle()
+		for name, asked := range map[string]*replica{"the leader": r, "another": other} {
+			got, err := asked.CollectorStatus(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(got.Halts) != 1 || got.LastRound != nil {
+				t.Fatalf("%s says %+v", name, got)
+			}
+			h := got.Halts[0]
+			if h.Name != "remove" || h.What != "removal of dropped snapshots" || h.Error == "" || h.Replica != "a" ||
+				h.Since.Sub(began).Abs() > time.Minute || asked == r && h.Failures < 10 {
+				t.Errorf("%s says %+v", name, h)
+			}
+		}
+		if n := logs.FilterMessageSnippet("could not be removed").Len(); n != 1 {
+			t.Errorf("it is logged %d times", n)
+		}
+		r.store.Plan(nil)
+		time.Sleep(2 * time.Minute)
+		settle()
+		for name, asked := range map[string]*replica{"the leader": r, "another": other} {
+			if got, err := asked.CollectorStatus(t.Context()); err != nil || len(got.Halts) > 0 {
+				t.Errorf("afterwards %s says %+v, %v", name, got.Halts, err)
+			}
+		}
+		if n := logs.FilterMessageSnippet("over: ").Len(); n != 1 {
+			t.Errorf("its end is logged %d times: %v", n, logs.All())
 		}
 	})
 }

@@ -142,6 +142,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
 	"github.com/snapshotd/snapshotd/internal/store/object"
@@ -167,6 +168,8 @@ type Options struct {
 	Cluster       cluster.Cluster
 	Stores        map[string]object.Store // by alias
 	SnapshotStore string                  // alias of the store for snapshots' own objects
+	// Problems gets what the loops meet. Default: its own.
+	Problems *lasting.Problems
 	// Features returns what the store of an alias can do; an error of package object
 	// while that is not known. With again, what is missing or not known is tried again,
 	// which writes. Nil: each store can do all.
@@ -298,9 +301,13 @@ func New(o Options) (*Manager, error) {
 		starting: make(chan *creation), running: make(chan struct{}), stopped: make(chan struct{}),
 		memory: newCreateMemory(o.CreateMemory),
 	}
+	if m.o.Problems == nil {
+		m.o.Problems = lasting.New(o.Now)
+	}
 	m.clean = newCleaner(m)
 	m.gc = gc.New(gc.Options{
-		KV: o.KV, Catalog: o.Catalog, Stores: o.Stores, SnapshotStore: o.SnapshotStore,
+		Problems: m.o.Problems,
+		KV:       o.KV, Catalog: o.Catalog, Stores: o.Stores, SnapshotStore: o.SnapshotStore,
 		Now: o.Now, Clock: o.Clock, Rand: o.Rand, Log: o.Log, Interval: o.CleanInterval,
 		Replica: o.Replica, CollectorOff: o.CollectorOff, CollectInterval: o.CollectInterval, Tolerance: o.CollectTolerance,
 		MaxShare: o.CollectMaxShare, Rate: o.CollectRate, OrphanGrace: o.OrphanGrace, SweepInterval: o.SweepInterval,
@@ -338,6 +345,10 @@ func (m *Manager) Run(ctx context.Context) error {
 			m.leading.Store(true)
 			defer m.leading.Store(false)
 			m.log.Info("leading", zap.String("replica", m.o.Replica), zap.Int64("term", term.Create))
+			reporting, stop := context.WithCancel(ctx)
+			defer stop()
+			var reports errgroup.Group
+			reports.Go(func() error { return m.gc.Report(reporting, term.Fence()) })
 			err := m.whileNotBehind(ctx, func(ctx context.Context) error {
 				leader, ctx := errgroup.WithContext(ctx)
 				leader.Go(func() error { return m.clock.Lead(ctx, term.Fence()) })
@@ -346,6 +357,8 @@ func (m *Manager) Run(ctx context.Context) error {
 				leader.Go(func() error { return m.jobs.Lead(ctx, term) })
 				return leader.Wait()
 			})
+			stop()
+			err = errors.Join(err, reports.Wait())
 			m.log.Info("not leading any more", zap.String("replica", m.o.Replica), zap.Int64("term", term.Create))
 			return err
 		})

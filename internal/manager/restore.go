@@ -513,21 +513,21 @@ func (r restoreSource) Manifest(ctx context.Context, snapshot int64, number int)
 		list = append(list, seg.Segment)
 		return true
 	})
-	return list, lasting(err)
+	return list, permanent(err)
 }
 
 func (r restoreSource) open(ctx context.Context, snapshot int64) (*Snapshot, *manifest.Metadata, error) {
 	s, err := r.m.committed(ctx, Ref{ID: snapshot})
 	if err != nil {
-		return nil, nil, lasting(err)
+		return nil, nil, permanent(err)
 	}
 	md, err := r.m.metadata(ctx, s)
-	return s, md, lasting(err)
+	return s, md, permanent(err)
 }
 
-// lasting marks the errors of reading a snapshot that will not pass. Of other
+// permanent marks the errors of reading a snapshot that will not pass. Of other
 // bytes than were written more tries tell.
-func lasting(err error) error {
+func permanent(err error) error {
 	if errors.Is(err, copyjob.ErrDigest) {
 		return err
 	}

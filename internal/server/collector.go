@@ -100,6 +100,11 @@ func (s *collectors) GetCollectorStatus(ctx context.Context, _ *pb.GetCollectorS
 		LastRound: summaryToProto(now.LastRound), Deleting: int64(now.Deleting), Unconfirmed: int64(now.Unconfirmed),
 		Tolerance: durationpb.New(now.Tolerance), MaxShare: now.MaxShare, StopUnits: int64(now.StopUnits), Enabled: now.Enabled, Blocked: clip(now.Blocked),
 		ClockStopped: clip(now.Clock),
+		Halts: convert(now.Halts, func(h gc.Halt) *pb.CollectorHalt {
+			return &pb.CollectorHalt{
+				Name: h.Name, What: h.What, Error: clip(h.Error), SinceTime: timeToProto(h.Since), Replica: h.Replica, Failures: h.Failures,
+			}
+		}),
 	}, nil
 }
 

@@ -92,6 +92,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -170,6 +171,8 @@ type Options struct {
 	MaxDowntime time.Duration
 	// Interval is between two notes. Default 1 min.
 	Interval time.Duration
+	// Problems gets what fails at each try. Default: its own.
+	Problems *lasting.Problems
 }
 
 // Trusted gives the readings that lifetimes are stamped and judged by. It is safe
@@ -177,6 +180,8 @@ type Options struct {
 type Trusted struct {
 	o    Options
 	turn chan struct{} // holds one token; its holder may look
+
+	notes *lasting.Problem
 
 	mu      sync.Mutex
 	last    *look // nil before the first
@@ -195,7 +200,11 @@ func New(o Options) *Trusted {
 	if o.Interval == 0 {
 		o.Interval = time.Minute
 	}
+	if o.Problems == nil {
+		o.Problems = lasting.New(o.Clock.Now)
+	}
 	t := &Trusted{o: o, turn: make(chan struct{}, 1)}
+	t.notes = o.Problems.Add(o.Log, "note of the time", "the time could not be noted; it is tried again", "")
 	t.turn <- struct{}{}
 	return t
 }
@@ -359,6 +368,17 @@ func (t *Trusted) Stopped() string {
 		return ""
 	}
 	return t.last.problem.err().Error()
+}
+
+// StoppedSince returns when the step was that stopped the clock, by the clock itself;
+// zero: it is trusted, or the time is not known.
+func (t *Trusted) StoppedSince() time.Time {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.last == nil || t.last.problem == nil {
+		return time.Time{}
+	}
+	return t.last.problem.to
 }
 
 // read is the reading now, of own clock and store the one that better says.
@@ -568,8 +588,9 @@ func (t *Trusted) Lead(ctx context.Context, fence meta.Cond) error {
 		case ctx.Err() != nil:
 			return nil
 		case err != nil:
-			t.o.Log.Warn("the time could not be noted; it is tried again", zap.Error(err))
+			t.notes.Failed(err)
 		default:
+			t.notes.Passed()
 			from = at
 		}
 		timer.Reset(t.o.Interval)

@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"math"
 
-	"go.uber.org/zap"
-
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
@@ -198,7 +196,7 @@ func (e *Epoch) forget(ctx context.Context, old []string) {
 	atForget.Before()
 	err := e.o.Store.Delete(ctx, old...)
 	atForget.After()
-	if err != nil && ctx.Err() == nil {
-		e.o.Log.Warn("old epoch objects stay until the next beat", zap.Error(err))
+	if ctx.Err() == nil {
+		e.forgets.Note(err)
 	}
 }

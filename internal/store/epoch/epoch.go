@@ -114,6 +114,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -150,6 +151,8 @@ type Options struct {
 	Now     func() time.Time
 	Rand    io.Reader
 	Log     *zap.Logger // default: none
+	// Problems gets what fails at each try. Default: its own.
+	Problems *lasting.Problems
 	// Interval is between the leader's checks. Default 1 min.
 	Interval time.Duration
 	// Jitter spreads attempts: numbers in [0, 1). Default that of [meta.Backoff].
@@ -161,6 +164,8 @@ type Options struct {
 type Epoch struct {
 	o    Options
 	turn chan struct{} // holds one token; who has it may beat
+
+	unknown, stops, leads, beats, forgets, lists *lasting.Problem
 }
 
 // New returns an Epoch. It does nothing by itself.
@@ -171,7 +176,19 @@ func New(o Options) *Epoch {
 	if o.Interval == 0 {
 		o.Interval = time.Minute
 	}
+	if o.Problems == nil {
+		o.Problems = lasting.New(o.Now)
+	}
 	e := &Epoch{o: o, turn: make(chan struct{}, 1)}
+	add := func(name, text, stops string) *lasting.Problem { return o.Problems.Add(o.Log, name, text, stops) }
+	e.unknown = add("epoch check", "the leader does nothing before it knows that the metadata store has not gone back in time, and tries again",
+		"expiry, removal and collection")
+	e.stops = add("epoch behind", "the leader does nothing, since the metadata store has gone back in time", "")
+	e.leads = add("epoch watch",
+		"this replica goes on leading without knowing whether the metadata store has gone back in time, and looks again later", "")
+	e.beats = add("epoch beat", "how far the metadata store has come could not be noted in the object store; it is tried again", "")
+	e.forgets = add("epoch forget", "old epoch objects stay until the next beat", "")
+	e.lists = add("epoch list", "the object store lists none of its epoch objects although it has them; they are read by name", "")
 	e.turn <- struct{}{}
 	return e
 }

@@ -44,6 +44,8 @@ func (e *Epoch) lead(ctx context.Context, changed <-chan struct{}, work func(ctx
 		wait := e.o.Interval
 		err := e.pass(ctx)
 		if err == nil {
+			e.unknown.Passed()
+			e.stops.Passed()
 			err = e.whileFine(ctx, changed, work)
 			if !errors.Is(err, ErrBehind) {
 				return err
@@ -53,10 +55,10 @@ func (e *Epoch) lead(ctx context.Context, changed <-chan struct{}, work func(ctx
 		case ctx.Err() != nil:
 			return nil
 		case errors.Is(err, ErrBehind):
-			e.o.Log.Error("the leader does nothing", zap.Error(err))
+			e.stops.Failed(err)
 		default:
 			wait /= 10
-			e.o.Log.Warn("the leader does nothing before it knows that the metadata store has not gone back in time, and tries again", zap.Error(err))
+			e.unknown.Failed(err)
 		}
 		timer.Reset(wait)
 	}
@@ -64,16 +66,21 @@ func (e *Epoch) lead(ctx context.Context, changed <-chan struct{}, work func(ctx
 
 // pass checks and beats. That a beat failed is no error, unless for an ErrBehind: a
 // store that is full takes none, and has to be cleaned.
-func (e *Epoch) pass(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, e.o.Interval)
+func (e *Epoch) pass(outer context.Context) error {
+	ctx, cancel := context.WithTimeout(outer, e.o.Interval)
 	defer cancel()
 	if err := e.Check(ctx); err != nil {
 		return err
 	}
 	err := e.Beat(ctx)
 	if err != nil && !errors.Is(err, ErrBehind) {
-		e.o.Log.Warn("how far the metadata store has come could not be noted in the object store; it is tried again", zap.Error(err))
+		if ctx.Err() == nil || outer.Err() == nil {
+			e.beats.Failed(err)
+		}
 		return nil
+	}
+	if err == nil {
+		e.beats.Passed()
 	}
 	return err
 }
@@ -101,7 +108,9 @@ func (e *Epoch) whileFine(ctx context.Context, changed <-chan struct{}, work fun
 			}
 		}
 		switch {
-		case err == nil || ctx.Err() != nil: // the end of ctx ends work
+		case err == nil:
+			e.leads.Passed()
+		case ctx.Err() != nil: // the end of ctx ends work
 		case errors.Is(err, ErrBehind):
 			cancel()
 			if ended := <-done; ended != nil && !errors.Is(ended, context.Canceled) {
@@ -109,7 +118,7 @@ func (e *Epoch) whileFine(ctx context.Context, changed <-chan struct{}, work fun
 			}
 			return err
 		default:
-			e.o.Log.Warn("this replica goes on leading without knowing whether the metadata store has gone back in time, and looks again later", zap.Error(err))
+			e.leads.Failed(err)
 		}
 	}
 }

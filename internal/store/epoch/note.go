@@ -12,8 +12,6 @@ import (
 	"strings"
 	"time"
 
-	"go.uber.org/zap"
-
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
@@ -123,6 +121,7 @@ func (e *Epoch) newest(ctx context.Context) (*note, []string, error) {
 		if err != nil {
 			return nil, nil, err
 		}
+		e.lists.Passed()
 		var old []string
 		for _, beat := range beats[:max(len(beats)-kept, 0)] {
 			old = append(old, key(beat))
@@ -187,8 +186,7 @@ func (e *Epoch) byName(ctx context.Context) (*note, error) {
 		newest, low = n, middle
 	}
 	if newest != nil {
-		e.o.Log.Warn("the object store lists none of its epoch objects although it has them; they are read by name",
-			zap.String("prefix", Prefix), zap.Int64("beat", low))
+		e.lists.Failed(fmt.Errorf("nothing is listed under %s, and %s is there", Prefix, key(low)))
 	}
 	return newest, nil
 }

@@ -80,12 +80,18 @@ type State struct {
 	Total  int64 // how often since the start
 }
 
-// Add adds a problem. The name labels metrics; text is the line of the log; stops
+// Add adds a problem, or returns the one that has the name. The name labels metrics; text is the line of the log; stops
 // says what expiry, removal or collection waits for it, empty for none.
 func (p *Problems) Add(log *zap.Logger, name, text, stops string) *Problem {
-	added := &Problem{of: p, name: name, text: text, stop: stops, log: log}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if at := slices.IndexFunc(p.list, func(x *Problem) bool { return x.name == name }); at >= 0 {
+		return p.list[at]
+	}
+	if log == nil {
+		log = zap.NewNop()
+	}
+	added := &Problem{of: p, name: name, text: text, stop: stops, log: log}
 	p.list = append(p.list, added)
 	return added
 }

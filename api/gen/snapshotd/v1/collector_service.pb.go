@@ -731,7 +731,10 @@ type GetCollectorStatusResponse struct {
 	StopUnits int64 `protobuf:"varint,8,opt,name=stop_units,json=stopUnits,proto3" json:"stop_units,omitempty"`
 	// Why nothing expires and nothing is collected for the clock's sake, until
 	// Recover with clock or a day of steady clocks; empty: the clock is trusted.
-	ClockStopped  string `protobuf:"bytes,9,opt,name=clock_stopped,json=clockStopped,proto3" json:"clock_stopped,omitempty"`
+	ClockStopped string `protobuf:"bytes,9,opt,name=clock_stopped,json=clockStopped,proto3" json:"clock_stopped,omitempty"`
+	// What stands still of expiry, removal and collection, and why; empty: nothing.
+	// What blocked and clock_stopped say is among it.
+	Halts         []*CollectorHalt `protobuf:"bytes,10,rep,name=halts,proto3" json:"halts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -829,6 +832,105 @@ func (x *GetCollectorStatusResponse) GetClockStopped() string {
 	return ""
 }
 
+func (x *GetCollectorStatusResponse) GetHalts() []*CollectorHalt {
+	if x != nil {
+		return x.Halts
+	}
+	return nil
+}
+
+// CollectorHalt is something that stands still, since what it needs fails at each
+// try. It is tried again by itself.
+type CollectorHalt struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A word for it, which does not change: as the label problem of the metrics.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// What stands still, such as "expiry of snapshots".
+	What string `protobuf:"bytes,2,opt,name=what,proto3" json:"what,omitempty"`
+	// Why.
+	Error string `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	// Since when; unset: not known.
+	SinceTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=since_time,json=sinceTime,proto3" json:"since_time,omitempty"`
+	// The replica in which it fails; empty: in all.
+	Replica string `protobuf:"bytes,5,opt,name=replica,proto3" json:"replica,omitempty"`
+	// How often it has failed since then; 0: not known to the replica that answers.
+	Failures      int64 `protobuf:"varint,6,opt,name=failures,proto3" json:"failures,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CollectorHalt) Reset() {
+	*x = CollectorHalt{}
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CollectorHalt) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CollectorHalt) ProtoMessage() {}
+
+func (x *CollectorHalt) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CollectorHalt.ProtoReflect.Descriptor instead.
+func (*CollectorHalt) Descriptor() ([]byte, []int) {
+	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *CollectorHalt) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CollectorHalt) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+func (x *CollectorHalt) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *CollectorHalt) GetSinceTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.SinceTime
+	}
+	return nil
+}
+
+func (x *CollectorHalt) GetReplica() string {
+	if x != nil {
+		return x.Replica
+	}
+	return ""
+}
+
+func (x *CollectorHalt) GetFailures() int64 {
+	if x != nil {
+		return x.Failures
+	}
+	return 0
+}
+
 // ExplainObjectRequest is the request of ExplainObject.
 type ExplainObjectRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -842,7 +944,7 @@ type ExplainObjectRequest struct {
 
 func (x *ExplainObjectRequest) Reset() {
 	*x = ExplainObjectRequest{}
-	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[7]
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -854,7 +956,7 @@ func (x *ExplainObjectRequest) String() string {
 func (*ExplainObjectRequest) ProtoMessage() {}
 
 func (x *ExplainObjectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[7]
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -867,7 +969,7 @@ func (x *ExplainObjectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainObjectRequest.ProtoReflect.Descriptor instead.
 func (*ExplainObjectRequest) Descriptor() ([]byte, []int) {
-	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{7}
+	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ExplainObjectRequest) GetStore() string {
@@ -913,7 +1015,7 @@ type ExplainObjectResponse struct {
 
 func (x *ExplainObjectResponse) Reset() {
 	*x = ExplainObjectResponse{}
-	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[8]
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -925,7 +1027,7 @@ func (x *ExplainObjectResponse) String() string {
 func (*ExplainObjectResponse) ProtoMessage() {}
 
 func (x *ExplainObjectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[8]
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -938,7 +1040,7 @@ func (x *ExplainObjectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainObjectResponse.ProtoReflect.Descriptor instead.
 func (*ExplainObjectResponse) Descriptor() ([]byte, []int) {
-	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{8}
+	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ExplainObjectResponse) GetExists() bool {
@@ -1039,7 +1141,7 @@ type Orphan struct {
 
 func (x *Orphan) Reset() {
 	*x = Orphan{}
-	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[9]
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1051,7 +1153,7 @@ func (x *Orphan) String() string {
 func (*Orphan) ProtoMessage() {}
 
 func (x *Orphan) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[9]
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1064,7 +1166,7 @@ func (x *Orphan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Orphan.ProtoReflect.Descriptor instead.
 func (*Orphan) Descriptor() ([]byte, []int) {
-	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{9}
+	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Orphan) GetStore() string {
@@ -1142,7 +1244,7 @@ type ListOrphansRequest struct {
 
 func (x *ListOrphansRequest) Reset() {
 	*x = ListOrphansRequest{}
-	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[10]
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1154,7 +1256,7 @@ func (x *ListOrphansRequest) String() string {
 func (*ListOrphansRequest) ProtoMessage() {}
 
 func (x *ListOrphansRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[10]
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1167,7 +1269,7 @@ func (x *ListOrphansRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOrphansRequest.ProtoReflect.Descriptor instead.
 func (*ListOrphansRequest) Descriptor() ([]byte, []int) {
-	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{10}
+	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListOrphansRequest) GetCollection() *CollectionRef {
@@ -1188,7 +1290,7 @@ type ListOrphansResponse struct {
 
 func (x *ListOrphansResponse) Reset() {
 	*x = ListOrphansResponse{}
-	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[11]
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1200,7 +1302,7 @@ func (x *ListOrphansResponse) String() string {
 func (*ListOrphansResponse) ProtoMessage() {}
 
 func (x *ListOrphansResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[11]
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1213,7 +1315,7 @@ func (x *ListOrphansResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOrphansResponse.ProtoReflect.Descriptor instead.
 func (*ListOrphansResponse) Descriptor() ([]byte, []int) {
-	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{11}
+	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ListOrphansResponse) GetOrphans() []*Orphan {
@@ -1236,7 +1338,7 @@ type DeleteOrphansRequest struct {
 
 func (x *DeleteOrphansRequest) Reset() {
 	*x = DeleteOrphansRequest{}
-	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[12]
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1248,7 +1350,7 @@ func (x *DeleteOrphansRequest) String() string {
 func (*DeleteOrphansRequest) ProtoMessage() {}
 
 func (x *DeleteOrphansRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[12]
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1261,7 +1363,7 @@ func (x *DeleteOrphansRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteOrphansRequest.ProtoReflect.Descriptor instead.
 func (*DeleteOrphansRequest) Descriptor() ([]byte, []int) {
-	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{12}
+	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DeleteOrphansRequest) GetCollection() *CollectionRef {
@@ -1289,7 +1391,7 @@ type DeleteOrphansResponse struct {
 
 func (x *DeleteOrphansResponse) Reset() {
 	*x = DeleteOrphansResponse{}
-	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[13]
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1301,7 +1403,7 @@ func (x *DeleteOrphansResponse) String() string {
 func (*DeleteOrphansResponse) ProtoMessage() {}
 
 func (x *DeleteOrphansResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[13]
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1314,7 +1416,7 @@ func (x *DeleteOrphansResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteOrphansResponse.ProtoReflect.Descriptor instead.
 func (*DeleteOrphansResponse) Descriptor() ([]byte, []int) {
-	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{13}
+	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DeleteOrphansResponse) GetDeleted() []*Orphan {
@@ -1339,7 +1441,7 @@ type RecoverRequest struct {
 
 func (x *RecoverRequest) Reset() {
 	*x = RecoverRequest{}
-	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[14]
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1351,7 +1453,7 @@ func (x *RecoverRequest) String() string {
 func (*RecoverRequest) ProtoMessage() {}
 
 func (x *RecoverRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[14]
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1364,7 +1466,7 @@ func (x *RecoverRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverRequest.ProtoReflect.Descriptor instead.
 func (*RecoverRequest) Descriptor() ([]byte, []int) {
-	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{14}
+	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RecoverRequest) GetForce() bool {
@@ -1400,7 +1502,7 @@ type RecoverResponse struct {
 
 func (x *RecoverResponse) Reset() {
 	*x = RecoverResponse{}
-	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[15]
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1412,7 +1514,7 @@ func (x *RecoverResponse) String() string {
 func (*RecoverResponse) ProtoMessage() {}
 
 func (x *RecoverResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[15]
+	mi := &file_snapshotd_v1_collector_service_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1425,7 +1527,7 @@ func (x *RecoverResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoverResponse.ProtoReflect.Descriptor instead.
 func (*RecoverResponse) Descriptor() ([]byte, []int) {
-	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{15}
+	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RecoverResponse) GetWasBehind() bool {
@@ -1534,7 +1636,7 @@ const file_snapshotd_v1_collector_service_proto_rawDesc = "" +
 	"\rcollection_id\x18\x01 \x01(\x03R\fcollectionId\x12\x10\n" +
 	"\x03due\x18\x02 \x01(\x03R\x03due\x12\x14\n" +
 	"\x05total\x18\x03 \x01(\x03R\x05total\"\x1b\n" +
-	"\x19GetCollectorStatusRequest\"\xe5\x02\n" +
+	"\x19GetCollectorStatusRequest\"\x98\x03\n" +
 	"\x1aGetCollectorStatusResponse\x12;\n" +
 	"\n" +
 	"last_round\x18\x01 \x01(\v2\x1c.snapshotd.v1.CollectSummaryR\tlastRound\x12\x1a\n" +
@@ -1546,7 +1648,17 @@ const file_snapshotd_v1_collector_service_proto_rawDesc = "" +
 	"\ablocked\x18\a \x01(\tR\ablocked\x12\x1d\n" +
 	"\n" +
 	"stop_units\x18\b \x01(\x03R\tstopUnits\x12#\n" +
-	"\rclock_stopped\x18\t \x01(\tR\fclockStopped\"y\n" +
+	"\rclock_stopped\x18\t \x01(\tR\fclockStopped\x121\n" +
+	"\x05halts\x18\n" +
+	" \x03(\v2\x1b.snapshotd.v1.CollectorHaltR\x05halts\"\xbe\x01\n" +
+	"\rCollectorHalt\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04what\x18\x02 \x01(\tR\x04what\x12\x14\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\x129\n" +
+	"\n" +
+	"since_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\tsinceTime\x12\x18\n" +
+	"\areplica\x18\x05 \x01(\tR\areplica\x12\x1a\n" +
+	"\bfailures\x18\x06 \x01(\x03R\bfailures\"y\n" +
 	"\x14ExplainObjectRequest\x12C\n" +
 	"\x05store\x18\x01 \x01(\tB-\xbaH*\xd8\x01\x01r%2#^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$R\x05store\x12\x1c\n" +
 	"\x03key\x18\x02 \x01(\tB\n" +
@@ -1621,7 +1733,7 @@ func file_snapshotd_v1_collector_service_proto_rawDescGZIP() []byte {
 }
 
 var file_snapshotd_v1_collector_service_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_snapshotd_v1_collector_service_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_snapshotd_v1_collector_service_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_snapshotd_v1_collector_service_proto_goTypes = []any{
 	(CollectItem_Kind)(0),              // 0: snapshotd.v1.CollectItem.Kind
 	(CollectItem_Action)(0),            // 1: snapshotd.v1.CollectItem.Action
@@ -1632,61 +1744,64 @@ var file_snapshotd_v1_collector_service_proto_goTypes = []any{
 	(*CollectStop)(nil),                // 6: snapshotd.v1.CollectStop
 	(*GetCollectorStatusRequest)(nil),  // 7: snapshotd.v1.GetCollectorStatusRequest
 	(*GetCollectorStatusResponse)(nil), // 8: snapshotd.v1.GetCollectorStatusResponse
-	(*ExplainObjectRequest)(nil),       // 9: snapshotd.v1.ExplainObjectRequest
-	(*ExplainObjectResponse)(nil),      // 10: snapshotd.v1.ExplainObjectResponse
-	(*Orphan)(nil),                     // 11: snapshotd.v1.Orphan
-	(*ListOrphansRequest)(nil),         // 12: snapshotd.v1.ListOrphansRequest
-	(*ListOrphansResponse)(nil),        // 13: snapshotd.v1.ListOrphansResponse
-	(*DeleteOrphansRequest)(nil),       // 14: snapshotd.v1.DeleteOrphansRequest
-	(*DeleteOrphansResponse)(nil),      // 15: snapshotd.v1.DeleteOrphansResponse
-	(*RecoverRequest)(nil),             // 16: snapshotd.v1.RecoverRequest
-	(*RecoverResponse)(nil),            // 17: snapshotd.v1.RecoverResponse
-	(*CollectionRef)(nil),              // 18: snapshotd.v1.CollectionRef
-	(*durationpb.Duration)(nil),        // 19: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),      // 20: google.protobuf.Timestamp
-	(*TombstoneFile)(nil),              // 21: snapshotd.v1.TombstoneFile
-	(*Holder)(nil),                     // 22: snapshotd.v1.Holder
+	(*CollectorHalt)(nil),              // 9: snapshotd.v1.CollectorHalt
+	(*ExplainObjectRequest)(nil),       // 10: snapshotd.v1.ExplainObjectRequest
+	(*ExplainObjectResponse)(nil),      // 11: snapshotd.v1.ExplainObjectResponse
+	(*Orphan)(nil),                     // 12: snapshotd.v1.Orphan
+	(*ListOrphansRequest)(nil),         // 13: snapshotd.v1.ListOrphansRequest
+	(*ListOrphansResponse)(nil),        // 14: snapshotd.v1.ListOrphansResponse
+	(*DeleteOrphansRequest)(nil),       // 15: snapshotd.v1.DeleteOrphansRequest
+	(*DeleteOrphansResponse)(nil),      // 16: snapshotd.v1.DeleteOrphansResponse
+	(*RecoverRequest)(nil),             // 17: snapshotd.v1.RecoverRequest
+	(*RecoverResponse)(nil),            // 18: snapshotd.v1.RecoverResponse
+	(*CollectionRef)(nil),              // 19: snapshotd.v1.CollectionRef
+	(*durationpb.Duration)(nil),        // 20: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),      // 21: google.protobuf.Timestamp
+	(*TombstoneFile)(nil),              // 22: snapshotd.v1.TombstoneFile
+	(*Holder)(nil),                     // 23: snapshotd.v1.Holder
 }
 var file_snapshotd_v1_collector_service_proto_depIdxs = []int32{
-	18, // 0: snapshotd.v1.CollectRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	19, // 1: snapshotd.v1.CollectRequest.tolerance:type_name -> google.protobuf.Duration
+	19, // 0: snapshotd.v1.CollectRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	20, // 1: snapshotd.v1.CollectRequest.tolerance:type_name -> google.protobuf.Duration
 	4,  // 2: snapshotd.v1.CollectResponse.items:type_name -> snapshotd.v1.CollectItem
 	5,  // 3: snapshotd.v1.CollectResponse.summary:type_name -> snapshotd.v1.CollectSummary
 	0,  // 4: snapshotd.v1.CollectItem.kind:type_name -> snapshotd.v1.CollectItem.Kind
 	1,  // 5: snapshotd.v1.CollectItem.action:type_name -> snapshotd.v1.CollectItem.Action
-	20, // 6: snapshotd.v1.CollectItem.drop_time:type_name -> google.protobuf.Timestamp
-	21, // 7: snapshotd.v1.CollectItem.objects:type_name -> snapshotd.v1.TombstoneFile
-	20, // 8: snapshotd.v1.CollectSummary.start_time:type_name -> google.protobuf.Timestamp
-	20, // 9: snapshotd.v1.CollectSummary.end_time:type_name -> google.protobuf.Timestamp
+	21, // 6: snapshotd.v1.CollectItem.drop_time:type_name -> google.protobuf.Timestamp
+	22, // 7: snapshotd.v1.CollectItem.objects:type_name -> snapshotd.v1.TombstoneFile
+	21, // 8: snapshotd.v1.CollectSummary.start_time:type_name -> google.protobuf.Timestamp
+	21, // 9: snapshotd.v1.CollectSummary.end_time:type_name -> google.protobuf.Timestamp
 	6,  // 10: snapshotd.v1.CollectSummary.stops:type_name -> snapshotd.v1.CollectStop
 	5,  // 11: snapshotd.v1.GetCollectorStatusResponse.last_round:type_name -> snapshotd.v1.CollectSummary
-	19, // 12: snapshotd.v1.GetCollectorStatusResponse.tolerance:type_name -> google.protobuf.Duration
-	22, // 13: snapshotd.v1.ExplainObjectResponse.holders:type_name -> snapshotd.v1.Holder
-	20, // 14: snapshotd.v1.Orphan.mod_time:type_name -> google.protobuf.Timestamp
-	19, // 15: snapshotd.v1.Orphan.age:type_name -> google.protobuf.Duration
-	18, // 16: snapshotd.v1.ListOrphansRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	11, // 17: snapshotd.v1.ListOrphansResponse.orphans:type_name -> snapshotd.v1.Orphan
-	18, // 18: snapshotd.v1.DeleteOrphansRequest.collection:type_name -> snapshotd.v1.CollectionRef
-	19, // 19: snapshotd.v1.DeleteOrphansRequest.grace:type_name -> google.protobuf.Duration
-	11, // 20: snapshotd.v1.DeleteOrphansResponse.deleted:type_name -> snapshotd.v1.Orphan
-	20, // 21: snapshotd.v1.RecoverResponse.clock_time:type_name -> google.protobuf.Timestamp
-	2,  // 22: snapshotd.v1.CollectorService.Collect:input_type -> snapshotd.v1.CollectRequest
-	7,  // 23: snapshotd.v1.CollectorService.GetCollectorStatus:input_type -> snapshotd.v1.GetCollectorStatusRequest
-	9,  // 24: snapshotd.v1.CollectorService.ExplainObject:input_type -> snapshotd.v1.ExplainObjectRequest
-	12, // 25: snapshotd.v1.CollectorService.ListOrphans:input_type -> snapshotd.v1.ListOrphansRequest
-	14, // 26: snapshotd.v1.CollectorService.DeleteOrphans:input_type -> snapshotd.v1.DeleteOrphansRequest
-	16, // 27: snapshotd.v1.CollectorService.Recover:input_type -> snapshotd.v1.RecoverRequest
-	3,  // 28: snapshotd.v1.CollectorService.Collect:output_type -> snapshotd.v1.CollectResponse
-	8,  // 29: snapshotd.v1.CollectorService.GetCollectorStatus:output_type -> snapshotd.v1.GetCollectorStatusResponse
-	10, // 30: snapshotd.v1.CollectorService.ExplainObject:output_type -> snapshotd.v1.ExplainObjectResponse
-	13, // 31: snapshotd.v1.CollectorService.ListOrphans:output_type -> snapshotd.v1.ListOrphansResponse
-	15, // 32: snapshotd.v1.CollectorService.DeleteOrphans:output_type -> snapshotd.v1.DeleteOrphansResponse
-	17, // 33: snapshotd.v1.CollectorService.Recover:output_type -> snapshotd.v1.RecoverResponse
-	28, // [28:34] is the sub-list for method output_type
-	22, // [22:28] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	20, // 12: snapshotd.v1.GetCollectorStatusResponse.tolerance:type_name -> google.protobuf.Duration
+	9,  // 13: snapshotd.v1.GetCollectorStatusResponse.halts:type_name -> snapshotd.v1.CollectorHalt
+	21, // 14: snapshotd.v1.CollectorHalt.since_time:type_name -> google.protobuf.Timestamp
+	23, // 15: snapshotd.v1.ExplainObjectResponse.holders:type_name -> snapshotd.v1.Holder
+	21, // 16: snapshotd.v1.Orphan.mod_time:type_name -> google.protobuf.Timestamp
+	20, // 17: snapshotd.v1.Orphan.age:type_name -> google.protobuf.Duration
+	19, // 18: snapshotd.v1.ListOrphansRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	12, // 19: snapshotd.v1.ListOrphansResponse.orphans:type_name -> snapshotd.v1.Orphan
+	19, // 20: snapshotd.v1.DeleteOrphansRequest.collection:type_name -> snapshotd.v1.CollectionRef
+	20, // 21: snapshotd.v1.DeleteOrphansRequest.grace:type_name -> google.protobuf.Duration
+	12, // 22: snapshotd.v1.DeleteOrphansResponse.deleted:type_name -> snapshotd.v1.Orphan
+	21, // 23: snapshotd.v1.RecoverResponse.clock_time:type_name -> google.protobuf.Timestamp
+	2,  // 24: snapshotd.v1.CollectorService.Collect:input_type -> snapshotd.v1.CollectRequest
+	7,  // 25: snapshotd.v1.CollectorService.GetCollectorStatus:input_type -> snapshotd.v1.GetCollectorStatusRequest
+	10, // 26: snapshotd.v1.CollectorService.ExplainObject:input_type -> snapshotd.v1.ExplainObjectRequest
+	13, // 27: snapshotd.v1.CollectorService.ListOrphans:input_type -> snapshotd.v1.ListOrphansRequest
+	15, // 28: snapshotd.v1.CollectorService.DeleteOrphans:input_type -> snapshotd.v1.DeleteOrphansRequest
+	17, // 29: snapshotd.v1.CollectorService.Recover:input_type -> snapshotd.v1.RecoverRequest
+	3,  // 30: snapshotd.v1.CollectorService.Collect:output_type -> snapshotd.v1.CollectResponse
+	8,  // 31: snapshotd.v1.CollectorService.GetCollectorStatus:output_type -> snapshotd.v1.GetCollectorStatusResponse
+	11, // 32: snapshotd.v1.CollectorService.ExplainObject:output_type -> snapshotd.v1.ExplainObjectResponse
+	14, // 33: snapshotd.v1.CollectorService.ListOrphans:output_type -> snapshotd.v1.ListOrphansResponse
+	16, // 34: snapshotd.v1.CollectorService.DeleteOrphans:output_type -> snapshotd.v1.DeleteOrphansResponse
+	18, // 35: snapshotd.v1.CollectorService.Recover:output_type -> snapshotd.v1.RecoverResponse
+	30, // [30:36] is the sub-list for method output_type
+	24, // [24:30] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_snapshotd_v1_collector_service_proto_init() }
@@ -1702,7 +1817,7 @@ func file_snapshotd_v1_collector_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_snapshotd_v1_collector_service_proto_rawDesc), len(file_snapshotd_v1_collector_service_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   16,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

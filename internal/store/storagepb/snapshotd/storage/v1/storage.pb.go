@@ -539,7 +539,12 @@ type Round struct {
 	// How many those are.
 	StopCount int64 `protobuf:"varint,13,opt,name=stop_count,json=stopCount,proto3" json:"stop_count,omitempty"`
 	// What went wrong; empty: nothing.
-	Error         string `protobuf:"bytes,14,opt,name=error,proto3" json:"error,omitempty"`
+	Error string `protobuf:"bytes,14,opt,name=error,proto3" json:"error,omitempty"`
+	// What stands still in the leader, at most 64. Also without a round: then the
+	// times above are 0.
+	Halts []*Halt `protobuf:"bytes,15,rep,name=halts,proto3" json:"halts,omitempty"`
+	// The leader that says so.
+	HaltedReplica string `protobuf:"bytes,16,opt,name=halted_replica,json=haltedReplica,proto3" json:"halted_replica,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -672,6 +677,93 @@ func (x *Round) GetError() string {
 	return ""
 }
 
+func (x *Round) GetHalts() []*Halt {
+	if x != nil {
+		return x.Halts
+	}
+	return nil
+}
+
+func (x *Round) GetHaltedReplica() string {
+	if x != nil {
+		return x.HaltedReplica
+	}
+	return ""
+}
+
+// Halt is something that fails at each try.
+type Halt struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Which.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// What stands still.
+	What string `protobuf:"bytes,2,opt,name=what,proto3" json:"what,omitempty"`
+	// The error of the first tries.
+	Error string `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	// Unix nanoseconds.
+	Since         int64 `protobuf:"varint,4,opt,name=since,proto3" json:"since,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Halt) Reset() {
+	*x = Halt{}
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Halt) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Halt) ProtoMessage() {}
+
+func (x *Halt) ProtoReflect() protoreflect.Message {
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Halt.ProtoReflect.Descriptor instead.
+func (*Halt) Descriptor() ([]byte, []int) {
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Halt) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Halt) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+func (x *Halt) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *Halt) GetSince() int64 {
+	if x != nil {
+		return x.Since
+	}
+	return 0
+}
+
 // Stop says that a round would have deleted too much of a collection.
 type Stop struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -687,7 +779,7 @@ type Stop struct {
 
 func (x *Stop) Reset() {
 	*x = Stop{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[6]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -699,7 +791,7 @@ func (x *Stop) String() string {
 func (*Stop) ProtoMessage() {}
 
 func (x *Stop) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[6]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -712,7 +804,7 @@ func (x *Stop) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stop.ProtoReflect.Descriptor instead.
 func (*Stop) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{6}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Stop) GetCollectionId() int64 {
@@ -752,7 +844,7 @@ type IdRange struct {
 
 func (x *IdRange) Reset() {
 	*x = IdRange{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[7]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -764,7 +856,7 @@ func (x *IdRange) String() string {
 func (*IdRange) ProtoMessage() {}
 
 func (x *IdRange) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[7]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -777,7 +869,7 @@ func (x *IdRange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IdRange.ProtoReflect.Descriptor instead.
 func (*IdRange) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{7}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *IdRange) GetFirst() int64 {
@@ -814,7 +906,7 @@ type Position struct {
 
 func (x *Position) Reset() {
 	*x = Position{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[8]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -826,7 +918,7 @@ func (x *Position) String() string {
 func (*Position) ProtoMessage() {}
 
 func (x *Position) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[8]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -839,7 +931,7 @@ func (x *Position) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Position.ProtoReflect.Descriptor instead.
 func (*Position) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{8}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Position) GetTimestamp() uint64 {
@@ -899,7 +991,7 @@ type Collection struct {
 
 func (x *Collection) Reset() {
 	*x = Collection{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[9]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -911,7 +1003,7 @@ func (x *Collection) String() string {
 func (*Collection) ProtoMessage() {}
 
 func (x *Collection) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[9]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -924,7 +1016,7 @@ func (x *Collection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Collection.ProtoReflect.Descriptor instead.
 func (*Collection) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{9}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Collection) GetFormat() uint32 {
@@ -1059,7 +1151,7 @@ type Root struct {
 
 func (x *Root) Reset() {
 	*x = Root{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[10]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1071,7 +1163,7 @@ func (x *Root) String() string {
 func (*Root) ProtoMessage() {}
 
 func (x *Root) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[10]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1084,7 +1176,7 @@ func (x *Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Root.ProtoReflect.Descriptor instead.
 func (*Root) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{10}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Root) GetStore() string {
@@ -1116,7 +1208,7 @@ type Schema struct {
 
 func (x *Schema) Reset() {
 	*x = Schema{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[11]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1128,7 +1220,7 @@ func (x *Schema) String() string {
 func (*Schema) ProtoMessage() {}
 
 func (x *Schema) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[11]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1141,7 +1233,7 @@ func (x *Schema) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Schema.ProtoReflect.Descriptor instead.
 func (*Schema) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{11}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Schema) GetFields() []*Field {
@@ -1192,7 +1284,7 @@ type Field struct {
 
 func (x *Field) Reset() {
 	*x = Field{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[12]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1204,7 +1296,7 @@ func (x *Field) String() string {
 func (*Field) ProtoMessage() {}
 
 func (x *Field) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[12]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1217,7 +1309,7 @@ func (x *Field) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Field.ProtoReflect.Descriptor instead.
 func (*Field) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{12}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Field) GetId() int64 {
@@ -1304,7 +1396,7 @@ type Partition struct {
 
 func (x *Partition) Reset() {
 	*x = Partition{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[13]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1316,7 +1408,7 @@ func (x *Partition) String() string {
 func (*Partition) ProtoMessage() {}
 
 func (x *Partition) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[13]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1329,7 +1421,7 @@ func (x *Partition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Partition.ProtoReflect.Descriptor instead.
 func (*Partition) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{13}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Partition) GetFormat() uint32 {
@@ -1401,7 +1493,7 @@ type Index struct {
 
 func (x *Index) Reset() {
 	*x = Index{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[14]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1413,7 +1505,7 @@ func (x *Index) String() string {
 func (*Index) ProtoMessage() {}
 
 func (x *Index) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[14]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1426,7 +1518,7 @@ func (x *Index) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Index.ProtoReflect.Descriptor instead.
 func (*Index) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{14}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Index) GetFormat() uint32 {
@@ -1508,7 +1600,7 @@ type Channel struct {
 
 func (x *Channel) Reset() {
 	*x = Channel{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[15]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1520,7 +1612,7 @@ func (x *Channel) String() string {
 func (*Channel) ProtoMessage() {}
 
 func (x *Channel) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[15]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1533,7 +1625,7 @@ func (x *Channel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Channel.ProtoReflect.Descriptor instead.
 func (*Channel) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{15}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Channel) GetFormat() uint32 {
@@ -1571,7 +1663,7 @@ type Name struct {
 
 func (x *Name) Reset() {
 	*x = Name{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[16]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1583,7 +1675,7 @@ func (x *Name) String() string {
 func (*Name) ProtoMessage() {}
 
 func (x *Name) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[16]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1596,7 +1688,7 @@ func (x *Name) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Name.ProtoReflect.Descriptor instead.
 func (*Name) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{16}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Name) GetFormat() uint32 {
@@ -1667,7 +1759,7 @@ type Segment struct {
 
 func (x *Segment) Reset() {
 	*x = Segment{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[17]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1679,7 +1771,7 @@ func (x *Segment) String() string {
 func (*Segment) ProtoMessage() {}
 
 func (x *Segment) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[17]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1692,7 +1784,7 @@ func (x *Segment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Segment.ProtoReflect.Descriptor instead.
 func (*Segment) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{17}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Segment) GetFormat() uint32 {
@@ -1848,7 +1940,7 @@ type Owner struct {
 
 func (x *Owner) Reset() {
 	*x = Owner{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[18]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1860,7 +1952,7 @@ func (x *Owner) String() string {
 func (*Owner) ProtoMessage() {}
 
 func (x *Owner) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[18]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1873,7 +1965,7 @@ func (x *Owner) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Owner.ProtoReflect.Descriptor instead.
 func (*Owner) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{18}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Owner) GetFormat() uint32 {
@@ -1907,7 +1999,7 @@ type OwnerRange struct {
 
 func (x *OwnerRange) Reset() {
 	*x = OwnerRange{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[19]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1919,7 +2011,7 @@ func (x *OwnerRange) String() string {
 func (*OwnerRange) ProtoMessage() {}
 
 func (x *OwnerRange) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[19]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1932,7 +2024,7 @@ func (x *OwnerRange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OwnerRange.ProtoReflect.Descriptor instead.
 func (*OwnerRange) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{19}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *OwnerRange) GetFormat() uint32 {
@@ -1980,7 +2072,7 @@ type Gone struct {
 
 func (x *Gone) Reset() {
 	*x = Gone{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[20]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1992,7 +2084,7 @@ func (x *Gone) String() string {
 func (*Gone) ProtoMessage() {}
 
 func (x *Gone) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[20]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2005,7 +2097,7 @@ func (x *Gone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Gone.ProtoReflect.Descriptor instead.
 func (*Gone) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{20}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Gone) GetFormat() uint32 {
@@ -2048,7 +2140,7 @@ type Build struct {
 
 func (x *Build) Reset() {
 	*x = Build{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[21]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2060,7 +2152,7 @@ func (x *Build) String() string {
 func (*Build) ProtoMessage() {}
 
 func (x *Build) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[21]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2073,7 +2165,7 @@ func (x *Build) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Build.ProtoReflect.Descriptor instead.
 func (*Build) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{21}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Build) GetId() int64 {
@@ -2160,7 +2252,7 @@ type Files struct {
 
 func (x *Files) Reset() {
 	*x = Files{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[22]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2172,7 +2264,7 @@ func (x *Files) String() string {
 func (*Files) ProtoMessage() {}
 
 func (x *Files) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[22]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2185,7 +2277,7 @@ func (x *Files) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Files.ProtoReflect.Descriptor instead.
 func (*Files) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{22}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Files) GetCount() uint32 {
@@ -2325,7 +2417,7 @@ type Attributes struct {
 
 func (x *Attributes) Reset() {
 	*x = Attributes{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2337,7 +2429,7 @@ func (x *Attributes) String() string {
 func (*Attributes) ProtoMessage() {}
 
 func (x *Attributes) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[23]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2350,7 +2442,7 @@ func (x *Attributes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attributes.ProtoReflect.Descriptor instead.
 func (*Attributes) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{23}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Attributes) GetPairs() map[string]string {
@@ -2388,7 +2480,7 @@ type Unit struct {
 
 func (x *Unit) Reset() {
 	*x = Unit{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2400,7 +2492,7 @@ func (x *Unit) String() string {
 func (*Unit) ProtoMessage() {}
 
 func (x *Unit) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[24]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2413,7 +2505,7 @@ func (x *Unit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unit.ProtoReflect.Descriptor instead.
 func (*Unit) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{24}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Unit) GetFormat() uint32 {
@@ -2491,7 +2583,7 @@ type UnitHead struct {
 
 func (x *UnitHead) Reset() {
 	*x = UnitHead{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2503,7 +2595,7 @@ func (x *UnitHead) String() string {
 func (*UnitHead) ProtoMessage() {}
 
 func (x *UnitHead) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[25]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2516,7 +2608,7 @@ func (x *UnitHead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnitHead.ProtoReflect.Descriptor instead.
 func (*UnitHead) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{25}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *UnitHead) GetFormat() uint32 {
@@ -2572,7 +2664,7 @@ type Parked struct {
 
 func (x *Parked) Reset() {
 	*x = Parked{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2584,7 +2676,7 @@ func (x *Parked) String() string {
 func (*Parked) ProtoMessage() {}
 
 func (x *Parked) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[26]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2597,7 +2689,7 @@ func (x *Parked) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Parked.ProtoReflect.Descriptor instead.
 func (*Parked) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{26}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Parked) GetStore() string {
@@ -2692,7 +2784,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2704,7 +2796,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[27]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2717,7 +2809,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{27}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Snapshot) GetFormat() uint32 {
@@ -2928,7 +3020,7 @@ type References struct {
 
 func (x *References) Reset() {
 	*x = References{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2940,7 +3032,7 @@ func (x *References) String() string {
 func (*References) ProtoMessage() {}
 
 func (x *References) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[28]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2953,7 +3045,7 @@ func (x *References) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use References.ProtoReflect.Descriptor instead.
 func (*References) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{28}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *References) GetLength() int64 {
@@ -3011,7 +3103,7 @@ type StoreVerdict struct {
 
 func (x *StoreVerdict) Reset() {
 	*x = StoreVerdict{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3023,7 +3115,7 @@ func (x *StoreVerdict) String() string {
 func (*StoreVerdict) ProtoMessage() {}
 
 func (x *StoreVerdict) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[29]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3036,7 +3128,7 @@ func (x *StoreVerdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreVerdict.ProtoReflect.Descriptor instead.
 func (*StoreVerdict) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{29}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *StoreVerdict) GetFormat() uint32 {
@@ -3089,7 +3181,7 @@ type Cut struct {
 
 func (x *Cut) Reset() {
 	*x = Cut{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3101,7 +3193,7 @@ func (x *Cut) String() string {
 func (*Cut) ProtoMessage() {}
 
 func (x *Cut) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[30]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3114,7 +3206,7 @@ func (x *Cut) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cut.ProtoReflect.Descriptor instead.
 func (*Cut) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{30}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Cut) GetChannel() string {
@@ -3159,7 +3251,7 @@ type Totals struct {
 
 func (x *Totals) Reset() {
 	*x = Totals{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3171,7 +3263,7 @@ func (x *Totals) String() string {
 func (*Totals) ProtoMessage() {}
 
 func (x *Totals) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[31]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3184,7 +3276,7 @@ func (x *Totals) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Totals.ProtoReflect.Descriptor instead.
 func (*Totals) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{31}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Totals) GetSegments() int64 {
@@ -3243,7 +3335,7 @@ type Pending struct {
 
 func (x *Pending) Reset() {
 	*x = Pending{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3255,7 +3347,7 @@ func (x *Pending) String() string {
 func (*Pending) ProtoMessage() {}
 
 func (x *Pending) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[32]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3268,7 +3360,7 @@ func (x *Pending) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pending.ProtoReflect.Descriptor instead.
 func (*Pending) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{32}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Pending) GetFormat() uint32 {
@@ -3314,7 +3406,7 @@ type Request struct {
 
 func (x *Request) Reset() {
 	*x = Request{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3326,7 +3418,7 @@ func (x *Request) String() string {
 func (*Request) ProtoMessage() {}
 
 func (x *Request) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[33]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3339,7 +3431,7 @@ func (x *Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Request.ProtoReflect.Descriptor instead.
 func (*Request) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{33}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Request) GetFormat() uint32 {
@@ -3419,7 +3511,7 @@ type Generation struct {
 
 func (x *Generation) Reset() {
 	*x = Generation{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3431,7 +3523,7 @@ func (x *Generation) String() string {
 func (*Generation) ProtoMessage() {}
 
 func (x *Generation) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[34]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3444,7 +3536,7 @@ func (x *Generation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generation.ProtoReflect.Descriptor instead.
 func (*Generation) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{34}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Generation) GetFormat() uint32 {
@@ -3487,7 +3579,7 @@ type Pin struct {
 
 func (x *Pin) Reset() {
 	*x = Pin{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3499,7 +3591,7 @@ func (x *Pin) String() string {
 func (*Pin) ProtoMessage() {}
 
 func (x *Pin) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[35]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3512,7 +3604,7 @@ func (x *Pin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pin.ProtoReflect.Descriptor instead.
 func (*Pin) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{35}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Pin) GetFormat() uint32 {
@@ -3588,7 +3680,7 @@ type Unpin struct {
 
 func (x *Unpin) Reset() {
 	*x = Unpin{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3600,7 +3692,7 @@ func (x *Unpin) String() string {
 func (*Unpin) ProtoMessage() {}
 
 func (x *Unpin) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[36]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3613,7 +3705,7 @@ func (x *Unpin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unpin.ProtoReflect.Descriptor instead.
 func (*Unpin) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{36}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Unpin) GetFormat() uint32 {
@@ -3659,7 +3751,7 @@ type Tombstone struct {
 
 func (x *Tombstone) Reset() {
 	*x = Tombstone{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[37]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3671,7 +3763,7 @@ func (x *Tombstone) String() string {
 func (*Tombstone) ProtoMessage() {}
 
 func (x *Tombstone) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[37]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3684,7 +3776,7 @@ func (x *Tombstone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tombstone.ProtoReflect.Descriptor instead.
 func (*Tombstone) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{37}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Tombstone) GetFormat() uint32 {
@@ -3744,7 +3836,7 @@ type TombstoneHead struct {
 
 func (x *TombstoneHead) Reset() {
 	*x = TombstoneHead{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[38]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3756,7 +3848,7 @@ func (x *TombstoneHead) String() string {
 func (*TombstoneHead) ProtoMessage() {}
 
 func (x *TombstoneHead) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[38]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3769,7 +3861,7 @@ func (x *TombstoneHead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TombstoneHead.ProtoReflect.Descriptor instead.
 func (*TombstoneHead) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{38}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *TombstoneHead) GetFormat() uint32 {
@@ -3887,7 +3979,7 @@ type Job struct {
 
 func (x *Job) Reset() {
 	*x = Job{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[39]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3899,7 +3991,7 @@ func (x *Job) String() string {
 func (*Job) ProtoMessage() {}
 
 func (x *Job) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[39]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3912,7 +4004,7 @@ func (x *Job) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Job.ProtoReflect.Descriptor instead.
 func (*Job) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{39}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Job) GetFormat() uint32 {
@@ -4217,7 +4309,7 @@ type JobLimits struct {
 
 func (x *JobLimits) Reset() {
 	*x = JobLimits{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[40]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4229,7 +4321,7 @@ func (x *JobLimits) String() string {
 func (*JobLimits) ProtoMessage() {}
 
 func (x *JobLimits) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[40]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4242,7 +4334,7 @@ func (x *JobLimits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobLimits.ProtoReflect.Descriptor instead.
 func (*JobLimits) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{40}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *JobLimits) GetFormat() uint32 {
@@ -4314,7 +4406,7 @@ type Task struct {
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[41]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4326,7 +4418,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[41]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4339,7 +4431,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{41}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Task) GetFormat() uint32 {
@@ -4489,7 +4581,7 @@ type TaskProgress struct {
 
 func (x *TaskProgress) Reset() {
 	*x = TaskProgress{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[42]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4501,7 +4593,7 @@ func (x *TaskProgress) String() string {
 func (*TaskProgress) ProtoMessage() {}
 
 func (x *TaskProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[42]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4514,7 +4606,7 @@ func (x *TaskProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaskProgress.ProtoReflect.Descriptor instead.
 func (*TaskProgress) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{42}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *TaskProgress) GetFormat() uint32 {
@@ -4567,7 +4659,7 @@ type Worker struct {
 
 func (x *Worker) Reset() {
 	*x = Worker{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[43]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4579,7 +4671,7 @@ func (x *Worker) String() string {
 func (*Worker) ProtoMessage() {}
 
 func (x *Worker) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[43]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4592,7 +4684,7 @@ func (x *Worker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Worker.ProtoReflect.Descriptor instead.
 func (*Worker) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{43}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Worker) GetFormat() uint32 {
@@ -4630,7 +4722,7 @@ type Assignment struct {
 
 func (x *Assignment) Reset() {
 	*x = Assignment{}
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[44]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4642,7 +4734,7 @@ func (x *Assignment) String() string {
 func (*Assignment) ProtoMessage() {}
 
 func (x *Assignment) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[44]
+	mi := &file_snapshotd_storage_v1_storage_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4655,7 +4747,7 @@ func (x *Assignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Assignment.ProtoReflect.Descriptor instead.
 func (*Assignment) Descriptor() ([]byte, []int) {
-	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{44}
+	return file_snapshotd_storage_v1_storage_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Assignment) GetFormat() uint32 {
@@ -4716,7 +4808,7 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x05cause\x18\x04 \x01(\rR\x05cause\x12\x12\n" +
 	"\x04from\x18\x05 \x01(\x03R\x04from\x12\x0e\n" +
 	"\x02to\x18\x06 \x01(\x03R\x02to\x12\x16\n" +
-	"\x06steady\x18\a \x01(\x03R\x06steady\"\x80\x03\n" +
+	"\x06steady\x18\a \x01(\x03R\x06steady\"\xd9\x03\n" +
 	"\x05Round\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x18\n" +
 	"\areplica\x18\x02 \x01(\tR\areplica\x12\x1d\n" +
@@ -4734,7 +4826,14 @@ const file_snapshotd_storage_v1_storage_proto_rawDesc = "" +
 	"\x05stops\x18\f \x03(\v2\x1a.snapshotd.storage.v1.StopR\x05stops\x12\x1d\n" +
 	"\n" +
 	"stop_count\x18\r \x01(\x03R\tstopCount\x12\x14\n" +
-	"\x05error\x18\x0e \x01(\tR\x05error\"S\n" +
+	"\x05error\x18\x0e \x01(\tR\x05error\x120\n" +
+	"\x05halts\x18\x0f \x03(\v2\x1a.snapshotd.storage.v1.HaltR\x05halts\x12%\n" +
+	"\x0ehalted_replica\x18\x10 \x01(\tR\rhaltedReplica\"Z\n" +
+	"\x04Halt\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04what\x18\x02 \x01(\tR\x04what\x12\x14\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\x12\x14\n" +
+	"\x05since\x18\x04 \x01(\x03R\x05since\"S\n" +
 	"\x04Stop\x12#\n" +
 	"\rcollection_id\x18\x01 \x01(\x03R\fcollectionId\x12\x10\n" +
 	"\x03due\x18\x02 \x01(\x03R\x03due\x12\x14\n" +
@@ -5185,7 +5284,7 @@ func file_snapshotd_storage_v1_storage_proto_rawDescGZIP() []byte {
 	return file_snapshotd_storage_v1_storage_proto_rawDescData
 }
 
-var file_snapshotd_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
+var file_snapshotd_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
 var file_snapshotd_storage_v1_storage_proto_goTypes = []any{
 	(*Cluster)(nil),       // 0: snapshotd.storage.v1.Cluster
 	(*Allocator)(nil),     // 1: snapshotd.storage.v1.Allocator
@@ -5193,102 +5292,104 @@ var file_snapshotd_storage_v1_storage_proto_goTypes = []any{
 	(*Behind)(nil),        // 3: snapshotd.storage.v1.Behind
 	(*Clock)(nil),         // 4: snapshotd.storage.v1.Clock
 	(*Round)(nil),         // 5: snapshotd.storage.v1.Round
-	(*Stop)(nil),          // 6: snapshotd.storage.v1.Stop
-	(*IdRange)(nil),       // 7: snapshotd.storage.v1.IdRange
-	(*Position)(nil),      // 8: snapshotd.storage.v1.Position
-	(*Collection)(nil),    // 9: snapshotd.storage.v1.Collection
-	(*Root)(nil),          // 10: snapshotd.storage.v1.Root
-	(*Schema)(nil),        // 11: snapshotd.storage.v1.Schema
-	(*Field)(nil),         // 12: snapshotd.storage.v1.Field
-	(*Partition)(nil),     // 13: snapshotd.storage.v1.Partition
-	(*Index)(nil),         // 14: snapshotd.storage.v1.Index
-	(*Channel)(nil),       // 15: snapshotd.storage.v1.Channel
-	(*Name)(nil),          // 16: snapshotd.storage.v1.Name
-	(*Segment)(nil),       // 17: snapshotd.storage.v1.Segment
-	(*Owner)(nil),         // 18: snapshotd.storage.v1.Owner
-	(*OwnerRange)(nil),    // 19: snapshotd.storage.v1.OwnerRange
-	(*Gone)(nil),          // 20: snapshotd.storage.v1.Gone
-	(*Build)(nil),         // 21: snapshotd.storage.v1.Build
-	(*Files)(nil),         // 22: snapshotd.storage.v1.Files
-	(*Attributes)(nil),    // 23: snapshotd.storage.v1.Attributes
-	(*Unit)(nil),          // 24: snapshotd.storage.v1.Unit
-	(*UnitHead)(nil),      // 25: snapshotd.storage.v1.UnitHead
-	(*Parked)(nil),        // 26: snapshotd.storage.v1.Parked
-	(*Snapshot)(nil),      // 27: snapshotd.storage.v1.Snapshot
-	(*References)(nil),    // 28: snapshotd.storage.v1.References
-	(*StoreVerdict)(nil),  // 29: snapshotd.storage.v1.StoreVerdict
-	(*Cut)(nil),           // 30: snapshotd.storage.v1.Cut
-	(*Totals)(nil),        // 31: snapshotd.storage.v1.Totals
-	(*Pending)(nil),       // 32: snapshotd.storage.v1.Pending
-	(*Request)(nil),       // 33: snapshotd.storage.v1.Request
-	(*Generation)(nil),    // 34: snapshotd.storage.v1.Generation
-	(*Pin)(nil),           // 35: snapshotd.storage.v1.Pin
-	(*Unpin)(nil),         // 36: snapshotd.storage.v1.Unpin
-	(*Tombstone)(nil),     // 37: snapshotd.storage.v1.Tombstone
-	(*TombstoneHead)(nil), // 38: snapshotd.storage.v1.TombstoneHead
-	(*Job)(nil),           // 39: snapshotd.storage.v1.Job
-	(*JobLimits)(nil),     // 40: snapshotd.storage.v1.JobLimits
-	(*Task)(nil),          // 41: snapshotd.storage.v1.Task
-	(*TaskProgress)(nil),  // 42: snapshotd.storage.v1.TaskProgress
-	(*Worker)(nil),        // 43: snapshotd.storage.v1.Worker
-	(*Assignment)(nil),    // 44: snapshotd.storage.v1.Assignment
-	nil,                   // 45: snapshotd.storage.v1.Collection.PropertiesEntry
-	nil,                   // 46: snapshotd.storage.v1.Collection.AttributesEntry
-	nil,                   // 47: snapshotd.storage.v1.Field.TypeParamsEntry
-	nil,                   // 48: snapshotd.storage.v1.Field.AttributesEntry
-	nil,                   // 49: snapshotd.storage.v1.Partition.AttributesEntry
-	nil,                   // 50: snapshotd.storage.v1.Index.TypeParamsEntry
-	nil,                   // 51: snapshotd.storage.v1.Index.IndexParamsEntry
-	nil,                   // 52: snapshotd.storage.v1.Index.AttributesEntry
-	nil,                   // 53: snapshotd.storage.v1.Segment.AttributesEntry
-	nil,                   // 54: snapshotd.storage.v1.Build.ParamsEntry
-	nil,                   // 55: snapshotd.storage.v1.Files.AttributesEntry
-	nil,                   // 56: snapshotd.storage.v1.Attributes.PairsEntry
-	nil,                   // 57: snapshotd.storage.v1.Snapshot.LabelsEntry
-	nil,                   // 58: snapshotd.storage.v1.Job.LabelsEntry
+	(*Halt)(nil),          // 6: snapshotd.storage.v1.Halt
+	(*Stop)(nil),          // 7: snapshotd.storage.v1.Stop
+	(*IdRange)(nil),       // 8: snapshotd.storage.v1.IdRange
+	(*Position)(nil),      // 9: snapshotd.storage.v1.Position
+	(*Collection)(nil),    // 10: snapshotd.storage.v1.Collection
+	(*Root)(nil),          // 11: snapshotd.storage.v1.Root
+	(*Schema)(nil),        // 12: snapshotd.storage.v1.Schema
+	(*Field)(nil),         // 13: snapshotd.storage.v1.Field
+	(*Partition)(nil),     // 14: snapshotd.storage.v1.Partition
+	(*Index)(nil),         // 15: snapshotd.storage.v1.Index
+	(*Channel)(nil),       // 16: snapshotd.storage.v1.Channel
+	(*Name)(nil),          // 17: snapshotd.storage.v1.Name
+	(*Segment)(nil),       // 18: snapshotd.storage.v1.Segment
+	(*Owner)(nil),         // 19: snapshotd.storage.v1.Owner
+	(*OwnerRange)(nil),    // 20: snapshotd.storage.v1.OwnerRange
+	(*Gone)(nil),          // 21: snapshotd.storage.v1.Gone
+	(*Build)(nil),         // 22: snapshotd.storage.v1.Build
+	(*Files)(nil),         // 23: snapshotd.storage.v1.Files
+	(*Attributes)(nil),    // 24: snapshotd.storage.v1.Attributes
+	(*Unit)(nil),          // 25: snapshotd.storage.v1.Unit
+	(*UnitHead)(nil),      // 26: snapshotd.storage.v1.UnitHead
+	(*Parked)(nil),        // 27: snapshotd.storage.v1.Parked
+	(*Snapshot)(nil),      // 28: snapshotd.storage.v1.Snapshot
+	(*References)(nil),    // 29: snapshotd.storage.v1.References
+	(*StoreVerdict)(nil),  // 30: snapshotd.storage.v1.StoreVerdict
+	(*Cut)(nil),           // 31: snapshotd.storage.v1.Cut
+	(*Totals)(nil),        // 32: snapshotd.storage.v1.Totals
+	(*Pending)(nil),       // 33: snapshotd.storage.v1.Pending
+	(*Request)(nil),       // 34: snapshotd.storage.v1.Request
+	(*Generation)(nil),    // 35: snapshotd.storage.v1.Generation
+	(*Pin)(nil),           // 36: snapshotd.storage.v1.Pin
+	(*Unpin)(nil),         // 37: snapshotd.storage.v1.Unpin
+	(*Tombstone)(nil),     // 38: snapshotd.storage.v1.Tombstone
+	(*TombstoneHead)(nil), // 39: snapshotd.storage.v1.TombstoneHead
+	(*Job)(nil),           // 40: snapshotd.storage.v1.Job
+	(*JobLimits)(nil),     // 41: snapshotd.storage.v1.JobLimits
+	(*Task)(nil),          // 42: snapshotd.storage.v1.Task
+	(*TaskProgress)(nil),  // 43: snapshotd.storage.v1.TaskProgress
+	(*Worker)(nil),        // 44: snapshotd.storage.v1.Worker
+	(*Assignment)(nil),    // 45: snapshotd.storage.v1.Assignment
+	nil,                   // 46: snapshotd.storage.v1.Collection.PropertiesEntry
+	nil,                   // 47: snapshotd.storage.v1.Collection.AttributesEntry
+	nil,                   // 48: snapshotd.storage.v1.Field.TypeParamsEntry
+	nil,                   // 49: snapshotd.storage.v1.Field.AttributesEntry
+	nil,                   // 50: snapshotd.storage.v1.Partition.AttributesEntry
+	nil,                   // 51: snapshotd.storage.v1.Index.TypeParamsEntry
+	nil,                   // 52: snapshotd.storage.v1.Index.IndexParamsEntry
+	nil,                   // 53: snapshotd.storage.v1.Index.AttributesEntry
+	nil,                   // 54: snapshotd.storage.v1.Segment.AttributesEntry
+	nil,                   // 55: snapshotd.storage.v1.Build.ParamsEntry
+	nil,                   // 56: snapshotd.storage.v1.Files.AttributesEntry
+	nil,                   // 57: snapshotd.storage.v1.Attributes.PairsEntry
+	nil,                   // 58: snapshotd.storage.v1.Snapshot.LabelsEntry
+	nil,                   // 59: snapshotd.storage.v1.Job.LabelsEntry
 }
 var file_snapshotd_storage_v1_storage_proto_depIdxs = []int32{
-	7,  // 0: snapshotd.storage.v1.Allocator.reserved:type_name -> snapshotd.storage.v1.IdRange
-	6,  // 1: snapshotd.storage.v1.Round.stops:type_name -> snapshotd.storage.v1.Stop
-	11, // 2: snapshotd.storage.v1.Collection.schema:type_name -> snapshotd.storage.v1.Schema
-	10, // 3: snapshotd.storage.v1.Collection.roots:type_name -> snapshotd.storage.v1.Root
-	45, // 4: snapshotd.storage.v1.Collection.properties:type_name -> snapshotd.storage.v1.Collection.PropertiesEntry
-	46, // 5: snapshotd.storage.v1.Collection.attributes:type_name -> snapshotd.storage.v1.Collection.AttributesEntry
-	12, // 6: snapshotd.storage.v1.Schema.fields:type_name -> snapshotd.storage.v1.Field
-	47, // 7: snapshotd.storage.v1.Field.type_params:type_name -> snapshotd.storage.v1.Field.TypeParamsEntry
-	48, // 8: snapshotd.storage.v1.Field.attributes:type_name -> snapshotd.storage.v1.Field.AttributesEntry
-	49, // 9: snapshotd.storage.v1.Partition.attributes:type_name -> snapshotd.storage.v1.Partition.AttributesEntry
-	50, // 10: snapshotd.storage.v1.Index.type_params:type_name -> snapshotd.storage.v1.Index.TypeParamsEntry
-	51, // 11: snapshotd.storage.v1.Index.index_params:type_name -> snapshotd.storage.v1.Index.IndexParamsEntry
-	52, // 12: snapshotd.storage.v1.Index.attributes:type_name -> snapshotd.storage.v1.Index.AttributesEntry
-	8,  // 13: snapshotd.storage.v1.Channel.checkpoint:type_name -> snapshotd.storage.v1.Position
-	8,  // 14: snapshotd.storage.v1.Segment.start:type_name -> snapshotd.storage.v1.Position
-	8,  // 15: snapshotd.storage.v1.Segment.dml:type_name -> snapshotd.storage.v1.Position
-	22, // 16: snapshotd.storage.v1.Segment.files:type_name -> snapshotd.storage.v1.Files
-	21, // 17: snapshotd.storage.v1.Segment.builds:type_name -> snapshotd.storage.v1.Build
-	53, // 18: snapshotd.storage.v1.Segment.attributes:type_name -> snapshotd.storage.v1.Segment.AttributesEntry
-	54, // 19: snapshotd.storage.v1.Build.params:type_name -> snapshotd.storage.v1.Build.ParamsEntry
-	55, // 20: snapshotd.storage.v1.Files.attributes:type_name -> snapshotd.storage.v1.Files.AttributesEntry
-	56, // 21: snapshotd.storage.v1.Attributes.pairs:type_name -> snapshotd.storage.v1.Attributes.PairsEntry
-	17, // 22: snapshotd.storage.v1.Unit.segment:type_name -> snapshotd.storage.v1.Segment
-	26, // 23: snapshotd.storage.v1.Unit.parked:type_name -> snapshotd.storage.v1.Parked
-	26, // 24: snapshotd.storage.v1.UnitHead.parked:type_name -> snapshotd.storage.v1.Parked
-	57, // 25: snapshotd.storage.v1.Snapshot.labels:type_name -> snapshotd.storage.v1.Snapshot.LabelsEntry
-	30, // 26: snapshotd.storage.v1.Snapshot.cuts:type_name -> snapshotd.storage.v1.Cut
-	31, // 27: snapshotd.storage.v1.Snapshot.totals:type_name -> snapshotd.storage.v1.Totals
-	28, // 28: snapshotd.storage.v1.Snapshot.references:type_name -> snapshotd.storage.v1.References
-	24, // 29: snapshotd.storage.v1.Tombstone.unit:type_name -> snapshotd.storage.v1.Unit
-	58, // 30: snapshotd.storage.v1.Job.labels:type_name -> snapshotd.storage.v1.Job.LabelsEntry
-	31, // 31: snapshotd.storage.v1.Job.totals:type_name -> snapshotd.storage.v1.Totals
-	31, // 32: snapshotd.storage.v1.Job.done:type_name -> snapshotd.storage.v1.Totals
-	10, // 33: snapshotd.storage.v1.Job.roots:type_name -> snapshotd.storage.v1.Root
-	31, // 34: snapshotd.storage.v1.Task.totals:type_name -> snapshotd.storage.v1.Totals
-	23, // 35: snapshotd.storage.v1.Files.AttributesEntry.value:type_name -> snapshotd.storage.v1.Attributes
-	36, // [36:36] is the sub-list for method output_type
-	36, // [36:36] is the sub-list for method input_type
-	36, // [36:36] is the sub-list for extension type_name
-	36, // [36:36] is the sub-list for extension extendee
-	0,  // [0:36] is the sub-list for field type_name
+	8,  // 0: snapshotd.storage.v1.Allocator.reserved:type_name -> snapshotd.storage.v1.IdRange
+	7,  // 1: snapshotd.storage.v1.Round.stops:type_name -> snapshotd.storage.v1.Stop
+	6,  // 2: snapshotd.storage.v1.Round.halts:type_name -> snapshotd.storage.v1.Halt
+	12, // 3: snapshotd.storage.v1.Collection.schema:type_name -> snapshotd.storage.v1.Schema
+	11, // 4: snapshotd.storage.v1.Collection.roots:type_name -> snapshotd.storage.v1.Root
+	46, // 5: snapshotd.storage.v1.Collection.properties:type_name -> snapshotd.storage.v1.Collection.PropertiesEntry
+	47, // 6: snapshotd.storage.v1.Collection.attributes:type_name -> snapshotd.storage.v1.Collection.AttributesEntry
+	13, // 7: snapshotd.storage.v1.Schema.fields:type_name -> snapshotd.storage.v1.Field
+	48, // 8: snapshotd.storage.v1.Field.type_params:type_name -> snapshotd.storage.v1.Field.TypeParamsEntry
+	49, // 9: snapshotd.storage.v1.Field.attributes:type_name -> snapshotd.storage.v1.Field.AttributesEntry
+	50, // 10: snapshotd.storage.v1.Partition.attributes:type_name -> snapshotd.storage.v1.Partition.AttributesEntry
+	51, // 11: snapshotd.storage.v1.Index.type_params:type_name -> snapshotd.storage.v1.Index.TypeParamsEntry
+	52, // 12: snapshotd.storage.v1.Index.index_params:type_name -> snapshotd.storage.v1.Index.IndexParamsEntry
+	53, // 13: snapshotd.storage.v1.Index.attributes:type_name -> snapshotd.storage.v1.Index.AttributesEntry
+	9,  // 14: snapshotd.storage.v1.Channel.checkpoint:type_name -> snapshotd.storage.v1.Position
+	9,  // 15: snapshotd.storage.v1.Segment.start:type_name -> snapshotd.storage.v1.Position
+	9,  // 16: snapshotd.storage.v1.Segment.dml:type_name -> snapshotd.storage.v1.Position
+	23, // 17: snapshotd.storage.v1.Segment.files:type_name -> snapshotd.storage.v1.Files
+	22, // 18: snapshotd.storage.v1.Segment.builds:type_name -> snapshotd.storage.v1.Build
+	54, // 19: snapshotd.storage.v1.Segment.attributes:type_name -> snapshotd.storage.v1.Segment.AttributesEntry
+	55, // 20: snapshotd.storage.v1.Build.params:type_name -> snapshotd.storage.v1.Build.ParamsEntry
+	56, // 21: snapshotd.storage.v1.Files.attributes:type_name -> snapshotd.storage.v1.Files.AttributesEntry
+	57, // 22: snapshotd.storage.v1.Attributes.pairs:type_name -> snapshotd.storage.v1.Attributes.PairsEntry
+	18, // 23: snapshotd.storage.v1.Unit.segment:type_name -> snapshotd.storage.v1.Segment
+	27, // 24: snapshotd.storage.v1.Unit.parked:type_name -> snapshotd.storage.v1.Parked
+	27, // 25: snapshotd.storage.v1.UnitHead.parked:type_name -> snapshotd.storage.v1.Parked
+	58, // 26: snapshotd.storage.v1.Snapshot.labels:type_name -> snapshotd.storage.v1.Snapshot.LabelsEntry
+	31, // 27: snapshotd.storage.v1.Snapshot.cuts:type_name -> snapshotd.storage.v1.Cut
+	32, // 28: snapshotd.storage.v1.Snapshot.totals:type_name -> snapshotd.storage.v1.Totals
+	29, // 29: snapshotd.storage.v1.Snapshot.references:type_name -> snapshotd.storage.v1.References
+	25, // 30: snapshotd.storage.v1.Tombstone.unit:type_name -> snapshotd.storage.v1.Unit
+	59, // 31: snapshotd.storage.v1.Job.labels:type_name -> snapshotd.storage.v1.Job.LabelsEntry
+	32, // 32: snapshotd.storage.v1.Job.totals:type_name -> snapshotd.storage.v1.Totals
+	32, // 33: snapshotd.storage.v1.Job.done:type_name -> snapshotd.storage.v1.Totals
+	11, // 34: snapshotd.storage.v1.Job.roots:type_name -> snapshotd.storage.v1.Root
+	32, // 35: snapshotd.storage.v1.Task.totals:type_name -> snapshotd.storage.v1.Totals
+	24, // 36: snapshotd.storage.v1.Files.AttributesEntry.value:type_name -> snapshotd.storage.v1.Attributes
+	37, // [37:37] is the sub-list for method output_type
+	37, // [37:37] is the sub-list for method input_type
+	37, // [37:37] is the sub-list for extension type_name
+	37, // [37:37] is the sub-list for extension extendee
+	0,  // [0:37] is the sub-list for field type_name
 }
 
 func init() { file_snapshotd_storage_v1_storage_proto_init() }
@@ -5302,7 +5403,7 @@ func file_snapshotd_storage_v1_storage_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_snapshotd_storage_v1_storage_proto_rawDesc), len(file_snapshotd_storage_v1_storage_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   59,
+			NumMessages:   60,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
