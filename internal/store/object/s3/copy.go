@@ -165,7 +165,7 @@ func (s *Store) isMD5(ctx context.Context, c *copying) (bool, *failure) {
 		return false, f
 	}
 	if info.ETag != c.SourceETag {
-		_ = r.Close() // nobody reads it
+		_ = r.Close() // what it holds is not used
 		return false, ignoredCondition(info.ETag, c)
 	}
 	sum := md5.New() // an ETag, not a defence
