@@ -204,13 +204,14 @@ func (l *leader) ended(ctx context.Context, d decision, err error) {
 		wait := 10 * time.Millisecond << min(l.tries[d.job.ID], 10)
 		l.tries[d.job.ID]++
 		l.retryAt[d.job.ID] = l.o.Clock.Elapsed() + wait
-		if !isRefused(err) && !errors.Is(err, errChanged) {
+		_, refusedAgain := l.refused[d.job.ID]
+		if refusedAgain = refusedAgain && isRefused(err); !refusedAgain && !errors.Is(err, errChanged) {
 			delete(l.refused, d.job.ID)
 		}
 		switch {
 		case errors.Is(err, errChanged):
 		case isRefused(err):
-			if _, again := l.refused[d.job.ID]; !again {
+			if !refusedAgain {
 				l.refused[d.job.ID] = l.o.Clock.Elapsed()
 			}
 			delete(l.waiting, d.job.ID)
@@ -223,7 +224,11 @@ func (l *leader) ended(ctx context.Context, d decision, err error) {
 			}
 		}
 		if !errors.Is(err, errChanged) {
-			l.log.Warn("a step of a restore met trouble and will be tried again", zap.Int64("job", d.job.ID),
+			level := zap.WarnLevel
+			if refusedAgain { // the log has the first refusal, and the job's status the last
+				level = zap.DebugLevel
+			}
+			l.log.Log(level, "a step of a restore failed and is tried again", zap.Int64("job", d.job.ID),
 				zap.Stringer("phase", d.job.Phase), zap.Error(err))
 			l.board.note(d.job.ID, err)
 		}

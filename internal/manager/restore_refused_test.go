@@ -106,6 +106,9 @@ func TestRestoreOutlastsRefusals(t *testing.T) {
 				if n := logs.FilterMessageSnippet(refusalMessage).Len(); c.counts && n != 1 {
 					t.Errorf("%d warnings: %v", n, logs.All())
 				}
+				if n := logs.FilterMessageSnippet("a step of a restore failed").Len(); n > 1 {
+					t.Errorf("%d warnings of steps: %v", n, logs.All())
+				}
 				w.restored(r, before, end.Job, restoreSpecOf(s))
 			})
 		})
