@@ -15,6 +15,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/follow"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -59,12 +60,17 @@ func (w *worker) run(ctx context.Context) {
 		}
 	}
 	backoff := meta.Backoff{Rand: w.o.Jitter}
+	failing := lasting.New(time.Now).Add(w.o.Log, "worker", "working on restores failed and begins again", "")
+	good := func() {
+		backoff.Reset()
+		failing.Passed()
+	}
 	for {
-		err := w.round(ctx, backoff.Reset)
+		err := w.round(ctx, good)
 		if ctx.Err() != nil {
 			return
 		}
-		w.o.Log.Warn("working on restores begins anew", zap.Error(err))
+		failing.Failed(err)
 		if backoff.Wait(ctx) != nil {
 			return
 		}

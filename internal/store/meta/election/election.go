@@ -53,6 +53,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
@@ -114,14 +115,13 @@ func (e *Election) Run(ctx context.Context, lead func(ctx context.Context, term 
 	backoff := meta.Backoff{Min: e.o.TTL / 100, Max: e.o.TTL / 2, Rand: e.o.Rand}
 	// A leader that resigned leaves the next term to the others, if there are any.
 	pause := meta.Backoff{Min: e.o.TTL / 10, Max: e.o.TTL / 10, Rand: e.o.Rand}
+	failing := lasting.New(time.Now).Add(e.o.Log, "election", "a candidate or leader failed and stands again", "")
 	for ctx.Err() == nil {
 		led, err := e.stand(ctx, lead)
 		if ctx.Err() != nil {
 			break
 		}
-		if err != nil {
-			e.o.Log.Warn("candidate or leader in trouble", zap.Bool("led", led), zap.String("err", err.Error()))
-		}
+		failing.Note(err, zap.Bool("led", led))
 		switch { // the loop looks at ctx
 		case led:
 			backoff.Reset()

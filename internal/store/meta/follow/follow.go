@@ -23,6 +23,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
@@ -80,12 +81,17 @@ func (f *Follower) Run(ctx context.Context) error {
 		f.moved = make(chan struct{})
 	}()
 	backoff := meta.Backoff{Rand: f.o.Rand}
+	failing := lasting.New(time.Now).Add(f.o.Log, "follow", "following failed and starts over", "")
+	good := func() {
+		backoff.Reset()
+		failing.Passed()
+	}
 	for {
-		err := f.follow(ctx, backoff.Reset)
+		err := f.follow(ctx, good)
 		if ctx.Err() != nil {
 			return nil
 		}
-		f.o.Log.Warn("following starts over", zap.String("key", f.o.From), zap.Int64("revision", f.Revision()), zap.String("err", err.Error()))
+		failing.Failed(err, zap.String("key", f.o.From), zap.Int64("revision", f.Revision()))
 		if backoff.Wait(ctx) != nil {
 			return nil
 		}
