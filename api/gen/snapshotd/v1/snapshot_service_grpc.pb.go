@@ -67,6 +67,8 @@ const (
 //	                     server may not do what it must at its object store.
 //	                     METADATA_STORE_DENIED, METADATA_STORE_TOO_OLD: the
 //	                     same at etcd, or etcd is older than it may be.
+//	                     METADATA_STORE_CORRUPT: a member of etcd reports that
+//	                     its data is corrupt.
 //	DEADLINE_EXCEEDED, CANCELED  of the same names.
 //	ABORTED              CONFLICT: others changed the very same thing, such as
 //	                     the snapshot that is restored, too often. Nothing was
@@ -454,6 +456,8 @@ func (c *snapshotServiceClient) CancelRestore(ctx context.Context, in *CancelRes
 //	                     server may not do what it must at its object store.
 //	                     METADATA_STORE_DENIED, METADATA_STORE_TOO_OLD: the
 //	                     same at etcd, or etcd is older than it may be.
+//	                     METADATA_STORE_CORRUPT: a member of etcd reports that
+//	                     its data is corrupt.
 //	DEADLINE_EXCEEDED, CANCELED  of the same names.
 //	ABORTED              CONFLICT: others changed the very same thing, such as
 //	                     the snapshot that is restored, too often. Nothing was
