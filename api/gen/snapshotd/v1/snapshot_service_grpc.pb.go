@@ -62,13 +62,13 @@ const (
 //	                     nested messages included.
 //	DATA_LOSS            RECORD_UNREADABLE: a record is damaged or of a newer
 //	                     release; it is left alone.
+//	                     METADATA_STORE_CORRUPT: a member of etcd reports that
+//	                     its data is corrupt.
 //	FAILED_PRECONDITION  FORMAT_TOO_NEW: a newer release wrote the snapshot.
 //	                     OBJECT_STORE_DENIED, OBJECT_STORE_MISCONFIGURED: the
 //	                     server may not do what it must at its object store.
 //	                     METADATA_STORE_DENIED, METADATA_STORE_TOO_OLD: the
 //	                     same at etcd, or etcd is older than it may be.
-//	                     METADATA_STORE_CORRUPT: a member of etcd reports that
-//	                     its data is corrupt.
 //	DEADLINE_EXCEEDED, CANCELED  of the same names.
 //	ABORTED              CONFLICT: others changed the very same thing, such as
 //	                     the snapshot that is restored, too often. Nothing was
@@ -451,13 +451,13 @@ func (c *snapshotServiceClient) CancelRestore(ctx context.Context, in *CancelRes
 //	                     nested messages included.
 //	DATA_LOSS            RECORD_UNREADABLE: a record is damaged or of a newer
 //	                     release; it is left alone.
+//	                     METADATA_STORE_CORRUPT: a member of etcd reports that
+//	                     its data is corrupt.
 //	FAILED_PRECONDITION  FORMAT_TOO_NEW: a newer release wrote the snapshot.
 //	                     OBJECT_STORE_DENIED, OBJECT_STORE_MISCONFIGURED: the
 //	                     server may not do what it must at its object store.
 //	                     METADATA_STORE_DENIED, METADATA_STORE_TOO_OLD: the
 //	                     same at etcd, or etcd is older than it may be.
-//	                     METADATA_STORE_CORRUPT: a member of etcd reports that
-//	                     its data is corrupt.
 //	DEADLINE_EXCEEDED, CANCELED  of the same names.
 //	ABORTED              CONFLICT: others changed the very same thing, such as
 //	                     the snapshot that is restored, too often. Nothing was
