@@ -16,6 +16,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/crashpoint"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
@@ -39,9 +40,11 @@ const (
 type leader struct {
 	*Jobs
 	fence meta.Cond
-	wake  chan struct{} // size one; a step has ended
-	steps errgroup.Group
-	given map[int64]map[int64]int64 // by job and task: the revision of one that was assigned; the loop's alone
+
+	assigns *lasting.Problem
+	wake    chan struct{} // size one; a step has ended
+	steps   errgroup.Group
+	given   map[int64]map[int64]int64 // by job and task: the revision of one that was assigned; the loop's alone
 
 	mu      sync.Mutex
 	busy    map[int64]bool          // jobs with a step under way
@@ -59,6 +62,7 @@ func newLeader(j *Jobs, term election.Term) *leader {
 	l.tries, l.wrong = map[int64]int{}, map[int64]int{}
 	l.retryAt, l.waiting = map[int64]time.Duration{}, map[int64]time.Duration{}
 	l.refused = map[int64]time.Duration{}
+	l.assigns = lasting.New(j.o.Now).Add(j.o.Log, "assign", "tasks of a restore are not assigned yet", "")
 	l.steps.SetLimit(stepsInFlight)
 	return l
 }
@@ -96,8 +100,10 @@ func (l *leader) pass(ctx context.Context) time.Duration {
 		if d.step == stepAssign {
 			var err error
 			if slots, err = l.assign(ctx, d, slots); err != nil && ctx.Err() == nil {
-				l.log.Warn("tasks are not assigned yet", zap.Int64("job", d.job.ID), zap.Error(err))
 				next = min(next, time.Second)
+			}
+			if ctx.Err() == nil {
+				l.assigns.Note(err, zap.Int64("job", d.job.ID))
 			}
 			continue
 		}

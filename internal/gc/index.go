@@ -425,7 +425,10 @@ func (x *index) loaded(e *entry, refs *snapshotRefs, err error) {
 		}
 		wait /= 4
 	}
-	e.err, e.retry = err, x.o.Now().Add(wait)
+	first := e.err == nil // then once for as long as it lasts
+	if e.err, e.retry = err, x.o.Now().Add(wait); !first {
+		return
+	}
 	x.o.Log.Error("the references of a snapshot cannot be read: nothing of its collection is reclaimed",
 		zap.Int64("snapshot", e.id), zap.String("name", e.name), zap.Int64("collection", e.collection), zap.Error(err))
 }

@@ -83,6 +83,12 @@ func (m *Manager) halts(ctx context.Context, rec *storagev1.Round, blocked strin
 	if by, replica := gc.HaltsOf(rec); replica == leader && leader != m.o.Replica {
 		list = append(list, by...)
 	}
+	if n := m.gc.Stats().Unreadable; n > 0 {
+		list = append(list, gc.Halt{
+			Name: "references", What: "collection in the collections of unreadable snapshots", Replica: m.o.Replica,
+			Error: fmt.Sprintf("the references of %d snapshots cannot be read; the log names them", n),
+		})
+	}
 	return append(list, m.gc.Halts()...), nil
 }
 
