@@ -172,6 +172,7 @@ var scripted = []step{
 	{"thaw", 0, 2, 0},
 	{"wait", 0, 30, 0},
 	{"late restore", 0, 0, 0},
+	{"wait", 0, 3, 0}, // until it copies: what it copies from is pinned first
 	{"cancel", 0, 0, 0},
 	{"wait", 0, 0, 0},
 	{"release", 0, 0, 0},
