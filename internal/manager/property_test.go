@@ -171,8 +171,8 @@ var scripted = []step{
 	{"thaw", 0, 1, 0},
 	{"thaw", 0, 2, 0},
 	{"wait", 0, 30, 0},
-	{"late restore", 0, 0, 0},
-	{"wait", 0, 3, 0}, // until it copies: what it copies from is pinned first
+	{"late restore", 0, 1, 0}, // 0 would hold what it pins
+	{"wait", 0, 3, 0},         // until it copies
 	{"cancel", 0, 0, 0},
 	{"wait", 0, 0, 0},
 	{"release", 0, 0, 0},
