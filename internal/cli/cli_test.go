@@ -1074,10 +1074,14 @@ func TestInfoWaits(t *testing.T) {
 		"no leader is elected yet":          &snapshotdv1.GetServerInfoResponse{Replica: "r1"},
 		"the metadata store did not answer": answers[0],
 	} {
-		got := run(t, &server{answers: map[string][]any{"GetServerInfo": {last}}}, "", "info", "--wait", "--timeout", "1s")
-		if got.code != 6 || !strings.Contains(got.errOut, want) {
-			t.Errorf("%s: got %+v", want, got)
-		}
+		t.Run(want, func(t *testing.T) {
+			t.Parallel()
+			// The attempts of one call take up to two seconds.
+			got := run(t, &server{answers: map[string][]any{"GetServerInfo": {last}}}, "", "info", "--wait", "--timeout", "8s")
+			if got.code != 6 || !strings.Contains(got.errOut, want) {
+				t.Errorf("got %+v", got)
+			}
+		})
 	}
 }
 

@@ -23,6 +23,12 @@ import (
 // checks it goes there directly, what works on it through the fault proxy.
 func onS3(t *testing.T) (*world, object.Store, *s3fault.Proxy) {
 	t.Helper()
+	return onS3For(t, 30*time.Second) // a busy machine is slow
+}
+
+// onS3For is onS3 with the time after which a request counts as not answered.
+func onS3For(t *testing.T, timeout time.Duration) (*world, object.Store, *s3fault.Proxy) {
+	t.Helper()
 	o := s3test.Bucket(t)
 	direct := s3test.Open(t, o)
 	// The server keeps a bucket as a directory, and now and then removes one that
@@ -31,7 +37,7 @@ func onS3(t *testing.T) (*world, object.Store, *s3fault.Proxy) {
 		t.Fatal(err)
 	}
 	proxy := s3fault.New(t, o.Endpoint)
-	o.Endpoint, o.RequestTimeout, o.MaxAttempts, o.Backoff = proxy.URL(), 300*time.Millisecond, 2, time.Millisecond
+	o.Endpoint, o.RequestTimeout, o.MaxAttempts, o.Backoff = proxy.URL(), timeout, 2, time.Millisecond
 	kv := metamemory.New(metamemory.Options{})
 	return &world{t: t, kv: kv, memory: kv, objects: direct, now: time.Now}, s3test.Open(t, o), proxy
 }
@@ -116,7 +122,7 @@ func TestS3FaultsAtEachRequest(t *testing.T) {
 
 // s3FaultAt plans one fault and says whether it happened to a request.
 func s3FaultAt(t *testing.T, action s3fault.Action, skip, times int) bool {
-	w, through, proxy := onS3(t)
+	w, through, proxy := onS3For(t, 300*time.Millisecond)
 	name := fmt.Sprintf("request %d, %d times", skip, times)
 	r := w.start("a", func(o *Options) {
 		o.Stores = map[string]object.Store{"default": through}

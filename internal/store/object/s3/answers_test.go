@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/object/s3"
@@ -153,7 +152,7 @@ func newRigOf(t *testing.T, name string) (*rig, *callOf) {
 			continue
 		}
 		r := newRig(t, func(o *s3.Options) {
-			o.MaxAttempts, o.RequestTimeout = 3, 30*time.Second
+			o.MaxAttempts = 3
 			if c.parts {
 				o.MultipartThreshold = 1
 			}

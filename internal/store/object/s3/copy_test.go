@@ -142,7 +142,7 @@ func TestCopySourceChanges(t *testing.T) {
 		"deleted": {func(r *rig) error { return r.plain.Delete(context.Background(), "large") }, object.ErrNotFound},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := newRig(t, func(o *s3.Options) { o.RequestTimeout = 30 * time.Second })
+			r := newRig(t, nil)
 			request := r.putLarge(t)
 			r.proxy.Plan(s3fault.Rule{Op: s3fault.UploadPartCopy, Action: during(func() {
 				if err := c.change(r); err != nil {
@@ -171,7 +171,7 @@ func TestCopyCanceled(t *testing.T) {
 				continue
 			}
 			t.Run(fmt.Sprint(op, skip), func(t *testing.T) {
-				r := newRig(t, func(o *s3.Options) { o.RequestTimeout = 30 * time.Second })
+				r := newRig(t, nil)
 				request := r.putLarge(t)
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
@@ -231,7 +231,7 @@ func TestCopyWholeCanceled(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := newRig(t, func(o *s3.Options) { o.RequestTimeout = 30 * time.Second })
+			r := newRig(t, nil)
 			r.put(t, "old", "old content")
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
@@ -293,7 +293,7 @@ func TestCopyOutlivesItsContextBriefly(t *testing.T) {
 func TestCopyAbortsLast(t *testing.T) {
 	for _, cancels := range []bool{false, true} {
 		t.Run(fmt.Sprint(cancels), func(t *testing.T) {
-			r := newRig(t, func(o *s3.Options) { o.RequestTimeout = 30 * time.Second })
+			r := newRig(t, nil)
 			request := r.putLarge(t)
 			request.InFlight = 2
 			ctx, cancel := context.WithCancel(t.Context())
@@ -414,7 +414,7 @@ func TestCopyBeginsAgain(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := newRig(t, func(o *s3.Options) { o.MaxAttempts, o.RequestTimeout = 2, 30*time.Second })
+			r := newRig(t, func(o *s3.Options) { o.MaxAttempts = 2 })
 			request := r.putLarge(t)
 			r.proxy.Plan(c.rules...)
 			info, err := r.store.Copy(t.Context(), request)
@@ -750,7 +750,7 @@ func (r *rig) abort(t *testing.T, s *s3.Store, prefix string, before time.Time, 
 }
 
 func TestAbortUploads(t *testing.T) {
-	r := newRig(t, func(o *s3.Options) { o.RequestTimeout = 30 * time.Second })
+	r := newRig(t, nil)
 	r.put(t, "a/1", "kept")
 	r.begin(t, "a/1", "a/1", "a/2/x", "a/b +%é?", "ab", "b/1")
 	r.abort(t, r.store, "c/", time.Time{}, 0)
