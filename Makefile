@@ -62,7 +62,7 @@ test-short: ## Runs the tests that need no server: under a minute.
 
 .PHONY: fuzz
 fuzz: ## Runs every fuzz test for FUZZTIME=10s, until one finds something: FUZZ=regexp.
-	GO='$(GO)' internal/testing/fuzz.sh '$(FUZZTIME)' '$(FUZZ)'
+	GO='$(GO)' test/fuzz.sh '$(FUZZTIME)' '$(FUZZ)'
 
 .PHONY: mutants
 mutants: $(BIN)/versitygw ## Puts each defect of test/mutants into a copy and requires that a test finds it: ONLY=prefix.
@@ -74,35 +74,35 @@ bench: ## Runs the benchmarks: BENCH=regexp, BENCHTIME=200ms.
 
 .PHONY: bench-create
 bench-create: build $(BIN)/versitygw ## Measures create, registration and reading against their bars: STRICT=1, BENCH_FLAGS=.
-	$(GO) build -o $(BIN)/bench-etcd ./internal/bench/etcd
-	$(GO) build -o $(BIN)/bench-create ./internal/bench/create
+	$(GO) build -o $(BIN)/bench-etcd ./test/bench/etcd
+	$(GO) build -o $(BIN)/bench-create ./test/bench/create
 	$(BIN)/bench-create $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-create.md $(BENCH_FLAGS)
 
 .PHONY: bench-refs
 bench-refs: build ## Measures what it costs to know what snapshots reference, and to reclaim, against the bars: STRICT=1, BENCH_FLAGS=.
-	$(GO) build -o $(BIN)/bench-etcd ./internal/bench/etcd
-	$(GO) build -o $(BIN)/bench-refs ./internal/bench/refs
+	$(GO) build -o $(BIN)/bench-etcd ./test/bench/etcd
+	$(GO) build -o $(BIN)/bench-refs ./test/bench/refs
 	$(BIN)/bench-refs $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-refs.md $(BENCH_FLAGS)
 
 .PHONY: bench-restore
 bench-restore: build $(BIN)/versitygw $(BIN)/rclone ## Measures restores against their bars, a loop of bare copies and rclone: STRICT=1, BENCH_FLAGS=.
-	$(GO) build -o $(BIN)/bench-etcd ./internal/bench/etcd
-	$(GO) build -o $(BIN)/bench-restore ./internal/bench/restore
+	$(GO) build -o $(BIN)/bench-etcd ./test/bench/etcd
+	$(GO) build -o $(BIN)/bench-restore ./test/bench/restore
 	$(BIN)/bench-restore $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-restore.md $(BENCH_FLAGS)
 
 .PHONY: bench-gc
 bench-gc: build $(BIN)/versitygw ## Measures the rounds of the collector against their bars and a loop of bare deletes: STRICT=1, BENCH_FLAGS=.
-	$(GO) build -o $(BIN)/bench-etcd ./internal/bench/etcd
-	$(GO) build -o $(BIN)/bench-gc ./internal/bench/gc
+	$(GO) build -o $(BIN)/bench-etcd ./test/bench/etcd
+	$(GO) build -o $(BIN)/bench-gc ./test/bench/gc
 	$(BIN)/bench-gc $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-gc.md $(BENCH_FLAGS)
 
 .PHONY: docs-check
-docs-check: build $(BIN)/grpcurl $(BIN)/versitygw ## Runs the console examples of the documents and compares what they print.
-	$(GO) run ./internal/docscheck
+docs-check: build $(BIN)/docscheck $(BIN)/grpcurl $(BIN)/versitygw ## Runs the console examples of the documents and compares their output.
+	$(BIN)/docscheck
 
 .PHONY: docs-update
-docs-update: build $(BIN)/grpcurl $(BIN)/versitygw ## Runs the same examples and writes what they print into the documents.
-	$(GO) run ./internal/docscheck -update
+docs-update: build $(BIN)/docscheck $(BIN)/grpcurl $(BIN)/versitygw ## Runs the same examples and writes their output into the documents.
+	$(BIN)/docscheck -update
 
 # One seed is SEED=s; so many from there on are SEEDS=n. No seed begins after SIM_FOR.
 SEED ?= 0
@@ -110,8 +110,8 @@ SEEDS ?= $(if $(filter-out 0,$(SEED)),1,2000)
 SIM_FOR ?= 2m
 .PHONY: sim
 sim: ## Simulates clusters with all faults, each run decided by a seed: SEEDS=n, SEED=s.
-	GO='$(GO)' internal/sim/exact.sh $(BIN)/sim
-	$(GO) test -tags exact -overlay $(BIN)/sim/overlay.json -count 1 -timeout 20m -v ./internal/sim -run 'TestReplay|TestSim|TestTravel' -seed $(SEED) -seeds $(SEEDS) -for $(SIM_FOR)
+	GO='$(GO)' test/sim/exact.sh $(BIN)/sim
+	$(GO) test -tags exact -overlay $(BIN)/sim/overlay.json -count 1 -timeout 20m -v ./test/sim -run 'TestReplay|TestSim|TestMetadataRollback' -seed $(SEED) -seeds $(SEEDS) -for $(SIM_FOR)
 
 # An etcd that is too old; empty: that of Debian 12, which apt-get fetches and nothing installs.
 OLD_ETCD ?=
@@ -127,14 +127,14 @@ old-etcd: ## Shows that an etcd that is too old is refused, with the one of Debi
 s3-conformance: ## Probes an S3 server and runs the conformance suite on it: S3_ENDPOINT, S3_ACCESS_KEY_ID, S3_SECRET_ACCESS_KEY, S3_REGION, S3_BROKEN.
 	$(GO) test -tags s3foreign -count 1 -run '^TestForeignServer$$' -v ./internal/store/object/s3
 
-# For how long `make torture` runs. SEED decides the traffic and the faults, 0 by the clock; ONLY names scenarios, with
+# For how long `make robustness` runs. SEED decides the traffic and the faults, 0 by the clock; ONLY names scenarios, with
 # commas between them; QUICK=1 runs three of them, in 90 seconds.
 TIME ?= 7m
 
-.PHONY: torture
-torture: build $(BIN)/versitygw ## Kills, freezes and cuts off what runs in processes of its own, and judges what is left: TIME=7m, SEED=, ONLY=, QUICK=1.
-	$(GO) test -c -tags torture -o $(BIN)/torture ./internal/torture
-	cd internal/torture && $(BIN)/torture -test.run '^TestTorture$$' -test.timeout 30m \
+.PHONY: robustness
+robustness: build $(BIN)/versitygw ## Kills, freezes and cuts off what runs in processes of its own, and judges what is left: TIME=7m, SEED=, ONLY=, QUICK=1.
+	$(GO) test -c -tags robustness -o $(BIN)/robustness ./test/robustness
+	cd test/robustness && $(BIN)/robustness -test.run '^TestRobustness$$' -test.timeout 30m \
 		-time '$(TIME)' -seed '$(SEED)' -only '$(ONLY)' $(if $(filter 1,$(QUICK)),-quick)
 
 # For how long `make soak` runs. SEED decides the load, 0 by the clock.
@@ -142,13 +142,13 @@ SOAK_TIME ?= 10m
 
 .PHONY: soak
 soak: build $(BIN)/versitygw ## Shows that memory, goroutines, files, etcd and the bucket stay as they are: SOAK_TIME=10m, SEED=, QUICK=1.
-	$(GO) build -o $(BIN)/bench-etcd ./internal/bench/etcd
-	$(GO) build -o $(BIN)/soak ./internal/soak
+	$(GO) build -o $(BIN)/bench-etcd ./test/bench/etcd
+	$(GO) build -o $(BIN)/soak ./test/soak
 	$(BIN)/soak -for '$(SOAK_TIME)' $(if $(filter 1,$(QUICK)),-short) -seed '$(SEED)' -o $(BIN)/soak.md
 
-.PHONY: share
-share: ## Runs a share of sim, crash, torture, mutants, fuzz and soak, in about ten minutes, as CI does.
-	internal/testing/share.sh
+.PHONY: test-ci
+test-ci: ## Runs short forms of sim, crash, robustness, mutants, fuzz and soak, in about ten minutes, as CI does.
+	test/ci.sh
 
 # MODEL=full checks the largest configurations as well.
 .PHONY: model
@@ -157,7 +157,7 @@ model: ## Checks the protocols' models with spin, and that each rule is needed.
 
 .PHONY: crash
 crash: $(BIN)/versitygw ## Kills snapshotd before and after every durable step and looks whether all is well: POINT=regexp, CASE=line, PAIRS=n, QUICK=1, SEED=n.
-	CGO_ENABLED=0 $(GO) build -tags crashpoints -o $(BIN)/crash/ ./cmd/snapshotd ./internal/crash
+	CGO_ENABLED=0 $(GO) build -tags crashpoints -o $(BIN)/crash/ ./cmd/snapshotd ./test/crash
 	$(BIN)/crash/crash -bin $(BIN)/crash/snapshotd -point '$(POINT)' -s3 $(BIN)/versitygw $(if $(CASE),-case '$(CASE)') $(if $(PAIRS),-pairs '$(PAIRS)') \
 		$(if $(filter 1,$(QUICK)),-quick) -seed $(SEED)
 
@@ -237,6 +237,7 @@ $(eval $(call tool,buf,github.com/bufbuild/buf/cmd/buf,))
 $(eval $(call tool,golangci-lint,github.com/golangci/golangci-lint/v2/cmd/golangci-lint,))
 $(eval $(call tool,govulncheck,golang.org/x/vuln/cmd/govulncheck,))
 $(eval $(call tool,grpcurl,github.com/fullstorydev/grpcurl/cmd/grpcurl,))
+$(eval $(call tool,docscheck,./docscheck,$(wildcard tools/docscheck/*.go)))
 $(eval $(call tool,protodep,./protodep,tools/protodep/main.go))
 
 # The S3 server that tests start. Its module is its own: it asks for other

@@ -18,8 +18,8 @@ import (
 	"github.com/snapshotd/snapshotd/client"
 	"github.com/snapshotd/snapshotd/embed"
 	"github.com/snapshotd/snapshotd/internal/store/object"
-	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
-	"github.com/snapshotd/snapshotd/internal/testing/s3test"
+	"github.com/snapshotd/snapshotd/test/s3fault"
+	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
 // takesSpace are the operations that a full store refuses.

@@ -23,8 +23,8 @@ import (
 
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdproxy"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
+	"github.com/snapshotd/snapshotd/test/etcdproxy"
+	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
 // served is a server whose looks at etcd a test decides.

@@ -20,8 +20,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
 	"github.com/snapshotd/snapshotd/internal/store/meta/memory"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
-	"github.com/snapshotd/snapshotd/internal/testing/virtual"
+	"github.com/snapshotd/snapshotd/test/etcdtest"
+	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
 func TestRoomGetsShort(t *testing.T) {

@@ -22,8 +22,8 @@ import (
 	"github.com/snapshotd/snapshotd/embed"
 	"github.com/snapshotd/snapshotd/internal/store/object/probe"
 	"github.com/snapshotd/snapshotd/internal/store/object/s3"
-	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
-	"github.com/snapshotd/snapshotd/internal/testing/s3test"
+	"github.com/snapshotd/snapshotd/test/s3fault"
+	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
 // onS3 is the configuration of a store, with its secret in a file.

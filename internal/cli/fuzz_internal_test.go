@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
-	"github.com/snapshotd/snapshotd/internal/testing/allocated"
+	"github.com/snapshotd/snapshotd/test/allocated"
 )
 
 // checkUsage fails unless err is one about what the user wrote.

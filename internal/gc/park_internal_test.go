@@ -26,7 +26,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
-	"github.com/snapshotd/snapshotd/internal/testing/virtual"
+	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
 // lot is a cluster in memory in which units are parked: the two stores, and

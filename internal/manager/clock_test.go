@@ -19,7 +19,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
-	"github.com/snapshotd/snapshotd/internal/testing/hosts"
+	"github.com/snapshotd/snapshotd/test/hosts"
 )
 
 // on has a replica run on a host. Alone, its object store is a directory there.

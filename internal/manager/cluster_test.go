@@ -18,8 +18,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/request"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdcluster"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
+	"github.com/snapshotd/snapshotd/test/etcdcluster"
+	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
 func TestMain(m *testing.M) {

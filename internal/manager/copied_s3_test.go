@@ -12,8 +12,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/object/s3"
-	"github.com/snapshotd/snapshotd/internal/testing/s3test"
 	"github.com/snapshotd/snapshotd/test/s3quirks"
+	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
 // switchedTo stops the replica and starts another on a store that has the world's

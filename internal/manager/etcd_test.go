@@ -14,7 +14,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object/file"
 	"github.com/snapshotd/snapshotd/internal/store/request"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
+	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
 // inReality is inWorld on real etcd and real files, in real time.

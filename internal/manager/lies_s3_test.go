@@ -16,8 +16,8 @@ import (
 	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/request"
-	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
-	"github.com/snapshotd/snapshotd/internal/testing/s3test"
+	"github.com/snapshotd/snapshotd/test/s3fault"
+	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
 // withLarge is a collection with a few small files and one that is copied in two

@@ -14,7 +14,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/request"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
+	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
 // callers is how many calls of a kind there are at once; 1000 are promised.

@@ -15,8 +15,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
 	"github.com/snapshotd/snapshotd/internal/store/request"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdproxy"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
+	"github.com/snapshotd/snapshotd/test/etcdproxy"
+	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
 // An etcd that answers requests for progress before it has sent the events up to

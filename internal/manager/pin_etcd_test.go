@@ -11,7 +11,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/request"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
+	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
 // TestEtcdPinExpires has pins lose their leases to real time: one that is renewed

@@ -32,7 +32,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object/identity"
 	objectmemory "github.com/snapshotd/snapshotd/internal/store/object/memory"
 	"github.com/snapshotd/snapshotd/internal/store/request"
-	"github.com/snapshotd/snapshotd/internal/testing/virtual"
+	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
 // TestNothingNeededIsEverDeleted does random things to a cluster of three

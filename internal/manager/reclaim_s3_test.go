@@ -12,8 +12,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/object"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
-	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
+	"github.com/snapshotd/snapshotd/test/etcdtest"
+	"github.com/snapshotd/snapshotd/test/s3fault"
 )
 
 // TestS3Reclaim is the life of segments on real etcd and real S3: captured,

@@ -16,8 +16,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
-	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
+	"github.com/snapshotd/snapshotd/test/etcdtest"
+	"github.com/snapshotd/snapshotd/test/s3fault"
 )
 
 // smallParts has every job copy in parts what is larger than one part.

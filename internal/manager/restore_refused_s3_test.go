@@ -9,7 +9,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/store/object"
-	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
+	"github.com/snapshotd/snapshotd/test/s3fault"
 )
 
 // TestS3RefusesOneCopy has an S3 server refuse one of the copies of a restore in each

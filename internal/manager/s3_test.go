@@ -14,9 +14,9 @@ import (
 	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/request"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
-	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
-	"github.com/snapshotd/snapshotd/internal/testing/s3test"
+	"github.com/snapshotd/snapshotd/test/etcdtest"
+	"github.com/snapshotd/snapshotd/test/s3fault"
+	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
 // onS3 is a world in real time whose objects lie on a real S3 server. What

@@ -18,7 +18,7 @@ import (
 	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
 	objectmemory "github.com/snapshotd/snapshotd/internal/store/object/memory"
 	"github.com/snapshotd/snapshotd/internal/store/request"
-	"github.com/snapshotd/snapshotd/internal/testing/virtual"
+	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
 // kept is the model of a collection and its snapshots: what lives, what was

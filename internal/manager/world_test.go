@@ -23,7 +23,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object/identity"
 	objectmemory "github.com/snapshotd/snapshotd/internal/store/object/memory"
 	"github.com/snapshotd/snapshotd/internal/store/request"
-	"github.com/snapshotd/snapshotd/internal/testing/virtual"
+	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
 // world is a cluster in memory: the two stores, and replicas over them that

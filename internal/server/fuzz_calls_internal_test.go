@@ -36,7 +36,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	memobject "github.com/snapshotd/snapshotd/internal/store/object/memory"
 	"github.com/snapshotd/snapshotd/internal/store/request"
-	"github.com/snapshotd/snapshotd/internal/testing/virtual"
+	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
 // Bounds on one input.

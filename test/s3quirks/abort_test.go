@@ -9,9 +9,9 @@ import (
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/store/object"
-	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
-	"github.com/snapshotd/snapshotd/internal/testing/s3test"
+	"github.com/snapshotd/snapshotd/test/s3fault"
 	"github.com/snapshotd/snapshotd/test/s3quirks"
+	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
 // TestAbortsAnsweredOtherwise aborts uploads on servers that answer with 200 in place

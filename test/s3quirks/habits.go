@@ -20,7 +20,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
+	"github.com/snapshotd/snapshotd/test/s3fault"
 )
 
 // Refusal is an error of S3 with a message.

@@ -5,7 +5,7 @@ import (
 	"regexp"
 	"time"
 
-	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
+	"github.com/snapshotd/snapshotd/test/s3fault"
 )
 
 // Profile is a set of habits that users of a kind of store have reported. It is a

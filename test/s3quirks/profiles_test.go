@@ -15,8 +15,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object/objecttest"
 	"github.com/snapshotd/snapshotd/internal/store/object/probe"
 	"github.com/snapshotd/snapshotd/internal/store/object/s3"
-	"github.com/snapshotd/snapshotd/internal/testing/s3test"
 	"github.com/snapshotd/snapshotd/test/s3quirks"
+	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
 // bucket makes an empty bucket on a server of the profile.

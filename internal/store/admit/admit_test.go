@@ -26,7 +26,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object/memory"
 	"github.com/snapshotd/snapshotd/internal/store/object/objecttest"
 	"github.com/snapshotd/snapshotd/internal/store/object/probe"
-	"github.com/snapshotd/snapshotd/internal/testing/virtual"
+	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
 // env is a cluster with one object store.

@@ -15,8 +15,8 @@ import (
 	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	objectmemory "github.com/snapshotd/snapshotd/internal/store/object/memory"
-	"github.com/snapshotd/snapshotd/internal/testing/hosts"
-	"github.com/snapshotd/snapshotd/internal/testing/virtual"
+	"github.com/snapshotd/snapshotd/test/hosts"
+	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
 // env is two stores and the clocks of some hosts.

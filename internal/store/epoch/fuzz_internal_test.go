@@ -10,7 +10,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/snapshotd/snapshotd/internal/testing/allocated"
+	"github.com/snapshotd/snapshotd/test/allocated"
 )
 
 // FuzzNote reads anything as the note of any beat. One that is read is of that beat

@@ -15,7 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/snapshotd/snapshotd/internal/segment"
-	"github.com/snapshotd/snapshotd/internal/testing/allocated"
+	"github.com/snapshotd/snapshotd/test/allocated"
 )
 
 // What a reader may allocate: fixedBytes, for what it makes once, and so much for

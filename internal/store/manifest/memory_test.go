@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/snapshotd/snapshotd/internal/testing/allocated"
+	"github.com/snapshotd/snapshotd/test/allocated"
 )
 
 // A few kilobytes must not make a reader allocate gigabytes: a block of zeros is

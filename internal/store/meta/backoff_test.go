@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/store/meta"
-	"github.com/snapshotd/snapshotd/internal/testing/virtual"
+	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
 func TestPause(t *testing.T) {

@@ -14,7 +14,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
-	"github.com/snapshotd/snapshotd/internal/testing/allocated"
+	"github.com/snapshotd/snapshotd/test/allocated"
 )
 
 // What reading a record may take: fixedBytes, and so much for each byte that there

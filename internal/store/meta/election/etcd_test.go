@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
+	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
 // Three replicas, each with a client of its own; the leader freezes past its TTL.

@@ -21,8 +21,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
 	"github.com/snapshotd/snapshotd/internal/store/meta/memory"
 	"github.com/snapshotd/snapshotd/internal/store/meta/metatest"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdproxy"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
+	"github.com/snapshotd/snapshotd/test/etcdproxy"
+	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
 func TestEtcd(t *testing.T) {

@@ -11,8 +11,8 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdproxy"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
+	"github.com/snapshotd/snapshotd/test/etcdproxy"
+	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
 // debian is the version of the etcd of Debian 12.

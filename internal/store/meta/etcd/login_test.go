@@ -15,7 +15,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
-	"github.com/snapshotd/snapshotd/internal/testing/etcdtest"
+	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
 // handled counts the calls that the etcd servers of this process have answered with

@@ -9,7 +9,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/memory"
 	"github.com/snapshotd/snapshotd/internal/store/meta/metatest"
-	"github.com/snapshotd/snapshotd/internal/testing/virtual"
+	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
 func TestMemory(t *testing.T) {

@@ -11,7 +11,7 @@ import (
 	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
 	"github.com/snapshotd/snapshotd/internal/store/object/identity"
 	"github.com/snapshotd/snapshotd/internal/store/object/memory"
-	"github.com/snapshotd/snapshotd/internal/testing/allocated"
+	"github.com/snapshotd/snapshotd/test/allocated"
 )
 
 // FuzzIdentity finds anything where the identity of a store should be. It never

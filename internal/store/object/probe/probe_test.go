@@ -14,7 +14,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object/file"
 	"github.com/snapshotd/snapshotd/internal/store/object/memory"
 	"github.com/snapshotd/snapshotd/internal/store/object/probe"
-	"github.com/snapshotd/snapshotd/internal/testing/virtual"
+	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
 // wantGood checks a report of a store without fault, and that nothing is left.

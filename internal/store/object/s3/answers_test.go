@@ -13,7 +13,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/object/s3"
-	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
+	"github.com/snapshotd/snapshotd/test/s3fault"
 )
 
 // errorsIn200 are ways to write an error into the body of a success. While a

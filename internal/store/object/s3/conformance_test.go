@@ -7,7 +7,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/object/objecttest"
-	"github.com/snapshotd/snapshotd/internal/testing/s3test"
+	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
 func TestStore(t *testing.T) {

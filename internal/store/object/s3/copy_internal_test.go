@@ -5,7 +5,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/snapshotd/snapshotd/internal/testing/virtual"
+	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
 // TestOutliveBy holds that what a server may carry out all the same is waited for,

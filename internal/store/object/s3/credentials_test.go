@@ -9,8 +9,8 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/object/s3"
-	"github.com/snapshotd/snapshotd/internal/testing/s3fault"
-	"github.com/snapshotd/snapshotd/internal/testing/s3test"
+	"github.com/snapshotd/snapshotd/test/s3fault"
+	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
 // TestKeysAreReadAgain replaces the secret of an open store: a refused request goes

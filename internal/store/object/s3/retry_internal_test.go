@@ -4,7 +4,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/snapshotd/snapshotd/internal/testing/virtual"
+	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
 func TestPause(t *testing.T) {

@@ -1,0 +1,231 @@
+//go:build linux
+
+// Command create measures how fast snapshots are taken, how fast segments are
+// registered and how fast snapshots are read, against the bars of the project;
+// docs/performance.md says how.
+//
+// It runs etcd, an S3 server and snapshotd, each in a process of its own, in a
+// directory of its own, and removes all of it at the end.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/snapshotd/snapshotd/client"
+	"github.com/snapshotd/snapshotd/test/bench"
+)
+
+const (
+	bucket   = "bench"
+	etcdRoot = "/snapshotd"
+)
+
+// The parts of a run, in their order.
+const (
+	partRegister = "register"
+	partCreate   = "create"
+	partRead     = "read"
+	partClients  = "clients"
+)
+
+type options struct {
+	bench.Options
+	bench.Parts
+
+	sizes         []int
+	referenceMax  int
+	listed        int
+	window        time.Duration
+	clients       int
+	latency       time.Duration
+	profile       string
+	maxCreates    int
+	streams       int
+	batchSegments int
+}
+
+func main() { bench.Main("bench-create", child, run) }
+
+func child(ctx context.Context, args []string) (bool, error) {
+	if len(args) != 3 || args[0] != "worker" {
+		return false, nil
+	}
+	return true, work(ctx, args[1], args[2], os.Stdin, os.Stdout)
+}
+
+func parse(args []string) (*options, error) {
+	o := &options{Options: bench.Options{Bound: 14 * time.Minute}}
+	fs := flag.NewFlagSet("bench-create", flag.ContinueOnError)
+	o.Options.Flags(fs)
+	o.Parts.Flags(fs, partRegister, partCreate, partRead, partClients) // create needs register
+	sizes := fs.String("n", "1000,10000,100000", "numbers of segments")
+	fs.IntVar(&o.referenceMax, "reference-max", 10_000, "most segments for which the reference design is measured")
+	fs.IntVar(&o.listed, "snapshots", 10_000, "snapshots to list among")
+	fs.DurationVar(&o.window, "window", 3*time.Second, "how long clients take snapshots in each measurement")
+	fs.IntVar(&o.clients, "clients", 64, "clients that take snapshots at once")
+	fs.DurationVar(&o.latency, "latency", 20*time.Millisecond, "what is added to each request to the store for the clients")
+	fs.StringVar(&o.profile, "profile", "", "directory for profiles of snapshotd at the largest size")
+	fs.IntVar(&o.maxCreates, "max-creates", 0, "snapshotd's --max-creates; 0 leaves its default")
+	fs.IntVar(&o.streams, "streams", 4, "streams that register segments at once")
+	fs.IntVar(&o.batchSegments, "message", 500, "segments in a message of such a stream")
+	return o, bench.Parse(fs, args, func() error { return o.check(*sizes) })
+}
+
+func (o *options) check(sizes string) error {
+	for text := range strings.SplitSeq(sizes, ",") {
+		n, err := strconv.Atoi(strings.ReplaceAll(strings.TrimSpace(text), "_", ""))
+		if err != nil || n < 1 || n > 500_000 {
+			return fmt.Errorf("-n: %q is not a number from 1 to 500000", text)
+		}
+		o.sizes = append(o.sizes, n)
+	}
+	if o.Rounds < 1 || o.clients < 1 || o.streams < 1 || o.batchSegments < 1 || o.listed < 1 {
+		return errors.New("-rounds, -clients, -streams, -message and -snapshots must be positive")
+	}
+	if o.Wants(partCreate) && !o.Wants(partRegister) {
+		return fmt.Errorf("-only: %s needs %s", partCreate, partRegister)
+	}
+	return o.Check()
+}
+
+// rig is what the measurements share.
+type rig struct {
+	*options
+	*bench.Run
+
+	proxy  *bench.Proxy
+	worker *worker
+	client *client.Client
+	server *bench.Snapshotd
+	etcdAt string
+
+	floors []float64 // spread of each floor
+}
+
+func run(ctx context.Context, args []string) (int, error) {
+	o, err := parse(args)
+	if err != nil {
+		return 0, err
+	}
+	medians := fmt.Sprintf("Medians of %d rounds after one that does not count; ratios are taken per round.", o.Rounds)
+	return bench.Measure(ctx, &o.Options, "bench-create", medians, func(ctx context.Context, run *bench.Run) error {
+		r := &rig{options: o, Run: run}
+		stop, err := r.start(ctx, run.Root)
+		defer stop()
+		if err != nil {
+			return err
+		}
+		if err := r.measure(ctx); err != nil {
+			return err
+		}
+		r.judge()
+		return nil
+	})
+}
+
+func (r *rig) measure(ctx context.Context) error {
+	var largest *collection
+	for _, n := range r.sizes {
+		if !r.Wants(partRegister) {
+			break
+		}
+		col, err := r.register(ctx, n)
+		if err != nil {
+			return fmt.Errorf("register %d segments: %w", n, err)
+		}
+		largest = &col
+		if r.Wants(partCreate) {
+			if err := r.create(ctx, n, col); err != nil {
+				return fmt.Errorf("create of %d segments: %w", n, err)
+			}
+		}
+	}
+	if largest != nil {
+		if err := r.compacted(ctx); err != nil {
+			return err
+		}
+	}
+	if r.Wants(partRead) {
+		if err := r.read(ctx); err != nil {
+			return fmt.Errorf("read: %w", err)
+		}
+	}
+	if r.Wants(partClients) {
+		if err := r.many(ctx); err != nil {
+			return fmt.Errorf("clients: %w", err)
+		}
+	}
+	return nil
+}
+
+// judge says of the bars that are about time that they cannot be judged when
+// the floor was not steady, or not measured often enough to know.
+func (r *rig) judge() {
+	why := ""
+	switch {
+	case len(r.floors) == 0:
+		why = "no floor was measured"
+	case r.Rounds < bench.MinRounds:
+		why = fmt.Sprintf("fewer than %d rounds", bench.MinRounds)
+	case slices.Max(r.floors) > bench.MaxSpread:
+		why = fmt.Sprintf("the floor spread by %.0f %%", slices.Max(r.floors)*100)
+	}
+	for i := range r.Report.Bars {
+		if b := &r.Report.Bars[i]; b.Timed {
+			b.Noise = why
+		}
+	}
+}
+
+// start starts the servers. What it returns ends those that it started.
+func (r *rig) start(ctx context.Context, dir string) (stop func(), err error) {
+	var ends []func()
+	stop = func() {
+		for _, end := range slices.Backward(ends) {
+			end()
+		}
+	}
+	etcd, endpoint, err := bench.StartEtcd(ctx, r.Etcd, dir)
+	if err != nil {
+		return stop, err
+	}
+	ends = append(ends, etcd.Stop)
+	r.etcdAt = endpoint
+	s3, addr, err := bench.StartS3(ctx, r.S3, dir, bucket)
+	if err != nil {
+		return stop, err
+	}
+	ends = append(ends, s3.Stop)
+	if r.proxy, err = bench.StartProxy(ctx, addr); err != nil {
+		return stop, err
+	}
+	ends = append(ends, r.proxy.Close)
+	if r.worker, err = startWorker(ctx, dir, endpoint, r.proxy.Addr); err != nil {
+		return stop, err
+	}
+	ends = append(ends, r.worker.process.Stop)
+	settings := bench.OnS3(r.proxy.Addr)
+	if r.maxCreates > 0 {
+		settings += fmt.Sprintf("max_creates: %d\n", r.maxCreates)
+	}
+	if r.server, err = bench.StartSnapshotd(ctx, r.Snapshotd, dir, endpoint, etcdRoot, settings); err != nil {
+		return stop, err
+	}
+	ends = append(ends, r.server.Stop)
+	if err = r.server.Serves(ctx); err != nil {
+		return stop, err
+	}
+	if r.client, err = client.Dial(r.server.Listen, client.Options{}); err != nil {
+		return stop, err
+	}
+	ends = append(ends, func() { _ = r.client.Close() })
+	return stop, nil
+}

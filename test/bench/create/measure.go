@@ -1,0 +1,608 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3" //nolint:depguard // asks etcd how large it is
+	"golang.org/x/sync/errgroup"
+
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // a benchmark is a client
+	"github.com/snapshotd/snapshotd/client"
+	"github.com/snapshotd/snapshotd/test/bench"
+)
+
+// The bars.
+const (
+	barSize       = 100_000 // segments
+	maxFloor      = 1.6
+	maxHeap       = 160 << 20
+	maxRequests   = 45
+	refSize       = 10_000 // segments
+	minReference  = 20
+	minRegistered = 20_000 // a second
+	maxStored     = 800    // bytes a segment
+	maxList       = 0.010  // seconds
+	maxGet        = 0.005
+	minDelayed    = 16
+	minDirect     = 2.5
+)
+
+// tables in the order of the report
+const (
+	tableRegister = iota
+	tableCreate
+	tableFloor
+	tableRead
+	tableClients
+)
+
+func (r *rig) table(i int) *bench.Table {
+	if r.Report.Tables == nil {
+		r.Report.Tables = []bench.Table{
+			{Title: "Registration", Head: []string{"segments", "time", "segments/s", "database in use, bytes/segment", "load"}},
+			{Title: "Create", Head: []string{"segments", "captured after", "writing", "in all", "/ floor", "reference /", "requests", "sent", "peak heap", "load"}},
+			{Title: "Floor and reference", Head: []string{"segments", "read", "encode", "put", "floor", "spread", "range", "read and decode", "reference", "spread"}},
+			{Title: "Reading", Head: []string{"call", "among", "median", "p99", "load"}},
+			{Title: "Clients at once", Head: []string{"added to a request", "1 client, snapshots/s", "many, snapshots/s", "times", "load"}},
+		}
+	}
+	return &r.Report.Tables[i]
+}
+
+// timed adds a bar that a busy machine can miss.
+func (r *rig) timed(what, want, got string, ok bool) {
+	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok, Timed: true})
+}
+
+// counted adds a bar that it cannot.
+func (r *rig) counted(what, want, got string, ok bool) {
+	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
+}
+
+func (r *rig) inUse(ctx context.Context) (bytes int64, err error) {
+	// A transaction counts once etcd has written it, at the latest 100 ms after.
+	if err := wait(ctx, 300*time.Millisecond); err != nil {
+		return 0, err
+	}
+	err = bench.AskEtcd(r.etcdAt, func(cli *clientv3.Client) error {
+		st, err := cli.Status(ctx, r.etcdAt)
+		if err == nil {
+			bytes = st.DbSizeInUse
+		}
+		return err
+	})
+	return bytes, err
+}
+
+func wait(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// register registers n segments in a new collection, in each round, and returns
+// the last.
+func (r *rig) register(ctx context.Context, n int) (collection, error) {
+	var times, sizes []float64
+	var col collection
+	for round := range r.Rounds + 1 {
+		var took, size float64
+		var err error
+		if col, took, size, err = r.registerOnce(ctx, n); err != nil {
+			return col, err
+		}
+		r.Say("registered %d segments in %s", n, bench.Time(took))
+		if round > 0 {
+			times, sizes = append(times, took), append(sizes, size)
+		}
+	}
+	if r.profile != "" && n == slices.Max(r.sizes) {
+		if err := r.profiles(ctx, "register", func() error { _, _, _, err := r.registerOnce(ctx, n); return err }); err != nil {
+			return col, err
+		}
+	}
+	debug.FreeOSMemory()
+	rate, size := float64(n)/bench.Median(times), bench.Median(sizes)
+	r.table(tableRegister).Add(strconv.Itoa(n), bench.Time(bench.Median(times)), fmt.Sprintf("%.0f", rate), fmt.Sprintf("%.0f", size), bench.LoadText())
+	if n == barSize {
+		r.timed("register 100 000 segments", "≥ 20 000/s", fmt.Sprintf("%.0f/s", rate), rate >= minRegistered)
+		r.counted("etcd's database in use, a segment", "≤ 800 bytes", fmt.Sprintf("%.0f", size), size <= maxStored)
+	}
+	return col, nil
+}
+
+// registerOnce returns the collection, the seconds that it took, and by how many
+// bytes a segment the database grew.
+func (r *rig) registerOnce(ctx context.Context, n int) (col collection, took, size float64, err error) {
+	if col, err = newCollection(ctx, r.client, r.Name()); err != nil {
+		return col, 0, 0, err
+	}
+	list, err := newSegments(ctx, r.client, col, n)
+	if err != nil {
+		return col, 0, 0, err
+	}
+	streams := messages(col.id, list, r.streams, r.batchSegments)
+	debug.FreeOSMemory() // nothing of the making is left to do
+	before, err := r.inUse(ctx)
+	if err != nil {
+		return col, 0, 0, err
+	}
+	begin := time.Now()
+	if err := r.send(ctx, streams, n); err != nil {
+		return col, 0, 0, err
+	}
+	took = time.Since(begin).Seconds()
+	after, err := r.inUse(ctx)
+	return col, took, float64(after-before) / float64(n), err
+}
+
+func (r *rig) send(ctx context.Context, streams [][]*snapshotdv1.AddSegmentsRequest, n int) error {
+	group, ctx := errgroup.WithContext(ctx)
+	var added atomic.Int64
+	for _, list := range streams {
+		if len(list) == 0 {
+			continue
+		}
+		group.Go(func() error {
+			stream, err := r.client.Catalog.AddSegments(ctx)
+			if err != nil {
+				return err
+			}
+			for _, m := range list {
+				if err := stream.Send(m); err != nil {
+					break // the answer says why
+				}
+			}
+			resp, err := stream.CloseAndRecv()
+			added.Add(resp.GetAdded())
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return err
+	}
+	if added.Load() != int64(n) {
+		return fmt.Errorf("%d of %d segments were added", added.Load(), n)
+	}
+	return nil
+}
+
+// compacted says what the database takes once history is gone and its free
+// pages are given back.
+func (r *rig) compacted(ctx context.Context) error {
+	return bench.AskEtcd(r.etcdAt, func(cli *clientv3.Client) error {
+		before, err := cli.Status(ctx, r.etcdAt)
+		if err != nil {
+			return err
+		}
+		count, err := cli.Get(ctx, etcdRoot+"/catalog/segment/", clientv3.WithPrefix(), clientv3.WithCountOnly())
+		if err != nil {
+			return err
+		}
+		if _, err := cli.Compact(ctx, before.Header.GetRevision(), clientv3.WithCompactPhysical()); err != nil {
+			return err
+		}
+		if _, err := cli.Defragment(ctx, r.etcdAt); err != nil {
+			return err
+		}
+		after, err := cli.Status(ctx, r.etcdAt)
+		if err != nil {
+			return err
+		}
+		r.table(tableRegister).Add(fmt.Sprintf("all %d, compacted and defragmented", count.Count), "", "",
+			fmt.Sprintf("%.0f", float64(after.DbSize)/float64(count.Count)), bench.LoadText())
+		return nil
+	})
+}
+
+// created is one create, as seen from outside.
+type created struct {
+	capture, write, all float64 // seconds
+	requests            int
+	bytes               int64
+	id                  int64
+}
+
+func (r *rig) createOnce(ctx context.Context, col collection, n int) (*created, error) {
+	r.proxy.Take()
+	begin := time.Now()
+	resp, err := r.client.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
+		Collection: ref(col.id), Name: r.Name(), RequestToken: client.NewRequestToken(),
+	})
+	c := &created{all: time.Since(begin).Seconds()}
+	if err != nil {
+		return nil, err
+	}
+	if got := resp.GetSnapshot().GetTotals(); got.GetSegments() != int64(n) || got.GetFiles() != int64(n*files) {
+		return nil, fmt.Errorf("a snapshot of %d segments and %d files", got.GetSegments(), got.GetFiles())
+	}
+	c.id = resp.GetSnapshot().GetId()
+	seen := r.proxy.Take()
+	c.requests = len(seen)
+	var first, lastManifest, last time.Time
+	for _, q := range seen {
+		c.bytes += q.Bytes
+		if q.Method != http.MethodPut {
+			continue
+		}
+		if first.IsZero() || q.Begin.Before(first) {
+			first = q.Begin
+		}
+		if q.End.After(last) {
+			last = q.End
+		}
+		if strings.Contains(q.Path, "/manifest-") && q.Begin.After(lastManifest) {
+			lastManifest = q.Begin
+		}
+	}
+	c.capture, c.write = lastManifest.Sub(begin).Seconds(), last.Sub(first).Seconds()
+	return c, nil
+}
+
+// create measures creates of a collection of n segments, the floor and, up to a
+// size, the reference.
+func (r *rig) create(ctx context.Context, n int, col collection) error {
+	if got, err := r.worker.do(ctx, job{Op: "load", Collection: col.id}); err != nil || got.Segments != n {
+		return errors.Join(err, fmt.Errorf("the floor loaded %+v", got))
+	}
+	// What a create makes of it, which the floor is to make as well.
+	sample, err := r.createOnce(ctx, col, n)
+	if err != nil {
+		return err
+	}
+	desc, err := r.client.Snapshots.DescribeSnapshot(ctx, &snapshotdv1.DescribeSnapshotRequest{
+		Snapshot: &snapshotdv1.SnapshotRef{Ref: &snapshotdv1.SnapshotRef_Id{Id: sample.id}},
+	})
+	if err != nil {
+		return err
+	}
+	var parts []int
+	var digests []string
+	for _, m := range desc.GetManifests() {
+		parts, digests = append(parts, int(m.GetSegments())), append(digests, hex.EncodeToString(m.GetSha256()))
+	}
+
+	var subject []*created
+	var floors, refs, decodes []*result
+	for round := range r.Rounds + 1 {
+		steps := []func() error{
+			func() error {
+				c, err := r.createOnce(ctx, col, n)
+				subject = append(subject, c)
+				return err
+			},
+			func() error {
+				f, err := r.worker.do(ctx, job{Op: "floor", Manifests: parts, Prefix: fmt.Sprintf("floor/%d/%d", n, round)})
+				if err == nil && !slices.Equal(f.Digests, digests) {
+					err = errors.New("the floor's manifests are not those of the snapshot")
+				}
+				floors = append(floors, f)
+				return err
+			},
+		}
+		if n <= r.referenceMax {
+			steps = append(steps, func() error {
+				f, err := r.worker.do(ctx, job{Op: "reference", Prefix: fmt.Sprintf("reference/%d/%d", n, round)})
+				refs = append(refs, f)
+				return err
+			})
+		}
+		if round%2 == 1 { // each has each other before it
+			slices.Reverse(steps)
+		}
+		for _, step := range steps {
+			if err := step(); err != nil {
+				return err
+			}
+		}
+		d, err := r.worker.do(ctx, job{Op: "decode"})
+		if err != nil {
+			return err
+		}
+		decodes = append(decodes, d)
+		c, f := subject[round], floors[round]
+		r.Say("created of %d segments in %s, floor %s (%.2f ×)", n, bench.Time(c.all), bench.Time(f.total()), c.all/f.total())
+	}
+	loaded := bench.LoadText()
+	// Looking at the memory takes time itself, so it has rounds of its own.
+	var heaps []float64
+	for range r.Rounds {
+		heap, err := r.server.PeakHeap(ctx, 20*time.Millisecond, func() error { _, err := r.createOnce(ctx, col, n); return err })
+		if err != nil {
+			return err
+		}
+		heaps = append(heaps, heap)
+	}
+	if r.profile != "" && n == slices.Max(r.sizes) {
+		if err := r.profiles(ctx, "create", func() error { _, err := r.createOnce(ctx, col, n); return err }); err != nil {
+			return err
+		}
+	}
+	r.reportCreate(n, loaded, subject[1:], floors[1:], decodes[1:], refs[min(1, len(refs)):], heaps)
+	return nil
+}
+
+func column[T any](list []T, fn func(T) float64) []float64 {
+	out := make([]float64, len(list))
+	for i, v := range list {
+		out[i] = fn(v)
+	}
+	return out
+}
+
+func (r *rig) reportCreate(n int, loaded string, subject []*created, floors, decodes, refs []*result, heaps []float64) {
+	all := column(subject, func(c *created) float64 { return c.all })
+	floor := column(floors, (*result).total)
+	reference := column(refs, (*result).total)
+	ratio := bench.Median(bench.Ratios(all, floor))
+	requests := slices.MaxFunc(subject, func(a, b *created) int { return a.requests - b.requests }).requests
+	heap := slices.Max(heaps)
+	faster, slow, slowSpread := "", "", ""
+	if len(refs) > 0 {
+		times := bench.Median(bench.Ratios(reference, all))
+		faster, slow = fmt.Sprintf("%.0f ×", times), bench.Time(bench.Median(reference))
+		slowSpread = fmt.Sprintf("%.0f %%", bench.Spread(reference)*100)
+		if n == refSize {
+			r.timed("10 000 segments: faster than the reference", "≥ 20 ×", fmt.Sprintf("%.0f ×", times), times >= minReference)
+		}
+	}
+	median := func(fn func(*created) float64) string { return bench.Time(bench.Median(column(subject, fn))) }
+	stage := func(list []*result, fn func(*result) float64) string {
+		return bench.Time(bench.Median(column(list, fn)))
+	}
+	r.table(tableCreate).Add(strconv.Itoa(n), median(func(c *created) float64 { return c.capture }),
+		median(func(c *created) float64 { return c.write }), bench.Time(bench.Median(all)), fmt.Sprintf("%.2f", ratio), faster,
+		strconv.Itoa(requests), bench.MiB(float64(subject[0].bytes)), bench.MiB(heap), loaded)
+	r.table(tableFloor).Add(strconv.Itoa(n),
+		stage(floors, func(f *result) float64 { return f.Read }), stage(floors, func(f *result) float64 { return f.Encode }),
+		stage(floors, func(f *result) float64 { return f.Put }), bench.Time(bench.Median(floor)),
+		fmt.Sprintf("%.0f %%", bench.Spread(floor)*100), fmt.Sprintf("%.0f %%", bench.Range(floor)*100),
+		stage(decodes, func(f *result) float64 { return f.Read }), slow, slowSpread)
+	if n == barSize {
+		r.floors = append(r.floors, bench.Spread(floor))
+		r.timed("create of 100 000 segments", "≤ 1.6 × floor", fmt.Sprintf("%.2f ×", ratio), ratio <= maxFloor)
+		r.counted("its peak heap", "≤ 160 MiB", bench.MiB(heap), heap <= maxHeap)
+		r.counted("its object requests", "≤ 45", strconv.Itoa(requests), requests <= maxRequests)
+	}
+	if n == refSize && len(refs) > 0 {
+		r.floors = append(r.floors, bench.Spread(reference))
+	}
+}
+
+func (r *rig) get(ctx context.Context, path string) ([]byte, error) {
+	return bench.Get(ctx, "http://"+r.server.Metrics+path)
+}
+
+// profiles keeps profiles of snapshotd while fn runs, again and again for a few
+// seconds.
+func (r *rig) profiles(ctx context.Context, name string, fn func() error) error {
+	const seconds = 8
+	if err := os.MkdirAll(r.profile, 0o750); err != nil {
+		return err
+	}
+	ended := make(chan error, 1)
+	go func() {
+		data, err := r.get(ctx, fmt.Sprintf("/debug/pprof/profile?seconds=%d", seconds))
+		ended <- errors.Join(err, os.WriteFile(filepath.Join(r.profile, name+"-cpu.pprof"), data, 0o600))
+	}()
+	for begin := time.Now(); time.Since(begin) < seconds*time.Second; {
+		if err := fn(); err != nil {
+			return err
+		}
+	}
+	if err := <-ended; err != nil {
+		return err
+	}
+	data, err := r.get(ctx, "/debug/pprof/allocs")
+	return errors.Join(err, os.WriteFile(filepath.Join(r.profile, name+"-allocs.pprof"), data, 0o600))
+}
+
+// emptyCollection makes a collection without segments.
+func (r *rig) emptyCollection(ctx context.Context) (collection, error) {
+	return newCollection(ctx, r.client, r.Name())
+}
+
+// read measures the calls that read snapshots, among many.
+func (r *rig) read(ctx context.Context) error {
+	col, err := r.emptyCollection(ctx)
+	if err != nil {
+		return err
+	}
+	begin := time.Now()
+	made, err := r.manySnapshots(ctx, col)
+	if err != nil {
+		return err
+	}
+	r.Say("made %d snapshots in %s", made, bench.Time(time.Since(begin).Seconds()))
+	const samples = 1000
+	var list, get [2][]float64 // median and p99 of each round
+	for round := range r.Rounds + 1 {
+		var l, g []float64
+		var err error
+		lists := func() error { l, err = r.listSamples(ctx, col, samples); return err }
+		gets := func() error { g, err = r.getSamples(ctx, made, samples); return err }
+		steps := []func() error{lists, gets}
+		if round%2 == 1 {
+			slices.Reverse(steps)
+		}
+		for _, step := range steps {
+			if err := step(); err != nil {
+				return err
+			}
+		}
+		if round > 0 {
+			list[0], list[1] = append(list[0], bench.Median(l)), append(list[1], bench.Quantile(l, 0.99))
+			get[0], get[1] = append(get[0], bench.Median(g)), append(get[1], bench.Quantile(g, 0.99))
+		}
+	}
+	l, g := bench.Median(list[1]), bench.Median(get[1])
+	r.table(tableRead).Add("ListSnapshots, a page of 100", strconv.Itoa(made), bench.Time(bench.Median(list[0])), bench.Time(l), bench.LoadText())
+	r.table(tableRead).Add("GetSnapshot by name", strconv.Itoa(made), bench.Time(bench.Median(get[0])), bench.Time(g), bench.LoadText())
+	r.timed(fmt.Sprintf("ListSnapshots, a page of 100 among %d, p99", made), "≤ 10 ms", bench.Time(l), l <= maxList)
+	r.timed("GetSnapshot, p99", "≤ 5 ms", bench.Time(g), g <= maxGet)
+	return nil
+}
+
+// manySnapshots makes snapshots of a collection, fewer than wanted when that
+// takes too long.
+func (r *rig) manySnapshots(ctx context.Context, col collection) (int, error) {
+	const longest = 3 * time.Minute
+	begin := time.Now()
+	group, ctx := errgroup.WithContext(ctx)
+	var next, made atomic.Int64
+	for range 16 {
+		group.Go(func() error {
+			for time.Since(begin) < longest {
+				i := next.Add(1)
+				if i > int64(r.listed) {
+					return nil
+				}
+				if _, err := r.client.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
+					Collection: ref(col.id), Name: listedName(i - 1), RequestToken: client.NewRequestToken(),
+				}); err != nil {
+					return err
+				}
+				made.Add(1)
+			}
+			return nil
+		})
+	}
+	err := group.Wait()
+	return int(made.Load()), err
+}
+
+func listedName(i int64) string { return fmt.Sprintf("listed-%d", i) }
+
+// listSamples lists pages, from the newest snapshot to the oldest and again.
+func (r *rig) listSamples(ctx context.Context, col collection, samples int) ([]float64, error) {
+	var times []float64
+	token := ""
+	for len(times) < samples {
+		begin := time.Now()
+		resp, err := r.client.Snapshots.ListSnapshots(ctx, &snapshotdv1.ListSnapshotsRequest{
+			Collection: ref(col.id), PageSize: 100, PageToken: token,
+		})
+		if err != nil {
+			return nil, err
+		}
+		times = append(times, time.Since(begin).Seconds())
+		token = resp.GetNextPageToken()
+	}
+	return times, nil
+}
+
+func (r *rig) getSamples(ctx context.Context, made, samples int) ([]float64, error) {
+	var times []float64
+	for i := range samples {
+		name := listedName(int64(i * 7919 % made))
+		begin := time.Now()
+		if _, err := r.client.Snapshots.GetSnapshot(ctx, &snapshotdv1.GetSnapshotRequest{
+			Snapshot: &snapshotdv1.SnapshotRef{Ref: &snapshotdv1.SnapshotRef_Name{Name: name}},
+		}); err != nil {
+			return nil, err
+		}
+		times = append(times, time.Since(begin).Seconds())
+	}
+	return times, nil
+}
+
+// many measures how many snapshots many clients take at once, of a collection
+// each, against one client.
+func (r *rig) many(ctx context.Context) error {
+	const segments = 10
+	cols := make([]collection, r.clients)
+	for i := range cols {
+		var err error
+		if cols[i], err = r.emptyCollection(ctx); err != nil {
+			return err
+		}
+		list, err := newSegments(ctx, r.client, cols[i], segments)
+		if err != nil {
+			return err
+		}
+		if err := r.send(ctx, messages(cols[i].id, list, 1, segments), segments); err != nil {
+			return err
+		}
+	}
+	for _, c := range []struct {
+		delay time.Duration
+		least float64
+		want  string
+	}{
+		{r.latency, minDelayed, "≥ 16 ×"},
+		{0, minDirect, "≥ 2.5 ×"},
+	} {
+		r.proxy.Delay(c.delay)
+		var one, all []float64
+		for round := range r.Rounds + 1 {
+			var a, b float64
+			var err error
+			steps := []func() error{
+				func() error { a, err = r.rate(ctx, cols[:1]); return err },
+				func() error { b, err = r.rate(ctx, cols); return err },
+			}
+			if round%2 == 1 {
+				slices.Reverse(steps)
+			}
+			for _, step := range steps {
+				if err := step(); err != nil {
+					return err
+				}
+			}
+			r.Say("%v added: 1 client %.1f/s, %d clients %.1f/s (%.1f ×)", c.delay, a, len(cols), b, b/a)
+			if round > 0 {
+				one, all = append(one, a), append(all, b)
+			}
+		}
+		times := bench.Median(bench.Ratios(all, one))
+		r.table(tableClients).Add(c.delay.String(), fmt.Sprintf("%.1f", bench.Median(one)), fmt.Sprintf("%.1f", bench.Median(all)),
+			fmt.Sprintf("%.1f", times), bench.LoadText())
+		r.timed(fmt.Sprintf("%d clients against one, %v added to a request", len(cols), c.delay), c.want,
+			fmt.Sprintf("%.1f ×", times), times >= c.least)
+	}
+	r.proxy.Delay(0)
+	return nil
+}
+
+// rate is how many snapshots a second clients take, one for each collection,
+// each without pause.
+func (r *rig) rate(ctx context.Context, cols []collection) (float64, error) {
+	group, ctx := errgroup.WithContext(ctx)
+	base := r.Name()
+	var made atomic.Int64
+	begin := time.Now()
+	for i, col := range cols {
+		group.Go(func() error {
+			for k := 0; time.Since(begin) < r.window; k++ {
+				if _, err := r.client.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
+					Collection: ref(col.id), Name: fmt.Sprintf("%s-%d-%d", base, i, k), RequestToken: client.NewRequestToken(),
+				}); err != nil {
+					return err
+				}
+				made.Add(1)
+			}
+			return nil
+		})
+	}
+	err := group.Wait()
+	return float64(made.Load()) / time.Since(begin).Seconds(), err
+}

@@ -1,0 +1,212 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"iter"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sync/errgroup"
+
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // a benchmark is a client
+	"github.com/snapshotd/snapshotd/client"
+	"github.com/snapshotd/snapshotd/test/bench"
+)
+
+const (
+	filesEach = 12  // of a segment that is deleted
+	fileSize  = 64  // bytes
+	field     = 100 // the first; each file is of another, as a segment of 12 columns has them
+	rows      = 1000
+	hands     = 4 // that make files at once
+
+	// firstTimestamp is in the form of a hybrid clock: milliseconds, and 18 bits
+	// of a counter.
+	firstTimestamp = uint64(1_790_000_000_000) << 18
+	lastTimestamp  = firstTimestamp + 1<<40
+)
+
+// set is the files of segments that have consecutive ids.
+type set struct {
+	Prefix                string // before the paths
+	Collection, Partition int64
+	First                 int64 // segment
+	Segments, Each        int
+}
+
+// file is the path of the nth file of a segment, in the native layout.
+func (s *set) file(id int64, n int) string {
+	return fmt.Sprintf("%d/%d/%d/insert/%d/%d", s.Collection, s.Partition, id, field+n, id*64+int64(n))
+}
+
+// keys are the keys of the objects, with their number among them.
+func (s *set) keys() iter.Seq2[int, string] {
+	return func(yield func(int, string) bool) {
+		for i := range s.Segments * s.Each {
+			if !yield(i, s.Prefix+s.file(s.First+int64(i/s.Each), i%s.Each)) {
+				return
+			}
+		}
+	}
+}
+
+// segments are the segments as the catalog has them.
+func (s *set) segments() []*snapshotdv1.Segment {
+	list := make([]*snapshotdv1.Segment, s.Segments)
+	for i := range list {
+		id := s.First + int64(i)
+		seg := &snapshotdv1.Segment{
+			Id: id, PartitionId: s.Partition, Rows: rows, StorageVersion: 2,
+			StartPosition: &snapshotdv1.Position{Timestamp: firstTimestamp}, DmlPosition: &snapshotdv1.Position{Timestamp: lastTimestamp},
+		}
+		for n := range s.Each {
+			seg.Files = append(seg.Files, &snapshotdv1.File{
+				Path: s.file(id, n), Kind: "insert", FieldId: field + int64(n), LogId: id*64 + int64(n), SizeBytes: fileSize,
+				MinTimestamp: firstTimestamp, MaxTimestamp: lastTimestamp - 1, Entries: rows, Etag: fmt.Sprintf("%032x", id*64+int64(n)),
+			})
+		}
+		list[i] = seg
+	}
+	return list
+}
+
+// attributes are what versitygw notes with a file of an object that was put, as
+// extended attributes. Where the file system has none, the objects go without:
+// versitygw deletes them all the same.
+var attributes = map[string]string{
+	"user.metadata": "{}", "user.content-type": "application/octet-stream", "user.checksums": `{"algorithm":"CRC64NVME","crc64nvme":"AAAAAAAAAAA="}`,
+}
+
+// put makes an object as a file where versitygw serves it, as if it had been put.
+func put(name string, body []byte, etag string) error {
+	if err := os.WriteFile(name, body, 0o600); err != nil {
+		return err
+	}
+	err := syscall.Setxattr(name, "user.etag", []byte(etag), 0)
+	for attr, value := range attributes {
+		if err == nil {
+			err = syscall.Setxattr(name, attr, []byte(value), 0)
+		}
+	}
+	if errors.Is(err, syscall.ENOTSUP) {
+		return nil
+	}
+	return err
+}
+
+// write makes the objects of a set.
+func (r *rig) write(ctx context.Context, s *set) error {
+	body := make([]byte, fileSize)
+	group, ctx := errgroup.WithContext(ctx)
+	for hand := range hands {
+		group.Go(func() error {
+			for i := hand; i < s.Segments; i += hands {
+				if ctx.Err() != nil {
+					return ctx.Err()
+				}
+				id := s.First + int64(i)
+				for n := range s.Each {
+					if err := os.MkdirAll(filepath.Dir(r.path(s.Prefix+s.file(id, n))), 0o700); err != nil {
+						return err
+					}
+					if err := put(r.path(s.Prefix+s.file(id, n)), body, fmt.Sprintf("%032x", id*64+int64(n))); err != nil {
+						return err
+					}
+				}
+			}
+			return nil
+		})
+	}
+	return group.Wait()
+}
+
+// left returns an error when an object of a prefix is there.
+func (r *rig) left(prefix string) error {
+	n := 0
+	err := filepath.WalkDir(r.path(prefix), func(_ string, e fs.DirEntry, err error) error {
+		if err == nil && e.Type().IsRegular() {
+			n++
+		}
+		return err
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	if err == nil && n > 0 {
+		err = fmt.Errorf("%d objects are left below %s", n, prefix)
+	}
+	return err
+}
+
+// collection is one that was made for the benchmark.
+type collection struct {
+	ref  *snapshotdv1.CollectionRef
+	id   int64
+	name string
+	set  set // of its segments
+}
+
+// newCollection makes a collection of segments that have so many files each. The
+// files are made only if they are wanted.
+func (r *rig) newCollection(ctx context.Context, segments, each int, written bool) (*collection, error) {
+	c := &collection{name: r.Name()}
+	made, err := r.client.Catalog.CreateCollection(ctx, &snapshotdv1.CreateCollectionRequest{
+		Name: &snapshotdv1.CollectionName{Name: c.name}, Channels: []string{c.name + "-0"},
+		Roots:        []*snapshotdv1.Root{{Prefix: "data/" + c.name + "/"}},
+		RequestToken: client.NewRequestToken(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	c.id = made.GetCollection().GetId()
+	c.ref = &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Id{Id: c.id}}
+	p, err := r.client.Catalog.CreatePartition(ctx, &snapshotdv1.CreatePartitionRequest{
+		Collection: c.ref, Name: "p", RequestToken: client.NewRequestToken(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	ids, err := r.client.Catalog.AllocateIds(ctx, &snapshotdv1.AllocateIdsRequest{
+		Want: &snapshotdv1.AllocateIdsRequest_Count{Count: int64(segments)}, RequestToken: client.NewRequestToken(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	if _, err := r.client.Catalog.SetCheckpoints(ctx, &snapshotdv1.SetCheckpointsRequest{
+		Collection:  c.ref,
+		Checkpoints: []*snapshotdv1.ChannelPosition{{Position: &snapshotdv1.Position{Timestamp: lastTimestamp}}},
+	}); err != nil {
+		return nil, err
+	}
+	c.set = set{
+		Prefix: "data/" + c.name + "/", Collection: c.id, Partition: p.GetPartition().GetId(),
+		First: ids.GetIds().GetFirst(), Segments: segments, Each: each,
+	}
+	if written {
+		if err := r.write(ctx, &c.set); err != nil {
+			return nil, err
+		}
+	}
+	return c, bench.AddSegments(ctx, r.client, c.ref, c.set.segments())
+}
+
+// dropSegments drops the first n segments of a collection.
+func (r *rig) dropSegments(ctx context.Context, c *collection, n int) error {
+	ids := make([]int64, n)
+	for i := range ids {
+		ids[i] = c.set.First + int64(i)
+	}
+	return bench.DropSegments(ctx, r.client, c.ref, ids)
+}
+
+// forgetFiles removes the directories that versitygw leaves, if it does.
+func (r *rig) forgetFiles(prefix string) error {
+	return os.RemoveAll(strings.TrimSuffix(r.path(prefix), "/"))
+}

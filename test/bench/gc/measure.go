@@ -1,0 +1,568 @@
+//go:build linux
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strconv"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // a benchmark is a client
+	"github.com/snapshotd/snapshotd/client"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/test/bench"
+)
+
+// The bars.
+const (
+	minRatio = 0.9 // of the floor's throughput
+	maxIdle  = 1   // seconds
+)
+
+const (
+	collections = 10 // of part idle
+	livingEach  = 1  // files of a segment of it
+
+	pollEvery = 50 * time.Millisecond  // for the end of a round
+	lookEvery = 200 * time.Millisecond // at the heap
+)
+
+// tries is how many requests at once the floor may have: it has that of them with
+// which it is the fastest, there and back.
+var tries = []int{2, 4, 8}
+
+// tables in the order of the report
+const (
+	tableDelete = iota
+	tableCost
+	tableRequests
+	tableIdle
+	tableGrants
+)
+
+func (r *rig) table(i int) *bench.Table {
+	if r.Report.Tables == nil {
+		r.Report.Tables = []bench.Table{
+			{Title: "Deleting", Head: []string{"segments", "objects", "rounds", "round", "objects/s", "call answered", "floor", "objects/s", "in flight", "spread", "floor / round", "load"}},
+			{Title: "What it takes", Head: []string{"segments", "processor time: snapshotd", "etcd", "versitygw", "the floor's", "versitygw for it", "peak heap", "etcd's database before", "after", "load"}},
+			{Title: "Requests", Head: []string{"objects", "requests", "deletes", "others", "for 1000 objects"}},
+			{Title: "Nothing to do", Head: []string{"segments that live", "units that are held", "registered in", "etcd's database", "round", "spread", "object requests", "peak heap", "load"}},
+			{Title: "Grants alone", Head: []string{"units", "rounds", "time", "grants/s", "spread", "processor time: snapshotd", "etcd", "load"}},
+		}
+	}
+	return &r.Report.Tables[i]
+}
+
+// took is what deleting a set took.
+type took struct {
+	seconds               float64 // until nothing is left
+	answered              float64 // until the call has returned
+	client, etcd, gateway float64 // processor time, seconds; client is snapshotd or the floor
+}
+
+// collect makes a round over a collection that grants all of its set. It ends when
+// etcd shows that no tombstone is left.
+func (r *rig) collect(ctx context.Context, c *collection) (t took, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	used := func() [3]float64 { return [3]float64{r.server.Used(), r.etcd.Used(), r.gateway.Used()} }
+	before := used()
+	begin := time.Now()
+	answered := make(chan error, 1)
+	go func() {
+		err := r.ask(ctx, &snapshotdv1.CollectRequest{Collection: c.ref, Tolerance: durationpb.New(0), Force: true, Wait: true},
+			func(s *snapshotdv1.CollectSummary) error {
+				if s.GetGranted() != int64(c.set.Segments) || s.GetFiles() != int64(c.set.Segments*c.set.Each) || s.GetError() != "" {
+					return fmt.Errorf("a round of %d segments: %v", c.set.Segments, s)
+				}
+				return nil
+			})
+		t.answered = time.Since(begin).Seconds()
+		if err != nil {
+			cancel(err)
+		}
+		answered <- err
+	}()
+	err = r.awaitGone(ctx, c)
+	t.seconds = time.Since(begin).Seconds()
+	after := used()
+	t.client, t.etcd, t.gateway = after[0]-before[0], after[1]-before[1], after[2]-before[2]
+	if cause := context.Cause(ctx); cause != nil {
+		err = cause
+	}
+	return t, errors.Join(err, <-answered)
+}
+
+// ask calls Collect, reads the answer and has its summary looked at.
+func (r *rig) ask(ctx context.Context, req *snapshotdv1.CollectRequest, check func(*snapshotdv1.CollectSummary) error) error {
+	stream, err := r.client.Collector.Collect(ctx, req)
+	if err != nil {
+		return err
+	}
+	var summary *snapshotdv1.CollectSummary
+	for {
+		m, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		summary = cmp.Or(m.GetSummary(), summary)
+	}
+	if summary == nil {
+		return errors.New("the round came without a summary")
+	}
+	return check(summary)
+}
+
+// awaitGone waits until nothing is left of a set in etcd. It looks at the last of
+// its segments, which goes with the last, and then at all tombstones: that
+// costs etcd little.
+func (r *rig) awaitGone(ctx context.Context, c *collection) error {
+	last := c.set.First + int64(c.set.Segments) - 1
+	tick := time.NewTicker(pollEvery)
+	defer tick.Stop()
+	for {
+		res, err := r.kv.Txn(ctx, meta.Txn{Then: []meta.Op{
+			meta.Get(keys.Segment(c.id, last)), meta.Get(keys.Unit(c.id, last)), meta.Get(keys.Tomb(c.id, last)),
+		}})
+		if err != nil {
+			return err
+		}
+		if !slices.ContainsFunc(res.Ranges, func(kvs []meta.KeyValue) bool { return len(kvs) > 0 }) {
+			gone := true
+			for _, prefix := range []string{keys.SegmentPrefix(c.id), keys.UnitPrefix(c.id), keys.TombPrefix(c.id)} {
+				from, to := meta.Prefix(prefix)
+				some, err := r.kv.Range(ctx, meta.Range{From: from, To: to, Limit: 1, KeysOnly: true})
+				if err != nil {
+					return err
+				}
+				gone = gone && len(some.KVs) == 0
+			}
+			if gone {
+				return nil
+			}
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// made makes a collection of segments that were dropped, or that is dropped
+// itself.
+func (r *rig) made(ctx context.Context, segments int, whole, written bool) (*collection, error) {
+	c, err := r.newCollection(ctx, segments, filesEach, written)
+	if err != nil {
+		return nil, err
+	}
+	if !whole {
+		return c, r.dropSegments(ctx, c, segments)
+	}
+	_, err = r.client.Catalog.DropCollection(ctx, &snapshotdv1.DropCollectionRequest{Collection: c.ref, RequestToken: client.NewRequestToken()})
+	return c, err
+}
+
+// once makes a collection, has a round delete its segments, and looks whether all
+// objects are gone.
+func (r *rig) once(ctx context.Context, segments int, whole bool) (took, error) {
+	c, err := r.made(ctx, segments, whole, true)
+	if err != nil {
+		return took{}, err
+	}
+	// As etcd does by itself now and then: else each round has the history of all
+	// those before it.
+	if _, err := bench.Defragment(ctx, r.etcdAt); err != nil {
+		return took{}, err
+	}
+	t, err := r.collect(ctx, c)
+	if err != nil {
+		return t, err
+	}
+	return t, errors.Join(r.left(c.set.Prefix), r.forgetFiles(c.set.Prefix))
+}
+
+// floorOnce has the floor delete as many objects.
+func (r *rig) floorOnce(ctx context.Context, segments, inFlight int) (t took, err error) {
+	s := set{Prefix: "floor/" + r.Name() + "/", Collection: 1, Partition: 2, First: 1 << 30, Segments: segments, Each: filesEach}
+	if err := r.write(ctx, &s); err != nil {
+		return t, err
+	}
+	gateway, used := r.gateway.Used(), r.floor.process.Used()
+	t.seconds, err = r.floor.delete(ctx, job{S3: r.serving, Set: s, InFlight: inFlight})
+	if err != nil {
+		return t, err
+	}
+	t.gateway, t.client = r.gateway.Used()-gateway, r.floor.process.Used()-used
+	return t, errors.Join(r.left(s.Prefix), r.forgetFiles(s.Prefix))
+}
+
+// best finds how many requests at once suit the floor.
+func (r *rig) best(ctx context.Context) error {
+	if r.inFlight > 0 {
+		return nil
+	}
+	segments := max(r.segments/4, 1)
+	sums := map[int]float64{}
+	there, back := slices.Clone(tries), slices.Clone(tries)
+	slices.Reverse(back)
+	for _, n := range append(there, back...) {
+		t, err := r.floorOnce(ctx, segments, n)
+		if err != nil {
+			return err
+		}
+		r.Say("floor, %d in flight: %d objects in %s", n, segments*filesEach, bench.Time(t.seconds))
+		sums[n] += t.seconds
+	}
+	r.inFlight = slices.MinFunc(tries, func(a, b int) int { return cmp.Compare(sums[a], sums[b]) })
+	return nil
+}
+
+// deletes measures rounds over dropped segments of a living collection, in turns
+// with the floor.
+func (r *rig) deletes(ctx context.Context) error {
+	if err := r.serve(ctx, r.s3At, -1); err != nil {
+		return err
+	}
+	if err := r.best(ctx); err != nil {
+		return err
+	}
+	var subject, floors []took
+	for round := range r.Rounds + 1 {
+		a, b, err := r.both(ctx, r.segments, false, round%2 == 1)
+		if err != nil {
+			return err
+		}
+		if round > 0 {
+			subject, floors = append(subject, a), append(floors, b)
+		}
+	}
+	r.floors = seconds(floors)
+	r.judge(fmt.Sprintf("%d", r.segments), r.segments, subject, floors)
+	r.cost(strconv.Itoa(r.segments), subject, floors, "", "", "")
+	if r.profile != "" {
+		c, err := r.made(ctx, r.segments, false, true)
+		if err != nil {
+			return err
+		}
+		if err := r.profiled(ctx, partRounds, func() error { _, err := r.collect(ctx, c); return err }); err != nil {
+			return err
+		}
+		if err := errors.Join(r.left(c.set.Prefix), r.forgetFiles(c.set.Prefix)); err != nil {
+			return err
+		}
+	}
+	return r.requests(ctx)
+}
+
+// both has the subject and the floor delete as much, the floor first if wanted.
+func (r *rig) both(ctx context.Context, segments int, whole, floorFirst bool) (a, b took, err error) {
+	steps := []func() error{
+		func() (err error) { a, err = r.once(ctx, segments, whole); return err },
+		func() (err error) { b, err = r.floorOnce(ctx, segments, r.inFlight); return err },
+	}
+	if floorFirst {
+		slices.Reverse(steps)
+	}
+	for _, step := range steps {
+		if err := step(); err != nil {
+			return a, b, err
+		}
+	}
+	r.Say("%d segments: round %s, answered after %s, floor %s: %.2f; processor: snapshotd %s, etcd %s, versitygw %s; floor %s, versitygw %s", segments,
+		bench.Time(a.seconds), bench.Time(a.answered), bench.Time(b.seconds), b.seconds/a.seconds,
+		bench.Time(a.client), bench.Time(a.etcd), bench.Time(a.gateway), bench.Time(b.client), bench.Time(b.gateway))
+	return a, b, nil
+}
+
+func seconds(list []took) []float64 { return column(list, func(t took) float64 { return t.seconds }) }
+
+func column(list []took, fn func(took) float64) []float64 {
+	out := make([]float64, len(list))
+	for i, t := range list {
+		out[i] = fn(t)
+	}
+	return out
+}
+
+// row adds a row about rounds, and returns their throughput, the floor's being 1.
+func (r *rig) row(what string, segments int, subject, floors []took) (ratio float64) {
+	objects := segments * filesEach
+	a, b := bench.Median(seconds(subject)), bench.Median(seconds(floors))
+	ratio = bench.Median(bench.Ratios(seconds(floors), seconds(subject)))
+	r.table(tableDelete).Add(what, strconv.Itoa(objects), strconv.Itoa(len(subject)), bench.Time(a), rate(objects, a),
+		bench.Time(bench.Median(column(subject, func(t took) float64 { return t.answered }))),
+		bench.Time(b), rate(objects, b), strconv.Itoa(r.inFlight), bench.Percent(bench.Spread(seconds(floors))), fmt.Sprintf("%.2f", ratio), bench.LoadText())
+	return ratio
+}
+
+// judge adds a row and the bar of rounds.
+func (r *rig) judge(what string, segments int, subject, floors []took) {
+	ratio := r.row(what, segments, subject, floors)
+	r.timed(bench.Bar{
+		What: fmt.Sprintf("%s segments of %d files: throughput, the floor's being 1", what, filesEach),
+		Want: fmt.Sprintf("≥ %.2f", minRatio), Got: fmt.Sprintf("%.2f", ratio), OK: ratio >= minRatio,
+	}, r.floors, bench.MinRounds)
+}
+
+func rate(n int, seconds float64) string { return fmt.Sprintf("%.0f", float64(n)/seconds) }
+
+// cost adds a row about what rounds take.
+func (r *rig) cost(what string, subject, floors []took, heap, before, after string) {
+	median := func(list []took, fn func(took) float64) string { return bench.Time(bench.Median(column(list, fn))) }
+	r.table(tableCost).Add(what,
+		median(subject, func(t took) float64 { return t.client }), median(subject, func(t took) float64 { return t.etcd }),
+		median(subject, func(t took) float64 { return t.gateway }), median(floors, func(t took) float64 { return t.client }), median(floors, func(t took) float64 { return t.gateway }),
+		heap, before, after, bench.LoadText())
+}
+
+// requests counts the requests of a round.
+func (r *rig) requests(ctx context.Context) error {
+	if err := r.serve(ctx, r.proxy.Addr, -1); err != nil {
+		return err
+	}
+	c, err := r.made(ctx, r.segments, false, true)
+	if err != nil {
+		return err
+	}
+	r.proxy.Take()
+	if _, err := r.collect(ctx, c); err != nil {
+		return err
+	}
+	deletes, seen := 0, r.proxy.Take()
+	for _, q := range seen {
+		if q.Method == http.MethodPost || q.Method == http.MethodDelete {
+			deletes++
+		}
+	}
+	objects := r.segments * filesEach
+	r.table(tableRequests).Add(strconv.Itoa(objects), strconv.Itoa(len(seen)), strconv.Itoa(deletes), strconv.Itoa(len(seen)-deletes),
+		fmt.Sprintf("%.2f", float64(len(seen))*1000/float64(objects)))
+	return errors.Join(r.left(c.set.Prefix), r.forgetFiles(c.set.Prefix))
+}
+
+// fullRound measures one large round, and what it takes.
+func (r *rig) fullRound(ctx context.Context) error {
+	if err := r.serve(ctx, r.s3At, -1); err != nil {
+		return err
+	}
+	if err := r.best(ctx); err != nil {
+		return err
+	}
+	b, err := r.floorOnce(ctx, r.full, r.inFlight)
+	if err != nil {
+		return err
+	}
+	c, err := r.made(ctx, r.full, false, true)
+	if err != nil {
+		return err
+	}
+	before, err := bench.Defragment(ctx, r.etcdAt)
+	if err != nil {
+		return err
+	}
+	var a took
+	heap, err := r.server.PeakHeap(ctx, lookEvery, func() (err error) { a, err = r.collect(ctx, c); return err })
+	if err != nil {
+		return err
+	}
+	after, err := bench.Defragment(ctx, r.etcdAt)
+	if err != nil {
+		return err
+	}
+	r.Say("%d segments: round %s, floor %s: %.2f, peak heap %s, etcd %s before and %s after", r.full, bench.Time(a.seconds), bench.Time(b.seconds),
+		b.seconds/a.seconds, bench.MiB(heap), bench.MiB(float64(before)), bench.MiB(float64(after)))
+	what := strconv.Itoa(r.full)
+	r.judge(what, r.full, []took{a}, []took{b})
+	r.cost(what, []took{a}, []took{b}, bench.MiB(heap), bench.MiB(float64(before)), bench.MiB(float64(after)))
+	return errors.Join(r.left(c.set.Prefix), r.forgetFiles(c.set.Prefix))
+}
+
+// dropped measures a round over a collection that was dropped with all it has.
+func (r *rig) dropped(ctx context.Context) error {
+	if err := r.serve(ctx, r.s3At, -1); err != nil {
+		return err
+	}
+	if err := r.best(ctx); err != nil {
+		return err
+	}
+	a, b, err := r.both(ctx, r.segments, true, false)
+	if err != nil {
+		return err
+	}
+	what := fmt.Sprintf("dropped with their collection, %d", r.segments)
+	r.judge(what, r.segments, []took{a}, []took{b})
+	r.cost(what, []took{a}, []took{b}, "", "", "")
+	return nil
+}
+
+// delayed measures rounds when each request takes long, as with a store that is
+// far away: with as many requests at once as snapshotd has.
+func (r *rig) delayed(ctx context.Context) error {
+	if err := r.serve(ctx, r.proxy.Addr, -1); err != nil {
+		return err
+	}
+	r.proxy.Delay(r.latency)
+	defer r.proxy.Delay(0)
+	segments := max(r.segments/4, 1)
+	var subject, floors []took
+	was := r.inFlight
+	defer func() { r.inFlight = was }()
+	r.inFlight = tries[len(tries)-1]
+	for round := range r.Rounds + 1 {
+		a, b, err := r.both(ctx, segments, false, round%2 == 1)
+		if err != nil {
+			return err
+		}
+		if round > 0 {
+			subject, floors = append(subject, a), append(floors, b)
+		}
+	}
+	r.proxy.Take() // nobody looks at them
+	r.row(fmt.Sprintf("%d, %v added to a request", segments, r.latency), segments, subject, floors)
+	return nil
+}
+
+// idle measures rounds that find nothing to delete, among many segments that live
+// and some units that a snapshot holds.
+func (r *rig) idle(ctx context.Context) error {
+	if err := r.serve(ctx, r.proxy.Addr, -1); err != nil {
+		return err
+	}
+	begin := time.Now()
+	for i := range collections {
+		segments := r.living / collections
+		if i == 0 {
+			segments += r.held
+		}
+		c, err := r.newCollection(ctx, segments, livingEach, false)
+		if err != nil {
+			return err
+		}
+		if i > 0 {
+			continue
+		}
+		if _, err := r.client.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
+			Collection: c.ref, Name: c.name, RequestToken: client.NewRequestToken(),
+		}); err != nil {
+			return err
+		}
+		if err := r.dropSegments(ctx, c, r.held); err != nil {
+			return err
+		}
+	}
+	registered := time.Since(begin)
+	r.Say("registered %d segments in %v", r.living+r.held, registered.Round(time.Second))
+	size, err := bench.Defragment(ctx, r.etcdAt)
+	if err != nil {
+		return err
+	}
+	round := func() error {
+		return r.ask(ctx, &snapshotdv1.CollectRequest{Tolerance: durationpb.New(0), Wait: true}, func(s *snapshotdv1.CollectSummary) error {
+			if s.GetGranted() != 0 || s.GetHeld() != int64(r.held) || s.GetError() != "" {
+				return fmt.Errorf("a round with nothing to do: %v", s)
+			}
+			return nil
+		})
+	}
+	var times []float64
+	requests := 0
+	for i := range r.Rounds + 1 {
+		r.proxy.Take()
+		begin := time.Now()
+		if err := round(); err != nil {
+			return err
+		}
+		took := time.Since(begin).Seconds()
+		seen := r.proxy.Take()
+		r.Say("nothing to do: %s, %d requests", bench.Time(took), len(seen))
+		if i > 0 {
+			times, requests = append(times, took), max(requests, len(seen))
+		}
+	}
+	heap, err := r.server.PeakHeap(ctx, lookEvery/10, round)
+	if err != nil {
+		return err
+	}
+	median := bench.Median(times)
+	r.table(tableIdle).Add(strconv.Itoa(r.living), strconv.Itoa(r.held), registered.Round(time.Second).String(), bench.MiB(float64(size)),
+		bench.Time(median), bench.Percent(bench.Spread(times)), strconv.Itoa(requests), bench.MiB(heap), bench.LoadText())
+	what := fmt.Sprintf("nothing to do among %d segments that live and %d units that are held", r.living, r.held)
+	r.timed(bench.Bar{What: what + ": time", Want: "≤ 1 s", Got: bench.Time(median), OK: median <= maxIdle}, nil, 0)
+	r.counted(bench.Bar{What: what + ": object requests", Want: "0", Got: strconv.Itoa(requests), OK: requests == 0})
+	return r.profiled(ctx, partIdle, func() error {
+		for range 5 {
+			if err := round(); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// grants measures how fast units are granted while nearly nothing is deleted. It
+// leaves tombstones, so it comes last.
+func (r *rig) grants(ctx context.Context) error {
+	if err := r.serve(ctx, r.s3At, 1); err != nil {
+		return err
+	}
+	if r.profile != "" {
+		c, err := r.made(ctx, r.segments, false, false)
+		if err != nil {
+			return err
+		}
+		if err := r.profiled(ctx, partGrants, func() error {
+			return r.ask(ctx, &snapshotdv1.CollectRequest{Collection: c.ref, Tolerance: durationpb.New(0), Force: true}, func(*snapshotdv1.CollectSummary) error { return nil })
+		}); err != nil {
+			return err
+		}
+	}
+	var list []took
+	for i := range r.Rounds + 1 {
+		c, err := r.made(ctx, r.segments, false, false)
+		if err != nil {
+			return err
+		}
+		used := [2]float64{r.server.Used(), r.etcd.Used()}
+		begin := time.Now()
+		if err := r.ask(ctx, &snapshotdv1.CollectRequest{Collection: c.ref, Tolerance: durationpb.New(0), Force: true}, func(s *snapshotdv1.CollectSummary) error {
+			if s.GetGranted() != int64(r.segments) || s.GetError() != "" {
+				return fmt.Errorf("a round of %d segments: %v", r.segments, s)
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
+		t := took{seconds: time.Since(begin).Seconds(), client: r.server.Used() - used[0], etcd: r.etcd.Used() - used[1]}
+		r.Say("%d grants in %s; processor: snapshotd %s, etcd %s", r.segments, bench.Time(t.seconds), bench.Time(t.client), bench.Time(t.etcd))
+		if i > 0 {
+			list = append(list, t)
+		}
+	}
+	median := bench.Median(seconds(list))
+	r.table(tableGrants).Add(strconv.Itoa(r.segments), strconv.Itoa(len(list)), bench.Time(median), rate(r.segments, median), bench.Percent(bench.Spread(seconds(list))),
+		bench.Time(bench.Median(column(list, func(t took) float64 { return t.client }))),
+		bench.Time(bench.Median(column(list, func(t took) float64 { return t.etcd }))), bench.LoadText())
+	return nil
+}
+
+// profiled writes a processor profile of snapshotd while fn runs, if profiles are
+// wanted.
+func (r *rig) profiled(ctx context.Context, name string, fn func() error) error {
+	if r.profile == "" {
+		return nil
+	}
+	return r.server.Profile(ctx, r.profile, name, 5, fn)
+}

@@ -1,0 +1,436 @@
+//go:build linux
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"net/http"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/snapshotd/snapshotd/test/bench"
+)
+
+// The bars.
+const (
+	minSmall        = 0.85 // of the floor's throughput
+	minMedium       = 0.92
+	minSmallRclone  = 1.5 // times rclone's
+	minMediumRclone = 0.97
+	minLarge        = 2 // times the throughput of one request
+	maxSegment      = 0.060
+	maxSegmentP99   = 0.150
+	minDelayed      = 0.88 // of what the requests in flight could do
+	maxRequests     = 1.02 // for an object
+)
+
+// The sizes, in files and segments.
+const (
+	smallSegments, smallFiles, smallSize    = 50, 60, 64 << 10
+	mediumSegments, mediumFiles, mediumSize = 10, 10, 8 << 20
+	largeSize                               = 600 << 20
+	delayedSegments, delayedFiles           = 200, 60
+	delayedSize                             = 1 << 10
+	delayedInFlight                         = 64
+	firstByte                               = 200 * time.Millisecond
+	bytesPerSecond                          = 100 << 20 // of a request
+)
+
+// tries is how many objects at once the floor and rclone may copy: each has that
+// of them with which it is the fastest, there and back.
+var tries = []int{8, 16, 32}
+
+// tables in the order of the report
+const (
+	tableCopy = iota
+	tableRequests
+	tableOne
+	tableDelayed
+	tableMany
+)
+
+func (r *rig) table(i int) *bench.Table {
+	if r.Report.Tables == nil {
+		r.Report.Tables = []bench.Table{
+			{Title: "Throughput", Head: []string{"objects", "restore", "MiB/s", "floor", "in flight", "spread", "rclone", "in flight", "spread", "floor / restore", "rclone / restore", "load"}},
+			{Title: "Requests", Head: []string{"objects", "requests", "copies", "lists and reads", "heads", "for an object"}},
+			{Title: "One object, one segment", Head: []string{"what", "restores", "median", "p99", "one request", "one request / restore", "load"}},
+			{Title: "Latency", Head: []string{"added to a request", "objects", "in flight", "restore", "objects/s", "of in flight ÷ latency", "floor", "of it", "load"}},
+			{Title: "A large job", Head: []string{"segments", "files", "time", "ms a segment", "peak heap", "job record, bytes", "largest task record, bytes", "load"}},
+		}
+	}
+	return &r.Report.Tables[i]
+}
+
+// small measures many small objects.
+func (r *rig) small(ctx context.Context) error {
+	return r.throughput(ctx, &class{
+		name: partSmall, title: fmt.Sprintf("%d × 64 KiB", smallSegments*smallFiles), segments: smallSegments, files: smallFiles, size: smallSize,
+		floor: minSmall, rclone: minSmallRclone, requests: true,
+	})
+}
+
+// medium measures larger ones.
+func (r *rig) medium(ctx context.Context) error {
+	return r.throughput(ctx, &class{
+		name: partMedium, title: fmt.Sprintf("%d × 8 MiB", mediumSegments*mediumFiles), segments: mediumSegments, files: mediumFiles, size: mediumSize,
+		floor: minMedium, rclone: minMediumRclone,
+	})
+}
+
+// class is objects of one size.
+type class struct {
+	name, title     string
+	segments, files int
+	size            int64
+	floor, rclone   float64 // the bars
+	requests        bool    // are counted
+
+	from *captured
+}
+
+// variant is a way to copy a class.
+type variant struct {
+	name string
+	run  func(ctx context.Context) (seconds float64, made string, err error)
+}
+
+// throughput measures restores of a class, the floor and rclone.
+func (r *rig) throughput(ctx context.Context, c *class) error {
+	if err := r.serve(ctx, r.s3At, etcdRoot, 0); err != nil {
+		return err
+	}
+	var err error
+	if c.from, err = r.capture(ctx, r.s3At, c.segments, c.files, c.size); err != nil {
+		return err
+	}
+	floorAt, err := r.best(ctx, c, func(n int) *variant { return r.floorVariant(c, n) })
+	if err != nil {
+		return err
+	}
+	variants := []*variant{r.restoreVariant(c), r.floorVariant(c, floorAt)}
+	rcloneAt := 0
+	if r.rclone != "" {
+		other, err := startRclone(ctx, r.rclone, r.Root, r.s3At)
+		if err != nil {
+			return err
+		}
+		defer other.process.Stop()
+		with := func(n int) *variant { return r.rcloneVariant(c, other, n) }
+		if rcloneAt, err = r.best(ctx, c, with); err != nil {
+			return err
+		}
+		variants = append(variants, with(rcloneAt))
+	}
+	times := make([][]float64, len(variants))
+	for round := range r.Rounds + 1 {
+		took := make([]float64, len(variants))
+		order := []int{0, 1, 2}[:len(variants)]
+		if round%2 == 1 {
+			slices.Reverse(order)
+		}
+		for _, i := range order {
+			if took[i], err = r.once(ctx, c, variants[i]); err != nil {
+				return err
+			}
+		}
+		for i := range variants {
+			r.Say("%s: %s %s", c.title, variants[i].name, bench.Time(took[i]))
+			if round > 0 {
+				times[i] = append(times[i], took[i])
+			}
+		}
+	}
+	if err := r.profiled(ctx, c.name, func() error { _, err := r.once(ctx, c, variants[0]); return err }); err != nil {
+		return err
+	}
+	r.judge(c, times, floorAt, rcloneAt)
+	if c.requests {
+		return r.count(ctx, c)
+	}
+	return r.discard(c.from.prefix, c.from.files)
+}
+
+// judge adds a row and the bars of a class.
+func (r *rig) judge(c *class, times [][]float64, floorAt, rcloneAt int) {
+	took := bench.Median(times[0])
+	floorRatio := bench.Median(bench.Ratios(times[1], times[0]))
+	row := []string{
+		c.title, bench.Time(took), fmt.Sprintf("%.0f", float64(c.from.bytes)/(1<<20)/took),
+		bench.Time(bench.Median(times[1])), strconv.Itoa(floorAt), bench.Percent(bench.Spread(times[1])),
+		"", "", "", fmt.Sprintf("%.2f", floorRatio), "", bench.LoadText(),
+	}
+	r.timed(c.title+": throughput, the floor's being 1", fmt.Sprintf("≥ %.2f", c.floor), fmt.Sprintf("%.2f", floorRatio), floorRatio >= c.floor, times[1])
+	if len(times) > 2 {
+		ratio := bench.Median(bench.Ratios(times[2], times[0]))
+		row[6], row[7], row[8] = bench.Time(bench.Median(times[2])), strconv.Itoa(rcloneAt), bench.Percent(bench.Spread(times[2]))
+		row[10] = fmt.Sprintf("%.2f", ratio)
+		r.timed(c.title+": throughput, rclone's being 1", fmt.Sprintf("≥ %.2f", c.rclone), fmt.Sprintf("%.2f", ratio), ratio >= c.rclone, times[2])
+	}
+	r.table(tableCopy).Add(row...)
+}
+
+// best tries a variant at each number of objects in flight, and returns the one
+// that is the fastest.
+func (r *rig) best(ctx context.Context, c *class, with func(inFlight int) *variant) (int, error) {
+	sums := map[int]float64{}
+	there, back := slices.Clone(tries), slices.Clone(tries)
+	slices.Reverse(back)
+	for _, n := range append(there, back...) {
+		v := with(n)
+		took, err := r.once(ctx, c, v)
+		if err != nil {
+			return 0, err
+		}
+		r.Say("%s: %s, %d in flight: %s", c.title, v.name, n, bench.Time(took))
+		sums[n] += took
+	}
+	return slices.MinFunc(tries, func(a, b int) int { return cmp.Compare(sums[a], sums[b]) }), nil
+}
+
+// once copies a class, looks whether all is there, and removes it.
+func (r *rig) once(ctx context.Context, c *class, v *variant) (float64, error) {
+	took, made, err := v.run(ctx)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", v.name, err)
+	}
+	return took, r.discard(made, c.from.files)
+}
+
+func (r *rig) restoreVariant(c *class) *variant {
+	return &variant{"restore", func(ctx context.Context) (float64, string, error) {
+		took, target, err := r.restore(ctx, c.from)
+		return took, fmt.Sprintf("%s%d/", c.from.prefix, target), err
+	}}
+}
+
+func (r *rig) floorVariant(c *class, inFlight int) *variant {
+	return &variant{"floor", func(ctx context.Context) (float64, string, error) {
+		to := "floor/" + r.Name() + "/"
+		res, err := r.floor.do(ctx, job{Op: "copy", S3: r.s3At, Set: c.from.set, Prefix: to, InFlight: inFlight})
+		if err != nil {
+			return 0, "", err
+		}
+		return res.Seconds, to, nil
+	}}
+}
+
+func (r *rig) rcloneVariant(c *class, other *rclone, inFlight int) *variant {
+	return &variant{"rclone", func(ctx context.Context) (float64, string, error) {
+		to := "rclone/" + r.Name() + "/"
+		took, err := other.copy(ctx, c.from.prefix+c.from.dir, to+c.from.dir, inFlight)
+		return took, to, err
+	}}
+}
+
+// count counts the requests of a restore.
+func (r *rig) count(ctx context.Context, c *class) error {
+	if err := r.serve(ctx, r.proxy.Addr, etcdRoot, 0); err != nil {
+		return err
+	}
+	r.proxy.Take()
+	if _, err := r.once(ctx, c, r.restoreVariant(c)); err != nil {
+		return err
+	}
+	var copies, reads, heads int
+	seen := r.proxy.Take()
+	for _, q := range seen {
+		switch q.Method {
+		case http.MethodPut:
+			copies++
+		case http.MethodHead:
+			heads++
+		case http.MethodGet:
+			reads++
+		}
+	}
+	each := float64(len(seen)) / float64(c.from.files)
+	r.table(tableRequests).Add(c.title, strconv.Itoa(len(seen)), strconv.Itoa(copies), strconv.Itoa(reads), strconv.Itoa(heads), fmt.Sprintf("%.3f", each))
+	r.counted(c.title+": requests for an object, all included", fmt.Sprintf("≤ %.2f", maxRequests), fmt.Sprintf("%.3f", each), each <= maxRequests)
+	return r.discard(c.from.prefix, c.from.files)
+}
+
+// segment measures restores of one segment of three small files.
+func (r *rig) segment(ctx context.Context) error {
+	if err := r.serve(ctx, r.s3At, etcdRoot, 0); err != nil {
+		return err
+	}
+	from, err := r.capture(ctx, r.s3At, 1, 3, smallSize)
+	if err != nil {
+		return err
+	}
+	const warm = 5
+	var times []float64
+	for i := range r.Rounds*r.calls + warm {
+		took, target, err := r.restore(ctx, from)
+		if err != nil {
+			return err
+		}
+		if err := r.discard(fmt.Sprintf("%s%d/", from.prefix, target), from.files); err != nil {
+			return err
+		}
+		if i >= warm {
+			times = append(times, took)
+		}
+	}
+	median, p99 := bench.Median(times), bench.Quantile(times, 0.99)
+	r.Say("one segment of 3 files: %s, p99 %s", bench.Time(median), bench.Time(p99))
+	r.table(tableOne).Add("a segment of 3 files of 64 KiB", strconv.Itoa(len(times)), bench.Time(median), bench.Time(p99), "", "", bench.LoadText())
+	r.timed("a segment of 3 files: COMPLETED after the call, median", "≤ 60 ms", bench.Time(median), median <= maxSegment, nil)
+	r.timed("a segment of 3 files: p99", "≤ 150 ms", bench.Time(p99), p99 <= maxSegmentP99, nil)
+	return r.profiled(ctx, partSegment, func() error {
+		for range 50 {
+			if _, _, err := r.restore(ctx, from); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// large measures an object that is copied in parts, from a store where each
+// request takes its time.
+func (r *rig) large(ctx context.Context) error {
+	if err := r.serve(ctx, r.proxy.Addr, etcdRoot, 0); err != nil {
+		return err
+	}
+	from, err := r.capture(ctx, r.s3At, 1, 1, largeSize)
+	if err != nil {
+		return err
+	}
+	r.proxy.Pace(pace)
+	defer r.proxy.Pace(nil)
+	var restores, single []float64
+	for round := range r.Rounds + 1 {
+		var a, b float64
+		steps := []func() error{
+			func() error {
+				took, target, err := r.restore(ctx, from)
+				if err != nil {
+					return err
+				}
+				a = took
+				return r.discard(fmt.Sprintf("%s%d/", from.prefix, target), 1)
+			},
+			func() error {
+				to := "floor/" + r.Name() + "/"
+				res, err := r.floor.do(ctx, job{Op: "copy", S3: r.proxy.Addr, Set: from.set, Prefix: to, InFlight: 1})
+				if err != nil {
+					return err
+				}
+				b = res.Seconds
+				return r.discard(to, 1)
+			},
+		}
+		if round%2 == 1 {
+			slices.Reverse(steps)
+		}
+		for _, step := range steps {
+			if err := step(); err != nil {
+				return err
+			}
+		}
+		r.Say("600 MiB: restore %s, one request %s", bench.Time(a), bench.Time(b))
+		if round > 0 {
+			restores, single = append(restores, a), append(single, b)
+		}
+	}
+	ratio := bench.Median(bench.Ratios(single, restores))
+	r.table(tableOne).Add("an object of 600 MiB", strconv.Itoa(len(restores)), bench.Time(bench.Median(restores)), "",
+		bench.Time(bench.Median(single)), fmt.Sprintf("%.2f", ratio), bench.LoadText())
+	r.timed("an object of 600 MiB, 200 ms and 100 MiB/s a request: throughput, one CopyObject's being 1", "≥ 2",
+		fmt.Sprintf("%.2f", ratio), ratio >= minLarge, single)
+	return r.discard(from.prefix, 1)
+}
+
+// pace is how long a request takes at least: the first byte, and what it copies.
+func pace(q *http.Request) time.Duration {
+	var bytes int64
+	if q.Header.Get("X-Amz-Copy-Source") != "" {
+		bytes = largeSize
+		var from, to int64
+		if _, err := fmt.Sscanf(q.Header.Get("X-Amz-Copy-Source-Range"), "bytes=%d-%d", &from, &to); err == nil {
+			bytes = to - from + 1
+		}
+	}
+	return firstByte + time.Duration(float64(bytes)/bytesPerSecond*float64(time.Second))
+}
+
+// delayed measures how well a restore fills the requests that it may have in
+// flight, when each takes long.
+func (r *rig) delayed(ctx context.Context) error {
+	s3, err := startMemoryS3(ctx, r.Root)
+	if err != nil {
+		return err
+	}
+	defer s3.process.Stop()
+	const root = etcdRoot + "-delayed"
+	if err := r.serve(ctx, s3.at, root, delayedInFlight); err != nil {
+		return err
+	}
+	kv := r.kv
+	defer func() { r.kv = kv }()
+	if r.kv, err = openEtcd(r.etcdAt, root); err != nil {
+		return err
+	}
+	defer func() { _ = r.kv.Close() }()
+	from, err := r.capture(ctx, s3.at, delayedSegments, delayedFiles, delayedSize)
+	if err != nil {
+		return err
+	}
+	if err := s3.delay(r.latency); err != nil {
+		return err
+	}
+	var restores, floors []float64
+	for round := range r.Rounds + 1 {
+		var a, b float64
+		steps := []func() error{
+			func() error {
+				a, _, err = r.restore(ctx, from)
+				return err
+			},
+			func() error {
+				res, err := r.floor.do(ctx, job{Op: "copy", S3: s3.at, Set: from.set, Prefix: "floor/", InFlight: delayedInFlight})
+				if err == nil {
+					b = res.Seconds
+				}
+				return err
+			},
+		}
+		if round%2 == 1 {
+			slices.Reverse(steps)
+		}
+		for _, step := range steps {
+			if err := step(); err != nil {
+				return err
+			}
+		}
+		r.Say("%v added: restore %s, floor %s", r.latency, bench.Time(a), bench.Time(b))
+		if round > 0 {
+			restores, floors = append(restores, a), append(floors, b)
+		}
+	}
+	if err := r.profiled(ctx, partLatency, func() error { _, _, err := r.restore(ctx, from); return err }); err != nil {
+		return err
+	}
+	ideal := float64(from.files) * r.latency.Seconds() / delayedInFlight
+	took, floor := bench.Median(restores), bench.Median(floors)
+	r.table(tableDelayed).Add(r.latency.String(), strconv.Itoa(from.files), strconv.Itoa(delayedInFlight), bench.Time(took),
+		fmt.Sprintf("%.0f", float64(from.files)/took), bench.Percent(ideal/took), bench.Time(floor), bench.Percent(ideal/floor), bench.LoadText())
+	r.timed(fmt.Sprintf("%v added to a request, %d in flight: of %d ÷ latency", r.latency, delayedInFlight, delayedInFlight),
+		"≥ 88 %", bench.Percent(ideal/took), ideal/took >= minDelayed, floors)
+	r.stop()
+	return nil
+}
+
+// profiled writes a processor profile of snapshotd while fn runs, if profiles are
+// wanted.
+func (r *rig) profiled(ctx context.Context, name string, fn func() error) error {
+	if r.profile == "" {
+		return nil
+	}
+	return r.server.Profile(ctx, r.profile, name, 3, fn)
+}

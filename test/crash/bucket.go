@@ -1,0 +1,154 @@
+//go:build linux
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"              //nolint:depguard // the harness writes as an engine does
+	"github.com/aws/aws-sdk-go-v2/credentials"      //nolint:depguard // as above
+	awss3 "github.com/aws/aws-sdk-go-v2/service/s3" //nolint:depguard // as above
+
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/object/probe"
+	"github.com/snapshotd/snapshotd/test/bench"
+)
+
+// hugeSize is that of an object that is copied in three parts: two, and a byte.
+const hugeSize = object.DefaultCopyThreshold + 1
+
+// What the S3 server keeps in a bucket's directory that is no object.
+const serverDir = ".sgwtmp"
+
+// buckets is an S3 server, whose buckets are directories and whose objects are
+// files, so that a bucket is copied and looked at like a store that is a directory.
+type buckets struct {
+	server *bench.Process
+	addr   string
+	dir    string // holds the buckets
+	secret string // file
+	client *awss3.Client
+}
+
+// startBuckets starts the program at bin on a directory.
+func startBuckets(ctx context.Context, bin, dir string) (*buckets, error) {
+	b := &buckets{dir: filepath.Join(dir, "s3"), secret: filepath.Join(dir, "secret")}
+	if err := os.WriteFile(b.secret, []byte(bench.SecretAccessKey), 0o600); err != nil {
+		return nil, err
+	}
+	var err error
+	if b.server, b.addr, err = bench.StartS3(ctx, bin, dir, "first"); err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(filepath.Join(dir, "s3-metadata")); err == nil {
+		b.server.Stop()
+		return nil, fmt.Errorf("the file system of %s has no extended attributes: set TMPDIR to one that has", dir)
+	}
+	b.client = awss3.New(awss3.Options{
+		Region: "us-east-1", BaseEndpoint: aws.String("http://" + b.addr), UsePathStyle: true,
+		Credentials: credentials.NewStaticCredentialsProvider(bench.AccessKeyID, bench.SecretAccessKey, ""),
+	})
+	return b, nil
+}
+
+// settings has snapshotd use a bucket.
+func (b *buckets) settings(bucket string) string {
+	return fmt.Sprintf(`object_stores:
+  default:
+    type: s3
+    bucket: %s
+    endpoint: http://%s
+    path_style: true
+    access_key_id: %s
+    secret_key_file: %s
+`, bucket, b.addr, bench.AccessKeyID, b.secret)
+}
+
+// put writes an object.
+func (w *world) put(ctx context.Context, key string, content []byte) error {
+	if w.buckets != nil {
+		_, err := w.buckets.client.PutObject(ctx, &awss3.PutObjectInput{Bucket: &w.bucket, Key: &key, Body: bytes.NewReader(content)})
+		return err
+	}
+	name := w.objects(key)
+	if err := os.MkdirAll(filepath.Dir(name), 0o750); err != nil {
+		return err
+	}
+	return os.WriteFile(name, content, 0o600)
+}
+
+// uploads returns the keys of the uploads that are open.
+func (w *world) uploads(ctx context.Context) (keys []string, err error) {
+	if w.buckets == nil {
+		return nil, nil
+	}
+	list, err := w.buckets.client.ListMultipartUploads(ctx, &awss3.ListMultipartUploadsInput{Bucket: &w.bucket})
+	if err != nil {
+		return nil, err
+	}
+	if aws.ToBool(list.IsTruncated) {
+		return nil, errors.New("there are more uploads than one answer lists")
+	}
+	for _, u := range list.Uploads {
+		if key := aws.ToString(u.Key); !w.ofProbe(key) {
+			keys = append(keys, key)
+		}
+	}
+	return keys, nil
+}
+
+// ofProbe says whether a key may be left by the probe of a start in which snapshotd
+// has died.
+func (w *world) ofProbe(key string) bool {
+	return strings.HasPrefix(key, probe.Dir+"/") && (len(w.crashes) > 1 || len(w.crashes) == 1 && countsFromStart(w.crashes[0]))
+}
+
+// ageUploads has all open uploads be of long ago.
+func (w *world) ageUploads() error {
+	dirs, err := filepath.Glob(w.objects(serverDir, "multipart", "*", "*"))
+	if err != nil {
+		return err
+	}
+	for _, dir := range dirs {
+		if err := os.Chtimes(dir, longAgo(), longAgo()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// longAgo is longer ago than what may be removed has to be.
+func longAgo() time.Time { return time.Now().Add(-3 * time.Hour) }
+
+// filled returns content of which no two parts are equal.
+func filled(size int) []byte {
+	content := make([]byte, size)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(content) // never fails
+	return content
+}
+
+// makeHuge adds to the buckets' base a collection with an object that is copied in
+// parts, and a snapshot of it.
+func (w *world) makeHuge(ctx context.Context) error {
+	if err := w.start(ctx, start{}); err != nil {
+		return err
+	}
+	err := w.collection(ctx, huge, 3, 0)
+	if err == nil {
+		w.Snapshots[huge] = w.Collections[huge]
+		err = w.take(ctx, huge, huge, token)
+	}
+	if err == nil {
+		err = eventually(ctx, func(ctx context.Context) error { return w.audit(ctx, false) })
+	}
+	return errors.Join(err, w.s.stop())
+}

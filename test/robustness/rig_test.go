@@ -1,0 +1,370 @@
+//go:build robustness && linux
+
+package robustness
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	awss3 "github.com/aws/aws-sdk-go-v2/service/s3"
+
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
+	"github.com/snapshotd/snapshotd/client"
+	"github.com/snapshotd/snapshotd/test/etcdcluster"
+	"github.com/snapshotd/snapshotd/test/etcdproxy"
+	"github.com/snapshotd/snapshotd/test/s3fault"
+	"github.com/snapshotd/snapshotd/test/s3test"
+)
+
+const (
+	replicas     = 3
+	patience     = time.Minute   // for what must come about without faults
+	defaultQuota = 256 << 20     // bytes of etcd
+	age          = 2 * time.Hour // of every object, as listings tell it
+	root         = "/snapshotd"  // of the replicas' keys in etcd
+)
+
+// settings are those of every replica: short times, so that what takes minutes
+// happens in a run. Objects cannot be swept before they are an hour old, so that
+// the listings say that all of them are.
+const settings = `leader_ttl: 2s
+create_lease_ttl: 2s
+create_timeout: 30s
+collect_interval: 1s
+collect_tolerance: 1ms
+collect_max_share: 1
+orphan_grace: 1h
+grace: 3s
+metrics_listen: "off"
+log_level: info
+`
+
+// rig is all that a scenario runs on. It ends with the test.
+type rig struct {
+	tb       testing.TB
+	dir      string
+	begin    time.Time
+	etcd     *etcdcluster.Cluster
+	members  []*etcdproxy.Proxy // between the replicas and the members, where they are asked for
+	store    *awss3.Client      // straight to the S3 server, past the proxy
+	bucket   string
+	proxy    *s3fault.Proxy
+	replicas [replicas]*replica
+
+	mu        sync.Mutex
+	deletions []deletion
+	fired     map[string]int // faults by what was planned
+}
+
+// now is the time since the scenario began.
+func (r *rig) now() moment { return moment(time.Since(r.begin)) }
+
+// firedAll says whether each of these faults was counted.
+func (r *rig) firedAll(planned []string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return !slices.ContainsFunc(planned, func(what string) bool { return r.fired[what] == 0 })
+}
+
+// fire counts faults that were seen to have had their effect.
+func (r *rig) fire(what string, n int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.fired[what] += n
+}
+
+// newRig starts the servers and waits until each serves. Bin is snapshotd.
+func newRig(tb testing.TB, bin, dir string, quota int64, proxied bool) *rig {
+	tb.Helper()
+	r := &rig{tb: tb, dir: dir, begin: time.Now(), fired: map[string]int{}}
+	s3 := s3test.Start(tb)
+	o := s3.Bucket(tb)
+	r.store, r.bucket = s3.Client(), o.Bucket
+	r.proxy = s3fault.New(tb, s3.Endpoint())
+	r.proxy.Age(age)
+	r.proxy.OnAsked(func(a s3fault.Asked) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		for _, key := range a.Deletes {
+			r.deletions = append(r.deletions, deletion{key, r.now()})
+		}
+	})
+	r.etcd = etcdcluster.StartWithQuota(tb, quota)
+	host := randomHost()
+	endpoints := r.etcd.Endpoints()
+	if proxied {
+		for i, member := range endpoints {
+			p := etcdproxy.StartAt(tb, member, net.JoinHostPort(host, "0"))
+			r.members = append(r.members, p)
+			endpoints[i] = p.Endpoint()
+		}
+	}
+	for i := range r.replicas {
+		p := &replica{tb: tb, name: fmt.Sprintf("r%d", i), bin: bin}
+		var addrs []string
+		for _, member := range endpoints {
+			l := newLink(tb, host, member)
+			p.links = append(p.links, l)
+			addrs = append(addrs, fmt.Sprintf("%q", l.addr()))
+		}
+		p.store = newLink(tb, host, strings.TrimPrefix(r.proxy.URL(), "http://"))
+		p.listen = freeAddr(tb, host)
+		p.config, p.log = filepath.Join(dir, p.name+".yaml"), filepath.Join(dir, p.name+".log")
+		text := fmt.Sprintf(`data_dir: %s
+replica: %s
+listen: %s
+etcd_endpoints: [%s]
+object_stores:
+  default:
+    type: s3
+    bucket: %s
+    endpoint: http://%s
+    path_style: true
+%s`, filepath.Join(dir, p.name), p.name, p.listen, strings.Join(addrs, ", "), r.bucket, p.store.addr(), settings)
+		if err := os.WriteFile(p.config, []byte(text), 0o600); err != nil {
+			tb.Fatal(err)
+		}
+		c, err := client.Dial(p.listen, client.Options{MaxAttempts: 1})
+		if err != nil {
+			tb.Fatal(err)
+		}
+		p.client = c
+		tb.Cleanup(func() {
+			p.kill()
+			_ = c.Close()
+		})
+		p.start(tb.Context())
+		r.replicas[i] = p
+	}
+	for _, p := range r.replicas {
+		r.serves(tb.Context(), p)
+	}
+	return r
+}
+
+// serves waits until a replica answers.
+func (r *rig) serves(ctx context.Context, p *replica) {
+	r.tb.Helper()
+	if !r.await(ctx, func(ctx context.Context) bool {
+		_, err := p.client.Admin.GetServerInfo(ctx, &snapshotdv1.GetServerInfoRequest{})
+		return err == nil
+	}) {
+		r.tb.Fatalf("%s does not serve: %s", p.name, p.tail())
+	}
+}
+
+// leads returns the replica that leads as any of them knows, and that is not one
+// of those that are left out, or nil when the context ends first.
+func (r *rig) leads(ctx context.Context, not ...*replica) *replica {
+	var leader *replica
+	r.await(ctx, func(ctx context.Context) bool {
+		for _, asked := range r.replicas {
+			ctx, cancel := context.WithTimeout(ctx, 500*time.Millisecond)
+			info, err := asked.client.Admin.GetServerInfo(ctx, &snapshotdv1.GetServerInfoRequest{})
+			cancel()
+			if err != nil {
+				continue
+			}
+			for _, p := range r.replicas {
+				if p.name != info.GetLeader() {
+					continue
+				}
+				leader = p
+				for _, n := range not {
+					if n == p {
+						leader = nil
+					}
+				}
+				if leader != nil {
+					return true
+				}
+			}
+		}
+		return false
+	})
+	return leader
+}
+
+// await asks again and again until done says so; false when that took too long.
+func (r *rig) await(ctx context.Context, done func(context.Context) bool) bool {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		each, stop := context.WithTimeout(ctx, 3*time.Second)
+		ok := done(each)
+		stop()
+		if ok {
+			return true
+		}
+		if wait(ctx, 50*time.Millisecond) != nil {
+			return false
+		}
+	}
+}
+
+// wait waits, or returns the error of a context that ended before.
+func wait(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// replica is a snapshotd that runs, or was killed. Its methods are for one
+// goroutine at a time.
+type replica struct {
+	tb     testing.TB
+	name   string
+	bin    string
+	config string
+	log    string
+	listen string
+	links  []*link // to the members of etcd
+	store  *link   // to the S3 server's proxy
+	client *client.Client
+
+	cmd   *exec.Cmd     // nil while killed
+	ended chan struct{} // closed once it is gone
+}
+
+// start starts the process, which outlives ctx, and does not wait until it serves.
+func (p *replica) start(ctx context.Context) {
+	p.tb.Helper()
+	out, err := os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		p.tb.Fatal(err)
+	}
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), p.bin, "serve", "--config", p.config) // until it is killed
+	cmd.Env = append(os.Environ(), "AWS_ACCESS_KEY_ID="+s3test.AccessKeyID, "AWS_SECRET_ACCESS_KEY="+s3test.SecretAccessKey, "AWS_CA_BUNDLE=")
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	started, ended := make(chan error, 1), make(chan struct{})
+	go func() {
+		// The signal comes when the thread that started the process ends.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		defer close(ended)
+		defer func() { _ = out.Close() }()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			_ = cmd.Wait()
+		}
+	}()
+	if err := <-started; err != nil {
+		p.tb.Fatal(err)
+	}
+	p.cmd, p.ended = cmd, ended
+}
+
+// kill ends the process without warning. Killing twice is the same as once.
+func (p *replica) kill() {
+	if p.cmd != nil {
+		_ = p.cmd.Process.Kill()
+		<-p.ended
+		p.cmd = nil
+	}
+}
+
+// freeze stops the process, and thaw has it go on as if nothing had been.
+func (p *replica) freeze() { _ = p.cmd.Process.Signal(syscall.SIGSTOP) }
+
+func (p *replica) thaw() {
+	if p.cmd != nil {
+		_ = p.cmd.Process.Signal(syscall.SIGCONT)
+	}
+}
+
+// endedItself says whether the process ended without being killed.
+func (p *replica) endedItself() bool {
+	if p.cmd == nil {
+		return false
+	}
+	select {
+	case <-p.ended:
+		return true
+	default:
+		return false
+	}
+}
+
+func (p *replica) tail() string {
+	text, _ := os.ReadFile(p.log)
+	return string(text[max(0, len(text)-3000):])
+}
+
+// logged is how many lines of the replica's log have a text in them.
+func (p *replica) logged(text string) (n int) {
+	log, _ := os.ReadFile(p.log)
+	for line := range strings.Lines(string(log)) {
+		if strings.Contains(line, text) {
+			n++
+		}
+	}
+	return n
+}
+
+// cut breaks the links of the replica to etcd, and has none made anew, until
+// heal. It returns how many connections it broke.
+func (p *replica) cut() (n int) {
+	for _, l := range p.links {
+		n += l.cut()
+	}
+	return n
+}
+
+// hinder has what the replica's links to etcd carry that way held back until heal,
+// for ever or for so long.
+func (p *replica) hinder(way direction, lag time.Duration) {
+	for _, l := range p.links {
+		l.hinder(way, lag)
+	}
+}
+
+// heal ends what cut and hinder do. It returns how much was held back meanwhile.
+func (p *replica) heal() (held int) {
+	for _, l := range p.links {
+		held += l.heal()
+	}
+	return held
+}
+
+// randomHost returns a loopback address of a run's own. The ports of 127.0.0.1
+// are also handed out to clients, which may take a replica's while it is down.
+func randomHost() string {
+	b := make([]byte, 3)
+	_, _ = rand.Read(b) // never fails
+	for i := range b {
+		b[i] = b[i]%254 + 1
+	}
+	return net.IPv4(127, b[0], b[1], b[2]).String()
+}
+
+func freeAddr(tb testing.TB, host string) string {
+	tb.Helper()
+	l, err := net.Listen("tcp", net.JoinHostPort(host, "0"))
+	if err == nil {
+		err = errors.Join(err, l.Close())
+	}
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return l.Addr().String()
+}

@@ -1,0 +1,327 @@
+//go:build linux
+
+// Command soak shows that memory, goroutines, open files, etcd and the bucket stay
+// as they are while snapshotd works for long: `make soak`.
+//
+// It runs etcd, an S3 server and three replicas of snapshotd, each a process of its
+// own, in rounds. A round does the same number of each thing, in an order that a
+// seed decides and at a bounded rate: segments are written, compacted, changed and
+// dropped, snapshots taken, pinned, read, dropped and left to expire, restores made
+// and canceled, streams opened and closed, rounds of the collector asked for, wrong
+// requests sent and calls given up. In each fourth round the leader is killed and
+// started anew, or frozen until another leads.
+//
+// Then the load stops. All is dropped but as many segments and snapshots as at the
+// end of every round, and once nothing is left to do a sample is taken. So what is
+// counted has to be the same round by round, whatever happened in between. The
+// first third of the rounds does not count; of the rest judge.go says whether a
+// value grows. A replica that was started anew begins anew; the first lives as long
+// as the run. Memory is judged of replicas that have been at work for some rounds,
+// so a run of a few minutes cannot say anything of it.
+//
+// It exits with 1 when a bound is broken, with 3 when it cannot say.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/snapshotd/snapshotd/client"
+	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
+	"github.com/snapshotd/snapshotd/internal/store/object/s3"
+	"github.com/snapshotd/snapshotd/test/bench"
+)
+
+const (
+	replicas  = 3
+	failEvery = 4               // rounds
+	overtime  = 3 * time.Minute // that the last round may take besides
+)
+
+// The exit codes, besides those of the report.
+const (
+	exitError = 1
+	exitUsage = 2
+)
+
+// settings are those of every replica: short times, so that what takes hours
+// happens in a round.
+const settings = `leader_ttl: 2s
+create_lease_ttl: 5s
+create_timeout: 30s
+keep_restores: 1m
+collect_interval: 1s
+collect_tolerance: 1ms
+collect_max_share: 1
+sweep_interval: 5s
+orphan_grace: 1h
+replica: %s
+`
+
+type options struct {
+	length    time.Duration
+	short     bool
+	seed      uint64
+	snapshotd string
+	etcdBin   string
+	s3Bin     string
+	dir       string
+	objects   string
+	output    string
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	o, err := parse(os.Args[1:])
+	if errors.Is(err, flag.ErrHelp) {
+		return
+	}
+	if err != nil {
+		os.Exit(exitUsage)
+	}
+	code, err := run(ctx, o, os.Stdout, os.Stderr)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "soak:", err)
+		code = exitError
+	}
+	os.Exit(code)
+}
+
+func parse(args []string) (*options, error) {
+	o := &options{}
+	fs := flag.NewFlagSet("soak", flag.ContinueOnError)
+	fs.DurationVar(&o.length, "for", 10*time.Minute, "how long to run; no round begins that would take longer")
+	fs.BoolVar(&o.short, "short", false, "exit with 0 when what takes more rounds cannot be judged")
+	fs.Uint64Var(&o.seed, "seed", 0, "decides the load; 0: the clock does")
+	fs.StringVar(&o.snapshotd, "snapshotd", "bin/snapshotd", "the program to run")
+	fs.StringVar(&o.etcdBin, "etcd", ".bin/bench-etcd", "test/bench/etcd")
+	fs.StringVar(&o.s3Bin, "s3", ".bin/versitygw", "versitygw")
+	fs.StringVar(&o.dir, "dir", os.TempDir(), "where to make the directory of the run")
+	fs.StringVar(&o.objects, "objects", "/dev/shm", "where to make the directory of the S3 server")
+	fs.StringVar(&o.output, "o", "", "Markdown file to write the report into")
+	if err := fs.Parse(args); err != nil {
+		return nil, err
+	}
+	if o.seed == 0 {
+		o.seed = uint64(time.Now().UnixNano())
+	}
+	return o, nil
+}
+
+// rig is what a run consists of.
+type rig struct {
+	*options
+	log   io.Writer
+	began time.Time
+	root  string // directory of the run
+	store string // that of the S3 server
+
+	etcdAt   string
+	kv       *etcd.Client
+	s3At     string
+	bucket   *s3.Store
+	replicas [replicas]atomic.Pointer[replica]
+	lives    int // of replicas, so far
+	now      int // round
+	engine   engine
+
+	mu    sync.Mutex
+	calls map[string]int // what was done, by outcome
+	wrong []string       // outcomes that there should not be
+}
+
+// replica is one life of a replica.
+type replica struct {
+	name   string
+	born   int // round
+	server *bench.Snapshotd
+	client *client.Client
+	peak   atomic.Int64 // of its memory since the last sample
+}
+
+func (r *rig) say(format string, args ...any) {
+	fmt.Fprintf(r.log, "%6.1fs  %s\n", time.Since(r.began).Seconds(), fmt.Sprintf(format, args...))
+}
+
+func run(ctx context.Context, o *options, stdout, stderr io.Writer) (code int, err error) {
+	bound := o.length + overtime
+	ctx, cancel := context.WithTimeoutCause(ctx, bound, fmt.Errorf("the run took longer than %v", bound))
+	defer cancel()
+	r := &rig{options: o, log: stderr, began: time.Now(), calls: map[string]int{}}
+	for _, d := range []struct {
+		in string
+		to *string
+	}{{o.dir, &r.root}, {o.objects, &r.store}} {
+		if *d.to, err = os.MkdirTemp(d.in, "soak-"); err != nil {
+			return 0, err
+		}
+		defer func() { err = errors.Join(err, os.RemoveAll(*d.to)) }()
+	}
+	r.say("seed %d", o.seed)
+	samples, err := r.rounds(ctx)
+	if err != nil {
+		return 0, errors.Join(context.Cause(ctx), err)
+	}
+	code, err = r.report(samples).Finish(stdout, o.output, true)
+	if o.short && code == bench.ExitInconclusive {
+		code = 0
+	}
+	return code, err
+}
+
+// rounds starts the servers and makes rounds.
+func (r *rig) rounds(ctx context.Context) (samples []*sample, err error) {
+	e, endpoint, err := bench.StartEtcd(ctx, r.etcdBin, r.root)
+	if err != nil {
+		return nil, err
+	}
+	defer e.Stop()
+	r.etcdAt = endpoint
+	if r.kv, err = etcd.Open(etcd.Options{Endpoints: []string{endpoint}, Root: bench.EtcdRoot}); err != nil {
+		return nil, err
+	}
+	defer func() { _ = r.kv.Close() }()
+	gateway, addr, err := bench.StartS3(ctx, r.s3Bin, r.store, bench.Bucket)
+	if err != nil {
+		return nil, err
+	}
+	defer gateway.Stop()
+	r.s3At = addr
+	if r.bucket, err = s3.Open(ctx, s3.Options{
+		Bucket: bench.Bucket, Endpoint: "http://" + addr, PathStyle: true,
+		AccessKeyID: bench.AccessKeyID, SecretAccessKey: bench.SecretAccessKey,
+	}); err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, r.stopAll()) }()
+	for i := range r.replicas {
+		if err := r.start(ctx, i); err != nil {
+			return nil, err
+		}
+	}
+	if err := r.prepare(ctx); err != nil {
+		return nil, fmt.Errorf("prepare: %w", err)
+	}
+	watching, stop := context.WithCancel(ctx)
+	var group sync.WaitGroup
+	defer group.Wait()
+	defer stop()
+	group.Go(func() { r.watchMemory(watching) })
+
+	for n, longest := 0, time.Duration(0); time.Since(r.began)+longest < r.length; n++ {
+		begin := time.Now()
+		s, err := r.round(ctx, n)
+		if err != nil {
+			return samples, fmt.Errorf("round %d: %w", n, err)
+		}
+		samples = append(samples, s)
+		longest = max(longest, time.Since(begin))
+		r.say("%s", strings.Join(row(s), "  "))
+	}
+	return samples, nil
+}
+
+// round makes one round.
+func (r *rig) round(ctx context.Context, n int) (*sample, error) {
+	s := &sample{round: n, failed: n%failEvery == failEvery-1}
+	r.now = n
+	begin := time.Now()
+	if err := r.load(ctx, n, s.failed); err != nil {
+		return nil, err
+	}
+	s.load = time.Since(begin)
+	if err := r.settle(ctx, n); err != nil {
+		return nil, err
+	}
+	s.idle = time.Since(begin) - s.load
+	return s, r.take(ctx, s)
+}
+
+// start starts replica i, and waits until it serves.
+func (r *rig) start(ctx context.Context, i int) error {
+	r.lives++
+	p := &replica{name: fmt.Sprintf("r%d.%d", i, r.lives), born: r.now}
+	dir := filepath.Join(r.root, p.name)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	var err error
+	if p.server, err = bench.StartSnapshotd(ctx, r.snapshotd, dir, r.etcdAt, bench.EtcdRoot, bench.OnS3(r.s3At)+fmt.Sprintf(settings, p.name)); err != nil {
+		return err
+	}
+	if p.client, err = client.Dial(p.server.Listen, client.Options{}); err != nil {
+		p.server.Stop()
+		return err
+	}
+	if old := r.replicas[i].Swap(p); old != nil {
+		_ = old.client.Close()
+	}
+	return p.server.Serves(ctx)
+}
+
+// failOver has another replica lead: the leader is killed and started anew. The
+// first replica, which is to live as long as the run, is frozen instead until
+// another leads.
+func (r *rig) failOver(ctx context.Context) error {
+	leader, err := r.leader(ctx, "")
+	if err != nil {
+		return err
+	}
+	veteran := r.replicas[0].Load()
+	if veteran.name == leader {
+		if err := syscall.Kill(veteran.server.Pid(), syscall.SIGSTOP); err != nil {
+			return err
+		}
+		_, err = r.leader(ctx, leader)
+		return errors.Join(err, syscall.Kill(veteran.server.Pid(), syscall.SIGCONT))
+	}
+	for i := range r.replicas {
+		if p := r.replicas[i].Load(); p.name == leader {
+			p.server.Kill()
+			p.server.Stop() // waits for its end
+			return r.start(ctx, i)
+		}
+	}
+	return fmt.Errorf("the leader, %s, is none of the replicas", leader)
+}
+
+// stopAll ends the replicas, and tells of those that did not live until then.
+func (r *rig) stopAll() error {
+	var errs []error
+	for i := range r.replicas {
+		p := r.replicas[i].Load()
+		if p == nil {
+			continue
+		}
+		if syscall.Kill(p.server.Pid(), 0) != nil {
+			errs = append(errs, p.server.Failed())
+		}
+		_ = p.client.Close()
+		p.server.Stop()
+	}
+	return errors.Join(errs...)
+}
+
+// wait waits, or returns the error of a context that ended before.
+func wait(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
