@@ -147,15 +147,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/object/probe"
-	"github.com/snapshotd/snapshotd/internal/store/record"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
-
-// maxLabels is how many bytes the labels of a snapshot take at most.
-const maxLabels = 4096
-
-// MaxRecordBytes is the largest record of a snapshot.
-const MaxRecordBytes = 16 << 10
 
 // maxAttempts bounds how often a small change is decided anew when its
 // premises changed.
@@ -513,107 +506,6 @@ func (m *Manager) List(ctx context.Context, f Filter, after Place, limit int) (l
 	return list, more, nil
 }
 
-// Update changes a committed snapshot's description, labels or expiry.
-func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec UpdateSpec) (*Snapshot, error) {
-	if spec.Labels != nil {
-		if err := checkLabels(*spec.Labels, maxLabels); err != nil {
-			return nil, err
-		}
-	}
-	for attempt := range maxAttempts {
-		if err := meta.Pause(ctx, attempt); err != nil {
-			return nil, err
-		}
-		known, err := request.Find(ctx, m.kv, tok)
-		if err != nil {
-			return nil, err
-		}
-		var s *Snapshot
-		if known == nil {
-			if s, err = m.updatable(ctx, ref, &spec); err != nil {
-				known, err = m.wasFirst(ctx, tok, err)
-			}
-		}
-		if known != nil {
-			return decode(meta.KeyValue{Key: keys.Snapshot(known.ID), Value: known.Result, ModRevision: known.Revision})
-		}
-		if err != nil {
-			return nil, err
-		}
-		ref.ID = s.ID // a name is resolved once
-		op, err := record.NewOp(m.o.Rand)
-		if err != nil {
-			return nil, err
-		}
-		next := *s
-		next.commitRev = s.Order
-		if spec.Description != nil {
-			next.Description = *spec.Description
-		}
-		if spec.Labels != nil {
-			next.Labels = *spec.Labels
-		}
-		if spec.ExpireTime != nil {
-			next.ExpireTime = *spec.ExpireTime
-		}
-		if spec.TTL != nil {
-			now, err := m.clock.Stamp(ctx)
-			if err != nil {
-				return nil, fmt.Errorf("update snapshot %s: the time that the ttl begins at: %w", s, err)
-			}
-			next.ExpireTime = now.Add(*spec.TTL)
-		}
-		value := encode(&next, op)
-		if err := checkRecordSize(value); err != nil {
-			return nil, err
-		}
-		won, revision, err := m.commitWith(ctx, tok, s.ID, value, meta.Txn{
-			If:   []meta.Cond{meta.Unchanged(keys.Snapshot(s.ID), s.Revision)},
-			Then: []meta.Op{meta.Put(keys.Snapshot(s.ID), value)},
-		})
-		if err != nil {
-			return nil, fmt.Errorf("update snapshot %s: %w", s, err)
-		}
-		if won {
-			next.Revision = revision
-			return &next, nil
-		}
-	}
-	return nil, fmt.Errorf("update snapshot %s: %w", ref, catalog.ErrConflict)
-}
-
-// updatable returns a snapshot that may be changed as spec says.
-func (m *Manager) updatable(ctx context.Context, ref Ref, spec *UpdateSpec) (*Snapshot, error) {
-	if spec.ExpireTime != nil {
-		if err := m.checkExpiry(ctx, *spec.ExpireTime); err != nil {
-			return nil, err
-		}
-	}
-	if spec.TTL != nil && (*spec.TTL <= 0 || *spec.TTL > maxExpiry) {
-		return nil, &catalog.InvalidError{Field: "ttl", Problem: fmt.Sprintf("%v is not above 0 and up to 100 years", *spec.TTL)}
-	}
-	s, err := m.committed(ctx, ref)
-	if err != nil {
-		return nil, err
-	}
-	if spec.Revision > 0 && spec.Revision != s.Revision {
-		return nil, fmt.Errorf("%w: %s is at revision %d, not %d; read it again", ErrRevisionChanged, s, s.Revision, spec.Revision)
-	}
-	return s, nil
-}
-
-// checkExpiry says whether a snapshot may expire at t.
-func (m *Manager) checkExpiry(ctx context.Context, t time.Time) error {
-	if t.IsZero() {
-		return nil
-	}
-	now, err := m.clock.Stamp(ctx)
-	if err != nil {
-		return fmt.Errorf("the time that expire_time is compared with: %w", err)
-	}
-	return checkExpiry(t, now)
-}
-
 // wasFirst looks whether another call with the token took effect while this one
 // was being decided: what looks like an error may be that call's doing. The error
 // is cause when there was no such call; when that cannot be found out, cause is no
@@ -624,129 +516,6 @@ func (m *Manager) wasFirst(ctx context.Context, tok request.Token, cause error) 
 		err = cause
 	}
 	return known, err
-}
-
-// Drop drops a snapshot: when it returns, the name is free and the snapshot
-// protects nothing; its own objects go in the background. It returns the id, or
-// 0 when there is no such snapshot, which is success.
-func (m *Manager) Drop(ctx context.Context, tok request.Token, ref Ref, expected int64) (int64, error) {
-	for attempt := range maxAttempts {
-		if err := meta.Pause(ctx, attempt); err != nil {
-			return 0, err
-		}
-		if known, err := request.Find(ctx, m.kv, tok); err != nil {
-			return 0, err
-		} else if known != nil {
-			return known.ID, nil
-		}
-		s, txn, err := m.droppable(ctx, ref, expected)
-		if err != nil {
-			known, err := m.wasFirst(ctx, tok, err)
-			if known != nil {
-				return known.ID, nil
-			}
-			return 0, fmt.Errorf("drop snapshot %s: %w", ref, err)
-		}
-		id := int64(0)
-		if s != nil {
-			id, ref.ID = s.ID, s.ID // a name is resolved once
-		}
-		if len(txn.Then) == 0 && !tok.Given() {
-			return id, nil
-		}
-		atDrop.Before()
-		won, _, err := m.commitWith(ctx, tok, id, nil, txn)
-		atDrop.After()
-		if err != nil {
-			return 0, fmt.Errorf("drop snapshot %s: %w", ref, err)
-		}
-		if won {
-			if len(txn.Then) > 0 {
-				m.log.Info("snapshot dropped", zap.Int64("snapshot", id), zap.String("name", s.Name))
-			}
-			return id, nil
-		}
-	}
-	return 0, fmt.Errorf("drop snapshot %s: %w", ref, catalog.ErrConflict)
-}
-
-// droppable returns the snapshot that ref stands for, nil when there is none, and
-// the transaction that drops it, empty when there is nothing to do.
-func (m *Manager) droppable(ctx context.Context, ref Ref, expected int64) (s *Snapshot, txn meta.Txn, err error) {
-	s, err = m.get(ctx, ref, expected == 0)
-	switch {
-	case errors.Is(err, ErrSnapshotNotFound), errors.Is(err, ErrExpiredOrDropped), errors.Is(err, ErrNeverExisted):
-		return nil, meta.Txn{}, nil
-	case err != nil:
-		return nil, meta.Txn{}, err
-	case expected > 0 && expected != s.ID:
-		return nil, meta.Txn{}, fmt.Errorf("%w: it is %d, not %d", ErrSnapshotMismatch, s.ID, expected)
-	}
-	switch s.State {
-	case Pending:
-		return nil, meta.Txn{}, fmt.Errorf("%w: %s, since %s; wait for it to end", ErrSnapshotPending, s, s.CreateTime.Format(time.RFC3339))
-	case Committed:
-		if err := m.checkPins(ctx, s); err != nil {
-			return nil, meta.Txn{}, err
-		}
-		txn, err = m.dropTxn(s)
-	case Deleting: // it is dropped already
-	}
-	return s, txn, err
-}
-
-// dropTxn is the transaction that drops a committed snapshot.
-func (m *Manager) dropTxn(s *Snapshot) (meta.Txn, error) {
-	op, err := record.NewOp(m.o.Rand)
-	if err != nil {
-		return meta.Txn{}, err
-	}
-	return meta.Txn{
-		If: []meta.Cond{
-			meta.Unchanged(keys.Snapshot(s.ID), s.Revision),
-			meta.RangeAbsent(meta.Prefix(keys.PinPrefix(s.ID))),
-		},
-		Then: []meta.Op{
-			meta.Put(keys.Snapshot(s.ID), encode(s.moved(Deleting, ""), op)),
-			meta.Delete(keys.SnapshotName(m.scope(s.Collection), s.Name)),
-		},
-	}, nil
-}
-
-// checkPins says who keeps a snapshot from being dropped. The transaction that
-// drops it compares the same again.
-func (m *Manager) checkPins(ctx context.Context, s *Snapshot) error {
-	from, to := meta.Prefix(keys.PinPrefix(s.ID))
-	var res meta.RangeResult
-	for range maxAttempts {
-		var err error
-		if res, err = m.kv.Range(ctx, meta.Range{From: from, To: to, Limit: pinsAtOnce}); err != nil {
-			return err
-		}
-		var over []*Pin
-		for _, kv := range res.KVs {
-			if p, err := decodePin(kv); err == nil && m.ended(ctx, p) {
-				over = append(over, p)
-			}
-		}
-		if len(over) == 0 {
-			break
-		}
-		if err := m.endPins(ctx, over); err != nil {
-			return err
-		}
-	}
-	if len(res.KVs) == 0 {
-		return nil
-	}
-	res.KVs = res.KVs[:min(len(res.KVs), pinsNamed)]
-	wayOut := "remove the pins first"
-	for _, kv := range res.KVs {
-		if p, err := decodePin(kv); err == nil && p.Job != 0 {
-			wayOut = fmt.Sprintf("wait for restore job %d to end, or cancel it", p.Job)
-		}
-	}
-	return fmt.Errorf("%w by %s; %s", ErrSnapshotPinned, pinNames(res.KVs, res.Count), wayOut)
 }
 
 // commitWith carries out a transaction that ends an operation, with the result
@@ -766,23 +535,4 @@ func (m *Manager) commitWith(ctx context.Context, tok request.Token, id int64, r
 		return false, 0, nil
 	}
 	return res.Succeeded, res.Revision, err
-}
-
-func checkLabels(labels map[string]string, most int) error {
-	size := 0
-	for k, v := range labels {
-		size += len(k) + len(v)
-	}
-	if size > most {
-		return &catalog.InvalidError{Field: "labels", Problem: fmt.Sprintf("%d bytes in all, at most %d", size, most)}
-	}
-	return nil
-}
-
-func checkRecordSize(value []byte) error {
-	if len(value) > MaxRecordBytes {
-		return fmt.Errorf("%w: the snapshot's record takes %d bytes, at most %d; use fewer labels or a shorter description",
-			catalog.ErrLimitExceeded, len(value), MaxRecordBytes)
-	}
-	return nil
 }

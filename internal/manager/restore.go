@@ -6,30 +6,22 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
-	"github.com/snapshotd/snapshotd/internal/catalog/layout"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
-	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
 // maxJobLabels is how many bytes the labels of a job take at most.
 const maxJobLabels = 1024
-
-// maxMissing is how many missing files a plan names.
-const maxMissing = 100
 
 // RestoreSpec says what to restore, and where to.
 type RestoreSpec struct {
@@ -43,27 +35,6 @@ type RestoreSpec struct {
 	Limits      copyjob.Limits
 	Timeout     time.Duration // 0: none
 	Labels      map[string]string
-}
-
-// RestorePlan says what a restore would do.
-type RestorePlan struct {
-	Totals        segment.Totals
-	Requests      int64
-	EstimatedTime time.Duration
-	Conflicts     []string
-	Missing       []string // the first of them
-	MissingCount  int64
-}
-
-// restorable is a snapshot with what of it is to be restored.
-type restorable struct {
-	snapshot   *Snapshot
-	md         *manifest.Metadata
-	partitions []int64 // ascending; none: all
-	layout     layout.Layout
-	parts      object.CopyParts
-	totals     segment.Totals
-	requests   int64
 }
 
 // Restore makes a restore job durable, and returns it. Without an answer from
@@ -210,135 +181,6 @@ func (m *Manager) admit(ctx context.Context, tok request.Token, ref *Ref, spec *
 	return job, nil
 }
 
-// restorable checks what can be checked of a restore before anything is written.
-func (m *Manager) restorable(ctx context.Context, ref Ref, spec *RestoreSpec) (*restorable, error) {
-	for _, n := range []struct{ field, name string }{{"target.db", spec.DB}, {"target.name", spec.Name}} {
-		if err := catalog.CheckName(n.field, n.name); err != nil {
-			return nil, err
-		}
-	}
-	if err := checkLabels(spec.Labels, maxJobLabels); err != nil {
-		return nil, err
-	}
-	s, err := m.committed(ctx, ref)
-	if err != nil {
-		return nil, err
-	}
-	r := &restorable{snapshot: s}
-	if r.md, err = m.metadata(ctx, s); err != nil {
-		return nil, err
-	}
-	if _, found, _, err := m.kv.Get(ctx, keys.CollectionName(spec.DB, spec.Name)); err != nil {
-		return nil, err
-	} else if found {
-		col, err := m.catalog.Collection(ctx, catalog.Ref{DB: spec.DB, Name: spec.Name})
-		if err == nil && col.State == catalog.Restoring {
-			return r, fmt.Errorf("%w: %s/%s is being restored by job %d; choose another name, or cancel that", catalog.ErrCollectionExists, spec.DB, spec.Name, col.Job)
-		}
-		return r, fmt.Errorf("%w: %s/%s; choose another name, or drop it first", catalog.ErrCollectionExists, spec.DB, spec.Name)
-	}
-	return r, m.fill(ctx, r, spec)
-}
-
-// errCopiesUnknown means that a store could not be tried out.
-var errCopiesUnknown = errors.New("whether copies are made of just the version that is asked for is not known")
-
-// fill finds out what of the snapshot is restored, and whether the layout takes
-// it.
-func (m *Manager) fill(ctx context.Context, r *restorable, spec *RestoreSpec) error {
-	named := 0
-	for _, c := range r.md.Channels {
-		if c.Name != "" {
-			named++
-		}
-	}
-	if len(spec.Channels) > 0 && len(spec.Channels) != named {
-		return fmt.Errorf("%w: %d, and the snapshot has %d; they are mapped by shard", ErrChannelMismatch, len(spec.Channels), named)
-	}
-	for _, name := range spec.Partitions {
-		at := slices.IndexFunc(r.md.Partitions, func(p manifest.Partition) bool { return p.Name == name })
-		if at < 0 {
-			return fmt.Errorf("%w: %q is not in the snapshot", catalog.ErrPartitionNotFound, name)
-		}
-		r.partitions = append(r.partitions, r.md.Partitions[at].ID)
-	}
-	slices.Sort(r.partitions)
-	r.partitions = slices.Compact(r.partitions)
-	r.layout = layout.Native
-	if r.md.Collection.Layout == layout.Milvus.String() {
-		r.layout = layout.Milvus
-	}
-	t := r.md.Totals
-	r.totals = segment.Totals(t)
-	r.requests = t.Files + t.Segments + 20
-	if r.layout == layout.Native && len(r.partitions) == 0 && !spec.SkipIndexes {
-		return nil
-	}
-	return m.count(ctx, r, spec.SkipIndexes)
-}
-
-// checkStores refuses stores that cannot copy safely, and has those copy objects
-// whole that cannot do it in parts. With again it tries a store that could not, or of
-// which nothing is known, once more, which writes there.
-func (m *Manager) checkStores(ctx context.Context, r *restorable, again bool) error {
-	r.parts = object.CopyParts{}.WithDefaults()
-	for _, root := range r.md.Roots {
-		if m.o.Features == nil {
-			continue
-		}
-		f, err := m.o.Features(ctx, root.Store, again)
-		switch {
-		case err != nil:
-			return fmt.Errorf("%w of store %s: %w", errCopiesUnknown, root.Store, err)
-		case !f.ConditionalCopy:
-			return fmt.Errorf("%w: %s does not copy just the version that is asked for; see AdminService.ProbeStore", ErrStoreUnfit, root.Store)
-		case !f.MultipartCopy:
-			r.parts.Threshold = object.MaxCopySize
-		}
-	}
-	return nil
-}
-
-// count goes through the segments that are restored: it adds them up, and asks
-// the layout for a place for each of their files.
-func (m *Manager) count(ctx context.Context, r *restorable, skipIndexes bool) error {
-	// Ids of its own, which serve to see whether there is a place at all.
-	job := &copyjob.Job{
-		Source: r.snapshot.Collection, Target: r.snapshot.Collection + 1, Partitions: r.partitions, Layout: r.layout,
-		FirstPartition: 1, FirstSegment: 1 << 40, Segments: r.md.Totals.Segments, FirstBuild: 1 << 50, Builds: r.md.Totals.Builds,
-	}
-	mapping, err := job.Mapping(r.md)
-	if err != nil {
-		return err
-	}
-	r.totals = segment.Totals{}
-	var builds int64
-	var refused error
-	err = m.Segments(ctx, Ref{ID: r.snapshot.ID}, 0, func(s *Segment) bool {
-		first := builds
-		builds += int64(len(s.Builds))
-		if !job.WantsPartition(s.Partition) {
-			return true
-		}
-		if skipIndexes {
-			s.Builds = nil
-		}
-		if _, refused = mapping.Paths(&s.Segment, s.Ordinal, first); refused != nil {
-			return false
-		}
-		r.totals.Add(&s.Segment)
-		if s.RowCeiling != 0 {
-			r.totals.Straddling++
-		}
-		return true
-	})
-	if refused != nil {
-		return fmt.Errorf("%w: %w", ErrLayoutRefused, refused)
-	}
-	r.requests = r.totals.Files + r.totals.Segments + 20
-	return err
-}
-
 // targetOf is the collection that a restore makes, but for its ids.
 func targetOf(md *manifest.Metadata, spec *RestoreSpec) catalog.Collection {
 	src := &md.Collection
@@ -371,122 +213,6 @@ func targetOf(md *manifest.Metadata, spec *RestoreSpec) catalog.Collection {
 		col.Roots = append(col.Roots, catalog.Root{Store: root.Store, Prefix: root.Prefix})
 	}
 	return col
-}
-
-// PlanRestore says what a restore would do, and does nothing. With verify it asks
-// the stores for every file.
-func (m *Manager) PlanRestore(ctx context.Context, spec *RestoreSpec, verify bool) (*RestorePlan, error) {
-	plan := &RestorePlan{}
-	r, err := m.restorable(ctx, spec.Snapshot, spec)
-	if errors.Is(err, catalog.ErrCollectionExists) {
-		plan.Conflicts = append(plan.Conflicts, err.Error())
-		err = m.fill(ctx, r, spec)
-	}
-	switch {
-	case errors.Is(err, ErrLayoutRefused):
-		plan.Conflicts = append(plan.Conflicts, err.Error())
-	case err != nil:
-		return nil, fmt.Errorf("plan the restore of snapshot %s: %w", spec.Snapshot, err)
-	}
-	switch err := m.checkStores(ctx, r, false); {
-	case errors.Is(err, errCopiesUnknown): // its text may hold addresses
-		plan.Conflicts = append(plan.Conflicts, fmt.Sprintf("%v: the store takes no writes at present; a restore tries again", errCopiesUnknown))
-	case err != nil:
-		plan.Conflicts = append(plan.Conflicts, err.Error())
-	}
-	col := targetOf(r.md, spec)
-	if err := m.catalog.CheckNew(&col); err != nil {
-		plan.Conflicts = append(plan.Conflicts, err.Error())
-	}
-	plan.Totals, plan.Requests = r.totals, r.requests
-	plan.EstimatedTime = estimate(r, spec.Limits)
-	if verify {
-		if err := m.findMissing(ctx, plan, r, spec.SkipIndexes); err != nil {
-			return nil, fmt.Errorf("plan the restore of snapshot %s: %w", spec.Snapshot, err)
-		}
-	}
-	return plan, nil
-}
-
-// What a store may be taken to do, for estimates.
-const (
-	usualRequests = 500       // a second
-	usualBytes    = 200 << 20 // a second
-)
-
-func estimate(r *restorable, l copyjob.Limits) time.Duration {
-	requests, bytes := int64(usualRequests), int64(usualBytes)
-	if l.Requests > 0 {
-		requests = min(requests, l.Requests)
-	}
-	if l.Bytes > 0 {
-		bytes = min(bytes, l.Bytes)
-	}
-	seconds := max(float64(r.requests)/float64(requests), float64(r.totals.Bytes)/float64(bytes))
-	return time.Duration(seconds * float64(time.Second)).Round(time.Millisecond)
-}
-
-// findMissing asks the stores for the files of a plan.
-func (m *Manager) findMissing(ctx context.Context, plan *RestorePlan, r *restorable, skipIndexes bool) error {
-	wants := &copyjob.Job{Partitions: r.partitions}
-	group, groupCtx := errgroup.WithContext(ctx)
-	group.SetLimit(verifyInFlight)
-	var mu sync.Mutex
-	var failed atomic.Bool
-	missing := func(format string, args ...any) {
-		mu.Lock()
-		defer mu.Unlock()
-		if plan.MissingCount++; len(plan.Missing) < maxMissing {
-			plan.Missing = append(plan.Missing, fmt.Sprintf(format, args...))
-		}
-	}
-	err := m.Segments(ctx, Ref{ID: r.snapshot.ID}, 0, func(s *Segment) bool {
-		if !wants.WantsPartition(s.Partition) {
-			return true
-		}
-		if skipIndexes {
-			s.Builds = nil
-		}
-		for f := range s.AllFiles() {
-			group.Go(func() error {
-				err := m.lookFor(groupCtx, r.md, s.ID, f, missing)
-				failed.Store(failed.Load() || err != nil)
-				return err
-			})
-		}
-		return !failed.Load()
-	})
-	return errors.Join(err, group.Wait())
-}
-
-func (m *Manager) lookFor(ctx context.Context, md *manifest.Metadata, id int64, f *segment.File, missing func(string, ...any)) error {
-	if f.Root >= len(md.Roots) {
-		missing("%s of segment %d: it has no root", f.Path, id)
-		return nil
-	}
-	root := md.Roots[f.Root]
-	store, ok := m.o.Stores[root.Store]
-	if !ok {
-		missing("%s/%s of segment %d: the object store is not configured here", root.Store, root.Prefix+f.Path, id)
-		return nil
-	}
-	info, err := store.Head(ctx, root.Prefix+f.Path)
-	switch {
-	case errors.Is(err, object.ErrNotFound):
-		missing("%s/%s of segment %d", root.Store, root.Prefix+f.Path, id)
-		return nil
-	case err != nil:
-		return err
-	}
-	if likeness, reason := compareFile(f, info); likeness.Refused() {
-		missing("%s/%s of segment %d: %s", root.Store, root.Prefix+f.Path, id, reason)
-	}
-	return nil
-}
-
-// compareFile compares an object with what is recorded of a file.
-func compareFile(f *segment.File, now object.Info) (object.Likeness, string) {
-	return object.Compare(object.Info{Size: f.Size, ETag: f.ETag, Checksum: f.Checksum.Text()}, now)
 }
 
 // Jobs returns what runs restores. It works while Run does.

@@ -1,0 +1,139 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// Drop drops a snapshot: when it returns, the name is free and the snapshot
+// protects nothing; its own objects go in the background. It returns the id, or
+// 0 when there is no such snapshot, which is success.
+func (m *Manager) Drop(ctx context.Context, tok request.Token, ref Ref, expected int64) (int64, error) {
+	for attempt := range maxAttempts {
+		if err := meta.Pause(ctx, attempt); err != nil {
+			return 0, err
+		}
+		if known, err := request.Find(ctx, m.kv, tok); err != nil {
+			return 0, err
+		} else if known != nil {
+			return known.ID, nil
+		}
+		s, txn, err := m.droppable(ctx, ref, expected)
+		if err != nil {
+			known, err := m.wasFirst(ctx, tok, err)
+			if known != nil {
+				return known.ID, nil
+			}
+			return 0, fmt.Errorf("drop snapshot %s: %w", ref, err)
+		}
+		id := int64(0)
+		if s != nil {
+			id, ref.ID = s.ID, s.ID // a name is resolved once
+		}
+		if len(txn.Then) == 0 && !tok.Given() {
+			return id, nil
+		}
+		atDrop.Before()
+		won, _, err := m.commitWith(ctx, tok, id, nil, txn)
+		atDrop.After()
+		if err != nil {
+			return 0, fmt.Errorf("drop snapshot %s: %w", ref, err)
+		}
+		if won {
+			if len(txn.Then) > 0 {
+				m.log.Info("snapshot dropped", zap.Int64("snapshot", id), zap.String("name", s.Name))
+			}
+			return id, nil
+		}
+	}
+	return 0, fmt.Errorf("drop snapshot %s: %w", ref, catalog.ErrConflict)
+}
+
+// droppable returns the snapshot that ref stands for, nil when there is none, and
+// the transaction that drops it, empty when there is nothing to do.
+func (m *Manager) droppable(ctx context.Context, ref Ref, expected int64) (s *Snapshot, txn meta.Txn, err error) {
+	s, err = m.get(ctx, ref, expected == 0)
+	switch {
+	case errors.Is(err, ErrSnapshotNotFound), errors.Is(err, ErrExpiredOrDropped), errors.Is(err, ErrNeverExisted):
+		return nil, meta.Txn{}, nil
+	case err != nil:
+		return nil, meta.Txn{}, err
+	case expected > 0 && expected != s.ID:
+		return nil, meta.Txn{}, fmt.Errorf("%w: it is %d, not %d", ErrSnapshotMismatch, s.ID, expected)
+	}
+	switch s.State {
+	case Pending:
+		return nil, meta.Txn{}, fmt.Errorf("%w: %s, since %s; wait for it to end", ErrSnapshotPending, s, s.CreateTime.Format(time.RFC3339))
+	case Committed:
+		if err := m.checkPins(ctx, s); err != nil {
+			return nil, meta.Txn{}, err
+		}
+		txn, err = m.dropTxn(s)
+	case Deleting: // it is dropped already
+	}
+	return s, txn, err
+}
+
+// dropTxn is the transaction that drops a committed snapshot.
+func (m *Manager) dropTxn(s *Snapshot) (meta.Txn, error) {
+	op, err := record.NewOp(m.o.Rand)
+	if err != nil {
+		return meta.Txn{}, err
+	}
+	return meta.Txn{
+		If: []meta.Cond{
+			meta.Unchanged(keys.Snapshot(s.ID), s.Revision),
+			meta.RangeAbsent(meta.Prefix(keys.PinPrefix(s.ID))),
+		},
+		Then: []meta.Op{
+			meta.Put(keys.Snapshot(s.ID), encode(s.moved(Deleting, ""), op)),
+			meta.Delete(keys.SnapshotName(m.scope(s.Collection), s.Name)),
+		},
+	}, nil
+}
+
+// checkPins says who keeps a snapshot from being dropped. The transaction that
+// drops it compares the same again.
+func (m *Manager) checkPins(ctx context.Context, s *Snapshot) error {
+	from, to := meta.Prefix(keys.PinPrefix(s.ID))
+	var res meta.RangeResult
+	for range maxAttempts {
+		var err error
+		if res, err = m.kv.Range(ctx, meta.Range{From: from, To: to, Limit: pinsAtOnce}); err != nil {
+			return err
+		}
+		var over []*Pin
+		for _, kv := range res.KVs {
+			if p, err := decodePin(kv); err == nil && m.ended(ctx, p) {
+				over = append(over, p)
+			}
+		}
+		if len(over) == 0 {
+			break
+		}
+		if err := m.endPins(ctx, over); err != nil {
+			return err
+		}
+	}
+	if len(res.KVs) == 0 {
+		return nil
+	}
+	res.KVs = res.KVs[:min(len(res.KVs), pinsNamed)]
+	wayOut := "remove the pins first"
+	for _, kv := range res.KVs {
+		if p, err := decodePin(kv); err == nil && p.Job != 0 {
+			wayOut = fmt.Sprintf("wait for restore job %d to end, or cancel it", p.Job)
+		}
+	}
+	return fmt.Errorf("%w by %s; %s", ErrSnapshotPinned, pinNames(res.KVs, res.Count), wayOut)
+}

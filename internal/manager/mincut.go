@@ -1,0 +1,80 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+)
+
+// awaitCut waits until the collection's checkpoints are where want has them.
+func (m *Manager) awaitCut(ctx context.Context, ref catalog.Ref, want []catalog.Checkpoint) error {
+	col, err := m.catalog.Collection(ctx, ref)
+	if err != nil {
+		return err
+	}
+	seen := map[int]bool{}
+	for i, cp := range want {
+		if cp.Shard < 0 || cp.Shard >= col.Shards() || seen[cp.Shard] {
+			return &catalog.InvalidError{
+				Field:   fmt.Sprintf("min_cut[%d].shard", i),
+				Problem: fmt.Sprintf("%d is not a shard of %s, or occurs twice; it has 0 to %d", cp.Shard, &col, col.Shards()-1),
+			}
+		}
+		seen[cp.Shard] = true
+	}
+	wait := ctx
+	if deadline, ok := ctx.Deadline(); ok {
+		// Ends a little earlier, so that the answer arrives in time to be read.
+		left := time.Until(deadline)
+		var cancel context.CancelFunc
+		wait, cancel = context.WithTimeout(ctx, left-min(left/5, 500*time.Millisecond))
+		defer cancel()
+	}
+	waiting := m.cuts.await(col.ID) // before they are read
+	defer waiting.leave()
+	for {
+		view, err := m.catalog.At(ctx, col.ID, 0)
+		if err != nil {
+			return err
+		}
+		behind := laggards(&view, want)
+		if len(behind) == 0 {
+			return nil
+		}
+		if view.Collection.State != catalog.Active {
+			return view.Collection.CheckActive()
+		}
+		err = waiting.wait(wait)
+		if wait.Err() != nil && (ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded)) {
+			text := strings.Join(behind[:min(len(behind), maxNamed)], ", ")
+			if more := len(behind) - maxNamed; more > 0 {
+				text += fmt.Sprintf(", and %d more", more)
+			}
+			return fmt.Errorf("%w: %s; flush these channels, or ask for less", ErrCutNotReached, text)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// laggards names the channels whose checkpoint is not where want has it.
+func laggards(v *catalog.View, want []catalog.Checkpoint) []string {
+	var behind []string
+	for _, w := range want {
+		cp, ok := v.Checkpoints[w.Shard]
+		switch {
+		case !ok:
+			behind = append(behind, fmt.Sprintf("shard %d (%q) has no checkpoint, wanted %d",
+				w.Shard, v.Collection.Channel(w.Shard), w.Position.Timestamp))
+		case cp.Position.Timestamp < w.Position.Timestamp:
+			behind = append(behind, fmt.Sprintf("shard %d (%q) is at %d, wanted %d",
+				w.Shard, v.Collection.Channel(w.Shard), cp.Position.Timestamp, w.Position.Timestamp))
+		}
+	}
+	return behind
+}

@@ -1,0 +1,139 @@
+package manager
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/record"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// maxLabels is how many bytes the labels of a snapshot take at most.
+const maxLabels = 4096
+
+// MaxRecordBytes is the largest record of a snapshot.
+const MaxRecordBytes = 16 << 10
+
+// Update changes a committed snapshot's description, labels or expiry.
+func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec UpdateSpec) (*Snapshot, error) {
+	if spec.Labels != nil {
+		if err := checkLabels(*spec.Labels, maxLabels); err != nil {
+			return nil, err
+		}
+	}
+	for attempt := range maxAttempts {
+		if err := meta.Pause(ctx, attempt); err != nil {
+			return nil, err
+		}
+		known, err := request.Find(ctx, m.kv, tok)
+		if err != nil {
+			return nil, err
+		}
+		var s *Snapshot
+		if known == nil {
+			if s, err = m.updatable(ctx, ref, &spec); err != nil {
+				known, err = m.wasFirst(ctx, tok, err)
+			}
+		}
+		if known != nil {
+			return decode(meta.KeyValue{Key: keys.Snapshot(known.ID), Value: known.Result, ModRevision: known.Revision})
+		}
+		if err != nil {
+			return nil, err
+		}
+		ref.ID = s.ID // a name is resolved once
+		op, err := record.NewOp(m.o.Rand)
+		if err != nil {
+			return nil, err
+		}
+		next := *s
+		next.commitRev = s.Order
+		if spec.Description != nil {
+			next.Description = *spec.Description
+		}
+		if spec.Labels != nil {
+			next.Labels = *spec.Labels
+		}
+		if spec.ExpireTime != nil {
+			next.ExpireTime = *spec.ExpireTime
+		}
+		if spec.TTL != nil {
+			now, err := m.clock.Stamp(ctx)
+			if err != nil {
+				return nil, fmt.Errorf("update snapshot %s: the time that the ttl begins at: %w", s, err)
+			}
+			next.ExpireTime = now.Add(*spec.TTL)
+		}
+		value := encode(&next, op)
+		if err := checkRecordSize(value); err != nil {
+			return nil, err
+		}
+		won, revision, err := m.commitWith(ctx, tok, s.ID, value, meta.Txn{
+			If:   []meta.Cond{meta.Unchanged(keys.Snapshot(s.ID), s.Revision)},
+			Then: []meta.Op{meta.Put(keys.Snapshot(s.ID), value)},
+		})
+		if err != nil {
+			return nil, fmt.Errorf("update snapshot %s: %w", s, err)
+		}
+		if won {
+			next.Revision = revision
+			return &next, nil
+		}
+	}
+	return nil, fmt.Errorf("update snapshot %s: %w", ref, catalog.ErrConflict)
+}
+
+// updatable returns a snapshot that may be changed as spec says.
+func (m *Manager) updatable(ctx context.Context, ref Ref, spec *UpdateSpec) (*Snapshot, error) {
+	if spec.ExpireTime != nil {
+		if err := m.checkExpiry(ctx, *spec.ExpireTime); err != nil {
+			return nil, err
+		}
+	}
+	if spec.TTL != nil && (*spec.TTL <= 0 || *spec.TTL > maxExpiry) {
+		return nil, &catalog.InvalidError{Field: "ttl", Problem: fmt.Sprintf("%v is not above 0 and up to 100 years", *spec.TTL)}
+	}
+	s, err := m.committed(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	if spec.Revision > 0 && spec.Revision != s.Revision {
+		return nil, fmt.Errorf("%w: %s is at revision %d, not %d; read it again", ErrRevisionChanged, s, s.Revision, spec.Revision)
+	}
+	return s, nil
+}
+
+// checkExpiry says whether a snapshot may expire at t.
+func (m *Manager) checkExpiry(ctx context.Context, t time.Time) error {
+	if t.IsZero() {
+		return nil
+	}
+	now, err := m.clock.Stamp(ctx)
+	if err != nil {
+		return fmt.Errorf("the time that expire_time is compared with: %w", err)
+	}
+	return checkExpiry(t, now)
+}
+
+func checkLabels(labels map[string]string, most int) error {
+	size := 0
+	for k, v := range labels {
+		size += len(k) + len(v)
+	}
+	if size > most {
+		return &catalog.InvalidError{Field: "labels", Problem: fmt.Sprintf("%d bytes in all, at most %d", size, most)}
+	}
+	return nil
+}
+
+func checkRecordSize(value []byte) error {
+	if len(value) > MaxRecordBytes {
+		return fmt.Errorf("%w: the snapshot's record takes %d bytes, at most %d; use fewer labels or a shorter description",
+			catalog.ErrLimitExceeded, len(value), MaxRecordBytes)
+	}
+	return nil
+}
