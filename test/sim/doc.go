@@ -65,9 +65,10 @@
 // runtime of Go: which of several ready cases a select takes, the order of a map
 // and of timers of one instant, and when goroutines are interrupted. So one
 // processor runs the simulation, no collection of garbage happens in a run, and
-// names instead of arrivals order the calls; and `make sim` builds with a runtime
-// in which the seed decides these things too (exact.sh, the tag exact). There
-// TestReplay demands the same trace. An ordinary `go test` makes runs of the same
-// kind with the runtime as it is, and they mostly do not replay: a seed that fails
-// there names a profile and a workload, no course.
+// names instead of arrivals order the calls; and `make sim` builds with a patched
+// runtime in which the seed decides these things too (exact.sh, the tag exact).
+// `make sim-replay` requires the same trace of two runs of a seed (TestReplay). An
+// ordinary `go test`, and `make sim` on a Go release that exact.sh does not know,
+// run the same simulation on the unpatched runtime. A seed that fails there gives
+// the profile and the workload, and mostly not the same trace.
 package sim
