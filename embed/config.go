@@ -165,6 +165,8 @@ type Config struct {
 	// made of the host's name, the process id and chance.
 	Replica string `json:"replica"`
 
+	// Decorators wrap the stores of the server. Default: none.
+	Decorators Decorators `json:"-"`
 	// Log takes the place of a log on standard error of LogLevel and LogFormat.
 	Log *zap.Logger `json:"-"`
 	// Version is that of the program, for people. Default: "unknown".

@@ -199,6 +199,9 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	if err != nil {
 		return nil, err
 	}
+	if cfg.Decorators.KV != nil {
+		kv = cfg.Decorators.KV(kv)
+	}
 	p.kv = kv
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()

@@ -290,6 +290,9 @@ func openStores(ctx context.Context, cfg Config, kv meta.KV, p *parts, open *clo
 		if err != nil {
 			return nil, fmt.Errorf("object store %s: %w", alias, err)
 		}
+		if cfg.Decorators.Store != nil {
+			o.Store = cfg.Decorators.Store(o.Store)
+		}
 		o.Alias, o.KV, o.Cluster, o.Now, o.Rand, o.Log = alias, kv, cluster, time.Now, rand.Reader, log.Named("admit")
 		o.Problems, o.InUse = p.problems, cfg.aliases()
 		if alias == cfg.SnapshotStore {
@@ -342,7 +345,7 @@ func openStore(ctx context.Context, cfg Config, alias string, log *zap.Logger, o
 	if err != nil {
 		return admit.Options{}, err
 	}
-	o.Log = log.Named("s3")
+	o.Log, o.WrapTransport = log.Named("s3"), cfg.Decorators.Transport
 	s, err := s3.Open(ctx, o)
 	if err != nil {
 		return admit.Options{}, err

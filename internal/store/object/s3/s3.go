@@ -137,6 +137,10 @@ type Options struct {
 	// more than 10 000 parts. Default: 16 MiB.
 	PartSize int64
 
+	// WrapTransport, when it is not nil, decorates the transport of the requests to
+	// the store.
+	WrapTransport func(http.RoundTripper) http.RoundTripper
+
 	// Log gets a line for each attempt that is made again. Default: none.
 	Log *zap.Logger
 }
@@ -265,6 +269,9 @@ func Open(ctx context.Context, o Options) (*Store, error) {
 	client := &http.Client{
 		Transport:     s.transport,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	if o.WrapTransport != nil {
+		client.Transport = o.WrapTransport(client.Transport)
 	}
 	s.keys, err = findCredentials(ctx, o, s.transport.TLSClientConfig)
 	if err != nil {
