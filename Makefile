@@ -167,7 +167,7 @@ model: ## Checks the protocols' models with spin, and that each rule is needed.
 
 .PHONY: crash
 crash: $(BIN)/versitygw ## Kills snapshotd before and after every durable step and looks whether all is well: POINT=regexp, CASE=line, PAIRS=n, QUICK=1, SEED=n.
-	CGO_ENABLED=0 $(GO) build -tags crashpoints -o $(BIN)/crash/ ./cmd/snapshotd ./test/crash
+	CGO_ENABLED=0 $(GO) build -o $(BIN)/crash/ ./test/crash ./test/crash/snapshotd
 	$(BIN)/crash/crash -bin $(BIN)/crash/snapshotd -point '$(POINT)' -s3 $(BIN)/versitygw $(if $(CASE),-case '$(CASE)') $(if $(PAIRS),-pairs '$(PAIRS)') \
 		$(if $(filter 1,$(QUICK)),-quick) -seed $(SEED)
 

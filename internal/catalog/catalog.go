@@ -92,6 +92,7 @@
 package catalog
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -317,9 +318,8 @@ func (c *Catalog) change(ctx context.Context, tok request.Token, decide func(ctx
 		if len(p.txn.Then) == 0 { // nothing to change, nothing to remember
 			return outcome{id: p.id, result: p.result, revision: p.revision}, nil
 		}
-		atChange.Before()
+		p.txn.Name = cmp.Or(p.txn.Name, "catalog.change")
 		res, err := c.kv.Txn(ctx, p.txn)
-		atChange.After()
 		switch {
 		case errors.Is(err, meta.ErrLeaseNotFound):
 			c.requests.Forget(ctx, lease)

@@ -292,9 +292,7 @@ func (c *Catalog) fit(ctx context.Context, p *swapPlan) error {
 		bytes -= len(full) - 256 // more than a stub takes
 		group.Go(func() error {
 			key := HeldKeyOf(p.collection, d.id, stub.GetParked())
-			atHold.Before()
 			store, err := c.hold(groupCtx, key, full)
-			atHold.After()
 			if err != nil {
 				return fmt.Errorf("park segment %d, which the swap drops, as %s: %w", d.id, key, err)
 			}

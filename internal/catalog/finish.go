@@ -127,11 +127,11 @@ func (c *Catalog) FinishPart(ctx context.Context, p Part) (units int, err error)
 	if err != nil {
 		return units, fmt.Errorf("finish %s: %w", p, err)
 	}
-	atFinishPart.Before()
 	_, err = c.kv.Txn(ctx, meta.Txn{
-		If: []meta.Cond{meta.Unchanged(key, kv.ModRevision), meta.Absent(keys.Behind)}, Then: []meta.Op{meta.Delete(key)},
+		Name: "collect.part",
+		If:   []meta.Cond{meta.Unchanged(key, kv.ModRevision), meta.Absent(keys.Behind)},
+		Then: []meta.Op{meta.Delete(key)},
 	})
-	atFinishPart.After()
 	if err != nil {
 		return units, fmt.Errorf("finish %s: %w", p, err)
 	}
@@ -190,7 +190,8 @@ func (c *Catalog) removeBuilds(ctx context.Context, collection int64, updates []
 // snapshot of it is being created. It says whether it did.
 func (c *Catalog) FinishCollection(ctx context.Context, col *Collection) (bool, error) {
 	txn := meta.Txn{
-		If: []meta.Cond{meta.Unchanged(keys.Collection(col.ID), col.Revision), meta.Absent(keys.Behind)},
+		Name: "collect.collection",
+		If:   []meta.Cond{meta.Unchanged(keys.Collection(col.ID), col.Revision), meta.Absent(keys.Behind)},
 		Then: append(append(ContentRanges(col.ID), ReleaseRoots(col.ID, col.Roots)...),
 			meta.DeleteRange(meta.Prefix(keys.AllReplacedPrefix(col.ID))),
 			meta.Delete(keys.Generation(col.ID)), meta.Delete(keys.Collection(col.ID))),
@@ -203,9 +204,7 @@ func (c *Catalog) FinishCollection(ctx context.Context, col *Collection) (bool, 
 	} {
 		txn.If = append(txn.If, meta.RangeAbsent(meta.Prefix(prefix)))
 	}
-	atFinishCollection.Before()
 	res, err := c.kv.Txn(ctx, txn)
-	atFinishCollection.After()
 	if err != nil {
 		return false, fmt.Errorf("finish collection %s: %w", col, err)
 	}

@@ -77,9 +77,9 @@ func (c *Catalog) claimAll(ctx context.Context) ([]Dispute, error) {
 	}
 	slices.SortFunc(list, func(a, b Dispute) int { return cmp.Compare(a.ID, b.ID) })
 	done := record.Encode(&storagev1.Owner{Format: record.Format})
-	atClaimAll.Before()
-	_, err = c.kv.Txn(ctx, meta.Txn{If: []meta.Cond{meta.Absent(keys.Owners)}, Then: []meta.Op{meta.Put(keys.Owners, done)}})
-	atClaimAll.After()
+	_, err = c.kv.Txn(ctx, meta.Txn{
+		Name: "catalog.claimall", If: []meta.Cond{meta.Absent(keys.Owners)}, Then: []meta.Op{meta.Put(keys.Owners, done)},
+	})
 	return list, err
 }
 

@@ -346,11 +346,9 @@ func (a *attempt) copyFile(ctx context.Context, b *budget, f *fileCopy, have map
 	if err := a.worker.gate.enter(ctx); err != nil {
 		return err
 	}
-	atCopy.Before()
 	info, err := f.store.Copy(ctx, object.CopyRequest{
 		From: f.from.Key, To: f.to, SourceETag: f.from.ETag, Size: f.from.Size, Parts: a.job.Parts, InFlight: f.parts,
 	})
-	atCopy.After()
 	a.worker.gate.leave(err)
 	switch {
 	case errors.Is(err, object.ErrNotFound):

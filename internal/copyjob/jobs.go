@@ -155,11 +155,11 @@ func (j *Jobs) Cancel(ctx context.Context, id int64) (*Status, error) {
 			d.done, d.retries = s.Done, s.Retries
 		}
 		next := givenUp(d, j.o.Clock.Display())
-		atCancel.Before()
 		res, err := j.kv.Txn(ctx, meta.Txn{
-			If: []meta.Cond{job.unchanged()}, Then: []meta.Op{meta.Put(keys.Job(id), next.Encode(op))},
+			Name: "restore.cancel",
+			If:   []meta.Cond{job.unchanged()},
+			Then: []meta.Op{meta.Put(keys.Job(id), next.Encode(op))},
 		})
-		atCancel.After()
 		if err != nil {
 			return nil, fmt.Errorf("cancel restore job %s: %w", job, err)
 		}

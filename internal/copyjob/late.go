@@ -13,7 +13,6 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/catalog/layout"
-	"github.com/snapshotd/snapshotd/internal/crashpoint"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -124,7 +123,7 @@ func (t target) pages(ctx context.Context, m *layout.Mapping, fn func([]copied) 
 }
 
 // delete deletes objects of a place.
-func (l *leader) delete(ctx context.Context, at crashpoint.Point, store object.Store, list []copied) error {
+func (l *leader) delete(ctx context.Context, store object.Store, list []copied) error {
 	if len(list) == 0 {
 		return nil
 	}
@@ -134,9 +133,7 @@ func (l *leader) delete(ctx context.Context, at crashpoint.Point, store object.S
 		names[i] = list[i].info.Key
 		bytes += list[i].info.Size
 	}
-	at.Before()
 	err := store.Delete(ctx, names...)
-	at.After()
 	if err != nil {
 		return err
 	}
@@ -152,7 +149,7 @@ func (l *leader) removeObjects(ctx context.Context, job *Job) (foreign int64, er
 		if _, err := at.store.AbortUploads(ctx, at.prefix, time.Time{}); err != nil {
 			return err
 		}
-		n, err := at.pages(ctx, m, func(page []copied) error { return l.delete(ctx, atRemoveObjects, at.store, page) })
+		n, err := at.pages(ctx, m, func(page []copied) error { return l.delete(ctx, at.store, page) })
 		others.Add(n)
 		return err
 	})
@@ -188,7 +185,7 @@ func (l *leader) sweepLate(ctx context.Context, job *Job) error {
 			late = slices.DeleteFunc(late, func(c copied) bool { return now.Sub(c.info.ModTime) < lateGrace })
 			young.Add(int64(n - len(late)))
 			removed.Add(int64(len(late)))
-			return l.delete(ctx, atRemoveLate, at.store, late)
+			return l.delete(ctx, at.store, late)
 		})
 		return err
 	})

@@ -13,7 +13,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
-	"github.com/snapshotd/snapshotd/internal/crashpoint"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/lasting"
@@ -251,17 +250,17 @@ func (l *leader) act(ctx context.Context, d decision) error {
 	case stepBegin:
 		next := *d.job
 		next.State, next.Phase, next.StartTime = Executing, Prepare, l.o.Clock.Display()
-		return l.move(ctx, atBegin, d.job, &next)
+		return l.move(ctx, "restore.begin", d.job, &next)
 	case stepPrepare:
 		err := l.prepare(ctx, d.job)
 		if reason, permanent := classify(err, l.isLast(d.job.ID, err)); permanent {
 			d.outcome, d.reason, d.message = Failed, reason, err.Error()
-			return l.move(ctx, atGiveUp, d.job, givenUp(d, l.o.Clock.Display()))
+			return l.move(ctx, "restore.giveup", d.job, givenUp(d, l.o.Clock.Display()))
 		}
 		return err
 	case stepGiveUp:
 		l.log.Warn("restore is given up", zap.Int64("job", d.job.ID), zap.String("reason", d.reason), zap.String("message", d.message))
-		return l.move(ctx, atGiveUp, d.job, givenUp(d, l.o.Clock.Display()))
+		return l.move(ctx, "restore.giveup", d.job, givenUp(d, l.o.Clock.Display()))
 	case stepPublish:
 		return l.publish(ctx, d)
 	case stepRollBack:
@@ -276,14 +275,14 @@ func (l *leader) act(ctx context.Context, d decision) error {
 		}
 		if d.job.State != Completed { // of a target that is in use each id goes with its last record
 			if err := l.o.Catalog.GoneRange(ctx, d.job.FirstSegment, d.job.Segments+d.job.Builds, func(conds []meta.Cond, ops []meta.Op) error {
-				return l.write(ctx, atForget, d.job, conds, ops)
+				return l.write(ctx, "restore.forget", d.job, conds, ops)
 			}); err != nil {
 				return err
 			}
 		}
 		// Until now the ids of the job were kept from everybody else: a late copy could
 		// have met what they had made of them.
-		return l.write(ctx, atForget, d.job, nil, append(
+		return l.write(ctx, "restore.forget", d.job, nil, append(
 			catalog.ReleaseRange(d.job.FirstSegment, d.job.Segments+d.job.Builds), meta.Delete(keys.Job(d.job.ID))))
 	case stepNone, stepAssign: // neither comes here
 	}
@@ -301,12 +300,10 @@ func givenUp(d decision, now time.Time) *Job {
 	return &next
 }
 
-// write makes a change of a job in one transaction, which compares the job as it
+// write changes a job in one transaction, named step, which compares the job as it
 // was read and that we lead.
-func (l *leader) write(ctx context.Context, at crashpoint.Point, job *Job, conds []meta.Cond, ops []meta.Op) error {
-	at.Before()
-	res, err := l.kv.Txn(ctx, meta.Txn{If: append([]meta.Cond{job.unchanged(), l.fence}, conds...), Then: ops})
-	at.After()
+func (l *leader) write(ctx context.Context, step string, job *Job, conds []meta.Cond, ops []meta.Op) error {
+	res, err := l.kv.Txn(ctx, meta.Txn{Name: step, If: append([]meta.Cond{job.unchanged(), l.fence}, conds...), Then: ops})
 	if err == nil && !res.Succeeded {
 		err = errChanged
 	}
@@ -316,13 +313,13 @@ func (l *leader) write(ctx context.Context, at crashpoint.Point, job *Job, conds
 	return nil
 }
 
-// move replaces the job's record.
-func (l *leader) move(ctx context.Context, at crashpoint.Point, job, next *Job) error {
+// move replaces the job's record in a transaction named step.
+func (l *leader) move(ctx context.Context, step string, job, next *Job) error {
 	op, err := record.NewOp(l.o.Rand)
 	if err != nil {
 		return err
 	}
-	return l.write(ctx, at, job, nil, []meta.Op{meta.Put(keys.Job(job.ID), next.Encode(op))})
+	return l.write(ctx, step, job, nil, []meta.Op{meta.Put(keys.Job(job.ID), next.Encode(op))})
 }
 
 // prepare makes what the target needs before it gets segments, reads it back, and
@@ -335,7 +332,7 @@ func (l *leader) prepare(ctx context.Context, job *Job) error {
 	if there, err := l.alreadyThere(ctx, job); err != nil {
 		return err
 	} else if there != "" {
-		return l.move(ctx, atGiveUp, job, givenUp(decision{
+		return l.move(ctx, "restore.giveup", job, givenUp(decision{
 			job: job, outcome: Failed, reason: "TARGET_NOT_EMPTY",
 			message: there + " is where the target's files would go: something else uses ids of this cluster there; nothing was touched",
 		}, l.o.Clock.Display()))
@@ -351,7 +348,7 @@ func (l *leader) prepare(ctx context.Context, job *Job) error {
 		ops = append(ops, meta.Put(t.key(), t.encode(op)))
 	}
 	for _, batch := range batches(ops) {
-		if err := l.write(ctx, atPrepare, job, nil, batch); err != nil {
+		if err := l.write(ctx, "restore.prepare", job, nil, batch); err != nil {
 			return err
 		}
 	}
@@ -360,7 +357,7 @@ func (l *leader) prepare(ctx context.Context, job *Job) error {
 	}
 	next := *job
 	next.Phase, next.Copied = Copy, true
-	return l.move(ctx, atPrepared, job, &next)
+	return l.move(ctx, "restore.prepared", job, &next)
 }
 
 // maxLooks bounds the prefixes that are looked at for something that is there.
@@ -504,7 +501,7 @@ func (l *leader) assignTo(ctx context.Context, job *Job, tasks []*task, w *slot)
 		ops = append(ops, meta.Put(t.key(), next.encode(op)),
 			meta.PutLeased(key, record.Encode(&storagev1.Assignment{Format: record.Format, Attempt: next.attempt}), w.lease))
 	}
-	err = l.write(ctx, atAssign, job, conds, ops)
+	err = l.write(ctx, "restore.assign", job, conds, ops)
 	if errors.Is(err, meta.ErrLeaseNotFound) {
 		return errChanged
 	}
@@ -534,7 +531,7 @@ func (l *leader) publish(ctx context.Context, d decision) error {
 	if err != nil {
 		return err
 	}
-	err = l.end(ctx, atPublish, d.job, &next, op,
+	err = l.end(ctx, "restore.publish", d.job, &next, op,
 		[]meta.Cond{meta.Unchanged(keys.Collection(col.ID), col.Revision)},
 		[]meta.Op{catalog.PublishOp(col, op)})
 	if err == nil {
@@ -545,7 +542,9 @@ func (l *leader) publish(ctx context.Context, d decision) error {
 }
 
 // end moves the job to its final state, with all that goes with it.
-func (l *leader) end(ctx context.Context, at crashpoint.Point, job, next *Job, op string, conds []meta.Cond, ops []meta.Op) error {
+func (l *leader) end(
+	ctx context.Context, step string, job, next *Job, op string, conds []meta.Cond, ops []meta.Op,
+) error {
 	ops = append(ops, meta.Put(keys.Job(job.ID), next.Encode(op)), meta.Delete(keys.JobLimits(job.ID)),
 		meta.Delete(keys.Pin(job.Snapshot, job.Pin)),
 		// So that nobody takes it for a pin that expired.
@@ -572,7 +571,7 @@ func (l *leader) end(ctx context.Context, at crashpoint.Point, job, next *Job, o
 			ops = append(ops, rec)
 		}
 	}
-	err := l.write(ctx, at, job, conds, ops)
+	err := l.write(ctx, step, job, conds, ops)
 	if errors.Is(err, meta.ErrLeaseNotFound) {
 		l.o.Requests.Forget(ctx, lease)
 	}
@@ -598,7 +597,7 @@ func (l *leader) rollBack(ctx context.Context, job *Job) error {
 		return err
 	}
 	for _, op := range l.contentOf(job) {
-		if err := l.write(ctx, atRemoveContent, job, nil, []meta.Op{op}); err != nil {
+		if err := l.write(ctx, "restore.content", job, nil, []meta.Op{op}); err != nil {
 			return err
 		}
 	}
@@ -608,7 +607,7 @@ func (l *leader) rollBack(ctx context.Context, job *Job) error {
 	if err != nil {
 		return err
 	}
-	err = l.end(ctx, atEnd, job, &next, op, nil, append(catalog.ReleaseRoots(job.Target, job.Roots),
+	err = l.end(ctx, "restore.end", job, &next, op, nil, append(catalog.ReleaseRoots(job.Target, job.Roots),
 		meta.Delete(keys.Collection(job.Target)), meta.Delete(keys.CollectionName(job.DB, job.Name)),
 	))
 	if err == nil {

@@ -114,9 +114,7 @@ func (a *attempt) pinPart(ctx context.Context, b *budget, part int, files []*fil
 	if err := b.spend(ctx, 1, 0); err != nil {
 		return err
 	}
-	atPin.Before()
 	_, err = store.Create(ctx, key, data)
-	atPin.After()
 	switch {
 	case errors.Is(err, object.ErrExists): // by us, or by another attempt
 		return a.readPins(ctx, b, store, key, part, files)
@@ -211,9 +209,7 @@ func (l *leader) removePins(ctx context.Context, job *Job) error {
 	if err != nil {
 		return fmt.Errorf("job %s: remove the pins of its files: %w", job, err)
 	}
-	atRemovePins.Before()
 	err = object.DeletePrefix(ctx, store, catalog.RestoreDir(job.ID))
-	atRemovePins.After()
 	if err != nil {
 		return fmt.Errorf("job %s: remove the pins of its files: %w", job, err)
 	}

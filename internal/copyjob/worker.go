@@ -95,11 +95,11 @@ func (w *worker) round(ctx context.Context, good func()) error {
 		_ = w.o.KV.Revoke(ctx, lease) // else it ends by itself
 	}()
 	value := record.Encode(&storagev1.Worker{Format: record.Format, Replica: w.o.Replica, Slots: uint32(w.o.Slots)})
-	atWorker.Before()
 	res, err := w.o.KV.Txn(ctx, meta.Txn{
-		If: []meta.Cond{meta.Absent(keys.Worker(id))}, Then: []meta.Op{meta.PutLeased(keys.Worker(id), value, lease)},
+		Name: "restore.worker",
+		If:   []meta.Cond{meta.Absent(keys.Worker(id))},
+		Then: []meta.Op{meta.PutLeased(keys.Worker(id), value, lease)},
 	})
-	atWorker.After()
 	if err != nil {
 		return err
 	}
@@ -387,7 +387,7 @@ func (a *attempt) read(ctx context.Context) error {
 // giveBack ends the assignment. A task that failed goes back with why, one that
 // was interrupted is left for another attempt.
 func (a *attempt) giveBack(ctx context.Context, interrupted bool, cause error) (bool, error) {
-	txn := meta.Txn{If: []meta.Cond{a.assignment}, Then: []meta.Op{meta.Delete(a.key)}}
+	txn := meta.Txn{Name: "restore.giveback", If: []meta.Cond{a.assignment}, Then: []meta.Op{meta.Delete(a.key)}}
 	if !interrupted && a.task != nil && !errors.Is(cause, errChanged) {
 		op, err := record.NewOp(a.worker.o.Rand)
 		if err != nil {
@@ -397,9 +397,7 @@ func (a *attempt) giveBack(ctx context.Context, interrupted bool, cause error) (
 		txn.If = append(txn.If, a.job.unchanged(), meta.Unchanged(a.task.key(), a.task.revision))
 		txn.Then = append(txn.Then, meta.Put(a.task.key(), next.encode(op)))
 	}
-	atGiveBack.Before()
 	res, err := a.worker.o.KV.Txn(ctx, txn)
-	atGiveBack.After()
 	if err != nil {
 		return false, err
 	}
@@ -495,15 +493,13 @@ func (a *attempt) register(ctx context.Context, done *restored) error {
 		parts = [][]meta.Op{nil}
 	}
 	for i, part := range parts {
-		txn, at := meta.Txn{If: []meta.Cond{a.job.unchanged(), a.assignment}, Then: part}, atRegister
+		txn := meta.Txn{Name: "restore.register", If: []meta.Cond{a.job.unchanged(), a.assignment}, Then: part}
 		if i == len(parts)-1 {
-			at = atDone
+			txn.Name = "restore.done"
 			txn.If = append(txn.If, meta.Unchanged(a.task.key(), a.task.revision))
 			txn.Then = append(txn.Then, last...)
 		}
-		at.Before()
 		res, err := a.worker.o.KV.Txn(ctx, txn)
-		at.After()
 		if err != nil {
 			return err
 		}

@@ -752,8 +752,8 @@ func (g *GC) note(ctx context.Context, s *Summary, fence meta.Cond) error {
 		rec.Stops = append(rec.Stops, &storagev1.Stop{CollectionId: stop.Collection, Due: stop.Due, Total: stop.Total})
 	}
 	g.setHalts(rec)
-	atNote.Before()
-	_, err := g.kv.Txn(ctx, meta.Txn{If: []meta.Cond{fence}, Then: []meta.Op{meta.Put(keys.Round, record.Encode(rec))}})
-	atNote.After()
+	_, err := g.kv.Txn(ctx, meta.Txn{
+		Name: "collect.note", If: []meta.Cond{fence}, Then: []meta.Op{meta.Put(keys.Round, record.Encode(rec))},
+	})
 	return err
 }

@@ -173,18 +173,15 @@ func (g *GC) parkUnit(ctx context.Context, collection, unit int64, conds []meta.
 	if !ok {
 		return false, fmt.Errorf("%w: %q", errNoStore, g.o.SnapshotStore)
 	}
-	atParkPut.Before()
 	_, err = store.Put(ctx, catalog.HeldKey(collection, unit), kv.Value)
-	atParkPut.After()
 	if err != nil {
 		return false, err
 	}
-	atPark.Before()
 	res, err := g.kv.Txn(ctx, meta.Txn{
+		Name: "park.txn",
 		If:   append([]meta.Cond{meta.Unchanged(kv.Key, kv.ModRevision)}, conds...),
 		Then: []meta.Op{meta.Put(kv.Key, stub)},
 	})
-	atPark.After()
 	return err == nil && res.Succeeded, err
 }
 
@@ -279,9 +276,7 @@ func (g *GC) deleteHeld(ctx context.Context, p *premises, granted []int) {
 		if !ok {
 			continue // it was read from there, so this cannot be
 		}
-		atDeleteHeld.Before()
 		err := store.Delete(ctx, objects...)
-		atDeleteHeld.After()
 		if err != nil {
 			g.log.Info("objects of units that were parked and are granted stay until they are swept",
 				zap.String("store", alias), zap.Int("objects", len(objects)), zap.Error(err))

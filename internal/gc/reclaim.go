@@ -10,7 +10,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
-	"github.com/snapshotd/snapshotd/internal/crashpoint"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -481,7 +480,9 @@ func (g *GC) grant(ctx context.Context, collection int64, p *premises, free []in
 	}
 	now := g.o.Clock.Display()
 	newest := p.units[free[0]].unit.Revision // drop of them all
-	txn := meta.Txn{If: []meta.Cond{generationIs(collection, p.generation), meta.Absent(keys.Behind)}}
+	txn := meta.Txn{
+		Name: "reclaim.grant", If: []meta.Cond{generationIs(collection, p.generation), meta.Absent(keys.Behind)},
+	}
 	size, taken := 0, free[:0:0]
 	for _, i := range free {
 		s := &p.units[i]
@@ -508,9 +509,7 @@ func (g *GC) grant(ctx context.Context, collection int64, p *premises, free []in
 	} else { // all there are, and will be, are younger than the last drop
 		txn.If = append(txn.If, meta.Cond{From: from, To: end, Target: meta.CreateRevision, Op: meta.Greater, Revision: newest})
 	}
-	atGrant.Before()
 	res, err := g.kv.Txn(ctx, txn)
-	atGrant.After()
 	if err != nil || !res.Succeeded {
 		return 0, err
 	}
@@ -595,7 +594,7 @@ func (g *GC) confirmBatch(ctx context.Context, collection int64, ids []int64, an
 		changed := false
 		for len(list) > 0 && !changed {
 			n := removable(list)
-			if changed, err = g.remove(ctx, atConfirm, list[:n], nil); err != nil {
+			if changed, err = g.remove(ctx, "reclaim.confirm", list[:n], nil); err != nil {
 				return err
 			}
 			list = list[n:]
@@ -621,12 +620,12 @@ func removable(list []*doomed) int {
 	return len(list)
 }
 
-// remove removes tombstones whose files are deleted, in one transaction, and says
-// when one of them was changed: then it removed none. The claims to the ids of
+// remove removes tombstones whose files are deleted, in one transaction named step,
+// and says when one of them was changed: then it removed none. The claims to the ids of
 // their units go with them, and the ids are gone.
-func (g *GC) remove(ctx context.Context, at crashpoint.Point, list []*doomed, conds []meta.Cond) (changed bool, err error) {
+func (g *GC) remove(ctx context.Context, step string, list []*doomed, conds []meta.Cond) (changed bool, err error) {
 	var units []*catalog.Unit
-	txn := meta.Txn{If: conds}
+	txn := meta.Txn{Name: step, If: conds}
 	for _, u := range list {
 		units = append(units, &u.tombstone.Unit)
 		txn.If = append(txn.If, meta.Unchanged(u.kv.Key, u.kv.ModRevision))
@@ -636,7 +635,7 @@ func (g *GC) remove(ctx context.Context, at crashpoint.Point, list []*doomed, co
 		builds, rest := units[0].Parts()
 		units = []*catalog.Unit{rest}
 		for part := range slices.Chunk(builds, batchUnits) {
-			if changed, err := g.release(ctx, at, txn, list, part); changed || err != nil {
+			if changed, err := g.release(ctx, txn, list, part); changed || err != nil {
 				return changed, err
 			}
 		}
@@ -644,12 +643,12 @@ func (g *GC) remove(ctx context.Context, at crashpoint.Point, list []*doomed, co
 	for _, u := range list {
 		txn.Then = append(txn.Then, u.tombstone.removal()...)
 	}
-	return g.release(ctx, at, txn, list, units)
+	return g.release(ctx, txn, list, units)
 }
 
 // release carries out a transaction about tombstones together with what releases
 // the ids of units. It says when one of the tombstones was changed.
-func (g *GC) release(ctx context.Context, at crashpoint.Point, txn meta.Txn, list []*doomed, units []*catalog.Unit) (changed bool, err error) {
+func (g *GC) release(ctx context.Context, txn meta.Txn, list []*doomed, units []*catalog.Unit) (changed bool, err error) {
 	for attempt := range maxAttempts {
 		if err := meta.Pause(ctx, attempt); err != nil {
 			return false, err
@@ -658,10 +657,11 @@ func (g *GC) release(ctx context.Context, at crashpoint.Point, txn meta.Txn, lis
 		if err != nil {
 			return false, err
 		}
-		full := meta.Txn{If: slices.Concat(txn.If, conds), Then: slices.Concat(txn.Then, ops), Else: txn.Else}
-		at.Before()
+		full := meta.Txn{
+			Name: txn.Name,
+			If:   slices.Concat(txn.If, conds), Then: slices.Concat(txn.Then, ops), Else: txn.Else,
+		}
 		res, err := g.kv.Txn(ctx, full)
-		at.After()
 		if errors.Is(err, meta.ErrNoSpace) && len(txn.Then) > 0 {
 			// A full store takes deletes alone. The claims stay, and keep the ids.
 			full.Then = txn.Then

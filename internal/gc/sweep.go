@@ -560,9 +560,7 @@ func (g *GC) deleteOrphans(ctx context.Context, list []Orphan, wait func(context
 	for i := range list {
 		names[i] = list[i].Key
 	}
-	atSweep.Before()
 	err := g.deleteObjects(ctx, list[0].Store, names)
-	atSweep.After()
 	if err != nil {
 		failed := failedKeys(err)
 		if len(failed) == 0 {

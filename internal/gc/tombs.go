@@ -384,9 +384,7 @@ func (g *GC) deleteUnits(ctx context.Context, tombs []string, fence meta.Cond) (
 			for i := range part {
 				list[i] = part[i].key
 			}
-			atDelete.Before()
 			err := g.deleteObjects(ctx, alias, list)
-			atDelete.After()
 			if err == nil {
 				continue
 			}
@@ -514,7 +512,7 @@ func readMany(ctx context.Context, kv meta.KV, wanted []string) ([]meta.KeyValue
 func (g *GC) removeTombs(ctx context.Context, units []*doomed, fence meta.Cond) error {
 	for len(units) > 0 {
 		n := removable(units)
-		changed, err := g.remove(ctx, atRemoveTombs, units[:n], []meta.Cond{fence})
+		changed, err := g.remove(ctx, "reclaim.tombs", units[:n], []meta.Cond{fence})
 		if err != nil {
 			return fmt.Errorf("remove %d tombstones: %w", n, err)
 		}

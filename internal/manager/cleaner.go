@@ -121,9 +121,7 @@ func noted(ctx context.Context, p *lasting.Problem, err error) error {
 
 // reap gives up a create that died: its pending key went with its lease.
 func (c *cleaner) reap(ctx context.Context, s *Snapshot, fence meta.Cond) error {
-	atReap.Before()
 	err := c.m.abandon(ctx, s, fence)
-	atReap.After()
 	switch {
 	case errors.Is(err, errChanged): // it lives, or has ended: the view will say
 		return nil
@@ -219,9 +217,8 @@ func (c *cleaner) expire(ctx context.Context, snapshots []*Snapshot, fence meta.
 			return next, err
 		}
 		txn.If = append(txn.If, fence)
-		atExpire.Before()
+		txn.Name = "drop.expire"
 		res, err := c.m.kv.Txn(ctx, txn)
-		atExpire.After()
 		switch {
 		case err != nil:
 			errs = append(errs, fmt.Errorf("expire snapshot %s: %w", s, err))
@@ -262,12 +259,11 @@ func (c *cleaner) remove(ctx context.Context, s *Snapshot, fence meta.Cond) erro
 	if err != nil {
 		return fmt.Errorf("remove snapshot %s: %w", s, err)
 	}
-	atRemoveRecord.Before()
 	res, err := c.m.kv.Txn(ctx, meta.Txn{
+		Name: "drop.record",
 		If:   []meta.Cond{meta.Unchanged(keys.Snapshot(s.ID), s.Revision), fence},
 		Then: []meta.Op{meta.Delete(keys.Snapshot(s.ID))},
 	})
-	atRemoveRecord.After()
 	if err != nil {
 		return fmt.Errorf("remove snapshot %s: %w", s, err)
 	}
@@ -286,9 +282,7 @@ func (c *cleaner) removeObjects(ctx context.Context, store object.Store, s *Snap
 		if len(batch) == 0 {
 			return nil
 		}
-		atRemoveObjects.Before()
 		err := store.Delete(ctx, batch...)
-		atRemoveObjects.After()
 		if err != nil {
 			return err
 		}

@@ -147,8 +147,8 @@ func (m *Manager) tryCommit(ctx context.Context, c *creation, next *Snapshot, va
 			return false, err
 		}
 	}
-	atCommit.Before()
 	res, err := m.kv.Txn(ctx, meta.Txn{
+		Name: "create.commit",
 		If: []meta.Cond{
 			meta.Unchanged(keys.Snapshot(next.ID), c.snap.Revision),
 			meta.SameKey(keys.Pending(next.Collection, next.ID), c.snap.Revision),
@@ -159,7 +159,6 @@ func (m *Manager) tryCommit(ctx context.Context, c *creation, next *Snapshot, va
 			meta.Put(keys.Generation(next.Collection), record.Encode(&storagev1.Generation{Format: record.Format, SnapshotId: next.ID})),
 		}, c.tok.End(result, next.ID, value)),
 	})
-	atCommit.After()
 	switch {
 	case errors.Is(err, meta.ErrLeaseNotFound):
 		m.o.Requests.Forget(ctx, result)
@@ -239,7 +238,8 @@ func (m *Manager) giveUp(ctx context.Context, s *Snapshot, reason, text string, 
 		// The reason is for people; a record has no room for a long one.
 		short := strings.ToValidUTF8(fmt.Sprintf("%.1024s", reason+": "+text), "?")
 		txn := meta.Txn{
-			If: append([]meta.Cond{meta.Unchanged(keys.Snapshot(s.ID), s.Revision)}, fence...),
+			Name: "create.giveup",
+			If:   append([]meta.Cond{meta.Unchanged(keys.Snapshot(s.ID), s.Revision)}, fence...),
 			Then: []meta.Op{
 				meta.Put(keys.Snapshot(s.ID), encode(s.moved(Deleting, short), op)),
 				meta.Delete(keys.SnapshotName(m.scope(s.Collection), s.Name)),
@@ -252,9 +252,7 @@ func (m *Manager) giveUp(ctx context.Context, s *Snapshot, reason, text string, 
 				return err
 			}
 		}
-		atGiveUp.Before()
 		res, err := m.kv.Txn(ctx, txn)
-		atGiveUp.After()
 		switch {
 		case errors.Is(err, meta.ErrLeaseNotFound):
 			m.o.Requests.Forget(ctx, lease)

@@ -320,8 +320,6 @@ func (l *createLease) persist(ctx context.Context, do func() error) error {
 func (l *createLease) end(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	atEndLease.Before()
-	defer atEndLease.After()
 	return l.kv.Revoke(ctx, l.id)
 }
 
@@ -409,6 +407,7 @@ func (m *Manager) tryBegin(ctx context.Context, c *creation, id int64, op string
 	name := keys.SnapshotName(m.scope(s.Collection), s.Name)
 	pending := record.Encode(&storagev1.Pending{Format: record.Format, Replica: m.o.Replica})
 	txn := meta.Txn{
+		Name: "create.begin",
 		If: slices.Concat(
 			[]meta.Cond{meta.Absent(keys.Snapshot(s.ID)), meta.Absent(name), meta.Unchanged(keys.Collection(col.ID), col.Revision)},
 			c.tok.Absent()),
@@ -425,9 +424,7 @@ func (m *Manager) tryBegin(ctx context.Context, c *creation, id int64, op string
 	if c.tok.Given() {
 		txn.Else = append(txn.Else, meta.Get(c.tok.Key()))
 	}
-	atBegin.Before()
 	res, err := m.kv.Txn(ctx, txn)
-	atBegin.After()
 	switch {
 	case errors.Is(err, meta.ErrLeaseNotFound):
 		return nil, fmt.Errorf("%w: its lease ran out before it began", ErrCreateAborted)

@@ -43,9 +43,8 @@ func (m *Manager) Drop(ctx context.Context, tok request.Token, ref Ref, expected
 		if len(txn.Then) == 0 && !tok.Given() {
 			return id, nil
 		}
-		atDrop.Before()
+		txn.Name = "drop.txn"
 		won, _, err := m.commitWith(ctx, tok, id, nil, txn)
-		atDrop.After()
 		if err != nil {
 			return 0, fmt.Errorf("drop snapshot %s: %w", ref, err)
 		}

@@ -128,12 +128,11 @@ func (m *Manager) tryPin(ctx context.Context, tok request.Token, s *Snapshot, p 
 		return false, err
 	}
 	key, value := keys.Pin(p.Snapshot, p.ID), encodePin(p)
-	atPin.Before()
 	won, revision, err := m.commitWith(ctx, tok, p.ID, tokenResult(key, value), meta.Txn{
+		Name: "pin.create",
 		If:   []meta.Cond{meta.Unchanged(keys.Snapshot(s.ID), s.Revision)},
 		Then: []meta.Op{meta.PutLeased(key, value, p.lease)},
 	})
-	atPin.After()
 	switch {
 	case err != nil && !meta.Refused(err):
 		return m.resolvePin(ctx, tok, p, err)
@@ -281,12 +280,11 @@ func (m *Manager) tryRenew(ctx context.Context, old, next *Pin) (bool, error) {
 		return false, err
 	}
 	key := keys.Pin(old.Snapshot, old.ID)
-	atRenew.Before()
 	res, err := m.kv.Txn(ctx, meta.Txn{
+		Name: "pin.renew",
 		If:   []meta.Cond{meta.Unchanged(key, old.Revision)},
 		Then: []meta.Op{meta.PutLeased(key, encodePin(next), next.lease)},
 	})
-	atRenew.After()
 	switch {
 	case errors.Is(err, meta.ErrLeaseNotFound):
 		return false, nil // it was stopped for longer than the pin is to last
@@ -353,15 +351,14 @@ func (m *Manager) unpin(ctx context.Context, ref Ref, id int64) error {
 				return fmt.Errorf("%w: it goes when that ends; cancel it instead", ErrPinOfRestore)
 			}
 		}
-		atUnpin.Before()
 		res, err := m.kv.Txn(ctx, meta.Txn{
-			If: []meta.Cond{meta.Unchanged(key, kv.ModRevision)},
+			Name: "pin.remove",
+			If:   []meta.Cond{meta.Unchanged(key, kv.ModRevision)},
 			Then: []meta.Op{
 				meta.Delete(key),
 				meta.Put(keys.Unpin, record.Encode(&storagev1.Unpin{Format: record.Format, SnapshotId: snapshot, PinId: id})),
 			},
 		})
-		atUnpin.After()
 		if err != nil {
 			return err
 		}
@@ -440,15 +437,13 @@ func (m *Manager) ended(ctx context.Context, p *Pin) bool {
 // endPins removes pins that are over, in one transaction, as their leases would.
 func (m *Manager) endPins(ctx context.Context, pins []*Pin, conds ...meta.Cond) error {
 	for part := range slices.Chunk(pins, pinsAtOnce) {
-		txn := meta.Txn{If: slices.Clone(conds)}
+		txn := meta.Txn{Name: "pin.remove", If: slices.Clone(conds)}
 		for _, p := range part {
 			key := keys.Pin(p.Snapshot, p.ID)
 			txn.If = append(txn.If, meta.Unchanged(key, p.Revision))
 			txn.Then = append(txn.Then, meta.Delete(key))
 		}
-		atUnpin.Before()
 		res, err := m.kv.Txn(ctx, txn)
-		atUnpin.After()
 		if err != nil {
 			return fmt.Errorf("remove %d pins that are over: %w", len(part), err)
 		}

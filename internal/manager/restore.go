@@ -153,15 +153,14 @@ func (m *Manager) admit(ctx context.Context, tok request.Token, ref *Ref, spec *
 	pin.Reason = fmt.Sprintf("%.*s", maxPinReason, pin.Reason)
 	putPin := meta.Put(keys.Pin(job.Snapshot, job.Pin), encodePin(pin))
 	txn := meta.Txn{
+		Name: "restore.admit",
 		If:   slices.Concat([]meta.Cond{meta.Unchanged(keys.Snapshot(r.snapshot.ID), r.snapshot.Revision)}, conds, tok.Absent()),
 		Then: slices.Concat(ops, []meta.Op{meta.Put(keys.Job(job.ID), job.Encode(op)), putPin}, tok.Begin(job.ID)),
 	}
 	if spec.Limits != (copyjob.Limits{}) {
 		txn.Then = append(txn.Then, copyjob.LimitsOp(job.ID, spec.Limits))
 	}
-	atAdmit.Before()
 	res, err := m.kv.Txn(ctx, txn)
-	atAdmit.After()
 	switch {
 	case meta.Refused(err):
 		return nil, err

@@ -11,7 +11,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
-	"github.com/snapshotd/snapshotd/internal/crashpoint"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -207,7 +206,7 @@ func (w *snapshotWriter) write(ctx context.Context, c *chunk) error {
 	if c.totals.Segments == 0 {
 		return nil
 	}
-	return w.m.putOnce(ctx, atManifest, manifest.ManifestKey(w.snap.Collection, w.snap.ID, c.number), data, w.lease)
+	return w.m.putOnce(ctx, manifest.ManifestKey(w.snap.Collection, w.snap.ID, c.number), data, w.lease)
 }
 
 // encodeVerified is encode, and has the files looked at meanwhile if that is
@@ -310,7 +309,7 @@ func (w *snapshotWriter) writeRefs(ctx context.Context) error {
 		Segments: int64(len(refs.Segments)), Builds: int64(len(refs.Builds)), Files: int64(len(refs.Files)),
 	}
 	w.refs = refs
-	return w.m.putOnce(ctx, atRefs, manifest.RefsKey(w.snap.Collection, w.snap.ID), data, w.lease)
+	return w.m.putOnce(ctx, manifest.RefsKey(w.snap.Collection, w.snap.ID), data, w.lease)
 }
 
 // finish writes the metadata, and makes the committed record.
@@ -346,7 +345,7 @@ func (w *snapshotWriter) finish(ctx context.Context) (*Snapshot, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := w.m.putOnce(ctx, atMetadata, manifest.MetadataKey(w.snap.Collection, w.snap.ID), data, w.lease); err != nil {
+	if err := w.m.putOnce(ctx, manifest.MetadataKey(w.snap.Collection, w.snap.ID), data, w.lease); err != nil {
 		return nil, err
 	}
 	next.Metadata, next.refs = manifest.Sum(data), w.refsFile
@@ -408,16 +407,14 @@ func (m *Manager) verifyFile(ctx context.Context, root catalog.Root, f *segment.
 // putOnce writes an object of the snapshot's own. After an answer that is no
 // answer, or says that the key is taken, it reads back: equal bytes are what an
 // earlier try wrote.
-func (m *Manager) putOnce(ctx context.Context, at crashpoint.Point, key string, data []byte, lease *createLease) error {
+func (m *Manager) putOnce(ctx context.Context, key string, data []byte, lease *createLease) error {
 	err := lease.persist(ctx, func() error {
 		var last error
 		for attempt := range putAttempts {
 			if err := meta.Pause(ctx, attempt*attempt*10); err != nil {
 				return cmp.Or(last, err)
 			}
-			at.Before()
 			_, err := m.store.Create(ctx, key, data)
-			at.After()
 			if err == nil {
 				return nil
 			}

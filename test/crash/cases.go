@@ -25,13 +25,13 @@ import (
 // crash.
 const token = "the-same-request"
 
-// scenario is an operation, and the points that it comes by.
+// scenario is an operation, and the steps that it reaches.
 type scenario struct {
-	name   string
-	points []string
-	twice  []string // points at which the second time is tried as well
-	// requests are points of requests to a bucket that it comes by, and how often at
-	// least: each time is tried.
+	name  string
+	steps []string
+	twice []string // steps of which the second pass is tried as well
+	// requests are the requests to a bucket that it makes, and the minimal number of
+	// each: every one is tried.
 	requests map[string]int
 	quick    bool // it is part of a quick run
 	empty    bool // it begins with no data
@@ -53,24 +53,24 @@ type scenario struct {
 var scenarios = []scenario{
 	{
 		name:     "create",
-		points:   []string{"create.begin", "create.manifest", "create.refs", "create.metadata", "create.commit", "create.endlease"},
+		steps:    []string{"create.begin", "create.manifest", "create.refs", "create.metadata", "create.commit", "create.endlease"},
 		requests: map[string]int{"bucket.put": 2},
 		quick:    true, op: create, after: created("new", shop),
 	},
-	{name: "reap", points: []string{"create.reap"}, prepare: leavePending, op: takeReaped, after: created("new", shop)},
-	{name: "broken", points: []string{"create.giveup"}, op: createBroken, after: created("broken", mall)},
+	{name: "reap", steps: []string{"create.giveup"}, prepare: leavePending, op: takeReaped, after: created("new", shop)},
+	{name: "broken", steps: []string{"create.giveup"}, op: createBroken, after: created("broken", mall)},
 	{
 		name: "drop",
-		points: []string{
-			"drop.txn", "drop.objects", "drop.record", "reclaim.grant", "reclaim.held", "reclaim.delete", "reclaim.tombs", "collect.note",
+		steps: []string{
+			"drop.txn", "drop.objects", "drop.record", "reclaim.grant", "held.delete", "file.delete", "reclaim.tombs", "collect.note",
 		},
 		requests: map[string]int{"bucket.delete": 3},
 		orphans:  true, op: drop, after: func(w *world) { delete(w.Snapshots, old) },
 	},
-	{name: "expire", points: []string{"drop.expire"}, op: expire, after: func(w *world) { delete(w.Snapshots, old) }},
+	{name: "expire", steps: []string{"drop.expire"}, op: expire, after: func(w *world) { delete(w.Snapshots, old) }},
 	{
 		name: "restore",
-		points: []string{
+		steps: []string{
 			"restore.admit", "restore.begin", "restore.prepare", "restore.prepared", "restore.assign", "restore.pin", "restore.copy",
 			"restore.register", "restore.done", "restore.publish",
 		},
@@ -79,11 +79,11 @@ var scenarios = []scenario{
 		after: func(w *world) { w.Collections["copy"], w.Restored["copy"] = copies(w.Snapshots[keep]), true },
 	},
 	{
-		name:   "give-up",
-		points: []string{"restore.giveup", "restore.giveback", "restore.objects", "restore.pins", "restore.content", "restore.end"},
-		twice:  []string{"restore.content"}, requests: map[string]int{"bucket.delete": 1}, op: restoreBroken,
+		name:  "give-up",
+		steps: []string{"restore.giveup", "restore.giveback", "file.delete", "restore.pins", "restore.content", "restore.end"},
+		twice: []string{"restore.content"}, requests: map[string]int{"bucket.delete": 1}, op: restoreBroken,
 	},
-	{name: "cancel", points: []string{"restore.cancel"}, op: cancelRestore},
+	{name: "cancel", steps: []string{"restore.cancel"}, op: cancelRestore},
 	{
 		name: "parts", requests: map[string]int{"bucket.begin": 1, "bucket.part": 3, "bucket.complete": 1},
 		huge: true, settings: "keep_restores: 1m\n", op: restoreHuge,
@@ -91,47 +91,47 @@ var scenarios = []scenario{
 	},
 	{name: "abort", requests: map[string]int{"bucket.abort": 1}, huge: true, prepare: leaveUpload, op: restoreHugeTooSlow},
 	{
-		name: "late", points: []string{"restore.late", "restore.forget"}, settings: "keep_restores: 1m\n",
+		name: "late", steps: []string{"file.delete", "restore.forget"}, settings: "keep_restores: 1m\n",
 		prepare: makeLate, op: awaitForgotten,
 	},
-	{name: "reclaim", points: []string{"reclaim.confirm"}, settings: "collector: \"off\"\n", op: reclaim, after: dropped(mall, 1)},
-	{name: "drop-parts", points: []string{"collect.part"}, requests: map[string]int{"bucket.delete": 1}, op: dropParts, after: func(w *world) {
+	{name: "reclaim", steps: []string{"reclaim.confirm"}, settings: "collector: \"off\"\n", op: reclaim, after: dropped(mall, 1)},
+	{name: "drop-parts", steps: []string{"collect.part"}, requests: map[string]int{"bucket.delete": 1}, op: dropParts, after: func(w *world) {
 		first := w.Collections[mall][0]
 		first.Files = first.Files[:1] // without the build
 		w.Collections[mall] = []seg{first, w.Collections[mall][1]}
 	}},
 	{
-		name: "drop-collection", points: []string{"collect.collection"}, requests: map[string]int{"bucket.delete": 1},
+		name: "drop-collection", steps: []string{"collect.collection"}, requests: map[string]int{"bucket.delete": 1},
 		op: dropCollection, after: func(w *world) { delete(w.Collections, mall) },
 	},
 	{
-		name: "park", points: []string{"park.put", "park.txn"}, requests: map[string]int{"bucket.put": 1},
+		name: "park", steps: []string{"held.put", "park.txn"}, requests: map[string]int{"bucket.put": 1},
 		orphans: true, op: park, after: dropped(shop, 0),
 	},
-	{name: "sweep", points: []string{"sweep.delete"}, requests: map[string]int{"bucket.delete": 1}, prepare: makeOrphan, op: deleteOrphans},
-	{name: "allocate", points: []string{"catalog.allocate"}, op: allocate},
-	{name: "compact", points: []string{"catalog.change"}, op: compact, after: func(w *world) {
+	{name: "sweep", steps: []string{"file.delete"}, requests: map[string]int{"bucket.delete": 1}, prepare: makeOrphan, op: deleteOrphans},
+	{name: "allocate", steps: []string{"catalog.allocate"}, op: allocate},
+	{name: "compact", steps: []string{"catalog.change"}, op: compact, after: func(w *world) {
 		in := w.Collections[mall][1].ID
 		w.Collections[mall] = append(without(w.Collections[mall], in), w.answers["segment"].(seg))
 	}},
 	{
-		name: "compact-large", points: []string{"catalog.park"}, requests: map[string]int{"bucket.put": 1},
+		name: "compact-large", steps: []string{"held.put"}, requests: map[string]int{"bucket.put": 1},
 		orphans: true, op: compactLarge, after: func(w *world) {
 			w.Collections[mall] = append(w.Collections[mall], w.answers["segment"].(seg))
 		},
 	},
-	{name: "pin", points: []string{"pin.create"}, op: pin, after: func(w *world) { w.Pins++ }},
-	{name: "renew", points: []string{"pin.renew"}, op: renew},
-	{name: "unpin", points: []string{"pin.remove"}, op: unpin, after: func(w *world) { w.Pins-- }},
+	{name: "pin", steps: []string{"pin.create"}, op: pin, after: func(w *world) { w.Pins++ }},
+	{name: "renew", steps: []string{"pin.renew"}, op: renew},
+	{name: "unpin", steps: []string{"pin.remove"}, op: unpin, after: func(w *world) { w.Pins-- }},
 	{
-		name:   "start",
-		points: []string{"elect.claim", "restore.worker", "epoch.intend", "epoch.create", "epoch.done", "epoch.forget", "clock.note"}, op: nothing,
+		name:  "start",
+		steps: []string{"elect.claim", "restore.worker", "epoch.intend", "epoch.create", "epoch.done", "epoch.forget", "clock.note"}, op: nothing,
 	},
-	{name: "resign", points: []string{"elect.resign"}, op: resign},
-	{name: "recover", points: []string{"epoch.recover"}, op: recoverEpoch},
-	{name: "recover-clock", points: []string{"clock.recover"}, op: recoverClock},
-	{name: "go-back", points: []string{"epoch.mark"}, prepare: goBack, op: recoverEpoch},
-	{name: "first-start", points: []string{"start.cluster", "start.identity", "start.store", "catalog.claimall"}, empty: true, op: nothing},
+	{name: "resign", steps: []string{"elect.resign"}, op: resign},
+	{name: "recover", steps: []string{"epoch.recover"}, op: recoverEpoch},
+	{name: "recover-clock", steps: []string{"clock.recover"}, op: recoverClock},
+	{name: "go-back", steps: []string{"epoch.mark"}, prepare: goBack, op: recoverEpoch},
+	{name: "first-start", steps: []string{"start.cluster", "start.identity", "start.store", "catalog.claimall"}, empty: true, op: nothing},
 }
 
 // created enters a snapshot of what a collection has now.
@@ -152,8 +152,8 @@ func create(ctx context.Context, w *world) error {
 	if err != nil || w.s.aborted.Load() == 0 {
 		return err
 	}
-	committed := w.crashes[0].point == "create.endlease" || w.crashes[0] == (crash{"create.commit", after, 1})
-	if committed || len(w.crashes) == 1 && w.crashes[0] == (crash{"create.begin", before, 1}) {
+	committed := w.crashes[0].Step == "create.endlease" || w.crashes[0] == (crash{Step: "create.commit", Side: after, Nth: 1})
+	if committed || len(w.crashes) == 1 && w.crashes[0] == (crash{Step: "create.begin", Side: before, Nth: 1}) {
 		return errors.New("it was given up, which cannot be")
 	}
 	return nil
@@ -161,7 +161,7 @@ func create(ctx context.Context, w *world) error {
 
 // leavePending has snapshotd die in the middle of a create.
 func leavePending(ctx context.Context, _ *runner, w *world) error {
-	return w.dieAt(ctx, crash{"create.commit", before, 1}, func(ctx context.Context) error { return w.take(ctx, shop, "new", token) })
+	return w.dieAt(ctx, crash{Step: "create.commit", Side: before, Nth: 1}, func(ctx context.Context) error { return w.take(ctx, shop, "new", token) })
 }
 
 // takeReaped waits for the leader to give the create up, and takes the name under
@@ -334,7 +334,7 @@ const hugeTimeout = 20 * time.Second
 // waits until it is too late to go on with that.
 func leaveUpload(ctx context.Context, _ *runner, w *world) error {
 	began := time.Now()
-	err := w.dieAt(ctx, crash{"bucket.part", before, 1}, func(ctx context.Context) error { return restoreHugeTooSlow(ctx, w) })
+	err := w.dieAt(ctx, crash{Step: "bucket.part", Side: before, Nth: 1}, func(ctx context.Context) error { return restoreHugeTooSlow(ctx, w) })
 	if err != nil {
 		return err
 	}

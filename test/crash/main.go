@@ -30,7 +30,9 @@
 // third time and asked once more. A seed chooses some; -pairs -1 tries them all, which
 // takes hours, or as many as -timeout leaves time for.
 //
-// Points enter themselves, so one without a scenario is a failure as well.
+// A test compares the steps of the scenarios with those of the product and of package
+// crashpoint: a step without a scenario fails it. See also the points that a recovery
+// reaches: an unknown one fails its case.
 package main
 
 import (
@@ -46,13 +48,11 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
-	_ "github.com/snapshotd/snapshotd/embed" // whose packages enter the points
-	"github.com/snapshotd/snapshotd/internal/crashpoint"
+	"github.com/snapshotd/snapshotd/test/crashpoint"
 )
 
 const (
@@ -62,8 +62,8 @@ const (
 
 // The sides of a point.
 const (
-	before = "before"
-	after  = "after"
+	before = crashpoint.Before
+	after  = crashpoint.After
 )
 
 // The kinds of stores.
@@ -72,26 +72,8 @@ const (
 	onBucket    = "bucket"
 )
 
-// crash is where snapshotd dies. The zero crash is nowhere.
-type crash struct {
-	point, side string
-	nth         int
-}
-
-func (c crash) String() string { return fmt.Sprintf("%s:%s:%d", c.point, c.side, c.nth) }
-
-// parseCrash reads point:side or point:side:nth.
-func parseCrash(text string) (crash, error) {
-	parts := strings.Split(text, ":")
-	if len(parts) == 2 {
-		parts = append(parts, "1")
-	}
-	if len(parts) != 3 || parts[1] != before && parts[1] != after {
-		return crash{}, fmt.Errorf("%q is not point:side or point:side:nth", text)
-	}
-	nth, err := strconv.Atoi(parts[2])
-	return crash{parts[0], parts[1], nth}, err
-}
+// crash is the pass of a point at which snapshotd dies. The zero crash is none.
+type crash = crashpoint.Pass
 
 // oneCase is a crash in a scenario, and perhaps a second in the recovery from it.
 type oneCase struct {
@@ -121,9 +103,9 @@ func parseCase(text string) (oneCase, error) {
 	}
 	c := oneCase{s: &scenarios[at], store: parts[0]}
 	var errs [2]error
-	c.crash, errs[0] = parseCrash(parts[2])
+	c.crash, errs[0] = crashpoint.Parse(parts[2])
 	if len(parts) == 4 {
-		c.then, errs[1] = parseCrash(parts[3])
+		c.then, errs[1] = crashpoint.Parse(parts[3])
 	}
 	return c, errors.Join(errs[:]...)
 }
@@ -134,49 +116,47 @@ func (s *scenario) crashes(store string) (list []crash) {
 		return nil
 	}
 	times := map[string]int{}
-	for _, point := range s.points {
-		times[point] = 1
-		if slices.Contains(s.twice, point) {
-			times[point] = 2
+	for _, step := range s.steps {
+		times[step] = 1
+		if slices.Contains(s.twice, step) {
+			times[step] = 2
 		}
 	}
 	if store == onBucket {
 		maps.Copy(times, s.requests)
 	}
-	for _, point := range slices.Sorted(maps.Keys(times)) {
-		for nth := range times[point] {
-			list = append(list, crash{point, before, nth + 1}, crash{point, after, nth + 1})
+	for _, step := range slices.Sorted(maps.Keys(times)) {
+		for nth := range times[step] {
+			list = append(list, crash{Step: step, Side: before, Nth: nth + 1}, crash{Step: step, Side: after, Nth: nth + 1})
 		}
 	}
 	return list
 }
 
-// planned returns the cases of the points that match, and of those that a seed
-// chooses when it is quick: one of each point and scenario. It is an error when a
-// point has no scenario, or a scenario names one that there is not.
-func planned(points []string, match *regexp.Regexp, quick bool, seed uint64) ([]oneCase, error) {
-	var list []oneCase
-	var wrong []error
-	choice := rand.New(rand.NewPCG(seed, 0)) //nolint:gosec // which cases are tried
+// steps returns the steps that scenarios reach.
+func steps() map[string]bool {
 	known := map[string]bool{}
+	for _, s := range scenarios {
+		for _, step := range s.steps {
+			known[step] = true
+		}
+		for step := range s.requests {
+			known[step] = true
+		}
+	}
+	return known
+}
+
+// planned returns the cases of the steps that match. A quick plan has one case of
+// each step and scenario, which the seed chooses.
+func planned(match *regexp.Regexp, quick bool, seed uint64) (list []oneCase) {
+	choice := rand.New(rand.NewPCG(seed, 0)) //nolint:gosec // which cases are tried
 	for i := range scenarios {
 		s := &scenarios[i]
-		for _, point := range s.points {
-			if known[point] || !slices.Contains(points, point) {
-				wrong = append(wrong, fmt.Errorf("%s is in two scenarios, or is no point", point))
-			}
-			known[point] = true
-		}
-		for _, point := range slices.Sorted(maps.Keys(s.requests)) {
-			if !slices.Contains(points, point) {
-				wrong = append(wrong, fmt.Errorf("%s is no point", point))
-			}
-			known[point] = true
-		}
 		var cases []oneCase
 		for _, store := range []string{onDirectory, onBucket} {
 			for _, at := range s.crashes(store) {
-				if match.MatchString(at.point) {
+				if match.MatchString(at.Step) {
 					cases = append(cases, oneCase{crash: at, s: s, store: store})
 				}
 			}
@@ -188,22 +168,17 @@ func planned(points []string, match *regexp.Regexp, quick bool, seed uint64) ([]
 			list = append(list, cases...)
 		}
 	}
-	for _, point := range points {
-		if !known[point] {
-			wrong = append(wrong, fmt.Errorf("no scenario comes by %s", point))
-		}
-	}
-	return list, errors.Join(wrong...)
+	return list
 }
 
-// oneOfEach returns one case of each point.
+// oneOfEach returns one case of each step.
 func oneOfEach(cases []oneCase, choice *rand.Rand) (list []oneCase) {
 	of := map[string][]oneCase{}
 	for _, c := range cases {
-		of[c.point] = append(of[c.point], c)
+		of[c.Step] = append(of[c.Step], c)
 	}
-	for _, point := range slices.Sorted(maps.Keys(of)) {
-		list = append(list, of[point][choice.IntN(len(of[point]))])
+	for _, step := range slices.Sorted(maps.Keys(of)) {
+		list = append(list, of[step][choice.IntN(len(of[step]))])
 	}
 	return list
 }
@@ -219,7 +194,7 @@ type options struct {
 
 func main() {
 	o := options{stdout: os.Stdout}
-	flag.StringVar(&o.bin, "bin", "", "snapshotd, built with the tag crashpoints")
+	flag.StringVar(&o.bin, "bin", "", "the server with crash points: test/crash/snapshotd")
 	flag.StringVar(&o.s3, "s3", ".bin/versitygw", "versitygw")
 	flag.StringVar(&o.point, "point", "", "regular expression of the points to crash at")
 	flag.StringVar(&o.one, "case", "", "run this case alone, named as it is printed")
@@ -240,9 +215,6 @@ func main() {
 }
 
 func run(ctx context.Context, o options) error {
-	if !crashpoint.Enabled {
-		return errors.New("this was built without the tag crashpoints; run make crash")
-	}
 	match, err := regexp.Compile(o.point)
 	if err != nil {
 		return err
@@ -253,13 +225,12 @@ func run(ctx context.Context, o options) error {
 	if o.quick && o.pairs > quickPairs {
 		o.pairs = quickPairs
 	}
-	cases, err := planned(crashpoint.Names(), match, o.quick, o.seed)
-	if err == nil && o.one != "" {
+	cases := planned(match, o.quick, o.seed)
+	if o.one != "" {
 		cases, o.pairs = make([]oneCase, 1), 0
-		cases[0], err = parseCase(o.one)
-	}
-	if err != nil {
-		return err
+		if cases[0], err = parseCase(o.one); err != nil {
+			return err
+		}
 	}
 	if len(cases) == 0 {
 		return fmt.Errorf("no point matches %q", o.point)

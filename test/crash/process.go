@@ -20,6 +20,7 @@ import (
 
 	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // the harness is a client
 	"github.com/snapshotd/snapshotd/client"
+	"github.com/snapshotd/snapshotd/test/crashpoint"
 )
 
 const (
@@ -75,8 +76,9 @@ grace: 5s
 		return nil, err
 	}
 	s := &server{addr: addr, log: log, ended: make(chan struct{})}
-	s.cmd = exec.CommandContext(context.WithoutCancel(ctx), bin, "serve", "--config", config) //nolint:gosec // the program that was built for this
-	s.cmd.Env = append(os.Environ(), "SNAPSHOTD_CRASH="+how.at, "SNAPSHOTD_CRASH_FROM="+how.from, "SNAPSHOTD_CRASH_REACHED="+how.reached)
+	s.cmd = exec.CommandContext(context.WithoutCancel(ctx), bin, "-config", config) //nolint:gosec // the program that was built for this
+	s.cmd.Env = append(os.Environ(),
+		crashpoint.Variable+"="+how.at, crashpoint.FromVariable+"="+how.from, crashpoint.ReachedVariable+"="+how.reached)
 	s.cmd.Stdout, s.cmd.Stderr = out, out
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	started := make(chan error, 1)

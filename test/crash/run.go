@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // the harness is a client
+	"github.com/snapshotd/snapshotd/test/crashpoint"
 )
 
 // quickPairs is how many pairs a quick run has at most.
@@ -224,8 +225,12 @@ func readCrashes(name string) (list []crash, err error) {
 	if err != nil {
 		return nil, err
 	}
+	known := steps()
 	for line := range strings.Lines(string(text)) {
-		at, err := parseCrash(strings.TrimSpace(line))
+		at, err := crashpoint.Parse(strings.TrimSpace(line))
+		if err == nil && !known[at.Step] {
+			err = fmt.Errorf("no scenario has the step %s", at.Step)
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -237,14 +242,14 @@ func readCrashes(name string) (list []crash, err error) {
 // countsFromStart says whether requests count from the start, and not from when the
 // operation is asked for: aborts do, as the leader makes its own as soon as it leads.
 // The start itself makes none, for what its probe found is remembered.
-func countsFromStart(at crash) bool { return at.point == "bucket.abort" }
+func countsFromStart(at crash) bool { return at.Step == "bucket.abort" }
 
 // dieAt starts snapshotd, which crashes in the operation.
 func (w *world) dieAt(ctx context.Context, at crash, op func(context.Context) error) error {
 	w.armed = true
 	defer func() { w.armed = false }()
 	how := start{at: at.String()}
-	if strings.HasPrefix(at.point, "bucket.") && !countsFromStart(at) {
+	if strings.HasPrefix(at.Step, "bucket.") && !countsFromStart(at) {
 		how.from = filepath.Join(w.dir, fmt.Sprintf("from-%d", w.starts))
 	}
 	if err := w.start(ctx, how); err != nil {

@@ -632,10 +632,8 @@ func (t *Trusted) noteNow(ctx context.Context, fence meta.Cond, from time.Durati
 		steady = l.at - from
 	}
 	rec := nextNote(l, t.o.Replica, steady)
-	atNote.Before()
 	put := []meta.Op{meta.Put(keys.Clock, record.Encode(rec))}
-	res, err := t.o.KV.Txn(ctx, meta.Txn{If: []meta.Cond{l.noteIs, fence}, Then: put})
-	atNote.After()
+	res, err := t.o.KV.Txn(ctx, meta.Txn{Name: "clock.note", If: []meta.Cond{l.noteIs, fence}, Then: put})
 	if err != nil || !res.Succeeded { // another leads, or an operator recovered
 		return from, err
 	}
@@ -690,10 +688,8 @@ func (t *Trusted) Recover(ctx context.Context) (wasStopped bool, now time.Time, 
 			return false, time.Time{}, fmt.Errorf("recover the clock: %w", err)
 		}
 		rec := &storagev1.Clock{Format: record.Format, Time: record.Nanos(l.reading()), Replica: t.o.Replica}
-		atRecover.Before()
 		put := []meta.Op{meta.Put(keys.Clock, record.Encode(rec))}
-		res, err := t.o.KV.Txn(ctx, meta.Txn{If: []meta.Cond{l.noteIs}, Then: put})
-		atRecover.After()
+		res, err := t.o.KV.Txn(ctx, meta.Txn{Name: "clock.recover", If: []meta.Cond{l.noteIs}, Then: put})
 		if err != nil {
 			return false, time.Time{}, fmt.Errorf("recover the clock: %w", err)
 		}

@@ -74,13 +74,12 @@ func Open(ctx context.Context, kv meta.KV, o Options) (Cluster, error) {
 		return Cluster{}, fmt.Errorf("open cluster: %w", err)
 	}
 	if !found {
-		atOpen.Before()
 		res, err := kv.Txn(ctx, meta.Txn{
+			Name: "start.cluster",
 			If:   []meta.Cond{meta.Absent(keys.Format)},
 			Then: []meta.Op{meta.Put(keys.Format, record.Encode(fresh))},
 			Else: []meta.Op{meta.Get(keys.Format)},
 		})
-		atOpen.After()
 		if err != nil {
 			return Cluster{}, fmt.Errorf("open cluster: %w", err)
 		}

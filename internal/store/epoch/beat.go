@@ -112,12 +112,11 @@ func (e *Epoch) intend(ctx context.Context, s *state, raise int64) (bool, error)
 		return false, err
 	}
 	s.epoch.Op = op
-	atIntend.Before()
 	res, err := e.o.KV.Txn(ctx, meta.Txn{
+		Name: "epoch.intend",
 		If:   []meta.Cond{s.epochIs, meta.Absent(keys.Behind)},
 		Then: []meta.Op{meta.Put(keys.Epoch, record.Encode(s.epoch))},
 	})
-	atIntend.After()
 	return err == nil && res.Succeeded, err
 }
 
@@ -147,9 +146,7 @@ func plus(a, b int64) int64 {
 // that are kept no longer.
 func (e *Epoch) create(ctx context.Context, s *state) (old []string, ok bool, err error) {
 	name, body := key(s.intent.Beat), s.epoch.GetIntent()
-	atCreate.Before()
 	_, err = e.o.Store.Create(ctx, name, body)
-	atCreate.After()
 	if errors.Is(err, object.ErrExists) {
 		var has []byte
 		has, err = object.ReadAll(ctx, e.o.Store, name, maxNoteBytes)
@@ -174,6 +171,7 @@ func (e *Epoch) create(ctx context.Context, s *state) (old []string, ok bool, er
 func (e *Epoch) finish(ctx context.Context, s *state) (bool, error) {
 	s.epoch.Beat, s.epoch.Intent, s.epoch.Op = s.intent.Beat, nil, s.intent.Nonce
 	txn := meta.Txn{
+		Name: "epoch.done",
 		If:   []meta.Cond{s.epochIs, meta.Absent(keys.Behind)},
 		Then: []meta.Op{meta.Put(keys.Epoch, record.Encode(s.epoch))},
 	}
@@ -182,9 +180,7 @@ func (e *Epoch) finish(ctx context.Context, s *state) (bool, error) {
 		txn.If = append(txn.If, s.idsAre)
 		txn.Then = append(txn.Then, meta.Put(keys.IDs, record.Encode(s.ids)))
 	}
-	atDone.Before()
 	res, err := e.o.KV.Txn(ctx, txn)
-	atDone.After()
 	return err == nil && res.Succeeded, err
 }
 
@@ -193,9 +189,7 @@ func (e *Epoch) forget(ctx context.Context, old []string) {
 	if len(old) == 0 || ctx.Err() != nil {
 		return
 	}
-	atForget.Before()
 	err := e.o.Store.Delete(ctx, old...)
-	atForget.After()
 	if ctx.Err() == nil {
 		e.forgets.Note(err)
 	}

@@ -47,12 +47,11 @@ func (e *Epoch) look(ctx context.Context) ([]string, error) {
 			return old, nil
 		}
 		rec := e.behind(s, n)
-		atMark.Before()
 		res, err := e.o.KV.Txn(ctx, meta.Txn{
+			Name: "epoch.mark",
 			If:   []meta.Cond{s.epochIs, s.behindIs},
 			Then: []meta.Op{meta.Put(keys.Behind, record.Encode(rec))},
 		})
-		atMark.After()
 		if err != nil {
 			return nil, fmt.Errorf("note that the metadata store is behind (%s): %w", why, err)
 		}
@@ -85,12 +84,11 @@ func (e *Epoch) Alarm(ctx context.Context, object string) error {
 		}
 		rec := e.behind(s, &note{Beat: s.epoch.GetBeat(), Revision: s.revision, Ceiling: s.ids.GetCeiling()})
 		rec.Object = object
-		atMark.Before()
 		res, err := e.o.KV.Txn(ctx, meta.Txn{
+			Name: "epoch.mark",
 			If:   []meta.Cond{s.epochIs, s.behindIs},
 			Then: []meta.Op{meta.Put(keys.Behind, record.Encode(rec))},
 		})
-		atMark.After()
 		if err != nil {
 			return fmt.Errorf("note that %s is of an earlier store: %w", object, err)
 		}
@@ -176,14 +174,13 @@ func (e *Epoch) recover(ctx context.Context, force bool) (wasBehind bool, next, 
 		}
 		settle(s, n)
 		s.epoch.Op = op
-		atRecover.Before()
 		res, err := e.o.KV.Txn(ctx, meta.Txn{
-			If: []meta.Cond{s.epochIs, s.idsAre, s.behindIs},
+			Name: "epoch.recover",
+			If:   []meta.Cond{s.epochIs, s.idsAre, s.behindIs},
 			Then: []meta.Op{
 				meta.Put(keys.Epoch, record.Encode(s.epoch)), meta.Put(keys.IDs, record.Encode(s.ids)), meta.Delete(keys.Behind),
 			},
 		})
-		atRecover.After()
 		if err != nil {
 			return false, 0, 0, err
 		}

@@ -212,6 +212,11 @@ type Event struct {
 
 // Txn is a transaction: compares, and what to do.
 type Txn struct {
+	// Name is the step of a protocol that the transaction makes, as an operation, a
+	// dot and the step: "create.commit". Decorators of a [KV] match it: faults,
+	// metrics, crash points. It is never stored and may be empty.
+	Name string
+
 	If   []Cond
 	Then []Op
 	Else []Op

@@ -149,9 +149,7 @@ func (e *Election) stand(ctx context.Context, lead func(context.Context, Term) e
 	defer func() { // also of a claim whose outcome is unknown: it can win no more
 		rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.o.TTL)
 		defer cancel()
-		atResign.Before()
 		rerr := e.o.KV.Revoke(rctx, lease)
-		atResign.After()
 		if rerr != nil {
 			err = errors.Join(err, fmt.Errorf("resign: %w", rerr))
 		}
@@ -206,13 +204,12 @@ func (e *Election) claim(ctx context.Context, lease meta.LeaseID, until time.Tim
 	defer cancel()
 	backoff := meta.Backoff{Min: e.o.TTL / 100, Max: e.o.TTL / 10, Rand: e.o.Rand}
 	for {
-		atClaim.Before()
 		res, err := e.o.KV.Txn(ctx, meta.Txn{
+			Name: "elect.claim",
 			If:   []meta.Cond{meta.Absent(e.o.Key)},
 			Then: []meta.Op{meta.PutLeased(e.o.Key, []byte(e.o.Name), lease)},
 			Else: []meta.Op{meta.Get(e.o.Key)},
 		})
-		atClaim.After()
 		switch {
 		case err == nil && res.Succeeded:
 			return Term{e.o.Key, res.Revision, e.o.Name}, true, nil

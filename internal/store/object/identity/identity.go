@@ -91,13 +91,12 @@ func Check(ctx context.Context, kv meta.KV, store object.Store, alias, cluster s
 		if err != nil {
 			return err
 		}
-		atRecord.Before()
 		res, err := kv.Txn(ctx, meta.Txn{
+			Name: "start.store",
 			If:   append(conds, meta.Absent(keys.Store(alias))),
 			Then: []meta.Op{meta.Put(keys.Store(alias), []byte(has.ID))},
 			Else: []meta.Op{meta.Get(keys.Store(alias))},
 		})
-		atRecord.After()
 		if err != nil {
 			return fmt.Errorf("record the identity of object store %s: %w", alias, err)
 		}
@@ -193,9 +192,7 @@ func create(ctx context.Context, store object.Store, cluster string, rand io.Rea
 	if err != nil {
 		return content{}, err
 	}
-	atCreate.Before()
 	_, err = store.Create(ctx, Key, append(data, '\n'))
-	atCreate.After()
 	if errors.Is(err, object.ErrExists) { // another's, or our own after a retry
 		return read(ctx, store)
 	}

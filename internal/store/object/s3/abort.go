@@ -168,8 +168,6 @@ func (s *Store) uploadPage(ctx context.Context, prefix string, key, id *string) 
 func (s *Store) abort(ctx context.Context, key, id string) *failure {
 	return s.retry(ctx, "abort upload of", key, func() *failure {
 		out, f := attempt(ctx, s, 0, func(ctx context.Context) (*s3.AbortMultipartUploadOutput, error) {
-			atAbort.Before()
-			defer atAbort.After()
 			return s.client.AbortMultipartUpload(ctx, &s3.AbortMultipartUploadInput{
 				Bucket: &s.o.Bucket, Key: s.key(key), UploadId: &id, ExpectedBucketOwner: s.owner,
 			})

@@ -91,8 +91,6 @@ func (s *Store) copyWhole(ctx context.Context, c *copying) *failure {
 		longer, cancel := s.outlive(ctx)
 		defer cancel()
 		out, f := attemptFor(longer, timeout, func(ctx context.Context) (*s3.CopyObjectOutput, error) {
-			atCopy.Before()
-			defer atCopy.After()
 			return s.client.CopyObject(ctx, &s3.CopyObjectInput{
 				Bucket: &s.o.Bucket, Key: s.key(c.To), CopySource: c.source, CopySourceIfMatch: c.etag,
 				ServerSideEncryption: s.sse(), SSEKMSKeyId: s.kmsKey(),
@@ -364,8 +362,6 @@ func (s *Store) beginCopy(ctx context.Context, c *copying) (id string, f *failur
 	defer cancel()
 	f = s.retry(ctx, "copy", c.To, func() *failure {
 		out, f := attempt(longer, s, 0, func(ctx context.Context) (*s3.CreateMultipartUploadOutput, error) {
-			atBegin.Before()
-			defer atBegin.After()
 			return s.client.CreateMultipartUpload(ctx, in)
 		})
 		if f != nil && in.Tagging != nil && refusesTags(f) {
@@ -433,8 +429,6 @@ func (s *Store) copyPart(ctx, longer context.Context, c *copying, id string, p *
 	timeout := s.copyTimeout(size)
 	return s.retry(ctx, "copy", c.To, func() *failure {
 		out, f := attemptFor(longer, timeout, func(ctx context.Context) (*s3.UploadPartCopyOutput, error) {
-			atPart.Before()
-			defer atPart.After()
 			return s.client.UploadPartCopy(ctx, in)
 		})
 		if f != nil && f.status == 0 {
@@ -463,8 +457,6 @@ func (s *Store) completeCopy(ctx context.Context, c *copying, id string, parts [
 	defer cancel()
 	f := s.retry(ctx, "copy", c.To, func() *failure {
 		out, f := attemptFor(longer, timeout, func(ctx context.Context) (*s3.CompleteMultipartUploadOutput, error) {
-			atComplete.Before()
-			defer atComplete.After()
 			return s.client.CompleteMultipartUpload(ctx, &s3.CompleteMultipartUploadInput{
 				Bucket: &s.o.Bucket, Key: s.key(c.To), UploadId: &id, ExpectedBucketOwner: s.owner,
 				MultipartUpload: &types.CompletedMultipartUpload{Parts: parts},

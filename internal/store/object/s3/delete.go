@@ -123,8 +123,6 @@ func (s *Store) deleteBatch(ctx context.Context, keys []string, failed func(stri
 			objects[i].Key = s.key(key)
 		}
 		out, f := attempt(ctx, s, 0, func(ctx context.Context) (*s3.DeleteObjectsOutput, error) {
-			atDelete.Before()
-			defer atDelete.After()
 			return s.client.DeleteObjects(ctx, &s3.DeleteObjectsInput{
 				Bucket: &s.o.Bucket, ExpectedBucketOwner: s.owner, Delete: &types.Delete{Objects: objects, Quiet: aws.Bool(false)},
 			}, options)

@@ -81,8 +81,6 @@ func (s *Store) putWhole(ctx context.Context, w *write) *failure {
 	sum := checksum(w.body)
 	return s.retry(ctx, w.op, w.key, func() *failure {
 		out, f := attempt(ctx, s, int64(len(w.body)), func(ctx context.Context) (*s3.PutObjectOutput, error) {
-			atPut.Before()
-			defer atPut.After()
 			return s.client.PutObject(ctx, &s3.PutObjectInput{
 				Bucket: &s.o.Bucket, Key: s.key(w.key), Body: bytes.NewReader(w.body), ContentLength: aws.Int64(int64(len(w.body))),
 				ChecksumCRC32: &sum, IfNoneMatch: w.cond, Metadata: map[string]string{writerName: w.id},
