@@ -120,7 +120,7 @@ func (a *app) catalogApply() *cobra.Command {
 		Example: `  snapshotctl catalog apply -f docs.yaml
   snapshotctl catalog apply -f docs.yaml --dry-run
   generate-schema | snapshotctl catalog apply -f -`,
-		Args: args(),
+		Args: exactArgs(),
 	}
 	cmd.Flags().StringVarP(&file, "file", "f", "", "`file` of declarations; - is standard input (required)")
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "only print what would be done")
@@ -154,7 +154,7 @@ func (a *app) catalogApply() *cobra.Command {
 			a.collection = p.name
 			for _, s := range p.steps {
 				if !dryRun {
-					if err = a.do(ctx, c, &p, s); err != nil {
+					if err = a.runStep(ctx, c, &p, s); err != nil {
 						err = fmt.Errorf("%s %s: %w", s.Thing, s.Name, err)
 						break
 					}
@@ -184,7 +184,7 @@ func (a *app) printOutcomes(done []outcome, dryRun bool) error {
 			_ = t.flush() // w is memory
 		}
 		if dryRun {
-			put(w, "dry run: nothing was written\n")
+			fprintf(w, "dry run: nothing was written\n")
 		}
 	})
 }
@@ -208,7 +208,7 @@ func readDeclarations(name string, r io.Reader) ([]declaration, error) {
 			if te, ok := errors.AsType[*yaml.TypeError](err); ok {
 				text = strings.Join(te.Errors, "; ")
 			}
-			return nil, wrong("%s: %s", name, goType.ReplaceAllString(text, ""))
+			return nil, usageErrorf("%s: %s", name, goType.ReplaceAllString(text, ""))
 		}
 		if reflect.ValueOf(d).IsZero() { // nothing between two lines of dashes
 			continue
@@ -217,35 +217,35 @@ func readDeclarations(name string, r io.Reader) ([]declaration, error) {
 			d.DB = "default"
 		}
 		if d.Name == "" {
-			return nil, wrong("%s: collection %d has no name", name, len(all)+1)
+			return nil, usageErrorf("%s: collection %d has no name", name, len(all)+1)
 		}
 		what := fullName(d.DB, d.Name, 0)
 		if slices.ContainsFunc(all, func(o declaration) bool { return o.DB == d.DB && o.Name == d.Name }) {
-			return nil, wrong("%s: collection %s is declared twice", name, what)
+			return nil, usageErrorf("%s: collection %s is declared twice", name, what)
 		}
 		if _, err := layoutOf(d.Layout); err != nil {
-			return nil, wrong("%s: collection %s: %w", name, what, err)
+			return nil, usageErrorf("%s: collection %s: %w", name, what, err)
 		}
 		if d.Schema != nil {
 			if _, err := base64.StdEncoding.DecodeString(d.Schema.SchemaRaw); err != nil {
-				return nil, wrong("%s: collection %s: schemaRaw is not base64", name, what)
+				return nil, usageErrorf("%s: collection %s: schemaRaw is not base64", name, what)
 			}
 		}
 		for thing, names := range map[string][]string{"partition": partitionNames(d.Partitions), "index": indexNames(d.Indexes)} {
 			slices.Sort(names)
 			for i, n := range names {
 				if n == "" {
-					return nil, wrong("%s: collection %s: a declared %s has no name", name, what, thing)
+					return nil, usageErrorf("%s: collection %s: a declared %s has no name", name, what, thing)
 				}
 				if i > 0 && n == names[i-1] {
-					return nil, wrong("%s: collection %s: %s %s is declared twice", name, what, thing, n)
+					return nil, usageErrorf("%s: collection %s: %s %s is declared twice", name, what, thing, n)
 				}
 			}
 		}
 		all = append(all, d)
 	}
 	if len(all) == 0 {
-		return nil, wrong("%s declares nothing", name)
+		return nil, usageErrorf("%s declares nothing", name)
 	}
 	return all, nil
 }
@@ -328,12 +328,12 @@ func (a *app) planFor(ctx context.Context, c *client.Client, d declaration) (pla
 		Collection: &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Name{Name: &snapshotdv1.CollectionName{Db: d.DB, Name: d.Name}}},
 	})
 	if err != nil {
-		if _, code := describe(err); code == codes.NotFound {
-			return diff(d, holdings{})
+		if _, code := errorText(err); code == codes.NotFound {
+			return diff(d, collectionState{})
 		}
 		return plan{}, err
 	}
-	h := holdings{collection: resp.GetCollection()}
+	h := collectionState{collection: resp.GetCollection()}
 	ref := idRef(h.collection.GetId())
 	if h.partitions, err = unary(ctx, a, c.AllPartitions, &snapshotdv1.ListPartitionsRequest{Collection: ref}); err != nil {
 		return plan{}, err
@@ -346,19 +346,19 @@ func (a *app) planFor(ctx context.Context, c *client.Client, d declaration) (pla
 
 // diff returns what makes has into d, or an error that names everything that
 // cannot be changed.
-func diff(d declaration, has holdings) (plan, error) {
-	p := plan{name: fullName(d.DB, d.Name, 0), id: has.collection.GetId()}
-	var fixed []error
-	p.steps = append(p.steps, diffCollection(d, has.collection, &fixed))
+func diff(d declaration, current collectionState) (plan, error) {
+	p := plan{name: fullName(d.DB, d.Name, 0), id: current.collection.GetId()}
+	var immutable []error
+	p.steps = append(p.steps, diffCollection(d, current.collection, &immutable))
 	for _, want := range d.Partitions {
-		p.steps = append(p.steps, diffPartition(p.name, want, has.partitions.GetPartitions(), &fixed))
+		p.steps = append(p.steps, diffPartition(p.name, want, current.partitions.GetPartitions(), &immutable))
 	}
 	for _, want := range d.Indexes {
-		p.steps = append(p.steps, diffIndex(p.name, want, has.indexes.GetIndexes(), &fixed))
+		p.steps = append(p.steps, diffIndex(p.name, want, current.indexes.GetIndexes(), &immutable))
 	}
-	if len(fixed) > 0 {
+	if len(immutable) > 0 {
 		var parts []string
-		for _, err := range fixed {
+		for _, err := range immutable {
 			parts = append(parts, err.Error())
 		}
 		return plan{}, &hintError{
@@ -369,7 +369,7 @@ func diff(d declaration, has holdings) (plan, error) {
 	return p, nil
 }
 
-func diffCollection(d declaration, has *snapshotdv1.Collection, fixed *[]error) step {
+func diffCollection(d declaration, current *snapshotdv1.Collection, immutable *[]error) step {
 	layout, _ := layoutOf(d.Layout) // was checked
 	s := step{outcome: outcome{Action: unchanged, Thing: "collection", Name: fullName(d.DB, d.Name, 0)}}
 	var roots []*snapshotdv1.Root
@@ -379,7 +379,7 @@ func diffCollection(d declaration, has *snapshotdv1.Collection, fixed *[]error) 
 		}
 		roots = append(roots, &snapshotdv1.Root{Store: r.Store, Prefix: r.Prefix})
 	}
-	if has == nil {
+	if current == nil {
 		s.Action = created
 		s.request = &snapshotdv1.CreateCollectionRequest{
 			Name: &snapshotdv1.CollectionName{Db: d.DB, Name: d.Name}, Id: d.ID,
@@ -389,43 +389,43 @@ func diffCollection(d declaration, has *snapshotdv1.Collection, fixed *[]error) 
 		return s
 	}
 
-	differ := func(format string, args ...any) { *fixed = append(*fixed, fmt.Errorf(format, args...)) }
-	if d.ID != 0 && d.ID != has.GetId() {
-		differ("its id is %d, not %d", has.GetId(), d.ID)
+	differ := func(format string, args ...any) { *immutable = append(*immutable, fmt.Errorf(format, args...)) }
+	if d.ID != 0 && d.ID != current.GetId() {
+		differ("its id is %d, not %d", current.GetId(), d.ID)
 	}
 	if d.Schema != nil {
-		if what := schemaDiff(d.schema(), has.GetSchema()); what != "" {
+		if what := schemaDiff(d.schema(), current.GetSchema()); what != "" {
 			differ("schema: %s", what)
 		}
 	}
-	if d.Channels != nil && !slices.Equal(d.Channels, has.GetChannels()) {
-		differ("channels: they are %q", has.GetChannels())
+	if d.Channels != nil && !slices.Equal(d.Channels, current.GetChannels()) {
+		differ("channels: they are %q", current.GetChannels())
 	}
-	if d.Roots != nil && !slices.EqualFunc(roots, has.GetRoots(), func(a, b *snapshotdv1.Root) bool { return proto.Equal(a, b) }) {
+	if d.Roots != nil && !slices.EqualFunc(roots, current.GetRoots(), func(a, b *snapshotdv1.Root) bool { return proto.Equal(a, b) }) {
 		var parts []string
-		for _, r := range has.GetRoots() {
+		for _, r := range current.GetRoots() {
 			parts = append(parts, r.GetStore()+":"+r.GetPrefix())
 		}
 		differ("roots: they are %q", parts)
 	}
-	if d.Layout != "" && layout != has.GetLayout() {
-		differ("layout: it is %s", lower(has.GetLayout(), "LAYOUT_"))
+	if d.Layout != "" && layout != current.GetLayout() {
+		differ("layout: it is %s", enumName(current.GetLayout(), "LAYOUT_"))
 	}
 
-	req := &snapshotdv1.UpdateCollectionRequest{UpdateMask: new(fieldmaskpb.FieldMask), ExpectedRevision: has.GetRevision()}
+	req := &snapshotdv1.UpdateCollectionRequest{UpdateMask: new(fieldmaskpb.FieldMask), ExpectedRevision: current.GetRevision()}
 	change := func(path, name string) {
 		req.UpdateMask.Paths = append(req.UpdateMask.Paths, path)
 		s.Changed = append(s.Changed, name)
 	}
-	if d.Properties != nil && !maps.Equal(d.Properties, has.GetProperties()) {
+	if d.Properties != nil && !maps.Equal(d.Properties, current.GetProperties()) {
 		change("properties", "properties")
 		req.Properties = d.Properties
 	}
-	if d.Attributes != nil && !maps.Equal(d.Attributes, has.GetAttributes()) {
+	if d.Attributes != nil && !maps.Equal(d.Attributes, current.GetAttributes()) {
 		change("attributes", "attributes")
 		req.Attributes = d.Attributes
 	}
-	if d.ConsistencyLevel != nil && *d.ConsistencyLevel != has.GetConsistencyLevel() {
+	if d.ConsistencyLevel != nil && *d.ConsistencyLevel != current.GetConsistencyLevel() {
 		change("consistency_level", "consistencyLevel")
 		req.ConsistencyLevel = *d.ConsistencyLevel
 	}
@@ -436,27 +436,27 @@ func diffCollection(d declaration, has *snapshotdv1.Collection, fixed *[]error) 
 }
 
 // schemaDiff says how a schema differs from what there is; empty: it does not.
-func schemaDiff(want, has *snapshotdv1.Schema) string {
-	if len(want.GetFields()) != len(has.GetFields()) {
-		return fmt.Sprintf("it has %s, not %d", count(len(has.GetFields()), "field"), len(want.GetFields()))
+func schemaDiff(want, current *snapshotdv1.Schema) string {
+	if len(want.GetFields()) != len(current.GetFields()) {
+		return fmt.Sprintf("it has %s, not %d", count(len(current.GetFields()), "field"), len(want.GetFields()))
 	}
 	for i, f := range want.GetFields() {
-		if !proto.Equal(f, has.GetFields()[i]) {
+		if !proto.Equal(f, current.GetFields()[i]) {
 			return fmt.Sprintf("field %q (id %d) differs", f.GetName(), f.GetId())
 		}
 	}
-	if want.GetSchemaFormat() != has.GetSchemaFormat() {
-		return fmt.Sprintf("schemaFormat is %q", has.GetSchemaFormat())
+	if want.GetSchemaFormat() != current.GetSchemaFormat() {
+		return fmt.Sprintf("schemaFormat is %q", current.GetSchemaFormat())
 	}
-	if string(want.GetSchemaRaw()) != string(has.GetSchemaRaw()) {
+	if string(want.GetSchemaRaw()) != string(current.GetSchemaRaw()) {
 		return "schemaRaw differs"
 	}
 	return ""
 }
 
-func diffPartition(collection string, want partition, has []*snapshotdv1.Partition, fixed *[]error) step {
+func diffPartition(collection string, want partition, current []*snapshotdv1.Partition, immutable *[]error) step {
 	s := step{outcome: outcome{Action: unchanged, Thing: "partition", Name: collection + "/" + want.Name}}
-	i := slices.IndexFunc(has, func(p *snapshotdv1.Partition) bool {
+	i := slices.IndexFunc(current, func(p *snapshotdv1.Partition) bool {
 		return p.GetName() == want.Name && p.GetState() != snapshotdv1.Partition_STATE_DROPPING
 	})
 	if i < 0 {
@@ -464,17 +464,17 @@ func diffPartition(collection string, want partition, has []*snapshotdv1.Partiti
 		s.request = &snapshotdv1.CreatePartitionRequest{Name: want.Name, Id: want.ID, Attributes: want.Attributes}
 		return s
 	}
-	if p := has[i]; want.ID != 0 && want.ID != p.GetId() {
-		*fixed = append(*fixed, fmt.Errorf("partition %s: its id is %d, not %d", want.Name, p.GetId(), want.ID))
+	if p := current[i]; want.ID != 0 && want.ID != p.GetId() {
+		*immutable = append(*immutable, fmt.Errorf("partition %s: its id is %d, not %d", want.Name, p.GetId(), want.ID))
 	} else if want.Attributes != nil && !maps.Equal(want.Attributes, p.GetAttributes()) {
-		*fixed = append(*fixed, fmt.Errorf("partition %s: its attributes are %q", want.Name, pairs(p.GetAttributes())))
+		*immutable = append(*immutable, fmt.Errorf("partition %s: its attributes are %q", want.Name, formatMap(p.GetAttributes())))
 	}
 	return s
 }
 
-func diffIndex(collection string, want index, has []*snapshotdv1.Index, fixed *[]error) step {
+func diffIndex(collection string, want index, current []*snapshotdv1.Index, immutable *[]error) step {
 	s := step{outcome: outcome{Action: unchanged, Thing: "index", Name: collection + "/" + want.Name}}
-	i := slices.IndexFunc(has, func(x *snapshotdv1.Index) bool {
+	i := slices.IndexFunc(current, func(x *snapshotdv1.Index) bool {
 		return x.GetName() == want.Name && x.GetState() != snapshotdv1.Index_STATE_DROPPING
 	})
 	if i < 0 {
@@ -485,9 +485,9 @@ func diffIndex(collection string, want index, has []*snapshotdv1.Index, fixed *[
 		}
 		return s
 	}
-	x := has[i]
+	x := current[i]
 	differ := func(format string, args ...any) {
-		*fixed = append(*fixed, fmt.Errorf("index "+want.Name+": "+format, args...))
+		*immutable = append(*immutable, fmt.Errorf("index "+want.Name+": "+format, args...))
 	}
 	if want.ID != 0 && want.ID != x.GetId() {
 		differ("its id is %d, not %d", x.GetId(), want.ID)
@@ -496,22 +496,22 @@ func diffIndex(collection string, want index, has []*snapshotdv1.Index, fixed *[
 		differ("its field is %d", x.GetFieldId())
 	}
 	for _, m := range []struct {
-		name      string
-		want, has map[string]string
+		name          string
+		want, current map[string]string
 	}{
 		{"typeParams", want.TypeParams, x.GetTypeParams()},
 		{"indexParams", want.IndexParams, x.GetIndexParams()},
 		{"attributes", want.Attributes, x.GetAttributes()},
 	} {
-		if m.want != nil && !maps.Equal(m.want, m.has) {
-			differ("its %s are %q", m.name, pairs(m.has))
+		if m.want != nil && !maps.Equal(m.want, m.current) {
+			differ("its %s are %q", m.name, formatMap(m.current))
 		}
 	}
 	return s
 }
 
 // do does one step of a plan.
-func (a *app) do(ctx context.Context, c *client.Client, p *plan, s step) error {
+func (a *app) runStep(ctx context.Context, c *client.Client, p *plan, s step) error {
 	ref, token := idRef(p.id), client.NewRequestToken()
 	var err error
 	switch req := s.request.(type) {

@@ -29,19 +29,19 @@ that came about in other ways.`)
 }
 
 // collectionFlag gives cmd a required flag --collection.
-func collectionFlag(cmd *cobra.Command) *string {
+func addCollection(cmd *cobra.Command) *string {
 	return cmd.Flags().String("collection", "", "the `collection` (required)")
 }
 
 // optional is a flag --collection that need not be given.
-type optional struct {
+type optionalCollection struct {
 	cmd  *cobra.Command
 	text string
 }
 
 // optionalCollection gives cmd such a flag, about which the help says about.
-func optionalCollection(cmd *cobra.Command, about string) *optional {
-	o := &optional{cmd: cmd}
+func addOptionalCollection(cmd *cobra.Command, about string) *optionalCollection {
+	o := &optionalCollection{cmd: cmd}
 	cmd.Flags().StringVar(&o.text, "collection", "", about)
 	return o
 }
@@ -49,20 +49,20 @@ func optionalCollection(cmd *cobra.Command, about string) *optional {
 // given returns the collection of such a flag, nil when it is not given. An empty
 // value is a mistake, such as that of a script whose variable is not set: it must
 // not stand for all collections.
-func (a *app) given(o *optional) (*snapshotdv1.CollectionRef, error) {
+func (a *app) optionalRef(o *optionalCollection) (*snapshotdv1.CollectionRef, error) {
 	switch {
 	case !o.cmd.Flags().Changed("collection"):
 		return nil, nil //nolint:nilnil // no collection is an answer
 	case o.text == "":
-		return nil, wrong("--collection is empty: which collection?")
+		return nil, usageErrorf("--collection is empty: which collection?")
 	}
 	return a.collectionRef(o.text)
 }
 
 // required returns the collection of a required flag.
-func (a *app) required(flag *string) (*snapshotdv1.CollectionRef, error) {
+func (a *app) requiredRef(flag *string) (*snapshotdv1.CollectionRef, error) {
 	if *flag == "" {
-		return nil, wrong("--collection is missing")
+		return nil, usageErrorf("--collection is missing")
 	}
 	return a.collectionRef(*flag)
 }
@@ -78,7 +78,7 @@ func (a *app) catalogCollections() *cobra.Command {
 		Short: "Lists collections in id order",
 		Example: `  snapshotctl catalog collections
   snapshotctl catalog collections --db prod --state active,dropping`,
-		Args: args(),
+		Args: exactArgs(),
 	}
 	f := cmd.Flags()
 	f.StringVar(&req.Db, "db", "", "only in this `database`")
@@ -102,7 +102,7 @@ func (a *app) catalogCollections() *cobra.Command {
 			}
 			for _, x := range resp.GetCollections() {
 				err := l.add(
-					x, fullName(x.GetDb(), x.GetName(), x.GetId()), x.GetId(), upper(x.GetState()),
+					x, fullName(x.GetDb(), x.GetName(), x.GetId()), x.GetId(), stateName(x.GetState()),
 					len(x.GetChannels()), len(x.GetSchema().GetFields()), x.GetCreateTime(),
 				)
 				if err != nil {
@@ -120,7 +120,7 @@ func (a *app) catalogCollections() *cobra.Command {
 }
 
 // holdings is a collection with what it has, as four calls tell it.
-type holdings struct {
+type collectionState struct {
 	collection  *snapshotdv1.Collection
 	checkpoints *snapshotdv1.ListCheckpointsResponse
 	partitions  *snapshotdv1.ListPartitionsResponse
@@ -136,7 +136,7 @@ With -o json and yaml these are the fields of the responses of GetCollection,
 ListCheckpoints, ListPartitions and ListIndexes in one object.`,
 		Example: `  snapshotctl catalog get docs
   snapshotctl catalog get '#7' -o yaml`,
-		Args: args("COLLECTION"),
+		Args: exactArgs("COLLECTION"),
 		RunE: a.run(func(ctx context.Context, args []string) error {
 			ref, err := a.collectionRef(args[0])
 			if err != nil {
@@ -150,7 +150,7 @@ ListCheckpoints, ListPartitions and ListIndexes in one object.`,
 			if err != nil {
 				return err
 			}
-			h := holdings{collection: first.GetCollection()}
+			h := collectionState{collection: first.GetCollection()}
 			// By id, so that all answers are about the same one.
 			ref = idRef(h.collection.GetId())
 			if h.checkpoints, err = unary(ctx, a, c.Catalog.ListCheckpoints, &snapshotdv1.ListCheckpointsRequest{Collection: ref}); err != nil {
@@ -183,24 +183,24 @@ func idRef(id int64) *snapshotdv1.CollectionRef {
 	return &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Id{Id: id}}
 }
 
-func renderCollection(w io.Writer, h holdings) {
+func renderCollection(w io.Writer, h collectionState) {
 	c := h.collection
-	put(w, "Collection\n")
-	facts(w, "  ",
+	fprintf(w, "Collection\n")
+	keyValues(w, "  ",
 		"name", fullName(c.GetDb(), c.GetName(), c.GetId()),
 		"id", c.GetId(),
-		"state", upper(c.GetState()),
+		"state", stateName(c.GetState()),
 		"created", c.GetCreateTime(),
-		"layout", lower(c.GetLayout(), "LAYOUT_"),
+		"layout", enumName(c.GetLayout(), "LAYOUT_"),
 		"consistency level", c.GetConsistencyLevel(),
-		"properties", pairs(c.GetProperties()),
-		"attributes", pairs(c.GetAttributes()),
+		"properties", formatMap(c.GetProperties()),
+		"attributes", formatMap(c.GetAttributes()),
 		"revision", c.GetRevision(),
 	)
 	if len(c.GetChannels()) == 0 {
-		put(w, "\nChannels: none; there is no stream, and the cut of a snapshot is everything\n")
+		fprintf(w, "\nChannels: none; there is no stream, and the cut of a snapshot is everything\n")
 	} else {
-		put(w, "\nChannels\n")
+		fprintf(w, "\nChannels\n")
 		at := make(map[int32]string)
 		for _, p := range h.checkpoints.GetCheckpoints() {
 			at[p.GetShard()] = dataTime(p.GetPosition().GetTimestamp())
@@ -227,7 +227,7 @@ snapshots stay, and keep the files that they need. Dropping one that does not
 exist is success.`,
 		Example: `  snapshotctl catalog drop-collection docs --expected-id 7
   snapshotctl catalog drop-collection '#7'`,
-		Args: args("COLLECTION"),
+		Args: exactArgs("COLLECTION"),
 	}
 	cmd.Flags().Int64Var(&expected, "expected-id", 0, "refuse unless the name stands for the collection with this `id`")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
@@ -263,7 +263,7 @@ prints what it gave back. Both need allow_reserve_ids in the server's configurat
 		Example: `  snapshotctl catalog allocate-ids 1000
   snapshotctl catalog allocate-ids 500000 --reserve 449000000000000000
   snapshotctl catalog allocate-ids 500000 --release 449000000000000000`,
-		Args: args("COUNT"),
+		Args: exactArgs("COUNT"),
 	}
 	cmd.Flags().Int64Var(&first, "reserve", 0, "reserve the range that begins with this `id`")
 	cmd.Flags().Int64Var(&release, "release", 0, "give back the unused end of the reserved range that begins with this `id`")
@@ -271,7 +271,7 @@ prints what it gave back. Both need allow_reserve_ids in the server's configurat
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
 		count, err := strconv.ParseInt(args[0], 10, 64)
 		if err != nil || count <= 0 {
-			return wrong("%q is no count of ids", args[0])
+			return usageErrorf("%q is no count of ids", args[0])
 		}
 		req := &snapshotdv1.AllocateIdsRequest{
 			Want:         &snapshotdv1.AllocateIdsRequest_Count{Count: count},
@@ -295,7 +295,7 @@ prints what it gave back. Both need allow_reserve_ids in the server's configurat
 			t := newTable(w, "", "FIRST", "LAST", "COUNT")
 			ids := resp.GetIds()
 			if ids.GetCount() == 0 { // of a release
-				put(w, "all ids of the range are used, none is given back\n")
+				fprintf(w, "all ids of the range are used, none is given back\n")
 				return
 			}
 			t.row(ids.GetFirst(), ids.GetFirst()+ids.GetCount()-1, ids.GetCount())
@@ -314,14 +314,14 @@ not including it, is. A checkpoint only moves forward.`,
 		Example: "  snapshotctl catalog set-checkpoint --collection docs 0=4500 1=4480",
 		Args:    cobra.ArbitraryArgs,
 	}
-	collection := collectionFlag(cmd)
+	collection := addCollection(cmd)
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
-		ref, err := a.required(collection)
+		ref, err := a.requiredRef(collection)
 		if err != nil {
 			return err
 		}
 		if len(args) == 0 {
-			return wrong("SHARD=TIMESTAMP is missing")
+			return usageErrorf("SHARD=TIMESTAMP is missing")
 		}
 		positions, err := parsePositions(args)
 		if err != nil {
@@ -336,7 +336,7 @@ not including it, is. A checkpoint only moves forward.`,
 			return err
 		}
 		return a.print(resp, func(w io.Writer) {
-			put(w, "set %s at catalog revision %d\n", count(len(positions), "checkpoint"), resp.GetCatalogRevision())
+			fprintf(w, "set %s at catalog revision %d\n", count(len(positions), "checkpoint"), resp.GetCatalogRevision())
 		})
 	})
 	return cmd

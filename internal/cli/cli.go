@@ -62,7 +62,7 @@ func (p Program) Run(ctx context.Context, args []string, stdin io.Reader, stdout
 		return exitOK
 	}
 	if !a.started { // cobra's, about flags and arguments
-		err = usage(cmd, err)
+		err = asUsageError(cmd, err)
 	}
 	return a.report(ctx, err)
 }
@@ -150,7 +150,7 @@ func (a *app) root() *cobra.Command {
 	root.SetIn(a.in)
 	root.SetOut(a.out)
 	root.SetErr(a.err)
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usage(cmd, err) })
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return asUsageError(cmd, err) })
 
 	f := root.PersistentFlags()
 	f.StringVar(&a.addr, "addr", defaultAddr, "server to talk to, `host:port`")
@@ -167,10 +167,10 @@ func (a *app) root() *cobra.Command {
 	}
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
 		if !slices.Contains(formats, a.output) {
-			return usage(cmd, fmt.Errorf("-o %s: the formats are %s", clean(a.output), strings.Join(formats, ", ")))
+			return asUsageError(cmd, fmt.Errorf("-o %s: the formats are %s", clean(a.output), strings.Join(formats, ", ")))
 		}
 		if a.timeout < 0 {
-			return usage(cmd, errors.New("--timeout must not be negative"))
+			return asUsageError(cmd, errors.New("--timeout must not be negative"))
 		}
 		for flag, to := range map[string]*string{
 			"addr": &a.addr, "tls-ca": &a.options.CAFile, "tls-cert": &a.options.CertFile, "tls-key": &a.options.KeyFile,
@@ -198,7 +198,7 @@ func group(use, short, long string) *cobra.Command {
 			if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
 				err = fmt.Errorf("%w; did you mean %s?", err, strings.Join(near, " or "))
 			}
-			return usage(cmd, err)
+			return asUsageError(cmd, err)
 		},
 		RunE:                       func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 		SuggestionsMinimumDistance: 2,
@@ -218,7 +218,7 @@ func (a *app) run(f func(ctx context.Context, args []string) error) func(*cobra.
 }
 
 // args demands exactly these arguments, named as in the command's Use.
-func args(names ...string) cobra.PositionalArgs {
+func exactArgs(names ...string) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		switch {
 		case len(args) < len(names):
@@ -226,9 +226,9 @@ func args(names ...string) cobra.PositionalArgs {
 			if slices.Contains([]string{"SNAPSHOT", "COLLECTION"}, names[len(args)]) {
 				err = fmt.Errorf("%w (an ID must be quoted, as in '#42': to the shell # begins a comment)", err)
 			}
-			return usage(cmd, err)
+			return asUsageError(cmd, err)
 		case len(args) > len(names):
-			return usage(cmd, fmt.Errorf("%q is one argument too many", clean(args[len(names)])))
+			return asUsageError(cmd, fmt.Errorf("%q is one argument too many", clean(args[len(names)])))
 		}
 		return nil
 	}
@@ -257,7 +257,7 @@ func (a *app) printNotes(
 	for _, text := range header.Get("snapshotd-note") {
 		if !slices.Contains(a.notes, text) {
 			a.notes = append(a.notes, text)
-			put(a.err, "note: %s\n", clean(text))
+			fprintf(a.err, "note: %s\n", clean(text))
 		}
 	}
 	return err
@@ -271,7 +271,7 @@ func (a *app) close() {
 
 // limit bounds a call by --timeout, or by the command's own default; 0 is no
 // bound.
-func (a *app) limit(ctx context.Context, byDefault time.Duration) (context.Context, context.CancelFunc) {
+func (a *app) withTimeout(ctx context.Context, byDefault time.Duration) (context.Context, context.CancelFunc) {
 	d := a.timeout
 	if d == 0 {
 		d = byDefault
@@ -285,7 +285,7 @@ func (a *app) limit(ctx context.Context, byDefault time.Duration) (context.Conte
 // unary makes one call with the usual bound. It is used as
 // unary(ctx, a, c.Admin.GetServerInfo, req), less gRPC's options.
 func unary[Req, Resp any](ctx context.Context, a *app, call callFunc[Req, Resp], req *Req) (*Resp, error) {
-	ctx, cancel := a.limit(ctx, callTimeout)
+	ctx, cancel := a.withTimeout(ctx, callTimeout)
 	defer cancel()
 	return call(ctx, req)
 }
@@ -303,10 +303,10 @@ func (a *app) versionCommand() *cobra.Command {
 		Short:   "Prints the version of snapshotctl",
 		Long:    "Prints the version of snapshotctl. That of the server is in `snapshotctl info`.",
 		Example: "  snapshotctl version",
-		Args:    args(),
+		Args:    exactArgs(),
 		RunE: a.run(func(context.Context, []string) error {
 			v := map[string]string{"version": a.version, "goVersion": runtime.Version(), "platform": platform}
-			return a.printValue(v, func(w io.Writer) { put(w, "%s", a.versionLine()) })
+			return a.printValue(v, func(w io.Writer) { fprintf(w, "%s", a.versionLine()) })
 		}),
 	}
 }
@@ -317,7 +317,7 @@ func (a *app) infoCommand() *cobra.Command {
 		Use:     "info",
 		Short:   "Shows the server: version, cluster, leader, stores",
 		Example: "  snapshotctl info --addr snapshotd.example.com:7950 --tls\n  snapshotctl info --wait --timeout 1m",
-		Args:    args(),
+		Args:    exactArgs(),
 		RunE: a.run(func(ctx context.Context, _ []string) error {
 			c, err := a.connect()
 			if err != nil {
@@ -341,7 +341,7 @@ func (a *app) infoCommand() *cobra.Command {
 					"cluster", resp.GetClusterId(),
 					"replica", resp.GetReplica(),
 					"leader", leader,
-					"snapshot names", "unique per " + lower(resp.GetNameScope(), "NAME_SCOPE_"),
+					"snapshot names", "unique per " + enumName(resp.GetNameScope(), "NAME_SCOPE_"),
 					"stores", strings.Join(resp.GetStores(), ", "),
 					"snapshot store", resp.GetSnapshotStore(),
 				}
@@ -354,7 +354,7 @@ func (a *app) infoCommand() *cobra.Command {
 						pairs = append(pairs, "clock", "CLOCK_UNTRUSTED: "+now.GetClockStopped())
 					}
 				}
-				facts(w, "", pairs...)
+				keyValues(w, "", pairs...)
 			})
 		}),
 	}
@@ -365,8 +365,8 @@ func (a *app) infoCommand() *cobra.Command {
 // readyInfo is GetServerInfo that waits for the server and for a leader.
 func readyInfo(c *client.Client) callFunc[snapshotdv1.GetServerInfoRequest, snapshotdv1.GetServerInfoResponse] {
 	return func(ctx context.Context, req *snapshotdv1.GetServerInfoRequest, opts ...grpc.CallOption) (*snapshotdv1.GetServerInfoResponse, error) {
-		again := time.NewTicker(50 * time.Millisecond)
-		defer again.Stop()
+		retry := time.NewTicker(50 * time.Millisecond)
+		defer retry.Stop()
 		var last error // of the last answer
 		for {
 			resp, err := c.Admin.GetServerInfo(ctx, req, append(opts, grpc.WaitForReady(true))...)
@@ -386,7 +386,7 @@ func readyInfo(c *client.Client) callFunc[snapshotdv1.GetServerInfoRequest, snap
 			select {
 			case <-ctx.Done():
 				return nil, last
-			case <-again.C:
+			case <-retry.C:
 			}
 		}
 	}
@@ -441,7 +441,7 @@ func renderProbe(w io.Writer, r *snapshotdv1.ProbeStoreResponse) {
 	}
 	_ = t.flush() // w is memory
 	if r.GetUsable() {
-		put(w, "store %s can be used\n", clean(r.GetStore()))
+		fprintf(w, "store %s can be used\n", clean(r.GetStore()))
 	}
 }
 
@@ -455,7 +455,7 @@ func (a *app) debugCommand() *cobra.Command {
 anything. KEY is without the cluster's root; numbers need no leading zeros.`,
 		Example: `  snapshotctl debug get /snapshot/rec/42
   snapshotctl debug get /gc/gen/7`,
-		Args: args("KEY"),
+		Args: exactArgs("KEY"),
 		RunE: a.run(func(ctx context.Context, args []string) error {
 			c, err := a.connect()
 			if err != nil {

@@ -1029,7 +1029,7 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-func TestNobodyThere(t *testing.T) {
+func TestConnectionRefused(t *testing.T) {
 	var out, errOut bytes.Buffer
 	// Port 1 is reserved, and nobody listens.
 	code := cli.Run(t.Context(), []string{"info", "--addr", "127.0.0.1:1", "--timeout", "50ms"}, strings.NewReader(""), &out, &errOut)

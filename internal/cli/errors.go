@@ -36,7 +36,7 @@ type usageError struct {
 func (e *usageError) Error() string { return e.err.Error() }
 func (e *usageError) Unwrap() error { return e.err }
 
-func usage(cmd *cobra.Command, err error) error {
+func asUsageError(cmd *cobra.Command, err error) error {
 	if _, ok := errors.AsType[*usageError](err); ok {
 		return err
 	}
@@ -44,7 +44,7 @@ func usage(cmd *cobra.Command, err error) error {
 }
 
 // wrong is a mistake in an argument or flag of the command that runs.
-func wrong(format string, args ...any) error {
+func usageErrorf(format string, args ...any) error {
 	return &usageError{err: fmt.Errorf(format, args...)}
 }
 
@@ -60,31 +60,31 @@ func (e *hintError) Unwrap() error { return e.err }
 // report prints an error and returns the exit code.
 func (a *app) report(ctx context.Context, err error) int {
 	if ctx.Err() != nil {
-		put(a.err, "error: interrupted\n")
+		fprintf(a.err, "error: interrupted\n")
 		if h, ok := errors.AsType[*hintError](err); ok {
-			put(a.err, "hint: %s\n", h.hint)
+			fprintf(a.err, "hint: %s\n", h.hint)
 		}
 		return exitOther
 	}
-	text, code := describe(err)
-	put(a.err, "error: %s\n", clean(text))
+	text, code := errorText(err)
+	fprintf(a.err, "error: %s\n", clean(text))
 	vs := client.Violations(err)
 	if len(vs) == 1 && strings.Contains(text, vs[0].Description) && strings.Contains(text, vs[0].Field) {
 		vs = nil // the message has said it
 	}
 	for _, v := range vs {
 		if v.Field == "" { // the request as a whole
-			put(a.err, "  %s\n", clean(v.Description))
+			fprintf(a.err, "  %s\n", clean(v.Description))
 			continue
 		}
-		put(a.err, "  %s: %s\n", clean(v.Field), clean(v.Description))
+		fprintf(a.err, "  %s: %s\n", clean(v.Field), clean(v.Description))
 	}
 	reason := client.Reason(err)
 	if reason != "" {
-		put(a.err, "reason: %s\n", clean(reason))
+		fprintf(a.err, "reason: %s\n", clean(reason))
 	}
 	if hint := a.hint(err, code, reason); hint != "" {
-		put(a.err, "hint: %s\n", hint)
+		fprintf(a.err, "hint: %s\n", hint)
 	}
 	if _, ok := errors.AsType[*usageError](err); ok {
 		return exitUsage
@@ -111,7 +111,7 @@ func (a *app) report(ctx context.Context, err error) int {
 
 // describe returns what an error says, and the status code in it; Unknown when
 // there is none.
-func describe(err error) (string, codes.Code) {
+func errorText(err error) (string, codes.Code) {
 	if s, ok := errors.AsType[statusError](err); ok {
 		st := s.GRPCStatus()
 		text := st.Message()
@@ -138,10 +138,10 @@ var dialError = regexp.MustCompile(`^connection error: desc = "(?:transport: )?(
 // tlsTrouble is what connecting fails with when one side speaks TLS and the other
 // does not, or when they do not trust each other. What wants TLS hangs up on
 // plaintext, at one moment or another.
-var tlsTrouble = regexp.MustCompile(`error reading server preface|broken pipe|tls: |x509: |certificate`)
+var tlsFailure = regexp.MustCompile(`error reading server preface|broken pipe|tls: |x509: |certificate`)
 
 // notTLS is what a TLS client is told by a server that does not speak it.
-const notTLS = "first record does not look like a TLS handshake"
+const plaintextReply = "first record does not look like a TLS handshake"
 
 type statusError interface {
 	error
@@ -160,14 +160,14 @@ func (a *app) hint(err error, code codes.Code, reason string) string {
 		return fmt.Sprintf("see `%s --help`", u.command)
 	}
 	if h, ok := hints[reason]; ok {
-		return strings.NewReplacer("SNAPSHOT", word(a.snapshot, "SNAPSHOT"), "COLLECTION", word(a.collection, "COLLECTION")).Replace(h)
+		return strings.NewReplacer("SNAPSHOT", shellQuote(a.snapshot, "SNAPSHOT"), "COLLECTION", shellQuote(a.collection, "COLLECTION")).Replace(h)
 	}
 	switch code {
 	case codes.Unavailable:
-		switch text, _ := describe(err); {
-		case strings.Contains(text, notTLS):
+		switch text, _ := errorText(err); {
+		case strings.Contains(text, plaintextReply):
 			return fmt.Sprintf("the server at %s may speak plaintext: leave out --tls, --tls-ca, --tls-cert and --tls-key, and their variables", clean(a.addr))
-		case tlsTrouble.MatchString(text):
+		case tlsFailure.MatchString(text):
 			return "the server may want TLS: see --tls-ca, --tls-cert, --tls-key"
 		}
 		return fmt.Sprintf("is snapshotd running at %s? --addr or SNAPSHOTCTL_ADDR names another server", clean(a.addr))
@@ -182,7 +182,7 @@ func (a *app) hint(err error, code codes.Code, reason string) string {
 
 // word returns s as one word of a shell command, or what to call it when it is
 // not known.
-func word(s, unknown string) string {
+func shellQuote(s, unknown string) string {
 	switch {
 	case s == "":
 		return unknown

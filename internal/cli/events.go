@@ -34,15 +34,15 @@ the end it says on standard error how to resume.`,
 		Example: `  snapshotctl events -f
   snapshotctl events -f --collection docs -o json
   snapshotctl events --resume-token AAAAAAAAAAE`,
-		Args: args(),
+		Args: exactArgs(),
 	}
 	f := cmd.Flags()
 	f.BoolVarP(&follow, "follow", "f", false, "go on until interrupted")
-	collection := optionalCollection(cmd, "only of this `collection`, its snapshots, tombstones and restores, and of all pins")
+	collection := addOptionalCollection(cmd, "only of this `collection`, its snapshots, tombstones and restores, and of all pins")
 	f.StringVar(&req.ResumeToken, "resume-token", "", "go on after the event with this `token` (default from now on)")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
 		var err error
-		if req.Collection, err = a.given(collection); err != nil {
+		if req.Collection, err = a.optionalRef(collection); err != nil {
 			return err
 		}
 		c, err := a.connect()
@@ -55,7 +55,7 @@ the end it says on standard error how to resume.`,
 			return a.showEvent(m)
 		}
 		if follow {
-			limited, cancel := a.limit(ctx, 0)
+			limited, cancel := a.withTimeout(ctx, 0)
 			defer cancel()
 			err = client.WatchEvents(limited, c.Events, &req, show)
 			// To be interrupted, or to reach a limit that was asked for, is how
@@ -67,14 +67,14 @@ the end it says on standard error how to resume.`,
 			err = a.pendingEvents(ctx, c, &req, show)
 		}
 		// A token that the server does not take is of no use another time either.
-		useless := slices.Contains([]string{"INVALID_RESUME_TOKEN", "EVENTS_COMPACTED"}, client.Reason(err)) ||
+		rejected := slices.Contains([]string{"INVALID_RESUME_TOKEN", "EVENTS_COMPACTED"}, client.Reason(err)) ||
 			status.Code(err) == codes.InvalidArgument
-		if a.output == formatTable && token != "" && !useless {
-			again := word(token, "")
+		if a.output == formatTable && token != "" && !rejected {
+			resume := shellQuote(token, "")
 			if collection.text != "" { // a token is good for the same events only
-				again += " --collection " + word(collection.text, "")
+				resume += " --collection " + shellQuote(collection.text, "")
 			}
-			put(a.err, "to resume: snapshotctl events --resume-token %s\n", again)
+			fprintf(a.err, "to resume: snapshotctl events --resume-token %s\n", resume)
 		}
 		return err
 	})
@@ -82,20 +82,20 @@ the end it says on standard error how to resume.`,
 }
 
 // errCurrent ends a watch that has told everything.
-var errCurrent = errors.New("current")
+var errCaughtUp = errors.New("current")
 
 // pendingEvents shows what happened up to now.
 func (a *app) pendingEvents(ctx context.Context, c *client.Client, req *snapshotdv1.WatchEventsRequest, show func(*snapshotdv1.WatchEventsResponse) error) error {
-	ctx, cancel := a.limit(ctx, callTimeout)
+	ctx, cancel := a.withTimeout(ctx, callTimeout)
 	defer cancel()
 	// A stream without a token begins with a bookmark, which says what now is.
 	now := int64(0)
 	if req.GetResumeToken() != "" {
 		err := client.WatchEvents(ctx, c.Events, &snapshotdv1.WatchEventsRequest{}, func(m *snapshotdv1.WatchEventsResponse) error {
 			now = m.GetRevision()
-			return errCurrent
+			return errCaughtUp
 		})
-		if !errors.Is(err, errCurrent) {
+		if !errors.Is(err, errCaughtUp) {
 			return err
 		}
 	}
@@ -104,11 +104,11 @@ func (a *app) pendingEvents(ctx context.Context, c *client.Client, req *snapshot
 			return err
 		}
 		if m.GetBookmark() != nil && m.GetRevision() >= now {
-			return errCurrent
+			return errCaughtUp
 		}
 		return nil
 	})
-	if errors.Is(err, errCurrent) {
+	if errors.Is(err, errCaughtUp) {
 		return nil
 	}
 	return err
@@ -116,7 +116,7 @@ func (a *app) pendingEvents(ctx context.Context, c *client.Client, req *snapshot
 
 func (a *app) showEvent(m *snapshotdv1.WatchEventsResponse) error {
 	if a.output != formatTable {
-		return a.line(m)
+		return a.printLine(m)
 	}
 	line := eventLine(m)
 	if line == "" {
@@ -129,25 +129,25 @@ func (a *app) showEvent(m *snapshotdv1.WatchEventsResponse) error {
 // eventLine returns an event on one line; empty for what is none.
 func eventLine(m *snapshotdv1.WatchEventsResponse) string {
 	var (
-		change    snapshotdv1.ChangeType
-		thing     string
-		id        int64
-		state     string
-		name, why string
+		change     snapshotdv1.ChangeType
+		thing      string
+		id         int64
+		state      string
+		name, note string
 	)
 	switch e := m.GetEvent().(type) {
 	case *snapshotdv1.WatchEventsResponse_Collection:
 		c := e.Collection.GetCollection()
-		change, thing, id, state = e.Collection.GetType(), "collection", c.GetId(), upper(c.GetState())
+		change, thing, id, state = e.Collection.GetType(), "collection", c.GetId(), stateName(c.GetState())
 		if c.GetName() != "" {
 			name = fullName(c.GetDb(), c.GetName(), c.GetId())
 		}
 	case *snapshotdv1.WatchEventsResponse_Snapshot:
 		s := e.Snapshot.GetSnapshot()
-		change, thing, id, state = e.Snapshot.GetType(), "snapshot", s.GetId(), upper(s.GetState())
-		name, why = s.GetName(), s.GetReason()
+		change, thing, id, state = e.Snapshot.GetType(), "snapshot", s.GetId(), stateName(s.GetState())
+		name, note = s.GetName(), s.GetReason()
 		if s.GetCollection().GetId() != 0 {
-			why = strings.TrimSuffix("of "+origin(s.GetCollection())+": "+why, ": ")
+			note = strings.TrimSuffix("of "+collectionName(s.GetCollection())+": "+note, ": ")
 		}
 	case *snapshotdv1.WatchEventsResponse_Pin:
 		p := e.Pin.GetPin()
@@ -158,22 +158,22 @@ func eventLine(m *snapshotdv1.WatchEventsResponse) string {
 				state = "EXPIRED"
 			}
 		}
-		name, why = p.GetOwner(), strings.TrimSuffix(fmt.Sprintf("on snapshot #%d: %s", p.GetSnapshotId(), p.GetReason()), ": ")
+		name, note = p.GetOwner(), strings.TrimSuffix(fmt.Sprintf("on snapshot #%d: %s", p.GetSnapshotId(), p.GetReason()), ": ")
 	case *snapshotdv1.WatchEventsResponse_Restore:
 		j := e.Restore.GetJob()
-		change, thing, id, state = e.Restore.GetType(), "restore", j.GetId(), upper(j.GetState())
+		change, thing, id, state = e.Restore.GetType(), "restore", j.GetId(), stateName(j.GetState())
 		if t := j.GetTarget(); t.GetName() != "" {
 			name = fullName(t.GetDb(), t.GetName(), t.GetId())
-			why = strings.TrimSuffix(fmt.Sprintf("of snapshot %s, phase %s: %s", j.GetSnapshotName(), phase(j), j.GetReason()), ": ")
+			note = strings.TrimSuffix(fmt.Sprintf("of snapshot %s, phase %s: %s", j.GetSnapshotName(), phase(j), j.GetReason()), ": ")
 		}
 	case *snapshotdv1.WatchEventsResponse_Tombstone:
 		t := e.Tombstone.GetTombstone()
 		change, thing, id, state = e.Tombstone.GetType(), "tombstone", t.GetId(), "-"
 		if t.GetCollectionId() != 0 {
-			why = fmt.Sprintf("of collection #%d", t.GetCollectionId())
+			note = fmt.Sprintf("of collection #%d", t.GetCollectionId())
 		}
 		if kind := t.GetKind(); kind != snapshotdv1.Tombstone_KIND_UNSPECIFIED {
-			why += ": " + lower(kind, "KIND_")
+			note += ": " + enumName(kind, "KIND_")
 		}
 	default:
 		return ""
@@ -181,6 +181,6 @@ func eventLine(m *snapshotdv1.WatchEventsResponse) string {
 	if state == "UNSPECIFIED" { // gone; only its ids are told
 		state = "-"
 	}
-	line := fmt.Sprintf("%-10d  %-7s  %-10s  %-12d  %-9s  %s %s", m.GetRevision(), lower(change, "CHANGE_TYPE_"), thing, id, state, cell(name), clean(why))
+	line := fmt.Sprintf("%-10d  %-7s  %-10s  %-12d  %-9s  %s %s", m.GetRevision(), enumName(change, "CHANGE_TYPE_"), thing, id, state, cell(name), clean(note))
 	return strings.TrimRight(line, " ")
 }

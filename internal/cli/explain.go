@@ -31,28 +31,28 @@ It is advice: only what ` + "`snapshotctl reclaim request`" + ` grants may be de
   snapshotctl explain --collection docs engine/7/8/101/insert/100/1
   snapshotctl explain --collection '#7' --build 201 -o json`,
 	}
-	collection := collectionFlag(cmd)
+	collection := addCollection(cmd)
 	f := cmd.Flags()
 	f.Int64Var(&build, "build", 0, "the index build with this `id`, instead of SEGMENT_ID or FILE_PATH")
 	f.Int32Var(&root, "root", 0, "`number` of the file's root (default any)")
-	cmd.Args = func(cmd *cobra.Command, given []string) error {
+	cmd.Args = func(cmd *cobra.Command, argv []string) error {
 		switch {
 		case !cmd.Flags().Changed("build"):
-			return args("SEGMENT_ID or FILE_PATH")(cmd, given)
-		case len(given) > 0:
-			return usage(cmd, fmt.Errorf("both --build and %q are given", clean(given[0])))
+			return exactArgs("SEGMENT_ID or FILE_PATH")(cmd, argv)
+		case len(argv) > 0:
+			return asUsageError(cmd, fmt.Errorf("both --build and %q are given", clean(argv[0])))
 		case build <= 0:
-			return usage(cmd, fmt.Errorf("--build %d: ids are positive numbers", build))
+			return asUsageError(cmd, fmt.Errorf("--build %d: ids are positive numbers", build))
 		}
 		return nil
 	}
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
-		ref, err := a.required(collection)
+		ref, err := a.requiredRef(collection)
 		if err != nil {
 			return err
 		}
 		if root < 0 {
-			return wrong("--root %d: roots are numbered from 0", root)
+			return usageErrorf("--root %d: roots are numbered from 0", root)
 		}
 		c, err := a.connect()
 		if err != nil {
@@ -68,11 +68,11 @@ It is advice: only what ` + "`snapshotctl reclaim request`" + ` grants may be de
 			candidates = append(candidates, buildUnit(build))
 		} else if id, err := strconv.ParseInt(args[0], 10, 64); err == nil {
 			if id <= 0 {
-				return wrong("%q is no id: ids are positive numbers", args[0])
+				return usageErrorf("%q is no id: ids are positive numbers", args[0])
 			}
 			candidates = append(candidates, segmentUnit(id))
-		} else if candidates = filesCalled(args[0], col.GetRoots(), root, f.Changed("root")); len(candidates) == 0 {
-			return wrong("--root %d: %s has %s", root, fullName(col.GetDb(), col.GetName(), col.GetId()), count(len(col.GetRoots()), "root"))
+		} else if candidates = fileCandidates(args[0], col.GetRoots(), root, f.Changed("root")); len(candidates) == 0 {
+			return usageErrorf("--root %d: %s has %s", root, fullName(col.GetDb(), col.GetName(), col.GetId()), count(len(col.GetRoots()), "root"))
 		}
 		// By id, so that both answers are about the same one.
 		resp, err := unary(ctx, a, c.Reclaim.CheckReferences, &snapshotdv1.CheckReferencesRequest{Collection: idRef(col.GetId()), Units: candidates})
@@ -95,7 +95,7 @@ It is advice: only what ` + "`snapshotctl reclaim request`" + ` grants may be de
 
 // filesCalled returns what a name may stand for: a path in each root, or in one,
 // and a key that begins with the root's prefix.
-func filesCalled(name string, roots []*snapshotdv1.Root, root int32, only bool) []*snapshotdv1.Unit {
+func fileCandidates(name string, roots []*snapshotdv1.Root, root int32, only bool) []*snapshotdv1.Unit {
 	var paths, keys []*snapshotdv1.Unit
 	for i, r := range roots {
 		if only && int32(i) != root {
@@ -116,53 +116,53 @@ func renderExplanation(w io.Writer, col *snapshotdv1.Collection, as string, unit
 	holders := explainHolders(u)
 	switch u.GetState() {
 	case snapshotdv1.UnitReferences_STATE_LIVE:
-		segment := liveIn(u)
+		segment := liveSegment(u)
 		if unit.GetSegmentId() == 0 && segment != 0 {
 			what += fmt.Sprintf(", of segment %d,", segment)
 		}
-		put(w, "%s is part of %s.\n", what, of)
-		explainMore(w, "Besides it is", holders)
-		put(w, "It cannot go before it is dropped or replaced")
+		fprintf(w, "%s is part of %s.\n", what, of)
+		printPhrases(w, "Besides it is", holders)
+		fprintf(w, "It cannot go before it is dropped or replaced")
 		if segment != 0 {
-			put(w, ": snapshotctl catalog drop-segments --collection %s %d", word(as, ""), segment)
+			fprintf(w, ": snapshotctl catalog drop-segments --collection %s %d", shellQuote(as, ""), segment)
 		}
-		put(w, "\n")
+		fprintf(w, "\n")
 	case snapshotdv1.UnitReferences_STATE_DROPPED:
-		put(w, "%s was dropped from %s.\n", what, of)
+		fprintf(w, "%s was dropped from %s.\n", what, of)
 		if u.GetHolderCount() == 0 {
-			put(w, "Nothing holds it. It can go: snapshotctl reclaim request --collection %s %s --deleter snapshotd\n", word(as, ""), unitFlags(unit))
+			fprintf(w, "Nothing holds it. It can go: snapshotctl reclaim request --collection %s %s --deleter snapshotd\n", shellQuote(as, ""), unitArgs(unit))
 			return
 		}
-		explainMore(w, "It is", holders)
-		explainWayOut(w, u)
+		printPhrases(w, "It is", holders)
+		explainRelease(w, u)
 	case snapshotdv1.UnitReferences_STATE_GRANTED:
 		t := u.GetTombstone()
 		files := fmt.Sprintf("%s, %s", count(t.GetFileCount(), "file"), size(t.GetBytes()))
-		put(w, "%s was dropped from %s. No snapshot needs it.\n", what, of)
+		fprintf(w, "%s was dropped from %s. No snapshot needs it.\n", what, of)
 		if t.GetDeleter() != snapshotdv1.Deleter_DELETER_CALLER {
-			put(w, "It was granted to snapshotd at %s, which deletes it: %s.\n", when(t.GetGrantTime()), files)
+			fprintf(w, "It was granted to snapshotd at %s, which deletes it: %s.\n", formatTime(t.GetGrantTime()), files)
 			return
 		}
 		by := "a caller without a name"
 		if t.GetCaller() != "" {
 			by = "caller " + clean(t.GetCaller())
 		}
-		put(w, "It was granted to %s at %s, and its deletion is not confirmed: %s.\n", by, when(t.GetGrantTime()), files)
-		put(w, "When they are deleted: snapshotctl reclaim confirm --collection %s %d\n", word(as, ""), t.GetId())
+		fprintf(w, "It was granted to %s at %s, and its deletion is not confirmed: %s.\n", by, formatTime(t.GetGrantTime()), files)
+		fprintf(w, "When they are deleted: snapshotctl reclaim confirm --collection %s %d\n", shellQuote(as, ""), t.GetId())
 	default:
-		put(w, "%s is not known in %s: it never was registered, or is reclaimed and confirmed.\n", what, of)
+		fprintf(w, "%s is not known in %s: it never was registered, or is reclaimed and confirmed.\n", what, of)
 		if unit.GetIndexBuildId() != 0 {
-			put(w, "Or it is part of the collection: ask for its segment, or for one of its files.\n")
+			fprintf(w, "Or it is part of the collection: ask for its segment, or for one of its files.\n")
 		}
-		explainMore(w, "It is", holders)
+		printPhrases(w, "It is", holders)
 		if u.GetHolderCount() == 0 {
-			put(w, "snapshotd does not grant what it does not know, and says nothing for or against deleting it.\n")
+			fprintf(w, "snapshotd does not grant what it does not know, and says nothing for or against deleting it.\n")
 		}
 	}
 }
 
 // liveIn returns the segment of a unit that is part of the collection.
-func liveIn(u *snapshotdv1.UnitReferences) int64 {
+func liveSegment(u *snapshotdv1.UnitReferences) int64 {
 	for _, h := range u.GetHolders() {
 		if h.GetCatalog() != nil {
 			return h.GetCatalog().GetSegmentId()
@@ -174,9 +174,9 @@ func liveIn(u *snapshotdv1.UnitReferences) int64 {
 // explainHolders returns a phrase for each holder but the collection.
 func explainHolders(u *snapshotdv1.UnitReferences) []string {
 	var list []string
-	told := int64(0)
+	listed := int64(0)
 	for _, h := range u.GetHolders() {
-		told++
+		listed++
 		switch h.GetHolder().(type) {
 		case *snapshotdv1.Holder_Snapshot:
 			s := h.GetSnapshot()
@@ -185,7 +185,7 @@ func explainHolders(u *snapshotdv1.UnitReferences) []string {
 			list = append(list, fmt.Sprintf("held by a snapshot that is being created (%d) and may come to need it", h.GetCreating().GetSnapshotId()))
 		}
 	}
-	if more := u.GetHolderCount() - told; more > 0 {
+	if more := u.GetHolderCount() - listed; more > 0 {
 		list = append(list, fmt.Sprintf("held by %d more", more))
 	}
 	return list
@@ -200,71 +200,71 @@ func explainPins(pins []*snapshotdv1.Pin) string {
 		} else {
 			b.WriteString(",")
 		}
-		put(&b, " by %s", clean(p.GetOwner()))
+		fprintf(&b, " by %s", clean(p.GetOwner()))
 		if p.GetReason() != "" {
-			put(&b, " (%s)", clean(p.GetReason()))
+			fprintf(&b, " (%s)", clean(p.GetReason()))
 		}
 		until := "it is removed"
 		if p.GetExpireTime() != nil {
-			until = when(p.GetExpireTime())
+			until = formatTime(p.GetExpireTime())
 		}
-		put(&b, " until %s", until)
+		fprintf(&b, " until %s", until)
 	}
 	return b.String()
 }
 
 // explainMore prints phrases as sentences, or as a list of them.
-func explainMore(w io.Writer, begin string, phrases []string) {
+func printPhrases(w io.Writer, begin string, phrases []string) {
 	if len(phrases) == 1 {
-		put(w, "%s %s.\n", begin, phrases[0])
+		fprintf(w, "%s %s.\n", begin, phrases[0])
 		return
 	}
 	for i, p := range phrases {
 		if i == 0 {
-			put(w, "%s\n", begin)
+			fprintf(w, "%s\n", begin)
 		}
-		put(w, "  - %s\n", p)
+		fprintf(w, "  - %s\n", p)
 	}
 }
 
 // explainWayOut says when a unit that was dropped can go.
-func explainWayOut(w io.Writer, u *snapshotdv1.UnitReferences) {
+func explainRelease(w io.Writer, u *snapshotdv1.UnitReferences) {
 	var drops []string
 	pinned, creating := false, false
 	for _, h := range u.GetHolders() {
 		if s := h.GetSnapshot(); s != nil {
-			drops = append(drops, word(fmt.Sprintf("#%d", s.GetSnapshotId()), ""))
+			drops = append(drops, shellQuote(fmt.Sprintf("#%d", s.GetSnapshotId()), ""))
 			pinned = pinned || len(s.GetPins()) > 0
 		}
 		creating = creating || h.GetCreating() != nil
 	}
 	switch {
 	case len(drops) == 1 && u.GetHolderCount() == 1:
-		put(w, "It can go when that snapshot is dropped: snapshotctl snapshot drop %s\n", drops[0])
+		fprintf(w, "It can go when that snapshot is dropped: snapshotctl snapshot drop %s\n", drops[0])
 	case len(drops) > 0:
-		put(w, "It can go when nothing holds it any more. Snapshots go with\n")
+		fprintf(w, "It can go when nothing holds it any more. Snapshots go with\n")
 		for _, d := range drops {
-			put(w, "  snapshotctl snapshot drop %s\n", d)
+			fprintf(w, "  snapshotctl snapshot drop %s\n", d)
 		}
 	case creating:
-		put(w, "It can go if no snapshot that is being created turns out to need it; ask again when they are done.\n")
+		fprintf(w, "It can go if no snapshot that is being created turns out to need it; ask again when they are done.\n")
 	default:
-		put(w, "It can go when nothing holds it any more.\n")
+		fprintf(w, "It can go when nothing holds it any more.\n")
 	}
 	if pinned {
-		put(w, "A pinned snapshot is not dropped: its pins have to end, or be removed, first; see `snapshotctl pin list`.\n")
+		fprintf(w, "A pinned snapshot is not dropped: its pins have to end, or be removed, first; see `snapshotctl pin list`.\n")
 	}
 }
 
 // unitFlags names a unit in the way that `reclaim` takes it.
-func unitFlags(u *snapshotdv1.Unit) string {
+func unitArgs(u *snapshotdv1.Unit) string {
 	switch u.GetUnit().(type) {
 	case *snapshotdv1.Unit_SegmentId:
 		return fmt.Sprintf("--segment %d", u.GetSegmentId())
 	case *snapshotdv1.Unit_IndexBuildId:
 		return fmt.Sprintf("--build %d", u.GetIndexBuildId())
 	}
-	flags := "--path " + word(u.GetFile().GetPath(), "")
+	flags := "--path " + shellQuote(u.GetFile().GetPath(), "")
 	if root := u.GetFile().GetRoot(); root != 0 {
 		flags += fmt.Sprintf(" --root %d", root)
 	}

@@ -45,8 +45,8 @@ func FuzzTimeSpan(f *testing.F) {
 			if d <= 0 || d > maxTTLDays*day {
 				t.Errorf("%q is %v", s, d)
 			}
-			if again, err := parseTTL(d.String()); err != nil || again != d {
-				t.Errorf("%q is %v, and that %v, %v", s, d, again, err)
+			if reparsed, err := parseTTL(d.String()); err != nil || reparsed != d {
+				t.Errorf("%q is %v, and that %v, %v", s, d, reparsed, err)
 			}
 		}
 		pin, errPin := parsePinTTL(s, "")
@@ -84,9 +84,9 @@ func FuzzTime(f *testing.F) {
 		if err := ts.CheckValid(); err != nil {
 			t.Fatalf("%q is read as a time that no message can hold: %v", s, err)
 		}
-		again, err := parseTime(ts.AsTime().Format(time.RFC3339Nano))
-		if err != nil || !proto.Equal(ts, again) {
-			t.Errorf("%q is %v, and that %v, %v", s, ts.AsTime(), again, err)
+		reparsed, err := parseTime(ts.AsTime().Format(time.RFC3339Nano))
+		if err != nil || !proto.Equal(ts, reparsed) {
+			t.Errorf("%q is %v, and that %v, %v", s, ts.AsTime(), reparsed, err)
 		}
 	})
 }
@@ -124,8 +124,8 @@ func FuzzByteCount(f *testing.F) {
 		if !ok || want.Lsh(want, shift).Cmp(big.NewInt(n)) != 0 || n <= 0 {
 			t.Errorf("%q is %d, want %v", s, n, want)
 		}
-		if again, err := parseBytes(fmt.Sprintf("%dB", n)); err != nil || again != n {
-			t.Errorf("%q is %d, and that %d, %v", s, n, again, err)
+		if reparsed, err := parseBytes(fmt.Sprintf("%dB", n)); err != nil || reparsed != n {
+			t.Errorf("%q is %d, and that %d, %v", s, n, reparsed, err)
 		}
 	})
 }
@@ -143,16 +143,16 @@ func FuzzArguments(f *testing.F) {
 		if ref, err := parseCollection(s); err != nil {
 			checkUsage(t, s, err)
 		} else {
-			var again string
+			var reparsed string
 			switch n := ref.GetName(); {
 			case n == nil:
-				again = fmt.Sprintf("#%d", ref.GetId())
+				reparsed = fmt.Sprintf("#%d", ref.GetId())
 			case n.GetDb() != "":
-				again = n.GetDb() + "/" + n.GetName()
+				reparsed = n.GetDb() + "/" + n.GetName()
 			default:
-				again = n.GetName()
+				reparsed = n.GetName()
 			}
-			if got, err := parseCollection(again); err != nil || !proto.Equal(got, ref) || ref.GetName() == nil && ref.GetId() <= 0 {
+			if got, err := parseCollection(reparsed); err != nil || !proto.Equal(got, ref) || ref.GetName() == nil && ref.GetId() <= 0 {
 				t.Errorf("%q is %v, and that %v, %v", s, ref, got, err)
 			}
 		}
@@ -171,8 +171,8 @@ func FuzzArguments(f *testing.F) {
 				}
 				texts = append(texts, fmt.Sprint(id))
 			}
-			if again, err := parseIDs(texts); err != nil || fmt.Sprint(again) != fmt.Sprint(ids) {
-				t.Errorf("%q is %d, and that %d, %v", s, ids, again, err)
+			if reparsed, err := parseIDs(texts); err != nil || fmt.Sprint(reparsed) != fmt.Sprint(ids) {
+				t.Errorf("%q is %d, and that %d, %v", s, ids, reparsed, err)
 			}
 		}
 		if labels, err := parseLabels([]string{s}); err != nil {
@@ -198,8 +198,8 @@ func FuzzArguments(f *testing.F) {
 		if _, err := parseDeleter(s); err != nil {
 			checkUsage(t, s, err)
 		}
-		if shown := clean(s); !utf8.ValidString(shown) || strings.ContainsFunc(shown, func(r rune) bool { return !unicode.IsPrint(r) }) {
-			t.Errorf("%q is shown as %q", s, shown)
+		if cleaned := clean(s); !utf8.ValidString(cleaned) || strings.ContainsFunc(cleaned, func(r rune) bool { return !unicode.IsPrint(r) }) {
+			t.Errorf("%q is shown as %q", s, cleaned)
 		}
 	})
 }
@@ -218,7 +218,7 @@ func FuzzSegmentLines(f *testing.F) {
 		var all []*snapshotdv1.Segment
 		var err error
 		took := allocated.Bytes(func() {
-			err = batches(newSegmentLines("file", bytes.NewReader(data)).next, func(batch []*snapshotdv1.Segment) error {
+			err = sendBatches(newSegmentLines("file", bytes.NewReader(data)).next, func(batch []*snapshotdv1.Segment) error {
 				if len(batch) == 0 || len(batch) > maxBatch {
 					t.Errorf("a batch of %d", len(batch))
 				}
@@ -246,13 +246,13 @@ func FuzzSegmentLines(f *testing.F) {
 			}
 			out.Write(append(line, '\n'))
 		}
-		again := newSegmentLines("file", &out)
+		reparsed := newSegmentLines("file", &out)
 		for i, want := range all {
-			if got, err := again.next(); err != nil || !proto.Equal(want, got) {
+			if got, err := reparsed.next(); err != nil || !proto.Equal(want, got) {
 				t.Fatalf("segment %d: %v became %v, %v", i, want, got, err)
 			}
 		}
-		if _, err := again.next(); !errors.Is(err, io.EOF) {
+		if _, err := reparsed.next(); !errors.Is(err, io.EOF) {
 			t.Errorf("after the last: %v", err)
 		}
 	})
@@ -303,7 +303,7 @@ indexes: [{name: i, field: 100}]
 			if d.Name == "" || d.DB == "" {
 				t.Errorf("%q/%q", d.DB, d.Name)
 			}
-			p, err := diff(d, holdings{})
+			p, err := diff(d, collectionState{})
 			if err != nil || len(p.steps) != 1+len(d.Partitions)+len(d.Indexes) {
 				t.Fatalf("%d steps where nothing is, %v", len(p.steps), err)
 			}
@@ -320,31 +320,31 @@ indexes: [{name: i, field: 100}]
 // checkApplied plans a declaration once more where all that p asks for is done.
 func checkApplied(t *testing.T, d declaration, p plan) {
 	t.Helper()
-	has := holdings{collection: &snapshotdv1.Collection{Id: max(d.ID, 1)}, partitions: &snapshotdv1.ListPartitionsResponse{}, indexes: &snapshotdv1.ListIndexesResponse{}}
+	current := collectionState{collection: &snapshotdv1.Collection{Id: max(d.ID, 1)}, partitions: &snapshotdv1.ListPartitionsResponse{}, indexes: &snapshotdv1.ListIndexesResponse{}}
 	for _, s := range p.steps {
 		switch r := s.request.(type) {
 		case *snapshotdv1.CreateCollectionRequest:
-			c := has.collection
+			c := current.collection
 			c.Schema, c.Channels, c.Roots, c.Layout = r.GetSchema(), r.GetChannels(), r.GetRoots(), r.GetLayout()
 			c.ConsistencyLevel, c.Properties, c.Attributes = r.GetConsistencyLevel(), r.GetProperties(), r.GetAttributes()
 			if d.ID < 0 { // the server refuses it
 				return
 			}
 		case *snapshotdv1.CreatePartitionRequest:
-			has.partitions.Partitions = append(has.partitions.Partitions, &snapshotdv1.Partition{Id: r.GetId(), Name: r.GetName(), Attributes: r.GetAttributes()})
+			current.partitions.Partitions = append(current.partitions.Partitions, &snapshotdv1.Partition{Id: r.GetId(), Name: r.GetName(), Attributes: r.GetAttributes()})
 		case *snapshotdv1.CreateIndexRequest:
-			has.indexes.Indexes = append(has.indexes.Indexes, &snapshotdv1.Index{
+			current.indexes.Indexes = append(current.indexes.Indexes, &snapshotdv1.Index{
 				Id: r.GetId(), Name: r.GetName(), FieldId: r.GetFieldId(), TypeParams: r.GetTypeParams(), IndexParams: r.GetIndexParams(), Attributes: r.GetAttributes(),
 			})
 		default:
 			t.Fatalf("%T", r)
 		}
 	}
-	again, err := diff(d, has)
+	reparsed, err := diff(d, current)
 	if err != nil {
 		t.Fatalf("it is as declared, and yet: %v", err)
 	}
-	for _, s := range again.steps {
+	for _, s := range reparsed.steps {
 		if s.Action != unchanged || s.request != nil {
 			t.Errorf("%s %s is as declared, and yet %s: %v", s.Thing, s.Name, s.Action, s.Changed)
 		}

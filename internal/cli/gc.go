@@ -55,9 +55,9 @@ func receive[M any](stream interface{ Recv() (*M, error) }, each func(*M) error)
 
 func (a *app) gcRun() *cobra.Command {
 	var (
-		req          snapshotdv1.CollectRequest
-		tolerance    span
-		tellsObjects bool
+		req         snapshotdv1.CollectRequest
+		tolerance   span
+		withObjects bool
 	)
 	cmd := &cobra.Command{
 		Use:   "run",
@@ -85,43 +85,43 @@ With -o json and yaml it prints what the server says, one message a line.`,
 		Example: `  snapshotctl gc run --dry-run
   snapshotctl gc run --collection docs --dry-run --objects
   snapshotctl gc run --collection docs --tolerance 0s --wait`,
-		Args: args(),
+		Args: exactArgs(),
 	}
 	f := cmd.Flags()
-	collection := optionalCollection(cmd, "only in this `collection`; of one that was dropped, '#ID'")
+	collection := addOptionalCollection(cmd, "only in this `collection`; of one that was dropped, '#ID'")
 	f.BoolVar(&req.DryRun, "dry-run", false, "change nothing, and tell what would be done")
-	f.BoolVar(&tellsObjects, "objects", false, "with --dry-run, name each object that would go")
+	f.BoolVar(&withObjects, "objects", false, "with --dry-run, name each object that would go")
 	f.Var(&tolerance, "tolerance", "take what was dropped longer ago than this `time` span, such as 36h or 7d (default as configured)")
 	f.BoolVar(&req.Force, "force", false, "go on where a round of 100 units or more stops at the configured share of a collection; needs --collection")
 	f.BoolVar(&req.Sweep, "sweep", false, "also delete what nothing knows under snapshotd's own prefixes")
 	f.BoolVar(&req.Wait, "wait", false, "return when the files are deleted, up to --timeout")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
-		ref, err := a.given(collection)
+		ref, err := a.optionalRef(collection)
 		switch {
 		case err != nil:
 			return err
 		case req.GetForce() && ref == nil:
-			return wrong("--force needs --collection: only for one collection at a time is it said that so much shall go")
-		case tellsObjects && !req.GetDryRun():
-			return wrong("--objects needs --dry-run; what a round has granted is in `snapshotctl reclaim list --files`")
+			return usageErrorf("--force needs --collection: only for one collection at a time is it said that so much shall go")
+		case withObjects && !req.GetDryRun():
+			return usageErrorf("--objects needs --dry-run; what a round has granted is in `snapshotctl reclaim list --files`")
 		case req.GetWait() && req.GetDryRun():
-			return wrong("--wait and --dry-run exclude each other: a dry run deletes nothing that could be waited for")
+			return usageErrorf("--wait and --dry-run exclude each other: a dry run deletes nothing that could be waited for")
 		case req.GetSweep() && ref != nil:
-			return wrong("--sweep and --collection exclude each other: a sweep is about snapshotd's own prefixes, in all stores")
-		case tolerance.of < 0:
-			return wrong("--tolerance %s: it must not be negative", clean(tolerance.text))
-		case tolerance.of > maxSpan:
-			return wrong("--tolerance %s: at most ten years, 3650d", clean(tolerance.text))
+			return usageErrorf("--sweep and --collection exclude each other: a sweep is about snapshotd's own prefixes, in all stores")
+		case tolerance.duration < 0:
+			return usageErrorf("--tolerance %s: it must not be negative", clean(tolerance.text))
+		case tolerance.duration > maxSpan:
+			return usageErrorf("--tolerance %s: at most ten years, 3650d", clean(tolerance.text))
 		}
 		req.Collection = ref
 		if f.Changed("tolerance") {
-			req.Tolerance = durationpb.New(tolerance.of)
+			req.Tolerance = durationpb.New(tolerance.duration)
 		}
 		c, err := a.connect()
 		if err != nil {
 			return err
 		}
-		limited, cancel := a.limit(ctx, 0)
+		limited, cancel := a.withTimeout(ctx, 0)
 		defer cancel()
 		stream, err := c.Collector.Collect(limited, &req)
 		if err != nil {
@@ -136,7 +136,7 @@ With -o json and yaml it prints what the server says, one message a line.`,
 				sum = msg.GetSummary()
 			}
 			if a.output != formatTable {
-				return a.line(msg)
+				return a.printLine(msg)
 			}
 			if !req.GetDryRun() || len(msg.GetItems()) == 0 {
 				return nil
@@ -145,7 +145,7 @@ With -o json and yaml it prints what the server says, one message a line.`,
 				// As wide as the longest kind, for rows are shown as they come.
 				rows = newTable(a.out, "", "ACTION", "KIND       ", "ID", "COLLECTION", "FILES", "BYTES", "REASON")
 			}
-			return collectRows(rows, msg.GetItems(), tellsObjects)
+			return collectRows(rows, msg.GetItems(), withObjects)
 		})
 		if err != nil {
 			return err
@@ -154,8 +154,8 @@ With -o json and yaml it prints what the server says, one message a line.`,
 			return errors.New("the server ended the round without saying what it came to; see `snapshotctl gc status`")
 		}
 		if a.output == formatTable {
-			put(a.out, "%s", roundText(sum, &req))
-			a.stops(ctx, c, sum, &req)
+			fprintf(a.out, "%s", cycleText(sum, &req))
+			a.printStops(ctx, c, sum, &req)
 		}
 		switch {
 		case sum.GetError() != "":
@@ -180,7 +180,7 @@ func collectRows(t *table, items []*snapshotdv1.CollectItem, objects bool) error
 		if i.GetFiles() > 0 || i.GetAction() == snapshotdv1.CollectItem_ACTION_DELETE {
 			files, bytes = strconv.FormatInt(i.GetFiles(), 10), size(i.GetBytes())
 		}
-		t.row(lower(i.GetAction(), "ACTION_"), lower(i.GetKind(), "KIND_"), id, fmt.Sprintf("#%d", i.GetCollectionId()), files, bytes, i.GetReason())
+		t.row(enumName(i.GetAction(), "ACTION_"), enumName(i.GetKind(), "KIND_"), id, fmt.Sprintf("#%d", i.GetCollectionId()), files, bytes, i.GetReason())
 		if !objects || len(i.GetObjects()) == 0 {
 			continue
 		}
@@ -202,39 +202,39 @@ func filesText(files, bytes int64) string {
 }
 
 // roundText says what a round came to.
-func roundText(sum *snapshotdv1.CollectSummary, req *snapshotdv1.CollectRequest) string {
+func cycleText(sum *snapshotdv1.CollectSummary, req *snapshotdv1.CollectRequest) string {
 	var b strings.Builder
 	of := fmt.Sprintf("%s: %s", count(sum.GetGranted(), "unit"), filesText(sum.GetFiles(), sum.GetBytes()))
 	switch {
 	case sum.GetGranted() == 0 && sum.GetStopCount()+sum.GetRemoved() > 0: // which is told below
 	case sum.GetGranted() == 0:
-		put(&b, "no unit can go\n")
+		fprintf(&b, "no unit can go\n")
 	case req.GetDryRun():
-		put(&b, "would delete %s\n", of)
+		fprintf(&b, "would delete %s\n", of)
 	case req.GetWait():
-		put(&b, "deleted %s\n", of)
+		fprintf(&b, "deleted %s\n", of)
 	default:
-		put(&b, "snapshotd deletes %s\n", of)
+		fprintf(&b, "snapshotd deletes %s\n", of)
 	}
 	if sum.GetWaiting() > 0 {
-		put(&b, "waiting: %s, dropped too recently\n", count(sum.GetWaiting(), "unit"))
+		fprintf(&b, "waiting: %s, dropped too recently\n", count(sum.GetWaiting(), "unit"))
 	}
 	if sum.GetHeld() > 0 {
-		put(&b, "held: %s%s\n", count(sum.GetHeld(), "unit"), parkedText(sum.GetParked()))
+		fprintf(&b, "held: %s%s\n", count(sum.GetHeld(), "unit"), parkedText(sum.GetParked()))
 	}
 	if sum.GetRemoved() > 0 {
 		gone := "gone for good"
 		if req.GetDryRun() {
 			gone = "would be gone for good"
 		}
-		put(&b, "%s: %s\n", gone, removedText(sum.GetRemoved()))
+		fprintf(&b, "%s: %s\n", gone, removedText(sum.GetRemoved()))
 	}
 	if req.GetSweep() {
 		swept := "swept"
 		if req.GetDryRun() {
 			swept = "would sweep"
 		}
-		put(&b, "%s: %s, %s, of snapshotd's own that nothing knows\n", swept, count(sum.GetSwept(), "object"), size(sum.GetSweptBytes()))
+		fprintf(&b, "%s: %s, %s, of snapshotd's own that nothing knows\n", swept, count(sum.GetSwept(), "object"), size(sum.GetSweptBytes()))
 	}
 	return b.String()
 }
@@ -259,7 +259,7 @@ func removedText(n int64) string {
 const maxSpan = 10 * 365 * day
 
 // stops tells in which collections a round stopped, and the way on.
-func (a *app) stops(ctx context.Context, c *client.Client, sum *snapshotdv1.CollectSummary, req *snapshotdv1.CollectRequest) {
+func (a *app) printStops(ctx context.Context, c *client.Client, sum *snapshotdv1.CollectSummary, req *snapshotdv1.CollectRequest) {
 	if len(sum.GetStops()) == 0 {
 		return
 	}
@@ -275,16 +275,16 @@ func (a *app) stops(ctx context.Context, c *client.Client, sum *snapshotdv1.Coll
 		tolerance = " --tolerance " + req.GetTolerance().AsDuration().String()
 	}
 	for _, s := range sum.GetStops() {
-		as, named := a.stopPlace(ctx, c, s)
-		way := fmt.Sprintf("snapshotctl gc run --collection %s%s", word(as, ""), tolerance)
+		as, named := a.stopCollection(ctx, c, s)
+		way := fmt.Sprintf("snapshotctl gc run --collection %s%s", shellQuote(as, ""), tolerance)
 		look := fmt.Sprintf("look with `%s --dry-run`, and if so much shall go, run it with --force instead", way)
 		if req.GetDryRun() {
 			look = fmt.Sprintf("if so much shall go: `%s --force`", way)
 		}
-		put(a.out, "%s in collection %s: %s would go, more than %s; %s\n", stopped, named, stopText(s), share, look)
+		fprintf(a.out, "%s in collection %s: %s would go, more than %s; %s\n", stopped, named, stopText(s), share, look)
 	}
 	if more := sum.GetStopCount() - int64(len(sum.GetStops())); more > 0 {
-		put(a.out, "%s in %s more\n", stopped, count(more, "collection"))
+		fprintf(a.out, "%s in %s more\n", stopped, count(more, "collection"))
 	}
 }
 
@@ -294,7 +294,7 @@ func stopText(s *snapshotdv1.CollectStop) string {
 }
 
 // stopPlace returns the collection of a stop as commands take it, and for people.
-func (a *app) stopPlace(ctx context.Context, c *client.Client, s *snapshotdv1.CollectStop) (as, named string) {
+func (a *app) stopCollection(ctx context.Context, c *client.Client, s *snapshotdv1.CollectStop) (as, named string) {
 	as = fmt.Sprintf("#%d", s.GetCollectionId())
 	resp, err := unary(ctx, a, c.Catalog.GetCollection, &snapshotdv1.GetCollectionRequest{Collection: idRef(s.GetCollectionId())})
 	col := resp.GetCollection()
@@ -315,7 +315,7 @@ func (a *app) gcStatus() *cobra.Command {
 		Use:     "status",
 		Short:   "Shows what the leader's last round came to, and what is left to do",
 		Example: "  snapshotctl gc status",
-		Args:    args(),
+		Args:    exactArgs(),
 		RunE: a.run(func(ctx context.Context, _ []string) error {
 			c, err := a.connect()
 			if err != nil {
@@ -326,7 +326,7 @@ func (a *app) gcStatus() *cobra.Command {
 				return err
 			}
 			return a.print(resp, func(w io.Writer) {
-				renderCollector(w, resp, func(s *snapshotdv1.CollectStop) (string, string) { return a.stopPlace(ctx, c, s) })
+				renderCollector(w, resp, func(s *snapshotdv1.CollectStop) (string, string) { return a.stopCollection(ctx, c, s) })
 			})
 		}),
 	}
@@ -349,7 +349,7 @@ func renderCollector(w io.Writer, r *snapshotdv1.GetCollectorStatusResponse, pla
 	case r.GetClockStopped() != "":
 		blocked = r.GetClockStopped()
 	}
-	facts(w, "",
+	keyValues(w, "",
 		"collector", enabled,
 		"blocked", blocked,
 		"tolerance", r.GetTolerance().AsDuration(),
@@ -360,7 +360,7 @@ func renderCollector(w io.Writer, r *snapshotdv1.GetCollectorStatusResponse, pla
 	renderHalts(w, r.GetHalts())
 	sum := r.GetLastRound()
 	if sum == nil {
-		put(w, "There was no round yet.\n")
+		fprintf(w, "There was no round yet.\n")
 		return
 	}
 	took := sum.GetEndTime().AsTime().Sub(sum.GetStartTime().AsTime())
@@ -386,8 +386,8 @@ func renderCollector(w io.Writer, r *snapshotdv1.GetCollectorStatusResponse, pla
 	case trouble == "":
 		trouble = "none"
 	}
-	put(w, "Last round\n")
-	facts(w, "  ",
+	fprintf(w, "Last round\n")
+	keyValues(w, "  ",
 		"by", sum.GetReplica(),
 		"began", sum.GetStartTime(),
 		"took", took.Round(time.Millisecond),
@@ -399,7 +399,7 @@ func renderCollector(w io.Writer, r *snapshotdv1.GetCollectorStatusResponse, pla
 		"trouble", trouble,
 	)
 	if first != "" {
-		put(w, "Look with `snapshotctl gc run --collection %s --dry-run`; if so much shall go, run it with --force instead.\n", word(first, ""))
+		fprintf(w, "Look with `snapshotctl gc run --collection %s --dry-run`; if so much shall go, run it with --force instead.\n", shellQuote(first, ""))
 	}
 }
 
@@ -408,7 +408,7 @@ func renderHalts(w io.Writer, halts []*snapshotdv1.CollectorHalt) {
 	if len(halts) == 0 {
 		return
 	}
-	put(w, "Stands still\n")
+	fprintf(w, "Stands still\n")
 	for _, h := range halts {
 		text := h.GetError()
 		if h.GetSinceTime() != nil {
@@ -420,7 +420,7 @@ func renderHalts(w io.Writer, halts []*snapshotdv1.CollectorHalt) {
 		if h.GetReplica() != "" {
 			text += ", in replica " + h.GetReplica()
 		}
-		facts(w, "  ", h.GetWhat(), text)
+		keyValues(w, "  ", h.GetWhat(), text)
 	}
 }
 
@@ -437,12 +437,12 @@ KEY is the object's whole key in the store. The object need not be there.
 ` + "`snapshotctl explain`" + ` says more about a segment, an index build or a file of a collection.`,
 		Example: `  snapshotctl gc explain snapshots/7/42/metadata.json
   snapshotctl gc explain engine/7/8/101/insert/100/1 --store archive`,
-		Args: args("KEY"),
+		Args: exactArgs("KEY"),
 	}
 	cmd.Flags().StringVar(&req.Store, "store", "", "`alias` of the store (default the one for snapshots)")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
 		if req.Key = args[0]; req.GetKey() == "" {
-			return wrong("KEY is empty: which object?")
+			return usageErrorf("KEY is empty: which object?")
 		}
 		c, err := a.connect()
 		if err != nil {
@@ -462,25 +462,25 @@ func renderObject(w io.Writer, key string, r *snapshotdv1.ExplainObjectResponse)
 	if what == "" {
 		what = "not known"
 	}
-	put(w, "%s: %s\n", clean(key), clean(what))
-	untold := slices.DeleteFunc(slices.Clone(r.GetHolders()), func(h *snapshotdv1.Holder) bool { // of those that the reason names
+	fprintf(w, "%s: %s\n", clean(key), clean(what))
+	unnamed := slices.DeleteFunc(slices.Clone(r.GetHolders()), func(h *snapshotdv1.Holder) bool { // of those that the reason names
 		return h.GetSnapshot() != nil && strings.Contains(r.GetReason(), strconv.Quote(h.GetSnapshot().GetName()))
 	})
-	explainMore(w, "It is", explainHolders(&snapshotdv1.UnitReferences{Holders: untold, HolderCount: int64(len(untold))}))
+	printPhrases(w, "It is", explainHolders(&snapshotdv1.UnitReferences{Holders: unnamed, HolderCount: int64(len(unnamed))}))
 	switch reason := clean(r.GetReason()); {
 	case !r.GetExists():
-		put(w, "%s\n", reason)
+		fprintf(w, "%s\n", reason)
 	case r.GetKept():
-		put(w, "It stays: %s\n", reason)
+		fprintf(w, "It stays: %s\n", reason)
 	default:
-		put(w, "It may go: %s\n", reason)
+		fprintf(w, "It may go: %s\n", reason)
 	}
 	switch {
 	case r.GetCollectionId() == 0:
 	case r.GetIndexBuildId() != 0:
-		put(w, "More: snapshotctl explain --collection '#%d' --build %d\n", r.GetCollectionId(), r.GetIndexBuildId())
+		fprintf(w, "More: snapshotctl explain --collection '#%d' --build %d\n", r.GetCollectionId(), r.GetIndexBuildId())
 	case r.GetSegmentId() != 0:
-		put(w, "More: snapshotctl explain --collection '#%d' %d\n", r.GetCollectionId(), r.GetSegmentId())
+		fprintf(w, "More: snapshotctl explain --collection '#%d' %d\n", r.GetCollectionId(), r.GetSegmentId())
 	}
 }
 
@@ -511,43 +511,43 @@ With -o json and yaml it prints what the server says, one message a line.`,
 		Example: `  snapshotctl gc orphans
   snapshotctl gc orphans --collection docs
   snapshotctl gc orphans --collection docs --delete --grace 24h`,
-		Args: args(),
+		Args: exactArgs(),
 	}
 	f := cmd.Flags()
-	collection := optionalCollection(cmd, "under the roots of this `collection` (default under snapshotd's own prefixes)")
+	collection := addOptionalCollection(cmd, "under the roots of this `collection` (default under snapshotd's own prefixes)")
 	f.BoolVar(&remove, "delete", false, "delete those that are deletable; needs --collection and --grace")
 	f.Var(&grace, "grace", "with --delete, how old an object must be: a `time` span of at least 1h, such as 36h or 7d")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
-		ref, err := a.given(collection)
+		ref, err := a.optionalRef(collection)
 		switch {
 		case err != nil:
 			return err
 		case remove && ref == nil:
-			return wrong("--delete needs --collection: under snapshotd's own prefixes the collector deletes by itself, and an engine's files go for one collection at a time")
+			return usageErrorf("--delete needs --collection: under snapshotd's own prefixes the collector deletes by itself, and an engine's files go for one collection at a time")
 		case remove && !f.Changed("grace"):
-			return wrong("--delete needs --grace: a file that is written and not registered yet is an orphan, too; give a time span, such as 24h, that is longer than a file ever stays so")
+			return usageErrorf("--delete needs --grace: a file that is written and not registered yet is an orphan, too; give a time span, such as 24h, that is longer than a file ever stays so")
 		case !remove && f.Changed("grace"):
-			return wrong("--grace is for --delete; without it orphans of any age are listed")
-		case remove && grace.of < time.Hour:
-			return wrong("--grace %s: at least 1h, for files are written before they are registered", clean(grace.text))
-		case remove && grace.of > maxSpan:
-			return wrong("--grace %s: at most ten years, 3650d", clean(grace.text))
+			return usageErrorf("--grace is for --delete; without it orphans of any age are listed")
+		case remove && grace.duration < time.Hour:
+			return usageErrorf("--grace %s: at least 1h, for files are written before they are registered", clean(grace.text))
+		case remove && grace.duration > maxSpan:
+			return usageErrorf("--grace %s: at most ten years, 3650d", clean(grace.text))
 		}
 		c, err := a.connect()
 		if err != nil {
 			return err
 		}
-		ctx, cancel := a.limit(ctx, 0)
+		ctx, cancel := a.withTimeout(ctx, 0)
 		defer cancel()
 		o := orphans{app: a, table: newTable(a.out, "", "STORE", "KEY", "SIZE", "AGE", "DELETABLE", "REASON")}
 		if remove {
-			stream, err := c.Collector.DeleteOrphans(ctx, &snapshotdv1.DeleteOrphansRequest{Collection: ref, Grace: durationpb.New(grace.of)})
+			stream, err := c.Collector.DeleteOrphans(ctx, &snapshotdv1.DeleteOrphansRequest{Collection: ref, Grace: durationpb.New(grace.duration)})
 			if err != nil {
 				return err
 			}
 			err = receive(stream, func(msg *snapshotdv1.DeleteOrphansResponse) error {
 				if a.output != formatTable {
-					return a.line(msg)
+					return a.printLine(msg)
 				}
 				return o.show(msg.GetDeleted())
 			})
@@ -559,7 +559,7 @@ With -o json and yaml it prints what the server says, one message a line.`,
 		}
 		err = receive(stream, func(msg *snapshotdv1.ListOrphansResponse) error {
 			if a.output != formatTable {
-				return a.line(msg)
+				return a.printLine(msg)
 			}
 			return o.show(msg.GetOrphans())
 		})
@@ -599,7 +599,7 @@ func (o *orphans) end(err error, format string, args ...any) error {
 		if flushErr := o.table.flush(); flushErr != nil && err == nil {
 			err = flushErr
 		}
-		put(o.app.out, format, args...)
+		fprintf(o.app.out, format, args...)
 	}
 	return err
 }

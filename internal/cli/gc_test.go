@@ -50,7 +50,7 @@ func (s *server) DeleteOrphans(req *snapshotdv1.DeleteOrphansRequest, to grpc.Se
 }
 
 // round is what a round came to.
-func round() *snapshotdv1.CollectSummary {
+func cycleSummary() *snapshotdv1.CollectSummary {
 	return &snapshotdv1.CollectSummary{
 		Replica: "r1", StartTime: timestamppb.New(now), EndTime: timestamppb.New(now.Add(1500 * time.Millisecond)),
 		Granted: 2, Files: 5, Bytes: 5 << 10, Waiting: 1, Held: 3, Parked: 2, Removed: 1,
@@ -58,7 +58,7 @@ func round() *snapshotdv1.CollectSummary {
 }
 
 // stopped is what a round came to that stopped in two collections and more.
-func stopped() *snapshotdv1.CollectSummary {
+func stoppedSummary() *snapshotdv1.CollectSummary {
 	return &snapshotdv1.CollectSummary{
 		Replica: "r1", StartTime: timestamppb.New(now), EndTime: timestamppb.New(now),
 		Stops: []*snapshotdv1.CollectStop{{CollectionId: 7, Due: 900, Total: 1000}}, StopCount: 1,
@@ -66,7 +66,7 @@ func stopped() *snapshotdv1.CollectSummary {
 }
 
 // looked are things that a dry run looked at.
-func looked() []*snapshotdv1.CollectItem {
+func dryRunItems() []*snapshotdv1.CollectItem {
 	return []*snapshotdv1.CollectItem{
 		{
 			Kind: snapshotdv1.CollectItem_KIND_SEGMENT, Action: snapshotdv1.CollectItem_ACTION_DELETE, CollectionId: 7, Id: 101,
@@ -102,12 +102,12 @@ func orphanList() []*snapshotdv1.Orphan {
 
 func TestGCOutput(t *testing.T) {
 	running := &snapshotdv1.GetCollectorStatusResponse{
-		LastRound: round(), Deleting: 4, Unconfirmed: 1, Tolerance: durationpb.New(3 * time.Hour), MaxShare: 0.5, StopUnits: 100, Enabled: true,
+		LastRound: cycleSummary(), Deleting: 4, Unconfirmed: 1, Tolerance: durationpb.New(3 * time.Hour), MaxShare: 0.5, StopUnits: 100, Enabled: true,
 	}
-	ended := []any{&snapshotdv1.CollectResponse{Summary: round()}}
-	dry := []any{&snapshotdv1.CollectResponse{Items: looked()[:1]}, &snapshotdv1.CollectResponse{Items: looked()[1:]}, &snapshotdv1.CollectResponse{Summary: round()}}
+	ended := []any{&snapshotdv1.CollectResponse{Summary: cycleSummary()}}
+	dry := []any{&snapshotdv1.CollectResponse{Items: dryRunItems()[:1]}, &snapshotdv1.CollectResponse{Items: dryRunItems()[1:]}, &snapshotdv1.CollectResponse{Summary: cycleSummary()}}
 	stops := map[string][]any{
-		"Collect":            {&snapshotdv1.CollectResponse{Summary: stopped()}},
+		"Collect":            {&snapshotdv1.CollectResponse{Summary: stoppedSummary()}},
 		"GetCollectorStatus": {running}, "GetCollection": {&snapshotdv1.GetCollectionResponse{Collection: collection()}},
 	}
 	for _, tc := range []struct {
@@ -151,7 +151,7 @@ would be gone for good: 1 collection, partition or index
 		},
 		{
 			"a dry run with objects", "gc run --dry-run --objects",
-			map[string][]any{"Collect": {&snapshotdv1.CollectResponse{Items: looked()}, &snapshotdv1.CollectResponse{Summary: &snapshotdv1.CollectSummary{Granted: 1, Files: 2, Bytes: 3 << 10}}}},
+			map[string][]any{"Collect": {&snapshotdv1.CollectResponse{Items: dryRunItems()}, &snapshotdv1.CollectResponse{Summary: &snapshotdv1.CollectSummary{Granted: 1, Files: 2, Bytes: 3 << 10}}}},
 			result{out: `
 ACTION  KIND         ID   COLLECTION  FILES  BYTES    REASON
 delete  segment      101  #7          2      3.0 KiB  dropped 4h0m0s ago; nothing holds it
@@ -164,7 +164,7 @@ would delete 1 unit: 2 files, 3.0 KiB
 		},
 		{
 			"a round as JSON", "gc run -o json",
-			map[string][]any{"Collect": {&snapshotdv1.CollectResponse{Items: looked()[2:]}, &snapshotdv1.CollectResponse{Summary: &snapshotdv1.CollectSummary{Granted: 1}}}},
+			map[string][]any{"Collect": {&snapshotdv1.CollectResponse{Items: dryRunItems()[2:]}, &snapshotdv1.CollectResponse{Summary: &snapshotdv1.CollectSummary{Granted: 1}}}},
 			result{out: `
 {"items":[{"kind":"KIND_SNAPSHOT","action":"ACTION_DELETE","collectionId":"7","id":"42","name":"old","reason":"expired at 2026-02-28T12:00:00Z"}]}
 {"summary":{"granted":"1"}}
@@ -186,7 +186,7 @@ would delete 1 unit: 2 files, 3.0 KiB
 		},
 		{
 			"stops of which little is known", "gc run",
-			map[string][]any{"Collect": {&snapshotdv1.CollectResponse{Summary: &snapshotdv1.CollectSummary{Stops: stopped().GetStops(), StopCount: 3}}}},
+			map[string][]any{"Collect": {&snapshotdv1.CollectResponse{Summary: &snapshotdv1.CollectSummary{Stops: stoppedSummary().GetStops(), StopCount: 3}}}},
 			result{
 				code: 5, out: "\nstopped in collection #7: 900 of 1000 units and segments would go, more than the configured share; look with `snapshotctl gc run --collection '#7' --dry-run`, and if so much shall go, run it with --force instead\nstopped in 2 collections more\n",
 				errOut: "error: the round stopped in 3 collections\n",
@@ -204,7 +204,7 @@ would delete 1 unit: 2 files, 3.0 KiB
 		},
 		{
 			"no summary", "gc run",
-			map[string][]any{"Collect": {&snapshotdv1.CollectResponse{Items: looked()}}},
+			map[string][]any{"Collect": {&snapshotdv1.CollectResponse{Items: dryRunItems()}}},
 			result{code: 1, out: "\n", errOut: "error: the server ended the round without saying what it came to; see `snapshotctl gc status`\n"},
 		},
 		{
@@ -259,7 +259,7 @@ Last round
 			map[string][]any{
 				"GetCollectorStatus": {&snapshotdv1.GetCollectorStatusResponse{
 					MaxShare: 0.125, Blocked: "the metadata store is behind", Tolerance: durationpb.New(time.Minute),
-					LastRound: &snapshotdv1.CollectSummary{StartTime: timestamppb.New(now), EndTime: timestamppb.New(now), Stops: stopped().GetStops(), StopCount: 2, Error: "no\tstore"},
+					LastRound: &snapshotdv1.CollectSummary{StartTime: timestamppb.New(now), EndTime: timestamppb.New(now), Stops: stoppedSummary().GetStops(), StopCount: 2, Error: "no\tstore"},
 				}},
 				"GetCollection": {&snapshotdv1.GetCollectionResponse{Collection: collection()}},
 			},
@@ -482,7 +482,7 @@ func TestGCRequests(t *testing.T) {
 		"recover --clock": &snapshotdv1.RecoverRequest{Clock: true},
 	} {
 		s := &server{answers: map[string][]any{
-			"Collect": {&snapshotdv1.CollectResponse{Summary: round()}}, "GetCollectorStatus": {&snapshotdv1.GetCollectorStatusResponse{}},
+			"Collect": {&snapshotdv1.CollectResponse{Summary: cycleSummary()}}, "GetCollectorStatus": {&snapshotdv1.GetCollectorStatusResponse{}},
 			"ExplainObject": {&snapshotdv1.ExplainObjectResponse{}}, "ListOrphans": {&snapshotdv1.ListOrphansResponse{}},
 			"DeleteOrphans": {&snapshotdv1.DeleteOrphansResponse{}}, "Recover": {&snapshotdv1.RecoverResponse{}},
 		}}

@@ -51,7 +51,7 @@ func TestParseTTL(t *testing.T) {
 	}
 }
 
-func TestParseTTLSaysTheLimit(t *testing.T) {
+func TestParseTTLNamesTheLimit(t *testing.T) {
 	for _, s := range []string{"36526d", "876600h1s", "99999999999999999999d"} {
 		if _, err := parseTTL(s); err == nil || !strings.Contains(err.Error(), "the longest is 100 years, 36525d") {
 			t.Errorf("%q: got %v", s, err)
@@ -121,7 +121,7 @@ func TestBatches(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			var got []int
 			left := tc.segments
-			err := batches(func() (*snapshotdv1.Segment, error) {
+			err := sendBatches(func() (*snapshotdv1.Segment, error) {
 				if len(left) == 0 {
 					return nil, io.EOF
 				}
@@ -144,7 +144,7 @@ func TestBatches(t *testing.T) {
 		})
 	}
 	stop := errors.New("stop")
-	err := batches(func() (*snapshotdv1.Segment, error) { return &snapshotdv1.Segment{Id: 1}, nil }, func([]*snapshotdv1.Segment) error { return stop })
+	err := sendBatches(func() (*snapshotdv1.Segment, error) { return &snapshotdv1.Segment{Id: 1}, nil }, func([]*snapshotdv1.Segment) error { return stop })
 	if !errors.Is(err, stop) {
 		t.Errorf("got %v", err)
 	}
@@ -203,8 +203,8 @@ partitions: [{name: p1, attributes: {tier: hot}}]
 indexes: [{name: i1, field: 101, indexParams: {index_type: HNSW}}]
 `
 
-func existing() holdings {
-	return holdings{
+func existing() collectionState {
+	return collectionState{
 		collection: &snapshotdv1.Collection{
 			Id: 7, Db: "default", Name: "docs", State: snapshotdv1.Collection_STATE_ACTIVE,
 			Schema: &snapshotdv1.Schema{Fields: []*snapshotdv1.Field{
@@ -288,7 +288,7 @@ func TestDiffCreates(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := diff(ds[0], holdings{})
+	p, err := diff(ds[0], collectionState{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -311,7 +311,7 @@ func TestDiffCreates(t *testing.T) {
 	}
 }
 
-func TestReadDeclarationsRefuses(t *testing.T) {
+func TestReadDeclarationsErrors(t *testing.T) {
 	for _, tc := range []struct{ text, want string }{
 		{"name: docs\nbogus: 1\n", "x: line 2: field bogus not found"},
 		{"name: docs\nschema:\n  fields:\n    - {id: 1, colour: pk}\n", "x: line 4: field colour not found"},

@@ -70,7 +70,7 @@ func (a *app) printJSON(data []byte, table func(io.Writer)) error {
 }
 
 // line prints a message as one line of JSON, or as one document of YAML.
-func (a *app) line(msg proto.Message) error {
+func (a *app) printLine(msg proto.Message) error {
 	data, err := compactJSON(msg)
 	if err != nil {
 		return err
@@ -141,13 +141,13 @@ func (l *list) add(msg proto.Message, cells ...any) error {
 	var b bytes.Buffer
 	if l.app.output == formatYAML {
 		if l.n == 1 {
-			put(&b, "%s:\n", l.key)
+			fprintf(&b, "%s:\n", l.key)
 		}
 		data, err = toYAML(slices.Concat([]byte("["), data, []byte("]")))
 		b.Write(data)
 	} else {
 		if l.n == 1 {
-			put(&b, "{\n  %q: [\n    ", l.key)
+			fprintf(&b, "{\n  %q: [\n    ", l.key)
 		} else {
 			b.WriteString(",\n    ")
 		}
@@ -218,7 +218,7 @@ func (t *table) row(cells ...any) {
 		t.widths[i] = max(t.widths[i], width)
 	}
 	t.fresh = false
-	put(t.tabs, "%s%s\n", t.indent, strings.Join(texts, "\t"))
+	fprintf(t.tabs, "%s%s\n", t.indent, strings.Join(texts, "\t"))
 }
 
 func (t *table) flush() error {
@@ -236,7 +236,7 @@ func (t *table) flush() error {
 func cell(v any) string {
 	switch v := v.(type) {
 	case *timestamppb.Timestamp:
-		return when(v)
+		return formatTime(v)
 	case string:
 		if v == "" {
 			return "-"
@@ -248,18 +248,18 @@ func cell(v any) string {
 }
 
 // facts prints names, each with its value, one a line.
-func facts(w io.Writer, indent string, pairs ...any) {
+func keyValues(w io.Writer, indent string, pairs ...any) {
 	width := 0
 	for i := 0; i < len(pairs); i += 2 {
 		width = max(width, len(pairs[i].(string)))
 	}
 	for i := 0; i < len(pairs); i += 2 {
-		put(w, "%s%-*s %s\n", indent, width+1, pairs[i].(string)+":", cell(pairs[i+1]))
+		fprintf(w, "%s%-*s %s\n", indent, width+1, pairs[i].(string)+":", cell(pairs[i+1]))
 	}
 }
 
 // put prints to memory, which does not fail.
-func put(w io.Writer, format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) }
+func fprintf(w io.Writer, format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) }
 
 // clean makes text from elsewhere safe to show: with control characters in it,
 // which may move the cursor or break a line, it is quoted.
@@ -286,7 +286,7 @@ func size(n int64) string {
 }
 
 // when returns a time for people; a time that is not set shows as a dash.
-func when(t *timestamppb.Timestamp) string {
+func formatTime(t *timestamppb.Timestamp) string {
 	if t == nil {
 		return "-"
 	}
@@ -303,7 +303,7 @@ func dataTime(t uint64) string {
 }
 
 // pairs returns a map on one line.
-func pairs(m map[string]string) string {
+func formatMap(m map[string]string) string {
 	var b strings.Builder
 	for _, k := range slices.Sorted(maps.Keys(m)) {
 		if b.Len() > 0 {
@@ -315,19 +315,19 @@ func pairs(m map[string]string) string {
 }
 
 // lower returns the name of an enum's value without its prefix in lower case.
-func lower(v fmt.Stringer, prefix string) string {
+func enumName(v fmt.Stringer, prefix string) string {
 	return strings.ToLower(strings.TrimPrefix(v.String(), prefix))
 }
 
 // upper returns a state's name as the documents write it: COMMITTED.
-func upper(v fmt.Stringer) string { return strings.TrimPrefix(v.String(), "STATE_") }
+func stateName(v fmt.Stringer) string { return strings.TrimPrefix(v.String(), "STATE_") }
 
 func renderKey(w io.Writer, r *snapshotdv1.GetKeyResponse) {
 	kind := r.GetType()
 	if kind == "" {
 		kind = "unknown; its bytes are in base64"
 	}
-	facts(w, "",
+	keyValues(w, "",
 		"key", r.GetKey(),
 		"create revision", r.GetCreateRevision(),
 		"mod revision", r.GetModRevision(),
@@ -336,8 +336,8 @@ func renderKey(w io.Writer, r *snapshotdv1.GetKeyResponse) {
 	)
 	var b bytes.Buffer
 	if err := json.Indent(&b, []byte(r.GetJson()), "", "  "); err != nil {
-		put(w, "%s\n", clean(r.GetJson()))
+		fprintf(w, "%s\n", clean(r.GetJson()))
 		return
 	}
-	put(w, "%s\n", b.String())
+	fprintf(w, "%s\n", b.String())
 }

@@ -34,7 +34,7 @@ func pinCells(p *snapshotdv1.Pin) []any {
 		ttl = p.GetTtl().AsDuration().String()
 	}
 	if p.GetExpireTime() != nil {
-		expires = when(p.GetExpireTime())
+		expires = formatTime(p.GetExpireTime())
 	}
 	return []any{fmt.Sprintf("#%d", p.GetSnapshotId()), p.GetId(), p.GetOwner(), p.GetReason(), ttl, p.GetCreateTime(), expires}
 }
@@ -55,20 +55,20 @@ func parsePinTTL(s, without string) (*durationpb.Duration, error) {
 	}
 	d, err := parseTTL(s)
 	if err != nil || d < time.Second || d > maxPinTTL {
-		return nil, wrong("--ttl %q: write a time span such as 10m or 7d, 1s to 30d; %s", s, without)
+		return nil, usageErrorf("--ttl %q: write a time span such as 10m or 7d, 1s to 30d; %s", s, without)
 	}
 	return durationpb.New(d), nil
 }
 
 // choosePin is choose for a command about a pin, whose id is the last argument.
-func choosePin(cmd *cobra.Command) *chosen {
-	c := choose(cmd)
+func addPinArgs(cmd *cobra.Command) *snapshotArg {
+	c := addSnapshotArg(cmd)
 	bySnapshot := cmd.Args
-	cmd.Args = func(cmd *cobra.Command, given []string) error {
+	cmd.Args = func(cmd *cobra.Command, argv []string) error {
 		if !cmd.Flags().Changed("id") {
-			return args("SNAPSHOT", "PIN_ID")(cmd, given)
+			return exactArgs("SNAPSHOT", "PIN_ID")(cmd, argv)
 		}
-		if err := args("PIN_ID")(cmd, given); err != nil {
+		if err := exactArgs("PIN_ID")(cmd, argv); err != nil {
 			return err
 		}
 		return bySnapshot(cmd, nil)
@@ -77,8 +77,8 @@ func choosePin(cmd *cobra.Command) *chosen {
 }
 
 // pinRef returns the snapshot and the pin that the user chose.
-func (a *app) pinRef(c *chosen, args []string) (*snapshotdv1.SnapshotRef, int64, error) {
-	ref, err := a.ref(c, args)
+func (a *app) pinRef(c *snapshotArg, args []string) (*snapshotdv1.SnapshotRef, int64, error) {
+	ref, err := a.snapshotRef(c, args)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -98,22 +98,22 @@ time. SNAPSHOT is a name, be it one of digits; an id is given as '#42' or with
 		Example: `  snapshotctl pin create nightly --owner backup-job --reason 'nightly export' --ttl 1h
   snapshotctl pin create '#42' --owner audit --reason 'case 7'`,
 	}
-	of := choose(cmd)
+	arg := addSnapshotArg(cmd)
 	f := cmd.Flags()
 	f.StringVar(&owner, "owner", "", "who pins it, `text` for people (required)")
 	f.StringVar(&reason, "reason", "", "what for, `text` for people")
 	f.StringVar(&ttl, "ttl", "", "let the pin end so long after it was made or renewed: a time `span` such as 10m or 7d, at most 30d (default until it is removed)")
 	f.StringVar(&token, "request-token", "", "`token` of an earlier run of the same command, to get the pin that it made")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
-		ref, err := a.ref(of, args)
+		ref, err := a.snapshotRef(arg, args)
 		if err != nil {
 			return err
 		}
 		if cmd.Flags().Changed("ttl") && ttl == "" {
-			return wrong("--ttl is empty: write a time span such as 10m or 7d, or leave it out for a pin that lasts until it is removed")
+			return usageErrorf("--ttl is empty: write a time span such as 10m or 7d, or leave it out for a pin that lasts until it is removed")
 		}
 		if owner == "" {
-			return wrong("--owner is missing: who keeps the snapshot? Others see it when they want to drop it")
+			return usageErrorf("--owner is missing: who keeps the snapshot? Others see it when they want to drop it")
 		}
 		req := &snapshotdv1.PinSnapshotRequest{Snapshot: ref, Owner: owner, Reason: reason, RequestToken: token}
 		if req.Ttl, err = parsePinTTL(ttl, "leave it out for a pin that lasts until it is removed"); err != nil {
@@ -128,7 +128,7 @@ time. SNAPSHOT is a name, be it one of digits; an id is given as '#42' or with
 		}
 		resp, err := unary(ctx, a, c.Snapshots.PinSnapshot, req)
 		if client.Reason(err) == "LIMIT_EXCEEDED" {
-			return &hintError{err, fmt.Sprintf("see its pins with `snapshotctl pin list %s`, and remove those that nobody needs", word(a.snapshot, ""))}
+			return &hintError{err, fmt.Sprintf("see its pins with `snapshotctl pin list %s`, and remove those that nobody needs", shellQuote(a.snapshot, ""))}
 		}
 		if err != nil {
 			return err
@@ -138,9 +138,9 @@ time. SNAPSHOT is a name, be it one of digits; an id is given as '#42' or with
 			renderPin(w, p)
 			which := fmt.Sprintf("'#%d' %d", p.GetSnapshotId(), p.GetId())
 			if p.GetTtl() != nil {
-				put(w, "to renew: snapshotctl pin renew %s\n", which)
+				fprintf(w, "to renew: snapshotctl pin renew %s\n", which)
 			}
-			put(w, "to undo: snapshotctl pin remove %s\n", which)
+			fprintf(w, "to undo: snapshotctl pin remove %s\n", which)
 		})
 	})
 	return cmd
@@ -156,10 +156,10 @@ renewed: nothing has kept the snapshot since.`,
 		Example: `  snapshotctl pin renew nightly 65
   snapshotctl pin renew --id 42 65 --ttl 2h`,
 	}
-	of := choosePin(cmd)
+	arg := addPinArgs(cmd)
 	cmd.Flags().StringVar(&ttl, "ttl", "", "the new ttl, a time `span` such as 10m or 7d, at most 30d (default as before)")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
-		ref, id, err := a.pinRef(of, args)
+		ref, id, err := a.pinRef(arg, args)
 		if err != nil {
 			return err
 		}
@@ -190,9 +190,9 @@ its time has come. Removing a pin that does not exist is success.`,
 		Example: `  snapshotctl pin remove nightly 65
   snapshotctl pin remove '#42' 65`,
 	}
-	of := choosePin(cmd)
+	arg := addPinArgs(cmd)
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
-		ref, id, err := a.pinRef(of, args)
+		ref, id, err := a.pinRef(arg, args)
 		if err != nil {
 			return err
 		}
@@ -204,7 +204,7 @@ its time has come. Removing a pin that does not exist is success.`,
 		if err != nil {
 			return err
 		}
-		return a.print(resp, func(w io.Writer) { put(w, "pin %d does not keep snapshot %s any more\n", id, clean(a.snapshot)) })
+		return a.print(resp, func(w io.Writer) { fprintf(w, "pin %d does not keep snapshot %s any more\n", id, clean(a.snapshot)) })
 	})
 	return cmd
 }
@@ -218,23 +218,23 @@ func (a *app) pinList() *cobra.Command {
 		Example: `  snapshotctl pin list
   snapshotctl pin list nightly -o json`,
 	}
-	of := choose(cmd)
+	arg := addSnapshotArg(cmd)
 	one := cmd.Args
-	cmd.Args = func(cmd *cobra.Command, given []string) error {
-		if len(given) == 0 && !cmd.Flags().Changed("id") {
+	cmd.Args = func(cmd *cobra.Command, argv []string) error {
+		if len(argv) == 0 && !cmd.Flags().Changed("id") {
 			if cmd.Flags().Changed("collection") {
-				return usage(cmd, errors.New("SNAPSHOT is missing: --collection only says whose it is"))
+				return asUsageError(cmd, errors.New("SNAPSHOT is missing: --collection only says whose it is"))
 			}
 			return nil
 		}
-		return one(cmd, given)
+		return one(cmd, argv)
 	}
 	cmd.Flags().IntVar(&limit, "limit", 0, "list so `many` (default all)")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
 		req := &snapshotdv1.ListPinsRequest{}
-		if len(args) > 0 || of.id != 0 {
+		if len(args) > 0 || arg.id != 0 {
 			var err error
-			if req.Snapshot, err = a.ref(of, args); err != nil {
+			if req.Snapshot, err = a.snapshotRef(arg, args); err != nil {
 				return err
 			}
 		}

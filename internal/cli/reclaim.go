@@ -39,15 +39,15 @@ asked for again another time.`)
 }
 
 // given are the units that a command is about, by its flags.
-type given struct {
+type unitFlags struct {
 	segments, builds, paths []string
 	root                    int32
 	file                    string
 }
 
 // units gives cmd the flags that fill the result.
-func units(cmd *cobra.Command) *given {
-	var g given
+func addUnitFlags(cmd *cobra.Command) *unitFlags {
+	var g unitFlags
 	f := cmd.Flags()
 	f.StringArrayVar(&g.segments, "segment", nil, "`id` of a segment; may be repeated")
 	f.StringArrayVar(&g.builds, "build", nil, "`id` of an index build; may be repeated")
@@ -90,7 +90,7 @@ func unitName(u *snapshotdv1.Unit) string {
 }
 
 // each hands the units on in lists that fit in a call.
-func (a *app) each(g *given, send func([]*snapshotdv1.Unit) error) error {
+func (a *app) forEachBatch(g *unitFlags, send func([]*snapshotdv1.Unit) error) error {
 	segments, err := parseIDs(g.segments)
 	if err != nil {
 		return err
@@ -125,7 +125,7 @@ func (a *app) each(g *given, send func([]*snapshotdv1.Unit) error) error {
 		flags = append(flags, fileUnit(g.root, path))
 	}
 	if len(flags) == 0 && g.file == "" {
-		return wrong("nothing is asked for: give --segment, --build, --path or -f")
+		return usageErrorf("nothing is asked for: give --segment, --build, --path or -f")
 	}
 	for _, u := range flags {
 		if err := add(u); err != nil {
@@ -158,10 +158,10 @@ func unitLines(name string, r io.Reader, add func(*snapshotdv1.Unit) error) erro
 		}
 		u := new(snapshotdv1.Unit)
 		if err := protojson.Unmarshal(line, u); err != nil {
-			return wrong("%s, line %d: %s", name, n, plainJSONError(err))
+			return usageErrorf("%s, line %d: %s", name, n, plainJSONError(err))
 		}
 		if u.GetUnit() == nil {
-			return wrong(`%s, line %d: no unit: write {"segmentId": 101}, {"indexBuildId": 7} or {"file": {"path": "7/8/101/insert/100/1"}}`, name, n)
+			return usageErrorf(`%s, line %d: no unit: write {"segmentId": 101}, {"indexBuildId": 7} or {"file": {"path": "7/8/101/insert/100/1"}}`, name, n)
 		}
 		if err := add(u); err != nil {
 			return err
@@ -169,7 +169,7 @@ func unitLines(name string, r io.Reader, add func(*snapshotdv1.Unit) error) erro
 	}
 	switch err := lines.Err(); {
 	case errors.Is(err, bufio.ErrTooLong):
-		return wrong("%s holds a line that is too long for a unit", name)
+		return usageErrorf("%s holds a line that is too long for a unit", name)
 	case err != nil:
 		return fmt.Errorf("read %s: %w", name, err)
 	}
@@ -189,12 +189,12 @@ is its answer, so that the exit code is 0 for what is held or not known, too.
 		Example: `  snapshotctl reclaim check --collection docs --segment 101,102 --build 7
   snapshotctl reclaim check --collection docs --path 7/8/101/insert/100/1
   snapshotctl reclaim check --collection docs -f units.jsonl -o json`,
-		Args: args(),
+		Args: exactArgs(),
 	}
-	collection := collectionFlag(cmd)
-	of := units(cmd)
+	collection := addCollection(cmd)
+	units := addUnitFlags(cmd)
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
-		ref, err := a.required(collection)
+		ref, err := a.requiredRef(collection)
 		if err != nil {
 			return err
 		}
@@ -203,13 +203,13 @@ is its answer, so that the exit code is 0 for what is held or not known, too.
 			return err
 		}
 		l := a.list("units", "UNIT", "STATE", "HOLDERS", "HELD BY")
-		err = a.each(of, func(batch []*snapshotdv1.Unit) error {
+		err = a.forEachBatch(units, func(batch []*snapshotdv1.Unit) error {
 			resp, err := unary(ctx, a, c.Reclaim.CheckReferences, &snapshotdv1.CheckReferencesRequest{Collection: ref, Units: batch})
 			if err != nil {
 				return err
 			}
 			for i, u := range resp.GetUnits() {
-				if err := l.add(u, unitName(batch[i]), upper(u.GetState()), u.GetHolderCount(), heldBy(u.GetHolders(), u.GetHolderCount())); err != nil {
+				if err := l.add(u, unitName(batch[i]), stateName(u.GetState()), u.GetHolderCount(), heldBy(u.GetHolders(), u.GetHolderCount())); err != nil {
 					return err
 				}
 			}
@@ -252,7 +252,7 @@ func parseDeleter(s string) (snapshotdv1.Deleter, error) {
 	case "caller":
 		return snapshotdv1.Deleter_DELETER_CALLER, nil
 	}
-	return 0, wrong("--deleter %q: it is snapshotd or caller", s)
+	return 0, usageErrorf("--deleter %q: it is snapshotd or caller", s)
 }
 
 func (a *app) reclaimRequest() *cobra.Command {
@@ -272,13 +272,13 @@ background. With --deleter caller you delete them, all that
 ` + unitsLong,
 		Example: `  snapshotctl reclaim request --collection docs --segment 101,102 --deleter snapshotd
   snapshotctl reclaim request --collection '#7' -f units.jsonl --deleter caller`,
-		Args: args(),
+		Args: exactArgs(),
 	}
-	collection := collectionFlag(cmd)
-	of := units(cmd)
+	collection := addCollection(cmd)
+	units := addUnitFlags(cmd)
 	cmd.Flags().StringVar(&deleter, "deleter", "", "`who` deletes the files: snapshotd or caller (required)")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
-		ref, err := a.required(collection)
+		ref, err := a.requiredRef(collection)
 		if err != nil {
 			return err
 		}
@@ -287,15 +287,15 @@ background. With --deleter caller you delete them, all that
 			return err
 		}
 		if by == snapshotdv1.Deleter_DELETER_UNSPECIFIED {
-			return wrong("--deleter is missing: who deletes the files, snapshotd or the caller, which is you?")
+			return usageErrorf("--deleter is missing: who deletes the files, snapshotd or the caller, which is you?")
 		}
 		c, err := a.connect()
 		if err != nil {
 			return err
 		}
 		l := a.list("results", "UNIT", "OUTCOME", "TOMBSTONE", "DELETER", "FILES", "SIZE", "HELD BY")
-		var sum granted
-		err = a.each(of, func(batch []*snapshotdv1.Unit) error {
+		var sum grantTotals
+		err = a.forEachBatch(units, func(batch []*snapshotdv1.Unit) error {
 			resp, err := unary(ctx, a, c.Reclaim.Reclaim, &snapshotdv1.ReclaimRequest{Collection: ref, Units: batch, Deleter: by})
 			if err != nil {
 				return err
@@ -303,7 +303,7 @@ background. With --deleter caller you delete them, all that
 			for i, r := range resp.GetResults() {
 				cells := []any{unitName(batch[i]), strings.TrimPrefix(r.GetOutcome().String(), "OUTCOME_"), "-", "-", "-", "-", "-"}
 				if t := r.GetTombstone(); t != nil {
-					copy(cells[2:], []any{t.GetId(), lower(t.GetDeleter(), "DELETER_"), t.GetFileCount(), size(t.GetBytes())})
+					copy(cells[2:], []any{t.GetId(), enumName(t.GetDeleter(), "DELETER_"), t.GetFileCount(), size(t.GetBytes())})
 				}
 				cells[6] = heldBy(r.GetHolders(), r.GetHolderCount())
 				if err := l.add(r, cells...); err != nil {
@@ -319,38 +319,38 @@ background. With --deleter caller you delete them, all that
 		if err := l.close(); err != nil || a.output != formatTable {
 			return err
 		}
-		put(a.out, "%s", sum.text(*collection))
+		fprintf(a.out, "%s", sum.text(*collection))
 		return nil
 	})
 	return cmd
 }
 
 // granted is what a request got, in sum. A unit may be asked for in several ways.
-type granted struct {
-	ours, callers map[int64]*snapshotdv1.Tombstone // by id, for whom they are to delete
-	held          int
+type grantTotals struct {
+	bySnapshotd, byCallers map[int64]*snapshotdv1.Tombstone // by id, for whom they are to delete
+	held                   int
 }
 
-func (g *granted) add(r *snapshotdv1.ReclaimResult) {
+func (g *grantTotals) add(r *snapshotdv1.ReclaimResult) {
 	switch {
 	case r.GetOutcome() == snapshotdv1.ReclaimResult_OUTCOME_HELD:
 		g.held++
 	case r.GetTombstone() == nil:
 	case r.GetTombstone().GetDeleter() == snapshotdv1.Deleter_DELETER_CALLER:
-		if g.callers == nil {
-			g.callers = map[int64]*snapshotdv1.Tombstone{}
+		if g.byCallers == nil {
+			g.byCallers = map[int64]*snapshotdv1.Tombstone{}
 		}
-		g.callers[r.GetTombstone().GetId()] = r.GetTombstone()
+		g.byCallers[r.GetTombstone().GetId()] = r.GetTombstone()
 	default:
-		if g.ours == nil {
-			g.ours = map[int64]*snapshotdv1.Tombstone{}
+		if g.bySnapshotd == nil {
+			g.bySnapshotd = map[int64]*snapshotdv1.Tombstone{}
 		}
-		g.ours[r.GetTombstone().GetId()] = r.GetTombstone()
+		g.bySnapshotd[r.GetTombstone().GetId()] = r.GetTombstone()
 	}
 }
 
 // text says what follows from it.
-func (g *granted) text(collection string) string {
+func (g *grantTotals) text(collection string) string {
 	var b strings.Builder
 	sum := func(ts map[int64]*snapshotdv1.Tombstone) string {
 		var files, bytes int64
@@ -359,16 +359,16 @@ func (g *granted) text(collection string) string {
 		}
 		return fmt.Sprintf("%s, %s", count(files, "file"), size(bytes))
 	}
-	if len(g.ours) > 0 {
-		put(&b, "snapshotd deletes %s\n", sum(g.ours))
+	if len(g.bySnapshotd) > 0 {
+		fprintf(&b, "snapshotd deletes %s\n", sum(g.bySnapshotd))
 	}
-	if len(g.callers) > 0 {
-		of := word(collection, "")
-		put(&b, "yours to delete: %s; see them with `snapshotctl reclaim list --collection %s --deleter caller --files`\n", sum(g.callers), of)
-		put(&b, "then: snapshotctl reclaim confirm --collection %s TOMBSTONE...\n", of)
+	if len(g.byCallers) > 0 {
+		of := shellQuote(collection, "")
+		fprintf(&b, "yours to delete: %s; see them with `snapshotctl reclaim list --collection %s --deleter caller --files`\n", sum(g.byCallers), of)
+		fprintf(&b, "then: snapshotctl reclaim confirm --collection %s TOMBSTONE...\n", of)
 	}
 	if g.held > 0 {
-		put(&b, "held: %s; ask again when their holders are gone\n", count(g.held, "unit"))
+		fprintf(&b, "held: %s; ask again when their holders are gone\n", count(g.held, "unit"))
 	}
 	return b.String()
 }
@@ -384,21 +384,21 @@ error. The exit code is 5 when one is snapshotd's own to delete (FOREIGN).`,
 		Example: "  snapshotctl reclaim confirm --collection docs 101 102",
 		Args:    cobra.ArbitraryArgs,
 	}
-	collection := collectionFlag(cmd)
+	collection := addCollection(cmd)
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
-		ref, err := a.required(collection)
+		ref, err := a.requiredRef(collection)
 		if err != nil {
 			return err
 		}
 		if len(args) == 0 {
-			return wrong("TOMBSTONE is missing: which? `snapshotctl reclaim list` lists them")
+			return usageErrorf("TOMBSTONE is missing: which? `snapshotctl reclaim list` lists them")
 		}
 		ids, err := parseIDs(args)
 		if err != nil {
 			return err
 		}
 		seen := make(map[int64]bool, len(ids)) // the API takes each once
-		ids = slices.DeleteFunc(ids, func(id int64) bool { twice := seen[id]; seen[id] = true; return twice })
+		ids = slices.DeleteFunc(ids, func(id int64) bool { duplicate := seen[id]; seen[id] = true; return duplicate })
 		c, err := a.connect()
 		if err != nil {
 			return err
@@ -455,10 +455,10 @@ died, or its files cannot be deleted. With --files it lists what there is to
 delete; -o json and yaml always do.`,
 		Example: `  snapshotctl reclaim list
   snapshotctl reclaim list --collection docs --deleter caller --files`,
-		Args: args(),
+		Args: exactArgs(),
 	}
 	f := cmd.Flags()
-	collection := optionalCollection(cmd, "only of this `collection`")
+	collection := addOptionalCollection(cmd, "only of this `collection`")
 	f.StringVar(&deleter, "deleter", "", "only those that snapshotd or a caller deletes: `who`")
 	f.BoolVar(&files, "files", false, "list the files of each, too")
 	f.IntVar(&limit, "limit", 0, "list so `many` tombstones (default all)")
@@ -467,7 +467,7 @@ delete; -o json and yaml always do.`,
 			req snapshotdv1.ListTombstonesRequest
 			err error
 		)
-		if req.Collection, err = a.given(collection); err != nil {
+		if req.Collection, err = a.optionalRef(collection); err != nil {
 			return err
 		}
 		if req.Deleter, err = parseDeleter(deleter); err != nil {
@@ -508,7 +508,7 @@ func addTombstone(l *list, t *snapshotdv1.Tombstone, files bool) error {
 	of := fmt.Sprintf("#%d", t.GetCollectionId())
 	if !files || l.app.output != formatTable {
 		return l.add(
-			t, t.GetId(), of, lower(t.GetKind(), "KIND_"), t.GetSegmentId(), lower(t.GetDeleter(), "DELETER_"), t.GetCaller(),
+			t, t.GetId(), of, enumName(t.GetKind(), "KIND_"), t.GetSegmentId(), enumName(t.GetDeleter(), "DELETER_"), t.GetCaller(),
 			t.GetGrantTime(), t.GetFileCount(), size(t.GetBytes()),
 		)
 	}

@@ -33,7 +33,7 @@ the object store are right now, after one of them stepped or the cluster was dow
 for longer than clock_max_downtime. Until then, or until the clocks have been steady
 for a day, nothing expires and nothing is collected.`,
 		Example: "  snapshotctl recover --force\n  snapshotctl recover --clock",
-		Args:    args(),
+		Args:    exactArgs(),
 		RunE: a.run(func(ctx context.Context, _ []string) error {
 			c, err := a.connect()
 			if err != nil {
@@ -61,24 +61,24 @@ for a day, nothing expires and nothing is collected.`,
 func renderClockRecovery(w io.Writer, r *snapshotdv1.RecoverResponse) {
 	now := r.GetClockTime().AsTime().Format(time.RFC3339)
 	if r.GetClockWasStopped() {
-		put(w, "the clock is trusted again: it is %s\n", now)
+		fprintf(w, "the clock is trusted again: it is %s\n", now)
 		return
 	}
-	put(w, "nothing had to be done: the clock is trusted, it is %s\n", now)
+	fprintf(w, "nothing had to be done: the clock is trusted, it is %s\n", now)
 }
 
 func renderRecovery(w io.Writer, r *snapshotdv1.RecoverResponse) {
 	skipped := r.GetNextId() - r.GetSkippedFrom()
 	switch {
 	case r.GetWasBehind():
-		put(w, "the metadata store was behind, and goes on; ")
+		fprintf(w, "the metadata store was behind, and goes on; ")
 	case skipped <= 0:
-		put(w, "nothing had to be done: the metadata store is not known to be behind the object store\n")
+		fprintf(w, "nothing had to be done: the metadata store is not known to be behind the object store\n")
 		return
 	}
 	if skipped <= 0 {
-		put(w, "no ids had to be skipped, the next is %d\n", r.GetNextId())
+		fprintf(w, "no ids had to be skipped, the next is %d\n", r.GetNextId())
 		return
 	}
-	put(w, "skipped %s, from %d to %d; the next is %d\n", count(skipped, "id"), r.GetSkippedFrom(), r.GetNextId()-1, r.GetNextId())
+	fprintf(w, "skipped %s, from %d to %d; the next is %d\n", count(skipped, "id"), r.GetSkippedFrom(), r.GetNextId()-1, r.GetNextId())
 }

@@ -26,7 +26,7 @@ func parseCollection(s string) (*snapshotdv1.CollectionRef, error) {
 		db, name = "", s
 	}
 	if name == "" || qualified && db == "" || strings.Contains(name, "/") {
-		return nil, wrong("%q names no collection: write NAME, DB/NAME or '#ID'", s)
+		return nil, usageErrorf("%q names no collection: write NAME, DB/NAME or '#ID'", s)
 	}
 	return &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Name{
 		Name: &snapshotdv1.CollectionName{Db: db, Name: name},
@@ -44,7 +44,7 @@ func parseSnapshot(s string) (*snapshotdv1.SnapshotRef, error) {
 		return &snapshotdv1.SnapshotRef{Ref: &snapshotdv1.SnapshotRef_Id{Id: id}}, nil
 	}
 	if s == "" {
-		return nil, wrong("a snapshot's name is not empty")
+		return nil, usageErrorf("a snapshot's name is not empty")
 	}
 	return &snapshotdv1.SnapshotRef{Ref: &snapshotdv1.SnapshotRef_Name{Name: s}}, nil
 }
@@ -52,7 +52,7 @@ func parseSnapshot(s string) (*snapshotdv1.SnapshotRef, error) {
 func parseID(s string) (int64, error) {
 	id, err := strconv.ParseUint(s, 10, 63)
 	if err != nil || id == 0 {
-		return 0, wrong("%q is no id: ids are positive numbers", s)
+		return 0, usageErrorf("%q is no id: ids are positive numbers", s)
 	}
 	return int64(id), nil
 }
@@ -77,10 +77,10 @@ func parseLabels(args []string) (map[string]string, error) {
 	for _, arg := range args {
 		k, v, ok := strings.Cut(arg, "=")
 		if !ok || k == "" {
-			return nil, wrong("label %q: write KEY=VALUE", arg)
+			return nil, usageErrorf("label %q: write KEY=VALUE", arg)
 		}
-		if _, twice := labels[k]; twice {
-			return nil, wrong("label %q is given twice", k)
+		if _, duplicate := labels[k]; duplicate {
+			return nil, usageErrorf("label %q is given twice", k)
 		}
 		if labels == nil {
 			labels = make(map[string]string)
@@ -99,14 +99,14 @@ func parsePositions(args []string) ([]*snapshotdv1.ChannelPosition, error) {
 			left, right, _ := strings.Cut(s, "=")
 			shard, err := strconv.ParseUint(left, 10, 31)
 			if err != nil {
-				return nil, wrong("position %q: write SHARD=TIMESTAMP, two numbers", s)
+				return nil, usageErrorf("position %q: write SHARD=TIMESTAMP, two numbers", s)
 			}
 			timestamp, err := strconv.ParseUint(right, 10, 64)
 			if err != nil {
-				return nil, wrong("position %q: write SHARD=TIMESTAMP, two numbers", s)
+				return nil, usageErrorf("position %q: write SHARD=TIMESTAMP, two numbers", s)
 			}
 			if seen[shard] {
-				return nil, wrong("shard %d is given twice", shard)
+				return nil, usageErrorf("shard %d is given twice", shard)
 			}
 			seen[shard] = true
 			ps = append(ps, &snapshotdv1.ChannelPosition{
@@ -125,7 +125,7 @@ func parseStates[S ~int32](args []string, values map[string]int32) ([]S, error) 
 	for _, arg := range args {
 		v, ok := values["STATE_"+strings.ToUpper(arg)]
 		if !ok || v == 0 {
-			return nil, wrong("%q is no state; --help lists them", arg)
+			return nil, usageErrorf("%q is no state; --help lists them", arg)
 		}
 		states = append(states, S(v))
 	}
@@ -154,8 +154,8 @@ func parseSpan(s string) (d time.Duration, ok bool) {
 
 // span is a flag that parseSpan reads.
 type span struct {
-	of   time.Duration
-	text string // as it was given
+	duration time.Duration
+	text     string // as it was given
 }
 
 // Set implements pflag.Value.
@@ -164,7 +164,7 @@ func (s *span) Set(text string) error {
 	if !ok {
 		return errors.New("write a time span such as 36h or 30d")
 	}
-	s.of, s.text = d, text
+	s.duration, s.text = d, text
 	return nil
 }
 
@@ -179,9 +179,9 @@ func parseTTL(s string) (time.Duration, error) {
 	d, ok := parseSpan(s)
 	switch {
 	case !ok || d <= 0:
-		return 0, wrong("--ttl %q: write a time span such as 36h or 30d", s)
+		return 0, usageErrorf("--ttl %q: write a time span such as 36h or 30d", s)
 	case d > maxTTLDays*day:
-		return 0, wrong("--ttl %q: the longest is 100 years, %dd", s, maxTTLDays)
+		return 0, usageErrorf("--ttl %q: the longest is 100 years, %dd", s, maxTTLDays)
 	}
 	return d, nil
 }
@@ -190,7 +190,7 @@ func parseTime(s string) (*timestamppb.Timestamp, error) {
 	t, err := time.Parse(time.RFC3339, s)
 	ts := timestamppb.New(t)
 	if err != nil || !ts.IsValid() { // before the year 1, after 9999
-		return nil, wrong("--expire-time %q: write a time as in 2030-01-31T00:00:00Z", s)
+		return nil, usageErrorf("--expire-time %q: write a time as in 2030-01-31T00:00:00Z", s)
 	}
 	return ts, nil
 }

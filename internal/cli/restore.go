@@ -34,7 +34,7 @@ of it.`)
 
 // restoreFlags are what `plan` and `start` have in common.
 type restoreFlags struct {
-	of          *chosen
+	snapshot    *snapshotArg
 	to          string
 	partitions  []string
 	channels    []string
@@ -59,7 +59,7 @@ func (l *limitFlags) register(cmd *cobra.Command) {
 
 func (l *limitFlags) message() (*snapshotdv1.RestoreLimits, error) {
 	if l.requests < 0 {
-		return nil, wrong("--max-requests %d: write a number above 0, or leave it out", l.requests)
+		return nil, usageErrorf("--max-requests %d: write a number above 0, or leave it out", l.requests)
 	}
 	bytes, err := parseBytes(l.bytes)
 	if err != nil {
@@ -85,13 +85,13 @@ func parseBytes(s string) (int64, error) {
 	}
 	n, err := strconv.ParseInt(strings.TrimSpace(number), 10, 64)
 	if err != nil || n <= 0 || n > math.MaxInt64/unit {
-		return 0, wrong("--max-rate %q: write bytes a second such as 500KiB, 50MiB or 1GiB", s)
+		return 0, usageErrorf("--max-rate %q: write bytes a second such as 500KiB, 50MiB or 1GiB", s)
 	}
 	return n * unit, nil
 }
 
 func (f *restoreFlags) register(cmd *cobra.Command) {
-	f.of = choose(cmd)
+	f.snapshot = addSnapshotArg(cmd)
 	flags := cmd.Flags()
 	flags.StringVar(&f.to, "to", "", "the `collection` to make: NAME or DB/NAME (required)")
 	flags.StringArrayVar(&f.partitions, "partition", nil, "restore only this `partition`; may be repeated (default all)")
@@ -106,19 +106,19 @@ func (f *restoreFlags) register(cmd *cobra.Command) {
 
 // request makes the request that the flags ask for.
 func (a *app) restoreRequest(f *restoreFlags, args []string) (*snapshotdv1.RestoreSnapshotRequest, error) {
-	ref, err := a.ref(f.of, args)
+	ref, err := a.snapshotRef(f.snapshot, args)
 	if err != nil {
 		return nil, err
 	}
 	if f.to == "" {
-		return nil, wrong("--to is missing: how shall the collection be named?")
+		return nil, usageErrorf("--to is missing: how shall the collection be named?")
 	}
 	target, err := parseCollection(f.to)
 	if err != nil {
 		return nil, err
 	}
 	if target.GetName() == nil {
-		return nil, wrong("--to %q: a new collection needs a name; its id is made", f.to)
+		return nil, usageErrorf("--to %q: a new collection needs a name; its id is made", f.to)
 	}
 	a.collection = f.to
 	req := &snapshotdv1.RestoreSnapshotRequest{
@@ -130,7 +130,7 @@ func (a *app) restoreRequest(f *restoreFlags, args []string) (*snapshotdv1.Resto
 	for _, p := range f.properties {
 		key, value, ok := strings.Cut(p, "=")
 		if !ok || key == "" {
-			return nil, wrong("--property %q: write key=value, or key= to leave it out", p)
+			return nil, usageErrorf("--property %q: write key=value, or key= to leave it out", p)
 		}
 		if req.Properties == nil {
 			req.Properties = map[string]string{}
@@ -143,7 +143,7 @@ func (a *app) restoreRequest(f *restoreFlags, args []string) (*snapshotdv1.Resto
 	if f.timeout != "" {
 		d, err := parseTTL(f.timeout)
 		if err != nil || d < time.Second || d > 30*day {
-			return nil, wrong("--give-up-after %q: write a time span such as 2h or 1d, 1s to 30d", f.timeout)
+			return nil, usageErrorf("--give-up-after %q: write a time span such as 2h or 1d, 1s to 30d", f.timeout)
 		}
 		req.Timeout = durationpb.New(d)
 	}
@@ -186,7 +186,7 @@ files are not looked for, which saves a request for each.`,
 }
 
 func renderPlan(w io.Writer, p *snapshotdv1.RestorePlan, req *snapshotdv1.RestoreSnapshotRequest) {
-	facts(w, "",
+	keyValues(w, "",
 		"segments", p.GetSegments(),
 		"files", p.GetFiles(),
 		"to copy", size(p.GetBytes()),
@@ -195,20 +195,20 @@ func renderPlan(w io.Writer, p *snapshotdv1.RestorePlan, req *snapshotdv1.Restor
 	)
 	switch {
 	case !req.GetVerify():
-		put(w, "missing files: not looked for\n")
+		fprintf(w, "missing files: not looked for\n")
 	case p.GetMissingCount() == 0:
-		put(w, "missing files: none\n")
+		fprintf(w, "missing files: none\n")
 	default:
-		put(w, "missing files: %d\n", p.GetMissingCount())
+		fprintf(w, "missing files: %d\n", p.GetMissingCount())
 		for _, name := range p.GetMissing() {
-			put(w, "  %s\n", clean(name))
+			fprintf(w, "  %s\n", clean(name))
 		}
 	}
 	for _, conflict := range p.GetConflicts() {
-		put(w, "in the way: %s\n", clean(conflict))
+		fprintf(w, "in the way: %s\n", clean(conflict))
 	}
 	if len(p.GetConflicts()) == 0 && p.GetMissingCount() == 0 {
-		put(w, "nothing is in the way\n")
+		fprintf(w, "nothing is in the way\n")
 	}
 }
 
@@ -247,12 +247,12 @@ that has ended, and fails when the job does.`,
 			return err
 		}
 		if wait {
-			return a.follow(ctx, c, resp.GetJobId())
+			return a.watchJob(ctx, c, resp.GetJobId())
 		}
 		return a.print(resp, func(w io.Writer) {
-			put(w, "restore job %d makes collection %s (#%d)\n", resp.GetJobId(), clean(f.to), resp.GetCollectionId())
-			put(w, "to follow it: snapshotctl restore watch %d\n", resp.GetJobId())
-			put(w, "to undo: snapshotctl restore cancel %d\n", resp.GetJobId())
+			fprintf(w, "restore job %d makes collection %s (#%d)\n", resp.GetJobId(), clean(f.to), resp.GetCollectionId())
+			fprintf(w, "to follow it: snapshotctl restore watch %d\n", resp.GetJobId())
+			fprintf(w, "to undo: snapshotctl restore cancel %d\n", resp.GetJobId())
 		})
 	})
 	return cmd
@@ -260,7 +260,7 @@ that has ended, and fails when the job does.`,
 
 // follow shows a job until it has ended, and prints it. It is an error when the
 // job is not COMPLETED.
-func (a *app) follow(ctx context.Context, c *client.Client, id int64) error {
+func (a *app) watchJob(ctx context.Context, c *client.Client, id int64) error {
 	bar := a.bar()
 	var last *snapshotdv1.RestoreJob
 	err := client.WatchRestore(ctx, c.Snapshots, id, func(job *snapshotdv1.RestoreJob) error {
@@ -270,14 +270,14 @@ func (a *app) follow(ctx context.Context, c *client.Client, id int64) error {
 	})
 	bar.done()
 	if err != nil {
-		return ofJob(err)
+		return withJobHint(err)
 	}
 	if err := a.print(&snapshotdv1.WatchRestoreResponse{Job: last}, func(w io.Writer) { renderJob(w, last) }); err != nil {
 		return err
 	}
 	if last.GetState() != snapshotdv1.RestoreJob_STATE_COMPLETED {
 		return &hintError{
-			fmt.Errorf("restore job %d is %s: %s", id, upper(last.GetState()), clean(last.GetMessage())),
+			fmt.Errorf("restore job %d is %s: %s", id, stateName(last.GetState()), clean(last.GetMessage())),
 			"nothing of the target is left, and its name is free",
 		}
 	}
@@ -286,7 +286,7 @@ func (a *app) follow(ctx context.Context, c *client.Client, id int64) error {
 
 // ofJob gives an error of a job its advice: its reason may be that of a snapshot,
 // too.
-func ofJob(err error) error {
+func withJobHint(err error) error {
 	if slices.Contains([]string{"EXPIRED_OR_DROPPED", "NEVER_EXISTED"}, client.Reason(err)) {
 		return &hintError{err, "see which jobs there are with `snapshotctl restore list`; one that has ended is kept for a while only"}
 	}
@@ -338,7 +338,7 @@ func jobCells(job *snapshotdv1.RestoreJob) []any {
 		took = job.GetEndTime().AsTime().Sub(job.GetStartTime().AsTime()).Round(time.Millisecond).String()
 	}
 	return []any{
-		job.GetId(), job.GetSnapshotName(), job.GetTarget().GetDb() + "/" + job.GetTarget().GetName(), upper(job.GetState()), phase(job),
+		job.GetId(), job.GetSnapshotName(), job.GetTarget().GetDb() + "/" + job.GetTarget().GetName(), stateName(job.GetState()), phase(job),
 		percent(p.GetFraction()), p.GetFilesTotal(), size(p.GetBytesTotal()), job.GetStartTime(), took, job.GetReason(),
 	}
 }
@@ -363,9 +363,9 @@ func renderJob(w io.Writer, job *snapshotdv1.RestoreJob) {
 	if p.GetRemaining() != nil {
 		left = p.GetRemaining().AsDuration().Round(time.Second).String()
 	}
-	facts(w, "",
+	keyValues(w, "",
 		"job", job.GetId(),
-		"state", upper(job.GetState()),
+		"state", stateName(job.GetState()),
 		"phase", phase(job),
 		"snapshot", fmt.Sprintf("%s (#%d)", clean(job.GetSnapshotName()), job.GetSnapshotId()),
 		"target", fmt.Sprintf("%s/%s (#%d)", job.GetTarget().GetDb(), job.GetTarget().GetName(), job.GetTarget().GetId()),
@@ -386,7 +386,7 @@ func renderJob(w io.Writer, job *snapshotdv1.RestoreJob) {
 		"last error", job.GetLastError(),
 		"waiting since", job.GetWaitingSince(),
 		"refused since", job.GetRefusedSince(),
-		"labels", pairs(job.GetLabels()),
+		"labels", formatMap(job.GetLabels()),
 	)
 }
 
@@ -396,7 +396,7 @@ func (a *app) restoreStatus() *cobra.Command {
 		Short:   "Shows a restore job",
 		Long:    "Shows a restore job: how far it has come, or how it ended.",
 		Example: `  snapshotctl restore status 65`,
-		Args:    args("JOB"),
+		Args:    exactArgs("JOB"),
 	}
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
 		id, err := parseID(args[0])
@@ -409,7 +409,7 @@ func (a *app) restoreStatus() *cobra.Command {
 		}
 		resp, err := unary(ctx, a, c.Snapshots.GetRestoreState, &snapshotdv1.GetRestoreStateRequest{JobId: id})
 		if err != nil {
-			return ofJob(err)
+			return withJobHint(err)
 		}
 		return a.print(resp, func(w io.Writer) { renderJob(w, resp.GetJob()) })
 	})
@@ -423,7 +423,7 @@ func (a *app) restoreWatch() *cobra.Command {
 		Long: `Follows a restore job until it has ended, with a bar on a terminal. It fails when
 the job is not COMPLETED.`,
 		Example: `  snapshotctl restore watch 65`,
-		Args:    args("JOB"),
+		Args:    exactArgs("JOB"),
 	}
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
 		id, err := parseID(args[0])
@@ -434,7 +434,7 @@ the job is not COMPLETED.`,
 		if err != nil {
 			return err
 		}
-		return a.follow(ctx, c, id)
+		return a.watchJob(ctx, c, id)
 	})
 	return cmd
 }
@@ -453,7 +453,7 @@ func (a *app) restoreList() *cobra.Command {
 		Long:  "Lists restore jobs, newest first. Those that have ended are kept for a week, unless the server is told otherwise.",
 		Example: `  snapshotctl restore list
   snapshotctl restore list --state executing -o json`,
-		Args: args(),
+		Args: exactArgs(),
 	}
 	f := cmd.Flags()
 	f.IntVar(&limit, "limit", 0, "list so `many` (default all)")
@@ -470,7 +470,7 @@ func (a *app) restoreList() *cobra.Command {
 		for _, s := range states {
 			v, ok := snapshotdv1.RestoreJob_State_value["STATE_"+strings.ToUpper(s)]
 			if !ok || v == 0 {
-				return wrong("--state %q: write pending, executing, completed, failed or canceled", s)
+				return usageErrorf("--state %q: write pending, executing, completed, failed or canceled", s)
 			}
 			req.States = append(req.States, snapshotdv1.RestoreJob_State(v))
 		}
@@ -508,7 +508,7 @@ func (a *app) restoreLimit() *cobra.Command {
 		Long:  "Changes what a restore job may use of the object store while it runs. What is left out has no limit any more.",
 		Example: `  snapshotctl restore limit 65 --max-rate 20MiB
   snapshotctl restore limit 65`,
-		Args: args("JOB"),
+		Args: exactArgs("JOB"),
 	}
 	limits.register(cmd)
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
@@ -526,7 +526,7 @@ func (a *app) restoreLimit() *cobra.Command {
 		}
 		resp, err := unary(ctx, a, c.Snapshots.UpdateRestore, req)
 		if err != nil {
-			return ofJob(err)
+			return withJobHint(err)
 		}
 		return a.print(resp, func(w io.Writer) { renderJob(w, resp.GetJob()) })
 	})
@@ -540,7 +540,7 @@ func (a *app) restoreCancel() *cobra.Command {
 		Long: `Gives a restore job up: its target will not appear, and what was made of it is
 removed in the background. Its name is free when the job is CANCELED.`,
 		Example: `  snapshotctl restore cancel 65`,
-		Args:    args("JOB"),
+		Args:    exactArgs("JOB"),
 	}
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
 		id, err := parseID(args[0])
@@ -553,11 +553,11 @@ removed in the background. Its name is free when the job is CANCELED.`,
 		}
 		resp, err := unary(ctx, a, c.Snapshots.CancelRestore, &snapshotdv1.CancelRestoreRequest{JobId: id})
 		if err != nil {
-			return ofJob(err)
+			return withJobHint(err)
 		}
 		return a.print(resp, func(w io.Writer) {
 			job := resp.GetJob()
-			put(w, "restore job %d is %s, in phase %s: %s/%s will not appear\n", id, upper(job.GetState()), phase(job),
+			fprintf(w, "restore job %d is %s, in phase %s: %s/%s will not appear\n", id, stateName(job.GetState()), phase(job),
 				job.GetTarget().GetDb(), job.GetTarget().GetName())
 		})
 	})

@@ -52,16 +52,16 @@ func (l *segmentLines) next() (*snapshotdv1.Segment, error) {
 		}
 		s := new(snapshotdv1.Segment)
 		if err := protojson.Unmarshal(line, s); err != nil {
-			return nil, wrong("%s, line %d: %s", l.name, l.n, plainJSONError(err))
+			return nil, usageErrorf("%s, line %d: %s", l.name, l.n, plainJSONError(err))
 		}
 		if s.GetId() <= 0 {
-			return nil, wrong("%s, line %d: the segment has no id", l.name, l.n)
+			return nil, usageErrorf("%s, line %d: the segment has no id", l.name, l.n)
 		}
 		return s, nil
 	}
 	switch err := l.lines.Err(); {
 	case errors.Is(err, bufio.ErrTooLong):
-		return nil, wrong("%s, line %d: longer than %s", l.name, l.n+1, size(maxLineBytes))
+		return nil, usageErrorf("%s, line %d: longer than %s", l.name, l.n+1, size(maxLineBytes))
 	case err != nil:
 		return nil, fmt.Errorf("read %s: %w", l.name, err)
 	}
@@ -81,7 +81,7 @@ func plainJSONError(err error) string {
 
 // batches hands segments on in lists that fit in a message. A segment that is
 // larger than any message should be is one of its own.
-func batches(next func() (*snapshotdv1.Segment, error), send func([]*snapshotdv1.Segment) error) error {
+func sendBatches(next func() (*snapshotdv1.Segment, error), send func([]*snapshotdv1.Segment) error) error {
 	var (
 		batch []*snapshotdv1.Segment
 		bytes int
@@ -122,12 +122,12 @@ line as it comes. Segments that are there already with the same content are
 counted as present, so after an error the same file is sent again.`,
 		Example: `  snapshotctl catalog add-segments -f segments.jsonl --collection docs
   zcat segments.jsonl.gz | snapshotctl catalog add-segments -f - --collection docs`,
-		Args: args(),
+		Args: exactArgs(),
 	}
-	collection := collectionFlag(cmd)
+	collection := addCollection(cmd)
 	cmd.Flags().StringVarP(&file, "file", "f", "", "`file` of segments, one a line; - is standard input (required)")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
-		ref, err := a.required(collection)
+		ref, err := a.requiredRef(collection)
 		if err != nil {
 			return err
 		}
@@ -136,9 +136,9 @@ counted as present, so after an error the same file is sent again.`,
 			return err
 		}
 		defer closeFile()
-		if f, ok := r.(*os.File); ok && file != "-" && regular(f) {
+		if f, ok := r.(*os.File); ok && file != "-" && isRegular(f) {
 			check := newSegmentLines(name, f)
-			if err := batches(check.next, func([]*snapshotdv1.Segment) error { return ctx.Err() }); err != nil {
+			if err := sendBatches(check.next, func([]*snapshotdv1.Segment) error { return ctx.Err() }); err != nil {
 				return err
 			}
 			if _, err := f.Seek(0, io.SeekStart); err != nil {
@@ -149,7 +149,7 @@ counted as present, so after an error the same file is sent again.`,
 		if err != nil {
 			return err
 		}
-		ctx, cancel := a.limit(ctx, 0) // also ends the stream when a line is bad
+		ctx, cancel := a.withTimeout(ctx, 0) // also ends the stream when a line is bad
 		defer cancel()
 		stream, err := c.Catalog.AddSegments(ctx)
 		if err != nil {
@@ -160,7 +160,7 @@ counted as present, so after an error the same file is sent again.`,
 			return err
 		}
 		return a.print(resp, func(w io.Writer) {
-			put(w, "added %s, %d were there already\n", count(resp.GetAdded(), "segment"), resp.GetPresent())
+			fprintf(w, "added %s, %d were there already\n", count(resp.GetAdded(), "segment"), resp.GetPresent())
 		})
 	})
 	return cmd
@@ -174,7 +174,7 @@ func addSegments(
 	// there are no segments.
 	err := stream.Send(&snapshotdv1.AddSegmentsRequest{Collection: ref})
 	if err == nil {
-		err = batches(from.next, func(batch []*snapshotdv1.Segment) error {
+		err = sendBatches(from.next, func(batch []*snapshotdv1.Segment) error {
 			return stream.Send(&snapshotdv1.AddSegmentsRequest{Segments: batch})
 		})
 	}
@@ -188,7 +188,7 @@ func addSegments(
 func (a *app) open(file string) (name string, r io.Reader, closeFile func(), err error) {
 	switch file {
 	case "":
-		return "", nil, nil, wrong("-f is missing: which file? - is standard input")
+		return "", nil, nil, usageErrorf("-f is missing: which file? - is standard input")
 	case "-":
 		return "standard input", a.in, func() {}, nil
 	}
@@ -200,7 +200,7 @@ func (a *app) open(file string) (name string, r io.Reader, closeFile func(), err
 }
 
 // regular says whether a file can be read twice, unlike a pipe.
-func regular(f *os.File) bool {
+func isRegular(f *os.File) bool {
 	info, err := f.Stat()
 	return err == nil && info.Mode().IsRegular()
 }
@@ -213,11 +213,11 @@ func (a *app) catalogExport() *cobra.Command {
 one a line, as protobuf JSON of the message Segment. ` + "`catalog add-segments`" + ` reads
 them. -o has no effect. After an error the output is not complete.`,
 		Example: "  snapshotctl catalog export --collection docs > segments.jsonl",
-		Args:    args(),
+		Args:    exactArgs(),
 	}
-	collection := collectionFlag(cmd)
+	collection := addCollection(cmd)
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
-		ref, err := a.required(collection)
+		ref, err := a.requiredRef(collection)
 		if err != nil {
 			return err
 		}
@@ -225,7 +225,7 @@ them. -o has no effect. After an error the output is not complete.`,
 		if err != nil {
 			return err
 		}
-		ctx, cancel := a.limit(ctx, 0)
+		ctx, cancel := a.withTimeout(ctx, 0)
 		defer cancel()
 		stream, err := c.Catalog.ExportSegments(ctx, &snapshotdv1.ExportSegmentsRequest{Collection: ref})
 		if err != nil {
@@ -266,18 +266,18 @@ func (a *app) catalogCompact() *cobra.Command {
 compaction does: no snapshot sees both or neither. FILE has one segment a line,
 as for ` + "`catalog add-segments`" + `; without it the inputs just go.`,
 		Example: "  snapshotctl catalog compact --collection docs --input 101,102 --input 103 --output-file merged.jsonl",
-		Args:    args(),
+		Args:    exactArgs(),
 	}
-	collection := collectionFlag(cmd)
+	collection := addCollection(cmd)
 	cmd.Flags().StringArrayVar(&inputs, "input", nil, "`id` of a segment that goes; may be repeated (required)")
 	cmd.Flags().StringVar(&file, "output-file", "", "`file` with the segments that come; - is standard input")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
-		ref, err := a.required(collection)
+		ref, err := a.requiredRef(collection)
 		if err != nil {
 			return err
 		}
 		if len(inputs) == 0 {
-			return wrong("--input is missing: which segments go?")
+			return usageErrorf("--input is missing: which segments go?")
 		}
 		req := &snapshotdv1.CompactSegmentsRequest{Collection: ref, RequestToken: client.NewRequestToken()}
 		if req.Inputs, err = parseIDs(inputs); err != nil {
@@ -289,9 +289,9 @@ as for ` + "`catalog add-segments`" + `; without it the inputs just go.`,
 				return err
 			}
 			defer closeFile()
-			err = batches(newSegmentLines(name, r).next, func(batch []*snapshotdv1.Segment) error {
+			err = sendBatches(newSegmentLines(name, r).next, func(batch []*snapshotdv1.Segment) error {
 				if req.Outputs = append(req.Outputs, batch...); len(req.GetOutputs()) > maxBatch {
-					return wrong("%s holds more segments than one compaction takes", name)
+					return usageErrorf("%s holds more segments than one compaction takes", name)
 				}
 				return nil
 			})
@@ -308,7 +308,7 @@ as for ` + "`catalog add-segments`" + `; without it the inputs just go.`,
 			return err
 		}
 		return a.print(resp, func(w io.Writer) {
-			put(w, "compacted %s into %d at catalog revision %d\n", count(len(req.GetInputs()), "segment"), len(req.GetOutputs()), resp.GetCatalogRevision())
+			fprintf(w, "compacted %s into %d at catalog revision %d\n", count(len(req.GetInputs()), "segment"), len(req.GetOutputs()), resp.GetCatalogRevision())
 		})
 	})
 	return cmd
@@ -323,14 +323,14 @@ dropped already is no error; one that never was is, before anything is written.`
 		Example: "  snapshotctl catalog drop-segments --collection docs 101 102",
 		Args:    cobra.ArbitraryArgs,
 	}
-	collection := collectionFlag(cmd)
+	collection := addCollection(cmd)
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
-		ref, err := a.required(collection)
+		ref, err := a.requiredRef(collection)
 		if err != nil {
 			return err
 		}
 		if len(args) == 0 {
-			return wrong("ID is missing: which segments?")
+			return usageErrorf("ID is missing: which segments?")
 		}
 		ids, err := parseIDs(args)
 		if err != nil {
@@ -348,7 +348,7 @@ dropped already is no error; one that never was is, before anything is written.`
 			}
 			sum.Dropped += resp.GetDropped()
 		}
-		return a.print(sum, func(w io.Writer) { put(w, "dropped %s\n", count(sum.GetDropped(), "segment")) })
+		return a.print(sum, func(w io.Writer) { fprintf(w, "dropped %s\n", count(sum.GetDropped(), "segment")) })
 	})
 	return cmd
 }

@@ -32,24 +32,24 @@ own: it references files where they lie and keeps them from being deleted.`)
 }
 
 // chosen says which snapshot a command is about.
-type chosen struct {
+type snapshotArg struct {
 	id         int64
-	collection *optional
+	collection *optionalCollection
 }
 
 // choose gives cmd the flags and the argument that fill the result.
-func choose(cmd *cobra.Command) *chosen {
-	var c chosen
+func addSnapshotArg(cmd *cobra.Command) *snapshotArg {
+	var c snapshotArg
 	cmd.Flags().Int64Var(&c.id, "id", 0, "the snapshot's `id`, instead of SNAPSHOT")
-	c.collection = optionalCollection(cmd, "the snapshot's `collection`: needed where several have a snapshot of that name, else checked")
-	cmd.Args = func(cmd *cobra.Command, given []string) error {
+	c.collection = addOptionalCollection(cmd, "the snapshot's `collection`: needed where several have a snapshot of that name, else checked")
+	cmd.Args = func(cmd *cobra.Command, argv []string) error {
 		switch {
 		case !cmd.Flags().Changed("id"):
-			return args("SNAPSHOT")(cmd, given)
-		case len(given) > 0:
-			return usage(cmd, fmt.Errorf("both --id and %q are given", clean(given[0])))
+			return exactArgs("SNAPSHOT")(cmd, argv)
+		case len(argv) > 0:
+			return asUsageError(cmd, fmt.Errorf("both --id and %q are given", clean(argv[0])))
 		case c.id <= 0:
-			return usage(cmd, fmt.Errorf("--id %d: ids are positive numbers", c.id))
+			return asUsageError(cmd, fmt.Errorf("--id %d: ids are positive numbers", c.id))
 		}
 		return nil
 	}
@@ -57,7 +57,7 @@ func choose(cmd *cobra.Command) *chosen {
 }
 
 // ref returns the snapshot that the user chose.
-func (a *app) ref(c *chosen, args []string) (*snapshotdv1.SnapshotRef, error) {
+func (a *app) snapshotRef(c *snapshotArg, args []string) (*snapshotdv1.SnapshotRef, error) {
 	a.snapshot = fmt.Sprintf("#%d", c.id)
 	if c.id == 0 {
 		a.snapshot = args[0]
@@ -66,7 +66,7 @@ func (a *app) ref(c *chosen, args []string) (*snapshotdv1.SnapshotRef, error) {
 	if err != nil {
 		return nil, err
 	}
-	if ref.Collection, err = a.given(c.collection); err != nil {
+	if ref.Collection, err = a.optionalRef(c.collection); err != nil {
 		return nil, err
 	}
 	return ref, nil
@@ -95,7 +95,7 @@ one request, for 24 hours.`,
 		Example: `  snapshotctl snapshot create nightly --collection docs --ttl 30d
   snapshotctl snapshot create before-upgrade --collection prod/docs --label ticket=OPS-7 --verify
   snapshotctl snapshot create exact --collection '#7' --min-cut 0=4500,1=4500 --require-exact --timeout 1m`,
-		Args: args("NAME"),
+		Args: exactArgs("NAME"),
 	}
 	f := cmd.Flags()
 	f.StringVar(&collection, "collection", "", "`collection` to capture (required)")
@@ -111,7 +111,7 @@ one request, for 24 hours.`,
 	cmd.MarkFlagsMutuallyExclusive("ttl", "expire-time")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
 		if collection == "" {
-			return wrong("--collection is missing: which collection is to be captured?")
+			return usageErrorf("--collection is missing: which collection is to be captured?")
 		}
 		a.snapshot = args[0]
 		req := &snapshotdv1.CreateSnapshotRequest{
@@ -152,14 +152,14 @@ one request, for 24 hours.`,
 		if err != nil {
 			return err
 		}
-		limited, cancel := a.limit(ctx, createTimeout)
+		limited, cancel := a.withTimeout(ctx, createTimeout)
 		defer cancel()
 		resp, err := c.Snapshots.CreateSnapshot(limited, req)
 		if err != nil {
-			if _, code := describe(err); ctx.Err() != nil || code == codes.DeadlineExceeded {
+			if _, code := errorText(err); ctx.Err() != nil || code == codes.DeadlineExceeded {
 				return &hintError{err, fmt.Sprintf(
 					"the server goes on with it; see how it is with `snapshotctl snapshot get %s`, or wait again by adding --request-token %s",
-					word(args[0], ""), word(req.GetRequestToken(), ""),
+					shellQuote(args[0], ""), shellQuote(req.GetRequestToken(), ""),
 				)}
 			}
 			return err
@@ -177,12 +177,12 @@ func renderCreated(w io.Writer, s *snapshotdv1.Snapshot) {
 	t := newTable(w, "", "NAME", "ID", "STATE", "COLLECTION", "SEGMENTS", "ROWS", "FILES", "SIZE", "CUT", "TOOK")
 	n := s.GetTotals()
 	t.row(
-		s.GetName(), s.GetId(), upper(s.GetState()), origin(s.GetCollection()),
+		s.GetName(), s.GetId(), stateName(s.GetState()), collectionName(s.GetCollection()),
 		n.GetSegments(), n.GetRows(), n.GetFiles(), size(n.GetBytes()), cut(s.GetCuts()), took,
 	)
 	_ = t.flush() // w is memory
 	if s.GetState() == snapshotdv1.Snapshot_STATE_COMMITTED {
-		put(w, "written for the snapshot: %s; its data stay where they are\n", size(s.GetManifestBytes()))
+		fprintf(w, "written for the snapshot: %s; its data stay where they are\n", size(s.GetManifestBytes()))
 	}
 }
 
@@ -209,7 +209,7 @@ func cut(cs []*snapshotdv1.ChannelPosition) string {
 }
 
 // origin names the collection that something belongs to.
-func origin(c *snapshotdv1.CollectionInfo) string {
+func collectionName(c *snapshotdv1.CollectionInfo) string {
 	return fullName(c.GetDb(), c.GetName(), c.GetId())
 }
 
@@ -227,11 +227,11 @@ func snapshotCells(s *snapshotdv1.Snapshot) []any {
 	n := s.GetTotals()
 	expires := "never"
 	if s.GetExpireTime() != nil {
-		expires = when(s.GetExpireTime())
+		expires = formatTime(s.GetExpireTime())
 	}
 	return []any{
-		s.GetName(), s.GetId(), upper(s.GetState()), origin(s.GetCollection()),
-		n.GetSegments(), n.GetRows(), n.GetFiles(), size(n.GetBytes()), s.GetCreateTime(), expires, pairs(s.GetLabels()),
+		s.GetName(), s.GetId(), stateName(s.GetState()), collectionName(s.GetCollection()),
+		n.GetSegments(), n.GetRows(), n.GetFiles(), size(n.GetBytes()), s.GetCreateTime(), expires, formatMap(s.GetLabels()),
 	}
 }
 
@@ -240,7 +240,7 @@ func renderSnapshot(w io.Writer, s *snapshotdv1.Snapshot) {
 	t.row(snapshotCells(s)...)
 	_ = t.flush() // w is memory
 	if s.GetReason() != "" {
-		put(w, "reason: %s\n", clean(s.GetReason()))
+		fprintf(w, "reason: %s\n", clean(s.GetReason()))
 	}
 }
 
@@ -253,9 +253,9 @@ given as '#42' or with --id 42.`,
 		Example: `  snapshotctl snapshot get nightly
   snapshotctl snapshot get --id 42 -o json`,
 	}
-	of := choose(cmd)
+	arg := addSnapshotArg(cmd)
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
-		ref, err := a.ref(of, args)
+		ref, err := a.snapshotRef(arg, args)
 		if err != nil {
 			return err
 		}
@@ -284,9 +284,9 @@ it one of digits; an id is given as '#42' or with --id 42.`,
 		Example: `  snapshotctl snapshot describe nightly
   snapshotctl snapshot describe '#42' -o yaml`,
 	}
-	of := choose(cmd)
+	arg := addSnapshotArg(cmd)
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
-		ref, err := a.ref(of, args)
+		ref, err := a.snapshotRef(arg, args)
 		if err != nil {
 			return err
 		}
@@ -299,16 +299,16 @@ it one of digits; an id is given as '#42' or with --id 42.`,
 		unknown := ""
 		switch client.Reason(err) { // the rest can be shown without
 		case "REFERENCES_LOADING", "REFERENCES_UNREADABLE", "SNAPSHOT_CORRUPT":
-			unknown, _ = describe(err)
+			unknown, _ = errorText(err)
 			req.IncludeUsage = false
 			resp, err = unary(ctx, a, c.DescribeWhole, req)
 		}
 		if err != nil {
 			return err
 		}
-		undo := word(resp.GetSnapshot().GetName(), "")
-		if of.collection.text != "" {
-			undo += " --collection " + word(of.collection.text, "")
+		undo := shellQuote(resp.GetSnapshot().GetName(), "")
+		if arg.collection.text != "" {
+			undo += " --collection " + shellQuote(arg.collection.text, "")
 		}
 		return a.print(resp, func(w io.Writer) { renderDescription(w, resp, unknown, undo) })
 	})
@@ -322,15 +322,15 @@ func renderDescription(w io.Writer, r *snapshotdv1.DescribeSnapshotResponse, unk
 	n := s.GetTotals()
 	expires := "never"
 	if s.GetExpireTime() != nil {
-		expires = when(s.GetExpireTime())
+		expires = formatTime(s.GetExpireTime())
 	}
-	put(w, "Snapshot\n")
-	facts(w, "  ",
+	fprintf(w, "Snapshot\n")
+	keyValues(w, "  ",
 		"name", s.GetName(),
 		"id", s.GetId(),
-		"state", upper(s.GetState()),
+		"state", stateName(s.GetState()),
 		"description", s.GetDescription(),
-		"labels", pairs(s.GetLabels()),
+		"labels", formatMap(s.GetLabels()),
 		"created", s.GetCreateTime(),
 		"committed", s.GetCommitTime(),
 		"expires", expires,
@@ -341,29 +341,29 @@ func renderDescription(w io.Writer, r *snapshotdv1.DescribeSnapshotResponse, unk
 		"segments across the cut", n.GetStraddlingSegments(),
 	)
 
-	put(w, "\nCut\n")
+	fprintf(w, "\nCut\n")
 	t := newTable(w, "  ", "SHARD", "CHANNEL", "ROWS BEFORE")
 	for _, p := range s.GetCuts() {
 		t.row(p.GetShard(), p.GetChannel(), dataTime(p.GetPosition().GetTimestamp()))
 	}
 	_ = t.flush() // w is memory, here and below
 
-	put(w, "\nCollection\n")
+	fprintf(w, "\nCollection\n")
 	info := s.GetCollection()
-	facts(w, "  ",
+	keyValues(w, "  ",
 		"name", fullName(info.GetDb(), info.GetName(), info.GetId()),
 		"id", info.GetId(),
-		"layout", lower(c.GetLayout(), "LAYOUT_"),
+		"layout", enumName(c.GetLayout(), "LAYOUT_"),
 		"consistency level", c.GetConsistencyLevel(),
-		"properties", pairs(c.GetProperties()),
-		"attributes", pairs(c.GetAttributes()),
+		"properties", formatMap(c.GetProperties()),
+		"attributes", formatMap(c.GetAttributes()),
 	)
 	renderRoots(w, c.GetRoots())
 	renderSchema(w, c.GetSchema())
 	renderPartitions(w, r.GetPartitions())
 	renderIndexes(w, r.GetIndexes())
 
-	put(w, "\nManifests (%s:%s, format %d, %s)\n", clean(r.GetStore()), clean(r.GetPrefix()), r.GetFormatVersion(), size(s.GetManifestBytes()))
+	fprintf(w, "\nManifests (%s:%s, format %d, %s)\n", clean(r.GetStore()), clean(r.GetPrefix()), r.GetFormatVersion(), size(s.GetManifestBytes()))
 	t = newTable(w, "  ", "FILE", "SIZE", "SEGMENTS", "FROM", "SHA256")
 	for _, m := range r.GetManifests() {
 		t.row(m.GetFile(), size(m.GetSizeBytes()), m.GetSegments(), m.GetFirstOrdinal(), hex.EncodeToString(m.GetSha256()))
@@ -371,26 +371,26 @@ func renderDescription(w io.Writer, r *snapshotdv1.DescribeSnapshotResponse, unk
 	_ = t.flush()
 
 	for _, text := range r.GetDamage() {
-		put(w, "DAMAGED: %s\n", clean(text))
+		fprintf(w, "DAMAGED: %s\n", clean(text))
 	}
 	if why := r.GetDamageUnknown(); why != "" {
-		put(w, "whether all its files are there is not known: %s\n", clean(why))
+		fprintf(w, "whether all its files are there is not known: %s\n", clean(why))
 	}
 
-	put(w, "\nprotects: %s, %s\n", count(n.GetFiles(), "file"), size(n.GetBytes()))
+	fprintf(w, "\nprotects: %s, %s\n", count(n.GetFiles(), "file"), size(n.GetBytes()))
 	switch u := r.GetUsage(); {
 	case u.GetSharedFiles() > 0:
-		put(w, "kept by it alone: %s, %s; the others stay without it\n", count(u.GetExclusiveFiles(), "file"), size(u.GetExclusiveBytes()))
+		fprintf(w, "kept by it alone: %s, %s; the others stay without it\n", count(u.GetExclusiveFiles(), "file"), size(u.GetExclusiveBytes()))
 	case u != nil:
-		put(w, "kept by it alone: %s, %s\n", count(u.GetExclusiveFiles(), "file"), size(u.GetExclusiveBytes()))
+		fprintf(w, "kept by it alone: %s, %s\n", count(u.GetExclusiveFiles(), "file"), size(u.GetExclusiveBytes()))
 	case unknown != "":
-		put(w, "kept by it alone: not known: %s\n", clean(unknown))
+		fprintf(w, "kept by it alone: not known: %s\n", clean(unknown))
 	}
-	put(w, "to undo: snapshotctl snapshot drop %s\n", undo)
+	fprintf(w, "to undo: snapshotctl snapshot drop %s\n", undo)
 }
 
 func renderRoots(w io.Writer, roots []*snapshotdv1.Root) {
-	put(w, "\nRoots\n")
+	fprintf(w, "\nRoots\n")
 	t := newTable(w, "  ", "ROOT", "STORE", "PREFIX")
 	for i, r := range roots {
 		t.row(i, r.GetStore(), r.GetPrefix())
@@ -399,11 +399,11 @@ func renderRoots(w io.Writer, roots []*snapshotdv1.Root) {
 }
 
 func renderSchema(w io.Writer, s *snapshotdv1.Schema) {
-	put(w, "\nSchema")
+	fprintf(w, "\nSchema")
 	if s.GetSchemaFormat() != "" {
-		put(w, " (%s, %s raw)", clean(s.GetSchemaFormat()), size(int64(len(s.GetSchemaRaw()))))
+		fprintf(w, " (%s, %s raw)", clean(s.GetSchemaFormat()), size(int64(len(s.GetSchemaRaw()))))
 	}
-	put(w, "\n")
+	fprintf(w, "\n")
 	t := newTable(w, "  ", "FIELD", "NAME", "TYPE", "KEY", "NULLABLE", "PARAMETERS")
 	for _, f := range s.GetFields() {
 		kind := f.GetDataType()
@@ -417,25 +417,25 @@ func renderSchema(w io.Writer, s *snapshotdv1.Schema) {
 		case f.GetPartitionKey():
 			key = "partition"
 		}
-		t.row(f.GetId(), f.GetName(), kind, key, f.GetNullable(), pairs(f.GetTypeParams()))
+		t.row(f.GetId(), f.GetName(), kind, key, f.GetNullable(), formatMap(f.GetTypeParams()))
 	}
 	_ = t.flush() // w is memory
 }
 
 func renderPartitions(w io.Writer, ps []*snapshotdv1.Partition) {
-	put(w, "\nPartitions\n")
+	fprintf(w, "\nPartitions\n")
 	t := newTable(w, "  ", "NAME", "ID", "STATE", "ATTRIBUTES")
 	for _, p := range ps {
-		t.row(p.GetName(), p.GetId(), upper(p.GetState()), pairs(p.GetAttributes()))
+		t.row(p.GetName(), p.GetId(), stateName(p.GetState()), formatMap(p.GetAttributes()))
 	}
 	_ = t.flush() // w is memory
 }
 
 func renderIndexes(w io.Writer, is []*snapshotdv1.Index) {
-	put(w, "\nIndexes\n")
+	fprintf(w, "\nIndexes\n")
 	t := newTable(w, "  ", "NAME", "ID", "FIELD", "STATE", "PARAMETERS")
 	for _, i := range is {
-		t.row(i.GetName(), i.GetId(), i.GetFieldId(), upper(i.GetState()), pairs(i.GetIndexParams()))
+		t.row(i.GetName(), i.GetId(), i.GetFieldId(), stateName(i.GetState()), formatMap(i.GetIndexParams()))
 	}
 	_ = t.flush() // w is memory
 }
@@ -452,11 +452,11 @@ func (a *app) snapshotSegments() *cobra.Command {
 		Example: `  snapshotctl snapshot segments nightly --limit 20
   snapshotctl snapshot segments nightly --files -o json`,
 	}
-	of := choose(cmd)
+	arg := addSnapshotArg(cmd)
 	cmd.Flags().BoolVar(&files, "files", false, "list the files of each segment, too")
 	cmd.Flags().IntVar(&limit, "limit", 0, "list so `many` segments (default all)")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
-		ref, err := a.ref(of, args)
+		ref, err := a.snapshotRef(arg, args)
 		if err != nil {
 			return err
 		}
@@ -505,7 +505,7 @@ func addSegment(l *list, s *snapshotdv1.SnapshotSegment, files bool) error {
 			ceiling = dataTime(g.GetRowCeiling())
 		}
 		return l.add(
-			s, g.GetId(), partition, g.GetShard(), strings.TrimPrefix(g.GetLevel().String(), "LEVEL_"), upper(g.GetState()),
+			s, g.GetId(), partition, g.GetShard(), strings.TrimPrefix(g.GetLevel().String(), "LEVEL_"), stateName(g.GetState()),
 			g.GetRows(), ceiling, s.GetFiles(), size(s.GetBytes()),
 		)
 	}
@@ -530,7 +530,7 @@ const maxPage = 1000
 // limit items were seen; 0 is no limit.
 func pages(limit int, fetch func(size int32, token string) (n int, next string, err error)) error {
 	if limit < 0 {
-		return wrong("--limit must not be negative")
+		return usageErrorf("--limit must not be negative")
 	}
 	token := ""
 	for left := limit; ; {
@@ -564,10 +564,10 @@ Snapshots of a dropped collection are found by its id.`,
 		Example: `  snapshotctl snapshot list
   snapshotctl snapshot list --collection docs --label ticket=OPS-7
   snapshotctl snapshot list --collection '#7' --state pending,committed,deleting --limit 10`,
-		Args: args(),
+		Args: exactArgs(),
 	}
 	f := cmd.Flags()
-	collection := optionalCollection(cmd, "only of this `collection`")
+	collection := addOptionalCollection(cmd, "only of this `collection`")
 	f.StringVar(&req.Db, "db", "", "only of collections in this `database`")
 	f.Int64Var(&req.PartitionId, "partition", 0, "only those that cover the partition with this `id`")
 	f.StringArrayVar(&labels, "label", nil, "only those with this label `key=value`; may be repeated")
@@ -576,7 +576,7 @@ Snapshots of a dropped collection are found by its id.`,
 	f.IntVar(&limit, "limit", 0, "list so `many` (default all)")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
 		var err error
-		if req.Collection, err = a.given(collection); err != nil {
+		if req.Collection, err = a.optionalRef(collection); err != nil {
 			return err
 		}
 		if req.Labels, err = parseLabels(labels); err != nil {
@@ -626,7 +626,7 @@ it is; the labels that are given take the place of all that it has.`,
 		Example: `  snapshotctl snapshot update nightly --description 'before the migration' --no-expiry
   snapshotctl snapshot update nightly --label ticket=OPS-7 --label owner=search --ttl 30d`,
 	}
-	of := choose(cmd)
+	arg := addSnapshotArg(cmd)
 	f := cmd.Flags()
 	f.StringVar(&description, "description", "", "the new `text`; empty takes it away")
 	f.StringArrayVar(&labels, "label", nil, "label `key=value`; may be repeated")
@@ -638,7 +638,7 @@ it is; the labels that are given take the place of all that it has.`,
 	cmd.MarkFlagsMutuallyExclusive("label", "no-labels")
 	cmd.MarkFlagsMutuallyExclusive("ttl", "expire-time", "no-expiry")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
-		ref, err := a.ref(of, args)
+		ref, err := a.snapshotRef(arg, args)
 		if err != nil {
 			return err
 		}
@@ -673,7 +673,7 @@ it is; the labels that are given take the place of all that it has.`,
 			change("expire_time")
 		}
 		if len(req.GetUpdateMask().GetPaths()) == 0 {
-			return wrong("nothing to change: give a flag such as --description or --label")
+			return usageErrorf("nothing to change: give a flag such as --description or --label")
 		}
 		c, err := a.connect()
 		if err != nil {
@@ -707,11 +707,11 @@ see ` + "`snapshotctl reclaim`" + `.`,
   snapshotctl snapshot drop nightly --dry-run
   snapshotctl snapshot drop nightly --expected-id 42`,
 	}
-	of := choose(cmd)
+	arg := addSnapshotArg(cmd)
 	cmd.Flags().Int64Var(&expected, "expected-id", 0, "refuse unless the name stands for the snapshot with this `id`")
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "only say what a drop would do, and what it would free")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
-		ref, err := a.ref(of, args)
+		ref, err := a.snapshotRef(arg, args)
 		if err != nil {
 			return err
 		}
@@ -739,14 +739,14 @@ see ` + "`snapshotctl reclaim`" + `.`,
 // renderDryRun says what a drop of the snapshot with this name would do.
 func renderDryRun(w io.Writer, name string, r *snapshotdv1.DropSnapshotResponse) {
 	u := r.GetUsage()
-	put(w, "dry run: snapshot %s", clean(name))
+	fprintf(w, "dry run: snapshot %s", clean(name))
 	if !strings.HasPrefix(name, "#") {
-		put(w, " (id %d)", r.GetSnapshotId())
+		fprintf(w, " (id %d)", r.GetSnapshotId())
 	}
-	put(w, " could be dropped; nothing was\n")
-	put(w, "would free %s, %s\n", count(u.GetExclusiveFiles(), "file"), size(u.GetExclusiveBytes()))
+	fprintf(w, " could be dropped; nothing was\n")
+	fprintf(w, "would free %s, %s\n", count(u.GetExclusiveFiles(), "file"), size(u.GetExclusiveBytes()))
 	if u.GetSharedFiles() > 0 {
-		put(w, "would leave %s, %s: the collection, another snapshot or a grant accounts for them, or they are not snapshotd's to delete\n",
+		fprintf(w, "would leave %s, %s: the collection, another snapshot or a grant accounts for them, or they are not snapshotd's to delete\n",
 			count(u.GetSharedFiles(), "file"), size(u.GetSharedBytes()))
 	}
 }
@@ -756,10 +756,10 @@ func renderDryRun(w io.Writer, name string, r *snapshotdv1.DropSnapshotResponse)
 func renderDropped(w io.Writer, thing, name string, id int64) {
 	switch {
 	case id == 0:
-		put(w, "there was no such %s\n", thing)
+		fprintf(w, "there was no such %s\n", thing)
 	case strings.HasPrefix(name, "#"):
-		put(w, "dropped %s %s\n", thing, clean(name))
+		fprintf(w, "dropped %s %s\n", thing, clean(name))
 	default:
-		put(w, "dropped %s %s (id %d)\n", thing, clean(name), id)
+		fprintf(w, "dropped %s %s (id %d)\n", thing, clean(name), id)
 	}
 }
