@@ -36,7 +36,7 @@ func (d *demo) startRestore(ctx context.Context, t taken, to, rate string) (id s
 		return "", 0, nil
 	}
 	var job int64
-	if _, err := fmt.Sscanf(out, "restore job %d makes collection "+to+" (#%d)", &job, &target); err != nil {
+	if _, err := fmt.Sscanf(out, "restore job %d creates collection "+to+" (#%d)", &job, &target); err != nil {
 		d.err = fmt.Errorf("restore start printed %q: %w", out, err)
 		return "", 0, nil
 	}
@@ -198,7 +198,7 @@ func (d *demo) failedRestore(ctx context.Context, t taken) {
 		d.err = os.WriteFile(name, good, 0o600)
 	}
 	plan := d.run(ctx, "snapshotctl", "restore", "plan", "before-sale", "--to", "shop-again")
-	d.check(strings.Contains(plan, "nothing is in the way"), "it could be restored under the same name")
+	d.check(strings.Contains(plan, "no conflicts"), "it could be restored under the same name")
 	d.run(ctx, "snapshotctl", "restore", "list")
 	d.verify(ctx)
 }

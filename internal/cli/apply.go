@@ -22,8 +22,8 @@ import (
 	"github.com/snapshotd/snapshotd/client"
 )
 
-// declaration is one document of a file for `catalog apply`: a collection as it
-// should be. What it does not mention (nil) stays as it is.
+// declaration is one document of a `catalog apply` file: the desired state of a
+// collection. Fields that are nil stay unchanged.
 type declaration struct {
 	ID               int64             `yaml:"id"`
 	DB               string            `yaml:"db"`
@@ -77,8 +77,8 @@ type index struct {
 	Attributes  map[string]string `yaml:"attributes"`
 }
 
-const applyLong = `Makes collections as FILE declares them, or with -f - standard input: YAML, one
-collection a document. Applying a file twice is the same as once.
+const applyLong = `Creates and updates collections as FILE declares them; -f - reads standard input.
+FILE is YAML, one collection per document. Applying it again changes nothing.
 
   db: prod                       # default: default
   name: docs
@@ -99,14 +99,15 @@ collection a document. Applying a file twice is the same as once.
   indexes:
     - {name: vec_idx, field: 101, indexParams: {index_type: HNSW}}
 
-What is missing is created. Properties, attributes and the consistency level are
-updated when they differ. What cannot be changed (schema, channels, roots,
-layout, and partitions and indexes that exist) must be as declared, or nothing
-is written. What the file does not mention stays as it is; nothing is dropped.
+Missing collections, partitions and indexes are created. Properties, attributes and
+the consistency level are updated if they differ. The immutable parts (schema,
+channels, roots, layout, existing partitions and indexes) must match the file, or
+nothing is written. Keys that the file omits stay unchanged; nothing is dropped.
 
-A field has also partitionKey, nullable, elementType and attributes; the schema
-schemaFormat and schemaRaw (base64); an index typeParams and attributes; and
-collection, partition and index an id from ` + "`catalog allocate-ids`" + `.`
+More keys: partitionKey, nullable, elementType and attributes of a field;
+schemaFormat and schemaRaw (base64) of the schema; typeParams and attributes of an
+index; and the id of a collection, partition or index, from
+` + "`catalog allocate-ids`" + `.`
 
 func (a *app) catalogApply() *cobra.Command {
 	var (
@@ -123,7 +124,7 @@ func (a *app) catalogApply() *cobra.Command {
 		Args: exactArgs(),
 	}
 	cmd.Flags().StringVarP(&file, "file", "f", "", "`file` of declarations; - is standard input (required)")
-	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "only print what would be done")
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "print the changes without making them")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
 		name, r, closeFile, err := a.open(file)
 		if err != nil {
@@ -138,8 +139,8 @@ func (a *app) catalogApply() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		// All is planned before any of it is done, so that a document that asks
-		// for the impossible stops the whole file.
+		// Every document is planned first, so that one that cannot be applied stops
+		// the whole file.
 		var todo []plan
 		for _, d := range declared {
 			a.collection = fullName(d.DB, d.Name, 0)
@@ -176,7 +177,7 @@ func (a *app) printOutcomes(done []outcome, dryRun bool) error {
 		v["dryRun"] = true
 	}
 	return a.printValue(v, func(w io.Writer) {
-		if len(done) > 0 { // else it failed at once
+		if len(done) > 0 { // none if the first step failed
 			t := newTable(w, "", "ACTION", "THING", "NAME", "CHANGED")
 			for _, o := range done {
 				t.row(o.Action, o.Thing, o.Name, strings.Join(o.Changed, ","))
@@ -189,10 +190,10 @@ func (a *app) printOutcomes(done []outcome, dryRun bool) error {
 	})
 }
 
-// goType is how the YAML decoder names what it decodes into.
+// goType matches the names of Go types in errors of the YAML decoder.
 var goType = regexp.MustCompile(`( in type| into) (\[\])?cli\.\w+`)
 
-// readDeclarations reads documents and checks what needs no server.
+// readDeclarations reads the documents and makes the checks that need no server.
 func readDeclarations(name string, r io.Reader) ([]declaration, error) {
 	var all []declaration
 	dec := yaml.NewDecoder(r)
@@ -210,7 +211,7 @@ func readDeclarations(name string, r io.Reader) ([]declaration, error) {
 			}
 			return nil, usageErrorf("%s: %s", name, goType.ReplaceAllString(text, ""))
 		}
-		if reflect.ValueOf(d).IsZero() { // nothing between two lines of dashes
+		if reflect.ValueOf(d).IsZero() { // an empty document
 			continue
 		}
 		if d.DB == "" {
@@ -231,7 +232,9 @@ func readDeclarations(name string, r io.Reader) ([]declaration, error) {
 				return nil, usageErrorf("%s: collection %s: schemaRaw is not base64", name, what)
 			}
 		}
-		for thing, names := range map[string][]string{"partition": partitionNames(d.Partitions), "index": indexNames(d.Indexes)} {
+		for thing, names := range map[string][]string{
+			"partition": partitionNames(d.Partitions), "index": indexNames(d.Indexes),
+		} {
 			slices.Sort(names)
 			for i, n := range names {
 				if n == "" {
@@ -276,14 +279,14 @@ func layoutOf(s string) (snapshotdv1.Layout, error) {
 	return 0, fmt.Errorf("layout %q: the layouts are native and milvus", s)
 }
 
-// schema returns the declared schema as a message, empty when there is none.
+// schema returns the declared schema as a message, empty if none is declared.
 func (d *declaration) schema() *snapshotdv1.Schema {
 	m := new(snapshotdv1.Schema)
 	if d.Schema == nil {
 		return m
 	}
 	m.SchemaFormat = d.Schema.SchemaFormat
-	m.SchemaRaw, _ = base64.StdEncoding.DecodeString(d.Schema.SchemaRaw) // was checked
+	m.SchemaRaw, _ = base64.StdEncoding.DecodeString(d.Schema.SchemaRaw) // checked by readDeclarations
 	for _, f := range d.Schema.Fields {
 		m.Fields = append(m.Fields, &snapshotdv1.Field{
 			Id: f.ID, Name: f.Name, DataType: f.DataType, ElementType: f.ElementType,
@@ -294,7 +297,7 @@ func (d *declaration) schema() *snapshotdv1.Schema {
 	return m
 }
 
-// outcome says what was done about one thing.
+// outcome is the result of one step, as it is printed.
 type outcome struct {
 	Action  string   `json:"action"` // created, updated or unchanged
 	Thing   string   `json:"thing"`  // collection, partition or index
@@ -308,24 +311,26 @@ const (
 	unchanged = "unchanged"
 )
 
-// step is an outcome and the request that brings it about; nil when there is
-// nothing to do. The collection is filled in when the step is done.
+// step is an outcome and its request, which is nil if the outcome is unchanged.
+// runStep sets the request's collection.
 type step struct {
 	outcome
 	request proto.Message
 }
 
-// plan is what is to be done about one collection.
+// plan is the steps for one collection.
 type plan struct {
 	name  string
 	id    int64 // 0: the first step creates it
 	steps []step
 }
 
-// planFor asks what there is and plans what is to be done.
+// planFor reads the current state of a collection and returns the plan.
 func (a *app) planFor(ctx context.Context, c *client.Client, d declaration) (plan, error) {
 	resp, err := unary(ctx, a, c.Catalog.GetCollection, &snapshotdv1.GetCollectionRequest{
-		Collection: &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Name{Name: &snapshotdv1.CollectionName{Db: d.DB, Name: d.Name}}},
+		Collection: &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Name{Name: &snapshotdv1.CollectionName{
+			Db: d.DB, Name: d.Name,
+		}}},
 	})
 	if err != nil {
 		if _, code := errorText(err); code == codes.NotFound {
@@ -335,7 +340,9 @@ func (a *app) planFor(ctx context.Context, c *client.Client, d declaration) (pla
 	}
 	h := collectionState{collection: resp.GetCollection()}
 	ref := idRef(h.collection.GetId())
-	if h.partitions, err = unary(ctx, a, c.AllPartitions, &snapshotdv1.ListPartitionsRequest{Collection: ref}); err != nil {
+	if h.partitions, err = unary(ctx, a, c.AllPartitions, &snapshotdv1.ListPartitionsRequest{
+		Collection: ref,
+	}); err != nil {
 		return plan{}, err
 	}
 	if h.indexes, err = unary(ctx, a, c.AllIndexes, &snapshotdv1.ListIndexesRequest{Collection: ref}); err != nil {
@@ -344,8 +351,8 @@ func (a *app) planFor(ctx context.Context, c *client.Client, d declaration) (pla
 	return diff(d, h)
 }
 
-// diff returns what makes has into d, or an error that names everything that
-// cannot be changed.
+// diff returns the plan that turns current into d, or an error that lists every
+// difference in an immutable part.
 func diff(d declaration, current collectionState) (plan, error) {
 	p := plan{name: fullName(d.DB, d.Name, 0), id: current.collection.GetId()}
 	var immutable []error
@@ -362,15 +369,15 @@ func diff(d declaration, current collectionState) (plan, error) {
 			parts = append(parts, err.Error())
 		}
 		return plan{}, &hintError{
-			fmt.Errorf("collection %s exists and differs in what cannot be changed: %s", p.name, strings.Join(parts, "; ")),
-			"declare it as it is, or under another name; nothing was written",
+			fmt.Errorf("collection %s exists and differs in immutable parts: %s", p.name, strings.Join(parts, "; ")),
+			"nothing was written; declare the collection as it exists, or use another name",
 		}
 	}
 	return p, nil
 }
 
 func diffCollection(d declaration, current *snapshotdv1.Collection, immutable *[]error) step {
-	layout, _ := layoutOf(d.Layout) // was checked
+	layout, _ := layoutOf(d.Layout) // checked by readDeclarations
 	s := step{outcome: outcome{Action: unchanged, Thing: "collection", Name: fullName(d.DB, d.Name, 0)}}
 	var roots []*snapshotdv1.Root
 	for _, r := range d.Roots {
@@ -399,20 +406,24 @@ func diffCollection(d declaration, current *snapshotdv1.Collection, immutable *[
 		}
 	}
 	if d.Channels != nil && !slices.Equal(d.Channels, current.GetChannels()) {
-		differ("channels: they are %q", current.GetChannels())
+		differ("channels are %q", current.GetChannels())
 	}
-	if d.Roots != nil && !slices.EqualFunc(roots, current.GetRoots(), func(a, b *snapshotdv1.Root) bool { return proto.Equal(a, b) }) {
+	if d.Roots != nil && !slices.EqualFunc(roots, current.GetRoots(), func(a, b *snapshotdv1.Root) bool {
+		return proto.Equal(a, b)
+	}) {
 		var parts []string
 		for _, r := range current.GetRoots() {
 			parts = append(parts, r.GetStore()+":"+r.GetPrefix())
 		}
-		differ("roots: they are %q", parts)
+		differ("roots are %q", parts)
 	}
 	if d.Layout != "" && layout != current.GetLayout() {
-		differ("layout: it is %s", enumName(current.GetLayout(), "LAYOUT_"))
+		differ("layout is %s", enumName(current.GetLayout(), "LAYOUT_"))
 	}
 
-	req := &snapshotdv1.UpdateCollectionRequest{UpdateMask: new(fieldmaskpb.FieldMask), ExpectedRevision: current.GetRevision()}
+	req := &snapshotdv1.UpdateCollectionRequest{
+		UpdateMask: new(fieldmaskpb.FieldMask), ExpectedRevision: current.GetRevision(),
+	}
 	change := func(path, name string) {
 		req.UpdateMask.Paths = append(req.UpdateMask.Paths, path)
 		s.Changed = append(s.Changed, name)
@@ -435,7 +446,7 @@ func diffCollection(d declaration, current *snapshotdv1.Collection, immutable *[
 	return s
 }
 
-// schemaDiff says how a schema differs from what there is; empty: it does not.
+// schemaDiff describes the first difference of two schemas; empty if they are equal.
 func schemaDiff(want, current *snapshotdv1.Schema) string {
 	if len(want.GetFields()) != len(current.GetFields()) {
 		return fmt.Sprintf("it has %s, not %d", count(len(current.GetFields()), "field"), len(want.GetFields()))
@@ -467,7 +478,9 @@ func diffPartition(collection string, want partition, current []*snapshotdv1.Par
 	if p := current[i]; want.ID != 0 && want.ID != p.GetId() {
 		*immutable = append(*immutable, fmt.Errorf("partition %s: its id is %d, not %d", want.Name, p.GetId(), want.ID))
 	} else if want.Attributes != nil && !maps.Equal(want.Attributes, p.GetAttributes()) {
-		*immutable = append(*immutable, fmt.Errorf("partition %s: its attributes are %q", want.Name, formatMap(p.GetAttributes())))
+		*immutable = append(*immutable, fmt.Errorf(
+			"partition %s: its attributes are %q", want.Name, formatMap(p.GetAttributes()),
+		))
 	}
 	return s
 }
@@ -510,7 +523,7 @@ func diffIndex(collection string, want index, current []*snapshotdv1.Index, immu
 	return s
 }
 
-// do does one step of a plan.
+// runStep makes the request of one step.
 func (a *app) runStep(ctx context.Context, c *client.Client, p *plan, s step) error {
 	ref, token := idRef(p.id), client.NewRequestToken()
 	var err error

@@ -16,50 +16,51 @@ import (
 )
 
 func (a *app) catalogCommand() *cobra.Command {
-	cmd := group("catalog", "Looks after collections and their segments", `Looks after the catalog: collections, and which files they consist of. A data
-plane does this through the API; these commands are for people, and for data
-that came about in other ways.`)
+	cmd := group("catalog", "Manages collections and their segments",
+		`Manages the catalog: collections and the files they consist of. A data plane does
+this through the API; these commands are for people and for data from other sources.`)
 	cmd.Example = `  snapshotctl catalog apply -f docs.yaml
   snapshotctl catalog add-segments -f segments.jsonl --collection docs`
 	cmd.AddCommand(
 		a.catalogApply(), a.catalogCollections(), a.catalogGet(), a.catalogAddSegments(), a.catalogExport(),
-		a.catalogCompact(), a.catalogDropSegments(), a.catalogDropCollection(), a.catalogAllocateIDs(), a.catalogSetCheckpoint(),
+		a.catalogCompact(), a.catalogDropSegments(), a.catalogDropCollection(), a.catalogAllocateIDs(),
+		a.catalogSetCheckpoint(),
 	)
 	return cmd
 }
 
-// collectionFlag gives cmd a required flag --collection.
+// addCollection adds a required flag --collection to cmd.
 func addCollection(cmd *cobra.Command) *string {
 	return cmd.Flags().String("collection", "", "the `collection` (required)")
 }
 
-// optional is a flag --collection that need not be given.
+// optionalCollection is a flag --collection that may be omitted.
 type optionalCollection struct {
 	cmd  *cobra.Command
 	text string
 }
 
-// optionalCollection gives cmd such a flag, about which the help says about.
+// addOptionalCollection adds the flag to cmd, with the help text about.
 func addOptionalCollection(cmd *cobra.Command, about string) *optionalCollection {
 	o := &optionalCollection{cmd: cmd}
 	cmd.Flags().StringVar(&o.text, "collection", "", about)
 	return o
 }
 
-// given returns the collection of such a flag, nil when it is not given. An empty
-// value is a mistake, such as that of a script whose variable is not set: it must
-// not stand for all collections.
+// optionalRef returns the collection of the flag, nil if it is omitted. An empty
+// value is a usage error: it may come from an unset variable of a script, and must
+// not mean all collections.
 func (a *app) optionalRef(o *optionalCollection) (*snapshotdv1.CollectionRef, error) {
 	switch {
 	case !o.cmd.Flags().Changed("collection"):
-		return nil, nil //nolint:nilnil // no collection is an answer
+		return nil, nil //nolint:nilnil // omitted
 	case o.text == "":
-		return nil, usageErrorf("--collection is empty: which collection?")
+		return nil, usageErrorf("--collection is empty")
 	}
 	return a.collectionRef(o.text)
 }
 
-// required returns the collection of a required flag.
+// requiredRef returns the collection of a required flag.
 func (a *app) requiredRef(flag *string) (*snapshotdv1.CollectionRef, error) {
 	if *flag == "" {
 		return nil, usageErrorf("--collection is missing")
@@ -83,10 +84,12 @@ func (a *app) catalogCollections() *cobra.Command {
 	f := cmd.Flags()
 	f.StringVar(&req.Db, "db", "", "only in this `database`")
 	f.StringSliceVar(&states, "state", nil, "only in these `states`: active, restoring, dropping (default active)")
-	f.IntVar(&limit, "limit", 0, "list so `many` (default all)")
+	f.IntVar(&limit, "limit", 0, "list at most this `number` (default all)")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
 		var err error
-		if req.States, err = parseStates[snapshotdv1.Collection_State](states, snapshotdv1.Collection_State_value); err != nil {
+		if req.States, err = parseStates[snapshotdv1.Collection_State](
+			states, snapshotdv1.Collection_State_value,
+		); err != nil {
 			return err
 		}
 		c, err := a.connect()
@@ -119,7 +122,7 @@ func (a *app) catalogCollections() *cobra.Command {
 	return cmd
 }
 
-// holdings is a collection with what it has, as four calls tell it.
+// collectionState is a collection with its checkpoints, partitions and indexes.
 type collectionState struct {
 	collection  *snapshotdv1.Collection
 	checkpoints *snapshotdv1.ListCheckpointsResponse
@@ -151,12 +154,16 @@ ListCheckpoints, ListPartitions and ListIndexes in one object.`,
 				return err
 			}
 			h := collectionState{collection: first.GetCollection()}
-			// By id, so that all answers are about the same one.
+			// By id, so that all calls address the same collection.
 			ref = idRef(h.collection.GetId())
-			if h.checkpoints, err = unary(ctx, a, c.Catalog.ListCheckpoints, &snapshotdv1.ListCheckpointsRequest{Collection: ref}); err != nil {
+			if h.checkpoints, err = unary(ctx, a, c.Catalog.ListCheckpoints, &snapshotdv1.ListCheckpointsRequest{
+				Collection: ref,
+			}); err != nil {
 				return err
 			}
-			if h.partitions, err = unary(ctx, a, c.AllPartitions, &snapshotdv1.ListPartitionsRequest{Collection: ref}); err != nil {
+			if h.partitions, err = unary(ctx, a, c.AllPartitions, &snapshotdv1.ListPartitionsRequest{
+				Collection: ref,
+			}); err != nil {
 				return err
 			}
 			if h.indexes, err = unary(ctx, a, c.AllIndexes, &snapshotdv1.ListIndexesRequest{Collection: ref}); err != nil {
@@ -198,7 +205,7 @@ func renderCollection(w io.Writer, h collectionState) {
 		"revision", c.GetRevision(),
 	)
 	if len(c.GetChannels()) == 0 {
-		fprintf(w, "\nChannels: none; there is no stream, and the cut of a snapshot is everything\n")
+		fprintf(w, "\nChannels: none; without a stream a snapshot captures everything\n")
 	} else {
 		fprintf(w, "\nChannels\n")
 		at := make(map[int32]string)
@@ -221,15 +228,15 @@ func (a *app) catalogDropCollection() *cobra.Command {
 	var expected int64
 	cmd := &cobra.Command{
 		Use:   "drop-collection COLLECTION",
-		Short: "Drops a collection with all that is in it",
-		Long: `Drops a collection with all that is in it. Its name is free at once. Its
-snapshots stay, and keep the files that they need. Dropping one that does not
-exist is success.`,
+		Short: "Drops a collection with all its contents",
+		Long: `Drops a collection with all its contents. Its name is free at once. Its snapshots
+stay and keep the files they need. Dropping a collection that does not exist
+succeeds.`,
 		Example: `  snapshotctl catalog drop-collection docs --expected-id 7
   snapshotctl catalog drop-collection '#7'`,
 		Args: exactArgs("COLLECTION"),
 	}
-	cmd.Flags().Int64Var(&expected, "expected-id", 0, "refuse unless the name stands for the collection with this `id`")
+	cmd.Flags().Int64Var(&expected, "expected-id", 0, "fail unless the collection has this `id`")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
 		ref, err := a.collectionRef(args[0])
 		if err != nil {
@@ -254,24 +261,24 @@ func (a *app) catalogAllocateIDs() *cobra.Command {
 	var first, release int64
 	cmd := &cobra.Command{
 		Use:   "allocate-ids COUNT",
-		Short: "Hands out ids that nobody else gets",
-		Long: `Hands out COUNT ids in a row that nobody else gets. Collections, partitions,
-indexes, index builds and segments are registered under such ids. With
---reserve it is the COUNT ids from that one on, which an engine has used before;
---release gives back those of them above the highest id that was registered, and
-prints what it gave back. Both need allow_reserve_ids in the server's configuration.`,
+		Short: "Allocates unique ids",
+		Long: `Allocates COUNT consecutive ids that are never allocated again. Collections,
+partitions, indexes, index builds and segments are registered under such ids.
+--reserve reserves COUNT ids from the given one on, which an engine already uses;
+--release releases those above the highest registered id and prints them. Both need
+allow_reserve_ids in the server's configuration.`,
 		Example: `  snapshotctl catalog allocate-ids 1000
   snapshotctl catalog allocate-ids 500000 --reserve 449000000000000000
   snapshotctl catalog allocate-ids 500000 --release 449000000000000000`,
 		Args: exactArgs("COUNT"),
 	}
-	cmd.Flags().Int64Var(&first, "reserve", 0, "reserve the range that begins with this `id`")
-	cmd.Flags().Int64Var(&release, "release", 0, "give back the unused end of the reserved range that begins with this `id`")
+	cmd.Flags().Int64Var(&first, "reserve", 0, "reserve the range that starts at this `id`")
+	cmd.Flags().Int64Var(&release, "release", 0, "release the unused end of the reserved range that starts at this `id`")
 	cmd.MarkFlagsMutuallyExclusive("reserve", "release")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
 		count, err := strconv.ParseInt(args[0], 10, 64)
 		if err != nil || count <= 0 {
-			return usageErrorf("%q is no count of ids", args[0])
+			return usageErrorf("%q is not a number of ids", args[0])
 		}
 		req := &snapshotdv1.AllocateIdsRequest{
 			Want:         &snapshotdv1.AllocateIdsRequest_Count{Count: count},
@@ -294,8 +301,8 @@ prints what it gave back. Both need allow_reserve_ids in the server's configurat
 		return a.print(resp, func(w io.Writer) {
 			t := newTable(w, "", "FIRST", "LAST", "COUNT")
 			ids := resp.GetIds()
-			if ids.GetCount() == 0 { // of a release
-				fprintf(w, "all ids of the range are used, none is given back\n")
+			if ids.GetCount() == 0 { // a release of none
+				fprintf(w, "all ids of the range are used; none released\n")
 				return
 			}
 			t.row(ids.GetFirst(), ids.GetFirst()+ids.GetCount()-1, ids.GetCount())
@@ -308,9 +315,9 @@ prints what it gave back. Both need allow_reserve_ids in the server's configurat
 func (a *app) catalogSetCheckpoint() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "set-checkpoint SHARD=TIMESTAMP... --collection COLLECTION",
-		Short: "Says up to where each channel's data is in files",
-		Long: `Says up to where each channel's data is in files: everything before TIMESTAMP,
-not including it, is. A checkpoint only moves forward.`,
+		Short: "Sets checkpoints: channel data before them is in files",
+		Long: `Sets the checkpoints of channels: all data of the channel before TIMESTAMP
+(exclusive) is in files. A checkpoint only moves forward.`,
 		Example: "  snapshotctl catalog set-checkpoint --collection docs 0=4500 1=4480",
 		Args:    cobra.ArbitraryArgs,
 	}
@@ -331,7 +338,9 @@ not including it, is. A checkpoint only moves forward.`,
 		if err != nil {
 			return err
 		}
-		resp, err := unary(ctx, a, c.Catalog.SetCheckpoints, &snapshotdv1.SetCheckpointsRequest{Collection: ref, Checkpoints: positions})
+		resp, err := unary(ctx, a, c.Catalog.SetCheckpoints, &snapshotdv1.SetCheckpointsRequest{
+			Collection: ref, Checkpoints: positions,
+		})
 		if err != nil {
 			return err
 		}
@@ -342,7 +351,7 @@ not including it, is. A checkpoint only moves forward.`,
 	return cmd
 }
 
-// count returns a number of things.
+// count returns n and the noun, in singular or plural.
 func count[N ~int | ~int64](n N, thing string) string {
 	if n == 1 {
 		return "1 " + thing

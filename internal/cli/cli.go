@@ -1,10 +1,9 @@
-// Package cli is snapshotctl: commands that make one call, or a few, through the
-// public client, and print the answer.
+// Package cli implements snapshotctl. Each command makes one call or a few through
+// the public client and prints the response.
 //
-// A command that fails returns its error; Run alone prints errors and turns them
-// into exit codes. Every command prints through app.print or a list, which know
-// the three output formats, so that none has a format of its own. Whatever came
-// from elsewhere goes through clean before it reaches a terminal.
+// A failed command returns its error; only Run prints errors and maps them to exit
+// codes. Commands print through app.print or a list, which implement the three
+// output formats. Text from outside goes through clean before it reaches a terminal.
 package cli
 
 import (
@@ -36,32 +35,32 @@ const (
 	createTimeout = 10 * time.Minute
 )
 
-// Program is snapshotctl as it is built and run. Its zero value is ready.
+// Program configures snapshotctl. The zero value is ready to use.
 type Program struct {
-	// Version is what `snapshotctl version` prints. Default: what the Go
-	// toolchain recorded.
+	// Version is printed by `snapshotctl version`. Default: the version in the build
+	// information of the Go toolchain.
 	Version string
 	// Getenv reads the environment. Default: os.Getenv.
 	Getenv func(string) string
 }
 
-// Run runs snapshotctl with its arguments, without the program's name, and
-// returns the exit code. The command ends early when ctx does.
+// Run runs snapshotctl with args (without the program name) and returns the exit
+// code. Canceling ctx ends the command.
 func Run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	return Program{}.Run(ctx, args, stdin, stdout, stderr)
 }
 
-// Run is as the function Run.
+// Run is like the function Run.
 func (p Program) Run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	a := p.app(stdin, stdout, stderr)
 	defer a.close()
-	root := a.root() //nolint:contextcheck // cobra hands ctx to the commands
+	root := a.root() //nolint:contextcheck // cobra passes ctx to the commands
 	root.SetArgs(args)
 	cmd, err := root.ExecuteContextC(ctx)
 	if err == nil {
 		return exitOK
 	}
-	if !a.started { // cobra's, about flags and arguments
+	if !a.started { // a cobra error about flags or arguments
 		err = asUsageError(cmd, err)
 	}
 	return a.report(ctx, err)
@@ -80,11 +79,11 @@ type app struct {
 	timeout time.Duration // 0: the command's own default
 	options client.Options
 
-	started bool           // the command's own code runs: usage was right
-	conn    *client.Client // once connected
-	notes   []string       // of the server that were printed
+	started bool           // the command's own code runs: flags and arguments are valid
+	conn    *client.Client // nil until the first call
+	notes   []string       // server notes printed so far
 
-	// What the user calls what the command is about, for hints.
+	// The snapshot and collection as the user named them, for hints.
 	snapshot, collection string
 }
 
@@ -109,35 +108,35 @@ const (
 	formatYAML  = "yaml"
 )
 
-const rootLong = `snapshotctl takes, shows and drops snapshots of collections, and looks after
-their catalog, through a snapshotd server.
+const rootLong = `snapshotctl takes, shows, restores and drops snapshots of collections and manages
+their catalog through a snapshotd server.
 
-How things are named:
+Names:
   COLLECTION  NAME (in the database "default"), DB/NAME, or '#ID'
-  SNAPSHOT    NAME or '#ID'; --id ID says the latter, too. A name may consist
-              of digits, so a bare number is a name. Quote '#ID': the shell
-              takes an unquoted # for the beginning of a comment.
+  SNAPSHOT    NAME or '#ID'; --id ID is the same as '#ID'. A name may consist of
+              digits, so a bare number is a name. Quote '#ID': an unquoted #
+              starts a shell comment.
 
 Output (-o):
-  table  for people; it may change
+  table  for people; may change between releases
   json   the API's messages as protobuf JSON: lowerCamelCase names, 64-bit
-         numbers as strings, bytes in base64, fields with their zero value left
-         out. A list of several pages is one object. Stable, for programs
+         numbers as strings, bytes in base64, fields with zero values omitted.
+         A list of several pages is one object. Stable, for programs
   yaml   the same as YAML
 
 Exit codes:
   0  done
-  1  any other error, an interruption among them
-  2  wrong usage, or a request that breaks a rule (INVALID_ARGUMENT)
-  3  something does not exist (NOT_FOUND)
-  4  something exists already (ALREADY_EXISTS)
-  5  the state of things does not allow it (FAILED_PRECONDITION)
-  6  no answer from the server, or not in time (UNAVAILABLE, DEADLINE_EXCEEDED)
-  7  given up in favour of something concurrent; try again (ABORTED)
+  1  any other error, including an interruption
+  2  wrong usage, or an invalid request (INVALID_ARGUMENT)
+  3  not found (NOT_FOUND)
+  4  already exists (ALREADY_EXISTS)
+  5  not possible in the current state (FAILED_PRECONDITION)
+  6  no response from the server, or not in time (UNAVAILABLE, DEADLINE_EXCEEDED)
+  7  aborted by a concurrent change; retry (ABORTED)
   8  a store is full, or a limit is reached (RESOURCE_EXHAUSTED)
 
 Environment: SNAPSHOTCTL_ADDR, SNAPSHOTCTL_TLS_CA, SNAPSHOTCTL_TLS_CERT and
-SNAPSHOTCTL_TLS_KEY stand in for the flags of these names.`
+SNAPSHOTCTL_TLS_KEY set the flags of the same names.`
 
 func (a *app) root() *cobra.Command {
 	root := group("snapshotctl", "Operates snapshotd", rootLong)
@@ -153,17 +152,19 @@ func (a *app) root() *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return asUsageError(cmd, err) })
 
 	f := root.PersistentFlags()
-	f.StringVar(&a.addr, "addr", defaultAddr, "server to talk to, `host:port`")
+	f.StringVar(&a.addr, "addr", defaultAddr, "address of the server, `host:port`")
 	f.StringVar(&a.options.CAFile, "tls-ca", "", "`file` with the certificate authorities to trust; turns TLS on")
 	f.StringVar(&a.options.CertFile, "tls-cert", "", "`file` with the client's certificate; turns TLS on")
 	f.StringVar(&a.options.KeyFile, "tls-key", "", "`file` with the client's key; turns TLS on")
 	f.BoolVar(&a.options.TLS, "tls", false, "connect with TLS, trusting the system's certificate authorities")
 	f.BoolVar(&a.options.Insecure, "insecure", false, "allow plaintext to other machines")
 	f.StringVarP(&a.output, "output", "o", formatTable, "output `format`: table, json or yaml")
-	f.DurationVar(&a.timeout, "timeout", 0, "the longest that one call may take (default 30s; snapshot create 10m; add-segments, export, events -f, gc run and gc orphans any time)")
+	f.DurationVar(&a.timeout, "timeout", 0, "timeout of each call (default 30s; snapshot create 10m; "+
+		"none for add-segments, export, events -f, gc run and gc orphans)")
 	formats := []string{formatTable, formatJSON, formatYAML}
-	if err := root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(formats, cobra.ShellCompDirectiveNoFileComp)); err != nil {
-		panic(err) // there is no such flag: a mistake in this function
+	complete := cobra.FixedCompletions(formats, cobra.ShellCompDirectiveNoFileComp)
+	if err := root.RegisterFlagCompletionFunc("output", complete); err != nil {
+		panic(err) // a programming error: the flag does not exist
 	}
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
 		if !slices.Contains(formats, a.output) {
@@ -182,11 +183,15 @@ func (a *app) root() *cobra.Command {
 		}
 		return nil
 	}
-	root.AddCommand(a.snapshotCommand(), a.pinCommand(), a.restoreCommand(), a.explainCommand(), a.reclaimCommand(), a.gcCommand(), a.recoverCommand(), a.catalogCommand(), a.eventsCommand(), a.storeCommand(), a.debugCommand(), a.infoCommand(), a.versionCommand())
+	root.AddCommand(
+		a.snapshotCommand(), a.pinCommand(), a.restoreCommand(), a.explainCommand(), a.reclaimCommand(), a.gcCommand(),
+		a.recoverCommand(), a.catalogCommand(), a.eventsCommand(), a.storeCommand(), a.debugCommand(), a.infoCommand(),
+		a.versionCommand(),
+	)
 	return root
 }
 
-// group returns a command that only holds others.
+// group returns a command that only has subcommands.
 func group(use, short, long string) *cobra.Command {
 	return &cobra.Command{
 		Use: use, Short: short, Long: long,
@@ -205,7 +210,7 @@ func group(use, short, long string) *cobra.Command {
 	}
 }
 
-// run makes f a command's work. Errors from before f are about usage.
+// run returns a RunE that calls f. Errors before f are usage errors.
 func (a *app) run(f func(ctx context.Context, args []string) error) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, args []string) error {
 		a.started = true
@@ -217,40 +222,43 @@ func (a *app) run(f func(ctx context.Context, args []string) error) func(*cobra.
 	}
 }
 
-// args demands exactly these arguments, named as in the command's Use.
+// exactArgs requires exactly these arguments, named as in the command's Use.
 func exactArgs(names ...string) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		switch {
 		case len(args) < len(names):
 			err := fmt.Errorf("%s is missing", names[len(args)])
 			if slices.Contains([]string{"SNAPSHOT", "COLLECTION"}, names[len(args)]) {
-				err = fmt.Errorf("%w (an ID must be quoted, as in '#42': to the shell # begins a comment)", err)
+				err = fmt.Errorf("%w (quote an ID, as in '#42': an unquoted # starts a shell comment)", err)
 			}
 			return asUsageError(cmd, err)
 		case len(args) > len(names):
-			return asUsageError(cmd, fmt.Errorf("%q is one argument too many", clean(args[len(names)])))
+			return asUsageError(cmd, fmt.Errorf("unexpected argument %q", clean(args[len(names)])))
 		}
 		return nil
 	}
 }
 
-// connect returns the client, which the first call makes.
+// connect returns the client. It connects on the first call.
 func (a *app) connect() (*client.Client, error) {
 	if a.conn == nil {
 		o := a.options
 		o.DialOptions = append(slices.Clone(o.DialOptions), grpc.WithChainUnaryInterceptor(a.printNotes))
 		c, err := client.Dial(a.addr, o)
 		if err != nil {
-			return nil, &hintError{&usageError{err: err}, "--tls or --tls-ca connects with TLS; --insecure allows plaintext to other machines"}
+			return nil, &hintError{
+				&usageError{err: err}, "--tls or --tls-ca connects with TLS; --insecure allows plaintext to other machines",
+			}
 		}
 		a.conn = c
 	}
 	return a.conn, nil
 }
 
-// printNotes prints the server's remarks on an answer, each once.
+// printNotes is an interceptor that prints each server note once.
 func (a *app) printNotes(
-	ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption,
+	ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker,
+	opts ...grpc.CallOption,
 ) error {
 	var header metadata.MD
 	err := invoke(ctx, method, req, reply, cc, append(opts, grpc.Header(&header))...)
@@ -265,16 +273,16 @@ func (a *app) printNotes(
 
 func (a *app) close() {
 	if a.conn != nil {
-		_ = a.conn.Close() // the answers are in
+		_ = a.conn.Close() // all responses have been read
 	}
 }
 
-// limit bounds a call by --timeout, or by the command's own default; 0 is no
-// bound.
-func (a *app) withTimeout(ctx context.Context, byDefault time.Duration) (context.Context, context.CancelFunc) {
+// withTimeout applies --timeout, or else the command's own default; 0 means no
+// timeout.
+func (a *app) withTimeout(ctx context.Context, fallback time.Duration) (context.Context, context.CancelFunc) {
 	d := a.timeout
 	if d == 0 {
-		d = byDefault
+		d = fallback
 	}
 	if d == 0 {
 		return context.WithCancel(ctx)
@@ -282,15 +290,15 @@ func (a *app) withTimeout(ctx context.Context, byDefault time.Duration) (context
 	return context.WithTimeout(ctx, d)
 }
 
-// unary makes one call with the usual bound. It is used as
-// unary(ctx, a, c.Admin.GetServerInfo, req), less gRPC's options.
+// unary makes one call with the default timeout, as in
+// unary(ctx, a, c.Admin.GetServerInfo, req).
 func unary[Req, Resp any](ctx context.Context, a *app, call callFunc[Req, Resp], req *Req) (*Resp, error) {
 	ctx, cancel := a.withTimeout(ctx, callTimeout)
 	defer cancel()
 	return call(ctx, req)
 }
 
-// platform is what this program was built for.
+// platform is the target of this build.
 const platform = runtime.GOOS + "/" + runtime.GOARCH
 
 func (a *app) versionLine() string {
@@ -301,7 +309,7 @@ func (a *app) versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:     "version",
 		Short:   "Prints the version of snapshotctl",
-		Long:    "Prints the version of snapshotctl. That of the server is in `snapshotctl info`.",
+		Long:    "Prints the version of snapshotctl. `snapshotctl info` prints the server's.",
 		Example: "  snapshotctl version",
 		Args:    exactArgs(),
 		RunE: a.run(func(context.Context, []string) error {
@@ -334,7 +342,7 @@ func (a *app) infoCommand() *cobra.Command {
 			return a.print(resp, func(w io.Writer) {
 				leader := resp.GetLeader()
 				if leader == "" {
-					leader = "none is elected"
+					leader = "none elected"
 				}
 				pairs := []any{
 					"version", resp.GetVersion(),
@@ -345,7 +353,7 @@ func (a *app) infoCommand() *cobra.Command {
 					"stores", strings.Join(resp.GetStores(), ", "),
 					"snapshot store", resp.GetSnapshotStore(),
 				}
-				// Without an answer it is not known, and the rest is shown.
+				// Optional: without a response the rest is still shown.
 				if now, err := unary(ctx, a, c.Collector.GetCollectorStatus, &snapshotdv1.GetCollectorStatusRequest{}); err == nil {
 					if now.GetBlocked() != "" {
 						pairs = append(pairs, "blocked", "METADATA_BEHIND: "+now.GetBlocked())
@@ -362,21 +370,23 @@ func (a *app) infoCommand() *cobra.Command {
 	return cmd
 }
 
-// readyInfo is GetServerInfo that waits for the server and for a leader.
+// readyInfo returns a GetServerInfo that waits for the server and for a leader.
 func readyInfo(c *client.Client) callFunc[snapshotdv1.GetServerInfoRequest, snapshotdv1.GetServerInfoResponse] {
-	return func(ctx context.Context, req *snapshotdv1.GetServerInfoRequest, opts ...grpc.CallOption) (*snapshotdv1.GetServerInfoResponse, error) {
+	return func(
+		ctx context.Context, req *snapshotdv1.GetServerInfoRequest, opts ...grpc.CallOption,
+	) (*snapshotdv1.GetServerInfoResponse, error) {
 		retry := time.NewTicker(50 * time.Millisecond)
 		defer retry.Stop()
-		var last error // of the last answer
+		var last error // of the last attempt
 		for {
 			resp, err := c.Admin.GetServerInfo(ctx, req, append(opts, grpc.WaitForReady(true))...)
 			switch {
 			case err == nil && resp.GetLeader() != "":
 				return resp, nil
 			case err == nil:
-				last = status.Error(codes.DeadlineExceeded, "the server answers, and no leader is elected yet")
+				last = status.Error(codes.DeadlineExceeded, "the server responds, but no leader is elected yet")
 			case ctx.Err() != nil || status.Code(err) == codes.DeadlineExceeded:
-				// The answer there was says more than the end of the time.
+				// The last attempt explains more than the timeout does.
 				return nil, cmp.Or(last, err)
 			case status.Code(err) != codes.Unavailable:
 				return nil, err
@@ -393,15 +403,14 @@ func readyInfo(c *client.Client) callFunc[snapshotdv1.GetServerInfoRequest, snap
 }
 
 func (a *app) storeCommand() *cobra.Command {
-	cmd := group("store", "Looks at object stores", "Looks at the object stores that the server is configured with.")
+	cmd := group("store", "Checks object stores", "Checks the object stores of the server's configuration.")
 	cmd.Example = "  snapshotctl store probe"
 	cmd.AddCommand(&cobra.Command{
 		Use:   "probe [ALIAS]",
-		Short: "Finds out what an object store honours",
-		Long: `Finds out what an object store honours of what snapshotd relies on, by small
-objects under snapshotd-probe/ that it removes again. Without ALIAS it is the
-store for snapshots. The exit code is 5 when the store lacks what is required, or
-when a required check could not be made.`,
+		Short: "Checks the behaviour of an object store",
+		Long: `Checks the behaviour that snapshotd relies on, with small objects under
+snapshotd-probe/ that it removes afterwards. ALIAS defaults to the store for
+snapshots. The exit code is 5 if a required check fails or could not be made.`,
 		Example: `  snapshotctl store probe
   snapshotctl store probe archive -o json`,
 		Args: cobra.MaximumNArgs(1),
@@ -422,7 +431,8 @@ when a required check could not be made.`,
 				return err
 			}
 			if !resp.GetUsable() {
-				return status.Errorf(codes.FailedPrecondition, "store %s lacks what snapshotd needs, or a check could not be made", resp.GetStore())
+				return status.Errorf(codes.FailedPrecondition,
+					"store %s fails a required check, or the check could not be made", resp.GetStore())
 			}
 			return nil
 		}),
@@ -446,13 +456,13 @@ func renderProbe(w io.Writer, r *snapshotdv1.ProbeStoreResponse) {
 }
 
 func (a *app) debugCommand() *cobra.Command {
-	cmd := group("debug", "Looks behind the API", "Looks behind the API, to find out what happened.")
+	cmd := group("debug", "Reads the metadata store", "Reads single records of the metadata store, for diagnosis.")
 	cmd.Example = "  snapshotctl debug get /snapshot/rec/42"
 	cmd.AddCommand(&cobra.Command{
 		Use:   "get KEY",
 		Short: "Shows one record of the metadata store",
-		Long: `Shows one record of the metadata store in readable form. It never changes
-anything. KEY is without the cluster's root; numbers need no leading zeros.`,
+		Long: `Shows one record of the metadata store in readable form, without changing it. KEY
+omits the cluster's root; numbers need no leading zeros.`,
 		Example: `  snapshotctl debug get /snapshot/rec/42
   snapshotctl debug get /gc/gen/7`,
 		Args: exactArgs("KEY"),

@@ -33,7 +33,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/cli"
 )
 
-// server answers calls with what a test gives it, and keeps the requests.
+// server is a fake server: it returns the answers of a test and keeps the requests.
 type server struct {
 	snapshotdv1.UnimplementedSnapshotServiceServer
 	snapshotdv1.UnimplementedCatalogServiceServer
@@ -42,10 +42,10 @@ type server struct {
 	snapshotdv1.UnimplementedCollectorServiceServer
 	snapshotdv1.UnimplementedAdminServiceServer
 
-	// answers to each method, messages or errors; the last one stays.
+	// Answers per method, messages or errors; the last one repeats.
 	answers map[string][]any
-	notes   []string // beside each answer
-	// what each message of AddSegments is answered with; nil goes on.
+	notes   []string // sent with each answer
+	// The result of each message of AddSegments; nil continues.
 	added func(*snapshotdv1.AddSegmentsRequest) error
 
 	mu       sync.Mutex
@@ -77,7 +77,9 @@ func (s *server) next(name string, req proto.Message) (proto.Message, error) {
 // start runs the server and returns its address.
 func (s *server) start(t *testing.T) string {
 	t.Helper()
-	g := grpc.NewServer(grpc.UnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, _ grpc.UnaryHandler) (any, error) {
+	g := grpc.NewServer(grpc.UnaryInterceptor(func(
+		ctx context.Context, req any, info *grpc.UnaryServerInfo, _ grpc.UnaryHandler,
+	) (any, error) {
 		for _, text := range s.notes {
 			_ = grpc.SetHeader(ctx, metadata.Pairs("snapshotd-note", text))
 		}
@@ -99,7 +101,9 @@ func (s *server) start(t *testing.T) string {
 	return l.Addr().String()
 }
 
-func (s *server) AddSegments(stream grpc.ClientStreamingServer[snapshotdv1.AddSegmentsRequest, snapshotdv1.AddSegmentsResponse]) error {
+func (s *server) AddSegments(
+	stream grpc.ClientStreamingServer[snapshotdv1.AddSegmentsRequest, snapshotdv1.AddSegmentsResponse],
+) error {
 	resp := new(snapshotdv1.AddSegmentsResponse)
 	for {
 		req, err := stream.Recv()
@@ -121,7 +125,9 @@ func (s *server) AddSegments(stream grpc.ClientStreamingServer[snapshotdv1.AddSe
 	}
 }
 
-func (s *server) ExportSegments(_ *snapshotdv1.ExportSegmentsRequest, stream grpc.ServerStreamingServer[snapshotdv1.ExportSegmentsResponse]) error {
+func (s *server) ExportSegments(
+	_ *snapshotdv1.ExportSegmentsRequest, stream grpc.ServerStreamingServer[snapshotdv1.ExportSegmentsResponse],
+) error {
 	for range len(s.answers["ExportSegments"]) {
 		msg, err := s.next("ExportSegments", nil)
 		if err != nil {
@@ -134,7 +140,9 @@ func (s *server) ExportSegments(_ *snapshotdv1.ExportSegmentsRequest, stream grp
 	return nil
 }
 
-func (s *server) WatchEvents(req *snapshotdv1.WatchEventsRequest, stream grpc.ServerStreamingServer[snapshotdv1.WatchEventsResponse]) error {
+func (s *server) WatchEvents(
+	req *snapshotdv1.WatchEventsRequest, stream grpc.ServerStreamingServer[snapshotdv1.WatchEventsResponse],
+) error {
 	for _, a := range s.answers["WatchEvents "+req.GetResumeToken()] {
 		if err, ok := a.(error); ok {
 			return err
@@ -147,13 +155,13 @@ func (s *server) WatchEvents(req *snapshotdv1.WatchEventsRequest, stream grpc.Se
 	return stream.Context().Err()
 }
 
-// result is what a run of the program left.
+// result is the outcome of one run of the program.
 type result struct {
 	code        int
 	out, errOut string
 }
 
-// now is what the program takes for the time.
+// now is the time of the test data.
 var now = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
 // run runs the program against s.
@@ -174,23 +182,27 @@ func run(t *testing.T, s *server, stdin string, args ...string) result {
 	return result{code, out.String(), strings.ReplaceAll(errOut.String(), addr, "ADDR")}
 }
 
-// TestNotes prints the server's remarks on its answers once each, beside the output.
+// TestNotes checks that server notes are printed once each, to standard error.
 func TestNotes(t *testing.T) {
 	page := func(token string) *snapshotdv1.ListSnapshotsResponse {
-		return &snapshotdv1.ListSnapshotsResponse{Snapshots: []*snapshotdv1.Snapshot{{Name: "s", Id: 4}}, NextPageToken: token}
+		return &snapshotdv1.ListSnapshotsResponse{
+			Snapshots: []*snapshotdv1.Snapshot{{Name: "s", Id: 4}}, NextPageToken: token,
+		}
 	}
 	s := &server{
 		answers: map[string][]any{"ListSnapshots": {page("next"), page("")}},
 		notes:   []string{"2 collections had the name default/c", "another"},
 	}
 	got := run(t, s, "", "snapshot", "list", "--collection", "c", "-o", "json")
-	if got.code != 0 || strings.Count(got.errOut, "note: ") != 2 || !strings.Contains(got.errOut, "note: 2 collections had the name default/c\n") ||
+	if got.code != 0 || strings.Count(got.errOut, "note: ") != 2 || !strings.Contains(
+		got.errOut, "note: 2 collections had the name default/c\n",
+	) ||
 		strings.Contains(got.out, "note") {
 		t.Errorf("%+v", got)
 	}
 }
 
-// answer returns an error as snapshotd sends it.
+// answer returns an error in the form that snapshotd sends.
 func answer(t *testing.T, code codes.Code, reason, message string, more ...protoadapt.MessageV1) error {
 	t.Helper()
 	details := append([]protoadapt.MessageV1{&errdetails.ErrorInfo{Domain: "snapshotd", Reason: reason}}, more...)
@@ -214,8 +226,10 @@ func snapshot() *snapshotdv1.Snapshot {
 			{Shard: 1, Channel: "docs-1", Position: &snapshotdv1.Position{Timestamp: 120}},
 		},
 		CatalogRevision: 900,
-		Totals:          &snapshotdv1.Totals{Segments: 3, Rows: 1000, Files: 12, Bytes: 5 << 20, Builds: 2, StraddlingSegments: 1},
-		Revision:        901, ManifestBytes: 2048,
+		Totals: &snapshotdv1.Totals{
+			Segments: 3, Rows: 1000, Files: 12, Bytes: 5 << 20, Builds: 2, StraddlingSegments: 1,
+		},
+		Revision: 901, ManifestBytes: 2048,
 	}
 }
 
@@ -255,7 +269,10 @@ var (
 		{Id: 8, Name: "p1", State: snapshotdv1.Partition_STATE_ACTIVE, Attributes: map[string]string{"tier": "hot"}},
 	}}
 	indexes = &snapshotdv1.ListIndexesResponse{Indexes: []*snapshotdv1.Index{
-		{Id: 9, Name: "vec_idx", FieldId: 101, State: snapshotdv1.Index_STATE_ACTIVE, IndexParams: map[string]string{"index_type": "HNSW"}},
+		{
+			Id: 9, Name: "vec_idx", FieldId: 101, State: snapshotdv1.Index_STATE_ACTIVE,
+			IndexParams: map[string]string{"index_type": "HNSW"},
+		},
 	}}
 	checkpoints = &snapshotdv1.ListCheckpointsResponse{Checkpoints: []*snapshotdv1.ChannelPosition{
 		{Shard: 0, Channel: "docs-0", Position: &snapshotdv1.Position{Timestamp: 100}},
@@ -267,7 +284,9 @@ func TestOutput(t *testing.T) {
 		Snapshot: snapshot(), Collection: collection(),
 		Partitions: partitions.GetPartitions(), Indexes: indexes.GetIndexes(),
 		Store: "default", Prefix: "snapshots/7/42/", FormatVersion: 1,
-		Manifests: []*snapshotdv1.Manifest{{File: "manifest-0.avro", SizeBytes: 1500, Sha256: []byte{0xab, 0xcd}, Segments: 3}},
+		Manifests: []*snapshotdv1.Manifest{{
+			File: "manifest-0.avro", SizeBytes: 1500, Sha256: []byte{0xab, 0xcd}, Segments: 3,
+		}},
 	}
 	segments := &snapshotdv1.ListSnapshotSegmentsResponse{Segments: []*snapshotdv1.SnapshotSegment{
 		{
@@ -295,7 +314,7 @@ func TestOutput(t *testing.T) {
 			`
 NAME     ID  STATE      COLLECTION    SEGMENTS  ROWS  FILES  SIZE     CUT          TOOK
 nightly  42  COMMITTED  default/docs  3         1000  12     5.0 MiB  0=100,1=120  1.235s
-written for the snapshot: 2.0 KiB; its data stay where they are
+manifest size: 2.0 KiB; data files stay in place
 `,
 		},
 		{
@@ -313,7 +332,8 @@ next  43  PENDING  default/docs  0         0     0      0 B   -    -
 			"snapshot get nightly",
 			`
 NAME     ID  STATE      COLLECTION    SEGMENTS  ROWS  FILES  SIZE     CREATED               EXPIRES               LABELS
-nightly  42  COMMITTED  default/docs  3         1000  12     5.0 MiB  2026-03-01T12:00:00Z  2026-03-02T12:00:00Z  a=1,b=2
+nightly  42  COMMITTED  default/docs  3         1000  12     5.0 MiB  2026-03-01T12:00:00Z  ` +
+				`2026-03-02T12:00:00Z  a=1,b=2
 `,
 		},
 		{
@@ -406,7 +426,7 @@ Manifests (default:snapshots/7/42/, format 1, 2.0 KiB)
   FILE             SIZE     SEGMENTS  FROM  SHA256
   manifest-0.avro  1.5 KiB  3         0     abcd
 
-protects: 12 files, 5.0 MiB
+holds: 12 files, 5.0 MiB
 to undo: snapshotctl snapshot drop nightly
 `,
 		},
@@ -438,14 +458,17 @@ SEGMENT  BUILD  KIND    SIZE     ROOT  PATH
 			"snapshot list",
 			`
 NAME     ID  STATE      COLLECTION    SEGMENTS  ROWS  FILES  SIZE     CREATED               EXPIRES               LABELS
-nightly  42  COMMITTED  default/docs  3         1000  12     5.0 MiB  2026-03-01T12:00:00Z  2026-03-02T12:00:00Z  a=1,b=2
+nightly  42  COMMITTED  default/docs  3         1000  12     5.0 MiB  2026-03-01T12:00:00Z  ` +
+				`2026-03-02T12:00:00Z  a=1,b=2
 next     43  PENDING    default/docs  0         0     0      0 B      2026-03-01T12:00:00Z  never                 -
 `,
 		},
 		{
 			"list as JSON",
 			map[string][]any{"ListSnapshots": {
-				&snapshotdv1.ListSnapshotsResponse{Snapshots: []*snapshotdv1.Snapshot{{Id: 1, Labels: map[string]string{"a": "<1>"}}}, NextPageToken: "2"},
+				&snapshotdv1.ListSnapshotsResponse{
+					Snapshots: []*snapshotdv1.Snapshot{{Id: 1, Labels: map[string]string{"a": "<1>"}}}, NextPageToken: "2",
+				},
 				&snapshotdv1.ListSnapshotsResponse{Snapshots: []*snapshotdv1.Snapshot{{Id: 2}}},
 			}},
 			"snapshot list -o json",
@@ -468,7 +491,9 @@ next     43  PENDING    default/docs  0         0     0      0 B      2026-03-01
 		{
 			"list as YAML",
 			map[string][]any{"ListSnapshots": {
-				&snapshotdv1.ListSnapshotsResponse{Snapshots: []*snapshotdv1.Snapshot{{Id: 1, Labels: map[string]string{"a": "1"}}}, NextPageToken: "2"},
+				&snapshotdv1.ListSnapshotsResponse{
+					Snapshots: []*snapshotdv1.Snapshot{{Id: 1, Labels: map[string]string{"a": "1"}}}, NextPageToken: "2",
+				},
 				&snapshotdv1.ListSnapshotsResponse{Snapshots: []*snapshotdv1.Snapshot{{Id: 2}}},
 			}},
 			"snapshot list -o yaml",
@@ -493,10 +518,10 @@ snapshots:
 			"\ndropped snapshot nightly (id 42)\n",
 		},
 		{
-			"drop what is not there",
+			"drop without a snapshot",
 			map[string][]any{"DropSnapshot": {&snapshotdv1.DropSnapshotResponse{}}},
 			"snapshot drop nightly",
-			"\nthere was no such snapshot\n",
+			"\nno such snapshot\n",
 		},
 		{
 			"pin",
@@ -511,7 +536,9 @@ to undo: snapshotctl pin remove '#42' 65
 		},
 		{
 			"pin without a ttl",
-			map[string][]any{"PinSnapshot": {&snapshotdv1.PinSnapshotResponse{Pin: &snapshotdv1.Pin{Id: 66, SnapshotId: 42, Owner: "a\x1bb"}}}},
+			map[string][]any{"PinSnapshot": {&snapshotdv1.PinSnapshotResponse{Pin: &snapshotdv1.Pin{
+				Id: 66, SnapshotId: 42, Owner: "a\x1bb",
+			}}}},
 			"pin create --id 42 --owner a",
 			`
 SNAPSHOT  PIN  OWNER     REASON  TTL  CREATED  EXPIRES
@@ -541,7 +568,7 @@ to undo: snapshotctl pin remove '#42' 66
 			"pin removed",
 			map[string][]any{"UnpinSnapshot": {&snapshotdv1.UnpinSnapshotResponse{}}},
 			"pin remove nightly 65",
-			"\npin 65 does not keep snapshot nightly any more\n",
+			"\nremoved pin 65 of snapshot nightly\n",
 		},
 		{
 			"pin removed, as YAML",
@@ -553,7 +580,9 @@ to undo: snapshotctl pin remove '#42' 66
 			"pins",
 			map[string][]any{"ListPins": {
 				&snapshotdv1.ListPinsResponse{Pins: []*snapshotdv1.Pin{pin()}, NextPageToken: "2"},
-				&snapshotdv1.ListPinsResponse{Pins: []*snapshotdv1.Pin{{Id: 66, SnapshotId: 43, Owner: "o", CreateTime: timestamppb.New(now)}}},
+				&snapshotdv1.ListPinsResponse{Pins: []*snapshotdv1.Pin{{
+					Id: 66, SnapshotId: 43, Owner: "o", CreateTime: timestamppb.New(now),
+				}}},
 			}},
 			"pin list",
 			`
@@ -574,7 +603,9 @@ pins:
 		},
 		{
 			"collections",
-			map[string][]any{"ListCollections": {&snapshotdv1.ListCollectionsResponse{Collections: []*snapshotdv1.Collection{collection()}}}},
+			map[string][]any{"ListCollections": {&snapshotdv1.ListCollectionsResponse{Collections: []*snapshotdv1.Collection{
+				collection(),
+			}}}},
 			"catalog collections",
 			`
 NAME          ID  STATE   SHARDS  FIELDS  CREATED
@@ -627,7 +658,8 @@ Indexes
 			"a collection as JSON",
 			map[string][]any{
 				"GetCollection":   {&snapshotdv1.GetCollectionResponse{Collection: &snapshotdv1.Collection{Id: 7}}},
-				"ListCheckpoints": {checkpoints}, "ListPartitions": {&snapshotdv1.ListPartitionsResponse{}}, "ListIndexes": {&snapshotdv1.ListIndexesResponse{}},
+				"ListCheckpoints": {checkpoints}, "ListPartitions": {&snapshotdv1.ListPartitionsResponse{}},
+				"ListIndexes": {&snapshotdv1.ListIndexesResponse{}},
 			},
 			"catalog get docs -o json",
 			`
@@ -648,7 +680,9 @@ Indexes
 		},
 		{
 			"allocated ids",
-			map[string][]any{"AllocateIds": {&snapshotdv1.AllocateIdsResponse{Ids: &snapshotdv1.IdRange{First: 100, Count: 10}}}},
+			map[string][]any{"AllocateIds": {&snapshotdv1.AllocateIdsResponse{Ids: &snapshotdv1.IdRange{
+				First: 100, Count: 10,
+			}}}},
 			"catalog allocate-ids 10",
 			`
 FIRST  LAST  COUNT
@@ -676,7 +710,9 @@ FIRST  LAST  COUNT
 		{
 			"export",
 			map[string][]any{"ExportSegments": {
-				&snapshotdv1.ExportSegmentsResponse{Segments: []*snapshotdv1.Segment{{Id: 1, Rows: 5}, {Id: 2, Attributes: map[string]string{"a": "<>"}}}},
+				&snapshotdv1.ExportSegmentsResponse{Segments: []*snapshotdv1.Segment{
+					{Id: 1, Rows: 5}, {Id: 2, Attributes: map[string]string{"a": "<>"}},
+				}},
 				&snapshotdv1.ExportSegmentsResponse{Segments: []*snapshotdv1.Segment{{Id: 3}}},
 			}},
 			"catalog export --collection docs -o yaml",
@@ -689,7 +725,8 @@ FIRST  LAST  COUNT
 		{
 			"a key",
 			map[string][]any{"GetKey": {&snapshotdv1.GetKeyResponse{
-				Key: "/snapshot/rec/00042", CreateRevision: 3, ModRevision: 4, Type: "snapshotd.storage.v1.Snapshot", Json: `{"id":"42","name":"a\u001bb"}`,
+				Key: "/snapshot/rec/00042", CreateRevision: 3, ModRevision: 4, Type: "snapshotd.storage.v1.Snapshot",
+				Json: `{"id":"42","name":"a\u001bb"}`,
 			}}},
 			"debug get /snapshot/rec/42",
 			`
@@ -715,7 +752,7 @@ type:            snapshotd.storage.v1.Snapshot
 version:        v1.2.3
 cluster:        c
 replica:        r1
-leader:         none is elected
+leader:         none elected
 snapshot names: unique per cluster
 stores:         a, b
 snapshot store: a
@@ -731,10 +768,12 @@ snapshot store: a
 	}
 }
 
-// The requests that flags and arguments make. Tokens are compared apart.
+// TestRequests checks the requests built from flags and arguments. Tokens are random.
 func TestRequests(t *testing.T) {
 	byName := func(db, name string) *snapshotdv1.CollectionRef {
-		return &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Name{Name: &snapshotdv1.CollectionName{Db: db, Name: name}}}
+		return &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Name{Name: &snapshotdv1.CollectionName{
+			Db: db, Name: name,
+		}}}
 	}
 	byID := &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Id{Id: 7}}
 	named := func(name string) *snapshotdv1.SnapshotRef {
@@ -750,17 +789,22 @@ func TestRequests(t *testing.T) {
 		{[]string{"snapshot", "get", "42"}, &snapshotdv1.GetSnapshotRequest{Snapshot: named("42")}},
 		{[]string{"snapshot", "get", "#42"}, &snapshotdv1.GetSnapshotRequest{Snapshot: id42}},
 		{[]string{"snapshot", "get", "--id", "42"}, &snapshotdv1.GetSnapshotRequest{Snapshot: id42}},
-		{[]string{"snapshot", "get", "nightly", "--collection", "prod/docs"}, &snapshotdv1.GetSnapshotRequest{Snapshot: inDocs}},
+		{
+			[]string{"snapshot", "get", "nightly", "--collection", "prod/docs"},
+			&snapshotdv1.GetSnapshotRequest{Snapshot: inDocs},
+		},
 		{
 			[]string{
-				"snapshot", "create", "n", "--collection", "#7", "--description", "d", "--label", "a=1", "--label", "b=x=y,z", "--ttl", "2d",
+				"snapshot", "create", "n", "--collection", "#7", "--description", "d", "--label", "a=1", "--label", "b=x=y,z",
+				"--ttl", "2d",
 				"--min-cut", "1=5,0=4", "--require-exact", "--verify", "--no-wait",
 			},
 			&snapshotdv1.CreateSnapshotRequest{
 				Collection: byID, Name: "n", Description: "d", Labels: map[string]string{"a": "1", "b": "x=y,z"},
 				Expiry: &snapshotdv1.CreateSnapshotRequest_Ttl{Ttl: durationpb.New(48 * time.Hour)},
 				MinCut: []*snapshotdv1.ChannelPosition{
-					{Shard: 1, Position: &snapshotdv1.Position{Timestamp: 5}}, {Shard: 0, Position: &snapshotdv1.Position{Timestamp: 4}},
+					{Shard: 1, Position: &snapshotdv1.Position{Timestamp: 5}},
+					{Shard: 0, Position: &snapshotdv1.Position{Timestamp: 4}},
 				},
 				RequireExact: true, Verify: true, Wait: new(bool),
 			},
@@ -780,14 +824,18 @@ func TestRequests(t *testing.T) {
 		},
 		{
 			[]string{
-				"snapshot", "list", "--db", "prod", "--partition", "8", "--label", "a=1", "--state", "pending,DELETING", "--prefix", "n", "--limit", "5",
+				"snapshot", "list", "--db", "prod", "--partition", "8", "--label", "a=1", "--state", "pending,DELETING", "--prefix",
+				"n", "--limit", "5",
 			},
 			&snapshotdv1.ListSnapshotsRequest{
 				Db: "prod", PartitionId: 8, Labels: map[string]string{"a": "1"}, NamePrefix: "n", PageSize: 5,
 				States: []snapshotdv1.Snapshot_State{snapshotdv1.Snapshot_STATE_PENDING, snapshotdv1.Snapshot_STATE_DELETING},
 			},
 		},
-		{[]string{"snapshot", "drop", "nightly", "--expected-id", "42"}, &snapshotdv1.DropSnapshotRequest{Snapshot: named("nightly"), ExpectedId: 42}},
+		{
+			[]string{"snapshot", "drop", "nightly", "--expected-id", "42"},
+			&snapshotdv1.DropSnapshotRequest{Snapshot: named("nightly"), ExpectedId: 42},
+		},
 		{
 			[]string{"pin", "create", "nightly", "--collection", "prod/docs", "--owner", "o", "--reason", "r", "--ttl", "7d"},
 			&snapshotdv1.PinSnapshotRequest{Snapshot: inDocs, Owner: "o", Reason: "r", Ttl: durationpb.New(7 * 24 * time.Hour)},
@@ -804,16 +852,23 @@ func TestRequests(t *testing.T) {
 		{[]string{"pin", "list", "--id", "42"}, &snapshotdv1.ListPinsRequest{Snapshot: id42, PageSize: 1000}},
 		{
 			[]string{"catalog", "allocate-ids", "10", "--reserve", "100"},
-			&snapshotdv1.AllocateIdsRequest{Want: &snapshotdv1.AllocateIdsRequest_Reserve{Reserve: &snapshotdv1.IdRange{First: 100, Count: 10}}},
+			&snapshotdv1.AllocateIdsRequest{Want: &snapshotdv1.AllocateIdsRequest_Reserve{Reserve: &snapshotdv1.IdRange{
+				First: 100, Count: 10,
+			}}},
 		},
 		{
 			[]string{"catalog", "allocate-ids", "10", "--release", "100"},
-			&snapshotdv1.AllocateIdsRequest{Want: &snapshotdv1.AllocateIdsRequest_Release{Release: &snapshotdv1.IdRange{First: 100, Count: 10}}},
+			&snapshotdv1.AllocateIdsRequest{Want: &snapshotdv1.AllocateIdsRequest_Release{Release: &snapshotdv1.IdRange{
+				First: 100, Count: 10,
+			}}},
 		},
-		{[]string{"catalog", "drop-segments", "--collection", "docs", "1", "2"}, &snapshotdv1.DropSegmentsRequest{Collection: byName("", "docs"), SegmentIds: []int64{1, 2}}},
+		{
+			[]string{"catalog", "drop-segments", "--collection", "docs", "1", "2"},
+			&snapshotdv1.DropSegmentsRequest{Collection: byName("", "docs"), SegmentIds: []int64{1, 2}},
+		},
 	} {
 		t.Run(strings.Join(tc.args, " "), func(t *testing.T) {
-			// Any answer will do, so long as it is not an error.
+			// Any answer without an error.
 			s := &server{answers: map[string][]any{
 				"GetSnapshot": {&snapshotdv1.GetSnapshotResponse{}}, "CreateSnapshot": {&snapshotdv1.CreateSnapshotResponse{}},
 				"UpdateSnapshot": {&snapshotdv1.UpdateSnapshotResponse{}}, "ListSnapshots": {&snapshotdv1.ListSnapshotsResponse{}},
@@ -855,7 +910,9 @@ func TestLimitAcrossPages(t *testing.T) {
 
 func TestErrors(t *testing.T) {
 	violation := func(field, description string) *errdetails.BadRequest {
-		return &errdetails.BadRequest{FieldViolations: []*errdetails.BadRequest_FieldViolation{{Field: field, Description: description}}}
+		return &errdetails.BadRequest{FieldViolations: []*errdetails.BadRequest_FieldViolation{{
+			Field: field, Description: description,
+		}}}
 	}
 	fields := &errdetails.BadRequest{FieldViolations: []*errdetails.BadRequest_FieldViolation{
 		{Field: "name", Description: "must match the pattern"}, {Field: "labels", Description: "at most 64"},
@@ -869,102 +926,177 @@ func TestErrors(t *testing.T) {
 		{
 			"violations", answer(t, codes.InvalidArgument, "INVALID_REQUEST", "the request breaks its rules", fields),
 			"snapshot get x",
-			result{code: 2, errOut: "error: the request breaks its rules\n  name: must match the pattern\n  labels: at most 64\nreason: INVALID_REQUEST\n"},
+			result{
+				code: 2,
+				errOut: "error: the request breaks its rules\n  name: must match the pattern\n  labels: at most 64\n" +
+					"reason: INVALID_REQUEST\n",
+			},
 		},
 		{
-			"one violation, of no field", answer(t, codes.InvalidArgument, "INVALID_REQUEST", "no", violation("", "either a or b")),
+			"one violation, without a field",
+			answer(t, codes.InvalidArgument, "INVALID_REQUEST", "no", violation("", "either a or b")),
 			"snapshot get x",
 			result{code: 2, errOut: "error: no\n  either a or b\nreason: INVALID_REQUEST\n"},
 		},
 		{
-			"one violation, said already", answer(t, codes.InvalidArgument, "INVALID_REQUEST", "name: too long", violation("name", "too long")),
+			"one violation, already in the message",
+			answer(t, codes.InvalidArgument, "INVALID_REQUEST", "name: too long", violation("name", "too long")),
 			"snapshot get x",
 			result{code: 2, errOut: "error: name: too long\nreason: INVALID_REQUEST\n"},
 		},
 		{
 			"an invalid token", answer(t, codes.InvalidArgument, "INVALID_RESUME_TOKEN", "no such token"),
 			"events --resume-token xx -f",
-			result{code: 2, errOut: "error: no such token\nreason: INVALID_RESUME_TOKEN\nhint: a token is good for the cluster and the --collection that it was given for; go on without --resume-token\n"},
+			result{
+				code: 2,
+				errOut: "error: no such token\nreason: INVALID_RESUME_TOKEN\n" +
+					"hint: a token is valid for the cluster and the --collection that it was issued for; continue without " +
+					"--resume-token\n",
+			},
 		},
 		{
 			"a compacted token", answer(t, codes.OutOfRange, "EVENTS_COMPACTED", "gone"),
 			"events --resume-token xx -f",
-			result{code: 1, errOut: "error: gone\nreason: EVENTS_COMPACTED\nhint: see what there is with `snapshotctl snapshot list` and `snapshotctl catalog collections`, and go on without --resume-token\n"},
+			result{
+				code: 1,
+				errOut: "error: gone\nreason: EVENTS_COMPACTED\n" +
+					"hint: list the current state with `snapshotctl snapshot list` and `snapshotctl catalog collections`, and " +
+					"continue without --resume-token\n",
+			},
 		},
 		{
 			"plaintext to TLS", status.Error(codes.Unavailable, `connection error: desc = "error reading server preface: EOF"`),
 			"info --timeout 50ms",
-			result{code: 6, errOut: "error: error reading server preface: EOF\nhint: the server may want TLS: see --tls-ca, --tls-cert, --tls-key\n"},
+			result{
+				code: 6,
+				errOut: "error: error reading server preface: EOF\n" +
+					"hint: the server may want TLS: see --tls-ca, --tls-cert, --tls-key\n",
+			},
 		},
 		{
-			"no client certificate", status.Error(codes.Unavailable, `connection error: desc = "transport: authentication handshake failed: remote error: tls: certificate required"`),
+			"no client certificate",
+			status.Error(
+				codes.Unavailable,
+				`connection error: desc = "transport: authentication handshake failed: remote error: tls: certificate required"`,
+			),
 			"info --timeout 50ms",
-			result{code: 6, errOut: "error: authentication handshake failed: remote error: tls: certificate required\nhint: the server may want TLS: see --tls-ca, --tls-cert, --tls-key\n"},
+			result{
+				code: 6,
+				errOut: "error: authentication handshake failed: remote error: tls: certificate required\n" +
+					"hint: the server may want TLS: see --tls-ca, --tls-cert, --tls-key\n",
+			},
 		},
 		{
 			"not found", answer(t, codes.NotFound, "SNAPSHOT_NOT_FOUND", "there is no snapshot \"x\""),
 			"snapshot get x",
-			result{code: 3, errOut: "error: there is no snapshot \"x\"\nreason: SNAPSHOT_NOT_FOUND\nhint: see which there are with `snapshotctl snapshot list`; '#42' and --id 42 mean an id, 42 a name\n"},
+			result{
+				code: 3,
+				errOut: "error: there is no snapshot \"x\"\nreason: SNAPSHOT_NOT_FOUND\n" +
+					"hint: list the snapshots with `snapshotctl snapshot list`; '#42' and --id 42 mean an id, 42 a name\n",
+			},
 		},
 		{
 			"exists", answer(t, codes.AlreadyExists, "SNAPSHOT_EXISTS", "snapshot \"x\" exists"),
 			"snapshot create x --collection docs",
-			result{code: 4, errOut: "error: snapshot \"x\" exists\nreason: SNAPSHOT_EXISTS\nhint: choose another name, or see the one that has it with `snapshotctl snapshot get x`\n"},
+			result{
+				code: 4,
+				errOut: "error: snapshot \"x\" exists\nreason: SNAPSHOT_EXISTS\n" +
+					"hint: choose another name, or see the existing one with `snapshotctl snapshot get x`\n",
+			},
 		},
 		{
 			"precondition", answer(t, codes.FailedPrecondition, "COLLECTION_NOT_ACTIVE", "no"),
 			"snapshot create x --collection #7",
-			result{code: 5, errOut: "error: no\nreason: COLLECTION_NOT_ACTIVE\nhint: see its state with `snapshotctl catalog get '#7'`\n"},
+			result{
+				code:   5,
+				errOut: "error: no\nreason: COLLECTION_NOT_ACTIVE\nhint: see its state with `snapshotctl catalog get '#7'`\n",
+			},
 		},
 		{
 			"pinned", answer(t, codes.FailedPrecondition, "SNAPSHOT_PINNED", "pinned by 65 (a)"),
 			"snapshot drop x",
-			result{code: 5, errOut: "error: pinned by 65 (a)\nreason: SNAPSHOT_PINNED\nhint: see who keeps it with `snapshotctl pin list x`; remove a pin that nobody needs with `snapshotctl pin remove x PIN_ID`\n"},
+			result{
+				code: 5,
+				errOut: "error: pinned by 65 (a)\nreason: SNAPSHOT_PINNED\n" +
+					"hint: list its pins with `snapshotctl pin list x`; remove a pin no longer needed with `snapshotctl pin " +
+					"remove x PIN_ID`\n",
+			},
 		},
 		{
 			"no such pin", answer(t, codes.NotFound, "PIN_NOT_FOUND", "gone"),
 			"pin renew x 65",
-			result{code: 3, errOut: "error: gone\nreason: PIN_NOT_FOUND\nhint: see which there are with `snapshotctl pin list x`, and whether the snapshot is still there with `snapshotctl snapshot get x`\n"},
+			result{
+				code: 3,
+				errOut: "error: gone\nreason: PIN_NOT_FOUND\nhint: list the pins with `snapshotctl pin list x`, and check that " +
+					"the snapshot still exists with `snapshotctl snapshot get x`\n",
+			},
 		},
 		{
 			"too many pins", answer(t, codes.FailedPrecondition, "LIMIT_EXCEEDED", "1000 pins"),
 			"pin create #42 --owner o",
-			result{code: 5, errOut: "error: 1000 pins\nreason: LIMIT_EXCEEDED\nhint: see its pins with `snapshotctl pin list '#42'`, and remove those that nobody needs\n"},
+			result{
+				code: 5,
+				errOut: "error: 1000 pins\nreason: LIMIT_EXCEEDED\n" +
+					"hint: list its pins with `snapshotctl pin list '#42'` and remove those no longer needed\n",
+			},
 		},
 		{
 			"a pin without an owner", nil, "pin create x",
-			result{code: 2, errOut: "error: --owner is missing: who keeps the snapshot? Others see it when they want to drop it\nhint: see `snapshotctl pin create --help`\n"},
+			result{
+				code: 2,
+				errOut: "error: --owner is missing; it is shown to users who try to drop the snapshot\n" +
+					"hint: see `snapshotctl pin create --help`\n",
+			},
 		},
 		{
-			"a pin for too long", nil, "pin create x --owner o --ttl 31d",
-			result{code: 2, errOut: "error: --ttl \"31d\": write a time span such as 10m or 7d, 1s to 30d; leave it out for a pin that lasts until it is removed\nhint: see `snapshotctl pin create --help`\n"},
+			"a ttl that is too long", nil, "pin create x --owner o --ttl 31d",
+			result{
+				code: 2,
+				errOut: "error: --ttl \"31d\": use a time span such as 10m or 7d, 1s to 30d; omit it for a pin that lasts " +
+					"until it is removed\nhint: see `snapshotctl pin create --help`\n",
+			},
 		},
 		{
-			"a pin for too short", nil, "pin renew x 65 --ttl 500ms",
-			result{code: 2, errOut: "error: --ttl \"500ms\": write a time span such as 10m or 7d, 1s to 30d; leave it out for as long as before\nhint: see `snapshotctl pin renew --help`\n"},
+			"a ttl that is too short", nil, "pin renew x 65 --ttl 500ms",
+			result{
+				code: 2,
+				errOut: "error: --ttl \"500ms\": use a time span such as 10m or 7d, 1s to 30d; omit it to keep the ttl\n" +
+					"hint: see `snapshotctl pin renew --help`\n",
+			},
 		},
 		{
 			"a pin without its id", nil, "pin remove x",
 			result{code: 2, errOut: "error: PIN_ID is missing\nhint: see `snapshotctl pin remove --help`\n"},
 		},
 		{
-			"a pin's id that is none", nil, "pin remove x y",
-			result{code: 2, errOut: "error: \"y\" is no id: ids are positive numbers\nhint: see `snapshotctl pin remove --help`\n"},
+			"an invalid pin id", nil, "pin remove x y",
+			result{
+				code: 2, errOut: "error: \"y\" is not an id: ids are positive numbers\nhint: see `snapshotctl pin remove --help`\n",
+			},
 		},
 		{
 			"pins of a snapshot without its name", nil, "pin list --collection docs",
-			result{code: 2, errOut: "error: SNAPSHOT is missing: --collection only says whose it is\nhint: see `snapshotctl pin list --help`\n"},
+			result{
+				code: 2,
+				errOut: "error: SNAPSHOT is missing: --collection alone does not select one\n" +
+					"hint: see `snapshotctl pin list --help`\n",
+			},
 		},
 		{
 			"aborted", answer(t, codes.Aborted, "CREATE_ABORTED", "no"),
 			"snapshot create x --collection docs",
-			result{code: 7, errOut: "error: no\nreason: CREATE_ABORTED\nhint: run the command again, without --request-token or with a new one\n"},
+			result{
+				code: 7,
+				errOut: "error: no\nreason: CREATE_ABORTED\nhint: run the command again, without --request-token or with a new " +
+					"one\n",
+			},
 		},
 		{
 			"full", answer(t, codes.ResourceExhausted, "STORE_FULL", "object store full: bucket b: QuotaExceeded (HTTP 403)"),
 			"snapshot create x --collection docs",
 			result{code: 8, errOut: "error: object store full: bucket b: QuotaExceeded (HTTP 403)\nreason: STORE_FULL\n" +
-				"hint: the message says which store is full; enlarge it, or drop snapshots that are not needed: see `snapshotctl snapshot list`\n"},
+				"hint: the message names the full store; enlarge it, or drop snapshots that are not needed: see `snapshotctl " +
+				"snapshot list`\n"},
 		},
 		{
 			"no reason", status.Error(codes.Internal, "a\nb\x1b[2J"),
@@ -974,16 +1106,25 @@ func TestErrors(t *testing.T) {
 		{
 			"deadline", status.Error(codes.DeadlineExceeded, "context deadline exceeded"),
 			"snapshot create x --collection docs --request-token t",
-			result{code: 6, errOut: "error: no answer in time\nhint: the server goes on with it; see how it is with `snapshotctl snapshot get x`, or wait again by adding --request-token t\n"},
+			result{
+				code: 6,
+				errOut: "error: no response in time\nhint: the server continues; see `snapshotctl snapshot get x`, or wait " +
+					"again by adding --request-token t\n",
+			},
 		},
 		{
 			"unavailable", status.Error(codes.Unavailable, "gone"),
 			"info --timeout 50ms",
-			result{code: 6, errOut: "error: gone\nhint: is snapshotd running at ADDR? --addr or SNAPSHOTCTL_ADDR names another server\n"},
+			result{
+				code:   6,
+				errOut: "error: gone\nhint: is snapshotd running at ADDR? --addr or SNAPSHOTCTL_ADDR names another server\n",
+			},
 		},
 		{
 			"an unknown command", nil, "snapshot lisst",
-			result{code: 2, errOut: "error: unknown command \"lisst\"; did you mean list?\nhint: see `snapshotctl snapshot --help`\n"},
+			result{
+				code: 2, errOut: "error: unknown command \"lisst\"; did you mean list?\nhint: see `snapshotctl snapshot --help`\n",
+			},
 		},
 		{
 			"an unknown flag", nil, "snapshot list --bogus",
@@ -991,15 +1132,19 @@ func TestErrors(t *testing.T) {
 		},
 		{
 			"a missing argument", nil, "snapshot get",
-			result{code: 2, errOut: "error: SNAPSHOT is missing (an ID must be quoted, as in '#42': to the shell # begins a comment)\nhint: see `snapshotctl snapshot get --help`\n"},
+			result{
+				code: 2,
+				errOut: "error: SNAPSHOT is missing (quote an ID, as in '#42': an unquoted # starts a shell comment)\n" +
+					"hint: see `snapshotctl snapshot get --help`\n",
+			},
 		},
 		{
 			"both id and name", nil, "snapshot get x --id 1",
-			result{code: 2, errOut: "error: both --id and \"x\" are given\nhint: see `snapshotctl snapshot get --help`\n"},
+			result{code: 2, errOut: "error: --id and \"x\" exclude each other\nhint: see `snapshotctl snapshot get --help`\n"},
 		},
 		{
 			"a bad label", nil, "snapshot create x --collection docs --label a",
-			result{code: 2, errOut: "error: label \"a\": write KEY=VALUE\nhint: see `snapshotctl snapshot create --help`\n"},
+			result{code: 2, errOut: "error: label \"a\": use KEY=VALUE\nhint: see `snapshotctl snapshot create --help`\n"},
 		},
 		{
 			"a bad format", nil, "info -o xml",
@@ -1007,16 +1152,27 @@ func TestErrors(t *testing.T) {
 		},
 		{
 			"nothing to update", nil, "snapshot update x",
-			result{code: 2, errOut: "error: nothing to change: give a flag such as --description or --label\nhint: see `snapshotctl snapshot update --help`\n"},
+			result{
+				code: 2,
+				errOut: "error: nothing to change: use a flag such as --description or --label\n" +
+					"hint: see `snapshotctl snapshot update --help`\n",
+			},
 		},
 		{
 			"plaintext", nil, "info --addr 192.0.2.1:7950",
-			result{code: 2, errOut: "error: address \"192.0.2.1:7950\" is not on this machine: plaintext is refused there; connect with TLS, or allow it explicitly\nhint: --tls or --tls-ca connects with TLS; --insecure allows plaintext to other machines\n"},
+			result{
+				code: 2,
+				errOut: "error: address \"192.0.2.1:7950\" is not on this machine: plaintext is refused there; connect with " +
+					"TLS, or allow it explicitly\nhint: --tls or --tls-ca connects with TLS; --insecure allows plaintext to other " +
+					"machines\n",
+			},
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			s := &server{answers: map[string][]any{}}
-			for _, m := range []string{"GetSnapshot", "CreateSnapshot", "DropSnapshot", "PinSnapshot", "RenewPin", "GetServerInfo", "WatchEvents xx"} {
+			for _, m := range []string{
+				"GetSnapshot", "CreateSnapshot", "DropSnapshot", "PinSnapshot", "RenewPin", "GetServerInfo", "WatchEvents xx",
+			} {
 				if tc.err != nil {
 					s.answers[m] = []any{tc.err}
 				}
@@ -1031,15 +1187,18 @@ func TestErrors(t *testing.T) {
 
 func TestConnectionRefused(t *testing.T) {
 	var out, errOut bytes.Buffer
-	// Port 1 is reserved, and nobody listens.
-	code := cli.Run(t.Context(), []string{"info", "--addr", "127.0.0.1:1", "--timeout", "50ms"}, strings.NewReader(""), &out, &errOut)
-	want := "error: dial tcp 127.0.0.1:1: connect: connection refused\nhint: is snapshotd running at 127.0.0.1:1? --addr or SNAPSHOTCTL_ADDR names another server\n"
+	// Port 1 is reserved: no process listens.
+	code := cli.Run(
+		t.Context(), []string{"info", "--addr", "127.0.0.1:1", "--timeout", "50ms"}, strings.NewReader(""), &out, &errOut,
+	)
+	want := "error: dial tcp 127.0.0.1:1: connect: connection refused\n" +
+		"hint: is snapshotd running at 127.0.0.1:1? --addr or SNAPSHOTCTL_ADDR names another server\n"
 	if code != 6 || errOut.String() != want {
 		t.Errorf("code %d: %s", code, cmp.Diff(want, errOut.String()))
 	}
 }
 
-// TestPlaintextAndTLS connects with the one to a server of the other.
+// TestPlaintextAndTLS connects in plaintext to a TLS server, and the reverse.
 func TestPlaintextAndTLS(t *testing.T) {
 	for _, tc := range []struct {
 		name string
@@ -1048,24 +1207,29 @@ func TestPlaintextAndTLS(t *testing.T) {
 		hint string
 	}{
 		{"a server that wants TLS", tlsAddr(t), nil, "hint: the server may want TLS: see --tls-ca, --tls-cert, --tls-key\n"},
-		{"a server in plaintext", new(server).start(t), []string{"--tls"}, "may speak plaintext: leave out --tls,"},
+		{"a server in plaintext", new(server).start(t), []string{"--tls"}, "may speak plaintext: omit --tls,"},
 	} {
 		var out, errOut bytes.Buffer
-		code := cli.Run(t.Context(), append([]string{"info", "--addr", tc.addr, "--timeout", "500ms"}, tc.args...), strings.NewReader(""), &out, &errOut)
+		code := cli.Run(
+			t.Context(), append([]string{"info", "--addr", tc.addr, "--timeout", "500ms"}, tc.args...), strings.NewReader(""),
+			&out, &errOut,
+		)
 		if code != 6 || !strings.Contains(errOut.String(), tc.hint) {
 			t.Errorf("%s: code %d: %s", tc.name, code, errOut.String())
 		}
 	}
 }
 
-// TestInfoWaits waits for a server that does not answer well yet, and for a leader; a
-// time that ends without one is no success.
+// TestInfoWaits checks that info --wait waits for the server and for a leader, and
+// fails on a timeout.
 func TestInfoWaits(t *testing.T) {
 	var answers []any
-	for range 12 { // more than one call makes attempts
+	for range 12 { // more than the attempts of one call
 		answers = append(answers, answer(t, codes.Unavailable, "STORE_UNAVAILABLE", "the metadata store did not answer"))
 	}
-	answers = append(answers, &snapshotdv1.GetServerInfoResponse{Replica: "r1"}, &snapshotdv1.GetServerInfoResponse{Replica: "r1", Leader: "r1"})
+	answers = append(answers, &snapshotdv1.GetServerInfoResponse{Replica: "r1"}, &snapshotdv1.GetServerInfoResponse{
+		Replica: "r1", Leader: "r1",
+	})
 	got := run(t, &server{answers: map[string][]any{"GetServerInfo": answers}}, "", "info", "--wait", "--timeout", "1m")
 	if got.code != 0 || !strings.Contains(got.out, "leader:         r1") {
 		t.Errorf("got %+v", got)
@@ -1089,7 +1253,7 @@ func TestInfoWaits(t *testing.T) {
 func tlsAddr(t *testing.T) string {
 	t.Helper()
 	s := httptest.NewUnstartedServer(http.NotFoundHandler())
-	s.Config.ErrorLog = zap.NewStdLog(zap.NewNop()) // it complains about what is tested
+	s.Config.ErrorLog = zap.NewStdLog(zap.NewNop()) // it logs the errors under test
 	s.StartTLS()
 	t.Cleanup(s.Close)
 	return s.Listener.Addr().String()
@@ -1114,7 +1278,7 @@ func TestAddSegments(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	added := "added 2 segments, 0 were there already\n"
+	added := "added 2 segments, 0 already present\n"
 	for _, tc := range []struct {
 		name, stdin string
 		file        string
@@ -1123,14 +1287,22 @@ func TestAddSegments(t *testing.T) {
 	}{
 		{"a file", "", file, 2, result{out: added}},
 		{"standard input", lines, "-", 2, result{out: added}},
-		{"nothing", "\n", "-", 1, result{out: "added 0 segments, 0 were there already\n"}},
+		{"nothing", "\n", "-", 1, result{out: "added 0 segments, 0 already present\n"}},
 		{
 			"a bad file", "", bad, 0,
-			result{code: 2, errOut: "error: BAD, line 4: column 11: unknown field \"bogus\"\nhint: see `snapshotctl catalog add-segments --help`\n"},
+			result{
+				code: 2,
+				errOut: "error: BAD, line 4: column 11: unknown field \"bogus\"\n" +
+					"hint: see `snapshotctl catalog add-segments --help`\n",
+			},
 		},
 		{
 			"no id", "{}", "-", -1,
-			result{code: 2, errOut: "error: standard input, line 1: the segment has no id\nhint: see `snapshotctl catalog add-segments --help`\n"},
+			result{
+				code: 2,
+				errOut: "error: standard input, line 1: the segment has no id\n" +
+					"hint: see `snapshotctl catalog add-segments --help`\n",
+			},
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -1197,32 +1369,38 @@ created    partition   prod/fresh/p1         -
 	}
 	var writes []string
 	for _, r := range s.requests {
-		if name := string(r.ProtoReflect().Descriptor().Name()); !strings.HasPrefix(name, "Get") && !strings.HasPrefix(name, "List") {
+		if name := string(r.ProtoReflect().Descriptor().Name()); !strings.HasPrefix(name, "Get") &&
+			!strings.HasPrefix(name, "List") {
 			writes = append(writes, name)
 		}
 	}
-	if diff := cmp.Diff([]string{"UpdateCollectionRequest", "CreatePartitionRequest", "CreateCollectionRequest", "CreatePartitionRequest"}, writes); diff != "" {
+	if diff := cmp.Diff(
+		[]string{"UpdateCollectionRequest", "CreatePartitionRequest", "CreateCollectionRequest", "CreatePartitionRequest"},
+		writes,
+	); diff != "" {
 		t.Error(diff)
 	}
 	if last := s.requests[len(s.requests)-1].(*snapshotdv1.CreatePartitionRequest); last.GetCollection().GetId() != 70 {
-		t.Errorf("the partition went to %v, not to the new collection", last.GetCollection())
+		t.Errorf("the partition was created in %v, not in the new collection", last.GetCollection())
 	}
 
 	t.Run("dry run", func(t *testing.T) {
 		s := &server{answers: answers()}
 		got := run(t, s, doc, "catalog", "apply", "-f", "-", "--dry-run")
-		if diff := cmp.Diff(result{out: table + "dry run: nothing was written\n"}, got, cmp.AllowUnexported(result{})); diff != "" {
+		if diff := cmp.Diff(
+			result{out: table + "dry run: nothing was written\n"}, got, cmp.AllowUnexported(result{}),
+		); diff != "" {
 			t.Error(diff)
 		}
 	})
-	t.Run("a failure at once says nothing was done", func(t *testing.T) {
+	t.Run("the first step fails", func(t *testing.T) {
 		s := &server{answers: answers()}
 		s.answers["UpdateCollection"] = []any{answer(t, codes.FailedPrecondition, "", "no")}
 		if got := run(t, s, doc, "catalog", "apply", "-f", "-"); got.code != 5 || got.out != "" {
 			t.Errorf("got %+v", got)
 		}
 	})
-	t.Run("a failure says what was done", func(t *testing.T) {
+	t.Run("a later step fails", func(t *testing.T) {
 		s := &server{answers: answers()}
 		s.answers["CreatePartition"] = []any{answer(t, codes.FailedPrecondition, "LIMIT_EXCEEDED", "too many")}
 		got := run(t, s, doc, "catalog", "apply", "-f", "-")
@@ -1231,7 +1409,8 @@ created    partition   prod/fresh/p1         -
 			"ACTION     THING       NAME             CHANGED\n" +
 				"updated    collection  default/docs     properties\n" +
 				"unchanged  partition   default/docs/p1  -\n",
-			"error: partition default/docs/p2: too many\nreason: LIMIT_EXCEEDED\nhint: see what there is with `snapshotctl catalog get default/docs`\n",
+			"error: partition default/docs/p2: too many\nreason: LIMIT_EXCEEDED\n" +
+				"hint: see the current contents with `snapshotctl catalog get default/docs`\n",
 		}
 		if diff := cmp.Diff(want, got, cmp.AllowUnexported(result{})); diff != "" {
 			t.Error(diff)
@@ -1241,15 +1420,23 @@ created    partition   prod/fresh/p1         -
 
 func TestEvents(t *testing.T) {
 	bookmark := func(token string, revision int64) *snapshotdv1.WatchEventsResponse {
-		return &snapshotdv1.WatchEventsResponse{ResumeToken: token, Revision: revision, Event: &snapshotdv1.WatchEventsResponse_Bookmark{Bookmark: &snapshotdv1.Bookmark{}}}
+		return &snapshotdv1.WatchEventsResponse{
+			ResumeToken: token, Revision: revision,
+			Event: &snapshotdv1.WatchEventsResponse_Bookmark{Bookmark: &snapshotdv1.Bookmark{}},
+		}
 	}
-	happened := &snapshotdv1.WatchEventsResponse{ResumeToken: "b", Revision: 7, Event: &snapshotdv1.WatchEventsResponse_Snapshot{
+	type response = snapshotdv1.WatchEventsResponse
+	happened := &response{ResumeToken: "b", Revision: 7, Event: &snapshotdv1.WatchEventsResponse_Snapshot{
 		Snapshot: &snapshotdv1.SnapshotEvent{Type: snapshotdv1.ChangeType_CHANGE_TYPE_UPDATED, Snapshot: snapshot()},
 	}}
-	gone := &snapshotdv1.WatchEventsResponse{ResumeToken: "c", Revision: 8, Event: &snapshotdv1.WatchEventsResponse_Collection{
-		Collection: &snapshotdv1.CollectionEvent{Type: snapshotdv1.ChangeType_CHANGE_TYPE_DELETED, Collection: &snapshotdv1.Collection{Id: 7}},
+	gone := &response{ResumeToken: "c", Revision: 8, Event: &snapshotdv1.WatchEventsResponse_Collection{
+		Collection: &snapshotdv1.CollectionEvent{
+			Type: snapshotdv1.ChangeType_CHANGE_TYPE_DELETED, Collection: &snapshotdv1.Collection{Id: 7},
+		},
 	}}
-	pinned := func(token string, change snapshotdv1.ChangeType, p *snapshotdv1.Pin, expired bool) *snapshotdv1.WatchEventsResponse {
+	pinned := func(
+		token string, change snapshotdv1.ChangeType, p *snapshotdv1.Pin, expired bool,
+	) *snapshotdv1.WatchEventsResponse {
 		return &snapshotdv1.WatchEventsResponse{ResumeToken: token, Revision: 10, Event: &snapshotdv1.WatchEventsResponse_Pin{
 			Pin: &snapshotdv1.PinEvent{Type: change, Pin: p, Expired: expired},
 		}}
@@ -1259,7 +1446,10 @@ func TestEvents(t *testing.T) {
 		return map[string][]any{
 			"WatchEvents p": {
 				pinned("q", snapshotdv1.ChangeType_CHANGE_TYPE_CREATED, pin(), false),
-				pinned("r", snapshotdv1.ChangeType_CHANGE_TYPE_UPDATED, &snapshotdv1.Pin{Id: 65, SnapshotId: 42, Owner: "o", Reason: "a\nb"}, false),
+				pinned(
+					"r", snapshotdv1.ChangeType_CHANGE_TYPE_UPDATED,
+					&snapshotdv1.Pin{Id: 65, SnapshotId: 42, Owner: "o", Reason: "a\nb"}, false,
+				),
 				pinned("s", snapshotdv1.ChangeType_CHANGE_TYPE_DELETED, gonePin, false),
 				pinned("t", snapshotdv1.ChangeType_CHANGE_TYPE_DELETED, gonePin, true), bookmark("u", 11),
 			},
@@ -1274,7 +1464,7 @@ func TestEvents(t *testing.T) {
 	}{
 		{"from now on", "events", result{errOut: "to resume: snapshotctl events --resume-token z\n"}},
 		{
-			"what happened since", "events --resume-token a",
+			"since a token", "events --resume-token a",
 			result{
 				out: "7           updated  snapshot    42            COMMITTED  nightly of default/docs\n" +
 					"8           deleted  collection  7             -          -\n",
@@ -1300,7 +1490,8 @@ func TestEvents(t *testing.T) {
 		},
 		{
 			"as JSON", "events --resume-token b -o json",
-			result{out: `{"resumeToken":"c","revision":"8","collection":{"type":"CHANGE_TYPE_DELETED","collection":{"id":"7"}}}` + "\n" +
+			result{out: `{"resumeToken":"c","revision":"8",` +
+				`"collection":{"type":"CHANGE_TYPE_DELETED","collection":{"id":"7"}}}` + "\n" +
 				`{"resumeToken":"d","revision":"9","bookmark":{}}` + "\n"},
 		},
 		{
@@ -1323,7 +1514,9 @@ func TestEvents(t *testing.T) {
 
 func TestVersion(t *testing.T) {
 	for _, arg := range []string{"version", "--version"} {
-		if got := run(t, new(server), "", arg); !strings.HasPrefix(got.out, "snapshotctl v1 (go1.") || !strings.HasSuffix(got.out, ")\n") {
+		if got := run(t, new(server), "", arg); !strings.HasPrefix(
+			got.out, "snapshotctl v1 (go1.",
+		) || !strings.HasSuffix(got.out, ")\n") {
 			t.Errorf("%s: got %+v", arg, got)
 		}
 	}

@@ -22,24 +22,25 @@ func (a *app) eventsCommand() *cobra.Command {
 	)
 	cmd := &cobra.Command{
 		Use:   "events",
-		Short: "Shows what happens to collections, snapshots, pins, restores and tombstones",
-		Long: `Shows what happens to collections, snapshots, pins, restores and tombstones, one
-line per event: revision, kind of change, thing, id, state and name. With -o json
-it is one object per line, bookmarks included, each with the token that resumes
-after it.
+		Short: "Shows changes of collections, snapshots, pins, restores and tombstones",
+		Long: `Shows changes of collections, snapshots, pins, restores and tombstones, one line per
+event: revision, kind of change, type, id, state and name. With -o json it prints
+one object per line, including bookmarks, each with the token that resumes after it.
 
-Without -f it prints what happened between --resume-token and now, and exits.
-With -f it goes on until it is interrupted, through restarts of the server. At
-the end it says on standard error how to resume.`,
+Without -f it prints the events between --resume-token and now, and exits. With -f
+it runs until interrupted, across restarts of the server. At the end it prints to
+standard error how to resume.`,
 		Example: `  snapshotctl events -f
   snapshotctl events -f --collection docs -o json
   snapshotctl events --resume-token AAAAAAAAAAE`,
 		Args: exactArgs(),
 	}
 	f := cmd.Flags()
-	f.BoolVarP(&follow, "follow", "f", false, "go on until interrupted")
-	collection := addOptionalCollection(cmd, "only of this `collection`, its snapshots, tombstones and restores, and of all pins")
-	f.StringVar(&req.ResumeToken, "resume-token", "", "go on after the event with this `token` (default from now on)")
+	f.BoolVarP(&follow, "follow", "f", false, "run until interrupted")
+	collection := addOptionalCollection(
+		cmd, "only this `collection`, its snapshots, tombstones and restores, and all pins",
+	)
+	f.StringVar(&req.ResumeToken, "resume-token", "", "resume after the event with this `token` (default: from now on)")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
 		var err error
 		if req.Collection, err = a.optionalRef(collection); err != nil {
@@ -58,20 +59,19 @@ the end it says on standard error how to resume.`,
 			limited, cancel := a.withTimeout(ctx, 0)
 			defer cancel()
 			err = client.WatchEvents(limited, c.Events, &req, show)
-			// To be interrupted, or to reach a limit that was asked for, is how
-			// this ends well.
+			// An interruption or the requested timeout is the normal end.
 			if limited.Err() != nil {
 				err = nil
 			}
 		} else {
 			err = a.pendingEvents(ctx, c, &req, show)
 		}
-		// A token that the server does not take is of no use another time either.
+		// The server would reject the token again.
 		rejected := slices.Contains([]string{"INVALID_RESUME_TOKEN", "EVENTS_COMPACTED"}, client.Reason(err)) ||
 			status.Code(err) == codes.InvalidArgument
 		if a.output == formatTable && token != "" && !rejected {
 			resume := shellQuote(token, "")
-			if collection.text != "" { // a token is good for the same events only
+			if collection.text != "" { // a token is valid for the same filter only
 				resume += " --collection " + shellQuote(collection.text, "")
 			}
 			fprintf(a.err, "to resume: snapshotctl events --resume-token %s\n", resume)
@@ -81,20 +81,24 @@ the end it says on standard error how to resume.`,
 	return cmd
 }
 
-// errCurrent ends a watch that has told everything.
-var errCaughtUp = errors.New("current")
+// errCaughtUp ends a watch that has shown every event up to now.
+var errCaughtUp = errors.New("caught up")
 
-// pendingEvents shows what happened up to now.
-func (a *app) pendingEvents(ctx context.Context, c *client.Client, req *snapshotdv1.WatchEventsRequest, show func(*snapshotdv1.WatchEventsResponse) error) error {
+// pendingEvents shows the events up to now.
+func (a *app) pendingEvents(
+	ctx context.Context, c *client.Client, req *snapshotdv1.WatchEventsRequest,
+	show func(*snapshotdv1.WatchEventsResponse) error,
+) error {
 	ctx, cancel := a.withTimeout(ctx, callTimeout)
 	defer cancel()
-	// A stream without a token begins with a bookmark, which says what now is.
+	// A stream without a token starts with a bookmark of the current revision.
 	now := int64(0)
 	if req.GetResumeToken() != "" {
-		err := client.WatchEvents(ctx, c.Events, &snapshotdv1.WatchEventsRequest{}, func(m *snapshotdv1.WatchEventsResponse) error {
+		first := func(m *snapshotdv1.WatchEventsResponse) error {
 			now = m.GetRevision()
 			return errCaughtUp
-		})
+		}
+		err := client.WatchEvents(ctx, c.Events, &snapshotdv1.WatchEventsRequest{}, first)
 		if !errors.Is(err, errCaughtUp) {
 			return err
 		}
@@ -126,7 +130,7 @@ func (a *app) showEvent(m *snapshotdv1.WatchEventsResponse) error {
 	return err
 }
 
-// eventLine returns an event on one line; empty for what is none.
+// eventLine formats an event as one line; empty for a bookmark.
 func eventLine(m *snapshotdv1.WatchEventsResponse) string {
 	var (
 		change     snapshotdv1.ChangeType
@@ -158,13 +162,17 @@ func eventLine(m *snapshotdv1.WatchEventsResponse) string {
 				state = "EXPIRED"
 			}
 		}
-		name, note = p.GetOwner(), strings.TrimSuffix(fmt.Sprintf("on snapshot #%d: %s", p.GetSnapshotId(), p.GetReason()), ": ")
+		name, note = p.GetOwner(), strings.TrimSuffix(
+			fmt.Sprintf("on snapshot #%d: %s", p.GetSnapshotId(), p.GetReason()), ": ",
+		)
 	case *snapshotdv1.WatchEventsResponse_Restore:
 		j := e.Restore.GetJob()
 		change, thing, id, state = e.Restore.GetType(), "restore", j.GetId(), stateName(j.GetState())
 		if t := j.GetTarget(); t.GetName() != "" {
 			name = fullName(t.GetDb(), t.GetName(), t.GetId())
-			note = strings.TrimSuffix(fmt.Sprintf("of snapshot %s, phase %s: %s", j.GetSnapshotName(), phase(j), j.GetReason()), ": ")
+			note = strings.TrimSuffix(
+				fmt.Sprintf("of snapshot %s, phase %s: %s", j.GetSnapshotName(), phase(j), j.GetReason()), ": ",
+			)
 		}
 	case *snapshotdv1.WatchEventsResponse_Tombstone:
 		t := e.Tombstone.GetTombstone()
@@ -178,9 +186,12 @@ func eventLine(m *snapshotdv1.WatchEventsResponse) string {
 	default:
 		return ""
 	}
-	if state == "UNSPECIFIED" { // gone; only its ids are told
+	if state == "UNSPECIFIED" { // deleted: the event has only the ids
 		state = "-"
 	}
-	line := fmt.Sprintf("%-10d  %-7s  %-10s  %-12d  %-9s  %s %s", m.GetRevision(), enumName(change, "CHANGE_TYPE_"), thing, id, state, cell(name), clean(note))
+	line := fmt.Sprintf(
+		"%-10d  %-7s  %-10s  %-12d  %-9s  %s %s", m.GetRevision(), enumName(change, "CHANGE_TYPE_"), thing, id, state,
+		cell(name), clean(note),
+	)
 	return strings.TrimRight(line, " ")
 }

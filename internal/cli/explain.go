@@ -20,27 +20,27 @@ func (a *app) explainCommand() *cobra.Command {
 	)
 	cmd := &cobra.Command{
 		Use:   "explain SEGMENT_ID|FILE_PATH --collection COLLECTION",
-		Short: "Says who holds a segment, index build or file, and why",
-		Long: `Says who holds a segment, an index build or a file, why, and when it can go. A
-number is a segment's id; --build says that of an index build instead. A file is
-given by its path, relative to its root, or by its key in the object store. The
-collection may have been dropped when it is given by its id.
+		Short: "Explains what holds a segment, index build or file, and why",
+		Long: `Explains what holds a segment, an index build or a file, why, and when it can be
+deleted. A number is a segment id; --build takes the id of an index build instead. A
+file is given by its path relative to its root, or by its key in the object store. A
+dropped collection is given by its id.
 
-It is advice: only what ` + "`snapshotctl reclaim request`" + ` grants may be deleted.`,
+This is advice: only a grant of ` + "`snapshotctl reclaim request`" + ` permits a delete.`,
 		Example: `  snapshotctl explain --collection docs 101
   snapshotctl explain --collection docs engine/7/8/101/insert/100/1
   snapshotctl explain --collection '#7' --build 201 -o json`,
 	}
 	collection := addCollection(cmd)
 	f := cmd.Flags()
-	f.Int64Var(&build, "build", 0, "the index build with this `id`, instead of SEGMENT_ID or FILE_PATH")
-	f.Int32Var(&root, "root", 0, "`number` of the file's root (default any)")
+	f.Int64Var(&build, "build", 0, "`id` of an index build, instead of SEGMENT_ID or FILE_PATH")
+	f.Int32Var(&root, "root", 0, "`number` of the file's root (default: any)")
 	cmd.Args = func(cmd *cobra.Command, argv []string) error {
 		switch {
 		case !cmd.Flags().Changed("build"):
 			return exactArgs("SEGMENT_ID or FILE_PATH")(cmd, argv)
 		case len(argv) > 0:
-			return asUsageError(cmd, fmt.Errorf("both --build and %q are given", clean(argv[0])))
+			return asUsageError(cmd, fmt.Errorf("--build and %q exclude each other", clean(argv[0])))
 		case build <= 0:
 			return asUsageError(cmd, fmt.Errorf("--build %d: ids are positive numbers", build))
 		}
@@ -66,25 +66,26 @@ It is advice: only what ` + "`snapshotctl reclaim request`" + ` grants may be de
 		var candidates []*snapshotdv1.Unit
 		if build > 0 {
 			candidates = append(candidates, buildUnit(build))
-		} else if id, err := strconv.ParseInt(args[0], 10, 64); err == nil {
-			if id <= 0 {
-				return usageErrorf("%q is no id: ids are positive numbers", args[0])
-			}
-			candidates = append(candidates, segmentUnit(id))
-		} else if candidates = fileCandidates(args[0], col.GetRoots(), root, f.Changed("root")); len(candidates) == 0 {
-			return usageErrorf("--root %d: %s has %s", root, fullName(col.GetDb(), col.GetName(), col.GetId()), count(len(col.GetRoots()), "root"))
+		} else if candidates, err = nameCandidates(args[0], col.GetRoots(), root, f.Changed("root")); err != nil {
+			return err
 		}
-		// By id, so that both answers are about the same one.
-		resp, err := unary(ctx, a, c.Reclaim.CheckReferences, &snapshotdv1.CheckReferencesRequest{Collection: idRef(col.GetId()), Units: candidates})
+		if len(candidates) == 0 {
+			name := fullName(col.GetDb(), col.GetName(), col.GetId())
+			return usageErrorf("--root %d: %s has %s", root, name, count(len(col.GetRoots()), "root"))
+		}
+		// By id, so that both calls address the same collection.
+		resp, err := unary(ctx, a, c.Reclaim.CheckReferences, &snapshotdv1.CheckReferencesRequest{
+			Collection: idRef(col.GetId()), Units: candidates,
+		})
 		if err != nil {
 			return err
 		}
-		// Of what the name may stand for, the first that anything is known of.
+		// Take the first candidate that has a record.
 		at := max(0, slices.IndexFunc(resp.GetUnits(), func(u *snapshotdv1.UnitReferences) bool {
 			return u.GetState() != snapshotdv1.UnitReferences_STATE_UNKNOWN || u.GetHolderCount() > 0
 		}))
 		if at >= len(resp.GetUnits()) {
-			return fmt.Errorf("the server answered for %d of %d units", len(resp.GetUnits()), len(candidates))
+			return fmt.Errorf("the server returned %d of %d units", len(resp.GetUnits()), len(candidates))
 		}
 		unit, found := candidates[at], resp.GetUnits()[at]
 		resp.Units = []*snapshotdv1.UnitReferences{found}
@@ -93,12 +94,25 @@ It is advice: only what ` + "`snapshotctl reclaim request`" + ` grants may be de
 	return cmd
 }
 
-// filesCalled returns what a name may stand for: a path in each root, or in one,
-// and a key that begins with the root's prefix.
-func fileCandidates(name string, roots []*snapshotdv1.Root, root int32, only bool) []*snapshotdv1.Unit {
+// nameCandidates returns the units that a name may denote: the segment of a number, or
+// files. It returns none if root does not exist.
+func nameCandidates(name string, roots []*snapshotdv1.Root, root int32, fixedRoot bool) ([]*snapshotdv1.Unit, error) {
+	id, err := strconv.ParseInt(name, 10, 64)
+	if err != nil {
+		return fileCandidates(name, roots, root, fixedRoot), nil
+	}
+	if id <= 0 {
+		return nil, usageErrorf("%q is not an id: ids are positive numbers", name)
+	}
+	return []*snapshotdv1.Unit{segmentUnit(id)}, nil
+}
+
+// fileCandidates returns the files that a name may denote: a path in each root (or in
+// one root), and a key that begins with the root's prefix.
+func fileCandidates(name string, roots []*snapshotdv1.Root, root int32, fixedRoot bool) []*snapshotdv1.Unit {
 	var paths, keys []*snapshotdv1.Unit
 	for i, r := range roots {
-		if only && int32(i) != root {
+		if fixedRoot && int32(i) != root {
 			continue
 		}
 		paths = append(paths, fileUnit(int32(i), name))
@@ -109,10 +123,14 @@ func fileCandidates(name string, roots []*snapshotdv1.Root, root int32, only boo
 	return append(paths, keys...)
 }
 
-// renderExplanation says in sentences what is known of a unit. As is what the
-// user calls the collection.
-func renderExplanation(w io.Writer, col *snapshotdv1.Collection, as string, unit *snapshotdv1.Unit, u *snapshotdv1.UnitReferences) {
-	what, of := unitName(unit), fmt.Sprintf("%s (%d)", clean(fullName(col.GetDb(), col.GetName(), col.GetId())), col.GetId())
+// renderExplanation explains a unit in sentences. collectionArg is the collection as
+// the user named it.
+func renderExplanation(
+	w io.Writer, col *snapshotdv1.Collection, as string, unit *snapshotdv1.Unit, u *snapshotdv1.UnitReferences,
+) {
+	what, of := unitName(unit), fmt.Sprintf(
+		"%s (%d)", clean(fullName(col.GetDb(), col.GetName(), col.GetId())), col.GetId(),
+	)
 	holders := explainHolders(u)
 	switch u.GetState() {
 	case snapshotdv1.UnitReferences_STATE_LIVE:
@@ -121,8 +139,8 @@ func renderExplanation(w io.Writer, col *snapshotdv1.Collection, as string, unit
 			what += fmt.Sprintf(", of segment %d,", segment)
 		}
 		fprintf(w, "%s is part of %s.\n", what, of)
-		printPhrases(w, "Besides it is", holders)
-		fprintf(w, "It cannot go before it is dropped or replaced")
+		printPhrases(w, "It is also", holders)
+		fprintf(w, "It can be deleted after it is dropped or replaced")
 		if segment != 0 {
 			fprintf(w, ": snapshotctl catalog drop-segments --collection %s %d", shellQuote(as, ""), segment)
 		}
@@ -130,7 +148,10 @@ func renderExplanation(w io.Writer, col *snapshotdv1.Collection, as string, unit
 	case snapshotdv1.UnitReferences_STATE_DROPPED:
 		fprintf(w, "%s was dropped from %s.\n", what, of)
 		if u.GetHolderCount() == 0 {
-			fprintf(w, "Nothing holds it. It can go: snapshotctl reclaim request --collection %s %s --deleter snapshotd\n", shellQuote(as, ""), unitArgs(unit))
+			fprintf(
+				w, "Nothing holds it. To delete it: snapshotctl reclaim request --collection %s %s --deleter snapshotd\n",
+				shellQuote(as, ""), unitArgs(unit),
+			)
 			return
 		}
 		printPhrases(w, "It is", holders)
@@ -143,25 +164,27 @@ func renderExplanation(w io.Writer, col *snapshotdv1.Collection, as string, unit
 			fprintf(w, "It was granted to snapshotd at %s, which deletes it: %s.\n", formatTime(t.GetGrantTime()), files)
 			return
 		}
-		by := "a caller without a name"
+		by := "an unnamed caller"
 		if t.GetCaller() != "" {
 			by = "caller " + clean(t.GetCaller())
 		}
-		fprintf(w, "It was granted to %s at %s, and its deletion is not confirmed: %s.\n", by, formatTime(t.GetGrantTime()), files)
-		fprintf(w, "When they are deleted: snapshotctl reclaim confirm --collection %s %d\n", shellQuote(as, ""), t.GetId())
+		fprintf(
+			w, "It was granted to %s at %s, and the delete is not confirmed: %s.\n", by, formatTime(t.GetGrantTime()), files,
+		)
+		fprintf(w, "After deleting them: snapshotctl reclaim confirm --collection %s %d\n", shellQuote(as, ""), t.GetId())
 	default:
-		fprintf(w, "%s is not known in %s: it never was registered, or is reclaimed and confirmed.\n", what, of)
+		fprintf(w, "%s is unknown in %s: never registered, or reclaimed and confirmed.\n", what, of)
 		if unit.GetIndexBuildId() != 0 {
-			fprintf(w, "Or it is part of the collection: ask for its segment, or for one of its files.\n")
+			fprintf(w, "It may still be part of the collection: check its segment or one of its files.\n")
 		}
 		printPhrases(w, "It is", holders)
 		if u.GetHolderCount() == 0 {
-			fprintf(w, "snapshotd does not grant what it does not know, and says nothing for or against deleting it.\n")
+			fprintf(w, "snapshotd never grants an unknown unit; whether to delete it is up to you.\n")
 		}
 	}
 }
 
-// liveIn returns the segment of a unit that is part of the collection.
+// liveSegment returns the segment that a live unit belongs to, 0 if none.
 func liveSegment(u *snapshotdv1.UnitReferences) int64 {
 	for _, h := range u.GetHolders() {
 		if h.GetCatalog() != nil {
@@ -171,7 +194,7 @@ func liveSegment(u *snapshotdv1.UnitReferences) int64 {
 	return 0
 }
 
-// explainHolders returns a phrase for each holder but the collection.
+// explainHolders returns a phrase for each holder except the collection.
 func explainHolders(u *snapshotdv1.UnitReferences) []string {
 	var list []string
 	listed := int64(0)
@@ -180,9 +203,13 @@ func explainHolders(u *snapshotdv1.UnitReferences) []string {
 		switch h.GetHolder().(type) {
 		case *snapshotdv1.Holder_Snapshot:
 			s := h.GetSnapshot()
-			list = append(list, fmt.Sprintf("held by snapshot %s (%d)%s", clean(s.GetName()), s.GetSnapshotId(), explainPins(s.GetPins())))
+			list = append(list, fmt.Sprintf(
+				"held by snapshot %s (%d)%s", clean(s.GetName()), s.GetSnapshotId(), explainPins(s.GetPins()),
+			))
 		case *snapshotdv1.Holder_Creating:
-			list = append(list, fmt.Sprintf("held by a snapshot that is being created (%d) and may come to need it", h.GetCreating().GetSnapshotId()))
+			list = append(list, fmt.Sprintf(
+				"possibly held by a snapshot that is being created (%d)", h.GetCreating().GetSnapshotId(),
+			))
 		}
 	}
 	if more := u.GetHolderCount() - listed; more > 0 {
@@ -191,7 +218,7 @@ func explainHolders(u *snapshotdv1.UnitReferences) []string {
 	return list
 }
 
-// explainPins goes on with who pinned a snapshot.
+// explainPins lists the pins of a snapshot as a clause.
 func explainPins(pins []*snapshotdv1.Pin) string {
 	var b strings.Builder
 	for i, p := range pins {
@@ -213,7 +240,7 @@ func explainPins(pins []*snapshotdv1.Pin) string {
 	return b.String()
 }
 
-// explainMore prints phrases as sentences, or as a list of them.
+// printPhrases prints one phrase as a sentence, several as a list.
 func printPhrases(w io.Writer, begin string, phrases []string) {
 	if len(phrases) == 1 {
 		fprintf(w, "%s %s.\n", begin, phrases[0])
@@ -227,7 +254,7 @@ func printPhrases(w io.Writer, begin string, phrases []string) {
 	}
 }
 
-// explainWayOut says when a unit that was dropped can go.
+// explainRelease explains when a dropped unit can be deleted.
 func explainRelease(w io.Writer, u *snapshotdv1.UnitReferences) {
 	var drops []string
 	pinned, creating := false, false
@@ -240,23 +267,25 @@ func explainRelease(w io.Writer, u *snapshotdv1.UnitReferences) {
 	}
 	switch {
 	case len(drops) == 1 && u.GetHolderCount() == 1:
-		fprintf(w, "It can go when that snapshot is dropped: snapshotctl snapshot drop %s\n", drops[0])
+		fprintf(w, "It can be deleted after that snapshot is dropped: snapshotctl snapshot drop %s\n", drops[0])
 	case len(drops) > 0:
-		fprintf(w, "It can go when nothing holds it any more. Snapshots go with\n")
+		fprintf(w, "It can be deleted when nothing holds it any more. To drop the snapshots:\n")
 		for _, d := range drops {
 			fprintf(w, "  snapshotctl snapshot drop %s\n", d)
 		}
 	case creating:
-		fprintf(w, "It can go if no snapshot that is being created turns out to need it; ask again when they are done.\n")
+		fprintf(
+			w, "It can be deleted if no snapshot that is being created holds it in the end; retry when they are complete.\n",
+		)
 	default:
-		fprintf(w, "It can go when nothing holds it any more.\n")
+		fprintf(w, "It can be deleted when nothing holds it any more.\n")
 	}
 	if pinned {
-		fprintf(w, "A pinned snapshot is not dropped: its pins have to end, or be removed, first; see `snapshotctl pin list`.\n")
+		fprintf(w, "A pinned snapshot cannot be dropped until its pins expire or are removed; see `snapshotctl pin list`.\n")
 	}
 }
 
-// unitFlags names a unit in the way that `reclaim` takes it.
+// unitArgs formats a unit as flags of `reclaim`.
 func unitArgs(u *snapshotdv1.Unit) string {
 	switch u.GetUnit().(type) {
 	case *snapshotdv1.Unit_SegmentId:

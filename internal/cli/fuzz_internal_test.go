@@ -18,19 +18,20 @@ import (
 	"github.com/snapshotd/snapshotd/test/allocated"
 )
 
-// checkUsage fails unless err is one about what the user wrote.
+// checkUsage fails unless err is a usage error.
 func checkUsage(t *testing.T, what string, err error) {
 	t.Helper()
 	if _, ok := errors.AsType[*usageError](err); !ok {
-		t.Errorf("%s: %v (%T) is no mistake of the user's", what, err, err)
+		t.Errorf("%s: %v (%T) is not a usage error", what, err, err)
 	}
 }
 
-// FuzzTimeSpan reads any text as a time span. What is read is within the bounds, and is
-// read as the same when it is written in full.
+// FuzzTimeSpan parses any text as a time span. A result is within the limits, and
+// formatting and parsing it again returns the same.
 func FuzzTimeSpan(f *testing.F) {
 	for _, s := range []string{
-		"", "1h", "30d", "36525d", "36526d", "1.5d", "-1h", "+1h", "0", "0d", "d", "1d2h", "1e3h", "100000000000h", "99999999999999999999d", "1µs", "1ns", "876600h", " 1h", "1h\n",
+		"", "1h", "30d", "36525d", "36526d", "1.5d", "-1h", "+1h", "0", "0d", "d", "1d2h", "1e3h", "100000000000h",
+		"99999999999999999999d", "1µs", "1ns", "876600h", " 1h", "1h\n",
 	} {
 		f.Add(s)
 	}
@@ -66,11 +67,12 @@ func FuzzTimeSpan(f *testing.F) {
 	})
 }
 
-// FuzzTime reads any text as a time. What is read can be sent, and is the time that it
-// is written as.
+// FuzzTime parses any text as a time. A result is a valid message, and formatting and
+// parsing it again returns the same.
 func FuzzTime(f *testing.F) {
 	for _, s := range []string{
-		"", "2030-01-31T00:00:00Z", "2030-01-31T00:00:00+01:00", "2030-02-30T00:00:00Z", "0001-01-01T00:00:00Z", "9999-12-31T23:59:59.999999999Z",
+		"", "2030-01-31T00:00:00Z", "2030-01-31T00:00:00+01:00", "2030-02-30T00:00:00Z", "0001-01-01T00:00:00Z",
+		"9999-12-31T23:59:59.999999999Z",
 		"2030-01-31t00:00:00z", "2030-01-31T24:00:00Z", "2030-01-31T00:00:00,5Z", "2030-01-31T00:00:60Z",
 	} {
 		f.Add(s)
@@ -82,7 +84,7 @@ func FuzzTime(f *testing.F) {
 			return
 		}
 		if err := ts.CheckValid(); err != nil {
-			t.Fatalf("%q is read as a time that no message can hold: %v", s, err)
+			t.Fatalf("%q is parsed as a time that no message can hold: %v", s, err)
 		}
 		reparsed, err := parseTime(ts.AsTime().Format(time.RFC3339Nano))
 		if err != nil || !proto.Equal(ts, reparsed) {
@@ -91,11 +93,12 @@ func FuzzTime(f *testing.F) {
 	})
 }
 
-// FuzzByteCount reads any text as a number of bytes, and holds what is read to a
+// FuzzByteCount parses any text as a number of bytes, and compares the result with a
 // calculation that cannot overflow.
 func FuzzByteCount(f *testing.F) {
 	for _, s := range []string{
-		"", "1", "1B", "1 B", "500KiB", "50 MiB", "8388607TiB", "8388608TiB", "9223372036854775807", "9223372036854775808", "0", "-1", "+1", "1KB", "KiB", "1KiBB", "1_000", "0x10", "1e3", "\u00a01B",
+		"", "1", "1B", "1 B", "500KiB", "50 MiB", "8388607TiB", "8388608TiB", "9223372036854775807", "9223372036854775808",
+		"0", "-1", "+1", "1KB", "KiB", "1KiBB", "1_000", "0x10", "1e3", "\u00a01B",
 	} {
 		f.Add(s)
 	}
@@ -130,12 +133,14 @@ func FuzzByteCount(f *testing.F) {
 	})
 }
 
-// FuzzArguments reads any text as what commands take: a collection, a snapshot, ids,
+// FuzzArguments parses any text as each kind of argument: a collection, a snapshot, ids,
 // labels, positions, a deleter.
 func FuzzArguments(f *testing.F) {
 	for _, s := range []string{
-		"", "docs", "db/docs", "#7", "#", "#0", "#-7", "#+7", "#9223372036854775808", "a/b/c", "/a", "a/", "#07", "1,2", "1,,2", ",", "a=b", "=", "a==", "a=b=c",
-		"0=1", "0=1,1=18446744073709551615", "2147483648=1", "0=1,0=2", "00=1,0=2", "SNAPSHOTD", "caller", "\xff", "\xff=\xff", "ſnapshotd",
+		"", "docs", "db/docs", "#7", "#", "#0", "#-7", "#+7", "#9223372036854775808", "a/b/c", "/a", "a/", "#07", "1,2",
+		"1,,2", ",", "a=b", "=", "a==", "a=b=c",
+		"0=1", "0=1,1=18446744073709551615", "2147483648=1", "0=1,0=2", "00=1,0=2", "SNAPSHOTD", "caller", "\xff",
+		"\xff=\xff", "ſnapshotd",
 	} {
 		f.Add(s)
 	}
@@ -152,7 +157,8 @@ func FuzzArguments(f *testing.F) {
 			default:
 				reparsed = n.GetName()
 			}
-			if got, err := parseCollection(reparsed); err != nil || !proto.Equal(got, ref) || ref.GetName() == nil && ref.GetId() <= 0 {
+			if got, err := parseCollection(reparsed); err != nil || !proto.Equal(got, ref) ||
+				ref.GetName() == nil && ref.GetId() <= 0 {
 				t.Errorf("%q is %v, and that %v, %v", s, ref, got, err)
 			}
 		}
@@ -198,19 +204,24 @@ func FuzzArguments(f *testing.F) {
 		if _, err := parseDeleter(s); err != nil {
 			checkUsage(t, s, err)
 		}
-		if cleaned := clean(s); !utf8.ValidString(cleaned) || strings.ContainsFunc(cleaned, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		if cleaned := clean(s); !utf8.ValidString(cleaned) || strings.ContainsFunc(cleaned, func(r rune) bool {
+			return !unicode.IsPrint(r)
+		}) {
 			t.Errorf("%q is shown as %q", s, cleaned)
 		}
 	})
 }
 
-// FuzzSegmentLines reads anything as a file of segments. What is read is written as
-// `catalog export` does, and read as the same. The batches hold them all, in order.
+// FuzzSegmentLines reads any data as a file of segments. The result, written like
+// `catalog export`, is read back as the same. The batches hold all segments, in order.
 func FuzzSegmentLines(f *testing.F) {
-	line := `{"id":"7","partitionId":"2","state":"STATE_SEALED","rows":"3","files":[{"path":"a/b","kind":"insert","sizeBytes":"4"}],"attributes":{"k":"v"}}`
+	line := `{"id":"7","partitionId":"2","state":"STATE_SEALED","rows":"3",` +
+		`"files":[{"path":"a/b","kind":"insert","sizeBytes":"4"}],"attributes":{"k":"v"}}`
 	for _, s := range []string{
-		"", "\n", " \r\n", line, line + "\n\n" + line + "\r\n", line + line, line[:30], `{"id":"0"}`, `{"id":-1}`, `{"id":7.0}`, `{"id":7e0}`, `{"ID":7}`, `{"id":7,"id":8}`, "null", "[]", "\ufeff" + line,
-		`{"id":1,"engineData":"!"}`, `{"id":1,"unknown":1}`, `{"id":1,"rows":1e400}`, strings.Repeat("[", 20_000), `{"id":1,"attributes":{"\ud800":""}}`, `{"id":1,"indexBuilds":[` + strings.Repeat("{},", 5000) + "{}]}",
+		"", "\n", " \r\n", line, line + "\n\n" + line + "\r\n", line + line, line[:30], `{"id":"0"}`, `{"id":-1}`,
+		`{"id":7.0}`, `{"id":7e0}`, `{"ID":7}`, `{"id":7,"id":8}`, "null", "[]", "\ufeff" + line,
+		`{"id":1,"engineData":"!"}`, `{"id":1,"unknown":1}`, `{"id":1,"rows":1e400}`, strings.Repeat("[", 20_000),
+		`{"id":1,"attributes":{"\ud800":""}}`, `{"id":1,"indexBuilds":[` + strings.Repeat("{},", 5000) + "{}]}",
 	} {
 		f.Add([]byte(s))
 	}
@@ -232,7 +243,7 @@ func FuzzSegmentLines(f *testing.F) {
 		if err != nil {
 			checkUsage(t, "file", err)
 			if !strings.HasPrefix(err.Error(), "file, line ") || strings.Contains(err.Error(), "proto:") {
-				t.Errorf("%v: where is that?", err)
+				t.Errorf("%v: no position", err)
 			}
 		}
 		var out bytes.Buffer
@@ -258,8 +269,8 @@ func FuzzSegmentLines(f *testing.F) {
 	})
 }
 
-// FuzzDeclarations reads anything as a file for `catalog apply`, within bounds, and
-// plans what makes it so where nothing is, and where all of it is.
+// FuzzDeclarations reads any data as a file for `catalog apply`, in bounded memory, and
+// plans it against an empty catalog and against a catalog where it is applied.
 func FuzzDeclarations(f *testing.F) {
 	const sound = `db: prod
 name: docs
@@ -276,12 +287,17 @@ indexes: [{name: i, field: 100}]
 `
 	bomb := "a: &a [x,x,x,x,x,x,x,x,x]\n"
 	for i := range 8 {
-		bomb += fmt.Sprintf("%c: &%c [*%c,*%c,*%c,*%c,*%c,*%c,*%c,*%c]\n", 'b'+i, 'b'+i, 'a'+i, 'a'+i, 'a'+i, 'a'+i, 'a'+i, 'a'+i, 'a'+i, 'a'+i)
+		bomb += fmt.Sprintf(
+			"%c: &%c [*%c,*%c,*%c,*%c,*%c,*%c,*%c,*%c]\n", 'b'+i, 'b'+i, 'a'+i, 'a'+i, 'a'+i, 'a'+i, 'a'+i, 'a'+i, 'a'+i, 'a'+i,
+		)
 	}
 	for _, s := range []string{
-		"", "---\n---\n", sound, sound + "---\n" + sound, "name: a\n---\nname: b\n", "name: [a]", "name: a\nname: b", "nam: a", "- a", "name: a\nid: 1e3", "name: a\nlayout: x",
-		"name: a\nschema: {schemaRaw: '!'}", "name: a\npartitions: [{}]", "name: a\npartitions: [{name: p},{name: p}]", "name: !!binary gA==", "name: a\n<<: {db: x}", "name: &a [*a]", "name: a\nproperties: &a {b: *a}",
-		"name: a\nproperties: {? [a] : b}", "name: \x00", "\xff\xfe", bomb, "name: a\nid: 0x7fffffffffffffff\nproperties: {1: 2}", "%YAML 9.9\n---\nname: a",
+		"", "---\n---\n", sound, sound + "---\n" + sound, "name: a\n---\nname: b\n", "name: [a]", "name: a\nname: b",
+		"nam: a", "- a", "name: a\nid: 1e3", "name: a\nlayout: x",
+		"name: a\nschema: {schemaRaw: '!'}", "name: a\npartitions: [{}]", "name: a\npartitions: [{name: p},{name: p}]",
+		"name: !!binary gA==", "name: a\n<<: {db: x}", "name: &a [*a]", "name: a\nproperties: &a {b: *a}",
+		"name: a\nproperties: {? [a] : b}", "name: \x00", "\xff\xfe", bomb,
+		"name: a\nid: 0x7fffffffffffffff\nproperties: {1: 2}", "%YAML 9.9\n---\nname: a",
 	} {
 		f.Add([]byte(s))
 	}
@@ -295,7 +311,7 @@ indexes: [{name: i, field: 100}]
 		if err != nil {
 			checkUsage(t, "file", err)
 			if strings.Contains(err.Error(), "cli.") && !strings.Contains(string(data), "cli.") {
-				t.Errorf("%v speaks of Go", err)
+				t.Errorf("%v contains the name of a Go type", err)
 			}
 			return
 		}
@@ -305,7 +321,7 @@ indexes: [{name: i, field: 100}]
 			}
 			p, err := diff(d, collectionState{})
 			if err != nil || len(p.steps) != 1+len(d.Partitions)+len(d.Indexes) {
-				t.Fatalf("%d steps where nothing is, %v", len(p.steps), err)
+				t.Fatalf("%d steps against an empty catalog, %v", len(p.steps), err)
 			}
 			for _, s := range p.steps {
 				if s.Action != created || s.request == nil {
@@ -317,24 +333,30 @@ indexes: [{name: i, field: 100}]
 	})
 }
 
-// checkApplied plans a declaration once more where all that p asks for is done.
+// checkApplied plans a declaration again after every step of p is applied.
 func checkApplied(t *testing.T, d declaration, p plan) {
 	t.Helper()
-	current := collectionState{collection: &snapshotdv1.Collection{Id: max(d.ID, 1)}, partitions: &snapshotdv1.ListPartitionsResponse{}, indexes: &snapshotdv1.ListIndexesResponse{}}
+	current := collectionState{
+		collection: &snapshotdv1.Collection{Id: max(d.ID, 1)}, partitions: &snapshotdv1.ListPartitionsResponse{},
+		indexes: &snapshotdv1.ListIndexesResponse{},
+	}
 	for _, s := range p.steps {
 		switch r := s.request.(type) {
 		case *snapshotdv1.CreateCollectionRequest:
 			c := current.collection
 			c.Schema, c.Channels, c.Roots, c.Layout = r.GetSchema(), r.GetChannels(), r.GetRoots(), r.GetLayout()
 			c.ConsistencyLevel, c.Properties, c.Attributes = r.GetConsistencyLevel(), r.GetProperties(), r.GetAttributes()
-			if d.ID < 0 { // the server refuses it
+			if d.ID < 0 { // the server rejects it
 				return
 			}
 		case *snapshotdv1.CreatePartitionRequest:
-			current.partitions.Partitions = append(current.partitions.Partitions, &snapshotdv1.Partition{Id: r.GetId(), Name: r.GetName(), Attributes: r.GetAttributes()})
+			current.partitions.Partitions = append(current.partitions.Partitions, &snapshotdv1.Partition{
+				Id: r.GetId(), Name: r.GetName(), Attributes: r.GetAttributes(),
+			})
 		case *snapshotdv1.CreateIndexRequest:
 			current.indexes.Indexes = append(current.indexes.Indexes, &snapshotdv1.Index{
-				Id: r.GetId(), Name: r.GetName(), FieldId: r.GetFieldId(), TypeParams: r.GetTypeParams(), IndexParams: r.GetIndexParams(), Attributes: r.GetAttributes(),
+				Id: r.GetId(), Name: r.GetName(), FieldId: r.GetFieldId(), TypeParams: r.GetTypeParams(),
+				IndexParams: r.GetIndexParams(), Attributes: r.GetAttributes(),
 			})
 		default:
 			t.Fatalf("%T", r)
@@ -342,11 +364,11 @@ func checkApplied(t *testing.T, d declaration, p plan) {
 	}
 	reparsed, err := diff(d, current)
 	if err != nil {
-		t.Fatalf("it is as declared, and yet: %v", err)
+		t.Fatalf("applied, but diff fails: %v", err)
 	}
 	for _, s := range reparsed.steps {
 		if s.Action != unchanged || s.request != nil {
-			t.Errorf("%s %s is as declared, and yet %s: %v", s.Thing, s.Name, s.Action, s.Changed)
+			t.Errorf("%s %s is applied, but planned as %s: %v", s.Thing, s.Name, s.Action, s.Changed)
 		}
 	}
 }

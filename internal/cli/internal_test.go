@@ -21,7 +21,9 @@ import (
 
 func TestParseCollection(t *testing.T) {
 	name := func(db, name string) *snapshotdv1.CollectionRef {
-		return &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Name{Name: &snapshotdv1.CollectionName{Db: db, Name: name}}}
+		return &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Name{Name: &snapshotdv1.CollectionName{
+			Db: db, Name: name,
+		}}}
 	}
 	for s, want := range map[string]*snapshotdv1.CollectionRef{
 		"docs": name("", "docs"), "prod/docs": name("prod", "docs"), "7": name("", "7"), "#7": idRef(7),
@@ -53,7 +55,7 @@ func TestParseTTL(t *testing.T) {
 
 func TestParseTTLNamesTheLimit(t *testing.T) {
 	for _, s := range []string{"36526d", "876600h1s", "99999999999999999999d"} {
-		if _, err := parseTTL(s); err == nil || !strings.Contains(err.Error(), "the longest is 100 years, 36525d") {
+		if _, err := parseTTL(s); err == nil || !strings.Contains(err.Error(), "at most 100 years, 36525d") {
 			t.Errorf("%q: got %v", s, err)
 		}
 	}
@@ -73,7 +75,8 @@ func TestParsePositions(t *testing.T) {
 
 func TestSize(t *testing.T) {
 	for n, want := range map[int64]string{
-		0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 1536: "1.5 KiB", 1<<20 - 1: "1.0 MiB", 5 << 30: "5.0 GiB", 1<<63 - 1: "8.0 EiB",
+		0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 1536: "1.5 KiB", 1<<20 - 1: "1.0 MiB", 5 << 30: "5.0 GiB",
+		1<<63 - 1: "8.0 EiB",
 	} {
 		if got := size(n); got != want {
 			t.Errorf("%d: got %q, want %q", n, got, want)
@@ -144,13 +147,16 @@ func TestBatches(t *testing.T) {
 		})
 	}
 	stop := errors.New("stop")
-	err := sendBatches(func() (*snapshotdv1.Segment, error) { return &snapshotdv1.Segment{Id: 1}, nil }, func([]*snapshotdv1.Segment) error { return stop })
+	err := sendBatches(
+		func() (*snapshotdv1.Segment, error) { return &snapshotdv1.Segment{Id: 1}, nil },
+		func([]*snapshotdv1.Segment) error { return stop },
+	)
 	if !errors.Is(err, stop) {
 		t.Errorf("got %v", err)
 	}
 }
 
-// What export writes, add-segments reads.
+// TestSegmentLinesRoundTrip checks that add-segments reads the output of export.
 func TestSegmentLinesRoundTrip(t *testing.T) {
 	want := &snapshotdv1.Segment{
 		Id: 1 << 62, PartitionId: 2, Level: snapshotdv1.Segment_LEVEL_L0, State: snapshotdv1.Segment_STATE_GROWING,
@@ -178,7 +184,9 @@ func TestSegmentLinesRoundTrip(t *testing.T) {
 }
 
 func TestSegmentLinesTooLong(t *testing.T) {
-	r := newSegmentLines("x", io.MultiReader(strings.NewReader("{\"id\":1}\n"), strings.NewReader(strings.Repeat(" ", maxLineBytes+1))))
+	r := newSegmentLines("x", io.MultiReader(
+		strings.NewReader("{\"id\":1}\n"), strings.NewReader(strings.Repeat(" ", maxLineBytes+1)),
+	))
 	if _, err := r.next(); err != nil {
 		t.Fatal(err)
 	}
@@ -220,7 +228,10 @@ func existing() collectionState {
 			{Id: 2, Name: "p2", State: snapshotdv1.Partition_STATE_DROPPING},
 		}},
 		indexes: &snapshotdv1.ListIndexesResponse{Indexes: []*snapshotdv1.Index{
-			{Id: 3, Name: "i1", FieldId: 101, State: snapshotdv1.Index_STATE_ACTIVE, IndexParams: map[string]string{"index_type": "HNSW"}},
+			{
+				Id: 3, Name: "i1", FieldId: 101, State: snapshotdv1.Index_STATE_ACTIVE,
+				IndexParams: map[string]string{"index_type": "HNSW"},
+			},
 		}},
 	}
 }
@@ -228,32 +239,45 @@ func existing() collectionState {
 func TestDiff(t *testing.T) {
 	for _, tc := range []struct {
 		name     string
-		old, new string // replaced in what is declared
+		old, new string // replaced in the declaration
 		want     string // the steps, one a line
 	}{
 		{"equal", "", "", "unchanged collection\nunchanged partition\nunchanged index\n"},
 		{"properties", `a: "1"`, `a: "2"`, "updated collection properties\nunchanged partition\nunchanged index\n"},
 		{"no properties", `{a: "1"}`, `{}`, "updated collection properties\nunchanged partition\nunchanged index\n"},
-		{"properties not mentioned", `properties: {a: "1"}`, ``, "unchanged collection\nunchanged partition\nunchanged index\n"},
 		{
-			"all that can change", "consistencyLevel: Bounded\nproperties: {a: \"1\"}\nattributes: {b: \"2\"}", "consistencyLevel: Strong\nproperties: {c: \"1\"}\nattributes: {c: \"2\"}",
+			"properties not mentioned", `properties: {a: "1"}`, ``,
+			"unchanged collection\nunchanged partition\nunchanged index\n",
+		},
+		{
+			"everything mutable", "consistencyLevel: Bounded\nproperties: {a: \"1\"}\nattributes: {b: \"2\"}",
+			"consistencyLevel: Strong\nproperties: {c: \"1\"}\nattributes: {c: \"2\"}",
 			"updated collection properties,attributes,consistencyLevel\nunchanged partition\nunchanged index\n",
 		},
-		{"one more partition", "[{name: p1,", "[{name: p3}, {name: p1,", "unchanged collection\ncreated partition\nunchanged partition\nunchanged index\n"},
-		{"a partition that is being dropped", "[{name: p1,", "[{name: p2}, {name: p1,", "unchanged collection\ncreated partition\nunchanged partition\nunchanged index\n"},
-		{"nothing but the name", declared, "name: docs", "unchanged collection\n"},
+		{
+			"one more partition", "[{name: p1,", "[{name: p3}, {name: p1,",
+			"unchanged collection\ncreated partition\nunchanged partition\nunchanged index\n",
+		},
+		{
+			"a partition that is being dropped", "[{name: p1,", "[{name: p2}, {name: p1,",
+			"unchanged collection\ncreated partition\nunchanged partition\nunchanged index\n",
+		},
+		{"only the name", declared, "name: docs", "unchanged collection\n"},
 		{"its id", "name: docs\n", "name: docs\nid: 7\n", "unchanged collection\nunchanged partition\nunchanged index\n"},
 		{"another id", "name: docs\n", "name: docs\nid: 8\n", "its id is 7, not 8"},
 		{"a field", "dim: 128", "dim: 64", `schema: field "vec" (id 101) differs`},
-		{"fewer fields", "    - {id: 100, name: pk, dataType: Int64, primaryKey: true}\n", "", "schema: it has 2 fields, not 1"},
-		{"channels", "[docs-0]", "[docs-0, docs-1]", `channels: they are ["docs-0"]`},
-		{"no channels", "[docs-0]", "[]", `channels: they are ["docs-0"]`},
-		{"roots", "engine/", "other/", `roots: they are ["default:engine/"]`},
-		{"layout", "layout: native", "layout: milvus", "layout: it is native"},
+		{
+			"fewer fields", "    - {id: 100, name: pk, dataType: Int64, primaryKey: true}\n", "",
+			"schema: it has 2 fields, not 1",
+		},
+		{"channels", "[docs-0]", "[docs-0, docs-1]", `channels are ["docs-0"]`},
+		{"no channels", "[docs-0]", "[]", `channels are ["docs-0"]`},
+		{"roots", "engine/", "other/", `roots are ["default:engine/"]`},
+		{"layout", "layout: native", "layout: milvus", "layout is native"},
 		{"a partition's attributes", "tier: hot", "tier: cold", `partition p1: its attributes are "tier=hot"`},
 		{"an index's field", "field: 101", "field: 100", "index i1: its field is 101"},
 		{"an index's parameters", "HNSW", "FLAT", `index i1: its indexParams are "index_type=HNSW"`},
-		{"several", "layout: native", "layout: milvus\nid: 9", "its id is 7, not 9; layout: it is native"},
+		{"several", "layout: native", "layout: milvus\nid: 9", "its id is 7, not 9; layout is native"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			text := strings.Replace(declared, tc.old, tc.new, 1)
@@ -263,7 +287,7 @@ func TestDiff(t *testing.T) {
 			}
 			p, err := diff(ds[0], existing())
 			if err != nil {
-				want := "collection default/docs exists and differs in what cannot be changed: " + tc.want
+				want := "collection default/docs exists and differs in immutable parts: " + tc.want
 				if err.Error() != want {
 					t.Errorf("got  %v\nwant %s", err, want)
 				}
@@ -296,7 +320,8 @@ func TestDiffCreates(t *testing.T) {
 	c := has.collection
 	want := []proto.Message{
 		&snapshotdv1.CreateCollectionRequest{
-			Name: &snapshotdv1.CollectionName{Db: "default", Name: "docs"}, Schema: c.GetSchema(), Channels: c.GetChannels(), Roots: c.GetRoots(),
+			Name: &snapshotdv1.CollectionName{Db: "default", Name: "docs"}, Schema: c.GetSchema(), Channels: c.GetChannels(),
+			Roots:  c.GetRoots(),
 			Layout: c.GetLayout(), ConsistencyLevel: "Bounded", Properties: c.GetProperties(), Attributes: c.GetAttributes(),
 		},
 		&snapshotdv1.CreatePartitionRequest{Name: "p1", Attributes: map[string]string{"tier": "hot"}},
@@ -322,7 +347,9 @@ func TestReadDeclarationsErrors(t *testing.T) {
 		{"---\n---\n", "x declares nothing"},
 		{"name: a\n---\nname: a\ndb: default\n", "x: collection default/a is declared twice"},
 		{"name: a\nlayout: parquet\n", `x: collection default/a: layout "parquet": the layouts are native and milvus`},
-		{"name: a\npartitions: [{name: p}, {name: q}, {name: p}]\n", "x: collection default/a: partition p is declared twice"},
+		{
+			"name: a\npartitions: [{name: p}, {name: q}, {name: p}]\n", "x: collection default/a: partition p is declared twice",
+		},
 		{"name: a\nindexes: [{field: 1}]\n", "x: collection default/a: a declared index has no name"},
 		{"name: a\nschema: {schemaRaw: '!'}\n", "x: collection default/a: schemaRaw is not base64"},
 	} {
@@ -331,12 +358,12 @@ func TestReadDeclarationsErrors(t *testing.T) {
 			t.Errorf("%q:\ngot  %v\nwant %s", tc.text, err, tc.want)
 		}
 		if _, ok := errors.AsType[*usageError](err); !ok {
-			t.Errorf("%q: not a mistake of the caller", tc.text)
+			t.Errorf("%q: not a usage error", tc.text)
 		}
 	}
 }
 
-// The help of apply shows a file that apply takes.
+// TestApplyLong checks that apply accepts the file in its help.
 func TestApplyLong(t *testing.T) {
 	var text []string
 	for line := range strings.SplitSeq(applyLong, "\n") {
@@ -349,11 +376,11 @@ func TestApplyLong(t *testing.T) {
 	}
 }
 
-// Every command that a hint or an example names exists, and takes the flags that
-// are given to it there.
+// TestCommandsInTexts checks that the commands in hints and examples exist and accept
+// the flags there.
 func TestCommandsInTexts(t *testing.T) {
 	quoted := regexp.MustCompile("`(snapshotctl [^`]*)`")
-	lines := make(map[string]string) // each with where it is from
+	lines := make(map[string]string) // each with its origin
 	for reason, hint := range hints {
 		for _, m := range quoted.FindAllStringSubmatch(hint, -1) {
 			lines[strings.ReplaceAll(m[1], "FIRST", "1")] = "hint for " + reason
@@ -386,7 +413,7 @@ func TestCommandsInTexts(t *testing.T) {
 			continue
 		}
 		if cmd.HasSubCommands() && len(rest) > 0 {
-			t.Errorf("%s: %s: there is no such command", from, line)
+			t.Errorf("%s: %s: no such command", from, line)
 			continue
 		}
 		if err := cmd.ParseFlags(rest); err != nil {
@@ -402,7 +429,7 @@ func TestCommandsInTexts(t *testing.T) {
 	}
 }
 
-// shellWords splits a line as a shell does, as far as the texts need it.
+// shellWords splits a line like a shell, as far as the texts need it.
 func shellWords(line string) []string {
 	var words []string
 	for i, part := range strings.Split(line, "'") {

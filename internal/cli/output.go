@@ -27,7 +27,7 @@ import (
 // callFunc is a unary call of a generated stub.
 type callFunc[Req, Resp any] func(context.Context, *Req, ...grpc.CallOption) (*Resp, error)
 
-// print prints a message: in the chosen format, or by table.
+// print prints a message in the selected format; table renders the table format.
 func (a *app) print(msg proto.Message, table func(io.Writer)) error {
 	data, err := protojson.Marshal(msg)
 	if err != nil {
@@ -36,7 +36,7 @@ func (a *app) print(msg proto.Message, table func(io.Writer)) error {
 	return a.printJSON(data, table)
 }
 
-// printValue is print for what is no message of the API.
+// printValue is print for a value that is not an API message.
 func (a *app) printValue(v any, table func(io.Writer)) error {
 	var b bytes.Buffer
 	enc := json.NewEncoder(&b)
@@ -69,7 +69,7 @@ func (a *app) printJSON(data []byte, table func(io.Writer)) error {
 	return err
 }
 
-// line prints a message as one line of JSON, or as one document of YAML.
+// printLine prints a message as one line of JSON or one document of YAML.
 func (a *app) printLine(msg proto.Message) error {
 	data, err := compactJSON(msg)
 	if err != nil {
@@ -114,11 +114,11 @@ func toYAML(data []byte) ([]byte, error) {
 	return b.Bytes(), err
 }
 
-// list prints items one by one, so that a list of any length takes no memory:
-// as rows of a table, or as the one list in an object. It ends with close.
+// list prints items one by one, in constant memory: as rows of a table, or as the only
+// list of an object. close ends it.
 type list struct {
 	app   *app
-	key   string // of the list within the object
+	key   string // name of the list within the object
 	table *table
 	n     int
 }
@@ -127,7 +127,7 @@ func (a *app) list(key string, header ...string) *list {
 	return &list{app: a, key: key, table: newTable(a.out, "", header...)}
 }
 
-// add prints one item, whose row of the table has these cells.
+// add prints one item; cells is its row of the table.
 func (l *list) add(msg proto.Message, cells ...any) error {
 	l.n++
 	if l.app.output == formatTable {
@@ -160,7 +160,7 @@ func (l *list) add(msg proto.Message, cells ...any) error {
 	return err
 }
 
-// flush shows the rows so far.
+// flush prints the rows added so far.
 func (l *list) flush() error {
 	if l.app.output == formatTable {
 		return l.table.flush()
@@ -182,14 +182,14 @@ func (l *list) close() error {
 	return err
 }
 
-// table aligns its rows in columns. Columns stay where they are when it is
-// flushed in between, unless a later cell needs more room.
+// table aligns its rows in columns. Columns keep their positions across flushes,
+// unless a later cell is wider.
 type table struct {
 	out    io.Writer
 	indent string
 	buf    bytes.Buffer
 	tabs   *tabwriter.Writer
-	widths []int // of each column so far
+	widths []int // maximum width of each column so far
 	fresh  bool  // nothing was written since the last flush
 }
 
@@ -231,8 +231,8 @@ func (t *table) flush() error {
 	return err
 }
 
-// cell returns a value as a cell shows it; one that is empty would end a row
-// with white space, and shows as a dash.
+// cell formats a value as a cell. An empty string becomes a dash, so that no row ends
+// with white space.
 func cell(v any) string {
 	switch v := v.(type) {
 	case *timestamppb.Timestamp:
@@ -247,7 +247,7 @@ func cell(v any) string {
 	}
 }
 
-// facts prints names, each with its value, one a line.
+// keyValues prints pairs of name and value, one per line.
 func keyValues(w io.Writer, indent string, pairs ...any) {
 	width := 0
 	for i := 0; i < len(pairs); i += 2 {
@@ -258,11 +258,11 @@ func keyValues(w io.Writer, indent string, pairs ...any) {
 	}
 }
 
-// put prints to memory, which does not fail.
+// fprintf prints to a writer in memory or to standard error, without an error to check.
 func fprintf(w io.Writer, format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) }
 
-// clean makes text from elsewhere safe to show: with control characters in it,
-// which may move the cursor or break a line, it is quoted.
+// clean makes outside text safe for a terminal: it quotes text with control
+// characters, which may move the cursor or break a line.
 func clean(s string) string {
 	if !utf8.ValidString(s) || strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
 		return strconv.Quote(s)
@@ -270,7 +270,7 @@ func clean(s string) string {
 	return s
 }
 
-// size returns a number of bytes for people.
+// size formats a number of bytes with a unit.
 func size(n int64) string {
 	if n < 1024 {
 		return fmt.Sprintf("%d B", n)
@@ -285,7 +285,7 @@ func size(n int64) string {
 	}
 }
 
-// when returns a time for people; a time that is not set shows as a dash.
+// formatTime formats a time; nil becomes a dash.
 func formatTime(t *timestamppb.Timestamp) string {
 	if t == nil {
 		return "-"
@@ -293,8 +293,8 @@ func formatTime(t *timestamppb.Timestamp) string {
 	return t.AsTime().UTC().Format(time.RFC3339)
 }
 
-// dataTime returns a data timestamp. The greatest of all is the cut of a channel
-// that has no end.
+// dataTime formats a data timestamp. The maximum is the cut of a channel without an
+// end.
 func dataTime(t uint64) string {
 	if t == 1<<64-1 {
 		return "end"
@@ -302,7 +302,7 @@ func dataTime(t uint64) string {
 	return strconv.FormatUint(t, 10)
 }
 
-// pairs returns a map on one line.
+// formatMap formats a map on one line.
 func formatMap(m map[string]string) string {
 	var b strings.Builder
 	for _, k := range slices.Sorted(maps.Keys(m)) {
@@ -314,18 +314,18 @@ func formatMap(m map[string]string) string {
 	return b.String()
 }
 
-// lower returns the name of an enum's value without its prefix in lower case.
+// enumName returns the name of an enum value in lower case, without its prefix.
 func enumName(v fmt.Stringer, prefix string) string {
 	return strings.ToLower(strings.TrimPrefix(v.String(), prefix))
 }
 
-// upper returns a state's name as the documents write it: COMMITTED.
+// stateName returns the name of a state as in the documents: COMMITTED.
 func stateName(v fmt.Stringer) string { return strings.TrimPrefix(v.String(), "STATE_") }
 
 func renderKey(w io.Writer, r *snapshotdv1.GetKeyResponse) {
 	kind := r.GetType()
 	if kind == "" {
-		kind = "unknown; its bytes are in base64"
+		kind = "unknown; value in base64"
 	}
 	keyValues(w, "",
 		"key", r.GetKey(),

@@ -17,9 +17,9 @@ import (
 func (a *app) pinCommand() *cobra.Command {
 	cmd := group("pin", "Keeps snapshots from being dropped", `Keeps snapshots from being dropped and from expiring.
 
-Whoever needs a snapshot for a while pins it, and renews or removes the pin. A pin
-with a ttl ends by itself when its owner is gone; one without lasts until it is
-removed. What keeps a snapshot is in `+"`snapshotctl pin list SNAPSHOT`"+`.`)
+A user of a snapshot pins it, and renews or removes the pin. A pin with a ttl expires
+by itself if its owner does not renew it; one without lasts until it is removed.
+`+"`snapshotctl pin list SNAPSHOT`"+` lists the pins of a snapshot.`)
 	cmd.Example = `  snapshotctl pin create nightly --owner backup-job --reason 'nightly export' --ttl 1h
   snapshotctl pin list nightly`
 	cmd.AddCommand(a.pinCreate(), a.pinRenew(), a.pinRemove(), a.pinList())
@@ -36,7 +36,9 @@ func pinCells(p *snapshotdv1.Pin) []any {
 	if p.GetExpireTime() != nil {
 		expires = formatTime(p.GetExpireTime())
 	}
-	return []any{fmt.Sprintf("#%d", p.GetSnapshotId()), p.GetId(), p.GetOwner(), p.GetReason(), ttl, p.GetCreateTime(), expires}
+	return []any{
+		fmt.Sprintf("#%d", p.GetSnapshotId()), p.GetId(), p.GetOwner(), p.GetReason(), ttl, p.GetCreateTime(), expires,
+	}
 }
 
 func renderPin(w io.Writer, p *snapshotdv1.Pin) {
@@ -45,22 +47,22 @@ func renderPin(w io.Writer, p *snapshotdv1.Pin) {
 	_ = t.flush() // w is memory
 }
 
-// maxPinTTL is the longest that the API takes.
+// maxPinTTL is the limit of the API.
 const maxPinTTL = 30 * day
 
-// parsePinTTL reads a pin's ttl; empty is none.
+// parsePinTTL parses a pin's ttl; empty means none. The hint without explains omission.
 func parsePinTTL(s, without string) (*durationpb.Duration, error) {
 	if s == "" {
-		return nil, nil //nolint:nilnil // none is given
+		return nil, nil //nolint:nilnil // none
 	}
 	d, err := parseTTL(s)
 	if err != nil || d < time.Second || d > maxPinTTL {
-		return nil, usageErrorf("--ttl %q: write a time span such as 10m or 7d, 1s to 30d; %s", s, without)
+		return nil, usageErrorf("--ttl %q: use a time span such as 10m or 7d, 1s to 30d; %s", s, without)
 	}
 	return durationpb.New(d), nil
 }
 
-// choosePin is choose for a command about a pin, whose id is the last argument.
+// addPinArgs is addSnapshotArg for a command whose last argument is a pin id.
 func addPinArgs(cmd *cobra.Command) *snapshotArg {
 	c := addSnapshotArg(cmd)
 	bySnapshot := cmd.Args
@@ -76,7 +78,7 @@ func addPinArgs(cmd *cobra.Command) *snapshotArg {
 	return c
 }
 
-// pinRef returns the snapshot and the pin that the user chose.
+// pinRef returns the snapshot and the pin of the arguments.
 func (a *app) pinRef(c *snapshotArg, args []string) (*snapshotdv1.SnapshotRef, int64, error) {
 	ref, err := a.snapshotRef(c, args)
 	if err != nil {
@@ -91,32 +93,36 @@ func (a *app) pinCreate() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "create SNAPSHOT --owner OWNER",
 		Short: "Pins a snapshot",
-		Long: `Pins a snapshot: until the pin is removed or ends, the snapshot is not dropped
-and does not expire. With --ttl the pin ends by itself unless it is renewed in
-time. SNAPSHOT is a name, be it one of digits; an id is given as '#42' or with
---id 42.`,
+		Long: `Pins a snapshot: until the pin is removed or expires, the snapshot is not dropped
+and does not expire. With --ttl the pin expires unless it is renewed in time.
+SNAPSHOT is a name, even if it consists of digits; an id is '#42' or --id 42.`,
 		Example: `  snapshotctl pin create nightly --owner backup-job --reason 'nightly export' --ttl 1h
   snapshotctl pin create '#42' --owner audit --reason 'case 7'`,
 	}
 	arg := addSnapshotArg(cmd)
 	f := cmd.Flags()
-	f.StringVar(&owner, "owner", "", "who pins it, `text` for people (required)")
-	f.StringVar(&reason, "reason", "", "what for, `text` for people")
-	f.StringVar(&ttl, "ttl", "", "let the pin end so long after it was made or renewed: a time `span` such as 10m or 7d, at most 30d (default until it is removed)")
-	f.StringVar(&token, "request-token", "", "`token` of an earlier run of the same command, to get the pin that it made")
+	f.StringVar(&owner, "owner", "", "the pin's owner, free `text` (required)")
+	f.StringVar(&reason, "reason", "", "the reason, free `text`")
+	f.StringVar(
+		&ttl, "ttl", "",
+		"expire the pin this time `span` after its creation or renewal, such as 10m or 7d, at most 30d (default: never)",
+	)
+	f.StringVar(&token, "request-token", "", "`token` of an earlier run of the same command, to get its pin")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
 		ref, err := a.snapshotRef(arg, args)
 		if err != nil {
 			return err
 		}
 		if cmd.Flags().Changed("ttl") && ttl == "" {
-			return usageErrorf("--ttl is empty: write a time span such as 10m or 7d, or leave it out for a pin that lasts until it is removed")
+			return usageErrorf(
+				"--ttl is empty: use a time span such as 10m or 7d, or omit it for a pin that lasts until it is removed",
+			)
 		}
 		if owner == "" {
-			return usageErrorf("--owner is missing: who keeps the snapshot? Others see it when they want to drop it")
+			return usageErrorf("--owner is missing; it is shown to users who try to drop the snapshot")
 		}
 		req := &snapshotdv1.PinSnapshotRequest{Snapshot: ref, Owner: owner, Reason: reason, RequestToken: token}
-		if req.Ttl, err = parsePinTTL(ttl, "leave it out for a pin that lasts until it is removed"); err != nil {
+		if req.Ttl, err = parsePinTTL(ttl, "omit it for a pin that lasts until it is removed"); err != nil {
 			return err
 		}
 		if req.RequestToken == "" {
@@ -128,7 +134,8 @@ time. SNAPSHOT is a name, be it one of digits; an id is given as '#42' or with
 		}
 		resp, err := unary(ctx, a, c.Snapshots.PinSnapshot, req)
 		if client.Reason(err) == "LIMIT_EXCEEDED" {
-			return &hintError{err, fmt.Sprintf("see its pins with `snapshotctl pin list %s`, and remove those that nobody needs", shellQuote(a.snapshot, ""))}
+			return &hintError{err, fmt.Sprintf("list its pins with `snapshotctl pin list %s` and remove those no longer needed",
+				shellQuote(a.snapshot, ""))}
 		}
 		if err != nil {
 			return err
@@ -150,21 +157,23 @@ func (a *app) pinRenew() *cobra.Command {
 	var ttl string
 	cmd := &cobra.Command{
 		Use:   "renew SNAPSHOT PIN_ID",
-		Short: "Makes a pin last its ttl from now",
-		Long: `Makes a pin last its ttl from now, or a new one. A pin that has ended cannot be
-renewed: nothing has kept the snapshot since.`,
+		Short: "Renews a pin",
+		Long: `Restarts a pin's ttl from now, or sets a new ttl. An expired pin cannot be renewed:
+nothing has kept the snapshot since.`,
 		Example: `  snapshotctl pin renew nightly 65
   snapshotctl pin renew --id 42 65 --ttl 2h`,
 	}
 	arg := addPinArgs(cmd)
-	cmd.Flags().StringVar(&ttl, "ttl", "", "the new ttl, a time `span` such as 10m or 7d, at most 30d (default as before)")
+	cmd.Flags().StringVar(
+		&ttl, "ttl", "", "the new ttl, a time `span` such as 10m or 7d, at most 30d (default: unchanged)",
+	)
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
 		ref, id, err := a.pinRef(arg, args)
 		if err != nil {
 			return err
 		}
 		req := &snapshotdv1.RenewPinRequest{Snapshot: ref, PinId: id}
-		if req.Ttl, err = parsePinTTL(ttl, "leave it out for as long as before"); err != nil {
+		if req.Ttl, err = parsePinTTL(ttl, "omit it to keep the ttl"); err != nil {
 			return err
 		}
 		c, err := a.connect()
@@ -185,8 +194,8 @@ func (a *app) pinRemove() *cobra.Command {
 		Use:     "remove SNAPSHOT PIN_ID",
 		Aliases: []string{"delete", "unpin"},
 		Short:   "Removes a pin",
-		Long: `Removes a pin. When no other keeps it, the snapshot can be dropped, and goes if
-its time has come. Removing a pin that does not exist is success.`,
+		Long: `Removes a pin. Without pins the snapshot can be dropped, and is removed if it has
+expired. Removing a pin that does not exist succeeds.`,
 		Example: `  snapshotctl pin remove nightly 65
   snapshotctl pin remove '#42' 65`,
 	}
@@ -204,7 +213,7 @@ its time has come. Removing a pin that does not exist is success.`,
 		if err != nil {
 			return err
 		}
-		return a.print(resp, func(w io.Writer) { fprintf(w, "pin %d does not keep snapshot %s any more\n", id, clean(a.snapshot)) })
+		return a.print(resp, func(w io.Writer) { fprintf(w, "removed pin %d of snapshot %s\n", id, clean(a.snapshot)) })
 	})
 	return cmd
 }
@@ -214,7 +223,7 @@ func (a *app) pinList() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list [SNAPSHOT]",
 		Short: "Lists pins",
-		Long:  "Lists the pins of a snapshot, or of all, in the order of snapshot id and pin id.",
+		Long:  "Lists the pins of one snapshot or of all, ordered by snapshot id and pin id.",
 		Example: `  snapshotctl pin list
   snapshotctl pin list nightly -o json`,
 	}
@@ -223,13 +232,13 @@ func (a *app) pinList() *cobra.Command {
 	cmd.Args = func(cmd *cobra.Command, argv []string) error {
 		if len(argv) == 0 && !cmd.Flags().Changed("id") {
 			if cmd.Flags().Changed("collection") {
-				return asUsageError(cmd, errors.New("SNAPSHOT is missing: --collection only says whose it is"))
+				return asUsageError(cmd, errors.New("SNAPSHOT is missing: --collection alone does not select one"))
 			}
 			return nil
 		}
 		return one(cmd, argv)
 	}
-	cmd.Flags().IntVar(&limit, "limit", 0, "list so `many` (default all)")
+	cmd.Flags().IntVar(&limit, "limit", 0, "list at most this `number` (default all)")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
 		req := &snapshotdv1.ListPinsRequest{}
 		if len(args) > 0 || arg.id != 0 {

@@ -19,18 +19,18 @@ import (
 	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 )
 
-const maxUnits = 10_000 // in a call
+const maxUnits = 10_000 // per call
 
 func (a *app) reclaimCommand() *cobra.Command {
-	cmd := group("reclaim", "Says what may be deleted, and has it deleted", `Says what may be deleted, and has it deleted: segments that were dropped, index
-builds that were replaced or removed, files that were taken from a segment. Each
-is a unit, which goes as a whole.
+	cmd := group("reclaim", "Checks, grants and confirms deletes",
+		`Checks which units may be deleted, and grants and confirms their deletes. A unit is a
+dropped segment, a replaced or removed index build, or a file removed from a segment;
+it is deleted as a whole.
 
-A unit is deleted when it was granted, and not otherwise. It is granted when no
-snapshot holds it, and none that is being created may come to. With
---deleter snapshotd the server deletes the files. With --deleter caller you do:
-request, delete what `+"`reclaim list --files`"+` names, confirm. What is held is
-asked for again another time.`)
+A unit may be deleted only after a grant. It is granted if no snapshot holds it and no
+snapshot being created can. With --deleter snapshotd the server deletes the files.
+With --deleter caller you do: request, delete the files that
+`+"`reclaim list --files`"+` lists, confirm. Request held units again later.`)
 	cmd.Example = `  snapshotctl reclaim check --collection docs --segment 101
   snapshotctl reclaim request --collection docs --segment 101,102 --deleter snapshotd
   snapshotctl reclaim list`
@@ -38,28 +38,28 @@ asked for again another time.`)
 	return cmd
 }
 
-// given are the units that a command is about, by its flags.
+// unitFlags are the flags that select units.
 type unitFlags struct {
 	segments, builds, paths []string
 	root                    int32
 	file                    string
 }
 
-// units gives cmd the flags that fill the result.
+// addUnitFlags adds flags to cmd that set the result.
 func addUnitFlags(cmd *cobra.Command) *unitFlags {
 	var g unitFlags
 	f := cmd.Flags()
 	f.StringArrayVar(&g.segments, "segment", nil, "`id` of a segment; may be repeated")
 	f.StringArrayVar(&g.builds, "build", nil, "`id` of an index build; may be repeated")
-	f.StringArrayVar(&g.paths, "path", nil, "`path` of a file relative to its root, for the unit that it belongs to; may be repeated")
+	f.StringArrayVar(&g.paths, "path", nil, "`path` of a file relative to its root, for its unit; may be repeated")
 	f.Int32Var(&g.root, "root", 0, "`number` of the root of each --path")
-	f.StringVarP(&g.file, "file", "f", "", "`file` of units, one a line; - is standard input")
+	f.StringVarP(&g.file, "file", "f", "", "`file` of units, one per line; - reads standard input")
 	return &g
 }
 
-const unitsLong = `Units are given by flags, or with -f by a file with one a line, as protobuf JSON
-of the message Unit: {"segmentId": 101}, {"indexBuildId": 7}, or
-{"file": {"root": 0, "path": "7/8/101/insert/100/1"}}. There may be any number.`
+const unitsLong = `Units are given by flags, or with -f by a file with one unit per line, as protobuf
+JSON of the message Unit: {"segmentId": 101}, {"indexBuildId": 7}, or
+{"file": {"root": 0, "path": "7/8/101/insert/100/1"}}. Their number is unlimited.`
 
 func segmentUnit(id int64) *snapshotdv1.Unit {
 	return &snapshotdv1.Unit{Unit: &snapshotdv1.Unit_SegmentId{SegmentId: id}}
@@ -73,7 +73,7 @@ func fileUnit(root int32, path string) *snapshotdv1.Unit {
 	return &snapshotdv1.Unit{Unit: &snapshotdv1.Unit_File{File: &snapshotdv1.UnitFile{Root: root, Path: path}}}
 }
 
-// unitName names a unit as it was given.
+// unitName formats a unit as the user gave it.
 func unitName(u *snapshotdv1.Unit) string {
 	switch u.GetUnit().(type) {
 	case *snapshotdv1.Unit_SegmentId:
@@ -89,7 +89,7 @@ func unitName(u *snapshotdv1.Unit) string {
 	}
 }
 
-// each hands the units on in lists that fit in a call.
+// forEachBatch calls send with the units, in batches that fit a call.
 func (a *app) forEachBatch(g *unitFlags, send func([]*snapshotdv1.Unit) error) error {
 	segments, err := parseIDs(g.segments)
 	if err != nil {
@@ -125,7 +125,7 @@ func (a *app) forEachBatch(g *unitFlags, send func([]*snapshotdv1.Unit) error) e
 		flags = append(flags, fileUnit(g.root, path))
 	}
 	if len(flags) == 0 && g.file == "" {
-		return usageErrorf("nothing is asked for: give --segment, --build, --path or -f")
+		return usageErrorf("no units: use --segment, --build, --path or -f")
 	}
 	for _, u := range flags {
 		if err := add(u); err != nil {
@@ -148,7 +148,7 @@ func (a *app) forEachBatch(g *unitFlags, send func([]*snapshotdv1.Unit) error) e
 	return send(batch)
 }
 
-// unitLines reads units, each a line of protobuf JSON. Empty lines do not count.
+// unitLines reads units, one line of protobuf JSON each. It skips empty lines.
 func unitLines(name string, r io.Reader, add func(*snapshotdv1.Unit) error) error {
 	lines := bufio.NewScanner(r)
 	for n := 1; lines.Scan(); n++ {
@@ -161,7 +161,10 @@ func unitLines(name string, r io.Reader, add func(*snapshotdv1.Unit) error) erro
 			return usageErrorf("%s, line %d: %s", name, n, plainJSONError(err))
 		}
 		if u.GetUnit() == nil {
-			return usageErrorf(`%s, line %d: no unit: write {"segmentId": 101}, {"indexBuildId": 7} or {"file": {"path": "7/8/101/insert/100/1"}}`, name, n)
+			return usageErrorf(
+				`%s, line %d: no unit: use {"segmentId": 101}, {"indexBuildId": 7} or {"file": {"path": "7/8/101/insert/100/1"}}`,
+				name, n,
+			)
 		}
 		if err := add(u); err != nil {
 			return err
@@ -169,7 +172,7 @@ func unitLines(name string, r io.Reader, add func(*snapshotdv1.Unit) error) erro
 	}
 	switch err := lines.Err(); {
 	case errors.Is(err, bufio.ErrTooLong):
-		return usageErrorf("%s holds a line that is too long for a unit", name)
+		return usageErrorf("%s: a line is too long for a unit", name)
 	case err != nil:
 		return fmt.Errorf("read %s: %w", name, err)
 	}
@@ -179,11 +182,10 @@ func unitLines(name string, r io.Reader, add func(*snapshotdv1.Unit) error) erro
 func (a *app) reclaimCheck() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check --collection COLLECTION --segment ID...",
-		Short: "Tells who holds units",
-		Long: `Tells what units are to the collection and who holds them. It changes nothing,
-and allows nothing either: by the time it is read it may be wrong. What it finds
-is its answer, so that the exit code is 0 for what is held or not known, too.
-` + "`snapshotctl explain`" + ` says more about one of them.
+		Short: "Shows the state and the holders of units",
+		Long: `Shows the state of units and their holders. It changes nothing and permits nothing:
+the result may already be out of date. The exit code is 0 for held and unknown units
+too. ` + "`snapshotctl explain`" + ` has more on a single unit.
 
 ` + unitsLong,
 		Example: `  snapshotctl reclaim check --collection docs --segment 101,102 --build 7
@@ -204,12 +206,16 @@ is its answer, so that the exit code is 0 for what is held or not known, too.
 		}
 		l := a.list("units", "UNIT", "STATE", "HOLDERS", "HELD BY")
 		err = a.forEachBatch(units, func(batch []*snapshotdv1.Unit) error {
-			resp, err := unary(ctx, a, c.Reclaim.CheckReferences, &snapshotdv1.CheckReferencesRequest{Collection: ref, Units: batch})
+			resp, err := unary(ctx, a, c.Reclaim.CheckReferences, &snapshotdv1.CheckReferencesRequest{
+				Collection: ref, Units: batch,
+			})
 			if err != nil {
 				return err
 			}
 			for i, u := range resp.GetUnits() {
-				if err := l.add(u, unitName(batch[i]), stateName(u.GetState()), u.GetHolderCount(), heldBy(u.GetHolders(), u.GetHolderCount())); err != nil {
+				holders := heldBy(u.GetHolders(), u.GetHolderCount())
+				err := l.add(u, unitName(batch[i]), stateName(u.GetState()), u.GetHolderCount(), holders)
+				if err != nil {
 					return err
 				}
 			}
@@ -223,7 +229,7 @@ is its answer, so that the exit code is 0 for what is held or not known, too.
 	return cmd
 }
 
-// heldBy names holders in short; n is how many there are.
+// heldBy lists holders in short form; n is their total number.
 func heldBy(holders []*snapshotdv1.Holder, n int64) string {
 	var names []string
 	for _, h := range holders {
@@ -242,7 +248,7 @@ func heldBy(holders []*snapshotdv1.Holder, n int64) string {
 	return strings.Join(names, ", ")
 }
 
-// parseDeleter reads who deletes; empty is nobody in particular.
+// parseDeleter parses --deleter; empty means unspecified.
 func parseDeleter(s string) (snapshotdv1.Deleter, error) {
 	switch strings.ToLower(s) {
 	case "":
@@ -252,21 +258,21 @@ func parseDeleter(s string) (snapshotdv1.Deleter, error) {
 	case "caller":
 		return snapshotdv1.Deleter_DELETER_CALLER, nil
 	}
-	return 0, usageErrorf("--deleter %q: it is snapshotd or caller", s)
+	return 0, usageErrorf("--deleter %q: use snapshotd or caller", s)
 }
 
 func (a *app) reclaimRequest() *cobra.Command {
 	var deleter string
 	cmd := &cobra.Command{
 		Use:   "request --collection COLLECTION --segment ID... --deleter snapshotd|caller",
-		Short: "Asks for units to be deleted",
-		Long: `Asks for units to be deleted, and says for each: GRANTED, HELD or UNKNOWN. A
-grant is never taken back. What was granted before is granted again, as it was,
-so that the command can be repeated. All three are answers: the exit code is 0.
+		Short: "Requests grants to delete units",
+		Long: `Requests grants to delete units; the outcome of each is GRANTED, HELD or UNKNOWN. A
+grant is never revoked. A repeated request returns the same grants, so the command can
+be repeated. The exit code is 0 for all three outcomes.
 
-With --deleter snapshotd the files of granted units are deleted in the
-background. With --deleter caller you delete them, all that
-` + "`snapshotctl reclaim list --files`" + ` names and no others, and then run
+With --deleter snapshotd the server deletes the files of granted units in the
+background. With --deleter caller you delete exactly the files that
+` + "`snapshotctl reclaim list --files`" + ` lists, and then run
 ` + "`snapshotctl reclaim confirm`" + `.
 
 ` + unitsLong,
@@ -276,7 +282,7 @@ background. With --deleter caller you delete them, all that
 	}
 	collection := addCollection(cmd)
 	units := addUnitFlags(cmd)
-	cmd.Flags().StringVar(&deleter, "deleter", "", "`who` deletes the files: snapshotd or caller (required)")
+	cmd.Flags().StringVar(&deleter, "deleter", "", "the `deleter` of the files: snapshotd or caller (required)")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
 		ref, err := a.requiredRef(collection)
 		if err != nil {
@@ -287,7 +293,7 @@ background. With --deleter caller you delete them, all that
 			return err
 		}
 		if by == snapshotdv1.Deleter_DELETER_UNSPECIFIED {
-			return usageErrorf("--deleter is missing: who deletes the files, snapshotd or the caller, which is you?")
+			return usageErrorf("--deleter is missing: use snapshotd or caller")
 		}
 		c, err := a.connect()
 		if err != nil {
@@ -296,7 +302,9 @@ background. With --deleter caller you delete them, all that
 		l := a.list("results", "UNIT", "OUTCOME", "TOMBSTONE", "DELETER", "FILES", "SIZE", "HELD BY")
 		var sum grantTotals
 		err = a.forEachBatch(units, func(batch []*snapshotdv1.Unit) error {
-			resp, err := unary(ctx, a, c.Reclaim.Reclaim, &snapshotdv1.ReclaimRequest{Collection: ref, Units: batch, Deleter: by})
+			resp, err := unary(ctx, a, c.Reclaim.Reclaim, &snapshotdv1.ReclaimRequest{
+				Collection: ref, Units: batch, Deleter: by,
+			})
 			if err != nil {
 				return err
 			}
@@ -325,9 +333,9 @@ background. With --deleter caller you delete them, all that
 	return cmd
 }
 
-// granted is what a request got, in sum. A unit may be asked for in several ways.
+// grantTotals sums up the results of a request, which may name a unit more than once.
 type grantTotals struct {
-	bySnapshotd, byCallers map[int64]*snapshotdv1.Tombstone // by id, for whom they are to delete
+	bySnapshotd, byCallers map[int64]*snapshotdv1.Tombstone // by id, for each deleter
 	held                   int
 }
 
@@ -349,7 +357,7 @@ func (g *grantTotals) add(r *snapshotdv1.ReclaimResult) {
 	}
 }
 
-// text says what follows from it.
+// text formats the totals with the next steps.
 func (g *grantTotals) text(collection string) string {
 	var b strings.Builder
 	sum := func(ts map[int64]*snapshotdv1.Tombstone) string {
@@ -364,11 +372,14 @@ func (g *grantTotals) text(collection string) string {
 	}
 	if len(g.byCallers) > 0 {
 		of := shellQuote(collection, "")
-		fprintf(&b, "yours to delete: %s; see them with `snapshotctl reclaim list --collection %s --deleter caller --files`\n", sum(g.byCallers), of)
+		fprintf(
+			&b, "to be deleted by you: %s; list them with `snapshotctl reclaim list --collection %s --deleter caller --files`\n",
+			sum(g.byCallers), of,
+		)
 		fprintf(&b, "then: snapshotctl reclaim confirm --collection %s TOMBSTONE...\n", of)
 	}
 	if g.held > 0 {
-		fprintf(&b, "held: %s; ask again when their holders are gone\n", count(g.held, "unit"))
+		fprintf(&b, "held: %s; request again when their holders are gone\n", count(g.held, "unit"))
 	}
 	return b.String()
 }
@@ -376,11 +387,11 @@ func (g *grantTotals) text(collection string) string {
 func (a *app) reclaimConfirm() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "confirm TOMBSTONE... --collection COLLECTION",
-		Short: "Says that the files of granted units are deleted",
-		Long: `Says that the files of units which were granted to a caller are deleted, all of
-them. Their tombstones go, and nothing is left of them: a file that is still
-there is then known to nobody. One that was confirmed before is UNKNOWN, and no
-error. The exit code is 5 when one is snapshotd's own to delete (FOREIGN).`,
+		Short: "Confirms that the files of granted units are deleted",
+		Long: `Confirms that all files of units granted to a caller are deleted. It removes their
+tombstones; a file that still exists is then an orphan. A tombstone that was confirmed
+before is UNKNOWN, which is not an error. The exit code is 5 if snapshotd is the
+deleter of one (FOREIGN).`,
 		Example: "  snapshotctl reclaim confirm --collection docs 101 102",
 		Args:    cobra.ArbitraryArgs,
 	}
@@ -391,13 +402,13 @@ error. The exit code is 5 when one is snapshotd's own to delete (FOREIGN).`,
 			return err
 		}
 		if len(args) == 0 {
-			return usageErrorf("TOMBSTONE is missing: which? `snapshotctl reclaim list` lists them")
+			return usageErrorf("TOMBSTONE is missing; `snapshotctl reclaim list` lists them")
 		}
 		ids, err := parseIDs(args)
 		if err != nil {
 			return err
 		}
-		seen := make(map[int64]bool, len(ids)) // the API takes each once
+		seen := make(map[int64]bool, len(ids)) // the API accepts each once
 		ids = slices.DeleteFunc(ids, func(id int64) bool { duplicate := seen[id]; seen[id] = true; return duplicate })
 		c, err := a.connect()
 		if err != nil {
@@ -406,7 +417,9 @@ error. The exit code is 5 when one is snapshotd's own to delete (FOREIGN).`,
 		l := a.list("results", "TOMBSTONE", "OUTCOME")
 		foreign := 0
 		for part := range slices.Chunk(ids, maxUnits) {
-			resp, err := unary(ctx, a, c.Reclaim.ConfirmReclaimed, &snapshotdv1.ConfirmReclaimedRequest{Collection: ref, TombstoneIds: part})
+			resp, err := unary(ctx, a, c.Reclaim.ConfirmReclaimed, &snapshotdv1.ConfirmReclaimedRequest{
+				Collection: ref, TombstoneIds: part,
+			})
 			if err != nil {
 				return err
 			}
@@ -424,20 +437,13 @@ error. The exit code is 5 when one is snapshotd's own to delete (FOREIGN).`,
 		}
 		if foreign > 0 {
 			return &hintError{
-				status.Errorf(codes.FailedPrecondition, "%s snapshotd's own to delete", isAre(foreign)),
-				"it confirms them by itself; see them with `snapshotctl reclaim list --deleter snapshotd`",
+				status.Errorf(codes.FailedPrecondition, "snapshotd is the deleter of %s", count(foreign, "tombstone")),
+				"it confirms them by itself; list them with `snapshotctl reclaim list --deleter snapshotd`",
 			}
 		}
 		return nil
 	})
 	return cmd
-}
-
-func isAre(n int) string {
-	if n == 1 {
-		return "1 tombstone is"
-	}
-	return fmt.Sprintf("%d tombstones are", n)
 }
 
 func (a *app) reclaimList() *cobra.Command {
@@ -448,20 +454,19 @@ func (a *app) reclaimList() *cobra.Command {
 	)
 	cmd := &cobra.Command{
 		Use:   "list",
-		Short: "Lists what is granted and not confirmed",
-		Long: `Lists tombstones, the grants that are not confirmed yet, in the order of
-collection and tombstone id. One that stays for long was granted to a caller who
-died, or its files cannot be deleted. With --files it lists what there is to
-delete; -o json and yaml always do.`,
+		Short: "Lists unconfirmed grants",
+		Long: `Lists tombstones, the unconfirmed grants, ordered by collection and tombstone id. One
+that stays long was granted to a caller that failed, or its files cannot be deleted.
+--files lists the files to delete; -o json and yaml always include them.`,
 		Example: `  snapshotctl reclaim list
   snapshotctl reclaim list --collection docs --deleter caller --files`,
 		Args: exactArgs(),
 	}
 	f := cmd.Flags()
 	collection := addOptionalCollection(cmd, "only of this `collection`")
-	f.StringVar(&deleter, "deleter", "", "only those that snapshotd or a caller deletes: `who`")
-	f.BoolVar(&files, "files", false, "list the files of each, too")
-	f.IntVar(&limit, "limit", 0, "list so `many` tombstones (default all)")
+	f.StringVar(&deleter, "deleter", "", "only those of this `deleter`: snapshotd or caller")
+	f.BoolVar(&files, "files", false, "also list the files of each")
+	f.IntVar(&limit, "limit", 0, "list at most this `number` of tombstones (default all)")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
 		var (
 			req snapshotdv1.ListTombstonesRequest
@@ -503,12 +508,13 @@ delete; -o json and yaml always do.`,
 	return cmd
 }
 
-// addTombstone prints a tombstone: as a row, or as one for each of its files.
+// addTombstone prints a tombstone as one row, or as one row per file.
 func addTombstone(l *list, t *snapshotdv1.Tombstone, files bool) error {
 	of := fmt.Sprintf("#%d", t.GetCollectionId())
 	if !files || l.app.output != formatTable {
 		return l.add(
-			t, t.GetId(), of, enumName(t.GetKind(), "KIND_"), t.GetSegmentId(), enumName(t.GetDeleter(), "DELETER_"), t.GetCaller(),
+			t, t.GetId(), of, enumName(t.GetKind(), "KIND_"), t.GetSegmentId(), enumName(t.GetDeleter(), "DELETER_"),
+			t.GetCaller(),
 			t.GetGrantTime(), t.GetFileCount(), size(t.GetBytes()),
 		)
 	}

@@ -19,7 +19,9 @@ import (
 )
 
 func heldBySnapshot(id int64, name string, pins ...*snapshotdv1.Pin) *snapshotdv1.Holder {
-	return &snapshotdv1.Holder{Holder: &snapshotdv1.Holder_Snapshot{Snapshot: &snapshotdv1.SnapshotHolder{SnapshotId: id, Name: name, Pins: pins}}}
+	return &snapshotdv1.Holder{Holder: &snapshotdv1.Holder_Snapshot{Snapshot: &snapshotdv1.SnapshotHolder{
+		SnapshotId: id, Name: name, Pins: pins,
+	}}}
 }
 
 func heldByCreate(id int64) *snapshotdv1.Holder {
@@ -27,7 +29,9 @@ func heldByCreate(id int64) *snapshotdv1.Holder {
 }
 
 func heldByCatalog(segment int64) *snapshotdv1.Holder {
-	return &snapshotdv1.Holder{Holder: &snapshotdv1.Holder_Catalog{Catalog: &snapshotdv1.CatalogHolder{SegmentId: segment}}}
+	return &snapshotdv1.Holder{Holder: &snapshotdv1.Holder_Catalog{Catalog: &snapshotdv1.CatalogHolder{
+		SegmentId: segment,
+	}}}
 }
 
 func segmentUnit(id int64) *snapshotdv1.Unit {
@@ -42,10 +46,11 @@ func fileUnit(root int32, path string) *snapshotdv1.Unit {
 	return &snapshotdv1.Unit{Unit: &snapshotdv1.Unit_File{File: &snapshotdv1.UnitFile{Root: root, Path: path}}}
 }
 
-// tombstone is a grant to a deleter.
+// tombstone returns a grant to a deleter.
 func tombstone(id int64, deleter snapshotdv1.Deleter) *snapshotdv1.Tombstone {
 	return &snapshotdv1.Tombstone{
-		Id: id, CollectionId: 7, Kind: snapshotdv1.Tombstone_KIND_SEGMENT, SegmentId: id, Deleter: deleter, Caller: "engine-1",
+		Id: id, CollectionId: 7, Kind: snapshotdv1.Tombstone_KIND_SEGMENT, SegmentId: id, Deleter: deleter,
+		Caller:    "engine-1",
 		GrantTime: timestamppb.New(now), FileCount: 5, Bytes: 5 << 10,
 	}
 }
@@ -62,7 +67,9 @@ func TestReclaimOutput(t *testing.T) {
 	listed := tombstone(101, byCaller)
 	listed.Files = []*snapshotdv1.TombstoneFile{{Store: "default", Key: "engine/7/8/101/insert/100/1", Size: 5 << 10}}
 	list := map[string][]any{"ListTombstones": {
-		&snapshotdv1.ListTombstonesResponse{Tombstones: []*snapshotdv1.Tombstone{tombstone(100, bySnapshotd)}, NextPageToken: "2"},
+		&snapshotdv1.ListTombstonesResponse{
+			Tombstones: []*snapshotdv1.Tombstone{tombstone(100, bySnapshotd)}, NextPageToken: "2",
+		},
 		&snapshotdv1.ListTombstonesResponse{Tombstones: []*snapshotdv1.Tombstone{listed}},
 	}}
 	for _, tc := range []struct {
@@ -74,7 +81,10 @@ func TestReclaimOutput(t *testing.T) {
 		{
 			"check",
 			map[string][]any{"CheckReferences": {&snapshotdv1.CheckReferencesResponse{Units: []*snapshotdv1.UnitReferences{
-				{State: snapshotdv1.UnitReferences_STATE_DROPPED, HolderCount: 12, Holders: []*snapshotdv1.Holder{heldBySnapshot(42, "nightly"), heldByCreate(43)}},
+				{
+					State: snapshotdv1.UnitReferences_STATE_DROPPED, HolderCount: 12,
+					Holders: []*snapshotdv1.Holder{heldBySnapshot(42, "nightly"), heldByCreate(43)},
+				},
 				{State: snapshotdv1.UnitReferences_STATE_LIVE, HolderCount: 1, Holders: []*snapshotdv1.Holder{heldByCatalog(102)}},
 				{State: snapshotdv1.UnitReferences_STATE_UNKNOWN},
 				{State: snapshotdv1.UnitReferences_STATE_GRANTED, Tombstone: tombstone(103, byCaller)},
@@ -94,18 +104,20 @@ file a/b     GRANTED  0        -
 				{Outcome: isGranted, Tombstone: tombstone(101, byCaller)},
 				{Outcome: isHeld, HolderCount: 1, Holders: []*snapshotdv1.Holder{heldBySnapshot(42, "nightly")}},
 				{Outcome: isUnknown},
-				{Outcome: isGranted, Tombstone: tombstone(101, byCaller)}, // the same by another name
+				{Outcome: isGranted, Tombstone: tombstone(101, byCaller)}, // the same unit, named by a file
 			}}}},
-			"reclaim request --collection #7 --segment 101 --segment 102 --segment 103 --path 7/8/101/insert/100/1 --deleter caller",
+			"reclaim request --collection #7 --segment 101 --segment 102 --segment 103 --path 7/8/101/insert/100/1 " +
+				"--deleter caller",
 			`
 UNIT                       OUTCOME  TOMBSTONE  DELETER  FILES  SIZE     HELD BY
 segment 101                GRANTED  101        caller   5      5.0 KiB  -
 segment 102                HELD     -          -        -      -        nightly
 segment 103                UNKNOWN  -          -        -      -        -
 file 7/8/101/insert/100/1  GRANTED  101        caller   5      5.0 KiB  -
-yours to delete: 5 files, 5.0 KiB; see them with ` + "`snapshotctl reclaim list --collection '#7' --deleter caller --files`" + `
+to be deleted by you: 5 files, 5.0 KiB; list them with ` +
+				"`snapshotctl reclaim list --collection '#7' --deleter caller --files`" + `
 then: snapshotctl reclaim confirm --collection '#7' TOMBSTONE...
-held: 1 unit; ask again when their holders are gone
+held: 1 unit; request again when their holders are gone
 `,
 		},
 		{
@@ -122,7 +134,9 @@ snapshotd deletes 5 files, 5.0 KiB
 		},
 		{
 			"request as JSON",
-			map[string][]any{"Reclaim": {&snapshotdv1.ReclaimResponse{Results: []*snapshotdv1.ReclaimResult{{Outcome: isUnknown}}}}},
+			map[string][]any{"Reclaim": {&snapshotdv1.ReclaimResponse{Results: []*snapshotdv1.ReclaimResult{{
+				Outcome: isUnknown,
+			}}}}},
 			"reclaim request --collection docs --segment 101 --deleter snapshotd -o json",
 			`
 {
@@ -157,7 +171,9 @@ TOMBSTONE  COLLECTION  KIND     SEGMENT  DELETER    CALLER    GRANTED           
 		},
 		{
 			"files",
-			map[string][]any{"ListTombstones": {&snapshotdv1.ListTombstonesResponse{Tombstones: []*snapshotdv1.Tombstone{listed}}}},
+			map[string][]any{"ListTombstones": {&snapshotdv1.ListTombstonesResponse{
+				Tombstones: []*snapshotdv1.Tombstone{listed},
+			}}},
 			"reclaim list --files",
 			`
 TOMBSTONE  COLLECTION  SIZE     STORE    KEY
@@ -165,22 +181,25 @@ TOMBSTONE  COLLECTION  SIZE     STORE    KEY
 `,
 		},
 		{
-			"drop, dry",
+			"drop, dry run",
 			map[string][]any{"DropSnapshot": {&snapshotdv1.DropSnapshotResponse{
-				SnapshotId: 42, Usage: &snapshotdv1.SnapshotUsage{ExclusiveFiles: 12, ExclusiveBytes: 34 << 20, SharedFiles: 1, SharedBytes: 5},
+				SnapshotId: 42,
+				Usage: &snapshotdv1.SnapshotUsage{
+					ExclusiveFiles: 12, ExclusiveBytes: 34 << 20, SharedFiles: 1, SharedBytes: 5,
+				},
 			}}},
 			"snapshot drop nightly --dry-run",
 			`
 dry run: snapshot nightly (id 42) could be dropped; nothing was
 would free 12 files, 34.0 MiB
-would leave 1 file, 5 B: the collection, another snapshot or a grant accounts for them, or they are not snapshotd's to delete
+would keep 1 file, 5 B: held by the collection, another snapshot or a grant, or not snapshotd's to delete
 `,
 		},
 		{
-			"drop of nothing, dry",
+			"drop of nothing, dry run",
 			map[string][]any{"DropSnapshot": {&snapshotdv1.DropSnapshotResponse{}}},
 			"snapshot drop nightly --dry-run",
-			"\nthere was no such snapshot\n",
+			"\nno such snapshot\n",
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -194,8 +213,8 @@ would leave 1 file, 5 B: the collection, another snapshot or a grant accounts fo
 	}
 }
 
-// Units come from flags and from a file, and are asked for in as many calls as
-// it takes.
+// TestReclaimUnits checks that units come from flags and from a file, in as many calls
+// as needed.
 func TestReclaimUnits(t *testing.T) {
 	lines := `{"segmentId": "5"}
 
@@ -227,7 +246,9 @@ func TestReclaimUnits(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			s := &server{answers: answers()}
-			if got := run(t, s, tc.stdin, append([]string{"reclaim", "check", "--collection", "#7"}, tc.args...)...); got.code != 0 {
+			if got := run(
+				t, s, tc.stdin, append([]string{"reclaim", "check", "--collection", "#7"}, tc.args...)...,
+			); got.code != 0 {
 				t.Fatal(got.errOut)
 			}
 			want := []proto.Message{&snapshotdv1.CheckReferencesRequest{
@@ -267,7 +288,9 @@ func TestReclaimUnits(t *testing.T) {
 	t.Run("long paths", func(t *testing.T) {
 		s := &server{answers: answers()}
 		line := fmt.Sprintf("{\"file\": {\"path\": %q}}\n", strings.Repeat("x", 1024))
-		if got := run(t, s, strings.Repeat(line, 3000), "reclaim", "check", "--collection", "docs", "-f", "-"); got.code != 0 {
+		if got := run(
+			t, s, strings.Repeat(line, 3000), "reclaim", "check", "--collection", "docs", "-f", "-",
+		); got.code != 0 {
 			t.Fatal(got.errOut)
 		}
 		for _, r := range s.requests {
@@ -286,40 +309,69 @@ func TestReclaimErrors(t *testing.T) {
 	}{
 		{
 			"no units", "", "reclaim check --collection docs", nil,
-			result{code: 2, errOut: "error: nothing is asked for: give --segment, --build, --path or -f\nhint: see `snapshotctl reclaim check --help`\n"},
+			result{
+				code:   2,
+				errOut: "error: no units: use --segment, --build, --path or -f\nhint: see `snapshotctl reclaim check --help`\n",
+			},
 		},
 		{
 			"no deleter", "", "reclaim request --collection docs --segment 1", nil,
-			result{code: 2, errOut: "error: --deleter is missing: who deletes the files, snapshotd or the caller, which is you?\nhint: see `snapshotctl reclaim request --help`\n"},
+			result{
+				code:   2,
+				errOut: "error: --deleter is missing: use snapshotd or caller\nhint: see `snapshotctl reclaim request --help`\n",
+			},
 		},
 		{
 			"another deleter", "", "reclaim request --collection docs --segment 1 --deleter me", nil,
-			result{code: 2, errOut: "error: --deleter \"me\": it is snapshotd or caller\nhint: see `snapshotctl reclaim request --help`\n"},
+			result{
+				code:   2,
+				errOut: "error: --deleter \"me\": use snapshotd or caller\nhint: see `snapshotctl reclaim request --help`\n",
+			},
 		},
 		{
 			"a bad line", "{\"segmentId\": 1}\n{\"segment\": 1}", "reclaim check --collection docs -f -", nil,
-			result{code: 2, errOut: "error: standard input, line 2: column 2: unknown field \"segment\"\nhint: see `snapshotctl reclaim check --help`\n"},
+			result{
+				code: 2,
+				errOut: "error: standard input, line 2: column 2: unknown field \"segment\"\n" +
+					"hint: see `snapshotctl reclaim check --help`\n",
+			},
 		},
 		{
 			"an empty line", "{}", "reclaim check --collection docs -f -", nil,
-			result{code: 2, errOut: `error: standard input, line 1: no unit: write {"segmentId": 101}, {"indexBuildId": 7} or {"file": {"path": "7/8/101/insert/100/1"}}` + "\nhint: see `snapshotctl reclaim check --help`\n"},
+			result{
+				code: 2,
+				errOut: `error: standard input, line 1: no unit: use {"segmentId": 101}, {"indexBuildId": 7} or ` +
+					`{"file": {"path": "7/8/101/insert/100/1"}}` + "\nhint: see `snapshotctl reclaim check --help`\n",
+			},
 		},
 		{
 			"nothing to confirm", "", "reclaim confirm --collection docs", nil,
-			result{code: 2, errOut: "error: TOMBSTONE is missing: which? `snapshotctl reclaim list` lists them\nhint: see `snapshotctl reclaim confirm --help`\n"},
+			result{
+				code: 2,
+				errOut: "error: TOMBSTONE is missing; `snapshotctl reclaim list` lists them\n" +
+					"hint: see `snapshotctl reclaim confirm --help`\n",
+			},
 		},
 		{
 			"not the caller's", "", "reclaim confirm --collection docs 101,101",
-			&snapshotdv1.ConfirmReclaimedResponse{Results: []*snapshotdv1.ConfirmResult{{TombstoneId: 101, Outcome: snapshotdv1.ConfirmResult_OUTCOME_FOREIGN}}},
+			&snapshotdv1.ConfirmReclaimedResponse{Results: []*snapshotdv1.ConfirmResult{{
+				TombstoneId: 101, Outcome: snapshotdv1.ConfirmResult_OUTCOME_FOREIGN,
+			}}},
 			result{
 				code: 5, out: "TOMBSTONE  OUTCOME\n101        FOREIGN\n",
-				errOut: "error: 1 tombstone is snapshotd's own to delete\nhint: it confirms them by itself; see them with `snapshotctl reclaim list --deleter snapshotd`\n",
+				errOut: "error: snapshotd is the deleter of 1 tombstone\n" +
+					"hint: it confirms them by itself; list them with `snapshotctl reclaim list --deleter snapshotd`\n",
 			},
 		},
 		{
 			"unreadable references", "", "reclaim check --collection docs --segment 1",
 			answer(t, codes.FailedPrecondition, "REFERENCES_UNREADABLE", "references of snapshot \"x\" (42)"),
-			result{code: 5, errOut: "error: references of snapshot \"x\" (42)\nreason: REFERENCES_UNREADABLE\nhint: nothing of the collection is reclaimed until the snapshot that the message names can be read again, or is dropped; see it with `snapshotctl snapshot get '#ID'`\n"},
+			result{
+				code: 5,
+				errOut: "error: references of snapshot \"x\" (42)\nreason: REFERENCES_UNREADABLE\n" +
+					"hint: nothing of the collection is reclaimed until the snapshot that the message names is readable again or " +
+					"dropped; see it with `snapshotctl snapshot get '#ID'`\n",
+			},
 		},
 		{
 			"neither segment nor file", "", "explain --collection docs", nil,
@@ -327,7 +379,7 @@ func TestReclaimErrors(t *testing.T) {
 		},
 		{
 			"a segment and a build", "", "explain --collection docs 1 --build 2", nil,
-			result{code: 2, errOut: "error: both --build and \"1\" are given\nhint: see `snapshotctl explain --help`\n"},
+			result{code: 2, errOut: "error: --build and \"1\" exclude each other\nhint: see `snapshotctl explain --help`\n"},
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -345,10 +397,16 @@ func TestReclaimErrors(t *testing.T) {
 
 func TestExplain(t *testing.T) {
 	nightly := heldBySnapshot(42, "nightly",
-		&snapshotdv1.Pin{Owner: "backup", Reason: "export", ExpireTime: timestamppb.New(now.Add(time.Hour))}, &snapshotdv1.Pin{Owner: "audit"})
+		&snapshotdv1.Pin{
+			Owner: "backup", Reason: "export", ExpireTime: timestamppb.New(now.Add(time.Hour)),
+		}, &snapshotdv1.Pin{Owner: "audit"})
 	gone := collection()
 	gone.State = snapshotdv1.Collection_STATE_DROPPING
-	dropped, live, unknown := snapshotdv1.UnitReferences_STATE_DROPPED, snapshotdv1.UnitReferences_STATE_LIVE, snapshotdv1.UnitReferences_STATE_UNKNOWN
+	const (
+		dropped = snapshotdv1.UnitReferences_STATE_DROPPED
+		live    = snapshotdv1.UnitReferences_STATE_LIVE
+		unknown = snapshotdv1.UnitReferences_STATE_UNKNOWN
+	)
 	holders := func(hs ...*snapshotdv1.Holder) *snapshotdv1.UnitReferences {
 		return &snapshotdv1.UnitReferences{State: dropped, Holders: hs, HolderCount: int64(len(hs))}
 	}
@@ -365,7 +423,7 @@ func TestExplain(t *testing.T) {
 			`
 segment 101 was dropped from default/docs (7).
 It is held by snapshot nightly (42).
-It can go when that snapshot is dropped: snapshotctl snapshot drop '#42'
+It can be deleted after that snapshot is dropped: snapshotctl snapshot drop '#42'
 `,
 		},
 		{
@@ -374,21 +432,24 @@ It can go when that snapshot is dropped: snapshotctl snapshot drop '#42'
 			`
 segment 101 was dropped from default/docs (7).
 It is held by snapshot nightly (42), pinned by backup (export) until 2026-03-01T13:00:00Z, by audit until it is removed.
-It can go when that snapshot is dropped: snapshotctl snapshot drop '#42'
-A pinned snapshot is not dropped: its pins have to end, or be removed, first; see ` + "`snapshotctl pin list`" + `.
+It can be deleted after that snapshot is dropped: snapshotctl snapshot drop '#42'
+A pinned snapshot cannot be dropped until its pins expire or are removed; see ` + "`snapshotctl pin list`" + `.
 `,
 		},
 		{
 			"held by several", nil, "101",
-			[]*snapshotdv1.UnitReferences{{State: dropped, HolderCount: 11, Holders: []*snapshotdv1.Holder{heldBySnapshot(42, "nightly"), heldBySnapshot(41, "a"), heldByCreate(43)}}},
+			[]*snapshotdv1.UnitReferences{{
+				State: dropped, HolderCount: 11,
+				Holders: []*snapshotdv1.Holder{heldBySnapshot(42, "nightly"), heldBySnapshot(41, "a"), heldByCreate(43)},
+			}},
 			`
 segment 101 was dropped from default/docs (7).
 It is
   - held by snapshot nightly (42)
   - held by snapshot a (41)
-  - held by a snapshot that is being created (43) and may come to need it
+  - possibly held by a snapshot that is being created (43)
   - held by 8 more
-It can go when nothing holds it any more. Snapshots go with
+It can be deleted when nothing holds it any more. To drop the snapshots:
   snapshotctl snapshot drop '#42'
   snapshotctl snapshot drop '#41'
 `,
@@ -398,39 +459,47 @@ It can go when nothing holds it any more. Snapshots go with
 			[]*snapshotdv1.UnitReferences{holders(heldByCreate(43))},
 			`
 build 201 was dropped from default/docs (7).
-It is held by a snapshot that is being created (43) and may come to need it.
-It can go if no snapshot that is being created turns out to need it; ask again when they are done.
+It is possibly held by a snapshot that is being created (43).
+It can be deleted if no snapshot that is being created holds it in the end; retry when they are complete.
 `,
 		},
 		{
-			"free", nil, "7/8/101/insert/100/1",
+			"not held", nil, "7/8/101/insert/100/1",
 			[]*snapshotdv1.UnitReferences{holders()},
 			`
 file 7/8/101/insert/100/1 was dropped from default/docs (7).
-Nothing holds it. It can go: snapshotctl reclaim request --collection docs --path 7/8/101/insert/100/1 --deleter snapshotd
+Nothing holds it. To delete it: snapshotctl reclaim request --collection docs --path 7/8/101/insert/100/1 ` +
+				`--deleter snapshotd
 `,
 		},
 		{
 			"a key", nil, "engine/7/8/101/insert/100/1",
-			[]*snapshotdv1.UnitReferences{{State: unknown}, {State: live, HolderCount: 2, Holders: []*snapshotdv1.Holder{heldByCatalog(101), heldBySnapshot(42, "nightly")}}},
+			[]*snapshotdv1.UnitReferences{
+				{State: unknown},
+				{State: live, HolderCount: 2, Holders: []*snapshotdv1.Holder{heldByCatalog(101), heldBySnapshot(42, "nightly")}},
+			},
 			`
 file 7/8/101/insert/100/1, of segment 101, is part of default/docs (7).
-Besides it is held by snapshot nightly (42).
-It cannot go before it is dropped or replaced: snapshotctl catalog drop-segments --collection docs 101
+It is also held by snapshot nightly (42).
+It can be deleted after it is dropped or replaced: snapshotctl catalog drop-segments --collection docs 101
 `,
 		},
 		{
 			"granted to a caller", nil, "101",
-			[]*snapshotdv1.UnitReferences{{State: snapshotdv1.UnitReferences_STATE_GRANTED, Tombstone: tombstone(101, byCaller)}},
+			[]*snapshotdv1.UnitReferences{{
+				State: snapshotdv1.UnitReferences_STATE_GRANTED, Tombstone: tombstone(101, byCaller),
+			}},
 			`
 segment 101 was dropped from default/docs (7). No snapshot needs it.
-It was granted to caller engine-1 at 2026-03-01T12:00:00Z, and its deletion is not confirmed: 5 files, 5.0 KiB.
-When they are deleted: snapshotctl reclaim confirm --collection docs 101
+It was granted to caller engine-1 at 2026-03-01T12:00:00Z, and the delete is not confirmed: 5 files, 5.0 KiB.
+After deleting them: snapshotctl reclaim confirm --collection docs 101
 `,
 		},
 		{
 			"granted to snapshotd", nil, "101",
-			[]*snapshotdv1.UnitReferences{{State: snapshotdv1.UnitReferences_STATE_GRANTED, Tombstone: tombstone(101, bySnapshotd)}},
+			[]*snapshotdv1.UnitReferences{{
+				State: snapshotdv1.UnitReferences_STATE_GRANTED, Tombstone: tombstone(101, bySnapshotd),
+			}},
 			`
 segment 101 was dropped from default/docs (7). No snapshot needs it.
 It was granted to snapshotd at 2026-03-01T12:00:00Z, which deletes it: 5 files, 5.0 KiB.
@@ -440,16 +509,18 @@ It was granted to snapshotd at 2026-03-01T12:00:00Z, which deletes it: 5 files, 
 			"unknown", nil, "x/y\tz",
 			[]*snapshotdv1.UnitReferences{{State: unknown}},
 			`
-file "x/y\tz" is not known in default/docs (7): it never was registered, or is reclaimed and confirmed.
-snapshotd does not grant what it does not know, and says nothing for or against deleting it.
+file "x/y\tz" is unknown in default/docs (7): never registered, or reclaimed and confirmed.
+snapshotd never grants an unknown unit; whether to delete it is up to you.
 `,
 		},
 		{
-			"a build that lives, for all one knows", nil, "--build 201",
-			[]*snapshotdv1.UnitReferences{{State: unknown, HolderCount: 1, Holders: []*snapshotdv1.Holder{heldBySnapshot(42, "nightly")}}},
+			"a build that may be live", nil, "--build 201",
+			[]*snapshotdv1.UnitReferences{{
+				State: unknown, HolderCount: 1, Holders: []*snapshotdv1.Holder{heldBySnapshot(42, "nightly")},
+			}},
 			`
-build 201 is not known in default/docs (7): it never was registered, or is reclaimed and confirmed.
-Or it is part of the collection: ask for its segment, or for one of its files.
+build 201 is unknown in default/docs (7): never registered, or reclaimed and confirmed.
+It may still be part of the collection: check its segment or one of its files.
 It is held by snapshot nightly (42).
 `,
 		},
@@ -484,7 +555,8 @@ It is held by snapshot nightly (42).
 	}
 }
 
-// A file may be named by its path in any root, or by its key.
+// TestExplainCandidates checks that a file is found by its path in any root and by its
+// key.
 func TestExplainCandidates(t *testing.T) {
 	col := collection()
 	col.Roots = append(col.Roots, &snapshotdv1.Root{Store: "cold", Prefix: ""})
@@ -497,24 +569,30 @@ func TestExplainCandidates(t *testing.T) {
 		"engine/7/x --root 1": {fileUnit(1, "engine/7/x")},
 	} {
 		s := &server{answers: map[string][]any{
-			"GetCollection":   {&snapshotdv1.GetCollectionResponse{Collection: col}},
-			"CheckReferences": {&snapshotdv1.CheckReferencesResponse{Units: []*snapshotdv1.UnitReferences{{State: snapshotdv1.UnitReferences_STATE_UNKNOWN}}}},
+			"GetCollection": {&snapshotdv1.GetCollectionResponse{Collection: col}},
+			"CheckReferences": {&snapshotdv1.CheckReferencesResponse{Units: []*snapshotdv1.UnitReferences{{
+				State: snapshotdv1.UnitReferences_STATE_UNKNOWN,
+			}}}},
 		}}
 		if got := run(t, s, "", strings.Fields("explain --collection docs "+args)...); got.code != 0 {
 			t.Errorf("%s: %s", args, got.errOut)
 			continue
 		}
-		if diff := cmp.Diff(want, s.requests[1].(*snapshotdv1.CheckReferencesRequest).GetUnits(), protocmp.Transform()); diff != "" {
+		if diff := cmp.Diff(
+			want, s.requests[1].(*snapshotdv1.CheckReferencesRequest).GetUnits(), protocmp.Transform(),
+		); diff != "" {
 			t.Errorf("%s: %s", args, diff)
 		}
 	}
 	s := &server{answers: map[string][]any{"GetCollection": {&snapshotdv1.GetCollectionResponse{Collection: col}}}}
-	if got := run(t, s, "", "explain", "--collection", "docs", "x", "--root", "2"); got.code != 2 || !strings.HasPrefix(got.errOut, "error: --root 2: default/docs has 2 roots\n") {
+	if got := run(
+		t, s, "", "explain", "--collection", "docs", "x", "--root", "2",
+	); got.code != 2 || !strings.HasPrefix(got.errOut, "error: --root 2: default/docs has 2 roots\n") {
 		t.Errorf("got %+v", got)
 	}
 }
 
-// A description tells the usage, and is there without it when that is not known.
+// TestDescribeUsage checks that a description has the usage, or is shown without it.
 func TestDescribeUsage(t *testing.T) {
 	with := &snapshotdv1.DescribeSnapshotResponse{
 		Snapshot: snapshot(), Collection: collection(),
@@ -530,23 +608,27 @@ func TestDescribeUsage(t *testing.T) {
 		answers []any
 		want    string
 	}{
-		{"told", []any{with}, "protects: 12 files, 5.0 MiB\nkept by it alone: 3 files, 1.0 MiB; the others stay without it\nto undo:"},
 		{
-			"not known",
+			"known", []any{with},
+			"holds: 12 files, 5.0 MiB\nheld by it alone: 3 files, 1.0 MiB; the others have other holders\nto undo:",
+		},
+		{
+			"unknown",
 			[]any{answer(t, codes.FailedPrecondition, "REFERENCES_UNREADABLE", "references of snapshot \"x\" (41)"), without},
-			"protects: 12 files, 5.0 MiB\nkept by it alone: not known: references of snapshot \"x\" (41)\nto undo:",
+			"holds: 12 files, 5.0 MiB\nheld by it alone: unknown: references of snapshot \"x\" (41)\nto undo:",
 		},
 		{
 			"damaged",
 			[]any{answer(t, codes.DataLoss, "SNAPSHOT_CORRUPT", "manifest-0.avro is missing"), damaged},
-			"DAMAGED: manifest-0.avro is missing\n\nprotects: 12 files, 5.0 MiB\nkept by it alone: not known: manifest-0.avro is missing\nto undo:",
+			"DAMAGED: manifest-0.avro is missing\n\nholds: 12 files, 5.0 MiB\n" +
+				"held by it alone: unknown: manifest-0.avro is missing\nto undo:",
 		},
 		{
 			"not listed",
 			[]any{unlisted},
-			"whether all its files are there is not known: the object store did not answer\n\nprotects: 12 files, 5.0 MiB\nto undo:",
+			"damage check failed: the object store did not answer\n\nholds: 12 files, 5.0 MiB\nto undo:",
 		},
-		{"an older server", []any{without}, "protects: 12 files, 5.0 MiB\nto undo:"},
+		{"an older server", []any{without}, "holds: 12 files, 5.0 MiB\nto undo:"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			s := &server{answers: map[string][]any{"DescribeSnapshot": tc.answers}}
@@ -555,7 +637,7 @@ func TestDescribeUsage(t *testing.T) {
 				t.Errorf("got %+v", got)
 			}
 			if !s.requests[0].(*snapshotdv1.DescribeSnapshotRequest).GetIncludeUsage() {
-				t.Error("the usage was not asked for")
+				t.Error("the usage was not requested")
 			}
 		})
 	}

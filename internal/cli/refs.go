@@ -11,8 +11,8 @@ import (
 	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 )
 
-// parseCollection reads a collection as users name it: NAME, DB/NAME or #ID.
-// Whether a name is one that could exist is for the server to say.
+// parseCollection parses the name of a collection: NAME, DB/NAME or #ID. The server
+// validates names.
 func parseCollection(s string) (*snapshotdv1.CollectionRef, error) {
 	if rest, ok := strings.CutPrefix(s, "#"); ok {
 		id, err := parseID(rest)
@@ -26,15 +26,15 @@ func parseCollection(s string) (*snapshotdv1.CollectionRef, error) {
 		db, name = "", s
 	}
 	if name == "" || qualified && db == "" || strings.Contains(name, "/") {
-		return nil, usageErrorf("%q names no collection: write NAME, DB/NAME or '#ID'", s)
+		return nil, usageErrorf("%q is not a collection: use NAME, DB/NAME or '#ID'", s)
 	}
 	return &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Name{
 		Name: &snapshotdv1.CollectionName{Db: db, Name: name},
 	}}, nil
 }
 
-// parseSnapshot reads a snapshot as users name it: NAME or #ID. A name may
-// consist of digits.
+// parseSnapshot parses the name of a snapshot: NAME or #ID. A name may consist of
+// digits.
 func parseSnapshot(s string) (*snapshotdv1.SnapshotRef, error) {
 	if rest, ok := strings.CutPrefix(s, "#"); ok {
 		id, err := parseID(rest)
@@ -44,7 +44,7 @@ func parseSnapshot(s string) (*snapshotdv1.SnapshotRef, error) {
 		return &snapshotdv1.SnapshotRef{Ref: &snapshotdv1.SnapshotRef_Id{Id: id}}, nil
 	}
 	if s == "" {
-		return nil, usageErrorf("a snapshot's name is not empty")
+		return nil, usageErrorf("the name of a snapshot must not be empty")
 	}
 	return &snapshotdv1.SnapshotRef{Ref: &snapshotdv1.SnapshotRef_Name{Name: s}}, nil
 }
@@ -52,7 +52,7 @@ func parseSnapshot(s string) (*snapshotdv1.SnapshotRef, error) {
 func parseID(s string) (int64, error) {
 	id, err := strconv.ParseUint(s, 10, 63)
 	if err != nil || id == 0 {
-		return 0, usageErrorf("%q is no id: ids are positive numbers", s)
+		return 0, usageErrorf("%q is not an id: ids are positive numbers", s)
 	}
 	return int64(id), nil
 }
@@ -71,13 +71,13 @@ func parseIDs(args []string) ([]int64, error) {
 	return ids, nil
 }
 
-// parseLabels reads k=v pairs.
+// parseLabels parses key=value pairs.
 func parseLabels(args []string) (map[string]string, error) {
 	var labels map[string]string
 	for _, arg := range args {
 		k, v, ok := strings.Cut(arg, "=")
 		if !ok || k == "" {
-			return nil, usageErrorf("label %q: write KEY=VALUE", arg)
+			return nil, usageErrorf("label %q: use KEY=VALUE", arg)
 		}
 		if _, duplicate := labels[k]; duplicate {
 			return nil, usageErrorf("label %q is given twice", k)
@@ -90,7 +90,7 @@ func parseLabels(args []string) (map[string]string, error) {
 	return labels, nil
 }
 
-// parsePositions reads shard=timestamp pairs.
+// parsePositions parses shard=timestamp pairs.
 func parsePositions(args []string) ([]*snapshotdv1.ChannelPosition, error) {
 	var ps []*snapshotdv1.ChannelPosition
 	seen := make(map[uint64]bool)
@@ -99,11 +99,11 @@ func parsePositions(args []string) ([]*snapshotdv1.ChannelPosition, error) {
 			left, right, _ := strings.Cut(s, "=")
 			shard, err := strconv.ParseUint(left, 10, 31)
 			if err != nil {
-				return nil, usageErrorf("position %q: write SHARD=TIMESTAMP, two numbers", s)
+				return nil, usageErrorf("position %q: use SHARD=TIMESTAMP, two numbers", s)
 			}
 			timestamp, err := strconv.ParseUint(right, 10, 64)
 			if err != nil {
-				return nil, usageErrorf("position %q: write SHARD=TIMESTAMP, two numbers", s)
+				return nil, usageErrorf("position %q: use SHARD=TIMESTAMP, two numbers", s)
 			}
 			if seen[shard] {
 				return nil, usageErrorf("shard %d is given twice", shard)
@@ -118,27 +118,26 @@ func parsePositions(args []string) ([]*snapshotdv1.ChannelPosition, error) {
 	return ps, nil
 }
 
-// parseStates reads states of type S by the name that they have in the table
-// of values, in any case.
+// parseStates parses state names, in any case; values maps enum names to values.
 func parseStates[S ~int32](args []string, values map[string]int32) ([]S, error) {
 	var states []S
 	for _, arg := range args {
 		v, ok := values["STATE_"+strings.ToUpper(arg)]
 		if !ok || v == 0 {
-			return nil, usageErrorf("%q is no state; --help lists them", arg)
+			return nil, usageErrorf("%q is not a state; --help lists them", arg)
 		}
 		states = append(states, S(v))
 	}
 	return states, nil
 }
 
-// The longest time span that the API takes: 100 years.
+// maxTTLDays is the longest time span that the API accepts: 100 years.
 const (
 	day        = 24 * time.Hour
 	maxTTLDays = 36525
 )
 
-// parseSpan reads a duration, which may also be a number of days: 30d.
+// parseSpan parses a duration or a number of days, such as 30d.
 func parseSpan(s string) (d time.Duration, ok bool) {
 	days, ok := strings.CutSuffix(s, "d")
 	if !ok {
@@ -149,20 +148,20 @@ func parseSpan(s string) (d time.Duration, ok bool) {
 	if err != nil && !errors.Is(err, strconv.ErrRange) {
 		return 0, false
 	}
-	return time.Duration(min(n, maxTTLDays+1)) * day, true // more would overflow
+	return time.Duration(min(n, maxTTLDays+1)) * day, true // a larger number would overflow
 }
 
-// span is a flag that parseSpan reads.
+// span is a flag in the format of parseSpan.
 type span struct {
 	duration time.Duration
-	text     string // as it was given
+	text     string // as the user wrote it
 }
 
 // Set implements pflag.Value.
 func (s *span) Set(text string) error {
 	d, ok := parseSpan(text)
 	if !ok {
-		return errors.New("write a time span such as 36h or 30d")
+		return errors.New("use a time span such as 36h or 30d")
 	}
 	s.duration, s.text = d, text
 	return nil
@@ -174,14 +173,14 @@ func (s *span) String() string { return s.text }
 // Type implements pflag.Value.
 func (*span) Type() string { return "time span" }
 
-// parseTTL reads the time span of --ttl.
+// parseTTL parses --ttl.
 func parseTTL(s string) (time.Duration, error) {
 	d, ok := parseSpan(s)
 	switch {
 	case !ok || d <= 0:
-		return 0, usageErrorf("--ttl %q: write a time span such as 36h or 30d", s)
+		return 0, usageErrorf("--ttl %q: use a time span such as 36h or 30d", s)
 	case d > maxTTLDays*day:
-		return 0, usageErrorf("--ttl %q: the longest is 100 years, %dd", s, maxTTLDays)
+		return 0, usageErrorf("--ttl %q: at most 100 years, %dd", s, maxTTLDays)
 	}
 	return d, nil
 }
@@ -190,7 +189,7 @@ func parseTime(s string) (*timestamppb.Timestamp, error) {
 	t, err := time.Parse(time.RFC3339, s)
 	ts := timestamppb.New(t)
 	if err != nil || !ts.IsValid() { // before the year 1, after 9999
-		return nil, usageErrorf("--expire-time %q: write a time as in 2030-01-31T00:00:00Z", s)
+		return nil, usageErrorf("--expire-time %q: use a time such as 2030-01-31T00:00:00Z", s)
 	}
 	return ts, nil
 }

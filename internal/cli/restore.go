@@ -21,18 +21,21 @@ import (
 )
 
 func (a *app) restoreCommand() *cobra.Command {
-	cmd := group("restore", "Restores snapshots", `Restores snapshots: makes a new collection of one, in the background. The files
-are copied inside the object store, and the collection appears when all of them
-are there and verified. A restore ends with the whole collection, or with nothing
-of it.`)
+	cmd := group("restore", "Restores snapshots",
+		`Restores a snapshot as a new collection, in the background. The files are copied
+within the object store; the collection appears when all of them are copied and
+verified. A restore ends with the whole collection or with nothing.`)
 	cmd.Example = `  snapshotctl restore plan nightly --to products_copy
   snapshotctl restore start nightly --to products_copy --wait
   snapshotctl restore list`
-	cmd.AddCommand(a.restorePlan(), a.restoreStart(), a.restoreStatus(), a.restoreWatch(), a.restoreList(), a.restoreLimit(), a.restoreCancel())
+	cmd.AddCommand(
+		a.restorePlan(), a.restoreStart(), a.restoreStatus(), a.restoreWatch(), a.restoreList(), a.restoreLimit(),
+		a.restoreCancel(),
+	)
 	return cmd
 }
 
-// restoreFlags are what `plan` and `start` have in common.
+// restoreFlags are the common flags of plan and start.
 type restoreFlags struct {
 	snapshot    *snapshotArg
 	to          string
@@ -46,20 +49,25 @@ type restoreFlags struct {
 	limits      limitFlags
 }
 
-// limitFlags are what a restore may use.
+// limitFlags are the flags of the limits of a restore.
 type limitFlags struct {
 	requests int64
 	bytes    string
 }
 
 func (l *limitFlags) register(cmd *cobra.Command) {
-	cmd.Flags().Int64Var(&l.requests, "max-requests", 0, "make at most so `many` requests a second to the object store (default as many as it takes)")
-	cmd.Flags().StringVar(&l.bytes, "max-rate", "", "copy at most so many `bytes` a second, such as 50MiB (default as fast as it goes)")
+	cmd.Flags().Int64Var(
+		&l.requests, "max-requests", 0,
+		"at most this `number` of requests per second to the object store (default: no limit)",
+	)
+	cmd.Flags().StringVar(
+		&l.bytes, "max-rate", "", "copy at most this number of `bytes` per second, such as 50MiB (default: no limit)",
+	)
 }
 
 func (l *limitFlags) message() (*snapshotdv1.RestoreLimits, error) {
 	if l.requests < 0 {
-		return nil, usageErrorf("--max-requests %d: write a number above 0, or leave it out", l.requests)
+		return nil, usageErrorf("--max-requests %d: use a number above 0, or omit it", l.requests)
 	}
 	bytes, err := parseBytes(l.bytes)
 	if err != nil {
@@ -68,7 +76,7 @@ func (l *limitFlags) message() (*snapshotdv1.RestoreLimits, error) {
 	return &snapshotdv1.RestoreLimits{RequestsPerSecond: l.requests, BytesPerSecond: bytes}, nil
 }
 
-// parseBytes reads a number of bytes with a unit; empty is 0.
+// parseBytes parses a number of bytes with an optional unit; empty means 0.
 func parseBytes(s string) (int64, error) {
 	if s == "" {
 		return 0, nil
@@ -85,7 +93,7 @@ func parseBytes(s string) (int64, error) {
 	}
 	n, err := strconv.ParseInt(strings.TrimSpace(number), 10, 64)
 	if err != nil || n <= 0 || n > math.MaxInt64/unit {
-		return 0, usageErrorf("--max-rate %q: write bytes a second such as 500KiB, 50MiB or 1GiB", s)
+		return 0, usageErrorf("--max-rate %q: use bytes per second such as 500KiB, 50MiB or 1GiB", s)
 	}
 	return n * unit, nil
 }
@@ -93,36 +101,45 @@ func parseBytes(s string) (int64, error) {
 func (f *restoreFlags) register(cmd *cobra.Command) {
 	f.snapshot = addSnapshotArg(cmd)
 	flags := cmd.Flags()
-	flags.StringVar(&f.to, "to", "", "the `collection` to make: NAME or DB/NAME (required)")
+	flags.StringVar(&f.to, "to", "", "the `collection` to create: NAME or DB/NAME (required)")
 	flags.StringArrayVar(&f.partitions, "partition", nil, "restore only this `partition`; may be repeated (default all)")
-	flags.StringArrayVar(&f.channels, "channel", nil, "`name` of the target's next channel, in shard order; give all or none (default the snapshot's)")
-	flags.StringArrayVar(&f.properties, "property", nil, "set a `key=value` property of the target, or with `key=` leave it out; may be repeated")
+	flags.StringArrayVar(
+		&f.channels, "channel", nil,
+		"`name` of the target's next channel, in shard order; all or none (default: the snapshot's)",
+	)
+	flags.StringArrayVar(
+		&f.properties, "property", nil, "set a `key=value` property of the target, or omit it with `key=`; may be repeated",
+	)
 	flags.StringArrayVar(&f.labels, "label", nil, "label the job with `key=value`; may be repeated")
-	flags.BoolVar(&f.skipIndexes, "skip-indexes", false, "leave indexes and their builds out")
-	flags.Int32Var(&f.priority, "priority", 0, "`number` from -100 to 100: jobs of a higher one get workers first")
-	flags.StringVar(&f.timeout, "give-up-after", "", "give the job up when it has not ended after a time `span` such as 2h (default never)")
+	flags.BoolVar(&f.skipIndexes, "skip-indexes", false, "omit indexes and their builds")
+	flags.Int32Var(&f.priority, "priority", 0, "`number` from -100 to 100: a higher priority gets workers first")
+	flags.StringVar(
+		&f.timeout, "give-up-after", "",
+		"fail the job if it has not ended after this time `span`, such as 2h (default: never)",
+	)
 	f.limits.register(cmd)
 }
 
-// request makes the request that the flags ask for.
+// restoreRequest builds the request from the flags.
 func (a *app) restoreRequest(f *restoreFlags, args []string) (*snapshotdv1.RestoreSnapshotRequest, error) {
 	ref, err := a.snapshotRef(f.snapshot, args)
 	if err != nil {
 		return nil, err
 	}
 	if f.to == "" {
-		return nil, usageErrorf("--to is missing: how shall the collection be named?")
+		return nil, usageErrorf("--to is missing")
 	}
 	target, err := parseCollection(f.to)
 	if err != nil {
 		return nil, err
 	}
 	if target.GetName() == nil {
-		return nil, usageErrorf("--to %q: a new collection needs a name; its id is made", f.to)
+		return nil, usageErrorf("--to %q: a new collection needs a name; its id is allocated", f.to)
 	}
 	a.collection = f.to
 	req := &snapshotdv1.RestoreSnapshotRequest{
-		Snapshot: ref, Target: target.GetName(), Partitions: f.partitions, Channels: f.channels, SkipIndexes: f.skipIndexes, Priority: f.priority,
+		Snapshot: ref, Target: target.GetName(), Partitions: f.partitions, Channels: f.channels, SkipIndexes: f.skipIndexes,
+		Priority: f.priority,
 	}
 	if req.Labels, err = parseLabels(f.labels); err != nil {
 		return nil, err
@@ -130,7 +147,7 @@ func (a *app) restoreRequest(f *restoreFlags, args []string) (*snapshotdv1.Resto
 	for _, p := range f.properties {
 		key, value, ok := strings.Cut(p, "=")
 		if !ok || key == "" {
-			return nil, usageErrorf("--property %q: write key=value, or key= to leave it out", p)
+			return nil, usageErrorf("--property %q: use key=value, or key= to omit it", p)
 		}
 		if req.Properties == nil {
 			req.Properties = map[string]string{}
@@ -143,7 +160,7 @@ func (a *app) restoreRequest(f *restoreFlags, args []string) (*snapshotdv1.Resto
 	if f.timeout != "" {
 		d, err := parseTTL(f.timeout)
 		if err != nil || d < time.Second || d > 30*day {
-			return nil, usageErrorf("--give-up-after %q: write a time span such as 2h or 1d, 1s to 30d", f.timeout)
+			return nil, usageErrorf("--give-up-after %q: use a time span such as 2h or 1d, 1s to 30d", f.timeout)
 		}
 		req.Timeout = durationpb.New(d)
 	}
@@ -157,15 +174,15 @@ func (a *app) restorePlan() *cobra.Command {
 	)
 	cmd := &cobra.Command{
 		Use:   "plan SNAPSHOT --to COLLECTION",
-		Short: "Says what a restore would do",
-		Long: `Says what a restore would do: how much it would copy, what is in its way, and
-which files of the snapshot are missing. Nothing is changed. With --no-verify the
-files are not looked for, which saves a request for each.`,
+		Short: "Shows the plan of a restore",
+		Long: `Shows the plan of a restore, without changes: the amount of data to copy, conflicts,
+and missing files of the snapshot. --no-verify skips the check for missing files,
+which takes a request per file.`,
 		Example: `  snapshotctl restore plan nightly --to products_copy
   snapshotctl restore plan nightly --to products_copy --partition eu --no-verify`,
 	}
 	f.register(cmd)
-	cmd.Flags().BoolVar(&noVerify, "no-verify", false, "do not ask the object store for each file")
+	cmd.Flags().BoolVar(&noVerify, "no-verify", false, "do not check each file in the object store")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
 		req, err := a.restoreRequest(&f, args)
 		if err != nil {
@@ -195,7 +212,7 @@ func renderPlan(w io.Writer, p *snapshotdv1.RestorePlan, req *snapshotdv1.Restor
 	)
 	switch {
 	case !req.GetVerify():
-		fprintf(w, "missing files: not looked for\n")
+		fprintf(w, "missing files: not checked\n")
 	case p.GetMissingCount() == 0:
 		fprintf(w, "missing files: none\n")
 	default:
@@ -205,10 +222,10 @@ func renderPlan(w io.Writer, p *snapshotdv1.RestorePlan, req *snapshotdv1.Restor
 		}
 	}
 	for _, conflict := range p.GetConflicts() {
-		fprintf(w, "in the way: %s\n", clean(conflict))
+		fprintf(w, "conflict: %s\n", clean(conflict))
 	}
 	if len(p.GetConflicts()) == 0 && p.GetMissingCount() == 0 {
-		fprintf(w, "nothing is in the way\n")
+		fprintf(w, "no conflicts\n")
 	}
 }
 
@@ -221,15 +238,15 @@ func (a *app) restoreStart() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "start SNAPSHOT --to COLLECTION",
 		Short: "Starts a restore",
-		Long: `Starts a restore and returns: the job goes on by itself, whatever becomes of this
-command and of single servers. With --wait it shows how far the job has come until
-that has ended, and fails when the job does.`,
+		Long: `Starts a restore job and returns; the job runs on independently of this command and of
+single servers. With --wait it shows the progress until the job ends, and fails if the
+job fails.`,
 		Example: `  snapshotctl restore start nightly --to products_copy --wait
   snapshotctl restore start nightly --to prod/products_copy --partition eu --max-rate 50MiB`,
 	}
 	f.register(cmd)
 	cmd.Flags().BoolVar(&wait, "wait", false, "wait until the job has ended")
-	cmd.Flags().StringVar(&token, "request-token", "", "`token` of an earlier run of the same command, to get the job that it started")
+	cmd.Flags().StringVar(&token, "request-token", "", "`token` of an earlier run of the same command, to get its job")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
 		req, err := a.restoreRequest(&f, args)
 		if err != nil {
@@ -250,16 +267,16 @@ that has ended, and fails when the job does.`,
 			return a.watchJob(ctx, c, resp.GetJobId())
 		}
 		return a.print(resp, func(w io.Writer) {
-			fprintf(w, "restore job %d makes collection %s (#%d)\n", resp.GetJobId(), clean(f.to), resp.GetCollectionId())
-			fprintf(w, "to follow it: snapshotctl restore watch %d\n", resp.GetJobId())
+			fprintf(w, "restore job %d creates collection %s (#%d)\n", resp.GetJobId(), clean(f.to), resp.GetCollectionId())
+			fprintf(w, "to watch: snapshotctl restore watch %d\n", resp.GetJobId())
 			fprintf(w, "to undo: snapshotctl restore cancel %d\n", resp.GetJobId())
 		})
 	})
 	return cmd
 }
 
-// follow shows a job until it has ended, and prints it. It is an error when the
-// job is not COMPLETED.
+// watchJob shows the progress of a job until it ends, then prints it. It returns an
+// error unless the job is COMPLETED.
 func (a *app) watchJob(ctx context.Context, c *client.Client, id int64) error {
 	bar := a.bar()
 	var last *snapshotdv1.RestoreJob
@@ -278,27 +295,26 @@ func (a *app) watchJob(ctx context.Context, c *client.Client, id int64) error {
 	if last.GetState() != snapshotdv1.RestoreJob_STATE_COMPLETED {
 		return &hintError{
 			fmt.Errorf("restore job %d is %s: %s", id, stateName(last.GetState()), clean(last.GetMessage())),
-			"nothing of the target is left, and its name is free",
+			"the target was rolled back and its name is free",
 		}
 	}
 	return nil
 }
 
-// ofJob gives an error of a job its advice: its reason may be that of a snapshot,
-// too.
+// withJobHint adds the hint for a job: snapshots share its reasons.
 func withJobHint(err error) error {
 	if slices.Contains([]string{"EXPIRED_OR_DROPPED", "NEVER_EXISTED"}, client.Reason(err)) {
-		return &hintError{err, "see which jobs there are with `snapshotctl restore list`; one that has ended is kept for a while only"}
+		return &hintError{err, "list the jobs with `snapshotctl restore list`; an ended job is kept for a limited time"}
 	}
 	return err
 }
 
-// bar draws how far a job has come, on a terminal only.
+// bar draws the progress of a job, on a terminal only.
 type bar struct{ bar *progressbar.ProgressBar }
 
 func (a *app) bar() *bar {
 	f, ok := a.err.(*os.File)
-	if !ok || !term.IsTerminal(int(f.Fd())) || a.output != formatTable { //nolint:gosec // a descriptor
+	if !ok || !term.IsTerminal(int(f.Fd())) || a.output != formatTable { //nolint:gosec // a file descriptor
 		return &bar{}
 	}
 	return &bar{progressbar.NewOptions64(1000,
@@ -311,12 +327,15 @@ func (b *bar) show(job *snapshotdv1.RestoreJob) {
 		return
 	}
 	p := job.GetProgress()
-	text := fmt.Sprintf("%s  %d of %d files, %s of %s", phase(job), p.GetFilesDone(), p.GetFilesTotal(), size(p.GetBytesDone()), size(p.GetBytesTotal()))
+	text := fmt.Sprintf(
+		"%s  %d of %d files, %s of %s", phase(job), p.GetFilesDone(), p.GetFilesTotal(), size(p.GetBytesDone()),
+		size(p.GetBytesTotal()),
+	)
 	if p.GetBytesPerSecond() > 0 {
 		text += fmt.Sprintf(", %s/s", size(p.GetBytesPerSecond()))
 	}
 	b.bar.Describe(text)
-	_ = b.bar.Set64(int64(1000 * p.GetFraction())) // it only draws
+	_ = b.bar.Set64(int64(1000 * p.GetFraction())) // only drawing
 }
 
 func (b *bar) done() {
@@ -329,7 +348,9 @@ func phase(job *snapshotdv1.RestoreJob) string {
 	return strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(job.GetPhase().String(), "PHASE_"), "_", " "))
 }
 
-var jobHeader = []string{"JOB", "SNAPSHOT", "TARGET", "STATE", "PHASE", "DONE", "FILES", "SIZE", "STARTED", "TOOK", "REASON"}
+var jobHeader = []string{
+	"JOB", "SNAPSHOT", "TARGET", "STATE", "PHASE", "DONE", "FILES", "SIZE", "STARTED", "TOOK", "REASON",
+}
 
 func jobCells(job *snapshotdv1.RestoreJob) []any {
 	p := job.GetProgress()
@@ -338,12 +359,13 @@ func jobCells(job *snapshotdv1.RestoreJob) []any {
 		took = job.GetEndTime().AsTime().Sub(job.GetStartTime().AsTime()).Round(time.Millisecond).String()
 	}
 	return []any{
-		job.GetId(), job.GetSnapshotName(), job.GetTarget().GetDb() + "/" + job.GetTarget().GetName(), stateName(job.GetState()), phase(job),
+		job.GetId(), job.GetSnapshotName(), job.GetTarget().GetDb() + "/" + job.GetTarget().GetName(),
+		stateName(job.GetState()), phase(job),
 		percent(p.GetFraction()), p.GetFilesTotal(), size(p.GetBytesTotal()), job.GetStartTime(), took, job.GetReason(),
 	}
 }
 
-// limitText says what a job may use.
+// limitText formats the limits of a job.
 func limitText(l *snapshotdv1.RestoreLimits) string {
 	var parts []string
 	if n := l.GetBytesPerSecond(); n > 0 {
@@ -376,11 +398,11 @@ func renderJob(w io.Writer, job *snapshotdv1.RestoreJob) {
 		"rate", size(p.GetBytesPerSecond())+"/s",
 		"time left", left,
 		"limits", limitText(job.GetLimits()),
-		"tasks begun again", p.GetRetries(),
+		"task retries", p.GetRetries(),
 		"created", job.GetCreateTime(),
 		"started", job.GetStartTime(),
 		"ended", job.GetEndTime(),
-		"given up at", job.GetDeadline(),
+		"deadline", job.GetDeadline(),
 		"reason", job.GetReason(),
 		"message", job.GetMessage(),
 		"last error", job.GetLastError(),
@@ -394,7 +416,7 @@ func (a *app) restoreStatus() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "status JOB",
 		Short:   "Shows a restore job",
-		Long:    "Shows a restore job: how far it has come, or how it ended.",
+		Long:    "Shows the progress or the result of a restore job.",
 		Example: `  snapshotctl restore status 65`,
 		Args:    exactArgs("JOB"),
 	}
@@ -419,9 +441,9 @@ func (a *app) restoreStatus() *cobra.Command {
 func (a *app) restoreWatch() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "watch JOB",
-		Short: "Follows a restore job to its end",
-		Long: `Follows a restore job until it has ended, with a bar on a terminal. It fails when
-the job is not COMPLETED.`,
+		Short: "Watches a restore job until it ends",
+		Long: `Watches a restore job until it ends, with a progress bar on a terminal. It fails
+unless the job is COMPLETED.`,
 		Example: `  snapshotctl restore watch 65`,
 		Args:    exactArgs("JOB"),
 	}
@@ -450,15 +472,15 @@ func (a *app) restoreList() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "Lists restore jobs",
-		Long:  "Lists restore jobs, newest first. Those that have ended are kept for a week, unless the server is told otherwise.",
+		Long:  "Lists restore jobs, newest first. Ended jobs are kept for keep_restores, a week by default.",
 		Example: `  snapshotctl restore list
   snapshotctl restore list --state executing -o json`,
 		Args: exactArgs(),
 	}
 	f := cmd.Flags()
-	f.IntVar(&limit, "limit", 0, "list so `many` (default all)")
+	f.IntVar(&limit, "limit", 0, "list at most this `number` (default all)")
 	f.StringVar(&db, "db", "", "only jobs with a target in this `database`")
-	f.Int64Var(&snapshot, "snapshot-id", 0, "only jobs of the snapshot with this `id`, which may have been dropped since")
+	f.Int64Var(&snapshot, "snapshot-id", 0, "only jobs of the snapshot with this `id`, which may be dropped")
 	f.StringSliceVar(&states, "state", nil, "only jobs in this `state`: pending, executing, completed, failed, canceled")
 	f.StringArrayVar(&labels, "label", nil, "only jobs with this `key=value` label; may be repeated")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
@@ -470,7 +492,7 @@ func (a *app) restoreList() *cobra.Command {
 		for _, s := range states {
 			v, ok := snapshotdv1.RestoreJob_State_value["STATE_"+strings.ToUpper(s)]
 			if !ok || v == 0 {
-				return usageErrorf("--state %q: write pending, executing, completed, failed or canceled", s)
+				return usageErrorf("--state %q: use pending, executing, completed, failed or canceled", s)
 			}
 			req.States = append(req.States, snapshotdv1.RestoreJob_State(v))
 		}
@@ -504,8 +526,8 @@ func (a *app) restoreLimit() *cobra.Command {
 	var limits limitFlags
 	cmd := &cobra.Command{
 		Use:   "limit JOB",
-		Short: "Changes what a restore job may use",
-		Long:  "Changes what a restore job may use of the object store while it runs. What is left out has no limit any more.",
+		Short: "Changes the limits of a restore job",
+		Long:  "Changes the limits of a running restore job. An omitted limit is removed.",
 		Example: `  snapshotctl restore limit 65 --max-rate 20MiB
   snapshotctl restore limit 65`,
 		Args: exactArgs("JOB"),
@@ -536,9 +558,9 @@ func (a *app) restoreLimit() *cobra.Command {
 func (a *app) restoreCancel() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "cancel JOB",
-		Short: "Gives a restore job up",
-		Long: `Gives a restore job up: its target will not appear, and what was made of it is
-removed in the background. Its name is free when the job is CANCELED.`,
+		Short: "Cancels a restore job",
+		Long: `Cancels a restore job: its target does not appear, and its copies are deleted in the
+background. The name is free when the job is CANCELED.`,
 		Example: `  snapshotctl restore cancel 65`,
 		Args:    exactArgs("JOB"),
 	}

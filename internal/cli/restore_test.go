@@ -19,9 +19,10 @@ import (
 	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 )
 
-// WatchRestore answers one stream with all that there is up to the first error,
-// or to the end.
-func (s *server) WatchRestore(req *snapshotdv1.WatchRestoreRequest, stream grpc.ServerStreamingServer[snapshotdv1.WatchRestoreResponse]) error {
+// WatchRestore sends the answers up to the first error, or all of them.
+func (s *server) WatchRestore(
+	req *snapshotdv1.WatchRestoreRequest, stream grpc.ServerStreamingServer[snapshotdv1.WatchRestoreResponse],
+) error {
 	for {
 		s.mu.Lock()
 		left := len(s.answers["WatchRestore"])
@@ -30,13 +31,14 @@ func (s *server) WatchRestore(req *snapshotdv1.WatchRestoreRequest, stream grpc.
 		if err != nil {
 			return err
 		}
-		if err := stream.Send(&snapshotdv1.WatchRestoreResponse{Job: msg.(*snapshotdv1.RestoreJob)}); err != nil || left <= 1 {
+		err = stream.Send(&snapshotdv1.WatchRestoreResponse{Job: msg.(*snapshotdv1.RestoreJob)})
+		if err != nil || left <= 1 {
 			return err
 		}
 	}
 }
 
-// executing is a job halfway.
+// executing returns a job halfway.
 func executing() *snapshotdv1.RestoreJob {
 	return &snapshotdv1.RestoreJob{
 		Id: 65, SnapshotId: 42, SnapshotName: "nightly", SourceCollectionId: 7,
@@ -48,13 +50,14 @@ func executing() *snapshotdv1.RestoreJob {
 		},
 		LastError: "the store\tdid not answer", WaitingSince: timestamppb.New(now.Add(2 * time.Second)),
 		RefusedSince: timestamppb.New(now.Add(3 * time.Second)),
-		CreateTime:   timestamppb.New(now), StartTime: timestamppb.New(now.Add(time.Second)), Deadline: timestamppb.New(now.Add(time.Hour)),
-		Labels: map[string]string{"b": "2", "a": "1"},
-		Limits: &snapshotdv1.RestoreLimits{RequestsPerSecond: 100, BytesPerSecond: 1 << 20},
+		CreateTime:   timestamppb.New(now), StartTime: timestamppb.New(now.Add(time.Second)),
+		Deadline: timestamppb.New(now.Add(time.Hour)),
+		Labels:   map[string]string{"b": "2", "a": "1"},
+		Limits:   &snapshotdv1.RestoreLimits{RequestsPerSecond: 100, BytesPerSecond: 1 << 20},
 	}
 }
 
-// ended is a job at its end.
+// ended returns a job that has ended.
 func ended(state snapshotdv1.RestoreJob_State, reason, message string) *snapshotdv1.RestoreJob {
 	job := executing()
 	job.State, job.Reason, job.Message, job.LastError = state, reason, message, ""
@@ -75,58 +78,58 @@ const (
 	isCanceled  = snapshotdv1.RestoreJob_STATE_CANCELED
 )
 
-// completedText is how a job that is COMPLETED is shown.
+// completedText is the output of a COMPLETED job.
 const completedText = `
-job:               65
-state:             COMPLETED
-phase:             publish
-snapshot:          nightly (#42)
-target:            default/docs_copy (#66)
-done:              100%
-segments:          3 of 3
-files:             12 of 12
-copied:            5.0 MiB of 5.0 MiB
-rate:              0 B/s
-time left:         -
-limits:            -
-tasks begun again: 1
-created:           2026-03-01T12:00:00Z
-started:           2026-03-01T12:00:01Z
-ended:             2026-03-01T12:00:03Z
-given up at:       -
-reason:            -
-message:           -
-last error:        -
-waiting since:     -
-refused since:     -
-labels:            -
+job:           65
+state:         COMPLETED
+phase:         publish
+snapshot:      nightly (#42)
+target:        default/docs_copy (#66)
+done:          100%
+segments:      3 of 3
+files:         12 of 12
+copied:        5.0 MiB of 5.0 MiB
+rate:          0 B/s
+time left:     -
+limits:        -
+task retries:  1
+created:       2026-03-01T12:00:00Z
+started:       2026-03-01T12:00:01Z
+ended:         2026-03-01T12:00:03Z
+deadline:      -
+reason:        -
+message:       -
+last error:    -
+waiting since: -
+refused since: -
+labels:        -
 `
 
-// executingText is how a job halfway is shown.
+// executingText is the output of a job halfway.
 const executingText = `
-job:               65
-state:             EXECUTING
-phase:             copy
-snapshot:          nightly (#42)
-target:            default/docs_copy (#66)
-done:              49%
-segments:          1 of 3
-files:             6 of 12
-copied:            2.5 MiB of 5.0 MiB
-rate:              1.0 MiB/s
-time left:         3s
-limits:            1.0 MiB/s, 100 requests/s
-tasks begun again: 1
-created:           2026-03-01T12:00:00Z
-started:           2026-03-01T12:00:01Z
-ended:             -
-given up at:       2026-03-01T13:00:00Z
-reason:            -
-message:           -
-last error:        "the store\tdid not answer"
-waiting since:     2026-03-01T12:00:02Z
-refused since:     2026-03-01T12:00:03Z
-labels:            a=1,b=2
+job:           65
+state:         EXECUTING
+phase:         copy
+snapshot:      nightly (#42)
+target:        default/docs_copy (#66)
+done:          49%
+segments:      1 of 3
+files:         6 of 12
+copied:        2.5 MiB of 5.0 MiB
+rate:          1.0 MiB/s
+time left:     3s
+limits:        1.0 MiB/s, 100 requests/s
+task retries:  1
+created:       2026-03-01T12:00:00Z
+started:       2026-03-01T12:00:01Z
+ended:         -
+deadline:      2026-03-01T13:00:00Z
+reason:        -
+message:       -
+last error:    "the store\tdid not answer"
+waiting since: 2026-03-01T12:00:02Z
+refused since: 2026-03-01T12:00:03Z
+labels:        a=1,b=2
 `
 
 func TestRestoreOutput(t *testing.T) {
@@ -141,7 +144,9 @@ func TestRestoreOutput(t *testing.T) {
 		"WatchRestore":    {executing(), ended(isCompleted, "", "")},
 	}
 	list := map[string][]any{"ListRestoreJobs": {
-		&snapshotdv1.ListRestoreJobsResponse{Jobs: []*snapshotdv1.RestoreJob{ended(isCanceled, "CANCELED", "it was canceled"), executing()}, NextPageToken: "2"},
+		&snapshotdv1.ListRestoreJobsResponse{
+			Jobs: []*snapshotdv1.RestoreJob{ended(isCanceled, "CANCELED", "it was canceled"), executing()}, NextPageToken: "2",
+		},
 		&snapshotdv1.ListRestoreJobsResponse{Jobs: []*snapshotdv1.RestoreJob{ended(isCompleted, "", "")}},
 	}}
 	for _, tc := range []struct {
@@ -161,12 +166,14 @@ to copy:  5.0 MiB
 requests: about 35
 takes:    about 100ms
 missing files: none
-nothing is in the way
+no conflicts
 `,
 		},
 		{
-			"plan of what cannot be",
-			map[string][]any{"RestoreSnapshot": {plan([]string{"collection exists: default/docs"}, []string{"default/engine/7/8/101/insert/100/1\n of segment 101", "x"})}},
+			"plan with conflicts",
+			map[string][]any{"RestoreSnapshot": {plan(
+				[]string{"collection exists: default/docs"}, []string{"default/engine/7/8/101/insert/100/1\n of segment 101", "x"},
+			)}},
 			"restore plan nightly --to docs",
 			`
 segments: 3
@@ -177,11 +184,11 @@ takes:    about 100ms
 missing files: 2
   "default/engine/7/8/101/insert/100/1\n of segment 101"
   x
-in the way: collection exists: default/docs
+conflict: collection exists: default/docs
 `,
 		},
 		{
-			"plan without a look at the files",
+			"plan without a check of the files",
 			map[string][]any{"RestoreSnapshot": {plan(nil, nil)}},
 			"restore plan nightly --to docs_copy --no-verify",
 			`
@@ -190,13 +197,15 @@ files:    12
 to copy:  5.0 MiB
 requests: about 35
 takes:    about 100ms
-missing files: not looked for
-nothing is in the way
+missing files: not checked
+no conflicts
 `,
 		},
 		{
 			"plan as JSON",
-			map[string][]any{"RestoreSnapshot": {&snapshotdv1.RestoreSnapshotResponse{Plan: &snapshotdv1.RestorePlan{Segments: 3, Conflicts: []string{"no"}}}}},
+			map[string][]any{"RestoreSnapshot": {&snapshotdv1.RestoreSnapshotResponse{Plan: &snapshotdv1.RestorePlan{
+				Segments: 3, Conflicts: []string{"no"},
+			}}}},
 			"restore plan nightly --to docs_copy -o json",
 			`
 {
@@ -212,8 +221,8 @@ nothing is in the way
 		{
 			"start", started, "restore start nightly --to docs_copy",
 			`
-restore job 65 makes collection docs_copy (#66)
-to follow it: snapshotctl restore watch 65
+restore job 65 creates collection docs_copy (#66)
+to watch: snapshotctl restore watch 65
 to undo: snapshotctl restore cancel 65
 `,
 		},
@@ -230,7 +239,9 @@ to undo: snapshotctl restore cancel 65
 		{"watch", started, "restore watch 65", completedText},
 		{
 			"watch through a restart",
-			map[string][]any{"WatchRestore": {executing(), status.Error(codes.Unavailable, "restart"), ended(isCompleted, "", "")}},
+			map[string][]any{"WatchRestore": {
+				executing(), status.Error(codes.Unavailable, "restart"), ended(isCompleted, "", ""),
+			}},
 			"restore watch 65", completedText,
 		},
 		{
@@ -253,7 +264,9 @@ to undo: snapshotctl restore cancel 65
 		},
 		{
 			"status as JSON",
-			map[string][]any{"GetRestoreState": {&snapshotdv1.GetRestoreStateResponse{Job: &snapshotdv1.RestoreJob{Id: 65, State: isFailed, Reason: "TIMEOUT"}}}},
+			map[string][]any{"GetRestoreState": {&snapshotdv1.GetRestoreStateResponse{Job: &snapshotdv1.RestoreJob{
+				Id: 65, State: isFailed, Reason: "TIMEOUT",
+			}}}},
 			"restore status 65 -o json",
 			`
 {
@@ -281,7 +294,9 @@ JOB  SNAPSHOT  TARGET             STATE      PHASE      DONE  FILES  SIZE     ST
 		},
 		{
 			"list as JSON",
-			map[string][]any{"ListRestoreJobs": {&snapshotdv1.ListRestoreJobsResponse{Jobs: []*snapshotdv1.RestoreJob{{Id: 65}, {Id: 64}}}}},
+			map[string][]any{"ListRestoreJobs": {&snapshotdv1.ListRestoreJobsResponse{Jobs: []*snapshotdv1.RestoreJob{
+				{Id: 65}, {Id: 64},
+			}}}},
 			"restore list -o json",
 			`
 {
@@ -313,7 +328,9 @@ JOB  SNAPSHOT  TARGET             STATE      PHASE      DONE  FILES  SIZE     ST
 		},
 		{
 			"cancel as JSON",
-			map[string][]any{"CancelRestore": {&snapshotdv1.CancelRestoreResponse{Job: &snapshotdv1.RestoreJob{Id: 65, State: isCanceled}}}},
+			map[string][]any{"CancelRestore": {&snapshotdv1.CancelRestoreResponse{Job: &snapshotdv1.RestoreJob{
+				Id: 65, State: isCanceled,
+			}}}},
 			"restore cancel 65 -o json",
 			`
 {
@@ -327,7 +344,7 @@ JOB  SNAPSHOT  TARGET             STATE      PHASE      DONE  FILES  SIZE     ST
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			got := run(t, &server{answers: maps.Clone(tc.answers)}, "", strings.Fields(tc.args)...)
-			// Nothing but the result: there is no terminal to draw on.
+			// Only the result: there is no terminal to draw on.
 			want := result{out: strings.TrimPrefix(tc.want, "\n")}
 			if diff := cmp.Diff(want, got, cmp.AllowUnexported(result{})); diff != "" {
 				t.Error(diff)
@@ -346,11 +363,15 @@ func TestRestoreRequests(t *testing.T) {
 		want proto.Message
 	}{
 		{
-			"restore start nightly --to prod/docs --partition a --partition b --channel x-0 --channel x-1 --property ttl=60 --property mmap= " +
-				"--label why=test --skip-indexes --priority -5 --give-up-after 30d --max-requests 100 --max-rate 50MiB --request-token t",
+			"restore start nightly --to prod/docs --partition a --partition b --channel x-0 --channel x-1 --property ttl=60 " +
+				"--property mmap= " +
+				"--label why=test --skip-indexes --priority -5 --give-up-after 30d --max-requests 100 --max-rate 50MiB " +
+				"--request-token t",
 			&snapshotdv1.RestoreSnapshotRequest{
-				Snapshot: name("nightly"), Target: &snapshotdv1.CollectionName{Db: "prod", Name: "docs"}, Partitions: []string{"a", "b"},
-				Channels: []string{"x-0", "x-1"}, Properties: map[string]string{"ttl": "60", "mmap": ""}, Labels: map[string]string{"why": "test"},
+				Snapshot: name("nightly"), Target: &snapshotdv1.CollectionName{Db: "prod", Name: "docs"},
+				Partitions: []string{"a", "b"},
+				Channels:   []string{"x-0", "x-1"}, Properties: map[string]string{"ttl": "60", "mmap": ""},
+				Labels:      map[string]string{"why": "test"},
 				SkipIndexes: true, Priority: -5, Timeout: durationpb.New(30 * 24 * time.Hour), RequestToken: "t",
 				Limits: &snapshotdv1.RestoreLimits{RequestsPerSecond: 100, BytesPerSecond: 50 << 20},
 			},
@@ -358,20 +379,23 @@ func TestRestoreRequests(t *testing.T) {
 		{
 			"restore start #42 --to docs --give-up-after 1s --max-rate 7 --request-token t",
 			&snapshotdv1.RestoreSnapshotRequest{
-				Snapshot: &snapshotdv1.SnapshotRef{Ref: &snapshotdv1.SnapshotRef_Id{Id: 42}}, Target: &snapshotdv1.CollectionName{Name: "docs"},
-				Timeout: durationpb.New(time.Second), RequestToken: "t", Limits: &snapshotdv1.RestoreLimits{BytesPerSecond: 7},
+				Snapshot: &snapshotdv1.SnapshotRef{Ref: &snapshotdv1.SnapshotRef_Id{Id: 42}},
+				Target:   &snapshotdv1.CollectionName{Name: "docs"},
+				Timeout:  durationpb.New(time.Second), RequestToken: "t", Limits: &snapshotdv1.RestoreLimits{BytesPerSecond: 7},
 			},
 		},
 		{
 			"restore plan nightly --to docs",
 			&snapshotdv1.RestoreSnapshotRequest{
-				Snapshot: name("nightly"), Target: &snapshotdv1.CollectionName{Name: "docs"}, Limits: none, DryRun: true, Verify: true,
+				Snapshot: name("nightly"), Target: &snapshotdv1.CollectionName{Name: "docs"}, Limits: none, DryRun: true,
+				Verify: true,
 			},
 		},
 		{
 			"restore plan nightly --to docs --no-verify --max-rate 2GiB",
 			&snapshotdv1.RestoreSnapshotRequest{
-				Snapshot: name("nightly"), Target: &snapshotdv1.CollectionName{Name: "docs"}, Limits: &snapshotdv1.RestoreLimits{BytesPerSecond: 2 << 30}, DryRun: true,
+				Snapshot: name("nightly"), Target: &snapshotdv1.CollectionName{Name: "docs"},
+				Limits: &snapshotdv1.RestoreLimits{BytesPerSecond: 2 << 30}, DryRun: true,
 			},
 		},
 		{"restore status 65", &snapshotdv1.GetRestoreStateRequest{JobId: 65}},
@@ -380,11 +404,16 @@ func TestRestoreRequests(t *testing.T) {
 			"restore list --db prod --snapshot-id 42 --state pending,executing --state Failed --label a=1 --limit 5",
 			&snapshotdv1.ListRestoreJobsRequest{
 				Db: "prod", SnapshotId: 42, Labels: map[string]string{"a": "1"}, PageSize: 5,
-				States: []snapshotdv1.RestoreJob_State{snapshotdv1.RestoreJob_STATE_PENDING, snapshotdv1.RestoreJob_STATE_EXECUTING, isFailed},
+				States: []snapshotdv1.RestoreJob_State{
+					snapshotdv1.RestoreJob_STATE_PENDING, snapshotdv1.RestoreJob_STATE_EXECUTING, isFailed,
+				},
 			},
 		},
 		{"restore limit 65", &snapshotdv1.UpdateRestoreRequest{JobId: 65, Limits: none}},
-		{"restore limit 65 --max-rate 500KiB", &snapshotdv1.UpdateRestoreRequest{JobId: 65, Limits: &snapshotdv1.RestoreLimits{BytesPerSecond: 500 << 10}}},
+		{
+			"restore limit 65 --max-rate 500KiB",
+			&snapshotdv1.UpdateRestoreRequest{JobId: 65, Limits: &snapshotdv1.RestoreLimits{BytesPerSecond: 500 << 10}},
+		},
 		{"restore cancel 65", &snapshotdv1.CancelRestoreRequest{JobId: 65}},
 	} {
 		t.Run(tc.args, func(t *testing.T) {
@@ -407,7 +436,7 @@ func TestRestoreRequests(t *testing.T) {
 			}
 		})
 	}
-	// A start that gives no token makes one, so that a repeat does no harm.
+	// A start without a token generates one, so that a repeat is harmless.
 	s := &server{answers: map[string][]any{"RestoreSnapshot": {&snapshotdv1.RestoreSnapshotResponse{}}}}
 	run(t, s, "", "restore", "start", "nightly", "--to", "docs")
 	if len(s.requests) != 1 || s.requests[0].(*snapshotdv1.RestoreSnapshotRequest).GetRequestToken() == "" {
@@ -415,27 +444,47 @@ func TestRestoreRequests(t *testing.T) {
 	}
 }
 
-// What is wrong in how a command is called is said without a server.
+// Usage errors are reported without a call to the server.
 func TestRestoreUsage(t *testing.T) {
-	const rate = "write bytes a second such as 500KiB, 50MiB or 1GiB"
+	const rate = "use bytes per second such as 500KiB, 50MiB or 1GiB"
 	for _, tc := range []struct{ args, command, want string }{
-		{"restore start nightly", "restore start", "--to is missing: how shall the collection be named?"},
-		{"restore plan nightly", "restore plan", "--to is missing: how shall the collection be named?"},
-		{"restore start nightly --to #5", "restore start", `--to "#5": a new collection needs a name; its id is made`},
+		{"restore start nightly", "restore start", "--to is missing"},
+		{"restore plan nightly", "restore plan", "--to is missing"},
+		{"restore start nightly --to #5", "restore start", `--to "#5": a new collection needs a name; its id is allocated`},
 		{"restore start nightly --to x --max-rate fast", "restore start", `--max-rate "fast": ` + rate},
 		{"restore start nightly --to x --max-rate 0", "restore start", `--max-rate "0": ` + rate},
 		{"restore start nightly --to x --max-rate -1MiB", "restore start", `--max-rate "-1MiB": ` + rate},
 		{"restore start nightly --to x --max-rate 1.5MiB", "restore start", `--max-rate "1.5MiB": ` + rate},
-		{"restore start nightly --to x --max-rate 9223372036854775807KiB", "restore start", `--max-rate "9223372036854775807KiB": ` + rate},
+		{
+			"restore start nightly --to x --max-rate 9223372036854775807KiB", "restore start",
+			`--max-rate "9223372036854775807KiB": ` + rate,
+		},
 		{"restore limit 65 --max-rate MiB", "restore limit", `--max-rate "MiB": ` + rate},
-		{"restore limit 65 --max-requests -1", "restore limit", "--max-requests -1: write a number above 0, or leave it out"},
-		{"restore start nightly --to x --give-up-after 31d", "restore start", `--give-up-after "31d": write a time span such as 2h or 1d, 1s to 30d`},
-		{"restore start nightly --to x --give-up-after 10ms", "restore start", `--give-up-after "10ms": write a time span such as 2h or 1d, 1s to 30d`},
-		{"restore start nightly --to x --give-up-after soon", "restore start", `--give-up-after "soon": write a time span such as 2h or 1d, 1s to 30d`},
-		{"restore start nightly --to x --property ttl", "restore start", `--property "ttl": write key=value, or key= to leave it out`},
-		{"restore start nightly --to x --property =1", "restore start", `--property "=1": write key=value, or key= to leave it out`},
-		{"restore list --state done", "restore list", `--state "done": write pending, executing, completed, failed or canceled`},
-		{"restore list --state unspecified", "restore list", `--state "unspecified": write pending, executing, completed, failed or canceled`},
+		{"restore limit 65 --max-requests -1", "restore limit", "--max-requests -1: use a number above 0, or omit it"},
+		{
+			"restore start nightly --to x --give-up-after 31d", "restore start",
+			`--give-up-after "31d": use a time span such as 2h or 1d, 1s to 30d`,
+		},
+		{
+			"restore start nightly --to x --give-up-after 10ms", "restore start",
+			`--give-up-after "10ms": use a time span such as 2h or 1d, 1s to 30d`,
+		},
+		{
+			"restore start nightly --to x --give-up-after soon", "restore start",
+			`--give-up-after "soon": use a time span such as 2h or 1d, 1s to 30d`,
+		},
+		{
+			"restore start nightly --to x --property ttl", "restore start",
+			`--property "ttl": use key=value, or key= to omit it`,
+		},
+		{"restore start nightly --to x --property =1", "restore start", `--property "=1": use key=value, or key= to omit it`},
+		{
+			"restore list --state done", "restore list", `--state "done": use pending, executing, completed, failed or canceled`,
+		},
+		{
+			"restore list --state unspecified", "restore list",
+			`--state "unspecified": use pending, executing, completed, failed or canceled`,
+		},
 	} {
 		t.Run(tc.args, func(t *testing.T) {
 			s := &server{}
@@ -444,26 +493,27 @@ func TestRestoreUsage(t *testing.T) {
 				t.Error(diff)
 			}
 			if len(s.requests) != 0 {
-				t.Errorf("it asked the server: %v", s.requests)
+				t.Errorf("called the server: %v", s.requests)
 			}
 		})
 	}
 	for _, args := range []string{
-		"restore start", "restore start a b --to x", "restore status", "restore status x", "restore status #65", "restore status 0", "restore status 65 66",
+		"restore start", "restore start a b --to x", "restore status", "restore status x", "restore status #65",
+		"restore status 0", "restore status 65 66",
 		"restore watch x", "restore limit x", "restore cancel x", "restore cancel",
 	} {
 		s := &server{}
 		got := run(t, s, "", strings.Fields(args)...)
 		if got.code != 2 || got.out != "" || !strings.HasPrefix(got.errOut, "error: ") || len(s.requests) != 0 {
-			t.Errorf("%s: got %+v and %d requests, want a mistake in usage", args, got, len(s.requests))
+			t.Errorf("%s: got %+v and %d requests, want a usage error", args, got, len(s.requests))
 		}
 	}
 }
 
 func TestRestoreErrors(t *testing.T) {
 	const object = "a file of the snapshot is missing: default/engine/7/8/101/insert/100/1 of segment 101"
-	nothing := "hint: nothing of the target is left, and its name is free\n"
-	jobs := "hint: see which jobs there are with `snapshotctl restore list`; one that has ended is kept for a while only\n"
+	nothing := "hint: the target was rolled back and its name is free\n"
+	jobs := "hint: list the jobs with `snapshotctl restore list`; an ended job is kept for a limited time\n"
 	started := &snapshotdv1.RestoreSnapshotResponse{JobId: 65, CollectionId: 66}
 	for _, tc := range []struct {
 		name, args string
@@ -473,7 +523,8 @@ func TestRestoreErrors(t *testing.T) {
 		errOut     string
 	}{
 		{
-			"a job that fails", "restore start nightly --to docs_copy --wait", "WatchRestore", ended(isFailed, "SOURCE_OBJECT_MISSING", object),
+			"a job that fails", "restore start nightly --to docs_copy --wait", "WatchRestore",
+			ended(isFailed, "SOURCE_OBJECT_MISSING", object),
 			1, "error: restore job 65 is FAILED: " + object + "\n" + nothing,
 		},
 		{
@@ -485,44 +536,56 @@ func TestRestoreErrors(t *testing.T) {
 			1, "error: restore job 65 is CANCELED: it was canceled\n" + nothing,
 		},
 		{
-			"status of no job", "restore status 7", "GetRestoreState", answer(t, codes.NotFound, "NEVER_EXISTED", "no such id: restore job 7"),
+			"status of no job", "restore status 7", "GetRestoreState",
+			answer(t, codes.NotFound, "NEVER_EXISTED", "no such id: restore job 7"),
 			3, "error: no such id: restore job 7\nreason: NEVER_EXISTED\n" + jobs,
 		},
 		{
-			"watch of an old job", "restore watch 7", "WatchRestore", answer(t, codes.NotFound, "EXPIRED_OR_DROPPED", "it is gone: restore job 7"),
+			"watch of an old job", "restore watch 7", "WatchRestore",
+			answer(t, codes.NotFound, "EXPIRED_OR_DROPPED", "it is gone: restore job 7"),
 			3, "error: it is gone: restore job 7\nreason: EXPIRED_OR_DROPPED\n" + jobs,
 		},
 		{
-			"limit of no job", "restore limit 7", "UpdateRestore", answer(t, codes.NotFound, "NEVER_EXISTED", "no such id: restore job 7"),
+			"limit of no job", "restore limit 7", "UpdateRestore",
+			answer(t, codes.NotFound, "NEVER_EXISTED", "no such id: restore job 7"),
 			3, "error: no such id: restore job 7\nreason: NEVER_EXISTED\n" + jobs,
 		},
 		{
-			"cancel of no job", "restore cancel 7", "CancelRestore", answer(t, codes.NotFound, "NEVER_EXISTED", "no such id: restore job 7"),
+			"cancel of no job", "restore cancel 7", "CancelRestore",
+			answer(t, codes.NotFound, "NEVER_EXISTED", "no such id: restore job 7"),
 			3, "error: no such id: restore job 7\nreason: NEVER_EXISTED\n" + jobs,
 		},
 		{
-			"cancel of a completed job", "restore cancel 65", "CancelRestore", answer(t, codes.FailedPrecondition, "RESTORE_ENDED", "restore has ended"),
-			5, "error: restore has ended\nreason: RESTORE_ENDED\nhint: see how with `snapshotctl restore status JOB`; " +
-				"what it has made is undone with `snapshotctl catalog drop-collection COLLECTION`\n",
+			"cancel of a completed job", "restore cancel 65", "CancelRestore",
+			answer(t, codes.FailedPrecondition, "RESTORE_ENDED", "restore has ended"),
+			5, "error: restore has ended\nreason: RESTORE_ENDED\nhint: see the result with `snapshotctl restore status JOB`; " +
+				"undo it with `snapshotctl catalog drop-collection COLLECTION`\n",
 		},
 		{
-			"a name that is taken", "restore start nightly --to prod/docs", "RestoreSnapshot", answer(t, codes.AlreadyExists, "COLLECTION_EXISTS", "collection exists"),
-			4, "error: collection exists\nreason: COLLECTION_EXISTS\nhint: see it with `snapshotctl catalog get prod/docs`, or choose another name\n",
+			"a name in use", "restore start nightly --to prod/docs", "RestoreSnapshot",
+			answer(t, codes.AlreadyExists, "COLLECTION_EXISTS", "collection exists"),
+			4, "error: collection exists\nreason: COLLECTION_EXISTS\n" +
+				"hint: see it with `snapshotctl catalog get prod/docs`, or choose another name\n",
 		},
 		{
-			"channels", "restore start nightly --to docs --channel a", "RestoreSnapshot", answer(t, codes.FailedPrecondition, "CHANNEL_MISMATCH", "no"),
-			5, "error: no\nreason: CHANNEL_MISMATCH\nhint: give --channel as often as the snapshot has channels, or not at all; " +
-				"see them with `snapshotctl snapshot describe nightly`\n",
+			"channels", "restore start nightly --to docs --channel a", "RestoreSnapshot",
+			answer(t, codes.FailedPrecondition, "CHANNEL_MISMATCH", "no"),
+			5, "error: no\nreason: CHANNEL_MISMATCH\nhint: use --channel once per channel of the snapshot, or not at all; " +
+				"list them with `snapshotctl snapshot describe nightly`\n",
 		},
 		{
-			"layout", "restore plan nightly --to docs", "RestoreSnapshot", answer(t, codes.FailedPrecondition, "LAYOUT_REFUSED", "no"),
-			5, "error: no\nreason: LAYOUT_REFUSED\nhint: the file that the message names is not where the collection's layout wants it; " +
-				"--partition or --skip-indexes may leave it out\n",
+			"layout", "restore plan nightly --to docs", "RestoreSnapshot",
+			answer(t, codes.FailedPrecondition, "LAYOUT_REFUSED", "no"),
+			5, "error: no\nreason: LAYOUT_REFUSED\nhint: the file that the message names does not match the collection's " +
+				"layout; " +
+				"--partition or --skip-indexes may omit it\n",
 		},
 		{
-			"the pin of a restore", "pin remove nightly 67", "UnpinSnapshot", answer(t, codes.FailedPrecondition, "PIN_OF_RESTORE", "no"),
-			5, "error: no\nreason: PIN_OF_RESTORE\nhint: it goes when the job ends; see which that is with `snapshotctl restore list`, " +
-				"and give it up with `snapshotctl restore cancel JOB`\n",
+			"the pin of a restore", "pin remove nightly 67", "UnpinSnapshot",
+			answer(t, codes.FailedPrecondition, "PIN_OF_RESTORE", "no"),
+			5, "error: no\nreason: PIN_OF_RESTORE\nhint: it is removed when the job ends; find the job with `snapshotctl " +
+				"restore list`, " +
+				"and cancel it with `snapshotctl restore cancel JOB`\n",
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -541,29 +604,38 @@ func TestRestoreErrors(t *testing.T) {
 }
 
 func TestRestoreEvents(t *testing.T) {
+	type response = snapshotdv1.WatchEventsResponse
 	job := func(change snapshotdv1.ChangeType, job *snapshotdv1.RestoreJob) *snapshotdv1.WatchEventsResponse {
-		return &snapshotdv1.WatchEventsResponse{ResumeToken: "b", Revision: 10, Event: &snapshotdv1.WatchEventsResponse_Restore{
+		return &response{ResumeToken: "b", Revision: 10, Event: &snapshotdv1.WatchEventsResponse_Restore{
 			Restore: &snapshotdv1.RestoreEvent{Type: change, Job: job},
 		}}
 	}
 	grant := func(change snapshotdv1.ChangeType, t *snapshotdv1.Tombstone) *snapshotdv1.WatchEventsResponse {
-		return &snapshotdv1.WatchEventsResponse{ResumeToken: "b", Revision: 11, Event: &snapshotdv1.WatchEventsResponse_Tombstone{
+		return &response{ResumeToken: "b", Revision: 11, Event: &snapshotdv1.WatchEventsResponse_Tombstone{
 			Tombstone: &snapshotdv1.TombstoneEvent{Type: change, Tombstone: t},
 		}}
 	}
-	bookmark := &snapshotdv1.WatchEventsResponse{ResumeToken: "z", Revision: 12, Event: &snapshotdv1.WatchEventsResponse_Bookmark{Bookmark: &snapshotdv1.Bookmark{}}}
-	const created, updated, deleted = snapshotdv1.ChangeType_CHANGE_TYPE_CREATED, snapshotdv1.ChangeType_CHANGE_TYPE_UPDATED, snapshotdv1.ChangeType_CHANGE_TYPE_DELETED
+	bookmark := &snapshotdv1.WatchEventsResponse{
+		ResumeToken: "z", Revision: 12, Event: &snapshotdv1.WatchEventsResponse_Bookmark{Bookmark: &snapshotdv1.Bookmark{}},
+	}
+	const (
+		created = snapshotdv1.ChangeType_CHANGE_TYPE_CREATED
+		updated = snapshotdv1.ChangeType_CHANGE_TYPE_UPDATED
+		deleted = snapshotdv1.ChangeType_CHANGE_TYPE_DELETED
+	)
 	s := &server{answers: map[string][]any{
 		"WatchEvents ": {bookmark},
 		"WatchEvents a": {
-			job(created, executing()), job(updated, ended(isFailed, "TIMEOUT", "it took too long")), job(deleted, &snapshotdv1.RestoreJob{Id: 65}),
+			job(created, executing()), job(updated, ended(isFailed, "TIMEOUT", "it took too long")),
+			job(deleted, &snapshotdv1.RestoreJob{Id: 65}),
 			grant(created, tombstone(101, byCaller)), grant(deleted, &snapshotdv1.Tombstone{Id: 101, CollectionId: 7}), bookmark,
 		},
 	}}
 	got := run(t, s, "", "events", "--resume-token", "a")
 	want := `
 10          created  restore     65            EXECUTING  default/docs_copy of snapshot nightly, phase copy
-10          updated  restore     65            FAILED     default/docs_copy of snapshot nightly, phase roll back: TIMEOUT
+10          updated  restore     65            FAILED     default/docs_copy of snapshot nightly, phase roll ` +
+		`back: TIMEOUT
 10          deleted  restore     65            -          -
 11          created  tombstone   101           -          - of collection #7: segment
 11          deleted  tombstone   101           -          - of collection #7

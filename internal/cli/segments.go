@@ -22,17 +22,17 @@ import (
 )
 
 const (
-	maxLineBytes  = 16 << 20 // of a segment as JSON; the server's own bound is far below
-	maxBatch      = 1000     // segments in a message
+	maxLineBytes  = 16 << 20 // of a segment as JSON; the server's limit is far lower
+	maxBatch      = 1000     // segments per message
 	maxBatchBytes = 1<<20 - 2048
-	maxDropIDs    = 10_000 // in a call
+	maxDropIDs    = 10_000 // per call
 )
 
-// segmentLines reads segments, each a line of protobuf JSON.
+// segmentLines reads segments, one line of protobuf JSON each.
 type segmentLines struct {
 	name  string
 	lines *bufio.Scanner
-	n     int // of the line last read, from 1
+	n     int // number of the last line read, from 1
 }
 
 func newSegmentLines(name string, r io.Reader) *segmentLines {
@@ -41,8 +41,7 @@ func newSegmentLines(name string, r io.Reader) *segmentLines {
 	return &segmentLines{name: name, lines: s}
 }
 
-// next returns the next segment, and io.EOF after the last. Empty lines do not
-// count.
+// next returns the next segment, and io.EOF after the last. It skips empty lines.
 func (l *segmentLines) next() (*snapshotdv1.Segment, error) {
 	for l.lines.Scan() {
 		l.n++
@@ -68,19 +67,19 @@ func (l *segmentLines) next() (*snapshotdv1.Segment, error) {
 	return nil, io.EOF
 }
 
-// linePosition is how protojson says where in its input, here one line, it is.
+// linePosition matches the position in protojson's errors; the input is one line.
 var linePosition = regexp.MustCompile(`\(line \d+:(\d+)\): `)
 
-// plainJSONError returns protojson's error without what is not for users. After
-// "proto:" it writes one kind of space or another, on purpose.
+// plainJSONError returns protojson's error without its prefix and line number. After
+// "proto:" protojson varies the space on purpose.
 func plainJSONError(err error) string {
 	text := strings.TrimPrefix(err.Error(), "proto:")
 	text = strings.TrimLeft(text, " \u00a0")
 	return linePosition.ReplaceAllString(text, "column $1: ")
 }
 
-// batches hands segments on in lists that fit in a message. A segment that is
-// larger than any message should be is one of its own.
+// sendBatches calls send with the segments, in batches that fit a message. A segment
+// above that size is a batch by itself.
 func sendBatches(next func() (*snapshotdv1.Segment, error), send func([]*snapshotdv1.Segment) error) error {
 	var (
 		batch []*snapshotdv1.Segment
@@ -114,18 +113,18 @@ func (a *app) catalogAddSegments() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "add-segments -f FILE --collection COLLECTION",
 		Short: "Registers segments",
-		Long: `Registers segments from FILE, or with -f - from standard input: one segment a
-line, as protobuf JSON of the message Segment, as ` + "`catalog export`" + ` writes them.
+		Long: `Registers segments from FILE, or with -f - from standard input: one segment per
+line, as protobuf JSON of the message Segment, the output of ` + "`catalog export`" + `.
 
-A file is checked as a whole before anything is sent; standard input line by
-line as it comes. Segments that are there already with the same content are
-counted as present, so after an error the same file is sent again.`,
+A file is checked as a whole before anything is sent; standard input is checked line
+by line. Segments that exist with the same content count as present, so after an error
+the same file can be sent again.`,
 		Example: `  snapshotctl catalog add-segments -f segments.jsonl --collection docs
   zcat segments.jsonl.gz | snapshotctl catalog add-segments -f - --collection docs`,
 		Args: exactArgs(),
 	}
 	collection := addCollection(cmd)
-	cmd.Flags().StringVarP(&file, "file", "f", "", "`file` of segments, one a line; - is standard input (required)")
+	cmd.Flags().StringVarP(&file, "file", "f", "", "`file` of segments, one per line; - reads standard input (required)")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
 		ref, err := a.requiredRef(collection)
 		if err != nil {
@@ -149,7 +148,7 @@ counted as present, so after an error the same file is sent again.`,
 		if err != nil {
 			return err
 		}
-		ctx, cancel := a.withTimeout(ctx, 0) // also ends the stream when a line is bad
+		ctx, cancel := a.withTimeout(ctx, 0) // also ends the stream after an invalid line
 		defer cancel()
 		stream, err := c.Catalog.AddSegments(ctx)
 		if err != nil {
@@ -160,7 +159,7 @@ counted as present, so after an error the same file is sent again.`,
 			return err
 		}
 		return a.print(resp, func(w io.Writer) {
-			fprintf(w, "added %s, %d were there already\n", count(resp.GetAdded(), "segment"), resp.GetPresent())
+			fprintf(w, "added %s, %d already present\n", count(resp.GetAdded(), "segment"), resp.GetPresent())
 		})
 	})
 	return cmd
@@ -170,8 +169,8 @@ func addSegments(
 	stream grpc.ClientStreamingClient[snapshotdv1.AddSegmentsRequest, snapshotdv1.AddSegmentsResponse],
 	ref *snapshotdv1.CollectionRef, from *segmentLines,
 ) (*snapshotdv1.AddSegmentsResponse, error) {
-	// The collection has a message of its own, so that it is looked up even when
-	// there are no segments.
+	// The collection has a separate message, so that the server checks it even if there
+	// are no segments.
 	err := stream.Send(&snapshotdv1.AddSegmentsRequest{Collection: ref})
 	if err == nil {
 		err = sendBatches(from.next, func(batch []*snapshotdv1.Segment) error {
@@ -181,14 +180,14 @@ func addSegments(
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
 	}
-	return stream.CloseAndRecv() // after EOF it has the server's reason
+	return stream.CloseAndRecv() // after EOF it returns the server's error
 }
 
-// open opens a file that a flag names; - is standard input.
+// open opens the file of a flag; - is standard input.
 func (a *app) open(file string) (name string, r io.Reader, closeFile func(), err error) {
 	switch file {
 	case "":
-		return "", nil, nil, usageErrorf("-f is missing: which file? - is standard input")
+		return "", nil, nil, usageErrorf("-f is missing; - reads standard input")
 	case "-":
 		return "standard input", a.in, func() {}, nil
 	}
@@ -196,10 +195,10 @@ func (a *app) open(file string) (name string, r io.Reader, closeFile func(), err
 	if err != nil {
 		return "", nil, nil, err
 	}
-	return file, f, func() { _ = f.Close() }, nil // it was only read
+	return file, f, func() { _ = f.Close() }, nil // read only
 }
 
-// regular says whether a file can be read twice, unlike a pipe.
+// isRegular reports whether a file can be read twice, unlike a pipe.
 func isRegular(f *os.File) bool {
 	info, err := f.Stat()
 	return err == nil && info.Mode().IsRegular()
@@ -209,9 +208,9 @@ func (a *app) catalogExport() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "export --collection COLLECTION",
 		Short: "Writes a collection's segments as lines of JSON",
-		Long: `Writes a collection's segments that are not dropped, all as of one revision,
-one a line, as protobuf JSON of the message Segment. ` + "`catalog add-segments`" + ` reads
-them. -o has no effect. After an error the output is not complete.`,
+		Long: `Writes the segments of a collection that are not dropped, all at one revision, one
+per line, as protobuf JSON of the message Segment. ` + "`catalog add-segments`" + ` reads
+them. -o has no effect. After an error the output is incomplete.`,
 		Example: "  snapshotctl catalog export --collection docs > segments.jsonl",
 		Args:    exactArgs(),
 	}
@@ -261,23 +260,23 @@ func (a *app) catalogCompact() *cobra.Command {
 	)
 	cmd := &cobra.Command{
 		Use:   "compact --collection COLLECTION --input ID... --output-file FILE",
-		Short: "Puts segments in the place of others, in one step",
-		Long: `Drops the input segments and adds those of FILE in one atomic step, as a
-compaction does: no snapshot sees both or neither. FILE has one segment a line,
-as for ` + "`catalog add-segments`" + `; without it the inputs just go.`,
+		Short: "Replaces segments atomically",
+		Long: `Drops the input segments and adds those of FILE atomically, as a compaction does: no
+snapshot sees both or neither. FILE has one segment per line, as for
+` + "`catalog add-segments`" + `; without it the inputs are only dropped.`,
 		Example: "  snapshotctl catalog compact --collection docs --input 101,102 --input 103 --output-file merged.jsonl",
 		Args:    exactArgs(),
 	}
 	collection := addCollection(cmd)
-	cmd.Flags().StringArrayVar(&inputs, "input", nil, "`id` of a segment that goes; may be repeated (required)")
-	cmd.Flags().StringVar(&file, "output-file", "", "`file` with the segments that come; - is standard input")
+	cmd.Flags().StringArrayVar(&inputs, "input", nil, "`id` of an input segment; may be repeated (required)")
+	cmd.Flags().StringVar(&file, "output-file", "", "`file` of the output segments; - reads standard input")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
 		ref, err := a.requiredRef(collection)
 		if err != nil {
 			return err
 		}
 		if len(inputs) == 0 {
-			return usageErrorf("--input is missing: which segments go?")
+			return usageErrorf("--input is missing")
 		}
 		req := &snapshotdv1.CompactSegmentsRequest{Collection: ref, RequestToken: client.NewRequestToken()}
 		if req.Inputs, err = parseIDs(inputs); err != nil {
@@ -291,7 +290,7 @@ as for ` + "`catalog add-segments`" + `; without it the inputs just go.`,
 			defer closeFile()
 			err = sendBatches(newSegmentLines(name, r).next, func(batch []*snapshotdv1.Segment) error {
 				if req.Outputs = append(req.Outputs, batch...); len(req.GetOutputs()) > maxBatch {
-					return usageErrorf("%s holds more segments than one compaction takes", name)
+					return usageErrorf("%s has more segments than a compaction may add", name)
 				}
 				return nil
 			})
@@ -308,7 +307,10 @@ as for ` + "`catalog add-segments`" + `; without it the inputs just go.`,
 			return err
 		}
 		return a.print(resp, func(w io.Writer) {
-			fprintf(w, "compacted %s into %d at catalog revision %d\n", count(len(req.GetInputs()), "segment"), len(req.GetOutputs()), resp.GetCatalogRevision())
+			fprintf(
+				w, "compacted %s into %d at catalog revision %d\n", count(len(req.GetInputs()), "segment"), len(req.GetOutputs()),
+				resp.GetCatalogRevision(),
+			)
 		})
 	})
 	return cmd
@@ -318,8 +320,8 @@ func (a *app) catalogDropSegments() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "drop-segments ID... --collection COLLECTION",
 		Short: "Drops segments",
-		Long: `Drops segments. Their files stay as long as a snapshot needs them. One that is
-dropped already is no error; one that never was is, before anything is written.`,
+		Long: `Drops segments. Their files stay while a snapshot holds them. A segment that is
+already dropped is not an error; one that never existed is, before any write.`,
 		Example: "  snapshotctl catalog drop-segments --collection docs 101 102",
 		Args:    cobra.ArbitraryArgs,
 	}
@@ -330,7 +332,7 @@ dropped already is no error; one that never was is, before anything is written.`
 			return err
 		}
 		if len(args) == 0 {
-			return usageErrorf("ID is missing: which segments?")
+			return usageErrorf("ID is missing")
 		}
 		ids, err := parseIDs(args)
 		if err != nil {
@@ -342,7 +344,9 @@ dropped already is no error; one that never was is, before anything is written.`
 		}
 		sum := new(snapshotdv1.DropSegmentsResponse)
 		for part := range slices.Chunk(ids, maxDropIDs) {
-			resp, err := unary(ctx, a, c.Catalog.DropSegments, &snapshotdv1.DropSegmentsRequest{Collection: ref, SegmentIds: part})
+			resp, err := unary(ctx, a, c.Catalog.DropSegments, &snapshotdv1.DropSegmentsRequest{
+				Collection: ref, SegmentIds: part,
+			})
 			if err != nil {
 				return err
 			}

@@ -2,7 +2,6 @@ package cli
 
 import (
 	"context"
-	"encoding/hex"
 	"fmt"
 	"io"
 	"strings"
@@ -20,8 +19,8 @@ import (
 func (a *app) snapshotCommand() *cobra.Command {
 	cmd := group("snapshot", "Takes, shows and drops snapshots", `Takes, shows and drops snapshots.
 
-A snapshot is a point-in-time capture of a collection. It holds no data of its
-own: it references files where they lie and keeps them from being deleted.`)
+A snapshot is a point-in-time capture of a collection. It holds no data itself: it
+references files in place and keeps them from being deleted.`)
 	cmd.Example = `  snapshotctl snapshot create nightly --collection docs
   snapshotctl snapshot describe nightly`
 	cmd.AddCommand(
@@ -31,23 +30,25 @@ own: it references files where they lie and keeps them from being deleted.`)
 	return cmd
 }
 
-// chosen says which snapshot a command is about.
+// snapshotArg selects the snapshot of a command, by argument or flags.
 type snapshotArg struct {
 	id         int64
 	collection *optionalCollection
 }
 
-// choose gives cmd the flags and the argument that fill the result.
+// addSnapshotArg adds the argument and the flags to cmd that set the result.
 func addSnapshotArg(cmd *cobra.Command) *snapshotArg {
 	var c snapshotArg
 	cmd.Flags().Int64Var(&c.id, "id", 0, "the snapshot's `id`, instead of SNAPSHOT")
-	c.collection = addOptionalCollection(cmd, "the snapshot's `collection`: needed where several have a snapshot of that name, else checked")
+	c.collection = addOptionalCollection(
+		cmd, "the snapshot's `collection`: required if the name is ambiguous, otherwise checked",
+	)
 	cmd.Args = func(cmd *cobra.Command, argv []string) error {
 		switch {
 		case !cmd.Flags().Changed("id"):
 			return exactArgs("SNAPSHOT")(cmd, argv)
 		case len(argv) > 0:
-			return asUsageError(cmd, fmt.Errorf("both --id and %q are given", clean(argv[0])))
+			return asUsageError(cmd, fmt.Errorf("--id and %q exclude each other", clean(argv[0])))
 		case c.id <= 0:
 			return asUsageError(cmd, fmt.Errorf("--id %d: ids are positive numbers", c.id))
 		}
@@ -56,7 +57,7 @@ func addSnapshotArg(cmd *cobra.Command) *snapshotArg {
 	return &c
 }
 
-// ref returns the snapshot that the user chose.
+// snapshotRef returns the selected snapshot.
 func (a *app) snapshotRef(c *snapshotArg, args []string) (*snapshotdv1.SnapshotRef, error) {
 	a.snapshot = fmt.Sprintf("#%d", c.id)
 	if c.id == 0 {
@@ -72,81 +73,99 @@ func (a *app) snapshotRef(c *snapshotArg, args []string) (*snapshotdv1.SnapshotR
 	return ref, nil
 }
 
-// collectionRef returns the collection that the user named.
+// collectionRef parses the name of a collection and keeps it for hints.
 func (a *app) collectionRef(s string) (*snapshotdv1.CollectionRef, error) {
 	a.collection = s
 	return parseCollection(s)
 }
 
+// createFlags are the flags of snapshot create.
+type createFlags struct {
+	collection, description, ttl, expireTime, token string
+	labels, minCut                                  []string
+	exact, verify, noWait                           bool
+}
+
+func (c *createFlags) register(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&c.collection, "collection", "", "`collection` to capture (required)")
+	f.StringVar(&c.description, "description", "", "free `text`")
+	f.StringArrayVar(&c.labels, "label", nil, "label `key=value`; may be repeated")
+	f.StringVar(&c.ttl, "ttl", "",
+		"expire this time `span` after the commit, such as 36h or 30d, at most 36525d (100 years)")
+	f.StringVar(&c.expireTime, "expire-time", "", "expire at this `time` (RFC 3339)")
+	f.StringArrayVar(&c.minCut, "min-cut", nil,
+		"wait until a channel's checkpoint reaches this position, `shard=timestamp`; may be repeated")
+	f.BoolVar(&c.exact, "require-exact", false, "fail if a segment has rows on both sides of the cut")
+	f.BoolVar(&c.verify, "verify", false, "check every file in the object store, and fail if one is missing or altered")
+	f.BoolVar(&c.noWait, "no-wait", false,
+		"return when the snapshot is PENDING; with --min-cut, when the cut is reached")
+	f.StringVar(&c.token, "request-token", "", "`token` of an earlier run of the same command, to join it")
+	cmd.MarkFlagsMutuallyExclusive("ttl", "expire-time")
+}
+
+// createRequest builds the request from the flags.
+func (a *app) createRequest(f *createFlags, name string) (*snapshotdv1.CreateSnapshotRequest, error) {
+	if f.collection == "" {
+		return nil, usageErrorf("--collection is missing")
+	}
+	a.snapshot = name
+	req := &snapshotdv1.CreateSnapshotRequest{
+		Name: name, Description: f.description,
+		RequireExact: f.exact, Verify: f.verify, RequestToken: f.token,
+	}
+	var err error
+	if req.Collection, err = a.collectionRef(f.collection); err != nil {
+		return nil, err
+	}
+	if req.Labels, err = parseLabels(f.labels); err != nil {
+		return nil, err
+	}
+	if req.MinCut, err = parsePositions(f.minCut); err != nil {
+		return nil, err
+	}
+	switch {
+	case f.ttl != "":
+		d, err := parseTTL(f.ttl)
+		if err != nil {
+			return nil, err
+		}
+		req.Expiry = &snapshotdv1.CreateSnapshotRequest_Ttl{Ttl: durationpb.New(d)}
+	case f.expireTime != "":
+		t, err := parseTime(f.expireTime)
+		if err != nil {
+			return nil, err
+		}
+		req.Expiry = &snapshotdv1.CreateSnapshotRequest_ExpireTime{ExpireTime: t}
+	}
+	if f.noWait {
+		req.Wait = new(bool)
+	}
+	if req.RequestToken == "" {
+		req.RequestToken = client.NewRequestToken()
+	}
+	return req, nil
+}
+
 func (a *app) snapshotCreate() *cobra.Command {
-	var (
-		collection, description, ttl, expireTime, token string
-		labels, minCut                                  []string
-		exact, verify, noWait                           bool
-	)
+	var f createFlags
 	cmd := &cobra.Command{
 		Use:   "create NAME --collection COLLECTION",
 		Short: "Takes a snapshot of a collection",
 		Long: `Takes a snapshot of a collection as of now. No file is copied or moved.
 
-The server goes on when snapshotctl stops waiting. To wait again, run the same
-command with the --request-token that is printed then; a token repeats exactly
-one request, for 24 hours.`,
+The server continues if snapshotctl stops waiting. To wait again, run the same command
+with the printed --request-token; a token repeats exactly one request, for 24 hours.`,
 		Example: `  snapshotctl snapshot create nightly --collection docs --ttl 30d
   snapshotctl snapshot create before-upgrade --collection prod/docs --label ticket=OPS-7 --verify
   snapshotctl snapshot create exact --collection '#7' --min-cut 0=4500,1=4500 --require-exact --timeout 1m`,
 		Args: exactArgs("NAME"),
 	}
-	f := cmd.Flags()
-	f.StringVar(&collection, "collection", "", "`collection` to capture (required)")
-	f.StringVar(&description, "description", "", "free `text` for people")
-	f.StringArrayVar(&labels, "label", nil, "label `key=value`; may be repeated")
-	f.StringVar(&ttl, "ttl", "", "let it be dropped by itself so long after the commit: a time `span` such as 36h or 30d, at most 36525d (100 years)")
-	f.StringVar(&expireTime, "expire-time", "", "let it be dropped by itself at this `time` (RFC 3339)")
-	f.StringArrayVar(&minCut, "min-cut", nil, "wait until a channel's checkpoint has reached this position: `shard=timestamp`; may be repeated")
-	f.BoolVar(&exact, "require-exact", false, "refuse when a segment has rows on both sides of the cut")
-	f.BoolVar(&verify, "verify", false, "ask the object store for every file, and refuse when one is missing or altered")
-	f.BoolVar(&noWait, "no-wait", false, "return as soon as the snapshot is sure to be worked on; with --min-cut that is once the cut is reached")
-	f.StringVar(&token, "request-token", "", "`token` of an earlier run of the same command, to join it")
-	cmd.MarkFlagsMutuallyExclusive("ttl", "expire-time")
+	f.register(cmd)
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
-		if collection == "" {
-			return usageErrorf("--collection is missing: which collection is to be captured?")
-		}
-		a.snapshot = args[0]
-		req := &snapshotdv1.CreateSnapshotRequest{
-			Name: args[0], Description: description,
-			RequireExact: exact, Verify: verify, RequestToken: token,
-		}
-		var err error
-		if req.Collection, err = a.collectionRef(collection); err != nil {
+		req, err := a.createRequest(&f, args[0])
+		if err != nil {
 			return err
-		}
-		if req.Labels, err = parseLabels(labels); err != nil {
-			return err
-		}
-		if req.MinCut, err = parsePositions(minCut); err != nil {
-			return err
-		}
-		switch {
-		case ttl != "":
-			d, err := parseTTL(ttl)
-			if err != nil {
-				return err
-			}
-			req.Expiry = &snapshotdv1.CreateSnapshotRequest_Ttl{Ttl: durationpb.New(d)}
-		case expireTime != "":
-			t, err := parseTime(expireTime)
-			if err != nil {
-				return err
-			}
-			req.Expiry = &snapshotdv1.CreateSnapshotRequest_ExpireTime{ExpireTime: t}
-		}
-		if noWait {
-			req.Wait = new(bool)
-		}
-		if req.RequestToken == "" {
-			req.RequestToken = client.NewRequestToken()
 		}
 		c, err := a.connect()
 		if err != nil {
@@ -158,7 +177,7 @@ one request, for 24 hours.`,
 		if err != nil {
 			if _, code := errorText(err); ctx.Err() != nil || code == codes.DeadlineExceeded {
 				return &hintError{err, fmt.Sprintf(
-					"the server goes on with it; see how it is with `snapshotctl snapshot get %s`, or wait again by adding --request-token %s",
+					"the server continues; see `snapshotctl snapshot get %s`, or wait again by adding --request-token %s",
 					shellQuote(args[0], ""), shellQuote(req.GetRequestToken(), ""),
 				)}
 			}
@@ -182,11 +201,11 @@ func renderCreated(w io.Writer, s *snapshotdv1.Snapshot) {
 	)
 	_ = t.flush() // w is memory
 	if s.GetState() == snapshotdv1.Snapshot_STATE_COMMITTED {
-		fprintf(w, "written for the snapshot: %s; its data stay where they are\n", size(s.GetManifestBytes()))
+		fprintf(w, "manifest size: %s; data files stay in place\n", size(s.GetManifestBytes()))
 	}
 }
 
-// cut returns the cuts of all channels in short.
+// cut formats the cuts of all channels in short form.
 func cut(cs []*snapshotdv1.ChannelPosition) string {
 	switch len(cs) {
 	case 0:
@@ -208,12 +227,12 @@ func cut(cs []*snapshotdv1.ChannelPosition) string {
 	return fmt.Sprintf("%s..%s (%d channels)", dataTime(first), dataTime(last), len(cs))
 }
 
-// origin names the collection that something belongs to.
+// collectionName returns the full name of a collection.
 func collectionName(c *snapshotdv1.CollectionInfo) string {
 	return fullName(c.GetDb(), c.GetName(), c.GetId())
 }
 
-// fullName names a collection in a way that the commands take.
+// fullName returns a collection in the form that commands accept.
 func fullName(db, name string, id int64) string {
 	if name == "" {
 		return fmt.Sprintf("#%d", id)
@@ -221,7 +240,9 @@ func fullName(db, name string, id int64) string {
 	return db + "/" + name
 }
 
-var snapshotHeader = []string{"NAME", "ID", "STATE", "COLLECTION", "SEGMENTS", "ROWS", "FILES", "SIZE", "CREATED", "EXPIRES", "LABELS"}
+var snapshotHeader = []string{
+	"NAME", "ID", "STATE", "COLLECTION", "SEGMENTS", "ROWS", "FILES", "SIZE", "CREATED", "EXPIRES", "LABELS",
+}
 
 func snapshotCells(s *snapshotdv1.Snapshot) []any {
 	n := s.GetTotals()
@@ -248,8 +269,8 @@ func (a *app) snapshotGet() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "get SNAPSHOT",
 		Short: "Shows a snapshot's record",
-		Long: `Shows a snapshot's record. SNAPSHOT is a name, be it one of digits; an id is
-given as '#42' or with --id 42.`,
+		Long: `Shows a snapshot's record. SNAPSHOT is a name, even if it consists of digits; an id
+is '#42' or --id 42.`,
 		Example: `  snapshotctl snapshot get nightly
   snapshotctl snapshot get --id 42 -o json`,
 	}
@@ -272,262 +293,11 @@ given as '#42' or with --id 42.`,
 	return cmd
 }
 
-func (a *app) snapshotDescribe() *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "describe SNAPSHOT",
-		Short: "Shows what a snapshot captured",
-		Long: `Shows what a snapshot captured, but for its segments: the cut of each channel,
-schema, partitions and indexes, and the snapshot's own files; and what it keeps:
-how many files, and how many of them nothing else needs. A file of its own that is
-missing or has another length is named as DAMAGED. SNAPSHOT is a name, be
-it one of digits; an id is given as '#42' or with --id 42.`,
-		Example: `  snapshotctl snapshot describe nightly
-  snapshotctl snapshot describe '#42' -o yaml`,
-	}
-	arg := addSnapshotArg(cmd)
-	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
-		ref, err := a.snapshotRef(arg, args)
-		if err != nil {
-			return err
-		}
-		c, err := a.connect()
-		if err != nil {
-			return err
-		}
-		req := &snapshotdv1.DescribeSnapshotRequest{Snapshot: ref, IncludeUsage: true}
-		resp, err := unary(ctx, a, c.DescribeWhole, req)
-		unknown := ""
-		switch client.Reason(err) { // the rest can be shown without
-		case "REFERENCES_LOADING", "REFERENCES_UNREADABLE", "SNAPSHOT_CORRUPT":
-			unknown, _ = errorText(err)
-			req.IncludeUsage = false
-			resp, err = unary(ctx, a, c.DescribeWhole, req)
-		}
-		if err != nil {
-			return err
-		}
-		undo := shellQuote(resp.GetSnapshot().GetName(), "")
-		if arg.collection.text != "" {
-			undo += " --collection " + shellQuote(arg.collection.text, "")
-		}
-		return a.print(resp, func(w io.Writer) { renderDescription(w, resp, unknown, undo) })
-	})
-	return cmd
-}
-
-// renderDescription prints sections; unknown is why there is no usage, and undo
-// what `snapshot drop` takes to drop this snapshot.
-func renderDescription(w io.Writer, r *snapshotdv1.DescribeSnapshotResponse, unknown, undo string) {
-	s, c := r.GetSnapshot(), r.GetCollection()
-	n := s.GetTotals()
-	expires := "never"
-	if s.GetExpireTime() != nil {
-		expires = formatTime(s.GetExpireTime())
-	}
-	fprintf(w, "Snapshot\n")
-	keyValues(w, "  ",
-		"name", s.GetName(),
-		"id", s.GetId(),
-		"state", stateName(s.GetState()),
-		"description", s.GetDescription(),
-		"labels", formatMap(s.GetLabels()),
-		"created", s.GetCreateTime(),
-		"committed", s.GetCommitTime(),
-		"expires", expires,
-		"catalog revision", s.GetCatalogRevision(),
-		"segments", n.GetSegments(),
-		"rows", n.GetRows(),
-		"index builds", n.GetBuilds(),
-		"segments across the cut", n.GetStraddlingSegments(),
-	)
-
-	fprintf(w, "\nCut\n")
-	t := newTable(w, "  ", "SHARD", "CHANNEL", "ROWS BEFORE")
-	for _, p := range s.GetCuts() {
-		t.row(p.GetShard(), p.GetChannel(), dataTime(p.GetPosition().GetTimestamp()))
-	}
-	_ = t.flush() // w is memory, here and below
-
-	fprintf(w, "\nCollection\n")
-	info := s.GetCollection()
-	keyValues(w, "  ",
-		"name", fullName(info.GetDb(), info.GetName(), info.GetId()),
-		"id", info.GetId(),
-		"layout", enumName(c.GetLayout(), "LAYOUT_"),
-		"consistency level", c.GetConsistencyLevel(),
-		"properties", formatMap(c.GetProperties()),
-		"attributes", formatMap(c.GetAttributes()),
-	)
-	renderRoots(w, c.GetRoots())
-	renderSchema(w, c.GetSchema())
-	renderPartitions(w, r.GetPartitions())
-	renderIndexes(w, r.GetIndexes())
-
-	fprintf(w, "\nManifests (%s:%s, format %d, %s)\n", clean(r.GetStore()), clean(r.GetPrefix()), r.GetFormatVersion(), size(s.GetManifestBytes()))
-	t = newTable(w, "  ", "FILE", "SIZE", "SEGMENTS", "FROM", "SHA256")
-	for _, m := range r.GetManifests() {
-		t.row(m.GetFile(), size(m.GetSizeBytes()), m.GetSegments(), m.GetFirstOrdinal(), hex.EncodeToString(m.GetSha256()))
-	}
-	_ = t.flush()
-
-	for _, text := range r.GetDamage() {
-		fprintf(w, "DAMAGED: %s\n", clean(text))
-	}
-	if why := r.GetDamageUnknown(); why != "" {
-		fprintf(w, "whether all its files are there is not known: %s\n", clean(why))
-	}
-
-	fprintf(w, "\nprotects: %s, %s\n", count(n.GetFiles(), "file"), size(n.GetBytes()))
-	switch u := r.GetUsage(); {
-	case u.GetSharedFiles() > 0:
-		fprintf(w, "kept by it alone: %s, %s; the others stay without it\n", count(u.GetExclusiveFiles(), "file"), size(u.GetExclusiveBytes()))
-	case u != nil:
-		fprintf(w, "kept by it alone: %s, %s\n", count(u.GetExclusiveFiles(), "file"), size(u.GetExclusiveBytes()))
-	case unknown != "":
-		fprintf(w, "kept by it alone: not known: %s\n", clean(unknown))
-	}
-	fprintf(w, "to undo: snapshotctl snapshot drop %s\n", undo)
-}
-
-func renderRoots(w io.Writer, roots []*snapshotdv1.Root) {
-	fprintf(w, "\nRoots\n")
-	t := newTable(w, "  ", "ROOT", "STORE", "PREFIX")
-	for i, r := range roots {
-		t.row(i, r.GetStore(), r.GetPrefix())
-	}
-	_ = t.flush() // w is memory
-}
-
-func renderSchema(w io.Writer, s *snapshotdv1.Schema) {
-	fprintf(w, "\nSchema")
-	if s.GetSchemaFormat() != "" {
-		fprintf(w, " (%s, %s raw)", clean(s.GetSchemaFormat()), size(int64(len(s.GetSchemaRaw()))))
-	}
-	fprintf(w, "\n")
-	t := newTable(w, "  ", "FIELD", "NAME", "TYPE", "KEY", "NULLABLE", "PARAMETERS")
-	for _, f := range s.GetFields() {
-		kind := f.GetDataType()
-		if f.GetElementType() != "" {
-			kind += "<" + f.GetElementType() + ">"
-		}
-		key := "-"
-		switch {
-		case f.GetPrimaryKey():
-			key = "primary"
-		case f.GetPartitionKey():
-			key = "partition"
-		}
-		t.row(f.GetId(), f.GetName(), kind, key, f.GetNullable(), formatMap(f.GetTypeParams()))
-	}
-	_ = t.flush() // w is memory
-}
-
-func renderPartitions(w io.Writer, ps []*snapshotdv1.Partition) {
-	fprintf(w, "\nPartitions\n")
-	t := newTable(w, "  ", "NAME", "ID", "STATE", "ATTRIBUTES")
-	for _, p := range ps {
-		t.row(p.GetName(), p.GetId(), stateName(p.GetState()), formatMap(p.GetAttributes()))
-	}
-	_ = t.flush() // w is memory
-}
-
-func renderIndexes(w io.Writer, is []*snapshotdv1.Index) {
-	fprintf(w, "\nIndexes\n")
-	t := newTable(w, "  ", "NAME", "ID", "FIELD", "STATE", "PARAMETERS")
-	for _, i := range is {
-		t.row(i.GetName(), i.GetId(), i.GetFieldId(), stateName(i.GetState()), formatMap(i.GetIndexParams()))
-	}
-	_ = t.flush() // w is memory
-}
-
-func (a *app) snapshotSegments() *cobra.Command {
-	var (
-		files bool
-		limit int
-	)
-	cmd := &cobra.Command{
-		Use:   "segments SNAPSHOT",
-		Short: "Lists a snapshot's segments",
-		Long:  "Lists a snapshot's segments in id order, as they come, whatever their number.",
-		Example: `  snapshotctl snapshot segments nightly --limit 20
-  snapshotctl snapshot segments nightly --files -o json`,
-	}
-	arg := addSnapshotArg(cmd)
-	cmd.Flags().BoolVar(&files, "files", false, "list the files of each segment, too")
-	cmd.Flags().IntVar(&limit, "limit", 0, "list so `many` segments (default all)")
-	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
-		ref, err := a.snapshotRef(arg, args)
-		if err != nil {
-			return err
-		}
-		c, err := a.connect()
-		if err != nil {
-			return err
-		}
-		req := &snapshotdv1.ListSnapshotSegmentsRequest{Snapshot: ref, View: snapshotdv1.SegmentView_SEGMENT_VIEW_BASIC}
-		header := []string{"SEGMENT", "PARTITION", "SHARD", "LEVEL", "STATE", "ROWS", "CEILING", "FILES", "SIZE"}
-		if files {
-			req.View = snapshotdv1.SegmentView_SEGMENT_VIEW_FILES
-			header = []string{"SEGMENT", "BUILD", "KIND", "SIZE", "ROOT", "PATH"}
-		}
-		l := a.list("segments", header...)
-		err = pages(limit, func(size int32, token string) (int, string, error) {
-			req.PageSize, req.PageToken = size, token
-			resp, err := unary(ctx, a, c.Snapshots.ListSnapshotSegments, req)
-			if err != nil {
-				return 0, "", err
-			}
-			for _, s := range resp.GetSegments() {
-				if err := addSegment(l, s, files); err != nil {
-					return 0, "", err
-				}
-			}
-			return len(resp.GetSegments()), resp.GetNextPageToken(), l.flush()
-		})
-		if err != nil {
-			return err
-		}
-		return l.close()
-	})
-	return cmd
-}
-
-// addSegment prints a segment: as a row, or as one for each of its files.
-func addSegment(l *list, s *snapshotdv1.SnapshotSegment, files bool) error {
-	g := s.GetSegment()
-	if !files || l.app.output != formatTable {
-		partition := "all"
-		if g.GetPartitionId() != 0 {
-			partition = fmt.Sprint(g.GetPartitionId())
-		}
-		ceiling := "-"
-		if g.GetRowCeiling() != 0 {
-			ceiling = dataTime(g.GetRowCeiling())
-		}
-		return l.add(
-			s, g.GetId(), partition, g.GetShard(), strings.TrimPrefix(g.GetLevel().String(), "LEVEL_"), stateName(g.GetState()),
-			g.GetRows(), ceiling, s.GetFiles(), size(s.GetBytes()),
-		)
-	}
-	add := func(build string, f *snapshotdv1.File) {
-		l.table.row(g.GetId(), build, f.GetKind(), size(f.GetSizeBytes()), f.GetRoot(), f.GetPath())
-	}
-	for _, f := range g.GetFiles() {
-		add("-", f)
-	}
-	for _, b := range g.GetIndexBuilds() {
-		for _, f := range b.GetFiles() {
-			add(fmt.Sprint(b.GetId()), f)
-		}
-	}
-	return nil
-}
-
-// maxPage is the most that the server puts on a page.
+// maxPage is the server's maximum page size.
 const maxPage = 1000
 
-// pages calls fetch for one page after the other until there are no more, or
-// limit items were seen; 0 is no limit.
+// pages calls fetch for each page, up to the last page or to limit items; limit 0
+// means all.
 func pages(limit int, fetch func(size int32, token string) (n int, next string, err error)) error {
 	if limit < 0 {
 		return usageErrorf("--limit must not be negative")
@@ -559,8 +329,8 @@ func (a *app) snapshotList() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "Lists snapshots, newest first",
-		Long: `Lists snapshots, newest first. All filters must hold; of several states, one.
-Snapshots of a dropped collection are found by its id.`,
+		Long: `Lists snapshots, newest first, that match all filters and any of the states. Select
+snapshots of a dropped collection by its id.`,
 		Example: `  snapshotctl snapshot list
   snapshotctl snapshot list --collection docs --label ticket=OPS-7
   snapshotctl snapshot list --collection '#7' --state pending,committed,deleting --limit 10`,
@@ -569,11 +339,11 @@ Snapshots of a dropped collection are found by its id.`,
 	f := cmd.Flags()
 	collection := addOptionalCollection(cmd, "only of this `collection`")
 	f.StringVar(&req.Db, "db", "", "only of collections in this `database`")
-	f.Int64Var(&req.PartitionId, "partition", 0, "only those that cover the partition with this `id`")
+	f.Int64Var(&req.PartitionId, "partition", 0, "only those that include the partition with this `id`")
 	f.StringArrayVar(&labels, "label", nil, "only those with this label `key=value`; may be repeated")
 	f.StringSliceVar(&states, "state", nil, "only in these `states`: pending, committed, deleting (default committed)")
 	f.StringVar(&req.NamePrefix, "prefix", "", "only those whose name begins with this `text`")
-	f.IntVar(&limit, "limit", 0, "list so `many` (default all)")
+	f.IntVar(&limit, "limit", 0, "list at most this `number` (default all)")
 	cmd.RunE = a.run(func(ctx context.Context, _ []string) error {
 		var err error
 		if req.Collection, err = a.optionalRef(collection); err != nil {
@@ -621,20 +391,20 @@ func (a *app) snapshotUpdate() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "update SNAPSHOT",
 		Short: "Changes a snapshot's description, labels or expiry",
-		Long: `Changes a snapshot's description, labels or expiry. What is not given stays as
-it is; the labels that are given take the place of all that it has.`,
+		Long: `Changes a snapshot's description, labels or expiry. Omitted parts stay unchanged; the
+given labels replace all existing ones.`,
 		Example: `  snapshotctl snapshot update nightly --description 'before the migration' --no-expiry
   snapshotctl snapshot update nightly --label ticket=OPS-7 --label owner=search --ttl 30d`,
 	}
 	arg := addSnapshotArg(cmd)
 	f := cmd.Flags()
-	f.StringVar(&description, "description", "", "the new `text`; empty takes it away")
+	f.StringVar(&description, "description", "", "the new `text`; empty removes it")
 	f.StringArrayVar(&labels, "label", nil, "label `key=value`; may be repeated")
-	f.BoolVar(&noLabels, "no-labels", false, "take all labels away")
-	f.StringVar(&ttl, "ttl", "", "let it be dropped by itself so long from now: a time `span` such as 36h or 30d, at most 36525d (100 years)")
-	f.StringVar(&expireTime, "expire-time", "", "let it be dropped by itself at this `time` (RFC 3339)")
-	f.BoolVar(&noExpiry, "no-expiry", false, "keep it until it is dropped")
-	f.Int64Var(&revision, "expected-revision", 0, "refuse unless the snapshot has this `revision`")
+	f.BoolVar(&noLabels, "no-labels", false, "remove all labels")
+	f.StringVar(&ttl, "ttl", "", "expire this time `span` from now, such as 36h or 30d, at most 36525d (100 years)")
+	f.StringVar(&expireTime, "expire-time", "", "expire at this `time` (RFC 3339)")
+	f.BoolVar(&noExpiry, "no-expiry", false, "never expire")
+	f.Int64Var(&revision, "expected-revision", 0, "fail unless the snapshot has this `revision`")
 	cmd.MarkFlagsMutuallyExclusive("label", "no-labels")
 	cmd.MarkFlagsMutuallyExclusive("ttl", "expire-time", "no-expiry")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
@@ -662,7 +432,7 @@ it is; the labels that are given take the place of all that it has.`,
 			if err != nil {
 				return err
 			}
-			change("ttl") // from now on by the server's time
+			change("ttl") // relative to the server's clock
 			req.Ttl = durationpb.New(d)
 		case expireTime != "":
 			change("expire_time")
@@ -673,7 +443,7 @@ it is; the labels that are given take the place of all that it has.`,
 			change("expire_time")
 		}
 		if len(req.GetUpdateMask().GetPaths()) == 0 {
-			return usageErrorf("nothing to change: give a flag such as --description or --label")
+			return usageErrorf("nothing to change: use a flag such as --description or --label")
 		}
 		c, err := a.connect()
 		if err != nil {
@@ -696,20 +466,20 @@ func (a *app) snapshotDrop() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "drop SNAPSHOT",
 		Short: "Drops a snapshot",
-		Long: `Drops a snapshot. Its name is free at once, and it protects no file any more.
-Dropping one that does not exist is success. SNAPSHOT is a name, be it one of
-digits; an id is given as '#42' or with --id 42.
+		Long: `Drops a snapshot. Its name is free at once, and it holds no files any more. Dropping a
+snapshot that does not exist succeeds. SNAPSHOT is a name, even if it consists of
+digits; an id is '#42' or --id 42.
 
-With --dry-run it only says what a drop would do and which files nothing would
-hold any more. They are deleted when their deletion is asked for and granted;
-see ` + "`snapshotctl reclaim`" + `.`,
+With --dry-run it only shows the effect of a drop: the number of files that nothing
+would hold any more. They are deleted by the collector or after a grant; see
+` + "`snapshotctl reclaim`" + `.`,
 		Example: `  snapshotctl snapshot drop nightly
   snapshotctl snapshot drop nightly --dry-run
   snapshotctl snapshot drop nightly --expected-id 42`,
 	}
 	arg := addSnapshotArg(cmd)
-	cmd.Flags().Int64Var(&expected, "expected-id", 0, "refuse unless the name stands for the snapshot with this `id`")
-	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "only say what a drop would do, and what it would free")
+	cmd.Flags().Int64Var(&expected, "expected-id", 0, "fail unless the snapshot has this `id`")
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "only show the effect of a drop")
 	cmd.RunE = a.run(func(ctx context.Context, args []string) error {
 		ref, err := a.snapshotRef(arg, args)
 		if err != nil {
@@ -736,7 +506,7 @@ see ` + "`snapshotctl reclaim`" + `.`,
 	return cmd
 }
 
-// renderDryRun says what a drop of the snapshot with this name would do.
+// renderDryRun prints the effect of a drop.
 func renderDryRun(w io.Writer, name string, r *snapshotdv1.DropSnapshotResponse) {
 	u := r.GetUsage()
 	fprintf(w, "dry run: snapshot %s", clean(name))
@@ -746,17 +516,17 @@ func renderDryRun(w io.Writer, name string, r *snapshotdv1.DropSnapshotResponse)
 	fprintf(w, " could be dropped; nothing was\n")
 	fprintf(w, "would free %s, %s\n", count(u.GetExclusiveFiles(), "file"), size(u.GetExclusiveBytes()))
 	if u.GetSharedFiles() > 0 {
-		fprintf(w, "would leave %s, %s: the collection, another snapshot or a grant accounts for them, or they are not snapshotd's to delete\n",
+		fprintf(w, "would keep %s, %s: held by the collection, another snapshot or a grant, or not snapshotd's to delete\n",
 			count(u.GetSharedFiles(), "file"), size(u.GetSharedBytes()))
 	}
 }
 
-// renderDropped says what a drop of a thing with this name did; id 0 is that
-// there was none.
+// renderDropped prints the result of a drop; id 0 means that there was nothing to
+// drop.
 func renderDropped(w io.Writer, thing, name string, id int64) {
 	switch {
 	case id == 0:
-		fprintf(w, "there was no such %s\n", thing)
+		fprintf(w, "no such %s\n", thing)
 	case strings.HasPrefix(name, "#"):
 		fprintf(w, "dropped %s %s\n", thing, clean(name))
 	default:
