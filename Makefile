@@ -9,29 +9,29 @@ MAKEFLAGS += --no-print-directory
 
 GO ?= go
 BIN := $(CURDIR)/.bin
-# At least twelve digits, so that a version is recognised wherever it is printed.
+# At least twelve digits, so that docscheck can mask a version in any output.
 VERSION ?= $(shell git describe --tags --always --dirty --abbrev=12 2>/dev/null || echo unknown)
-# What `make bench` runs, and for how long each.
+# The benchmarks that `make bench` runs, and the time for each.
 BENCH ?= .
 BENCHTIME ?= 200ms
-# Set to 1, `make bench-create`, `make bench-refs`, `make bench-restore` and `make bench-gc` fail when a bar is missed or cannot be judged.
+# STRICT=1 makes the bench-* targets fail if a bar is missed or cannot be judged.
 STRICT ?= 0
-# Flags for them besides, such as '-n 1000 -rounds 3 -only register,create'.
+# More flags for them, such as '-n 1000 -rounds 3 -only register,create'.
 BENCH_FLAGS ?=
-# For how long `make fuzz` runs each fuzz test, and which: those whose package or name matches.
+# The time per fuzz test of `make fuzz`, and a regexp of packages or names to run.
 FUZZTIME ?= 10s
 FUZZ ?= .
-# The points that `make crash` crashes at; set QUICK to 1 for one side of those of
-# creates and restores, which SEED chooses, 0 by chance.
+# POINT is a regexp of the crash points of `make crash`. QUICK=1 runs one side of the
+# points of creates and restores, chosen by SEED; SEED=0 chooses at random.
 POINT ?=
 QUICK ?= 0
-# CASE=line runs one case, named as the run prints it. PAIRS=n runs n pairs of points, -1 all of them.
+# CASE=line runs one case, as printed by a run. PAIRS=n runs n pairs of points, -1 all.
 CASE ?=
 PAIRS ?=
 SEED ?= 0
-# The prefix of the names of the mutants that `make mutants` runs. Empty: all.
+# The name prefix of the mutants that `make mutants` runs; empty means all.
 ONLY ?=
-# Set to 1, an unreachable vulnerability database is said and forgiven.
+# Set to 1 to warn instead of failing when the vulnerability database is unreachable.
 VULN_OPTIONAL ?= 0
 
 LDFLAGS := -s -w -X main.version=$(VERSION)
@@ -41,14 +41,14 @@ help: ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-16s %s\n", $$1, $$2}'
 
 .PHONY: all
-all: build lint test ## Builds, lints (generated code included) and tests: what a change has to pass.
+all: build lint test ## Builds, lints (including generated code) and tests: required for every change.
 
 .PHONY: build
 build: ## Builds bin/snapshotd and bin/snapshotctl.
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 
 .PHONY: demo
-demo: build ## Shows snapshotd at work, start to end, on this machine.
+demo: build ## Demonstrates snapshotd from start to end on this machine.
 	$(GO) run ./examples/demo
 
 .PHONY: test
@@ -61,11 +61,11 @@ test-short: ## Runs the tests that need no server: under a minute.
 	$(GO) test -tags short -short -timeout 2m ./...
 
 .PHONY: fuzz
-fuzz: ## Runs every fuzz test for FUZZTIME=10s, until one finds something: FUZZ=regexp.
+fuzz: ## Runs each fuzz test for FUZZTIME=10s, up to the first failure: FUZZ=regexp.
 	GO='$(GO)' test/fuzz.sh '$(FUZZTIME)' '$(FUZZ)'
 
 .PHONY: mutants
-mutants: $(BIN)/versitygw ## Puts each defect of test/mutants into a copy and requires that a test finds it: ONLY=prefix.
+mutants: $(BIN)/versitygw ## Applies each mutant to a copy and requires that a test finds it: ONLY=prefix.
 	$(GO) run ./test/mutants/run -only '$(ONLY)'
 
 .PHONY: bench
@@ -73,35 +73,35 @@ bench: ## Runs the benchmarks: BENCH=regexp, BENCHTIME=200ms.
 	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -timeout 20m ./...
 
 .PHONY: bench-create
-bench-create: build $(BIN)/versitygw ## Measures create, registration and reading against their bars: STRICT=1, BENCH_FLAGS=.
+bench-create: build $(BIN)/versitygw ## Measures create, registration and reading: STRICT=1, BENCH_FLAGS=.
 	$(GO) build -o $(BIN)/bench-etcd ./test/bench/etcd
 	$(GO) build -o $(BIN)/bench-create ./test/bench/create
 	$(BIN)/bench-create $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-create.md $(BENCH_FLAGS)
 
 .PHONY: bench-refs
-bench-refs: build ## Measures what it costs to know what snapshots reference, and to reclaim, against the bars: STRICT=1, BENCH_FLAGS=.
+bench-refs: build ## Measures the reference index and reclaim: STRICT=1, BENCH_FLAGS=.
 	$(GO) build -o $(BIN)/bench-etcd ./test/bench/etcd
 	$(GO) build -o $(BIN)/bench-refs ./test/bench/refs
 	$(BIN)/bench-refs $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-refs.md $(BENCH_FLAGS)
 
 .PHONY: bench-restore
-bench-restore: build $(BIN)/versitygw $(BIN)/rclone ## Measures restores against their bars, a loop of bare copies and rclone: STRICT=1, BENCH_FLAGS=.
+bench-restore: build $(BIN)/versitygw $(BIN)/rclone ## Measures restores: STRICT=1, BENCH_FLAGS=.
 	$(GO) build -o $(BIN)/bench-etcd ./test/bench/etcd
 	$(GO) build -o $(BIN)/bench-restore ./test/bench/restore
 	$(BIN)/bench-restore $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-restore.md $(BENCH_FLAGS)
 
 .PHONY: bench-gc
-bench-gc: build $(BIN)/versitygw ## Measures the rounds of the collector against their bars and a loop of bare deletes: STRICT=1, BENCH_FLAGS=.
+bench-gc: build $(BIN)/versitygw ## Measures the collector: STRICT=1, BENCH_FLAGS=.
 	$(GO) build -o $(BIN)/bench-etcd ./test/bench/etcd
 	$(GO) build -o $(BIN)/bench-gc ./test/bench/gc
 	$(BIN)/bench-gc $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-gc.md $(BENCH_FLAGS)
 
 .PHONY: docs-check
-docs-check: build $(BIN)/docscheck $(BIN)/grpcurl $(BIN)/versitygw ## Runs the console examples of the documents and compares their output.
+docs-check: build $(BIN)/docscheck $(BIN)/grpcurl $(BIN)/versitygw ## Runs the examples in the documents.
 	$(BIN)/docscheck
 
 .PHONY: docs-update
-docs-update: build $(BIN)/docscheck $(BIN)/grpcurl $(BIN)/versitygw ## Runs the same examples and writes their output into the documents.
+docs-update: build $(BIN)/docscheck $(BIN)/grpcurl $(BIN)/versitygw ## Writes the output of the examples.
 	$(BIN)/docscheck -update
 
 # SEED=s runs one seed; SEEDS=n runs n consecutive seeds. No new seed starts after SIM_FOR.
@@ -110,69 +110,73 @@ SEEDS ?= $(if $(filter-out 0,$(SEED)),1,2000)
 SIM_FOR ?= 2m
 SIM_EXACT := -tags exact -overlay $(BIN)/sim/overlay.json
 .PHONY: sim
-sim: ## Simulates clusters with all faults, each run decided by a seed: SEEDS=n, SEED=s.
+sim: ## Simulates clusters with faults, each run from a seed: SEEDS=n, SEED=s.
 	flags='$(SIM_EXACT)'; \
 	GO='$(GO)' test/sim/exact.sh $(BIN)/sim && $(GO) test -c $$flags -o $(BIN)/sim/sim.test ./test/sim || { \
 		echo 'sim: the runtime of this Go release is not patched: a seed may not replay exactly' >&2; flags=; \
 	}; \
-	$(GO) test $$flags -count 1 -timeout 20m -v ./test/sim -run 'TestSim|TestMetadataRollback' -seed $(SEED) -seeds $(SEEDS) -for $(SIM_FOR)
+	$(GO) test $$flags -count 1 -timeout 20m -v ./test/sim \
+		-run 'TestSim|TestMetadataRollback' -seed $(SEED) -seeds $(SEEDS) -for $(SIM_FOR)
 
 # Fails on a Go release whose runtime test/sim/exact.sh does not know.
 .PHONY: sim-replay
-sim-replay: ## Shows that a seed of the simulation replays exactly, on a patched runtime: SEEDS=n, SEED=s.
+sim-replay: ## Checks that a seed replays exactly, on a patched runtime: SEEDS=n, SEED=s.
 	GO='$(GO)' test/sim/exact.sh $(BIN)/sim
-	$(GO) test $(SIM_EXACT) -count 1 -timeout 20m -v ./test/sim -run 'TestReplay' -seed $(SEED) -seeds $(SEEDS)
+	$(GO) test $(SIM_EXACT) -count 1 -timeout 20m -v ./test/sim \
+		-run 'TestReplay' -seed $(SEED) -seeds $(SEEDS)
 
-# An etcd that is too old; empty: that of Debian 12, which apt-get fetches and nothing installs.
+# The path of an etcd that is too old; empty: that of Debian 12, downloaded but not installed.
 OLD_ETCD ?=
 .PHONY: old-etcd
-old-etcd: ## Shows that an etcd that is too old is refused, with the one of Debian 12 or OLD_ETCD.
+old-etcd: ## Checks that an etcd that is too old is rejected: OLD_ETCD=path.
 	if [ -z '$(OLD_ETCD)' ] && [ ! -x $(BIN)/old-etcd/usr/bin/etcd ]; then \
 		mkdir -p $(BIN)/old-etcd && cd $(BIN)/old-etcd && apt-get download etcd-server && dpkg -x etcd-server_*.deb .; \
 	fi
-	OLD_ETCD=$(or $(OLD_ETCD),$(BIN)/old-etcd/usr/bin/etcd) $(GO) test -tags oldetcd -count 1 -run '^TestRealOldEtcd$$' -v ./internal/store/meta/etcd
+	OLD_ETCD=$(or $(OLD_ETCD),$(BIN)/old-etcd/usr/bin/etcd) \
+		$(GO) test -tags oldetcd -count 1 -run '^TestRealOldEtcd$$' -v ./internal/store/meta/etcd
 
-# The server's address is S3_ENDPOINT, of keys that may make buckets. S3_BROKEN names subtests that are left out.
+# S3_ENDPOINT, S3_REGION, S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY select the server; the keys
+# must be allowed to create buckets. S3_BROKEN is a regexp of subtests to skip.
 .PHONY: s3-conformance
-s3-conformance: ## Probes an S3 server and runs the conformance suite on it: S3_ENDPOINT, S3_ACCESS_KEY_ID, S3_SECRET_ACCESS_KEY, S3_REGION, S3_BROKEN.
+s3-conformance: ## Runs the conformance suite of object stores on an S3 server: S3_ENDPOINT=, ….
 	$(GO) test -tags s3foreign -count 1 -run '^TestForeignServer$$' -v ./internal/store/object/s3
 
-# For how long `make robustness` runs. SEED decides the traffic and the faults, 0 by the clock; ONLY names scenarios, with
-# commas between them; QUICK=1 runs three of them, in 90 seconds.
+# The duration of `make robustness`. SEED decides the traffic and the faults, 0 uses the clock; ONLY is a
+# comma-separated list of scenarios; QUICK=1 runs three of them in 90 seconds.
 TIME ?= 7m
 
 .PHONY: robustness
-robustness: build $(BIN)/versitygw ## Kills, freezes and cuts off what runs in processes of its own, and judges what is left: TIME=7m, SEED=, ONLY=, QUICK=1.
+robustness: build $(BIN)/versitygw ## Kills, freezes and partitions a cluster: TIME=7m, SEED=, ONLY=, QUICK=1.
 	$(GO) test -c -tags robustness -o $(BIN)/robustness ./test/robustness
 	cd test/robustness && $(BIN)/robustness -test.run '^TestRobustness$$' -test.timeout 30m \
 		-time '$(TIME)' -seed '$(SEED)' -only '$(ONLY)' $(if $(filter 1,$(QUICK)),-quick)
 
-# For how long `make soak` runs. SEED decides the load, 0 by the clock.
+# The duration of `make soak`. SEED decides the load, 0 uses the clock.
 SOAK_TIME ?= 10m
 
 .PHONY: soak
-soak: build $(BIN)/versitygw ## Shows that memory, goroutines, files, etcd and the bucket stay as they are: SOAK_TIME=10m, SEED=, QUICK=1.
+soak: build $(BIN)/versitygw ## Checks that no resource grows under load: SOAK_TIME=10m, SEED=, QUICK=1.
 	$(GO) build -o $(BIN)/bench-etcd ./test/bench/etcd
 	$(GO) build -o $(BIN)/soak ./test/soak
 	$(BIN)/soak -for '$(SOAK_TIME)' $(if $(filter 1,$(QUICK)),-short) -seed '$(SEED)' -o $(BIN)/soak.md
 
 .PHONY: test-ci
-test-ci: ## Runs short forms of sim, crash, robustness, mutants, fuzz and soak, in about ten minutes, as CI does.
+test-ci: ## Runs sim, crash, robustness, mutants, fuzz and soak in short, as CI does: ten minutes.
 	test/ci.sh
 
-# MODEL=full checks the largest configurations as well.
+# MODEL=full also checks the largest configurations.
 .PHONY: model
-model: ## Checks the protocols' models with spin, and that each rule is needed.
+model: ## Checks the models of the protocols with spin, and that each rule is needed.
 	docs/design/model/check.sh
 
 .PHONY: crash
-crash: $(BIN)/versitygw ## Kills snapshotd before and after every durable step and looks whether all is well: POINT=regexp, CASE=line, PAIRS=n, QUICK=1, SEED=n.
+crash: $(BIN)/versitygw ## Kills snapshotd at every durable step: POINT=regexp, CASE=line, PAIRS=n, QUICK=1, SEED=n.
 	CGO_ENABLED=0 $(GO) build -o $(BIN)/crash/ ./test/crash ./test/crash/snapshotd
-	$(BIN)/crash/crash -bin $(BIN)/crash/snapshotd -point '$(POINT)' -s3 $(BIN)/versitygw $(if $(CASE),-case '$(CASE)') $(if $(PAIRS),-pairs '$(PAIRS)') \
-		$(if $(filter 1,$(QUICK)),-quick) -seed $(SEED)
+	$(BIN)/crash/crash -bin $(BIN)/crash/snapshotd -point '$(POINT)' -s3 $(BIN)/versitygw \
+		$(if $(CASE),-case '$(CASE)') $(if $(PAIRS),-pairs '$(PAIRS)') $(if $(filter 1,$(QUICK)),-quick) -seed $(SEED)
 
 .PHONY: lint
-lint: lint-go lint-proto lint-tidy check-generate ## Lints Go and protobuf, and checks that nothing generated is stale.
+lint: lint-go lint-proto lint-tidy check-generate ## Lints Go and protobuf, and checks that generated files are current.
 
 .PHONY: lint-go
 lint-go: $(BIN)/golangci-lint
@@ -200,14 +204,14 @@ fmt: $(BIN)/golangci-lint $(BIN)/buf ## Formats Go and protobuf files.
 	$(BIN)/buf format --write --exclude-path api/third_party/buf
 
 .PHONY: generate
-generate: $(BIN)/buf $(BIN)/protodep ## Writes all generated code anew.
+generate: $(BIN)/buf $(BIN)/protodep ## Regenerates all generated code.
 	$(BIN)/protodep api/third_party go.mod
 	find api/gen internal/store/storagepb -name '*.pb.go' -delete 2>/dev/null || true
 	$(BIN)/buf generate
 
-# In a copy of the tree, so that it works, and harms nothing, in the middle of a change.
+# Runs in a copy of the tree, so that uncommitted changes are safe.
 .PHONY: check-generate
-check-generate: $(BIN)/buf $(BIN)/protodep ## Checks that `make generate` would change nothing.
+check-generate: $(BIN)/buf $(BIN)/protodep ## Checks that make generate changes nothing.
 	@copy=$$(mktemp -d); trap 'rm -rf "$$copy"' EXIT; \
 	tar -cf - --exclude=./.git --exclude=./.bin --exclude=./bin --exclude=./snapshotd-data . | tar -xf - -C "$$copy"; \
 	ln -s '$(BIN)' "$$copy/.bin"; \
@@ -217,13 +221,13 @@ check-generate: $(BIN)/buf $(BIN)/protodep ## Checks that `make generate` would 
 	done
 
 .PHONY: baseline
-baseline: $(BIN)/buf ## Takes the protobuf files as they are for the baseline of buf breaking. Release managers only.
+baseline: $(BIN)/buf ## Makes the current protobuf files the baseline of buf breaking. Release managers only.
 	$(BIN)/buf build api/proto --exclude-source-info --output api/baseline.binpb
 	$(BIN)/buf build internal/store/proto --exclude-source-info --output internal/store/proto/baseline.binpb
 
-# govulncheck ends with 3 for a vulnerability that the code reaches. Not to know is no better, so that is 3 as well.
+# govulncheck exits with 3 for a reachable vulnerability. An unchecked tree exits with 3, too.
 .PHONY: vuln
-vuln: $(BIN)/govulncheck ## Looks for known vulnerabilities that the code reaches.
+vuln: $(BIN)/govulncheck ## Checks for known vulnerabilities in reachable code.
 	@out=$$(mktemp); trap 'rm -f "$$out"' EXIT; status=0; \
 	$(BIN)/govulncheck ./... >"$$out" 2>&1 || status=$$?; cat "$$out"; \
 	if grep -qE 'vuln\.go\.dev|fetching vulnerabilities' "$$out" && [ $$status -eq 1 ]; then \
@@ -232,11 +236,11 @@ vuln: $(BIN)/govulncheck ## Looks for known vulnerabilities that the code reache
 	fi; exit $$status
 
 .PHONY: clean
-clean: ## Removes what make built.
+clean: ## Removes build results.
 	rm -rf bin .bin
 
-# The tools, each built once from the versions in tools/go.mod. Go's own time
-# stamps are not to be relied on, hence touch.
+# The tools, each built once at the versions in tools/go.mod. go build may keep an old
+# time stamp, hence touch.
 define tool
 .bin/$(1): $(BIN)/$(1)
 $(BIN)/$(1): tools/go.mod tools/go.sum $(3)
@@ -250,15 +254,14 @@ $(eval $(call tool,grpcurl,github.com/fullstorydev/grpcurl/cmd/grpcurl,))
 $(eval $(call tool,docscheck,./docscheck,$(wildcard tools/docscheck/*.go)))
 $(eval $(call tool,protodep,./protodep,tools/protodep/main.go))
 
-# The S3 server that tests start. Its module is its own: it asks for other
-# versions than the tools do.
+# The S3 server for tests, in a separate module: its dependencies need other versions
+# than those of the tools.
 .bin/versitygw: $(BIN)/versitygw
 $(BIN)/versitygw: tools/versitygw/go.mod tools/versitygw/go.sum
 	$(GO) build -C tools/versitygw -o $(BIN)/ github.com/versity/versitygw/cmd/versitygw
 	touch $@
 
-# What the benchmark of restores compares them with, in a module of its own for
-# the same reason.
+# The program that bench-restore compares with, in a separate module for the same reason.
 .bin/rclone: $(BIN)/rclone
 $(BIN)/rclone: tools/rclone/go.mod tools/rclone/go.sum tools/rclone/main.go
 	$(GO) build -C tools/rclone -o $@ .
