@@ -237,7 +237,7 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 		Problems: p.problems,
 	})
 	cat := catalog.New(catalog.Options{
-		KV: kv, Now: time.Now, Stamp: trusted.Stamp, Rand: rand.Reader, Requests: requests, RaiseIDs: age.Raise,
+		KV: kv, Now: time.Now, Stamp: trusted.Stamp, Rand: rand.Reader, Requests: requests, RaiseIDs: age.RaiseIDLimit,
 		HasStore: func(alias string) bool { _, ok := stores[alias]; return ok },
 		Held:     catalog.ReadHeld(stores), Hold: catalog.WriteHeld(stores, cfg.SnapshotStore), AllowReserve: cfg.AllowReserveIDs,
 		MaxGoneRanges: cfg.GoneIDRanges, GoneGapAge: time.Duration(cfg.GoneIDAge),

@@ -302,7 +302,7 @@ func openStores(ctx context.Context, cfg Config, kv meta.KV, p *parts, open *clo
 			o.Check = func(ctx context.Context) error {
 				// A store that is behind is served all the same: a running server is needed that
 				// recovers it.
-				if err := age.Check(ctx); !errors.Is(err, epoch.ErrBehind) {
+				if err := age.Check(ctx); !errors.Is(err, epoch.ErrRolledBack) {
 					return err
 				}
 				return nil

@@ -111,7 +111,7 @@ type allocation struct {
 	// unchanged holds while the record is as it was read, and the metadata store
 	// is not known to have gone back in time.
 	unchanged []meta.Cond
-	behind    error // an epoch.ErrBehind when it has
+	behind    error // an epoch.ErrRolledBack when it has
 }
 
 // read returns the allocator's record, and remembers its mark.
@@ -134,7 +134,7 @@ func (a *allocator) read(ctx context.Context) (allocation, error) {
 	}
 	if next := got.rec.GetNext(); next < known && got.behind == nil {
 		got.behind = fmt.Errorf("%w: ids up to %d were handed out, and it says up to %d; nothing is allocated until `snapshotctl recover`",
-			epoch.ErrBehind, known-1, next-1)
+			epoch.ErrRolledBack, known-1, next-1)
 	}
 	for { // another reader may have seen a newer one
 		old := a.mark.Load()
@@ -144,7 +144,7 @@ func (a *allocator) read(ctx context.Context) (allocation, error) {
 	}
 }
 
-// allocate hands out count ids. It is an epoch.ErrBehind while the metadata store
+// allocate hands out count ids. It is an epoch.ErrRolledBack while the metadata store
 // is behind the object store.
 func (a *allocator) allocate(ctx context.Context, count int64) (IDRange, error) {
 	d := &demand{count: count, done: make(chan struct{})}
@@ -251,7 +251,7 @@ func (a *allocator) try(ctx context.Context, batch []*demand) (done bool, err er
 	return res.Succeeded, nil
 }
 
-// AllocateIDs hands out count ids that nobody else gets. It is an epoch.ErrBehind
+// AllocateIDs hands out count ids that nobody else gets. It is an epoch.ErrRolledBack
 // while the metadata store is behind the object store.
 func (c *Catalog) AllocateIDs(ctx context.Context, tok request.Token, count int64) (IDRange, error) {
 	if count < 1 || count > MaxAllocate {

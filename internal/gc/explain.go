@@ -92,7 +92,7 @@ func (g *GC) explainOwn(ctx context.Context, store object.Store, info object.Inf
 		}
 	}
 	rec, err := g.readRecorded(ctx, []subject{s})
-	if errors.Is(err, epoch.ErrBehind) {
+	if errors.Is(err, epoch.ErrRolledBack) {
 		e.Reason = err.Error()
 		return nil
 	}
@@ -364,7 +364,7 @@ func (g *GC) explainUnknown(ctx context.Context, land *territory, store, key str
 	s.kept = []suspect{{info: object.Info{Key: key}, claims: claims}}
 	f, err := s.read(ctx)
 	switch {
-	case errors.Is(err, ErrLoading), errors.Is(err, ErrUnreadable), errors.Is(err, epoch.ErrBehind):
+	case errors.Is(err, ErrLoading), errors.Is(err, ErrUnreadable), errors.Is(err, epoch.ErrRolledBack):
 		e.What = fmt.Sprintf("object under a root of collection %s", first)
 		e.Reason = fmt.Sprintf("it cannot be told whether anything needs it, so it stays: %v", err)
 		return nil

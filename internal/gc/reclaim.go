@@ -99,7 +99,7 @@ func (g *GC) Check(ctx context.Context, ref catalog.Ref, asks []Ask) ([]Answer, 
 
 // Reclaim grants the units that nobody holds to deleter, for caller. The answers
 // are in the order of asks; what is Granted may be deleted. A unit that was
-// granted before stays granted as it was. It is an epoch.ErrBehind when there is
+// granted before stays granted as it was. It is an epoch.ErrRolledBack when there is
 // something to grant and the metadata store is behind the object store.
 func (g *GC) Reclaim(ctx context.Context, ref catalog.Ref, asks []Ask, deleter Deleter, caller string) ([]Answer, error) {
 	answers, err := g.decide(ctx, ref, asks, &grant{deleter: deleter, caller: caller})

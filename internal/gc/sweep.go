@@ -185,7 +185,7 @@ func (g *GC) sweepLoop(ctx context.Context) error {
 // Sweep deletes the objects under snapshotd's own prefixes, in all stores, whose
 // ids have no record, and aborts the uploads that were left unfinished there. It
 // is safe to call while others do. The errors of single stores are joined, and
-// the summary says what was done all the same; an epoch.ErrBehind ends it at once.
+// the summary says what was done all the same; an epoch.ErrRolledBack ends it at once.
 func (g *GC) Sweep(ctx context.Context, o SweepOptions) (SweepSummary, error) {
 	if o.Grace == 0 {
 		o.Grace = g.o.OrphanGrace
@@ -201,7 +201,7 @@ func (g *GC) Sweep(ctx context.Context, o SweepOptions) (SweepSummary, error) {
 		if err != nil {
 			errs = append(errs, fmt.Errorf("sweep store %s: %w", alias, err))
 		}
-		if ctx.Err() != nil || errors.Is(err, errEmit) || errors.Is(err, epoch.ErrBehind) {
+		if ctx.Err() != nil || errors.Is(err, errEmit) || errors.Is(err, epoch.ErrRolledBack) {
 			break
 		}
 	}
@@ -449,7 +449,7 @@ func (g *GC) readRecorded(ctx context.Context, subjects []subject) (*recorded, e
 }
 
 // present says which keys there are, all at one revision, and below which id a
-// record that is not there may have been lost. It is an epoch.ErrBehind while nothing
+// record that is not there may have been lost. It is an epoch.ErrRolledBack while nothing
 // of that is to be believed.
 func (g *GC) present(ctx context.Context, wanted []string) (there map[string]bool, floor int64, err error) {
 	gets := make([]meta.Op, 0, len(wanted)+1)

@@ -202,7 +202,7 @@ func TestSweepFloor(t *testing.T) {
 		r.put(manifest.MetadataKey(5, 40), manifest.MetadataKey(5, 50), manifest.MetadataKey(5, 60), "gc/held/5/40")
 		time.Sleep(100 * time.Hour)
 		r.record(keys.Behind, record.Encode(&storagev1.Behind{Format: record.Format}))
-		if _, err := r.Sweep(t.Context(), gc.SweepOptions{}); !errors.Is(err, epoch.ErrBehind) {
+		if _, err := r.Sweep(t.Context(), gc.SweepOptions{}); !errors.Is(err, epoch.ErrRolledBack) {
 			t.Errorf("got %v, want ErrBehind", err)
 		}
 		if n := len(r.objects()); n != 4 {

@@ -25,7 +25,7 @@ func (m *Manager) Behind(ctx context.Context) (string, error) {
 	if m.o.Epoch == nil {
 		return "", nil
 	}
-	behind, err := m.o.Epoch.Behind(ctx)
+	behind, err := m.o.Epoch.RolledBack(ctx)
 	if err != nil || behind == nil {
 		return "", err
 	}
@@ -37,7 +37,7 @@ func (m *Manager) Behind(ctx context.Context) (string, error) {
 // the metadata store has gone back in time. Nothing was written.
 var ErrNotReady = errors.New("the object store has not answered since this replica started")
 
-// NotBehind returns an epoch.ErrBehind while the metadata store is known to be
+// NotBehind returns an epoch.ErrRolledBack while the metadata store is known to be
 // behind the object store: what is decided on it may be wrong. It returns an
 // ErrNotReady while that cannot be known.
 func (m *Manager) NotBehind(ctx context.Context) error {
@@ -51,7 +51,7 @@ func (m *Manager) NotBehind(ctx context.Context) error {
 	if m.o.Epoch == nil {
 		return nil
 	}
-	behind, err := m.o.Epoch.Behind(ctx)
+	behind, err := m.o.Epoch.RolledBack(ctx)
 	if err != nil {
 		return err
 	}

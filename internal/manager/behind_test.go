@@ -28,7 +28,7 @@ func withEpoch(o *Options) {
 	})
 	o.Catalog = catalog.New(catalog.Options{
 		KV: o.KV, Now: o.Now, Rand: rand.Reader, Requests: o.Requests,
-		HasStore: func(a string) bool { return a == "default" }, RaiseIDs: o.Epoch.Raise,
+		HasStore: func(a string) bool { return a == "default" }, RaiseIDs: o.Epoch.RaiseIDLimit,
 	})
 }
 
@@ -83,14 +83,14 @@ func TestLeaderOfARestoredStore(t *testing.T) {
 				if why, err := r.Behind(ctx); err != nil || !strings.Contains(why, "snapshotctl recover") {
 					t.Errorf("behind: %q, %v", why, err)
 				}
-				if _, err := r.catalog.AllocateIDs(ctx, request.Token{}, 1); !errors.Is(err, epoch.ErrBehind) {
+				if _, err := r.catalog.AllocateIDs(ctx, request.Token{}, 1); !errors.Is(err, epoch.ErrRolledBack) {
 					t.Errorf("allocate: %v", err)
 				}
-				if _, err := r.Create(ctx, request.Token{}, spec(col, "new")); !errors.Is(err, epoch.ErrBehind) {
+				if _, err := r.Create(ctx, request.Token{}, spec(col, "new")); !errors.Is(err, epoch.ErrRolledBack) {
 					t.Errorf("create: %v", err)
 				}
 				ref := catalog.Ref{ID: col.ID}
-				if _, err := r.GC().Reclaim(ctx, ref, asks, gc.BySnapshotd, "tester"); !errors.Is(err, epoch.ErrBehind) {
+				if _, err := r.GC().Reclaim(ctx, ref, asks, gc.BySnapshotd, "tester"); !errors.Is(err, epoch.ErrRolledBack) {
 					t.Errorf("reclaim: %v", err)
 				}
 				if a, err := r.GC().Check(ctx, ref, asks); err != nil || a[0].State != gc.Dropped || a[0].Holders != 0 {
@@ -186,10 +186,10 @@ func TestGrantComparesBehind(t *testing.T) {
 		hook.do = func() {
 			found = true
 			w.plantBeat(ctx, r, 1000, 9_000_000)
-			wantError(t, r.o.Epoch.Check(ctx), epoch.ErrBehind)
+			wantError(t, r.o.Epoch.Check(ctx), epoch.ErrRolledBack)
 		}
 		_, err := r.GC().Reclaim(ctx, catalog.Ref{ID: col.ID}, asks, gc.BySnapshotd, "tester")
-		if wantError(t, err, epoch.ErrBehind); !found {
+		if wantError(t, err, epoch.ErrRolledBack); !found {
 			t.Error("there was no grant")
 		}
 		if tombs := w.keysUnder(keys.AllTombsPrefix); len(tombs) > 0 {

@@ -880,11 +880,11 @@ func TestIDThatComesBack(t *testing.T) {
 					t.Fatal(err)
 				}
 				_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
-				wantError(t, err, epoch.ErrBehind)
+				wantError(t, err, epoch.ErrRolledBack)
 				_, err = r.Create(t.Context(), request.Token{}, spec(col, "y"))
-				wantError(t, err, epoch.ErrBehind)
+				wantError(t, err, epoch.ErrRolledBack)
 				_, err = r.catalog.AllocateIDs(t.Context(), request.Token{}, 1)
-				wantError(t, err, epoch.ErrBehind)
+				wantError(t, err, epoch.ErrRolledBack)
 			})
 		})
 	}

@@ -199,7 +199,7 @@ func (w *world) live() {
 		o.CollectTolerance, o.CollectInterval, o.CollectMaxShare, o.KeepRestores = time.Hour, 10*time.Minute, 1, time.Hour
 		o.RestoreStallTimeout = 20 * time.Minute
 		o.Catalog = catalog.New(catalog.Options{
-			KV: o.KV, Now: o.Now, Rand: o.Rand, Requests: o.Requests, RaiseIDs: o.Epoch.Raise,
+			KV: o.KV, Now: o.Now, Rand: o.Rand, Requests: o.Requests, RaiseIDs: o.Epoch.RaiseIDLimit,
 			HasStore: func(a string) bool { return a == "default" }, Held: catalog.ReadHeld(o.Stores),
 		})
 	}

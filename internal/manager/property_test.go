@@ -460,7 +460,7 @@ func (c *course) setUp() {
 	o.Epoch = c.epoch(c.w.kv, c.objects)
 	o.Catalog = catalog.New(catalog.Options{
 		KV: c.w.kv, Now: c.w.now, Rand: rand.Reader, Requests: requests, HasStore: func(string) bool { return true },
-		Held: catalog.ReadHeld(stores), RaiseIDs: o.Epoch.Raise,
+		Held: catalog.ReadHeld(stores), RaiseIDs: o.Epoch.RaiseIDLimit,
 	})
 	c.cat = o.Catalog
 	var err error
@@ -534,7 +534,7 @@ func (c *course) start(i int) {
 		o.Epoch = c.epoch(o.KV, m.late)
 		o.Catalog = catalog.New(catalog.Options{
 			KV: o.KV, Now: o.Now, Rand: o.Rand, Requests: o.Requests, HasStore: func(a string) bool { return a == "default" },
-			Held: catalog.ReadHeld(stores), RaiseIDs: o.Epoch.Raise,
+			Held: catalog.ReadHeld(stores), RaiseIDs: o.Epoch.RaiseIDLimit,
 		})
 		o.KV, o.Stores = m.spy, stores
 		// What a sweep takes is dead at once; that it waits is only for safety's sake.

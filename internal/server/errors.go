@@ -91,7 +91,7 @@ var classes = []class{
 	{err: errKeyNotFound, code: codes.NotFound, reason: "KEY_NOT_FOUND"},
 
 	// Its own text says what was seen, and the way out.
-	{err: epoch.ErrBehind, code: codes.FailedPrecondition, reason: "METADATA_BEHIND"},
+	{err: epoch.ErrRolledBack, code: codes.FailedPrecondition, reason: "METADATA_BEHIND"},
 	{err: epoch.ErrConflict, code: codes.Aborted, reason: "CONFLICT", retry: 100 * time.Millisecond},
 	{err: epoch.ErrDamaged, code: codes.DataLoss, reason: "RECORD_UNREADABLE"},
 

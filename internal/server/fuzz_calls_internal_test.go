@@ -184,7 +184,7 @@ func newCaller(t *testing.T, s *Server) *caller {
 	requests := request.NewLeases(kv, time.Now, nil)
 	age := epoch.New(epoch.Options{KV: kv, Store: store, Cluster: c.ID, Now: time.Now, Rand: locked})
 	cat := catalog.New(catalog.Options{
-		KV: kv, Now: time.Now, Rand: locked, Requests: requests, RaiseIDs: age.Raise,
+		KV: kv, Now: time.Now, Rand: locked, Requests: requests, RaiseIDs: age.RaiseIDLimit,
 		HasStore: func(alias string) bool { return objects[alias] != nil }, Held: catalog.ReadHeld(objects),
 	})
 	m, err := manager.New(manager.Options{

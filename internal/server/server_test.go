@@ -99,7 +99,7 @@ func start(t *testing.T, aliases ...string) *world {
 	requests := request.NewLeases(w.kv, time.Now, nil)
 	age := epoch.New(epoch.Options{KV: w.kv, Store: w.objects, Cluster: c.ID, Now: time.Now, Rand: rand.Reader})
 	cat := catalog.New(catalog.Options{
-		KV: w.kv, Now: time.Now, Rand: rand.Reader, Requests: requests, RaiseIDs: age.Raise,
+		KV: w.kv, Now: time.Now, Rand: rand.Reader, Requests: requests, RaiseIDs: age.RaiseIDLimit,
 		HasStore: func(alias string) bool { return objects[alias] != nil },
 		Held:     catalog.ReadHeld(objects),
 	})

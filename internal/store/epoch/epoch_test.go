@@ -32,18 +32,18 @@ import (
 	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
-// world is the two stores of a cluster.
-type world struct {
+// env is the pair of stores of a cluster.
+type env struct {
 	t       testing.TB
 	kv      *memory.Store
 	objects *objectmemory.Store
 }
 
-func newWorld(t testing.TB) *world {
-	return &world{t: t, kv: memory.New(memory.Options{}), objects: objectmemory.New(objectmemory.Options{})}
+func newEnv(t testing.TB) *env {
+	return &env{t: t, kv: memory.New(memory.Options{}), objects: objectmemory.New(objectmemory.Options{})}
 }
 
-// replica reaches both stores through a Faulty of its own.
+// replica accesses both stores through separate Faulty decorators.
 type replica struct {
 	*epoch.Epoch
 	kv    *meta.Faulty
@@ -51,171 +51,172 @@ type replica struct {
 	ids   *catalog.Catalog
 }
 
-func (w *world) replica(change ...func(*epoch.Options)) *replica {
-	r := &replica{kv: meta.NewFaulty(w.kv), store: object.NewFaulty(w.objects)}
+func (e *env) replica(change ...func(*epoch.Options)) *replica {
+	r := &replica{kv: meta.NewFaulty(e.kv), store: object.NewFaulty(e.objects)}
 	o := epoch.Options{KV: r.kv, Store: r.store, Cluster: "mine", Now: time.Now, Rand: rand.Reader}
 	for _, c := range change {
 		c(&o)
 	}
 	r.Epoch = epoch.New(o)
 	r.ids = catalog.New(catalog.Options{
-		KV: r.kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(r.kv, time.Now, nil), RaiseIDs: r.Raise, AllowReserve: true,
+		KV: r.kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(r.kv, time.Now, nil),
+		RaiseIDs: r.RaiseIDLimit, AllowReserve: true,
 	})
 	return r
 }
 
-// restored is the cluster with its metadata store restored from a backup.
-func (w *world) restored(backup []meta.KeyValue, revision int64) *world {
-	w.t.Helper()
+// restored returns the cluster with its metadata store restored from a backup.
+func (e *env) restored(backup []meta.KeyValue, revision int64) *env {
+	e.t.Helper()
 	kv := memory.New(memory.Options{})
-	metatest.Restore(w.t, kv, backup, revision)
-	return &world{t: w.t, kv: kv, objects: w.objects}
+	metatest.Restore(e.t, kv, backup, revision)
+	return &env{t: e.t, kv: kv, objects: e.objects}
 }
 
-func (w *world) must(err error) {
-	w.t.Helper()
+func (e *env) must(err error) {
+	e.t.Helper()
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 }
 
-func (w *world) records() (*storagev1.Epoch, *storagev1.Allocator, bool) {
-	w.t.Helper()
-	e, ids := &storagev1.Epoch{}, &storagev1.Allocator{}
-	for key, rec := range map[string]record.Message{keys.Epoch: e, keys.IDs: ids} {
-		kv, found, _, err := w.kv.Get(w.t.Context(), key)
+func (e *env) records() (*storagev1.Epoch, *storagev1.Allocator, bool) {
+	e.t.Helper()
+	rec, ids := &storagev1.Epoch{}, &storagev1.Allocator{}
+	for key, msg := range map[string]record.Message{keys.Epoch: rec, keys.IDs: ids} {
+		kv, found, _, err := e.kv.Get(e.t.Context(), key)
 		if err == nil && found {
-			err = record.Decode(kv, rec)
+			err = record.Decode(kv, msg)
 		}
-		w.must(err)
+		e.must(err)
 	}
-	_, behind, _, err := w.kv.Get(w.t.Context(), keys.Behind)
-	w.must(err)
-	return e, ids, behind
+	_, behind, _, err := e.kv.Get(e.t.Context(), keys.Behind)
+	e.must(err)
+	return rec, ids, behind
 }
 
-func (w *world) history() int64 {
-	w.t.Helper()
-	res, err := w.kv.Txn(w.t.Context(), meta.Txn{Then: []meta.Op{meta.Get(keys.Epoch)}})
-	w.must(err)
+func (e *env) history() int64 {
+	e.t.Helper()
+	res, err := e.kv.Txn(e.t.Context(), meta.Txn{Then: []meta.Op{meta.Get(keys.Epoch)}})
+	e.must(err)
 	return epoch.History(res.Ranges[0])
 }
 
-func (w *world) notes() []string {
-	w.t.Helper()
+func (e *env) marks() []string {
+	e.t.Helper()
 	var list []string
-	for info, err := range w.objects.List(w.t.Context(), epoch.Prefix) {
-		w.must(err)
+	for info, err := range e.objects.List(e.t.Context(), epoch.Prefix) {
+		e.must(err)
 		list = append(list, info.Key)
 	}
 	return list
 }
 
-// settled fails unless the stores are as they are when nothing is under way.
-func (w *world) settled() {
-	w.t.Helper()
-	w.must(w.replica().Check(w.t.Context()))
-	e, ids, _ := w.records()
-	if len(e.GetIntent()) > 0 {
-		w.t.Errorf("a beat is under way: %s", e.GetIntent())
+// settled fails unless the stores agree and no heartbeat is under way.
+func (e *env) settled() {
+	e.t.Helper()
+	e.must(e.replica().Check(e.t.Context()))
+	rec, ids, _ := e.records()
+	if len(rec.GetIntent()) > 0 {
+		e.t.Errorf("a heartbeat is under way: %s", rec.GetIntent())
 	}
-	notes := w.notes()
-	if len(notes) == 0 || notes[len(notes)-1] != noteKey(e.GetBeat()) || len(notes) > 2 {
-		w.t.Fatalf("beat %d is done, and there are %v", e.GetBeat(), notes)
+	marks := e.marks()
+	if len(marks) == 0 || marks[len(marks)-1] != markKey(rec.GetBeat()) || len(marks) > 2 {
+		e.t.Fatalf("heartbeat %d is done, the marks are %v", rec.GetBeat(), marks)
 	}
-	if n := w.note(e.GetBeat()); n["ceiling"] != fmt.Sprint(ids.GetCeiling()) || n["cluster_id"] != "mine" {
-		w.t.Errorf("note %v, ceiling %d", n, ids.GetCeiling())
+	if m := e.mark(rec.GetBeat()); m["ceiling"] != fmt.Sprint(ids.GetCeiling()) || m["cluster_id"] != "mine" {
+		e.t.Errorf("mark %v, id limit %d", m, ids.GetCeiling())
 	}
 }
 
-func noteKey(beat int64) string { return fmt.Sprintf("gc/epoch/%019d.json", beat) }
+func markKey(number int64) string { return fmt.Sprintf("gc/epoch/%019d.json", number) }
 
-func (w *world) note(beat int64) map[string]any {
-	w.t.Helper()
-	data, err := object.ReadAll(w.t.Context(), w.objects, noteKey(beat), 1<<20)
-	w.must(err)
-	var n map[string]any
-	w.must(json.Unmarshal(data, &n))
-	return n
+func (e *env) mark(number int64) map[string]any {
+	e.t.Helper()
+	data, err := object.ReadAll(e.t.Context(), e.objects, markKey(number), 1<<20)
+	e.must(err)
+	var m map[string]any
+	e.must(json.Unmarshal(data, &m))
+	return m
 }
 
-// put writes a note as another would.
-func (w *world) put(beat, revision, ceiling int64, cluster string) {
-	w.t.Helper()
-	body := fmt.Sprintf(`{"format_version":1,"cluster_id":%q,"beat":"%d","nonce":"other","revision":"%d","ceiling":"%d","time":"2026-01-02T03:04:05Z"}`,
-		cluster, beat, revision, ceiling)
-	_, err := w.objects.Put(w.t.Context(), noteKey(beat), summed(body))
-	w.must(err)
+// put writes a mark with a nonce that no heartbeat of the test intended.
+func (e *env) put(number, revision, idLimit int64, cluster string) {
+	e.t.Helper()
+	body := fmt.Sprintf(`{"format_version":1,"cluster_id":%q,"beat":"%d","nonce":"other","revision":"%d","ceiling":"%d",`+
+		`"time":"2026-01-02T03:04:05Z"}`, cluster, number, revision, idLimit)
+	_, err := e.objects.Put(e.t.Context(), markKey(number), withDigest(body))
+	e.must(err)
 }
 
-// summed adds its digest to a note.
-func summed(body string) []byte {
+// withDigest adds the digest to a mark.
+func withDigest(body string) []byte {
 	return fmt.Appendf(nil, `%s,"sha256":"%x"}`, strings.TrimSuffix(body, "}"), sha256.Sum256([]byte(body)))
 }
 
-func (w *world) allocate(r *replica, count int64) catalog.IDRange {
-	w.t.Helper()
-	got, err := r.ids.AllocateIDs(w.t.Context(), request.Token{}, count)
-	w.must(err)
+func (e *env) allocate(r *replica, count int64) catalog.IDRange {
+	e.t.Helper()
+	got, err := r.ids.AllocateIDs(e.t.Context(), request.Token{}, count)
+	e.must(err)
 	return got
 }
 
-func wantBehind(t testing.TB, err error) {
+func wantRolledBack(t testing.TB, err error) {
 	t.Helper()
-	if !errors.Is(err, epoch.ErrBehind) || !strings.Contains(err.Error(), "snapshotctl recover") {
-		t.Errorf("got error %v, want %v with the way out", err, epoch.ErrBehind)
+	if !errors.Is(err, epoch.ErrRolledBack) || !strings.Contains(err.Error(), "snapshotctl recover") {
+		t.Errorf("got error %v, want %v with the remedy", err, epoch.ErrRolledBack)
 	}
 }
 
 func TestFirstStart(t *testing.T) {
-	w := newWorld(t)
-	a, b := w.replica(), w.replica()
-	w.must(a.Check(t.Context()))
-	w.must(b.Check(t.Context()))
-	if _, err := w.objects.Head(t.Context(), noteKey(1)); !errors.Is(err, object.ErrNotFound) {
-		t.Errorf("a check wrote: %v", err)
+	e := newEnv(t)
+	a, b := e.replica(), e.replica()
+	e.must(a.Check(t.Context()))
+	e.must(b.Check(t.Context()))
+	if _, err := e.objects.Head(t.Context(), markKey(1)); !errors.Is(err, object.ErrNotFound) {
+		t.Errorf("a check wrote a mark: %v", err)
 	}
 	for range 3 {
-		w.must(a.Beat(t.Context()))
-		w.must(b.Check(t.Context()))
-		w.settled()
-		w.must(b.Beat(t.Context()))
-		w.settled()
+		e.must(a.Heartbeat(t.Context()))
+		e.must(b.Check(t.Context()))
+		e.settled()
+		e.must(b.Heartbeat(t.Context()))
+		e.settled()
 	}
-	e, ids, behind := w.records()
-	if e.GetBeat() != 6 || ids.GetNext() != 1 || ids.GetCeiling() != 1+epoch.Headroom || behind {
-		t.Errorf("epoch %v, ids %v, behind %v", e, ids, behind)
+	rec, ids, behind := e.records()
+	if rec.GetBeat() != 6 || ids.GetNext() != 1 || ids.GetCeiling() != 1+epoch.Headroom || behind {
+		t.Errorf("epoch %v, ids %v, behind %v", rec, ids, behind)
 	}
-	if diff := cmp.Diff([]string{noteKey(5), noteKey(6)}, w.notes()); diff != "" {
-		t.Errorf("notes (-want +got):\n%s", diff)
+	if diff := cmp.Diff([]string{markKey(5), markKey(6)}, e.marks()); diff != "" {
+		t.Errorf("marks (-want +got):\n%s", diff)
 	}
-	if floor, err := a.Floor(t.Context()); floor != 0 || err != nil {
-		t.Errorf("floor %d, %v", floor, err)
+	if below, err := a.LostBelow(t.Context()); below != 0 || err != nil {
+		t.Errorf("lostBelow %d, %v", below, err)
 	}
 }
 
-// An older release kept no ceiling; the first allocation notes one.
-func TestIDsWithoutCeiling(t *testing.T) {
-	w := newWorld(t)
-	_, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{
+// Records of an older release have no id limit; the first allocation sets one.
+func TestIDsWithoutLimit(t *testing.T) {
+	e := newEnv(t)
+	_, err := e.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{
 		meta.Put(keys.IDs, record.Encode(&storagev1.Allocator{Format: record.Format, Next: 5000})),
 	}})
-	w.must(err)
-	if got := w.allocate(w.replica(), 10); got.First != 5000 {
+	e.must(err)
+	if got := e.allocate(e.replica(), 10); got.First != 5000 {
 		t.Errorf("got %v", got)
 	}
-	if _, ids, _ := w.records(); ids.GetCeiling() < 5010+epoch.Headroom {
+	if _, ids, _ := e.records(); ids.GetCeiling() < 5010+epoch.Headroom {
 		t.Errorf("ids %v", ids)
 	}
-	w.settled()
+	e.settled()
 }
 
-// Ids pass the ceiling only when a higher one is in the object store.
-func TestCeilingComesFirst(t *testing.T) {
-	w := newWorld(t)
-	r := w.replica()
-	w.allocate(r, 1)
-	_, before, _ := w.records()
+// Ids exceed an id limit only after a mark in the object store has a higher one.
+func TestMarkPrecedesIDs(t *testing.T) {
+	e := newEnv(t)
+	r := e.replica()
+	e.allocate(r, 1)
+	_, before, _ := e.records()
 	r.store.Plan(func(c object.Call) object.Fault {
 		if c.Op == object.OpCreate {
 			return object.FaultBefore
@@ -227,33 +228,33 @@ func TestCeilingComesFirst(t *testing.T) {
 		if errors.Is(err, object.ErrUnavailable) {
 			break
 		}
-		w.must(err)
+		e.must(err)
 		if got.First+got.Count > before.GetCeiling() {
-			t.Fatalf("got %v, the ceiling is %d", got, before.GetCeiling())
+			t.Fatalf("got %v, the id limit is %d", got, before.GetCeiling())
 		}
 	}
 	if r.store.Fired() == 0 {
-		t.Error("the ceiling was not met")
+		t.Error("no allocation reached the id limit")
 	}
 	r.store.Plan(nil)
-	if got := w.allocate(r, 400_000); got.First >= before.GetCeiling() {
+	if got := e.allocate(r, 400_000); got.First >= before.GetCeiling() {
 		t.Errorf("got %v", got)
 	}
-	w.settled()
-	// Ranges that an engine reserves are below it as well.
-	w.must(r.ids.ReserveIDs(t.Context(), request.Token{}, catalog.IDRange{First: 1 << 40, Count: 10}))
-	if _, ids, _ := w.records(); ids.GetCeiling() < 1<<40+10 || ids.GetCeiling() > 1<<41 {
-		t.Errorf("ceiling %d", ids.GetCeiling())
+	e.settled()
+	// Ranges that an engine reserves are below the id limit as well.
+	e.must(r.ids.ReserveIDs(t.Context(), request.Token{}, catalog.IDRange{First: 1 << 40, Count: 10}))
+	if _, ids, _ := e.records(); ids.GetCeiling() < 1<<40+10 || ids.GetCeiling() > 1<<41 {
+		t.Errorf("id limit %d", ids.GetCeiling())
 	}
 }
 
 // Each call of each operation fails, before and after it took effect. A repeat
-// ends it, and nobody believes that the store is behind.
+// succeeds, and no replica reports a rollback.
 func TestEveryFault(t *testing.T) {
 	ops := map[string]func(*replica, context.Context) error{
-		"check": func(r *replica, ctx context.Context) error { return r.Check(ctx) },
-		"beat":  func(r *replica, ctx context.Context) error { return r.Beat(ctx) },
-		"raise": func(r *replica, ctx context.Context) error { return r.Raise(ctx, 5_000_000) },
+		"check":     func(r *replica, ctx context.Context) error { return r.Check(ctx) },
+		"heartbeat": func(r *replica, ctx context.Context) error { return r.Heartbeat(ctx) },
+		"raise":     func(r *replica, ctx context.Context) error { return r.RaiseIDLimit(ctx, 5_000_000) },
 		"recover": func(r *replica, ctx context.Context) error {
 			_, _, _, err := r.Recover(ctx, false)
 			return err
@@ -264,32 +265,32 @@ func TestEveryFault(t *testing.T) {
 		},
 	}
 	for name, op := range ops {
-		for _, behind := range []bool{false, true} {
-			if behind && name != "recover" {
+		for _, rolledBack := range []bool{false, true} {
+			if rolledBack && name != "recover" {
 				continue
 			}
 			for _, after := range []bool{false, true} {
 				for _, inKV := range []bool{false, true} {
-					t.Run(fmt.Sprintf("%s behind=%v after=%v kv=%v", name, behind, after, inKV), func(t *testing.T) {
+					t.Run(fmt.Sprintf("%s rolledBack=%v after=%v kv=%v", name, rolledBack, after, inKV), func(t *testing.T) {
 						for n := 0; ; n++ {
-							w := newWorld(t)
+							e := newEnv(t)
 							for range 3 {
-								w.must(w.replica().Beat(t.Context()))
+								e.must(e.replica().Heartbeat(t.Context()))
 							}
-							w.allocate(w.replica(), 5)
-							if behind {
-								backup := metatest.Backup(t, w.kv)
-								w.must(w.replica().Beat(t.Context()))
-								w = w.restored(backup, 0)
+							e.allocate(e.replica(), 5)
+							if rolledBack {
+								backup := metatest.Backup(t, e.kv)
+								e.must(e.replica().Heartbeat(t.Context()))
+								e = e.restored(backup, 0)
 							}
-							if fired := w.withFault(op, n, after, inKV); !fired {
+							if fired := e.withFault(op, n, after, inKV); !fired {
 								if n == 0 {
 									t.Fatal("no calls")
 								}
 								break
 							}
-							w.must(w.replica().Beat(t.Context()))
-							w.settled()
+							e.must(e.replica().Heartbeat(t.Context()))
+							e.settled()
 							if t.Failed() {
 								t.Fatalf("fault in call %d", n)
 							}
@@ -301,9 +302,9 @@ func TestEveryFault(t *testing.T) {
 	}
 }
 
-func (w *world) withFault(op func(*replica, context.Context) error, n int, after, inKV bool) (fired bool) {
-	w.t.Helper()
-	r := w.replica()
+func (e *env) withFault(op func(*replica, context.Context) error, n int, after, inKV bool) (fired bool) {
+	e.t.Helper()
+	r := e.replica()
 	if inKV {
 		fault := meta.Before
 		if after {
@@ -317,28 +318,28 @@ func (w *world) withFault(op func(*replica, context.Context) error, n int, after
 		}
 		r.store.FailNth("", n, fault)
 	}
-	err := op(r, w.t.Context())
+	err := op(r, e.t.Context())
 	fired = r.kv.Fired()+r.store.Fired() > 0
 	if err != nil && (!fired || !errors.Is(err, meta.ErrUnavailable) && !errors.Is(err, object.ErrUnavailable)) {
-		w.t.Fatalf("call %d: %v", n, err)
+		e.t.Fatalf("call %d: %v", n, err)
 	}
 	if err != nil {
-		w.must(op(w.replica(), w.t.Context())) // another replica goes on
+		e.must(op(e.replica(), e.t.Context())) // another replica repeats it
 	}
 	return fired
 }
 
-// A replica freezes after each of its calls while others beat on. When it wakes up
-// it does no harm.
-func TestFrozenBeater(t *testing.T) {
+// A replica freezes after each of its calls while others send heartbeats. After it
+// resumes it does no harm.
+func TestFrozenHeartbeat(t *testing.T) {
 	for _, others := range []int{0, 1, 2, 5} {
 		for _, inKV := range []bool{false, true} {
 			for n := range 4 {
 				t.Run(fmt.Sprintf("%d others, kv=%v, call %d", others, inKV, n), func(t *testing.T) {
 					virtual.Test(t, func(t *testing.T) {
-						w := newWorld(t)
-						frozen := w.replica()
-						w.must(frozen.Beat(t.Context()))
+						e := newEnv(t)
+						frozen := e.replica()
+						e.must(frozen.Heartbeat(t.Context()))
 						calls := 0
 						if inKV {
 							frozen.kv.Hook(func(meta.Call) meta.Fault {
@@ -348,7 +349,7 @@ func TestFrozenBeater(t *testing.T) {
 								return meta.NoFault
 							})
 						} else {
-							// Held back before it reaches the store: a write that comes late.
+							// The write is held back before it reaches the store, and arrives late.
 							store := object.NewFaulty(frozen.store)
 							store.Plan(func(object.Call) object.Fault {
 								if calls++; calls == n+1 {
@@ -356,23 +357,25 @@ func TestFrozenBeater(t *testing.T) {
 								}
 								return object.FaultNone
 							})
-							frozen.Epoch = epoch.New(epoch.Options{KV: frozen.kv, Store: store, Cluster: "mine", Now: time.Now, Rand: rand.Reader})
+							frozen.Epoch = epoch.New(epoch.Options{
+								KV: frozen.kv, Store: store, Cluster: "mine", Now: time.Now, Rand: rand.Reader,
+							})
 						}
 						done := make(chan error, 1)
-						go func() { done <- frozen.Beat(t.Context()) }()
+						go func() { done <- frozen.Heartbeat(t.Context()) }()
 						virtual.Wait()
-						other := w.replica()
+						other := e.replica()
 						for range others {
-							w.must(other.Beat(t.Context()))
-							w.must(other.Check(t.Context()))
+							e.must(other.Heartbeat(t.Context()))
+							e.must(other.Check(t.Context()))
 						}
 						frozen.kv.Thaw()
 						frozen.store.Thaw()
-						w.must(<-done)
-						w.must(other.Check(t.Context()))
-						w.must(other.Beat(t.Context()))
-						w.must(other.Beat(t.Context()))
-						w.settled()
+						e.must(<-done)
+						e.must(other.Check(t.Context()))
+						e.must(other.Heartbeat(t.Context()))
+						e.must(other.Heartbeat(t.Context()))
+						e.settled()
 					})
 				})
 			}
@@ -380,16 +383,16 @@ func TestFrozenBeater(t *testing.T) {
 	}
 }
 
-func TestManyAtOnce(t *testing.T) {
-	w := newWorld(t)
+func TestConcurrentReplicas(t *testing.T) {
+	e := newEnv(t)
 	var mu sync.Mutex
 	seen := map[int64]bool{}
 	var wg sync.WaitGroup
 	for i := range 4 {
-		r := w.replica()
+		r := e.replica()
 		wg.Go(func() {
 			for range 8 {
-				if err := r.Beat(t.Context()); err != nil && !errors.Is(err, epoch.ErrConflict) {
+				if err := r.Heartbeat(t.Context()); err != nil && !errors.Is(err, epoch.ErrConflict) {
 					t.Errorf("replica %d: %v", i, err)
 				}
 				if err := r.Check(t.Context()); err != nil {
@@ -408,7 +411,7 @@ func TestManyAtOnce(t *testing.T) {
 				}
 				mu.Lock()
 				if seen[got.First] {
-					t.Errorf("%v was handed out twice", got)
+					t.Errorf("%v was allocated twice", got)
 				}
 				seen[got.First] = true
 				mu.Unlock()
@@ -419,157 +422,157 @@ func TestManyAtOnce(t *testing.T) {
 	if len(seen) < 10 {
 		t.Errorf("only %d allocations", len(seen))
 	}
-	w.must(w.replica().Beat(t.Context()))
-	w.settled()
+	e.must(e.replica().Heartbeat(t.Context()))
+	e.settled()
 }
 
 func TestWipedBucket(t *testing.T) {
-	w := newWorld(t)
+	e := newEnv(t)
 	core, logs := observer.New(zap.WarnLevel)
-	r := w.replica(func(o *epoch.Options) { o.Log = zap.New(core) })
-	w.must(r.Beat(t.Context()))
-	w.must(r.Beat(t.Context()))
-	w.must(w.objects.Delete(t.Context(), w.notes()...))
-	w.must(r.Check(t.Context()))
+	r := e.replica(func(o *epoch.Options) { o.Log = zap.New(core) })
+	e.must(r.Heartbeat(t.Context()))
+	e.must(r.Heartbeat(t.Context()))
+	e.must(e.objects.Delete(t.Context(), e.marks()...))
+	e.must(r.Check(t.Context()))
 	if logs.FilterMessageSnippet("lost").Len() != 1 {
 		t.Errorf("no warning: %v", logs.All())
 	}
-	w.must(r.Beat(t.Context()))
-	w.settled()
+	e.must(r.Heartbeat(t.Context()))
+	e.settled()
 }
 
 func TestForeign(t *testing.T) {
-	for name, plant := range map[string]func(w *world){
-		"another cluster's beat, beyond": func(w *world) { w.put(9, 1, 5_000_000, "other") },
-		"another cluster's beat, below": func(w *world) {
-			w.must(w.objects.Delete(w.t.Context(), w.notes()...))
-			w.put(2, 1, 5_000_000, "other")
+	for name, plant := range map[string]func(e *env){
+		"mark of another cluster, beyond": func(e *env) { e.put(9, 1, 5_000_000, "other") },
+		"mark of another cluster, below": func(e *env) {
+			e.must(e.objects.Delete(e.t.Context(), e.marks()...))
+			e.put(2, 1, 5_000_000, "other")
 		},
-		"the next beat of another":   func(w *world) { w.put(4, 1, 5_000_000, "mine") },
-		"a revision that is to come": func(w *world) { w.put(3, 1000, 5_000_000, "mine") },
+		"unintended next mark": func(e *env) { e.put(4, 1, 5_000_000, "mine") },
+		"greater revision":     func(e *env) { e.put(3, 1000, 5_000_000, "mine") },
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := newWorld(t)
-			r := w.replica()
+			e := newEnv(t)
+			r := e.replica()
 			for range 3 {
-				w.must(r.Beat(t.Context()))
+				e.must(r.Heartbeat(t.Context()))
 			}
-			plant(w)
-			wantBehind(t, r.Check(t.Context()))
-			wantBehind(t, w.replica().Beat(t.Context()))
+			plant(e)
+			wantRolledBack(t, r.Check(t.Context()))
+			wantRolledBack(t, e.replica().Heartbeat(t.Context()))
 			was, next, from, err := r.Recover(t.Context(), false)
 			if !was || next != 5_000_000 || from != 1 || err != nil {
 				t.Errorf("recover: %v, %d, %d, %v", was, next, from, err)
 			}
-			w.settled()
+			e.settled()
 		})
 	}
-	// Whoever beats without having checked finds out.
-	w := newWorld(t)
-	w.must(w.replica().Beat(t.Context()))
-	w.put(2, 1, 5_000_000, "mine")
-	wantBehind(t, w.replica().Beat(t.Context()))
-	if _, _, behind := w.records(); !behind {
-		t.Error("it did not say so")
+	// A heartbeat without a preceding check detects the rollback.
+	e := newEnv(t)
+	e.must(e.replica().Heartbeat(t.Context()))
+	e.put(2, 1, 5_000_000, "mine")
+	wantRolledBack(t, e.replica().Heartbeat(t.Context()))
+	if _, _, behind := e.records(); !behind {
+		t.Error("/behind is absent")
 	}
-	w = newWorld(t)
-	w.must(w.replica().Beat(t.Context()))
-	w.put(9, 1, 5_000_000, "mine")
-	wantBehind(t, w.replica().Raise(t.Context(), 3_000_000))
-	if _, ids, behind := w.records(); !behind || ids.GetCeiling() >= 3_000_000 {
-		t.Errorf("behind %v, ids %v", behind, ids)
+	e = newEnv(t)
+	e.must(e.replica().Heartbeat(t.Context()))
+	e.put(9, 1, 5_000_000, "mine")
+	wantRolledBack(t, e.replica().RaiseIDLimit(t.Context(), 3_000_000))
+	if _, ids, behind := e.records(); !behind || ids.GetCeiling() >= 3_000_000 {
+		t.Errorf("rolled back %v, ids %v", behind, ids)
 	}
 }
 
 func TestOtherFiles(t *testing.T) {
-	w := newWorld(t)
-	r := w.replica()
-	w.must(r.Beat(t.Context()))
+	e := newEnv(t)
+	r := e.replica()
+	e.must(r.Heartbeat(t.Context()))
 	for _, name := range []string{"readme.txt", "9.json", "0000000000000000009.json.bak"} {
-		_, err := w.objects.Put(t.Context(), epoch.Prefix+name, []byte("?"))
-		w.must(err)
+		_, err := e.objects.Put(t.Context(), epoch.Prefix+name, []byte("?"))
+		e.must(err)
 	}
-	w.must(r.Check(t.Context()))
-	w.must(r.Beat(t.Context()))
-	_, err := w.objects.Put(t.Context(), noteKey(9), []byte("?"))
-	w.must(err)
-	for what, err := range map[string]error{"check": r.Check(t.Context()), "beat": r.Beat(t.Context())} {
-		if !errors.Is(err, epoch.ErrDamaged) || !strings.Contains(err.Error(), noteKey(9)) {
+	e.must(r.Check(t.Context()))
+	e.must(r.Heartbeat(t.Context()))
+	_, err := e.objects.Put(t.Context(), markKey(9), []byte("?"))
+	e.must(err)
+	for what, err := range map[string]error{"check": r.Check(t.Context()), "heartbeat": r.Heartbeat(t.Context())} {
+		if !errors.Is(err, epoch.ErrDamaged) || !strings.Contains(err.Error(), markKey(9)) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
-	if _, _, behind := w.records(); behind {
-		t.Error("a damaged object is not behind")
+	if _, _, behind := e.records(); behind {
+		t.Error("a damaged object counts as a rollback")
 	}
 }
 
-func TestTimeTravel(t *testing.T) {
+func TestRestoredBackup(t *testing.T) {
 	for name, revision := range map[string]int64{"lower revision": 0, "higher revision": 10_000} {
-		for since := 1; since < 5; since++ { // beats since the backup
-			t.Run(fmt.Sprintf("%s, %d beats", name, since), func(t *testing.T) {
-				w := newWorld(t)
-				r := w.replica()
-				w.must(r.Beat(t.Context()))
-				w.allocate(r, 100)
-				backup := metatest.Backup(t, w.kv)
+		for since := 1; since < 5; since++ { // heartbeats since the backup
+			t.Run(fmt.Sprintf("%s, %d heartbeats", name, since), func(t *testing.T) {
+				e := newEnv(t)
+				r := e.replica()
+				e.must(r.Heartbeat(t.Context()))
+				e.allocate(r, 100)
+				backup := metatest.Backup(t, e.kv)
 				var last int64
 				for range since {
-					last = w.allocate(r, catalog.MaxAllocate/2).First + catalog.MaxAllocate/2
-					w.must(r.Beat(t.Context()))
+					last = e.allocate(r, catalog.MaxAllocate/2).First + catalog.MaxAllocate/2
+					e.must(r.Heartbeat(t.Context()))
 				}
-				_, before, _ := w.records()
+				_, before, _ := e.records()
 
-				w = w.restored(backup, revision)
-				r = w.replica()
-				wantBehind(t, r.Check(t.Context()))
-				wantBehind(t, r.Check(t.Context()))
-				wantBehind(t, r.Beat(t.Context()))
-				if n := w.history(); n != 1 {
+				e = e.restored(backup, revision)
+				r = e.replica()
+				wantRolledBack(t, r.Check(t.Context()))
+				wantRolledBack(t, r.Check(t.Context()))
+				wantRolledBack(t, r.Heartbeat(t.Context()))
+				if n := e.history(); n != 1 {
 					t.Errorf("history %d before the recovery", n)
 				}
 				_, err := r.ids.AllocateIDs(t.Context(), request.Token{}, 1)
-				wantBehind(t, err)
+				wantRolledBack(t, err)
 				_, err = r.ids.NextID(t.Context())
-				wantBehind(t, err)
-				wantBehind(t, r.ids.ReserveIDs(t.Context(), request.Token{}, catalog.IDRange{First: 1 << 40, Count: 5}))
-				behind, err := r.Behind(t.Context())
-				w.must(err)
-				wantBehind(t, behind)
+				wantRolledBack(t, err)
+				wantRolledBack(t, r.ids.ReserveIDs(t.Context(), request.Token{}, catalog.IDRange{First: 1 << 40, Count: 5}))
+				rolledBack, err := r.RolledBack(t.Context())
+				e.must(err)
+				wantRolledBack(t, rolledBack)
 				if _, ok, err := r.ids.HandedOut(t.Context(), 100); !ok || err != nil {
-					t.Errorf("what was handed out is known no more: %v, %v", ok, err)
+					t.Errorf("the allocated ids are unknown: %v, %v", ok, err)
 				}
 
 				was, next, from, err := r.Recover(t.Context(), false)
 				if !was || next != before.GetCeiling() || from != 101 || err != nil {
 					t.Errorf("recover: %v, %d, %d, %v; want next %d", was, next, from, err, before.GetCeiling())
 				}
-				if floor, err := r.Floor(t.Context()); floor != next || err != nil {
-					t.Errorf("floor %d, %v, want %d", floor, err, next)
+				if below, err := r.LostBelow(t.Context()); below != next || err != nil {
+					t.Errorf("lostBelow %d, %v, want %d", below, err, next)
 				}
-				w.settled()
-				if got := w.allocate(r, 10); got.First < last {
+				e.settled()
+				if got := e.allocate(r, 10); got.First < last {
 					t.Errorf("got %v, ids up to %d are in use", got, last-1)
 				}
-				was, again, _, err := w.replica().Recover(t.Context(), false)
+				was, again, _, err := e.replica().Recover(t.Context(), false)
 				if was || again <= next || err != nil {
 					t.Errorf("recover again: %v, %d, %v", was, again, err)
 				}
-				if n := w.history(); n != 2 {
-					t.Errorf("history %d after one recovery, and one without need", n)
+				if n := e.history(); n != 2 {
+					t.Errorf("history %d after one recovery and an unnecessary one", n)
 				}
-				if floor, _ := r.Floor(t.Context()); floor != next {
-					t.Errorf("floor %d, want %d", floor, next)
+				if below, _ := r.LostBelow(t.Context()); below != next {
+					t.Errorf("lostBelow %d, want %d", below, next)
 				}
-				w.settled()
-				if _, _, _, err := r.Recover(t.Context(), true); err != nil || w.history() != 3 {
-					t.Errorf("history %d after a forced recovery, %v", w.history(), err)
+				e.settled()
+				if _, _, _, err := r.Recover(t.Context(), true); err != nil || e.history() != 3 {
+					t.Errorf("history %d after a forced recovery, %v", e.history(), err)
 				}
 			})
 		}
 	}
 }
 
-// An unreadable record is of no history: what is compared with it is not equal.
+// The history of an unreadable record equals that of no other record.
 func TestHistoryOfAnUnreadableRecord(t *testing.T) {
 	for want, found := range map[int64][]meta.KeyValue{
 		1: nil,
@@ -582,21 +585,23 @@ func TestHistoryOfAnUnreadableRecord(t *testing.T) {
 	}
 }
 
-// A replica that runs while its store is replaced knows what it has seen.
+// A replica that runs while its store is replaced detects an id that it has seen.
 func TestReplicaOutlivesItsStore(t *testing.T) {
-	w := newWorld(t)
-	kv := &switched{KV: w.kv}
-	ids := catalog.New(catalog.Options{KV: kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(kv, time.Now, nil), AllowReserve: true})
+	e := newEnv(t)
+	kv := &switched{KV: e.kv}
+	ids := catalog.New(catalog.Options{
+		KV: kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(kv, time.Now, nil), AllowReserve: true,
+	})
 	allocate := func() error {
 		_, err := ids.AllocateIDs(t.Context(), request.Token{}, 10)
 		return err
 	}
-	w.must(allocate())
-	backup := metatest.Backup(t, w.kv)
-	w.must(allocate())
-	w.must(allocate())
-	kv.KV = w.restored(backup, 0).kv
-	wantBehind(t, allocate())
+	e.must(allocate())
+	backup := metatest.Backup(t, e.kv)
+	e.must(allocate())
+	e.must(allocate())
+	kv.KV = e.restored(backup, 0).kv
+	wantRolledBack(t, allocate())
 	if _, ok, err := ids.HandedOut(t.Context(), 15); !ok || err != nil {
 		t.Errorf("handed out: %v, %v", ok, err)
 	}
@@ -604,60 +609,61 @@ func TestReplicaOutlivesItsStore(t *testing.T) {
 
 type switched struct{ meta.KV }
 
-// Whatever happened before a backup and since: a store is behind when there was a
-// beat since, fine when it never went back, and after a recovery no id is handed out
-// twice.
-func TestNoIDReturns(t *testing.T) {
+// For any course before and after a backup: a check of the restored store reports a
+// rollback if a heartbeat followed the backup, a check reports none for a store that never
+// went back, and after a recovery no id is allocated twice.
+func TestNoIDIsAllocatedTwice(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
-		w := newWorld(t)
-		r := w.replica()
+		e := newEnv(t)
+		r := e.replica()
 		var backup []meta.KeyValue
-		var beatThen int64 // that was done or under way at the backup
-		var out []catalog.IDRange
+		var atBackup int64 // the heartbeat that was done or under way at the backup
+		var allocated []catalog.IDRange
 		for range rapid.IntRange(5, 40).Draw(rt, "steps") {
 			switch rapid.IntRange(0, 6).Draw(rt, "step") {
 			case 0, 1:
-				got := w.allocate(r, rapid.SampledFrom([]int64{1, 100, 700_000, catalog.MaxAllocate}).Draw(rt, "count"))
-				for _, had := range out {
+				got := e.allocate(r, rapid.SampledFrom([]int64{1, 100, 700_000, catalog.MaxAllocate}).Draw(rt, "count"))
+				for _, had := range allocated {
 					if got.First < had.First+had.Count && had.First < got.First+got.Count {
-						rt.Fatalf("%v was handed out as %v before", got, had)
+						rt.Fatalf("%v overlaps the earlier %v", got, had)
 					}
 				}
-				out = append(out, got)
+				allocated = append(allocated, got)
 			case 2:
-				w.must(r.Beat(t.Context()))
-			case 3: // a beat that its process does not end
-				r.store.FailNth(object.OpCreate, 0, rapid.SampledFrom([]object.Fault{object.FaultBefore, object.FaultAfter}).Draw(rt, "fault"))
-				if err := r.Beat(t.Context()); !errors.Is(err, object.ErrUnavailable) {
+				e.must(r.Heartbeat(t.Context()))
+			case 3: // a heartbeat whose process dies
+				faults := rapid.SampledFrom([]object.Fault{object.FaultBefore, object.FaultAfter})
+				r.store.FailNth(object.OpCreate, 0, faults.Draw(rt, "fault"))
+				if err := r.Heartbeat(t.Context()); !errors.Is(err, object.ErrUnavailable) {
 					rt.Fatal(err)
 				}
-				r = w.replica()
+				r = e.replica()
 			case 4:
-				backup = metatest.Backup(t, w.kv)
-				e, _, _ := w.records()
-				if beatThen = e.GetBeat(); len(e.GetIntent()) > 0 {
-					beatThen++
+				backup = metatest.Backup(t, e.kv)
+				rec, _, _ := e.records()
+				if atBackup = rec.GetBeat(); len(rec.GetIntent()) > 0 {
+					atBackup++
 				}
 			case 5:
-				w.must(r.Check(t.Context()))
+				e.must(r.Check(t.Context()))
 			case 6:
 				if backup == nil {
 					continue
 				}
-				newest := len(w.notes()) > 0 && w.notes()[len(w.notes())-1] > noteKey(beatThen)
-				w = w.restored(backup, rapid.SampledFrom([]int64{0, 10_000}).Draw(rt, "revision"))
-				r = w.replica()
-				if err := r.Check(t.Context()); newest && !errors.Is(err, epoch.ErrBehind) {
-					rt.Fatalf("it went unnoticed: %v", err)
+				newest := len(e.marks()) > 0 && e.marks()[len(e.marks())-1] > markKey(atBackup)
+				e = e.restored(backup, rapid.SampledFrom([]int64{0, 10_000}).Draw(rt, "revision"))
+				r = e.replica()
+				if err := r.Check(t.Context()); newest && !errors.Is(err, epoch.ErrRolledBack) {
+					rt.Fatalf("the rollback is undetected: %v", err)
 				}
 				_, _, _, err := r.Recover(t.Context(), true)
-				w.must(err)
+				e.must(err)
 			}
 		}
 	})
 }
 
-// leader runs Lead, and says whether its work runs.
+// leader is the work of a leader, which records whether it runs.
 type leader struct {
 	mu      sync.Mutex
 	working bool
@@ -691,83 +697,83 @@ func (l *leader) want(t *testing.T, when string, working bool, begun int) {
 
 func TestLead(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
-		w := newWorld(t)
-		r, other := w.replica(), w.replica()
+		e := newEnv(t)
+		r, other := e.replica(), e.replica()
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		r.store.Plan(func(object.Call) object.Fault { return object.FaultBefore })
 		var l leader
 		done := make(chan error, 1)
 		go func() { done <- r.Lead(ctx, l.work) }()
-		l.want(t, "the object store is silent", false, 0)
+		l.want(t, "the object store is unavailable", false, 0)
 		r.store.Plan(nil)
 		time.Sleep(time.Minute)
-		l.want(t, "it answers", true, 1)
+		l.want(t, "it is available", true, 1)
 		time.Sleep(10 * time.Minute)
-		if e, _, _ := w.records(); e.GetBeat() < 10 || e.GetBeat() > 12 {
-			t.Errorf("beat %d after 11 minutes", e.GetBeat())
+		if rec, _, _ := e.records(); rec.GetBeat() < 10 || rec.GetBeat() > 12 {
+			t.Errorf("heartbeat %d after 11 minutes", rec.GetBeat())
 		}
 		r.store.Plan(func(object.Call) object.Fault { return object.FaultBefore })
 		time.Sleep(10 * time.Minute)
-		l.want(t, "silent later", true, 1)
+		l.want(t, "unavailable later", true, 1)
 		r.store.Plan(nil)
 
-		// The leader finds out by itself.
-		w.put(1000, 1, 5_000_000, "mine")
+		// The leader detects the rollback.
+		e.put(1000, 1, 5_000_000, "mine")
 		time.Sleep(2 * time.Minute)
-		l.want(t, "behind", false, 1)
+		l.want(t, "rolled back", false, 1)
 		time.Sleep(time.Hour)
-		l.want(t, "behind for long", false, 1)
+		l.want(t, "rolled back for an hour", false, 1)
 		if was, _, _, err := other.Recover(ctx, false); !was || err != nil {
 			t.Errorf("recover: %v, %v", was, err)
 		}
 		time.Sleep(time.Second)
 		l.want(t, "recovered", true, 2)
 
-		// Another does.
-		w.put(2000, 1, 50_000_000, "mine")
-		wantBehind(t, other.Check(ctx))
+		// Another replica detects it.
+		e.put(2000, 1, 50_000_000, "mine")
+		wantRolledBack(t, other.Check(ctx))
 		time.Sleep(time.Second)
-		l.want(t, "behind, by another", false, 2)
+		l.want(t, "rolled back, detected by another replica", false, 2)
 		if was, _, _, err := other.Recover(ctx, false); !was || err != nil {
 			t.Errorf("recover: %v, %v", was, err)
 		}
 		time.Sleep(time.Second)
 		l.want(t, "recovered again", true, 3)
 		cancel()
-		w.must(<-done)
-		l.want(t, "over", false, 3)
-		w.settled()
+		e.must(<-done)
+		l.want(t, "canceled", false, 3)
+		e.settled()
 	})
 }
 
-// A leader works although the metadata store is full: it frees space.
+// A leader works while the metadata store is full, since its work frees space.
 func TestLeadOfAFullStore(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
-		w := newWorld(t)
-		w.must(w.replica().Beat(t.Context()))
-		w.kv.SetFull(true)
+		e := newEnv(t)
+		e.must(e.replica().Heartbeat(t.Context()))
+		e.kv.SetFull(true)
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		var l leader
 		done := make(chan error, 1)
-		go func() { done <- w.replica().Lead(ctx, l.work) }()
+		go func() { done <- e.replica().Lead(ctx, l.work) }()
 		time.Sleep(10 * time.Minute)
 		l.want(t, "full", true, 1)
-		w.kv.SetFull(false)
+		e.kv.SetFull(false)
 		time.Sleep(10 * time.Minute)
-		l.want(t, "no more", true, 1)
+		l.want(t, "not full", true, 1)
 		cancel()
-		w.must(<-done)
-		w.settled()
+		e.must(<-done)
+		e.settled()
 	})
 }
 
 func TestLeadReturnsWorksError(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
-		w := newWorld(t)
+		e := newEnv(t)
 		failed := errors.New("failed")
-		if err := w.replica().Lead(t.Context(), func(context.Context) error { return failed }); !errors.Is(err, failed) {
+		if err := e.replica().Lead(t.Context(), func(context.Context) error { return failed }); !errors.Is(err, failed) {
 			t.Errorf("got error %v", err)
 		}
 	})
@@ -790,134 +796,136 @@ func (b *between) Txn(ctx context.Context, txn meta.Txn) (meta.TxnResult, error)
 	return b.KV.Txn(ctx, txn)
 }
 
-func TestAllocationBetween(t *testing.T) {
-	w := newWorld(t)
-	other := w.replica()
-	w.allocate(other, 10)
+func TestAllocationDuringRaise(t *testing.T) {
+	e := newEnv(t)
+	other := e.replica()
+	e.allocate(other, 10)
 	var got catalog.IDRange
-	kv := &between{KV: w.kv, key: keys.IDs, do: func() { got = w.allocate(other, 10) }}
-	w.must(w.replica(func(o *epoch.Options) { o.KV = kv }).Raise(t.Context(), 5_000_000))
-	if again := w.allocate(other, 10); got.Count == 0 || again.First < got.First+got.Count {
+	kv := &between{KV: e.kv, key: keys.IDs, do: func() { got = e.allocate(other, 10) }}
+	e.must(e.replica(func(o *epoch.Options) { o.KV = kv }).RaiseIDLimit(t.Context(), 5_000_000))
+	if again := e.allocate(other, 10); got.Count == 0 || again.First < got.First+got.Count {
 		t.Errorf("got %v, then %v", got, again)
 	}
-	w.settled()
+	e.settled()
 }
 
-// What a slow check has seen does not count when the store has recovered since.
-func TestRecoverBetween(t *testing.T) {
-	w := newWorld(t)
-	other := w.replica()
-	w.must(other.Beat(t.Context()))
-	w.put(9, 1, 5_000_000, "mine")
+// A slow check has no effect if the store has recovered since its read.
+func TestRecoveryDuringCheck(t *testing.T) {
+	e := newEnv(t)
+	other := e.replica()
+	e.must(other.Heartbeat(t.Context()))
+	e.put(9, 1, 5_000_000, "mine")
 	recovered := false
-	kv := &between{KV: w.kv, key: keys.Behind, do: func() {
+	kv := &between{KV: e.kv, key: keys.Behind, do: func() {
 		was, _, _, err := other.Recover(t.Context(), false)
 		if recovered = was; err != nil {
 			t.Error(err)
 		}
 	}}
-	w.must(w.replica(func(o *epoch.Options) { o.KV = kv }).Check(t.Context()))
+	e.must(e.replica(func(o *epoch.Options) { o.KV = kv }).Check(t.Context()))
 	if !recovered {
-		t.Error("it was not behind")
+		t.Error("Recover reported no rollback")
 	}
-	w.settled()
+	e.settled()
 }
 
-// The store is found to be behind while ids are being handed out.
-func TestBehindBetween(t *testing.T) {
-	w := newWorld(t)
-	w.allocate(w.replica(), 10)
-	kv := &between{KV: w.kv, key: keys.IDs, do: func() {
-		w.put(9, 1, 5_000_000, "mine")
-		wantBehind(t, w.replica().Check(t.Context()))
+// A rollback is detected during an allocation.
+func TestRollbackDuringAllocation(t *testing.T) {
+	e := newEnv(t)
+	e.allocate(e.replica(), 10)
+	kv := &between{KV: e.kv, key: keys.IDs, do: func() {
+		e.put(9, 1, 5_000_000, "mine")
+		wantRolledBack(t, e.replica().Check(t.Context()))
 	}}
-	ids := catalog.New(catalog.Options{KV: kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(kv, time.Now, nil), AllowReserve: true})
+	ids := catalog.New(catalog.Options{
+		KV: kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(kv, time.Now, nil), AllowReserve: true,
+	})
 	_, err := ids.AllocateIDs(t.Context(), request.Token{}, 10)
-	wantBehind(t, err)
-	kv.do = func() { t.Error("it tried") }
-	wantBehind(t, ids.ReserveIDs(t.Context(), request.Token{}, catalog.IDRange{First: 1 << 40, Count: 5}))
-	if _, rec, _ := w.records(); rec.GetNext() != 11 {
+	wantRolledBack(t, err)
+	kv.do = func() { t.Error("a transaction was sent") }
+	wantRolledBack(t, ids.ReserveIDs(t.Context(), request.Token{}, catalog.IDRange{First: 1 << 40, Count: 5}))
+	if _, rec, _ := e.records(); rec.GetNext() != 11 {
 		t.Errorf("ids %v", rec)
 	}
 }
 
-// A store that is not known to be behind is left as it is, unless it is forced:
-// then what carries one of the ids that are passed over is below the floor.
-func TestRecoverOfAStoreThatIsFine(t *testing.T) {
-	w := newWorld(t)
-	r := w.replica()
-	w.must(r.Beat(t.Context()))
-	_, _, before, err := w.kv.Get(t.Context(), keys.IDs)
-	w.must(err)
+// Recover changes nothing without a detected rollback, unless it is forced: then the
+// skipped ids are below lostBelow.
+func TestRecoverWithoutRollback(t *testing.T) {
+	e := newEnv(t)
+	r := e.replica()
+	e.must(r.Heartbeat(t.Context()))
+	_, _, before, err := e.kv.Get(t.Context(), keys.IDs)
+	e.must(err)
 	was, next, from, err := r.Recover(t.Context(), false)
 	if was || next != from || err != nil {
 		t.Errorf("recover: %v, %d, %d, %v", was, next, from, err)
 	}
-	if _, _, after, _ := w.kv.Get(t.Context(), keys.IDs); after != before || len(w.notes()) != 1 {
-		t.Errorf("it has written: revision %d, then %d, notes %v", before, after, w.notes())
+	if _, _, after, _ := e.kv.Get(t.Context(), keys.IDs); after != before || len(e.marks()) != 1 {
+		t.Errorf("Recover wrote: revision %d, then %d, marks %v", before, after, e.marks())
 	}
 	was, next, from, err = r.Recover(t.Context(), true)
 	if was || next <= from || err != nil {
 		t.Errorf("forced: %v, %d, %d, %v", was, next, from, err)
 	}
-	if floor, err := r.Floor(t.Context()); floor != next || err != nil {
-		t.Errorf("the floor is %d, %v, want %d", floor, err, next)
+	if below, err := r.LostBelow(t.Context()); below != next || err != nil {
+		t.Errorf("lostBelow %d, %v, want %d", below, err, next)
 	}
 }
 
-// blind is a store that lists nothing of what it has.
-type blind struct{ object.Store }
+// unlisted is a store whose lists are empty.
+type unlisted struct{ object.Store }
 
-func (blind) List(context.Context, string) iter.Seq2[object.Info, error] {
+func (unlisted) List(context.Context, string) iter.Seq2[object.Info, error] {
 	return func(func(object.Info, error) bool) {}
 }
 
-// TestBlindList shows that a metadata store which went back in time is noticed
-// although the object store lists none of the notes.
-func TestBlindList(t *testing.T) {
+// TestEmptyLists shows that a metadata rollback is detected although the object store
+// lists no marks.
+func TestEmptyLists(t *testing.T) {
 	for _, since := range []int{1, 2, 5, 17} {
-		w := newWorld(t)
-		cannotList := func(o *epoch.Options) { o.Store = blind{o.Store} }
-		r := w.replica(cannotList)
-		w.must(r.Beat(t.Context()))
-		w.must(r.Check(t.Context()))
-		backup := metatest.Backup(t, w.kv)
+		e := newEnv(t)
+		cannotList := func(o *epoch.Options) { o.Store = unlisted{o.Store} }
+		r := e.replica(cannotList)
+		e.must(r.Heartbeat(t.Context()))
+		e.must(r.Check(t.Context()))
+		backup := metatest.Backup(t, e.kv)
 		for range since {
-			w.allocate(r, catalog.MaxAllocate/2)
-			w.must(r.Beat(t.Context()))
-			w.must(r.Check(t.Context()))
+			e.allocate(r, catalog.MaxAllocate/2)
+			e.must(r.Heartbeat(t.Context()))
+			e.must(r.Check(t.Context()))
 		}
-		_, before, _ := w.records()
+		_, before, _ := e.records()
 
-		w = w.restored(backup, 0)
-		r = w.replica(cannotList)
-		wantBehind(t, r.Check(t.Context()))
+		e = e.restored(backup, 0)
+		r = e.replica(cannotList)
+		wantRolledBack(t, r.Check(t.Context()))
 		_, err := r.ids.AllocateIDs(t.Context(), request.Token{}, 1)
-		wantBehind(t, err)
+		wantRolledBack(t, err)
 		was, next, _, err := r.Recover(t.Context(), false)
 		if !was || next != before.GetCeiling() || err != nil {
-			t.Errorf("%d beats: recover: %v, %d, %v; want next %d", since, was, next, err, before.GetCeiling())
+			t.Errorf("%d heartbeats: recover: %v, %d, %v; want next %d", since, was, next, err, before.GetCeiling())
 		}
-		w.must(r.Check(t.Context()))
-		w.allocate(r, 10)
+		e.must(r.Check(t.Context()))
+		e.allocate(r, 10)
 	}
 }
 
-// TestAlarm shows that an id which comes back stops all allocations until a recovery.
+// TestAlarm shows that an id that was allocated twice stops all allocations until a recovery.
 func TestAlarm(t *testing.T) {
-	w := newWorld(t)
-	r := w.replica()
-	w.must(r.Beat(t.Context()))
+	e := newEnv(t)
+	r := e.replica()
+	e.must(r.Heartbeat(t.Context()))
 	err := r.Alarm(t.Context(), "snapshots/1/2/refs.avro")
-	wantBehind(t, err)
+	wantRolledBack(t, err)
 	if !strings.Contains(err.Error(), "snapshots/1/2/refs.avro") {
 		t.Errorf("%v does not name the object", err)
 	}
-	wantBehind(t, r.Alarm(t.Context(), "another"))
+	wantRolledBack(t, r.Alarm(t.Context(), "another"))
 	_, err = r.ids.AllocateIDs(t.Context(), request.Token{}, 1)
-	wantBehind(t, err)
+	wantRolledBack(t, err)
 	if was, _, _, err := r.Recover(t.Context(), false); !was || err != nil {
 		t.Errorf("recover: %v, %v", was, err)
 	}
-	w.allocate(r, 1)
+	e.allocate(r, 1)
 }

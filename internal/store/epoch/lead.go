@@ -12,12 +12,11 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// Lead has work done by the leader for as long as the metadata store is not behind.
-// It checks and beats first, and then each interval; work begins when the check has
-// passed. When it finds the store behind,
-// or another has, it ends the context of work and waits for it to return; once the
-// store has recovered it checks again, and calls work anew. It returns when ctx
-// ended, or with what work returned before that.
+// Lead runs the leader's work until ctx ends or a metadata rollback is detected. It
+// checks and sends a heartbeat first, and then each interval; work starts after the
+// first check has passed. On a rollback, also one that another replica detects, Lead
+// cancels the context of work and waits for its return; after the recovery it checks
+// again and restarts work. It returns when ctx ends, or else with the result of work.
 func (e *Epoch) Lead(ctx context.Context, work func(ctx context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -42,19 +41,19 @@ func (e *Epoch) lead(ctx context.Context, changed <-chan struct{}, work func(ctx
 		case <-changed:
 		}
 		wait := e.o.Interval
-		err := e.pass(ctx)
+		err := e.checkAndHeartbeat(ctx)
 		if err == nil {
 			e.unknown.Passed()
 			e.stops.Passed()
-			err = e.whileFine(ctx, changed, work)
-			if !errors.Is(err, ErrBehind) {
+			err = e.runUntilRollback(ctx, changed, work)
+			if !errors.Is(err, ErrRolledBack) {
 				return err
 			}
 		}
 		switch {
 		case ctx.Err() != nil:
 			return nil
-		case errors.Is(err, ErrBehind):
+		case errors.Is(err, ErrRolledBack):
 			e.stops.Failed(err)
 		default:
 			wait /= 10
@@ -64,30 +63,33 @@ func (e *Epoch) lead(ctx context.Context, changed <-chan struct{}, work func(ctx
 	}
 }
 
-// pass checks and beats. That a beat failed is no error, unless for an ErrBehind: a
-// store that is full takes none, and has to be cleaned.
-func (e *Epoch) pass(outer context.Context) error {
+// checkAndHeartbeat checks and sends a heartbeat. It reports a failed heartbeat, but
+// returns its error only on an ErrRolledBack: a full metadata store accepts none, and the
+// leader must work to free its space.
+func (e *Epoch) checkAndHeartbeat(outer context.Context) error {
 	ctx, cancel := context.WithTimeout(outer, e.o.Interval)
 	defer cancel()
 	if err := e.Check(ctx); err != nil {
 		return err
 	}
-	err := e.Beat(ctx)
-	if err != nil && !errors.Is(err, ErrBehind) {
+	err := e.Heartbeat(ctx)
+	if err != nil && !errors.Is(err, ErrRolledBack) {
 		if ctx.Err() == nil || outer.Err() == nil {
-			e.beats.Failed(err)
+			e.heartbeats.Failed(err)
 		}
 		return nil
 	}
 	if err == nil {
-		e.beats.Passed()
+		e.heartbeats.Passed()
 	}
 	return err
 }
 
-// whileFine calls work, and ends it with an ErrBehind when the store is found to be
-// behind. It returns when work has.
-func (e *Epoch) whileFine(ctx context.Context, changed <-chan struct{}, work func(ctx context.Context) error) error {
+// runUntilRollback runs work, and cancels it with an ErrRolledBack on a rollback. It
+// returns after work has returned.
+func (e *Epoch) runUntilRollback(
+	ctx context.Context, changed <-chan struct{}, work func(ctx context.Context) error,
+) error {
 	workCtx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	done := make(chan error, 1)
@@ -100,21 +102,21 @@ func (e *Epoch) whileFine(ctx context.Context, changed <-chan struct{}, work fun
 		case err := <-done:
 			return err
 		case <-ticker.C:
-			err = e.pass(ctx)
+			err = e.checkAndHeartbeat(ctx)
 		case <-changed:
-			var behind error
-			if behind, err = e.Behind(ctx); behind != nil {
-				err = behind
+			var rolledBack error
+			if rolledBack, err = e.RolledBack(ctx); rolledBack != nil {
+				err = rolledBack
 			}
 		}
 		switch {
 		case err == nil:
 			e.leads.Passed()
 		case ctx.Err() != nil: // the end of ctx ends work
-		case errors.Is(err, ErrBehind):
+		case errors.Is(err, ErrRolledBack):
 			cancel()
-			if ended := <-done; ended != nil && !errors.Is(ended, context.Canceled) {
-				e.o.Log.Warn("the leader's work ended with an error", zap.Error(ended))
+			if workErr := <-done; workErr != nil && !errors.Is(workErr, context.Canceled) {
+				e.o.Log.Warn("the leader's work ended with an error", zap.Error(workErr))
 			}
 			return err
 		default:
@@ -123,7 +125,7 @@ func (e *Epoch) whileFine(ctx context.Context, changed <-chan struct{}, work fun
 	}
 }
 
-// watch tells changed when /behind may have come or gone, until ctx ends.
+// watch signals changed when /behind may have been put or deleted, until ctx ends.
 func (e *Epoch) watch(ctx context.Context, changed chan<- struct{}) {
 	backoff := meta.Backoff{Rand: e.o.Jitter}
 	for {
@@ -137,13 +139,13 @@ func (e *Epoch) watch(ctx context.Context, changed chan<- struct{}) {
 	}
 }
 
-// watchFrom is watch until the watch ends.
+// watchFrom implements watch until the watch of the metadata store ends.
 func (e *Epoch) watchFrom(ctx context.Context, revision int64, changed chan<- struct{}, backoff *meta.Backoff) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	w := e.o.KV.Watch(ctx, keys.Behind, keys.Behind+"\x00", revision)
 	for {
-		select { // also at first: it may have changed before
+		select { // also at the start: the key may have changed before
 		case changed <- struct{}{}:
 		default:
 		}
