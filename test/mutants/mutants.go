@@ -78,7 +78,7 @@ var planted = []Mutant{
 		inMemory(manager, "^TestForeignObjectIsNotOverwritten$"),
 	}},
 	{Name: "own-write-not-recognized", Breaks: "a write that happened fails because its answer was lost", Tests: []Tests{
-		{Package: s3, Run: "^TestCreateWhoseAnswerIsLost$", Server: true},
+		{Package: s3, Run: "^TestCreateLostResponse$", Server: true},
 	}},
 	{Name: "copy-without-etag-believed", Breaks: "a copy that may not have happened counts as made", Tests: []Tests{
 		{Package: s3, Run: "^TestFaults$/200", Server: true},

@@ -20,16 +20,16 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// upload is one that was begun and not yet completed.
+// upload is an open multipart upload.
 type upload struct {
 	key, id string
-	at      time.Time // when it was begun; zero: the store did not say
+	at      time.Time // start of the upload; zero: unknown
 }
 
-// AbortUploads implements [object.Store]. Some servers, MinIO among them, list
-// the uploads of one whole key only; there it finds none, and they go when the
-// server thinks them old enough. A server that does not know the request leaves all
-// of them to its own rules for old uploads, which one warning says.
+// AbortUploads implements [object.Store]. Some servers, such as MinIO, list uploads only
+// for a complete key; on those servers it finds none, and the server's expiry removes them.
+// If the server does not support the request, it logs one warning and leaves all uploads
+// to the server's expiry.
 func (s *Store) AbortUploads(ctx context.Context, prefix string, before time.Time) (int, error) {
 	err := object.CheckPrefix(prefix)
 	if err == nil && prefix != "" {
@@ -41,20 +41,22 @@ func (s *Store) AbortUploads(ctx context.Context, prefix string, before time.Tim
 	if err != nil {
 		return 0, err
 	}
-	return s.abortUploads(ctx, prefix, func(u upload) bool { return before.IsZero() || u.at.Before(before) && !u.at.IsZero() })
+	return s.abortUploads(ctx, prefix, func(u upload) bool {
+		return before.IsZero() || u.at.Before(before) && !u.at.IsZero()
+	})
 }
 
-// abortUploads aborts those uploads to keys that begin with prefix that match,
-// and looks again until there are none. It goes on to a second page of the list
-// only from one that has none: not every server finds what comes after an upload
-// that is gone.
+// abortUploads aborts the matching uploads to keys with the prefix, until a list has none.
+// It reads the next page only after a page without matches: some servers cannot continue a
+// list from an aborted upload.
 func (s *Store) abortUploads(ctx context.Context, prefix string, match func(upload) bool) (int, error) {
-	aborted := make(map[string]int) // by id, how often
+	aborted := make(map[string]int) // number of aborts by id
 	for {
 		uploads, f := s.uploads(ctx, prefix, match)
 		if f != nil && unsupported(f) {
 			s.unlistedOnce.Do(func() {
-				s.o.Log.Warn("the store does not list unfinished uploads: set a lifecycle rule that aborts them", zap.String("bucket", s.o.Bucket))
+				s.o.Log.Warn("the store does not list incomplete uploads: set a lifecycle rule that aborts them",
+					zap.String("bucket", s.o.Bucket))
 			})
 			return len(aborted), nil
 		}
@@ -69,7 +71,7 @@ func (s *Store) abortUploads(ctx context.Context, prefix string, match func(uplo
 			errs  []error
 			group errgroup.Group
 		)
-		group.SetLimit(deletesAtOnce)
+		group.SetLimit(deletesInFlight)
 		for _, u := range uploads {
 			group.Go(func() error {
 				f := s.abort(ctx, u.key, u.id)
@@ -79,7 +81,7 @@ func (s *Store) abortUploads(ctx context.Context, prefix string, match func(uplo
 					if aborted[u.id]++; aborted[u.id] < maxAborts {
 						return nil
 					}
-					f = &failure{kind: object.ErrUnavailable, detail: "it is listed again and again"}
+					f = &failure{kind: object.ErrUnavailable, detail: "the upload remains listed after each abort"}
 				}
 				errs = append(errs, s.error("abort upload of", u.key, f))
 				return nil
@@ -92,7 +94,7 @@ func (s *Store) abortUploads(ctx context.Context, prefix string, match func(uplo
 	}
 }
 
-// uploads returns the first page of the list with uploads that match, or none.
+// uploads returns the matching uploads of the first page that has any.
 func (s *Store) uploads(ctx context.Context, prefix string, match func(upload) bool) (uploads []upload, f *failure) {
 	var key, id *string
 	for {
@@ -105,14 +107,15 @@ func (s *Store) uploads(ctx context.Context, prefix string, match func(upload) b
 			return nil, f
 		}
 		for _, u := range p.uploads {
-			if object.CheckKey(u.key) == nil && match(u) { // any other is none of ours
+			if object.CheckKey(u.key) == nil && match(u) { // snapshotd writes no other keys
 				uploads = append(uploads, u)
 			}
 		}
 		if len(uploads) > 0 || !p.more {
 			return uploads, nil
 		}
-		if aws.ToString(p.key) == "" || aws.ToString(p.key) == aws.ToString(key) && aws.ToString(p.id) == aws.ToString(id) {
+		if aws.ToString(p.key) == "" ||
+			aws.ToString(p.key) == aws.ToString(key) && aws.ToString(p.id) == aws.ToString(id) {
 			return nil, &failure{kind: object.ErrUnavailable, detail: "the list does not advance"}
 		}
 		key, id = p.key, p.id
@@ -123,7 +126,7 @@ func (s *Store) uploads(ctx context.Context, prefix string, match func(upload) b
 type uploadPage struct {
 	uploads []upload
 	more    bool
-	key, id *string // where to go on
+	key, id *string // markers of the next page
 }
 
 func (s *Store) uploadPage(ctx context.Context, prefix string, key, id *string) (uploadPage, *failure) {
@@ -135,12 +138,12 @@ func (s *Store) uploadPage(ctx context.Context, prefix string, key, id *string) 
 	})
 	if f != nil {
 		if errors.Is(f.kind, object.ErrNotFound) {
-			return uploadPage{}, unusable("there is no such key as a list")
+			return uploadPage{}, unusable("NoSuchKey for a list")
 		}
 		return uploadPage{}, f
 	}
 	if out.IsTruncated == nil || aws.ToString(out.Bucket) != s.o.Bucket {
-		return uploadPage{}, unusable("this is no list of the bucket's uploads")
+		return uploadPage{}, unusable("not a list of the bucket's uploads")
 	}
 	decode := func(text *string) (string, error) {
 		if out.EncodingType != types.EncodingTypeUrl {
@@ -151,20 +154,23 @@ func (s *Store) uploadPage(ctx context.Context, prefix string, key, id *string) 
 	p := uploadPage{more: *out.IsTruncated, id: out.NextUploadIdMarker}
 	next, err := decode(out.NextKeyMarker)
 	if err != nil {
-		return uploadPage{}, unusable("key %q", clip(*out.NextKeyMarker))
+		return uploadPage{}, unusable("key marker %q is not URL-encoded", clip(*out.NextKeyMarker))
 	}
 	p.key = &next
 	for _, u := range out.Uploads {
 		name, err := decode(u.Key)
 		if err != nil || !strings.HasPrefix(name, s.o.Prefix+prefix) || aws.ToString(u.UploadId) == "" {
-			return uploadPage{}, unusable("key %q does not begin with the prefix asked for, or has no upload id", clip(aws.ToString(u.Key)))
+			return uploadPage{}, unusable("key %q is outside the requested prefix, or has no upload id",
+				clip(aws.ToString(u.Key)))
 		}
-		p.uploads = append(p.uploads, upload{key: strings.TrimPrefix(name, s.o.Prefix), id: *u.UploadId, at: aws.ToTime(u.Initiated)})
+		p.uploads = append(p.uploads, upload{
+			key: strings.TrimPrefix(name, s.o.Prefix), id: *u.UploadId, at: aws.ToTime(u.Initiated),
+		})
 	}
 	return p, nil
 }
 
-// abort ends an upload. One that is not there has ended.
+// abort aborts an upload. An unknown upload counts as aborted.
 func (s *Store) abort(ctx context.Context, key, id string) *failure {
 	return s.retry(ctx, "abort upload of", key, func() *failure {
 		out, f := attempt(ctx, s, 0, func(ctx context.Context) (*s3.AbortMultipartUploadOutput, error) {
@@ -182,7 +188,7 @@ func (s *Store) abort(ctx context.Context, key, id string) *failure {
 		if ok && raw.StatusCode == http.StatusNoContent {
 			return nil
 		}
-		// Not what S3 answers, so it takes a look.
+		// S3 returns 204. For any other status, check that the upload is gone.
 		_, f = attempt(ctx, s, 0, func(ctx context.Context) (*s3.ListPartsOutput, error) {
 			return s.client.ListParts(ctx, &s3.ListPartsInput{
 				Bucket: &s.o.Bucket, Key: s.key(key), UploadId: &id, ExpectedBucketOwner: s.owner,
@@ -192,17 +198,17 @@ func (s *Store) abort(ctx context.Context, key, id string) *failure {
 		case f != nil && f.code == "NoSuchUpload":
 			return nil
 		case f != nil && unsupported(f), f == nil:
-			return unusable("not that of an abort")
+			return unusable("not the response of an abort")
 		}
 		return f
 	})
 }
 
-// abortAfter ends an upload whose context may be over.
+// abortAfter aborts an upload even if ctx has ended.
 func (s *Store) abortAfter(ctx context.Context, key, id string) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTimeout)
 	defer cancel()
 	if f := s.abort(ctx, key, id); f != nil {
-		s.o.Log.Warn("an upload may have stayed open", zap.String("key", key), zap.Error(s.error("abort upload of", key, f)))
+		s.o.Log.Warn("upload may be left open", zap.String("key", key), zap.Error(s.error("abort upload of", key, f)))
 	}
 }

@@ -14,7 +14,7 @@ func TestStore(t *testing.T) {
 	objecttest.Run(t, func(t *testing.T) object.Store { return s3test.Open(t, s3test.Bucket(t)) })
 }
 
-// Every object but an empty one in parts.
+// Every object except an empty one is written in parts.
 func TestStoreInParts(t *testing.T) {
 	objecttest.Run(t, func(t *testing.T) object.Store {
 		o := s3test.Bucket(t)

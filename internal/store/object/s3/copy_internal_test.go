@@ -8,17 +8,16 @@ import (
 	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
-// TestOutliveBy holds that what a server may carry out all the same is waited for,
-// and not for ever.
+// TestOutliveBy shows that the longer context ends later than its parent by the duration.
 func TestOutliveBy(t *testing.T) {
 	const by = 10 * time.Second
 	for name, c := range map[string]struct {
-		ends time.Duration // of the context; 0: before the call; below: never
-		want time.Duration // when the longer one is over; below 0: it is not, within an hour
+		ends time.Duration // of the context; 0: before the call; negative: never
+		want time.Duration // end of the longer one; negative: not within an hour
 	}{
-		"it goes on":     {-1, -1},
-		"it ends":        {3 * time.Second, 3*time.Second + by},
-		"it ended early": {0, by},
+		"open":         {-1, -1},
+		"ends":         {3 * time.Second, 3*time.Second + by},
+		"ended before": {0, by},
 	} {
 		t.Run(name, func(t *testing.T) {
 			virtual.Test(t, func(t *testing.T) {
@@ -44,11 +43,11 @@ func TestOutliveBy(t *testing.T) {
 				case <-time.After(time.Hour):
 				}
 				if took != c.want {
-					t.Errorf("over after %v, want %v", took, c.want)
+					t.Errorf("ended after %v, want %v", took, c.want)
 				}
 				stop()
 				if longer.Err() == nil {
-					t.Error("not over when it is given up")
+					t.Error("not ended after stop")
 				}
 			})
 		})

@@ -31,11 +31,11 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
-// large is the content of an object of three parts, the last of one byte.
+// large is the content of an object with three parts, the last of one byte.
 var large = bytes.Repeat([]byte("0123456789abcdef"), 2*object.MinPartSize/16+1)[:2*object.MinPartSize+1]
 
-// putLarge writes it and returns how to copy it to "copy", part by part.
-func (r *rig) putLarge(t *testing.T) object.CopyRequest {
+// putLarge writes large and returns the request to copy it to "copy", part by part.
+func (r *env) putLarge(t *testing.T) object.CopyRequest {
 	t.Helper()
 	info, err := r.plain.Put(t.Context(), "large", large)
 	if err != nil {
@@ -47,34 +47,33 @@ func (r *rig) putLarge(t *testing.T) object.CopyRequest {
 	}
 }
 
-// wantCopy checks that the copy is there and right, or with an error that it is
-// not there or right.
-func (r *rig) wantCopy(t *testing.T, err error) {
+// wantCopy checks that the copy is correct, or after an error that it is missing or correct.
+func (r *env) wantCopy(t *testing.T, err error) {
 	t.Helper()
 	switch got := r.holds(t, "copy"); {
 	case got == "-" && err != nil:
 	case got != string(large):
-		t.Errorf("the copy holds %d bytes that are not its source's; the call said %v", len(got), err)
+		t.Errorf("the copy has %d bytes other than its source; err = %v", len(got), err)
 	}
 	wantNoUploads(t, r)
 }
 
-// during returns an action that does something once the server has carried the
-// request out, and then hands its answer on.
+// during returns an action that calls do after the server has executed the request, and
+// then forwards the response.
 func during(do func()) s3fault.Action {
 	return s3fault.Edit("during", func(*s3fault.Answer) bool { do(); return true })
 }
 
-// A copy makes no request that it does not need.
+// A copy sends no unnecessary request.
 func TestCopyRequests(t *testing.T) {
-	r := newRig(t, nil)
+	r := newEnv(t, nil)
 	r.put(t, "old", "old content")
 	r.proxy.Plan()
 	if err := copyOld(t.Context(), r.store, 0, oldETag); err != nil {
 		t.Fatal(err)
 	}
 	if events := r.proxy.Events(); len(events) != 1 || events[0].Op != s3fault.CopyObject {
-		t.Errorf("a copy at once makes %v", events)
+		t.Errorf("a copy in one request sends %v", events)
 	}
 	request := r.putLarge(t)
 	r.proxy.Plan()
@@ -93,7 +92,7 @@ func TestCopyRequests(t *testing.T) {
 	}
 }
 
-// TestCopyPartsFail has the second part fail for good.
+// TestCopyPartsFail makes the second part fail permanently.
 func TestCopyPartsFail(t *testing.T) {
 	for name, c := range map[string]struct {
 		action s3fault.Action
@@ -112,7 +111,7 @@ func TestCopyPartsFail(t *testing.T) {
 		for _, inFlight := range []int{1, 3} {
 			t.Run(fmt.Sprint(name, inFlight), func(t *testing.T) {
 				t.Parallel()
-				r := newRig(t, func(o *s3.Options) { o.MaxAttempts = 2 })
+				r := newEnv(t, func(o *s3.Options) { o.MaxAttempts = 2 })
 				request := r.putLarge(t)
 				request.InFlight = inFlight
 				r.proxy.Plan(s3fault.Rule{Op: s3fault.UploadPartCopy, Skip: 1, Times: -1, Action: c.action})
@@ -128,21 +127,21 @@ func TestCopyPartsFail(t *testing.T) {
 	}
 }
 
-// TestCopySourceChanges replaces and deletes the source between two parts.
+// TestCopySourceChanges replaces or deletes the source between two parts.
 func TestCopySourceChanges(t *testing.T) {
 	for name, c := range map[string]struct {
-		change func(r *rig) error
+		change func(r *env) error
 		want   error
 	}{
-		"replaced": {func(r *rig) error {
+		"replaced": {func(r *env) error {
 			_, err := r.plain.Put(context.Background(), "large", bytes.ToUpper(large))
 			return err
 		}, object.ErrSourceChanged},
-		"cut":     {func(r *rig) error { _, err := r.plain.Put(context.Background(), "large", []byte("x")); return err }, object.ErrSourceChanged},
-		"deleted": {func(r *rig) error { return r.plain.Delete(context.Background(), "large") }, object.ErrNotFound},
+		"cut":     {func(r *env) error { _, err := r.plain.Put(context.Background(), "large", []byte("x")); return err }, object.ErrSourceChanged},
+		"deleted": {func(r *env) error { return r.plain.Delete(context.Background(), "large") }, object.ErrNotFound},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := newRig(t, nil)
+			r := newEnv(t, nil)
 			request := r.putLarge(t)
 			r.proxy.Plan(s3fault.Rule{Op: s3fault.UploadPartCopy, Action: during(func() {
 				if err := c.change(r); err != nil {
@@ -160,8 +159,8 @@ func TestCopySourceChanges(t *testing.T) {
 	}
 }
 
-// TestCopyCanceled ends the context while the server carries out each request,
-// and while it does not answer.
+// TestCopyCanceled ends the context while the server executes each request, and while it
+// sends no response.
 func TestCopyCanceled(t *testing.T) {
 	for _, op := range []s3fault.Op{
 		s3fault.HeadObject, s3fault.GetObjectTagging, s3fault.CreateMultipartUpload, s3fault.UploadPartCopy, s3fault.CompleteMultipartUpload,
@@ -171,11 +170,11 @@ func TestCopyCanceled(t *testing.T) {
 				continue
 			}
 			t.Run(fmt.Sprint(op, skip), func(t *testing.T) {
-				r := newRig(t, nil)
+				r := newEnv(t, nil)
 				request := r.putLarge(t)
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
-				// Where the answer is not waited for, the proxy counts too late.
+				// If Copy does not wait for the response, the proxy counts too late.
 				var fired atomic.Bool
 				r.proxy.Plan(s3fault.Rule{Op: op, Skip: skip, Action: during(func() { fired.Store(true); cancel() })})
 				_, err := r.store.Copy(ctx, request)
@@ -187,15 +186,15 @@ func TestCopyCanceled(t *testing.T) {
 				}
 				r.wantCopy(t, err)
 				if n := r.proxy.Count(s3fault.ListMultipartUploads); n != 0 {
-					t.Errorf("%d lists of uploads, so an answer was not waited for", n)
+					t.Errorf("%d lists of uploads, so Copy did not wait for a response", n)
 				}
 			})
 		}
 	}
-	// Several parts are on their way, and one never comes.
+	// Several parts are in flight, and one never completes.
 	for name, action := range map[string]s3fault.Action{"hang": s3fault.Hang(), "hang after": s3fault.HangAfter()} {
 		t.Run(name, func(t *testing.T) {
-			r := newRig(t, func(o *s3.Options) { o.RequestTimeout = 300 * time.Millisecond })
+			r := newEnv(t, func(o *s3.Options) { o.RequestTimeout = 300 * time.Millisecond })
 			request := r.putLarge(t)
 			request.InFlight = 3
 			ctx, cancel := context.WithCancel(t.Context())
@@ -211,27 +210,27 @@ func TestCopyCanceled(t *testing.T) {
 			}
 			r.wantCopy(t, err)
 			if n := r.proxy.Count(s3fault.ListMultipartUploads); n == 0 {
-				t.Error("nobody looked whether the part that never came has brought the upload back")
+				t.Error("no list of uploads, although the late part may have recreated the upload")
 			}
 		})
 	}
 }
 
-// TestCopyWholeCanceled ends the context while the server copies an object in one
-// request: the copy does not return before the server has answered, for until
-// then it may write the target, and is not tried again.
+// TestCopyWholeCanceled ends the context while the server copies an object in one request:
+// Copy does not return before the response, because until then the server may write the
+// target, and does not retry.
 func TestCopyWholeCanceled(t *testing.T) {
 	for name, c := range map[string]struct {
 		answer func(*s3fault.Answer)
 		want   error
 	}{
-		"it is made":  {func(*s3fault.Answer) {}, nil},
-		"it is not":   {func(a *s3fault.Answer) { a.Status, a.Body = 403, []byte("<Error><Code>AccessDenied</Code></Error>") }, context.Canceled},
-		"not for now": {func(a *s3fault.Answer) { a.Status, a.Body = 503, []byte("<Error><Code>SlowDown</Code></Error>") }, context.Canceled},
+		"succeeds":  {func(*s3fault.Answer) {}, nil},
+		"denied":    {func(a *s3fault.Answer) { a.Status, a.Body = 403, []byte("<Error><Code>AccessDenied</Code></Error>") }, context.Canceled},
+		"throttled": {func(a *s3fault.Answer) { a.Status, a.Body = 503, []byte("<Error><Code>SlowDown</Code></Error>") }, context.Canceled},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := newRig(t, nil)
+			r := newEnv(t, nil)
 			r.put(t, "old", "old content")
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
@@ -242,7 +241,7 @@ func TestCopyWholeCanceled(t *testing.T) {
 				defer timer.Stop()
 				select {
 				case <-returned:
-					t.Error("the copy returned while the server was at it")
+					t.Error("Copy returned during the copy of the server")
 				case <-timer.C:
 				}
 				c.answer(a)
@@ -262,12 +261,11 @@ func TestCopyWholeCanceled(t *testing.T) {
 	}
 }
 
-// TestCopyOutlivesItsContextBriefly ends the context of a copy that the server does
-// not answer. An attempt may take the time of three requests; once the context is over
-// it gets that of one.
+// TestCopyOutlivesItsContextBriefly ends the context of a copy without a response. An attempt
+// has three request timeouts; after the end of the context it has one.
 func TestCopyOutlivesItsContextBriefly(t *testing.T) {
 	const request = 2 * time.Second
-	r := newRig(t, func(o *s3.Options) { o.RequestTimeout = request })
+	r := newEnv(t, func(o *s3.Options) { o.RequestTimeout = request })
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	r.put(t, "old", "old content")
@@ -281,19 +279,19 @@ func TestCopyOutlivesItsContextBriefly(t *testing.T) {
 	err := copyOld(ctx, r.store, 0, oldETag)
 	close(returned)
 	if took := time.Since(began); took > 5*request/2 {
-		t.Errorf("it took %v", took)
+		t.Errorf("took %v", took)
 	}
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("err = %v, want Canceled", err)
 	}
 }
 
-// TestCopyAbortsLast has one part fail, or the context end, while another is on
-// its way: it must not arrive after the abort.
+// TestCopyAbortsLast makes one part fail, or the context end, while another is in flight: the
+// latter must not arrive after the abort.
 func TestCopyAbortsLast(t *testing.T) {
 	for _, cancels := range []bool{false, true} {
 		t.Run(fmt.Sprint(cancels), func(t *testing.T) {
-			r := newRig(t, nil)
+			r := newEnv(t, nil)
 			request := r.putLarge(t)
 			request.InFlight = 2
 			ctx, cancel := context.WithCancel(t.Context())
@@ -306,7 +304,7 @@ func TestCopyAbortsLast(t *testing.T) {
 					defer timer.Stop()
 					select {
 					case <-aborted:
-						t.Error("the upload was aborted while a part was on its way")
+						t.Error("the upload was aborted while a part was in flight")
 					case <-timer.C:
 					}
 				})},
@@ -331,15 +329,15 @@ func TestCopyAbortsLast(t *testing.T) {
 	}
 }
 
-// TestCopyEndsWithItsUpload makes what ends an upload fail as well.
-func TestCopyEndsWithItsUpload(t *testing.T) {
+// TestCopyAbortsItsUpload makes the abort of an upload fail as well.
+func TestCopyAbortsItsUpload(t *testing.T) {
 	denied := s3fault.Rule{Op: s3fault.UploadPartCopy, Times: -1, Action: s3fault.Status(403, "AccessDenied")}
 	for name, action := range map[string]s3fault.Action{
 		"SlowDown": s3fault.Status(503, "SlowDown"), "lost": s3fault.Lost(), "reset": s3fault.Reset(), "HTML": s3fault.HTML200(),
 		"HTML instead": s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte("<html>")}), "hang": s3fault.Hang(),
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := newRig(t, func(o *s3.Options) { o.RequestTimeout = 300 * time.Millisecond })
+			r := newEnv(t, func(o *s3.Options) { o.RequestTimeout = 300 * time.Millisecond })
 			r.put(t, "old", "old content")
 			r.proxy.Plan(denied, s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: action})
 			if err := copyOld(t.Context(), r.store, 1, ""); !errors.Is(err, object.ErrDenied) {
@@ -349,8 +347,8 @@ func TestCopyEndsWithItsUpload(t *testing.T) {
 			wantNoUploads(t, r)
 		})
 	}
-	t.Run("for ever", func(t *testing.T) {
-		r := newRig(t, func(o *s3.Options) { o.MaxAttempts = 2 })
+	t.Run("permanent", func(t *testing.T) {
+		r := newEnv(t, func(o *s3.Options) { o.MaxAttempts = 2 })
 		r.put(t, "old", "old content")
 		r.proxy.Plan(denied, s3fault.Rule{Op: s3fault.AbortMultipartUpload, Times: -1, Action: s3fault.Status(503, "SlowDown")})
 		if err := copyOld(t.Context(), r.store, 1, ""); !errors.Is(err, object.ErrDenied) {
@@ -365,9 +363,9 @@ func TestCopyEndsWithItsUpload(t *testing.T) {
 		}
 		wantNoUploads(t, r)
 	})
-	// A request that arrived twice makes an upload that only a list shows.
+	// A duplicated request begins an upload that only a list shows.
 	t.Run("begun twice", func(t *testing.T) {
-		r := newRig(t, nil)
+		r := newEnv(t, nil)
 		r.put(t, "old", "old content")
 		r.proxy.Plan(s3fault.Rule{Op: s3fault.CreateMultipartUpload, Action: s3fault.Duplicate()})
 		if err := copyOld(t.Context(), r.store, 1, oldPartsETag); err != nil {
@@ -376,27 +374,27 @@ func TestCopyEndsWithItsUpload(t *testing.T) {
 		r.proxy.MustHaveFired(t)
 		wantContent(t, r, "copy", "old content")
 		if n, err := r.store.AbortUploads(t.Context(), "", time.Time{}); n != 1 || err != nil {
-			t.Errorf("AbortUploads: %d, %v, want the one that nobody knew", n, err)
+			t.Errorf("AbortUploads: %d, %v, want the duplicate", n, err)
 		}
 		wantNoUploads(t, r)
 		wantContent(t, r, "copy", "old content")
 	})
-	t.Run("may not list", func(t *testing.T) {
-		r := newRig(t, nil)
+	t.Run("list denied", func(t *testing.T) {
+		r := newEnv(t, nil)
 		r.put(t, "old", "old content")
 		r.proxy.Plan(
 			s3fault.Rule{Op: s3fault.CreateMultipartUpload, Action: s3fault.Lost()},
 			s3fault.Rule{Op: s3fault.ListMultipartUploads, Times: -1, Action: s3fault.Status(403, "AccessDenied")},
 		)
 		if err := copyOld(t.Context(), r.store, 1, oldPartsETag); err != nil {
-			t.Errorf("the copy is right all the same: %v", err)
+			t.Errorf("the copy is correct: %v", err)
 		}
 		r.proxy.MustHaveFired(t)
 	})
 }
 
-// TestCopyBeginsAgain loses the upload or a part of it on the way.
-func TestCopyBeginsAgain(t *testing.T) {
+// TestCopyRestarts loses the upload or a part of it.
+func TestCopyRestarts(t *testing.T) {
 	for name, c := range map[string]struct {
 		rules   []s3fault.Rule
 		uploads int
@@ -405,16 +403,16 @@ func TestCopyBeginsAgain(t *testing.T) {
 		"the upload, at the end":   {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Status(404, "NoSuchUpload")}}, 2},
 		"a part":                   {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Status(400, "InvalidPart")}}, 2},
 		"a part, in 200":           {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: 2, Action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte("<Error><Code>InvalidPart</Code></Error>")})}}, 2},
-		"the answer to the end":    {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Lost()}, {Op: s3fault.CompleteMultipartUpload, Action: s3fault.Status(404, "NoSuchUpload")}}, 1},
-		"all answers to the end":   {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.Lost()}}, 1},
-		"the answer, an error":     {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.ErrorIn200("InternalError")}}, 1},
-		"the answer, a page":       {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.HTML200()}}, 1},
-		"the answer, nothing":      {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.Empty200()}}, 1},
-		"nothing, all comes twice": {[]s3fault.Rule{{Op: s3fault.UploadPartCopy, Times: -1, Action: s3fault.Duplicate()}, {Op: s3fault.CompleteMultipartUpload, Action: s3fault.Duplicate()}}, 1},
+		"completion response lost": {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Lost()}, {Op: s3fault.CompleteMultipartUpload, Action: s3fault.Status(404, "NoSuchUpload")}}, 1},
+		"all responses lost":       {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.Lost()}}, 1},
+		"completion error in 200":  {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.ErrorIn200("InternalError")}}, 1},
+		"completion HTML":          {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.HTML200()}}, 1},
+		"completion empty":         {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.Empty200()}}, 1},
+		"duplicates":               {[]s3fault.Rule{{Op: s3fault.UploadPartCopy, Times: -1, Action: s3fault.Duplicate()}, {Op: s3fault.CompleteMultipartUpload, Action: s3fault.Duplicate()}}, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := newRig(t, func(o *s3.Options) { o.MaxAttempts = 2 })
+			r := newEnv(t, func(o *s3.Options) { o.MaxAttempts = 2 })
 			request := r.putLarge(t)
 			r.proxy.Plan(c.rules...)
 			info, err := r.store.Copy(t.Context(), request)
@@ -431,8 +429,8 @@ func TestCopyBeginsAgain(t *testing.T) {
 			}
 		})
 	}
-	t.Run("another object is there", func(t *testing.T) {
-		r := newRig(t, func(o *s3.Options) { o.MaxAttempts = 2 })
+	t.Run("another object exists", func(t *testing.T) {
+		r := newEnv(t, func(o *s3.Options) { o.MaxAttempts = 2 })
 		request := r.putLarge(t)
 		r.put(t, "copy", string(bytes.ToUpper(large)))
 		r.proxy.Plan(
@@ -447,10 +445,10 @@ func TestCopyBeginsAgain(t *testing.T) {
 	})
 }
 
-// TestCopyIgnoredConditions copies on a server that looks at no condition. A copy
-// then is of another version than was meant, and is not taken for made.
+// TestCopyIgnoredConditions copies on a server that ignores conditions. A copy of another
+// version than the requested one fails.
 func TestCopyIgnoredConditions(t *testing.T) {
-	r := newRig(t, nil)
+	r := newEnv(t, nil)
 	r.put(t, "old", "new content")
 	strip := s3fault.StripRequest("X-Amz-Copy-Source-If-Match", r.options.AccessKeyID, string(r.options.SecretAccessKey))
 	for _, threshold := range []int64{0, 1} {
@@ -467,9 +465,9 @@ func TestCopyIgnoredConditions(t *testing.T) {
 	}
 }
 
-// TestCopyWrongChecksum has a server make another object than the source.
+// TestCopyWrongChecksum makes a server return another checksum than the source's.
 func TestCopyWrongChecksum(t *testing.T) {
-	r := newRig(t, nil)
+	r := newEnv(t, nil)
 	if _, err := s3test.Shared(t).Client().PutObject(t.Context(), &awss3.PutObjectInput{
 		Bucket: &r.options.Bucket, Key: aws.String("old"), Body: strings.NewReader("old content"), ChecksumAlgorithm: "CRC64NVME",
 	}); err != nil {
@@ -499,9 +497,9 @@ func TestCopyWrongChecksum(t *testing.T) {
 	wantNoUploads(t, r)
 }
 
-// TestCopyKeepsWhatComesWithTheObject compares metadata, header fields and tags.
-func TestCopyKeepsWhatComesWithTheObject(t *testing.T) {
-	r := newRig(t, nil)
+// TestCopyKeepsMetadata compares metadata, headers and tags.
+func TestCopyKeepsMetadata(t *testing.T) {
+	r := newEnv(t, nil)
 	client := s3test.Shared(t).Client()
 	put, err := client.PutObject(t.Context(), &awss3.PutObjectInput{
 		Bucket: &r.options.Bucket, Key: aws.String("src"), Body: strings.NewReader("tagged"),
@@ -546,18 +544,18 @@ func TestCopyKeepsWhatComesWithTheObject(t *testing.T) {
 		t.Fatalf("the source has %+v", want)
 	}
 	if diff := cmp.Diff(want, look("whole")); diff != "" {
-		t.Errorf("a copy at once (-want +got):\n%s", diff)
+		t.Errorf("a copy in one request (-want +got):\n%s", diff)
 	}
 	request.To, request.Parts.Threshold = "parts", 1
 	if _, err := r.store.Copy(t.Context(), request); err != nil {
 		t.Fatal(err)
 	}
-	want.Metadata["snapshotd-source-etag"] = request.SourceETag // stored: never to be renamed
+	want.Metadata["snapshotd-source-etag"] = request.SourceETag // stored: never rename
 	if diff := cmp.Diff(want, look("parts")); diff != "" {
 		t.Errorf("a copy in parts (-want +got):\n%s", diff)
 	}
 
-	// A copy of the copy tells of what it was made.
+	// A copy of the copy has the ETag of its own source.
 	again, err := r.store.Head(t.Context(), "parts")
 	if err != nil {
 		t.Fatal(err)
@@ -571,7 +569,7 @@ func TestCopyKeepsWhatComesWithTheObject(t *testing.T) {
 		t.Errorf("a copy of a copy in parts (-want +got):\n%s", diff)
 	}
 
-	// Tags that cannot be read are left out.
+	// Unreadable tags are omitted.
 	for i, code := range []string{"AccessDenied", "NotImplemented", "MethodNotAllowed", "NoSuchTagSet"} {
 		r.proxy.Plan(s3fault.Rule{Op: s3fault.GetObjectTagging, Times: -1, Action: s3fault.Status([]int{403, 501, 405, 404}[i], code)})
 		if _, err := r.store.Copy(t.Context(), request); err != nil {
@@ -584,8 +582,7 @@ func TestCopyKeepsWhatComesWithTheObject(t *testing.T) {
 	}
 }
 
-// stub is a server of one large object that holds no bytes. It notes what is
-// asked of it.
+// stub is a server of one large object without content. It records the requests.
 type stub struct {
 	size int64
 
@@ -620,7 +617,7 @@ func (s *stub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// TestCopyOfFiveGiB looks at the requests of copies that no disk here holds.
+// TestCopyOfFiveGiB checks the requests of copies that are too large for the test's disk.
 func TestCopyOfFiveGiB(t *testing.T) {
 	const gib = int64(1) << 30
 	for _, c := range []struct {
@@ -656,7 +653,7 @@ func TestCopyOfFiveGiB(t *testing.T) {
 			if got := r.Header.Get("X-Amz-Expected-Bucket-Owner"); got != "111122223333" {
 				t.Errorf("%s expects owner %q", op, got)
 			}
-			switch op { //nolint:exhaustive // the others carry nothing to look at
+			switch op { //nolint:exhaustive // the others have nothing to check
 			case s3fault.UploadPartCopy, s3fault.CopyObject:
 				if got := r.Header.Get("X-Amz-Copy-Source"); got != "bucket/pre%20fix/a%2Bb" {
 					t.Errorf("%s of %s", op, got)
@@ -672,7 +669,7 @@ func TestCopyOfFiveGiB(t *testing.T) {
 				}
 			}
 			if got := r.Header.Get("X-Amz-Tagging"); op == s3fault.CreateMultipartUpload && got != "a%20b=c%2Bd" {
-				t.Errorf("tags %q", got) // a plus is a space to some, and itself to others
+				t.Errorf("tags %q", got) // servers decode a plus differently
 			}
 			if op == s3fault.UploadPartCopy {
 				ranges = append(ranges, r.Header.Get("X-Amz-Copy-Source-Range"))
@@ -689,28 +686,28 @@ func TestCopyOfFiveGiB(t *testing.T) {
 	}
 }
 
-// TestHeadTells looks at what Head knows of an object and nothing else does.
-func TestHeadTells(t *testing.T) {
-	r := newRig(t, nil)
+// TestHeadInfo checks the fields that only Head returns.
+func TestHeadInfo(t *testing.T) {
+	r := newEnv(t, nil)
 	r.put(t, "old", "old content")
 	for name, c := range map[string]struct {
 		header map[string]string
 		want   func(*object.Info)
 	}{
-		"nothing":      {map[string]string{}, func(*object.Info) {}},
-		"KMS":          {map[string]string{"X-Amz-Server-Side-Encryption": "aws:kms"}, func(i *object.Info) { i.OpaqueETag = true }},
-		"twice KMS":    {map[string]string{"X-Amz-Server-Side-Encryption": "aws:kms:dsse"}, func(i *object.Info) { i.OpaqueETag = true }},
-		"AES256":       {map[string]string{"X-Amz-Server-Side-Encryption": "AES256"}, func(*object.Info) {}},
-		"a copy":       {map[string]string{"X-Amz-Meta-Snapshotd-Source-Etag": "abc-2"}, func(i *object.Info) { i.SourceETag = "abc-2" }},
-		"SHA256":       {map[string]string{"X-Amz-Checksum-Sha256": "AAAA"}, func(i *object.Info) { i.Checksum = "SHA256:AAAA" }},
-		"CRC32C":       {map[string]string{"X-Amz-Checksum-Crc32c": "AAAA", "X-Amz-Checksum-Type": "FULL_OBJECT"}, func(i *object.Info) { i.Checksum = "CRC32C:AAAA" }},
-		"of parts":     {map[string]string{"X-Amz-Checksum-Crc32c": "AAAA-3"}, func(*object.Info) {}},
-		"by its type":  {map[string]string{"X-Amz-Checksum-Crc32c": "AAAA", "X-Amz-Checksum-Type": "COMPOSITE"}, func(*object.Info) {}},
-		"the best one": {map[string]string{"X-Amz-Checksum-Crc32": "AA", "X-Amz-Checksum-Crc64nvme": "AAAA"}, func(i *object.Info) { i.Checksum = "CRC64NVME:AAAA" }},
+		"nothing":     {map[string]string{}, func(*object.Info) {}},
+		"KMS":         {map[string]string{"X-Amz-Server-Side-Encryption": "aws:kms"}, func(i *object.Info) { i.OpaqueETag = true }},
+		"dual KMS":    {map[string]string{"X-Amz-Server-Side-Encryption": "aws:kms:dsse"}, func(i *object.Info) { i.OpaqueETag = true }},
+		"AES256":      {map[string]string{"X-Amz-Server-Side-Encryption": "AES256"}, func(*object.Info) {}},
+		"a copy":      {map[string]string{"X-Amz-Meta-Snapshotd-Source-Etag": "abc-2"}, func(i *object.Info) { i.SourceETag = "abc-2" }},
+		"SHA256":      {map[string]string{"X-Amz-Checksum-Sha256": "AAAA"}, func(i *object.Info) { i.Checksum = "SHA256:AAAA" }},
+		"CRC32C":      {map[string]string{"X-Amz-Checksum-Crc32c": "AAAA", "X-Amz-Checksum-Type": "FULL_OBJECT"}, func(i *object.Info) { i.Checksum = "CRC32C:AAAA" }},
+		"of parts":    {map[string]string{"X-Amz-Checksum-Crc32c": "AAAA-3"}, func(*object.Info) {}},
+		"by its type": {map[string]string{"X-Amz-Checksum-Crc32c": "AAAA", "X-Amz-Checksum-Type": "COMPOSITE"}, func(*object.Info) {}},
+		"strongest":   {map[string]string{"X-Amz-Checksum-Crc32": "AA", "X-Amz-Checksum-Crc64nvme": "AAAA"}, func(i *object.Info) { i.Checksum = "CRC64NVME:AAAA" }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r.proxy.Plan(s3fault.Rule{Op: s3fault.HeadObject, Action: s3fault.Edit("headers", func(a *s3fault.Answer) bool {
-				for _, sum := range []string{"X-Amz-Checksum-Crc32", "X-Amz-Checksum-Type"} { // that of the object itself
+				for _, sum := range []string{"X-Amz-Checksum-Crc32", "X-Amz-Checksum-Type"} { // those of the object itself
 					a.Header.Del(sum)
 				}
 				for name, value := range c.header {
@@ -731,8 +728,8 @@ func TestHeadTells(t *testing.T) {
 	}
 }
 
-// begin begins uploads and leaves them.
-func (r *rig) begin(t *testing.T, keys ...string) {
+// begin begins uploads and leaves them open.
+func (r *env) begin(t *testing.T, keys ...string) {
 	t.Helper()
 	client := s3test.Shared(t).Client()
 	for _, key := range keys {
@@ -742,7 +739,7 @@ func (r *rig) begin(t *testing.T, keys ...string) {
 	}
 }
 
-func (r *rig) abort(t *testing.T, s *s3.Store, prefix string, before time.Time, want int) {
+func (r *env) abort(t *testing.T, s *s3.Store, prefix string, before time.Time, want int) {
 	t.Helper()
 	if n, err := s.AbortUploads(t.Context(), prefix, before); n != want || err != nil {
 		t.Errorf("%q, begun before %v: %d aborted, %v; want %d", prefix, before, n, err, want)
@@ -750,7 +747,7 @@ func (r *rig) abort(t *testing.T, s *s3.Store, prefix string, before time.Time, 
 }
 
 func TestAbortUploads(t *testing.T) {
-	r := newRig(t, nil)
+	r := newEnv(t, nil)
 	r.put(t, "a/1", "kept")
 	r.begin(t, "a/1", "a/1", "a/2/x", "a/b +%é?", "ab", "b/1")
 	r.abort(t, r.store, "c/", time.Time{}, 0)
@@ -764,7 +761,7 @@ func TestAbortUploads(t *testing.T) {
 	wantNoUploads(t, r)
 	wantContent(t, r, "a/1", "kept")
 
-	t.Run("what is gone has ended", func(t *testing.T) {
+	t.Run("unknown upload", func(t *testing.T) {
 		r.begin(t, "a", "b")
 		r.proxy.Plan(s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: s3fault.Duplicate()}, s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: s3fault.Lost()})
 		r.abort(t, r.store, "", time.Time{}, 2)
@@ -780,7 +777,7 @@ func TestAbortUploads(t *testing.T) {
 		r.proxy.MustHaveFired(t)
 		r.abort(t, r.plain, "", time.Time{}, 1)
 	})
-	t.Run("none ever goes", func(t *testing.T) {
+	t.Run("abort without effect", func(t *testing.T) {
 		r.begin(t, "a")
 		r.proxy.Plan(s3fault.Rule{Op: s3fault.AbortMultipartUpload, Times: -1, Action: s3fault.Instead(&s3fault.Answer{Status: 204})})
 		if _, err := r.store.AbortUploads(t.Context(), "", time.Time{}); !errors.Is(err, object.ErrUnavailable) {
@@ -803,11 +800,11 @@ func TestAbortUploads(t *testing.T) {
 		r.proxy.Plan()
 		r.abort(t, r.store, "p/", time.Time{}, n)
 		if n := r.proxy.Count(s3fault.ListMultipartUploads); n < 3 {
-			t.Errorf("%d lists, so there was no second page", n)
+			t.Errorf("%d lists, so no second page was read", n)
 		}
 		wantNoUploads(t, r)
 	})
-	// The second page is asked for where the first has none that are old enough.
+	// The second page is read if the first has no match.
 	t.Run("a second page", func(t *testing.T) {
 		pages := &uploadPages{}
 		server := httptest.NewServer(pages)
@@ -835,7 +832,7 @@ func TestAbortUploads(t *testing.T) {
 		"no key":       s3fault.Status(404, "NoSuchKey"),
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := newRig(t, nil)
+			r := newEnv(t, nil)
 			r.begin(t, "a/1")
 			r.proxy.Plan(s3fault.Rule{Op: s3fault.ListMultipartUploads, Times: -1, Action: action})
 			if _, err := r.store.AbortUploads(t.Context(), "a/", time.Time{}); !errors.Is(err, object.ErrUnavailable) {
@@ -843,7 +840,7 @@ func TestAbortUploads(t *testing.T) {
 			}
 			r.proxy.MustHaveFired(t)
 			left := 1
-			if name == "no end" { // what the first page has goes
+			if name == "no end" { // uploads of the first page are aborted
 				left = 0
 			}
 			r.abort(t, r.plain, "a/", time.Time{}, left)
@@ -851,8 +848,8 @@ func TestAbortUploads(t *testing.T) {
 	}
 }
 
-// uploadPages is a server with two pages of uploads, one on the first that is
-// young and one on the second that is old until it is aborted.
+// uploadPages is a server with two pages of uploads: the first has a recent upload, the
+// second an old one until its abort.
 type uploadPages struct {
 	mu      sync.Mutex
 	seen    []string
@@ -880,7 +877,7 @@ func (p *uploadPages) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// The ETags that other tests compare with.
+// TestOldETag verifies the ETag constants.
 func TestOldETag(t *testing.T) {
 	sum := md5.Sum([]byte("old content"))
 	parts := md5.Sum(sum[:])

@@ -18,11 +18,11 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// How often credentials are read again.
+// Intervals between reads of the credentials.
 const (
-	keysKeptFor   = time.Minute     // those that ReadKeys returns
-	refreshPause  = 2 * time.Second // between two reads that a refusal of the credentials asks for
-	deniedPause   = time.Minute     // between two reads that a refusal of the right asks for
+	keysLifetime  = time.Minute     // of those that ReadKeys returns
+	refreshPause  = 2 * time.Second // between two reads after refused credentials
+	deniedPause   = time.Minute     // between two reads after a denied permission
 	lookupTimeout = time.Minute
 )
 
@@ -33,18 +33,18 @@ type Keys struct {
 	SessionToken    Secret // empty for a key without one
 }
 
-// staleKeys are the codes of S3 that another credential may cure. Operators replace
-// keys and tokens expire while a store is open.
+// staleKeys are the error codes that new credentials may cure: operators replace keys,
+// and tokens expire, while a store is open.
 var staleKeys = map[string]bool{
 	"InvalidAccessKeyId": true, "SignatureDoesNotMatch": true, "ExpiredToken": true, "InvalidToken": true,
-	"TokenRefreshRequired": true, "XAdminUserNotFound": true, // versitygw's
-	"ExpiredTokenException": true, "RequestExpired": true, "InvalidTokenId": true, "Unauthorized": true, "AuthenticationFailed": true,
+	"TokenRefreshRequired": true, "XAdminUserNotFound": true, // of versitygw
+	"ExpiredTokenException": true, "RequestExpired": true, "InvalidTokenId": true, "Unauthorized": true,
+	"AuthenticationFailed": true,
 }
 
-// maxAge returns how old the credentials of a refused request may be before they are
-// read again, and false if other credentials do not help. A store refuses a token
-// of a role that was replaced, too, as a lack of rights: so then as well, but not as
-// often.
+// maxAge returns the minimum age at which refused credentials are read again, and false
+// if new credentials do not help. A store may refuse the token of a replaced role as a
+// denied permission; such refusals have a longer interval.
 func maxAge(f *failure) (time.Duration, bool) {
 	switch {
 	case staleKeys[f.code]:
@@ -55,8 +55,8 @@ func maxAge(f *failure) (time.Duration, bool) {
 	return 0, false
 }
 
-// keyring gives requests their credentials and reads them again when the store
-// refuses them. It is safe for concurrent use.
+// keyring provides the credentials of requests, and reads them again after a refusal. It
+// is safe for concurrent use.
 type keyring struct {
 	cache *aws.CredentialsCache
 
@@ -64,13 +64,13 @@ type keyring struct {
 	refreshed time.Time
 }
 
-// retrieve returns the credentials that the next request is signed with.
+// retrieve returns the credentials of the next request.
 func (k *keyring) retrieve(ctx context.Context) (aws.Credentials, error) {
 	return k.cache.Retrieve(ctx)
 }
 
-// changedSince reports whether the credentials differ from used, which the store
-// has refused. It reads them again when they do not and the last read is pause ago.
+// changedSince reports whether the credentials differ from the refused ones. If they do
+// not, it reads them again, at most once per pause.
 func (k *keyring) changedSince(ctx context.Context, used aws.Credentials, pause time.Duration) bool {
 	differs := func() bool {
 		now, err := k.cache.Retrieve(ctx)
@@ -81,21 +81,21 @@ func (k *keyring) changedSince(ctx context.Context, used aws.Credentials, pause 
 		return true
 	}
 	k.mu.Lock()
-	again := k.refreshed.IsZero() || time.Since(k.refreshed) >= pause
-	if again {
+	due := k.refreshed.IsZero() || time.Since(k.refreshed) >= pause
+	if due {
 		k.refreshed = time.Now()
 	}
 	k.mu.Unlock()
-	if !again {
+	if !due {
 		return false
 	}
 	k.cache.Invalidate()
 	return differs()
 }
 
-// signer signs requests. The SDK's signer keeps derived keys by access key id alone,
-// so it would go on with the old secret of an id whose secret was replaced; signer
-// makes another one for each secret.
+// signer signs requests. The SDK's signer caches derived keys by access key id alone, so
+// it would use the old secret after a replacement; signer creates a new one for each
+// secret.
 type signer struct {
 	mu     sync.Mutex
 	secret string
@@ -116,8 +116,8 @@ func (s *signer) SignHTTP(ctx context.Context, keys aws.Credentials, r *http.Req
 	return sign(ctx, keys, r, hash, service, region, at, options...)
 }
 
-// keyReader is the provider of credentials that ReadKeys returns. When they cannot
-// be read it goes on with the last ones.
+// keyReader provides the credentials of ReadKeys. If a read fails, it returns the last
+// ones.
 type keyReader struct {
 	read func() (Keys, error)
 
@@ -134,11 +134,12 @@ func (r *keyReader) Retrieve(context.Context) (aws.Credentials, error) {
 	case err == nil && keys.AccessKeyID != "" && keys.SecretAccessKey != "":
 		r.last = keys
 	case r.last.AccessKeyID == "":
-		return aws.Credentials{}, errors.Join(errors.New("no access key could be read"), err)
+		return aws.Credentials{}, errors.Join(errors.New("no access key was read"), err)
 	}
 	return aws.Credentials{
-		AccessKeyID: r.last.AccessKeyID, SecretAccessKey: string(r.last.SecretAccessKey), SessionToken: string(r.last.SessionToken),
-		Source: "snapshotd configuration", CanExpire: true, Expires: time.Now().Add(keysKeptFor),
+		AccessKeyID: r.last.AccessKeyID, SecretAccessKey: string(r.last.SecretAccessKey),
+		SessionToken: string(r.last.SessionToken),
+		Source:       "snapshotd configuration", CanExpire: true, Expires: time.Now().Add(keysLifetime),
 	}, nil
 }
 
@@ -156,7 +157,7 @@ func findCredentials(ctx context.Context, o Options, config *tls.Config) (*keyri
 	}
 	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 	defer cancel()
-	// The SDK's own client, which it may teach more authorities by AWS_CA_BUNDLE.
+	// The SDK's own client, to which AWS_CA_BUNDLE can add authorities.
 	client := awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) {
 		t.Proxy = nil
 		t.TLSClientConfig = config.Clone()
@@ -166,7 +167,8 @@ func findCredentials(ctx context.Context, o Options, config *tls.Config) (*keyri
 		_, err = cfg.Credentials.Retrieve(ctx)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%w: no credentials were found; set an access key, or give the process a role: %s", object.ErrDenied, clip(err.Error()))
+		return nil, fmt.Errorf("%w: no credentials found; set an access key, or assign a role to the process: %s",
+			object.ErrDenied, clip(err.Error()))
 	}
 	cache, ok := cfg.Credentials.(*aws.CredentialsCache)
 	if !ok {

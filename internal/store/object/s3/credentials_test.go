@@ -13,9 +13,9 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
-// TestKeysAreReadAgain replaces the secret of an open store: a refused request goes
-// on with the new one at once.
-func TestKeysAreReadAgain(t *testing.T) {
+// TestKeysReload replaces the secret of an open store: a refused request continues with the
+// new one at once.
+func TestKeysReload(t *testing.T) {
 	o := s3test.Bucket(t)
 	right := s3.Keys{AccessKeyID: o.AccessKeyID, SecretAccessKey: o.SecretAccessKey}
 	var keys atomic.Pointer[s3.Keys]
@@ -29,9 +29,9 @@ func TestKeysAreReadAgain(t *testing.T) {
 	}
 }
 
-// TestKeysAreReadAgainWhenDenied replaces the keys of an open store that answers the
-// old ones with a lack of rights.
-func TestKeysAreReadAgainWhenDenied(t *testing.T) {
+// TestKeysReloadAfterDenial replaces the keys of an open store that denies access to the old
+// ones.
+func TestKeysReloadAfterDenial(t *testing.T) {
 	o := s3test.Bucket(t)
 	proxy := s3fault.New(t, o.Endpoint)
 	right := s3.Keys{AccessKeyID: o.AccessKeyID, SecretAccessKey: o.SecretAccessKey}
@@ -46,16 +46,16 @@ func TestKeysAreReadAgainWhenDenied(t *testing.T) {
 		t.Errorf("Put with a key that was replaced: %v", err)
 	}
 	proxy.MustHaveFired(t)
-	// The next refusal comes too soon for another reading, and is the answer.
+	// The next refusal follows too soon for another reload, and is returned.
 	proxy.Plan(s3fault.Rule{Op: s3fault.PutObject, Action: s3fault.Status(403, "AccessDenied")})
 	if _, err := store.Put(t.Context(), "a", []byte("x")); !errors.Is(err, object.ErrDenied) || !object.IsPassing(err) {
 		t.Errorf("Put: %v", err)
 	}
 }
 
-// TestRefusedKeysStayRefused shows that a store does not try again for ever, and
-// that keys which cannot be read leave the last ones in place.
-func TestRefusedKeysStayRefused(t *testing.T) {
+// TestRefusedKeysFail shows that a store does not retry forever, and that it keeps the last
+// keys if a reload fails.
+func TestRefusedKeysFail(t *testing.T) {
 	o := s3test.Bucket(t)
 	right := s3.Keys{AccessKeyID: o.AccessKeyID, SecretAccessKey: o.SecretAccessKey}
 	proxy := s3fault.New(t, o.Endpoint)
@@ -63,7 +63,7 @@ func TestRefusedKeysStayRefused(t *testing.T) {
 	unreadable := false
 	o.ReadKeys = func() (s3.Keys, error) {
 		if unreadable {
-			return s3.Keys{}, errors.New("the file is gone")
+			return s3.Keys{}, errors.New("the file is missing")
 		}
 		return right, nil
 	}

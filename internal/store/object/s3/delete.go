@@ -19,8 +19,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// Delete implements [object.Store]. It asks for an answer that names every key
-// and believes no other: the short form cannot be told from a page of HTML.
+// Delete implements [object.Store]. It requests a response that names every key, because
+// the quiet form is indistinguishable from an HTML page.
 func (s *Store) Delete(ctx context.Context, keys ...string) error {
 	var (
 		mu   sync.Mutex
@@ -41,34 +41,34 @@ func (s *Store) Delete(ctx context.Context, keys ...string) error {
 		switch err := s.check(ctx, key); {
 		case err != nil:
 			failed(key, err)
-		case strings.ContainsAny(key, "\ufffe\uffff"): // not to be written in XML
+		case strings.ContainsAny(key, "\ufffe\uffff"): // invalid in XML
 			single = append(single, key)
 		default:
 			batch = append(batch, key)
 		}
 	}
 	for part := range slices.Chunk(batch, maxDelete) {
-		if s.noBatch.holds() {
+		if s.noBatch.isSet() {
 			single = append(single, part...)
 			continue
 		}
 		left, f := s.deleteBatch(ctx, part, failed)
 		if f != nil && refusesBatch(f) {
-			if f.code != "" { // the page of a proxy says nothing of the server
+			if f.code != "" { // the page of a proxy proves nothing about the server
 				s.noBatch.set()
 			}
 			single = append(single, left...)
 			continue
 		}
 		if f == nil {
-			f = unusable("the answer does not name it")
+			f = unusable("the response does not name the key")
 		}
 		for _, key := range left {
 			failed(key, s.error("delete", key, f))
 		}
 	}
 	var group errgroup.Group
-	group.SetLimit(deletesAtOnce)
+	group.SetLimit(deletesInFlight)
 	for _, key := range single {
 		group.Go(func() error {
 			if f := s.deleteOne(ctx, key); f != nil {
@@ -81,14 +81,15 @@ func (s *Store) Delete(ctx context.Context, keys ...string) error {
 	return object.Join(errs...)
 }
 
-// unsupported says whether the server does not know the request.
+// unsupported reports whether the server does not support the request.
 func unsupported(f *failure) bool {
 	return f.code == "NotImplemented" || f.code == "MethodNotAllowed" ||
 		f.status == http.StatusNotImplemented || f.status == http.StatusMethodNotAllowed
 }
 
-// refusesBatch says whether the server refuses the form of the request, so that
-// keys go one by one from then on, for an hour. A lack of rights or of patience is not the form.
+// refusesBatch reports whether the server does not support batch deletes. Keys are then
+// deleted one by one for the lifetime of the flag. Denied and throttled requests do not
+// count.
 func refusesBatch(f *failure) bool {
 	if unsupported(f) {
 		return true
@@ -100,19 +101,21 @@ func refusesBatch(f *failure) bool {
 	return false
 }
 
-// missesMD5 says whether the server wants the field Content-MD5.
-func missesMD5(f *failure) bool {
+// requiresContentMD5 reports whether the server requires the header Content-MD5.
+func requiresContentMD5(f *failure) bool {
 	return f.status == http.StatusBadRequest &&
 		(f.code == "MissingContentMD5" || strings.Contains(strings.ToLower(f.detail), "content-md5"))
 }
 
-// deleteBatch deletes keys with one request, or some more for those that did not
-// go with the first. It calls failed for those that will not go, and returns
-// those that it does not know about, with what kept it.
-func (s *Store) deleteBatch(ctx context.Context, keys []string, failed func(string, error)) (left []string, f *failure) {
+// deleteBatch deletes keys with one request, and with further ones for those that failed
+// temporarily. It calls failed for keys that failed permanently, and returns the keys with
+// an unknown result together with the failure.
+func (s *Store) deleteBatch(
+	ctx context.Context, keys []string, failed func(string, error),
+) (left []string, f *failure) {
 	left = keys
 	f = s.retry(ctx, "delete", fmt.Sprintf("%s and %d more", keys[0], len(keys)-1), func() *failure {
-		withMD5 := s.wantsMD5.Load()
+		withMD5 := s.requiresMD5.Load()
 		options := func(o *s3.Options) {
 			if withMD5 {
 				o.APIOptions = append(slices.Clone(o.APIOptions), smithyhttp.AddContentChecksumMiddleware)
@@ -124,48 +127,49 @@ func (s *Store) deleteBatch(ctx context.Context, keys []string, failed func(stri
 		}
 		out, f := attempt(ctx, s, 0, func(ctx context.Context) (*s3.DeleteObjectsOutput, error) {
 			return s.client.DeleteObjects(ctx, &s3.DeleteObjectsInput{
-				Bucket: &s.o.Bucket, ExpectedBucketOwner: s.owner, Delete: &types.Delete{Objects: objects, Quiet: aws.Bool(false)},
+				Bucket: &s.o.Bucket, ExpectedBucketOwner: s.owner,
+				Delete: &types.Delete{Objects: objects, Quiet: aws.Bool(false)},
 			}, options)
 		})
 		switch {
-		case f != nil && !withMD5 && missesMD5(f):
-			s.wantsMD5.Store(true)
+		case f != nil && !withMD5 && requiresContentMD5(f):
+			s.requiresMD5.Store(true)
 			f.retry = true
 			return f
 		case f != nil && errors.Is(f.kind, object.ErrNotFound):
-			return unusable("there is no such key as a list of keys")
+			return unusable("NoSuchKey for a list of keys")
 		case f != nil:
 			return f
 		}
-		answered := make(map[string]*failure, len(left))
+		results := make(map[string]*failure, len(left))
 		for _, d := range out.Deleted {
-			answered[aws.ToString(d.Key)] = nil
+			results[aws.ToString(d.Key)] = nil
 		}
 		for _, e := range out.Errors {
-			answered[aws.ToString(e.Key)] = judgeDelete(aws.ToString(e.Code), aws.ToString(e.Message))
+			results[aws.ToString(e.Key)] = classifyDelete(aws.ToString(e.Code), aws.ToString(e.Message))
 		}
-		var again []string
+		var pending []string
 		for _, key := range left {
-			switch one, ok := answered[*s.key(key)]; {
+			switch result, ok := results[*s.key(key)]; {
 			case !ok:
-				f = unusable("not every key is named")
-				again = append(again, key)
-			case one == nil:
-			case one.retry:
-				f = one
-				again = append(again, key)
+				f = unusable("the response does not name every key")
+				pending = append(pending, key)
+			case result == nil:
+			case result.retry:
+				f = result
+				pending = append(pending, key)
 			default:
-				failed(key, s.error("delete", key, one))
+				failed(key, s.error("delete", key, result))
 			}
 		}
-		left = again
+		left = pending
 		return f
 	})
 	return left, f
 }
 
-// judgeDelete says what the error of one key among many means; nil: it is gone.
-func judgeDelete(code, message string) *failure {
+// classifyDelete classifies the error of one key of a batch; nil: the object is deleted.
+func classifyDelete(code, message string) *failure {
 	m, known := meaningOf(code, message)
 	if known && errors.Is(m.kind, object.ErrNotFound) {
 		return nil
@@ -181,16 +185,18 @@ func judgeDelete(code, message string) *failure {
 func (s *Store) deleteOne(ctx context.Context, key string) *failure {
 	return s.retry(ctx, "delete", key, func() *failure {
 		out, f := attempt(ctx, s, 0, func(ctx context.Context) (*s3.DeleteObjectOutput, error) {
-			return s.client.DeleteObject(ctx, &s3.DeleteObjectInput{Bucket: &s.o.Bucket, Key: s.key(key), ExpectedBucketOwner: s.owner})
+			return s.client.DeleteObject(ctx, &s3.DeleteObjectInput{
+				Bucket: &s.o.Bucket, Key: s.key(key), ExpectedBucketOwner: s.owner,
+			})
 		})
 		if f == nil {
 			raw, ok := awsmiddleware.GetRawResponse(out.ResultMetadata).(*smithyhttp.Response)
 			if ok && raw.StatusCode == http.StatusNoContent {
 				return nil
 			}
-			// Not what S3 answers, so it takes a look.
+			// S3 returns 204. For any other status, check that the object is gone.
 			if _, f = s.head(ctx, key); f == nil {
-				return unusable("the object is still there")
+				return unusable("the object still exists")
 			}
 		}
 		if errors.Is(f.kind, object.ErrNotFound) {

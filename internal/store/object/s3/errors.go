@@ -20,44 +20,47 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// maxDetail bounds what is told of a server's own words, in bytes.
+// maxDetail bounds the quoted part of a server's message, in bytes.
 const maxDetail = 300
 
 // failure is an attempt that did not succeed.
 type failure struct {
 	kind   error         // a sentinel of object, or the context's error
-	retry  bool          // whether another attempt may go better
-	after  time.Duration // what the server asked to wait
-	code   string        // of S3, where it gave one
-	status int           // of HTTP; 0: there was no answer
-	detail string        // for people
-	// certificate says that the server's certificate is not accepted. It may be one
-	// server of several, or be replaced.
+	retry  bool          // another attempt may succeed
+	after  time.Duration // the pause that the server requested
+	code   string        // of S3; empty: none
+	status int           // of HTTP; 0: no response
+	detail string        // for the error text
+	// certificate is set if the server's certificate is not accepted. It may be that of
+	// one server of several, or be replaced.
 	certificate bool
 }
 
-// unusable is an answer that does not carry what it must, so that nothing is
-// known.
+// unusable is the failure of a response without its mandatory content: the result of the
+// request is unknown.
 func unusable(format string, args ...any) *failure {
-	return &failure{kind: object.ErrUnavailable, retry: true, detail: "unusable answer: " + fmt.Sprintf(format, args...)}
+	return &failure{
+		kind: object.ErrUnavailable, retry: true, detail: "unusable response: " + fmt.Sprintf(format, args...),
+	}
 }
 
-// decided says whether the server refused, so that nothing happened. Any other
-// failure of a write leaves open what became of it.
-func (f *failure) decided() bool {
-	return f.status >= 400 && f.status < 500 && f.code != "" && f.code != "RequestTimeout" && f.status != http.StatusRequestTimeout
+// definite reports whether the server refused the request, so that it had no effect. After
+// any other failure of a write its result is unknown.
+func (f *failure) definite() bool {
+	return f.status >= 400 && f.status < 500 && f.code != "" && f.code != "RequestTimeout" &&
+		f.status != http.StatusRequestTimeout
 }
 
-// lastingDenials are the codes of denials that no change of credentials, policies or
-// clocks cures within minutes: the object itself is not to be read or written.
-var lastingDenials = map[string]bool{
+// permanentDenials are the codes of denials that concern the object itself: no change of
+// credentials, policies or clocks cures them within minutes.
+var permanentDenials = map[string]bool{
 	"InvalidObjectState": true, "ObjectLockedByBucketPolicy": true, "ObjectUnderActiveHold": true, "FileImmutable": true,
 	"BlobImmutableDueToPolicy": true,
 }
 
-// passingErrors are the codes and statuses of a store that is not as configured, but
-// may be minutes later. One of several servers may not know a bucket that the others
-// know, one that is new or whose disk is being mounted. A clock is set right.
+// passingErrors and passingStatuses are the codes and statuses of misconfigurations that
+// may pass within minutes: one of several servers does not know a bucket yet, because it
+// is new or mounts its disk, or a clock is corrected.
 var (
 	passingErrors = map[string]bool{
 		"NoSuchBucket": true, "ContainerNotFound": true, "RequestTimeTooSkewed": true, "ExpiredRequest": true,
@@ -71,14 +74,14 @@ var (
 func (f *failure) mayPass() bool {
 	switch {
 	case errors.Is(f.kind, object.ErrDenied):
-		return !lastingDenials[f.code]
+		return !permanentDenials[f.code]
 	case errors.Is(f.kind, object.ErrMisconfigured):
 		return passingErrors[f.code] || passingStatuses[f.status] || f.certificate
 	}
 	return false
 }
 
-// error is what a caller gets.
+// error returns the error for callers.
 func (s *Store) error(op, key string, f *failure) error {
 	at := fmt.Sprintf("%s %s in bucket %s", op, key, s.o.Bucket)
 	if key == "" {
@@ -86,7 +89,7 @@ func (s *Store) error(op, key string, f *failure) error {
 	}
 	kind := f.kind
 	if errors.Is(kind, object.ErrFull) {
-		lacks := strings.TrimSuffix(f.detail, fullTodo) // callers add what to do
+		lacks := strings.TrimSuffix(f.detail, fullTodo) // callers add the remedy
 		return fmt.Errorf("%s: %w", at, &object.FullError{Place: "bucket " + s.o.Bucket, Lacks: lacks})
 	}
 	if f.mayPass() {
@@ -98,7 +101,7 @@ func (s *Store) error(op, key string, f *failure) error {
 	return fmt.Errorf("%s: %w: %s", at, kind, f.detail)
 }
 
-// meaning is what a code of S3 stands for.
+// meaning is the classification of an error code.
 type meaning struct {
 	kind  error
 	retry bool
@@ -107,27 +110,28 @@ type meaning struct {
 
 const (
 	fullTodo        = "; free space in the store, or raise its quota"
+	policyTodo      = "; grant it in the policies of the role and of the bucket"
 	credentialsTodo = "; check the access key, its secret and the session token"
-	accountTodo     = "; the account is suspended or not entitled: see to it at the provider"
+	accountTodo     = "; the account is suspended or not entitled: resolve it at the provider"
 	capTodo         = "; the account has reached a cap: raise it at the provider, or wait until it is reset"
 	lockTodo        = "; a retention or lock rule protects the object: wait until it ends, or change the rule"
-	skewTodo        = "; the clocks of this host and of the store differ: set them right"
+	skewTodo        = "; the clocks of this host and of the store differ: correct them"
 	regionTodo      = "; set the bucket's own region"
 	bucketTodo      = "; make the bucket, or set another"
 	kmsTodo         = "; set the store's key service up, or another sse"
 	sizeTodo        = "; a proxy in front of the store bounds the size of requests: raise its bound"
-	// Of answers without a code, which are none of S3.
+	// For responses without a code, which do not come from S3.
 	proxyTodo    = "; a proxy, firewall or portal in front of the store may refuse the request: see its log"
 	endpointTodo = "; check the endpoint's address, its port, and whether it is http or https"
 )
 
-// codes holds those that the status alone does not tell enough of.
+// codes classifies the error codes whose HTTP status is not sufficient.
 var codes = map[string]meaning{
 	"NoSuchKey":          {kind: object.ErrNotFound},
 	"PreconditionFailed": {kind: object.ErrExists},
 	"KeyTooLongError":    {kind: object.ErrInvalidKey},
-	// Of gateways in front of a file system: the key is the directory of another
-	// object. A delete that empties that directory at the same time makes it pass.
+	// From gateways to a file system: the key is the directory of another object. A
+	// concurrent delete that empties the directory makes the error pass.
 	"ExistingObjectIsDirectory": {kind: object.ErrInvalidKey, retry: true},
 	"ObjectParentIsFile":        {kind: object.ErrInvalidKey, retry: true},
 	// Likewise, of MinIO and of Tencent's COS.
@@ -153,7 +157,7 @@ var codes = map[string]meaning{
 	"Throttling":                 {kind: object.ErrUnavailable, retry: true},
 	"TooManyRequests":            {kind: object.ErrUnavailable, retry: true},
 	"RequestLimitExceeded":       {kind: object.ErrUnavailable, retry: true},
-	// Other names of throttling, some of which come with HTTP 400 or 403.
+	// Other codes for throttling, some of them with HTTP 400 or 403.
 	"ThrottlingException":         {kind: object.ErrUnavailable, retry: true},
 	"ThrottledException":          {kind: object.ErrUnavailable, retry: true},
 	"RequestThrottled":            {kind: object.ErrUnavailable, retry: true},
@@ -168,7 +172,7 @@ var codes = map[string]meaning{
 	"OperationTimedOut":           {kind: object.ErrUnavailable, retry: true},
 	"ClientDisconnect":            {kind: object.ErrUnavailable, retry: true}, // of R2, HTTP 400
 	"IncompleteBody":              {kind: object.ErrUnavailable, retry: true},
-	"BadDigest":                   {kind: object.ErrUnavailable, retry: true}, // garbled on its way
+	"BadDigest":                   {kind: object.ErrUnavailable, retry: true}, // altered in transfer
 	"XAmzContentSHA256Mismatch":   {kind: object.ErrUnavailable, retry: true},
 	"XAmzContentChecksumMismatch": {kind: object.ErrUnavailable, retry: true},
 
@@ -178,7 +182,7 @@ var codes = map[string]meaning{
 	"InsufficientStorageSpace":       {kind: object.ErrFull, todo: fullTodo}, // of Huawei's OBS
 	"InsufficientStorage":            {kind: object.ErrFull, todo: fullTodo},
 
-	"AccessDenied":               {kind: object.ErrDenied, todo: "; grant it in the policies of the role and of the bucket"},
+	"AccessDenied":               {kind: object.ErrDenied, todo: policyTodo},
 	"InvalidAccessKeyId":         {kind: object.ErrDenied, todo: credentialsTodo},
 	"SignatureDoesNotMatch":      {kind: object.ErrDenied, todo: credentialsTodo},
 	"InvalidToken":               {kind: object.ErrDenied, todo: credentialsTodo},
@@ -216,28 +220,27 @@ var codes = map[string]meaning{
 	"InvalidEncryptionAlgorithmError":    {kind: object.ErrMisconfigured, todo: kmsTodo},
 }
 
-// passing are the statuses below 500 of what another attempt may cure.
-var passing = map[int]bool{
+// retryable are the statuses below 500 after which another attempt may succeed.
+var retryable = map[int]bool{
 	http.StatusTooManyRequests: true, http.StatusRequestTimeout: true, http.StatusConflict: true,
-	http.StatusLocked: true, http.StatusTooEarly: true, 499: true, // a proxy's: the client has gone
+	http.StatusLocked: true, http.StatusTooEarly: true, 499: true, // from a proxy: the client closed the connection
 }
 
-// isThrottling reports whether a code asks for a lower rate. Each service behind a
-// store has its own code for that, and gateways have more.
+// isThrottling reports whether a code requests a lower rate. Each service and gateway has
+// its own code.
 func isThrottling(code string) bool {
 	_, known := retry.DefaultThrottleErrorCodes[code]
 	return known || strings.Contains(code, "Throttl")
 }
 
-// passingKMS are the codes of the key service that pass.
+// passingKMS are the temporary errors of the key service.
 var passingKMS = map[string]bool{
 	"KMS.ThrottlingException": true, "KMS.KMSInternalException": true, "KMS.DependencyTimeoutException": true,
 	"KMS.KeyUnavailableException": true, "KMS.InternalFailure": true, "KMS.ServiceUnavailable": true,
 }
 
-// judge says what an error of the SDK means. One that came from a context is
-// for its caller to recognise.
-func judge(err error) *failure {
+// classify classifies an error of the SDK. Callers must check for the end of a context.
+func classify(err error) *failure {
 	if err == nil {
 		return nil
 	}
@@ -250,24 +253,35 @@ func judge(err error) *failure {
 	message := ""
 	if api, ok := errors.AsType[smithy.APIError](err); ok {
 		f.code, message = api.ErrorCode(), api.ErrorMessage()
-		if isMadeUp(f.status, f.code, message) {
+		if isSynthetic(f.status, f.code, message) {
 			f.code, message = "", ""
 		}
 	}
 	if f.status >= 300 && f.status < 400 {
 		f.kind = object.ErrMisconfigured
-		f.detail = fmt.Sprintf("the store answers with a redirect (HTTP %d), which is not followed; set the bucket's own region and endpoint", f.status)
+		f.detail = fmt.Sprintf("the store returned a redirect (HTTP %d), which is not followed; "+
+			"set the bucket's own region and endpoint", f.status)
 		if region := header.Get("X-Amz-Bucket-Region"); region != "" {
 			f.detail += fmt.Sprintf(": the bucket is in region %s", clip(region))
 		}
 		return f
 	}
-	todo := ""
+	todo := f.classifyCode(err, message)
+	f.detail = describe(err, f, message) + todo
+	if region := header.Get("X-Amz-Bucket-Region"); region != "" && errors.Is(f.kind, object.ErrMisconfigured) {
+		f.detail += ": the bucket is in region " + clip(region)
+	}
+	return f
+}
+
+// classifyCode sets kind and retry by code and status. It returns the remedy, which is
+// empty or begins with "; ".
+func (f *failure) classifyCode(err error, message string) (todo string) {
 	m, known := meaningOf(f.code, message)
 	switch {
 	case known:
 		f.kind, f.retry, todo = m.kind, m.retry, m.todo
-	case f.status == 0 || f.status < 300: // no answer, or one that is none
+	case f.status == 0 || f.status < 300: // no response, or an unusable one
 		f.retry = true
 		if todo = tlsTodo(err); todo != "" {
 			f.kind, f.retry = object.ErrMisconfigured, false
@@ -290,28 +304,23 @@ func judge(err error) *failure {
 		f.kind, todo = object.ErrMisconfigured, codes["NotImplemented"].todo
 	case f.status == http.StatusPreconditionFailed:
 		f.kind = object.ErrExists
-	case f.status >= 500, passing[f.status]:
+	case f.status >= 500, retryable[f.status]:
 		f.retry = true
 	case f.status >= 400 && f.status != http.StatusNotFound && f.status != http.StatusRequestedRangeNotSatisfiable:
-		// The store has understood the request and refuses it: the next one, which is
-		// the same, fares no better.
+		// The store understood and refused the request: the same request fails again.
 		f.kind, todo = object.ErrMisconfigured, "; the store refuses this request"
 	}
-	f.detail = describe(err, f, message) + todo
-	if region := header.Get("X-Amz-Bucket-Region"); region != "" && errors.Is(f.kind, object.ErrMisconfigured) {
-		f.detail += ": the bucket is in region " + clip(region)
-	}
-	return f
+	return todo
 }
 
-// meaningOf returns the meaning of a code of S3 and the message with it, and
-// whether it has one beyond its HTTP status.
+// meaningOf returns the meaning of an error code with its message; false: the HTTP status
+// decides.
 func meaningOf(code, message string) (meaning, bool) {
 	if strings.HasPrefix(code, "KMS.") {
 		if passingKMS[code] || isThrottling(code) {
 			return meaning{kind: object.ErrUnavailable, retry: true}, true
 		}
-		return meaning{kind: object.ErrDenied, todo: "; check the key and who may use it"}, true
+		return meaning{kind: object.ErrDenied, todo: "; check the key and its permissions"}, true
 	}
 	m, known := codes[code]
 	if !known && isThrottling(code) {
@@ -329,15 +338,15 @@ func meaningOf(code, message string) (meaning, bool) {
 	return m, known
 }
 
-// isMadeUp says whether the SDK has made a code and a message of the status, for the
-// body has none, as the page of a proxy.
-func isMadeUp(status int, code, message string) bool {
+// isSynthetic reports whether the SDK derived code and message from the status, because
+// the body has none, for example the page of a proxy.
+func isSynthetic(status int, code, message string) bool {
 	text := http.StatusText(status)
-	return code == "UnknownError" && message == code || text != "" && message == text && code == strings.ReplaceAll(text, " ", "")
+	return code == "UnknownError" && message == code ||
+		text != "" && message == text && code == strings.ReplaceAll(text, " ", "")
 }
 
-// tlsTodo says what to do about an error of TLS that does not pass by itself;
-// empty for any other error.
+// tlsTodo returns the remedy for a permanent TLS error, empty for any other error.
 func tlsTodo(err error) string {
 	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
 		return "; the endpoint does not speak TLS: http may be meant, or another port"
@@ -346,17 +355,17 @@ func tlsTodo(err error) string {
 		return ""
 	}
 	if invalid, ok := errors.AsType[x509.CertificateInvalidError](err); ok && invalid.Reason == x509.Expired {
-		return "; renew the store's certificate, or set the clock of this host right"
+		return "; renew the store's certificate, or correct the clock of this host"
 	}
 	if _, ok := errors.AsType[x509.HostnameError](err); ok {
 		return "; set the endpoint to a name that the store's certificate has"
 	}
-	return "; set the file of who signed the store's certificate"
+	return "; set the CA file of the store's certificate"
 }
 
 func describe(err error, f *failure, message string) string {
 	if f.code == "" && f.status == 0 {
-		// What is below the SDK's own words, of a connection or of parsing.
+		// Unwrap the SDK's text down to the connection or parse error.
 		if op, ok := errors.AsType[*smithy.OperationError](err); ok {
 			err = op.Unwrap()
 		}
@@ -367,7 +376,7 @@ func describe(err error, f *failure, message string) string {
 	}
 	text := f.code
 	if text == "" {
-		text = "an answer that is not S3's"
+		text = "not a response of S3"
 	}
 	if message != "" {
 		text += ": " + clip(message)
@@ -378,7 +387,7 @@ func describe(err error, f *failure, message string) string {
 	return text
 }
 
-// clip makes one short line of a server's words.
+// clip makes a server's message one short line.
 func clip(text string) string {
 	text = strings.Map(func(r rune) rune {
 		if unicode.IsControl(r) {
@@ -400,8 +409,8 @@ func retryAfter(text string) time.Duration {
 	return min(time.Duration(seconds)*time.Second, maxRetryAfter)
 }
 
-// over returns the failure that the end of ctx is, or nil.
-func over(ctx context.Context) *failure {
+// contextEnd returns the failure for the end of ctx, or nil.
+func contextEnd(ctx context.Context) *failure {
 	if err := ctx.Err(); err != nil {
 		return &failure{kind: err}
 	}

@@ -16,8 +16,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// answered is the error of the SDK for an answer. Without a code the answer is not one
-// of S3, and the SDK makes one of the status.
+// answered returns the SDK's error for a response. Without a code the response does not come
+// from S3, and the SDK derives a code from the status.
 func answered(status int, code, message string) error {
 	if text := http.StatusText(status); code == "" {
 		code, message = cmp.Or(strings.ReplaceAll(text, " ", ""), "UnknownError"), cmp.Or(text, "UnknownError")
@@ -27,13 +27,13 @@ func answered(status int, code, message string) error {
 	return &smithy.OperationError{Err: &smithyhttp.ResponseError{Response: response, Err: err}}
 }
 
-// unanswered is the error of the SDK for a connection that failed.
+// unanswered returns the SDK's error for a failed connection.
 func unanswered(cause error) error {
 	return &smithy.OperationError{Err: &smithyhttp.RequestSendError{Err: &url.Error{Op: "Put", URL: "https://store", Err: cause}}}
 }
 
-// TestErrors is the table of what the answers of S3 and of servers like it mean: the
-// kind of the error, whether another attempt is made, and what to do about it.
+// TestErrors is the table of error responses of S3 and of compatible servers: the kind of the
+// error, whether it is retried, and its remedy.
 func TestErrors(t *testing.T) {
 	expired := &tls.CertificateVerificationError{Err: x509.CertificateInvalidError{Reason: x509.Expired}}
 	misnamed := &tls.CertificateVerificationError{Err: x509.HostnameError{Certificate: &x509.Certificate{}, Host: "store"}}
@@ -43,7 +43,7 @@ func TestErrors(t *testing.T) {
 		err   error
 		kind  error
 		retry bool
-		todo  string // a part of the text; empty: none is looked for
+		todo  string // a part of the text
 	}{
 		{"AWS throttles with 400", answered(400, "ThrottlingException", ""), object.ErrUnavailable, true, ""},
 		{"AWS throttles with 403", answered(403, "RequestThrottled", ""), object.ErrUnavailable, true, ""},
@@ -52,7 +52,7 @@ func TestErrors(t *testing.T) {
 		{"GCS, rate", answered(403, "RateLimitExceeded", ""), object.ErrUnavailable, true, ""},
 		{"R2, 429", answered(429, "TooManyRequests", ""), object.ErrUnavailable, true, ""},
 		{"R2, cut off", answered(400, "ClientDisconnect", ""), object.ErrUnavailable, true, ""},
-		{"MinIO, garbled", answered(400, "XAmzContentChecksumMismatch", ""), object.ErrUnavailable, true, ""},
+		{"MinIO, altered in transfer", answered(400, "XAmzContentChecksumMismatch", ""), object.ErrUnavailable, true, ""},
 		{"MinIO at its start", answered(503, "XMinioServerNotInitialized", ""), object.ErrUnavailable, true, ""},
 		{"Azure is busy", answered(503, "ServerBusy", ""), object.ErrUnavailable, true, ""},
 		{"key service throttles", answered(400, "KMS.ThrottlingException", ""), object.ErrUnavailable, true, ""},
@@ -90,7 +90,7 @@ func TestErrors(t *testing.T) {
 		{"OSS, retention", answered(409, "FileImmutable", ""), object.ErrDenied, false, "retention or lock rule"},
 		{"Azure, retention", answered(409, "BlobImmutableDueToPolicy", ""), object.ErrDenied, false, "retention or lock rule"},
 
-		{"R2, clock", answered(400, "ExpiredRequest", ""), object.ErrMisconfigured, false, "set them right"},
+		{"R2, clock", answered(400, "ExpiredRequest", ""), object.ErrMisconfigured, false, "correct them"},
 		{"MinIO, region", answered(400, "InvalidRegion", ""), object.ErrMisconfigured, false, "own region"},
 		{"Azure, no container", answered(404, "ContainerNotFound", ""), object.ErrMisconfigured, false, "make the bucket"},
 		{"MinIO, no KMS", answered(501, "XMinioKMSNotConfigured", ""), object.ErrMisconfigured, false, "key service"},
@@ -100,18 +100,18 @@ func TestErrors(t *testing.T) {
 		{"TLS to plain HTTP", unanswered(tls.RecordHeaderError{Msg: "not a TLS handshake"}), object.ErrMisconfigured, false, "does not speak TLS"},
 		{"certificate expired", unanswered(expired), object.ErrMisconfigured, false, "renew the store's certificate"},
 		{"certificate of another", unanswered(misnamed), object.ErrMisconfigured, false, "that the store's certificate has"},
-		{"certificate of nobody known", unanswered(unknown), object.ErrMisconfigured, false, "who signed"},
+		{"certificate of an unknown authority", unanswered(unknown), object.ErrMisconfigured, false, "set the CA file"},
 		{"no connection", unanswered(errors.New("connection refused")), object.ErrUnavailable, true, ""},
 	} {
-		f := judge(c.err)
+		f := classify(c.err)
 		if !errors.Is(f.kind, c.kind) || f.retry != c.retry || !strings.Contains(f.detail, c.todo) {
 			t.Errorf("%s: got %v, retry %v: %s", c.name, f.kind, f.retry, f.detail)
 		}
 	}
 }
 
-// TestErrorsOfOneKey is the same for one key among many that are deleted.
-func TestErrorsOfOneKey(t *testing.T) {
+// TestDeleteErrors is the table for the errors of single keys of a batch delete.
+func TestDeleteErrors(t *testing.T) {
 	for code, want := range map[string]struct {
 		kind  error
 		retry bool
@@ -121,11 +121,11 @@ func TestErrorsOfOneKey(t *testing.T) {
 		"KMS.DisabledException":    {object.ErrDenied, false},
 		"BlobImmutableDueToPolicy": {object.ErrDenied, false},
 	} {
-		if f := judgeDelete(code, ""); !errors.Is(f.kind, want.kind) || f.retry != want.retry {
+		if f := classifyDelete(code, ""); !errors.Is(f.kind, want.kind) || f.retry != want.retry {
 			t.Errorf("%s: got %v, retry %v", code, f.kind, f.retry)
 		}
 	}
-	if f := judgeDelete("BlobNotFound", ""); f != nil {
-		t.Errorf("a key that is not there: %v", f.kind)
+	if f := classifyDelete("BlobNotFound", ""); f != nil {
+		t.Errorf("a missing key: %v", f.kind)
 	}
 }

@@ -38,19 +38,19 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
-// rig is a store behind a proxy, and the same bucket without.
-type rig struct {
+// env is a store behind a proxy, and the same bucket without the proxy.
+type env struct {
 	proxy        *s3fault.Proxy
 	store, plain *s3.Store
 	options      s3.Options
 }
 
-func newRig(t *testing.T, change func(*s3.Options)) *rig {
+func newEnv(t *testing.T, change func(*s3.Options)) *env {
 	t.Helper()
 	o := s3test.Bucket(t)
-	r := &rig{proxy: s3fault.New(t, o.Endpoint), plain: s3test.Open(t, o)}
+	r := &env{proxy: s3fault.New(t, o.Endpoint), plain: s3test.Open(t, o)}
 	o.Endpoint = r.proxy.URL()
-	o.RequestTimeout = 30 * time.Second // a busy machine is slow, and only tests of hanging servers shorten it
+	o.RequestTimeout = 30 * time.Second // long enough for a busy machine; tests of hanging servers shorten it
 	if change != nil {
 		change(&o)
 	}
@@ -59,15 +59,15 @@ func newRig(t *testing.T, change func(*s3.Options)) *rig {
 	return r
 }
 
-func (r *rig) put(t *testing.T, key, body string) {
+func (r *env) put(t *testing.T, key, body string) {
 	t.Helper()
 	if _, err := r.plain.Put(t.Context(), key, []byte(body)); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// holds returns the content of a key, "-" if there is none.
-func (r *rig) holds(t *testing.T, key string) string {
+// holds returns the content of a key, or "-" if it does not exist.
+func (r *env) holds(t *testing.T, key string) string {
 	t.Helper()
 	body, err := read(t.Context(), r.plain, key)
 	if errors.Is(err, object.ErrNotFound) {
@@ -105,16 +105,15 @@ func listed(ctx context.Context, s object.Store) (string, error) {
 	return strings.Join(keys, " "), nil
 }
 
-// calls are the methods, each with the operations that it makes of the server.
-// A call returns an error, or has done what it says: check looks. Whatever it
-// returns, always holds.
+// calls are the methods, each with the server operations that it uses. A call returns an
+// error or has taken effect, which check verifies. always is verified in both cases.
 var calls = []struct {
 	name   string
 	ops    []s3fault.Op
 	parts  bool
 	call   func(ctx context.Context, s object.Store) error
-	check  func(t *testing.T, r *rig)
-	always func(t *testing.T, r *rig)
+	check  func(t *testing.T, r *env)
+	always func(t *testing.T, r *env)
 }{
 	{
 		name: "Put", ops: []s3fault.Op{s3fault.PutObject},
@@ -122,7 +121,7 @@ var calls = []struct {
 			_, err := s.Put(ctx, "old", []byte("new content"))
 			return err
 		},
-		check: func(t *testing.T, r *rig) { wantContent(t, r, "old", "new content") },
+		check: func(t *testing.T, r *env) { wantContent(t, r, "old", "new content") },
 	},
 	{
 		name: "Create", ops: []s3fault.Op{s3fault.PutObject},
@@ -130,7 +129,7 @@ var calls = []struct {
 			_, err := s.Create(ctx, "new", []byte("new content"))
 			return err
 		},
-		check: func(t *testing.T, r *rig) { wantContent(t, r, "new", "new content") },
+		check: func(t *testing.T, r *env) { wantContent(t, r, "new", "new content") },
 	},
 	{
 		name: "PutParts", parts: true,
@@ -139,7 +138,7 @@ var calls = []struct {
 			_, err := s.Put(ctx, "old", []byte("new content"))
 			return err
 		},
-		check: func(t *testing.T, r *rig) { wantContent(t, r, "old", "new content") },
+		check: func(t *testing.T, r *env) { wantContent(t, r, "old", "new content") },
 	},
 	{
 		name: "CreateParts", parts: true,
@@ -148,7 +147,7 @@ var calls = []struct {
 			_, err := s.Create(ctx, "new", []byte("new content"))
 			return err
 		},
-		check: func(t *testing.T, r *rig) { wantContent(t, r, "new", "new content") },
+		check: func(t *testing.T, r *env) { wantContent(t, r, "new", "new content") },
 	},
 	{
 		name: "Get", ops: []s3fault.Op{s3fault.GetObject},
@@ -171,7 +170,7 @@ var calls = []struct {
 			if err := errors.Join(err, body.Close()); err != nil {
 				return err
 			}
-			if len(data) != 3 || info.Size != 11 { // a flipped bit nobody could see
+			if len(data) != 3 || info.Size != 11 { // a flipped bit is undetectable in a range
 				return fmt.Errorf("WRONG: read %q of %d bytes", data, info.Size)
 			}
 			return nil
@@ -213,13 +212,13 @@ var calls = []struct {
 	{
 		name: "Delete", ops: []s3fault.Op{s3fault.DeleteObjects},
 		call:  func(ctx context.Context, s object.Store) error { return s.Delete(ctx, "old", "missing") },
-		check: func(t *testing.T, r *rig) { wantContent(t, r, "old", "-"); wantContent(t, r, "other", "other content") },
+		check: func(t *testing.T, r *env) { wantContent(t, r, "old", "-"); wantContent(t, r, "other", "other content") },
 	},
 	{
 		name: "Copy", ops: []s3fault.Op{s3fault.CopyObject},
 		call:  func(ctx context.Context, s object.Store) error { return copyOld(ctx, s, 0, oldETag) },
-		check: func(t *testing.T, r *rig) { wantContent(t, r, "copy", "old content") },
-		always: func(t *testing.T, r *rig) {
+		check: func(t *testing.T, r *env) { wantContent(t, r, "copy", "old content") },
+		always: func(t *testing.T, r *env) {
 			wantContent(t, r, "old", "old content")
 			wantNoUploads(t, r)
 		},
@@ -230,8 +229,8 @@ var calls = []struct {
 			s3fault.HeadObject, s3fault.GetObjectTagging, s3fault.CreateMultipartUpload, s3fault.UploadPartCopy, s3fault.CompleteMultipartUpload,
 		},
 		call:  func(ctx context.Context, s object.Store) error { return copyOld(ctx, s, 1, oldPartsETag) },
-		check: func(t *testing.T, r *rig) { wantContent(t, r, "copy", "old content") },
-		always: func(t *testing.T, r *rig) {
+		check: func(t *testing.T, r *env) { wantContent(t, r, "copy", "old content") },
+		always: func(t *testing.T, r *env) {
 			wantContent(t, r, "old", "old content")
 			wantNoUploads(t, r)
 		},
@@ -264,8 +263,7 @@ const (
 	oldPartsETag = "dea1b4f19d6eeaee7f71436fbd2b43f6-1"
 )
 
-// copyOld copies the key "old" to "copy", in parts above a threshold, and looks
-// whether the answer says what is so.
+// copyOld copies the key "old" to "copy", in parts above a threshold, and checks the result.
 func copyOld(ctx context.Context, s object.Store, threshold int64, etag string) error {
 	info, err := s.Copy(ctx, object.CopyRequest{
 		From: "old", To: "copy", SourceETag: oldETag, Size: 11, Parts: object.CopyParts{Threshold: threshold},
@@ -277,7 +275,7 @@ func copyOld(ctx context.Context, s object.Store, threshold int64, etag string) 
 }
 
 // wantNoUploads checks that no upload is open in the bucket.
-func wantNoUploads(t *testing.T, r *rig) {
+func wantNoUploads(t *testing.T, r *env) {
 	t.Helper()
 	out, err := s3test.Shared(t).Client().ListMultipartUploads(t.Context(), &awss3.ListMultipartUploadsInput{Bucket: &r.options.Bucket})
 	if err != nil || len(out.Uploads) != 0 {
@@ -285,23 +283,23 @@ func wantNoUploads(t *testing.T, r *rig) {
 	}
 }
 
-func wantContent(t *testing.T, r *rig, key, want string) {
+func wantContent(t *testing.T, r *env, key, want string) {
 	t.Helper()
 	if got := r.holds(t, key); got != want {
 		t.Errorf("%s holds %q, want %q", key, got, want)
 	}
 }
 
-// TestFaults makes every fault at every operation of every method, once and for
-// ever. What is over after once must not be noticed; what lasts must end in an
-// error, or in what was asked for, and never in anything else.
+// TestFaults injects every fault into every operation of every method, once and permanently.
+// A single temporary fault must not fail the call; with a permanent fault the call must fail
+// or take effect.
 func TestFaults(t *testing.T) {
 	always := errors.New("any")
 	for _, f := range []struct {
 		name   string
 		action s3fault.Action
-		once   error // what a single one ends in; nil: it is not noticed
-		// only are the operations that the fault can happen to.
+		once   error // the result of a single one; nil: success
+		// only selects the operations with this fault.
 		only func(op s3fault.Op) bool
 	}{
 		{name: "SlowDown", action: s3fault.Status(503, "SlowDown")},
@@ -316,7 +314,7 @@ func TestFaults(t *testing.T) {
 		{name: "lost", action: s3fault.Lost()},
 		{name: "500 after", action: s3fault.After(&s3fault.Answer{Status: 500, Header: http.Header{}, Body: []byte("<Error><Code>InternalError</Code></Error>")})},
 		{name: "duplicate", action: s3fault.Duplicate(), only: func(op s3fault.Op) bool {
-			// Of a Create it is somebody else's, and of an upload nobody knows.
+			// A duplicate Create finds a foreign object, and a duplicate upload has an unknown id.
 			return op != s3fault.PutObject && op != s3fault.CompleteMultipartUpload && op != s3fault.CreateMultipartUpload
 		}},
 		{name: "error in 200", action: s3fault.ErrorIn200("InternalError")},
@@ -359,7 +357,7 @@ func TestFaults(t *testing.T) {
 					for _, times := range []int{1, -1} {
 						t.Run(fmt.Sprintf("%s/%s/%d", c.name, op, times), func(t *testing.T) {
 							t.Parallel()
-							r := newRig(t, func(o *s3.Options) {
+							r := newEnv(t, func(o *s3.Options) {
 								o.MaxAttempts = 3
 								if c.parts {
 									o.MultipartThreshold = 1
@@ -385,13 +383,13 @@ func TestFaults(t *testing.T) {
 							if err != nil && !missing {
 								wantClear(t, r, err)
 							}
-							headed := op == s3fault.HeadObject // which has no body, and GET is asked instead
+							headed := op == s3fault.HeadObject // a GET follows, since a HEAD has no body
 							if times == 1 && f.once == nil && err != nil {
-								t.Errorf("one fault is noticed: %v", err)
+								t.Errorf("one fault fails the call: %v", err)
 							}
 							if op == s3fault.GetObjectTagging && f.name == "AccessDenied" {
 								if err != nil || r.proxy.Fired() != 1 {
-									t.Errorf("tags that may not be read: %d attempts, err = %v", r.proxy.Fired(), err)
+									t.Errorf("unreadable tags: %d attempts, err = %v", r.proxy.Fired(), err)
 								}
 								return
 							}
@@ -399,7 +397,7 @@ func TestFaults(t *testing.T) {
 								t.Errorf("err = %v, want %v", err, f.once)
 							}
 							if f.once != nil && !errors.Is(f.once, always) && !headed && r.proxy.Fired() > 1 {
-								t.Errorf("%d attempts at what does not get better", r.proxy.Fired())
+								t.Errorf("%d attempts after a permanent error", r.proxy.Fired())
 							}
 						})
 					}
@@ -419,9 +417,8 @@ func hasAnswer(op s3fault.Op) bool {
 	return op != s3fault.PutObject && op != s3fault.UploadPart && op != s3fault.HeadObject
 }
 
-// wantClear checks that an error says of what kind it is and where, and nothing
-// that is nobody's business.
-func wantClear(t *testing.T, r *rig, err error) {
+// wantClear checks that an error has one kind and the bucket's name, and no credentials.
+func wantClear(t *testing.T, r *env, err error) {
 	t.Helper()
 	if !errors.Is(err, object.ErrUnavailable) && !errors.Is(err, object.ErrFull) && !errors.Is(err, object.ErrDenied) &&
 		!errors.Is(err, object.ErrMisconfigured) && !errors.Is(err, object.ErrInvalidKey) {
@@ -438,7 +435,7 @@ func wantClear(t *testing.T, r *rig, err error) {
 	}
 }
 
-// A call that never gets its answer ends with its own deadlines.
+// A call without a response ends at its deadlines.
 func TestHang(t *testing.T) {
 	for _, c := range calls {
 		for _, op := range c.ops {
@@ -448,7 +445,7 @@ func TestHang(t *testing.T) {
 				}
 				t.Run(fmt.Sprintf("%s/%s/%s", c.name, op, name), func(t *testing.T) {
 					t.Parallel()
-					r := newRig(t, func(o *s3.Options) {
+					r := newEnv(t, func(o *s3.Options) {
 						o.RequestTimeout, o.MaxAttempts = 200*time.Millisecond, 2
 						if c.parts {
 							o.MultipartThreshold = 1
@@ -483,13 +480,13 @@ func TestHang(t *testing.T) {
 	}
 }
 
-func TestCreateWhoseAnswerIsLost(t *testing.T) {
+func TestCreateLostResponse(t *testing.T) {
 	for _, parts := range []bool{false, true} {
 		op := map[bool]s3fault.Op{false: s3fault.PutObject, true: s3fault.CompleteMultipartUpload}[parts]
 		for name, action := range map[string]s3fault.Action{"lost": s3fault.Lost(), "empty": s3fault.Empty200(), "html": s3fault.HTML200()} {
 			for _, times := range []int{1, -1} {
 				t.Run(fmt.Sprint(op, name, times), func(t *testing.T) {
-					r := newRig(t, func(o *s3.Options) {
+					r := newEnv(t, func(o *s3.Options) {
 						o.MaxAttempts = 2
 						if parts {
 							o.MultipartThreshold = 1
@@ -498,7 +495,7 @@ func TestCreateWhoseAnswerIsLost(t *testing.T) {
 					r.proxy.Plan(s3fault.Rule{Op: op, Times: times, Action: action})
 					info, err := r.store.Create(t.Context(), "k", []byte("mine"))
 					if err != nil {
-						t.Fatalf("our own object: %v", err)
+						t.Fatalf("own object: %v", err)
 					}
 					r.proxy.MustHaveFired(t)
 					head, err := r.plain.Head(t.Context(), "k")
@@ -507,10 +504,10 @@ func TestCreateWhoseAnswerIsLost(t *testing.T) {
 					}
 					wantContent(t, r, "k", "mine")
 
-					// The same with somebody else's object there, even of the same content.
+					// The same with a foreign object of the same content.
 					r.proxy.Plan(s3fault.Rule{Op: op, Times: times, Action: action})
 					if _, err := r.store.Create(t.Context(), "k", []byte("mine")); !errors.Is(err, object.ErrExists) {
-						t.Errorf("another's object: err = %v, want ErrExists", err)
+						t.Errorf("foreign object: err = %v, want ErrExists", err)
 					}
 					r.proxy.MustHaveFired(t)
 				})
@@ -519,9 +516,9 @@ func TestCreateWhoseAnswerIsLost(t *testing.T) {
 	}
 }
 
-// A server that forgets metadata makes it necessary to compare the content.
+// On a server that loses metadata, Create compares the content.
 func TestCreateWithoutMetadata(t *testing.T) {
-	r := newRig(t, nil)
+	r := newEnv(t, nil)
 	forget := s3fault.Rule{Op: s3fault.HeadObject, Times: -1, Action: s3fault.StripAnswer("X-Amz-Meta-Snapshotd-Write")}
 	lose := s3fault.Rule{Op: s3fault.PutObject, Action: s3fault.Lost()}
 	r.proxy.Plan(forget, lose)
@@ -543,7 +540,7 @@ func TestRedirectIsNotFollowed(t *testing.T) {
 	defer elsewhere.Close()
 	for _, status := range []int{301, 302, 307, 308} {
 		for _, c := range calls {
-			r := newRig(t, func(o *s3.Options) {
+			r := newEnv(t, func(o *s3.Options) {
 				if c.parts {
 					o.MultipartThreshold = 1
 				}
@@ -567,7 +564,7 @@ func TestRedirectIsNotFollowed(t *testing.T) {
 }
 
 func TestUploadsAreAborted(t *testing.T) {
-	r := newRig(t, func(o *s3.Options) {
+	r := newEnv(t, func(o *s3.Options) {
 		o.MultipartThreshold, o.PartSize = 1, 5<<20
 	})
 	body := bytes.Repeat([]byte("0123456789abcdef"), 12<<20/16)
@@ -585,9 +582,9 @@ func TestUploadsAreAborted(t *testing.T) {
 	if _, err := r.store.Create(t.Context(), "big", body); err != nil {
 		t.Fatal(err)
 	}
-	// A part of the upload that was aborted may have arrived late.
+	// A part of the aborted upload may have arrived late.
 	if n := r.proxy.Count(s3fault.UploadPart); n < 4 {
-		t.Errorf("%d parts sent, want 3 and one again", n)
+		t.Errorf("%d parts sent, want 3 and one retry", n)
 	}
 	wantContent(t, r, "big", string(body))
 	if _, err := r.store.Create(t.Context(), "big", body); !errors.Is(err, object.ErrExists) {
@@ -595,8 +592,8 @@ func TestUploadsAreAborted(t *testing.T) {
 	}
 }
 
-// lists are answers to a list that are no list, or lie.
-func TestListsThatLie(t *testing.T) {
+// TestWrongLists alters the responses to a list.
+func TestWrongLists(t *testing.T) {
 	edit := func(old, with string) s3fault.Action {
 		return s3fault.Edit("replace "+old, func(a *s3fault.Answer) bool {
 			changed := bytes.ReplaceAll(a.Body, []byte(old), []byte(with))
@@ -614,7 +611,7 @@ func TestListsThatLie(t *testing.T) {
 		"missing count": edit("<KeyCount>3", "<KeyCount>4"),
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := newRig(t, nil)
+			r := newEnv(t, nil)
 			for _, key := range []string{"a/1", "a/2", "a/3"} {
 				r.put(t, key, "x")
 			}
@@ -625,7 +622,7 @@ func TestListsThatLie(t *testing.T) {
 			}
 			r.proxy.MustHaveFired(t)
 			want := object.ErrUnavailable
-			if name == "out of order" { // each time: a habit of the store
+			if name == "out of order" { // each time: a property of the store
 				want = object.ErrMisconfigured
 			}
 			if !errors.Is(last, want) {
@@ -634,7 +631,7 @@ func TestListsThatLie(t *testing.T) {
 		})
 	}
 	t.Run("endless", func(t *testing.T) {
-		r := newRig(t, nil)
+		r := newEnv(t, nil)
 		r.proxy.Plan(s3fault.Rule{Op: s3fault.ListObjectsV2, Times: -1, Action: edit(
 			"<IsTruncated>false</IsTruncated>", "<IsTruncated>true</IsTruncated><NextContinuationToken>again</NextContinuationToken>")})
 		_, err := listed(t.Context(), r.store)
@@ -650,7 +647,7 @@ func TestDelete(t *testing.T) {
 		return s3fault.After(&s3fault.Answer{Status: 200, Header: http.Header{"Content-Type": {"application/xml"}}, Body: []byte(body)})
 	}
 	t.Run("some denied", func(t *testing.T) {
-		r := newRig(t, nil)
+		r := newEnv(t, nil)
 		r.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObjects, Action: answer(
 			`<DeleteResult><Deleted><Key>a</Key></Deleted><Error><Key>b</Key><Code>AccessDenied</Code></Error><Error><Key>c</Key><Code>NoSuchKey</Code></Error></DeleteResult>`)})
 		err := r.store.Delete(t.Context(), "a", "b", "c")
@@ -659,8 +656,8 @@ func TestDelete(t *testing.T) {
 			t.Errorf("err = %v, want b denied", err)
 		}
 	})
-	t.Run("some again", func(t *testing.T) {
-		r := newRig(t, nil)
+	t.Run("some retried", func(t *testing.T) {
+		r := newEnv(t, nil)
 		r.put(t, "b", "x")
 		r.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObjects, Action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte(
 			`<DeleteResult><Deleted><Key>a</Key></Deleted><Error><Key>b</Key><Code>SlowDown</Code></Error></DeleteResult>`)})})
@@ -670,8 +667,8 @@ func TestDelete(t *testing.T) {
 		r.proxy.MustHaveFired(t)
 		wantContent(t, r, "b", "-")
 	})
-	t.Run("the page of a proxy", func(t *testing.T) {
-		r := newRig(t, nil)
+	t.Run("page of a proxy", func(t *testing.T) {
+		r := newEnv(t, nil)
 		r.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObjects, Action: s3fault.Instead(&s3fault.Answer{
 			Status: 404, Body: []byte("<html>default backend - 404</html>"),
 		})})
@@ -688,7 +685,7 @@ func TestDelete(t *testing.T) {
 		}
 	})
 	t.Run("one by one", func(t *testing.T) {
-		r := newRig(t, nil)
+		r := newEnv(t, nil)
 		r.put(t, "a", "x")
 		r.put(t, "b", "x")
 		r.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObjects, Times: -1, Action: s3fault.Status(501, "NotImplemented")})
@@ -702,7 +699,7 @@ func TestDelete(t *testing.T) {
 			t.Errorf("%d batches and %d single deletes, want 1 and 6", r.proxy.Fired(), r.proxy.Count(s3fault.DeleteObject))
 		}
 		wantContent(t, r, "a", "-")
-		// What is no answer of a delete is looked into.
+		// A response that is not that of a delete is verified.
 		r.put(t, "a", "x")
 		r.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObject, Times: -1, Action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte("<html>")})})
 		if err := r.store.Delete(t.Context(), "a"); !errors.Is(err, object.ErrUnavailable) {
@@ -712,7 +709,7 @@ func TestDelete(t *testing.T) {
 }
 
 func TestBudget(t *testing.T) {
-	r := newRig(t, func(o *s3.Options) { o.RetryBudget, o.MaxAttempts = 5, 10 })
+	r := newEnv(t, func(o *s3.Options) { o.RetryBudget, o.MaxAttempts = 5, 10 })
 	r.proxy.Plan(s3fault.Rule{Times: -1, Action: s3fault.Status(503, "SlowDown")})
 	for range 10 {
 		if _, err := r.store.Now(t.Context()); !errors.Is(err, object.ErrUnavailable) {
@@ -723,16 +720,16 @@ func TestBudget(t *testing.T) {
 		t.Errorf("%d requests of 10 calls, with a budget of 5 retries", n)
 	}
 	if n := r.proxy.Fired(); n < 15 {
-		t.Errorf("%d requests, so there was no budget", n)
+		t.Errorf("%d requests, so no retry was allowed", n)
 	}
 	time.Sleep(2 * time.Second)
 	r.proxy.Plan(s3fault.Rule{Action: s3fault.Status(503, "SlowDown")})
 	if _, err := r.store.Now(t.Context()); err != nil {
-		t.Errorf("the budget does not come back: %v", err)
+		t.Errorf("the budget does not refill: %v", err)
 	}
 }
 
-func TestNobodyThere(t *testing.T) {
+func TestUnreachableServer(t *testing.T) {
 	o := s3test.Bucket(t)
 	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
@@ -749,18 +746,18 @@ func TestNobodyThere(t *testing.T) {
 	secure.Config.ErrorLog = nil
 	o.Endpoint = secure.URL
 	if _, err := s3test.Open(t, o).Now(t.Context()); !errors.Is(err, object.ErrMisconfigured) {
-		t.Errorf("a certificate of a stranger: err = %v", err)
+		t.Errorf("certificate of an unknown authority: err = %v", err)
 	}
 }
 
-// TestWrongSettings asks a real server with what is wrong.
+// TestWrongSettings sends requests with wrong settings to a real server.
 func TestWrongSettings(t *testing.T) {
 	for name, c := range map[string]struct {
 		change func(*s3.Options)
 		want   error
 	}{
-		"bucket":        {func(o *s3.Options) { o.Bucket = "nobody-made-this" }, object.ErrMisconfigured},
-		"access key id": {func(o *s3.Options) { o.AccessKeyID = "somebodyelse" }, object.ErrDenied},
+		"bucket":        {func(o *s3.Options) { o.Bucket = "missing-bucket" }, object.ErrMisconfigured},
+		"access key id": {func(o *s3.Options) { o.AccessKeyID = "unknownkeyid" }, object.ErrDenied},
 		"secret":        {func(o *s3.Options) { o.SecretAccessKey = "wrongcanarysecret" }, object.ErrDenied},
 		"owner":         {func(o *s3.Options) { o.ExpectedBucketOwner = "111122223333" }, object.ErrDenied},
 		"region":        {func(o *s3.Options) { o.Region = "eu-test-9" }, object.ErrMisconfigured},
@@ -793,11 +790,11 @@ func TestWrongSettings(t *testing.T) {
 	}
 }
 
-// TestSecrets looks for credentials in all that is printed.
+// TestSecrets searches errors, logs and formatted values for credentials.
 func TestSecrets(t *testing.T) {
 	var log bytes.Buffer
 	core := zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()), zapcore.AddSync(&log), zapcore.DebugLevel)
-	r := newRig(t, func(o *s3.Options) { o.Log = zap.New(core) })
+	r := newEnv(t, func(o *s3.Options) { o.Log = zap.New(core) })
 	for _, action := range []s3fault.Action{s3fault.Reset(), s3fault.Status(503, "SlowDown"), s3fault.HTML200(), s3fault.Status(403, "SignatureDoesNotMatch")} {
 		for _, c := range calls {
 			r.proxy.Plan(s3fault.Rule{Times: 2, Action: action})
@@ -820,7 +817,7 @@ func TestSecrets(t *testing.T) {
 	}
 }
 
-// otherAuthority is a certificate that has signed nothing but itself.
+// otherAuthority returns a self-signed certificate.
 func otherAuthority(t *testing.T) []byte {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -835,8 +832,8 @@ func otherAuthority(t *testing.T) []byte {
 	return der
 }
 
-// TestTLS speaks to the server through one with a certificate, and minds neither
-// a proxy of the environment nor a region's own address.
+// TestTLS connects through a TLS server, and ignores the proxy and the endpoint of the
+// environment.
 func TestTLS(t *testing.T) {
 	t.Setenv("HTTPS_PROXY", "http://127.0.0.1:1")
 	t.Setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
@@ -865,7 +862,7 @@ func TestTLS(t *testing.T) {
 	if _, err := s.Put(t.Context(), "k", nil); !errors.Is(err, object.ErrMisconfigured) {
 		t.Errorf("a certificate of another authority: %v", err)
 	}
-	authority(secure.Certificate().Raw) // without opening the store again
+	authority(secure.Certificate().Raw) // the store stays open
 	for _, body := range []string{"", "small", strings.Repeat("large", 100)} {
 		if _, err := s.Put(t.Context(), "k", []byte(body)); err != nil {
 			t.Fatal(err)

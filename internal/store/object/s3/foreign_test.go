@@ -21,10 +21,10 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object/s3"
 )
 
-// TestForeignServer makes every check of the probe and runs the conformance suite on
-// the server at S3_ENDPOINT, as S3_ACCESS_KEY_ID with the secret S3_SECRET_ACCESS_KEY,
-// in S3_REGION. Each test has a bucket of its own, which it makes and removes.
-// `make s3-conformance` calls it; S3_BROKEN names subtests that are left out.
+// TestForeignServer runs all checks of the probe and the conformance suite on the server at
+// S3_ENDPOINT, with the access key S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY, in S3_REGION.
+// Each test creates and removes its own bucket. `make s3-conformance` runs it; S3_BROKEN
+// names subtests to skip.
 func TestForeignServer(t *testing.T) {
 	o := s3.Options{
 		Endpoint: os.Getenv("S3_ENDPOINT"), Region: cmp.Or(os.Getenv("S3_REGION"), "us-east-1"), PathStyle: true,

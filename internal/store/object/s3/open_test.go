@@ -20,11 +20,11 @@ func TestValidate(t *testing.T) {
 		MaxAttempts: -1, PartSize: 1,
 	}.Validate()
 	if err == nil {
-		t.Fatal("no mistakes")
+		t.Fatal("no errors")
 	}
 	for _, want := range []string{"bucket: ", "prefix: ", "endpoint: ", "region: ", "access key id: ", "sse: ", "kms_key_id: ", "timeouts", "part size: "} {
 		if !strings.Contains("\n"+err.Error(), "\n"+want) {
-			t.Errorf("nothing about %s", want)
+			t.Errorf("no error for %s", want)
 		}
 	}
 	if strings.Contains(err.Error(), "canary") {
@@ -43,7 +43,7 @@ func TestValidate(t *testing.T) {
 		{Bucket: "abc", SessionToken: "x"},
 	} {
 		if _, err := s3.Open(t.Context(), o); err == nil {
-			t.Errorf("%+v is allowed", o)
+			t.Errorf("%+v is accepted", o)
 		}
 	}
 }

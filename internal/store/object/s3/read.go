@@ -20,8 +20,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// Get implements [object.Store]. What is read to its end of a whole object has
-// the checksum that the store keeps of it, or the read fails.
+// Get implements [object.Store]. A read of a whole object to its end fails unless the
+// content has the checksum that the store keeps.
 func (s *Store) Get(ctx context.Context, key string, offset, length int64) (io.ReadCloser, object.Info, error) {
 	if err := s.check(ctx, key); err != nil {
 		return nil, object.Info{}, err
@@ -42,7 +42,7 @@ func (s *Store) Get(ctx context.Context, key string, offset, length int64) (io.R
 		if f != nil && (f.code == "InvalidRange" || f.status == http.StatusRequestedRangeNotSatisfiable) {
 			body, info, f = s.empty(ctx, key)
 			if f == nil && offset < info.Size {
-				f = unusable("the range from %d on is refused of %d bytes", offset, info.Size)
+				f = unusable("range from %d refused, but the object has %d bytes", offset, info.Size)
 			}
 		}
 		return f
@@ -53,7 +53,7 @@ func (s *Store) Get(ctx context.Context, key string, offset, length int64) (io.R
 	return body, info, nil
 }
 
-// empty is nothing of an object that must exist all the same.
+// empty returns an empty body for an object that must exist.
 func (s *Store) empty(ctx context.Context, key string) (io.ReadCloser, object.Info, *failure) {
 	h, f := s.head(ctx, key)
 	return http.NoBody, h.Info, f
@@ -74,28 +74,33 @@ func (s *Store) get(ctx context.Context, key string, offset, length int64) (io.R
 		}
 		in.Range = &r
 		// Some servers send the whole object's checksum with a part of it.
-		options = append(options, func(o *s3.Options) { o.ResponseChecksumValidation = aws.ResponseChecksumValidationWhenRequired })
+		options = append(options, noChecksumValidation)
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	watch := time.AfterFunc(s.o.RequestTimeout, func() { cancel(errTimeout) })
 	out, err := s.client.GetObject(ctx, in, options...)
 	watch.Stop()
 	if err != nil {
-		f := timedOut(ctx, judge(err), s.o.RequestTimeout)
+		f := timedOut(ctx, classify(err), s.o.RequestTimeout)
 		cancel(nil)
 		return nil, object.Info{}, f
 	}
 	info, want, f := checkGet(out, whole, offset, last)
 	if f != nil {
 		cancel(nil)
-		_ = out.Body.Close() // nobody reads it
+		_ = out.Body.Close() // unread
 		return nil, object.Info{}, f
 	}
 	info.Key = key
 	return &reader{body: out.Body, left: want, store: s, key: key, ctx: ctx, cancel: cancel, watch: watch}, info, nil
 }
 
-// checkGet says what is to be read of an answer, or what is wrong with it.
+// noChecksumValidation disables the SDK's check of a response's checksum.
+func noChecksumValidation(o *s3.Options) {
+	o.ResponseChecksumValidation = aws.ResponseChecksumValidationWhenRequired
+}
+
+// checkGet validates the response of a GET. want is the length of its body.
 func checkGet(out *s3.GetObjectOutput, whole bool, offset, last int64) (info object.Info, want int64, f *failure) {
 	if out.ContentLength == nil || *out.ContentLength < 0 {
 		return info, 0, unusable("no Content-Length")
@@ -104,30 +109,30 @@ func checkGet(out *s3.GetObjectOutput, whole bool, offset, last int64) (info obj
 	if !whole {
 		var from, to, size int64
 		if n, err := fmt.Sscanf(aws.ToString(out.ContentRange), "bytes %d-%d/%d", &from, &to, &size); err != nil || n != 3 {
-			return info, 0, unusable("a range was asked for, and none is named")
+			return info, 0, unusable("no Content-Range for a range request")
 		}
 		if from != offset || to != min(last, size-1) || to-from+1 != want {
-			return info, 0, unusable("another range than the one asked for, %q of %d bytes", clip(*out.ContentRange), want)
+			return info, 0, unusable("Content-Range %q with %d bytes does not match the request", clip(*out.ContentRange), want)
 		}
 		info.Size = size
 	}
-	info.ETag = bare(out.ETag)
+	info.ETag = unquote(out.ETag)
 	if info.ETag == "" || out.LastModified == nil {
-		return info, 0, unusable("no ETag, or no Last-Modified")
+		return info, 0, unusable("no ETag or Last-Modified")
 	}
 	info.ModTime = *out.LastModified
 	return info, want, nil
 }
 
-// reader reads the body of an answer. It fails when that is shorter or longer
-// than it said, does not have its checksum, or does not come.
+// reader reads the body of a response. It fails if the body is shorter or longer than
+// its Content-Length, if its checksum does not match, or if no data arrives in time.
 type reader struct {
 	body   io.ReadCloser
-	left   int64 // bytes that must still come
-	err    error // what every later Read returns
+	left   int64 // remaining bytes
+	err    error // the result of later Reads
 	store  *Store
 	key    string
-	ctx    context.Context //nolint:containedctx // of the answer that is being read
+	ctx    context.Context //nolint:containedctx // of the response
 	cancel context.CancelCauseFunc
 	watch  *time.Timer
 }
@@ -155,14 +160,14 @@ func (r *reader) Read(p []byte) (int, error) {
 			return 0, r.err
 		}
 	}
-	// The checksum is compared at the end, which the last byte is not. Only then
-	// is the last piece handed out.
+	// The SDK compares the checksum at EOF, which follows the last byte. The last piece
+	// is returned after that.
 	var more [1]byte
 	switch m, err := r.next(more[:]); {
 	case m > 0:
-		r.err = r.fail(errors.New("there is more than was said"))
+		r.err = r.fail(errors.New("body longer than Content-Length"))
 	case err == nil:
-		r.err = r.fail(errors.New("the body does not end"))
+		r.err = r.fail(errors.New("body without an end"))
 	case !errors.Is(err, io.EOF):
 		r.err = r.fail(err)
 	default:
@@ -172,7 +177,7 @@ func (r *reader) Read(p []byte) (int, error) {
 	return 0, r.err
 }
 
-// next reads, with the time that an attempt gets.
+// next reads a piece of the body within the timeout of an attempt.
 func (r *reader) next(p []byte) (int, error) {
 	r.watch.Reset(r.store.o.RequestTimeout)
 	defer r.watch.Stop()
@@ -188,7 +193,7 @@ func (r *reader) fail(err error) error {
 	f := &failure{kind: object.ErrUnavailable, detail: clip(err.Error())}
 	switch cause := context.Cause(r.ctx); {
 	case errors.Is(cause, errTimeout):
-		f.detail = fmt.Sprintf("nothing came for %v", r.store.o.RequestTimeout)
+		f.detail = fmt.Sprintf("no data for %v", r.store.o.RequestTimeout)
 	case cause != nil:
 		f = &failure{kind: r.ctx.Err()}
 	}
@@ -218,15 +223,15 @@ func (s *Store) Head(ctx context.Context, key string) (object.Info, error) {
 		return object.Info{}, s.error("head", key, f)
 	}
 	info := headInfo(key, out)
-	info.Checksum, info.SourceETag = sumOf(out), out.Metadata[sourceName]
+	info.Checksum, info.SourceETag = objectChecksum(out), out.Metadata[sourceName]
 	info.OpaqueETag = opaque(out.ServerSideEncryption, out.SSECustomerAlgorithm)
 	return info, nil
 }
 
-// headed is what a store says of an object.
+// headed is the result of a HEAD.
 type headed struct {
 	object.Info
-	writer string // the id of the write that made it, empty if not of ours
+	writer string // the id of the write that made the object; empty if unknown
 }
 
 func (s *Store) head(ctx context.Context, key string) (headed, *failure) {
@@ -237,12 +242,12 @@ func (s *Store) head(ctx context.Context, key string) (headed, *failure) {
 	return headed{Info: headInfo(key, out), writer: out.Metadata[writerName]}, nil
 }
 
-// headInfo is what every method says of an object.
+// headInfo returns the fields that every method returns.
 func headInfo(key string, out *s3.HeadObjectOutput) object.Info {
-	return object.Info{Key: key, Size: *out.ContentLength, ETag: bare(out.ETag), ModTime: *out.LastModified}
+	return object.Info{Key: key, Size: *out.ContentLength, ETag: unquote(out.ETag), ModTime: *out.LastModified}
 }
 
-// headOutput returns an answer that has a length, an ETag and a time.
+// headOutput returns a response that has a length, an ETag and a time.
 func (s *Store) headOutput(ctx context.Context, key string) (*s3.HeadObjectOutput, *failure) {
 	out, f := attempt(ctx, s, 0, func(ctx context.Context) (*s3.HeadObjectOutput, error) {
 		return s.client.HeadObject(ctx, &s3.HeadObjectInput{
@@ -252,36 +257,36 @@ func (s *Store) headOutput(ctx context.Context, key string) (*s3.HeadObjectOutpu
 	if f != nil {
 		switch f.status {
 		case http.StatusNotFound, http.StatusForbidden, http.StatusBadRequest:
-			return nil, s.explain(ctx, key, f.status)
+			return nil, s.explainHead(ctx, key, f.status)
 		}
 		return nil, f
 	}
-	if out.ContentLength == nil || *out.ContentLength < 0 || bare(out.ETag) == "" || out.LastModified == nil {
+	if out.ContentLength == nil || *out.ContentLength < 0 || unquote(out.ETag) == "" || out.LastModified == nil {
 		return nil, unusable("no Content-Length, ETag or Last-Modified")
 	}
 	return out, nil
 }
 
-// explain finds out what an error of a HEAD, which has no body, means: that
-// there is no object and that there is no bucket look the same.
-func (s *Store) explain(ctx context.Context, key string, status int) *failure {
+// explainHead explains a failed HEAD by a GET, because the response of a HEAD has no
+// body: a missing object and a missing bucket look the same.
+func (s *Store) explainHead(ctx context.Context, key string, status int) *failure {
 	_, f := attempt(ctx, s, 0, func(ctx context.Context) (struct{}, error) {
 		out, err := s.client.GetObject(ctx, &s3.GetObjectInput{
 			Bucket: &s.o.Bucket, Key: s.key(key), ExpectedBucketOwner: s.owner, Range: aws.String("bytes=0-0"),
-		}, func(o *s3.Options) { o.ResponseChecksumValidation = aws.ResponseChecksumValidationWhenRequired })
+		}, noChecksumValidation)
 		if err != nil {
 			return struct{}{}, err
 		}
 		return struct{}{}, out.Body.Close()
 	})
 	if f == nil || f.status == http.StatusRequestedRangeNotSatisfiable {
-		return unusable("HEAD says HTTP %d of an object that can be read", status)
+		return unusable("HEAD failed with HTTP %d, but the object is readable", status)
 	}
 	return f
 }
 
-// List implements [object.Store]. Names below the prefix that are no valid keys
-// are passed over, as they are none of ours.
+// List implements [object.Store]. It skips names that are invalid keys: snapshotd does
+// not write them.
 func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[object.Info, error] {
 	return func(yield func(object.Info, error) bool) {
 		err := object.CheckPrefix(prefix)
@@ -304,8 +309,8 @@ func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[object.Info, 
 func (s *Store) list(ctx context.Context, prefix string, yield func(object.Info) bool) *failure {
 	var (
 		token *string
-		last  string // key, in the bucket
-		empty int    // pages
+		last  string // key in the bucket
+		empty int    // consecutive empty pages
 	)
 	for {
 		var p page
@@ -322,7 +327,7 @@ func (s *Store) list(ctx context.Context, prefix string, yield func(object.Info)
 			if object.CheckKey(info.Key) != nil {
 				continue
 			}
-			if f := over(ctx); f != nil {
+			if f := contextEnd(ctx); f != nil {
 				return f
 			}
 			if !yield(info) {
@@ -345,13 +350,13 @@ func (s *Store) list(ctx context.Context, prefix string, yield func(object.Info)
 
 // page is a part of a list.
 type page struct {
-	objects []object.Info // by their names in the bucket
-	next    *string       // token; nil: there are no more
-	at      time.Time     // by the store's clock; zero: it did not say
+	objects []object.Info // with their names in the bucket
+	next    *string       // continuation token; nil: the last page
+	at      time.Time     // by the store's clock; zero: unknown
 }
 
-// page reads a page of at most limit objects, 0 for the server's own limit, all
-// of which must come after last.
+// page reads a page of at most limit objects, 0 for the server's limit. All of their
+// names must be greater than last.
 func (s *Store) page(ctx context.Context, prefix string, token *string, last string, limit int32) (page, *failure) {
 	in := &s3.ListObjectsV2Input{
 		Bucket: &s.o.Bucket, Prefix: s.key(prefix), ContinuationToken: token, ExpectedBucketOwner: s.owner,
@@ -360,18 +365,20 @@ func (s *Store) page(ctx context.Context, prefix string, token *string, last str
 	if limit > 0 {
 		in.MaxKeys = &limit
 	}
-	out, f := attempt(ctx, s, 0, func(ctx context.Context) (*s3.ListObjectsV2Output, error) { return s.client.ListObjectsV2(ctx, in) })
+	out, f := attempt(ctx, s, 0, func(ctx context.Context) (*s3.ListObjectsV2Output, error) {
+		return s.client.ListObjectsV2(ctx, in)
+	})
 	if f != nil {
-		if errors.Is(f.kind, object.ErrNotFound) { // of a bucket?
-			return page{}, unusable("there is no such key as a list")
+		if errors.Is(f.kind, object.ErrNotFound) { // a list names no key
+			return page{}, unusable("NoSuchKey for a list")
 		}
 		return page{}, f
 	}
 	if out.IsTruncated == nil || aws.ToString(out.Name) != s.o.Bucket {
-		return page{}, unusable("this is no list of the bucket")
+		return page{}, unusable("not a list of the bucket")
 	}
 	if out.KeyCount != nil && int(*out.KeyCount) != len(out.Contents) {
-		return page{}, unusable("%d objects are listed, %d are announced", len(out.Contents), *out.KeyCount)
+		return page{}, unusable("%d objects listed, KeyCount is %d", len(out.Contents), *out.KeyCount)
 	}
 	var p page
 	p.at, _ = awsmiddleware.GetServerTime(out.ResultMetadata)
@@ -380,37 +387,37 @@ func (s *Store) page(ctx context.Context, prefix string, token *string, last str
 		if out.EncodingType == types.EncodingTypeUrl {
 			decoded, err := url.QueryUnescape(key)
 			if err != nil {
-				return page{}, unusable("key %q", clip(key))
+				return page{}, unusable("key %q is not URL-encoded", clip(key))
 			}
 			key = decoded
 		}
 		switch {
 		case !strings.HasPrefix(key, s.o.Prefix+prefix):
-			return page{}, unusable("key %q does not begin with the prefix asked for", clip(key))
+			return page{}, unusable("key %q is outside the requested prefix", clip(key))
 		case key <= last:
-			f := unusable("key %q does not come after key %q", clip(key), clip(last))
+			f := unusable("key %q does not follow key %q", clip(key), clip(last))
 			if key < last {
-				f.kind = object.ErrMisconfigured // when the store answers so each time
-				f.detail += "; the store lists objects out of key order, and snapshotd needs that order"
+				f.kind = object.ErrMisconfigured // if each attempt gets such a list
+				f.detail += "; the store lists objects out of key order, which snapshotd requires"
 			}
 			return page{}, f
-		case o.Size == nil || *o.Size < 0 || bare(o.ETag) == "" || o.LastModified == nil:
+		case o.Size == nil || *o.Size < 0 || unquote(o.ETag) == "" || o.LastModified == nil:
 			return page{}, unusable("key %q has no size, ETag or time", clip(key))
 		}
 		last = key
-		p.objects = append(p.objects, object.Info{Key: key, Size: *o.Size, ETag: bare(o.ETag), ModTime: *o.LastModified})
+		p.objects = append(p.objects, object.Info{Key: key, Size: *o.Size, ETag: unquote(o.ETag), ModTime: *o.LastModified})
 	}
 	if *out.IsTruncated {
 		if aws.ToString(out.NextContinuationToken) == "" {
-			return page{}, unusable("there is more, but no token to ask for it")
+			return page{}, unusable("truncated list without a continuation token")
 		}
 		p.next = out.NextContinuationToken
 	}
 	return p, nil
 }
 
-// Now implements [object.Store]: the time at which the store answers. It costs
-// a list of one object, whose errors say more than those of a HEAD.
+// Now implements [object.Store] by the Date of a response. It lists one object, since
+// the errors of a list are more specific than those of a HEAD.
 func (s *Store) Now(ctx context.Context) (time.Time, error) {
 	var p page
 	f := s.retry(ctx, "read clock of", "", func() (f *failure) {
@@ -426,5 +433,5 @@ func (s *Store) Now(ctx context.Context) (time.Time, error) {
 	return p.at, nil
 }
 
-// bare is an ETag without its quotes.
-func bare(etag *string) string { return strings.Trim(aws.ToString(etag), `"`) }
+// unquote returns an ETag without its quotes.
+func unquote(etag *string) string { return strings.Trim(aws.ToString(etag), `"`) }

@@ -14,24 +14,24 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// earned is what a success gives back to the budget.
+// earned is the number of tokens that a success returns to the budget.
 const earned = 0.1
 
-// budget bounds the retries of all calls together, so that a store in trouble
-// is not beaten down by them. It is a bucket of tokens.
+// budget bounds the retries of all calls together, so that retries do not overload a
+// failing store. It is a token bucket.
 type budget struct {
 	mu     sync.Mutex
 	now    func() time.Time
 	max    float64
 	tokens float64
-	at     time.Time // when tokens was right
+	at     time.Time // of tokens
 }
 
 func newBudget(size int, now func() time.Time) *budget {
 	return &budget{now: now, max: float64(size), tokens: float64(size), at: now()}
 }
 
-// spend takes a retry out of the budget and says whether there was one.
+// spend takes a token, and returns false if none is left.
 func (b *budget) spend() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -51,8 +51,8 @@ func (b *budget) earn() {
 	b.tokens = min(b.max, b.tokens+earned)
 }
 
-// pause is how long to wait after so many attempts: any time up to a bound that
-// doubles, so that callers who failed together do not come back together.
+// pause returns a random pause after the number of attempts, up to a bound that doubles:
+// callers that failed together must not retry together.
 func pause(base time.Duration, attempts int) time.Duration {
 	bound := base
 	for range attempts - 1 {
@@ -64,18 +64,18 @@ func pause(base time.Duration, attempts int) time.Duration {
 	return rand.N(bound + 1)
 }
 
-// retry calls try until it succeeds, fails for good, or may not be tried again,
-// and returns its last failure. An answer that only asks for a lower rate is no
-// failed attempt and costs no budget until ratePatience is over. A credential that
-// the store refuses is read again.
+// retry calls try until it succeeds, fails permanently, or attempts or budget are
+// exhausted, and returns the last failure. Throttling responses do not count as failed
+// attempts and cost no budget until ratePatience has passed. Refused credentials are
+// reloaded.
 func (s *Store) retry(ctx context.Context, op, key string, try func() *failure) *failure {
-	var limited time.Time // when the store first asked for a lower rate
-	refreshes := 0        // attempts that another credential may cure
+	var throttledSince time.Time
+	refreshes := 0 // attempts with refused credentials
 	for attempt := 1; ; attempt++ {
-		if f := over(ctx); f != nil {
+		if f := contextEnd(ctx); f != nil {
 			return f
 		}
-		used, _ := s.keys.retrieve(ctx) // an error shows in try
+		used, _ := s.keys.retrieve(ctx) // try returns its error
 		f := try()
 		if f == nil {
 			s.budget.earn()
@@ -86,25 +86,25 @@ func (s *Store) retry(ctx context.Context, op, key string, try func() *failure) 
 			attempt--
 			continue
 		}
-		if end := over(ctx); end != nil {
+		if end := contextEnd(ctx); end != nil {
 			return end
 		}
 		if !f.retry {
 			return f
 		}
-		patient := false
+		throttled := false
 		if f.status == http.StatusTooManyRequests {
-			if limited.IsZero() {
-				limited = time.Now()
+			if throttledSince.IsZero() {
+				throttledSince = time.Now()
 			}
-			patient = time.Since(limited) < ratePatience
+			throttled = time.Since(throttledSince) < ratePatience
 		}
-		if attempt >= s.o.MaxAttempts && !patient {
+		if attempt >= s.o.MaxAttempts && !throttled {
 			f.detail = fmt.Sprintf("%d attempts, the last: %s", attempt, f.detail)
 			return f
 		}
-		if !patient && !s.budget.spend() {
-			f.detail = "no more retries for now, too many calls fail: " + f.detail
+		if !throttled && !s.budget.spend() {
+			f.detail = "retry budget exhausted, too many calls fail: " + f.detail
 			return f
 		}
 		wait := max(pause(s.o.Backoff, attempt), f.after)
@@ -115,34 +115,38 @@ func (s *Store) retry(ctx context.Context, op, key string, try func() *failure) 
 		case <-timer.C:
 		case <-ctx.Done():
 			timer.Stop()
-			return over(ctx)
+			return contextEnd(ctx)
 		}
 	}
 }
 
-// maxRefreshes is how often one call goes on with another credential.
+// maxRefreshes is the number of times that one call continues with new credentials.
 const maxRefreshes = 3
 
-// errTimeout ends an attempt, not the call.
+// errTimeout is the cause of an attempt's end, not of the call's.
 var errTimeout = errors.New("attempt timed out")
 
-// attempt makes one call of the SDK with the time that size bytes get.
-func attempt[T any](ctx context.Context, s *Store, size int64, call func(context.Context) (T, error)) (T, *failure) {
+// attempt makes one call of the SDK with the timeout for size bytes.
+func attempt[T any](
+	ctx context.Context, s *Store, size int64, call func(context.Context) (T, error),
+) (T, *failure) {
 	return attemptFor(ctx, s.timeout(size), call)
 }
 
-// attemptFor makes one call of the SDK with the time that it gets.
-func attemptFor[T any](ctx context.Context, timeout time.Duration, call func(context.Context) (T, error)) (T, *failure) {
+// attemptFor makes one call of the SDK with the timeout.
+func attemptFor[T any](
+	ctx context.Context, timeout time.Duration, call func(context.Context) (T, error),
+) (T, *failure) {
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, errTimeout)
 	defer cancel()
 	v, err := call(ctx)
-	return v, timedOut(ctx, judge(err), timeout)
+	return v, timedOut(ctx, classify(err), timeout)
 }
 
-// timedOut gives a failure that a timeout of ours has caused its own words.
+// timedOut returns the failure of an attempt that exceeded its timeout, else f.
 func timedOut(ctx context.Context, f *failure, timeout time.Duration) *failure {
 	if f != nil && f.status == 0 && errors.Is(context.Cause(ctx), errTimeout) {
-		return &failure{kind: object.ErrUnavailable, retry: true, detail: fmt.Sprintf("no answer within %v", timeout)}
+		return &failure{kind: object.ErrUnavailable, retry: true, detail: fmt.Sprintf("no response within %v", timeout)}
 	}
 	return f
 }

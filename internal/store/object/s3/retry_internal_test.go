@@ -8,30 +8,30 @@ import (
 )
 
 func TestPause(t *testing.T) {
-	for attempts, most := range map[int]time.Duration{1: 100, 2: 200, 4: 800, 7: 5000, 100: 5000} {
+	for attempts, bound := range map[int]time.Duration{1: 100, 2: 200, 4: 800, 7: 5000, 100: 5000} {
 		longest := time.Duration(0)
 		for range 1000 {
 			longest = max(longest, pause(100*time.Millisecond, attempts))
 		}
-		if most *= time.Millisecond; longest > most || longest < most/2 {
-			t.Errorf("after %d attempts up to %v, want up to %v", attempts, longest, most)
+		if bound *= time.Millisecond; longest > bound || longest < bound/2 {
+			t.Errorf("after %d attempts up to %v, want up to %v", attempts, longest, bound)
 		}
 	}
 }
 
-// What a server was found not to know is asked of it again.
-func TestLapsing(t *testing.T) {
+// A missing feature of a server is tried again after the flag expires.
+func TestExpiringFlag(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
-		var l lapsing
-		if l.holds() {
-			t.Error("it holds at first")
+		var l expiringFlag
+		if l.isSet() {
+			t.Error("set at first")
 		}
 		l.set()
-		if time.Sleep(verdictFor - time.Second); !l.holds() {
-			t.Error("it has lapsed too early")
+		if time.Sleep(flagLifetime - time.Second); !l.isSet() {
+			t.Error("expired too early")
 		}
-		if time.Sleep(2 * time.Second); l.holds() {
-			t.Error("it holds for ever")
+		if time.Sleep(2 * time.Second); l.isSet() {
+			t.Error("never expires")
 		}
 	})
 }
@@ -62,10 +62,10 @@ func TestBudgetRefills(t *testing.T) {
 }
 
 func TestPartSize(t *testing.T) {
-	const least = 16 << 20
-	for _, size := range []int64{1, least, least*maxParts - 1, least * maxParts, least*maxParts + 1, 5 << 40} {
-		part := partSize(size, least)
-		if parts := (size + part - 1) / part; parts > maxParts || part < least {
+	const minSize = 16 << 20
+	for _, size := range []int64{1, minSize, minSize*maxParts - 1, minSize * maxParts, minSize*maxParts + 1, 5 << 40} {
+		part := partSize(size, minSize)
+		if parts := (size + part - 1) / part; parts > maxParts || part < minSize {
 			t.Errorf("%d bytes in %d parts of %d", size, parts, part)
 		}
 	}

@@ -1,19 +1,18 @@
-// Package s3 is an [object.Store] on a bucket of S3, or of any server that
-// speaks its protocol.
+// Package s3 implements [object.Store] on a bucket of S3 or of a compatible server.
 //
-// No answer is believed that does not carry what it must: an ETag, a length, a
-// range, the very keys that were to be deleted. A write whose answer was lost
-// or is of no use may have happened, so every write marks its object with an
-// id of its own, and a repeated one that finds the key taken looks whose it is.
+// The package rejects responses without their mandatory content: an ETag, a length, a
+// range, the keys that were deleted. A write whose response was lost or unusable may have
+// happened. Therefore every write stores a unique id in its object's metadata, and a
+// repeat that finds an existing object compares that id.
 //
-// The SDK makes one attempt at a time. Deadlines, pauses and the budget of
-// retries are this package's: what each error means is in one table, in
-// errors.go. Redirects are not followed and proxies of the environment not used.
+// The SDK makes single attempts. Deadlines, pauses and the retry budget are implemented
+// here, and one table in errors.go classifies all errors. Redirects are not followed, and
+// proxy settings of the environment are ignored.
 //
-// Large objects are written in parts. An upload that failed is aborted; one
-// whose very first answer was lost is known to nobody, so the bucket should
-// have a lifecycle rule that aborts incomplete uploads after a few days. A copy
-// in parts looks for it, which asks for the right to list uploads.
+// Large objects are written in parts. Failed uploads are aborted. If the response with the
+// id of an upload is lost, the upload stays open, so the bucket should have a lifecycle
+// rule that aborts incomplete uploads after a few days. A copy in parts searches for such
+// an upload, which requires the permission to list uploads.
 package s3
 
 import (
@@ -41,29 +40,29 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// The bounds that S3 sets, and ours.
+// Limits of S3 and of this package.
 const (
-	maxParts       = 10_000
-	minPartSize    = 5 << 20
-	maxDelete      = 1000      // keys in one request
-	maxPrefixBytes = 512       // what is left is for keys
-	maxObjectSize  = 1 << 50   // bytes; beyond any store's
-	minBytesPerSec = 128 << 10 // a body slower than that is given up
-	maxEmptyPages  = 100       // of a list, one after another
-	partsInFlight  = 4         // of one object
-	deletesAtOnce  = 16        // where keys are deleted one by one
-	cleanUpTimeout = 10 * time.Second
-	maxAborts      = 5        // of one upload that stays
-	copyPatience   = 3        // times the timeout of a request
-	copiedPerSec   = 10 << 20 // bytes; a copy slower than that is given up
-	maxPause       = 5 * time.Second
-	ratePatience   = 30 * time.Second // with a store that takes so many writes of one key in a second
-	maxRetryAfter  = 10 * time.Second
+	maxParts        = 10_000
+	minPartSize     = 5 << 20
+	maxDelete       = 1000      // keys in one request
+	maxPrefixBytes  = 512       // the rest of object.MaxKeyBytes is for keys
+	maxObjectSize   = 1 << 50   // bytes; larger than the limit of any store
+	minBytesPerSec  = 128 << 10 // slower uploads time out
+	maxEmptyPages   = 100       // consecutive pages of a list
+	partsInFlight   = 4         // of one object
+	deletesInFlight = 16        // of single keys, and of uploads to abort
+	cleanUpTimeout  = 10 * time.Second
+	maxAborts       = 5        // of one upload that stays listed
+	copyPatience    = 3        // factor of the request timeout
+	copiedPerSec    = 10 << 20 // bytes; slower copies time out
+	maxPause        = 5 * time.Second
+	ratePatience    = 30 * time.Second // with a store that limits the writes per key and second
+	maxRetryAfter   = 10 * time.Second
 
 	handshakeTimeout = 5 * time.Second
 )
 
-// Secret is a text that prints as "[redacted]" in whatever form.
+// Secret is a string that prints as "[redacted]" in every format.
 type Secret string
 
 const redacted = "[redacted]"
@@ -79,114 +78,111 @@ func (Secret) MarshalText() ([]byte, error) { return []byte(redacted), nil }
 
 // Options configure a store.
 type Options struct {
-	// Bucket is the bucket's name. An access point is none.
+	// Bucket is the bucket's name. Access points are not supported.
 	Bucket string
-	// Prefix is in front of every key. It is empty or ends in "/", and takes of
-	// the length that a key may have.
+	// Prefix precedes every key. It is empty or ends in "/", and reduces the maximum
+	// length of keys.
 	Prefix string
-	// Region is the bucket's. Default: "us-east-1".
+	// Region is the bucket's region. Default: "us-east-1".
 	Region string
-	// Endpoint is the address of another server than AWS, as http://host:port or
-	// https://host:port, with a path where the server has one. Default: that of AWS
-	// in the region.
+	// Endpoint is the address of a server other than AWS: http://host:port or
+	// https://host:port, with an optional path. Default: that of AWS in the region.
 	Endpoint string
-	// PathStyle puts the bucket into the path and not into the host's name. Most
-	// servers other than AWS need it.
+	// PathStyle puts the bucket into the path instead of the host name. Most servers
+	// other than AWS need it.
 	PathStyle bool
 
 	// AccessKeyID, SecretAccessKey and SessionToken are the credentials. Without
-	// AccessKeyID they are what the SDK finds: in the environment, in the shared
-	// files, of the pod or of the machine.
+	// AccessKeyID the SDK searches the environment, the shared files, and the roles of
+	// the pod and of the machine.
 	AccessKeyID     string
 	SecretAccessKey Secret
 	SessionToken    Secret
 
-	// ReadKeys, when it is not nil, returns the credentials in place of the three
-	// above. The store calls it once a minute and when the server refuses a
-	// credential, and keeps the last ones when it fails.
+	// ReadKeys, if not nil, replaces the three fields above. The store calls it once a
+	// minute and after the server refuses a credential. If it fails, the store keeps
+	// the last credentials.
 	ReadKeys func() (Keys, error)
 
-	// CAFile is a PEM file of who may sign the server's certificate, besides
-	// those that the system trusts.
+	// CAFile is a PEM file of authorities for the server's certificate, in addition to
+	// those of the system.
 	CAFile string
-	// SSE is how the store encrypts what is written: "", which leaves it to the
-	// bucket, "AES256" or "aws:kms".
+	// SSE is the server-side encryption of written objects: "" for the bucket's default,
+	// "AES256" or "aws:kms".
 	SSE string
 	// KMSKeyID is the key for "aws:kms". Default: the account's own.
 	KMSKeyID string
 	// ExpectedBucketOwner is the account that must own the bucket. Default: any.
 	ExpectedBucketOwner string
 
-	// RequestTimeout bounds each attempt, and the wait for each piece of a body
-	// that is read. An attempt that sends a body gets more, by its size, and one
-	// that has the server copy three times as much and more by its size. Default:
-	// 10 s.
+	// RequestTimeout bounds each attempt, and the wait for each piece of a body that is
+	// read. Uploads get additional time by their size. Copies get three times the
+	// timeout, and additional time by their size. Default: 10 s.
 	RequestTimeout time.Duration
-	// MaxAttempts is how often a call is tried. Default: 5.
+	// MaxAttempts is the number of attempts of a call. Default: 5.
 	MaxAttempts int
-	// RetryBudget is how many retries all calls together may make in one go. It
-	// refills by one a second, and with success. Default: 100.
+	// RetryBudget is the maximum burst of retries of all calls together. It refills by
+	// one per second, and by successful calls. Default: 100.
 	RetryBudget int
-	// Backoff is the pause before the second attempt at most; each later one may
-	// be twice as long, up to 5 s. Default: 100 ms.
+	// Backoff is the maximum pause before the second attempt. It doubles with each
+	// attempt, up to 5 s. Default: 100 ms.
 	Backoff time.Duration
-	// MultipartThreshold is the size from which on an object is written in parts.
+	// MultipartThreshold is the minimum size of objects that are written in parts.
 	// Default: 64 MiB.
 	MultipartThreshold int64
-	// PartSize is the size of a part, at least 5 MiB. It grows with objects of
-	// more than 10 000 parts. Default: 16 MiB.
+	// PartSize is the size of a part, at least 5 MiB. Objects of more than 10 000 parts
+	// get larger parts. Default: 16 MiB.
 	PartSize int64
 
-	// WrapTransport, when it is not nil, decorates the transport of the requests to
-	// the store.
+	// WrapTransport, if not nil, decorates the transport of the requests to the store.
 	WrapTransport func(http.RoundTripper) http.RoundTripper
 
-	// Log gets a line for each attempt that is made again. Default: none.
+	// Log receives a line for each retry. Default: none.
 	Log *zap.Logger
 }
 
-// bucketName is what S3 allows, and has allowed.
+// bucketName matches all bucket names that S3 accepts or accepted in the past.
 var bucketName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]$`)
 
-// Validate returns all mistakes at once. It reads no file.
+// Validate returns all errors together. It reads no file.
 func (o Options) Validate() error {
 	var errs []error
-	wrong := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	addf := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
 	if !bucketName.MatchString(o.Bucket) {
-		wrong("bucket: %q is not the name of one", o.Bucket)
+		addf("bucket: invalid name %q", o.Bucket)
 	}
 	if err := object.CheckPrefix(o.Prefix); err != nil {
-		wrong("prefix: %w", err)
+		addf("prefix: %w", err)
 	} else if len(o.Prefix) > maxPrefixBytes {
-		wrong("prefix: %d bytes, at most %d", len(o.Prefix), maxPrefixBytes)
+		addf("prefix: %d bytes, at most %d", len(o.Prefix), maxPrefixBytes)
 	}
 	if o.Endpoint != "" {
 		u, err := url.Parse(o.Endpoint)
 		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.User != nil ||
 			u.RawQuery != "" || u.Fragment != "" {
-			wrong("endpoint: is not http://host:port/path or https://host:port/path; the path may be empty")
+			addf("endpoint: is not http://host:port/path or https://host:port/path; the path may be empty")
 		}
 	}
 	if strings.ContainsAny(o.Region, " \t\r\n/:@?#") {
-		wrong("region: %q is not the name of one", o.Region)
+		addf("region: invalid name %q", o.Region)
 	}
 	switch {
 	case o.AccessKeyID != "" && o.SecretAccessKey == "":
-		wrong("secret access key: is missing; an access key id needs one")
+		addf("secret access key: missing; an access key id requires it")
 	case o.AccessKeyID == "" && (o.SecretAccessKey != "" || o.SessionToken != ""):
-		wrong("access key id: is missing; a secret access key or session token needs one")
+		addf("access key id: missing; a secret access key or session token requires it")
 	}
 	if o.SSE != "" && o.SSE != "AES256" && o.SSE != "aws:kms" {
-		wrong(`sse: %q is not "AES256" or "aws:kms"`, o.SSE)
+		addf(`sse: %q is not "AES256" or "aws:kms"`, o.SSE)
 	}
 	if o.KMSKeyID != "" && o.SSE != "aws:kms" {
-		wrong(`kms_key_id: needs sse "aws:kms"`)
+		addf(`kms_key_id: needs sse "aws:kms"`)
 	}
 	if o.RequestTimeout < 0 || o.MaxAttempts < 0 || o.RetryBudget < 0 || o.Backoff < 0 || o.MultipartThreshold < 0 {
-		wrong("timeouts, attempts, budget and sizes must not be negative")
+		addf("timeouts, attempts, budget and sizes must not be negative")
 	}
 	if o.PartSize != 0 && (o.PartSize < minPartSize || o.PartSize > 5<<30) {
-		wrong("part size: %d is not 5 MiB to 5 GiB", o.PartSize)
+		addf("part size: %d is not 5 MiB to 5 GiB", o.PartSize)
 	}
 	return errors.Join(errs...)
 }
@@ -227,12 +223,11 @@ type Store struct {
 	budget    *budget
 	keys      *keyring
 	owner     *string
-	// noBatch says that the server does not know how to delete many at once.
-	noBatch lapsing
-	// wantsMD5 says that the server wants the field Content-MD5 with a list of keys
-	// to delete.
-	wantsMD5 atomic.Bool
-	// noMD5 says that ETags of the server look like MD5s and are none.
+	// noBatch is set while the server is known to lack batch deletes.
+	noBatch expiringFlag
+	// requiresMD5 is set if the server requires Content-MD5 for batch deletes.
+	requiresMD5 atomic.Bool
+	// noMD5 is set if ETags of the server look like MD5s but are not.
 	noMD5 atomic.Bool
 	// unlistedOnce guards the warning that the server does not list uploads.
 	unlistedOnce sync.Once
@@ -240,19 +235,18 @@ type Store struct {
 
 var _ object.Store = (*Store)(nil)
 
-// verdictFor is how long a lapsing holds: servers are upgraded, and gateways replaced.
-const verdictFor = time.Hour
+// flagLifetime is the lifetime of an expiringFlag: servers are upgraded, and gateways
+// replaced.
+const flagLifetime = time.Hour
 
-// lapsing is a finding about a server that is made again after a while. It is safe for
-// concurrent use.
-type lapsing struct{ until atomic.Int64 }
+// expiringFlag is a finding about a server that expires. It is safe for concurrent use.
+type expiringFlag struct{ until atomic.Int64 }
 
-func (l *lapsing) set()        { l.until.Store(time.Now().Add(verdictFor).UnixNano()) }
-func (l *lapsing) holds() bool { return time.Now().UnixNano() < l.until.Load() }
+func (l *expiringFlag) set()        { l.until.Store(time.Now().Add(flagLifetime).UnixNano()) }
+func (l *expiringFlag) isSet() bool { return time.Now().UnixNano() < l.until.Load() }
 
-// Open returns the store on a bucket that exists. It finds the credentials and
-// does not speak to the store; see package probe for what does. Close it after
-// use.
+// Open returns the store on an existing bucket. It loads the credentials but sends no
+// request to the store; package probe checks the bucket. Call Close after use.
 func Open(ctx context.Context, o Options) (*Store, error) {
 	if err := o.Validate(); err != nil {
 		return nil, fmt.Errorf("open bucket %s: %w", o.Bucket, err)
@@ -285,7 +279,7 @@ func Open(ctx context.Context, o Options) (*Store, error) {
 		HTTPSignerV4: &signer{},
 		UsePathStyle: o.PathStyle,
 		Retryer:      aws.NopRetryer{},
-		// Both are off in a client that is made this way.
+		// Both are off by default in a client made by s3.New.
 		RequestChecksumCalculation:                aws.RequestChecksumCalculationWhenSupported,
 		ResponseChecksumValidation:                aws.ResponseChecksumValidationWhenSupported,
 		DisableLogOutputChecksumValidationSkipped: true,
@@ -300,7 +294,7 @@ func Open(ctx context.Context, o Options) (*Store, error) {
 	return s, nil
 }
 
-// Close releases idle connections. Calls under way are not ended.
+// Close releases idle connections. It does not cancel calls under way.
 func (s *Store) Close() error {
 	s.transport.CloseIdleConnections()
 	return nil
@@ -314,29 +308,29 @@ func newTransport(o Options) (*http.Transport, error) {
 	dialer := &net.Dialer{Timeout: 5 * time.Second, KeepAlive: 30 * time.Second}
 	return &http.Transport{
 		DialContext: dialer.DialContext,
-		// A connection trusts what the file of authorities holds when it is made.
+		// Each new connection trusts the current content of the CA file.
 		DialTLSContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			now := config.Clone()
 			if err := readCA(o, now); err != nil {
-				o.Log.Warn("the file of authorities cannot be read again: the first ones are used", zap.Error(err))
+				o.Log.Warn("CA file not reloaded, using its content at the start", zap.Error(err))
 			}
 			ctx, cancel := context.WithTimeout(ctx, dialer.Timeout+handshakeTimeout)
 			defer cancel()
 			return (&tls.Dialer{NetDialer: dialer, Config: now}).DialContext(ctx, network, addr)
 		},
 		TLSClientConfig: config,
-		// For 64 requests in flight, so that none makes a connection of its own.
+		// Enough idle connections for 64 requests in flight.
 		MaxIdleConns:          128,
 		MaxIdleConnsPerHost:   128,
 		IdleConnTimeout:       30 * time.Second,
 		ExpectContinueTimeout: time.Second,
-		// A body is what its length and checksum say.
+		// Lengths and checksums apply to the uncompressed body.
 		DisableCompression: true,
 		TLSNextProto:       map[string]func(string, *tls.Conn) http.RoundTripper{},
 	}, nil
 }
 
-// readCA sets who may sign the server's certificate.
+// readCA loads the authorities of CAFile into config.
 func readCA(o Options, config *tls.Config) error {
 	if o.CAFile == "" {
 		return nil
@@ -356,10 +350,9 @@ func readCA(o Options, config *tls.Config) error {
 	return nil
 }
 
-// noAcceptEncoding keeps the SDK from setting, and so from signing, the field
-// Accept-Encoding. Front ends such as those of GCS and of content networks rewrite
-// it, and the signature is then wrong. Without the field a server compresses
-// nothing.
+// noAcceptEncoding prevents the SDK from setting and signing the header Accept-Encoding.
+// Front ends, such as those of GCS and of content networks, rewrite that header and so
+// invalidate the signature. Without the header, servers do not compress.
 func noAcceptEncoding(stack *middleware.Stack) error {
 	const id = "DisableAcceptEncodingGzip"
 	if _, found := stack.Finalize.Get(id); !found {
@@ -369,10 +362,10 @@ func noAcceptEncoding(stack *middleware.Stack) error {
 	return err
 }
 
-// key is the name of an object in the bucket.
+// key returns the name of an object in the bucket.
 func (s *Store) key(key string) *string { return aws.String(s.o.Prefix + key) }
 
-// check says whether key may be used in this store, and whether ctx is over.
+// check returns an error if key is invalid in this store or if ctx has ended.
 func (s *Store) check(ctx context.Context, key string) error {
 	if err := object.CheckKey(key); err != nil {
 		return err
@@ -383,7 +376,7 @@ func (s *Store) check(ctx context.Context, key string) error {
 	return ctx.Err()
 }
 
-// timeout is for an attempt that sends so many bytes.
+// timeout returns the timeout of an attempt that sends size bytes.
 func (s *Store) timeout(size int64) time.Duration {
 	return s.o.RequestTimeout + time.Duration(size/minBytesPerSec)*time.Second
 }

@@ -23,8 +23,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// writerName is the entry of an object's metadata that tells which write made
-// it. Stored: never rename.
+// writerName is the metadata entry with the id of the write that made the object.
+// Stored: never rename.
 const writerName = "snapshotd-write"
 
 // write is one call of Put or Create.
@@ -32,11 +32,11 @@ type write struct {
 	op   string
 	key  string
 	body []byte
-	id   string // nobody else's
+	id   string // unique
 	cond *string
-	info object.Info // what became of it
-	// doubt is set when an attempt may have taken effect without our knowing.
-	doubt bool
+	info object.Info // the result
+	// uncertain is set if an attempt with an unknown result may have taken effect.
+	uncertain bool
 }
 
 // Put implements [object.Store].
@@ -44,8 +44,8 @@ func (s *Store) Put(ctx context.Context, key string, body []byte) (object.Info, 
 	return s.write(ctx, &write{op: "put", key: key, body: body})
 }
 
-// Create implements [object.Store]. It is a success when the object is of this
-// very call, whichever of its attempts made it.
+// Create implements [object.Store]. It succeeds if any attempt of this call made the
+// object.
 func (s *Store) Create(ctx context.Context, key string, body []byte) (object.Info, error) {
 	return s.write(ctx, &write{op: "create", key: key, body: body, cond: aws.String("*")})
 }
@@ -60,17 +60,17 @@ func (s *Store) write(ctx context.Context, w *write) (object.Info, error) {
 		do = s.putParts
 	}
 	f := do(ctx, w)
-	if f != nil && w.doubt && !errors.Is(f.kind, object.ErrExists) && over(ctx) == nil {
-		switch v, _ := s.settle(ctx, w); {
-		case v == mine:
+	if f != nil && w.uncertain && !errors.Is(f.kind, object.ErrExists) && contextEnd(ctx) == nil {
+		switch o, _ := s.resolve(ctx, w); {
+		case o == ownedByWrite:
 			f = nil
-		case v == foreign && w.cond != nil:
+		case o == foreign && w.cond != nil:
 			f = &failure{kind: object.ErrExists}
 		}
 	}
 	if f != nil {
-		if w.doubt && errors.Is(f.kind, object.ErrUnavailable) {
-			f.detail += "; it may have been written"
+		if w.uncertain && errors.Is(f.kind, object.ErrUnavailable) {
+			f.detail += "; the object may have been written"
 		}
 		return object.Info{}, s.error(w.op, w.key, f)
 	}
@@ -87,62 +87,64 @@ func (s *Store) putWhole(ctx context.Context, w *write) *failure {
 				ServerSideEncryption: s.sse(), SSEKMSKeyId: s.kmsKey(), ExpectedBucketOwner: s.owner,
 			})
 		})
-		var etag, theirs *string
+		var etag, storedSum *string
 		var md middleware.Metadata
 		if f == nil {
-			etag, theirs, md = out.ETag, out.ChecksumCRC32, out.ResultMetadata
+			etag, storedSum, md = out.ETag, out.ChecksumCRC32, out.ResultMetadata
 		}
-		return s.concluded(ctx, w, f, etag, theirs, &sum, md)
+		return s.conclude(ctx, w, f, etag, storedSum, &sum, md)
 	})
 }
 
-// concluded says what an attempt to give an object its name came to, which may
-// have been made before.
-func (s *Store) concluded(ctx context.Context, w *write, f *failure, etag, theirs, sum *string, md middleware.Metadata) *failure {
+// conclude determines the result of an attempt that makes the object visible. An earlier
+// attempt may have taken effect.
+func (s *Store) conclude(
+	ctx context.Context, w *write, f *failure, etag, storedSum, sum *string, md middleware.Metadata,
+) *failure {
 	switch {
-	case f == nil && theirs != nil && sum != nil && *theirs != *sum:
-		w.doubt = true
-		return unusable("checksum %s of what was sent as %s", clip(*theirs), *sum)
-	case f == nil && bare(etag) != "":
-		w.info = object.Info{Key: w.key, Size: int64(len(w.body)), ETag: bare(etag)}
+	case f == nil && storedSum != nil && sum != nil && *storedSum != *sum:
+		w.uncertain = true
+		return unusable("checksum %s, sent %s", clip(*storedSum), *sum)
+	case f == nil && unquote(etag) != "":
+		w.info = object.Info{Key: w.key, Size: int64(len(w.body)), ETag: unquote(etag)}
 		var ok bool
 		if w.info.ModTime, ok = awsmiddleware.GetServerTime(md); !ok {
-			w.info.ModTime = time.Now() // roughly
+			w.info.ModTime = time.Now() // approximate
 		}
 		return nil
 	case f == nil:
-		w.doubt = true
+		w.uncertain = true
 		f = unusable("no ETag")
 	case errors.Is(f.kind, object.ErrExists) && w.cond == nil:
-		return unusable("a condition failed that was not made")
-	case errors.Is(f.kind, object.ErrExists) && !w.doubt:
+		return unusable("a precondition failed for a request without one")
+	case errors.Is(f.kind, object.ErrExists) && !w.uncertain:
 		return f
-	case errors.Is(f.kind, object.ErrExists), f.code == "NoSuchUpload" && w.doubt: // perhaps by ourselves
+	case errors.Is(f.kind, object.ErrExists), f.code == "NoSuchUpload" && w.uncertain: // perhaps by this call
 	default:
-		w.doubt = w.doubt || !f.decided()
+		w.uncertain = w.uncertain || !f.definite()
 		return f
 	}
-	switch v, unknown := s.settle(ctx, w); {
+	switch o, unknown := s.resolve(ctx, w); {
 	case unknown != nil:
 		return unknown
-	case v == mine:
+	case o == ownedByWrite:
 		return nil
 	}
 	return f
 }
 
-// verdict is whose an object is.
-type verdict int
+// ownership is the origin of an object.
+type ownership int
 
 const (
-	absent  verdict = iota
-	mine            // of the very write that asks
-	foreign         // of another
+	absent       ownership = iota
+	ownedByWrite           // made by this write
+	foreign                // made by another writer
 )
 
-// settle looks whether the object is of this very write, and if so fills in
-// what became of it. A failure means that it could not find out.
-func (s *Store) settle(ctx context.Context, w *write) (verdict, *failure) {
+// resolve determines whether this write made the object, and then sets its result. A
+// failure means that the origin is unknown.
+func (s *Store) resolve(ctx context.Context, w *write) (ownership, *failure) {
 	h, f := s.head(ctx, w.key)
 	switch {
 	case f != nil && errors.Is(f.kind, object.ErrNotFound):
@@ -151,19 +153,19 @@ func (s *Store) settle(ctx context.Context, w *write) (verdict, *failure) {
 		return absent, f
 	case h.Size != int64(len(w.body)):
 		return foreign, nil
-	case h.writer == "": // a store that keeps no metadata
-		if same, f := s.holds(ctx, w); f != nil || !same {
+	case h.writer == "": // a store without metadata
+		if same, f := s.contentEquals(ctx, w); f != nil || !same {
 			return foreign, f
 		}
 	case h.writer != w.id:
 		return foreign, nil
 	}
 	w.info = h.Info
-	return mine, nil
+	return ownedByWrite, nil
 }
 
-// holds says whether the object's content is that of the write.
-func (s *Store) holds(ctx context.Context, w *write) (bool, *failure) {
+// contentEquals compares the object's content with that of the write.
+func (s *Store) contentEquals(ctx context.Context, w *write) (bool, *failure) {
 	r, _, f := s.get(ctx, w.key, 0, -1)
 	if f != nil {
 		return false, f
@@ -186,21 +188,21 @@ func (s *Store) holds(ctx context.Context, w *write) (bool, *failure) {
 	}
 }
 
-// putParts writes the object in parts, several at once.
+// putParts writes the object in parts, some of them in parallel.
 func (s *Store) putParts(ctx context.Context, w *write) *failure {
-	id, f := s.begin(ctx, w)
+	id, f := s.createUpload(ctx, w)
 	if f != nil {
 		return f
 	}
-	f = s.fill(ctx, w, id)
+	f = s.uploadParts(ctx, w, id)
 	if f != nil {
-		// Whatever the outcome: aborting what was completed does nothing.
+		// The abort of a completed upload has no effect.
 		s.abortAfter(ctx, w.key, id)
 	}
 	return f
 }
 
-func (s *Store) begin(ctx context.Context, w *write) (id string, f *failure) {
+func (s *Store) createUpload(ctx context.Context, w *write) (id string, f *failure) {
 	f = s.retry(ctx, w.op, w.key, func() *failure {
 		out, f := attempt(ctx, s, 0, func(ctx context.Context) (*s3.CreateMultipartUploadOutput, error) {
 			return s.client.CreateMultipartUpload(ctx, &s3.CreateMultipartUploadInput{
@@ -224,8 +226,8 @@ type partError struct{ *failure }
 
 func (partError) Error() string { return "part failed" }
 
-// fill uploads the parts and makes the object of them.
-func (s *Store) fill(ctx context.Context, w *write, id string) *failure {
+// uploadParts uploads the parts and completes the upload.
+func (s *Store) uploadParts(ctx context.Context, w *write, id string) *failure {
 	size := partSize(int64(len(w.body)), s.o.PartSize)
 	parts := make([]types.CompletedPart, 0, int64(len(w.body))/size+1)
 	for rest := w.body; len(rest) > 0; {
@@ -238,14 +240,14 @@ func (s *Store) fill(ctx context.Context, w *write, id string) *failure {
 		body := w.body[int64(i)*size:]
 		body = body[:min(size, int64(len(body)))]
 		group.Go(func() error {
-			if f := s.part(groupCtx, w, id, &parts[i], body); f != nil {
+			if f := s.uploadPart(groupCtx, w, id, &parts[i], body); f != nil {
 				return partError{f}
 			}
 			return nil
 		})
 	}
 	if err := group.Wait(); err != nil {
-		if end := over(ctx); end != nil {
+		if end := contextEnd(ctx); end != nil {
 			return end
 		}
 		if p, ok := errors.AsType[partError](err); ok {
@@ -264,11 +266,13 @@ func (s *Store) fill(ctx context.Context, w *write, id string) *failure {
 		if f == nil {
 			etag, md = out.ETag, out.ResultMetadata
 		}
-		return s.concluded(ctx, w, f, etag, nil, nil, md)
+		return s.conclude(ctx, w, f, etag, nil, nil, md)
 	})
 }
 
-func (s *Store) part(ctx context.Context, w *write, id string, p *types.CompletedPart, body []byte) *failure {
+func (s *Store) uploadPart(
+	ctx context.Context, w *write, id string, p *types.CompletedPart, body []byte,
+) *failure {
 	sum := checksum(body)
 	return s.retry(ctx, w.op, w.key, func() *failure {
 		out, f := attempt(ctx, s, int64(len(body)), func(ctx context.Context) (*s3.UploadPartOutput, error) {
@@ -279,26 +283,34 @@ func (s *Store) part(ctx context.Context, w *write, id string, p *types.Complete
 		})
 		switch {
 		case f != nil && f.status == http.StatusNotFound && f.code == "NoSuchUpload":
-			return &failure{kind: object.ErrUnavailable, status: f.status, code: f.code, detail: fmt.Sprintf("part %d: the upload is gone", *p.PartNumber)}
+			return lostUpload(f, p)
 		case f != nil:
 			f.detail = fmt.Sprintf("part %d: %s", *p.PartNumber, f.detail)
 			return f
-		case bare(out.ETag) == "":
+		case unquote(out.ETag) == "":
 			return unusable("part %d has no ETag", *p.PartNumber)
 		case out.ChecksumCRC32 != nil && *out.ChecksumCRC32 != sum:
-			return unusable("part %d has another checksum than what was sent", *p.PartNumber)
+			return unusable("part %d: checksum %s, sent %s", *p.PartNumber, clip(*out.ChecksumCRC32), sum)
 		}
 		p.ETag, p.ChecksumCRC32 = out.ETag, &sum
 		return nil
 	})
 }
 
-// partSize is the least that makes no more than the allowed number of parts.
-func partSize(size, least int64) int64 {
-	return max(least, (size+maxParts-1)/maxParts)
+// lostUpload is the failure of a part whose upload the server does not know.
+func lostUpload(f *failure, p *types.CompletedPart) *failure {
+	return &failure{
+		kind: object.ErrUnavailable, status: f.status, code: f.code,
+		detail: fmt.Sprintf("part %d: upload not found", *p.PartNumber),
+	}
 }
 
-// checksum is the CRC-32 of body as S3 writes it.
+// partSize returns the smallest size of at least minSize that needs at most maxParts parts.
+func partSize(size, minSize int64) int64 {
+	return max(minSize, (size+maxParts-1)/maxParts)
+}
+
+// checksum returns the CRC-32 of body in the encoding of S3.
 func checksum(body []byte) string {
 	return base64.StdEncoding.EncodeToString(binary.BigEndian.AppendUint32(nil, crc32.ChecksumIEEE(body)))
 }

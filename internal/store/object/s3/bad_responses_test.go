@@ -16,8 +16,8 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3fault"
 )
 
-// errorsIn200 are ways to write an error into the body of a success. While a
-// server works at a copy it sends white space, so that nobody hangs up.
+// errorsIn200 returns encodings of an error in the body of a success. During a copy a server
+// sends white space to keep the connection open.
 func errorsIn200(code string) map[string]string {
 	const space = " \n \r\n\t   \n"
 	body := "<Error><Code>" + code + "</Code><Message>injected</Message><RequestId>1</RequestId></Error>"
@@ -30,9 +30,9 @@ func errorsIn200(code string) map[string]string {
 	}
 }
 
-// copiesThatAnswerLate are the calls whose operation a server may answer with 200
-// before it has done it.
-var copiesThatAnswerLate = []struct {
+// lateFailures are the calls with an operation for which a server may send status 200
+// before it has executed the operation.
+var lateFailures = []struct {
 	call string
 	op   s3fault.Op
 }{
@@ -43,13 +43,13 @@ var copiesThatAnswerLate = []struct {
 	{"CreateParts", s3fault.CompleteMultipartUpload},
 }
 
-// TestErrorsInSuccess answers 200 with an error in the body. What may get better
-// is tried again; what does not, is not, and is told for what it is.
+// TestErrorsInSuccess responds with 200 and an error in the body. Temporary errors are
+// retried; permanent errors are not, and are returned.
 func TestErrorsInSuccess(t *testing.T) {
-	for _, late := range copiesThatAnswerLate {
+	for _, late := range lateFailures {
 		for _, f := range []struct {
 			code string
-			want error // nil: it is tried again, and then well
+			want error // nil: the retry succeeds
 		}{
 			{"InternalError", nil},
 			{"SlowDown", nil},
@@ -59,7 +59,7 @@ func TestErrorsInSuccess(t *testing.T) {
 			for how, body := range errorsIn200(f.code) {
 				t.Run(fmt.Sprintf("%s/%s/%s/%s", late.call, late.op, f.code, how), func(t *testing.T) {
 					t.Parallel()
-					r, c := newRigOf(t, late.call)
+					r, c := newEnvOf(t, late.call)
 					answer := s3fault.Instead(&s3fault.Answer{Status: 200, Header: http.Header{"Content-Type": {"application/xml"}}, Body: []byte(body)})
 					r.proxy.Plan(s3fault.Rule{Op: late.op, Action: answer})
 					err := c.call(t.Context(), r.store)
@@ -68,17 +68,17 @@ func TestErrorsInSuccess(t *testing.T) {
 						t.Errorf("err = %v, want %v", err, f.want)
 					}
 					if n := r.proxy.Count(late.op); f.want != nil && n != 1 {
-						t.Errorf("%d attempts at what does not get better", n)
+						t.Errorf("%d attempts after a permanent error", n)
 					}
 					if err == nil {
 						c.check(t, r)
 					}
 					wantNoUploads(t, r)
 
-					r, c = newRigOf(t, late.call)
+					r, c = newEnvOf(t, late.call)
 					r.proxy.Plan(s3fault.Rule{Op: late.op, Times: -1, Action: answer})
 					if err := c.call(t.Context(), r.store); err == nil {
-						t.Error("an error for ever is a success")
+						t.Error("a permanent error is a success")
 					}
 					r.proxy.MustHaveFired(t)
 					if n := r.proxy.Count(late.op); n > 2*r.options.MaxAttempts {
@@ -91,10 +91,10 @@ func TestErrorsInSuccess(t *testing.T) {
 	}
 }
 
-// TestAnswersThatSayNothing answers 200 with what is no result, instead of the
-// server or in place of its answer: it is not known then what has happened, and is
-// found out. A call that says that it did it has done it.
-func TestAnswersThatSayNothing(t *testing.T) {
+// TestMeaninglessResponses responds with 200 and a body without a result, before or after
+// the server executes the request: the result is unknown, and the store determines it. A
+// call that succeeds has taken effect.
+func TestMeaninglessResponses(t *testing.T) {
 	result := `<?xml version="1.0" encoding="UTF-8"?><CopyObjectResult><ETag>"0f5f13cf0b14c88bd431ef163b63d68d"</ETag>`
 	for name, body := range map[string]string{
 		"white space":   " \n\n ",
@@ -106,7 +106,7 @@ func TestAnswersThatSayNothing(t *testing.T) {
 		"JSON":          `{"ETag":"0f5f13cf0b14c88bd431ef163b63d68d"}`,
 		"zeros":         strings.Repeat("\x00", 64),
 	} {
-		for _, late := range copiesThatAnswerLate {
+		for _, late := range lateFailures {
 			for _, done := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s/%s/%s/done %v", name, late.call, late.op, done), func(t *testing.T) {
 					t.Parallel()
@@ -116,7 +116,7 @@ func TestAnswersThatSayNothing(t *testing.T) {
 						action = s3fault.After(answer)
 					}
 					for _, times := range []int{1, -1} {
-						r, c := newRigOf(t, late.call)
+						r, c := newEnvOf(t, late.call)
 						r.proxy.Plan(s3fault.Rule{Op: late.op, Times: times, Action: action})
 						err := c.call(t.Context(), r.store)
 						r.proxy.MustHaveFired(t)
@@ -124,7 +124,7 @@ func TestAnswersThatSayNothing(t *testing.T) {
 						case err == nil:
 							c.check(t, r)
 						case times == 1:
-							t.Errorf("one such answer is noticed: %v", err)
+							t.Errorf("one such response fails the call: %v", err)
 						case strings.Contains(err.Error(), "WRONG"):
 							t.Error(err)
 						default:
@@ -141,17 +141,17 @@ func TestAnswersThatSayNothing(t *testing.T) {
 // callOf is one of the calls.
 type callOf struct {
 	call  func(ctx context.Context, s object.Store) error
-	check func(t *testing.T, r *rig)
+	check func(t *testing.T, r *env)
 }
 
-// newRigOf is a rig for one of the calls.
-func newRigOf(t *testing.T, name string) (*rig, *callOf) {
+// newEnvOf returns an env for one of the calls.
+func newEnvOf(t *testing.T, name string) (*env, *callOf) {
 	t.Helper()
 	for _, c := range calls {
 		if c.name != name {
 			continue
 		}
-		r := newRig(t, func(o *s3.Options) {
+		r := newEnv(t, func(o *s3.Options) {
 			o.MaxAttempts = 3
 			if c.parts {
 				o.MultipartThreshold = 1
@@ -160,16 +160,15 @@ func newRigOf(t *testing.T, name string) (*rig, *callOf) {
 		r.put(t, "old", "old content")
 		return r, &callOf{c.call, c.check}
 	}
-	t.Fatalf("there is no call %s", name)
+	t.Fatalf("unknown call %s", name)
 	return nil, nil
 }
 
-// TestBodiesThatLie answers a GET with more, less or something else than was
-// asked for. A store cannot tell whether the content is what it was; it does tell
-// when there is another count of bytes than there should be.
-func TestBodiesThatLie(t *testing.T) {
+// TestWrongBodies responds to a GET with more, less or other content than requested. A
+// store cannot detect other content of the same length; it detects another length.
+func TestWrongBodies(t *testing.T) {
 	for name, c := range map[string]struct {
-		ranged bool // only of a GET of a range
+		ranged bool // only for a GET of a range
 		edit   func(a *s3fault.Answer)
 	}{
 		"longer": {false, func(a *s3fault.Answer) { a.Body = append(a.Body, "and more"...) }},
@@ -190,7 +189,7 @@ func TestBodiesThatLie(t *testing.T) {
 				continue
 			}
 			t.Run(fmt.Sprintf("%s, range %v", name, ranged), func(t *testing.T) {
-				r := newRig(t, func(o *s3.Options) { o.MaxAttempts = 2 })
+				r := newEnv(t, func(o *s3.Options) { o.MaxAttempts = 2 })
 				r.put(t, "old", "old content")
 				r.proxy.Plan(s3fault.Rule{
 					Op: s3fault.GetObject, Times: -1, Action: s3fault.Edit(name, func(a *s3fault.Answer) bool { c.edit(a); return true }),
@@ -213,12 +212,12 @@ func TestBodiesThatLie(t *testing.T) {
 	}
 }
 
-// TestHeadsThatLie has a HEAD of the source of a copy in parts lie. What the copy
-// is of is for the conditions of its parts to say.
-func TestHeadsThatLie(t *testing.T) {
+// TestWrongHeads alters the HEAD of the source of a copy in parts. The conditions of the
+// parts decide which version is copied.
+func TestWrongHeads(t *testing.T) {
 	for name, c := range map[string]struct {
 		edit func(a *s3fault.Answer)
-		want error // nil: the copy is right
+		want error // nil: the copy is correct
 	}{
 		"larger":  {func(a *s3fault.Answer) { a.Header.Set("Content-Length", "12") }, object.ErrSourceChanged},
 		"smaller": {func(a *s3fault.Answer) { a.Header.Set("Content-Length", "10") }, object.ErrSourceChanged},
@@ -226,7 +225,7 @@ func TestHeadsThatLie(t *testing.T) {
 		"another": {func(a *s3fault.Answer) { a.Header.Set("ETag", `"00000000000000000000000000000000"`) }, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r, call := newRigOf(t, "CopyParts")
+			r, call := newEnvOf(t, "CopyParts")
 			r.proxy.Plan(s3fault.Rule{
 				Op: s3fault.HeadObject, Times: -1, Action: s3fault.Edit(name, func(a *s3fault.Answer) bool { c.edit(a); return true }),
 			})
@@ -245,10 +244,10 @@ func TestHeadsThatLie(t *testing.T) {
 	}
 }
 
-// TestSkewedClock says what to do when the clocks differ, and asks once.
+// TestSkewedClock shows that different clocks fail a call once, with the remedy.
 func TestSkewedClock(t *testing.T) {
 	for _, c := range calls {
-		r := newRig(t, func(o *s3.Options) {
+		r := newEnv(t, func(o *s3.Options) {
 			if c.parts {
 				o.MultipartThreshold = 1
 			}
@@ -260,7 +259,7 @@ func TestSkewedClock(t *testing.T) {
 		if !errors.Is(err, object.ErrMisconfigured) || !strings.Contains(err.Error(), "clocks") {
 			t.Errorf("%s: err = %v", c.name, err)
 		}
-		// A HEAD has no body to say why; a GET is asked for it.
+		// A HEAD has no body with the reason, so a GET follows.
 		if n := r.proxy.Fired(); n > 2 {
 			t.Errorf("%s: %d requests", c.name, n)
 		}
