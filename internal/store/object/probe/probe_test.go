@@ -17,10 +17,10 @@ import (
 	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
-// wantGood checks a report of a store without fault, and that nothing is left.
+// wantGood checks the reports of a faultless store, and that nothing is left.
 func wantGood(t *testing.T, s object.Store, dir string, optional ...string) {
 	t.Helper()
-	for name, run := range map[string]func(context.Context, object.Store, string) (probe.Report, error){"Run": probe.Run, "Light": probe.Light} {
+	for name, run := range map[string]runFunc{"Run": probe.Run, "Light": probe.Light} {
 		report, err := run(t.Context(), s, dir)
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -43,6 +43,9 @@ func wantGood(t *testing.T, s object.Store, dir string, optional ...string) {
 	}
 }
 
+// runFunc is probe.Run or probe.Light.
+type runFunc = func(context.Context, object.Store, string) (probe.Report, error)
+
 func wantEmpty(t *testing.T, s object.Store) {
 	t.Helper()
 	for info, err := range s.List(t.Context(), "") {
@@ -64,8 +67,8 @@ func TestFile(t *testing.T) {
 	wantGood(t, s, "")
 }
 
-// liar is a store that does one thing wrong.
-type liar struct {
+// faulty is a store with one wrong behaviour.
+type faulty struct {
 	object.Store
 	create func(ctx context.Context, key string, body []byte) (object.Info, error)
 	copy   func(r object.CopyRequest) (object.CopyRequest, error)
@@ -73,7 +76,7 @@ type liar struct {
 	delete bool
 }
 
-func (l *liar) Copy(ctx context.Context, r object.CopyRequest) (object.Info, error) {
+func (l *faulty) Copy(ctx context.Context, r object.CopyRequest) (object.Info, error) {
 	if l.copy != nil {
 		var err error
 		if r, err = l.copy(r); err != nil {
@@ -83,19 +86,19 @@ func (l *liar) Copy(ctx context.Context, r object.CopyRequest) (object.Info, err
 	return l.Store.Copy(ctx, r)
 }
 
-func (l *liar) Create(ctx context.Context, key string, body []byte) (object.Info, error) {
+func (l *faulty) Create(ctx context.Context, key string, body []byte) (object.Info, error) {
 	if l.create != nil {
 		return l.create(ctx, key, body)
 	}
 	return l.Store.Create(ctx, key, body)
 }
 
-func (l *liar) Now(ctx context.Context) (time.Time, error) {
+func (l *faulty) Now(ctx context.Context) (time.Time, error) {
 	now, err := l.Store.Now(ctx)
 	return now.Add(l.now), err
 }
 
-func (l *liar) Delete(ctx context.Context, keys ...string) error {
+func (l *faulty) Delete(ctx context.Context, keys ...string) error {
 	if l.delete && len(keys) == 1 {
 		return nil
 	}
@@ -105,14 +108,14 @@ func (l *liar) Delete(ctx context.Context, keys ...string) error {
 func TestMissing(t *testing.T) {
 	plain := memory.New(memory.Options{})
 	for name, c := range map[string]struct {
-		store    *liar
+		store    *faulty
 		required bool
 	}{
-		"conditional create":          {&liar{Store: plain, create: plain.Put}, true},
-		"list after write and delete": {&liar{Store: plain, delete: true}, true},
-		"clock":                       {&liar{Store: plain, now: time.Hour}, false},
+		"conditional create":          {&faulty{Store: plain, create: plain.Put}, true},
+		"list after write and delete": {&faulty{Store: plain, delete: true}, true},
+		"clock":                       {&faulty{Store: plain, now: time.Hour}, false},
 	} {
-		for _, run := range []func(context.Context, object.Store, string) (probe.Report, error){probe.Run, probe.Light} {
+		for _, run := range []runFunc{probe.Run, probe.Light} {
 			report, err := run(t.Context(), c.store, "")
 			if errors.Is(err, probe.ErrMissing) != c.required || c.required && !strings.Contains(err.Error(), name) {
 				t.Errorf("%s: err = %v", name, err)
@@ -129,7 +132,7 @@ func TestMissing(t *testing.T) {
 	}
 }
 
-// TestFeatures takes one feature after another away.
+// TestFeatures removes each feature in turn.
 func TestFeatures(t *testing.T) {
 	plain := memory.New(memory.Options{})
 	refused := fmt.Errorf("copy: %w", object.ErrMisconfigured)
@@ -142,13 +145,13 @@ func TestFeatures(t *testing.T) {
 	inParts := func(r object.CopyRequest) bool { return r.Parts.Threshold == 1 }
 	inRanges := func(r object.CopyRequest) bool { return r.Size > object.MinPartSize }
 	for name, c := range map[string]struct {
-		copy        func(r object.CopyRequest) (object.CopyRequest, error)
-		run, light  probe.Features
-		says, check string
+		copy          func(r object.CopyRequest) (object.CopyRequest, error)
+		run, light    probe.Features
+		detail, check string
 	}{
 		"no condition": {
-			copy: func(r object.CopyRequest) (object.CopyRequest, error) { return current(r), nil },
-			says: "x-amz-copy-source-if-match", check: "conditional copy",
+			copy:   func(r object.CopyRequest) (object.CopyRequest, error) { return current(r), nil },
+			detail: "x-amz-copy-source-if-match", check: "conditional copy",
 		},
 		"no condition on parts": {
 			copy: func(r object.CopyRequest) (object.CopyRequest, error) {
@@ -157,11 +160,12 @@ func TestFeatures(t *testing.T) {
 				}
 				return r, nil
 			},
-			run: probe.Features{ConditionalCopy: true}, light: probe.Features{ConditionalCopy: true}, says: "x-amz-copy-source-if-match", check: "multipart copy",
+			run: probe.Features{ConditionalCopy: true}, light: probe.Features{ConditionalCopy: true},
+			detail: "x-amz-copy-source-if-match", check: "multipart copy",
 		},
 		"no copies": {
-			copy: func(r object.CopyRequest) (object.CopyRequest, error) { return r, refused },
-			says: "misconfigured", check: "conditional copy",
+			copy:   func(r object.CopyRequest) (object.CopyRequest, error) { return r, refused },
+			detail: "misconfigured", check: "conditional copy",
 		},
 		"no parts": {
 			copy: func(r object.CopyRequest) (object.CopyRequest, error) {
@@ -170,7 +174,8 @@ func TestFeatures(t *testing.T) {
 				}
 				return r, nil
 			},
-			run: probe.Features{ConditionalCopy: true}, light: probe.Features{ConditionalCopy: true}, says: "misconfigured", check: "multipart copy",
+			run: probe.Features{ConditionalCopy: true}, light: probe.Features{ConditionalCopy: true},
+			detail: "misconfigured", check: "multipart copy",
 		},
 		"no ranges": {
 			copy: func(r object.CopyRequest) (object.CopyRequest, error) {
@@ -179,27 +184,28 @@ func TestFeatures(t *testing.T) {
 				}
 				return r, nil
 			},
-			run: probe.Features{ConditionalCopy: true}, light: probe.Features{ConditionalCopy: true, MultipartCopy: true}, says: "misconfigured", check: "multipart copy of ranges",
+			run: probe.Features{ConditionalCopy: true}, light: probe.Features{ConditionalCopy: true, MultipartCopy: true},
+			detail: "misconfigured", check: "multipart copy of ranges",
 		},
 		"everything refused": {
 			copy: func(r object.CopyRequest) (object.CopyRequest, error) {
 				return r, fmt.Errorf("copy: %w", object.ErrSourceChanged)
 			},
-			says: "was refused", check: "conditional copy",
+			detail: "was refused", check: "conditional copy",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := &liar{Store: plain, copy: c.copy}
+			s := &faulty{Store: plain, copy: c.copy}
 			report, err := probe.Run(t.Context(), s, "")
 			if err != nil || report.Features() != c.run {
 				t.Errorf("Run: %+v, %v, want %+v", report.Features(), err, c.run)
 			}
 			found := false
 			for _, check := range report.Checks {
-				found = found || check.Name == c.check && !check.OK && !check.Required && strings.Contains(check.Detail, c.says)
+				found = found || check.Name == c.check && !check.OK && !check.Required && strings.Contains(check.Detail, c.detail)
 			}
 			if !found {
-				t.Errorf("no failed check %q that says %q: %+v", c.check, c.says, report.Checks)
+				t.Errorf("no failed check %q with %q: %+v", c.check, c.detail, report.Checks)
 			}
 			report, err = probe.Light(t.Context(), s, "")
 			if err != nil || report.Features() != c.light {
@@ -209,13 +215,13 @@ func TestFeatures(t *testing.T) {
 		})
 	}
 	if got := (probe.Report{}).Features(); got != (probe.Features{}) {
-		t.Errorf("of no report: %+v", got)
+		t.Errorf("empty report: %+v", got)
 	}
 }
 
-// TestEveryFault fails each call in turn. A probe must then say so, and never
-// that something is missing. When it is the clean up that failed, the probe is good
-// all the same, and RemoveLeft finds what it left.
+// TestEveryFault fails each call in turn. The probe must then report an incomplete check,
+// and never a missing property. If the clean-up fails, the probe passes, and RemoveLeft
+// removes the leftovers.
 func TestEveryFault(t *testing.T) {
 	plain := memory.New(memory.Options{})
 	for n := 0; ; n++ {
@@ -246,9 +252,10 @@ func TestEveryFault(t *testing.T) {
 			good, unknown = good && c.OK, unknown || c.Unknown
 		}
 		if good != cleaning {
-			t.Errorf("call %d failed, of the clean up: %v; the probe is good: %v", n, cleaning, good)
+			t.Errorf("call %d failed, of the clean-up: %v; the probe passed: %v", n, cleaning, good)
 		}
-		if !good && err == nil && !unknown && !slices.ContainsFunc(report.Checks, func(c probe.Check) bool { return c.Name == "clock" && !c.OK }) {
+		clockFailed := func(c probe.Check) bool { return c.Name == "clock" && !c.OK }
+		if !good && err == nil && !unknown && !slices.ContainsFunc(report.Checks, clockFailed) {
 			t.Errorf("call %d failed, and no check is unknown: %+v", n, report.Checks)
 		}
 		if cleaning {
@@ -261,13 +268,14 @@ func TestEveryFault(t *testing.T) {
 	}
 }
 
-// What a probe left that died is removed a day later; what is not of a probe stays.
-func TestRemovesWhatOthersLeft(t *testing.T) {
+// Leftovers of a dead probe are removed after a day; other objects stay.
+func TestRemoveLeft(t *testing.T) {
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	store := memory.New(memory.Options{Now: func() time.Time { return now }})
 	names := []string{
 		"snapshotd-probe/abcdefghijklmnopqrstuvwxyz/trip", "snapshotd-probe/abcdefghijklmnopqrstuvw234/a/b",
-		"snapshotd-probe/x", "snapshotd-probe/abcdefghijklmnopqrstuvwxyz0/x", "snapshotd-probe/README/x", "data/abcdefghijklmnopqrstuvwxyz/trip",
+		"snapshotd-probe/x", "snapshotd-probe/abcdefghijklmnopqrstuvwxyz0/x", "snapshotd-probe/README/x",
+		"data/abcdefghijklmnopqrstuvwxyz/trip",
 	}
 	for _, name := range names {
 		if _, err := store.Put(t.Context(), name, []byte("x")); err != nil {
@@ -289,7 +297,7 @@ func TestRemovesWhatOthersLeft(t *testing.T) {
 	slices.Sort(names)
 	now = now.Add(23 * time.Hour)
 	if got := left(); !slices.Equal(got, names) {
-		t.Errorf("before a day is over: %v", got)
+		t.Errorf("before a day has passed: %v", got)
 	}
 	now = now.Add(2 * time.Hour)
 	want := slices.DeleteFunc(names, func(name string) bool {
@@ -300,8 +308,8 @@ func TestRemovesWhatOthersLeft(t *testing.T) {
 	}
 }
 
-// TestProbeFarAway probes a store each of whose answers takes 200 ms.
-func TestProbeFarAway(t *testing.T) {
+// TestDistantStore probes a store with a latency of 200 ms.
+func TestDistantStore(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
 		f := object.NewFaulty(memory.New(memory.Options{Now: time.Now}))
 		f.SetLatency(200 * time.Millisecond)
@@ -310,26 +318,28 @@ func TestProbeFarAway(t *testing.T) {
 			t.Fatal(err)
 		}
 		if took := time.Since(began); took > 4*time.Second {
-			t.Errorf("it took %v", took)
+			t.Errorf("took %v", took)
 		}
 	})
 }
 
-// TestUnmadeIsNotPassed shows that a required check which ends in an error is
-// neither passed nor missing: the report has it with its error.
-func TestUnmadeIsNotPassed(t *testing.T) {
+// TestIncompleteCheck shows that a required check that ends in an error is neither passed
+// nor missing: the report has its error.
+func TestIncompleteCheck(t *testing.T) {
 	plain := memory.New(memory.Options{})
-	away := fmt.Errorf("put: %w", object.ErrUnavailable)
-	s := &liar{Store: plain, create: func(context.Context, string, []byte) (object.Info, error) { return object.Info{}, away }}
+	unavailable := fmt.Errorf("put: %w", object.ErrUnavailable)
+	s := &faulty{Store: plain, create: func(context.Context, string, []byte) (object.Info, error) {
+		return object.Info{}, unavailable
+	}}
 	report, err := probe.Run(t.Context(), s, "")
 	if !errors.Is(err, object.ErrUnavailable) || errors.Is(err, probe.ErrMissing) {
 		t.Errorf("err = %v, want ErrUnavailable and not ErrMissing", err)
 	}
 	if report.Err() == nil || !report.Made() {
-		t.Errorf("the report says %v, made %v", report.Err(), report.Made())
+		t.Errorf("report: %v, made %v", report.Err(), report.Made())
 	}
 	for _, c := range report.Checks {
-		if c.Name == "conditional create" && (c.OK || c.Err == nil || c.Detail != away.Error()) {
+		if c.Name == "conditional create" && (c.OK || c.Err == nil || c.Detail != unavailable.Error()) {
 			t.Errorf("%+v, want the error", c)
 		}
 	}

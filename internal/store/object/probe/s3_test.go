@@ -25,13 +25,16 @@ func TestS3Missing(t *testing.T) {
 	p := s3fault.New(t, o.Endpoint)
 	o.Endpoint = p.URL()
 	s := s3test.Open(t, o)
-	p.Plan(s3fault.Rule{Op: s3fault.PutObject, Times: -1, Action: s3fault.StripRequest("If-None-Match", o.AccessKeyID, string(o.SecretAccessKey))})
+	strip := func(header string) s3fault.Action {
+		return s3fault.StripRequest(header, o.AccessKeyID, string(o.SecretAccessKey))
+	}
+	p.Plan(s3fault.Rule{Op: s3fault.PutObject, Times: -1, Action: strip("If-None-Match")})
 	_, err := probe.Light(t.Context(), s, "")
 	p.MustHaveFired(t)
 	if !errors.Is(err, probe.ErrMissing) || !strings.Contains(err.Error(), "If-None-Match") {
 		t.Errorf("err = %v", err)
 	}
-	p.Plan(s3fault.Rule{Op: s3fault.GetObject, Times: -1, Action: s3fault.StripRequest("Range", o.AccessKeyID, string(o.SecretAccessKey))})
+	p.Plan(s3fault.Rule{Op: s3fault.GetObject, Times: -1, Action: strip("Range")})
 	if _, err := probe.Light(t.Context(), s, ""); err == nil || !strings.Contains(err.Error(), "ranges") {
 		t.Errorf("without ranges: err = %v", err)
 	}
@@ -44,7 +47,7 @@ func TestS3Missing(t *testing.T) {
 		{s3fault.CopyObject, "conditional copy", probe.Features{MultipartCopy: true}},
 		{s3fault.UploadPartCopy, "multipart copy", probe.Features{ConditionalCopy: true}},
 	} {
-		p.Plan(s3fault.Rule{Op: c.op, Times: -1, Action: s3fault.StripRequest("X-Amz-Copy-Source-If-Match", o.AccessKeyID, string(o.SecretAccessKey))})
+		p.Plan(s3fault.Rule{Op: c.op, Times: -1, Action: strip("X-Amz-Copy-Source-If-Match")})
 		report, err := probe.Light(t.Context(), s, "")
 		if err != nil || report.Features() != c.want {
 			t.Errorf("%s without a condition: %+v, %v, want %+v", c.op, report.Features(), err, c.want)
@@ -66,21 +69,23 @@ func TestS3Missing(t *testing.T) {
 	}
 }
 
-// TestS3RefusedCopyIsNotKnown has a server refuse the copies of a probe in ways that
-// may pass: whether it can copy is not known then, and nothing is remembered.
-func TestS3RefusedCopyIsNotKnown(t *testing.T) {
+// TestS3RefusedCopy makes a server refuse the copies of a probe temporarily: the features
+// are then unknown.
+func TestS3RefusedCopy(t *testing.T) {
 	o := s3test.Bucket(t)
 	p := s3fault.New(t, o.Endpoint)
 	o.Endpoint = p.URL()
 	s := s3test.Open(t, o)
-	for code, status := range map[string]int{"RequestTimeTooSkewed": 403, "NoSuchBucket": 404, "ExpiredToken": 400, "TemporaryRedirect": 307} {
+	for code, status := range map[string]int{
+		"RequestTimeTooSkewed": 403, "NoSuchBucket": 404, "ExpiredToken": 400, "TemporaryRedirect": 307,
+	} {
 		p.Plan(s3fault.Rule{Op: s3fault.CopyObject, Times: -1, Action: s3fault.Status(status, code)})
 		report, err := probe.Copies(t.Context(), s, "")
 		if err != nil {
 			t.Fatal(err)
 		}
 		if report.UnknownCopy() == nil || report.Decided() {
-			t.Errorf("%s: the verdict is %+v", code, report.Features())
+			t.Errorf("%s: features %+v are known", code, report.Features())
 		}
 		p.MustHaveFired(t)
 	}
