@@ -6,12 +6,12 @@ import (
 	"io"
 )
 
-// deleteBatch is how many objects DeletePrefix deletes at a time.
+// deleteBatch is the number of objects per Delete of DeletePrefix.
 const deleteBatch = 500
 
-// ReadAll reads an object whole. Of one that is longer than limit it returns one
-// byte more than limit, so that the caller can tell. The error is that of
-// [Store.Get], or of the reading, which names the key; there is no content then.
+// ReadAll reads a whole object. If it is longer than limit, ReadAll returns limit+1 bytes,
+// so that the caller can detect it. The error is that of [Store.Get], or of the read, which
+// names the key; the content is then nil.
 func ReadAll(ctx context.Context, s Store, key string, limit int64) ([]byte, error) {
 	r, _, err := s.Get(ctx, key, 0, limit+1)
 	if err != nil {
@@ -27,10 +27,9 @@ func ReadAll(ctx context.Context, s Store, key string, limit int64) ([]byte, err
 	return data, nil
 }
 
-// DeletePrefix deletes all objects whose keys begin with prefix, empty or ending
-// in "/", some at a time. It ends with the first error, that of [Store.List] or
-// [Store.Delete], and objects may be left then; to call it again goes on. None
-// that is made meanwhile is sure to be deleted.
+// DeletePrefix deletes all objects whose keys begin with prefix, which is empty or ends in
+// "/", in batches. It ends with the first error of [Store.List] or [Store.Delete]; a repeat
+// continues. Objects that are created meanwhile may remain.
 func DeletePrefix(ctx context.Context, s Store, prefix string) error {
 	var batch []string
 	for info, err := range s.List(ctx, prefix) {

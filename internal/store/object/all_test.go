@@ -26,7 +26,7 @@ func TestReadAll(t *testing.T) {
 		"much longer": {"five", 2, object.FaultNone, "123", nil},
 		"empty":       {"empty", 0, object.FaultNone, "", nil},
 		"no object":   {"none", 5, object.FaultNone, "", object.ErrNotFound},
-		"no answer":   {"five", 5, object.FaultBefore, "", object.ErrUnavailable},
+		"no reply":    {"five", 5, object.FaultBefore, "", object.ErrUnavailable},
 		"damaged":     {"five", 5, object.FaultFlip, "12245", nil},
 		"no key":      {"../x", 5, object.FaultNone, "", object.ErrInvalidKey},
 	} {
@@ -53,21 +53,21 @@ func TestDeletePrefix(t *testing.T) {
 	const many = 1200 // three batches
 	for name, c := range map[string]struct {
 		prefix string
-		op     object.Op // that fails; empty: none does
+		op     object.Op // that fails; empty: none
 		nth    int
 		fault  object.Fault
 		err    error
 		left   int // of those under a/
 	}{
-		"all of it":           {"a/", "", 0, object.FaultNone, nil, 0},
+		"all":                 {"a/", "", 0, object.FaultNone, nil, 0},
 		"nothing":             {"none/", "", 0, object.FaultNone, nil, many},
 		"no prefix":           {"a", "", 0, object.FaultNone, object.ErrInvalidKey, many},
 		"no list":             {"a/", object.OpList, 0, object.FaultBefore, object.ErrUnavailable, many},
-		"the list breaks off": {"a/", object.OpList, 0, object.FaultAfter, object.ErrUnavailable, 200},
-		"the first delete":    {"a/", object.OpDelete, 0, object.FaultBefore, object.ErrUnavailable, many},
-		"the second one":      {"a/", object.OpDelete, 1, object.FaultBefore, object.ErrUnavailable, 700},
-		"without an answer":   {"a/", object.OpDelete, 1, object.FaultAfter, object.ErrUnavailable, 200},
-		"the last one":        {"a/", object.OpDelete, 2, object.FaultBefore, object.ErrUnavailable, 200},
+		"the list ends early": {"a/", object.OpList, 0, object.FaultAfter, object.ErrUnavailable, 200},
+		"first delete":        {"a/", object.OpDelete, 0, object.FaultBefore, object.ErrUnavailable, many},
+		"second delete":       {"a/", object.OpDelete, 1, object.FaultBefore, object.ErrUnavailable, 700},
+		"no reply":            {"a/", object.OpDelete, 1, object.FaultAfter, object.ErrUnavailable, 200},
+		"last delete":         {"a/", object.OpDelete, 2, object.FaultBefore, object.ErrUnavailable, 200},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, inner := newFaulty()
@@ -96,15 +96,15 @@ func TestDeletePrefix(t *testing.T) {
 				t.Errorf("err = %v, want %v", err, c.err)
 			}
 			if n := under(); n != c.left {
-				t.Errorf("%d are left, want %d", n, c.left)
+				t.Errorf("%d remain, want %d", n, c.left)
 			}
 			if c.op != "" {
 				if s.Fired() != 1 {
 					t.Errorf("%d faults fired", s.Fired())
 				}
-				s.Plan(nil) // to do it again goes on
+				s.Plan(nil) // a repeat continues
 				if err := object.DeletePrefix(t.Context(), s, c.prefix); err != nil || under() != 0 {
-					t.Errorf("again: err = %v, %d are left", err, under())
+					t.Errorf("repeated: err = %v, %d are left", err, under())
 				}
 			}
 			var others []string
@@ -121,7 +121,7 @@ func TestDeletePrefix(t *testing.T) {
 			}
 		})
 	}
-	t.Run("an ended context", func(t *testing.T) {
+	t.Run("ended context", func(t *testing.T) {
 		s, _ := newFaulty()
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()

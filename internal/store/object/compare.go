@@ -8,11 +8,11 @@ import (
 	"strings"
 )
 
-// Likeness is what a record of an object proves about the object that a store has.
+// Likeness is the result of comparing an object with its record.
 //
-// An ETag names a version and is evidence of the content only where both ETags have
-// the same layout. A copy by another tool keeps the content and may have another
-// layout: parts of another size, another key of encryption, another kind of store.
+// An ETag names a version. It proves the content only if both ETags have the same layout. A
+// copy by another tool keeps the content and may have another layout: another part size,
+// encryption key, or kind of store.
 //
 //	size       checksums    ETags                          likeness
 //	differs    any          any                            Altered
@@ -23,39 +23,38 @@ import (
 //	equal      not compared one is missing                 NotCompared
 //	equal      equal        differ                         OtherLayout
 //	equal      not compared two MD5s, or one part each     Altered
-//	equal      not compared of two layouts                 OtherLayout
-//	equal      not compared of as many parts, of two       NotKnown
-//	                        directories, of no known form
+//	equal      not compared different layouts              OtherLayout
+//	equal      not compared equal numbers of parts, two    NotKnown
+//	                        directories, unknown layouts
 //
-// Checksums are compared when both are of one type. A registered MD5 is compared
-// with an ETag that is one.
+// Checksums are compared if they have the same type. A registered MD5 is compared with an
+// ETag that is an MD5.
 type Likeness int
 
 // The likenesses. The zero value is that of a record without evidence.
 const (
-	NotCompared Likeness = iota // the record has nothing that the store has too
-	Equal                       // the version that was recorded
-	OtherLayout                 // nothing speaks for another content, and the ETags cannot be compared
-	NotKnown                    // the ETags differ, which may have either cause
-	Altered                     // another content
+	NotCompared Likeness = iota // record and store have no common property
+	Equal                       // the recorded version
+	OtherLayout                 // the ETags are not comparable, and no other property differs
+	NotKnown                    // the ETags differ, with equal or other content
+	Altered                     // other content
 )
 
-// String returns a word for people.
+// String returns the likeness in words.
 func (l Likeness) String() string {
 	return [...]string{"not compared", "equal", "ETag of another layout", "not known", "altered"}[l]
 }
 
-// Refused reports whether the object is not used in place of the recorded one:
-// something of it differs, whatever that proves.
+// Refused reports whether the object must not be used as the recorded one: a property
+// differs, even if that proves nothing.
 func (l Likeness) Refused() bool { return l > Equal }
 
-// Compare compares an object with a record of it: size, checksum and ETag. Reason
-// says for people what differs and what to do; it is empty unless the likeness is
-// [Likeness.Refused]. A checksum is found by Head alone: of an Info without one a
-// checksum is not compared. Compare does not look at keys.
+// Compare compares size, checksum and ETag of an object with its record, but not the keys.
+// Reason describes the difference and the remedy; it is empty unless the likeness is
+// [Likeness.Refused]. Only Head returns a checksum: without it, checksums are not compared.
 //
-// An ETag that was recorded of an object under a key of KMS is taken for an MD5,
-// since the record does not say so.
+// A recorded ETag of an object that is encrypted by KMS is treated as an MD5, since the
+// record has no encryption.
 func Compare(recorded, now Info) (l Likeness, reason string) {
 	sums := compareSums(recorded, now)
 	switch {
@@ -76,29 +75,29 @@ func Compare(recorded, now Info) (l Likeness, reason string) {
 	switch {
 	case sums == sumsEqual || was != is:
 		return OtherLayout, fmt.Sprintf("ETag of another layout: it has %s (%s), not %s (%s); size %d is equal, %s; %s",
-			now.ETag, is, recorded.ETag, was, now.Size, sums.of(recorded, now), was.again())
+			now.ETag, is, recorded.ETag, was, now.Size, sums.describe(recorded, now), was.remedy())
 	case was.kind == layoutMD5, was.kind == layoutParts && was.parts == 1:
 		return Altered, fmt.Sprintf("it has %s: its content was replaced", etags)
 	case was.kind == layoutDirectory:
 		return NotKnown, fmt.Sprintf("it has %s: it was written again, or copied without its modification time", etags)
 	case was.kind == layoutParts:
 		return NotKnown, fmt.Sprintf("it has %s: its content was replaced, or copied in parts of another size; %s",
-			etags, sums.of(recorded, now))
+			etags, sums.describe(recorded, now))
 	}
-	return NotKnown, fmt.Sprintf("it has %s, which does not say whether the content is another; %s",
-		etags, sums.of(recorded, now))
+	return NotKnown, fmt.Sprintf("it has %s: the content is equal or other; %s",
+		etags, sums.describe(recorded, now))
 }
 
-// sums is what the checksums of two objects say.
+// sums is the result of comparing two checksums.
 type sums int
 
 const (
-	sumsUnknown sums = iota // they cannot be compared
+	sumsUnknown sums = iota // not comparable
 	sumsEqual
 	sumsDiffer
 )
 
-func (s sums) of(recorded, now Info) string {
+func (s sums) describe(recorded, now Info) string {
 	kind, _, _ := strings.Cut(recorded.Checksum, ":")
 	switch {
 	case s == sumsEqual:
@@ -127,10 +126,10 @@ func compareSums(recorded, now Info) sums {
 	return sumsDiffer
 }
 
-// sumText returns the checksum of now that is compared with that of recorded.
+// sumText returns the checksum of now to compare with that of recorded.
 func sumText(recorded, now Info) string {
 	kind, _, _ := strings.Cut(recorded.Checksum, ":")
-	if !strings.EqualFold(kind, "MD5") || !plain(now) {
+	if !strings.EqualFold(kind, "MD5") || !hasMD5ETag(now) {
 		return now.Checksum
 	}
 	sum, err := hex.DecodeString(now.ETag)
@@ -143,14 +142,14 @@ func sumText(recorded, now Info) string {
 type layoutKind int
 
 const (
-	layoutOther     layoutKind = iota // a text of the store's own
+	layoutOther     layoutKind = iota // a private layout of the store
 	layoutMD5                         // of the content
 	layoutParts                       // a digest of the MD5s of parts, and their number
-	layoutEncrypted                   // looks like an MD5, and is none
+	layoutEncrypted                   // looks like an MD5 but is not
 	layoutDirectory                   // size and modification time
 )
 
-// layout is what an ETag is made of.
+// layout describes the composition of an ETag.
 type layout struct {
 	kind  layoutKind
 	parts int
@@ -167,7 +166,7 @@ func (l layout) String() string {
 	case layoutDirectory:
 		return "of a directory"
 	default:
-		return "of a form of the store's own"
+		return "of a private layout of the store"
 	}
 }
 
@@ -178,14 +177,14 @@ func (l layout) pieces() string {
 	return strconv.Itoa(l.parts) + " parts"
 }
 
-// again says how the object gets an ETag of the layout.
-func (l layout) again() string {
+// remedy describes how to copy the object so that its ETag has the layout.
+func (l layout) remedy() string {
 	const original = "or use the store that it was copied from"
 	switch l.kind {
 	case layoutMD5:
 		return "copy it again in one request, not in parts, " + original
 	case layoutParts:
-		return "copy it again in " + l.pieces() + " of the size that it had, " + original
+		return "copy it again in " + l.pieces() + " of the previous size, " + original
 	case layoutEncrypted:
 		return "use the store that it was copied from"
 	case layoutDirectory:
@@ -215,7 +214,7 @@ func layoutOf(info Info) layout {
 	return layout{kind: layoutMD5}
 }
 
-// isHex reports whether text is of lower-case hex digits, and not empty.
+// isHex reports whether text is not empty and consists of lower-case hex digits.
 func isHex(text string) bool {
 	return text != "" && strings.Trim(text, "0123456789abcdef") == ""
 }

@@ -6,15 +6,15 @@ import (
 	"strings"
 )
 
-// The bounds that S3 sets to a copy, which hold for every store so that what is
-// right for one is right for all. In bytes.
+// The limits of S3 for copies, in bytes. They hold for every store, so that a valid request
+// is valid for all stores.
 const (
-	// MaxCopySize is what one request copies at most.
+	// MaxCopySize is the maximum size of a copy in one request.
 	MaxCopySize = 5 << 30
 	// MinPartSize and MaxPartSize bound the size of a part.
 	MinPartSize = 5 << 20
 	MaxPartSize = 5 << 30
-	// MaxParts is how many parts an object may have.
+	// MaxParts is the maximum number of parts of an object.
 	MaxParts = 10_000
 )
 
@@ -24,19 +24,19 @@ const (
 	DefaultCopyPartSize  = 128 << 20
 )
 
-// CopyParts says how large objects are copied. The ETag of the target depends
-// on it, so whoever may copy an object again keeps it.
+// CopyParts defines how large objects are copied. The ETag of the target depends on it, so
+// callers that may repeat a copy must keep it.
 type CopyParts struct {
 	// Threshold is the size in bytes above which an object is copied in parts.
-	// Default: DefaultCopyThreshold. One larger than MaxCopySize always is.
+	// Default: DefaultCopyThreshold. Objects above MaxCopySize are always copied in
+	// parts.
 	Threshold int64
-	// PartSize is the size of a part in bytes, MinPartSize to MaxPartSize. It
-	// grows with objects of more than MaxParts parts. Default:
-	// DefaultCopyPartSize.
+	// PartSize is the size of a part in bytes, MinPartSize to MaxPartSize. Objects of
+	// more than MaxParts parts get larger parts. Default: DefaultCopyPartSize.
 	PartSize int64
 }
 
-// WithDefaults returns p with its defaults filled in.
+// WithDefaults returns p with its defaults set.
 func (p CopyParts) WithDefaults() CopyParts {
 	if p.Threshold == 0 {
 		p.Threshold = DefaultCopyThreshold
@@ -47,8 +47,8 @@ func (p CopyParts) WithDefaults() CopyParts {
 	return p
 }
 
-// Split returns in how many parts an object of size bytes is copied, and how
-// large each but the last is; no parts: it is copied at once.
+// Split returns the number of parts of a copy of size bytes, and the size of all parts
+// except the last. The number is 0 for a copy in one request.
 func (p CopyParts) Split(size int64) (parts int, partSize int64) {
 	p = p.WithDefaults()
 	if size <= min(p.Threshold, MaxCopySize) {
@@ -58,23 +58,22 @@ func (p CopyParts) Split(size int64) (parts int, partSize int64) {
 	return int((size + partSize - 1) / partSize), partSize
 }
 
-// CopyRequest says what [Store.Copy] copies.
+// CopyRequest is the argument of [Store.Copy].
 type CopyRequest struct {
 	// From and To are the keys, which must differ.
 	From, To string
-	// SourceETag is the ETag of the version of From that is meant.
+	// SourceETag is the ETag of the requested version of From.
 	SourceETag string
-	// Size is that version's, in bytes.
+	// Size is the size of that version in bytes.
 	Size int64
-	// Parts says how it is copied when it is large.
+	// Parts defines the parts of large copies.
 	Parts CopyParts
-	// InFlight is how many parts are copied at once. Default: 4.
+	// InFlight is the number of parts that are copied in parallel. Default: 4.
 	InFlight int
 }
 
-// Check says whether a store may be asked for the copy. An error about a key
-// wraps ErrInvalidKey, as does that of a copy onto itself; any other is a
-// mistake of the program.
+// Check validates the request. Errors of keys, also that of a copy onto itself, wrap
+// ErrInvalidKey; other errors are bugs of the caller.
 func (r CopyRequest) Check() error {
 	if err := CheckKey(r.From); err != nil {
 		return err
@@ -91,7 +90,7 @@ func (r CopyRequest) Check() error {
 	case r.SourceETag == "":
 		err = errors.New("the source's ETag is missing")
 	case strings.ContainsFunc(r.SourceETag, func(c rune) bool { return c < 0x20 || c == 0x7f || c == '"' }):
-		err = fmt.Errorf("%q is no ETag", r.SourceETag)
+		err = fmt.Errorf("%q is not an ETag", r.SourceETag)
 	case r.Size < 0:
 		err = fmt.Errorf("negative size %d", r.Size)
 	case r.InFlight < 0:
@@ -101,7 +100,7 @@ func (r CopyRequest) Check() error {
 	case parts.PartSize < MinPartSize || parts.PartSize > MaxPartSize:
 		err = fmt.Errorf("part size %d, must be %d to %d", parts.PartSize, MinPartSize, int64(MaxPartSize))
 	case r.Size > MaxParts*MaxPartSize:
-		err = fmt.Errorf("%d bytes do not go into %d parts", r.Size, MaxParts)
+		err = fmt.Errorf("%d bytes do not fit into %d parts", r.Size, MaxParts)
 	}
 	if err != nil {
 		return fmt.Errorf("copy %s to %s: %w", r.From, r.To, err)
@@ -109,17 +108,16 @@ func (r CopyRequest) Check() error {
 	return nil
 }
 
-// ProvedEqual says whether the target's bytes are surely those of the source.
-// They are when the sizes agree and
+// ProvedEqual reports whether the content of the target is proved to be that of the source.
+// It is if the sizes are equal and
 //
-//   - both have a checksum of one type, and it is the same one; or else
+//   - both have a checksum of one type, and the checksums are equal; or else
 //   - both have the same ETag, which is an MD5; or else
-//   - the target was copied in parts from an object of the source's ETag, as
-//     [Store.Copy] has noted there.
+//   - the target was copied in parts from an object with the source's ETag, as recorded by
+//     [Store.Copy].
 //
-// What it needs beyond size and ETag only Head delivers: with what List says it
-// returns false more often, and never true by mistake. It does not look at the
-// keys.
+// Only Head returns all of these properties. With an Info of List the result is more often
+// false, but never wrongly true. Keys are not compared.
 func ProvedEqual(source, target Info) bool {
 	if source.Size != target.Size {
 		return false
@@ -128,14 +126,14 @@ func ProvedEqual(source, target Info) bool {
 	if other, _, has := strings.Cut(target.Checksum, ":"); ok && has && kind == other {
 		return source.Checksum == target.Checksum
 	}
-	if plain(source) && plain(target) && source.ETag == target.ETag {
+	if hasMD5ETag(source) && hasMD5ETag(target) && source.ETag == target.ETag {
 		return true
 	}
 	return source.ETag != "" && target.SourceETag == source.ETag && strings.Contains(target.ETag, "-")
 }
 
-// plain says whether an object's ETag is the MD5 of its content.
-func plain(info Info) bool {
+// hasMD5ETag reports whether an object's ETag is the MD5 of its content.
+func hasMD5ETag(info Info) bool {
 	return len(info.ETag) == 32 && !info.OpaqueETag &&
 		!strings.ContainsFunc(info.ETag, func(c rune) bool { return (c < '0' || c > '9') && (c < 'a' || c > 'f') })
 }

@@ -30,7 +30,7 @@ func TestSplit(t *testing.T) {
 		{object.CopyParts{Threshold: 1, PartSize: 5 * mib}, 5*mib + 1, 2, 5 * mib},
 		{object.CopyParts{Threshold: 1, PartSize: 5 * mib}, 50_000 * mib, 10_000, 5 * mib},
 		{object.CopyParts{Threshold: 1, PartSize: 5 * mib}, 50_000*mib + 1, 10_000, 5*mib + 1},
-		// S3 copies no more than 5 GiB at once, whatever the threshold.
+		// S3 copies at most 5 GiB in one request, regardless of the threshold.
 		{object.CopyParts{Threshold: 1 << 50, PartSize: 5 * gib}, 5*gib - 1, 0, 0},
 		{object.CopyParts{Threshold: 1 << 50, PartSize: 5 * gib}, 5 * gib, 0, 0},
 		{object.CopyParts{Threshold: 1 << 50, PartSize: 5 * gib}, 5*gib + 1, 2, 5 * gib},
@@ -41,7 +41,7 @@ func TestSplit(t *testing.T) {
 			t.Errorf("%d bytes by %+v: %d parts of %d, want %d of %d", c.size, c.parts, n, each, c.n, c.each)
 		}
 		if n > 0 && (int64(n)*each < c.size || int64(n-1)*each >= c.size) {
-			t.Errorf("%d bytes do not go into %d parts of %d", c.size, n, each)
+			t.Errorf("%d bytes do not fit into %d parts of %d", c.size, n, each)
 		}
 	}
 }
@@ -57,7 +57,7 @@ func TestCopyRequestCheck(t *testing.T) {
 		"onto itself": func(r *object.CopyRequest) { r.To = "a" },
 	} {
 		r := good
-		r.SourceETag = "" // the key comes first
+		r.SourceETag = "" // keys are checked first
 		key(&r)
 		if err := r.Check(); !errors.Is(err, object.ErrInvalidKey) {
 			t.Errorf("%s: err = %v, want ErrInvalidKey", name, err)
@@ -86,26 +86,31 @@ func TestProvedEqual(t *testing.T) {
 		{"other MD5", object.Info{Size: 3, ETag: plain}, object.Info{Size: 3, ETag: other}, false},
 		{"other keys", object.Info{Key: "a", ETag: plain}, object.Info{Key: "b", ETag: plain}, true},
 		{"same ETag of parts", object.Info{ETag: parts}, object.Info{ETag: parts}, false},
-		{"same ETag that is no MD5", object.Info{ETag: "3-17f-2a"}, object.Info{ETag: "3-17f-2a"}, false},
+		{"same ETag, not an MD5", object.Info{ETag: "3-17f-2a"}, object.Info{ETag: "3-17f-2a"}, false},
 		{"same short ETag", object.Info{ETag: "0"}, object.Info{ETag: "0"}, false},
-		{"same long ETag of no hex", object.Info{ETag: strings.Repeat("x", 32)}, object.Info{ETag: strings.Repeat("x", 32)}, false},
+		{"same long ETag, not hex", object.Info{ETag: strings.Repeat("x", 32)}, object.Info{ETag: strings.Repeat("x", 32)},
+			false},
 		{"same ETag under KMS", object.Info{ETag: plain, OpaqueETag: true}, object.Info{ETag: plain}, false},
 		{"same ETag, target under KMS", object.Info{ETag: plain}, object.Info{ETag: plain, OpaqueETag: true}, false},
 		{"same checksum", object.Info{ETag: parts, Checksum: crc}, object.Info{ETag: plain, Checksum: crc}, true},
 		{"same checksum, other size", object.Info{Size: 1, Checksum: crc}, object.Info{Checksum: crc}, false},
 		{"other checksum", object.Info{ETag: plain, Checksum: crc}, object.Info{ETag: plain, Checksum: crc2}, false},
 		{"other type of checksum", object.Info{Checksum: crc}, object.Info{Checksum: sha}, false},
-		{"other type of checksum, same MD5", object.Info{ETag: plain, Checksum: crc}, object.Info{ETag: plain, Checksum: sha}, true},
+		{"other type of checksum, same MD5", object.Info{ETag: plain, Checksum: crc},
+			object.Info{ETag: plain, Checksum: sha}, true},
 		{"one checksum, same MD5", object.Info{ETag: plain, Checksum: crc}, object.Info{ETag: plain}, true},
 		{"one checksum", object.Info{ETag: parts, Checksum: crc}, object.Info{ETag: plain}, false},
 		{"checksum without a type", object.Info{Checksum: "AAAA"}, object.Info{Checksum: "AAAA"}, false},
 		{"copy in parts", object.Info{ETag: plain}, object.Info{ETag: parts, SourceETag: plain}, true},
 		{"copy in parts of parts", object.Info{ETag: parts}, object.Info{ETag: "1-2", SourceETag: parts}, true},
-		{"copy in parts under KMS", object.Info{ETag: plain, OpaqueETag: true}, object.Info{ETag: parts, SourceETag: plain, OpaqueETag: true}, true},
-		{"copy in parts, other size", object.Info{Size: 1, ETag: plain}, object.Info{Size: 2, ETag: parts, SourceETag: plain}, false},
+		{"copy in parts under KMS", object.Info{ETag: plain, OpaqueETag: true},
+			object.Info{ETag: parts, SourceETag: plain, OpaqueETag: true}, true},
+		{"copy in parts, other size", object.Info{Size: 1, ETag: plain}, object.Info{Size: 2, ETag: parts,
+			SourceETag: plain}, false},
 		{"copy in parts of another", object.Info{ETag: plain}, object.Info{ETag: parts, SourceETag: other}, false},
-		{"copy in parts of the same, other checksum", object.Info{ETag: plain, Checksum: crc}, object.Info{ETag: parts, SourceETag: plain, Checksum: crc2}, false},
-		{"note that came along", object.Info{ETag: plain}, object.Info{ETag: other, SourceETag: plain}, false},
+		{"copy in parts of the same, other checksum", object.Info{ETag: plain, Checksum: crc},
+			object.Info{ETag: parts, SourceETag: plain, Checksum: crc2}, false},
+		{"inherited source ETag", object.Info{ETag: plain}, object.Info{ETag: other, SourceETag: plain}, false},
 		{"copy of a copy", object.Info{ETag: parts, SourceETag: plain}, object.Info{ETag: other, SourceETag: plain}, false},
 		{"source that is a copy of the target", object.Info{ETag: parts, SourceETag: plain}, object.Info{ETag: plain}, false},
 	} {
@@ -135,7 +140,7 @@ func TestSameETag(t *testing.T) {
 		{"f-18ab-77", "f-18ab-78", true},
 		{"f-18ab-77", "f-18ac", false},
 		{"f-18ac-77", "f-18ab-77", false},
-		// Other text in three parts is no ETag of a directory store.
+		// Not an ETag of a directory store.
 		{"f-18ab-7z", "f-18ab", false},
 		{"F-18ab-77", "F-18ab", false},
 		{"f-18ab-", "f-18ab", false},

@@ -31,44 +31,42 @@ const (
 type Call struct {
 	Op Op
 	// Keys is the key; the prefix of a list or an abort; all keys of a delete; the
-	// source and the target of a copy; nothing for now.
+	// source and the target of a copy; empty for Now.
 	Keys []string
-	N    int // calls of any method before this one
-	NOp  int // calls of the same method before this one
+	N    int // number of earlier calls of any method
+	NOp  int // number of earlier calls of the same method
 }
 
-// Fault is what a [Faulty] does to a call.
+// Fault is a fault that a [Faulty] injects into a call.
 type Fault int
 
-// The faults. An error that a fault makes wraps ErrUnavailable, unless it says another.
+// The faults. Their errors wrap ErrUnavailable, unless stated otherwise.
 const (
-	// FaultNone lets the call through.
+	// FaultNone passes the call through.
 	FaultNone Fault = iota
-	// FaultBefore fails the call without its reaching the store.
+	// FaultBefore fails the call before it reaches the store.
 	FaultBefore
-	// FaultFull fails the call without its reaching the store, with a [FullError].
+	// FaultFull fails the call before it reaches the store, with a [FullError].
 	FaultFull
-	// FaultDenied fails the call without its reaching the store, with an ErrDenied
-	// that is passing.
+	// FaultDenied fails the call before it reaches the store, with a passing ErrDenied.
 	FaultDenied
-	// FaultMisconfigured fails it likewise, with an ErrMisconfigured that is not
-	// passing.
+	// FaultMisconfigured fails the call before it reaches the store, with an
+	// ErrMisconfigured that is not passing.
 	FaultMisconfigured
-	// FaultAfter lets the store carry the call out and then loses the answer. A
-	// list yields all its objects and then fails.
+	// FaultAfter executes the call and then loses the response. A list yields all its
+	// objects and then fails.
 	FaultAfter
-	// FaultFlip inverts one bit in the middle of what a Get reads.
+	// FaultFlip inverts one bit in the middle of the body of a Get.
 	FaultFlip
-	// FaultTruncate ends what a Get reads, without an error, halfway.
+	// FaultTruncate ends the body of a Get halfway, without an error.
 	FaultTruncate
 )
 
-// Faulty wraps a store for tests: it counts calls, delays them, holds them back
-// and makes them fail as planned. The zero plan changes nothing. Of the two
-// corrupting faults nothing but a Get with a body takes notice.
+// Faulty decorates a store for tests: it counts, delays, holds and fails calls as planned.
+// Without a plan it changes nothing. The two corrupting faults affect only a Get with a
+// body.
 //
-// It is safe for concurrent use. A list counts as called when its sequence is
-// used.
+// It is safe for concurrent use. A list counts as called when its sequence is used.
 type Faulty struct {
 	store Store
 
@@ -83,16 +81,16 @@ type Faulty struct {
 
 var _ Store = (*Faulty)(nil)
 
-// NewFaulty returns a wrapper of s without a plan.
+// NewFaulty returns a decorator of s without a plan.
 func NewFaulty(s Store) *Faulty {
 	thawed := make(chan struct{})
 	close(thawed)
 	return &Faulty{store: s, byOp: make(map[Op]int), thawed: thawed}
 }
 
-// Plan has every later call ask plan, nil for none, what shall happen to it,
-// and starts to count calls and fired faults from zero. Calls to plan do not
-// overlap; it must not use the Faulty.
+// Plan sets the function that chooses the fault of each later call, nil for none, and resets
+// the counts of calls and fired faults. Calls of plan do not overlap; plan must not use the
+// Faulty.
 func (f *Faulty) Plan(plan func(Call) Fault) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -100,8 +98,8 @@ func (f *Faulty) Plan(plan func(Call) Fault) {
 	clear(f.byOp)
 }
 
-// FailNth plans one fault, for the call that is preceded by n others: of op, or
-// of any method when op is empty.
+// FailNth plans one fault for the call after n others, of op, or of any method if op is
+// empty.
 func (f *Faulty) FailNth(op Op, n int, fault Fault) {
 	f.Plan(func(c Call) Fault {
 		if (op == "" && c.N == n) || (op == c.Op && c.NOp == n) {
@@ -111,8 +109,8 @@ func (f *Faulty) FailNth(op Op, n int, fault Fault) {
 	})
 }
 
-// Calls returns how often op, or any method when op is empty, was called since
-// the last Plan.
+// Calls returns the number of calls of op, or of any method if op is empty, since the last
+// Plan.
 func (f *Faulty) Calls(op Op) int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -122,8 +120,8 @@ func (f *Faulty) Calls(op Op) int {
 	return f.byOp[op]
 }
 
-// Fired returns how many planned faults have had an effect. A test that plans
-// one and does not look here may test nothing.
+// Fired returns the number of planned faults that took effect. Tests with a plan should
+// check it.
 func (f *Faulty) Fired() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -137,19 +135,19 @@ func (f *Faulty) SetLatency(d time.Duration) {
 	f.latency = d
 }
 
-// Freeze holds every later call back, before it reaches the store, until Thaw
-// or the end of its context.
+// Freeze holds every later call before it reaches the store, until Thaw or the end of its
+// context.
 func (f *Faulty) Freeze() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	select {
 	case <-f.thawed:
 		f.thawed = make(chan struct{})
-	default: // frozen already
+	default: // already frozen
 	}
 }
 
-// Thaw lets the calls that Freeze held back go on.
+// Thaw releases the calls that Freeze holds.
 func (f *Faulty) Thaw() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -160,7 +158,7 @@ func (f *Faulty) Thaw() {
 	}
 }
 
-// enter counts a call, delays it and says what shall happen to it.
+// enter counts and delays a call, and returns its fault.
 func (f *Faulty) enter(ctx context.Context, op Op, keys ...string) (Fault, error) {
 	f.mu.Lock()
 	call := Call{Op: op, Keys: keys, N: f.calls, NOp: f.byOp[op]}
@@ -196,12 +194,12 @@ func (f *Faulty) enter(ctx context.Context, op Op, keys ...string) (Fault, error
 		return fault, f.fire(ErrMisconfigured, op, "before", keys)
 	case FaultFull:
 		_ = f.fire(ErrUnavailable, op, "full", keys)
-		return fault, fmt.Errorf("%s %v: %w", op, keys, &FullError{Place: "store of a test", Lacks: "no room is left"})
+		return fault, fmt.Errorf("%s %v: %w", op, keys, &FullError{Place: "store of a test", Lacks: "no space left"})
 	}
 	return fault, nil
 }
 
-// fire counts a fault that had its effect and returns its error.
+// fire counts a fault that took effect and returns its error.
 func (f *Faulty) fire(kind error, op Op, when string, keys []string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -209,7 +207,7 @@ func (f *Faulty) fire(kind error, op Op, when string, keys []string) error {
 	return fmt.Errorf("%w: injected fault %s %s %v", kind, when, op, keys)
 }
 
-// call carries out a call that is about keys.
+// call executes a call with the keys.
 func call[T any](ctx context.Context, f *Faulty, op Op, do func() (T, error), keys ...string) (T, error) {
 	var zero T
 	fault, err := f.enter(ctx, op, keys...)
@@ -303,7 +301,7 @@ func (f *Faulty) List(ctx context.Context, prefix string) iter.Seq2[Info, error]
 	}
 }
 
-// Delete implements [Store]. A fault concerns all its keys.
+// Delete implements [Store]. A fault affects all its keys.
 func (f *Faulty) Delete(ctx context.Context, keys ...string) error {
 	fault, err := f.enter(ctx, OpDelete, keys...)
 	if err == nil {

@@ -21,7 +21,7 @@ func newFaulty() (*object.Faulty, *memory.Store) {
 	return object.NewFaulty(s), s
 }
 
-func TestFaultyWithoutPlanKeepsTheContract(t *testing.T) {
+func TestFaultyWithoutPlan(t *testing.T) {
 	objecttest.Run(t, func(*testing.T) object.Store {
 		f, _ := newFaulty()
 		return f
@@ -38,7 +38,7 @@ func TestFaultyEveryMethod(t *testing.T) {
 	calls := []struct {
 		op     object.Op
 		call   func(context.Context, object.Store) error
-		effect func(object.Store) bool // nil: it has none
+		effect func(object.Store) bool // nil: none
 	}{
 		{
 			object.OpPut, func(ctx context.Context, s object.Store) error { _, err := s.Put(ctx, "new", nil); return err },
@@ -48,7 +48,8 @@ func TestFaultyEveryMethod(t *testing.T) {
 			object.OpCreate, func(ctx context.Context, s object.Store) error { _, err := s.Create(ctx, "new", nil); return err },
 			func(s object.Store) bool { return has(s, "new") },
 		},
-		{object.OpGet, func(ctx context.Context, s object.Store) error { _, _, err := s.Get(ctx, "old", 0, -1); return err }, nil},
+		{object.OpGet, func(ctx context.Context, s object.Store) error { _, _, err := s.Get(ctx, "old", 0, -1); return err },
+			nil},
 		{object.OpHead, func(ctx context.Context, s object.Store) error { _, err := s.Head(ctx, "old"); return err }, nil},
 		{object.OpList, func(ctx context.Context, s object.Store) error {
 			for _, err := range s.List(ctx, "") {
@@ -64,7 +65,8 @@ func TestFaultyEveryMethod(t *testing.T) {
 		},
 		{
 			object.OpCopy, func(ctx context.Context, s object.Store) error {
-				_, err := s.Copy(ctx, object.CopyRequest{From: "old", To: "new", SourceETag: "9dd4e461268c8034f5c8564e155c67a6", Size: 1})
+				_, err := s.Copy(ctx, object.CopyRequest{From: "old", To: "new", SourceETag: "9dd4e461268c8034f5c8564e155c67a6",
+					Size: 1})
 				return err
 			},
 			func(s object.Store) bool { return has(s, "new") },
@@ -94,7 +96,7 @@ func TestFaultyEveryMethod(t *testing.T) {
 				}
 				reset()
 				if n := f.Fired(); n != 0 {
-					t.Errorf("fired %d before its turn", n)
+					t.Errorf("fired %d times too early", n)
 				}
 				if err := c.call(t.Context(), f); !errors.Is(err, object.ErrUnavailable) {
 					t.Errorf("second call: err = %v, want ErrUnavailable", err)
@@ -125,7 +127,7 @@ func TestFaultyCountsAcrossMethods(t *testing.T) {
 	for i := range 4 {
 		_, err := f.Put(t.Context(), "a", nil)
 		if i == 1 {
-			_, err = f.Head(t.Context(), "a") // the third
+			_, err = f.Head(t.Context(), "a") // third call
 			if !errors.Is(err, object.ErrUnavailable) {
 				t.Errorf("third call: err = %v", err)
 			}
@@ -165,7 +167,7 @@ func TestFaultyDeleteNamesItsKeys(t *testing.T) {
 	err := f.Delete(t.Context(), "a", "b")
 	for _, key := range []string{"a", "b"} {
 		if want := "delete " + key + ":"; err == nil || !bytes.Contains([]byte(err.Error()), []byte(want)) {
-			t.Errorf("err = %v, want it to hold %q", err, want)
+			t.Errorf("err = %v, want %q in it", err, want)
 		}
 	}
 	if _, ok := errors.AsType[*object.DeleteError](err); !ok {
@@ -188,7 +190,7 @@ func TestFaultyCopyNamesBothKeys(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := fmt.Sprint(seen); got != "[a b c/]" {
-		t.Errorf("the plan saw %s", got)
+		t.Errorf("the plan got %s", got)
 	}
 }
 
@@ -210,22 +212,24 @@ func TestFaultyCorruptsBodies(t *testing.T) {
 			t.Fatal(err)
 		}
 		if key == "a" && info.Size != int64(len(body)) {
-			t.Errorf("Info gives the lie away: %d bytes", info.Size)
+			t.Errorf("Info has %d bytes", info.Size)
 		}
 		return string(got)
 	}
 	for fault, want := range map[object.Fault]error{
-		object.FaultDenied: object.ErrDenied, object.FaultMisconfigured: object.ErrMisconfigured, object.FaultBefore: object.ErrUnavailable,
+		object.FaultDenied: object.ErrDenied, object.FaultMisconfigured: object.ErrMisconfigured,
+		object.FaultBefore: object.ErrUnavailable,
 	} {
 		f.FailNth(object.OpHead, 0, fault)
-		if _, err := f.Head(t.Context(), "a"); !errors.Is(err, want) || f.Fired() != 1 || object.IsPassing(err) != (fault == object.FaultDenied) {
+		if _, err := f.Head(t.Context(), "a"); !errors.Is(err, want) || f.Fired() != 1 ||
+			object.IsPassing(err) != (fault == object.FaultDenied) {
 			t.Errorf("fault %d: err = %v, fired %d", fault, err, f.Fired())
 		}
 	}
 	for fault, want := range map[object.Fault]string{object.FaultFlip: "0123446789", object.FaultTruncate: "01234"} {
 		f.Plan(func(object.Call) object.Fault { return fault })
 		if got := read("empty"); got != "" || f.Fired() != 0 {
-			t.Errorf("fault %d of nothing: %q, fired %d", fault, got, f.Fired())
+			t.Errorf("fault %d of an empty body: %q, fired %d", fault, got, f.Fired())
 		}
 		if got := read("a"); got != want || f.Fired() != 1 {
 			t.Errorf("fault %d: %q, want %q; fired %d", fault, got, want, f.Fired())
@@ -236,7 +240,7 @@ func TestFaultyCorruptsBodies(t *testing.T) {
 	}
 	f.Plan(nil)
 	if got := read("a"); got != string(body) {
-		t.Errorf("the store itself now holds %q", got)
+		t.Errorf("the store itself has %q", got)
 	}
 }
 
@@ -268,7 +272,7 @@ func TestFaultyFreeze(t *testing.T) {
 			t.Errorf("the late Put: %v", err)
 		}
 		if _, err := s.Head(t.Context(), "b"); !errors.Is(err, object.ErrNotFound) {
-			t.Errorf("the Put that gave up took effect: err = %v", err)
+			t.Errorf("the canceled Put took effect: err = %v", err)
 		}
 	})
 }

@@ -12,12 +12,14 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object/memory"
 )
 
-// FuzzKey holds CheckKey to the two definitions of a path that the library has,
-// CheckPrefix to CheckKey, and a store to both.
+// FuzzKey compares CheckKey with the two path definitions of the standard library,
+// CheckPrefix with CheckKey, and a store with both.
 func FuzzKey(f *testing.F) {
 	for _, key := range []string{
-		"", "a", "a/b", "/a", "a/", "a//b", ".", "..", "a/.", "a/../b", "...", "a/...", ".a", "a\\b", "a\x00b", "a\x7f", "a\u0085", "\xff", "é/ü",
-		"C:", "a b", " ", "a/ ", "~", "\u2028", "\u202e", strings.Repeat("a", object.MaxKeyBytes), strings.Repeat("a", object.MaxKeyBytes+1),
+		"", "a", "a/b", "/a", "a/", "a//b", ".", "..", "a/.", "a/../b", "...", "a/...", ".a", "a\\b", "a\x00b", "a\x7f",
+		"a\u0085", "\xff", "é/ü",
+		"C:", "a b", " ", "a/ ", "~", "\u2028", "\u202e", strings.Repeat("a", object.MaxKeyBytes),
+		strings.Repeat("a", object.MaxKeyBytes+1),
 		strings.Repeat("é", object.MaxKeyBytes/2) + "/", strings.Repeat("a/", object.MaxKeyBytes/2),
 	} {
 		f.Add(key)
@@ -28,7 +30,7 @@ func FuzzKey(f *testing.F) {
 			t.Errorf("CheckKey(%q): %v", key, err)
 		}
 		if err != nil && !utf8.ValidString(err.Error()) {
-			t.Errorf("CheckKey(%q): the error is no UTF-8", key)
+			t.Errorf("CheckKey(%q): the error is not UTF-8", key)
 		}
 		plain := !strings.ContainsFunc(key, func(r rune) bool { return r < ' ' || r == 0x7f || r == '\\' })
 		want := plain && len(key) <= object.MaxKeyBytes && fs.ValidPath(key) && key != "."
@@ -36,14 +38,15 @@ func FuzzKey(f *testing.F) {
 			t.Fatalf("CheckKey(%q) = %v, want ok = %v", key, err, want)
 		}
 		if err == nil && (path.Clean(key) != key || path.IsAbs(key)) {
-			t.Errorf("%q is a key and no canonical path", key)
+			t.Errorf("%q is a valid key but not a canonical path", key)
 		}
 
 		if err := object.CheckPrefix(key + "/"); (err == nil) != want {
 			t.Errorf("CheckPrefix(%q) = %v, want ok = %v", key+"/", err, want)
 		}
 		prefixErr := object.CheckPrefix(key)
-		if trimmed, ok := strings.CutSuffix(key, "/"); prefixErr == nil && key != "" && (!ok || object.CheckKey(trimmed) != nil) {
+		if trimmed, ok := strings.CutSuffix(key, "/"); prefixErr == nil && key != "" &&
+			(!ok || object.CheckKey(trimmed) != nil) {
 			t.Errorf("CheckPrefix(%q) = nil", key)
 		}
 		if prefixErr != nil && !errors.Is(prefixErr, object.ErrInvalidKey) {
@@ -53,7 +56,7 @@ func FuzzKey(f *testing.F) {
 	})
 }
 
-// checkStore says whether a store takes what it should and nothing else.
+// checkStore checks that a store accepts valid keys and prefixes only.
 func checkStore(t *testing.T, key string, isKey, isPrefix bool) {
 	t.Helper()
 	ctx := t.Context()

@@ -6,15 +6,14 @@ import (
 	"unicode/utf8"
 )
 
-// Bounds on the text of a joined error.
+// Limits of the text of a joined error.
 const (
-	MaxJoined     = 8   // errors that it shows
+	MaxJoined     = 8   // errors with their text
 	maxJoinedText = 512 // bytes of each
 )
 
-// Join is [errors.Join] with a text of bounded length: that of the first few
-// errors, and how many more there are. All of them can be found by errors.Is and
-// errors.As.
+// Join is [errors.Join] with a text of bounded length: that of the first errors, and the
+// number of the others. errors.Is and errors.As find all of them.
 func Join(errs ...error) error {
 	j := &joined{}
 	for _, err := range errs {

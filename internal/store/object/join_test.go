@@ -21,14 +21,16 @@ func TestJoin(t *testing.T) {
 	for i := range 1000 {
 		errs = append(errs, numbered(i))
 	}
-	errs = append(errs, &object.DeleteError{Key: "k", Err: io.EOF}, fmt.Errorf("%s: %w", strings.Repeat("ä", 5000), io.ErrNoProgress))
+	errs = append(errs, &object.DeleteError{Key: "k", Err: io.EOF}, fmt.Errorf("%s: %w", strings.Repeat("ä", 5000),
+		io.ErrNoProgress))
 	err := object.Join(errs...)
-	for range 3 { // also when it is joined again
+	for range 3 { // also after another Join
 		if text := err.Error(); len(text) > 8*(512+4)+40 || !strings.Contains(text, "fs 0") {
 			t.Errorf("%d bytes: %q", len(text), text)
 		}
-		if d, ok := errors.AsType[*object.DeleteError](err); !ok || d.Key != "k" || !errors.Is(err, io.EOF) || !errors.Is(err, io.ErrNoProgress) {
-			t.Error("not all errors can be found")
+		if d, ok := errors.AsType[*object.DeleteError](err); !ok || d.Key != "k" || !errors.Is(err, io.EOF) ||
+			!errors.Is(err, io.ErrNoProgress) {
+			t.Error("not all errors are found")
 		}
 		err = object.Join(err, errors.Join(errs...), err)
 	}

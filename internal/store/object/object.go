@@ -1,13 +1,12 @@
-// Package object is the contract for the store that holds segment files and
-// manifests: a flat space of keys, each written whole.
+// Package object defines the contract of the store for segment files and manifests: a flat
+// space of keys, whose objects are written whole.
 //
-// [Store] is what snapshotd needs of an S3 bucket and no more. There are
-// implementations on a directory, on S3 and in memory; all pass the suite in
-// objecttest. [Faulty] wraps any of them.
+// [Store] is the subset of S3 that snapshotd needs. Implementations on a directory, on S3
+// and in memory pass the suite in objecttest. [Faulty] decorates any of them.
 //
-// A store cannot be fenced: a write or delete of a process thought dead may
-// land at any later time. So snapshotd never uses a key for two contents, and
-// never takes a decision to delete back.
+// A store cannot be fenced: a write or delete of a process that counts as dead may take
+// effect at any later time. Therefore snapshotd never uses a key for two contents, and never
+// revokes a decision to delete.
 package object
 
 import (
@@ -21,44 +20,43 @@ import (
 	"unicode/utf8"
 )
 
-// MaxKeyBytes is the longest key, S3's own bound.
+// MaxKeyBytes is the maximum length of a key, the limit of S3.
 const MaxKeyBytes = 1024
 
-// Errors that callers tell apart. Any other error wraps ErrUnavailable or the
-// context's error. Those, ErrFull, ErrDenied and ErrMisconfigured leave the outcome
-// of a write, copy or delete unknown.
+// Errors for callers to distinguish. Any other error wraps ErrUnavailable or the context's
+// error. After those, ErrFull, ErrDenied and ErrMisconfigured the result of a write, copy or
+// delete is unknown.
 var (
-	// ErrNotFound means that there is no object of that key.
+	// ErrNotFound means that no object has the key.
 	ErrNotFound = errors.New("object not found")
-	// ErrExists means that a conditional create found an object of that key.
-	// After a retry it may be the caller's own: read back and compare.
+	// ErrExists means that a conditional create found an object with the key. After a
+	// retry it may be the caller's own: read back and compare.
 	ErrExists = errors.New("object already exists")
-	// ErrSourceChanged means that the source of a copy is not the version that was
-	// asked for. To try again does not help.
+	// ErrSourceChanged means that the source of a copy is not the requested version. A
+	// retry fails as well.
 	ErrSourceChanged = errors.New("source object changed")
-	// ErrInvalidKey means that a key or prefix breaks the rules of [CheckKey].
+	// ErrInvalidKey means that a key or prefix violates the rules of [CheckKey].
 	ErrInvalidKey = errors.New("invalid object key")
-	// ErrUnavailable means that the store did not answer, or not usefully.
+	// ErrUnavailable means that the store sent no response, or an unusable one.
 	ErrUnavailable = errors.New("object store unavailable")
-	// ErrFull means that the store has no room for what is written. A [*FullError]
-	// in its chain names the place.
+	// ErrFull means that the store has no space for the write. A [*FullError] in its
+	// chain names the place.
 	ErrFull = errors.New("object store full")
-	// ErrDenied means that the store does not let these credentials do that. Where
-	// IsPassing holds as well, the same request may succeed minutes later.
+	// ErrDenied means that the credentials lack the permission. If IsPassing is true,
+	// the same request may succeed minutes later.
 	ErrDenied = errors.New("access denied by the object store")
-	// ErrMisconfigured means that the store is not what the configuration says,
-	// such as one without that bucket, in another region or of another clock, or
-	// that it lacks what is asked of it. To try again does not help, unless
-	// IsPassing holds as well.
+	// ErrMisconfigured means that the store contradicts the configuration, for example
+	// a missing bucket, another region or another clock, or that it lacks a feature. A
+	// retry fails as well, unless IsPassing is true.
 	ErrMisconfigured = errors.New("object store misconfigured")
 )
 
-// Passing returns kind, ErrDenied or ErrMisconfigured, with the same text and marked
-// as a refusal that may pass: its cause is outside of the request and can end while
-// the store is open. Examples are a token that has expired, a policy or a key of
-// encryption that is being replaced, a clock that is being set, and a server behind
-// the same address that does not know the bucket yet. A caller with much work behind
-// it tries again for some minutes; one that has just begun reports the error.
+// Passing returns kind, ErrDenied or ErrMisconfigured, with the same text and marked as a
+// temporary refusal: its cause is outside of the request and can end while the store is
+// open. Examples are an expired token, a policy or an encryption key that is being replaced,
+// a clock that is being corrected, and one of several servers that does not know the bucket
+// yet. Callers that have done much work retry for some minutes; callers that have just begun
+// report the error.
 func Passing(kind error) error { return passing{kind} }
 
 // IsPassing reports whether err wraps an error that Passing returned.
@@ -76,35 +74,34 @@ func (p passing) Unwrap() error { return p.kind }
 type Info struct {
 	Key     string
 	Size    int64     // bytes
-	ETag    string    // as the store gives it, without quotes; compare it with SameETag
+	ETag    string    // as returned by the store, without quotes; compare it with SameETag
 	ModTime time.Time // by the store's clock
 
-	// What follows Head alone delivers, and where the store knows it. Everywhere
-	// else it is zero, in lists above all.
+	// Only Head sets the following fields, if the store knows them. Other methods, in
+	// particular List, leave them zero.
 
-	// Checksum is that of the whole content: its type, a colon, and the store's
-	// text of it, as "CRC64NVME:AAAAAAAAAAA=". Empty: the store keeps none, or one
-	// of the parts alone.
+	// Checksum is the checksum of the whole content: its type, a colon, and the store's
+	// text, such as "CRC64NVME:AAAAAAAAAAA=". Empty: the store has none, or only one of
+	// the parts.
 	Checksum string
-	// SourceETag is the ETag of the object of which this is a copy in parts, as
-	// Copy has noted it. Empty: it is none.
+	// SourceETag is the ETag of the source of a copy in parts, as recorded by Copy.
+	// Empty for any other object.
 	SourceETag string
-	// OpaqueETag says that the ETag is no MD5 even if it looks like one, as that
-	// of an object under a key of KMS.
+	// OpaqueETag is set if the ETag is not an MD5 although it looks like one, as for
+	// objects encrypted by KMS.
 	OpaqueETag bool
 }
 
-// SameETag reports whether two ETags, neither of them empty, name the same
-// version of an object. All comparisons of a recorded ETag with one that a store
-// returns go through it: ETags are equal as text, or are those of a directory
-// store, whose earlier releases added the inode as a third part. That part is not
-// compared, since a copy of the directory has other inodes.
+// SameETag reports whether two non-empty ETags name the same version of an object. All
+// comparisons of a recorded ETag with one of a store use it: ETags are equal as text, or
+// belong to a directory store, whose earlier releases added the inode as a third part. That
+// part is ignored, since a copy of the directory has other inodes.
 func SameETag(a, b string) bool {
 	return a == b || withoutInode(a) == withoutInode(b)
 }
 
-// withoutInode removes the inode from an ETag of the form size-mtime-inode, all
-// in lower-case hex, and returns any other ETag as it is.
+// withoutInode removes the inode from an ETag of the form size-mtime-inode, all in
+// lower-case hex, and returns any other ETag unchanged.
 func withoutInode(etag string) string {
 	parts := strings.Split(etag, "-")
 	if len(parts) != 3 {
@@ -118,64 +115,64 @@ func withoutInode(etag string) string {
 	return parts[0] + "-" + parts[1]
 }
 
-// Store is a flat space of keys. All methods are safe for concurrent use. They
-// refuse an invalid key before they look at anything else, and do nothing when
-// their context is already over. No key may be another's directory, as "a" is
-// of "a/b": some implementations refuse it, with ErrInvalidKey.
+// Store is a flat space of keys. All methods are safe for concurrent use. They check keys
+// before anything else, and do nothing if their context has ended. No key may be the
+// directory of another, such as "a" of "a/b": some implementations refuse it with
+// ErrInvalidKey.
 type Store interface {
-	// Put writes body as key, replacing what was there. The object is durable
-	// and whole when Put returns, and never visible in part. Body is not kept.
+	// Put writes body as key, and replaces an existing object. The object is durable
+	// and complete when Put returns, and never partially visible. Put does not keep
+	// body.
 	Put(ctx context.Context, key string, body []byte) (Info, error)
-	// Create is Put for a key that must not exist, else ErrExists. Of several
-	// at once exactly one wins.
+	// Create is Put for a key that must not exist, else ErrExists. Exactly one of
+	// several concurrent creates succeeds.
 	Create(ctx context.Context, key string, body []byte) (Info, error)
-	// Get opens the object for reading from offset on, length bytes or, when
-	// length is negative, to its end. The caller closes the reader. An offset
-	// past the end reads as empty, one below zero is an error. The Info is that
-	// of the whole object, whatever part is read.
+	// Get opens the object for reading length bytes from offset, or to the end if
+	// length is negative. The caller closes the reader. An offset beyond the end reads
+	// as empty, a negative one is an error. The Info is always that of the whole
+	// object.
 	Get(ctx context.Context, key string, offset, length int64) (io.ReadCloser, Info, error)
-	// Head describes the object, with all that the store knows.
+	// Head returns all that the store knows about the object.
 	Head(ctx context.Context, key string) (Info, error)
-	// List yields the objects whose keys begin with prefix, in key order.
-	// The prefix is empty or ends in "/". An error ends the sequence. Writes and
-	// deletes that returned before the first object was asked for are seen,
-	// later ones may be.
+	// List yields the objects whose keys begin with prefix, in key order. The prefix is
+	// empty or ends in "/". An error ends the sequence. The list shows writes and
+	// deletes that returned before its start, and may show later ones.
 	List(ctx context.Context, prefix string) iter.Seq2[Info, error]
-	// Delete removes the objects; one that is not there counts as removed, and
-	// trouble with one does not keep it from the others. The error joins one
-	// *DeleteError per key that may still be there or is invalid.
+	// Delete deletes the objects. A missing object counts as deleted, and the failure
+	// of one key does not affect the others. The error joins one *DeleteError per key
+	// that is invalid or whose object may still exist.
 	Delete(ctx context.Context, keys ...string) error
-	// Copy makes To byte-equal to the version of From that the request pins,
-	// replacing what was there, and moves the bytes within the store. To is whole
-	// when Copy returns, never visible in part, and comes with the metadata and
-	// tags of From. The Info is what the store answered: its ETag is that of To,
-	// its Size the one that was asked for. The same request makes the same object,
-	// and the same ETag where ETags follow from the content.
+	// Copy makes To byte-equal to the requested version of From within the store, and
+	// replaces an existing object. To is complete when Copy returns, never partially
+	// visible, and has the metadata and tags of From. The Info has the ETag of To and
+	// the requested Size. The same request makes the same object, with the same ETag
+	// if ETags follow from the content.
 	//
-	// It is ErrNotFound when From does not exist and ErrSourceChanged when it has
-	// another ETag, by [SameETag]. Another size than the request says is ErrSourceChanged too, or
-	// goes unnoticed when the ETag is right and the object is not copied in parts.
+	// Copy returns ErrNotFound if From does not exist, and ErrSourceChanged if it has
+	// another ETag by [SameETag]. Another size than the requested one is an
+	// ErrSourceChanged too, or undetected if the ETag is right and the object is not
+	// copied in parts.
 	//
-	// After any other error To may have been written, and may yet be: a late copy
-	// writes the same bytes. Copy again, or see [ProvedEqual]. Of several copies to
-	// one key at once each succeeds or fails with ErrUnavailable. When Copy returns
-	// no upload of its own is open, unless the store could not be told so or did
-	// not tell of it; it takes up to half a minute more for that after its context
-	// is over. What a process that died left open AbortUploads finds.
+	// After any other error To may have been written, or be written later with the
+	// same bytes. Repeat the copy, or see [ProvedEqual]. Each of several concurrent
+	// copies to one key succeeds or fails with ErrUnavailable. When Copy returns, its
+	// uploads are closed, unless the store did not respond; for that it may take up to
+	// half a minute after the end of its context. AbortUploads closes the uploads of
+	// dead processes.
 	Copy(ctx context.Context, r CopyRequest) (Info, error)
-	// AbortUploads aborts the unfinished uploads to keys that begin with prefix,
-	// empty or ending in "/", and that were begun before a time by the store's
-	// clock, zero for all. It returns how many it has aborted, also with an error;
-	// trouble with one does not keep it from the others. An upload that is being
-	// completed may escape it; whoever loses one fails with ErrUnavailable, or
-	// begins another. A store whose writes leave nothing unfinished does nothing.
+	// AbortUploads aborts the incomplete uploads to keys with the prefix, which is
+	// empty or ends in "/", that were begun before a time by the store's clock, zero
+	// for all. It returns the number of aborted uploads, also with an error. The
+	// failure of one does not affect the others. It may miss an upload that is being
+	// completed. The writer of an aborted upload fails with ErrUnavailable, or begins
+	// another. Stores without uploads do nothing.
 	AbortUploads(ctx context.Context, prefix string, before time.Time) (int, error)
-	// Now returns the time by the store's own clock, with a precision of a
-	// second or better.
+	// Now returns the time by the store's clock, with a precision of at least a
+	// second.
 	Now(ctx context.Context) (time.Time, error)
 }
 
-// DeleteError says that one key could not be deleted.
+// DeleteError is the failure to delete one key.
 type DeleteError struct {
 	Key string
 	Err error
@@ -186,10 +183,10 @@ func (e *DeleteError) Error() string { return fmt.Sprintf("delete %s: %v", e.Key
 // Unwrap returns the cause.
 func (e *DeleteError) Unwrap() error { return e.Err }
 
-// FullError is [ErrFull] with the place that is full. The text holds no address.
+// FullError is [ErrFull] with the place that is full. Its text has no address.
 type FullError struct {
 	Place string // such as "directory /var/lib/snapshotd/objects"
-	Lacks string // such as "no space left on device", or a server's own words
+	Lacks string // such as "no space left on device", or a server's message
 }
 
 func (e *FullError) Error() string { return fmt.Sprintf("%v: %s: %s", ErrFull, e.Place, e.Lacks) }
@@ -197,17 +194,16 @@ func (e *FullError) Error() string { return fmt.Sprintf("%v: %s: %s", ErrFull, e
 // Unwrap returns ErrFull.
 func (e *FullError) Unwrap() error { return ErrFull }
 
-// ParseFull reads the text of a [FullError].
+// ParseFull parses the text of a [FullError].
 func ParseFull(text string) (*FullError, bool) {
 	rest, ok := strings.CutPrefix(text, ErrFull.Error()+": ")
 	place, lacks, found := strings.Cut(rest, ": ")
 	return &FullError{Place: place, Lacks: lacks}, ok && found
 }
 
-// CheckKey says whether key may be used: 1 to MaxKeyBytes bytes of UTF-8
-// without control characters or backslashes, relative, and in canonical form,
-// that is without empty, "." or ".." elements. The error wraps ErrInvalidKey
-// and says what is wrong.
+// CheckKey validates a key: 1 to MaxKeyBytes bytes of UTF-8 without control characters or
+// backslashes, relative, and in canonical form, that is without empty, "." or ".." elements.
+// The error wraps ErrInvalidKey and names the violation.
 func CheckKey(key string) error {
 	switch {
 	case key == "":
@@ -233,8 +229,7 @@ func CheckKey(key string) error {
 	return nil
 }
 
-// CheckPrefix says whether prefix may be listed: empty, or a valid key
-// followed by one slash.
+// CheckPrefix validates a prefix: empty, or a valid key followed by one slash.
 func CheckPrefix(prefix string) error {
 	if prefix == "" {
 		return nil

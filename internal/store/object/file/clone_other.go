@@ -7,5 +7,5 @@ import (
 	"os"
 )
 
-// clone makes target share the blocks of source, here never.
+// clone always fails: shared blocks are supported on Linux only.
 func clone(_, _ *os.File) error { return errors.ErrUnsupported }

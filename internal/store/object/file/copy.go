@@ -13,11 +13,11 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// copyStep is how many bytes are copied before the context is looked at again.
+// copyStep is the number of bytes that are copied between two checks of the context.
 const copyStep = 64 << 20
 
-// Copy implements [object.Store]. It does not copy in parts and notes no source:
-// that a target is equal is not to be proved, so a repeated copy is made anew.
+// Copy implements [object.Store]. It does not copy in parts and records no source: equality
+// of a target cannot be proved, so a repeat copies again.
 func (s *Store) Copy(ctx context.Context, r object.CopyRequest) (object.Info, error) {
 	if err := r.Check(); err != nil {
 		return object.Info{}, err
@@ -32,7 +32,7 @@ func (s *Store) Copy(ctx context.Context, r object.CopyRequest) (object.Info, er
 	if err != nil {
 		return object.Info{}, s.classify(op, r.To, s.missing(err))
 	}
-	defer func() { _ = source.Close() }() // it is only read
+	defer func() { _ = source.Close() }() // read only
 	if err := unchanged(r, source); err != nil {
 		return object.Info{}, s.classify(op, r.To, err)
 	}
@@ -40,12 +40,12 @@ func (s *Store) Copy(ctx context.Context, r object.CopyRequest) (object.Info, er
 		if err := copyContent(ctx, target, source, r.Size); err != nil {
 			return err
 		}
-		return unchanged(r, source) // by somebody who writes into files
+		return unchanged(r, source) // a foreign process may have modified the file
 	}
 	return s.write(ctx, op, r.To, fill, func(temp string) error { return s.replace(temp, r.To) })
 }
 
-// unchanged says whether an open file is the object that is to be copied.
+// unchanged returns nil if an open file is the requested version.
 func unchanged(r object.CopyRequest, source *os.File) error {
 	stat, err := source.Stat()
 	switch {
@@ -59,8 +59,8 @@ func unchanged(r object.CopyRequest, source *os.File) error {
 	return nil
 }
 
-// copyContent copies size bytes to a file that is empty: by sharing them, or
-// else within the kernel, or else through this process.
+// copyContent copies size bytes to an empty file: by shared blocks, else within the kernel,
+// else through this process.
 func copyContent(ctx context.Context, target, source *os.File, size int64) error {
 	if clone(target, source) == nil {
 		return ctx.Err()
@@ -81,8 +81,8 @@ func copyContent(ctx context.Context, target, source *os.File, size int64) error
 	return ctx.Err()
 }
 
-// AbortUploads implements [object.Store]: what a crash left unfinished, Open
-// removes.
+// AbortUploads implements [object.Store]. The store has no uploads; Open removes leftovers
+// of a crash.
 func (s *Store) AbortUploads(ctx context.Context, prefix string, _ time.Time) (int, error) {
 	if err := object.CheckPrefix(prefix); err != nil {
 		return 0, err

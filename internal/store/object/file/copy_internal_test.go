@@ -14,21 +14,21 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// endless is a context that is over when it has been asked so many times.
-type endless struct {
-	context.Context //nolint:containedctx // it is one
+// countdown is a context that ends after a number of calls of Err.
+type countdown struct {
+	context.Context //nolint:containedctx // a context
 	left            int
 }
 
-func (e *endless) Err() error {
+func (e *countdown) Err() error {
 	if e.left--; e.left < 0 {
 		return context.Canceled
 	}
 	return nil
 }
 
-// A copy that ends in the middle, or whose source is cut, leaves nothing.
-func TestCopyEndsInTheMiddle(t *testing.T) {
+// A canceled copy leaves no files.
+func TestCanceledCopy(t *testing.T) {
 	dir := t.TempDir()
 	s, err := Open(dir, Options{})
 	if err != nil {
@@ -42,44 +42,44 @@ func TestCopyEndsInTheMiddle(t *testing.T) {
 	r := object.CopyRequest{From: "a", To: "b/c", SourceETag: source.ETag, Size: source.Size}
 	ended := 0
 	for left := 0; ; left++ {
-		_, err := s.Copy(&endless{t.Context(), left}, r)
+		_, err := s.Copy(&countdown{t.Context(), left}, r)
 		if err == nil {
 			break
 		}
 		ended++
 		if !errors.Is(err, context.Canceled) {
-			t.Errorf("after %d looks: err = %v, want Canceled", left, err)
+			t.Errorf("after %d checks: err = %v, want Canceled", left, err)
 		}
 		if _, err := os.Stat(filepath.Join(dir, "b", "c")); !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("after %d looks there is a target, %v", left, err)
+			t.Errorf("after %d checks a target exists, %v", left, err)
 		}
 		entries, err := os.ReadDir(filepath.Join(dir, TempDir))
 		if err != nil || len(entries) != 0 {
-			t.Errorf("after %d looks: left %v, %v", left, entries, err)
+			t.Errorf("after %d checks: left %v, %v", left, entries, err)
 		}
 	}
 	if ended < 3 {
-		t.Errorf("the context was looked at %d times", ended)
+		t.Errorf("the context was checked %d times", ended)
 	}
 }
 
-// meddler is a context that changes the source when it is asked.
-type meddler struct {
-	context.Context //nolint:containedctx // it is one
+// modifier is a context that changes the source on a call of Err.
+type modifier struct {
+	context.Context //nolint:containedctx // a context
 	left            int
 	meddle          func()
 }
 
-func (m *meddler) Err() error {
+func (m *modifier) Err() error {
 	if m.left--; m.left == 0 {
 		m.meddle()
 	}
 	return nil
 }
 
-// A source that somebody writes to during the copy is not the one asked for. It
-// is looked at before the copy and after it.
-func TestCopyOfWhatChanges(t *testing.T) {
+// A source that is modified during the copy is not the requested version. It is checked
+// before and after the copy.
+func TestCopyOfChangingSource(t *testing.T) {
 	dir := t.TempDir()
 	s, err := Open(dir, Options{})
 	if err != nil {
@@ -95,7 +95,7 @@ func TestCopyOfWhatChanges(t *testing.T) {
 		if _, err := s.Put(t.Context(), "a", body); err != nil {
 			t.Fatal(err)
 		}
-		then := time.Now().Add(-time.Hour) // so that a write is at another time
+		then := time.Now().Add(-time.Hour) // so that a write changes the time
 		if err := os.Chtimes(filepath.Join(dir, "a"), then, then); err != nil {
 			t.Fatal(err)
 		}
@@ -103,7 +103,7 @@ func TestCopyOfWhatChanges(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ctx := &meddler{t.Context(), 4, func() {
+		ctx := &modifier{t.Context(), 4, func() {
 			f, err := os.OpenFile(filepath.Join(dir, "a"), os.O_RDWR, 0)
 			if err != nil {
 				t.Error(err)
@@ -115,7 +115,7 @@ func TestCopyOfWhatChanges(t *testing.T) {
 		}}
 		_, err = s.Copy(ctx, object.CopyRequest{From: "a", To: "b/c", SourceETag: source.ETag, Size: source.Size})
 		if ctx.left > 0 {
-			t.Errorf("%s: the context was not asked often enough to meddle", name)
+			t.Errorf("%s: the context was not checked often enough to change the source", name)
 		}
 		if !errors.Is(err, object.ErrSourceChanged) {
 			t.Errorf("%s: err = %v, want ErrSourceChanged", name, err)
@@ -127,8 +127,7 @@ func TestCopyOfWhatChanges(t *testing.T) {
 	}
 }
 
-// copyContent has no need of a file system that shares blocks, and says when
-// the source is shorter than it was.
+// copyContent works without shared blocks, and detects a source that has become shorter.
 func TestCopyContent(t *testing.T) {
 	file := func(name string, body []byte) *os.File {
 		f, err := os.OpenFile(filepath.Join(t.TempDir(), name), os.O_RDWR|os.O_CREATE, 0o600)
@@ -155,9 +154,10 @@ func TestCopyContent(t *testing.T) {
 			t.Errorf("%d bytes: copied %d, %v", size, len(got), err)
 		}
 	}
-	if clone(file("target", nil), file("source", body)) != nil { // or it is the whole file that is shared
-		if err := copyContent(t.Context(), file("target", nil), file("source", body), int64(len(body))+1); !errors.Is(err, object.ErrSourceChanged) {
-			t.Errorf("a source that is too short: err = %v, want ErrSourceChanged", err)
+	if clone(file("target", nil), file("source", body)) != nil { // else the whole file is shared
+		if err := copyContent(t.Context(), file("target", nil), file("source", body), int64(len(body))+1); !errors.Is(err,
+			object.ErrSourceChanged) {
+			t.Errorf("a short source: err = %v, want ErrSourceChanged", err)
 		}
 	}
 }

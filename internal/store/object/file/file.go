@@ -1,52 +1,48 @@
 //go:build unix
 
-// Package file is an [object.Store] on a directory: an object is a regular file
-// whose path below the directory is its key. It is the default for one process
-// on one machine.
+// Package file implements [object.Store] on a directory: an object is a regular file whose
+// path below the directory is its key. It is the default for one process on one machine.
 //
-// A body is written to a temporary file in [TempDir], synced, and then renamed
-// (Put) or hard-linked (Create) to its name, so that an object is never visible
-// in part. The directory, and parents that had to be made, are synced before a
-// write returns. The file system must have hard links. A copy is written in the
-// same way; it shares its blocks with the source where the file system can.
+// A body is written to a temporary file in [TempDir], synced, and then renamed (Put) or
+// hard-linked (Create) to its name, so that an object is never partially visible. The
+// directory and newly created parents are synced before a write returns. The file system
+// must have hard links. Copies are written in the same way, and share their blocks with the
+// source if the file system supports it.
 //
-// An ETag is made of a file's size and modification time in nanoseconds, and of
-// nothing that a copy of the directory with its times (cp -a, rsync -a) changes.
-// ETags of earlier releases have the inode as a third part, which
-// [object.SameETag] passes over. What the store itself writes has a time of its
-// own, however coarse the clock is: see [Store.stamp]. What others write over a
-// file goes unnoticed when size and time stay the same, as when they write twice
-// in one tick of the file system's clock.
+// An ETag consists of a file's size and modification time in nanoseconds. Copies of the
+// directory that keep the times (cp -a, rsync -a) have the same ETags. ETags of earlier
+// releases have the inode as a third part, which [object.SameETag] ignores. Each write of
+// the store has a unique time, regardless of the clock's resolution: see [Store.stamp]. A
+// foreign write with the same size and time is undetected, for example two writes in one
+// tick of the file system's clock.
 //
-// What a directory cannot do and S3 can: an element of a key longer than 255
-// bytes, and two objects one of whose keys is a directory of the other's, as
-// "a" and "a/b". Both are refused with an error that wraps
-// [object.ErrInvalidKey]. Directories come with their first object and go with
-// their last.
+// Limits that S3 does not have: an element of a key has at most 255 bytes, and no key may
+// be the directory of another, such as "a" and "a/b". Both are refused with an error that
+// wraps [object.ErrInvalidKey]. Directories are created with their first object and removed
+// with their last.
 //
-// Nothing outside the directory is reached, whatever symbolic links it holds.
-// Links, devices and files whose names are no valid keys are not objects: Head
-// does not find them and List passes over them.
+// The store accesses nothing outside of the directory, regardless of symbolic links in it.
+// Links, devices and files with invalid keys as names are not objects: Head does not find
+// them and List skips them.
 //
-// A directory is opened for one process, the default, or shared by any number of
-// processes, which then sync the directories above what they write, each time:
-// one of them cannot know which directory another has made and not synced yet. A
-// lock on [TempDir] for as long as the store is open keeps the two ways apart
-// ([ErrInUse]), on file systems that have locks.
+// A directory is opened by one process, the default, or shared by any number of processes.
+// The latter sync all parent directories of each write: a process cannot know whether
+// another one has created a directory and not synced it yet. A lock on [TempDir] while the
+// store is open excludes a mix of both modes ([ErrInUse]), on file systems with locks.
 //
-// A directory may be removed, moved away or replaced while the store is open, and a
-// file system unmounted and mounted again. Once a second a call compares the
-// directory that is open with the one that has its path:
+// A directory may be removed, moved or replaced while the store is open, and a file system
+// may be unmounted and mounted again. Once a second a call compares the open directory with
+// the one at its path:
 //
-//	at its path there is          | a call
-//	the directory that is open    | goes on
-//	nothing, or no answer         | ends with ErrUnavailable, and the next looks again
-//	a directory with another      | likewise: a mount point may be empty for a while
-//	mark, or with none            |
-//	a directory with that mark    | works on that one from then on
+//	at the path                   | the call
+//	the open directory            | continues
+//	nothing, or no reply          | fails with ErrUnavailable; the next call compares again
+//	a directory with another      | likewise: a mount point may be empty temporarily
+//	mark, or without a mark       |
+//	a directory with that mark    | uses that directory from now on
 //
-// "Not found" is an answer of a directory that exists. Of one that was removed
-// nothing is known, and the call ends with ErrUnavailable.
+// "Not found" requires an existing directory. If the directory was removed, its objects are
+// unknown, and the call fails with ErrUnavailable.
 package file
 
 import (
@@ -71,36 +67,33 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// TempDir is the directory inside a store where bodies are written before they
-// get their names. It is no part of the key space: a key or prefix that begins
-// with it is invalid, and List does not show it.
+// TempDir is the directory inside a store for temporary files. It is not part of the key
+// space: keys and prefixes that begin with it are invalid, and List omits it.
 const TempDir = ".snapshotd-tmp"
 
-// ErrInUse means that another store is open on the directory, and that one of the
+// ErrInUse means that another store is open on the directory, and that at least one of the
 // two is not shared.
 var ErrInUse = errors.New("object store directory in use")
 
 const (
 	fileMode = 0o640
 	dirMode  = 0o750
-	// maxRaces bounds how often a write makes its directory again after a
-	// Delete has pruned it. More than a few means that something else is wrong,
-	// such as a store directory that was itself removed.
+	// maxRaces bounds how often a write recreates a directory that a concurrent Delete
+	// has pruned. More than a few races indicate another failure, such as the removal
+	// of the store's directory.
 	maxRaces = 100
 )
 
 // Options configure a store.
 type Options struct {
-	// StaleAfter is the age at which Open takes a temporary file for one that a
-	// crash left behind, and removes it. Default: 24 hours.
+	// StaleAfter is the age at which Open removes temporary files as leftovers of a
+	// crash. Default: 24 hours.
 	StaleAfter time.Duration
-	// Shared says that other processes may write to the directory as well, all of
-	// them with Shared. Default: the store has the directory for itself, else Open
-	// fails with ErrInUse.
+	// Shared allows other processes with Shared to write to the directory. Default: the
+	// store is exclusive, and Open fails with ErrInUse if another one is open.
 	Shared bool
-	// Mark is the key of an object that no other store has with the same content. A
-	// directory that takes the place of the one that was opened is used when its mark
-	// is equal. Default: none, so no other directory is used.
+	// Mark is the key of an object with unique content. A replacement of the open
+	// directory is used if its mark is equal. Default: none, so no replacement is used.
 	Mark string
 }
 
@@ -109,28 +102,28 @@ type Store struct {
 	o     Options
 	path  string // of the directory, absolute
 	tree  atomic.Pointer[tree]
-	names string        // makes this process's temporary names its own
-	count atomic.Uint64 // makes them differ from each other
+	names string        // prefix of this process's temporary names
+	count atomic.Uint64 // suffix of temporary names
 
-	lookMu    sync.Mutex
-	lookEvery time.Duration
-	looked    atomic.Int64 // when current last found the directory at its path, as Unix nanoseconds
-	mark      []byte       // the content of Options.Mark; nil: not known yet
+	verifyMu    sync.Mutex
+	verifyEvery time.Duration
+	verified    atomic.Int64 // Unix nanoseconds when current last found the directory at its path
+	mark        []byte       // the content of Options.Mark; nil: unknown
 
-	// dirs orders the giving of names against the making of directories: a name
-	// is given under a read lock, a directory made and its parent synced under
-	// a write lock. So whoever finds a directory knows that it is durable.
-	// Pruning takes no lock: a write that loses its directory makes it again.
+	// dirs orders the naming of files and the creation of directories: files are named
+	// under a read lock, directories are created and their parents synced under a write
+	// lock. So an existing directory is durable. Pruning takes no lock: a write that
+	// loses its directory recreates it.
 	dirs sync.RWMutex
 
 	stampMu   sync.Mutex
-	lastStamp time.Time // of the file that was stamped last
+	lastStamp time.Time // the last stamp
 }
 
 var _ object.Store = (*Store)(nil)
 
-// Open returns the store on dir, which it creates if need be, and removes stale
-// temporary files. Close it after use.
+// Open returns the store on dir, which it creates if necessary, and removes stale temporary
+// files. Call Close after use.
 func Open(dir string, o Options) (*Store, error) {
 	if o.StaleAfter == 0 {
 		o.StaleAfter = 24 * time.Hour
@@ -142,7 +135,7 @@ func Open(dir string, o Options) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open object store: %w", err)
 	}
-	s := &Store{o: o, path: path, names: rand.Text(), lookEvery: lookEvery}
+	s := &Store{o: o, path: path, names: rand.Text(), verifyEvery: verifyEvery}
 	t, err := s.openTree()
 	if err != nil {
 		return nil, fmt.Errorf("open object store %s: %w", dir, err)
@@ -151,14 +144,14 @@ func Open(dir string, o Options) (*Store, error) {
 	if t.lock != nil {
 		err = s.prepareTemp(o.StaleAfter)
 	}
-	if err != nil && !errors.Is(err, object.ErrDenied) { // one that may only be read is read
+	if err != nil && !errors.Is(err, object.ErrDenied) { // a read-only directory is usable
 		return nil, errors.Join(fmt.Errorf("open object store %s: %w", dir, err), s.Close())
 	}
 	return s, nil
 }
 
-// acquire makes TempDir and locks it, exclusively unless the store is shared. A
-// directory that may only be read and has no TempDir is not locked.
+// acquire creates TempDir and locks it, exclusively unless the store is shared. A read-only
+// directory without TempDir is not locked.
 func (s *Store) acquire(t *tree) error {
 	made := t.root.Mkdir(TempDir, dirMode)
 	if errors.Is(made, fs.ErrExist) {
@@ -182,7 +175,7 @@ func (s *Store) acquire(t *tree) error {
 	case errors.Is(err, unix.EWOULDBLOCK):
 		return fmt.Errorf("%w: another process has it open", ErrInUse)
 	case errors.Is(err, unix.EBADF), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOLCK),
-		errors.Is(err, unix.ENOSYS), errors.Is(err, unix.ENOTSUP): // a file system without locks of directories
+		errors.Is(err, unix.ENOSYS), errors.Is(err, unix.ENOTSUP): // no locks of directories
 		return nil
 	default:
 		return err
@@ -191,8 +184,8 @@ func (s *Store) acquire(t *tree) error {
 
 // Close releases the directory. Readers that Get returned stay valid.
 func (s *Store) Close() error {
-	s.lookMu.Lock()
-	defer s.lookMu.Unlock()
+	s.verifyMu.Lock()
+	defer s.verifyMu.Unlock()
 	return s.tree.Load().close()
 }
 
@@ -225,7 +218,7 @@ func (s *Store) Put(ctx context.Context, key string, body []byte) (object.Info, 
 	return s.write(ctx, "put", key, fillWith(body), func(temp string) error { return s.replace(temp, key) })
 }
 
-// replace gives the temporary file the name key, whatever has it.
+// replace renames the temporary file to key, and replaces an existing file.
 func (s *Store) replace(temp, key string) error {
 	err := s.root().Rename(temp, key)
 	if errors.Is(err, fs.ErrExist) || errors.Is(err, unix.EISDIR) {
@@ -249,7 +242,7 @@ func (s *Store) Create(ctx context.Context, key string, body []byte) (object.Inf
 			return err
 		}
 		switch info, err := s.root().Lstat(key); {
-		case err != nil: // if it is gone by now, install tries again
+		case err != nil: // install retries if the file was removed meanwhile
 			return err
 		case info.IsDir():
 			return fmt.Errorf("%w: it is a directory", object.ErrInvalidKey)
@@ -258,8 +251,10 @@ func (s *Store) Create(ctx context.Context, key string, body []byte) (object.Inf
 	})
 }
 
-// write makes a temporary file that fill fills and has name give it its name.
-func (s *Store) write(ctx context.Context, op, key string, fill func(*os.File) error, name func(temp string) error) (object.Info, error) {
+// write creates a temporary file, writes it by fill, and names it by name.
+func (s *Store) write(
+	ctx context.Context, op, key string, fill func(*os.File) error, name func(temp string) error,
+) (object.Info, error) {
 	if err := s.check(ctx, key); err != nil {
 		return object.Info{}, err
 	}
@@ -267,7 +262,7 @@ func (s *Store) write(ctx context.Context, op, key string, fill func(*os.File) e
 	if err == nil {
 		err = s.install(ctx, key, func() error { return name(temp) })
 	}
-	if temp != "" { // gone after a rename, and of no use otherwise
+	if temp != "" { // absent after a rename, else unused
 		_ = s.unlink(temp, 0)
 	}
 	if err != nil {
@@ -276,8 +271,8 @@ func (s *Store) write(ctx context.Context, op, key string, fill func(*os.File) e
 	return describe(key, stat), nil
 }
 
-// writeTemp has fill fill a new temporary file and makes it durable. The name is
-// set if there is a file to remove, even with an error.
+// writeTemp writes a new temporary file by fill and syncs it. The name is not empty if there
+// is a file to remove, also with an error.
 func (s *Store) writeTemp(fill func(*os.File) error) (name string, stat fs.FileInfo, err error) {
 	name = fmt.Sprintf("%s/%s-%d", TempDir, s.names, s.count.Add(1))
 	f, err := s.root().OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, fileMode)
@@ -297,14 +292,13 @@ func (s *Store) writeTemp(fill func(*os.File) error) (name string, stat fs.FileI
 	return name, stat, errors.Join(err, f.Close())
 }
 
-// sameTick is how far ahead of the file system's clock a stamp may be. A larger
-// distance is a clock that was set back.
+// sameTick is the maximum distance of a stamp ahead of the file system's clock. A larger
+// distance means that the clock was set back.
 const sameTick = time.Second
 
-// stamp gives a complete temporary file a modification time that no other file
-// has that this store wrote: a nanosecond after the last one, when the clock has
-// not moved on since. So an object that is replaced gets another ETag even when
-// its size stays the same.
+// stamp gives a complete temporary file a modification time that is unique among the files
+// of this store: a nanosecond after the last one if the clock has not advanced. So a
+// replaced object gets another ETag even with the same size.
 func (s *Store) stamp(name string, f *os.File) error {
 	stat, err := f.Stat()
 	if err != nil {
@@ -324,8 +318,8 @@ func (s *Store) stamp(name string, f *os.File) error {
 	return s.root().Chtimes(name, time.Time{}, stamp)
 }
 
-// install calls name, which gives a file the name key, in a directory that
-// exists and stays, and makes the name durable.
+// install calls name, which names a file key, in an existing directory, and makes the name
+// durable. It recreates the directory if it is pruned concurrently.
 func (s *Store) install(ctx context.Context, key string, name func() error) error {
 	dir := path.Dir(key)
 	for range maxRaces {
@@ -348,14 +342,14 @@ func (s *Store) install(ctx context.Context, key string, name func() error) erro
 			return err
 		}
 	}
-	return fmt.Errorf("directory %s keeps vanishing", dir)
+	return fmt.Errorf("directory %s is removed repeatedly", dir)
 }
 
-// syncUp makes an object's name in dir durable and, in a shared store, the names
-// of dir and of all directories above it.
+// syncUp makes an object's name in dir durable, and in a shared store also the names of dir
+// and of its parents.
 func (s *Store) syncUp(dir string) error {
 	for {
-		// A directory that is gone was pruned, and so this object deleted.
+		// A missing directory was pruned after the delete of this object.
 		if err := s.sync(dir); err != nil && !isGone(err) {
 			return err
 		}
@@ -366,8 +360,8 @@ func (s *Store) syncUp(dir string) error {
 	}
 }
 
-// makeDir makes dir and what it lies in durably. That dir may be gone again on
-// return does not matter to install.
+// makeDir creates dir and its parents durably. install handles the case that dir is removed
+// again before the return.
 func (s *Store) makeDir(dir string) error {
 	s.dirs.Lock()
 	defer s.dirs.Unlock()
@@ -381,8 +375,8 @@ func (s *Store) makeDir(dir string) error {
 			if err := s.sync(path.Dir(part)); err != nil && !isGone(err) {
 				return err
 			}
-		case errors.Is(err, fs.ErrExist): // a file in its place: name finds out
-		case errors.Is(err, fs.ErrNotExist): // pruned meanwhile: install tries again
+		case errors.Is(err, fs.ErrExist): // name detects a file in its place
+		case errors.Is(err, fs.ErrNotExist): // pruned meanwhile: install retries
 			return nil
 		case errors.Is(err, unix.ENOTDIR):
 			return fmt.Errorf("%w: a part of its path is an object", object.ErrInvalidKey)
@@ -410,7 +404,7 @@ func (s *Store) Get(ctx context.Context, key string, offset, length int64) (io.R
 		err = object.ErrNotFound
 	}
 	if err != nil {
-		_ = f.Close() // it was only read
+		_ = f.Close() // read only
 		return nil, object.Info{}, s.classify("get", key, err)
 	}
 	info := describe(key, stat)
@@ -421,8 +415,8 @@ func (s *Store) Get(ctx context.Context, key string, offset, length int64) (io.R
 	return &reader{Reader: io.NewSectionReader(f, offset, min(length, info.Size-offset)), file: f}, info, nil
 }
 
-// reader reads a part of a file. An object's file is never written to, so what
-// it reads is one version even while the key is replaced or deleted.
+// reader reads a part of a file. An object's file is never modified, so the content is one
+// version even while the key is replaced or deleted.
 type reader struct {
 	io.Reader
 	file *os.File
@@ -445,8 +439,8 @@ func (s *Store) Head(ctx context.Context, key string) (object.Info, error) {
 	return describe(key, stat), nil
 }
 
-// List implements [object.Store]. It holds one directory of each level in
-// memory. Objects written or deleted meanwhile may or may not be seen.
+// List implements [object.Store]. It keeps the entries of one directory per level in
+// memory. It may or may not show concurrent writes and deletes.
 func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[object.Info, error] {
 	return func(yield func(object.Info, error) bool) {
 		err := object.CheckPrefix(prefix)
@@ -467,8 +461,8 @@ func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[object.Info, 
 	}
 }
 
-// list yields the objects below prefix until yield returns false, and says
-// whether it never did.
+// list yields the objects below prefix until yield returns false. It returns more false if
+// yield did.
 func (s *Store) list(ctx context.Context, prefix string, yield func(object.Info) bool) (more bool, err error) {
 	if err := ctx.Err(); err != nil {
 		return false, err
@@ -483,12 +477,12 @@ func (s *Store) list(ctx context.Context, prefix string, yield func(object.Info)
 	if err != nil {
 		return false, s.classify("list", prefix, err)
 	}
-	// By name alone "a/b" would come before "a-b", since "a" does.
+	// Sorted by plain names, "a/b" would precede "a-b", because "a" does.
 	slices.SortFunc(entries, func(a, b fs.DirEntry) int { return strings.Compare(sortName(a), sortName(b)) })
 	for _, e := range entries {
 		key := prefix + e.Name()
 		if err := check(ctx, key); errors.Is(err, object.ErrInvalidKey) {
-			continue // somebody else's file, or TempDir
+			continue // a foreign file, or TempDir
 		} else if err != nil {
 			return false, err
 		}
@@ -560,12 +554,12 @@ func (s *Store) isDir(key string) bool {
 	return err == nil && stat.IsDir()
 }
 
-// prune removes dir and then its parents as long as they are empty, and
-// returns the first that stays.
+// prune removes dir and its parents while they are empty, and returns the first that
+// remains.
 func (s *Store) prune(dir string) string {
 	for dir != "." {
-		// Rmdir, and never a removal of whatever has the name: by now it may be
-		// an object. One that is gone already may have been pruned by another.
+		// Remove directories only: the name may have become an object. A missing
+		// directory may have been pruned concurrently.
 		if err := s.unlink(dir, unix.AT_REMOVEDIR); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return dir
 		}
@@ -574,9 +568,9 @@ func (s *Store) prune(dir string) string {
 	return dir
 }
 
-// Now implements [object.Store]: the file system's clock, which is the one that
-// sets modification times. It sets that of [TempDir], which needs no inode, so
-// that a full store still has a clock.
+// Now implements [object.Store] by the file system's clock, which sets modification times.
+// It sets the modification time of [TempDir], which works in a full store as it needs no
+// inode.
 func (s *Store) Now(ctx context.Context) (time.Time, error) {
 	if err := ctx.Err(); err != nil {
 		return time.Time{}, err
@@ -596,8 +590,8 @@ func (s *Store) Now(ctx context.Context) (time.Time, error) {
 	return stat.ModTime(), nil
 }
 
-// unlink removes the file, or with unix.AT_REMOVEDIR the empty directory, of
-// that name. Unlike [os.Root.Remove] it never takes one for the other.
+// unlink removes a file, or with unix.AT_REMOVEDIR an empty directory. Unlike
+// [os.Root.Remove] it never removes the other kind.
 func (s *Store) unlink(name string, flags int) error {
 	dir, err := s.root().Open(path.Dir(name))
 	if err != nil {
@@ -607,8 +601,8 @@ func (s *Store) unlink(name string, flags int) error {
 	return errors.Join(err, dir.Close())
 }
 
-// openFile opens the file of that name for reading. It fails on a symbolic
-// link and does not block on a pipe.
+// openFile opens a file for reading. It fails for a symbolic link and does not block on a
+// pipe.
 func (s *Store) openFile(name string) (*os.File, error) {
 	dir, err := s.root().Open(path.Dir(name))
 	if err != nil {
@@ -630,7 +624,7 @@ func (s *Store) readDir(name string) ([]fs.DirEntry, error) {
 	return entries, errors.Join(err, dir.Close())
 }
 
-// sync makes durable which names the directory holds.
+// sync makes the entries of the directory durable.
 func (s *Store) sync(name string) error {
 	dir, err := s.root().Open(name)
 	if err != nil {
@@ -639,7 +633,7 @@ func (s *Store) sync(name string) error {
 	return errors.Join(dir.Sync(), dir.Close())
 }
 
-// check says whether key may be used in this store, and whether ctx is over.
+// check returns an error if key is invalid in this store or if ctx has ended.
 func check(ctx context.Context, key string) error {
 	if err := object.CheckKey(key); err != nil {
 		return err
@@ -650,7 +644,7 @@ func check(ctx context.Context, key string) error {
 	return ctx.Err()
 }
 
-// describe makes an Info.
+// describe returns the Info of a file.
 func describe(key string, stat fs.FileInfo) object.Info {
 	return object.Info{
 		Key:     key,
@@ -660,8 +654,8 @@ func describe(key string, stat fs.FileInfo) object.Info {
 	}
 }
 
-// isGone says whether err means that there is nothing of the name asked for,
-// be it that what should be a directory on the way is a file.
+// isGone reports whether err means that the name does not exist, which includes that a part
+// of its path is a file.
 func isGone(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR)
 }

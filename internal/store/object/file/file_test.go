@@ -27,9 +27,8 @@ func TestSharedContract(t *testing.T) {
 	objecttest.Run(t, func(t *testing.T) object.Store { return openWith(t, t.TempDir(), file.Options{Shared: true}) })
 }
 
-// TestOneProcess opens a directory twice: as one that is not shared only when the
-// other is closed.
-func TestOneProcess(t *testing.T) {
+// TestExclusive opens a directory twice: without Shared only after the other is closed.
+func TestExclusive(t *testing.T) {
 	dir := t.TempDir()
 	for _, c := range []struct{ first, second, works bool }{
 		{false, false, false}, {false, true, false}, {true, false, false}, {true, true, true},
@@ -94,7 +93,7 @@ func keys(t *testing.T, s object.Store) string {
 	return strings.Join(keys, " ")
 }
 
-func TestObjectsOutliveTheStore(t *testing.T) {
+func TestReopen(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "made", "by", "open")
 	first := openWith(t, dir, file.Options{Shared: true})
 	want, err := first.Put(t.Context(), "a/b", []byte("x"))
@@ -103,14 +102,14 @@ func TestObjectsOutliveTheStore(t *testing.T) {
 	}
 	second := openWith(t, dir, file.Options{Shared: true})
 	if got, err := second.Head(t.Context(), "a/b"); err != nil || got != want {
-		t.Errorf("after opening again: %+v, err = %v; want %+v", got, err, want)
+		t.Errorf("after reopening: %+v, err = %v; want %+v", got, err, want)
 	}
 	if data, err := os.ReadFile(filepath.Join(dir, "a", "b")); err != nil || string(data) != "x" {
 		t.Errorf("the file holds %q, err = %v", data, err)
 	}
 }
 
-func TestKeysThatConflict(t *testing.T) {
+func TestConflictingKeys(t *testing.T) {
 	s := open(t, t.TempDir())
 	put(t, s, "a/b/c")
 	put(t, s, "f")
@@ -158,7 +157,7 @@ func TestTempDirIsReserved(t *testing.T) {
 	}
 }
 
-func TestNothingIsLeft(t *testing.T) {
+func TestNoLeftovers(t *testing.T) {
 	dir := t.TempDir()
 	s := open(t, dir)
 	put(t, s, "a/b/c")
@@ -192,8 +191,8 @@ func TestNothingIsLeft(t *testing.T) {
 	}
 }
 
-// copyAll makes copies that succeed, that are refused and that end, and removes
-// the only one that is there then.
+// copyAll makes copies that succeed, are refused, and are canceled, and deletes the only
+// resulting object.
 func copyAll(t *testing.T, s *file.Store) {
 	t.Helper()
 	info, err := s.Head(t.Context(), "a/b/c")
@@ -204,7 +203,8 @@ func copyAll(t *testing.T, s *file.Store) {
 	if _, err := s.Copy(t.Context(), r); err != nil {
 		t.Fatal(err)
 	}
-	for to, want := range map[string]error{"x": object.ErrInvalidKey, "x/y/z": object.ErrInvalidKey, file.TempDir + "/x": object.ErrInvalidKey} {
+	for to, want := range map[string]error{"x": object.ErrInvalidKey, "x/y/z": object.ErrInvalidKey,
+		file.TempDir + "/x": object.ErrInvalidKey} {
 		r.To = to
 		if _, err := s.Copy(t.Context(), r); !errors.Is(err, want) {
 			t.Errorf("copy to %s: err = %v, want %v", to, err, want)
@@ -219,7 +219,7 @@ func copyAll(t *testing.T, s *file.Store) {
 	}
 }
 
-// copyDir copies a directory as cp -a does: other inodes, the same times.
+// copyDir copies a directory like cp -a, with the same times and other inodes.
 func copyDir(t *testing.T, to, from string) {
 	t.Helper()
 	if err := os.CopyFS(to, os.DirFS(from)); err != nil {
@@ -239,8 +239,8 @@ func copyDir(t *testing.T, to, from string) {
 	}
 }
 
-// TestCopiedDirectory has a copy of a store's directory know every version that
-// was recorded of the first one, also as earlier releases recorded it.
+// TestCopiedDirectory shows that a copy of a store's directory has the ETags of the original,
+// also those recorded by earlier releases.
 func TestCopiedDirectory(t *testing.T) {
 	dir, moved := t.TempDir(), filepath.Join(t.TempDir(), "moved")
 	first := open(t, dir)
@@ -260,19 +260,19 @@ func TestCopiedDirectory(t *testing.T) {
 			t.Errorf("a copy pinned to ETag %s: %v", etag, err)
 		}
 	}
-	// A file that was touched is another version.
+	// A touched file is another version.
 	now := time.Now()
 	if err := os.Chtimes(filepath.Join(moved, "a", "b"), now, now); err != nil {
 		t.Fatal(err)
 	}
 	r := object.CopyRequest{From: "a/b", To: "c/d", SourceETag: source.ETag, Size: source.Size}
 	if _, err := second.Copy(t.Context(), r); !errors.Is(err, object.ErrSourceChanged) {
-		t.Errorf("of a file that was touched: err = %v, want ErrSourceChanged", err)
+		t.Errorf("a touched file: err = %v, want ErrSourceChanged", err)
 	}
 }
 
-// TestOverwritesDiffer replaces an object faster than the clock of the file
-// system ticks, each time with one of the same size.
+// TestOverwritesDiffer replaces an object within one tick of the file system's clock, each
+// time with the same size.
 func TestOverwritesDiffer(t *testing.T) {
 	s := open(t, t.TempDir())
 	seen := map[string]bool{}
@@ -284,7 +284,7 @@ func TestOverwritesDiffer(t *testing.T) {
 				info, err := s.Put(t.Context(), fmt.Sprintf("k/%d", w%2), []byte{byte(i)})
 				mu.Lock()
 				if err != nil || seen[info.ETag] {
-					t.Errorf("%+v, %v: the ETag was there before", info, err)
+					t.Errorf("%+v, %v: duplicate ETag", info, err)
 				}
 				seen[info.ETag] = true
 				mu.Unlock()
@@ -302,8 +302,8 @@ func TestOverwritesDiffer(t *testing.T) {
 	}
 }
 
-// TestCopyIsIndependent writes into the file of a source, as no store does, and
-// asks for a copy of what links point to.
+// TestCopyIsIndependent modifies the file of a source in place, which no store does, and
+// copies from links.
 func TestCopyIsIndependent(t *testing.T) {
 	dir := t.TempDir()
 	s := open(t, dir)
@@ -337,10 +337,10 @@ func TestCopyIsIndependent(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got, err := os.ReadFile(filepath.Join(dir, "b", "c")); err != nil || string(got) != body {
-		t.Errorf("the copy holds %d bytes that are not its source's, %v", len(got), err)
+		t.Errorf("the copy has %d bytes that differ from its source, %v", len(got), err)
 	}
 	if _, err := s.Copy(t.Context(), r); !errors.Is(err, object.ErrSourceChanged) {
-		t.Errorf("of a file that was written to: err = %v, want ErrSourceChanged", err)
+		t.Errorf("a modified file: err = %v, want ErrSourceChanged", err)
 	}
 
 	if err := os.Symlink("a", filepath.Join(dir, "link")); err != nil {
@@ -348,11 +348,11 @@ func TestCopyIsIndependent(t *testing.T) {
 	}
 	r.From = "link"
 	if _, err := s.Copy(t.Context(), r); !errors.Is(err, object.ErrNotFound) {
-		t.Errorf("of a link: err = %v, want ErrNotFound", err)
+		t.Errorf("a link: err = %v, want ErrNotFound", err)
 	}
 	r.From = "b"
 	if _, err := s.Copy(t.Context(), r); !errors.Is(err, object.ErrNotFound) {
-		t.Errorf("of a directory: err = %v, want ErrNotFound", err)
+		t.Errorf("a directory: err = %v, want ErrNotFound", err)
 	}
 }
 
@@ -384,7 +384,7 @@ func TestOpenRemovesStaleTempFiles(t *testing.T) {
 	}
 	closed(t, dir)
 	if _, err := os.Stat(filepath.Join(temp, "old")); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("the old file: err = %v, want it gone", err)
+		t.Errorf("the old file: err = %v, want ErrNotExist", err)
 	}
 	if _, err := os.Stat(filepath.Join(temp, "young")); err != nil {
 		t.Errorf("the young file: %v", err)
@@ -431,14 +431,14 @@ func TestNoEscape(t *testing.T) {
 	if got := keys(t, s); got != "real" {
 		t.Errorf("objects: %s", got)
 	}
-	put(t, s, "file") // replaces the link, not what it points to
+	put(t, s, "file") // replaces the link, not its target
 	if data, err := os.ReadFile(secret); err != nil || string(data) != "secret" {
 		t.Errorf("the file outside holds %q, err = %v", data, err)
 	}
 }
 
-// TestDeleteSparesObjects has deletes prune directories while others use the
-// same names for objects.
+// TestDeleteSparesObjects deletes and prunes directories while other calls use the same names
+// for objects.
 func TestDeleteSparesObjects(t *testing.T) {
 	s := open(t, t.TempDir())
 	var wg sync.WaitGroup
@@ -454,11 +454,11 @@ func TestDeleteSparesObjects(t *testing.T) {
 					t.Errorf("Put %s: %v", below, err)
 				}
 				if w > 0 {
-					continue // only one owns the name itself
+					continue // only one worker uses the name itself
 				}
 				if _, err := s.Create(t.Context(), "n", nil); err == nil {
 					if _, err := s.Head(t.Context(), "n"); err != nil {
-						t.Errorf("round %d: an object that nobody deleted: %v", i, err)
+						t.Errorf("round %d: a lost object: %v", i, err)
 					}
 					if err := s.Delete(t.Context(), "n"); err != nil {
 						t.Error(err)

@@ -14,8 +14,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// TestFull has the file system refuse writes for want of space, inodes or quota:
-// the error is no failure to answer, and names the directory.
+// TestFull makes the file system refuse writes for lack of space, inodes or quota: the error
+// is an ErrFull that names the directory.
 func TestFull(t *testing.T) {
 	dir := t.TempDir()
 	s, err := Open(dir, Options{})
@@ -27,7 +27,8 @@ func TestFull(t *testing.T) {
 		refused := &fs.PathError{Op: "write", Path: TempDir + "/x", Err: errno}
 		for name, try := range map[string]func() error{
 			"content": func() error {
-				_, err := s.write(t.Context(), "put", "a/b", func(*os.File) error { return refused }, func(string) error { return nil })
+				_, err := s.write(t.Context(), "put", "a/b", func(*os.File) error { return refused },
+					func(string) error { return nil })
 				return err
 			},
 			"name": func() error {
@@ -50,15 +51,15 @@ func TestFull(t *testing.T) {
 	}
 }
 
-// TestErrors is the table of what errors of the file system mean: whether they pass by
-// themselves, and if not, whether room, rights or the place are short.
+// TestErrors is the table of file system errors and their kinds.
 func TestErrors(t *testing.T) {
 	s, err := Open(t.TempDir(), Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = s.Close() }()
-	kinds := []error{object.ErrUnavailable, object.ErrFull, object.ErrDenied, object.ErrMisconfigured, object.ErrInvalidKey, object.ErrNotFound}
+	kinds := []error{object.ErrUnavailable, object.ErrFull, object.ErrDenied, object.ErrMisconfigured,
+		object.ErrInvalidKey, object.ErrNotFound}
 	for _, c := range []struct {
 		errno         unix.Errno
 		write, remove error

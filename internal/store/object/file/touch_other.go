@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// touch sets the modification time of an open directory to now, by the clock of
-// its file system: it makes an entry there and removes it.
+// touch sets the modification time of an open directory to the current time of its file
+// system by creating and removing an entry.
 func touch(dir *os.File) error {
 	name := rand.Text()
 	if err := unix.Mkdirat(int(dir.Fd()), name, dirMode); err != nil {

@@ -15,17 +15,17 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// lookEvery is how often the directory that is open is compared with the one that has
-// its path.
-const lookEvery = time.Second
+// verifyEvery is the interval between comparisons of the open directory with the one at its
+// path.
+const verifyEvery = time.Second
 
-// maxMark bounds what is compared of a mark, in bytes.
+// maxMark bounds the compared part of a mark, in bytes.
 const maxMark = 64 << 10
 
-// tree is a directory that is open.
+// tree is an open directory.
 type tree struct {
 	root *os.Root
-	lock *os.File // TempDir, locked; nil: there is none that could be
+	lock *os.File // TempDir, locked; nil: not locked
 }
 
 func (t *tree) close() error {
@@ -35,10 +35,10 @@ func (t *tree) close() error {
 	return errors.Join(t.lock.Close(), t.root.Close())
 }
 
-// root is the directory that calls work on.
+// root returns the open directory.
 func (s *Store) root() *os.Root { return s.tree.Load().root }
 
-// openTree opens the directory that has the path of the store, for itself.
+// openTree opens and locks the directory at the store's path.
 func (s *Store) openTree() (*tree, error) {
 	root, err := os.OpenRoot(s.path)
 	if err != nil {
@@ -51,8 +51,8 @@ func (s *Store) openTree() (*tree, error) {
 	return t, nil
 }
 
-// check says whether key may be used in this store, whether ctx is over, and whether
-// the directory is the one that it was.
+// check returns an error if key is invalid in this store, if ctx has ended, or if the
+// directory is not available.
 func (s *Store) check(ctx context.Context, key string) error {
 	if err := check(ctx, key); err != nil {
 		return err
@@ -60,46 +60,46 @@ func (s *Store) check(ctx context.Context, key string) error {
 	return s.current()
 }
 
-// current has the store work on the directory that has its path, as the package
-// comment says. The error is an ErrUnavailable.
+// current makes the store use the directory at its path, as described in the package
+// comment. The error is an ErrUnavailable.
 func (s *Store) current() error {
-	if s.sinceLook() < s.lookEvery {
+	if s.sinceVerified() < s.verifyEvery {
 		return nil
 	}
-	s.lookMu.Lock()
-	defer s.lookMu.Unlock()
-	if s.sinceLook() < s.lookEvery { // another call has looked meanwhile
+	s.verifyMu.Lock()
+	defer s.verifyMu.Unlock()
+	if s.sinceVerified() < s.verifyEvery { // verified by a concurrent call
 		return nil
 	}
-	if err := s.look(); err != nil {
+	if err := s.verify(); err != nil {
 		return s.unknown(err)
 	}
-	s.looked.Store(time.Now().UnixNano())
+	s.verified.Store(time.Now().UnixNano())
 	return nil
 }
 
-func (s *Store) sinceLook() time.Duration {
-	since := time.Since(time.Unix(0, s.looked.Load()))
+func (s *Store) sinceVerified() time.Duration {
+	since := time.Since(time.Unix(0, s.verified.Load()))
 	if since < 0 { // the clock was set back
-		return s.lookEvery
+		return s.verifyEvery
 	}
 	return since
 }
 
-// look compares the directories, and opens the one at the path when it has the mark.
-func (s *Store) look() error {
-	there, err := os.Stat(s.path)
+// verify compares the directories, and opens the one at the path if it has the mark.
+func (s *Store) verify() error {
+	atPath, err := os.Stat(s.path)
 	if err != nil {
 		return fmt.Errorf("it is not at its path: %w", err)
 	}
-	if have, err := s.root().Stat("."); err == nil && os.SameFile(there, have) {
+	if opened, err := s.root().Stat("."); err == nil && os.SameFile(atPath, opened) {
 		if s.mark == nil && s.o.Mark != "" {
-			s.mark, _ = readMark(s.root(), s.o.Mark) // it may be made later
+			s.mark, _ = readMark(s.root(), s.o.Mark) // the mark may be written later
 		}
 		return nil
 	}
 	if s.mark == nil {
-		return errors.New("another directory has its path; start again to use that one")
+		return errors.New("another directory has its path; restart to use that one")
 	}
 	root, err := os.OpenRoot(s.path)
 	if err != nil {
@@ -107,14 +107,14 @@ func (s *Store) look() error {
 	}
 	mark, err := readMark(root, s.o.Mark)
 	if err == nil && !bytes.Equal(mark, s.mark) {
-		err = errors.New("it is another")
+		err = errors.New("the content differs")
 	}
 	if err := errors.Join(err, root.Close()); err != nil {
-		return fmt.Errorf("another directory has its path, and %s there is not that of this store: %w", s.o.Mark, err)
+		return fmt.Errorf("another directory has its path, and its %s is not that of this store: %w", s.o.Mark, err)
 	}
 	old := s.tree.Load()
 	if old.lock != nil {
-		_ = old.lock.Close() // calls under way still use the rest, which goes with them
+		_ = old.lock.Close() // calls under way still use the root
 		old.lock = nil
 	}
 	t, err := s.openTree()
@@ -135,8 +135,7 @@ func readMark(root *os.Root, name string) ([]byte, error) {
 	return data, errors.Join(err, f.Close())
 }
 
-// lost says that the directory which is open was removed or does not answer; nil: it
-// is there.
+// lost returns an error if the open directory was removed or cannot be read.
 func (s *Store) lost() error {
 	stat, err := s.root().Stat(".")
 	if err == nil {
@@ -145,12 +144,12 @@ func (s *Store) lost() error {
 		}
 		err = errors.New("it was removed")
 	}
-	s.looked.Store(0) // the next call looks for another
+	s.verified.Store(0) // the next call verifies again
 	return s.unknown(err)
 }
 
-// unknown is the error for a directory of which nothing is known. The cause is text
-// alone, so that the error is of one kind.
+// unknown returns the error for a directory with an unknown state. The cause is included as
+// text only, so that the error has one kind.
 func (s *Store) unknown(cause error) error {
 	return fmt.Errorf("%w: directory %s: %v", object.ErrUnavailable, s.path, cause) //nolint:errorlint // see above
 }

@@ -14,14 +14,16 @@ import (
 	"github.com/snapshotd/snapshotd/test/allocated"
 )
 
-// FuzzIdentity finds anything where the identity of a store should be. It never
-// changes it; a cluster that takes it for its own has recorded an id, takes it the
-// next time as well, and no other cluster does.
+// FuzzIdentity checks a store with arbitrary content in its identity object. Check never
+// changes the object. A cluster that accepts it has recorded its id and accepts it again,
+// and no other cluster accepts it.
 func FuzzIdentity(f *testing.F) {
 	sound := `{"format_version":1,"id":"000102030405060708090a0b0c0d0e0f","cluster_id":"cluster-1"}`
 	for _, body := range []string{
-		"", "null", "{}", sound, sound + sound, sound + "\n", sound[:40], `{"format_version":2}`, `{"format_version":1,"id":"00","cluster_id":"cluster-1"}`,
-		`{"format_version":1,"id":"000102030405060708090A0B0C0D0E0F","cluster_id":"cluster-1"}`, `{"ID":"000102030405060708090a0b0c0d0e0f","FORMAT_VERSION":1,"Cluster_Id":"\ud800"}`,
+		"", "null", "{}", sound, sound + sound, sound + "\n", sound[:40], `{"format_version":2}`,
+		`{"format_version":1,"id":"00","cluster_id":"cluster-1"}`,
+		`{"format_version":1,"id":"000102030405060708090A0B0C0D0E0F","cluster_id":"cluster-1"}`,
+		`{"ID":"000102030405060708090a0b0c0d0e0f","FORMAT_VERSION":1,"Cluster_Id":"\ud800"}`,
 		sound + string(bytes.Repeat([]byte(" "), 5000)) + "x", string(bytes.Repeat([]byte("["), 5000)),
 	} {
 		f.Add([]byte(body))
@@ -34,7 +36,10 @@ func FuzzIdentity(f *testing.F) {
 		}
 		kv := metamemory.New(metamemory.Options{})
 		var err error
-		if took := allocated.Bytes(func() { err = identity.Check(ctx, kv, s, "cold", "cluster-1", rand.Reader) }); took > 256<<10 {
+		if took := allocated.Bytes(func() {
+			err = identity.Check(ctx, kv, s, "cold", "cluster-1",
+				rand.Reader)
+		}); took > 256<<10 {
 			t.Errorf("%d bytes took %d bytes of memory", len(body), took)
 		}
 		left, id := both(t, kv, s)
@@ -51,10 +56,10 @@ func FuzzIdentity(f *testing.F) {
 			t.Errorf("id %q was recorded", id)
 		}
 		if err := identity.Check(ctx, kv, s, "cold", "cluster-1", rand.Reader); err != nil {
-			t.Errorf("the next time: %v", err)
+			t.Errorf("repeated: %v", err)
 		}
 		if err := identity.Check(ctx, metamemory.New(metamemory.Options{}), s, "cold", "cluster-2", rand.Reader); err == nil {
-			t.Error("it is another cluster's as well")
+			t.Error("another cluster accepts it")
 		}
 		if known, _, _, err := kv.Get(ctx, keys.Store("cold")); err != nil || string(known.Value) != id {
 			t.Errorf("the id became %q, %v", known.Value, err)

@@ -1,22 +1,21 @@
-// Package identity tells object stores apart. An alias is only a word: two
-// replicas whose configurations point it at different directories or buckets
-// would commit snapshots that the other cannot read. So each store holds a
-// random id in an object, the metadata store holds the same id for the alias,
-// and a replica that finds them to differ does not start. The object also names
-// the cluster: two clusters give the same ids to different snapshots, so they
-// must not share a bucket and prefix.
+// Package identity verifies that an alias names the same object store in all replicas. Two
+// replicas with different directories or buckets for one alias would commit snapshots that
+// the other cannot read. Therefore each store has an object with a random id, the metadata
+// store has the same id for the alias, and a replica does not start if they differ. The
+// object also names the cluster: two clusters assign the same ids to different snapshots,
+// so they must not share a bucket and prefix.
 //
-// One store under two aliases would give each object two names, so that a root could
-// lie inside another, and one file could be two of a segment. An alias is therefore
-// recorded only if no other alias in use has the id:
+// One store with two aliases would give each object two names: a root could be inside
+// another, and one file could count as two of a segment. An alias is therefore recorded only
+// if no other alias in use has the id:
 //
 //	record  compares: the alias is absent; each other alias in use as read, with
 //	        another id or absent
 //	        puts: the alias with the store's id
 //
-//	two aliases of one store, at once   one of them finds the other changed, and
-//	                                    reads again
-//	no answer                           a repeat finds it recorded, or records it
+//	two aliases of one store,           one transaction finds the other alias changed,
+//	concurrently                        and the replica reads again
+//	no reply                            a repeat finds the alias recorded, or records it
 //	an alias that is no longer in use   is not compared: a store may get a new alias
 //	both recorded by an older release   both stay
 package identity
@@ -34,22 +33,22 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// Key is the object that holds a store's id. It is under snapshots/ because no
-// root of a collection may be there.
+// Key is the object with a store's id. It is under snapshots/ because no root of a
+// collection may be there.
 const Key = "snapshots/identity.json"
 
-// ErrOther means that an alias stands for another object store in this replica
-// than in the cluster.
+// ErrOther means that an alias names another object store in this replica than in the
+// cluster.
 var ErrOther = errors.New("not the object store that the cluster knows")
 
-// ErrTwice means that a store that has an alias would get a second one.
+// ErrTwice means that the store has another alias already.
 var ErrTwice = errors.New("the object store has another alias already")
 
 const (
 	maxAttempts   = 16
 	formatVersion = 1
 	idBytes       = 16
-	maxBytes      = 4 << 10 // of the object; it has far fewer
+	maxBytes      = 4 << 10 // far more than the object has
 )
 
 // content is the object, as JSON.
@@ -59,12 +58,13 @@ type content struct {
 	Cluster       string `json:"cluster_id"`
 }
 
-// Check returns nil when store is the one that alias stands for in the cluster
-// of kv, whose id is cluster. An alias that the cluster does not know yet stands for store from now
-// on; of several replicas that come first with different stores, one wins and
-// the others get ErrOther. It is ErrTwice when one of inUse, the other aliases of this
-// replica, stands for the store.
-func Check(ctx context.Context, kv meta.KV, store object.Store, alias, cluster string, rand io.Reader, inUse ...string) error {
+// Check returns nil if alias names the store in the cluster with the metadata store kv and
+// the id cluster. It records an unknown alias; if several replicas do so with different
+// stores, one succeeds and the others get ErrOther. It returns ErrTwice if one of inUse, the
+// other aliases of this replica, names the store.
+func Check(
+	ctx context.Context, kv meta.KV, store object.Store, alias, cluster string, rand io.Reader, inUse ...string,
+) error {
 	known, found, _, err := kv.Get(ctx, keys.Store(alias))
 	if err != nil {
 		return fmt.Errorf("read the identity of object store %s: %w", alias, err)
@@ -80,14 +80,15 @@ func Check(ctx context.Context, kv meta.KV, store object.Store, alias, cluster s
 	case err != nil:
 		return fmt.Errorf("identity of object store %s: %w", alias, err)
 	case has.Cluster != cluster:
-		return fmt.Errorf("object store %s: %w: %s says that it belongs to cluster %s, and this is %s; give each cluster a directory, bucket or prefix of its own",
+		return fmt.Errorf("object store %s: %w: %s belongs to cluster %s, this is cluster %s; "+
+			"configure a separate directory, bucket or prefix for each cluster",
 			alias, ErrOther, Key, has.Cluster, cluster)
 	}
 	for attempt := range maxAttempts {
 		if err := meta.Pause(ctx, attempt); err != nil {
 			return err
 		}
-		conds, err := onlyName(ctx, kv, alias, has.ID, inUse)
+		conds, err := noOtherAlias(ctx, kv, alias, has.ID, inUse)
 		if err != nil {
 			return err
 		}
@@ -103,15 +104,16 @@ func Check(ctx context.Context, kv meta.KV, store object.Store, alias, cluster s
 		if res.Succeeded {
 			return nil
 		}
-		if len(res.Ranges[0]) > 0 { // another replica was first
+		if len(res.Ranges[0]) > 0 { // recorded by another replica
 			return compare(alias, string(res.Ranges[0][0].Value), has.ID, nil)
 		}
 	}
-	return fmt.Errorf("record the identity of object store %s: %w: the other aliases change all the time", alias, meta.ErrUnavailable)
+	return fmt.Errorf("record the identity of object store %s: %w: too many concurrent changes of other aliases",
+		alias, meta.ErrUnavailable)
 }
 
-// onlyName returns the compares that none of inUse stands for the store with an id.
-func onlyName(ctx context.Context, kv meta.KV, alias, id string, inUse []string) ([]meta.Cond, error) {
+// noOtherAlias returns the compares that none of inUse names the store with the id.
+func noOtherAlias(ctx context.Context, kv meta.KV, alias, id string, inUse []string) ([]meta.Cond, error) {
 	var conds []meta.Cond
 	for _, other := range inUse {
 		if other == alias {
@@ -124,8 +126,8 @@ func onlyName(ctx context.Context, kv meta.KV, alias, id string, inUse []string)
 		case !found:
 			conds = append(conds, meta.Absent(keys.Store(other)))
 		case string(got.Value) == id:
-			return nil, fmt.Errorf("object store %s: %w: %s is the same one, so an object would have two names; configure one of the two",
-				alias, ErrTwice, other)
+			return nil, fmt.Errorf("object store %s: %w: %s names the same store, so objects would have two names; "+
+				"configure one of the two", alias, ErrTwice, other)
 		default:
 			conds = append(conds, meta.Unchanged(keys.Store(other), got.ModRevision))
 		}
@@ -133,8 +135,8 @@ func onlyName(ctx context.Context, kv meta.KV, alias, id string, inUse []string)
 	return conds, nil
 }
 
-// Known reports whether the cluster of kv knows alias. Then the error is nil only
-// when store is the one that it stands for. It writes nothing.
+// Known reports whether alias is recorded in kv. If it is, the error is nil only if alias
+// names the store. It writes nothing.
 func Known(ctx context.Context, kv meta.KV, store object.Store, alias string) (bool, error) {
 	known, found, _, err := kv.Get(ctx, keys.Store(alias))
 	if err != nil || !found {
@@ -144,21 +146,23 @@ func Known(ctx context.Context, kv meta.KV, store object.Store, alias string) (b
 	return true, compare(alias, string(known.Value), has.ID, err)
 }
 
-// compare judges what read returned.
+// compare compares the recorded id with the result of read.
 func compare(alias, want, has string, err error) error {
 	const remedy = "all replicas must reach the same store under the same alias"
 	switch {
 	case errors.Is(err, object.ErrNotFound):
-		return fmt.Errorf("object store %s: %w: it has no %s with id %s, so it is a wrong directory, bucket or prefix, or was emptied; %s", alias, ErrOther, Key, want, remedy)
+		return fmt.Errorf("object store %s: %w: it has no %s with id %s, so it is a wrong directory, bucket or prefix, "+
+			"or was emptied; %s", alias, ErrOther, Key, want, remedy)
 	case err != nil:
 		return fmt.Errorf("identity of object store %s: %w", alias, err)
 	case has != want:
-		return fmt.Errorf("object store %s: %w: %s says %s, the cluster says %s, so it is a wrong directory, bucket or prefix; %s", alias, ErrOther, Key, has, want, remedy)
+		return fmt.Errorf("object store %s: %w: %s has id %s, the cluster has id %s, so it is a wrong directory, bucket "+
+			"or prefix; %s", alias, ErrOther, Key, has, want, remedy)
 	}
 	return nil
 }
 
-// read returns what the store says that it is.
+// read reads the identity object.
 func read(ctx context.Context, store object.Store) (c content, err error) {
 	r, _, err := store.Get(ctx, Key, 0, maxBytes)
 	if err != nil {
@@ -175,13 +179,13 @@ func read(ctx context.Context, store object.Store) (c content, err error) {
 		return c, fmt.Errorf("%s has format version %d, this release reads %d", Key, c.FormatVersion, formatVersion)
 	}
 	if id, err := hex.DecodeString(c.ID); err != nil || len(id) != idBytes {
-		return c, fmt.Errorf("%s is damaged: it holds no id", Key)
+		return c, fmt.Errorf("%s is damaged: no valid id", Key)
 	}
 	return c, nil
 }
 
-// create gives the store an id, and returns what it then is: what whoever came
-// first has made it.
+// create creates the identity object, and returns the existing one if another replica has
+// created it.
 func create(ctx context.Context, store object.Store, cluster string, rand io.Reader) (content, error) {
 	id := make([]byte, idBytes)
 	if _, err := io.ReadFull(rand, id); err != nil {
@@ -193,7 +197,7 @@ func create(ctx context.Context, store object.Store, cluster string, rand io.Rea
 		return content{}, err
 	}
 	_, err = store.Create(ctx, Key, append(data, '\n'))
-	if errors.Is(err, object.ErrExists) { // another's, or our own after a retry
+	if errors.Is(err, object.ErrExists) { // by another replica, or by a retry of this call
 		return read(ctx, store)
 	}
 	return c, err

@@ -22,7 +22,7 @@ func check(t *testing.T, kv meta.KV, s object.Store) error {
 	return identity.Check(t.Context(), kv, s, "cold", "cluster-1", rand.Reader)
 }
 
-// both returns what the object and the key hold.
+// both returns the content of the object and of the key.
 func both(t *testing.T, kv meta.KV, s object.Store) (body, id string) {
 	t.Helper()
 	r, _, err := s.Get(t.Context(), identity.Key, 0, -1)
@@ -40,7 +40,7 @@ func both(t *testing.T, kv meta.KV, s object.Store) (body, id string) {
 	return string(data), string(have.Value)
 }
 
-// A store gets a second alias only when the first one is not in use any more.
+// A store gets a second alias only after the first one is no longer in use.
 func TestTwoAliasesOfOneStore(t *testing.T) {
 	named := func(kv meta.KV, s object.Store, alias string, inUse ...string) error {
 		return identity.Check(t.Context(), kv, s, alias, "cluster-1", rand.Reader, inUse...)
@@ -51,19 +51,20 @@ func TestTwoAliasesOfOneStore(t *testing.T) {
 		if err := named(kv, s, "cold", inUse...); err != nil {
 			t.Fatal(err)
 		}
-		if err := named(kv, s, "warm", inUse...); !errors.Is(err, identity.ErrTwice) || !strings.Contains(err.Error(), "cold is the same one") {
+		if err := named(kv, s, "warm", inUse...); !errors.Is(err, identity.ErrTwice) ||
+			!strings.Contains(err.Error(), "cold names the same store") {
 			t.Errorf("a second alias: %v", err)
 		}
 	}
 	if err := named(kv, memory.New(memory.Options{}), "warm", inUse...); err != nil {
 		t.Errorf("another store: %v", err)
 	}
-	for _, inUse := range [][]string{{"new"}, {"cold", "new"}} { // a cluster that has recorded both goes on
+	for _, inUse := range [][]string{{"new"}, {"cold", "new"}} { // a cluster with both recorded continues
 		if err := named(kv, s, "new", inUse...); err != nil {
 			t.Errorf("a new alias, with %v in use: %v", inUse, err)
 		}
 	}
-	// Both at once, in a cluster that knows neither.
+	// Both concurrently, in a cluster without either.
 	for range 20 {
 		kv, s := metamemory.New(metamemory.Options{}), memory.New(memory.Options{})
 		errs := make([]error, len(inUse))
@@ -72,13 +73,14 @@ func TestTwoAliasesOfOneStore(t *testing.T) {
 			wg.Go(func() { errs[i] = named(kv, s, alias, inUse...) })
 		}
 		wg.Wait()
-		if first, second := errs[0] == nil, errs[1] == nil; first == second || !errors.Is(errors.Join(errs...), identity.ErrTwice) {
-			t.Errorf("both at once: %v", errs)
+		if first, second := errs[0] == nil, errs[1] == nil; first == second ||
+			!errors.Is(errors.Join(errs...), identity.ErrTwice) {
+			t.Errorf("concurrent: %v", errs)
 		}
 	}
 }
 
-func TestFirstStartSettlesIt(t *testing.T) {
+func TestFirstStart(t *testing.T) {
 	kv, s := metamemory.New(metamemory.Options{}), memory.New(memory.Options{})
 	for range 2 {
 		if err := check(t, kv, s); err != nil {
@@ -89,7 +91,7 @@ func TestFirstStartSettlesIt(t *testing.T) {
 	if len(id) != 32 || body != `{"format_version":1,"id":"`+id+`","cluster_id":"cluster-1"}`+"\n" {
 		t.Errorf("the object is %q, the key %q", body, id)
 	}
-	// The same cluster, which had not recorded it yet, takes the id that the store has.
+	// The same cluster without a record takes the id of the store.
 	fresh := metamemory.New(metamemory.Options{})
 	if err := check(t, fresh, s); err != nil {
 		t.Fatal(err)
@@ -113,13 +115,14 @@ func TestAnotherStore(t *testing.T) {
 		if !errors.Is(err, identity.ErrOther) {
 			t.Fatalf("%s: got %v", name, err)
 		}
-		for _, want := range []string{"object store cold", "wrong directory, bucket or prefix", "same store under the same alias"} {
+		for _, want := range []string{"object store cold", "wrong directory, bucket or prefix",
+			"same store under the same alias"} {
 			if !strings.Contains(err.Error(), want) {
 				t.Errorf("%s: no %q in %v", name, want, err)
 			}
 		}
 	}
-	// What was refused is left as it was.
+	// Refused stores are unchanged.
 	if _, err := empty.Head(t.Context(), identity.Key); !errors.Is(err, object.ErrNotFound) {
 		t.Errorf("the empty store: got %v", err)
 	}
@@ -127,7 +130,8 @@ func TestAnotherStore(t *testing.T) {
 
 func TestDamaged(t *testing.T) {
 	id := strings.Repeat("0", 32)
-	for _, body := range []string{"", "{", `{"format_version":2,"id":"` + id + `"}`, `{"format_version":1,"id":""}`, `{"format_version":1,"id":"xy"}`} {
+	for _, body := range []string{"", "{", `{"format_version":2,"id":"` + id + `"}`, `{"format_version":1,"id":""}`,
+		`{"format_version":1,"id":"xy"}`} {
 		kv, s := metamemory.New(metamemory.Options{}), memory.New(memory.Options{})
 		if _, err := s.Put(t.Context(), identity.Key, []byte(body)); err != nil {
 			t.Fatal(err)
@@ -141,8 +145,8 @@ func TestDamaged(t *testing.T) {
 	}
 }
 
-// meeting is a store whose creates wait for each other, so that all replicas
-// have seen that there is no object yet.
+// meeting is a store whose creates wait for each other, so that all replicas find no object
+// before.
 type meeting struct {
 	object.Store
 	all *sync.WaitGroup
@@ -154,8 +158,8 @@ func (m meeting) Create(ctx context.Context, key string, body []byte) (object.In
 	return m.Store.Create(ctx, key, body)
 }
 
-// TestRace has replicas meet on a fresh cluster: with one store all start, with
-// two those of one do.
+// TestRace starts replicas concurrently in a new cluster: with one store all start, with two
+// stores those of one store start.
 func TestRace(t *testing.T) {
 	for _, count := range []int{1, 2} {
 		kv := metamemory.New(metamemory.Options{})
@@ -188,8 +192,8 @@ func TestRace(t *testing.T) {
 	}
 }
 
-// TestFaults has each request fail, before and after it took effect: the check
-// fails, and the next one finds its way.
+// TestFaults fails each request, before and after it took effect: the check fails, and the
+// next one succeeds.
 func TestFaults(t *testing.T) {
 	for n := range 2 {
 		for _, fault := range []meta.Fault{meta.Before, meta.After} {
@@ -215,7 +219,7 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// TestAnotherCluster has two clusters meet in one store.
+// TestAnotherCluster uses one store in two clusters.
 func TestAnotherCluster(t *testing.T) {
 	s := memory.New(memory.Options{})
 	if err := check(t, metamemory.New(metamemory.Options{}), s); err != nil {

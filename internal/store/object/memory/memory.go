@@ -1,7 +1,7 @@
-// Package memory is an [object.Store] in memory, for tests and simulations. It
-// keeps the whole contract and passes the suite in objecttest. Its ETags are
-// those of S3: the MD5 of the content in hex, and of a copy in parts the MD5 of
-// the parts' MD5, a dash and their number.
+// Package memory implements [object.Store] in memory, for tests and simulations. It
+// fulfils the whole contract and passes the suite in objecttest. Its ETags are those of S3:
+// the MD5 of the content in hex, and for a copy in parts the MD5 of the parts' MD5s, a dash
+// and their number.
 package memory
 
 import (
@@ -31,7 +31,7 @@ type Store struct {
 	now func() time.Time
 
 	mu      sync.RWMutex
-	objects map[string]stored // a stored value is never changed, only replaced
+	objects map[string]stored // values are replaced, never modified
 }
 
 var _ object.Store = (*Store)(nil)
@@ -63,7 +63,7 @@ func (s *Store) write(ctx context.Context, key string, body []byte, create bool)
 	if err := check(ctx, key); err != nil {
 		return object.Info{}, err
 	}
-	sum := md5.Sum(body) // an ETag, not a defence
+	sum := md5.Sum(body) // an ETag, not for security
 	o := stored{
 		body: bytes.Clone(body),
 		info: object.Info{Key: key, Size: int64(len(body)), ETag: hex.EncodeToString(sum[:])},
@@ -84,7 +84,7 @@ func (s *Store) Get(ctx context.Context, key string, offset, length int64) (io.R
 	if err != nil {
 		return nil, object.Info{}, err
 	}
-	o.info.SourceETag = "" // Head alone tells
+	o.info.SourceETag = "" // only Head returns it
 	if offset < 0 {
 		return nil, object.Info{}, fmt.Errorf("get %s: negative offset %d", key, offset)
 	}
@@ -114,8 +114,7 @@ func (s *Store) find(ctx context.Context, op, key string) (stored, error) {
 	return o, nil
 }
 
-// List implements [object.Store]. The sequence shows the objects as they were
-// when it began.
+// List implements [object.Store]. The sequence yields the objects that exist at its start.
 func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[object.Info, error] {
 	return func(yield func(object.Info, error) bool) {
 		if err := object.CheckPrefix(prefix); err != nil {
@@ -143,7 +142,7 @@ func (s *Store) matching(prefix string) []object.Info {
 	var found []object.Info
 	for key, o := range s.objects {
 		if strings.HasPrefix(key, prefix) {
-			o.info.SourceETag = "" // Head alone tells
+			o.info.SourceETag = "" // only Head returns it
 			found = append(found, o.info)
 		}
 	}
@@ -196,7 +195,7 @@ func (s *Store) Copy(ctx context.Context, r object.CopyRequest) (object.Info, er
 	return target.info, nil
 }
 
-// partsETag is the ETag of an object that was made of parts of a size.
+// partsETag returns the ETag of an object that was made of parts of the size.
 func partsETag(body []byte, size int64) string {
 	all, n := md5.New(), 0
 	for part := range slices.Chunk(body, int(size)) {
@@ -207,7 +206,7 @@ func partsETag(body []byte, size int64) string {
 	return fmt.Sprintf("%x-%d", all.Sum(nil), n)
 }
 
-// AbortUploads implements [object.Store]: there are none.
+// AbortUploads implements [object.Store]. The store has no uploads.
 func (s *Store) AbortUploads(ctx context.Context, prefix string, _ time.Time) (int, error) {
 	if err := object.CheckPrefix(prefix); err != nil {
 		return 0, err

@@ -15,8 +15,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// request asks for a copy of an object as it is, in parts if it is larger than
-// one of them.
+// request returns the request to copy the current version of an object, in parts if it is
+// larger than a part.
 func request(source object.Info, to string) object.CopyRequest {
 	return object.CopyRequest{
 		From: source.Key, To: to, SourceETag: source.ETag, Size: source.Size,
@@ -42,16 +42,17 @@ func putBody(t *testing.T, s object.Store, key string, body []byte) object.Info 
 	return info
 }
 
-// wantNoUploads checks that nothing was left unfinished.
+// wantNoUploads checks that no upload is open.
 func wantNoUploads(t *testing.T, s object.Store) {
 	t.Helper()
 	if n, err := s.AbortUploads(t.Context(), "", time.Time{}); err != nil || n != 0 {
-		t.Errorf("%d uploads were left open, %v", n, err)
+		t.Errorf("%d uploads are open, %v", n, err)
 	}
 }
 
 func testCopy(t *testing.T, s object.Store) {
-	for _, size := range []int{0, 1, 64 << 10, object.MinPartSize, object.MinPartSize + 1, 2 * object.MinPartSize, 11 << 20} {
+	for _, size := range []int{0, 1, 64 << 10, object.MinPartSize, object.MinPartSize + 1, 2 * object.MinPartSize,
+		11 << 20} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
 			body := pattern(size)
 			source := putBody(t, s, fmt.Sprintf("from/%d", size), body)
@@ -59,12 +60,12 @@ func testCopy(t *testing.T, s object.Store) {
 			info := copied(t, s, request(source, to))
 			checkInfo(t, info, to, size)
 			if d := info.ModTime.Sub(source.ModTime); d < -2*time.Second || d > time.Minute {
-				t.Errorf("copied at %v what was written at %v", info.ModTime, source.ModTime)
+				t.Errorf("copied at %v, written at %v", info.ModTime, source.ModTime)
 			}
 
 			got, read := get(t, s, to, 0, -1)
 			if !bytes.Equal(got, body) {
-				t.Errorf("the copy has %d bytes that are not its source's", len(got))
+				t.Errorf("the copy has %d bytes that differ from its source", len(got))
 			}
 			checkSame(t, "Get", read, info)
 			checkSame(t, "List", one(t, list(t, s, fmt.Sprintf("to/%d/", size))), info)
@@ -78,7 +79,7 @@ func testCopy(t *testing.T, s object.Store) {
 				t.Fatalf("Head: %v", err)
 			}
 			checkSame(t, "Head of the source", from, source)
-			// Of an ETag that is of parts, a copy in one piece has nothing to prove it by.
+			// A copy in one request has no proof if the source has an ETag of parts.
 			provable := size > object.MinPartSize || !strings.Contains(source.ETag, "-")
 			if provable && contentETags(t, s) && !object.ProvedEqual(from, head) {
 				t.Errorf("the copy is not proved equal: %+v of %+v", head, from)
@@ -94,17 +95,17 @@ func testCopy(t *testing.T, s object.Store) {
 	wantNoUploads(t, s)
 }
 
-// wantOnlyFromHead checks that what Head alone tells nothing else does.
+// wantOnlyFromHead checks that the fields of Head are empty.
 func wantOnlyFromHead(t *testing.T, infos ...object.Info) {
 	t.Helper()
 	for _, info := range infos {
 		if info.Checksum != "" || info.SourceETag != "" || info.OpaqueETag {
-			t.Errorf("%+v tells what only Head does", info)
+			t.Errorf("%+v has fields that only Head returns", info)
 		}
 	}
 }
 
-// contentETags says whether the store makes its ETags of the content.
+// contentETags reports whether the store derives ETags from the content.
 func contentETags(t *testing.T, s object.Store) bool {
 	t.Helper()
 	first := put(t, s, "etag/x", "same")
@@ -117,15 +118,17 @@ func testCopyPinned(t *testing.T, s object.Store) {
 			old := putBody(t, s, name+"/from", bytes.Repeat([]byte{'o'}, size))
 			source := putBody(t, s, name+"/from", bytes.Repeat([]byte{'n'}, size))
 			to := name + "/to/x"
-			if info, err := s.Copy(t.Context(), request(old, to)); !errors.Is(err, object.ErrSourceChanged) || !strings.Contains(err.Error(), old.Key) {
-				t.Errorf("a source that was replaced: %+v, err = %v, want ErrSourceChanged", info, err)
+			if info, err := s.Copy(t.Context(), request(old, to)); !errors.Is(err, object.ErrSourceChanged) ||
+				!strings.Contains(err.Error(), old.Key) {
+				t.Errorf("a replaced source: %+v, err = %v, want ErrSourceChanged", info, err)
 			}
 			remove(t, s, name+"/gone")
 			missing := source
 			missing.Key = name + "/gone"
 			info, err := s.Copy(t.Context(), request(missing, to))
-			if !errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrSourceChanged) || !strings.Contains(err.Error(), missing.Key) {
-				t.Errorf("a source that is not there: %+v, err = %v, want ErrNotFound", info, err)
+			if !errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrSourceChanged) ||
+				!strings.Contains(err.Error(), missing.Key) {
+				t.Errorf("a missing source: %+v, err = %v, want ErrNotFound", info, err)
 			}
 			if size > object.MinPartSize {
 				for _, by := range []int64{-1, 1} {
@@ -137,7 +140,7 @@ func testCopyPinned(t *testing.T, s object.Store) {
 				}
 			}
 			if left := list(t, s, name+"/to/"); len(left) != 0 {
-				t.Errorf("copies that were refused left %v", left)
+				t.Errorf("refused copies left %v", left)
 			}
 
 			target := put(t, s, to, "there before")
@@ -149,14 +152,14 @@ func testCopyPinned(t *testing.T, s object.Store) {
 			}
 			copied(t, s, request(source, to))
 			if got, _ := get(t, s, to, 0, -1); !bytes.Equal(got, bytes.Repeat([]byte{'n'}, size)) {
-				t.Errorf("the copy over another object holds %d other bytes", len(got))
+				t.Errorf("the copy over another object has %d other bytes", len(got))
 			}
 		})
 	}
 	wantNoUploads(t, s)
 }
 
-// testCopyAgain repeats copies, and copies copies.
+// testCopyAgain repeats copies, and copies their targets.
 func testCopyAgain(t *testing.T, s object.Store) {
 	stable := contentETags(t, s)
 	for _, size := range []int{10, object.MinPartSize + 10} {
@@ -169,7 +172,7 @@ func testCopyAgain(t *testing.T, s object.Store) {
 		}
 		second := copied(t, s, request(again, fmt.Sprintf("%d/2", size)))
 		if got, _ := get(t, s, second.Key, 0, -1); !bytes.Equal(got, body) {
-			t.Errorf("%d bytes: the copy of a copy has %d others", size, len(got))
+			t.Errorf("%d bytes: the copy of a copy has %d other bytes", size, len(got))
 		}
 		from, err := s.Head(t.Context(), again.Key)
 		if err != nil {
@@ -179,12 +182,12 @@ func testCopyAgain(t *testing.T, s object.Store) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if stable && !object.ProvedEqual(from, to) { // of copies, large or small, it always can be
+		if stable && !object.ProvedEqual(from, to) { // copies of copies are always provable
 			t.Errorf("the copy of a copy is not proved equal: %+v of %+v", to, from)
 		}
 		remove(t, s, source.Key, again.Key)
 		if got, _ := get(t, s, second.Key, 0, -1); !bytes.Equal(got, body) {
-			t.Errorf("%d bytes: without its source a copy has %d others", size, len(got))
+			t.Errorf("%d bytes: without its source a copy has %d other bytes", size, len(got))
 		}
 	}
 	wantNoUploads(t, s)
@@ -192,7 +195,8 @@ func testCopyAgain(t *testing.T, s object.Store) {
 
 func testCopyKeys(t *testing.T, s object.Store) {
 	names := []string{
-		"a b", " lead", "trail ", "a+b", "a%20b", "%2e%2e", "%", "a?b=c", "?", "a#b", "a&b=c", "a:b@c;d", "'\"<>|*", "日本語/文字", "é",
+		"a b", " lead", "trail ", "a+b", "a%20b", "%2e%2e", "%", "a?b=c", "?", "a#b", "a&b=c", "a:b@c;d", "'\"<>|*",
+		"日本語/文字", "é",
 		"e\u0301", "\U0001f600/\U0001f680", "~-._", strings.Repeat("k", 255),
 	}
 	infos := make(map[string]object.Info)
@@ -210,14 +214,14 @@ func testCopyKeys(t *testing.T, s object.Store) {
 	}
 	copied(t, s, request(large, "large/to a+b%20?c é"))
 	if got, _ := get(t, s, "large/to a+b%20?c é", 0, -1); !bytes.Equal(got, pattern(object.MinPartSize+1)) {
-		t.Errorf("the large copy has %d bytes that are not its source's", len(got))
+		t.Errorf("the large copy has %d bytes that differ from its source", len(got))
 	}
 	if n := len(list(t, s, "")); n != 2*len(names)+2 {
 		t.Errorf("%d objects, want %d", n, 2*len(names)+2)
 	}
 }
 
-// testCopyConcurrently makes many copies at once, and the same one.
+// testCopyConcurrently makes many concurrent copies, also to one key.
 func testCopyConcurrently(t *testing.T, s object.Store) {
 	small := put(t, s, "small", "small")
 	large := putBody(t, s, "large", pattern(11<<20))
@@ -258,14 +262,14 @@ func testCopyConcurrently(t *testing.T, s object.Store) {
 	}
 	for _, info := range list(t, s, "l/") {
 		if got, _ := get(t, s, info.Key, 0, -1); !bytes.Equal(got, pattern(11<<20)) {
-			t.Errorf("%s holds %d bytes that are not its source's", info.Key, len(got))
+			t.Errorf("%s has %d bytes that differ from its source", info.Key, len(got))
 		}
 	}
 	wantNoUploads(t, s)
 }
 
-// testCopyWhileReplaced copies a key that others replace: the copy is of the
-// version that was asked for, or there is none.
+// testCopyWhileReplaced copies a key during its replacement: the copy is of the requested
+// version, or fails.
 func testCopyWhileReplaced(t *testing.T, s object.Store) {
 	body := func(i int) []byte { return bytes.Repeat(fmt.Append(nil, i%10), 64<<10) }
 	infos := make(chan object.Info, 40)
@@ -297,13 +301,12 @@ func testCopyWhileReplaced(t *testing.T, s object.Store) {
 		i++
 	}
 	wg.Wait()
-	if made == 0 { // the last one stayed
-		t.Error("no version could be copied")
+	if made == 0 { // the last version is not replaced
+		t.Error("no version was copied")
 	}
 }
 
-// testCopyCanceled ends copies at one time or another. The target is then not
-// there, or whole.
+// testCopyCanceled cancels copies at different times. The target is then absent or complete.
 func testCopyCanceled(t *testing.T, s object.Store) {
 	body := pattern(11 << 20)
 	source := putBody(t, s, "from", body)
@@ -319,10 +322,10 @@ func testCopyCanceled(t *testing.T, s object.Store) {
 		switch {
 		case headErr == nil:
 			if got, _ := get(t, s, to, 0, -1); !bytes.Equal(got, body) {
-				t.Errorf("%s holds %d bytes that are not its source's", to, len(got))
+				t.Errorf("%s has %d bytes that differ from its source", to, len(got))
 			}
 		case err == nil || !errors.Is(headErr, object.ErrNotFound):
-			t.Errorf("%s: Head says %v, the copy %v", to, headErr, err)
+			t.Errorf("%s: Head returned %v, Copy %v", to, headErr, err)
 		}
 	}
 	wantNoUploads(t, s)
@@ -346,8 +349,9 @@ func testCopyRefused(t *testing.T, s object.Store) {
 	} {
 		r := request(source, "b")
 		change(&r)
-		if info, err := s.Copy(t.Context(), r); err == nil || errors.Is(err, object.ErrUnavailable) || errors.Is(err, object.ErrSourceChanged) {
-			t.Errorf("%s: %+v, err = %v, want it refused", name, info, err)
+		if info, err := s.Copy(t.Context(), r); err == nil || errors.Is(err, object.ErrUnavailable) ||
+			errors.Is(err, object.ErrSourceChanged) {
+			t.Errorf("%s: %+v, err = %v, want a refusal", name, info, err)
 		}
 	}
 	if diff := cmp.Diff([]string{"a"}, keys(list(t, s, ""))); diff != "" {
@@ -370,6 +374,6 @@ func testAbortUploads(t *testing.T, s object.Store) {
 		}
 	}
 	if got, _ := get(t, s, "a/b", 0, -1); string(got) != "kept" {
-		t.Errorf("an object now holds %q", got)
+		t.Errorf("the object has %q", got)
 	}
 }

@@ -1,5 +1,5 @@
-// Package objecttest is the conformance suite of [object.Store]. Every
-// implementation runs it; code above the contract may then be tested on any.
+// Package objecttest is the conformance suite of [object.Store]. Every implementation runs
+// it, so that users of the contract can be tested on any of them.
 package objecttest
 
 import (
@@ -20,12 +20,11 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// Run checks the store that open returns against the contract. Each subtest
-// opens its own, which must be empty and be released by t.Cleanup.
+// Run checks the stores of open against the contract. Each subtest opens a new store, which
+// must be empty and released by t.Cleanup.
 func Run(t *testing.T, open func(t *testing.T) object.Store) { RunExcept(t, open) }
 
-// RunExcept is Run for a store that is known to break the promises of the named
-// subtests.
+// RunExcept is Run without the named subtests, for a store that is known to fail them.
 func RunExcept(t *testing.T, open func(t *testing.T) object.Store, broken ...string) {
 	seen := 0
 	defer func() {
@@ -84,7 +83,7 @@ func testPutGetHead(t *testing.T, s object.Store) {
 		if err != nil {
 			t.Fatalf("Put of %d bytes: %v", size, err)
 		}
-		clear(sent) // the store may not have kept it
+		clear(sent) // the store must not keep it
 		checkInfo(t, put, key, size)
 
 		got, info := get(t, s, key, 0, -1)
@@ -112,12 +111,12 @@ func testOverwrite(t *testing.T, s object.Store) {
 	first := put(t, s, "a/b", "first")
 	second := put(t, s, "a/b", "other")
 	if first.ETag == second.ETag {
-		t.Errorf("both contents have ETag %q", first.ETag)
+		t.Errorf("two contents have ETag %q", first.ETag)
 	}
 	checkSame(t, "List", one(t, list(t, s, "")), second)
 	put(t, s, "a/b", "")
 	if got, _ := get(t, s, "a/b", 0, -1); len(got) != 0 {
-		t.Errorf("after writing nothing over it: %q", got)
+		t.Errorf("after an empty Put: %q", got)
 	}
 }
 
@@ -160,7 +159,7 @@ func testCreateRace(t *testing.T, s object.Store) {
 		for i, err := range errs {
 			switch {
 			case err == nil && winner >= 0:
-				t.Fatalf("%s: both %d and %d won", key, winner, i)
+				t.Fatalf("%s: both %d and %d succeeded", key, winner, i)
 			case err == nil:
 				winner = i
 			case !errors.Is(err, object.ErrExists):
@@ -168,7 +167,7 @@ func testCreateRace(t *testing.T, s object.Store) {
 			}
 		}
 		if got, _ := get(t, s, key, 0, -1); string(got) != fmt.Sprint(winner) {
-			t.Fatalf("%s: content of racer %s, but %d won", key, got, winner)
+			t.Fatalf("%s: content of racer %s, but %d succeeded", key, got, winner)
 		}
 	}
 }
@@ -231,8 +230,8 @@ func testMissing(t *testing.T, s object.Store) {
 	}
 }
 
-// testReadWhileReplaced holds a reader open while its object is replaced and
-// deleted. What it reads may end in an error but is never another content.
+// testReadWhileReplaced reads an object while it is replaced and deleted. The read may fail
+// but never returns other content.
 func testReadWhileReplaced(t *testing.T, s object.Store) {
 	first := pattern(1 << 20)
 	if _, err := s.Put(t.Context(), "a", first); err != nil {
@@ -246,14 +245,14 @@ func testReadWhileReplaced(t *testing.T, s object.Store) {
 	remove(t, s, "a")
 	got, err := io.ReadAll(r)
 	if !bytes.HasPrefix(first, got) || (err == nil && len(got) != len(first)) {
-		t.Errorf("read %d bytes, err = %v, that are not the object's", len(got), err)
+		t.Errorf("read %d other bytes, err = %v", len(got), err)
 	}
 	if err := r.Close(); err != nil {
 		t.Errorf("Close: %v", err)
 	}
 }
 
-// testWholeWhileWritten reads one key while others replace it.
+// testWholeWhileWritten reads one key during its replacement.
 func testWholeWhileWritten(t *testing.T, s object.Store) {
 	body := func(i int) []byte { return bytes.Repeat(fmt.Append(nil, i%10), 64<<10+i) }
 	if _, err := s.Put(t.Context(), "w/x", body(0)); err != nil {
@@ -275,7 +274,7 @@ func testWholeWhileWritten(t *testing.T, s object.Store) {
 		for !done.Load() {
 			got, info := get(t, s, "w/x", 0, -1)
 			if i := len(got) - 64<<10; i < 0 || !bytes.Equal(got, body(i)) || info.Size != int64(len(got)) {
-				t.Errorf("read %d bytes of an object of %d that were never written so", len(got), info.Size)
+				t.Errorf("read %d bytes of an object of %d bytes with unwritten content", len(got), info.Size)
 				return
 			}
 		}
@@ -287,10 +286,11 @@ func testWholeWhileWritten(t *testing.T, s object.Store) {
 
 func testListOrder(t *testing.T, s object.Store) {
 	want := []string{
-		"a!", "a-b", "a-b-/x", "a.b", "a/!", "a/b", "a/b!", "a/b-/c", "a/c/d/e", "a/c/d0", "a/c0", "a0", "aa/b", "b", "é", "\U0001f600",
+		"a!", "a-b", "a-b-/x", "a.b", "a/!", "a/b", "a/b!", "a/b-/c", "a/c/d/e", "a/c/d0", "a/c0", "a0", "aa/b", "b", "é",
+		"\U0001f600",
 	}
 	if !slices.IsSorted(want) {
-		t.Fatal("the test's own keys are out of order")
+		t.Fatal("the keys of the test are out of order")
 	}
 	for _, i := range []int{7, 3, 15, 0, 9, 12, 1, 5, 14, 8, 2, 13, 4, 10, 6, 11} {
 		put(t, s, want[i], want[i])
@@ -318,13 +318,14 @@ func testListPrefix(t *testing.T, s object.Store) {
 		{"a/1x/y/", nil}, // below an object
 		{"c/", nil},
 		{"é/", []string{"é/x"}},
-		{"e\u0301/", []string{"e\u0301/y"}}, // looks the same, is another
+		{"e\u0301/", []string{"e\u0301/y"}}, // looks the same but differs
 	} {
 		if diff := cmp.Diff(c.want, keys(list(t, s, c.prefix))); diff != "" {
 			t.Errorf("List %q (-want +got):\n%s", c.prefix, diff)
 		}
 	}
-	for _, prefix := range []string{"a", "/", "a//", "../", "a/../", "./", "a/1", "a\x00/", "a\\/", strings.Repeat("x/", 600)} {
+	for _, prefix := range []string{"a", "/", "a//", "../", "a/../", "./", "a/1", "a\x00/", "a\\/",
+		strings.Repeat("x/", 600)} {
 		n := 0
 		for _, err := range s.List(t.Context(), prefix) {
 			n++
@@ -357,7 +358,7 @@ func testListFollowsWrites(t *testing.T, s object.Store) {
 		}
 	}
 	seq := s.List(t.Context(), "")
-	for range 2 { // a sequence can be used again, and then looks again
+	for range 2 { // a sequence can be used again, and lists again
 		for info, err := range seq {
 			t.Errorf("%v, err = %v in an empty store", info, err)
 		}
@@ -384,7 +385,7 @@ func testListStops(t *testing.T, s object.Store) {
 	}
 }
 
-// testListMany lists more objects than S3 puts on a page.
+// testListMany lists more objects than a page of S3 has.
 func testListMany(t *testing.T, s object.Store) {
 	const n = 1100
 	var wg sync.WaitGroup
@@ -407,7 +408,7 @@ func testListMany(t *testing.T, s object.Store) {
 	if len(got) != n {
 		t.Errorf("listed %d, want %d", len(got), n)
 	}
-	remove(t, s, got...) // more than one S3 request takes
+	remove(t, s, got...) // more than the limit of one S3 request
 	if left := list(t, s, ""); len(left) != 0 {
 		t.Errorf("%d objects left after Delete", len(left))
 	}
@@ -444,12 +445,11 @@ func testDeleteErrors(t *testing.T, s object.Store) {
 		t.Errorf("keys named in the error (-want +got):\n%s", diff)
 	}
 	if left := keys(list(t, s, "")); len(left) != 0 {
-		t.Errorf("left: %v; trouble with one key must not spare the others", left)
+		t.Errorf("left: %v; an error of one key must not affect the others", left)
 	}
 }
 
-// testPutRacesDelete writes into directories that deletes of neighbours empty
-// at the same time.
+// testPutRacesDelete writes into directories that concurrent deletes empty.
 func testPutRacesDelete(t *testing.T, s object.Store) {
 	var wg sync.WaitGroup
 	for w := range 8 {
@@ -477,7 +477,8 @@ func testPutRacesDelete(t *testing.T, s object.Store) {
 
 func testValidKeys(t *testing.T, s object.Store) {
 	valid := []string{
-		"a", "...", "x/..b", ".hidden/x", "-", "~", "a b", " lead", "trail ", "a:b", "a?b#c%2e%2e", "%2e%2e/y", "*", "a&b=c+d", "'\"<>|",
+		"a", "...", "x/..b", ".hidden/x", "-", "~", "a b", " lead", "trail ", "a:b", "a?b#c%2e%2e", "%2e%2e/y", "*",
+		"a&b=c+d", "'\"<>|",
 		"UPPER", "upper", "日本語/文字", "é", "e\u0301", "\u202eabc", "zero\u200bwidth", "\U0001f600/\U0001f680",
 		strings.Repeat("k", 255), strings.Repeat("0123456789abcde/", 63) + strings.Repeat("z", 16),
 	}
@@ -490,7 +491,7 @@ func testValidKeys(t *testing.T, s object.Store) {
 	}
 	for _, key := range valid {
 		if got, info := get(t, s, key, 0, -1); string(got) != key || info.Key != key {
-			t.Errorf("%q holds %q and calls itself %q", key, got, info.Key)
+			t.Errorf("%q has content %q and key %q", key, got, info.Key)
 		}
 	}
 	if diff := cmp.Diff(valid, keys(list(t, s, ""))); diff != "" {
@@ -574,7 +575,7 @@ func testCanceled(t *testing.T, s object.Store) {
 		t.Errorf("after canceled writes: %q", got)
 	}
 
-	for _, err := range s.List(ctx, "a/") { // also where there is nothing to yield
+	for _, err := range s.List(ctx, "a/") { // also for an empty result
 		if !errors.Is(err, context.Canceled) {
 			t.Errorf("List of nothing: err = %v", err)
 		}
@@ -586,12 +587,12 @@ func testCanceled(t *testing.T, s object.Store) {
 	var last error
 	for _, err := range s.List(ctx, "") {
 		if err == nil {
-			cancel() // in the middle
+			cancel() // during the list
 		}
 		last = err
 	}
 	if last != nil && !errors.Is(last, context.Canceled) {
-		t.Errorf("List canceled in the middle: %v", last)
+		t.Errorf("List canceled during the list: %v", last)
 	}
 }
 
@@ -605,9 +606,9 @@ func testClock(t *testing.T, s object.Store) {
 	if err != nil {
 		t.Fatalf("Now: %v", err)
 	}
-	// Now and ModTime may each be a second off.
+	// Now and ModTime each have a tolerance of a second.
 	if info.ModTime.Before(before.Add(-time.Second)) || info.ModTime.After(after.Add(time.Second)) {
-		t.Errorf("written at %v, but the store's clock says between %v and %v", info.ModTime, before, after)
+		t.Errorf("written at %v, by the store's clock between %v and %v", info.ModTime, before, after)
 	}
 	if got := list(t, s, ""); len(got) != 1 {
 		t.Errorf("reading the clock left objects: %v", got)
@@ -683,26 +684,26 @@ func one(t *testing.T, infos []object.Info) object.Info {
 func checkInfo(t *testing.T, info object.Info, key string, size int) {
 	t.Helper()
 	if info.Key != key || info.Size != int64(size) || info.ETag == "" || strings.Contains(info.ETag, `"`) {
-		t.Errorf("info %+v; want key %s, %d bytes and a bare ETag", info, key, size)
+		t.Errorf("info %+v; want key %s, %d bytes and an unquoted ETag", info, key, size)
 	}
 }
 
-// checkSame compares what two calls say of one object. The answer to a write
-// may know the time only roughly.
+// checkSame compares the Info of two calls for one object. The time in the result of a write
+// may be approximate.
 func checkSame(t *testing.T, what string, got, want object.Info) {
 	t.Helper()
 	if got.Key != want.Key || got.Size != want.Size || got.ETag != want.ETag {
-		t.Errorf("%s says %+v, the write said %+v", what, got, want)
+		t.Errorf("%s returned %+v, the write %+v", what, got, want)
 	}
 	if d := got.ModTime.Sub(want.ModTime).Abs(); d > 2*time.Second {
-		t.Errorf("%s says modified at %v, the write said %v", what, got.ModTime, want.ModTime)
+		t.Errorf("%s returned modification time %v, the write %v", what, got.ModTime, want.ModTime)
 	}
 }
 
 // failedKeys returns the keys of the delete errors that err joins, sorted.
 func failedKeys(err error) []string {
 	var keys []string
-	switch e := err.(type) { //nolint:errorlint // walks the tree itself
+	switch e := err.(type) { //nolint:errorlint // walks the error tree
 	case nil:
 	case *object.DeleteError:
 		keys = append(keys, e.Key)

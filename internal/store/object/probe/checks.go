@@ -30,11 +30,11 @@ func (p *prober) track(key string) string {
 }
 
 func (p *prober) put(ctx context.Context, name, body string) (object.Info, error) {
-	return p.store.Put(ctx, p.note(p.key(name)), []byte(body))
+	return p.store.Put(ctx, p.track(p.key(name)), []byte(body))
 }
 
 func (p *prober) create(ctx context.Context, name, body string) error {
-	_, err := p.store.Create(ctx, p.note(p.key(name)), []byte(body))
+	_, err := p.store.Create(ctx, p.track(p.key(name)), []byte(body))
 	return err
 }
 

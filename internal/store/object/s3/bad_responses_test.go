@@ -60,7 +60,8 @@ func TestErrorsInSuccess(t *testing.T) {
 				t.Run(fmt.Sprintf("%s/%s/%s/%s", late.call, late.op, f.code, how), func(t *testing.T) {
 					t.Parallel()
 					r, c := newEnvOf(t, late.call)
-					answer := s3fault.Instead(&s3fault.Answer{Status: 200, Header: http.Header{"Content-Type": {"application/xml"}}, Body: []byte(body)})
+					answer := s3fault.Instead(&s3fault.Answer{Status: 200, Header: http.Header{"Content-Type": {"application/xml"}},
+						Body: []byte(body)})
 					r.proxy.Plan(s3fault.Rule{Op: late.op, Action: answer})
 					err := c.call(t.Context(), r.store)
 					r.proxy.MustHaveFired(t)
@@ -110,7 +111,8 @@ func TestMeaninglessResponses(t *testing.T) {
 			for _, done := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s/%s/%s/done %v", name, late.call, late.op, done), func(t *testing.T) {
 					t.Parallel()
-					answer := &s3fault.Answer{Status: 200, Header: http.Header{"Content-Type": {"application/xml"}}, Body: []byte(body)}
+					answer := &s3fault.Answer{Status: 200, Header: http.Header{"Content-Type": {"application/xml"}},
+						Body: []byte(body)}
 					action := s3fault.Instead(answer)
 					if done {
 						action = s3fault.After(answer)
@@ -192,7 +194,8 @@ func TestWrongBodies(t *testing.T) {
 				r := newEnv(t, func(o *s3.Options) { o.MaxAttempts = 2 })
 				r.put(t, "old", "old content")
 				r.proxy.Plan(s3fault.Rule{
-					Op: s3fault.GetObject, Times: -1, Action: s3fault.Edit(name, func(a *s3fault.Answer) bool { c.edit(a); return true }),
+					Op: s3fault.GetObject, Times: -1, Action: s3fault.Edit(name,
+						func(a *s3fault.Answer) bool { c.edit(a); return true }),
 				})
 				from, length := int64(0), int64(-1)
 				if ranged {
@@ -227,7 +230,8 @@ func TestWrongHeads(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r, call := newEnvOf(t, "CopyParts")
 			r.proxy.Plan(s3fault.Rule{
-				Op: s3fault.HeadObject, Times: -1, Action: s3fault.Edit(name, func(a *s3fault.Answer) bool { c.edit(a); return true }),
+				Op: s3fault.HeadObject, Times: -1, Action: s3fault.Edit(name,
+					func(a *s3fault.Answer) bool { c.edit(a); return true }),
 			})
 			err := call.call(t.Context(), r.store)
 			r.proxy.MustHaveFired(t)

@@ -137,7 +137,8 @@ func TestCopySourceChanges(t *testing.T) {
 			_, err := r.plain.Put(context.Background(), "large", bytes.ToUpper(large))
 			return err
 		}, object.ErrSourceChanged},
-		"cut":     {func(r *env) error { _, err := r.plain.Put(context.Background(), "large", []byte("x")); return err }, object.ErrSourceChanged},
+		"cut": {func(r *env) error { _, err := r.plain.Put(context.Background(), "large", []byte("x")); return err },
+			object.ErrSourceChanged},
 		"deleted": {func(r *env) error { return r.plain.Delete(context.Background(), "large") }, object.ErrNotFound},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -163,7 +164,8 @@ func TestCopySourceChanges(t *testing.T) {
 // sends no response.
 func TestCopyCanceled(t *testing.T) {
 	for _, op := range []s3fault.Op{
-		s3fault.HeadObject, s3fault.GetObjectTagging, s3fault.CreateMultipartUpload, s3fault.UploadPartCopy, s3fault.CompleteMultipartUpload,
+		s3fault.HeadObject, s3fault.GetObjectTagging, s3fault.CreateMultipartUpload, s3fault.UploadPartCopy,
+		s3fault.CompleteMultipartUpload,
 	} {
 		for _, skip := range []int{0, 1} {
 			if skip > 0 && op != s3fault.UploadPartCopy {
@@ -224,9 +226,11 @@ func TestCopyWholeCanceled(t *testing.T) {
 		answer func(*s3fault.Answer)
 		want   error
 	}{
-		"succeeds":  {func(*s3fault.Answer) {}, nil},
-		"denied":    {func(a *s3fault.Answer) { a.Status, a.Body = 403, []byte("<Error><Code>AccessDenied</Code></Error>") }, context.Canceled},
-		"throttled": {func(a *s3fault.Answer) { a.Status, a.Body = 503, []byte("<Error><Code>SlowDown</Code></Error>") }, context.Canceled},
+		"succeeds": {func(*s3fault.Answer) {}, nil},
+		"denied": {func(a *s3fault.Answer) { a.Status, a.Body = 403, []byte("<Error><Code>AccessDenied</Code></Error>") },
+			context.Canceled},
+		"throttled": {func(a *s3fault.Answer) { a.Status, a.Body = 503, []byte("<Error><Code>SlowDown</Code></Error>") },
+			context.Canceled},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -319,7 +323,8 @@ func TestCopyAbortsLast(t *testing.T) {
 				})},
 				s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: during(func() { close(aborted) })},
 			)
-			if _, err := r.store.Copy(ctx, request); !errors.Is(err, map[bool]error{false: object.ErrDenied, true: context.Canceled}[cancels]) {
+			if _, err := r.store.Copy(ctx, request); !errors.Is(err, map[bool]error{false: object.ErrDenied,
+				true: context.Canceled}[cancels]) {
 				t.Errorf("err = %v", err)
 			}
 			r.proxy.MustHaveFired(t)
@@ -333,7 +338,8 @@ func TestCopyAbortsLast(t *testing.T) {
 func TestCopyAbortsItsUpload(t *testing.T) {
 	denied := s3fault.Rule{Op: s3fault.UploadPartCopy, Times: -1, Action: s3fault.Status(403, "AccessDenied")}
 	for name, action := range map[string]s3fault.Action{
-		"SlowDown": s3fault.Status(503, "SlowDown"), "lost": s3fault.Lost(), "reset": s3fault.Reset(), "HTML": s3fault.HTML200(),
+		"SlowDown": s3fault.Status(503, "SlowDown"), "lost": s3fault.Lost(), "reset": s3fault.Reset(),
+		"HTML":         s3fault.HTML200(),
 		"HTML instead": s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte("<html>")}), "hang": s3fault.Hang(),
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -350,7 +356,8 @@ func TestCopyAbortsItsUpload(t *testing.T) {
 	t.Run("permanent", func(t *testing.T) {
 		r := newEnv(t, func(o *s3.Options) { o.MaxAttempts = 2 })
 		r.put(t, "old", "old content")
-		r.proxy.Plan(denied, s3fault.Rule{Op: s3fault.AbortMultipartUpload, Times: -1, Action: s3fault.Status(503, "SlowDown")})
+		r.proxy.Plan(denied, s3fault.Rule{Op: s3fault.AbortMultipartUpload, Times: -1,
+			Action: s3fault.Status(503, "SlowDown")})
 		if err := copyOld(t.Context(), r.store, 1, ""); !errors.Is(err, object.ErrDenied) {
 			t.Errorf("err = %v, want ErrDenied", err)
 		}
@@ -399,16 +406,26 @@ func TestCopyRestarts(t *testing.T) {
 		rules   []s3fault.Rule
 		uploads int
 	}{
-		"the upload, at a part":    {[]s3fault.Rule{{Op: s3fault.UploadPartCopy, Skip: 1, Action: s3fault.Status(404, "NoSuchUpload")}}, 2},
-		"the upload, at the end":   {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Status(404, "NoSuchUpload")}}, 2},
-		"a part":                   {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Status(400, "InvalidPart")}}, 2},
-		"a part, in 200":           {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: 2, Action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte("<Error><Code>InvalidPart</Code></Error>")})}}, 2},
-		"completion response lost": {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Lost()}, {Op: s3fault.CompleteMultipartUpload, Action: s3fault.Status(404, "NoSuchUpload")}}, 1},
-		"all responses lost":       {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.Lost()}}, 1},
-		"completion error in 200":  {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.ErrorIn200("InternalError")}}, 1},
-		"completion HTML":          {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.HTML200()}}, 1},
-		"completion empty":         {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.Empty200()}}, 1},
-		"duplicates":               {[]s3fault.Rule{{Op: s3fault.UploadPartCopy, Times: -1, Action: s3fault.Duplicate()}, {Op: s3fault.CompleteMultipartUpload, Action: s3fault.Duplicate()}}, 1},
+		"the upload, at a part": {[]s3fault.Rule{{Op: s3fault.UploadPartCopy, Skip: 1,
+			Action: s3fault.Status(404, "NoSuchUpload")}}, 2},
+		"the upload, at the end": {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload,
+			Action: s3fault.Status(404, "NoSuchUpload")}}, 2},
+		"a part": {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload,
+			Action: s3fault.Status(400, "InvalidPart")}}, 2},
+		"a part, in 200": {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: 2,
+			Action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte("<Error><Code>InvalidPart</Code></Error>")})}}, 2},
+		"completion response lost": {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Lost()},
+			{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Status(404, "NoSuchUpload")}}, 1},
+		"all responses lost": {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1,
+			Action: s3fault.Lost()}}, 1},
+		"completion error in 200": {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1,
+			Action: s3fault.ErrorIn200("InternalError")}}, 1},
+		"completion HTML": {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1,
+			Action: s3fault.HTML200()}}, 1},
+		"completion empty": {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1,
+			Action: s3fault.Empty200()}}, 1},
+		"duplicates": {[]s3fault.Rule{{Op: s3fault.UploadPartCopy, Times: -1, Action: s3fault.Duplicate()},
+			{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Duplicate()}}, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -424,7 +441,8 @@ func TestCopyRestarts(t *testing.T) {
 				t.Errorf("%d uploads, want %d", n, c.uploads)
 			}
 			r.wantCopy(t, nil)
-			if head, err := r.plain.Head(t.Context(), "copy"); err != nil || head.ETag != info.ETag || head.Size != info.Size || head.SourceETag != request.SourceETag {
+			if head, err := r.plain.Head(t.Context(), "copy"); err != nil || head.ETag != info.ETag || head.Size != info.Size ||
+				head.SourceETag != request.SourceETag {
 				t.Errorf("Copy says %+v, Head %+v, %v", info, head, err)
 			}
 		})
@@ -435,9 +453,11 @@ func TestCopyRestarts(t *testing.T) {
 		r.put(t, "copy", string(bytes.ToUpper(large)))
 		r.proxy.Plan(
 			s3fault.Rule{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.Instead(&s3fault.Answer{Status: 200})},
-			s3fault.Rule{Op: s3fault.HeadObject, Key: regexp.MustCompile("^copy$"), Times: -1, Action: s3fault.StripAnswer("X-Amz-Checksum-Crc32")},
+			s3fault.Rule{Op: s3fault.HeadObject, Key: regexp.MustCompile("^copy$"), Times: -1,
+				Action: s3fault.StripAnswer("X-Amz-Checksum-Crc32")},
 		)
-		if _, err := r.store.Copy(t.Context(), request); !errors.Is(err, object.ErrUnavailable) || !strings.Contains(err.Error(), "may have been copied") {
+		if _, err := r.store.Copy(t.Context(), request); !errors.Is(err, object.ErrUnavailable) ||
+			!strings.Contains(err.Error(), "may have been copied") {
 			t.Errorf("err = %v, want ErrUnavailable", err)
 		}
 		r.proxy.MustHaveFired(t)
@@ -452,8 +472,10 @@ func TestCopyIgnoredConditions(t *testing.T) {
 	r.put(t, "old", "new content")
 	strip := s3fault.StripRequest("X-Amz-Copy-Source-If-Match", r.options.AccessKeyID, string(r.options.SecretAccessKey))
 	for _, threshold := range []int64{0, 1} {
-		r.proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Times: -1, Action: strip}, s3fault.Rule{Op: s3fault.UploadPartCopy, Times: -1, Action: strip})
-		request := object.CopyRequest{From: "old", To: "copy", SourceETag: oldETag, Size: 11, Parts: object.CopyParts{Threshold: threshold}}
+		r.proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Times: -1, Action: strip},
+			s3fault.Rule{Op: s3fault.UploadPartCopy, Times: -1, Action: strip})
+		request := object.CopyRequest{From: "old", To: "copy", SourceETag: oldETag, Size: 11,
+			Parts: object.CopyParts{Threshold: threshold}}
 		_, err := r.store.Copy(t.Context(), request)
 		if !errors.Is(err, object.ErrSourceChanged) || !strings.Contains(err.Error(), "ignored the condition") {
 			t.Errorf("without the condition: err = %v, want ErrSourceChanged", err)
@@ -469,7 +491,8 @@ func TestCopyIgnoredConditions(t *testing.T) {
 func TestCopyWrongChecksum(t *testing.T) {
 	r := newEnv(t, nil)
 	if _, err := s3test.Shared(t).Client().PutObject(t.Context(), &awss3.PutObjectInput{
-		Bucket: &r.options.Bucket, Key: aws.String("old"), Body: strings.NewReader("old content"), ChecksumAlgorithm: "CRC64NVME",
+		Bucket: &r.options.Bucket, Key: aws.String("old"), Body: strings.NewReader("old content"),
+		ChecksumAlgorithm: "CRC64NVME",
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -480,17 +503,20 @@ func TestCopyWrongChecksum(t *testing.T) {
 	if err := copyOld(t.Context(), r.store, 1, oldPartsETag); err != nil {
 		t.Fatal(err)
 	}
-	if target, err := r.plain.Head(t.Context(), "copy"); err != nil || target.Checksum != head.Checksum || !object.ProvedEqual(head, target) {
+	if target, err := r.plain.Head(t.Context(), "copy"); err != nil || target.Checksum != head.Checksum ||
+		!object.ProvedEqual(head, target) {
 		t.Errorf("%+v of %+v, %v", target, head, err)
 	}
 	_, text, _ := strings.Cut(head.Checksum, ":")
-	r.proxy.Plan(s3fault.Rule{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.Edit("checksum", func(a *s3fault.Answer) bool {
-		body := bytes.ReplaceAll(a.Body, []byte(text), []byte("AAAAAAAAAAA="))
-		fired := !bytes.Equal(body, a.Body)
-		a.Body = body
-		return fired
-	})})
-	if err := copyOld(t.Context(), r.store, 1, oldPartsETag); !errors.Is(err, object.ErrUnavailable) || !strings.Contains(err.Error(), "checksum") {
+	r.proxy.Plan(s3fault.Rule{Op: s3fault.CompleteMultipartUpload, Times: -1,
+		Action: s3fault.Edit("checksum", func(a *s3fault.Answer) bool {
+			body := bytes.ReplaceAll(a.Body, []byte(text), []byte("AAAAAAAAAAA="))
+			fired := !bytes.Equal(body, a.Body)
+			a.Body = body
+			return fired
+		})})
+	if err := copyOld(t.Context(), r.store, 1, oldPartsETag); !errors.Is(err, object.ErrUnavailable) ||
+		!strings.Contains(err.Error(), "checksum") {
 		t.Errorf("err = %v, want ErrUnavailable", err)
 	}
 	r.proxy.MustHaveFired(t)
@@ -504,8 +530,10 @@ func TestCopyKeepsMetadata(t *testing.T) {
 	put, err := client.PutObject(t.Context(), &awss3.PutObjectInput{
 		Bucket: &r.options.Bucket, Key: aws.String("src"), Body: strings.NewReader("tagged"),
 		Metadata:    map[string]string{"engine": "milvus 2.6", "x-y": "é & co"},
-		ContentType: aws.String("application/x-binlog"), CacheControl: aws.String("max-age=7"), ContentEncoding: aws.String("identity"),
-		ContentDisposition: aws.String("attachment"), ContentLanguage: aws.String("eo"), Expires: aws.Time(time.Date(2030, 1, 2, 3, 4, 5, 0, time.UTC)),
+		ContentType: aws.String("application/x-binlog"), CacheControl: aws.String("max-age=7"),
+		ContentEncoding:    aws.String("identity"),
+		ContentDisposition: aws.String("attachment"), ContentLanguage: aws.String("eo"),
+		Expires: aws.Time(time.Date(2030, 1, 2, 3, 4, 5, 0, time.UTC)),
 		Tagging: aws.String("team=a%20b&cost%2Fcenter=7%2B1"),
 	})
 	if err != nil {
@@ -526,7 +554,8 @@ func TestCopyKeepsMetadata(t *testing.T) {
 			t.Fatal(err)
 		}
 		p := properties{
-			maps.Clone(head.Metadata), aws.ToString(head.ContentType), aws.ToString(head.CacheControl), aws.ToString(head.ContentEncoding),
+			maps.Clone(head.Metadata), aws.ToString(head.ContentType), aws.ToString(head.CacheControl),
+			aws.ToString(head.ContentEncoding),
 			aws.ToString(head.ContentDisposition), aws.ToString(head.ContentLanguage), aws.ToString(head.ExpiresString),
 			map[string]string{},
 		}
@@ -560,7 +589,8 @@ func TestCopyKeepsMetadata(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	request = object.CopyRequest{From: "parts", To: "again", SourceETag: again.ETag, Size: 6, Parts: object.CopyParts{Threshold: 1}}
+	request = object.CopyRequest{From: "parts", To: "again", SourceETag: again.ETag, Size: 6,
+		Parts: object.CopyParts{Threshold: 1}}
 	if _, err := r.store.Copy(t.Context(), request); err != nil {
 		t.Fatal(err)
 	}
@@ -571,7 +601,8 @@ func TestCopyKeepsMetadata(t *testing.T) {
 
 	// Unreadable tags are omitted.
 	for i, code := range []string{"AccessDenied", "NotImplemented", "MethodNotAllowed", "NoSuchTagSet"} {
-		r.proxy.Plan(s3fault.Rule{Op: s3fault.GetObjectTagging, Times: -1, Action: s3fault.Status([]int{403, 501, 405, 404}[i], code)})
+		r.proxy.Plan(s3fault.Rule{Op: s3fault.GetObjectTagging, Times: -1,
+			Action: s3fault.Status([]int{403, 501, 405, 404}[i], code)})
 		if _, err := r.store.Copy(t.Context(), request); err != nil {
 			t.Errorf("%s: %v", code, err)
 		}
@@ -611,7 +642,8 @@ func (s *stub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case s3fault.CompleteMultipartUpload:
 		fmt.Fprint(w, "<CompleteMultipartUploadResult><ETag>&quot;made-2&quot;</ETag></CompleteMultipartUploadResult>")
 	case s3fault.CopyObject:
-		fmt.Fprint(w, "<CopyObjectResult><ETag>&quot;made&quot;</ETag><LastModified>2026-11-02T03:04:05Z</LastModified></CopyObjectResult>")
+		fmt.Fprint(w, "<CopyObjectResult><ETag>&quot;made&quot;</ETag>"+
+			"<LastModified>2026-11-02T03:04:05Z</LastModified></CopyObjectResult>")
 	default:
 		w.WriteHeader(http.StatusNotImplemented)
 	}
@@ -633,11 +665,13 @@ func TestCopyOfFiveGiB(t *testing.T) {
 		server := &stub{size: c.size}
 		listener := httptest.NewServer(server)
 		store := s3test.Open(t, s3.Options{
-			Bucket: "bucket", Prefix: "pre fix/", Endpoint: listener.URL, PathStyle: true, AccessKeyID: "id", SecretAccessKey: "secret",
-			SSE: "aws:kms", KMSKeyID: "key-1", ExpectedBucketOwner: "111122223333",
+			Bucket: "bucket", Prefix: "pre fix/", Endpoint: listener.URL, PathStyle: true, AccessKeyID: "id",
+			SecretAccessKey: "secret",
+			SSE:             "aws:kms", KMSKeyID: "key-1", ExpectedBucketOwner: "111122223333",
 		})
 		info, err := store.Copy(t.Context(), object.CopyRequest{
-			From: "a+b", To: "c d", SourceETag: "source", Size: c.size, InFlight: 1, Parts: object.CopyParts{Threshold: c.threshold, PartSize: c.part},
+			From: "a+b", To: "c d", SourceETag: "source", Size: c.size, InFlight: 1,
+			Parts: object.CopyParts{Threshold: c.threshold, PartSize: c.part},
 		})
 		listener.Close()
 		want := object.Info{Key: "c d", Size: c.size, ETag: "made", ModTime: time.Date(2026, 11, 2, 3, 4, 5, 0, time.UTC)}
@@ -658,7 +692,8 @@ func TestCopyOfFiveGiB(t *testing.T) {
 				if got := r.Header.Get("X-Amz-Copy-Source"); got != "bucket/pre%20fix/a%2Bb" {
 					t.Errorf("%s of %s", op, got)
 				}
-				if r.Header.Get("X-Amz-Copy-Source-If-Match") != `"source"` || r.Header.Get("X-Amz-Source-Expected-Bucket-Owner") != "111122223333" {
+				if r.Header.Get("X-Amz-Copy-Source-If-Match") != `"source"` ||
+					r.Header.Get("X-Amz-Source-Expected-Bucket-Owner") != "111122223333" {
 					t.Errorf("%s with %v", op, r.Header)
 				}
 			case s3fault.CompleteMultipartUpload:
@@ -675,7 +710,8 @@ func TestCopyOfFiveGiB(t *testing.T) {
 				ranges = append(ranges, r.Header.Get("X-Amz-Copy-Source-Range"))
 			}
 			if op == s3fault.CreateMultipartUpload || op == s3fault.CopyObject {
-				if r.Header.Get("X-Amz-Server-Side-Encryption") != "aws:kms" || r.Header.Get("X-Amz-Server-Side-Encryption-Aws-Kms-Key-Id") != "key-1" {
+				if r.Header.Get("X-Amz-Server-Side-Encryption") != "aws:kms" ||
+					r.Header.Get("X-Amz-Server-Side-Encryption-Aws-Kms-Key-Id") != "key-1" {
 					t.Errorf("%s with %v", op, r.Header)
 				}
 			}
@@ -694,16 +730,23 @@ func TestHeadInfo(t *testing.T) {
 		header map[string]string
 		want   func(*object.Info)
 	}{
-		"nothing":     {map[string]string{}, func(*object.Info) {}},
-		"KMS":         {map[string]string{"X-Amz-Server-Side-Encryption": "aws:kms"}, func(i *object.Info) { i.OpaqueETag = true }},
-		"dual KMS":    {map[string]string{"X-Amz-Server-Side-Encryption": "aws:kms:dsse"}, func(i *object.Info) { i.OpaqueETag = true }},
-		"AES256":      {map[string]string{"X-Amz-Server-Side-Encryption": "AES256"}, func(*object.Info) {}},
-		"a copy":      {map[string]string{"X-Amz-Meta-Snapshotd-Source-Etag": "abc-2"}, func(i *object.Info) { i.SourceETag = "abc-2" }},
-		"SHA256":      {map[string]string{"X-Amz-Checksum-Sha256": "AAAA"}, func(i *object.Info) { i.Checksum = "SHA256:AAAA" }},
-		"CRC32C":      {map[string]string{"X-Amz-Checksum-Crc32c": "AAAA", "X-Amz-Checksum-Type": "FULL_OBJECT"}, func(i *object.Info) { i.Checksum = "CRC32C:AAAA" }},
-		"of parts":    {map[string]string{"X-Amz-Checksum-Crc32c": "AAAA-3"}, func(*object.Info) {}},
-		"by its type": {map[string]string{"X-Amz-Checksum-Crc32c": "AAAA", "X-Amz-Checksum-Type": "COMPOSITE"}, func(*object.Info) {}},
-		"strongest":   {map[string]string{"X-Amz-Checksum-Crc32": "AA", "X-Amz-Checksum-Crc64nvme": "AAAA"}, func(i *object.Info) { i.Checksum = "CRC64NVME:AAAA" }},
+		"nothing": {map[string]string{}, func(*object.Info) {}},
+		"KMS": {map[string]string{"X-Amz-Server-Side-Encryption": "aws:kms"},
+			func(i *object.Info) { i.OpaqueETag = true }},
+		"dual KMS": {map[string]string{"X-Amz-Server-Side-Encryption": "aws:kms:dsse"},
+			func(i *object.Info) { i.OpaqueETag = true }},
+		"AES256": {map[string]string{"X-Amz-Server-Side-Encryption": "AES256"}, func(*object.Info) {}},
+		"a copy": {map[string]string{"X-Amz-Meta-Snapshotd-Source-Etag": "abc-2"},
+			func(i *object.Info) { i.SourceETag = "abc-2" }},
+		"SHA256": {map[string]string{"X-Amz-Checksum-Sha256": "AAAA"},
+			func(i *object.Info) { i.Checksum = "SHA256:AAAA" }},
+		"CRC32C": {map[string]string{"X-Amz-Checksum-Crc32c": "AAAA", "X-Amz-Checksum-Type": "FULL_OBJECT"},
+			func(i *object.Info) { i.Checksum = "CRC32C:AAAA" }},
+		"of parts": {map[string]string{"X-Amz-Checksum-Crc32c": "AAAA-3"}, func(*object.Info) {}},
+		"by its type": {map[string]string{"X-Amz-Checksum-Crc32c": "AAAA", "X-Amz-Checksum-Type": "COMPOSITE"},
+			func(*object.Info) {}},
+		"strongest": {map[string]string{"X-Amz-Checksum-Crc32": "AA", "X-Amz-Checksum-Crc64nvme": "AAAA"},
+			func(i *object.Info) { i.Checksum = "CRC64NVME:AAAA" }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r.proxy.Plan(s3fault.Rule{Op: s3fault.HeadObject, Action: s3fault.Edit("headers", func(a *s3fault.Answer) bool {
@@ -733,7 +776,8 @@ func (r *env) begin(t *testing.T, keys ...string) {
 	t.Helper()
 	client := s3test.Shared(t).Client()
 	for _, key := range keys {
-		if _, err := client.CreateMultipartUpload(t.Context(), &awss3.CreateMultipartUploadInput{Bucket: &r.options.Bucket, Key: &key}); err != nil {
+		if _, err := client.CreateMultipartUpload(t.Context(), &awss3.CreateMultipartUploadInput{Bucket: &r.options.Bucket,
+			Key: &key}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -763,7 +807,8 @@ func TestAbortUploads(t *testing.T) {
 
 	t.Run("unknown upload", func(t *testing.T) {
 		r.begin(t, "a", "b")
-		r.proxy.Plan(s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: s3fault.Duplicate()}, s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: s3fault.Lost()})
+		r.proxy.Plan(s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: s3fault.Duplicate()},
+			s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: s3fault.Lost()})
 		r.abort(t, r.store, "", time.Time{}, 2)
 		r.proxy.MustHaveFired(t)
 		wantNoUploads(t, r)
@@ -779,7 +824,8 @@ func TestAbortUploads(t *testing.T) {
 	})
 	t.Run("abort without effect", func(t *testing.T) {
 		r.begin(t, "a")
-		r.proxy.Plan(s3fault.Rule{Op: s3fault.AbortMultipartUpload, Times: -1, Action: s3fault.Instead(&s3fault.Answer{Status: 204})})
+		r.proxy.Plan(s3fault.Rule{Op: s3fault.AbortMultipartUpload, Times: -1,
+			Action: s3fault.Instead(&s3fault.Answer{Status: 204})})
 		if _, err := r.store.AbortUploads(t.Context(), "", time.Time{}); !errors.Is(err, object.ErrUnavailable) {
 			t.Errorf("err = %v, want ErrUnavailable", err)
 		}
@@ -809,7 +855,8 @@ func TestAbortUploads(t *testing.T) {
 		pages := &uploadPages{}
 		server := httptest.NewServer(pages)
 		defer server.Close()
-		s := s3test.Open(t, s3.Options{Bucket: "bucket", Endpoint: server.URL, PathStyle: true, AccessKeyID: "id", SecretAccessKey: "secret"})
+		s := s3test.Open(t, s3.Options{Bucket: "bucket", Endpoint: server.URL, PathStyle: true, AccessKeyID: "id",
+			SecretAccessKey: "secret"})
 		r.abort(t, s, "a/", time.Date(2026, 11, 2, 0, 0, 0, 0, time.UTC), 1)
 		want := []string{"GET  ", "GET a/b c 2", "DELETE  ", "GET  ", "GET a/b c 2"}
 		if diff := cmp.Diff(want, pages.seen); diff != "" {
@@ -861,19 +908,22 @@ func (p *uploadPages) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer p.mu.Unlock()
 	q := r.URL.Query()
 	p.seen = append(p.seen, fmt.Sprintf("%s %s %s", r.Method, q.Get("key-marker"), q.Get("upload-id-marker")))
-	list := "<ListMultipartUploadsResult><Bucket>bucket</Bucket><EncodingType>url</EncodingType>%s</ListMultipartUploadsResult>"
+	list := "<ListMultipartUploadsResult><Bucket>bucket</Bucket><EncodingType>url</EncodingType>%s" +
+		"</ListMultipartUploadsResult>"
 	switch {
 	case r.Method == http.MethodDelete:
 		p.aborted = true
 		w.WriteHeader(http.StatusNoContent)
 	case q.Get("key-marker") == "":
-		fmt.Fprintf(w, list, "<IsTruncated>true</IsTruncated><NextKeyMarker>a/b+c</NextKeyMarker><NextUploadIdMarker>2</NextUploadIdMarker>"+
+		fmt.Fprintf(w, list, "<IsTruncated>true</IsTruncated><NextKeyMarker>a/b+c</NextKeyMarker>"+
+			"<NextUploadIdMarker>2</NextUploadIdMarker>"+
 			"<Upload><Key>a/b+c</Key><UploadId>2</UploadId><Initiated>2026-11-02T03:04:05Z</Initiated></Upload>"+
 			"<Upload><Key>a/b+c</Key><UploadId>3</UploadId></Upload>")
 	case p.aborted:
 		fmt.Fprintf(w, list, "<IsTruncated>false</IsTruncated>")
 	default:
-		fmt.Fprintf(w, list, "<IsTruncated>false</IsTruncated><Upload><Key>a/d</Key><UploadId>1</UploadId><Initiated>2026-11-01T03:04:05Z</Initiated></Upload>")
+		fmt.Fprintf(w, list, "<IsTruncated>false</IsTruncated>"+
+			"<Upload><Key>a/d</Key><UploadId>1</UploadId><Initiated>2026-11-01T03:04:05Z</Initiated></Upload>")
 	}
 }
 

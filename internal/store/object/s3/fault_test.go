@@ -226,7 +226,8 @@ var calls = []struct {
 	{
 		name: "CopyParts",
 		ops: []s3fault.Op{
-			s3fault.HeadObject, s3fault.GetObjectTagging, s3fault.CreateMultipartUpload, s3fault.UploadPartCopy, s3fault.CompleteMultipartUpload,
+			s3fault.HeadObject, s3fault.GetObjectTagging, s3fault.CreateMultipartUpload, s3fault.UploadPartCopy,
+			s3fault.CompleteMultipartUpload,
 		},
 		call:  func(ctx context.Context, s object.Store) error { return copyOld(ctx, s, 1, oldPartsETag) },
 		check: func(t *testing.T, r *env) { wantContent(t, r, "copy", "old content") },
@@ -268,7 +269,8 @@ func copyOld(ctx context.Context, s object.Store, threshold int64, etag string) 
 	info, err := s.Copy(ctx, object.CopyRequest{
 		From: "old", To: "copy", SourceETag: oldETag, Size: 11, Parts: object.CopyParts{Threshold: threshold},
 	})
-	if err == nil && (info.Key != "copy" || info.Size != 11 || info.ETag != etag || time.Since(info.ModTime).Abs() > time.Minute) {
+	if err == nil && (info.Key != "copy" || info.Size != 11 || info.ETag != etag ||
+		time.Since(info.ModTime).Abs() > time.Minute) {
 		return fmt.Errorf("WRONG: %+v", info)
 	}
 	return err
@@ -277,7 +279,8 @@ func copyOld(ctx context.Context, s object.Store, threshold int64, etag string) 
 // wantNoUploads checks that no upload is open in the bucket.
 func wantNoUploads(t *testing.T, r *env) {
 	t.Helper()
-	out, err := s3test.Shared(t).Client().ListMultipartUploads(t.Context(), &awss3.ListMultipartUploadsInput{Bucket: &r.options.Bucket})
+	out, err := s3test.Shared(t).Client().ListMultipartUploads(t.Context(),
+		&awss3.ListMultipartUploadsInput{Bucket: &r.options.Bucket})
 	if err != nil || len(out.Uploads) != 0 {
 		t.Errorf("open uploads: %v, %v; requests: %v", out.Uploads, err, r.proxy.Events())
 	}
@@ -305,14 +308,16 @@ func TestFaults(t *testing.T) {
 		{name: "SlowDown", action: s3fault.Status(503, "SlowDown")},
 		{name: "RetryAfter", action: s3fault.StatusWith(503, "SlowDown", http.Header{"Retry-After": {"0"}})},
 		{name: "500", action: s3fault.Status(500, "InternalError")},
-		{name: "502 of a proxy", action: s3fault.Instead(&s3fault.Answer{Status: 502, Body: []byte("<html>Bad Gateway</html>")})},
+		{name: "502 of a proxy", action: s3fault.Instead(&s3fault.Answer{Status: 502,
+			Body: []byte("<html>Bad Gateway</html>")})},
 		{name: "504", action: s3fault.Instead(&s3fault.Answer{Status: 504})},
 		{name: "RequestTimeout", action: s3fault.Status(400, "RequestTimeout"), only: writes},
 		{name: "conflict", action: s3fault.Status(409, "ConditionalRequestConflict"), only: writes},
 		{name: "directory", action: s3fault.Status(409, "ExistingObjectIsDirectory"), only: writes},
 		{name: "reset", action: s3fault.Reset()},
 		{name: "lost", action: s3fault.Lost()},
-		{name: "500 after", action: s3fault.After(&s3fault.Answer{Status: 500, Header: http.Header{}, Body: []byte("<Error><Code>InternalError</Code></Error>")})},
+		{name: "500 after", action: s3fault.After(&s3fault.Answer{Status: 500, Header: http.Header{},
+			Body: []byte("<Error><Code>InternalError</Code></Error>")})},
 		{name: "duplicate", action: s3fault.Duplicate(), only: func(op s3fault.Op) bool {
 			// A duplicate Create finds a foreign object, and a duplicate upload has an unknown id.
 			return op != s3fault.PutObject && op != s3fault.CompleteMultipartUpload && op != s3fault.CreateMultipartUpload
@@ -321,7 +326,8 @@ func TestFaults(t *testing.T) {
 		{name: "empty 200", action: s3fault.Empty200()},
 		{name: "HTML in 200", action: s3fault.HTML200()},
 		{name: "empty 200 instead", action: s3fault.Instead(&s3fault.Answer{Status: 200})},
-		{name: "HTML in 200 instead", action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte("<html><body>Welcome</body></html>")})},
+		{name: "HTML in 200 instead", action: s3fault.Instead(&s3fault.Answer{Status: 200,
+			Body: []byte("<html><body>Welcome</body></html>")})},
 		{name: "no ETag", action: s3fault.StripAnswer("ETag"), only: func(op s3fault.Op) bool {
 			return op == s3fault.PutObject || op == s3fault.UploadPart || op == s3fault.GetObject || op == s3fault.HeadObject
 		}},
@@ -335,7 +341,8 @@ func TestFaults(t *testing.T) {
 		}},
 		{name: "truncated", action: s3fault.Truncate(), once: always, only: hasAnswer},
 		{name: "short", action: s3fault.Short(), once: always, only: hasAnswer},
-		{name: "corrupt", action: s3fault.Corrupt(), once: always, only: func(op s3fault.Op) bool { return op == s3fault.GetObject }},
+		{name: "corrupt", action: s3fault.Corrupt(), once: always,
+			only: func(op s3fault.Op) bool { return op == s3fault.GetObject }},
 		{name: "AccessDenied", action: s3fault.Status(403, "AccessDenied"), once: object.ErrDenied},
 		{name: "ThrottlingException", action: s3fault.Status(400, "ThrottlingException")},
 		{name: "QuotaExceeded", action: s3fault.Status(403, "QuotaExceeded"), once: object.ErrFull},
@@ -346,7 +353,8 @@ func TestFaults(t *testing.T) {
 		{name: "ExpiredToken", action: s3fault.Status(400, "ExpiredToken"), once: object.ErrDenied},
 		{name: "NoSuchBucket", action: s3fault.Status(404, "NoSuchBucket"), once: object.ErrMisconfigured},
 		{name: "RequestTimeTooSkewed", action: s3fault.Status(403, "RequestTimeTooSkewed"), once: object.ErrMisconfigured},
-		{name: "wrong region", action: s3fault.StatusWith(301, "PermanentRedirect", http.Header{"X-Amz-Bucket-Region": {"eu-test-9"}}), once: object.ErrMisconfigured},
+		{name: "wrong region", action: s3fault.StatusWith(301, "PermanentRedirect",
+			http.Header{"X-Amz-Bucket-Region": {"eu-test-9"}}), once: object.ErrMisconfigured},
 	} {
 		t.Run(f.name, func(t *testing.T) {
 			for _, c := range calls {
@@ -367,7 +375,8 @@ func TestFaults(t *testing.T) {
 							r.put(t, "other", "other content")
 							r.proxy.Plan(s3fault.Rule{Op: op, Times: times, Action: f.action})
 							err := c.call(t.Context(), r.store)
-							missing := c.name == "HeadMissing" && op == s3fault.HeadObject || c.name == "HeadMissing" && (f.name == "truncated" || f.name == "short" || f.name == "no ETag")
+							missing := c.name == "HeadMissing" && op == s3fault.HeadObject || c.name == "HeadMissing" &&
+								(f.name == "truncated" || f.name == "short" || f.name == "no ETag")
 							if !missing || r.proxy.Fired() > 0 {
 								r.proxy.MustHaveFired(t)
 							}
@@ -424,7 +433,8 @@ func wantClear(t *testing.T, r *env, err error) {
 		!errors.Is(err, object.ErrMisconfigured) && !errors.Is(err, object.ErrInvalidKey) {
 		t.Errorf("err = %v, of no kind", err)
 	}
-	if errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrExists) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+	if errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrExists) ||
+		errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
 		t.Errorf("err = %v, of more than one kind", err)
 	}
 	if !strings.Contains(err.Error(), r.options.Bucket) {
@@ -439,7 +449,8 @@ func wantClear(t *testing.T, r *env, err error) {
 func TestHang(t *testing.T) {
 	for _, c := range calls {
 		for _, op := range c.ops {
-			for name, action := range map[string]s3fault.Action{"before": s3fault.Hang(), "after": s3fault.HangAfter(), "in body": s3fault.HangInBody()} {
+			for name, action := range map[string]s3fault.Action{"before": s3fault.Hang(), "after": s3fault.HangAfter(),
+				"in body": s3fault.HangInBody()} {
 				if name == "in body" && !hasAnswer(op) {
 					continue
 				}
@@ -483,7 +494,8 @@ func TestHang(t *testing.T) {
 func TestCreateLostResponse(t *testing.T) {
 	for _, parts := range []bool{false, true} {
 		op := map[bool]s3fault.Op{false: s3fault.PutObject, true: s3fault.CompleteMultipartUpload}[parts]
-		for name, action := range map[string]s3fault.Action{"lost": s3fault.Lost(), "empty": s3fault.Empty200(), "html": s3fault.HTML200()} {
+		for name, action := range map[string]s3fault.Action{"lost": s3fault.Lost(), "empty": s3fault.Empty200(),
+			"html": s3fault.HTML200()} {
 			for _, times := range []int{1, -1} {
 				t.Run(fmt.Sprint(op, name, times), func(t *testing.T) {
 					r := newEnv(t, func(o *s3.Options) {
@@ -536,7 +548,10 @@ func TestCreateWithoutMetadata(t *testing.T) {
 
 func TestRedirectIsNotFollowed(t *testing.T) {
 	var visited sync.Map
-	elsewhere := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { visited.Store(r.Method, r.URL.Path) }))
+	elsewhere := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter,
+		r *http.Request) {
+		visited.Store(r.Method, r.URL.Path)
+	}))
 	defer elsewhere.Close()
 	for _, status := range []int{301, 302, 307, 308} {
 		for _, c := range calls {
@@ -574,7 +589,8 @@ func TestUploadsAreAborted(t *testing.T) {
 	}
 	r.proxy.MustHaveFired(t)
 	wantContent(t, r, "big", "-")
-	out, err := s3test.Shared(t).Client().ListMultipartUploads(t.Context(), &awss3.ListMultipartUploadsInput{Bucket: &r.options.Bucket})
+	out, err := s3test.Shared(t).Client().ListMultipartUploads(t.Context(),
+		&awss3.ListMultipartUploadsInput{Bucket: &r.options.Bucket})
 	if err != nil || len(out.Uploads) != 0 {
 		t.Errorf("left: %v, %v", out.Uploads, err)
 	}
@@ -633,7 +649,8 @@ func TestWrongLists(t *testing.T) {
 	t.Run("endless", func(t *testing.T) {
 		r := newEnv(t, nil)
 		r.proxy.Plan(s3fault.Rule{Op: s3fault.ListObjectsV2, Times: -1, Action: edit(
-			"<IsTruncated>false</IsTruncated>", "<IsTruncated>true</IsTruncated><NextContinuationToken>again</NextContinuationToken>")})
+			"<IsTruncated>false</IsTruncated>", "<IsTruncated>true</IsTruncated>"+
+				"<NextContinuationToken>again</NextContinuationToken>")})
 		_, err := listed(t.Context(), r.store)
 		r.proxy.MustHaveFired(t)
 		if !errors.Is(err, object.ErrUnavailable) || r.proxy.Count(s3fault.ListObjectsV2) > 10 {
@@ -644,23 +661,27 @@ func TestWrongLists(t *testing.T) {
 
 func TestDelete(t *testing.T) {
 	answer := func(body string) s3fault.Action {
-		return s3fault.After(&s3fault.Answer{Status: 200, Header: http.Header{"Content-Type": {"application/xml"}}, Body: []byte(body)})
+		return s3fault.After(&s3fault.Answer{Status: 200, Header: http.Header{"Content-Type": {"application/xml"}},
+			Body: []byte(body)})
 	}
 	t.Run("some denied", func(t *testing.T) {
 		r := newEnv(t, nil)
 		r.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObjects, Action: answer(
-			`<DeleteResult><Deleted><Key>a</Key></Deleted><Error><Key>b</Key><Code>AccessDenied</Code></Error><Error><Key>c</Key><Code>NoSuchKey</Code></Error></DeleteResult>`)})
+			`<DeleteResult><Deleted><Key>a</Key></Deleted>` +
+				`<Error><Key>b</Key><Code>AccessDenied</Code></Error><Error><Key>c</Key><Code>NoSuchKey</Code></Error></DeleteResult>`)})
 		err := r.store.Delete(t.Context(), "a", "b", "c")
 		r.proxy.MustHaveFired(t)
-		if one, ok := errors.AsType[*object.DeleteError](err); !ok || one.Key != "b" || !errors.Is(err, object.ErrDenied) || strings.Count(err.Error(), "delete ") > 2 {
+		if one, ok := errors.AsType[*object.DeleteError](err); !ok || one.Key != "b" || !errors.Is(err, object.ErrDenied) ||
+			strings.Count(err.Error(), "delete ") > 2 {
 			t.Errorf("err = %v, want b denied", err)
 		}
 	})
 	t.Run("some retried", func(t *testing.T) {
 		r := newEnv(t, nil)
 		r.put(t, "b", "x")
-		r.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObjects, Action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte(
-			`<DeleteResult><Deleted><Key>a</Key></Deleted><Error><Key>b</Key><Code>SlowDown</Code></Error></DeleteResult>`)})})
+		r.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObjects,
+			Action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte(
+				`<DeleteResult><Deleted><Key>a</Key></Deleted><Error><Key>b</Key><Code>SlowDown</Code></Error></DeleteResult>`)})})
 		if err := r.store.Delete(t.Context(), "a", "b", "c"); err != nil {
 			t.Error(err)
 		}
@@ -680,7 +701,8 @@ func TestDelete(t *testing.T) {
 			wantContent(t, r, "a", "-")
 		}
 		r.proxy.MustHaveFired(t)
-		if batches, single := r.proxy.Count(s3fault.DeleteObjects), r.proxy.Count(s3fault.DeleteObject); batches != 2 || single != 2 {
+		if batches, single := r.proxy.Count(s3fault.DeleteObjects), r.proxy.Count(s3fault.DeleteObject); batches != 2 ||
+			single != 2 {
 			t.Errorf("%d batches and %d single deletes, want 2 and 2", batches, single)
 		}
 	})
@@ -701,7 +723,8 @@ func TestDelete(t *testing.T) {
 		wantContent(t, r, "a", "-")
 		// A response that is not that of a delete is verified.
 		r.put(t, "a", "x")
-		r.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObject, Times: -1, Action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte("<html>")})})
+		r.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObject, Times: -1,
+			Action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte("<html>")})})
 		if err := r.store.Delete(t.Context(), "a"); !errors.Is(err, object.ErrUnavailable) {
 			t.Errorf("err = %v, want ErrUnavailable", err)
 		}
@@ -738,7 +761,8 @@ func TestUnreachableServer(t *testing.T) {
 	o.Endpoint = "http://" + l.Addr().String()
 	_ = l.Close()
 	s := s3test.Open(t, o)
-	if _, err := s.Now(t.Context()); !errors.Is(err, object.ErrUnavailable) || !strings.Contains(err.Error(), "connection refused") {
+	if _, err := s.Now(t.Context()); !errors.Is(err, object.ErrUnavailable) ||
+		!strings.Contains(err.Error(), "connection refused") {
 		t.Errorf("err = %v", err)
 	}
 	secure := httptest.NewTLSServer(http.NotFoundHandler())
@@ -793,9 +817,11 @@ func TestWrongSettings(t *testing.T) {
 // TestSecrets searches errors, logs and formatted values for credentials.
 func TestSecrets(t *testing.T) {
 	var log bytes.Buffer
-	core := zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()), zapcore.AddSync(&log), zapcore.DebugLevel)
+	core := zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()), zapcore.AddSync(&log),
+		zapcore.DebugLevel)
 	r := newEnv(t, func(o *s3.Options) { o.Log = zap.New(core) })
-	for _, action := range []s3fault.Action{s3fault.Reset(), s3fault.Status(503, "SlowDown"), s3fault.HTML200(), s3fault.Status(403, "SignatureDoesNotMatch")} {
+	for _, action := range []s3fault.Action{s3fault.Reset(), s3fault.Status(503, "SlowDown"), s3fault.HTML200(),
+		s3fault.Status(403, "SignatureDoesNotMatch")} {
 		for _, c := range calls {
 			r.proxy.Plan(s3fault.Rule{Times: 2, Action: action})
 			if err := c.call(t.Context(), r.store); err != nil && strings.Contains(err.Error(), "canary") {
@@ -824,7 +850,8 @@ func otherAuthority(t *testing.T) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true,
+		BasicConstraintsValid: true}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)

@@ -16,13 +16,15 @@ func TestValidate(t *testing.T) {
 		t.Error(err)
 	}
 	err := s3.Options{
-		Bucket: "arn:aws:s3:::x", Prefix: "a/../b/", Endpoint: "https://me:canary@host", Region: "a b", SecretAccessKey: "canary", SSE: "x", KMSKeyID: "k",
+		Bucket: "arn:aws:s3:::x", Prefix: "a/../b/", Endpoint: "https://me:canary@host", Region: "a b",
+		SecretAccessKey: "canary", SSE: "x", KMSKeyID: "k",
 		MaxAttempts: -1, PartSize: 1,
 	}.Validate()
 	if err == nil {
 		t.Fatal("no errors")
 	}
-	for _, want := range []string{"bucket: ", "prefix: ", "endpoint: ", "region: ", "access key id: ", "sse: ", "kms_key_id: ", "timeouts", "part size: "} {
+	for _, want := range []string{"bucket: ", "prefix: ", "endpoint: ", "region: ", "access key id: ", "sse: ",
+		"kms_key_id: ", "timeouts", "part size: "} {
 		if !strings.Contains("\n"+err.Error(), "\n"+want) {
 			t.Errorf("no error for %s", want)
 		}
@@ -49,7 +51,8 @@ func TestValidate(t *testing.T) {
 }
 
 func TestOpenFindsNoCredentials(t *testing.T) {
-	for _, name := range []string{"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE"} {
+	for _, name := range []string{"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE",
+		"AWS_WEB_IDENTITY_TOKEN_FILE"} {
 		t.Setenv(name, "")
 	}
 	t.Setenv("AWS_EC2_METADATA_DISABLED", "true")
