@@ -26,7 +26,7 @@ const (
 	pollPause  = 20 * time.Millisecond
 )
 
-// demo is what runs, and how it went.
+// demo is the state of the demonstration.
 type demo struct {
 	paint       paint
 	dir         string // temporary
@@ -34,19 +34,19 @@ type demo struct {
 	addr, other string // of the service, and of its metrics
 	env         []string
 	server      *exec.Cmd
-	exited      chan struct{} // closed when the server has
+	exited      chan struct{} // closed when the server has exited
 	waiting     *exec.Cmd     // the engine that waits for an event
 
-	err    error // the first that ended the story; commands after it do nothing
+	err    error // the first error; later commands do nothing
 	checks int
-	wrong  int
+	failed int
 }
 
 func (d *demo) logFile() string  { return filepath.Join(d.dir, "snapshotd.log") }
 func (d *demo) eventLog() string { return filepath.Join(d.dir, "engine.log") }
 func (d *demo) store() string    { return filepath.Join(d.dir, "data", "objects") }
 
-// prepare finds programs, folder and ports.
+// prepare finds the programs, a folder and ports.
 func (d *demo) prepare(ctx context.Context) (err error) {
 	d.bin = map[string]string{}
 	for _, name := range []string{"snapshotd", "snapshotctl"} {
@@ -72,36 +72,39 @@ func (d *demo) prepare(ctx context.Context) (err error) {
 	return nil
 }
 
-// freePorts returns two addresses that nobody listens on.
+// freePorts returns two free addresses.
 func freePorts(ctx context.Context) (string, string, error) {
 	var listen net.ListenConfig
 	a, err := listen.Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
 		return "", "", err
 	}
-	b, err := listen.Listen(ctx, "tcp", "127.0.0.1:0") // while a is held, so that they differ
+	b, err := listen.Listen(ctx, "tcp", "127.0.0.1:0") // while a is open, so that they differ
 	if err != nil {
 		return "", "", errors.Join(err, a.Close())
 	}
 	return a.Addr().String(), b.Addr().String(), errors.Join(a.Close(), b.Close())
 }
 
-// start starts the server and returns when it answers.
+// start starts the server and returns when it responds.
 func (d *demo) start(ctx context.Context) {
 	if d.err != nil {
 		return
 	}
-	args := []string{"serve", "--data-dir", filepath.Join(d.dir, "data"), "--listen", d.addr, "--metrics-listen", d.other, "--leader-ttl", "3s"}
+	args := []string{
+		"serve", "--data-dir", filepath.Join(d.dir, "data"),
+		"--listen", d.addr, "--metrics-listen", d.other, "--leader-ttl", "3s",
+	}
 	d.show("snapshotd", append(args, "&"))
 	log, err := os.OpenFile(d.logFile(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		d.err = err
 		return
 	}
-	defer func() { _ = log.Close() }() // the server has its own
+	defer func() { _ = log.Close() }() // the server has its own descriptor
 	began := time.Now()
-	// Not bound to ctx, which an interrupt ends: the server is to end gracefully.
-	// For that reason it also gets a process group of its own.
+	// Not bound to ctx, which an interrupt ends: the server must end gracefully. For
+	// the same reason it gets a separate process group.
 	d.server = exec.CommandContext(context.WithoutCancel(ctx), d.bin["snapshotd"], args...)
 	d.server.Stdout, d.server.Stderr = log, log
 	d.server.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -111,10 +114,10 @@ func (d *demo) start(ctx context.Context) {
 	}
 	d.exited = make(chan struct{})
 	go func() {
-		_ = d.server.Wait() // its state says the same
+		_ = d.server.Wait() // ProcessState has the result
 		close(d.exited)
 	}()
-	d.err = d.poll(ctx, startWait, "the server to answer", func() bool {
+	d.err = d.poll(ctx, startWait, "a response of the server", func() bool {
 		return d.command(ctx, "snapshotctl", "info").Run() == nil
 	})
 	d.took(began)
@@ -132,8 +135,8 @@ func (d *demo) kill() {
 	d.took(began)
 }
 
-// await has the engine wait for a collection, beside all else, and returns when it
-// will miss nothing.
+// await starts an engine that waits for a collection, in the background, and returns
+// when it misses no event any more.
 func (d *demo) await(ctx context.Context, collection string) {
 	if d.err != nil {
 		return
@@ -145,21 +148,21 @@ func (d *demo) await(ctx context.Context, collection string) {
 		d.err = err
 		return
 	}
-	defer func() { _ = log.Close() }() // the engine has its own
+	defer func() { _ = log.Close() }() // the engine has its own descriptor
 	cmd := d.command(ctx, "engine", args...)
 	cmd.Stdout, cmd.Stderr = log, log
 	if d.err = cmd.Start(); d.err != nil {
 		return
 	}
 	d.waiting = cmd
-	d.err = d.poll(ctx, eventWait, "the engine to wait", func() bool {
-		said, _ := os.ReadFile(d.eventLog())
-		return bytes.Contains(said, []byte("waiting"))
+	d.err = d.poll(ctx, eventWait, "the start of the engine", func() bool {
+		output, _ := os.ReadFile(d.eventLog())
+		return bytes.Contains(output, []byte("waiting"))
 	})
 }
 
-// awaited returns the last line that the engine which waited has said, once it
-// has ended.
+// awaited waits for the engine in the background to exit and returns the last line of
+// its output.
 func (d *demo) awaited() string {
 	if d.err != nil {
 		return ""
@@ -168,13 +171,13 @@ func (d *demo) awaited() string {
 	defer stop.Stop()
 	err := d.waiting.Wait()
 	d.waiting = nil
-	said, readErr := os.ReadFile(d.eventLog())
+	output, readErr := os.ReadFile(d.eventLog())
 	if d.err = errors.Join(err, readErr); d.err != nil {
-		d.err = fmt.Errorf("the engine that waited: %w\n%s", d.err, said)
+		d.err = fmt.Errorf("the waiting engine: %w\n%s", d.err, output)
 		return ""
 	}
-	fmt.Print(string(said))
-	lines := strings.SplitAfter(string(said), "\n")
+	fmt.Print(string(output))
+	lines := strings.SplitAfter(string(output), "\n")
 	return lines[max(0, len(lines)-2)]
 }
 
@@ -186,7 +189,7 @@ func (d *demo) poll(ctx context.Context, limit time.Duration, what string, done 
 		select {
 		case <-tick.C:
 		case <-d.exited:
-			return fmt.Errorf("the server ended: %s", d.server.ProcessState)
+			return fmt.Errorf("the server exited: %s", d.server.ProcessState)
 		case <-ctx.Done():
 			return fmt.Errorf("wait for %s, at most %s: %w", what, limit, ctx.Err())
 		}
@@ -203,7 +206,7 @@ func (d *demo) command(ctx context.Context, name string, args ...string) *exec.C
 	return cmd
 }
 
-// run runs a command and returns what it printed, which is shown.
+// run runs a command, prints its output and returns it.
 func (d *demo) run(ctx context.Context, name string, args ...string) string {
 	out, err := d.try(ctx, name, args, true)
 	if err != nil && d.err == nil {
@@ -212,7 +215,7 @@ func (d *demo) run(ctx context.Context, name string, args ...string) string {
 	return out
 }
 
-// read is run for snapshotctl, when a program is to read what it prints.
+// read is run for snapshotctl, without printing the output.
 func (d *demo) read(ctx context.Context, args ...string) string {
 	out, err := d.try(ctx, "snapshotctl", args, false)
 	if err != nil && d.err == nil {
@@ -221,7 +224,7 @@ func (d *demo) read(ctx context.Context, args ...string) string {
 	return out
 }
 
-// fails runs a command that is to fail, and returns what it printed.
+// fails runs a command that must fail, and returns its output.
 func (d *demo) fails(ctx context.Context, name string, args ...string) string {
 	out, err := d.try(ctx, name, args, true)
 	_, exited := errors.AsType[*exec.ExitError](err)
@@ -253,7 +256,7 @@ func (d *demo) try(ctx context.Context, name string, args []string, show bool) (
 	return out.String(), nil
 }
 
-// show prints a command as one would type it.
+// show prints a command in shell syntax.
 func (d *demo) show(name string, args []string) {
 	line := "$ " + name
 	used := len(line)
@@ -273,8 +276,8 @@ func (d *demo) took(began time.Time) {
 	fmt.Println(d.paint.dim("  [" + round(time.Since(began)).String() + "]"))
 }
 
-// say prints a paragraph.
-func (d *demo) say(format string, args ...any) {
+// print prints a paragraph.
+func (d *demo) print(format string, args ...any) {
 	if d.err != nil {
 		return
 	}
@@ -299,7 +302,7 @@ func (d *demo) chapter(title string) {
 	}
 }
 
-// check prints whether something is as it should be.
+// check prints and counts the result of a check.
 func (d *demo) check(ok bool, format string, args ...any) {
 	if d.err != nil {
 		return
@@ -310,15 +313,15 @@ func (d *demo) check(ok bool, format string, args ...any) {
 		fmt.Println(d.paint.green("  ✓ " + text))
 		return
 	}
-	d.complain("not so: " + text)
+	d.complain("failed: " + text)
 }
 
 func (d *demo) complain(text string) {
-	d.wrong++
+	d.failed++
 	fmt.Println(d.paint.red("  ✗ " + text))
 }
 
-// showLog prints the last that the server had to say.
+// showLog prints the last lines of the server's log.
 func (d *demo) showLog() {
 	const last = 25
 	data, err := os.ReadFile(d.logFile())
@@ -332,10 +335,10 @@ func (d *demo) showLog() {
 	}
 }
 
-// keep leaves everything as it is and says how to go on.
+// keep leaves the server running and prints how to use and stop it.
 func (d *demo) keep() {
 	d.chapter("Kept")
-	fmt.Printf(`The server goes on (process %d). To talk to it:
+	fmt.Printf(`The server keeps running (process %d). To use it:
 
   export SNAPSHOTCTL_ADDR=%s
   bin/snapshotctl snapshot list
@@ -349,12 +352,12 @@ To stop it and remove everything:
 `, d.server.Process.Pid, d.addr, d.bin["engine"], d.addr, d.store(), d.server.Process.Pid, d.server.Process.Pid, d.dir)
 }
 
-// end stops the server, cleans up, and checks that nothing is left.
+// end stops the server, removes its files, and checks that nothing is left.
 func (d *demo) end(ctx context.Context) {
-	story := d.err
-	d.err = nil // what follows is done, and checked, however the story ended
+	firstErr := d.err
+	d.err = nil // run the remaining steps and checks after an error, too
 	d.chapter("Cleaning up")
-	if d.waiting != nil { // the story ended before what it waited for
+	if d.waiting != nil { // the demonstration ended before the event
 		_ = d.waiting.Process.Kill()
 		_ = d.waiting.Wait()
 	}
@@ -365,7 +368,7 @@ func (d *demo) end(ctx context.Context) {
 		select {
 		case <-d.exited:
 		case <-time.After(stopWait):
-			err = errors.Join(err, fmt.Errorf("still there after %s, killed", stopWait), d.server.Process.Kill())
+			err = errors.Join(err, fmt.Errorf("still running after %s, killed", stopWait), d.server.Process.Kill())
 			<-d.exited
 		}
 		d.took(began)
@@ -375,7 +378,7 @@ func (d *demo) end(ctx context.Context) {
 		} else {
 			d.check(true, "the server ends gracefully, with exit code 0")
 		}
-		// Its process group: itself, and whatever it might have started.
+		// Its process group: the server and its children.
 		err = syscall.Kill(-d.server.Process.Pid, 0)
 		d.check(errors.Is(err, syscall.ESRCH), "processes left: 0")
 	}
@@ -389,8 +392,8 @@ func (d *demo) end(ctx context.Context) {
 	}
 	d.clean()
 	_, err := os.Lstat(d.dir)
-	d.check(errors.Is(err, fs.ErrNotExist), "files left: 0 (%s is gone)", d.dir)
-	d.err = story
+	d.check(errors.Is(err, fs.ErrNotExist), "files left: 0 (%s is removed)", d.dir)
+	d.err = firstErr
 }
 
 func (d *demo) clean() {
@@ -402,7 +405,7 @@ func (d *demo) clean() {
 	}
 }
 
-// round makes a time short to read.
+// round rounds a duration for display.
 func round(t time.Duration) time.Duration {
 	if t < time.Second {
 		return t.Round(time.Millisecond)
@@ -410,7 +413,7 @@ func round(t time.Duration) time.Duration {
 	return t.Round(10 * time.Millisecond)
 }
 
-// cut shortens a line that is too long for the screen, and says so.
+// cut shortens a long line and marks the cut.
 func cut(line string) string {
 	if r := []rune(line); len(r) > width {
 		return string(r[:width-1]) + "…"
@@ -428,10 +431,10 @@ func size(n int64) string {
 	return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20))
 }
 
-// paint colours text, or does not.
+// paint colours text if it is true.
 type paint bool
 
-// colours is on for a person at a terminal who has not asked otherwise.
+// colours is true on a terminal without NO_COLOR.
 func colours() paint {
 	info, err := os.Stdout.Stat()
 	_, no := os.LookupEnv("NO_COLOR")

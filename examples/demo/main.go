@@ -1,13 +1,13 @@
-// Command demo shows snapshotd at work, start to end, on this machine: it starts
-// a server, has the toy engine of examples/engine fill a collection, takes
-// snapshots of it, deletes what no snapshot needs, drops the collection, reads it
-// from a snapshot, and restores that, through a crash of the server. Run it by
-// `make demo`, which builds what it needs.
+// Command demo demonstrates snapshotd from start to end on this machine: it starts a
+// server, fills a collection with the toy engine of examples/engine, takes snapshots
+// of it, deletes the files that no snapshot holds, drops the collection, reads it from
+// a snapshot, and restores the snapshot across a crash of the server. Run it with
+// `make demo`, which builds the programs.
 //
-// All it prints after a $ are commands that it runs, and what these print. It
-// uses free ports of the loopback interface and a temporary folder, and leaves
-// nothing behind; with KEEP=1 it leaves the server running and says how to stop
-// it. The exit code is 1 if anything differs from what it should be.
+// Lines after a $ are commands, followed by their output. The demo uses free ports of
+// the loopback interface and a temporary folder, and removes everything; with KEEP=1
+// it leaves the server running and prints how to stop it. The exit code is 1 if a
+// check fails.
 package main
 
 import (
@@ -34,7 +34,7 @@ func run(ctx context.Context) int {
 		d.clean()
 		return 1
 	}
-	tell(ctx, d)
+	story(ctx, d)
 	if d.err != nil {
 		d.complain(d.err.Error())
 		d.showLog()
@@ -44,9 +44,9 @@ func run(ctx context.Context) int {
 	} else {
 		d.end(context.WithoutCancel(ctx)) // also after an interrupt
 	}
-	fmt.Printf("\n%s\n", d.paint.dim(fmt.Sprintf("That took %s.", round(time.Since(began)))))
-	if d.wrong > 0 {
-		fmt.Println(d.paint.red(fmt.Sprintf("%d of %d checks failed.", d.wrong, d.checks)))
+	fmt.Printf("\n%s\n", d.paint.dim(fmt.Sprintf("Total time: %s.", round(time.Since(began)))))
+	if d.failed > 0 {
+		fmt.Println(d.paint.red(fmt.Sprintf("%d of %d checks failed.", d.failed, d.checks)))
 		return 1
 	}
 	fmt.Println(d.paint.green(fmt.Sprintf("All %d checks passed.", d.checks)))

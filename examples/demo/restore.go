@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// job is what is needed of `restore status -o json`.
+// job is the needed part of `restore status -o json`.
 type job struct {
 	Job struct {
 		State, Reason, Message string
@@ -28,9 +28,11 @@ type job struct {
 	took time.Duration
 }
 
-// startRestore starts a restore of before-sale that is slowed down, and returns
-// when the first of its copies are there, and which.
-func (d *demo) startRestore(ctx context.Context, t taken, to, rate string) (id string, target int64, made map[string]int64) {
+// startRestore starts a slow restore of before-sale, waits for its first copies and
+// returns them.
+func (d *demo) startRestore(ctx context.Context, t taken, to, rate string) (
+	id string, target int64, made map[string]int64,
+) {
 	out := d.run(ctx, "snapshotctl", "restore", "start", "before-sale", "--to", to, "--max-rate", rate)
 	if d.err != nil {
 		return "", 0, nil
@@ -47,36 +49,43 @@ func (d *demo) startRestore(ctx context.Context, t taken, to, rate string) (id s
 	return fmt.Sprint(job), target, made
 }
 
-// restoreThroughCrash restores a snapshot to shop-restored, kills the server in
-// the middle of it, and starts it again.
+// restoreThroughCrash restores a snapshot to shop-restored, kills the server
+// meanwhile, and restarts it.
 func (d *demo) restoreThroughCrash(ctx context.Context, t taken) (j job) {
 	began := time.Now()
 	name, target, _ := d.startRestore(ctx, t, "shop-restored", "300KiB")
 	j = d.job(ctx, name)
 	d.kill()
 	made := int64(len(d.under(target, t)))
-	d.check(j.Job.State == "STATE_EXECUTING" && made > 0 && made < t.files, "killed in the middle: %d of %d copies are there", made, t.files)
+	d.check(j.Job.State == "STATE_EXECUTING" && made > 0 && made < t.files, "killed after %d of %d copies", made, t.files)
 	d.start(ctx)
 	d.fails(ctx, "engine", "--collection", "shop-restored", "digest")
-	d.say("Nobody sees a part of a collection. Who keeps the snapshot meanwhile?")
+	d.print("No part of the collection is visible. Meanwhile a pin of the job keeps the snapshot:")
 	d.run(ctx, "snapshotctl", "pin", "list", "before-sale")
-	d.say("The job goes on by itself, when the lease of what was killed has ended: three seconds here, ten by default. The limit is lifted.")
+	d.print("The job continues by itself when the lease of the killed server ends: three seconds here, ten by default. " +
+		"The rate limit is removed.")
 	d.run(ctx, "snapshotctl", "restore", "limit", name)
 	d.run(ctx, "snapshotctl", "restore", "watch", name)
 	j = d.job(ctx, name)
 	j.took = time.Since(began)
 	p := j.Job.Progress
-	d.check(j.Job.State == "STATE_COMPLETED" && p.FilesDone == t.files && p.BytesDone == t.bytes, "COMPLETED: %d files, %s", p.FilesDone, size(p.BytesDone))
-	d.check(p.Retries > 0, "through the crash: tasks begun again: %d", p.Retries)
+	d.check(
+		j.Job.State == "STATE_COMPLETED" && p.FilesDone == t.files && p.BytesDone == t.bytes, "COMPLETED: %d files, %s",
+		p.FilesDone, size(p.BytesDone),
+	)
+	d.check(p.Retries > 0, "across the crash: task retries: %d", p.Retries)
 	copies, total := d.under(target, t), int64(0)
 	for _, n := range copies {
 		total += n
 	}
-	d.check(int64(len(copies)) == t.files && total == t.bytes, "objects of the new collection: %d, %s, as many as the snapshot has", len(copies), size(total))
+	d.check(
+		int64(len(copies)) == t.files && total == t.bytes, "objects of the new collection: %d, %s, the same as the snapshot",
+		len(copies), size(total),
+	)
 	return j
 }
 
-// job returns a restore job; a zero one when it cannot be had.
+// job returns a restore job, the zero value on an error.
 func (d *demo) job(ctx context.Context, id string) (j job) {
 	out, err := d.command(ctx, "snapshotctl", "restore", "status", id, "-o", "json").Output()
 	if err != nil || json.Unmarshal(out, &j) != nil {
@@ -85,14 +94,15 @@ func (d *demo) job(ctx context.Context, id string) (j job) {
 	return j
 }
 
-// under returns the objects of a collection under all roots of a snapshot's, by
-// the last element of their keys, with their sizes.
+// under returns the sizes of the objects of a collection under all roots of a
+// snapshot, by the last element of their keys.
 func (d *demo) under(collection int64, t taken) map[string]int64 {
 	found := map[string]int64{}
 	for _, root := range t.roots {
-		_ = filepath.WalkDir(filepath.Join(d.store(), root.Prefix, fmt.Sprint(collection)), func(_ string, e os.DirEntry, err error) error {
+		dir := filepath.Join(d.store(), root.Prefix, fmt.Sprint(collection))
+		_ = filepath.WalkDir(dir, func(_ string, e os.DirEntry, err error) error {
 			if err != nil || !e.Type().IsRegular() {
-				return err // there is no such folder, or it is one
+				return err // no such folder, or a folder
 			}
 			info, err := e.Info()
 			if err == nil {
@@ -104,7 +114,7 @@ func (d *demo) under(collection int64, t taken) map[string]int64 {
 	return found
 }
 
-// fileOfSegment is a file as the catalog and a snapshot tell of it.
+// fileOfSegment is a file in the output of the catalog and of a snapshot.
 type fileOfSegment struct {
 	Root      int
 	Path      string
@@ -115,8 +125,8 @@ type fileOfSegment struct {
 	}
 }
 
-// sameBytes compares all files of a snapshot with those of a collection, which
-// come in the same order.
+// sameBytes compares all files of a snapshot with those of a collection, in the same
+// order.
 func (d *demo) sameBytes(ctx context.Context, snapshot, collection string) {
 	var list filesOfSegments
 	d.decode(d.read(ctx, "snapshot", "segments", snapshot, "--files", "-o", "json"), &list)
@@ -125,7 +135,8 @@ func (d *demo) sameBytes(ctx context.Context, snapshot, collection string) {
 	for _, s := range list.Segments {
 		from = append(from, s.Segment.Files...)
 	}
-	for lines := json.NewDecoder(strings.NewReader(d.read(ctx, "catalog", "export", "--collection", collection))); d.err == nil; {
+	exported := d.read(ctx, "catalog", "export", "--collection", collection)
+	for lines := json.NewDecoder(strings.NewReader(exported)); d.err == nil; {
 		var segment struct{ Files []fileOfSegment }
 		err := lines.Decode(&segment)
 		if errors.Is(err, io.EOF) {
@@ -146,24 +157,28 @@ func (d *demo) sameBytes(ctx context.Context, snapshot, collection string) {
 	for i := range min(len(from), len(to)) {
 		a, b := read(from[i]), read(to[i])
 		sum := sha256.Sum256(b)
-		if !bytes.Equal(a, b) || !bytes.Equal(sum[:], to[i].Checksum.Value) || seen[to[i].Path] || from[i].Path == to[i].Path {
+		if !bytes.Equal(a, b) || !bytes.Equal(sum[:], to[i].Checksum.Value) ||
+			seen[to[i].Path] || from[i].Path == to[i].Path {
 			differ++
 		}
 		seen[to[i].Path] = true
 		total += int64(len(b))
 	}
-	d.check(len(from) > 0 && len(from) == len(to) && differ == 0, "%d files, %s, compared with those of the snapshot: every byte is equal", len(to), size(total))
+	d.check(
+		len(from) > 0 && len(from) == len(to) && differ == 0,
+		"%d files, %s, compared with those of the snapshot: every byte is equal", len(to), size(total),
+	)
 }
 
-// failedRestore alters a file of a snapshot while that is restored.
+// failedRestore alters a file of a snapshot during its restore.
 func (d *demo) failedRestore(ctx context.Context, t taken) {
 	var list filesOfSegments
 	d.decode(d.read(ctx, "snapshot", "segments", "--id", t.id, "--files", "-o", "json"), &list)
 	id, target, made := d.startRestore(ctx, t, "shop-again", "2MiB")
-	var key string // of a file that is not copied yet
+	var key string // of a file without a copy
 	for _, s := range list.Segments {
 		for _, f := range s.Segment.Files {
-			if _, ok := made[filepath.Base(f.Path)]; !ok { // the copy keeps its log's number
+			if _, ok := made[filepath.Base(f.Path)]; !ok { // the copy keeps the log number
 				key = t.roots[f.Root].Prefix + f.Path
 			}
 		}
@@ -181,24 +196,29 @@ func (d *demo) failedRestore(ctx context.Context, t taken) {
 	if d.err = err; err != nil {
 		return
 	}
-	d.say("In the middle of it somebody who knows of no snapshot writes into one of its files: a bit of %s is flipped. "+
-		"This program did that, when %d of %d files had been copied.", key, len(made), t.files)
+	d.print("Another program writes into a file of the snapshot during the restore: a bit of %s is flipped. "+
+		"This program did that, after %d of %d copies.", key, len(made), t.files)
 	out := d.fails(ctx, "snapshotctl", "restore", "watch", id)
 	d.check(strings.Contains(out, key), "the error names the file")
 	j := d.job(ctx, id)
-	d.check(j.Job.State == "STATE_FAILED" && strings.Contains(j.Job.Message, key), "the job is FAILED, and says why")
-	d.say("Is anything left of what it had made?")
-	d.check(len(made) > 0 && len(d.under(target, t)) == 0, "objects left: 0; there were %d or more, under the id %d", len(made), target)
+	d.check(j.Job.State == "STATE_FAILED" && strings.Contains(j.Job.Message, key), "the job is FAILED, with the reason")
+	d.print("All of its copies are removed:")
+	d.check(
+		len(made) > 0 && len(d.under(target, t)) == 0, "objects left: 0; there were %d or more, under the id %d", len(made),
+		target,
+	)
 	collections := d.run(ctx, "snapshotctl", "catalog", "collections")
-	d.check(strings.Contains(collections, "shop-restored") && !strings.Contains(collections, "shop-again"), "collections left: 0")
+	d.check(
+		strings.Contains(collections, "shop-restored") && !strings.Contains(collections, "shop-again"), "collections left: 0",
+	)
 	pins := d.run(ctx, "snapshotctl", "pin", "list", "before-sale")
 	d.check(strings.Count(pins, "\n") == 1, "pins left: 0")
-	d.say("The bit is flipped back. Is the name free?")
+	d.print("The bit is flipped back. The name is free:")
 	if d.err == nil {
 		d.err = os.WriteFile(name, good, 0o600)
 	}
 	plan := d.run(ctx, "snapshotctl", "restore", "plan", "before-sale", "--to", "shop-again")
-	d.check(strings.Contains(plan, "no conflicts"), "it could be restored under the same name")
+	d.check(strings.Contains(plan, "no conflicts"), "a restore to the same name is possible")
 	d.run(ctx, "snapshotctl", "restore", "list")
 	d.verify(ctx)
 }

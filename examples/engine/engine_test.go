@@ -22,8 +22,10 @@ type ids struct {
 	next int64
 }
 
-//nolint:revive // it is named so in the generated interface
-func (c *ids) AllocateIds(_ context.Context, req *api.AllocateIdsRequest, _ ...grpc.CallOption) (*api.AllocateIdsResponse, error) {
+//nolint:revive // the name in the generated interface
+func (c *ids) AllocateIds(
+	_ context.Context, req *api.AllocateIdsRequest, _ ...grpc.CallOption,
+) (*api.AllocateIdsResponse, error) {
 	first := c.next + 1
 	c.next += req.GetCount()
 	return &api.AllocateIdsResponse{Ids: &api.IdRange{First: first, Count: req.GetCount()}}, nil
@@ -34,7 +36,9 @@ func (c *ids) AllocateIds(_ context.Context, req *api.AllocateIdsRequest, _ ...g
 func segmentsOf(t *testing.T) (dir string, rows []Row, segments []*api.Segment) {
 	t.Helper()
 	dir = t.TempDir()
-	s := &Store{c: &client.Client{Catalog: &ids{}}, collection: &api.CollectionRef{Ref: &api.CollectionRef_Id{Id: 7}}, dir: dir}
+	s := &Store{
+		c: &client.Client{Catalog: &ids{}}, collection: &api.CollectionRef{Ref: &api.CollectionRef_Id{Id: 7}}, dir: dir,
+	}
 	for i := range 10 {
 		r := random(5, int64(i+1))
 		r.Time = uint64(i + 1)
@@ -88,14 +92,15 @@ func TestWrite(t *testing.T) {
 	dir, rows, segments := segmentsOf(t)
 	got, err := live(dir, segments[:1])
 	if err != nil || !slices.Equal(got, rows) {
-		t.Errorf("what was read is not what was written: %v", err)
+		t.Errorf("the rows read differ from those written: %v", err)
 	}
 	for _, f := range segments[0].GetFiles() {
 		info, err := os.Stat(filepath.Join(dir, root, f.GetPath()))
 		if err != nil || info.Size() != f.GetSizeBytes() {
 			t.Errorf("%s: got %v, error %v; want %d bytes", f.GetPath(), info, err, f.GetSizeBytes())
 		}
-		if f.GetMinTimestamp() != 1 || f.GetMaxTimestamp() != 10 || f.GetEntries() != 10 || !strings.HasPrefix(f.GetPath(), "7/0/") {
+		if f.GetMinTimestamp() != 1 || f.GetMaxTimestamp() != 10 || f.GetEntries() != 10 ||
+			!strings.HasPrefix(f.GetPath(), "7/0/") {
 			t.Errorf("got %v", f)
 		}
 	}

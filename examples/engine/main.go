@@ -1,5 +1,5 @@
-// Command engine is a toy vector store: it writes files, and snapshotd's catalog knows
-// which count. Try: engine --store DIR/objects --collection shop load --rows 20000
+// Command engine is a toy vector store: it writes files and registers them in snapshotd's
+// catalog. Try: engine --store DIR/objects --collection shop load --rows 20000
 package main
 
 import (
@@ -27,7 +27,7 @@ var (
 func main() {
 	flag.Parse()
 	command := flag.Arg(0)
-	_ = flag.CommandLine.Parse(flag.Args()[min(1, flag.NArg()):]) // what follows the command; exits by itself
+	_ = flag.CommandLine.Parse(flag.Args()[min(1, flag.NArg()):]) // flags after the command; exits on an error
 	if err := run(context.Background(), command); err != nil {
 		fmt.Fprintln(os.Stderr, "engine:", err)
 		os.Exit(1)
@@ -45,7 +45,7 @@ func run(ctx context.Context, command string) error {
 	open, name := Open, *collection
 	if *snapshot != "" {
 		open, name = OpenSnapshot, *snapshot
-	} else if command == "await" { // the event of its creation, such as by a restore
+	} else if command == "await" { // on the event of its creation, such as by a restore
 		open, command = Await, "digest"
 	}
 	s, rows, err := open(ctx, c, *store, name)
@@ -62,7 +62,7 @@ func run(ctx context.Context, command string) error {
 			fmt.Printf("row %-6d %s distance %.3f\n", r.ID, r.Text, distance(r, to))
 		}
 	case command == "load" && s.c != nil:
-		first, err := s.allocate(ctx, *count) // ids of rows: used once, too
+		first, err := s.allocate(ctx, *count) // ids of rows are used once, too
 		for i := int64(0); i < *count && err == nil; i++ {
 			if s.Write(inserts, random(*seed, first+i)); i%5000 == 4999 || i == *count-1 {
 				err = s.Flush(ctx)
@@ -84,7 +84,7 @@ func run(ctx context.Context, command string) error {
 		}
 		return err
 	default:
-		return fmt.Errorf("%q is no command for this", command)
+		return fmt.Errorf("%q is not a command here", command)
 	}
 	return nil
 }
@@ -94,7 +94,9 @@ func random(seed uint64, id int64) Row {
 	for i := range row.Vector {
 		row.Vector[i] = float32(r.NormFloat64())
 	}
-	copy(row.Text[:], fmt.Sprintf("%-24s", []string{"blue", "red", "old", "new"}[r.IntN(4)]+" "+[]string{"lamp", "chair", "clock"}[r.IntN(3)]))
+	copy(row.Text[:], fmt.Sprintf(
+		"%-24s", []string{"blue", "red", "old", "new"}[r.IntN(4)]+" "+[]string{"lamp", "chair", "clock"}[r.IntN(3)],
+	))
 	return row
 }
 

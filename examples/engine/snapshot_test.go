@@ -19,15 +19,14 @@ import (
 	"github.com/snapshotd/snapshotd/embed"
 )
 
-// oracle knows all that was ever written, by channel, and so which rows a
-// snapshot has to show: those before their channel's cut, less those deleted
-// after they were written and before the cut.
+// oracle has all writes by channel, and so the expected rows of a snapshot: those
+// before their channel's cut, without those deleted later and before the cut.
 type oracle []map[api.Segment_Level][]Row
 
 // at returns the rows at these cuts.
 func (o oracle) at(cuts []uint64) (rows []Row) {
 	for ch, written := range o {
-		deleted := map[int64]uint64{} // when, for the last time before the cut
+		deleted := map[int64]uint64{} // the last time before the cut
 		for _, r := range written[deletes] {
 			if r.Time < cuts[ch] {
 				deleted[r.ID] = r.Time
@@ -42,15 +41,15 @@ func (o oracle) at(cuts []uint64) (rows []Row) {
 	return rows
 }
 
-// snapshotOf is a snapshot, and what it has to show.
+// snapshotOf is a snapshot and its expected rows.
 type snapshotOf struct {
 	name string
 	cuts []uint64
 	want []Row
 }
 
-// world is an engine with an oracle.
-type world struct {
+// env is an engine with an oracle.
+type env struct {
 	t   *testing.T
 	c   *client.Client
 	dir string
@@ -59,15 +58,15 @@ type world struct {
 	s           *Store
 	oracle      oracle
 	checkpoints []uint64
-	growing     []int64 // segments in that state
+	growing     []int64 // growing segments
 	nextID      int64
-	taken       []snapshotOf // and not dropped
-	snapshots   int          // ever taken
+	taken       []snapshotOf // except dropped ones
+	snapshots   int          // total taken
 
-	straddling, captured, apart, deleted, ceilings int64 // how often what the test is about occurred
+	straddling, captured, apart, deleted, ceilings int64 // counts of the cases under test
 }
 
-// serve runs snapshotd, and returns a client of it and its object store.
+// serve runs snapshotd and returns a client and the object store.
 func serve(t *testing.T) (c *client.Client, dir string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -89,17 +88,17 @@ func serve(t *testing.T) (c *client.Client, dir string) {
 	return c, filepath.Join(dir, "objects")
 }
 
-// TestSnapshotsAgainstOracle has the engine do things at random, halfway things
-// among them, takes and drops snapshots in between, and deletes what may be
-// deleted. In the end each of the snapshots left has to show what the oracle says:
-// no row before its channel's cut is missing, none at or after it is visible. So
-// has the collection that is restored from it, whatever is done to that afterwards.
+// TestSnapshotsAgainstOracle runs random operations of the engine, including incomplete
+// ones, takes and drops snapshots in between, and deletes granted files. At the end
+// each remaining snapshot must match the oracle: no row before its channel's cut is
+// missing, none at or after it is visible. The same holds for the collection restored
+// from it, whatever happens to that afterwards.
 func TestSnapshotsAgainstOracle(t *testing.T) {
 	c, dir := serve(t)
 	for seed := range uint64(4) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			name := fmt.Sprintf("shop-%d", seed)
-			w := &world{
+			w := &env{
 				t: t, c: c, dir: dir, rnd: rand.New(rand.NewPCG(seed, 1)), nextID: 1,
 				oracle: oracle{{}, {}}, checkpoints: make([]uint64, 2),
 			}
@@ -123,22 +122,23 @@ func TestSnapshotsAgainstOracle(t *testing.T) {
 			}
 			w.goOn(w.taken[len(w.taken)-1])
 			if w.straddling == 0 || w.captured == 0 || w.apart == 0 || w.deleted == 0 || w.ceilings == 0 {
-				t.Errorf("too tame: %d straddling segments, %d growing ones captured, %d snapshots with cuts apart, %d files deleted, %d ceilings restored",
+				t.Errorf("too few cases: %d straddling segments, %d growing ones captured, "+
+					"%d snapshots with cuts apart, %d files deleted, %d ceilings restored",
 					w.straddling, w.captured, w.apart, w.deleted, w.ceilings)
 			}
 		})
 	}
 }
 
-func (w *world) must(err error) {
+func (w *env) must(err error) {
 	w.t.Helper()
 	if err != nil {
 		w.t.Fatal(err)
 	}
 }
 
-// step does one thing.
-func (w *world) step(name string) {
+// step runs one random operation.
+func (w *env) step(name string) {
 	ctx := w.t.Context()
 	switch n := w.rnd.IntN(100); {
 	case n < 40:
@@ -178,8 +178,8 @@ func (w *world) step(name string) {
 	}
 }
 
-// write writes a row and tells the oracle.
-func (w *world) write(what api.Segment_Level, r Row) {
+// write writes a row to the engine and the oracle.
+func (w *env) write(what api.Segment_Level, r Row) {
 	old := slices.Clone(w.s.clocks)
 	w.s.Write(what, r)
 	for ch, clock := range w.s.clocks {
@@ -190,16 +190,16 @@ func (w *world) write(what api.Segment_Level, r Row) {
 	}
 }
 
-// flushPart puts the inserts or the deletes of one channel into files, as a
-// growing segment, and moves the channel's checkpoint by less than it might.
-func (w *world) flushPart(ctx context.Context) {
+// flushPart writes the inserts or the deletes of one channel to files, as a growing
+// segment, and advances the channel's checkpoint by less than possible.
+func (w *env) flushPart(ctx context.Context) {
 	ch := w.rnd.IntN(2)
 	for what, rows := range w.s.growing[ch] {
 		seg, err := w.s.write(ctx, int32(ch), what, rows)
 		w.must(err)
 		seg.State = api.Segment_STATE_GROWING
 		files := seg.GetFiles()
-		if w.rnd.IntN(2) == 0 { // its files come a moment later
+		if w.rnd.IntN(2) == 0 { // its files are registered later
 			seg.Files = nil
 		}
 		stream, err := w.c.Catalog.AddSegments(ctx)
@@ -220,31 +220,32 @@ func (w *world) flushPart(ctx context.Context) {
 	}
 	from := max(w.checkpoints[ch], 1) // where clocks start
 	to := from + w.rnd.Uint64N(limit-from+1)
-	_, err := w.c.Catalog.SetCheckpoints(ctx, &api.SetCheckpointsRequest{Collection: w.s.collection, Checkpoints: []*api.ChannelPosition{
-		{Shard: int32(ch), Position: &api.Position{Timestamp: to}},
-	}})
+	_, err := w.c.Catalog.SetCheckpoints(ctx, &api.SetCheckpointsRequest{
+		Collection:  w.s.collection,
+		Checkpoints: []*api.ChannelPosition{{Shard: int32(ch), Position: &api.Position{Timestamp: to}}},
+	})
 	w.must(err)
 	w.checkpoints[ch] = to
 }
 
-// seal makes growing segments flushed ones.
-func (w *world) seal(ctx context.Context) {
+// seal changes growing segments to flushed.
+func (w *env) seal(ctx context.Context) {
 	for _, id := range w.growing {
 		w.must(w.update(ctx, &api.SegmentUpdate{SegmentId: id, State: api.Segment_STATE_FLUSHED}))
 	}
 	w.growing = nil
 }
 
-func (w *world) update(ctx context.Context, u *api.SegmentUpdate) error {
+func (w *env) update(ctx context.Context, u *api.SegmentUpdate) error {
 	_, err := w.c.Catalog.UpdateSegments(ctx, &api.UpdateSegmentsRequest{
 		Collection: w.s.collection, Updates: []*api.SegmentUpdate{u}, RequestToken: client.NewRequestToken(),
 	})
 	return err
 }
 
-// reopen opens the collection anew, as after a crash: what was in memory only,
-// the engine, which has no log, has lost. All else must be there.
-func (w *world) reopen(name string) {
+// reopen opens the collection again, as after a crash: the engine has no log, so rows
+// in memory are lost. All others must exist.
+func (w *env) reopen(name string) {
 	if w.s != nil {
 		for ch, memory := range w.s.growing {
 			for what, rows := range memory {
@@ -258,7 +259,7 @@ func (w *world) reopen(name string) {
 	w.same("opened", rows, w.oracle.at([]uint64{math.MaxUint64, math.MaxUint64}))
 }
 
-func (w *world) snapshot(name string) {
+func (w *env) snapshot(name string) {
 	ctx := w.t.Context()
 	snap := snapshotOf{name: fmt.Sprintf("%s.%d", name, w.snapshots), cuts: slices.Clone(w.checkpoints)}
 	resp, err := w.c.Snapshots.CreateSnapshot(ctx, &api.CreateSnapshotRequest{
@@ -293,25 +294,24 @@ func (w *world) snapshot(name string) {
 	}
 }
 
-func (w *world) collect(ctx context.Context) {
+func (w *env) collect(ctx context.Context) {
 	deleted, _, err := w.s.Collect(ctx)
 	w.must(err)
 	w.deleted += int64(deleted)
 }
 
-// verify compares what a snapshot shows with what it has to.
-func (w *world) verify(snap snapshotOf) {
+// verify compares the rows of a snapshot with the oracle.
+func (w *env) verify(snap snapshotOf) {
 	_, rows, err := OpenSnapshot(w.t.Context(), w.c, w.dir, snap.name)
 	w.must(err)
 	w.same(fmt.Sprintf("%s with cuts %d", snap.name, snap.cuts), rows, snap.want)
 }
 
-// restoredName is that of the collection which a snapshot is restored to.
+// restoredName is the name of the collection restored from a snapshot.
 func restoredName(snap snapshotOf) string { return snap.name + ".restored" }
 
-// restore restores a snapshot and compares what the collection shows with what it
-// has to.
-func (w *world) restore(snap snapshotOf) {
+// restore restores a snapshot and compares the rows of the collection with the oracle.
+func (w *env) restore(snap snapshotOf) {
 	ctx := w.t.Context()
 	started, err := w.c.Snapshots.RestoreSnapshot(ctx, restoreOf(snap.name, restoredName(snap)))
 	w.must(err)
@@ -335,9 +335,9 @@ func (w *world) restore(snap snapshotOf) {
 	}
 }
 
-// goOn has the engine do things at random to a restored collection, as if there
-// never had been another, and compares snapshots of it likewise.
-func (w *world) goOn(snap snapshotOf) {
+// goOn runs random operations on a restored collection, and compares its snapshots
+// with an oracle.
+func (w *env) goOn(snap snapshotOf) {
 	name := restoredName(snap)
 	for ch, written := range w.oracle {
 		for what := range written {
@@ -364,7 +364,7 @@ func restoreOf(snapshot, target string) *api.RestoreSnapshotRequest {
 }
 
 // same compares rows in any order.
-func (w *world) same(what string, got, want []Row) {
+func (w *env) same(what string, got, want []Row) {
 	w.t.Helper()
 	if digest(got) == digest(want) {
 		return
@@ -380,7 +380,9 @@ func (w *world) same(what string, got, want []Row) {
 	missing, extra := maps.Clone(wants), maps.Clone(has)
 	maps.DeleteFunc(missing, func(id int64, _ uint64) bool { _, ok := has[id]; return ok })
 	maps.DeleteFunc(extra, func(id int64, _ uint64) bool { _, ok := wants[id]; return ok })
-	w.t.Errorf("%s: got %d rows, want %d; missing, with their times: %v; not to be seen: %v", what, len(got), len(want), missing, extra)
+	w.t.Errorf(
+		"%s: got %d rows, want %d; missing, with their times: %v; unexpected: %v", what, len(got), len(want), missing, extra,
+	)
 }
 
 func drop(t *testing.T, c *client.Client, name string) {
@@ -393,8 +395,8 @@ func drop(t *testing.T, c *client.Client, name string) {
 	}
 }
 
-// shop is a collection of 100 rows with a snapshot of them, which were then
-// compacted without those that 10 divides.
+// shop creates a collection of 100 rows and a snapshot of it, then deletes every tenth
+// row and compacts.
 func shop(t *testing.T) (s *Store, snapshot string) {
 	t.Helper()
 	c, dir := serve(t)
@@ -422,7 +424,7 @@ func shop(t *testing.T) (s *Store, snapshot string) {
 	return s, "before"
 }
 
-// filesOf returns the files that lie in the object store for a collection.
+// filesOf returns the files of a collection in the object store.
 func filesOf(t *testing.T, s *Store) []string {
 	t.Helper()
 	names, err := filepath.Glob(filepath.Join(s.dir, root, "*", "*", "*", "*", "*", "*"))
@@ -432,7 +434,7 @@ func filesOf(t *testing.T, s *Store) []string {
 	return names
 }
 
-// collect calls Collect and compares what it did.
+// collect calls Collect and compares its results.
 func collect(t *testing.T, s *Store, deleted int, held map[string]int) {
 	t.Helper()
 	got, who, err := s.Collect(t.Context())
@@ -443,7 +445,7 @@ func collect(t *testing.T, s *Store, deleted int, held map[string]int) {
 
 func TestCollect(t *testing.T) {
 	s, snapshot := shop(t)
-	before := len(filesOf(t, s))                         // rows and deletes of two channels, and what they were compacted to
+	before := len(filesOf(t, s))                         // rows and deletes of two channels, and their compacted segments
 	collect(t, s, 2, map[string]int{snapshot: 2, "": 2}) // the deletes are in no snapshot
 	if n := len(filesOf(t, s)); before != 6 || n != 4 {
 		t.Errorf("%d files, then %d; want 6, 4", before, n)
@@ -460,8 +462,7 @@ func TestCollect(t *testing.T) {
 	}
 }
 
-// A Collect that ends halfway is gone on with by the next one, in whichever
-// process.
+// TestCollectAfterCrash interrupts Collect; the next call continues, in any process.
 func TestCollectAfterCrash(t *testing.T) {
 	for _, deleted := range []int{0, 1, 2} { // files, before the crash
 		s, snapshot := shop(t)
@@ -474,7 +475,9 @@ func TestCollectAfterCrash(t *testing.T) {
 			}
 			units = append(units, &api.Unit{Unit: &api.Unit_File{File: &api.UnitFile{Path: path}}})
 		}
-		answer, err := s.c.Reclaim.Reclaim(t.Context(), &api.ReclaimRequest{Collection: s.collection, Units: units, Deleter: api.Deleter_DELETER_CALLER})
+		answer, err := s.c.Reclaim.Reclaim(t.Context(), &api.ReclaimRequest{
+			Collection: s.collection, Units: units, Deleter: api.Deleter_DELETER_CALLER,
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -496,16 +499,17 @@ func TestCollectAfterCrash(t *testing.T) {
 		if err != nil || len(rows) != 90 {
 			t.Fatalf("%d rows, error %v; want 90", len(rows), err)
 		}
-		collect(t, again, 4, map[string]int{"": 2}) // those that were gone count, too
+		collect(t, again, 4, map[string]int{"": 2}) // deleted ones count, too
 		list, err := s.c.Reclaim.ListTombstones(t.Context(), &api.ListTombstonesRequest{Collection: s.collection})
 		if err != nil || len(list.GetTombstones()) != 0 || len(filesOf(t, s)) != 2 {
-			t.Errorf("%d tombstones and %d files are left, error %v; want 0 and 2", len(list.GetTombstones()), len(filesOf(t, s)), err)
+			t.Errorf(
+				"%d tombstones and %d files are left, error %v; want 0 and 2", len(list.GetTombstones()), len(filesOf(t, s)), err,
+			)
 		}
 	}
 }
 
-// TestAwait opens a restored collection because of its event, while the one that
-// the snapshot was taken of is gone.
+// TestAwait opens a restored collection on its event, after its source was dropped.
 func TestAwait(t *testing.T) {
 	out, in, err := os.Pipe()
 	if err != nil {
@@ -518,7 +522,9 @@ func TestAwait(t *testing.T) {
 		_, _ = in.Close(), out.Close()
 	})
 	s, snapshot := shop(t)
-	if _, err := s.c.Catalog.DropCollection(t.Context(), &api.DropCollectionRequest{Collection: s.collection}); err != nil {
+	if _, err := s.c.Catalog.DropCollection(t.Context(), &api.DropCollectionRequest{
+		Collection: s.collection,
+	}); err != nil {
 		t.Fatal(err)
 	}
 	opened := make(chan []Row)

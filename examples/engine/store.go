@@ -16,12 +16,12 @@ import (
 	"github.com/snapshotd/snapshotd/client"
 )
 
-const root = "engine/" // where the files of collections lie in the object store
+const root = "engine/" // of the files of all collections in the object store
 
-// What a segment holds. A delete, only a time and an id, takes away an older row.
+// The content of a segment. A delete, only a time and an id, removes an older row.
 const deletes, inserts, compacted = api.Segment_LEVEL_L0, api.Segment_LEVEL_L1, api.Segment_LEVEL_L2
 
-// Row is one row. Times order what happens in one channel, never across two.
+// Row is one row. Times order the changes of one channel, not across channels.
 type Row struct {
 	Time   uint64
 	ID     int64
@@ -45,11 +45,11 @@ func Create(ctx context.Context, c *client.Client, name string) error {
 
 // Store is an open collection, for one process to write to. A real one reads its log.
 type Store struct {
-	c          *client.Client // nil: it is a snapshot, to be read only
+	c          *client.Client // nil for a snapshot, which is read-only
 	collection *api.CollectionRef
 	dir        string
 	clocks     []uint64                      // by channel, the time of the next row or delete
-	growing    []map[api.Segment_Level][]Row // by channel, inserts and deletes that are in memory
+	growing    []map[api.Segment_Level][]Row // by channel, inserts and deletes in memory
 }
 
 // Open opens a collection and returns its rows. All its metadata is in the catalog.
@@ -59,28 +59,28 @@ func Open(ctx context.Context, c *client.Client, dir, name string) (*Store, []Ro
 	if err != nil {
 		return nil, nil, err
 	}
-	ref.Ref = &api.CollectionRef_Id{Id: col.GetCollection().GetId()} // the name may come to stand for another
+	ref.Ref = &api.CollectionRef_Id{Id: col.GetCollection().GetId()} // the name may move to another collection
 	s := &Store{c, ref, dir, []uint64{1, 1}, []map[api.Segment_Level][]Row{{}, {}}}
 	checkpoints, err := c.Catalog.ListCheckpoints(ctx, &api.ListCheckpointsRequest{Collection: ref})
 	segments, err2 := s.segments(ctx)
 	for _, p := range checkpoints.GetCheckpoints() {
 		s.clocks[p.GetShard()] = p.GetPosition().GetTimestamp()
 	}
-	for _, seg := range segments { // which may be ahead of the checkpoint
+	for _, seg := range segments { // may be ahead of the checkpoint
 		s.clocks[seg.GetShard()] = max(s.clocks[seg.GetShard()], seg.GetDmlPosition().GetTimestamp())
 	}
 	rows, err3 := live(dir, segments)
 	return s, rows, cmp.Or(err, err2, err3)
 }
 
-// Await opens a collection when it comes into being, which a restored one does whole.
+// Await opens a collection on the event of its creation; a restored one appears whole.
 func Await(ctx context.Context, c *client.Client, dir, name string) (s *Store, rows []Row, err error) {
 	opened := errors.New("opened")
 	err = client.WatchEvents(ctx, c.Events, &api.WatchEventsRequest{}, func(m *api.WatchEventsResponse) (err error) {
 		if e := m.GetCollection(); e.GetType() == api.ChangeType_CHANGE_TYPE_CREATED && e.GetCollection().GetName() == name {
 			s, rows, err = Open(ctx, c, dir, name)
 			return cmp.Or(err, opened)
-		} else if m.GetBookmark() != nil { // nothing after it is missed
+		} else if m.GetBookmark() != nil { // from here on no event is missed
 			fmt.Fprintln(os.Stderr, "engine: waiting for", name)
 		}
 		return nil
@@ -91,7 +91,7 @@ func Await(ctx context.Context, c *client.Client, dir, name string) (s *Store, r
 	return s, rows, err
 }
 
-// segments is all at one revision: a compaction's inputs or outputs, never both.
+// segments returns all segments at one revision: inputs or outputs of a compaction, never both.
 func (s *Store) segments(ctx context.Context) (all []*api.Segment, err error) {
 	stream, err := s.c.Catalog.ExportSegments(ctx, &api.ExportSegmentsRequest{Collection: s.collection})
 	for part := (*api.ExportSegmentsResponse)(nil); err == nil; part, err = stream.Recv() {
@@ -103,10 +103,12 @@ func (s *Store) segments(ctx context.Context) (all []*api.Segment, err error) {
 	return all, err
 }
 
-// OpenSnapshot is Open for a snapshot, whose collection may be gone.
+// OpenSnapshot is Open for a snapshot, whose collection may be dropped.
 func OpenSnapshot(ctx context.Context, c *client.Client, dir, name string) (*Store, []Row, error) {
 	var segments []*api.Segment
-	req := &api.ListSnapshotSegmentsRequest{Snapshot: &api.SnapshotRef{Ref: &api.SnapshotRef_Name{Name: name}}, View: api.SegmentView_SEGMENT_VIEW_FILES}
+	req := &api.ListSnapshotSegmentsRequest{
+		Snapshot: &api.SnapshotRef{Ref: &api.SnapshotRef_Name{Name: name}}, View: api.SegmentView_SEGMENT_VIEW_FILES,
+	}
 	for {
 		page, err := c.Snapshots.ListSnapshotSegments(ctx, req)
 		for _, x := range page.GetSegments() {
@@ -126,12 +128,12 @@ func (s *Store) Write(what api.Segment_Level, r Row) {
 	s.growing[ch][what] = append(s.growing[ch][what], r)
 }
 
-// Flush makes segments of what is in memory, in an order that bears crash and snapshot:
+// Flush writes the rows in memory as segments, in an order that is safe for crashes and snapshots:
 //
-//  1. Allocate ids. They never come again, so what a crash leaves is in no one's way.
-//  2. Write the files, of which nobody knows yet.
-//  3. Add the segments. Snapshots hide of them what is beyond the checkpoints.
-//  4. Move the checkpoints. Before 3, they would promise rows that are not there.
+//  1. Allocate ids. They are never reused, so files left by a crash do no harm.
+//  2. Write the files. They are not registered yet.
+//  3. Add the segments. Snapshots hide their rows beyond the checkpoints.
+//  4. Move the checkpoints. Before 3, they would promise unregistered rows.
 func (s *Store) Flush(ctx context.Context) error {
 	add := &api.AddSegmentsRequest{Collection: s.collection}
 	move := &api.SetCheckpointsRequest{Collection: s.collection}
@@ -144,11 +146,13 @@ func (s *Store) Flush(ctx context.Context) error {
 			add.Segments = append(add.Segments, seg)
 		}
 		clear(s.growing[ch])
-		move.Checkpoints = append(move.Checkpoints, &api.ChannelPosition{Shard: int32(ch), Position: &api.Position{Timestamp: clock}})
+		move.Checkpoints = append(move.Checkpoints, &api.ChannelPosition{
+			Shard: int32(ch), Position: &api.Position{Timestamp: clock},
+		})
 	}
 	stream, err := s.c.Catalog.AddSegments(ctx)
 	if err == nil {
-		_ = stream.Send(add) // why it fails is in the answer
+		_ = stream.Send(add) // the response has the error
 		_, err = stream.CloseAndRecv()
 	}
 	if err == nil {
@@ -158,26 +162,28 @@ func (s *Store) Flush(ctx context.Context) error {
 }
 
 func (s *Store) allocate(ctx context.Context, n int64) (int64, error) {
-	resp, err := s.c.Catalog.AllocateIds(ctx, &api.AllocateIdsRequest{Want: &api.AllocateIdsRequest_Count{Count: n}, RequestToken: client.NewRequestToken()})
+	resp, err := s.c.Catalog.AllocateIds(ctx, &api.AllocateIdsRequest{
+		Want: &api.AllocateIdsRequest_Count{Count: n}, RequestToken: client.NewRequestToken(),
+	})
 	return resp.GetIds().GetFirst(), err
 }
 
-// write makes a file of rows, as durable as the catalog will promise, and its segment.
+// write writes a durable file of rows and returns its segment.
 func (s *Store) write(ctx context.Context, shard int32, what api.Segment_Level, rows []Row) (*api.Segment, error) {
 	id, err := s.allocate(ctx, 2) // of the segment and of its file
 	if err != nil {
 		return nil, err
 	}
-	content, _ := binary.Append(nil, binary.LittleEndian, rows) // all in a row has a fixed size
+	content, _ := binary.Append(nil, binary.LittleEndian, rows) // a row has a fixed size
 	first, last, n, sum := rows[0].Time, rows[len(rows)-1].Time, int64(len(rows)), sha256.Sum256(content)
 	kind := map[api.Segment_Level]string{deletes: "delta", inserts: "insert", compacted: "insert"}[what]
-	path := fmt.Sprintf("%d/0/%d/%s/0/%d", s.collection.GetId(), id, kind, id+1) // as a restore would name it
+	path := fmt.Sprintf("%d/0/%d/%s/0/%d", s.collection.GetId(), id, kind, id+1) // as a restore names it
 	dir := filepath.Dir(filepath.Join(s.dir, root, path))
-	_ = os.MkdirAll(dir, 0o750) // if this fails, so does the next
+	_ = os.MkdirAll(dir, 0o750) // an error shows in the next call
 	file, err := os.Create(filepath.Join(s.dir, root, path))
 	_, err2 := file.Write(content)
 	err = cmp.Or(err, err2, file.Sync(), file.Close())
-	for ; err == nil && len(dir) >= len(s.dir); dir = filepath.Dir(dir) { // any may be new
+	for ; err == nil && len(dir) >= len(s.dir); dir = filepath.Dir(dir) { // any folder may be new
 		file, err = os.Open(dir)
 		err = cmp.Or(err, file.Sync(), file.Close())
 	}
@@ -191,15 +197,15 @@ func (s *Store) write(ctx context.Context, shard int32, what api.Segment_Level, 
 	}, err
 }
 
-// Compact replaces all segments in one step: by one of what is live, per channel.
+// Compact replaces all segments by one of the live rows per channel, in one step.
 func (s *Store) Compact(ctx context.Context) error {
 	err := s.Flush(ctx) // the checkpoints first: a snapshot cut before a delete still needs the row
 	segments, err2 := s.segments(ctx)
 	err = cmp.Or(err, err2)
-	swap := &api.CompactSegmentsRequest{Collection: s.collection, RequestToken: client.NewRequestToken()}
+	change := &api.CompactSegmentsRequest{Collection: s.collection, RequestToken: client.NewRequestToken()}
 	channels := make([][]*api.Segment, len(s.clocks))
 	for _, seg := range segments {
-		swap.Inputs = append(swap.Inputs, seg.GetId())
+		change.Inputs = append(change.Inputs, seg.GetId())
 		channels[seg.GetShard()] = append(channels[seg.GetShard()], seg)
 	}
 	for ch := 0; ch < len(channels) && err == nil; ch++ {
@@ -207,47 +213,49 @@ func (s *Store) Compact(ctx context.Context) error {
 		if rows, err = live(s.dir, channels[ch]); err == nil && len(rows) > 0 {
 			slices.SortFunc(rows, func(a, b Row) int { return cmp.Compare(a.Time, b.Time) })
 			seg, err2 := s.write(ctx, int32(ch), compacted, rows)
-			err, swap.Outputs = err2, append(swap.Outputs, seg)
+			err, change.Outputs = err2, append(change.Outputs, seg)
 		}
 	}
 	if err == nil {
-		_, err = s.c.Catalog.CompactSegments(ctx, swap)
+		_, err = s.c.Catalog.CompactSegments(ctx, change)
 	}
 	return err
 }
 
-// Collect deletes the files of dropped segments that no snapshot needs, and returns
-// how many, and how many each snapshot holds. After a crash the next one goes on:
+// Collect deletes the files of dropped segments that no snapshot holds, and returns their
+// number, and the number held by each snapshot. After a crash the next call continues:
 //
-//  1. Ask for what lies there. What is held stays, and the next one asks again.
-//  2. Delete all that was granted and not confirmed, be it long ago.
-//  3. Confirm. Before 2, files would be left that nobody knows of.
+//  1. Request all files. Held ones stay; the next call requests them again.
+//  2. Delete all files that are granted and not confirmed, also from earlier calls.
+//  3. Confirm. Before 2, this would leave unknown files.
 func (s *Store) Collect(ctx context.Context) (deleted int, held map[string]int, err error) {
 	dir, deleter, held := filepath.Join(s.dir, root), api.Deleter_DELETER_CALLER, map[string]int{}
 	names, _ := filepath.Glob(filepath.Join(dir, fmt.Sprint(s.collection.GetId()), "0", "*", "*", "*", "*"))
-	var units []*api.Unit // an engine with metadata of its own knows what it dropped
+	var units []*api.Unit // an engine with its own metadata knows the dropped ones
 	for _, name := range names {
 		path, _ := filepath.Rel(dir, name)
 		units = append(units, &api.Unit{Unit: &api.Unit_File{File: &api.UnitFile{Path: path}}})
 	}
 	for part := range slices.Chunk(units, 10_000) {
-		answer, err2 := s.c.Reclaim.Reclaim(ctx, &api.ReclaimRequest{Collection: s.collection, Units: part, Deleter: deleter})
+		resp, err2 := s.c.Reclaim.Reclaim(ctx, &api.ReclaimRequest{Collection: s.collection, Units: part, Deleter: deleter})
 		err = cmp.Or(err, err2)
-		for _, r := range answer.GetResults() {
+		for _, r := range resp.GetResults() {
 			for _, h := range r.GetHolders() {
 				held[h.GetSnapshot().GetName()]++
 			}
 		}
 	}
 	for err == nil {
-		list, listErr := s.c.Reclaim.ListTombstones(ctx, &api.ListTombstonesRequest{Collection: s.collection, Deleter: deleter})
+		list, listErr := s.c.Reclaim.ListTombstones(ctx, &api.ListTombstonesRequest{
+			Collection: s.collection, Deleter: deleter,
+		})
 		if listErr != nil || len(list.GetTombstones()) == 0 {
 			return deleted, held, listErr
 		}
 		done := &api.ConfirmReclaimedRequest{Collection: s.collection}
 		for _, t := range list.GetTombstones() {
 			for _, f := range t.GetFiles() {
-				err = cmp.Or(err, os.RemoveAll(filepath.Join(s.dir, f.GetKey()))) // which may be gone already
+				err = cmp.Or(err, os.RemoveAll(filepath.Join(s.dir, f.GetKey()))) // may be deleted already
 				deleted++
 			}
 			done.TombstoneIds = append(done.TombstoneIds, t.GetId())
@@ -259,7 +267,7 @@ func (s *Store) Collect(ctx context.Context) (deleted int, held map[string]int, 
 	return deleted, held, err
 }
 
-// live reads the rows of segments that no delete takes away and no row ceiling hides.
+// live reads the rows of segments that no delete removes and no row ceiling hides.
 func live(store string, segments []*api.Segment) (live []Row, err error) {
 	deleted := map[int64]uint64{} // when
 	for _, seg := range segments {
@@ -267,9 +275,9 @@ func live(store string, segments []*api.Segment) (live []Row, err error) {
 		for _, f := range seg.GetFiles() {
 			content, err := os.ReadFile(filepath.Join(store, root, f.GetPath()))
 			if sum := sha256.Sum256(content); err != nil || string(sum[:]) != string(f.GetChecksum().GetValue()) {
-				return nil, fmt.Errorf("file %s: %w", f.GetPath(), cmp.Or(err, errors.New("not what was written: its checksum differs")))
+				return nil, fmt.Errorf("file %s: %w", f.GetPath(), cmp.Or(err, errors.New("checksum mismatch")))
 			}
-			_, _ = binary.Decode(content, binary.LittleEndian, rows) // whole: its checksum is right
+			_, _ = binary.Decode(content, binary.LittleEndian, rows) // complete: the checksum matches
 		}
 		for _, r := range rows {
 			switch ceiling := seg.GetRowCeiling(); {
@@ -284,7 +292,7 @@ func live(store string, segments []*api.Segment) (live []Row, err error) {
 	return slices.DeleteFunc(live, func(r Row) bool { return r.Time < deleted[r.ID] }), nil
 }
 
-// digest is the same for the same rows in any order.
+// digest does not depend on the order of rows.
 func digest(rows []Row) (sum uint64) {
 	for _, r := range rows {
 		h := sha256.Sum256(fmt.Append(nil, r.ID, r.Vector, r.Text))

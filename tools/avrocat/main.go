@@ -1,6 +1,6 @@
-// Command avrocat prints the records of Avro object container files, each as
-// one line of JSON in which byte strings are base64. It shares no code with
-// snapshotd, so what it prints is what any other reader sees:
+// Command avrocat prints the records of Avro object container files, each as one line
+// of JSON with byte strings in base64. It shares no code with snapshotd, so its output
+// is that of any other reader:
 //
 //	avrocat manifest-0.avro | jq .id
 package main
@@ -34,7 +34,7 @@ func cat(w io.Writer, name string) error {
 	if err != nil {
 		return err
 	}
-	defer func() { _ = f.Close() }() // it was only read
+	defer func() { _ = f.Close() }() // read only
 	r, err := ocf.NewReader(bufio.NewReader(f))
 	if err != nil {
 		return err

@@ -9,8 +9,8 @@ import (
 // anything is the line that stands for any number of lines.
 const anything = "..."
 
-// masks are applied in this order. What differs from run to run is replaced by
-// a word for its kind, so that a time may become another time but not a size.
+// masks are applied in this order. Each replaces a value that differs from run to run
+// by a word for its kind, so that a time may become another time but not a size.
 var masks = []struct {
 	pattern *regexp.Regexp
 	with    string
@@ -23,7 +23,7 @@ var masks = []struct {
 	{regexp.MustCompile(`\b\d\d:\d\d:\d\d([.,]\d+)?`), "<clock>"},
 	// 0b6f1c9e-6a43-4a7d-9f2e-5c1f0c6f3a10
 	{regexp.MustCompile(`(?i)\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b`), "<id>"},
-	// A replica's name: host, process id and chance.
+	// A replica's name: host, process id and a random part.
 	{regexp.MustCompile(`\b[A-Za-z0-9][A-Za-z0-9.-]*-\d+-[a-z0-9]{6}\b`), "<replica>"},
 	// v0.1.0-3-g3a297d9f4e7b-dirty, or just the digest
 	{regexp.MustCompile(`\b(v\d+\.\d+\.\d+(-rc\.?\d+)?-\d+-g)?[0-9a-f]{8,64}(-dirty)?\b`), "<id>"},
@@ -31,23 +31,23 @@ var masks = []struct {
 	{regexp.MustCompile(`(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\]):\d{2,5}\b`), "<address>"},
 	// 12 B, 3.4 MiB, 120MB/s
 	{regexp.MustCompile(`\b\d+(\.\d+)? ?([KMGTPE]i?)?B(/s)?\b`), "<size>"},
-	// catalog revision 12, mod revision: 3: others write, too
+	// catalog revision 12, mod revision: 3
 	{regexp.MustCompile(`\b(revision:?)\s+\d+`), "$1 <revision>"},
 	// 1h30m, 12.5ms, -45ms
 	{regexp.MustCompile(`(?:\B-)?\b(\d+(\.\d+)?(ns|us|µs|ms|s|m|h|d))+\b`), "<duration>"},
 	{regexp.MustCompile(`\d+\.\d{3,}`), "<number>"},
 	{regexp.MustCompile(`\d{4,}`), "<id>"},
-	// The rules of a table, and the blanks of its columns; JSON is free to have
-	// blanks after a colon or a comma.
+	// The lines of a table and the spaces of its columns; JSON may have spaces after a
+	// colon or a comma.
 	{regexp.MustCompile(`-{3,}`), "---"},
 	{regexp.MustCompile(`\s+`), " "},
 	{regexp.MustCompile(`([,:]) `), "$1"},
 }
 
-// opaque finds page tokens and the like, which mix cases and digits.
+// opaque matches page tokens and the like, which mix cases and digits.
 var opaque = regexp.MustCompile(`[A-Za-z0-9_-]{20,}={0,2}`)
 
-// mask replaces what differs from run to run.
+// mask replaces values that differ from run to run.
 func mask(line string) string {
 	line = opaque.ReplaceAllStringFunc(line, func(s string) string {
 		if strings.ContainsAny(s, "0123456789") && strings.ToLower(s) != s && strings.ToUpper(s) != s {
@@ -61,7 +61,7 @@ func mask(line string) string {
 	return strings.TrimSpace(line)
 }
 
-// matches says whether a command printed what the document says.
+// matches reports whether the output of a command matches the document.
 func matches(want, got []string) bool {
 	return matchLines(maskAll(want), maskAll(got))
 }
@@ -74,8 +74,8 @@ func maskAll(lines []string) []string {
 	return masked
 }
 
-// matchLines is the comparison of masked lines. Only the latest wildcard is
-// ever tried again: giving an earlier one more lines can't help.
+// matchLines compares masked lines. It backtracks to the latest wildcard only: more
+// lines for an earlier one cannot help.
 func matchLines(want, got []string) bool {
 	w, g := 0, 0
 	wildcard, resume := -1, 0
@@ -99,8 +99,7 @@ func matchLines(want, got []string) bool {
 	return w == len(want)
 }
 
-// trimBlank takes blank lines off both ends, for a document may have them
-// for looks.
+// trimBlank removes blank lines at both ends.
 func trimBlank(lines []string) []string {
 	blank := func(s string) bool { return strings.TrimSpace(s) == "" }
 	for len(lines) > 0 && blank(lines[0]) {
@@ -112,7 +111,7 @@ func trimBlank(lines []string) []string {
 	return lines
 }
 
-// showsSomething says whether the document has any output of its own.
+// showsSomething reports whether the document has any output.
 func showsSomething(want []string) bool {
 	return slices.ContainsFunc(trimBlank(want), func(s string) bool { return strings.TrimSpace(s) != anything })
 }

@@ -13,9 +13,8 @@ import (
 	"testing"
 )
 
-// TestLessonsNameTheirTests reads docs/lessons.md, whose tables say which test
-// shows that a mistake made elsewhere is not made here. A test that was renamed
-// or removed must not stay in the table.
+// TestLessonsNameTheirTests reads docs/lessons.md, whose tables name the test that
+// excludes each defect of another system. A renamed or removed test must not stay there.
 func TestLessonsNameTheirTests(t *testing.T) {
 	repo := filepath.Join("..", "..")
 	text, err := os.ReadFile(filepath.Join(repo, "docs", "lessons.md"))
@@ -32,7 +31,7 @@ func TestLessonsNameTheirTests(t *testing.T) {
 }
 
 func TestCheckLessons(t *testing.T) {
-	const head = "| where it went wrong | what happened | what snapshotd does | test |\n|---|---|---|---|\n"
+	const head = "| source | defect | snapshotd | test |\n|---|---|---|---|\n"
 	for name, tc := range map[string]struct {
 		row  string
 		want string // of the only problem; empty is none
@@ -49,11 +48,15 @@ func TestCheckLessons(t *testing.T) {
 		"a bar":       {"| a `x\\|y` | b | c | `tools/docscheck.TestMask` |", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			rows, problems := checkLessons(filepath.Join("..", ".."), head+tc.row+"\n\n| another | table |\n|---|---|\n| x | y |\n")
+			rows, problems := checkLessons(
+				filepath.Join("..", ".."), head+tc.row+"\n\n| another | table |\n|---|---|\n| x | y |\n",
+			)
 			if rows != 1 {
 				t.Errorf("got %d rows, want 1", rows)
 			}
-			if tc.want == "" && len(problems) != 0 || tc.want != "" && (len(problems) != 1 || !strings.HasPrefix(problems[0], tc.want)) {
+			if tc.want == "" && len(problems) != 0 || tc.want != "" && (len(problems) != 1 || !strings.HasPrefix(
+				problems[0], tc.want,
+			)) {
 				t.Errorf("got problems %q, want %q", problems, tc.want)
 			}
 		})
@@ -65,7 +68,7 @@ var (
 	reference = regexp.MustCompile("^`([\\w/-]+)\\.((?:Test|Fuzz|Benchmark|Example)\\w*)(?:/[^`]*)?`$")
 )
 
-// checkLessons returns how many rows it looked at, and what is wrong with them.
+// checkLessons returns the number of rows and a message for each wrong row.
 func checkLessons(repo, text string) (rows int, problems []string) {
 	inTable := false // one with tests
 	for i, line := range strings.Split(text, "\n") {
@@ -89,7 +92,7 @@ func checkLessons(repo, text string) (rows int, problems []string) {
 		rows++
 		named := quoted.FindAllString(last, -1)
 		if len(named) == 0 && !slices.Contains(strings.Fields(last), "planned") {
-			problem("no test: name one, or say planned")
+			problem("no test: name one, or write planned")
 		}
 		for _, name := range named {
 			m := reference.FindStringSubmatch(name)
@@ -108,7 +111,7 @@ func checkLessons(repo, text string) (rows int, problems []string) {
 	return rows, problems
 }
 
-// hasTest says whether a test file in the folder declares the function.
+// hasTest reports whether a test file in the folder declares the function.
 func hasTest(folder, name string) (bool, error) {
 	if _, err := os.Stat(folder); err != nil {
 		return false, err

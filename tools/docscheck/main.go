@@ -21,7 +21,7 @@ import (
 const (
 	commandTimeout = 2 * time.Minute
 	makeTimeout    = 10 * time.Minute
-	endGrace       = 15 * time.Second // for the servers that a document started
+	endGrace       = 15 * time.Second // for servers started by a document
 )
 
 func main() {
@@ -45,14 +45,14 @@ type checker struct {
 	out     io.Writer
 	update  bool
 	verbose bool
-	grace   time.Duration // for what a document started to end
+	grace   time.Duration // for processes of a document to end
 
 	commands int
 	failures int
 }
 
-// check runs the documents named, or all of them. Its error says how many
-// things went wrong; what went wrong is printed as it happens.
+// check runs the named documents, or all of them. It prints each failure; its error has
+// their number.
 func (c *checker) check(ctx context.Context, repo string, names []string) error {
 	repo, err := filepath.Abs(repo)
 	if err != nil {
@@ -75,13 +75,13 @@ func (c *checker) check(ctx context.Context, repo string, names []string) error 
 	case c.failures > 0:
 		return fmt.Errorf("%d of %d commands failed", c.failures, c.commands)
 	case c.commands == 0:
-		return errors.New("no command was run: there is no ```console block")
+		return errors.New("no command: no document has a ```console block")
 	}
 	fmt.Fprintf(c.out, "docscheck: %d commands passed\n", c.commands)
 	return nil
 }
 
-// documents are README.md and what is below docs, relative to the repository.
+// documents returns README.md and the documents below docs, relative to the repository.
 func documents(repo string) ([]string, error) {
 	names := []string{"README.md"}
 	err := fs.WalkDir(os.DirFS(repo), "docs", func(path string, entry fs.DirEntry, err error) error {
@@ -134,8 +134,8 @@ func (c *checker) checkDocument(ctx context.Context, repo, name string) (err err
 	return os.WriteFile(path, []byte(doc.update(got)), 0o644)
 }
 
-// runDocument runs a document's commands in order. It returns, by the number
-// of the command, the outputs that the document is to be updated with.
+// runDocument runs a document's commands in order. It returns the new outputs for an
+// update, by the number of the command.
 func (c *checker) runDocument(ctx context.Context, repo string, doc *document) (map[int][]string, error) {
 	s, err := start(ctx, repo)
 	if err != nil {
@@ -150,7 +150,7 @@ func (c *checker) runDocument(ctx context.Context, repo string, doc *document) (
 		got, err := runCommand(ctx, s, cmd.text)
 		if err != nil {
 			c.fail("%s:%d: %s\n%v; it printed so far:\n%s", doc.name, cmd.line, cmd.text, err, strings.Join(got, "\n"))
-			break // the shell is of no use any more
+			break // the shell is unusable
 		}
 		asked := i+1 < len(doc.commands) && strings.TrimSpace(doc.commands[i+1].text) == "echo $?"
 		switch {
@@ -181,7 +181,7 @@ func runCommand(ctx context.Context, s *session, text string) ([]string, error) 
 	return s.run(ctx, text)
 }
 
-// difference shows both sides as compared, and then what was really printed.
+// difference formats both sides as compared, and then the actual output.
 func difference(want, got []string) string {
 	return fmt.Sprintf("(-document +printed, after masking):\n%s\nprinted:\n\t%s",
 		cmp.Diff(maskAll(want), maskAll(got)), strings.Join(got, "\n\t"))

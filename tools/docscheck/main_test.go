@@ -77,7 +77,9 @@ func TestEndToEnd(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	for _, want := range []string{"ran  README.md: 13 commands", "skip docs/b.md:1: needs a cluster", "docscheck: 14 commands passed"} {
+	for _, want := range []string{
+		"ran  README.md: 13 commands", "skip docs/b.md:1: needs a cluster", "docscheck: 14 commands passed",
+	} {
 		if !strings.Contains(out, want) {
 			t.Errorf("got %s\nwant it to have %q", out, want)
 		}
@@ -110,7 +112,11 @@ func TestFailures(t *testing.T) {
 		"other output":   {"\n'''console\n$ echo other\nthis\n'''\n", "FAIL README.md:3: echo other\n"},
 		"silent failure": {"'''console\n$ false\n'''\n", "FAIL README.md:2: false\nexit status 1"},
 		"shell ended":    {"'''console\n$ exit 0\n$ true\n'''\n", "the command ended the shell"},
-		"left behind":    {"'''console\n$ setsid sh -c 'trap \"\" TERM; echo >up; while :; do sleep 60; done' >/dev/null 2>&1 &\n$ while [ ! -e up ]; do :; done\n'''\n", "did not end within"},
+		"left behind": {
+			"'''console\n$ setsid sh -c 'trap \"\" TERM; echo >up; while :; do sleep 60; done' >/dev/null 2>&1 &\n" +
+				"$ while [ ! -e up ]; do :; done\n'''\n",
+			"did not end within",
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, out, err := check(t, false, map[string]string{"README.md": tc.text})
@@ -135,7 +141,10 @@ func TestUpdateWritesOnlyWhatDiffers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := md("'''console\n$ echo id 123456\nid 999999\n$ pwd\n/tmp/snapshotd-docs\n$ echo $SNAPSHOTCTL_ADDR is it\n127.0.0.1:7950 is it\n'''\n")
+	want := md(
+		"'''console\n$ echo id 123456\nid 999999\n$ pwd\n/tmp/snapshotd-docs\n$ echo $SNAPSHOTCTL_ADDR is it\n" +
+			"127.0.0.1:7950 is it\n'''\n",
+	)
 	if diff := cmp.Diff(want, string(got)); diff != "" {
 		t.Errorf("README.md (-want +got):\n%s", diff)
 	}

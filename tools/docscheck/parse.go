@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// A document is a file, line by line, and the commands found in it.
+// A document is a file, as lines, with its commands.
 type document struct {
 	name      string // as printed
 	lines     []string
@@ -15,14 +15,14 @@ type document struct {
 	unchecked []unchecked
 }
 
-// A command is one example: what to type and what it prints.
+// A command is one example: the input and its output.
 type command struct {
 	line   int    // of the "$ ", counted from 1
-	text   string // for the shell, without the prompts
+	text   string // without the prompts
 	want   []string
 	from   int // want is lines[from:to] of the document
 	to     int
-	indent string // of the fence, taken off each line
+	indent string // of the fence, removed from each line
 }
 
 // unchecked is a block that is not run.
@@ -31,8 +31,8 @@ type unchecked struct {
 	reason string
 }
 
-// fence opens a block, perhaps in a list: what comes before it, its marks and
-// what is said of the block.
+// fence matches the start of a block, possibly in a list: the prefix, the marks and the
+// info string.
 var fence = regexp.MustCompile("^(\\s*(?:(?:[-*]|\\d+\\.) +)?)(```+)([^`]*)$")
 
 const (
@@ -40,8 +40,7 @@ const (
 	continuation = "> "
 )
 
-// parse finds the examples in a document. It reports everything that is wrong
-// with them, not just the first.
+// parse finds the examples in a document. It reports all errors, not only the first.
 func parse(name, text string) (*document, error) {
 	doc := &document{name: name, lines: strings.Split(text, "\n")}
 	var errs []error
@@ -89,8 +88,8 @@ func parse(name, text string) (*document, error) {
 	return doc, errors.Join(errs...)
 }
 
-// parseBlock reads lines[start:end]. It returns the numbers of the lines that
-// belong to no command.
+// parseBlock reads lines[start:end]. It returns the numbers of the lines without a
+// command.
 func parseBlock(lines []string, start, end int, indent string) (commands []command, stray []int) {
 	for i := start; i < end; i++ {
 		line := strings.TrimPrefix(lines[i], indent)
@@ -104,7 +103,7 @@ func parseBlock(lines []string, start, end int, indent string) (commands []comma
 		c := command{line: i + 1, text: text, indent: indent}
 		for i++; i < end; i++ {
 			line = strings.TrimPrefix(lines[i], indent)
-			// An editor may have taken the blank off a prompt alone.
+			// An editor may have removed the space after a bare prompt.
 			more, prompted := strings.CutPrefix(line+" ", continuation)
 			if !prompted && !strings.HasSuffix(c.text, `\`) {
 				break
@@ -126,8 +125,8 @@ func parseBlock(lines []string, start, end int, indent string) (commands []comma
 	return commands, stray
 }
 
-// update returns the document's text with what each command printed in the
-// place of what the document says, where got has an entry for the command.
+// update returns the text of the document with the outputs in got, by the number of the
+// command.
 func (d *document) update(got map[int][]string) string {
 	var out []string
 	next := 0

@@ -18,9 +18,8 @@ import (
 	"time"
 )
 
-// listeners are the variables that move snapshotd and snapshotctl to a free
-// port, with the default each stands for. Variables with the same default get
-// the same port.
+// listeners are the variables that set the ports of snapshotd and snapshotctl, with
+// their defaults. Variables with the same default get the same free port.
 var listeners = []struct{ variable, address string }{
 	{"SNAPSHOTD_LISTEN", "127.0.0.1:7950"},
 	{"SNAPSHOTD_METRICS_LISTEN", "127.0.0.1:7951"},
@@ -29,9 +28,9 @@ var listeners = []struct{ variable, address string }{
 }
 
 const (
-	// shownDir is what the working folder is called in updated documents.
+	// shownDir is the name of the working folder in updated documents.
 	shownDir = "/tmp/snapshotd-docs"
-	// marker names the variable that tells whose processes are whose.
+	// marker is the variable that marks the processes of a session.
 	marker = "DOCSCHECK_SESSION"
 )
 
@@ -41,15 +40,15 @@ var errTimeout = errors.New("timeout")
 type session struct {
 	id     string
 	dir    string
-	shown  *strings.Replacer // what is real to what documents show
-	typed  *strings.Replacer // addresses that documents show to the real ones
+	shown  *strings.Replacer // real values to those in documents
+	typed  *strings.Replacer // addresses in documents to the real ones
 	cmd    *exec.Cmd
 	stdin  io.WriteCloser
-	output chan string // lines, and what there is of one at the end
+	output chan string // lines, and an incomplete one at the end
 	status int         // of the last command
 }
 
-// start opens a shell for a document. Its caller has to call end.
+// start opens a shell for a document. The caller must call end.
 func start(ctx context.Context, repo string) (*session, error) {
 	dir, err := os.MkdirTemp("", "docscheck-")
 	if err != nil {
@@ -81,8 +80,8 @@ func start(ctx context.Context, repo string) (*session, error) {
 	if s.stdin, err = s.cmd.StdinPipe(); err != nil {
 		return nil, err
 	}
-	// One pipe for both, for their order is what a reader sees. It is not
-	// exec's: Wait would wait for every process that holds it.
+	// One pipe for both, to keep their order. It is not exec's pipe: Wait would wait for
+	// every process that has it open.
 	r, w, err := os.Pipe()
 	if err != nil {
 		return nil, err
@@ -94,7 +93,7 @@ func start(ctx context.Context, repo string) (*session, error) {
 		_ = r.Close()
 		return nil, err
 	}
-	go func() { // ends with the last process that holds the pipe
+	go func() { // ends with the last process that has the pipe open
 		defer close(s.output)
 		defer func() { _ = r.Close() }()
 		lines := bufio.NewReader(r)
@@ -116,20 +115,22 @@ func start(ctx context.Context, repo string) (*session, error) {
 	return s, nil
 }
 
-// environment is the shell's: this process's own, less what would change what
-// the examples print. It also returns pairs of a real address and the one that
-// documents show.
+// environment returns the environment of the shell: that of this process without
+// variables that would change the output. It also returns pairs of a real address and
+// the one in documents.
 func environment(ctx context.Context, repo, id string) (env, shown []string, err error) {
 	for _, kv := range os.Environ() {
 		name, _, _ := strings.Cut(kv, "=")
-		// MAKEFLAGS and its like are those of the make that runs docscheck.
+		// MAKEFLAGS and similar ones belong to the make that runs docscheck.
 		if !strings.HasPrefix(name, "SNAPSHOT") && !strings.HasPrefix(name, "MAKE") && name != "MFLAGS" {
 			env = append(env, kv)
 		}
 	}
 	env = append(env,
 		marker+"="+id,
-		"PATH="+strings.Join([]string{filepath.Join(repo, "bin"), filepath.Join(repo, ".bin"), os.Getenv("PATH")}, string(os.PathListSeparator)),
+		"PATH="+strings.Join([]string{filepath.Join(repo, "bin"), filepath.Join(repo, ".bin"), os.Getenv("PATH")}, string(
+			os.PathListSeparator,
+		)),
 		"LC_ALL=C.UTF-8", "TZ=UTC", "NO_COLOR=1", "TERM=dumb",
 	)
 	free := map[string]string{}
@@ -154,19 +155,19 @@ func freeAddress(ctx context.Context) (string, error) {
 	return l.Addr().String(), l.Close()
 }
 
-// run types one command and returns the lines it printed. The session's status
-// is then the command's. After an error the session can only be ended.
+// run runs one command, sets the session's status and returns the output lines. After
+// an error only end may be called.
 func (s *session) run(ctx context.Context, text string) ([]string, error) {
 	file := filepath.Join(s.dir, "command")
-	// The status of the command before, for `echo $?`.
+	// The status of the previous command, for `echo $?`.
 	script := fmt.Sprintf("(exit %d)\n%s\n", s.status, s.typed.Replace(text))
 	if err := os.WriteFile(file, []byte(script), 0o600); err != nil {
 		return nil, err
 	}
-	// The end of the output is a line that no command could know.
+	// A random line marks the end of the output.
 	end := rand.Text()
 	if _, err := fmt.Fprintf(s.stdin, "source %s </dev/null; printf '\\n%s %%d\\n' $?\n", quote(file), end); err != nil {
-		return nil, fmt.Errorf("the shell is gone: %w", err)
+		return nil, fmt.Errorf("the shell has exited: %w", err)
 	}
 	var out bytes.Buffer
 	for {
@@ -204,23 +205,23 @@ func (s *session) lines(out string) []string {
 	return lines
 }
 
-// end ends the shell and everything that it started, and removes its folder.
-// Processes that are still there after the grace are killed, which is an error.
+// end ends the shell and its processes, and removes its folder. Processes that still
+// run after the grace period are killed, which is an error.
 func (s *session) end(grace time.Duration) error {
 	_ = s.stdin.Close()
-	go func() { // what comes now is nobody's, but must not hold up its writer
+	go func() { // discard the rest, so that no writer blocks
 		for open := true; open; {
 			_, open = <-s.output
 		}
 	}()
 	group := s.cmd.Process.Pid
 	_ = syscall.Kill(-group, syscall.SIGTERM)
-	_ = s.cmd.Wait() // ended by a signal or by the last command: of no interest
+	_ = s.cmd.Wait() // the exit status is irrelevant
 
 	var left []int
 	deadline := time.Now().Add(grace)
 	for left = s.processes(); len(left) > 0 && time.Now().Before(deadline); left = s.processes() {
-		for _, pid := range left { // one may have had a child since
+		for _, pid := range left { // a process may have started another
 			_ = syscall.Kill(pid, syscall.SIGTERM)
 		}
 		<-time.After(50 * time.Millisecond)
@@ -236,13 +237,13 @@ func (s *session) end(grace time.Duration) error {
 	return errors.Join(append(errs, os.RemoveAll(s.dir))...)
 }
 
-// processes are those of the session that still run, in its process group or
-// not. Where there is no /proc it finds none.
+// processes returns the running processes of the session, in its process group or not.
+// Without /proc it finds none.
 func (s *session) processes() []int {
 	var found []int
 	files, _ := filepath.Glob("/proc/[0-9]*/environ")
 	for _, file := range files {
-		// Of a process that is gone, a zombie's too, this reads nothing.
+		// For a process that has exited, or a zombie, this reads nothing.
 		environ, _ := os.ReadFile(file)
 		if !bytes.Contains(environ, []byte(marker+"="+s.id)) {
 			continue

@@ -1,10 +1,10 @@
 // Command protodep writes buf/validate/validate.proto, which the API's files
 // import, below the folder named by its argument.
 //
-// The file comes out of the descriptor in the published Go package, so that no
-// schema registry is needed to build the API. That package has to be of the
-// schema commit that the service links: protodep reads the service's go.mod,
-// given as the second argument, and stops when the two differ.
+// The file is printed from the descriptor in the published Go package, so that the
+// build needs no schema registry. That package must have the schema commit that the
+// service links: protodep reads the service's go.mod, given as the second argument,
+// and fails if the two differ.
 package main
 
 import (
@@ -70,8 +70,8 @@ func run(folder, goMod string) error {
 	var out bytes.Buffer
 	fmt.Fprintf(&out, header, module, here)
 	file := validate.File_buf_validate_validate_proto
-	// The Go package's descriptor has no comments; the printer's own layout is
-	// what buf format would make of it, near enough for a file nobody edits.
+	// The Go package's descriptor has no comments; the printer's layout is close enough
+	// to that of buf format for a generated file.
 	if err := (&protoprint.Printer{Indent: "  "}).PrintProtoFile(file, &out); err != nil {
 		return fmt.Errorf("print %s: %w", file.Path(), err)
 	}
@@ -112,8 +112,8 @@ func requiredCommit(goMod string) (string, error) {
 	return "", fmt.Errorf("%s does not require %s", goMod, module)
 }
 
-// commit takes the schema commit out of a version of the registry's form,
-// v<plugin>-<time>-<commit>.<revision>. The revision is the code generator's.
+// commit returns the schema commit in a version of the registry's form,
+// v<plugin>-<time>-<commit>.<revision>. The revision is that of the code generator.
 func commit(version string) (string, error) {
 	parts := strings.Split(version, "-")
 	if len(parts) != 3 {

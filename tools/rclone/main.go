@@ -1,5 +1,5 @@
-// Command rclone is rclone with what the benchmark of restores needs of it: the
-// copy of objects in S3, on command of a client.
+// Command rclone is rclone with the parts that the benchmark of restores needs: copies
+// of objects in S3, on command of a client.
 package main
 
 import (
