@@ -23,13 +23,12 @@ import (
 	"github.com/snapshotd/snapshotd/client"
 )
 
-// quiet is how long it may take until nothing is left to do.
+// quiet bounds the wait until no work is left.
 const quiet = 45 * time.Second
 
-// audit looks whether all is as the ledger says: the catalog, the snapshots, and
-// every single object of the store. With orphans, objects of units that were parked
-// may be left, whose ids are dead.
-func (w *world) audit(ctx context.Context, orphans bool) error {
+// audit compares the catalog, the snapshots and each object of the store with the
+// ledger. With orphans, objects of parked units whose ids are dead may be left.
+func (w *env) audit(ctx context.Context, orphans bool) error {
 	status, err := w.c().Collector.GetCollectorStatus(ctx, &api.GetCollectorStatusRequest{})
 	switch {
 	case err != nil:
@@ -37,7 +36,7 @@ func (w *world) audit(ctx context.Context, orphans bool) error {
 	case status.GetBlocked() != "" || status.GetDeleting() > 0 || status.GetUnconfirmed() > 0:
 		return fmt.Errorf("the collector has work left: %v", status)
 	}
-	engine := map[string]bool{} // paths that something has
+	engine := map[string]bool{} // paths in use
 	if err := w.auditCollections(ctx, engine); err != nil {
 		return err
 	}
@@ -51,9 +50,8 @@ func (w *world) audit(ctx context.Context, orphans bool) error {
 	return w.auditStore(ctx, engine, own, orphans)
 }
 
-// look is a segment as it is: what was registered, with the contents that its
-// files have in the store.
-func (w *world) look(s *api.Segment, engine map[string]bool, partitions map[int64]string) seg {
+// look returns a registered segment with the digests of its files in the store.
+func (w *env) look(s *api.Segment, engine map[string]bool, partitions map[int64]string) seg {
 	got := seg{ID: s.GetId(), Partition: partitions[s.GetPartitionId()]}
 	files := s.GetFiles()
 	for _, b := range s.GetIndexBuilds() {
@@ -70,7 +68,7 @@ func (w *world) look(s *api.Segment, engine map[string]bool, partitions map[int6
 	return got
 }
 
-func (w *world) auditCollections(ctx context.Context, engine map[string]bool) error {
+func (w *env) auditCollections(ctx context.Context, engine map[string]bool) error {
 	list, err := w.c().Catalog.ListCollections(ctx, &api.ListCollectionsRequest{States: []api.Collection_State{
 		api.Collection_STATE_ACTIVE, api.Collection_STATE_RESTORING, api.Collection_STATE_DROPPING,
 	}})
@@ -113,7 +111,7 @@ func (w *world) auditCollections(ctx context.Context, engine map[string]bool) er
 }
 
 // auditSnapshots returns the prefixes of the snapshots' own objects.
-func (w *world) auditSnapshots(ctx context.Context, engine map[string]bool) (own []string, err error) {
+func (w *env) auditSnapshots(ctx context.Context, engine map[string]bool) (own []string, err error) {
 	list, err := w.c().Snapshots.ListSnapshots(ctx, &api.ListSnapshotsRequest{States: []api.Snapshot_State{
 		api.Snapshot_STATE_PENDING, api.Snapshot_STATE_COMMITTED, api.Snapshot_STATE_DELETING,
 	}})
@@ -124,7 +122,7 @@ func (w *world) auditSnapshots(ctx context.Context, engine map[string]bool) (own
 	for _, s := range list.GetSnapshots() {
 		name := s.GetName()
 		if _, twice := got[name]; twice || s.GetState() != api.Snapshot_STATE_COMMITTED {
-			return nil, fmt.Errorf("snapshot %s (%d) is %v, or there twice", name, s.GetId(), s.GetState())
+			return nil, fmt.Errorf("snapshot %s (%d) is %v, or exists twice", name, s.GetId(), s.GetState())
 		}
 		described, err := w.c().Snapshots.DescribeSnapshot(ctx, &api.DescribeSnapshotRequest{Snapshot: snapshot(name)})
 		if err != nil {
@@ -165,8 +163,8 @@ func (w *world) auditSnapshots(ctx context.Context, engine map[string]bool) (own
 	return own, nil
 }
 
-// auditRest looks at pins, restore jobs and tombstones.
-func (w *world) auditRest(ctx context.Context) error {
+// auditRest checks pins, restore jobs and tombstones.
+func (w *env) auditRest(ctx context.Context) error {
 	pins, err := w.c().Snapshots.ListPins(ctx, &api.ListPinsRequest{})
 	if err != nil {
 		return err
@@ -193,7 +191,7 @@ func (w *world) auditRest(ctx context.Context) error {
 	return nil
 }
 
-// Objects that are snapshotd's own and of no snapshot.
+// Objects of snapshotd that belong to no snapshot.
 var (
 	isEpoch  = regexp.MustCompile(`^gc/epoch/\d+\.json$`)
 	isHeld   = regexp.MustCompile(`^gc/held/\d+/(\d+)(?:-[0-9a-f]{16})?$`)
@@ -201,9 +199,9 @@ var (
 	isMember = regexp.MustCompile(`^snapshots/\d+/(\d+)/[^/]+$`)
 )
 
-// auditStore goes through all objects. Each must belong to something that there
-// is; only of units that were parked it may be an orphan, where a crash leaves it.
-func (w *world) auditStore(ctx context.Context, engine map[string]bool, own []string, orphans bool) error {
+// auditStore checks all objects. Each must have an owner, except objects of parked
+// units where a crash may leave orphans.
+func (w *env) auditStore(ctx context.Context, engine map[string]bool, own []string, orphans bool) error {
 	dead, err := w.orphans(ctx)
 	if err != nil {
 		return err
@@ -221,7 +219,7 @@ func (w *world) auditStore(ctx context.Context, engine map[string]bool, own []st
 	}
 	err = filepath.WalkDir(w.objects(), func(name string, d fs.DirEntry, err error) error {
 		switch {
-		case errors.Is(err, fs.ErrNotExist): // it goes while we look
+		case errors.Is(err, fs.ErrNotExist): // it was removed during the walk
 			return nil
 		case err == nil && d.IsDir() && d.Name() == serverDir:
 			return fs.SkipDir
@@ -240,11 +238,11 @@ func (w *world) auditStore(ctx context.Context, engine map[string]bool, own []st
 		case ofEngine && engine[path], ofSnapshot && member != nil && !dead[key],
 			key == "snapshots/identity.json", isEpoch.MatchString(key), strings.HasPrefix(key, tempDir), w.ofProbe(key):
 			return nil
-		case held != nil && !dead[key] && len(w.Snapshots) > 0: // it has a record, and so is held
+		case held != nil && !dead[key] && len(w.Snapshots) > 0: // its unit has a record
 			return nil
 		case held != nil && dead[key] && orphans:
 			return nil
-		case pins != nil && completed[pins[1]]: // they go with the job's record
+		case pins != nil && completed[pins[1]]: // they are removed with the job's record
 			return nil
 		}
 		wrong = append(wrong, fmt.Sprintf("%s (orphan: %v)", key, dead[key]))
@@ -254,13 +252,13 @@ func (w *world) auditStore(ctx context.Context, engine map[string]bool, own []st
 		return err
 	}
 	if len(wrong) > 0 {
-		return fmt.Errorf("objects are left that nothing has: %s", strings.Join(wrong, ", "))
+		return fmt.Errorf("objects without an owner are left: %s", strings.Join(wrong, ", "))
 	}
 	return nil
 }
 
 // completed returns the ids of the restore jobs that are COMPLETED and not forgotten.
-func (w *world) completed(ctx context.Context) (map[string]bool, error) {
+func (w *env) completed(ctx context.Context) (map[string]bool, error) {
 	list, err := w.c().Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{
 		States: []api.RestoreJob_State{api.RestoreJob_STATE_COMPLETED},
 	})
@@ -271,12 +269,12 @@ func (w *world) completed(ctx context.Context) (map[string]bool, error) {
 	return ids, err
 }
 
-// tempDir is where a store that is a directory keeps what is not whole.
+// tempDir holds the unfinished writes of a directory store.
 const tempDir = ".snapshotd-tmp/"
 
-// orphans returns the keys of what snapshotd says is left over, and whether it is of
+// orphans returns the keys of the orphans that snapshotd lists, and whether each has
 // a dead id.
-func (w *world) orphans(ctx context.Context) (map[string]bool, error) {
+func (w *env) orphans(ctx context.Context) (map[string]bool, error) {
 	stream, err := w.c().Collector.ListOrphans(ctx, &api.ListOrphansRequest{})
 	keys := map[string]bool{}
 	for err == nil {
@@ -294,9 +292,9 @@ func (w *world) orphans(ctx context.Context) (map[string]bool, error) {
 	return keys, nil
 }
 
-// goesOn looks whether the service still does all that it should: a snapshot is
-// taken, and a part of it restored. Where there is no collection yet it makes one.
-func (w *world) goesOn(ctx context.Context) error {
+// checkService takes a snapshot and restores a part of it. It creates a collection
+// when there is none.
+func (w *env) checkService(ctx context.Context) error {
 	if _, ok := w.Collections[shop]; !ok {
 		if err := w.collection(ctx, shop, 4, 0); err != nil {
 			return err
@@ -319,14 +317,14 @@ func (w *world) goesOn(ctx context.Context) error {
 	return w.fresh(ctx)
 }
 
-// fresh looks whether ids are new that are given out now.
-func (w *world) fresh(ctx context.Context) error {
+// fresh checks that newly allocated ids were not allocated before.
+func (w *env) fresh(ctx context.Context) error {
 	_, err := w.allocate(ctx, 3, client.NewRequestToken(), "fresh id")
 	return err
 }
 
 // dropAll drops everything.
-func (w *world) dropAll(ctx context.Context) error {
+func (w *env) dropAll(ctx context.Context) error {
 	pins, err := w.c().Snapshots.ListPins(ctx, &api.ListPinsRequest{})
 	if err != nil {
 		return err
@@ -351,16 +349,16 @@ func (w *world) dropAll(ctx context.Context) error {
 	return nil
 }
 
-// plant puts an object into the store that was last written long ago.
-func (w *world) plant(ctx context.Context, key string) error {
+// putOld puts an object with an old modification time into the store.
+func (w *env) putOld(ctx context.Context, key string) error {
 	if err := w.put(ctx, key, []byte("late")); err != nil {
 		return err
 	}
 	return os.Chtimes(w.objects(key), longAgo(), longAgo())
 }
 
-// planted says whether an object is there.
-func (w *world) planted(key string) bool {
+// exists reports whether an object exists.
+func (w *env) exists(key string) bool {
 	_, err := os.Stat(w.objects(key))
 	return err == nil
 }

@@ -23,14 +23,14 @@ import (
 	"github.com/snapshotd/snapshotd/test/bench"
 )
 
-// hugeSize is that of an object that is copied in three parts: two, and a byte.
+// hugeSize is the size of an object that is copied in three parts: two, and a byte.
 const hugeSize = object.DefaultCopyThreshold + 1
 
-// What the S3 server keeps in a bucket's directory that is no object.
+// serverDir holds the files of the S3 server in a bucket's directory.
 const serverDir = ".sgwtmp"
 
-// buckets is an S3 server, whose buckets are directories and whose objects are
-// files, so that a bucket is copied and looked at like a store that is a directory.
+// buckets is an S3 server whose buckets are directories and whose objects are files.
+// So a bucket is copied and read as a directory store is.
 type buckets struct {
 	server *bench.Process
 	addr   string
@@ -60,7 +60,7 @@ func startBuckets(ctx context.Context, bin, dir string) (*buckets, error) {
 	return b, nil
 }
 
-// settings has snapshotd use a bucket.
+// settings returns the settings of snapshotd for a bucket.
 func (b *buckets) settings(bucket string) string {
 	return fmt.Sprintf(`object_stores:
   default:
@@ -74,7 +74,7 @@ func (b *buckets) settings(bucket string) string {
 }
 
 // put writes an object.
-func (w *world) put(ctx context.Context, key string, content []byte) error {
+func (w *env) put(ctx context.Context, key string, content []byte) error {
 	if w.buckets != nil {
 		_, err := w.buckets.client.PutObject(ctx, &awss3.PutObjectInput{Bucket: &w.bucket, Key: &key, Body: bytes.NewReader(content)})
 		return err
@@ -87,7 +87,7 @@ func (w *world) put(ctx context.Context, key string, content []byte) error {
 }
 
 // uploads returns the keys of the uploads that are open.
-func (w *world) uploads(ctx context.Context) (keys []string, err error) {
+func (w *env) uploads(ctx context.Context) (keys []string, err error) {
 	if w.buckets == nil {
 		return nil, nil
 	}
@@ -96,7 +96,7 @@ func (w *world) uploads(ctx context.Context) (keys []string, err error) {
 		return nil, err
 	}
 	if aws.ToBool(list.IsTruncated) {
-		return nil, errors.New("there are more uploads than one answer lists")
+		return nil, errors.New("one answer does not list all uploads")
 	}
 	for _, u := range list.Uploads {
 		if key := aws.ToString(u.Key); !w.ofProbe(key) {
@@ -106,14 +106,13 @@ func (w *world) uploads(ctx context.Context) (keys []string, err error) {
 	return keys, nil
 }
 
-// ofProbe says whether a key may be left by the probe of a start in which snapshotd
-// has died.
-func (w *world) ofProbe(key string) bool {
+// ofProbe reports whether a key may be left by the probe of a start that was killed.
+func (w *env) ofProbe(key string) bool {
 	return strings.HasPrefix(key, probe.Dir+"/") && (len(w.crashes) > 1 || len(w.crashes) == 1 && countsFromStart(w.crashes[0]))
 }
 
-// ageUploads has all open uploads be of long ago.
-func (w *world) ageUploads() error {
+// ageUploads sets the start of all open uploads to long ago.
+func (w *env) ageUploads() error {
 	dirs, err := filepath.Glob(w.objects(serverDir, "multipart", "*", "*"))
 	if err != nil {
 		return err
@@ -126,19 +125,19 @@ func (w *world) ageUploads() error {
 	return nil
 }
 
-// longAgo is longer ago than what may be removed has to be.
+// longAgo returns a time before every grace period.
 func longAgo() time.Time { return time.Now().Add(-3 * time.Hour) }
 
-// filled returns content of which no two parts are equal.
+// filled returns content without equal parts.
 func filled(size int) []byte {
 	content := make([]byte, size)
 	_, _ = rand.NewChaCha8([32]byte{}).Read(content) // never fails
 	return content
 }
 
-// makeHuge adds to the buckets' base a collection with an object that is copied in
+// makeHuge adds to the base of buckets a collection with an object that is copied in
 // parts, and a snapshot of it.
-func (w *world) makeHuge(ctx context.Context) error {
+func (w *env) makeHuge(ctx context.Context) error {
 	if err := w.start(ctx, start{}); err != nil {
 		return err
 	}

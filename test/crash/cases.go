@@ -21,8 +21,7 @@ import (
 	"github.com/snapshotd/snapshotd/client"
 )
 
-// token is the request token of a case's operation, the same before and after the
-// crash.
+// token is the request token of a case's operation, before and after the crash.
 const token = "the-same-request"
 
 // scenario is an operation, and the steps that it reaches.
@@ -33,21 +32,21 @@ type scenario struct {
 	// requests are the requests to a bucket that it makes, and the minimal number of
 	// each: every one is tried.
 	requests map[string]int
-	quick    bool // it is part of a quick run
-	empty    bool // it begins with no data
-	huge     bool // it begins with huge, and runs on a bucket only
-	// orphans says that the crash may leave the object of a unit that was parked,
-	// which a sweep deletes after the grace period.
+	quick    bool // part of a quick run
+	empty    bool // starts without data
+	huge     bool // starts with huge, on a bucket only
+	// orphans is set when the crash may leave the object of a parked unit, which a
+	// sweep deletes after the grace period.
 	orphans  bool
 	settings string
-	// prepare comes before snapshotd is started that will crash. It may start and
-	// end others. Nil: nothing.
-	prepare func(ctx context.Context, r *runner, w *world) error
-	// op is the operation. It is called while snapshotd is there that crashes, and
-	// again, with the next, when it has to succeed unless that one crashes as well.
-	op func(ctx context.Context, w *world) error
-	// after enters in the ledger what op has changed. Nil: nothing.
-	after func(w *world)
+	// prepare runs before the start of the snapshotd that crashes. It may start and
+	// end others. May be nil.
+	prepare func(ctx context.Context, r *runner, w *env) error
+	// op is the operation. It is called before the crash, and again after the restart:
+	// then it must succeed, unless that server crashes as well.
+	op func(ctx context.Context, w *env) error
+	// after enters the changes of op in the ledger. May be nil.
+	after func(w *env)
 }
 
 var scenarios = []scenario{
@@ -65,9 +64,9 @@ var scenarios = []scenario{
 			"drop.txn", "drop.objects", "drop.record", "reclaim.grant", "held.delete", "file.delete", "reclaim.tombs", "collect.note",
 		},
 		requests: map[string]int{"bucket.delete": 3},
-		orphans:  true, op: drop, after: func(w *world) { delete(w.Snapshots, old) },
+		orphans:  true, op: drop, after: func(w *env) { delete(w.Snapshots, old) },
 	},
-	{name: "expire", steps: []string{"drop.expire"}, op: expire, after: func(w *world) { delete(w.Snapshots, old) }},
+	{name: "expire", steps: []string{"drop.expire"}, op: expire, after: func(w *env) { delete(w.Snapshots, old) }},
 	{
 		name: "restore",
 		steps: []string{
@@ -76,7 +75,7 @@ var scenarios = []scenario{
 		},
 		requests: map[string]int{"bucket.put": 1, "bucket.copy": 3},
 		twice:    []string{"restore.pin", "restore.copy", "restore.done"}, quick: true, op: restore,
-		after: func(w *world) { w.Collections["copy"], w.Restored["copy"] = copies(w.Snapshots[keep]), true },
+		after: func(w *env) { w.Collections["copy"], w.Restored["copy"] = copies(w.Snapshots[keep]), true },
 	},
 	{
 		name:  "give-up",
@@ -87,7 +86,7 @@ var scenarios = []scenario{
 	{
 		name: "parts", requests: map[string]int{"bucket.begin": 1, "bucket.part": 3, "bucket.complete": 1},
 		huge: true, settings: "keep_restores: 1m\n", op: restoreHuge,
-		after: func(w *world) { w.Collections["copy"], w.Restored["copy"] = copies(w.Snapshots[huge]), true },
+		after: func(w *env) { w.Collections["copy"], w.Restored["copy"] = copies(w.Snapshots[huge]), true },
 	},
 	{name: "abort", requests: map[string]int{"bucket.abort": 1}, huge: true, prepare: leaveUpload, op: restoreHugeTooSlow},
 	{
@@ -95,14 +94,14 @@ var scenarios = []scenario{
 		prepare: makeLate, op: awaitForgotten,
 	},
 	{name: "reclaim", steps: []string{"reclaim.confirm"}, settings: "collector: \"off\"\n", op: reclaim, after: dropped(mall, 1)},
-	{name: "drop-parts", steps: []string{"collect.part"}, requests: map[string]int{"bucket.delete": 1}, op: dropParts, after: func(w *world) {
+	{name: "drop-parts", steps: []string{"collect.part"}, requests: map[string]int{"bucket.delete": 1}, op: dropParts, after: func(w *env) {
 		first := w.Collections[mall][0]
 		first.Files = first.Files[:1] // without the build
 		w.Collections[mall] = []seg{first, w.Collections[mall][1]}
 	}},
 	{
 		name: "drop-collection", steps: []string{"collect.collection"}, requests: map[string]int{"bucket.delete": 1},
-		op: dropCollection, after: func(w *world) { delete(w.Collections, mall) },
+		op: dropCollection, after: func(w *env) { delete(w.Collections, mall) },
 	},
 	{
 		name: "park", steps: []string{"held.put", "park.txn"}, requests: map[string]int{"bucket.put": 1},
@@ -110,19 +109,19 @@ var scenarios = []scenario{
 	},
 	{name: "sweep", steps: []string{"file.delete"}, requests: map[string]int{"bucket.delete": 1}, prepare: makeOrphan, op: deleteOrphans},
 	{name: "allocate", steps: []string{"catalog.allocate"}, op: allocate},
-	{name: "compact", steps: []string{"catalog.change"}, op: compact, after: func(w *world) {
+	{name: "compact", steps: []string{"catalog.change"}, op: compact, after: func(w *env) {
 		in := w.Collections[mall][1].ID
 		w.Collections[mall] = append(without(w.Collections[mall], in), w.answers["segment"].(seg))
 	}},
 	{
 		name: "compact-large", steps: []string{"held.put"}, requests: map[string]int{"bucket.put": 1},
-		orphans: true, op: compactLarge, after: func(w *world) {
+		orphans: true, op: compactLarge, after: func(w *env) {
 			w.Collections[mall] = append(w.Collections[mall], w.answers["segment"].(seg))
 		},
 	},
-	{name: "pin", steps: []string{"pin.create"}, op: pin, after: func(w *world) { w.Pins++ }},
+	{name: "pin", steps: []string{"pin.create"}, op: pin, after: func(w *env) { w.Pins++ }},
 	{name: "renew", steps: []string{"pin.renew"}, op: renew},
-	{name: "unpin", steps: []string{"pin.remove"}, op: unpin, after: func(w *world) { w.Pins-- }},
+	{name: "unpin", steps: []string{"pin.remove"}, op: unpin, after: func(w *env) { w.Pins-- }},
 	{
 		name:  "start",
 		steps: []string{"elect.claim", "restore.worker", "epoch.intend", "epoch.create", "epoch.done", "epoch.forget", "clock.note"}, op: nothing,
@@ -134,42 +133,42 @@ var scenarios = []scenario{
 	{name: "first-start", steps: []string{"start.cluster", "start.identity", "start.store", "catalog.claimall"}, empty: true, op: nothing},
 }
 
-// created enters a snapshot of what a collection has now.
-func created(name, of string) func(w *world) {
-	return func(w *world) { w.Snapshots[name] = w.Collections[of] }
+// created enters a snapshot of the current content of a collection.
+func created(name, of string) func(w *env) {
+	return func(w *env) { w.Snapshots[name] = w.Collections[of] }
 }
 
-// dropped takes a segment from a collection, by its place.
-func dropped(name string, at int) func(w *world) {
-	return func(w *world) { w.Collections[name] = without(w.Collections[name], w.Collections[name][at].ID) }
+// dropped removes a segment from a collection, by its position.
+func dropped(name string, at int) func(w *env) {
+	return func(w *env) { w.Collections[name] = without(w.Collections[name], w.Collections[name][at].ID) }
 }
 
-func nothing(context.Context, *world) error { return nil }
+func nothing(context.Context, *env) error { return nil }
 
-// create takes a snapshot. A create whose process died may end as given up.
-func create(ctx context.Context, w *world) error {
+// create takes a snapshot. A create whose process died may end as aborted.
+func create(ctx context.Context, w *env) error {
 	err := w.take(ctx, shop, "new", token)
 	if err != nil || w.s.aborted.Load() == 0 {
 		return err
 	}
 	committed := w.crashes[0].Step == "create.endlease" || w.crashes[0] == (crash{Step: "create.commit", Side: after, Nth: 1})
 	if committed || len(w.crashes) == 1 && w.crashes[0] == (crash{Step: "create.begin", Side: before, Nth: 1}) {
-		return errors.New("it was given up, which cannot be")
+		return errors.New("a create that committed was aborted")
 	}
 	return nil
 }
 
-// leavePending has snapshotd die in the middle of a create.
-func leavePending(ctx context.Context, _ *runner, w *world) error {
+// leavePending kills snapshotd during a create.
+func leavePending(ctx context.Context, _ *runner, w *env) error {
 	return w.dieAt(ctx, crash{Step: "create.commit", Side: before, Nth: 1}, func(ctx context.Context) error { return w.take(ctx, shop, "new", token) })
 }
 
-// takeReaped waits for the leader to give the create up, and takes the name under
-// the same token.
-func takeReaped(ctx context.Context, w *world) error {
+// takeReaped waits until the leader aborts the create, and takes the name under the
+// same token.
+func takeReaped(ctx context.Context, w *env) error {
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
-	for w.asked == 0 { // a repeat under the token would do what the leader does
+	for w.asked == 0 { // a repeat under the token would abort the create itself
 		_, err := w.c().Snapshots.GetSnapshot(ctx, &api.GetSnapshotRequest{Snapshot: snapshot("new")})
 		if client.Reason(err) == "SNAPSHOT_NOT_FOUND" {
 			break
@@ -187,14 +186,14 @@ func takeReaped(ctx context.Context, w *world) error {
 		return err
 	}
 	if w.s.aborted.Load() == 0 {
-		return errors.New("the create that died was not given up")
+		return errors.New("the create of the dead process was not aborted")
 	}
 	return nil
 }
 
-// createBroken takes a snapshot of a collection that lacks a file, which fails, and
-// then one that succeeds.
-func createBroken(ctx context.Context, w *world) error {
+// createBroken takes a snapshot of a collection without one of its files, which fails,
+// and then one that succeeds.
+func createBroken(ctx context.Context, w *env) error {
 	file := filepath.Dir(w.objects(root, fmt.Sprint(w.Collection[mall]), "0", fmt.Sprint(w.Collections[mall][1].ID), "insert", "0", "x"))
 	aside := filepath.Join(w.dir, "aside")
 	if err := os.Rename(file, aside); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -204,7 +203,7 @@ func createBroken(ctx context.Context, w *world) error {
 		Collection: byName(mall), Name: "broken", Verify: true, RequestToken: token,
 	})
 	if client.Reason(err) != "FILE_MISSING" {
-		return fmt.Errorf("a create that lacks a file ended with %w", err)
+		return fmt.Errorf("a create without a file ended with %w", err)
 	}
 	if w.asked == 0 {
 		return nil
@@ -215,7 +214,7 @@ func createBroken(ctx context.Context, w *world) error {
 	return w.take(ctx, mall, "broken", "another-request")
 }
 
-func drop(ctx context.Context, w *world) error {
+func drop(ctx context.Context, w *env) error {
 	got, err := w.c().Snapshots.DropSnapshot(ctx, &api.DropSnapshotRequest{Snapshot: snapshot(old), RequestToken: token})
 	if err != nil {
 		return err
@@ -223,7 +222,7 @@ func drop(ctx context.Context, w *world) error {
 	return w.same("snapshot that was dropped", got.GetSnapshotId())
 }
 
-func expire(ctx context.Context, w *world) error {
+func expire(ctx context.Context, w *env) error {
 	if w.asked == 0 { // the repeat must be the same request
 		w.answers["expire time"] = timestamppb.New(time.Now().Add(5 * time.Second))
 	}
@@ -243,7 +242,7 @@ func expire(ctx context.Context, w *world) error {
 	})
 }
 
-func restore(ctx context.Context, w *world) error {
+func restore(ctx context.Context, w *env) error {
 	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
 		Snapshot: snapshot(keep), Target: &api.CollectionName{Name: "copy"}, RequestToken: token,
 	})
@@ -253,9 +252,9 @@ func restore(ctx context.Context, w *world) error {
 	return w.ended(ctx, job, api.RestoreJob_STATE_COMPLETED)
 }
 
-// restoreBroken begins a restore, takes the files of the snapshot away once one of
-// them is copied, and waits for the restore to fail. Then the files are put back.
-func restoreBroken(ctx context.Context, w *world) error {
+// restoreBroken starts a restore, moves the files of the snapshot away once one of them
+// is copied, and waits until the restore fails. Then it moves the files back.
+func restoreBroken(ctx context.Context, w *env) error {
 	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
 		Snapshot: snapshot(keep), Target: &api.CollectionName{Name: "copy"}, RequestToken: token,
 		Limits: &api.RestoreLimits{RequestsPerSecond: 3}, // so that most of the 36 files are not copied yet
@@ -281,9 +280,9 @@ func restoreBroken(ctx context.Context, w *world) error {
 	return os.Rename(aside, files)
 }
 
-// holdsFile says whether there is a file in a directory or below.
+// holdsFile reports whether a directory holds a file, at any depth.
 func holdsFile(dir string) (found bool) {
-	_ = filepath.WalkDir(dir, func(_ string, e fs.DirEntry, err error) error { // a directory that is gone holds none
+	_ = filepath.WalkDir(dir, func(_ string, e fs.DirEntry, err error) error { // a missing directory holds none
 		if err != nil {
 			return err
 		}
@@ -295,8 +294,8 @@ func holdsFile(dir string) (found bool) {
 	return found
 }
 
-// running waits until done returns true, or the restore has ended.
-func (w *world) running(ctx context.Context, job int64, done func() bool) error {
+// running waits until done returns true or the restore ends.
+func (w *env) running(ctx context.Context, job int64, done func() bool) error {
 	return eventually(ctx, func(ctx context.Context) error {
 		if done() {
 			return nil
@@ -309,9 +308,9 @@ func (w *world) running(ctx context.Context, job int64, done func() bool) error 
 	})
 }
 
-// restoreHuge restores an object in parts, and waits for the job to be forgotten: by
-// then no upload may be left that a process has begun that died.
-func restoreHuge(ctx context.Context, w *world) error {
+// restoreHuge restores an object in parts, and waits until the job is removed: then no
+// upload of a dead process may be left.
+func restoreHuge(ctx context.Context, w *env) error {
 	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
 		Snapshot: snapshot(huge), Target: &api.CollectionName{Name: "copy"}, RequestToken: token,
 	})
@@ -327,12 +326,12 @@ func restoreHuge(ctx context.Context, w *world) error {
 	return within(ctx, time.Minute+quiet, w.forgotten)
 }
 
-// hugeTimeout is of a restore that is to fail for it.
+// hugeTimeout is the timeout of a restore that exceeds it.
 const hugeTimeout = 20 * time.Second
 
-// leaveUpload has snapshotd die in the middle of a restore of an object in parts, and
-// waits until it is too late to go on with that.
-func leaveUpload(ctx context.Context, _ *runner, w *world) error {
+// leaveUpload kills snapshotd during a restore of an object in parts, and waits until
+// the restore has exceeded its timeout.
+func leaveUpload(ctx context.Context, _ *runner, w *env) error {
 	began := time.Now()
 	err := w.dieAt(ctx, crash{Step: "bucket.part", Side: before, Nth: 1}, func(ctx context.Context) error { return restoreHugeTooSlow(ctx, w) })
 	if err != nil {
@@ -347,9 +346,8 @@ func leaveUpload(ctx context.Context, _ *runner, w *world) error {
 	return nil
 }
 
-// restoreHugeTooSlow restores an object in parts, for which there is no time any more
-// after the crash.
-func restoreHugeTooSlow(ctx context.Context, w *world) error {
+// restoreHugeTooSlow restores an object in parts, with a timeout that the crash exceeds.
+func restoreHugeTooSlow(ctx context.Context, w *env) error {
 	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
 		Snapshot: snapshot(huge), Target: &api.CollectionName{Name: "copy"}, RequestToken: token, Timeout: durationpb.New(hugeTimeout),
 	})
@@ -359,8 +357,8 @@ func restoreHugeTooSlow(ctx context.Context, w *world) error {
 	return w.ended(ctx, job, api.RestoreJob_STATE_FAILED)
 }
 
-// cancelRestore cancels a restore that has begun to copy.
-func cancelRestore(ctx context.Context, w *world) error {
+// cancelRestore cancels a restore in phase copy.
+func cancelRestore(ctx context.Context, w *env) error {
 	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
 		Snapshot: snapshot(keep), Target: &api.CollectionName{Name: "copy"}, RequestToken: token,
 		Limits: &api.RestoreLimits{RequestsPerSecond: 1}, // so that it lasts for more than a minute
@@ -384,16 +382,16 @@ func cancelRestore(ctx context.Context, w *world) error {
 	return w.ended(ctx, job, api.RestoreJob_STATE_CANCELED)
 }
 
-// makeLate puts a file back that a restored collection has dropped, as a copy that
-// comes late would, and waits until the job may be forgotten.
-func makeLate(ctx context.Context, r *runner, w *world) error {
+// makeLate writes a file of a dropped segment of a restored collection again, as a late
+// copy does, and waits until the job may be removed.
+func makeLate(ctx context.Context, r *runner, w *env) error {
 	if err := until(ctx, r.built.Add(time.Minute)); err != nil {
 		return err
 	}
-	return w.plant(ctx, root+w.Late)
+	return w.putOld(ctx, root+w.Late)
 }
 
-// until waits for a time.
+// until waits until a time.
 func until(ctx context.Context, at time.Time) error {
 	timer := time.NewTimer(time.Until(at))
 	defer timer.Stop()
@@ -405,18 +403,18 @@ func until(ctx context.Context, at time.Time) error {
 	}
 }
 
-func awaitForgotten(ctx context.Context, w *world) error {
+func awaitForgotten(ctx context.Context, w *env) error {
 	if err := eventually(ctx, w.forgotten); err != nil {
 		return err
 	}
-	if w.planted(root + w.Late) {
-		return errors.New("the late copy is there")
+	if w.exists(root + w.Late) {
+		return errors.New("the late copy is left")
 	}
 	return nil
 }
 
-// forgotten is an error while there is a job.
-func (w *world) forgotten(ctx context.Context) error {
+// forgotten fails while a job exists.
+func (w *env) forgotten(ctx context.Context) error {
 	jobs, err := w.c().Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{})
 	if err == nil && len(jobs.GetJobs()) > 0 {
 		err = fmt.Errorf("there are %d jobs", len(jobs.GetJobs()))
@@ -424,9 +422,9 @@ func (w *world) forgotten(ctx context.Context) error {
 	return err
 }
 
-// reclaim drops a segment, deletes its files itself when that is granted, and
-// confirms it.
-func reclaim(ctx context.Context, w *world) error {
+// reclaim drops a segment, deletes its files when that is granted, and confirms the
+// deletion.
+func reclaim(ctx context.Context, w *env) error {
 	id := w.Collections[mall][1].ID
 	if err := w.dropSegments(ctx, mall, id); err != nil && (w.asked == 0 || client.Reason(err) != "SEGMENT_NOT_FOUND") {
 		return err // not found: it was confirmed
@@ -457,7 +455,7 @@ func reclaim(ctx context.Context, w *world) error {
 	return err
 }
 
-func dropParts(ctx context.Context, w *world) error {
+func dropParts(ctx context.Context, w *env) error {
 	_, err := w.c().Catalog.DropPartition(ctx, &api.DropPartitionRequest{Collection: byName(mall), Name: "small", RequestToken: token})
 	if err != nil {
 		return err
@@ -466,7 +464,7 @@ func dropParts(ctx context.Context, w *world) error {
 	return err
 }
 
-func dropCollection(ctx context.Context, w *world) error {
+func dropCollection(ctx context.Context, w *env) error {
 	got, err := w.c().Catalog.DropCollection(ctx, &api.DropCollectionRequest{Collection: byName(mall), RequestToken: token})
 	if err != nil {
 		return err
@@ -474,21 +472,21 @@ func dropCollection(ctx context.Context, w *world) error {
 	return w.same("collection that was dropped", got.GetCollectionId())
 }
 
-func park(ctx context.Context, w *world) error {
+func park(ctx context.Context, w *env) error {
 	if err := w.dropSegments(ctx, shop, w.Collections[shop][0].ID); err != nil {
 		return err
 	}
 	return w.parked(ctx, 2)
 }
 
-// orphan is a file under the root of a collection, of an id that nothing has.
-func orphan(w *world) string {
+// orphan returns the key of a file with an unused id under the root of a collection.
+func orphan(w *env) string {
 	return fmt.Sprintf("%s%d/0/%d/insert/0/%d", root, w.Collection[shop], w.Dead[0], w.Dead[1])
 }
 
-func makeOrphan(ctx context.Context, _ *runner, w *world) error { return w.plant(ctx, orphan(w)) }
+func makeOrphan(ctx context.Context, _ *runner, w *env) error { return w.putOld(ctx, orphan(w)) }
 
-func deleteOrphans(ctx context.Context, w *world) error {
+func deleteOrphans(ctx context.Context, w *env) error {
 	stream, err := w.c().Collector.DeleteOrphans(ctx, &api.DeleteOrphansRequest{Collection: byName(shop), Grace: durationpb.New(time.Hour)})
 	for err == nil {
 		_, err = stream.Recv()
@@ -496,13 +494,13 @@ func deleteOrphans(ctx context.Context, w *world) error {
 	if !errors.Is(err, io.EOF) {
 		return err
 	}
-	if w.planted(orphan(w)) {
-		return errors.New("the orphan is there")
+	if w.exists(orphan(w)) {
+		return errors.New("the orphan is left")
 	}
 	return nil
 }
 
-func allocate(ctx context.Context, w *world) error {
+func allocate(ctx context.Context, w *env) error {
 	ids, err := w.allocate(ctx, 100, token, "id")
 	if err != nil {
 		return err
@@ -511,7 +509,7 @@ func allocate(ctx context.Context, w *world) error {
 }
 
 // partitions returns the ids of the partitions of mall.
-func (w *world) partitions(ctx context.Context) (map[string]int64, error) {
+func (w *env) partitions(ctx context.Context) (map[string]int64, error) {
 	list, err := w.c().Catalog.ListPartitions(ctx, &api.ListPartitionsRequest{Collection: byName(mall)})
 	partitions := map[string]int64{}
 	for _, p := range list.GetPartitions() {
@@ -520,9 +518,9 @@ func (w *world) partitions(ctx context.Context) (map[string]int64, error) {
 	return partitions, err
 }
 
-// compactLarge registers segments whose records do not fit in one transaction, and
-// replaces them.
-func compactLarge(ctx context.Context, w *world) error {
+// compactLarge registers segments whose records exceed one transaction, and replaces
+// them.
+func compactLarge(ctx context.Context, w *env) error {
 	partitions, err := w.partitions(ctx)
 	if err != nil {
 		return err
@@ -561,7 +559,7 @@ func compactLarge(ctx context.Context, w *world) error {
 }
 
 // compact replaces a segment.
-func compact(ctx context.Context, w *world) error {
+func compact(ctx context.Context, w *env) error {
 	partitions, err := w.partitions(ctx)
 	if err != nil {
 		return err
@@ -577,50 +575,50 @@ func compact(ctx context.Context, w *world) error {
 	return err
 }
 
-func pin(ctx context.Context, w *world) error {
+func pin(ctx context.Context, w *env) error {
 	got, err := w.c().Snapshots.PinSnapshot(ctx, &api.PinSnapshotRequest{Snapshot: snapshot(old), Owner: "harness", RequestToken: token})
 	if err != nil {
 		return err
 	}
-	if err := w.took(got.GetPin().GetId(), "pin "+token); err != nil {
+	if err := w.claimID(got.GetPin().GetId(), "pin "+token); err != nil {
 		return err
 	}
 	return w.same("pin", got.GetPin().GetId())
 }
 
-func renew(ctx context.Context, w *world) error {
+func renew(ctx context.Context, w *env) error {
 	_, err := w.c().Snapshots.RenewPin(ctx, &api.RenewPinRequest{Snapshot: snapshot(keep), PinId: w.Pin, Ttl: durationpb.New(2 * time.Hour)})
 	return err
 }
 
-func unpin(ctx context.Context, w *world) error {
+func unpin(ctx context.Context, w *env) error {
 	_, err := w.c().Snapshots.UnpinSnapshot(ctx, &api.UnpinSnapshotRequest{Snapshot: snapshot(keep), PinId: w.Pin})
 	return err
 }
 
-// resign tells the leader to end.
-func resign(_ context.Context, w *world) error {
+// resign ends the leader with a signal.
+func resign(_ context.Context, w *env) error {
 	if w.asked > 0 {
 		return nil
 	}
 	return w.s.cmd.Process.Signal(syscall.SIGTERM)
 }
 
-// recoverEpoch passes over ids, whether etcd went back or not.
-func recoverEpoch(ctx context.Context, w *world) error {
+// recoverEpoch skips ids, with or without a rollback of etcd.
+func recoverEpoch(ctx context.Context, w *env) error {
 	_, err := w.c().Collector.Recover(ctx, &api.RecoverRequest{Force: true})
 	return err
 }
 
-// recoverClock has the clocks trusted, whether they were or not.
-func recoverClock(ctx context.Context, w *world) error {
+// recoverClock makes the clocks trusted.
+func recoverClock(ctx context.Context, w *env) error {
 	_, err := w.c().Collector.Recover(ctx, &api.RecoverRequest{Clock: true})
 	return err
 }
 
-// goBack has the object store get ahead of etcd.
-func goBack(ctx context.Context, _ *runner, w *world) error {
-	if err := w.beats(ctx); err != nil {
+// goBack rolls etcd back behind the object store.
+func goBack(ctx context.Context, _ *runner, w *env) error {
+	if err := w.awaitHeartbeat(ctx); err != nil {
 		return err
 	}
 	if err := os.RemoveAll(filepath.Join(w.dir, "data", "etcd")); err != nil {

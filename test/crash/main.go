@@ -1,38 +1,37 @@
 //go:build linux
 
-// Command crash kills snapshotd at every step that is to be durable, and looks
-// whether all is well after that: `make crash`.
+// Command crash kills snapshotd at every durable step and audits the result:
+// `make crash`.
 //
-// A case is a crash point, a side of it and the how manieth time, on a store that is
-// a directory or a bucket of a real S3 server. In a bucket snapshotd dies besides
-// before and after each request that changes something. Each case runs on data of
-// its own, copied from what is made once at the start: two collections, two
-// snapshots, a parked unit, a pin, a restored collection. Then
+// A case is a step, its side and the number of the pass, on a directory or on a bucket
+// of a real S3 server. On a bucket it also kills snapshotd before and after each request
+// that changes the bucket. Each case runs on a copy of data that is made once: two
+// collections, two snapshots, a parked unit, a pin, a restored collection. Then
 //
-//	snapshotd is started, with the point at which it kills itself
-//	the operation that comes by the point is asked for, with a request token
-//	snapshotd dies, by SIGKILL at that point and in no other way; if it does not,
-//	the case says nothing, which is a failure
-//	snapshotd is started again
-//	the same operation is asked for with the same token, and has to succeed, with the
-//	answer of the first call if that had one
-//	everything is looked at, until nothing is left to do
-//	a snapshot is taken and a part of it restored; everything is looked at again
-//	everything is dropped; all of it has to go
+//	snapshotd starts, with the point at which it kills itself
+//	the operation that reaches the point is requested, with a request token
+//	snapshotd dies by SIGKILL at that point; otherwise the case is inconclusive, which
+//	is a failure
+//	snapshotd starts again
+//	the operation is requested with the same token and must succeed, with the answer of
+//	the first call if it had one
+//	everything is audited, until no work is left
+//	a snapshot is taken and a part of it restored; everything is audited again
+//	everything is dropped; nothing may be left
 //
-// To look at everything is to compare collections, snapshots, pins, restores and each
-// object of the store with a ledger of what the harness did: each file of a snapshot
-// has the content that the harness wrote, each object belongs to something, no upload
-// is open, names are there once, no id is given out twice. See audit.go.
+// The audit compares collections, snapshots, pins, restores and each object of the
+// store with a ledger of the harness: each file of a snapshot has the content that the
+// harness wrote, each object has an owner, no upload is open, names are unique, no id
+// is allocated twice. See audit.go.
 //
-// snapshotd that recovers writes down the points that it comes by. A pair is a case
-// with one of them as its second crash: snapshotd dies in the recovery, is started a
-// third time and asked once more. A seed chooses some; -pairs -1 tries them all, which
-// takes hours, or as many as -timeout leaves time for.
+// A snapshotd that recovers records the points that it reaches. A pair is a case with
+// one of them as its second crash: snapshotd dies in the recovery, starts a third time
+// and gets the request once more. A seed selects the pairs; -pairs -1 runs all of them,
+// which takes hours, or as many as -timeout allows.
 //
 // A test compares the steps of the scenarios with those of the product and of package
-// crashpoint: a step without a scenario fails it. See also the points that a recovery
-// reaches: an unknown one fails its case.
+// crashpoint, so a step without a scenario is a failure. A case also fails when its
+// recovery reaches a step that no scenario has.
 package main
 
 import (
@@ -56,7 +55,7 @@ import (
 )
 
 const (
-	crashPatience = time.Minute     // until snapshotd is dead
+	crashPatience = time.Minute     // until snapshotd has died
 	casePatience  = 5 * time.Minute // of one case
 )
 
@@ -75,7 +74,7 @@ const (
 // crash is the pass of a point at which snapshotd dies. The zero crash is none.
 type crash = crashpoint.Pass
 
-// oneCase is a crash in a scenario, and perhaps a second in the recovery from it.
+// oneCase is a crash in a scenario, with an optional second crash in its recovery.
 type oneCase struct {
 	crash
 	then  crash
@@ -91,11 +90,11 @@ func (c oneCase) String() string {
 	return text
 }
 
-// parseCase reads what String returns.
+// parseCase parses the result of String.
 func parseCase(text string) (oneCase, error) {
 	parts := strings.Fields(text)
 	if len(parts) < 3 || len(parts) > 4 || parts[0] != onDirectory && parts[0] != onBucket {
-		return oneCase{}, fmt.Errorf("%q is not what a case is printed as", text)
+		return oneCase{}, fmt.Errorf("%q is not the text of a case", text)
 	}
 	at := slices.IndexFunc(scenarios, func(s scenario) bool { return s.name == parts[1] })
 	if at < 0 {
@@ -196,13 +195,13 @@ func main() {
 	o := options{stdout: os.Stdout}
 	flag.StringVar(&o.bin, "bin", "", "the server with crash points: test/crash/snapshotd")
 	flag.StringVar(&o.s3, "s3", ".bin/versitygw", "versitygw")
-	flag.StringVar(&o.point, "point", "", "regular expression of the points to crash at")
-	flag.StringVar(&o.one, "case", "", "run this case alone, named as it is printed")
-	flag.BoolVar(&o.quick, "quick", false, "creates and restores only, one case of each point, and three pairs")
-	flag.Uint64Var(&o.seed, "seed", 0, "chooses the cases when it is quick, and the pairs; 0: by chance")
-	flag.IntVar(&o.pairs, "pairs", 24, "how many pairs to run; -1: all")
+	flag.StringVar(&o.point, "point", "", "regular expression of the steps to crash at")
+	flag.StringVar(&o.one, "case", "", "run this case alone, in the form that a run prints")
+	flag.BoolVar(&o.quick, "quick", false, "creates and restores only, one case of each step, and three pairs")
+	flag.Uint64Var(&o.seed, "seed", 0, "selects the pairs, and the cases of a quick run; 0: random")
+	flag.IntVar(&o.pairs, "pairs", 24, "pairs to run; -1: all")
 	flag.BoolVar(&o.list, "list", false, "list the cases and end")
-	flag.IntVar(&o.lanes, "lanes", 4*runtime.NumCPU(), "how many cases to run at once; they mostly wait")
+	flag.IntVar(&o.lanes, "lanes", 4*runtime.NumCPU(), "cases that run at once; they mostly wait")
 	flag.DurationVar(&o.timeout, "timeout", 25*time.Minute, "of all")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -233,7 +232,7 @@ func run(ctx context.Context, o options) error {
 		}
 	}
 	if len(cases) == 0 {
-		return fmt.Errorf("no point matches %q", o.point)
+		return fmt.Errorf("no step matches %q", o.point)
 	}
 	if o.list {
 		for _, c := range cases {
@@ -248,14 +247,14 @@ func run(ctx context.Context, o options) error {
 	if err != nil {
 		return err
 	}
-	r := &runner{options: o, dir: dir, bases: map[string]*world{}}
+	r := &runner{options: o, dir: dir, bases: map[string]*env{}}
 	fmt.Fprintf(o.stdout, "%d cases, seed %d, in %s\n", len(cases), o.seed, dir)
 	if r.buckets, err = startBuckets(ctx, o.s3, dir); err != nil {
 		return err
 	}
 	defer r.buckets.server.Stop()
 	if err := r.makeBases(ctx, cases); err != nil {
-		return fmt.Errorf("make what the cases begin with: %w", err)
+		return fmt.Errorf("make the base of the cases: %w", err)
 	}
 	fmt.Fprintf(o.stdout, "prepared in %v\n", time.Since(began).Round(time.Second))
 	r.runAll(ctx, cases)

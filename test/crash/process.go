@@ -28,8 +28,7 @@ const (
 	stopPatience  = 30 * time.Second
 )
 
-// server is a snapshotd that runs, or has ended. It is killed when this process
-// ends, in whatever way.
+// server is a snapshotd that runs or has ended. It is killed when this process ends.
 type server struct {
 	c     *client.Client
 	addr  string
@@ -38,19 +37,18 @@ type server struct {
 	ended chan struct{} // closed once it is gone and state is set
 	state *os.ProcessState
 
-	aborted atomic.Int64 // answers that a create was given up
+	aborted atomic.Int64 // answers of CREATE_ABORTED
 }
 
-// start is how a server is started. The zero start is one that kills itself
-// nowhere.
+// start configures the crash points of a server. The zero start has no crash.
 type start struct {
-	at      string // where it kills itself; empty: nowhere
-	from    string // passes of that point count from when this file is there; empty: from the start
-	reached string // the file to enter the points in that it comes by; empty: none
+	at      string // the crash; empty: none
+	from    string // passes count from the creation of this file on; empty: from the start
+	reached string // the file that receives the points that are reached; empty: none
 }
 
-// startServer starts the program bin on the data directory of a case, with more
-// settings in YAML. It does not wait for it to serve.
+// startServer starts the program bin on the data directory of a case, with additional
+// settings in YAML. It does not wait until the program serves.
 func startServer(ctx context.Context, bin, dir, settings string, how start, log string) (*server, error) {
 	addr, err := freeAddr(ctx)
 	if err != nil {
@@ -83,14 +81,14 @@ grace: 5s
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	started := make(chan error, 1)
 	go func() {
-		// The signal comes when the thread that started the process ends.
+		// The end of the thread that started the process sends the signal.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		defer func() { _ = out.Close() }()
 		err := s.cmd.Start()
 		started <- err
 		if err == nil {
-			_ = s.cmd.Wait() // the state says how it ended
+			_ = s.cmd.Wait() // the state holds the result
 			s.state = s.cmd.ProcessState
 		}
 		close(s.ended)
@@ -105,8 +103,7 @@ grace: 5s
 	return s, nil
 }
 
-// countAborted counts the answers that a create was given up. The client does not
-// show them: it begins again.
+// countAborted counts answers of CREATE_ABORTED. The client hides them: it retries.
 func (s *server) countAborted(
 	ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption,
 ) error {
@@ -117,7 +114,7 @@ func (s *server) countAborted(
 	return err
 }
 
-// errEnded means that the server ended while it was waited for.
+// errEnded means that the server ended during a wait for it.
 var errEnded = errors.New("snapshotd has ended")
 
 // serves waits until the server answers.
@@ -136,7 +133,7 @@ func (s *server) serves(ctx context.Context) error {
 	return nil
 }
 
-// whileRunning returns a context that ends with the server too, with errEnded.
+// whileRunning returns a context that also ends with the server, with errEnded.
 func (s *server) whileRunning(ctx context.Context) (context.Context, func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	go func() {
@@ -149,8 +146,8 @@ func (s *server) whileRunning(ctx context.Context) (context.Context, func()) {
 	return ctx, func() { cancel(nil) }
 }
 
-// crashed waits until the server has killed itself at the point. Any other end,
-// or none, is an error: then the case says nothing.
+// crashed waits until the server has killed itself at the point. Any other end, or
+// none, is an error: the case is then inconclusive.
 func (s *server) crashed(ctx context.Context, patience time.Duration, point string) error {
 	timer := time.NewTimer(patience)
 	defer timer.Stop()
@@ -167,12 +164,12 @@ func (s *server) crashed(ctx context.Context, patience time.Duration, point stri
 	case err != nil:
 		return err
 	case !ok || !status.Signaled() || status.Signal() != syscall.SIGKILL || !bytes.Contains(text, []byte("crash point "+point)):
-		return fmt.Errorf("inconclusive: it ended otherwise than at %s: %v: %s", point, s.state, s.tail())
+		return fmt.Errorf("inconclusive: it did not end at %s: %v: %s", point, s.state, s.tail())
 	}
 	return nil
 }
 
-// stop asks the server to end, and kills it when it does not.
+// stop ends the server with a signal, and kills it when it does not end.
 func (s *server) stop() error {
 	defer func() { _ = s.c.Close() }()
 	_ = s.cmd.Process.Signal(syscall.SIGTERM)
@@ -183,7 +180,7 @@ func (s *server) stop() error {
 	case <-timer.C:
 		_ = s.cmd.Process.Kill()
 		<-s.ended
-		return fmt.Errorf("snapshotd does not end when told to: %s", s.tail())
+		return fmt.Errorf("snapshotd does not end after SIGTERM: %s", s.tail())
 	}
 	if !s.state.Success() {
 		return fmt.Errorf("snapshotd ended with %v: %s", s.state, s.tail())
@@ -191,7 +188,7 @@ func (s *server) stop() error {
 	return nil
 }
 
-// kill ends the server without asking.
+// kill kills the server.
 func (s *server) kill() {
 	_ = s.cmd.Process.Kill()
 	<-s.ended
@@ -200,7 +197,7 @@ func (s *server) kill() {
 	}
 }
 
-// tail is the end of the server's log.
+// tail returns the end of the server's log.
 func (s *server) tail() string {
 	text, _ := os.ReadFile(s.log)
 	return string(text[max(0, len(text)-2000):])
@@ -209,8 +206,8 @@ func (s *server) tail() string {
 // addrs counts the addresses that were used.
 var addrs atomic.Uint32
 
-// freeAddr is a loopback address that nobody listens on. Each has a host of its own:
-// of many servers that start at once, none is taken for another that got its port.
+// freeAddr returns a free loopback address. Each has a different host, so that servers
+// that start at once are not mistaken for one another when a port is reused.
 func freeAddr(ctx context.Context) (string, error) {
 	n := addrs.Add(1)
 	host := fmt.Sprintf("127.%d.%d.%d", 1+os.Getpid()%250, n/250%250, 1+n%250)
@@ -221,14 +218,13 @@ func freeAddr(ctx context.Context) (string, error) {
 	return l.Addr().String(), l.Close()
 }
 
-// eventually calls check until it returns nil, and returns its last error when
-// that took longer than quiet.
+// eventually calls check until it returns nil, and returns its last error after quiet.
 func eventually(ctx context.Context, check func(context.Context) error) error {
 	return within(ctx, quiet, check)
 }
 
-// within is eventually with another patience. A call has quiet for itself, so that
-// its error is that of what it found, and not that time was up.
+// within is eventually with another bound. Each call has a timeout of quiet, so that
+// its error is the state that it found and not a timeout.
 func within(ctx context.Context, patience time.Duration, check func(context.Context) error) error {
 	timer := time.NewTimer(patience)
 	defer timer.Stop()

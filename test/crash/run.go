@@ -21,7 +21,7 @@ import (
 	"github.com/snapshotd/snapshotd/test/crashpoint"
 )
 
-// quickPairs is how many pairs a quick run has at most.
+// quickPairs is the maximal number of pairs in a quick run.
 const quickPairs = 3
 
 // runner runs cases.
@@ -29,22 +29,22 @@ type runner struct {
 	options
 	dir     string
 	buckets *buckets
-	bases   map[string]*world // what cases begin with, by the kind of store, or huge
+	bases   map[string]*env // what cases are copied from, by kind of store, or huge
 	built   time.Time
 
 	mu             sync.Mutex
-	count          int // of cases that were begun
+	count          int // of started cases
 	passed, failed int
 	missed         int
 	found          []oneCase // pairs
 }
 
-// makeBases makes what the cases begin with.
+// makeBases makes the environments that cases are copied from.
 func (r *runner) makeBases(ctx context.Context, cases []oneCase) error {
 	var errs [2]error
 	var both sync.WaitGroup
 	for i, store := range []string{onDirectory, onBucket} {
-		r.bases[store] = r.world(store, store)
+		r.bases[store] = r.env(store, store)
 		both.Go(func() { errs[i] = r.makeBase(ctx, r.bases[store]) })
 	}
 	both.Wait()
@@ -52,15 +52,15 @@ func (r *runner) makeBases(ctx context.Context, cases []oneCase) error {
 	if err := errors.Join(errs[:]...); err != nil || !slices.ContainsFunc(cases, func(c oneCase) bool { return c.s.huge }) {
 		return err
 	}
-	r.bases[huge] = r.world(huge, onBucket)
+	r.bases[huge] = r.env(huge, onBucket)
 	if err := r.bases[huge].copyOf(ctx, r.bases[onBucket]); err != nil {
 		return err
 	}
 	return r.bases[huge].makeHuge(ctx)
 }
 
-// makeBase fills a world that is empty.
-func (r *runner) makeBase(ctx context.Context, w *world) error {
+// makeBase fills an empty environment.
+func (r *runner) makeBase(ctx context.Context, w *env) error {
 	for _, dir := range []string{w.dir, w.objects()} {
 		if err := os.MkdirAll(dir, 0o750); err != nil {
 			return err
@@ -83,13 +83,12 @@ func (r *runner) makeBase(ctx context.Context, w *world) error {
 	if err := errors.Join(err, w.s.stop()); err != nil {
 		return err
 	}
-	return w.beats(ctx) // so that there are as many epoch objects as are kept
+	return w.awaitHeartbeat(ctx) // so that the maximal number of epoch objects exists
 }
 
-// world returns a world that is empty. Its name is that of its directory, and of its
-// bucket.
-func (r *runner) world(name, store string) *world {
-	w := &world{
+// env returns an empty environment. Its directory and its bucket have its name.
+func (r *runner) env(name, store string) *env {
+	w := &env{
 		ledger: &ledger{
 			Collections: map[string][]seg{}, Snapshots: map[string][]seg{}, Restored: map[string]bool{}, Collection: map[string]int64{},
 			IDs: map[int64]string{},
@@ -102,9 +101,9 @@ func (r *runner) world(name, store string) *world {
 	return w
 }
 
-// copyOf makes an empty world begin with what another has. The objects of a bucket
-// are shared: nobody writes into their files.
-func (w *world) copyOf(ctx context.Context, base *world) error {
+// copyOf fills an empty environment with a copy of another. The files of a bucket are
+// hard links: objects are never changed in place.
+func (w *env) copyOf(ctx context.Context, base *env) error {
 	w.base, w.ledger = base, base.clone()
 	if err := os.MkdirAll(w.dir, 0o750); err != nil {
 		return err
@@ -115,7 +114,7 @@ func (w *world) copyOf(ctx context.Context, base *world) error {
 	return copyTree(ctx, base.objects(), w.objects(), "--link")
 }
 
-// copyTree copies a directory with all that etcd and the S3 server mind.
+// copyTree copies a directory with the attributes that etcd and the S3 server need.
 func copyTree(ctx context.Context, from, to string, flags ...string) error {
 	args := append(slices.Clone(flags), "--archive", from, to)
 	if out, err := exec.CommandContext(ctx, "cp", args...).CombinedOutput(); err != nil { //nolint:gosec // our own paths
@@ -124,16 +123,16 @@ func copyTree(ctx context.Context, from, to string, flags ...string) error {
 	return nil
 }
 
-// errMissed means that the second crash of a pair did not come.
-var errMissed = errors.New("the recovery did not come by it")
+// errMissed means that the second crash of a pair did not happen.
+var errMissed = errors.New("the recovery did not reach it")
 
-// run runs a case, and returns where the recovery may crash: none for a pair.
+// run runs a case. It returns the points that the recovery reached: none for a pair.
 func (r *runner) run(ctx context.Context, c oneCase) (points []crash, err error) {
 	ctx, cancel := context.WithTimeout(ctx, casePatience)
 	defer cancel()
 	r.mu.Lock()
 	r.count++
-	w := r.world(fmt.Sprintf("case-%d", r.count), c.store)
+	w := r.env(fmt.Sprintf("case-%d", r.count), c.store)
 	r.mu.Unlock()
 	w.crashes, w.settings = []crash{c.crash}, c.s.settings
 	switch {
@@ -183,7 +182,7 @@ func (r *runner) run(ctx context.Context, c oneCase) (points []crash, err error)
 	if c.s.after != nil {
 		c.s.after(w)
 	}
-	if err := w.looked(ctx, c.s); err != nil {
+	if err := w.settle(ctx, c.s); err != nil {
 		return nil, fmt.Errorf("after the repeat: %w", err)
 	}
 	if points, err = readCrashes(how.reached); err != nil {
@@ -192,18 +191,18 @@ func (r *runner) run(ctx context.Context, c oneCase) (points []crash, err error)
 	return points, w.rest(ctx, c.s)
 }
 
-// rest is what a case ends with.
-func (w *world) rest(ctx context.Context, s *scenario) error {
-	if err := w.goesOn(ctx); err != nil {
-		return fmt.Errorf("it does not go on: %w", err)
+// rest is the end of each case.
+func (w *env) rest(ctx context.Context, s *scenario) error {
+	if err := w.checkService(ctx); err != nil {
+		return fmt.Errorf("the service is impaired: %w", err)
 	}
-	if err := w.looked(ctx, s); err != nil {
-		return fmt.Errorf("after it went on: %w", err)
+	if err := w.settle(ctx, s); err != nil {
+		return fmt.Errorf("after further requests: %w", err)
 	}
 	if err := w.dropAll(ctx); err != nil {
 		return fmt.Errorf("drop everything: %w", err)
 	}
-	if err := w.looked(ctx, s); err != nil {
+	if err := w.settle(ctx, s); err != nil {
 		return fmt.Errorf("after everything was dropped: %w", err)
 	}
 	err := w.s.stop()
@@ -211,12 +210,12 @@ func (w *world) rest(ctx context.Context, s *scenario) error {
 	return err
 }
 
-// looked waits until all is as the ledger says.
-func (w *world) looked(ctx context.Context, s *scenario) error {
+// settle waits until the audit passes.
+func (w *env) settle(ctx context.Context, s *scenario) error {
 	return eventually(ctx, func(ctx context.Context) error { return errors.Join(w.collect(ctx), w.audit(ctx, s.orphans)) })
 }
 
-// readCrashes reads what snapshotd has noted of the points that it came by.
+// readCrashes reads the points that snapshotd has reached.
 func readCrashes(name string) (list []crash, err error) {
 	if name == "" {
 		return nil, nil
@@ -239,13 +238,13 @@ func readCrashes(name string) (list []crash, err error) {
 	return list, nil
 }
 
-// countsFromStart says whether requests count from the start, and not from when the
-// operation is asked for: aborts do, as the leader makes its own as soon as it leads.
-// The start itself makes none, for what its probe found is remembered.
+// countsFromStart reports whether the passes of a step count from the start instead of
+// from the operation: those of aborts do, since a new leader aborts uploads at once.
+// The start itself aborts none: the verdict of its probe is stored.
 func countsFromStart(at crash) bool { return at.Step == "bucket.abort" }
 
 // dieAt starts snapshotd, which crashes in the operation.
-func (w *world) dieAt(ctx context.Context, at crash, op func(context.Context) error) error {
+func (w *env) dieAt(ctx context.Context, at crash, op func(context.Context) error) error {
 	w.armed = true
 	defer func() { w.armed = false }()
 	how := start{at: at.String()}
@@ -264,14 +263,14 @@ func (w *world) dieAt(ctx context.Context, at crash, op func(context.Context) er
 	opErr := op(running)
 	done()
 	if err := w.s.crashed(ctx, crashPatience, at.String()); err != nil {
-		return fmt.Errorf("%w; the operation ended with: %v", err, opErr) //nolint:errorlint // beside the point
+		return fmt.Errorf("%w; the operation ended with: %v", err, opErr) //nolint:errorlint // for information
 	}
 	return w.s.c.Close()
 }
 
-// dieAgain starts snapshotd, which crashes in the recovery: when it is asked again,
-// or in what there is to do after that. It is errMissed when all of that is done.
-func (w *world) dieAgain(ctx context.Context, c oneCase) error {
+// dieAgain starts snapshotd, which crashes in the recovery: in the repeated operation
+// or in the work after it. It returns errMissed when no crash happens.
+func (w *env) dieAgain(ctx context.Context, c oneCase) error {
 	w.crashes, w.armed = append(w.crashes, c.then), true
 	ledger := w.ledger
 	defer func() { w.ledger, w.armed = ledger, false }()
@@ -286,20 +285,20 @@ func (w *world) dieAgain(ctx context.Context, c oneCase) error {
 		if c.s.after != nil {
 			c.s.after(w)
 		}
-		if err = w.looked(running, c.s); err == nil {
+		if err = w.settle(running, c.s); err == nil {
 			return errMissed
 		}
 	}
 	if crashed := w.s.crashed(ctx, crashPatience, c.then.String()); crashed != nil {
-		return fmt.Errorf("%w; the recovery ended with: %v", crashed, err) //nolint:errorlint // beside the point
+		return fmt.Errorf("%w; the recovery ended with: %v", crashed, err) //nolint:errorlint // for information
 	}
 	return w.s.c.Close()
 }
 
-// runAll runs cases, some at once, and enters the pairs that they find. Those that
-// wait for a minute to pass do so beside the others.
+// runAll runs cases concurrently and collects the pairs that they find. Cases that
+// wait for a minute run beside the others.
 func (r *runner) runAll(ctx context.Context, cases []oneCase) {
-	// What has to wait for something comes last.
+	// Cases that wait come last.
 	slices.SortStableFunc(cases, func(a, b oneCase) int { return len(a.s.settings) - len(b.s.settings) })
 	var waiting, others []oneCase
 	for _, c := range cases {
@@ -316,15 +315,15 @@ func (r *runner) runAll(ctx context.Context, cases []oneCase) {
 	both.Wait()
 }
 
-// inLanes runs cases, some at once, but begins no pair that there may be no time for
-// when all are asked for. It returns how many it has begun.
+// inLanes runs cases concurrently. When all pairs are to run it starts none that may
+// exceed the timeout. It returns the number of started cases.
 func (r *runner) inLanes(ctx context.Context, cases []oneCase) (begun int) {
 	queue := make(chan oneCase)
 	var lanes sync.WaitGroup
 	for range r.lanes {
 		lanes.Go(func() {
 			for c := range queue {
-				r.tell(ctx, c)
+				r.report(ctx, c)
 			}
 		})
 	}
@@ -341,8 +340,8 @@ func (r *runner) inLanes(ctx context.Context, cases []oneCase) (begun int) {
 	return begun
 }
 
-// tell runs a case and says what came of it.
-func (r *runner) tell(ctx context.Context, c oneCase) {
+// report runs a case and prints its result.
+func (r *runner) report(ctx context.Context, c oneCase) {
 	began := time.Now()
 	points, err := r.run(ctx, c)
 	took := time.Since(began).Round(100 * time.Millisecond)
@@ -366,9 +365,9 @@ func (r *runner) tell(ctx context.Context, c oneCase) {
 	}
 }
 
-// runPairs runs as many of the pairs that were found as are asked for. What a recovery
-// comes by depends a little on when things happen: for one whose second crash does not
-// come it runs another. Where that is the rule and no exception, it is an error.
+// runPairs runs the configured number of the pairs that were found. The points of a
+// recovery depend on timing, so a pair whose second crash does not happen is replaced
+// by another. It fails when more than half are missed.
 func (r *runner) runPairs(ctx context.Context) error {
 	pairs := slices.SortedFunc(slices.Values(r.found), func(a, b oneCase) int { return strings.Compare(a.String(), b.String()) })
 	rand.New(rand.NewPCG(r.seed, 1)).Shuffle(len(pairs), func(i, j int) { pairs[i], pairs[j] = pairs[j], pairs[i] }) //nolint:gosec // which pairs are tried
@@ -382,10 +381,10 @@ func (r *runner) runPairs(ctx context.Context) error {
 		n := r.inLanes(ctx, next)
 		begun += n
 		if missing = want - (begun - r.missed); n < len(next) {
-			break // there is no time left
+			break // the timeout is near
 		}
 	}
-	fmt.Fprintf(r.stdout, "of %d pairs %d were begun: %d passed, %d were missed\n", len(pairs), begun, r.passed-passed, r.missed)
+	fmt.Fprintf(r.stdout, "of %d pairs %d were started: %d passed, %d were missed\n", len(pairs), begun, r.passed-passed, r.missed)
 	if r.missed > begun/2 {
 		return errors.New("inconclusive: most were missed")
 	}

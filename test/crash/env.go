@@ -22,44 +22,43 @@ import (
 )
 
 const (
-	root     = "engine/" // where the files of collections lie
+	root     = "engine/" // prefix of the files of collections
 	taskSize = 32        // segments of one task of a restore
-	spareIDs = 20        // that were allocated and are used by nothing yet
-	deadIDs  = 5         // that were allocated and never will be used
+	spareIDs = 20        // allocated and not used yet
+	deadIDs  = 5         // allocated and never used
 )
 
-// The names of what every case begins with.
+// The names in the base of every case.
 const (
 	shop = "shop" // a collection of two tasks; keep and old are snapshots of it
-	mall = "mall" // a small collection that no snapshot knows
+	mall = "mall" // a small collection without snapshots
 	keep = "keep"
-	old  = "old" // holds a segment that nothing else has, which is parked
+	old  = "old" // alone holds one segment, which is parked
 	// huge is a collection with an object that is copied in parts, and a snapshot of
 	// it. Only cases of huge scenarios have it.
 	huge = "huge"
 )
 
-// seg is what the harness knows of a segment.
+// seg is a segment as the harness made it.
 type seg struct {
-	ID        int64 // 0: whatever it is
+	ID        int64 // 0: any
 	Partition string
 	Files     []string // SHA-256 of each content, in the order of the segment's files and builds
 }
 
-// ledger is what there must be, by what the harness did. Nothing in it was
-// learned from snapshotd but ids.
+// ledger is the expected state, as the harness made it. Only ids come from snapshotd.
 type ledger struct {
 	Collections map[string][]seg // live segments, by the collection's name
 	Snapshots   map[string][]seg // by name
 	Pins        int
 	Pin         int64            // of keep, with a ttl
 	Restored    map[string]bool  // collections that restores made
-	Collection  map[string]int64 // ids by name, of those that are used
+	Collection  map[string]int64 // ids by name, of collections in use
 	Old         int64            // the segment that old alone holds
 	Spare       []int64          // ids to use
-	Dead        []int64          // ids that nothing has a record of
-	Late        string           // path of a file of a restored segment that is gone
-	IDs         map[int64]string // every id that was given out, and to what
+	Dead        []int64          // ids without a record
+	Late        string           // path of a file of a removed restored segment
+	IDs         map[int64]string // every allocated id, and its use
 }
 
 func (l *ledger) clone() *ledger {
@@ -69,8 +68,8 @@ func (l *ledger) clone() *ledger {
 	return &n
 }
 
-// world is a data directory, a snapshotd on it, and what there must be.
-type world struct {
+// env is a data directory, a snapshotd on it, and the expected state.
+type env struct {
 	*ledger
 	bin, dir string
 	settings string
@@ -78,17 +77,17 @@ type world struct {
 	bucket   string
 	s        *server
 	starts   int
-	base     *world         // what it is a copy of; nil: nothing
-	answers  map[string]any // of the first call, to compare that of the repeat with
-	crashes  []crash        // where it dies, or has died
-	armed    bool           // it is to die yet, so calls may fail
-	asked    int            // how often the operation was asked for before
+	base     *env           // what it is a copy of; nil: none
+	answers  map[string]any // of the first call, to compare the repeat with
+	crashes  []crash        // planned and past ones
+	armed    bool           // a crash is due, so calls may fail
+	asked    int            // earlier calls of the operation
 }
 
-func (w *world) c() *client.Client { return w.s.c }
+func (w *env) c() *client.Client { return w.s.c }
 
-// start starts snapshotd. It waits until it serves unless it may die before.
-func (w *world) start(ctx context.Context, how start) error {
+// start starts snapshotd and waits until it serves, or until it dies if it may.
+func (w *env) start(ctx context.Context, how start) error {
 	w.starts++
 	settings := w.settings
 	if w.buckets != nil {
@@ -105,8 +104,8 @@ func (w *world) start(ctx context.Context, how start) error {
 	return nil
 }
 
-// objects is a path below the object store.
-func (w *world) objects(elem ...string) string {
+// objects returns a path below the object store.
+func (w *env) objects(elem ...string) string {
 	store := filepath.Join(w.dir, "data", "objects")
 	if w.buckets != nil {
 		store = filepath.Join(w.buckets.dir, w.bucket)
@@ -114,27 +113,26 @@ func (w *world) objects(elem ...string) string {
 	return filepath.Join(append([]string{store}, elem...)...)
 }
 
-// took notes that an id was given out for what. It is an error when it was given
-// out for something else before.
-func (w *world) took(id int64, what string) error {
+// claimID records the use of an id. It fails when the id has another use.
+func (w *env) claimID(id int64, what string) error {
 	if before, ok := w.IDs[id]; ok && before != what {
-		return fmt.Errorf("id %d was given out twice: for %s and for %s", id, before, what)
+		return fmt.Errorf("id %d was allocated twice: for %s and for %s", id, before, what)
 	}
 	w.IDs[id] = what
 	return nil
 }
 
-// same compares an answer with that of the first call of the case that got one.
-func (w *world) same(what string, answer any) error {
+// same compares an answer with the first answer of the case.
+func (w *env) same(what string, answer any) error {
 	if before, ok := w.answers[what]; ok && before != answer {
-		return fmt.Errorf("the repeat was answered with another %s: %v, and before %v", what, answer, before)
+		return fmt.Errorf("the repeat has another %s: %v, first %v", what, answer, before)
 	}
 	w.answers[what] = answer
 	return nil
 }
 
 // allocate returns n ids in a row.
-func (w *world) allocate(ctx context.Context, n int64, token, what string) ([]int64, error) {
+func (w *env) allocate(ctx context.Context, n int64, token, what string) ([]int64, error) {
 	resp, err := w.c().Catalog.AllocateIds(ctx, &api.AllocateIdsRequest{Want: &api.AllocateIdsRequest_Count{Count: n}, RequestToken: token})
 	if err != nil {
 		return nil, err
@@ -142,7 +140,7 @@ func (w *world) allocate(ctx context.Context, n int64, token, what string) ([]in
 	ids := make([]int64, n)
 	for i := range ids {
 		ids[i] = resp.GetIds().GetFirst() + int64(i)
-		if err := w.took(ids[i], fmt.Sprintf("%s %d of allocation %s", what, i, token)); err != nil {
+		if err := w.claimID(ids[i], fmt.Sprintf("%s %d of allocation %s", what, i, token)); err != nil {
 			return nil, err
 		}
 	}
@@ -164,11 +162,11 @@ func sum(content []byte) string {
 	return hex.EncodeToString(h[:8])
 }
 
-// hugeSums are the sums of huge files that were read once, by inode and time: nobody
-// writes into a file of a bucket, only new ones.
+// hugeSums caches the sums of huge files by inode and time: files of a bucket are
+// never changed in place.
 var hugeSums sync.Map
 
-// sumFile is the sum of a file's content.
+// sumFile returns the sum of a file's content.
 func sumFile(name string) (string, error) {
 	f, err := os.Open(name)
 	if err != nil {
@@ -194,18 +192,18 @@ func sumFile(name string) (string, error) {
 	return text, nil
 }
 
-// shape is how a segment is to be made.
+// shape describes a segment to make.
 type shape struct {
 	partition string
-	big       bool  // its record fills a part of a transaction
-	index     int64 // of a build that it has; 0: none
+	big       bool  // its record takes much of a transaction
+	index     int64 // of its build; 0: none
 	huge      bool  // its file is copied in parts
 	large     bool  // its record fills a third of a transaction and more
 }
 
-// segment writes the files of a segment and returns it: as the engine registers it,
-// and as the ledger has it. It uses three ids.
-func (w *world) segment(ctx context.Context, collection int64, partitions map[string]int64, ids []int64, s shape) (*api.Segment, seg, error) {
+// segment writes the files of a segment. It returns the segment for registration and
+// for the ledger. It uses three ids.
+func (w *env) segment(ctx context.Context, collection int64, partitions map[string]int64, ids []int64, s shape) (*api.Segment, seg, error) {
 	known := seg{ID: ids[0], Partition: s.partition}
 	file := func(path, kind string) (*api.File, error) {
 		content := fmt.Appendf(nil, "%s\n%s", path, strings.Repeat(kind+" ", 40+int(ids[0]%50)))
@@ -246,7 +244,7 @@ func (w *world) segment(ctx context.Context, collection int64, partitions map[st
 
 // collection makes a collection with two partitions, main and small, an index and
 // segments: the first has a build of the index, the last two are in small.
-func (w *world) collection(ctx context.Context, name string, segments, big int) error {
+func (w *env) collection(ctx context.Context, name string, segments, big int) error {
 	made, err := w.c().Catalog.CreateCollection(ctx, &api.CreateCollectionRequest{
 		Name: &api.CollectionName{Name: name}, Channels: []string{name + "-channel"},
 		Schema: &api.Schema{Fields: []*api.Field{{Id: 1, Name: "id", DataType: "Int64", PrimaryKey: true}}},
@@ -272,7 +270,7 @@ func (w *world) collection(ctx context.Context, name string, segments, big int) 
 	for what, id := range map[string]int64{
 		"collection": id, "partition main": partitions["main"], "partition small": partitions["small"], "index": index.GetIndex().GetId(),
 	} {
-		if err := w.took(id, what+" of "+name); err != nil {
+		if err := w.claimID(id, what+" of "+name); err != nil {
 			return err
 		}
 	}
@@ -300,7 +298,7 @@ func (w *world) collection(ctx context.Context, name string, segments, big int) 
 	if err != nil {
 		return err
 	}
-	_ = stream.Send(add) // why it fails is in the answer
+	_ = stream.Send(add) // the answer has its error
 	if _, err := stream.CloseAndRecv(); err != nil {
 		return err
 	}
@@ -311,31 +309,30 @@ func (w *world) collection(ctx context.Context, name string, segments, big int) 
 }
 
 // take takes a snapshot of a collection.
-func (w *world) take(ctx context.Context, collection, name, token string) error {
+func (w *env) take(ctx context.Context, collection, name, token string) error {
 	what := "snapshot " + name + " " + token
 	got, err := w.c().Snapshots.CreateSnapshot(ctx, &api.CreateSnapshotRequest{Collection: byName(collection), Name: name, RequestToken: token})
 	if err != nil {
 		return err
 	}
-	if err := w.took(got.GetSnapshot().GetId(), what); err != nil {
+	if err := w.claimID(got.GetSnapshot().GetId(), what); err != nil {
 		return err
 	}
 	return w.same(what, got.GetSnapshot().GetId())
 }
 
 // dropSegments drops segments of a collection.
-func (w *world) dropSegments(ctx context.Context, collection string, ids ...int64) error {
+func (w *env) dropSegments(ctx context.Context, collection string, ids ...int64) error {
 	_, err := w.c().Catalog.DropSegments(ctx, &api.DropSegmentsRequest{Collection: byName(collection), SegmentIds: ids})
 	return err
 }
 
-// without is the segments but those of ids.
+// without returns segments without those of ids.
 func without(segments []seg, ids ...int64) []seg {
 	return slices.DeleteFunc(slices.Clone(segments), func(s seg) bool { return slices.Contains(ids, s.ID) })
 }
 
-// copies is what a restore makes of a snapshot's segments, of all partitions when
-// none are named.
+// copies returns the result of a restore of segments, of all partitions by default.
 func copies(segments []seg, partitions ...string) []seg {
 	var list []seg
 	for _, s := range segments {
@@ -347,16 +344,16 @@ func copies(segments []seg, partitions ...string) []seg {
 }
 
 // restore restores a snapshot and returns the job's id.
-func (w *world) restore(ctx context.Context, req *api.RestoreSnapshotRequest) (int64, error) {
+func (w *env) restore(ctx context.Context, req *api.RestoreSnapshotRequest) (int64, error) {
 	got, err := w.c().Snapshots.RestoreSnapshot(ctx, req)
 	if err != nil {
 		return 0, err
 	}
 	name := req.GetTarget().GetName()
-	if err := w.took(got.GetJobId(), "restore to "+name+" "+req.GetRequestToken()); err != nil {
+	if err := w.claimID(got.GetJobId(), "restore to "+name+" "+req.GetRequestToken()); err != nil {
 		return 0, err
 	}
-	if err := w.took(got.GetCollectionId(), "collection "+name+" "+req.GetRequestToken()); err != nil {
+	if err := w.claimID(got.GetCollectionId(), "collection "+name+" "+req.GetRequestToken()); err != nil {
 		return 0, err
 	}
 	if err := w.same("target of "+name, got.GetCollectionId()); err != nil {
@@ -365,8 +362,8 @@ func (w *world) restore(ctx context.Context, req *api.RestoreSnapshotRequest) (i
 	return got.GetJobId(), w.same("restore to "+name, got.GetJobId())
 }
 
-// ended waits for a restore to end, in the state that it must.
-func (w *world) ended(ctx context.Context, job int64, want api.RestoreJob_State) error {
+// ended waits until a restore ends and checks its state.
+func (w *env) ended(ctx context.Context, job int64, want api.RestoreJob_State) error {
 	got, err := client.WaitRestore(ctx, w.c().Snapshots, job)
 	if err != nil {
 		return err
@@ -377,8 +374,8 @@ func (w *world) ended(ctx context.Context, job int64, want api.RestoreJob_State)
 	return nil
 }
 
-// collect makes a round and waits for the files to be deleted.
-func (w *world) collect(ctx context.Context) error {
+// collect runs a collector cycle and waits until its files are deleted.
+func (w *env) collect(ctx context.Context) error {
 	stream, err := w.c().Collector.Collect(ctx, &api.CollectRequest{Wait: true})
 	for err == nil {
 		_, err = stream.Recv()
@@ -389,8 +386,8 @@ func (w *world) collect(ctx context.Context) error {
 	return err
 }
 
-// build makes what every case begins with.
-func (w *world) build(ctx context.Context) error {
+// build makes the base of every case.
+func (w *env) build(ctx context.Context) error {
 	if err := w.collection(ctx, shop, taskSize+3, taskSize); err != nil {
 		return fmt.Errorf("collection %s: %w", shop, err)
 	}
@@ -439,9 +436,8 @@ func (w *world) build(ctx context.Context) error {
 	return w.parked(ctx, 1)
 }
 
-// parked waits until the records of so many units lie in the object store, and
-// those of no more do not.
-func (w *world) parked(ctx context.Context, want int64) error {
+// parked waits until exactly want units are held, all with parked records.
+func (w *env) parked(ctx context.Context, want int64) error {
 	return eventually(ctx, func(ctx context.Context) error {
 		got, err := w.c().Collector.GetCollectorStatus(ctx, &api.GetCollectorStatusRequest{})
 		if err != nil {
@@ -454,9 +450,8 @@ func (w *world) parked(ctx context.Context, want int64) error {
 	})
 }
 
-// beats starts snapshotd, waits until it has noted in the object store how far etcd
-// has come, and ends it.
-func (w *world) beats(ctx context.Context) error {
+// awaitHeartbeat starts snapshotd, waits for a new epoch object, and ends snapshotd.
+func (w *env) awaitHeartbeat(ctx context.Context) error {
 	notes := func() (string, error) {
 		list, err := filepath.Glob(w.objects("gc", "epoch", "*.json"))
 		return slices.Max(append(list, "")), err
@@ -479,7 +474,7 @@ func (w *world) beats(ctx context.Context) error {
 }
 
 // export returns a collection's segments in the order of their ids.
-func (w *world) export(ctx context.Context, name string) ([]*api.Segment, error) {
+func (w *env) export(ctx context.Context, name string) ([]*api.Segment, error) {
 	stream, err := w.c().Catalog.ExportSegments(ctx, &api.ExportSegmentsRequest{Collection: byName(name)})
 	var all []*api.Segment
 	for err == nil {
