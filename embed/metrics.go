@@ -152,15 +152,15 @@ func (s stats) collector(ch chan<- prometheus.Metric, gauge func(*prometheus.Des
 	if !leading {
 		return
 	}
-	if last := s.manager.GC().LastRound(); last != nil {
+	if last := s.manager.Collector().LastCycle(); last != nil {
 		gauge(unitsDesc, float64(last.Waiting), "waiting")
 		gauge(unitsDesc, float64(last.Held), "held")
-		gauge(unitsDesc, float64(last.Parked), "parked")
+		gauge(unitsDesc, float64(last.Spilled), "parked")
 		gauge(unitsDesc, float64(last.Stopped), "stopped")
 		gauge(stoppedDesc, float64(last.StopCount))
 		gauge(lastRoundDesc, seconds(last.End))
 	}
-	if sweep := s.manager.GC().SweepStats(); !sweep.End.IsZero() {
+	if sweep := s.manager.Collector().SweepStats(); !sweep.End.IsZero() {
 		gauge(lastSweepDesc, seconds(sweep.End))
 		gauge(orphansDesc, float64(sweep.Waiting), "waiting")
 		gauge(orphansDesc, float64(sweep.Lost), "lost")

@@ -1,21 +1,22 @@
-// Package gc decides what may be deleted: it knows what snapshots reference, and
-// grants the deletion of what none of them needs.
+// Package gc decides which units may be deleted: it knows the references of all
+// snapshots, and grants the deletion of units without a holder.
 //
 // # Words
 //
-//	unit        what is deleted as a whole: a dropped segment, an index build
-//	            that was replaced or removed, or files that were taken from a
-//	            living segment. A unit is held by its index build's id if it is
-//	            one, else by its segment's. Files of a living segment are not
-//	            held by a snapshot that began after they were taken: see below
-//	reference   an id or file that a committed snapshot has in its refs.avro
-//	grant       the decision that a unit is deleted; it is never taken back
-//	tombstone   a unit that was granted and whose deletion is not confirmed
+//	unit        is deleted as a whole: a dropped segment, an index build that was
+//	            replaced or removed, or files that were removed from a live
+//	            segment. A unit is held through the id of its index build if it
+//	            is one, else through the id of its segment. A snapshot that began
+//	            after files were removed from a live segment does not hold them:
+//	            see below
+//	reference   an id or file in the refs.avro of a committed snapshot
+//	grant       the decision that a unit is deleted; it is never revoked
+//	tombstone   the record of a unit that was granted and is not confirmed
 //	generation  the revision of /gc/gen/<collection>, which every commit of a
 //	            snapshot moves
-//	deleter     who deletes a granted unit's files: snapshotd, or the caller
-//	own file    a file that lies at the place of the unit's segment, see package
-//	            catalog. Only own files are deleted with a unit
+//	deleter     deletes the files of a granted unit: snapshotd, or the caller
+//	own file    a file at the place of the unit's segment, see package catalog.
+//	            Only own files are deleted with a unit
 //
 // # States of a unit
 //
@@ -23,41 +24,42 @@
 //	live ------------------------> unit ---------> tombstone ---------------> gone
 //	/catalog/segment/…             /catalog/unit/…   /gc/tomb/…    all files deleted
 //
-// A segment of a collection that was dropped, which nobody changes any more, is a
-// unit where it lies, and goes from there to its tombstone.
+// A segment of a dropped collection never changes any more. It is a unit in place,
+// and goes from there to its tombstone.
 //
 // # Transactions
 //
 //	read     at one revision: generation, pending keys of the collection, the
-//	         units, their tombstones, the history of the metadata store. The references are looked at after that,
-//	         in an index that is at that revision or beyond
-//	grant    compares: generation as read; no pending key, or only such as are
+//	         units, their tombstones, the history of the metadata store. The
+//	         references are examined after that, in an index at that revision or
+//	         later
+//	grant    compares: generation as read; no pending key, or only keys that are
 //	         younger than every unit's drop; each unit as read, and no tombstone
-//	         of it; of a segment of a dropped collection no unit; no /behind
+//	         of it; for a segment of a dropped collection no unit; no /behind
 //	         puts: tombstones with the units' records; deletes: the units
 //	confirm  (all files are deleted) compares: tombstone as read; when snapshotd
 //	         is the deleter, leader's election key
 //	         deletes: tombstone, the key that leads to it from its segment, and the
 //	         claims to the ids of which it was the last record; puts: that these are
-//	         gone. A full store takes the deletes of tombstones alone: then the claims
-//	         stay, and keep the ids
+//	         gone. A full store accepts only the deletes of tombstones: then the
+//	         claims stay, and keep the ids
 //
-// # Why a granted unit is not needed
+// # A granted unit is not needed
 //
-// A snapshot captures at a revision at or after the one that put its pending
-// key. When that is before the unit's drop, either the pending key is still
-// there, and there is no grant; or the snapshot was committed, and moved the
-// generation: before the read, so that the index has its references; or after
-// it, so that the compare fails; or it was given up and will never commit. When
-// the capture is after the drop, it does not see the unit. References of a
-// snapshot only go when it is dropped, which is final.
+// A snapshot captures at a revision at or after the one that put its pending key.
+// When that is before the unit's drop, there are three cases. The pending key still
+// exists: no grant. Or the snapshot was committed, and moved the generation: before
+// the read, so the index has its references; or after it, so the compare fails. Or
+// the create was abandoned and will never commit. When the capture is after the drop,
+// it does not see the unit. References of a snapshot end only with its drop, which is
+// final.
 //
-// # Files of a living segment
+// # Files of a live segment
 //
-// References hold segments, not files. A snapshot does not hold a unit of files that
-// were taken from a living segment if it began after that: if the create revision of
-// its record is greater than that of the unit's record. Its capture comes after its
-// begin and does not see the files.
+// References name segments, not files. A snapshot does not hold a unit of files that
+// were removed from a live segment if it began later: if the create revision of its
+// record is greater than that of the unit's record. Its capture comes after its begin
+// and does not see the files.
 //
 // Restoring etcd from a backup does not harm the comparison: both records are in one
 // store, and up to a begin its revisions are those that the creator captured from,
@@ -69,32 +71,31 @@
 //
 // Any other snapshot, such as one of an older release, holds the unit if it has the
 // segment. The unit's record needs no such fields: a copy of it is younger than the
-// original, and a younger unit is held by more snapshots.
+// original, and more snapshots hold a younger unit.
 //
 // # Failures
 //
 //	references of one snapshot not read yet, or unreadable
 //	                       nothing of its collection is granted. They are read
-//	                       again and again; the metric and the log tell
+//	                       again and again; the metric and the log report it
 //	snapshot record unreadable
-//	                       as above; when not even its collection is known,
-//	                       nothing at all is granted
+//	                       as above; when even its collection is unknown, nothing
+//	                       at all is granted
 //	references of a snapshot of an earlier release not read yet, or unreadable
 //	                       nothing at all is granted: in those releases two
 //	                       collections could have one segment
-//	a compare fails        read and decide anew, a few times; then ErrConflict
+//	a compare fails        read and decide again, a few times; then ErrConflict
 //	grant: no answer       UNAVAILABLE; a repeat finds the tombstones, or the
 //	                       units as they were
-//	caller dies            its tombstones are listed and counted for ever; who
-//	                       comes after it asks again and gets the same grants
-//	deleting replica dies  the next leader goes on; deletes may be repeated, for
+//	caller dies            its tombstones stay listed and counted; a successor
+//	                       repeats the call and gets the same grants
+//	deleting replica dies  the next leader continues; deletes may be repeated, for
 //	                       keys are not used twice
 //	a delete fails         the tombstone stays and is tried again
 package gc
 
 import (
 	"context"
-	"errors"
 	"io"
 	"sync/atomic"
 	"time"
@@ -104,88 +105,71 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/gc/refs"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
-	"github.com/snapshotd/snapshotd/internal/store/meta/election"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// Errors that callers tell apart.
+// deleteBatch is the number of objects in one delete, the maximum of one request of S3.
+const deleteBatch = 1000
+
+// Errors of references that are not known.
 var (
-	ErrLoading    = errors.New("references are still being read")
-	ErrUnreadable = errors.New("references of a snapshot cannot be read")
+	ErrLoading    = refs.ErrLoading
+	ErrUnreadable = refs.ErrUnreadable
 )
 
-// Options are what a GC needs.
+// Options configure a GC.
 type Options struct {
 	KV      meta.KV
 	Catalog *catalog.Catalog
 	Stores  map[string]object.Store // by alias
-	// Problems gets what the leader's loops meet. Default: its own.
+	// Problems gets the problems of the leader's loops. Default: a new one.
 	Problems *lasting.Problems
-	// SnapshotStore is the alias of the store that the records of parked units go
-	// to.
+	// SnapshotStore is the alias of the store that gets the records of spilled units.
 	SnapshotStore string
 	Now           func() time.Time
-	// Clock judges how long ago a thing was dropped. Nil: one over Now and the
-	// store for snapshots.
+	// Clock judges ages. Nil: one over Now and the store for snapshots.
 	Clock *clock.Trusted
 	Rand  io.Reader
 	Log   *zap.Logger
-	// LoadWait is how long a call waits for references that are being read
-	// before it ends with ErrLoading. Default 10 s.
+	// LoadWait is how long a call waits for references that are being read before it
+	// ends with ErrLoading. Default 10 s.
 	LoadWait time.Duration
-	// Interval is between looks at tombstones that nothing asked for, and how
-	// long an unreadable reference is left alone. Default 1 min.
+	// Interval is the time between passes over the tombstones, and how long an
+	// unreadable reference is left alone. Default 1 min.
 	Interval time.Duration
-	// Replica is the name of this process, for people.
+	// Replica is the name of this process.
 	Replica string
-	// CollectorOff says that the leader makes no rounds and no sweeps.
-	CollectorOff bool
-	// CollectInterval is between rounds of the leader. Default 1 min.
-	CollectInterval time.Duration
-	// Tolerance is how long ago a thing must have been dropped before a round
-	// takes it: readers may still use it for so long. Default 3 h.
-	Tolerance time.Duration
-	// MaxShare is the share of a collection in use that one round grants at most.
-	// Default 0.5.
-	MaxShare float64
-	// Rate is how many objects of units are deleted in a second. Default 3000,
-	// negative: as many as the store takes.
+	// Rate is the number of objects of units that are deleted per second. Default
+	// 3000; negative: unlimited.
 	Rate int
-	// OrphanGrace is how old, by its store's clock, an object without a record must
-	// be before a sweep deletes it. Default 24 h.
-	OrphanGrace time.Duration
-	// SweepInterval is between the leader's sweeps, the first of which is a minute
-	// after it began to lead. Default 1 h.
-	SweepInterval time.Duration
 	// UnconfirmedAfter is the age from which a caller's grant is warned about.
 	// Default 1 h.
 	UnconfirmedAfter time.Duration
 	// Jitter spreads attempts: numbers in [0, 1). Default that of [meta.Backoff].
 	Jitter func() float64
-	// Ready is closed once references can be read. Nil: they can.
+	// Ready is closed once references can be read. Nil: at once.
 	Ready <-chan struct{}
 }
 
-// GC decides what may be deleted, and deletes it when it leads. It is safe for
-// concurrent use. All background work happens inside Run and Lead.
+// GC decides which units may be deleted, and deletes them while it leads. It is safe
+// for concurrent use. All background work happens inside Run and Lead.
 type GC struct {
-	o     Options
-	kv    meta.KV
-	log   *zap.Logger
-	refs  *index
-	tombs *tombs
-	rate  *rate.Limiter // of objects that are deleted
+	o          Options
+	kv         meta.KV
+	log        *zap.Logger
+	refs       *refs.Index
+	tombstones *tombstones
+	rate       *rate.Limiter // of deleted objects
 
-	counters Counters
-	swept    lastSweep
-	stopped  knownStops
-	trouble  atomic.Pointer[string] // of the last pass of deletes; nil: none
-	problems problems
-	last     atomic.Pointer[Summary] // of the rounds that this process made as the leader
+	counters    Counters
+	deleteError atomic.Pointer[string] // of the last delete pass; nil: none
+	deletes     *lasting.Problem
+	unconfirmed *lasting.Problem
 }
 
 // New returns a GC. It answers once Run has begun.
@@ -196,23 +180,8 @@ func New(o Options) *GC {
 	if o.Interval == 0 {
 		o.Interval = time.Minute
 	}
-	if o.CollectInterval == 0 {
-		o.CollectInterval = time.Minute
-	}
-	if o.Tolerance == 0 {
-		o.Tolerance = 3 * time.Hour
-	}
-	if o.MaxShare == 0 {
-		o.MaxShare = 0.5
-	}
 	if o.Rate == 0 {
 		o.Rate = 3000
-	}
-	if o.OrphanGrace == 0 {
-		o.OrphanGrace = 24 * time.Hour
-	}
-	if o.SweepInterval == 0 {
-		o.SweepInterval = time.Hour
 	}
 	if o.UnconfirmedAfter == 0 {
 		o.UnconfirmedAfter = time.Hour
@@ -222,7 +191,8 @@ func New(o Options) *GC {
 	}
 	if o.Clock == nil {
 		o.Clock = clock.New(clock.Options{
-			KV: o.KV, Clock: clock.Of(o.Now), Store: o.Stores[o.SnapshotStore], Alias: o.SnapshotStore, Replica: o.Replica, Log: o.Log,
+			KV: o.KV, Clock: clock.Of(o.Now), Store: o.Stores[o.SnapshotStore], Alias: o.SnapshotStore,
+			Replica: o.Replica, Log: o.Log,
 		})
 	}
 	limit := rate.Inf
@@ -230,58 +200,55 @@ func New(o Options) *GC {
 		limit = rate.Limit(o.Rate)
 	}
 	return &GC{
-		o: o, kv: o.KV, log: o.Log, refs: newIndex(&o), tombs: newTombs(&o), rate: rate.NewLimiter(limit, deleteBatch),
-		problems: newProblems(&o),
+		o: o, kv: o.KV, log: o.Log, tombstones: newTombstones(&o), rate: rate.NewLimiter(limit, deleteBatch),
+		refs: refs.New(refs.Options{
+			KV: o.KV, Stores: o.Stores, Now: o.Now, Log: o.Log, LoadWait: o.LoadWait, Interval: o.Interval,
+			Jitter: o.Jitter, Ready: o.Ready,
+		}),
+		deletes: o.Problems.Add(o.Log, "delete", "delete of granted files failed, retrying",
+			"deletion of what was collected"),
+		unconfirmed: o.Problems.Add(o.Log, "unconfirmed",
+			"granted units are not confirmed; their callers must delete them and call ConfirmReclaimed",
+			"deletion of what callers were granted"),
 	}
 }
+
+// Options returns the options, with their defaults.
+func (g *GC) Options() Options { return g.o }
+
+// References returns the index of references.
+func (g *GC) References() *refs.Index { return g.refs }
 
 // Run keeps the references and the list of tombstones current until ctx ends.
 // It must be called once.
 func (g *GC) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return g.refs.run(ctx) })
-	group.Go(func() error { return g.tombs.follower.Run(ctx) })
+	group.Go(func() error { return g.refs.Run(ctx) })
+	group.Go(func() error { return g.tombstones.follower.Run(ctx) })
 	return group.Wait()
 }
 
-// Lead makes rounds and sweeps and deletes what was granted to snapshotd, until
-// ctx ends or another leads.
-func (g *GC) Lead(ctx context.Context, term election.Term) error {
-	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return g.deleteGranted(ctx, term.Fence()) })
-	if !g.o.CollectorOff {
-		group.Go(func() error { return g.collectLoop(ctx, term.Fence()) })
-		group.Go(func() error { return g.sweepLoop(ctx) })
-	}
-	return group.Wait()
-}
-
-// Offer tells what a snapshot references that this replica is about to commit
-// with metadata of that digest, so that it need not be read again. The refs must
-// not be changed any more.
-func (g *GC) Offer(snapshot int64, metadata manifest.Digest, refs *manifest.Refs) {
-	g.refs.offer(snapshot, metadata, refs)
+// Prime supplies the references of a snapshot that this replica is about to commit
+// with metadata of that digest, which saves reading them. r must not change after the
+// call.
+func (g *GC) Prime(snapshot int64, metadata manifest.Digest, r *manifest.Refs) {
+	g.refs.Prime(snapshot, metadata, r)
 }
 
 // Stats is the state of protection, for metrics.
 type Stats struct {
-	Snapshots   int // whose references are known
-	Loading     int // whose references are being read
-	Unreadable  int // whose references cannot be read: their collections are blocked
-	Segments    int // that are referenced, each counted once per collection
-	Builds      int
+	refs.Stats
 	Granted     int           // tombstones that snapshotd deletes
 	Unconfirmed int           // tombstones that callers delete
-	Oldest      time.Duration // age of the oldest of the latter
+	Oldest      time.Duration // age of the oldest tombstone that a caller deletes
 }
 
-// Stats returns the state of protection as this replica sees it.
+// Stats returns the state of protection in this replica.
 func (g *GC) Stats() Stats {
-	s := g.refs.stats()
-	g.tombs.stats(&s, g.o.Clock.Display())
+	s := Stats{Stats: g.refs.Stats()}
+	s.Granted, s.Unconfirmed, s.Oldest = g.tombstones.stats(g.o.Clock.Display())
 	return s
 }
 
-// LastRound returns what the last round came to that this process made as the
-// leader, nil when it has made none.
-func (g *GC) LastRound() *Summary { return g.last.Load() }
+// Counters returns the counters of the objects that this process deletes.
+func (g *GC) Counters() *Counters { return &g.counters }

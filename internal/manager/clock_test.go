@@ -11,7 +11,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
-	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -160,7 +160,7 @@ func TestHostClockSteps(t *testing.T) {
 		wantUntrusted("pin with a ttl", err)
 		_, err = r.Restore(t.Context(), request.Token{}, &RestoreSpec{Snapshot: Ref{Name: "month"}, DB: "default", Name: "copy", Timeout: time.Hour})
 		wantUntrusted("restore with a timeout", err)
-		_, err = r.Collect(t.Context(), gc.CollectOptions{Collection: catalog.Ref{ID: col.ID}})
+		_, err = r.Collect(t.Context(), collect.CycleOptions{Collection: catalog.Ref{ID: col.ID}})
 		wantUntrusted("round", err)
 		w.create(r, col, "forever")
 		if err := dropByName(t.Context(), r, "forever"); err != nil {

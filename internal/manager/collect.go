@@ -7,63 +7,63 @@ import (
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
-	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 )
 
 // Collect makes a round of the collector now, see [gc.GC.Collect]. It tells of
 // snapshots as well: those that expired, were dropped or whose creator is gone.
 // The leader removes them by itself; this wakes it when it is this replica.
-func (m *Manager) Collect(ctx context.Context, o gc.CollectOptions) (gc.Summary, error) {
+func (m *Manager) Collect(ctx context.Context, o collect.CycleOptions) (collect.Summary, error) {
 	if err := m.NotBehind(ctx); err != nil {
-		return gc.Summary{}, fmt.Errorf("collect: %w", err)
+		return collect.Summary{}, fmt.Errorf("collect: %w", err)
 	}
 	only := int64(0)
 	if o.Collection != (catalog.Ref{}) {
 		col, err := m.catalog.Collection(ctx, o.Collection)
 		if err != nil {
-			return gc.Summary{}, fmt.Errorf("collect: %w", err)
+			return collect.Summary{}, fmt.Errorf("collect: %w", err)
 		}
 		only = col.ID
 	}
 	if err := m.view.sync(ctx); err != nil {
-		return gc.Summary{}, fmt.Errorf("collect: %w", err)
+		return collect.Summary{}, fmt.Errorf("collect: %w", err)
 	}
 	deleting, dead, expiring, pinned := m.view.work()
 	now, untrusted := m.clock.Judge(ctx)
-	tell := func(s *Snapshot, action gc.Action, reason string) error {
-		if o.Emit == nil || only != 0 && s.Collection != only {
+	tell := func(s *Snapshot, action collect.Action, reason string) error {
+		if o.Report == nil || only != 0 && s.Collection != only {
 			return nil
 		}
-		return o.Emit(gc.Item{Kind: gc.ItemSnapshot, Action: action, Collection: s.Collection, ID: s.ID, Name: s.Name, Reason: reason})
+		return o.Report(collect.Item{Kind: collect.ItemSnapshot, Action: action, Collection: s.Collection, ID: s.ID, Name: s.Name, Reason: reason})
 	}
 	for _, s := range deleting {
-		if err := tell(s, gc.Deletes, "dropped; its own objects go, and then its record"); err != nil {
-			return gc.Summary{}, err
+		if err := tell(s, collect.Deletes, "dropped; its own objects go, and then its record"); err != nil {
+			return collect.Summary{}, err
 		}
 	}
 	for _, s := range dead {
-		if err := tell(s, gc.Deletes, "its creator is gone; it was never committed"); err != nil {
-			return gc.Summary{}, err
+		if err := tell(s, collect.Deletes, "its creator is gone; it was never committed"); err != nil {
+			return collect.Summary{}, err
 		}
 	}
 	for _, s := range slices.Concat(expiring, pinned) {
 		if untrusted != nil || s.ExpireTime.After(now) {
 			continue
 		}
-		action, reason := gc.Deletes, "expired at "+s.ExpireTime.UTC().Format(time.RFC3339)
+		action, reason := collect.Deletes, "expired at "+s.ExpireTime.UTC().Format(time.RFC3339)
 		pins, _, err := m.Pins(ctx, s.ID, PinPlace{}, 1)
 		if err != nil {
-			return gc.Summary{}, fmt.Errorf("collect: %w", err)
+			return collect.Summary{}, fmt.Errorf("collect: %w", err)
 		}
 		if len(pins) > 0 {
-			action, reason = gc.Keeps, reason+", but pinned by "+pins[0].Owner
+			action, reason = collect.Keeps, reason+", but pinned by "+pins[0].Owner
 		}
 		if err := tell(s, action, reason); err != nil {
-			return gc.Summary{}, err
+			return collect.Summary{}, err
 		}
 	}
 	if !o.DryRun {
 		m.clean.Wake()
 	}
-	return m.gc.Collect(ctx, o)
+	return m.collector.Collect(ctx, o)
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -22,10 +23,10 @@ import (
 )
 
 // round makes one and waits for what it deletes.
-func (w *world) round(r *replica, o gc.CollectOptions) ([]gc.Item, gc.Summary) {
+func (w *world) round(r *replica, o collect.CycleOptions) ([]collect.Item, collect.Summary) {
 	w.t.Helper()
-	var items []gc.Item
-	o.Emit = func(i gc.Item) error { items = append(items, i); return nil }
+	var items []collect.Item
+	o.Report = func(i collect.Item) error { items = append(items, i); return nil }
 	s, err := r.Collect(w.t.Context(), o)
 	if err != nil {
 		w.t.Fatal(err)
@@ -35,7 +36,7 @@ func (w *world) round(r *replica, o gc.CollectOptions) ([]gc.Item, gc.Summary) {
 }
 
 // told are the kinds and actions of items, in order.
-func told(items []gc.Item) []string {
+func told(items []collect.Item) []string {
 	var list []string
 	for _, i := range items {
 		list = append(list, fmt.Sprintf("%d %d %d", i.Kind, i.Action, i.ID))
@@ -112,11 +113,11 @@ func TestCollectorAndDroppedCollection(t *testing.T) {
 		late := w.segment(r, col, 0, 1000, 1001) // that the snapshot does not have
 		w.addWritten(r, col, late)
 		w.drops(r, col)
-		_, sum := w.round(r, gc.CollectOptions{})
+		_, sum := w.round(r, collect.CycleOptions{})
 		if sum.Granted != 0 || len(w.objectsUnder("data/")) != len(files)+1 {
 			t.Errorf("before the tolerance: %+v", sum)
 		}
-		_, sum = w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+		_, sum = w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
 		if sum.Granted != 1 || sum.Held != 6 || sum.Removed != 0 {
 			t.Errorf("with a snapshot: %+v", sum)
 		}
@@ -129,12 +130,12 @@ func TestCollectorAndDroppedCollection(t *testing.T) {
 
 		w.dropSnapshot(r, s)
 		settle()
-		_, sum = w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+		_, sum = w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
 		if sum.Granted != 6 {
 			t.Errorf("without it: %+v", sum)
 		}
-		items, sum := w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
-		if sum.Removed != 1 || len(items) != 1 || items[0].Kind != gc.ItemCollection || items[0].Action != gc.Deletes {
+		items, sum := w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
+		if sum.Removed != 1 || len(items) != 1 || items[0].Kind != collect.ItemCollection || items[0].Action != collect.Deletes {
 			t.Errorf("the collection itself: %+v, %+v", items, sum)
 		}
 		if left := w.leftOf(col); len(left) > 0 {
@@ -177,18 +178,18 @@ func TestCollectorFinishesParts(t *testing.T) {
 		if _, err := r.catalog.DropIndex(t.Context(), request.Token{}, ref, "x0"); err != nil {
 			t.Fatal(err)
 		}
-		items, sum := w.round(r, gc.CollectOptions{Tolerance: new(time.Duration), DryRun: true})
+		items, sum := w.round(r, collect.CycleOptions{Tolerance: new(time.Duration), DryRun: true})
 		if diff := cmp.Diff([]string{fmt.Sprintf("4 1 %d", p.ID), fmt.Sprintf("5 1 %d", x.ID)}, told(items)); diff != "" || sum.Removed != 2 {
 			t.Errorf("dry run: %+v\n%s", sum, diff)
 		}
 		if len(w.keysUnder(keys.PartitionPrefix(col.ID))) != 1 || len(w.keysUnder(keys.IndexPrefix(col.ID))) != 1 {
 			t.Error("a dry run has changed something")
 		}
-		_, sum = w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+		_, sum = w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
 		if sum.Removed != 2 || sum.Held != 0 || sum.Granted != 0 {
 			t.Errorf("round: %+v", sum)
 		}
-		_, sum = w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+		_, sum = w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
 		if sum.Removed != 0 || sum.Held != int64(len(in)+len(out)) || sum.Granted != 0 {
 			t.Errorf("the next round: %+v", sum)
 		}
@@ -197,7 +198,7 @@ func TestCollectorFinishesParts(t *testing.T) {
 		}
 		w.dropSnapshot(r, s)
 		settle()
-		_, sum = w.round(r, gc.CollectOptions{Tolerance: new(time.Duration), Collection: ref, Force: true})
+		_, sum = w.round(r, collect.CycleOptions{Tolerance: new(time.Duration), Collection: ref, Force: true})
 		if sum.Granted != int64(len(in)+len(out)) || sum.Files != int64(2*len(in)+len(out)) {
 			t.Errorf("round: %+v", sum)
 		}
@@ -240,24 +241,24 @@ func TestCollectorStops(t *testing.T) {
 		if n := len(w.objectsUnder(fmt.Sprintf("data/%d/", other.ID))); n != 0 {
 			t.Error("it stopped in the other collection, too")
 		}
-		items, sum := w.round(r, gc.CollectOptions{})
-		want := []gc.Stop{{Collection: col.ID, Due: 101, Total: 200}}
-		if diff := cmp.Diff(want, sum.Stops); diff != "" || sum.StopCount != 1 || len(items) != 1 || items[0].Action != gc.Stops {
+		items, sum := w.round(r, collect.CycleOptions{})
+		want := []collect.Stop{{Collection: col.ID, Eligible: 101, Total: 200}}
+		if diff := cmp.Diff(want, sum.Stops); diff != "" || sum.StopCount != 1 || len(items) != 1 || items[0].Action != collect.Stops {
 			t.Errorf("%+v:\n%s", items, diff)
 		}
-		items, sum = w.round(r, gc.CollectOptions{DryRun: true})
+		items, sum = w.round(r, collect.CycleOptions{DryRun: true})
 		if diff := cmp.Diff(want, sum.Stops); diff != "" || sum.Granted != 0 || sum.Files != 0 || sum.Stopped != 101 || len(items) != 102 {
 			t.Errorf("a dry run: %d items, %+v:\n%s", len(items), sum, diff)
 		}
 		for _, i := range items {
-			if i.Action != gc.Stops || i.Reason == "" || i.Kind != gc.ItemCollection && (i.Files != 1 || len(i.Objects) != 1) {
+			if i.Action != collect.Stops || i.Reason == "" || i.Kind != collect.ItemCollection && (i.Files != 1 || len(i.Objects) != 1) {
 				t.Errorf("a dry run tells %+v", i)
 			}
 		}
-		if last := r.GC().LastRound(); last == nil || last.StopCount != 1 {
+		if last := r.Collector().LastCycle(); last == nil || last.StopCount != 1 {
 			t.Errorf("the leader's last round: %+v", last)
 		}
-		if _, sum = w.round(r, gc.CollectOptions{Collection: catalog.Ref{ID: col.ID}, Force: true}); sum.Granted != 101 {
+		if _, sum = w.round(r, collect.CycleOptions{Collection: catalog.Ref{ID: col.ID}, Force: true}); sum.Granted != 101 {
 			t.Errorf("with force: %+v", sum)
 		}
 		if n := len(w.objectsUnder(fmt.Sprintf("data/%d/", col.ID))); n != 99 {
@@ -283,7 +284,7 @@ func TestCollectorDryRun(t *testing.T) {
 		revision := func() int64 { _, _, rev, _ := w.kv.Get(t.Context(), keys.IDs); return rev }
 		settle() // the leader notes the time
 		objects, before := w.objectsUnder("data/"), revision()
-		items, sum := w.round(r, gc.CollectOptions{DryRun: true})
+		items, sum := w.round(r, collect.CycleOptions{DryRun: true})
 		if sum.Granted != 1 || sum.Held != 1 || sum.Waiting != 1 || sum.Files != 1 || sum.Bytes != 10 {
 			t.Errorf("%+v", sum)
 		}
@@ -293,10 +294,10 @@ func TestCollectorDryRun(t *testing.T) {
 		reasons := map[int64]string{}
 		for _, i := range items {
 			reasons[i.ID] = fmt.Sprintf("%d: %s", i.Action, i.Reason)
-			if i.Action != gc.Deletes {
+			if i.Action != collect.Deletes {
 				continue
 			}
-			if diff := cmp.Diff([]gc.Object{{Store: "default", Key: "data/" + free.Files[0].Path, Size: 10}}, i.Objects); diff != "" {
+			if diff := cmp.Diff([]collect.Object{{Store: "default", Key: "data/" + free.Files[0].Path, Size: 10}}, i.Objects); diff != "" {
 				t.Errorf("objects:\n%s", diff)
 			}
 		}
@@ -309,7 +310,7 @@ func TestCollectorDryRun(t *testing.T) {
 				t.Errorf("%d: %q, want %q", id, reasons[id], want)
 			}
 		}
-		if _, sum = w.round(r, gc.CollectOptions{}); sum.Granted != 1 {
+		if _, sum = w.round(r, collect.CycleOptions{}); sum.Granted != 1 {
 			t.Errorf("the round: %+v", sum)
 		}
 	})
@@ -323,7 +324,7 @@ func TestCollectSweeps(t *testing.T) {
 		dead := manifest.MetadataKey(col.ID, w.newID(r))
 		w.write(dead)
 		time.Sleep(25 * time.Hour)
-		for _, o := range []gc.CollectOptions{{}, {Sweep: true, DryRun: true}, {Sweep: true}} {
+		for _, o := range []collect.CycleOptions{{}, {Sweep: true, DryRun: true}, {Sweep: true}} {
 			_, sum := w.round(r, o)
 			want := int64(0)
 			if o.Sweep {
@@ -373,14 +374,14 @@ func TestCollectorSurvivesEachFailedCall(t *testing.T) {
 				settle()
 				done := fail(r, n)
 				for range 2 {
-					_, _ = r.Collect(t.Context(), gc.CollectOptions{Tolerance: new(time.Duration)}) // may fail
+					_, _ = r.Collect(t.Context(), collect.CycleOptions{Tolerance: new(time.Duration)}) // may fail
 					settle()
 				}
 				fired = done()
 				r.lift()
 				time.Sleep(5 * time.Minute) // the deletes that failed are tried again
 				for range 3 {
-					w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+					w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
 				}
 				want := []string{"data/" + held.Files[0].Path, "data/" + free.Files[0].Path, "data/" + part.Files[0].Path}
 				slices.Sort(want)
@@ -440,7 +441,7 @@ func TestCollectorIdles(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, sum := w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)}); sum.Held != 1 || sum.Granted != 0 {
+		if _, sum := w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)}); sum.Held != 1 || sum.Granted != 0 {
 			t.Errorf("%+v", sum)
 		}
 		if n := r.store.Calls(""); n > 0 {
@@ -470,7 +471,7 @@ func TestCollectorIsBlocked(t *testing.T) {
 		r = w.forget(r, "b") // knows no references yet
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		sum, err := r.Collect(ctx, gc.CollectOptions{Tolerance: new(time.Duration)})
+		sum, err := r.Collect(ctx, collect.CycleOptions{Tolerance: new(time.Duration)})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -481,7 +482,7 @@ func TestCollectorIsBlocked(t *testing.T) {
 		if diff := cmp.Diff([]string{"data/" + one.Files[0].Path}, w.objectsUnder("data/")); diff != "" {
 			t.Errorf("files:\n%s", diff)
 		}
-		if _, err = r.Collect(ctx, gc.CollectOptions{Tolerance: new(time.Duration), Collection: catalog.Ref{ID: bad.ID}}); !errors.Is(err, gc.ErrUnreadable) {
+		if _, err = r.Collect(ctx, collect.CycleOptions{Tolerance: new(time.Duration), Collection: catalog.Ref{ID: bad.ID}}); !errors.Is(err, gc.ErrUnreadable) {
 			t.Errorf("asked for that one: %v", err)
 		}
 	})

@@ -14,6 +14,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -90,7 +91,7 @@ func TestFinishPartWhileSegmentsGo(t *testing.T) {
 			}
 		}
 		for range 2 {
-			w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+			w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
 		}
 		if n := len(w.keysUnder(keys.SegmentPrefix(col.ID))); n > 0 {
 			t.Errorf("%d live segments are left of the dropped partition, whose record is there %d times", n, len(w.keysUnder(keys.PartitionPrefix(col.ID))))
@@ -132,7 +133,7 @@ func TestFinishIndexOfADroppedPartition(t *testing.T) {
 			t.Errorf("%d records of indexes are left", n)
 		}
 		for range 2 {
-			w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+			w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
 		}
 		if segs, parts := len(w.keysUnder(keys.SegmentPrefix(col.ID))), len(w.keysUnder(keys.PartitionPrefix(col.ID))); segs != 5 || parts != 0 {
 			t.Errorf("%d live segments and %d partitions, want 5 and 0", segs, parts)
@@ -154,7 +155,7 @@ func TestCollectorAndClockThatIsAhead(t *testing.T) {
 		if n := w.objectsUnder("data/"); len(n) == 0 {
 			t.Error("the files of a segment that was dropped two minutes ago are gone")
 		}
-		if last := r.GC().LastRound(); last == nil || last.Error != "" {
+		if last := r.Collector().LastCycle(); last == nil || last.Error != "" {
 			t.Errorf("the round says %+v", last)
 		}
 		time.Sleep(3 * time.Hour)
@@ -209,7 +210,7 @@ func TestCollectorAndUnreadableRecords(t *testing.T) {
 				if diff := cmp.Diff(want, w.objectsUnder("data/")); diff != "" {
 					t.Errorf("files:\n%s", diff)
 				}
-				if l := r.GC().LastRound(); l.Error == "" {
+				if l := r.Collector().LastCycle(); l.Error == "" {
 					t.Error("the rounds say nothing of it")
 				}
 			})
@@ -231,9 +232,9 @@ func TestCollectorParksWhereItStops(t *testing.T) {
 		w.dropMany(r, col, 140, 120)
 		time.Sleep(3 * time.Hour)
 		settle()
-		l := r.GC().LastRound()
-		if l.Parked != 1 {
-			t.Errorf("stops %v, held %d, parked %d", l.Stops, l.Held, l.Parked)
+		l := r.Collector().LastCycle()
+		if l.Spilled != 1 {
+			t.Errorf("stops %v, held %d, parked %d", l.Stops, l.Held, l.Spilled)
 		}
 	})
 }
@@ -280,7 +281,7 @@ func TestSweepAndLockedObject(t *testing.T) {
 		if diff := cmp.Diff([]string{list[700]}, append(w.objectsUnder("snapshots/"), w.objectsUnder("gc/held/")...)); diff != "" {
 			t.Errorf("objects:\n%s", diff)
 		}
-		if text := r.GC().SweepStats().Error; !strings.Contains(text, list[700]) {
+		if text := r.Collector().SweepStats().Error; !strings.Contains(text, list[700]) {
 			t.Errorf("the sweep says %q", text)
 		}
 	})

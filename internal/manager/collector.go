@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
-	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -16,22 +16,22 @@ import (
 
 // CollectorStatus is how the collector is doing.
 type CollectorStatus struct {
-	LastRound   *gc.Summary   // of the leader; nil: there was none yet
-	Deleting    int           // granted units whose files snapshotd has still to delete
-	Unconfirmed int           // granted units that their callers have not confirmed
-	Tolerance   time.Duration // how long ago a thing must have been dropped
-	MaxShare    float64       // of a collection at which a round stops
-	StopUnits   int           // from how many units on it does
-	Enabled     bool          // the leader makes rounds and sweeps
-	Blocked     string        // why nothing is deleted at all; empty: it is
-	Clock       string        // why the clock is not trusted; empty: it is
-	Halts       []gc.Halt     // what of expiry, removal and collection stands still
+	LastRound   *collect.Summary // of the leader; nil: there was none yet
+	Deleting    int              // granted units whose files snapshotd has still to delete
+	Unconfirmed int              // granted units that their callers have not confirmed
+	Tolerance   time.Duration    // how long ago a thing must have been dropped
+	MaxShare    float64          // of a collection at which a round stops
+	StopUnits   int              // from how many units on it does
+	Enabled     bool             // the leader makes rounds and sweeps
+	Blocked     string           // why nothing is deleted at all; empty: it is
+	Clock       string           // why the clock is not trusted; empty: it is
+	Halts       []collect.Halt   // what of expiry, removal and collection stands still
 }
 
 // CollectorStatus returns how the collector is doing. The last round is the
 // leader's, whichever replica that is; the counts are as this replica sees them.
 func (m *Manager) CollectorStatus(ctx context.Context) (CollectorStatus, error) {
-	s := CollectorStatus{Tolerance: m.o.CollectTolerance, MaxShare: m.o.CollectMaxShare, StopUnits: gc.StopUnits, Enabled: !m.o.CollectorOff}
+	s := CollectorStatus{Tolerance: m.o.CollectTolerance, MaxShare: m.o.CollectMaxShare, StopUnits: collect.StopUnits, Enabled: !m.o.CollectorOff}
 	kv, found, _, err := m.kv.Get(ctx, keys.Round)
 	if err != nil {
 		return s, fmt.Errorf("read the last round: %w", err)
@@ -41,9 +41,7 @@ func (m *Manager) CollectorStatus(ctx context.Context) (CollectorStatus, error) 
 		if err := record.Decode(kv, rec); err != nil {
 			return s, err
 		}
-		if rec.GetEndTime() != 0 { // else it has the halts alone
-			s.LastRound = roundOf(rec)
-		}
+		s.LastRound = collect.DecodeSummary(rec)
 	}
 	if s.Blocked, err = m.Behind(ctx); err != nil {
 		return s, err
@@ -62,48 +60,34 @@ func (m *Manager) CollectorStatus(ctx context.Context) (CollectorStatus, error) 
 
 // halts returns what stands still: in all replicas, in the leader, by its record, and in
 // this replica.
-func (m *Manager) halts(ctx context.Context, rec *storagev1.Round, blocked string, untrusted error) ([]gc.Halt, error) {
+func (m *Manager) halts(ctx context.Context, rec *storagev1.Round, blocked string, untrusted error) ([]collect.Halt, error) {
 	const all = "expiry, removal and collection"
-	var list []gc.Halt
+	var list []collect.Halt
 	leader, err := m.Leader(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("read who leads: %w", err)
 	}
 	if leader == "" {
-		list = append(list, gc.Halt{Name: "leader", What: all, Error: "no replica leads"})
+		list = append(list, collect.Halt{Name: "leader", What: all, Error: "no replica leads"})
 	}
 	if blocked != "" {
-		list = append(list, gc.Halt{Name: "metadata behind", What: all, Error: blocked})
+		list = append(list, collect.Halt{Name: "metadata behind", What: all, Error: blocked})
 	}
 	if untrusted != nil && ctx.Err() == nil {
-		list = append(list, gc.Halt{
+		list = append(list, collect.Halt{
 			Name: "clock", What: "expiry and collection", Error: untrusted.Error(), Since: m.clock.StoppedSince(), Replica: m.o.Replica,
 		})
 	}
-	if by, replica := gc.HaltsOf(rec); replica == leader && leader != m.o.Replica {
+	if by, replica := collect.DecodeHalts(rec); replica == leader && leader != m.o.Replica {
 		list = append(list, by...)
 	}
 	if n := m.gc.Stats().Unreadable; n > 0 {
-		list = append(list, gc.Halt{
+		list = append(list, collect.Halt{
 			Name: "references", What: "collection in the collections of unreadable snapshots", Replica: m.o.Replica,
 			Error: fmt.Sprintf("the references of %d snapshots cannot be read; the log names them", n),
 		})
 	}
-	return append(list, m.gc.Halts()...), nil
-}
-
-// roundOf returns what a round came to, by its record.
-func roundOf(rec *storagev1.Round) *gc.Summary {
-	s := &gc.Summary{
-		Replica: rec.GetReplica(), Start: record.Time(rec.GetStartTime()), End: record.Time(rec.GetEndTime()),
-		Granted: rec.GetGranted(), Files: rec.GetFiles(), Bytes: rec.GetBytes(),
-		Waiting: rec.GetWaiting(), Held: rec.GetHeld(), Parked: rec.GetParked(), Removed: rec.GetRemoved(),
-		StopCount: rec.GetStopCount(), Error: rec.GetError(),
-	}
-	for _, stop := range rec.GetStops() {
-		s.Stops = append(s.Stops, gc.Stop{Collection: stop.GetCollectionId(), Due: stop.GetDue(), Total: stop.GetTotal()})
-	}
-	return s
+	return append(list, m.collector.Halts()...), nil
 }
 
 // AwaitDeleted waits until the files of all units are deleted that were granted

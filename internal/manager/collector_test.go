@@ -13,6 +13,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
@@ -118,7 +119,7 @@ func TestCollectorStatus(t *testing.T) {
 		settle() // so that it is the one that leads
 		other := w.start("b", func(o *Options) { o.CollectorOff = true })
 		got, err := r.CollectorStatus(t.Context())
-		want := CollectorStatus{Tolerance: time.Hour, MaxShare: 0.25, StopUnits: gc.StopUnits, Enabled: true}
+		want := CollectorStatus{Tolerance: time.Hour, MaxShare: 0.25, StopUnits: collect.StopUnits, Enabled: true}
 		if diff := cmp.Diff(want, got); diff != "" || err != nil {
 			t.Errorf("before the first round: %v\n%s", err, diff)
 		}
@@ -135,8 +136,8 @@ func TestCollectorStatus(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		last := r.GC().LastRound()
-		want = CollectorStatus{LastRound: last, Unconfirmed: 1, Tolerance: 3 * time.Hour, MaxShare: 0.5, StopUnits: gc.StopUnits}
+		last := r.Collector().LastCycle()
+		want = CollectorStatus{LastRound: last, Unconfirmed: 1, Tolerance: 3 * time.Hour, MaxShare: 0.5, StopUnits: collect.StopUnits}
 		if last == nil || last.Waiting != 1 {
 			t.Errorf("the round came to %+v", last)
 		}

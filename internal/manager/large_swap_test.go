@@ -9,7 +9,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
-	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/request"
@@ -63,7 +63,7 @@ func TestLargeCompaction(t *testing.T) {
 					t.Errorf("%d units of %d", n, c.segments)
 				}
 				settle()
-				if _, sum := w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)}); sum.Granted != 0 || sum.Held != int64(c.segments) {
+				if _, sum := w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)}); sum.Granted != 0 || sum.Held != int64(c.segments) {
 					t.Errorf("%+v, while a snapshot holds them", sum)
 				}
 				got := w.segments(r, snap)
@@ -73,7 +73,7 @@ func TestLargeCompaction(t *testing.T) {
 				w.dropSnapshot(r, snap)
 				time.Sleep(5 * time.Minute)
 				settle()
-				if _, sum := w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)}); sum.Granted != int64(c.segments) {
+				if _, sum := w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)}); sum.Granted != int64(c.segments) {
 					t.Errorf("%+v, once nothing holds them", sum)
 				}
 				time.Sleep(30 * time.Minute)
@@ -114,10 +114,10 @@ func TestLargeCompactionIsInterrupted(t *testing.T) {
 			}
 			time.Sleep(48 * time.Hour)
 			settle()
-			if sum, err := r.GC().Sweep(t.Context(), gc.SweepOptions{}); err != nil || sum.Deleted != 0 {
+			if sum, err := r.Collector().Sweep(t.Context(), collect.SweepOptions{}); err != nil || sum.Deleted != 0 {
 				t.Errorf("swept %+v, err = %v, while their segments live", sum, err)
 			}
-			if e, err := r.GC().Explain(t.Context(), "default", left[0]); err != nil || !strings.Contains(e.What, "record of the parked unit") || !e.Kept {
+			if e, err := r.Collector().Explain(t.Context(), "default", left[0]); err != nil || !strings.Contains(e.What, "record of the parked unit") || !e.Kept {
 				t.Errorf("%+v, err = %v", e, err)
 			}
 			// One of them changes meanwhile: what is parked is what is dropped.
@@ -125,13 +125,13 @@ func TestLargeCompactionIsInterrupted(t *testing.T) {
 			if err := w.compact(r, col, ids); err != nil {
 				t.Fatal(err)
 			}
-			_, sum := w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+			_, sum := w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
 			if sum.Granted != 50 {
 				t.Errorf("%+v", sum)
 			}
 			time.Sleep(48 * time.Hour)
 			settle()
-			if _, err := r.GC().Sweep(t.Context(), gc.SweepOptions{}); err != nil {
+			if _, err := r.Collector().Sweep(t.Context(), collect.SweepOptions{}); err != nil {
 				t.Fatal(err)
 			}
 			if left := w.objectsUnder(catalog.HeldPrefix); len(left) > 0 {

@@ -138,6 +138,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
@@ -224,16 +225,17 @@ type Manager struct {
 	store   object.Store
 	log     *zap.Logger
 
-	view     *view
-	feed     *feed
-	cuts     *cuts
-	elect    *election.Election
-	clean    *cleaner
-	gc       *gc.GC
-	jobs     *copyjob.Jobs
-	starting chan *creation
-	running  chan struct{} // closed when Run begins
-	stopped  chan struct{} // closed when Run ends
+	view      *view
+	feed      *feed
+	cuts      *cuts
+	elect     *election.Election
+	clean     *cleaner
+	gc        *gc.GC
+	collector *collect.Collector
+	jobs      *copyjob.Jobs
+	starting  chan *creation
+	running   chan struct{} // closed when Run begins
+	stopped   chan struct{} // closed when Run ends
 
 	memory    *createMemory
 	leading   atomic.Bool
@@ -302,9 +304,11 @@ func New(o Options) (*Manager, error) {
 		Problems: m.o.Problems,
 		KV:       o.KV, Catalog: o.Catalog, Stores: o.Stores, SnapshotStore: o.SnapshotStore,
 		Now: o.Now, Clock: o.Clock, Rand: o.Rand, Log: o.Log, Interval: o.CleanInterval,
-		Replica: o.Replica, CollectorOff: o.CollectorOff, CollectInterval: o.CollectInterval, Tolerance: o.CollectTolerance,
-		MaxShare: o.CollectMaxShare, Rate: o.CollectRate, OrphanGrace: o.OrphanGrace, SweepInterval: o.SweepInterval,
-		Jitter: o.Jitter, Ready: o.Ready[o.SnapshotStore],
+		Replica: o.Replica, Rate: o.CollectRate, Jitter: o.Jitter, Ready: o.Ready[o.SnapshotStore],
+	})
+	m.collector = collect.New(m.gc, collect.Options{
+		Off: o.CollectorOff, Interval: o.CollectInterval, Tolerance: o.CollectTolerance, MaxShare: o.CollectMaxShare,
+		OrphanGrace: o.OrphanGrace, SweepInterval: o.SweepInterval,
 	})
 	m.jobs = copyjob.New(copyjob.Options{
 		KV: o.KV, Catalog: o.Catalog, Source: restoreSource{m}, Stores: o.Stores, PinStore: o.SnapshotStore, Requests: o.Requests, Replica: o.Replica,
@@ -341,12 +345,13 @@ func (m *Manager) Run(ctx context.Context) error {
 			reporting, stop := context.WithCancel(ctx)
 			defer stop()
 			var reports errgroup.Group
-			reports.Go(func() error { return m.gc.Report(reporting, term.Fence()) })
+			reports.Go(func() error { return m.collector.ReportHalts(reporting, term.Fence()) })
 			err := m.whileNotBehind(ctx, func(ctx context.Context) error {
 				leader, ctx := errgroup.WithContext(ctx)
 				leader.Go(func() error { return m.clock.Lead(ctx, term.Fence()) })
 				leader.Go(func() error { return m.clean.Run(ctx, term) })
 				leader.Go(func() error { return m.gc.Lead(ctx, term) })
+				leader.Go(func() error { return m.collector.Lead(ctx, term) })
 				leader.Go(func() error { return m.jobs.Lead(ctx, term) })
 				return leader.Wait()
 			})
@@ -379,6 +384,9 @@ func (m *Manager) Run(ctx context.Context) error {
 
 // GC returns what decides on deletions. It works while Run does.
 func (m *Manager) GC() *gc.GC { return m.gc }
+
+// Collector returns the collector. It works while Run does.
+func (m *Manager) Collector() *collect.Collector { return m.collector }
 
 // Stats is what a replica is doing.
 type Stats struct {

@@ -10,6 +10,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -44,7 +45,7 @@ var (
 	ErrCreateAborted        = errors.New("create aborted")
 	ErrStopping             = errors.New("this replica is stopping")
 	ErrOverloaded           = errors.New("too many creates at once")
-	ErrStoreNotFound        = gc.ErrStoreNotFound
+	ErrStoreNotFound        = collect.ErrStoreNotFound
 	ErrEventsCompacted      = errors.New("events compacted")
 	ErrPinNotFound          = errors.New("pin not found")
 	ErrPinHasNoTTL          = errors.New("pin has no ttl")

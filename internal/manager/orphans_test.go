@@ -13,6 +13,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -69,11 +70,11 @@ func (w *world) nestedCollection(r *replica, name, prefix string) catalog.Collec
 }
 
 // orphans are those of a collection, by key: why, and a mark for deletable ones.
-func (w *world) orphans(r *replica, col catalog.Collection, o gc.OrphanOptions) map[string]string {
+func (w *world) orphans(r *replica, col catalog.Collection, o collect.OrphanOptions) map[string]string {
 	w.t.Helper()
 	told := map[string]string{}
 	o.Collection = catalog.Ref{ID: col.ID}
-	o.Emit = func(o gc.Orphan) error {
+	o.Report = func(o collect.Orphan) error {
 		mark := ""
 		if o.Deletable {
 			mark = "! "
@@ -84,7 +85,7 @@ func (w *world) orphans(r *replica, col catalog.Collection, o gc.OrphanOptions) 
 		told[o.Key] = mark + o.Reason
 		return nil
 	}
-	if err := r.GC().Orphans(w.t.Context(), o); err != nil {
+	if err := r.Collector().Orphans(w.t.Context(), o); err != nil {
 		w.t.Fatal(err)
 	}
 	return told
@@ -120,7 +121,7 @@ func TestOrphans(t *testing.T) {
 		path := func(id int64) string { return fmt.Sprintf("data/%d/%d/%d/insert/100/1", col.ID, part.ID, id) }
 		leftover := []string{path(gone), fmt.Sprintf("data/%d/0/%d/index/%d/100-1", col.ID, gone, gone)}
 		left := map[string]string{
-			fmt.Sprintf("data/%d/0/%d/insert/100/99", col.ID, fresh.ID): fmt.Sprintf("not registered; it lies where segment %d has its files, and stays as long as that segment or a snapshot of it does", fresh.ID),
+			fmt.Sprintf("data/%d/0/%d/insert/100/99", col.ID, fresh.ID): fmt.Sprintf("not registered; it is where segment %d has its files, and stays as long as that segment or a snapshot of it does", fresh.ID),
 			fmt.Sprintf("data/%d/0/%d/index/1", other.ID, gone):         "not a path of a segment of the collection: left alone",
 			path(1 << 40): fmt.Sprintf("it carries id %d, which was never handed out: left alone", int64(1)<<40),
 			"data/README": "not a path of a segment of the collection: left alone",
@@ -133,18 +134,18 @@ func TestOrphans(t *testing.T) {
 		reason := fmt.Sprintf("! no segment, unit or snapshot knows it; segment %d is not there", gone)
 		want := map[string]string{leftover[0]: reason + "; younger than orphan_grace, which is 24h0m0s", leftover[1]: reason + "; younger than orphan_grace, which is 24h0m0s"}
 		maps.Copy(want, left)
-		if diff := cmp.Diff(want, w.orphans(r, col, gc.OrphanOptions{})); diff != "" {
+		if diff := cmp.Diff(want, w.orphans(r, col, collect.OrphanOptions{})); diff != "" {
 			t.Errorf("young (-want +got):\n%s", diff)
 		}
 		time.Sleep(2 * time.Hour)
 		before := w.objectsUnder("")
-		if got := w.orphans(r, col, gc.OrphanOptions{Delete: true, Grace: 3 * time.Hour}); len(got) > 0 {
+		if got := w.orphans(r, col, collect.OrphanOptions{Delete: true, Grace: 3 * time.Hour}); len(got) > 0 {
 			t.Errorf("deleted %v", got)
 		}
-		if got := w.orphans(r, above, gc.OrphanOptions{Delete: true, Grace: time.Hour}); len(got) > 0 {
+		if got := w.orphans(r, above, collect.OrphanOptions{Delete: true, Grace: time.Hour}); len(got) > 0 {
 			t.Errorf("deleted %v", got)
 		}
-		for _, o := range []gc.OrphanOptions{{Floor: gone + 1}} {
+		for _, o := range []collect.OrphanOptions{{LostBelow: gone + 1}} {
 			o.Delete, o.Grace = true, time.Hour
 			if got := w.orphans(r, col, o); len(got) > 0 {
 				t.Errorf("deleted %v below the floor", got)
@@ -154,13 +155,13 @@ func TestOrphans(t *testing.T) {
 			t.Fatalf("(-want +got):\n%s", diff)
 		}
 		want = map[string]string{leftover[0]: reason, leftover[1]: reason}
-		if diff := cmp.Diff(want, w.orphans(r, col, gc.OrphanOptions{Delete: true, Grace: time.Hour})); diff != "" {
+		if diff := cmp.Diff(want, w.orphans(r, col, collect.OrphanOptions{Delete: true, Grace: time.Hour})); diff != "" {
 			t.Errorf("deleted (-want +got):\n%s", diff)
 		}
 		// The other collection under the same root has its own.
 		theirLeftover := fmt.Sprintf("data/%d/0/%d/index/1", other.ID, gone)
 		want = map[string]string{theirLeftover: reason}
-		if diff := cmp.Diff(want, w.orphans(r, other, gc.OrphanOptions{Delete: true, Grace: time.Hour})); diff != "" {
+		if diff := cmp.Diff(want, w.orphans(r, other, collect.OrphanOptions{Delete: true, Grace: time.Hour})); diff != "" {
 			t.Errorf("deleted of the other (-want +got):\n%s", diff)
 		}
 		leftover = append(leftover, theirLeftover)
@@ -189,14 +190,14 @@ func TestOrphansOfRestores(t *testing.T) {
 			t.Fatalf("%+v, err = %v", target, err)
 		}
 		for _, c := range []catalog.Collection{target, col} {
-			if got := w.orphans(r, c, gc.OrphanOptions{Delete: true, Grace: time.Hour}); len(got) > 0 {
+			if got := w.orphans(r, c, collect.OrphanOptions{Delete: true, Grace: time.Hour}); len(got) > 0 {
 				t.Errorf("deleted %v", got)
 			}
 		}
-		if got := w.orphans(r, col, gc.OrphanOptions{}); len(got) > 0 {
+		if got := w.orphans(r, col, collect.OrphanOptions{}); len(got) > 0 {
 			t.Errorf("told of %v", got)
 		}
-		e, err := r.GC().Explain(t.Context(), "default", index)
+		e, err := r.Collector().Explain(t.Context(), "default", index)
 		if want := fmt.Sprintf("restore job %d may be writing it: it stays as long as that runs", job.ID); err != nil || !e.Kept || e.Reason != want {
 			t.Errorf("%+v, want %q, err = %v", e, want, err)
 		}
@@ -218,11 +219,11 @@ func TestOrphansNeedReferences(t *testing.T) {
 			t.Fatal(err)
 		}
 		r = w.forget(r, "c")
-		o := gc.OrphanOptions{Collection: catalog.Ref{ID: col.ID}, Delete: true, Grace: time.Hour}
-		if err := r.GC().Orphans(t.Context(), o); !errors.Is(err, gc.ErrUnreadable) && !errors.Is(err, gc.ErrLoading) {
+		o := collect.OrphanOptions{Collection: catalog.Ref{ID: col.ID}, Delete: true, Grace: time.Hour}
+		if err := r.Collector().Orphans(t.Context(), o); !errors.Is(err, gc.ErrUnreadable) && !errors.Is(err, gc.ErrLoading) {
 			t.Errorf("got %v", err)
 		}
-		if e, err := r.GC().Explain(t.Context(), "default", key); err != nil || !e.Kept || !strings.Contains(e.Reason, "cannot be told") {
+		if e, err := r.Collector().Explain(t.Context(), "default", key); err != nil || !e.Kept || !strings.Contains(e.Reason, "its holders are unknown") {
 			t.Errorf("%+v, err = %v", e, err)
 		}
 		w.dropSnapshot(r, s)
@@ -231,7 +232,7 @@ func TestOrphansNeedReferences(t *testing.T) {
 		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(bad, []byte("garbage"))}}); err != nil {
 			t.Fatal(err)
 		}
-		if err := r.GC().Orphans(t.Context(), o); !errors.Is(err, record.ErrUnreadable) {
+		if err := r.Collector().Orphans(t.Context(), o); !errors.Is(err, record.ErrUnreadable) {
 			t.Errorf("got %v", err)
 		}
 		if len(w.objectsUnder(key[:strings.LastIndexByte(key, '/')+1])) != 1 {
@@ -240,7 +241,7 @@ func TestOrphansNeedReferences(t *testing.T) {
 		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(bad)}}); err != nil {
 			t.Fatal(err)
 		}
-		if got := w.orphans(r, col, gc.OrphanOptions{Delete: true, Grace: time.Hour}); len(got) != 1 {
+		if got := w.orphans(r, col, collect.OrphanOptions{Delete: true, Grace: time.Hour}); len(got) != 1 {
 			t.Errorf("deleted %v", got)
 		}
 	})
@@ -269,7 +270,7 @@ func TestExplain(t *testing.T) {
 		name := fmt.Sprintf("default/c (%d)", col.ID)
 		drop := time.Now().UTC().Format(time.RFC3339)
 		of := func(s segment.Segment) string { return fmt.Sprintf("file of segment %d of collection %s", s.ID, name) }
-		for key, want := range map[string]gc.Explanation{
+		for key, want := range map[string]collect.Explanation{
 			file(live): {
 				Exists: true, Kept: true, What: of(live), Reason: "the segment lives", Collection: col.ID, Segment: live.ID, Snapshots: holder, Holders: 2,
 			},
@@ -294,10 +295,10 @@ func TestExplain(t *testing.T) {
 			},
 			stray: {
 				Exists: true, Kept: true, What: "object under a root of collection " + name, Collection: col.ID,
-				Reason: fmt.Sprintf("not registered; it lies where segment %d has its files, and stays as long as that segment or a snapshot of it does", live.ID),
+				Reason: fmt.Sprintf("not registered; it is where segment %d has its files, and stays as long as that segment or a snapshot of it does", live.ID),
 			},
-			"elsewhere/x": {Exists: true, Kept: true, What: "foreign object", Reason: "it lies under no root of a collection: left alone"},
-			"elsewhere/y": {Kept: true, What: "foreign object", Reason: "There is no such object. If there were: it lies under no root of a collection: left alone"},
+			"elsewhere/x": {Exists: true, Kept: true, What: "foreign object", Reason: "it is under no root of a collection: left alone"},
+			"elsewhere/y": {Kept: true, What: "foreign object", Reason: "There is no such object. If there were: it is under no root of a collection: left alone"},
 			lost: {
 				Exists: true, Kept: true, What: fmt.Sprintf("object of snapshot %d", orphan), Collection: col.ID, Snapshot: orphan,
 				Reason: fmt.Sprintf("there is no snapshot %d any more; a sweep deletes it in 24h0m0s", orphan),
@@ -310,10 +311,10 @@ func TestExplain(t *testing.T) {
 			"gc/epoch/1.json":  {Exists: true, Kept: true, What: "foreign object under a prefix of snapshotd's own", Reason: "not a name that snapshotd writes: left alone"},
 			note: {
 				Exists: true, Kept: true, What: "note of how far the metadata store has come",
-				Reason: "the newest two stay; they tell when the metadata store has gone back in time",
+				Reason: "the newest two stay; they show when the metadata store has gone back in time",
 			},
 		} {
-			got, err := r.GC().Explain(t.Context(), "default", key)
+			got, err := r.Collector().Explain(t.Context(), "default", key)
 			if err != nil {
 				t.Errorf("%s: %v", key, err)
 				continue
@@ -322,9 +323,9 @@ func TestExplain(t *testing.T) {
 				t.Errorf("%s (-want +got):\n%s", key, diff)
 			}
 		}
-		_, err := r.GC().Explain(t.Context(), "nowhere", "x")
+		_, err := r.Collector().Explain(t.Context(), "nowhere", "x")
 		wantError(t, err, ErrStoreNotFound)
-		_, err = r.GC().Explain(t.Context(), "default", "../x")
+		_, err = r.Collector().Explain(t.Context(), "default", "../x")
 		wantError(t, err, object.ErrInvalidKey)
 	})
 }
@@ -353,18 +354,18 @@ func TestExplainWithoutAllReferences(t *testing.T) {
 		unread := fmt.Sprintf(`; not all that hold it are known: references of a snapshot cannot be read: snapshot "unreadable" (%d): `, bad.ID)
 		for name, tc := range map[string]struct {
 			of   segment.Segment
-			want gc.Explanation // without what is cut off its reason
+			want collect.Explanation // without what is cut off its reason
 		}{
-			"live": {live, gc.Explanation{Kept: true, Reason: "the segment lives" + unread, Snapshots: holder, Holders: 2}},
-			"held by one that is readable": {held, gc.Explanation{
+			"live": {live, collect.Explanation{Kept: true, Reason: "the segment lives" + unread, Snapshots: holder, Holders: 2}},
+			"held by one that is readable": {held, collect.Explanation{
 				Kept: true, Reason: "it was dropped at " + drop + ` and is held by snapshot "readable"` + unread, Unit: held.ID, Snapshots: holder, Holders: 1,
 			}},
-			"held by the other": {lost, gc.Explanation{
-				Kept: true, Reason: "it was dropped at " + drop + " and stays until it can be told whether anything holds it" + unread, Unit: lost.ID,
+			"held by the other": {lost, collect.Explanation{
+				Kept: true, Reason: "it was dropped at " + drop + " and stays until its holders are known" + unread, Unit: lost.ID,
 			}},
-			"granted": {granted, gc.Explanation{Reason: `the unit was granted to "tester" at ` + drop + ", who deletes it", Unit: granted.ID}},
+			"granted": {granted, collect.Explanation{Reason: `the unit was granted to "tester" at ` + drop + ", who deletes it", Unit: granted.ID}},
 		} {
-			got, err := r.GC().Explain(t.Context(), "default", "data/"+tc.of.Files[0].Path)
+			got, err := r.Collector().Explain(t.Context(), "default", "data/"+tc.of.Files[0].Path)
 			if err != nil {
 				t.Errorf("%s: %v", name, err)
 				continue
@@ -390,7 +391,7 @@ func TestExplainPromisesNothing(t *testing.T) {
 		col, _, _ := w.collection(r, "c")
 		var list []segment.Segment
 		var ids []int64
-		for range gc.StopUnits {
+		for range collect.StopUnits {
 			s := w.segment(r, col, 0, 1, 5)
 			list, ids = append(list, s), append(ids, s.ID)
 		}
@@ -411,7 +412,7 @@ func TestExplainPromisesNothing(t *testing.T) {
 			{off, key, "the collector is off, so it goes with `snapshotctl gc run`, once the tolerance is over"},
 			{off, dead, "the collector is off, so it goes with `snapshotctl gc run --sweep`"},
 		} {
-			if e, err := tc.by.GC().Explain(t.Context(), "default", tc.key); err != nil || !e.Kept || !strings.HasSuffix(e.Reason, tc.want) {
+			if e, err := tc.by.Collector().Explain(t.Context(), "default", tc.key); err != nil || !e.Kept || !strings.HasSuffix(e.Reason, tc.want) {
 				t.Errorf("%s: %+v, want %q, err = %v", tc.key, e, tc.want, err)
 			}
 		}
@@ -441,7 +442,7 @@ func TestLeaderSweeps(t *testing.T) {
 		}
 		w.write(dir+"manifest-0.avro", dir+"metadata.json") // a creator that was frozen
 		time.Sleep(2 * time.Minute)
-		if st := r.GC().SweepStats(); st.End.IsZero() || st.Error != "" || st.Waiting != 2 || st.Foreign != 1 {
+		if st := r.Collector().SweepStats(); st.End.IsZero() || st.Error != "" || st.Waiting != 2 || st.Foreign != 1 {
 			t.Errorf("the first sweep: %+v", st)
 		}
 		time.Sleep(3 * time.Hour)

@@ -316,7 +316,7 @@ func (w *world) live() {
 	time.Sleep(4 * time.Hour)
 	settle()
 	if left := w.keysUnder(keys.CollectionPrefix); len(left) > 0 {
-		t.Errorf("left: %v; the last round: %+v", left, a.GC().LastRound())
+		t.Errorf("left: %v; the last round: %+v", left, a.Collector().LastCycle())
 	}
 }
 

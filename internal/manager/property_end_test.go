@@ -14,6 +14,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -43,7 +44,7 @@ func (c *course) restore(m *member, s step) {
 
 // collect has a round made, of all or of one collection.
 func (c *course) collect(m *member, s step) {
-	o := gc.CollectOptions{DryRun: s.C%5 == 0}
+	o := collect.CycleOptions{DryRun: s.C%5 == 0}
 	if s.C%3 == 0 {
 		o.Tolerance = new(time.Duration)
 	}
@@ -53,7 +54,7 @@ func (c *course) collect(m *member, s step) {
 	c.call(func(ctx context.Context) {
 		_, _ = m.Collect(ctx, o)
 		if s.C%2 == 0 {
-			_, _ = m.GC().Sweep(ctx, gc.SweepOptions{DryRun: s.C%5 == 0})
+			_, _ = m.Collector().Sweep(ctx, collect.SweepOptions{DryRun: s.C%5 == 0})
 		}
 	})
 }

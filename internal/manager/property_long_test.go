@@ -10,7 +10,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
-	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -139,10 +139,10 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 		time.Sleep(3 * time.Minute)
 		settle()
 		// They are nearly all of the collection, so somebody has to insist.
-		if last := r.GC().LastRound(); last == nil || len(last.Stops) != 1 {
+		if last := r.Collector().LastCycle(); last == nil || len(last.Stops) != 1 {
 			t.Errorf("the last round: %+v", last)
 		}
-		if _, s := w.round(r, gc.CollectOptions{Collection: catalog.Ref{ID: col.ID}, Force: true}); s.Granted != int64(end.Units) {
+		if _, s := w.round(r, collect.CycleOptions{Collection: catalog.Ref{ID: col.ID}, Force: true}); s.Granted != int64(end.Units) {
 			t.Errorf("granted: %d of %d", s.Granted, end.Units)
 		}
 		time.Sleep(time.Minute)

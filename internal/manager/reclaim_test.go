@@ -882,7 +882,7 @@ func TestDeleteThatFailsIsTriedAgain(t *testing.T) {
 			t.Errorf("%d tombstones, stats %+v, files %v", n, st, w.objectsUnder("data/"))
 		}
 		confirmed, err := r.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, ids)
-		if err != nil || !slices.Equal(confirmed, []gc.Confirmation{gc.NotTheCallers, gc.NotTheCallers, gc.NotTheCallers}) {
+		if err != nil || !slices.Equal(confirmed, []gc.Confirmation{gc.OwnedBySnapshotd, gc.OwnedBySnapshotd, gc.OwnedBySnapshotd}) {
 			t.Errorf("got %v, err = %v", confirmed, err)
 		}
 		r.store.FailNth(object.OpDelete, 0, object.FaultAfter)

@@ -7,7 +7,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
-	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/request"
@@ -204,14 +204,14 @@ func TestRestoreIntoTheNameOfTheDropped(t *testing.T) {
 		if end := w.ended(r, w.restore(r, sp).ID); end.Job.State != copyjob.Completed {
 			t.Fatalf("%+v", end.Job)
 		}
-		w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+		w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
 		back, err := r.catalog.Collection(t.Context(), catalog.Ref{DB: "default", Name: "c"})
 		if err != nil {
 			t.Fatal(err)
 		}
 		two := w.create(r, back, "two")
 		w.dropSnapshot(r, s)
-		w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+		w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
 		time.Sleep(time.Hour)
 		settle()
 		for _, seg := range w.segments(r, two) {

@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
-	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
@@ -86,7 +86,7 @@ func TestFileOfTwoCollections(t *testing.T) {
 
 		w.drops(r, clone)
 		w.dropSegments(r, prod, s.ID)
-		w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+		w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
 		time.Sleep(10 * time.Minute)
 		settle()
 		if got := w.objectsUnder("data/"); !slices.Contains(got, "data/"+s.Files[0].Path) {
@@ -115,7 +115,7 @@ func TestEqualNumbers(t *testing.T) {
 		w.addWritten(r, b, equal)
 		w.dropSegments(r, b, equal.ID)
 		w.drops(r, b)
-		w.round(r, gc.CollectOptions{Tolerance: new(time.Duration)})
+		w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
 		time.Sleep(10 * time.Minute)
 		settle()
 		if got, want := w.objectsUnder("data/"), "data/"+of.Files[0].Path; len(got) != 1 || got[0] != want {

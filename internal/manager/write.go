@@ -350,7 +350,7 @@ func (w *snapshotWriter) finish(ctx context.Context) (*Snapshot, error) {
 	}
 	next.Metadata, next.refs = manifest.Sum(data), w.refsFile
 	next.ManifestBytes += w.refsFile.Length + int64(len(data))
-	w.m.gc.Offer(next.ID, next.Metadata, w.refs)
+	w.m.gc.Prime(next.ID, next.Metadata, w.refs)
 	return next, nil
 }
 

@@ -13,6 +13,7 @@ import (
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
@@ -69,9 +70,9 @@ func (s *collectors) Collect(req *pb.CollectRequest, stream grpc.ServerStreaming
 		return &catalog.InvalidError{Field: "sweep", Problem: "excludes a collection: it is about snapshotd's own prefixes, in all stores"}
 	}
 	items := batcher[*pb.CollectItem]{send: func(list []*pb.CollectItem) error { return stream.Send(&pb.CollectResponse{Items: list}) }}
-	o := gc.CollectOptions{
+	o := collect.CycleOptions{
 		Collection: collectionRef(req.GetCollection()), DryRun: req.GetDryRun(), Force: req.GetForce(), Sweep: req.GetSweep(),
-		Emit: func(item gc.Item) error { return items.add(itemToProto(&item)) },
+		Report: func(item collect.Item) error { return items.add(itemToProto(&item)) },
 	}
 	if req.GetTolerance() != nil {
 		tolerance := req.GetTolerance().AsDuration()
@@ -100,7 +101,7 @@ func (s *collectors) GetCollectorStatus(ctx context.Context, _ *pb.GetCollectorS
 		LastRound: summaryToProto(now.LastRound), Deleting: int64(now.Deleting), Unconfirmed: int64(now.Unconfirmed),
 		Tolerance: durationpb.New(now.Tolerance), MaxShare: now.MaxShare, StopUnits: int64(now.StopUnits), Enabled: now.Enabled, Blocked: clip(now.Blocked),
 		ClockStopped: clip(now.Clock),
-		Halts: convert(now.Halts, func(h gc.Halt) *pb.CollectorHalt {
+		Halts: convert(now.Halts, func(h collect.Halt) *pb.CollectorHalt {
 			return &pb.CollectorHalt{
 				Name: h.Name, What: h.What, Error: clip(h.Error), SinceTime: timeToProto(h.Since), Replica: h.Replica, Failures: h.Failures,
 			}
@@ -109,7 +110,7 @@ func (s *collectors) GetCollectorStatus(ctx context.Context, _ *pb.GetCollectorS
 }
 
 func (s *collectors) ExplainObject(ctx context.Context, req *pb.ExplainObjectRequest) (*pb.ExplainObjectResponse, error) {
-	e, err := s.manager.GC().Explain(ctx, cmp.Or(req.GetStore(), s.snapshotStore), req.GetKey())
+	e, err := s.manager.Collector().Explain(ctx, cmp.Or(req.GetStore(), s.snapshotStore), req.GetKey())
 	switch {
 	case errors.Is(err, object.ErrInvalidKey):
 		return nil, &catalog.InvalidError{Field: "key", Problem: "is not one that an object of the store could have"}
@@ -127,13 +128,13 @@ func (s *collectors) ExplainObject(ctx context.Context, req *pb.ExplainObjectReq
 }
 
 func (s *collectors) ListOrphans(req *pb.ListOrphansRequest, stream grpc.ServerStreamingServer[pb.ListOrphansResponse]) error {
-	return s.orphans(stream.Context(), gc.OrphanOptions{Collection: collectionRef(req.GetCollection())}, func(list []*pb.Orphan) error {
+	return s.orphans(stream.Context(), collect.OrphanOptions{Collection: collectionRef(req.GetCollection())}, func(list []*pb.Orphan) error {
 		return stream.Send(&pb.ListOrphansResponse{Orphans: list})
 	})
 }
 
 func (s *collectors) DeleteOrphans(req *pb.DeleteOrphansRequest, stream grpc.ServerStreamingServer[pb.DeleteOrphansResponse]) error {
-	o := gc.OrphanOptions{Collection: collectionRef(req.GetCollection()), Grace: req.GetGrace().AsDuration(), Delete: true}
+	o := collect.OrphanOptions{Collection: collectionRef(req.GetCollection()), Grace: req.GetGrace().AsDuration(), Delete: true}
 	return s.orphans(stream.Context(), o, func(list []*pb.Orphan) error {
 		return stream.Send(&pb.DeleteOrphansResponse{Deleted: list})
 	})
@@ -141,10 +142,10 @@ func (s *collectors) DeleteOrphans(req *pb.DeleteOrphansRequest, stream grpc.Ser
 
 // orphans sends orphans as they are found. What was found, or deleted, before an
 // error is told all the same.
-func (s *collectors) orphans(ctx context.Context, o gc.OrphanOptions, send func([]*pb.Orphan) error) error {
+func (s *collectors) orphans(ctx context.Context, o collect.OrphanOptions, send func([]*pb.Orphan) error) error {
 	list := batcher[*pb.Orphan]{send: send}
-	o.Emit = func(x gc.Orphan) error { return list.add(orphanToProto(&x)) }
-	err := s.manager.GC().Orphans(ctx, o)
+	o.Report = func(x collect.Orphan) error { return list.add(orphanToProto(&x)) }
+	err := s.manager.Collector().Orphans(ctx, o)
 	if flushErr := list.flush(); err == nil {
 		err = flushErr
 	}
@@ -166,49 +167,49 @@ func (s *collectors) Recover(ctx context.Context, req *pb.RecoverRequest) (*pb.R
 	return &pb.RecoverResponse{WasBehind: behind, NextId: next, SkippedFrom: from}, nil
 }
 
-func orphanToProto(o *gc.Orphan) *pb.Orphan {
+func orphanToProto(o *collect.Orphan) *pb.Orphan {
 	return &pb.Orphan{
 		Store: o.Store, Key: strings.ToValidUTF8(o.Key, "\uFFFD"), Size: o.Size, ModTime: timeToProto(o.ModTime), Age: durationpb.New(o.Age),
 		Reason: clip(o.Reason), Deletable: o.Deletable, CollectionId: o.Collection, Young: o.Young,
 	}
 }
 
-var itemKinds = map[gc.ItemKind]pb.CollectItem_Kind{
-	gc.ItemSegment:    pb.CollectItem_KIND_SEGMENT,
-	gc.ItemBuild:      pb.CollectItem_KIND_INDEX_BUILD,
-	gc.ItemFiles:      pb.CollectItem_KIND_FILES,
-	gc.ItemPartition:  pb.CollectItem_KIND_PARTITION,
-	gc.ItemIndex:      pb.CollectItem_KIND_INDEX,
-	gc.ItemCollection: pb.CollectItem_KIND_COLLECTION,
-	gc.ItemSnapshot:   pb.CollectItem_KIND_SNAPSHOT,
+var itemKinds = map[collect.ItemKind]pb.CollectItem_Kind{
+	collect.ItemSegment:    pb.CollectItem_KIND_SEGMENT,
+	collect.ItemBuild:      pb.CollectItem_KIND_INDEX_BUILD,
+	collect.ItemFiles:      pb.CollectItem_KIND_FILES,
+	collect.ItemPartition:  pb.CollectItem_KIND_PARTITION,
+	collect.ItemIndex:      pb.CollectItem_KIND_INDEX,
+	collect.ItemCollection: pb.CollectItem_KIND_COLLECTION,
+	collect.ItemSnapshot:   pb.CollectItem_KIND_SNAPSHOT,
 }
 
-var actions = map[gc.Action]pb.CollectItem_Action{
-	gc.Deletes: pb.CollectItem_ACTION_DELETE,
-	gc.Keeps:   pb.CollectItem_ACTION_KEEP,
-	gc.Waits:   pb.CollectItem_ACTION_WAIT,
-	gc.Stops:   pb.CollectItem_ACTION_STOP,
+var actions = map[collect.Action]pb.CollectItem_Action{
+	collect.Deletes: pb.CollectItem_ACTION_DELETE,
+	collect.Keeps:   pb.CollectItem_ACTION_KEEP,
+	collect.Waits:   pb.CollectItem_ACTION_WAIT,
+	collect.Stops:   pb.CollectItem_ACTION_STOP,
 }
 
-func itemToProto(i *gc.Item) *pb.CollectItem {
+func itemToProto(i *collect.Item) *pb.CollectItem {
 	return &pb.CollectItem{
 		Kind: itemKinds[i.Kind], Action: actions[i.Action], CollectionId: i.Collection, Id: i.ID, Name: i.Name, Reason: clip(i.Reason),
 		DropTime: timeToProto(i.DropTime), Files: i.Files, Bytes: i.Bytes,
-		Objects: convert(i.Objects, func(o gc.Object) *pb.TombstoneFile {
+		Objects: convert(i.Objects, func(o collect.Object) *pb.TombstoneFile {
 			return &pb.TombstoneFile{Store: o.Store, Key: o.Key, Size: o.Size}
 		}),
 	}
 }
 
-func summaryToProto(s *gc.Summary) *pb.CollectSummary {
+func summaryToProto(s *collect.Summary) *pb.CollectSummary {
 	if s == nil {
 		return nil
 	}
 	return &pb.CollectSummary{
 		Replica: s.Replica, StartTime: timeToProto(s.Start), EndTime: timeToProto(s.End),
-		Granted: s.Granted, Files: s.Files, Bytes: s.Bytes, Waiting: s.Waiting, Held: s.Held, Parked: s.Parked, Removed: s.Removed,
-		Stops: convert(s.Stops, func(stop gc.Stop) *pb.CollectStop {
-			return &pb.CollectStop{CollectionId: stop.Collection, Due: stop.Due, Total: stop.Total}
+		Granted: s.Granted, Files: s.Files, Bytes: s.Bytes, Waiting: s.Waiting, Held: s.Held, Parked: s.Spilled, Removed: s.Removed,
+		Stops: convert(s.Stops, func(stop collect.Stop) *pb.CollectStop {
+			return &pb.CollectStop{CollectionId: stop.Collection, Due: stop.Eligible, Total: stop.Total}
 		}),
 		StopCount: s.StopCount, Error: clip(s.Error), Swept: s.Swept, SweptBytes: s.SweptBytes,
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
@@ -142,7 +143,7 @@ var classes = []class{
 
 	{err: gc.ErrLoading, code: codes.Unavailable, reason: "REFERENCES_LOADING", retry: time.Second},
 	{err: gc.ErrUnreadable, code: codes.FailedPrecondition, reason: "REFERENCES_UNREADABLE"},
-	{err: gc.ErrOrphanOptions, code: codes.InvalidArgument, reason: "INVALID_REQUEST"},
+	{err: collect.ErrOrphanOptions, code: codes.InvalidArgument, reason: "INVALID_REQUEST"},
 
 	{err: catalog.ErrRevisionChanged, code: codes.Aborted, reason: "REVISION_CHANGED"},
 	{err: catalog.ErrConflict, code: codes.Aborted, reason: "CONFLICT", retry: 100 * time.Millisecond},

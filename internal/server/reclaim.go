@@ -196,9 +196,9 @@ var unitStates = map[gc.State]pb.UnitReferences_State{
 }
 
 var confirmations = map[gc.Confirmation]pb.ConfirmResult_Outcome{
-	gc.Confirmed:     pb.ConfirmResult_OUTCOME_CONFIRMED,
-	gc.NoTombstone:   pb.ConfirmResult_OUTCOME_UNKNOWN,
-	gc.NotTheCallers: pb.ConfirmResult_OUTCOME_FOREIGN,
+	gc.Confirmed:        pb.ConfirmResult_OUTCOME_CONFIRMED,
+	gc.NoTombstone:      pb.ConfirmResult_OUTCOME_UNKNOWN,
+	gc.OwnedBySnapshotd: pb.ConfirmResult_OUTCOME_FOREIGN,
 }
 
 var deleters = map[pb.Deleter]gc.Deleter{

@@ -39,6 +39,8 @@ const (
 	election = "./internal/store/meta/election"
 	epoch    = "./internal/store/epoch"
 	gc       = "./internal/gc"
+	gcRefs   = "./internal/gc/refs"
+	collect  = "./internal/gc/collect"
 	manager  = "./internal/manager"
 	manifest = "./internal/store/manifest"
 	record   = "./internal/store/record"
@@ -90,7 +92,7 @@ var planted = []Mutant{
 		inMemory(manifest, "^TestDigest"), inMemory(manager, "^TestCorruptSnapshotIsSaidToBe$"),
 	}},
 	{Name: "age-by-local-clock", Breaks: "an object younger than the grace period is deleted", Tests: []Tests{
-		inMemory(gc, "^TestSweepTakes$"),
+		inMemory(collect, "^TestSweepTakes$"),
 	}},
 	{Name: "token-ignored", Breaks: "a repeated call takes effect twice", Tests: []Tests{
 		inMemory(manager, "^TestCreateTokens$"),
@@ -142,7 +144,7 @@ var regressions = []Mutant{
 		"deletes with unknown timestamps are captured without a row ceiling"),
 	regression("shard-without-checkpoint", "7c30525", manager, "TestChannelsWithoutCheckpoint",
 		"a shard without a checkpoint is missing from the metadata, and later shards take its place"),
-	regression("counted-twice", "778377b", gc, "TestSnapshotIsCountedOnce",
+	regression("counted-twice", "778377b", gcRefs, "TestSnapshotIsCountedOnce",
 		"two loaders count the references of one snapshot twice: its segments are held for ever"),
 	regression("target-not-empty", "69cc8fa", manager, "TestRestoreTargetNotEmpty",
 		"a restore writes among existing objects, and its rollback deletes them"),
@@ -156,7 +158,7 @@ var regressions = []Mutant{
 		"an upload that a worker left open stays for ever when the leader's clock is behind the store's"),
 	regression("altered-mark", "787e019", epoch, "TestAlteredMarks",
 		"a digit altered in transit makes a different valid high-water mark"),
-	regression("probe-that-died", "b91de25", gc, "TestSweepRemovesProbes",
+	regression("probe-that-died", "b91de25", collect, "TestSweepRemovesProbes",
 		"objects of a killed probe stay in the bucket for ever"),
 	regression("restore-and-altered-answers", "8da5041", manager, "TestRestoreAndAlteredAnswers",
 		"two altered answers in a row fail the restore of an intact snapshot as corrupt"),

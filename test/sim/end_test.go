@@ -11,6 +11,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -137,7 +138,7 @@ func (s *sim) dropAll() {
 	s.work.confirm(m)
 	s.rest(5 * time.Minute)
 	s.ask(m, "collect", func(ctx context.Context) error {
-		_, err := m.Collect(ctx, gc.CollectOptions{Force: true})
+		_, err := m.Collect(ctx, collect.CycleOptions{Force: true})
 		return err
 	})
 }

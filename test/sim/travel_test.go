@@ -12,6 +12,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
@@ -247,12 +248,12 @@ func (s *sim) forbidden(m *member, collection, snapshot int64) {
 		})
 	case 3:
 		w.call(m, "collect", func(ctx context.Context) (string, func()) {
-			sum, err := m.Collect(ctx, gc.CollectOptions{Force: true, Tolerance: new(time.Duration)})
+			sum, err := m.Collect(ctx, collect.CycleOptions{Force: true, Tolerance: new(time.Duration)})
 			return answer(err, "%d granted", sum.Granted), nil
 		})
 	case 4:
 		w.call(m, "sweep", func(ctx context.Context) (string, func()) {
-			sum, err := m.GC().Sweep(ctx, gc.SweepOptions{})
+			sum, err := m.Collector().Sweep(ctx, collect.SweepOptions{})
 			return answer(err, "%d deleted", sum.Deleted), nil
 		})
 	case 5:

@@ -16,6 +16,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	trusted "github.com/snapshotd/snapshotd/internal/store/clock"
@@ -359,7 +360,7 @@ func (w *work) begin() {
 	case "cancel":
 		w.cancel(m)
 	case "collect":
-		o := gc.CollectOptions{DryRun: w.s.chance(0.1), Force: w.s.chance(0.3)}
+		o := collect.CycleOptions{DryRun: w.s.chance(0.1), Force: w.s.chance(0.3)}
 		if w.s.chance(0.5) {
 			o.Tolerance = new(time.Duration)
 		}
@@ -368,11 +369,11 @@ func (w *work) begin() {
 		}
 		w.call(m, "collect", func(ctx context.Context) (string, func()) {
 			sum, err := m.Collect(ctx, o)
-			return answer(err, "%d granted, %d held, %d parked", sum.Granted, sum.Held, sum.Parked), nil
+			return answer(err, "%d granted, %d held, %d parked", sum.Granted, sum.Held, sum.Spilled), nil
 		})
 	case "sweep":
 		w.call(m, "sweep", func(ctx context.Context) (string, func()) {
-			sum, err := m.GC().Sweep(ctx, gc.SweepOptions{})
+			sum, err := m.Collector().Sweep(ctx, collect.SweepOptions{})
 			return answer(err, "%d of %d deleted", sum.Deleted, sum.Objects), nil
 		})
 	case "list":

@@ -1,4 +1,4 @@
-package gc
+package refs
 
 import (
 	"math"
@@ -7,8 +7,9 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 )
 
-// idSet is a sorted set of ids: the first one, and how far each is from it. Sets
-// that are wider than that holds, which no allocator makes, are kept in full.
+// idSet is a sorted set of ids: the first id, and the distance of each id from it. A
+// set that is wider than a distance can express, which no allocator produces, is kept
+// in full.
 type idSet struct {
 	first   int64
 	offsets []uint32
@@ -51,7 +52,7 @@ func (s *idSet) has(id int64) bool {
 	return found
 }
 
-// snapshotRefs is what one snapshot references.
+// snapshotRefs holds the references of one snapshot.
 type snapshotRefs struct {
 	segments, builds idSet
 	files            []uint64 // hashes of foreign files, ascending
@@ -61,24 +62,23 @@ func newSnapshotRefs(r *manifest.Refs) *snapshotRefs {
 	return &snapshotRefs{segments: newIDSet(r.Segments), builds: newIDSet(r.Builds), files: r.Files}
 }
 
-// pageIDs is how many ids that lie side by side are counted side by side. The
-// allocator gives ids in ranges, so that most of a page is in use, and a snapshot
-// takes one look-up for many of its ids. A page with one id takes up to five times
-// what a count alone would.
+// pageIDs is the number of adjacent ids that share a page of counts. Ids are allocated
+// in ranges, so most of a page is in use, and a snapshot needs one map lookup for many
+// of its ids. A page with one id takes up to five times the space of a single count.
 const pageIDs = 16
 
-// counts tells how often each id was counted. Ids are positive.
+// counts holds the number of times that each id was counted. Ids are positive.
 type counts struct {
 	pages map[int64][pageIDs]int32
-	ids   int // that are counted at all
+	ids   int // ids with a count other than 0
 }
 
 func newCounts() counts { return counts{pages: map[int64][pageIDs]int32{}} }
 
 func (c *counts) of(id int64) int { return int(c.pages[id/pageIDs][id%pageIDs]) }
 
-// add adds n to each id of set, calling step with the number of those that are
-// done, where the counts are whole.
+// add adds n to each id of set. Between pages, where the counts are consistent, it
+// calls step with the number of ids that it has counted since the last call.
 func (c *counts) add(set *idSet, n int32, step func(ids int)) {
 	for i, end := 0, set.len(); i < end; {
 		from, number := i, set.at(i)/pageIDs
@@ -105,34 +105,35 @@ func (c *counts) add(set *idSet, n int32, step func(ids int)) {
 	}
 }
 
-// held counts, for one collection, how many snapshots reference each thing, so
-// that a look-up takes no longer when there are more snapshots.
-type held struct {
+// refCounts counts, for one collection, the snapshots that reference each segment,
+// build and foreign file. The time of a lookup does not depend on the number of
+// snapshots.
+type refCounts struct {
 	segments, builds counts
-	// files are those of all collections: a path may lie under the roots of
-	// several.
+	// files has those of all collections: a path may be under the roots of several.
 	files map[uint64]int32
 }
 
-func newHeld(files map[uint64]int32) held { return held{newCounts(), newCounts(), files} }
-
-// of returns how many snapshots reference the segment or build.
-func (h *held) of(w wanted) int {
-	if w.build != 0 {
-		return h.builds.of(w.build)
-	}
-	return h.segments.of(w.segment)
+func newRefCounts(files map[uint64]int32) refCounts {
+	return refCounts{newCounts(), newCounts(), files}
 }
 
-// countPart is how much of a snapshot is counted at a time, so that nobody waits
-// for all of it.
+// of returns the number of snapshots that reference the segment or build.
+func (c *refCounts) of(q Query) int {
+	if q.Build != 0 {
+		return c.builds.of(q.Build)
+	}
+	return c.segments.of(q.Segment)
+}
+
+// countPart is the number of references after which a count yields the lock.
 const countPart = 4096
 
-// everyPart returns a step that calls between after every few thousand things.
-func everyPart(between func()) func(things int) {
+// everyPart returns a step that calls between after each countPart references.
+func everyPart(between func()) func(refs int) {
 	part := 0
-	return func(things int) {
-		if part += things; part >= countPart {
+	return func(refs int) {
+		if part += refs; part >= countPart {
 			part = 0
 			between()
 		}
@@ -140,25 +141,24 @@ func everyPart(between func()) func(things int) {
 }
 
 // countIDs is count without the files.
-func (h *held) countIDs(r *snapshotRefs, n int32, between func()) {
+func (c *refCounts) countIDs(r *snapshotRefs, n int32, between func()) {
 	step := everyPart(between)
-	h.segments.add(&r.segments, n, step)
-	h.builds.add(&r.builds, n, step)
+	c.segments.add(&r.segments, n, step)
+	c.builds.add(&r.builds, n, step)
 }
 
-// count adds n, 1 or -1, for each thing that r references, calling between after
-// every few thousand of them. Counts that are too high hold too much, never too
-// little: to add comes before a snapshot counts as known, to subtract after it is
-// known to be gone.
-func (h *held) count(r *snapshotRefs, n int32, between func()) {
+// count adds n, 1 or -1, for each reference of r, and calls between after each
+// countPart of them. A count that is too high holds too much, never too little:
+// callers add before a snapshot counts as known, and subtract after its end is known.
+func (c *refCounts) count(r *snapshotRefs, n int32, between func()) {
 	step := everyPart(between)
-	h.segments.add(&r.segments, n, step)
-	h.builds.add(&r.builds, n, step)
+	c.segments.add(&r.segments, n, step)
+	c.builds.add(&r.builds, n, step)
 	for _, file := range r.files {
-		if c := h.files[file] + n; c != 0 {
-			h.files[file] = c
+		if total := c.files[file] + n; total != 0 {
+			c.files[file] = total
 		} else {
-			delete(h.files, file)
+			delete(c.files, file)
 		}
 		step(1)
 	}

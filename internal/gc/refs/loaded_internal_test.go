@@ -1,4 +1,4 @@
-package gc
+package refs
 
 import (
 	"sync"
@@ -12,10 +12,10 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// While a loader counts what a snapshot references it gives up the lock, and the
-// others must not take that snapshot again: it would be counted twice, and its
-// collection count as known before it is. Whether another gets the lock in between
-// is up to the scheduler, hence several rounds.
+// While a loader counts the references of a snapshot it yields the lock. Another loader
+// must not take that snapshot again: it would be counted twice, and its collection
+// would count as known too early. The scheduler decides whether another goroutine gets
+// the lock in between, hence several attempts.
 func TestSnapshotIsCountedOnce(t *testing.T) {
 	for range 10 {
 		countOnce(t)
@@ -24,17 +24,17 @@ func TestSnapshotIsCountedOnce(t *testing.T) {
 
 func countOnce(t *testing.T) {
 	t.Helper()
-	x := newIndex(&Options{Log: zap.NewNop(), Now: time.Now, Interval: time.Minute})
+	x := New(Options{Log: zap.NewNop(), Now: time.Now, Interval: time.Minute})
 	ids := make([]int64, 100*countPart)
 	for i := range ids {
 		ids[i] = int64(i + 1)
 	}
 	x.mu.Lock()
-	x.expect(1, &storagev1.Snapshot{CollectionId: 7, State: committed})
+	x.ensure(1, &storagev1.Snapshot{CollectionId: 7, State: Committed})
 	x.mu.Unlock()
 	e, _ := x.next()
 	if e == nil {
-		t.Fatal("there is nothing to load")
+		t.Fatal("nothing to load")
 	}
 	var counted atomic.Bool
 	var group sync.WaitGroup
@@ -43,7 +43,7 @@ func countOnce(t *testing.T) {
 		close(began)
 		for !counted.Load() {
 			if again, _ := x.next(); again != nil {
-				t.Errorf("snapshot %d is to be loaded again", again.id)
+				t.Errorf("snapshot %d is loaded again", again.id)
 				return
 			}
 		}
@@ -52,7 +52,7 @@ func countOnce(t *testing.T) {
 	x.loaded(e, newSnapshotRefs(&manifest.Refs{Segments: ids}), nil)
 	counted.Store(true)
 	group.Wait()
-	if got := x.count(7, wanted{segment: 1}); got != 1 {
+	if got := x.Count(7, Query{Segment: 1}); got != 1 {
 		t.Errorf("the segment is counted %d times", got)
 	}
 	if got := len(x.collections[7].missing); got != 0 {
