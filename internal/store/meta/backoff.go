@@ -6,10 +6,10 @@ import (
 	"time"
 )
 
-// Backoff gives the pauses between attempts at a store that does not answer.
-// They double from Min to Max, and each is cut by up to a half at random, so
-// that replicas which failed together do not come back together. The zero value
-// is ready; it is not safe for concurrent use.
+// Backoff computes the pauses between attempts at an unavailable store. They double from
+// Min to Max, and each is reduced by a random part of up to a half, so that replicas that
+// failed together do not retry together. The zero value is ready to use. It is not safe for
+// concurrent use.
 type Backoff struct {
 	Min  time.Duration  // default 50 ms
 	Max  time.Duration  // default 5 s
@@ -42,7 +42,7 @@ func (b *Backoff) Next() time.Duration {
 	return d - time.Duration(random()*float64(d)/2)
 }
 
-// Reset makes the next pause the shortest again.
+// Reset makes the next pause the shortest one.
 func (b *Backoff) Reset() { b.attempts = 0 }
 
 // Wait pauses, or returns ctx's error as soon as ctx ends.
@@ -57,9 +57,9 @@ func (b *Backoff) Wait(ctx context.Context) error {
 	}
 }
 
-// Pause waits a little before an attempt at a change whose premises changed: 2 ms
-// for each attempt before it, so not at all before attempt 0. It returns ctx's
-// error as soon as ctx ends, also when it does not wait.
+// Pause waits before another attempt at a change whose preconditions failed: 2 ms for each
+// earlier attempt, none before attempt 0. It returns ctx's error as soon as ctx ends, also
+// without a wait.
 func Pause(ctx context.Context, attempt int) error {
 	if attempt == 0 {
 		return ctx.Err()

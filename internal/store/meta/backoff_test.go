@@ -13,16 +13,16 @@ import (
 func TestPause(t *testing.T) {
 	for name, c := range map[string]struct {
 		attempt int
-		ends    time.Duration // of the context; 0: it has ended
+		ends    time.Duration // of the context; 0: ended
 		want    error
 		took    time.Duration
 	}{
-		"the first":        {0, time.Hour, nil, 0},
-		"the second":       {1, time.Hour, nil, 2 * time.Millisecond},
-		"a later one":      {50, time.Hour, nil, 100 * time.Millisecond},
-		"the first, ended": {0, 0, context.DeadlineExceeded, 0},
-		"another, ended":   {5, 0, context.DeadlineExceeded, 0},
-		"it ends":          {50, 30 * time.Millisecond, context.DeadlineExceeded, 30 * time.Millisecond},
+		"first":        {0, time.Hour, nil, 0},
+		"second":       {1, time.Hour, nil, 2 * time.Millisecond},
+		"later":        {50, time.Hour, nil, 100 * time.Millisecond},
+		"first, ended": {0, 0, context.DeadlineExceeded, 0},
+		"later, ended": {5, 0, context.DeadlineExceeded, 0},
+		"ends":         {50, 30 * time.Millisecond, context.DeadlineExceeded, 30 * time.Millisecond},
 	} {
 		t.Run(name, func(t *testing.T) {
 			virtual.Test(t, func(t *testing.T) {

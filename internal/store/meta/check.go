@@ -5,9 +5,9 @@ import (
 	"strings"
 )
 
-// Check returns ErrTooLarge or ErrInvalid when t breaks a limit or a rule of
-// this package. A [KV] checks every transaction before anything else, so that
-// both implementations refuse the same ones.
+// Check returns ErrTooLarge or ErrInvalid if t violates a limit or a rule of this package. A
+// [KV] calls it before anything else, so that both implementations refuse the same
+// transactions.
 func (t Txn) Check() error {
 	if n := max(len(t.If), len(t.Then), len(t.Else)); n > MaxTxnOps {
 		return fmt.Errorf("%w: %d in one list, at most %d", ErrTooLarge, n, MaxTxnOps)
@@ -69,8 +69,8 @@ func checkOps(ops []Op) error {
 	return nil
 }
 
-// CheckRange returns ErrTooLarge or ErrInvalid when there can be no key from, if
-// to is empty, or no range [from, to).
+// CheckRange returns ErrTooLarge or ErrInvalid if [from, to) is not a valid range, or from
+// is not a valid key if to is empty.
 func CheckRange(from, to string) error {
 	switch {
 	case max(len(from), len(to)) > MaxKeyBytes:
@@ -83,11 +83,11 @@ func CheckRange(from, to string) error {
 	return nil
 }
 
-// endOfKeys is the end of the range of all keys, those that begin with "/". One
-// that went further would reach into what others keep in the same etcd.
+// endOfKeys is the end of the range of all keys, which begin with "/". A range beyond it
+// would include foreign keys of the same etcd.
 const endOfKeys = "0"
 
-// InRange tells whether key lies in [from, to), or is from when to is empty.
+// InRange reports whether key is in [from, to), or equals from if to is empty.
 func InRange(key, from, to string) bool {
 	if to == "" {
 		return key == from
@@ -95,7 +95,7 @@ func InRange(key, from, to string) bool {
 	return from <= key && key < to
 }
 
-// CheckSpan is [CheckRange] for a scan or a watch, which take no single key.
+// CheckSpan is [CheckRange] for a scan or a watch, which require an end.
 func CheckSpan(from, to string) error {
 	if to == "" {
 		return fmt.Errorf("%w: range from %q without an end", ErrInvalid, from)

@@ -28,8 +28,7 @@ func TestPrefix(t *testing.T) {
 	}
 }
 
-// What Check refuses both stores refuse in the suite; here only which limit
-// counts what.
+// The suite tests the refusals of both stores; this test checks how the limits count.
 func TestCheckCountsAllLists(t *testing.T) {
 	half := make([]byte, meta.MaxTxnBytes/2)
 	txn := meta.Txn{

@@ -27,26 +27,25 @@ const (
 
 // Call is one call of a [Faulty].
 type Call struct {
-	N      int // how many calls there were before it, of all methods
+	N      int // number of earlier calls of all methods
 	Method Method
 }
 
-// Fault is what becomes of a [Call].
+// Fault is a fault that a [Faulty] injects into a [Call].
 type Fault int
 
 // The faults. A failed call returns an error that wraps [ErrUnavailable].
 const (
 	NoFault Fault = iota
-	Before        // the call fails and does nothing
-	After         // the call does what it should, and fails all the same
+	Before        // the call fails without effect
+	After         // the call takes effect, and fails
 )
 
-// Faulty is a [KV] whose calls fail when a test wants them to, before or after
-// they took effect, or hang. It counts, so that a test can assert that the fault
-// it planned has happened. A Watch that fails returns a watcher that does; a Next
-// that fails ends its watch, as in every [KV].
+// Faulty decorates a [KV] for tests: it fails calls before or after they took effect, or
+// blocks them. It counts calls and faults, so that a test can assert that its fault fired. A
+// failed Watch returns a failed watcher; a failed Next ends its watch, as in every [KV].
 //
-// Faulty is safe for concurrent use, its switches included.
+// All methods of Faulty are safe for concurrent use.
 type Faulty struct {
 	kv KV
 
@@ -59,20 +58,19 @@ type Faulty struct {
 
 var _ KV = (*Faulty)(nil)
 
-// NewFaulty returns a Faulty over kv that does nothing yet but count.
+// NewFaulty returns a Faulty over kv that only counts.
 func NewFaulty(kv KV) *Faulty { return &Faulty{kv: kv} }
 
-// Hook has fn decide about every call from now on; nil stops that. Calls may
-// come at the same time.
+// Hook sets the function that chooses the fault of each later call, nil for none. Calls of
+// fn may be concurrent.
 func (f *Faulty) Hook(fn func(Call) Fault) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.hook = fn
 }
 
-// FailNth plans one fault: the call that n calls from now precede, counting only
-// those of the given methods if any are given. It replaces what was planned, and
-// sets Fired back.
+// FailNth plans one fault for the call after the next n calls, counting only the given
+// methods if any. It replaces earlier plans, and resets Fired.
 func (f *Faulty) FailNth(n int, fault Fault, methods ...Method) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -92,23 +90,23 @@ func (f *Faulty) FailNth(n int, fault Fault, methods ...Method) {
 	}
 }
 
-// Calls returns how many calls there have been.
+// Calls returns the number of calls.
 func (f *Faulty) Calls() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.calls
 }
 
-// Fired returns how many calls were made to fail since the last FailNth.
+// Fired returns the number of injected faults since the last FailNth.
 func (f *Faulty) Fired() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.fired
 }
 
-// Freeze makes every call block, on its way in and on its way out, until Thaw or
-// the end of its context: what a process sees that is stopped, or cut off. Calls
-// under way still take effect.
+// Freeze blocks every call, before its execution and before its return, until Thaw or the
+// end of its context, like a stopped or disconnected process. Calls under way still take
+// effect.
 func (f *Faulty) Freeze() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -117,7 +115,7 @@ func (f *Faulty) Freeze() {
 	}
 }
 
-// Thaw lets the calls go on that Freeze blocks.
+// Thaw releases the calls that Freeze blocks.
 func (f *Faulty) Thaw() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -127,8 +125,8 @@ func (f *Faulty) Thaw() {
 	}
 }
 
-// melt waits while f is frozen.
-func (f *Faulty) melt(ctx context.Context, m Method) error {
+// waitThawed waits while f is frozen.
+func (f *Faulty) waitThawed(ctx context.Context, m Method) error {
 	for {
 		f.mu.Lock()
 		frozen := f.frozen
@@ -144,21 +142,21 @@ func (f *Faulty) melt(ctx context.Context, m Method) error {
 	}
 }
 
-// call is fail for a call that can block.
+// call is fail for a call that may block.
 func (f *Faulty) call(ctx context.Context, m Method, do func() error) error {
-	if err := f.melt(ctx, m); err != nil {
+	if err := f.waitThawed(ctx, m); err != nil {
 		return err
 	}
 	return f.fail(m, func() error {
 		if err := do(); err != nil {
 			return err
 		}
-		return f.melt(ctx, m)
+		return f.waitThawed(ctx, m)
 	})
 }
 
-// fail counts a call of m and runs do, unless the call is to fail before. do's
-// own error comes before a planned one.
+// fail counts a call of m and runs do, unless the fault is Before. The error of do takes
+// precedence over that of the fault.
 func (f *Faulty) fail(m Method, do func() error) error {
 	f.mu.Lock()
 	c, hook := Call{N: f.calls, Method: m}, f.hook
@@ -209,7 +207,8 @@ func (f *Faulty) Range(ctx context.Context, r Range) (res RangeResult, err error
 }
 
 // Scan implements [KV].
-func (f *Faulty) Scan(ctx context.Context, from, to string, revision int64, fn func([]KeyValue) error) (rev int64, err error) {
+func (f *Faulty) Scan(ctx context.Context, from, to string, revision int64, fn func([]KeyValue) error) (rev int64,
+	err error) {
 	err = f.call(ctx, MethodScan, func() (err error) {
 		rev, err = f.kv.Scan(ctx, from, to, revision, fn)
 		return err
@@ -266,7 +265,7 @@ func (f *Faulty) Watch(ctx context.Context, from, to string, after int64) Watche
 
 type faultyWatcher struct {
 	f   *Faulty
-	ctx context.Context //nolint:containedctx // that of the watch, which ends Next
+	ctx context.Context //nolint:containedctx // of the watch; its end ends Next
 	w   Watcher
 	err error // final
 }
@@ -288,7 +287,7 @@ func (w *faultyWatcher) Next() (b WatchBatch, err error) {
 func (w *faultyWatcher) Progress(ctx context.Context) error {
 	return w.f.call(ctx, MethodProgress, func() error {
 		if w.w == nil {
-			return fmt.Errorf("progress of a watch that failed: %w", ErrUnavailable)
+			return fmt.Errorf("progress of a failed watch: %w", ErrUnavailable)
 		}
 		return w.w.Progress(ctx)
 	})

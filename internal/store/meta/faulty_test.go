@@ -14,7 +14,7 @@ import (
 )
 
 // A Faulty without a plan changes nothing.
-func TestFaultyIsAKV(t *testing.T) {
+func TestFaultyContract(t *testing.T) {
 	metatest.Run(t, func(*testing.T) meta.KV { return meta.NewFaulty(memory.New(memory.Options{})) })
 }
 
@@ -27,7 +27,7 @@ func TestFaultyFailsNth(t *testing.T) {
 	for _, c := range []struct {
 		name  string
 		plan  func(*meta.Faulty)
-		fails int // which of the four puts fails
+		fails int // index of the put that fails
 		takes bool
 	}{
 		{"first, before", func(f *meta.Faulty) { f.FailNth(0, meta.Before) }, 0, false},
@@ -69,7 +69,7 @@ func TestFaultyFailsNth(t *testing.T) {
 	}
 }
 
-// A watch that fails, or whose Next does, is over.
+// A failed watch, and one with a failed Next, has ended.
 func TestFaultyWatch(t *testing.T) {
 	ctx := t.Context()
 	f := meta.NewFaulty(memory.New(memory.Options{}))
@@ -86,7 +86,7 @@ func TestFaultyWatch(t *testing.T) {
 				}
 			}
 			if f.Fired() != 1 {
-				t.Errorf("fault %d of %s has not fired", fault, m)
+				t.Errorf("fault %d of %s did not fire", fault, m)
 			}
 		}
 	}
@@ -110,7 +110,7 @@ func TestFaultyFreeze(t *testing.T) {
 		}()
 		virtual.Wait() // Next is under way
 		f.Freeze()
-		f.Freeze() // the same as once
+		f.Freeze() // no further effect
 
 		var wg sync.WaitGroup
 		var frozen time.Duration
@@ -127,7 +127,7 @@ func TestFaultyFreeze(t *testing.T) {
 		if _, _, _, err := f.Get(short, "/a"); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("get while frozen: got error %v, want the context's", err)
 		}
-		// What others write does not get through, not even to the call under way.
+		// Writes of others are not received, not even by the call under way.
 		if _, err := store.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Put("/b", nil)}}); err != nil {
 			t.Fatal(err)
 		}
@@ -160,7 +160,7 @@ func TestBackoff(t *testing.T) {
 	}
 	b.Rand = func() float64 { return 0.5 }
 	if got, want := b.Next(), 750*time.Millisecond; got != want {
-		t.Errorf("half way of chance: got %v, want %v", got, want)
+		t.Errorf("random 0.5: got %v, want %v", got, want)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()

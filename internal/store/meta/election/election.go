@@ -1,13 +1,12 @@
-// Package election elects one leader among replicas, with one key of a
-// [meta.KV]: who put it, under a lease, leads for as long as that very key is
-// there.
+// Package election elects one leader among replicas, with one key of a [meta.KV]: the
+// replica that put it under a lease leads while this key exists.
 //
-// A candidate goes round three states:
+// A candidate cycles through three states:
 //
-//	waiting  --the key is gone-->  claiming  --its txn won-->  leading
-//	   ^                              |                           |
-//	   +----------- lost -------------+                           |
-//	   +--- lead returned, key or lease lost, no proof for a TTL -+
+//	waiting  --key deleted-->  claiming  --txn succeeded-->  leading
+//	   ^                           |                            |
+//	   +---------- lost -----------+                            |
+//	   +-- lead returned, key or lease lost, no proof for a TTL +
 //
 //	waiting   reads the key, and watches it until it is deleted
 //	claiming  grants a lease; then one txn: key absent -> key = name under the
@@ -15,31 +14,31 @@
 //	leading   calls lead; renews the lease each third of its TTL; watches the key.
 //	          At the end revokes the lease, which deletes the key
 //
-// The key's create revision is the term: it grows, and never comes back. Leading
-// is known for sure only to the store. A leader that is stopped, or whose clock
-// stands, may believe in its term after another has begun the next. So whatever
-// it writes must compare [Term.Fence]; the context of lead ends the work of a
-// leader that was deposed, but protects nothing.
+// The key's create revision is the term: it grows and never repeats. Only the store knows
+// the leader for certain. A leader that is frozen, or whose clock stopped, may consider its
+// term valid after another replica has begun the next one. Therefore each write of a leader
+// must compare [Term.Fence]; the end of lead's context stops the work of a deposed leader,
+// but protects nothing.
 //
-// What can go wrong, and what follows:
+// Failures:
 //
-//	the claim gets no answer     it is repeated: the key under our own lease, found
-//	                             by the else branch, is a claim that had won. What
-//	                             may still be on its way dies with the lease
-//	a renewal gets no answer     it is tried again; after a TTL since the last one
-//	                             that was confirmed was begun, lead's context ends
-//	the lease is gone            lead's context ends at once
-//	the key is gone or another   the same; the watch tells
-//	the watch is lost            it is opened again
-//	the replica is frozen        the lease ends, another is elected; when it goes
-//	                             on its fenced writes are refused and its context
-//	                             ends
-//	the store is lost            lead's context ends after a TTL; nobody leads
-//	                             until it is back
-//	the store is full            lease grants are refused: who leads goes on, but
-//	                             nobody is elected
-//	lead does not return         no other candidate is held up: the lease is no
-//	                             longer renewed, and ends
+//	the claim: no reply          it is repeated: if the else branch finds the key under the
+//	                             candidate's lease, the claim had succeeded. Late
+//	                             transactions fail after the end of the lease
+//	a renewal: no reply          it is retried; a TTL after the start of the last confirmed
+//	                             renewal lead's context ends
+//	the lease has ended          lead's context ends immediately
+//	the key is deleted or        likewise, detected by the watch
+//	replaced
+//	the watch is lost            it is reopened
+//	the replica is frozen        the lease ends, another replica is elected; after the
+//	                             freeze fenced writes fail and lead's context ends
+//	the store is lost            lead's context ends after a TTL; no replica leads until
+//	                             the store is back
+//	the store is full            lease grants are refused: the leader continues, but no
+//	                             other replica is elected
+//	lead does not return         other candidates are not blocked: the lease is no longer
+//	                             renewed, and ends
 package election
 
 import (
@@ -57,17 +56,17 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// ErrLost is the cause of the end of lead's context when the term is over, or
-// can no longer be proved, while Run goes on.
+// ErrLost is the cause of the end of lead's context if the term has ended, or can no longer
+// be proved, while Run continues.
 var ErrLost = errors.New("leadership lost")
 
 // Options configure an [Election].
 type Options struct {
 	KV   meta.KV // required
 	Key  string  // required; the same for all candidates
-	Name string  // required; of this candidate, for people who look
-	// TTL is how long the others wait for a leader that is silent. Default 10 s,
-	// at least 1 s.
+	Name string  // required; of this candidate, informative
+	// TTL is how long a leader may be silent before it is replaced. Default 10 s, at
+	// least 1 s.
 	TTL  time.Duration
 	Log  *zap.Logger    // default: none
 	Rand func() float64 // in [0, 1), spreads retries; default [rand.Float64]
@@ -79,17 +78,16 @@ type Election struct{ o Options }
 // Term is one term of a leader.
 type Term struct {
 	Key    string
-	Create int64 // the revision at which it began
+	Create int64 // the revision of its start
 	Name   string
 }
 
-// Fence holds for as long as the term does. Every write that only a leader may
-// make compares it.
+// Fence holds during the term. Every write of a leader must compare it.
 func (t Term) Fence() meta.Cond {
 	return meta.SameKey(t.Key, t.Create)
 }
 
-// New returns a candidate that does nothing yet.
+// New returns a candidate, which is inactive until Run.
 func New(o Options) *Election {
 	if o.TTL <= 0 {
 		o.TTL = 10 * time.Second
@@ -105,48 +103,48 @@ func New(o Options) *Election {
 	return &Election{o}
 }
 
-// Run is a candidate until ctx ends, and then returns nil. Each time it is
-// elected it calls lead, with a context that ends with the term or with ctx, and
-// waits for it to return. Then it resigns, so that another is elected at once,
-// and stands again after a pause. An error of lead is logged.
+// Run takes part in elections until ctx ends, and then returns nil. After each election it
+// calls lead, with a context that ends with the term or with ctx, and waits for its return.
+// Then it resigns, so that another replica is elected immediately, and takes part again
+// after a pause. Errors of lead are logged.
 //
-// Run must not be called twice at the same time.
+// Calls of Run must not be concurrent.
 func (e *Election) Run(ctx context.Context, lead func(ctx context.Context, term Term) error) error {
 	backoff := meta.Backoff{Min: e.o.TTL / 100, Max: e.o.TTL / 2, Rand: e.o.Rand}
-	// A leader that resigned leaves the next term to the others, if there are any.
+	// A leader that resigned lets other candidates claim the next term.
 	pause := meta.Backoff{Min: e.o.TTL / 10, Max: e.o.TTL / 10, Rand: e.o.Rand}
-	failing := lasting.New(time.Now).Add(e.o.Log, "election", "a candidate or leader failed and stands again", "")
+	failing := lasting.New(time.Now).Add(e.o.Log, "election", "candidate or leader failed, retrying", "")
 	for ctx.Err() == nil {
-		led, err := e.stand(ctx, lead)
+		led, err := e.runOnce(ctx, lead)
 		if ctx.Err() != nil {
 			break
 		}
 		failing.Note(err, zap.Bool("led", led))
-		switch { // the loop looks at ctx
+		switch { // the loop checks ctx
 		case led:
 			backoff.Reset()
 			_ = pause.Wait(ctx)
 		case err != nil:
 			_ = backoff.Wait(ctx)
-		default: // somebody else was faster, and is now waited for
+		default: // another candidate has won
 			backoff.Reset()
 		}
 	}
-	return nil //nolint:nilerr // that ctx ended says all
+	return nil //nolint:nilerr // the end of ctx is not an error
 }
 
-// stand waits for the key to be free and claims it; if that succeeds, led is
-// true and lead has been called and has returned.
-func (e *Election) stand(ctx context.Context, lead func(context.Context, Term) error) (led bool, err error) {
+// runOnce waits until the key is absent and claims it. On success led is true, and lead was
+// called and has returned.
+func (e *Election) runOnce(ctx context.Context, lead func(context.Context, Term) error) (led bool, err error) {
 	if err := e.wait(ctx); err != nil {
 		return false, err
 	}
-	began := time.Now() // before the grant, so that we never believe in a lease for longer than the store does
+	began := time.Now() // before the grant, so that the lease lasts at least as long in the store
 	lease, err := e.o.KV.Grant(ctx, e.o.TTL)
 	if err != nil {
 		return false, err
 	}
-	defer func() { // also of a claim whose outcome is unknown: it can win no more
+	defer func() { // also after a claim with an unknown result, which cannot succeed after that
 		rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.o.TTL)
 		defer cancel()
 		rerr := e.o.KV.Revoke(rctx, lease)
@@ -160,11 +158,11 @@ func (e *Election) stand(ctx context.Context, lead func(context.Context, Term) e
 	}
 	e.o.Log.Info("elected", zap.Int64("term", term.Create))
 	err = e.lead(ctx, term, lease, began, lead)
-	e.o.Log.Info("term over", zap.Int64("term", term.Create))
+	e.o.Log.Info("leadership ended", zap.Int64("term", term.Create))
 	return true, err
 }
 
-// wait returns when the key is not there.
+// wait waits until the key is absent.
 func (e *Election) wait(ctx context.Context) error {
 	for {
 		_, found, revision, err := e.o.KV.Get(ctx, e.o.Key)
@@ -177,8 +175,8 @@ func (e *Election) wait(ctx context.Context) error {
 	}
 }
 
-// watch returns nil at the first event of the key after revision for which until
-// holds, or when events may have been missed.
+// watch returns nil at the first event of the key after revision for which until returns
+// true, or if it may have missed events.
 func (e *Election) watch(ctx context.Context, revision int64, until func(meta.Event) bool) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -197,8 +195,7 @@ func (e *Election) watch(ctx context.Context, revision int64, until func(meta.Ev
 	}
 }
 
-// claim puts the key under lease if it is absent. An error means that it gave
-// up with the outcome unknown.
+// claim puts the key under lease if it is absent. After an error the result is unknown.
 func (e *Election) claim(ctx context.Context, lease meta.LeaseID, until time.Time) (term Term, won bool, err error) {
 	ctx, cancel := context.WithDeadline(ctx, until)
 	defer cancel()
@@ -214,7 +211,7 @@ func (e *Election) claim(ctx context.Context, lease meta.LeaseID, until time.Tim
 		case err == nil && res.Succeeded:
 			return Term{e.o.Key, res.Revision, e.o.Name}, true, nil
 		case err == nil:
-			holder := res.Ranges[0][0] // there, or the compare had held
+			holder := res.Ranges[0][0] // exists, since the compare failed
 			return Term{e.o.Key, holder.CreateRevision, e.o.Name}, holder.Lease == lease, nil
 		case !errors.Is(err, meta.ErrUnavailable):
 			return Term{}, false, err
@@ -225,18 +222,21 @@ func (e *Election) claim(ctx context.Context, lease meta.LeaseID, until time.Tim
 	}
 }
 
-// lead calls lead while the term lasts. The lease was last known to be alive for
-// a TTL at began.
-func (e *Election) lead(ctx context.Context, term Term, lease meta.LeaseID, began time.Time, lead func(context.Context, Term) error) error {
+// lead calls lead during the term. At began the lease had its full TTL.
+func (e *Election) lead(
+	ctx context.Context, term Term, lease meta.LeaseID, began time.Time, lead func(context.Context, Term) error,
+) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	// Ends the term whatever the calls below are doing, even when they hang.
-	proof := time.AfterFunc(time.Until(began.Add(e.o.TTL)), func() { cancel(fmt.Errorf("%w: not renewed for %v", ErrLost, e.o.TTL)) })
+	// Ends the term even if the calls below hang.
+	proof := time.AfterFunc(time.Until(began.Add(e.o.TTL)), func() {
+		cancel(fmt.Errorf("%w: not renewed for %v", ErrLost, e.o.TTL))
+	})
 	defer proof.Stop()
 
 	var work sync.WaitGroup
 	work.Go(func() { e.renew(ctx, lease, began, proof, cancel) })
-	work.Go(func() { e.guard(ctx, term, cancel) })
+	work.Go(func() { e.watchKey(ctx, term, cancel) })
 	err := lead(ctx, term)
 	lost := context.Cause(ctx)
 	cancel(nil)
@@ -247,11 +247,13 @@ func (e *Election) lead(ctx context.Context, term Term, lease meta.LeaseID, bega
 	return err
 }
 
-// renew keeps the lease alive until ctx ends, and moves proof on.
-func (e *Election) renew(ctx context.Context, lease meta.LeaseID, began time.Time, proof *time.Timer, lose context.CancelCauseFunc) {
-	every := e.o.TTL / 3
+// renew keeps the lease alive until ctx ends, and postpones proof after each renewal.
+func (e *Election) renew(
+	ctx context.Context, lease meta.LeaseID, began time.Time, proof *time.Timer, lose context.CancelCauseFunc,
+) {
+	interval := e.o.TTL / 3
 	retry := meta.Backoff{Min: e.o.TTL / 100, Max: e.o.TTL / 10, Rand: e.o.Rand}
-	timer := time.NewTimer(time.Until(began.Add(every)))
+	timer := time.NewTimer(time.Until(began.Add(interval)))
 	defer timer.Stop()
 	for {
 		select {
@@ -260,19 +262,18 @@ func (e *Election) renew(ctx context.Context, lease meta.LeaseID, began time.Tim
 		case <-timer.C:
 		}
 		start := time.Now()
-		kctx, cancel := context.WithTimeout(ctx, every) // one that hangs must leave time for another
+		kctx, cancel := context.WithTimeout(ctx, interval) // leaves time for another attempt
 		err := e.o.KV.KeepAlive(kctx, lease)
 		cancel()
 		switch {
 		case err == nil:
-			// Stop tells whether the term has run out meanwhile: then it is over,
-			// whatever the lease says.
+			// If proof has fired meanwhile, the term has ended, regardless of the lease.
 			if !proof.Stop() {
 				return
 			}
 			proof.Reset(time.Until(start.Add(e.o.TTL)))
 			retry.Reset()
-			timer.Reset(time.Until(start.Add(every)))
+			timer.Reset(time.Until(start.Add(interval)))
 		case errors.Is(err, meta.ErrLeaseNotFound):
 			lose(fmt.Errorf("%w: %w", ErrLost, err))
 			return
@@ -282,19 +283,19 @@ func (e *Election) renew(ctx context.Context, lease meta.LeaseID, began time.Tim
 	}
 }
 
-// guard ends the term when its key is no longer there.
-func (e *Election) guard(ctx context.Context, term Term, lose context.CancelCauseFunc) {
+// watchKey ends the term when its key is deleted or replaced.
+func (e *Election) watchKey(ctx context.Context, term Term, lose context.CancelCauseFunc) {
 	backoff := meta.Backoff{Min: e.o.TTL / 100, Max: e.o.TTL / 10, Rand: e.o.Rand}
 	after := term.Create
 	for {
 		err := e.watch(ctx, after, func(ev meta.Event) bool { return ev.Deleted || ev.KV.CreateRevision != term.Create })
 		if err == nil {
-			// Or events were missed: in any case the key itself tells.
+			// Events may have been missed: read the key itself.
 			kv, found, revision, err := e.o.KV.Get(ctx, term.Key)
 			switch {
 			case err != nil:
 			case !found || kv.CreateRevision != term.Create:
-				lose(fmt.Errorf("%w: the key is gone", ErrLost))
+				lose(fmt.Errorf("%w: the key was deleted", ErrLost))
 				return
 			default:
 				after = revision

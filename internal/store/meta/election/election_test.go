@@ -16,7 +16,7 @@ import (
 
 const key = "/election/leader"
 
-// replica is a candidate whose store can be made to fail.
+// replica is a candidate with a faulty store.
 type replica struct {
 	name    string
 	kv      *meta.Faulty
@@ -25,16 +25,15 @@ type replica struct {
 	done    chan struct{} // closed when Run has returned
 }
 
-// leadership is a call of lead, which returns when its context ends or resign is
-// closed.
+// leadership is a call of lead, which returns when its context ends or resign is closed.
 type leadership struct {
 	election.Term
 	by     *replica
-	ctx    context.Context //nolint:containedctx // handed to the test
+	ctx    context.Context //nolint:containedctx // for the test
 	resign chan struct{}
 }
 
-// terms checks that no term is given twice.
+// terms checks that terms are unique.
 type terms struct {
 	mu   sync.Mutex
 	seen map[int64]string
@@ -44,12 +43,12 @@ func (ts *terms) add(t *testing.T, term election.Term) {
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
 	if other, twice := ts.seen[term.Create]; twice {
-		t.Errorf("term %d is that of %s and of %s", term.Create, other, term.Name)
+		t.Errorf("term %d belongs to %s and %s", term.Create, other, term.Name)
 	}
 	ts.seen[term.Create] = term.Name
 }
 
-// start runs a candidate on a store that it may share with others.
+// start runs a candidate on a store, which others may share.
 func start(t *testing.T, name string, kv meta.KV, ttl time.Duration, elected chan leadership, ts *terms) *replica {
 	ctx, cancel := context.WithCancel(t.Context())
 	r := &replica{name: name, kv: meta.NewFaulty(kv), elected: elected, stop: cancel, done: make(chan struct{})}
@@ -73,7 +72,7 @@ func start(t *testing.T, name string, kv meta.KV, ttl time.Duration, elected cha
 	return r
 }
 
-// write makes a write that only l may make, and tells whether it was made.
+// write writes with the fence of l, and returns whether the write was applied.
 func (l leadership) write(t *testing.T, kv meta.KV) bool {
 	t.Helper()
 	res, err := kv.Txn(t.Context(), meta.Txn{
@@ -96,8 +95,8 @@ func TestElection(t *testing.T) {
 		for _, name := range []string{"a", "b", "c"} {
 			replicas = append(replicas, start(t, name, store, ttl, elected, ts))
 		}
-		// next returns the new leader, and checks that it comes within a time and
-		// that it alone leads.
+		// next returns the new leader, and checks that it is elected in time and is the
+		// only one.
 		next := func(within time.Duration) leadership {
 			t.Helper()
 			began := time.Now()
@@ -107,26 +106,26 @@ func TestElection(t *testing.T) {
 			}
 			virtual.Wait()
 			if n := len(elected); n > 0 {
-				t.Fatalf("%d more are elected while %s leads", n, l.Name)
+				t.Fatalf("%d more were elected while %s leads", n, l.Name)
 			}
 			kv, _, _, err := store.Get(t.Context(), key)
 			if err != nil || string(kv.Value) != l.Name || kv.CreateRevision != l.Create {
 				t.Errorf("key is %v, error %v; want that of %s in term %d", kv, err, l.Name, l.Create)
 			}
 			if !l.write(t, store) {
-				t.Error("the leader's fenced write is refused")
+				t.Error("the leader's fenced write was refused")
 			}
 			return l
 		}
 		l := next(0)
 
-		// A leader stays for as long as it renews.
+		// A leader stays while it renews.
 		time.Sleep(24 * time.Hour)
 		if l.ctx.Err() != nil || len(elected) > 0 {
-			t.Errorf("leadership has changed without a reason: %v", context.Cause(l.ctx))
+			t.Errorf("leadership has changed: %v", context.Cause(l.ctx))
 		}
 
-		// Its lease is lost.
+		// The lease is lost.
 		kv, _, _, err := store.Get(t.Context(), key)
 		if err != nil {
 			t.Fatal(err)
@@ -137,19 +136,19 @@ func TestElection(t *testing.T) {
 		old := l
 		l = next(time.Second)
 		if !errors.Is(context.Cause(old.ctx), election.ErrLost) || old.write(t, store) {
-			t.Errorf("a leader without lease goes on: %v", context.Cause(old.ctx))
+			t.Errorf("a leader without a lease continues: %v", context.Cause(old.ctx))
 		}
 
-		// Its key is lost.
+		// The key is lost.
 		if _, err := store.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(key)}}); err != nil {
 			t.Fatal(err)
 		}
 		old, l = l, next(time.Second)
 		if !errors.Is(context.Cause(old.ctx), election.ErrLost) || old.write(t, store) {
-			t.Errorf("a leader without key goes on: %v", context.Cause(old.ctx))
+			t.Errorf("a leader without the key continues: %v", context.Cause(old.ctx))
 		}
 
-		// It freezes past its TTL.
+		// The leader freezes for longer than its TTL.
 		frozen := l
 		frozen.by.kv.Freeze()
 		l = next(ttl)
@@ -161,14 +160,14 @@ func TestElection(t *testing.T) {
 		}
 		frozen.by.kv.Thaw()
 		if frozen.write(t, frozen.by.kv) {
-			t.Error("the fenced write of the frozen leader was made")
+			t.Error("the fenced write of the frozen leader was applied")
 		}
 		virtual.Wait()
 		if l.ctx.Err() != nil {
 			t.Errorf("the thawed replica has deposed the leader: %v", context.Cause(l.ctx))
 		}
 
-		// It freezes for less than that, and stays.
+		// The leader freezes for less than its TTL, and stays.
 		l.by.kv.Freeze()
 		time.Sleep(ttl / 2)
 		l.by.kv.Thaw()
@@ -177,14 +176,14 @@ func TestElection(t *testing.T) {
 			t.Errorf("deposed after half a TTL: %v", context.Cause(l.ctx))
 		}
 
-		// It resigns.
+		// The leader resigns.
 		close(l.resign)
 		old, l = l, next(0)
 		if l.by == old.by {
-			t.Error("who resigned was elected again at once")
+			t.Error("the resigned replica was reelected immediately")
 		}
 
-		// It is stopped.
+		// The leader is stopped.
 		l.by.stop()
 		<-l.by.done
 		if err := context.Cause(l.ctx); errors.Is(err, election.ErrLost) {
@@ -192,7 +191,7 @@ func TestElection(t *testing.T) {
 		}
 		old, l = l, next(0)
 		if l.by == old.by {
-			t.Error("who was stopped was elected again")
+			t.Error("the stopped replica was reelected")
 		}
 
 		for _, r := range replicas {
@@ -200,18 +199,18 @@ func TestElection(t *testing.T) {
 			<-r.done
 		}
 		if _, found, _, err := store.Get(t.Context(), key); err != nil || found {
-			t.Errorf("the key is left behind: found %v, error %v", found, err)
+			t.Errorf("the key remains: found %v, error %v", found, err)
 		}
 	})
 }
 
-// Whichever call fails, before or after it took effect, somebody is elected, and
-// the term it believes in is the one that the store knows.
+// For each failed call, before or after it took effect, a leader is elected, and its term is
+// that of the store.
 func TestAnyCallFails(t *testing.T) {
 	for _, fault := range []meta.Fault{meta.Before, meta.After} {
 		for n, fired := 0, true; fired; n++ {
 			t.Run(fmt.Sprintf("fault %d of call %d", fault, n), func(t *testing.T) {
-				fired = false // a test that fails ends the loop
+				fired = false // a failed test ends the loop
 				virtual.Test(t, func(t *testing.T) { fired = anyCallFails(t, n, fault) })
 			})
 		}
@@ -222,7 +221,7 @@ func anyCallFails(t *testing.T, n int, fault meta.Fault) (fired bool) {
 	const ttl = 10 * time.Second
 	store := memory.New(memory.Options{})
 	ctx := t.Context()
-	// Somebody else leads at first, so that waiting is a part of it.
+	// Another replica leads first, so that the test includes waiting.
 	lease, err := store.Grant(ctx, 3*time.Second)
 	if err != nil {
 		t.Fatal(err)
@@ -244,14 +243,14 @@ func anyCallFails(t *testing.T, n int, fault meta.Fault) (fired bool) {
 	}
 	r.stop()
 	<-r.done
-	time.Sleep(2 * ttl) // what could not be revoked has ended
+	time.Sleep(2 * ttl) // unrevoked leases have ended
 	if _, found, _, err := store.Get(ctx, key); err != nil || found {
-		t.Errorf("the key is left behind: found %v, error %v", found, err)
+		t.Errorf("the key remains: found %v, error %v", found, err)
 	}
 	return faulty.Fired() > 0
 }
 
-// A claim that took effect and got no answer is found out to have won.
+// A claim that took effect without a reply counts as won.
 func TestAmbiguousClaim(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
 		store := memory.New(memory.Options{})
@@ -264,15 +263,15 @@ func TestAmbiguousClaim(t *testing.T) {
 			t.Errorf("after %d faults: term %d, want that of the first write, 2", faulty.Fired(), l.Create)
 		}
 		if !l.write(t, store) {
-			t.Error("the leader's fenced write is refused")
+			t.Error("the leader's fenced write was refused")
 		}
 		r.stop()
 		<-r.done
 	})
 }
 
-// A leader that cannot reach the store is told a TTL after its last renewal, not
-// later: the others may elect another from then on.
+// lead's context ends a TTL after the last renewal if the store is lost, not later: from then
+// on another replica may be elected.
 func TestLostStore(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
 		const ttl = 9 * time.Second
@@ -283,7 +282,7 @@ func TestLostStore(t *testing.T) {
 		r.kv.Hook(func(meta.Call) meta.Fault { return meta.Before })
 		<-l.ctx.Done()
 		if took := time.Since(began); took != ttl {
-			t.Errorf("told after %v, want %v", took, ttl)
+			t.Errorf("ended after %v, want %v", took, ttl)
 		}
 		r.kv.Hook(nil)
 		if again := <-elected; again.Create <= l.Create {

@@ -13,7 +13,7 @@ import (
 	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
-// Three replicas, each with a client of its own; the leader freezes past its TTL.
+// Three replicas with separate clients; the leader freezes for longer than its TTL.
 func TestEtcdFrozenLeader(t *testing.T) {
 	srv := etcdtest.Shared(t)
 	elected := make(chan leadership, 100)
@@ -25,7 +25,7 @@ func TestEtcdFrozenLeader(t *testing.T) {
 	}
 	frozen := <-elected
 	if !frozen.write(t, frozen.by.kv) {
-		t.Error("the leader's fenced write is refused")
+		t.Error("the leader's fenced write was refused")
 	}
 	frozen.by.kv.Freeze()
 	l := <-elected
@@ -38,7 +38,7 @@ func TestEtcdFrozenLeader(t *testing.T) {
 	}
 	frozen.by.kv.Thaw()
 	if frozen.write(t, frozen.by.kv) {
-		t.Error("the fenced write of the frozen leader was made")
+		t.Error("the fenced write of the frozen leader was applied")
 	}
 	if !l.write(t, l.by.kv) {
 		t.Error("the new leader's fenced write is refused")

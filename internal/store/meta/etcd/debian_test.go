@@ -16,7 +16,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
 )
 
-// The etcd of Debian 12 is refused. `make old-etcd` fetches it and says where it is.
+// The etcd of Debian 12 is refused. `make old-etcd` downloads it and sets OLD_ETCD.
 func TestRealOldEtcd(t *testing.T) {
 	program := os.Getenv("OLD_ETCD")
 	if program == "" {
@@ -44,7 +44,8 @@ func TestRealOldEtcd(t *testing.T) {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	}()
-	kv := open(t, etcd.Options{Endpoints: []string{strings.TrimPrefix(urls[0], "http://")}, Root: "/old", RequestTimeout: 30 * time.Second})
+	kv := open(t, etcd.Options{Endpoints: []string{strings.TrimPrefix(urls[0], "http://")}, Root: "/old",
+		RequestTimeout: 30 * time.Second})
 	if err := kv.Check(t.Context()); !errors.Is(err, meta.ErrTooOld) {
 		t.Fatalf("got error %v, want too old", err)
 	}

@@ -11,7 +11,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// TestErrors is the table of what the errors of etcd mean.
+// TestErrors is the table of etcd errors and their classes.
 func TestErrors(t *testing.T) {
 	classes := []error{
 		meta.ErrUnavailable, meta.ErrCompacted, meta.ErrTooOld, meta.ErrDenied, meta.ErrCorrupt, meta.ErrLeaseNotFound,
@@ -57,7 +57,7 @@ func TestErrors(t *testing.T) {
 				want = want || errors.Is(w, class)
 			}
 			if errors.Is(got, class) != want {
-				t.Errorf("%v: it is %v: %v, want %v", c.err, class, !want, want)
+				t.Errorf("%v: is %v: %v, want %v", c.err, class, !want, want)
 			}
 		}
 	}

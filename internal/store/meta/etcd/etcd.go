@@ -1,16 +1,14 @@
-// Package etcd is the metadata store on etcd, of the releases that
-// [MinimumVersions] names and later. No type, error or status of etcd's client
-// leaves it.
+// Package etcd implements [meta.KV] on etcd of the releases of [MinimumVersions] and later.
+// It exposes no type, error or status of etcd's client.
 //
-// A server that is older is not used: each connection is asked for the version at
-// its other end before any call goes through it; see gate.
+// Older servers are not used: the server's version is read on each connection before any
+// call uses that connection; see gate.
 //
-// Every key lives under one root, which callers do not see. Reads are
-// linearizable. A long read streams (etcd 3.7), or else goes page by page, at
-// one revision.
+// Every key is under one root, which callers do not see. Reads are linearizable. Scans are
+// streams (etcd 3.7) or pages, at one revision.
 //
-// Reads are retried by etcd's client until the deadline of the request; writes
-// never are, so that one that failed took effect at most once.
+// etcd's client retries reads until the deadline of the request. It never retries writes, so
+// that a failed write took effect at most once.
 package etcd
 
 import (
@@ -35,27 +33,25 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// maxRootBytes keeps a transaction of the greatest size and number of
-// operations within what etcd takes, roots and envelope included.
+// maxRootBytes keeps a transaction of maximum size within etcd's limits, including roots and
+// envelope.
 const maxRootBytes = 64
 
-// noKey is a key that is read for the revision alone. It lies among those below
-// the root, for which the user at etcd has the right to read.
+// noKey is a missing key that is read for the revision. It is under the root, where the etcd
+// user has the permission to read.
 const noKey = "/\x00"
 
-// Options configure [Open]. The zero value of a field means the default beside
-// it.
+// Options configure [Open]. Zero fields have the documented defaults.
 type Options struct {
 	Endpoints          []string    // at least one
-	Root               string      // in front of every key; such as "/snapshotd", no slash at the end, at most 64 bytes
+	Root               string      // prefix of every key, such as "/snapshotd"; no final slash, at most 64 bytes
 	TLS                *tls.Config // default: no TLS
 	Username, Password string
-	// ReadPassword returns the password again, for each login after the first. When it
-	// fails, or etcd refuses what it returns, the last password that etcd accepted is
-	// used. Default: Password, which never changes.
+	// ReadPassword returns the password for each login after the first. If it fails, or
+	// etcd refuses the password, the last accepted one is used. Default: Password.
 	ReadPassword   func() (string, error)
-	DialTimeout    time.Duration // of one attempt to connect; default 5 s
-	RequestTimeout time.Duration // of one request, and of a scan or watch between two answers it owes; default 5 s
+	DialTimeout    time.Duration // of one connection attempt; default 5 s
+	RequestTimeout time.Duration // of one request, and of each step of a scan; default 5 s
 	Log            *zap.Logger   // default: none
 }
 
@@ -66,14 +62,14 @@ type Client struct {
 	leases  pb.LeaseClient
 	watches pb.WatchClient
 	gate    *gate
-	ctx     context.Context //nolint:containedctx // ends the watches when the client is closed
+	ctx     context.Context //nolint:containedctx // ends the watches at Close
 	cancel  context.CancelFunc
 }
 
 var _ meta.KV = (*Client)(nil)
 
-// Open returns a client, which connects when it is used. With a user name it
-// waits for the first answer, for DialTimeout at the most.
+// Open returns a client, which connects on its first use. With a user name it waits for the
+// first response, for at most DialTimeout.
 func Open(o Options) (*Client, error) {
 	switch {
 	case len(o.Endpoints) == 0:
@@ -103,17 +99,18 @@ func Open(o Options) (*Client, error) {
 		Username:    o.Username,
 		Password:    o.Password,
 		DialTimeout: o.DialTimeout,
-		// A peer that vanished without a word is found out by pings; etcd
-		// refuses more than one in five seconds.
+		// Pings detect a dead peer; etcd refuses more than one per five seconds.
 		DialKeepAliveTime:    10 * time.Second,
 		DialKeepAliveTimeout: 5 * time.Second,
-		// gRPC would wait up to two minutes between attempts to connect, and so
-		// find etcd that much later when it is back.
+		// By default gRPC waits up to two minutes between connection attempts, which
+		// delays the return of etcd.
 		DialOptions: append(gated, grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
+			Backoff: backoff.Config{
+				BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second,
+			},
 			MinConnectTimeout: 3 * time.Second,
 		})),
-		// The client warns of every error that it returns as well.
+		// The client logs a warning for every error that it returns.
 		Logger: o.Log.WithOptions(zap.IncreaseLevel(max(zap.ErrorLevel, o.Log.Level()))),
 	})
 	if err != nil {
@@ -127,20 +124,19 @@ func Open(o Options) (*Client, error) {
 	return c, nil
 }
 
-// Close ends the client's watches and drops its connections. Calls under way
-// fail.
+// Close ends the client's watches and closes its connections. Calls under way fail.
 func (c *Client) Close() error {
 	c.cancel()
 	c.gate.close()
 	if err := c.etcd.Close(); err != nil && !errors.Is(err, context.Canceled) {
-		return fmt.Errorf("close etcd: %v", err) //nolint:errorlint // may hold a gRPC status
+		return fmt.Errorf("close etcd: %v", err) //nolint:errorlint // may have a gRPC status
 	}
 	return nil
 }
 
 func (c *Client) key(k string) string { return c.o.Root + k }
 
-// keyTo returns the options for the end of a range, if there is one.
+// keyTo returns the options for the end of a range, if any.
 func (c *Client) keyTo(to string, opts ...clientv3.OpOption) []clientv3.OpOption {
 	if to != "" {
 		opts = append(opts, clientv3.WithRange(c.o.Root+to))
@@ -201,7 +197,9 @@ func (c *Client) Range(ctx context.Context, r meta.Range) (meta.RangeResult, err
 	if err != nil {
 		return meta.RangeResult{}, fmt.Errorf("range %s at %d: %w", r.From, r.Revision, mapError(ctx, rctx, err))
 	}
-	return meta.RangeResult{KVs: c.kvs(resp.Kvs), More: resp.More, Count: resp.Count, Revision: resp.Header.Revision}, nil
+	return meta.RangeResult{
+		KVs: c.kvs(resp.Kvs), More: resp.More, Count: resp.Count, Revision: resp.Header.Revision,
+	}, nil
 }
 
 // Txn implements [meta.KV].
@@ -212,10 +210,10 @@ func (c *Client) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
 	rctx, cancel := context.WithTimeout(ctx, c.o.RequestTimeout)
 	defer cancel()
 	then, other := c.ops(t.Then), c.ops(t.Else)
-	compares := len(then)+len(other) == 0
-	if compares {
-		// A transaction without a read etcd answers from where the member is that it
-		// reaches, which may be far behind.
+	onlyCompares := len(then)+len(other) == 0
+	if onlyCompares {
+		// Without a read, the member that receives the transaction executes it on its own
+		// state, which may lag behind.
 		read := []clientv3.Op{clientv3.OpGet(c.key(noKey), clientv3.WithCountOnly())}
 		then, other = read, read
 	}
@@ -225,7 +223,7 @@ func (c *Client) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
 	}
 	res := meta.TxnResult{Succeeded: resp.Succeeded, Revision: resp.Header.Revision}
 	for _, r := range resp.Responses {
-		if got := r.GetResponseRange(); got != nil && !compares {
+		if got := r.GetResponseRange(); got != nil && !onlyCompares {
 			res.Ranges = append(res.Ranges, c.kvs(got.Kvs))
 		}
 	}
@@ -239,7 +237,7 @@ func (c *Client) cmps(conds []meta.Cond) []clientv3.Cmp {
 		if cond.Target == meta.ModRevision {
 			target = clientv3.ModRevision(c.key(cond.From))
 		}
-		// Check has refused any other; the client panics on one.
+		// Check refuses all others, for which the client panics.
 		op := map[meta.Compare]string{meta.Equal: "=", meta.Less: "<", meta.Greater: ">"}[cond.Op]
 		cmps[i] = clientv3.Compare(target, op, cond.Revision)
 		if cond.To != "" {
@@ -276,8 +274,8 @@ func (c *Client) Grant(ctx context.Context, ttl time.Duration) (meta.LeaseID, er
 	return meta.LeaseID(resp.ID), nil
 }
 
-// KeepAlive implements [meta.KV]. It does not use the client's own, which opens
-// one stream after the other without pause while no endpoint answers.
+// KeepAlive implements [meta.KV]. It does not use the client's KeepAlive, which opens
+// streams without a pause while no endpoint is available.
 func (c *Client) KeepAlive(ctx context.Context, id meta.LeaseID) error {
 	rctx, cancel := context.WithTimeout(ctx, c.o.RequestTimeout)
 	defer cancel() // ends the stream
@@ -320,8 +318,8 @@ func (c *Client) Revoke(ctx context.Context, id meta.LeaseID) error {
 	return nil
 }
 
-// Compact forgets what stood before revision, for the whole of etcd and not
-// only for the keys under Root.
+// Compact removes the history before revision of the whole etcd, not only of the keys under
+// Root.
 func (c *Client) Compact(ctx context.Context, revision int64) error {
 	rctx, cancel := context.WithTimeout(ctx, c.o.RequestTimeout)
 	defer cancel()
@@ -331,34 +329,34 @@ func (c *Client) Compact(ctx context.Context, revision int64) error {
 	return nil
 }
 
-// requireLeader has a stream fail instead of wait when it meets a member that is
-// cut off from the others. It replaces whatever metadata ctx carries: the client
-// tells the streams of watches apart by it.
+// requireLeader makes a stream fail instead of wait at a member that is disconnected from
+// the others. It replaces the metadata of ctx: the client distinguishes the streams of
+// watches by metadata.
 func requireLeader(ctx context.Context) context.Context {
 	return metadata.NewOutgoingContext(ctx, metadata.Pairs(rpctypes.MetadataRequireLeaderKey, rpctypes.MetadataHasLeader))
 }
 
-// mapError gives an error of etcd's client one of the classes of [meta]. ctx is
-// the caller's context, rctx the request's, which may end sooner.
+// mapError maps an error of etcd's client to a class of [meta]. ctx is the caller's context,
+// rctx the request's, which may end earlier.
 //
-// What the client returns may be, or wrap, a gRPC status: one that got through to
-// our own server would tell its client that a call is safe to repeat whose write
-// may have happened. So the cause survives as text only.
+// Errors of the client may wrap a gRPC status. A status that reached snapshotd's own clients
+// could mark a call as safe to repeat although its write may have happened. So the cause is
+// kept as text only.
 func mapError(ctx, rctx context.Context, err error) error {
 	if cause := ctx.Err(); cause != nil {
 		return fmt.Errorf("%w: %v", cause, err) //nolint:errorlint // see above
 	}
 	if status.Code(err) == codes.DeadlineExceeded || errors.Is(err, context.DeadlineExceeded) {
-		// The server may notice the end of the caller's time before we do.
-		mine, _ := rctx.Deadline()
-		if theirs, ok := ctx.Deadline(); ok && !theirs.After(mine) {
+		// The server may detect the caller's deadline first.
+		request, _ := rctx.Deadline()
+		if caller, ok := ctx.Deadline(); ok && !caller.After(request) {
 			return fmt.Errorf("%w: %v", context.DeadlineExceeded, err) //nolint:errorlint // see above
 		}
 	}
 	return classOf(err)
 }
 
-// classOf is mapError without regard to the time that a request had.
+// classOf is mapError without the check of deadlines.
 func classOf(err error) error {
 	class := meta.ErrUnavailable
 	switch known := rpctypes.Error(err); {
@@ -380,8 +378,8 @@ func classOf(err error) error {
 	return fmt.Errorf("%w: %v", class, err) //nolint:errorlint // see above
 }
 
-// isDenied says whether etcd refused a request for who asks, or a login. It is no
-// answer to a token that has run out: the client gets itself another.
+// isDenied reports whether etcd refused a login, or a request for lack of permission. An
+// expired token does not count: the client renews it.
 func isDenied(err error) bool {
 	if err == nil {
 		return false

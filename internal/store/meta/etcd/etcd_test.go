@@ -29,7 +29,7 @@ func TestEtcd(t *testing.T) {
 	metatest.Run(t, func(t *testing.T) meta.KV { return etcdtest.Shared(t).KV(t) })
 }
 
-// A server that does not know RangeStream is read page by page.
+// A server without RangeStream is read in pages.
 func TestEtcdWithoutStream(t *testing.T) {
 	old := etcdproxy.Start(t, etcdtest.Shared(t).Endpoint())
 	old.WithoutRangeStream()
@@ -70,7 +70,7 @@ func TestEtcdWithoutStream(t *testing.T) {
 		}
 	}
 	if old.Calls(pb.KV_RangeStream_FullMethodName) == 0 {
-		t.Error("no stream was asked for")
+		t.Error("no stream was requested")
 	}
 }
 
@@ -88,8 +88,8 @@ func open(t *testing.T, o etcd.Options) *etcd.Client {
 	return c
 }
 
-// Two roots on one server do not see each other, nor do those where one begins
-// with the other.
+// Clients with two roots on one server do not see each other's keys, even if one root is a
+// prefix of the other.
 func TestEtcdRoot(t *testing.T) {
 	srv := etcdtest.Shared(t)
 	root := "/" + crand.Text()
@@ -99,7 +99,8 @@ func TestEtcdRoot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := two.Txn(ctx, meta.Txn{If: []meta.Cond{meta.RangeAbsent("/", "0")}, Then: []meta.Op{meta.Put("/a", []byte("2"))}}); err != nil {
+	if _, err := two.Txn(ctx, meta.Txn{If: []meta.Cond{meta.RangeAbsent("/", "0")},
+		Then: []meta.Op{meta.Put("/a", []byte("2"))}}); err != nil {
 		t.Fatal(err)
 	}
 	want := meta.KeyValue{Key: "/a", Value: []byte("1"), CreateRevision: res.Revision, ModRevision: res.Revision}
@@ -125,8 +126,8 @@ func TestEtcdFull(t *testing.T) {
 		srv.Stop(t)
 		srv.QuotaBytes = 1 // less than an empty database
 		srv.Restart(t)     //nolint:contextcheck // of the test
-		// The first put to be refused raises the alarm. Until the client has
-		// found the server again the answer is another.
+		// The first refused put raises the alarm. Until the client is reconnected
+		// the error differs.
 		for {
 			_, err := kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Put("/fill", nil)}})
 			if errors.Is(err, meta.ErrNoSpace) {
@@ -144,16 +145,16 @@ func TestEtcdFull(t *testing.T) {
 	})
 }
 
-// The twin behaves as etcd does: the same random transactions, reads and leases
-// have the same results, revisions included.
-func TestEtcdTwin(t *testing.T) {
+// The memory store behaves like etcd: the same random transactions, reads and leases have the
+// same results and revisions.
+func TestEtcdEqualsMemory(t *testing.T) {
 	original, twin := etcdtest.Start(t).KV(t), memory.New(memory.Options{})
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rnd := rand.New(rand.NewPCG(seed, 0))
 	ctx := t.Context()
 	both := [2]meta.KV{original, twin}
-	leases := [2]map[meta.LeaseID]int{{0: 0}, {0: 0}} // the number of each lease, to compare
+	leases := [2]map[meta.LeaseID]int{{0: 0}, {0: 0}} // the number of each lease, for comparison
 	var ids [][2]meta.LeaseID
 	key := func() string { return fmt.Sprintf("/%c", 'a'+rnd.IntN(6)) }
 	span := func() (string, string) {
@@ -162,7 +163,8 @@ func TestEtcdTwin(t *testing.T) {
 	}
 	newest := int64(1)
 	cond := func() meta.Cond {
-		c := meta.Cond{From: key(), Target: meta.Target(1 + rnd.IntN(2)), Op: meta.Compare(1 + rnd.IntN(3)), Revision: max(0, newest-rnd.Int64N(12))}
+		c := meta.Cond{From: key(), Target: meta.Target(1 + rnd.IntN(2)), Op: meta.Compare(1 + rnd.IntN(3)),
+			Revision: max(0, newest-rnd.Int64N(12))}
 		if rnd.IntN(3) == 0 {
 			c.From, c.To = span()
 		}
@@ -171,7 +173,7 @@ func TestEtcdTwin(t *testing.T) {
 		}
 		return c
 	}
-	// ops makes the same operations for both; only the names of leases differ.
+	// ops returns the same operations for both; only lease ids differ.
 	ops := func() (out [2][]meta.Op) {
 		for range rnd.IntN(4) {
 			op := meta.Op{Kind: meta.OpKind(1 + rnd.IntN(3)), From: key()}
@@ -254,8 +256,11 @@ func TestEtcdTwin(t *testing.T) {
 				what = txn
 			}
 		}
-		if diff := cmp.Diff(got[0], got[1], cmp.Comparer(func(a, b error) bool { return a == b })); diff != "" { //nolint:errorlint // classes
-			t.Fatalf("step %d, %+v (-etcd +twin):\n%s", step, what, diff)
+		if diff := cmp.Diff(got[0], got[1], cmp.Comparer(func(a,
+			b error) bool {
+			return a == b
+		})); diff != "" { //nolint:errorlint // classes
+			t.Fatalf("step %d, %+v (-etcd +memory):\n%s", step, what, diff)
 		}
 	}
 	var events [2][]meta.Event
@@ -280,13 +285,12 @@ func TestEtcdTwin(t *testing.T) {
 		}
 	}
 	if diff := cmp.Diff(events[0], events[1]); diff != "" {
-		t.Errorf("events (-etcd +twin):\n%s", diff)
+		t.Errorf("events (-etcd +memory):\n%s", diff)
 	}
 }
 
-// A store that is lost fails calls as unavailable within the time of a request,
-// never as the caller's own deadline, and watches go on where they were when it
-// is back.
+// While the store is lost, calls fail with ErrUnavailable within the request timeout, never
+// with the caller's deadline. After its return watches continue.
 func TestEtcdLost(t *testing.T) {
 	srv := etcdtest.Start(t)
 	kv := open(t, etcd.Options{Endpoints: []string{srv.Endpoint()}, Root: "/lost", RequestTimeout: 300 * time.Millisecond})
@@ -347,7 +351,7 @@ func TestEtcdLost(t *testing.T) {
 		}
 		for _, ev := range b.Events {
 			if ev.KV.Key == "/a" {
-				t.Errorf("the watch repeats %v", ev)
+				t.Errorf("the watch repeated %v", ev)
 			}
 		}
 		last = b.Revision
@@ -385,9 +389,8 @@ func TestEtcdClose(t *testing.T) {
 	}
 }
 
-// Neither a scan that fn stops nor a watch that ends leaves a goroutine behind,
-// though the client stays open.
-func TestEtcdLeavesNothing(t *testing.T) {
+// Stopped scans and ended watches leave no goroutine, although the client stays open.
+func TestEtcdLeavesNoGoroutine(t *testing.T) {
 	kv := etcdtest.Shared(t).KV(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
@@ -407,7 +410,7 @@ func TestEtcdLeavesNothing(t *testing.T) {
 	stop := errors.New("stop")
 	for range 10 {
 		_, err := kv.Scan(ctx, "/", "0", 0, func([]meta.KeyValue) error {
-			for range 20 { // time for the next chunks to come and wait
+			for range 20 { // time for the next chunks to arrive
 				if _, _, _, err := kv.Get(ctx, "/a"); err != nil {
 					t.Fatal(err)
 				}
@@ -417,7 +420,7 @@ func TestEtcdLeavesNothing(t *testing.T) {
 		if !errors.Is(err, stop) {
 			t.Fatal(err)
 		}
-		// Progress of a watch that nobody has read yet opens its stream.
+		// Progress of an unread watch does not open its stream.
 		if err := kv.Watch(ctx, "/", "0", before).Progress(ctx); err != nil {
 			t.Fatal(err)
 		}
@@ -433,7 +436,9 @@ func TestEtcdLeavesNothing(t *testing.T) {
 	stacks := make([]byte, 4<<20)
 	for began := time.Now(); ; runtime.Gosched() {
 		text := string(stacks[:runtime.Stack(stacks, true)])
-		if !strings.Contains(text, "etcd/client/v3.(*kv).GetStream") && !strings.Contains(text, "internal/store/meta/etcd.(*Client).Watch") && !strings.Contains(text, "grpc.newClientStream") {
+		if !strings.Contains(text, "etcd/client/v3.(*kv).GetStream") &&
+			!strings.Contains(text, "internal/store/meta/etcd.(*Client).Watch") &&
+			!strings.Contains(text, "grpc.newClientStream") {
 			return
 		}
 		if time.Since(began) > 10*time.Second {

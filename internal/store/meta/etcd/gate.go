@@ -26,81 +26,80 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// gate decides which connections to etcd may be used. It is the client's load
-// balancing policy in gRPC: round robin over the connections whose server has said
-// that it is new enough. What counts is the connection, not the endpoint: one name
-// may lead to another server after each reconnect.
+// gate decides which connections to etcd may be used. It is the client's load balancing
+// policy in gRPC: round robin over the connections to supported servers. It decides per
+// connection and not per endpoint, because an endpoint may lead to another server after each
+// reconnect.
 //
-//	          connected              version read, new enough
+//	          connected              version read, supported
 //	absent --------------> unknown ---------------------------> open
 //	  ^                     |   |  version read, too old
 //	  |                     |   +-----------------------------> refused
 //	  +------ connection lost, in each state -------------------+
 //
-// Calls go through open connections only, whatever they are; through one that is
-// unknown go the question for its version and the login that etcd wants before it
-// answers that, and through one that is refused nothing. A question without an
-// answer is asked again, and the connection stays unknown; so does that to a learner,
-// which refuses reads and writes until it is promoted.
+// Calls use open connections only. An unknown connection is used for the version request and
+// for the login that etcd requires before it, a refused connection for nothing. A failed
+// version request is repeated, and the connection stays unknown, also that to a learner,
+// which refuses reads and writes until its promotion.
 //
-//	there is                         | a call
-//	an open connection               | takes it, whatever the others are
-//	none, and an unknown one         | waits for the verdict
-//	none, and one under way          | waits for it
-//	none, all are refused            | ends with ErrTooOld, not sent
-//	none, some cannot be reached     | ends with ErrUnavailable, not sent
-//	a server that is replaced by     | its connection breaks with it; the next one
-//	an older one                     | is unknown again
+//	connections                      | a call
+//	an open one                      | uses it, regardless of the others
+//	none open, one unknown           | waits for its version
+//	none open, one connecting        | waits for it
+//	all refused                      | fails with ErrTooOld, not sent
+//	none open, some unreachable      | fails with ErrUnavailable, not sent
+//	a server is replaced by an       | its connection breaks; the next connection is
+//	older one                        | unknown again
 type gate struct {
 	log     *zap.Logger
-	timeout time.Duration   // of one question
-	ctx     context.Context //nolint:containedctx // ends the questions when the client is closed
+	timeout time.Duration   // of one version request
+	ctx     context.Context //nolint:containedctx // ends the version requests at Close
 	cancel  context.CancelFunc
-	asking  sync.WaitGroup
+	queries sync.WaitGroup
 	picks   atomic.Uint64
 
 	mu      sync.Mutex
 	cc      balancer.ClientConn
-	conn    *grpc.ClientConn // nil until the client is made
-	members []*member        // one for each endpoint, in their order
+	conn    *grpc.ClientConn // nil until the client is created
+	members []*member        // one per endpoint, in their order
 	closed  bool
-	moved   chan struct{} // closed and replaced when a member changes
+	changed chan struct{} // closed and replaced when a member changes
 }
 
-// verdict is what is known of a connection's server.
-type verdict int
+// admission is the state of a connection.
+type admission int
 
 const (
-	unknown verdict = iota // also where there is no connection
+	unknown admission = iota // also without a connection
 	open
 	refused
 )
 
-// member is the connection to one endpoint, the present one and those to come.
+// member is the current connection to one endpoint, and its successors.
 type member struct {
 	addr  string
 	sc    balancer.SubConn
 	state connectivity.State
 
-	// Of the present connection, the number of which is life.
-	life     int
-	verdict  verdict
-	version  string
-	asking   bool
-	lastErr  error // why there is no connection, or no verdict
-	answered bool  // with a verdict or an error, at any time since the start
+	// Of the current connection, whose number is generation.
+	generation int
+	admission  admission
+	version    string
+	querying   bool
+	lastErr    error // why the connection or its version is missing
+	responded  bool  // with a version or an error, at any time since the start
 }
 
-// policyName is the gate's name among gRPC's policies. They are found by name, and
-// what a policy is to know comes as JSON: there the client's number.
+// policyName is the gate's name among gRPC's policies, which are found by name and
+// configured by JSON, here with the client's number.
 const policyName = "snapshotd_etcd_gate"
 
 var (
 	gates      sync.Map // of *gate, by number
 	gateNumber atomic.Int64
 
-	// gRPC wants policies to be registered before anything else goes on, so this
-	// cannot wait for the first client.
+	// gRPC requires the registration of policies during initialization, so this cannot
+	// wait for the first client.
 	_ = register()
 )
 
@@ -128,7 +127,7 @@ func (gateBuilder) Build(cc balancer.ClientConn, _ balancer.BuildOptions) balanc
 	return &gateBalancer{cc: cc}
 }
 
-// gateBalancer is what gRPC calls; it finds its gate with the first configuration.
+// gateBalancer is called by gRPC; it finds its gate by the first configuration.
 type gateBalancer struct {
 	cc   balancer.ClientConn
 	gate *gate
@@ -159,19 +158,20 @@ func (*gateBalancer) Close() {}
 func (*gateBalancer) ExitIdle() {}
 
 func newGate(log *zap.Logger, timeout time.Duration) (*gate, []grpc.DialOption) {
-	g := &gate{log: log, timeout: timeout, moved: make(chan struct{})}
+	g := &gate{log: log, timeout: timeout, changed: make(chan struct{})}
 	g.ctx, g.cancel = context.WithCancel(context.Background())
 	number := gateNumber.Add(1)
 	gates.Store(number, g)
 	context.AfterFunc(g.ctx, func() { gates.Delete(number) })
 	return g, []grpc.DialOption{
-		grpc.WithDisableServiceConfig(), // the one of etcd's client, which says round robin
-		grpc.WithIdleTimeout(0),         // so that there is one balancer for as long as there is the client
-		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig": [{"` + policyName + `": {"number": ` + strconv.FormatInt(number, 10) + `}}]}`),
+		grpc.WithDisableServiceConfig(), // that of etcd's client, which selects round robin
+		grpc.WithIdleTimeout(0),         // one balancer for the lifetime of the client
+		grpc.WithDefaultServiceConfig(
+			`{"loadBalancingConfig": [{"` + policyName + `": {"number": ` + strconv.FormatInt(number, 10) + `}}]}`),
 	}
 }
 
-// begin connects to all endpoints, and keeps them connected from then on.
+// begin connects to all endpoints, and keeps them connected.
 func (g *gate) begin(cc balancer.ClientConn, endpoints []resolver.Endpoint) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -183,7 +183,7 @@ func (g *gate) begin(cc balancer.ClientConn, endpoints []resolver.Endpoint) erro
 			names = append(names, a.Addr)
 		}
 		m.addr = strings.Join(names, ",")
-		sc, err := cc.NewSubConn(e.Addresses, balancer.NewSubConnOptions{ //nolint:staticcheck // of one address, which it will take for ever
+		sc, err := cc.NewSubConn(e.Addresses, balancer.NewSubConnOptions{ //nolint:staticcheck // one fixed address
 			StateListener: func(s balancer.SubConnState) { g.stateChanged(m, s) },
 		})
 		if err != nil {
@@ -197,23 +197,23 @@ func (g *gate) begin(cc balancer.ClientConn, endpoints []resolver.Endpoint) erro
 	return nil
 }
 
-// connected gives the gate the connection to ask through.
+// connected sets the connection for version requests.
 func (g *gate) connected(conn *grpc.ClientConn) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.conn = conn
 	for _, m := range g.members {
-		g.askLocked(m)
+		g.queryLocked(m)
 	}
 }
 
-// close ends the questions and waits for that.
+// close ends the version requests and waits for their end.
 func (g *gate) close() {
 	g.mu.Lock()
 	g.closed = true
 	g.mu.Unlock()
 	g.cancel()
-	g.asking.Wait()
+	g.queries.Wait()
 }
 
 func (g *gate) stateChanged(m *member, s balancer.SubConnState) {
@@ -222,39 +222,39 @@ func (g *gate) stateChanged(m *member, s balancer.SubConnState) {
 	was := m.state
 	m.state = s.ConnectivityState
 	if was == connectivity.Ready || m.state == connectivity.Ready {
-		// Another connection, so nothing is known of its server.
-		m.life++
-		m.verdict, m.version, m.asking, m.lastErr = unknown, "", false, nil
+		// The server of a new connection is unknown.
+		m.generation++
+		m.admission, m.version, m.querying, m.lastErr = unknown, "", false, nil
 	}
 	switch m.state {
 	case connectivity.Ready:
-		g.askLocked(m)
+		g.queryLocked(m)
 	case connectivity.TransientFailure:
-		m.lastErr, m.answered = s.ConnectionError, true
+		m.lastErr, m.responded = s.ConnectionError, true
 	case connectivity.Idle, connectivity.Connecting, connectivity.Shutdown:
 	}
-	g.updateLocked() // before it connects again: no pick may take the next connection for this one
+	g.updateLocked() // before the reconnect: no pick may confuse the next connection with this one
 	if m.state == connectivity.Idle {
 		m.sc.Connect()
 	}
 }
 
-// updateLocked has gRPC choose again for the calls that wait.
+// updateLocked gives gRPC a new picker, which also serves the waiting calls.
 func (g *gate) updateLocked() {
-	close(g.moved)
-	g.moved = make(chan struct{})
+	close(g.changed)
+	g.changed = make(chan struct{})
 	p := &picker{gate: g, members: map[*member]int{}}
 	state := connectivity.TransientFailure
 	for _, m := range g.members {
 		switch {
-		case m.state == connectivity.Ready && m.verdict == open:
+		case m.state == connectivity.Ready && m.admission == open:
 			p.open = append(p.open, m.sc)
-			p.members[m] = m.life
+			p.members[m] = m.generation
 			state = connectivity.Ready
-		case m.state == connectivity.Ready && m.verdict == unknown:
+		case m.state == connectivity.Ready && m.admission == unknown:
 			p.unknown = append(p.unknown, m.sc)
-			p.members[m] = m.life
-			p.waits = p.waits || !isDenied(m.lastErr) // a login that was refused comes to no verdict
+			p.members[m] = m.generation
+			p.waits = p.waits || !isDenied(m.lastErr) // after a refused login the version stays unknown
 		case m.state == connectivity.Connecting && m.lastErr == nil, m.state == connectivity.Idle && m.lastErr == nil:
 			p.waits = true
 		}
@@ -268,14 +268,14 @@ func (g *gate) updateLocked() {
 			errs = append(errs, m.addr+": "+m.lastErr.Error())
 		}
 		if isDenied(m.lastErr) && p.err == nil {
-			// A policy may not end calls with etcd's own code.
+			// A policy must not end calls with etcd's own code.
 			p.err = status.Error(codes.Unauthenticated, rpctypes.ErrorDesc(m.lastErr))
 		}
 	}
-	if !slices.ContainsFunc(g.members, func(m *member) bool { return m.verdict != refused }) && len(g.members) > 0 {
+	if !slices.ContainsFunc(g.members, func(m *member) bool { return m.admission != refused }) && len(g.members) > 0 {
 		p.err = status.Error(codes.Unknown, g.oldLocked())
 	}
-	if p.err == nil { // no status: a call that waits for a connection goes on to wait
+	if p.err == nil { // not a status: a waiting call continues to wait
 		p.err = errors.New("no connection to etcd: " + strings.Join(errs, "; "))
 	}
 	if g.cc != nil && !g.closed {
@@ -283,42 +283,43 @@ func (g *gate) updateLocked() {
 	}
 }
 
-// tooOld is in the text of each error for a server that is too old.
+// tooOld is part of the text of each error for a server that is too old.
 const tooOld = "is too old"
 
-// oldLocked names the servers that are too old; empty when none is.
+// oldLocked lists the servers that are too old; empty if there are none.
 func (g *gate) oldLocked() string {
 	var list []string
 	for _, m := range g.members {
-		if m.verdict == refused {
-			list = append(list, fmt.Sprintf("the etcd %s at %s %s: at least %s is needed", m.version, m.addr, tooOld, MinimumVersions()))
+		if m.admission == refused {
+			list = append(list, fmt.Sprintf("the etcd %s at %s %s: at least %s is needed",
+				m.version, m.addr, tooOld, MinimumVersions()))
 		}
 	}
 	return strings.Join(list, "; ")
 }
 
-// old is oldLocked.
+// old calls oldLocked with the lock.
 func (g *gate) old() string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.oldLocked()
 }
 
-// check waits until each endpoint has answered, or could not be asked once, and at
-// least one may be used.
+// check waits until each endpoint has returned its version or an error, and at least one is
+// usable.
 func (g *gate) check(ctx context.Context) error {
 	bounded, cancel := context.WithTimeout(ctx, g.timeout)
 	defer cancel()
 	for {
 		g.mu.Lock()
-		moved, old := g.moved, g.oldLocked()
+		changed, old := g.changed, g.oldLocked()
 		all, usable := len(g.members) > 0, false
 		var silent []string
 		var denied error
 		for _, m := range g.members {
-			usable = usable || m.verdict == open
-			all = all && (m.answered || m.verdict != unknown)
-			if m.verdict == unknown {
+			usable = usable || m.admission == open
+			all = all && (m.responded || m.admission != unknown)
+			if m.admission == unknown {
 				silent = append(silent, fmt.Sprintf("%s: %v", m.addr, m.lastErr))
 			}
 			if isDenied(m.lastErr) {
@@ -330,65 +331,65 @@ func (g *gate) check(ctx context.Context) error {
 		case old != "":
 			return fmt.Errorf("%w: %s", meta.ErrTooOld, old)
 		case all && usable:
-			g.warnOf(silent)
+			g.warnSilent(silent)
 			return nil
 		case all && denied != nil:
 			return mapError(ctx, ctx, denied)
 		}
 		select {
-		case <-moved:
+		case <-changed:
 			continue
 		case <-bounded.Done():
 		}
 		switch {
 		case ctx.Err() != nil:
-			return fmt.Errorf("%w: no etcd says its version: %s", ctx.Err(), strings.Join(silent, "; "))
+			return fmt.Errorf("%w: no etcd returned its version: %s", ctx.Err(), strings.Join(silent, "; "))
 		case !usable:
-			return fmt.Errorf("%w: no etcd says its version: %s", meta.ErrUnavailable, strings.Join(silent, "; "))
+			return fmt.Errorf("%w: no etcd returned its version: %s", meta.ErrUnavailable, strings.Join(silent, "; "))
 		}
-		g.warnOf(silent)
+		g.warnSilent(silent)
 		return nil
 	}
 }
 
-func (g *gate) warnOf(silent []string) {
+func (g *gate) warnSilent(silent []string) {
 	if len(silent) > 0 {
-		g.log.Warn("an etcd does not say its version: it is asked again and not used before", zap.Strings("endpoints", silent))
+		g.log.Warn("etcd version unknown, retrying; the server is not used before", zap.Strings("endpoints", silent))
 	}
 }
 
-// askLocked asks the server of a new connection for its version.
-func (g *gate) askLocked(m *member) {
-	if g.closed || g.conn == nil || m.asking || m.state != connectivity.Ready || m.verdict != unknown {
+// queryLocked requests the version of the server of a new connection.
+func (g *gate) queryLocked(m *member) {
+	if g.closed || g.conn == nil || m.querying || m.state != connectivity.Ready || m.admission != unknown {
 		return
 	}
-	m.asking = true
-	life := m.life
-	// gRPC must not be held up, and what waits for the answer is not one call. It
-	// ends with the connection or the client, whose Close waits for it.
-	g.asking.Go(func() { g.ask(m, life) })
+	m.querying = true
+	generation := m.generation
+	// The request must not block gRPC, and serves more than one call. It ends with the
+	// connection or the client, whose Close waits for it.
+	g.queries.Go(func() { g.query(m, generation) })
 }
 
-// errLearner is the answer of a server that is used once it is promoted.
+// errLearner is the error for a server that is not usable before its promotion.
 var errLearner = errors.New("it is a learner, and refuses reads and writes until it is promoted")
 
-func (g *gate) ask(m *member, life int) {
+func (g *gate) query(m *member, generation int) {
 	backoff := meta.Backoff{Max: time.Second}
 	for {
-		resp, err := g.status(g.ctx, m, life)
+		resp, err := g.status(g.ctx, m, generation)
 		if err == nil && resp.GetIsLearner() {
 			err = errLearner
 		}
 		g.mu.Lock()
-		if m.life != life || g.closed {
+		if m.generation != generation || g.closed {
 			g.mu.Unlock()
 			return
 		}
-		m.answered = true
+		m.responded = true
 		if err == nil {
-			m.version, m.verdict, m.asking, m.lastErr = resp.GetVersion(), open, false, nil
+			m.version, m.admission, m.querying, m.lastErr = resp.GetVersion(), open, false, nil
 			if !newEnough(m.version) {
-				m.verdict = refused
+				m.admission = refused
 				g.log.Error("etcd is too old and is not used",
 					zap.String("endpoint", m.addr), zap.String("version", m.version), zap.String("least", MinimumVersions()))
 			}
@@ -403,39 +404,39 @@ func (g *gate) ask(m *member, life int) {
 	}
 }
 
-// status asks for the status of the server at the end of one very connection.
-func (g *gate) status(ctx context.Context, m *member, life int) (*pb.StatusResponse, error) {
+// status requests the status of the server of one connection.
+func (g *gate) status(ctx context.Context, m *member, generation int) (*pb.StatusResponse, error) {
 	g.mu.Lock()
 	conn := g.conn
 	g.mu.Unlock()
-	ctx, cancel := context.WithTimeout(context.WithValue(ctx, aimKey{}, aim{m, life}), g.timeout)
+	ctx, cancel := context.WithTimeout(context.WithValue(ctx, targetKey{}, target{m, generation}), g.timeout)
 	defer cancel()
 	return pb.NewMaintenanceClient(conn).Status(ctx, &pb.StatusRequest{})
 }
 
-// aim is the connection that a call must take.
-type aim struct {
-	member *member
-	life   int
+// target is the connection that a call must use.
+type target struct {
+	member     *member
+	generation int
 }
 
-type aimKey struct{}
+type targetKey struct{}
 
 // picker chooses the connection of a call.
 type picker struct {
 	gate          *gate
 	open, unknown []balancer.SubConn
-	members       map[*member]int // those, with the numbers of their connections
-	waits         bool            // there may be one soon
-	err           error           // when there is not
+	members       map[*member]int // of both lists, with the generations of their connections
+	waits         bool            // a connection may open soon
+	err           error           // else
 }
 
 func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
-	if a, ok := info.Ctx.Value(aimKey{}).(aim); ok && info.FullMethodName == pb.Maintenance_Status_FullMethodName {
-		if life, there := p.members[a.member]; !there || life != a.life {
-			return balancer.PickResult{}, status.Error(codes.Unavailable, "the connection is gone")
+	if t, ok := info.Ctx.Value(targetKey{}).(target); ok && info.FullMethodName == pb.Maintenance_Status_FullMethodName {
+		if generation, found := p.members[t.member]; !found || generation != t.generation {
+			return balancer.PickResult{}, status.Error(codes.Unavailable, "the connection is closed")
 		}
-		return balancer.PickResult{SubConn: a.member.sc}, nil
+		return balancer.PickResult{SubConn: t.member.sc}, nil
 	}
 	from := p.open
 	if len(from) == 0 && info.FullMethodName == pb.Auth_Authenticate_FullMethodName {
@@ -450,29 +451,30 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	return balancer.PickResult{}, p.err
 }
 
-// Usage is how much room there is at one server.
+// Usage is the space usage of one server.
 type Usage struct {
 	Endpoint                          string
-	SizeBytes, InUseBytes, QuotaBytes int64 // the quota is 0 where the server does not say it
-	CountedBytes                      int64 // what counts against the quota
-	Full                              bool  // the server has raised its alarm
+	SizeBytes, InUseBytes, QuotaBytes int64 // a quota of 0 is unknown
+	CountedBytes                      int64 // the part of the size that counts against the quota
+	Full                              bool  // the server has raised its space alarm
 }
 
-// Usage asks each server that is connected and may be used for the room that it has,
-// and returns that of those that answer. The error is nil when one does.
+// Usage returns the space usage of each usable server that responds. The error is nil if at
+// least one responds.
 func (c *Client) Usage(ctx context.Context) ([]Usage, error) {
 	var list []Usage
 	var errs []error
 	for _, m := range c.gate.usable() {
-		resp, err := c.gate.status(ctx, m.member, m.life)
+		resp, err := c.gate.status(ctx, m.member, m.generation)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("status of %s: %w", m.member.addr, mapError(ctx, ctx, err)))
 			continue
 		}
+		isAlarm := func(e string) bool { return strings.Contains(e, pb.AlarmType_NOSPACE.String()) }
 		list = append(list, Usage{
-			Endpoint: m.member.addr, SizeBytes: resp.GetDbSize(), InUseBytes: resp.GetDbSizeInUse(), QuotaBytes: resp.GetDbSizeQuota(),
-			CountedBytes: resp.GetDbSize(),
-			Full:         slices.ContainsFunc(resp.GetErrors(), func(e string) bool { return strings.Contains(e, pb.AlarmType_NOSPACE.String()) }),
+			Endpoint: m.member.addr, SizeBytes: resp.GetDbSize(), InUseBytes: resp.GetDbSizeInUse(),
+			QuotaBytes: resp.GetDbSizeQuota(), CountedBytes: resp.GetDbSize(),
+			Full: slices.ContainsFunc(resp.GetErrors(), isAlarm),
 		})
 	}
 	if len(list) == 0 {
@@ -481,19 +483,19 @@ func (c *Client) Usage(ctx context.Context) ([]Usage, error) {
 	return list, nil
 }
 
-func (g *gate) usable() (list []aim) {
+func (g *gate) usable() (list []target) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for _, m := range g.members {
-		if m.verdict == open {
-			list = append(list, aim{m, m.life})
+		if m.admission == open {
+			list = append(list, target{m, m.generation})
 		}
 	}
 	return list
 }
 
-// Versions returns the versions of the servers that are connected, in the order
-// of the endpoints; empty where it is not known.
+// Versions returns the versions of the connected servers in the order of the endpoints;
+// empty for unknown ones.
 func (c *Client) Versions() []string {
 	c.gate.mu.Lock()
 	defer c.gate.mu.Unlock()
@@ -504,11 +506,11 @@ func (c *Client) Versions() []string {
 	return slices.Clip(list)
 }
 
-// Check connects to all endpoints and returns when each has said which version of
-// etcd it is, or could not be asked. One that is older than [MinimumVersions] is
-// [meta.ErrTooOld]. One that does not answer is asked again until it does, and not
-// used before; when none has within RequestTimeout the error wraps
-// [meta.ErrUnavailable]. A login that is refused is [meta.ErrDenied].
+// Check connects to all endpoints and waits until each has returned its version or an error.
+// A server that is older than [MinimumVersions] is a [meta.ErrTooOld]. Failed version
+// requests are repeated, and such servers are not used before; if none succeeds within
+// RequestTimeout, the error wraps [meta.ErrUnavailable]. A refused login is a
+// [meta.ErrDenied].
 func (c *Client) Check(ctx context.Context) error {
 	c.etcd.ActiveConnection().Connect()
 	if err := c.gate.check(ctx); err != nil {
@@ -517,6 +519,6 @@ func (c *Client) Check(ctx context.Context) error {
 	return nil
 }
 
-// TooOld names the connected servers that are older than [MinimumVersions] and
-// are not used; empty when there are none.
+// TooOld lists the connected servers that are older than [MinimumVersions] and are not used;
+// empty if there are none.
 func (c *Client) TooOld() string { return c.gate.old() }

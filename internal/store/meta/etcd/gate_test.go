@@ -23,7 +23,7 @@ func get(ctx context.Context, kv meta.KV) error {
 	return err
 }
 
-// An old server is refused, and nothing but the question reaches it, by any call.
+// An old server is refused, and receives only the version request, for any call.
 func TestOldEtcdIsRefused(t *testing.T) {
 	p := etcdproxy.Start(t, etcdtest.Shared(t).Endpoint())
 	p.Version(debian)
@@ -35,7 +35,7 @@ func TestOldEtcdIsRefused(t *testing.T) {
 		}
 	}
 	if kv.TooOld() == "" {
-		t.Error("it is not called too old")
+		t.Error("TooOld does not list it")
 	}
 	ctx := t.Context()
 	for name, call := range map[string]func() error{
@@ -62,8 +62,8 @@ func TestOldEtcdIsRefused(t *testing.T) {
 	}
 }
 
-// Of several endpoints those are used that are known to be new enough. One that
-// does not say its version is not used, and asked until it does.
+// Only endpoints with a supported version are used. A server without a known version is not
+// used, and its version request is repeated.
 func TestUnknownEtcdIsNotUsed(t *testing.T) {
 	srv := etcdtest.Shared(t)
 	good, silent := etcdproxy.Start(t, srv.Endpoint()), etcdproxy.Start(t, srv.Endpoint())
@@ -78,16 +78,17 @@ func TestUnknownEtcdIsNotUsed(t *testing.T) {
 		}
 	}
 	if n := silent.Used(); n != 0 {
-		t.Errorf("%d calls went to a server whose version is not known", n)
+		t.Errorf("%d calls went to a server with an unknown version", n)
 	}
 	silent.Mute(false)
-	for silent.Used() == 0 { // asked again by itself
+	for silent.Used() == 0 { // the version request is repeated
 		if err := get(t.Context(), kv); err != nil {
 			t.Fatal(err)
 		}
 	}
-	// None that is known: calls wait, and are unavailable in the end.
-	alone := open(t, etcd.Options{Endpoints: []string{silent.Endpoint()}, Root: "/unknown", RequestTimeout: 200 * time.Millisecond})
+	// Without a known version calls wait, and then fail with ErrUnavailable.
+	alone := open(t, etcd.Options{Endpoints: []string{silent.Endpoint()}, Root: "/unknown",
+		RequestTimeout: 200 * time.Millisecond})
 	silent.Mute(true)
 	if err := alone.Check(t.Context()); !errors.Is(err, meta.ErrUnavailable) {
 		t.Errorf("check: got error %v, want unavailable", err)
@@ -97,7 +98,7 @@ func TestUnknownEtcdIsNotUsed(t *testing.T) {
 	}
 }
 
-// A learner refuses what it is asked for, so it is not used until it is promoted.
+// A learner refuses requests, so it is not used before its promotion.
 func TestLearnerIsNotUsed(t *testing.T) {
 	srv := etcdtest.Shared(t)
 	good, learner := etcdproxy.Start(t, srv.Endpoint()), etcdproxy.Start(t, srv.Endpoint())
@@ -115,16 +116,16 @@ func TestLearnerIsNotUsed(t *testing.T) {
 		t.Errorf("%d calls went to a learner", n)
 	}
 	learner.Learner(false)
-	for learner.Used() == 0 { // asked again by itself
+	for learner.Used() == 0 { // the version request is repeated
 		if err := get(t.Context(), kv); err != nil {
 			t.Fatal(err)
 		}
 	}
 }
 
-// A server that comes back as an older one is refused at the reconnect, and used
-// once it is a new one again; what another endpoint serves goes on.
-func TestEtcdIsAskedAtEachReconnect(t *testing.T) {
+// A server that returns with an older version is refused at the reconnect, and used again
+// after an upgrade; calls through the other endpoint continue.
+func TestVersionIsCheckedAtEachReconnect(t *testing.T) {
 	srv := etcdtest.Shared(t)
 	one, two := etcdproxy.Start(t, srv.Endpoint()), etcdproxy.Start(t, srv.Endpoint())
 	kv := open(t, etcd.Options{Endpoints: []string{one.Endpoint(), two.Endpoint()}, Root: "/again"})
@@ -149,7 +150,7 @@ func TestEtcdIsAskedAtEachReconnect(t *testing.T) {
 		t.Errorf("%d calls went to the old server", two.Used()-used)
 	}
 	one.Stop()
-	for { // the good one is gone, and may come back
+	for { // the supported one is down, and may return
 		err := get(t.Context(), kv)
 		if errors.Is(err, meta.ErrUnavailable) {
 			break
@@ -171,8 +172,8 @@ func TestEtcdIsAskedAtEachReconnect(t *testing.T) {
 	}
 }
 
-// With a user the version is asked for under a login, which is made again after each
-// restart of the server; one that is refused is said at once, by calls and watches.
+// With a user the version request needs a login, which is repeated after each restart of the
+// server. Calls and watches report a refused login immediately.
 func TestEtcdLogin(t *testing.T) {
 	srv := etcdtest.Start(t)
 	srv.Restrict(t, "snap", "secret", "/login/")
@@ -201,9 +202,9 @@ func TestEtcdLogin(t *testing.T) {
 	if _, err := kv.Scan(ctx, "/a", "/b", 0, func([]meta.KeyValue) error { return nil }); err != nil {
 		t.Errorf("scan: %v", err)
 	}
-	// Every method may be used with rights below the root alone.
+	// Every method works with permissions below the root only.
 	if _, err := kv.Txn(ctx, meta.Txn{If: []meta.Cond{meta.Absent("/a")}}); err != nil {
-		t.Errorf("compares alone: %v", err)
+		t.Errorf("only compares: %v", err)
 	}
 	srv.Password(t, "snap", "another")
 	srv.Stop(t)
@@ -212,18 +213,19 @@ func TestEtcdLogin(t *testing.T) {
 	if _, err := kv.Watch(ctx, "/", "0", 0).Next(); !errors.Is(err, meta.ErrDenied) {
 		t.Errorf("watch: got error %v, want denied", err)
 	}
-	if _, err := etcd.Open(etcd.Options{Endpoints: []string{srv.Endpoint()}, Username: "snap", Password: "wrong"}); !errors.Is(err, meta.ErrDenied) {
+	if _, err := etcd.Open(etcd.Options{Endpoints: []string{srv.Endpoint()}, Username: "snap",
+		Password: "wrong"}); !errors.Is(err, meta.ErrDenied) {
 		t.Errorf("open: got error %v, want denied", err)
 	}
 	srv.Password(t, "snap", "secret")
-	for err := get(ctx, kv); err != nil; err = get(ctx, kv) { // it is asked again within a second
+	for err := get(ctx, kv); err != nil; err = get(ctx, kv) { // the request is repeated within a second
 		if !errors.Is(err, meta.ErrDenied) {
 			t.Fatal(err)
 		}
 	}
 }
 
-// The room at each server that may be used is known; that of others is not asked for.
+// Usage returns the space of each usable server, and does not query others.
 func TestEtcdUsage(t *testing.T) {
 	srv := etcdtest.Start(t)
 	old := etcdproxy.Start(t, srv.Endpoint())
@@ -236,14 +238,15 @@ func TestEtcdUsage(t *testing.T) {
 		t.Fatalf("got %+v, error %v; want two servers", list, err)
 	}
 	for _, u := range list {
-		if u.Endpoint == "" || u.SizeBytes <= 0 || u.InUseBytes <= 0 || u.InUseBytes > u.SizeBytes || u.QuotaBytes < 1<<30 || u.Full {
+		if u.Endpoint == "" || u.SizeBytes <= 0 || u.InUseBytes <= 0 || u.InUseBytes > u.SizeBytes || u.QuotaBytes < 1<<30 ||
+			u.Full {
 			t.Errorf("got %+v", u)
 		}
 	}
-	// One that does not answer hides nothing of the others.
+	// An unavailable server does not affect the results of the others.
 	old.Mute(true)
 	if list, err = kv.Usage(t.Context()); err != nil || len(list) != 1 || list[0].Endpoint != srv.Endpoint() {
-		t.Errorf("got %+v, error %v; want the server that answers", list, err)
+		t.Errorf("got %+v, error %v; want the available server", list, err)
 	}
 	old.Mute(false)
 	old.Stop()
@@ -257,7 +260,7 @@ func TestEtcdUsage(t *testing.T) {
 	if list, err = kv.Usage(t.Context()); err != nil || len(list) != 1 {
 		t.Errorf("got %+v, error %v; want one server", list, err)
 	}
-	// A server that is full says so.
+	// A full server is reported as full.
 	srv.Stop(t)
 	srv.QuotaBytes = 1
 	srv.Restart(t)

@@ -11,32 +11,32 @@ import (
 	"google.golang.org/grpc"
 )
 
-// login puts the current password into each login. etcd's client logs in when it is
-// opened, when a token is refused, and for each stream, always with the password that
-// it was opened with.
+// login sets the current password in each login. etcd's client logs in when it is opened,
+// after a refused token, and for each stream, always with the initial password.
 //
-//	the file holds                 | a login sends
-//	the password of the last one   | that
-//	another                        | that; when etcd refuses it, the password of the
-//	                               | last login that succeeded, for the file may be
-//	                               | replaced before the password at etcd is
-//	nothing that can be read       | the password of the last login that succeeded
-//	another, and both are refused  | both; the call ends with ErrDenied, and the next
-//	                               | call reads the file again
+//	the file has                    | a login sends
+//	the password of the last login  | that password
+//	another password                | that password; if etcd refuses it, the password of
+//	                                | the last successful login, since the file may be
+//	                                | replaced before etcd's password
+//	no readable password            | the password of the last successful login
+//	another, and both are refused   | both; the call fails with ErrDenied, and the next
+//	                                | call reads the file again
 //
-// A token that died with a restart of etcd costs the call that meets it one login: the
-// client repeats the call with the new token, which all calls use from then on.
+// If a restart of etcd invalidates the token, the first call with it costs one login: the
+// client repeats the call with the new token, which all later calls use.
 type login struct {
 	read func() (string, error)
 	log  *zap.Logger
 
 	mu     sync.Mutex
-	last   string // of the last login that succeeded; before that, of the start
-	unread bool   // the last reading failed, and the log says so
+	last   string // of the last successful login, or the initial one
+	unread bool   // the last read failed, which was logged
 }
 
 // intercept is the client's interceptor of unary calls.
-func (l *login) intercept(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker,
+func (l *login) intercept(
+	ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker,
 	opts ...grpc.CallOption,
 ) error {
 	in, ok := req.(*pb.AuthenticateRequest)
@@ -57,15 +57,15 @@ func (l *login) intercept(ctx context.Context, method string, req, reply any, cc
 	return err
 }
 
-// passwords returns the password that the file holds and that of the last login that
-// succeeded. The file's is the latter when it cannot be read.
+// passwords returns the password of the file and that of the last successful login. If the
+// file is unreadable, both are the latter.
 func (l *login) passwords() (current, last string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	current, err := l.read()
 	if err != nil {
 		if !l.unread {
-			l.log.Warn("the password for etcd cannot be read: the last one that etcd accepted is used", zap.Error(err))
+			l.log.Warn("etcd password not read, using the last accepted one", zap.Error(err))
 		}
 		current = l.last
 	}
@@ -77,5 +77,5 @@ func (l *login) succeeded(password string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.last = password
-	l.log.Info("etcd accepted the password that was replaced in its file")
+	l.log.Info("etcd accepted the new password")
 }

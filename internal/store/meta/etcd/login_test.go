@@ -18,8 +18,8 @@ import (
 	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
-// handled counts the calls that the etcd servers of this process have answered with
-// one of codes, or with any; of one method, or of all for an empty name.
+// handled counts the calls that the etcd servers of this process have completed with one of
+// codes, or any code; of one method, or of all for an empty name.
 func handled(t *testing.T, method string, codes ...string) (n int) {
 	t.Helper()
 	families, err := prometheus.DefaultGatherer.Gather()
@@ -48,8 +48,9 @@ func handled(t *testing.T, method string, codes ...string) (n int) {
 	return n
 }
 
-// TestDeadTokenIsReplaced restarts an etcd with users, which forgets its tokens, under
-// many callers: each meets the dead token at most once, and goes on with a new one.
+// TestDeadTokenIsReplaced restarts an etcd with users, which invalidates its tokens, during
+// many calls: each caller gets at most one error for the old token, and continues with a new
+// one.
 func TestDeadTokenIsReplaced(t *testing.T) {
 	const callers = 16
 	srv := etcdtest.Start(t)
@@ -62,7 +63,8 @@ func TestDeadTokenIsReplaced(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 3 {
-		logins, refused := handled(t, "Authenticate"), handled(t, "", "Unauthenticated", "InvalidArgument", "PermissionDenied")
+		logins, refused := handled(t, "Authenticate"), handled(t, "", "Unauthenticated", "InvalidArgument",
+			"PermissionDenied")
 		srv.Stop(t)
 		srv.Restart(t)
 		var group sync.WaitGroup
@@ -80,7 +82,7 @@ func TestDeadTokenIsReplaced(t *testing.T) {
 					case 3:
 						_, err = kv.Scan(ctx, "/", "0", 0, func([]meta.KeyValue) error { return nil })
 					}
-					for ; errors.Is(err, meta.ErrUnavailable) && ctx.Err() == nil; err = get(ctx, kv) { // it connects again
+					for ; errors.Is(err, meta.ErrUnavailable) && ctx.Err() == nil; err = get(ctx, kv) { // reconnecting
 						t.Logf("caller %d: %v", n, err)
 					}
 					if err != nil {
@@ -93,16 +95,16 @@ func TestDeadTokenIsReplaced(t *testing.T) {
 		logins = handled(t, "Authenticate") - logins
 		refused = handled(t, "", "Unauthenticated", "InvalidArgument", "PermissionDenied") - refused
 		t.Logf("%d logins, %d calls refused", logins, refused)
-		// Streams log in each; of the others each caller does once at the most.
+		// Each stream logs in; of the other calls each caller logs in at most once.
 		if streams := callers / 2 * 20; logins > callers+streams+4 || refused > callers+2 {
 			t.Errorf("%d logins and %d refused calls of %d callers", logins, refused, callers)
 		}
 	}
 }
 
-// TestPasswordIsReadAgain replaces the password of a user, at etcd and in the file, in
-// either order: the client goes on with the one that etcd accepts.
-func TestPasswordIsReadAgain(t *testing.T) {
+// TestPasswordIsReloaded replaces the password of a user, at etcd and in the file, in either
+// order: the client continues with the accepted one.
+func TestPasswordIsReloaded(t *testing.T) {
 	srv := etcdtest.Start(t)
 	srv.Restrict(t, "snap", "one", "/again/")
 	var mu sync.Mutex
@@ -125,13 +127,13 @@ func TestPasswordIsReadAgain(t *testing.T) {
 	want := func(when string, want error) {
 		t.Helper()
 		err := get(ctx, kv)
-		for ; errors.Is(err, meta.ErrUnavailable) && ctx.Err() == nil; err = get(ctx, kv) { // it connects again
+		for ; errors.Is(err, meta.ErrUnavailable) && ctx.Err() == nil; err = get(ctx, kv) { // reconnecting
 			t.Logf("%s: %v", when, err)
 		}
 		if !errors.Is(err, want) {
 			t.Errorf("%s: got error %v, want %v", when, err, want)
 		}
-		// A stream and a write as well.
+		// Also for a stream and a write.
 		if err := kv.KeepAlive(ctx, 1); !errors.Is(err, want) && (want != nil || !errors.Is(err, meta.ErrLeaseNotFound)) {
 			t.Errorf("%s: keep alive: got error %v, want %v", when, err, want)
 		}
@@ -155,13 +157,13 @@ func TestPasswordIsReadAgain(t *testing.T) {
 	set("", nil)
 	want("the file is empty", nil)
 
-	// A role that changes while the client runs is said as such, and comes back.
+	// A role that is revoked while the client runs is reported as denied, until it is granted.
 	srv.Allow(t, "snap", "/again/", false)
 	if _, err := kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Put("/a", nil)}}); !errors.Is(err, meta.ErrDenied) {
-		t.Errorf("write without the right: got error %v, want denied", err)
+		t.Errorf("write without the permission: got error %v, want denied", err)
 	}
 	if err := get(ctx, kv); err != nil {
-		t.Errorf("read with the right: %v", err)
+		t.Errorf("read with the permission: %v", err)
 	}
 	srv.Allow(t, "snap", "/again/", true)
 	want("with the right again", nil)

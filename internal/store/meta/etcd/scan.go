@@ -13,15 +13,15 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// How many keys are asked for at once when etcd cannot stream: few at first, then
-// as many as make pageBytes, by the size of those that came.
+// Keys per page without streams: few at first, then as many as fit into pageBytes according
+// to the previous page.
 const (
 	firstPage = 64
 	pageLimit = 256
 	pageBytes = 2 << 20
 )
 
-// nextPage is how many keys to ask for after a page of kvs.
+// nextPage returns the number of keys to request after a page of kvs.
 func nextPage(kvs []meta.KeyValue) int {
 	size := 1
 	for _, kv := range kvs {
@@ -30,18 +30,18 @@ func nextPage(kvs []meta.KeyValue) int {
 	return min(max(len(kvs)*pageBytes/size, 1), pageLimit)
 }
 
-// errNoStream means that the server does not know RangeStream.
+// errNoStream means that the server does not support RangeStream.
 var errNoStream = errors.New("no range stream")
 
-// Scan implements [meta.KV]. The server cuts the stream into messages of about
-// its request limit, 1.5 MiB, and gRPC's flow control makes it wait for fn.
-func (c *Client) Scan(ctx context.Context, from, to string, revision int64, fn func([]meta.KeyValue) error) (int64, error) {
+// Scan implements [meta.KV]. The server splits the stream into messages of about its request
+// limit, 1.5 MiB, and waits for fn by gRPC's flow control.
+func (c *Client) Scan(ctx context.Context, from, to string, revision int64, fn func([]meta.KeyValue) error) (int64,
+	error) {
 	if err := meta.CheckSpan(from, to); err != nil {
 		return 0, err
 	}
 	if revision <= 0 {
-		// A stream reads at one revision in any case, but says only at its end
-		// at which; pages need to know.
+		// A stream has one revision but returns it only at its end; pages need it first.
 		var err error
 		if revision, err = c.revision(ctx); err != nil {
 			return 0, fmt.Errorf("scan %s: %w", from, err)
@@ -68,18 +68,18 @@ func (c *Client) revision(ctx context.Context) (int64, error) {
 	return resp.Header.Revision, nil
 }
 
-// scanStream returns errNoStream, before it has called fn, when it cannot.
-func (c *Client) scanStream(ctx context.Context, from, to string, revision int64, fn func([]meta.KeyValue) error) error {
+// scanStream returns errNoStream, before any call of fn, if the server has no streams.
+func (c *Client) scanStream(ctx context.Context, from, to string, revision int64,
+	fn func([]meta.KeyValue) error) error {
 	sctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	// The stream may take as long as it needs, but no step of it may: neither
-	// the connection, for which the client waits, nor the next chunk. The time
-	// that fn takes does not count.
-	stalled := fmt.Errorf("%w: no answer for %v", meta.ErrUnavailable, c.o.RequestTimeout)
+	// Each step of the stream has a timeout: the connection and each chunk. The time of
+	// fn does not count.
+	stalled := fmt.Errorf("%w: no response for %v", meta.ErrUnavailable, c.o.RequestTimeout)
 	guard := time.AfterFunc(c.o.RequestTimeout, func() { cancel(stalled) })
 	defer guard.Stop()
 	fail := func(err error) error {
-		if context.Cause(sctx) == stalled { //nolint:errorlint // the very one
+		if context.Cause(sctx) == stalled { //nolint:errorlint // identity
 			err = stalled
 		} else {
 			err = mapError(ctx, sctx, err)
@@ -119,8 +119,7 @@ func (c *Client) scanStream(ctx context.Context, from, to string, revision int64
 	return nil
 }
 
-// scanPages reads page by page; each begins after the last key of the one
-// before.
+// scanPages reads pages; each begins after the last key of the previous one.
 func (c *Client) scanPages(ctx context.Context, from, to string, revision int64, fn func([]meta.KeyValue) error) error {
 	for limit := firstPage; ; {
 		res, err := c.Range(ctx, meta.Range{From: from, To: to, Revision: revision, Limit: limit})
@@ -137,7 +136,7 @@ func (c *Client) scanPages(ctx context.Context, from, to string, revision int64,
 		}
 		limit = nextPage(res.KVs)
 		if from = res.KVs[len(res.KVs)-1].Key + "\x00"; from >= to {
-			return nil // there is no key between
+			return nil // no key is left
 		}
 	}
 }

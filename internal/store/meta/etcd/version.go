@@ -8,11 +8,10 @@ import (
 	"strings"
 )
 
-// minimums are the oldest releases of etcd that this package works with, one of
-// each line; what is newer than the last line passes, all else is refused. Before
-// 3.4.25 and 3.5.8 an answer about progress may overtake events, so that a watch
-// misses them for ever; the rest is security fixes. docs/operations.md names the
-// same releases, and a test compares the two.
+// minimums are the oldest supported releases of etcd, one per minor version. Releases newer
+// than the last minor version are supported, all others are refused. Before 3.4.25 and 3.5.8
+// a progress report may precede its events, so that a watch misses them; later ones have
+// security fixes. docs/operations.md has the same list, and a test compares the two.
 var minimums = []version{{3, 6, 14}, {3, 7, 1}}
 
 // version is a release of etcd.
@@ -24,7 +23,7 @@ func (v version) compare(o version) int {
 	return cmp.Or(cmp.Compare(v.major, o.major), cmp.Compare(v.minor, o.minor), cmp.Compare(v.patch, o.patch))
 }
 
-// MinimumVersions names the oldest releases that are not refused.
+// MinimumVersions returns the oldest supported releases.
 func MinimumVersions() string {
 	var names []string
 	for _, v := range minimums {
@@ -33,26 +32,26 @@ func MinimumVersions() string {
 	return strings.Join(names, " / ")
 }
 
-// newEnough says whether a server that calls itself text may be used. What cannot
-// be read may not, and a release candidate is older than its release.
+// newEnough reports whether a server of the version may be used. An unreadable version may
+// not, and a release candidate is older than its release.
 func newEnough(text string) bool {
 	v, candidate, ok := parseVersion(text)
 	if !ok {
 		return false
 	}
 	if candidate {
-		v.patch-- // of x.y.0 it becomes less than any
+		v.patch-- // a candidate of x.y.0 is less than any release of x.y
 	}
-	for _, least := range minimums {
-		if v.major == least.major && v.minor == least.minor {
-			return v.compare(least) >= 0
+	for _, minimum := range minimums {
+		if v.major == minimum.major && v.minor == minimum.minor {
+			return v.compare(minimum) >= 0
 		}
 	}
 	newest := slices.MaxFunc(minimums, version.compare)
 	return v.major > newest.major || v.major == newest.major && v.minor > newest.minor
 }
 
-// parseVersion reads 3.6.14, 3.7.0-rc.1 or 3.6.14+vendor.
+// parseVersion parses a version such as 3.6.14, 3.7.0-rc.1 or 3.6.14+vendor.
 func parseVersion(text string) (v version, candidate, ok bool) {
 	text, _, _ = strings.Cut(strings.TrimPrefix(text, "v"), "+")
 	text, _, candidate = strings.Cut(text, "-")

@@ -17,46 +17,45 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// watcher reads one watch of etcd, on a stream of its own, and opens it again
-// whenever it breaks. A stream of its own, for a progress request is answered only
-// when all watches of a stream have caught up, and a broken stream ends them all.
+// watcher reads one watch of etcd on a separate stream, and reopens the stream when it
+// breaks. The stream is separate because etcd responds to a progress request only after all
+// watches of the stream have caught up, and because a broken stream ends all of its watches.
 //
 // # Two revisions
 //
-// delivered is the revision of the last event that was delivered, or that at which
-// the watch began; announced is the highest up to which the server has said that
-// there is nothing more (progress). Next reports the higher of the two.
+// delivered is the revision of the last delivered event, or that of the start of the watch.
+// announced is the highest revision that the server has reported as complete (progress).
+// Next returns the greater of the two.
 //
-//	         event above both: delivered rises        progress above both: announced rises
-//	going ----------------------------------> going ----------------------------------> going
-//	  |  event at or below either of them                    |  stream breaks
-//	  +-------> over: ErrWatchBroken                         +------> opened after delivered
+//	           event above both: delivered rises          progress above both: announced rises
+//	running ----------------------------------> running ----------------------------------> running
+//	  |  event at or below either of them                      |  stream breaks
+//	  +-------> ended: ErrWatchBroken                          +------> reopened after delivered
 //
-// A server that answers a progress request before it has sent the events up to that
-// revision, as etcd before 3.4.25 and 3.5.8 does, is found out by the event that
-// comes late. To pass over that event as a repeat, or to open a broken stream after
-// announced, would lose it for ever, so neither is done: etcd's own client does the
-// latter, which is why the stream is read here.
+// A server that responds to a progress request before it has sent the events up to that
+// revision, as etcd before 3.4.25 and 3.5.8 does, is detected by the late event. Skipping
+// that event as a duplicate, or reopening a broken stream after announced, would lose it, so
+// the watcher does neither. etcd's own client does the latter; therefore the stream is read
+// here.
 //
-//	what happens                                        | what comes of it
-//	the stream breaks between early progress and event  | opened after delivered, the event
-//	                                                    | comes, is at or below announced: over
-//	the stream breaks, the server is right              | opened after delivered: no event up to
-//	                                                    | announced exists, nothing comes twice
-//	the stream breaks, delivered is compacted           | over: ErrCompacted. What announced said
-//	                                                    | cannot be checked any more
-//	a member that is behind takes the stream over       | it sends nothing before it is past
-//	                                                    | delivered; its progress is below: ignored
-//	an answer that came in part                         | dropped with the stream, and sent again
+//	event                                               | result
+//	the stream breaks between early progress and event  | reopened after delivered; the event
+//	                                                    | arrives at or below announced: ended
+//	the stream breaks, the server is correct            | reopened after delivered: no event up to
+//	                                                    | announced exists, no duplicates
+//	the stream breaks, delivered is compacted           | ended: ErrCompacted. announced cannot be
+//	                                                    | verified any more
+//	a lagging member takes the stream over              | it sends nothing before it is past
+//	                                                    | delivered; its lower progress is ignored
+//	a partial response                                  | dropped with the stream, and sent again
 //
-// So no event comes twice by right: each stream begins after the last event that
-// was delivered whole, and a server sends each revision of a stream once. One that
-// does come twice ends the watch as well.
+// A correct server sends no duplicates: each stream begins after the last completely
+// delivered event, and a server sends each revision of a stream once. A duplicate ends the
+// watch as well.
 //
-// A batch holds whole revisions because etcd's answers do: the server cuts a
-// catch-up at the end of a revision only, and sends what one commit changed in
-// one answer; an answer that is too long for one message comes in fragments,
-// which are joined here.
+// A batch has whole revisions because etcd's responses do: the server splits a catch-up only
+// between revisions, and sends the changes of one commit in one response. A response that is
+// too long for one message arrives in fragments, which are joined here.
 type watcher struct {
 	c        *Client
 	ctx      context.Context //nolint:containedctx // the contract: a watch ends with the context it was opened with
@@ -69,7 +68,7 @@ type watcher struct {
 	close     context.CancelFunc // of the stream
 	delivered int64
 	announced int64
-	events    []*mvccpb.Event // of an answer that has not come whole
+	events    []*mvccpb.Event // of an incomplete response
 	err       error           // final
 
 	mu     sync.Mutex
@@ -91,7 +90,7 @@ func (c *Client) Watch(ctx context.Context, from, to string, after int64) meta.W
 	return w
 }
 
-// open opens a stream behind the last event.
+// open opens a stream after the last event.
 func (w *watcher) open() error {
 	ctx, cancel := context.WithCancel(w.ended)
 	stream, err := w.c.watches.Watch(requireLeader(ctx), grpc.MaxCallRecvMsgSize(math.MaxInt32))
@@ -112,7 +111,7 @@ func (w *watcher) open() error {
 	return nil
 }
 
-// shut ends the stream, if there is one.
+// shut closes the stream, if any.
 func (w *watcher) shut() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -141,7 +140,8 @@ func (w *watcher) Next() (meta.WatchBatch, error) {
 	}
 }
 
-// receive takes the next answer, which is a batch when it is whole and new.
+// receive reads the next response. It returns whole true if the response completes a new
+// batch.
 func (w *watcher) receive() (b meta.WatchBatch, whole bool, err error) {
 	if w.stream == nil { // only Next changes it
 		if err := w.open(); err != nil {
@@ -168,7 +168,7 @@ func (w *watcher) receive() (b meta.WatchBatch, whole bool, err error) {
 	events := w.events
 	w.events = nil
 	if len(events) == 0 {
-		// A server that is behind may say less than is known.
+		// A lagging server may report a lower revision.
 		if revision := resp.GetHeader().GetRevision(); revision > max(w.delivered, w.announced) {
 			w.announced = revision
 			return meta.WatchBatch{Revision: revision}, true, nil
@@ -181,7 +181,7 @@ func (w *watcher) receive() (b meta.WatchBatch, whole bool, err error) {
 	for i, ev := range events {
 		kv := ev.GetKv()
 		if kv.GetModRevision() <= last || i > 0 && kv.GetModRevision() < events[i-1].GetKv().GetModRevision() {
-			return meta.WatchBatch{}, false, fmt.Errorf("%w: a change at revision %d after all up to %d was reported",
+			return meta.WatchBatch{}, false, fmt.Errorf("%w: a change at revision %d after the report up to %d",
 				meta.ErrWatchBroken, kv.GetModRevision(), last)
 		}
 		b.Events[i] = meta.Event{Deleted: ev.GetType() == mvccpb.Event_DELETE, KV: w.c.kv(kv)}
@@ -191,12 +191,12 @@ func (w *watcher) receive() (b meta.WatchBatch, whole bool, err error) {
 	return b, true, nil
 }
 
-// broken decides what an ended stream means: the end, or another after a pause.
+// broken handles an ended stream: it ends the watch, or pauses before the next stream.
 func (w *watcher) broken(err error) {
 	w.shut()
 	final := []error{meta.ErrCompacted, meta.ErrWatchBroken, meta.ErrDenied}
 	mapped := err
-	if !slices.ContainsFunc(final, func(f error) bool { return errors.Is(err, f) }) { // of our own making, above
+	if !slices.ContainsFunc(final, func(f error) bool { return errors.Is(err, f) }) { // not made by receive
 		mapped = mapError(w.ctx, w.ctx, err)
 	}
 	switch {
@@ -206,9 +206,9 @@ func (w *watcher) broken(err error) {
 	case slices.ContainsFunc(final, func(f error) bool { return errors.Is(mapped, f) }):
 		w.err = fmt.Errorf("watch %s after %d: %w", w.from, w.delivered, mapped)
 	default:
-		w.c.o.Log.Warn("watch broken, opening it again",
+		w.c.o.Log.Warn("watch broken, reopening",
 			zap.String("key", w.from), zap.Int64("revision", w.delivered), zap.String("err", err.Error()))
-		_ = w.backoff.Wait(w.ended) // Next looks at the contexts
+		_ = w.backoff.Wait(w.ended) // Next checks the contexts
 		return
 	}
 	w.end()
@@ -220,18 +220,19 @@ func (w *watcher) Progress(ctx context.Context) error {
 		return fmt.Errorf("watch %s: %w", w.from, meta.ErrInvalid)
 	}
 	if err := ctx.Err(); err != nil {
-		return fmt.Errorf("watch %s: ask for progress: %w", w.from, err)
+		return fmt.Errorf("watch %s: request progress: %w", w.from, err)
 	}
 	if w.ended.Err() != nil {
-		return fmt.Errorf("watch %s: ask for progress: %w: the watch has ended", w.from, meta.ErrUnavailable)
+		return fmt.Errorf("watch %s: request progress: %w: the watch has ended", w.from, meta.ErrUnavailable)
 	}
 	w.mu.Lock()
 	stream := w.stream
 	w.mu.Unlock()
 	if stream == nil {
-		return nil // dropped, as etcd may
+		return nil // dropped, as etcd may do
 	}
-	// Next has sent all that it sends. An error here shows in Next as well.
-	_ = stream.Send(&pb.WatchRequest{RequestUnion: &pb.WatchRequest_ProgressRequest{ProgressRequest: &pb.WatchProgressRequest{}}})
+	// Next sends nothing after the start. Next returns an error of this send as well.
+	request := &pb.WatchRequest_ProgressRequest{ProgressRequest: &pb.WatchProgressRequest{}}
+	_ = stream.Send(&pb.WatchRequest{RequestUnion: request})
 	return nil
 }

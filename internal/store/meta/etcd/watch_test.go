@@ -16,7 +16,7 @@ import (
 	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
-func TestEtcdOvertaken(t *testing.T) {
+func TestEtcdEarlyProgress(t *testing.T) {
 	p := etcdproxy.Start(t, etcdtest.Shared(t).Endpoint())
 	kv := open(t, etcd.Options{Endpoints: []string{p.Endpoint()}, Root: "/" + crand.Text()})
 	metatest.Overtaken(t, kv, func(on bool) {
@@ -28,9 +28,9 @@ func TestEtcdOvertaken(t *testing.T) {
 	})
 }
 
-// A stream that breaks between early progress and the event that it is about does
-// not take the event with it.
-func TestEtcdOvertakenAndCut(t *testing.T) {
+// A stream that breaks between an early progress report and its event does not lose the
+// event.
+func TestEtcdEarlyProgressAndBreak(t *testing.T) {
 	p := etcdproxy.Start(t, etcdtest.Shared(t).Endpoint())
 	kv := open(t, etcd.Options{Endpoints: []string{p.Endpoint()}, Root: "/" + crand.Text()})
 	first := put(t, kv, "/w/a")
@@ -46,7 +46,7 @@ func TestEtcdOvertakenAndCut(t *testing.T) {
 	for err == nil {
 		var b meta.WatchBatch
 		if b, err = w.Next(); len(b.Events) > 0 {
-			t.Errorf("got %v after all up to %d was there", b.Events, b.Revision)
+			t.Errorf("got %v after the report up to %d", b.Events, b.Revision)
 		}
 	}
 	if _, cuts := p.Overtaken(); !errors.Is(err, meta.ErrWatchBroken) || cuts != 1 {
@@ -54,8 +54,8 @@ func TestEtcdOvertakenAndCut(t *testing.T) {
 	}
 }
 
-// A watch that has heard of progress, and whose stream breaks, goes on behind its
-// last event: what is compacted by then looks like what was missed.
+// A watch whose stream breaks after a progress report continues after its last event. If that
+// revision is compacted, the watch cannot exclude missed events.
 func TestEtcdBrokenAfterProgress(t *testing.T) {
 	srv := etcdtest.Start(t)
 	p := etcdproxy.Start(t, srv.Endpoint())
@@ -106,7 +106,7 @@ func TestEtcdBrokenAfterProgress(t *testing.T) {
 			}
 			for _, ev := range b.Events {
 				if ev.KV.Key != "/w/b" {
-					t.Errorf("the watch repeats %v", ev)
+					t.Errorf("the watch repeated %v", ev)
 				}
 			}
 		}
@@ -122,7 +122,7 @@ func put(t *testing.T, kv meta.KV, key string) int64 {
 	return res.Revision
 }
 
-// retry is put to a server that was just started.
+// retry puts until a restarted server accepts it.
 func retry(t *testing.T, kv meta.KV, key string) int64 {
 	t.Helper()
 	for {

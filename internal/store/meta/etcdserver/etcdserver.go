@@ -1,5 +1,5 @@
-// Package etcdserver runs etcd inside the process: one member, reachable from
-// this host only. It is the store of the embedded mode, and that of tests.
+// Package etcdserver runs etcd inside the process: one member, reachable only from this
+// host. The embedded mode and tests use it.
 package etcdserver
 
 import (
@@ -19,8 +19,7 @@ import (
 	"go.uber.org/zap"
 )
 
-// ErrInUse means that another server, of this process or another, has the
-// directory.
+// ErrInUse means that another server, of this process or another, uses the directory.
 var ErrInUse = errors.New("etcd directory in use")
 
 // LockFile is the file in a server's directory that is locked while it runs.
@@ -28,24 +27,24 @@ const LockFile = "lock"
 
 const (
 	defaultQuotaBytes = 8 << 30
-	// maxSocketPath is what the kernel takes as the path of a unix socket.
+	// maxSocketPath is the kernel's maximum length of a unix socket's path.
 	maxSocketPath = 107
 )
 
 // Config configures [Start].
 type Config struct {
-	Dir        string // required; made with mode 0700 if it is not there
-	QuotaBytes int64  // the size of the database at which [Server.Full] says so; default 8 GiB
-	// History is how long old revisions are kept when room is short. Else it is
-	// between one and two hours. Default one minute.
+	Dir        string // required; created with mode 0700 if it does not exist
+	QuotaBytes int64  // the size of the database from which on [Server.Full] is true; default 8 GiB
+	// History is how long old revisions are kept when space is short, default one
+	// minute. Otherwise they are kept between one and two hours.
 	History time.Duration
-	// ClientAddr is the loopback address to listen on, such as 127.0.0.1:2379;
-	// port 0 takes any. The default is a unix socket in Dir, or, when its path
-	// would be too long, any port of 127.0.0.1. Only who may enter Dir reaches
-	// the socket; a port is open to every user of the host.
+	// ClientAddr is the loopback address to listen on, such as 127.0.0.1:2379; port 0
+	// selects any port. The default is a unix socket in Dir, or any port of 127.0.0.1 if
+	// the socket's path were too long. The socket is accessible only to users with access
+	// to Dir, a port to every user of the host.
 	ClientAddr string
-	Log        *zap.Logger // gets etcd's warnings; default: none
-	// Tune changes etcd's own configuration before the start; for tests.
+	Log        *zap.Logger // receives etcd's warnings; default: none
+	// Tune modifies etcd's own configuration before the start; for tests.
 	Tune func(*embed.Config)
 }
 
@@ -58,10 +57,10 @@ type Server struct {
 	keeper   keeper
 }
 
-// Start starts etcd and returns when it serves, within seconds, or when ctx
-// ends. A directory in use is [ErrInUse].
+// Start starts etcd and returns when it serves, within seconds, or when ctx ends. For a
+// directory in use it returns [ErrInUse].
 //
-// A server whose disk fails ends the process: etcd knows no other way.
+// etcd ends the process if its disk fails.
 func Start(ctx context.Context, c Config) (*Server, error) {
 	if c.QuotaBytes <= 0 {
 		c.QuotaBytes = defaultQuotaBytes
@@ -82,7 +81,7 @@ func Start(ctx context.Context, c Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start etcd: %w", err)
 	}
-	// etcd itself would wait for the other to end.
+	// etcd itself would wait for the end of the other server.
 	lock, err := fileutil.TryLockFile(filepath.Join(dir, LockFile), os.O_WRONLY|os.O_CREATE, 0o600)
 	if errors.Is(err, fileutil.ErrLocked) {
 		err = ErrInUse
@@ -107,7 +106,7 @@ func (s *Server) start(ctx context.Context, dir string, c Config) error {
 	cfg.Dir = filepath.Join(dir, "data")
 	cfg.ListenClientUrls = []url.URL{client}
 	cfg.AdvertiseClientUrls = []url.URL{client}
-	// One member has no peers, and so listens to none; the URL is a name only.
+	// A single member has no peers and does not listen for them; the URL is only a name.
 	peer := url.URL{Scheme: "http", Host: "127.0.0.1:2380"}
 	cfg.ListenPeerUrls = nil
 	cfg.AdvertisePeerUrls = []url.URL{peer}
@@ -116,15 +115,17 @@ func (s *Server) start(ctx context.Context, dir string, c Config) error {
 	cfg.AutoCompactionMode = embed.CompactorModePeriodic
 	cfg.AutoCompactionRetention = "1h"
 	cfg.EnableGRPCGateway = false
-	// Else every lease lives for its full time again after each start.
+	// Without these, every start renews each lease for its full time.
 	gates, ok := cfg.ServerFeatureGate.(interface{ Set(gates string) error })
 	if !ok {
 		return errors.New("features cannot be set")
 	}
-	if err := gates.Set(string(features.LeaseCheckpoint) + "=true," + string(features.LeaseCheckpointPersist) + "=true"); err != nil {
+	checkpoints := string(features.LeaseCheckpoint) + "=true," + string(features.LeaseCheckpointPersist) + "=true"
+	if err := gates.Set(checkpoints); err != nil {
 		return err
 	}
-	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(c.Log.WithOptions(zap.IncreaseLevel(max(zap.WarnLevel, c.Log.Level()))))
+	warnings := c.Log.WithOptions(zap.IncreaseLevel(max(zap.WarnLevel, c.Log.Level())))
+	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(warnings)
 	if c.Tune != nil {
 		c.Tune(cfg)
 	}
@@ -144,7 +145,7 @@ func (s *Server) start(ctx context.Context, dir string, c Config) error {
 	s.endpoint = endpoint(client)
 	s.keeper = keeper{
 		etcd: s.etcd.Server, log: c.Log, quota: c.QuotaBytes, limit: cfg.QuotaBackendBytes, history: c.History,
-		points: []point{{time.Now(), s.etcd.Server.KV().Rev()}}, // nothing older was read
+		points: []point{{time.Now(), s.etcd.Server.KV().Rev()}}, // no client has read older revisions
 	}
 	s.close = sync.OnceValue(func() error {
 		s.etcd.Close()
@@ -153,12 +154,11 @@ func (s *Server) start(ctx context.Context, dir string, c Config) error {
 	return nil
 }
 
-// clientURL returns where to listen.
+// clientURL returns the address to listen on.
 func clientURL(dir, addr string) (url.URL, error) {
 	if addr == "" {
 		if path := filepath.Join(dir, "etcd.sock"); len(path) <= maxSocketPath {
-			// What a server that was killed has left behind; the lock says that
-			// there is no other.
+			// Left by a killed server; the lock excludes a running one.
 			if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 				return url.URL{}, err
 			}
@@ -173,8 +173,8 @@ func clientURL(dir, addr string) (url.URL, error) {
 	if ip := net.ParseIP(host); ip == nil || !ip.IsLoopback() {
 		return url.URL{}, fmt.Errorf("address %s is not a loopback address", addr)
 	}
-	if port == "0" { // etcd wants a port; whoever takes this one first makes the start fail
-		l, err := net.Listen("tcp", addr) //nolint:noctx // of a socket that is closed at once
+	if port == "0" { // etcd needs a port number; the start fails if another process takes it first
+		l, err := net.Listen("tcp", addr) //nolint:noctx // closed immediately
 		if err != nil {
 			return url.URL{}, err
 		}
@@ -186,7 +186,7 @@ func clientURL(dir, addr string) (url.URL, error) {
 	return url.URL{Scheme: "http", Host: addr}, nil
 }
 
-// endpoint returns what a client is told to connect to.
+// endpoint returns the address for clients.
 func endpoint(u url.URL) string {
 	if u.Scheme == "unix" {
 		return "unix://" + u.Path
@@ -194,14 +194,12 @@ func endpoint(u url.URL) string {
 	return u.Host
 }
 
-// Endpoint returns the address for clients of this host, in the form that etcd's
-// client takes.
+// Endpoint returns the address for clients of this host, in the format of etcd's client.
 func (s *Server) Endpoint() string { return s.endpoint }
 
-// Err returns a channel that gets the error with which the server ended by
-// itself, and is closed by Close.
+// Err returns a channel that receives the error of a server that ended without Close. Close
+// closes the channel.
 func (s *Server) Err() <-chan error { return s.etcd.Err() }
 
-// Close stops the server and gives the directory free. Closing twice is the same
-// as once.
+// Close stops the server and releases the directory. Repeated calls have no effect.
 func (s *Server) Close() error { return s.close() }

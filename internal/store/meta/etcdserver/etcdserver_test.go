@@ -48,10 +48,10 @@ func use(t *testing.T, s *etcdserver.Server, ops ...meta.Op) meta.TxnResult {
 	return res
 }
 
-// shortDir returns a directory whose name leaves room for a socket's.
+// shortDir returns a directory with a name that is short enough for a socket.
 func shortDir(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "etcd-") //nolint:usetesting // t.TempDir has the name of the test in it
+	dir, err := os.MkdirTemp("", "etcd-") //nolint:usetesting // t.TempDir contains the name of the test
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -74,12 +74,12 @@ func TestEtcdServerKeepsData(t *testing.T) {
 		t.Errorf("directory: %v, error %v; want mode 0700", info.Mode(), err)
 	}
 	use(t, s, meta.Put("/a", []byte("1")))
-	for range 2 { // closing twice is the same as once
+	for range 2 { // repeated calls have no effect
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
 		}
 	}
-	// What a killed server leaves behind does not stand in the way.
+	// Leftovers of a killed server do not prevent a start.
 	if err := os.WriteFile(filepath.Join(c.Dir, "etcd.sock"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -91,7 +91,8 @@ func TestEtcdServerKeepsData(t *testing.T) {
 func TestEtcdServerRefuses(t *testing.T) {
 	dir := shortDir(t)
 	start(t, etcdserver.Config{Dir: dir})
-	if s, err := etcdserver.Start(t.Context(), etcdserver.Config{Dir: dir}); !errors.Is(err, etcdserver.ErrInUse) || !strings.Contains(err.Error(), dir) {
+	if s, err := etcdserver.Start(t.Context(), etcdserver.Config{Dir: dir}); !errors.Is(err, etcdserver.ErrInUse) ||
+		!strings.Contains(err.Error(), dir) {
 		t.Errorf("directory in use: got %v, error %v", s, err)
 	}
 	for name, c := range map[string]etcdserver.Config{
@@ -111,11 +112,11 @@ func TestEtcdServerRefuses(t *testing.T) {
 	if _, err := etcdserver.Start(ctx, late); !errors.Is(err, context.Canceled) {
 		t.Errorf("canceled start: got error %v", err)
 	}
-	start(t, late) // nothing holds the directory
+	start(t, late) // the directory is unlocked
 }
 
 func TestEtcdServerPort(t *testing.T) {
-	// A directory with too long a name for a socket.
+	// A directory whose name is too long for a socket.
 	dir := filepath.Join(shortDir(t), strings.Repeat("d", 100))
 	s := start(t, etcdserver.Config{Dir: dir})
 	if !strings.HasPrefix(s.Endpoint(), "127.0.0.1:") {

@@ -18,10 +18,10 @@ func TestPlan(t *testing.T) {
 		{"short, all in use", 800, 790, false, plan{compact: true}},
 		{"short, free pages", 800, 700, false, plan{compact: true, defragment: true}},
 		{"at the quota", 1000, 1000, false, plan{compact: true, full: true}},
-		{"the file above it, in use below", 1050, 500, false, plan{compact: true, defragment: true}},
+		{"file above, in use below", 1050, 500, false, plan{compact: true, defragment: true}},
 		{"at half of the reserve", 1100, 500, false, plan{compact: true, defragment: true, full: true}},
 		{"alarm", 1200, 1200, true, plan{compact: true, full: true}},
-		{"alarm, and room", 500, 490, true, plan{compact: true, disarm: true, full: true}},
+		{"alarm, space free", 500, 490, true, plan{compact: true, disarm: true, full: true}},
 	} {
 		if got := k.plan(c.size, c.inUse, c.alarm); got != c.want {
 			t.Errorf("%s: got %+v, want %+v", c.name, got, c.want)
@@ -29,18 +29,19 @@ func TestPlan(t *testing.T) {
 	}
 }
 
-func TestOlder(t *testing.T) {
+func TestCompactTo(t *testing.T) {
 	began := time.Now()
 	k := &keeper{history: time.Minute, points: []point{{began, 5}}}
 	for _, c := range []struct {
 		after        time.Duration
 		newest, want int64
-	}{{10 * time.Second, 10, 5}, {50 * time.Second, 50, 5}, {70 * time.Second, 70, 10}, {3 * time.Minute, 180, 70}, {5 * time.Minute, 300, 180}} {
-		if got := k.older(began.Add(c.after), c.newest); got != c.want {
+	}{{10 * time.Second, 10, 5}, {50 * time.Second, 50, 5}, {70 * time.Second, 70, 10}, {3 * time.Minute, 180, 70},
+		{5 * time.Minute, 300, 180}} {
+		if got := k.compactTo(began.Add(c.after), c.newest); got != c.want {
 			t.Errorf("after %v: got %d, want %d", c.after, got, c.want)
 		}
 	}
 	if len(k.points) > 3 {
-		t.Errorf("%d points are kept", len(k.points))
+		t.Errorf("%d points remain", len(k.points))
 	}
 }

@@ -34,23 +34,23 @@ func client(t *testing.T, s *etcdserver.Server) *etcd.Client {
 	return c
 }
 
-func look(t *testing.T, s *etcdserver.Server) {
+func check(t *testing.T, s *etcdserver.Server) {
 	t.Helper()
 	if err := s.Look(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// lookUntilThereIsRoom looks some times, for what was the newest revision at one look
-// is compacted at the next but one.
-func lookUntilThereIsRoom(t *testing.T, s *etcdserver.Server) {
+// checkUntilSpaceIsFree runs several checks: the newest revision at one check is compacted at
+// the second one after it.
+func checkUntilSpaceIsFree(t *testing.T, s *etcdserver.Server) {
 	t.Helper()
 	for i := 0; i < 4 && (i == 0 || s.Full()); i++ {
-		look(t, s)
+		check(t, s)
 	}
 }
 
-// create puts a new key with a record and a name, as what begins does.
+// create puts a new key with a record and a name, like a create.
 func create(ctx context.Context, kv meta.KV, n int, size int) error {
 	key := fmt.Sprintf("/rec/%d", n)
 	_, err := kv.Txn(ctx, meta.Txn{
@@ -60,8 +60,8 @@ func create(ctx context.Context, kv meta.KV, n int, size int) error {
 	return err
 }
 
-// A database that fills refuses what is new and lets go what makes room; with the
-// room it takes new things again, and its file has shrunk.
+// A full database refuses creates and accepts deletes. After space was freed it accepts
+// creates, and its file has shrunk.
 func TestFullServerCanBeEmptied(t *testing.T) {
 	s := start(t, etcdserver.Config{Dir: shortDir(t), QuotaBytes: 10 * mib, History: 1})
 	kv := reserve.New(client(t, s), s.Full)
@@ -69,38 +69,38 @@ func TestFullServerCanBeEmptied(t *testing.T) {
 	n := 0
 	var err error
 	for ; err == nil && n < 30; n++ {
-		look(t, s)
+		check(t, s)
 		err = create(ctx, kv, n, mib)
 	}
 	if !errors.Is(err, meta.ErrNoSpace) || n < 8 {
 		t.Fatalf("create %d: got error %v, want no space at 10 MiB", n, err)
 	}
 	if !s.Full() {
-		t.Error("it is not called full")
+		t.Error("Full is false")
 	}
 	if _, err := kv.Grant(ctx, time.Minute); err != nil {
 		t.Errorf("grant: %v", err)
 	}
-	for i := range n - 1 { // what a drop does, and then the cleaner
+	for i := range n - 1 { // a drop, and then a delete
 		rec := fmt.Sprintf("/rec/%d", i)
-		if _, err := kv.Txn(ctx, meta.Txn{If: []meta.Cond{meta.Present(rec)}, Then: []meta.Op{meta.Put(rec, []byte("DELETING")), meta.Delete(fmt.Sprintf("/name/%d", i))}}); err != nil {
+		if _, err := kv.Txn(ctx, meta.Txn{If: []meta.Cond{meta.Present(rec)},
+			Then: []meta.Op{meta.Put(rec, []byte("DELETING")), meta.Delete(fmt.Sprintf("/name/%d", i))}}); err != nil {
 			t.Fatalf("drop %d: %v", i, err)
 		}
 		if _, err := kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Delete(rec)}}); err != nil {
 			t.Fatalf("delete %d: %v", i, err)
 		}
 	}
-	lookUntilThereIsRoom(t, s)
+	checkUntilSpaceIsFree(t, s)
 	if size, inUse, quota := s.Sizes(); s.Full() || size > 4*mib || inUse > size || quota != 10*mib {
 		t.Errorf("full %v with %d bytes, %d in use, quota %d", s.Full(), size, inUse, quota)
 	}
 	if err := create(ctx, kv, n, mib); err != nil {
-		t.Errorf("create with room: %v", err)
+		t.Errorf("create with free space: %v", err)
 	}
 }
 
-// etcd's own alarm goes when there is room, be it that something was deleted or that
-// the quota was raised.
+// etcd's own alarm is cleared after space was freed by deletes or by a higher quota.
 func TestAlarmIsDisarmed(t *testing.T) {
 	c := etcdserver.Config{Dir: shortDir(t), QuotaBytes: 8 * mib, History: 1}
 	s := start(t, c)
@@ -117,16 +117,16 @@ func TestAlarmIsDisarmed(t *testing.T) {
 		}
 	}
 	fill()
-	look(t, s)
+	check(t, s)
 	if _, err := kv.Grant(ctx, time.Minute); !errors.Is(err, meta.ErrNoSpace) {
 		t.Fatalf("grant: got error %v, want no space", err)
 	}
 	if _, err := kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.DeleteRange("/rec/", "/rec0")}}); err != nil {
 		t.Fatal(err)
 	}
-	lookUntilThereIsRoom(t, s)
+	checkUntilSpaceIsFree(t, s)
 	if _, err := kv.Grant(ctx, time.Minute); err != nil || s.Full() {
-		t.Errorf("grant with room: %v, full %v", err, s.Full())
+		t.Errorf("grant with free space: %v, full %v", err, s.Full())
 	}
 	fill()
 	if err := s.Close(); err != nil {
@@ -134,13 +134,13 @@ func TestAlarmIsDisarmed(t *testing.T) {
 	}
 	c.QuotaBytes = 100 * mib
 	s = start(t, c)
-	lookUntilThereIsRoom(t, s)
+	checkUntilSpaceIsFree(t, s)
 	if _, err := client(t, s).Grant(ctx, time.Minute); err != nil || s.Full() {
 		t.Errorf("grant with a larger quota: %v, full %v", err, s.Full())
 	}
 }
 
-// What a lease has lived of its time is kept over restarts.
+// The elapsed time of a lease survives restarts.
 func TestLeasesAreCheckpointed(t *testing.T) {
 	on := map[string]bool{}
 	start(t, etcdserver.Config{Dir: shortDir(t), Tune: func(c *embed.Config) {

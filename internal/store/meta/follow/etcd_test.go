@@ -22,8 +22,7 @@ func TestEtcdSyncIsLinearizable(t *testing.T) {
 	linearizable(t, kv, f, c)
 }
 
-// The follower is cut off from etcd, which goes on and compacts what it has not
-// seen; the follower starts over.
+// The follower is disconnected while etcd compacts unseen revisions; the follower restarts.
 func TestEtcdCompactedWhileAway(t *testing.T) {
 	srv := etcdtest.Start(t)
 	const root = "/follow"
@@ -33,8 +32,7 @@ func TestEtcdCompactedWhileAway(t *testing.T) {
 	f, c, _ := start(t, faulty)
 	sync1(t, f, 0)
 
-	// What the watch has to say until then is lost, and it is not opened again
-	// in time.
+	// The events until then are lost, and the watch is not reopened in time.
 	faulty.Freeze()
 	faulty.FailNth(0, meta.Before, meta.MethodNext)
 	put(t, kv, meta.Delete("/f/gone"))
@@ -47,8 +45,8 @@ func TestEtcdCompactedWhileAway(t *testing.T) {
 	c.same(kv)
 }
 
-// etcd goes down under the follower and comes back, having been changed and
-// compacted in between by others.
+// etcd stops and returns, with changes and a compaction by others before the follower
+// reconnects.
 func TestEtcdLost(t *testing.T) {
 	srv := etcdtest.Start(t)
 	kv := srv.KVAt(t, "/follow")
@@ -62,7 +60,7 @@ func TestEtcdLost(t *testing.T) {
 		t.Error("sync without a store: got no error")
 	}
 	srv.Restart(t)
-	// A client of its own, which need not find the server again first.
+	// A separate client, which need not reconnect first.
 	other := srv.KVAt(t, "/follow")
 	rev = retry(t, other, meta.Delete("/f/gone"), meta.Put("/f/a", []byte("2")))
 	rev = max(rev, retry(t, other, meta.Put("/f/b", nil)))
@@ -84,7 +82,7 @@ func TestEtcdLost(t *testing.T) {
 	c.same(other)
 }
 
-// retry puts, until the server that was just started takes it.
+// retry puts until a restarted server accepts it.
 func retry(t *testing.T, kv *etcd.Client, ops ...meta.Op) int64 {
 	t.Helper()
 	for {
@@ -98,9 +96,9 @@ func retry(t *testing.T, kv *etcd.Client, ops ...meta.Op) int64 {
 	}
 }
 
-// Progress overtakes events, and now and then the stream breaks in between: the
-// follower starts over, and misses nothing for longer than that takes.
-func TestEtcdOvertaken(t *testing.T) {
+// Progress reports precede their events, and some streams break in between: the follower
+// restarts, and misses nothing afterwards.
+func TestEtcdEarlyProgress(t *testing.T) {
 	p := etcdproxy.Start(t, etcdtest.Shared(t).Endpoint())
 	root := "/" + rand.Text()
 	kv, err := etcd.Open(etcd.Options{Endpoints: []string{p.Endpoint()}, Root: root})
@@ -128,7 +126,7 @@ func TestEtcdOvertaken(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	for { // until it has heard of the last event that was overtaken
+	for { // until the last late event is received
 		sync1(t, f, last)
 		n := 0
 		for i := range 30 {

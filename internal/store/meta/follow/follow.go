@@ -1,17 +1,16 @@
-// Package follow keeps a copy of a range of a [meta.KV] up to date, and tells
-// when it is good enough to answer a read.
+// Package follow maintains a copy of a range of a [meta.KV], and reports when it is current
+// enough for a read.
 //
-// A [Follower] reads the range at one revision and hands it to its [Handler],
-// then watches from there. When the watch cannot go on it does both again. So
-// the handler is always at some revision of the store, whole, and only ever goes
-// forward; how far behind it may be nobody knows, unless they ask:
-// [Follower.Sync] learns the newest revision from the store and waits for the
-// handler to get there. What is read from the copy after that is as fresh as a
-// read of the store itself would have been when Sync was called.
+// A [Follower] reads the range at one revision, passes it to its [Handler], and then watches
+// from that revision. If the watch ends, it repeats both. So the handler always has the
+// whole range at one revision of the store, which only increases. The lag of the copy is
+// unknown until [Follower.Sync] reads the newest revision from the store and waits for the
+// handler to reach it. A read of the copy after Sync is as current as a read of the store at
+// the call of Sync.
 //
-//	the watch ends with   | the copy                      | Sync
-//	no answer, compacted  | stays as good as it was       | waits for what is newer
-//	ErrWatchBroken        | lacks what it claims to have  | waits for the copy that is read next
+//	the watch ends with   | the copy                       | Sync
+//	no reply, compacted   | stays valid at its revision    | waits for a newer revision
+//	ErrWatchBroken        | lacks changes of its revision  | waits for the next full read
 package follow
 
 import (
@@ -27,17 +26,17 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// askEvery is how long an unanswered request for progress is waited for.
-const askEvery = 50 * time.Millisecond
+// progressInterval is the time between two progress requests.
+const progressInterval = 50 * time.Millisecond
 
-// Handler holds the copy. Its methods are called one at a time, by Run, and hold
-// it up while they run; readers of the copy are its own business.
+// Handler has the copy. Run calls its methods sequentially and waits for them. The handler
+// synchronizes the readers of the copy.
 type Handler interface {
-	// Reset replaces the copy by kvs, in key order, as they are at revision. The
-	// handler may keep the slice.
+	// Reset replaces the copy by kvs, in key order, at revision. The handler may keep the
+	// slice.
 	Reset(kvs []meta.KeyValue, revision int64)
-	// Apply takes the copy on to revision. events hold whole revisions, in
-	// order, and may be empty.
+	// Apply advances the copy to revision. events are whole revisions in order, and may
+	// be empty.
 	Apply(events []meta.Event, revision int64)
 }
 
@@ -53,41 +52,41 @@ type Options struct {
 // Follower follows a range. Make one with [New].
 type Follower struct {
 	o    Options
-	wake chan struct{} // size one; a Sync wants more than has been applied
+	wake chan struct{} // size one; a Sync waits for a revision that is not applied
 
 	mu      sync.Mutex
 	applied int64
-	wanted  int64         // the highest that a Sync waits for
-	moved   chan struct{} // closed and replaced when applied changes or Run ends
+	wanted  int64         // the highest revision that a Sync waits for
+	changed chan struct{} // closed and replaced when applied changes or Run ends
 	ended   bool
 }
 
-// New returns a follower that does nothing until it is run.
+// New returns a follower, which is inactive until Run.
 func New(o Options) *Follower {
 	if o.Log == nil {
 		o.Log = zap.NewNop()
 	}
-	return &Follower{o: o, wake: make(chan struct{}, 1), moved: make(chan struct{})}
+	return &Follower{o: o, wake: make(chan struct{}, 1), changed: make(chan struct{})}
 }
 
-// Run follows until ctx ends, and then returns nil. Trouble is logged, and
-// followed by another try after a pause. Run must be called once.
+// Run follows until ctx ends, and then returns nil. Errors are logged and retried after a
+// pause. Run must be called once.
 func (f *Follower) Run(ctx context.Context) error {
 	defer func() {
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		f.ended = true
-		close(f.moved)
-		f.moved = make(chan struct{})
+		close(f.changed)
+		f.changed = make(chan struct{})
 	}()
 	backoff := meta.Backoff{Rand: f.o.Rand}
-	failing := lasting.New(time.Now).Add(f.o.Log, "follow", "following failed and starts over", "")
-	good := func() {
+	failing := lasting.New(time.Now).Add(f.o.Log, "follow", "following failed, restarting", "")
+	succeeded := func() {
 		backoff.Reset()
 		failing.Passed()
 	}
 	for {
-		err := f.follow(ctx, good)
+		err := f.follow(ctx, succeeded)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -98,9 +97,9 @@ func (f *Follower) Run(ctx context.Context) error {
 	}
 }
 
-// follow reads the range once and then watches it until that fails. It calls
-// good for every step that worked.
-func (f *Follower) follow(ctx context.Context, good func()) error {
+// follow reads the range once and then watches it until the watch fails. It calls succeeded
+// after every applied batch.
+func (f *Follower) follow(ctx context.Context, succeeded func()) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var kvs []meta.KeyValue
@@ -112,31 +111,31 @@ func (f *Follower) follow(ctx context.Context, good func()) error {
 		return err
 	}
 	f.o.Handler.Reset(kvs, revision)
-	kvs = nil // the handler's; not to be held for as long as the watch goes on
+	kvs = nil // owned by the handler; must not be retained during the watch
 	f.advance(revision)
 
 	w := f.o.KV.Watch(ctx, f.o.From, f.o.To, revision)
-	var asking sync.WaitGroup
-	defer asking.Wait()
+	var requests sync.WaitGroup
+	defer requests.Wait()
 	defer cancel()
-	asking.Go(func() { f.ask(ctx, w) })
+	requests.Go(func() { f.requestProgress(ctx, w) })
 	for {
 		b, err := w.Next()
 		if errors.Is(err, meta.ErrWatchBroken) {
-			f.advance(0) // what the copy may lack it lacks already: Sync waits for the next one
+			f.advance(0) // the copy may lack changes: Sync must wait for the next full read
 		}
 		if err != nil {
 			return err
 		}
 		f.o.Handler.Apply(b.Events, b.Revision)
 		f.advance(b.Revision)
-		good()
+		succeeded()
 	}
 }
 
-// ask requests progress of w for as long as a Sync waits for it.
-func (f *Follower) ask(ctx context.Context, w meta.Watcher) {
-	timer := time.NewTimer(askEvery)
+// requestProgress requests progress of w while a Sync waits for it.
+func (f *Follower) requestProgress(ctx context.Context, w meta.Watcher) {
+	timer := time.NewTimer(progressInterval)
 	defer timer.Stop()
 	for {
 		select {
@@ -145,44 +144,43 @@ func (f *Follower) ask(ctx context.Context, w meta.Watcher) {
 		case <-f.wake:
 		case <-timer.C:
 		}
-		if !f.behind() {
-			continue // until the next Sync wakes us
+		if !f.lagging() {
+			continue // until the next Sync
 		}
-		// A request that fails or is dropped is made again, and a watch that is
-		// broken shows in Next.
+		// A failed or dropped request is repeated. Next returns the error of a broken
+		// watch.
 		_ = w.Progress(ctx)
-		timer.Reset(askEvery)
+		timer.Reset(progressInterval)
 	}
 }
 
-func (f *Follower) behind() bool {
+func (f *Follower) lagging() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.applied < f.wanted
 }
 
-// advance notes that the handler has got to revision.
+// advance records that the handler has reached revision.
 func (f *Follower) advance(revision int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.applied = revision
-	close(f.moved)
-	f.moved = make(chan struct{})
+	close(f.changed)
+	f.changed = make(chan struct{})
 }
 
-// Revision returns the revision that the handler has got to; 0 before the first
-// Reset, and while the copy may lack something.
+// Revision returns the revision that the handler has reached; 0 before the first Reset, and
+// while the copy may lack changes.
 func (f *Follower) Revision() int64 {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.applied
 }
 
-// Sync returns when the handler has got to the revision that the store had when
-// Sync was called, or beyond, and returns where it is. Before Run has begun, and
-// while the store cannot be watched, it waits for as long as ctx allows. After
-// Run has ended, and when the store does not answer, the error wraps
-// [meta.ErrUnavailable].
+// Sync waits until the handler has reached at least the store's revision at the call, and
+// returns the handler's revision. Before Run, and while the store cannot be watched, it
+// waits until ctx ends. After the end of Run, and if the store is unavailable, the error
+// wraps [meta.ErrUnavailable].
 func (f *Follower) Sync(ctx context.Context) (revision int64, err error) {
 	_, _, newest, err := f.o.KV.Get(ctx, f.o.From)
 	if err != nil {
@@ -190,7 +188,7 @@ func (f *Follower) Sync(ctx context.Context) (revision int64, err error) {
 	}
 	for {
 		f.mu.Lock()
-		applied, moved, ended := f.applied, f.moved, f.ended
+		applied, changed, ended := f.applied, f.changed, f.ended
 		f.wanted = max(f.wanted, newest)
 		f.mu.Unlock()
 		switch {
@@ -204,7 +202,7 @@ func (f *Follower) Sync(ctx context.Context) (revision int64, err error) {
 		default:
 		}
 		select {
-		case <-moved:
+		case <-changed:
 		case <-ctx.Done():
 			return 0, fmt.Errorf("sync at %d, waiting for %d: %w", applied, newest, ctx.Err())
 		}

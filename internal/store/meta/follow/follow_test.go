@@ -17,7 +17,7 @@ import (
 	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
-// copied is a handler that holds a copy and checks what it is told.
+// copied is a handler with a copy that checks its calls.
 type copied struct {
 	t *testing.T
 
@@ -134,13 +134,13 @@ func TestFollow(t *testing.T) {
 		sync1(t, f, rev)
 		c.same(store)
 
-		// Changes elsewhere raise the revision too, of which the watch says
-		// nothing unless it is asked.
+		// Changes outside of the range raise the revision too, which the watch
+		// reports only on request.
 		began := time.Now()
 		rev = put(t, store, meta.Put("/elsewhere", nil))
 		sync1(t, f, rev)
 		if took := time.Since(began); took > 0 {
-			t.Errorf("sync took %v, want the follower to ask at once", took)
+			t.Errorf("sync took %v, want an immediate progress request", took)
 		}
 		c.same(store)
 		if c.resets != 1 {
@@ -184,14 +184,14 @@ func TestSyncBeforeRun(t *testing.T) {
 	})
 }
 
-// A request for progress that the store drops is made again.
-func TestSyncAsksAgain(t *testing.T) {
+// A dropped progress request is repeated.
+func TestSyncRepeatsRequests(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
 		store := memory.New(memory.Options{})
 		faulty := meta.NewFaulty(store)
 		f, _, _ := start(t, faulty)
 		sync1(t, f, 1)
-		virtual.Wait() // nothing is left of that
+		virtual.Wait() // no request is left
 		faulty.FailNth(0, meta.Before, meta.MethodProgress)
 		began := time.Now()
 		rev := put(t, store, meta.Put("/elsewhere", nil))
@@ -202,12 +202,12 @@ func TestSyncAsksAgain(t *testing.T) {
 	})
 }
 
-// Whichever call fails, the copy ends up right.
+// After any failed call the copy becomes correct.
 func TestAnyCallFails(t *testing.T) {
 	for _, fault := range []meta.Fault{meta.Before, meta.After} {
 		for n, fired := 0, true; fired; n++ {
 			t.Run(fmt.Sprintf("fault %d of call %d", fault, n), func(t *testing.T) {
-				fired = false // a test that fails ends the loop
+				fired = false // a failed test ends the loop
 				virtual.Test(t, func(t *testing.T) {
 					store := memory.New(memory.Options{})
 					faulty := meta.NewFaulty(store)
@@ -238,7 +238,7 @@ func TestAnyCallFails(t *testing.T) {
 	}
 }
 
-// A follower that was cut off while its revision was compacted starts over.
+// A follower restarts if its revision was compacted while it was disconnected.
 func TestCompactedWhileAway(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
 		store := memory.New(memory.Options{})
@@ -253,7 +253,7 @@ func TestCompactedWhileAway(t *testing.T) {
 			}
 			return meta.NoFault
 		})
-		put(t, store, meta.Put("/f/b", nil)) // seen by the Next that is under way
+		put(t, store, meta.Put("/f/b", nil)) // received by the Next under way
 		time.Sleep(time.Minute)
 		put(t, store, meta.Delete("/f/gone"))
 		rev := put(t, store, meta.Put("/f/a", []byte("2")))
@@ -264,20 +264,20 @@ func TestCompactedWhileAway(t *testing.T) {
 		sync1(t, f, rev)
 		c.same(store)
 		if c.resets < 2 {
-			t.Errorf("got %d resets, want the follower to have started over", c.resets)
+			t.Errorf("got %d resets, want a restart", c.resets)
 		}
 	})
 }
 
-// linearizable has writers that read their own writes, and those of others that
-// they were told of, through the copy.
+// linearizable runs writers that read their writes, and writes of others, through the copy.
 func linearizable(t *testing.T, kv meta.KV, f *follow.Follower, c *copied) {
 	var wg sync.WaitGroup
 	for w := range 4 {
 		wg.Go(func() {
 			for i := range 25 {
 				key, value := fmt.Sprintf("/f/%d", w), fmt.Sprint(i)
-				if _, err := kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(key, []byte(value)), meta.Put("/elsewhere", nil)}}); err != nil {
+				if _, err := kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(key, []byte(value)),
+					meta.Put("/elsewhere", nil)}}); err != nil {
 					t.Error(err)
 					return
 				}
@@ -301,9 +301,8 @@ func TestSyncIsLinearizable(t *testing.T) {
 	linearizable(t, store, f, c)
 }
 
-// A copy that was said to be complete and was not answers no read before it has been
-// read again.
-func TestOvertaken(t *testing.T) {
+// An incomplete copy that was reported as complete serves no read before a full read.
+func TestEarlyProgress(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
 		store := memory.New(memory.Options{})
 		rev := put(t, store, meta.Put("/f/a", nil))
@@ -314,7 +313,7 @@ func TestOvertaken(t *testing.T) {
 		store.Overtake(false)
 		time.Sleep(time.Nanosecond) // the watch has broken
 		if got := f.Revision(); got != 0 {
-			t.Errorf("it is at %d, want nowhere", got)
+			t.Errorf("revision %d, want 0", got)
 		}
 		sync1(t, f, rev)
 		c.same(store)

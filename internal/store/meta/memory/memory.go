@@ -1,14 +1,12 @@
-// Package memory is the in-memory twin of the etcd store: the same revisions,
-// history, leases, limits and errors, in one process and lost with it. It is
-// for tests and for trying things out.
+// Package memory implements [meta.KV] in memory with the semantics of etcd: the same
+// revisions, history, leases, limits and errors. It is for tests and trials.
 //
-// Everything sits under one mutex. Each key keeps its versions, as in etcd, so
-// that reads at a past revision see what stood there; a log of the events of
-// each revision feeds watches that begin in the past. Both grow until
-// [Store.Compact]. Keys are a sorted slice: good for tens of thousands of them.
+// One mutex guards all state. Each key keeps its versions, as in etcd, for reads at past
+// revisions; a log of the events of each revision serves watches that begin in the past.
+// Both grow until [Store.Compact]. Keys are a sorted slice, suitable for tens of thousands.
 //
-// The store starts no goroutine. Leases end by timers, so that a store made in
-// a synctest bubble follows the bubble's clock and does not outlive it.
+// The store starts no goroutine. Leases end by timers, so that a store in a synctest bubble
+// uses the bubble's clock and does not outlive it.
 package memory
 
 import (
@@ -22,14 +20,13 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// scanBatch is how many keys a scan hands out at once, and so how many it reads
-// under the lock.
+// scanBatch is the number of keys per batch of a scan, each read under the lock.
 const scanBatch = 500
 
 // Options configure a [Store].
 type Options struct {
-	// Now is the clock that ends leases; the default is time.Now. With another,
-	// an overdue lease ends when the store is next called, or soon after.
+	// Now is the clock of leases; the default is time.Now. With another clock an
+	// overdue lease ends at the next call of the store, or soon after.
 	Now func() time.Time
 }
 
@@ -40,12 +37,12 @@ type Store struct {
 	mu        sync.Mutex
 	revision  int64  // of the newest write
 	compacted int64  // reads below it are refused
-	keys      []*key // sorted by name; includes deleted ones that have a history
+	keys      []*key // sorted by name; includes deleted keys with a history
 	log       []commit
-	watchers  []*watcher // in the order in which they were opened, and are woken
+	watchers  []*watcher // in the order of their opening, which is the order of wake-ups
 	leases    map[meta.LeaseID]*lease
 	lastLease meta.LeaseID
-	due       time.Time // no lease ends before; zero when there is none
+	due       time.Time // no lease ends before; zero: no lease
 	full      bool
 	overtakes bool
 }
@@ -58,14 +55,14 @@ type key struct {
 	versions []version
 }
 
-// version is what a key became at a revision. A create of 0 marks a delete.
+// version is the state of a key at a revision. A create of 0 marks a delete.
 type version struct {
 	revision, create int64
 	value            []byte
 	lease            meta.LeaseID
 }
 
-// commit is what one revision changed.
+// commit has the changes of one revision.
 type commit struct {
 	revision int64
 	events   []meta.Event
@@ -91,9 +88,8 @@ func New(o Options) *Store {
 	}
 }
 
-// lock takes s.mu for a call under ctx, and ends the leases that are due, so
-// that no caller sees a key that its clock says is gone. On error it holds
-// nothing.
+// lock locks s.mu for a call under ctx, and ends the leases that are due, so that no caller
+// sees a key of an expired lease. On error the mutex is not locked.
 func (s *Store) lock(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -103,24 +99,24 @@ func (s *Store) lock(ctx context.Context) error {
 	return nil
 }
 
-// SetFull raises or clears the space alarm. While it is raised, lease grants and
-// transactions with a put in either branch are refused with [meta.ErrNoSpace].
+// SetFull sets or clears the space alarm. While it is set, lease grants and transactions with
+// a put in either branch fail with [meta.ErrNoSpace].
 func (s *Store) SetFull(full bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.full = full
 }
 
-// Overtake has each watch hear of changes after it heard that it has seen
-// everything, as from a server that confuses the two.
+// Overtake makes each watch receive a progress report before the changes that it covers, as
+// from a server that reorders them.
 func (s *Store) Overtake(on bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.overtakes = on
 }
 
-// Compact forgets what stood before revision. Compacting twice is
-// [meta.ErrCompacted]; running watches go on.
+// Compact removes the history before revision. A repeat is [meta.ErrCompacted]; running
+// watches continue.
 func (s *Store) Compact(ctx context.Context, revision int64) error {
 	if err := s.lock(ctx); err != nil {
 		return fmt.Errorf("compact at %d: %w", revision, err)
@@ -137,7 +133,7 @@ func (s *Store) Compact(ctx context.Context, revision int64) error {
 	s.keys = slices.DeleteFunc(s.keys, func(k *key) bool {
 		i := k.find(revision)
 		if i >= 0 && k.versions[i].create == 0 {
-			i++ // a delete leaves nothing to be read
+			i++ // a deleted key is unreadable
 		}
 		if i > 0 {
 			k.versions = slices.Delete(k.versions, 0, i)
@@ -147,13 +143,13 @@ func (s *Store) Compact(ctx context.Context, revision int64) error {
 	return nil
 }
 
-// readableLocked tells whether the store can be read at revision.
+// readableLocked returns an error if the store cannot be read at revision.
 func (s *Store) readableLocked(revision int64) error {
 	switch {
 	case revision < s.compacted:
 		return meta.ErrCompacted
 	case revision > s.revision:
-		return fmt.Errorf("%w: revision %d is yet to come", meta.ErrUnavailable, revision)
+		return fmt.Errorf("%w: revision %d is in the future", meta.ErrUnavailable, revision)
 	}
 	return nil
 }
@@ -204,7 +200,8 @@ func (s *Store) Range(ctx context.Context, r meta.Range) (meta.RangeResult, erro
 }
 
 // Scan implements [meta.KV].
-func (s *Store) Scan(ctx context.Context, from, to string, revision int64, fn func([]meta.KeyValue) error) (int64, error) {
+func (s *Store) Scan(ctx context.Context, from, to string, revision int64, fn func([]meta.KeyValue) error) (int64,
+	error) {
 	if err := meta.CheckSpan(from, to); err != nil {
 		return 0, err
 	}
@@ -225,8 +222,10 @@ func (s *Store) Scan(ctx context.Context, from, to string, revision int64, fn fu
 	}
 }
 
-// scanOnce reads a batch, and fixes revision when it is not yet.
-func (s *Store) scanOnce(ctx context.Context, from, to string, revision *int64) (kvs []meta.KeyValue, more bool, err error) {
+// scanOnce reads a batch. It sets an unset revision to the newest.
+func (s *Store) scanOnce(
+	ctx context.Context, from, to string, revision *int64,
+) (kvs []meta.KeyValue, more bool, err error) {
 	if err := s.lock(ctx); err != nil {
 		return nil, false, err
 	}
@@ -259,7 +258,7 @@ func (s *Store) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
 	if res.Succeeded {
 		ops = t.Then
 	}
-	for _, op := range ops { // before the first write: a transaction is whole or not at all
+	for _, op := range ops { // before the first write: transactions are atomic
 		if op.Kind == meta.OpPut && op.Lease != 0 && s.leases[op.Lease] == nil {
 			return meta.TxnResult{}, fmt.Errorf("put %s under lease %x: %w", op.From, op.Lease, meta.ErrLeaseNotFound)
 		}
@@ -301,11 +300,11 @@ func (s *Store) holdsLocked(c meta.Cond) bool {
 		case meta.Greater:
 			return rev <= c.Revision
 		}
-		panic("meta: compare that was not checked")
+		panic("meta: unchecked compare")
 	})
 }
 
-// putLocked writes op's key at revision, which is yet to be committed.
+// putLocked writes op's key at the uncommitted revision.
 func (s *Store) putLocked(op meta.Op, revision int64) meta.Event {
 	i := s.search(op.From)
 	if i == len(s.keys) || s.keys[i].name != op.From {
@@ -327,8 +326,7 @@ func (s *Store) putLocked(op meta.Op, revision int64) meta.Event {
 	return meta.Event{KV: k.at(len(k.versions) - 1)}
 }
 
-// deleteLocked deletes the keys of a range at revision, which is yet to be
-// committed.
+// deleteLocked deletes the keys of a range at the uncommitted revision.
 func (s *Store) deleteLocked(from, to string, revision int64) []meta.Event {
 	var events []meta.Event
 	for i := s.search(from); i < len(s.keys) && meta.InRange(s.keys[i].name, from, to); i++ {
@@ -350,8 +348,7 @@ func (s *Store) detachLocked(name string, id meta.LeaseID) {
 	}
 }
 
-// commitLocked makes events, if there are any, the next revision, and tells the
-// watchers.
+// commitLocked commits events, if any, as the next revision, and notifies the watchers.
 func (s *Store) commitLocked(events []meta.Event) {
 	if len(events) == 0 {
 		return
@@ -364,8 +361,8 @@ func (s *Store) commitLocked(events []meta.Event) {
 	}
 }
 
-// readLocked returns the keys of a range as they stood at revision, at most
-// limit of them if it is positive, and whether there are more.
+// readLocked returns the keys of a range at revision, at most limit if it is positive, and
+// whether more exist.
 func (s *Store) readLocked(from, to string, revision int64, limit int) (kvs []meta.KeyValue, more bool) {
 	for i := s.search(from); i < len(s.keys) && meta.InRange(s.keys[i].name, from, to); i++ {
 		v := s.keys[i].find(revision)
@@ -392,7 +389,7 @@ func (k *key) find(revision int64) int {
 	return i - 1
 }
 
-// at returns k as its i-th version has it.
+// at returns the i-th version of k.
 func (k *key) at(i int) meta.KeyValue {
 	v := k.versions[i]
 	return meta.KeyValue{Key: k.name, Value: v.value, CreateRevision: v.create, ModRevision: v.revision, Lease: v.lease}
@@ -414,7 +411,7 @@ func (s *Store) Grant(ctx context.Context, ttl time.Duration) (meta.LeaseID, err
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.expireLocked()
-		if s.leases[l.id] == l { // kept alive meanwhile, or Now is another clock
+		if s.leases[l.id] == l { // kept alive meanwhile, or Now differs from the timer's clock
 			l.timer.Reset(l.ends.Sub(s.now()))
 		}
 	})
@@ -451,7 +448,7 @@ func (s *Store) Revoke(ctx context.Context, id meta.LeaseID) error {
 	return nil
 }
 
-// endLocked ends a lease; its keys go in one revision.
+// endLocked ends a lease and deletes its keys in one revision.
 func (s *Store) endLocked(l *lease) {
 	l.timer.Stop()
 	delete(s.leases, l.id)
@@ -463,29 +460,29 @@ func (s *Store) endLocked(l *lease) {
 	s.commitLocked(events)
 }
 
-// expireLocked ends every lease that is due, the oldest first.
+// expireLocked ends every due lease, the oldest first.
 func (s *Store) expireLocked() {
 	now := s.now()
 	if s.due.IsZero() || now.Before(s.due) {
 		return
 	}
-	var over []*lease
+	var expired []*lease
 	s.due = time.Time{}
 	for _, l := range s.leases {
 		switch {
 		case !now.Before(l.ends):
-			over = append(over, l)
+			expired = append(expired, l)
 		case s.due.IsZero() || l.ends.Before(s.due):
 			s.due = l.ends
 		}
 	}
-	slices.SortFunc(over, func(a, b *lease) int {
+	slices.SortFunc(expired, func(a, b *lease) int {
 		if c := a.ends.Compare(b.ends); c != 0 {
 			return c
 		}
 		return int(a.id - b.id)
 	})
-	for _, l := range over {
+	for _, l := range expired {
 		s.endLocked(l)
 	}
 }

@@ -16,13 +16,13 @@ func TestMemory(t *testing.T) {
 	metatest.Run(t, func(*testing.T) meta.KV { return memory.New(memory.Options{}) })
 }
 
-func TestMemoryOvertaken(t *testing.T) {
+func TestMemoryEarlyProgress(t *testing.T) {
 	s := memory.New(memory.Options{})
 	metatest.Overtaken(t, s, s.Overtake)
 }
 
-// A lease ends on time in a bubble, without anybody calling, and a store with
-// living leases and watches keeps no bubble from ending.
+// A lease ends on time in a bubble without calls, and a store with leases and watches does
+// not prevent the end of the bubble.
 func TestLeaseInBubble(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
 		ctx := t.Context()
@@ -44,7 +44,8 @@ func TestLeaseInBubble(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if diff := cmp.Diff([]meta.Event{{Deleted: true, KV: meta.KeyValue{Key: "/a", ModRevision: res.Revision + 1}}}, b.Events); diff != "" {
+		if diff := cmp.Diff([]meta.Event{{Deleted: true, KV: meta.KeyValue{Key: "/a", ModRevision: res.Revision + 1}}},
+			b.Events); diff != "" {
 			t.Errorf("events (-want +got):\n%s", diff)
 		}
 		if got := time.Since(began); got != 19*time.Second {
@@ -56,7 +57,7 @@ func TestLeaseInBubble(t *testing.T) {
 	})
 }
 
-// With a clock of the test's own, an overdue lease is gone for the next caller.
+// With an injected clock, an overdue lease is absent for the next caller.
 func TestInjectedClock(t *testing.T) {
 	now := time.Now()
 	s := memory.New(memory.Options{Now: func() time.Time { return now }})

@@ -8,19 +8,19 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// watcher collects what Next has not fetched yet. As in etcd it grows without
-// bound when nobody fetches, and a compaction takes nothing away from it.
+// watcher queues the events for Next. As in etcd, the queue is unbounded, and a compaction
+// does not remove events from it.
 type watcher struct {
 	store    *Store
 	ctx      context.Context //nolint:containedctx // the contract: a watch ends with the context it was opened with
 	from, to string
-	wake     chan struct{} // size one; Next looks again
+	wake     chan struct{} // size one; wakes Next
 
 	// Under store.mu.
 	err       error // final
-	delivered int64 // the revision of Next's last answer
+	delivered int64 // the revision of Next's last batch
 	pending   meta.WatchBatch
-	overtaken bool // what is pending says more than was added: nothing comes after it
+	overtaken bool // the pending revision precedes its events: the watch ends after it
 }
 
 // Watch implements [meta.KV].
@@ -53,18 +53,19 @@ func (s *Store) Watch(ctx context.Context, from, to string, after int64) meta.Wa
 	return w
 }
 
-// addLocked takes note of what c changed in the watcher's range.
+// addLocked queues the changes of c in the watcher's range.
 func (w *watcher) addLocked(c commit) {
 	if c.revision <= w.pending.Revision || w.overtaken {
 		return
 	}
-	if w.store.overtakes && slices.ContainsFunc(c.events, func(ev meta.Event) bool { return meta.InRange(ev.KV.Key, w.from, w.to) }) {
+	inRange := func(ev meta.Event) bool { return meta.InRange(ev.KV.Key, w.from, w.to) }
+	if w.store.overtakes && slices.ContainsFunc(c.events, inRange) {
 		w.pending.Revision, w.overtaken = c.revision, true
 		w.wakeUp()
 		return
 	}
 	for _, ev := range c.events {
-		if meta.InRange(ev.KV.Key, w.from, w.to) {
+		if inRange(ev) {
 			w.pending.Events = append(w.pending.Events, ev)
 			w.pending.Revision = c.revision
 		}
@@ -97,7 +98,7 @@ func (w *watcher) Next() (meta.WatchBatch, error) {
 	}
 }
 
-// take returns all that is pending, if anything is.
+// take returns the pending batch, if any.
 func (w *watcher) take() (b meta.WatchBatch, ok bool, err error) {
 	w.store.mu.Lock()
 	defer w.store.mu.Unlock()

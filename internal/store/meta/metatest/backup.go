@@ -7,8 +7,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// Backup returns what a backup of kv holds now: all keys but those under a lease,
-// which do not outlive a restore.
+// Backup returns the content of a backup of kv: all keys except those under a lease, which
+// end with a restore.
 func Backup(t testing.TB, kv meta.KV) []meta.KeyValue {
 	t.Helper()
 	res, err := kv.Range(t.Context(), meta.Range{From: "/", To: "0"})
@@ -18,8 +18,8 @@ func Backup(t testing.TB, kv meta.KV) []meta.KeyValue {
 	return slices.DeleteFunc(res.KVs, func(kv meta.KeyValue) bool { return kv.Lease != 0 })
 }
 
-// Restore puts a backup into kv, which is empty, and then raises its revision to at
-// least revision.
+// Restore writes a backup to the empty kv, and then raises its revision to at least
+// revision.
 func Restore(t testing.TB, kv meta.KV, backup []meta.KeyValue, revision int64) {
 	t.Helper()
 	write := func(ops ...meta.Op) int64 {

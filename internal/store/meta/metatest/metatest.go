@@ -1,5 +1,5 @@
-// Package metatest is the conformance suite of [meta.KV]: what the contract
-// says, tried sentence by sentence on an implementation.
+// Package metatest is the conformance suite of [meta.KV]: it tests each sentence of the
+// contract on an implementation.
 package metatest
 
 import (
@@ -26,13 +26,13 @@ type Compacter interface {
 	Compact(ctx context.Context, revision int64) error
 }
 
-// Filler is implemented by stores that can be made full.
+// Filler is implemented by stores that can be filled.
 type Filler interface {
 	SetFull(full bool)
 }
 
-// Run runs the suite. open returns a store, empty or with a root of its own, that
-// nobody else writes to for as long as the test takes: revisions are counted.
+// Run runs the suite. open returns an empty store, or one with a separate root, without
+// other writers during the test, since revisions are counted.
 func Run(t *testing.T, open func(t *testing.T) meta.KV) {
 	for _, c := range []struct {
 		name string
@@ -65,7 +65,7 @@ func Run(t *testing.T, open func(t *testing.T) meta.KV) {
 	} {
 		t.Run(c.name, func(t *testing.T) { c.run(t, newSuite(t, open(t))) })
 	}
-	// These wait for the clock, so side by side, and count no revisions.
+	// These wait for the clock, so they run in parallel, and count no revisions.
 	for _, c := range []struct {
 		name string
 		run  func(t *testing.T, s *suite)
@@ -80,7 +80,7 @@ func Run(t *testing.T, open func(t *testing.T) meta.KV) {
 	}
 }
 
-// suite is a store with shorthands that end the test on an error.
+// suite is a store with helpers that end the test on an error.
 type suite struct {
 	meta.KV
 	t   *testing.T
@@ -147,7 +147,7 @@ func (s *suite) grant(ttl time.Duration) meta.LeaseID {
 		s.t.Fatal(err)
 	}
 	if id == 0 {
-		s.t.Fatal("got lease 0, which is no lease")
+		s.t.Fatal("got lease 0, which is invalid")
 	}
 	return id
 }
@@ -158,7 +158,7 @@ func (s *suite) watch(from, to string, after int64) *watch {
 	return &watch{s, s.Watch(ctx, from, to, after), after}
 }
 
-// watch checks what every batch must keep to.
+// watch checks the invariants of every batch.
 type watch struct {
 	s    *suite
 	w    meta.Watcher
@@ -226,7 +226,7 @@ func wantErr(t *testing.T, what string, err, want error) {
 	}
 	for e := err; e != nil; e = errors.Unwrap(e) {
 		if reflect.ValueOf(e).MethodByName("GRPCStatus").IsValid() {
-			t.Errorf("%s: error %v holds a gRPC status", what, err)
+			t.Errorf("%s: error %v has a gRPC status", what, err)
 		}
 	}
 }
@@ -262,16 +262,17 @@ func testRevisions(t *testing.T, s *suite) {
 		{"three puts", meta.Txn{Then: []meta.Op{meta.Put("/a", nil), meta.Put("/b", nil), meta.Put("/c", nil)}}, 3},
 		{"nothing", meta.Txn{}, 3},
 		{"get", meta.Txn{Then: []meta.Op{meta.Get("/a")}}, 3},
-		{"get, and put in the other branch", meta.Txn{Then: []meta.Op{meta.Get("/a")}, Else: []meta.Op{meta.Put("/a", nil)}}, 3},
+		{"get, and put in the other branch", meta.Txn{Then: []meta.Op{meta.Get("/a")}, Else: []meta.Op{meta.Put("/a", nil)}},
+			3},
 		{"delete of nothing", meta.Txn{Then: []meta.Op{meta.Delete("/x"), meta.DeleteRange("/x", "/z")}}, 3},
 		{"delete", meta.Txn{Then: []meta.Op{meta.Delete("/a")}}, 4},
 		{"delete of two", meta.Txn{Then: []meta.Op{meta.DeleteRange("/", "0"), meta.Delete("/b")}}, 5},
-		{"delete of what is gone", meta.Txn{Then: []meta.Op{meta.DeleteRange("/", "0")}}, 5},
+		{"repeated delete", meta.Txn{Then: []meta.Op{meta.DeleteRange("/", "0")}}, 5},
 	} {
 		equal(t, c.name, s.txn(c.txn).Revision-base, c.want)
 		equal(t, "revision read after "+c.name, s.revision()-base, c.want)
 	}
-	// A key that comes back is new.
+	// A recreated key is new.
 	first := s.put("/a", "1")
 	second := s.put("/a", "2")
 	s.do(meta.Delete("/a"))
@@ -322,9 +323,10 @@ func testRange(t *testing.T, s *suite) {
 		want []string
 		more bool
 	}{
-		{"all", meta.Range{From: "/", To: "0"}, []string{"/a=of /a", "/a/x=of /a/x", "/b=new", "/cc=of /cc", "/d=of /d", "/e="}, false},
+		{"all", meta.Range{From: "/", To: "0"}, []string{"/a=of /a", "/a/x=of /a/x", "/b=new", "/cc=of /cc", "/d=of /d",
+			"/e="}, false},
 		{"half open", meta.Range{From: "/b", To: "/d"}, []string{"/b=new", "/cc=of /cc"}, false},
-		{"one key, not what it begins", meta.Range{From: "/a"}, []string{"/a=of /a"}, false},
+		{"one key, not its prefix", meta.Range{From: "/a"}, []string{"/a=of /a"}, false},
 		{"no key", meta.Range{From: "/c"}, []string{}, false},
 		{"old", meta.Range{From: "/b", To: "/d", Revision: old}, []string{"/b=of /b", "/c=of /c", "/cc=of /cc"}, false},
 		{"one old key", meta.Range{From: "/c", Revision: old}, []string{"/c=of /c"}, false},
@@ -382,7 +384,7 @@ func testScan(t *testing.T, s *suite) {
 
 	stop := errors.New("stop")
 	_, err := s.Scan(s.ctx, "/", "0", 0, func([]meta.KeyValue) error { return stop })
-	if err != stop { //nolint:errorlint // as it is
+	if err != stop { //nolint:errorlint // unchanged
 		t.Errorf("got error %v, want fn's", err)
 	}
 	ctx, cancel := context.WithCancel(s.ctx)
@@ -391,7 +393,7 @@ func testScan(t *testing.T, s *suite) {
 	_, err = s.Scan(ctx, "/m/", "/m0", 0, func([]meta.KeyValue) error { calls++; cancel(); return nil })
 	wantErr(t, "scan whose context ends", err, context.Canceled)
 	if calls == 0 {
-		t.Error("the scan did not begin")
+		t.Error("fn was not called")
 	}
 	_, err = s.Scan(s.ctx, "/", "0", rev+10_000, func([]meta.KeyValue) error { return nil })
 	wantErr(t, "scan at a revision to come", err, meta.ErrUnavailable)
@@ -415,7 +417,7 @@ func testScanWhileWriting(t *testing.T, s *suite) {
 	const n = 12_000
 	s.many("/k/", n, 50)
 	at := s.revision()
-	// A writer that changes, deletes and adds keys for as long as the scan takes.
+	// A writer that changes, deletes and adds keys during the scan.
 	stop := make(chan struct{})
 	var writes atomic.Int64
 	var wg sync.WaitGroup
@@ -441,12 +443,13 @@ func testScanWhileWriting(t *testing.T, s *suite) {
 	want, batches := 0, 0
 	rev, err := s.Scan(s.ctx, "/k/", "/k0", at, func(kvs []meta.KeyValue) error {
 		batches++
-		for seen := writes.Load(); writes.Load() < seen+3 && !t.Failed(); { // writes go on between batches
+		for seen := writes.Load(); writes.Load() < seen+3 && !t.Failed(); { // writes continue between batches
 			runtime.Gosched()
 		}
 		for _, kv := range kvs {
 			if kv.Key != fmt.Sprintf("/k/%06d", want) || len(kv.Value) != 50 || kv.ModRevision > at {
-				return fmt.Errorf("got %s of revision %d with %d bytes, want key %06d of revision %d at most", kv.Key, kv.ModRevision, len(kv.Value), want, at)
+				return fmt.Errorf("got %s of revision %d with %d bytes, want key %06d of revision %d at most", kv.Key,
+					kv.ModRevision, len(kv.Value), want, at)
 			}
 			want++
 		}
@@ -474,28 +477,33 @@ func testCompares(t *testing.T, s *suite) {
 		want bool
 	}{
 		{"absent", meta.Absent("/x"), true},
-		{"absent, but there", meta.Absent("/a/1"), false},
+		{"absent, but present", meta.Absent("/a/1"), false},
 		{"present", meta.Present("/a/1"), true},
-		{"present, but not there", meta.Present("/x"), false},
+		{"present, but missing", meta.Present("/x"), false},
 		{"range absent", meta.RangeAbsent("/x/", "/x0"), true},
-		{"range absent, but there", meta.RangeAbsent("/a/", "/a0"), false},
+		{"range absent, but present", meta.RangeAbsent("/a/", "/a0"), false},
 		{"range absent, half open", meta.RangeAbsent("/a/", "/a/1"), true},
 		{"unchanged", meta.Unchanged("/a/1", mod), true},
 		{"changed", meta.Unchanged("/a/1", create), false},
-		{"unchanged, but not there", meta.Unchanged("/x", mod), false},
+		{"unchanged, but missing", meta.Unchanged("/x", mod), false},
 		{"same key", meta.SameKey("/a/1", create), true},
 		{"another key", meta.SameKey("/a/1", mod), false},
-		{"same key, but not there", meta.SameKey("/x", create), false},
+		{"same key, but missing", meta.SameKey("/x", create), false},
 		{"all older", meta.Cond{From: "/a/", To: "/a0", Target: meta.ModRevision, Op: meta.Less, Revision: mod + 2}, true},
-		{"not all older", meta.Cond{From: "/a/", To: "/a0", Target: meta.ModRevision, Op: meta.Less, Revision: mod + 1}, false},
-		{"all newer", meta.Cond{From: "/a/", To: "/a0", Target: meta.CreateRevision, Op: meta.Greater, Revision: create - 1}, true},
-		{"not all newer", meta.Cond{From: "/a/", To: "/a0", Target: meta.CreateRevision, Op: meta.Greater, Revision: create}, false},
+		{"not all older", meta.Cond{From: "/a/", To: "/a0", Target: meta.ModRevision, Op: meta.Less, Revision: mod + 1},
+			false},
+		{"all newer", meta.Cond{From: "/a/", To: "/a0", Target: meta.CreateRevision, Op: meta.Greater, Revision: create - 1},
+			true},
+		{"not all newer", meta.Cond{From: "/a/", To: "/a0", Target: meta.CreateRevision, Op: meta.Greater, Revision: create},
+			false},
 		{"nothing, older", meta.Cond{From: "/x/", To: "/x0", Target: meta.ModRevision, Op: meta.Less, Revision: 1}, true},
 		{"nothing, newer", meta.Cond{From: "/x/", To: "/x0", Target: meta.ModRevision, Op: meta.Greater}, false},
 	} {
 		equal(t, c.name, s.txn(meta.Txn{If: []meta.Cond{c.cond}}).Succeeded, c.want)
-		equal(t, c.name+", and one that holds", s.txn(meta.Txn{If: []meta.Cond{meta.Present("/a/2"), c.cond}}).Succeeded, c.want)
-		equal(t, c.name+", and one that does not", s.txn(meta.Txn{If: []meta.Cond{c.cond, meta.Absent("/a/2")}}).Succeeded, false)
+		equal(t, c.name+", and one that holds", s.txn(meta.Txn{If: []meta.Cond{meta.Present("/a/2"), c.cond}}).Succeeded,
+			c.want)
+		equal(t, c.name+", and one that does not", s.txn(meta.Txn{If: []meta.Cond{c.cond, meta.Absent("/a/2")}}).Succeeded,
+			false)
 	}
 	equal(t, "no compare", s.txn(meta.Txn{}).Succeeded, true)
 }
@@ -513,7 +521,8 @@ func testPhantoms(t *testing.T, s *suite) {
 	equal(t, "guard after the insert is gone", guarded(), true)
 
 	empty := meta.RangeAbsent("/pending/", "/pending0")
-	equal(t, "empty", s.txn(meta.Txn{If: []meta.Cond{empty}, Then: []meta.Op{meta.Put("/pending/1", nil)}}).Succeeded, true)
+	equal(t, "empty", s.txn(meta.Txn{If: []meta.Cond{empty}, Then: []meta.Op{meta.Put("/pending/1", nil)}}).Succeeded,
+		true)
 	equal(t, "no longer empty", s.txn(meta.Txn{If: []meta.Cond{empty}}).Succeeded, false)
 	s.do(meta.DeleteRange("/pending/", "/pending0"))
 	equal(t, "empty again", s.txn(meta.Txn{If: []meta.Cond{empty}}).Succeeded, true)
@@ -576,7 +585,7 @@ func testLimits(t *testing.T, s *suite) {
 	}
 	full := s.txn(meta.Txn{If: conds(meta.MaxTxnOps), Then: ops(meta.MaxTxnOps), Else: ops(meta.MaxTxnOps)})
 	equal(t, "lists at the limit", full.Succeeded, true)
-	// The longest keys and ranges, in every place, and as many bytes as there may be.
+	// The longest keys and ranges in every position, and the maximum number of bytes.
 	long := "/" + strings.Repeat("k", meta.MaxKeyBytes-4)
 	big := meta.Txn{}
 	for i := range meta.MaxTxnOps {
@@ -588,7 +597,8 @@ func testLimits(t *testing.T, s *suite) {
 	big.Then[0].Value = make([]byte, meta.MaxTxnBytes-size)
 	equal(t, "bytes at the limit", s.txn(big).Succeeded, true)
 	equal(t, "bytes at the limit, again", s.txn(big).Succeeded, false)
-	equal(t, "one value at the limit", s.txn(meta.Txn{Then: []meta.Op{meta.Put("/v", make([]byte, meta.MaxTxnBytes-2))}}).Succeeded, true)
+	equal(t, "one value at the limit", s.txn(meta.Txn{Then: []meta.Op{meta.Put("/v",
+		make([]byte, meta.MaxTxnBytes-2))}}).Succeeded, true)
 
 	before := s.revision()
 	big.Then[0].Value = make([]byte, meta.MaxTxnBytes-size+1)
@@ -657,7 +667,7 @@ func testWatch(t *testing.T, s *suite) {
 	s.put("/w/old", "")
 	base := s.revision()
 	past := s.watch("/w/", "/w0", base)
-	early := s.watch("/w/", "/w0", base+3) // a revision to come
+	early := s.watch("/w/", "/w0", base+3) // a future revision
 	s.put("/w/a", "1")
 	s.do(meta.Put("/w/b", []byte("1")), meta.Put("/w/a", []byte("2")), meta.Put("/elsewhere", nil))
 	s.put("/elsewhere", "")
@@ -681,12 +691,15 @@ func testWatch(t *testing.T, s *suite) {
 	equal(t, "watch from a later revision", changes(early.until(end), base), want[3:])
 	equal(t, "watch from the past", changes(s.watch("/w/", "/w0", base).until(end), base), want)
 	equal(t, "watch resumed", changes(s.watch("/w/", "/w0", base+4).until(end), base), want[6:])
-	equal(t, "watch of one key", changes(s.watch("/w/a", "/w/a\x00", base).until(base+4), base), []string{"1 /w/a=1", "2 /w/a=2", "4 /w/a gone"})
+	equal(t, "watch of one key", changes(s.watch("/w/a", "/w/a\x00", base).until(base+4), base),
+		[]string{"1 /w/a=1", "2 /w/a=2", "4 /w/a gone"})
 
 	events := s.watch("/w/", "/w0", base).until(end)
-	equal(t, "event", events[0].KV, meta.KeyValue{Key: "/w/a", Value: []byte("1"), CreateRevision: base + 1, ModRevision: base + 1})
+	equal(t, "event", events[0].KV, meta.KeyValue{Key: "/w/a", Value: []byte("1"), CreateRevision: base + 1,
+		ModRevision: base + 1})
 	i := slices.IndexFunc(events, func(ev meta.Event) bool { return ev.KV.Key == "/w/l1" })
-	equal(t, "event of a leased key", events[i].KV, meta.KeyValue{Key: "/w/l1", CreateRevision: base + 5, ModRevision: base + 5, Lease: lease})
+	equal(t, "event of a leased key", events[i].KV, meta.KeyValue{Key: "/w/l1", CreateRevision: base + 5,
+		ModRevision: base + 5, Lease: lease})
 	for _, ev := range events {
 		if ev.Deleted {
 			equal(t, "delete", ev.KV, meta.KeyValue{Key: ev.KV.Key, ModRevision: ev.KV.ModRevision})
@@ -695,7 +708,7 @@ func testWatch(t *testing.T, s *suite) {
 }
 
 func testWatchWholeRevisions(t *testing.T, s *suite) {
-	const n, perTxn = 2500, 5 // etcd cuts a catch-up after 1000 revisions
+	const n, perTxn = 2500, 5 // etcd splits a catch-up after 1000 revisions
 	base := s.revision()
 	live := s.watch("/w/", "/w0", base)
 	var wg sync.WaitGroup
@@ -761,7 +774,7 @@ func testWatchProgress(t *testing.T, s *suite) {
 		s.put("/elsewhere", "")
 	}
 	target := s.revision()
-	// Requests may be dropped, so they go on until one is answered.
+	// Requests may be dropped, so they are repeated until a response.
 	ctx, cancel := context.WithCancel(s.ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -782,7 +795,7 @@ func testWatchProgress(t *testing.T, s *suite) {
 	cancel()
 	wg.Wait()
 	equal(t, "events", changes(events, base), []string{"0 /w/a="})
-	// What is written afterwards still comes.
+	// Later writes are still delivered.
 	next := s.put("/w/b", "")
 	equal(t, "later events", changes(w.until(next), next), []string{"0 /w/b="})
 }
@@ -826,7 +839,7 @@ func testCanceled(t *testing.T, s *suite) {
 		err := call()
 		wantErr(t, name, err, context.Canceled)
 		if errors.Is(err, meta.ErrUnavailable) {
-			t.Errorf("%s: the caller's own end is no trouble of the store: %v", name, err)
+			t.Errorf("%s: the end of the caller's context is not an error of the store: %v", name, err)
 		}
 	}
 	equal(t, "revision", s.revision(), before)
@@ -840,15 +853,16 @@ func testLeases(t *testing.T, s *suite) {
 	if one == two {
 		t.Fatalf("two leases are %x", one)
 	}
-	s.do(meta.PutLeased("/a", nil, one), meta.PutLeased("/b", nil, one), meta.PutLeased("/c", nil, one), meta.PutLeased("/d", nil, one))
+	s.do(meta.PutLeased("/a", nil, one), meta.PutLeased("/b", nil, one), meta.PutLeased("/c", nil, one),
+		meta.PutLeased("/d", nil, one))
 	kv, _, _, err := s.Get(s.ctx, "/a")
 	if err != nil || kv.Lease != one {
 		t.Errorf("got %v, error %v; want lease %x", kv, err, one)
 	}
-	s.put("/a", "kept")                      // under no lease any more
-	s.do(meta.PutLeased("/b", nil, two))     // under another
-	s.do(meta.Delete("/c"))                  // and put again
-	before := s.do(meta.Put("/c", []byte{})) // under none
+	s.put("/a", "kept")                      // no longer under a lease
+	s.do(meta.PutLeased("/b", nil, two))     // under another lease
+	s.do(meta.Delete("/c"))                  // and recreated
+	before := s.do(meta.Put("/c", []byte{})) // without a lease
 	if err := s.Revoke(s.ctx, one); err != nil {
 		t.Fatal(err)
 	}
@@ -858,7 +872,7 @@ func testLeases(t *testing.T, s *suite) {
 		t.Errorf("second revoke: %v", err)
 	}
 	if err := s.Revoke(s.ctx, 12345); err != nil {
-		t.Errorf("revoke of a lease that never was: %v", err)
+		t.Errorf("revoke of a lease that never existed: %v", err)
 	}
 	wantErr(t, "keep alive of a revoked lease", s.KeepAlive(s.ctx, one), meta.ErrLeaseNotFound)
 	_, err = s.Txn(s.ctx, meta.Txn{Then: []meta.Op{meta.Put("/x", nil), meta.PutLeased("/y", nil, one)}})
@@ -915,12 +929,12 @@ func testKeepAlive(t *testing.T, s *suite) {
 		}
 	})
 	b := w.next()
-	equal(t, "first to go", changes(b.Events, b.Revision), []string{"0 /l/left gone"})
+	equal(t, "first expiry", changes(b.Events, b.Revision), []string{"0 /l/left gone"})
 	cancel()
 	wg.Wait()
 	last := time.Now()
 	b = w.next()
-	equal(t, "second to go", changes(b.Events, b.Revision), []string{"0 /l/kept gone"})
+	equal(t, "second expiry", changes(b.Events, b.Revision), []string{"0 /l/kept gone"})
 	if took := time.Since(last); took < 500*time.Millisecond {
 		t.Errorf("lease ended %v after it was renewed, want about a second", took)
 	}
@@ -991,13 +1005,12 @@ func testCounter(t *testing.T, s *suite) {
 func testFull(t *testing.T, s *suite) {
 	f, ok := s.KV.(Filler)
 	if !ok {
-		t.Skip("the store cannot be made full at will")
+		t.Skip("the store has no Filler")
 	}
 	Full(t, s.KV, func() { f.SetFull(true) }, func() { f.SetFull(false) })
 }
 
-// Full checks what a full store refuses and what it lets pass. fill makes kv
-// full, free undoes that.
+// Full checks which operations a full store refuses. fill makes kv full, free undoes it.
 func Full(t *testing.T, kv meta.KV, fill, free func()) {
 	s := newSuite(t, kv)
 	lease := s.grant(time.Minute)
@@ -1016,7 +1029,8 @@ func Full(t *testing.T, kv meta.KV, fill, free func()) {
 	if err := s.KeepAlive(s.ctx, lease); err != nil {
 		t.Errorf("keep alive: %v", err)
 	}
-	if res := s.txn(meta.Txn{If: []meta.Cond{meta.Present("/a")}, Then: []meta.Op{meta.Delete("/a"), meta.DeleteRange("/b", "/c")}}); !res.Succeeded {
+	if res := s.txn(meta.Txn{If: []meta.Cond{meta.Present("/a")}, Then: []meta.Op{meta.Delete("/a"),
+		meta.DeleteRange("/b", "/c")}}); !res.Succeeded {
 		t.Error("delete: the compare did not hold")
 	}
 	equal(t, "read", len(s.all(0)) > 0, true)
@@ -1028,8 +1042,8 @@ func Full(t *testing.T, kv meta.KV, fill, free func()) {
 	s.grant(time.Minute)
 }
 
-// Overtaken checks what a watch does that hears of progress before the changes that
-// it is about. overtake has that happen from now on, or not any more.
+// Overtaken checks a watch that receives a progress report before the changes that it covers.
+// overtake switches this behaviour of the store.
 func Overtaken(t *testing.T, kv meta.KV, overtake func(on bool)) {
 	s := newSuite(t, kv)
 	first := s.put("/w/a", "1")
@@ -1044,13 +1058,14 @@ func Overtaken(t *testing.T, kv meta.KV, overtake func(on bool)) {
 			break
 		}
 		if len(b.Events) > 0 {
-			t.Fatalf("got %v, after all up to %d was there", b.Events, b.Revision)
+			t.Fatalf("got %v after the report up to %d", b.Events, b.Revision)
 		}
 	}
 	_, err := w.w.Next()
 	wantErr(t, "next after it broke", err, meta.ErrWatchBroken)
 	overtake(false)
-	equal(t, "events of another watch", changes(s.watch("/w/", "/w0", first).until(late), first), []string{fmt.Sprintf("%d /w/b=2", late-first)})
+	equal(t, "events of another watch", changes(s.watch("/w/", "/w0", first).until(late), first),
+		[]string{fmt.Sprintf("%d /w/b=2", late-first)})
 }
 
 func (s *suite) compact(revision int64) {
@@ -1096,7 +1111,7 @@ func testCompaction(t *testing.T, s *suite) {
 		t.Errorf("got %v, error %v; want created at %d and written at %d", kv, err, gone-1, last)
 	}
 	s.do(meta.Put("/gone", nil))
-	equal(t, "a key that comes back", s.all(0), []string{"/a=4", "/gone="})
+	equal(t, "recreated key", s.all(0), []string{"/a=4", "/gone="})
 }
 
 func testCompactionMidScan(t *testing.T, s *suite) {
@@ -1114,7 +1129,7 @@ func testCompactionMidScan(t *testing.T, s *suite) {
 		}
 		return nil
 	})
-	// What was on its way may still arrive whole, but never a part as the whole.
+	// The scan may still complete, but must not return a part as the whole.
 	if err == nil {
 		equal(t, "keys", got, n)
 	} else {

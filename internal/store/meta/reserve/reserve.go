@@ -1,27 +1,27 @@
-// Package reserve keeps room in a metadata store for what makes room in it.
+// Package reserve keeps space in a metadata store for the operations that free space.
 //
-// An etcd that has reached its quota takes deletes, but no put and no lease. To
-// drop a snapshot or a collection is a put: its record says so from then on, and
-// what goes later goes for that record. And who deletes has to be elected, which
-// takes a lease. So a store that is full could never be emptied through snapshotd.
+// An etcd at its quota accepts deletes, but no puts and no leases. A drop of a snapshot or a
+// collection is a put: it changes a record, and the later deletes depend on that record.
+// Deletes need a leader, whose election needs a lease. So a full store could never be
+// emptied through snapshotd.
 //
-// Below etcd's own quota lies therefore one of snapshotd's, from which on it refuses
-// by itself what grows the store, with the same [meta.ErrNoSpace]:
+// Therefore snapshotd has a lower quota than etcd, from which on it refuses transactions
+// that grow the store, with the same [meta.ErrNoSpace]:
 //
-//	used                        | grows | all else, leases
-//	below the quota             | goes  | goes
-//	from there to etcd's        | ends  | goes
-//	at etcd's                   | ends  | ends, by etcd; deletes alone go
+//	used                        | growing transactions | all others, leases
+//	below snapshotd's quota     | accepted             | accepted
+//	from there to etcd's quota  | refused              | accepted
+//	at etcd's quota             | refused              | refused by etcd, except deletes
 //
-// A transaction grows the store when it puts a key that it compares to be absent, by
-// itself or with a range, under no lease, and deletes none: collections, segments, snapshots and restores
-// begin so. A drop, an expiry, a grant, a compaction swap and what ends a create
-// delete a key beside what they put. A change of a record compares it to be there. A
-// leader, a worker and a pin with an end are put under leases. All of these go, and
-// what they add is small, or ends.
+// A transaction grows the store if it puts a key without a lease that it compares as absent,
+// individually or in a range, and deletes no key: creations of collections, segments,
+// snapshots and restores do so. A drop, an expiry, a grant, a compaction swap and the end of
+// a create delete a key besides their puts. A change of a record compares it as present.
+// Leaders, workers and pins with an expiry are put under leases. All of these are accepted,
+// and what they add is small or temporary.
 //
-// Who asks is not the reserve's business: a transaction that is refused wrote
-// nothing, and may be repeated when there is room.
+// The reserve applies to all callers: a refused transaction wrote nothing, and may be
+// repeated after space was freed.
 package reserve
 
 import (
@@ -40,8 +40,8 @@ type KV struct {
 	exempt []string
 }
 
-// New returns kv with a reserve. full says whether only it is left. Keys that are
-// exempt never make a transaction one that grows.
+// New returns kv with a reserve. full reports whether only the reserve is left. A put of an
+// exempt key does not count as growth.
 func New(kv meta.KV, full func() bool, exempt ...string) *KV {
 	return &KV{KV: kv, full: full, exempt: exempt}
 }
@@ -49,21 +49,21 @@ func New(kv meta.KV, full func() bool, exempt ...string) *KV {
 // Txn implements [meta.KV].
 func (k *KV) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
 	if k.full() && k.grows(t) {
-		return meta.TxnResult{}, fmt.Errorf("transaction: %w: what is left is kept for drops and deletes", meta.ErrNoSpace)
+		return meta.TxnResult{}, fmt.Errorf("transaction: %w: the rest is reserved for drops and deletes", meta.ErrNoSpace)
 	}
 	return k.KV.Txn(ctx, t)
 }
 
-// grows says whether a transaction adds to the store what stays.
+// grows reports whether a transaction permanently grows the store.
 func (k *KV) grows(t meta.Txn) bool {
 	if slices.ContainsFunc(t.Then, func(op meta.Op) bool { return op.Kind == meta.OpDelete }) {
 		return false
 	}
 	return slices.ContainsFunc(t.Then, func(op meta.Op) bool {
 		return op.Kind == meta.OpPut && op.Lease == 0 && !slices.Contains(k.exempt, op.From) &&
-			slices.ContainsFunc(t.If, func(c meta.Cond) bool { return wantsAbsent(c) && meta.InRange(op.From, c.From, c.To) })
+			slices.ContainsFunc(t.If, func(c meta.Cond) bool { return requiresAbsent(c) && meta.InRange(op.From, c.From, c.To) })
 	})
 }
 
-// wantsAbsent says whether a compare holds for what does not exist alone.
-func wantsAbsent(c meta.Cond) bool { return c.Op == meta.Equal && c.Revision == 0 }
+// requiresAbsent reports whether a compare holds only for missing keys.
+func requiresAbsent(c meta.Cond) bool { return c.Op == meta.Equal && c.Revision == 0 }
