@@ -19,7 +19,7 @@ import (
 	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
-// env is two stores and the clocks of some hosts.
+// env is a pair of stores and the clocks of some hosts.
 type env struct {
 	t        *testing.T
 	kv       *metamemory.Store
@@ -33,20 +33,21 @@ func inEnv(t *testing.T, fn func(t *testing.T, e *env)) {
 	t.Helper()
 	virtual.Test(t, func(t *testing.T) {
 		e := &env{t: t, kv: metamemory.New(metamemory.Options{Now: time.Now})}
-		e.store = object.NewFaulty(objectmemory.New(objectmemory.Options{Now: func() time.Time { return time.Now().Add(e.storeOff.Get()) }}))
+		storeNow := func() time.Time { return time.Now().Add(e.storeOff.Get()) }
+		e.store = object.NewFaulty(objectmemory.New(objectmemory.Options{Now: storeNow}))
 		core, logs := observer.New(zap.InfoLevel)
 		e.log, e.logs = zap.New(core), logs
 		fn(t, e)
 	})
 }
 
-// pass lets time pass, and what is due then end.
+// pass advances the time, and waits for due work.
 func pass(d time.Duration) {
 	time.Sleep(d)
 	virtual.Wait()
 }
 
-// process is a process on a host. With store the object store's clock is another.
+// process returns a process on a host. With store, the object store has a separate clock.
 func (e *env) process(h *hosts.Host, replica string, store bool) *clock.Trusted {
 	h.Boot()
 	o := clock.Options{KV: e.kv, Clock: h, Replica: replica, Log: e.log, Alias: "default"}
@@ -56,7 +57,7 @@ func (e *env) process(h *hosts.Host, replica string, store bool) *clock.Trusted 
 	return clock.New(o)
 }
 
-// lead has c lead until the returned function is called.
+// lead makes c lead until stop is called.
 func (e *env) lead(c *clock.Trusted) (stop func()) {
 	ctx, cancel := context.WithCancel(e.t.Context())
 	done := make(chan error, 1)
@@ -97,11 +98,12 @@ func (e *env) stamp(c *clock.Trusted) time.Time {
 
 func (e *env) untrusted(c *clock.Trusted, stamps bool) {
 	e.t.Helper()
-	if _, err := c.Judge(e.t.Context()); !errors.Is(err, clock.ErrUntrusted) || !strings.Contains(err.Error(), "recover --clock") {
-		e.t.Errorf("judge: %v, want ErrUntrusted with the way out", err)
+	if _, err := c.Judge(e.t.Context()); !errors.Is(err, clock.ErrUntrusted) ||
+		!strings.Contains(err.Error(), "recover --clock") {
+		e.t.Errorf("judge: %v, want ErrUntrusted with the remedy", err)
 	}
 	if _, err := c.Stamp(e.t.Context()); (err == nil) != stamps || err != nil && !errors.Is(err, clock.ErrUntrusted) {
-		e.t.Errorf("stamp: %v, stamps are given = %v", err, stamps)
+		e.t.Errorf("stamp: %v, want stamps = %v", err, stamps)
 	}
 }
 
@@ -148,7 +150,7 @@ func TestReadings(t *testing.T) {
 	}
 }
 
-// What two replicas stamp and judge never ends early.
+// A lifetime that one replica stamps and another judges never ends early.
 func TestReadingsOfTwoReplicas(t *testing.T) {
 	offs := []time.Duration{-time.Hour, -50 * time.Second, 0, 50 * time.Second, time.Hour}
 	for _, a := range offs {
@@ -179,7 +181,7 @@ func TestReadingsAreCached(t *testing.T) {
 func TestStep(t *testing.T) {
 	for _, c := range []struct {
 		name       string
-		own, other time.Duration // by how much the clocks move
+		own, other time.Duration // movement of the clocks
 		store      bool
 		stops      bool
 	}{
@@ -188,8 +190,8 @@ func TestStep(t *testing.T) {
 		{"two minutes backward", -2 * time.Minute, 0, false, true},
 		{"half a minute", 30 * time.Second, 0, false, false},
 		{"both clocks of one host", 365 * 24 * time.Hour, 365 * 24 * time.Hour, true, true},
-		{"the store's alone", 0, time.Hour, true, true},
-		{"the own one, beside a steady store", time.Hour, 0, true, false},
+		{"only the store's", 0, time.Hour, true, true},
+		{"own clock, steady store", time.Hour, 0, true, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			inEnv(t, func(t *testing.T, e *env) {
@@ -199,7 +201,7 @@ func TestStep(t *testing.T) {
 				e.judge(p)
 				h.Off.Add(c.own)
 				e.storeOff.Add(c.other)
-				if c.store { // else the process sees it at once
+				if c.store { // else the process detects it immediately
 					pass(time.Minute)
 				}
 				if !c.stops {
@@ -212,9 +214,9 @@ func TestStep(t *testing.T) {
 					t.Errorf("logs: %v", e.logs.All())
 				}
 				if p.Stopped() == "" {
-					t.Error("Stopped says nothing")
+					t.Error("Stopped is empty")
 				}
-				// It is durable, also when the clock steps back.
+				// The stop is durable, also after the clock steps back.
 				stop()
 				e.untrusted(e.process(hosts.Off(h.Off.Get()), "b", c.store), false)
 			})
@@ -222,7 +224,7 @@ func TestStep(t *testing.T) {
 	}
 }
 
-// A host that sleeps is not one whose clock steps.
+// The sleep of a host is not a step.
 func TestSuspend(t *testing.T) {
 	inEnv(t, func(t *testing.T, e *env) {
 		h := &hosts.Host{}
@@ -237,7 +239,7 @@ func TestSuspend(t *testing.T) {
 
 func TestDowntime(t *testing.T) {
 	for _, c := range []struct {
-		down  time.Duration // as the wall clock has it
+		down  time.Duration // by the wall clock
 		stops bool
 	}{
 		{30 * 24 * time.Hour, false},
@@ -269,7 +271,7 @@ func TestRecover(t *testing.T) {
 		h := &hosts.Host{}
 		p := e.process(h, "a", false)
 		if was, _, err := p.Recover(t.Context()); was || err != nil {
-			t.Errorf("recover of a clock that is not stopped: %v, %v", was, err)
+			t.Errorf("recover of a running clock: %v, %v", was, err)
 		}
 		e.lead(p)
 		h.Off.Set(time.Hour)
@@ -297,10 +299,10 @@ func TestDayOfSteadyClocks(t *testing.T) {
 		stop := e.lead(p)
 		h.Off.Set(time.Hour)
 		pass(12 * time.Hour)
-		h.Off.Set(0) // another step: the day begins again
+		h.Off.Set(0) // another step: the day restarts
 		pass(13 * time.Hour)
 		e.untrusted(p, false)
-		// What a leader counted counts for the next; what lies between does not.
+		// The steady time of a leader counts for the next; the time between leaders does not.
 		stop()
 		pass(20 * time.Hour)
 		p = e.process(&hosts.Host{}, "b", false)
@@ -315,8 +317,7 @@ func TestDayOfSteadyClocks(t *testing.T) {
 	})
 }
 
-// A process whose counter stood still, as in a virtual machine that was paused,
-// stops no other.
+// A process whose counter stopped, as in a paused virtual machine, does not stop others.
 func TestPausedProcess(t *testing.T) {
 	inEnv(t, func(t *testing.T, e *env) {
 		e.lead(e.process(&hosts.Host{}, "a", true))
@@ -329,8 +330,8 @@ func TestPausedProcess(t *testing.T) {
 	})
 }
 
-// Without a store's clock a replica that is ahead of the one that leads neither stamps
-// nor judges, before it leads and after; one that is not does.
+// Without a store's clock a replica that is ahead of the leader neither stamps nor judges,
+// before and after it leads; other replicas do.
 func TestAheadOfTheLeader(t *testing.T) {
 	for _, c := range []struct {
 		by    time.Duration
@@ -366,9 +367,9 @@ func TestAheadOfTheLeader(t *testing.T) {
 				}
 				e.untrusted(p, false)
 				if _, ok := p.Peek(); ok {
-					t.Error("a replica that is ahead has a reading")
+					t.Error("a replica that is ahead returned a reading")
 				}
-				// Set right, it agrees with the leader; ahead again, it must not lead.
+				// After a correction it agrees with the leader; ahead again, it must not lead.
 				h.Off.Set(0)
 				pass(2 * time.Minute)
 				near(t, e.judge(p), time.Now())
@@ -405,15 +406,15 @@ func TestSilentStore(t *testing.T) {
 		near(t, e.stamp(p), time.Now())
 		pass(2 * time.Hour)
 		if _, err := p.Stamp(t.Context()); !errors.Is(err, object.ErrUnavailable) {
-			t.Errorf("stamp by a measurement of 25 h: %v", err)
+			t.Errorf("stamp by a measurement that is 25 h old: %v", err)
 		}
 		silent = false
 		e.stamp(p)
 	})
 }
 
-// A step that could not be written is not forgotten.
-func TestStopWithoutAnswer(t *testing.T) {
+// An unwritten step is not forgotten.
+func TestStopWithoutReply(t *testing.T) {
 	inEnv(t, func(_ *testing.T, e *env) {
 		h := &hosts.Host{}
 		kv := meta.NewFaulty(e.kv)

@@ -6,11 +6,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// elapsed is the time since the host started, including the time that it slept.
+// elapsed returns the time since the host started, including sleep.
 func elapsed() time.Duration {
 	var ts unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
-		return time.Since(started) // no kernel since 2.6.39 gets here
+		return time.Since(started) // kernels before 2.6.39 only
 	}
 	return time.Duration(ts.Nano())
 }

@@ -4,8 +4,8 @@ package clock
 
 import "time"
 
-// elapsed is the time since the process started. Where the monotonic clock stops
-// while the host sleeps, the sleep passes for a step.
+// elapsed returns the time since the process started. If the monotonic clock stops while the
+// host sleeps, the sleep counts as a step.
 func elapsed() time.Duration { return time.Since(started) }
 
 var started = time.Now()
