@@ -1,4 +1,4 @@
-// Package cluster holds what a cluster decides once, at its first start.
+// Package cluster manages the record of a cluster, which is written at its first start.
 package cluster
 
 import (
@@ -15,7 +15,7 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// NameScope is within what snapshot names are unique. Stored: append only.
+// NameScope is the scope in which snapshot names are unique. Stored: append only.
 type NameScope int
 
 // The name scopes.
@@ -34,14 +34,14 @@ func (s NameScope) String() string {
 // ErrNameScope means that the cluster was started with another name scope.
 var ErrNameScope = errors.New("name scope cannot be changed")
 
-// Cluster is what all replicas share.
+// Cluster is the data that all replicas share.
 type Cluster struct {
 	ID        string
 	NameScope NameScope
 	TokenKey  []byte // authenticates page and resume tokens; never shown
 }
 
-// Options are what Open needs.
+// Options are the arguments of Open.
 type Options struct {
 	NameScope NameScope // default ScopeCluster
 	Release   string    // of this program
@@ -49,9 +49,9 @@ type Options struct {
 	Rand      io.Reader
 }
 
-// Open reads the cluster's record and makes it at the first start. Of several
-// replicas that start at once one makes it and all read the same. A name scope
-// other than the recorded one is ErrNameScope.
+// Open reads the cluster's record, and creates it at the first start. One of several
+// concurrent replicas creates it, and all return the same. Another name scope than the
+// recorded one is an ErrNameScope.
 func Open(ctx context.Context, kv meta.KV, o Options) (Cluster, error) {
 	if o.NameScope == 0 {
 		o.NameScope = ScopeCluster
@@ -68,7 +68,7 @@ func Open(ctx context.Context, kv meta.KV, o Options) (Cluster, error) {
 		OldestRelease: o.Release,
 		TokenKey:      secret[16:],
 	}
-	// Read first: a store that is full refuses the transaction.
+	// Read first: a full store refuses the transaction.
 	have, found, _, err := kv.Get(ctx, keys.Format)
 	if err != nil {
 		return Cluster{}, fmt.Errorf("open cluster: %w", err)
@@ -96,7 +96,7 @@ func Open(ctx context.Context, kv meta.KV, o Options) (Cluster, error) {
 	}
 	c := Cluster{ID: rec.GetClusterId(), NameScope: NameScope(rec.GetNameScope()), TokenKey: rec.GetTokenKey()}
 	if c.NameScope != o.NameScope {
-		return Cluster{}, fmt.Errorf("%w: cluster %s was started with name scope %q, the configuration says %q",
+		return Cluster{}, fmt.Errorf("%w: cluster %s was started with name scope %q, the configuration has %q",
 			ErrNameScope, c.ID, c.NameScope, o.NameScope)
 	}
 	return c, nil

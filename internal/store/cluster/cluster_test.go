@@ -22,7 +22,7 @@ func options() cluster.Options {
 	return cluster.Options{Now: time.Now, Rand: rand.Reader, Release: "v1"}
 }
 
-// Of replicas that start at once one makes the cluster, and all see the same.
+// One of several concurrent replicas creates the cluster, and all return the same.
 func TestOpen(t *testing.T) {
 	kv := memory.New(memory.Options{})
 	got := make([]cluster.Cluster, 8)
@@ -44,8 +44,9 @@ func TestOpen(t *testing.T) {
 	if c := got[0]; len(c.ID) != 32 || len(c.TokenKey) != 32 || c.NameScope != cluster.ScopeCluster {
 		t.Errorf("%v", c)
 	}
-	if other, err := cluster.Open(t.Context(), memory.New(memory.Options{}), options()); err != nil || other.ID == got[0].ID || bytes.Equal(other.TokenKey, got[0].TokenKey) {
-		t.Errorf("another cluster is the same: %v", err)
+	if other, err := cluster.Open(t.Context(), memory.New(memory.Options{}), options()); err != nil ||
+		other.ID == got[0].ID || bytes.Equal(other.TokenKey, got[0].TokenKey) {
+		t.Errorf("two clusters are equal: %v", err)
 	}
 }
 
@@ -63,7 +64,7 @@ func TestNameScope(t *testing.T) {
 	}
 }
 
-// A cluster whose store is full can be opened, or nobody could free space.
+// A cluster with a full store can be opened, so that space can be freed.
 func TestOpenFull(t *testing.T) {
 	kv := memory.New(memory.Options{})
 	want, err := cluster.Open(t.Context(), kv, options())

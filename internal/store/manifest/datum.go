@@ -15,9 +15,9 @@ var segmentSchemaText string
 //go:embed refs.avsc
 var refsSchemaText string
 
-// schema is one of ours.
+// schema is a schema of this package.
 type schema struct {
-	text   string // as it stands in files
+	text   string // its form in files
 	schema avro.Schema
 	shape  *shape
 }
@@ -43,9 +43,8 @@ func mustSchema(text string) schema {
 	return schema{text: compact.String(), schema: parsed, shape: s}
 }
 
-// avroConfig leaves the bounds on sizes to shape, which is stricter. Arrays are
-// written as one block of so many items without a size, as not every reader
-// knows sizes.
+// avroConfig leaves the limits of sizes to shape, which is stricter. Arrays are written as one
+// block without a size, because some readers do not support sizes.
 var avroConfig = avro.Config{
 	BlockLength:            maxBlockBytes,
 	DisableBlockSizeHeader: true,
@@ -63,14 +62,13 @@ type datumReader struct {
 	avro      *avro.Reader
 
 	next int    // block after the current one
-	raw  []byte // memory of the current block, used again for the next
-	rest cursor // what is not read of it
+	raw  []byte // the current block; its memory is reused for the next
+	rest cursor // the unread part of raw
 	left int    // records in rest
 }
 
-// openDatums opens a container whose records a reader of want can read. If it
-// was written with another schema it is read by that, and fields that it lacks
-// get want's defaults.
+// openDatums opens a container with records that are readable as want. If it was written with
+// another schema, it is read by that schema, and missing fields get want's defaults.
 func openDatums(data []byte, want schema) (_ *datumReader, err error) {
 	defer recoverCorrupt(&err)
 	c, err := openContainer(data)
@@ -86,20 +84,20 @@ func openDatums(data []byte, want schema) (_ *datumReader, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: schema: %w", ErrCorrupt, err)
 	}
-	// The shape comes first: what it refuses could send Resolve round in circles.
+	// Build the shape first: it refuses schemas for which Resolve might not return.
 	if r.shape, err = newShape(written); err != nil {
 		return nil, err
 	}
 	if r.schema, err = avro.NewSchemaCompatibility().Resolve(want.schema, written); err != nil {
 		return nil, fmt.Errorf("%w: schema: %w", ErrCorrupt, err)
 	}
-	// hamba remembers the decoder of each schema for ever: this one is
-	// remembered for the life of r.
+	// hamba caches the decoder of each schema per configuration: with this frozen
+	// configuration the cache lives only as long as r.
 	r.avro = avro.NewReader(nil, 0, avro.WithReaderConfig(avroConfig.Freeze()))
 	return r, nil
 }
 
-// more reports whether there is a record to come, and readies its block.
+// more reports whether another record follows, and prepares its block.
 func (r *datumReader) more() (bool, error) {
 	if r.left > 0 {
 		return true, nil
@@ -120,7 +118,7 @@ func (r *datumReader) more() (bool, error) {
 	return true, nil
 }
 
-// measure moves past one record and returns its bytes.
+// measure advances past one record and returns its bytes.
 func (r *datumReader) measure() ([]byte, error) {
 	before := r.rest.rest
 	r.rest.items = 0
@@ -132,8 +130,8 @@ func (r *datumReader) measure() ([]byte, error) {
 	return before[:len(before)-len(r.rest.rest)], nil
 }
 
-// decode reads the next record into v, a pointer to a struct. The values share
-// no memory with the container. Call it only after more said that there is one.
+// decode reads the next record into v, a pointer to a struct. The values share no memory with
+// the container. Call it only after more has returned true.
 func (r *datumReader) decode(v any) (err error) {
 	defer recoverCorrupt(&err)
 	datum, err := r.measure()
@@ -149,8 +147,8 @@ func (r *datumReader) decode(v any) (err error) {
 	return nil
 }
 
-// skip passes over n records, or fewer if there are no more. Only the block in
-// which it ends is decompressed.
+// skip skips n records, or all remaining ones if there are fewer. It decompresses only the
+// block in which it ends.
 func (r *datumReader) skip(n int) error {
 	for n > 0 {
 		if r.left == 0 && len(r.rest.rest) == 0 {
@@ -173,8 +171,8 @@ func (r *datumReader) skip(n int) error {
 	return nil
 }
 
-// recoverCorrupt turns a panic, as bytes that break hamba's assumptions may
-// cause, into an error. It is deferred.
+// recoverCorrupt converts a panic of hamba, which corrupt bytes may cause, into an error. It
+// must be deferred.
 func recoverCorrupt(err *error) {
 	if p := recover(); p != nil {
 		*err = fmt.Errorf("%w: decoder panicked: %v", ErrCorrupt, p)

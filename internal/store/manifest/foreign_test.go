@@ -22,7 +22,8 @@ import (
 func TestForeignReader(t *testing.T) {
 	dir := t.TempDir()
 	avrocat := filepath.Join(dir, "avrocat")
-	build := exec.CommandContext(t.Context(), "go", "build", "-C", filepath.Join("..", "..", "..", "tools"), "-o", avrocat, "./avrocat")
+	build := exec.CommandContext(t.Context(), "go", "build", "-C", filepath.Join("..", "..", "..", "tools"), "-o",
+		avrocat, "./avrocat")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build avrocat: %v\n%s", err, out)
 	}
@@ -41,7 +42,8 @@ func TestForeignReader(t *testing.T) {
 		return strings.Split(strings.TrimSuffix(string(out), "\n"), "\n")
 	}
 
-	for name, data := range map[string][]byte{"golden": golden(t, "manifest-0.avro"), "generated": encode(t, makeSegments(700, 3))} {
+	for name, data := range map[string][]byte{"golden": golden(t, "manifest-0.avro"),
+		"generated": encode(t, makeSegments(700, 3))} {
 		var want []any
 		r := open(t, data)
 		for {

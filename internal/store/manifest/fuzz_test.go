@@ -47,7 +47,8 @@ func FuzzOpenManifest(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(small)
-	f.Add(frame(`{"type":"record","name":"Segment","namespace":"snapshotd.v1","fields":[{"name":"id","type":"long"}]}`, 1, []byte{2}))
+	f.Add(frame(`{"type":"record","name":"Segment","namespace":"snapshotd.v1","fields":[{"name":"id","type":"long"}]}`, 1,
+		[]byte{2}))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		checkManifest(t, data)
 	})
@@ -172,7 +173,8 @@ func FuzzDecodeDatums(f *testing.F) {
 // FuzzSchema reads records by any schema.
 func FuzzSchema(f *testing.F) {
 	f.Add(segmentSchema.text, rawDatums(f, golden(f, "manifest-0.avro")))
-	f.Add(`{"type":"record","name":"Segment","namespace":"snapshotd.v1","fields":[{"name":"id","type":"int"}]}`, []byte{2, 4, 6, 8})
+	f.Add(`{"type":"record","name":"Segment","namespace":"snapshotd.v1","fields":[{"name":"id","type":"int"}]}`,
+		[]byte{2, 4, 6, 8})
 	f.Fuzz(func(t *testing.T, schema string, raw []byte) {
 		if len(raw) > maxFuzzBytes {
 			return
@@ -204,7 +206,8 @@ func FuzzRefsDatums(f *testing.F) {
 		record := slices.Concat([]byte("\x0esegment"), binary.AppendVarint(nil, n), []byte{2, 4, 1, 1})
 		f.Add(1, record, n, int64(0), int64(0))
 	}
-	f.Add(1, slices.Concat([]byte("\x08file\x06"), binary.AppendVarint(nil, -3), []byte{4, 1, 1}), int64(0), int64(0), int64(3))
+	f.Add(1, slices.Concat([]byte("\x08file\x06"), binary.AppendVarint(nil, -3), []byte{4, 1, 1}), int64(0), int64(0),
+		int64(3))
 	f.Fuzz(func(t *testing.T, records int, raw []byte, segments, builds, files int64) {
 		if records < 1 || records > 1000 || len(raw) > maxFuzzBytes {
 			return
@@ -226,7 +229,8 @@ func checkRefs(t *testing.T, data []byte, want RefsFile) {
 		checkFuzzed(t, err)
 		return
 	}
-	if len(refs.Segments) != int(want.Segments) || len(refs.Builds) != int(want.Builds) || len(refs.Files) != int(want.Files) {
+	if len(refs.Segments) != int(want.Segments) || len(refs.Builds) != int(want.Builds) ||
+		len(refs.Files) != int(want.Files) {
 		t.Fatalf("got %d, %d and %d ids, want %d, %d and %d",
 			len(refs.Segments), len(refs.Builds), len(refs.Files), want.Segments, want.Builds, want.Files)
 	}
@@ -301,8 +305,10 @@ func FuzzDecodeMetadata(f *testing.F) {
 // is made of its parts, and a name that a directory may hold makes one.
 func FuzzParseKey(f *testing.F) {
 	for _, key := range []string{
-		"", MetadataKey(1, 2), ManifestKey(1<<63-1, 1<<63-1, 1<<31), RefsKey(3, 4), Dir(1, 2), "snapshots/1/2/manifest-01.avro", "snapshots/1/2/manifest--1.avro",
-		"snapshots/01/2/metadata.json", "snapshots/0/2/refs.avro", "snapshots/1/+2/refs.avro", "other/1/2/refs.avro", "snapshots/1/2/refs.avro/", "snapshots/identity.json",
+		"", MetadataKey(1, 2), ManifestKey(1<<63-1, 1<<63-1, 1<<31), RefsKey(3, 4), Dir(1, 2),
+		"snapshots/1/2/manifest-01.avro", "snapshots/1/2/manifest--1.avro",
+		"snapshots/01/2/metadata.json", "snapshots/0/2/refs.avro", "snapshots/1/+2/refs.avro", "other/1/2/refs.avro",
+		"snapshots/1/2/refs.avro/", "snapshots/identity.json",
 		"snapshots/1/2/manifest-9223372036854775808.avro", "snapshots/1/2/manifest-1.avro.avro", "snapshots/1/2/manifest-1",
 	} {
 		f.Add(key)

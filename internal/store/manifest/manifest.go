@@ -1,36 +1,34 @@
-// Package manifest is the format of a snapshot in the object store. Its
-// functions turn values into the bytes of a file and back; they do no I/O.
+// Package manifest implements the format of a snapshot in the object store. Its functions
+// encode values into the bytes of a file and decode them; they do no I/O.
 //
 // A snapshot is a directory:
 //
-//	snapshots/<collection>/<snapshot>/metadata.json     what was captured, and the list of the other files
+//	snapshots/<collection>/<snapshot>/metadata.json      the captured collection, and the list of the other files
 //	snapshots/<collection>/<snapshot>/manifest-<n>.avro  segments with their files, ascending by id
-//	snapshots/<collection>/<snapshot>/refs.avro          ids of everything referenced, quick to load
+//	snapshots/<collection>/<snapshot>/refs.avro          all referenced ids, quick to load
 //
-// Manifests and references are Avro object container files, zstd-compressed, so
-// that any Avro reader opens them; the schemas, segment.avsc and refs.avsc, are
-// in the files. The metadata is JSON.
+// Manifests and references are zstd-compressed Avro object container files that any Avro
+// reader can read; the schemas, segment.avsc and refs.avsc, are in the files. The metadata is
+// JSON.
 //
-// No file names a bucket, an endpoint or an absolute key: a path is relative to
-// a root, which the metadata maps to a store alias and a prefix. Each file is
-// known by its [Digest]: that of the metadata is kept in the commit record,
-// those of the others in the metadata. Equal values encode to equal bytes.
+// No file has a bucket, an endpoint or an absolute key: a path is relative to a root, which
+// the metadata maps to a store alias and a prefix. Each file is identified by its [Digest]:
+// that of the metadata is in the commit record, those of the others are in the metadata.
+// Equal values encode to equal bytes.
 //
 // # Reading
 //
-// Check the digest of a file before anything else here sees its bytes. The
-// decoders nevertheless take no input for good: each length is bounded by the
-// bytes that are there, each block by 64 MiB after decompression, a schema in
-// size and depth, and every count must come out exactly. What breaks a rule is
-// an error that wraps [ErrCorrupt].
+// Check the digest of a file before any other use of its bytes. The decoders nevertheless
+// validate all input: each length is bounded by the remaining bytes, each block by 64 MiB
+// after decompression, a schema in size and depth, and every count must match exactly. A
+// violation is an error that wraps [ErrCorrupt].
 //
 // # Evolution
 //
-// [FormatVersion] is that of all files of a snapshot. A newer one is refused
-// with [ErrNewerFormat]; every older one stays readable, which the files below
-// testdata hold us to. Within a version fields may be added, and only with a
-// default: readers go by the schema in the file, and pass over what they do
-// not know.
+// [FormatVersion] is the version of all files of a snapshot. A newer version is refused with
+// [ErrNewerFormat]; every older version stays readable, which the files in testdata verify.
+// Within a version fields may be added only with a default: readers use the schema in the
+// file, and skip unknown fields.
 package manifest
 
 import (
@@ -47,11 +45,11 @@ import (
 // it writes.
 const FormatVersion = 1
 
-// ErrCorrupt means that bytes are not what snapshotd wrote.
+// ErrCorrupt means that the bytes were not written by snapshotd, or were altered.
 var ErrCorrupt = errors.New("corrupt snapshot file")
 
-// NewerFormatError says that a file has a format that this program is too old
-// for. It wraps [ErrNewerFormat].
+// NewerFormatError means that a file has a newer format than this program supports. It wraps
+// [ErrNewerFormat].
 type NewerFormatError struct {
 	Found, Supported int
 }
@@ -66,7 +64,7 @@ func (e *NewerFormatError) Error() string {
 // Unwrap returns ErrNewerFormat.
 func (e *NewerFormatError) Unwrap() error { return ErrNewerFormat }
 
-// checkFormat says whether this program reads the format version v.
+// checkFormat returns an error unless this program supports the format version v.
 func checkFormat(v int) error {
 	switch {
 	case v <= 0:
@@ -77,18 +75,18 @@ func checkFormat(v int) error {
 	return nil
 }
 
-// The names of a snapshot's files, other than [ManifestName].
+// Names of a snapshot's files other than [ManifestName].
 const (
 	MetadataName = "metadata.json"
 	RefsName     = "refs.avro"
 )
 
-// ManifestName returns the name of the manifest of number n, counted from 0.
+// ManifestName returns the name of the manifest with number n, counted from 0.
 func ManifestName(n int) string { //nolint:revive // like its siblings
 	return fmt.Sprintf("manifest-%d.avro", n)
 }
 
-// Dir returns the prefix, with a slash at its end, of all keys of a snapshot.
+// Dir returns the prefix of all keys of a snapshot, with a final slash.
 func Dir(collection, snapshot int64) string {
 	return fmt.Sprintf("snapshots/%d/%d/", collection, snapshot)
 }
@@ -98,7 +96,7 @@ func MetadataKey(collection, snapshot int64) string {
 	return Dir(collection, snapshot) + MetadataName
 }
 
-// ManifestKey returns the key of a snapshot's manifest of number n.
+// ManifestKey returns the key of a snapshot's manifest with number n.
 func ManifestKey(collection, snapshot int64, n int) string { //nolint:revive // like its siblings
 	return Dir(collection, snapshot) + ManifestName(n)
 }
@@ -108,8 +106,8 @@ func RefsKey(collection, snapshot int64) string {
 	return Dir(collection, snapshot) + RefsName
 }
 
-// IsFileName says whether a snapshot's directory may hold a file of that name.
-// Whatever else lies there is somebody else's.
+// IsFileName reports whether name is that of a snapshot's file. All other files in a
+// snapshot's directory are foreign.
 func IsFileName(name string) bool {
 	if name == MetadataName || name == RefsName {
 		return true
@@ -122,8 +120,8 @@ func IsFileName(name string) bool {
 	return err == nil && n >= 0 && name == ManifestName(n)
 }
 
-// ParseKey takes the key of a snapshot's file apart. It is false for any other
-// key, also for one that says the same in another way.
+// ParseKey parses the key of a snapshot's file. It returns false for any other key, also for
+// a non-canonical form of such a key.
 func ParseKey(key string) (collection, snapshot int64, ok bool) {
 	parts := strings.Split(key, "/")
 	if len(parts) != 4 || !IsFileName(parts[3]) {
@@ -140,10 +138,10 @@ func ParseKey(key string) (collection, snapshot int64, ok bool) {
 	return collection, snapshot, true
 }
 
-// WrittenAs reports whether data shows that snapshotd wrote it under the key of a
-// snapshot's file, in this release or another: metadata name the snapshot, and the
-// sync marker of an Avro file is the hash of what precedes it and of the first
-// block. Of an Avro file the data may lack what follows the first block.
+// WrittenAs reports whether data proves that a release of snapshotd wrote it under the key of
+// a snapshot's file: metadata has the ids of the snapshot, and the sync marker of an Avro
+// file is the hash of the preceding bytes and of the first block. The data of an Avro file
+// may end after the first block.
 func WrittenAs(key string, data []byte) bool {
 	collection, snapshot, ok := ParseKey(key)
 	switch {
@@ -159,7 +157,8 @@ func WrittenAs(key string, data []byte) bool {
 				ID int64 `json:"id,string"`
 			} `json:"collection"`
 		}
-		return json.Unmarshal(data, &md) == nil && md.FormatVersion > 0 && md.Snapshot.ID == snapshot && md.Collection.ID == collection
+		return json.Unmarshal(data, &md) == nil && md.FormatVersion > 0 &&
+			md.Snapshot.ID == snapshot && md.Collection.ID == collection
 	}
 	return isMarked(data)
 }

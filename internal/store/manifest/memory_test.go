@@ -19,11 +19,13 @@ func TestMemoryIsBounded(t *testing.T) {
 		"builds":     {14, 12_000_000, 5, 3},
 		"attributes": {16, 32_000_000, 2, 1},
 	} {
-		raw := slices.Concat([]byte{2}, make([]byte, c.before), binary.AppendVarint(nil, int64(c.items)), make([]byte, c.items*c.size+c.after))
+		raw := slices.Concat([]byte{2}, make([]byte, c.before), binary.AppendVarint(nil, int64(c.items)),
+			make([]byte, c.items*c.size+c.after))
 		data := frame(segmentSchema.text, 1, raw)
 		var err error
 		if took := allocated.Bytes(func() { err = read(data) }); took > room || !errors.Is(err, ErrCorrupt) {
-			t.Errorf("%s: a file of %d bytes took %d MiB of memory, at most %d; err = %v", name, len(data), took>>20, room>>20, err)
+			t.Errorf("%s: a file of %d bytes took %d MiB of memory, at most %d; err = %v", name, len(data), took>>20, room>>20,
+				err)
 		}
 	}
 	data := []byte(`{"format_version":1,"manifests":[` + strings.Repeat("{},", 4<<20) + `{}]}`)

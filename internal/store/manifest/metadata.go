@@ -12,19 +12,18 @@ import (
 	"github.com/snapshotd/snapshotd/internal/segment"
 )
 
-// Bounds on metadata.json.
+// Limits of metadata.json.
 const (
 	MaxMetadataBytes = 64 << 20
 	maxMetadataDepth = 32
-	// maxMetadataObjects bounds how many objects there are: one takes three bytes as
+	// maxMetadataObjects bounds the number of objects: one has at least three bytes in
 	// JSON and hundreds in memory.
 	maxMetadataObjects = 1 << 18
 )
 
-// Metadata is the content of metadata.json: with the files that it lists, all
-// that is known of a snapshot except its state. Ids and data timestamps are
-// strings in JSON, as many readers hold numbers in a float64. Fields may be
-// added, and a reader passes over those that it does not know.
+// Metadata is the content of metadata.json: with the listed files it describes a snapshot
+// completely, except for its state. Ids and data timestamps are strings in JSON, because many
+// readers store numbers as float64. Fields may be added; readers skip unknown fields.
 type Metadata struct {
 	FormatVersion int    `json:"format_version"`
 	ClusterID     string `json:"cluster_id"`
@@ -38,13 +37,12 @@ type Metadata struct {
 	Indexes    []Index     `json:"indexes"`
 	Channels   []Channel   `json:"channels"`
 
-	// CatalogRevision is the revision of the metadata store at which all of
-	// this was true.
+	// CatalogRevision is the revision of the metadata store that this metadata describes.
 	CatalogRevision int64 `json:"catalog_revision,string"`
 
-	// Manifests are in order: each goes on where the one before ends. Their
-	// numbers ascend, but need not begin at 0 nor be without gaps: a capture that
-	// had to start over leaves those of its first try to be deleted with the rest.
+	// Manifests are ordered: each continues the previous one. Their numbers ascend, but
+	// may start above 0 and have gaps: the manifests of a restarted capture are deleted
+	// with the snapshot.
 	Manifests []ManifestFile `json:"manifests"`
 	Refs      RefsFile       `json:"refs"`
 	Totals    Totals         `json:"totals"`
@@ -72,12 +70,11 @@ type CollectionInfo struct {
 	Attributes       map[string]string `json:"attributes,omitempty"`
 }
 
-// Schema is a collection's schema, as snapshotd understands it and as the
-// engine wrote it.
+// Schema is a collection's schema, as fields and in the engine's own format.
 type Schema struct {
 	Fields []Field `json:"fields"`
-	Format string  `json:"schema_format,omitempty"` // what Raw is; the engine's own name
-	Raw    []byte  `json:"schema_raw,omitempty"`    // kept byte for byte
+	Format string  `json:"schema_format,omitempty"` // the engine's name of the format of Raw
+	Raw    []byte  `json:"schema_raw,omitempty"`    // stored unchanged
 }
 
 // Field is one field of a schema.
@@ -93,7 +90,7 @@ type Field struct {
 	Attributes   map[string]string `json:"attributes,omitempty"`
 }
 
-// Root is where paths begin: files name it by its number.
+// Root is the base of paths. Files refer to it by its number.
 type Root struct {
 	Number int    `json:"number"`
 	Store  string `json:"store"` // alias
@@ -117,11 +114,11 @@ type Index struct {
 	Attributes  map[string]string `json:"attributes,omitempty"`
 }
 
-// Channel says how far the snapshot reaches in a virtual channel.
+// Channel is the cut of the snapshot in a virtual channel.
 type Channel struct {
 	Shard  int               `json:"shard"`
 	Name   string            `json:"name,omitempty"`
-	Cut    segment.Timestamp `json:"cut,string"`       // everything before it, not including it
+	Cut    segment.Timestamp `json:"cut,string"`       // exclusive
 	Opaque []byte            `json:"opaque,omitempty"` // the engine's handle for the cut
 }
 
@@ -138,8 +135,8 @@ type ManifestFile struct { //nolint:revive // metadata name several kinds of fil
 	FirstBuild   int64 `json:"first_build"`   // builds in the manifests before it
 }
 
-// Open checks the digest of data, the content of the file, and that it holds
-// as many segments as it should, and returns a reader of it.
+// Open checks the digest of data, the content of the file, and its number of segments, and
+// returns a reader.
 func (m ManifestFile) Open(data []byte) (*Reader, error) {
 	if err := m.Check(data); err != nil {
 		return nil, fmt.Errorf("open %s: %w", m.File, err)
@@ -154,7 +151,7 @@ func (m ManifestFile) Open(data []byte) (*Reader, error) {
 	return r, nil
 }
 
-// RefsFile describes the references. Its counts are those of the ids in it.
+// RefsFile describes the references, with the numbers of ids in it.
 type RefsFile struct {
 	File string `json:"file"` // RefsName
 	Digest
@@ -173,8 +170,8 @@ type Totals struct {
 	Straddling int64 `json:"straddling"` // segments with a row ceiling
 }
 
-// EncodeMetadata returns metadata.json. Equal metadata make equal bytes. The
-// format version is set if it is zero.
+// EncodeMetadata returns metadata.json. Equal metadata encode to equal bytes. A format version
+// of zero is set to FormatVersion.
 func EncodeMetadata(m *Metadata) ([]byte, error) {
 	out := *m
 	if out.FormatVersion == 0 {
@@ -184,7 +181,7 @@ func EncodeMetadata(m *Metadata) ([]byte, error) {
 	if err := out.check(); err != nil {
 		return nil, fmt.Errorf("encode metadata of snapshot %d: %w", m.Snapshot.ID, err)
 	}
-	// A list without elements is [] and not null, for the sake of other readers.
+	// Empty lists are [] and not null, for other readers.
 	out.Roots = orEmpty(out.Roots)
 	out.Partitions = orEmpty(out.Partitions)
 	out.Indexes = orEmpty(out.Indexes)
@@ -199,7 +196,8 @@ func EncodeMetadata(m *Metadata) ([]byte, error) {
 		return nil, fmt.Errorf("encode metadata of snapshot %d: %w", m.Snapshot.ID, err)
 	}
 	if b.Len() > MaxMetadataBytes {
-		return nil, fmt.Errorf("encode metadata of snapshot %d: %d bytes, at most %d", m.Snapshot.ID, b.Len(), MaxMetadataBytes)
+		return nil, fmt.Errorf("encode metadata of snapshot %d: %d bytes, at most %d",
+			m.Snapshot.ID, b.Len(), MaxMetadataBytes)
 	}
 	return b.Bytes(), nil
 }
@@ -211,8 +209,8 @@ func orEmpty[T any](s []T) []T {
 	return s
 }
 
-// DecodeMetadata returns the content of metadata.json. Errors wrap ErrCorrupt
-// or ErrNewerFormat. Lists without elements are empty, not nil.
+// DecodeMetadata returns the content of metadata.json. Errors wrap ErrCorrupt or
+// ErrNewerFormat. Lists without elements are empty, not nil.
 func DecodeMetadata(data []byte) (*Metadata, error) {
 	m, err := decodeMetadata(data)
 	if err != nil {
@@ -228,7 +226,7 @@ func decodeMetadata(data []byte) (*Metadata, error) {
 	if err := checkJSON(data); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
 	}
-	// The version comes first: all else may differ in a newer one.
+	// Check the version first: all other fields may differ in a newer one.
 	var version struct {
 		FormatVersion int `json:"format_version"`
 	}
@@ -249,12 +247,12 @@ func decodeMetadata(data []byte) (*Metadata, error) {
 	return m, nil
 }
 
-// checkJSON refuses what encoding/json lets pass and other readers may take
-// differently: a key twice in one object, and deep nesting.
+// checkJSON refuses JSON that encoding/json accepts but other readers may interpret
+// differently: duplicate keys in one object, and deep nesting.
 func checkJSON(data []byte) error {
 	d := json.NewDecoder(bytes.NewReader(data))
 	d.UseNumber()
-	var seen []map[string]bool // for each open object its keys, for an array nil
+	var seen []map[string]bool // the keys of each open object; nil for an array
 	isKey, objects := false, 0
 	for {
 		token, err := d.Token()
@@ -267,7 +265,7 @@ func checkJSON(data []byte) error {
 		if key, ok := token.(string); ok && isKey {
 			keys := seen[len(seen)-1]
 			if keys[key] {
-				return fmt.Errorf("key %.40q twice", key)
+				return fmt.Errorf("duplicate key %.40q", key)
 			}
 			keys[key] = true
 			isKey = false
@@ -291,7 +289,7 @@ func checkJSON(data []byte) error {
 	}
 }
 
-// check says whether the parts of m agree with each other.
+// check returns an error if the parts of m are inconsistent.
 func (m *Metadata) check() error {
 	if err := checkFormat(m.FormatVersion); err != nil {
 		return err
@@ -300,12 +298,12 @@ func (m *Metadata) check() error {
 		return fmt.Errorf("snapshot id %d, collection id %d", m.Snapshot.ID, m.Collection.ID)
 	}
 	if y := m.Snapshot.CreateTime.Year(); y < 0 || y > 9999 {
-		return fmt.Errorf("created in year %d", y) // which RFC 3339 cannot say
+		return fmt.Errorf("created in year %d", y) // out of the range of RFC 3339
 	}
 	var numbers []int
 	for _, r := range m.Roots {
 		if r.Number < 0 || slices.Contains(numbers, r.Number) {
-			return fmt.Errorf("root number %d is negative or there twice", r.Number)
+			return fmt.Errorf("root number %d is negative or a duplicate", r.Number)
 		}
 		numbers = append(numbers, r.Number)
 	}
@@ -313,20 +311,22 @@ func (m *Metadata) check() error {
 	number := -1
 	for i, f := range m.Manifests {
 		last := number
-		if _, err := fmt.Sscanf(f.File, "manifest-%d.avro", &number); err != nil || f.File != ManifestName(number) || number <= last {
-			return fmt.Errorf("manifest %d is called %.40q", i, f.File)
+		_, err := fmt.Sscanf(f.File, "manifest-%d.avro", &number)
+		if err != nil || f.File != ManifestName(number) || number <= last {
+			return fmt.Errorf("manifest %d has the name %.40q", i, f.File)
 		}
 		if f.FirstOrdinal != sum.Segments || f.FirstBuild != sum.Builds {
-			return fmt.Errorf("%s begins at segment %d, build %d; want %d, %d", f.File, f.FirstOrdinal, f.FirstBuild, sum.Segments, sum.Builds)
+			return fmt.Errorf("%s begins at segment %d, build %d; want %d, %d",
+				f.File, f.FirstOrdinal, f.FirstBuild, sum.Segments, sum.Builds)
 		}
 		if f.Length < 0 || !add(&sum.Segments, f.Segments) || !add(&sum.Rows, f.Rows) || !add(&sum.Files, f.Files) ||
 			!add(&sum.Bytes, f.Bytes) || !add(&sum.Builds, f.Builds) {
 			return fmt.Errorf("%s: a number is negative or too large", f.File)
 		}
 	}
-	sum.Straddling = m.Totals.Straddling // which manifests do not tell
+	sum.Straddling = m.Totals.Straddling // not listed per manifest
 	if m.Totals != sum || sum.Straddling < 0 || sum.Straddling > sum.Segments {
-		return fmt.Errorf("totals %+v, but the manifests sum up to %+v", m.Totals, sum)
+		return fmt.Errorf("totals %+v, but the sum of the manifests is %+v", m.Totals, sum)
 	}
 	if r := m.Refs; r.File != RefsName || r.Length < 0 || r.Segments < 0 || r.Builds < 0 || r.Files < 0 {
 		return fmt.Errorf("references %+v", r)
@@ -334,8 +334,7 @@ func (m *Metadata) check() error {
 	return nil
 }
 
-// add adds a number that must not be negative to sum, and reports whether it
-// fits.
+// add adds n to sum. It returns false if n is negative or the sum overflows.
 func add(sum *int64, n int64) bool {
 	*sum += n
 	return n >= 0 && *sum >= 0

@@ -23,7 +23,8 @@ func TestMetadataRoundTrip(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		want := goldenMetadata(nil, nil)
 		want.Snapshot = SnapshotInfo{
-			ID: id.Draw(t, "id"), Name: text.Draw(t, "name"), Description: text.Draw(t, "description"), Labels: labels.Draw(t, "labels"),
+			ID: id.Draw(t, "id"), Name: text.Draw(t, "name"), Description: text.Draw(t, "description"),
+			Labels:     labels.Draw(t, "labels"),
 			CreateTime: time.Unix(rapid.Int64Range(0, 1<<33).Draw(t, "s"), rapid.Int64Range(0, 999_999_999).Draw(t, "ns")).UTC(),
 		}
 		want.Collection.Properties = labels.Draw(t, "properties")
@@ -72,7 +73,8 @@ func TestEncodeMetadataIsDeterministic(t *testing.T) {
 // numbers does.
 func TestMetadataForOtherReaders(t *testing.T) {
 	data, err := EncodeMetadata(&Metadata{
-		Snapshot: SnapshotInfo{ID: math.MaxInt64, CreateTime: time.Unix(0, 1)}, Collection: CollectionInfo{ID: 1}, Refs: RefsFile{File: RefsName},
+		Snapshot: SnapshotInfo{ID: math.MaxInt64, CreateTime: time.Unix(0, 1)}, Collection: CollectionInfo{ID: 1},
+		Refs: RefsFile{File: RefsName},
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -12,17 +12,15 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// The framing of Avro object container files. hamba's own writes its header in
-// the order of a Go map, so that no two files are equal, and its reader
-// allocates what a block claims to need.
+// The framing of Avro object container files. hamba's implementation is not used: it writes
+// the header in the order of a Go map, so that equal input makes different files, and its
+// reader allocates the claimed size of a block.
 //
-// The header's keys come in the order avro.codec, avro.schema,
-// snapshotd.format_version, snapshotd.records. The last is the number of
-// records in the file, so that a file cut off between two blocks is not taken
-// for a whole one. The sync marker, which other writers choose at random, is
-// the start of the SHA-256 of the header before it and the first block's
-// compressed data: equal input makes equal files, and the data cannot well hold
-// a hash of itself.
+// The header's keys have the order avro.codec, avro.schema, snapshotd.format_version,
+// snapshotd.records. The last is the number of records in the file, which detects a file that
+// is truncated between two blocks. The sync marker, which other writers choose at random, is
+// the start of the SHA-256 of the preceding header and the first block's compressed data:
+// equal input makes equal files, and the data cannot practically contain its own hash.
 const (
 	ocfMagic   = "Obj\x01"
 	ocfCodec   = "zstandard"
@@ -33,15 +31,15 @@ const (
 
 	syncSize = 16
 
-	// maxBlockBytes bounds a block after decompression. A block has one record
-	// at least, so it bounds a record too.
+	// maxBlockBytes bounds a block after decompression. A block has at least one record,
+	// so it bounds a record too.
 	maxBlockBytes = 64 << 20
-	// blockBytes and blockRecords are where a writer ends a block: before they
-	// are exceeded by bytes, or when they are reached by records.
+	// blockBytes and blockRecords limit the blocks of a writer. A block ends before it
+	// exceeds blockBytes, or when it has blockRecords.
 	blockBytes   = 1 << 20
 	blockRecords = 128
 
-	// keptBytes is the most memory of one kind that a writer keeps for the next.
+	// keptBytes is the maximum memory per buffer that a writer keeps for the next one.
 	keptBytes = 4 << 20
 
 	maxHeaderKeys   = 64
@@ -49,23 +47,24 @@ const (
 	maxHeaderSchema = 256 << 10
 )
 
-// Both are safe for concurrent use as long as only EncodeAll and DecodeAll are
-// called. They are made at start, not when first needed, so that what they share
-// between goroutines does not belong to the test that happened to need it first.
+// Both are safe for concurrent use of EncodeAll and DecodeAll only. They are created during
+// initialization, so that their shared state does not belong to the synctest bubble of the
+// first test that uses them.
 var (
 	zstdEncoder = newEncoder()
 	zstdDecoder = newDecoder()
 )
 
 func newEncoder() *zstd.Encoder {
-	e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(runtime.GOMAXPROCS(0)),
-		// Each of the workers keeps twice the window for good. One that spans a
-		// block finds all there is to find, as blocks are compressed one by one.
+	e, err := zstd.NewWriter(nil,
+		zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(runtime.GOMAXPROCS(0)),
+		// Each worker permanently keeps twice the window. A window of a block is
+		// sufficient, because blocks are compressed separately.
 		zstd.WithWindowSize(blockBytes))
 	if err != nil {
 		panic(err) // the options are constants
 	}
-	e.EncodeAll(nil, nil) // makes the workers
+	e.EncodeAll(nil, nil) // creates the workers
 	return e
 }
 
@@ -77,8 +76,8 @@ func newDecoder() *zstd.Decoder {
 	return d
 }
 
-// containerWriter writes a container. Records are appended to raw by the
-// caller, who then calls added.
+// containerWriter writes a container. The caller appends a record to raw and then calls
+// added.
 type containerWriter struct {
 	raw        []byte // of the block being filled
 	records    int    // in raw
@@ -86,7 +85,7 @@ type containerWriter struct {
 	compressed []byte // the data of all blocks
 }
 
-// writtenBlock is a block that a writer is done with.
+// writtenBlock is a completed block.
 type writtenBlock struct {
 	records int
 	end     int // of its data in compressed
@@ -101,12 +100,12 @@ func newContainer() *containerWriter {
 	return w
 }
 
-// added says that raw has grown by one record, and began at start before.
+// added registers one record, which begins at start in raw.
 func (w *containerWriter) added(start int) error {
 	if n := len(w.raw) - start; n > maxBlockBytes {
 		return fmt.Errorf("record of %d bytes, at most %d", n, maxBlockBytes)
 	}
-	if len(w.raw) > blockBytes && w.records > 0 { // the record opens a block of its own
+	if len(w.raw) > blockBytes && w.records > 0 { // the record begins a new block
 		rest := w.raw[start:]
 		w.flush(w.raw[:start])
 		w.raw = append(w.raw[:0], rest...)
@@ -125,9 +124,8 @@ func (w *containerWriter) flush(raw []byte) {
 	w.records = 0
 }
 
-// finish returns the file. The writer must not be used again. Only now is it
-// known how many records there are, which the header says and the sync marker
-// depends on; so the blocks get their framing here.
+// finish returns the file. The writer must not be used again. The number of records is in the
+// header, on which the sync marker depends, so the blocks are framed here.
 func (w *containerWriter) finish(schema string) []byte {
 	if w.records > 0 {
 		w.flush(w.raw)
@@ -137,10 +135,10 @@ func (w *containerWriter) finish(schema string) []byte {
 		records += b.records
 	}
 	const (
-		headerRoom = 256 // of the header, besides the schema
-		blockRoom  = 2*binary.MaxVarintLen32 + syncSize
+		headerSize = 256 // without the schema
+		frameSize  = 2*binary.MaxVarintLen32 + syncSize
 	)
-	out := make([]byte, 0, headerRoom+len(schema)+blockRoom*len(w.blocks)+len(w.compressed))
+	out := make([]byte, 0, headerSize+len(schema)+frameSize*len(w.blocks)+len(w.compressed))
 	out = append(out, ocfMagic...)
 	out = binary.AppendVarint(out, 4) // keys
 	for _, s := range []string{
@@ -178,21 +176,21 @@ func (w *containerWriter) release() {
 	}
 }
 
-// container is a file whose framing has been checked.
+// container is a file with valid framing.
 type container struct {
 	schema  string
 	records int
 	blocks  []block
 }
 
-// block is some records, compressed.
+// block has compressed records.
 type block struct {
 	records int
 	data    []byte
 }
 
-// openContainer checks the framing of data, from the first to the last byte,
-// and decompresses nothing. The result refers to data.
+// openContainer checks the framing of all of data without decompression. The result refers to
+// data.
 func openContainer(data []byte) (*container, error) {
 	c := &cursor{rest: data}
 	if magic, ok := c.take(int64(len(ocfMagic))); !ok || string(magic) != ocfMagic {
@@ -226,13 +224,13 @@ func openContainer(data []byte) (*container, error) {
 		f.records += b.records
 	}
 	if declared, err := strconv.Atoi(keys[keyRecords]); err != nil || declared != f.records {
-		return nil, fmt.Errorf("%w: %d records, header says %.20q", ErrCorrupt, f.records, keys[keyRecords])
+		return nil, fmt.Errorf("%w: %d records, the header has %.20q", ErrCorrupt, f.records, keys[keyRecords])
 	}
 	return f, nil
 }
 
-// isMarked reports whether data begins with the header and the first block of a
-// container, and its sync marker is the one that finish gives it.
+// isMarked reports whether data begins with the header and the first block of a container
+// with the sync marker of finish.
 func isMarked(data []byte) bool {
 	c := &cursor{rest: data}
 	if magic, ok := c.take(int64(len(ocfMagic))); !ok || string(magic) != ocfMagic {
@@ -257,8 +255,8 @@ func isMarked(data []byte) bool {
 	return bytes.Equal(sync, h.Sum(nil)[:syncSize])
 }
 
-// readHeader reads the key-value map of the header. Avro allows it to come in
-// several parts, each with an optional size.
+// readHeader reads the key-value map of the header. Avro allows several parts, each with an
+// optional size.
 func readHeader(c *cursor) (map[string]string, error) {
 	keys := make(map[string]string)
 	for {
@@ -268,7 +266,7 @@ func readHeader(c *cursor) (map[string]string, error) {
 		}
 		if count < 0 && ok {
 			count = -count
-			_, ok = c.long() // bytes; what they hold is checked below
+			_, ok = c.long() // bytes; the content is checked below
 		}
 		if !ok || count < 0 || count > int64(maxHeaderKeys-len(keys)) {
 			return nil, fmt.Errorf("%w: header of %d keys", ErrCorrupt, count)
@@ -283,7 +281,7 @@ func readHeader(c *cursor) (map[string]string, error) {
 				return nil, fmt.Errorf("%w: bad value of %.40q in header", ErrCorrupt, key)
 			}
 			if _, ok := keys[string(key)]; ok {
-				return nil, fmt.Errorf("%w: %.40q twice in header", ErrCorrupt, key)
+				return nil, fmt.Errorf("%w: duplicate key %.40q in header", ErrCorrupt, key)
 			}
 			keys[string(key)] = string(value)
 		}
@@ -292,7 +290,8 @@ func readHeader(c *cursor) (map[string]string, error) {
 
 func readBlock(c *cursor, sync []byte) (block, error) {
 	records, ok := c.long()
-	// Some bound is needed for the sum. A record takes a byte when decompressed.
+	// The limit keeps the sum from overflowing. A record has at least a byte after
+	// decompression.
 	if !ok || records <= 0 || records > maxBlockBytes {
 		return block{}, fmt.Errorf("%w: %d records", ErrCorrupt, records)
 	}
@@ -306,7 +305,7 @@ func readBlock(c *cursor, sync []byte) (block, error) {
 	return block{records: int(records), data: data}, nil
 }
 
-// decompress returns the block's records, in the memory of dst if they fit.
+// decompress returns the block's records, in the memory of dst if it is large enough.
 func (b block) decompress(dst []byte) ([]byte, error) {
 	raw, err := zstdDecoder.DecodeAll(b.data, dst[:0])
 	if err != nil {
@@ -318,10 +317,10 @@ func (b block) decompress(dst []byte) ([]byte, error) {
 	return raw, nil
 }
 
-// cursor reads Avro primitives. Its methods report whether there was one.
+// cursor reads Avro primitives. Its methods return false if the input is invalid.
 type cursor struct {
 	rest  []byte
-	items int64 // of arrays and maps that were passed over in this record
+	items int64 // of the skipped arrays and maps in this record
 }
 
 func (c *cursor) take(n int64) ([]byte, bool) {
@@ -347,7 +346,7 @@ func (c *cursor) long() (int64, bool) {
 	return v, true
 }
 
-// sized reads a length of at most limit and that many bytes.
+// sized reads a length of at most limit, and as many bytes.
 func (c *cursor) sized(limit int64) ([]byte, bool) {
 	n, ok := c.long()
 	if !ok || n > limit {

@@ -8,7 +8,7 @@ import (
 	"slices"
 )
 
-// maxRefsChunk is the most ids in one record of a references file.
+// maxRefsChunk is the maximum number of ids in one record of a references file.
 const maxRefsChunk = 65536
 
 // The kinds of ids in a references file. Stored: append only.
@@ -18,20 +18,20 @@ const (
 	refsFile    = "file"
 )
 
-// Refs is what a snapshot references: the ids that protection needs without
-// reading the manifests. Each slice is strictly ascending.
+// Refs has the ids that a snapshot references, for protection without reading the manifests.
+// Each slice is strictly ascending.
 type Refs struct {
 	Segments []int64
 	Builds   []int64
-	// Files holds the FileHash of each file whose key does not carry the id of
-	// its segment or build.
+	// Files has the FileHash of each file whose key does not contain the id of its
+	// segment or build.
 	Files []uint64
 }
 
-// FileHash returns the hash by which Refs knows the file at key in the store
-// of that alias. Two files may share one, which protects both.
+// FileHash returns the hash in Refs of the file at key in the store with the alias. Files with
+// equal hashes are protected together.
 func FileHash(store, key string) uint64 {
-	// Neither can hold a NUL.
+	// Neither can contain a NUL.
 	sum := sha256.Sum256([]byte(store + "\x00" + key))
 	return binary.BigEndian.Uint64(sum[:])
 }
@@ -67,7 +67,7 @@ func encodeIDs(w *containerWriter, kind string, ids []int64) error {
 	return encodeRun(w, kind, ids)
 }
 
-// encodeRun writes ids, which may not repeat or go down, in chunks.
+// encodeRun writes strictly ascending ids in chunks.
 func encodeRun[T int64 | uint64](w *containerWriter, kind string, ids []T) error {
 	var deltas []byte
 	for i := 0; i < len(ids); i += maxRefsChunk {
@@ -97,10 +97,9 @@ func encodeRun[T int64 | uint64](w *containerWriter, kind string, ids []T) error
 	return nil
 }
 
-// DecodeRefs returns the content of a references file that the metadata
-// describe as want: it checks the digest, and the counts, which also bound the
-// memory it takes. Errors wrap ErrCorrupt or ErrNewerFormat. Kinds of ids that
-// a later version may add are passed over.
+// DecodeRefs returns the content of a references file that the metadata describes as want. It
+// checks the digest, and the counts, which also bound its memory. Errors wrap ErrCorrupt or
+// ErrNewerFormat. It skips unknown kinds of ids, which a later version may add.
 func DecodeRefs(data []byte, want RefsFile) (*Refs, error) {
 	refs, err := decodeRefs(data, want)
 	if err != nil {
@@ -155,8 +154,8 @@ func decodeRefs(data []byte, want RefsFile) (*Refs, error) {
 	return refs, nil
 }
 
-// appendRun appends the ids of a record, none of which exceeds highest, up to
-// limit ids in all.
+// appendRun appends the ids of a record, which must not exceed highest, up to a total of limit
+// ids.
 func appendRun[T int64 | uint64](ids []T, r *refsRecord, limit int64, highest uint64) ([]T, error) {
 	bad := func(what string) ([]T, error) {
 		return nil, fmt.Errorf("%w: run of kind %.20q: %s", ErrCorrupt, r.Kind, what)

@@ -101,7 +101,8 @@ func TestDecodeRefsRefuses(t *testing.T) {
 			t.Errorf("%d of %d bytes: err = %v, want ErrCorrupt", i, len(good), err)
 		}
 	}
-	if _, err := DecodeRefs(good[:10], want); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), "10 bytes, want") {
+	if _, err := DecodeRefs(good[:10], want); !errors.Is(err, ErrCorrupt) ||
+		!strings.Contains(err.Error(), "10 bytes, want") {
 		t.Errorf("err = %v, want one about the digest", err)
 	}
 	for name, change := range map[string]func(*RefsFile){
@@ -136,10 +137,11 @@ func TestDecodeRefsRefuses(t *testing.T) {
 		t.Fatalf("sound records: %v", err)
 	}
 	for name, err := range map[string]error{
-		"no ids":            decode(0, 0, record("segment", 0, 1)),
-		"negative count":    decode(1, 0, record("segment", -1, 1)),
-		"2^62 ids":          decode(1<<62, 0, record("segment", 1<<62, 1, 1, 1)),
-		"chunk too large":   decode(maxRefsChunk+1, 0, record("segment", maxRefsChunk+1, 1, slices.Repeat([]uint64{1}, maxRefsChunk)...)),
+		"no ids":         decode(0, 0, record("segment", 0, 1)),
+		"negative count": decode(1, 0, record("segment", -1, 1)),
+		"2^62 ids":       decode(1<<62, 0, record("segment", 1<<62, 1, 1, 1)),
+		"chunk too large": decode(maxRefsChunk+1, 0, record("segment", maxRefsChunk+1, 1,
+			slices.Repeat([]uint64{1}, maxRefsChunk)...)),
 		"too few gaps":      decode(3, 0, record("segment", 3, 1, 1)),
 		"too many gaps":     decode(2, 0, record("segment", 2, 1, 1, 1)),
 		"gap 0":             decode(2, 0, record("segment", 2, 1, 0)),

@@ -13,9 +13,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/segment"
 )
 
-// The records of segment.avsc. Timestamps are reinterpreted, since Avro has no
-// unsigned number, and maps are arrays, since the order of an Avro map is
-// nobody's.
+// The records of segment.avsc. Timestamps are reinterpreted, because Avro has no unsigned
+// integers, and maps are arrays, because the order of an Avro map is undefined.
 
 type segmentRecord struct {
 	ID              int64             `avro:"id"`
@@ -70,7 +69,7 @@ type attributeRecord struct {
 	Value string `avro:"value"`
 }
 
-// Encode returns a manifest of segments, as a [Writer] makes it.
+// Encode returns a manifest of segments, written by a [Writer].
 func Encode(segments []segment.Segment) ([]byte, error) {
 	w := NewWriter()
 	defer w.Close()
@@ -82,23 +81,22 @@ func Encode(segments []segment.Segment) ([]byte, error) {
 	return w.Finish(), nil
 }
 
-// Writer writes a manifest, segment by segment. Equal segments make equal
-// bytes; an empty map, slice or byte string counts as none. A Writer is not safe
-// for concurrent use.
+// Writer writes a manifest segment by segment. Equal segments encode to equal bytes; an empty
+// map, slice or byte string equals nil. A Writer is not safe for concurrent use.
 type Writer struct {
 	file    *containerWriter
 	encoder *segmentEncoder
 	last    int64 // id
 }
 
-// NewWriter begins a manifest. Close the writer when it is done with.
+// NewWriter begins a manifest. Call Close after use.
 func NewWriter() *Writer {
 	return &Writer{file: newContainer(), encoder: segmentEncoders.Get().(*segmentEncoder)}
 }
 
-// Add adds a segment, which it does not keep. Segments come in ascending order
-// of their ids; each has a positive id and no negative size or count. After an
-// error the writer is only good for Close.
+// Add adds a segment, which it does not retain. Segments must be added in ascending order of
+// their ids, with positive ids and without negative sizes or counts. After an error only
+// Close may be called.
 func (w *Writer) Add(s *segment.Segment) error {
 	err := check(s, w.last)
 	if err == nil {
@@ -111,16 +109,15 @@ func (w *Writer) Add(s *segment.Segment) error {
 	return nil
 }
 
-// Finish returns the manifest, which is the caller's. Only Close may be called
-// after it.
+// Finish returns the manifest, which the caller owns. Only Close may be called after it.
 func (w *Writer) Finish() []byte {
 	data := w.file.finish(segmentSchema.text)
 	w.file = nil
 	return data
 }
 
-// Close gives back the writer's memory, whether it is finished or not. It may be
-// called again.
+// Close releases the writer's memory, also of an unfinished writer. Repeated calls have no
+// effect.
 func (w *Writer) Close() {
 	if w.file != nil {
 		w.file.release()
@@ -132,13 +129,13 @@ func (w *Writer) Close() {
 	}
 }
 
-// check says whether s may be the segment after the one of id last.
+// check returns an error unless s may follow the segment with the id last.
 func check(s *segment.Segment, last int64) error {
 	switch {
 	case s.ID <= 0:
 		return fmt.Errorf("id %d", s.ID)
 	case s.ID <= last:
-		return fmt.Errorf("out of order: comes after segment %d", last)
+		return fmt.Errorf("out of order: after segment %d", last)
 	case s.Rows < 0:
 		return fmt.Errorf("%d rows", s.Rows)
 	case !fitsInt32(s.Channel) || !fitsInt32(s.Level) || !fitsInt32(int(s.State)):
@@ -162,7 +159,7 @@ func check(s *segment.Segment, last int64) error {
 
 func fitsInt32(n int) bool { return n >= 0 && n <= math.MaxInt32 }
 
-// segmentEncoder has the memory that encoding takes, to be used again.
+// segmentEncoder has reusable memory for encoding.
 type segmentEncoder struct {
 	avro   *avro.Writer
 	record segmentRecord
@@ -173,7 +170,7 @@ var segmentEncoders = sync.Pool{New: func() any {
 }}
 
 func (e *segmentEncoder) release() {
-	// Drop what the record points to, but not its own slices.
+	// Clear the references of the record, but keep its slices.
 	files, builds := e.record.Files, e.record.Builds[:cap(e.record.Builds)]
 	clear(files[:cap(files)])
 	for i := range builds {
@@ -206,7 +203,10 @@ func (e *segmentEncoder) append(w *containerWriter, s *segment.Segment) error {
 	}
 	for i := range s.Builds {
 		b, r := &s.Builds[i], &e.record.Builds[i]
-		*r = buildRecord{ID: b.ID, Index: b.Index, Field: b.Field, Params: fromMap(b.Params), Files: appendFiles(r.Files[:0], b.Files)}
+		*r = buildRecord{
+			ID: b.ID, Index: b.Index, Field: b.Field, Params: fromMap(b.Params),
+			Files: appendFiles(r.Files[:0], b.Files),
+		}
 	}
 	e.avro.Reset(nil)
 	e.avro.Error = nil
@@ -253,18 +253,16 @@ func fromMap(m map[string]string) []attributeRecord {
 	return records
 }
 
-// Reader reads a manifest from its first segment to its last. It is not safe
-// for concurrent use.
+// Reader reads the segments of a manifest in order. It is not safe for concurrent use.
 type Reader struct {
 	datums *datumReader
-	record segmentRecord // memory to be used again
+	record segmentRecord // reused memory
 	last   int64         // id
-	err    error         // ends the reader
+	err    error         // final
 }
 
-// Open returns a reader of a manifest, whose framing it checks as a whole. The
-// reader keeps data and decompresses one block at a time. Errors wrap
-// ErrCorrupt or ErrNewerFormat.
+// Open checks the framing of a whole manifest and returns a reader. The reader retains data
+// and decompresses one block at a time. Errors wrap ErrCorrupt or ErrNewerFormat.
 func Open(data []byte) (*Reader, error) {
 	datums, err := openDatums(data, segmentSchema)
 	if err != nil {
@@ -273,12 +271,12 @@ func Open(data []byte) (*Reader, error) {
 	return &Reader{datums: datums}, nil
 }
 
-// Count returns the number of segments in the manifest. The caller compares it
-// with what the metadata say.
+// Count returns the number of segments in the manifest. The caller compares it with the
+// metadata.
 func (r *Reader) Count() int { return r.datums.container.records }
 
-// Skip passes over the next n segments, or all if there are fewer. It
-// decompresses the block in which it ends, if it ends within one, and no other.
+// Skip skips the next n segments, or all remaining ones if there are fewer. It decompresses
+// only the block in which it ends, if any.
 func (r *Reader) Skip(n int) error {
 	if r.err != nil && r.err != io.EOF { //nolint:errorlint // Next's own value
 		return r.err
@@ -290,9 +288,8 @@ func (r *Reader) Skip(n int) error {
 	return nil
 }
 
-// Next returns the next segment, which is the caller's, or io.EOF after the
-// last. Any other error wraps ErrCorrupt and is returned by all later calls.
-// Maps and slices without elements are nil.
+// Next returns the next segment, which the caller owns, or io.EOF after the last. Any other
+// error wraps ErrCorrupt, and all later calls return it. Empty maps and slices are nil.
 func (r *Reader) Next() (*segment.Segment, error) {
 	if r.err != nil {
 		return nil, r.err
@@ -312,7 +309,7 @@ func (r *Reader) read() (*segment.Segment, error) {
 	} else if !ok {
 		return nil, io.EOF
 	}
-	clear(r.record.Files) // hamba leaves alone what a record does not have
+	clear(r.record.Files) // hamba does not reset missing fields
 	r.record = segmentRecord{Files: r.record.Files[:0]}
 	if err := r.datums.decode(&r.record); err != nil {
 		return nil, err

@@ -28,15 +28,17 @@ func makeSegments(n, files int) []segment.Segment {
 	for i := range segments {
 		id := int64(450_000_000_000+i) * 7
 		s := segment.Segment{
-			ID: id, Partition: 20, Channel: i % 2, Level: 1, State: segment.Flushed, Rows: 100_000, Sorted: true, StorageVersion: 2,
-			Start: segment.Position{Timestamp: segment.Timestamp(id << 18), Opaque: fmt.Appendf(nil, "offset-%d", i)},
-			DML:   segment.Position{Timestamp: segment.Timestamp(id<<18 + 5), Opaque: fmt.Appendf(nil, "offset-%d", i+1)},
+			ID: id, Partition: 20, Channel: i % 2, Level: 1, State: segment.Flushed, Rows: 100_000, Sorted: true,
+			StorageVersion: 2,
+			Start:          segment.Position{Timestamp: segment.Timestamp(id << 18), Opaque: fmt.Appendf(nil, "offset-%d", i)},
+			DML:            segment.Position{Timestamp: segment.Timestamp(id<<18 + 5), Opaque: fmt.Appendf(nil, "offset-%d", i+1)},
 		}
 		for f := range files {
 			etag := Sum(fmt.Appendf(nil, "%d/%d", i, f)).SHA256
 			s.Files = append(s.Files, segment.File{
 				Path: fmt.Sprintf("insert_log/10/20/%d/%d/%d", id, 100+f, id+int64(f)), Kind: segment.KindInsert,
-				Size: int64(100_000 + 17*f + i), ETag: fmt.Sprintf("%x", etag[:16]), Entries: 100_000, Field: int64(100 + f), LogID: id + int64(f),
+				Size: int64(100_000 + 17*f + i), ETag: fmt.Sprintf("%x", etag[:16]), Entries: 100_000, Field: int64(100 + f),
+				LogID:        id + int64(f),
 				MinTimestamp: segment.Timestamp(id << 18), MaxTimestamp: segment.Timestamp(id<<18 + 4),
 			})
 		}
@@ -78,7 +80,8 @@ func TestSegmentsRoundTrip(t *testing.T) {
 			Root: small.Draw(t, "root"), Path: text.Draw(t, "path"), Kind: text.Draw(t, "kind"), Size: count.Draw(t, "size"),
 			ETag: text.Draw(t, "etag"), Checksum: segment.Checksum{Type: text.Draw(t, "type"), Value: opaque.Draw(t, "value")},
 			MinTimestamp: timestamp.Draw(t, "min"), MaxTimestamp: timestamp.Draw(t, "max"), Entries: count.Draw(t, "entries"),
-			Field: rapid.Int64().Draw(t, "field"), LogID: rapid.Int64().Draw(t, "log"), Attributes: attributes.Draw(t, "attributes"),
+			Field: rapid.Int64().Draw(t, "field"), LogID: rapid.Int64().Draw(t, "log"),
+			Attributes: attributes.Draw(t, "attributes"),
 		}
 	})
 	build := rapid.Custom(func(t *rapid.T) segment.Build {
@@ -93,8 +96,10 @@ func TestSegmentsRoundTrip(t *testing.T) {
 		segments := []segment.Segment{}
 		for _, id := range ids {
 			segments = append(segments, segment.Segment{
-				ID: id, Partition: rapid.Int64().Draw(t, "partition"), Channel: small.Draw(t, "channel"), Level: small.Draw(t, "level"),
-				State: segment.State(small.Draw(t, "state")), Rows: count.Draw(t, "rows"), Start: position.Draw(t, "start"), DML: position.Draw(t, "dml"),
+				ID: id, Partition: rapid.Int64().Draw(t, "partition"), Channel: small.Draw(t, "channel"),
+				Level: small.Draw(t, "level"),
+				State: segment.State(small.Draw(t, "state")), Rows: count.Draw(t, "rows"), Start: position.Draw(t, "start"),
+				DML:            position.Draw(t, "dml"),
 				StorageVersion: rapid.Int64().Draw(t, "version"), Sorted: rapid.Bool().Draw(t, "sorted"),
 				CommitTimestamp: timestamp.Draw(t, "commit"), RowCeiling: timestamp.Draw(t, "ceiling"),
 				Files: rapid.SliceOfN(file, 0, 4).Draw(t, "files"), Builds: rapid.SliceOfN(build, 0, 3).Draw(t, "builds"),
@@ -125,7 +130,8 @@ func TestSegmentsRoundTrip(t *testing.T) {
 func TestEmptyIsNil(t *testing.T) {
 	s := segment.Segment{
 		ID: 1, Start: segment.Position{Opaque: []byte{}}, EngineData: []byte{}, Attributes: map[string]string{},
-		Builds: []segment.Build{{Params: map[string]string{}, Files: []segment.File{}}}, Files: []segment.File{{Checksum: segment.Checksum{Value: []byte{}}}},
+		Builds: []segment.Build{{Params: map[string]string{}, Files: []segment.File{}}},
+		Files:  []segment.File{{Checksum: segment.Checksum{Value: []byte{}}}},
 	}
 	want := segment.Segment{ID: 1, Builds: []segment.Build{{}}, Files: []segment.File{{}}}
 	data := encode(t, []segment.Segment{s})
@@ -258,7 +264,8 @@ func TestSkipDoesNotDecompress(t *testing.T) {
 		t.Fatal(err)
 	}
 	clear(c.blocks[0].data) // the input's own memory
-	r := &Reader{datums: &datumReader{container: c, schema: segmentSchema.schema, shape: segmentSchema.shape, avro: open(t, encode(t, nil)).datums.avro}}
+	r := &Reader{datums: &datumReader{container: c, schema: segmentSchema.schema, shape: segmentSchema.shape,
+		avro: open(t, encode(t, nil)).datums.avro}}
 	if err := r.Skip(blockRecords); err != nil {
 		t.Fatal(err)
 	}
@@ -280,7 +287,8 @@ func read(data []byte) error {
 }
 
 func TestTruncatedManifest(t *testing.T) {
-	for name, data := range map[string][]byte{"golden": golden(t, "manifest-0.avro"), "blocks": encode(t, makeSegments(300, 1)), "empty": encode(t, nil)} {
+	for name, data := range map[string][]byte{"golden": golden(t, "manifest-0.avro"),
+		"blocks": encode(t, makeSegments(300, 1)), "empty": encode(t, nil)} {
 		if err := read(data); err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
@@ -401,7 +409,8 @@ func TestHostileFrames(t *testing.T) {
 		}
 	}
 	var newer *NewerFormatError
-	if err := read([]byte(with(2, entry(keyFormat, "2")) + block)); !errors.As(err, &newer) || newer.Found != 2 || newer.Supported != 1 {
+	if err := read([]byte(with(2, entry(keyFormat, "2")) + block)); !errors.As(err, &newer) || newer.Found != 2 ||
+		newer.Supported != 1 {
 		t.Errorf("format 2: err = %v, want a NewerFormatError of 2 and 1", err)
 	}
 }
@@ -454,7 +463,8 @@ func TestOtherSchemas(t *testing.T) {
 		{"name":"new1","type":{"type":"map","values":{"type":"array","items":["null","string"]}}},
 		{"name":"new2","type":["null",{"type":"enum","name":"E","symbols":["A","B"]},{"type":"fixed","name":"X","size":3}]},
 		{"name":"new3","type":"double"},`, 1)
-	values := long(1) + long(1) + "k" + long(2) + long(1) + long(1) + "s" + long(0) + long(0) + long(0) + long(2) + "xyz" + "12345678"
+	values := long(1) + long(1) + "k" + long(2) + long(1) + long(1) + "s" + long(0) + long(0) + long(0) + long(2) +
+		"xyz" + "12345678"
 	if diff := cmp.Diff(segments, readAll(t, open(t, frame(added, 1, append([]byte(values), raw...))))); diff != "" {
 		t.Errorf("with unknown fields (-want +got):\n%s", diff)
 	}

@@ -7,33 +7,32 @@ import (
 	"github.com/hamba/avro/v2"
 )
 
-// shape is a schema made ready to find where a datum ends. hamba decodes only
-// what a shape has measured first, since it takes the end of the input for the
-// end of a datum, believes the lengths of arrays, and can be sent into endless
-// loops and recursion by a schema.
+// shape is a schema in a form that finds the end of a datum. hamba decodes only data that a
+// shape has measured before, because hamba treats the end of the input as the end of a datum,
+// trusts the lengths of arrays, and loops or recurses endlessly for some schemas.
 type shape struct {
 	kind  avro.Type
 	size  int64    // of a fixed
-	min   int64    // the fewest bytes that a datum takes
+	min   int64    // the minimum bytes of a datum
 	parts []*shape // fields of a record, branches of a union, items of an array, values of a map
 }
 
-// maxShapeNodes bounds a schema with its named types written out.
+// maxShapeNodes bounds the size of a schema with expanded named types.
 const maxShapeNodes = 2000
 
-// maxItems bounds the items of all arrays and maps in one record. An empty item takes
-// a byte or two in a file, next to nothing when that is compressed, and hundreds in
-// memory. A segment's record in the catalog has room for fewer.
+// maxItems bounds the items of all arrays and maps in one record. An empty item takes one or
+// two bytes in a file, almost none after compression, and hundreds in memory. A segment's
+// record in the catalog has a lower limit.
 const maxItems = 1 << 18
 
-// newShape returns the shape of a schema, or an error if it is recursive, too
-// large, or has arrays of items that take no bytes.
+// newShape returns the shape of a schema, or an error if it is recursive, too large, or has
+// arrays of items without bytes.
 func newShape(schema avro.Schema) (*shape, error) {
 	nodes := 0
 	return buildShape(schema, &nodes, make(map[string]bool))
 }
 
-// buildShape counts nodes, and has in open the records that it is inside of.
+// buildShape counts nodes. open has the enclosing records.
 func buildShape(schema avro.Schema, nodes *int, open map[string]bool) (*shape, error) {
 	if *nodes++; *nodes > maxShapeNodes {
 		return nil, fmt.Errorf("%w: schema of more than %d types", ErrCorrupt, maxShapeNodes)
@@ -83,7 +82,7 @@ func buildShape(schema avro.Schema, nodes *int, open map[string]bool) (*shape, e
 		}
 	}
 	if s.kind == avro.Array && s.parts[0].min == 0 {
-		return nil, fmt.Errorf("%w: schema has an array of nothing", ErrCorrupt)
+		return nil, fmt.Errorf("%w: schema has an array of empty items", ErrCorrupt)
 	}
 	return s, nil
 }
@@ -98,8 +97,8 @@ func primitiveMin(kind avro.Type) int64 {
 	return 1
 }
 
-// skip moves c past one datum and reports whether it is sound: it lies within
-// the input, and every count and size in it is right.
+// skip advances c past one datum and reports whether it is valid: it ends within the input,
+// and every count and size in it is correct.
 func (s *shape) skip(c *cursor) bool {
 	switch s.kind {
 	case avro.Null:
@@ -134,7 +133,7 @@ func (s *shape) skip(c *cursor) bool {
 		return true
 	case avro.Array, avro.Map:
 		return s.skipItems(c)
-	case avro.Error, avro.Ref: // buildShape makes none
+	case avro.Error, avro.Ref: // never built by buildShape
 	}
 	return false
 }
@@ -153,7 +152,7 @@ func (s *shape) skipItems(c *cursor) bool {
 			}
 		}
 		before := int64(len(c.rest))
-		if count < 0 || count > before { // each takes a byte or more
+		if count < 0 || count > before { // each has at least a byte
 			return false
 		}
 		if c.items += count; c.items > maxItems {
