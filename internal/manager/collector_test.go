@@ -198,7 +198,7 @@ func TestCollectorStatusSaysWhatStandsStill(t *testing.T) {
 				t.Errorf("afterwards %s says %+v, %v", name, got.Halts, err)
 			}
 		}
-		if n := logs.FilterMessageSnippet("over: ").Len(); n != 1 {
+		if n := logs.FilterMessageSnippet("ended: ").Len(); n != 1 {
 			t.Errorf("its end is logged %d times: %v", n, logs.All())
 		}
 	})

@@ -1,25 +1,25 @@
-// Package lasting logs a problem once for as long as it lasts, and counts how often
-// it is met. Loops meet the same problem at each turn: a line for each turn hides
-// all others.
+// Package lasting logs a repeated problem once until it ends, and counts its occurrences.
+// Loops encounter the same problem in each iteration: a line per iteration would hide all
+// other lines.
 //
 // # States
 //
-//	      Failed: logged                 Failed with a further cause: logged
+//	      Failed: logged                 Failed with a new cause: logged
 //	none ----------------> lasting (n) <---------------------------------+
-//	  ^                     |      |  Failed: n is counted up             |
+//	  ^                     |      |  Failed: n is incremented           |
 //	  +---------------------+      +-------------------------------------+
 //	   Passed: logged with n
 //
-// A problem that comes back within quietTime of its end with a cause that it had is
-// counted without a line, and so is its next end: it comes and goes.
+// A problem that returns within quietTime of its end with a known cause is counted without a
+// line, and so is its next end.
 //
-// A cause is what an error wraps at its end, such as object.ErrFull: the text around
-// it names objects and times, which differ at each turn. Digits are no cause either.
+// A cause is the innermost wrapped error, such as object.ErrFull: the text around it has
+// objects and times, which differ in each iteration. Digits are ignored.
 //
 // # Failures
 //
-//	process dies   the next one logs the problem again
-//	many causes    those beyond maxCauses of one problem are counted and not logged
+//	process dies   the next process logs the problem again
+//	many causes    causes beyond maxCauses of one problem are counted and not logged
 package lasting
 
 import (
@@ -34,13 +34,13 @@ import (
 )
 
 const (
-	maxCauses     = 16  // logged of one problem while it lasts
-	maxCauseBytes = 200 // compared of one cause
+	maxCauses     = 16  // logged causes of one problem until it ends
+	maxCauseBytes = 200 // compared bytes of one cause
 
 	quietTime = 10 * time.Minute
 )
 
-// Problems are those of one process. The methods are safe for concurrent use.
+// Problems is the set of problems of one process. Its methods are safe for concurrent use.
 type Problems struct {
 	now func() time.Time
 
@@ -48,11 +48,11 @@ type Problems struct {
 	list []*Problem
 }
 
-// New returns Problems without any.
+// New returns an empty set.
 func New(now func() time.Time) *Problems { return &Problems{now: now} }
 
-// Problem is one thing that may fail at each turn of a loop. Its methods are safe
-// for concurrent use.
+// Problem is one operation that may fail in each iteration of a loop. Its methods are safe for
+// concurrent use.
 type Problem struct {
 	of   *Problems
 	name string
@@ -61,27 +61,28 @@ type Problem struct {
 	log  *zap.Logger
 
 	mu     sync.Mutex
-	since  time.Time // zero: it does not last
-	ended  time.Time // the last time; zero: never
-	quiet  bool      // it came back soon, and its end is not logged
+	since  time.Time // zero: not failing
+	ended  time.Time // the last end; zero: never
+	quiet  bool      // it returned soon, and its end is not logged
 	err    error
 	failed int64 // since then
 	total  int64
 	causes map[string]bool
 }
 
-// State is a problem that lasts, or has lasted.
+// State is the state of a problem.
 type State struct {
 	Name   string
-	Stops  string // what stands still meanwhile; empty: nothing that is deleted or expires
-	Error  string // the last one; empty: it does not last
+	Stops  string // the blocked work: expiry, removal or collection; empty: none
+	Error  string // the last error; empty: not failing
 	Since  time.Time
-	Failed int64 // how often since then
-	Total  int64 // how often since the start
+	Failed int64 // failures since then
+	Total  int64 // failures since the start
 }
 
-// Add adds a problem, or returns the one that has the name. The name labels metrics; text is the line of the log; stops
-// says what expiry, removal or collection waits for it, empty for none.
+// Add adds a problem, or returns the existing one with the name. The name labels metrics; text
+// is the log message; stops is the work that waits for it, expiry, removal or collection, or
+// empty.
 func (p *Problems) Add(log *zap.Logger, name, text, stops string) *Problem {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -96,7 +97,8 @@ func (p *Problems) Add(log *zap.Logger, name, text, stops string) *Problem {
 	return added
 }
 
-// States returns all problems by name, with those that do not last.
+// States returns the states of all problems, sorted by name, including those that are not
+// failing.
 func (p *Problems) States() []State {
 	p.mu.Lock()
 	list := slices.Clone(p.list)
@@ -109,7 +111,7 @@ func (p *Problems) States() []State {
 	return states
 }
 
-// State returns how the problem is.
+// State returns the current state.
 func (p *Problem) State() State {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -120,8 +122,7 @@ func (p *Problem) State() State {
 	return s
 }
 
-// Failed counts a failure, and logs it as a warning when the problem did not last
-// yet or has a cause that it did not have.
+// Failed counts a failure. It logs a warning if the problem begins or has a new cause.
 func (p *Problem) Failed(err error, fields ...zap.Field) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -135,19 +136,19 @@ func (p *Problem) Failed(err error, fields ...zap.Field) {
 	p.err = err
 	p.failed++
 	p.total++
-	further := false
+	newCause := false
 	for _, cause := range causes(err) {
 		if !p.causes[cause] && len(p.causes) < maxCauses {
-			p.causes[cause], further = true, true
+			p.causes[cause], newCause = true, true
 		}
 	}
-	if further {
+	if newCause {
 		p.quiet = false
-		p.log.Warn(p.text+"; this is logged once while it lasts", append(fields, zap.Error(err))...)
+		p.log.Warn(p.text+"; logged once until it ends", append(fields, zap.Error(err))...)
 	}
 }
 
-// Passed ends the problem, and logs that when it lasted and its begin was logged.
+// Passed ends the problem. It logs the end if the start was logged.
 func (p *Problem) Passed() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -156,12 +157,12 @@ func (p *Problem) Passed() {
 	}
 	p.ended = p.of.now()
 	if !p.quiet {
-		p.log.Info("over: "+p.text, zap.Int64("failures", p.failed), zap.Duration("lasted", p.ended.Sub(p.since)))
+		p.log.Info("ended: "+p.text, zap.Int64("failures", p.failed), zap.Duration("lasted", p.ended.Sub(p.since)))
 	}
 	p.since, p.err, p.failed = time.Time{}, nil, 0
 }
 
-// Note is Failed, or Passed without an error.
+// Note calls Failed, or Passed if err is nil.
 func (p *Problem) Note(err error, fields ...zap.Field) {
 	if err == nil {
 		p.Passed()
@@ -170,9 +171,9 @@ func (p *Problem) Note(err error, fields ...zap.Field) {
 	p.Failed(err, fields...)
 }
 
-// causes returns the texts of what err wraps at its ends, without digits.
+// causes returns the texts of the innermost wrapped errors, without digits.
 func causes(err error) []string {
-	switch wrapped := err.(type) { //nolint:errorlint // the tree of errors is walked
+	switch wrapped := err.(type) { //nolint:errorlint // walks the error tree
 	case interface{ Unwrap() error }:
 		if inner := wrapped.Unwrap(); inner != nil {
 			return causes(inner)

@@ -13,7 +13,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/lasting"
 )
 
-// TestOnceThenCounted meets a problem at each of many turns.
+// TestOnceThenCounted fails a problem in many iterations.
 func TestOnceThenCounted(t *testing.T) {
 	core, logs := observer.New(zapcore.InfoLevel)
 	now := time.Unix(1000, 0)
@@ -28,7 +28,7 @@ func TestOnceThenCounted(t *testing.T) {
 	if logs.Len() != 1 {
 		t.Errorf("one cause is logged %d times", logs.Len())
 	}
-	for range 10 { // one cause after the other and back
+	for range 10 { // alternating causes
 		p.Failed(errors.Join(fmt.Errorf("remove snapshot 7: %w", denied), full))
 		p.Failed(full)
 	}
@@ -36,40 +36,42 @@ func TestOnceThenCounted(t *testing.T) {
 		t.Errorf("two causes are logged %d times", logs.Len())
 	}
 	for i := range 1000 {
-		p.Failed(fmt.Errorf("of its own: %c", rune('a'+i)))
+		p.Failed(fmt.Errorf("cause %c", rune('a'+i)))
 	}
 	if logs.Len() > 16 {
-		t.Errorf("any number of causes is logged %d times", logs.Len())
+		t.Errorf("many causes are logged %d times", logs.Len())
 	}
 	s := all.States()[0]
-	if s.Name != "remove" || s.Stops != "removal" || s.Error == "" || !s.Since.Equal(time.Unix(1000, 0)) || s.Failed != 1120 {
-		t.Errorf("it lasts: %+v", s)
+	if s.Name != "remove" || s.Stops != "removal" || s.Error == "" || !s.Since.Equal(time.Unix(1000, 0)) ||
+		s.Failed != 1120 {
+		t.Errorf("failing: %+v", s)
 	}
 	logs.TakeAll()
 	p.Note(nil)
 	p.Passed()
-	if over := logs.TakeAll(); len(over) != 1 || over[0].Level != zapcore.InfoLevel || over[0].ContextMap()["failures"] != int64(1120) {
-		t.Errorf("its end: %v", over)
+	if over := logs.TakeAll(); len(over) != 1 || over[0].Level != zapcore.InfoLevel ||
+		over[0].ContextMap()["failures"] != int64(1120) {
+		t.Errorf("end: %v", over)
 	}
 	if s := all.States()[0]; s.Error != "" || !s.Since.IsZero() || s.Failed != 0 || s.Total != 1120 {
-		t.Errorf("it is over: %+v", s)
+		t.Errorf("ended: %+v", s)
 	}
-	for range 50 { // it comes and goes
+	for range 50 { // an intermittent problem
 		now = now.Add(time.Minute)
 		p.Note(full)
 		if s := all.States()[0]; s.Error == "" || s.Failed != 1 {
-			t.Errorf("it is back: %+v", s)
+			t.Errorf("failing again: %+v", s)
 		}
 		now = now.Add(time.Minute)
 		p.Note(nil)
 	}
 	if logs.Len() != 0 {
-		t.Errorf("coming and going is logged: %v", logs.All())
+		t.Errorf("an intermittent problem is logged: %v", logs.All())
 	}
 	now = now.Add(time.Hour)
 	p.Note(full)
 	p.Note(nil)
 	if logs.Len() != 2 {
-		t.Errorf("it comes back after an hour: %v", logs.All())
+		t.Errorf("failing again after an hour: %v", logs.All())
 	}
 }

@@ -4,9 +4,8 @@
 // 	protoc        (unknown)
 // source: snapshotd/storage/v1/storage.proto
 
-// The records that are kept in the metadata store. Field 1 of every record is
-// its format: a reader refuses a record whose format it does not know instead
-// of guessing. Fields are only ever added.
+// The records in the metadata store. Field 1 of every record is its format: a reader
+// refuses a record with an unknown format. Fields are only added.
 
 package storagev1
 
@@ -30,7 +29,7 @@ type Cluster struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	// Made at random at the first start.
+	// Random, generated at the first start.
 	ClusterId string `protobuf:"bytes,2,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	// 1: snapshot names are unique in the cluster, 2: per collection.
 	NameScope uint32 `protobuf:"varint,3,opt,name=name_scope,json=nameScope,proto3" json:"name_scope,omitempty"`
@@ -121,12 +120,12 @@ type Allocator struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	// Ids below it were handed out.
+	// All ids below it were allocated.
 	Next int64 `protobuf:"varint,2,opt,name=next,proto3" json:"next,omitempty"`
-	// Ranges above next that were reserved, in order, not overlapping.
+	// Reserved ranges above next, in order, without overlaps.
 	Reserved []*IdRange `protobuf:"bytes,3,rep,name=reserved,proto3" json:"reserved,omitempty"`
-	// No id from it on is handed out before it was raised, in the object store
-	// first. 0: it is noted nowhere.
+	// The id limit: no id at or above it is allocated before it was raised, in the object
+	// store first. 0: not recorded.
 	Ceiling       int64 `protobuf:"varint,4,opt,name=ceiling,proto3" json:"ceiling,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -190,26 +189,26 @@ func (x *Allocator) GetCeiling() int64 {
 	return 0
 }
 
-// Epoch is the record at /epoch: what this metadata store last wrote of itself
-// into the object store, which outlives it.
+// Epoch is the record at /epoch: the last high-water mark of this metadata store in
+// the object store.
 type Epoch struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	// The number of the last beat.
+	// The number of the last heartbeat.
 	Beat int64 `protobuf:"varint,2,opt,name=beat,proto3" json:"beat,omitempty"`
 	// The id of the operation that wrote the record.
 	Op string `protobuf:"bytes,3,opt,name=op,proto3" json:"op,omitempty"`
-	// Below it, an id without a record may be that of a thing that was lost when
-	// the metadata store went back in time: its objects are left alone.
+	// An id below it without a record may have been lost in a rollback of the metadata
+	// store: its objects are not deleted.
 	Floor int64 `protobuf:"varint,4,opt,name=floor,proto3" json:"floor,omitempty"`
-	// The object of the next beat, byte for byte; empty: none is under way.
+	// The bytes of the next high-water mark; empty: no heartbeat is under way.
 	Intent []byte `protobuf:"bytes,5,opt,name=intent,proto3" json:"intent,omitempty"`
-	// The objects up to this beat are of a store that was given up: what they say
-	// of cluster and revision is not compared.
+	// The marks up to this number belong to an abandoned store: their cluster and
+	// revision are not compared.
 	Recovered int64 `protobuf:"varint,6,opt,name=recovered,proto3" json:"recovered,omitempty"`
-	// How often the metadata store was recovered. The history of a record is this
-	// number, plus one, at the revision that made the record.
+	// The number of recoveries of the metadata store. The history of a record is this
+	// number, plus one, at the revision that created the record.
 	History       int64 `protobuf:"varint,7,opt,name=history,proto3" json:"history,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -294,27 +293,27 @@ func (x *Epoch) GetHistory() int64 {
 	return 0
 }
 
-// Behind is the record at /behind: this metadata store is older than what it
-// wrote into the object store. While it is there nothing is allocated, granted,
-// deleted or led.
+// Behind is the record at /behind: this metadata store is older than its newest
+// high-water mark. While the record exists nothing is allocated, granted or deleted,
+// and no replica leads.
 type Behind struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	// The beat in the object store.
+	// The heartbeat in the object store.
 	Beat int64 `protobuf:"varint,2,opt,name=beat,proto3" json:"beat,omitempty"`
-	// The beat of the metadata store.
+	// The heartbeat of the metadata store.
 	OwnBeat int64 `protobuf:"varint,3,opt,name=own_beat,json=ownBeat,proto3" json:"own_beat,omitempty"`
 	// The revision in the object store.
 	Revision int64 `protobuf:"varint,4,opt,name=revision,proto3" json:"revision,omitempty"`
-	// The revision of the metadata store when it was looked at.
+	// The revision of the metadata store at the check.
 	OwnRevision int64 `protobuf:"varint,5,opt,name=own_revision,json=ownRevision,proto3" json:"own_revision,omitempty"`
-	// The id ceiling in the object store.
+	// The id limit in the object store.
 	Ceiling int64 `protobuf:"varint,6,opt,name=ceiling,proto3" json:"ceiling,omitempty"`
-	// Unix nanoseconds of the look.
+	// Unix nanoseconds of the check.
 	Time int64 `protobuf:"varint,7,opt,name=time,proto3" json:"time,omitempty"`
-	// The key of an object with other content than its new id should have; empty: the
-	// epoch objects say so.
+	// The key of an object with other content under a new id; empty: the high-water mark
+	// is the proof.
 	Object        string `protobuf:"bytes,8,opt,name=object,proto3" json:"object,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -406,8 +405,8 @@ func (x *Behind) GetObject() string {
 	return ""
 }
 
-// Clock is the record at /clock: the time that the leader read last, and why
-// nothing expires when the clock is stopped.
+// Clock is the record at /clock: the leader's last reading, and the cause if the clock
+// is stopped.
 type Clock struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
@@ -416,14 +415,14 @@ type Clock struct {
 	Time int64 `protobuf:"varint,2,opt,name=time,proto3" json:"time,omitempty"`
 	// The replica that read it.
 	Replica string `protobuf:"bytes,3,opt,name=replica,proto3" json:"replica,omitempty"`
-	// Why the clock is stopped: 1 stepped forward, 2 stepped backward, 3 a gap
-	// that is longer than any downtime; 0: it is not.
+	// Why the clock is stopped: 1 stepped forward, 2 stepped backward, 3 a gap that
+	// exceeds the maximum downtime; 0: not stopped.
 	Cause uint32 `protobuf:"varint,4,opt,name=cause,proto3" json:"cause,omitempty"`
-	// The reading that was due when it stopped, in Unix nanoseconds.
+	// The expected reading when it stopped, in Unix nanoseconds.
 	From int64 `protobuf:"varint,5,opt,name=from,proto3" json:"from,omitempty"`
-	// The reading that there was, in Unix nanoseconds.
+	// The actual reading, in Unix nanoseconds.
 	To int64 `protobuf:"varint,6,opt,name=to,proto3" json:"to,omitempty"`
-	// Nanoseconds without a step since it stopped, while a leader looked.
+	// Nanoseconds without a step since it stopped, as measured by leaders.
 	Steady        int64 `protobuf:"varint,7,opt,name=steady,proto3" json:"steady,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -508,13 +507,12 @@ func (x *Clock) GetSteady() int64 {
 	return 0
 }
 
-// Round is the record at /gc/round: what the leader's last look at what is
-// dropped came to.
+// Round is the record at /gc/round: the result of the leader's last cycle.
 type Round struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	// Who made it.
+	// The replica that ran it.
 	Replica string `protobuf:"bytes,2,opt,name=replica,proto3" json:"replica,omitempty"`
 	// Unix nanoseconds.
 	StartTime int64 `protobuf:"varint,3,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
@@ -522,28 +520,28 @@ type Round struct {
 	EndTime int64 `protobuf:"varint,4,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
 	// Units that were granted.
 	Granted int64 `protobuf:"varint,5,opt,name=granted,proto3" json:"granted,omitempty"`
-	// Files of those.
+	// Files of the granted units.
 	Files int64 `protobuf:"varint,6,opt,name=files,proto3" json:"files,omitempty"`
-	// Bytes of those.
+	// Bytes of the granted units.
 	Bytes int64 `protobuf:"varint,7,opt,name=bytes,proto3" json:"bytes,omitempty"`
 	// Units that were dropped too recently.
 	Waiting int64 `protobuf:"varint,8,opt,name=waiting,proto3" json:"waiting,omitempty"`
-	// Units that are held.
+	// Held units.
 	Held int64 `protobuf:"varint,9,opt,name=held,proto3" json:"held,omitempty"`
-	// Those of them whose bytes are in the object store.
+	// Held units with their records in the object store.
 	Parked int64 `protobuf:"varint,10,opt,name=parked,proto3" json:"parked,omitempty"`
-	// Collections, partitions and indexes that went for good.
+	// Removed collections, partitions and indexes.
 	Removed int64 `protobuf:"varint,11,opt,name=removed,proto3" json:"removed,omitempty"`
-	// Collections in which the round stopped, at most 64.
+	// Collections in which the cycle stopped, at most 64.
 	Stops []*Stop `protobuf:"bytes,12,rep,name=stops,proto3" json:"stops,omitempty"`
-	// How many those are.
+	// The number of such collections.
 	StopCount int64 `protobuf:"varint,13,opt,name=stop_count,json=stopCount,proto3" json:"stop_count,omitempty"`
-	// What went wrong; empty: nothing.
+	// The error; empty: none.
 	Error string `protobuf:"bytes,14,opt,name=error,proto3" json:"error,omitempty"`
-	// What stands still in the leader, at most 64. Also without a round: then the
-	// times above are 0.
+	// Blocked work of the leader, at most 64. Also without a cycle: then the times above
+	// are 0.
 	Halts []*Halt `protobuf:"bytes,15,rep,name=halts,proto3" json:"halts,omitempty"`
-	// The leader that says so.
+	// The leader that reported it.
 	HaltedReplica string `protobuf:"bytes,16,opt,name=halted_replica,json=haltedReplica,proto3" json:"halted_replica,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -691,14 +689,14 @@ func (x *Round) GetHaltedReplica() string {
 	return ""
 }
 
-// Halt is something that fails at each try.
+// Halt is work that fails repeatedly.
 type Halt struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Which.
+	// The name of the problem.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// What stands still.
+	// The blocked work.
 	What string `protobuf:"bytes,2,opt,name=what,proto3" json:"what,omitempty"`
-	// The error of the first tries.
+	// The error of the first attempts.
 	Error string `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
 	// Unix nanoseconds.
 	Since         int64 `protobuf:"varint,4,opt,name=since,proto3" json:"since,omitempty"`
@@ -764,14 +762,14 @@ func (x *Halt) GetSince() int64 {
 	return 0
 }
 
-// Stop says that a round would have deleted too much of a collection.
+// Stop means that a cycle would have deleted too much of a collection.
 type Stop struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The collection.
 	CollectionId int64 `protobuf:"varint,1,opt,name=collection_id,json=collectionId,proto3" json:"collection_id,omitempty"`
 	// Units that would have been granted.
 	Due int64 `protobuf:"varint,2,opt,name=due,proto3" json:"due,omitempty"`
-	// Units and segments that there are.
+	// All units and segments.
 	Total         int64 `protobuf:"varint,3,opt,name=total,proto3" json:"total,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -833,10 +831,10 @@ type IdRange struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The first id.
 	First int64 `protobuf:"varint,1,opt,name=first,proto3" json:"first,omitempty"`
-	// How many.
+	// The number.
 	Count int64 `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
-	// No id from it on is registered before it was raised, so those can be given
-	// back. 0: not known, as in records of before; nothing can.
+	// No id at or above it is registered before it was raised, so those can be released.
+	// 0: unknown, as in older records; none can.
 	UnusedFrom    int64 `protobuf:"varint,3,opt,name=unused_from,json=unusedFrom,proto3" json:"unused_from,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -898,7 +896,7 @@ type Position struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The data timestamp.
 	Timestamp uint64 `protobuf:"varint,1,opt,name=timestamp,proto3" json:"timestamp,omitempty"`
-	// The engine's own handle.
+	// The engine's handle.
 	Opaque        []byte `protobuf:"bytes,2,opt,name=opaque,proto3" json:"opaque,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -955,7 +953,7 @@ type Collection struct {
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
 	// The database.
 	Db string `protobuf:"bytes,2,opt,name=db,proto3" json:"db,omitempty"`
-	// The name that it has, or had when it was dropped.
+	// The name, or the last name of a dropped collection.
 	Name string `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
 	// 1: ACTIVE, 2: RESTORING, 3: DROPPING.
 	State uint32 `protobuf:"varint,4,opt,name=state,proto3" json:"state,omitempty"`
@@ -963,15 +961,15 @@ type Collection struct {
 	Schema *Schema `protobuf:"bytes,5,opt,name=schema,proto3" json:"schema,omitempty"`
 	// Virtual channel names in shard order.
 	Channels []string `protobuf:"bytes,6,rep,name=channels,proto3" json:"channels,omitempty"`
-	// Where files lie.
+	// The locations of files.
 	Roots []*Root `protobuf:"bytes,7,rep,name=roots,proto3" json:"roots,omitempty"`
 	// 1: native, 2: milvus.
 	Layout uint32 `protobuf:"varint,8,opt,name=layout,proto3" json:"layout,omitempty"`
-	// The engine's own.
+	// Defined by the engine.
 	ConsistencyLevel string `protobuf:"bytes,9,opt,name=consistency_level,json=consistencyLevel,proto3" json:"consistency_level,omitempty"`
 	// The engine's settings.
 	Properties map[string]string `protobuf:"bytes,10,rep,name=properties,proto3" json:"properties,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// Anything else.
+	// Other attributes.
 	Attributes map[string]string `protobuf:"bytes,11,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Unix nanoseconds.
 	CreateTime int64 `protobuf:"varint,12,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
@@ -979,11 +977,11 @@ type Collection struct {
 	Op string `protobuf:"bytes,13,opt,name=op,proto3" json:"op,omitempty"`
 	// 1: native.
 	Catalog uint32 `protobuf:"varint,14,opt,name=catalog,proto3" json:"catalog,omitempty"`
-	// The restore job that makes it, while it is RESTORING.
+	// The restore job that creates it, while it is RESTORING.
 	JobId int64 `protobuf:"varint,15,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
-	// Whether this very write made it ACTIVE at the end of a restore.
+	// Whether this write made it ACTIVE at the end of a restore.
 	Published bool `protobuf:"varint,16,opt,name=published,proto3" json:"published,omitempty"`
-	// Unix nanoseconds of the drop; 0: it was not dropped.
+	// Unix nanoseconds of the drop; 0: not dropped.
 	DropTime      int64 `protobuf:"varint,17,opt,name=drop_time,json=dropTime,proto3" json:"drop_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1200,7 +1198,7 @@ type Schema struct {
 	Fields []*Field `protobuf:"bytes,1,rep,name=fields,proto3" json:"fields,omitempty"`
 	// The format of raw.
 	Format string `protobuf:"bytes,2,opt,name=format,proto3" json:"format,omitempty"`
-	// The engine's own.
+	// Defined by the engine.
 	Raw           []byte `protobuf:"bytes,3,opt,name=raw,proto3" json:"raw,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1276,7 +1274,7 @@ type Field struct {
 	ElementType string `protobuf:"bytes,7,opt,name=element_type,json=elementType,proto3" json:"element_type,omitempty"`
 	// Parameters of the type.
 	TypeParams map[string]string `protobuf:"bytes,8,rep,name=type_params,json=typeParams,proto3" json:"type_params,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// Anything else.
+	// Other attributes.
 	Attributes    map[string]string `protobuf:"bytes,9,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1384,7 +1382,7 @@ type Partition struct {
 	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
 	// 1: ACTIVE, 2: DROPPING.
 	State uint32 `protobuf:"varint,3,opt,name=state,proto3" json:"state,omitempty"`
-	// Anything else.
+	// Other attributes.
 	Attributes map[string]string `protobuf:"bytes,4,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Unix nanoseconds.
 	CreateTime int64 `protobuf:"varint,5,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
@@ -1481,7 +1479,7 @@ type Index struct {
 	TypeParams map[string]string `protobuf:"bytes,5,rep,name=type_params,json=typeParams,proto3" json:"type_params,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Parameters of the index.
 	IndexParams map[string]string `protobuf:"bytes,6,rep,name=index_params,json=indexParams,proto3" json:"index_params,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// Anything else.
+	// Other attributes.
 	Attributes map[string]string `protobuf:"bytes,7,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Unix nanoseconds.
 	CreateTime int64 `protobuf:"varint,8,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
@@ -1590,7 +1588,7 @@ type Channel struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	// Up to where the data is in files.
+	// All data before it is in files.
 	Checkpoint *Position `protobuf:"bytes,2,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
 	// The id of the operation that wrote the record.
 	Op            string `protobuf:"bytes,3,opt,name=op,proto3" json:"op,omitempty"`
@@ -1650,7 +1648,7 @@ func (x *Channel) GetOp() string {
 }
 
 // Name is the record at /catalog/name/<db>/<name>, /catalog/partition-name/…,
-// /catalog/index-name/… and /snapshot/name/…: what the name stands for.
+// /catalog/index-name/… and /snapshot/name/…: the id with the name.
 type Name struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
@@ -1726,7 +1724,7 @@ type Segment struct {
 	Start *Position `protobuf:"bytes,7,opt,name=start,proto3" json:"start,omitempty"`
 	// All rows are before it.
 	Dml *Position `protobuf:"bytes,8,opt,name=dml,proto3" json:"dml,omitempty"`
-	// The engine's own.
+	// Defined by the engine.
 	StorageVersion int64 `protobuf:"varint,9,opt,name=storage_version,json=storageVersion,proto3" json:"storage_version,omitempty"`
 	// Whether rows are sorted.
 	Sorted bool `protobuf:"varint,10,opt,name=sorted,proto3" json:"sorted,omitempty"`
@@ -1738,20 +1736,20 @@ type Segment struct {
 	Files *Files `protobuf:"bytes,13,opt,name=files,proto3" json:"files,omitempty"`
 	// The builds.
 	Builds []*Build `protobuf:"bytes,14,rep,name=builds,proto3" json:"builds,omitempty"`
-	// The engine's own.
+	// Defined by the engine.
 	EngineData []byte `protobuf:"bytes,15,opt,name=engine_data,json=engineData,proto3" json:"engine_data,omitempty"`
-	// Anything else.
+	// Other attributes.
 	Attributes map[string]string `protobuf:"bytes,16,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// The id of the operation that wrote the record.
 	Op string `protobuf:"bytes,17,opt,name=op,proto3" json:"op,omitempty"`
-	// Another collection claims the segment's id, or has a file at its place: none
-	// of its files is ever deleted.
+	// Another collection claims the segment's id, or has a file at the same path: none of
+	// its files is ever deleted.
 	Disputed bool `protobuf:"varint,18,opt,name=disputed,proto3" json:"disputed,omitempty"`
-	// Hashes of the paths of files that were taken from the segment, in the order of
-	// that; of very many the last ones. None of these paths is added again.
+	// Hashes of the paths of files that were removed from the segment, in the order of
+	// removal; of very many the last ones. None of these paths is added again.
 	Removed []uint64 `protobuf:"fixed64,19,rep,packed,name=removed,proto3" json:"removed,omitempty"`
-	// Removed holds the path of every file and of every file of a replaced index build
-	// that was ever taken from the segment.
+	// Removed has the path of every file, and of every file of a replaced index build,
+	// that was ever removed from the segment.
 	RemovedWhole  bool `protobuf:"varint,20,opt,name=removed_whole,json=removedWhole,proto3" json:"removed_whole,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1989,9 +1987,9 @@ type OwnerRange struct {
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
 	// The first id.
 	First int64 `protobuf:"varint,2,opt,name=first,proto3" json:"first,omitempty"`
-	// How many there are.
+	// The number of ids.
 	Count int64 `protobuf:"varint,3,opt,name=count,proto3" json:"count,omitempty"`
-	// The collection that the restore makes.
+	// The collection that the restore creates.
 	CollectionId  int64 `protobuf:"varint,4,opt,name=collection_id,json=collectionId,proto3" json:"collection_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2055,14 +2053,14 @@ func (x *OwnerRange) GetCollectionId() int64 {
 	return 0
 }
 
-// Gone is which ids of a block of 4096 stood for a segment or a part of one
-// whose record is gone.
+// Gone has the ids of a block of 4096 that belonged to removed segments or to removed
+// parts of segments.
 type Gone struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	// Ranges in ascending order, two numbers for each: the ids that are passed over
-	// since the range before it, or since the block began, and the ids in the range.
+	// Ranges in ascending order, with two numbers each: the number of skipped ids since
+	// the previous range or the start of the block, and the number of ids in the range.
 	Ranges []uint32 `protobuf:"varint,2,rep,packed,name=ranges,proto3" json:"ranges,omitempty"`
 	// Unix nanoseconds of when the last id was added.
 	ChangeTime    int64 `protobuf:"varint,3,opt,name=change_time,json=changeTime,proto3" json:"change_time,omitempty"`
@@ -2132,7 +2130,7 @@ type Build struct {
 	Field int64 `protobuf:"varint,3,opt,name=field,proto3" json:"field,omitempty"`
 	// Parameters.
 	Params map[string]string `protobuf:"bytes,4,rep,name=params,proto3" json:"params,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// How many of the segment's files are its own.
+	// The number of the segment's files that belong to it.
 	Files         uint32 `protobuf:"varint,5,opt,name=files,proto3" json:"files,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2203,10 +2201,10 @@ func (x *Build) GetFiles() uint32 {
 	return 0
 }
 
-// Files holds the files of a segment in columns.
+// Files has the files of a segment in columns.
 type Files struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// How many.
+	// The number.
 	Count uint32 `protobuf:"varint,1,opt,name=count,proto3" json:"count,omitempty"`
 	// Root numbers.
 	Root []uint32 `protobuf:"varint,2,rep,packed,name=root,proto3" json:"root,omitempty"`
@@ -2215,26 +2213,25 @@ type Files struct {
 	Kind []uint32 `protobuf:"varint,3,rep,packed,name=kind,proto3" json:"kind,omitempty"`
 	// Kinds that are not well known.
 	Kinds []string `protobuf:"bytes,4,rep,name=kinds,proto3" json:"kinds,omitempty"`
-	// Per file how its path is kept: 0: it follows from the ids by the native
-	// layout; n > 0: the first n - 1 bytes are those of the path before it that
-	// was kept so, and the next line of path_tails follows.
+	// Per file the form of its path: 0: derived from the ids by the native layout; n > 0:
+	// the first n - 1 bytes of the previous path in this form, followed by the next entry
+	// of path_tails.
 	PathShared []uint32 `protobuf:"varint,5,rep,packed,name=path_shared,json=pathShared,proto3" json:"path_shared,omitempty"`
-	// The tails of the paths that are not derived, each behind its length as a
-	// varint.
+	// The tails of the paths that are not derived, each after its length as a varint.
 	PathTails []byte `protobuf:"bytes,6,opt,name=path_tails,json=pathTails,proto3" json:"path_tails,omitempty"`
 	// Bytes.
 	Size []uint64 `protobuf:"varint,7,rep,packed,name=size,proto3" json:"size,omitempty"`
-	// ETags of 32 hex digits, 16 raw bytes each, of all files if all have one.
+	// ETags of 32 hex digits as 16 raw bytes each, if all files have such an ETag.
 	Etag16 []byte `protobuf:"bytes,8,opt,name=etag16,proto3" json:"etag16,omitempty"`
-	// Else the ETags as they are.
+	// Else the unchanged ETags.
 	Etag []string `protobuf:"bytes,9,rep,name=etag,proto3" json:"etag,omitempty"`
 	// Checksum types in use.
 	ChecksumTypes []string `protobuf:"bytes,10,rep,name=checksum_types,json=checksumTypes,proto3" json:"checksum_types,omitempty"`
 	// Per file 0: no checksum, else 1 + the place of its type.
 	ChecksumType []uint32 `protobuf:"varint,11,rep,packed,name=checksum_type,json=checksumType,proto3" json:"checksum_type,omitempty"`
-	// Per file with a checksum its value behind its length as a varint.
+	// Per file with a checksum its value after its length as a varint.
 	ChecksumValues []byte `protobuf:"bytes,12,opt,name=checksum_values,json=checksumValues,proto3" json:"checksum_values,omitempty"`
-	// min_timestamp minus that of the file before, modulo 2^64, zigzag.
+	// min_timestamp minus that of the previous file, modulo 2^64, zigzag.
 	MinTimestamp []int64 `protobuf:"zigzag64,13,rep,packed,name=min_timestamp,json=minTimestamp,proto3" json:"min_timestamp,omitempty"`
 	// max_timestamp minus min_timestamp.
 	TimestampSpan []uint64 `protobuf:"varint,14,rep,packed,name=timestamp_span,json=timestampSpan,proto3" json:"timestamp_span,omitempty"`
@@ -2242,7 +2239,7 @@ type Files struct {
 	Entries []uint64 `protobuf:"varint,15,rep,packed,name=entries,proto3" json:"entries,omitempty"`
 	// Fields.
 	Field []uint64 `protobuf:"varint,16,rep,packed,name=field,proto3" json:"field,omitempty"`
-	// log_id minus that of the file before, zigzag.
+	// log_id minus that of the previous file, zigzag.
 	LogId []int64 `protobuf:"zigzag64,17,rep,packed,name=log_id,json=logId,proto3" json:"log_id,omitempty"`
 	// Attributes, by file number.
 	Attributes    map[uint32]*Attributes `protobuf:"bytes,18,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"varint,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
@@ -2452,27 +2449,26 @@ func (x *Attributes) GetPairs() map[string]string {
 	return nil
 }
 
-// Unit is the record at /catalog/unit/<collection>/<unit>: a thing that was
-// dropped from the catalog and waits to be reclaimed. What it says never changes;
-// the segment may move to the object store, and back.
+// Unit is the record at /catalog/unit/<collection>/<unit>: data that was dropped from
+// the catalog and waits to be reclaimed. Its content never changes; the segment may
+// move to the object store, and back.
 type Unit struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
 	// 1: a segment, 2: an index build, 3: replaced files of a living segment.
 	Kind uint32 `protobuf:"varint,2,opt,name=kind,proto3" json:"kind,omitempty"`
-	// The segment that it is, or was part of.
+	// The segment, or the segment of which it was a part.
 	SegmentId int64 `protobuf:"varint,3,opt,name=segment_id,json=segmentId,proto3" json:"segment_id,omitempty"`
-	// What it was: the segment's record, or a record that holds just the build or
-	// the files.
+	// The segment's record, or a record with only the build or the files.
 	Segment *Segment `protobuf:"bytes,4,opt,name=segment,proto3" json:"segment,omitempty"`
 	// The id of the operation that dropped it.
 	Op string `protobuf:"bytes,5,opt,name=op,proto3" json:"op,omitempty"`
 	// Unix nanoseconds of the drop.
 	DropTime int64 `protobuf:"varint,6,opt,name=drop_time,json=dropTime,proto3" json:"drop_time,omitempty"`
-	// Where the record is that stands here in full when this is not set.
+	// The location of the record, if it is not in segment.
 	Parked *Parked `protobuf:"bytes,7,opt,name=parked,proto3" json:"parked,omitempty"`
-	// As Segment has it, also of a unit that is parked.
+	// As in Segment, also for a parked unit.
 	Disputed      bool `protobuf:"varint,8,opt,name=disputed,proto3" json:"disputed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2564,18 +2560,18 @@ func (x *Unit) GetDisputed() bool {
 	return false
 }
 
-// UnitHead is a Unit without its segment, for who does not look at that.
+// UnitHead is a Unit without its segment, for readers that do not need it.
 type UnitHead struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// As Unit has it.
+	// As in Unit.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	// As Unit has it.
+	// As in Unit.
 	Kind uint32 `protobuf:"varint,2,opt,name=kind,proto3" json:"kind,omitempty"`
-	// As Unit has it.
+	// As in Unit.
 	SegmentId int64 `protobuf:"varint,3,opt,name=segment_id,json=segmentId,proto3" json:"segment_id,omitempty"`
-	// As Unit has it.
+	// As in Unit.
 	DropTime int64 `protobuf:"varint,6,opt,name=drop_time,json=dropTime,proto3" json:"drop_time,omitempty"`
-	// As Unit has it.
+	// As in Unit.
 	Parked        *Parked `protobuf:"bytes,7,opt,name=parked,proto3" json:"parked,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2646,7 +2642,7 @@ func (x *UnitHead) GetParked() *Parked {
 	return nil
 }
 
-// Parked says where a unit's record lies that a snapshot holds for long.
+// Parked is the location of the record of a unit that a snapshot holds for long.
 type Parked struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The alias of the object store. The key follows from the ids and the suffix.
@@ -2655,8 +2651,8 @@ type Parked struct {
 	Length int64 `protobuf:"varint,2,opt,name=length,proto3" json:"length,omitempty"`
 	// Its SHA-256.
 	Sha256 []byte `protobuf:"bytes,3,opt,name=sha256,proto3" json:"sha256,omitempty"`
-	// Of one that was parked as it was dropped: the first 16 digits of the SHA-256,
-	// with which the key ends.
+	// For a unit that was parked at its drop: the first 16 digits of the SHA-256, which
+	// are the end of the key.
 	Suffix        string `protobuf:"bytes,4,opt,name=suffix,proto3" json:"suffix,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2749,7 +2745,7 @@ type Snapshot struct {
 	Ttl int64 `protobuf:"varint,12,opt,name=ttl,proto3" json:"ttl,omitempty"`
 	// Per shard the cut; present once COMMITTED.
 	Cuts []*Cut `protobuf:"bytes,13,rep,name=cuts,proto3" json:"cuts,omitempty"`
-	// The revision that was captured.
+	// The captured revision.
 	CatalogRevision int64 `protobuf:"varint,14,opt,name=catalog_revision,json=catalogRevision,proto3" json:"catalog_revision,omitempty"`
 	// Partitions, ascending: the first, then the distances.
 	Partitions []int64 `protobuf:"varint,15,rep,packed,name=partitions,proto3" json:"partitions,omitempty"`
@@ -2759,24 +2755,24 @@ type Snapshot struct {
 	MetadataLength int64 `protobuf:"varint,17,opt,name=metadata_length,json=metadataLength,proto3" json:"metadata_length,omitempty"`
 	// See metadata_length.
 	MetadataSha256 []byte `protobuf:"bytes,18,opt,name=metadata_sha256,json=metadataSha256,proto3" json:"metadata_sha256,omitempty"`
-	// Bytes of all its own objects.
+	// Bytes of all of the snapshot's objects.
 	ManifestBytes int64 `protobuf:"varint,19,opt,name=manifest_bytes,json=manifestBytes,proto3" json:"manifest_bytes,omitempty"`
-	// The revision of the commit; 0: that of this very record.
+	// The revision of the commit; 0: that of this record.
 	CommitRevision int64 `protobuf:"varint,20,opt,name=commit_revision,json=commitRevision,proto3" json:"commit_revision,omitempty"`
-	// The key of the request token that made it; empty: none.
+	// The key of the request token of its creation; empty: none.
 	RequestKey string `protobuf:"bytes,21,opt,name=request_key,json=requestKey,proto3" json:"request_key,omitempty"`
 	// The id of the operation that wrote the record.
 	Op string `protobuf:"bytes,22,opt,name=op,proto3" json:"op,omitempty"`
-	// Why it was given up, as code and text; empty: dropped.
+	// Why it was abandoned, as code and text; empty: dropped.
 	Reason string `protobuf:"bytes,23,opt,name=reason,proto3" json:"reason,omitempty"`
-	// The alias of the store that its own objects lie in.
+	// The alias of the store of its objects.
 	Store string `protobuf:"bytes,24,opt,name=store,proto3" json:"store,omitempty"`
-	// The history of the metadata store that the snapshot began in; 0: not known.
+	// The history of the metadata store in which the snapshot began; 0: unknown.
 	History int64 `protobuf:"varint,25,opt,name=history,proto3" json:"history,omitempty"`
 	// The revision of the transaction that began it, once COMMITTED. It is the
 	// create revision of the record, unless the record was copied.
 	BeginRevision int64 `protobuf:"varint,26,opt,name=begin_revision,json=beginRevision,proto3" json:"begin_revision,omitempty"`
-	// Its references file, as its metadata has it; absent: only the metadata does.
+	// Its references file, as in its metadata; absent: only in the metadata.
 	References    *References `protobuf:"bytes,30,opt,name=references,proto3" json:"references,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3083,17 +3079,17 @@ func (x *References) GetFiles() int64 {
 	return 0
 }
 
-// StoreVerdict is what a probe of an object store found, when all that snapshotd
-// requires is there.
+// StoreVerdict is the result of a probe of an object store that has all required
+// properties.
 type StoreVerdict struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	// When it was found, by the clock of the replica; Unix nanoseconds.
+	// The time of the probe by the clock of the replica; Unix nanoseconds.
 	Time int64 `protobuf:"varint,2,opt,name=time,proto3" json:"time,omitempty"`
-	// The SHA-256 of what it is about: release and configuration of the store.
+	// The SHA-256 of the release and the configuration of the store.
 	About []byte `protobuf:"bytes,3,opt,name=about,proto3" json:"about,omitempty"`
-	// Copies are made only of the version asked for.
+	// Copies are made only of the requested version.
 	ConditionalCopy bool `protobuf:"varint,4,opt,name=conditional_copy,json=conditionalCopy,proto3" json:"conditional_copy,omitempty"`
 	// Copies are made in parts.
 	MultipartCopy bool `protobuf:"varint,5,opt,name=multipart_copy,json=multipartCopy,proto3" json:"multipart_copy,omitempty"`
@@ -3321,8 +3317,8 @@ func (x *Totals) GetStraddling() int64 {
 	return 0
 }
 
-// Pending is the record at /snapshot/pending/<collection>/<id>, under the lease
-// of the create alone.
+// Pending is the record at /snapshot/pending/<collection>/<id>, under the lease of the
+// create.
 type Pending struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
@@ -3384,21 +3380,20 @@ type Request struct {
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
 	// SHA-256 of the request without its token.
 	Hash []byte `protobuf:"bytes,2,opt,name=hash,proto3" json:"hash,omitempty"`
-	// The id of what it makes; 0: none.
+	// The id of the created object; 0: none.
 	Id int64 `protobuf:"varint,3,opt,name=id,proto3" json:"id,omitempty"`
 	// Whether it has ended.
 	Done bool `protobuf:"varint,4,opt,name=done,proto3" json:"done,omitempty"`
-	// The result, when it ended well: a record of the type that the method
-	// makes.
+	// The result of a successful request: a record of the method's type.
 	Result []byte `protobuf:"bytes,5,opt,name=result,proto3" json:"result,omitempty"`
-	// The mod revision that belongs to the result; 0: that of this record.
+	// The mod revision of the result; 0: that of this record.
 	Revision int64 `protobuf:"varint,6,opt,name=revision,proto3" json:"revision,omitempty"`
-	// The error that it ended with: reason and text.
+	// The error of a failed request: reason and text.
 	ErrorReason string `protobuf:"bytes,7,opt,name=error_reason,json=errorReason,proto3" json:"error_reason,omitempty"`
 	// See error_reason.
 	ErrorText string `protobuf:"bytes,8,opt,name=error_text,json=errorText,proto3" json:"error_text,omitempty"`
-	// When the record of a request that has ended may go, in Unix nanoseconds; 0:
-	// when its lease ends.
+	// When the record of an ended request may be removed, in Unix nanoseconds; 0: at the
+	// end of its lease.
 	ExpireTime    int64 `protobuf:"varint,9,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3497,13 +3492,13 @@ func (x *Request) GetExpireTime() int64 {
 	return 0
 }
 
-// Generation is the record at /gc/gen/<collection>. Its mod revision is what
-// counts.
+// Generation is the record at /gc/gen/<collection>. Transactions compare its mod
+// revision.
 type Generation struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	// The snapshot whose commit moved it.
+	// The snapshot whose commit wrote it.
 	SnapshotId    int64 `protobuf:"varint,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3553,8 +3548,8 @@ func (x *Generation) GetSnapshotId() int64 {
 	return 0
 }
 
-// Pin is the record at /snapshot/pin/<snapshot>/<id>, under a lease of its own
-// when it has a ttl.
+// Pin is the record at /snapshot/pin/<snapshot>/<id>, under a separate lease if it has
+// a ttl.
 type Pin struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
@@ -3563,15 +3558,15 @@ type Pin struct {
 	Owner string `protobuf:"bytes,2,opt,name=owner,proto3" json:"owner,omitempty"`
 	// For people.
 	Reason string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
-	// Nanoseconds; 0: it has no end.
+	// Nanoseconds; 0: unlimited.
 	Ttl int64 `protobuf:"varint,4,opt,name=ttl,proto3" json:"ttl,omitempty"`
 	// Unix nanoseconds.
 	CreateTime int64 `protobuf:"varint,5,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
-	// Unix nanoseconds; 0: it has no end.
+	// Unix nanoseconds; 0: unlimited.
 	ExpireTime int64 `protobuf:"varint,6,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
 	// The id of the operation that wrote the record.
 	Op string `protobuf:"bytes,7,opt,name=op,proto3" json:"op,omitempty"`
-	// The restore job that it is of, whose end alone removes it; 0: none.
+	// The restore job that owns it and removes it at its end; 0: none.
 	JobId         int64 `protobuf:"varint,8,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3663,9 +3658,8 @@ func (x *Pin) GetJobId() int64 {
 	return 0
 }
 
-// Unpin is the record at /snapshot/unpin: the pin that was removed last. It is
-// put by the transaction that removes a pin, which tells it from one that
-// expired.
+// Unpin is the record at /snapshot/unpin: the last removed pin. The transaction that
+// removes a pin puts it, which distinguishes the removal from an expiry.
 type Unpin struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
@@ -3729,8 +3723,8 @@ func (x *Unpin) GetPinId() int64 {
 	return 0
 }
 
-// Tombstone is the record at /gc/tomb/<collection>/<unit>: a unit whose files
-// are granted to be deleted.
+// Tombstone is the record at /gc/tomb/<collection>/<unit>: a unit whose deletion was
+// granted.
 type Tombstone struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
@@ -3739,7 +3733,7 @@ type Tombstone struct {
 	Unit *Unit `protobuf:"bytes,2,opt,name=unit,proto3" json:"unit,omitempty"`
 	// 1: snapshotd deletes, 2: the caller does.
 	Deleter uint32 `protobuf:"varint,3,opt,name=deleter,proto3" json:"deleter,omitempty"`
-	// Who asked for it.
+	// The principal of the request.
 	Caller string `protobuf:"bytes,4,opt,name=caller,proto3" json:"caller,omitempty"`
 	// Unix nanoseconds.
 	GrantTime int64 `protobuf:"varint,5,opt,name=grant_time,json=grantTime,proto3" json:"grant_time,omitempty"`
@@ -3821,14 +3815,14 @@ func (x *Tombstone) GetOp() string {
 	return ""
 }
 
-// TombstoneHead is a Tombstone without its unit, for who does not look at that.
+// TombstoneHead is a Tombstone without its unit, for readers that do not need it.
 type TombstoneHead struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// As Tombstone has it.
+	// As in Tombstone.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	// As Tombstone has it.
+	// As in Tombstone.
 	Deleter uint32 `protobuf:"varint,3,opt,name=deleter,proto3" json:"deleter,omitempty"`
-	// As Tombstone has it.
+	// As in Tombstone.
 	GrantTime     int64 `protobuf:"varint,5,opt,name=grant_time,json=grantTime,proto3" json:"grant_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3885,19 +3879,19 @@ func (x *TombstoneHead) GetGrantTime() int64 {
 	return 0
 }
 
-// Job is the record at /job/rec/<id>: a restore. It changes with its state and
-// phase only; how far it has come is in its tasks.
+// Job is the record at /job/rec/<id>: a restore. It changes only with its state and
+// phase; its progress is in its tasks.
 type Job struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
 	// The snapshot.
 	SnapshotId int64 `protobuf:"varint,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
-	// The snapshot's name when the job was made.
+	// The snapshot's name at the creation of the job.
 	SnapshotName string `protobuf:"bytes,3,opt,name=snapshot_name,json=snapshotName,proto3" json:"snapshot_name,omitempty"`
-	// The collection that the snapshot was taken of.
+	// The collection of the snapshot.
 	SourceCollection int64 `protobuf:"varint,4,opt,name=source_collection,json=sourceCollection,proto3" json:"source_collection,omitempty"`
-	// The collection that is made.
+	// The created collection.
 	CollectionId int64 `protobuf:"varint,5,opt,name=collection_id,json=collectionId,proto3" json:"collection_id,omitempty"`
 	// Its database.
 	Db string `protobuf:"bytes,6,opt,name=db,proto3" json:"db,omitempty"`
@@ -3907,44 +3901,44 @@ type Job struct {
 	State uint32 `protobuf:"varint,8,opt,name=state,proto3" json:"state,omitempty"`
 	// 1: admit, 2: prepare, 3: copy, 4: publish, 5: roll back.
 	Phase uint32 `protobuf:"varint,9,opt,name=phase,proto3" json:"phase,omitempty"`
-	// The state that rolling back ends in.
+	// The state after the rollback.
 	Outcome uint32 `protobuf:"varint,10,opt,name=outcome,proto3" json:"outcome,omitempty"`
 	// Why it is rolled back.
 	Reason string `protobuf:"bytes,11,opt,name=reason,proto3" json:"reason,omitempty"`
-	// The same for people.
+	// The error text.
 	Message string `protobuf:"bytes,12,opt,name=message,proto3" json:"message,omitempty"`
-	// The snapshot's partitions that are restored, ascending: the first, then the
-	// distances; none: all.
+	// The restored partitions of the snapshot, ascending: the first, then the distances;
+	// none: all.
 	Partitions []int64 `protobuf:"varint,13,rep,packed,name=partitions,proto3" json:"partitions,omitempty"`
-	// Whether indexes are left out.
+	// Whether indexes are omitted.
 	SkipIndexes bool `protobuf:"varint,14,opt,name=skip_indexes,json=skipIndexes,proto3" json:"skip_indexes,omitempty"`
-	// Jobs of a higher one get workers first.
+	// Jobs with a higher priority get workers first.
 	Priority int32 `protobuf:"zigzag32,15,opt,name=priority,proto3" json:"priority,omitempty"`
 	// For selection.
 	Labels map[string]string `protobuf:"bytes,16,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// 1: native, 2: milvus.
 	Layout uint32 `protobuf:"varint,17,opt,name=layout,proto3" json:"layout,omitempty"`
-	// Target ids: the first of as many as the snapshot has partitions, in order.
+	// The first of the target ids of the snapshot's partitions, in order.
 	FirstPartition int64 `protobuf:"varint,18,opt,name=first_partition,json=firstPartition,proto3" json:"first_partition,omitempty"`
 	// Likewise of indexes.
 	FirstIndex int64 `protobuf:"varint,19,opt,name=first_index,json=firstIndex,proto3" json:"first_index,omitempty"`
 	// Likewise of segments.
 	FirstSegment int64 `protobuf:"varint,20,opt,name=first_segment,json=firstSegment,proto3" json:"first_segment,omitempty"`
-	// How many segments the snapshot has.
+	// The number of the snapshot's segments.
 	Segments int64 `protobuf:"varint,21,opt,name=segments,proto3" json:"segments,omitempty"`
 	// Likewise of index builds.
 	FirstBuild int64 `protobuf:"varint,22,opt,name=first_build,json=firstBuild,proto3" json:"first_build,omitempty"`
-	// How many index builds the snapshot has.
+	// The number of the snapshot's index builds.
 	Builds int64 `protobuf:"varint,23,opt,name=builds,proto3" json:"builds,omitempty"`
-	// Objects above it are copied in parts; in bytes.
+	// Larger objects are copied in parts; in bytes.
 	CopyThreshold int64 `protobuf:"varint,24,opt,name=copy_threshold,json=copyThreshold,proto3" json:"copy_threshold,omitempty"`
 	// The size of a part in bytes.
 	CopyPartSize int64 `protobuf:"varint,25,opt,name=copy_part_size,json=copyPartSize,proto3" json:"copy_part_size,omitempty"`
-	// How many tasks there are, numbered from 0.
+	// The number of tasks, which are numbered from 0.
 	Tasks int64 `protobuf:"varint,26,opt,name=tasks,proto3" json:"tasks,omitempty"`
-	// How many of the snapshot's segments each has; the last may have fewer.
+	// The number of segments per task; the last may have fewer.
 	TaskSegments int64 `protobuf:"varint,27,opt,name=task_segments,json=taskSegments,proto3" json:"task_segments,omitempty"`
-	// What is restored, in all.
+	// Sums of the restored data.
 	Totals *Totals `protobuf:"bytes,28,opt,name=totals,proto3" json:"totals,omitempty"`
 	// Unix nanoseconds.
 	CreateTime int64 `protobuf:"varint,29,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
@@ -3954,24 +3948,24 @@ type Job struct {
 	EndTime int64 `protobuf:"varint,31,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
 	// Unix nanoseconds; 0: never.
 	Deadline int64 `protobuf:"varint,32,opt,name=deadline,proto3" json:"deadline,omitempty"`
-	// The key of the request token that made it; empty: none.
+	// The key of the request token of its creation; empty: none.
 	RequestKey string `protobuf:"bytes,33,opt,name=request_key,json=requestKey,proto3" json:"request_key,omitempty"`
 	// The id of the operation that wrote the record.
 	Op string `protobuf:"bytes,34,opt,name=op,proto3" json:"op,omitempty"`
 	// The names of partitions, for people; none: all.
 	PartitionNames []string `protobuf:"bytes,35,rep,name=partition_names,json=partitionNames,proto3" json:"partition_names,omitempty"`
-	// How often a task had to be begun again, once the job has ended.
+	// The number of restarts of tasks, once the job has ended.
 	Retries int64 `protobuf:"varint,36,opt,name=retries,proto3" json:"retries,omitempty"`
-	// The pin that keeps the snapshot.
+	// The pin of the snapshot.
 	PinId int64 `protobuf:"varint,37,opt,name=pin_id,json=pinId,proto3" json:"pin_id,omitempty"`
-	// How far it had come when it was given up.
+	// The progress when the job was abandoned.
 	Done *Totals `protobuf:"bytes,38,opt,name=done,proto3" json:"done,omitempty"`
-	// Where objects of the target may lie.
+	// The locations of the target's objects.
 	Roots []*Root `protobuf:"bytes,39,rep,name=roots,proto3" json:"roots,omitempty"`
-	// Whether it ever was in phase copy, and objects may be there.
+	// Whether it ever was in phase copy, so that objects may exist.
 	Copied bool `protobuf:"varint,40,opt,name=copied,proto3" json:"copied,omitempty"`
-	// The alias of the store that keeps the ETags of files without a registered one,
-	// under gc/restore/<id>/; empty: the configured store of snapshots.
+	// The alias of the store with the ETags of files without a registered one, under
+	// gc/restore/<id>/; empty: the configured snapshot store.
 	PinStore      string `protobuf:"bytes,41,opt,name=pin_store,json=pinStore,proto3" json:"pin_store,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4299,9 +4293,9 @@ type JobLimits struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	// Requests a second; 0: no limit.
+	// Requests per second; 0: no limit.
 	Requests int64 `protobuf:"varint,2,opt,name=requests,proto3" json:"requests,omitempty"`
-	// Bytes a second; 0: no limit.
+	// Bytes per second; 0: no limit.
 	Bytes         int64 `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4366,37 +4360,37 @@ type Task struct {
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
 	// 1: PENDING, 2: RUNNING, 3: DONE, 4: FAILED.
 	State uint32 `protobuf:"varint,2,opt,name=state,proto3" json:"state,omitempty"`
-	// How often it was begun.
+	// The number of attempts.
 	Attempt uint32 `protobuf:"varint,3,opt,name=attempt,proto3" json:"attempt,omitempty"`
-	// The worker that has it or had it last.
+	// The current or last worker.
 	Worker int64 `protobuf:"varint,4,opt,name=worker,proto3" json:"worker,omitempty"`
-	// Unix nanoseconds; not to be begun before.
+	// Unix nanoseconds; no attempt starts before.
 	NotBefore int64 `protobuf:"varint,5,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
-	// How many attempts failed; those whose worker died do not count.
+	// The number of failed attempts, without those whose worker died.
 	Failures uint32 `protobuf:"varint,10,opt,name=failures,proto3" json:"failures,omitempty"`
 	// Why the last attempt failed.
 	Reason string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
-	// The same for people.
+	// The error text.
 	Message string `protobuf:"bytes,7,opt,name=message,proto3" json:"message,omitempty"`
-	// Once DONE: what was restored.
+	// Once DONE: sums of the restored data.
 	Totals *Totals `protobuf:"bytes,8,opt,name=totals,proto3" json:"totals,omitempty"`
 	// The id of the operation that wrote the record.
 	Op string `protobuf:"bytes,9,opt,name=op,proto3" json:"op,omitempty"`
-	// How many attempts ended because a store did not answer, or refused in a way that
-	// may pass. They are no failures.
+	// The number of attempts that ended because a store was unavailable, or refused
+	// temporarily. They do not count as failures.
 	Unanswered uint32 `protobuf:"varint,11,opt,name=unanswered,proto3" json:"unanswered,omitempty"`
-	// How many of them ended so in a row, none of which finished a file.
+	// The number of consecutive such attempts without a finished file.
 	Waits uint32 `protobuf:"varint,12,opt,name=waits,proto3" json:"waits,omitempty"`
 	// Unix nanoseconds; when the first of these ended.
 	WaitSince int64 `protobuf:"varint,13,opt,name=wait_since,json=waitSince,proto3" json:"wait_since,omitempty"`
 	// Unix nanoseconds; when the last of these ended.
 	WaitTime int64 `protobuf:"varint,14,opt,name=wait_time,json=waitTime,proto3" json:"wait_time,omitempty"`
-	// The most files that an attempt had finished when it ended.
+	// The maximum number of files that an attempt has finished.
 	Finished int64 `protobuf:"varint,15,opt,name=finished,proto3" json:"finished,omitempty"`
 	// Unix nanoseconds; when an attempt last finished more files than any before.
 	FinishTime int64 `protobuf:"varint,16,opt,name=finish_time,json=finishTime,proto3" json:"finish_time,omitempty"`
-	// How many attempts in a row ended because a store refused, none of which finished
-	// a file.
+	// The number of consecutive attempts that ended because a store refused, without a
+	// finished file.
 	Refusals uint32 `protobuf:"varint,17,opt,name=refusals,proto3" json:"refusals,omitempty"`
 	// Unix nanoseconds; when the first of these ended.
 	RefuseSince   int64 `protobuf:"varint,18,opt,name=refuse_since,json=refuseSince,proto3" json:"refuse_since,omitempty"`
@@ -4560,20 +4554,20 @@ func (x *Task) GetRefuseSince() int64 {
 	return 0
 }
 
-// TaskProgress is the record at /job/progress/<job>/<task>: how far the attempt
-// that runs has come.
+// TaskProgress is the record at /job/progress/<job>/<task>: the progress of the
+// running attempt.
 type TaskProgress struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
 	// The attempt.
 	Attempt uint32 `protobuf:"varint,2,opt,name=attempt,proto3" json:"attempt,omitempty"`
-	// Files that are copied.
+	// Copied files.
 	Files int64 `protobuf:"varint,3,opt,name=files,proto3" json:"files,omitempty"`
 	// Their bytes.
 	Bytes int64 `protobuf:"varint,4,opt,name=bytes,proto3" json:"bytes,omitempty"`
-	// Unix nanoseconds; when the attempt last finished more files than any before
-	// it. 0: it has not.
+	// Unix nanoseconds; when the attempt last finished more files than any earlier one.
+	// 0: never.
 	FinishTime    int64 `protobuf:"varint,5,opt,name=finish_time,json=finishTime,proto3" json:"finish_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4649,9 +4643,9 @@ type Worker struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	// The replica that it is part of.
+	// Its replica.
 	Replica string `protobuf:"bytes,2,opt,name=replica,proto3" json:"replica,omitempty"`
-	// How many tasks it takes at once.
+	// The number of tasks that it executes in parallel.
 	Slots         uint32 `protobuf:"varint,3,opt,name=slots,proto3" json:"slots,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
