@@ -18,35 +18,35 @@ import (
 )
 
 // rateSpan is how long back a job's rate is taken.
-const rateSpan = 30 * time.Second
+const rateWindow = 30 * time.Second
 
 // board is every job, task and worker in memory, kept current by watches. What
 // is done about one is decided by the compares of a transaction.
-type board struct {
-	o       *Options
-	jobs    *follow.Follower
-	workers *follow.Follower
-	wake    chan struct{} // size one; for the leader
+type jobTable struct {
+	o              *Options
+	jobFollower    *follow.Follower
+	workerFollower *follow.Follower
+	wake           chan struct{} // size one; for the leader
 
-	mu       sync.Mutex
-	rows     map[int64]*row
-	pool     map[int64]*poolWorker
-	assigned map[string]bool // assignment keys
-	moved    chan struct{}   // closed and replaced with every change
+	mu          sync.Mutex
+	states      map[int64]*jobState
+	workers     map[int64]*workerInfo
+	assignments map[string]bool // assignment keys
+	changed     chan struct{}   // closed and replaced with every change
 }
 
 // row is a job with its tasks.
-type row struct {
-	job     *Job // nil while only parts of it were seen
-	tasks   map[int64]*task
-	open    map[int64]*task          // those that are not done
-	running map[int64]segment.Totals // files and bytes of tasks that are not done
-	limits  Limits
-	done    segment.Totals // sums of the tasks that are done
-	shown   segment.Totals // the most that was ever told
-	lastErr string
-	finish  time.Time // when an attempt last finished a file that none had before
-	samples []sample
+type jobState struct {
+	job        *Job // nil while only parts of it were seen
+	tasks      map[int64]*task
+	unfinished map[int64]*task          // those that are not done
+	progress   map[int64]segment.Totals // files and bytes of tasks that are not done
+	limits     Limits
+	done       segment.Totals // sums of the tasks that are done
+	reported   segment.Totals // the most that was ever told
+	lastErr    string
+	lastFinish time.Time // when an attempt last finished a file that none had before
+	samples    []sample
 }
 
 // sample is how many bytes were done at a time.
@@ -56,70 +56,70 @@ type sample struct {
 }
 
 // poolWorker is a worker that lives.
-type poolWorker struct {
+type workerInfo struct {
 	id     int64
 	slots  int
 	lease  meta.LeaseID
 	create int64
 }
 
-func newBoard(o *Options) *board {
-	b := &board{o: o, wake: make(chan struct{}, 1), moved: make(chan struct{}), rows: map[int64]*row{}}
-	b.pool, b.assigned = map[int64]*poolWorker{}, map[string]bool{}
+func newJobTable(o *Options) *jobTable {
+	jt := &jobTable{o: o, wake: make(chan struct{}, 1), changed: make(chan struct{}), states: map[int64]*jobState{}}
+	jt.workers, jt.assignments = map[int64]*workerInfo{}, map[string]bool{}
 	from, to := meta.Prefix("/job/")
-	b.jobs = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: (*jobHandler)(b), Log: o.Log, Rand: o.Jitter})
+	jt.jobFollower = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: (*jobHandler)(jt), Log: o.Log, Rand: o.Jitter})
 	from, to = meta.Prefix("/worker/")
-	b.workers = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: (*workerHandler)(b), Log: o.Log, Rand: o.Jitter})
-	return b
+	jt.workerFollower = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: (*workerHandler)(jt), Log: o.Log, Rand: o.Jitter})
+	return jt
 }
 
-func (b *board) run(ctx context.Context) error {
+func (jt *jobTable) run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return b.jobs.Run(ctx) })
-	group.Go(func() error { return b.workers.Run(ctx) })
+	group.Go(func() error { return jt.jobFollower.Run(ctx) })
+	group.Go(func() error { return jt.workerFollower.Run(ctx) })
 	return group.Wait()
 }
 
 // sync waits until the board shows all that was written to jobs before the call.
-func (b *board) sync(ctx context.Context) error {
-	_, err := b.jobs.Sync(ctx)
+func (jt *jobTable) sync(ctx context.Context) error {
+	_, err := jt.jobFollower.Sync(ctx)
 	return err
 }
 
 // changed tells those who wait. The lock must be held.
-func (b *board) changed() {
-	close(b.moved)
-	b.moved = make(chan struct{})
+func (jt *jobTable) broadcast() {
+	close(jt.changed)
+	jt.changed = make(chan struct{})
 	select {
-	case b.wake <- struct{}{}:
+	case jt.wake <- struct{}{}:
 	default:
 	}
 }
 
 // jobHandler is the board as the handler of jobs.
-type jobHandler board
+type jobHandler jobTable
 
 // Reset implements follow.Handler.
 func (h *jobHandler) Reset(kvs []meta.KeyValue, _ int64) {
-	b := (*board)(h)
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	old := b.rows
-	b.rows = map[int64]*row{}
+	jt := (*jobTable)(h)
+	jt.mu.Lock()
+	defer jt.mu.Unlock()
+	old := jt.states
+	jt.states = map[int64]*jobState{}
 	for _, kv := range kvs {
-		b.put(kv)
+		jt.put(kv)
 	}
-	for id, r := range b.rows { // what was told stays told
-		if o := old[id]; o != nil {
-			r.shown, r.samples = o.shown, o.samples
-			for number, t := range r.tasks {
-				if seen := o.tasks[number]; seen != nil && seen.revision == t.revision {
+	for id, js := range jt.states { // what was told stays told
+		if before := old[id]; before != nil {
+			js.reported, js.samples = before.reported, before.samples
+			for number, t := range js.tasks {
+				if seen := before.tasks[number]; seen != nil && seen.revision == t.revision {
 					t.seen = seen.seen
 				}
 			}
 		}
 	}
-	b.changed()
+	jt.broadcast()
 }
 
 // Apply implements follow.Handler.
@@ -127,49 +127,49 @@ func (h *jobHandler) Apply(events []meta.Event, _ int64) {
 	if len(events) == 0 {
 		return
 	}
-	b := (*board)(h)
-	b.mu.Lock()
-	defer b.mu.Unlock()
+	jt := (*jobTable)(h)
+	jt.mu.Lock()
+	defer jt.mu.Unlock()
 	for _, e := range events {
 		if e.Deleted {
-			b.remove(e.KV.Key)
+			jt.remove(e.KV.Key)
 		} else {
-			b.put(e.KV)
+			jt.put(e.KV)
 		}
 	}
-	b.changed()
+	jt.broadcast()
 }
 
-func (b *board) row(id int64) *row {
-	r := b.rows[id]
-	if r == nil {
-		r = &row{tasks: map[int64]*task{}, open: map[int64]*task{}, running: map[int64]segment.Totals{}}
-		b.rows[id] = r
+func (jt *jobTable) ensure(id int64) *jobState {
+	js := jt.states[id]
+	if js == nil {
+		js = &jobState{tasks: map[int64]*task{}, unfinished: map[int64]*task{}, progress: map[int64]segment.Totals{}}
+		jt.states[id] = js
 	}
-	return r
+	return js
 }
 
-func (b *board) put(kv meta.KeyValue) {
+func (jt *jobTable) put(kv meta.KeyValue) {
 	var err error
 	switch {
 	case strings.HasPrefix(kv.Key, keys.JobPrefix):
 		var job *Job
 		if job, err = DecodeJob(kv); err == nil {
-			b.row(job.ID).job = job
+			jt.ensure(job.ID).job = job
 		}
 	case strings.HasPrefix(kv.Key, keys.AllTasksPrefix):
 		var t *task
 		if t, err = decodeTask(kv); err == nil {
-			t.seen = b.o.Clock.Elapsed()
-			b.row(t.job).setTask(t)
+			t.seen = jt.o.Clock.Elapsed()
+			jt.ensure(t.job).setTask(t)
 		}
 	case strings.HasPrefix(kv.Key, keys.AllProgressPrefix):
 		var job, number int64
 		rec := &storagev1.TaskProgress{}
 		if job, number, err = keys.LastTwo(kv.Key); err == nil {
 			if err = record.Decode(kv, rec); err == nil {
-				b.row(job).setRunning(number, segment.Totals{Files: rec.GetFiles(), Bytes: rec.GetBytes()})
-				b.row(job).finish = later(b.row(job).finish, record.Time(rec.GetFinishTime()))
+				jt.ensure(job).setProgress(number, segment.Totals{Files: rec.GetFiles(), Bytes: rec.GetBytes()})
+				jt.ensure(job).lastFinish = latest(jt.ensure(job).lastFinish, record.Time(rec.GetFinishTime()))
 			}
 		}
 	default:
@@ -177,32 +177,32 @@ func (b *board) put(kv meta.KeyValue) {
 		rec := &storagev1.JobLimits{}
 		if id, err = keys.LastID(kv.Key); err == nil {
 			if err = record.Decode(kv, rec); err == nil {
-				b.row(id).limits = Limits{Requests: rec.GetRequests(), Bytes: rec.GetBytes()}
+				jt.ensure(id).limits = Limits{Requests: rec.GetRequests(), Bytes: rec.GetBytes()}
 			}
 		}
 	}
 	if err != nil {
-		b.o.Log.Error("record of a restore is left alone", zap.String("key", kv.Key), zap.Error(err))
+		jt.o.Log.Error("record of a restore is left alone", zap.String("key", kv.Key), zap.Error(err))
 	}
 }
 
-func (r *row) setTask(t *task) {
-	if old := r.tasks[t.number]; old != nil && old.state == TaskDone {
-		r.done = minus(r.done, old.totals)
+func (js *jobState) setTask(t *task) {
+	if old := js.tasks[t.number]; old != nil && old.state == TaskDone {
+		js.done = subtractTotals(js.done, old.totals)
 	}
-	r.tasks[t.number], r.open[t.number] = t, t
-	r.finish = later(r.finish, t.finishTime)
+	js.tasks[t.number], js.unfinished[t.number] = t, t
+	js.lastFinish = latest(js.lastFinish, t.finishTime)
 	if t.state == TaskDone {
-		r.done = plus(r.done, t.totals)
-		delete(r.running, t.number)
-		delete(r.open, t.number)
+		js.done = addTotals(js.done, t.totals)
+		delete(js.progress, t.number)
+		delete(js.unfinished, t.number)
 	}
 	if t.message != "" {
-		r.lastErr = t.message
+		js.lastErr = t.message
 	}
 }
 
-func later(a, b time.Time) time.Time {
+func latest(a, b time.Time) time.Time {
 	if b.After(a) {
 		return b
 	}
@@ -212,12 +212,12 @@ func later(a, b time.Time) time.Time {
 // stall returns since when the job has waited for a store that does not answer, and
 // how long: up to the last attempt that got none. The time is zero while no task
 // waits.
-func (r *row) stall() (since time.Time, d time.Duration) {
-	for _, t := range r.open {
+func (js *jobState) stall() (since time.Time, d time.Duration) {
+	for _, t := range js.unfinished {
 		if t.waits == 0 || t.refusals > 0 { // a refusal is an answer
 			continue
 		}
-		from := later(t.waitSince, r.finish)
+		from := latest(t.waitSince, js.lastFinish)
 		if since.IsZero() || from.Before(since) {
 			since = from
 		}
@@ -228,8 +228,8 @@ func (r *row) stall() (since time.Time, d time.Duration) {
 
 // refusedSince returns since when a store has refused tasks of the job; zero: it
 // refuses none.
-func (r *row) refusedSince() (since time.Time) {
-	for _, t := range r.open {
+func (js *jobState) refusedSince() (since time.Time) {
+	for _, t := range js.unfinished {
 		if t.refusals > 0 && (since.IsZero() || t.refuseSince.Before(since)) {
 			since = t.refuseSince
 		}
@@ -239,58 +239,58 @@ func (r *row) refusedSince() (since time.Time) {
 
 // setRunning notes how far a task has come. Another attempt begins with what it
 // finds, so that nothing goes down.
-func (r *row) setRunning(number int64, n segment.Totals) {
-	if t := r.tasks[number]; t != nil && t.state == TaskDone {
+func (js *jobState) setProgress(number int64, n segment.Totals) {
+	if t := js.tasks[number]; t != nil && t.state == TaskDone {
 		return
 	}
-	if n.Bytes >= r.running[number].Bytes {
-		r.running[number] = n
+	if n.Bytes >= js.progress[number].Bytes {
+		js.progress[number] = n
 	}
 }
 
-func minus(a, b segment.Totals) segment.Totals {
+func subtractTotals(a, b segment.Totals) segment.Totals {
 	return segment.Totals{
 		Segments: a.Segments - b.Segments, Rows: a.Rows - b.Rows, Files: a.Files - b.Files, Bytes: a.Bytes - b.Bytes,
 		Builds: a.Builds - b.Builds, Straddling: a.Straddling - b.Straddling,
 	}
 }
 
-func (b *board) remove(key string) {
+func (jt *jobTable) remove(key string) {
 	switch {
 	case strings.HasPrefix(key, keys.LimitsPrefix):
-		if id, err := keys.LastID(key); err == nil && b.rows[id] != nil {
-			b.rows[id].limits = Limits{}
+		if id, err := keys.LastID(key); err == nil && jt.states[id] != nil {
+			jt.states[id].limits = Limits{}
 		}
 	case strings.HasPrefix(key, keys.JobPrefix):
 		if id, err := keys.LastID(key); err == nil {
-			delete(b.rows, id)
+			delete(jt.states, id)
 		}
 	case strings.HasPrefix(key, keys.AllTasksPrefix):
 		job, number, err := keys.LastTwo(key)
-		if r := b.rows[job]; err == nil && r != nil {
-			if t := r.tasks[number]; t != nil && t.state == TaskDone {
-				r.done = minus(r.done, t.totals)
+		if js := jt.states[job]; err == nil && js != nil {
+			if t := js.tasks[number]; t != nil && t.state == TaskDone {
+				js.done = subtractTotals(js.done, t.totals)
 			}
-			delete(r.tasks, number)
-			delete(r.open, number)
-			delete(r.running, number)
+			delete(js.tasks, number)
+			delete(js.unfinished, number)
+			delete(js.progress, number)
 		}
 	}
 }
 
 // workerHandler is the board as the handler of workers.
-type workerHandler board
+type workerHandler jobTable
 
 // Reset implements follow.Handler.
 func (h *workerHandler) Reset(kvs []meta.KeyValue, _ int64) {
-	b := (*board)(h)
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.pool, b.assigned = map[int64]*poolWorker{}, map[string]bool{}
+	jt := (*jobTable)(h)
+	jt.mu.Lock()
+	defer jt.mu.Unlock()
+	jt.workers, jt.assignments = map[int64]*workerInfo{}, map[string]bool{}
 	for _, kv := range kvs {
-		b.putWorker(kv)
+		jt.putWorker(kv)
 	}
-	b.changed()
+	jt.broadcast()
 }
 
 // Apply implements follow.Handler.
@@ -298,27 +298,27 @@ func (h *workerHandler) Apply(events []meta.Event, _ int64) {
 	if len(events) == 0 {
 		return
 	}
-	b := (*board)(h)
-	b.mu.Lock()
-	defer b.mu.Unlock()
+	jt := (*jobTable)(h)
+	jt.mu.Lock()
+	defer jt.mu.Unlock()
 	for _, e := range events {
 		switch {
 		case !e.Deleted:
-			b.putWorker(e.KV)
+			jt.putWorker(e.KV)
 		case strings.HasPrefix(e.KV.Key, keys.WorkerPrefix):
 			if id, err := keys.LastID(e.KV.Key); err == nil {
-				delete(b.pool, id)
+				delete(jt.workers, id)
 			}
 		default:
-			delete(b.assigned, e.KV.Key)
+			delete(jt.assignments, e.KV.Key)
 		}
 	}
-	b.changed()
+	jt.broadcast()
 }
 
-func (b *board) putWorker(kv meta.KeyValue) {
+func (jt *jobTable) putWorker(kv meta.KeyValue) {
 	if strings.HasPrefix(kv.Key, keys.AssignedPrefix) {
-		b.assigned[kv.Key] = true
+		jt.assignments[kv.Key] = true
 		return
 	}
 	rec := &storagev1.Worker{}
@@ -327,55 +327,55 @@ func (b *board) putWorker(kv meta.KeyValue) {
 		err = record.Decode(kv, rec)
 	}
 	if err != nil {
-		b.o.Log.Error("record of a worker is left alone", zap.String("key", kv.Key), zap.Error(err))
+		jt.o.Log.Error("record of a worker is left alone", zap.String("key", kv.Key), zap.Error(err))
 		return
 	}
-	b.pool[id] = &poolWorker{id: id, slots: int(rec.GetSlots()), lease: kv.Lease, create: kv.CreateRevision}
+	jt.workers[id] = &workerInfo{id: id, slots: int(rec.GetSlots()), lease: kv.Lease, create: kv.CreateRevision}
 }
 
 // job returns a job as it is known, nil if it is not.
-func (b *board) job(id int64) *Job {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if r := b.rows[id]; r != nil {
-		return r.job
+func (jt *jobTable) job(id int64) *Job {
+	jt.mu.Lock()
+	defer jt.mu.Unlock()
+	if js := jt.states[id]; js != nil {
+		return js.job
 	}
 	return nil
 }
 
 // note keeps an error that was met with a job, to be told.
-func (b *board) note(job int64, err error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if r := b.rows[job]; r != nil {
-		r.lastErr = record.Clip(err.Error(), record.MaxText)
+func (jt *jobTable) setLastError(job int64, err error) {
+	jt.mu.Lock()
+	defer jt.mu.Unlock()
+	if js := jt.states[job]; js != nil {
+		js.lastErr = record.Clip(err.Error(), record.MaxText)
 	}
 }
 
 // lastError is what was last met with a job.
-func (b *board) lastError(job int64) string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if r := b.rows[job]; r != nil {
-		return r.lastErr
+func (jt *jobTable) lastError(job int64) string {
+	jt.mu.Lock()
+	defer jt.mu.Unlock()
+	if js := jt.states[job]; js != nil {
+		return js.lastErr
 	}
 	return ""
 }
 
 // share is what one worker may use of a job's limits: they are divided among
 // those that have tasks of it.
-func (b *board) share(job int64) Limits {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	r := b.rows[job]
-	if r == nil {
+func (jt *jobTable) rateShare(job int64) Limits {
+	jt.mu.Lock()
+	defer jt.mu.Unlock()
+	js := jt.states[job]
+	if js == nil {
 		return Limits{}
 	}
-	l := r.limits
+	l := js.limits
 	if l == (Limits{}) {
 		return l
 	}
-	n := int64(max(1, b.workersOf(job)))
+	n := int64(max(1, jt.workersOf(job)))
 	if l.Requests > 0 {
 		l.Requests = max(1, l.Requests/n)
 	}
@@ -386,10 +386,10 @@ func (b *board) share(job int64) Limits {
 }
 
 // waitable returns a channel that is closed with the next change.
-func (b *board) waitable() <-chan struct{} {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.moved
+func (jt *jobTable) nextChange() <-chan struct{} {
+	jt.mu.Lock()
+	defer jt.mu.Unlock()
+	return jt.changed
 }
 
 // Status is a job with how far it has come.
@@ -407,45 +407,45 @@ type Status struct {
 }
 
 // status is what is told of a job. The lock must be held.
-func (b *board) status(r *row) *Status {
-	job := r.job
-	s := &Status{Job: job, Limits: r.limits, Done: job.Done, LastError: r.lastErr, Retries: job.Retries}
+func (jt *jobTable) status(js *jobState) *Status {
+	job := js.job
+	s := &Status{Job: job, Limits: js.limits, Done: job.Done, LastError: js.lastErr, Retries: job.Retries}
 	if job.State == Completed {
 		s.Done, s.Fraction, s.LastError = job.Totals, 1, ""
 		return s
 	}
-	now := r.done
-	for _, n := range r.running {
-		now = plus(now, n)
+	now := js.done
+	for _, n := range js.progress {
+		now = addTotals(now, n)
 	}
-	r.shown = atLeast(atLeast(r.shown, now), job.Done)
-	s.Done = r.shown
+	js.reported = maxTotals(maxTotals(js.reported, now), job.Done)
+	s.Done = js.reported
 	if job.State.Ended() {
 		s.LastError = ""
 		return fraction(s)
 	}
 	if job.Phase != RollBack { // else the job has them already
-		for _, t := range r.tasks {
+		for _, t := range js.tasks {
 			s.Retries += int64(max(1, t.attempt)) - 1
 		}
 	}
 	if job.Phase == Copy {
-		s.Waiting, _ = r.stall()
-		s.Refused = r.refusedSince()
+		s.Waiting, _ = js.stall()
+		s.Refused = js.refusedSince()
 	}
-	at := b.o.Now()
-	r.samples = append(r.samples, sample{at, s.Done.Bytes})
-	for len(r.samples) > 2 && at.Sub(r.samples[1].at) > rateSpan {
-		r.samples = r.samples[1:]
+	at := jt.o.Now()
+	js.samples = append(js.samples, sample{at, s.Done.Bytes})
+	for len(js.samples) > 2 && at.Sub(js.samples[1].at) > rateWindow {
+		js.samples = js.samples[1:]
 	}
-	if len(r.samples) > 1000 { // asked often: half of them say as much
-		thin := r.samples[:0]
-		for i := 0; i < len(r.samples); i += 2 {
-			thin = append(thin, r.samples[i])
+	if len(js.samples) > 1000 { // asked often: half of them say as much
+		thin := js.samples[:0]
+		for i := 0; i < len(js.samples); i += 2 {
+			thin = append(thin, js.samples[i])
 		}
-		r.samples = thin
+		js.samples = thin
 	}
-	if first := r.samples[0]; at.After(first.at) && job.Phase == Copy {
+	if first := js.samples[0]; at.After(first.at) && job.Phase == Copy {
 		s.Rate = int64(float64(s.Done.Bytes-first.bytes) / at.Sub(first.at).Seconds())
 		if s.Rate > 0 {
 			s.Remaining = time.Duration(float64(job.Totals.Bytes-s.Done.Bytes) / float64(s.Rate) * float64(time.Second))
@@ -463,7 +463,7 @@ func fraction(s *Status) *Status {
 }
 
 // atLeast returns the larger of each number.
-func atLeast(a, b segment.Totals) segment.Totals {
+func maxTotals(a, b segment.Totals) segment.Totals {
 	return segment.Totals{
 		Segments: max(a.Segments, b.Segments), Rows: max(a.Rows, b.Rows), Files: max(a.Files, b.Files),
 		Bytes: max(a.Bytes, b.Bytes), Builds: max(a.Builds, b.Builds), Straddling: max(a.Straddling, b.Straddling),

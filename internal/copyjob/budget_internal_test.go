@@ -13,13 +13,13 @@ import (
 	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
-func TestGate(t *testing.T) {
+func TestLimiter(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
 		ctx := t.Context()
-		g := newGate(8)
+		g := newLimiter(8)
 		enter := func() {
 			t.Helper()
-			if err := g.enter(ctx); err != nil {
+			if err := g.acquire(ctx); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -30,50 +30,50 @@ func TestGate(t *testing.T) {
 		var wg sync.WaitGroup
 		for range 4 { // who wait, and give up
 			wg.Go(func() {
-				if err := g.enter(waiting); !errors.Is(err, context.Canceled) {
+				if err := g.acquire(waiting); !errors.Is(err, context.Canceled) {
 					t.Errorf("err = %v", err)
 				}
 			})
 		}
 		virtual.Wait()
 		cancel()
-		g.leave(nil)
+		g.release(nil)
 		wg.Wait()
 		over, cancel := context.WithCancel(ctx)
 		cancel()
 		for range 20 {
-			if err := g.enter(over); !errors.Is(err, context.Canceled) {
+			if err := g.acquire(over); !errors.Is(err, context.Canceled) {
 				t.Errorf("err = %v", err)
 			}
 		}
 		enter() // the place that is free, which nobody has lost
 
 		for _, want := range []int{4, 2, 1, 1} { // halved
-			g.leave(object.ErrUnavailable)
+			g.release(object.ErrUnavailable)
 			if g.limit != want {
 				t.Errorf("limit %d, want %d", g.limit, want)
 			}
 		}
 		for range 4 {
-			g.leave(object.ErrNotFound) // says nothing of the store
+			g.release(object.ErrNotFound) // says nothing of the store
 		}
-		if g.limit != 1 || g.busy != 0 {
-			t.Errorf("limit %d, busy %d", g.limit, g.busy)
+		if g.limit != 1 || g.inUse != 0 {
+			t.Errorf("limit %d, busy %d", g.limit, g.inUse)
 		}
 		rounds := 0
 		for ; g.limit < 8; rounds++ {
 			enter()
-			g.leave(nil)
+			g.release(nil)
 		}
 		if rounds != 1+2+3+4+5+6+7 {
 			t.Errorf("it recovered after %d copies", rounds)
 		}
 		for range 100 {
 			enter()
-			g.leave(nil)
+			g.release(nil)
 		}
-		if g.limit != 8 || g.busy != 0 {
-			t.Errorf("limit %d, busy %d", g.limit, g.busy)
+		if g.limit != 8 || g.inUse != 0 {
+			t.Errorf("limit %d, busy %d", g.limit, g.inUse)
 		}
 	})
 }
@@ -190,10 +190,10 @@ func (s *slowSource) Manifest(ctx context.Context, _ int64, number int) ([]segme
 
 // TestSources reads each manifest once for all who want it at a time, and does
 // not take the interruption of one for that of another.
-func TestSources(t *testing.T) {
+func TestManifestCache(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
 		src := &slowSource{}
-		s := newSources(src)
+		s := newManifestCache(src)
 		md := &manifest.Metadata{}
 		for n := range int64(6) {
 			md.Manifests = append(md.Manifests, manifest.ManifestFile{FirstOrdinal: 2 * n, Segments: 2, FirstBuild: 3 * n, Builds: 3})
@@ -201,14 +201,14 @@ func TestSources(t *testing.T) {
 		first, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
 		wg.Go(func() {
-			if _, err := s.items(first, 1, md, 1, 3); !errors.Is(err, context.Canceled) {
+			if _, err := s.segments(first, 1, md, 1, 3); !errors.Is(err, context.Canceled) {
 				t.Errorf("err = %v", err)
 			}
 		})
 		virtual.Wait()
 		for range 5 {
 			wg.Go(func() {
-				items, err := s.items(t.Context(), 1, md, 1, 3)
+				items, err := s.segments(t.Context(), 1, md, 1, 3)
 				if err != nil || len(items) != 2 || items[0].ID != 2 || items[0].ordinal != 1 || items[0].firstBuild != 2 ||
 					items[1].ID != 3 || items[1].ordinal != 2 || items[1].firstBuild != 3 {
 					t.Errorf("%+v, err = %v", items, err)
@@ -221,19 +221,19 @@ func TestSources(t *testing.T) {
 		if src.reads != 3 { // the one that was interrupted, and both
 			t.Errorf("%d reads", src.reads)
 		}
-		if items, err := s.items(t.Context(), 1, md, 0, 12); err != nil || len(items) != 12 || items[11].firstBuild != 17 {
+		if items, err := s.segments(t.Context(), 1, md, 0, 12); err != nil || len(items) != 12 || items[11].firstBuild != 17 {
 			t.Errorf("%+v, err = %v", items, err)
 		}
-		if n := len(s.cache); n != maxManifests {
+		if n := len(s.entries); n != maxManifests {
 			t.Errorf("%d manifests are kept", n)
 		}
-		if _, err := s.items(t.Context(), 1, md, 10, 13); !errors.Is(err, errMapping) {
+		if _, err := s.segments(t.Context(), 1, md, 10, 13); !errors.Is(err, errMapping) {
 			t.Errorf("err = %v", err)
 		}
 		src.fail = object.ErrUnavailable
 		before := src.reads
 		for range 2 { // an error is not kept
-			if _, err := s.items(t.Context(), 2, md, 0, 2); !errors.Is(err, object.ErrUnavailable) {
+			if _, err := s.segments(t.Context(), 2, md, 0, 2); !errors.Is(err, object.ErrUnavailable) {
 				t.Errorf("err = %v", err)
 			}
 		}
@@ -242,7 +242,7 @@ func TestSources(t *testing.T) {
 		}
 		src.fail = nil
 		md.Manifests[0].Builds = 4
-		if _, err := s.items(t.Context(), 3, md, 0, 2); !errors.Is(err, ErrSource) {
+		if _, err := s.segments(t.Context(), 3, md, 0, 2); !errors.Is(err, ErrSource) {
 			t.Errorf("err = %v", err)
 		}
 	})

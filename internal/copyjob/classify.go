@@ -23,7 +23,7 @@ var (
 // classes say which errors of a task give its job up, and by which reason. All
 // others may pass: the task is tried again, up to the cap. A class by which a store
 // refuses gives the job up at once unless [object.IsPassing] holds.
-var classes = []struct {
+var failureClasses = []struct {
 	err    error
 	reason string
 	last   bool // only when it was the last try
@@ -118,7 +118,7 @@ func isRefused(err error) bool {
 
 // isUnanswered says whether a store gave no answer, or none of use.
 func isUnanswered(err error) bool {
-	for _, c := range classes {
+	for _, c := range failureClasses {
 		if errors.Is(err, c.err) {
 			return false
 		}
@@ -130,7 +130,7 @@ func isUnanswered(err error) bool {
 // reason for people, and false when it may pass. It is told whether it was the
 // last try; of a refusal, whether the refusal timeout is over.
 func classify(err error, last bool) (reason string, permanent bool) {
-	for _, c := range classes {
+	for _, c := range failureClasses {
 		if errors.Is(err, c.err) {
 			return c.reason, last || !c.last && !isRefused(err)
 		}

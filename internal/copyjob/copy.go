@@ -30,17 +30,17 @@ const requestsInFlight = 8
 // leastParts and mostParts bound how many parts of a large file are copied at
 // once.
 const (
-	leastParts = 4
-	mostParts  = 16
+	minParts = 4
+	maxParts = 16
 )
 
 // maxRefused is how many copies a store may refuse before an attempt begins no more.
 // Up to it the attempt copies the other files, so that one refusal does not cut off
 // large copies and a file that stays refused is soon all that is left to do.
-const maxRefused = 8
+const maxRefusedCopies = 8
 
 // restored is what an attempt has made.
-type restored struct {
+type taskResult struct {
 	segments []segment.Segment
 	totals   segment.Totals
 }
@@ -53,13 +53,13 @@ type fileCopy struct {
 	alias   string
 	from    object.Info // Size as the snapshot has it, ETag when it is known
 	to      string
-	source  place // where to look for what is not known of from
-	target  place // where the copy is listed
-	parts   int   // to copy at once
+	source  location // where to look for what is not known of from
+	target  location // where the copy is listed
+	parts   int      // to copy at once
 }
 
 // place is a prefix in a store that holds the files of one segment or build.
-type place struct {
+type location struct {
 	alias  string
 	prefix string // empty: there is none
 }
@@ -76,39 +76,39 @@ func (a *attempt) copy(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", errMapping, err)
 	}
-	from, to := a.job.span(a.number)
-	items, err := w.sources.items(ctx, a.job.Snapshot, md, from, to)
+	from, to := a.job.segmentRange(a.number)
+	items, err := w.manifests.segments(ctx, a.job.Snapshot, md, from, to)
 	if err != nil {
 		return err
 	}
-	done := &restored{}
+	result := &taskResult{}
 	indexes := a.job.targetIndexes(md)
 	for _, it := range items {
 		if !a.job.WantsPartition(it.Partition) {
 			continue
 		}
-		target, err := a.job.targetOf(it, mapping, indexes)
+		target, err := a.job.targetSegment(it, mapping, indexes)
 		if err != nil {
 			return err
 		}
-		done.segments = append(done.segments, target)
-		done.totals.Add(&done.segments[len(done.segments)-1])
+		result.segments = append(result.segments, target)
+		result.totals.Add(&result.segments[len(result.segments)-1])
 		if target.RowCeiling != 0 {
-			done.totals.Straddling++
+			result.totals.Straddling++
 		}
 	}
-	files, err := a.plan(md, items, done.segments)
+	files, err := a.planCopies(md, items, result.segments)
 	if err != nil {
 		return err
 	}
 	if err := a.transfer(ctx, files); err != nil {
 		return err
 	}
-	return a.register(ctx, done)
+	return a.register(ctx, result)
 }
 
 // targetOf is the target of a segment: the same rows, other ids and paths.
-func (j *Job) targetOf(it item, m *layout.Mapping, indexes map[int64]int64) (segment.Segment, error) {
+func (j *Job) targetSegment(it sourceSegment, m *layout.Mapping, indexes map[int64]int64) (segment.Segment, error) {
 	s := *it.Segment
 	if j.SkipIndexes {
 		s.Builds = nil
@@ -139,7 +139,7 @@ func (j *Job) targetOf(it item, m *layout.Mapping, indexes map[int64]int64) (seg
 }
 
 // plan lists what is to be copied, source and target beside each other.
-func (a *attempt) plan(md *manifest.Metadata, items []item, targets []segment.Segment) ([]*fileCopy, error) {
+func (a *attempt) planCopies(md *manifest.Metadata, items []sourceSegment, targets []segment.Segment) ([]*fileCopy, error) {
 	var files []*fileCopy
 	next := 0
 	for _, it := range items {
@@ -176,8 +176,8 @@ func (a *attempt) plan(md *manifest.Metadata, items []item, targets []segment.Se
 				file: f, segment: it.ID, store: store, alias: root.Store,
 				from:   object.Info{Key: root.Prefix + src.Path, Size: src.Size, ETag: src.ETag, Checksum: src.Checksum.Text()},
 				to:     root.Prefix + f.Path,
-				source: place{root.Store, anchor(root.Prefix, src.Path, it.ID)},
-				target: place{root.Store, anchor(root.Prefix, f.Path, ids...)},
+				source: location{root.Store, listPrefix(root.Prefix, src.Path, it.ID)},
+				target: location{root.Store, listPrefix(root.Prefix, f.Path, ids...)},
 			})
 		}
 	}
@@ -187,7 +187,7 @@ func (a *attempt) plan(md *manifest.Metadata, items []item, targets []segment.Se
 // anchor is the prefix of the path that ends with the first element that is one
 // of ids: it holds the files of one segment or build, so that listing it costs
 // little. It is empty when there is none.
-func anchor(root, path string, ids ...int64) string {
+func listPrefix(root, path string, ids ...int64) string {
 	at := 0
 	for element := range strings.SplitSeq(path, "/") {
 		at += len(element) + 1
@@ -207,10 +207,10 @@ func (a *attempt) transfer(ctx context.Context, files []*fileCopy) error {
 	if err := a.pinSources(ctx, budget, files); err != nil {
 		return err
 	}
-	have := map[place]map[string]object.Info{}
+	existing := map[location]map[string]object.Info{}
 	if a.attempt > 1 { // an earlier attempt may have left something
 		var err error
-		if have, err = a.list(ctx, budget, files, func(f *fileCopy) place { return f.target }); err != nil {
+		if existing, err = a.list(ctx, budget, files, func(f *fileCopy) location { return f.target }); err != nil {
 			return err
 		}
 	}
@@ -223,12 +223,12 @@ func (a *attempt) transfer(ctx context.Context, files []*fileCopy) error {
 	group.SetLimit(a.worker.o.CopyInFlight)
 	for _, f := range order {
 		// A file that is almost alone may have the room of many.
-		f.parts = min(max(leastParts, a.worker.o.CopyInFlight/len(files)), mostParts)
+		f.parts = min(max(minParts, a.worker.o.CopyInFlight/len(files)), maxParts)
 		group.Go(func() error {
 			if refused.tooMany() {
 				return nil
 			}
-			if err := a.copyFile(groupCtx, budget, f, have); isRefused(err) {
+			if err := a.copyFile(groupCtx, budget, f, existing); isRefused(err) {
 				refused.add(err)
 				return nil
 			} else if err != nil {
@@ -265,11 +265,11 @@ func (r *refusedCopies) add(err error) {
 func (r *refusedCopies) tooMany() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.n >= maxRefused
+	return r.n >= maxRefusedCopies
 }
 
 // each calls do for each of files, some at a time, until one fails.
-func each(ctx context.Context, files []*fileCopy, do func(context.Context, *fileCopy) error) error {
+func forEach(ctx context.Context, files []*fileCopy, do func(context.Context, *fileCopy) error) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(requestsInFlight)
 	for _, f := range files {
@@ -296,12 +296,12 @@ func (a *attempt) head(ctx context.Context, b *budget, f *fileCopy, key string) 
 }
 
 // list lists the places of files, each once. Files without a place are left out.
-func (a *attempt) list(ctx context.Context, b *budget, files []*fileCopy, where func(*fileCopy) place) (map[place]map[string]object.Info, error) {
-	found := map[place]map[string]object.Info{}
+func (a *attempt) list(ctx context.Context, b *budget, files []*fileCopy, locate func(*fileCopy) location) (map[location]map[string]object.Info, error) {
+	found := map[location]map[string]object.Info{}
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(requestsInFlight)
 	for _, f := range files {
-		p := where(f)
+		p := locate(f)
 		if p.prefix == "" || found[p] != nil {
 			continue
 		}
@@ -324,8 +324,8 @@ func (a *attempt) list(ctx context.Context, b *budget, files []*fileCopy, where 
 }
 
 // copyFile makes the target of one file, unless it is there and proved equal.
-func (a *attempt) copyFile(ctx context.Context, b *budget, f *fileCopy, have map[place]map[string]object.Info) error {
-	if there, ok := have[f.target][f.to]; ok {
+func (a *attempt) copyFile(ctx context.Context, b *budget, f *fileCopy, existing map[location]map[string]object.Info) error {
+	if there, ok := existing[f.target][f.to]; ok {
 		equal := object.ProvedEqual(f.from, there)
 		if !equal && there.Size == f.from.Size { // what a listing does not say may prove it
 			info, err := a.head(ctx, b, f, f.to)
@@ -343,18 +343,18 @@ func (a *attempt) copyFile(ctx context.Context, b *budget, f *fileCopy, have map
 	if err := b.spend(ctx, 1+parts, f.from.Size); err != nil {
 		return err
 	}
-	if err := a.worker.gate.enter(ctx); err != nil {
+	if err := a.worker.limiter.acquire(ctx); err != nil {
 		return err
 	}
 	info, err := f.store.Copy(ctx, object.CopyRequest{
 		From: f.from.Key, To: f.to, SourceETag: f.from.ETag, Size: f.from.Size, Parts: a.job.Parts, InFlight: f.parts,
 	})
-	a.worker.gate.leave(err)
+	a.worker.limiter.release(err)
 	switch {
 	case errors.Is(err, object.ErrNotFound):
 		return fmt.Errorf("%w: %s", errSourceMissing, f.name())
 	case errors.Is(err, object.ErrSourceChanged):
-		return a.changed(ctx, b, f)
+		return a.explainChange(ctx, b, f)
 	case err != nil:
 		return fmt.Errorf("copy %s: %w", f.name(), err)
 	}
@@ -365,7 +365,7 @@ func (a *attempt) copyFile(ctx context.Context, b *budget, f *fileCopy, have map
 // changed returns what it means that a store refuses to copy a file as it was
 // recorded: it asks what the file is now. No answer to that says nothing; the copy is
 // tried again.
-func (a *attempt) changed(ctx context.Context, b *budget, f *fileCopy) error {
+func (a *attempt) explainChange(ctx context.Context, b *budget, f *fileCopy) error {
 	info, err := a.head(ctx, b, f, f.from.Key)
 	if err != nil {
 		return fmt.Errorf("look what %s is now: %w", f.name(), err)
@@ -382,11 +382,11 @@ func (a *attempt) changed(ctx context.Context, b *budget, f *fileCopy) error {
 
 // verify looks whether all that was copied is there as the copies' answers said.
 func (a *attempt) verify(ctx context.Context, b *budget, files []*fileCopy) error {
-	found, err := a.list(ctx, b, files, func(f *fileCopy) place { return f.target })
+	found, err := a.list(ctx, b, files, func(f *fileCopy) location { return f.target })
 	if err != nil {
 		return err
 	}
-	return each(ctx, files, func(ctx context.Context, f *fileCopy) error {
+	return forEach(ctx, files, func(ctx context.Context, f *fileCopy) error {
 		info, ok := found[f.target][f.to]
 		if !ok {
 			var err error
@@ -408,11 +408,11 @@ func (a *attempt) verify(ctx context.Context, b *budget, files []*fileCopy) erro
 type progress struct {
 	attempt *attempt
 
-	mu    sync.Mutex
-	files int64
-	bytes int64
-	last  time.Duration // elapsed
-	more  time.Time     // when it last finished more files than any attempt before; zero: it has not
+	mu       sync.Mutex
+	files    int64
+	bytes    int64
+	last     time.Duration // elapsed
+	advanced time.Time     // when it last finished more files than any attempt before; zero: it has not
 }
 
 // finished returns how many files the attempt has finished, and when that last was
@@ -423,7 +423,7 @@ func (p *progress) finished() (int64, time.Time) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.files, p.more
+	return p.files, p.advanced
 }
 
 // add counts a file. It is never an error that nobody could be told.
@@ -433,14 +433,14 @@ func (p *progress) add(ctx context.Context, bytes int64) {
 	p.bytes += bytes
 	a, now := p.attempt, p.attempt.worker.o.Clock.Elapsed()
 	if p.files > a.task.finished {
-		p.more = a.worker.o.Clock.Display()
+		p.advanced = a.worker.o.Clock.Display()
 	}
 	if now-p.last < progressEvery {
 		p.mu.Unlock()
 		return
 	}
 	p.last = now
-	value := record.Encode(&storagev1.TaskProgress{Format: record.Format, Attempt: a.attempt, Files: p.files, Bytes: p.bytes, FinishTime: record.Nanos(p.more)})
+	value := record.Encode(&storagev1.TaskProgress{Format: record.Format, Attempt: a.attempt, Files: p.files, Bytes: p.bytes, FinishTime: record.Nanos(p.advanced)})
 	p.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 	defer cancel()

@@ -181,11 +181,11 @@ type Options struct {
 // Jobs runs restores. It is safe for concurrent use. All background work happens
 // inside Run and Lead.
 type Jobs struct {
-	o     Options
-	kv    meta.KV
-	log   *zap.Logger
-	board *board
-	work  *worker
+	o      Options
+	kv     meta.KV
+	log    *zap.Logger
+	table  *jobTable
+	worker *worker
 }
 
 // New returns Jobs that do nothing until Run.
@@ -221,8 +221,8 @@ func New(o Options) *Jobs {
 		o.Clock = clock.New(clock.Options{KV: o.KV, Clock: clock.Of(o.Now), Replica: o.Replica, Log: o.Log})
 	}
 	j := &Jobs{o: o, kv: o.KV, log: o.Log}
-	j.board = newBoard(&j.o)
-	j.work = newWorker(&j.o, j.board)
+	j.table = newJobTable(&j.o)
+	j.worker = newWorker(&j.o, j.table)
 	return j
 }
 
@@ -230,10 +230,10 @@ func New(o Options) *Jobs {
 // ctx ends. It must be called once.
 func (j *Jobs) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return j.board.run(ctx) })
+	group.Go(func() error { return j.table.run(ctx) })
 	if j.o.Slots > 0 {
 		group.Go(func() error {
-			j.work.run(ctx)
+			j.worker.run(ctx)
 			return nil
 		})
 	}

@@ -38,7 +38,7 @@ type decision struct {
 }
 
 // stalled is the reason of a job that waited for a store for too long.
-const stalled = "STALLED"
+const reasonStalled = "STALLED"
 
 // maxTaskAttempts is how often a task may be begun, less the attempts that got no
 // answer. That a worker dies is no
@@ -49,7 +49,7 @@ const maxTaskAttempts = 200
 type moment struct {
 	// judged is the time that deadlines are judged by; zero: the clock is not
 	// trusted, and no deadline has come.
-	judged  time.Time
+	now     time.Time
 	elapsed time.Duration
 }
 
@@ -59,10 +59,10 @@ const untrustedWait = 5 * time.Second
 // decide looks at all jobs and says what is to be done, the jobs of the highest
 // priority first, then the oldest, and how long there is nothing more unless
 // something changes. It is a function of the board and the time.
-func (b *board) decide(at moment) (list []decision, next time.Duration) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	next = b.o.Resync
+func (jt *jobTable) decide(at moment) (list []decision, next time.Duration) {
+	jt.mu.Lock()
+	defer jt.mu.Unlock()
+	next = jt.o.Resync
 	after := func(left time.Duration) bool {
 		if left > 0 {
 			next = min(next, left)
@@ -70,16 +70,16 @@ func (b *board) decide(at moment) (list []decision, next time.Duration) {
 		return left <= 0
 	}
 	until := func(t time.Time) bool {
-		if at.judged.IsZero() { // looked at again soon
+		if at.now.IsZero() { // looked at again soon
 			return after(untrustedWait)
 		}
-		return after(t.Sub(at.judged))
+		return after(t.Sub(at.now))
 	}
-	for _, r := range b.rows {
-		if r.job == nil {
+	for _, js := range jt.states {
+		if js.job == nil {
 			continue
 		}
-		if d := b.decideJob(r, until, func(t *task) bool { return after(t.pause() - (at.elapsed - t.seen)) }); d.step != stepNone {
+		if d := jt.decideJob(js, until, func(t *task) bool { return after(t.pause() - (at.elapsed - t.seen)) }); d.step != stepNone {
 			list = append(list, d)
 		}
 	}
@@ -91,23 +91,23 @@ func (b *board) decide(at moment) (list []decision, next time.Duration) {
 
 // decideJob decides for one job. until says whether a time has come, and ready
 // whether a task that failed may be tried again.
-func (b *board) decideJob(r *row, until func(time.Time) bool, ready func(*task) bool) decision {
-	job := r.job
+func (jt *jobTable) decideJob(js *jobState, until func(time.Time) bool, ready func(*task) bool) decision {
+	job := js.job
 	d := decision{job: job}
 	giveUp := func(reason, format string, args ...any) decision {
 		d.step, d.outcome, d.reason, d.message = stepGiveUp, Failed, reason, fmt.Sprintf(format, args...)
-		s := b.status(r)
+		s := jt.status(js)
 		d.done, d.retries = s.Done, s.Retries
 		return d
 	}
 	switch {
 	case job.State.Ended():
-		if until(job.EndTime.Add(b.o.Keep)) {
+		if until(job.EndTime.Add(jt.o.Keep)) {
 			d.step = stepForget
 		}
 		return d
 	case job.Phase == RollBack:
-		if !b.hasAssignments(job.ID) { // the workers have stopped
+		if !jt.hasAssignmentsLocked(job.ID) { // the workers have stopped
 			d.step = stepRollBack
 		}
 		return d
@@ -122,31 +122,31 @@ func (b *board) decideJob(r *row, until func(time.Time) bool, ready func(*task) 
 	case job.State != Executing || job.Phase != Copy: // of a newer release
 		return d
 	}
-	if since, d := r.stall(); d >= b.o.StallTimeout {
-		return giveUp(stalled, "no file was finished for %v, from %s on, because a store does not answer: %s",
-			d.Round(time.Second), since.Format(time.RFC3339), r.lastErr)
+	if since, d := js.stall(); d >= jt.o.StallTimeout {
+		return giveUp(reasonStalled, "no file was finished for %v, from %s on, because a store does not answer: %s",
+			d.Round(time.Second), since.Format(time.RFC3339), js.lastErr)
 	}
-	for _, t := range r.open {
+	for _, t := range js.unfinished {
 		switch {
 		case t.state == TaskFailed:
 			return giveUp(t.reason, "%s", t.message)
 		case t.attempt-t.unanswered >= maxTaskAttempts:
 			return giveUp("TOO_MANY_FAILURES", "gave up after %d attempts, of which %d said why they failed; its workers may have crashed",
 				t.attempt-t.unanswered, t.failures)
-		case int(t.failures) >= b.o.MaxFailures:
+		case int(t.failures) >= jt.o.MaxFailures:
 			return giveUp("TOO_MANY_FAILURES", "gave up after %d failures, the last of which was: %s", t.failures, t.message)
 		case t.state == TaskPending && ready(t),
-			t.state == TaskRunning && !b.isAssigned(t):
+			t.state == TaskRunning && !jt.isAssigned(t):
 			d.tasks = append(d.tasks, t)
 		}
 	}
 	switch {
-	case int64(len(r.tasks)) == job.Tasks && len(r.open) == 0:
-		if r.done.Segments != job.Totals.Segments || r.done.Files != job.Totals.Files || r.done.Bytes != job.Totals.Bytes {
+	case int64(len(js.tasks)) == job.Tasks && len(js.unfinished) == 0:
+		if js.done.Segments != job.Totals.Segments || js.done.Files != job.Totals.Files || js.done.Bytes != job.Totals.Bytes {
 			return giveUp("INTERNAL", "%d segments, %d files and %d bytes were restored, not %d, %d and %d",
-				r.done.Segments, r.done.Files, r.done.Bytes, job.Totals.Segments, job.Totals.Files, job.Totals.Bytes)
+				js.done.Segments, js.done.Files, js.done.Bytes, job.Totals.Segments, job.Totals.Files, job.Totals.Bytes)
 		}
-		d.step, d.done, d.retries = stepPublish, r.done, b.status(r).Retries
+		d.step, d.done, d.retries = stepPublish, js.done, jt.status(js).Retries
 	case len(d.tasks) > 0:
 		d.step = stepAssign
 		slices.SortFunc(d.tasks, func(x, y *task) int { return cmp.Compare(x.number, y.number) })
@@ -156,14 +156,14 @@ func (b *board) decideJob(r *row, until func(time.Time) bool, ready func(*task) 
 
 // isAssigned says whether the worker of a running task still has it. The lock
 // must be held.
-func (b *board) isAssigned(t *task) bool {
-	return b.assigned[keys.Assignment(t.worker, t.job, t.number)]
+func (jt *jobTable) isAssigned(t *task) bool {
+	return jt.assignments[keys.Assignment(t.worker, t.job, t.number)]
 }
 
 // hasAssignments says whether any worker has a task of the job. The lock must be
 // held.
-func (b *board) hasAssignments(job int64) bool {
-	for key := range b.assigned {
+func (jt *jobTable) hasAssignmentsLocked(job int64) bool {
+	for key := range jt.assignments {
 		if id, _, err := keys.LastTwo(key); err == nil && id == job {
 			return true
 		}
@@ -172,16 +172,16 @@ func (b *board) hasAssignments(job int64) bool {
 }
 
 // isWorkedOn is hasAssignments for who does not hold the lock.
-func (b *board) isWorkedOn(job int64) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.hasAssignments(job)
+func (jt *jobTable) hasAssignments(job int64) bool {
+	jt.mu.Lock()
+	defer jt.mu.Unlock()
+	return jt.hasAssignmentsLocked(job)
 }
 
 // workersOf counts the workers that have tasks of the job. The lock must be held.
-func (b *board) workersOf(job int64) int {
+func (jt *jobTable) workersOf(job int64) int {
 	workers := map[int64]bool{}
-	for key := range b.assigned {
+	for key := range jt.assignments {
 		id, _, err := keys.LastTwo(key)
 		if err != nil || id != job {
 			continue
@@ -195,22 +195,22 @@ func (b *board) workersOf(job int64) int {
 
 // slot is a worker with room for tasks.
 type slot struct {
-	*poolWorker
+	*workerInfo
 	free int
 }
 
 // slots returns the workers that have room, those with the most first.
-func (b *board) slots() []slot {
-	b.mu.Lock()
-	defer b.mu.Unlock()
+func (jt *jobTable) slots() []slot {
+	jt.mu.Lock()
+	defer jt.mu.Unlock()
 	load := map[int64]int{}
-	for key := range b.assigned {
+	for key := range jt.assignments {
 		if worker, err := keys.AssignedTo(key); err == nil {
 			load[worker]++
 		}
 	}
 	var list []slot
-	for _, w := range b.pool {
+	for _, w := range jt.workers {
 		if free := w.slots - load[w.id]; free > 0 {
 			list = append(list, slot{w, free})
 		}

@@ -26,75 +26,75 @@ import (
 var start = time.Unix(1_000_000, 0).UTC()
 
 // afterAll is start, long after all that is on a table was seen.
-var afterAll = moment{judged: start, elapsed: time.Hour}
+var muchLater = moment{now: start, elapsed: time.Hour}
 
 // still is a clock that stands.
-type still struct{}
+type fixedClock struct{}
 
-func (still) Now() time.Time         { return start }
-func (still) Elapsed() time.Duration { return 0 }
+func (fixedClock) Now() time.Time         { return start }
+func (fixedClock) Elapsed() time.Duration { return 0 }
 
 // table is a board that is filled by hand.
-type table struct {
-	*board
+type testTable struct {
+	*jobTable
 	revision int64
 }
 
-func newTable() *table {
-	return &table{board: newBoard(&Options{
-		Now: still{}.Now, Clock: clock.New(clock.Options{Clock: still{}}), Log: zap.NewNop(), Resync: time.Minute, MaxFailures: 3, Keep: time.Hour,
+func newTestTable() *testTable {
+	return &testTable{jobTable: newJobTable(&Options{
+		Now: fixedClock{}.Now, Clock: clock.New(clock.Options{Clock: fixedClock{}}), Log: zap.NewNop(), Resync: time.Minute, MaxFailures: 3, Keep: time.Hour,
 		StallTimeout: 24 * time.Hour,
 	})}
 }
 
 // has puts things on the board: jobs, tasks, workers and assignments.
-func (b *table) has(things ...any) {
+func (tt *testTable) add(things ...any) {
 	var kvs []meta.KeyValue
 	var workers []meta.Event
 	for _, thing := range things {
-		b.revision++
-		kv := meta.KeyValue{CreateRevision: b.revision, ModRevision: b.revision}
+		tt.revision++
+		kv := meta.KeyValue{CreateRevision: tt.revision, ModRevision: tt.revision}
 		switch x := thing.(type) {
 		case *Job:
 			kv.Key, kv.Value = keys.Job(x.ID), x.Encode("op")
 		case *task:
 			kv.Key, kv.Value = x.key(), x.encode("op")
-		case running:
+		case progressOf:
 			kv.Key, kv.Value = keys.Progress(x.job, x.task), record.Encode(&storagev1.TaskProgress{Format: record.Format, Files: x.files, Bytes: x.bytes})
-		case poolWorker:
+		case workerInfo:
 			kv.Key, kv.Value = keys.Worker(x.id), record.Encode(&storagev1.Worker{Format: record.Format, Slots: uint32(x.slots)})
 			kv.Lease = x.lease
 			workers = append(workers, meta.Event{KV: kv})
 			continue
-		case assigned:
+		case assignmentOf:
 			kv.Key, kv.Value = keys.Assignment(x.worker, x.job, x.task), record.Encode(&storagev1.Assignment{Format: record.Format})
 			workers = append(workers, meta.Event{KV: kv})
 			continue
-		case gone:
+		case removed:
 			kv.Key = string(x)
-			b.apply(meta.Event{Deleted: true, KV: kv})
+			tt.apply(meta.Event{Deleted: true, KV: kv})
 			continue
 		}
 		kvs = append(kvs, kv)
 	}
 	for _, kv := range kvs {
-		b.apply(meta.Event{KV: kv})
+		tt.apply(meta.Event{KV: kv})
 	}
-	(*workerHandler)(b.board).Apply(workers, b.revision)
+	(*workerHandler)(tt.jobTable).Apply(workers, tt.revision)
 }
 
-func (b *table) apply(e meta.Event) {
+func (tt *testTable) apply(e meta.Event) {
 	if strings.HasPrefix(e.KV.Key, "/worker/") {
-		(*workerHandler)(b.board).Apply([]meta.Event{e}, b.revision)
+		(*workerHandler)(tt.jobTable).Apply([]meta.Event{e}, tt.revision)
 		return
 	}
-	(*jobHandler)(b.board).Apply([]meta.Event{e}, b.revision)
+	(*jobHandler)(tt.jobTable).Apply([]meta.Event{e}, tt.revision)
 }
 
 type (
-	running  struct{ job, task, files, bytes int64 }
-	assigned struct{ worker, job, task int64 }
-	gone     string
+	progressOf   struct{ job, task, files, bytes int64 }
+	assignmentOf struct{ worker, job, task int64 }
+	removed      string
 )
 
 func executing(phase Phase, tasks int64) *Job {
@@ -144,10 +144,10 @@ func TestDecide(t *testing.T) {
 			"", time.Minute,
 		},
 		"one is worked on": {
-			[]any{executing(Copy, 1), &task{job: 1, state: TaskRunning, worker: 7, attempt: 1}, assigned{7, 1, 0}}, stepNone, nil, "", time.Minute,
+			[]any{executing(Copy, 1), &task{job: 1, state: TaskRunning, worker: 7, attempt: 1}, assignmentOf{7, 1, 0}}, stepNone, nil, "", time.Minute,
 		},
 		"its worker is gone": {
-			[]any{executing(Copy, 1), &task{job: 1, state: TaskRunning, worker: 7, attempt: 1}, assigned{8, 1, 0}}, stepAssign, []int64{0}, "", time.Minute,
+			[]any{executing(Copy, 1), &task{job: 1, state: TaskRunning, worker: 7, attempt: 1}, assignmentOf{8, 1, 0}}, stepAssign, []int64{0}, "", time.Minute,
 		},
 		"it failed for good": {
 			[]any{executing(Copy, 2), &task{job: 1, state: TaskFailed, reason: "R", message: "M"}, doneTask(1)}, stepGiveUp, nil, "R", time.Minute,
@@ -176,7 +176,7 @@ func TestDecide(t *testing.T) {
 				executing(Copy, 2),
 				&task{job: 1, number: 1, state: TaskPending, waits: 9, waitSince: start.Add(-24 * time.Hour), waitTime: start},
 				&task{job: 1, state: TaskRunning, worker: 7, attempt: 1, finished: 1, finishTime: start.Add(-23 * time.Hour)},
-				assigned{7, 1, 0},
+				assignmentOf{7, 1, 0},
 			},
 			stepAssign,
 			[]int64{1},
@@ -209,18 +209,18 @@ func TestDecide(t *testing.T) {
 		"given up, out of time": {
 			[]any{with(executing(RollBack, 1), func(j *Job) { j.Deadline = start })}, stepRollBack, nil, "", time.Minute,
 		},
-		"given up, worked on": {[]any{executing(RollBack, 1), assigned{7, 1, 0}}, stepNone, nil, "", time.Minute},
+		"given up, worked on": {[]any{executing(RollBack, 1), assignmentOf{7, 1, 0}}, stepNone, nil, "", time.Minute},
 		"another is worked on": {
-			[]any{executing(RollBack, 1), assigned{7, 2, 0}}, stepRollBack, nil, "", time.Minute,
+			[]any{executing(RollBack, 1), assignmentOf{7, 2, 0}}, stepRollBack, nil, "", time.Minute,
 		},
 		"ended":          {[]any{&Job{ID: 1, State: Failed, Phase: RollBack, EndTime: start.Add(-50 * time.Minute)}}, stepNone, nil, "", time.Minute},
 		"ended, soon":    {[]any{&Job{ID: 1, State: Completed, Phase: Publish, EndTime: start.Add(time.Second - time.Hour)}}, stepNone, nil, "", time.Second},
 		"ended long ago": {[]any{&Job{ID: 1, State: Canceled, Phase: RollBack, EndTime: start.Add(-time.Hour)}}, stepForget, nil, "", time.Minute},
 	} {
 		t.Run(name, func(t *testing.T) {
-			b := newTable()
-			b.has(c.things...)
-			list, next := b.decide(afterAll)
+			b := newTestTable()
+			b.add(c.things...)
+			list, next := b.decide(muchLater)
 			if next != c.next {
 				t.Errorf("next in %v, want %v", next, c.next)
 			}
@@ -247,8 +247,8 @@ func TestDecide(t *testing.T) {
 // A task that failed waits from when the leader saw the failure, longer each time.
 func TestDecideRetry(t *testing.T) {
 	for failures, wait := range map[uint32]time.Duration{0: 0, 1: 200 * time.Millisecond, 2: 400 * time.Millisecond} {
-		b := newTable()
-		b.has(executing(Copy, 1), &task{job: 1, state: TaskPending, failures: failures})
+		b := newTestTable()
+		b.add(executing(Copy, 1), &task{job: 1, state: TaskPending, failures: failures})
 		if list, next := b.decide(moment{start, wait - 1}); wait > 0 && (len(list) != 0 || next != 1) {
 			t.Errorf("%d failures, too early: %+v, next in %v", failures, list, next)
 		}
@@ -260,8 +260,8 @@ func TestDecideRetry(t *testing.T) {
 
 // While the clock is not trusted no deadline has come, and all else goes on.
 func TestDecideWithoutClock(t *testing.T) {
-	b := newTable()
-	b.has(with(executing(Prepare, 1), func(j *Job) { j.Deadline = start.Add(-time.Hour) }),
+	b := newTestTable()
+	b.add(with(executing(Prepare, 1), func(j *Job) { j.Deadline = start.Add(-time.Hour) }),
 		&Job{ID: 2, State: Failed, Phase: RollBack, EndTime: start.Add(-time.Hour)})
 	list, next := b.decide(moment{elapsed: time.Hour})
 	if len(list) != 1 || list[0].step != stepPrepare || next != untrustedWait {
@@ -270,12 +270,12 @@ func TestDecideWithoutClock(t *testing.T) {
 }
 
 func TestDecideOrder(t *testing.T) {
-	b := newTable()
+	b := newTestTable()
 	for id, priority := range map[int64]int{1: 0, 2: 5, 3: -1, 4: 5, 5: 0} {
-		b.has(&Job{ID: id, State: Pending, Priority: priority})
+		b.add(&Job{ID: id, State: Pending, Priority: priority})
 	}
 	var ids []int64
-	list, _ := b.decide(afterAll)
+	list, _ := b.decide(muchLater)
 	for _, d := range list {
 		ids = append(ids, d.job.ID)
 	}
@@ -285,9 +285,9 @@ func TestDecideOrder(t *testing.T) {
 }
 
 func TestSlots(t *testing.T) {
-	b := newTable()
-	b.has(poolWorker{id: 1, slots: 2}, poolWorker{id: 2, slots: 8}, poolWorker{id: 3, slots: 8}, poolWorker{id: 4, slots: 1},
-		assigned{1, 9, 0}, assigned{2, 9, 1}, assigned{4, 9, 2}, assigned{5, 9, 3})
+	b := newTestTable()
+	b.add(workerInfo{id: 1, slots: 2}, workerInfo{id: 2, slots: 8}, workerInfo{id: 3, slots: 8}, workerInfo{id: 4, slots: 1},
+		assignmentOf{1, 9, 0}, assignmentOf{2, 9, 1}, assignmentOf{4, 9, 2}, assignmentOf{5, 9, 3})
 	check := func(want ...[2]int) {
 		t.Helper()
 		var got [][2]int
@@ -299,24 +299,24 @@ func TestSlots(t *testing.T) {
 		}
 	}
 	check([2]int{3, 8}, [2]int{2, 7}, [2]int{1, 1})
-	b.has(gone(keys.Worker(3)), gone(keys.Assignment(4, 9, 2)))
+	b.add(removed(keys.Worker(3)), removed(keys.Assignment(4, 9, 2)))
 	check([2]int{2, 7}, [2]int{1, 1}, [2]int{4, 1})
 	if n := b.workersOf(9); n != 3 {
 		t.Errorf("%d workers have tasks", n)
 	}
-	if b.workersOf(8) != 0 || !b.isWorkedOn(9) || b.isWorkedOn(8) {
+	if b.workersOf(8) != 0 || !b.hasAssignments(9) || b.hasAssignments(8) {
 		t.Error("who works on what is wrong")
 	}
 }
 
 // TestProgress has what is told never go down, whatever the tasks do.
 func TestProgress(t *testing.T) {
-	b := newTable()
+	b := newTestTable()
 	now := start
 	b.o.Now = func() time.Time { return now }
-	b.has(executing(Copy, 2))
+	b.add(executing(Copy, 2))
 	var last *Status
-	told := func(files, bytes int64, retries int64) {
+	check := func(files, bytes int64, retries int64) {
 		t.Helper()
 		now = now.Add(time.Second)
 		s, _ := b.statusOf(1)
@@ -328,44 +328,44 @@ func TestProgress(t *testing.T) {
 		}
 		last = s
 	}
-	told(0, 0, 0)
-	b.has(&task{job: 1, number: 0, state: TaskRunning, attempt: 1}, &task{job: 1, number: 1, state: TaskRunning, attempt: 1})
-	told(0, 0, 0)
-	b.has(running{1, 0, 5, 50})
-	told(5, 50, 0)
-	b.has(running{1, 1, 1, 10}, running{1, 0, 10, 60})
-	told(11, 70, 0)
+	check(0, 0, 0)
+	b.add(&task{job: 1, number: 0, state: TaskRunning, attempt: 1}, &task{job: 1, number: 1, state: TaskRunning, attempt: 1})
+	check(0, 0, 0)
+	b.add(progressOf{1, 0, 5, 50})
+	check(5, 50, 0)
+	b.add(progressOf{1, 1, 1, 10}, progressOf{1, 0, 10, 60})
+	check(11, 70, 0)
 	if last.Rate <= 0 || last.Remaining <= 0 {
 		t.Errorf("rate %d, remaining %v", last.Rate, last.Remaining)
 	}
-	b.has(&task{job: 1, number: 0, state: TaskPending, attempt: 1, failures: 1, message: "broke"})
-	told(11, 70, 0)
-	b.has(&task{job: 1, number: 0, state: TaskRunning, attempt: 2}, running{1, 0, 1, 10})
-	told(11, 70, 1)
+	b.add(&task{job: 1, number: 0, state: TaskPending, attempt: 1, failures: 1, message: "broke"})
+	check(11, 70, 0)
+	b.add(&task{job: 1, number: 0, state: TaskRunning, attempt: 2}, progressOf{1, 0, 1, 10})
+	check(11, 70, 1)
 	if last.LastError != "broke" {
 		t.Errorf("last error %q", last.LastError)
 	}
-	b.has(doneTask(0))
-	b.has(running{1, 0, 1, 10}) // which comes late
-	told(21, 110, 0)
-	b.has(gone(keys.Progress(1, 0)))
-	told(21, 110, 0)
+	b.add(doneTask(0))
+	b.add(progressOf{1, 0, 1, 10}) // which comes late
+	check(21, 110, 0)
+	b.add(removed(keys.Progress(1, 0)))
+	check(21, 110, 0)
 	// A board that begins anew has told what it has told.
 	kvs := []meta.KeyValue{{Key: keys.Job(1), Value: executing(Copy, 2).Encode("op"), ModRevision: 1}}
-	(*jobHandler)(b.board).Reset(kvs, 99)
-	told(21, 110, 0)
+	(*jobHandler)(b.jobTable).Reset(kvs, 99)
+	check(21, 110, 0)
 	// What is given up keeps what it had.
-	b.has(with(executing(RollBack, 2), func(j *Job) { j.Done, j.Retries = segment.Totals{Files: 21, Bytes: 110}, 4 }),
+	b.add(with(executing(RollBack, 2), func(j *Job) { j.Done, j.Retries = segment.Totals{Files: 21, Bytes: 110}, 4 }),
 		&task{job: 1, number: 0, state: TaskRunning, attempt: 5})
-	told(21, 110, 4)
-	b.has(gone(keys.Task(1, 0)), with(executing(RollBack, 2), func(j *Job) { j.State, j.Done, j.Retries = Failed, segment.Totals{Files: 21, Bytes: 110}, 4 }))
-	told(21, 110, 4)
-	b.has(with(executing(Publish, 2), func(j *Job) { j.State, j.Retries = Completed, 4 }))
-	told(40, 200, 4)
+	check(21, 110, 4)
+	b.add(removed(keys.Task(1, 0)), with(executing(RollBack, 2), func(j *Job) { j.State, j.Done, j.Retries = Failed, segment.Totals{Files: 21, Bytes: 110}, 4 }))
+	check(21, 110, 4)
+	b.add(with(executing(Publish, 2), func(j *Job) { j.State, j.Retries = Completed, 4 }))
+	check(40, 200, 4)
 	if last.Fraction != 1 {
 		t.Errorf("COMPLETED, fraction %v", last.Fraction)
 	}
-	b.has(gone(keys.Job(1)))
+	b.add(removed(keys.Job(1)))
 	if s, _ := b.statusOf(1); s != nil {
 		t.Errorf("%+v", s)
 	}
@@ -374,17 +374,17 @@ func TestProgress(t *testing.T) {
 // TestSamples asks for a job often: what it takes is bounded, and the rate is
 // that of half a minute.
 func TestSamples(t *testing.T) {
-	b := newTable()
+	b := newTestTable()
 	now := start
 	b.o.Now = func() time.Time { return now }
-	b.has(with(executing(Copy, 1000), func(j *Job) { j.Totals.Bytes = 1 << 40 }), &task{job: 1, number: 0, state: TaskRunning})
+	b.add(with(executing(Copy, 1000), func(j *Job) { j.Totals.Bytes = 1 << 40 }), &task{job: 1, number: 0, state: TaskRunning})
 	for i := range int64(5000) {
-		b.has(running{1, 0, i, i * 100})
+		b.add(progressOf{1, 0, i, i * 100})
 		now = now.Add(10 * time.Millisecond)
 		b.statusOf(1)
 	}
 	s, _ := b.statusOf(1)
-	if n := len(b.rows[1].samples); n > 1001 {
+	if n := len(b.states[1].samples); n > 1001 {
 		t.Errorf("%d samples", n)
 	}
 	if s.Rate < 9900 || s.Rate > 10100 {
@@ -392,10 +392,10 @@ func TestSamples(t *testing.T) {
 	}
 }
 
-func TestShare(t *testing.T) {
-	b := newTable()
-	b.has(executing(Copy, 2))
-	if l := b.share(1); l != (Limits{}) {
+func TestRateShare(t *testing.T) {
+	b := newTestTable()
+	b.add(executing(Copy, 2))
+	if l := b.rateShare(1); l != (Limits{}) {
 		t.Errorf("%+v", l)
 	}
 	limits := func(requests, bytes int64) {
@@ -404,32 +404,32 @@ func TestShare(t *testing.T) {
 		b.apply(meta.Event{KV: meta.KeyValue{Key: op.From, Value: op.Value, ModRevision: b.revision}})
 	}
 	limits(10, 100)
-	b.has(poolWorker{id: 1}, poolWorker{id: 2}, poolWorker{id: 3})
+	b.add(workerInfo{id: 1}, workerInfo{id: 2}, workerInfo{id: 3})
 	for n, want := range []Limits{{10, 100}, {10, 100}, {5, 50}} { // by those that work on it
-		if l := b.share(1); l != want {
+		if l := b.rateShare(1); l != want {
 			t.Errorf("with %d workers %+v, want %+v", n, l, want)
 		}
-		b.has(assigned{int64(n + 1), 1, int64(n)})
+		b.add(assignmentOf{int64(n + 1), 1, int64(n)})
 	}
 	limits(1, 0)
-	if l := b.share(1); l != (Limits{1, 0}) {
+	if l := b.rateShare(1); l != (Limits{1, 0}) {
 		t.Errorf("%+v", l)
 	}
-	if l := b.share(2); l != (Limits{}) {
+	if l := b.rateShare(2); l != (Limits{}) {
 		t.Errorf("of no job: %+v", l)
 	}
 }
 
 // TestUnreadableRecords leaves alone what it cannot read.
 func TestUnreadableRecords(t *testing.T) {
-	b := newTable()
-	b.has(executing(Copy, 1))
+	b := newTestTable()
+	b.add(executing(Copy, 1))
 	for _, key := range []string{keys.Job(2), keys.Task(1, 0), keys.Progress(1, 0), keys.JobLimits(1), "/job/rec/x", "/job/task/1/x"} {
 		b.apply(meta.Event{KV: meta.KeyValue{Key: key, Value: []byte("?")}})
 		b.apply(meta.Event{Deleted: true, KV: meta.KeyValue{Key: "/job/task/x"}})
 	}
 	b.apply(meta.Event{KV: meta.KeyValue{Key: keys.Worker(2), Value: []byte("?")}})
-	if list, _ := b.decide(afterAll); len(list) != 0 {
+	if list, _ := b.decide(muchLater); len(list) != 0 {
 		t.Errorf("%+v", list)
 	}
 	if s, _ := b.statusOf(1); s == nil {
@@ -478,7 +478,7 @@ func TestClassify(t *testing.T) {
 	}
 }
 
-func TestAnchor(t *testing.T) {
+func TestListPrefix(t *testing.T) {
 	for _, c := range []struct {
 		path, want string
 		ids        []int64
@@ -492,7 +492,7 @@ func TestAnchor(t *testing.T) {
 		{"03/x", "r/03/", []int64{3}},
 		{"3/x", "r/3/", []int64{3}},
 	} {
-		if got := anchor("r/", c.path, c.ids...); got != c.want {
+		if got := listPrefix("r/", c.path, c.ids...); got != c.want {
 			t.Errorf("anchor of %s: %q, want %q", c.path, got, c.want)
 		}
 	}

@@ -21,10 +21,10 @@ const maxAttempts = 16
 // Get returns a job with how far it has come, as it was when Get was called or
 // later. It is ErrJobNotFound when there is none.
 func (j *Jobs) Get(ctx context.Context, id int64) (*Status, error) {
-	if err := j.board.sync(ctx); err != nil {
+	if err := j.table.sync(ctx); err != nil {
 		return nil, fmt.Errorf("restore job %d: %w", id, err)
 	}
-	s, _ := j.board.statusOf(id)
+	s, _ := j.table.statusOf(id)
 	if s == nil {
 		return nil, fmt.Errorf("%w: %d", ErrJobNotFound, id)
 	}
@@ -33,14 +33,14 @@ func (j *Jobs) Get(ctx context.Context, id int64) (*Status, error) {
 
 // statusOf returns a job as the board has it, nil when it does not, and a channel
 // that is closed when anything changes.
-func (b *board) statusOf(id int64) (*Status, <-chan struct{}) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	r := b.rows[id]
-	if r == nil || r.job == nil {
-		return nil, b.moved
+func (jt *jobTable) statusOf(id int64) (*Status, <-chan struct{}) {
+	jt.mu.Lock()
+	defer jt.mu.Unlock()
+	js := jt.states[id]
+	if js == nil || js.job == nil {
+		return nil, jt.changed
 	}
-	return b.status(r), b.moved
+	return jt.status(js), jt.changed
 }
 
 // Watch calls fn with a job when its state or phase changed, and with how far it
@@ -55,19 +55,19 @@ func (j *Jobs) Watch(ctx context.Context, id int64, every time.Duration, fn func
 		if err := fn(s); err != nil || s.Job.State.Ended() {
 			return err
 		}
-		if s, err = j.next(ctx, s, every); err != nil {
+		if s, err = j.waitForChange(ctx, s, every); err != nil {
 			return err
 		}
 	}
 }
 
 // next waits for a job to be worth telling of again.
-func (j *Jobs) next(ctx context.Context, reported *Status, every time.Duration) (*Status, error) {
+func (j *Jobs) waitForChange(ctx context.Context, reported *Status, every time.Duration) (*Status, error) {
 	timer := time.NewTimer(every)
 	defer timer.Stop()
 	waited := false
 	for {
-		s, moved := j.board.statusOf(reported.Job.ID)
+		s, moved := j.table.statusOf(reported.Job.ID)
 		switch {
 		case s == nil:
 			return nil, fmt.Errorf("%w: %d", ErrJobNotFound, reported.Job.ID)
@@ -106,24 +106,24 @@ func (f *Filter) match(job *Job) bool {
 // List returns up to limit jobs that match, newest first, behind the one with id
 // after (0: from the newest on), and whether there are more.
 func (j *Jobs) List(ctx context.Context, f Filter, after int64, limit int) (list []*Status, more bool, err error) {
-	if err := j.board.sync(ctx); err != nil {
+	if err := j.table.sync(ctx); err != nil {
 		return nil, false, fmt.Errorf("list restore jobs: %w", err)
 	}
-	b := j.board
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	var rows []*row
-	for id, r := range b.rows {
-		if r.job != nil && (after == 0 || id < after) && f.match(r.job) {
-			rows = append(rows, r)
+	jt := j.table
+	jt.mu.Lock()
+	defer jt.mu.Unlock()
+	var states []*jobState
+	for id, js := range jt.states {
+		if js.job != nil && (after == 0 || id < after) && f.match(js.job) {
+			states = append(states, js)
 		}
 	}
-	slices.SortFunc(rows, func(x, y *row) int { return cmp.Compare(y.job.ID, x.job.ID) })
-	for _, r := range rows {
+	slices.SortFunc(states, func(x, y *jobState) int { return cmp.Compare(y.job.ID, x.job.ID) })
+	for _, js := range states {
 		if len(list) == limit {
 			return list, true, nil
 		}
-		list = append(list, b.status(r))
+		list = append(list, jt.status(js))
 	}
 	return list, false, nil
 }
@@ -151,10 +151,10 @@ func (j *Jobs) Cancel(ctx context.Context, id int64) (*Status, error) {
 			return nil, err
 		}
 		d := decision{outcome: Canceled, reason: "CANCELED", message: "it was canceled", job: job}
-		if s, _ := j.board.statusOf(id); s != nil {
+		if s, _ := j.table.statusOf(id); s != nil {
 			d.done, d.retries = s.Done, s.Retries
 		}
-		next := givenUp(d, j.o.Clock.Display())
+		next := abortedJob(d, j.o.Clock.Display())
 		res, err := j.kv.Txn(ctx, meta.Txn{
 			Name: "restore.cancel",
 			If:   []meta.Cond{job.unchanged()},
@@ -215,9 +215,9 @@ func (j *Jobs) read(ctx context.Context, id int64) (*Job, error) {
 
 // Workers returns how many tasks the workers that live take at once, in all.
 func (j *Jobs) Workers() (slots int) {
-	j.board.mu.Lock()
-	defer j.board.mu.Unlock()
-	for _, w := range j.board.pool {
+	j.table.mu.Lock()
+	defer j.table.mu.Unlock()
+	for _, w := range j.table.workers {
 		slots += w.slots
 	}
 	return slots
@@ -235,13 +235,13 @@ type Stats struct {
 
 // Stats returns the state of restores as this replica sees it.
 func (j *Jobs) Stats() Stats {
-	j.board.mu.Lock()
-	defer j.board.mu.Unlock()
-	s := Stats{Jobs: map[State]int{Pending: 0, Executing: 0, Completed: 0, Failed: 0, Canceled: 0}, Workers: len(j.board.pool), Running: len(j.board.assigned)}
-	s.Refusals = j.work.refusals.Load()
-	for _, r := range j.board.rows {
-		if r.job != nil {
-			s.Jobs[r.job.State]++
+	j.table.mu.Lock()
+	defer j.table.mu.Unlock()
+	s := Stats{Jobs: map[State]int{Pending: 0, Executing: 0, Completed: 0, Failed: 0, Canceled: 0}, Workers: len(j.table.workers), Running: len(j.table.assignments)}
+	s.Refusals = j.worker.refusals.Load()
+	for _, js := range j.table.states {
+		if js.job != nil {
+			s.Jobs[js.job.State]++
 		}
 	}
 	return s
@@ -249,13 +249,13 @@ func (j *Jobs) Stats() Stats {
 
 // Holds says whether a pin is that of a job that has not ended.
 func (j *Jobs) Holds(ctx context.Context, snapshot, pin int64) (bool, error) {
-	if err := j.board.sync(ctx); err != nil {
+	if err := j.table.sync(ctx); err != nil {
 		return false, err
 	}
-	j.board.mu.Lock()
-	defer j.board.mu.Unlock()
-	for _, r := range j.board.rows {
-		if r.job != nil && r.job.Snapshot == snapshot && r.job.Pin == pin && !r.job.State.Ended() {
+	j.table.mu.Lock()
+	defer j.table.mu.Unlock()
+	for _, js := range j.table.states {
+		if js.job != nil && js.job.Snapshot == snapshot && js.job.Pin == pin && !js.job.State.Ended() {
 			return true, nil
 		}
 	}

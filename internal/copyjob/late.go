@@ -37,23 +37,23 @@ import (
 const (
 	removesInFlight = 16  // prefixes of a job at once
 	removeBatch     = 500 // objects at a time
-	lateSegments    = 20  // whose records one transaction reads, under six keys each
+	unitsPerRead    = 20  // whose records one transaction reads, under six keys each
 )
 
 // lateGrace is how old, by the store's clock, a copy that came late must be to be
 // removed. While one is younger, its job is not forgotten.
-const lateGrace = time.Hour
+const stragglerGrace = time.Hour
 
 // errYoung means that there are late copies that are too young.
-var errYoung = errors.New("late copies are too young to be removed")
+var errTooRecent = errors.New("late copies are too young to be removed")
 
 // places calls fn with each of the prefixes that objects of the job lie under,
 // several at once.
-func (l *leader) places(ctx context.Context, job *Job, fn func(ctx context.Context, m *layout.Mapping, at target) error) error {
+func (l *leader) forEachPrefix(ctx context.Context, job *Job, fn func(ctx context.Context, m *layout.Mapping, at targetPrefix) error) error {
 	if !job.Copied {
 		return nil
 	}
-	m := job.clean()
+	m := job.cleanupMapping()
 	if err := m.Check(); err != nil {
 		return fmt.Errorf("job %s: %w", job, err)
 	}
@@ -74,7 +74,9 @@ func (l *leader) places(ctx context.Context, job *Job, fn func(ctx context.Conte
 			if ctx.Err() != nil {
 				break
 			}
-			group.Go(func() error { return fn(ctx, m, target{store: store, root: root.Prefix, prefix: root.Prefix + prefix}) })
+			group.Go(func() error {
+				return fn(ctx, m, targetPrefix{store: store, root: root.Prefix, prefix: root.Prefix + prefix})
+			})
 		}
 	}
 	if err := group.Wait(); err != nil {
@@ -84,21 +86,21 @@ func (l *leader) places(ctx context.Context, job *Job, fn func(ctx context.Conte
 }
 
 // target is a prefix in a store, and the root that it lies under.
-type target struct {
+type targetPrefix struct {
 	store        object.Store
 	root, prefix string
 }
 
 // copied is an object that a job may have made.
-type copied struct {
+type copiedObject struct {
 	info           object.Info
 	segment, build int64 // of the target; no build: 0
 }
 
 // pages calls fn with the objects of a place that the job may have made, some at a
 // time, and returns how many others there are. The page is fn's until it returns.
-func (t target) pages(ctx context.Context, m *layout.Mapping, fn func([]copied) error) (foreign int64, err error) {
-	var page []copied
+func (t targetPrefix) pages(ctx context.Context, m *layout.Mapping, fn func([]copiedObject) error) (foreign int64, err error) {
+	var page []copiedObject
 	for info, err := range t.store.List(ctx, t.prefix) {
 		if err != nil {
 			return 0, err
@@ -108,7 +110,7 @@ func (t target) pages(ctx context.Context, m *layout.Mapping, fn func([]copied) 
 			foreign++
 			continue
 		}
-		if page = append(page, copied{info, id, build}); len(page) < removeBatch {
+		if page = append(page, copiedObject{info, id, build}); len(page) < removeBatch {
 			continue
 		}
 		if err := fn(page); err != nil {
@@ -123,7 +125,7 @@ func (t target) pages(ctx context.Context, m *layout.Mapping, fn func([]copied) 
 }
 
 // delete deletes objects of a place.
-func (l *leader) delete(ctx context.Context, store object.Store, list []copied) error {
+func (l *leader) deleteObjects(ctx context.Context, store object.Store, list []copiedObject) error {
 	if len(list) == 0 {
 		return nil
 	}
@@ -145,11 +147,11 @@ func (l *leader) delete(ctx context.Context, store object.Store, list []copied) 
 // included, and returns how many others lie among them, which stay.
 func (l *leader) removeObjects(ctx context.Context, job *Job) (foreign int64, err error) {
 	var others atomic.Int64
-	err = l.places(ctx, job, func(ctx context.Context, m *layout.Mapping, at target) error {
+	err = l.forEachPrefix(ctx, job, func(ctx context.Context, m *layout.Mapping, at targetPrefix) error {
 		if _, err := at.store.AbortUploads(ctx, at.prefix, time.Time{}); err != nil {
 			return err
 		}
-		n, err := at.pages(ctx, m, func(page []copied) error { return l.delete(ctx, at.store, page) })
+		n, err := at.pages(ctx, m, func(page []copiedObject) error { return l.deleteObjects(ctx, at.store, page) })
 		others.Add(n)
 		return err
 	})
@@ -158,34 +160,34 @@ func (l *leader) removeObjects(ctx context.Context, job *Job) (foreign int64, er
 
 // sweepLate removes what was copied after the job had ended. It is errYoung when
 // some of it has to wait.
-func (l *leader) sweepLate(ctx context.Context, job *Job) error {
+func (l *leader) cleanupStragglers(ctx context.Context, job *Job) error {
 	if job.State != Completed {
 		_, err := l.removeObjects(ctx, job)
 		return err
 	}
 	// Ages are by the stores' clocks, which may step with that of the host.
 	if _, trusted := l.o.Clock.Peek(); !trusted {
-		return fmt.Errorf("job %s: the clock is not trusted: %w", job, errYoung)
+		return fmt.Errorf("job %s: the clock is not trusted: %w", job, errTooRecent)
 	}
-	var removed, young atomic.Int64
-	err := l.places(ctx, job, func(ctx context.Context, m *layout.Mapping, at target) error {
+	var removed, recent atomic.Int64
+	err := l.forEachPrefix(ctx, job, func(ctx context.Context, m *layout.Mapping, at targetPrefix) error {
 		now, err := at.store.Now(ctx)
 		if err != nil {
 			return err
 		}
-		if _, err := at.store.AbortUploads(ctx, at.prefix, lateUploads(job.EndTime, now)); err != nil {
+		if _, err := at.store.AbortUploads(ctx, at.prefix, uploadCutoff(job.EndTime, now)); err != nil {
 			return err
 		}
-		_, err = at.pages(ctx, m, func(page []copied) error {
-			late, err := l.late(ctx, job, page)
+		_, err = at.pages(ctx, m, func(page []copiedObject) error {
+			stragglers, err := l.stragglers(ctx, job, page)
 			if err != nil {
 				return err
 			}
-			n := len(late)
-			late = slices.DeleteFunc(late, func(c copied) bool { return now.Sub(c.info.ModTime) < lateGrace })
-			young.Add(int64(n - len(late)))
-			removed.Add(int64(len(late)))
-			return l.delete(ctx, at.store, late)
+			n := len(stragglers)
+			stragglers = slices.DeleteFunc(stragglers, func(c copiedObject) bool { return now.Sub(c.info.ModTime) < stragglerGrace })
+			recent.Add(int64(n - len(stragglers)))
+			removed.Add(int64(len(stragglers)))
+			return l.deleteObjects(ctx, at.store, stragglers)
 		})
 		return err
 	})
@@ -195,8 +197,8 @@ func (l *leader) sweepLate(ctx context.Context, job *Job) error {
 	if n := removed.Load(); n > 0 {
 		l.log.Info("copies were removed that came after the restore had ended", zap.Int64("job", job.ID), zap.Int64("objects", n))
 	}
-	if n := young.Load(); n > 0 {
-		return fmt.Errorf("job %s: %d: %w", job, n, errYoung)
+	if n := recent.Load(); n > 0 {
+		return fmt.Errorf("job %s: %d: %w", job, n, errTooRecent)
 	}
 	return nil
 }
@@ -210,8 +212,8 @@ const endMargin = 2 * clock.Bound
 // before that. The end may be behind the store's clock by endMargin; so one
 // that an engine begins in the minutes after the end counts as the job's, if it is
 // still open when the job is forgotten.
-func lateUploads(end, now time.Time) time.Time {
-	end, now = end.Add(endMargin), now.Add(-lateGrace)
+func uploadCutoff(end, now time.Time) time.Time {
+	end, now = end.Add(endMargin), now.Add(-stragglerGrace)
 	if end.Before(now) {
 		return end
 	}
@@ -220,7 +222,7 @@ func lateUploads(end, now time.Time) time.Time {
 
 // late returns those of the listed objects that nothing knows any more. It reads
 // the records that tell, all after the listing.
-func (l *leader) late(ctx context.Context, job *Job, page []copied) ([]copied, error) {
+func (l *leader) stragglers(ctx context.Context, job *Job, page []copiedObject) ([]copiedObject, error) {
 	type unit struct{ segment, build int64 }
 	dead := map[unit]bool{}
 	var order []unit
@@ -231,7 +233,7 @@ func (l *leader) late(ctx context.Context, job *Job, page []copied) ([]copied, e
 			order = append(order, u)
 		}
 	}
-	for part := range slices.Chunk(order, lateSegments) {
+	for part := range slices.Chunk(order, unitsPerRead) {
 		var gets []meta.Op
 		for _, u := range part {
 			// The id is the build's, or else the segment's: both are ids of units.
@@ -251,12 +253,12 @@ func (l *leader) late(ctx context.Context, job *Job, page []copied) ([]copied, e
 			return nil, errChanged
 		}
 		for i, u := range part {
-			if dead[u], err = isLate(job, u.build, res.Ranges[6*i:6*i+6]); err != nil {
+			if dead[u], err = isStraggler(job, u.build, res.Ranges[6*i:6*i+6]); err != nil {
 				return nil, err
 			}
 		}
 	}
-	var list []copied
+	var list []copiedObject
 	for _, c := range page {
 		if dead[unit{c.segment, c.build}] {
 			list = append(list, c)
@@ -268,7 +270,7 @@ func (l *leader) late(ctx context.Context, job *Job, page []copied) ([]copied, e
 // isLate decides on the files of a segment, or of a build of it (0: none), by its records:
 // that of the segment, the unit and tombstone of the segment and of the build, and
 // the keys of units that were parts of the segment.
-func isLate(job *Job, build int64, found [][]meta.KeyValue) (bool, error) {
+func isStraggler(job *Job, build int64, found [][]meta.KeyValue) (bool, error) {
 	for _, kvs := range found[1:] {
 		if len(kvs) > 0 {
 			return false, nil

@@ -7,7 +7,7 @@ import (
 
 // An upload that a worker began before the job's end goes, also when the leader's
 // clock was behind the store's; what is young stays.
-func TestLateUploads(t *testing.T) {
+func TestUploadCutoff(t *testing.T) {
 	end := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC) // by the leader
 	for name, c := range map[string]struct {
 		begun time.Duration // after end, by the store
@@ -20,7 +20,7 @@ func TestLateUploads(t *testing.T) {
 		"young, and the job is not kept":   {-time.Minute, time.Minute, false},
 		"an hour old, the job is not kept": {-time.Minute, time.Hour, true},
 	} {
-		if got := end.Add(c.begun).Before(lateUploads(end, end.Add(c.now))); got != c.want {
+		if got := end.Add(c.begun).Before(uploadCutoff(end, end.Add(c.now))); got != c.want {
 			t.Errorf("%s: got %v", name, got)
 		}
 	}

@@ -40,28 +40,28 @@ type leader struct {
 	*Jobs
 	fence meta.Cond
 
-	assigns *lasting.Problem
-	wake    chan struct{} // size one; a step has ended
-	steps   errgroup.Group
-	given   map[int64]map[int64]int64 // by job and task: the revision of one that was assigned; the loop's alone
+	assignProblem     *lasting.Problem
+	wake              chan struct{} // size one; a step has ended
+	steps             errgroup.Group
+	assignedRevisions map[int64]map[int64]int64 // by job and task: the revision of one that was assigned; the loop's alone
 
-	mu      sync.Mutex
-	busy    map[int64]bool          // jobs with a step under way
-	acted   map[int64]int64         // the revision of a job that was moved on
-	tries   map[int64]int           // failed steps of a job in a row
-	wrong   map[int64]int           // those of them that no store was to blame for
-	retryAt map[int64]time.Duration // elapsed when the next of them may be tried
-	waiting map[int64]time.Duration // elapsed since a store has not answered a step of a job
-	refused map[int64]time.Duration // elapsed since a store has refused a step of a job
+	mu              sync.Mutex
+	busy            map[int64]bool          // jobs with a step under way
+	handledRevision map[int64]int64         // the revision of a job that was moved on
+	attempts        map[int64]int           // failed steps of a job in a row
+	failures        map[int64]int           // those of them that no store was to blame for
+	retryAt         map[int64]time.Duration // elapsed when the next of them may be tried
+	unansweredSince map[int64]time.Duration // elapsed since a store has not answered a step of a job
+	refusedSince    map[int64]time.Duration // elapsed since a store has refused a step of a job
 }
 
 func newLeader(j *Jobs, term election.Term) *leader {
 	l := &leader{Jobs: j, fence: term.Fence(), wake: make(chan struct{}, 1)}
-	l.busy, l.acted, l.given = map[int64]bool{}, map[int64]int64{}, map[int64]map[int64]int64{}
-	l.tries, l.wrong = map[int64]int{}, map[int64]int{}
-	l.retryAt, l.waiting = map[int64]time.Duration{}, map[int64]time.Duration{}
-	l.refused = map[int64]time.Duration{}
-	l.assigns = lasting.New(j.o.Now).Add(j.o.Log, "assign", "tasks of a restore are not assigned yet", "")
+	l.busy, l.handledRevision, l.assignedRevisions = map[int64]bool{}, map[int64]int64{}, map[int64]map[int64]int64{}
+	l.attempts, l.failures = map[int64]int{}, map[int64]int{}
+	l.retryAt, l.unansweredSince = map[int64]time.Duration{}, map[int64]time.Duration{}
+	l.refusedSince = map[int64]time.Duration{}
+	l.assignProblem = lasting.New(j.o.Now).Add(j.o.Log, "assign", "tasks of a restore are not assigned yet", "")
 	l.steps.SetLimit(stepsInFlight)
 	return l
 }
@@ -76,7 +76,7 @@ func (l *leader) run(ctx context.Context) error {
 			return nil
 		case <-timer.C:
 		case <-l.wake:
-		case <-l.board.wake:
+		case <-l.table.wake:
 		}
 		timer.Reset(l.pass(ctx))
 	}
@@ -87,10 +87,10 @@ func (l *leader) run(ctx context.Context) error {
 func (l *leader) pass(ctx context.Context) time.Duration {
 	now := l.o.Clock.Elapsed()
 	judged, _ := l.o.Clock.Peek()
-	list, next := l.board.decide(moment{judged, now})
-	slots := l.board.slots()
+	list, next := l.table.decide(moment{judged, now})
+	slots := l.table.slots()
 	for _, d := range list {
-		if wait := l.mayAct(d.job, now); wait > 0 {
+		if wait := l.nextAttempt(d.job, now); wait > 0 {
 			next = min(next, wait)
 			continue
 		} else if wait < 0 {
@@ -102,18 +102,18 @@ func (l *leader) pass(ctx context.Context) time.Duration {
 				next = min(next, time.Second)
 			}
 			if ctx.Err() == nil {
-				l.assigns.Note(err, zap.Int64("job", d.job.ID))
+				l.assignProblem.Note(err, zap.Int64("job", d.job.ID))
 			}
 			continue
 		}
-		delete(l.given, d.job.ID) // no task is assigned any more, or not yet
-		if !l.begin(d.job.ID) {
+		delete(l.assignedRevisions, d.job.ID) // no task is assigned any more, or not yet
+		if !l.tryStart(d.job.ID) {
 			continue
 		}
-		d = l.orGiveUp(d, now)
+		d = l.abortIfExhausted(d, now)
 		started := l.steps.TryGo(func() error {
-			err := l.act(ctx, d)
-			l.ended(ctx, d, err)
+			err := l.execute(ctx, d)
+			l.finishStep(ctx, d, err)
 			return nil
 		})
 		if !started { // too many at once: one of them wakes us
@@ -128,33 +128,33 @@ func (l *leader) pass(ctx context.Context) time.Duration {
 // maxWrong is how often a step that goes wrong in itself is tried. When a store does
 // not answer, prepare waits for as long as copies do; publishing waits for ever, for
 // all the work is done.
-const maxWrong = 20
+const maxStepFailures = 20
 
 // isLast says whether the job is given up if its step ends with err this time.
-func (l *leader) isLast(job int64, err error) bool {
+func (l *leader) isLastAttempt(job int64, err error) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if isRefused(err) {
-		since, again := l.refused[job]
+		since, again := l.refusedSince[job]
 		return again && l.o.Clock.Elapsed()-since >= l.o.RefusalTimeout
 	}
-	return l.wrong[job]+1 >= maxWrong
+	return l.failures[job]+1 >= maxStepFailures
 }
 
 // orGiveUp is d, or that the job is given up when the step went wrong too often, or
 // waited for too long.
-func (l *leader) orGiveUp(d decision, now time.Duration) decision {
+func (l *leader) abortIfExhausted(d decision, now time.Duration) decision {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	since, waits := l.waiting[d.job.ID]
+	since, waits := l.unansweredSince[d.job.ID]
 	next := decision{
-		step: stepGiveUp, job: d.job, outcome: Failed, message: l.board.lastError(d.job.ID), done: d.done, retries: d.retries,
+		step: stepGiveUp, job: d.job, outcome: Failed, message: l.table.lastError(d.job.ID), done: d.done, retries: d.retries,
 	}
 	switch {
-	case l.wrong[d.job.ID] >= maxWrong && (d.step == stepPrepare || d.step == stepPublish):
+	case l.failures[d.job.ID] >= maxStepFailures && (d.step == stepPrepare || d.step == stepPublish):
 		next.reason = "INTERNAL"
 	case d.step == stepPrepare && waits && now-since >= l.o.StallTimeout:
-		next.reason = stalled
+		next.reason = reasonStalled
 	default:
 		return d
 	}
@@ -163,16 +163,16 @@ func (l *leader) orGiveUp(d decision, now time.Duration) decision {
 
 // mayAct says how long to wait before a job may be acted on; below zero it is for
 // something to change.
-func (l *leader) mayAct(job *Job, now time.Duration) time.Duration {
+func (l *leader) nextAttempt(job *Job, now time.Duration) time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.busy[job.ID] || l.acted[job.ID] == job.Revision {
+	if l.busy[job.ID] || l.handledRevision[job.ID] == job.Revision {
 		return -1
 	}
 	return max(0, l.retryAt[job.ID]-now)
 }
 
-func (l *leader) begin(job int64) bool {
+func (l *leader) tryStart(job int64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.busy[job] {
@@ -187,45 +187,45 @@ func (l *leader) begin(job int64) bool {
 var errChanged = errors.New("changed")
 
 // ended notes how a step ended.
-func (l *leader) ended(ctx context.Context, d decision, err error) {
+func (l *leader) finishStep(ctx context.Context, d decision, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	delete(l.busy, d.job.ID)
 	switch {
 	case err == nil:
-		l.acted[d.job.ID] = d.job.Revision
-		delete(l.tries, d.job.ID)
-		delete(l.wrong, d.job.ID)
+		l.handledRevision[d.job.ID] = d.job.Revision
+		delete(l.attempts, d.job.ID)
+		delete(l.failures, d.job.ID)
 		delete(l.retryAt, d.job.ID)
-		delete(l.waiting, d.job.ID)
-		delete(l.refused, d.job.ID)
+		delete(l.unansweredSince, d.job.ID)
+		delete(l.refusedSince, d.job.ID)
 		if d.step == stepForget {
-			delete(l.acted, d.job.ID)
+			delete(l.handledRevision, d.job.ID)
 		}
 	case ctx.Err() != nil:
-	case errors.Is(err, errYoung):
-		l.retryAt[d.job.ID] = l.o.Clock.Elapsed() + lateGrace
+	case errors.Is(err, errTooRecent):
+		l.retryAt[d.job.ID] = l.o.Clock.Elapsed() + stragglerGrace
 	default:
-		wait := 10 * time.Millisecond << min(l.tries[d.job.ID], 10)
-		l.tries[d.job.ID]++
+		wait := 10 * time.Millisecond << min(l.attempts[d.job.ID], 10)
+		l.attempts[d.job.ID]++
 		l.retryAt[d.job.ID] = l.o.Clock.Elapsed() + wait
-		_, refusedAgain := l.refused[d.job.ID]
+		_, refusedAgain := l.refusedSince[d.job.ID]
 		if refusedAgain = refusedAgain && isRefused(err); !refusedAgain && !errors.Is(err, errChanged) {
-			delete(l.refused, d.job.ID)
+			delete(l.refusedSince, d.job.ID)
 		}
 		switch {
 		case errors.Is(err, errChanged):
 		case isRefused(err):
 			if !refusedAgain {
-				l.refused[d.job.ID] = l.o.Clock.Elapsed()
+				l.refusedSince[d.job.ID] = l.o.Clock.Elapsed()
 			}
-			delete(l.waiting, d.job.ID)
+			delete(l.unansweredSince, d.job.ID)
 		case !isUnanswered(err):
-			l.wrong[d.job.ID]++
-			delete(l.waiting, d.job.ID)
+			l.failures[d.job.ID]++
+			delete(l.unansweredSince, d.job.ID)
 		default:
-			if _, waits := l.waiting[d.job.ID]; !waits {
-				l.waiting[d.job.ID] = l.o.Clock.Elapsed()
+			if _, waits := l.unansweredSince[d.job.ID]; !waits {
+				l.unansweredSince[d.job.ID] = l.o.Clock.Elapsed()
 			}
 		}
 		if !errors.Is(err, errChanged) {
@@ -235,7 +235,7 @@ func (l *leader) ended(ctx context.Context, d decision, err error) {
 			}
 			l.log.Log(level, "a step of a restore failed and is tried again", zap.Int64("job", d.job.ID),
 				zap.Stringer("phase", d.job.Phase), zap.Error(err))
-			l.board.note(d.job.ID, err)
+			l.table.setLastError(d.job.ID, err)
 		}
 	}
 	select {
@@ -245,29 +245,29 @@ func (l *leader) ended(ctx context.Context, d decision, err error) {
 }
 
 // act carries out one step of a job.
-func (l *leader) act(ctx context.Context, d decision) error {
+func (l *leader) execute(ctx context.Context, d decision) error {
 	switch d.step {
 	case stepBegin:
 		next := *d.job
 		next.State, next.Phase, next.StartTime = Executing, Prepare, l.o.Clock.Display()
-		return l.move(ctx, "restore.begin", d.job, &next)
+		return l.replace(ctx, "restore.begin", d.job, &next)
 	case stepPrepare:
 		err := l.prepare(ctx, d.job)
-		if reason, permanent := classify(err, l.isLast(d.job.ID, err)); permanent {
+		if reason, permanent := classify(err, l.isLastAttempt(d.job.ID, err)); permanent {
 			d.outcome, d.reason, d.message = Failed, reason, err.Error()
-			return l.move(ctx, "restore.giveup", d.job, givenUp(d, l.o.Clock.Display()))
+			return l.replace(ctx, "restore.giveup", d.job, abortedJob(d, l.o.Clock.Display()))
 		}
 		return err
 	case stepGiveUp:
 		l.log.Warn("restore is given up", zap.Int64("job", d.job.ID), zap.String("reason", d.reason), zap.String("message", d.message))
-		return l.move(ctx, "restore.giveup", d.job, givenUp(d, l.o.Clock.Display()))
+		return l.replace(ctx, "restore.giveup", d.job, abortedJob(d, l.o.Clock.Display()))
 	case stepPublish:
 		return l.publish(ctx, d)
 	case stepRollBack:
 		return l.rollBack(ctx, d.job)
 	case stepForget:
 		// A store may have carried a copy out long after it was asked.
-		if err := l.sweepLate(ctx, d.job); err != nil {
+		if err := l.cleanupStragglers(ctx, d.job); err != nil {
 			return err
 		}
 		if err := l.removePins(ctx, d.job); err != nil {
@@ -290,7 +290,7 @@ func (l *leader) act(ctx context.Context, d decision) error {
 }
 
 // givenUp is the job as giving it up leaves it.
-func givenUp(d decision, now time.Time) *Job {
+func abortedJob(d decision, now time.Time) *Job {
 	next := *d.job
 	if next.StartTime.IsZero() {
 		next.StartTime = now
@@ -314,7 +314,7 @@ func (l *leader) write(ctx context.Context, step string, job *Job, conds []meta.
 }
 
 // move replaces the job's record in a transaction named step.
-func (l *leader) move(ctx context.Context, step string, job, next *Job) error {
+func (l *leader) replace(ctx context.Context, step string, job, next *Job) error {
 	op, err := record.NewOp(l.o.Rand)
 	if err != nil {
 		return err
@@ -329,19 +329,19 @@ func (l *leader) prepare(ctx context.Context, job *Job) error {
 	if err != nil {
 		return err
 	}
-	if there, err := l.alreadyThere(ctx, job); err != nil {
+	if existing, err := l.existingObject(ctx, job); err != nil {
 		return err
-	} else if there != "" {
-		return l.move(ctx, "restore.giveup", job, givenUp(decision{
+	} else if existing != "" {
+		return l.replace(ctx, "restore.giveup", job, abortedJob(decision{
 			job: job, outcome: Failed, reason: "TARGET_NOT_EMPTY",
-			message: there + " is where the target's files would go: something else uses ids of this cluster there; nothing was touched",
+			message: existing + " is where the target's files would go: something else uses ids of this cluster there; nothing was touched",
 		}, l.o.Clock.Display()))
 	}
 	op, err := record.NewOp(l.o.Rand)
 	if err != nil {
 		return err
 	}
-	partitions, indexes, checkpoints := content(job, md)
+	partitions, indexes, checkpoints := targetContent(job, md)
 	ops := catalog.ContentOps(job.Target, partitions, indexes, checkpoints, job.CreateTime, op)
 	for n := range job.Tasks {
 		t := &task{job: job.ID, number: n, state: TaskPending}
@@ -357,16 +357,16 @@ func (l *leader) prepare(ctx context.Context, job *Job) error {
 	}
 	next := *job
 	next.Phase, next.Copied = Copy, true
-	return l.move(ctx, "restore.prepared", job, &next)
+	return l.replace(ctx, "restore.prepared", job, &next)
 }
 
 // maxLooks bounds the prefixes that are looked at for something that is there.
-const maxLooks = 64
+const maxPrefixChecks = 64
 
 // alreadyThere returns an object that lies where only the target's may, and which
 // rolling back would remove; empty: none was found. Nothing has been copied yet.
-func (l *leader) alreadyThere(ctx context.Context, job *Job) (string, error) {
-	m := job.clean()
+func (l *leader) existingObject(ctx context.Context, job *Job) (string, error) {
+	m := job.cleanupMapping()
 	if err := m.Check(); err != nil {
 		return "", err
 	}
@@ -377,7 +377,7 @@ func (l *leader) alreadyThere(ctx context.Context, job *Job) (string, error) {
 		}
 		looks := 0
 		for prefix := range m.Prefixes() {
-			if looks++; looks > maxLooks {
+			if looks++; looks > maxPrefixChecks {
 				break
 			}
 			for info, err := range store.List(ctx, root.Prefix+prefix) {
@@ -392,7 +392,7 @@ func (l *leader) alreadyThere(ctx context.Context, job *Job) (string, error) {
 }
 
 // content says what the target has besides segments.
-func content(job *Job, md *manifest.Metadata) (partitions []catalog.Partition, indexes []catalog.Index, checkpoints []catalog.Checkpoint) {
+func targetContent(job *Job, md *manifest.Metadata) (partitions []catalog.Partition, indexes []catalog.Index, checkpoints []catalog.Checkpoint) {
 	for i, p := range md.Partitions {
 		if job.WantsPartition(p.ID) {
 			partitions = append(partitions, catalog.Partition{ID: job.FirstPartition + int64(i), Name: p.Name, Attributes: p.Attributes})
@@ -461,7 +461,7 @@ func batches(ops []meta.Op) [][]meta.Op {
 func (l *leader) assign(ctx context.Context, d decision, slots []slot) ([]slot, error) {
 	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 	defer cancel()
-	tasks := slices.DeleteFunc(d.tasks, func(t *task) bool { return l.given[d.job.ID][t.number] == t.revision })
+	tasks := slices.DeleteFunc(d.tasks, func(t *task) bool { return l.assignedRevisions[d.job.ID][t.number] == t.revision })
 	for len(tasks) > 0 && len(slots) > 0 {
 		w := &slots[0]
 		even := (len(tasks) + len(slots) - 1) / len(slots)
@@ -506,11 +506,11 @@ func (l *leader) assignTo(ctx context.Context, job *Job, tasks []*task, w *slot)
 		return errChanged
 	}
 	if err == nil {
-		if l.given[job.ID] == nil {
-			l.given[job.ID] = map[int64]int64{}
+		if l.assignedRevisions[job.ID] == nil {
+			l.assignedRevisions[job.ID] = map[int64]int64{}
 		}
 		for _, t := range tasks {
-			l.given[job.ID][t.number] = t.revision
+			l.assignedRevisions[job.ID][t.number] = t.revision
 		}
 	}
 	return err
@@ -531,7 +531,7 @@ func (l *leader) publish(ctx context.Context, d decision) error {
 	if err != nil {
 		return err
 	}
-	err = l.end(ctx, "restore.publish", d.job, &next, op,
+	err = l.endJob(ctx, "restore.publish", d.job, &next, op,
 		[]meta.Cond{meta.Unchanged(keys.Collection(col.ID), col.Revision)},
 		[]meta.Op{catalog.PublishOp(col, op)})
 	if err == nil {
@@ -542,7 +542,7 @@ func (l *leader) publish(ctx context.Context, d decision) error {
 }
 
 // end moves the job to its final state, with all that goes with it.
-func (l *leader) end(
+func (l *leader) endJob(
 	ctx context.Context, step string, job, next *Job, op string, conds []meta.Cond, ops []meta.Op,
 ) error {
 	ops = append(ops, meta.Put(keys.Job(job.ID), next.Encode(op)), meta.Delete(keys.JobLimits(job.ID)),
@@ -583,10 +583,10 @@ func (l *leader) end(
 // never used again.
 func (l *leader) rollBack(ctx context.Context, job *Job) error {
 	// The board may not show yet what was assigned last. From now on nothing is.
-	if _, err := l.board.workers.Sync(ctx); err != nil {
+	if _, err := l.table.workerFollower.Sync(ctx); err != nil {
 		return err
 	}
-	if l.board.isWorkedOn(job.ID) {
+	if l.table.hasAssignments(job.ID) {
 		return errChanged
 	}
 	foreign, err := l.removeObjects(ctx, job)
@@ -596,7 +596,7 @@ func (l *leader) rollBack(ctx context.Context, job *Job) error {
 	if err := l.removePins(ctx, job); err != nil {
 		return err
 	}
-	for _, op := range l.contentOf(job) {
+	for _, op := range l.deleteContentOps(job) {
 		if err := l.write(ctx, "restore.content", job, nil, []meta.Op{op}); err != nil {
 			return err
 		}
@@ -607,7 +607,7 @@ func (l *leader) rollBack(ctx context.Context, job *Job) error {
 	if err != nil {
 		return err
 	}
-	err = l.end(ctx, "restore.end", job, &next, op, nil, append(catalog.ReleaseRoots(job.Target, job.Roots),
+	err = l.endJob(ctx, "restore.end", job, &next, op, nil, append(catalog.ReleaseRoots(job.Target, job.Roots),
 		meta.Delete(keys.Collection(job.Target)), meta.Delete(keys.CollectionName(job.DB, job.Name)),
 	))
 	if err == nil {
@@ -618,7 +618,7 @@ func (l *leader) rollBack(ctx context.Context, job *Job) error {
 }
 
 // contentOf is what deletes the target's keys, in steps that are small enough.
-func (l *leader) contentOf(job *Job) []meta.Op {
+func (l *leader) deleteContentOps(job *Job) []meta.Op {
 	var ops []meta.Op
 	for first := job.FirstSegment; first < job.FirstSegment+job.Segments; first += deleteSpan {
 		last := min(first+deleteSpan, job.FirstSegment+job.Segments) - 1

@@ -11,7 +11,7 @@ import (
 )
 
 // TestOrGiveUp gives a job up when its step went wrong too often, and not before.
-func TestOrGiveUp(t *testing.T) {
+func TestAbortIfExhausted(t *testing.T) {
 	done := segment.Totals{Files: 3}
 	for name, c := range map[string]struct {
 		step   step
@@ -22,25 +22,25 @@ func TestOrGiveUp(t *testing.T) {
 		"prepare, the first time":              {stepPrepare, 0, 0, ""},
 		"prepare, no answer for long":          {stepPrepare, 24*time.Hour - 1, 0, ""},
 		"prepare, no answer for too long":      {stepPrepare, 24 * time.Hour, 0, "STALLED"},
-		"prepare, wrong for long":              {stepPrepare, 0, maxWrong - 1, ""},
-		"prepare, wrong too often":             {stepPrepare, 0, maxWrong, "INTERNAL"},
-		"prepare, both":                        {stepPrepare, 24 * time.Hour, maxWrong, "INTERNAL"},
+		"prepare, wrong for long":              {stepPrepare, 0, maxStepFailures - 1, ""},
+		"prepare, wrong too often":             {stepPrepare, 0, maxStepFailures, "INTERNAL"},
+		"prepare, both":                        {stepPrepare, 24 * time.Hour, maxStepFailures, "INTERNAL"},
 		"publish, no answer":                   {stepPublish, 240 * time.Hour, 0, ""},
-		"publish, wrong for long":              {stepPublish, 0, maxWrong - 1, ""},
-		"publish, wrong too often":             {stepPublish, 0, maxWrong, "INTERNAL"},
-		"to begin is tried for ever":           {stepBegin, 240 * time.Hour, 10 * maxWrong, ""},
-		"so is giving up":                      {stepGiveUp, 240 * time.Hour, 10 * maxWrong, ""},
-		"and rolling back":                     {stepRollBack, 240 * time.Hour, 10 * maxWrong, ""},
-		"what has ended is forgotten some day": {stepForget, 240 * time.Hour, 10 * maxWrong, ""},
+		"publish, wrong for long":              {stepPublish, 0, maxStepFailures - 1, ""},
+		"publish, wrong too often":             {stepPublish, 0, maxStepFailures, "INTERNAL"},
+		"to begin is tried for ever":           {stepBegin, 240 * time.Hour, 10 * maxStepFailures, ""},
+		"so is giving up":                      {stepGiveUp, 240 * time.Hour, 10 * maxStepFailures, ""},
+		"and rolling back":                     {stepRollBack, 240 * time.Hour, 10 * maxStepFailures, ""},
+		"what has ended is forgotten some day": {stepForget, 240 * time.Hour, 10 * maxStepFailures, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			b := newTable()
-			b.has(executing(Copy, 1), &task{job: 1, state: TaskPending, message: "the last error"})
-			l := newLeader(&Jobs{o: *b.o, board: b.board}, election.Term{})
-			if l.wrong[1] = c.wrong; c.waits > 0 {
-				l.waiting[1] = -c.waits
+			b := newTestTable()
+			b.add(executing(Copy, 1), &task{job: 1, state: TaskPending, message: "the last error"})
+			l := newLeader(&Jobs{o: *b.o, table: b.jobTable}, election.Term{})
+			if l.failures[1] = c.wrong; c.waits > 0 {
+				l.unansweredSince[1] = -c.waits
 			}
-			l.waiting[2], l.wrong[2] = -240*time.Hour, 10*maxWrong // another job's
+			l.unansweredSince[2], l.failures[2] = -240*time.Hour, 10*maxStepFailures // another job's
 			d := decision{step: c.step, job: b.job(1), done: done, retries: 5, tasks: nil}
 			want := d
 			if c.reason != "" {
@@ -48,7 +48,7 @@ func TestOrGiveUp(t *testing.T) {
 					step: stepGiveUp, job: d.job, outcome: Failed, reason: c.reason, message: "the last error", done: done, retries: 5,
 				}
 			}
-			if diff := cmp.Diff(want, l.orGiveUp(d, 0), cmp.AllowUnexported(decision{}), cmp.Comparer(func(x, y *Job) bool { return x == y })); diff != "" {
+			if diff := cmp.Diff(want, l.abortIfExhausted(d, 0), cmp.AllowUnexported(decision{}), cmp.Comparer(func(x, y *Job) bool { return x == y })); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})

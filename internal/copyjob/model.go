@@ -113,7 +113,7 @@ func (j *Job) String() string { return fmt.Sprintf("%d (%s/%s)", j.ID, j.DB, j.N
 func (j *Job) unchanged() meta.Cond { return meta.Unchanged(keys.Job(j.ID), j.Revision) }
 
 // span returns the segments of a task, by their ordinals.
-func (j *Job) span(task int64) (from, to int64) {
+func (j *Job) segmentRange(task int64) (from, to int64) {
 	from = task * j.TaskSegments
 	return from, min(from+j.TaskSegments, j.Segments)
 }
@@ -136,7 +136,7 @@ func (j *Job) Mapping(md *manifest.Metadata) (*layout.Mapping, error) {
 }
 
 // clean is the mapping as far as it says where objects of the target may lie.
-func (j *Job) clean() *layout.Mapping {
+func (j *Job) cleanupMapping() *layout.Mapping {
 	m := &layout.Mapping{
 		Layout: j.Layout, Source: j.Source, Target: j.Target,
 		FirstSegment: j.FirstSegment, Segments: j.Segments, FirstBuild: j.FirstBuild, Builds: j.Builds,
@@ -315,7 +315,7 @@ func totalsOf(t *storagev1.Totals) segment.Totals {
 }
 
 // plus returns the sums of a and b.
-func plus(a, b segment.Totals) segment.Totals {
+func addTotals(a, b segment.Totals) segment.Totals {
 	return segment.Totals{
 		Segments: a.Segments + b.Segments, Rows: a.Rows + b.Rows, Files: a.Files + b.Files, Bytes: a.Bytes + b.Bytes,
 		Builds: a.Builds + b.Builds, Straddling: a.Straddling + b.Straddling,

@@ -53,8 +53,8 @@ import (
 // pinFiles is how many files one object has the ETags of, and maxPins the size in
 // bytes up to which it is read.
 const (
-	pinFiles = 4096
-	maxPins  = 8 << 20
+	filesPerPart = 4096
+	maxPinsBytes = 8 << 20
 )
 
 // errPins means that an object of pins is not as it was written.
@@ -73,18 +73,18 @@ type pins struct {
 // pinSources gives each file without an ETag the one that it had when the task
 // first began.
 func (a *attempt) pinSources(ctx context.Context, b *budget, files []*fileCopy) error {
-	var unknown []*fileCopy
+	var unpinned []*fileCopy
 	for _, f := range files {
 		if f.from.ETag == "" {
-			unknown = append(unknown, f)
+			unpinned = append(unpinned, f)
 		}
 	}
-	for part := 0; len(unknown) > 0; part++ {
-		n := min(pinFiles, len(unknown))
-		if err := a.pinPart(ctx, b, part, unknown[:n]); err != nil {
+	for part := 0; len(unpinned) > 0; part++ {
+		n := min(filesPerPart, len(unpinned))
+		if err := a.pinPart(ctx, b, part, unpinned[:n]); err != nil {
 			return err
 		}
-		unknown = unknown[n:]
+		unpinned = unpinned[n:]
 	}
 	return nil
 }
@@ -106,7 +106,7 @@ func (a *attempt) pinPart(ctx context.Context, b *budget, part int, files []*fil
 		return err
 	}
 	data, err := json.Marshal(&pins{
-		FormatVersion: 1, Job: a.jobID, Task: a.number, Part: part, ETags: etags, SHA256: sumOfPins(files, etags),
+		FormatVersion: 1, Job: a.jobID, Task: a.number, Part: part, ETags: etags, SHA256: pinsDigest(files, etags),
 	})
 	if err != nil {
 		return err
@@ -132,7 +132,7 @@ func (a *attempt) readPins(ctx context.Context, b *budget, store object.Store, k
 	if err := b.spend(ctx, 1, 0); err != nil {
 		return err
 	}
-	data, err := object.ReadAll(ctx, store, key, maxPins)
+	data, err := object.ReadAll(ctx, store, key, maxPinsBytes)
 	if err != nil {
 		return fmt.Errorf("read the ETags of the files of task %d: %w", a.number, err)
 	}
@@ -142,7 +142,7 @@ func (a *attempt) readPins(ctx context.Context, b *budget, store object.Store, k
 		return fmt.Errorf("%w: %s: %w", errPins, key, err)
 	case p.FormatVersion != 1 || p.Job != a.jobID || p.Task != a.number || p.Part != part:
 		return fmt.Errorf("%w: %s is of job %d, task %d, part %d, format %d", errPins, key, p.Job, p.Task, p.Part, p.FormatVersion)
-	case len(p.ETags) != len(files) || p.SHA256 != sumOfPins(files, p.ETags):
+	case len(p.ETags) != len(files) || p.SHA256 != pinsDigest(files, p.ETags):
 		return fmt.Errorf("%w: %s has %d ETags of %d files, or a digest that does not match", errPins, key, len(p.ETags), len(files))
 	}
 	for i, f := range files {
@@ -152,7 +152,7 @@ func (a *attempt) readPins(ctx context.Context, b *budget, store object.Store, k
 }
 
 // sumOfPins is the digest of files and of their ETags.
-func sumOfPins(files []*fileCopy, etags []string) string {
+func pinsDigest(files []*fileCopy, etags []string) string {
 	h := sha256.New()
 	for i, f := range files {
 		_, _ = fmt.Fprintf(h, "%s\x00%s\x00%d\x00%s\n", f.alias, f.from.Key, f.from.Size, etags[i]) // it never fails
@@ -162,7 +162,7 @@ func sumOfPins(files []*fileCopy, etags []string) string {
 
 // sourceETags returns the ETags that files have now, by listing where they lie.
 func (a *attempt) sourceETags(ctx context.Context, b *budget, files []*fileCopy) ([]string, error) {
-	found, err := a.list(ctx, b, files, func(f *fileCopy) place { return f.source })
+	found, err := a.list(ctx, b, files, func(f *fileCopy) location { return f.source })
 	if err != nil {
 		return nil, err
 	}
@@ -171,7 +171,7 @@ func (a *attempt) sourceETags(ctx context.Context, b *budget, files []*fileCopy)
 	for i, f := range files {
 		at[f] = i
 	}
-	return etags, each(ctx, files, func(ctx context.Context, f *fileCopy) error {
+	return etags, forEach(ctx, files, func(ctx context.Context, f *fileCopy) error {
 		info, ok := found[f.source][f.from.Key]
 		if !ok || f.from.Checksum != "" { // which a listing does not tell
 			var err error

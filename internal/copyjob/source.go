@@ -16,15 +16,15 @@ const maxManifests = 2
 
 // sources reads what tasks have to copy. A manifest is read and decoded once for
 // all the tasks that need it at a time.
-type sources struct {
+type manifestCache struct {
 	source Source
 
-	mu    sync.Mutex
-	cache []*decoded // the latest last
+	mu      sync.Mutex
+	entries []*cachedManifest // the latest last
 }
 
 // decoded is a manifest on its way into memory, or there.
-type decoded struct {
+type cachedManifest struct {
 	snapshot int64
 	number   int
 	ready    chan struct{}
@@ -33,30 +33,30 @@ type decoded struct {
 	err      error
 }
 
-func newSources(s Source) *sources { return &sources{source: s} }
+func newManifestCache(s Source) *manifestCache { return &manifestCache{source: s} }
 
 // item is one segment of a snapshot with its place there. It is shared and must
 // not be changed.
-type item struct {
+type sourceSegment struct {
 	*segment.Segment
 	ordinal    int64
 	firstBuild int64
 }
 
 // items returns the segments of a snapshot with ordinals from to to.
-func (s *sources) items(ctx context.Context, snapshot int64, md *manifest.Metadata, from, to int64) ([]item, error) {
-	var list []item
+func (c *manifestCache) segments(ctx context.Context, snapshot int64, md *manifest.Metadata, from, to int64) ([]sourceSegment, error) {
+	var list []sourceSegment
 	for n := range md.Manifests {
 		mf := &md.Manifests[n]
 		if mf.FirstOrdinal+mf.Segments <= from || mf.FirstOrdinal >= to {
 			continue
 		}
-		d, err := s.manifest(ctx, snapshot, n, mf)
+		m, err := c.manifest(ctx, snapshot, n, mf)
 		if err != nil {
 			return nil, err
 		}
 		for i := max(0, from-mf.FirstOrdinal); i < min(mf.Segments, to-mf.FirstOrdinal); i++ {
-			list = append(list, item{&d.segments[i], mf.FirstOrdinal + i, d.builds[i]})
+			list = append(list, sourceSegment{&m.segments[i], mf.FirstOrdinal + i, m.builds[i]})
 		}
 	}
 	if int64(len(list)) != to-from {
@@ -65,63 +65,63 @@ func (s *sources) items(ctx context.Context, snapshot int64, md *manifest.Metada
 	return list, nil
 }
 
-func (s *sources) manifest(ctx context.Context, snapshot int64, number int, mf *manifest.ManifestFile) (*decoded, error) {
+func (c *manifestCache) manifest(ctx context.Context, snapshot int64, number int, mf *manifest.ManifestFile) (*cachedManifest, error) {
 	for {
-		d, err := s.once(ctx, snapshot, number, mf)
+		m, err := c.load(ctx, snapshot, number, mf)
 		interrupted := errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 		if !interrupted || ctx.Err() != nil {
-			return d, err
+			return m, err
 		}
 		// Whoever read it for us was interrupted, we are not.
 	}
 }
 
-func (s *sources) once(ctx context.Context, snapshot int64, number int, mf *manifest.ManifestFile) (*decoded, error) {
-	s.mu.Lock()
-	for _, d := range s.cache {
-		if d.snapshot == snapshot && d.number == number {
-			s.mu.Unlock()
+func (c *manifestCache) load(ctx context.Context, snapshot int64, number int, mf *manifest.ManifestFile) (*cachedManifest, error) {
+	c.mu.Lock()
+	for _, m := range c.entries {
+		if m.snapshot == snapshot && m.number == number {
+			c.mu.Unlock()
 			select {
 			case <-ctx.Done():
 				return nil, ctx.Err()
-			case <-d.ready:
-				return d, d.err
+			case <-m.ready:
+				return m, m.err
 			}
 		}
 	}
-	d := &decoded{snapshot: snapshot, number: number, ready: make(chan struct{})}
-	if s.cache = append(s.cache, d); len(s.cache) > maxManifests {
-		s.cache = s.cache[1:]
+	m := &cachedManifest{snapshot: snapshot, number: number, ready: make(chan struct{})}
+	if c.entries = append(c.entries, m); len(c.entries) > maxManifests {
+		c.entries = c.entries[1:]
 	}
-	s.mu.Unlock()
-	if d.segments, d.err = s.source.Manifest(ctx, snapshot, number); d.err == nil {
-		d.err = d.count(mf)
+	c.mu.Unlock()
+	if m.segments, m.err = c.source.Manifest(ctx, snapshot, number); m.err == nil {
+		m.err = m.numberBuilds(mf)
 	}
-	if d.err != nil { // the next one tries again
-		s.mu.Lock()
-		for i := range s.cache {
-			if s.cache[i] == d {
-				s.cache = append(s.cache[:i:i], s.cache[i+1:]...)
+	if m.err != nil { // the next one tries again
+		c.mu.Lock()
+		for i := range c.entries {
+			if c.entries[i] == m {
+				c.entries = append(c.entries[:i:i], c.entries[i+1:]...)
 				break
 			}
 		}
-		s.mu.Unlock()
+		c.mu.Unlock()
 	}
-	close(d.ready)
-	return d, d.err
+	close(m.ready)
+	return m, m.err
 }
 
 // count numbers the builds.
-func (d *decoded) count(mf *manifest.ManifestFile) error {
+func (m *cachedManifest) numberBuilds(mf *manifest.ManifestFile) error {
 	next := mf.FirstBuild
-	d.builds = make([]int64, len(d.segments))
-	for i := range d.segments {
-		d.builds[i] = next
-		next += int64(len(d.segments[i].Builds))
+	m.builds = make([]int64, len(m.segments))
+	for i := range m.segments {
+		m.builds[i] = next
+		next += int64(len(m.segments[i].Builds))
 	}
-	if int64(len(d.segments)) != mf.Segments || next != mf.FirstBuild+mf.Builds {
+	if int64(len(m.segments)) != mf.Segments || next != mf.FirstBuild+mf.Builds {
 		return fmt.Errorf("%w: %s holds %d segments and %d builds, want %d and %d", ErrSource, mf.File,
-			len(d.segments), next-mf.FirstBuild, mf.Segments, mf.Builds)
+			len(m.segments), next-mf.FirstBuild, mf.Segments, mf.Builds)
 	}
 	return nil
 }

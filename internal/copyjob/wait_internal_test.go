@@ -73,7 +73,7 @@ func TestRefused(t *testing.T) {
 }
 
 // TestAfter follows a task through attempts that end in each way.
-func TestAfter(t *testing.T) {
+func TestAfterAttempt(t *testing.T) {
 	away, broken := fmt.Errorf("x: %w", object.ErrUnavailable), errors.New("broken")
 	denied := fmt.Errorf("x: %w", object.Passing(object.ErrDenied))
 	at := func(d time.Duration) time.Time { return start.Add(d) }
@@ -171,7 +171,7 @@ func TestAfter(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			o := &Options{MaxFailures: 12, RefusalTimeout: 5 * time.Minute}
-			got := c.before.after(c.cause, &progress{files: c.files, more: at(time.Minute)}, at(time.Hour), o)
+			got := c.before.afterAttempt(c.cause, &progress{files: c.files, advanced: at(time.Minute)}, at(time.Hour), o)
 			if c.want.reason = got.reason; c.want.message == "" {
 				c.want.message = c.cause.Error()
 			}

@@ -32,22 +32,22 @@ const progressEvery = time.Second
 // it is somebody else, with an id and a lease of its own; when the lease is lost,
 // all its tasks end, and another round begins.
 type worker struct {
-	o       *Options
-	board   *board
-	gate    *gate
-	sources *sources
+	o         *Options
+	table     *jobTable
+	limiter   *limiter
+	manifests *manifestCache
 
 	refusals atomic.Int64 // attempts that a store refused
 
 	mu      sync.Mutex
 	budgets map[int64]*budget // by job
-	refused map[int64]bool    // jobs whose first refusal is in the log
+	warned  map[int64]bool    // jobs whose first refusal is in the log
 }
 
-func newWorker(o *Options, b *board) *worker {
+func newWorker(o *Options, table *jobTable) *worker {
 	return &worker{
-		o: o, board: b, gate: newGate(o.CopyInFlight), sources: newSources(o.Source), budgets: map[int64]*budget{},
-		refused: map[int64]bool{},
+		o: o, table: table, limiter: newLimiter(o.CopyInFlight), manifests: newManifestCache(o.Source), budgets: map[int64]*budget{},
+		warned: map[int64]bool{},
 	}
 }
 
@@ -61,12 +61,12 @@ func (w *worker) run(ctx context.Context) {
 	}
 	backoff := meta.Backoff{Rand: w.o.Jitter}
 	failing := lasting.New(time.Now).Add(w.o.Log, "worker", "working on restores failed and begins again", "")
-	good := func() {
+	ready := func() {
 		backoff.Reset()
 		failing.Passed()
 	}
 	for {
-		err := w.round(ctx, good)
+		err := w.serve(ctx, ready)
 		if ctx.Err() != nil {
 			return
 		}
@@ -78,12 +78,12 @@ func (w *worker) run(ctx context.Context) {
 }
 
 // round is the life of one worker. It calls good once the worker is there.
-func (w *worker) round(ctx context.Context, good func()) error {
+func (w *worker) serve(ctx context.Context, ready func()) error {
 	id, err := w.newID()
 	if err != nil {
 		return err
 	}
-	began := time.Now() // before the grant, so that we never believe in a lease for longer than the store does
+	start := time.Now() // before the grant, so that we never believe in a lease for longer than the store does
 	lease, err := w.o.KV.Grant(ctx, w.o.WorkerTTL)
 	if err != nil {
 		return err
@@ -106,14 +106,14 @@ func (w *worker) round(ctx context.Context, good func()) error {
 	if !res.Succeeded {
 		return fmt.Errorf("worker %d is somebody else", id)
 	}
-	good()
+	ready()
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return w.keepAlive(ctx, lease, began) })
-	h := &hands{worker: w, ctx: ctx, group: group, tasks: map[string]*hand{}}
+	group.Go(func() error { return w.keepAlive(ctx, lease, start) })
+	runner := &taskRunner{worker: w, ctx: ctx, group: group, tasks: map[string]*runningTask{}}
 	from, to := meta.Prefix(keys.AssignmentPrefix(id))
-	follower := follow.New(follow.Options{KV: w.o.KV, From: from, To: to, Handler: h, Log: w.o.Log, Rand: w.o.Jitter})
+	follower := follow.New(follow.Options{KV: w.o.KV, From: from, To: to, Handler: runner, Log: w.o.Log, Rand: w.o.Jitter})
 	group.Go(func() error { return follower.Run(ctx) })
-	group.Go(func() error { return h.watchJobs(ctx) })
+	group.Go(func() error { return runner.watchJobs(ctx) })
 	return group.Wait()
 }
 
@@ -131,9 +131,9 @@ func (w *worker) newID() (int64, error) {
 // time before the store ends it, so that what the worker began to copy is over
 // when others take its assignments for gone. The lease was granted, or asked
 // for, at began.
-func (w *worker) keepAlive(ctx context.Context, lease meta.LeaseID, began time.Time) error {
+func (w *worker) keepAlive(ctx context.Context, lease meta.LeaseID, granted time.Time) error {
 	lasts, every := w.o.WorkerTTL*4/5, w.o.WorkerTTL/4
-	until := began.Add(lasts)
+	until := granted.Add(lasts)
 	timer := time.NewTimer(every)
 	defer timer.Stop()
 	for {
@@ -142,18 +142,18 @@ func (w *worker) keepAlive(ctx context.Context, lease meta.LeaseID, began time.T
 			return nil
 		case <-timer.C:
 		}
-		began := time.Now()
-		if !began.Before(until) {
+		granted := time.Now()
+		if !granted.Before(until) {
 			return errors.New("the worker's lease may be lost: it was not renewed in time")
 		}
-		err := w.renew(ctx, lease, began.Add(min(every, until.Sub(began))))
+		err := w.renew(ctx, lease, granted.Add(min(every, until.Sub(granted))))
 		switch {
 		case err == nil:
-			until = began.Add(lasts)
+			until = granted.Add(lasts)
 		case errors.Is(err, meta.ErrLeaseNotFound):
 			return fmt.Errorf("the worker's lease is lost: %w", err)
 		}
-		timer.Reset(min(time.Until(began.Add(every)), time.Until(until)))
+		timer.Reset(min(time.Until(granted.Add(every)), time.Until(until)))
 	}
 }
 
@@ -172,7 +172,7 @@ func (w *worker) budget(job int64) *budget {
 		if len(w.budgets) >= maxBudgets { // of jobs that have ended, most of them
 			clear(w.budgets)
 		}
-		b = newBudget(func() Limits { return w.board.share(job) })
+		b = newBudget(func() Limits { return w.table.rateShare(job) })
 		w.budgets[job] = b
 	}
 	return b
@@ -187,11 +187,11 @@ func (w *worker) logFailure(log *zap.Logger, job int64, err error) {
 	}
 	w.refusals.Add(1)
 	w.mu.Lock()
-	again := w.refused[job]
-	if len(w.refused) >= maxBudgets { // of jobs that have ended, most of them
-		clear(w.refused)
+	again := w.warned[job]
+	if len(w.warned) >= maxBudgets { // of jobs that have ended, most of them
+		clear(w.warned)
 	}
-	w.refused[job] = true
+	w.warned[job] = true
 	w.mu.Unlock()
 	if again {
 		log.Debug("the object store refuses a task of a restore again", zap.Error(err))
@@ -202,32 +202,32 @@ func (w *worker) logFailure(log *zap.Logger, job int64, err error) {
 }
 
 // hands are the tasks that a worker has. It is the handler of its assignments.
-type hands struct {
+type taskRunner struct {
 	worker *worker
 	ctx    context.Context //nolint:containedctx // of the worker's round: tasks end with it
 	group  *errgroup.Group
 
 	mu    sync.Mutex
-	tasks map[string]*hand // by assignment key
+	tasks map[string]*runningTask // by assignment key
 }
 
 // hand is one task that is worked on.
-type hand struct {
+type runningTask struct {
 	job    int64
 	create int64 // of the assignment
 	cancel context.CancelFunc
 }
 
 // Reset implements follow.Handler.
-func (h *hands) Reset(kvs []meta.KeyValue, _ int64) {
+func (r *taskRunner) Reset(kvs []meta.KeyValue, _ int64) {
 	there := map[string]bool{}
 	for _, kv := range kvs {
 		there[kv.Key] = true
-		h.take(kv)
+		r.start(kv)
 	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for key, t := range h.tasks {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for key, t := range r.tasks {
 		if !there[key] {
 			t.cancel()
 		}
@@ -235,77 +235,77 @@ func (h *hands) Reset(kvs []meta.KeyValue, _ int64) {
 }
 
 // Apply implements follow.Handler.
-func (h *hands) Apply(events []meta.Event, _ int64) {
+func (r *taskRunner) Apply(events []meta.Event, _ int64) {
 	for _, e := range events {
 		if !e.Deleted {
-			h.take(e.KV)
+			r.start(e.KV)
 			continue
 		}
-		h.mu.Lock()
-		if t := h.tasks[e.KV.Key]; t != nil && t.create < e.KV.ModRevision {
+		r.mu.Lock()
+		if t := r.tasks[e.KV.Key]; t != nil && t.create < e.KV.ModRevision {
 			t.cancel()
 		}
-		h.mu.Unlock()
+		r.mu.Unlock()
 	}
 }
 
 // take begins with a task, unless it has begun.
-func (h *hands) take(kv meta.KeyValue) {
+func (r *taskRunner) start(kv meta.KeyValue) {
 	job, number, err := keys.LastTwo(kv.Key)
 	rec := &storagev1.Assignment{}
 	if err == nil {
 		err = record.Decode(kv, rec)
 	}
 	if err != nil {
-		h.worker.o.Log.Error("assignment is left alone", zap.String("key", kv.Key), zap.Error(err))
+		r.worker.o.Log.Error("assignment is left alone", zap.String("key", kv.Key), zap.Error(err))
 		return
 	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if old := h.tasks[kv.Key]; old != nil {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if old := r.tasks[kv.Key]; old != nil {
 		if old.create == kv.CreateRevision {
 			return
 		}
 		old.cancel() // it gives way to the new one
 	}
-	ctx, cancel := context.WithCancel(h.ctx)
-	t := &hand{job: job, create: kv.CreateRevision, cancel: cancel}
-	h.tasks[kv.Key] = t
-	h.group.Go(func() error {
+	ctx, cancel := context.WithCancel(r.ctx)
+	t := &runningTask{job: job, create: kv.CreateRevision, cancel: cancel}
+	r.tasks[kv.Key] = t
+	r.group.Go(func() error {
 		defer cancel()
 		a := &attempt{
-			worker: h.worker, jobID: job, number: number, attempt: rec.GetAttempt(),
+			worker: r.worker, jobID: job, number: number, attempt: rec.GetAttempt(),
 			assignment: meta.SameKey(kv.Key, kv.CreateRevision), key: kv.Key,
 		}
 		err := a.run(ctx)
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		if h.tasks[kv.Key] == t {
-			delete(h.tasks, kv.Key)
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if r.tasks[kv.Key] == t {
+			delete(r.tasks, kv.Key)
 		}
 		return err
 	})
 }
 
 // watchJobs ends the tasks of jobs that are no longer in phase copy.
-func (h *hands) watchJobs(ctx context.Context) error {
+func (r *taskRunner) watchJobs(ctx context.Context) error {
 	for {
-		moved := h.worker.board.waitable()
-		h.mu.Lock()
+		moved := r.worker.table.nextChange()
+		r.mu.Lock()
 		jobs := map[int64]bool{}
-		for _, t := range h.tasks {
+		for _, t := range r.tasks {
 			jobs[t.job] = true
 		}
 		for id := range jobs {
-			if job := h.worker.board.job(id); job != nil && (job.State.Ended() || job.Phase == RollBack) {
-				for _, t := range h.tasks {
+			if job := r.worker.table.job(id); job != nil && (job.State.Ended() || job.Phase == RollBack) {
+				for _, t := range r.tasks {
 					if t.job == id {
 						t.cancel()
 					}
 				}
 			}
 		}
-		h.mu.Unlock()
+		r.mu.Unlock()
 		select {
 		case <-ctx.Done():
 			return nil
@@ -344,18 +344,18 @@ func (a *attempt) run(ctx context.Context) error {
 		w.logFailure(log, a.jobID, err)
 	}
 	if a.task == nil && !errors.Is(err, errChanged) {
-		_ = meta.Pause(ctx, patience(maxPause)) // what cannot be read now is asked for again, but not at once
+		_ = meta.Pause(ctx, pauseStep(maxPauseStep)) // what cannot be read now is asked for again, but not at once
 	}
 	// The context may be over: the job was given up, or the replica stops.
-	report, cancel := context.WithTimeout(context.WithoutCancel(ctx), writeTimeout)
+	reportCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), writeTimeout)
 	defer cancel()
 	for try := 0; ; try++ {
-		done, reportErr := a.giveBack(report, ctx.Err() != nil, err)
+		done, reportErr := a.release(reportCtx, ctx.Err() != nil, err)
 		if done {
 			return nil
 		}
 		log.Warn("an assignment is not given back yet", zap.Error(reportErr))
-		if meta.Pause(report, patience(try+1)) != nil {
+		if meta.Pause(reportCtx, pauseStep(try+1)) != nil {
 			return fmt.Errorf("give task %d of job %d back: %w", a.number, a.jobID, reportErr)
 		}
 	}
@@ -386,14 +386,14 @@ func (a *attempt) read(ctx context.Context) error {
 
 // giveBack ends the assignment. A task that failed goes back with why, one that
 // was interrupted is left for another attempt.
-func (a *attempt) giveBack(ctx context.Context, interrupted bool, cause error) (bool, error) {
+func (a *attempt) release(ctx context.Context, interrupted bool, cause error) (bool, error) {
 	txn := meta.Txn{Name: "restore.giveback", If: []meta.Cond{a.assignment}, Then: []meta.Op{meta.Delete(a.key)}}
 	if !interrupted && a.task != nil && !errors.Is(cause, errChanged) {
 		op, err := record.NewOp(a.worker.o.Rand)
 		if err != nil {
 			return false, err
 		}
-		next := a.task.after(cause, a.progress, a.worker.o.Clock.Display(), a.worker.o)
+		next := a.task.afterAttempt(cause, a.progress, a.worker.o.Clock.Display(), a.worker.o)
 		txn.If = append(txn.If, a.job.unchanged(), meta.Unchanged(a.task.key(), a.task.revision))
 		txn.Then = append(txn.Then, meta.Put(a.task.key(), next.encode(op)))
 	}
@@ -405,11 +405,11 @@ func (a *attempt) giveBack(ctx context.Context, interrupted bool, cause error) (
 		return true, nil // gone, by us or before
 	}
 	// The job has moved on: all that is left to do is to let go.
-	return a.giveBack(ctx, true, cause)
+	return a.release(ctx, true, cause)
 }
 
 // after is the task as an attempt leaves it that ended now with cause.
-func (t *task) after(cause error, p *progress, now time.Time, o *Options) *task {
+func (t *task) afterAttempt(cause error, p *progress, now time.Time, o *Options) *task {
 	next := *t
 	if n, at := p.finished(); n > t.finished {
 		next.finished, next.finishTime = n, at
@@ -426,11 +426,11 @@ func (t *task) after(cause error, p *progress, now time.Time, o *Options) *task 
 			next.message = record.Clip(fmt.Sprintf("refused for %v: %v", waited.Round(time.Second), cause), record.MaxText)
 			return &next
 		}
-		next.wait(cause, now)
+		next.putBack(cause, now)
 		return &next
 	case isUnanswered(cause):
 		next.refusals, next.refuseSince = 0, time.Time{}
-		next.wait(cause, now)
+		next.putBack(cause, now)
 		return &next
 	}
 	next.failures, next.waits, next.waitSince, next.waitTime = t.failures+1, 0, time.Time{}, time.Time{}
@@ -447,7 +447,7 @@ func (t *task) after(cause error, p *progress, now time.Time, o *Options) *task 
 
 // wait puts the task back after an attempt that was not answered, or was refused, and
 // ended now.
-func (t *task) wait(cause error, now time.Time) {
+func (t *task) putBack(cause error, now time.Time) {
 	if t.waits == 0 {
 		t.waitSince = now
 	}
@@ -459,31 +459,31 @@ func (t *task) wait(cause error, now time.Time) {
 
 // maxPause is the try from which on the pause, of more than a second, is always
 // the same.
-const maxPause = 6
+const maxPauseStep = 6
 
 // patience is the attempt that try is to [meta.Pause]: the first has to wait 40 ms,
 // each that follows twice as long.
-func patience(try int) int { return 10 << min(try, maxPause) }
+func pauseStep(try int) int { return 10 << min(try, maxPauseStep) }
 
 // register writes the target's segments and completes the task. All transactions
 // compare the job and the very assignment; the last one is all that counts, for a
 // RESTORING collection shows its segments to nobody.
-func (a *attempt) register(ctx context.Context, done *restored) error {
+func (a *attempt) register(ctx context.Context, result *taskResult) error {
 	op, err := record.NewOp(a.worker.o.Rand)
 	if err != nil {
 		return err
 	}
 	var ops []meta.Op
-	for i := range done.segments {
-		puts, err := catalog.SegmentOps(a.job.Target, &done.segments[i], op)
+	for i := range result.segments {
+		puts, err := catalog.SegmentOps(a.job.Target, &result.segments[i], op)
 		if err != nil {
 			return err
 		}
 		ops = append(ops, puts...)
 	}
 	next := *a.task
-	next.state, next.totals, next.reason, next.message = TaskDone, done.totals, "", ""
-	next.waits, next.finished, next.finishTime = 0, done.totals.Files, a.worker.o.Clock.Display()
+	next.state, next.totals, next.reason, next.message = TaskDone, result.totals, "", ""
+	next.waits, next.finished, next.finishTime = 0, result.totals.Files, a.worker.o.Clock.Display()
 	next.refusals, next.refuseSince = 0, time.Time{}
 	last := []meta.Op{
 		meta.Put(a.task.key(), next.encode(op)), meta.Delete(a.key), meta.Delete(keys.Progress(a.jobID, a.number)),

@@ -154,7 +154,7 @@ var regressions = []Mutant{
 		"reclaiming a segment with the id of a field deletes the file of another segment"),
 	regression("text-that-is-no-utf8", "b451e3a", record, "TestClip",
 		"an error text that is not UTF-8 makes the leader or a worker panic"),
-	regression("uploads-by-a-slow-clock", "30f2e65", copyjob, "TestLateUploads",
+	regression("uploads-by-a-slow-clock", "30f2e65", copyjob, "TestUploadCutoff",
 		"an upload that a worker left open stays for ever when the leader's clock is behind the store's"),
 	regression("altered-mark", "787e019", epoch, "TestAlteredMarks",
 		"a digit altered in transit makes a different valid high-water mark"),
