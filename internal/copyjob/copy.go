@@ -9,18 +9,13 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 
 	"github.com/snapshotd/snapshotd/internal/catalog/layout"
 	"github.com/snapshotd/snapshotd/internal/segment"
-	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
-	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
-	"github.com/snapshotd/snapshotd/internal/store/record"
-	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
 // requestsInFlight is how many prefixes a task lists at once, and how many objects
@@ -401,51 +396,5 @@ func (a *attempt) verify(ctx context.Context, b *budget, files []*fileCopy) erro
 			return fmt.Errorf("%w: %s has %d bytes, not %d", errSourceAltered, f.name(), info.Size, f.from.Size)
 		}
 		return nil
-	})
-}
-
-// progress says from time to time how far an attempt has come.
-type progress struct {
-	attempt *attempt
-
-	mu       sync.Mutex
-	files    int64
-	bytes    int64
-	last     time.Duration // elapsed
-	advanced time.Time     // when it last finished more files than any attempt before; zero: it has not
-}
-
-// finished returns how many files the attempt has finished, and when that last was
-// more than any attempt before had.
-func (p *progress) finished() (int64, time.Time) {
-	if p == nil {
-		return 0, time.Time{}
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.files, p.advanced
-}
-
-// add counts a file. It is never an error that nobody could be told.
-func (p *progress) add(ctx context.Context, bytes int64) {
-	p.mu.Lock()
-	p.files++
-	p.bytes += bytes
-	a, now := p.attempt, p.attempt.worker.o.Clock.Elapsed()
-	if p.files > a.task.finished {
-		p.advanced = a.worker.o.Clock.Display()
-	}
-	if now-p.last < progressEvery {
-		p.mu.Unlock()
-		return
-	}
-	p.last = now
-	value := record.Encode(&storagev1.TaskProgress{Format: record.Format, Attempt: a.attempt, Files: p.files, Bytes: p.bytes, FinishTime: record.Nanos(p.advanced)})
-	p.mu.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
-	defer cancel()
-	_, _ = a.worker.o.KV.Txn(ctx, meta.Txn{
-		If:   []meta.Cond{a.job.unchanged(), a.assignment},
-		Then: []meta.Op{meta.Put(keys.Progress(a.jobID, a.number), value)},
 	})
 }

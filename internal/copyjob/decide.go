@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/segment"
-	"github.com/snapshotd/snapshotd/internal/store/keys"
 )
 
 // step is what the leader has to do for a job.
@@ -152,69 +151,4 @@ func (jt *jobTable) decideJob(js *jobState, until func(time.Time) bool, ready fu
 		slices.SortFunc(d.tasks, func(x, y *task) int { return cmp.Compare(x.number, y.number) })
 	}
 	return d
-}
-
-// isAssigned says whether the worker of a running task still has it. The lock
-// must be held.
-func (jt *jobTable) isAssigned(t *task) bool {
-	return jt.assignments[keys.Assignment(t.worker, t.job, t.number)]
-}
-
-// hasAssignments says whether any worker has a task of the job. The lock must be
-// held.
-func (jt *jobTable) hasAssignmentsLocked(job int64) bool {
-	for key := range jt.assignments {
-		if id, _, err := keys.LastTwo(key); err == nil && id == job {
-			return true
-		}
-	}
-	return false
-}
-
-// isWorkedOn is hasAssignments for who does not hold the lock.
-func (jt *jobTable) hasAssignments(job int64) bool {
-	jt.mu.Lock()
-	defer jt.mu.Unlock()
-	return jt.hasAssignmentsLocked(job)
-}
-
-// workersOf counts the workers that have tasks of the job. The lock must be held.
-func (jt *jobTable) workersOf(job int64) int {
-	workers := map[int64]bool{}
-	for key := range jt.assignments {
-		id, _, err := keys.LastTwo(key)
-		if err != nil || id != job {
-			continue
-		}
-		if worker, err := keys.AssignedTo(key); err == nil {
-			workers[worker] = true
-		}
-	}
-	return len(workers)
-}
-
-// slot is a worker with room for tasks.
-type slot struct {
-	*workerInfo
-	free int
-}
-
-// slots returns the workers that have room, those with the most first.
-func (jt *jobTable) slots() []slot {
-	jt.mu.Lock()
-	defer jt.mu.Unlock()
-	load := map[int64]int{}
-	for key := range jt.assignments {
-		if worker, err := keys.AssignedTo(key); err == nil {
-			load[worker]++
-		}
-	}
-	var list []slot
-	for _, w := range jt.workers {
-		if free := w.slots - load[w.id]; free > 0 {
-			list = append(list, slot{w, free})
-		}
-	}
-	slices.SortFunc(list, func(x, y slot) int { return cmp.Or(cmp.Compare(y.free, x.free), cmp.Compare(x.id, y.id)) })
-	return list
 }

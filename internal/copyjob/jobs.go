@@ -31,18 +31,6 @@ func (j *Jobs) Get(ctx context.Context, id int64) (*Status, error) {
 	return s, nil
 }
 
-// statusOf returns a job as the board has it, nil when it does not, and a channel
-// that is closed when anything changes.
-func (jt *jobTable) statusOf(id int64) (*Status, <-chan struct{}) {
-	jt.mu.Lock()
-	defer jt.mu.Unlock()
-	js := jt.states[id]
-	if js == nil || js.job == nil {
-		return nil, jt.changed
-	}
-	return jt.status(js), jt.changed
-}
-
 // Watch calls fn with a job when its state or phase changed, and with how far it
 // has come at most every so often, until it has ended, which fn sees. It ends with
 // ctx and with fn's first error.

@@ -1,12 +1,14 @@
 package copyjob
 
 import (
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
 )
 
@@ -52,5 +54,34 @@ func TestAbortIfExhausted(t *testing.T) {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+func TestBatches(t *testing.T) {
+	put := func(size int) meta.Op { return meta.Put("/k", make([]byte, size)) }
+	for name, c := range map[string]struct {
+		sizes []int
+		want  []int
+	}{
+		"none":      {nil, nil},
+		"one":       {[]int{1}, []int{1}},
+		"many":      {slices.Repeat([]int{1}, 250), []int{100, 100, 50}},
+		"large":     {slices.Repeat([]int{batchBytes / 2}, 3), []int{1, 1, 1}},
+		"one large": {[]int{1, 2 * batchBytes, 1}, []int{1, 1, 1}},
+		"halves":    {slices.Repeat([]int{batchBytes/2 - 10}, 5), []int{2, 2, 1}},
+	} {
+		var ops []meta.Op
+		for _, size := range c.sizes {
+			ops = append(ops, put(size))
+		}
+		var got []int
+		all := 0
+		for _, part := range batches(ops) {
+			got = append(got, len(part))
+			all += len(part)
+		}
+		if !slices.Equal(got, c.want) || all != len(ops) {
+			t.Errorf("%s: %v, want %v", name, got, c.want)
+		}
 	}
 }

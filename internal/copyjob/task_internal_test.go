@@ -1,7 +1,6 @@
 package copyjob
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"testing"
@@ -12,65 +11,6 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
-
-// TestUnanswered separates what a store answered, which counts, from what it did not.
-func TestUnanswered(t *testing.T) {
-	for _, c := range []struct {
-		err  error
-		want bool
-	}{
-		{object.ErrUnavailable, true},
-		{fmt.Errorf("copy x: %w: %w", object.ErrUnavailable, context.DeadlineExceeded), true},
-		{meta.ErrUnavailable, true},
-		{meta.ErrNoSpace, true},
-		{context.DeadlineExceeded, true},
-		{errors.New("verify the copy of x: another ETag"), false},
-		{errPins, false},
-		{object.ErrNotFound, false},
-		{fmt.Errorf("%w: %w", object.ErrDenied, object.ErrUnavailable), false},
-		{fmt.Errorf("%w: %w", ErrDigest, object.ErrUnavailable), false},
-		{fmt.Errorf("%w: x", errSourceAltered), false},
-		{meta.ErrTooLarge, false},
-	} {
-		if got := isUnanswered(c.err); got != c.want {
-			t.Errorf("%v: %v", c.err, got)
-		}
-	}
-}
-
-// TestRefused separates refusals that are tried again from those that end a job.
-func TestRefused(t *testing.T) {
-	for _, c := range []struct {
-		err  error
-		want bool
-	}{
-		{object.Passing(object.ErrDenied), true},
-		{fmt.Errorf("copy x: %w: AccessDenied", object.Passing(object.ErrMisconfigured)), true},
-		{object.ErrDenied, false},
-		{object.ErrMisconfigured, false},
-		{object.ErrUnavailable, false},
-		{fmt.Errorf("%w: x", ErrSource), false},
-	} {
-		if got := isRefused(c.err); got != c.want {
-			t.Errorf("%v: %v", c.err, got)
-		}
-		if isUnanswered(c.err) && c.want {
-			t.Errorf("%v counts twice", c.err)
-		}
-		if _, permanent := classify(c.err, false); c.want && permanent {
-			t.Errorf("%v is permanent at once", c.err)
-		}
-		if _, permanent := classify(c.err, true); c.want && !permanent {
-			t.Errorf("%v is never permanent", c.err)
-		}
-	}
-	if d := refusedFor(1); d != 0 {
-		t.Errorf("refused once for %v", d)
-	}
-	if d := refusedFor(3); d != 600*time.Millisecond {
-		t.Errorf("refused three times for %v", d)
-	}
-}
 
 // TestAfter follows a task through attempts that end in each way.
 func TestAfterAttempt(t *testing.T) {

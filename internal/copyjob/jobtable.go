@@ -1,10 +1,11 @@
 package copyjob
 
 import (
+	"cmp"
 	"context"
+	"slices"
 	"strings"
 	"sync"
-	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
@@ -16,9 +17,6 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
-
-// rateSpan is how long back a job's rate is taken.
-const rateWindow = 30 * time.Second
 
 // board is every job, task and worker in memory, kept current by watches. What
 // is done about one is decided by the compares of a transaction.
@@ -33,26 +31,6 @@ type jobTable struct {
 	workers     map[int64]*workerInfo
 	assignments map[string]bool // assignment keys
 	changed     chan struct{}   // closed and replaced with every change
-}
-
-// row is a job with its tasks.
-type jobState struct {
-	job        *Job // nil while only parts of it were seen
-	tasks      map[int64]*task
-	unfinished map[int64]*task          // those that are not done
-	progress   map[int64]segment.Totals // files and bytes of tasks that are not done
-	limits     Limits
-	done       segment.Totals // sums of the tasks that are done
-	reported   segment.Totals // the most that was ever told
-	lastErr    string
-	lastFinish time.Time // when an attempt last finished a file that none had before
-	samples    []sample
-}
-
-// sample is how many bytes were done at a time.
-type sample struct {
-	at    time.Time
-	bytes int64
 }
 
 // poolWorker is a worker that lives.
@@ -94,6 +72,13 @@ func (jt *jobTable) broadcast() {
 	case jt.wake <- struct{}{}:
 	default:
 	}
+}
+
+// waitable returns a channel that is closed with the next change.
+func (jt *jobTable) nextChange() <-chan struct{} {
+	jt.mu.Lock()
+	defer jt.mu.Unlock()
+	return jt.changed
 }
 
 // jobHandler is the board as the handler of jobs.
@@ -183,75 +168,6 @@ func (jt *jobTable) put(kv meta.KeyValue) {
 	}
 	if err != nil {
 		jt.o.Log.Error("record of a restore is left alone", zap.String("key", kv.Key), zap.Error(err))
-	}
-}
-
-func (js *jobState) setTask(t *task) {
-	if old := js.tasks[t.number]; old != nil && old.state == TaskDone {
-		js.done = subtractTotals(js.done, old.totals)
-	}
-	js.tasks[t.number], js.unfinished[t.number] = t, t
-	js.lastFinish = latest(js.lastFinish, t.finishTime)
-	if t.state == TaskDone {
-		js.done = addTotals(js.done, t.totals)
-		delete(js.progress, t.number)
-		delete(js.unfinished, t.number)
-	}
-	if t.message != "" {
-		js.lastErr = t.message
-	}
-}
-
-func latest(a, b time.Time) time.Time {
-	if b.After(a) {
-		return b
-	}
-	return a
-}
-
-// stall returns since when the job has waited for a store that does not answer, and
-// how long: up to the last attempt that got none. The time is zero while no task
-// waits.
-func (js *jobState) stall() (since time.Time, d time.Duration) {
-	for _, t := range js.unfinished {
-		if t.waits == 0 || t.refusals > 0 { // a refusal is an answer
-			continue
-		}
-		from := latest(t.waitSince, js.lastFinish)
-		if since.IsZero() || from.Before(since) {
-			since = from
-		}
-		d = max(d, t.waitTime.Sub(from))
-	}
-	return since, d
-}
-
-// refusedSince returns since when a store has refused tasks of the job; zero: it
-// refuses none.
-func (js *jobState) refusedSince() (since time.Time) {
-	for _, t := range js.unfinished {
-		if t.refusals > 0 && (since.IsZero() || t.refuseSince.Before(since)) {
-			since = t.refuseSince
-		}
-	}
-	return since
-}
-
-// setRunning notes how far a task has come. Another attempt begins with what it
-// finds, so that nothing goes down.
-func (js *jobState) setProgress(number int64, n segment.Totals) {
-	if t := js.tasks[number]; t != nil && t.state == TaskDone {
-		return
-	}
-	if n.Bytes >= js.progress[number].Bytes {
-		js.progress[number] = n
-	}
-}
-
-func subtractTotals(a, b segment.Totals) segment.Totals {
-	return segment.Totals{
-		Segments: a.Segments - b.Segments, Rows: a.Rows - b.Rows, Files: a.Files - b.Files, Bytes: a.Bytes - b.Bytes,
-		Builds: a.Builds - b.Builds, Straddling: a.Straddling - b.Straddling,
 	}
 }
 
@@ -385,87 +301,67 @@ func (jt *jobTable) rateShare(job int64) Limits {
 	return l
 }
 
-// waitable returns a channel that is closed with the next change.
-func (jt *jobTable) nextChange() <-chan struct{} {
+// isAssigned says whether the worker of a running task still has it. The lock
+// must be held.
+func (jt *jobTable) isAssigned(t *task) bool {
+	return jt.assignments[keys.Assignment(t.worker, t.job, t.number)]
+}
+
+// hasAssignments says whether any worker has a task of the job. The lock must be
+// held.
+func (jt *jobTable) hasAssignmentsLocked(job int64) bool {
+	for key := range jt.assignments {
+		if id, _, err := keys.LastTwo(key); err == nil && id == job {
+			return true
+		}
+	}
+	return false
+}
+
+// isWorkedOn is hasAssignments for who does not hold the lock.
+func (jt *jobTable) hasAssignments(job int64) bool {
 	jt.mu.Lock()
 	defer jt.mu.Unlock()
-	return jt.changed
+	return jt.hasAssignmentsLocked(job)
 }
 
-// Status is a job with how far it has come.
-type Status struct {
-	Job       *Job
-	Limits    Limits
-	Done      segment.Totals
-	Rate      int64         // bytes a second over the last half minute
-	Remaining time.Duration // 0: not known
-	Fraction  float64       // 1 only when it is COMPLETED
-	LastError string
-	Waiting   time.Time // since when it has waited for a store that does not answer; zero: it does not
-	Refused   time.Time // since when a store has refused copies that are tried again; zero: it refuses none
-	Retries   int64
-}
-
-// status is what is told of a job. The lock must be held.
-func (jt *jobTable) status(js *jobState) *Status {
-	job := js.job
-	s := &Status{Job: job, Limits: js.limits, Done: job.Done, LastError: js.lastErr, Retries: job.Retries}
-	if job.State == Completed {
-		s.Done, s.Fraction, s.LastError = job.Totals, 1, ""
-		return s
-	}
-	now := js.done
-	for _, n := range js.progress {
-		now = addTotals(now, n)
-	}
-	js.reported = maxTotals(maxTotals(js.reported, now), job.Done)
-	s.Done = js.reported
-	if job.State.Ended() {
-		s.LastError = ""
-		return fraction(s)
-	}
-	if job.Phase != RollBack { // else the job has them already
-		for _, t := range js.tasks {
-			s.Retries += int64(max(1, t.attempt)) - 1
+// workersOf counts the workers that have tasks of the job. The lock must be held.
+func (jt *jobTable) workersOf(job int64) int {
+	workers := map[int64]bool{}
+	for key := range jt.assignments {
+		id, _, err := keys.LastTwo(key)
+		if err != nil || id != job {
+			continue
+		}
+		if worker, err := keys.AssignedTo(key); err == nil {
+			workers[worker] = true
 		}
 	}
-	if job.Phase == Copy {
-		s.Waiting, _ = js.stall()
-		s.Refused = js.refusedSince()
-	}
-	at := jt.o.Now()
-	js.samples = append(js.samples, sample{at, s.Done.Bytes})
-	for len(js.samples) > 2 && at.Sub(js.samples[1].at) > rateWindow {
-		js.samples = js.samples[1:]
-	}
-	if len(js.samples) > 1000 { // asked often: half of them say as much
-		thin := js.samples[:0]
-		for i := 0; i < len(js.samples); i += 2 {
-			thin = append(thin, js.samples[i])
-		}
-		js.samples = thin
-	}
-	if first := js.samples[0]; at.After(first.at) && job.Phase == Copy {
-		s.Rate = int64(float64(s.Done.Bytes-first.bytes) / at.Sub(first.at).Seconds())
-		if s.Rate > 0 {
-			s.Remaining = time.Duration(float64(job.Totals.Bytes-s.Done.Bytes) / float64(s.Rate) * float64(time.Second))
-		}
-	}
-	return fraction(s)
+	return len(workers)
 }
 
-// fraction fills in how far s is, short of the end.
-func fraction(s *Status) *Status {
-	if total := s.Job.Totals.Bytes + s.Job.Totals.Files; total > 0 {
-		s.Fraction = min(0.999, float64(s.Done.Bytes+s.Done.Files)/float64(total))
-	}
-	return s
+// slot is a worker with room for tasks.
+type slot struct {
+	*workerInfo
+	free int
 }
 
-// atLeast returns the larger of each number.
-func maxTotals(a, b segment.Totals) segment.Totals {
-	return segment.Totals{
-		Segments: max(a.Segments, b.Segments), Rows: max(a.Rows, b.Rows), Files: max(a.Files, b.Files),
-		Bytes: max(a.Bytes, b.Bytes), Builds: max(a.Builds, b.Builds), Straddling: max(a.Straddling, b.Straddling),
+// slots returns the workers that have room, those with the most first.
+func (jt *jobTable) slots() []slot {
+	jt.mu.Lock()
+	defer jt.mu.Unlock()
+	load := map[int64]int{}
+	for key := range jt.assignments {
+		if worker, err := keys.AssignedTo(key); err == nil {
+			load[worker]++
+		}
 	}
+	var list []slot
+	for _, w := range jt.workers {
+		if free := w.slots - load[w.id]; free > 0 {
+			list = append(list, slot{w, free})
+		}
+	}
+	slices.SortFunc(list, func(x, y slot) int { return cmp.Or(cmp.Compare(y.free, x.free), cmp.Compare(x.id, y.id)) })
+	return list
 }

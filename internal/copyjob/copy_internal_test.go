@@ -1,0 +1,25 @@
+package copyjob
+
+import (
+	"testing"
+)
+
+func TestListPrefix(t *testing.T) {
+	for _, c := range []struct {
+		path, want string
+		ids        []int64
+	}{
+		{"1/2/3/insert/100/4", "r/1/2/3/", []int64{3}},
+		{"1/2/3/index/7/0-4", "r/1/2/3/", []int64{3, 7}},
+		{"index_files/7/1/2/3/HNSW_0", "r/index_files/7/", []int64{3, 7}},
+		{"3", "", []int64{3}}, // the file itself
+		{"a/3", "", []int64{3}},
+		{"a/b", "", []int64{3}},
+		{"03/x", "r/03/", []int64{3}},
+		{"3/x", "r/3/", []int64{3}},
+	} {
+		if got := listPrefix("r/", c.path, c.ids...); got != c.want {
+			t.Errorf("anchor of %s: %q, want %q", c.path, got, c.want)
+		}
+	}
+}

@@ -1,0 +1,100 @@
+package copyjob
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/test/virtual"
+)
+
+// slowSource reads manifests slowly, and counts.
+type slowSource struct {
+	mu    sync.Mutex
+	reads int
+	fail  error
+}
+
+func (s *slowSource) Metadata(context.Context, int64) (*manifest.Metadata, error) { return nil, nil }
+
+func (s *slowSource) Manifest(ctx context.Context, _ int64, number int) ([]segment.Segment, error) {
+	s.mu.Lock()
+	s.reads++
+	err := s.fail
+	s.mu.Unlock()
+	timer := time.NewTimer(time.Second)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-timer.C:
+	}
+	return []segment.Segment{
+		{ID: int64(2*number + 1), Builds: make([]segment.Build, 2)}, {ID: int64(2*number + 2), Builds: make([]segment.Build, 1)},
+	}, err
+}
+
+// TestSources reads each manifest once for all who want it at a time, and does
+// not take the interruption of one for that of another.
+func TestManifestCache(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
+		src := &slowSource{}
+		s := newManifestCache(src)
+		md := &manifest.Metadata{}
+		for n := range int64(6) {
+			md.Manifests = append(md.Manifests, manifest.ManifestFile{FirstOrdinal: 2 * n, Segments: 2, FirstBuild: 3 * n, Builds: 3})
+		}
+		first, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if _, err := s.segments(first, 1, md, 1, 3); !errors.Is(err, context.Canceled) {
+				t.Errorf("err = %v", err)
+			}
+		})
+		virtual.Wait()
+		for range 5 {
+			wg.Go(func() {
+				items, err := s.segments(t.Context(), 1, md, 1, 3)
+				if err != nil || len(items) != 2 || items[0].ID != 2 || items[0].ordinal != 1 || items[0].firstBuild != 2 ||
+					items[1].ID != 3 || items[1].ordinal != 2 || items[1].firstBuild != 3 {
+					t.Errorf("%+v, err = %v", items, err)
+				}
+			})
+		}
+		virtual.Wait()
+		cancel()
+		wg.Wait()
+		if src.reads != 3 { // the one that was interrupted, and both
+			t.Errorf("%d reads", src.reads)
+		}
+		if items, err := s.segments(t.Context(), 1, md, 0, 12); err != nil || len(items) != 12 || items[11].firstBuild != 17 {
+			t.Errorf("%+v, err = %v", items, err)
+		}
+		if n := len(s.entries); n != maxManifests {
+			t.Errorf("%d manifests are kept", n)
+		}
+		if _, err := s.segments(t.Context(), 1, md, 10, 13); !errors.Is(err, errMapping) {
+			t.Errorf("err = %v", err)
+		}
+		src.fail = object.ErrUnavailable
+		before := src.reads
+		for range 2 { // an error is not kept
+			if _, err := s.segments(t.Context(), 2, md, 0, 2); !errors.Is(err, object.ErrUnavailable) {
+				t.Errorf("err = %v", err)
+			}
+		}
+		if src.reads != before+2 {
+			t.Errorf("%d reads", src.reads-before)
+		}
+		src.fail = nil
+		md.Manifests[0].Builds = 4
+		if _, err := s.segments(t.Context(), 3, md, 0, 2); !errors.Is(err, ErrSource) {
+			t.Errorf("err = %v", err)
+		}
+	})
+}
