@@ -11,18 +11,18 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// assign gives tasks to workers as long as there is room, and returns the room
-// that is left.
+// assign assigns tasks to workers while there are slots, and returns the remaining slots.
 func (l *leader) assign(ctx context.Context, d decision, slots []slot) ([]slot, error) {
 	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 	defer cancel()
-	tasks := slices.DeleteFunc(d.tasks, func(t *task) bool { return l.assignedRevisions[d.job.ID][t.number] == t.revision })
+	assigned := l.assignedRevisions[d.job.ID]
+	tasks := slices.DeleteFunc(d.tasks, func(t *task) bool { return assigned[t.number] == t.revision })
 	for len(tasks) > 0 && len(slots) > 0 {
 		w := &slots[0]
 		even := (len(tasks) + len(slots) - 1) / len(slots)
 		n := min(even, w.free, assignBatch)
 		if err := l.assignTo(ctx, d.job, tasks[:n], w); err != nil {
-			if errors.Is(err, errChanged) { // the board is behind, or the worker is gone
+			if errors.Is(err, errChanged) { // the table lags, or the worker is gone
 				return slots[1:], nil
 			}
 			return slots, err
@@ -30,13 +30,14 @@ func (l *leader) assign(ctx context.Context, d decision, slots []slot) ([]slot, 
 		tasks = tasks[n:]
 		if w.free -= n; w.free == 0 {
 			slots = slots[1:]
-		} else { // spread over the workers
+		} else { // rotate, to spread tasks over the workers
 			slots = append(slots[1:], *w)
 		}
 	}
 	return slots, nil
 }
 
+// assignTo assigns tasks to one worker in one transaction.
 func (l *leader) assignTo(ctx context.Context, job *Job, tasks []*task, w *slot) error {
 	op, err := record.NewOp(l.o.Rand)
 	if err != nil {
@@ -53,8 +54,8 @@ func (l *leader) assignTo(ctx context.Context, job *Job, tasks []*task, w *slot)
 		}
 		key := keys.Assignment(w.id, t.job, t.number)
 		conds = append(conds, meta.Absent(key))
-		ops = append(ops, meta.Put(t.key(), next.encode(op)),
-			meta.PutLeased(key, record.Encode(&storagev1.Assignment{Format: record.Format, Attempt: next.attempt}), w.lease))
+		rec := record.Encode(&storagev1.Assignment{Format: record.Format, Attempt: next.attempt})
+		ops = append(ops, meta.Put(t.key(), next.encode(op)), meta.PutLeased(key, rec, w.lease))
 	}
 	err = l.write(ctx, "restore.assign", job, conds, ops)
 	if errors.Is(err, meta.ErrLeaseNotFound) {

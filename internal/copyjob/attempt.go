@@ -24,12 +24,12 @@ type attempt struct {
 	key        string
 	job        *Job
 	task       *task
-	progress   *progress // nil before it has begun to copy
+	progress   *progress // nil until the copies start
 }
 
-// run works on the task until it is done or has failed, says so, and gives the
-// assignment back. When that cannot be said it returns an error, which ends the
-// worker: its lease ends the assignment, which nobody would look at any more.
+// run executes the task until it is done or has failed, records the result, and releases
+// the assignment. When the result cannot be recorded it returns an error, which ends the
+// worker: its lease ends the assignment too, so that the task is assigned again.
 func (a *attempt) run(ctx context.Context) error {
 	err := a.read(ctx)
 	if err == nil {
@@ -44,9 +44,9 @@ func (a *attempt) run(ctx context.Context) error {
 		w.logFailure(log, a.jobID, err)
 	}
 	if a.task == nil && !errors.Is(err, errChanged) {
-		_ = meta.Pause(ctx, pauseStep(maxPauseStep)) // what cannot be read now is asked for again, but not at once
+		_ = meta.Pause(ctx, pauseStep(maxPauseStep)) // so that the task is not assigned again at once
 	}
-	// The context may be over: the job was given up, or the replica stops.
+	// ctx may be over: the job was given up, or the replica stops.
 	reportCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), writeTimeout)
 	defer cancel()
 	for try := 0; ; try++ {
@@ -54,14 +54,15 @@ func (a *attempt) run(ctx context.Context) error {
 		if done {
 			return nil
 		}
-		log.Warn("an assignment is not given back yet", zap.Error(reportErr))
+		log.Warn("release of assignment failed, retrying", zap.Error(reportErr))
 		if meta.Pause(reportCtx, pauseStep(try+1)) != nil {
-			return fmt.Errorf("give task %d of job %d back: %w", a.number, a.jobID, reportErr)
+			return fmt.Errorf("release task %d of job %d: %w", a.number, a.jobID, reportErr)
 		}
 	}
 }
 
-// read reads the job and the task, which must be this attempt's.
+// read reads the job and the task. It returns errChanged unless this attempt still owns
+// the task.
 func (a *attempt) read(ctx context.Context) error {
 	res, err := a.worker.o.KV.Txn(ctx, meta.Txn{Then: []meta.Op{
 		meta.Get(keys.Job(a.jobID)), meta.Get(keys.Task(a.jobID, a.number)),
@@ -84,9 +85,10 @@ func (a *attempt) read(ctx context.Context) error {
 	return nil
 }
 
-// giveBack ends the assignment. A task that failed goes back with why, one that
-// was interrupted is left for another attempt.
-func (a *attempt) release(ctx context.Context, interrupted bool, cause error) (bool, error) {
+// release deletes the assignment. A failed task is written back with its error; an
+// interrupted one keeps its record for another attempt. done is true once the assignment
+// is gone.
+func (a *attempt) release(ctx context.Context, interrupted bool, cause error) (done bool, err error) {
 	txn := meta.Txn{Name: "restore.giveback", If: []meta.Cond{a.assignment}, Then: []meta.Op{meta.Delete(a.key)}}
 	if !interrupted && a.task != nil && !errors.Is(cause, errChanged) {
 		op, err := record.NewOp(a.worker.o.Rand)
@@ -102,15 +104,15 @@ func (a *attempt) release(ctx context.Context, interrupted bool, cause error) (b
 		return false, err
 	}
 	if res.Succeeded || len(txn.If) == 1 {
-		return true, nil // gone, by us or before
+		return true, nil // deleted, by this call or before it
 	}
-	// The job has moved on: all that is left to do is to let go.
+	// The job or the task has changed: only the assignment is deleted.
 	return a.release(ctx, true, cause)
 }
 
-// register writes the target's segments and completes the task. All transactions
-// compare the job and the very assignment; the last one is all that counts, for a
-// RESTORING collection shows its segments to nobody.
+// register writes the target's segments and completes the task. All transactions compare
+// the job and the assignment. The last one decides: the segments of a RESTORING collection
+// are not visible.
 func (a *attempt) register(ctx context.Context, result *taskResult) error {
 	op, err := record.NewOp(a.worker.o.Rand)
 	if err != nil {
@@ -153,10 +155,10 @@ func (a *attempt) register(ctx context.Context, result *taskResult) error {
 	return nil
 }
 
-// maxPause is the try from which on the pause, of more than a second, is always
-// the same.
+// maxPauseStep is the retry from which on the pause, of more than a second, stays the
+// same.
 const maxPauseStep = 6
 
-// patience is the attempt that try is to [meta.Pause]: the first has to wait 40 ms,
-// each that follows twice as long.
+// pauseStep returns the argument of [meta.Pause] for a retry: 40 ms for the first, then
+// twice as long each time.
 func pauseStep(try int) int { return 10 << min(try, maxPauseStep) }

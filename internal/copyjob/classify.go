@@ -11,22 +11,23 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// Errors of a copy that will not pass.
+// Errors of a copy. All but errNoStore are permanent: another replica may have the
+// store.
 var (
 	errSourceMissing = errors.New("a file of the snapshot is missing")
 	errSourceAltered = errors.New("a file of the snapshot was altered")
 	errSourceLayout  = errors.New("a file of the snapshot cannot be compared with its record")
 	errNoStore       = errors.New("an object store is not configured here")
-	errMapping       = errors.New("the snapshot is not what the job was made for")
+	errMapping       = errors.New("the snapshot does not match the job")
 )
 
-// classes say which errors of a task give its job up, and by which reason. All
-// others may pass: the task is tried again, up to the cap. A class by which a store
-// refuses gives the job up at once unless [object.IsPassing] holds.
+// failureClasses maps errors of a task that give its job up to reasons. All other errors
+// may pass: the task is tried again, up to the cap. A refusal by a store gives the job up
+// at once unless [object.IsPassing] holds.
 var failureClasses = []struct {
 	err    error
 	reason string
-	last   bool // only when it was the last try
+	last   bool // only at the last attempt
 }{
 	{errSourceMissing, "SOURCE_OBJECT_MISSING", false},
 	{errSourceAltered, "SOURCE_OBJECT_ALTERED", false},
@@ -44,15 +45,16 @@ var failureClasses = []struct {
 
 // # No answer
 //
-// That a store does not answer is no failure of a task. An attempt that ends for it
-// goes back and is tried later, with pauses of up to a minute, however often, until
-// the job's deadline or until it has stalled: attempts have gone unanswered for
-// [Options.StallTimeout] and no file of the job was finished in that time. Only
-// answers of a store count as failures.
+// A store that does not answer is no failure of a task. An attempt that ends for
+// this reason is tried again, with pauses of up to a minute and without a limit of
+// attempts, until the job's deadline or until it has stalled: attempts were
+// unanswered for [Options.StallTimeout], and no file of the job was finished in that
+// time. Only answers of a store count as failures.
 //
 //	attempt ends       counts as   next attempt
-//	answered, passing  a failure   later; MaxFailures of a task give the job up
-//	answered, lasting  a failure   none: the job is given up
+//	answered, may pass a failure   later; MaxFailures of a task give the job up
+//	answered,          a failure   none: the job is given up
+//	permanent
 //	refused            a refusal   later; refusals in a row for RefusalTimeout give the
 //	                               job up by the reason of the refusal
 //	not answered       a wait      later; waits in a row for StallTimeout, in which
@@ -60,50 +62,50 @@ var failureClasses = []struct {
 //	                               of its attempts had before, give it up: STALLED
 //	worker dies        neither     at once; 200 give the job up
 //
-// Waits are compared by the times that their records have, not with now: a job that
-// gets no worker does not stall. Preparing waits in the same way, for as long as one
-// leader leads. Rolling back, publishing and forgetting are tried for ever.
+// Waits are compared by the times in their records, not with now: a job without a
+// worker does not stall. Prepare waits in the same way, within one leader's term.
+// Roll back, publish and forget are tried without a limit.
 
 // # Refusals
 //
-// A refusal that may pass ([object.IsPassing]) says nothing of the snapshot or the
-// target. It follows a list of the target's places that the store answered, in phase
-// prepare, so the store contradicts itself when it says that the bucket does not
-// exist or that the credentials have no right.
+// A refusal that may pass ([object.IsPassing]) is no evidence about the snapshot or
+// the target. In phase prepare the store has answered a list of the target's
+// prefixes, so it contradicts itself when it answers that the bucket does not exist
+// or that the credentials lack a right.
 //
 //	                 refused, may pass
 //	refusals 0 ----------------------------> 1, 2, ...  PENDING, with a pause
 //	    ^                                        |  |
-//	    |  a file more was finished, another     |  |  the pauses in a row add up to
+//	    |  one more file finished, another       |  |  the pauses in a row add up to
 //	    |  answer, no answer                     |  |  RefusalTimeout
 //	    +----------------------------------------+  +--> FAILED, and so the job
 //
-// The task's record counts the refusals in a row, and each refusal has its pause. So
-// the time for which a task was refused is the sum of these pauses, which the leader
-// measures by its elapsed time. No two clocks are compared: a refusal may be due to a
-// clock that is wrong, and being set.
+// The task's record counts the refusals in a row, and each refusal has its pause. The
+// time for which a task was refused is the sum of these pauses, which the leader
+// measures by its elapsed time. No two clocks are compared: the cause of a refusal may
+// be a clock that is wrong and is being set.
 //
-//	worker dies              the next attempt goes on with the record's count
+//	worker dies              the next attempt continues with the record's count
 //	leader dies              the next leader waits for the whole pause of the record
-//	a file of many is        the attempt copies the others, up to maxRefused refusals;
-//	refused                  from then on no file more is finished, and the pauses
-//	                         add up
-//	refused, then no answer  the count starts again; waits in a row go on, and end
+//	one file of many is      the attempt copies the others, up to maxRefusedCopies
+//	refused                  refusals; from then on no more files are finished, and
+//	                         the pauses add up
+//	refused, then no answer  the count starts again; waits in a row continue, and end
 //	                         the job after StallTimeout
-//	prepare is refused       the leader measures it in memory, from the first refusal
-//	                         in a row on; the next leader starts again
-//	roll back is refused     it is tried for ever
+//	prepare is refused       the leader measures the time in memory, from the first
+//	                         refusal in a row; the next leader starts again
+//	roll back is refused     it is tried without a limit
 //
-// A refusal at the admission, and in a plan, is the answer of that call.
+// A refusal at the admission, and in a plan, is the result of that call.
 
 // maxPauseTime is the longest pause between two attempts of a task.
 const maxPauseTime = time.Minute
 
-// pauseAfter is how long a task waits after so many failures, or waits in a row.
+// pauseAfter returns the pause of a task after n failures, or n waits in a row.
 func pauseAfter(n uint32) time.Duration { return min(maxPauseTime, 100*time.Millisecond<<min(n, 10)) }
 
-// refusedFor is for how long a task has waited, at least, that was refused so often in
-// a row: the pauses behind all refusals but the last.
+// refusedFor returns the least time that a task waited during consecutive refusals: the
+// pauses after all but the last.
 func refusedFor(refusals uint32) (d time.Duration) {
 	for n := uint32(1); n < refusals; n++ {
 		d += pauseAfter(n)
@@ -111,12 +113,12 @@ func refusedFor(refusals uint32) (d time.Duration) {
 	return d
 }
 
-// isRefused says whether a store refused, in a way that may pass.
+// isRefused reports whether a store refused in a way that may pass.
 func isRefused(err error) bool {
 	return object.IsPassing(err) && (errors.Is(err, object.ErrDenied) || errors.Is(err, object.ErrMisconfigured))
 }
 
-// isUnanswered says whether a store gave no answer, or none of use.
+// isUnanswered reports whether a store gave no answer, or an unusable one.
 func isUnanswered(err error) bool {
 	for _, c := range failureClasses {
 		if errors.Is(err, c.err) {
@@ -126,9 +128,9 @@ func isUnanswered(err error) bool {
 	return errors.Is(err, object.ErrUnavailable) || errors.Is(err, context.DeadlineExceeded) || meta.Unusable(err)
 }
 
-// classify returns the reason by which err gives the job up, and true; or a
-// reason for people, and false when it may pass. It is told whether it was the
-// last try; of a refusal, whether the refusal timeout is over.
+// classify returns the reason by which err gives the job up, and true; or a reason for
+// display, and false when err may pass. last is true at the last attempt; for a refusal,
+// after the refusal timeout.
 func classify(err error, last bool) (reason string, permanent bool) {
 	for _, c := range failureClasses {
 		if errors.Is(err, c.err) {

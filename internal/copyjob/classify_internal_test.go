@@ -15,13 +15,14 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
+// TestClassify checks the reason of each error and whether it is permanent.
 func TestClassify(t *testing.T) {
 	for _, c := range []struct {
 		err       error
 		reason    string
 		permanent bool
 	}{
-		{fmt.Errorf("%w: %w", ErrDigest, manifest.ErrCorrupt), "SNAPSHOT_CORRUPT", false}, // the way may be to blame
+		{fmt.Errorf("%w: %w", ErrDigest, manifest.ErrCorrupt), "SNAPSHOT_CORRUPT", false}, // may be a transfer error
 		{errSourceMissing, "SOURCE_OBJECT_MISSING", true},
 		{errSourceAltered, "SOURCE_OBJECT_ALTERED", true},
 		{fmt.Errorf("%w: %w", ErrSource, object.ErrUnavailable), "SNAPSHOT_CORRUPT", true},
@@ -51,12 +52,12 @@ func TestClassify(t *testing.T) {
 		}
 		last := c.permanent || errors.Is(c.err, ErrDigest) || errors.Is(c.err, object.ErrFull)
 		if reason, permanent := classify(err, true); reason != c.reason || permanent != last {
-			t.Errorf("%v, the last try: %s, %v; want %s, %v", c.err, reason, permanent, c.reason, last)
+			t.Errorf("%v, last attempt: %s, %v; want %s, %v", c.err, reason, permanent, c.reason, last)
 		}
 	}
 }
 
-// TestUnanswered separates what a store answered, which counts, from what it did not.
+// TestUnanswered separates answers of a store, which count as failures, from missing ones.
 func TestUnanswered(t *testing.T) {
 	for _, c := range []struct {
 		err  error

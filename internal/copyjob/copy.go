@@ -18,48 +18,46 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// requestsInFlight is how many prefixes a task lists at once, and how many objects
-// it asks for.
+// requestsInFlight bounds the concurrent list and head requests of a task.
 const requestsInFlight = 8
 
-// leastParts and mostParts bound how many parts of a large file are copied at
-// once.
+// minParts and maxParts bound the concurrent part copies of a large file.
 const (
 	minParts = 4
 	maxParts = 16
 )
 
-// maxRefused is how many copies a store may refuse before an attempt begins no more.
-// Up to it the attempt copies the other files, so that one refusal does not cut off
-// large copies and a file that stays refused is soon all that is left to do.
+// maxRefusedCopies is the number of refused copies after which an attempt starts no more.
+// Until then the attempt copies the other files, so that one refusal does not interrupt
+// large copies, and a file that stays refused is soon the only one left.
 const maxRefusedCopies = 8
 
-// restored is what an attempt has made.
+// taskResult is the result of an attempt.
 type taskResult struct {
 	segments []segment.Segment
 	totals   segment.Totals
 }
 
-// fileCopy is one file that is to be copied.
+// fileCopy is one file to copy.
 type fileCopy struct {
-	file    *segment.File // of the target's segment, whose ETag becomes that of the copy
+	file    *segment.File // of the target's segment; its ETag is set to that of the copy
 	segment int64         // of the snapshot
 	store   object.Store
 	alias   string
-	from    object.Info // Size as the snapshot has it, ETag when it is known
+	from    object.Info // as the snapshot recorded it; the ETag may be empty until it is pinned
 	to      string
-	source  location // where to look for what is not known of from
-	target  location // where the copy is listed
-	parts   int      // to copy at once
+	source  location // lists from
+	target  location // lists to
+	parts   int      // concurrent part copies
 }
 
-// place is a prefix in a store that holds the files of one segment or build.
+// location is a prefix in a store that contains the files of one segment or build.
 type location struct {
 	alias  string
-	prefix string // empty: there is none
+	prefix string // empty: no such prefix
 }
 
-// copy carries the task out: it copies what is not there yet, verifies all of it
+// copy executes the task: it copies the files that are missing, verifies all of them
 // against a listing of the target, and registers the target's segments.
 func (a *attempt) copy(ctx context.Context) error {
 	w := a.worker
@@ -102,7 +100,7 @@ func (a *attempt) copy(ctx context.Context) error {
 	return a.register(ctx, result)
 }
 
-// targetOf is the target of a segment: the same rows, other ids and paths.
+// targetSegment returns the target of a segment: the same rows, with other ids and paths.
 func (j *Job) targetSegment(it sourceSegment, m *layout.Mapping, indexes map[int64]int64) (segment.Segment, error) {
 	s := *it.Segment
 	if j.SkipIndexes {
@@ -112,7 +110,7 @@ func (j *Job) targetSegment(it sourceSegment, m *layout.Mapping, indexes map[int
 	if err != nil {
 		return segment.Segment{}, err
 	}
-	partition, _ := m.Partition(s.Partition) // Paths has asked for it
+	partition, _ := m.Partition(s.Partition) // Paths has checked it
 	s.ID, s.Partition, s.State = m.Segment(it.ordinal), partition, segment.Flushed
 	s.Files = slices.Clone(s.Files)
 	s.Builds = slices.Clone(s.Builds)
@@ -120,7 +118,8 @@ func (j *Job) targetSegment(it sourceSegment, m *layout.Mapping, indexes map[int
 		build := &s.Builds[b]
 		index, ok := indexes[build.Index]
 		if !ok {
-			return segment.Segment{}, fmt.Errorf("%w: build %d is of index %d, which the snapshot does not have", ErrSource, build.ID, build.Index)
+			return segment.Segment{}, fmt.Errorf("%w: build %d is of index %d, which the snapshot does not have",
+				ErrSource, build.ID, build.Index)
 		}
 		build.ID, build.Index = m.Build(it.firstBuild+int64(b)), index
 		build.Files = slices.Clone(build.Files)
@@ -133,8 +132,10 @@ func (j *Job) targetSegment(it sourceSegment, m *layout.Mapping, indexes map[int
 	return s, nil
 }
 
-// plan lists what is to be copied, source and target beside each other.
-func (a *attempt) planCopies(md *manifest.Metadata, items []sourceSegment, targets []segment.Segment) ([]*fileCopy, error) {
+// planCopies lists the files to copy, each with its source and its target.
+func (a *attempt) planCopies(
+	md *manifest.Metadata, items []sourceSegment, targets []segment.Segment,
+) ([]*fileCopy, error) {
 	var files []*fileCopy
 	next := 0
 	for _, it := range items {
@@ -179,14 +180,14 @@ func (a *attempt) planCopies(md *manifest.Metadata, items []sourceSegment, targe
 	return files, nil
 }
 
-// anchor is the prefix of the path that ends with the first element that is one
-// of ids: it holds the files of one segment or build, so that listing it costs
-// little. It is empty when there is none.
+// listPrefix returns the prefix of the path up to the first directory that is named by one
+// of ids. It contains the files of one segment or build, so a listing of it is cheap. It
+// is empty when no directory matches.
 func listPrefix(root, path string, ids ...int64) string {
 	at := 0
 	for element := range strings.SplitSeq(path, "/") {
 		at += len(element) + 1
-		if at > len(path) { // the last element is the file itself
+		if at > len(path) { // the last element is the file name
 			break
 		}
 		if id, err := strconv.ParseInt(element, 10, 64); err == nil && slices.Contains(ids, id) {
@@ -203,7 +204,7 @@ func (a *attempt) transfer(ctx context.Context, files []*fileCopy) error {
 		return err
 	}
 	existing := map[location]map[string]object.Info{}
-	if a.attempt > 1 { // an earlier attempt may have left something
+	if a.attempt > 1 { // an earlier attempt may have copied some
 		var err error
 		if existing, err = a.list(ctx, budget, files, func(f *fileCopy) location { return f.target }); err != nil {
 			return err
@@ -217,7 +218,7 @@ func (a *attempt) transfer(ctx context.Context, files []*fileCopy) error {
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(a.worker.o.CopyInFlight)
 	for _, f := range order {
-		// A file that is almost alone may have the room of many.
+		// The fewer the files, the more parts of each are copied at once.
 		f.parts = min(max(minParts, a.worker.o.CopyInFlight/len(files)), maxParts)
 		group.Go(func() error {
 			if refused.tooMany() {
@@ -242,11 +243,11 @@ func (a *attempt) transfer(ctx context.Context, files []*fileCopy) error {
 	return a.verify(ctx, budget, files)
 }
 
-// refusedCopies are the copies of an attempt that the store refused.
+// refusedCopies counts the copies of an attempt that the store refused.
 type refusedCopies struct {
 	mu    sync.Mutex
 	n     int
-	first error // nil: there are none
+	first error // nil: none
 }
 
 func (r *refusedCopies) add(err error) {
@@ -263,7 +264,7 @@ func (r *refusedCopies) tooMany() bool {
 	return r.n >= maxRefusedCopies
 }
 
-// each calls do for each of files, some at a time, until one fails.
+// forEach calls do for each of files, up to requestsInFlight at once, until one fails.
 func forEach(ctx context.Context, files []*fileCopy, do func(context.Context, *fileCopy) error) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(requestsInFlight)
@@ -273,12 +274,12 @@ func forEach(ctx context.Context, files []*fileCopy, do func(context.Context, *f
 	return group.Wait()
 }
 
-// name says which file it is.
+// name returns the store, the key and the segment of the source, for errors.
 func (f *fileCopy) name() string {
 	return fmt.Sprintf("%s/%s of segment %d", f.alias, f.from.Key, f.segment)
 }
 
-// head asks for one object.
+// head requests the attributes of one object.
 func (a *attempt) head(ctx context.Context, b *budget, f *fileCopy, key string) (object.Info, error) {
 	if err := b.spend(ctx, 1, 0); err != nil {
 		return object.Info{}, err
@@ -290,8 +291,10 @@ func (a *attempt) head(ctx context.Context, b *budget, f *fileCopy, key string) 
 	return info, err
 }
 
-// list lists the places of files, each once. Files without a place are left out.
-func (a *attempt) list(ctx context.Context, b *budget, files []*fileCopy, locate func(*fileCopy) location) (map[location]map[string]object.Info, error) {
+// list lists each location of files once. Files without a location are skipped.
+func (a *attempt) list(
+	ctx context.Context, b *budget, files []*fileCopy, locate func(*fileCopy) location,
+) (map[location]map[string]object.Info, error) {
 	found := map[location]map[string]object.Info{}
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(requestsInFlight)
@@ -318,19 +321,21 @@ func (a *attempt) list(ctx context.Context, b *budget, files []*fileCopy, locate
 	return found, group.Wait()
 }
 
-// copyFile makes the target of one file, unless it is there and proved equal.
-func (a *attempt) copyFile(ctx context.Context, b *budget, f *fileCopy, existing map[location]map[string]object.Info) error {
-	if there, ok := existing[f.target][f.to]; ok {
-		equal := object.ProvedEqual(f.from, there)
-		if !equal && there.Size == f.from.Size { // what a listing does not say may prove it
+// copyFile copies one file, unless the target exists and is proved equal.
+func (a *attempt) copyFile(
+	ctx context.Context, b *budget, f *fileCopy, existing map[location]map[string]object.Info,
+) error {
+	if target, ok := existing[f.target][f.to]; ok {
+		equal := object.ProvedEqual(f.from, target)
+		if !equal && target.Size == f.from.Size { // a head returns more evidence than a listing
 			info, err := a.head(ctx, b, f, f.to)
 			if err != nil && !errors.Is(err, object.ErrNotFound) {
 				return err
 			}
-			there, equal = info, err == nil && object.ProvedEqual(f.from, info)
+			target, equal = info, err == nil && object.ProvedEqual(f.from, info)
 		}
 		if equal {
-			f.file.ETag = there.ETag
+			f.file.ETag = target.ETag
 			return nil
 		}
 	}
@@ -357,13 +362,13 @@ func (a *attempt) copyFile(ctx context.Context, b *budget, f *fileCopy, existing
 	return nil
 }
 
-// changed returns what it means that a store refuses to copy a file as it was
-// recorded: it asks what the file is now. No answer to that says nothing; the copy is
-// tried again.
+// explainChange returns the error of a copy that the store refused because the source
+// changed: it requests the file's present attributes. If they are not available, the copy
+// is tried again.
 func (a *attempt) explainChange(ctx context.Context, b *budget, f *fileCopy) error {
 	info, err := a.head(ctx, b, f, f.from.Key)
 	if err != nil {
-		return fmt.Errorf("look what %s is now: %w", f.name(), err)
+		return fmt.Errorf("check the present state of %s: %w", f.name(), err)
 	}
 	switch likeness, reason := object.Compare(f.from, info); {
 	case likeness == object.OtherLayout:
@@ -371,11 +376,11 @@ func (a *attempt) explainChange(ctx context.Context, b *budget, f *fileCopy) err
 	case likeness.Refused():
 		return fmt.Errorf("%w: %s: %s", errSourceAltered, f.name(), reason)
 	}
-	return fmt.Errorf("%w: %s was not of ETag %q and %d bytes while it was copied",
+	return fmt.Errorf("%w: %s did not have ETag %q and %d bytes during the copy",
 		errSourceAltered, f.name(), f.from.ETag, f.from.Size)
 }
 
-// verify looks whether all that was copied is there as the copies' answers said.
+// verify checks that every copy exists with the ETag that its copy returned.
 func (a *attempt) verify(ctx context.Context, b *budget, files []*fileCopy) error {
 	found, err := a.list(ctx, b, files, func(f *fileCopy) location { return f.target })
 	if err != nil {

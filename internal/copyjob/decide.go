@@ -9,7 +9,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/segment"
 )
 
-// step is what the leader has to do for a job.
+// step is the next action of the leader for a job.
 type step int
 
 // The steps.
@@ -17,47 +17,47 @@ const (
 	stepNone     step = iota
 	stepBegin         // PENDING -> EXECUTING
 	stepPrepare       // make partitions, indexes, checkpoints and tasks
-	stepAssign        // give tasks to workers
-	stepGiveUp        // into roll back
-	stepPublish       // into COMPLETED
-	stepRollBack      // remove all, then end
+	stepAssign        // assign tasks to workers
+	stepGiveUp        // -> roll back
+	stepPublish       // -> COMPLETED
+	stepRollBack      // remove everything, then -> FAILED or CANCELED
 	stepForget        // remove the record
 )
 
-// decision is a step with what it needs.
+// decision is a step with its arguments.
 type decision struct {
 	step    step
 	job     *Job
-	tasks   []*task        // to assign, the first ones first
-	outcome State          // of giving up
-	reason  string         // of giving up
-	message string         // of giving up
-	done    segment.Totals // how far it has come
+	tasks   []*task        // to assign, ascending
+	outcome State          // of stepGiveUp
+	reason  string         // of stepGiveUp
+	message string         // of stepGiveUp
+	done    segment.Totals // progress
 	retries int64
 }
 
-// stalled is the reason of a job that waited for a store for too long.
+// reasonStalled is the reason of a job that waited too long for a store.
 const reasonStalled = "STALLED"
 
-// maxTaskAttempts is how often a task may be begun, less the attempts that got no
-// answer. That a worker dies is no
-// failure of the task, unless it is always so.
+// maxTaskAttempts bounds the attempts of a task, without those that got no answer. The
+// death of a worker is no failure of the task unless it repeats this often.
 const maxTaskAttempts = 200
 
 // moment is the time of a decision.
 type moment struct {
-	// judged is the time that deadlines are judged by; zero: the clock is not
-	// trusted, and no deadline has come.
+	// now is compared with deadlines; zero: the clock is not trusted, and no deadline
+	// is over.
 	now     time.Time
 	elapsed time.Duration
 }
 
-// untrustedWait is between two looks at deadlines while the clock is not trusted.
+// untrustedWait is the interval between checks of deadlines while the clock is not
+// trusted.
 const untrustedWait = 5 * time.Second
 
-// decide looks at all jobs and says what is to be done, the jobs of the highest
-// priority first, then the oldest, and how long there is nothing more unless
-// something changes. It is a function of the board and the time.
+// decide returns the next step of each job, by descending priority and then by age, and
+// the time until the next step if nothing changes. It depends on the table and the time
+// alone.
 func (jt *jobTable) decide(at moment) (list []decision, next time.Duration) {
 	jt.mu.Lock()
 	defer jt.mu.Unlock()
@@ -69,7 +69,7 @@ func (jt *jobTable) decide(at moment) (list []decision, next time.Duration) {
 		return left <= 0
 	}
 	until := func(t time.Time) bool {
-		if at.now.IsZero() { // looked at again soon
+		if at.now.IsZero() { // checked again soon
 			return after(untrustedWait)
 		}
 		return after(t.Sub(at.now))
@@ -78,7 +78,8 @@ func (jt *jobTable) decide(at moment) (list []decision, next time.Duration) {
 		if js.job == nil {
 			continue
 		}
-		if d := jt.decideJob(js, until, func(t *task) bool { return after(t.pause() - (at.elapsed - t.seen)) }); d.step != stepNone {
+		ready := func(t *task) bool { return after(t.pause() - (at.elapsed - t.seen)) }
+		if d := jt.decideJob(js, until, ready); d.step != stepNone {
 			list = append(list, d)
 		}
 	}
@@ -88,8 +89,8 @@ func (jt *jobTable) decide(at moment) (list []decision, next time.Duration) {
 	return list, next
 }
 
-// decideJob decides for one job. until says whether a time has come, and ready
-// whether a task that failed may be tried again.
+// decideJob decides for one job. until reports whether a time is over, and ready whether
+// the pause of a task is over.
 func (jt *jobTable) decideJob(js *jobState, until func(time.Time) bool, ready func(*task) bool) decision {
 	job := js.job
 	d := decision{job: job}
@@ -106,23 +107,23 @@ func (jt *jobTable) decideJob(js *jobState, until func(time.Time) bool, ready fu
 		}
 		return d
 	case job.Phase == RollBack:
-		if !jt.hasAssignmentsLocked(job.ID) { // the workers have stopped
+		if !jt.hasAssignmentsLocked(job.ID) { // all workers have stopped
 			d.step = stepRollBack
 		}
 		return d
 	case !job.Deadline.IsZero() && until(job.Deadline):
-		return giveUp("TIMEOUT", "the job had not ended by its deadline, %s", job.Deadline.Format(time.RFC3339))
+		return giveUp("TIMEOUT", "the job did not end before its deadline, %s", job.Deadline.Format(time.RFC3339))
 	case job.State == Pending:
 		d.step = stepBegin
 		return d
 	case job.Phase == Prepare:
 		d.step = stepPrepare
 		return d
-	case job.State != Executing || job.Phase != Copy: // of a newer release
+	case job.State != Executing || job.Phase != Copy: // state of a newer release
 		return d
 	}
 	if since, d := js.stall(); d >= jt.o.StallTimeout {
-		return giveUp(reasonStalled, "no file was finished for %v, from %s on, because a store does not answer: %s",
+		return giveUp(reasonStalled, "no file was finished for %v since %s, because a store does not answer: %s",
 			d.Round(time.Second), since.Format(time.RFC3339), js.lastErr)
 	}
 	for _, t := range js.unfinished {
@@ -130,10 +131,10 @@ func (jt *jobTable) decideJob(js *jobState, until func(time.Time) bool, ready fu
 		case t.state == TaskFailed:
 			return giveUp(t.reason, "%s", t.message)
 		case t.attempt-t.unanswered >= maxTaskAttempts:
-			return giveUp("TOO_MANY_FAILURES", "gave up after %d attempts, of which %d said why they failed; its workers may have crashed",
+			return giveUp("TOO_MANY_FAILURES", "%d attempts, of which %d failed with an error; workers may have crashed",
 				t.attempt-t.unanswered, t.failures)
 		case int(t.failures) >= jt.o.MaxFailures:
-			return giveUp("TOO_MANY_FAILURES", "gave up after %d failures, the last of which was: %s", t.failures, t.message)
+			return giveUp("TOO_MANY_FAILURES", "%d failures, the last one: %s", t.failures, t.message)
 		case t.state == TaskPending && ready(t),
 			t.state == TaskRunning && !jt.isAssigned(t):
 			d.tasks = append(d.tasks, t)
@@ -141,9 +142,10 @@ func (jt *jobTable) decideJob(js *jobState, until func(time.Time) bool, ready fu
 	}
 	switch {
 	case int64(len(js.tasks)) == job.Tasks && len(js.unfinished) == 0:
-		if js.done.Segments != job.Totals.Segments || js.done.Files != job.Totals.Files || js.done.Bytes != job.Totals.Bytes {
-			return giveUp("INTERNAL", "%d segments, %d files and %d bytes were restored, not %d, %d and %d",
-				js.done.Segments, js.done.Files, js.done.Bytes, job.Totals.Segments, job.Totals.Files, job.Totals.Bytes)
+		got, want := js.done, job.Totals
+		if got.Segments != want.Segments || got.Files != want.Files || got.Bytes != want.Bytes {
+			return giveUp("INTERNAL", "restored %d segments, %d files and %d bytes, want %d, %d and %d",
+				got.Segments, got.Files, got.Bytes, want.Segments, want.Files, want.Bytes)
 		}
 		d.step, d.done, d.retries = stepPublish, js.done, jt.status(js).Retries
 	case len(d.tasks) > 0:

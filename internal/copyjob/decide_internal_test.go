@@ -6,6 +6,7 @@ import (
 	"time"
 )
 
+// TestDecide checks the next step of a job in each state.
 func TestDecide(t *testing.T) {
 	short := doneTask(1)
 	short.totals.Bytes--
@@ -16,39 +17,51 @@ func TestDecide(t *testing.T) {
 		reason string
 		next   time.Duration
 	}{
-		"nothing":      {nil, stepNone, nil, "", time.Minute},
-		"admitted":     {[]any{&Job{ID: 1, State: Pending, Phase: Admit}}, stepBegin, nil, "", time.Minute},
-		"to prepare":   {[]any{executing(Prepare, 1)}, stepPrepare, nil, "", time.Minute},
-		"tasks alone":  {[]any{doneTask(0)}, stepNone, nil, "", time.Minute},
-		"no tasks":     {[]any{executing(Copy, 0)}, stepPublish, nil, "", time.Minute},
-		"one not seen": {[]any{executing(Copy, 2), doneTask(0)}, stepNone, nil, "", time.Minute},
-		"all done":     {[]any{executing(Copy, 2), doneTask(0), doneTask(1)}, stepPublish, nil, "", time.Minute},
-		"sums differ":  {[]any{executing(Copy, 2), doneTask(0), short}, stepGiveUp, nil, "INTERNAL", time.Minute},
-		"the clock of its worker was ahead": {
-			[]any{executing(Copy, 2), doneTask(0), &task{job: 1, number: 1, state: TaskPending, notBefore: start.Add(time.Hour)}},
+		"empty":       {nil, stepNone, nil, "", time.Minute},
+		"admitted":    {[]any{&Job{ID: 1, State: Pending, Phase: Admit}}, stepBegin, nil, "", time.Minute},
+		"to prepare":  {[]any{executing(Prepare, 1)}, stepPrepare, nil, "", time.Minute},
+		"no job":      {[]any{doneTask(0)}, stepNone, nil, "", time.Minute},
+		"no tasks":    {[]any{executing(Copy, 0)}, stepPublish, nil, "", time.Minute},
+		"one unknown": {[]any{executing(Copy, 2), doneTask(0)}, stepNone, nil, "", time.Minute},
+		"all done":    {[]any{executing(Copy, 2), doneTask(0), doneTask(1)}, stepPublish, nil, "", time.Minute},
+		"sums differ": {[]any{executing(Copy, 2), doneTask(0), short}, stepGiveUp, nil, "INTERNAL", time.Minute},
+		"worker's clock was ahead": {
+			[]any{
+				executing(Copy, 2), doneTask(0),
+				&task{job: 1, number: 1, state: TaskPending, notBefore: start.Add(time.Hour)},
+			},
 			stepAssign,
 			[]int64{1},
 			"", time.Minute,
 		},
-		"two are free": {
-			[]any{executing(Copy, 3), &task{job: 1, number: 2, state: TaskPending}, doneTask(0), &task{job: 1, number: 1, state: TaskPending}},
+		"two pending": {
+			[]any{
+				executing(Copy, 3), &task{job: 1, number: 2, state: TaskPending}, doneTask(0),
+				&task{job: 1, number: 1, state: TaskPending},
+			},
 			stepAssign,
 			[]int64{1, 2},
 			"", time.Minute,
 		},
-		"one is worked on": {
-			[]any{executing(Copy, 1), &task{job: 1, state: TaskRunning, worker: 7, attempt: 1}, assignmentOf{7, 1, 0}}, stepNone, nil, "", time.Minute,
+		"running": {
+			[]any{executing(Copy, 1), &task{job: 1, state: TaskRunning, worker: 7, attempt: 1}, assignmentOf{7, 1, 0}},
+			stepNone, nil, "", time.Minute,
 		},
-		"its worker is gone": {
-			[]any{executing(Copy, 1), &task{job: 1, state: TaskRunning, worker: 7, attempt: 1}, assignmentOf{8, 1, 0}}, stepAssign, []int64{0}, "", time.Minute,
+		"worker is gone": {
+			[]any{executing(Copy, 1), &task{job: 1, state: TaskRunning, worker: 7, attempt: 1}, assignmentOf{8, 1, 0}},
+			stepAssign,
+			[]int64{0},
+			"", time.Minute,
 		},
-		"it failed for good": {
-			[]any{executing(Copy, 2), &task{job: 1, state: TaskFailed, reason: "R", message: "M"}, doneTask(1)}, stepGiveUp, nil, "R", time.Minute,
+		"failed permanently": {
+			[]any{executing(Copy, 2), &task{job: 1, state: TaskFailed, reason: "R", message: "M"}, doneTask(1)},
+			stepGiveUp, nil, "R", time.Minute,
 		},
-		"it failed too often": {
-			[]any{executing(Copy, 1), &task{job: 1, state: TaskPending, failures: 3, message: "M"}}, stepGiveUp, nil, "TOO_MANY_FAILURES", time.Minute,
+		"failed too often": {
+			[]any{executing(Copy, 1), &task{job: 1, state: TaskPending, failures: 3, message: "M"}},
+			stepGiveUp, nil, "TOO_MANY_FAILURES", time.Minute,
 		},
-		"it was not answered 5000 times": {
+		"5000 unanswered attempts": {
 			[]any{executing(Copy, 1), &task{
 				job: 1, state: TaskPending, attempt: 5001, unanswered: 5000, waits: 900,
 				waitSince: start.Add(-24 * time.Hour), waitTime: start.Add(-1),
@@ -57,14 +70,14 @@ func TestDecide(t *testing.T) {
 			[]int64{0},
 			"", time.Minute,
 		},
-		"it was not answered for a day": {
+		"unanswered for a day": {
 			[]any{executing(Copy, 1), &task{
 				job: 1, state: TaskPending, attempt: 900, unanswered: 900, waits: 900,
 				waitSince: start.Add(-24 * time.Hour), waitTime: start, message: "M",
 			}},
 			stepGiveUp, nil, "STALLED", time.Minute,
 		},
-		"it was not answered for a day, and another finished a file": {
+		"unanswered for a day, and another task finished a file": {
 			[]any{
 				executing(Copy, 2),
 				&task{job: 1, number: 1, state: TaskPending, waits: 9, waitSince: start.Add(-24 * time.Hour), waitTime: start},
@@ -75,7 +88,7 @@ func TestDecide(t *testing.T) {
 			[]int64{1},
 			"", time.Minute,
 		},
-		"it was not answered two days ago, and then had no worker": {
+		"unanswered two days ago, then without a worker": {
 			[]any{executing(Copy, 1), &task{
 				job: 1, state: TaskPending, waits: 9, waitSince: start.Add(-50 * time.Hour), waitTime: start.Add(-48 * time.Hour),
 			}},
@@ -83,32 +96,43 @@ func TestDecide(t *testing.T) {
 			[]int64{0},
 			"", time.Minute,
 		},
-		"its workers died too often": {
+		"workers died too often": {
 			[]any{executing(Copy, 1), &task{job: 1, state: TaskPending, attempt: 700, unanswered: 500}},
 			stepGiveUp, nil, "TOO_MANY_FAILURES", time.Minute,
 		},
-		"it failed often": {
+		"failed often": {
 			[]any{executing(Copy, 1), &task{job: 1, state: TaskPending, failures: 2}}, stepAssign, []int64{0}, "", time.Minute,
 		},
-		"out of time": {
-			[]any{with(executing(Copy, 1), func(j *Job) { j.Deadline = start }), doneTask(0)}, stepGiveUp, nil, "TIMEOUT", time.Minute,
+		"deadline is over": {
+			[]any{with(executing(Copy, 1), func(j *Job) { j.Deadline = start }), doneTask(0)},
+			stepGiveUp, nil, "TIMEOUT", time.Minute,
 		},
-		"out of time before it began": {
+		"deadline is over before begin": {
 			[]any{&Job{ID: 1, State: Pending, Phase: Admit, Deadline: start.Add(-1)}}, stepGiveUp, nil, "TIMEOUT", time.Minute,
 		},
-		"in time": {
-			[]any{with(executing(Prepare, 1), func(j *Job) { j.Deadline = start.Add(9 * time.Second) })}, stepPrepare, nil, "", 9 * time.Second,
+		"before its deadline": {
+			[]any{with(executing(Prepare, 1), func(j *Job) { j.Deadline = start.Add(9 * time.Second) })},
+			stepPrepare, nil, "", 9 * time.Second,
 		},
-		"given up, out of time": {
+		"roll back, deadline is over": {
 			[]any{with(executing(RollBack, 1), func(j *Job) { j.Deadline = start })}, stepRollBack, nil, "", time.Minute,
 		},
-		"given up, worked on": {[]any{executing(RollBack, 1), assignmentOf{7, 1, 0}}, stepNone, nil, "", time.Minute},
-		"another is worked on": {
+		"roll back, running": {[]any{executing(RollBack, 1), assignmentOf{7, 1, 0}}, stepNone, nil, "", time.Minute},
+		"roll back, another job is running": {
 			[]any{executing(RollBack, 1), assignmentOf{7, 2, 0}}, stepRollBack, nil, "", time.Minute,
 		},
-		"ended":          {[]any{&Job{ID: 1, State: Failed, Phase: RollBack, EndTime: start.Add(-50 * time.Minute)}}, stepNone, nil, "", time.Minute},
-		"ended, soon":    {[]any{&Job{ID: 1, State: Completed, Phase: Publish, EndTime: start.Add(time.Second - time.Hour)}}, stepNone, nil, "", time.Second},
-		"ended long ago": {[]any{&Job{ID: 1, State: Canceled, Phase: RollBack, EndTime: start.Add(-time.Hour)}}, stepForget, nil, "", time.Minute},
+		"ended": {
+			[]any{&Job{ID: 1, State: Failed, Phase: RollBack, EndTime: start.Add(-50 * time.Minute)}},
+			stepNone, nil, "", time.Minute,
+		},
+		"ended, forgotten soon": {
+			[]any{&Job{ID: 1, State: Completed, Phase: Publish, EndTime: start.Add(time.Second - time.Hour)}},
+			stepNone, nil, "", time.Second,
+		},
+		"ended long ago": {
+			[]any{&Job{ID: 1, State: Canceled, Phase: RollBack, EndTime: start.Add(-time.Hour)}},
+			stepForget, nil, "", time.Minute,
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newTestTable()
@@ -137,7 +161,8 @@ func TestDecide(t *testing.T) {
 	}
 }
 
-// A task that failed waits from when the leader saw the failure, longer each time.
+// TestDecideRetry checks that a failed task waits from the leader's first sight of the
+// failure, longer each time.
 func TestDecideRetry(t *testing.T) {
 	for failures, wait := range map[uint32]time.Duration{0: 0, 1: 200 * time.Millisecond, 2: 400 * time.Millisecond} {
 		b := newTestTable()
@@ -151,7 +176,8 @@ func TestDecideRetry(t *testing.T) {
 	}
 }
 
-// While the clock is not trusted no deadline has come, and all else goes on.
+// TestDecideWithoutClock checks that without a trusted clock no deadline is over, and all
+// other steps continue.
 func TestDecideWithoutClock(t *testing.T) {
 	b := newTestTable()
 	b.add(with(executing(Prepare, 1), func(j *Job) { j.Deadline = start.Add(-time.Hour) }),
@@ -162,6 +188,7 @@ func TestDecideWithoutClock(t *testing.T) {
 	}
 }
 
+// TestDecideOrder checks that steps are ordered by priority and age.
 func TestDecideOrder(t *testing.T) {
 	b := newTestTable()
 	for id, priority := range map[int64]int{1: 0, 2: 5, 3: -1, 4: 5, 5: 0} {

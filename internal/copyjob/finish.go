@@ -15,17 +15,18 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// publish makes the target visible, and ends the job.
+// publish makes the target visible and the job COMPLETED.
 func (l *leader) publish(ctx context.Context, d decision) error {
 	col, err := l.o.Catalog.Collection(ctx, catalog.Ref{ID: d.job.Target})
 	if err != nil {
 		return err
 	}
 	if col.State != catalog.Restoring || col.Job != d.job.ID {
-		return fmt.Errorf("collection %s is %v by job %d, not being restored by %d", &col, col.State, col.Job, d.job.ID)
+		return fmt.Errorf("collection %s is %v of job %d, want RESTORING of job %d", &col, col.State, col.Job, d.job.ID)
 	}
 	next := *d.job
-	next.State, next.Phase, next.EndTime, next.Done, next.Retries = Completed, Publish, l.o.Clock.Display(), d.done, d.retries
+	next.State, next.Phase, next.EndTime = Completed, Publish, l.o.Clock.Display()
+	next.Done, next.Retries = d.done, d.retries
 	op, err := record.NewOp(l.o.Rand)
 	if err != nil {
 		return err
@@ -34,20 +35,21 @@ func (l *leader) publish(ctx context.Context, d decision) error {
 		[]meta.Cond{meta.Unchanged(keys.Collection(col.ID), col.Revision)},
 		[]meta.Op{catalog.PublishOp(col, op)})
 	if err == nil {
-		l.log.Info("restore is completed", zap.Int64("job", d.job.ID), zap.Int64("collection", col.ID), zap.String("name", col.Name),
-			zap.Int64("files", d.done.Files), zap.Int64("bytes", d.done.Bytes))
+		l.log.Info("restore completed", zap.Int64("job", d.job.ID), zap.Int64("collection", col.ID),
+			zap.String("name", col.Name), zap.Int64("files", d.done.Files), zap.Int64("bytes", d.done.Bytes))
 	}
 	return err
 }
 
-// end moves the job to its final state, with all that goes with it.
+// endJob writes the job's final state, completes its token, and deletes its pin, limits,
+// tasks and progress.
 func (l *leader) endJob(
-	ctx context.Context, step string, job, next *Job, op string, conds []meta.Cond, ops []meta.Op,
+	ctx context.Context, name string, job, next *Job, op string, conds []meta.Cond, ops []meta.Op,
 ) error {
+	// The pin ends by a release, not by expiry.
+	unpin := record.Encode(&storagev1.Unpin{Format: record.Format, SnapshotId: job.Snapshot, PinId: job.Pin})
 	ops = append(ops, meta.Put(keys.Job(job.ID), next.Encode(op)), meta.Delete(keys.JobLimits(job.ID)),
-		meta.Delete(keys.Pin(job.Snapshot, job.Pin)),
-		// So that nobody takes it for a pin that expired.
-		meta.Put(keys.Unpin, record.Encode(&storagev1.Unpin{Format: record.Format, SnapshotId: job.Snapshot, PinId: job.Pin})))
+		meta.Delete(keys.Pin(job.Snapshot, job.Pin)), meta.Put(keys.Unpin, unpin))
 	for _, prefix := range []string{keys.TaskPrefix(job.ID), keys.ProgressPrefix(job.ID)} {
 		from, to := meta.Prefix(prefix)
 		ops = append(ops, meta.DeleteRange(from, to))
@@ -70,18 +72,17 @@ func (l *leader) endJob(
 			ops = append(ops, rec)
 		}
 	}
-	err := l.write(ctx, step, job, conds, ops)
+	err := l.write(ctx, name, job, conds, ops)
 	if errors.Is(err, meta.ErrLeaseNotFound) {
 		l.o.Requests.Forget(ctx, lease)
 	}
 	return err
 }
 
-// rollBack removes all that was made of the target, and ends the job. The workers
-// have stopped; what one that was frozen may still copy lies under ids that are
-// never used again.
+// rollBack removes all objects and keys of the target, and ends the job. The workers have
+// stopped; late copies of a frozen worker have keys of ids that are never used again.
 func (l *leader) rollBack(ctx context.Context, job *Job) error {
-	// The board may not show yet what was assigned last. From now on nothing is.
+	// The table may lack the last assignments. No assignment follows them.
 	if _, err := l.table.workerFollower.Sync(ctx); err != nil {
 		return err
 	}
@@ -110,13 +111,14 @@ func (l *leader) rollBack(ctx context.Context, job *Job) error {
 		meta.Delete(keys.Collection(job.Target)), meta.Delete(keys.CollectionName(job.DB, job.Name)),
 	))
 	if err == nil {
-		l.log.Info("restore is rolled back", zap.Int64("job", job.ID), zap.Stringer("state", next.State), zap.String("reason", job.Reason),
-			zap.Int64("foreign_objects_left", foreign))
+		l.log.Info("restore rolled back", zap.Int64("job", job.ID), zap.Stringer("state", next.State),
+			zap.String("reason", job.Reason), zap.Int64("foreign_objects_left", foreign))
 	}
 	return err
 }
 
-// contentOf is what deletes the target's keys, in steps that are small enough.
+// deleteContentOps returns the deletes of the target's keys, each small enough for one
+// transaction.
 func (l *leader) deleteContentOps(job *Job) []meta.Op {
 	var ops []meta.Op
 	for first := job.FirstSegment; first < job.FirstSegment+job.Segments; first += deleteSpan {
@@ -129,4 +131,26 @@ func (l *leader) deleteContentOps(job *Job) []meta.Op {
 		ops = append(ops, meta.DeleteRange(keys.OwnerBuilds(first, last)))
 	}
 	return append(ops, catalog.ContentRanges(job.Target)...)
+}
+
+// forget removes an ended job: its late copies, its pins, and then its record.
+func (l *leader) forget(ctx context.Context, job *Job) error {
+	// A store may have executed a copy long after its request.
+	if err := l.cleanupStragglers(ctx, job); err != nil {
+		return err
+	}
+	if err := l.removePins(ctx, job); err != nil {
+		return err
+	}
+	if job.State != Completed { // in a target in use, each id ends with its last record
+		err := l.o.Catalog.GoneRange(ctx, job.FirstSegment, job.Segments+job.Builds,
+			func(conds []meta.Cond, ops []meta.Op) error { return l.write(ctx, "restore.forget", job, conds, ops) })
+		if err != nil {
+			return err
+		}
+	}
+	// The job's record reserved its ids until now, so that a late copy could not
+	// replace a file of another collection.
+	return l.write(ctx, "restore.forget", job, nil, append(
+		catalog.ReleaseRange(job.FirstSegment, job.Segments+job.Builds), meta.Delete(keys.Job(job.ID))))
 }

@@ -16,7 +16,7 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// State is where a job is in its life. Stored: append only.
+// State is the state of a job. Stored: append only.
 type State int
 
 // The states of a job.
@@ -35,10 +35,10 @@ func (s State) String() string {
 	return [...]string{"PENDING", "EXECUTING", "COMPLETED", "FAILED", "CANCELED"}[s-1]
 }
 
-// Ended says whether the state is final.
+// Ended reports whether the state is final.
 func (s State) Ended() bool { return s == Completed || s == Failed || s == Canceled }
 
-// Phase is what a job is doing. Stored: append only.
+// Phase is the current work of a job. Stored: append only.
 type Phase int
 
 // The phases of a job.
@@ -57,14 +57,13 @@ func (p Phase) String() string {
 	return [...]string{"admit", "prepare", "copy", "publish", "roll back"}[p-1]
 }
 
-// TaskSegments is how many segments a task has.
+// TaskSegments is the number of segments of a task.
 const TaskSegments = 32
 
-// Limits is what a job may use of the object stores, over all workers. 0: no
-// limit.
+// Limits bound the use of the object stores by a job, over all workers. 0: no limit.
 type Limits struct {
-	Requests int64 // a second
-	Bytes    int64 // a second
+	Requests int64 // per second
+	Bytes    int64 // per second
 }
 
 // Job is a restore.
@@ -77,11 +76,11 @@ type Job struct {
 	DB, Name     string
 	State        State
 	Phase        Phase
-	Outcome      State // that rolling back ends in
+	Outcome      State // final state after roll back
 	Reason       string
 	Message      string
 
-	Partitions     []int64 // of the snapshot, ascending; none: all
+	Partitions     []int64 // of the snapshot, ascending; empty: all
 	PartitionNames []string
 	SkipIndexes    bool
 	Priority       int
@@ -89,19 +88,19 @@ type Job struct {
 	Layout         layout.Layout
 
 	FirstPartition, FirstIndex, FirstSegment, FirstBuild int64
-	Segments, Builds                                     int64 // of the snapshot, all of them
+	Segments, Builds                                     int64 // of the whole snapshot
 	Parts                                                object.CopyParts
 	Tasks, TaskSegments                                  int64
-	Totals                                               segment.Totals // what is restored
-	Done                                                 segment.Totals // when it was given up
+	Totals                                               segment.Totals // of the target
+	Done                                                 segment.Totals // at give up
 	Roots                                                []catalog.Root // of the target
-	Copied                                               bool           // it was in phase copy: objects may be there
-	Retries                                              int64          // once it has ended
+	Copied                                               bool           // phase copy began: objects may exist
+	Retries                                              int64          // set at the end
 
 	CreateTime, StartTime, EndTime, Deadline time.Time
 	RequestKey                               string
 	Pin                                      int64
-	PinStore                                 string // alias of the store of its sources' pins; empty: the configured one
+	PinStore                                 string // alias of the store with the pins; empty: the configured one
 
 	Revision int64
 	op       string
@@ -109,16 +108,17 @@ type Job struct {
 
 func (j *Job) String() string { return fmt.Sprintf("%d (%s/%s)", j.ID, j.DB, j.Name) }
 
-// unchanged is the compare that every write of the job makes.
+// unchanged is the compare in every write of the job.
 func (j *Job) unchanged() meta.Cond { return meta.Unchanged(keys.Job(j.ID), j.Revision) }
 
-// span returns the segments of a task, by their ordinals.
+// segmentRange returns the ordinals of a task's segments: from (inclusive) to to
+// (exclusive).
 func (j *Job) segmentRange(task int64) (from, to int64) {
 	from = task * j.TaskSegments
 	return from, min(from+j.TaskSegments, j.Segments)
 }
 
-// Mapping says what becomes what in the job's target.
+// Mapping returns the mapping from the snapshot's files to the target's.
 func (j *Job) Mapping(md *manifest.Metadata) (*layout.Mapping, error) {
 	m := &layout.Mapping{
 		Layout: j.Layout, Source: j.Source, Target: j.Target, Partitions: map[int64]int64{},
@@ -135,7 +135,8 @@ func (j *Job) Mapping(md *manifest.Metadata) (*layout.Mapping, error) {
 	return m, m.Check()
 }
 
-// clean is the mapping as far as it says where objects of the target may lie.
+// cleanupMapping returns the part of the mapping that gives the keys of the target's
+// objects. It needs no metadata of the snapshot.
 func (j *Job) cleanupMapping() *layout.Mapping {
 	m := &layout.Mapping{
 		Layout: j.Layout, Source: j.Source, Target: j.Target,
@@ -150,8 +151,8 @@ func (j *Job) cleanupMapping() *layout.Mapping {
 	return m
 }
 
-// WantsPartition says whether segments of the partition are restored; those of
-// all partitions always are.
+// WantsPartition reports whether segments of the partition are restored. Segments without
+// a partition (0) always are.
 func (j *Job) WantsPartition(id int64) bool {
 	if id == 0 || len(j.Partitions) == 0 {
 		return true
@@ -160,7 +161,7 @@ func (j *Job) WantsPartition(id int64) bool {
 	return found
 }
 
-// targetIndexes maps the snapshot's indexes to the target's.
+// targetIndexes maps the snapshot's index ids to the target's.
 func (j *Job) targetIndexes(md *manifest.Metadata) map[int64]int64 {
 	m := map[int64]int64{}
 	for i, x := range md.Indexes {
@@ -169,7 +170,7 @@ func (j *Job) targetIndexes(md *manifest.Metadata) map[int64]int64 {
 	return m
 }
 
-// Encode returns the job's record, as op writes it.
+// Encode returns the job's record, written by op.
 func (j *Job) Encode(op string) []byte {
 	var roots []*storagev1.Root
 	for _, r := range j.Roots {
@@ -178,18 +179,21 @@ func (j *Job) Encode(op string) []byte {
 	return record.Encode(&storagev1.Job{
 		Roots: roots, Copied: j.Copied,
 		Format: record.Format, SnapshotId: j.Snapshot, SnapshotName: j.SnapshotName, SourceCollection: j.Source,
-		CollectionId: j.Target, Db: j.DB, Name: j.Name, State: uint32(j.State), Phase: uint32(j.Phase), Outcome: uint32(j.Outcome),
+		CollectionId: j.Target, Db: j.DB, Name: j.Name,
+		State: uint32(j.State), Phase: uint32(j.Phase), Outcome: uint32(j.Outcome),
 		Reason: j.Reason, Message: j.Message, Partitions: record.Gaps(j.Partitions), PartitionNames: j.PartitionNames,
 		SkipIndexes: j.SkipIndexes, Priority: int32(j.Priority), Labels: j.Labels, Layout: uint32(j.Layout),
 		FirstPartition: j.FirstPartition, FirstIndex: j.FirstIndex, FirstSegment: j.FirstSegment, FirstBuild: j.FirstBuild,
 		Segments: j.Segments, Builds: j.Builds, CopyThreshold: j.Parts.Threshold, CopyPartSize: j.Parts.PartSize,
-		Tasks: j.Tasks, TaskSegments: j.TaskSegments, Totals: totalsRecord(j.Totals), Done: totalsRecord(j.Done), Retries: j.Retries,
-		CreateTime: record.Nanos(j.CreateTime), StartTime: record.Nanos(j.StartTime), EndTime: record.Nanos(j.EndTime), Deadline: record.Nanos(j.Deadline),
+		Tasks: j.Tasks, TaskSegments: j.TaskSegments, Totals: totalsRecord(j.Totals), Done: totalsRecord(j.Done),
+		Retries:    j.Retries,
+		CreateTime: record.Nanos(j.CreateTime), StartTime: record.Nanos(j.StartTime), EndTime: record.Nanos(j.EndTime),
+		Deadline:   record.Nanos(j.Deadline),
 		RequestKey: j.RequestKey, PinId: j.Pin, PinStore: j.PinStore, Op: op,
 	})
 }
 
-// DecodeJob reads a job's record.
+// DecodeJob decodes a job's record.
 func DecodeJob(kv meta.KeyValue) (*Job, error) {
 	id, err := keys.LastID(kv.Key)
 	if err != nil {
@@ -207,15 +211,16 @@ func DecodeJob(kv meta.KeyValue) (*Job, error) {
 		Roots: roots, Copied: r.GetCopied(),
 		ID: id, Snapshot: r.GetSnapshotId(), SnapshotName: r.GetSnapshotName(), Source: r.GetSourceCollection(),
 		Target: r.GetCollectionId(), DB: r.GetDb(), Name: r.GetName(), State: State(r.GetState()), Phase: Phase(r.GetPhase()),
-		Outcome: State(r.GetOutcome()), Reason: r.GetReason(), Message: r.GetMessage(), Partitions: record.Sums(r.GetPartitions()),
-		PartitionNames: r.GetPartitionNames(), SkipIndexes: r.GetSkipIndexes(), Priority: int(r.GetPriority()), Labels: r.GetLabels(),
-		Layout: layout.Layout(r.GetLayout()), FirstPartition: r.GetFirstPartition(), FirstIndex: r.GetFirstIndex(),
+		Outcome: State(r.GetOutcome()), Reason: r.GetReason(), Message: r.GetMessage(),
+		Partitions: record.Sums(r.GetPartitions()), PartitionNames: r.GetPartitionNames(), SkipIndexes: r.GetSkipIndexes(),
+		Priority: int(r.GetPriority()), Labels: r.GetLabels(), Layout: layout.Layout(r.GetLayout()),
+		FirstPartition: r.GetFirstPartition(), FirstIndex: r.GetFirstIndex(),
 		FirstSegment: r.GetFirstSegment(), FirstBuild: r.GetFirstBuild(), Segments: r.GetSegments(), Builds: r.GetBuilds(),
 		Parts: object.CopyParts{Threshold: r.GetCopyThreshold(), PartSize: r.GetCopyPartSize()},
 		Tasks: r.GetTasks(), TaskSegments: r.GetTaskSegments(), Totals: totalsOf(r.GetTotals()), Done: totalsOf(r.GetDone()),
 		Retries: r.GetRetries(), CreateTime: record.Time(r.GetCreateTime()), StartTime: record.Time(r.GetStartTime()),
-		EndTime: record.Time(r.GetEndTime()), Deadline: record.Time(r.GetDeadline()), RequestKey: r.GetRequestKey(), Pin: r.GetPinId(),
-		PinStore: r.GetPinStore(),
+		EndTime: record.Time(r.GetEndTime()), Deadline: record.Time(r.GetDeadline()),
+		RequestKey: r.GetRequestKey(), Pin: r.GetPinId(), PinStore: r.GetPinStore(),
 		Revision: kv.ModRevision, op: r.GetOp(),
 	}, nil
 }

@@ -14,12 +14,11 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// maxAttempts bounds how often a small change is decided anew when its premises
-// changed.
+// maxAttempts bounds the attempts of a small change that loses to concurrent changes.
 const maxAttempts = 16
 
-// Get returns a job with how far it has come, as it was when Get was called or
-// later. It is ErrJobNotFound when there is none.
+// Get returns a job with its progress, which includes all changes that precede the call.
+// It is ErrJobNotFound when there is none.
 func (j *Jobs) Get(ctx context.Context, id int64) (*Status, error) {
 	if err := j.table.sync(ctx); err != nil {
 		return nil, fmt.Errorf("restore job %d: %w", id, err)
@@ -31,10 +30,10 @@ func (j *Jobs) Get(ctx context.Context, id int64) (*Status, error) {
 	return s, nil
 }
 
-// Watch calls fn with a job when its state or phase changed, and with how far it
-// has come at most every so often, until it has ended, which fn sees. It ends with
-// ctx and with fn's first error.
-func (j *Jobs) Watch(ctx context.Context, id int64, every time.Duration, fn func(*Status) error) error {
+// Watch calls fn with a job at each change of its record, and with its progress at most
+// once per interval, until fn was called with its final state. It ends with ctx and with
+// fn's first error.
+func (j *Jobs) Watch(ctx context.Context, id int64, interval time.Duration, fn func(*Status) error) error {
 	s, err := j.Get(ctx, id)
 	if err != nil {
 		return err
@@ -43,37 +42,36 @@ func (j *Jobs) Watch(ctx context.Context, id int64, every time.Duration, fn func
 		if err := fn(s); err != nil || s.Job.State.Ended() {
 			return err
 		}
-		if s, err = j.waitForChange(ctx, s, every); err != nil {
+		if s, err = j.waitForChange(ctx, s, interval); err != nil {
 			return err
 		}
 	}
 }
 
-// next waits for a job to be worth telling of again.
-func (j *Jobs) waitForChange(ctx context.Context, reported *Status, every time.Duration) (*Status, error) {
-	timer := time.NewTimer(every)
+// waitForChange waits for a change that Watch reports.
+func (j *Jobs) waitForChange(ctx context.Context, reported *Status, interval time.Duration) (*Status, error) {
+	timer := time.NewTimer(interval)
 	defer timer.Stop()
 	waited := false
 	for {
-		s, moved := j.table.statusOf(reported.Job.ID)
+		s, changed := j.table.statusOf(reported.Job.ID)
 		switch {
 		case s == nil:
 			return nil, fmt.Errorf("%w: %d", ErrJobNotFound, reported.Job.ID)
-		case s.Job.Revision != reported.Job.Revision, waited && (s.Done != reported.Done || s.LastError != reported.LastError ||
-			!s.Waiting.Equal(reported.Waiting) || !s.Refused.Equal(reported.Refused)):
+		case s.Job.Revision != reported.Job.Revision, waited && !s.sameProgress(reported):
 			return s, nil
 		}
 		select {
 		case <-ctx.Done():
 			return nil, ctx.Err()
-		case <-moved:
+		case <-changed:
 		case <-timer.C:
 			waited = true
 		}
 	}
 }
 
-// Filter says which jobs to list. Zero fields do not filter.
+// Filter selects jobs. Zero fields do not filter.
 type Filter struct {
 	Snapshot int64
 	DB       string
@@ -91,8 +89,8 @@ func (f *Filter) match(job *Job) bool {
 		(len(f.States) == 0 || slices.Contains(f.States, job.State))
 }
 
-// List returns up to limit jobs that match, newest first, behind the one with id
-// after (0: from the newest on), and whether there are more.
+// List returns up to limit jobs that match, newest first, with ids below after (0: from
+// the newest), and whether more exist.
 func (j *Jobs) List(ctx context.Context, f Filter, after int64, limit int) (list []*Status, more bool, err error) {
 	if err := j.table.sync(ctx); err != nil {
 		return nil, false, fmt.Errorf("list restore jobs: %w", err)
@@ -116,9 +114,9 @@ func (j *Jobs) List(ctx context.Context, f Filter, after int64, limit int) (list
 	return list, false, nil
 }
 
-// Cancel gives a job up. When it returns nil, the target will not appear; it is
-// removed in the background. A job that failed, or is being given up, is left as
-// it is. One that is COMPLETED is ErrEnded.
+// Cancel gives a job up. When it returns nil, the target never becomes visible; it is
+// removed in the background. A job that is FAILED or CANCELED, or is rolled back, is
+// unchanged. A COMPLETED one is ErrEnded.
 func (j *Jobs) Cancel(ctx context.Context, id int64) (*Status, error) {
 	for attempt := range maxAttempts {
 		if err := meta.Pause(ctx, attempt); err != nil {
@@ -158,9 +156,9 @@ func (j *Jobs) Cancel(ctx context.Context, id int64) (*Status, error) {
 	return nil, fmt.Errorf("cancel restore job %d: %w", id, errConflict)
 }
 
-var errConflict = errors.New("it changes all the time")
+var errConflict = errors.New("too many concurrent changes")
 
-// SetLimits changes what a job may use, which its workers heed at once.
+// SetLimits changes the limits of a job. Its workers apply them at once.
 func (j *Jobs) SetLimits(ctx context.Context, id int64, l Limits) (*Status, error) {
 	for attempt := range maxAttempts {
 		if err := meta.Pause(ctx, attempt); err != nil {
@@ -184,12 +182,13 @@ func (j *Jobs) SetLimits(ctx context.Context, id int64, l Limits) (*Status, erro
 	return nil, fmt.Errorf("change the limits of restore job %d: %w", id, errConflict)
 }
 
-// LimitsOp is the write of a job's limits.
+// LimitsOp returns the write of a job's limits.
 func LimitsOp(job int64, l Limits) meta.Op {
-	return meta.Put(keys.JobLimits(job), record.Encode(&storagev1.JobLimits{Format: record.Format, Requests: l.Requests, Bytes: l.Bytes}))
+	rec := &storagev1.JobLimits{Format: record.Format, Requests: l.Requests, Bytes: l.Bytes}
+	return meta.Put(keys.JobLimits(job), record.Encode(rec))
 }
 
-// read reads a job from the store.
+// read reads a job from the metadata store.
 func (j *Jobs) read(ctx context.Context, id int64) (*Job, error) {
 	kv, found, _, err := j.kv.Get(ctx, keys.Job(id))
 	if err != nil {
@@ -201,7 +200,7 @@ func (j *Jobs) read(ctx context.Context, id int64) (*Job, error) {
 	return DecodeJob(kv)
 }
 
-// Workers returns how many tasks the workers that live take at once, in all.
+// Workers returns the total number of concurrent tasks of all live workers.
 func (j *Jobs) Workers() (slots int) {
 	j.table.mu.Lock()
 	defer j.table.mu.Unlock()
@@ -211,22 +210,24 @@ func (j *Jobs) Workers() (slots int) {
 	return slots
 }
 
-// Stats is the state of restores, for metrics.
+// Stats has the numbers of restores, for metrics.
 type Stats struct {
 	Jobs    map[State]int
 	Workers int
-	Running int // tasks that workers have
-	// Refusals is how many attempts of this replica a store refused, in a way that
-	// may pass.
+	Running int // assigned tasks
+	// Refusals is the number of attempts of this replica that a store refused in a way
+	// that may pass.
 	Refusals int64
 }
 
-// Stats returns the state of restores as this replica sees it.
+// Stats returns the numbers of restores in this replica's table.
 func (j *Jobs) Stats() Stats {
 	j.table.mu.Lock()
 	defer j.table.mu.Unlock()
-	s := Stats{Jobs: map[State]int{Pending: 0, Executing: 0, Completed: 0, Failed: 0, Canceled: 0}, Workers: len(j.table.workers), Running: len(j.table.assignments)}
-	s.Refusals = j.worker.refusals.Load()
+	s := Stats{
+		Jobs:    map[State]int{Pending: 0, Executing: 0, Completed: 0, Failed: 0, Canceled: 0},
+		Workers: len(j.table.workers), Running: len(j.table.assignments), Refusals: j.worker.refusals.Load(),
+	}
 	for _, js := range j.table.states {
 		if js.job != nil {
 			s.Jobs[js.job.State]++
@@ -235,7 +236,7 @@ func (j *Jobs) Stats() Stats {
 	return s
 }
 
-// Holds says whether a pin is that of a job that has not ended.
+// Holds reports whether a pin belongs to a job that has not ended.
 func (j *Jobs) Holds(ctx context.Context, snapshot, pin int64) (bool, error) {
 	if err := j.table.sync(ctx); err != nil {
 		return false, err

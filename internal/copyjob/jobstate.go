@@ -6,20 +6,21 @@ import (
 	"github.com/snapshotd/snapshotd/internal/segment"
 )
 
-// row is a job with its tasks.
+// jobState is a job with its tasks.
 type jobState struct {
-	job        *Job // nil while only parts of it were seen
+	job        *Job // nil until its record is seen
 	tasks      map[int64]*task
-	unfinished map[int64]*task          // those that are not done
-	progress   map[int64]segment.Totals // files and bytes of tasks that are not done
+	unfinished map[int64]*task          // tasks that are not done
+	progress   map[int64]segment.Totals // files and bytes of unfinished tasks
 	limits     Limits
-	done       segment.Totals // sums of the tasks that are done
-	reported   segment.Totals // the most that was ever told
+	done       segment.Totals // sums of the done tasks
+	reported   segment.Totals // highest totals ever reported
 	lastErr    string
-	lastFinish time.Time // when an attempt last finished a file that none had before
+	lastFinish time.Time // when an attempt last finished a file that no attempt had finished
 	samples    []sample
 }
 
+// setTask replaces the record of a task.
 func (js *jobState) setTask(t *task) {
 	if old := js.tasks[t.number]; old != nil && old.state == TaskDone {
 		js.done = subtractTotals(js.done, old.totals)
@@ -36,8 +37,8 @@ func (js *jobState) setTask(t *task) {
 	}
 }
 
-// setRunning notes how far a task has come. Another attempt begins with what it
-// finds, so that nothing goes down.
+// setProgress records the progress of a task. A lower value is dropped: the next attempt
+// counts again from the objects that exist.
 func (js *jobState) setProgress(number int64, n segment.Totals) {
 	if t := js.tasks[number]; t != nil && t.state == TaskDone {
 		return
@@ -47,12 +48,12 @@ func (js *jobState) setProgress(number int64, n segment.Totals) {
 	}
 }
 
-// stall returns since when the job has waited for a store that does not answer, and
-// how long: up to the last attempt that got none. The time is zero while no task
+// stall returns when the job began to wait for a store that does not answer, and for how
+// long it has waited, up to its last unanswered attempt. since is zero while no task
 // waits.
 func (js *jobState) stall() (since time.Time, d time.Duration) {
 	for _, t := range js.unfinished {
-		if t.waits == 0 || t.refusals > 0 { // a refusal is an answer
+		if t.waits == 0 || t.refusals > 0 { // a refusal counts as an answer
 			continue
 		}
 		from := latest(t.waitSince, js.lastFinish)
@@ -64,8 +65,8 @@ func (js *jobState) stall() (since time.Time, d time.Duration) {
 	return since, d
 }
 
-// refusedSince returns since when a store has refused tasks of the job; zero: it
-// refuses none.
+// refusedSince returns when a store began to refuse tasks of the job; zero: it refuses
+// none.
 func (js *jobState) refusedSince() (since time.Time) {
 	for _, t := range js.unfinished {
 		if t.refusals > 0 && (since.IsZero() || t.refuseSince.Before(since)) {
@@ -75,6 +76,7 @@ func (js *jobState) refusedSince() (since time.Time) {
 	return since
 }
 
+// latest returns the later of two times.
 func latest(a, b time.Time) time.Time {
 	if b.After(a) {
 		return b

@@ -18,13 +18,13 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// board is every job, task and worker in memory, kept current by watches. What
-// is done about one is decided by the compares of a transaction.
+// jobTable mirrors every job, task and worker by watches. Its content may lag: the
+// compares of a transaction decide.
 type jobTable struct {
 	o              *Options
 	jobFollower    *follow.Follower
 	workerFollower *follow.Follower
-	wake           chan struct{} // size one; for the leader
+	wake           chan struct{} // size one; wakes the leader
 
 	mu          sync.Mutex
 	states      map[int64]*jobState
@@ -33,7 +33,7 @@ type jobTable struct {
 	changed     chan struct{}   // closed and replaced with every change
 }
 
-// poolWorker is a worker that lives.
+// workerInfo is a live worker.
 type workerInfo struct {
 	id     int64
 	slots  int
@@ -44,10 +44,12 @@ type workerInfo struct {
 func newJobTable(o *Options) *jobTable {
 	jt := &jobTable{o: o, wake: make(chan struct{}, 1), changed: make(chan struct{}), states: map[int64]*jobState{}}
 	jt.workers, jt.assignments = map[int64]*workerInfo{}, map[string]bool{}
-	from, to := meta.Prefix("/job/")
-	jt.jobFollower = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: (*jobHandler)(jt), Log: o.Log, Rand: o.Jitter})
-	from, to = meta.Prefix("/worker/")
-	jt.workerFollower = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: (*workerHandler)(jt), Log: o.Log, Rand: o.Jitter})
+	follower := func(prefix string, h follow.Handler) *follow.Follower {
+		from, to := meta.Prefix(prefix)
+		return follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: h, Log: o.Log, Rand: o.Jitter})
+	}
+	jt.jobFollower = follower("/job/", (*jobHandler)(jt))
+	jt.workerFollower = follower("/worker/", (*workerHandler)(jt))
 	return jt
 }
 
@@ -58,13 +60,13 @@ func (jt *jobTable) run(ctx context.Context) error {
 	return group.Wait()
 }
 
-// sync waits until the board shows all that was written to jobs before the call.
+// sync waits until the table has every write of a job that precedes the call.
 func (jt *jobTable) sync(ctx context.Context) error {
 	_, err := jt.jobFollower.Sync(ctx)
 	return err
 }
 
-// changed tells those who wait. The lock must be held.
+// broadcast announces a change to all waiters. The lock must be held.
 func (jt *jobTable) broadcast() {
 	close(jt.changed)
 	jt.changed = make(chan struct{})
@@ -74,14 +76,14 @@ func (jt *jobTable) broadcast() {
 	}
 }
 
-// waitable returns a channel that is closed with the next change.
+// nextChange returns a channel that is closed at the next change.
 func (jt *jobTable) nextChange() <-chan struct{} {
 	jt.mu.Lock()
 	defer jt.mu.Unlock()
 	return jt.changed
 }
 
-// jobHandler is the board as the handler of jobs.
+// jobHandler is the jobTable as the handler of job keys.
 type jobHandler jobTable
 
 // Reset implements follow.Handler.
@@ -94,7 +96,7 @@ func (h *jobHandler) Reset(kvs []meta.KeyValue, _ int64) {
 	for _, kv := range kvs {
 		jt.put(kv)
 	}
-	for id, js := range jt.states { // what was told stays told
+	for id, js := range jt.states { // reported progress never decreases
 		if before := old[id]; before != nil {
 			js.reported, js.samples = before.reported, before.samples
 			for number, t := range js.tasks {
@@ -125,6 +127,7 @@ func (h *jobHandler) Apply(events []meta.Event, _ int64) {
 	jt.broadcast()
 }
 
+// ensure returns the state of a job, which it adds if absent. The lock must be held.
 func (jt *jobTable) ensure(id int64) *jobState {
 	js := jt.states[id]
 	if js == nil {
@@ -134,6 +137,7 @@ func (jt *jobTable) ensure(id int64) *jobState {
 	return js
 }
 
+// put applies the write of a key. The lock must be held.
 func (jt *jobTable) put(kv meta.KeyValue) {
 	var err error
 	switch {
@@ -167,10 +171,11 @@ func (jt *jobTable) put(kv meta.KeyValue) {
 		}
 	}
 	if err != nil {
-		jt.o.Log.Error("record of a restore is left alone", zap.String("key", kv.Key), zap.Error(err))
+		jt.o.Log.Error("skip unreadable record of a restore", zap.String("key", kv.Key), zap.Error(err))
 	}
 }
 
+// remove applies the deletion of a key. The lock must be held.
 func (jt *jobTable) remove(key string) {
 	switch {
 	case strings.HasPrefix(key, keys.LimitsPrefix):
@@ -194,7 +199,7 @@ func (jt *jobTable) remove(key string) {
 	}
 }
 
-// workerHandler is the board as the handler of workers.
+// workerHandler is the jobTable as the handler of workers and assignments.
 type workerHandler jobTable
 
 // Reset implements follow.Handler.
@@ -243,13 +248,13 @@ func (jt *jobTable) putWorker(kv meta.KeyValue) {
 		err = record.Decode(kv, rec)
 	}
 	if err != nil {
-		jt.o.Log.Error("record of a worker is left alone", zap.String("key", kv.Key), zap.Error(err))
+		jt.o.Log.Error("skip unreadable record of a worker", zap.String("key", kv.Key), zap.Error(err))
 		return
 	}
 	jt.workers[id] = &workerInfo{id: id, slots: int(rec.GetSlots()), lease: kv.Lease, create: kv.CreateRevision}
 }
 
-// job returns a job as it is known, nil if it is not.
+// job returns the cached job, nil if it is unknown.
 func (jt *jobTable) job(id int64) *Job {
 	jt.mu.Lock()
 	defer jt.mu.Unlock()
@@ -259,7 +264,7 @@ func (jt *jobTable) job(id int64) *Job {
 	return nil
 }
 
-// note keeps an error that was met with a job, to be told.
+// setLastError records the last error of a job, for its status.
 func (jt *jobTable) setLastError(job int64, err error) {
 	jt.mu.Lock()
 	defer jt.mu.Unlock()
@@ -268,7 +273,7 @@ func (jt *jobTable) setLastError(job int64, err error) {
 	}
 }
 
-// lastError is what was last met with a job.
+// lastError returns the last error of a job.
 func (jt *jobTable) lastError(job int64) string {
 	jt.mu.Lock()
 	defer jt.mu.Unlock()
@@ -278,8 +283,8 @@ func (jt *jobTable) lastError(job int64) string {
 	return ""
 }
 
-// share is what one worker may use of a job's limits: they are divided among
-// those that have tasks of it.
+// rateShare returns one worker's share of the job's limits, split evenly among the workers
+// that run its tasks.
 func (jt *jobTable) rateShare(job int64) Limits {
 	jt.mu.Lock()
 	defer jt.mu.Unlock()
@@ -301,13 +306,13 @@ func (jt *jobTable) rateShare(job int64) Limits {
 	return l
 }
 
-// isAssigned says whether the worker of a running task still has it. The lock
-// must be held.
+// isAssigned reports whether the worker of a running task still has its assignment. The
+// lock must be held.
 func (jt *jobTable) isAssigned(t *task) bool {
 	return jt.assignments[keys.Assignment(t.worker, t.job, t.number)]
 }
 
-// hasAssignments says whether any worker has a task of the job. The lock must be
+// hasAssignmentsLocked reports whether any worker has a task of the job. The lock must be
 // held.
 func (jt *jobTable) hasAssignmentsLocked(job int64) bool {
 	for key := range jt.assignments {
@@ -318,7 +323,7 @@ func (jt *jobTable) hasAssignmentsLocked(job int64) bool {
 	return false
 }
 
-// isWorkedOn is hasAssignments for who does not hold the lock.
+// hasAssignments reports whether any worker has a task of the job.
 func (jt *jobTable) hasAssignments(job int64) bool {
 	jt.mu.Lock()
 	defer jt.mu.Unlock()
@@ -340,13 +345,13 @@ func (jt *jobTable) workersOf(job int64) int {
 	return len(workers)
 }
 
-// slot is a worker with room for tasks.
+// slot is a worker with capacity for tasks.
 type slot struct {
 	*workerInfo
 	free int
 }
 
-// slots returns the workers that have room, those with the most first.
+// slots returns the workers with capacity, those with the most first.
 func (jt *jobTable) slots() []slot {
 	jt.mu.Lock()
 	defer jt.mu.Unlock()

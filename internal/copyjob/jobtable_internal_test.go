@@ -8,9 +8,11 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
+// TestSlots checks the free slots of workers, the most first.
 func TestSlots(t *testing.T) {
 	b := newTestTable()
-	b.add(workerInfo{id: 1, slots: 2}, workerInfo{id: 2, slots: 8}, workerInfo{id: 3, slots: 8}, workerInfo{id: 4, slots: 1},
+	b.add(workerInfo{id: 1, slots: 2}, workerInfo{id: 2, slots: 8},
+		workerInfo{id: 3, slots: 8}, workerInfo{id: 4, slots: 1},
 		assignmentOf{1, 9, 0}, assignmentOf{2, 9, 1}, assignmentOf{4, 9, 2}, assignmentOf{5, 9, 3})
 	check := func(want ...[2]int) {
 		t.Helper()
@@ -26,13 +28,14 @@ func TestSlots(t *testing.T) {
 	b.add(removed(keys.Worker(3)), removed(keys.Assignment(4, 9, 2)))
 	check([2]int{2, 7}, [2]int{1, 1}, [2]int{4, 1})
 	if n := b.workersOf(9); n != 3 {
-		t.Errorf("%d workers have tasks", n)
+		t.Errorf("%d workers have tasks, want 3", n)
 	}
 	if b.workersOf(8) != 0 || !b.hasAssignments(9) || b.hasAssignments(8) {
-		t.Error("who works on what is wrong")
+		t.Error("assignments of jobs 8 and 9 are wrong")
 	}
 }
 
+// TestRateShare checks that a job's limits are split among the workers that run its tasks.
 func TestRateShare(t *testing.T) {
 	b := newTestTable()
 	b.add(executing(Copy, 2))
@@ -46,7 +49,7 @@ func TestRateShare(t *testing.T) {
 	}
 	limits(10, 100)
 	b.add(workerInfo{id: 1}, workerInfo{id: 2}, workerInfo{id: 3})
-	for n, want := range []Limits{{10, 100}, {10, 100}, {5, 50}} { // by those that work on it
+	for n, want := range []Limits{{10, 100}, {10, 100}, {5, 50}} { // by its workers
 		if l := b.rateShare(1); l != want {
 			t.Errorf("with %d workers %+v, want %+v", n, l, want)
 		}
@@ -57,15 +60,17 @@ func TestRateShare(t *testing.T) {
 		t.Errorf("%+v", l)
 	}
 	if l := b.rateShare(2); l != (Limits{}) {
-		t.Errorf("of no job: %+v", l)
+		t.Errorf("job without limits: %+v", l)
 	}
 }
 
-// TestUnreadableRecords leaves alone what it cannot read.
+// TestUnreadableRecords checks that unreadable records are skipped.
 func TestUnreadableRecords(t *testing.T) {
 	b := newTestTable()
 	b.add(executing(Copy, 1))
-	for _, key := range []string{keys.Job(2), keys.Task(1, 0), keys.Progress(1, 0), keys.JobLimits(1), "/job/rec/x", "/job/task/1/x"} {
+	for _, key := range []string{
+		keys.Job(2), keys.Task(1, 0), keys.Progress(1, 0), keys.JobLimits(1), "/job/rec/x", "/job/task/1/x",
+	} {
 		b.apply(meta.Event{KV: meta.KeyValue{Key: key, Value: []byte("?")}})
 		b.apply(meta.Event{Deleted: true, KV: meta.KeyValue{Key: "/job/task/x"}})
 	}

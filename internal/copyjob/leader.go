@@ -10,7 +10,6 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -18,35 +17,36 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/record"
 )
 
-// How the leader works.
+// Limits of the leader.
 const (
-	stepsInFlight = 16              // jobs that are worked on at once
-	batchOps      = 100             // of one transaction
-	batchBytes    = 768 << 10       // of one transaction
-	assignBatch   = 20              // tasks in one transaction
-	writeTimeout  = 5 * time.Second // of a transaction that the loop waits for
-	deleteSpan    = 5000            // segments' records in one transaction
+	stepsInFlight = 16              // concurrent steps, one per job
+	batchOps      = 100             // operations per transaction
+	batchBytes    = 768 << 10       // bytes per transaction
+	assignBatch   = 20              // tasks assigned per transaction
+	writeTimeout  = 5 * time.Second // of a transaction inside the loop
+	deleteSpan    = 5000            // segment records deleted per transaction
 )
 
-// leader moves jobs on. Its loop never waits for an object store: what may take
-// long is done beside it, one step of a job at a time.
+// leader advances jobs. Its loop never waits for an object store: long steps run beside
+// it, one step of a job at a time.
 type leader struct {
 	*Jobs
 	fence meta.Cond
 
 	assignProblem     *lasting.Problem
-	wake              chan struct{} // size one; a step has ended
+	wake              chan struct{} // size one; woken at the end of a step
 	steps             errgroup.Group
-	assignedRevisions map[int64]map[int64]int64 // by job and task: the revision of one that was assigned; the loop's alone
+	assignedRevisions map[int64]map[int64]int64 // by job and task: revision before assignment; the loop's alone
 
-	mu              sync.Mutex
-	busy            map[int64]bool          // jobs with a step under way
-	handledRevision map[int64]int64         // the revision of a job that was moved on
-	attempts        map[int64]int           // failed steps of a job in a row
-	failures        map[int64]int           // those of them that no store was to blame for
-	retryAt         map[int64]time.Duration // elapsed when the next of them may be tried
-	unansweredSince map[int64]time.Duration // elapsed since a store has not answered a step of a job
-	refusedSince    map[int64]time.Duration // elapsed since a store has refused a step of a job
+	mu sync.Mutex
+	// All by job; times are elapsed times.
+	busy            map[int64]bool          // a step is running
+	handledRevision map[int64]int64         // revision whose step has succeeded
+	attempts        map[int64]int           // consecutive failed steps
+	failures        map[int64]int           // consecutive failed steps that no store caused
+	retryAt         map[int64]time.Duration // earliest time of the next step
+	unansweredSince map[int64]time.Duration // first step that a store did not answer
+	refusedSince    map[int64]time.Duration // first step that a store refused
 }
 
 func newLeader(j *Jobs, term election.Term) *leader {
@@ -55,7 +55,7 @@ func newLeader(j *Jobs, term election.Term) *leader {
 	l.attempts, l.failures = map[int64]int{}, map[int64]int{}
 	l.retryAt, l.unansweredSince = map[int64]time.Duration{}, map[int64]time.Duration{}
 	l.refusedSince = map[int64]time.Duration{}
-	l.assignProblem = lasting.New(j.o.Now).Add(j.o.Log, "assign", "tasks of a restore are not assigned yet", "")
+	l.assignProblem = lasting.New(j.o.Now).Add(j.o.Log, "assign", "assignment of restore tasks failed, retrying", "")
 	l.steps.SetLimit(stepsInFlight)
 	return l
 }
@@ -76,19 +76,19 @@ func (l *leader) run(ctx context.Context) error {
 	}
 }
 
-// pass looks at every job once, and returns how long there is nothing more to do
-// unless something changes.
+// pass starts the next step of every job, and returns the time until the next pass if
+// nothing changes.
 func (l *leader) pass(ctx context.Context) time.Duration {
 	now := l.o.Clock.Elapsed()
-	judged, _ := l.o.Clock.Peek()
-	list, next := l.table.decide(moment{judged, now})
+	trusted, _ := l.o.Clock.Peek()
+	list, next := l.table.decide(moment{trusted, now})
 	slots := l.table.slots()
 	for _, d := range list {
 		if wait := l.nextAttempt(d.job, now); wait > 0 {
 			next = min(next, wait)
 			continue
 		} else if wait < 0 {
-			continue // under way, or done and not seen yet
+			continue // running, or done and not in the table yet
 		}
 		if d.step == stepAssign {
 			var err error
@@ -100,7 +100,7 @@ func (l *leader) pass(ctx context.Context) time.Duration {
 			}
 			continue
 		}
-		delete(l.assignedRevisions, d.job.ID) // no task is assigned any more, or not yet
+		delete(l.assignedRevisions, d.job.ID) // not in phase copy
 		if !l.tryStart(d.job.ID) {
 			continue
 		}
@@ -110,7 +110,7 @@ func (l *leader) pass(ctx context.Context) time.Duration {
 			l.finishStep(ctx, d, err)
 			return nil
 		})
-		if !started { // too many at once: one of them wakes us
+		if !started { // limit reached: the end of another step wakes the loop
 			l.mu.Lock()
 			delete(l.busy, d.job.ID)
 			l.mu.Unlock()
@@ -119,30 +119,31 @@ func (l *leader) pass(ctx context.Context) time.Duration {
 	return next
 }
 
-// maxWrong is how often a step that goes wrong in itself is tried. When a store does
-// not answer, prepare waits for as long as copies do; publishing waits for ever, for
-// all the work is done.
+// maxStepFailures bounds the consecutive failures of prepare and publish that no store
+// caused. When a store does not answer, prepare waits as long as copies do; publish waits
+// without a limit, since all the work is done.
 const maxStepFailures = 20
 
-// isLast says whether the job is given up if its step ends with err this time.
+// isLastAttempt reports whether err gives the job up if its step ends with it now.
 func (l *leader) isLastAttempt(job int64, err error) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if isRefused(err) {
-		since, again := l.refusedSince[job]
-		return again && l.o.Clock.Elapsed()-since >= l.o.RefusalTimeout
+		since, repeated := l.refusedSince[job]
+		return repeated && l.o.Clock.Elapsed()-since >= l.o.RefusalTimeout
 	}
 	return l.failures[job]+1 >= maxStepFailures
 }
 
-// orGiveUp is d, or that the job is given up when the step went wrong too often, or
-// waited for too long.
+// abortIfExhausted replaces d by stepGiveUp when its step failed too often or waited too
+// long.
 func (l *leader) abortIfExhausted(d decision, now time.Duration) decision {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	since, waits := l.unansweredSince[d.job.ID]
 	next := decision{
-		step: stepGiveUp, job: d.job, outcome: Failed, message: l.table.lastError(d.job.ID), done: d.done, retries: d.retries,
+		step: stepGiveUp, job: d.job, outcome: Failed, message: l.table.lastError(d.job.ID),
+		done: d.done, retries: d.retries,
 	}
 	switch {
 	case l.failures[d.job.ID] >= maxStepFailures && (d.step == stepPrepare || d.step == stepPublish):
@@ -155,8 +156,8 @@ func (l *leader) abortIfExhausted(d decision, now time.Duration) decision {
 	return next
 }
 
-// mayAct says how long to wait before a job may be acted on; below zero it is for
-// something to change.
+// nextAttempt returns the wait before the next step of a job; negative: until something
+// changes.
 func (l *leader) nextAttempt(job *Job, now time.Duration) time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -166,6 +167,7 @@ func (l *leader) nextAttempt(job *Job, now time.Duration) time.Duration {
 	return max(0, l.retryAt[job.ID]-now)
 }
 
+// tryStart marks a job as busy; false: it already is.
 func (l *leader) tryStart(job int64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -176,11 +178,11 @@ func (l *leader) tryStart(job int64) bool {
 	return true
 }
 
-// errChanged means that what a transaction compared was not as it was read: the
-// board will show what is now.
+// errChanged means that a transaction's compare failed: the table will show the present
+// state.
 var errChanged = errors.New("changed")
 
-// ended notes how a step ended.
+// finishStep records the result of a step and wakes the loop.
 func (l *leader) finishStep(ctx context.Context, d decision, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -224,10 +226,10 @@ func (l *leader) finishStep(ctx context.Context, d decision, err error) {
 		}
 		if !errors.Is(err, errChanged) {
 			level := zap.WarnLevel
-			if refusedAgain { // the log has the first refusal, and the job's status the last
+			if refusedAgain { // the first one is logged, the last one is in the job's status
 				level = zap.DebugLevel
 			}
-			l.log.Log(level, "a step of a restore failed and is tried again", zap.Int64("job", d.job.ID),
+			l.log.Log(level, "restore step failed, retrying", zap.Int64("job", d.job.ID),
 				zap.Stringer("phase", d.job.Phase), zap.Error(err))
 			l.table.setLastError(d.job.ID, err)
 		}
@@ -238,7 +240,7 @@ func (l *leader) finishStep(ctx context.Context, d decision, err error) {
 	}
 }
 
-// act carries out one step of a job.
+// execute runs one step of a job.
 func (l *leader) execute(ctx context.Context, d decision) error {
 	switch d.step {
 	case stepBegin:
@@ -253,51 +255,36 @@ func (l *leader) execute(ctx context.Context, d decision) error {
 		}
 		return err
 	case stepGiveUp:
-		l.log.Warn("restore is given up", zap.Int64("job", d.job.ID), zap.String("reason", d.reason), zap.String("message", d.message))
+		l.log.Warn("restore given up", zap.Int64("job", d.job.ID), zap.String("reason", d.reason),
+			zap.String("message", d.message))
 		return l.replace(ctx, "restore.giveup", d.job, abortedJob(d, l.o.Clock.Display()))
 	case stepPublish:
 		return l.publish(ctx, d)
 	case stepRollBack:
 		return l.rollBack(ctx, d.job)
 	case stepForget:
-		// A store may have carried a copy out long after it was asked.
-		if err := l.cleanupStragglers(ctx, d.job); err != nil {
-			return err
-		}
-		if err := l.removePins(ctx, d.job); err != nil {
-			return err
-		}
-		if d.job.State != Completed { // of a target that is in use each id goes with its last record
-			if err := l.o.Catalog.GoneRange(ctx, d.job.FirstSegment, d.job.Segments+d.job.Builds, func(conds []meta.Cond, ops []meta.Op) error {
-				return l.write(ctx, "restore.forget", d.job, conds, ops)
-			}); err != nil {
-				return err
-			}
-		}
-		// Until now the ids of the job were kept from everybody else: a late copy could
-		// have met what they had made of them.
-		return l.write(ctx, "restore.forget", d.job, nil, append(
-			catalog.ReleaseRange(d.job.FirstSegment, d.job.Segments+d.job.Builds), meta.Delete(keys.Job(d.job.ID))))
-	case stepNone, stepAssign: // neither comes here
+		return l.forget(ctx, d.job)
+	case stepNone, stepAssign: // handled by pass
 	}
 	return nil
 }
 
-// givenUp is the job as giving it up leaves it.
+// abortedJob returns the job's record in phase roll back.
 func abortedJob(d decision, now time.Time) *Job {
 	next := *d.job
 	if next.StartTime.IsZero() {
 		next.StartTime = now
 	}
 	next.State, next.Phase, next.Outcome = Executing, RollBack, d.outcome
-	next.Reason, next.Message, next.Done, next.Retries = d.reason, record.Clip(d.message, record.MaxText), d.done, d.retries
+	next.Reason, next.Message = d.reason, record.Clip(d.message, record.MaxText)
+	next.Done, next.Retries = d.done, d.retries
 	return &next
 }
 
-// write changes a job in one transaction, named step, which compares the job as it
-// was read and that we lead.
-func (l *leader) write(ctx context.Context, step string, job *Job, conds []meta.Cond, ops []meta.Op) error {
-	res, err := l.kv.Txn(ctx, meta.Txn{Name: step, If: append([]meta.Cond{job.unchanged(), l.fence}, conds...), Then: ops})
+// write changes a job in one transaction, named name, which compares the job as read
+// and the leader's election key. A failed compare is errChanged.
+func (l *leader) write(ctx context.Context, name string, job *Job, conds []meta.Cond, ops []meta.Op) error {
+	res, err := l.kv.Txn(ctx, meta.Txn{Name: name, If: append([]meta.Cond{job.unchanged(), l.fence}, conds...), Then: ops})
 	if err == nil && !res.Succeeded {
 		err = errChanged
 	}
@@ -307,16 +294,16 @@ func (l *leader) write(ctx context.Context, step string, job *Job, conds []meta.
 	return nil
 }
 
-// move replaces the job's record in a transaction named step.
-func (l *leader) replace(ctx context.Context, step string, job, next *Job) error {
+// replace writes the job's record in a transaction named name.
+func (l *leader) replace(ctx context.Context, name string, job, next *Job) error {
 	op, err := record.NewOp(l.o.Rand)
 	if err != nil {
 		return err
 	}
-	return l.write(ctx, step, job, nil, []meta.Op{meta.Put(keys.Job(job.ID), next.Encode(op))})
+	return l.write(ctx, name, job, nil, []meta.Op{meta.Put(keys.Job(job.ID), next.Encode(op))})
 }
 
-// batches cuts ops into parts for one transaction each.
+// batches splits ops into parts for one transaction each.
 func batches(ops []meta.Op) [][]meta.Op {
 	var parts [][]meta.Op
 	from, bytes := 0, 0

@@ -12,34 +12,35 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
 )
 
-// TestOrGiveUp gives a job up when its step went wrong too often, and not before.
+// TestAbortIfExhausted checks that a job is given up after too many failures or too long a
+// wait of its step, and not before.
 func TestAbortIfExhausted(t *testing.T) {
 	done := segment.Totals{Files: 3}
 	for name, c := range map[string]struct {
-		step   step
-		waits  time.Duration // for a store that does not answer; 0: it does not wait
-		wrong  int
-		reason string // empty: it goes on
+		step     step
+		waits    time.Duration // for a store that does not answer; 0: no wait
+		failures int
+		reason   string // empty: it continues
 	}{
-		"prepare, the first time":              {stepPrepare, 0, 0, ""},
-		"prepare, no answer for long":          {stepPrepare, 24*time.Hour - 1, 0, ""},
-		"prepare, no answer for too long":      {stepPrepare, 24 * time.Hour, 0, "STALLED"},
-		"prepare, wrong for long":              {stepPrepare, 0, maxStepFailures - 1, ""},
-		"prepare, wrong too often":             {stepPrepare, 0, maxStepFailures, "INTERNAL"},
-		"prepare, both":                        {stepPrepare, 24 * time.Hour, maxStepFailures, "INTERNAL"},
-		"publish, no answer":                   {stepPublish, 240 * time.Hour, 0, ""},
-		"publish, wrong for long":              {stepPublish, 0, maxStepFailures - 1, ""},
-		"publish, wrong too often":             {stepPublish, 0, maxStepFailures, "INTERNAL"},
-		"to begin is tried for ever":           {stepBegin, 240 * time.Hour, 10 * maxStepFailures, ""},
-		"so is giving up":                      {stepGiveUp, 240 * time.Hour, 10 * maxStepFailures, ""},
-		"and rolling back":                     {stepRollBack, 240 * time.Hour, 10 * maxStepFailures, ""},
-		"what has ended is forgotten some day": {stepForget, 240 * time.Hour, 10 * maxStepFailures, ""},
+		"prepare, first attempt":           {stepPrepare, 0, 0, ""},
+		"prepare, unanswered for long":     {stepPrepare, 24*time.Hour - 1, 0, ""},
+		"prepare, unanswered for too long": {stepPrepare, 24 * time.Hour, 0, "STALLED"},
+		"prepare, many failures":           {stepPrepare, 0, maxStepFailures - 1, ""},
+		"prepare, too many failures":       {stepPrepare, 0, maxStepFailures, "INTERNAL"},
+		"prepare, both":                    {stepPrepare, 24 * time.Hour, maxStepFailures, "INTERNAL"},
+		"publish, unanswered":              {stepPublish, 240 * time.Hour, 0, ""},
+		"publish, many failures":           {stepPublish, 0, maxStepFailures - 1, ""},
+		"publish, too many failures":       {stepPublish, 0, maxStepFailures, "INTERNAL"},
+		"begin has no limit":               {stepBegin, 240 * time.Hour, 10 * maxStepFailures, ""},
+		"give up has no limit":             {stepGiveUp, 240 * time.Hour, 10 * maxStepFailures, ""},
+		"roll back has no limit":           {stepRollBack, 240 * time.Hour, 10 * maxStepFailures, ""},
+		"forget has no limit":              {stepForget, 240 * time.Hour, 10 * maxStepFailures, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newTestTable()
 			b.add(executing(Copy, 1), &task{job: 1, state: TaskPending, message: "the last error"})
 			l := newLeader(&Jobs{o: *b.o, table: b.jobTable}, election.Term{})
-			if l.failures[1] = c.wrong; c.waits > 0 {
+			if l.failures[1] = c.failures; c.waits > 0 {
 				l.unansweredSince[1] = -c.waits
 			}
 			l.unansweredSince[2], l.failures[2] = -240*time.Hour, 10*maxStepFailures // another job's
@@ -47,16 +48,20 @@ func TestAbortIfExhausted(t *testing.T) {
 			want := d
 			if c.reason != "" {
 				want = decision{
-					step: stepGiveUp, job: d.job, outcome: Failed, reason: c.reason, message: "the last error", done: done, retries: 5,
+					step: stepGiveUp, job: d.job, outcome: Failed, reason: c.reason, message: "the last error",
+					done: done, retries: 5,
 				}
 			}
-			if diff := cmp.Diff(want, l.abortIfExhausted(d, 0), cmp.AllowUnexported(decision{}), cmp.Comparer(func(x, y *Job) bool { return x == y })); diff != "" {
+			got := l.abortIfExhausted(d, 0)
+			sameJob := cmp.Comparer(func(x, y *Job) bool { return x == y })
+			if diff := cmp.Diff(want, got, cmp.AllowUnexported(decision{}), sameJob); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})
 	}
 }
 
+// TestBatches checks that batches keep to the limits of a transaction.
 func TestBatches(t *testing.T) {
 	put := func(size int) meta.Op { return meta.Put("/k", make([]byte, size)) }
 	for name, c := range map[string]struct {

@@ -9,21 +9,21 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// gate bounds how many objects a replica copies at once, over all jobs: those who
-// wait are let in one by one, in the order in which they came. When the store
-// does not keep up, the bound is halved; with each round of copies that go well
-// it grows by one again.
+// limiter bounds the concurrent copies of a replica over all jobs, first come, first
+// served. The limit is halved when the store does not keep up (ErrUnavailable), and grows
+// by one after as many successes in a row as the limit is.
 type limiter struct {
 	mu        sync.Mutex
-	limit     int // now
+	limit     int // current, at most max
 	max       int
 	inUse     int
-	successes int             // copies that went well since the limit last changed
-	queue     []chan struct{} // the first to come first; closed when it is let in
+	successes int             // successful copies since the limit last changed
+	queue     []chan struct{} // waiters, oldest first; closed on admission
 }
 
 func newLimiter(limit int) *limiter { return &limiter{limit: limit, max: limit} }
 
+// acquire waits for a place. Each successful call needs one release.
 func (l *limiter) acquire(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -42,14 +42,14 @@ func (l *limiter) acquire(ctx context.Context) error {
 	defer l.mu.Unlock()
 	if i := slices.Index(l.queue, turn); i >= 0 {
 		l.queue = slices.Delete(l.queue, i, i+1)
-	} else { // let in at the last moment
+	} else { // admitted while ctx ended
 		l.inUse--
 		l.admit()
 	}
 	return ctx.Err()
 }
 
-// admit lets in who has room. The lock must be held.
+// admit admits waiters while there are free places. The lock must be held.
 func (l *limiter) admit() {
 	for l.inUse < l.limit && len(l.queue) > 0 {
 		close(l.queue[0])
@@ -58,7 +58,7 @@ func (l *limiter) admit() {
 	}
 }
 
-// leave ends what enter began; err is how the copy ended.
+// release frees a place; err is the result of the copy.
 func (l *limiter) release(err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -10,6 +10,7 @@ import (
 	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
+// TestLimiter checks admission, cancellation, and the changes of the limit.
 func TestLimiter(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
 		ctx := t.Context()
@@ -25,7 +26,7 @@ func TestLimiter(t *testing.T) {
 		}
 		waiting, cancel := context.WithCancel(ctx)
 		var wg sync.WaitGroup
-		for range 4 { // who wait, and give up
+		for range 4 { // canceled while they wait
 			wg.Go(func() {
 				if err := g.acquire(waiting); !errors.Is(err, context.Canceled) {
 					t.Errorf("err = %v", err)
@@ -43,7 +44,7 @@ func TestLimiter(t *testing.T) {
 				t.Errorf("err = %v", err)
 			}
 		}
-		enter() // the place that is free, which nobody has lost
+		enter() // the free place is not lost
 
 		for _, want := range []int{4, 2, 1, 1} { // halved
 			g.release(object.ErrUnavailable)
@@ -52,10 +53,10 @@ func TestLimiter(t *testing.T) {
 			}
 		}
 		for range 4 {
-			g.release(object.ErrNotFound) // says nothing of the store
+			g.release(object.ErrNotFound) // no sign of overload
 		}
 		if g.limit != 1 || g.inUse != 0 {
-			t.Errorf("limit %d, busy %d", g.limit, g.inUse)
+			t.Errorf("limit %d, in use %d", g.limit, g.inUse)
 		}
 		rounds := 0
 		for ; g.limit < 8; rounds++ {
@@ -63,14 +64,14 @@ func TestLimiter(t *testing.T) {
 			g.release(nil)
 		}
 		if rounds != 1+2+3+4+5+6+7 {
-			t.Errorf("it recovered after %d copies", rounds)
+			t.Errorf("recovered after %d copies", rounds)
 		}
 		for range 100 {
 			enter()
 			g.release(nil)
 		}
 		if g.limit != 8 || g.inUse != 0 {
-			t.Errorf("limit %d, busy %d", g.limit, g.inUse)
+			t.Errorf("limit %d, in use %d", g.limit, g.inUse)
 		}
 	})
 }

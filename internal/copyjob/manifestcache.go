@@ -10,41 +10,44 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 )
 
-// maxManifests is how many manifests are kept decoded. Tasks that follow each
-// other are mostly of one.
+// maxManifests bounds the decoded manifests in the cache. Consecutive tasks mostly use the
+// same one.
 const maxManifests = 2
 
-// sources reads what tasks have to copy. A manifest is read and decoded once for
-// all the tasks that need it at a time.
+// manifestCache reads the segments that tasks copy. Concurrent tasks share one read of a
+// manifest.
 type manifestCache struct {
 	source Source
 
 	mu      sync.Mutex
-	entries []*cachedManifest // the latest last
+	entries []*cachedManifest // the newest last
 }
 
-// decoded is a manifest on its way into memory, or there.
+// cachedManifest is a decoded manifest, or one that is being read.
 type cachedManifest struct {
 	snapshot int64
 	number   int
-	ready    chan struct{}
+	ready    chan struct{} // closed when the fields below are set
 	segments []segment.Segment
-	builds   []int64 // the number in the snapshot of the first build of each
+	builds   []int64 // ordinal in the snapshot of the first build of each segment
 	err      error
 }
 
 func newManifestCache(s Source) *manifestCache { return &manifestCache{source: s} }
 
-// item is one segment of a snapshot with its place there. It is shared and must
-// not be changed.
+// sourceSegment is a segment of a snapshot with its ordinals. It is shared and must not be
+// changed.
 type sourceSegment struct {
 	*segment.Segment
 	ordinal    int64
 	firstBuild int64
 }
 
-// items returns the segments of a snapshot with ordinals from to to.
-func (c *manifestCache) segments(ctx context.Context, snapshot int64, md *manifest.Metadata, from, to int64) ([]sourceSegment, error) {
+// segments returns the segments of a snapshot with ordinals from (inclusive) to to
+// (exclusive).
+func (c *manifestCache) segments(
+	ctx context.Context, snapshot int64, md *manifest.Metadata, from, to int64,
+) ([]sourceSegment, error) {
 	var list []sourceSegment
 	for n := range md.Manifests {
 		mf := &md.Manifests[n]
@@ -60,23 +63,30 @@ func (c *manifestCache) segments(ctx context.Context, snapshot int64, md *manife
 		}
 	}
 	if int64(len(list)) != to-from {
-		return nil, fmt.Errorf("%w: %d segments from ordinal %d on, want %d", errMapping, len(list), from, to-from)
+		return nil, fmt.Errorf("%w: %d segments at ordinal %d, want %d", errMapping, len(list), from, to-from)
 	}
 	return list, nil
 }
 
-func (c *manifestCache) manifest(ctx context.Context, snapshot int64, number int, mf *manifest.ManifestFile) (*cachedManifest, error) {
+// manifest returns a decoded manifest. When the shared read ends because the context of
+// another caller is over, it reads again.
+func (c *manifestCache) manifest(
+	ctx context.Context, snapshot int64, number int, mf *manifest.ManifestFile,
+) (*cachedManifest, error) {
 	for {
 		m, err := c.load(ctx, snapshot, number, mf)
 		interrupted := errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 		if !interrupted || ctx.Err() != nil {
 			return m, err
 		}
-		// Whoever read it for us was interrupted, we are not.
+		// The context of the caller that read it is over; ours is not.
 	}
 }
 
-func (c *manifestCache) load(ctx context.Context, snapshot int64, number int, mf *manifest.ManifestFile) (*cachedManifest, error) {
+// load returns the cached manifest, waits for a read under way, or reads it.
+func (c *manifestCache) load(
+	ctx context.Context, snapshot int64, number int, mf *manifest.ManifestFile,
+) (*cachedManifest, error) {
 	c.mu.Lock()
 	for _, m := range c.entries {
 		if m.snapshot == snapshot && m.number == number {
@@ -97,7 +107,7 @@ func (c *manifestCache) load(ctx context.Context, snapshot int64, number int, mf
 	if m.segments, m.err = c.source.Manifest(ctx, snapshot, number); m.err == nil {
 		m.err = m.numberBuilds(mf)
 	}
-	if m.err != nil { // the next one tries again
+	if m.err != nil { // not cached: the next call reads again
 		c.mu.Lock()
 		for i := range c.entries {
 			if c.entries[i] == m {
@@ -111,7 +121,7 @@ func (c *manifestCache) load(ctx context.Context, snapshot int64, number int, mf
 	return m, m.err
 }
 
-// count numbers the builds.
+// numberBuilds computes the ordinals of the builds and checks the counts of the manifest.
 func (m *cachedManifest) numberBuilds(mf *manifest.ManifestFile) error {
 	next := mf.FirstBuild
 	m.builds = make([]int64, len(m.segments))

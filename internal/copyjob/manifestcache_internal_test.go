@@ -13,7 +13,7 @@ import (
 	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
-// slowSource reads manifests slowly, and counts.
+// slowSource reads manifests slowly and counts the reads.
 type slowSource struct {
 	mu    sync.Mutex
 	reads int
@@ -35,19 +35,22 @@ func (s *slowSource) Manifest(ctx context.Context, _ int64, number int) ([]segme
 	case <-timer.C:
 	}
 	return []segment.Segment{
-		{ID: int64(2*number + 1), Builds: make([]segment.Build, 2)}, {ID: int64(2*number + 2), Builds: make([]segment.Build, 1)},
+		{ID: int64(2*number + 1), Builds: make([]segment.Build, 2)},
+		{ID: int64(2*number + 2), Builds: make([]segment.Build, 1)},
 	}, err
 }
 
-// TestSources reads each manifest once for all who want it at a time, and does
-// not take the interruption of one for that of another.
+// TestManifestCache checks that concurrent callers share one read of a manifest, and that
+// the cancellation of one caller does not fail another.
 func TestManifestCache(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
 		src := &slowSource{}
 		s := newManifestCache(src)
 		md := &manifest.Metadata{}
 		for n := range int64(6) {
-			md.Manifests = append(md.Manifests, manifest.ManifestFile{FirstOrdinal: 2 * n, Segments: 2, FirstBuild: 3 * n, Builds: 3})
+			md.Manifests = append(md.Manifests, manifest.ManifestFile{
+				FirstOrdinal: 2 * n, Segments: 2, FirstBuild: 3 * n, Builds: 3,
+			})
 		}
 		first, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
@@ -69,21 +72,22 @@ func TestManifestCache(t *testing.T) {
 		virtual.Wait()
 		cancel()
 		wg.Wait()
-		if src.reads != 3 { // the one that was interrupted, and both
+		if src.reads != 3 { // the canceled one, and both manifests
 			t.Errorf("%d reads", src.reads)
 		}
-		if items, err := s.segments(t.Context(), 1, md, 0, 12); err != nil || len(items) != 12 || items[11].firstBuild != 17 {
-			t.Errorf("%+v, err = %v", items, err)
+		all, err := s.segments(t.Context(), 1, md, 0, 12)
+		if err != nil || len(all) != 12 || all[11].firstBuild != 17 {
+			t.Errorf("%+v, err = %v", all, err)
 		}
 		if n := len(s.entries); n != maxManifests {
-			t.Errorf("%d manifests are kept", n)
+			t.Errorf("%d manifests are cached", n)
 		}
 		if _, err := s.segments(t.Context(), 1, md, 10, 13); !errors.Is(err, errMapping) {
 			t.Errorf("err = %v", err)
 		}
 		src.fail = object.ErrUnavailable
 		before := src.reads
-		for range 2 { // an error is not kept
+		for range 2 { // an error is not cached
 			if _, err := s.segments(t.Context(), 2, md, 0, 2); !errors.Is(err, object.ErrUnavailable) {
 				t.Errorf("err = %v", err)
 			}

@@ -14,51 +14,50 @@ import (
 
 // # Pins of sources
 //
-// A file whose ETag was not registered is pinned to the ETag that it has when its
-// task first begins. These ETags are kept in the object store of the snapshots,
-// before the first copy of the task, so that each later attempt copies the very
-// versions that the first one did:
+// A file without a registered ETag is pinned to its ETag at the first attempt of its
+// task. These ETags are stored in the object store of the snapshots, before the first
+// copy of the task, so that each later attempt copies the same versions:
 //
 //	gc/restore/<job>/pins-<task>-<part>.json
 //
-// A part has the ETags of up to pinFiles files, in the order of the task's plan,
-// which follows from job and snapshot alone. Files with a registered ETag are not
-// in it, and a task of such files alone has no part.
+// A part has the ETags of up to filesPerPart files, in the order of the task's plan,
+// which follows from the job and the snapshot alone. Files with a registered ETag are
+// not in it, and a task of such files alone has no part.
 //
-//	none ---- create, if absent ----> there ---- roll back, forget ----> none
+//	none ---- create, if absent ----> present ---- roll back, forget ----> none
 //
-// A part is created only if it is absent, and never changes: of two attempts at
-// once the first one decides, and the other reads what it wrote. All parts stay
-// until the job's record goes, also of a job that is COMPLETED: a worker that was
-// frozen before its first copy and wakes up then finds them, and cannot pin
-// another version and copy it over the target. They go before the job's record.
+// A part is created only if it is absent, and never changes: of two concurrent
+// attempts the first one decides, and the other reads its part. All parts stay until
+// the job's record is removed, also for a COMPLETED job: a worker that was frozen
+// before its first copy then finds them when it continues, and cannot pin another
+// version and copy it over the target. They are deleted before the job's record.
 //
 // # Failures
 //
-//	source altered before      the version at the first attempt is copied, as it
-//	the first attempt          always was: nothing says that it is another
+//	source altered before      the version at the first attempt is copied, as without
+//	the first attempt          pins: nothing shows the difference
 //	source altered between     the copy fails by its ETag: FAILED, with the name
 //	attempts
-//	part cannot be created     no copy is made; the next attempt reads it, or
-//	                           creates it. A create that comes late wins or loses
+//	part cannot be created     no copy is made; the next attempt reads the part, or
+//	                           creates it. A create that arrives late wins or loses
 //	                           like any other
-//	process dies after some    the next attempt reads these, and creates the
-//	parts                      others
-//	part cannot be read, or    as when a store does not answer well: the task is
-//	is not as it was written   tried again, up to the cap of failures. It is never
-//	                           replaced
-//	part created late, after   roll back: it goes when the job is forgotten; after
-//	the job has ended          that a sweep deletes it, for its id has no record
+//	process dies after some    the next attempt reads these, and creates the others
+//	parts
+//	part cannot be read, or    as when a store answers with an error that may pass:
+//	is damaged                 the task is tried again, up to the cap of failures. The
+//	                           part is never replaced
+//	part created late, after   roll back: it is deleted when the job is forgotten;
+//	the job has ended          after that by a sweep, since its id has no record
 
-// pinFiles is how many files one object has the ETags of, and maxPins the size in
-// bytes up to which it is read.
+// filesPerPart is the number of files whose ETags one object has; maxPinsBytes bounds its
+// size at a read.
 const (
 	filesPerPart = 4096
 	maxPinsBytes = 8 << 20
 )
 
-// errPins means that an object of pins is not as it was written.
-var errPins = errors.New("the pinned ETags of a task's files are not as they were written")
+// errPins means that an object of pins does not match its digest.
+var errPins = errors.New("the pinned ETags of a task's files are damaged")
 
 // pins is the content of an object of pins.
 type pins struct {
@@ -67,11 +66,11 @@ type pins struct {
 	Task          int64    `json:"task,string"`
 	Part          int      `json:"part"`
 	ETags         []string `json:"etags"`
-	SHA256        string   `json:"sha256"` // of the files that they are of, and of themselves
+	SHA256        string   `json:"sha256"` // of the files and their ETags
 }
 
-// pinSources gives each file without an ETag the one that it had when the task
-// first began.
+// pinSources sets the ETag of each file without one to its ETag at the task's first
+// attempt.
 func (a *attempt) pinSources(ctx context.Context, b *budget, files []*fileCopy) error {
 	var unpinned []*fileCopy
 	for _, f := range files {
@@ -116,10 +115,10 @@ func (a *attempt) pinPart(ctx context.Context, b *budget, part int, files []*fil
 	}
 	_, err = store.Create(ctx, key, data)
 	switch {
-	case errors.Is(err, object.ErrExists): // by us, or by another attempt
+	case errors.Is(err, object.ErrExists): // written by this attempt or another one
 		return a.readPins(ctx, b, store, key, part, files)
 	case err != nil:
-		return fmt.Errorf("keep the ETags of the files of task %d: %w", a.number, err)
+		return fmt.Errorf("pin the ETags of the files of task %d: %w", a.number, err)
 	}
 	for i, f := range files {
 		f.from.ETag = etags[i]
@@ -127,23 +126,27 @@ func (a *attempt) pinPart(ctx context.Context, b *budget, part int, files []*fil
 	return nil
 }
 
-// readPins takes the ETags of files from an object of pins.
-func (a *attempt) readPins(ctx context.Context, b *budget, store object.Store, key string, part int, files []*fileCopy) error {
+// readPins sets the ETags of files from an object of pins.
+func (a *attempt) readPins(
+	ctx context.Context, b *budget, store object.Store, key string, part int, files []*fileCopy,
+) error {
 	if err := b.spend(ctx, 1, 0); err != nil {
 		return err
 	}
 	data, err := object.ReadAll(ctx, store, key, maxPinsBytes)
 	if err != nil {
-		return fmt.Errorf("read the ETags of the files of task %d: %w", a.number, err)
+		return fmt.Errorf("read the pinned ETags of the files of task %d: %w", a.number, err)
 	}
 	p := &pins{}
 	switch err := json.Unmarshal(data, p); {
 	case err != nil:
 		return fmt.Errorf("%w: %s: %w", errPins, key, err)
 	case p.FormatVersion != 1 || p.Job != a.jobID || p.Task != a.number || p.Part != part:
-		return fmt.Errorf("%w: %s is of job %d, task %d, part %d, format %d", errPins, key, p.Job, p.Task, p.Part, p.FormatVersion)
+		return fmt.Errorf("%w: %s is of job %d, task %d, part %d, format %d",
+			errPins, key, p.Job, p.Task, p.Part, p.FormatVersion)
 	case len(p.ETags) != len(files) || p.SHA256 != pinsDigest(files, p.ETags):
-		return fmt.Errorf("%w: %s has %d ETags of %d files, or a digest that does not match", errPins, key, len(p.ETags), len(files))
+		return fmt.Errorf("%w: %s has %d ETags for %d files, or its digest does not match",
+			errPins, key, len(p.ETags), len(files))
 	}
 	for i, f := range files {
 		f.from.ETag = p.ETags[i]
@@ -151,7 +154,7 @@ func (a *attempt) readPins(ctx context.Context, b *budget, store object.Store, k
 	return nil
 }
 
-// sumOfPins is the digest of files and of their ETags.
+// pinsDigest returns the digest of files and their ETags.
 func pinsDigest(files []*fileCopy, etags []string) string {
 	h := sha256.New()
 	for i, f := range files {
@@ -160,7 +163,7 @@ func pinsDigest(files []*fileCopy, etags []string) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// sourceETags returns the ETags that files have now, by listing where they lie.
+// sourceETags returns the present ETags of files, by listing their locations.
 func (a *attempt) sourceETags(ctx context.Context, b *budget, files []*fileCopy) ([]string, error) {
 	found, err := a.list(ctx, b, files, func(f *fileCopy) location { return f.source })
 	if err != nil {
@@ -173,7 +176,7 @@ func (a *attempt) sourceETags(ctx context.Context, b *budget, files []*fileCopy)
 	}
 	return etags, forEach(ctx, files, func(ctx context.Context, f *fileCopy) error {
 		info, ok := found[f.source][f.from.Key]
-		if !ok || f.from.Checksum != "" { // which a listing does not tell
+		if !ok || f.from.Checksum != "" { // a listing has no checksums
 			var err error
 			if info, err = a.head(ctx, b, f, f.from.Key); err != nil {
 				return err
@@ -187,10 +190,10 @@ func (a *attempt) sourceETags(ctx context.Context, b *budget, files []*fileCopy)
 	})
 }
 
-// pinStore is where the pins of a job's sources lie.
+// pinStore returns the store with the pins of a job's sources.
 func (j *Job) pinStore(o *Options) (object.Store, error) {
 	alias := j.PinStore
-	if alias == "" { // of an older release
+	if alias == "" { // record of an older release
 		alias = o.PinStore
 	}
 	store, ok := o.Stores[alias]
@@ -200,18 +203,18 @@ func (j *Job) pinStore(o *Options) (object.Store, error) {
 	return store, nil
 }
 
-// removePins removes the pins of a job's sources.
+// removePins deletes the pins of a job's sources.
 func (l *leader) removePins(ctx context.Context, job *Job) error {
 	if !job.Copied {
 		return nil
 	}
 	store, err := job.pinStore(&l.o)
 	if err != nil {
-		return fmt.Errorf("job %s: remove the pins of its files: %w", job, err)
+		return fmt.Errorf("job %s: delete the pins of its files: %w", job, err)
 	}
 	err = object.DeletePrefix(ctx, store, catalog.RestoreDir(job.ID))
 	if err != nil {
-		return fmt.Errorf("job %s: remove the pins of its files: %w", job, err)
+		return fmt.Errorf("job %s: delete the pins of its files: %w", job, err)
 	}
 	return nil
 }

@@ -13,8 +13,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/record"
 )
 
-// prepare makes what the target needs before it gets segments, reads it back, and
-// moves the job to phase copy.
+// prepare writes the target's metadata and the tasks, reads them back, and moves the job
+// to phase copy.
 func (l *leader) prepare(ctx context.Context, job *Job) error {
 	md, err := l.o.Source.Metadata(ctx, job.Snapshot)
 	if err != nil {
@@ -25,7 +25,8 @@ func (l *leader) prepare(ctx context.Context, job *Job) error {
 	} else if existing != "" {
 		return l.replace(ctx, "restore.giveup", job, abortedJob(decision{
 			job: job, outcome: Failed, reason: "TARGET_NOT_EMPTY",
-			message: existing + " is where the target's files would go: something else uses ids of this cluster there; nothing was touched",
+			message: existing + " exists under a prefix of the target: another program uses ids of this cluster there;" +
+				" nothing was changed",
 		}, l.o.Clock.Display()))
 	}
 	op, err := record.NewOp(l.o.Rand)
@@ -51,11 +52,12 @@ func (l *leader) prepare(ctx context.Context, job *Job) error {
 	return l.replace(ctx, "restore.prepared", job, &next)
 }
 
-// maxLooks bounds the prefixes that are looked at for something that is there.
+// maxPrefixChecks bounds the target prefixes per root that are checked for existing
+// objects.
 const maxPrefixChecks = 64
 
-// alreadyThere returns an object that lies where only the target's may, and which
-// rolling back would remove; empty: none was found. Nothing has been copied yet.
+// existingObject returns an object under the target's prefixes, which roll back would
+// delete; empty: none was found. It is called before the first copy.
 func (l *leader) existingObject(ctx context.Context, job *Job) (string, error) {
 	m := job.cleanupMapping()
 	if err := m.Check(); err != nil {
@@ -66,9 +68,9 @@ func (l *leader) existingObject(ctx context.Context, job *Job) (string, error) {
 		if !ok {
 			return "", fmt.Errorf("%w: %q", errNoStore, root.Store)
 		}
-		looks := 0
+		checked := 0
 		for prefix := range m.Prefixes() {
-			if looks++; looks > maxPrefixChecks {
+			if checked++; checked > maxPrefixChecks {
 				break
 			}
 			for info, err := range store.List(ctx, root.Prefix+prefix) {
@@ -82,11 +84,15 @@ func (l *leader) existingObject(ctx context.Context, job *Job) (string, error) {
 	return "", nil
 }
 
-// content says what the target has besides segments.
-func targetContent(job *Job, md *manifest.Metadata) (partitions []catalog.Partition, indexes []catalog.Index, checkpoints []catalog.Checkpoint) {
+// targetContent returns the target's metadata without segments.
+func targetContent(job *Job, md *manifest.Metadata) (
+	partitions []catalog.Partition, indexes []catalog.Index, checkpoints []catalog.Checkpoint,
+) {
 	for i, p := range md.Partitions {
 		if job.WantsPartition(p.ID) {
-			partitions = append(partitions, catalog.Partition{ID: job.FirstPartition + int64(i), Name: p.Name, Attributes: p.Attributes})
+			partitions = append(partitions, catalog.Partition{
+				ID: job.FirstPartition + int64(i), Name: p.Name, Attributes: p.Attributes,
+			})
 		}
 	}
 	for i, x := range md.Indexes {
@@ -94,21 +100,24 @@ func targetContent(job *Job, md *manifest.Metadata) (partitions []catalog.Partit
 			break
 		}
 		params := maps.Clone(x.TypeParams)
-		delete(params, "mmap.enabled") // how the source was loaded, not what it is
+		delete(params, "mmap.enabled") // a property of the source's load, not of the index
 		indexes = append(indexes, catalog.Index{
-			ID: job.FirstIndex + int64(i), Name: x.Name, Field: x.Field, TypeParams: params, IndexParams: x.IndexParams, Attributes: x.Attributes,
+			ID: job.FirstIndex + int64(i), Name: x.Name, Field: x.Field,
+			TypeParams: params, IndexParams: x.IndexParams, Attributes: x.Attributes,
 		})
 	}
 	for _, c := range md.Channels {
-		// One that had no checkpoint has none here; the implicit one needs none.
+		// A channel without a checkpoint has none in the target; the implicit one needs none.
 		if c.Cut > 0 && (c.Name != "" || c.Cut < segment.MaxTimestamp) {
-			checkpoints = append(checkpoints, catalog.Checkpoint{Shard: c.Shard, Position: segment.Position{Timestamp: c.Cut, Opaque: c.Opaque}})
+			checkpoints = append(checkpoints, catalog.Checkpoint{
+				Shard: c.Shard, Position: segment.Position{Timestamp: c.Cut, Opaque: c.Opaque},
+			})
 		}
 	}
 	return partitions, indexes, checkpoints
 }
 
-// validate reads back what prepare wrote.
+// validate reads back the writes of prepare.
 func (l *leader) validate(ctx context.Context, job *Job, partitions, indexes, checkpoints int) error {
 	view, err := l.o.Catalog.At(ctx, job.Target, 0)
 	if err != nil {
@@ -123,8 +132,10 @@ func (l *leader) validate(ctx context.Context, job *Job, partitions, indexes, ch
 	if _, implicit := view.Checkpoints[0]; implicit && len(view.Collection.Channels) == 0 && checkpoints == 0 {
 		found--
 	}
-	if len(view.Partitions) != partitions || len(view.Indexes) != indexes || found != checkpoints || tasks.Count != job.Tasks {
-		return fmt.Errorf("job %s: the target has %d partitions, %d indexes, %d checkpoints and %d tasks, not %d, %d, %d and %d",
+	if len(view.Partitions) != partitions || len(view.Indexes) != indexes || found != checkpoints ||
+		tasks.Count != job.Tasks {
+		return fmt.Errorf("job %s: the target has %d partitions, %d indexes, %d checkpoints and %d tasks,"+
+			" want %d, %d, %d and %d",
 			job, len(view.Partitions), len(view.Indexes), found, tasks.Count, partitions, indexes, checkpoints, job.Tasks)
 	}
 	return nil

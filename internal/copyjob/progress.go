@@ -11,22 +11,22 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// progressEvery is how often a task says how far it has come, at most.
+// progressEvery is the shortest interval between two progress records of a task.
 const progressEvery = time.Second
 
-// progress says from time to time how far an attempt has come.
+// progress counts the files of an attempt and records them from time to time.
 type progress struct {
 	attempt *attempt
 
 	mu       sync.Mutex
 	files    int64
 	bytes    int64
-	last     time.Duration // elapsed
-	advanced time.Time     // when it last finished more files than any attempt before; zero: it has not
+	last     time.Duration // elapsed time of the last record
+	advanced time.Time     // when files last exceeded that of all earlier attempts; zero: never
 }
 
-// finished returns how many files the attempt has finished, and when that last was
-// more than any attempt before had.
+// finished returns the number of finished files, and when it last exceeded that of all
+// earlier attempts.
 func (p *progress) finished() (int64, time.Time) {
 	if p == nil {
 		return 0, time.Time{}
@@ -36,7 +36,7 @@ func (p *progress) finished() (int64, time.Time) {
 	return p.files, p.advanced
 }
 
-// add counts a file. It is never an error that nobody could be told.
+// add counts a file. A progress record that fails is dropped: the next one replaces it.
 func (p *progress) add(ctx context.Context, bytes int64) {
 	p.mu.Lock()
 	p.files++
@@ -50,7 +50,9 @@ func (p *progress) add(ctx context.Context, bytes int64) {
 		return
 	}
 	p.last = now
-	value := record.Encode(&storagev1.TaskProgress{Format: record.Format, Attempt: a.attempt, Files: p.files, Bytes: p.bytes, FinishTime: record.Nanos(p.advanced)})
+	value := record.Encode(&storagev1.TaskProgress{
+		Format: record.Format, Attempt: a.attempt, Files: p.files, Bytes: p.bytes, FinishTime: record.Nanos(p.advanced),
+	})
 	p.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 	defer cancel()

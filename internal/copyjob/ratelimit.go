@@ -6,10 +6,10 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// maxBudgets is how many jobs' budgets are kept.
+// maxBudgets bounds the budgets that a worker caches.
 const maxBudgets = 100
 
-// budget holds a job to its limits in this replica.
+// budget enforces a job's limits on this replica.
 type budget struct {
 	rateShare       func() Limits
 	requests, bytes rateLimiter
@@ -27,19 +27,19 @@ func (b *budget) spend(ctx context.Context, n int, bytes int64) error {
 	return b.bytes.wait(ctx, bytes, func() int64 { return b.rateShare().Bytes })
 }
 
-// meter is one of the limits. One waits for it at a time, for a quarter of a
-// second or for one token, and then looks at the limit again; the others wait
-// behind. So a limit that changes is heeded soon, however much is waited for.
+// rateLimiter is a token bucket whose rate may change while callers wait. One caller waits
+// at a time, for a quarter of a second or for one token, and then reads the limit again.
+// So a new limit applies soon, whatever amount is waited for.
 type rateLimiter struct {
-	turn   chan struct{} // size one; full while somebody waits
-	bucket *rate.Limiter // of the one who waits
+	turn   chan struct{} // size one; full while a caller waits
+	bucket *rate.Limiter // guarded by turn
 }
 
 func newRateLimiter() rateLimiter {
 	return rateLimiter{turn: make(chan struct{}, 1), bucket: rate.NewLimiter(1, 1)}
 }
 
-// take waits for n tokens of so many a second as limit says at each moment, 0 no
+// wait waits for n tokens, of which limit returns the current number per second; 0: no
 // limit.
 func (l *rateLimiter) wait(ctx context.Context, n int64, limit func() int64) error {
 	if n == 0 || limit() == 0 {

@@ -10,7 +10,7 @@ import (
 	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
-// TestBudget holds many to a limit together, and lets them go when it does.
+// TestBudget checks that concurrent callers keep to a limit together, and to its changes.
 func TestBudget(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
 		var mu sync.Mutex
@@ -49,23 +49,23 @@ func TestBudget(t *testing.T) {
 			defer mu.Unlock()
 			return spent - from
 		}
-		around := func(what string, got, want int) {
+		about := func(what string, got, want int) {
 			t.Helper()
 			if got < want*95/100 || got > want*105/100 {
 				t.Errorf("%s: %d, want %d", what, got, want)
 			}
 		}
 		during(time.Second)
-		around("1000 bytes", during(10*time.Second), 1000)
+		about("1000 bytes", during(10*time.Second), 1000)
 		set(Limits{Bytes: 100})
 		during(time.Second)
-		around("100 bytes", during(30*time.Second), 300)
+		about("100 bytes", during(30*time.Second), 300)
 		set(Limits{Requests: 3})
 		during(time.Second)
-		around("3 requests", during(100*time.Second), 300)
+		about("3 requests", during(100*time.Second), 300)
 		set(Limits{Requests: 50, Bytes: 100})
 		during(time.Second)
-		around("both", during(30*time.Second), 300)
+		about("both", during(30*time.Second), 300)
 		set(Limits{Requests: 1 << 40, Bytes: 1 << 50})
 		if n := during(time.Second); n < 40_000 {
 			t.Errorf("%d with high limits", n)
@@ -73,7 +73,7 @@ func TestBudget(t *testing.T) {
 		set(Limits{Bytes: 1})
 		during(time.Minute)
 		set(Limits{})
-		during(time.Second + time.Millisecond) // for who waits for one byte
+		during(time.Second + time.Millisecond) // ends a wait for one byte
 		if n := during(time.Second); n < 40_000 {
 			t.Errorf("%d without limits", n)
 		}
@@ -82,7 +82,7 @@ func TestBudget(t *testing.T) {
 		if err := b.spend(ctx, 1, 1); !errors.Is(err, context.Canceled) {
 			t.Errorf("err = %v", err)
 		}
-		// One file that is larger than all of it.
+		// One file larger than the burst.
 		set(Limits{Bytes: 10})
 		began := time.Now()
 		if err := b.spend(t.Context(), 1, 600); err != nil {

@@ -13,29 +13,31 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// What a job has made is removed twice: by rolling back, which removes all of it,
-// and when its record is forgotten, a week after it has ended. By then a store may
-// have carried out copies of workers that were frozen. What a job that was given
-// up finds then is removed like before.
+// The objects of a job are removed twice: by roll back, which removes all of them,
+// and when the job's record is forgotten, a week after its end. By then a store may
+// have executed copies of frozen workers. At that time all objects of a job that was
+// given up are removed again.
 //
-// The target of a job that is COMPLETED is in use, and its segments come and go.
-// There, a copy came late when it is of a segment or build of the job's id ranges
-// that has no record at a revision read after the listing that showed it: ids
-// never return. Files that an engine has written since belong to other ids, or to
-// a segment that has a record.
+// The target of a COMPLETED job is in use, and its segments come and go. There, an
+// object is a straggler, a copy that arrived after the end, if its segment or build is
+// in the job's id ranges and has no record at a revision read after the listing: ids
+// are never used again. Files that an engine has written since then belong to other
+// ids, or to a segment that has a record.
 //
-// Neither touches a file that the job cannot have made by its path.
+// Neither removal touches a file whose path the job cannot have made.
 
-// How objects of jobs are removed.
+// Limits of the removal of objects.
 const (
-	removesInFlight = 16  // prefixes of a job at once
-	removeBatch     = 500 // objects at a time
-	unitsPerRead    = 20  // whose records one transaction reads, under six keys each
+	removesInFlight = 16  // concurrent prefixes of a job
+	removeBatch     = 500 // objects per request
+	unitsPerRead    = 20  // units per transaction, of six keys each
 )
 
-// places calls fn with each of the prefixes that objects of the job lie under,
-// several at once.
-func (l *leader) forEachPrefix(ctx context.Context, job *Job, fn func(ctx context.Context, m *layout.Mapping, at targetPrefix) error) error {
+// forEachPrefix calls fn with each prefix that may have objects of the job, several at
+// once.
+func (l *leader) forEachPrefix(
+	ctx context.Context, job *Job, fn func(ctx context.Context, m *layout.Mapping, at targetPrefix) error,
+) error {
 	if !job.Copied {
 		return nil
 	}
@@ -48,21 +50,20 @@ func (l *leader) forEachPrefix(ctx context.Context, job *Job, fn func(ctx contex
 	for number, root := range job.Roots {
 		store, ok := l.o.Stores[root.Store]
 		if !ok && job.State == Completed {
-			l.log.Warn("late copies of a restore are not looked for: the object store is not configured here any more",
+			l.log.Warn("skip search for late copies of a restore: the object store is not configured here",
 				zap.Int64("job", job.ID), zap.String("store", root.Store))
 			continue
 		}
 		if !ok {
-			_ = group.Wait() // this error comes first
+			_ = group.Wait() // this error takes precedence
 			return fmt.Errorf("job %s: object store %q of root %d is not configured here", job, root.Store, number)
 		}
 		for prefix := range m.Prefixes() {
 			if ctx.Err() != nil {
 				break
 			}
-			group.Go(func() error {
-				return fn(ctx, m, targetPrefix{store: store, root: root.Prefix, prefix: root.Prefix + prefix})
-			})
+			at := targetPrefix{store: store, root: root.Prefix, prefix: root.Prefix + prefix}
+			group.Go(func() error { return fn(ctx, m, at) })
 		}
 	}
 	if err := group.Wait(); err != nil {
@@ -71,21 +72,23 @@ func (l *leader) forEachPrefix(ctx context.Context, job *Job, fn func(ctx contex
 	return nil
 }
 
-// target is a prefix in a store, and the root that it lies under.
+// targetPrefix is a prefix in a store, with its root.
 type targetPrefix struct {
 	store        object.Store
 	root, prefix string
 }
 
-// copied is an object that a job may have made.
+// copiedObject is an object that a job may have made.
 type copiedObject struct {
 	info           object.Info
-	segment, build int64 // of the target; no build: 0
+	segment, build int64 // of the target; build is 0 for files of the segment
 }
 
-// pages calls fn with the objects of a place that the job may have made, some at a
-// time, and returns how many others there are. The page is fn's until it returns.
-func (t targetPrefix) pages(ctx context.Context, m *layout.Mapping, fn func([]copiedObject) error) (foreign int64, err error) {
+// pages calls fn with pages of the objects that the job may have made, and returns the
+// number of other objects. A page is valid until fn returns.
+func (t targetPrefix) pages(
+	ctx context.Context, m *layout.Mapping, fn func([]copiedObject) error,
+) (foreign int64, err error) {
 	var page []copiedObject
 	for info, err := range t.store.List(ctx, t.prefix) {
 		if err != nil {
@@ -110,7 +113,7 @@ func (t targetPrefix) pages(ctx context.Context, m *layout.Mapping, fn func([]co
 	return foreign, err
 }
 
-// delete deletes objects of a place.
+// deleteObjects deletes objects and counts them.
 func (l *leader) deleteObjects(ctx context.Context, store object.Store, list []copiedObject) error {
 	if len(list) == 0 {
 		return nil
@@ -129,17 +132,19 @@ func (l *leader) deleteObjects(ctx context.Context, store object.Store, list []c
 	return nil
 }
 
-// removeObjects removes all objects that a job may have made, open uploads
-// included, and returns how many others lie among them, which stay.
+// removeObjects deletes all objects that a job may have made and aborts its open uploads.
+// It returns the number of other objects under its prefixes, which stay.
 func (l *leader) removeObjects(ctx context.Context, job *Job) (foreign int64, err error) {
-	var others atomic.Int64
+	var foreignTotal atomic.Int64
 	err = l.forEachPrefix(ctx, job, func(ctx context.Context, m *layout.Mapping, at targetPrefix) error {
 		if _, err := at.store.AbortUploads(ctx, at.prefix, time.Time{}); err != nil {
 			return err
 		}
-		n, err := at.pages(ctx, m, func(page []copiedObject) error { return l.deleteObjects(ctx, at.store, page) })
-		others.Add(n)
+		n, err := at.pages(ctx, m, func(page []copiedObject) error {
+			return l.deleteObjects(ctx, at.store, page)
+		})
+		foreignTotal.Add(n)
 		return err
 	})
-	return others.Load(), err
+	return foreignTotal.Load(), err
 }

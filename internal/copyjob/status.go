@@ -6,25 +6,30 @@ import (
 	"github.com/snapshotd/snapshotd/internal/segment"
 )
 
-// rateSpan is how long back a job's rate is taken.
+// rateWindow is the time over which a job's rate is measured.
 const rateWindow = 30 * time.Second
 
-// Status is a job with how far it has come.
+// Status is a job with its progress.
 type Status struct {
 	Job       *Job
 	Limits    Limits
 	Done      segment.Totals
-	Rate      int64         // bytes a second over the last half minute
-	Remaining time.Duration // 0: not known
+	Rate      int64         // bytes per second over the last half minute
+	Remaining time.Duration // 0: unknown
 	Fraction  float64       // 1 only when it is COMPLETED
 	LastError string
-	Waiting   time.Time // since when it has waited for a store that does not answer; zero: it does not
-	Refused   time.Time // since when a store has refused copies that are tried again; zero: it refuses none
+	Waiting   time.Time // start of the wait for a store that does not answer; zero: no wait
+	Refused   time.Time // first refusal of copies that are tried again; zero: no refusal
 	Retries   int64
 }
 
-// statusOf returns a job as the board has it, nil when it does not, and a channel
-// that is closed when anything changes.
+// sameProgress reports whether two reports of one record are equal to a watcher.
+func (s *Status) sameProgress(o *Status) bool {
+	return s.Done == o.Done && s.LastError == o.LastError && s.Waiting.Equal(o.Waiting) && s.Refused.Equal(o.Refused)
+}
+
+// statusOf returns the status of a cached job, nil if it is unknown, and a channel that is
+// closed at the next change.
 func (jt *jobTable) statusOf(id int64) (*Status, <-chan struct{}) {
 	jt.mu.Lock()
 	defer jt.mu.Unlock()
@@ -35,13 +40,13 @@ func (jt *jobTable) statusOf(id int64) (*Status, <-chan struct{}) {
 	return jt.status(js), jt.changed
 }
 
-// sample is how many bytes were done at a time.
+// sample is the number of bytes done at a time.
 type sample struct {
 	at    time.Time
 	bytes int64
 }
 
-// status is what is told of a job. The lock must be held.
+// status returns the status of a job. The lock must be held.
 func (jt *jobTable) status(js *jobState) *Status {
 	job := js.job
 	s := &Status{Job: job, Limits: js.limits, Done: job.Done, LastError: js.lastErr, Retries: job.Retries}
@@ -59,7 +64,7 @@ func (jt *jobTable) status(js *jobState) *Status {
 		s.LastError = ""
 		return fraction(s)
 	}
-	if job.Phase != RollBack { // else the job has them already
+	if job.Phase != RollBack { // from give up on, the job's record has them
 		for _, t := range js.tasks {
 			s.Retries += int64(max(1, t.attempt)) - 1
 		}
@@ -73,7 +78,7 @@ func (jt *jobTable) status(js *jobState) *Status {
 	for len(js.samples) > 2 && at.Sub(js.samples[1].at) > rateWindow {
 		js.samples = js.samples[1:]
 	}
-	if len(js.samples) > 1000 { // asked often: half of them say as much
+	if len(js.samples) > 1000 { // frequent calls: every second sample is enough
 		thin := js.samples[:0]
 		for i := 0; i < len(js.samples); i += 2 {
 			thin = append(thin, js.samples[i])
@@ -89,7 +94,7 @@ func (jt *jobTable) status(js *jobState) *Status {
 	return fraction(s)
 }
 
-// fraction fills in how far s is, short of the end.
+// fraction sets the completed fraction, which stays below 1.
 func fraction(s *Status) *Status {
 	if total := s.Job.Totals.Bytes + s.Job.Totals.Files; total > 0 {
 		s.Fraction = min(0.999, float64(s.Done.Bytes+s.Done.Files)/float64(total))

@@ -9,7 +9,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// TestProgress has what is told never go down, whatever the tasks do.
+// TestProgress checks that the reported progress never decreases.
 func TestProgress(t *testing.T) {
 	b := newTestTable()
 	now := start
@@ -29,7 +29,8 @@ func TestProgress(t *testing.T) {
 		last = s
 	}
 	check(0, 0, 0)
-	b.add(&task{job: 1, number: 0, state: TaskRunning, attempt: 1}, &task{job: 1, number: 1, state: TaskRunning, attempt: 1})
+	b.add(&task{job: 1, number: 0, state: TaskRunning, attempt: 1},
+		&task{job: 1, number: 1, state: TaskRunning, attempt: 1})
 	check(0, 0, 0)
 	b.add(progressOf{1, 0, 5, 50})
 	check(5, 50, 0)
@@ -46,19 +47,21 @@ func TestProgress(t *testing.T) {
 		t.Errorf("last error %q", last.LastError)
 	}
 	b.add(doneTask(0))
-	b.add(progressOf{1, 0, 1, 10}) // which comes late
+	b.add(progressOf{1, 0, 1, 10}) // late
 	check(21, 110, 0)
 	b.add(removed(keys.Progress(1, 0)))
 	check(21, 110, 0)
-	// A board that begins anew has told what it has told.
+	// A reset of the table keeps the reported progress.
 	kvs := []meta.KeyValue{{Key: keys.Job(1), Value: executing(Copy, 2).Encode("op"), ModRevision: 1}}
 	(*jobHandler)(b.jobTable).Reset(kvs, 99)
 	check(21, 110, 0)
-	// What is given up keeps what it had.
-	b.add(with(executing(RollBack, 2), func(j *Job) { j.Done, j.Retries = segment.Totals{Files: 21, Bytes: 110}, 4 }),
+	// A job that is given up keeps its progress.
+	done := segment.Totals{Files: 21, Bytes: 110}
+	b.add(with(executing(RollBack, 2), func(j *Job) { j.Done, j.Retries = done, 4 }),
 		&task{job: 1, number: 0, state: TaskRunning, attempt: 5})
 	check(21, 110, 4)
-	b.add(removed(keys.Task(1, 0)), with(executing(RollBack, 2), func(j *Job) { j.State, j.Done, j.Retries = Failed, segment.Totals{Files: 21, Bytes: 110}, 4 }))
+	b.add(removed(keys.Task(1, 0)),
+		with(executing(RollBack, 2), func(j *Job) { j.State, j.Done, j.Retries = Failed, done, 4 }))
 	check(21, 110, 4)
 	b.add(with(executing(Publish, 2), func(j *Job) { j.State, j.Retries = Completed, 4 }))
 	check(40, 200, 4)
@@ -71,13 +74,14 @@ func TestProgress(t *testing.T) {
 	}
 }
 
-// TestSamples asks for a job often: what it takes is bounded, and the rate is
-// that of half a minute.
+// TestSamples checks that frequent calls need bounded memory and that the rate is that of
+// half a minute.
 func TestSamples(t *testing.T) {
 	b := newTestTable()
 	now := start
 	b.o.Now = func() time.Time { return now }
-	b.add(with(executing(Copy, 1000), func(j *Job) { j.Totals.Bytes = 1 << 40 }), &task{job: 1, number: 0, state: TaskRunning})
+	b.add(with(executing(Copy, 1000), func(j *Job) { j.Totals.Bytes = 1 << 40 }),
+		&task{job: 1, number: 0, state: TaskRunning})
 	for i := range int64(5000) {
 		b.add(progressOf{1, 0, i, i * 100})
 		now = now.Add(10 * time.Millisecond)

@@ -18,21 +18,21 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// lateGrace is how old, by the store's clock, a copy that came late must be to be
-// removed. While one is younger, its job is not forgotten.
+// stragglerGrace is the least age, by the store's clock, at which a straggler is deleted.
+// While a younger one exists, its job is not forgotten.
 const stragglerGrace = time.Hour
 
-// errYoung means that there are late copies that are too young.
-var errTooRecent = errors.New("late copies are too young to be removed")
+// errTooRecent means that stragglers are too young to be deleted.
+var errTooRecent = errors.New("late copies are too recent to be removed")
 
-// sweepLate removes what was copied after the job had ended. It is errYoung when
-// some of it has to wait.
+// cleanupStragglers deletes copies that arrived after the job's end. It returns
+// errTooRecent when some of them have to wait.
 func (l *leader) cleanupStragglers(ctx context.Context, job *Job) error {
 	if job.State != Completed {
 		_, err := l.removeObjects(ctx, job)
 		return err
 	}
-	// Ages are by the stores' clocks, which may step with that of the host.
+	// Ages are by the stores' clocks, which may step with the host's.
 	if _, trusted := l.o.Clock.Peek(); !trusted {
 		return fmt.Errorf("job %s: the clock is not trusted: %w", job, errTooRecent)
 	}
@@ -51,7 +51,9 @@ func (l *leader) cleanupStragglers(ctx context.Context, job *Job) error {
 				return err
 			}
 			n := len(stragglers)
-			stragglers = slices.DeleteFunc(stragglers, func(c copiedObject) bool { return now.Sub(c.info.ModTime) < stragglerGrace })
+			stragglers = slices.DeleteFunc(stragglers, func(c copiedObject) bool {
+				return now.Sub(c.info.ModTime) < stragglerGrace
+			})
 			recent.Add(int64(n - len(stragglers)))
 			removed.Add(int64(len(stragglers)))
 			return l.deleteObjects(ctx, at.store, stragglers)
@@ -62,7 +64,7 @@ func (l *leader) cleanupStragglers(ctx context.Context, job *Job) error {
 		return err
 	}
 	if n := removed.Load(); n > 0 {
-		l.log.Info("copies were removed that came after the restore had ended", zap.Int64("job", job.ID), zap.Int64("objects", n))
+		l.log.Info("late copies of an ended restore removed", zap.Int64("job", job.ID), zap.Int64("objects", n))
 	}
 	if n := recent.Load(); n > 0 {
 		return fmt.Errorf("job %s: %d: %w", job, n, errTooRecent)
@@ -70,15 +72,15 @@ func (l *leader) cleanupStragglers(ctx context.Context, job *Job) error {
 	return nil
 }
 
-// endMargin is how far the time that a job ended at, a reading of the leader's, may
-// be behind the clock of a store.
+// endMargin bounds how far a job's end time, a reading of the leader, may be behind the
+// clock of a store.
 const endMargin = 2 * clock.Bound
 
-// lateUploads is before when, by the store's clock, which says now, the unfinished
-// uploads of a job were begun that has COMPLETED at end: an engine begins none
-// before that. The end may be behind the store's clock by endMargin; so one
-// that an engine begins in the minutes after the end counts as the job's, if it is
-// still open when the job is forgotten.
+// uploadCutoff returns the start time before which an unfinished upload, of a job that was
+// COMPLETED at end, is the job's; now is the store's time. An engine starts no upload
+// there before the end. The end may be behind the store's clock by endMargin, so an upload
+// that an engine starts within that margin counts as the job's if it is still open when
+// the job is forgotten.
 func uploadCutoff(end, now time.Time) time.Time {
 	end, now = end.Add(endMargin), now.Add(-stragglerGrace)
 	if end.Before(now) {
@@ -87,29 +89,30 @@ func uploadCutoff(end, now time.Time) time.Time {
 	return now
 }
 
-// late returns those of the listed objects that nothing knows any more. It reads
-// the records that tell, all after the listing.
+// stragglers returns the listed objects that have no record. It reads the records after
+// the listing.
 func (l *leader) stragglers(ctx context.Context, job *Job, page []copiedObject) ([]copiedObject, error) {
 	type unit struct{ segment, build int64 }
-	dead := map[unit]bool{}
+	late := map[unit]bool{}
 	var order []unit
 	for _, c := range page {
 		u := unit{c.segment, c.build}
-		if _, seen := dead[u]; !seen {
-			dead[u] = false
+		if _, seen := late[u]; !seen {
+			late[u] = false
 			order = append(order, u)
 		}
 	}
 	for part := range slices.Chunk(order, unitsPerRead) {
 		var gets []meta.Op
 		for _, u := range part {
-			// The id is the build's, or else the segment's: both are ids of units.
+			// The unit's id is the build's, or else the segment's.
 			id := u.build
 			if id == 0 {
 				id = u.segment
 			}
-			gets = append(gets, meta.Get(keys.Segment(job.Target, u.segment)), meta.Get(keys.Unit(job.Target, u.segment)),
-				meta.Get(keys.Tomb(job.Target, u.segment)), meta.Get(keys.Unit(job.Target, id)), meta.Get(keys.Tomb(job.Target, id)),
+			gets = append(gets, meta.Get(keys.Segment(job.Target, u.segment)),
+				meta.Get(keys.Unit(job.Target, u.segment)), meta.Get(keys.Tomb(job.Target, u.segment)),
+				meta.Get(keys.Unit(job.Target, id)), meta.Get(keys.Tomb(job.Target, id)),
 				meta.GetRange(meta.Prefix(keys.ReplacedPrefix(job.Target, u.segment))))
 		}
 		res, err := l.kv.Txn(ctx, meta.Txn{If: []meta.Cond{l.fence, job.unchanged(), meta.Absent(keys.Behind)}, Then: gets})
@@ -120,23 +123,23 @@ func (l *leader) stragglers(ctx context.Context, job *Job, page []copiedObject) 
 			return nil, errChanged
 		}
 		for i, u := range part {
-			if dead[u], err = isStraggler(job, u.build, res.Ranges[6*i:6*i+6]); err != nil {
+			if late[u], err = isStraggler(job, u.build, res.Ranges[6*i:6*i+6]); err != nil {
 				return nil, err
 			}
 		}
 	}
 	var list []copiedObject
 	for _, c := range page {
-		if dead[unit{c.segment, c.build}] {
+		if late[unit{c.segment, c.build}] {
 			list = append(list, c)
 		}
 	}
 	return list, nil
 }
 
-// isLate decides on the files of a segment, or of a build of it (0: none), by its records:
-// that of the segment, the unit and tombstone of the segment and of the build, and
-// the keys of units that were parts of the segment.
+// isStraggler decides whether the files of a segment, or of a build of it (0: none), have
+// no record. found has the segment's record, the unit and tombstone of the segment and of
+// the build, and the unit keys of parts of the segment.
 func isStraggler(job *Job, build int64, found [][]meta.KeyValue) (bool, error) {
 	for _, kvs := range found[1:] {
 		if len(kvs) > 0 {
@@ -158,7 +161,7 @@ func isStraggler(job *Job, build int64, found [][]meta.KeyValue) (bool, error) {
 			return false, nil
 		}
 	}
-	for f := range s.AllFiles() { // that it has in another way
+	for f := range s.AllFiles() { // files of the build outside of its list
 		if segment.Carries(f.Path, build) {
 			return false, nil
 		}

@@ -11,7 +11,7 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// TaskState is where a task is in its life. Stored: append only.
+// TaskState is the state of a task. Stored: append only.
 type TaskState int
 
 // The states of a task.
@@ -30,24 +30,23 @@ type task struct {
 	failures    uint32
 	worker      int64
 	notBefore   time.Time     // for leaders of an older release
-	seen        time.Duration // elapsed when this replica first saw the record
+	seen        time.Duration // elapsed time when this replica first saw the record
 	reason      string
 	message     string
-	totals      segment.Totals // once it is done
-	unanswered  uint32         // attempts that ended because a store did not answer, or refused
-	waits       uint32         // those of them in a row that finished no file
-	waitSince   time.Time      // when the first of these ended
-	waitTime    time.Time      // when the last of these ended
-	refusals    uint32         // attempts in a row that a store refused, with no file finished
-	refuseSince time.Time      // when the first of these ended
-	finished    int64          // the most files that an attempt had finished when it ended
-	finishTime  time.Time      // when an attempt last finished more files than any before
+	totals      segment.Totals // set when it is done
+	unanswered  uint32         // attempts that ended without an answer of a store, or with a refusal
+	waits       uint32         // consecutive ones of them that finished no file
+	waitSince   time.Time      // end of the first of these
+	waitTime    time.Time      // end of the last of these
+	refusals    uint32         // consecutive attempts that a store refused, without a finished file
+	refuseSince time.Time      // end of the first of these
+	finished    int64          // most files that any attempt finished
+	finishTime  time.Time      // when that number last grew
 	revision    int64
 }
 
-// pause is how long a task waits before it is tried again, after a failure or after a
-// store did not answer. The leader measures it from when it saw that, so no two
-// clocks are compared.
+// pause is the time between a failed or unanswered attempt and the next one. The leader
+// measures it from its first sight of the record, so no two clocks are compared.
 func (t *task) pause() time.Duration {
 	switch {
 	case t.waits > 0:
@@ -82,14 +81,15 @@ func decodeTask(kv meta.KeyValue) (*task, error) {
 	return &task{
 		job: job, number: number, state: TaskState(r.GetState()), attempt: r.GetAttempt(), failures: r.GetFailures(),
 		worker: r.GetWorker(), notBefore: record.Time(r.GetNotBefore()), reason: r.GetReason(), message: r.GetMessage(),
-		totals: totalsOf(r.GetTotals()), unanswered: r.GetUnanswered(), waits: r.GetWaits(), waitSince: record.Time(r.GetWaitSince()),
-		waitTime: record.Time(r.GetWaitTime()), finished: r.GetFinished(), finishTime: record.Time(r.GetFinishTime()),
+		totals: totalsOf(r.GetTotals()), unanswered: r.GetUnanswered(), waits: r.GetWaits(),
+		waitSince: record.Time(r.GetWaitSince()), waitTime: record.Time(r.GetWaitTime()),
+		finished: r.GetFinished(), finishTime: record.Time(r.GetFinishTime()),
 		refusals: r.GetRefusals(), refuseSince: record.Time(r.GetRefuseSince()),
 		revision: kv.ModRevision,
 	}, nil
 }
 
-// after is the task as an attempt leaves it that ended now with cause.
+// afterAttempt returns the task after an attempt that ended at now with cause.
 func (t *task) afterAttempt(cause error, p *progress, now time.Time, o *Options) *task {
 	next := *t
 	if n, at := p.finished(); n > t.finished {
@@ -126,8 +126,8 @@ func (t *task) afterAttempt(cause error, p *progress, now time.Time, o *Options)
 	return &next
 }
 
-// wait puts the task back after an attempt that was not answered, or was refused, and
-// ended now.
+// putBack makes the task PENDING after an attempt that ended at now without an answer, or
+// with a refusal.
 func (t *task) putBack(cause error, now time.Time) {
 	if t.waits == 0 {
 		t.waitSince = now

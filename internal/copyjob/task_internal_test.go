@@ -12,47 +12,47 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// TestAfter follows a task through attempts that end in each way.
+// TestAfterAttempt checks the task after an attempt with each kind of result.
 func TestAfterAttempt(t *testing.T) {
-	away, broken := fmt.Errorf("x: %w", object.ErrUnavailable), errors.New("broken")
+	unavailable, broken := fmt.Errorf("x: %w", object.ErrUnavailable), errors.New("broken")
 	denied := fmt.Errorf("x: %w", object.Passing(object.ErrDenied))
 	at := func(d time.Duration) time.Time { return start.Add(d) }
 	for name, c := range map[string]struct {
 		before task
 		cause  error
-		files  int64 // finished in the attempt, the last at a minute
+		files  int64 // finished in the attempt, the last one at a minute
 		want   task
 	}{
 		"first wait": {
 			task{state: TaskRunning, failures: 2},
-			away, 0,
+			unavailable, 0,
 			task{
 				state: TaskPending, failures: 2, unanswered: 1, waits: 1, waitSince: at(time.Hour), waitTime: at(time.Hour),
 				notBefore: at(time.Hour + 200*time.Millisecond),
 			},
 		},
-		"one of many": {
+		"wait after many": {
 			task{unanswered: 70, waits: 60, waitSince: start, finished: 5},
-			away, 5,
+			unavailable, 5,
 			task{
 				state: TaskPending, unanswered: 71, waits: 61, waitSince: start, waitTime: at(time.Hour), finished: 5,
 				notBefore: at(time.Hour + time.Minute),
 			},
 		},
-		"one that got further": {
+		"wait after progress": {
 			task{unanswered: 70, waits: 60, waitSince: start, finished: 5},
-			away, 6,
+			unavailable, 6,
 			task{
 				state: TaskPending, unanswered: 71, waits: 1, waitSince: at(time.Hour), waitTime: at(time.Hour), finished: 6,
 				finishTime: at(time.Minute), notBefore: at(time.Hour + 200*time.Millisecond),
 			},
 		},
-		"answered with an error": {
+		"error that may pass": {
 			task{unanswered: 70, waits: 60, waitSince: start, waitTime: start, failures: 3},
 			broken, 0,
 			task{state: TaskPending, unanswered: 70, failures: 4, notBefore: at(time.Hour + 1600*time.Millisecond)},
 		},
-		"answered for good": {
+		"permanent error": {
 			task{failures: 3},
 			errSourceMissing, 2,
 			task{state: TaskFailed, failures: 4, finished: 2, finishTime: at(time.Minute)},
@@ -65,7 +65,7 @@ func TestAfterAttempt(t *testing.T) {
 				refusals: 1, refuseSince: at(time.Hour), notBefore: at(time.Hour + 200*time.Millisecond),
 			},
 		},
-		"the last refusal but one": {
+		"last refusal but one": {
 			task{unanswered: 11, waits: 11, waitSince: start, refusals: 11, refuseSince: start},
 			denied, 0,
 			task{
@@ -73,7 +73,7 @@ func TestAfterAttempt(t *testing.T) {
 				refusals: 12, refuseSince: start, notBefore: at(time.Hour + time.Minute),
 			},
 		},
-		"the last refusal": {
+		"last refusal": {
 			task{unanswered: 13, waits: 13, waitSince: start, waitTime: start, refusals: 13, refuseSince: start},
 			denied, 0,
 			task{
@@ -82,28 +82,29 @@ func TestAfterAttempt(t *testing.T) {
 				message: "refused for 5m42s: " + denied.Error(),
 			},
 		},
-		"refused, but it got further": {
+		"refused after progress": {
 			task{unanswered: 13, waits: 13, waitSince: start, refusals: 13, refuseSince: start, finished: 5},
 			denied, 6,
 			task{
 				state: TaskPending, unanswered: 14, waits: 1, waitSince: at(time.Hour), waitTime: at(time.Hour), finished: 6,
-				refusals: 1, refuseSince: at(time.Hour), finishTime: at(time.Minute), notBefore: at(time.Hour + 200*time.Millisecond),
+				refusals: 1, refuseSince: at(time.Hour), finishTime: at(time.Minute),
+				notBefore: at(time.Hour + 200*time.Millisecond),
 			},
 		},
-		"not answered after refusals": {
+		"unanswered after refusals": {
 			task{unanswered: 13, waits: 13, waitSince: start, refusals: 13, refuseSince: start},
-			away, 0,
+			unavailable, 0,
 			task{
 				state: TaskPending, unanswered: 14, waits: 14, waitSince: start, waitTime: at(time.Hour),
 				notBefore: at(time.Hour + time.Minute),
 			},
 		},
-		"answered with an error after refusals": {
+		"error after refusals": {
 			task{unanswered: 13, waits: 13, waitSince: start, refusals: 13, refuseSince: start},
 			broken, 0,
 			task{state: TaskPending, unanswered: 13, failures: 1, notBefore: at(time.Hour + 200*time.Millisecond)},
 		},
-		"refused for good": {
+		"permanent refusal": {
 			task{},
 			fmt.Errorf("x: %w", object.ErrMisconfigured), 0,
 			task{state: TaskFailed, failures: 1},
@@ -123,9 +124,11 @@ func TestAfterAttempt(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if want, text := got.waitSince, back.waitSince; !want.Equal(text) || back.waits != got.waits || back.unanswered != got.unanswered ||
-				!back.finishTime.Equal(got.finishTime) || back.refusals != got.refusals || !back.refuseSince.Equal(got.refuseSince) || back.finished != got.finished || !back.waitTime.Equal(got.waitTime) {
-				t.Errorf("%+v is read as %+v", got, back)
+			if !back.waitSince.Equal(got.waitSince) || back.waits != got.waits || back.unanswered != got.unanswered ||
+				!back.finishTime.Equal(got.finishTime) || back.refusals != got.refusals ||
+				!back.refuseSince.Equal(got.refuseSince) || back.finished != got.finished ||
+				!back.waitTime.Equal(got.waitTime) {
+				t.Errorf("%+v is decoded as %+v", got, back)
 			}
 		})
 	}

@@ -13,34 +13,34 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// hands are the tasks that a worker has. It is the handler of its assignments.
+// taskRunner runs the tasks of a worker. It is the handler of the worker's assignments.
 type taskRunner struct {
 	worker *worker
-	ctx    context.Context //nolint:containedctx // of the worker's round: tasks end with it
+	ctx    context.Context //nolint:containedctx // of the registration: tasks end with it
 	group  *errgroup.Group
 
 	mu    sync.Mutex
 	tasks map[string]*runningTask // by assignment key
 }
 
-// hand is one task that is worked on.
+// runningTask is a task with a running attempt.
 type runningTask struct {
 	job    int64
-	create int64 // of the assignment
+	create int64 // create revision of the assignment
 	cancel context.CancelFunc
 }
 
 // Reset implements follow.Handler.
 func (r *taskRunner) Reset(kvs []meta.KeyValue, _ int64) {
-	there := map[string]bool{}
+	present := map[string]bool{}
 	for _, kv := range kvs {
-		there[kv.Key] = true
+		present[kv.Key] = true
 		r.start(kv)
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for key, t := range r.tasks {
-		if !there[key] {
+		if !present[key] {
 			t.cancel()
 		}
 	}
@@ -61,7 +61,7 @@ func (r *taskRunner) Apply(events []meta.Event, _ int64) {
 	}
 }
 
-// take begins with a task, unless it has begun.
+// start starts an attempt of an assigned task, unless it runs already.
 func (r *taskRunner) start(kv meta.KeyValue) {
 	job, number, err := keys.LastTwo(kv.Key)
 	rec := &storagev1.Assignment{}
@@ -69,7 +69,7 @@ func (r *taskRunner) start(kv meta.KeyValue) {
 		err = record.Decode(kv, rec)
 	}
 	if err != nil {
-		r.worker.o.Log.Error("assignment is left alone", zap.String("key", kv.Key), zap.Error(err))
+		r.worker.o.Log.Error("skip unreadable assignment", zap.String("key", kv.Key), zap.Error(err))
 		return
 	}
 	r.mu.Lock()
@@ -78,7 +78,7 @@ func (r *taskRunner) start(kv meta.KeyValue) {
 		if old.create == kv.CreateRevision {
 			return
 		}
-		old.cancel() // it gives way to the new one
+		old.cancel() // replaced by the new one
 	}
 	ctx, cancel := context.WithCancel(r.ctx)
 	t := &runningTask{job: job, create: kv.CreateRevision, cancel: cancel}
@@ -99,10 +99,10 @@ func (r *taskRunner) start(kv meta.KeyValue) {
 	})
 }
 
-// watchJobs ends the tasks of jobs that are no longer in phase copy.
+// watchJobs cancels the tasks of jobs that have left phase copy.
 func (r *taskRunner) watchJobs(ctx context.Context) error {
 	for {
-		moved := r.worker.table.nextChange()
+		changed := r.worker.table.nextChange()
 		r.mu.Lock()
 		jobs := map[int64]bool{}
 		for _, t := range r.tasks {
@@ -121,7 +121,7 @@ func (r *taskRunner) watchJobs(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-moved:
+		case <-changed:
 		}
 	}
 }

@@ -16,17 +16,17 @@ import (
 
 var start = time.Unix(1_000_000, 0).UTC()
 
-// afterAll is start, long after all that is on a table was seen.
+// muchLater is at start, an hour of elapsed time after every record was first seen.
 var muchLater = moment{now: start, elapsed: time.Hour}
 
-// still is a clock that stands.
+// fixedClock is a clock that stands still.
 type fixedClock struct{}
 
 func (fixedClock) Now() time.Time { return start }
 
 func (fixedClock) Elapsed() time.Duration { return 0 }
 
-// table is a board that is filled by hand.
+// testTable is a jobTable that tests fill.
 type testTable struct {
 	*jobTable
 	revision int64
@@ -34,12 +34,12 @@ type testTable struct {
 
 func newTestTable() *testTable {
 	return &testTable{jobTable: newJobTable(&Options{
-		Now: fixedClock{}.Now, Clock: clock.New(clock.Options{Clock: fixedClock{}}), Log: zap.NewNop(), Resync: time.Minute, MaxFailures: 3, Keep: time.Hour,
-		StallTimeout: 24 * time.Hour,
+		Now: fixedClock{}.Now, Clock: clock.New(clock.Options{Clock: fixedClock{}}), Log: zap.NewNop(),
+		Resync: time.Minute, MaxFailures: 3, Keep: time.Hour, StallTimeout: 24 * time.Hour,
 	})}
 }
 
-// has puts things on the board: jobs, tasks, workers and assignments.
+// add applies writes of jobs, tasks, progress, workers and assignments, and deletes.
 func (tt *testTable) add(things ...any) {
 	var kvs []meta.KeyValue
 	var workers []meta.Event
@@ -52,14 +52,17 @@ func (tt *testTable) add(things ...any) {
 		case *task:
 			kv.Key, kv.Value = x.key(), x.encode("op")
 		case progressOf:
-			kv.Key, kv.Value = keys.Progress(x.job, x.task), record.Encode(&storagev1.TaskProgress{Format: record.Format, Files: x.files, Bytes: x.bytes})
+			kv.Key = keys.Progress(x.job, x.task)
+			kv.Value = record.Encode(&storagev1.TaskProgress{Format: record.Format, Files: x.files, Bytes: x.bytes})
 		case workerInfo:
-			kv.Key, kv.Value = keys.Worker(x.id), record.Encode(&storagev1.Worker{Format: record.Format, Slots: uint32(x.slots)})
+			kv.Key = keys.Worker(x.id)
+			kv.Value = record.Encode(&storagev1.Worker{Format: record.Format, Slots: uint32(x.slots)})
 			kv.Lease = x.lease
 			workers = append(workers, meta.Event{KV: kv})
 			continue
 		case assignmentOf:
-			kv.Key, kv.Value = keys.Assignment(x.worker, x.job, x.task), record.Encode(&storagev1.Assignment{Format: record.Format})
+			kv.Key = keys.Assignment(x.worker, x.job, x.task)
+			kv.Value = record.Encode(&storagev1.Assignment{Format: record.Format})
 			workers = append(workers, meta.Event{KV: kv})
 			continue
 		case removed:
@@ -97,7 +100,8 @@ func executing(phase Phase, tasks int64) *Job {
 }
 
 func doneTask(n int64) *task {
-	return &task{job: 1, number: n, state: TaskDone, attempt: 1, totals: segment.Totals{Segments: 10, Files: 20, Bytes: 100}}
+	totals := segment.Totals{Segments: 10, Files: 20, Bytes: 100}
+	return &task{job: 1, number: n, state: TaskDone, attempt: 1, totals: totals}
 }
 
 func with(job *Job, change func(*Job)) *Job {

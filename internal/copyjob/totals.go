@@ -21,7 +21,7 @@ func totalsOf(t *storagev1.Totals) segment.Totals {
 	}
 }
 
-// plus returns the sums of a and b.
+// addTotals returns a plus b.
 func addTotals(a, b segment.Totals) segment.Totals {
 	return segment.Totals{
 		Segments: a.Segments + b.Segments, Rows: a.Rows + b.Rows, Files: a.Files + b.Files, Bytes: a.Bytes + b.Bytes,
@@ -36,7 +36,7 @@ func subtractTotals(a, b segment.Totals) segment.Totals {
 	}
 }
 
-// atLeast returns the larger of each number.
+// maxTotals returns the larger of each number.
 func maxTotals(a, b segment.Totals) segment.Totals {
 	return segment.Totals{
 		Segments: max(a.Segments, b.Segments), Rows: max(a.Rows, b.Rows), Files: max(a.Files, b.Files),

@@ -21,9 +21,8 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// worker is a replica's part in the copying. It lives round after round: in each
-// it is somebody else, with an id and a lease of its own; when the lease is lost,
-// all its tasks end, and another round begins.
+// worker runs tasks on this replica. Each registration has an id and a lease of its own;
+// when the lease is lost, all its tasks end and the worker registers again.
 type worker struct {
 	o         *Options
 	table     *jobTable
@@ -34,13 +33,13 @@ type worker struct {
 
 	mu      sync.Mutex
 	budgets map[int64]*budget // by job
-	warned  map[int64]bool    // jobs whose first refusal is in the log
+	warned  map[int64]bool    // jobs whose first refusal is logged
 }
 
 func newWorker(o *Options, table *jobTable) *worker {
 	return &worker{
-		o: o, table: table, limiter: newLimiter(o.CopyInFlight), manifests: newManifestCache(o.Source), budgets: map[int64]*budget{},
-		warned: map[int64]bool{},
+		o: o, table: table, limiter: newLimiter(o.CopyInFlight), manifests: newManifestCache(o.Source),
+		budgets: map[int64]*budget{}, warned: map[int64]bool{},
 	}
 }
 
@@ -53,7 +52,7 @@ func (w *worker) run(ctx context.Context) {
 		}
 	}
 	backoff := meta.Backoff{Rand: w.o.Jitter}
-	failing := lasting.New(time.Now).Add(w.o.Log, "worker", "working on restores failed and begins again", "")
+	failing := lasting.New(time.Now).Add(w.o.Log, "worker", "restore worker failed and registers again", "")
 	ready := func() {
 		backoff.Reset()
 		failing.Passed()
@@ -70,22 +69,23 @@ func (w *worker) run(ctx context.Context) {
 	}
 }
 
-// round is the life of one worker. It calls good once the worker is there.
+// serve registers a worker and runs its tasks until ctx ends or the lease may be lost. It
+// calls ready once the worker is registered.
 func (w *worker) serve(ctx context.Context, ready func()) error {
 	id, err := w.newID()
 	if err != nil {
 		return err
 	}
-	start := time.Now() // before the grant, so that we never believe in a lease for longer than the store does
+	start := time.Now() // before the grant: our view of the lease ends before the store's
 	lease, err := w.o.KV.Grant(ctx, w.o.WorkerTTL)
 	if err != nil {
 		return err
 	}
 	defer func() {
-		// So that nobody waits for what will not come.
+		// The assignments end with the lease, so that others need not wait for its end.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 		defer cancel()
-		_ = w.o.KV.Revoke(ctx, lease) // else it ends by itself
+		_ = w.o.KV.Revoke(ctx, lease) // on failure it expires
 	}()
 	value := record.Encode(&storagev1.Worker{Format: record.Format, Replica: w.o.Replica, Slots: uint32(w.o.Slots)})
 	res, err := w.o.KV.Txn(ctx, meta.Txn{
@@ -97,37 +97,37 @@ func (w *worker) serve(ctx context.Context, ready func()) error {
 		return err
 	}
 	if !res.Succeeded {
-		return fmt.Errorf("worker %d is somebody else", id)
+		return fmt.Errorf("worker id %d is taken", id)
 	}
 	ready()
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return w.keepAlive(ctx, lease, start) })
 	runner := &taskRunner{worker: w, ctx: ctx, group: group, tasks: map[string]*runningTask{}}
 	from, to := meta.Prefix(keys.AssignmentPrefix(id))
-	follower := follow.New(follow.Options{KV: w.o.KV, From: from, To: to, Handler: runner, Log: w.o.Log, Rand: w.o.Jitter})
+	follower := follow.New(follow.Options{
+		KV: w.o.KV, From: from, To: to, Handler: runner, Log: w.o.Log, Rand: w.o.Jitter,
+	})
 	group.Go(func() error { return follower.Run(ctx) })
 	group.Go(func() error { return runner.watchJobs(ctx) })
 	return group.Wait()
 }
 
-// newID makes an id at random: workers come and go, and nothing is named after
-// one.
+// newID returns a random id.
 func (w *worker) newID() (int64, error) {
 	b := make([]byte, 8)
 	if _, err := io.ReadFull(w.o.Rand, b); err != nil {
-		return 0, fmt.Errorf("make a worker's id: %w", err)
+		return 0, fmt.Errorf("generate worker id: %w", err)
 	}
 	return int64(binary.BigEndian.Uint64(b)>>1) | 1, nil //nolint:gosec // 63 bits
 }
 
-// keepAlive renews the lease, and ends with an error when it may be lost: some
-// time before the store ends it, so that what the worker began to copy is over
-// when others take its assignments for gone. The lease was granted, or asked
-// for, at began.
+// keepAlive renews the lease, and returns an error when it may be lost. It does so some
+// time before the lease expires, so that the worker's copies are over when others see its
+// assignments expire. granted is when the grant was requested.
 func (w *worker) keepAlive(ctx context.Context, lease meta.LeaseID, granted time.Time) error {
-	lasts, every := w.o.WorkerTTL*4/5, w.o.WorkerTTL/4
-	until := granted.Add(lasts)
-	timer := time.NewTimer(every)
+	validFor, interval := w.o.WorkerTTL*4/5, w.o.WorkerTTL/4
+	validUntil := granted.Add(validFor)
+	timer := time.NewTimer(interval)
 	defer timer.Stop()
 	for {
 		select {
@@ -135,18 +135,18 @@ func (w *worker) keepAlive(ctx context.Context, lease meta.LeaseID, granted time
 			return nil
 		case <-timer.C:
 		}
-		granted := time.Now()
-		if !granted.Before(until) {
-			return errors.New("the worker's lease may be lost: it was not renewed in time")
+		now := time.Now()
+		if !now.Before(validUntil) {
+			return errors.New("worker lease may be lost: not renewed in time")
 		}
-		err := w.renew(ctx, lease, granted.Add(min(every, until.Sub(granted))))
+		err := w.renew(ctx, lease, now.Add(min(interval, validUntil.Sub(now))))
 		switch {
 		case err == nil:
-			until = granted.Add(lasts)
+			validUntil = now.Add(validFor)
 		case errors.Is(err, meta.ErrLeaseNotFound):
-			return fmt.Errorf("the worker's lease is lost: %w", err)
+			return fmt.Errorf("worker lease is lost: %w", err)
 		}
-		timer.Reset(min(time.Until(granted.Add(every)), time.Until(until)))
+		timer.Reset(min(time.Until(now.Add(interval)), time.Until(validUntil)))
 	}
 }
 
@@ -156,13 +156,13 @@ func (w *worker) renew(ctx context.Context, lease meta.LeaseID, until time.Time)
 	return w.o.KV.KeepAlive(ctx, lease)
 }
 
-// budget is what a job may use here.
+// budget returns the budget of a job on this replica.
 func (w *worker) budget(job int64) *budget {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	b := w.budgets[job]
 	if b == nil {
-		if len(w.budgets) >= maxBudgets { // of jobs that have ended, most of them
+		if len(w.budgets) >= maxBudgets { // most are of ended jobs
 			clear(w.budgets)
 		}
 		b = newBudget(func() Limits { return w.table.rateShare(job) })
@@ -171,25 +171,25 @@ func (w *worker) budget(job int64) *budget {
 	return b
 }
 
-// logFailure logs how an attempt ended. A refusal that may pass is counted, and the
-// first one of each job is a warning.
+// logFailure logs the error of an attempt. A refusal that may pass is counted, and only
+// the first one of each job is a warning.
 func (w *worker) logFailure(log *zap.Logger, job int64, err error) {
 	if !isRefused(err) {
-		log.Warn("a task of a restore failed", zap.Error(err))
+		log.Warn("restore task failed", zap.Error(err))
 		return
 	}
 	w.refusals.Add(1)
 	w.mu.Lock()
-	again := w.warned[job]
-	if len(w.warned) >= maxBudgets { // of jobs that have ended, most of them
+	repeated := w.warned[job]
+	if len(w.warned) >= maxBudgets { // most are of ended jobs
 		clear(w.warned)
 	}
 	w.warned[job] = true
 	w.mu.Unlock()
-	if again {
-		log.Debug("the object store refuses a task of a restore again", zap.Error(err))
+	if repeated {
+		log.Debug("object store refuses restore task again", zap.Error(err))
 		return
 	}
-	log.Warn("the object store refuses a task of a restore: it is tried again, and further refusals of this restore are counted only",
+	log.Warn("object store refuses restore task, retrying; further refusals of this restore are only counted",
 		zap.Duration("for", w.o.RefusalTimeout), zap.Error(err))
 }

@@ -46,7 +46,7 @@ func refuses(r *replica, op object.Op, fault object.Fault, which func(n, copies 
 }
 
 // refusalMessage is in the warning of a restore that the store refuses.
-const refusalMessage = "the object store refuses a task of a restore"
+const refusalMessage = "object store refuses restore task"
 
 // TestRestoreOutlastsRefusals has the store refuse a call of a restore once, or for
 // some minutes: the restore completes, and what refused is one warning.
@@ -107,7 +107,7 @@ func TestRestoreOutlastsRefusals(t *testing.T) {
 				if n := logs.FilterMessageSnippet(refusalMessage).Len(); c.counts && n != 1 {
 					t.Errorf("%d warnings: %v", n, logs.All())
 				}
-				if n := logs.FilterMessageSnippet("a step of a restore failed").Len(); n > 1 {
+				if n := logs.FilterMessageSnippet("restore step failed").Len(); n > 1 {
 					t.Errorf("%d warnings of steps: %v", n, logs.All())
 				}
 				w.restored(r, before, end.Job, restoreSpecOf(s))
