@@ -238,8 +238,8 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	})
 	cat := catalog.New(catalog.Options{
 		KV: kv, Now: time.Now, Stamp: trusted.Stamp, Rand: rand.Reader, Requests: requests, RaiseIDs: age.RaiseIDLimit,
-		HasStore: func(alias string) bool { _, ok := stores[alias]; return ok },
-		Held:     catalog.ReadHeld(stores), Hold: catalog.WriteHeld(stores, cfg.SnapshotStore), AllowReserve: cfg.AllowReserveIDs,
+		HasStore:    func(alias string) bool { _, ok := stores[alias]; return ok },
+		ReadSpilled: catalog.ReadSpilled(stores), Spill: catalog.WriteSpilled(stores, cfg.SnapshotStore), AllowReserve: cfg.AllowReserveIDs,
 		MaxGoneRanges: cfg.GoneIDRanges, GoneGapAge: time.Duration(cfg.GoneIDAge),
 	})
 	p.catalog = cat
@@ -337,14 +337,14 @@ func openMeta(ctx context.Context, cfg Config, log *zap.Logger, open *closers, p
 		return nil, fmt.Errorf("check the rights at etcd, below %s: %w", cfg.EtcdRoot, err)
 	}
 	if full != nil {
-		return reserve.New(kv, full, keys.Behind, keys.Epoch, keys.Clock), nil
+		return reserve.New(kv, full, keys.RolledBack, keys.Epoch, keys.Clock), nil
 	}
 	p.room.read = nearlyFull(kv.Usage)
 	p.history = &history{kv: kv, log: log, now: time.Now}
 	if cfg.EtcdCompact {
 		p.history.compact = kv.Compact
 	}
-	return reserve.New(kv, p.room.full, keys.Behind, keys.Epoch, keys.Clock), nil
+	return reserve.New(kv, p.room.full, keys.RolledBack, keys.Epoch, keys.Clock), nil
 }
 
 // run starts everything. Whatever ends first ends all, in order: the service is

@@ -26,7 +26,7 @@ func testCompaction(t *testing.T, kv meta.KV) {
 	r := newRig(t, kv)
 	ids := r.ids(t, 200)
 	inputs := r.add(t, ids[:100]...)
-	revision, err := r.Change(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "c"}, catalog.Swap{Drop: ids[:59], Add: r.segments(ids[100:101])})
+	revision, err := r.Change(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "c"}, catalog.SegmentChange{Drop: ids[:59], Add: r.segments(ids[100:101])})
 	if err != nil {
 		t.Fatalf("60 inputs and outputs: %v", err)
 	}
@@ -44,18 +44,18 @@ func testCompaction(t *testing.T, kv meta.KV) {
 	// The unit says what it was, files included.
 	rec := units[ids[0]].GetSegment()
 	rec.State = uint32(inputs[0].State)
-	change := func(swap catalog.Swap) func() error { return func() error { return r.change(ctx, swap) } }
-	r.refused(t, "61 inputs and outputs", catalog.ErrInvalid, change(catalog.Swap{Drop: append(slices.Clone(ids[59:100]), ids[100]), Add: r.segments(ids[110:129])}))
-	r.refused(t, "an input that is gone", catalog.ErrSegmentNotFound, change(catalog.Swap{Drop: ids[58:60], Add: r.segments(ids[101:102])}))
-	r.refused(t, "an input that never was", catalog.ErrSegmentNotFound, change(catalog.Swap{Drop: ids[150:151], Add: r.segments(ids[101:102])}))
-	r.refused(t, "an input twice", catalog.ErrInvalid, change(catalog.Swap{Drop: []int64{ids[60], ids[60]}}))
-	r.refused(t, "an input that is updated", catalog.ErrInvalid, change(catalog.Swap{Drop: ids[60:61], Update: []catalog.Update{{Segment: ids[60]}}}))
-	r.refused(t, "an output that is an input", catalog.ErrInvalid, change(catalog.Swap{Drop: ids[60:61], Add: r.segments(ids[60:61])}))
-	r.refused(t, "an output that is there", catalog.ErrSegmentExists, change(catalog.Swap{Drop: ids[60:61], Add: r.segments(ids[61:62])}))
-	r.refused(t, "an output that was dropped", catalog.ErrSegmentExists, change(catalog.Swap{Drop: ids[60:61], Add: r.segments(ids[:1])}))
-	r.refused(t, "an output of nobody's id", catalog.ErrIDNotAllocated, change(catalog.Swap{Drop: ids[60:61], Add: r.segments([]int64{1 << 50})}))
+	change := func(swap catalog.SegmentChange) func() error { return func() error { return r.change(ctx, swap) } }
+	r.refused(t, "61 inputs and outputs", catalog.ErrInvalid, change(catalog.SegmentChange{Drop: append(slices.Clone(ids[59:100]), ids[100]), Add: r.segments(ids[110:129])}))
+	r.refused(t, "an input that is gone", catalog.ErrSegmentNotFound, change(catalog.SegmentChange{Drop: ids[58:60], Add: r.segments(ids[101:102])}))
+	r.refused(t, "an input that never was", catalog.ErrSegmentNotFound, change(catalog.SegmentChange{Drop: ids[150:151], Add: r.segments(ids[101:102])}))
+	r.refused(t, "an input twice", catalog.ErrInvalid, change(catalog.SegmentChange{Drop: []int64{ids[60], ids[60]}}))
+	r.refused(t, "an input that is updated", catalog.ErrInvalid, change(catalog.SegmentChange{Drop: ids[60:61], Update: []catalog.Update{{Segment: ids[60]}}}))
+	r.refused(t, "an output that is an input", catalog.ErrInvalid, change(catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[60:61])}))
+	r.refused(t, "an output that is there", catalog.ErrSegmentExists, change(catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[61:62])}))
+	r.refused(t, "an output that was dropped", catalog.ErrSegmentExists, change(catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[:1])}))
+	r.refused(t, "an output of nobody's id", catalog.ErrIDNotAllocated, change(catalog.SegmentChange{Drop: ids[60:61], Add: r.segments([]int64{1 << 50})}))
 	r.refused(t, "no such collection", catalog.ErrCollectionNotFound, func() error {
-		_, err := r.Change(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "none"}, catalog.Swap{Drop: ids[60:61]})
+		_, err := r.Change(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "none"}, catalog.SegmentChange{Drop: ids[60:61]})
 		return err
 	})
 	// An output that is registered, or dropped, between the check and the write.
@@ -64,7 +64,7 @@ func testCompaction(t *testing.T, kv meta.KV) {
 			t.Error(err)
 		}
 	}})
-	if _, err := hooked.Change(ctx, request.Token{}, r.ref, catalog.Swap{Drop: ids[60:61], Add: r.segments(ids[130:131])}); !errors.Is(err, catalog.ErrSegmentExists) {
+	if _, err := hooked.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[130:131])}); !errors.Is(err, catalog.ErrSegmentExists) {
 		t.Errorf("output registered meanwhile: %v", err)
 	}
 	hooked = open(&beforeTxn{KV: kv, do: func() {
@@ -75,10 +75,10 @@ func testCompaction(t *testing.T, kv meta.KV) {
 			t.Error(err)
 		}
 	}})
-	if _, err := hooked.Change(ctx, request.Token{}, r.ref, catalog.Swap{Drop: ids[60:61], Add: r.segments(ids[131:132])}); !errors.Is(err, catalog.ErrSegmentExists) {
+	if _, err := hooked.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[131:132])}); !errors.Is(err, catalog.ErrSegmentExists) {
 		t.Errorf("output registered and dropped meanwhile: %v", err)
 	}
-	if err := r.change(ctx, catalog.Swap{Drop: ids[60:61]}); err != nil {
+	if err := r.change(ctx, catalog.SegmentChange{Drop: ids[60:61]}); err != nil {
 		t.Errorf("the input was touched: %v", err)
 	}
 }
@@ -138,7 +138,7 @@ func testCompactionIsAtomic(t *testing.T, kv meta.KV) {
 		for i, out := range swaps {
 			c := open(kv)
 			wg.Go(func() {
-				_, err := c.Change(ctx, request.Token{}, r.ref, catalog.Swap{Drop: live, Add: r.segments(out)})
+				_, err := c.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Drop: live, Add: r.segments(out)})
 				won[i] = err == nil
 				if err != nil && !errors.Is(err, catalog.ErrSegmentNotFound) {
 					t.Error(err)
@@ -187,7 +187,7 @@ func testUpdate(t *testing.T, kv meta.KV) {
 	dml := segment.Position{Timestamp: 99, Opaque: []byte("p")}
 	gone := []segment.File{s.Files[0], s.Files[2]}
 	fresh := segment.File{Kind: "new", Path: "new/1", Size: 5}
-	at, err := r.Change(ctx, request.Token{}, r.ref, catalog.Swap{Update: []catalog.Update{{
+	at, err := r.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Update: []catalog.Update{{
 		Segment: s.ID, Revision: revision, State: segment.Flushed, Rows: &rows, DML: &dml, Sorted: &sorted, EngineData: &data,
 		RemoveFiles: []catalog.FilePath{{Path: gone[0].Path}, {Path: gone[1].Path}}, AddFiles: []segment.File{fresh},
 	}}})
@@ -211,7 +211,7 @@ func testUpdate(t *testing.T, kv meta.KV) {
 		if u.GetKind() != 3 || u.GetSegmentId() != s.ID || id == s.ID {
 			t.Errorf("unit %d: %v", id, u)
 		}
-		if _, ok, err := r.HandedOut(ctx, id); err != nil || !ok {
+		if _, ok, err := r.Allocated(ctx, id); err != nil || !ok {
 			t.Errorf("unit %d has an id of nobody's", id)
 		}
 		part, err := catalog.DecodeSegment(r.col.ID, meta.KeyValue{Key: keys.Segment(r.col.ID, u.GetSegmentId()), Value: mustEncode(u.GetSegment())})
@@ -223,7 +223,7 @@ func testUpdate(t *testing.T, kv meta.KV) {
 
 	update := func(u catalog.Update) func() error {
 		u.Segment = s.ID
-		return func() error { return r.change(ctx, catalog.Swap{Update: []catalog.Update{u}}) }
+		return func() error { return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{u}}) }
 	}
 	negative := int64(-1)
 	r.refused(t, "an old revision", catalog.ErrRevisionChanged, update(catalog.Update{Revision: revision - 1}))
@@ -236,13 +236,13 @@ func testUpdate(t *testing.T, kv meta.KV) {
 	r.refused(t, "negative rows", catalog.ErrInvalid, update(catalog.Update{Rows: &negative}))
 	r.refused(t, "a file that escapes", catalog.ErrInvalid, update(catalog.Update{AddFiles: []segment.File{{Kind: "k", Path: "../x"}}}))
 	r.refused(t, "no such segment", catalog.ErrSegmentNotFound, func() error {
-		return r.change(ctx, catalog.Swap{Update: []catalog.Update{{Segment: ids[9]}}})
+		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: ids[9]}}})
 	})
 	r.refused(t, "one twice", catalog.ErrInvalid, func() error {
-		return r.change(ctx, catalog.Swap{Update: []catalog.Update{{Segment: s.ID}, {Segment: s.ID}}})
+		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID}, {Segment: s.ID}}})
 	})
 	r.refused(t, "an empty change", nil, func() error {
-		at, err := r.Change(ctx, request.Token{}, r.ref, catalog.Swap{})
+		at, err := r.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{})
 		if err == nil && at < revision {
 			t.Errorf("at %d, want at least %d", at, revision)
 		}
@@ -271,7 +271,7 @@ func TestFlushedWithoutFiles(t *testing.T) {
 	bare := r.makeSegment(ids[2], 1)
 	bare.Files = nil
 	flushed := catalog.Update{Segment: growing.ID, State: segment.Flushed}
-	for name, swap := range map[string]catalog.Swap{
+	for name, swap := range map[string]catalog.SegmentChange{
 		"flushes":                   {Update: []catalog.Update{flushed}},
 		"removes its files":         {Update: []catalog.Update{{Segment: whole.ID, RemoveFiles: all(&whole)}}},
 		"compacts to one with none": {Drop: []int64{whole.ID}, Add: []segment.Segment{bare}},
@@ -280,7 +280,7 @@ func TestFlushedWithoutFiles(t *testing.T) {
 	}
 	flushedNow := r.makeSegment(ids[1], 1)
 	flushed.AddFiles = flushedNow.Files
-	for name, swap := range map[string]catalog.Swap{
+	for name, swap := range map[string]catalog.SegmentChange{
 		"flushes with its files":         {Update: []catalog.Update{flushed}},
 		"removes its files and its rows": {Update: []catalog.Update{{Segment: whole.ID, RemoveFiles: all(&whole), Rows: &none}}},
 	} {
@@ -306,7 +306,7 @@ func TestSegmentStates(t *testing.T) {
 			if _, _, err := r.AddSegments(ctx, r.col.ID, []segment.Segment{s}); err != nil {
 				t.Fatal(err)
 			}
-			swap := catalog.Swap{Update: []catalog.Update{{Segment: id, State: to}}}
+			swap := catalog.SegmentChange{Update: []catalog.Update{{Segment: id, State: to}}}
 			if want := to; to == 0 || to == from || legal[move{from, to}] {
 				if to == 0 { // no change
 					want = from
@@ -345,7 +345,7 @@ func testBuilds(t *testing.T, kv meta.KV) {
 	}
 	update := func(u catalog.Update) func() error {
 		u.Segment = ids[0]
-		return func() error { return r.change(ctx, catalog.Swap{Update: []catalog.Update{u}}) }
+		return func() error { return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{u}}) }
 	}
 	first, second, third := build(ids[2], x.ID), build(ids[3], x.ID), build(ids[4], y.ID)
 	for _, b := range []segment.Build{first, third, second} { // the second takes the place of the first
@@ -390,7 +390,7 @@ func testBuilds(t *testing.T, kv meta.KV) {
 	}))
 
 	r.refused(t, "a build of another segment", catalog.ErrIndexBuildExists, func() error {
-		return r.change(ctx, catalog.Swap{Update: []catalog.Update{{Segment: ids[1], AddBuilds: []segment.Build{build(ids[3], x.ID)}}}})
+		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: ids[1], AddBuilds: []segment.Build{build(ids[3], x.ID)}}}})
 	})
 	r.refused(t, "a segment with the id of a build", catalog.ErrSegmentExists, func() error {
 		_, _, err := r.AddSegments(ctx, r.col.ID, r.segments(ids[3:4]))
@@ -463,7 +463,7 @@ func testCheckpoints(t *testing.T, kv meta.KV) {
 
 	// A checkpoint moves at the revision of the segments that it covers.
 	rows := int64(1)
-	moved, err := r.Change(ctx, request.Token{}, r.ref, catalog.Swap{
+	moved, err := r.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{
 		Update: []catalog.Update{{Segment: ids[0], Rows: &rows}}, Add: r.segments(ids[1:2]), Checkpoints: []catalog.Checkpoint{at(0, 60, "")},
 	})
 	if err != nil {
@@ -479,7 +479,7 @@ func testCheckpoints(t *testing.T, kv meta.KV) {
 		}
 	}
 	r.refused(t, "back, with a segment", catalog.ErrCheckpointRegression, func() error {
-		return r.change(ctx, catalog.Swap{Add: r.segments(ids[2:3]), Checkpoints: []catalog.Checkpoint{at(0, 59, "")}})
+		return r.change(ctx, catalog.SegmentChange{Add: r.segments(ids[2:3]), Checkpoints: []catalog.Checkpoint{at(0, 59, "")}})
 	})
 	if err := set(at(0, segment.MaxTimestamp, ""))(); err != nil {
 		t.Error(err)
@@ -599,7 +599,7 @@ func testChangeRace(t *testing.T, kv meta.KV) {
 			for i := range each {
 				f := segment.File{Kind: "k", Path: fmt.Sprintf("%d/%d", worker, i)}
 				for {
-					_, err := c.Change(ctx, request.Token{}, r.ref, catalog.Swap{Update: []catalog.Update{{Segment: id, AddFiles: []segment.File{f}}}})
+					_, err := c.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Update: []catalog.Update{{Segment: id, AddFiles: []segment.File{f}}}})
 					if errors.Is(err, catalog.ErrConflict) {
 						continue // nothing was written
 					}
@@ -624,7 +624,7 @@ func testChangeRace(t *testing.T, kv meta.KV) {
 		c := open(kv)
 		wg.Go(func() {
 			rows := int64(worker)
-			_, err := c.Change(ctx, request.Token{}, r.ref, catalog.Swap{Update: []catalog.Update{{Segment: id, Revision: revision, Rows: &rows}}})
+			_, err := c.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Update: []catalog.Update{{Segment: id, Revision: revision, Rows: &rows}}})
 			if err == nil {
 				won.Add(1)
 			} else if !errors.Is(err, catalog.ErrRevisionChanged) {
@@ -643,7 +643,7 @@ func testChangeTokens(t *testing.T, kv meta.KV) {
 	r := newRig(t, kv)
 	ids := r.ids(t, 10)
 	r.add(t, ids[:4]...)
-	swap := catalog.Swap{
+	swap := catalog.SegmentChange{
 		Drop: ids[:2], Add: r.segments(ids[4:5]), Update: []catalog.Update{{Segment: ids[2], AddFiles: []segment.File{{Kind: "k", Path: "p"}}}},
 		Checkpoints: []catalog.Checkpoint{{Position: segment.Position{Timestamp: 5}}},
 	}
@@ -669,16 +669,16 @@ func testChangeTokens(t *testing.T, kv meta.KV) {
 	other := token("swap")
 	other.Hash = []byte("other")
 	r.refused(t, "the token of another", request.ErrReused, func() error {
-		_, err := r.Change(ctx, other, r.ref, catalog.Swap{Drop: ids[2:3]})
+		_, err := r.Change(ctx, other, r.ref, catalog.SegmentChange{Drop: ids[2:3]})
 		return err
 	})
 	// A repeat that comes between another's commit and its own decision.
 	hooked := open(&afterFind{KV: kv, key: token("late").Key(), do: func() {
-		if _, err := r.Change(ctx, token("late"), r.ref, catalog.Swap{Drop: ids[2:3]}); err != nil {
+		if _, err := r.Change(ctx, token("late"), r.ref, catalog.SegmentChange{Drop: ids[2:3]}); err != nil {
 			t.Error(err)
 		}
 	}})
-	if at, err := hooked.Change(ctx, token("late"), r.ref, catalog.Swap{Drop: ids[2:3]}); err != nil || at == 0 {
+	if at, err := hooked.Change(ctx, token("late"), r.ref, catalog.SegmentChange{Drop: ids[2:3]}); err != nil || at == 0 {
 		t.Errorf("repeat: %d, %v", at, err)
 	}
 }
@@ -703,7 +703,7 @@ func TestChangeFaults(t *testing.T) {
 	var ids []int64
 	var index int64
 	sweep(t, func(r *rig) error {
-		_, err := r.Change(t.Context(), token("swap"), r.ref, catalog.Swap{
+		_, err := r.Change(t.Context(), token("swap"), r.ref, catalog.SegmentChange{
 			Drop: ids[:2], Add: r.segments(ids[4:5]),
 			Update: []catalog.Update{{
 				Segment: ids[2], AddFiles: []segment.File{{Kind: "k", Path: "p"}}, RemoveFiles: []catalog.FilePath{{Path: r.makeSegment(ids[2], 3).Files[0].Path}},
@@ -846,7 +846,7 @@ func TestModel(t *testing.T) {
 				if slices.Contains(in, some[0]) {
 					continue
 				}
-				err := r.change(t.Context(), catalog.Swap{Drop: in, Add: r.segments(some)})
+				err := r.change(t.Context(), catalog.SegmentChange{Drop: in, Add: r.segments(some)})
 				if taken := live[some[0]] || dropped[some[0]]; taken != errors.Is(err, catalog.ErrSegmentExists) || !taken && err != nil {
 					rt.Fatalf("compact %v into %v: %v", in, some, err)
 				}
@@ -865,7 +865,7 @@ func TestModel(t *testing.T) {
 						rt.Fatal(err)
 					}
 					f := segment.File{Kind: "k", Path: fmt.Sprintf("%d/at/%d", id, revision)}
-					if err := r.change(t.Context(), catalog.Swap{Update: []catalog.Update{{
+					if err := r.change(t.Context(), catalog.SegmentChange{Update: []catalog.Update{{
 						Segment: id, RemoveFiles: []catalog.FilePath{{Path: s.Files[0].Path}}, AddFiles: []segment.File{f},
 					}}}); err != nil {
 						rt.Fatal(err)

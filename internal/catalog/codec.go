@@ -15,18 +15,17 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// knownKinds are the file kinds that take one number instead of their text.
-// Stored: append only.
+// knownKinds are the file kinds that records store as a number. Stored: append only.
 var knownKinds = []string{
 	segment.KindInsert, segment.KindDelta, segment.KindStats, segment.KindBM25,
 	segment.KindIndex, segment.KindText, segment.KindJSON,
 }
 
-// otherKinds is where the numbers of kinds begin that the record spells out.
+// otherKinds is the first number of the kinds that a record lists by name.
 const otherKinds = 128
 
-// NativePath is where the native layout puts a file, relative to its root. A
-// file that lies there needs no path in its record.
+// NativePath returns the path of a file in the native layout, relative to its root. A
+// record omits this path.
 func NativePath(collection int64, s *segment.Segment, f *segment.File) string {
 	return string(appendNativePath(make([]byte, 0, 96), collection, s, f))
 }
@@ -35,7 +34,7 @@ func appendNativePath(b []byte, collection int64, s *segment.Segment, f *segment
 	return appendNative(appendNativeDir(b, collection, s), f)
 }
 
-// appendNativeDir appends what the native paths of all files of s begin with.
+// appendNativeDir appends the common prefix of the native paths of s.
 func appendNativeDir(b []byte, collection int64, s *segment.Segment) []byte {
 	for _, id := range [...]int64{collection, s.Partition, s.ID} {
 		b = strconv.AppendInt(b, id, 10)
@@ -44,7 +43,7 @@ func appendNativeDir(b []byte, collection int64, s *segment.Segment) []byte {
 	return b
 }
 
-// appendNative appends the rest of the native path of f.
+// appendNative appends the remainder of the native path of f.
 func appendNative(b []byte, f *segment.File) []byte {
 	b = append(b, f.Kind...)
 	b = append(b, '/')
@@ -64,12 +63,12 @@ func positionOf(p *storagev1.Position) segment.Position {
 	return segment.Position{Timestamp: segment.Timestamp(p.GetTimestamp()), Opaque: p.GetOpaque()}
 }
 
-// encodeSegment makes the record of a segment. It does not keep s, but shares
-// its slices and maps until it is encoded.
+// encodeSegment returns the record of a segment, which shares the slices and maps of s.
 func encodeSegment(collection int64, s *segment.Segment, op string) *storagev1.Segment {
 	rec := &storagev1.Segment{
-		Format: record.Format, Partition: s.Partition, Shard: uint32(s.Channel), Level: uint32(s.Level), State: uint32(s.State),
-		Rows: s.Rows, Start: positionRecord(s.Start), Dml: positionRecord(s.DML), StorageVersion: s.StorageVersion,
+		Format: record.Format, Partition: s.Partition, Shard: uint32(s.Channel), Level: uint32(s.Level),
+		State: uint32(s.State),
+		Rows:  s.Rows, Start: positionRecord(s.Start), Dml: positionRecord(s.DML), StorageVersion: s.StorageVersion,
 		Sorted: s.Sorted, CommitTimestamp: uint64(s.CommitTimestamp), RowCeiling: uint64(s.RowCeiling),
 		EngineData: s.EngineData, Attributes: s.Attributes, Op: op, Disputed: s.Disputed,
 	}
@@ -154,22 +153,23 @@ func encodeFiles(collection int64, s *segment.Segment) *storagev1.Files {
 		}
 		out.Etag = unlessZero(out.Etag)
 	}
-	out.Root, out.PathShared, out.ChecksumType = unlessZero(out.Root), unlessZero(out.PathShared), unlessZero(out.ChecksumType)
+	out.Root, out.PathShared = unlessZero(out.Root), unlessZero(out.PathShared)
+	out.ChecksumType = unlessZero(out.ChecksumType)
 	out.Size, out.Entries, out.Field = unlessZero(out.Size), unlessZero(out.Entries), unlessZero(out.Field)
 	out.MinTimestamp, out.TimestampSpan = unlessZero(out.MinTimestamp), unlessZero(out.TimestampSpan)
 	out.LogId = unlessZero(out.LogId)
 	return out
 }
 
-// What a restore may add to a segment's record.
+// Growth of a segment's record by a restore, in bytes.
 const (
-	restoredETag = 48 // bytes of the longest ETag that the size of a record allows for
-	restoredIDs  = 80 // bytes of the ids in a path, and of what else there is once
+	restoredETag = 48 // an ETag
+	restoredIDs  = 80 // the ids of a path, or of the record
 )
 
-// restoredSize is how many bytes the record of a restored copy of a segment may
-// take: each of its files then has an ETag, which is no MD5 where files are copied
-// in parts, and its ids are longer.
+// restoredSize returns the maximum size of the record of a restored copy of a segment, in
+// bytes: each file has an ETag, which is longer than an MD5 after a copy in parts, and
+// the ids are longer.
 func restoredSize(rec *storagev1.Segment, s *segment.Segment, size int) int {
 	files := rec.GetFiles()
 	size += restoredIDs*(1+len(s.Builds)) - len(files.GetEtag16())
@@ -180,7 +180,7 @@ func restoredSize(rec *storagev1.Segment, s *segment.Segment, size int) int {
 	i := 0
 	for f := range s.AllFiles() {
 		size += max(restoredETag, len(f.ETag)) + 2
-		if at(files.GetPathShared(), i) > 0 { // the path is spelled out, as far as it differs from the one before
+		if at(files.GetPathShared(), i) > 0 { // the record has the path, less the prefix shared with the previous one
 			if next := f.Path[:strings.LastIndexByte(f.Path, '/')+1]; next != dir {
 				dir, size = next, size+restoredIDs
 			}
@@ -190,12 +190,12 @@ func restoredSize(rec *storagev1.Segment, s *segment.Segment, size int) int {
 	return size
 }
 
-// shownSize is at least how many bytes an answer takes that shows a segment, or that
-// names the objects of its files by store and key, also once it is restored. Unlike its
-// record such an answer has what paths begin with for each file.
+// shownSize returns an upper bound of an answer with a segment, or with the store and key
+// of its files, before and after a restore, in bytes. Unlike the record, such an answer
+// has the full path of each file.
 func shownSize(s *segment.Segment, roots []Root) int {
 	const (
-		fixed  = 256 // what a segment has once, or a file besides strings and numbers
+		fixed  = 256 // of a segment or a build, without strings and files
 		header = 5   // tag and length
 	)
 	size := fixed + len(s.Start.Opaque) + len(s.DML.Opaque) + len(s.EngineData) + shownPairs(s.Attributes)
@@ -204,7 +204,7 @@ func shownSize(s *segment.Segment, roots []Root) int {
 	}
 	files, objects := 0, 0
 	for f := range s.AllFiles() {
-		path := header + len(f.Path) + idRoom(f.Path)
+		path := header + len(f.Path) + idGrowth(f.Path)
 		numbers := 0
 		for _, n := range [...]uint64{
 			uint64(f.Size), uint64(f.MinTimestamp), uint64(f.MaxTimestamp), uint64(f.Entries), uint64(f.Field), uint64(f.LogID),
@@ -223,7 +223,7 @@ func shownSize(s *segment.Segment, roots []Root) int {
 	return size + max(files, objects)
 }
 
-// shownPairs is at least how many bytes a map takes in an answer.
+// shownPairs returns an upper bound of a map in an answer, in bytes.
 func shownPairs(pairs map[string]string) int {
 	size := 0
 	for k, v := range pairs {
@@ -232,24 +232,24 @@ func shownPairs(pairs map[string]string) int {
 	return size
 }
 
-// idRoom is at least how many bytes longer a path gets where a restore gives its
-// segment, and the partition, the collection and an index build, other ids.
-func idRoom(path string) int {
-	const digits, ids = 19, 4 // of an id, that a path has of these
-	room, n := 0, 0
+// idGrowth returns an upper bound of the growth of a path by a restore, which changes the
+// ids of its segment, partition, collection and index build, in bytes.
+func idGrowth(path string) int {
+	const digits, ids = 19, 4 // digits of an id, changed ids in a path
+	growth, n := 0, 0
 	for element := range strings.SplitSeq(path, "/") {
 		if element == "" || strings.Trim(element, "0123456789") != "" {
 			continue
 		}
-		room += max(0, digits-len(element))
+		growth += max(0, digits-len(element))
 		if n++; n == ids {
 			break
 		}
 	}
-	return room
+	return growth
 }
 
-// sizes are what a segment takes in bytes, each with the room that a restore needs.
+// sizes are the sizes of a segment after a restore, in bytes.
 type sizes struct{ record, shown int }
 
 func sizesOf(rec *storagev1.Segment, s *segment.Segment, roots []Root, bytes int) sizes {
@@ -257,22 +257,22 @@ func sizesOf(rec *storagev1.Segment, s *segment.Segment, roots []Root, bytes int
 	return sizes{n, shownSize(s, roots)}
 }
 
-// checkSize refuses a segment that would be too large, now or once it is restored,
-// unless it is no larger than it was before.
+// checkSize returns ErrLimitExceeded for a segment that is too large, now or once it is
+// restored, unless it is no larger than before.
 func checkSize(rec *storagev1.Segment, s *segment.Segment, roots []Root, value []byte, before sizes) error {
 	size := sizesOf(rec, s, roots, len(value))
 	if size.record > max(MaxSegmentBytes, before.record) {
-		return fmt.Errorf("%w: segment %d takes %d bytes, %d of them for what a restore adds, at most %d; "+
+		return fmt.Errorf("%w: segment %d takes %d bytes, %d of them for a restore, at most %d; "+
 			"give it fewer files", ErrLimitExceeded, s.ID, size.record, size.record-len(value), MaxSegmentBytes)
 	}
 	if size.shown > max(MaxShownBytes, before.shown) {
-		return fmt.Errorf("%w: an answer that shows segment %d takes %d bytes, at most %d; "+
+		return fmt.Errorf("%w: an answer with segment %d takes %d bytes, at most %d; "+
 			"give it fewer files, or shorter paths", ErrLimitExceeded, s.ID, size.shown, MaxShownBytes)
 	}
 	return nil
 }
 
-// unlessZero returns column, or nil when it holds only zeros.
+// unlessZero returns column, or nil when all its values are zero.
 func unlessZero[T comparable](column []T) []T {
 	var zero T
 	for _, v := range column {
@@ -316,7 +316,7 @@ func rawETag(etag string) (raw [16]byte, ok bool) {
 	return raw, hex.EncodeToString(raw[:]) == etag
 }
 
-// at returns the value of file i of a column that is left out when all zero.
+// at returns the value of file i of a column, which is empty when all values are zero.
 func at[T any](column []T, i int) T {
 	if len(column) == 0 {
 		var zero T
@@ -325,7 +325,7 @@ func at[T any](column []T, i int) T {
 	return column[i]
 }
 
-// cut takes the first of a row of byte strings, each behind its length.
+// cut returns the first of a sequence of byte strings, each with its length before it.
 func cut(data []byte) (first, rest []byte, err error) {
 	length, n := binary.Uvarint(data)
 	if n <= 0 || length > uint64(len(data)-n) {

@@ -15,8 +15,8 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// Resolve returns the id that a name stands for, ErrCollectionNotFound if none.
-// A Ref with an id is returned as it is.
+// Resolve returns the id of a Ref: its ID when positive, else that of its name. It fails
+// with ErrCollectionNotFound when no collection has the name.
 func (c *Catalog) Resolve(ctx context.Context, ref Ref) (int64, error) {
 	if ref.ID > 0 {
 		return ref.ID, nil
@@ -32,7 +32,7 @@ func (c *Catalog) Resolve(ctx context.Context, ref Ref) (int64, error) {
 		return 0, fmt.Errorf("read collection %s: %w", ref, err)
 	}
 	if !found {
-		return 0, fmt.Errorf("%w: %s; see ListCollections for those there are", ErrCollectionNotFound, ref)
+		return 0, fmt.Errorf("%w: %s; ListCollections lists the collections", ErrCollectionNotFound, ref)
 	}
 	rec := &storagev1.Name{}
 	if err := record.Decode(kv, rec); err != nil {
@@ -59,14 +59,14 @@ func (c *Catalog) Collection(ctx context.Context, ref Ref) (Collection, error) {
 		if err != nil || ref.ID > 0 || col.DB == ref.DB && col.Name == ref.Name {
 			return col, err
 		}
-		// Renamed since the name was read, which may be another's by now.
+		// Renamed since the name was read, which may be another collection's by now.
 	}
-	return Collection{}, fmt.Errorf("%w: collection %s is renamed all the time", ErrConflict, ref)
+	return Collection{}, fmt.Errorf("%w: collection %s keeps being renamed", ErrConflict, ref)
 }
 
-// active returns a collection that may be written, and the compare that it is
-// still as it was read. It puts the id into ref: however often a change is
-// decided anew, a name is resolved once.
+// active returns an ACTIVE collection, and the compare that its record is unchanged. It
+// puts the id into ref, so that a change resolves a name once, however often it is
+// decided.
 func (c *Catalog) active(ctx context.Context, ref *Ref) (Collection, meta.Cond, error) {
 	col, err := c.Collection(ctx, *ref)
 	if err != nil {
@@ -79,7 +79,7 @@ func (c *Catalog) active(ctx context.Context, ref *Ref) (Collection, meta.Cond, 
 	return col, col.unchanged(), nil
 }
 
-// CheckActive returns nil, or ErrCollectionNotActive with why it is not.
+// CheckActive returns nil, or ErrCollectionNotActive with the state.
 func (c *Collection) CheckActive() error {
 	if c.State == Restoring {
 		return fmt.Errorf("%w: %s is %v by job %d until that has ended", ErrCollectionNotActive, c, c.State, c.Job)
@@ -90,27 +90,29 @@ func (c *Collection) CheckActive() error {
 	return nil
 }
 
-// unchanged is the compare that the collection is as it was read, and that none
-// of its partitions and indexes was dropped since.
+// unchanged returns the compare that the collection's record is as read, and that none of
+// its partitions and indexes was dropped since.
 func (c *Collection) unchanged() meta.Cond {
 	return meta.Unchanged(keys.Collection(c.ID), c.Revision)
 }
 
-// ListFilter says which collections to list. Zero fields do not filter, but no
-// States means ACTIVE ones only.
+// ListFilter selects collections. Zero fields do not filter, except that no States
+// selects ACTIVE ones only.
 type ListFilter struct {
 	DB     string
 	States []State
 }
 
-// maxListBytes bounds what ListCollections returns at a time.
+// maxListBytes bounds one answer of ListCollections.
 const maxListBytes = 2 << 20
 
 // ListCollections returns up to limit collections in id order, from the first
 // after id after, and whether there are more. It returns fewer when they are
-// large, and none with the engine's own schema. One whose record this release
-// cannot read is left out.
-func (c *Catalog) ListCollections(ctx context.Context, f ListFilter, after int64, limit int) (list []Collection, more bool, err error) {
+// large, and leaves the engine's own schema out. Collections with unreadable records
+// are skipped.
+func (c *Catalog) ListCollections(
+	ctx context.Context, f ListFilter, after int64, limit int,
+) (list []Collection, more bool, err error) {
 	if len(f.States) == 0 {
 		f.States = []State{Active}
 	}
@@ -151,10 +153,11 @@ func (c *Catalog) ListCollections(ctx context.Context, f ListFilter, after int64
 	}
 }
 
-// listNamed is ListCollections of a database without the collections that are being
-// dropped, which have no name: it reads the names of the database, and then only the
-// records of those.
-func (c *Catalog) listNamed(ctx context.Context, f ListFilter, after int64, limit int) (list []Collection, more bool, err error) {
+// listNamed is ListCollections of a database without its DROPPING collections, which have
+// no name: it reads the names of the database, and then only the records of those.
+func (c *Catalog) listNamed(
+	ctx context.Context, f ListFilter, after int64, limit int,
+) (list []Collection, more bool, err error) {
 	var ids []int64
 	from, to := meta.Prefix(keys.CollectionName(f.DB, ""))
 	_, err = c.kv.Scan(ctx, from, to, 0, func(batch []meta.KeyValue) error {
@@ -193,7 +196,7 @@ func (c *Catalog) listNamed(ctx context.Context, f ListFilter, after int64, limi
 				if err != nil {
 					return nil, false, err
 				}
-				if f.DB != col.DB || !slices.Contains(f.States, col.State) { // meanwhile
+				if f.DB != col.DB || !slices.Contains(f.States, col.State) { // changed since
 					continue
 				}
 				size += len(kv.Value) - len(col.Schema.Raw)
@@ -208,9 +211,8 @@ func (c *Catalog) listNamed(ctx context.Context, f ListFilter, after int64, limi
 	return list, false, nil
 }
 
-// CreateCollection makes an empty collection of what spec says: DB, Name,
-// Schema, Channels, Roots, Layout, Consistency, Properties, Attributes, and ID
-// unless it is 0.
+// CreateCollection creates an empty collection with spec's DB, Name, Schema, Channels,
+// Roots, Layout, Consistency, Properties, Attributes, and ID unless it is 0.
 func (c *Catalog) CreateCollection(ctx context.Context, tok request.Token, spec Collection) (Collection, error) {
 	if err := c.checkSpec(&spec); err != nil {
 		return Collection{}, err
@@ -220,9 +222,10 @@ func (c *Catalog) CreateCollection(ctx context.Context, tok request.Token, spec 
 		if _, found, _, err := c.kv.Get(ctx, name); err != nil {
 			return plan{}, err
 		} else if found {
-			return plan{}, fmt.Errorf("%w: %s/%s; choose another name, or drop it first", ErrCollectionExists, spec.DB, spec.Name)
+			return plan{}, fmt.Errorf("%w: %s/%s; choose another name, or drop it first",
+				ErrCollectionExists, spec.DB, spec.Name)
 		}
-		id, err := c.freshOrGiven(ctx, "collection", spec.ID)
+		id, err := c.allocateOrCheck(ctx, "collection", spec.ID)
 		if err != nil {
 			return plan{}, err
 		}
@@ -230,7 +233,7 @@ func (c *Catalog) CreateCollection(ctx context.Context, tok request.Token, spec 
 			if _, found, _, err := c.kv.Get(ctx, keys.Collection(id)); err != nil {
 				return plan{}, err
 			} else if found {
-				return plan{}, fmt.Errorf("%w: id %d is taken; an id is never used twice", ErrCollectionExists, id)
+				return plan{}, fmt.Errorf("%w: id %d is taken; ids are never reused", ErrCollectionExists, id)
 			}
 		}
 		op, err := record.NewOp(c.rand)
@@ -241,8 +244,8 @@ func (c *Catalog) CreateCollection(ctx context.Context, tok request.Token, spec 
 		col.State, col.CreateTime = Active, c.now()
 		data := record.Encode(encodeCollection(&col, op))
 		if len(data) > MaxRecordBytes {
-			return plan{}, fmt.Errorf("%w: the collection's record takes %d bytes, at most %d; make schema, properties or attributes smaller",
-				ErrLimitExceeded, len(data), MaxRecordBytes)
+			return plan{}, fmt.Errorf("%w: the collection's record takes %d bytes, at most %d; "+
+				"make schema, properties or attributes smaller", ErrLimitExceeded, len(data), MaxRecordBytes)
 		}
 		col.ID = id
 		apart, roots, err := c.rootOps(ctx, &col)
@@ -300,19 +303,22 @@ func (c *Catalog) checkSpec(spec *Collection) error {
 	return c.checkRoots(spec.Roots)
 }
 
-// Patch says what UpdateCollection changes: the fields that are not nil.
+// Patch holds the new values of an UpdateCollection; nil fields stay.
 type Patch struct {
 	Properties  *map[string]string
 	Attributes  *map[string]string
 	Consistency *string
 }
 
-// UpdateCollection changes a collection. A revision that is positive must be
-// the collection's, else ErrRevisionChanged.
-func (c *Catalog) UpdateCollection(ctx context.Context, tok request.Token, ref Ref, revision int64, patch Patch) (Collection, error) {
+// UpdateCollection changes a collection. A positive revision must equal the
+// collection's, else the error is ErrRevisionChanged.
+func (c *Catalog) UpdateCollection(
+	ctx context.Context, tok request.Token, ref Ref, revision int64, patch Patch,
+) (Collection, error) {
 	return c.rewrite(ctx, tok, ref, "update", func(_ context.Context, col *Collection) ([]meta.Cond, []meta.Op, error) {
 		if revision > 0 && revision != col.Revision {
-			return nil, nil, fmt.Errorf("%w: %s is at %d, not %d; read it again", ErrRevisionChanged, col, col.Revision, revision)
+			return nil, nil, fmt.Errorf("%w: %s is at %d, not %d; read it again",
+				ErrRevisionChanged, col, col.Revision, revision)
 		}
 		if patch.Properties != nil {
 			col.Properties = *patch.Properties
@@ -328,7 +334,9 @@ func (c *Catalog) UpdateCollection(ctx context.Context, tok request.Token, ref R
 }
 
 // RenameCollection gives a collection another name.
-func (c *Catalog) RenameCollection(ctx context.Context, tok request.Token, ref Ref, db, name string) (Collection, error) {
+func (c *Catalog) RenameCollection(
+	ctx context.Context, tok request.Token, ref Ref, db, name string,
+) (Collection, error) {
 	if err := CheckName("new_name.db", db); err != nil {
 		return Collection{}, err
 	}
@@ -372,7 +380,8 @@ func (c *Catalog) rewrite(ctx context.Context, tok request.Token, ref Ref, verb 
 		}
 		data := record.Encode(encodeCollection(&col, op))
 		if len(data) > MaxRecordBytes {
-			return plan{}, fmt.Errorf("%w: the collection's record takes %d bytes, at most %d", ErrLimitExceeded, len(data), MaxRecordBytes)
+			return plan{}, fmt.Errorf("%w: the collection's record takes %d bytes, at most %d",
+				ErrLimitExceeded, len(data), MaxRecordBytes)
 		}
 		return plan{
 			txn: meta.Txn{
@@ -388,9 +397,9 @@ func (c *Catalog) rewrite(ctx context.Context, tok request.Token, ref Ref, verb 
 	return c.collectionResult(ctx, out)
 }
 
-// DropCollection begins the end of a collection: from then on it has no name
-// and takes no writes, and no snapshot of it can be made. It returns the id, or
-// 0 when there was no such collection, which is success.
+// DropCollection makes a collection DROPPING: it loses its name and accepts no writes and
+// no snapshots. It returns the id, or 0 when there was no such collection, which is
+// success.
 func (c *Catalog) DropCollection(ctx context.Context, tok request.Token, ref Ref, expected int64) (int64, error) {
 	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
 		col, err := c.Collection(ctx, ref)
@@ -401,7 +410,7 @@ func (c *Catalog) DropCollection(ctx context.Context, tok request.Token, ref Ref
 			return plan{}, err
 		}
 		if ref.ID > 0 && ref.Name != "" && (col.DB != ref.DB || col.Name != ref.Name) {
-			return plan{}, nil // renamed since the name was resolved: nothing has it any more
+			return plan{}, nil // renamed since the name was resolved: no collection has it
 		}
 		ref.ID = col.ID // a name is resolved once
 		if expected > 0 && expected != col.ID {
@@ -421,7 +430,7 @@ func (c *Catalog) DropCollection(ctx context.Context, tok request.Token, ref Ref
 		unchanged := meta.Unchanged(keys.Collection(col.ID), col.Revision)
 		col.State = Dropping
 		if col.DropTime, err = c.stamp(ctx); err != nil {
-			return plan{}, fmt.Errorf("the time of the drop: %w", err)
+			return plan{}, fmt.Errorf("read the time of the drop: %w", err)
 		}
 		return plan{
 			txn: meta.Txn{
@@ -442,10 +451,13 @@ func (c *Catalog) DropCollection(ctx context.Context, tok request.Token, ref Ref
 
 // CreatePartition adds a partition of spec's Name, Attributes and, unless it is
 // 0, ID.
-func (c *Catalog) CreatePartition(ctx context.Context, tok request.Token, ref Ref, spec Partition) (Partition, error) {
-	made, err := c.addPart(ctx, tok, ref, part{
-		what: "partition", name: spec.Name, id: spec.ID, limit: MaxPartitions,
-		errExists: ErrPartitionExists, errNotFound: ErrPartitionNotFound, prefix: keys.PartitionPrefix, nameKey: keys.PartitionName,
+func (c *Catalog) CreatePartition(
+	ctx context.Context, tok request.Token, ref Ref, spec Partition,
+) (Partition, error) {
+	made, err := c.createChild(ctx, tok, ref, childSpec{
+		kind: "partition", name: spec.Name, id: spec.ID, limit: MaxPartitions,
+		errExists: ErrPartitionExists, errNotFound: ErrPartitionNotFound,
+		prefix: keys.PartitionPrefix, nameKey: keys.PartitionName,
 		encode: func(op string) []byte {
 			spec.State, spec.CreateTime = Active, c.now()
 			return record.Encode(encodePartition(&spec, op))
@@ -460,9 +472,10 @@ func (c *Catalog) CreatePartition(ctx context.Context, tok request.Token, ref Re
 // CreateIndex adds an index of spec's Name, Field, parameters, Attributes and,
 // unless it is 0, ID.
 func (c *Catalog) CreateIndex(ctx context.Context, tok request.Token, ref Ref, spec Index) (Index, error) {
-	made, err := c.addPart(ctx, tok, ref, part{
-		what: "index", name: spec.Name, id: spec.ID, limit: MaxIndexes,
-		errExists: ErrIndexExists, errNotFound: ErrIndexNotFound, prefix: keys.IndexPrefix, nameKey: keys.IndexName,
+	made, err := c.createChild(ctx, tok, ref, childSpec{
+		kind: "index", name: spec.Name, id: spec.ID, limit: MaxIndexes,
+		errExists: ErrIndexExists, errNotFound: ErrIndexNotFound,
+		prefix: keys.IndexPrefix, nameKey: keys.IndexName,
 		encode: func(op string) []byte {
 			spec.State, spec.CreateTime = Active, c.now()
 			return record.Encode(encodeIndex(&spec, op))
@@ -474,9 +487,9 @@ func (c *Catalog) CreateIndex(ctx context.Context, tok request.Token, ref Ref, s
 	return decodeIndex(made)
 }
 
-// part is what partitions and indexes have in common.
-type part struct {
-	what, name string
+// childSpec describes a partition or an index that createChild creates.
+type childSpec struct {
+	kind, name string
 	id         int64
 	limit      int
 	errExists,
@@ -486,8 +499,8 @@ type part struct {
 	encode  func(op string) []byte
 }
 
-// addPart returns the record that it made.
-func (c *Catalog) addPart(ctx context.Context, tok request.Token, ref Ref, p part) (meta.KeyValue, error) {
+// createChild creates a partition or an index and returns its record.
+func (c *Catalog) createChild(ctx context.Context, tok request.Token, ref Ref, p childSpec) (meta.KeyValue, error) {
 	if err := CheckName("name", p.name); err != nil {
 		return meta.KeyValue{}, err
 	}
@@ -508,27 +521,27 @@ func (c *Catalog) addPart(ctx context.Context, tok request.Token, ref Ref, p par
 		if err != nil {
 			return plan{}, err
 		}
-		// Not compared: a limit may be passed by those who create at one time.
+		// Not compared: concurrent creates may exceed the limit.
 		if len(res.KVs) >= p.limit {
-			return plan{}, fmt.Errorf("%w: a collection holds at most %d, those being dropped included", ErrLimitExceeded, p.limit)
+			return plan{}, fmt.Errorf("%w: a collection has at most %d, dropped ones included", ErrLimitExceeded, p.limit)
 		}
-		id, err := c.freshOrGiven(ctx, p.what, p.id)
+		id, err := c.allocateOrCheck(ctx, p.kind, p.id)
 		if err != nil {
 			return plan{}, err
 		}
 		key := prefix + keys.ID(id)
 		if slices.ContainsFunc(res.KVs, func(kv meta.KeyValue) bool { return kv.Key == key }) {
-			return plan{}, fmt.Errorf("%w: id %d is taken; an id is never used twice", p.errExists, id)
+			return plan{}, fmt.Errorf("%w: id %d is taken; ids are never reused", p.errExists, id)
 		}
 		op, err := record.NewOp(c.rand)
 		if err != nil {
 			return plan{}, err
 		}
 		data := p.encode(op)
-		if len(data) > maxPartBytes {
-			return plan{}, fmt.Errorf("%w: the record takes %d bytes, at most %d", ErrLimitExceeded, len(data), maxPartBytes)
+		if len(data) > maxChildBytes {
+			return plan{}, fmt.Errorf("%w: the record takes %d bytes, at most %d", ErrLimitExceeded, len(data), maxChildBytes)
 		}
-		if err := c.checkPartsBytes(ctx, col.ID, len(data)); err != nil {
+		if err := c.checkChildrenBytes(ctx, col.ID, len(data)); err != nil {
 			return plan{}, err
 		}
 		return plan{
@@ -559,12 +572,13 @@ func (c *Catalog) addPart(ctx context.Context, tok request.Token, ref Ref, p par
 	return kv, err
 }
 
-// checkPartsBytes refuses a large partition or index of so many bytes where all those of
-// its collection would take too much. They are read together, by each capture and by
-// who adds segments, and are in the metadata of a snapshot. Small ones, whose number
-// bounds them, cost no read. Not compared, like the limit of the number.
-func (c *Catalog) checkPartsBytes(ctx context.Context, collection int64, bytes int) error {
-	if bytes <= smallPartBytes {
+// checkChildrenBytes returns ErrLimitExceeded when a new record of a partition or index
+// would bring those of its collection above maxChildrenBytes: captures and AddSegments
+// read them together, and a snapshot's metadata holds them. A record of at most
+// smallChildBytes costs no read, for the limit of the number bounds these. The size is
+// not compared, like the number.
+func (c *Catalog) checkChildrenBytes(ctx context.Context, collection int64, bytes int) error {
+	if bytes <= smallChildBytes {
 		return nil
 	}
 	sum := bytes
@@ -574,14 +588,15 @@ func (c *Catalog) checkPartsBytes(ctx context.Context, collection int64, bytes i
 			for _, kv := range batch {
 				sum += len(kv.Value)
 			}
-			if sum > maxPartsBytes {
-				return errEnough
+			if sum > maxChildrenBytes {
+				return errStopScan
 			}
 			return nil
 		})
-		if errors.Is(err, errEnough) {
-			return fmt.Errorf("%w: partitions and indexes of a collection take at most %d bytes in all, those being dropped "+
-				"included, unless they have %d at most; make attributes or parameters smaller", ErrLimitExceeded, maxPartsBytes, smallPartBytes)
+		if errors.Is(err, errStopScan) {
+			return fmt.Errorf("%w: partitions and indexes of a collection take at most %d bytes in total, dropped ones "+
+				"included, and those of at most %d bytes excepted; make attributes or parameters smaller",
+				ErrLimitExceeded, maxChildrenBytes, smallChildBytes)
 		}
 		if err != nil {
 			return err
@@ -590,36 +605,41 @@ func (c *Catalog) checkPartsBytes(ctx context.Context, collection int64, bytes i
 	return nil
 }
 
-// DropPartition begins the end of a partition: no snapshot captures any of it
-// from then on. It returns the id, or 0 when there was none, which is success.
+// DropPartition makes a partition DROPPING: later snapshots capture nothing of it. It
+// returns the id, or 0 when there was none, which is success.
 func (c *Catalog) DropPartition(ctx context.Context, tok request.Token, ref Ref, name string) (int64, error) {
-	id, err := c.dropPart(ctx, tok, ref, name, keys.PartitionName, keys.Partition, func(kv meta.KeyValue, op string) ([]byte, error) {
+	drop := func(kv meta.KeyValue, op string) ([]byte, error) {
 		p, err := decodePartition(kv)
 		p.State = Dropping
 		return record.Encode(encodePartition(&p, op)), err
-	})
+	}
+	id, err := c.dropChild(ctx, tok, ref, name, keys.PartitionName, keys.Partition, drop)
 	if err != nil {
 		return 0, fmt.Errorf("drop partition %s of %s: %w", name, ref, err)
 	}
 	return id, nil
 }
 
-// DropIndex begins the end of an index: no snapshot captures a build of it from
-// then on. It returns the id, or 0 when there was none, which is success.
+// DropIndex makes an index DROPPING: later snapshots capture no build of it. It returns
+// the id, or 0 when there was none, which is success.
 func (c *Catalog) DropIndex(ctx context.Context, tok request.Token, ref Ref, name string) (int64, error) {
-	id, err := c.dropPart(ctx, tok, ref, name, keys.IndexName, keys.Index, func(kv meta.KeyValue, op string) ([]byte, error) {
+	drop := func(kv meta.KeyValue, op string) ([]byte, error) {
 		x, err := decodeIndex(kv)
 		x.State = Dropping
 		return record.Encode(encodeIndex(&x, op)), err
-	})
+	}
+	id, err := c.dropChild(ctx, tok, ref, name, keys.IndexName, keys.Index, drop)
 	if err != nil {
 		return 0, fmt.Errorf("drop index %s of %s: %w", name, ref, err)
 	}
 	return id, nil
 }
 
-func (c *Catalog) dropPart(ctx context.Context, tok request.Token, ref Ref, name string,
-	nameKey func(int64, string) string, partKey func(int64, int64) string, dropped func(meta.KeyValue, string) ([]byte, error),
+// dropChild replaces the record of a partition or an index by that of dropped, and deletes
+// its name. It returns the id, or 0 when there was none.
+func (c *Catalog) dropChild(ctx context.Context, tok request.Token, ref Ref, name string,
+	nameKey func(int64, string) string, idKey func(int64, int64) string,
+	dropped func(meta.KeyValue, string) ([]byte, error),
 ) (int64, error) {
 	if err := CheckName("name", name); err != nil {
 		return 0, err
@@ -638,25 +658,27 @@ func (c *Catalog) dropPart(ctx context.Context, tok request.Token, ref Ref, name
 		if err := record.Decode(kv, rec); err != nil {
 			return plan{}, err
 		}
-		key := partKey(col.ID, rec.GetId())
-		partKV, found, _, err := c.kv.Get(ctx, key)
-		if err != nil || !found { // dropped in between: the compare below would say so
+		key := idKey(col.ID, rec.GetId())
+		childKV, found, _, err := c.kv.Get(ctx, key)
+		if err != nil || !found { // dropped in between: the compare below would fail
 			return plan{}, err
 		}
 		op, err := record.NewOp(c.rand)
 		if err != nil {
 			return plan{}, err
 		}
-		data, err := dropped(partKV, op)
+		data, err := dropped(childKV, op)
 		if err != nil {
 			return plan{}, err
 		}
 		return plan{
 			txn: meta.Txn{
-				If: []meta.Cond{unchanged, meta.Unchanged(nameKey, kv.ModRevision), meta.Unchanged(key, partKV.ModRevision)},
+				If: []meta.Cond{
+					unchanged, meta.Unchanged(nameKey, kv.ModRevision), meta.Unchanged(key, childKV.ModRevision),
+				},
 				Then: []meta.Op{
 					meta.Delete(nameKey), meta.Put(key, data),
-					// Tells those who are adding segments, and compare it.
+					// Breaks the compare of concurrent registrations of segments.
 					meta.Put(keys.Collection(col.ID), record.Encode(encodeCollection(&col, op))),
 				},
 			},
@@ -707,14 +729,16 @@ func (c *Catalog) At(ctx context.Context, collection, revision int64) (View, err
 		v.Checkpoints[cp.Shard] = cp
 	}
 	if _, set := v.Checkpoints[0]; !set && len(v.Collection.Channels) == 0 {
-		// No stream, so everything that is registered is in files.
+		// Without a stream, all registered rows are in files.
 		v.Checkpoints[0] = Checkpoint{Position: segment.Position{Timestamp: segment.MaxTimestamp}}
 	}
 	return v, nil
 }
 
 // readAll reads a bounded set of records at one revision.
-func readAll[T any](ctx context.Context, kv meta.KV, prefix string, revision int64, decode func(meta.KeyValue) (T, error)) ([]T, error) {
+func readAll[T any](
+	ctx context.Context, kv meta.KV, prefix string, revision int64, decode func(meta.KeyValue) (T, error),
+) ([]T, error) {
 	var list []T
 	from, to := meta.Prefix(prefix)
 	_, err := kv.Scan(ctx, from, to, revision, func(batch []meta.KeyValue) error {

@@ -531,9 +531,9 @@ func testPartitions(t *testing.T, kv meta.KV) {
 		return err
 	})
 	r.refused(t, "an update in a dropped partition", catalog.ErrPartitionNotFound, func() error {
-		return r.change(ctx, catalog.Swap{Update: []catalog.Update{{Segment: s.ID, Rows: new(int64)}}})
+		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, Rows: new(int64)}}})
 	})
-	if err := r.change(ctx, catalog.Swap{Drop: []int64{s.ID}}); err != nil {
+	if err := r.change(ctx, catalog.SegmentChange{Drop: []int64{s.ID}}); err != nil {
 		t.Errorf("drop a segment of a dropped partition: %v", err)
 	}
 	if p, err := r.CreatePartition(ctx, request.Token{}, r.ref, catalog.Partition{Name: "a"}); err != nil || p.ID == want[0].ID {
@@ -608,14 +608,14 @@ func testIndexes(t *testing.T, kv meta.KV) {
 		t.Errorf("drop again: %d, %v", id, err)
 	}
 	r.refused(t, "a build of a dropped index", catalog.ErrIndexNotFound, func() error {
-		return r.change(ctx, catalog.Swap{Update: []catalog.Update{{Segment: s.ID, AddBuilds: []segment.Build{{ID: ids[2], Index: made.ID}}}}})
+		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, AddBuilds: []segment.Build{{ID: ids[2], Index: made.ID}}}}})
 	})
 	// What the segment has already does not keep it from changing.
 	rows := int64(7)
-	if err := r.change(ctx, catalog.Swap{Update: []catalog.Update{{Segment: s.ID, Rows: &rows}}}); err != nil {
+	if err := r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, Rows: &rows}}}); err != nil {
 		t.Errorf("update a segment with a build of a dropped index: %v", err)
 	}
-	if err := r.change(ctx, catalog.Swap{Update: []catalog.Update{{Segment: s.ID, RemoveBuilds: []int64{ids[1]}}}}); err != nil {
+	if err := r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, RemoveBuilds: []int64{ids[1]}}}}); err != nil {
 		t.Errorf("remove a build of a dropped index: %v", err)
 	}
 	if got := unitIDs(r.units(t)); !slices.Equal(got, []int64{ids[1]}) {
@@ -699,7 +699,7 @@ func testPartitionDropRace(t *testing.T, kv meta.KV) {
 			t.Errorf("gone = %v: add to a partition that is dropped meanwhile: %v", gone, err)
 		}
 		hooked = open(&beforeTxn{KV: kv, do: drop(keys.Index(r.col.ID, x.ID), r.DropIndex, "i")})
-		if _, err := hooked.Change(ctx, request.Token{}, r.ref, catalog.Swap{Update: []catalog.Update{
+		if _, err := hooked.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Update: []catalog.Update{
 			{Segment: ids[0], AddBuilds: []segment.Build{{ID: ids[2], Index: x.ID}}},
 		}}); !errors.Is(err, catalog.ErrIndexNotFound) {
 			t.Errorf("gone = %v: build of an index that is dropped meanwhile: %v", gone, err)
@@ -777,11 +777,11 @@ func testNotActive(t *testing.T, kv meta.KV) {
 			return err
 		},
 		"Change": func(tok request.Token) error {
-			_, err := r.Change(ctx, tok, r.ref, catalog.Swap{Drop: ids[:1], Add: r.segments(ids[2:3])})
+			_, err := r.Change(ctx, tok, r.ref, catalog.SegmentChange{Drop: ids[:1], Add: r.segments(ids[2:3])})
 			return err
 		},
 		"Update": func(tok request.Token) error {
-			_, err := r.Change(ctx, tok, r.ref, catalog.Swap{Update: []catalog.Update{{Segment: ids[0], Rows: new(int64)}}})
+			_, err := r.Change(ctx, tok, r.ref, catalog.SegmentChange{Update: []catalog.Update{{Segment: ids[0], Rows: new(int64)}}})
 			return err
 		},
 	}
@@ -893,7 +893,7 @@ func TestFullStore(t *testing.T) {
 			_, err := r.DropSegments(ctx, r.ref, ids[:2])
 			return err
 		},
-		"compact": func() error { return r.change(ctx, catalog.Swap{Drop: ids[:2], Add: r.segments(ids[5:6])}) },
+		"compact": func() error { return r.change(ctx, catalog.SegmentChange{Drop: ids[:2], Add: r.segments(ids[5:6])}) },
 		"checkpoint": func() error {
 			_, err := r.SetCheckpoints(ctx, r.ref, []catalog.Checkpoint{{Position: segment.Position{Timestamp: 1}}})
 			return err

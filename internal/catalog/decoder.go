@@ -19,8 +19,8 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// Decoder reads the records of segments, one after another, into memory that it
-// uses again. The zero value is ready. It is not safe for concurrent use.
+// Decoder reads the records of segments one after another and reuses its memory. The zero
+// value is ready. It is not safe for concurrent use.
 type Decoder struct {
 	// The record, and the messages in it.
 	rec        storagev1.Segment
@@ -33,14 +33,13 @@ type Decoder struct {
 	builds []segment.Build
 
 	prefix []byte // of native paths
-	text   []byte // what the segment's ETags and native paths are made of
+	text   []byte // the segment's ETags and native paths
 	ends   []int  // of text after each file
 }
 
-// Decode reads a segment's record. The segment's lists of files and of builds
-// are good until the next call; what else it points to is the caller's. Nothing
-// of kv is kept. An error is about the record and wraps [record.ErrUnreadable],
-// or about the key.
+// Decode reads a segment's record. The segment's lists of files and of builds are valid
+// until the next call; the caller may keep everything else. Decode keeps nothing of kv.
+// An error is about the record and wraps [record.ErrUnreadable], or about the key.
 func (d *Decoder) Decode(collection int64, kv meta.KeyValue) (segment.Segment, error) {
 	id, err := keys.LastID(kv.Key)
 	if err != nil {
@@ -50,7 +49,8 @@ func (d *Decoder) Decode(collection int64, kv meta.KeyValue) (segment.Segment, e
 		return segment.Segment{}, fmt.Errorf("%w at %s: %w", record.ErrUnreadable, kv.Key, err)
 	}
 	if format := d.rec.GetFormat(); format != record.Format {
-		return segment.Segment{}, fmt.Errorf("%w at %s: format %d, this release reads %d", record.ErrUnreadable, kv.Key, format, record.Format)
+		return segment.Segment{}, fmt.Errorf("%w at %s: format %d, this release reads %d",
+			record.ErrUnreadable, kv.Key, format, record.Format)
 	}
 	s, err := d.segment(collection, id, &d.rec)
 	if err != nil {
@@ -59,12 +59,12 @@ func (d *Decoder) Decode(collection int64, kv meta.KeyValue) (segment.Segment, e
 	return s, nil
 }
 
-// DecodeSegment reads a segment's record. The segment is the caller's.
+// DecodeSegment reads a segment's record. The caller may keep the segment.
 func DecodeSegment(collection int64, kv meta.KeyValue) (segment.Segment, error) {
 	return new(Decoder).Decode(collection, kv)
 }
 
-// reset forgets the record, but keeps the memory of its columns.
+// reset clears the record and keeps the memory of its columns.
 func (d *Decoder) reset() {
 	d.rec.Reset()
 	d.start.Reset()
@@ -77,10 +77,9 @@ func (d *Decoder) reset() {
 	c.MinTimestamp, c.TimestampSpan, c.Entries, c.Field, c.LogId = from, span, entries, field, log
 }
 
-// parse reads data into d.rec, as proto.Unmarshal does, but for the operation,
-// which is no part of a segment. Fields that are rare, or are not as we write
-// them, go through the proto package one by one: it adds each to the message as
-// if it had read all at once.
+// parse reads data into d.rec as proto.Unmarshal does, without the operation, which is no
+// part of a segment. It leaves rare fields, and fields with an encoding that snapshotd
+// does not write, to the proto package, which merges each into the message.
 func (d *Decoder) parse(data []byte) error {
 	d.reset()
 	rec := &d.rec
@@ -190,7 +189,7 @@ func parseBuild(b *storagev1.Build, data []byte) error {
 	return nil
 }
 
-// parseFiles keeps parts of data, which last as long as the value.
+// parseFiles reads data into c, which then refers to parts of data.
 func parseFiles(c *storagev1.Files, data []byte) error {
 	for len(data) > 0 {
 		f, err := nextField(data)
@@ -242,7 +241,7 @@ func parseFiles(c *storagev1.Files, data []byte) error {
 	return nil
 }
 
-// The wire types that we write.
+// The wire types of records that snapshotd writes.
 const (
 	varint = uint64(protowire.VarintType)
 	sized  = uint64(protowire.BytesType)
@@ -254,7 +253,7 @@ var errNotUTF8 = errors.New("string field contains invalid UTF-8")
 type wireField struct {
 	tag   uint64 // number and wire type
 	value uint64 // of a varint
-	bytes []byte // of a sized one
+	bytes []byte // of a sized field
 	raw   []byte // tag and value
 }
 
@@ -281,14 +280,14 @@ func nextField(data []byte) (wireField, error) {
 	return f, nil
 }
 
-// mergeInto leaves a field to the proto package.
+// mergeInto merges the field into m with the proto package.
 func (f *wireField) mergeInto(m proto.Message) error {
 	return proto.UnmarshalOptions{Merge: true}.Unmarshal(f.raw, m)
 }
 
 // unpack appends the numbers of a packed field.
 func unpack[T uint32 | uint64](column []T, data []byte) ([]T, error) {
-	column = room(column, data)
+	column = grow(column, data)
 	for len(data) > 0 {
 		v, n := uint64(data[0]), 1
 		if v >= 0x80 {
@@ -303,7 +302,7 @@ func unpack[T uint32 | uint64](column []T, data []byte) ([]T, error) {
 
 // unpackSigned is unpack for numbers in zigzag encoding.
 func unpackSigned(column []int64, data []byte) ([]int64, error) {
-	column = room(column, data)
+	column = grow(column, data)
 	for len(data) > 0 {
 		v, n := protowire.ConsumeVarint(data)
 		if n < 0 {
@@ -314,8 +313,8 @@ func unpackSigned(column []int64, data []byte) ([]int64, error) {
 	return column, nil
 }
 
-// room makes room for as many numbers as there are in data.
-func room[T any](column []T, data []byte) []T {
+// grow grows column by the number of varints in data.
+func grow[T any](column []T, data []byte) []T {
 	if cap(column)-len(column) >= len(data) {
 		return column
 	}
@@ -328,16 +327,17 @@ func room[T any](column []T, data []byte) []T {
 	return slices.Grow(column, n)
 }
 
-// segmentOf makes the segment of a record that was decoded before.
+// segmentOf returns the segment of a decoded record.
 func segmentOf(collection, id int64, rec *storagev1.Segment) (segment.Segment, error) {
 	return new(Decoder).segment(collection, id, rec)
 }
 
-// segment makes the segment of rec in the memory of d.
+// segment returns the segment of rec, in the memory of d.
 func (d *Decoder) segment(collection, id int64, rec *storagev1.Segment) (segment.Segment, error) {
 	s := segment.Segment{
 		ID: id, Partition: rec.GetPartition(), Channel: int(rec.GetShard()), Level: int(rec.GetLevel()),
-		State: segment.State(rec.GetState()), Rows: rec.GetRows(), Start: positionOf(rec.GetStart()), DML: positionOf(rec.GetDml()),
+		State: segment.State(rec.GetState()), Rows: rec.GetRows(),
+		Start: positionOf(rec.GetStart()), DML: positionOf(rec.GetDml()),
 		StorageVersion: rec.GetStorageVersion(), Sorted: rec.GetSorted(),
 		CommitTimestamp: segment.Timestamp(rec.GetCommitTimestamp()), RowCeiling: segment.Timestamp(rec.GetRowCeiling()),
 		EngineData: rec.GetEngineData(), Attributes: rec.GetAttributes(), Disputed: rec.GetDisputed(),
@@ -351,7 +351,7 @@ func (d *Decoder) segment(collection, id int64, rec *storagev1.Segment) (segment
 		own -= int(b.GetFiles())
 	}
 	if own < 0 {
-		return s, fmt.Errorf("builds have more files than there are")
+		return s, errors.New("builds have more files than the segment")
 	}
 	s.Files, files = files[:own:own], files[own:]
 	if own == 0 {
@@ -372,26 +372,16 @@ func (d *Decoder) segment(collection, id int64, rec *storagev1.Segment) (segment
 	return s, nil
 }
 
-// decodeFiles makes the files of s and of its builds. They share one string.
-func (d *Decoder) decodeFiles(collection int64, s *segment.Segment, in *storagev1.Files) ([]segment.File, error) {
+// decodeFiles returns the files of s and of its builds. They share one string.
+func (d *Decoder) decodeFiles(
+	collection int64, s *segment.Segment, in *storagev1.Files,
+) ([]segment.File, error) {
 	n := int(in.GetCount())
 	if n == 0 {
 		return nil, nil
 	}
-	// The kind of each file is always there, so a false count costs no memory.
-	if n != len(in.GetKind()) {
-		return nil, fmt.Errorf("%d files, %d kinds", n, len(in.GetKind()))
-	}
-	for _, length := range []int{
-		len(in.GetRoot()), len(in.GetPathShared()), len(in.GetSize()), len(in.GetEtag()), len(in.GetChecksumType()),
-		len(in.GetMinTimestamp()), len(in.GetTimestampSpan()), len(in.GetEntries()), len(in.GetField()), len(in.GetLogId()),
-	} {
-		if length != 0 && length != n {
-			return nil, fmt.Errorf("%d files, a column of %d", n, length)
-		}
-	}
-	if len(in.GetEtag16()) != 0 && len(in.GetEtag16()) != 16*n {
-		return nil, fmt.Errorf("%d files, %d bytes of etags", n, len(in.GetEtag16()))
+	if err := checkColumns(in, n); err != nil {
+		return nil, err
 	}
 	if cap(d.files) < n {
 		d.files, d.ends = make([]segment.File, n), make([]int, n)
@@ -409,7 +399,8 @@ func (d *Decoder) decodeFiles(collection int64, s *segment.Segment, in *storagev
 		*f = segment.File{
 			Root: int(at(in.GetRoot(), i)), Size: int64(at(in.GetSize(), i)), ETag: at(in.GetEtag(), i),
 			MinTimestamp: lastMin + segment.Timestamp(at(in.GetMinTimestamp(), i)),
-			Entries:      int64(at(in.GetEntries(), i)), Field: int64(at(in.GetField(), i)), LogID: lastLog + at(in.GetLogId(), i),
+			Entries:      int64(at(in.GetEntries(), i)), Field: int64(at(in.GetField(), i)),
+			LogID: lastLog + at(in.GetLogId(), i),
 		}
 		switch k := int(in.GetKind()[i]); {
 		case k >= 1 && k <= len(knownKinds):
@@ -436,8 +427,9 @@ func (d *Decoder) decodeFiles(collection int64, s *segment.Segment, in *storagev
 		}
 		if shared := int(at(in.GetPathShared(), i)) - 1; shared >= 0 {
 			var tail []byte
-			// A path is never longer than a key; damage must not make it so, file by file.
-			if tail, tails, err = cut(tails); err != nil || shared > len(lastPath) || shared+len(tail) > object.MaxKeyBytes {
+			// Bounds each path by the length of a key, so that damage cannot grow it file by file.
+			tail, tails, err = cut(tails)
+			if err != nil || shared > len(lastPath) || shared+len(tail) > object.MaxKeyBytes {
 				return nil, fmt.Errorf("file %d: damaged path", i)
 			}
 			f.Path = lastPath[:shared] + string(tail)
@@ -445,20 +437,46 @@ func (d *Decoder) decodeFiles(collection int64, s *segment.Segment, in *storagev
 		} else {
 			start := len(d.text)
 			d.text = appendNative(append(d.text, d.prefix...), f)
-			if len(d.text)-start > object.MaxKeyBytes { // of a kind that is as long
+			if len(d.text)-start > object.MaxKeyBytes { // of an oversized kind
 				return nil, fmt.Errorf("file %d: damaged path", i)
 			}
 		}
 		d.ends[i] = len(d.text)
 	}
-	text, from := string(d.text), 2*len(in.GetEtag16())
+	d.assignText(len(in.GetEtag16()) > 0, 2*len(in.GetEtag16()))
+	return d.files, nil
+}
+
+// checkColumns returns an error unless all columns of in have n files or none.
+func checkColumns(in *storagev1.Files, n int) error {
+	// The column of kinds is never omitted, so a wrong count allocates no memory.
+	if n != len(in.GetKind()) {
+		return fmt.Errorf("%d files, %d kinds", n, len(in.GetKind()))
+	}
+	for _, length := range []int{
+		len(in.GetRoot()), len(in.GetPathShared()), len(in.GetSize()), len(in.GetEtag()), len(in.GetChecksumType()),
+		len(in.GetMinTimestamp()), len(in.GetTimestampSpan()), len(in.GetEntries()), len(in.GetField()), len(in.GetLogId()),
+	} {
+		if length != 0 && length != n {
+			return fmt.Errorf("%d files, a column of %d", n, length)
+		}
+	}
+	if len(in.GetEtag16()) != 0 && len(in.GetEtag16()) != 16*n {
+		return fmt.Errorf("%d files, %d bytes of etags", n, len(in.GetEtag16()))
+	}
+	return nil
+}
+
+// assignText sets ETags and native paths to parts of one string: 32 digits for each file
+// if hasETags, then from the offset from on the paths, each up to its end.
+func (d *Decoder) assignText(hasETags bool, from int) {
+	text := string(d.text)
 	for i, end := range d.ends {
-		if len(in.GetEtag16()) > 0 {
+		if hasETags {
 			d.files[i].ETag = text[32*i : 32*i+32]
 		}
 		if end > from {
 			d.files[i].Path, from = text[from:end], end
 		}
 	}
-	return d.files, nil
 }

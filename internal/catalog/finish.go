@@ -11,33 +11,35 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// What follows ends what was dropped: a drop is one change of state, and the
-// rest comes here, in steps that can be repeated. No leader is needed: every
-// premise is compared, and that the metadata store has not gone back in time.
+// The functions below complete drops: a drop only changes a state, and the removal of
+// the content follows here, in repeatable steps. No leader is needed: the transactions
+// compare every precondition, and that the metadata store was not rolled back.
 
-// Part names a partition or an index.
-type Part struct {
+// Child names a partition or an index.
+type Child struct {
 	Collection, ID int64
 	Name           string
 	Index          bool // it is an index, else a partition
 }
 
-func (p Part) String() string {
+func (p Child) String() string {
 	if p.Index {
 		return fmt.Sprintf("index %s (%d) of collection %d", p.Name, p.ID, p.Collection)
 	}
 	return fmt.Sprintf("partition %s (%d) of collection %d", p.Name, p.ID, p.Collection)
 }
 
-// DroppedParts returns the partitions and indexes that were dropped and are not
-// finished, of one collection, or of all when that is 0. Records that cannot be
-// read are left out, and unreadable has their errors.
-func (c *Catalog) DroppedParts(ctx context.Context, collection int64) (parts []Part, unreadable []error, err error) {
-	partitions, indexes := keys.AllPartsPrefix, keys.AllIndexesPrefix
+// DroppedChildren returns the DROPPING partitions and indexes of one collection, or of all
+// when collection is 0. It omits unreadable records, and returns their errors in
+// unreadable.
+func (c *Catalog) DroppedChildren(
+	ctx context.Context, collection int64,
+) (children []Child, unreadable []error, err error) {
+	partitions, indexes := keys.AllPartitionsPrefix, keys.AllIndexesPrefix
 	if collection > 0 {
 		partitions, indexes = keys.PartitionPrefix(collection), keys.IndexPrefix(collection)
 	}
-	scan := func(prefix string, decode func(meta.KeyValue) (Part, State, error)) error {
+	scan := func(prefix string, decode func(meta.KeyValue) (Child, State, error)) error {
 		from, to := meta.Prefix(prefix)
 		_, err := c.kv.Scan(ctx, from, to, 0, func(batch []meta.KeyValue) error {
 			for _, kv := range batch {
@@ -49,35 +51,34 @@ func (c *Catalog) DroppedParts(ctx context.Context, collection int64) (parts []P
 				case err != nil:
 					unreadable = append(unreadable, err)
 				case state == Dropping:
-					parts = append(parts, p)
+					children = append(children, p)
 				}
 			}
 			return nil
 		})
 		return err
 	}
-	err = scan(partitions, func(kv meta.KeyValue) (Part, State, error) {
+	err = scan(partitions, func(kv meta.KeyValue) (Child, State, error) {
 		p, err := decodePartition(kv)
-		return Part{ID: p.ID, Name: p.Name}, p.State, err
+		return Child{ID: p.ID, Name: p.Name}, p.State, err
 	})
 	if err == nil {
-		err = scan(indexes, func(kv meta.KeyValue) (Part, State, error) {
+		err = scan(indexes, func(kv meta.KeyValue) (Child, State, error) {
 			x, err := decodeIndex(kv)
-			return Part{ID: x.ID, Name: x.Name, Index: true}, x.State, err
+			return Child{ID: x.ID, Name: x.Name, Index: true}, x.State, err
 		})
 	}
 	if err != nil {
-		return nil, nil, fmt.Errorf("look for dropped partitions and indexes: %w", err)
+		return nil, nil, fmt.Errorf("find dropped partitions and indexes: %w", err)
 	}
-	return parts, unreadable, nil
+	return children, unreadable, nil
 }
 
-// FinishPart drops what is left of a dropped partition or index, its segments or
-// builds, and then removes its record. It returns how many units that made. The
-// collection must be ACTIVE.
-func (c *Catalog) FinishPart(ctx context.Context, p Part) (units int, err error) {
-	// No segment and no build can join it any more: what a read from now on does
-	// not show will not come.
+// FinishChild drops the segments of a DROPPING partition or the builds of a DROPPING
+// index, and then removes its record. It returns the number of new units. The collection
+// must be ACTIVE.
+func (c *Catalog) FinishChild(ctx context.Context, p Child) (units int, err error) {
+	// The drop excludes new segments and builds: a read from now on shows all of them.
 	key := keys.Partition(p.Collection, p.ID)
 	if p.Index {
 		key = keys.Index(p.Collection, p.ID)
@@ -88,15 +89,15 @@ func (c *Catalog) FinishPart(ctx context.Context, p Part) (units int, err error)
 	}
 	var drop []int64
 	var update []Update
-	flush := func(least int) error {
-		if n := len(drop); n > 0 && n >= least {
-			dropped, err := c.dropThese(ctx, p.Collection, drop)
+	flush := func(minimum int) error {
+		if n := len(drop); n > 0 && n >= minimum {
+			dropped, err := c.dropExisting(ctx, p.Collection, drop)
 			if err != nil {
 				return err
 			}
 			units, drop = units+dropped, drop[:0]
 		}
-		if n := len(update); n > 0 && n >= least {
+		if n := len(update); n > 0 && n >= minimum {
 			if err := c.removeBuilds(ctx, p.Collection, update); err != nil {
 				return err
 			}
@@ -119,7 +120,7 @@ func (c *Catalog) FinishPart(ctx context.Context, p Part) (units int, err error)
 				}
 			}
 		}
-		return flush(MaxSwap)
+		return flush(MaxSegmentChange)
 	})
 	if err == nil {
 		err = flush(1)
@@ -129,7 +130,7 @@ func (c *Catalog) FinishPart(ctx context.Context, p Part) (units int, err error)
 	}
 	_, err = c.kv.Txn(ctx, meta.Txn{
 		Name: "collect.part",
-		If:   []meta.Cond{meta.Unchanged(key, kv.ModRevision), meta.Absent(keys.Behind)},
+		If:   []meta.Cond{meta.Unchanged(key, kv.ModRevision), meta.Absent(keys.RolledBack)},
 		Then: []meta.Op{meta.Delete(key)},
 	})
 	if err != nil {
@@ -138,45 +139,45 @@ func (c *Catalog) FinishPart(ctx context.Context, p Part) (units int, err error)
 	return units, nil
 }
 
-// dropThese drops segments, less those that somebody else has dropped and that
-// are reclaimed already.
-func (c *Catalog) dropThese(ctx context.Context, collection int64, ids []int64) (int, error) {
+// dropExisting drops segments, without those that were dropped and reclaimed already.
+func (c *Catalog) dropExisting(ctx context.Context, collection int64, ids []int64) (int, error) {
 	n, err := c.DropSegments(ctx, Ref{ID: collection}, ids)
 	switch {
-	case !errors.Is(err, ErrSegmentNotFound): // which comes before anything is written
+	case !errors.Is(err, ErrSegmentNotFound): // nothing was written then
 		return n, err
 	case len(ids) == 1:
 		return 0, nil
 	}
-	first, err := c.dropThese(ctx, collection, ids[:len(ids)/2])
+	first, err := c.dropExisting(ctx, collection, ids[:len(ids)/2])
 	if err != nil {
 		return first, err
 	}
-	second, err := c.dropThese(ctx, collection, ids[len(ids)/2:])
+	second, err := c.dropExisting(ctx, collection, ids[len(ids)/2:])
 	return first + second, err
 }
 
-// removeBuilds takes index builds from their segments, as many in one step as
-// fit. What was gone before is no error.
+// removeBuilds removes index builds from their segments, as many in one transaction as
+// fit. Missing ones are no error.
 func (c *Catalog) removeBuilds(ctx context.Context, collection int64, updates []Update) error {
 	if len(updates) == 0 {
 		return nil
 	}
-	_, err := c.Change(ctx, request.Token{}, Ref{ID: collection}, Swap{Update: updates[:min(len(updates), MaxSwap)]})
+	n := min(len(updates), MaxSegmentChange)
+	_, err := c.Change(ctx, request.Token{}, Ref{ID: collection}, SegmentChange{Update: updates[:n]})
 	switch {
 	case err == nil:
-		return c.removeBuilds(ctx, collection, updates[min(len(updates), MaxSwap):])
+		return c.removeBuilds(ctx, collection, updates[n:])
 	case len(updates) == 1 && (errors.Is(err, ErrSegmentNotFound) || errors.Is(err, ErrIndexNotFound)):
 		return nil
 	case len(updates) == 1 && errors.Is(err, ErrPartitionNotFound):
-		// Its partition was dropped as well, for good: the segment goes as a whole,
-		// its builds with it, as when the partition is finished.
-		_, err := c.dropThese(ctx, collection, []int64{updates[0].Segment})
+		// The partition was dropped as well: drop the whole segment with its builds, as
+		// FinishChild does for the partition.
+		_, err := c.dropExisting(ctx, collection, []int64{updates[0].Segment})
 		return err
 	case len(updates) == 1:
 		return err
-	case errors.Is(err, ErrTooLarge), errors.Is(err, meta.ErrTooLarge), errors.Is(err, ErrSegmentNotFound), errors.Is(err, ErrIndexNotFound),
-		errors.Is(err, ErrPartitionNotFound):
+	case errors.Is(err, ErrTooLarge), errors.Is(err, meta.ErrTooLarge), errors.Is(err, ErrSegmentNotFound),
+		errors.Is(err, ErrIndexNotFound), errors.Is(err, ErrPartitionNotFound):
 		if err := c.removeBuilds(ctx, collection, updates[:len(updates)/2]); err != nil {
 			return err
 		}
@@ -185,13 +186,13 @@ func (c *Catalog) removeBuilds(ctx context.Context, collection int64, updates []
 	return err
 }
 
-// FinishCollection removes the record of a dropped collection, and all that is
-// left under it, when none of its segments, units and tombstones are left, and no
-// snapshot of it is being created. It says whether it did.
+// FinishCollection removes the record of a DROPPING collection and its remaining keys,
+// once it has no segments, units, tombstones and pending creates. It reports whether it
+// did.
 func (c *Catalog) FinishCollection(ctx context.Context, col *Collection) (bool, error) {
 	txn := meta.Txn{
 		Name: "collect.collection",
-		If:   []meta.Cond{meta.Unchanged(keys.Collection(col.ID), col.Revision), meta.Absent(keys.Behind)},
+		If:   []meta.Cond{meta.Unchanged(keys.Collection(col.ID), col.Revision), meta.Absent(keys.RolledBack)},
 		Then: append(append(ContentRanges(col.ID), ReleaseRoots(col.ID, col.Roots)...),
 			meta.DeleteRange(meta.Prefix(keys.AllReplacedPrefix(col.ID))),
 			meta.Delete(keys.Generation(col.ID)), meta.Delete(keys.Collection(col.ID))),
@@ -200,7 +201,7 @@ func (c *Catalog) FinishCollection(ctx context.Context, col *Collection) (bool, 
 		return false, fmt.Errorf("%w: %s is not dropped", ErrCollectionNotActive, col)
 	}
 	for _, prefix := range []string{
-		keys.SegmentPrefix(col.ID), keys.UnitPrefix(col.ID), keys.TombPrefix(col.ID), keys.PendingPrefix(col.ID),
+		keys.SegmentPrefix(col.ID), keys.UnitPrefix(col.ID), keys.TombstonePrefix(col.ID), keys.PendingPrefix(col.ID),
 	} {
 		txn.If = append(txn.If, meta.RangeAbsent(meta.Prefix(prefix)))
 	}

@@ -15,27 +15,27 @@ import (
 
 // # Ids that are gone
 //
-// An id whose last record goes is gone, for good: a late repeat of its
-// registration, whose files are deleted by then, is refused with ErrIDUsed. Gone
-// ids are kept as merged ranges, those of each 4096 ids in one record, also of ids
-// of reserved ranges. Ids may be registered in any order, so that an id between
-// gone ones may still be.
+// An id whose last record is removed is gone for good: a late repeat of its
+// registration, whose files are deleted by then, fails with ErrIDUsed. Gone ids,
+// those of reserved ranges included, are stored as merged ranges, one record for
+// each 4096 ids. Ids may be registered in any order, so an id between gone ones may
+// still be unused.
 //
 //	confirm   compares: the block as read. Puts: the block with the ids, in the
 //	          transaction that removes the tombstone and the claims
 //	register  compares: the blocks of its ids as read, none of which has one of them
-//	roll back the ids of a restore are claimed as a range until its record goes; by
-//	          then all of them are gone
-//	close     in a block of more than a bound of ranges, whose last id went longer
-//	          ago than the age: the gaps between its gone ids are gone as well. Never
-//	          an id above the highest that is gone, or below the lowest
+//	roll back the ids of a restore are claimed as a range until its record is removed;
+//	          by then all of them are gone
+//	close     in a block with more than MaxGoneRanges ranges, unchanged for GoneGapAge:
+//	          the gaps between its gone ids become gone. Never an id above the highest
+//	          gone one, or below the lowest
 //
 // # Failures
 //
 //	two at once       one of them finds the block changed and reads it again
-//	no answer         as of the transaction that it is part of
-//	a closed gap has  the replica drops its stock and takes fresh ids, when it next
-//	ids of a stock    needs one for files that a segment loses
+//	no answer         as for the enclosing transaction
+//	a closed gap has  the replica drops its stock and allocates new ids, when it next
+//	ids of a stock    needs one for removed files
 
 const (
 	goneBits  = 12 // a block has 4096 ids
@@ -50,15 +50,15 @@ const (
 
 func blockOf(id int64) int64 { return id >> goneBits }
 
-// span is the ids from to to within a block, both included.
+// span is the range of ids from..to within a block, both included.
 type span struct{ from, to int64 }
 
-// block is which ids of a block are gone.
+// block holds the gone ids of one block.
 type block struct {
 	number int64
-	spans  []span // ascending, with at least one id between two
+	spans  []span // ascending, at least one id apart
 	change time.Time
-	// revision is that of its record; 0: there is none.
+	// revision is the revision of its record; 0: no record.
 	revision int64
 }
 
@@ -71,14 +71,14 @@ func decodeBlock(number int64, kvs []meta.KeyValue) (*block, error) {
 		}
 		ranges := rec.GetRanges()
 		if len(ranges)%2 != 0 {
-			return nil, fmt.Errorf("%w at %s: %d numbers, which are no ranges", record.ErrUnreadable, kv.Key, len(ranges))
+			return nil, fmt.Errorf("%w at %s: odd number %d of range bounds", record.ErrUnreadable, kv.Key, len(ranges))
 		}
 		next := number << goneBits
 		for i := 0; i < len(ranges); i += 2 {
 			from := next + int64(ranges[i])
 			next = from + int64(ranges[i+1])
 			if next > (number+1)<<goneBits || next <= from {
-				return nil, fmt.Errorf("%w at %s: a range that ends beyond the block", record.ErrUnreadable, kv.Key)
+				return nil, fmt.Errorf("%w at %s: range beyond the end of the block", record.ErrUnreadable, kv.Key)
 			}
 			b.spans = append(b.spans, span{from, next - 1})
 		}
@@ -97,7 +97,7 @@ func (b *block) encode() []byte {
 	return record.Encode(rec)
 }
 
-// unchanged is the compare that the block is as it was read.
+// unchanged returns the compare that the block's record is as read.
 func (b *block) unchanged() meta.Cond {
 	if b.revision == 0 {
 		return meta.Absent(keys.Gone(b.number))
@@ -105,7 +105,7 @@ func (b *block) unchanged() meta.Cond {
 	return meta.Unchanged(keys.Gone(b.number), b.revision)
 }
 
-// has says whether an id is gone.
+// has reports whether an id is gone.
 func (b *block) has(id int64) bool {
 	_, found := slices.BinarySearchFunc(b.spans, id, func(s span, id int64) int {
 		switch {
@@ -119,7 +119,7 @@ func (b *block) has(id int64) bool {
 	return found
 }
 
-// add makes the ids from to to gone.
+// add makes the ids from..to gone.
 func (b *block) add(from, to int64) {
 	merged := make([]span, 0, len(b.spans)+1)
 	added := span{from, to}
@@ -137,15 +137,15 @@ func (b *block) add(from, to int64) {
 	b.spans = append(merged, added)
 }
 
-// close closes the gaps between the ids that are gone when there are more than
-// limit ranges, and the last id went age before now or earlier.
+// close closes the gaps between the gone ids when there are more than limit ranges and the
+// last change is at least age before now.
 func (b *block) close(limit int, age time.Duration, now time.Time) {
 	if len(b.spans) > limit && !b.change.IsZero() && now.Sub(b.change) >= age {
 		b.spans = []span{{b.spans[0].from, b.spans[len(b.spans)-1].to}}
 	}
 }
 
-// readBlocks reads the blocks of ids, by their numbers.
+// readBlocks returns the blocks of ids by number.
 func (c *Catalog) readBlocks(ctx context.Context, ids []int64) (map[int64]*block, error) {
 	blocks := map[int64]*block{}
 	for _, id := range ids {
@@ -158,7 +158,7 @@ func (c *Catalog) readBlocks(ctx context.Context, ids []int64) (map[int64]*block
 		}
 		res, err := c.kv.Txn(ctx, meta.Txn{Then: gets})
 		if err != nil {
-			return nil, fmt.Errorf("read which ids are gone: %w", err)
+			return nil, fmt.Errorf("read gone ids: %w", err)
 		}
 		for i, number := range part {
 			if blocks[number], err = decodeBlock(number, res.Ranges[i]); err != nil {
@@ -169,7 +169,7 @@ func (c *Catalog) readBlocks(ctx context.Context, ids []int64) (map[int64]*block
 	return blocks, nil
 }
 
-// Gone returns those of ids that are gone.
+// Gone returns the gone ids among ids.
 func (c *Catalog) Gone(ctx context.Context, ids []int64) (map[int64]bool, error) {
 	gone := map[int64]bool{}
 	if len(ids) == 0 {
@@ -187,8 +187,8 @@ func (c *Catalog) Gone(ctx context.Context, ids []int64) (map[int64]bool, error)
 	return gone, nil
 }
 
-// notGone looks whether one of ids is gone, and returns the compares that none has
-// gone since.
+// notGone returns ErrIDUsed when one of ids is gone, else the compares that none has gone
+// since.
 func (c *Catalog) notGone(ctx context.Context, ids []int64) ([]meta.Cond, error) {
 	blocks, err := c.readBlocks(ctx, ids)
 	if err != nil {
@@ -196,7 +196,7 @@ func (c *Catalog) notGone(ctx context.Context, ids []int64) ([]meta.Cond, error)
 	}
 	for _, id := range ids {
 		if blocks[blockOf(id)].has(id) {
-			return nil, fmt.Errorf("%w: %d stood for something whose files are deleted; get new ids from AllocateIds", ErrIDUsed, id)
+			return nil, fmt.Errorf("%w: the files of %d are deleted; allocate ids with AllocateIds", ErrIDUsed, id)
 		}
 	}
 	var conds []meta.Cond
@@ -206,14 +206,14 @@ func (c *Catalog) notGone(ctx context.Context, ids []int64) ([]meta.Cond, error)
 	return conds, nil
 }
 
-// goneOps returns what a transaction compares and writes that makes ids gone.
+// goneOps returns the compares and writes that make ids gone.
 func (c *Catalog) goneOps(ctx context.Context, ids []int64) (conds []meta.Cond, ops []meta.Op, err error) {
 	blocks, err := c.readBlocks(ctx, ids)
 	if err != nil {
 		return nil, nil, err
 	}
 	now, err := c.stamp(ctx)
-	if err != nil { // nothing is closed by a clock that cannot be trusted
+	if err != nil { // without a trusted time no gap is closed
 		now = c.now()
 	} else {
 		for _, b := range blocks {
@@ -231,10 +231,12 @@ func (c *Catalog) goneOps(ctx context.Context, ids []int64) (conds []meta.Cond, 
 	return conds, ops, nil
 }
 
-// GoneRange calls write with what makes all ids of a range gone, in steps of one
-// transaction each. A step that changed nothing, for its compares did not hold, is
-// an error of write, and a repeat begins again: what is gone stays so.
-func (c *Catalog) GoneRange(ctx context.Context, first, count int64, write func([]meta.Cond, []meta.Op) error) error {
+// GoneRange calls write with the compares and writes that make all ids of a range gone, in
+// one transaction per call. write returns an error when its compares fail, which ends
+// GoneRange; a repeat starts again, for gone ids stay gone.
+func (c *Catalog) GoneRange(
+	ctx context.Context, first, count int64, write func([]meta.Cond, []meta.Op) error,
+) error {
 	for from, end := first, first+count; from < end; {
 		var numbers []int64
 		for id := from; id < end && len(numbers) < meta.MaxTxnOps/2; id = (blockOf(id) + 1) << goneBits {
@@ -261,9 +263,9 @@ func (c *Catalog) GoneRange(ctx context.Context, first, count int64, write func(
 	return nil
 }
 
-// Release returns what a transaction compares and writes that removes the
-// tombstones of units, the last records of their ids: the claims go, and the ids
-// are gone. [ReleaseSize] says how much that is.
+// Release returns the compares and writes for a transaction that removes the tombstones of
+// units, the last records of their ids: the claims are deleted and the ids gone.
+// [ReleaseSize] returns their number.
 func (c *Catalog) Release(ctx context.Context, units []*Unit) (conds []meta.Cond, ops []meta.Op, err error) {
 	var ids []int64
 	for _, u := range units {
@@ -276,9 +278,9 @@ func (c *Catalog) Release(ctx context.Context, units []*Unit) (conds []meta.Cond
 	return conds, append(ops, gone...), err
 }
 
-// Parts splits a unit that one transaction cannot release: its index builds, each as
-// a unit of its own, and the unit without them, which is released last.
-func (u *Unit) Parts() (builds []*Unit, rest *Unit) {
+// Split splits a unit that is too large to release in one transaction into its index
+// builds, a unit each, and the unit without them, which is released last.
+func (u *Unit) Split() (builds []*Unit, rest *Unit) {
 	for i := range u.Segment.Builds {
 		part := &Unit{ID: u.Segment.Builds[i].ID, Collection: u.Collection, Kind: UnitBuild}
 		part.Segment.ID, part.Segment.Disputed = u.Segment.ID, u.Segment.Disputed
@@ -289,7 +291,8 @@ func (u *Unit) Parts() (builds []*Unit, rest *Unit) {
 	return builds, &last
 }
 
-// ReleaseSize is how many compares and operations Release returns for units.
+// ReleaseSize returns the number of compares and operations that Release returns for
+// units.
 func ReleaseSize(units []*Unit) (conds, ops int) {
 	blocks := map[int64]bool{}
 	for _, u := range units {

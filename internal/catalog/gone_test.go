@@ -113,7 +113,7 @@ func TestStockInAClosedGap(t *testing.T) {
 	id := after.First + 8
 	s := r.add(t, id)[0]
 	taken := catalog.FilePath{Root: s.Files[0].Root, Path: s.Files[0].Path}
-	if err := r.change(t.Context(), catalog.Swap{Update: []catalog.Update{{Segment: id, RemoveFiles: []catalog.FilePath{taken}}}}); err != nil {
+	if err := r.change(t.Context(), catalog.SegmentChange{Update: []catalog.Update{{Segment: id, RemoveFiles: []catalog.FilePath{taken}}}}); err != nil {
 		t.Fatal(err)
 	}
 	units := unitIDs(r.units(t))
@@ -173,7 +173,7 @@ func TestLateRepeat(t *testing.T) {
 			return err
 		})
 		r.refused(t, fmt.Sprint("output ", id), catalog.ErrIDUsed, func() error {
-			return r.change(t.Context(), catalog.Swap{Add: r.segments([]int64{id})})
+			return r.change(t.Context(), catalog.SegmentChange{Add: r.segments([]int64{id})})
 		})
 	}
 	r.add(t, ids[9])

@@ -17,14 +17,14 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// MaxAllocate is the most ids that one call hands out.
+// MaxAllocate is the maximum number of ids per call.
 const MaxAllocate = 1_000_000
 
-// stockSize is how many ids a replica takes at a time for its own use. A
-// restart loses what is left; there are enough.
+// stockSize is the number of ids that a replica allocates at a time for its own use. A
+// restart loses the rest.
 const stockSize = 64
 
-// IDRange is the ids First to First+Count-1.
+// IDRange holds the ids First to First+Count-1.
 type IDRange struct {
 	First, Count int64
 }
@@ -33,44 +33,43 @@ func (r IDRange) last() int64             { return r.First + r.Count - 1 }
 func (r IDRange) overlaps(o IDRange) bool { return r.First <= o.last() && o.First <= r.last() }
 
 // Ids come from one record, which each replica changes in transactions that compare
-// it. The callers of a replica that wait at the same time share one:
+// it. Concurrent calls of a replica share one transaction:
 //
-//	wait      a call puts its demand into the queue
-//	lead      the call that gets the turn takes all demands from the queue, reads
-//	          the record, and writes it once with a range for each; callers that
-//	          come meanwhile wait for the next turn
-//	answer    each call of the batch has its range; a request token is then written
-//	          with it, in a transaction of the call's own
+//	wait      a call appends its demand to the queue
+//	lead      the call that gets the lead token takes all demands from the queue, reads
+//	          the record, and writes it once with a range for each; later calls wait
+//	          for the next turn
+//	answer    each call of the batch has its range, and writes its request token with
+//	          it in a transaction of the call
 //
-// So a replica has one transaction of the record under way, however many call it,
-// and only other replicas conflict with it. A conflict is no error: the leader tries
-// again for as long as its call lasts.
+// So a replica has one transaction of the record in flight, whatever the number of
+// calls, and only other replicas conflict with it. A conflict is no error: the leading
+// call tries again until its context ends.
 //
-//	others changed the record   read again, pause a little, and try again; demands
-//	                            that have come since join
-//	the leader's call ends      the demands go back into the queue, and another of
-//	                            them leads; ids may be lost
-//	no answer                   an error for the whole batch; ids may be lost
-//	a waiting call ends         its demand leaves the queue, or its ids are lost
-//	the token is there          another call with it was first; ids are lost
+//	a replica changed the record  pause, read again, and try again; new demands join
+//	the leading call ends         the demands return to the queue, and another of
+//	                              them leads; ids may be lost
+//	no answer                     an error for the whole batch; ids may be lost
+//	a waiting call ends           its demand leaves the queue, or its ids are lost
+//	the token exists              a concurrent call used it; ids are lost
 
-// allocator keeps the replica's stock of ids.
+// allocator allocates ids, and holds the replica's stock.
 type allocator struct {
 	kv    meta.KV
-	raise func(ctx context.Context, to int64) error // the ceiling; nil: there is none
+	raise func(ctx context.Context, to int64) error // raises the id limit; nil: no limit
 	// pause waits between attempts.
 	pause func(ctx context.Context, attempt int) error
-	turn  chan struct{} // holds one token; who has it may touch stock
+	turn  chan struct{} // holds one token, which guards stock
 	stock IDRange
-	mark  atomic.Int64 // every id below it was handed out; grows only
+	mark  atomic.Int64 // every id below it is allocated; only grows
 
-	lead  chan struct{} // holds one token; who has it changes the record
+	lead  chan struct{} // holds one token; its holder changes the record
 	mu    sync.Mutex
 	queue []*demand
 }
 
-// demand is a call that waits for ids. The leader sets what comes after done, and
-// then closes done.
+// demand is a call that waits for ids. The leading call sets got and err, and then closes
+// done.
 type demand struct {
 	count int64
 	done  chan struct{}
@@ -78,18 +77,19 @@ type demand struct {
 	err   error
 }
 
-// maxBatch is the most ids that one transaction takes for several calls.
+// maxBatch is the maximum number of ids that one transaction allocates for several calls.
 const maxBatch = 16 * MaxAllocate
 
-func newAllocator(kv meta.KV, raise func(ctx context.Context, to int64) error, pause func(context.Context, int) error) *allocator {
+func newAllocator(
+	kv meta.KV, raise func(ctx context.Context, to int64) error, pause func(context.Context, int) error,
+) *allocator {
 	a := &allocator{kv: kv, raise: raise, pause: pause, turn: make(chan struct{}, 1), lead: make(chan struct{}, 1)}
 	a.turn <- struct{}{}
 	a.lead <- struct{}{}
 	return a
 }
 
-// take decides what handing out count ids makes of rec, which it changes: the
-// lowest free range that is long enough.
+// take allocates count ids in rec: the lowest free range of that length.
 func take(rec *storagev1.Allocator, count int64) (IDRange, error) {
 	first := max(rec.GetNext(), 1)
 	for _, r := range rec.GetReserved() {
@@ -99,32 +99,32 @@ func take(rec *storagev1.Allocator, count int64) (IDRange, error) {
 		}
 	}
 	if first <= 0 || first > math.MaxInt64-count {
-		return IDRange{}, fmt.Errorf("%w: the ids are used up", ErrLimitExceeded)
+		return IDRange{}, fmt.Errorf("%w: no ids left", ErrLimitExceeded)
 	}
 	rec.Next = first + count
 	return IDRange{first, count}, nil
 }
 
-// allocation is the allocator's record as it was read.
+// allocation is the allocator's record as read.
 type allocation struct {
 	rec *storagev1.Allocator
-	// unchanged holds while the record is as it was read, and the metadata store
-	// is not known to have gone back in time.
-	unchanged []meta.Cond
-	behind    error // an epoch.ErrRolledBack when it has
+	// unchanged compares that the record is as read, and that no rollback of the
+	// metadata store is recorded.
+	unchanged  []meta.Cond
+	rolledBack error // an epoch.ErrRolledBack after a rollback
 }
 
-// read returns the allocator's record, and remembers its mark.
+// read returns the allocator's record, and raises the mark to it.
 func (a *allocator) read(ctx context.Context) (allocation, error) {
 	known := a.mark.Load() // before the read, which is not older
-	res, err := a.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Get(keys.IDs), meta.Get(keys.Behind)}})
+	res, err := a.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Get(keys.IDs), meta.Get(keys.RolledBack)}})
 	if err != nil {
 		return allocation{}, fmt.Errorf("read the id allocator: %w", err)
 	}
 	got := allocation{
-		rec:       &storagev1.Allocator{Format: record.Format, Next: 1},
-		unchanged: []meta.Cond{meta.Absent(keys.IDs), meta.Absent(keys.Behind)},
-		behind:    epoch.Blocked(res.Ranges[1]),
+		rec:        &storagev1.Allocator{Format: record.Format, Next: 1},
+		unchanged:  []meta.Cond{meta.Absent(keys.IDs), meta.Absent(keys.RolledBack)},
+		rolledBack: epoch.Blocked(res.Ranges[1]),
 	}
 	for _, kv := range res.Ranges[0] {
 		if err := record.Decode(kv, got.rec); err != nil {
@@ -132,11 +132,12 @@ func (a *allocator) read(ctx context.Context) (allocation, error) {
 		}
 		got.unchanged[0] = meta.Unchanged(keys.IDs, kv.ModRevision)
 	}
-	if next := got.rec.GetNext(); next < known && got.behind == nil {
-		got.behind = fmt.Errorf("%w: ids up to %d were handed out, and it says up to %d; nothing is allocated until `snapshotctl recover`",
+	if next := got.rec.GetNext(); next < known && got.rolledBack == nil {
+		got.rolledBack = fmt.Errorf("%w: ids up to %d are allocated, its record ends at %d; "+
+			"run `snapshotctl recover` to allocate ids again",
 			epoch.ErrRolledBack, known-1, next-1)
 	}
-	for { // another reader may have seen a newer one
+	for { // a concurrent read may have seen a newer record
 		old := a.mark.Load()
 		if got.rec.GetNext() <= old || a.mark.CompareAndSwap(old, got.rec.GetNext()) {
 			return got, nil
@@ -144,15 +145,15 @@ func (a *allocator) read(ctx context.Context) (allocation, error) {
 	}
 }
 
-// allocate hands out count ids. It is an epoch.ErrRolledBack while the metadata store
-// is behind the object store.
+// allocate allocates count ids. It fails with epoch.ErrRolledBack after a rollback of
+// the metadata store.
 func (a *allocator) allocate(ctx context.Context, count int64) (IDRange, error) {
 	d := &demand{count: count, done: make(chan struct{})}
 	a.mu.Lock()
 	a.queue = append(a.queue, d)
 	a.mu.Unlock()
 	for {
-		select { // first, so that a call that was served does not lead
+		select { // first, so that a call with an answer does not lead
 		case <-d.done:
 			return d.got, d.err
 		default:
@@ -171,7 +172,7 @@ func (a *allocator) allocate(ctx context.Context, count int64) (IDRange, error) 
 	}
 }
 
-// join returns batch with the demands that wait, as many as fit.
+// join moves waiting demands from the queue to batch, as many as fit.
 func (a *allocator) join(batch []*demand) []*demand {
 	var sum int64
 	for _, d := range batch {
@@ -189,8 +190,8 @@ func (a *allocator) join(batch []*demand) []*demand {
 	return batch
 }
 
-// serve answers the demands that wait, one batch of them. When ctx ends first they
-// wait on.
+// serve answers one batch of waiting demands, or returns them to the queue when ctx ends
+// first.
 func (a *allocator) serve(ctx context.Context) {
 	var batch []*demand
 	for attempt := 0; ; attempt++ {
@@ -220,15 +221,15 @@ func (a *allocator) serve(ctx context.Context) {
 	}
 }
 
-// try makes one attempt at ranges for all of batch. It is not done when others
+// try makes one attempt to allocate the ranges of batch. done is false when a replica
 // changed the record meanwhile.
 func (a *allocator) try(ctx context.Context, batch []*demand) (done bool, err error) {
 	s, err := a.read(ctx)
 	if err != nil {
 		return false, err
 	}
-	if s.behind != nil {
-		return false, s.behind
+	if s.rolledBack != nil {
+		return false, s.rolledBack
 	}
 	some := false
 	for _, d := range batch {
@@ -251,8 +252,8 @@ func (a *allocator) try(ctx context.Context, batch []*demand) (done bool, err er
 	return res.Succeeded, nil
 }
 
-// AllocateIDs hands out count ids that nobody else gets. It is an epoch.ErrRolledBack
-// while the metadata store is behind the object store.
+// AllocateIDs allocates count ids for the caller. It fails with epoch.ErrRolledBack
+// after a rollback of the metadata store.
 func (c *Catalog) AllocateIDs(ctx context.Context, tok request.Token, count int64) (IDRange, error) {
 	if count < 1 || count > MaxAllocate {
 		return IDRange{}, invalid("count", "%d is not 1 to %d", count, MaxAllocate)
@@ -260,8 +261,8 @@ func (c *Catalog) AllocateIDs(ctx context.Context, tok request.Token, count int6
 	return c.allocate(ctx, tok, count)
 }
 
-// AllocateRange is [Catalog.AllocateIDs] for snapshotd's own use, with as many
-// ids as a snapshot may have.
+// AllocateRange is [Catalog.AllocateIDs] for snapshotd's own use, with count up to the
+// number of ids of a snapshot.
 func (c *Catalog) AllocateRange(ctx context.Context, count int64) (IDRange, error) {
 	return c.allocate(ctx, request.Token{}, count)
 }
@@ -269,7 +270,7 @@ func (c *Catalog) AllocateRange(ctx context.Context, count int64) (IDRange, erro
 func (c *Catalog) allocate(ctx context.Context, tok request.Token, count int64) (IDRange, error) {
 	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
 		got, err := c.ids.allocate(ctx, count)
-		return plan{id: got.First, txn: meta.Txn{Name: "catalog.allocate", If: []meta.Cond{meta.Absent(keys.Behind)}}}, err
+		return plan{id: got.First, txn: meta.Txn{Name: "catalog.allocate", If: []meta.Cond{meta.Absent(keys.RolledBack)}}}, err
 	})
 	if err != nil {
 		return IDRange{}, fmt.Errorf("allocate ids: %w", err)
@@ -277,7 +278,7 @@ func (c *Catalog) allocate(ctx context.Context, tok request.Token, count int64) 
 	return IDRange{out.id, count}, nil
 }
 
-// NextID hands out one id from the replica's stock.
+// NextID returns one id of the replica's stock.
 func (c *Catalog) NextID(ctx context.Context) (int64, error) {
 	a := c.ids
 	select {
@@ -299,8 +300,8 @@ func (c *Catalog) NextID(ctx context.Context) (int64, error) {
 	return id, nil
 }
 
-// ForgetStock drops the ids that the replica has in stock, since one of them turned
-// out to be in use. It waits for a NextID under way.
+// ForgetStock drops the replica's stock of ids, after one of them was found in use. It
+// waits for a concurrent NextID.
 func (c *Catalog) ForgetStock(ctx context.Context) {
 	select {
 	case <-ctx.Done():
@@ -310,10 +311,10 @@ func (c *Catalog) ForgetStock(ctx context.Context) {
 	}
 }
 
-// HandedOut says whether each of ids was handed out or lies in a reserved
-// range; if not it returns the first that does not. It reads the allocator only
-// when its memory of it does not settle the question.
-func (c *Catalog) HandedOut(ctx context.Context, ids ...int64) (missing int64, ok bool, err error) {
+// Allocated reports whether each of ids is allocated or in a reserved range; if not it
+// returns the first that is neither. It reads the allocator's record only for ids above
+// the mark.
+func (c *Catalog) Allocated(ctx context.Context, ids ...int64) (missing int64, ok bool, err error) {
 	mark := c.ids.mark.Load()
 	var rec *storagev1.Allocator
 	for _, id := range ids {
@@ -337,13 +338,13 @@ func (c *Catalog) HandedOut(ctx context.Context, ids ...int64) (missing int64, o
 	return 0, true, nil
 }
 
-// freshOrGiven returns id, checked, or a new one when id is 0.
-func (c *Catalog) freshOrGiven(ctx context.Context, what string, id int64) (int64, error) {
+// allocateOrCheck returns a new id when id is 0, else id when it is allocated.
+func (c *Catalog) allocateOrCheck(ctx context.Context, kind string, id int64) (int64, error) {
 	if id == 0 {
 		return c.NextID(ctx)
 	}
 	if id < 0 {
 		return 0, invalid("id", "%d is not positive", id)
 	}
-	return id, c.checkHandedOut(ctx, what, id)
+	return id, c.checkAllocated(ctx, kind, id)
 }

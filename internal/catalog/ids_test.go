@@ -21,7 +21,7 @@ func testIDs(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
 	c := open(kv)
 	for _, id := range []int64{-1, 0, 1, math.MaxInt64} {
-		if missing, ok, err := c.HandedOut(ctx, id); err != nil || ok || missing != id {
+		if missing, ok, err := c.Allocated(ctx, id); err != nil || ok || missing != id {
 			t.Errorf("%d was handed out before any was: %v, %d, %v", id, ok, missing, err)
 		}
 	}
@@ -62,9 +62,9 @@ func testIDs(t *testing.T, kv meta.KV) {
 	}
 	for _, replica := range []*catalog.Catalog{c, open(kv)} {
 		for id, want := range map[int64]bool{-1: false, 0: false, 1: true, 20: true, 21: false, 999: false, 1000: true, 1009: true, 1010: false} {
-			missing, ok, err := replica.HandedOut(ctx, 1, id)
+			missing, ok, err := replica.Allocated(ctx, 1, id)
 			if err != nil || ok != want || !ok && missing != id {
-				t.Errorf("HandedOut(%d) = %d, %v, %v; want %v", id, missing, ok, err, want)
+				t.Errorf("Allocated(%d) = %d, %v, %v; want %v", id, missing, ok, err, want)
 			}
 		}
 	}
@@ -184,8 +184,8 @@ func TestReserveAndRelease(t *testing.T) {
 		}
 	}
 	for id, want := range map[int64]bool{100_007: true, 100_008: true, 100_009: false, 101_000: false} {
-		if _, ok, err := open(kv).HandedOut(ctx, id); err != nil || ok != want {
-			t.Errorf("HandedOut(%d) = %v, %v; want %v", id, ok, err, want)
+		if _, ok, err := open(kv).Allocated(ctx, id); err != nil || ok != want {
+			t.Errorf("Allocated(%d) = %v, %v; want %v", id, ok, err, want)
 		}
 	}
 	if _, _, err := r.AddSegments(ctx, r.col.ID, r.segments([]int64{100_100})); !errors.Is(err, catalog.ErrIDNotAllocated) {

@@ -15,15 +15,14 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// DefaultDB is the database of names that give none, DefaultStore the store of
-// roots that give none.
+// DefaultDB is the database of names without one, DefaultStore the store of roots without
+// one.
 const (
 	DefaultDB    = "default"
 	DefaultStore = "default"
 )
 
-// State is where a collection, partition or index is in its life. Stored:
-// append only.
+// State is the state of a collection, partition or index. Stored: append only.
 type State int
 
 // The states of a collection. A partition or index is Active or Dropping, and
@@ -46,15 +45,15 @@ func (s State) String() string {
 	return "UNKNOWN"
 }
 
-// partState reads the state of a partition or index.
-func partState(stored uint32) State {
+// childState returns the state of a partition or index from its stored number.
+func childState(stored uint32) State {
 	if stored == 2 {
 		return Dropping
 	}
 	return Active
 }
 
-// Layout says where a restored file goes. Stored: append only.
+// Layout is the rule for the paths of restored files. Stored: append only.
 type Layout int
 
 // The layouts.
@@ -70,7 +69,7 @@ func (l Layout) String() string {
 	return "native"
 }
 
-// Ref points at a collection: by ID if that is positive, else by name.
+// Ref refers to a collection: by ID when positive, else by name.
 type Ref struct {
 	ID       int64
 	DB, Name string
@@ -83,7 +82,7 @@ func (r Ref) String() string {
 	return fmt.Sprintf("%d", r.ID)
 }
 
-// Root is a place in a configured object store.
+// Root is a prefix in a configured object store.
 type Root struct {
 	Store  string // alias
 	Prefix string // empty, or ends in "/"
@@ -102,18 +101,18 @@ type Field struct {
 	Attributes   map[string]string
 }
 
-// Schema is what rows look like: our own description and the engine's.
+// Schema describes the rows: the fields, and the engine's schema.
 type Schema struct {
 	Fields []Field
 	Format string // of Raw
-	Raw    []byte // the engine's own, byte for byte
+	Raw    []byte // the engine's schema, byte for byte
 }
 
 // Collection is a collection without its segments.
 type Collection struct {
 	ID          int64
 	DB          string
-	Name        string // also of one that is being dropped
+	Name        string // kept while DROPPING
 	State       State
 	Schema      Schema
 	Channels    []string // in shard order; empty: one implicit channel
@@ -123,15 +122,15 @@ type Collection struct {
 	Properties  map[string]string
 	Attributes  map[string]string
 	CreateTime  time.Time
-	Job         int64     // the restore job that makes it, while it is Restoring
-	DropTime    time.Time // zero: it was not dropped
-	Revision    int64     // changes with every change of the record, and when a partition or index is dropped
+	Job         int64     // its restore job, while Restoring
+	DropTime    time.Time // zero: not dropped
+	Revision    int64     // of the record; the drop of a partition or index changes it as well
 }
 
-// Shards is the number of channels, the implicit one counted.
+// Shards returns the number of channels, the implicit one included.
 func (c *Collection) Shards() int { return max(1, len(c.Channels)) }
 
-// Channel is the name of a shard's channel; empty for the implicit one.
+// Channel returns the name of a shard's channel; empty for the implicit one.
 func (c *Collection) Channel(shard int) string {
 	if shard < len(c.Channels) {
 		return c.Channels[shard]
@@ -162,25 +161,25 @@ type Index struct {
 	CreateTime  time.Time
 }
 
-// Checkpoint is up to where a channel's data is in files.
+// Checkpoint is the position of a channel before which all data is in files.
 type Checkpoint struct {
 	Shard    int
 	Channel  string
 	Position segment.Position
 }
 
-// ownPrefixes are what snapshotd keeps for itself in every store.
+// ownPrefixes are the prefixes that snapshotd reserves in every store.
 var ownPrefixes = []string{"snapshots/", "gc/", probe.Dir + "/"}
 
-// CheckObjectKey says whether a data plane's file may have this key: a valid
-// key that is not under snapshotd's own prefixes.
+// CheckObjectKey returns an error unless a file of the data plane may have the key: a valid
+// key outside of snapshotd's own prefixes.
 func CheckObjectKey(key string) error {
 	if err := object.CheckKey(key); err != nil {
 		return err
 	}
 	for _, own := range ownPrefixes {
 		if strings.HasPrefix(key, own) {
-			return fmt.Errorf("%w %q: %q is snapshotd's own", object.ErrInvalidKey, key, own)
+			return fmt.Errorf("%w %q: %q is reserved for snapshotd", object.ErrInvalidKey, key, own)
 		}
 	}
 	return nil
@@ -188,7 +187,7 @@ func CheckObjectKey(key string) error {
 
 func (c *Catalog) checkRoots(roots []Root) error {
 	if len(roots) == 0 || len(roots) > 16 {
-		return invalid("roots", "%d roots, 1 to 16 are possible", len(roots))
+		return invalid("roots", "%d roots, want 1 to 16", len(roots))
 	}
 	for i, r := range roots {
 		field := fmt.Sprintf("roots[%d]", i)
@@ -203,12 +202,13 @@ func (c *Catalog) checkRoots(roots []Root) error {
 		}
 		for _, own := range ownPrefixes {
 			if strings.HasPrefix(r.Prefix, own) {
-				return invalid(field+".prefix", "%q is snapshotd's own", own)
+				return invalid(field+".prefix", "%q is reserved for snapshotd", own)
 			}
 		}
 		for _, other := range roots[:i] {
-			if r.Store == other.Store && (strings.HasPrefix(r.Prefix, other.Prefix) || strings.HasPrefix(other.Prefix, r.Prefix)) {
-				return invalid(field+".prefix", "%q and %q lie inside each other", r.Prefix, other.Prefix)
+			nested := strings.HasPrefix(r.Prefix, other.Prefix) || strings.HasPrefix(other.Prefix, r.Prefix)
+			if r.Store == other.Store && nested {
+				return invalid(field+".prefix", "%q and %q are nested", r.Prefix, other.Prefix)
 			}
 		}
 	}
@@ -301,12 +301,12 @@ func collectionOf(id int64, rec *storagev1.Collection, revision int64) Collectio
 
 func encodePartition(p *Partition, op string) *storagev1.Partition {
 	return &storagev1.Partition{
-		Format: record.Format, Name: p.Name, State: storedPartState(p.State), Attributes: p.Attributes,
+		Format: record.Format, Name: p.Name, State: storedChildState(p.State), Attributes: p.Attributes,
 		CreateTime: p.CreateTime.UnixNano(), Op: op,
 	}
 }
 
-func storedPartState(s State) uint32 {
+func storedChildState(s State) uint32 {
 	if s == Dropping {
 		return 2
 	}
@@ -323,14 +323,14 @@ func decodePartition(kv meta.KeyValue) (Partition, error) {
 		return Partition{}, err
 	}
 	return Partition{
-		ID: id, Name: rec.GetName(), State: partState(rec.GetState()), Attributes: rec.GetAttributes(),
+		ID: id, Name: rec.GetName(), State: childState(rec.GetState()), Attributes: rec.GetAttributes(),
 		CreateTime: record.Time(rec.GetCreateTime()),
 	}, nil
 }
 
 func encodeIndex(x *Index, op string) *storagev1.Index {
 	return &storagev1.Index{
-		Format: record.Format, Name: x.Name, Field: x.Field, State: storedPartState(x.State), TypeParams: x.TypeParams,
+		Format: record.Format, Name: x.Name, Field: x.Field, State: storedChildState(x.State), TypeParams: x.TypeParams,
 		IndexParams: x.IndexParams, Attributes: x.Attributes, CreateTime: x.CreateTime.UnixNano(), Op: op,
 	}
 }
@@ -345,7 +345,8 @@ func decodeIndex(kv meta.KeyValue) (Index, error) {
 		return Index{}, err
 	}
 	return Index{
-		ID: id, Name: rec.GetName(), Field: rec.GetField(), State: partState(rec.GetState()), TypeParams: rec.GetTypeParams(),
+		ID: id, Name: rec.GetName(), Field: rec.GetField(), State: childState(rec.GetState()),
+		TypeParams:  rec.GetTypeParams(),
 		IndexParams: rec.GetIndexParams(), Attributes: rec.GetAttributes(), CreateTime: record.Time(rec.GetCreateTime()),
 	}, nil
 }

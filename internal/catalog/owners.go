@@ -16,16 +16,16 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// OwnKey says whether a key lies under a prefix that snapshotd keeps for itself
-// in every store. No file of a collection does.
+// OwnKey reports whether a key is under a prefix that snapshotd reserves in every store.
+// No file of a collection is.
 func OwnKey(key string) bool {
 	return slices.ContainsFunc(ownPrefixes, func(own string) bool { return strings.HasPrefix(key, own) })
 }
 
-// Owns decides whether a segment of a collection owns the file at path, which it
-// or a part of it has: the file lies at the segment's own place, and the segment's
-// id is not disputed. Every other file is foreign: it may be held by something
-// else, and is never deleted. This is the one decision on ownership.
+// Owns reports whether a segment of a collection owns the file at path, which is a file of
+// the segment or of a part of it: the file is at the segment's own place, and the id is
+// not disputed. Every other file is foreign: another owner may hold it, and it is never
+// deleted. No other function decides on ownership.
 func Owns(collection int64, s *segment.Segment, path string) bool {
 	if s.Disputed {
 		return false
@@ -37,7 +37,7 @@ func Owns(collection int64, s *segment.Segment, path string) bool {
 // newID is an id that a change registers.
 type newID struct {
 	id   int64
-	part bool // of a part of a segment: an index build, or files taken from it
+	part bool // for a part of a segment: an index build, or files removed from it
 }
 
 func (n newID) key() string {
@@ -47,17 +47,19 @@ func (n newID) key() string {
 	return keys.OwnerSegment(n.id)
 }
 
-// claim returns what a transaction compares and writes that registers ids for a
-// collection: that no collection claims any of them for anything, that no restore
-// does, that none of them is gone, and the claims.
-func (c *Catalog) claim(ctx context.Context, collection int64, ids []newID) (conds []meta.Cond, ops []meta.Op, err error) {
+// claimOps returns the compares and writes that register ids for a collection: no
+// collection and no restore claims any of them, none is gone, and the claims.
+func (c *Catalog) claimOps(
+	ctx context.Context, collection int64, ids []newID,
+) (conds []meta.Cond, ops []meta.Op, err error) {
 	if len(ids) == 0 {
 		return nil, nil, nil
 	}
 	sorted := make([]int64, len(ids))
 	for i, n := range ids {
 		sorted[i] = n.id
-		ops = append(ops, meta.Put(n.key(), record.Encode(&storagev1.Owner{Format: record.Format, CollectionId: collection})))
+		owner := &storagev1.Owner{Format: record.Format, CollectionId: collection}
+		ops = append(ops, meta.Put(n.key(), record.Encode(owner)))
 	}
 	slices.Sort(sorted)
 	restores, err := c.notRestored(ctx, sorted)
@@ -70,7 +72,8 @@ func (c *Catalog) claim(ctx context.Context, collection int64, ids []newID) (con
 	}
 	conds = append(append(conds, restores), gone...)
 	for first, last := range runs(sorted) {
-		conds = append(conds, meta.RangeAbsent(keys.OwnerSegments(first, last)), meta.RangeAbsent(keys.OwnerBuilds(first, last)))
+		conds = append(conds,
+			meta.RangeAbsent(keys.OwnerSegments(first, last)), meta.RangeAbsent(keys.OwnerBuilds(first, last)))
 	}
 	return conds, ops, nil
 }
@@ -91,8 +94,8 @@ func runs(sorted []int64) iter.Seq2[int64, int64] {
 	}
 }
 
-// notRestored looks whether a restore claims one of the sorted ids, and returns
-// the compare that no restore has come since.
+// notRestored returns ErrIDOwned when a restore claims one of the sorted ids, else the
+// compare that no restore has claimed ids since.
 func (c *Catalog) notRestored(ctx context.Context, sorted []int64) (meta.Cond, error) {
 	from := keys.OwnerRange(sorted[0])
 	_, to := meta.Prefix(keys.OwnerRangePrefix)
@@ -107,17 +110,16 @@ func (c *Catalog) notRestored(ctx context.Context, sorted []int64) (meta.Cond, e
 		}
 		at, _ := slices.BinarySearch(sorted, rec.GetFirst())
 		if at < len(sorted) && sorted[at]-rec.GetFirst() < rec.GetCount() {
-			return meta.Cond{}, fmt.Errorf("%w: %d is of the restore that makes collection %d; get ids of your own from AllocateIds",
+			return meta.Cond{}, fmt.Errorf("%w: %d belongs to the restore of collection %d; allocate ids with AllocateIds",
 				ErrIDOwned, sorted[at], rec.GetCollectionId())
 		}
 	}
 	return meta.Cond{From: from, To: to, Target: meta.CreateRevision, Op: meta.Less, Revision: res.Revision + 1}, nil
 }
 
-// ClaimRange returns what a transaction compares and writes that claims the ids of
-// the segments and builds of a restore, first to first+count-1, for the collection
-// that it makes: no collection claims any of them, and none will while the claim
-// lasts. [ReleaseRange] ends it.
+// ClaimRange returns the compares and writes that claim the ids of the segments and builds
+// of a restore, first to first+count-1, for its collection: no collection claims any of
+// them, before and while the claim exists. [ReleaseRange] removes it.
 func ClaimRange(collection, first, count int64) (conds []meta.Cond, ops []meta.Op) {
 	if count == 0 {
 		return nil, nil
@@ -128,7 +130,7 @@ func ClaimRange(collection, first, count int64) (conds []meta.Cond, ops []meta.O
 		[]meta.Op{meta.Put(keys.OwnerRange(last), record.Encode(rec))}
 }
 
-// ReleaseRange returns what ends the claim of ClaimRange.
+// ReleaseRange returns the deletes of a claim of ClaimRange.
 func ReleaseRange(first, count int64) []meta.Op {
 	if count == 0 {
 		return nil
@@ -136,8 +138,8 @@ func ReleaseRange(first, count int64) []meta.Op {
 	return []meta.Op{meta.Delete(keys.OwnerRange(first + count - 1))}
 }
 
-// checkUnclaimed returns why ids cannot be claimed for a collection, nil when none
-// of them is. It looks, and does not compare.
+// checkUnclaimed returns an error when one of ids is claimed already. It reads, and
+// compares nothing.
 func (c *Catalog) checkUnclaimed(ctx context.Context, collection int64, ids []newID) error {
 	for part := range slices.Chunk(ids, meta.MaxTxnOps/2) {
 		var gets []meta.Op
@@ -151,7 +153,7 @@ func (c *Catalog) checkUnclaimed(ctx context.Context, collection int64, ids []ne
 		for i, n := range part {
 			for kind, kvs := range res.Ranges[2*i : 2*i+2] {
 				for _, kv := range kvs {
-					if err := c.claimed(ctx, collection, n, kind == 1, kv); err != nil {
+					if err := c.claimedError(ctx, collection, n, kind == 1, kv); err != nil {
 						return err
 					}
 				}
@@ -161,9 +163,11 @@ func (c *Catalog) checkUnclaimed(ctx context.Context, collection int64, ids []ne
 	return nil
 }
 
-// claimed is the error of an id that kv claims, for a part of a segment or for a
-// segment.
-func (c *Catalog) claimed(ctx context.Context, collection int64, n newID, part bool, kv meta.KeyValue) error {
+// claimedError returns the error of an id that kv claims, for a part of a segment or for
+// a segment.
+func (c *Catalog) claimedError(
+	ctx context.Context, collection int64, n newID, part bool, kv meta.KeyValue,
+) error {
 	rec := &storagev1.Owner{}
 	if err := record.Decode(kv, rec); err != nil {
 		return err
@@ -174,21 +178,22 @@ func (c *Catalog) claimed(ctx context.Context, collection int64, n newID, part b
 	}
 	switch {
 	case rec.GetCollectionId() == 0:
-		return fmt.Errorf("%w: %d is disputed between collections; get ids of your own from AllocateIds", ErrIDOwned, n.id)
+		return fmt.Errorf("%w: %d is disputed between collections; allocate ids with AllocateIds", ErrIDOwned, n.id)
 	case rec.GetCollectionId() != collection:
-		return fmt.Errorf("%w: %d is %s of collection %s; get ids of your own from AllocateIds",
+		return fmt.Errorf("%w: %d is %s of collection %s; allocate ids with AllocateIds",
 			ErrIDOwned, n.id, what, c.nameOf(ctx, rec.GetCollectionId()))
 	case n.part && part:
-		return fmt.Errorf("%w: %d; an id is never used twice", ErrIndexBuildExists, n.id)
+		return fmt.Errorf("%w: %d; ids are never reused", ErrIndexBuildExists, n.id)
 	case n.part:
 		return fmt.Errorf("%w: %d is the id of a segment", ErrIndexBuildExists, n.id)
 	case part:
-		return fmt.Errorf("%w: %d is the id of an index build; an id is never used twice", ErrSegmentExists, n.id)
+		return fmt.Errorf("%w: %d is the id of an index build; ids are never reused", ErrSegmentExists, n.id)
 	}
-	return fmt.Errorf("%w: %d is a segment, or was one that was dropped; an id is never used twice", ErrSegmentExists, n.id)
+	return fmt.Errorf("%w: %d is a segment or a dropped segment; ids are never reused", ErrSegmentExists, n.id)
 }
 
-// nameOf names a collection for people.
+// nameOf returns a collection's name and id for messages, or only the id when it cannot be
+// read.
 func (c *Catalog) nameOf(ctx context.Context, id int64) string {
 	if col, err := c.Collection(ctx, Ref{ID: id}); err == nil {
 		return col.String()
@@ -196,7 +201,7 @@ func (c *Catalog) nameOf(ctx context.Context, id int64) string {
 	return fmt.Sprint(id)
 }
 
-// ids are those whose last record goes with the unit.
+// ids returns the ids whose last record is the unit's tombstone.
 func (u *Unit) ids() []newID {
 	if u.Kind != UnitSegment {
 		return []newID{{u.ID, true}}
@@ -208,8 +213,8 @@ func (u *Unit) ids() []newID {
 	return list
 }
 
-// release returns what deletes the claims to the ids of a unit whose tombstone
-// goes. The claim to a disputed id stays.
+// release returns the deletes of the claims to a unit's ids, for the transaction that
+// removes its tombstone. Claims to disputed ids stay.
 func (u *Unit) release() []meta.Op {
 	if u.Segment.Disputed {
 		return nil
@@ -230,26 +235,28 @@ func (u *Unit) release() []meta.Op {
 	return ops
 }
 
-// checkPlace refuses a file that lies at the place of something else. What has
-// that place may delete what lies there.
-// known has the collections that were looked for, and whether they are there.
-func (c *Catalog) checkPlace(ctx context.Context, collection int64, cl *claim, known map[int64]bool) error {
+// checkPlace returns ErrPlaceOwned for a file at the place of another segment, whose owner
+// may delete it. known caches whether collections exist.
+func (c *Catalog) checkPlace(
+	ctx context.Context, collection int64, cl *fileClaim, known map[int64]bool,
+) error {
 	place, ok := layout.PlaceOf(cl.path.Path)
 	if !ok || place.Is(collection, cl.segment) {
 		return nil
 	}
-	if there, looked := known[place.Collection]; looked && !there && place.Segment == cl.segment {
+	if exists, cached := known[place.Collection]; cached && !exists && place.Segment == cl.segment {
 		return nil
 	}
 	refuse := func(owner string) error {
-		return fmt.Errorf("%w: %q, in %s, lies at the place of %s, %s; a file of segment %d of collection %d lies at its own place",
-			ErrPlaceOwned, cl.path.Path, cl.field, place, owner, cl.segment, collection)
+		return fmt.Errorf("%w: %q, in %s, is at the place of %s, %s; "+
+			"files of segment %d of collection %d must be at their own place", ErrPlaceOwned,
+			cl.path.Path, cl.field, place, owner, cl.segment, collection)
 	}
-	if place.Segment == cl.segment { // so it is the collection that is another
+	if place.Segment == cl.segment { // so the collection differs
 		other, err := c.Collection(ctx, Ref{ID: place.Collection})
 		if errors.Is(err, ErrCollectionNotFound) {
 			known[place.Collection] = false
-			return nil // no place of anything, and never deleted
+			return nil // the place of no segment, so never deleted
 		}
 		if err != nil {
 			return err
@@ -273,11 +280,10 @@ func (c *Catalog) checkPlace(ctx context.Context, collection int64, cl *claim, k
 	return refuse("which collection " + c.nameOf(ctx, rec.GetCollectionId()) + " has")
 }
 
-// FindOwners is [Catalog.FindOwner] for many files at once: the owner of each by
-// its place in paths, nil where there is none. A path in the native layout of the
-// collection is looked for under its segment alone; any other under the ids that
-// are its elements. A file that is registered under a path without an id of its
-// segment is not found.
+// FindOwners is [Catalog.FindOwner] for many files: the owner of each by its index in
+// paths, nil for none. A path in the native layout of the collection is searched under
+// its segment only, any other path under the ids among its elements. It does not find
+// files whose path has no id of their segment.
 func (c *Catalog) FindOwners(ctx context.Context, collection int64, paths []FilePath) ([]*Owner, error) {
 	var all []int64
 	ids := make([][]int64, len(paths))
@@ -293,13 +299,13 @@ func (c *Catalog) FindOwners(ctx context.Context, collection int64, paths []File
 	if len(all) == 0 {
 		return owners, nil
 	}
-	holdings, err := c.holdings(ctx, collection, all, false)
+	found, err := c.readHoldings(ctx, collection, all, false)
 	if err != nil {
 		return nil, err
 	}
 	for i, p := range paths {
 		for _, id := range ids[i] {
-			if owner, found := holdings[id].find(collection, p); found {
+			if owner, ok := found[id].find(collection, p); ok {
 				owners[i] = &owner
 				break
 			}

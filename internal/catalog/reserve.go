@@ -14,32 +14,30 @@ import (
 // Reserved ranges are part of the allocator's record. Each has a mark,
 // unused_from:
 //
-//	reserve   one transaction that compares the record: the range is added, with
-//	          the mark at its first id
-//	register  an id at or above the mark raises the mark above it first, in a
-//	          transaction that compares the record; then comes the transaction
-//	          that registers the id
-//	release   one transaction that compares the record: the range ends at the mark
+//	reserve   one transaction that compares the record: adds the range, with the
+//	          mark at its first id
+//	register  for an id at or above the mark, a transaction that compares the record
+//	          raises the mark above the id; then another one registers the id
+//	release   one transaction that compares the record: ends the range at the mark
 //
-// A registration that is under way has raised the mark, and the mark never falls, so
-// a release never gives back an id that is or will be registered.
+// A registration in progress has raised the mark, and the mark never falls, so a
+// release never frees an id that is or will be registered.
 //
-//	no answer to a raise   the registration fails; a mark that is too high costs ids
+//	no answer to a raise   the registration fails; a mark that is too high wastes ids
 //	no answer to a reserve or release
 //	                       a repeat under the token returns the outcome
 
-// firstUnreserved is the lowest id that no range may hold: half of all ids stay
-// free.
+// firstUnreserved is the lowest id that cannot be reserved: half of all ids stay free.
 const firstUnreserved = 1 << 62
 
-// usedSteps bounds how often the mark of a range is raised: each time by one of so
-// many parts of the range at least.
+// usedSteps bounds the number of raises of a range's mark: each raises it by at least
+// 1/usedSteps of the range.
 const usedSteps = 1024
 
-// reserve decides what reserving want makes of rec, which it changes.
+// reserve adds the reserved range want to rec.
 func reserve(rec *storagev1.Allocator, want IDRange) error {
 	if want.First >= firstUnreserved || want.Count > firstUnreserved-want.First {
-		return invalid("reserve", "the range ends above %d; the ids from there on stay free", firstUnreserved-1)
+		return invalid("reserve", "the range ends above %d; higher ids cannot be reserved", firstUnreserved-1)
 	}
 	for i, r := range rec.GetReserved() {
 		have := IDRange{r.GetFirst(), r.GetCount()}
@@ -59,7 +57,7 @@ func reserve(rec *storagev1.Allocator, want IDRange) error {
 
 func insertReserved(rec *storagev1.Allocator, at int, want IDRange) error {
 	if want.First < rec.GetNext() {
-		return fmt.Errorf("%w: %d to %d holds ids that were handed out; those from %d on are free",
+		return fmt.Errorf("%w: %d to %d has allocated ids; those from %d on are free",
 			ErrIDRangeTaken, want.First, want.last(), rec.GetNext())
 	}
 	if len(rec.GetReserved()) >= maxReservedIDs {
@@ -71,8 +69,8 @@ func insertReserved(rec *storagev1.Allocator, at int, want IDRange) error {
 	return nil
 }
 
-// release decides what releasing want makes of rec, which it changes, and returns
-// the ids that are given back. None are below next, which is never lowered.
+// release removes the unused end of the reserved range want from rec, and returns the
+// freed ids. None are below Next, which never falls.
 func release(rec *storagev1.Allocator, want IDRange) (IDRange, error) {
 	for i, r := range rec.GetReserved() {
 		have := IDRange{r.GetFirst(), r.GetCount()}
@@ -81,7 +79,7 @@ func release(rec *storagev1.Allocator, want IDRange) (IDRange, error) {
 		}
 		end, from := have.last()+1, r.GetUnusedFrom()
 		if from == 0 {
-			return IDRange{}, fmt.Errorf("%w: %d to %d was reserved before its use was recorded; it stays reserved",
+			return IDRange{}, fmt.Errorf("%w: %d to %d was reserved by a release that recorded no use; it stays reserved",
 				ErrIDRangeTaken, have.First, have.last())
 		}
 		if end <= rec.GetNext() || from == have.First {
@@ -92,15 +90,15 @@ func release(rec *storagev1.Allocator, want IDRange) (IDRange, error) {
 		from = min(max(from, rec.GetNext()), end)
 		return IDRange{from, end - from}, nil
 	}
-	return IDRange{}, invalid("release", "%d to %d is no reserved range", want.First, want.last())
+	return IDRange{}, invalid("release", "%d to %d is not a reserved range", want.First, want.last())
 }
 
-// use decides whether registering ids raises marks of rec, which it changes.
+// use raises the marks in rec for the registration of ids, and reports whether it did.
 func use(rec *storagev1.Allocator, ids []int64) (raised bool) {
 	for _, r := range rec.GetReserved() {
 		have := IDRange{r.GetFirst(), r.GetCount()}
 		if r.GetUnusedFrom() == 0 || have.last() < rec.GetNext() {
-			continue // nothing of it is given back
+			continue // it cannot be released
 		}
 		highest := int64(0)
 		for _, id := range ids {
@@ -117,8 +115,8 @@ func use(rec *storagev1.Allocator, ids []int64) (raised bool) {
 	return raised
 }
 
-// ReserveIDs sets a range aside for an engine that has used it before. A
-// repeat of the same is success, also where reserving is not allowed.
+// ReserveIDs reserves a range for an engine that has used it before. A repeat of the same
+// range succeeds, even without Options.AllowReserve.
 func (c *Catalog) ReserveIDs(ctx context.Context, tok request.Token, want IDRange) error {
 	if want.First < 1 || want.Count < 1 {
 		return invalid("reserve", "first and count must be positive")
@@ -128,8 +126,8 @@ func (c *Catalog) ReserveIDs(ctx context.Context, tok request.Token, want IDRang
 		if err != nil {
 			return plan{}, err
 		}
-		if s.behind != nil {
-			return plan{}, s.behind
+		if s.rolledBack != nil {
+			return plan{}, s.rolledBack
 		}
 		before := len(s.rec.GetReserved())
 		if err := reserve(s.rec, want); err != nil {
@@ -142,7 +140,7 @@ func (c *Catalog) ReserveIDs(ctx context.Context, tok request.Token, want IDRang
 		if !c.allowReserve {
 			return plan{}, ErrReserveNotAllowed
 		}
-		// A store that forgets the range must not hand out its ids.
+		// After a rollback that loses the range, its ids must not be allocated.
 		if end := want.last() + 1; c.ids.raise != nil && end > s.rec.GetCeiling() {
 			if err := c.ids.raise(ctx, end); err != nil {
 				return plan{}, err
@@ -157,8 +155,8 @@ func (c *Catalog) ReserveIDs(ctx context.Context, tok request.Token, want IDRang
 	return nil
 }
 
-// ReleaseIDs gives back the end of a reserved range, from above the highest id that
-// was registered, and returns what it gave back; Count is 0 when that is nothing.
+// ReleaseIDs frees the end of a reserved range above its mark, and returns the freed ids;
+// Count is 0 for none.
 func (c *Catalog) ReleaseIDs(ctx context.Context, tok request.Token, want IDRange) (IDRange, error) {
 	if want.First < 1 || want.Count < 1 {
 		return IDRange{}, invalid("release", "first and count must be positive")
@@ -168,8 +166,8 @@ func (c *Catalog) ReleaseIDs(ctx context.Context, tok request.Token, want IDRang
 		if err != nil {
 			return plan{}, err
 		}
-		if s.behind != nil {
-			return plan{}, s.behind
+		if s.rolledBack != nil {
+			return plan{}, s.rolledBack
 		}
 		if !c.allowReserve {
 			return plan{}, ErrReserveNotAllowed
@@ -193,8 +191,8 @@ func (c *Catalog) ReleaseIDs(ctx context.Context, tok request.Token, want IDRang
 	return freed, nil
 }
 
-// encodeReleased is what a request token keeps of a release: an allocator's record
-// with the ids that were given back.
+// encodeReleased returns the result of a release for a request token: an allocator's
+// record with the freed ids.
 func encodeReleased(freed IDRange) []byte {
 	return record.Encode(&storagev1.Allocator{
 		Format: record.Format, Reserved: []*storagev1.IdRange{{First: freed.First, Count: freed.Count}},
@@ -207,13 +205,12 @@ func decodeReleased(tok request.Token, result []byte) (IDRange, error) {
 		return IDRange{}, err
 	}
 	if len(rec.GetReserved()) != 1 {
-		return IDRange{}, fmt.Errorf("%w: %s holds no release of ids", record.ErrUnreadable, tok.Key())
+		return IDRange{}, fmt.Errorf("%w: %s has no released ids", record.ErrUnreadable, tok.Key())
 	}
 	return IDRange{rec.GetReserved()[0].GetFirst(), rec.GetReserved()[0].GetCount()}, nil
 }
 
-// use raises the marks of the reserved ranges that ids are in. The ids were
-// handed out.
+// use raises the marks of the reserved ranges of ids, which are allocated.
 func (a *allocator) use(ctx context.Context, ids []int64) error {
 	for attempt := 0; ; attempt++ {
 		if err := meta.Pause(ctx, min(attempt, maxAttempts)); err != nil {
@@ -231,8 +228,8 @@ func (a *allocator) use(ctx context.Context, ids []int64) error {
 		if !use(s.rec, ids) {
 			return nil
 		}
-		if s.behind != nil {
-			return s.behind
+		if s.rolledBack != nil {
+			return s.rolledBack
 		}
 		res, err := a.kv.Txn(ctx, meta.Txn{If: s.unchanged, Then: []meta.Op{meta.Put(keys.IDs, record.Encode(s.rec))}})
 		if err != nil {
@@ -244,15 +241,15 @@ func (a *allocator) use(ctx context.Context, ids []int64) error {
 	}
 }
 
-// checkHandedOut says whether ids may be registered, and marks those of reserved
-// ranges as used.
-func (c *Catalog) checkHandedOut(ctx context.Context, what string, ids ...int64) error {
-	missing, ok, err := c.HandedOut(ctx, ids...)
+// checkAllocated returns ErrIDNotAllocated unless ids are allocated, and marks those of
+// reserved ranges as used.
+func (c *Catalog) checkAllocated(ctx context.Context, kind string, ids ...int64) error {
+	missing, ok, err := c.Allocated(ctx, ids...)
 	if err != nil {
 		return err
 	}
 	if !ok {
-		return fmt.Errorf("%w: %s %d; get ids from AllocateIds", ErrIDNotAllocated, what, missing)
+		return fmt.Errorf("%w: %s %d; allocate ids with AllocateIds", ErrIDNotAllocated, kind, missing)
 	}
 	mark := c.ids.mark.Load()
 	var above []int64

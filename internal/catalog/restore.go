@@ -12,30 +12,29 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// What follows writes a collection that a restore makes. The restore job has the
-// transactions: it compares its own record in each of them, and so is the only
-// one that writes a RESTORING collection.
+// The functions below return the operations that write the collection of a restore. The
+// restore job executes them, in transactions that compare its record, so that nothing
+// else writes a RESTORING collection.
 
-// RestorePrefix is what the keys of all objects begin with that a restore keeps
-// for itself until its job is forgotten.
+// RestorePrefix is the prefix of the objects that restores keep until their job's record
+// is removed.
 const RestorePrefix = "gc/restore/"
 
-// RestoreDir is the prefix of the objects of one job.
+// RestoreDir returns the prefix of the objects of one job.
 func RestoreDir(job int64) string { return fmt.Sprintf("%s%d/", RestorePrefix, job) }
 
-// PinsKey is an object that holds the ETags of files of a task.
+// PinsKey returns the key of an object with the ETags of files of a task.
 func PinsKey(job, task int64, part int) string {
 	return fmt.Sprintf("%spins-%d-%d.json", RestoreDir(job), task, part)
 }
 
-// CheckNew says whether a collection may be made of spec, and fills its defaults
-// in.
+// CheckNew checks the spec of a new collection and sets its defaults.
 func (c *Catalog) CheckNew(spec *Collection) error { return c.checkSpec(spec) }
 
-// ClaimOps returns what makes the RESTORING collection of a job, and takes its
-// name: it must compare that both are absent, and that its roots are apart from
-// those of other collections.
-func (c *Catalog) ClaimOps(ctx context.Context, col *Collection, op string) ([]meta.Cond, []meta.Op, error) {
+// RestoringOps returns the compares and writes that create the RESTORING collection of a
+// job with its name and roots: record and name are absent, and no root is nested with a
+// root of another collection.
+func (c *Catalog) RestoringOps(ctx context.Context, col *Collection, op string) ([]meta.Cond, []meta.Op, error) {
 	name, key := keys.CollectionName(col.DB, col.Name), keys.Collection(col.ID)
 	col.State = Restoring
 	data := record.Encode(encodeCollection(col, op))
@@ -53,9 +52,11 @@ func (c *Catalog) ClaimOps(ctx context.Context, col *Collection, op string) ([]m
 	), nil
 }
 
-// ContentOps returns what makes a restored collection's partitions, indexes and
+// ContentOps returns the writes of a restored collection's partitions, indexes and
 // checkpoints.
-func ContentOps(collection int64, partitions []Partition, indexes []Index, checkpoints []Checkpoint, now time.Time, op string) []meta.Op {
+func ContentOps(
+	collection int64, partitions []Partition, indexes []Index, checkpoints []Checkpoint, now time.Time, op string,
+) []meta.Op {
 	var ops []meta.Op
 	for i := range partitions {
 		p := &partitions[i]
@@ -78,14 +79,15 @@ func ContentOps(collection int64, partitions []Partition, indexes []Index, check
 	return ops
 }
 
-// SegmentOps returns what makes a restored segment, and claims its ids, which
-// ClaimRange keeps from everybody else.
+// SegmentOps returns the writes of a restored segment and of the claims to its ids, which
+// ClaimRange has excluded from other claims.
 func SegmentOps(collection int64, s *segment.Segment, op string) ([]meta.Op, error) {
 	rec := encodeSegment(collection, s, op)
-	rec.RemovedWhole = true // it is new
+	rec.RemovedWhole = true // no path was removed yet
 	value := record.Encode(rec)
 	if len(value) > MaxSegmentBytes {
-		return nil, fmt.Errorf("%w: segment %d takes %d bytes, at most %d", ErrLimitExceeded, s.ID, len(value), MaxSegmentBytes)
+		return nil, fmt.Errorf("%w: segment %d takes %d bytes, at most %d",
+			ErrLimitExceeded, s.ID, len(value), MaxSegmentBytes)
 	}
 	owner := record.Encode(&storagev1.Owner{Format: record.Format, CollectionId: collection})
 	ops := []meta.Op{meta.Put(keys.Segment(collection, s.ID), value)}
@@ -95,7 +97,7 @@ func SegmentOps(collection int64, s *segment.Segment, op string) ([]meta.Op, err
 	return ops, nil
 }
 
-// PublishOp returns what makes a restored collection ACTIVE.
+// PublishOp returns the write that makes a restored collection ACTIVE.
 func PublishOp(col Collection, op string) meta.Op {
 	col.State, col.Job = Active, 0
 	rec := encodeCollection(&col, op)
@@ -103,9 +105,8 @@ func PublishOp(col Collection, op string) meta.Op {
 	return meta.Put(keys.Collection(col.ID), record.Encode(rec))
 }
 
-// ContentRanges are the key ranges of everything in a collection, less the
-// collection itself: what is there of one that was never published is removed
-// with them. Segments come first.
+// ContentRanges returns the deletes of all keys of a collection but its record, for the
+// removal of a collection that was never published. Segments come first.
 func ContentRanges(collection int64) []meta.Op {
 	var ops []meta.Op
 	for _, prefix := range []string{
@@ -118,8 +119,8 @@ func ContentRanges(collection int64) []meta.Op {
 	return ops
 }
 
-// WasPublished says whether the record was written by the transaction that made
-// a restored collection ACTIVE: to everybody but its job it came into being then.
+// WasPublished reports whether the record was written by the transaction that published a
+// restored collection, and so made it visible.
 func WasPublished(kv meta.KeyValue) bool {
 	rec := &storagev1.Collection{}
 	return record.Decode(kv, rec) == nil && rec.GetPublished()

@@ -234,7 +234,7 @@ func (r *rig) refused(t testing.TB, what string, want error, do func() error) {
 	}
 }
 
-func (r *rig) change(ctx context.Context, swap catalog.Swap) error {
+func (r *rig) change(ctx context.Context, swap catalog.SegmentChange) error {
 	_, err := r.Change(ctx, request.Token{}, r.ref, swap)
 	return err
 }

@@ -13,28 +13,28 @@ import (
 
 // # Roots
 //
-// In one store the roots of two collections are equal or apart: none lies below
+// In one store the roots of two collections are equal or disjoint: none is nested in
 // another. So an object has one path, whatever collection registers it, that path
-// has at most one place, and a place is that of one segment. With a root inside
-// another, one object would have two paths, and two segments could own it.
+// has at most one place, and a place belongs to one segment. With a nested root, one
+// object would have two paths, and two segments could own it.
 //
 //	/catalog/root/<store>/<prefix>/<collection>   the collection has the root
 //
-//	create, admit  compares, for each root: another collection still has the very
+//	create, admit  compares, for each root: another collection still has the same
 //	               root; or none has it, and none has one above or below it
 //	               puts: the keys of its roots, with the collection's record
 //	finish, end    deletes: those keys, with the collection's record
-//	upgrade        puts the keys for the records of releases without them; of two
-//	               collections of which one has a root inside the other's, the ids
-//	               of both are disputed: neither owns a file
+//	upgrade        puts the keys for the records of releases without them; the ids
+//	               of two collections with nested roots are disputed: neither owns
+//	               a file
 //
-// Two creates at once whose roots lie inside each other: each compares what the
-// other puts, so one of them fails. Equal roots compare nothing of each other.
+// Of two concurrent creates with nested roots, each compares the keys that the other
+// puts, so one of them fails. Equal roots do not conflict.
 
-// maxRootCompares bounds the compares that the roots of one collection need.
+// maxRootCompares bounds the compares for the roots of one collection.
 const maxRootCompares = 64
 
-// rootCompares are the compares that no other root lies above or below a root.
+// rootCompares returns the compares that no other root is above or below a root.
 func rootCompares(r Root) []meta.Cond {
 	below, _ := meta.Prefix(keys.RootPrefix(r.Store, r.Prefix))
 	_, end := meta.Prefix(keys.RootPrefix(r.Store, r.Prefix))
@@ -48,27 +48,27 @@ func rootCompares(r Root) []meta.Cond {
 	return conds
 }
 
-// rootOps are what a transaction compares and puts that makes the record of a
-// collection: its roots are apart from those of all others. It returns ErrRootNested,
-// which names the other collection, when one is not.
+// rootOps returns the compares and writes of the roots of a new collection, or
+// ErrRootNested, which names the other collection.
 func (c *Catalog) rootOps(ctx context.Context, col *Collection) (conds []meta.Cond, ops []meta.Op, err error) {
 	value := record.Encode(&storagev1.Name{Format: record.Format, Id: col.ID})
 	for _, r := range col.Roots {
-		some, err := c.rootConds(ctx, r)
+		disjoint, err := c.rootConds(ctx, r)
 		if err != nil {
 			return nil, nil, err
 		}
-		conds = append(conds, some...)
+		conds = append(conds, disjoint...)
 		ops = append(ops, meta.Put(keys.Root(r.Store, r.Prefix, col.ID), value))
 	}
 	if len(conds) > maxRootCompares {
-		return nil, nil, invalid("roots", "they have more than %d directories above them in all; use fewer roots, or shorter ones", maxRootCompares)
+		return nil, nil, invalid("roots", "more than %d parent directories in total; use fewer or shorter roots",
+			maxRootCompares)
 	}
 	return conds, ops, nil
 }
 
-// rootConds are the compares that a root is apart from all others. While another
-// collection has the very root, that it still has it is enough.
+// rootConds returns the compares that a root is equal to or disjoint from all others. When
+// another collection has the same root, the compare of that key is enough.
 func (c *Catalog) rootConds(ctx context.Context, r Root) ([]meta.Cond, error) {
 	first := func(from, to string) (kv meta.KeyValue, found bool, err error) {
 		res, err := c.kv.Range(ctx, meta.Range{From: from, To: to, Limit: 1})
@@ -79,7 +79,7 @@ func (c *Catalog) rootConds(ctx context.Context, r Root) ([]meta.Cond, error) {
 	}
 	equal, found, err := first(meta.Prefix(keys.RootPrefix(r.Store, r.Prefix) + "/"))
 	if err != nil {
-		return nil, fmt.Errorf("read the roots of collections: %w", err)
+		return nil, fmt.Errorf("read roots: %w", err)
 	}
 	if found {
 		return []meta.Cond{meta.Unchanged(equal.Key, equal.ModRevision)}, nil
@@ -88,7 +88,7 @@ func (c *Catalog) rootConds(ctx context.Context, r Root) ([]meta.Cond, error) {
 	for _, cond := range conds {
 		kv, found, err := first(cond.From, cond.To)
 		if err != nil {
-			return nil, fmt.Errorf("read the roots of collections: %w", err)
+			return nil, fmt.Errorf("read roots: %w", err)
 		}
 		if !found {
 			continue
@@ -97,14 +97,14 @@ func (c *Catalog) rootConds(ctx context.Context, r Root) ([]meta.Cond, error) {
 		if err := record.Decode(kv, rec); err != nil {
 			return nil, err
 		}
-		return nil, fmt.Errorf("%w: %q in store %s and %q, a root of collection %s; give it that very root, or one apart from it",
+		return nil, fmt.Errorf("%w: %q in store %s and %q, a root of collection %s; use the same root, or a disjoint one",
 			ErrRootNested, r.Prefix, r.Store, rootOf(kv.Key, r.Store), c.nameOf(ctx, rec.GetId()))
 	}
 	return conds, nil
 }
 
-// ReleaseRoots are what a transaction deletes that removes the record of a
-// collection.
+// ReleaseRoots returns the deletes of a collection's roots, for the transaction that
+// removes its record.
 func ReleaseRoots(collection int64, roots []Root) []meta.Op {
 	ops := make([]meta.Op, len(roots))
 	for i, r := range roots {
@@ -113,14 +113,14 @@ func ReleaseRoots(collection int64, roots []Root) []meta.Op {
 	return ops
 }
 
-// rootOf reads the prefix of a root from its key.
+// rootOf returns the prefix of a root from its key.
 func rootOf(key, store string) string {
 	rest := strings.TrimPrefix(key, keys.RootPrefix(store, ""))
 	return rest[:max(strings.LastIndexByte(rest, '/'), 0)]
 }
 
-// nestedRoots writes the keys of the roots of all records, and returns the
-// collections of which one has a root inside another's.
+// nestedRoots writes the root keys of all records, and returns the collections with nested
+// roots.
 func (u *upgrade) nestedRoots(ctx context.Context) (map[int64]bool, error) {
 	type rooted struct {
 		Root
@@ -140,7 +140,7 @@ func (u *upgrade) nestedRoots(ctx context.Context) (map[int64]bool, error) {
 				all = append(all, rooted{r, col.ID})
 				txn.Then = append(txn.Then, meta.Put(keys.Root(r.Store, r.Prefix, col.ID), value))
 			}
-			if _, err := u.c.kv.Txn(ctx, txn); err != nil { // one that changed is read again at the next start
+			if _, err := u.c.kv.Txn(ctx, txn); err != nil { // a changed record is read again at the next start
 				return err
 			}
 		}

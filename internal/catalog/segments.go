@@ -19,22 +19,24 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// How segments are registered in bulk.
+// Limits of the registration and the drop of many segments.
 const (
-	batchIDs      = 61      // that one transaction claims, two compares for each at most
-	batchBytes    = 1 << 20 // in one transaction
+	batchIDs      = 61      // ids claimed per transaction, with at most two compares each
+	batchBytes    = 1 << 20 // per transaction
 	batchInFlight = 8
 	fixedCompares = 2                  // of the collection, and of the ids of restores
-	dropLookup    = meta.MaxTxnOps / 3 // segments that one transaction looks up, under three keys each
+	dropLookup    = meta.MaxTxnOps / 3 // segments per lookup, with three keys each
 )
 
 func isNotFound(err error) bool { return errors.Is(err, ErrCollectionNotFound) }
 
 // ScanSegments calls fn with the segments of a collection that are not dropped,
-// in id order, in batches of bounded size, at one revision (0: the newest),
-// which it returns. A compacted revision is meta.ErrCompacted. The batch is fn's
-// until it returns, its segments for good.
-func (c *Catalog) ScanSegments(ctx context.Context, collection, revision int64, fn func([]segment.Segment) error) (int64, error) {
+// in id order, in batches of bounded size, at one revision (0: the newest), which it
+// returns. A compacted revision is meta.ErrCompacted. The batch is valid until fn
+// returns; fn may keep its segments.
+func (c *Catalog) ScanSegments(
+	ctx context.Context, collection, revision int64, fn func([]segment.Segment) error,
+) (int64, error) {
 	var batch []segment.Segment
 	return c.ScanRecords(ctx, collection, revision, "", func(kvs []meta.KeyValue) error {
 		batch = slices.Grow(batch[:0], len(kvs))
@@ -49,10 +51,11 @@ func (c *Catalog) ScanSegments(ctx context.Context, collection, revision int64, 
 	})
 }
 
-// ScanRecords is [Catalog.ScanSegments] for one who decodes the records with a
-// [Decoder], elsewhere or later, and who may go on behind the record with the key
-// after; empty: from the first one on. The batch is fn's for good.
-func (c *Catalog) ScanRecords(ctx context.Context, collection, revision int64, after string, fn func([]meta.KeyValue) error) (int64, error) {
+// ScanRecords is [Catalog.ScanSegments] with undecoded records, for a [Decoder]. It starts
+// behind the key after; empty: with the first record. fn may keep the batch.
+func (c *Catalog) ScanRecords(
+	ctx context.Context, collection, revision int64, after string, fn func([]meta.KeyValue) error,
+) (int64, error) {
 	from, to := meta.Prefix(keys.SegmentPrefix(collection))
 	if after != "" {
 		from = after + "\x00"
@@ -60,8 +63,8 @@ func (c *Catalog) ScanRecords(ctx context.Context, collection, revision int64, a
 	return c.kv.Scan(ctx, from, to, revision, fn)
 }
 
-// CountSegments returns how many segments of a collection are not dropped, and the
-// record of the first one, if there is one.
+// CountSegments returns the number of segments of a collection that are not dropped, and
+// the record of the first one, if any.
 func (c *Catalog) CountSegments(ctx context.Context, collection int64) (n int64, first meta.KeyValue, err error) {
 	from, to := meta.Prefix(keys.SegmentPrefix(collection))
 	res, err := c.kv.Range(ctx, meta.Range{From: from, To: to, Limit: 1})
@@ -80,12 +83,14 @@ func (c *Catalog) Segment(ctx context.Context, ref Ref, id int64) (segment.Segme
 	if err != nil {
 		return segment.Segment{}, 0, err
 	}
-	res, err := c.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Get(keys.Collection(collection)), meta.Get(keys.Segment(collection, id))}})
+	res, err := c.kv.Txn(ctx, meta.Txn{Then: []meta.Op{
+		meta.Get(keys.Collection(collection)), meta.Get(keys.Segment(collection, id)),
+	}})
 	if err != nil {
 		return segment.Segment{}, 0, fmt.Errorf("read segment %d of %s: %w", id, ref, err)
 	}
 	for _, kv := range res.Ranges[0] {
-		// What a restore makes is nobody's business until it is published.
+		// Segments of a restore are hidden until it is published.
 		if col, err := DecodeCollection(kv); err != nil || col.State == Restoring {
 			return segment.Segment{}, 0, errors.Join(err, col.CheckActive())
 		}
@@ -98,8 +103,8 @@ func (c *Catalog) Segment(ctx context.Context, ref Ref, id int64) (segment.Segme
 	return s, kv.ModRevision, err
 }
 
-// Checkpoints returns the checkpoints of a collection's channels, in shard
-// order, those that were never set left out.
+// Checkpoints returns the checkpoints of a collection's channels in shard order, without
+// channels that have none.
 func (c *Catalog) Checkpoints(ctx context.Context, ref Ref) ([]Checkpoint, error) {
 	col, err := c.Collection(ctx, ref)
 	if err != nil {
@@ -112,10 +117,12 @@ func (c *Catalog) Checkpoints(ctx context.Context, ref Ref) ([]Checkpoint, error
 	return list, err
 }
 
-// Partitions calls fn with a collection's partitions in id order, from the first
-// behind id after on, until fn returns false, and returns whether it did. Of many
-// it reads no more at a time than a scan does.
-func (c *Catalog) Partitions(ctx context.Context, collection, after int64, fn func(Partition) bool) (more bool, err error) {
+// Partitions calls fn with a collection's partitions in id order, starting behind id after,
+// until fn returns false, and reports whether it did. It holds one batch of a scan in
+// memory.
+func (c *Catalog) Partitions(
+	ctx context.Context, collection, after int64, fn func(Partition) bool,
+) (more bool, err error) {
 	return readUntil(ctx, c.kv, keys.PartitionPrefix(collection), after, decodePartition, fn)
 }
 
@@ -124,13 +131,14 @@ func (c *Catalog) Indexes(ctx context.Context, collection, after int64, fn func(
 	return readUntil(ctx, c.kv, keys.IndexPrefix(collection), after, decodeIndex, fn)
 }
 
-// errEnough ends a scan.
-var errEnough = errors.New("enough")
+// errStopScan ends a scan early.
+var errStopScan = errors.New("stop the scan")
 
-// readUntil calls fn with the records under a prefix whose last element is an id, in
-// id order, from the first behind after on, until fn returns false.
+// readUntil calls fn with the records under a prefix whose keys end in an id, in id order,
+// starting behind after, until fn returns false.
 func readUntil[T any](
-	ctx context.Context, kv meta.KV, prefix string, after int64, decode func(meta.KeyValue) (T, error), fn func(T) bool,
+	ctx context.Context, kv meta.KV, prefix string, after int64,
+	decode func(meta.KeyValue) (T, error), fn func(T) bool,
 ) (more bool, err error) {
 	from, to := meta.Prefix(prefix)
 	if after > 0 {
@@ -143,12 +151,12 @@ func readUntil[T any](
 				return err
 			}
 			if !fn(t) {
-				return errEnough
+				return errStopScan
 			}
 		}
 		return nil
 	})
-	if errors.Is(err, errEnough) {
+	if errors.Is(err, errStopScan) {
 		return true, nil
 	}
 	if err != nil {
@@ -157,13 +165,12 @@ func readUntil[T any](
 	return false, nil
 }
 
-// rules check segments against the collection that they are to join.
+// rules checks segments against their collection.
 type rules struct {
 	view View
 }
 
-// segment checks one. The indexes of old builds, which it has already, may have
-// been dropped.
+// segment checks one segment. The indexes of its existing builds, old, may be dropped.
 func (r *rules) segment(field string, s *segment.Segment, old []segment.Build) error {
 	col := &r.view.Collection
 	switch {
@@ -192,19 +199,19 @@ func (r *rules) segment(field string, s *segment.Segment, old []segment.Build) e
 	return r.builds(field+".index_builds", s, old)
 }
 
-// added checks one that is new. No snapshot would hold one that has its rows in no
-// file, and nothing would say so.
+// added checks a new segment. It refuses one that is FLUSHED with rows but without files
+// of rows: snapshots would omit it silently.
 func (r *rules) added(field string, s *segment.Segment) error {
-	if s.Lacking() {
-		return invalid(field+".files", lackingText, s.ID, s.Rows)
+	if s.LacksFiles() {
+		return invalid(field+".files", lacksFilesText, s.ID, s.Rows)
 	}
 	return r.segment(field, s, nil)
 }
 
-const lackingText = "segment %d is FLUSHED with %d rows, and no file that holds rows or deletes: no snapshot would have it; " +
-	"give the files with it, or let it be GROWING or SEALED until they are written, or have 0 rows"
+const lacksFilesText = "segment %d is FLUSHED with %d rows, and has no file of rows or deletes: " +
+	"snapshots would omit it; add its files, keep it GROWING or SEALED until they are written, or set 0 rows"
 
-// builds checks the segment's builds, and that no path occurs twice in it.
+// builds checks the segment's builds, and that its paths are distinct.
 func (r *rules) builds(field string, s *segment.Segment, old []segment.Build) error {
 	indexes := map[int64]bool{}
 	for i := range s.Builds {
@@ -230,7 +237,8 @@ func (r *rules) builds(field string, s *segment.Segment, old []segment.Build) er
 	for f := range s.AllFiles() {
 		p := FilePath{f.Root, f.Path}
 		if seen[p] {
-			return invalid(strings.TrimSuffix(field, ".index_builds")+".files", "file %q occurs twice in segment %d", f.Path, s.ID)
+			name := strings.TrimSuffix(field, ".index_builds") + ".files"
+			return invalid(name, "file %q occurs twice in segment %d", f.Path, s.ID)
 		}
 		seen[p] = true
 	}
@@ -281,8 +289,7 @@ func appendBuilds(ids []newID, builds []segment.Build) []newID {
 	return ids
 }
 
-// checkNew says whether ids may be registered, each for one thing: whether they
-// were handed out, and that none stands for two.
+// checkNew returns an error unless ids may be registered: they are allocated and distinct.
 func (c *Catalog) checkNew(ctx context.Context, ids []newID) error {
 	if err := checkUnique(ids); err != nil {
 		return err
@@ -291,26 +298,28 @@ func (c *Catalog) checkNew(ctx context.Context, ids []newID) error {
 	for i, n := range ids {
 		list[i] = n.id
 	}
-	return c.checkHandedOut(ctx, "segment or index build", list...)
+	return c.checkAllocated(ctx, "segment or index build", list...)
 }
 
-// checkUnique refuses an id that stands for two things: what is dropped first
-// would hide the other.
+// checkUnique returns an error when ids are not distinct: the drop of one thing would hide
+// the other.
 func checkUnique(ids []newID) error {
 	seen := make(map[int64]bool, len(ids))
 	for _, n := range ids {
 		if seen[n.id] {
-			return invalid("id", "%d occurs twice; segments and index builds share their ids", n.id)
+			return invalid("id", "%d occurs twice; segments and index builds share one range of ids", n.id)
 		}
 		seen[n.id] = true
 	}
 	return nil
 }
 
-// AddSegments registers segments, in atomic batches. It is idempotent by id:
-// one that is there with equal content counts as present. On an error some
-// batches may have been written.
-func (c *Catalog) AddSegments(ctx context.Context, collection int64, segments []segment.Segment) (added, present int, err error) {
+// AddSegments registers segments in atomic batches. It is idempotent by id: an existing
+// segment with equal content counts as present. On an error some batches may have been
+// written.
+func (c *Catalog) AddSegments(
+	ctx context.Context, collection int64, segments []segment.Segment,
+) (added, present int, err error) {
 	if len(segments) == 0 {
 		return 0, 0, nil
 	}
@@ -320,7 +329,9 @@ func (c *Catalog) AddSegments(ctx context.Context, collection int64, segments []
 	return added, present, nil
 }
 
-func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []segment.Segment) (added, present int, err error) {
+func (c *Catalog) addSegments(
+	ctx context.Context, collection int64, segments []segment.Segment,
+) (added, present int, err error) {
 	view, err := c.At(ctx, collection, 0)
 	if err != nil {
 		return 0, 0, err
@@ -336,9 +347,11 @@ func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []
 	r := rules{view}
 	seen := make(map[int64]bool, len(segments))
 	var ids []newID
-	var claims []claim
+	var claims []fileClaim
 	for i := range segments {
-		e := entry{field: fmt.Sprintf("segments[%d]", i), segment: &segments[i], key: keys.Segment(collection, segments[i].ID)}
+		e := entry{
+			field: fmt.Sprintf("segments[%d]", i), segment: &segments[i], key: keys.Segment(collection, segments[i].ID),
+		}
 		if err := r.added(e.field, e.segment); err != nil {
 			return 0, 0, err
 		}
@@ -347,9 +360,9 @@ func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []
 		}
 		seen[e.segment.ID] = true
 		ids = newIDs(ids, e.segment)
-		claims = claimsOf(claims, collection, e.field, e.segment)
+		claims = fileClaims(claims, collection, e.field, e.segment)
 		rec := encodeSegment(collection, e.segment, op)
-		rec.RemovedWhole = true // it is new
+		rec.RemovedWhole = true // no path was removed yet
 		e.value = record.Encode(rec)
 		if err := checkSize(rec, e.segment, view.Collection.Roots, e.value, sizes{}); err != nil {
 			return 0, 0, err
@@ -359,7 +372,7 @@ func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []
 	if err := c.checkNew(ctx, ids); err != nil {
 		return 0, 0, err
 	}
-	if err := c.checkClaims(ctx, collection, claims); err != nil {
+	if err := c.checkFileClaims(ctx, collection, claims); err != nil {
 		return 0, 0, err
 	}
 	batches := splitEntries(entries)
@@ -382,7 +395,7 @@ func (c *Catalog) addSegments(ctx context.Context, collection int64, segments []
 	return added, len(segments) - added, nil
 }
 
-// entry is a segment on its way into the store.
+// entry is a segment to register, with its record.
 type entry struct {
 	field   string // of the request
 	segment *segment.Segment
@@ -390,8 +403,8 @@ type entry struct {
 	value   []byte
 }
 
-// split cuts list into parts for one transaction each: of at most count, and of
-// at most batchBytes unless one alone is larger.
+// split cuts list into parts for one transaction each: at most count items, and at most
+// batchBytes unless a single item is larger.
 func split[T any](list []T, count int, size func(T) int) [][]T {
 	var parts [][]T
 	from, bytes := 0, 0
@@ -404,10 +417,9 @@ func split[T any](list []T, count int, size func(T) int) [][]T {
 	return append(parts, list[from:])
 }
 
-// splitEntries cuts list into parts for one transaction each: of at most batchIDs
-// ids, of at most as many compares as a transaction takes, which are two for each
-// id and one for each block of ids, and of at most batchBytes, unless a segment
-// alone has more.
+// splitEntries cuts list into parts for one transaction each, with at most batchIDs ids,
+// meta.MaxTxnOps compares (two for each id, one for each block of ids) and batchBytes,
+// unless a single segment has more.
 func splitEntries(list []entry) [][]entry {
 	var parts [][]entry
 	from, ids, bytes, blocks := 0, 0, 0, map[int64]bool{}
@@ -433,8 +445,8 @@ func splitEntries(list []entry) [][]entry {
 	return append(parts, list[from:])
 }
 
-// addBatch writes a batch, checked against view, in one transaction and returns
-// how many of its segments were not there before.
+// addBatch writes a batch, checked against view, in one transaction and returns the number
+// of segments that it added.
 func (c *Catalog) addBatch(ctx context.Context, view View, batch []entry) (int, error) {
 	collection := view.Collection.ID
 	for attempt := range maxAttempts {
@@ -460,7 +472,7 @@ func (c *Catalog) addBatch(ctx context.Context, view View, batch []entry) (int, 
 		for _, e := range batch {
 			ids = newIDs(ids, e.segment)
 		}
-		unclaimed, claims, err := c.claim(ctx, collection, ids)
+		unclaimed, claims, err := c.claimOps(ctx, collection, ids)
 		if err != nil {
 			return 0, err
 		}
@@ -490,8 +502,8 @@ func (c *Catalog) addBatch(ctx context.Context, view View, batch []entry) (int, 
 	return 0, fmt.Errorf("%w: gave up after %d attempts", ErrConflict, maxAttempts)
 }
 
-// missing returns the batch without the segments that were found, each of which
-// must be equal to the one that it stands beside.
+// missing returns the entries of a batch without a record in found, which has a list of at
+// most one record for each entry. A record with another content is ErrSegmentExists.
 func missing(batch []entry, found [][]meta.KeyValue) ([]entry, error) {
 	var rest []entry
 	for i, e := range batch {
@@ -504,13 +516,14 @@ func missing(batch []entry, found [][]meta.KeyValue) ([]entry, error) {
 			return nil, err
 		}
 		if !same {
-			return nil, fmt.Errorf("%w: %d with another content; an id is never used twice", ErrSegmentExists, e.segment.ID)
+			return nil, fmt.Errorf("%w: %d with another content; ids are never reused", ErrSegmentExists, e.segment.ID)
 		}
 	}
 	return rest, nil
 }
 
-// equalSegments says whether two records say the same, whoever wrote them.
+// equalSegments reports whether two records have equal content, apart from the operation
+// that wrote them.
 func equalSegments(a, b meta.KeyValue) (bool, error) {
 	var plain [2][]byte
 	for i, kv := range []meta.KeyValue{a, b} {
@@ -524,10 +537,9 @@ func equalSegments(a, b meta.KeyValue) (bool, error) {
 	return bytes.Equal(plain[0], plain[1]), nil
 }
 
-// DropSegments drops segments in atomic batches and returns how many it
-// dropped; those that were dropped before do not count, also when their files are
-// all reclaimed. One that never was there is ErrSegmentNotFound, before anything is
-// written.
+// DropSegments drops segments in atomic batches and returns the number of dropped ones;
+// segments that were dropped before do not count, reclaimed ones included. An id that
+// never was a segment is ErrSegmentNotFound, before anything is written.
 func (c *Catalog) DropSegments(ctx context.Context, ref Ref, ids []int64) (int, error) {
 	col, _, err := c.active(ctx, &ref)
 	if err != nil {
@@ -541,13 +553,13 @@ func (c *Catalog) DropSegments(ctx context.Context, ref Ref, ids []int64) (int, 
 		size int // of the record, and so of the unit
 	}
 	var found []live
-	var missing []int64 // of which there is no record
+	var missing []int64 // without a record
 	for part := range slices.Chunk(ids, dropLookup) {
-		// All at one revision: a drop moves from one key to the next.
+		// At one revision: a dropped segment moves from one key to the next.
 		var gets []meta.Op
 		for _, id := range part {
 			gets = append(gets, meta.Get(keys.Segment(col.ID, id)), meta.Get(keys.Unit(col.ID, id)),
-				meta.Get(keys.TombPrefix(col.ID)+keys.ID(id)))
+				meta.Get(keys.TombstonePrefix(col.ID)+keys.ID(id)))
 		}
 		res, err := c.kv.Txn(ctx, meta.Txn{Then: gets})
 		if err != nil {
@@ -562,7 +574,7 @@ func (c *Catalog) DropSegments(ctx context.Context, ref Ref, ids []int64) (int, 
 			}
 		}
 	}
-	gone, err := c.Gone(ctx, missing) // after the look: what was there then and is not now is gone
+	gone, err := c.Gone(ctx, missing) // after the lookup: an id that lost its record since is gone
 	if err != nil {
 		return 0, fmt.Errorf("drop segments of %s: %w", &col, err)
 	}
@@ -575,7 +587,7 @@ func (c *Catalog) DropSegments(ctx context.Context, ref Ref, ids []int64) (int, 
 	if len(found) == 0 {
 		return 0, nil
 	}
-	for _, part := range split(found, MaxSwap, func(l live) int { return l.size }) {
+	for _, part := range split(found, MaxSegmentChange, func(l live) int { return l.size }) {
 		batch := make([]int64, len(part))
 		for i := range part {
 			batch[i] = part[i].id
@@ -589,11 +601,11 @@ func (c *Catalog) DropSegments(ctx context.Context, ref Ref, ids []int64) (int, 
 	return dropped, nil
 }
 
-// dropBatch drops those of ids that are still there.
+// dropBatch drops the segments among ids that still exist.
 func (c *Catalog) dropBatch(ctx context.Context, collection int64, ids []int64) (int, error) {
 	for len(ids) > 0 {
-		_, err := c.Change(ctx, request.Token{}, Ref{ID: collection}, Swap{Drop: ids})
-		var gone *goneError
+		_, err := c.Change(ctx, request.Token{}, Ref{ID: collection}, SegmentChange{Drop: ids})
+		var gone *segmentNotFoundError
 		if !errors.As(err, &gone) {
 			return len(ids), err
 		}

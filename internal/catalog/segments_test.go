@@ -107,7 +107,7 @@ func (r *rig) grant(t testing.TB, id int64) {
 		t.Fatalf("unit %d: %v, %v", id, found, err)
 	}
 	if _, err := r.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{
-		meta.Delete(key), meta.Put(keys.TombPrefix(r.col.ID)+keys.ID(id), unit.Value),
+		meta.Delete(key), meta.Put(keys.TombstonePrefix(r.col.ID)+keys.ID(id), unit.Value),
 	}}); err != nil {
 		t.Fatal(err)
 	}
@@ -224,7 +224,7 @@ func TestSegmentRules(t *testing.T) {
 			}
 			return err
 		})
-		r.refused(t, what+", as an output", c.err, func() error { return r.change(ctx, catalog.Swap{Add: []segment.Segment{s}}) })
+		r.refused(t, what+", as an output", c.err, func() error { return r.change(ctx, catalog.SegmentChange{Add: []segment.Segment{s}}) })
 	}
 	// One build of two segments would hide one of them when both are dropped.
 	a, b := r.makeSegment(ids[190], 1), r.makeSegment(ids[191], 1)
@@ -234,7 +234,7 @@ func TestSegmentRules(t *testing.T) {
 		return err
 	})
 	r.refused(t, "one build twice, as outputs", catalog.ErrInvalid, func() error {
-		return r.change(ctx, catalog.Swap{Add: []segment.Segment{a, b}})
+		return r.change(ctx, catalog.SegmentChange{Add: []segment.Segment{a, b}})
 	})
 }
 
@@ -286,7 +286,7 @@ func TestLargeSegments(t *testing.T) {
 	if n, _, err := r.AddSegments(ctx, r.col.ID, list); err != nil || n != len(list) {
 		t.Fatalf("added %d, %v", n, err)
 	}
-	r.refused(t, "a swap that is too large", catalog.ErrTooLarge, func() error { return r.change(ctx, catalog.Swap{Drop: ids[:60]}) })
+	r.refused(t, "a swap that is too large", catalog.ErrTooLarge, func() error { return r.change(ctx, catalog.SegmentChange{Drop: ids[:60]}) })
 	if n, err := r.DropSegments(ctx, r.ref, ids); err != nil || n != len(ids) {
 		t.Errorf("dropped %d, %v", n, err)
 	}

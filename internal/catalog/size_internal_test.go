@@ -119,8 +119,8 @@ func TestShownSize(t *testing.T) {
 
 // TestHeldKeys reads the keys that it writes, and no others.
 func TestHeldKeys(t *testing.T) {
-	for _, key := range []string{HeldKey(5, 7), HeldKeyOf(5, 7, &storagev1.Parked{Suffix: "0123456789abcdef"})} {
-		if collection, unit, ok := ParseHeldKey(key); !ok || collection != 5 || unit != 7 {
+	for _, key := range []string{SpillKey(5, 7), SpillKeyOf(5, 7, &storagev1.Parked{Suffix: "0123456789abcdef"})} {
+		if collection, unit, ok := ParseSpillKey(key); !ok || collection != 5 || unit != 7 {
 			t.Errorf("%s: %d, %d, %v", key, collection, unit, ok)
 		}
 	}
@@ -128,7 +128,7 @@ func TestHeldKeys(t *testing.T) {
 		"gc/held/5", "gc/held/5/", "gc/held/5/x", "gc/held/5/07", "gc/held/5/7-", "gc/held/5/7-0123", "gc/held/5/7-0123456789ABCDEF",
 		"gc/held/5/7-0123456789abcdeg", "gc/held/5/7-0123456789abcdef-", "gc/held/0/7", "held/5/7", "gc/held/5/7/8",
 	} {
-		if _, _, ok := ParseHeldKey(key); ok {
+		if _, _, ok := ParseSpillKey(key); ok {
 			t.Errorf("%s is read", key)
 		}
 	}

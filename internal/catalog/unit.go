@@ -23,7 +23,7 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// UnitKind says what was dropped. Stored: append only.
+// UnitKind is the kind of a dropped thing. Stored: append only.
 type UnitKind int
 
 // The kinds of unit.
@@ -33,53 +33,50 @@ const (
 	UnitFiles                       // files of a living segment
 )
 
-// Unit is something that was dropped from a collection and is reclaimed as a
-// whole.
+// Unit is a dropped segment, index build or set of files, which is reclaimed as a whole.
 type Unit struct {
-	ID         int64 // that of the segment or build, or one of its own
+	ID         int64 // of the segment or build; removed files have a new id
 	Collection int64
 	Kind       UnitKind
-	// Segment is the segment that was dropped, or what was part of one, under
-	// that segment's id.
+	// Segment is the dropped segment, or the dropped part with the id of its segment.
 	Segment segment.Segment
-	// Revision is that of the drop. A unit's key is put by the transaction that
-	// drops it, which compares that it is not there, and goes with the grant for
-	// good; parking puts it again. So this is its create revision.
+	// Revision is the revision of the drop: the create revision of the unit's key. The
+	// drop puts the key, comparing that it is absent; a spill puts it again; the grant
+	// deletes it for good.
 	Revision int64
 	DropTime time.Time
-	// Parked says that of Segment only the id is known: the rest lies in the
-	// object store. Only StubOf returns such a unit.
-	Parked bool
+	// Spilled means that Segment has the id only: the record is in the object store. Only
+	// StubOf returns such a unit.
+	Spilled bool
 }
 
-// ErrParked means that a unit's record is a stub. [Catalog.ReadUnit] and
-// [Catalog.Whole] read what it stands for.
-var ErrParked = errors.New("unit is parked")
+// ErrSpilled means that a unit's record is a stub. [Catalog.ReadUnit] and
+// [Catalog.LoadRecord] read the record from the object store.
+var ErrSpilled = errors.New("unit is spilled")
 
-// HeldPrefix is what the keys of all objects begin with that hold the records of
-// parked units.
-const HeldPrefix = "gc/held/"
+// SpillPrefix is the prefix of the objects with the records of spilled units.
+const SpillPrefix = "gc/held/"
 
-// HeldKey is the object that holds the record of a unit while it is parked.
-func HeldKey(collection, unit int64) string {
-	return fmt.Sprintf("%s%d/%d", HeldPrefix, collection, unit)
+// SpillKey returns the key of the object with the record of a spilled unit.
+func SpillKey(collection, unit int64) string {
+	return fmt.Sprintf("%s%d/%d", SpillPrefix, collection, unit)
 }
 
-// heldSuffix is how many digits of a SHA-256 end the key of a record that was
-// parked as its unit was dropped.
-const heldSuffix = 16
+// spillSuffix is the number of digits of the SHA-256 at the end of the key of a record that
+// was spilled by the drop of its unit.
+const spillSuffix = 16
 
-// HeldKeyOf is the object that holds the record of a parked unit, by its stub.
-func HeldKeyOf(collection, unit int64, parked *storagev1.Parked) string {
+// SpillKeyOf returns the key of the object with the record of a spilled unit, by its stub.
+func SpillKeyOf(collection, unit int64, parked *storagev1.Parked) string {
 	if parked.GetSuffix() == "" {
-		return HeldKey(collection, unit)
+		return SpillKey(collection, unit)
 	}
-	return HeldKey(collection, unit) + "-" + parked.GetSuffix()
+	return SpillKey(collection, unit) + "-" + parked.GetSuffix()
 }
 
-// ParseHeldKey returns whose record an object holds, by its key.
-func ParseHeldKey(key string) (collection, unit int64, ok bool) {
-	rest, ok := strings.CutPrefix(key, HeldPrefix)
+// ParseSpillKey returns the unit of an object with a spilled record, by its key.
+func ParseSpillKey(key string) (collection, unit int64, ok bool) {
+	rest, ok := strings.CutPrefix(key, SpillPrefix)
 	if !ok {
 		return 0, 0, false
 	}
@@ -88,16 +85,16 @@ func ParseHeldKey(key string) (collection, unit int64, ok bool) {
 	collection, err1 := strconv.ParseInt(first, 10, 64)
 	unit, err2 := strconv.ParseInt(second, 10, 64)
 	sum, err := hex.DecodeString(suffix)
-	if err != nil || hex.EncodeToString(sum) != suffix || suffix != "" && len(suffix) != heldSuffix {
+	if err != nil || hex.EncodeToString(sum) != suffix || suffix != "" && len(suffix) != spillSuffix {
 		return 0, 0, false
 	}
 	ok = err1 == nil && err2 == nil && collection > 0 && unit > 0 &&
-		key == HeldKeyOf(collection, unit, &storagev1.Parked{Suffix: suffix})
+		key == SpillKeyOf(collection, unit, &storagev1.Parked{Suffix: suffix})
 	return collection, unit, ok
 }
 
-// WriteHeld returns an Options.Hold that writes to one of stores.
-func WriteHeld(
+// WriteSpilled returns an Options.Spill that writes to one of stores.
+func WriteSpilled(
 	stores map[string]object.Store, alias string,
 ) func(ctx context.Context, key string, data []byte) (string, error) {
 	return func(ctx context.Context, key string, data []byte) (string, error) {
@@ -110,7 +107,7 @@ func WriteHeld(
 	}
 }
 
-// DecodeUnit reads a unit's record. That of a parked one is ErrParked.
+// DecodeUnit reads a unit's record. A stub is ErrSpilled.
 func DecodeUnit(collection int64, kv meta.KeyValue) (Unit, error) {
 	id, err := keys.LastID(kv.Key)
 	if err != nil {
@@ -125,60 +122,62 @@ func DecodeUnit(collection int64, kv meta.KeyValue) (Unit, error) {
 	return u, err
 }
 
-// UnitOf reads a unit from its record, all but its revision. That of a parked one
-// is ErrParked: nobody may take it for a unit without files.
+// UnitOf reads a unit from its record, without the revision. A stub is ErrSpilled, so that
+// it is not mistaken for a unit without files.
 func UnitOf(collection, id int64, rec *storagev1.Unit) (Unit, error) {
 	switch {
 	case rec.GetParked() != nil:
-		return Unit{}, fmt.Errorf("unit %d of collection %d: %w", id, collection, ErrParked)
+		return Unit{}, fmt.Errorf("unit %d of collection %d: %w", id, collection, ErrSpilled)
 	case rec.GetSegment() == nil:
-		return Unit{}, fmt.Errorf("%w of unit %d of collection %d: it says nothing of the segment", record.ErrUnreadable, id, collection)
+		return Unit{}, fmt.Errorf("%w of unit %d of collection %d: no segment in it", record.ErrUnreadable, id, collection)
 	}
 	s, err := segmentOf(collection, rec.GetSegmentId(), rec.GetSegment())
 	if err != nil {
 		return Unit{}, fmt.Errorf("unit %d of collection %d: %w", id, collection, err)
 	}
 	s.Disputed = s.Disputed || rec.GetDisputed()
-	return Unit{ID: id, Collection: collection, Kind: UnitKind(rec.GetKind()), Segment: s, DropTime: record.Time(rec.GetDropTime())}, nil
+	return Unit{
+		ID: id, Collection: collection, Kind: UnitKind(rec.GetKind()), Segment: s, DropTime: record.Time(rec.GetDropTime()),
+	}, nil
 }
 
-// StubOf reads from the record of a parked unit what that says of it: its ids,
-// its kind and the time of its drop.
+// StubOf reads a unit from a stub, which has its ids, kind and drop time.
 func StubOf(collection, id int64, rec *storagev1.Unit) Unit {
 	return Unit{
 		ID: id, Collection: collection, Kind: UnitKind(rec.GetKind()),
 		Segment:  segment.Segment{ID: rec.GetSegmentId(), State: segment.Dropped, Disputed: rec.GetDisputed()},
-		DropTime: record.Time(rec.GetDropTime()), Parked: true,
+		DropTime: record.Time(rec.GetDropTime()), Spilled: true,
 	}
 }
 
-// ReadHeld returns an Options.Held that reads from stores, by alias.
-func ReadHeld(stores map[string]object.Store) func(ctx context.Context, store, key string) ([]byte, error) {
+// ReadSpilled returns an Options.ReadSpilled that reads from stores, by alias.
+func ReadSpilled(stores map[string]object.Store) func(ctx context.Context, store, key string) ([]byte, error) {
 	return func(ctx context.Context, store, key string) ([]byte, error) {
 		s, ok := stores[store]
 		if !ok {
 			return nil, fmt.Errorf("%w: the store is not configured here", record.ErrUnreadable)
 		}
-		return object.ReadAll(ctx, s, key, meta.MaxTxnBytes) // in the metadata store it was no longer
+		return object.ReadAll(ctx, s, key, meta.MaxTxnBytes) // the bound of a record in the metadata store
 	}
 }
 
-// Whole returns the record of a unit for a stub of it, read from the object
-// store; a record that is none it returns as it is. It blocks on the object
-// store. Nothing is parsed that does not have the stub's length and digest. An
-// object that is not there, or is another, is record.ErrUnreadable: the unit must
-// be left alone, unless the stub is not current any more, for the object goes when
-// the unit is granted.
-func (c *Catalog) Whole(ctx context.Context, collection, id int64, rec *storagev1.Unit) (*storagev1.Unit, error) {
+// LoadRecord reads the record of a unit from the object store when rec is a stub, and
+// returns any other rec unchanged. It parses only an object with the stub's length and
+// digest. A missing or different object is record.ErrUnreadable: the unit must be left
+// alone, unless the stub is outdated, for the object is deleted when the unit is granted.
+func (c *Catalog) LoadRecord(
+	ctx context.Context, collection, id int64, rec *storagev1.Unit,
+) (*storagev1.Unit, error) {
 	parked := rec.GetParked()
 	if parked == nil {
 		return rec, nil
 	}
-	key := HeldKeyOf(collection, id, parked)
+	key := SpillKeyOf(collection, id, parked)
 	fail := func(err error) (*storagev1.Unit, error) {
-		return nil, fmt.Errorf("unit %d of collection %d is parked: read %s of store %q: %w", id, collection, key, parked.GetStore(), err)
+		return nil, fmt.Errorf("unit %d of collection %d is spilled: read %s of store %q: %w",
+			id, collection, key, parked.GetStore(), err)
 	}
-	data, err := c.readHeld(ctx, parked, key)
+	data, err := c.readSpilled(ctx, parked, key)
 	if err != nil {
 		return fail(err)
 	}
@@ -187,21 +186,21 @@ func (c *Catalog) Whole(ctx context.Context, collection, id int64, rec *storagev
 		return fail(err)
 	}
 	if whole.GetParked() != nil {
-		return fail(fmt.Errorf("%w: it is a stub itself", record.ErrUnreadable))
+		return fail(fmt.Errorf("%w: the object is a stub", record.ErrUnreadable))
 	}
-	whole.Disputed = whole.GetDisputed() || rec.GetDisputed() // which may have been found out since
+	whole.Disputed = whole.GetDisputed() || rec.GetDisputed() // which may be newer
 	return whole, nil
 }
 
-// readHeld reads the object of a parked unit, twice when the first answer is
-// another: the way may be to blame.
-func (c *Catalog) readHeld(ctx context.Context, parked *storagev1.Parked, key string) ([]byte, error) {
-	if c.held == nil {
-		return nil, fmt.Errorf("%w: this process reads no parked units", record.ErrUnreadable)
+// readSpilled reads the object of a spilled unit and checks its digest, retrying once: a
+// mismatch may be a transfer error.
+func (c *Catalog) readSpilled(ctx context.Context, parked *storagev1.Parked, key string) ([]byte, error) {
+	if c.readSpill == nil {
+		return nil, fmt.Errorf("%w: this process reads no spilled units", record.ErrUnreadable)
 	}
 	var last error
 	for range 2 {
-		data, err := c.held(ctx, parked.GetStore(), key)
+		data, err := c.readSpill(ctx, parked.GetStore(), key)
 		if errors.Is(err, object.ErrNotFound) {
 			return nil, fmt.Errorf("%w: %w", record.ErrUnreadable, err)
 		}
@@ -212,20 +211,20 @@ func (c *Catalog) readHeld(ctx context.Context, parked *storagev1.Parked, key st
 		if int64(len(data)) == parked.GetLength() && bytes.Equal(sum[:], parked.GetSha256()) {
 			return data, nil
 		}
-		last = fmt.Errorf("%w: %d bytes of SHA-256 %x, want %d of %x", record.ErrUnreadable, len(data), sum, parked.GetLength(), parked.GetSha256())
+		last = fmt.Errorf("%w: %d bytes of SHA-256 %x, want %d of %x",
+			record.ErrUnreadable, len(data), sum, parked.GetLength(), parked.GetSha256())
 	}
 	return nil, last
 }
 
-// ReadUnit reads a unit whole from kv, which is its record or its tombstone. It
-// blocks on the object store when the unit is parked; the errors are those of
-// [Catalog.Whole].
+// ReadUnit reads a unit from kv, its record or its tombstone. It reads the object store
+// when the record is a stub; the errors are those of [Catalog.LoadRecord].
 func (c *Catalog) ReadUnit(ctx context.Context, collection int64, kv meta.KeyValue) (Unit, error) {
 	id, err := keys.LastID(kv.Key)
 	if err != nil {
 		return Unit{}, err
 	}
-	if strings.HasPrefix(kv.Key, keys.AllTombsPrefix) {
+	if strings.HasPrefix(kv.Key, keys.AllTombstonesPrefix) {
 		rec := &storagev1.Tombstone{}
 		if err := record.Decode(kv, rec); err != nil {
 			return Unit{}, err
@@ -236,7 +235,7 @@ func (c *Catalog) ReadUnit(ctx context.Context, collection int64, kv meta.KeyVal
 	if err := record.Decode(kv, rec); err != nil {
 		return Unit{}, err
 	}
-	if rec, err = c.Whole(ctx, collection, id, rec); err != nil {
+	if rec, err = c.LoadRecord(ctx, collection, id, rec); err != nil {
 		return Unit{}, err
 	}
 	u, err := UnitOf(collection, id, rec)
@@ -244,13 +243,12 @@ func (c *Catalog) ReadUnit(ctx context.Context, collection int64, kv meta.KeyVal
 	return u, err
 }
 
-// Owned yields the unit's files that belong to it alone, as [Owns] decides. Any
-// other file is foreign: it may be part of something else as well, and is never
-// deleted with the unit. It panics when the unit is Parked, for then nothing is
-// known of its files.
+// Owned yields the files that the unit owns; see [Owns]. Any other file is foreign, and is
+// never deleted with the unit. It panics when the unit is Spilled, for its files are then
+// unknown.
 func (u *Unit) Owned() iter.Seq[*segment.File] {
-	if u.Parked {
-		panic(fmt.Sprintf("the files of unit %d are not known: it is parked", u.ID))
+	if u.Spilled {
+		panic(fmt.Sprintf("files of unit %d: the unit is spilled", u.ID))
 	}
 	return func(yield func(*segment.File) bool) {
 		for f := range u.Segment.AllFiles() {
@@ -270,23 +268,25 @@ func hasFile(s *segment.Segment, path FilePath) bool {
 	return false
 }
 
-// Has says whether the file is one of the unit's. It panics when the unit is
-// Parked, for then nothing is known of its files.
+// Has reports whether the unit has the file. It panics when the unit is Spilled, for its
+// files are then unknown.
 func (u *Unit) Has(path FilePath) bool {
-	if u.Parked {
-		panic(fmt.Sprintf("the files of unit %d are not known: it is parked", u.ID))
+	if u.Spilled {
+		panic(fmt.Sprintf("files of unit %d: the unit is spilled", u.ID))
 	}
 	return hasFile(&u.Segment, path)
 }
 
-// partsInFlight is how many parked parts are read at once.
+// partsInFlight is the number of concurrent reads of spilled units.
 const partsInFlight = 8
 
-// Parts calls visit with the units that were taken from segments, whose ids must
-// ascend, and that are not granted: replaced index builds and files. A unit that is
-// parked is read whole where whole says so of its stub, and is left a stub
-// otherwise. visit is called by one goroutine at a time.
-func (c *Catalog) Parts(ctx context.Context, collection int64, segments []int64, whole func(*Unit) bool, visit func(Unit)) error {
+// Parts calls visit with the units that were removed from segments, whose ids must ascend,
+// and are not granted: replaced index builds and removed files. It loads the record of a
+// spilled unit when load returns true for its stub, and visits the stub otherwise. It
+// calls visit from one goroutine at a time.
+func (c *Catalog) Parts(
+	ctx context.Context, collection int64, segments []int64, load func(*Unit) bool, visit func(Unit),
+) error {
 	if len(segments) == 0 {
 		return nil
 	}
@@ -306,18 +306,20 @@ func (c *Catalog) Parts(ctx context.Context, collection int64, segments []int64,
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("read what was taken from segments of collection %d: %w", collection, err)
+		return fmt.Errorf("read the units removed from segments of collection %d: %w", collection, err)
 	}
 	for part := range slices.Chunk(units, partsInFlight*4) {
-		if err := c.readParts(ctx, collection, part, whole, visit); err != nil {
+		if err := c.readParts(ctx, collection, part, load, visit); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// readParts is Parts for a few units.
-func (c *Catalog) readParts(ctx context.Context, collection int64, units []int64, whole func(*Unit) bool, visit func(Unit)) error {
+// readParts is Parts for the units of one transaction.
+func (c *Catalog) readParts(
+	ctx context.Context, collection int64, units []int64, load func(*Unit) bool, visit func(Unit),
+) error {
 	gets := make([]meta.Op, len(units))
 	for i, id := range units {
 		gets[i] = meta.Get(keys.Unit(collection, id))
@@ -340,14 +342,14 @@ func (c *Catalog) readParts(ctx context.Context, collection int64, units []int64
 		if rec.GetParked() != nil {
 			stub := StubOf(collection, units[i], rec)
 			stub.Revision = kvs[0].CreateRevision
-			if !whole(&stub) {
+			if !load(&stub) {
 				list[i] = &stub
 				continue
 			}
 		}
 		group.Go(func() error {
 			read, err := c.readUnits(ctx, collection, units[i], kvs)
-			if err == nil && len(read) > 0 && read[0].Revision > 0 { // and was not granted meanwhile
+			if err == nil && len(read) > 0 && read[0].Revision > 0 { // not granted meanwhile
 				list[i] = &read[0]
 			}
 			return err
@@ -364,55 +366,57 @@ func (c *Catalog) readParts(ctx context.Context, collection int64, units []int64
 	return nil
 }
 
-// Owner is what a file is part of.
+// Owner is the segment or unit with a file.
 type Owner struct {
-	Segment int64 // that it is or was part of
-	Live    bool  // part of a segment of the collection
-	Unit    int64 // else the unit that it was dropped with
-	// Owned says that it is that segment's own, see [Owns]: else it is never deleted.
+	Segment int64 // that has or had the file
+	Live    bool  // the segment has it
+	Unit    int64 // else the unit with the file
+	// Owned means that the segment owns the file, see [Owns]; no other file is deleted.
 	Owned bool
 }
 
-// FindOwner looks for what has the file at path: among the segments and units
-// whose ids are elements of the path, and under segmentID besides when that is
-// not 0. It reads the store as it is now.
-func (c *Catalog) FindOwner(ctx context.Context, collection int64, path FilePath, segmentID int64) (Owner, bool, error) {
+// FindOwner returns the owner of the file at path among the segments and units whose ids
+// are elements of the path, and those of segmentID unless it is 0, at the newest
+// revision.
+func (c *Catalog) FindOwner(
+	ctx context.Context, collection int64, path FilePath, segmentID int64,
+) (Owner, bool, error) {
 	ids := segment.IDsIn(path.Path)
 	if segmentID > 0 {
 		ids = append(ids, segmentID)
 	}
-	holdings, err := c.holdings(ctx, collection, ids, false)
+	found, err := c.readHoldings(ctx, collection, ids, false)
 	if err != nil {
 		return Owner{}, false, err
 	}
 	for _, id := range ids {
-		if owner, found := holdings[id].find(collection, path); found {
+		if owner, ok := found[id].find(collection, path); ok {
 			return owner, true, nil
 		}
 	}
 	return Owner{}, false, nil
 }
 
-// holding is what there is of one segment: itself if it lives, and the units
-// that it is or that were taken from it, granted ones included.
-type holding struct {
+// holdings are the records of one segment: the segment unless it is dropped, and the units
+// of it and of its removed parts, granted ones included.
+type holdings struct {
 	live  *segment.Segment
 	units []Unit
-	// With byHash, taken has the hashes of all paths that were taken from the living
+	// With byHash, removed has the hashes of all paths that were removed from the live
 	// segment, and units has none of them.
-	taken  []uint64
-	byHash bool
+	removed []uint64
+	byHash  bool
 }
 
-// find returns what of a collection has the file at path.
-func (h *holding) find(collection int64, path FilePath) (Owner, bool) {
+// find returns the owner of the file at path.
+func (h *holdings) find(collection int64, path FilePath) (Owner, bool) {
 	if h == nil {
 		return Owner{}, false
 	}
 	if h.live != nil && hasFile(h.live, path) {
 		return Owner{Segment: h.live.ID, Live: true, Owned: Owns(collection, h.live, path.Path)}, true
 	}
-	if len(h.taken) > 0 && slices.Contains(h.taken, pathHash(path.Root, path.Path)) {
+	if len(h.removed) > 0 && slices.Contains(h.removed, pathHash(path.Root, path.Path)) {
 		return Owner{Segment: h.live.ID}, true
 	}
 	for i := range h.units {
@@ -423,19 +427,20 @@ func (h *holding) find(collection int64, path FilePath) (Owner, bool) {
 	return Owner{}, false
 }
 
-// holdings reads what there is of segments. Ids that stand for nothing are left
-// out.
+// readHoldings reads the holdings of segments. Ids without records are omitted.
 //
-// With byHash, what was taken from a living segment whose record has the hashes of
-// all paths that were is known by these, and no unit of it is read: so the calls do
-// not grow with the history of the segment.
-func (c *Catalog) holdings(ctx context.Context, collection int64, ids []int64, byHash bool) (map[int64]*holding, error) {
+// With byHash, it reads no units of a live segment whose record has the hashes of all
+// removed paths, so that the number of calls does not grow with the history of the
+// segment.
+func (c *Catalog) readHoldings(
+	ctx context.Context, collection int64, ids []int64, byHash bool,
+) (map[int64]*holdings, error) {
 	ids = slices.Clone(ids)
 	slices.Sort(ids)
-	found := map[int64]*holding{}
-	of := func(id int64) *holding {
+	found := map[int64]*holdings{}
+	of := func(id int64) *holdings {
 		if found[id] == nil {
-			found[id] = &holding{}
+			found[id] = &holdings{}
 		}
 		return found[id]
 	}
@@ -443,7 +448,7 @@ func (c *Catalog) holdings(ctx context.Context, collection int64, ids []int64, b
 		var gets []meta.Op
 		for _, id := range part {
 			gets = append(gets, meta.Get(keys.Segment(collection, id)), meta.Get(keys.Unit(collection, id)),
-				meta.Get(keys.Tomb(collection, id)))
+				meta.Get(keys.Tombstone(collection, id)))
 		}
 		res, err := c.kv.Txn(ctx, meta.Txn{Then: gets})
 		if err != nil {
@@ -456,13 +461,13 @@ func (c *Catalog) holdings(ctx context.Context, collection int64, ids []int64, b
 				if err != nil {
 					return nil, err
 				}
-				rec := &storagev1.Segment{} // for what a segment does not show
+				rec := &storagev1.Segment{} // with the fields that segment.Segment lacks
 				if err := record.Decode(kv, rec); err != nil {
 					return nil, err
 				}
 				of(id).live = &s
 				if byHash && rec.GetRemovedWhole() {
-					of(id).taken, of(id).byHash = rec.GetRemoved(), true
+					of(id).removed, of(id).byHash = rec.GetRemoved(), true
 				}
 			}
 			if kvs := slices.Concat(got[1], got[2]); len(kvs) > 0 {
@@ -473,16 +478,18 @@ func (c *Catalog) holdings(ctx context.Context, collection int64, ids []int64, b
 				of(id).units = append(of(id).units, list...)
 			}
 		}
-		if err := c.takenUnits(ctx, collection, part, found, of); err != nil {
+		if err := c.readRemoved(ctx, collection, part, found, of); err != nil {
 			return nil, err
 		}
 	}
 	return found, nil
 }
 
-// takenUnits reads the units that were taken from segments, but not of those that
-// know them by hash.
-func (c *Catalog) takenUnits(ctx context.Context, collection int64, ids []int64, found map[int64]*holding, of func(int64) *holding) error {
+// readRemoved adds the units that were removed from segments to their holdings, except for
+// segments with byHash.
+func (c *Catalog) readRemoved(
+	ctx context.Context, collection int64, ids []int64, found map[int64]*holdings, of func(int64) *holdings,
+) error {
 	ids = slices.DeleteFunc(slices.Clone(ids), func(id int64) bool { return found[id] != nil && found[id].byHash })
 	if len(ids) == 0 {
 		return nil
@@ -493,7 +500,7 @@ func (c *Catalog) takenUnits(ctx context.Context, collection int64, ids []int64,
 	}
 	res, err := c.kv.Txn(ctx, meta.Txn{Then: gets})
 	if err != nil {
-		return fmt.Errorf("read what was taken from segments of collection %d: %w", collection, err)
+		return fmt.Errorf("read the units removed from segments of collection %d: %w", collection, err)
 	}
 	for i, id := range ids {
 		for parts := range slices.Chunk(res.Ranges[i], partsInFlight*4) {
@@ -507,8 +514,8 @@ func (c *Catalog) takenUnits(ctx context.Context, collection int64, ids []int64,
 	return nil
 }
 
-// units reads units by the keys that lead to them, granted or not, in one transaction;
-// those of them that are gone are left out. Parked ones are read some at a time.
+// units reads units by the keys of their segments, granted or not, in one transaction, and
+// omits removed ones. It loads partsInFlight spilled ones at a time.
 func (c *Catalog) units(ctx context.Context, collection int64, parts []meta.KeyValue) ([]Unit, error) {
 	ids, gets := make([]int64, len(parts)), make([]meta.Op, 0, 2*len(parts))
 	for i := range parts {
@@ -516,7 +523,7 @@ func (c *Catalog) units(ctx context.Context, collection int64, parts []meta.KeyV
 		if ids[i], err = keys.LastID(parts[i].Key); err != nil {
 			return nil, err
 		}
-		gets = append(gets, meta.Get(keys.Unit(collection, ids[i])), meta.Get(keys.Tomb(collection, ids[i])))
+		gets = append(gets, meta.Get(keys.Unit(collection, ids[i])), meta.Get(keys.Tombstone(collection, ids[i])))
 	}
 	res, err := c.kv.Txn(ctx, meta.Txn{Then: gets})
 	if err != nil {
@@ -538,18 +545,20 @@ func (c *Catalog) units(ctx context.Context, collection int64, parts []meta.KeyV
 	return slices.Concat(lists...), nil
 }
 
-// unitRecords reads what there is of a unit's record and its tombstone.
+// unitRecords reads the record and the tombstone of a unit, those that exist.
 func (c *Catalog) unitRecords(ctx context.Context, collection, id int64) ([]meta.KeyValue, error) {
-	res, err := c.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Get(keys.Unit(collection, id)), meta.Get(keys.Tomb(collection, id))}})
+	res, err := c.kv.Txn(ctx, meta.Txn{Then: []meta.Op{
+		meta.Get(keys.Unit(collection, id)), meta.Get(keys.Tombstone(collection, id)),
+	}})
 	if err != nil {
 		return nil, fmt.Errorf("read unit %d of collection %d: %w", id, collection, err)
 	}
 	return slices.Concat(res.Ranges...), nil
 }
 
-// readUnits reads a unit whole from its record and its tombstone, those of them
-// that there were. One that was granted meanwhile is read from its tombstone: a
-// parked unit's object goes with the grant.
+// readUnits reads a unit from kvs, its record and its tombstone as they existed. It reads a
+// unit that was granted meanwhile from its tombstone, for the grant deletes the object
+// of a spilled unit.
 func (c *Catalog) readUnits(ctx context.Context, collection, id int64, kvs []meta.KeyValue) ([]Unit, error) {
 	for {
 		list := make([]Unit, len(kvs))
@@ -561,36 +570,38 @@ func (c *Catalog) readUnits(ctx context.Context, collection, id int64, kvs []met
 			return list, nil
 		}
 		now, nowErr := c.unitRecords(ctx, collection, id)
-		if nowErr != nil || slices.EqualFunc(kvs, now, func(a, b meta.KeyValue) bool { return a.Key == b.Key && a.ModRevision == b.ModRevision }) {
+		unchanged := slices.EqualFunc(kvs, now, func(a, b meta.KeyValue) bool {
+			return a.Key == b.Key && a.ModRevision == b.ModRevision
+		})
+		if nowErr != nil || unchanged {
 			return nil, err
 		}
-		kvs = now // a unit only goes on, and not often
+		kvs = now // ends: a unit moves forward through few states
 	}
 }
 
-// claim is a file that something is about to add to a segment.
-type claim struct {
+// fileClaim is a file that a change adds to a segment.
+type fileClaim struct {
 	field   string // of the request
 	segment int64
 	path    FilePath
 }
 
-// claimsOf are the files that have to be looked up before they may become part
-// of s. Those that lie at its place can only have been its own.
-func claimsOf(claims []claim, collection int64, field string, s *segment.Segment) []claim {
+// fileClaims appends the files of s that need a lookup before s may have them. Files at
+// the place of s need none: no other segment can have had them.
+func fileClaims(claims []fileClaim, collection int64, field string, s *segment.Segment) []fileClaim {
 	for f := range s.AllFiles() {
 		if !Owns(collection, s, f.Path) {
-			claims = append(claims, claim{field, s.ID, FilePath{f.Root, f.Path}})
+			claims = append(claims, fileClaim{field, s.ID, FilePath{f.Root, f.Path}})
 		}
 	}
 	return claims
 }
 
-// checkClaims refuses files that lie at the place of something else, and files that
-// belong to something else of the collection: a file of another segment goes when
-// that one is reclaimed, and one that was taken from a segment is about to go. It
-// looks, and does not compare: this is a mistake, not a race.
-func (c *Catalog) checkClaims(ctx context.Context, collection int64, claims []claim) error {
+// checkFileClaims returns an error for files at the place of another segment, and for files
+// of another segment or unit of the collection, whose reclaim deletes them. It reads, and
+// compares nothing: a violation is a mistake of the caller, not a race.
+func (c *Catalog) checkFileClaims(ctx context.Context, collection int64, claims []fileClaim) error {
 	var ids []int64
 	for i := range claims {
 		cl := &claims[i]
@@ -599,7 +610,7 @@ func (c *Catalog) checkClaims(ctx context.Context, collection int64, claims []cl
 	if len(ids) == 0 {
 		return nil
 	}
-	holdings, err := c.holdings(ctx, collection, ids, true)
+	found, err := c.readHoldings(ctx, collection, ids, true)
 	if err != nil {
 		return err
 	}
@@ -607,9 +618,9 @@ func (c *Catalog) checkClaims(ctx context.Context, collection int64, claims []cl
 	for i := range claims {
 		cl := &claims[i]
 		for _, id := range append(segment.IDsIn(cl.path.Path), cl.segment) {
-			owner, found := holdings[id].find(collection, cl.path)
-			if found && (!owner.Live || owner.Segment != cl.segment) {
-				return fmt.Errorf("%w: %q, in %s, belongs to segment %d and goes when that does; a path is never used twice",
+			owner, ok := found[id].find(collection, cl.path)
+			if ok && (!owner.Live || owner.Segment != cl.segment) {
+				return fmt.Errorf("%w: %q, in %s, belongs to segment %d and is deleted with it; paths are never reused",
 					ErrFileExists, cl.path.Path, cl.field, owner.Segment)
 			}
 		}

@@ -69,15 +69,15 @@ func TestOwned(t *testing.T) {
 // Nothing that is not the whole record of a unit is taken for one without files.
 func TestUnitOfStub(t *testing.T) {
 	stub := &storagev1.Unit{Format: 1, Kind: 2, SegmentId: 65, DropTime: 7, Parked: &storagev1.Parked{Store: "default", Length: 3}}
-	if _, err := catalog.UnitOf(1, 66, stub); !errors.Is(err, catalog.ErrParked) {
-		t.Errorf("a stub: err = %v, want %v", err, catalog.ErrParked)
+	if _, err := catalog.UnitOf(1, 66, stub); !errors.Is(err, catalog.ErrSpilled) {
+		t.Errorf("a stub: err = %v, want %v", err, catalog.ErrSpilled)
 	}
 	if _, err := catalog.UnitOf(1, 66, &storagev1.Unit{Format: 1, Kind: 2, SegmentId: 65}); !errors.Is(err, record.ErrUnreadable) {
 		t.Errorf("a record of nothing: err = %v, want %v", err, record.ErrUnreadable)
 	}
 	u := catalog.StubOf(1, 66, stub)
 	want := catalog.Unit{
-		ID: 66, Collection: 1, Kind: catalog.UnitBuild, Segment: segment.Segment{ID: 65, State: segment.Dropped}, DropTime: time.Unix(0, 7).UTC(), Parked: true,
+		ID: 66, Collection: 1, Kind: catalog.UnitBuild, Segment: segment.Segment{ID: 65, State: segment.Dropped}, DropTime: time.Unix(0, 7).UTC(), Spilled: true,
 	}
 	if diff := cmp.Diff(want, u); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
@@ -115,7 +115,7 @@ func TestFindOwner(t *testing.T) {
 		t.Errorf("got %s", got)
 	}
 	other := segment.File{Path: "anywhere/at-all", Kind: "k"}
-	if err := r.change(t.Context(), catalog.Swap{Update: []catalog.Update{{
+	if err := r.change(t.Context(), catalog.SegmentChange{Update: []catalog.Update{{
 		Segment: ids[0], RemoveFiles: []catalog.FilePath{{Path: path}}, AddFiles: []segment.File{other},
 	}}}); err != nil {
 		t.Fatal(err)
@@ -133,7 +133,7 @@ func TestFindOwner(t *testing.T) {
 	if got := find(other.Path, ids[0]); got != foreign {
 		t.Errorf("got %s, want %s", got, foreign)
 	}
-	if err := r.change(t.Context(), catalog.Swap{Drop: ids[:1]}); err != nil {
+	if err := r.change(t.Context(), catalog.SegmentChange{Drop: ids[:1]}); err != nil {
 		t.Fatal(err)
 	}
 	if got, want := find(other.Path, ids[0]), fmt.Sprintf("true %+v", catalog.Owner{Segment: ids[0], Unit: ids[0]}); got != want {

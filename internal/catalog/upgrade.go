@@ -16,20 +16,20 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// Dispute is an id that two things lay claim to from before ids were claimed.
+// Dispute is an id that several records have, from releases that claimed no ids.
 type Dispute struct {
 	ID          int64
-	Part        bool    // of a part of a segment, else of a segment
-	Collections []int64 // that have the id, or a file at its place
+	Part        bool    // the id of a part of a segment, else of a segment
+	Collections []int64 // with the id, or with a file at its place
 }
 
-// ClaimAll writes the claims of all records from before ids were claimed, once in
-// the life of a cluster: a repeat, and a second replica at the same time, find
-// what is written. It returns the ids that are disputed. No collection owns the
-// files of a disputed id: its records say so, and nothing deletes them.
+// ClaimAll writes the claims of all records of releases that claimed no ids, once in the
+// life of a cluster: a repeat, and a concurrent replica, find the claims. It returns the
+// disputed ids. No collection owns the files of a disputed id: its records have a flag,
+// and nothing deletes the files.
 //
-// Until it has ended nothing may be registered, and nothing granted. It reads all
-// segments, units and tombstones.
+// Before it has ended, nothing may be registered or granted. It reads all segments, units
+// and tombstones.
 func (c *Catalog) ClaimAll(ctx context.Context) ([]Dispute, error) {
 	disputes, err := c.claimAll(ctx)
 	if err != nil {
@@ -50,7 +50,7 @@ func (c *Catalog) claimAll(ctx context.Context) ([]Dispute, error) {
 	if u.nested, err = u.nestedRoots(ctx); err != nil {
 		return nil, err
 	}
-	for _, prefix := range []string{keys.AllSegmentsPrefix, keys.AllUnitsPrefix, keys.AllTombsPrefix} {
+	for _, prefix := range []string{keys.AllSegmentsPrefix, keys.AllUnitsPrefix, keys.AllTombstonesPrefix} {
 		if err := u.scan(ctx, prefix); err != nil {
 			return nil, err
 		}
@@ -86,18 +86,23 @@ func (c *Catalog) claimAll(ctx context.Context) ([]Dispute, error) {
 // upgrade is one run of ClaimAll.
 type upgrade struct {
 	c *Catalog
-	// misplaced are the ids of segments at whose place another segment has a file,
-	// with the collections of those others.
+	// misplaced holds the ids of segments at whose place another segment has a file, with
+	// the collections of the other segments.
 	misplaced map[int64][]int64
 	disputed  map[newID][]int64 // with the collections that have the id
-	// nested are the collections of which one has a root inside another's.
+	// nested holds the collections with nested roots.
 	nested map[int64]bool
 }
 
-// old is an id that a record has.
-type old struct {
+// recordID is an id of a record, with its collection.
+type recordID struct {
 	newID
 	collection int64
+}
+
+// claim returns the write of the claim.
+func (r recordID) claim() meta.Op {
+	return meta.Put(r.key(), record.Encode(&storagev1.Owner{Format: record.Format, CollectionId: r.collection}))
 }
 
 // scan claims the ids of the records under prefix.
@@ -115,12 +120,12 @@ func (u *upgrade) scan(ctx context.Context, prefix string) error {
 			})
 		}
 		_ = reads.Wait() // each error has its place
-		var list []old
+		var list []recordID
 		for i, unit := range units {
 			collection := unit.Collection
 			switch {
 			case errors.Is(errs[i], record.ErrUnreadable):
-				// Nothing is deleted of what cannot be read. Its id is kept from others.
+				// Nothing deletes the files of an unreadable record. Its id stays taken.
 				n := newID{id: unit.ID}
 				u.disputed[n] = append(u.disputed[n], collection)
 				continue
@@ -128,7 +133,7 @@ func (u *upgrade) scan(ctx context.Context, prefix string) error {
 				return errs[i]
 			}
 			for _, n := range unit.ids() {
-				list = append(list, old{n, collection})
+				list = append(list, recordID{n, collection})
 				if u.nested[collection] {
 					u.disputed[n] = append(u.disputed[n], collection)
 				}
@@ -143,7 +148,7 @@ func (u *upgrade) scan(ctx context.Context, prefix string) error {
 		}
 		group, ctx := errgroup.WithContext(ctx)
 		group.SetLimit(batchInFlight)
-		results := make([][]old, (len(list)+batchIDs-1)/batchIDs)
+		results := make([][]recordID, (len(list)+batchIDs-1)/batchIDs)
 		for i := range results {
 			part := list[i*batchIDs : min(len(list), (i+1)*batchIDs)]
 			group.Go(func() (err error) {
@@ -162,8 +167,8 @@ func (u *upgrade) scan(ctx context.Context, prefix string) error {
 	return err
 }
 
-// read reads a segment, a unit or a tombstone as a unit. The ids are good even when
-// it cannot be read.
+// read reads a segment, a unit or a tombstone as a unit. The ids are set even with an
+// unreadable record.
 func (u *upgrade) read(ctx context.Context, prefix string, kv meta.KeyValue) (Unit, error) {
 	collection, id, err := keys.LastTwo(kv.Key)
 	if err != nil {
@@ -181,30 +186,30 @@ func (u *upgrade) read(ctx context.Context, prefix string, kv meta.KeyValue) (Un
 	return whole, nil
 }
 
-// claim writes claims, and returns those of others, and of those who lost against
-// them.
-func (u *upgrade) claim(ctx context.Context, list []old) (disputed []old, err error) {
+// claim writes the claims of list, and returns the conflicting ones: the id as in list, and
+// as claimed already.
+func (u *upgrade) claim(ctx context.Context, list []recordID) (disputed []recordID, err error) {
 	txn := meta.Txn{}
-	once := map[old]bool{}
+	once := map[recordID]bool{}
 	for _, o := range list {
 		if once[o] {
 			continue
 		}
 		once[o] = true
 		txn.If = append(txn.If, meta.Absent(keys.OwnerSegment(o.id)), meta.Absent(keys.OwnerBuild(o.id)))
-		txn.Then = append(txn.Then, meta.Put(o.key(), record.Encode(&storagev1.Owner{Format: record.Format, CollectionId: o.collection})))
+		txn.Then = append(txn.Then, o.claim())
 	}
 	res, err := u.c.kv.Txn(ctx, txn)
 	if err == nil && res.Succeeded {
 		return nil, nil
 	}
-	if err != nil && !errors.Is(err, meta.ErrInvalid) { // which one put twice is
+	if err != nil && !errors.Is(err, meta.ErrInvalid) { // ErrInvalid: a key is put twice
 		return nil, err
 	}
 	for _, o := range list {
 		res, err := u.c.kv.Txn(ctx, meta.Txn{
 			If:   []meta.Cond{meta.Absent(keys.OwnerSegment(o.id)), meta.Absent(keys.OwnerBuild(o.id))},
-			Then: []meta.Op{meta.Put(o.key(), record.Encode(&storagev1.Owner{Format: record.Format, CollectionId: o.collection}))},
+			Then: []meta.Op{o.claim()},
 			Else: []meta.Op{meta.Get(keys.OwnerSegment(o.id)), meta.Get(keys.OwnerBuild(o.id))},
 		})
 		if err != nil {
@@ -217,7 +222,7 @@ func (u *upgrade) claim(ctx context.Context, list []old) (disputed []old, err er
 					return nil, err
 				}
 				if rec.GetCollectionId() != o.collection || o.part != (kind == 1) {
-					disputed = append(disputed, o, old{newID{o.id, kind == 1}, rec.GetCollectionId()})
+					disputed = append(disputed, o, recordID{newID{o.id, kind == 1}, rec.GetCollectionId()})
 				}
 			}
 		}
@@ -225,7 +230,7 @@ func (u *upgrade) claim(ctx context.Context, list []old) (disputed []old, err er
 	return disputed, nil
 }
 
-// ownerOf is which collection claims an id; 0: none does.
+// ownerOf returns the collection that claims an id, 0 for none.
 func (u *upgrade) ownerOf(ctx context.Context, n newID) (int64, error) {
 	kv, found, _, err := u.c.kv.Get(ctx, n.key())
 	if err != nil || !found {
@@ -236,8 +241,7 @@ func (u *upgrade) ownerOf(ctx context.Context, n newID) (int64, error) {
 	return rec.GetCollectionId(), err
 }
 
-// dispute makes an id that of no collection, and says so in the records that have
-// it.
+// dispute assigns an id to no collection, and flags the records that have it.
 func (u *upgrade) dispute(ctx context.Context, n newID, collections []int64) error {
 	if !n.part {
 		for _, collection := range collections {
@@ -246,12 +250,13 @@ func (u *upgrade) dispute(ctx context.Context, n newID, collections []int64) err
 			}
 		}
 	}
-	_, err := u.c.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Put(n.key(), record.Encode(&storagev1.Owner{Format: record.Format}))}})
+	owner := record.Encode(&storagev1.Owner{Format: record.Format})
+	_, err := u.c.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Put(n.key(), owner)}})
 	return err
 }
 
-// mark says in the records of a segment of a collection, and of parts of it, that
-// its id is disputed.
+// mark flags the records of a segment of a collection, and of its removed parts, as
+// disputed.
 func (u *upgrade) mark(ctx context.Context, collection, id int64) error {
 	units := []int64{id}
 	from, to := meta.Prefix(keys.ReplacedPrefix(collection, id))
@@ -274,7 +279,7 @@ func (u *upgrade) mark(ctx context.Context, collection, id int64) error {
 	}); err != nil {
 		return err
 	}
-	for _, unit := range units { // the record before the tombstone: it goes from the one to the other
+	for _, unit := range units { // the record before the tombstone: a unit moves from the one to the other
 		if err := u.rewrite(ctx, keys.Unit(collection, unit), func(kv meta.KeyValue) (record.Message, error) {
 			rec := &storagev1.Unit{}
 			err := record.Decode(kv, rec)
@@ -283,7 +288,7 @@ func (u *upgrade) mark(ctx context.Context, collection, id int64) error {
 		}); err != nil {
 			return err
 		}
-		if err := u.rewrite(ctx, keys.Tomb(collection, unit), func(kv meta.KeyValue) (record.Message, error) {
+		if err := u.rewrite(ctx, keys.Tombstone(collection, unit), func(kv meta.KeyValue) (record.Message, error) {
 			rec := &storagev1.Tombstone{}
 			err := record.Decode(kv, rec)
 			if rec.GetUnit().GetSegmentId() == id {
@@ -297,7 +302,7 @@ func (u *upgrade) mark(ctx context.Context, collection, id int64) error {
 	return nil
 }
 
-// rewrite changes the record at key, if there is one that can be read.
+// rewrite changes the record at key if it exists and is readable.
 func (u *upgrade) rewrite(ctx context.Context, key string, edit func(meta.KeyValue) (record.Message, error)) error {
 	for range maxAttempts {
 		kv, found, _, err := u.c.kv.Get(ctx, key)
@@ -311,7 +316,10 @@ func (u *upgrade) rewrite(ctx context.Context, key string, edit func(meta.KeyVal
 		if err != nil {
 			return err
 		}
-		res, err := u.c.kv.Txn(ctx, meta.Txn{If: []meta.Cond{meta.Unchanged(key, kv.ModRevision)}, Then: []meta.Op{meta.Put(key, record.Encode(rec))}})
+		res, err := u.c.kv.Txn(ctx, meta.Txn{
+			If:   []meta.Cond{meta.Unchanged(key, kv.ModRevision)},
+			Then: []meta.Op{meta.Put(key, record.Encode(rec))},
+		})
 		if err != nil || res.Succeeded {
 			return err
 		}
@@ -319,7 +327,7 @@ func (u *upgrade) rewrite(ctx context.Context, key string, edit func(meta.KeyVal
 	return fmt.Errorf("%w: %s", ErrConflict, key)
 }
 
-// restores writes the claims of the restores whose records there are.
+// restores writes the claims of all restore jobs.
 func (u *upgrade) restores(ctx context.Context) error {
 	from, to := meta.Prefix(keys.JobPrefix)
 	_, err := u.c.kv.Scan(ctx, from, to, 0, func(kvs []meta.KeyValue) error {
@@ -332,7 +340,8 @@ func (u *upgrade) restores(ctx context.Context) error {
 			if len(ops) == 0 {
 				continue
 			}
-			if _, err := u.c.kv.Txn(ctx, meta.Txn{If: []meta.Cond{meta.Unchanged(kv.Key, kv.ModRevision)}, Then: ops}); err != nil {
+			txn := meta.Txn{If: []meta.Cond{meta.Unchanged(kv.Key, kv.ModRevision)}, Then: ops}
+			if _, err := u.c.kv.Txn(ctx, txn); err != nil {
 				return err
 			}
 		}

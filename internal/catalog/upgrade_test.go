@@ -77,7 +77,7 @@ func newBefore(t *testing.T, kv meta.KV) *before {
 			b.put(t, meta.Put(keys.Unit(a, s.ID), record.Encode(unit)))
 			continue
 		}
-		b.put(t, meta.Put(keys.Tomb(o, s.ID), record.Encode(&storagev1.Tombstone{Format: record.Format, Unit: unit, Deleter: 1})))
+		b.put(t, meta.Put(keys.Tombstone(o, s.ID), record.Encode(&storagev1.Tombstone{Format: record.Format, Unit: unit, Deleter: 1})))
 		b.segment(t, a, s.ID, at(a, s.ID)) // and it lives in another
 	}
 	return b
@@ -99,7 +99,7 @@ func (b *before) owned(t *testing.T) map[string]bool {
 		}); err != nil {
 			t.Fatal(err)
 		}
-		for _, prefix := range []string{keys.UnitPrefix(col), keys.TombPrefix(col)} {
+		for _, prefix := range []string{keys.UnitPrefix(col), keys.TombstonePrefix(col)} {
 			from, to := meta.Prefix(prefix)
 			res, err := b.kv.Range(t.Context(), meta.Range{From: from, To: to})
 			if err != nil {

@@ -64,7 +64,7 @@ func (l *leader) endJob(
 			if lease, err = l.o.Requests.Get(ctx); err != nil {
 				return err
 			}
-			rec, err := request.Ended(kv, lease, next.Encode(op))
+			rec, err := request.Complete(kv, lease, next.Encode(op))
 			if err != nil {
 				return err
 			}

@@ -23,12 +23,12 @@ const listBytes = 4 << 20
 func (g *GC) List(
 	ctx context.Context, collection int64, deleter Deleter, afterCollection, after int64, limit int,
 ) (list []*Tombstone, more bool, err error) {
-	from, to := meta.Prefix(keys.AllTombsPrefix)
+	from, to := meta.Prefix(keys.AllTombstonesPrefix)
 	if collection > 0 {
-		from, to = meta.Prefix(keys.TombPrefix(collection))
+		from, to = meta.Prefix(keys.TombstonePrefix(collection))
 	}
 	if after > 0 {
-		from = keys.Tomb(afterCollection, after) + "\x00"
+		from = keys.Tombstone(afterCollection, after) + "\x00"
 	}
 	size := 0
 	_, err = g.kv.Scan(ctx, from, to, 0, func(batch []meta.KeyValue) error {
@@ -92,7 +92,7 @@ func (g *GC) confirmBatch(ctx context.Context, collection int64, ids []int64, an
 		}
 		var gets []meta.Op
 		for _, id := range ids {
-			gets = append(gets, meta.Get(keys.Tomb(collection, id)))
+			gets = append(gets, meta.Get(keys.Tombstone(collection, id)))
 		}
 		res, err := g.kv.Txn(ctx, meta.Txn{Then: gets})
 		if err != nil {
@@ -169,7 +169,7 @@ func (g *GC) removeTombstones(
 		txn.Else = append(txn.Else, meta.Get(u.kv.Key))
 	}
 	if _, ops := catalog.ReleaseSize(units); ops+2*len(list) > meta.MaxTxnOps { // a single unit of many index builds
-		builds, rest := units[0].Parts()
+		builds, rest := units[0].Split()
 		units = []*catalog.Unit{rest}
 		for part := range slices.Chunk(builds, BatchUnits) {
 			if changed, err := g.releaseIDs(ctx, txn, list, part); changed || err != nil {

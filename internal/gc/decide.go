@@ -229,7 +229,7 @@ func (g *GC) decideUnits(
 	var spilled []int
 	for i := range targets {
 		answers[i] = g.decideUnit(col, targets[i], p, &p.units[i])
-		if answers[i].State == Dropped && answers[i].Holders == 0 && p.units[i].unit.Parked {
+		if answers[i].State == Dropped && answers[i].Holders == 0 && p.units[i].unit.Spilled {
 			spilled = append(spilled, i)
 		}
 	}
@@ -302,7 +302,7 @@ func (g *GC) grant(
 	now := g.o.Clock.Display()
 	newest := p.units[reclaimable[0]].unit.Revision // of their drops
 	txn := meta.Txn{
-		Name: "reclaim.grant", If: []meta.Cond{generationIs(collection, p.generation), meta.Absent(keys.Behind)},
+		Name: "reclaim.grant", If: []meta.Cond{generationIs(collection, p.generation), meta.Absent(keys.RolledBack)},
 	}
 	size, granted := 0, reclaimable[:0:0]
 	for _, i := range reclaimable {
@@ -312,7 +312,7 @@ func (g *GC) grant(
 		}
 		granted = append(granted, i)
 		newest = max(newest, s.unit.Revision)
-		key := keys.Tomb(collection, s.unit.ID)
+		key := keys.Tombstone(collection, s.unit.ID)
 		rec := &storagev1.Tombstone{
 			Format: record.Format, Unit: s.rec, Deleter: uint32(to.Deleter), Caller: to.Caller,
 			GrantTime: now.UnixNano(), Op: op,

@@ -71,7 +71,7 @@ func (e *env) grantThree() []string {
 	for range 3 {
 		unit, _ := e.dropped()
 		asks = append(asks, Ask{Segment: unit})
-		list = append(list, keys.Tomb(e.col.ID, unit))
+		list = append(list, keys.Tombstone(e.col.ID, unit))
 	}
 	answers, err := e.replicas[0].Reclaim(e.t.Context(), e.ref, asks, BySnapshotd, "test")
 	e.must(err)
@@ -167,7 +167,7 @@ func TestDecideBatchForeignTombstone(t *testing.T) {
 	runEnv(t, 1, func(t *testing.T, e *env) {
 		unit, key := e.dropped()
 		other, _ := e.dropped()
-		tomb := keys.Tomb(e.col.ID, unit)
+		tomb := keys.Tombstone(e.col.ID, unit)
 		before, _, _, err := e.kv.Get(t.Context(), key)
 		e.must(err)
 		rec := &storagev1.Unit{}
@@ -187,7 +187,7 @@ func TestDecideBatchForeignTombstone(t *testing.T) {
 			t.Errorf("the unit was changed: %v", err)
 		}
 		virtual.Wait()
-		if got := e.replicas[0].tombstones.untried(nil); !slices.Equal(got, []string{keys.Tomb(e.col.ID, other)}) {
+		if got := e.replicas[0].tombstones.untried(nil); !slices.Equal(got, []string{keys.Tombstone(e.col.ID, other)}) {
 			t.Errorf("granted to snapshotd: %v", got)
 		}
 	})

@@ -109,7 +109,7 @@ type spilledObject struct {
 func commonReads(collection int64) []meta.Op {
 	from, to := meta.Prefix(keys.PendingPrefix(collection))
 	return []meta.Op{
-		meta.Get(keys.Generation(collection)), meta.GetRange(from, to), meta.Get(keys.Behind), meta.Get(keys.Epoch),
+		meta.Get(keys.Generation(collection)), meta.GetRange(from, to), meta.Get(keys.RolledBack), meta.Get(keys.Epoch),
 	}
 }
 
@@ -131,7 +131,7 @@ func (g *GC) readPreconditions(ctx context.Context, col *catalog.Collection, tar
 	gets := commonReads(collection)
 	first := len(gets)
 	for _, t := range targets {
-		gets = append(gets, meta.Get(keys.Unit(collection, t.Unit)), meta.Get(keys.Tomb(collection, t.Unit)),
+		gets = append(gets, meta.Get(keys.Unit(collection, t.Unit)), meta.Get(keys.Tombstone(collection, t.Unit)),
 			meta.Get(keys.Segment(collection, t.Unit)))
 	}
 	res, err := g.kv.Txn(ctx, meta.Txn{Then: gets})
@@ -234,7 +234,7 @@ func (s *unitState) readUnit(collection, id int64, kv meta.KeyValue) error {
 	u.Revision = kv.CreateRevision
 	s.rec, s.unit = rec, &u
 	s.spilled = &spilledObject{
-		store: parked.GetStore(), key: catalog.HeldKeyOf(collection, id, parked), length: parked.GetLength(),
+		store: parked.GetStore(), key: catalog.SpillKeyOf(collection, id, parked), length: parked.GetLength(),
 	}
 	return nil
 }
@@ -263,7 +263,7 @@ func (s *unitState) size() int {
 // snapshot holds it through its id.
 func unitQuery(col *catalog.Collection, u *catalog.Unit, history int64) refs.Query {
 	q := HeadQuery(u.Kind, u.ID, u.Segment.ID, u.Revision, history)
-	if u.Parked {
+	if u.Spilled {
 		return q
 	}
 	q.Files = func(yield func(uint64) bool) {

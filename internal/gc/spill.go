@@ -165,7 +165,7 @@ func (g *GC) spillUnit(ctx context.Context, collection, unit int64, conds []meta
 	if !ok {
 		return false, fmt.Errorf("%w: %q", errNoStore, g.o.SnapshotStore)
 	}
-	_, err = store.Put(ctx, catalog.HeldKey(collection, unit), kv.Value)
+	_, err = store.Put(ctx, catalog.SpillKey(collection, unit), kv.Value)
 	if err != nil {
 		return false, err
 	}
@@ -189,7 +189,7 @@ func (g *GC) loadSpilled(
 	for _, i := range places {
 		s := &p.units[i]
 		group.Go(func() error {
-			rec, err := g.o.Catalog.Whole(groupCtx, collection, s.unit.ID, s.rec)
+			rec, err := g.o.Catalog.LoadRecord(groupCtx, collection, s.unit.ID, s.rec)
 			if err == nil {
 				return s.setRecord(collection, s.unit.ID, rec)
 			}

@@ -63,7 +63,7 @@ func runEnv(t *testing.T, n int, fn func(t *testing.T, e *env)) {
 			stores := map[string]object.Store{"default": r.store}
 			r.cat = catalog.New(catalog.Options{
 				KV: r.kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(r.kv, time.Now, nil),
-				HasStore: func(alias string) bool { return alias == "default" }, Held: catalog.ReadHeld(stores),
+				HasStore: func(alias string) bool { return alias == "default" }, ReadSpilled: catalog.ReadSpilled(stores),
 			})
 			r.GC = New(Options{
 				KV: r.kv, Catalog: r.cat, Stores: stores, SnapshotStore: "default", Now: time.Now, Rand: rand.Reader,
@@ -135,7 +135,7 @@ func (e *env) add(list ...segment.Segment) {
 	e.must(err)
 }
 
-func (e *env) swap(s catalog.Swap) {
+func (e *env) swap(s catalog.SegmentChange) {
 	e.t.Helper()
 	_, err := e.replicas[0].cat.Change(e.t.Context(), request.Token{}, e.ref, s)
 	e.must(err)
@@ -146,7 +146,7 @@ func (e *env) dropped() (unit int64, key string) {
 	e.t.Helper()
 	s := e.segment(3)
 	e.add(s)
-	e.swap(catalog.Swap{Drop: []int64{s.ID}})
+	e.swap(catalog.SegmentChange{Drop: []int64{s.ID}})
 	return s.ID, keys.Unit(e.col.ID, s.ID)
 }
 
@@ -217,7 +217,7 @@ func (e *env) stub(key string) *storagev1.Unit {
 func (e *env) spilled() []string {
 	e.t.Helper()
 	list := []string{}
-	for info, err := range e.objects.List(e.t.Context(), catalog.HeldPrefix) {
+	for info, err := range e.objects.List(e.t.Context(), catalog.SpillPrefix) {
 		e.must(err)
 		list = append(list, info.Key)
 	}
@@ -247,7 +247,7 @@ func (e *env) wantTombstone(unit int64, rec []byte) {
 	if kv, found := e.read(keys.Unit(e.col.ID, unit)); found {
 		e.t.Errorf("unit %d is still there: %q", unit, kv.Value)
 	}
-	kv, found := e.read(keys.Tomb(e.col.ID, unit))
+	kv, found := e.read(keys.Tombstone(e.col.ID, unit))
 	if !found {
 		e.t.Fatalf("unit %d has no tombstone", unit)
 	}
@@ -312,7 +312,7 @@ func TestSpilledUnit(t *testing.T) {
 		})
 		e.add(dropped, live)
 		stats := catalog.FilePath{Path: live.Files[3].Path}
-		e.swap(catalog.Swap{Drop: []int64{dropped.ID}, Update: []catalog.Update{{
+		e.swap(catalog.SegmentChange{Drop: []int64{dropped.ID}, Update: []catalog.Update{{
 			Segment: live.ID, RemoveBuilds: []int64{b.ID}, RemoveFiles: []catalog.FilePath{stats},
 		}}})
 		from, to := meta.Prefix(keys.UnitPrefix(e.col.ID))
@@ -367,11 +367,11 @@ func TestSpilledUnit(t *testing.T) {
 		e.dropSnapshot(snap)
 		answers := e.reclaim(r, asks...)
 		for i, a := range answers[:3] {
-			if a.State != Granted || a.Tombstone == nil || a.Tombstone.Unit.Parked {
+			if a.State != Granted || a.Tombstone == nil || a.Tombstone.Unit.Spilled {
 				t.Fatalf("answer %d is %+v, want a grant", i, a)
 			}
 			e.wantTombstone(a.Tombstone.ID, records[a.Tombstone.ID])
-			kv, _ := e.read(keys.Tomb(e.col.ID, a.Tombstone.ID))
+			kv, _ := e.read(keys.Tombstone(e.col.ID, a.Tombstone.ID))
 			tomb, err := DecodeTombstone(kv)
 			e.must(err)
 			if diff := cmp.Diff(tomb.Unit, a.Tombstone.Unit, cmpopts.IgnoreFields(catalog.Unit{}, "Revision")); diff != "" {
@@ -400,7 +400,7 @@ func TestSpilledUnitWithSharedFile(t *testing.T) {
 			dropped.Files, other.Files = append(dropped.Files, shared), append(other.Files, shared)
 			// They are registered in one call, which compares only earlier registrations.
 			e.add(dropped, other)
-			e.swap(catalog.Swap{Drop: []int64{dropped.ID}})
+			e.swap(catalog.SegmentChange{Drop: []int64{dropped.ID}})
 			if spilled {
 				e.spill(dropped.ID)
 			}
@@ -427,7 +427,7 @@ func TestSpilledUnitHeldByFile(t *testing.T) {
 	runEnv(t, 1, func(t *testing.T, e *env) {
 		s := e.segment(3)
 		e.add(s)
-		e.swap(catalog.Swap{Drop: []int64{s.ID}})
+		e.swap(catalog.SegmentChange{Drop: []int64{s.ID}})
 		e.spill(s.ID)
 		snap := e.snapshot(&manifest.Refs{Files: []uint64{manifest.FileHash("default", "data/"+s.Files[1].Path)}})
 		a := e.reclaim(e.replicas[0], Ask{Segment: s.ID})[0]
@@ -448,7 +448,7 @@ func TestNotSpilled(t *testing.T) {
 		small := e.segment(0)
 		small.Rows, small.EngineData = 0, bytes.Repeat([]byte{1}, 150)
 		e.add(small)
-		e.swap(catalog.Swap{Drop: []int64{small.ID}})
+		e.swap(catalog.SegmentChange{Drop: []int64{small.ID}})
 		n, err := r.Spill(t.Context(), e.col.ID, []int64{small.ID, e.id()}, nil)
 		if n != 0 || err != nil || len(e.spilled()) > 0 || e.stub(keys.Unit(e.col.ID, small.ID)) != nil {
 			t.Errorf("spilled %d, err = %v, objects %v", n, err, e.spilled())
@@ -654,13 +654,13 @@ func TestSpilledObjectUnreadable(t *testing.T) {
 				s := e.segment(3)
 				s.Files[0].Path = fmt.Sprintf("any/%d/f", s.ID)
 				e.add(s)
-				e.swap(catalog.Swap{Drop: []int64{s.ID}})
+				e.swap(catalog.SegmentChange{Drop: []int64{s.ID}})
 				unit, key := s.ID, keys.Unit(e.col.ID, s.ID)
 				good, _ := e.dropped()
 				full, _ := e.read(key)
 				e.spill(unit, good)
 				stub, _ := e.read(key)
-				held := catalog.HeldKey(e.col.ID, unit)
+				held := catalog.SpillKey(e.col.ID, unit)
 				e.must(harm(e, held, slices.Clone(full.Value)))
 				refused := func(call string, err error) {
 					if !errors.Is(err, record.ErrUnreadable) || !strings.Contains(err.Error(), held) ||
@@ -681,7 +681,7 @@ func TestSpilledObjectUnreadable(t *testing.T) {
 				if kv, _ := e.read(key); !cmp.Equal(kv, stub) {
 					t.Errorf("the stub was %v, now it is %v", stub, kv)
 				}
-				if _, found := e.read(keys.Tomb(e.col.ID, unit)); found {
+				if _, found := e.read(keys.Tombstone(e.col.ID, unit)); found {
 					t.Error("it has a tombstone")
 				}
 				// While a snapshot holds it, no call reads its object.
@@ -715,11 +715,11 @@ func TestSpilledUnitWithoutReader(t *testing.T) {
 		if _, err := blind.ReadUnit(t.Context(), e.col.ID, kv); !errors.Is(err, record.ErrUnreadable) {
 			t.Errorf("err = %v", err)
 		}
-		elsewhere := catalog.New(catalog.Options{KV: e.kv, Now: time.Now, Rand: rand.Reader, Held: catalog.ReadHeld(nil)})
+		elsewhere := catalog.New(catalog.Options{KV: e.kv, Now: time.Now, Rand: rand.Reader, ReadSpilled: catalog.ReadSpilled(nil)})
 		if _, err := elsewhere.ReadUnit(t.Context(), e.col.ID, kv); !errors.Is(err, record.ErrUnreadable) {
 			t.Errorf("err = %v", err)
 		}
-		if _, err := catalog.DecodeUnit(e.col.ID, kv); !errors.Is(err, catalog.ErrParked) {
+		if _, err := catalog.DecodeUnit(e.col.ID, kv); !errors.Is(err, catalog.ErrSpilled) {
 			t.Errorf("err = %v", err)
 		}
 	})
@@ -765,7 +765,7 @@ func TestSpillComparesPreconditions(t *testing.T) {
 				r.store.Plan(nil)
 				if c.granted {
 					e.wantTombstone(unit, full.Value)
-					if got := e.spilled(); !slices.Equal(got, []string{catalog.HeldKey(e.col.ID, unit)}) {
+					if got := e.spilled(); !slices.Equal(got, []string{catalog.SpillKey(e.col.ID, unit)}) {
 						t.Errorf("the late object is %v", got)
 					}
 					return
@@ -871,7 +871,7 @@ func TestSpillKeepsDropRevision(t *testing.T) {
 							older = append(older, SnapshotHolder{ID: id})
 						}
 					case 'd':
-						e.swap(catalog.Swap{Drop: []int64{s.ID}})
+						e.swap(catalog.SegmentChange{Drop: []int64{s.ID}})
 						kv, _ := e.read(keys.Unit(e.col.ID, s.ID))
 						drop = kv.ModRevision
 					case 'p':
@@ -936,7 +936,7 @@ func TestSpilledBytes(t *testing.T) {
 			// This snapshot holds the live segment, and is never dropped.
 			e.snapshot(&manifest.Refs{Segments: []int64{live.ID}})
 			next := e.segment(10)
-			e.swap(catalog.Swap{Drop: []int64{live.ID}, Add: []segment.Segment{next}})
+			e.swap(catalog.SegmentChange{Drop: []int64{live.ID}, Add: []segment.Segment{next}})
 			all, live = append(all, live.ID), next
 			if n, err := r.Spill(t.Context(), e.col.ID, all[len(all)-1:], nil); n != 1 || err != nil {
 				t.Fatalf("spilled %d, err = %v", n, err)

@@ -69,7 +69,7 @@ func (t *Tombstone) Files(roots []catalog.Root) func(yield func(catalog.Root, *s
 
 // removal returns the deletes that remove a tombstone whose files are deleted.
 func (t *Tombstone) removal() []meta.Op {
-	ops := []meta.Op{meta.Delete(keys.Tomb(t.Collection, t.ID))}
+	ops := []meta.Op{meta.Delete(keys.Tombstone(t.Collection, t.ID))}
 	if t.Unit.Kind != catalog.UnitSegment {
 		ops = append(ops, meta.Delete(keys.Replaced(t.Collection, t.Unit.Segment.ID, t.ID)))
 	}
@@ -102,7 +102,7 @@ type ownedTombstone struct {
 func newTombstones(o *Options) *tombstones {
 	t := &tombstones{log: o.Log, wakeups: make(chan struct{}, 1)}
 	t.clear()
-	from, to := meta.Prefix(keys.AllTombsPrefix)
+	from, to := meta.Prefix(keys.AllTombstonesPrefix)
 	t.follower = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: t, Log: o.Log, Rand: o.Jitter})
 	return t
 }
@@ -229,9 +229,9 @@ func (t *tombstones) cached(list []string) []meta.KeyValue {
 // hasOwned reports whether there are owned tombstones that were granted up to a time,
 // in one collection or, with 0, in all. An unreadable tombstone is an error.
 func (t *tombstones) hasOwned(collection int64, until time.Time) (bool, error) {
-	prefix := keys.AllTombsPrefix
+	prefix := keys.AllTombstonesPrefix
 	if collection > 0 {
-		prefix = keys.TombPrefix(collection)
+		prefix = keys.TombstonePrefix(collection)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -163,7 +163,7 @@ type grantHook struct {
 
 func (h *grantHook) Txn(ctx context.Context, txn meta.Txn) (meta.TxnResult, error) {
 	for _, op := range txn.Then {
-		if do := h.do; op.Kind == meta.OpPut && strings.HasPrefix(op.From, keys.AllTombsPrefix) && do != nil {
+		if do := h.do; op.Kind == meta.OpPut && strings.HasPrefix(op.From, keys.AllTombstonesPrefix) && do != nil {
 			h.do = nil
 			do()
 		}
@@ -192,7 +192,7 @@ func TestGrantComparesBehind(t *testing.T) {
 		if wantError(t, err, epoch.ErrRolledBack); !found {
 			t.Error("there was no grant")
 		}
-		if tombs := w.keysUnder(keys.AllTombsPrefix); len(tombs) > 0 {
+		if tombs := w.keysUnder(keys.AllTombstonesPrefix); len(tombs) > 0 {
 			t.Errorf("granted: %v", tombs)
 		}
 	})

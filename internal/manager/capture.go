@@ -63,7 +63,7 @@ func (c *cutter) capture(s segment.Segment) (captured, error) {
 		return captured{}, nil
 	}
 	if !segment.HoldsData(s.Files) {
-		return captured{lacking: s.Lacking()}, nil
+		return captured{lacking: s.LacksFiles()}, nil
 	}
 	cut, ok := c.cuts[s.Channel]
 	if !ok {

@@ -154,7 +154,7 @@ func TestHostClockSteps(t *testing.T) {
 		sp.TTL = time.Hour
 		_, err := r.Create(t.Context(), request.Token{}, sp)
 		wantUntrusted("create with a ttl", err)
-		_, err = r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.Swap{Drop: []int64{later.ID}})
+		_, err = r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.SegmentChange{Drop: []int64{later.ID}})
 		wantUntrusted("drop of a segment", err)
 		_, err = r.Pin(t.Context(), request.Token{}, Ref{Name: "month"}, PinSpec{Owner: "me", TTL: time.Hour})
 		wantUntrusted("pin with a ttl", err)

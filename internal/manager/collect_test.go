@@ -95,7 +95,7 @@ func TestCollectorWaits(t *testing.T) {
 		if diff := cmp.Diff([]string{"data/" + lives.Files[0].Path}, w.objectsUnder("data/")); diff != "" {
 			t.Errorf("after the snapshot was dropped:\n%s", diff)
 		}
-		if left := append(w.keysUnder(keys.AllUnitsPrefix), w.keysUnder(keys.AllTombsPrefix)...); len(left) > 0 {
+		if left := append(w.keysUnder(keys.AllUnitsPrefix), w.keysUnder(keys.AllTombstonesPrefix)...); len(left) > 0 {
 			t.Errorf("left: %v", left)
 		}
 		w.check(r)
@@ -229,7 +229,7 @@ func TestCollectorStops(t *testing.T) {
 		w.addWritten(r, col, list...)
 		small := w.segment(r, other, 0, 1, 2)
 		w.addWritten(r, other, small)
-		for part := range slices.Chunk(ids[:101], catalog.MaxSwap) {
+		for part := range slices.Chunk(ids[:101], catalog.MaxSegmentChange) {
 			w.dropSegments(r, col, part...)
 		}
 		w.dropSegments(r, other, small.ID)

@@ -49,7 +49,7 @@ func (w *world) dropMany(r *replica, col catalog.Collection, n, drop int) {
 		list, ids = append(list, s), append(ids, s.ID)
 	}
 	w.addWritten(r, col, list...)
-	for part := range slices.Chunk(ids[:drop], catalog.MaxSwap) {
+	for part := range slices.Chunk(ids[:drop], catalog.MaxSegmentChange) {
 		w.dropSegments(r, col, part...)
 	}
 }
@@ -65,7 +65,7 @@ func TestFinishPartWhileSegmentsGo(t *testing.T) {
 			o.KV = hook
 			o.Catalog = catalog.New(catalog.Options{
 				KV: hook, Now: w.now, Rand: o.Rand, Requests: o.Requests,
-				HasStore: func(a string) bool { return a == "default" }, Held: catalog.ReadHeld(o.Stores),
+				HasStore: func(a string) bool { return a == "default" }, ReadSpilled: catalog.ReadSpilled(o.Stores),
 			})
 		})
 		col, p, _ := w.collection(r, "c")
@@ -125,7 +125,7 @@ func TestFinishIndexOfADroppedPartition(t *testing.T) {
 		if _, err := r.catalog.DropIndex(t.Context(), request.Token{}, ref, "x0"); err != nil {
 			t.Fatal(err)
 		}
-		n, err := r.catalog.FinishPart(t.Context(), catalog.Part{Collection: col.ID, ID: x.ID, Name: "x0", Index: true})
+		n, err := r.catalog.FinishChild(t.Context(), catalog.Child{Collection: col.ID, ID: x.ID, Name: "x0", Index: true})
 		if err != nil || n != 10 {
 			t.Errorf("%d units, err = %v", n, err)
 		}
@@ -176,7 +176,7 @@ func TestCollectorAndUnreadableRecords(t *testing.T) {
 			w.put(keys.Collection(bad.ID), []byte{0xff})
 		},
 		"tombstone": func(w *world, r *replica, bad catalog.Collection, _ catalog.Partition) {
-			w.put(keys.Tomb(bad.ID, w.newID(r)), record.Encode(&storagev1.Tombstone{
+			w.put(keys.Tombstone(bad.ID, w.newID(r)), record.Encode(&storagev1.Tombstone{
 				Format: record.Format, Deleter: 1, Unit: &storagev1.Unit{Format: record.Format, Kind: 1},
 			}))
 		},
@@ -271,7 +271,7 @@ func TestSweepAndLockedObject(t *testing.T) {
 		for range 1200 {
 			list = append(list, fmt.Sprintf("snapshots/5/%d/metadata.json", w.newID(r)))
 		}
-		list = append(list, catalog.HeldKey(5, w.newID(r)))
+		list = append(list, catalog.SpillKey(5, w.newID(r)))
 		for _, key := range list {
 			w.putObject(key, []byte{1})
 		}

@@ -32,7 +32,7 @@ type CollectorStatus struct {
 // leader's, whichever replica that is; the counts are as this replica sees them.
 func (m *Manager) CollectorStatus(ctx context.Context) (CollectorStatus, error) {
 	s := CollectorStatus{Tolerance: m.o.CollectTolerance, MaxShare: m.o.CollectMaxShare, StopUnits: collect.StopUnits, Enabled: !m.o.CollectorOff}
-	kv, found, _, err := m.kv.Get(ctx, keys.Round)
+	kv, found, _, err := m.kv.Get(ctx, keys.Cycle)
 	if err != nil {
 		return s, fmt.Errorf("read the last round: %w", err)
 	}

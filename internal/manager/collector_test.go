@@ -144,7 +144,7 @@ func TestCollectorStatus(t *testing.T) {
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Error(diff)
 		}
-		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(keys.Round, []byte("nonsense"))}}); err != nil {
+		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(keys.Cycle, []byte("nonsense"))}}); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := other.CollectorStatus(t.Context()); err == nil {

@@ -142,7 +142,7 @@ func (m *Manager) tryCommit(ctx context.Context, c *creation, next *Snapshot, va
 		return true, err
 	}
 	var result request.Lease
-	if c.tok.Given() {
+	if c.tok.IsSet() {
 		if result, err = m.o.Requests.Get(ctx); err != nil {
 			return false, err
 		}
@@ -277,7 +277,7 @@ func (m *Manager) endToken(ctx context.Context, key, reason, text string, txn *m
 	if err != nil {
 		return request.Lease{}, err
 	}
-	end, err := request.Failed(kv, lease, reason, text)
+	end, err := request.Fail(kv, lease, reason, text)
 	if err != nil {
 		return request.Lease{}, err
 	}

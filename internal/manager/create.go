@@ -421,7 +421,7 @@ func (m *Manager) tryBegin(ctx context.Context, c *creation, id int64, op string
 			c.tok.Begin(s.ID)),
 		Else: []meta.Op{meta.Get(keys.Snapshot(s.ID)), meta.Get(name)},
 	}
-	if c.tok.Given() {
+	if c.tok.IsSet() {
 		txn.Else = append(txn.Else, meta.Get(c.tok.Key()))
 	}
 	res, err := m.kv.Txn(ctx, txn)
@@ -445,7 +445,7 @@ func (m *Manager) tryBegin(ctx context.Context, c *creation, id int64, op string
 			return nil, err
 		}
 		return begun(now, op)
-	case c.tok.Given() && len(res.Ranges[2]) > 0:
+	case c.tok.IsSet() && len(res.Ranges[2]) > 0:
 		return nil, errTokenTaken
 	case len(res.Ranges[1]) > 0:
 		return nil, fmt.Errorf("%w: %q; choose another name, or drop it first", ErrSnapshotExists, s.Name)

@@ -40,7 +40,7 @@ func (m *Manager) Drop(ctx context.Context, tok request.Token, ref Ref, expected
 		if s != nil {
 			id, ref.ID = s.ID, s.ID // a name is resolved once
 		}
-		if len(txn.Then) == 0 && !tok.Given() {
+		if len(txn.Then) == 0 && !tok.IsSet() {
 			return id, nil
 		}
 		txn.Name = "drop.txn"

@@ -166,7 +166,7 @@ func eventOf(e meta.Event) (*Event, error) {
 			p, err = &Pin{Snapshot: p.Snapshot, ID: p.ID}, nil
 		}
 		event.Pin = p
-	case strings.HasPrefix(e.KV.Key, keys.AllTombsPrefix):
+	case strings.HasPrefix(e.KV.Key, keys.AllTombstonesPrefix):
 		event.Tombstone, err = tombstoneOf(e)
 	case strings.HasPrefix(e.KV.Key, keys.JobPrefix):
 		event.Restore, err = jobOf(e)

@@ -19,7 +19,7 @@ import (
 func TestFullStoreCanBeEmptied(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		full := false
-		w.kv = reserve.New(w.kv, func() bool { return full }, keys.Behind, keys.Epoch, keys.Clock)
+		w.kv = reserve.New(w.kv, func() bool { return full }, keys.RolledBack, keys.Epoch, keys.Clock)
 		fast := func(o *Options) { o.CollectTolerance, o.CollectMaxShare = time.Millisecond, 1 }
 		a := w.start("a", fast)
 		ctx := t.Context()

@@ -94,13 +94,13 @@ func (h *history) step(events []meta.Event) {
 			h.task(at, key, next)
 		case strings.HasPrefix(key, keys.CollectionPrefix):
 			h.collection(at, key, next)
-		case strings.HasPrefix(key, keys.AllTombsPrefix) && !e.Deleted:
+		case strings.HasPrefix(key, keys.AllTombstonesPrefix) && !e.Deleted:
 			if h.granted[key] {
 				h.wrong(at, "%s is written again", key)
 			}
 			h.granted[key] = true
 		case strings.HasPrefix(key, keys.AllUnitsPrefix) && !e.Deleted:
-			if h.granted[keys.AllTombsPrefix+strings.TrimPrefix(key, keys.AllUnitsPrefix)] {
+			if h.granted[keys.AllTombstonesPrefix+strings.TrimPrefix(key, keys.AllUnitsPrefix)] {
 				h.wrong(at, "%s was granted and is back", key)
 			}
 		}

@@ -37,7 +37,7 @@ func (w *world) heavy(r *replica, col catalog.Collection, n, files int) []int64 
 func (w *world) compact(r *replica, col catalog.Collection, ids []int64) error {
 	w.t.Helper()
 	out := w.segment(r, col, 0, 1, 20)
-	_, err := r.catalog.Change(w.t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.Swap{Drop: ids, Add: []segment.Segment{out}})
+	_, err := r.catalog.Change(w.t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.SegmentChange{Drop: ids, Add: []segment.Segment{out}})
 	return err
 }
 
@@ -55,7 +55,7 @@ func TestLargeCompaction(t *testing.T) {
 				if err := w.compact(r, col, ids); err != nil {
 					t.Fatal(err)
 				}
-				parked := len(w.objectsUnder(catalog.HeldPrefix))
+				parked := len(w.objectsUnder(catalog.SpillPrefix))
 				if fits := c.segments*c.files < 25_000; (parked == 0) != fits || parked > c.segments {
 					t.Errorf("%d of %d are parked", parked, c.segments)
 				}
@@ -83,7 +83,7 @@ func TestLargeCompaction(t *testing.T) {
 						t.Errorf("%d keys are left, as %s", len(left), left[0])
 					}
 				}
-				if left := w.objectsUnder(catalog.HeldPrefix); len(left) > 0 {
+				if left := w.objectsUnder(catalog.SpillPrefix); len(left) > 0 {
 					t.Errorf("%d objects are left, as %s", len(left), left[0])
 				}
 			})
@@ -108,7 +108,7 @@ func TestLargeCompactionIsInterrupted(t *testing.T) {
 			if n := len(w.keysUnder("/catalog/segment/")); n != 50 {
 				t.Fatalf("%d segments", n)
 			}
-			left := w.objectsUnder(catalog.HeldPrefix)
+			left := w.objectsUnder(catalog.SpillPrefix)
 			if len(left) == 0 {
 				t.Fatal("nothing was parked")
 			}
@@ -121,7 +121,7 @@ func TestLargeCompactionIsInterrupted(t *testing.T) {
 				t.Errorf("%+v, err = %v", e, err)
 			}
 			// One of them changes meanwhile: what is parked is what is dropped.
-			w.swap(r, col, catalog.Swap{Update: []catalog.Update{{Segment: ids[0], Rows: new(int64(7))}}})
+			w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: ids[0], Rows: new(int64(7))}}})
 			if err := w.compact(r, col, ids); err != nil {
 				t.Fatal(err)
 			}
@@ -134,7 +134,7 @@ func TestLargeCompactionIsInterrupted(t *testing.T) {
 			if _, err := r.Collector().Sweep(t.Context(), collect.SweepOptions{}); err != nil {
 				t.Fatal(err)
 			}
-			if left := w.objectsUnder(catalog.HeldPrefix); len(left) > 0 {
+			if left := w.objectsUnder(catalog.SpillPrefix); len(left) > 0 {
 				t.Errorf("%d objects are left, as %s", len(left), left[0])
 			}
 		})

@@ -55,7 +55,7 @@ func TestNoCallIsRefusedForOthers(t *testing.T) {
 			return err
 		}},
 		{"UpdateSegments", func(ctx context.Context, r *replica, i int) error {
-			_, err := r.catalog.Change(ctx, tok("UpdateSegments", i), catalog.Ref{ID: col.ID}, catalog.Swap{
+			_, err := r.catalog.Change(ctx, tok("UpdateSegments", i), catalog.Ref{ID: col.ID}, catalog.SegmentChange{
 				Update: []catalog.Update{{Segment: first.First + int64(i), Rows: new(int64(2))}},
 			})
 			return err

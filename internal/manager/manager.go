@@ -468,7 +468,7 @@ func (m *Manager) get(ctx context.Context, ref Ref, certain bool) (*Snapshot, er
 		return nil, err
 	}
 	if s == nil {
-		_, ok, err := m.catalog.HandedOut(ctx, id)
+		_, ok, err := m.catalog.Allocated(ctx, id)
 		switch {
 		case err != nil:
 			return nil, err
@@ -530,7 +530,7 @@ func (m *Manager) wasFirst(ctx context.Context, tok request.Token, cause error) 
 // under the operation's token. It says whether the compares held.
 func (m *Manager) commitWith(ctx context.Context, tok request.Token, id int64, result []byte, txn meta.Txn) (won bool, revision int64, err error) {
 	var lease request.Lease
-	if tok.Given() {
+	if tok.IsSet() {
 		if lease, err = m.o.Requests.Get(ctx); err != nil {
 			return false, 0, err
 		}

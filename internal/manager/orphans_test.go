@@ -396,7 +396,7 @@ func TestExplainPromisesNothing(t *testing.T) {
 			list, ids = append(list, s), append(ids, s.ID)
 		}
 		w.addWritten(r, col, list...)
-		for part := range slices.Chunk(ids, catalog.MaxSwap) {
+		for part := range slices.Chunk(ids, catalog.MaxSegmentChange) {
 			w.dropSegments(r, col, part...)
 		}
 		key := "data/" + list[0].Files[0].Path

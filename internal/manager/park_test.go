@@ -47,12 +47,12 @@ func TestHeldUnitIsParked(t *testing.T) {
 		before, full := usage(), size()
 		time.Sleep(50 * time.Minute)
 		settle()
-		if got := w.objectsUnder(catalog.HeldPrefix); len(got) > 0 || size() != full {
+		if got := w.objectsUnder(catalog.SpillPrefix); len(got) > 0 || size() != full {
 			t.Errorf("before the tolerance has passed there is %v", got)
 		}
 		time.Sleep(20 * time.Minute)
 		settle()
-		if got := w.objectsUnder(catalog.HeldPrefix); !slices.Equal(got, []string{catalog.HeldKey(col.ID, dropped.ID)}) || size() > 256 {
+		if got := w.objectsUnder(catalog.SpillPrefix); !slices.Equal(got, []string{catalog.SpillKey(col.ID, dropped.ID)}) || size() > 256 {
 			t.Fatalf("there is %v, and the record takes %d bytes, which were %d", got, size(), full)
 		}
 		if diff := cmp.Diff(before, usage()); diff != "" {
@@ -102,7 +102,7 @@ func TestLostHeldObjectStopsItsUnit(t *testing.T) {
 		}
 		time.Sleep(2 * time.Hour)
 		settle()
-		key := catalog.HeldKey(col.ID, lost.ID)
+		key := catalog.SpillKey(col.ID, lost.ID)
 		if err := w.objects.Delete(t.Context(), key); err != nil {
 			t.Fatal(err)
 		}

@@ -176,7 +176,7 @@ func (m *Manager) resolvePin(ctx context.Context, tok request.Token, p *Pin, cau
 		p.Revision = kv.CreateRevision
 		return true, nil
 	}
-	if !tok.Given() {
+	if !tok.IsSet() {
 		m.revokePin(ctx, p.lease)
 	}
 	return false, cause

@@ -500,7 +500,7 @@ func TestPinSurvivesEachFailedCall(t *testing.T) {
 				if err != nil {
 					wantError(t, err, meta.ErrUnavailable)
 					left := w.keysUnder(keys.AllPinsPrefix)
-					if len(left) > 0 && !tok.Given() {
+					if len(left) > 0 && !tok.IsSet() {
 						t.Errorf("call %d of %d: told that there is none, left %v", n, i, left)
 					}
 					p, err = pin(other)

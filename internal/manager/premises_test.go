@@ -50,10 +50,10 @@ const (
 // the leader's key, or the assignment.
 var premises = []premise{
 	{meta.OpPut, keys.Format, [][]string{{itself}}},
-	{meta.OpPut, keys.IDs, [][]string{{itself, keys.Behind}}},
-	{meta.OpPut, keys.Epoch, [][]string{{itself, keys.Behind}}},
-	{meta.OpPut, keys.Behind, [][]string{{itself, keys.Epoch}}},
-	{meta.OpDelete, keys.Behind, [][]string{{itself, keys.Epoch, keys.IDs}}},
+	{meta.OpPut, keys.IDs, [][]string{{itself, keys.RolledBack}}},
+	{meta.OpPut, keys.Epoch, [][]string{{itself, keys.RolledBack}}},
+	{meta.OpPut, keys.RolledBack, [][]string{{itself, keys.Epoch}}},
+	{meta.OpDelete, keys.RolledBack, [][]string{{itself, keys.Epoch, keys.IDs}}},
 	{meta.OpPut, keys.Clock, [][]string{{itself}}},
 	{meta.OpPut, keys.Leader, [][]string{{itself}}},
 	{meta.OpPut, keys.Store(""), [][]string{{itself}}},
@@ -65,7 +65,7 @@ var premises = []premise{
 	{meta.OpPut, pendingKeys, [][]string{{namesOf, keys.CollectionPrefix}}},
 	{meta.OpDelete, pendingKeys, [][]string{{recs}}},
 	{meta.OpPut, generation, [][]string{{recs, pendingKeys}}},
-	{meta.OpDelete, generation, [][]string{{keys.CollectionPrefix, keys.AllTombsPrefix, keys.AllUnitsPrefix, segments, pendingKeys, keys.Behind}}},
+	{meta.OpDelete, generation, [][]string{{keys.CollectionPrefix, keys.AllTombstonesPrefix, keys.AllUnitsPrefix, segments, pendingKeys, keys.RolledBack}}},
 	{meta.OpPut, keys.AllPinsPrefix, [][]string{{recs}, {itself}}},
 	{meta.OpDelete, keys.AllPinsPrefix, [][]string{{itself}, {keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, keys.Unpin, [][]string{{keys.AllPinsPrefix}, {keys.JobPrefix, keys.Leader}}},
@@ -86,28 +86,28 @@ var premises = []premise{
 	{meta.OpPut, keys.AssignedPrefix, [][]string{{keys.JobPrefix, keys.Leader}}},
 	{meta.OpDelete, keys.AssignedPrefix, [][]string{{itself}, {keys.JobPrefix, keys.Leader}}},
 
-	{meta.OpPut, keys.AllTombsPrefix, [][]string{
-		{generation, keys.Behind, keys.AllUnitsPrefix, pendingKeys}, {generation, keys.Behind, segments, pendingKeys}, // of a dropped collection
+	{meta.OpPut, keys.AllTombstonesPrefix, [][]string{
+		{generation, keys.RolledBack, keys.AllUnitsPrefix, pendingKeys}, {generation, keys.RolledBack, segments, pendingKeys}, // of a dropped collection
 	}},
-	{meta.OpDelete, keys.AllTombsPrefix, [][]string{{itself}}},
-	{meta.OpPut, keys.Round, [][]string{{keys.Leader}}},
+	{meta.OpDelete, keys.AllTombstonesPrefix, [][]string{{itself}}},
+	{meta.OpPut, keys.Cycle, [][]string{{keys.Leader}}},
 
 	{meta.OpPut, "/catalog/name/", [][]string{{itself}}},
 	{meta.OpDelete, "/catalog/name/", [][]string{{keys.CollectionPrefix}, {keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, keys.CollectionPrefix, [][]string{{itself}}},
-	{meta.OpDelete, keys.CollectionPrefix, [][]string{{itself, keys.Behind}, {keys.JobPrefix, keys.Leader}}},
+	{meta.OpDelete, keys.CollectionPrefix, [][]string{{itself, keys.RolledBack}, {keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, segments, [][]string{{keys.CollectionPrefix}, {keys.JobPrefix, keys.AssignedPrefix}}},
-	{meta.OpDelete, segments, [][]string{{itself}, {keys.JobPrefix, keys.Leader}, {keys.CollectionPrefix, segments, keys.Behind}}},
+	{meta.OpDelete, segments, [][]string{{itself}, {keys.JobPrefix, keys.Leader}, {keys.CollectionPrefix, segments, keys.RolledBack}}},
 	{meta.OpPut, keys.AllUnitsPrefix, [][]string{{segments}, {itself}}},
-	{meta.OpDelete, keys.AllUnitsPrefix, [][]string{{itself, generation, keys.Behind, pendingKeys}, {keys.CollectionPrefix, keys.Behind}}},
+	{meta.OpDelete, keys.AllUnitsPrefix, [][]string{{itself, generation, keys.RolledBack, pendingKeys}, {keys.CollectionPrefix, keys.RolledBack}}},
 	{meta.OpPut, keys.OwnerRangePrefix, [][]string{{recs, keys.CollectionPrefix, owners}}},
 	{meta.OpDelete, keys.OwnerRangePrefix, [][]string{{keys.JobPrefix, keys.Leader}}},
-	{meta.OpPut, keys.GonePrefix, [][]string{{itself, keys.AllTombsPrefix}, {itself, keys.JobPrefix, keys.Leader}}},
+	{meta.OpPut, keys.GonePrefix, [][]string{{itself, keys.AllTombstonesPrefix}, {itself, keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, owners, [][]string{{itself, keys.CollectionPrefix, keys.OwnerRangePrefix}, {keys.JobPrefix, keys.AssignedPrefix}}},
-	{meta.OpDelete, owners, [][]string{{keys.AllTombsPrefix}, {keys.JobPrefix, keys.Leader}}},
+	{meta.OpDelete, owners, [][]string{{keys.AllTombstonesPrefix}, {keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, "/catalog/", [][]string{{keys.CollectionPrefix}, {keys.JobPrefix, keys.Leader}, {itself}}},
-	{meta.OpDelete, "/catalog/replaced/", [][]string{{keys.AllTombsPrefix}, {keys.CollectionPrefix, keys.Behind}}},
-	{meta.OpDelete, "/catalog/", [][]string{{itself, keys.Behind}, {itself, keys.CollectionPrefix}, {keys.CollectionPrefix, keys.Behind}, {keys.JobPrefix, keys.Leader}}},
+	{meta.OpDelete, "/catalog/replaced/", [][]string{{keys.AllTombstonesPrefix}, {keys.CollectionPrefix, keys.RolledBack}}},
+	{meta.OpDelete, "/catalog/", [][]string{{itself, keys.RolledBack}, {itself, keys.CollectionPrefix}, {keys.CollectionPrefix, keys.RolledBack}, {keys.JobPrefix, keys.Leader}}},
 }
 
 // judged is a KV that holds each write against its premises.
@@ -200,7 +200,7 @@ func (w *world) live() {
 		o.RestoreStallTimeout = 20 * time.Minute
 		o.Catalog = catalog.New(catalog.Options{
 			KV: o.KV, Now: o.Now, Rand: o.Rand, Requests: o.Requests, RaiseIDs: o.Epoch.RaiseIDLimit,
-			HasStore: func(a string) bool { return a == "default" }, Held: catalog.ReadHeld(o.Stores),
+			HasStore: func(a string) bool { return a == "default" }, ReadSpilled: catalog.ReadSpilled(o.Stores),
 		})
 	}
 	a, b := w.start("a", change), w.start("b", change)
@@ -296,7 +296,7 @@ func (w *world) live() {
 	segs := w.segments(a, one)
 	w.dropSegments(a, col, segs[0].ID, segs[1].ID)
 	replaced := catalog.FilePath{Root: segs[2].Files[1].Root, Path: segs[2].Files[1].Path}
-	w.swap(a, col, catalog.Swap{Update: []catalog.Update{{Segment: segs[2].ID, RemoveFiles: []catalog.FilePath{replaced}}}})
+	w.swap(a, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: segs[2].ID, RemoveFiles: []catalog.FilePath{replaced}}}})
 	must(second(a.catalog.DropIndex(ctx, request.Token{}, ref, "x1")))
 	must(second(a.catalog.DropPartition(ctx, request.Token{}, ref, "p1")))
 	must(second(a.catalog.RenameCollection(ctx, request.Token{}, ref, "default", "renamed")))

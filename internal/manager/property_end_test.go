@@ -207,7 +207,7 @@ func (c *course) finish() {
 			continue
 		}
 		if len(l.live()) > 0 && i%2 == 0 { // else they are dropped with their collection
-			c.change(l, catalog.Swap{Drop: slices.Sorted(maps.Keys(l.live()))}, map[int64]segment.Segment{})
+			c.change(l, catalog.SegmentChange{Drop: slices.Sorted(maps.Keys(l.live()))}, map[int64]segment.Segment{})
 			c.reclaim(c.replicas[i%3], l, c.asks(l, 0), gc.BySnapshotd)
 		}
 		c.rest(0)
@@ -237,9 +237,9 @@ func (c *course) finish() {
 // nothingDropped holds that nothing waits to be deleted any more, while
 // collections live.
 func (c *course) nothingDropped() {
-	parts, _, err := c.cat.DroppedParts(context.Background(), 0)
+	parts, _, err := c.cat.DroppedChildren(context.Background(), 0)
 	// Those of a dropped collection go with it.
-	parts = slices.DeleteFunc(parts, func(p catalog.Part) bool { return c.ledgerOf(p.Collection).dropped })
+	parts = slices.DeleteFunc(parts, func(p catalog.Child) bool { return c.ledgerOf(p.Collection).dropped })
 	if err != nil || len(parts) > 0 {
 		c.wrong("dropped partitions and indexes are left: %v, err = %v", parts, err)
 	}
@@ -284,7 +284,7 @@ func (c *course) nothingLeft() {
 		keys.Epoch:            true, // what was noted last of how far the store has come
 		keys.Leader:           true, // the lease of who leads now
 		keys.Clock:            true, // the time as it was noted last, written over by the next
-		keys.Round:            true, // what the last round came to, written over by the next
+		keys.Cycle:            true, // what the last round came to, written over by the next
 		keys.Store("default"): true, // which object store the alias stands for
 	}
 	optional := map[string]bool{

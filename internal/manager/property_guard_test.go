@@ -124,7 +124,7 @@ type needs struct {
 // needs reads all that needs files, at one revision.
 func (g *guard) needs() (*needs, error) {
 	ctx := context.Background()
-	prefixes := []string{keys.SnapshotPrefix, "/catalog/segment/", keys.AllUnitsPrefix, keys.AllTombsPrefix, keys.JobPrefix}
+	prefixes := []string{keys.SnapshotPrefix, "/catalog/segment/", keys.AllUnitsPrefix, keys.AllTombstonesPrefix, keys.JobPrefix}
 	txn := meta.Txn{}
 	for _, prefix := range prefixes {
 		txn.Then = append(txn.Then, meta.GetRange(meta.Prefix(prefix)))
@@ -177,7 +177,7 @@ func (g *guard) needs() (*needs, error) {
 		if err != nil {
 			return nil, err
 		}
-		n.units[catalog.HeldKey(collection, id)] = true
+		n.units[catalog.SpillKey(collection, id)] = true
 		u, err := g.reader.catalog.ReadUnit(ctx, collection, kv)
 		if err != nil {
 			if now, found, _, getErr := g.kv.Get(ctx, kv.Key); getErr == nil && found && now.ModRevision == kv.ModRevision {
@@ -253,7 +253,7 @@ func (g *guard) judge(n *needs, key string) string {
 			return ""
 		}
 		return "it was never granted, and is not of a restore that is rolled back"
-	case strings.HasPrefix(key, catalog.HeldPrefix):
+	case strings.HasPrefix(key, catalog.SpillPrefix):
 		if n.units[key] {
 			return "its unit is not granted"
 		}

@@ -35,7 +35,7 @@ func (w *world) used() usedKeys {
 	if _, err := w.kv.Scan(w.t.Context(), from, to, 0, func(batch []meta.KeyValue) error {
 		for _, kv := range batch {
 			switch {
-			case strings.HasPrefix(kv.Key, keys.AllUnitsPrefix), strings.HasPrefix(kv.Key, keys.AllTombsPrefix):
+			case strings.HasPrefix(kv.Key, keys.AllUnitsPrefix), strings.HasPrefix(kv.Key, keys.AllTombstonesPrefix):
 				u.Units++
 				u.UnitBytes += len(kv.Value)
 				u.LargestUnit = max(u.LargestUnit, len(kv.Value))
@@ -95,7 +95,7 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 			snapshots = append(snapshots, w.create(r, col, fmt.Sprint("s", n)))
 			// Three are compacted into one, and two more are written.
 			out := segments(3)
-			swap := catalog.Swap{Add: out}
+			swap := catalog.SegmentChange{Add: out}
 			for _, s := range live[:3] {
 				swap.Drop = append(swap.Drop, s.ID)
 			}
@@ -127,7 +127,7 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 		if end.Snapshots != 2*longSnapshots {
 			t.Errorf("%d keys of snapshots", end.Snapshots)
 		}
-		if n := len(w.objectsUnder(catalog.HeldPrefix)); n != end.Units {
+		if n := len(w.objectsUnder(catalog.SpillPrefix)); n != end.Units {
 			t.Errorf("%d units, and %d objects that hold their records", end.Units, n)
 		}
 		w.check(r)

@@ -330,7 +330,9 @@ type spy struct {
 }
 
 func (s *spy) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
-	grants := slices.ContainsFunc(t.Then, func(op meta.Op) bool { return op.Kind == meta.OpPut && strings.HasPrefix(op.From, keys.AllTombsPrefix) })
+	grants := slices.ContainsFunc(t.Then, func(op meta.Op) bool {
+		return op.Kind == meta.OpPut && strings.HasPrefix(op.From, keys.AllTombstonesPrefix)
+	})
 	if grants {
 		s.mu.Lock()
 		before := s.before
@@ -460,7 +462,7 @@ func (c *course) setUp() {
 	o.Epoch = c.epoch(c.w.kv, c.objects)
 	o.Catalog = catalog.New(catalog.Options{
 		KV: c.w.kv, Now: c.w.now, Rand: rand.Reader, Requests: requests, HasStore: func(string) bool { return true },
-		Held: catalog.ReadHeld(stores), RaiseIDs: o.Epoch.RaiseIDLimit,
+		ReadSpilled: catalog.ReadSpilled(stores), RaiseIDs: o.Epoch.RaiseIDLimit,
 	})
 	c.cat = o.Catalog
 	var err error
@@ -534,7 +536,7 @@ func (c *course) start(i int) {
 		o.Epoch = c.epoch(o.KV, m.late)
 		o.Catalog = catalog.New(catalog.Options{
 			KV: o.KV, Now: o.Now, Rand: o.Rand, Requests: o.Requests, HasStore: func(a string) bool { return a == "default" },
-			Held: catalog.ReadHeld(stores), RaiseIDs: o.Epoch.RaiseIDLimit,
+			ReadSpilled: catalog.ReadSpilled(stores), RaiseIDs: o.Epoch.RaiseIDLimit,
 		})
 		o.KV, o.Stores = m.spy, stores
 		// What a sweep takes is dead at once; that it waits is only for safety's sake.
@@ -664,7 +666,7 @@ func (c *course) observe() {
 			c.sawEnd(e)
 		case strings.HasPrefix(e.KV.Key, keys.SnapshotPrefix):
 			c.sawSnapshot(e)
-		case strings.HasPrefix(e.KV.Key, keys.AllTombsPrefix):
+		case strings.HasPrefix(e.KV.Key, keys.AllTombstonesPrefix):
 			c.sawTombstone(e)
 		case strings.HasPrefix(e.KV.Key, "/catalog/unit/"):
 			collection, id, err := keys.LastTwo(e.KV.Key)
@@ -679,7 +681,7 @@ func (c *course) observe() {
 				c.wrong("unit %d is back after its grant", id)
 			}
 			u, err := catalog.DecodeUnit(collection, e.KV)
-			if errors.Is(err, catalog.ErrParked) {
+			if errors.Is(err, catalog.ErrSpilled) {
 				if _, was := l.units[id]; !was || l.stubs[id] {
 					c.wrong("unit %d is parked, and was not there, or parked", id)
 				}
@@ -911,7 +913,7 @@ func (c *course) lookAround() {
 			}
 		}
 		for id, g := range l.grants {
-			if _, there, _, err := c.w.kv.Get(context.Background(), keys.Tomb(l.col.ID, id)); err != nil || there == g.gone {
+			if _, there, _, err := c.w.kv.Get(context.Background(), keys.Tombstone(l.col.ID, id)); err != nil || there == g.gone {
 				c.wrong("tombstone %d: there %v, gone %v, err = %v", id, there, g.gone, err)
 			}
 		}
@@ -926,7 +928,7 @@ func (c *course) lookAround() {
 			}
 		}
 		for id := range l.stubs {
-			if key := catalog.HeldKey(l.col.ID, id); !c.guard.has(key) {
+			if key := catalog.SpillKey(l.col.ID, id); !c.guard.has(key) {
 				c.wrong("unit %d is parked, and %s is not there", id, key)
 			}
 		}
@@ -942,7 +944,7 @@ func (c *course) lookAround() {
 }
 
 // change is what the engine does, for which the oracle keeps account.
-func (c *course) change(l *ledger, swap catalog.Swap, next map[int64]segment.Segment) {
+func (c *course) change(l *ledger, swap catalog.SegmentChange, next map[int64]segment.Segment) {
 	revision, err := c.cat.Change(context.Background(), request.Token{}, catalog.Ref{ID: l.col.ID}, swap)
 	c.must(err)
 	l.history = append(l.history, state{revision, next})
@@ -1204,13 +1206,13 @@ func (c *course) do(s step) {
 	case "add":
 		seg := c.newSegment(l, s.B)
 		live[seg.ID] = seg
-		c.change(l, catalog.Swap{Add: []segment.Segment{seg}}, live)
+		c.change(l, catalog.SegmentChange{Add: []segment.Segment{seg}}, live)
 	case "steal":
 		c.steal(l, s)
 	case "drop":
 		if id, ok := pickOf(live, s.B); ok {
 			delete(live, id)
-			c.change(l, catalog.Swap{Drop: []int64{id}}, live)
+			c.change(l, catalog.SegmentChange{Drop: []int64{id}}, live)
 		}
 	case "compact":
 		var in []int64
@@ -1223,7 +1225,7 @@ func (c *course) do(s step) {
 		if len(in) > 0 {
 			out := c.newSegment(l, s.B)
 			live[out.ID] = out
-			c.change(l, catalog.Swap{Drop: in, Add: []segment.Segment{out}}, live)
+			c.change(l, catalog.SegmentChange{Drop: in, Add: []segment.Segment{out}}, live)
 		}
 	case "rebuild":
 		if id, ok := pickOf(live, s.B); ok {
@@ -1232,7 +1234,7 @@ func (c *course) do(s step) {
 			others := slices.DeleteFunc(slices.Clone(seg.Builds), func(old segment.Build) bool { return old.Index == b.Index })
 			seg.Builds = append(others, b)
 			live[id] = seg
-			c.change(l, catalog.Swap{Update: []catalog.Update{{Segment: id, AddBuilds: []segment.Build{b}}}}, live)
+			c.change(l, catalog.SegmentChange{Update: []catalog.Update{{Segment: id, AddBuilds: []segment.Build{b}}}}, live)
 		}
 	case "update":
 		if id, ok := pickOf(live, s.B); ok {
@@ -1241,7 +1243,7 @@ func (c *course) do(s step) {
 			u := catalog.Update{Segment: id, AddFiles: []segment.File{f}, RemoveFiles: []catalog.FilePath{{Path: seg.Files[0].Path}}}
 			seg.Files = append(slices.Clone(seg.Files[1:]), f)
 			live[id] = seg
-			c.change(l, catalog.Swap{Update: []catalog.Update{u}}, live)
+			c.change(l, catalog.SegmentChange{Update: []catalog.Update{u}}, live)
 		}
 	case "create":
 		c.create(c.calm(s.B), l, 0)

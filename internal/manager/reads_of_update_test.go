@@ -31,7 +31,7 @@ func TestReadsOfAnUpdate(t *testing.T) {
 			}
 			settle() // so that the calls are those of the update alone
 			calls, gets := r.kv.Calls(), r.store.Calls("")
-			w.swap(r, col, catalog.Swap{Update: []catalog.Update{{Segment: s.ID, AddBuilds: []segment.Build{last}}}})
+			w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, AddBuilds: []segment.Build{last}}}})
 			if calls, gets = r.kv.Calls()-calls, r.store.Calls("")-gets; calls > 16 || gets > 1 { // one reads the clock
 				t.Fatalf("an update with %d %s builds makes %d metadata and %d object calls", n, state, calls, gets)
 			}
@@ -42,7 +42,7 @@ func TestReadsOfAnUpdate(t *testing.T) {
 		}
 		time.Sleep(3 * time.Hour)
 		settle()
-		if n := len(w.objectsUnder(catalog.HeldPrefix)); n < 90 {
+		if n := len(w.objectsUnder(catalog.SpillPrefix)); n < 90 {
 			t.Fatalf("%d units are parked", n)
 		}
 		first := last
@@ -50,7 +50,7 @@ func TestReadsOfAnUpdate(t *testing.T) {
 		// A path of a build that was replaced is refused, whatever became of the build.
 		first.ID = w.newID(r)
 		_, err := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID},
-			catalog.Swap{Update: []catalog.Update{{Segment: s.ID, AddBuilds: []segment.Build{first}}}})
+			catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, AddBuilds: []segment.Build{first}}}})
 		wantError(t, err, catalog.ErrFileExists)
 	})
 }

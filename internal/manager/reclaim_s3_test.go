@@ -43,7 +43,7 @@ func TestS3Reclaim(t *testing.T) {
 	snap := w.create(r, col, "x")
 	out := w.segment(r, col, 0, 1, 20)
 	w.writeFiles(&out)
-	w.swap(r, col, catalog.Swap{Drop: ids, Add: []segment.Segment{out}})
+	w.swap(r, col, catalog.SegmentChange{Drop: ids, Add: []segment.Segment{out}})
 	asks := make([]gc.Ask, len(ids))
 	for i, id := range ids {
 		asks[i] = gc.Ask{Segment: id}

@@ -46,7 +46,7 @@ func (w *world) writeFiles(s *segment.Segment) {
 // dropSegments drops segments of a collection and returns their ids as asks.
 func (w *world) dropSegments(r *replica, col catalog.Collection, ids ...int64) []gc.Ask {
 	w.t.Helper()
-	w.swap(r, col, catalog.Swap{Drop: ids})
+	w.swap(r, col, catalog.SegmentChange{Drop: ids})
 	asks := make([]gc.Ask, len(ids))
 	for i, id := range ids {
 		asks[i] = gc.Ask{Segment: id}
@@ -54,7 +54,7 @@ func (w *world) dropSegments(r *replica, col catalog.Collection, ids ...int64) [
 	return asks
 }
 
-func (w *world) swap(r *replica, col catalog.Collection, swap catalog.Swap) {
+func (w *world) swap(r *replica, col catalog.Collection, swap catalog.SegmentChange) {
 	w.t.Helper()
 	if _, err := r.catalog.Change(w.t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, swap); err != nil {
 		w.t.Fatal(err)
@@ -405,7 +405,7 @@ func TestOneUnitAskedForInEveryWay(t *testing.T) {
 		b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/f", col.ID, s.ID, b.ID), Size: 5}}
 		s.Builds = []segment.Build{b}
 		w.addWritten(r, col, s)
-		w.swap(r, col, catalog.Swap{Update: []catalog.Update{{Segment: s.ID, RemoveBuilds: []int64{b.ID}}}})
+		w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, RemoveBuilds: []int64{b.ID}}}})
 		answers := w.reclaim(r, col, gc.ByCaller, gc.Ask{Build: b.ID}, gc.Ask{File: catalog.FilePath{Path: b.Files[0].Path}}, gc.Ask{Segment: b.ID},
 			gc.Ask{Build: b.ID}, gc.Ask{Build: 1 << 40})
 		tombs := w.granted(answers[:4])
@@ -958,7 +958,7 @@ type removals struct {
 
 func (r *removals) Txn(ctx context.Context, t meta.Txn) (res meta.TxnResult, err error) {
 	removal := slices.ContainsFunc(t.Then, func(op meta.Op) bool {
-		return op.Kind == meta.OpDelete && strings.HasPrefix(op.From, keys.AllTombsPrefix)
+		return op.Kind == meta.OpDelete && strings.HasPrefix(op.From, keys.AllTombstonesPrefix)
 	})
 	first := false
 	if removal {
@@ -1026,12 +1026,12 @@ func TestPartsOfASegment(t *testing.T) {
 		with := w.create(r, col, "with")
 		next := build()
 		w.writeFiles(&segment.Segment{Builds: []segment.Build{next}})
-		w.swap(r, col, catalog.Swap{Update: []catalog.Update{{Segment: s.ID, AddBuilds: []segment.Build{next}}}})
+		w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, AddBuilds: []segment.Build{next}}}})
 		without := w.create(r, col, "without")
 		f := segment.File{Kind: segment.KindInsert, Path: fmt.Sprintf("%d/0/%d/insert/100/2", col.ID, s.ID), MinTimestamp: 1, MaxTimestamp: 2, Size: 3}
 		w.writeFiles(&segment.Segment{Files: []segment.File{f}})
 		was := catalog.FilePath{Path: s.Files[0].Path}
-		w.swap(r, col, catalog.Swap{Update: []catalog.Update{{Segment: s.ID, RemoveFiles: []catalog.FilePath{was}, AddFiles: []segment.File{f}}}})
+		w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, RemoveFiles: []catalog.FilePath{was}, AddFiles: []segment.File{f}}}})
 		after := w.create(r, col, "after")
 
 		oldPath := catalog.FilePath{Path: old.Files[0].Path}
@@ -1124,11 +1124,11 @@ func TestPathsAreNotSharedAndNotUsedTwice(t *testing.T) {
 			thief.Files = append(thief.Files, s.Files[0])
 			_, _, err := r.catalog.AddSegments(t.Context(), col.ID, []segment.Segment{thief})
 			wantError(t, err, catalog.ErrFileExists)
-			_, err = r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.Swap{Add: []segment.Segment{thief}})
+			_, err = r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.SegmentChange{Add: []segment.Segment{thief}})
 			wantError(t, err, catalog.ErrFileExists)
 			plain := w.segment(r, col, 0, 1, 20)
 			w.add(r, col, plain)
-			_, err = r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.Swap{
+			_, err = r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.SegmentChange{
 				Update: []catalog.Update{{Segment: plain.ID, AddFiles: s.Files[:1]}},
 			})
 			wantError(t, err, catalog.ErrFileExists)
@@ -1138,10 +1138,10 @@ func TestPathsAreNotSharedAndNotUsedTwice(t *testing.T) {
 		}
 		refused("it lives")
 		f := segment.File{Kind: segment.KindInsert, Path: fmt.Sprintf("%d/0/%d/insert/100/2", col.ID, s.ID), MinTimestamp: 1, MaxTimestamp: 2, Size: 3}
-		w.swap(r, col, catalog.Swap{Update: []catalog.Update{{Segment: s.ID, RemoveFiles: []catalog.FilePath{{Path: s.Files[0].Path}}, AddFiles: []segment.File{f}}}})
+		w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, RemoveFiles: []catalog.FilePath{{Path: s.Files[0].Path}}, AddFiles: []segment.File{f}}}})
 		again := func() {
 			t.Helper()
-			_, err := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.Swap{
+			_, err := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.SegmentChange{
 				Update: []catalog.Update{{Segment: s.ID, AddFiles: s.Files[:1]}},
 			})
 			wantError(t, err, catalog.ErrFileExists)
@@ -1158,7 +1158,7 @@ func TestPathsAreNotSharedAndNotUsedTwice(t *testing.T) {
 		// An output that takes over a file of an input.
 		out := w.segment(r, col, 0, 1, 20)
 		out.Files = append(out.Files, f)
-		_, err := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.Swap{Drop: []int64{s.ID}, Add: []segment.Segment{out}})
+		_, err := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.SegmentChange{Drop: []int64{s.ID}, Add: []segment.Segment{out}})
 		wantError(t, err, catalog.ErrFileExists)
 	})
 }

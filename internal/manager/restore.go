@@ -140,7 +140,7 @@ func (m *Manager) admit(ctx context.Context, tok request.Token, ref *Ref, spec *
 	if err != nil {
 		return nil, err
 	}
-	conds, ops, err := m.catalog.ClaimOps(ctx, &col, op)
+	conds, ops, err := m.catalog.RestoringOps(ctx, &col, op)
 	if err != nil {
 		return nil, err
 	}
@@ -267,7 +267,7 @@ func permanent(err error) error {
 // NoJob says why there is no restore job of that id: ErrJobForgotten when the id
 // was handed out, else ErrJobNeverExisted.
 func (m *Manager) NoJob(ctx context.Context, id int64) error {
-	_, ok, err := m.catalog.HandedOut(ctx, id)
+	_, ok, err := m.catalog.Allocated(ctx, id)
 	switch {
 	case err != nil:
 		return err

@@ -195,7 +195,7 @@ func TestRestoringIsNobodysBusiness(t *testing.T) {
 				return err
 			},
 			"change": func(ref catalog.Ref) error {
-				_, err := r.catalog.Change(ctx, noToken, ref, catalog.Swap{Drop: []int64{job.FirstSegment}})
+				_, err := r.catalog.Change(ctx, noToken, ref, catalog.SegmentChange{Drop: []int64{job.FirstSegment}})
 				return err
 			},
 			"drop segments": func(ref catalog.Ref) error {

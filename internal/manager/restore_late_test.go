@@ -42,7 +42,7 @@ func TestLateCopies(t *testing.T) {
 		built := segments[at]
 		build := built.Builds[0]
 		w.granted(w.reclaim(r, col, gc.BySnapshotd, w.dropSegments(r, col, gone.ID)...))
-		w.swap(r, col, catalog.Swap{Update: []catalog.Update{{Segment: built.ID, RemoveBuilds: []int64{build.ID}}}})
+		w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: built.ID, RemoveBuilds: []int64{build.ID}}}})
 		w.granted(w.reclaim(r, col, gc.BySnapshotd, gc.Ask{Build: build.ID}))
 		w.create(r, col, "holder")
 		w.dropSegments(r, col, held.ID)

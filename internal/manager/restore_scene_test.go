@@ -134,7 +134,7 @@ func (w *world) traces() traces {
 }
 
 // passing are keys that come and go, or stay behind, whatever a restore does.
-var passing = []string{keys.IDs, "/election/", keys.WorkerPrefix, "/request/", keys.Unpin, keys.JobPrefix, keys.Round, keys.OwnerRangePrefix, keys.GonePrefix, keys.Clock}
+var passing = []string{keys.IDs, "/election/", keys.WorkerPrefix, "/request/", keys.Unpin, keys.JobPrefix, keys.Cycle, keys.OwnerRangePrefix, keys.GonePrefix, keys.Clock}
 
 // nothingSince holds that the stores are as they were before a restore.
 func (w *world) nothingSince(before traces) {

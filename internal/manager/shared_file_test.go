@@ -54,7 +54,7 @@ func TestFileOfTwoCollections(t *testing.T) {
 		refused := func(what string, want error, owner string, s segment.Segment) {
 			t.Helper()
 			_, _, err := r.catalog.AddSegments(t.Context(), clone.ID, []segment.Segment{s})
-			_, swapErr := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: clone.ID}, catalog.Swap{Add: []segment.Segment{s}})
+			_, swapErr := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: clone.ID}, catalog.SegmentChange{Add: []segment.Segment{s}})
 			if errors.Is(swapErr, catalog.ErrIDOwned) {
 				swapErr = fmt.Errorf("%w: %w", want, swapErr) // which is looked at first
 			}
@@ -79,7 +79,7 @@ func TestFileOfTwoCollections(t *testing.T) {
 		fresh.Files = []segment.File{{Kind: segment.KindInsert, Path: catalog.NativePath(clone.ID, &unused, &own.Files[0]), Size: 10}}
 		refused("a path of a segment that is not there", catalog.ErrPlaceOwned, "no collection", fresh)
 		w.add(r, clone, own)
-		_, err := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: clone.ID}, catalog.Swap{
+		_, err := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: clone.ID}, catalog.SegmentChange{
 			Update: []catalog.Update{{Segment: own.ID, AddFiles: s.Files}},
 		})
 		wantError(t, err, catalog.ErrPlaceOwned)

@@ -51,7 +51,7 @@ func (t *taking) replace() catalog.FilePath {
 	f.Path = catalog.NativePath(t.col.ID, &t.segment, &f)
 	t.writeFiles(&segment.Segment{Files: []segment.File{f}})
 	taken := catalog.FilePath{Path: was.Path}
-	t.swap(t.r, t.col, catalog.Swap{Update: []catalog.Update{{
+	t.swap(t.r, t.col, catalog.SegmentChange{Update: []catalog.Update{{
 		Segment: t.segment.ID, RemoveFiles: []catalog.FilePath{taken}, AddFiles: []segment.File{f},
 	}}})
 	t.segment.Files = []segment.File{f}
@@ -113,7 +113,7 @@ func TestTakenFilesAreHeldByOlderSnapshotsAlone(t *testing.T) {
 				rolling := c.create(c.r, c.col, "rolling-0")
 				time.Sleep(wait)
 				settle()
-				if parked := len(c.objectsUnder(catalog.HeldPrefix)); parked != min(int(wait), 1) {
+				if parked := len(c.objectsUnder(catalog.SpillPrefix)); parked != min(int(wait), 1) {
 					t.Fatalf("%d units are parked", parked)
 				}
 				c.wantHolders("at first", taken, old)
@@ -129,7 +129,7 @@ func TestTakenFilesAreHeldByOlderSnapshotsAlone(t *testing.T) {
 				time.Sleep(2 * time.Hour)
 				settle()
 				c.wantObject("after the tolerance", taken, false)
-				if got := slices.Concat(c.keysUnder("/catalog/unit/"), c.objectsUnder(catalog.HeldPrefix)); len(got) > 0 {
+				if got := slices.Concat(c.keysUnder("/catalog/unit/"), c.objectsUnder(catalog.SpillPrefix)); len(got) > 0 {
 					t.Errorf("left %v", got)
 				}
 				c.check(c.r)
@@ -283,10 +283,10 @@ func TestLateRepeatOfAnAddedFile(t *testing.T) {
 		f.LogID = 2
 		f.Path = catalog.NativePath(c.col.ID, &c.segment, &f)
 		w.writeFiles(&segment.Segment{Files: []segment.File{f}})
-		add := catalog.Swap{Update: []catalog.Update{{Segment: c.segment.ID, AddFiles: []segment.File{f}}}}
+		add := catalog.SegmentChange{Update: []catalog.Update{{Segment: c.segment.ID, AddFiles: []segment.File{f}}}}
 		w.swap(c.r, c.col, add)
 		taken := catalog.FilePath{Path: f.Path}
-		w.swap(c.r, c.col, catalog.Swap{Update: []catalog.Update{{Segment: c.segment.ID, RemoveFiles: []catalog.FilePath{taken}}}})
+		w.swap(c.r, c.col, catalog.SegmentChange{Update: []catalog.Update{{Segment: c.segment.ID, RemoveFiles: []catalog.FilePath{taken}}}})
 		w.granted(w.reclaim(c.r, c.col, gc.BySnapshotd, gc.Ask{File: taken}))
 		time.Sleep(2 * time.Minute)
 		settle()

@@ -106,7 +106,7 @@ type partsOf []catalog.Unit
 // exclusive says whether the file is of a unit that one snapshot alone holds.
 func (p partsOf) exclusive(path catalog.FilePath, counts gc.Counts) bool {
 	for i := range p {
-		if p[i].Kind == catalog.UnitFiles && !p[i].Parked && p[i].Has(path) {
+		if p[i].Kind == catalog.UnitFiles && !p[i].Spilled && p[i].Has(path) {
 			return counts.Unit(&p[i]) <= 1
 		}
 	}

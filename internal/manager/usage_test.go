@@ -118,7 +118,7 @@ func (k *kept) do(s step) {
 	case "compact":
 		if ok {
 			out := k.newSegment(s.B)
-			k.w.swap(k.r, k.col, catalog.Swap{Drop: []int64{id}, Add: []segment.Segment{out}})
+			k.w.swap(k.r, k.col, catalog.SegmentChange{Drop: []int64{id}, Add: []segment.Segment{out}})
 			k.dropped(&seg)
 			delete(k.live, id)
 			k.live[out.ID] = out
@@ -126,7 +126,7 @@ func (k *kept) do(s step) {
 	case "rebuild":
 		if ok {
 			b := k.build(id, s.B)
-			k.w.swap(k.r, k.col, catalog.Swap{Update: []catalog.Update{{Segment: id, AddBuilds: []segment.Build{b}}}})
+			k.w.swap(k.r, k.col, catalog.SegmentChange{Update: []catalog.Update{{Segment: id, AddBuilds: []segment.Build{b}}}})
 			for _, old := range seg.Builds {
 				u := droppedUnit{ask: gc.Ask{Build: old.ID}, segment: id, build: old.ID, files: map[string]int64{}}
 				k.ownFiles(u.files, old.Files, id)
@@ -142,7 +142,7 @@ func (k *kept) do(s step) {
 			k.w.writeFiles(&segment.Segment{Files: []segment.File{f}})
 			old := seg.Files[0]
 			path := catalog.FilePath{Path: old.Path}
-			k.w.swap(k.r, k.col, catalog.Swap{Update: []catalog.Update{{Segment: id, RemoveFiles: []catalog.FilePath{path}, AddFiles: []segment.File{f}}}})
+			k.w.swap(k.r, k.col, catalog.SegmentChange{Update: []catalog.Update{{Segment: id, RemoveFiles: []catalog.FilePath{path}, AddFiles: []segment.File{f}}}})
 			u := droppedUnit{ask: gc.Ask{File: path, FileSegment: id}, segment: id, taken: 1 + len(k.snapshots), files: map[string]int64{}}
 			k.ownFiles(u.files, []segment.File{old}, id)
 			k.units = append(k.units, u)

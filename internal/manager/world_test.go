@@ -79,8 +79,8 @@ func (w *world) start(name string, change ...func(*Options)) *replica {
 	if o.Catalog == nil {
 		o.Catalog = catalog.New(catalog.Options{
 			KV: o.KV, Now: o.Now, Stamp: o.Clock.Stamp, Rand: o.Rand, Requests: o.Requests,
-			HasStore: func(a string) bool { return a == "default" }, Held: catalog.ReadHeld(o.Stores),
-			Hold: catalog.WriteHeld(o.Stores, "default"),
+			HasStore: func(a string) bool { return a == "default" }, ReadSpilled: catalog.ReadSpilled(o.Stores),
+			Spill: catalog.WriteSpilled(o.Stores, "default"),
 		})
 	}
 	m, err := New(o)

@@ -86,9 +86,9 @@ func HoldsData(files []File) bool {
 	return false
 }
 
-// Lacking says whether all rows of the segment are said to be in files, and there is
+// LacksFiles says whether all rows of the segment are said to be in files, and there is
 // none that may hold them.
-func (s *Segment) Lacking() bool { return s.State == Flushed && s.Rows > 0 && !HoldsData(s.Files) }
+func (s *Segment) LacksFiles() bool { return s.State == Flushed && s.Rows > 0 && !HoldsData(s.Files) }
 
 // Segment is a set of files that hold rows or deletes of one channel.
 type Segment struct {

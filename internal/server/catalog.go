@@ -338,7 +338,7 @@ func (s *catalogs) ExportSegments(req *pb.ExportSegmentsRequest, stream grpc.Ser
 
 func (s *catalogs) UpdateSegments(ctx context.Context, req *pb.UpdateSegmentsRequest) (*pb.UpdateSegmentsResponse, error) {
 	tok := requestToken(callOf(ctx).principal, "UpdateSegments", req)
-	revision, err := s.catalog.Change(ctx, tok, collectionRef(req.GetCollection()), catalog.Swap{
+	revision, err := s.catalog.Change(ctx, tok, collectionRef(req.GetCollection()), catalog.SegmentChange{
 		Update:      convert(req.GetUpdates(), updateFromProto),
 		Checkpoints: convert(req.GetCheckpoints(), checkpointFromProto),
 	})
@@ -350,7 +350,7 @@ func (s *catalogs) UpdateSegments(ctx context.Context, req *pb.UpdateSegmentsReq
 
 func (s *catalogs) CompactSegments(ctx context.Context, req *pb.CompactSegmentsRequest) (*pb.CompactSegmentsResponse, error) {
 	tok := requestToken(callOf(ctx).principal, "CompactSegments", req)
-	revision, err := s.catalog.Change(ctx, tok, collectionRef(req.GetCollection()), catalog.Swap{
+	revision, err := s.catalog.Change(ctx, tok, collectionRef(req.GetCollection()), catalog.SegmentChange{
 		Drop:   req.GetInputs(),
 		Add:    convert(req.GetOutputs(), segmentFromProto),
 		Update: convert(req.GetUpdates(), updateFromProto),

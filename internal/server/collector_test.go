@@ -81,7 +81,7 @@ func (w *world) exists(t *testing.T, key string) bool {
 func (w *world) behind(t *testing.T) {
 	t.Helper()
 	empty := []byte{1 << 3, 1} // a record of format 1
-	if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(keys.Behind, empty)}}); err != nil {
+	if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(keys.RolledBack, empty)}}); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -185,7 +185,7 @@ func newCaller(t *testing.T, s *Server) *caller {
 	age := epoch.New(epoch.Options{KV: kv, Store: store, Cluster: c.ID, Now: time.Now, Rand: locked})
 	cat := catalog.New(catalog.Options{
 		KV: kv, Now: time.Now, Rand: locked, Requests: requests, RaiseIDs: age.RaiseIDLimit,
-		HasStore: func(alias string) bool { return objects[alias] != nil }, Held: catalog.ReadHeld(objects),
+		HasStore: func(alias string) bool { return objects[alias] != nil }, ReadSpilled: catalog.ReadSpilled(objects),
 	})
 	m, err := manager.New(manager.Options{
 		KV: kv, Catalog: cat, Cluster: c, Stores: objects, SnapshotStore: "default", Requests: requests, Epoch: age,

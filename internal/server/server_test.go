@@ -100,8 +100,8 @@ func start(t *testing.T, aliases ...string) *world {
 	age := epoch.New(epoch.Options{KV: w.kv, Store: w.objects, Cluster: c.ID, Now: time.Now, Rand: rand.Reader})
 	cat := catalog.New(catalog.Options{
 		KV: w.kv, Now: time.Now, Rand: rand.Reader, Requests: requests, RaiseIDs: age.RaiseIDLimit,
-		HasStore: func(alias string) bool { return objects[alias] != nil },
-		Held:     catalog.ReadHeld(objects),
+		HasStore:    func(alias string) bool { return objects[alias] != nil },
+		ReadSpilled: catalog.ReadSpilled(objects),
 	})
 	m, err := manager.New(manager.Options{
 		KV: w.kv, Catalog: cat, Cluster: c, Stores: objects, SnapshotStore: "default", Requests: requests, Epoch: age,

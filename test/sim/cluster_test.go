@@ -104,7 +104,7 @@ func (s *sim) start(index int, leisure bool) *member {
 	requests := request.NewLeases(kv, m.clock.now, tr.Stamp)
 	m.cat = catalog.New(catalog.Options{
 		KV: kv, Now: m.clock.now, Stamp: tr.Stamp, Rand: random, Requests: requests, HasStore: func(a string) bool { return a == "default" },
-		Held: catalog.ReadHeld(stores), RaiseIDs: ep.RaiseIDLimit, Jitter: spread,
+		ReadSpilled: catalog.ReadSpilled(stores), RaiseIDs: ep.RaiseIDLimit, Jitter: spread,
 	})
 	o := s.options(leisure)
 	o.KV, o.Catalog, o.Stores, o.Requests, o.Epoch = kv, m.cat, stores, requests, ep

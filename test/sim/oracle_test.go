@@ -149,7 +149,7 @@ func newOracle(s *sim) *oracle {
 	}
 	stores := map[string]object.Store{"default": s.objects}
 	random := newSeeded(s.seed, "oracle")
-	o.cat = catalog.New(catalog.Options{KV: s.kv, Now: time.Now, Rand: random, HasStore: func(string) bool { return true }, Held: catalog.ReadHeld(stores)})
+	o.cat = catalog.New(catalog.Options{KV: s.kv, Now: time.Now, Rand: random, HasStore: func(string) bool { return true }, ReadSpilled: catalog.ReadSpilled(stores)})
 	mo := s.options(false)
 	mo.KV, mo.Catalog, mo.Stores, mo.Rand = s.kv, o.cat, stores, random
 	var err error
@@ -169,7 +169,7 @@ type ledger struct {
 // went back in time a unit may be dropped once more, and its record is then another.
 func (l ledger) keep(key string, body []byte) {
 	was, there := l.o.content[key]
-	again := l.o.past != nil && strings.HasPrefix(key, catalog.HeldPrefix)
+	again := l.o.past != nil && strings.HasPrefix(key, catalog.SpillPrefix)
 	if there && !bytes.Equal(was, body) && !again {
 		l.o.s.wrong("%s is written by %v and holds another content than before: %d and %d bytes", key, l.m, len(body), len(was))
 	}
@@ -257,7 +257,7 @@ func (o *oracle) needed() map[string]string {
 			add(&u.Segment, fmt.Sprint("unit ", id, " has it and is not granted"))
 		}
 		for id := range c.parked {
-			needed[catalog.HeldKey(c.id, id)] = fmt.Sprint("unit ", id, " is parked there")
+			needed[catalog.SpillKey(c.id, id)] = fmt.Sprint("unit ", id, " is parked there")
 		}
 	}
 	return needed
@@ -286,7 +286,7 @@ func (o *oracle) judge(ctx context.Context, needed map[string]string, key string
 			return ""
 		}
 		return "it was never granted, and is not of a restore that is given up or has ended"
-	case strings.HasPrefix(key, catalog.HeldPrefix), strings.HasPrefix(key, epoch.Prefix):
+	case strings.HasPrefix(key, catalog.SpillPrefix), strings.HasPrefix(key, epoch.Prefix):
 		return ""
 	case strings.HasPrefix(key, catalog.RestorePrefix):
 		for _, job := range o.jobs {
@@ -389,7 +389,7 @@ func (o *oracle) sawRevision(events []meta.Event) {
 	revision := events[0].KV.ModRevision
 	for pass := range 3 { // first what was granted, then segments, then what depends on them
 		for _, e := range events {
-			first := strings.HasPrefix(e.KV.Key, keys.AllTombsPrefix)
+			first := strings.HasPrefix(e.KV.Key, keys.AllTombstonesPrefix)
 			second := strings.HasPrefix(e.KV.Key, "/catalog/")
 			switch {
 			case first && pass == 0 && !e.Deleted:
@@ -459,15 +459,15 @@ func (o *oracle) sawCatalog(e meta.Event, changed map[int64]bool) {
 			o.s.wrong("unit %d is back after its grant", id)
 		}
 		u, err := catalog.DecodeUnit(collection, e.KV)
-		if errors.Is(err, catalog.ErrParked) {
+		if errors.Is(err, catalog.ErrSpilled) {
 			o.s.reached.parked++
 			c.parked[id] = true
-			o.whole(catalog.HeldKey(collection, id), "unit %d is parked there", id)
+			o.whole(catalog.SpillKey(collection, id), "unit %d is parked there", id)
 			return
 		}
 		o.s.must(err)
 		c.units[id] = u
-	case strings.HasPrefix(key, keys.AllPartsPrefix), strings.HasPrefix(key, keys.AllIndexesPrefix):
+	case strings.HasPrefix(key, keys.AllPartitionsPrefix), strings.HasPrefix(key, keys.AllIndexesPrefix):
 		collection, id := ids()
 		c := o.collection(collection)
 		changed[collection] = true
@@ -476,7 +476,7 @@ func (o *oracle) sawCatalog(e meta.Event, changed map[int64]bool) {
 			return
 		}
 		var state uint32
-		if strings.HasPrefix(key, keys.AllPartsPrefix) {
+		if strings.HasPrefix(key, keys.AllPartitionsPrefix) {
 			rec := &storagev1.Partition{}
 			o.s.must(record.Decode(e.KV, rec))
 			state = rec.GetState()
@@ -516,7 +516,7 @@ func (o *oracle) sawCatalog(e meta.Event, changed map[int64]bool) {
 
 func (o *oracle) sawRest(e meta.Event) {
 	switch key := e.KV.Key; {
-	case key == keys.Behind && !e.Deleted && o.past == nil:
+	case key == keys.RolledBack && !e.Deleted && o.past == nil:
 		o.s.wrong("the metadata store is noted to be behind, and never went back: %q", e.KV.Value)
 	case strings.HasPrefix(key, keys.SnapshotPrefix):
 		o.sawSnapshot(e)
@@ -851,7 +851,7 @@ func (o *oracle) lookAround() {
 // nothingLeft holds that the stores have what stands for ever, and no more.
 func (o *oracle) nothingLeft() string {
 	stands := map[string]bool{
-		keys.Format: true, keys.IDs: true, keys.Epoch: true, keys.Clock: true, keys.Leader: true, keys.Round: true, keys.Store("default"): true, keys.Unpin: true,
+		keys.Format: true, keys.IDs: true, keys.Epoch: true, keys.Clock: true, keys.Leader: true, keys.Cycle: true, keys.Store("default"): true, keys.Unpin: true,
 	}
 	var left []string
 	from, to := keys.All()

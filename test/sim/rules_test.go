@@ -164,7 +164,7 @@ func (o *oracle) sawTxn(ctx context.Context, m *member, t *meta.Txn) {
 		switch {
 		case op.Kind == meta.OpPut && strings.HasPrefix(op.From, keys.SnapshotPrefix):
 			o.wrote[op.From] = m
-		case op.Kind == meta.OpPut && strings.HasPrefix(op.From, keys.AllTombsPrefix):
+		case op.Kind == meta.OpPut && strings.HasPrefix(op.From, keys.AllTombstonesPrefix):
 			collection, id, err := keys.LastTwo(op.From)
 			o.s.must(err)
 			for _, s := range o.snapshots {
@@ -180,7 +180,7 @@ func (o *oracle) sawTxn(ctx context.Context, m *member, t *meta.Txn) {
 // empty: anybody may do it.
 func (o *oracle) leaders(op *meta.Op) string {
 	switch {
-	case op.From == keys.Round:
+	case op.From == keys.Cycle:
 		return "notes a round"
 	case op.Kind == meta.OpDelete && strings.HasPrefix(op.From, keys.SnapshotPrefix):
 		return "forgets a snapshot"
@@ -188,7 +188,7 @@ func (o *oracle) leaders(op *meta.Op) string {
 		return "forgets a job"
 	case op.Kind == meta.OpPut && strings.HasPrefix(op.From, keys.AssignedPrefix):
 		return "assigns a task"
-	case op.Kind == meta.OpDelete && strings.HasPrefix(op.From, keys.AllTombsPrefix):
+	case op.Kind == meta.OpDelete && strings.HasPrefix(op.From, keys.AllTombstonesPrefix):
 		collection, id, err := keys.LastTwo(op.From)
 		o.s.must(err)
 		if g := o.collection(collection).tombs[id]; g != nil && g.t.Deleter == gc.BySnapshotd {

@@ -114,7 +114,7 @@ func (s *sim) beat() int64 {
 }
 
 func (s *sim) isBehind(ctx context.Context) bool {
-	_, found, _, err := s.kv.Get(ctx, keys.Behind)
+	_, found, _, err := s.kv.Get(ctx, keys.RolledBack)
 	s.must(err)
 	return found
 }
@@ -309,7 +309,7 @@ func (p *past) sawTxn(ctx context.Context, m *member, t *meta.Txn) {
 		return
 	}
 	for _, op := range t.Then {
-		if op.Kind == meta.OpPut && (op.From == keys.IDs || strings.HasPrefix(op.From, keys.AllTombsPrefix)) {
+		if op.Kind == meta.OpPut && (op.From == keys.IDs || strings.HasPrefix(op.From, keys.AllTombstonesPrefix)) {
 			p.s.wrong("%v puts %s, while the metadata store is behind", m, op.From)
 		}
 	}
@@ -389,7 +389,7 @@ func (p *past) scan(ctx context.Context, prefix string, fn func(kv meta.KeyValue
 }
 
 func (p *past) isGranted(ctx context.Context, key string) bool {
-	return p.scan(ctx, keys.AllTombsPrefix, func(kv meta.KeyValue) bool {
+	return p.scan(ctx, keys.AllTombstonesPrefix, func(kv meta.KeyValue) bool {
 		t, err := gc.DecodeTombstone(kv)
 		p.s.must(err)
 		collection, id, err := keys.LastTwo(kv.Key)
@@ -399,7 +399,7 @@ func (p *past) isGranted(ctx context.Context, key string) bool {
 				return true
 			}
 		}
-		return key == catalog.HeldKey(collection, id)
+		return key == catalog.SpillKey(collection, id)
 	})
 }
 

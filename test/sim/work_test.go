@@ -521,7 +521,7 @@ func (w *work) write(chore string, m *member, c *collection) {
 		tok = w.token("Change", w.name("t"))
 	}
 	fresh := w.name("n")
-	change := func(ctx context.Context, swap catalog.Swap) (string, func()) {
+	change := func(ctx context.Context, swap catalog.SegmentChange) (string, func()) {
 		_, err := m.cat.Change(ctx, tok, ref, swap)
 		if err != nil && unknown(err) && tok.Value != "" {
 			_, err = m.cat.Change(ctx, tok, ref, swap)
@@ -560,7 +560,7 @@ func (w *work) write(chore string, m *member, c *collection) {
 				if err != nil {
 					return say(err)
 				}
-				return change(ctx, catalog.Swap{Drop: in, Add: []segment.Segment{s}})
+				return change(ctx, catalog.SegmentChange{Drop: in, Add: []segment.Segment{s}})
 			})
 		}
 	case "rebuild":
@@ -570,7 +570,7 @@ func (w *work) write(chore string, m *member, c *collection) {
 				if err != nil {
 					return say(err)
 				}
-				return change(ctx, catalog.Swap{Update: []catalog.Update{{Segment: id, AddBuilds: []segment.Build{b}}}})
+				return change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: id, AddBuilds: []segment.Build{b}}}})
 			})
 		}
 	case "update":
@@ -580,7 +580,7 @@ func (w *work) write(chore string, m *member, c *collection) {
 				if err != nil {
 					return say(err)
 				}
-				return change(ctx, catalog.Swap{Update: []catalog.Update{{
+				return change(ctx, catalog.SegmentChange{Update: []catalog.Update{{
 					Segment: id, AddFiles: []segment.File{f}, RemoveFiles: []catalog.FilePath{{Path: old.Files[0].Path}},
 				}}})
 			})

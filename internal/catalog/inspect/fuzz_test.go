@@ -23,9 +23,9 @@ import (
 
 // allKeys has a key of each kind, and some that are of none.
 var allKeys = []string{
-	"", "/", keys.Format, keys.Format + "x", keys.IDs, keys.Leader, keys.Epoch, keys.Behind, keys.Clock, keys.Round, keys.Store("a"), keys.Verdict("a"), keys.Snapshot(1),
+	"", "/", keys.Format, keys.Format + "x", keys.IDs, keys.Leader, keys.Epoch, keys.RolledBack, keys.Clock, keys.Cycle, keys.Store("a"), keys.Verdict("a"), keys.Snapshot(1),
 	keys.Pending(1, 2), keys.Pin(1, 2), keys.Unpin, keys.Job(1), keys.Task(1, 2), keys.Progress(1, 2), keys.JobLimits(1), keys.Worker(1),
-	keys.Assignment(1, 2, 3), keys.Generation(1), keys.Tomb(1, 2), keys.CollectionName("a", "b"), keys.Collection(1), keys.Partition(1, 2),
+	keys.Assignment(1, 2, 3), keys.Generation(1), keys.Tombstone(1, 2), keys.CollectionName("a", "b"), keys.Collection(1), keys.Partition(1, 2),
 	keys.Index(1, 2), keys.Channel(1, 2), keys.Segment(1, 2), keys.Unit(1, 2), keys.Replaced(1, 2, 3), keys.Request("p", "m", "t"),
 	keys.OwnerSegment(1), keys.OwnerBuild(1), keys.OwnerRange(1), keys.Owners, keys.Gone(1),
 }

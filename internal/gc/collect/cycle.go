@@ -106,7 +106,7 @@ func (y *cycle) runCollection(ctx context.Context, p *plan) error {
 
 // finishParts removes dropped partitions and indexes.
 func (y *cycle) finishParts(ctx context.Context, plans map[int64]*plan) (errs []error, err error) {
-	parts, errs, err := y.c.catalog.DroppedParts(ctx, y.only)
+	parts, errs, err := y.c.catalog.DroppedChildren(ctx, y.only)
 	if err != nil {
 		return errs, err
 	}
@@ -123,7 +123,7 @@ func (y *cycle) finishParts(ctx context.Context, plans map[int64]*plan) (errs []
 			item.Kind, item.Reason = ItemIndex, "dropped; its builds become units, each of which waits for itself"
 		}
 		if !y.o.DryRun {
-			units, err := y.c.catalog.FinishPart(ctx, part)
+			units, err := y.c.catalog.FinishChild(ctx, part)
 			if err != nil {
 				errs = append(errs, err)
 				continue

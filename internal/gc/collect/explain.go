@@ -259,7 +259,7 @@ func (c *Collector) explainReclaim(
 	if c.o.Off {
 		return true, "the collector is off, so it goes with `snapshotctl gc run`, once the tolerance is over", nil
 	}
-	kv, found, _, err := c.kv.Get(ctx, keys.Round)
+	kv, found, _, err := c.kv.Get(ctx, keys.Cycle)
 	if err != nil {
 		return false, "", fmt.Errorf("read the last cycle: %w", err)
 	}

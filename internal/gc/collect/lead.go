@@ -71,7 +71,7 @@ func (c *Collector) saveSummary(ctx context.Context, s *Summary, fence meta.Cond
 	rec := encodeSummary(s)
 	encodeHalts(rec, c.Halts(), c.replica)
 	_, err := c.kv.Txn(ctx, meta.Txn{
-		Name: "collect.note", If: []meta.Cond{fence}, Then: []meta.Op{meta.Put(keys.Round, record.Encode(rec))},
+		Name: "collect.note", If: []meta.Cond{fence}, Then: []meta.Op{meta.Put(keys.Cycle, record.Encode(rec))},
 	})
 	return err
 }
@@ -136,16 +136,16 @@ func (c *Collector) ReportHalts(ctx context.Context, fence meta.Cond) error {
 
 // saveHalts writes the halts into the record, unless it has them.
 func (c *Collector) saveHalts(ctx context.Context, fence meta.Cond) error {
-	kv, found, _, err := c.kv.Get(ctx, keys.Round)
+	kv, found, _, err := c.kv.Get(ctx, keys.Cycle)
 	if err != nil {
 		return err
 	}
-	rec, unchanged := &storagev1.Round{Format: record.Format}, meta.Absent(keys.Round)
+	rec, unchanged := &storagev1.Round{Format: record.Format}, meta.Absent(keys.Cycle)
 	if found {
 		if err := record.Decode(kv, rec); err != nil {
 			return err
 		}
-		unchanged = meta.Unchanged(keys.Round, kv.ModRevision)
+		unchanged = meta.Unchanged(keys.Cycle, kv.ModRevision)
 	}
 	was := haltsKey(rec)
 	encodeHalts(rec, c.Halts(), c.replica)
@@ -154,8 +154,8 @@ func (c *Collector) saveHalts(ctx context.Context, fence meta.Cond) error {
 	}
 	// A cycle that is saved meanwhile has the list as well.
 	_, err = c.kv.Txn(ctx, meta.Txn{
-		If:   []meta.Cond{fence, meta.Absent(keys.Behind), unchanged},
-		Then: []meta.Op{meta.Put(keys.Round, record.Encode(rec))},
+		If:   []meta.Cond{fence, meta.Absent(keys.RolledBack), unchanged},
+		Then: []meta.Op{meta.Put(keys.Cycle, record.Encode(rec))},
 	})
 	return err
 }

@@ -384,12 +384,12 @@ func (s *search) scan(ctx context.Context, col *catalog.Collection, places map[s
 	}
 	// Units are read before tombstones: a unit that is granted meanwhile is found as one
 	// or the other.
-	for _, prefix := range []string{keys.UnitPrefix(col.ID), keys.TombPrefix(col.ID)} {
+	for _, prefix := range []string{keys.UnitPrefix(col.ID), keys.TombstonePrefix(col.ID)} {
 		from, to := meta.Prefix(prefix)
 		if _, err := s.c.kv.Scan(ctx, from, to, 0, func(batch []meta.KeyValue) error {
 			for _, kv := range batch {
 				u, err := decodeUnit(col.ID, kv)
-				if err != nil && !errors.Is(err, catalog.ErrParked) {
+				if err != nil && !errors.Is(err, catalog.ErrSpilled) {
 					return err
 				}
 				mark(&u.Segment)
@@ -404,7 +404,7 @@ func (s *search) scan(ctx context.Context, col *catalog.Collection, places map[s
 
 // decodeUnit reads a unit from its record or its tombstone.
 func decodeUnit(collection int64, kv meta.KeyValue) (catalog.Unit, error) {
-	if strings.HasPrefix(kv.Key, keys.AllTombsPrefix) {
+	if strings.HasPrefix(kv.Key, keys.AllTombstonesPrefix) {
 		t, err := gc.DecodeTombstone(kv)
 		if err != nil {
 			return catalog.Unit{}, err
@@ -465,10 +465,10 @@ func nativeBuild(path string) int64 {
 func recordsOf(collection int64, path string) (list []string, prefix string) {
 	_, _, id, _ := segment.NativePlace(path)
 	list = []string{
-		keys.Segment(collection, id), keys.Unit(collection, id), keys.Tomb(collection, id), keys.OwnerSegment(id),
+		keys.Segment(collection, id), keys.Unit(collection, id), keys.Tombstone(collection, id), keys.OwnerSegment(id),
 	}
 	if build := nativeBuild(path); build > 0 {
-		list = append(list, keys.Unit(collection, build), keys.Tomb(collection, build))
+		list = append(list, keys.Unit(collection, build), keys.Tombstone(collection, build))
 	}
 	return list, keys.ReplacedPrefix(collection, id)
 }
@@ -556,7 +556,7 @@ func (s *search) judge(
 	if partition > 0 {
 		ids = append(ids, partition)
 	}
-	missing, allocated, err := s.c.catalog.HandedOut(ctx, ids...)
+	missing, allocated, err := s.c.catalog.Allocated(ctx, ids...)
 	if err != nil {
 		return "", false, err
 	}

@@ -176,7 +176,7 @@ func (s *sweep) store(ctx context.Context, alias string) error {
 			continue
 		}
 		if prefix == gcPrefix { // uploads of other names there are foreign
-			prefix = catalog.HeldPrefix
+			prefix = catalog.SpillPrefix
 		}
 		n, err := store.AbortUploads(ctx, prefix, now.Add(-s.o.Grace))
 		s.summary.Uploads += int64(n)
@@ -251,7 +251,7 @@ func subjectOf(key string) subject {
 	if collection, id, ok := manifest.ParseKey(key); ok {
 		return subject{collection: collection, id: id}
 	}
-	if collection, unit, ok := catalog.ParseHeldKey(key); ok {
+	if collection, unit, ok := catalog.ParseSpillKey(key); ok {
 		return subject{collection: collection, id: unit, unit: true}
 	}
 	if job, ok := pinsOf(key); ok {
@@ -287,7 +287,7 @@ func (s subject) records() []string {
 	case s.id == 0:
 		return nil
 	case s.unit:
-		return []string{keys.Unit(s.collection, s.id), keys.Tomb(s.collection, s.id), keys.Segment(s.collection, s.id)}
+		return []string{keys.Unit(s.collection, s.id), keys.Tombstone(s.collection, s.id), keys.Segment(s.collection, s.id)}
 	case s.job:
 		return []string{keys.Job(s.id)}
 	}
@@ -402,7 +402,7 @@ func (c *Collector) readPresent(
 		gets = append(gets, meta.Get(key))
 	}
 	res, err := c.kv.Txn(ctx, meta.Txn{
-		If: []meta.Cond{meta.Absent(keys.Behind)}, Then: gets, Else: []meta.Op{meta.Get(keys.Behind)},
+		If: []meta.Cond{meta.Absent(keys.RolledBack)}, Then: gets, Else: []meta.Op{meta.Get(keys.RolledBack)},
 	})
 	switch {
 	case err != nil:
@@ -449,7 +449,7 @@ func (c *Collector) judge(ctx context.Context, s subject, found *lookups) (verdi
 	if v.disposition != dead {
 		return v, nil
 	}
-	_, ok, err := c.catalog.HandedOut(ctx, s.id)
+	_, ok, err := c.catalog.Allocated(ctx, s.id)
 	if err != nil {
 		return verdict{}, err
 	}

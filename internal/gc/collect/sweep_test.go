@@ -132,7 +132,7 @@ func TestSweepKeeps(t *testing.T) {
 			Format: record.Format, Parked: &storagev1.Parked{Store: "default"},
 		}))
 		e.record(keys.Unit(5, 31), record.Encode(&storagev1.Unit{Format: record.Format, Segment: &storagev1.Segment{}}))
-		e.record(keys.Tomb(5, 32), []byte("garbage"))
+		e.record(keys.Tombstone(5, 32), []byte("garbage"))
 		e.record(keys.Job(50), []byte("garbage"))
 		known := []string{
 			"gc/restore/50/pins-0-0.json", "gc/restore/50/pins-17-3.json",
@@ -214,14 +214,14 @@ func TestSweepLostIDs(t *testing.T) {
 	runEnv(t, 0, func(t *testing.T, e *env) {
 		e.put(manifest.MetadataKey(5, 40), manifest.MetadataKey(5, 50), manifest.MetadataKey(5, 60), "gc/held/5/40")
 		time.Sleep(100 * time.Hour)
-		e.record(keys.Behind, record.Encode(&storagev1.Behind{Format: record.Format}))
+		e.record(keys.RolledBack, record.Encode(&storagev1.Behind{Format: record.Format}))
 		if _, err := e.Sweep(t.Context(), collect.SweepOptions{}); !errors.Is(err, epoch.ErrRolledBack) {
 			t.Errorf("got %v, want ErrBehind", err)
 		}
 		if n := len(e.objects()); n != 4 {
 			t.Fatalf("%d objects", n)
 		}
-		if _, err := e.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(keys.Behind)}}); err != nil {
+		if _, err := e.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(keys.RolledBack)}}); err != nil {
 			t.Fatal(err)
 		}
 		e.record(keys.Epoch, record.Encode(&storagev1.Epoch{Format: record.Format, Floor: 50}))
@@ -271,14 +271,14 @@ func TestSweepPages(t *testing.T) {
 	runEnv(t, 0, func(t *testing.T, e *env) {
 		var left []string
 		for id := range int64(700) {
-			e.put(manifest.MetadataKey(5, 100+id), manifest.RefsKey(5, 100+id), catalog.HeldKey(6, 100+id))
+			e.put(manifest.MetadataKey(5, 100+id), manifest.RefsKey(5, 100+id), catalog.SpillKey(6, 100+id))
 			if id%2 == 0 {
 				e.snapshot(100+id, 2)
 				left = append(left, manifest.MetadataKey(5, 100+id), manifest.RefsKey(5, 100+id))
 			}
 			if id%3 == 0 {
 				e.record(keys.Unit(6, 100+id), nil)
-				left = append(left, catalog.HeldKey(6, 100+id))
+				left = append(left, catalog.SpillKey(6, 100+id))
 			}
 		}
 		time.Sleep(100 * time.Hour)

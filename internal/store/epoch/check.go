@@ -51,7 +51,7 @@ func (e *Epoch) check(ctx context.Context) ([]string, error) {
 		res, err := e.o.KV.Txn(ctx, meta.Txn{
 			Name: "epoch.mark",
 			If:   []meta.Cond{s.epochIs, s.behindIs},
-			Then: []meta.Op{meta.Put(keys.Behind, record.Encode(rec))},
+			Then: []meta.Op{meta.Put(keys.RolledBack, record.Encode(rec))},
 		})
 		if err != nil {
 			return nil, fmt.Errorf("record the metadata rollback (%s): %w", reason, err)
@@ -88,7 +88,7 @@ func (e *Epoch) Alarm(ctx context.Context, object string) error {
 		res, err := e.o.KV.Txn(ctx, meta.Txn{
 			Name: "epoch.mark",
 			If:   []meta.Cond{s.epochIs, s.behindIs},
-			Then: []meta.Op{meta.Put(keys.Behind, record.Encode(rec))},
+			Then: []meta.Op{meta.Put(keys.RolledBack, record.Encode(rec))},
 		})
 		if err != nil {
 			return fmt.Errorf("record that %s belongs to an earlier metadata store: %w", object, err)
@@ -181,7 +181,7 @@ func (e *Epoch) recover(ctx context.Context, force bool) (wasRolledBack bool, ne
 			Name: "epoch.recover",
 			If:   []meta.Cond{s.epochIs, s.idsAre, s.behindIs},
 			Then: []meta.Op{
-				meta.Put(keys.Epoch, record.Encode(s.epoch)), meta.Put(keys.IDs, record.Encode(s.ids)), meta.Delete(keys.Behind),
+				meta.Put(keys.Epoch, record.Encode(s.epoch)), meta.Put(keys.IDs, record.Encode(s.ids)), meta.Delete(keys.RolledBack),
 			},
 		})
 		if err != nil {

@@ -99,7 +99,7 @@ type state struct {
 }
 
 func (e *Epoch) read(ctx context.Context) (*state, error) {
-	res, err := e.o.KV.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Get(keys.Epoch), meta.Get(keys.IDs), meta.Get(keys.Behind)}})
+	res, err := e.o.KV.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Get(keys.Epoch), meta.Get(keys.IDs), meta.Get(keys.RolledBack)}})
 	if err != nil {
 		return nil, fmt.Errorf("read the epoch: %w", err)
 	}
@@ -107,7 +107,7 @@ func (e *Epoch) read(ctx context.Context) (*state, error) {
 		revision: res.Revision,
 		epoch:    &storagev1.Epoch{Format: record.Format},
 		ids:      &storagev1.Allocator{Format: record.Format, Next: 1},
-		epochIs:  meta.Absent(keys.Epoch), idsAre: meta.Absent(keys.IDs), behindIs: meta.Absent(keys.Behind),
+		epochIs:  meta.Absent(keys.Epoch), idsAre: meta.Absent(keys.IDs), behindIs: meta.Absent(keys.RolledBack),
 	}
 	for _, kv := range res.Ranges[0] {
 		s.epochIs = meta.Unchanged(kv.Key, kv.ModRevision)
@@ -134,7 +134,7 @@ func (e *Epoch) read(ctx context.Context) (*state, error) {
 }
 
 // Blocked returns nil, or an [ErrRolledBack] with its cause, from the result of a get of
-// [keys.Behind]. Transactions that allocate or grant must also compare that this key is
+// [keys.RolledBack]. Transactions that allocate or grant must also compare that this key is
 // absent.
 func Blocked(found []meta.KeyValue) error {
 	if len(found) == 0 {
@@ -170,7 +170,7 @@ func History(found []meta.KeyValue) int64 {
 // RolledBack returns an ErrRolledBack as its first result while /behind exists, else nil.
 // It does not read the object store. The second result is the error of the read.
 func (e *Epoch) RolledBack(ctx context.Context) (rolledBack, err error) {
-	kv, found, _, err := e.o.KV.Get(ctx, keys.Behind)
+	kv, found, _, err := e.o.KV.Get(ctx, keys.RolledBack)
 	if err != nil {
 		return nil, fmt.Errorf("read the metadata rollback state: %w", err)
 	}

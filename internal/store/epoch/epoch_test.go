@@ -90,7 +90,7 @@ func (e *env) records() (*storagev1.Epoch, *storagev1.Allocator, bool) {
 		}
 		e.must(err)
 	}
-	_, behind, _, err := e.kv.Get(e.t.Context(), keys.Behind)
+	_, behind, _, err := e.kv.Get(e.t.Context(), keys.RolledBack)
 	e.must(err)
 	return rec, ids, behind
 }
@@ -538,7 +538,7 @@ func TestRestoredBackup(t *testing.T) {
 				rolledBack, err := r.RolledBack(t.Context())
 				e.must(err)
 				wantRolledBack(t, rolledBack)
-				if _, ok, err := r.ids.HandedOut(t.Context(), 100); !ok || err != nil {
+				if _, ok, err := r.ids.Allocated(t.Context(), 100); !ok || err != nil {
 					t.Errorf("the allocated ids are unknown: %v, %v", ok, err)
 				}
 
@@ -602,7 +602,7 @@ func TestReplicaOutlivesItsStore(t *testing.T) {
 	e.must(allocate())
 	kv.KV = e.restored(backup, 0).kv
 	wantRolledBack(t, allocate())
-	if _, ok, err := ids.HandedOut(t.Context(), 15); !ok || err != nil {
+	if _, ok, err := ids.Allocated(t.Context(), 15); !ok || err != nil {
 		t.Errorf("handed out: %v, %v", ok, err)
 	}
 }
@@ -816,7 +816,7 @@ func TestRecoveryDuringCheck(t *testing.T) {
 	e.must(other.Heartbeat(t.Context()))
 	e.put(9, 1, 5_000_000, "mine")
 	recovered := false
-	kv := &between{KV: e.kv, key: keys.Behind, do: func() {
+	kv := &between{KV: e.kv, key: keys.RolledBack, do: func() {
 		was, _, _, err := other.Recover(t.Context(), false)
 		if recovered = was; err != nil {
 			t.Error(err)

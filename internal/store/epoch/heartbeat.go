@@ -115,7 +115,7 @@ func (e *Epoch) intend(ctx context.Context, s *state, minLimit int64) (bool, err
 	s.epoch.Op = op
 	res, err := e.o.KV.Txn(ctx, meta.Txn{
 		Name: "epoch.intend",
-		If:   []meta.Cond{s.epochIs, meta.Absent(keys.Behind)},
+		If:   []meta.Cond{s.epochIs, meta.Absent(keys.RolledBack)},
 		Then: []meta.Op{meta.Put(keys.Epoch, record.Encode(s.epoch))},
 	})
 	return err == nil && res.Succeeded, err
@@ -173,7 +173,7 @@ func (e *Epoch) finish(ctx context.Context, s *state) (bool, error) {
 	s.epoch.Beat, s.epoch.Intent, s.epoch.Op = s.intent.Number, nil, s.intent.Nonce
 	txn := meta.Txn{
 		Name: "epoch.done",
-		If:   []meta.Cond{s.epochIs, meta.Absent(keys.Behind)},
+		If:   []meta.Cond{s.epochIs, meta.Absent(keys.RolledBack)},
 		Then: []meta.Op{meta.Put(keys.Epoch, record.Encode(s.epoch))},
 	}
 	if s.intent.IDLimit > s.ids.GetCeiling() {

@@ -129,7 +129,7 @@ func (e *Epoch) runUntilRollback(
 func (e *Epoch) watch(ctx context.Context, changed chan<- struct{}) {
 	backoff := meta.Backoff{Rand: e.o.Jitter}
 	for {
-		_, _, revision, err := e.o.KV.Get(ctx, keys.Behind)
+		_, _, revision, err := e.o.KV.Get(ctx, keys.RolledBack)
 		if err == nil {
 			e.watchFrom(ctx, revision, changed, &backoff)
 		}
@@ -143,7 +143,7 @@ func (e *Epoch) watch(ctx context.Context, changed chan<- struct{}) {
 func (e *Epoch) watchFrom(ctx context.Context, revision int64, changed chan<- struct{}, backoff *meta.Backoff) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	w := e.o.KV.Watch(ctx, keys.Behind, keys.Behind+"\x00", revision)
+	w := e.o.KV.Watch(ctx, keys.RolledBack, keys.RolledBack+"\x00", revision)
 	for {
 		select { // also at the start: the key may have changed before
 		case changed <- struct{}{}:

@@ -55,33 +55,33 @@ import (
 
 // The keys that stand alone, and the prefixes that are watched.
 const (
-	Format            = "/format"
-	IDs               = "/ids"
-	Epoch             = "/epoch"
-	Behind            = "/behind"
-	Clock             = "/clock"
-	Leader            = "/election/leader"
-	SnapshotPrefix    = "/snapshot/rec/"
-	AllPinsPrefix     = "/snapshot/pin/"
-	Unpin             = "/snapshot/unpin"
-	AllTombsPrefix    = "/gc/tomb/"
-	Round             = "/gc/round"
-	JobPrefix         = "/job/rec/"
-	AllTasksPrefix    = "/job/task/"
-	AllProgressPrefix = "/job/progress/"
-	LimitsPrefix      = "/job/limits/"
-	RequestPrefix     = "/request/"
-	WorkerPrefix      = "/worker/rec/"
-	AssignedPrefix    = "/worker/task/"
-	CollectionPrefix  = "/catalog/collection/"
-	AllChannelsPrefix = "/catalog/channel/"
-	AllPartsPrefix    = "/catalog/partition/"
-	AllIndexesPrefix  = "/catalog/index/"
-	AllUnitsPrefix    = "/catalog/unit/"
-	AllSegmentsPrefix = "/catalog/segment/"
-	OwnerRangePrefix  = "/catalog/owner/range/"
-	Owners            = "/catalog/owners"
-	GonePrefix        = "/catalog/gone/"
+	Format              = "/format"
+	IDs                 = "/ids"
+	Epoch               = "/epoch"
+	RolledBack          = "/behind"
+	Clock               = "/clock"
+	Leader              = "/election/leader"
+	SnapshotPrefix      = "/snapshot/rec/"
+	AllPinsPrefix       = "/snapshot/pin/"
+	Unpin               = "/snapshot/unpin"
+	AllTombstonesPrefix = "/gc/tomb/"
+	Cycle               = "/gc/round"
+	JobPrefix           = "/job/rec/"
+	AllTasksPrefix      = "/job/task/"
+	AllProgressPrefix   = "/job/progress/"
+	LimitsPrefix        = "/job/limits/"
+	RequestPrefix       = "/request/"
+	WorkerPrefix        = "/worker/rec/"
+	AssignedPrefix      = "/worker/task/"
+	CollectionPrefix    = "/catalog/collection/"
+	AllChannelsPrefix   = "/catalog/channel/"
+	AllPartitionsPrefix = "/catalog/partition/"
+	AllIndexesPrefix    = "/catalog/index/"
+	AllUnitsPrefix      = "/catalog/unit/"
+	AllSegmentsPrefix   = "/catalog/segment/"
+	OwnerRangePrefix    = "/catalog/owner/range/"
+	Owners              = "/catalog/owners"
+	GonePrefix          = "/catalog/gone/"
 
 	ownerSegmentPrefix = "/catalog/owner/segment/"
 	ownerBuildPrefix   = "/catalog/owner/build/"
@@ -161,11 +161,11 @@ func Assignment(worker, job, task int64) string {
 // Generation is a collection's reference generation.
 func Generation(collection int64) string { return "/gc/gen/" + ID(collection) }
 
-// TombPrefix is what all tombstones of a collection begin with.
-func TombPrefix(collection int64) string { return AllTombsPrefix + ID(collection) + "/" }
+// TombstonePrefix is what all tombstones of a collection begin with.
+func TombstonePrefix(collection int64) string { return AllTombstonesPrefix + ID(collection) + "/" }
 
-// Tomb is the tombstone of a unit.
-func Tomb(collection, unit int64) string { return TombPrefix(collection) + ID(unit) }
+// Tombstone is the tombstone of a unit.
+func Tombstone(collection, unit int64) string { return TombstonePrefix(collection) + ID(unit) }
 
 // CollectionName is what a collection's name stands for.
 func CollectionName(db, name string) string { return "/catalog/name/" + db + "/" + name }
@@ -174,7 +174,7 @@ func CollectionName(db, name string) string { return "/catalog/name/" + db + "/"
 func Collection(id int64) string { return CollectionPrefix + ID(id) }
 
 // PartitionPrefix is what all partitions of a collection begin with.
-func PartitionPrefix(collection int64) string { return AllPartsPrefix + ID(collection) + "/" }
+func PartitionPrefix(collection int64) string { return AllPartitionsPrefix + ID(collection) + "/" }
 
 // Partition is a partition's record.
 func Partition(collection, id int64) string { return PartitionPrefix(collection) + ID(id) }

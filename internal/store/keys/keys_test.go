@@ -24,9 +24,9 @@ func TestKeys(t *testing.T) {
 		keys.Pin(1, 1):                     "/snapshot/pin/" + one + "/" + one,
 		keys.Unpin:                         "/snapshot/unpin",
 		keys.Generation(1):                 "/gc/gen/" + one,
-		keys.Tomb(1, 1):                    "/gc/tomb/" + one + "/" + one,
+		keys.Tombstone(1, 1):               "/gc/tomb/" + one + "/" + one,
 		keys.Replaced(1, 1, math.MaxInt64): "/catalog/replaced/" + one + "/" + one + "/" + most,
-		keys.TombPrefix(1):                 "/gc/tomb/" + one + "/",
+		keys.TombstonePrefix(1):            "/gc/tomb/" + one + "/",
 		keys.CollectionName("db", "c"):     "/catalog/name/db/c",
 		keys.Collection(1):                 "/catalog/collection/" + one,
 		keys.Partition(1, math.MaxInt64):   "/catalog/partition/" + one + "/" + most,
@@ -80,7 +80,7 @@ func TestOrder(t *testing.T) {
 			t.Fatal("a key is not in the range of all")
 		}
 	})
-	if c, u, err := keys.LastTwo(keys.Tomb(7, 9)); c != 7 || u != 9 || err != nil {
+	if c, u, err := keys.LastTwo(keys.Tombstone(7, 9)); c != 7 || u != 9 || err != nil {
 		t.Errorf("got %d, %d, %v", c, u, err)
 	}
 	for _, key := range []string{"", "/", "/catalog/segment/1/", "/a/x", "/a/1x", "/a/99999999999999999999"} {

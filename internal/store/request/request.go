@@ -37,12 +37,12 @@ type Token struct {
 	Hash      []byte // SHA-256 of the request without its token
 }
 
-// Given says whether there is a token.
-func (t Token) Given() bool { return t.Value != "" }
+// IsSet says whether there is a token.
+func (t Token) IsSet() bool { return t.Value != "" }
 
 // Key is the key of the token's record; empty without a token.
 func (t Token) Key() string {
-	if !t.Given() {
+	if !t.IsSet() {
 		return ""
 	}
 	return keys.Request(t.Principal, t.Method, t.Value)
@@ -50,7 +50,7 @@ func (t Token) Key() string {
 
 // Absent is the compare that nobody used the token yet.
 func (t Token) Absent() []meta.Cond {
-	if !t.Given() {
+	if !t.IsSet() {
 		return nil
 	}
 	return []meta.Cond{meta.Absent(t.Key())}
@@ -58,7 +58,7 @@ func (t Token) Absent() []meta.Cond {
 
 // Begin is the write of an operation's first transaction when others follow.
 func (t Token) Begin(id int64) []meta.Op {
-	if !t.Given() {
+	if !t.IsSet() {
 		return nil
 	}
 	return []meta.Op{meta.Put(t.Key(), record.Encode(&storagev1.Request{Format: record.Format, Hash: t.Hash, Id: id}))}
@@ -66,7 +66,7 @@ func (t Token) Begin(id int64) []meta.Op {
 
 // End is the write of an operation that ends in its first transaction.
 func (t Token) End(lease Lease, id int64, result []byte) []meta.Op {
-	if !t.Given() {
+	if !t.IsSet() {
 		return nil
 	}
 	return []meta.Op{meta.PutLeased(t.Key(), record.Encode(&storagev1.Request{
@@ -74,9 +74,9 @@ func (t Token) End(lease Lease, id int64, result []byte) []meta.Op {
 	}), lease.ID)}
 }
 
-// Ended is the write that ends an operation well when another than its first
+// Complete is the write that ends an operation well when another than its first
 // transaction does: kv is the token's record, which the transaction compares.
-func Ended(kv meta.KeyValue, lease Lease, result []byte) (meta.Op, error) {
+func Complete(kv meta.KeyValue, lease Lease, result []byte) (meta.Op, error) {
 	rec := &storagev1.Request{}
 	if err := record.Decode(kv, rec); err != nil {
 		return meta.Op{}, err
@@ -85,8 +85,8 @@ func Ended(kv meta.KeyValue, lease Lease, result []byte) (meta.Op, error) {
 	return meta.PutLeased(kv.Key, record.Encode(rec), lease.ID), nil
 }
 
-// Failed is Ended for an operation that ends with an error.
-func Failed(kv meta.KeyValue, lease Lease, reason, text string) (meta.Op, error) {
+// Fail is Complete for an operation that ends with an error.
+func Fail(kv meta.KeyValue, lease Lease, reason, text string) (meta.Op, error) {
 	rec := &storagev1.Request{}
 	if err := record.Decode(kv, rec); err != nil {
 		return meta.Op{}, err
@@ -120,7 +120,7 @@ type Record struct {
 // Find returns the record of t, or nil when there is none. A record of another
 // request is ErrReused.
 func Find(ctx context.Context, kv meta.KV, t Token) (*Record, error) {
-	if !t.Given() {
+	if !t.IsSet() {
 		return nil, nil //nolint:nilnil // no token, no record
 	}
 	got, found, now, err := kv.Get(ctx, t.Key())

@@ -21,7 +21,7 @@ func token(hash string) request.Token {
 
 func TestNoToken(t *testing.T) {
 	var none request.Token
-	if none.Given() || none.Key() != "" || none.Absent() != nil || none.Begin(1) != nil || none.End(request.Lease{ID: 1}, 1, nil) != nil {
+	if none.IsSet() || none.Key() != "" || none.Absent() != nil || none.Begin(1) != nil || none.End(request.Lease{ID: 1}, 1, nil) != nil {
 		t.Error("no token adds something")
 	}
 	if got, err := request.Find(t.Context(), memory.New(memory.Options{}), none); got != nil || err != nil {
@@ -97,11 +97,11 @@ func TestExpired(t *testing.T) {
 		}
 		tok := token("h")
 		begun := meta.KeyValue{Key: tok.Key(), Value: tok.Begin(1)[0].Value}
-		ended, err := request.Ended(begun, lease, []byte("result"))
+		ended, err := request.Complete(begun, lease, []byte("result"))
 		if err != nil {
 			t.Fatal(err)
 		}
-		failed, err := request.Failed(begun, lease, "REASON", "text")
+		failed, err := request.Fail(begun, lease, "REASON", "text")
 		if err != nil {
 			t.Fatal(err)
 		}

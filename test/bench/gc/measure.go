@@ -134,14 +134,14 @@ func (r *rig) awaitGone(ctx context.Context, c *collection) error {
 	defer tick.Stop()
 	for {
 		res, err := r.kv.Txn(ctx, meta.Txn{Then: []meta.Op{
-			meta.Get(keys.Segment(c.id, last)), meta.Get(keys.Unit(c.id, last)), meta.Get(keys.Tomb(c.id, last)),
+			meta.Get(keys.Segment(c.id, last)), meta.Get(keys.Unit(c.id, last)), meta.Get(keys.Tombstone(c.id, last)),
 		}})
 		if err != nil {
 			return err
 		}
 		if !slices.ContainsFunc(res.Ranges, func(kvs []meta.KeyValue) bool { return len(kvs) > 0 }) {
 			gone := true
-			for _, prefix := range []string{keys.SegmentPrefix(c.id), keys.UnitPrefix(c.id), keys.TombPrefix(c.id)} {
+			for _, prefix := range []string{keys.SegmentPrefix(c.id), keys.UnitPrefix(c.id), keys.TombstonePrefix(c.id)} {
 				from, to := meta.Prefix(prefix)
 				some, err := r.kv.Range(ctx, meta.Range{From: from, To: to, Limit: 1, KeysOnly: true})
 				if err != nil {
