@@ -37,7 +37,7 @@ type Token struct {
 	Hash      []byte // SHA-256 of the request without its token
 }
 
-// IsSet says whether there is a token.
+// IsSet reports whether there is a token.
 func (t Token) IsSet() bool { return t.Value != "" }
 
 // Key is the key of the token's record; empty without a token.
