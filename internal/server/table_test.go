@@ -35,7 +35,7 @@ func TestEverySentinelHasARow(t *testing.T) {
 		name, dir string
 		none      []string // that no client is told of
 	}{
-		{"catalog", "../catalog", []string{"ErrParked"}},
+		{"catalog", "../catalog", []string{"ErrSpilled"}},
 		{"manager", "../manager", nil},
 		{"gc", "../gc", []string{"ErrStoreNotFound"}}, // it is the manager's
 		{"copyjob", "../copyjob", []string{"ErrSource", "ErrDigest"}},
