@@ -17,8 +17,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestForeignReader has tools/avrocat, which is built on another Avro library,
-// read our files, and compares what it sees with what we do.
+// TestForeignReader reads the files by tools/avrocat, which uses another Avro library, and
+// compares its output with this package.
 func TestForeignReader(t *testing.T) {
 	dir := t.TempDir()
 	avrocat := filepath.Join(dir, "avrocat")
@@ -84,7 +84,7 @@ func TestForeignReader(t *testing.T) {
 func compareLines(t *testing.T, name string, want []any, lines []string) {
 	t.Helper()
 	if len(lines) != len(want) {
-		t.Fatalf("%s: avrocat sees %d records, want %d", name, len(lines), len(want))
+		t.Fatalf("%s: avrocat returned %d records, want %d", name, len(lines), len(want))
 	}
 	for i, line := range lines {
 		d := json.NewDecoder(strings.NewReader(line))
@@ -99,7 +99,7 @@ func compareLines(t *testing.T, name string, want []any, lines []string) {
 	}
 }
 
-// plain returns a record as encoding/json would see it in avrocat's output.
+// plain returns a record in the form that encoding/json decodes from avrocat's output.
 func plain(v reflect.Value) any {
 	switch v.Kind() {
 	case reflect.Struct:

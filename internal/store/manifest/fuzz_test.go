@@ -18,9 +18,9 @@ import (
 	"github.com/snapshotd/snapshotd/test/allocated"
 )
 
-// What a reader may allocate: fixedBytes, for what it makes once, and so much for
-// each byte that there is, decompressed. An empty item of an array takes two bytes
-// in a file, or five as a build, and is a struct twice over when it is read.
+// The memory that a reader may allocate: fixedBytes once, and a factor for each decompressed
+// byte. An empty item of an array takes two bytes in a file, or five as a build, and two
+// structs when it is read.
 const (
 	fixedBytes   = 1 << 20
 	perByte      = 100
@@ -28,7 +28,7 @@ const (
 	maxFuzzBytes = 1 << 20
 )
 
-// addSeeds adds the golden file of that name, and parts of it.
+// addSeeds adds the golden file with the name, and parts of it.
 func addSeeds(f *testing.F, name string) {
 	data, err := os.ReadFile(filepath.Join(goldenDir, name))
 	if err != nil {
@@ -39,7 +39,7 @@ func addSeeds(f *testing.F, name string) {
 	}
 }
 
-// FuzzOpenManifest reads anything. What is read can be written and read again.
+// FuzzOpenManifest reads arbitrary bytes. Valid segments can be written and read again.
 func FuzzOpenManifest(f *testing.F) {
 	addSeeds(f, "manifest-0.avro")
 	small, err := Encode(makeSegments(3, 2))
@@ -54,13 +54,13 @@ func FuzzOpenManifest(f *testing.F) {
 	})
 }
 
-// checkManifest reads a manifest in every way there is, within bounds, and writes
-// it again if it is whole.
+// checkManifest reads a manifest in all ways, within bounds, and writes it again if it is
+// valid.
 func checkManifest(t *testing.T, data []byte) {
 	t.Helper()
 	var segments []segment.Segment
 	var err error
-	// One block at a time is decompressed, in memory that is used again.
+	// One block at a time is decompressed, in reused memory.
 	room := uint64(fixedBytes + perByte*(len(data)+decompressed(data)))
 	if took := allocated.Bytes(func() { segments, err = readWhole(data) }); took > room {
 		t.Errorf("%d bytes of a manifest took %d bytes of memory, at most %d", len(data), took, room)
@@ -76,7 +76,7 @@ func checkManifest(t *testing.T, data []byte) {
 	}
 	r, err := Open(data)
 	if err != nil || r.Count() != len(segments) {
-		t.Fatalf("%d segments, Count says %d, %v", len(segments), r.Count(), err)
+		t.Fatalf("%d segments, Count returned %d, %v", len(segments), r.Count(), err)
 	}
 	if n := len(segments) / 2; n > 0 {
 		if err := r.Skip(n); err != nil {
@@ -87,16 +87,16 @@ func checkManifest(t *testing.T, data []byte) {
 			t.Fatal(err)
 		}
 		if !reflect.DeepEqual(&segments[n], s) { // cmp is slow
-			t.Errorf("segment %d, when those before were skipped (-want +got):\n%s", n, cmp.Diff(&segments[n], s))
+			t.Errorf("segment %d after skipping the previous ones (-want +got):\n%s", n, cmp.Diff(&segments[n], s))
 		}
 	}
 	written, err := Encode(segments)
 	if err != nil {
-		t.Fatalf("write what was read: %v", err)
+		t.Fatalf("write the segments: %v", err)
 	}
 	again, err := readWhole(written)
 	if err != nil {
-		t.Fatalf("read it again: %v", err)
+		t.Fatalf("read them again: %v", err)
 	}
 	if !reflect.DeepEqual(segments, again) {
 		t.Errorf("(-read +written and read):\n%s", cmp.Diff(segments, again))
@@ -122,8 +122,8 @@ func readWhole(data []byte) ([]segment.Segment, error) {
 	}
 }
 
-// decompressed returns how many bytes the blocks of a file have, up to the first
-// that is not sound. One of those may take a block's memory all the same.
+// decompressed returns the size of the blocks of a file up to the first invalid one, which may
+// take the memory of a block as well.
 func decompressed(data []byte) int {
 	c, err := openContainer(data)
 	if err != nil {
@@ -140,16 +140,16 @@ func decompressed(data []byte) int {
 	return n
 }
 
-// FuzzDecodeDatums reads anything as the records of a sound file, which the
-// checks of the frame would else keep out. By a schema that says the same in other
-// words, which takes another way through the reader, they are the same.
+// FuzzDecodeDatums reads arbitrary bytes as the records of a valid file, since the checks of
+// the frame would refuse most of them. An equal schema with other text, which takes another
+// path through the reader, has the same result.
 func FuzzDecodeDatums(f *testing.F) {
 	f.Add(4, rawDatums(f, golden(f, "manifest-0.avro")))
-	// A record of files that have a byte for each field, and one of builds.
+	// A record with files that have a byte per field, and one with builds.
 	f.Add(1, slices.Concat([]byte{2}, make([]byte, 13), binary.AppendVarint(nil, 500), make([]byte, 500*13+4)))
 	f.Add(1, slices.Concat([]byte{2}, make([]byte, 14), binary.AppendVarint(nil, 500), make([]byte, 500*5+3)))
 	f.Add(1, slices.Concat([]byte{2}, make([]byte, 16), binary.AppendVarint(nil, 500), make([]byte, 500*2+1)))
-	// Counts and sizes of what is not there.
+	// Counts and sizes beyond the data.
 	for _, n := range []int64{1 << 20, 1 << 40, 1<<63 - 1, -1 << 63, -(1 << 40)} {
 		f.Add(1, slices.Concat([]byte{2}, make([]byte, 13), binary.AppendVarint(nil, n), make([]byte, 100)))
 		f.Add(1, slices.Concat([]byte{2}, make([]byte, 6), binary.AppendVarint(nil, n), make([]byte, 100)))
@@ -162,15 +162,15 @@ func FuzzDecodeDatums(f *testing.F) {
 		plain, errPlain := readWhole(frame(segmentSchema.text, records, raw))
 		spaced, errSpaced := readWhole(frame(strings.Replace(segmentSchema.text, ",", " ,", 1), records, raw))
 		if (errPlain == nil) != (errSpaced == nil) {
-			t.Fatalf("by our schema: %v, by the same with a space: %v", errPlain, errSpaced)
+			t.Fatalf("by the schema: %v, by the schema with a space: %v", errPlain, errSpaced)
 		}
 		if !reflect.DeepEqual(plain, spaced) {
-			t.Errorf("(-by our schema +by the same with a space):\n%s", cmp.Diff(plain, spaced))
+			t.Errorf("(-by the schema +by the schema with a space):\n%s", cmp.Diff(plain, spaced))
 		}
 	})
 }
 
-// FuzzSchema reads records by any schema.
+// FuzzSchema reads records by an arbitrary schema.
 func FuzzSchema(f *testing.F) {
 	f.Add(segmentSchema.text, rawDatums(f, golden(f, "manifest-0.avro")))
 	f.Add(`{"type":"record","name":"Segment","namespace":"snapshotd.v1","fields":[{"name":"id","type":"int"}]}`,
@@ -185,8 +185,8 @@ func FuzzSchema(f *testing.F) {
 	})
 }
 
-// FuzzDecodeRefs reads anything as the references of any counts. What is read can be
-// written, and is then as many.
+// FuzzDecodeRefs reads arbitrary bytes as references with arbitrary counts. Decoded ids can be
+// encoded again with the same counts.
 func FuzzDecodeRefs(f *testing.F) {
 	data := golden(f, "refs.avro")
 	for _, n := range []int{0, 4, len(data) / 3, len(data) - 1, len(data)} {
@@ -198,8 +198,8 @@ func FuzzDecodeRefs(f *testing.F) {
 	})
 }
 
-// FuzzRefsDatums reads anything as the records of a sound file of references, with
-// the counts that they have or any other.
+// FuzzRefsDatums reads arbitrary bytes as the records of a valid references file, with the
+// right counts or others.
 func FuzzRefsDatums(f *testing.F) {
 	f.Add(3, rawDatums(f, golden(f, "refs.avro")), int64(4), int64(2), int64(4))
 	for _, n := range []int64{1, 65536, 65537, 1 << 40, -1, -1 << 63} {
@@ -238,17 +238,17 @@ func checkRefs(t *testing.T, data []byte, want RefsFile) {
 		"segments": ascends(refs.Segments), "builds": ascends(refs.Builds), "files": ascends(refs.Files),
 	} {
 		if !sorted {
-			t.Errorf("the ids of %s do not ascend", name)
+			t.Errorf("the ids of %s are not ascending", name)
 		}
 	}
 	written, err := EncodeRefs(refs)
 	if err != nil {
-		t.Fatalf("write what was read: %v", err)
+		t.Fatalf("write the segments: %v", err)
 	}
 	want.Digest = Sum(written)
 	again, err := DecodeRefs(written, want)
 	if err != nil {
-		t.Fatalf("read it again: %v", err)
+		t.Fatalf("read them again: %v", err)
 	}
 	if diff := cmp.Diff(refs, again, cmpopts.EquateEmpty()); diff != "" {
 		t.Errorf("(-read +written and read):\n%s", diff)
@@ -264,15 +264,16 @@ func ascends[T int64 | uint64](ids []T) bool {
 	return true
 }
 
-// FuzzDecodeMetadata decodes anything. What is decoded encodes to something that
-// decodes to the same, and that to the same bytes.
+// FuzzDecodeMetadata decodes arbitrary bytes. Decoded metadata encode to bytes that decode to
+// the same metadata, which encode to the same bytes.
 func FuzzDecodeMetadata(f *testing.F) {
 	addSeeds(f, "metadata.json")
 	f.Add([]byte(`{"format_version":1}`))
 	f.Add([]byte(`{"format_version":2}`))
 	f.Add([]byte(`{"format_version":1,"partitions":[` + strings.Repeat(`{},`, 20_000) + `{}]}`))
 	f.Add([]byte(strings.Repeat(`[`, 100_000)))
-	f.Add([]byte(`{"format_version":1,"snapshot":{"id":"1","create_time":"0000-01-01T00:00:00+23:59"},"collection":{"id":"1"},"refs":{"file":"refs.avro"}}`))
+	f.Add([]byte(`{"format_version":1,"snapshot":{"id":"1","create_time":"0000-01-01T00:00:00+23:59"},` +
+		`"collection":{"id":"1"},"refs":{"file":"refs.avro"}}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		var m *Metadata
 		var err error
@@ -286,23 +287,23 @@ func FuzzDecodeMetadata(f *testing.F) {
 		}
 		written, err := EncodeMetadata(m)
 		if err != nil {
-			t.Fatalf("encode what was decoded: %v", err)
+			t.Fatalf("encode the metadata: %v", err)
 		}
 		again, err := DecodeMetadata(written)
 		if err != nil {
-			t.Fatalf("decode it again: %v", err)
+			t.Fatalf("decode them again: %v", err)
 		}
 		if diff := cmp.Diff(m, again, cmpopts.EquateEmpty()); diff != "" {
 			t.Errorf("(-decoded +encoded and decoded):\n%s", diff)
 		}
 		if twice, err := EncodeMetadata(again); err != nil || string(twice) != string(written) {
-			t.Errorf("equal metadata make other bytes, err = %v", err)
+			t.Errorf("equal metadata encode to other bytes, err = %v", err)
 		}
 	})
 }
 
-// FuzzParseKey takes any key apart. What is one of a snapshot's file is the key that
-// is made of its parts, and a name that a directory may hold makes one.
+// FuzzParseKey parses arbitrary keys. A key of a snapshot's file equals the key of its parts,
+// and each valid file name makes a valid key.
 func FuzzParseKey(f *testing.F) {
 	for _, key := range []string{
 		"", MetadataKey(1, 2), ManifestKey(1<<63-1, 1<<63-1, 1<<31), RefsKey(3, 4), Dir(1, 2),
@@ -320,7 +321,7 @@ func FuzzParseKey(f *testing.F) {
 				t.Errorf("%q: %d, %d, false", key, collection, snapshot)
 			}
 		} else if name, under := strings.CutPrefix(key, Dir(collection, snapshot)); !under || !IsFileName(name) {
-			t.Errorf("%q is of snapshot %d/%d, under whose prefix it is not", key, collection, snapshot)
+			t.Errorf("%q is outside the prefix of its snapshot %d/%d", key, collection, snapshot)
 		}
 		if c, s, ok := ParseKey(Dir(7, 8) + key); ok != IsFileName(key) || ok && (c != 7 || s != 8) {
 			t.Errorf("%q as the name of a file: %d, %d, %v", key, c, s, ok)

@@ -16,8 +16,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/segment"
 )
 
-// Run with -update to write the golden files of the current format anew. Those
-// of a format that was ever released must not change.
+// Run with -update to rewrite the golden files of the current format. Files of a released
+// format must not change.
 var update = flag.Bool("update", false, "write the golden files")
 
 const goldenDir = "testdata/v1"
@@ -76,7 +76,7 @@ func goldenRefs() *Refs {
 func goldenMetadata(manifestData, refsData []byte) *Metadata {
 	var totals segment.Totals
 	for _, s := range goldenSegments() {
-		s.Rows = min(s.Rows, 1<<40) // or the sums would not fit
+		s.Rows = min(s.Rows, 1<<40) // keeps the sums in range
 		for f := range s.AllFiles() {
 			f.Size = min(f.Size, 1<<40)
 		}
@@ -137,8 +137,8 @@ func golden(t testing.TB, name string) []byte {
 	return data
 }
 
-// TestGolden holds this version to reading what the first wrote, and to
-// writing the same bytes until a change of format or compressor is meant.
+// TestGolden checks that this version reads the files of the first release, and writes the
+// same bytes unless the format or the compressor is changed on purpose.
 func TestGolden(t *testing.T) {
 	manifestData, err := Encode(goldenSegments())
 	if err != nil {
@@ -161,7 +161,7 @@ func TestGolden(t *testing.T) {
 			}
 		}
 		if !bytes.Equal(golden(t, name), data) {
-			t.Errorf("%s is no longer encoded as before; if that is meant, keep the old file and add a new one", name)
+			t.Errorf("the encoding of %s has changed; if this is intended, keep the old file and add a new one", name)
 		}
 	}
 

@@ -33,21 +33,21 @@ func TestDigest(t *testing.T) {
 	data := []byte("hello")
 	d := manifest.Sum(data)
 	if err := d.Check(data); err != nil {
-		t.Errorf("Check of the same: %v", err)
+		t.Errorf("Check of equal data: %v", err)
 	}
 	err := d.Check([]byte("hell"))
 	if !errors.Is(err, manifest.ErrCorrupt) || !strings.Contains(err.Error(), "4 bytes, want 5") {
-		t.Errorf("Check of a shorter one: %v", err)
+		t.Errorf("Check of shorter data: %v", err)
 	}
 	err = d.Check([]byte("hellp"))
 	want := "want 2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
 	if !errors.Is(err, manifest.ErrCorrupt) || !strings.Contains(err.Error(), want) {
-		t.Errorf("Check of another: %v; want it to hold %q", err, want)
+		t.Errorf("Check of other data: %v; want %q in it", err, want)
 	}
 }
 
-// TestDigestSeesEveryBit flips each bit of a file of each kind.
-func TestDigestSeesEveryBit(t *testing.T) {
+// TestDigestDetectsEveryBit flips a bit of each byte of a file of each kind.
+func TestDigestDetectsEveryBit(t *testing.T) {
 	for _, name := range []string{"manifest-0.avro", "refs.avro", "metadata.json"} {
 		data, err := os.ReadFile(filepath.Join("testdata", "v1", name))
 		if err != nil {
@@ -64,7 +64,7 @@ func TestDigestSeesEveryBit(t *testing.T) {
 	}
 }
 
-// TestParseKey takes each key apart that snapshotd makes, and no other.
+// TestParseKey parses each key that snapshotd writes, and no other.
 func TestParseKey(t *testing.T) {
 	type parsed struct {
 		Collection, Snapshot int64

@@ -10,8 +10,8 @@ import (
 	"github.com/snapshotd/snapshotd/test/allocated"
 )
 
-// A few kilobytes must not make a reader allocate gigabytes: a block of zeros is
-// nothing when it is compressed, and so many empty items when it is read.
+// A few kilobytes must not make a reader allocate gigabytes: a block of zeros compresses to
+// almost nothing, and decodes to many empty items.
 func TestMemoryIsBounded(t *testing.T) {
 	const room = 512 << 20
 	for name, c := range map[string]struct{ before, items, size, after int }{

@@ -69,8 +69,7 @@ func TestEncodeMetadataIsDeterministic(t *testing.T) {
 	}
 }
 
-// TestMetadataForOtherReaders looks at the JSON as a program with float64
-// numbers does.
+// TestMetadataForOtherReaders reads the JSON with float64 numbers.
 func TestMetadataForOtherReaders(t *testing.T) {
 	data, err := EncodeMetadata(&Metadata{
 		Snapshot: SnapshotInfo{ID: math.MaxInt64, CreateTime: time.Unix(0, 1)}, Collection: CollectionInfo{ID: 1},
@@ -97,7 +96,7 @@ func TestMetadataForOtherReaders(t *testing.T) {
 	}
 	for _, word := range []string{"bucket", "endpoint", "null"} {
 		if bytes.Contains(data, []byte(word)) {
-			t.Errorf("the metadata hold %q", word)
+			t.Errorf("the metadata contain %q", word)
 		}
 	}
 }
@@ -113,7 +112,7 @@ func TestDecodeMetadataEvolves(t *testing.T) {
 		t.Errorf("with an unknown field: %+v", m.Snapshot)
 	}
 
-	// A newer version is refused for what it is, however little of it fits.
+	// A newer version is refused as such, even if no other field is valid.
 	_, err = DecodeMetadata([]byte(`{"format_version": 2, "snapshot": []}`))
 	var newer *NewerFormatError
 	if !errors.Is(err, ErrNewerFormat) || !errors.As(err, &newer) || newer.Found != 2 || newer.Supported != FormatVersion {
@@ -123,7 +122,7 @@ func TestDecodeMetadataEvolves(t *testing.T) {
 		t.Errorf("err = %v, want both versions in it", err)
 	}
 	if errors.Is(err, ErrCorrupt) {
-		t.Errorf("a newer version is no corruption: %v", err)
+		t.Errorf("a newer version counts as corruption: %v", err)
 	}
 }
 
@@ -131,7 +130,7 @@ func TestDecodeMetadataRefuses(t *testing.T) {
 	good := string(golden(t, "metadata.json"))
 	replace := func(old, by string) string {
 		if !strings.Contains(good, old) {
-			t.Fatalf("the golden file has no %s", old)
+			t.Fatalf("the golden file lacks %s", old)
 		}
 		return strings.Replace(good, old, by, 1)
 	}

@@ -13,7 +13,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-// describeRefs returns what the metadata say of data, if it holds refs.
+// describeRefs returns the RefsFile of data with refs.
 func describeRefs(data []byte, refs *Refs) RefsFile {
 	return RefsFile{
 		File: RefsName, Digest: Sum(data),
@@ -45,7 +45,7 @@ func TestRefsRoundTrip(t *testing.T) {
 	})
 }
 
-// TestRefsChunks has runs that end before, at and after a chunk does.
+// TestRefsChunks encodes runs that end before, at and after the end of a chunk.
 func TestRefsChunks(t *testing.T) {
 	for _, n := range []int{maxRefsChunk - 1, maxRefsChunk, maxRefsChunk + 1, 3*maxRefsChunk + 7} {
 		want := &Refs{Segments: make([]int64, n), Files: make([]uint64, n)}
@@ -62,11 +62,11 @@ func TestRefsChunks(t *testing.T) {
 			t.Fatalf("%d ids: %v", n, err)
 		}
 		if !slices.Equal(got.Segments, want.Segments) || !slices.Equal(got.Files, want.Files) {
-			t.Errorf("%d ids: got others", n)
+			t.Errorf("%d ids: other ids decoded", n)
 		}
 		again, err := EncodeRefs(want)
 		if err != nil || !slices.Equal(again, data) {
-			t.Errorf("%d ids: encoded twice, two contents; err = %v", n, err)
+			t.Errorf("%d ids: two encodings differ; err = %v", n, err)
 		}
 	}
 }
@@ -96,7 +96,7 @@ func TestDecodeRefsRefuses(t *testing.T) {
 	want := describeRefs(good, goldenRefs())
 	for i := range good {
 		cut := want
-		cut.Digest = Sum(good[:i]) // so that the decoder sees it
+		cut.Digest = Sum(good[:i]) // so that the decoder reads it
 		if _, err := DecodeRefs(good[:i:i], cut); !errors.Is(err, ErrCorrupt) {
 			t.Errorf("%d of %d bytes: err = %v, want ErrCorrupt", i, len(good), err)
 		}
@@ -134,7 +134,7 @@ func TestDecodeRefsRefuses(t *testing.T) {
 	}
 	if err := decode(5, 2, record("segment", 2, 1, 1), record("later kind", -7, 0), record("segment", 3, 7, 1, 2),
 		record("file", 2, 1, math.MaxUint64-1)); err != nil {
-		t.Fatalf("sound records: %v", err)
+		t.Fatalf("valid records: %v", err)
 	}
 	for name, err := range map[string]error{
 		"no ids":         decode(0, 0, record("segment", 0, 1)),

@@ -21,8 +21,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/segment"
 )
 
-// makeSegments returns n segments as an engine writes them, of that many files
-// each.
+// makeSegments returns n segments like those of an engine, with files files each.
 func makeSegments(n, files int) []segment.Segment {
 	segments := make([]segment.Segment, n)
 	for i := range segments {
@@ -31,7 +30,9 @@ func makeSegments(n, files int) []segment.Segment {
 			ID: id, Partition: 20, Channel: i % 2, Level: 1, State: segment.Flushed, Rows: 100_000, Sorted: true,
 			StorageVersion: 2,
 			Start:          segment.Position{Timestamp: segment.Timestamp(id << 18), Opaque: fmt.Appendf(nil, "offset-%d", i)},
-			DML:            segment.Position{Timestamp: segment.Timestamp(id<<18 + 5), Opaque: fmt.Appendf(nil, "offset-%d", i+1)},
+			DML: segment.Position{
+				Timestamp: segment.Timestamp(id<<18 + 5), Opaque: fmt.Appendf(nil, "offset-%d", i+1),
+			},
 		}
 		for f := range files {
 			etag := Sum(fmt.Appendf(nil, "%d/%d", i, f)).SHA256
@@ -136,18 +137,18 @@ func TestEmptyIsNil(t *testing.T) {
 	want := segment.Segment{ID: 1, Builds: []segment.Build{{}}, Files: []segment.File{{}}}
 	data := encode(t, []segment.Segment{s})
 	if !bytes.Equal(data, encode(t, []segment.Segment{want})) {
-		t.Error("empty and nil make different bytes")
+		t.Error("empty and nil encode to different bytes")
 	}
 	if diff := cmp.Diff([]segment.Segment{want}, readAll(t, open(t, data))); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 	if got := readAll(t, open(t, encode(t, nil))); len(got) != 0 {
-		t.Errorf("a manifest of nothing has %v", got)
+		t.Errorf("an empty manifest has %v", got)
 	}
 }
 
-// TestEncodeIsDeterministic encodes equal input 50 times, from maps filled in
-// different orders and at the same time as others.
+// TestEncodeIsDeterministic encodes equal input 50 times concurrently, from maps filled in
+// different orders.
 func TestEncodeIsDeterministic(t *testing.T) {
 	segments := makeSegments(300, 5)
 	keys := make([]string, 30)
@@ -201,7 +202,7 @@ func TestEncodeRefuses(t *testing.T) {
 	}
 }
 
-// TestBlocks has blocks end by number and by size, and records larger than one.
+// TestBlocks encodes blocks that end by number and by size, and records larger than a block.
 func TestBlocks(t *testing.T) {
 	segments := makeSegments(1000, 1)
 	segments[300].EngineData = bytes.Repeat([]byte("large"), blockBytes)
@@ -209,8 +210,8 @@ func TestBlocks(t *testing.T) {
 		segments[i].EngineData = make([]byte, blockBytes/3)
 	}
 	data := encode(t, segments)
-	if got := readAll(t, open(t, data)); !reflect.DeepEqual(got, segments) { // cmp.Diff is slow on so much
-		t.Fatal("read other segments than were written")
+	if got := readAll(t, open(t, data)); !reflect.DeepEqual(got, segments) { // cmp.Diff is slow for large data
+		t.Fatal("the segments read differ from those written")
 	}
 	c, err := openContainer(data)
 	if err != nil {
@@ -256,7 +257,7 @@ func TestSkip(t *testing.T) {
 	}
 }
 
-// TestSkipDoesNotDecompress skips over a block that cannot be decompressed.
+// TestSkipDoesNotDecompress skips a block that is not decompressible.
 func TestSkipDoesNotDecompress(t *testing.T) {
 	segments := makeSegments(300, 1)
 	c, err := openContainer(encode(t, segments))
@@ -298,12 +299,12 @@ func TestTruncatedManifest(t *testing.T) {
 			}
 		}
 		if err := read(append(slices.Clone(data), 0)); !errors.Is(err, ErrCorrupt) {
-			t.Errorf("%s: a byte more: err = %v, want ErrCorrupt", name, err)
+			t.Errorf("%s: an additional byte: err = %v, want ErrCorrupt", name, err)
 		}
 	}
 }
 
-// TestTruncatedDatum cuts the record itself, under a sound frame.
+// TestTruncatedDatum truncates a record within a valid frame.
 func TestTruncatedDatum(t *testing.T) {
 	raw := rawDatums(t, golden(t, "manifest-0.avro"))
 	if err := read(frame(segmentSchema.text, 4, raw)); err != nil {
@@ -316,7 +317,7 @@ func TestTruncatedDatum(t *testing.T) {
 	}
 	for _, count := range []int{1, 3, 5} {
 		if err := read(frame(segmentSchema.text, count, raw)); !errors.Is(err, ErrCorrupt) {
-			t.Errorf("4 records called %d: err = %v, want ErrCorrupt", count, err)
+			t.Errorf("4 records declared as %d: err = %v, want ErrCorrupt", count, err)
 		}
 	}
 }
@@ -334,7 +335,7 @@ func rawDatums(t testing.TB, data []byte) []byte {
 	return raw
 }
 
-// frame puts raw bytes into a sound file of one block.
+// frame writes raw bytes into a valid file of one block.
 func frame(schema string, records int, raw []byte) []byte {
 	w := newContainer()
 	w.records = records
@@ -344,7 +345,7 @@ func frame(schema string, records int, raw []byte) []byte {
 
 func long(n int64) string { return string(binary.AppendVarint(nil, n)) }
 
-// TestHostileFrames are files whose frame lies.
+// TestHostileFrames reads files with an invalid frame.
 func TestHostileFrames(t *testing.T) {
 	good := encode(t, makeSegments(3, 1))
 	c, err := openContainer(good)
@@ -415,9 +416,9 @@ func TestHostileFrames(t *testing.T) {
 	}
 }
 
-// TestHostileDatums are sound frames with values that lie.
+// TestHostileDatums reads valid frames with invalid values.
 func TestHostileDatums(t *testing.T) {
-	// A segment up to its files, and one from there on.
+	// A segment up to its files, and the rest of it.
 	head := long(1) + strings.Repeat(long(0), 5) + strings.Repeat(long(0), 4) + long(0) + "\x00" + long(0) + long(0)
 	tail := long(0) + long(0) + long(0) + long(0)
 	file := long(0) + long(1) + "p" + strings.Repeat(long(0), 11)
@@ -451,11 +452,11 @@ func TestHostileDatums(t *testing.T) {
 	}
 	twice := frame(segmentSchema.text, 2, []byte(head+tail+head+tail))
 	if err := read(twice); !errors.Is(err, ErrCorrupt) {
-		t.Errorf("segment twice: err = %v, want ErrCorrupt", err)
+		t.Errorf("duplicate segment: err = %v, want ErrCorrupt", err)
 	}
 }
 
-// TestOtherSchemas reads files of programs that know more and less.
+// TestOtherSchemas reads files written with more and with fewer fields.
 func TestOtherSchemas(t *testing.T) {
 	segments := goldenSegments()[1:2]
 	raw := rawDatums(t, encode(t, segments))
@@ -527,8 +528,8 @@ func TestManifestFileOpen(t *testing.T) {
 	}
 }
 
-// TestFlippedBits reads files whose digest nobody checked. Whatever comes of
-// it, it is a manifest or ErrCorrupt.
+// TestFlippedBits reads altered files without a check of their digests. The result is a
+// manifest or ErrCorrupt.
 func TestFlippedBits(t *testing.T) {
 	raw := rawDatums(t, golden(t, "manifest-0.avro"))
 	for i := range raw {
@@ -555,7 +556,7 @@ func BenchmarkEncode5000x12(b *testing.B) {
 	b.ReportMetric(float64(size)/float64(len(segments)), "bytes/segment")
 }
 
-// BenchmarkEncodeDatums leaves the compression out.
+// BenchmarkEncodeDatums5000x12 omits the compression.
 func BenchmarkEncodeDatums5000x12(b *testing.B) {
 	segments := benchmarkSegments()
 	b.ReportAllocs()
@@ -600,13 +601,13 @@ func TestWriter(t *testing.T) {
 		if err := w.Add(&s); err != nil {
 			t.Fatal(err)
 		}
-		clear(s.Files) // it is not kept
+		clear(s.Files) // not retained
 	}
 	got := w.Finish()
 	w.Close()
 	w.Close()
 	if !bytes.Equal(got, want) {
-		t.Error("the writer makes another manifest than Encode")
+		t.Error("the writer and Encode make different manifests")
 	}
 	r, err := Open(got)
 	if err != nil {
@@ -621,11 +622,11 @@ func TestWriter(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := bad.Add(&segment.Segment{ID: 5}); err == nil {
-		t.Error("the same id was taken twice")
+		t.Error("a duplicate id was accepted")
 	}
 	bad.Close()
-	if again := encode(t, segments); !bytes.Equal(again, want) { // with the memory of the others
-		t.Error("another manifest after a writer was given up")
+	if again := encode(t, segments); !bytes.Equal(again, want) { // with reused memory
+		t.Error("another manifest after an abandoned writer")
 	}
 	if !bytes.Equal(got, want) {
 		t.Error("a finished manifest was changed")

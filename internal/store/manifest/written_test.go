@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// TestWrittenAs takes files of a snapshot as what they are: under their own keys, whole
-// or without what follows the first block, and unaltered in what the marker covers.
+// TestWrittenAs accepts files of a snapshot under their own keys, complete or truncated after
+// the first block, and unaltered in the part that the marker covers.
 func TestWrittenAs(t *testing.T) {
 	refs, err := EncodeRefs(&Refs{Segments: []int64{7, 9}})
 	if err != nil {
