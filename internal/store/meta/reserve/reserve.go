@@ -16,7 +16,7 @@
 // A transaction grows the store if it puts a key without a lease that it compares as absent,
 // individually or in a range, and deletes no key: creations of collections, segments,
 // snapshots and restores do so. A drop, an expiry, a grant, a compaction swap and the end of
-// a create delete a key besides their puts. A change of a record compares it as present.
+// a create delete a key in addition to their puts. A change of a record compares it as present.
 // Leaders, workers and pins with an expiry are put under leases. All of these are accepted,
 // and what they add is small or temporary.
 //

@@ -208,10 +208,10 @@ func unprivileged(t *testing.T, do func()) {
 		do()
 		return
 	}
-	const nobody = 65534
+	const unprivilegedUser = 65534
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	if err := unix.Setfsuid(nobody); err != nil {
+	if err := unix.Setfsuid(unprivilegedUser); err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = unix.Setfsuid(0) }()
