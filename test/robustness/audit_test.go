@@ -22,11 +22,11 @@ import (
 
 const judgePatience = 20 * time.Second // for the history of one name
 
-// settle has all that is under way come to its end, without faults, and shows that
-// the cluster is well: a create, a restore and a round of the collector succeed.
+// settle waits, without faults, until all work has ended, and checks the cluster: a
+// create, a restore and a collector cycle must succeed.
 func (w *worker) settle(ctx context.Context) error {
 	if w.leads(ctx) == nil {
-		return errors.New("nobody leads after the faults have ended")
+		return errors.New("no replica leads after the end of the faults")
 	}
 	var id int64
 	if err := w.until(ctx, "a snapshot is created", func(ctx context.Context, c *client.Client) (bool, error) {
@@ -80,7 +80,7 @@ func (w *worker) settle(ctx context.Context) error {
 	})
 }
 
-// left returns the objects of snapshots that are not there.
+// left returns the objects of snapshots that do not exist.
 func (w *worker) left(ctx context.Context, c *client.Client) ([]string, error) {
 	keys, err := w.keys(ctx, snapshotPrefix)
 	if err != nil {
@@ -97,8 +97,8 @@ func (w *worker) left(ctx context.Context, c *client.Client) ([]string, error) {
 	}), nil
 }
 
-// until asks one replica after the other until it is so, and returns the last
-// error when that takes too long.
+// until calls one replica after the other until one succeeds. It returns the last error
+// after its patience.
 func (w *worker) until(ctx context.Context, what string, done func(context.Context, *client.Client) (bool, error)) error {
 	var last error
 	n := 0
@@ -117,7 +117,7 @@ func (w *worker) until(ctx context.Context, what string, done func(context.Conte
 	return nil
 }
 
-// audit judges all that is left, and returns what is wrong, and how many objects
+// audit judges the final state. It returns the complaints and the number of objects that
 // the sweep has yet to find.
 func (w *worker) audit(ctx context.Context) (worst verdict, text []string, orphans int, err error) {
 	say := func(format string, args ...any) { text = append(text, fmt.Sprintf(format, args...)) }
@@ -143,7 +143,7 @@ func (w *worker) audit(ctx context.Context) (worst verdict, text []string, orpha
 		there[s.GetId()] = true
 		mine := w.l.snapshots[s.GetDescription()]
 		if mine == nil {
-			say("snapshot %v is nobody's", s)
+			say("snapshot %v is unknown", s)
 			continue
 		}
 		content, end, err := w.content(ctx, s.GetId())
@@ -175,7 +175,7 @@ func (w *worker) audit(ctx context.Context) (worst verdict, text []string, orpha
 		living[s.GetId()] = true
 		switch {
 		case g == nil:
-			say("segment %d of the catalog is nobody's", s.GetId())
+			say("segment %d of the catalog is unknown", s.GetId())
 		case g.removed != forever:
 			say("segment %d lives; it was removed at %v", s.GetId(), g.removed)
 		case !slices.Equal(keysOf(s), g.keys):
@@ -213,9 +213,9 @@ func (w *worker) audit(ctx context.Context) (worst verdict, text []string, orpha
 	text = append(text, w.l.captures()...)
 	text = append(text, w.l.pinned()...)
 	text = append(text, w.l.lost(there)...)
-	w.rig.mu.Lock()
+	w.env.mu.Lock()
 	deletions := slices.Clone(w.deletions)
-	w.rig.mu.Unlock()
+	w.env.mu.Unlock()
 	text = append(text, w.l.misdeeds(deletions)...)
 	text = append(text, w.improper...)
 	uploads, err := w.store.ListMultipartUploads(ctx, &s3.ListMultipartUploadsInput{Bucket: &w.bucket})
@@ -254,8 +254,8 @@ func (w *worker) export(ctx context.Context, id int64) (list []*snapshotdv1.Segm
 	return list, err
 }
 
-// restored looks at each restore that was asked for: of one that is COMPLETED it
-// returns the segments of the target; of any other no collection may be there.
+// restored checks each requested restore: of a COMPLETED one it returns the segments of
+// the target; any other may leave no collection.
 func (w *worker) restored(ctx context.Context) (targets map[*restore][]*snapshotdv1.Segment, text []string, err error) {
 	jobs := map[string]*snapshotdv1.RestoreJob{}
 	token := ""
@@ -323,12 +323,12 @@ func (w *worker) restored(ctx context.Context) (targets map[*restore][]*snapshot
 	return targets, text, nil
 }
 
-// explained says whether a restore may have failed: its files were harmed, or the
-// S3 server said so.
+// explained reports whether a restore may have failed: its files were harmed, or the S3
+// server answered so.
 func (w *worker) explained(r *restore, j *snapshotdv1.RestoreJob) bool {
 	switch j.GetReason() {
 	case sourceMissing, sourceAltered:
-		return w.headLies || w.l.harmedIn(r.snapshot)
+		return w.wrongHeads || w.l.harmedIn(r.snapshot)
 	default:
 		return false
 	}
@@ -369,7 +369,7 @@ func (l *ledger) copied(r *restore, segments []*snapshotdv1.Segment, content map
 }
 
 // walk reads the whole bucket, past the proxy.
-func (r *rig) walk(ctx context.Context) (map[string]stored, error) {
+func (r *env) walk(ctx context.Context) (map[string]stored, error) {
 	bucket := map[string]stored{}
 	keys, err := r.keys(ctx, "")
 	if err != nil {
@@ -406,7 +406,7 @@ func (r *rig) walk(ctx context.Context) (map[string]stored, error) {
 }
 
 // keys lists the bucket, past the proxy.
-func (r *rig) keys(ctx context.Context, prefix string) (keys []string, err error) {
+func (r *env) keys(ctx context.Context, prefix string) (keys []string, err error) {
 	pages := s3.NewListObjectsV2Paginator(r.store, &s3.ListObjectsV2Input{Bucket: &r.bucket, Prefix: &prefix})
 	for pages.HasMorePages() {
 		page, err := pages.NextPage(ctx)

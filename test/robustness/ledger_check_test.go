@@ -34,8 +34,8 @@ func planted() *ledger {
 	return l
 }
 
-// wants says whether the complaints are one that has the text in it, or none when
-// it is empty.
+// wants checks that the only complaint contains the text, or that there is none when it
+// is empty.
 func wants(t *testing.T, got []string, want string) {
 	t.Helper()
 	if want == "" && len(got) == 0 || want != "" && len(got) == 1 && strings.Contains(got[0], want) {
@@ -67,8 +67,8 @@ func TestMisdeeds(t *testing.T) {
 		{"the identity", "snapshots/identity.json", 200, "no object of a snapshot"},
 		{"of a restored collection", "data/9/2/70/insert/1/1", 350, "was restored with it"},
 		{"what roll back left", "data/9/2/71/insert/1/1", 350, ""},
-		{"what nobody knows", "data/1/2/99/insert/1/1", 350, "nobody knows it"},
-		{"a note of somebody's", "data/note", 350, "it is nobody's"},
+		{"an object without an owner", "data/1/2/99/insert/1/1", 350, "it has no owner"},
+		{"a foreign note", "data/note", 350, "it is foreign"},
 		{"a probe", "snapshotd-probe/1", 350, ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -88,7 +88,7 @@ func TestCaptures(t *testing.T) {
 		{"as it should be", func(*ledger, *snapshot) {}, ""},
 		{"one is missing", func(_ *ledger, s *snapshot) { delete(s.content, 66) }, "segment 66 is missing"},
 		{"a file is missing", func(_ *ledger, s *snapshot) { s.content[65] = s.content[65][:1] }, "segment 65 has files"},
-		{"one is nobody's", func(_ *ledger, s *snapshot) { s.content[99] = []string{"x"} }, "segment 99 is nobody's"},
+		{"one is unknown", func(_ *ledger, s *snapshot) { s.content[99] = []string{"x"} }, "segment 99 is unknown"},
 		{"one came later", func(l *ledger, _ *snapshot) { l.segments[66].call, l.segments[66].ret = 70, 80 }, "segment 66 was registered after it"},
 		{"one was removed before", func(_ *ledger, s *snapshot) {
 			s.call, s.ret = 200, 210
@@ -170,7 +170,7 @@ func TestLost(t *testing.T) {
 	}
 }
 
-// TestHarmed takes nothing amiss that somebody did past snapshotd.
+// TestHarmed accepts files that were harmed behind snapshotd.
 func TestHarmed(t *testing.T) {
 	l := planted()
 	if l.harmedIn(7) {
@@ -199,8 +199,8 @@ func TestObjects(t *testing.T) {
 		{"as it should be", func(map[string]stored) {}, 0, ""},
 		{"a file of a snapshot is missing", func(b map[string]stored) { delete(b, "data/1/2/65/insert/1/1") }, 0, "is missing, which snapshot 7"},
 		{"a file of a segment is missing", func(b map[string]stored) { delete(b, "data/1/2/67/insert/1/1") }, 0, "is missing, which segment 67"},
-		{"a note of somebody's is missing", func(b map[string]stored) { delete(b, "data/note") }, 0, "data/note, which is nobody's"},
-		{"a note of somebody's has other bytes", func(b map[string]stored) { b["data/note"] = stored{size: 2} }, 0, "data/note, which is nobody's"},
+		{"a foreign note is missing", func(b map[string]stored) { delete(b, "data/note") }, 0, "data/note, which is foreign"},
+		{"a foreign note has other bytes", func(b map[string]stored) { b["data/note"] = stored{size: 2} }, 0, "data/note, which is foreign"},
 		{"a bit is wrong", func(b map[string]stored) {
 			o := b["data/1/2/66/insert/1/1"]
 			o.sum[3] ^= 1
@@ -208,9 +208,9 @@ func TestObjects(t *testing.T) {
 		}, 0, "has other bytes"},
 		{"the snapshot's own are missing", func(b map[string]stored) { delete(b, "snapshots/1/7/metadata.json") }, 0, "no objects of its own"},
 		{"of a snapshot that is gone", func(b map[string]stored) { b["snapshots/1/12/refs.avro"] = stored{} }, 1, ""},
-		{"of one that never was", func(b map[string]stored) { b["snapshots/1/1234/refs.avro"] = stored{} }, 0, "is nobody's"},
+		{"of one that never was", func(b map[string]stored) { b["snapshots/1/1234/refs.avro"] = stored{} }, 0, "has no owner"},
 		{"copied late", func(b map[string]stored) { b["data/9/2/71/insert/1/1"] = stored{} }, 1, ""},
-		{"nobody's", func(b map[string]stored) { b["data/1/2/99/insert/1/1"] = stored{} }, 0, "is nobody's"},
+		{"without an owner", func(b map[string]stored) { b["data/1/2/99/insert/1/1"] = stored{} }, 0, "has no owner"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			l := planted()

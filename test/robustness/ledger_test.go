@@ -10,14 +10,14 @@ import (
 	"sync"
 )
 
-// ledger is what the clients themselves know: what they wrote, what they asked
-// for and when, and what they were told. It is safe for concurrent use while the
-// clients are at work; the judges read it afterwards.
+// ledger is the clients' record of what they wrote and requested, when, and of the
+// answers. It is safe for concurrent use while the clients are at work; the judges read
+// it afterwards.
 type ledger struct {
 	mu          sync.Mutex
 	files       map[string]file      // by key
-	foreign     map[string]stored    // by key: objects of nobody's, which stay as they are
-	harmed      map[string]bool      // by key: files that somebody replaced or deleted past snapshotd
+	foreign     map[string]stored    // by key: objects that snapshotd must not touch
+	harmed      map[string]bool      // by key: files that were replaced or deleted behind snapshotd
 	segments    map[int64]*segment   // by id
 	snapshots   map[string]*snapshot // by tag
 	drops       []drop
@@ -31,7 +31,7 @@ func newLedger() *ledger {
 	return &ledger{files: map[string]file{}, foreign: map[string]stored{}, harmed: map[string]bool{}, segments: map[int64]*segment{}, snapshots: map[string]*snapshot{}}
 }
 
-// note changes the ledger, or reads it, while the clients are at work.
+// note changes or reads the ledger while the clients are at work.
 func (l *ledger) note(fn func(l *ledger)) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -41,8 +41,8 @@ func (l *ledger) note(fn func(l *ledger)) {
 // idTag stands for the tag of a snapshot of which only the id is known.
 func idTag(id int64) string { return fmt.Sprintf("#%d", id) }
 
-// history returns what was noted of names, with the tags of snapshots that were
-// told by their ids: empty, which is any, where nobody learned whose the id is.
+// history returns the events of names. Events that have only an id get the tag of its
+// snapshot: empty, which is any, when that is not known.
 func (l *ledger) history() []event {
 	tags := map[string]string{}
 	for _, s := range l.snapshots {
@@ -66,8 +66,8 @@ type file struct {
 	segment int64
 }
 
-// segment is one that a client registered. Nobody but that client removes it, by
-// at most one call that is not known to have failed.
+// segment is a segment that a client registered. Only that client removes it, by at most
+// one call that is not known to have failed.
 type segment struct {
 	collection int64
 	keys       []string
@@ -133,7 +133,7 @@ type deletion struct {
 	at  moment
 }
 
-// What keys begin with.
+// Prefixes of keys.
 const (
 	dataPrefix     = "data/"
 	snapshotPrefix = "snapshots/"
@@ -144,11 +144,11 @@ const (
 	identityKey    = "snapshots/identity.json"
 )
 
-// misdeeds judges each delete that reached the S3 server against everything that
-// was needed at that moment: segments that nobody had asked to remove, files of
-// committed snapshots that nobody had asked to drop, their own objects, the files
-// of restored collections. A key is never used twice, so a delete of what a
-// snapshot needs is wrong also when it came before the snapshot did.
+// misdeeds judges each delete that reached the S3 server against all objects that were
+// needed at that moment: segments without a request to remove them, files and objects
+// of committed snapshots without a request to drop them, files of restored collections.
+// A key is never used twice, so a delete of a snapshot's file is wrong also before the
+// snapshot.
 func (l *ledger) misdeeds(deletions []deletion) []string {
 	holders := map[string][]*snapshot{}
 	byID := map[int64]*snapshot{}
@@ -170,14 +170,14 @@ func (l *ledger) misdeeds(deletions []deletion) []string {
 	for _, d := range deletions {
 		for _, s := range holders[d.key] {
 			if gone := l.mayGo(s); d.at < gone {
-				say(d, "snapshot %d (%s) needs it, which nobody had asked to drop before %v", s.id, s.name, gone)
+				say(d, "snapshot %d (%s) needs it, and no drop was requested before %v", s.id, s.name, gone)
 			}
 		}
 		f, ours := l.files[d.key]
 		_, foreign := l.foreign[d.key]
 		switch {
 		case foreign:
-			say(d, "it is nobody's")
+			say(d, "it is foreign")
 		case ours:
 			if s := l.segments[f.segment]; s == nil || d.at < s.removal {
 				say(d, "segment %d lives", f.segment)
@@ -200,14 +200,14 @@ func (l *ledger) misdeeds(deletions []deletion) []string {
 				restored = restored || r.target == 0 || strings.HasPrefix(d.key, fmt.Sprintf("%s%d/", dataPrefix, r.target))
 			}
 			if !restored {
-				say(d, "nobody knows it")
+				say(d, "it has no owner")
 			}
 		}
 	}
 	return text
 }
 
-// ownID returns the id of the snapshot that an object is of, by its key.
+// ownID returns the id of the snapshot that owns an object, by its key.
 func ownID(key string) (int64, bool) {
 	parts := strings.Split(key, "/") // snapshots/<collection>/<id>/<file>
 	if len(parts) != 4 {
@@ -217,10 +217,9 @@ func ownID(key string) (int64, bool) {
 	return id, err == nil
 }
 
-// captures judges what snapshots hold: all that was acknowledged before the
-// create was asked for and that nobody had asked to remove when it was answered;
-// nothing that was removed before or registered after; of a compaction either
-// side.
+// captures judges the content of snapshots: all segments that were acknowledged before
+// the start of the create and not requested to be removed before its end; none that was
+// removed before or registered after; exactly one side of a compaction.
 func (l *ledger) captures() []string {
 	var text []string
 	for _, tag := range slices.Sorted(maps.Keys(l.snapshots)) {
@@ -235,7 +234,7 @@ func (l *ledger) captures() []string {
 			g := l.segments[id]
 			switch {
 			case g == nil:
-				say("segment %d is nobody's", id)
+				say("segment %d is unknown", id)
 			case g.call > s.ret:
 				say("segment %d was registered after it", id)
 			case g.removed < s.call:
@@ -280,7 +279,7 @@ func (l *ledger) registeredBefore(ids []int64, t moment) bool {
 	return true
 }
 
-// pinned judges that nothing was dropped while it was pinned.
+// pinned judges that no snapshot was dropped while it was pinned.
 func (l *ledger) pinned() []string {
 	var text []string
 	for _, p := range l.pins {
@@ -293,9 +292,8 @@ func (l *ledger) pinned() []string {
 	return text
 }
 
-// lost judges that each acknowledged snapshot is among those that are there in the
-// end, given by their ids, unless somebody asked to drop it, and that none is that
-// was dropped.
+// lost judges that each acknowledged snapshot is among the final ones, given by their
+// ids, unless a drop was requested, and that no dropped snapshot is.
 func (l *ledger) lost(there map[int64]bool) []string {
 	var text []string
 	for _, tag := range slices.Sorted(maps.Keys(l.snapshots)) {
@@ -312,17 +310,16 @@ func (l *ledger) lost(there map[int64]bool) []string {
 	return text
 }
 
-// stored is an object as it was found in the bucket.
+// stored is an object in the bucket.
 type stored struct {
 	sum  [sha256.Size]byte
 	size int64
 }
 
-// objects judges the bucket, byte by byte: what committed snapshots and living
-// segments need is there with what the client wrote, and nothing is there that
-// nobody knows. Known says of the id of a snapshot whether it was ever handed out.
-// It returns as well how many objects are left of what is gone, which the sweep
-// has yet to find.
+// objects judges the bucket, byte by byte: the objects of committed snapshots and live
+// segments exist with the bytes that the client wrote, and every object has an owner.
+// known reports whether the id of a snapshot was ever allocated. It also returns the
+// number of orphans that the sweep has yet to find.
 func (l *ledger) objects(bucket map[string]stored, there, living map[int64]bool, known func(id int64) bool) (text []string, orphans int) {
 	need := map[string]string{}
 	for _, s := range l.snapshots {
@@ -361,7 +358,7 @@ func (l *ledger) objects(bucket map[string]stored, there, living map[int64]bool,
 	}
 	for _, key := range slices.Sorted(maps.Keys(l.foreign)) {
 		if got, ok := bucket[key]; !ok || got != l.foreign[key] {
-			text = append(text, fmt.Sprintf("%s, which is nobody's, is gone or has other bytes", key))
+			text = append(text, fmt.Sprintf("%s, which is foreign, is gone or has other bytes", key))
 		}
 	}
 	restored := map[string]bool{}
@@ -376,7 +373,7 @@ func (l *ledger) objects(bucket map[string]stored, there, living map[int64]bool,
 			strings.HasPrefix(key, restorePrefix), strings.HasPrefix(key, probePrefix):
 		case strings.HasPrefix(key, snapshotPrefix):
 			if id, ok := ownID(key); !ok || !known(id) {
-				text = append(text, fmt.Sprintf("%s is nobody's", key))
+				text = append(text, fmt.Sprintf("%s has no owner", key))
 			} else if !there[id] {
 				orphans++
 			}
@@ -384,14 +381,14 @@ func (l *ledger) objects(bucket map[string]stored, there, living map[int64]bool,
 			if l.lateCopy(key) {
 				orphans++
 			} else {
-				text = append(text, fmt.Sprintf("%s is nobody's", key))
+				text = append(text, fmt.Sprintf("%s has no owner", key))
 			}
 		}
 	}
 	return text, orphans
 }
 
-// lateCopy says whether an object lies where a restore may have copied it late.
+// lateCopy reports whether a restore may have copied an object late.
 func (l *ledger) lateCopy(key string) bool {
 	for _, r := range l.restores {
 		if r.target != 0 && strings.HasPrefix(key, fmt.Sprintf("%s%d/", dataPrefix, r.target)) {
@@ -401,8 +398,7 @@ func (l *ledger) lateCopy(key string) bool {
 	return false
 }
 
-// harmedIn says whether one of the files of a snapshot was replaced or deleted past
-// snapshotd.
+// harmedIn reports whether a file of a snapshot was replaced or deleted behind snapshotd.
 func (l *ledger) harmedIn(id int64) bool {
 	for _, s := range l.snapshots {
 		if s.id != id {

@@ -17,11 +17,11 @@ const (
 	back
 )
 
-// always is for how long a link that is cut one way holds back what it carries.
+// always is the delay of a link that is cut in one direction.
 const always = time.Duration(1<<63 - 1)
 
-// link is a way for connections to an address, which can be cut, refused, and
-// held back. It is safe for concurrent use, and ends with the test.
+// link forwards connections to an address. It can cut, refuse and delay them. It is safe
+// for concurrent use, and ends with the test.
 type link struct {
 	tb   testing.TB
 	to   string
@@ -103,14 +103,14 @@ func (l *link) carry(conn net.Conn) {
 	group.Wait()
 }
 
-// piece is what was read at a moment.
+// piece is data that was read at a moment.
 type piece struct {
 	data []byte
 	at   time.Time
 }
 
-// pipe carries what comes from one connection to another, until one of them ends:
-// each piece no earlier than the lag after it came.
+// pipe forwards data between connections until one of them ends, each piece with at least
+// the lag.
 func (l *link) pipe(to, from net.Conn, way direction, ended <-chan struct{}) {
 	pieces := make(chan piece, 256)
 	go func() {
@@ -140,7 +140,7 @@ func (l *link) pipe(to, from net.Conn, way direction, ended <-chan struct{}) {
 	}
 }
 
-// hold waits until a piece may go on, and is false when the connection has ended.
+// hold waits until a piece may pass. It returns false when the connection has ended.
 func (l *link) hold(p piece, way direction, ended <-chan struct{}) bool {
 	counted := false
 	for {
@@ -167,7 +167,7 @@ func (l *link) hold(p piece, way direction, ended <-chan struct{}) bool {
 	}
 }
 
-// hinder has what the link carries that way held back for so long, until heal.
+// hinder delays what the link carries in a direction, until heal.
 func (l *link) hinder(way direction, lag time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -176,8 +176,8 @@ func (l *link) hinder(way direction, lag time.Duration) {
 	l.changed = make(chan struct{})
 }
 
-// cut breaks all connections and has none made anew, until heal. It returns how
-// many it broke.
+// cut breaks all connections and refuses new ones, until heal. It returns the number of
+// broken connections.
 func (l *link) cut() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -188,7 +188,7 @@ func (l *link) cut() int {
 	return len(l.conns)
 }
 
-// refuse is cut, and connections are refused as of an address where nobody is.
+// refuse is cut with refused connections, as of an address without a listener.
 func (l *link) refuse() int {
 	l.mu.Lock()
 	listener := l.listener
@@ -200,7 +200,7 @@ func (l *link) refuse() int {
 	return l.cut()
 }
 
-// heal ends what cut, refuse and hinder do, and returns how much was held back.
+// heal ends cut, refuse and hinder. It returns the number of delayed pieces.
 func (l *link) heal() (held int) {
 	l.mu.Lock()
 	held = l.held

@@ -52,7 +52,7 @@ func TestLinearizable(t *testing.T) {
 		{"but not back and forth", history(create(1, 2, "a"), one(at(3, 9, dropped, "a")), one(at(4, 5, seenFree, "")), one(at(6, 7, seenSnapshot, "a"))), broken},
 		{"two creates of one name", history(create(1, 2, "a"), create(3, 4, "b")), broken},
 		{"two creates at once, one refused", history(create(1, 9, "a"), one(at(2, 3, seenTaken, ""))), fine},
-		{"refused where nobody has it", history(one(at(1, 2, seenTaken, "")), create(3, 4, "a")), broken},
+		{"refused while it is free", history(one(at(1, 2, seenTaken, "")), create(3, 4, "a")), broken},
 		{"refused by a create that failed", history(failed(1, 9, "a"), one(at(2, 3, seenTaken, "")), create(10, 11, "b")), fine},
 		{"no answer, and it happened", history(lost(1, "a"), one(at(5, 6, seenFree, "")), one(at(7, 8, seenPending, "a")), one(at(9, 10, seenSnapshot, "a"))), fine},
 		{"no answer, and it did not", history(lost(1, "a"), create(5, 6, "b"), one(at(7, 8, seenSnapshot, "b"))), fine},

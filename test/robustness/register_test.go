@@ -14,8 +14,8 @@ import (
 // moment is a time since the scenario began, by the one clock of the harness.
 type moment time.Duration
 
-// forever is when a call returns that was never answered: what it asked for may
-// happen at any time after it was made.
+// forever is the return of a call without an answer: its effect may happen at any time
+// after the call.
 const forever = moment(math.MaxInt64)
 
 func (m moment) String() string {
@@ -25,7 +25,7 @@ func (m moment) String() string {
 	return time.Duration(m).Round(time.Millisecond).String()
 }
 
-// kind is what an event does to a name, or says of it.
+// kind is the effect of an event on a name, or its observation.
 type kind int
 
 // A create is two events, for the name is taken before the snapshot is there: it
@@ -36,8 +36,8 @@ const (
 	ended                        // the create of no known outcome has made the snapshot, or nothing
 	givenUp                      // the create that failed has let the name go, if it had it
 	dropped                      // the snapshot is dropped
-	seenFree                     // nobody has the name
-	seenTaken                    // somebody has it
+	seenFree                     // the name is free
+	seenTaken                    // the name is taken
 	seenPending                  // a create has it
 	seenSnapshot                 // a snapshot has it
 	seenNone                     // no snapshot has it; a create may
@@ -72,14 +72,14 @@ func (e event) String() string {
 	return fmt.Sprintf("%v–%v client %d: %s %v%s %s", e.Call, e.Return, e.Client, e.Name, e.Kind, maybe, e.Tag)
 }
 
-// register is what a name stands for: nothing, a create or a snapshot.
+// register is the state of a name: free, a create or a snapshot.
 type register struct {
 	held kind // 0, begun or committed
 	tag  string
 }
 
-// next returns what the name may stand for after an event; nothing when the event
-// is not possible. It is pure.
+// next returns the possible states of the name after an event; none when the event is
+// not possible. It is pure.
 func next(r register, e event) []register {
 	has := func(k kind) bool { return r.held == k && (e.Tag == "" || r.tag == e.Tag) }
 	when := func(possible bool) []register {
@@ -132,7 +132,7 @@ func next(r register, e event) []register {
 	return effect
 }
 
-// verdict is what a judge found.
+// verdict is the finding of a judge.
 type verdict int
 
 const (
@@ -143,8 +143,8 @@ const (
 
 // linearizable judges the history of each name: whether there is an order of its
 // events, each at a moment between its call and its return, in which each is
-// possible. It is undecided when that took too long. The text tells of the names
-// that are not fine.
+// possible. It is undecided when that takes too long. The text describes the names that
+// fail.
 func linearizable(history []event, patience time.Duration) (worst verdict, text []string) {
 	model := (&porcupine.NondeterministicModel{
 		Init: func() []any { return []any{register{}} },
@@ -187,8 +187,8 @@ func linearizable(history []event, patience time.Duration) (worst verdict, text 
 	return worst, text
 }
 
-// stuck tells where the longest order that is possible ends: the events that have
-// no place in it, the first few by their calls, and what came before those.
+// stuck describes the end of the longest possible order: the first events by their calls
+// that have no place in it, and the events before those.
 func stuck(events []event, info porcupine.LinearizationInfo) string {
 	var longest []int
 	for _, part := range info.PartialLinearizations() {

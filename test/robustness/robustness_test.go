@@ -170,8 +170,8 @@ func run(t *testing.T, s scenario, seed uint64, bin string, during time.Duration
 	if s.quota != 0 {
 		quota = s.quota
 	}
-	r := newRig(t, bin, dir, quota, s.overtakes)
-	tr := &traffic{rig: r, l: newLedger(), seed: seed, storeFails: s.storeFails, headLies: s.headLies, errors: map[string]int{}, jobs: map[int64]string{}}
+	r := newEnv(t, bin, dir, quota, s.overtakes)
+	tr := &traffic{env: r, l: newLedger(), seed: seed, storeFails: s.storeFails, wrongHeads: s.wrongHeads, errors: map[string]int{}, jobs: map[int64]string{}}
 	if err := tr.prepare(t.Context()); err != nil {
 		t.Fatal(err)
 	}

@@ -28,12 +28,12 @@ type scenario struct {
 	quick   bool     // it is part of a quick run
 	quota   int64    // bytes of etcd; 0: the default
 	planned []string // the faults that must fire
-	// storeFails says that what snapshotd reads from the S3 server may fail or be
-	// altered, so that it may refuse to delete what it cannot judge.
+	// storeFails is set when reads from the S3 server may fail or be altered, so that
+	// snapshotd may refuse to delete.
 	storeFails bool
-	// headLies says that the S3 server may tell of an object that it is not there or
-	// that it is another, so that a create or a restore may be refused for it.
-	headLies bool
+	// wrongHeads is set when HEAD may report an object as missing or changed, so that a
+	// create or a restore may be refused.
+	wrongHeads bool
 	// overtakes says that what replicas hear from etcd passes a proxy that can have
 	// progress overtake events.
 	overtakes bool
@@ -85,12 +85,12 @@ const (
 	corrupts      = "corrupt"
 	truncates     = "truncated"
 	lengthens     = "too long"
-	lies          = "200 that is none"
-	headLies      = "HEAD lies"
+	false200      = "false 200"
+	wrongHeads    = "wrong HEAD"
 	listLacks     = "list lacks keys"
 	listStrays    = "list with strays"
 	losesPart     = "answer about parts lost"
-	liesPart      = "200 about parts that is none"
+	falsePart     = "false 200 about parts"
 	replaces      = "source replaced"
 	deletes       = "source deleted"
 )
@@ -119,9 +119,9 @@ var scenarios = []scenario{
 	{name: "s3-down", storeFails: true, planned: []string{downs, refuses, fails, expires}, harm: storeDown},
 	{name: "s3-slow", storeFails: true, planned: []string{slows, throttles, postpones}, harm: storeSlow},
 	{name: "s3-hang", storeFails: true, planned: []string{hangs, hangsAfter, hangsInBody}, harm: storeHangs},
-	{name: "s3-corrupt", storeFails: true, planned: []string{corrupts, truncates, lengthens, lies}, harm: bodiesCorrupt},
-	{name: "s3-lies", storeFails: true, headLies: true, planned: []string{headLies, listLacks, listStrays}, harm: storeLies},
-	{name: "s3-parts", own: true, planned: []string{losesPart, liesPart}, harm: partsFail},
+	{name: "s3-corrupt", storeFails: true, planned: []string{corrupts, truncates, lengthens, false200}, harm: bodiesCorrupt},
+	{name: "s3-metadata", storeFails: true, wrongHeads: true, planned: []string{wrongHeads, listLacks, listStrays}, harm: wrongMetadata},
+	{name: "s3-parts", own: true, planned: []string{losesPart, falsePart}, harm: partsFail},
 	{name: "source-harmed", own: true, planned: []string{replaces, deletes}, harm: harmSources},
 	{name: "all-at-once", planned: []string{killsLeader, freezesLeader, killsMember, loses}, harm: allAtOnce},
 }
@@ -158,8 +158,8 @@ func freezeLeader(ctx context.Context, t *traffic, chance *rand.Rand) {
 
 // ownSnapshot returns a snapshot of the scenario's own collection, nil when none was
 // acknowledged: the first that was, or a new one of a new segment with these files.
-func (t *traffic) ownSnapshot(ctx context.Context, anew bool, sizes ...int) *snapshot {
-	if t.ownFirst != nil && !anew {
+func (t *traffic) ownSnapshot(ctx context.Context, another bool, sizes ...int) *snapshot {
+	if t.ownFirst != nil && !another {
 		return t.ownFirst
 	}
 	var bodies [][]byte
@@ -426,7 +426,7 @@ func loseMembers(ctx context.Context, t *traffic, chance *rand.Rand) {
 
 // deletedSince is how many deletes have reached the S3 server since a moment, but
 // for notes and probes.
-func (r *rig) deletedSince(from moment) (n int) {
+func (r *env) deletedSince(from moment) (n int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, d := range r.deletions {
@@ -553,7 +553,7 @@ const outOfOrder = "watch out of order"
 // tooOld is what a replica logs whose watch is of a revision that was compacted.
 const tooOld = "revision compacted"
 
-// refusedFull is how often clients were told that etcd is full.
+// refusedFull counts answers that etcd is full.
 func (t *traffic) refusedFull() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -650,8 +650,8 @@ func bodiesCorrupt(ctx context.Context, t *traffic, chance *rand.Rand) {
 	some := func(op s3fault.Op, a s3fault.Action) s3fault.Rule {
 		return s3fault.Rule{Op: op, Skip: chance.IntN(3), Times: 1 + chance.IntN(4), Action: a}
 	}
-	// One answer about each kind of object: what is read anew must not be harmed
-	// again, for what is other bytes twice counts as altered.
+	// One answer about each kind of object: a repeated read must not be harmed, since two
+	// wrong answers count as an altered object.
 	once := func(a s3fault.Action) (rules []s3fault.Rule) {
 		for _, name := range []string{"metadata.json", "refs.avro", "manifest-0.avro"} {
 			rules = append(rules, s3fault.Rule{Op: s3fault.GetObject, Key: regexp.MustCompile(regexp.QuoteMeta(name) + "$"), Skip: chance.IntN(3), Action: a})
@@ -666,18 +666,17 @@ func bodiesCorrupt(ctx context.Context, t *traffic, chance *rand.Rand) {
 	case 2:
 		plan(ctx, t, truncates, time.Second, some(s3fault.GetObject, pick(chance, s3fault.Truncate(), s3fault.Short())), some(s3fault.ListObjectsV2, s3fault.Truncate()))
 	default:
-		plan(ctx, t, lies, time.Second, some(s3fault.CopyObject, pick(chance, s3fault.Empty200(), s3fault.HTML200(), s3fault.Short(), notDone)),
+		plan(ctx, t, false200, time.Second, some(s3fault.CopyObject, pick(chance, s3fault.Empty200(), s3fault.HTML200(), s3fault.Short(), notDone)),
 			some(s3fault.DeleteObjects, pick(chance, s3fault.HTML200(), s3fault.ErrorIn200("InternalError"), notDone)))
 	}
 }
 
-// storeLies has the S3 server tell of an object that is there that it is not, or
-// that it is longer, and has it list less than there is, one thing twice, or what is
-// not below the prefix.
-func storeLies(ctx context.Context, t *traffic, chance *rand.Rand) {
+// wrongMetadata makes the S3 server report objects as missing or as longer, omit objects
+// from listings, list them twice, or list objects outside the prefix.
+func wrongMetadata(ctx context.Context, t *traffic, chance *rand.Rand) {
 	switch t.round % 3 {
 	case 0:
-		plan(ctx, t, headLies, time.Second, s3fault.Rule{Op: s3fault.HeadObject, Times: -1, Action: pick(chance, s3fault.WrongLength(), s3fault.NotThere())})
+		plan(ctx, t, wrongHeads, time.Second, s3fault.Rule{Op: s3fault.HeadObject, Times: -1, Action: pick(chance, s3fault.WrongLength(), s3fault.NotThere())})
 	case 1:
 		plan(ctx, t, listLacks, time.Second, s3fault.Rule{Op: s3fault.ListObjectsV2, Times: -1, Action: s3fault.ListMisses()})
 	default:
@@ -697,7 +696,7 @@ func partsFail(ctx context.Context, t *traffic, chance *rand.Rand) {
 	}
 	what := losesPart
 	if t.firedAll([]string{losesPart}) {
-		what = liesPart
+		what = falsePart
 	}
 	if t.firedAll([]string{what}) {
 		_ = wait(ctx, time.Second)
@@ -706,7 +705,7 @@ func partsFail(ctx context.Context, t *traffic, chance *rand.Rand) {
 	var rules []s3fault.Rule
 	for _, op := range []s3fault.Op{s3fault.CreateMultipartUpload, s3fault.UploadPartCopy, s3fault.CompleteMultipartUpload} {
 		a := s3fault.Lost()
-		if what == liesPart {
+		if what == falsePart {
 			a = pick(chance, notDone, s3fault.ErrorIn200("SlowDown"), s3fault.Short(), s3fault.Empty200())
 		}
 		rules = append(rules, s3fault.Rule{Op: op, Action: a})
@@ -761,7 +760,7 @@ func harmSources(ctx context.Context, t *traffic, _ *rand.Rand) {
 	}
 }
 
-// holds says whether a file is one of a snapshot's, and none that is harmed.
+// holds reports whether a file belongs to a snapshot and is not harmed.
 func (t *traffic) holds(s *snapshot, key string) (held bool) {
 	t.l.note(func(l *ledger) {
 		for _, list := range s.content {

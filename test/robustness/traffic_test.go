@@ -32,21 +32,21 @@ const (
 	callTimeout  = 3 * time.Second
 	callAttempts = 4
 	idsEach      = 20_000
-	neverID      = int64(1) << 50 // no cluster has handed that out
+	neverID      = int64(1) << 50 // never allocated
 )
 
-// outcome is how a call ended.
+// outcome is the outcome of a call.
 type outcome int
 
 const (
 	success  outcome = iota
 	refused          // a definite error: it had no effect, and will have none
-	noAnswer         // it may have had its effect, or may come to have it
+	noAnswer         // it may have had its effect, or may yet
 )
 
 // traffic is the clients at work.
 type traffic struct {
-	*rig
+	*env
 	l          *ledger
 	seed       uint64
 	collection collection // of the clients' own
@@ -54,7 +54,7 @@ type traffic struct {
 	ownFirst   *snapshot  // of that collection
 	round      int        // of the harm
 	storeFails bool       // see scenario
-	headLies   bool       // likewise
+	wrongHeads bool       // likewise
 
 	swept atomic.Int64 // objects that sweeps have deleted
 
@@ -97,10 +97,10 @@ func byName(name string) *snapshotdv1.SnapshotRef {
 	return &snapshotdv1.SnapshotRef{Ref: &snapshotdv1.SnapshotRef_Name{Name: name}}
 }
 
-// call makes a call, at replicas by chance, and again while there is no answer:
-// what it writes must be the same whichever attempt does. The moments are before
-// the first attempt and after the last. It goes on when the traffic ends. A definite error that comes after an
-// attempt without an answer says nothing of that attempt.
+// call makes a call at a random replica, and repeats it while there is no answer: all
+// attempts must write the same. The moments are before the first attempt and after the
+// last. It continues when the traffic ends. A definite error after an attempt without an
+// answer does not decide that attempt.
 func (w *worker) call(ctx context.Context, fn func(context.Context, *client.Client) error) (end outcome, from, to moment, err error) {
 	from = w.now()
 	for attempt := range callAttempts {
@@ -130,11 +130,10 @@ func (w *worker) call(ctx context.Context, fn func(context.Context, *client.Clie
 // alarms are reasons that no fault of a scenario explains.
 var alarms = []string{"METADATA_BEHIND", "OBJECT_STORE_DENIED", "OBJECT_STORE_MISCONFIGURED", "FORMAT_TOO_NEW", "NEVER_EXISTED", fileMissing}
 
-// fileMissing is why a create is refused that finds one of its files missing, or
-// other than it was registered.
+// fileMissing is the reason of a refused create with a missing or changed file.
 const fileMissing = "FILE_MISSING"
 
-// judge says what an error means, and notes those that there should not be.
+// judge returns the outcome that an error means, and records improper errors.
 func (w *worker) judge(err error) outcome {
 	if err == nil {
 		return success
@@ -145,7 +144,7 @@ func (w *worker) judge(err error) outcome {
 	w.errors[code.String()+" "+reason]++
 	switch code {
 	case codes.NotFound, codes.AlreadyExists, codes.FailedPrecondition, codes.Aborted:
-		if slices.Contains(alarms, reason) && (reason != fileMissing || !w.headLies) || reason == "REFERENCES_UNREADABLE" && !w.storeFails {
+		if slices.Contains(alarms, reason) && (reason != fileMissing || !w.wrongHeads) || reason == "REFERENCES_UNREADABLE" && !w.storeFails {
 			w.improper = append(w.improper, err.Error())
 		}
 		return refused
@@ -157,8 +156,7 @@ func (w *worker) judge(err error) outcome {
 	}
 }
 
-// prepare makes the clients' collection, and puts objects of nobody's where
-// deletes come by.
+// prepare makes the clients' collection, and puts foreign objects where deletes reach.
 func (t *traffic) prepare(ctx context.Context) (err error) {
 	if t.collection, err = t.newCollection(ctx, "source"); err != nil {
 		return err
@@ -207,8 +205,7 @@ func (t *traffic) newWorker(ctx context.Context, id int, of collection) (*worker
 	return &worker{traffic: t, collection: of, id: id, rand: rand.New(rand.NewPCG(t.seed, uint64(id))), next: ids.GetIds().GetFirst()}, nil
 }
 
-// work does one thing after the other until it is told to stop. What it has begun
-// it ends.
+// work makes one call after the other until stopped. It completes calls under way.
 func (w *worker) work(ctx context.Context, stop <-chan struct{}) error {
 	deeds := []struct {
 		weight int
@@ -251,7 +248,7 @@ func (w *worker) work(ctx context.Context, stop <-chan struct{}) error {
 	}
 }
 
-// write makes a segment with real objects, past snapshotd, and notes it.
+// write makes a segment with real objects, without snapshotd, and records it.
 func (w *worker) write(ctx context.Context) (*snapshotdv1.Segment, error) {
 	bodies := make([][]byte, 1+w.rand.IntN(3))
 	for n := range bodies {
@@ -260,7 +257,7 @@ func (w *worker) write(ctx context.Context) (*snapshotdv1.Segment, error) {
 	return w.writeAs(ctx, bodies)
 }
 
-// bytes returns so many, by chance.
+// bytes returns n random bytes.
 func (w *worker) bytes(n int) []byte {
 	body := make([]byte, n)
 	for i := range body {
@@ -314,7 +311,7 @@ func (w *worker) add(ctx context.Context) error {
 	return nil
 }
 
-// register has a segment that is written become one of the collection.
+// register registers a written segment.
 func (w *worker) register(ctx context.Context, s *snapshotdv1.Segment) outcome {
 	w.l.note(func(l *ledger) { l.segments[s.GetId()].call = w.now() })
 	end, from, to, _ := w.call(ctx, func(ctx context.Context, c *client.Client) error {
@@ -337,13 +334,13 @@ func (w *worker) register(ctx context.Context, s *snapshotdv1.Segment) outcome {
 			w.alive = append(w.alive, s.GetId())
 		case refused:
 			g.call, g.removal = forever, 0 // it never is
-		case noAnswer: // nobody touches it again
+		case noAnswer: // no client touches it again
 		}
 	})
 	return end
 }
 
-// take takes a segment of the worker's own, which nobody uses again.
+// take removes a segment from the worker's own list.
 func (w *worker) take() int64 {
 	i := w.rand.IntN(len(w.alive))
 	id := w.alive[i]
@@ -400,7 +397,7 @@ func (w *worker) remove(ctx context.Context) error {
 	return nil
 }
 
-// dropSegment drops a segment of the worker's own, which is not alive any more.
+// dropSegment drops a segment of the worker.
 func (w *worker) dropSegment(ctx context.Context, id int64) {
 	end, from, to, _ := w.call(ctx, func(ctx context.Context, c *client.Client) error {
 		_, err := c.Catalog.DropSegments(ctx, &snapshotdv1.DropSegmentsRequest{Collection: w.ref(), SegmentIds: []int64{id}})
@@ -420,10 +417,10 @@ func (w *worker) dropSegment(ctx context.Context, id int64) {
 	})
 }
 
-// name is one of the few that snapshots have.
+// name returns a random name of the few.
 func (w *worker) name() string { return fmt.Sprintf("s%d", w.rand.IntN(names)) }
 
-// tag is a new one.
+// tag returns a new tag.
 func (w *worker) tag() string {
 	w.n++
 	return fmt.Sprintf("c%d.%d", w.id, w.n)
@@ -434,8 +431,8 @@ func (w *worker) create(ctx context.Context) error {
 	return nil
 }
 
-// createNamed takes a snapshot, and returns it when that was acknowledged, else
-// nil. Of every second one the files are looked at, but not where they may be harmed.
+// createNamed takes a snapshot, and returns it when acknowledged, else nil. Every second
+// create verifies its files, except where they may be harmed.
 func (w *worker) createNamed(ctx context.Context, name string) *snapshot {
 	tag := w.tag()
 	req := &snapshotdv1.CreateSnapshotRequest{
@@ -476,7 +473,7 @@ func (w *worker) createNamed(ctx context.Context, name string) *snapshot {
 	if end != success {
 		return nil
 	}
-	if w.collection == w.traffic.collection { // the others' are not for everybody
+	if w.collection == w.traffic.collection { // others are private
 		w.mu.Lock()
 		w.known = append(w.known, s)
 		w.mu.Unlock()
@@ -488,14 +485,14 @@ func (w *worker) createNamed(ctx context.Context, name string) *snapshot {
 	return s
 }
 
-// wrong notes an answer that there should not be.
+// wrong records an improper answer.
 func (t *traffic) wrong(format string, args ...any) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.improper = append(t.improper, fmt.Sprintf(format, args...))
 }
 
-// content reads what a snapshot holds: the keys of the files by segment.
+// content reads the keys of the files of a snapshot, by segment.
 func (w *worker) content(ctx context.Context, id int64) (map[int64][]string, outcome, error) {
 	content := map[int64][]string{}
 	token := ""
@@ -527,7 +524,7 @@ func keysOf(s *snapshotdv1.Segment) []string {
 	return keys
 }
 
-// seen notes what a read told of a name.
+// seen records the result of a read of a name.
 func (w *worker) seen(name string, s *snapshotdv1.Snapshot, from, to moment) {
 	e := event{Client: w.id, Name: name, Tag: s.GetDescription(), Call: from, Return: to}
 	switch s.GetState() {
@@ -542,7 +539,7 @@ func (w *worker) seen(name string, s *snapshotdv1.Snapshot, from, to moment) {
 		l.events = append(l.events, e)
 		mine := l.snapshots[e.Tag]
 		if mine == nil {
-			w.wrong("snapshot %v is nobody's", s)
+			w.wrong("snapshot %v is unknown", s)
 			return
 		}
 		if mine.id == 0 {
@@ -639,8 +636,8 @@ func (w *worker) drop(ctx context.Context) error {
 	return w.late(ctx, before)
 }
 
-// late writes what a process that was thought dead may write of a snapshot that is
-// gone, which a sweep has to find.
+// late writes an object of a dropped snapshot, as a process may that was thought dead. A
+// sweep must find it.
 func (w *worker) late(ctx context.Context, id int64) error {
 	key := fmt.Sprintf("%s%d/%d/refs.avro", snapshotPrefix, w.collection.id, id)
 	each, cancel := context.WithTimeout(ctx, patience)
@@ -696,8 +693,7 @@ func (w *worker) restore(ctx context.Context) error {
 	return nil
 }
 
-// restoreAs asks for a restore and returns its job, 0 when none was admitted for
-// all that is known.
+// restoreAs requests a restore and returns its job, 0 when none is known to be admitted.
 func (w *worker) restoreAs(ctx context.Context, id int64, name string) int64 {
 	r := &restore{name: name, snapshot: id}
 	req := &snapshotdv1.RestoreSnapshotRequest{
@@ -712,7 +708,7 @@ func (w *worker) restoreAs(ctx context.Context, id int64, name string) int64 {
 		return err
 	})
 	if end == success {
-		if w != w.own { // whose restores nobody cancels
+		if w != w.own { // whose restores are not canceled
 			w.mu.Lock()
 			w.jobs[r.job] = name
 			w.mu.Unlock()
@@ -781,7 +777,7 @@ func (w *worker) sweep(ctx context.Context) error {
 	return nil
 }
 
-// roundOf makes a round of the collector, and counts what it swept.
+// roundOf runs a collector cycle and counts what it swept.
 func (w *worker) roundOf(ctx context.Context, c *client.Client, req *snapshotdv1.CollectRequest) error {
 	stream, err := c.Collector.Collect(ctx, req)
 	for err == nil {

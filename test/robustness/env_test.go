@@ -31,15 +31,15 @@ import (
 
 const (
 	replicas     = 3
-	patience     = time.Minute   // for what must come about without faults
+	patience     = time.Minute   // for a success without faults
 	defaultQuota = 256 << 20     // bytes of etcd
-	age          = 2 * time.Hour // of every object, as listings tell it
+	age          = 2 * time.Hour // of every object in listings
 	root         = "/snapshotd"  // of the replicas' keys in etcd
 )
 
-// settings are those of every replica: short times, so that what takes minutes
-// happens in a run. Objects cannot be swept before they are an hour old, so that
-// the listings say that all of them are.
+// settings are the settings of every replica. Times are short, so that what takes minutes
+// happens in a run. A sweep deletes only objects that are an hour old, so listings
+// report that of all.
 const settings = `leader_ttl: 2s
 create_lease_ttl: 2s
 create_timeout: 30s
@@ -52,13 +52,13 @@ metrics_listen: "off"
 log_level: info
 `
 
-// rig is all that a scenario runs on. It ends with the test.
-type rig struct {
+// env is the environment of a scenario. It ends with the test.
+type env struct {
 	tb       testing.TB
 	dir      string
 	begin    time.Time
 	etcd     *etcdcluster.Cluster
-	members  []*etcdproxy.Proxy // between the replicas and the members, where they are asked for
+	members  []*etcdproxy.Proxy // between the replicas and the members, if any
 	store    *awss3.Client      // straight to the S3 server, past the proxy
 	bucket   string
 	proxy    *s3fault.Proxy
@@ -70,26 +70,26 @@ type rig struct {
 }
 
 // now is the time since the scenario began.
-func (r *rig) now() moment { return moment(time.Since(r.begin)) }
+func (r *env) now() moment { return moment(time.Since(r.begin)) }
 
-// firedAll says whether each of these faults was counted.
-func (r *rig) firedAll(planned []string) bool {
+// firedAll reports whether each of these faults was counted.
+func (r *env) firedAll(planned []string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return !slices.ContainsFunc(planned, func(what string) bool { return r.fired[what] == 0 })
 }
 
-// fire counts faults that were seen to have had their effect.
-func (r *rig) fire(what string, n int) {
+// fire counts faults whose effect was observed.
+func (r *env) fire(what string, n int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.fired[what] += n
 }
 
-// newRig starts the servers and waits until each serves. Bin is snapshotd.
-func newRig(tb testing.TB, bin, dir string, quota int64, proxied bool) *rig {
+// newEnv starts the servers and waits until each serves. Bin is snapshotd.
+func newEnv(tb testing.TB, bin, dir string, quota int64, proxied bool) *env {
 	tb.Helper()
-	r := &rig{tb: tb, dir: dir, begin: time.Now(), fired: map[string]int{}}
+	r := &env{tb: tb, dir: dir, begin: time.Now(), fired: map[string]int{}}
 	s3 := s3test.Start(tb)
 	o := s3.Bucket(tb)
 	r.store, r.bucket = s3.Client(), o.Bucket
@@ -156,7 +156,7 @@ object_stores:
 }
 
 // serves waits until a replica answers.
-func (r *rig) serves(ctx context.Context, p *replica) {
+func (r *env) serves(ctx context.Context, p *replica) {
 	r.tb.Helper()
 	if !r.await(ctx, func(ctx context.Context) bool {
 		_, err := p.client.Admin.GetServerInfo(ctx, &snapshotdv1.GetServerInfoRequest{})
@@ -166,9 +166,9 @@ func (r *rig) serves(ctx context.Context, p *replica) {
 	}
 }
 
-// leads returns the replica that leads as any of them knows, and that is not one
-// of those that are left out, or nil when the context ends first.
-func (r *rig) leads(ctx context.Context, not ...*replica) *replica {
+// leads returns the leader that any replica knows, unless it is left out, or nil when the
+// context ends first.
+func (r *env) leads(ctx context.Context, not ...*replica) *replica {
 	var leader *replica
 	r.await(ctx, func(ctx context.Context) bool {
 		for _, asked := range r.replicas {
@@ -198,8 +198,8 @@ func (r *rig) leads(ctx context.Context, not ...*replica) *replica {
 	return leader
 }
 
-// await asks again and again until done says so; false when that took too long.
-func (r *rig) await(ctx context.Context, done func(context.Context) bool) bool {
+// await polls until done returns true. It returns false after its patience.
+func (r *env) await(ctx context.Context, done func(context.Context) bool) bool {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for {
@@ -283,7 +283,7 @@ func (p *replica) kill() {
 	}
 }
 
-// freeze stops the process, and thaw has it go on as if nothing had been.
+// freeze stops the process, and thaw resumes it.
 func (p *replica) freeze() { _ = p.cmd.Process.Signal(syscall.SIGSTOP) }
 
 func (p *replica) thaw() {
@@ -292,7 +292,7 @@ func (p *replica) thaw() {
 	}
 }
 
-// endedItself says whether the process ended without being killed.
+// endedItself reports whether the process ended without a kill.
 func (p *replica) endedItself() bool {
 	if p.cmd == nil {
 		return false
@@ -310,7 +310,7 @@ func (p *replica) tail() string {
 	return string(text[max(0, len(text)-3000):])
 }
 
-// logged is how many lines of the replica's log have a text in them.
+// logged returns the number of lines of the replica's log that contain a text.
 func (p *replica) logged(text string) (n int) {
 	log, _ := os.ReadFile(p.log)
 	for line := range strings.Lines(string(log)) {
@@ -321,8 +321,8 @@ func (p *replica) logged(text string) (n int) {
 	return n
 }
 
-// cut breaks the links of the replica to etcd, and has none made anew, until
-// heal. It returns how many connections it broke.
+// cut breaks the links of the replica to etcd, and refuses new connections, until heal.
+// It returns the number of broken connections.
 func (p *replica) cut() (n int) {
 	for _, l := range p.links {
 		n += l.cut()
@@ -330,15 +330,14 @@ func (p *replica) cut() (n int) {
 	return n
 }
 
-// hinder has what the replica's links to etcd carry that way held back until heal,
-// for ever or for so long.
+// hinder delays what the replica's links to etcd carry in a direction, until heal.
 func (p *replica) hinder(way direction, lag time.Duration) {
 	for _, l := range p.links {
 		l.hinder(way, lag)
 	}
 }
 
-// heal ends what cut and hinder do. It returns how much was held back meanwhile.
+// heal ends cut and hinder. It returns the number of delayed pieces.
 func (p *replica) heal() (held int) {
 	for _, l := range p.links {
 		held += l.heal()
@@ -346,8 +345,8 @@ func (p *replica) heal() (held int) {
 	return held
 }
 
-// randomHost returns a loopback address of a run's own. The ports of 127.0.0.1
-// are also handed out to clients, which may take a replica's while it is down.
+// randomHost returns a random loopback address. Clients use ports of 127.0.0.1, and could
+// take the port of a replica that is down.
 func randomHost() string {
 	b := make([]byte, 3)
 	_, _ = rand.Read(b) // never fails
