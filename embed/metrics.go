@@ -142,7 +142,7 @@ func (s stats) collector(ch chan<- prometheus.Metric, gauge func(*prometheus.Des
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), behindTimeout)
 	defer cancel()
-	if why, err := s.manager.Behind(ctx); err == nil { // else nobody knows
+	if why, err := s.manager.RolledBack(ctx); err == nil { // else nobody knows
 		behind := 0.
 		if why != "" {
 			behind = 1

@@ -80,7 +80,7 @@ func TestLeaderOfARestoredStore(t *testing.T) {
 				if !r.Stats().Leading {
 					t.Error("nobody leads")
 				}
-				if why, err := r.Behind(ctx); err != nil || !strings.Contains(why, "snapshotctl recover") {
+				if why, err := r.RolledBack(ctx); err != nil || !strings.Contains(why, "snapshotctl recover") {
 					t.Errorf("behind: %q, %v", why, err)
 				}
 				if _, err := r.catalog.AllocateIDs(ctx, request.Token{}, 1); !errors.Is(err, epoch.ErrRolledBack) {
@@ -107,7 +107,7 @@ func TestLeaderOfARestoredStore(t *testing.T) {
 				}
 				time.Sleep(2 * time.Minute)
 				settle()
-				if why, err := r.Behind(ctx); why != "" || err != nil {
+				if why, err := r.RolledBack(ctx); why != "" || err != nil {
 					t.Errorf("behind: %q, %v", why, err)
 				}
 				if _, err := r.Get(ctx, Ref{ID: s.ID}); !errors.Is(err, ErrExpiredOrDropped) {

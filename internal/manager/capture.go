@@ -9,24 +9,23 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 )
 
-// cutter decides what of each segment a snapshot holds. It is a pure function
-// of the collection at one revision.
+// captureFilter decides which part of each segment a snapshot holds. It is a pure
+// function of the collection at one revision.
 //
-// A data timestamp t is in the snapshot if t < cut. So a segment is in when it
-// holds data and starts before its channel's cut, whatever its state; a file is
-// out when it begins at or after the cut; and a segment that may hold rows on
-// both sides gets a row ceiling. One cut for all channels would be the classic
-// mistake: rows of the channel that is ahead would be lost, or rows of the one
-// that lags would be in twice.
-type cutter struct {
+// A data timestamp t is in the snapshot if t < cut. A segment is therefore included
+// if it holds data and starts before its channel's cut, whatever its state. A file is
+// excluded if it begins at or after the cut. A segment that may hold rows on both sides
+// gets a row ceiling. The cut is per channel: a single cut for all channels would lose
+// rows of a channel that is ahead, or include rows of a lagging one twice.
+type captureFilter struct {
 	collection *catalog.Collection
 	cuts       map[int]segment.Timestamp // by shard
-	partitions map[int64]bool            // that are not being dropped
-	indexes    map[int64]bool            // that are not being dropped
+	partitions map[int64]bool            // by id; true if not being dropped
+	indexes    map[int64]bool            // by id; true if not being dropped
 }
 
-func newCutter(v *catalog.View) *cutter {
-	c := &cutter{
+func newCaptureFilter(v *catalog.View) *captureFilter {
+	c := &captureFilter{
 		collection: &v.Collection,
 		cuts:       map[int]segment.Timestamp{}, partitions: map[int64]bool{}, indexes: map[int64]bool{},
 	}
@@ -42,47 +41,48 @@ func newCutter(v *catalog.View) *cutter {
 	return c
 }
 
-// captured is what a snapshot holds of a segment.
-type captured struct {
+// capturedSegment is the part of a segment that a snapshot holds.
+type capturedSegment struct {
 	segment.Segment
-	in        bool // whether it holds anything
-	straddles bool // whether there may be more on the other side of the cut
-	// lacking means that it is out although all of its rows are said to be in files,
-	// for it has none. Only releases before let such a segment in.
-	lacking bool
+	included  bool // whether the snapshot holds any part
+	straddles bool // whether the segment may hold rows at or after the cut
+	// lacksFiles means that it is excluded because it has no files, although its state
+	// requires all rows to be in files. Only earlier releases accepted such a segment.
+	lacksFiles bool
 }
 
-// capture returns what of s is in the snapshot. It does not change s, whose lists
-// the result may share. A segment
-// with data on a channel without a checkpoint is ErrCheckpointMissing.
-func (c *cutter) capture(s segment.Segment) (captured, error) {
+// capture returns the part of s that is in the snapshot. It does not change s; the
+// result may share its slices. A segment with data on a channel without a checkpoint is
+// ErrCheckpointMissing.
+func (c *captureFilter) capture(s segment.Segment) (capturedSegment, error) {
 	if s.State == segment.Importing || s.State == segment.Dropped {
-		return captured{}, nil
+		return capturedSegment{}, nil
 	}
 	if s.Partition != 0 && !c.partitions[s.Partition] {
-		return captured{}, nil
+		return capturedSegment{}, nil
 	}
 	if !segment.HoldsData(s.Files) {
-		return captured{lacking: s.LacksFiles()}, nil
+		return capturedSegment{lacksFiles: s.LacksFiles()}, nil
 	}
 	cut, ok := c.cuts[s.Channel]
 	if !ok {
-		return captured{}, fmt.Errorf("%w: shard %d (%q) of %s has none, and segment %d has data; set it with SetCheckpoints",
+		return capturedSegment{}, fmt.Errorf(
+			"%w: shard %d (%q) of %s has none, and segment %d has data; set it with SetCheckpoints",
 			ErrCheckpointMissing, s.Channel, c.collection.Channel(s.Channel), c.collection, s.ID)
 	}
-	// The rows of an import count by its commit, all alike; its deletes do not.
+	// All rows of an import have its commit timestamp; its deletes have their own.
 	imported := s.CommitTimestamp != 0
 	if imported && s.CommitTimestamp >= cut || !imported && s.Start.Timestamp >= cut {
-		return captured{}, nil
+		return capturedSegment{}, nil
 	}
-	got := captured{Segment: s, in: true}
+	got := capturedSegment{Segment: s, included: true}
 	got.Builds = without(s.Builds, func(b *segment.Build) bool { return !c.indexes[b.Index] })
 	got.Files = without(s.Files, func(f *segment.File) bool {
 		switch {
 		case imported && f.Kind != segment.KindDelta:
 			return false
 		case ranged(f) && f.MinTimestamp >= cut:
-			// What was made from all rows, such as an index, still knows its rows.
+			// Files derived from all rows, such as an index, still contain its rows.
 			got.straddles = got.straddles || holdsData(f) && f.Kind != segment.KindDelta
 			return true
 		}
@@ -90,7 +90,7 @@ func (c *cutter) capture(s segment.Segment) (captured, error) {
 		return false
 	})
 	if !segment.HoldsData(got.Files) {
-		return captured{}, nil
+		return capturedSegment{}, nil
 	}
 	if got.straddles && (s.RowCeiling == 0 || s.RowCeiling > cut) {
 		got.RowCeiling = cut
@@ -98,30 +98,30 @@ func (c *cutter) capture(s segment.Segment) (captured, error) {
 	return got, nil
 }
 
-// without returns list less what is to go, and list itself when nothing is. It
-// asks once for each element, and does not change list.
-func without[T any](list []T, goes func(*T) bool) []T {
-	kept, copied := list, false
+// without returns list without the elements for which exclude is true, and list itself
+// if there are none. It calls exclude once for each element, and does not change list.
+func without[T any](list []T, exclude func(*T) bool) []T {
+	result, copied := list, false
 	for i := range list {
-		switch gone := goes(&list[i]); {
-		case gone && !copied:
-			kept, copied = slices.Clone(list[:i]), true
-		case !gone && copied:
-			kept = append(kept, list[i])
+		switch excluded := exclude(&list[i]); {
+		case excluded && !copied:
+			result, copied = slices.Clone(list[:i]), true
+		case !excluded && copied:
+			result = append(result, list[i])
 		}
 	}
-	return kept
+	return result
 }
 
 func holdsData(f *segment.File) bool { return !segment.Derived(f.Kind) }
 
-// ranged says whether the timestamps of the file's rows are known.
+// ranged reports whether the range of the file's timestamps is known.
 func ranged(f *segment.File) bool { return f.MinTimestamp != 0 || f.MaxTimestamp != 0 }
 
-// straddles says whether f, of segment s, may hold rows or deletes at or after
-// the cut. Of a file that does not say, the segment's end position does; but that
-// is the end of its rows, which says nothing of deletes unless the segment has
-// nothing else. Without it there is no telling, and a row ceiling is never wrong.
+// straddles reports whether f, of segment s, may hold rows or deletes at or after the
+// cut. For a file without a known range, the segment's end position decides. That
+// position bounds rows; it bounds deletes only in a segment that holds nothing else.
+// Without an end position the answer is true: a row ceiling is always safe.
 func straddles(s *segment.Segment, f *segment.File, cut segment.Timestamp) bool {
 	switch {
 	case cut == segment.MaxTimestamp: // no stream
@@ -138,13 +138,13 @@ func straddles(s *segment.Segment, f *segment.File, cut segment.Timestamp) bool 
 	return true
 }
 
-// addRefs adds what protection must know of s.
+// addRefs adds the ids and files of s that the snapshot protects.
 func addRefs(refs *manifest.Refs, col *catalog.Collection, s *segment.Segment) {
 	refs.Segments = append(refs.Segments, s.ID)
 	for b := range s.Builds {
 		refs.Builds = append(refs.Builds, s.Builds[b].ID)
 	}
-	// A foreign file is referenced by itself: no id covers it.
+	// A foreign file has a reference of its own: no id covers it.
 	for f := range s.AllFiles() {
 		if !catalog.Owns(col.ID, s, f.Path) {
 			root := col.Roots[f.Root]
@@ -162,7 +162,7 @@ func sortRefs(refs *manifest.Refs) {
 	refs.Files = slices.Compact(refs.Files)
 }
 
-// describe makes the metadata of a snapshot but for its files and totals.
+// describe returns the metadata of a snapshot without its files and totals.
 func describe(s *Snapshot, v *catalog.View, clusterID, release string) *manifest.Metadata {
 	col := &v.Collection
 	md := &manifest.Metadata{
@@ -191,12 +191,13 @@ func describe(s *Snapshot, v *catalog.View, clusterID, release string) *manifest
 	for _, x := range v.Indexes {
 		if x.State == catalog.Active {
 			md.Indexes = append(md.Indexes, manifest.Index{
-				ID: x.ID, Name: x.Name, Field: x.Field, TypeParams: x.TypeParams, IndexParams: x.IndexParams, Attributes: x.Attributes,
+				ID: x.ID, Name: x.Name, Field: x.Field, TypeParams: x.TypeParams, IndexParams: x.IndexParams,
+				Attributes: x.Attributes,
 			})
 		}
 	}
 	for shard := range col.Shards() {
-		cp := v.Checkpoints[shard] // without one the cut is 0: nothing of it is captured
+		cp := v.Checkpoints[shard] // without one the cut is 0: nothing of the shard is captured
 		md.Channels = append(md.Channels, manifest.Channel{
 			Shard: shard, Name: col.Channel(shard), Cut: cp.Position.Timestamp, Opaque: cp.Position.Opaque,
 		})

@@ -23,40 +23,39 @@ import (
 
 // How snapshots are removed.
 const (
-	removesInFlight = 8   // snapshots at once
-	removeBatch     = 500 // objects at a time
+	removesInFlight = 8   // snapshots removed concurrently
+	removeBatch     = 500 // objects per delete call
 
-	tokenInterval = time.Hour // between looks at request tokens
-	tokensAtOnce  = 100       // in one transaction
+	tokenInterval = time.Hour // between two passes over request tokens
+	tokensAtOnce  = 100       // deleted in one transaction
 )
 
-// cleaner is the leader's work on snapshots: it reaps creates that died, drops
-// what expired and removes what is being deleted. Each of the three goes on
-// when the others meet trouble, and the first two come before the third, which
-// can take long.
+// cleaner is the leader's loop over snapshots: it abandons creates that died, drops
+// expired snapshots and removes dropped ones. A failure of one of the three does not
+// stop the others. Removal runs last because it can take long.
 type cleaner struct {
 	m    *Manager
 	wake chan struct{} // size one
-	// tokens is when records of request tokens are looked at next, as elapsed; Run's
-	// alone.
-	tokens time.Duration
+	// nextTokens is when request tokens are next checked, on the clock's elapsed time.
+	// Only Run uses it.
+	nextTokens time.Duration
 
-	looks, reaps, expires, removes, ends *lasting.Problem
+	reading, reaping, expiring, removing, tokenEnds *lasting.Problem
 }
 
 func newCleaner(m *Manager) *cleaner {
 	add := func(name, text, stops string) *lasting.Problem { return m.o.Problems.Add(m.log, name, text, stops) }
 	return &cleaner{
 		m: m, wake: make(chan struct{}, 1),
-		looks:   add("clean", "the snapshots could not be read; it is tried again", "expiry and removal of snapshots"),
-		reaps:   add("reap", "creates that died could not be given up; it is tried again", "removal of creates that died"),
-		expires: add("expire", "snapshots and pins do not expire; it is tried again", "expiry of snapshots and pins"),
-		removes: add("remove", "dropped snapshots could not be removed; it is tried again", "removal of dropped snapshots"),
-		ends:    add("tokens", "records of request tokens could not be removed; it is tried again", ""),
+		reading:   add("clean", "snapshots not read, retrying", "expiry and removal of snapshots"),
+		reaping:   add("reap", "dead creates not abandoned, retrying", "removal of creates that died"),
+		expiring:  add("expire", "snapshots and pins not expired, retrying", "expiry of snapshots and pins"),
+		removing:  add("remove", "dropped snapshots not removed, retrying", "removal of dropped snapshots"),
+		tokenEnds: add("tokens", "expired request tokens not removed, retrying", ""),
 	}
 }
 
-// Wake makes Run pass soon. It never blocks.
+// Wake makes Run start a pass soon. It never blocks.
 func (c *cleaner) Wake() {
 	select {
 	case c.wake <- struct{}{}:
@@ -64,12 +63,12 @@ func (c *cleaner) Wake() {
 	}
 }
 
-// Run makes a pass at once, then after each Wake, when something expires, and
-// after each interval, until ctx ends. Trouble is logged and met again later.
+// Run makes a pass at once, then after each Wake, at the next expiry, and after each
+// interval, until ctx ends. Errors are logged and retried in a later pass.
 func (c *cleaner) Run(ctx context.Context, term election.Term) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	c.tokens = c.m.clock.Elapsed() + c.m.o.CleanInterval
+	c.nextTokens = c.m.clock.Elapsed() + c.m.o.CleanInterval
 	for {
 		select {
 		case <-ctx.Done():
@@ -78,12 +77,12 @@ func (c *cleaner) Run(ctx context.Context, term election.Term) error {
 		case <-c.wake:
 		}
 		next, err := c.Pass(ctx, term.Fence())
-		if c.m.clock.Elapsed() >= c.tokens {
-			c.tokens = c.m.clock.Elapsed() + tokenInterval
-			err = errors.Join(err, noted(ctx, c.ends, c.endTokens(ctx, term.Fence())))
+		if c.m.clock.Elapsed() >= c.nextTokens {
+			c.nextTokens = c.m.clock.Elapsed() + tokenInterval
+			err = errors.Join(err, observe(ctx, c.tokenEnds, c.expireTokens(ctx, term.Fence())))
 		}
 		if err != nil && ctx.Err() == nil {
-			if !errors.Is(err, clock.ErrUntrusted) { // which takes an operator, or a day
+			if !errors.Is(err, clock.ErrUntrusted) { // recovery takes an operator or a day
 				next = min(next, c.m.o.CleanInterval/10)
 			}
 		}
@@ -91,10 +90,10 @@ func (c *cleaner) Run(ctx context.Context, term election.Term) error {
 	}
 }
 
-// Pass looks at every snapshot once, and returns how long there is nothing more
-// to do. Every write compares fence.
+// Pass handles every snapshot once, and returns the time until the next pass. Every
+// write compares fence.
 func (c *cleaner) Pass(ctx context.Context, fence meta.Cond) (next time.Duration, err error) {
-	if err := noted(ctx, c.looks, c.m.view.sync(ctx)); err != nil {
+	if err := observe(ctx, c.reading, c.m.view.sync(ctx)); err != nil {
 		return c.m.o.CleanInterval, err
 	}
 	deleting, dead, expiring, _ := c.m.view.work()
@@ -102,75 +101,75 @@ func (c *cleaner) Pass(ctx context.Context, fence meta.Cond) (next time.Duration
 	for _, s := range dead {
 		reaped = append(reaped, c.reap(ctx, s, fence))
 	}
-	pinsNext, pinsErr := c.endPins(ctx, c.m.view.endingPins(), fence)
+	pinsNext, pinsErr := c.expirePins(ctx, c.m.view.expiringPins(), fence)
 	next, err = c.expire(ctx, expiring, fence)
 	return min(next, pinsNext), object.Join(
-		noted(ctx, c.reaps, object.Join(reaped...)),
-		noted(ctx, c.expires, object.Join(pinsErr, err)),
-		noted(ctx, c.removes, object.Join(c.removeAll(ctx, deleting, fence)...)),
+		observe(ctx, c.reaping, object.Join(reaped...)),
+		observe(ctx, c.expiring, object.Join(pinsErr, err)),
+		observe(ctx, c.removing, object.Join(c.removeAll(ctx, deleting, fence)...)),
 	)
 }
 
-// noted returns err, and has p take note of it unless ctx ended.
-func noted(ctx context.Context, p *lasting.Problem, err error) error {
+// observe records err in p unless ctx has ended, and returns err.
+func observe(ctx context.Context, p *lasting.Problem, err error) error {
 	if ctx.Err() == nil {
 		p.Note(err)
 	}
 	return err
 }
 
-// reap gives up a create that died: its pending key went with its lease.
+// reap abandons a create whose pending key expired with its lease.
 func (c *cleaner) reap(ctx context.Context, s *Snapshot, fence meta.Cond) error {
 	err := c.m.abandon(ctx, s, fence)
 	switch {
-	case errors.Is(err, errChanged): // it lives, or has ended: the view will say
+	case errors.Is(err, errChanged): // it is alive or has ended: the view will show it
 		return nil
 	case err != nil:
 		return fmt.Errorf("reap snapshot %s: %w", s, err)
 	}
-	c.m.log.Info("snapshot given up: its creator is gone", zap.Int64("snapshot", s.ID), zap.String("name", s.Name))
+	c.m.log.Info("snapshot abandoned: its creator is gone", zap.Int64("snapshot", s.ID), zap.String("name", s.Name))
 	return nil
 }
 
-// endPins removes the pins that are over and whose leases are not, and returns how
-// long the next one has.
-func (c *cleaner) endPins(ctx context.Context, pins []*Pin, fence meta.Cond) (time.Duration, error) {
+// expirePins removes the pins that expired but whose leases still exist, and returns
+// the time until the next expiry.
+func (c *cleaner) expirePins(ctx context.Context, pins []*Pin, fence meta.Cond) (time.Duration, error) {
 	next := c.m.o.CleanInterval
 	if len(pins) == 0 {
 		return next, nil
 	}
 	now, err := c.m.clock.Judge(ctx)
 	if err != nil {
-		return next, fmt.Errorf("pins end with their leases alone: %w", err)
+		return next, fmt.Errorf("pins expire only with their leases: %w", err)
 	}
-	var over []*Pin
+	var expired []*Pin
 	for _, p := range pins {
 		if left := p.ExpireTime.Sub(now); left > 0 {
 			next = min(next, max(left, time.Second))
 		} else {
-			over = append(over, p)
+			expired = append(expired, p)
 		}
 	}
-	return next, c.m.endPins(ctx, over, fence)
+	return next, c.m.removeExpiredPins(ctx, expired, fence)
 }
 
-// endTokens removes the records of request tokens that are over and whose leases are
-// not. It reads all of them, a page at a time, so it is done seldom.
-func (c *cleaner) endTokens(ctx context.Context, fence meta.Cond) error {
+// expireTokens removes the records of request tokens that expired but whose leases still
+// exist. It reads all of them, page by page, and therefore runs rarely.
+func (c *cleaner) expireTokens(ctx context.Context, fence meta.Cond) error {
 	now, err := c.m.clock.Judge(ctx)
 	if err != nil {
-		return fmt.Errorf("request tokens end with their leases alone: %w", err)
+		return fmt.Errorf("request tokens expire only with their leases: %w", err)
 	}
 	removed := 0
 	from, to := meta.Prefix(keys.RequestPrefix)
 	_, err = c.m.kv.Scan(ctx, from, to, 0, func(page []meta.KeyValue) error {
-		var over []meta.KeyValue
+		var expired []meta.KeyValue
 		for _, kv := range page {
-			if is, err := request.Expired(kv, now); err == nil && is { // one that cannot be read ends with its lease
-				over = append(over, kv)
+			if is, err := request.Expired(kv, now); err == nil && is { // an unreadable one expires with its lease
+				expired = append(expired, kv)
 			}
 		}
-		for part := range slices.Chunk(over, tokensAtOnce) {
+		for part := range slices.Chunk(expired, tokensAtOnce) {
 			txn := meta.Txn{If: []meta.Cond{fence}}
 			for _, kv := range part {
 				txn.If = append(txn.If, meta.Unchanged(kv.Key, kv.ModRevision))
@@ -180,23 +179,23 @@ func (c *cleaner) endTokens(ctx context.Context, fence meta.Cond) error {
 			if err != nil {
 				return err
 			}
-			if res.Succeeded { // else one of them went with its lease: the next look finds the others
+			if res.Succeeded { // else the lease of one expired: the next pass removes the others
 				removed += len(part)
 			}
 		}
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("remove request tokens that are over: %w", err)
+		return fmt.Errorf("remove expired request tokens: %w", err)
 	}
 	if removed > 0 {
-		c.m.log.Info("request tokens ended that outlived their day", zap.Int("tokens", removed))
+		c.m.log.Info("expired request tokens removed", zap.Int("tokens", removed))
 	}
 	return nil
 }
 
-// expire drops the snapshots whose time has come by the reading that lifetimes are
-// judged by, and returns how long the next one has.
+// expire drops the snapshots that expired by the trusted reading, and returns the time
+// until the next expiry.
 func (c *cleaner) expire(ctx context.Context, snapshots []*Snapshot, fence meta.Cond) (time.Duration, error) {
 	next := c.m.o.CleanInterval
 	if len(snapshots) == 0 {
@@ -224,13 +223,13 @@ func (c *cleaner) expire(ctx context.Context, snapshots []*Snapshot, fence meta.
 			errs = append(errs, fmt.Errorf("expire snapshot %s: %w", s, err))
 		case res.Succeeded:
 			c.m.log.Info("snapshot expired", zap.Int64("snapshot", s.ID), zap.String("name", s.Name))
-		} // else it is pinned, changed, or not ours to drop: the next pass sees
+		} // else it is pinned, it changed, or another replica leads: the next pass decides
 	}
 	return next, object.Join(errs...)
 }
 
-// removeAll removes what is being deleted, several at once. A store that hangs
-// does not hold up the next pass for longer than an interval.
+// removeAll removes snapshots, removesInFlight concurrently, for at most one interval:
+// a store that hangs does not delay the next pass further. The errors are by snapshot.
 func (c *cleaner) removeAll(ctx context.Context, snapshots []*Snapshot, fence meta.Cond) []error {
 	ctx, cancel := context.WithTimeout(ctx, c.m.o.CleanInterval)
 	defer cancel()
@@ -243,17 +242,16 @@ func (c *cleaner) removeAll(ctx context.Context, snapshots []*Snapshot, fence me
 			return nil
 		})
 	}
-	_ = group.Wait() // each error has its place
+	_ = group.Wait() // always nil: the errors are in errs
 	return errs
 }
 
-// remove deletes a dropped snapshot's own objects, and then its record. The
-// record stays while one of them may be there; what somebody else has put beside
-// them is left where it is.
+// remove deletes a dropped snapshot's own objects and then its record. The record stays
+// while any of them may exist. Foreign objects under the same prefix are kept.
 func (c *cleaner) remove(ctx context.Context, s *Snapshot, fence meta.Cond) error {
 	store, ok := c.m.o.Stores[s.Store]
 	if !ok {
-		return fmt.Errorf("remove snapshot %s: its objects lie in store %q, which is not configured here", s, s.Store)
+		return fmt.Errorf("remove snapshot %s: its objects are in store %q, which is not configured here", s, s.Store)
 	}
 	foreign, err := c.removeObjects(ctx, store, s)
 	if err != nil {
@@ -268,13 +266,14 @@ func (c *cleaner) remove(ctx context.Context, s *Snapshot, fence meta.Cond) erro
 		return fmt.Errorf("remove snapshot %s: %w", s, err)
 	}
 	if res.Succeeded {
-		c.m.log.Info("snapshot removed", zap.Int64("snapshot", s.ID), zap.String("name", s.Name), zap.Int("foreign_objects_left", foreign))
+		c.m.log.Info("snapshot removed", zap.Int64("snapshot", s.ID), zap.String("name", s.Name),
+			zap.Int("foreign_objects_left", foreign))
 	}
 	return nil
 }
 
-// removeObjects deletes the objects with names that snapshotd gives, and returns
-// how many others there are.
+// removeObjects deletes the objects with names that snapshotd assigns, and returns the
+// number of others.
 func (c *cleaner) removeObjects(ctx context.Context, store object.Store, s *Snapshot) (foreign int, err error) {
 	var batch []string
 	var bytes int64

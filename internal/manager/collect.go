@@ -10,39 +10,42 @@ import (
 	"github.com/snapshotd/snapshotd/internal/gc/collect"
 )
 
-// Collect makes a round of the collector now, see [gc.GC.Collect]. It tells of
-// snapshots as well: those that expired, were dropped or whose creator is gone.
-// The leader removes them by itself; this wakes it when it is this replica.
+// Collect makes a round of the collector now, see [collect.Collector.Collect]. It also
+// reports
+// snapshots that expired, were dropped or whose creator is gone. The leader removes
+// them; Collect wakes the cleaner, which runs if this replica leads.
 func (m *Manager) Collect(ctx context.Context, o collect.CycleOptions) (collect.Summary, error) {
-	if err := m.NotBehind(ctx); err != nil {
+	if err := m.CheckRollback(ctx); err != nil {
 		return collect.Summary{}, fmt.Errorf("collect: %w", err)
 	}
-	only := int64(0)
+	collection := int64(0)
 	if o.Collection != (catalog.Ref{}) {
 		col, err := m.catalog.Collection(ctx, o.Collection)
 		if err != nil {
 			return collect.Summary{}, fmt.Errorf("collect: %w", err)
 		}
-		only = col.ID
+		collection = col.ID
 	}
 	if err := m.view.sync(ctx); err != nil {
 		return collect.Summary{}, fmt.Errorf("collect: %w", err)
 	}
 	deleting, dead, expiring, pinned := m.view.work()
 	now, untrusted := m.clock.Judge(ctx)
-	tell := func(s *Snapshot, action collect.Action, reason string) error {
-		if o.Report == nil || only != 0 && s.Collection != only {
+	report := func(s *Snapshot, action collect.Action, reason string) error {
+		if o.Report == nil || collection != 0 && s.Collection != collection {
 			return nil
 		}
-		return o.Report(collect.Item{Kind: collect.ItemSnapshot, Action: action, Collection: s.Collection, ID: s.ID, Name: s.Name, Reason: reason})
+		return o.Report(collect.Item{
+			Kind: collect.ItemSnapshot, Action: action, Collection: s.Collection, ID: s.ID, Name: s.Name, Reason: reason,
+		})
 	}
 	for _, s := range deleting {
-		if err := tell(s, collect.Deletes, "dropped; its own objects go, and then its record"); err != nil {
+		if err := report(s, collect.Deletes, "dropped; its own objects go, and then its record"); err != nil {
 			return collect.Summary{}, err
 		}
 	}
 	for _, s := range dead {
-		if err := tell(s, collect.Deletes, "its creator is gone; it was never committed"); err != nil {
+		if err := report(s, collect.Deletes, "its creator is gone; it was never committed"); err != nil {
 			return collect.Summary{}, err
 		}
 	}
@@ -58,7 +61,7 @@ func (m *Manager) Collect(ctx context.Context, o collect.CycleOptions) (collect.
 		if len(pins) > 0 {
 			action, reason = collect.Keeps, reason+", but pinned by "+pins[0].Owner
 		}
-		if err := tell(s, action, reason); err != nil {
+		if err := report(s, action, reason); err != nil {
 			return collect.Summary{}, err
 		}
 	}

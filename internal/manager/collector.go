@@ -14,24 +14,27 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// CollectorStatus is how the collector is doing.
+// CollectorStatus is the state of the collector.
 type CollectorStatus struct {
-	LastRound   *collect.Summary // of the leader; nil: there was none yet
-	Deleting    int              // granted units whose files snapshotd has still to delete
+	LastRound   *collect.Summary // of the leader; nil: none yet
+	Deleting    int              // granted units whose files snapshotd has yet to delete
 	Unconfirmed int              // granted units that their callers have not confirmed
-	Tolerance   time.Duration    // how long ago a thing must have been dropped
-	MaxShare    float64          // of a collection at which a round stops
-	StopUnits   int              // from how many units on it does
-	Enabled     bool             // the leader makes rounds and sweeps
-	Blocked     string           // why nothing is deleted at all; empty: it is
-	Clock       string           // why the clock is not trusted; empty: it is
-	Halts       []collect.Halt   // what of expiry, removal and collection stands still
+	Tolerance   time.Duration    // minimum age of a drop before the unit is collected
+	MaxShare    float64          // of a collection; a round stops above it
+	StopUnits   int              // minimum number of units at which MaxShare applies
+	Enabled     bool             // whether the leader makes rounds and sweeps
+	Blocked     string           // why nothing is deleted; empty: not blocked
+	Clock       string           // why the clock is not trusted; empty: trusted
+	Halts       []collect.Halt   // stopped parts of expiry, removal and collection
 }
 
-// CollectorStatus returns how the collector is doing. The last round is the
-// leader's, whichever replica that is; the counts are as this replica sees them.
+// CollectorStatus returns the state of the collector. The last round is that of the
+// leading replica; the counts are those of this replica's cache.
 func (m *Manager) CollectorStatus(ctx context.Context) (CollectorStatus, error) {
-	s := CollectorStatus{Tolerance: m.o.CollectTolerance, MaxShare: m.o.CollectMaxShare, StopUnits: collect.StopUnits, Enabled: !m.o.CollectorOff}
+	s := CollectorStatus{
+		Tolerance: m.o.CollectTolerance, MaxShare: m.o.CollectMaxShare, StopUnits: collect.StopUnits,
+		Enabled: !m.o.CollectorOff,
+	}
 	kv, found, _, err := m.kv.Get(ctx, keys.Cycle)
 	if err != nil {
 		return s, fmt.Errorf("read the last round: %w", err)
@@ -43,7 +46,7 @@ func (m *Manager) CollectorStatus(ctx context.Context) (CollectorStatus, error) 
 		}
 		s.LastRound = collect.DecodeSummary(rec)
 	}
-	if s.Blocked, err = m.Behind(ctx); err != nil {
+	if s.Blocked, err = m.RolledBack(ctx); err != nil {
 		return s, err
 	}
 	_, untrusted := m.clock.Judge(ctx)
@@ -58,14 +61,16 @@ func (m *Manager) CollectorStatus(ctx context.Context) (CollectorStatus, error) 
 	return s, nil
 }
 
-// halts returns what stands still: in all replicas, in the leader, by its record, and in
+// halts returns the stopped work of all replicas, of the leader (from its record) and of
 // this replica.
-func (m *Manager) halts(ctx context.Context, rec *storagev1.Round, blocked string, untrusted error) ([]collect.Halt, error) {
+func (m *Manager) halts(
+	ctx context.Context, rec *storagev1.Round, blocked string, untrusted error,
+) ([]collect.Halt, error) {
 	const all = "expiry, removal and collection"
 	var list []collect.Halt
 	leader, err := m.Leader(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("read who leads: %w", err)
+		return nil, fmt.Errorf("read the leader: %w", err)
 	}
 	if leader == "" {
 		list = append(list, collect.Halt{Name: "leader", What: all, Error: "no replica leads"})
@@ -75,7 +80,8 @@ func (m *Manager) halts(ctx context.Context, rec *storagev1.Round, blocked strin
 	}
 	if untrusted != nil && ctx.Err() == nil {
 		list = append(list, collect.Halt{
-			Name: "clock", What: "expiry and collection", Error: untrusted.Error(), Since: m.clock.StoppedSince(), Replica: m.o.Replica,
+			Name: "clock", What: "expiry and collection", Error: untrusted.Error(), Since: m.clock.StoppedSince(),
+			Replica: m.o.Replica,
 		})
 	}
 	if by, replica := collect.DecodeHalts(rec); replica == leader && leader != m.o.Replica {
@@ -90,10 +96,10 @@ func (m *Manager) halts(ctx context.Context, rec *storagev1.Round, blocked strin
 	return append(list, m.collector.Halts()...), nil
 }
 
-// AwaitDeleted waits until the files of all units are deleted that were granted
-// to snapshotd up to a time, in one collection or, with the zero Ref, in all. It
-// waits for what other calls were granted, too, and for ever when a file cannot
-// be deleted: the end of ctx ends it, with the error of ctx.
+// AwaitDeleted waits until the files of all units that were granted to snapshotd up to
+// granted are deleted, in one collection or, with the zero Ref, in all. That includes
+// units granted by other calls. If a file cannot be deleted it waits until ctx ends, and
+// returns the error of ctx.
 func (m *Manager) AwaitDeleted(ctx context.Context, ref catalog.Ref, granted time.Time) error {
 	var only int64
 	if ref != (catalog.Ref{}) {

@@ -19,17 +19,18 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// abandon gives up a create whose pending key is gone: it can commit no more. It
-// is errChanged when the key is there, or the record is not as it was read. fence
-// is what the leader compares besides.
+// abandon gives up a create whose pending key is gone, which can no longer commit. It
+// returns errChanged when the key exists or the record has changed. The leader adds
+// its fence.
 func (m *Manager) abandon(ctx context.Context, s *Snapshot, fence ...meta.Cond) error {
-	text := fmt.Sprintf("%v: the replica that created %s died, or did not advance for longer than its lease lasts", ErrCreateAborted, s)
+	text := fmt.Sprintf("%v: the replica that created %s died, or made no progress for longer than its lease lasts",
+		ErrCreateAborted, s)
 	return m.giveUp(ctx, s, "CREATE_ABORTED", text, append(fence, meta.Absent(keys.Pending(s.Collection, s.ID))))
 }
 
-// endings are the reasons for which a create ends badly, as its token and its
-// record keep them. Stored: append only.
-var endings = []struct {
+// terminalErrors are the errors that end a create, with their reasons as its token
+// and its record store them. Stored: append only.
+var terminalErrors = []struct {
 	err    error
 	reason string
 }{
@@ -46,18 +47,19 @@ var endings = []struct {
 	{ErrCreateAborted, "CREATE_ABORTED"},
 }
 
-// endingReason is what is kept of err; an error that is no reason of its own
-// becomes ErrCreateAborted, for a create that was given up does not come back.
-func endingReason(err error) (reason string, as error) {
+// terminalReason returns the stored reason of err, and the error to return. An error
+// without a reason becomes ErrCreateAborted, because a create that was given up cannot
+// continue.
+func terminalReason(err error) (reason string, as error) {
 	if full, ok := errors.AsType[*object.FullError](err); ok {
-		return "STORE_FULL", full // its text, which a repeat gets, is complete
+		return "STORE_FULL", full // terminalError parses its text
 	}
-	for _, e := range endings {
+	for _, e := range terminalErrors {
 		if errors.Is(err, e.err) {
 			return e.reason, err
 		}
 	}
-	switch { // whose texts tell of addresses
+	switch { // the texts of these errors contain addresses
 	case errors.Is(err, meta.ErrUnavailable):
 		err = fmt.Errorf("%w: the metadata store did not answer", ErrCreateAborted)
 	case errors.Is(err, object.ErrUnavailable):
@@ -68,29 +70,30 @@ func endingReason(err error) (reason string, as error) {
 	return "CREATE_ABORTED", err
 }
 
-func endingError(reason, text string) error {
+// terminalError returns the error that terminalReason stored.
+func terminalError(reason, text string) error {
 	if full, ok := object.ParseFull(text); ok && reason == "STORE_FULL" {
 		return full
 	}
-	for _, e := range endings {
+	for _, e := range terminalErrors {
 		if e.reason == reason {
-			return &ended{text: text, err: e.err}
+			return &storedError{text: text, err: e.err}
 		}
 	}
-	return &ended{text: text, err: ErrCreateAborted}
+	return &storedError{text: text, err: ErrCreateAborted}
 }
 
-// ended is the error of a create that ended before.
-type ended struct {
+// storedError is the error of an earlier create, as its token stores it.
+type storedError struct {
 	text string
 	err  error
 }
 
-func (e *ended) Error() string { return e.text }
-func (e *ended) Unwrap() error { return e.err }
+func (e *storedError) Error() string { return e.text }
+func (e *storedError) Unwrap() error { return e.err }
 
-// commit makes the snapshot COMMITTED. While there is no answer it sends the same
-// transaction again; that it failed is said only once it cannot happen any more.
+// commit makes the snapshot COMMITTED. It repeats the same transaction while the store
+// does not answer. It reports a failure only once the commit can no longer take effect.
 func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease *createLease) (*Snapshot, error) {
 	op, err := record.NewOp(m.o.Rand)
 	if err != nil {
@@ -99,10 +102,10 @@ func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease
 	next.CommitTime, next.op = m.clock.Display(), op
 	if next.TTL > 0 {
 		if next.CommitTime, err = m.clock.Stamp(ctx); errors.Is(err, clock.ErrUntrusted) {
-			// Its token ends with it, so that another create has to begin.
-			return nil, fmt.Errorf("%w: the time that the ttl begins at: %s", ErrCreateAborted, err.Error())
+			// Aborted: completes the token, so that the caller has to begin another create.
+			return nil, fmt.Errorf("%w: start of the ttl: %s", ErrCreateAborted, err.Error())
 		} else if err != nil {
-			return nil, fmt.Errorf("the time that the ttl begins at: %w", err)
+			return nil, fmt.Errorf("start of the ttl: %w", err)
 		}
 		next.ExpireTime = next.CommitTime.Add(next.TTL)
 	}
@@ -110,7 +113,7 @@ func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease
 	if err := checkRecordSize(value); err != nil {
 		return nil, err
 	}
-	open := false // a commit that was sent has no answer, and may yet happen
+	open := false // whether a commit without an answer may still take effect
 	pauses := meta.Backoff{Rand: m.o.Jitter}
 	for leases := 0; ; {
 		done, err := m.tryCommit(ctx, c, next, value, lease, &open)
@@ -119,7 +122,7 @@ func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease
 			return nil, err
 		case done:
 			return next, nil
-		case errors.Is(err, meta.ErrLeaseNotFound): // that of the result
+		case errors.Is(err, meta.ErrLeaseNotFound): // the lease of the result
 			if leases++; leases < maxAttempts {
 				continue
 			}
@@ -128,16 +131,18 @@ func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease
 			continue
 		}
 		if open {
-			return m.endCommit(ctx, c, next, err)
+			return m.resolveCommit(ctx, c, next, err)
 		}
 		return nil, err
 	}
 }
 
-// tryCommit sends the commit, which fills next in. It says whether that is decided
-// for good; err then says why it failed. open is set while it is not known what
-// becomes of one that was sent.
-func (m *Manager) tryCommit(ctx context.Context, c *creation, next *Snapshot, value []byte, lease *createLease, open *bool) (done bool, err error) {
+// tryCommit sends the commit transaction and fills next from its result. It reports
+// whether the outcome is final; err is then nil on success. It sets open when the
+// outcome of a transaction is unknown.
+func (m *Manager) tryCommit(
+	ctx context.Context, c *creation, next *Snapshot, value []byte, lease *createLease, open *bool,
+) (done bool, err error) {
 	if err := lease.advance(ctx); err != nil && !*open {
 		return true, err
 	}
@@ -147,6 +152,7 @@ func (m *Manager) tryCommit(ctx context.Context, c *creation, next *Snapshot, va
 			return false, err
 		}
 	}
+	generation := record.Encode(&storagev1.Generation{Format: record.Format, SnapshotId: next.ID})
 	res, err := m.kv.Txn(ctx, meta.Txn{
 		Name: "create.commit",
 		If: []meta.Cond{
@@ -156,7 +162,7 @@ func (m *Manager) tryCommit(ctx context.Context, c *creation, next *Snapshot, va
 		Then: slices.Concat([]meta.Op{
 			meta.Put(keys.Snapshot(next.ID), value),
 			meta.Delete(keys.Pending(next.Collection, next.ID)),
-			meta.Put(keys.Generation(next.Collection), record.Encode(&storagev1.Generation{Format: record.Format, SnapshotId: next.ID})),
+			meta.Put(keys.Generation(next.Collection), generation),
 		}, c.tok.End(result, next.ID, value)),
 	})
 	switch {
@@ -172,83 +178,83 @@ func (m *Manager) tryCommit(ctx context.Context, c *creation, next *Snapshot, va
 		next.Revision, next.Order = res.Revision, res.Revision
 		return true, nil
 	}
-	// Refused, and the record says why: another one of ours was applied, or the
-	// pending key is gone and none can be any more.
+	// A compare failed, and the record shows why: an earlier attempt was applied, or
+	// the pending key is gone and no commit can take effect.
 	now, err := m.read(ctx, next.ID)
 	if err != nil {
 		return false, err
 	}
 	if now != nil && now.State == Pending {
-		return true, fmt.Errorf("%w: its lease ran out before the commit", ErrCreateAborted)
+		return true, fmt.Errorf("%w: its lease expired before the commit", ErrCreateAborted)
 	}
-	return true, committedAs(next, now, *open)
+	return true, fillCommitted(next, now, *open)
 }
 
-// committedAs fills next in from its record, nil if there is none, which is not
-// PENDING any more. open says whether the commit may have been applied.
-func committedAs(next, now *Snapshot, open bool) error {
+// fillCommitted fills next from now, its record, which is nil or no longer PENDING.
+// open is whether the commit may have been applied.
+func fillCommitted(next, now *Snapshot, open bool) error {
 	switch {
 	case now == nil && open:
 		return fmt.Errorf("%w: %w: the commit got no answer, and the record is gone", errUndecided, meta.ErrUnavailable)
 	case now == nil, now.State == Deleting && now.commitRev == 0:
-		return fmt.Errorf("%w: its lease ran out before the commit", ErrCreateAborted)
+		return fmt.Errorf("%w: its lease expired before the commit", ErrCreateAborted)
 	case now.State == Deleting: // committed, and dropped since
 		next.Revision, next.Order = now.commitRev, now.commitRev
-	default: // by us: nobody else commits this id
+	default: // by this create: no other commits this id
 		*next = *now
 	}
 	return nil
 }
 
-// endCommit ends a create whose commit got no answer in its time. That it failed
-// is said only once the commit cannot happen any more.
-func (m *Manager) endCommit(ctx context.Context, c *creation, next *Snapshot, cause error) (*Snapshot, error) {
+// resolveCommit ends a create whose commit got no answer in time. It reports a failure
+// only once the commit can no longer take effect.
+func (m *Manager) resolveCommit(ctx context.Context, c *creation, next *Snapshot, cause error) (*Snapshot, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), m.o.LeaseTTL/3)
 	defer cancel()
-	_, why := endingReason(cause)
+	_, why := terminalReason(cause)
 	for pauses := (meta.Backoff{Rand: m.o.Jitter}); ; {
 		now, err := m.read(ctx, next.ID)
 		if err == nil {
 			if now == nil || now.State != Pending {
-				return next, committedAs(next, now, true)
+				return next, fillCommitted(next, now, true)
 			}
-			err = m.giveUp(ctx, now, "CREATE_ABORTED", fmt.Sprintf("the commit was taken back: %v", why), nil)
+			err = m.giveUp(ctx, now, "CREATE_ABORTED", fmt.Sprintf("the commit was prevented: %v", why), nil)
 		}
 		if err == nil {
-			return nil, fmt.Errorf("the commit was taken back: %w", why)
+			return nil, fmt.Errorf("the commit was prevented: %w", why)
 		}
 		if pauses.Wait(ctx) != nil {
-			m.log.Warn("a commit without an answer is still undecided", zap.Int64("snapshot", c.snap.ID), zap.Error(err))
+			m.log.Warn("outcome of a commit still unknown", zap.Int64("snapshot", c.snap.ID), zap.Error(err))
 			return nil, fmt.Errorf("%w: %w: %w", errUndecided, meta.ErrUnavailable, cause)
 		}
 	}
 }
 
-// errChanged means that a record was not as it was read.
+// errChanged means that a record changed after it was read.
 var errChanged = errors.New("record changed")
 
-// giveUp moves a PENDING snapshot to DELETING, which frees its name, and stores
-// the error under its request token. fence is what a leader compares besides.
+// giveUp moves a PENDING snapshot to DELETING, which frees its name, and stores the
+// error under its request token. fence is compared in the same transaction.
 func (m *Manager) giveUp(ctx context.Context, s *Snapshot, reason, text string, fence []meta.Cond) error {
 	for range maxAttempts {
 		op, err := record.NewOp(m.o.Rand)
 		if err != nil {
 			return err
 		}
-		// The reason is for people; a record has no room for a long one.
+		// Truncated: the size of a record is bounded.
 		short := strings.ToValidUTF8(fmt.Sprintf("%.1024s", reason+": "+text), "?")
 		txn := meta.Txn{
 			Name: "create.giveup",
 			If:   append([]meta.Cond{meta.Unchanged(keys.Snapshot(s.ID), s.Revision)}, fence...),
 			Then: []meta.Op{
-				meta.Put(keys.Snapshot(s.ID), encode(s.moved(Deleting, short), op)),
+				meta.Put(keys.Snapshot(s.ID), encode(s.withState(Deleting, short), op)),
 				meta.Delete(keys.SnapshotName(m.scope(s.Collection), s.Name)),
 				meta.Delete(keys.Pending(s.Collection, s.ID)),
 			},
 		}
 		var lease request.Lease
 		if s.requestKey != "" {
-			if lease, err = m.endToken(ctx, s.requestKey, reason, text, &txn); err != nil {
+			if lease, err = m.completeToken(ctx, s.requestKey, reason, text, &txn); err != nil {
 				return err
 			}
 		}
@@ -267,8 +273,9 @@ func (m *Manager) giveUp(ctx context.Context, s *Snapshot, reason, text string, 
 	return errChanged
 }
 
-// endToken adds to txn that the token at key ends with an error.
-func (m *Manager) endToken(ctx context.Context, key, reason, text string, txn *meta.Txn) (request.Lease, error) {
+// completeToken adds to txn the operations that store an error under the token at
+// key. The lease is of the stored result. Without a token it does nothing.
+func (m *Manager) completeToken(ctx context.Context, key, reason, text string, txn *meta.Txn) (request.Lease, error) {
 	kv, found, _, err := m.kv.Get(ctx, key)
 	if err != nil || !found {
 		return request.Lease{}, err

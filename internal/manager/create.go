@@ -20,30 +20,30 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// endTimeout bounds the end of a create that failed, timed out or is stopped.
+// endTimeout bounds the cleanup of a create that failed, timed out or was stopped.
 const endTimeout = 10 * time.Second
 
-// creation is a create from its hand-over to Run until its end.
+// creation is the state of one create, which Run executes.
 type creation struct {
 	spec CreateSpec
 	tok  request.Token
 
 	segments int64 // of the collection, before the create began
 	memory   *reservation
-	revision int64 // to capture at; 0: the newest once the create has begun
+	revision int64 // to capture at; 0: the newest revision after begin
 
 	begun chan struct{} // closed when the snapshot is durable as PENDING, or err is set
-	ended chan struct{} // closed at the end
+	ended chan struct{} // closed when the create has ended
 
-	// Once begun is closed snap may be read: the PENDING record, or nil when there
-	// is none. Once ended is closed also last, the COMMITTED record, and err; err
-	// already after begun if snap is nil.
+	// snap is the PENDING record, nil if begin failed; valid once begun is closed.
+	// last is the COMMITTED record; valid once ended is closed. err is valid once
+	// ended is closed, and once begun is closed if snap is nil.
 	snap, last *Snapshot
 	err        error
 }
 
-// Create captures a collection. The work goes on when ctx ends; the same token
-// joins it.
+// Create captures a collection. The create continues when ctx ends; a call with the
+// same token waits for it.
 func (m *Manager) Create(ctx context.Context, tok request.Token, spec CreateSpec) (*Snapshot, error) {
 	s, err := m.startCreate(ctx, tok, spec)
 	if err != nil {
@@ -72,18 +72,18 @@ func (m *Manager) startCreate(ctx context.Context, tok request.Token, spec Creat
 	if spec.TTL < 0 || spec.TTL > maxExpiry {
 		return nil, &catalog.InvalidError{Field: "ttl", Problem: fmt.Sprintf("%v is not 0 to 100 years", spec.TTL)}
 	}
-	if spec.TTL > 0 { // commit stamps; without a trusted clock nothing begins
+	if spec.TTL > 0 { // commit stamps the start of the ttl: fail early without a trusted clock
 		if _, err := m.clock.Stamp(ctx); err != nil {
-			return nil, fmt.Errorf("the time that the ttl begins at: %w", err)
+			return nil, fmt.Errorf("start of the ttl: %w", err)
 		}
 	}
-	collection, err := m.catalog.Resolve(ctx, spec.Collection) // once
+	collection, err := m.catalog.Resolve(ctx, spec.Collection) // once: the name may move to another collection
 	if err != nil {
 		return nil, err
 	}
 	spec.Collection = catalog.Ref{ID: collection}
 	if len(spec.MinCut) > 0 {
-		if err := m.awaitCut(ctx, spec.Collection, spec.MinCut); err != nil {
+		if err := m.waitForCheckpoints(ctx, spec.Collection, spec.MinCut); err != nil {
 			return nil, err
 		}
 	}
@@ -110,10 +110,10 @@ func (m *Manager) startCreate(ctx context.Context, tok request.Token, spec Creat
 	case <-wait:
 	}
 	if spec.NoWait && c.snap != nil {
-		return c.snap, nil // the create goes on, and with it c.err
+		return c.snap, nil // the create continues and may still set c.err
 	}
-	if c.snap == nil { // begin failed: perhaps another call with the token was first
-		known, err := m.wasFirst(ctx, tok, c.err)
+	if c.snap == nil { // begin failed, possibly because another call with the token succeeded
+		known, err := m.resolveToken(ctx, tok, c.err)
 		if known != nil {
 			return m.join(ctx, tok, known, spec.NoWait)
 		}
@@ -125,7 +125,7 @@ func (m *Manager) startCreate(ctx context.Context, tok request.Token, spec Creat
 // errTokenTaken means that begin lost to another call with the same token.
 var errTokenTaken = errors.New("request token taken")
 
-// join waits for the create that a token stands for, wherever it runs, and ends
+// join waits for the create of a token, on whichever replica it runs, and abandons
 // it when its pending key is gone.
 func (m *Manager) join(ctx context.Context, tok request.Token, known *request.Record, noWait bool) (*Snapshot, error) {
 	for !known.Done {
@@ -136,7 +136,7 @@ func (m *Manager) join(ctx context.Context, tok request.Token, known *request.Re
 		if s != nil {
 			return s, nil
 		}
-		// The transaction that ended the create ended the token with it.
+		// The transaction that ended the create also completed the token.
 		if known, err = request.Find(ctx, m.kv, tok); err != nil {
 			return nil, err
 		}
@@ -145,14 +145,14 @@ func (m *Manager) join(ctx context.Context, tok request.Token, known *request.Re
 		}
 	}
 	if known.ErrorReason != "" {
-		return nil, endingError(known.ErrorReason, known.ErrorText)
+		return nil, terminalError(known.ErrorReason, known.ErrorText)
 	}
 	return decode(meta.KeyValue{Key: keys.Snapshot(known.ID), Value: known.Result, ModRevision: known.Revision})
 }
 
-// awaitEnd waits until a snapshot is not PENDING any more, and abandons it when
-// its pending key is gone. With noWait it returns the record while the pending key
-// is there.
+// awaitEnd waits until a snapshot is no longer PENDING, and abandons it when its
+// pending key is gone. It then returns nil. With noWait it returns the record if the
+// pending key exists.
 func (m *Manager) awaitEnd(ctx context.Context, id int64, noWait bool) (*Snapshot, error) {
 	var waiting *waiter
 	for attempt := 0; ; attempt++ {
@@ -164,7 +164,7 @@ func (m *Manager) awaitEnd(ctx context.Context, id int64, noWait bool) (*Snapsho
 			return nil, err
 		}
 		pending := keys.Pending(s.Collection, s.ID)
-		if waiting == nil { // the first time; before the key is read
+		if waiting == nil { // joins before the key is read, so that no change is missed
 			waiting = m.view.pending.join(pending)
 			defer waiting.leave()
 		}
@@ -182,8 +182,9 @@ func (m *Manager) awaitEnd(ctx context.Context, id int64, noWait bool) (*Snapsho
 		}
 		err = m.abandon(ctx, s)
 		if err == nil {
-			m.log.Info("snapshot given up at a repeat: its creator is gone", zap.Int64("snapshot", s.ID), zap.String("name", s.Name))
-			return nil, nil //nolint:nilnil // it has ended
+			m.log.Info("snapshot abandoned by a repeated create: its creator is gone",
+				zap.Int64("snapshot", s.ID), zap.String("name", s.Name))
+			return nil, nil //nolint:nilnil // the create has ended
 		}
 		if !errors.Is(err, errChanged) {
 			return nil, err
@@ -191,7 +192,7 @@ func (m *Manager) awaitEnd(ctx context.Context, id int64, noWait bool) (*Snapsho
 	}
 }
 
-// create is a create from begin to end. ctx is that of the replica.
+// create executes one create from begin to end. ctx is the replica's.
 func (m *Manager) create(ctx context.Context, c *creation) {
 	began := m.o.Now()
 	defer close(c.ended)
@@ -210,12 +211,13 @@ func (m *Manager) create(ctx context.Context, c *creation) {
 		return
 	}
 	close(c.begun)
-	log := m.log.With(zap.Int64("snapshot", c.snap.ID), zap.String("name", c.snap.Name), zap.Int64("collection", c.snap.Collection))
+	log := m.log.With(zap.Int64("snapshot", c.snap.ID), zap.String("name", c.snap.Name),
+		zap.Int64("collection", c.snap.Collection))
 	log.Info("snapshot pending")
-	// The lease ends with the create, in whatever way that ends.
+	// However the create ends, its lease is revoked.
 	defer func() {
 		if err := lease.end(context.WithoutCancel(ctx)); err != nil {
-			log.Warn("the create's lease could not be revoked and runs out by itself", zap.Error(err))
+			log.Warn("lease of the create not revoked; it expires by itself", zap.Error(err))
 		}
 	}()
 	next, err := m.captureAndWrite(ctx, c, lease)
@@ -233,26 +235,26 @@ func (m *Manager) create(ctx context.Context, c *creation) {
 		return
 	}
 	cause := err
-	reason, err := endingReason(err)
+	reason, err := terminalReason(err)
 	if reason == "CREATE_ABORTED" && errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		err = fmt.Errorf("%w within %v", err, m.o.CreateTimeout)
 	}
 	c.err = err
-	// Given up even when the replica stops, so that the name is free at once.
+	// Given up even if the replica stops: the name is then free at once.
 	ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
 	defer cancel()
 	giveUpErr := m.giveUp(ctx, c.snap, reason, err.Error(), nil)
 	switch {
-	case giveUpErr == nil, errors.Is(giveUpErr, errChanged): // by us, or by the leader before
+	case giveUpErr == nil, errors.Is(giveUpErr, errChanged): // by this replica, or earlier by the leader
 		log.Info("snapshot given up", zap.String("reason", reason), zap.Error(cause))
 	default:
 		c.err = fmt.Errorf("%w: %w", errUndecided, giveUpErr)
-		log.Warn("snapshot could not be given up; the leader will", zap.NamedError("cause", cause), zap.Error(giveUpErr))
+		log.Warn("snapshot not given up; left to the leader", zap.NamedError("cause", cause), zap.Error(giveUpErr))
 	}
 }
 
-// reserve waits until there is memory for the create. It comes before begin, for
-// a create that waits does not advance.
+// reserve waits until memory for the create is free. It precedes begin, because a
+// waiting create does not renew its lease.
 func (m *Manager) reserve(ctx context.Context, c *creation) (err error) {
 	n, first, err := m.catalog.CountSegments(ctx, c.spec.Collection.ID)
 	if err != nil {
@@ -263,19 +265,19 @@ func (m *Manager) reserve(ctx context.Context, c *creation) (err error) {
 	return err
 }
 
-// createLease is the lease of one create. It lives while the create advances.
+// createLease is the lease of one create, renewed while the create makes progress.
 type createLease struct {
 	kv       meta.KV
 	id       meta.LeaseID
 	now      func() time.Time
-	jitter   func() float64 // as [meta.Backoff] wants it
-	interval time.Duration
+	jitter   func() float64 // see [meta.Backoff]
+	interval time.Duration  // between renewals
 	mu       sync.Mutex
 	renewed  time.Time
 }
 
-// advance says that the create has come a step further, and renews the lease
-// when that is due. It is an error when the lease is gone: so is the create.
+// advance records progress and renews the lease when due. It fails if the lease has
+// expired; the create is then abandoned. Concurrent calls are safe.
 func (l *createLease) advance(ctx context.Context) error {
 	l.mu.Lock()
 	now := l.now()
@@ -289,18 +291,18 @@ func (l *createLease) advance(ctx context.Context) error {
 	}
 	err := l.kv.KeepAlive(ctx, l.id)
 	if errors.Is(err, meta.ErrLeaseNotFound) {
-		return fmt.Errorf("%w: it did not advance for longer than its lease lasts", ErrCreateAborted)
+		return fmt.Errorf("%w: it made no progress for longer than its lease lasts", ErrCreateAborted)
 	}
 	if err != nil {
 		l.mu.Lock()
-		l.renewed = l.renewed.Add(-l.interval) // the next step tries again
+		l.renewed = l.renewed.Add(-l.interval) // the next call renews again
 		l.mu.Unlock()
 	}
-	return ctx.Err() // a store that does not answer is seen by those who need it
+	return ctx.Err() // other errors of the store are left to the calls that need its answer
 }
 
-// persist repeats do while a store does not answer, until ctx ends: a create that
-// waits lives. The error is then that of the store.
+// persist repeats do while a store does not answer, until ctx ends, and renews the
+// lease meanwhile. When ctx ends it returns the store's error.
 func (l *createLease) persist(ctx context.Context, do func() error) error {
 	pauses := meta.Backoff{Rand: l.jitter}
 	for {
@@ -317,14 +319,15 @@ func (l *createLease) persist(ctx context.Context, do func() error) error {
 	}
 }
 
+// end revokes the lease.
 func (l *createLease) end(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	return l.kv.Revoke(ctx, l.id)
 }
 
-// begin makes the snapshot durable as PENDING. On success the lease is the
-// caller's to end; on an error it is ended.
+// begin makes the snapshot durable as PENDING. On success the caller must end the
+// lease; on an error begin has ended it.
 func (m *Manager) begin(ctx context.Context, c *creation) (_ *createLease, err error) {
 	granted := m.o.Now()
 	id, err := m.kv.Grant(ctx, m.o.LeaseTTL)
@@ -334,13 +337,13 @@ func (m *Manager) begin(ctx context.Context, c *creation) (_ *createLease, err e
 	lease := &createLease{
 		kv: m.kv, id: id, now: m.o.Now, jitter: m.o.Jitter, interval: min(m.o.LeaseTTL/3, time.Second), renewed: granted,
 	}
-	sent := false // a begin without an answer
+	sent := false // whether a begin without an answer was sent
 	defer func() {
 		if err == nil {
 			return
 		}
-		// What was sent cannot happen any more, unless it has. Else nothing is
-		// under the lease, and it may run out.
+		// Without its lease, a begin that was sent can no longer take effect. If none
+		// was sent, no key is under the lease, and it may expire.
 		if endErr := lease.end(context.WithoutCancel(ctx)); endErr != nil && sent {
 			err = fmt.Errorf("%w: %w; %w", errUndecided, endErr, err)
 		}
@@ -380,10 +383,12 @@ func (m *Manager) begin(ctx context.Context, c *creation) (_ *createLease, err e
 	return nil, fmt.Errorf("%w: the collection keeps changing", catalog.ErrConflict)
 }
 
-// tryBegin is the begin transaction of a snapshot id, which may be sent again
-// with the same id, op and lease. It returns nil when the collection changed, and
-// errUndecided when there is no answer.
-func (m *Manager) tryBegin(ctx context.Context, c *creation, id int64, op string, lease *createLease) (*Snapshot, error) {
+// tryBegin sends the begin transaction of a snapshot id. It may be repeated with the
+// same id, op and lease. It returns nil when the collection changed, and errUndecided
+// when the store did not answer.
+func (m *Manager) tryBegin(
+	ctx context.Context, c *creation, id int64, op string, lease *createLease,
+) (*Snapshot, error) {
 	col, err := m.catalog.Collection(ctx, c.spec.Collection)
 	if errors.Is(err, meta.ErrUnavailable) {
 		return nil, fmt.Errorf("%w: %w", errUndecided, err)
@@ -409,7 +414,9 @@ func (m *Manager) tryBegin(ctx context.Context, c *creation, id int64, op string
 	txn := meta.Txn{
 		Name: "create.begin",
 		If: slices.Concat(
-			[]meta.Cond{meta.Absent(keys.Snapshot(s.ID)), meta.Absent(name), meta.Unchanged(keys.Collection(col.ID), col.Revision)},
+			[]meta.Cond{
+				meta.Absent(keys.Snapshot(s.ID)), meta.Absent(name), meta.Unchanged(keys.Collection(col.ID), col.Revision),
+			},
 			c.tok.Absent()),
 		Then: slices.Concat(
 			[]meta.Op{
@@ -427,24 +434,24 @@ func (m *Manager) tryBegin(ctx context.Context, c *creation, id int64, op string
 	res, err := m.kv.Txn(ctx, txn)
 	switch {
 	case errors.Is(err, meta.ErrLeaseNotFound):
-		return nil, fmt.Errorf("%w: its lease ran out before it began", ErrCreateAborted)
+		return nil, fmt.Errorf("%w: its lease expired before it began", ErrCreateAborted)
 	case meta.Refused(err):
 		return nil, err
 	case err != nil:
 		if now, readErr := m.read(ctx, s.ID); readErr == nil && now != nil {
-			return begun(now, op)
+			return checkBegun(now, op)
 		}
 		return nil, fmt.Errorf("%w: %w", errUndecided, err)
 	case res.Succeeded:
 		s.Revision, s.Order = res.Revision, res.Revision
 		s.history = epoch.History(res.Ranges[0])
 		return s, nil
-	case len(res.Ranges[0]) > 0: // one that was sent before
+	case len(res.Ranges[0]) > 0: // an earlier begin was applied
 		now, err := decode(res.Ranges[0][0])
 		if err != nil {
 			return nil, err
 		}
-		return begun(now, op)
+		return checkBegun(now, op)
 	case c.tok.IsSet() && len(res.Ranges[2]) > 0:
 		return nil, errTokenTaken
 	case len(res.Ranges[1]) > 0:
@@ -453,19 +460,19 @@ func (m *Manager) tryBegin(ctx context.Context, c *creation, id int64, op string
 	return nil, nil //nolint:nilnil // the collection changed
 }
 
-// begun returns the record of a begin without an answer, unless it has ended. A
-// record of another operation is of another create: the id was handed out twice, by
-// a metadata store that went back in time unnoticed.
-func begun(s *Snapshot, op string) (*Snapshot, error) {
+// checkBegun returns the record of a begin without an answer, or an error if that
+// create has ended. A record with another op belongs to another create: the metadata
+// store was rolled back unnoticed and allocated the id twice.
+func checkBegun(s *Snapshot, op string) (*Snapshot, error) {
 	if s.State == Pending && s.op != op {
 		return nil, fmt.Errorf("%w: another create has the id %d", catalog.ErrConflict, s.ID)
 	}
 	if s.State != Pending {
-		return nil, fmt.Errorf("%w: its lease ran out before its begin was answered", ErrCreateAborted)
+		return nil, fmt.Errorf("%w: its lease expired before its begin was answered", ErrCreateAborted)
 	}
 	return s, nil
 }
 
-// errUndecided means that it is not known how a transaction ended. The store's
-// error that it wraps says so to the caller; leases and the leader decide.
+// errUndecided means that the outcome of a transaction is unknown. It wraps the
+// store's error, which reports this to the caller. Leases and the leader then decide.
 var errUndecided = errors.New("outcome unknown")

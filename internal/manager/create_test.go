@@ -845,7 +845,7 @@ func TestForeignObjectIsNotOverwritten(t *testing.T) {
 		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
 		wantError(t, err, object.ErrExists)
 		w.create(r, col, "y")
-		if behind, err := r.Behind(t.Context()); err != nil || behind != "" {
+		if behind, err := r.RolledBack(t.Context()); err != nil || behind != "" {
 			t.Errorf("behind: %q, %v", behind, err)
 		}
 	})
@@ -921,7 +921,7 @@ func TestOwnObjectIsNoAlarm(t *testing.T) {
 						t.Error(err)
 					}
 				}
-				if behind, err := r.Behind(t.Context()); err != nil || behind != "" {
+				if behind, err := r.RolledBack(t.Context()); err != nil || behind != "" {
 					t.Errorf("behind: %q, %v", behind, err)
 				}
 				w.create(r, col, "y")

@@ -15,9 +15,10 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// Drop drops a snapshot: when it returns, the name is free and the snapshot
-// protects nothing; its own objects go in the background. It returns the id, or
-// 0 when there is no such snapshot, which is success.
+// Drop drops a snapshot: when it returns, the name is free and the snapshot protects
+// nothing; its own objects are deleted in the background. With expected > 0 the
+// snapshot must have that id. It returns the id, or 0 if the snapshot does not exist,
+// which is success.
 func (m *Manager) Drop(ctx context.Context, tok request.Token, ref Ref, expected int64) (int64, error) {
 	for attempt := range maxAttempts {
 		if err := meta.Pause(ctx, attempt); err != nil {
@@ -30,7 +31,7 @@ func (m *Manager) Drop(ctx context.Context, tok request.Token, ref Ref, expected
 		}
 		s, txn, err := m.droppable(ctx, ref, expected)
 		if err != nil {
-			known, err := m.wasFirst(ctx, tok, err)
+			known, err := m.resolveToken(ctx, tok, err)
 			if known != nil {
 				return known.ID, nil
 			}
@@ -58,8 +59,8 @@ func (m *Manager) Drop(ctx context.Context, tok request.Token, ref Ref, expected
 	return 0, fmt.Errorf("drop snapshot %s: %w", ref, catalog.ErrConflict)
 }
 
-// droppable returns the snapshot that ref stands for, nil when there is none, and
-// the transaction that drops it, empty when there is nothing to do.
+// droppable returns the snapshot of ref, nil if it does not exist, and the transaction
+// that drops it, empty if the snapshot is already being deleted.
 func (m *Manager) droppable(ctx context.Context, ref Ref, expected int64) (s *Snapshot, txn meta.Txn, err error) {
 	s, err = m.get(ctx, ref, expected == 0)
 	switch {
@@ -72,18 +73,19 @@ func (m *Manager) droppable(ctx context.Context, ref Ref, expected int64) (s *Sn
 	}
 	switch s.State {
 	case Pending:
-		return nil, meta.Txn{}, fmt.Errorf("%w: %s, since %s; wait for it to end", ErrSnapshotPending, s, s.CreateTime.Format(time.RFC3339))
+		return nil, meta.Txn{}, fmt.Errorf("%w: %s, since %s; wait for it to end",
+			ErrSnapshotPending, s, s.CreateTime.Format(time.RFC3339))
 	case Committed:
 		if err := m.checkPins(ctx, s); err != nil {
 			return nil, meta.Txn{}, err
 		}
 		txn, err = m.dropTxn(s)
-	case Deleting: // it is dropped already
+	case Deleting: // already dropped
 	}
 	return s, txn, err
 }
 
-// dropTxn is the transaction that drops a committed snapshot.
+// dropTxn returns the transaction that drops a committed snapshot.
 func (m *Manager) dropTxn(s *Snapshot) (meta.Txn, error) {
 	op, err := record.NewOp(m.o.Rand)
 	if err != nil {
@@ -95,14 +97,15 @@ func (m *Manager) dropTxn(s *Snapshot) (meta.Txn, error) {
 			meta.RangeAbsent(meta.Prefix(keys.PinPrefix(s.ID))),
 		},
 		Then: []meta.Op{
-			meta.Put(keys.Snapshot(s.ID), encode(s.moved(Deleting, ""), op)),
+			meta.Put(keys.Snapshot(s.ID), encode(s.withState(Deleting, ""), op)),
 			meta.Delete(keys.SnapshotName(m.scope(s.Collection), s.Name)),
 		},
 	}, nil
 }
 
-// checkPins says who keeps a snapshot from being dropped. The transaction that
-// drops it compares the same again.
+// checkPins returns an error that names the pins of a snapshot, if it has any, after
+// it removed expired ones. The transaction that drops the snapshot compares that no
+// pin exists.
 func (m *Manager) checkPins(ctx context.Context, s *Snapshot) error {
 	from, to := meta.Prefix(keys.PinPrefix(s.ID))
 	var res meta.RangeResult
@@ -111,16 +114,16 @@ func (m *Manager) checkPins(ctx context.Context, s *Snapshot) error {
 		if res, err = m.kv.Range(ctx, meta.Range{From: from, To: to, Limit: pinsAtOnce}); err != nil {
 			return err
 		}
-		var over []*Pin
+		var expired []*Pin
 		for _, kv := range res.KVs {
-			if p, err := decodePin(kv); err == nil && m.ended(ctx, p) {
-				over = append(over, p)
+			if p, err := decodePin(kv); err == nil && m.pinExpired(ctx, p) {
+				expired = append(expired, p)
 			}
 		}
-		if len(over) == 0 {
+		if len(expired) == 0 {
 			break
 		}
-		if err := m.endPins(ctx, over); err != nil {
+		if err := m.removeExpiredPins(ctx, expired); err != nil {
 			return err
 		}
 	}
@@ -128,11 +131,11 @@ func (m *Manager) checkPins(ctx context.Context, s *Snapshot) error {
 		return nil
 	}
 	res.KVs = res.KVs[:min(len(res.KVs), pinsNamed)]
-	wayOut := "remove the pins first"
+	remedy := "remove the pins first"
 	for _, kv := range res.KVs {
 		if p, err := decodePin(kv); err == nil && p.Job != 0 {
-			wayOut = fmt.Sprintf("wait for restore job %d to end, or cancel it", p.Job)
+			remedy = fmt.Sprintf("wait for restore job %d to end, or cancel it", p.Job)
 		}
 	}
-	return fmt.Errorf("%w by %s; %s", ErrSnapshotPinned, pinNames(res.KVs, res.Count), wayOut)
+	return fmt.Errorf("%w by %s; %s", ErrSnapshotPinned, describePins(res.KVs, res.Count), remedy)
 }

@@ -18,20 +18,22 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// askEvery is how long an answer is waited for before progress is asked again.
-const askEvery = 200 * time.Millisecond
+// progressInterval is the time between two progress requests to the store.
+const progressInterval = 200 * time.Millisecond
 
-// bookmarkEvery is how many revisions may pass without an event before the
-// reader is reported how far it has come.
+// bookmarkEvery is the number of revisions without an event after which a reader gets
+// its current revision.
 const bookmarkEvery = 1000
 
-// Watch tells fn what happens to collections, snapshots and pins after revision
-// after (0: from now on), in order, without gaps. The first call has no events
-// and says from where on events will be reported; later calls without events only
-// move the revision. A positive collection restricts it to that collection and
-// its snapshots, but removals, of which only ids are known, and pins are always
-// reported. It ends with ctx, with fn's first error, or with ErrEventsCompacted.
-func (m *Manager) Watch(ctx context.Context, after, collection int64, fn func(events []Event, revision int64) error) error {
+// Watch calls fn with the changes of collections, snapshots and pins after revision
+// after (0: from now on), in order, without gaps. The first call has no events and
+// passes the revision after which events are reported; later calls without events only
+// advance the revision. A positive collection restricts events to that collection and
+// its snapshots; removals, which hold only ids, and pins are always reported. It ends
+// with ctx, with fn's first error, or with ErrEventsCompacted.
+func (m *Manager) Watch(
+	ctx context.Context, after, collection int64, fn func(events []Event, revision int64) error,
+) error {
 	_, _, now, err := m.kv.Get(ctx, keys.Format)
 	if err != nil {
 		return fmt.Errorf("watch events: %w", err)
@@ -43,9 +45,10 @@ func (m *Manager) Watch(ctx context.Context, after, collection int64, fn func(ev
 		return err
 	}
 	compacted := func(reported int64) error {
-		return fmt.Errorf("%w: revision %d is no longer kept; list what there is and watch from now on", ErrEventsCompacted, reported)
+		return fmt.Errorf("%w: revision %d is no longer kept; list the current state and watch from now on",
+			ErrEventsCompacted, reported)
 	}
-	if after < now { // all replicas answer alike, whatever their feeds hold
+	if after < now { // checked in the store: all replicas answer alike, whatever their feeds hold
 		_, err := m.kv.Range(ctx, meta.Range{From: keys.Format, Revision: after + 1, KeysOnly: true})
 		if errors.Is(err, meta.ErrCompacted) {
 			return compacted(after)
@@ -56,9 +59,9 @@ func (m *Manager) Watch(ctx context.Context, after, collection int64, fn func(ev
 	}
 	r := m.feed.join(after, collection)
 	defer m.feed.leave(r)
-	behind := after < now // the reader is reported when it has caught up
+	behind := after < now // a call without events reports when the reader has caught up
 	if behind {
-		m.feed.want(now)
+		m.feed.wantProgress(now)
 	}
 	reported := after
 	for {
@@ -71,7 +74,8 @@ func (m *Manager) Watch(ctx context.Context, after, collection int64, fn func(ev
 			return compacted(reported)
 		}
 		if errors.Is(err, meta.ErrWatchBroken) {
-			return fmt.Errorf("%w: events up to revision %d may be missing; list what there is and watch from now on", ErrEventsCompacted, reported)
+			return fmt.Errorf("%w: events up to revision %d may be missing; list the current state and watch from now on",
+				ErrEventsCompacted, reported)
 		}
 		if err != nil {
 			return err
@@ -95,10 +99,10 @@ func (m *Manager) Watch(ctx context.Context, after, collection int64, fn func(ev
 	}
 }
 
-// askProgress asks how far the watch has come until ctx ends: a request may be
-// dropped, and one that fails shows in Next.
-func askProgress(ctx context.Context, w meta.Watcher) {
-	ticker := time.NewTicker(askEvery)
+// requestProgress repeatedly requests the progress of a watch until ctx ends, because a
+// request may be dropped. A failed watch shows in Next.
+func requestProgress(ctx context.Context, w meta.Watcher) {
+	ticker := time.NewTicker(progressInterval)
 	defer ticker.Stop()
 	for {
 		_ = w.Progress(ctx)
@@ -110,31 +114,31 @@ func askProgress(ctx context.Context, w meta.Watcher) {
 	}
 }
 
-// events picks what readers are reported of.
-func (m *Manager) events(changes []meta.Event) []Event {
+// decodeEvents returns the events that changes report to readers.
+func (m *Manager) decodeEvents(changes []meta.Event) []Event {
 	var list []Event
-	unpinned := unpinnedIn(changes)
-	rolledBack := rolledBackIn(changes)
+	removed := removedPins(changes)
+	targets := rolledBackTargets(changes)
 	for _, e := range changes {
 		event, err := eventOf(e)
 		switch {
 		case err != nil:
-			m.log.Error("event cannot be decoded and is left out", zap.String("key", e.KV.Key), zap.Error(err))
+			m.log.Error("event skipped: it cannot be decoded", zap.String("key", e.KV.Key), zap.Error(err))
 			continue
 		case event == nil:
 			continue
 		case event.Pin != nil && e.Deleted:
-			event.Expired = unpinned[e.KV.ModRevision] != PinPlace{event.Pin.Snapshot, event.Pin.ID}
-		case event.Collection != nil && e.Deleted && rolledBack[e.KV.ModRevision] == event.Collection.ID:
-			continue // readers never got it
+			event.Expired = removed[e.KV.ModRevision] != PinPlace{event.Pin.Snapshot, event.Pin.ID}
+		case event.Collection != nil && e.Deleted && targets[e.KV.ModRevision] == event.Collection.ID:
+			continue // its creation was never reported
 		}
 		list = append(list, *event)
 	}
 	return list
 }
 
-// eventOf is the event of a change, nil when readers do not get it. Of what is
-// gone only ids are known.
+// eventOf returns the event of a change, nil if it is not reported. The event of a
+// removal holds only ids.
 func eventOf(e meta.Event) (*Event, error) {
 	event := &Event{Type: Updated, Revision: e.KV.ModRevision}
 	switch {
@@ -179,7 +183,7 @@ func eventOf(e meta.Event) (*Event, error) {
 	return event, nil
 }
 
-// snapshotOf is the snapshot of a change; of one that is gone only the id.
+// snapshotOf returns the snapshot of a change; of a removed one only the id.
 func snapshotOf(e meta.Event) (*Snapshot, error) {
 	if !e.Deleted {
 		return decode(e.KV)
@@ -188,7 +192,7 @@ func snapshotOf(e meta.Event) (*Snapshot, error) {
 	return &Snapshot{ID: id}, err
 }
 
-// tombstoneOf is the tombstone of a change; of one that is gone only the ids.
+// tombstoneOf returns the tombstone of a change; of a removed one only the ids.
 func tombstoneOf(e meta.Event) (*gc.Tombstone, error) {
 	if !e.Deleted {
 		return gc.DecodeTombstone(e.KV)
@@ -197,7 +201,7 @@ func tombstoneOf(e meta.Event) (*gc.Tombstone, error) {
 	return &gc.Tombstone{Collection: collection, ID: id}, err
 }
 
-// jobOf is the restore job of a change; of one that is gone only the id.
+// jobOf returns the restore job of a change; of a removed one only the id.
 func jobOf(e meta.Event) (*copyjob.Job, error) {
 	if !e.Deleted {
 		return copyjob.DecodeJob(e.KV)
@@ -206,9 +210,9 @@ func jobOf(e meta.Event) (*copyjob.Job, error) {
 	return &copyjob.Job{ID: id}, err
 }
 
-// rolledBackIn returns the collections whose restores were rolled back, by the
-// revisions at which they were removed.
-func rolledBackIn(changes []meta.Event) map[int64]int64 {
+// rolledBackTargets returns the target collections of rolled back restores, by the
+// revision of their removal.
+func rolledBackTargets(changes []meta.Event) map[int64]int64 {
 	var targets map[int64]int64
 	for _, e := range changes {
 		if !strings.HasPrefix(e.KV.Key, keys.JobPrefix) || e.Deleted {
@@ -224,20 +228,20 @@ func rolledBackIn(changes []meta.Event) map[int64]int64 {
 	return targets
 }
 
-// unpinnedIn returns the pins that were removed, not expired, each with its
-// revision. The transaction that removes a pin says so in another key, and the
-// changes hold whole revisions.
-func unpinnedIn(changes []meta.Event) map[int64]PinPlace {
-	var unpinned map[int64]PinPlace
+// removedPins returns the pins that were removed and did not expire, by revision. The
+// transaction that removes a pin also writes keys.Unpin, and changes hold whole
+// revisions.
+func removedPins(changes []meta.Event) map[int64]PinPlace {
+	var removed map[int64]PinPlace
 	for _, e := range changes {
 		rec := &storagev1.Unpin{}
 		if e.KV.Key != keys.Unpin || e.Deleted || record.Decode(e.KV, rec) != nil {
 			continue
 		}
-		if unpinned == nil {
-			unpinned = make(map[int64]PinPlace)
+		if removed == nil {
+			removed = make(map[int64]PinPlace)
 		}
-		unpinned[e.KV.ModRevision] = PinPlace{rec.GetSnapshotId(), rec.GetPinId()}
+		removed[e.KV.ModRevision] = PinPlace{rec.GetSnapshotId(), rec.GetPinId()}
 	}
-	return unpinned
+	return removed
 }

@@ -16,44 +16,44 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// The feed is the one watch of the metadata store that all readers of events of a
-// replica share. It begins with the first reader and lasts as long as the replica.
+// The feed is the single watch of the metadata store that all event readers of a
+// replica share. It starts with the first reader and lasts as long as the replica.
 //
-//	head      the feed has seen everything up to this revision
+//	head      the feed has received everything up to this revision
 //	ring      the newest events, of whole revisions, bounded in number and bytes
 //	floor     every event after this revision, up to head, is in the ring
 //
-// A reader stands at a revision. It is
+// A reader has a revision. It is
 //
-//	reading   its revision is below head: it takes what concerns it from the ring
-//	idle      it has all up to head. Changes that do not concern it do not wake it,
-//	          and its revision moves with head
-//	late      its revision is below floor, because it resumes from long ago or
-//	          reads slowly: it reads on by a watch of its own, a bounded number of
-//	          events at a time, until it is at floor. So many readers do that at
-//	          once, for no longer than the store takes
+//	reading   its revision is below head: it reads its events from the ring
+//	idle      it has all events up to head. Changes that do not concern it do not wake
+//	          it, and its revision advances with head
+//	late      its revision is below floor, because it resumes from an old revision or
+//	          reads slowly: it reads from a watch of its own, a bounded number of
+//	          events at a time, until it reaches floor. At most lateReaders readers
+//	          do so at once
 //
-// What concerns a reader is decided before it is woken: one that is restricted to a
-// collection sleeps through the events of others.
+// The feed filters events before it wakes a reader: a reader that is restricted to one
+// collection is not woken by events of others.
 //
-//	watch lost                  the store's client opens it again; when that gives up,
-//	                            the feed watches from head, with its ring
-//	head was compacted          the ring is emptied and the feed begins at the newest
+//	watch lost                  the store's client opens it again; if that fails, the
+//	                            feed watches from head and keeps its ring
+//	head was compacted          the ring is emptied and the feed starts at the newest
 //	                            revision; each reader is late
-//	the store contradicts what  each reader ends: what it got may lack events;
-//	it said                     the feed begins at the newest revision
+//	store contradicts an        each reader ends, because events may be missing; the
+//	earlier answer              feed starts at the newest revision
 //	a late reader is compacted  its watch ends: ErrEventsCompacted
-//	record is unreadable        it is logged, once, and left out
+//	record is unreadable        it is logged once and skipped
 //	replica ends                each reader ends: the error wraps meta.ErrUnavailable
 
 // Bounds of a feed.
 const (
 	ringEvents = 8192
 	ringBytes  = 16 << 20 // of the records as stored
-	// readEvents is how many events a reader takes at a time, or those of one
-	// revision when they are more.
+	// readEvents is the number of events that a reader takes at a time, or those of one
+	// revision if they are more.
 	readEvents = 512
-	// lateReaders is how many readers watch the store themselves at once.
+	// lateReaders is the maximum number of readers with a watch of their own.
 	lateReaders = 16
 )
 
@@ -65,27 +65,27 @@ type feed struct {
 	events int // bounds of the ring
 	bytes  int
 
-	begin chan struct{} // size one; there is a reader
-	ask   chan struct{} // size one; wanted is above head
-	late  chan struct{} // one for each late reader that reads
+	begin chan struct{} // size one; signals the first reader
+	ask   chan struct{} // size one; signals that wanted is above head
+	late  chan struct{} // semaphore of late readers
 
 	mu      sync.Mutex
-	live    bool          // head and floor stand
+	live    bool          // head and floor are valid
 	ended   bool          // Run has ended
-	changed chan struct{} // closed when one of these changes
+	changed chan struct{} // closed when live or ended changes
 	head    int64
 	floor   int64
 	wanted  int64
 	ring    []entry
-	held    entryTotals
+	totals  entryTotals
 	readers map[int64]map[*reader]struct{} // by collection; 0: all
-	markAt  int64                          // the lowest wakeAt of idle readers
+	markAt  int64                          // minimum wakeAt of the idle readers
 }
 
-// entry is what one batch of changes holds that readers get.
+// entry holds the events of one batch of changes.
 type entry struct {
 	events   []Event
-	revision int64 // of the batch; the events' are not above it
+	revision int64 // of the batch; not below those of its events
 	bytes    int
 }
 
@@ -96,11 +96,11 @@ type reader struct {
 	collection int64         // 0: all
 	wake       chan struct{} // size one
 
-	// Under feed.mu.
-	at     int64 // the revision it stands at; while idle, if that is higher, it is head
+	// Guarded by feed.mu.
+	at     int64 // its revision; while idle it is head if that is higher
 	idle   bool
-	wakeAt int64 // an idle reader is woken at this revision
-	err    error // ends it
+	wakeAt int64 // revision at which an idle reader is woken
+	err    error // ends the reader
 }
 
 func newFeed(kv meta.KV, log *zap.Logger, rand func() float64, decode func([]meta.Event) []Event) *feed {
@@ -111,8 +111,7 @@ func newFeed(kv meta.KV, log *zap.Logger, rand func() float64, decode func([]met
 	}
 }
 
-// Run follows the store, from the first reader on until ctx ends. It must be called
-// once.
+// Run watches the store from the first reader until ctx ends. It must be called once.
 func (f *feed) Run(ctx context.Context) error {
 	defer f.end()
 	select {
@@ -126,7 +125,7 @@ func (f *feed) Run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
-		f.log.Warn("the watch of events ended and is opened again", zap.Error(err))
+		f.log.Warn("watch of events failed, retrying", zap.Error(err))
 		if backoff.Wait(ctx) != nil {
 			return nil
 		}
@@ -137,19 +136,18 @@ func (f *feed) end() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.ended = true
-	f.change()
-	f.each(func(r *reader) { f.rouse(r) })
+	f.signal()
+	f.forEachReader(func(r *reader) { f.notify(r) })
 }
 
-// change wakes those who wait for live or ended. The lock must be held.
-func (f *feed) change() {
+// signal wakes the calls that wait for a change of live or ended. The lock must be held.
+func (f *feed) signal() {
 	close(f.changed)
 	f.changed = make(chan struct{})
 }
 
-// follow watches the store until that fails. It calls good for every step that
-// worked.
-func (f *feed) follow(ctx context.Context, good func()) error {
+// follow watches the store until the watch fails. It calls onProgress after each batch.
+func (f *feed) follow(ctx context.Context, onProgress func()) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	f.mu.Lock()
@@ -167,7 +165,7 @@ func (f *feed) follow(ctx context.Context, good func()) error {
 	var asking sync.WaitGroup
 	defer asking.Wait()
 	defer cancel()
-	asking.Go(func() { f.askWanted(ctx, w) })
+	asking.Go(func() { f.requestWanted(ctx, w) })
 	for {
 		b, err := w.Next()
 		if errors.Is(err, meta.ErrCompacted) || errors.Is(err, meta.ErrWatchBroken) {
@@ -177,18 +175,17 @@ func (f *feed) follow(ctx context.Context, good func()) error {
 			return err
 		}
 		f.append(b)
-		good()
+		onProgress()
 	}
 }
 
-// askWanted asks how far the watch has come while a reader wants to know.
-func (f *feed) askWanted(ctx context.Context, w meta.Watcher) {
-	ticker := time.NewTicker(askEvery)
+// requestWanted requests the progress of the watch while wanted is above head.
+func (f *feed) requestWanted(ctx context.Context, w meta.Watcher) {
+	ticker := time.NewTicker(progressInterval)
 	defer ticker.Stop()
 	for {
 		for f.isWanted() {
-			// A request that fails or is dropped is made again, and a watch that is
-			// broken shows in Next.
+			// A failed or dropped request is repeated; a broken watch shows in Next.
 			_ = w.Progress(ctx)
 			select {
 			case <-ctx.Done():
@@ -211,32 +208,31 @@ func (f *feed) isWanted() bool {
 	return f.head < f.wanted
 }
 
-// start has the feed begin at head.
+// start sets the feed to an empty ring at head.
 func (f *feed) start(head int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.live, f.head, f.floor = true, head, head
-	f.change()
+	f.signal()
 }
 
-// empty has the feed begin again, for events after head are lost to it. After an
-// ErrWatchBroken those before head may be as well, which ends its readers.
+// empty empties the ring and makes the feed start again, because it missed events after
+// head. After ErrWatchBroken events before head may be missing too: the readers end.
 func (f *feed) empty(err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.live, f.ring, f.held = false, nil, entryTotals{}
-	f.change()
-	f.each(func(r *reader) {
+	f.live, f.ring, f.totals = false, nil, entryTotals{}
+	f.signal()
+	f.forEachReader(func(r *reader) {
 		if errors.Is(err, meta.ErrWatchBroken) {
 			r.err = err
 		}
-		f.unsettle(r, f.head)
-		f.rouse(r)
+		f.markReading(r, f.head)
+		f.notify(r)
 	})
 }
 
-// append takes the feed on by a batch of changes, and wakes the readers that it
-// concerns.
+// append adds a batch of changes to the ring and wakes the readers that it concerns.
 func (f *feed) append(b meta.WatchBatch) {
 	e := entry{events: f.decode(b.Events), revision: b.Revision}
 	for i := range b.Events {
@@ -248,13 +244,13 @@ func (f *feed) append(b meta.WatchBatch) {
 	f.head = b.Revision
 	if len(e.events) > 0 {
 		f.ring = append(f.ring, e)
-		f.held.events += len(e.events)
-		f.held.bytes += e.bytes
+		f.totals.events += len(e.events)
+		f.totals.bytes += e.bytes
 		f.trim()
-		for collection := range f.concerned(e.events) {
+		for collection := range f.affected(e.events) {
 			for r := range f.readers[collection] {
-				f.unsettle(r, before)
-				f.rouse(r)
+				f.markReading(r, before)
+				f.notify(r)
 			}
 		}
 	}
@@ -262,41 +258,42 @@ func (f *feed) append(b meta.WatchBatch) {
 		return
 	}
 	f.markAt = math.MaxInt64
-	f.each(func(r *reader) {
+	f.forEachReader(func(r *reader) {
 		switch {
 		case r.idle && r.wakeAt <= f.head:
-			f.rouse(r)
+			f.notify(r)
 		case r.idle:
 			f.markAt = min(f.markAt, r.wakeAt)
 		}
 	})
 }
 
-// concerned returns whose readers events concern. The lock must be held.
-func (f *feed) concerned(events []Event) map[int64]struct{} {
-	whose := map[int64]struct{}{0: {}}
+// affected returns the collections whose readers get some of the events; 0 stands for
+// unrestricted readers. The lock must be held.
+func (f *feed) affected(events []Event) map[int64]struct{} {
+	collections := map[int64]struct{}{0: {}}
 	for i := range events {
 		ids, all := events[i].concerns()
 		if all {
 			for collection := range f.readers {
-				whose[collection] = struct{}{}
+				collections[collection] = struct{}{}
 			}
-			return whose
+			return collections
 		}
 		for _, id := range ids {
-			whose[id] = struct{}{}
+			collections[id] = struct{}{}
 		}
 	}
-	return whose
+	return collections
 }
 
-// trim keeps the ring within its bounds, but for the newest entry. The lock must be
-// held.
+// trim removes the oldest entries until the ring is within its bounds or has one entry.
+// The lock must be held.
 func (f *feed) trim() {
 	n := 0
-	for n < len(f.ring)-1 && (f.held.events > f.events || f.held.bytes > f.bytes) {
-		f.held.events -= len(f.ring[n].events)
-		f.held.bytes -= f.ring[n].bytes
+	for n < len(f.ring)-1 && (f.totals.events > f.events || f.totals.bytes > f.bytes) {
+		f.totals.events -= len(f.ring[n].events)
+		f.totals.bytes -= f.ring[n].bytes
 		f.floor = f.ring[n].revision
 		f.ring[n] = entry{}
 		n++
@@ -304,8 +301,8 @@ func (f *feed) trim() {
 	f.ring = f.ring[n:]
 }
 
-// each calls fn with each reader. The lock must be held.
-func (f *feed) each(fn func(*reader)) {
+// forEachReader calls fn with each reader. The lock must be held.
+func (f *feed) forEachReader(fn func(*reader)) {
 	for _, readers := range f.readers {
 		for r := range readers {
 			fn(r)
@@ -313,14 +310,15 @@ func (f *feed) each(fn func(*reader)) {
 	}
 }
 
-// unsettle has r, if it is idle, stand at revision. The lock must be held.
-func (f *feed) unsettle(r *reader, revision int64) {
+// markReading ends the idle state of r, whose revision becomes at least revision. The
+// lock must be held.
+func (f *feed) markReading(r *reader, revision int64) {
 	if r.idle {
 		r.idle, r.at = false, max(r.at, revision)
 	}
 }
 
-func (f *feed) rouse(r *reader) {
+func (f *feed) notify(r *reader) {
 	select {
 	case r.wake <- struct{}{}:
 	default:
@@ -352,8 +350,8 @@ func (f *feed) leave(r *reader) {
 	}
 }
 
-// want has the feed ask the store for progress until it is at revision.
-func (f *feed) want(revision int64) {
+// wantProgress makes the feed request progress until it reaches revision.
+func (f *feed) wantProgress(revision int64) {
 	f.mu.Lock()
 	f.wanted = max(f.wanted, revision)
 	f.mu.Unlock()
@@ -363,9 +361,8 @@ func (f *feed) want(revision int64) {
 	}
 }
 
-// next waits for events that concern r, and returns them with the revision up to
-// which r then has everything. Without events it returns when that revision is
-// wakeAt or more.
+// next waits for events that concern r, and returns them with the new revision of r.
+// Without events it returns once that revision is at least wakeAt.
 func (f *feed) next(ctx context.Context, r *reader, wakeAt int64) ([]Event, int64, error) {
 	for {
 		f.mu.Lock()
@@ -376,7 +373,7 @@ func (f *feed) next(ctx context.Context, r *reader, wakeAt int64) ([]Event, int6
 		}
 		if ended {
 			f.mu.Unlock()
-			return nil, 0, fmt.Errorf("watch events: %w: following has ended", meta.ErrUnavailable)
+			return nil, 0, fmt.Errorf("watch events: %w: this replica is stopping", meta.ErrUnavailable)
 		}
 		if !live {
 			f.mu.Unlock()
@@ -387,7 +384,7 @@ func (f *feed) next(ctx context.Context, r *reader, wakeAt int64) ([]Event, int6
 			}
 			continue
 		}
-		f.unsettle(r, f.head)
+		f.markReading(r, f.head)
 		if r.at < f.floor {
 			f.mu.Unlock()
 			return f.catchUp(ctx, r)
@@ -410,7 +407,7 @@ func (f *feed) next(ctx context.Context, r *reader, wakeAt int64) ([]Event, int6
 	}
 }
 
-// take returns events of the ring that concern r, and where r stands then. The lock
+// take returns events of the ring that concern r, and the new revision of r. The lock
 // must be held.
 func (f *feed) take(r *reader) (events []Event, at int64) {
 	first := sort.Search(len(f.ring), func(i int) bool { return f.ring[i].revision > r.at })
@@ -423,8 +420,8 @@ func (f *feed) take(r *reader) (events []Event, at int64) {
 	return events, max(r.at, f.head)
 }
 
-// appendConcerning appends the events that concern r and that it does not have: an
-// entry of the ring may hold several revisions, and r stand at one of them.
+// appendConcerning appends the events that concern r and are after its revision: an
+// entry of the ring may hold several revisions.
 func appendConcerning(to, from []Event, r *reader) []Event {
 	for i := range from {
 		if from[i].Revision <= r.at {
@@ -437,7 +434,7 @@ func appendConcerning(to, from []Event, r *reader) []Event {
 	return to
 }
 
-// catchUp reads on for a reader that the ring is too new for.
+// catchUp reads events for a late reader from a watch of its own.
 func (f *feed) catchUp(ctx context.Context, r *reader) ([]Event, int64, error) {
 	select {
 	case <-ctx.Done():
@@ -455,7 +452,7 @@ func (f *feed) catchUp(ctx context.Context, r *reader) ([]Event, int64, error) {
 	var asking sync.WaitGroup
 	defer asking.Wait()
 	defer cancel()
-	asking.Go(func() { askProgress(ctx, w) })
+	asking.Go(func() { requestProgress(ctx, w) })
 	var events []Event
 	for at < floor && len(events) < readEvents {
 		b, err := w.Next()
@@ -471,7 +468,7 @@ func (f *feed) catchUp(ctx context.Context, r *reader) ([]Event, int64, error) {
 	return events, at, nil
 }
 
-// concerns returns the collections whose readers get e, or that all are.
+// concerns returns the collections whose readers get e; all means every reader.
 func (e *Event) concerns() (ids []int64, all bool) {
 	switch {
 	case e.Collection != nil:

@@ -52,7 +52,7 @@ func (w *world) history(r *replica, after, collection int64) (list []string) {
 		if err != nil {
 			w.t.Fatal(err)
 		}
-		for _, e := range appendConcerning(nil, r.events(b.Events), &reader{collection: collection}) {
+		for _, e := range appendConcerning(nil, r.decodeEvents(b.Events), &reader{collection: collection}) {
 			list = append(list, line(&e))
 		}
 		at = b.Revision
@@ -184,7 +184,7 @@ func TestReadersShareAWatch(t *testing.T) {
 		stand := func() (sum int64) {
 			r.feed.mu.Lock()
 			defer r.feed.mu.Unlock()
-			r.feed.each(func(r *reader) {
+			r.feed.forEachReader(func(r *reader) {
 				if !r.idle {
 					t.Error("a reader is not idle")
 				}

@@ -318,14 +318,14 @@ func TestCutIsPerChannel(t *testing.T) {
 			cut := segment.Timestamp(rapid.IntRange(0, int(inFiles)).Draw(rt, "cut"))
 			view.Checkpoints[ch] = catalog.Checkpoint{Shard: ch, Position: segment.Position{Timestamp: cut}}
 		}
-		c := newCutter(view)
+		c := newCaptureFilter(view)
 		shown := map[row]int{}
 		for _, s := range segments {
 			got, err := c.capture(s)
 			if err != nil {
 				rt.Fatal(err)
 			}
-			if !got.in {
+			if !got.included {
 				continue
 			}
 			for _, f := range got.Files {
@@ -358,7 +358,7 @@ func TestCaptureDecides(t *testing.T) {
 		Indexes:     []catalog.Index{{ID: 5, State: catalog.Active}, {ID: 6, State: catalog.Dropping}},
 		Checkpoints: map[int]catalog.Checkpoint{0: {Position: segment.Position{Timestamp: 100}}},
 	}
-	c := newCutter(v)
+	c := newCaptureFilter(v)
 	for _, tc := range []struct {
 		name    string
 		s       segment.Segment
@@ -392,7 +392,7 @@ func TestCaptureDecides(t *testing.T) {
 		{"commit timestamp after", segment.Segment{CommitTimestamp: 100, Files: []segment.File{file("insert", 1, 2)}}, false, 0, 1},
 	} {
 		got, err := c.capture(tc.s)
-		in := got.in
+		in := got.included
 		if err != nil || in != tc.in || in && (got.RowCeiling != tc.ceiling || len(got.Files) != tc.files) {
 			t.Errorf("%s: in = %v, ceiling %d, %d files, err = %v; want %v, %d, %d", tc.name, in, got.RowCeiling, len(got.Files), err,
 				tc.in, tc.ceiling, tc.files)
@@ -404,13 +404,13 @@ func TestCaptureDecides(t *testing.T) {
 	}
 	_, err := c.capture(segment.Segment{Channel: 7, Files: []segment.File{file("insert", 1, 2)}})
 	wantError(t, err, ErrCheckpointMissing)
-	if got, err := c.capture(segment.Segment{Channel: 7}); got.in || err != nil {
-		t.Errorf("a segment without data on a channel without a checkpoint: in = %v, err = %v", got.in, err)
+	if got, err := c.capture(segment.Segment{Channel: 7}); got.included || err != nil {
+		t.Errorf("a segment without data on a channel without a checkpoint: in = %v, err = %v", got.included, err)
 	}
 	for state, lacking := range map[segment.State]bool{segment.Flushed: true, segment.Growing: false} {
 		got, err := c.capture(segment.Segment{State: state, Rows: 5, Files: []segment.File{file("stats", 1, 2)}})
-		if got.in || got.lacking != lacking || err != nil {
-			t.Errorf("rows without a file, %v: in = %v, lacking = %v, err = %v", state, got.in, got.lacking, err)
+		if got.included || got.lacksFiles != lacking || err != nil {
+			t.Errorf("rows without a file, %v: in = %v, lacking = %v, err = %v", state, got.included, got.lacksFiles, err)
 		}
 	}
 }

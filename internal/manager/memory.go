@@ -13,70 +13,76 @@ import (
 
 // Memory of creates
 //
-// All creates together hold at most CreateMemory of records and manifests, and one
-// chunk more. A create reserves what it is estimated to need before it begins, and
-// keeps that until it has read all of its records. What it reads is charged record by record: to its own
-// reservation first, then to what is free of the budget. When nothing is free the
-// chunk waits for the overdraft, of which there is one, and from then on charges
-// nothing. A chunk that was read is written and let go without any further memory but
-// that of decoding: a segment of many files is decoded to far more than its record. A
-// chunk with such a record decodes, captures and encodes its segments one after another
-// within a second budget, a quarter of CreateMemory.
+// All creates together hold at most CreateMemory of records and manifests, plus one
+// chunk. A create reserves its estimated memory before it begins, and keeps the
+// reservation until it has read all of its records. Each record is charged to the
+// reservation first, then to the free part of the budget. When the budget is used up,
+// the chunk waits for the single overdraft, and then charges nothing more. A chunk that
+// was read needs no further memory to be written, except for decoding: a segment with
+// many files decodes to far more than its record. A chunk with such a record decodes,
+// captures and encodes its segments one after another within a second budget, a quarter
+// of CreateMemory.
 //
-//	who waits                 for what           who lets it go
-//	a create before it begins the budget         creates that end; holds nothing
-//	a chunk that is read      the overdraft      the chunk that has it, which waits
-//	                                             for decoding alone until it is written
-//	a chunk of heavy records  decoding           chunks that are encoded, which wait
-//	                                             for no memory
+//	waiting                    waits for      released by
+//	a create before begin      the budget     creates that end; the waiter holds nothing
+//	a chunk being read         the overdraft  the chunk that holds it, which until it is
+//	                                          written waits for decoding only
+//	a chunk of large records   decoding       chunks being encoded, which wait for no
+//	                                          memory
 //
-// So waits form no circle: what ends a wait at the bottom of this table waits for none.
+// The waits form no cycle: each row waits only for rows below it, and the last row for
+// chunks that do not wait.
 
 // segmentMemory is the estimated memory of one segment of a dozen files, in bytes:
 // its record, or its part of a manifest.
 const segmentMemory = 2 << 10
 
-// What decoding a segment takes, in bytes.
+// The memory of decoding a segment, in bytes.
 const (
-	decodedFactor = 64      // for each byte of its record, at most: of files without ETags
-	lightRecord   = 8 << 10 // records up to this are decoded without a charge
+	decodedFactor = 64      // maximum per byte of the record, reached by files without ETags
+	lightRecord   = 8 << 10 // records up to this size are decoded without a charge
 )
 
-// recordMemory is what is charged for a record: its bytes, as many for its part of
-// the manifest, and what stands around them.
+// recordMemory returns the charge for a record, in bytes: its size, as much again for
+// its part of the manifest, and overhead.
 func recordMemory(kv meta.KeyValue) int64 { return 2*int64(len(kv.Value)) + 256 }
 
 // createMemory is the memory of all creates of a replica.
 type createMemory struct {
 	size      int64
 	budget    *semaphore.Weighted
-	overdraft chan struct{} // holds one token while nothing has it
+	overdraft chan struct{} // holds one token while the overdraft is free
 
 	decodeSize int64
 	decoding   *semaphore.Weighted
 }
 
 func newCreateMemory(size int64) *createMemory {
-	m := &createMemory{size: size, budget: semaphore.NewWeighted(size), overdraft: make(chan struct{}, 1), decodeSize: max(1, size/4)}
+	m := &createMemory{
+		size: size, budget: semaphore.NewWeighted(size), overdraft: make(chan struct{}, 1), decodeSize: max(1, size/4),
+	}
 	m.decoding = semaphore.NewWeighted(m.decodeSize)
 	m.overdraft <- struct{}{}
 	return m
 }
 
-// reserve waits until there is memory for a create of n segments, of which first is
-// one. More than all of it is all of it.
+// reserve waits until memory for a create of n segments is free. first is the record of
+// one of them. The reservation is at most the whole budget.
 func (m *createMemory) reserve(ctx context.Context, n int64, first meta.KeyValue) (*reservation, error) {
 	need := min(n, chunkSegments*(chunksInFlight+1)) * max(segmentMemory, recordMemory(first))
 	need = min(need, (chunksInFlight+1)*2*chunkBytes, m.size)
 	if err := m.budget.Acquire(ctx, need); err != nil {
-		return nil, fmt.Errorf("%w: no memory for it in time: %w", ErrOverloaded, err)
+		return nil, fmt.Errorf("%w: not enough memory within the deadline: %w", ErrOverloaded, err)
 	}
 	return &reservation{memory: m, own: need}, nil
 }
 
-// decode waits until there is memory to decode records, one after another. While it
-// waits it calls alive each second. A record that takes more than all of it takes all.
-func (m *createMemory) decode(ctx context.Context, records []meta.KeyValue, alive func(context.Context) error) (end func(), err error) {
+// decode waits until memory to decode records one after another is free, and calls
+// keepAlive each second meanwhile. end releases the memory. A record that needs more
+// than the whole budget gets all of it.
+func (m *createMemory) decode(
+	ctx context.Context, records []meta.KeyValue, keepAlive func(context.Context) error,
+) (end func(), err error) {
 	largest := 0
 	for i := range records {
 		largest = max(largest, len(records[i].Value))
@@ -95,7 +101,7 @@ func (m *createMemory) decode(ctx context.Context, records []meta.KeyValue, aliv
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		if err := alive(ctx); err != nil {
+		if err := keepAlive(ctx); err != nil {
 			return nil, err
 		}
 	}
@@ -107,20 +113,20 @@ type reservation struct {
 	own    int64 // reserved at the start
 
 	mu    sync.Mutex
-	extra int64 // taken from the budget besides
+	extra int64 // taken from the budget in addition
 	used  int64
-	read  bool // nothing more is read
+	read  bool // whether all records are read
 }
 
-// allRead returns what is not in use, now and whenever a chunk ends.
+// allRead returns the unused memory to the budget, now and whenever a chunk ends.
 func (r *reservation) allRead() {
 	r.mu.Lock()
 	r.read = true
 	r.mu.Unlock()
-	r.give(0)
+	r.refund(0)
 }
 
-// end returns all of it. No chunk is in use any more.
+// end returns all memory to the budget. No chunk may be in use.
 func (r *reservation) end() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -128,8 +134,8 @@ func (r *reservation) end() {
 	r.own, r.extra = 0, 0
 }
 
-// take charges n bytes, if they are there.
-func (r *reservation) take(n int64) bool {
+// charge charges n bytes. It returns false if the budget does not have them.
+func (r *reservation) charge(n int64) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if more := r.used + n - r.own - r.extra; more > 0 {
@@ -142,7 +148,8 @@ func (r *reservation) take(n int64) bool {
 	return true
 }
 
-func (r *reservation) give(n int64) {
+// refund undoes a charge of n bytes.
+func (r *reservation) refund(n int64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.used -= n
@@ -155,19 +162,19 @@ func (r *reservation) give(n int64) {
 	}
 }
 
-// charge is the memory of one chunk.
-type charge struct {
-	of        *reservation
-	bytes     int64
-	overdrawn bool
+// chunkMemory is the memory charged for one chunk.
+type chunkMemory struct {
+	reservation *reservation
+	bytes       int64
+	overdrawn   bool
 }
 
-// add charges n bytes more. While it waits it calls alive each second.
-func (c *charge) add(ctx context.Context, n int64, alive func(context.Context) error) error {
+// add charges n more bytes. While it waits it calls keepAlive each second.
+func (c *chunkMemory) add(ctx context.Context, n int64, keepAlive func(context.Context) error) error {
 	if c.overdrawn {
 		return nil
 	}
-	if c.of.take(n) {
+	if c.reservation.charge(n) {
 		c.bytes += n
 		return nil
 	}
@@ -177,11 +184,11 @@ func (c *charge) add(ctx context.Context, n int64, alive func(context.Context) e
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-c.of.memory.overdraft:
+		case <-c.reservation.memory.overdraft:
 			c.overdrawn = true
 			return nil
 		case <-tick.C:
-			if err := alive(ctx); err != nil {
+			if err := keepAlive(ctx); err != nil {
 				return err
 			}
 		}
@@ -189,18 +196,18 @@ func (c *charge) add(ctx context.Context, n int64, alive func(context.Context) e
 }
 
 // shrink keeps at most n bytes charged.
-func (c *charge) shrink(n int64) {
+func (c *chunkMemory) shrink(n int64) {
 	if n < c.bytes {
-		c.of.give(c.bytes - n)
+		c.reservation.refund(c.bytes - n)
 		c.bytes = n
 	}
 }
 
-// end returns all of it.
-func (c *charge) end() {
+// end returns all memory of the chunk.
+func (c *chunkMemory) end() {
 	c.shrink(0)
 	if c.overdrawn {
 		c.overdrawn = false
-		c.of.memory.overdraft <- struct{}{}
+		c.reservation.memory.overdraft <- struct{}{}
 	}
 }

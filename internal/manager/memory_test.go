@@ -116,7 +116,7 @@ func TestMemoryIsBoundedAndReturned(t *testing.T) {
 				}
 				var chunks sync.WaitGroup
 				for range 1 + rnd.IntN(5) {
-					c := &charge{of: r}
+					c := &chunkMemory{reservation: r}
 					size := int64(1 + rnd.IntN(chunkMost))
 					for left := size; left > 0; {
 						n := min(left, int64(1+rnd.IntN(100)))

@@ -10,8 +10,9 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 )
 
-// awaitCut waits until the collection's checkpoints are where want has them.
-func (m *Manager) awaitCut(ctx context.Context, ref catalog.Ref, want []catalog.Checkpoint) error {
+// waitForCheckpoints waits until each checkpoint of the collection is at or after
+// the wanted one. At the deadline of ctx it returns ErrCutNotReached.
+func (m *Manager) waitForCheckpoints(ctx context.Context, ref catalog.Ref, want []catalog.Checkpoint) error {
 	col, err := m.catalog.Collection(ctx, ref)
 	if err != nil {
 		return err
@@ -28,20 +29,20 @@ func (m *Manager) awaitCut(ctx context.Context, ref catalog.Ref, want []catalog.
 	}
 	wait := ctx
 	if deadline, ok := ctx.Deadline(); ok {
-		// Ends a little earlier, so that the answer arrives in time to be read.
+		// Ends before the deadline, so that the caller still receives the answer.
 		left := time.Until(deadline)
 		var cancel context.CancelFunc
 		wait, cancel = context.WithTimeout(ctx, left-min(left/5, 500*time.Millisecond))
 		defer cancel()
 	}
-	waiting := m.cuts.await(col.ID) // before they are read
+	waiting := m.checkpoints.await(col.ID) // joins before the checkpoints are read, so that no change is missed
 	defer waiting.leave()
 	for {
 		view, err := m.catalog.At(ctx, col.ID, 0)
 		if err != nil {
 			return err
 		}
-		behind := laggards(&view, want)
+		behind := laggingChannels(&view, want)
 		if len(behind) == 0 {
 			return nil
 		}
@@ -62,8 +63,9 @@ func (m *Manager) awaitCut(ctx context.Context, ref catalog.Ref, want []catalog.
 	}
 }
 
-// laggards names the channels whose checkpoint is not where want has it.
-func laggards(v *catalog.View, want []catalog.Checkpoint) []string {
+// laggingChannels describes the channels whose checkpoint is missing or before the
+// wanted one.
+func laggingChannels(v *catalog.View, want []catalog.Checkpoint) []string {
 	var behind []string
 	for _, w := range want {
 		cp, ok := v.Checkpoints[w.Shard]

@@ -19,7 +19,7 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// Errors that callers tell apart; each is wrapped with what it is about.
+// Errors that callers distinguish; each is wrapped with its subject.
 var (
 	ErrSnapshotNotFound     = errors.New("snapshot not found")
 	ErrNeverExisted         = errors.New("no snapshot ever had this id")
@@ -37,7 +37,7 @@ var (
 	ErrChannelMismatch      = errors.New("another number of channels")
 	ErrLayoutRefused        = errors.New("a file has no place in the target's layout")
 	ErrPinOfRestore         = errors.New("the pin is of a restore")
-	ErrStoreUnfit           = errors.New("the object store lacks what a restore needs")
+	ErrStoreUnfit           = errors.New("the object store lacks a feature that a restore needs")
 	ErrCheckpointMissing    = errors.New("checkpoint missing")
 	ErrNotExact             = errors.New("segments straddle the cut")
 	ErrFileMissing          = errors.New("file missing or not as recorded")
@@ -51,10 +51,10 @@ var (
 	ErrPinHasNoTTL          = errors.New("pin has no ttl")
 )
 
-// State is where a snapshot is in its life. Stored: append only.
+// State is the state of a snapshot. Stored: append only.
 type State int
 
-// The states. See the package comment for the moves between them.
+// The states. The package comment has the transitions between them.
 const (
 	Pending State = iota + 1
 	Committed
@@ -73,14 +73,14 @@ func (s State) String() string {
 	return "UNKNOWN"
 }
 
-// moves holds every legal change of state. DELETING ends in the removal of the
+// transitions are the legal changes of state. DELETING ends with the removal of the
 // record.
-var moves = map[State][]State{
+var transitions = map[State][]State{
 	Pending:   {Committed, Deleting},
 	Committed: {Deleting},
 }
 
-// Cut is where a snapshot cuts a channel: rows before Timestamp are in it.
+// Cut is the cut of a snapshot on one channel: rows before Timestamp are in the snapshot.
 type Cut struct {
 	Shard     int
 	Channel   string
@@ -98,7 +98,7 @@ type Snapshot struct {
 	Description     string
 	Labels          map[string]string
 	CreateTime      time.Time
-	CommitTime      time.Time // zero before
+	CommitTime      time.Time // zero before the commit
 	ExpireTime      time.Time // zero: never
 	TTL             time.Duration
 	Cuts            []Cut // in shard order, once committed
@@ -106,27 +106,27 @@ type Snapshot struct {
 	Partitions      []int64 // ascending
 	Totals          segment.Totals
 	Metadata        manifest.Digest // of metadata.json
-	ManifestBytes   int64           // of all its own objects
-	Reason          string          // why its creation was given up
+	ManifestBytes   int64           // total size of its own objects
+	Reason          string          // error for which the create was given up
 	Store           string          // alias of the store of its own objects
 	Revision        int64           // of the record
-	// Order is the revision of the commit, or before it that of the first
-	// transaction. With the id it orders all snapshots.
+	// Order is the revision of the commit, and before the commit that of begin. With the
+	// id it orders all snapshots.
 	Order int64
 
 	requestKey string
 	op         string
-	commitRev  int64             // stored; 0: that of the record
-	history    int64             // of the metadata store, that it began in; 0: not known
-	beginRev   int64             // of the transaction that began it, once committed
+	commitRev  int64             // revision of the commit, stored; 0: that of the record
+	history    int64             // history of the metadata store at begin; 0: not known
+	beginRev   int64             // revision of begin, set by the commit
 	refs       manifest.RefsFile // zero in records of earlier releases
 }
 
 func (s *Snapshot) String() string { return fmt.Sprintf("%s (%d)", s.Name, s.ID) }
 
-// Ref points at a snapshot: by ID if that is positive, else by name.
-// Collection, unless it is zero, must be the snapshot's, and is needed with a
-// name where names are unique per collection.
+// Ref identifies a snapshot: by ID if that is positive, else by name. Collection, unless
+// it is zero, must be the snapshot's. It is required with a name where names are unique
+// per collection.
 type Ref struct {
 	ID         int64
 	Name       string
@@ -144,8 +144,9 @@ func encode(s *Snapshot, op string) []byte {
 	rec := &storagev1.Snapshot{
 		Format: record.Format, Name: s.Name, CollectionId: s.Collection, Db: s.DB, CollectionName: s.CollectionName,
 		State: uint32(s.State), Description: s.Description, Labels: s.Labels,
-		CreateTime: record.Nanos(s.CreateTime), CommitTime: record.Nanos(s.CommitTime), ExpireTime: record.Nanos(s.ExpireTime),
-		Ttl: int64(s.TTL), CatalogRevision: s.CatalogRevision, Partitions: record.Gaps(s.Partitions),
+		CreateTime: record.Nanos(s.CreateTime), CommitTime: record.Nanos(s.CommitTime),
+		ExpireTime: record.Nanos(s.ExpireTime), Ttl: int64(s.TTL),
+		CatalogRevision: s.CatalogRevision, Partitions: record.Gaps(s.Partitions),
 		Totals: &storagev1.Totals{
 			Segments: s.Totals.Segments, Rows: s.Totals.Rows, Files: s.Totals.Files, Bytes: s.Totals.Bytes,
 			Builds: s.Totals.Builds, Straddling: s.Totals.Straddling,
@@ -159,7 +160,9 @@ func encode(s *Snapshot, op string) []byte {
 	}
 	rec.References = record.References(&s.refs)
 	for _, c := range s.Cuts {
-		rec.Cuts = append(rec.Cuts, &storagev1.Cut{Shard: uint32(c.Shard), Channel: c.Channel, Timestamp: uint64(c.Timestamp)})
+		rec.Cuts = append(rec.Cuts, &storagev1.Cut{
+			Shard: uint32(c.Shard), Channel: c.Channel, Timestamp: uint64(c.Timestamp),
+		})
 	}
 	return record.Encode(rec)
 }
@@ -176,10 +179,12 @@ func decode(kv meta.KeyValue) (*Snapshot, error) {
 	}
 	t := rec.GetTotals()
 	s := &Snapshot{
-		ID: id, Name: rec.GetName(), Collection: rec.GetCollectionId(), DB: rec.GetDb(), CollectionName: rec.GetCollectionName(),
-		State: State(rec.GetState()), Description: rec.GetDescription(), Labels: rec.GetLabels(),
-		CreateTime: record.Time(rec.GetCreateTime()), CommitTime: record.Time(rec.GetCommitTime()), ExpireTime: record.Time(rec.GetExpireTime()),
-		TTL: time.Duration(rec.GetTtl()), CatalogRevision: rec.GetCatalogRevision(), Partitions: record.Sums(rec.GetPartitions()),
+		ID: id, Name: rec.GetName(), Collection: rec.GetCollectionId(), DB: rec.GetDb(),
+		CollectionName: rec.GetCollectionName(), State: State(rec.GetState()), Description: rec.GetDescription(),
+		Labels:     rec.GetLabels(),
+		CreateTime: record.Time(rec.GetCreateTime()), CommitTime: record.Time(rec.GetCommitTime()),
+		ExpireTime: record.Time(rec.GetExpireTime()), TTL: time.Duration(rec.GetTtl()),
+		CatalogRevision: rec.GetCatalogRevision(), Partitions: record.Sums(rec.GetPartitions()),
 		Totals: segment.Totals{
 			Segments: t.GetSegments(), Rows: t.GetRows(), Files: t.GetFiles(), Bytes: t.GetBytes(),
 			Builds: t.GetBuilds(), Straddling: t.GetStraddling(),
@@ -193,7 +198,9 @@ func decode(kv meta.KeyValue) (*Snapshot, error) {
 	copy(s.Metadata.SHA256[:], rec.GetMetadataSha256())
 	s.refs = record.RefsFile(rec.GetReferences())
 	for _, c := range rec.GetCuts() {
-		s.Cuts = append(s.Cuts, Cut{Shard: int(c.GetShard()), Channel: c.GetChannel(), Timestamp: segment.Timestamp(c.GetTimestamp())})
+		s.Cuts = append(s.Cuts, Cut{
+			Shard: int(c.GetShard()), Channel: c.GetChannel(), Timestamp: segment.Timestamp(c.GetTimestamp()),
+		})
 	}
 	switch {
 	case s.Order != 0:
@@ -205,10 +212,10 @@ func decode(kv meta.KeyValue) (*Snapshot, error) {
 	return s, nil
 }
 
-// moved returns a copy of s in another state, as the transaction that moves it
-// writes it. A move that is not legal is a mistake in this program.
-func (s *Snapshot) moved(to State, reason string) *Snapshot {
-	if !slices.Contains(moves[s.State], to) {
+// withState returns a copy of s in another state, for the record that the transaction
+// writes. It panics on an illegal transition, which is a bug.
+func (s *Snapshot) withState(to State, reason string) *Snapshot {
+	if !slices.Contains(transitions[s.State], to) {
 		panic(fmt.Sprintf("manager: snapshot %d cannot move from %v to %v", s.ID, s.State, to))
 	}
 	next := *s
@@ -219,7 +226,7 @@ func (s *Snapshot) moved(to State, reason string) *Snapshot {
 	return &next
 }
 
-// maxExpiry is how far ahead an expiry may lie.
+// maxExpiry is the maximum time until an expiry.
 const maxExpiry = 100 * 365 * 24 * time.Hour
 
 func checkExpiry(t, now time.Time) error {
@@ -227,15 +234,16 @@ func checkExpiry(t, now time.Time) error {
 		return nil
 	}
 	return &catalog.InvalidError{
-		Field:   "expire_time",
-		Problem: fmt.Sprintf("%s does not lie ahead by at most 100 years; leave it out for a snapshot that stays", t.UTC().Format(time.RFC3339)),
+		Field: "expire_time",
+		Problem: fmt.Sprintf("%s is not within the next 100 years; omit it for a snapshot that never expires",
+			t.UTC().Format(time.RFC3339)),
 	}
 }
 
-// Filter says which snapshots to list. Zero fields do not filter, but no States
-// means COMMITTED ones only.
+// Filter selects the snapshots of a list. Zero fields do not filter, except that no
+// States means COMMITTED.
 type Filter struct {
-	Collection catalog.Ref // an id may be that of a dropped collection
+	Collection catalog.Ref // by id also a dropped collection
 	DB         string
 	Partition  int64
 	Labels     map[string]string
@@ -243,7 +251,7 @@ type Filter struct {
 	NamePrefix string
 }
 
-// match says whether s passes the filter, whose Collection is already an id.
+// match reports whether s passes the filter, whose Collection must be an id.
 func (f *Filter) match(s *Snapshot) bool {
 	return (f.Collection.ID == 0 || s.Collection == f.Collection.ID) &&
 		(f.DB == "" || s.DB == f.DB) &&
@@ -262,42 +270,42 @@ func hasLabels(have, want map[string]string) bool {
 	return true
 }
 
-// Place is a place in the order of snapshots, newest first. The zero Place is
-// before the first.
+// Place is a position in the order of snapshots, newest first. The zero Place is before
+// the first.
 type Place struct {
 	Order, ID int64
 }
 
-// CreateSpec says what to create.
+// CreateSpec specifies a create.
 type CreateSpec struct {
 	Collection   catalog.Ref
 	Name         string
 	Description  string
 	Labels       map[string]string
-	TTL          time.Duration // after the commit; 0 and no ExpireTime: never
+	TTL          time.Duration // from the commit; 0 and no ExpireTime: never expires
 	ExpireTime   time.Time
-	MinCut       []catalog.Checkpoint // positions to wait for
+	MinCut       []catalog.Checkpoint // checkpoints to wait for
 	RequireExact bool
 	Verify       bool
 	NoWait       bool // return the PENDING record as soon as it is durable
 }
 
-// UpdateSpec says what to change: the fields that are not nil.
+// UpdateSpec specifies an update. Nil fields are not changed.
 type UpdateSpec struct {
 	Description *string
 	Labels      *map[string]string
 	ExpireTime  *time.Time     // the zero time: never
-	TTL         *time.Duration // in place of ExpireTime: so long from now
-	Revision    int64          // that the snapshot must have; 0: any
+	TTL         *time.Duration // from now, in place of ExpireTime
+	Revision    int64          // required revision of the snapshot; 0: any
 }
 
-// Description is what a snapshot captured, but for its segments.
+// Description is the content of a snapshot without its segments.
 type Description struct {
 	Snapshot *Snapshot
 	Metadata *manifest.Metadata
 	Prefix   string // of the snapshot's own objects in its store
-	// Damage says which of its own objects are missing or have another length, at
-	// most maxDamage of them. Nil, and DamageErr: they could not be listed.
+	// Damage describes own objects that are missing or have another length, at most
+	// maxDamage of them. DamageErr is set if they could not be listed.
 	Damage    []string
 	DamageErr error
 }
@@ -308,7 +316,7 @@ type Segment struct {
 	segment.Segment
 }
 
-// ChangeType says what kind of change an event is.
+// ChangeType is the kind of change that an event reports.
 type ChangeType int
 
 // The kinds of change.
@@ -318,15 +326,15 @@ const (
 	Deleted
 )
 
-// Event is a change of a collection, a snapshot, a pin, a tombstone or a restore
-// job; one of them is set. Of what is Deleted only the ids are known.
+// Event is a change of a collection, a snapshot, a pin, a tombstone or a restore job;
+// one of them is set. A Deleted one holds only ids.
 type Event struct {
 	Type       ChangeType
 	Revision   int64
 	Collection *catalog.Collection
 	Snapshot   *Snapshot
 	Pin        *Pin
-	Expired    bool // the pin is Deleted because nobody renewed it in time
+	Expired    bool // the pin is Deleted because it was not renewed in time
 	Tombstone  *gc.Tombstone
 	Restore    *copyjob.Job
 }
@@ -337,24 +345,23 @@ type Pin struct {
 	ID         int64
 	Owner      string
 	Reason     string
-	TTL        time.Duration // from each renewal; 0: until it is removed
+	TTL        time.Duration // from each renewal; 0: until removed
 	CreateTime time.Time
 	ExpireTime time.Time // zero: never
-	Job        int64     // the restore job that it is of, whose end alone removes it
+	Job        int64     // restore job that owns the pin; only its end removes the pin
 	Revision   int64     // of the record
 
 	lease meta.LeaseID
 	op    string
 }
 
-// PinSpec says how to pin a snapshot.
+// PinSpec specifies a pin.
 type PinSpec struct {
 	Owner, Reason string
-	TTL           time.Duration // 0: until it is removed
+	TTL           time.Duration // 0: until removed
 }
 
-// PinPlace is a place in the order of pins. The zero PinPlace is before the
-// first.
+// PinPlace is a position in the order of pins. The zero PinPlace is before the first.
 type PinPlace struct {
 	Snapshot, ID int64
 }
@@ -366,8 +373,8 @@ func encodePin(p *Pin) []byte {
 	})
 }
 
-// decodePin reads a pin's record. When that cannot be read, the pin has the ids
-// of its key all the same.
+// decodePin reads a pin's record. If the record cannot be read, it returns an error and
+// a pin with the ids of the key.
 func decodePin(kv meta.KeyValue) (*Pin, error) {
 	snapshot, id, err := keys.LastTwo(kv.Key)
 	if err != nil {

@@ -20,7 +20,7 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// Bounds on pins. The API promises them.
+// Bounds on pins, documented in the API.
 const (
 	maxPins      = 1000 // of one snapshot
 	maxPinOwner  = 255  // bytes
@@ -30,17 +30,17 @@ const (
 )
 
 const (
-	pinsNamed  = 3   // how many pins an error names
-	pinsAtOnce = 100 // how many are looked at or ended in one transaction
+	pinsNamed  = 3   // pins named by an error
+	pinsAtOnce = 100 // pins read or removed in one transaction
 )
 
-// readBackTimeout bounds what is done about a transaction without an answer, and
-// about a lease that is not needed any more, after the caller may have gone.
+// readBackTimeout bounds the read after a transaction without an answer, and the
+// revocation of an unused lease. Both continue when the caller's context ends.
 const readBackTimeout = 5 * time.Second
 
-// Pin keeps a snapshot from being dropped and from expiring. Without an answer
-// from the store the error wraps meta.ErrUnavailable, and a call with the same
-// token finds the pin if there is one.
+// Pin protects a snapshot from drops and expiry. If the store does not answer, the error
+// wraps meta.ErrUnavailable, and a call with the same token returns the pin if it was
+// made.
 func (m *Manager) Pin(ctx context.Context, tok request.Token, ref Ref, spec PinSpec) (*Pin, error) {
 	p, err := m.pin(ctx, tok, ref, spec)
 	if err != nil {
@@ -71,17 +71,17 @@ func (m *Manager) pin(ctx context.Context, tok request.Token, ref Ref, spec PinS
 		}
 		var s *Snapshot
 		if known == nil {
-			if s, err = m.pinnable(ctx, ref); err != nil {
-				known, err = m.wasFirst(ctx, tok, err)
+			if s, err = m.checkPinnable(ctx, ref); err != nil {
+				known, err = m.resolveToken(ctx, tok, err)
 			}
 		}
 		if known != nil {
-			return pinOfToken(known)
+			return pinFromToken(known)
 		}
 		if err != nil {
 			return nil, err
 		}
-		ref.ID, p.Snapshot = s.ID, s.ID // a name is resolved once
+		ref.ID, p.Snapshot = s.ID, s.ID // the name is resolved once
 		if p.ID == 0 {
 			if p.ID, err = m.catalog.NextID(ctx); err != nil {
 				return nil, err
@@ -99,9 +99,9 @@ func (m *Manager) pin(ctx context.Context, tok request.Token, ref Ref, spec PinS
 	return nil, catalog.ErrConflict
 }
 
-// pinnable returns a snapshot that may take another pin. The number of its pins
-// is looked up, and not compared: a few more do no harm.
-func (m *Manager) pinnable(ctx context.Context, ref Ref) (*Snapshot, error) {
+// checkPinnable returns the snapshot of ref if it accepts another pin. The number of
+// pins is read but not compared in the transaction: a small excess is harmless.
+func (m *Manager) checkPinnable(ctx context.Context, ref Ref) (*Snapshot, error) {
 	s, err := m.committed(ctx, ref)
 	if err != nil {
 		return nil, err
@@ -112,19 +112,20 @@ func (m *Manager) pinnable(ctx context.Context, ref Ref) (*Snapshot, error) {
 		return nil, fmt.Errorf("count the pins of %s: %w", s, err)
 	}
 	if res.Count >= maxPins {
-		return nil, fmt.Errorf("%w: %s has %d pins, at most %d; remove some first", catalog.ErrLimitExceeded, s, res.Count, maxPins)
+		return nil, fmt.Errorf("%w: %s has %d pins, at most %d; remove some first",
+			catalog.ErrLimitExceeded, s, res.Count, maxPins)
 	}
 	return s, nil
 }
 
-// tryPin is the transaction that pins s. It says false when s changed, the token
-// was taken, or a lease was lost.
+// tryPin sends the transaction that pins s. It returns false when s changed, the token
+// was used, or a lease expired.
 func (m *Manager) tryPin(ctx context.Context, tok request.Token, s *Snapshot, p *Pin) (bool, error) {
 	var err error
 	if p.op, err = record.NewOp(m.o.Rand); err != nil {
 		return false, err
 	}
-	if p.CreateTime, err = m.leasePin(ctx, p); err != nil {
+	if p.CreateTime, err = m.grantPinLease(ctx, p); err != nil {
 		return false, err
 	}
 	key, value := keys.Pin(p.Snapshot, p.ID), encodePin(p)
@@ -137,22 +138,23 @@ func (m *Manager) tryPin(ctx context.Context, tok request.Token, s *Snapshot, p 
 	case err != nil && !meta.Refused(err):
 		return m.resolvePin(ctx, tok, p, err)
 	case err != nil || !won:
-		m.revokePin(ctx, p.lease)
+		m.revokeLease(ctx, p.lease)
 		return false, err
 	}
 	p.Revision = revision
 	return true, nil
 }
 
-// leasePin grants the lease that p needs, and sets when it ends. The time is
-// stamped before the lease begins, so that the pin does not end before it says.
-func (m *Manager) leasePin(ctx context.Context, p *Pin) (now time.Time, err error) {
+// grantPinLease grants the lease of p and sets its expire time, and returns the current
+// time. The time is stamped before the grant, so that the lease does not end before the
+// expire time.
+func (m *Manager) grantPinLease(ctx context.Context, p *Pin) (now time.Time, err error) {
 	p.lease, p.ExpireTime = 0, time.Time{}
 	if p.TTL == 0 {
 		return m.clock.Display(), nil
 	}
 	if now, err = m.clock.Stamp(ctx); err != nil {
-		return now, fmt.Errorf("the time that the pin begins at: %w", err)
+		return now, fmt.Errorf("start of the pin: %w", err)
 	}
 	lease, err := m.kv.Grant(ctx, p.TTL)
 	if err != nil {
@@ -162,12 +164,12 @@ func (m *Manager) leasePin(ctx context.Context, p *Pin) (now time.Time, err erro
 	return now, nil
 }
 
-// resolvePin finds out what became of a pin that got no answer. "There" is a
-// verdict, for nobody else makes a pin of this id. "Not there" is none yet.
-// Without a token nobody could find the pin, so its lease is revoked, after
-// which it is not there for good. With one the lease stays: were the pin made
-// just before it is revoked, the token would tell of a pin that does not keep
-// anything. What is under a lease that nobody uses goes when it runs out.
+// resolvePin determines the outcome of a pin without an answer. If the pin exists it was
+// made, because no other call uses its id. If it does not exist, the transaction may
+// still take effect. Without a token no caller can find the pin, so its lease is revoked;
+// the pin then cannot exist. With a token the lease stays: if the pin were made just
+// before the revocation, the token would return a pin that protects nothing. An unused
+// lease expires, with its keys.
 func (m *Manager) resolvePin(ctx context.Context, tok request.Token, p *Pin, cause error) (bool, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readBackTimeout)
 	defer cancel()
@@ -177,39 +179,37 @@ func (m *Manager) resolvePin(ctx context.Context, tok request.Token, p *Pin, cau
 		return true, nil
 	}
 	if !tok.IsSet() {
-		m.revokePin(ctx, p.lease)
+		m.revokeLease(ctx, p.lease)
 	}
 	return false, cause
 }
 
-// revokePin ends a lease that is not needed any more. One that stays runs out by
-// itself.
-func (m *Manager) revokePin(ctx context.Context, lease meta.LeaseID) {
+// revokeLease revokes a lease that is no longer needed. On an error it expires by itself.
+func (m *Manager) revokeLease(ctx context.Context, lease meta.LeaseID) {
 	if lease == 0 {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readBackTimeout)
 	defer cancel()
 	if err := m.kv.Revoke(ctx, lease); err != nil {
-		m.log.Warn("a pin's lease could not be revoked and runs out by itself", zap.Error(err))
+		m.log.Warn("lease of a pin not revoked; it expires by itself", zap.Error(err))
 	}
 }
 
-// tokenResult is what a token keeps of the pin that it made: the pin's key, which
-// holds its ids, a zero, and its record.
+// tokenResult returns the result that a token stores for its pin: the pin's key, which
+// holds its ids, a zero byte, and its record.
 func tokenResult(key string, value []byte) []byte {
 	return slices.Concat([]byte(key), []byte{0}, value)
 }
 
-// pinOfToken returns the pin that a token made, as it was then.
-func pinOfToken(known *request.Record) (*Pin, error) {
+// pinFromToken returns the pin that a token made, in its initial state.
+func pinFromToken(known *request.Record) (*Pin, error) {
 	key, value, _ := bytes.Cut(known.Result, []byte{0})
 	return decodePin(meta.KeyValue{Key: string(key), Value: value, ModRevision: known.Revision})
 }
 
-// RenewPin makes a pin last from now on for ttl, or if that is 0 for as long as
-// it did. Other errors than those of the store: ErrPinNotFound, ErrPinHasNoTTL.
-// It may be repeated.
+// RenewPin extends a pin to ttl from now; 0 means its previous ttl. Errors other than
+// the store's: ErrPinNotFound, ErrPinHasNoTTL. It may be repeated.
 func (m *Manager) RenewPin(ctx context.Context, ref Ref, id int64, ttl time.Duration) (*Pin, error) {
 	p, err := m.renewPin(ctx, ref, id, ttl)
 	if err != nil {
@@ -223,8 +223,9 @@ func (m *Manager) renewPin(ctx context.Context, ref Ref, id int64, ttl time.Dura
 	if err != nil {
 		return nil, err
 	}
-	gone := fmt.Errorf("%w: it was removed, or has ended; nothing has kept the snapshot since: pin it again", ErrPinNotFound)
-	snapshot, err := m.pinned(ctx, ref, id)
+	gone := fmt.Errorf("%w: it was removed or has expired, and the snapshot was unprotected since; pin it again",
+		ErrPinNotFound)
+	snapshot, err := m.pinnedSnapshot(ctx, ref, id)
 	if err != nil {
 		return nil, err
 	}
@@ -247,7 +248,7 @@ func (m *Manager) renewPin(ctx context.Context, ref Ref, id int64, ttl time.Dura
 		if err != nil {
 			return nil, err
 		}
-		if m.ended(ctx, old) {
+		if m.pinExpired(ctx, old) {
 			return nil, gone
 		}
 		if old.TTL == 0 {
@@ -262,21 +263,21 @@ func (m *Manager) renewPin(ctx context.Context, ref Ref, id int64, ttl time.Dura
 			return nil, err
 		}
 		if done {
-			m.revokePin(ctx, old.lease) // nothing is under it any more
+			m.revokeLease(ctx, old.lease) // no key is under it
 			return &next, nil
 		}
 	}
 	return nil, catalog.ErrConflict
 }
 
-// tryRenew is the transaction that renews a pin. It says false when the pin
-// changed, or a lease was lost.
+// tryRenew sends the transaction that renews a pin. It returns false when the pin
+// changed or a lease expired.
 func (m *Manager) tryRenew(ctx context.Context, old, next *Pin) (bool, error) {
 	var err error
 	if next.op, err = record.NewOp(m.o.Rand); err != nil {
 		return false, err
 	}
-	if _, err = m.leasePin(ctx, next); err != nil {
+	if _, err = m.grantPinLease(ctx, next); err != nil {
 		return false, err
 	}
 	key := keys.Pin(old.Snapshot, old.ID)
@@ -287,20 +288,20 @@ func (m *Manager) tryRenew(ctx context.Context, old, next *Pin) (bool, error) {
 	})
 	switch {
 	case errors.Is(err, meta.ErrLeaseNotFound):
-		return false, nil // it was stopped for longer than the pin is to last
+		return false, nil // this process was stopped for longer than the new ttl
 	case err != nil && !meta.Refused(err):
 		return m.resolveRenewal(ctx, next, err)
 	case err != nil || !res.Succeeded:
-		m.revokePin(ctx, next.lease)
+		m.revokeLease(ctx, next.lease)
 		return false, err
 	}
 	next.Revision = res.Revision
 	return true, nil
 }
 
-// resolveRenewal finds out what became of a renewal that got no answer. Unless
-// it happened its lease is left to run out: were it revoked, a renewal that takes
-// effect late would end the pin that the caller still has.
+// resolveRenewal determines the outcome of a renewal without an answer. If it did not
+// happen, its lease is left to expire: a revocation would end the pin if the renewal
+// takes effect late.
 func (m *Manager) resolveRenewal(ctx context.Context, next *Pin, cause error) (bool, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readBackTimeout)
 	defer cancel()
@@ -315,8 +316,8 @@ func (m *Manager) resolveRenewal(ctx context.Context, next *Pin, cause error) (b
 	return true, nil
 }
 
-// Unpin removes a pin. That it does not exist, or the snapshot does not, is
-// success. It may be repeated.
+// Unpin removes a pin. It succeeds if the pin or the snapshot does not exist. It may be
+// repeated.
 func (m *Manager) Unpin(ctx context.Context, ref Ref, id int64) error {
 	if err := m.unpin(ctx, ref, id); err != nil {
 		return fmt.Errorf("remove pin %d of snapshot %s: %w", id, ref, err)
@@ -325,7 +326,7 @@ func (m *Manager) Unpin(ctx context.Context, ref Ref, id int64) error {
 }
 
 func (m *Manager) unpin(ctx context.Context, ref Ref, id int64) error {
-	snapshot, err := m.pinned(ctx, ref, id)
+	snapshot, err := m.pinnedSnapshot(ctx, ref, id)
 	if err != nil || snapshot == 0 {
 		return err
 	}
@@ -342,7 +343,7 @@ func (m *Manager) unpin(ctx context.Context, ref Ref, id int64) error {
 		if unreadable == nil && p.Job != 0 {
 			return fmt.Errorf("%w: it goes when job %d ends; cancel that instead", ErrPinOfRestore, p.Job)
 		}
-		if unreadable != nil { // the jobs know
+		if unreadable != nil { // the jobs show whether a restore owns it
 			held, err := m.jobs.Holds(ctx, snapshot, id)
 			if err != nil {
 				return err
@@ -363,7 +364,7 @@ func (m *Manager) unpin(ctx context.Context, ref Ref, id int64) error {
 			return err
 		}
 		if res.Succeeded {
-			m.revokePin(ctx, kv.Lease) // nothing is under it any more
+			m.revokeLease(ctx, kv.Lease) // no key is under it
 			m.log.Info("pin removed", zap.Int64("snapshot", snapshot), zap.Int64("pin", id))
 			return nil
 		}
@@ -371,10 +372,9 @@ func (m *Manager) unpin(ctx context.Context, ref Ref, id int64) error {
 	return catalog.ErrConflict
 }
 
-// pinned returns the id of the snapshot that a pin is said to be of, 0 when there
-// is no such snapshot. One that is given by id alone is not looked at: a record
-// that cannot be read does not hinder whoever has a pin on it.
-func (m *Manager) pinned(ctx context.Context, ref Ref, pin int64) (int64, error) {
+// pinnedSnapshot returns the id of the snapshot of ref, 0 if it does not exist. A ref
+// with only an id is not read: an unreadable record does not block changes of its pins.
+func (m *Manager) pinnedSnapshot(ctx context.Context, ref Ref, pin int64) (int64, error) {
 	if pin <= 0 {
 		return 0, &catalog.InvalidError{Field: "pin_id", Problem: fmt.Sprintf("%d is no id: ids are positive", pin)}
 	}
@@ -391,10 +391,12 @@ func (m *Manager) pinned(ctx context.Context, ref Ref, pin int64) (int64, error)
 	return s.ID, nil
 }
 
-// Pins returns up to limit pins, of a snapshot or if that is 0 of all, in the
-// order of snapshot id and pin id, from the first behind after on, and whether
-// there are more. Of one whose record cannot be read it returns the ids.
-func (m *Manager) Pins(ctx context.Context, snapshot int64, after PinPlace, limit int) (list []*Pin, more bool, err error) {
+// Pins returns up to limit pins of a snapshot, or of all if snapshot is 0, that follow
+// after in the order of snapshot id and pin id, and whether more exist. A pin with an
+// unreadable record has only its ids.
+func (m *Manager) Pins(
+	ctx context.Context, snapshot int64, after PinPlace, limit int,
+) (list []*Pin, more bool, err error) {
 	from, to := meta.Prefix(keys.AllPinsPrefix)
 	if snapshot > 0 {
 		from, to = meta.Prefix(keys.PinPrefix(snapshot))
@@ -410,9 +412,9 @@ func (m *Manager) Pins(ctx context.Context, snapshot int64, after PinPlace, limi
 		for _, kv := range res.KVs {
 			p, err := decodePin(kv)
 			if err != nil {
-				m.log.Error("pin record is left alone", zap.String("key", kv.Key), zap.Error(err))
+				m.log.Error("pin record ignored: it cannot be read", zap.String("key", kv.Key), zap.Error(err))
 			}
-			if p != nil && !m.ended(ctx, p) {
+			if p != nil && !m.pinExpired(ctx, p) {
 				list = append(list, p)
 			}
 		}
@@ -423,10 +425,10 @@ func (m *Manager) Pins(ctx context.Context, snapshot int64, after PinPlace, limi
 	}
 }
 
-// ended says whether a pin is over. Its lease may outlive it, for etcd begins leases
-// again when it restarts and when another of its members leads. While the clock is
-// not trusted the lease decides alone.
-func (m *Manager) ended(ctx context.Context, p *Pin) bool {
+// pinExpired reports whether a pin has expired. Its lease may still exist, because etcd
+// restarts the time of leases when it restarts or changes its leader. While the clock is
+// not trusted, only the lease decides.
+func (m *Manager) pinExpired(ctx context.Context, p *Pin) bool {
 	if p.ExpireTime.IsZero() || p.Job != 0 {
 		return false
 	}
@@ -434,8 +436,9 @@ func (m *Manager) ended(ctx context.Context, p *Pin) bool {
 	return err == nil && !now.Before(p.ExpireTime)
 }
 
-// endPins removes pins that are over, in one transaction, as their leases would.
-func (m *Manager) endPins(ctx context.Context, pins []*Pin, conds ...meta.Cond) error {
+// removeExpiredPins removes pins in transactions of up to pinsAtOnce, and revokes their
+// leases. Readers see them as expired.
+func (m *Manager) removeExpiredPins(ctx context.Context, pins []*Pin, conds ...meta.Cond) error {
 	for part := range slices.Chunk(pins, pinsAtOnce) {
 		txn := meta.Txn{Name: "pin.remove", If: slices.Clone(conds)}
 		for _, p := range part {
@@ -445,22 +448,22 @@ func (m *Manager) endPins(ctx context.Context, pins []*Pin, conds ...meta.Cond) 
 		}
 		res, err := m.kv.Txn(ctx, txn)
 		if err != nil {
-			return fmt.Errorf("remove %d pins that are over: %w", len(part), err)
+			return fmt.Errorf("remove %d expired pins: %w", len(part), err)
 		}
-		if !res.Succeeded { // one was renewed or removed: the next look shows
+		if !res.Succeeded { // one was renewed or removed: the next pass reads them again
 			continue
 		}
 		for _, p := range part {
-			m.log.Info("pin ended", zap.Int64("snapshot", p.Snapshot), zap.Int64("pin", p.ID))
-			m.revokePin(ctx, p.lease) // nothing is under it any more
+			m.log.Info("pin expired", zap.Int64("snapshot", p.Snapshot), zap.Int64("pin", p.ID))
+			m.revokeLease(ctx, p.lease) // no key is under it
 		}
 	}
 	return nil
 }
 
-// pinNames tells people of the pins in a part of what keeps a snapshot. One that
-// cannot be read is a pin like others.
-func pinNames(kvs []meta.KeyValue, all int64) string {
+// describePins describes pins for an error. kvs are some of total pins; unreadable
+// records are included.
+func describePins(kvs []meta.KeyValue, total int64) string {
 	var names []string
 	for _, kv := range kvs {
 		name := kv.Key[strings.LastIndexByte(kv.Key, '/')+1:]
@@ -481,29 +484,31 @@ func pinNames(kvs []meta.KeyValue, all int64) string {
 		}
 		names = append(names, name+")")
 	}
-	if more := all - int64(len(kvs)); more > 0 {
+	if more := total - int64(len(kvs)); more > 0 {
 		names = append(names, fmt.Sprintf("and %d more", more))
 	}
 	return strings.Join(names, ", ")
 }
 
-// pinTTL returns a pin's ttl as it is kept, in whole seconds.
+// pinTTL returns a pin's ttl rounded up to whole seconds, or an error if it is out of
+// bounds.
 func pinTTL(ttl time.Duration) (time.Duration, error) {
 	if ttl != 0 && (ttl < minPinTTL || ttl > maxPinTTL) {
 		return 0, &catalog.InvalidError{
 			Field:   "ttl",
-			Problem: fmt.Sprintf("%v is not 1 second to 30 days; leave it out for a pin that lasts until it is removed", ttl),
+			Problem: fmt.Sprintf("%v is not 1 second to 30 days; omit it for a pin that lasts until it is removed", ttl),
 		}
 	}
 	return (ttl + time.Second - 1).Truncate(time.Second), nil
 }
 
-func checkPinText(field, text string, least, most int) error {
+// checkPinText checks that text is UTF-8 of minLen to maxLen bytes.
+func checkPinText(field, text string, minLen, maxLen int) error {
 	switch {
-	case len(text) < least:
-		return &catalog.InvalidError{Field: field, Problem: "is empty; say who pins the snapshot"}
-	case len(text) > most:
-		return &catalog.InvalidError{Field: field, Problem: fmt.Sprintf("%d bytes, at most %d", len(text), most)}
+	case len(text) < minLen:
+		return &catalog.InvalidError{Field: field, Problem: "is empty; name the owner of the pin"}
+	case len(text) > maxLen:
+		return &catalog.InvalidError{Field: field, Problem: fmt.Sprintf("%d bytes, at most %d", len(text), maxLen)}
 	case !utf8.ValidString(text):
 		return &catalog.InvalidError{Field: field, Problem: "is not valid UTF-8"}
 	}

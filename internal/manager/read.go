@@ -13,16 +13,16 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// Describe returns what a committed snapshot captured, but for its segments, and
-// looks whether its own objects are there.
+// Describe returns the content of a committed snapshot without its segments, and checks
+// that its own objects exist.
 func (m *Manager) Describe(ctx context.Context, ref Ref) (*Description, error) {
 	d, err := m.Captured(ctx, ref)
 	if err != nil {
 		return nil, err
 	}
 	s := d.Snapshot
-	if d.Damage, d.DamageErr = m.damage(ctx, s, d.Metadata); len(d.Damage) > 0 {
-		// What is being dropped loses its objects first.
+	if d.Damage, d.DamageErr = m.findDamage(ctx, s, d.Metadata); len(d.Damage) > 0 {
+		// A drop deletes the objects before the record.
 		if now, err := m.read(ctx, s.ID); err == nil && (now == nil || now.State != Committed) {
 			return nil, fmt.Errorf("describe snapshot %s: %w", s, ErrExpiredOrDropped)
 		}
@@ -30,7 +30,7 @@ func (m *Manager) Describe(ctx context.Context, ref Ref) (*Description, error) {
 	return d, nil
 }
 
-// Captured returns what a committed snapshot captured, but for its segments.
+// Captured returns the content of a committed snapshot without its segments.
 func (m *Manager) Captured(ctx context.Context, ref Ref) (*Description, error) {
 	s, err := m.committed(ctx, ref)
 	if err != nil {
@@ -43,26 +43,26 @@ func (m *Manager) Captured(ctx context.Context, ref Ref) (*Description, error) {
 	return &Description{Snapshot: s, Metadata: md, Prefix: manifest.Dir(s.Collection, s.ID)}, nil
 }
 
-// maxDamage bounds how many of a snapshot's own objects are said to be damaged.
+// maxDamage is the maximum number of damaged objects that a description names.
 const maxDamage = 100
 
-// damage lists a snapshot's own objects, and says in words which are missing or of
-// another length. One that the listing does not show is asked for once more.
-func (m *Manager) damage(ctx context.Context, s *Snapshot, md *manifest.Metadata) ([]string, error) {
+// findDamage lists a snapshot's own objects, and describes those that are missing or
+// have another length. It reads the info of an object that the listing lacks.
+func (m *Manager) findDamage(ctx context.Context, s *Snapshot, md *manifest.Metadata) ([]string, error) {
 	store, ok := m.o.Stores[s.Store]
 	if !ok {
 		return nil, fmt.Errorf("%w: %q", ErrStoreNotFound, s.Store)
 	}
-	dir, there := manifest.Dir(s.Collection, s.ID), map[string]int64{}
+	dir, sizes := manifest.Dir(s.Collection, s.ID), map[string]int64{}
 	for info, err := range store.List(ctx, dir) {
 		if err != nil {
 			return nil, err
 		}
-		there[info.Key[len(dir):]] = info.Size
+		sizes[info.Key[len(dir):]] = info.Size
 	}
 	var list []string
-	look := func(name string, want int64) error {
-		size, ok := there[name]
+	check := func(name string, want int64) error {
+		size, ok := sizes[name]
 		if !ok {
 			info, err := store.Head(ctx, dir+name)
 			if err != nil && !errors.Is(err, object.ErrNotFound) {
@@ -78,22 +78,22 @@ func (m *Manager) damage(ctx context.Context, s *Snapshot, md *manifest.Metadata
 		}
 		return nil
 	}
-	err := look(manifest.MetadataName, s.Metadata.Length)
+	err := check(manifest.MetadataName, s.Metadata.Length)
 	if err == nil && md.Refs.Length > 0 {
-		err = look(manifest.RefsName, md.Refs.Length)
+		err = check(manifest.RefsName, md.Refs.Length)
 	}
 	for i := range md.Manifests {
 		if err != nil || len(list) == maxDamage {
 			break
 		}
-		err = look(md.Manifests[i].File, md.Manifests[i].Length)
+		err = check(md.Manifests[i].File, md.Manifests[i].Length)
 	}
 	return list, err
 }
 
-// metadata reads a snapshot's metadata and checks it against the record.
+// metadata reads a snapshot's metadata and checks its digest against the record.
 func (m *Manager) metadata(ctx context.Context, s *Snapshot) (*manifest.Metadata, error) {
-	data, err := m.cachedOwn(ctx, s, manifest.MetadataName, s.Metadata)
+	data, err := m.readCached(ctx, s, manifest.MetadataName, s.Metadata)
 	if err != nil {
 		return nil, err
 	}
@@ -104,25 +104,26 @@ func (m *Manager) metadata(ctx context.Context, s *Snapshot) (*manifest.Metadata
 	return md, err
 }
 
-// readOwn reads one of a snapshot's own objects, of the digest that it must
-// have: nothing is parsed that is not what was written.
-func (m *Manager) readOwn(ctx context.Context, s *Snapshot, name string, want manifest.Digest) ([]byte, error) {
+// readObject reads one of a snapshot's own objects and checks its digest, retrying once:
+// a mismatch may be a transfer error.
+func (m *Manager) readObject(ctx context.Context, s *Snapshot, name string, want manifest.Digest) ([]byte, error) {
 	store, ok := m.o.Stores[s.Store]
 	if !ok {
-		return nil, fmt.Errorf("%w: the objects of snapshot %s lie in %q, which is not configured here", ErrStoreNotFound, s, s.Store)
+		return nil, fmt.Errorf("%w: the objects of snapshot %s are in %q, which is not configured here",
+			ErrStoreNotFound, s, s.Store)
 	}
 	key := manifest.Dir(s.Collection, s.ID) + name
 	data, err := object.ReadAll(ctx, store, key, want.Length)
 	if errors.Is(err, object.ErrNotFound) {
 		if now, readErr := m.read(ctx, s.ID); readErr == nil && (now == nil || now.State != Committed) {
-			return nil, fmt.Errorf("%w: %s", ErrExpiredOrDropped, s) // while we were reading
+			return nil, fmt.Errorf("%w: %s", ErrExpiredOrDropped, s) // during this read
 		}
 		return nil, fmt.Errorf("%w: %s/%s is missing", ErrSnapshotCorrupt, s.Store, key)
 	}
 	if err != nil {
 		return nil, err
 	}
-	if want.Check(data) != nil { // the way may be to blame
+	if want.Check(data) != nil { // possibly a transfer error
 		if data, err = object.ReadAll(ctx, store, key, want.Length); err != nil {
 			return nil, err
 		}
@@ -133,9 +134,8 @@ func (m *Manager) readOwn(ctx context.Context, s *Snapshot, name string, want ma
 	return data, nil
 }
 
-// Segments calls fn with a committed snapshot's segments in id order, from the
-// one with ordinal from on, until fn returns false. The memory that it takes is
-// bounded by one manifest.
+// Segments calls fn with a committed snapshot's segments in id order, starting at
+// ordinal from, until fn returns false. Its memory is bounded by one manifest.
 func (m *Manager) Segments(ctx context.Context, ref Ref, from int64, fn func(*Segment) bool) error {
 	s, err := m.committed(ctx, ref)
 	if err != nil {
@@ -161,8 +161,12 @@ func (m *Manager) Segments(ctx context.Context, ref Ref, from int64, fn func(*Se
 	return nil
 }
 
-func (m *Manager) manifestSegments(ctx context.Context, s *Snapshot, mf *manifest.ManifestFile, skip int64, fn func(*Segment) bool) (more bool, err error) {
-	data, err := m.cachedOwn(ctx, s, mf.File, mf.Digest)
+// manifestSegments calls fn with the segments of one manifest after the first skip ones.
+// more is false if fn returned false.
+func (m *Manager) manifestSegments(
+	ctx context.Context, s *Snapshot, mf *manifest.ManifestFile, skip int64, fn func(*Segment) bool,
+) (more bool, err error) {
+	data, err := m.readCached(ctx, s, mf.File, mf.Digest)
 	if err != nil {
 		return false, err
 	}
@@ -187,24 +191,24 @@ func (m *Manager) manifestSegments(ctx context.Context, s *Snapshot, mf *manifes
 	return false, err
 }
 
-// cachedOwn is readOwn by way of the cache.
-func (m *Manager) cachedOwn(ctx context.Context, s *Snapshot, name string, want manifest.Digest) ([]byte, error) {
+// readCached is readObject with the cache.
+func (m *Manager) readCached(ctx context.Context, s *Snapshot, name string, want manifest.Digest) ([]byte, error) {
 	key := manifest.Dir(s.Collection, s.ID) + name
 	if data := m.manifests.get(key); data != nil {
 		return data, nil
 	}
-	data, err := m.readOwn(ctx, s, name, want)
+	data, err := m.readObject(ctx, s, name, want)
 	if err == nil {
 		m.manifests.put(cachedFile{s.ID, key, data}, m.view.has)
 	}
 	return data, err
 }
 
-// manifestCache keeps the last few files that were read and checked, so that
-// the pages of a manifest are one read of it. Their keys stand for one content.
+// manifestCache keeps the files that were read and checked last, so that the pages of a
+// manifest need one read. The content of a key never changes.
 type manifestCache struct {
 	mu      sync.Mutex
-	entries []cachedFile // the latest last
+	entries []cachedFile // newest last
 }
 
 type cachedFile struct {
@@ -213,7 +217,7 @@ type cachedFile struct {
 	data     []byte
 }
 
-// maxCached bounds the cache in bytes.
+// maxCached is the maximum size of the cache, in bytes.
 const maxCached = 32 << 20
 
 func (c *manifestCache) get(key string) []byte {
@@ -227,8 +231,8 @@ func (c *manifestCache) get(key string) []byte {
 	return nil
 }
 
-// put adds a file, and forgets those of snapshots that are gone and the oldest of
-// too many.
+// put adds a file, and removes files of snapshots that no longer exist and the oldest
+// files beyond maxCached.
 func (c *manifestCache) put(f cachedFile, lives func(snapshot int64) bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

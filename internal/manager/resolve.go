@@ -14,18 +14,17 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// Snapshots outlive their collection, and are looked for by its name. So a
-// collection's name stands for the living collection that has it, and else for the
-// one that had it when the newest of the snapshots that say so was taken. When
-// there are several of these, a note goes with the answer, and nothing is dropped
-// without an id. A collection that a restore makes has no snapshots, and is often given
-// the name of the one that was dropped: it counts as living once it is published.
+// Snapshots outlive their collection and are found by its name. A collection's name
+// therefore means the existing collection with the name; if there is none, the collection
+// that had the name in its newest snapshot. If several collections had it, the answer
+// carries a note, and a drop requires an id. The target of a restore has no snapshots and
+// often gets the name of a dropped collection: it counts as existing once published.
 
-// maxNamed is how many ids a note or an error names.
+// maxNamed is the maximum number of ids or channels in a note or an error.
 const maxNamed = 5
 
-// Notes collects remarks on an answer that is no error, such as how an ambiguous
-// name was resolved.
+// Notes collects remarks on a successful answer, such as the resolution of an ambiguous
+// name. It is safe for concurrent use.
 type Notes struct {
 	mu   sync.Mutex
 	list []string
@@ -33,7 +32,7 @@ type Notes struct {
 
 type notesKey struct{}
 
-// WithNotes returns a context whose calls put their remarks into the Notes.
+// WithNotes returns a context whose calls add their remarks to the Notes.
 func WithNotes(ctx context.Context) (context.Context, *Notes) {
 	n := &Notes{}
 	return context.WithValue(ctx, notesKey{}, n), n
@@ -46,7 +45,8 @@ func (n *Notes) List() []string {
 	return slices.Clone(n.list)
 }
 
-func note(ctx context.Context, text string) {
+// addNote adds a remark to the Notes of ctx, if it has any.
+func addNote(ctx context.Context, text string) {
 	n, ok := ctx.Value(notesKey{}).(*Notes)
 	if !ok {
 		return
@@ -58,32 +58,33 @@ func note(ctx context.Context, text string) {
 	}
 }
 
-// former is a snapshot's record whose collection had a name.
-type former struct {
+// formerCollection is a collection that had a name, with its newest snapshot of that
+// time.
+type formerCollection struct {
 	collection, snapshot int64
 }
 
-// former returns the collections that had a name when a snapshot of them was
-// taken, other than living, each with its newest such snapshot, newest first. A
-// snapshot's name restricts it to snapshots of that name.
-func (v *view) former(ref catalog.Ref, snapshot string, living int64) []former {
+// formerCollections returns the collections other than liveID that had the name of ref
+// when a snapshot of them was taken, each with its newest such snapshot, newest first. A
+// non-empty snapshot name restricts the search to snapshots of that name.
+func (v *view) formerCollections(ref catalog.Ref, snapshot string, liveID int64) []formerCollection {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
-	var list []former
+	var list []formerCollection
 	for _, s := range v.ordered {
-		if s.DB != ref.DB || s.CollectionName != ref.Name || s.Collection == living || s.State == Deleting ||
+		if s.DB != ref.DB || s.CollectionName != ref.Name || s.Collection == liveID || s.State == Deleting ||
 			snapshot != "" && s.Name != snapshot {
 			continue
 		}
-		if !slices.ContainsFunc(list, func(f former) bool { return f.collection == s.Collection }) {
-			list = append(list, former{s.Collection, s.ID})
+		if !slices.ContainsFunc(list, func(f formerCollection) bool { return f.collection == s.Collection }) {
+			list = append(list, formerCollection{s.Collection, s.ID})
 		}
 	}
 	return list
 }
 
-// severalNamed says which collections had a name.
-func severalNamed(ref catalog.Ref, list []former) string {
+// ambiguousName describes the collections that had a name.
+func ambiguousName(ref catalog.Ref, list []formerCollection) string {
 	var ids []int64
 	for _, f := range list[:min(len(list), maxNamed)] {
 		ids = append(ids, f.collection)
@@ -91,9 +92,9 @@ func severalNamed(ref catalog.Ref, list []former) string {
 	return fmt.Sprintf("%d collections had the name %s, with ids %v, the newest first", len(list), ref, ids)
 }
 
-// ResolveCollection returns the id that a collection's name stands for: that of the
-// living collection, else the one that the newest snapshot of a collection of that
-// name says. It is ErrCollectionNotFound when there is none.
+// ResolveCollection returns the id for a collection's name: that of the existing
+// collection, else that of the collection that had the name in its newest snapshot. It
+// returns ErrCollectionNotFound if there is neither.
 func (m *Manager) ResolveCollection(ctx context.Context, ref catalog.Ref) (int64, error) {
 	id, err := m.catalog.Resolve(ctx, ref)
 	if err == nil && ref.ID == 0 {
@@ -107,28 +108,28 @@ func (m *Manager) ResolveCollection(ctx context.Context, ref catalog.Ref) (int64
 	if err := m.view.sync(ctx); err != nil {
 		return 0, fmt.Errorf("read snapshots of collection %s: %w", ref, err)
 	}
-	list := m.view.former(ref, "", 0)
+	list := m.view.formerCollections(ref, "", 0)
 	if len(list) == 0 {
 		return id, err
 	}
 	if len(list) > 1 {
-		note(ctx, severalNamed(ref, list)+"; the answer is about the first")
+		addNote(ctx, ambiguousName(ref, list)+"; the answer is about the first")
 	}
 	return list[0].collection, nil
 }
 
-// isRestoring says whether a restore makes the collection that has a name.
+// isRestoring reports whether a collection is the unpublished target of a restore.
 func (m *Manager) isRestoring(ctx context.Context, id int64) (bool, error) {
 	col, err := m.catalog.Collection(ctx, catalog.Ref{ID: id})
-	if errors.Is(err, catalog.ErrCollectionNotFound) { // since its name was read
+	if errors.Is(err, catalog.ErrCollectionNotFound) { // removed since its name was read
 		return false, nil
 	}
 	return col.State == catalog.Restoring, err
 }
 
-// resolve returns the id that ref stands for, ErrSnapshotNotFound if none. With
-// certain it refuses a name that may stand for another snapshot than is meant.
-func (m *Manager) resolve(ctx context.Context, ref Ref, certain bool) (int64, error) {
+// resolve returns the id of ref, or ErrSnapshotNotFound. With strict it rejects an
+// ambiguous name.
+func (m *Manager) resolve(ctx context.Context, ref Ref, strict bool) (int64, error) {
 	if ref.ID > 0 {
 		return ref.ID, nil
 	}
@@ -136,26 +137,26 @@ func (m *Manager) resolve(ctx context.Context, ref Ref, certain bool) (int64, er
 		return 0, err
 	}
 	if m.o.Cluster.NameScope != cluster.ScopeCollection {
-		return m.named(ctx, 0, ref)
+		return m.lookupName(ctx, 0, ref)
 	}
 	if ref.Collection == (catalog.Ref{}) {
 		return 0, &catalog.InvalidError{
 			Field:   "snapshot.collection",
-			Problem: "snapshot names are unique per collection here: say which collection, or give the snapshot's id",
+			Problem: "snapshot names are unique per collection here: name the collection, or use the snapshot's id",
 		}
 	}
-	living, err := m.catalog.Resolve(ctx, ref.Collection)
+	liveID, err := m.catalog.Resolve(ctx, ref.Collection)
 	if err == nil {
-		id, err := m.named(ctx, living, ref)
+		id, err := m.lookupName(ctx, liveID, ref)
 		if !errors.Is(err, ErrSnapshotNotFound) || ref.Collection.ID > 0 {
 			return id, err
 		}
-		restoring, err := m.isRestoring(ctx, living)
+		restoring, err := m.isRestoring(ctx, liveID)
 		if err != nil {
 			return 0, err
 		}
 		if restoring {
-			living = 0
+			liveID = 0
 		}
 	} else if !errors.Is(err, catalog.ErrCollectionNotFound) {
 		return 0, err
@@ -163,19 +164,21 @@ func (m *Manager) resolve(ctx context.Context, ref Ref, certain bool) (int64, er
 	if syncErr := m.view.sync(ctx); syncErr != nil {
 		return 0, fmt.Errorf("read snapshot %s: %w", ref, syncErr)
 	}
-	list := m.view.former(ref.Collection, ref.Name, living)
+	list := m.view.formerCollections(ref.Collection, ref.Name, liveID)
 	switch {
-	case len(list) == 0 && err != nil && len(m.view.former(ref.Collection, "", 0)) == 0:
+	case len(list) == 0 && err != nil && len(m.view.formerCollections(ref.Collection, "", 0)) == 0:
 		return 0, err
 	case len(list) == 0:
 		return 0, notFound(ref)
-	case certain && living != 0:
-		return 0, fmt.Errorf("%w: collection %s (%d) has none of the name; snapshot %d of collection %d has, which had that name before; "+
-			"give the snapshot's id", ErrSnapshotMismatch, ref.Collection, living, list[0].snapshot, list[0].collection)
-	case certain && len(list) > 1:
-		return 0, fmt.Errorf("%w: %s; give the snapshot's id", ErrSnapshotMismatch, severalNamed(ref.Collection, list))
+	case strict && liveID != 0:
+		return 0, fmt.Errorf("%w: collection %s (%d) has no snapshot of this name, but collection %d, "+
+			"which had the collection name before, has snapshot %d; use the snapshot's id",
+			ErrSnapshotMismatch, ref.Collection, liveID, list[0].collection, list[0].snapshot)
+	case strict && len(list) > 1:
+		return 0, fmt.Errorf("%w: %s; use the snapshot's id", ErrSnapshotMismatch, ambiguousName(ref.Collection, list))
 	case len(list) > 1:
-		note(ctx, severalNamed(ref.Collection, list)+fmt.Sprintf(", and a snapshot %s; the answer is about that of the first", ref.Name))
+		addNote(ctx, fmt.Sprintf("%s, and a snapshot %s; the answer is about that of the first",
+			ambiguousName(ref.Collection, list), ref.Name))
 	}
 	return list[0].snapshot, nil
 }
@@ -184,8 +187,8 @@ func notFound(ref Ref) error {
 	return fmt.Errorf("%w: %q; see ListSnapshots for those there are", ErrSnapshotNotFound, ref.Name)
 }
 
-// named returns the id that a snapshot's name stands for within a scope.
-func (m *Manager) named(ctx context.Context, scope int64, ref Ref) (int64, error) {
+// lookupName returns the id of a snapshot's name within a scope.
+func (m *Manager) lookupName(ctx context.Context, scope int64, ref Ref) (int64, error) {
 	kv, found, _, err := m.kv.Get(ctx, keys.SnapshotName(scope, ref.Name))
 	if err != nil {
 		return 0, fmt.Errorf("read snapshot %s: %w", ref, err)
@@ -200,24 +203,24 @@ func (m *Manager) named(ctx context.Context, scope int64, ref Ref) (int64, error
 	return rec.GetId(), nil
 }
 
-// checkCollection holds a snapshot against the collection that ref names: it is of
-// the living one, or had the name when it was taken.
+// checkCollection returns an error unless the snapshot is of the collection of ref: the
+// existing one, or one that had the name when the snapshot was taken.
 func (m *Manager) checkCollection(ctx context.Context, s *Snapshot, ref Ref) error {
 	if ref.Collection == (catalog.Ref{}) {
 		return nil
 	}
-	named := ref.Collection.ID == 0 && s.DB == ref.Collection.DB && s.CollectionName == ref.Collection.Name
+	nameMatches := ref.Collection.ID == 0 && s.DB == ref.Collection.DB && s.CollectionName == ref.Collection.Name
 	collection, err := m.catalog.Resolve(ctx, ref.Collection)
 	switch {
-	case errors.Is(err, catalog.ErrCollectionNotFound) && named:
+	case errors.Is(err, catalog.ErrCollectionNotFound) && nameMatches:
 		return nil
 	case err != nil:
 		return err
 	case collection == s.Collection:
 		return nil
-	case named && m.o.Cluster.NameScope == cluster.ScopeCollection:
-		return nil // as resolve has found it
-	case named:
+	case nameMatches && m.o.Cluster.NameScope == cluster.ScopeCollection:
+		return nil // resolve found it by this name
+	case nameMatches:
 		if restoring, err := m.isRestoring(ctx, collection); err != nil || restoring {
 			return err
 		}

@@ -20,15 +20,15 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// maxJobLabels is how many bytes the labels of a job take at most.
+// maxJobLabels is the maximum size of a job's labels, in bytes.
 const maxJobLabels = 1024
 
-// RestoreSpec says what to restore, and where to.
+// RestoreSpec specifies a restore.
 type RestoreSpec struct {
 	Snapshot    Ref
-	DB, Name    string            // of the collection to make
+	DB, Name    string            // of the target collection
 	Partitions  []string          // of the snapshot; none: all
-	Properties  map[string]string // that differ; an empty value leaves one out
+	Properties  map[string]string // changes to the snapshot's; an empty value removes one
 	Channels    []string          // of the target, in shard order; none: the snapshot's
 	SkipIndexes bool
 	Priority    int
@@ -37,9 +37,9 @@ type RestoreSpec struct {
 	Labels      map[string]string
 }
 
-// Restore makes a restore job durable, and returns it. Without an answer from
-// the store the error wraps meta.ErrUnavailable, and a call with the same token
-// finds the job if there is one.
+// Restore makes a restore job durable and returns it. If the store does not answer, the
+// error wraps meta.ErrUnavailable, and a call with the same token returns the job if it
+// was made.
 func (m *Manager) Restore(ctx context.Context, tok request.Token, spec *RestoreSpec) (*copyjob.Job, error) {
 	job, err := m.restore(ctx, tok, spec)
 	if err != nil {
@@ -59,16 +59,16 @@ func (m *Manager) restore(ctx context.Context, tok request.Token, spec *RestoreS
 			return nil, err
 		}
 		if known != nil {
-			return m.restoreOf(ctx, known)
+			return m.recordedJob(ctx, known)
 		}
 		job, err := m.admit(ctx, tok, &ref, spec)
 		switch {
 		case errors.Is(err, errChanged):
 			continue
 		case err != nil:
-			known, err := m.wasFirst(ctx, tok, err)
+			known, err := m.resolveToken(ctx, tok, err)
 			if known != nil {
-				return m.restoreOf(ctx, known)
+				return m.recordedJob(ctx, known)
 			}
 			return nil, err
 		}
@@ -77,9 +77,9 @@ func (m *Manager) restore(ctx context.Context, tok request.Token, spec *RestoreS
 	return nil, catalog.ErrConflict
 }
 
-// restoreOf returns the job that a request made before.
-func (m *Manager) restoreOf(ctx context.Context, known *request.Record) (*copyjob.Job, error) {
-	if known.Done { // the job itself may be forgotten
+// recordedJob returns the job that an earlier call with the token made.
+func (m *Manager) recordedJob(ctx context.Context, known *request.Record) (*copyjob.Job, error) {
+	if known.Done { // the job's own record may already be removed
 		return copyjob.DecodeJob(meta.KeyValue{Key: keys.Job(known.ID), Value: known.Result, ModRevision: known.Revision})
 	}
 	s, err := m.jobs.Get(ctx, known.ID)
@@ -92,16 +92,49 @@ func (m *Manager) restoreOf(ctx context.Context, known *request.Record) (*copyjo
 	return s.Job, nil
 }
 
-// admit makes the job, its claim and its pin in one transaction.
+// admit makes the job, its claims and its pin in one transaction. It returns errChanged
+// when a compare failed.
 func (m *Manager) admit(ctx context.Context, tok request.Token, ref *Ref, spec *RestoreSpec) (*copyjob.Job, error) {
-	r, err := m.restorable(ctx, *ref, spec)
+	r, err := m.checkRestore(ctx, *ref, spec)
 	if err == nil {
 		err = m.checkStores(ctx, r, true)
 	}
 	if err != nil {
 		return nil, err
 	}
-	ref.ID = r.snapshot.ID // a name is resolved once
+	ref.ID = r.snapshot.ID // the name is resolved once
+	job, err := m.newJob(ctx, tok, r, spec)
+	if err != nil {
+		return nil, err
+	}
+	txn, err := m.admitTxn(ctx, tok, r, spec, job)
+	if err != nil {
+		return nil, err
+	}
+	res, err := m.kv.Txn(ctx, txn)
+	switch {
+	case meta.Refused(err):
+		return nil, err
+	case err != nil: // the job exists if the transaction was applied; if not, it may still be
+		readCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readBackTimeout)
+		defer cancel()
+		if kv, found, _, readErr := m.kv.Get(readCtx, keys.Job(job.ID)); readErr == nil && found {
+			return copyjob.DecodeJob(kv)
+		}
+		return nil, err
+	case !res.Succeeded:
+		return nil, errChanged
+	}
+	job.Revision = res.Revision
+	m.log.Info("restore admitted", zap.Int64("job", job.ID), zap.Int64("snapshot", job.Snapshot),
+		zap.Int64("collection", job.Target), zap.String("name", spec.DB+"/"+spec.Name))
+	return job, nil
+}
+
+// newJob returns a job with newly allocated ids.
+func (m *Manager) newJob(
+	ctx context.Context, tok request.Token, r *restoreScope, spec *RestoreSpec,
+) (*copyjob.Job, error) {
 	md := r.md
 	partitions, indexes := int64(len(md.Partitions)), int64(len(md.Indexes))
 	ids, err := m.catalog.AllocateRange(ctx, 3+partitions+indexes+md.Totals.Segments+md.Totals.Builds)
@@ -111,7 +144,7 @@ func (m *Manager) admit(ctx context.Context, tok request.Token, ref *Ref, spec *
 	now := m.clock.Display()
 	if spec.Timeout > 0 {
 		if now, err = m.clock.Stamp(ctx); err != nil {
-			return nil, fmt.Errorf("the time that the timeout begins at: %w", err)
+			return nil, fmt.Errorf("start of the timeout: %w", err)
 		}
 	}
 	job := &copyjob.Job{
@@ -130,57 +163,49 @@ func (m *Manager) admit(ctx context.Context, tok request.Token, ref *Ref, spec *
 	if spec.Timeout > 0 {
 		job.Deadline = now.Add(spec.Timeout)
 	}
-	col := targetOf(md, spec)
+	return job, nil
+}
+
+// admitTxn returns the transaction that makes the job, its claims and its pin, and sets
+// the roots of the job.
+func (m *Manager) admitTxn(
+	ctx context.Context, tok request.Token, r *restoreScope, spec *RestoreSpec, job *copyjob.Job,
+) (meta.Txn, error) {
+	col := targetOf(r.md, spec)
 	job.Roots = col.Roots
-	col.ID, col.Job, col.CreateTime, col.Layout = job.Target, job.ID, now, catalog.Layout(r.layout)
+	col.ID, col.Job, col.CreateTime, col.Layout = job.Target, job.ID, job.CreateTime, catalog.Layout(r.layout)
 	if err := m.catalog.CheckNew(&col); err != nil {
-		return nil, err
+		return meta.Txn{}, err
 	}
 	op, err := record.NewOp(m.o.Rand)
 	if err != nil {
-		return nil, err
+		return meta.Txn{}, err
 	}
 	conds, ops, err := m.catalog.RestoringOps(ctx, &col, op)
 	if err != nil {
-		return nil, err
+		return meta.Txn{}, err
 	}
 	free, claims := catalog.ClaimRange(job.Target, job.FirstSegment, job.Segments+job.Builds)
 	conds, ops = append(conds, free...), append(ops, claims...)
 	pin := &Pin{
-		Snapshot: job.Snapshot, ID: job.Pin, Owner: "snapshotd", Reason: fmt.Sprintf("restore job %d to %s/%s", job.ID, spec.DB, spec.Name),
-		CreateTime: now, Job: job.ID, op: op,
+		Snapshot: job.Snapshot, ID: job.Pin, Owner: "snapshotd", CreateTime: job.CreateTime, Job: job.ID, op: op,
+		Reason: fmt.Sprintf("restore job %d to %s/%s", job.ID, spec.DB, spec.Name),
 	}
 	pin.Reason = fmt.Sprintf("%.*s", maxPinReason, pin.Reason)
 	putPin := meta.Put(keys.Pin(job.Snapshot, job.Pin), encodePin(pin))
+	unchanged := []meta.Cond{meta.Unchanged(keys.Snapshot(r.snapshot.ID), r.snapshot.Revision)}
 	txn := meta.Txn{
 		Name: "restore.admit",
-		If:   slices.Concat([]meta.Cond{meta.Unchanged(keys.Snapshot(r.snapshot.ID), r.snapshot.Revision)}, conds, tok.Absent()),
+		If:   slices.Concat(unchanged, conds, tok.Absent()),
 		Then: slices.Concat(ops, []meta.Op{meta.Put(keys.Job(job.ID), job.Encode(op)), putPin}, tok.Begin(job.ID)),
 	}
 	if spec.Limits != (copyjob.Limits{}) {
 		txn.Then = append(txn.Then, copyjob.LimitsOp(job.ID, spec.Limits))
 	}
-	res, err := m.kv.Txn(ctx, txn)
-	switch {
-	case meta.Refused(err):
-		return nil, err
-	case err != nil: // it may have happened: "there" is a verdict, "not there" is none
-		readCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readBackTimeout)
-		defer cancel()
-		if kv, found, _, readErr := m.kv.Get(readCtx, keys.Job(job.ID)); readErr == nil && found {
-			return copyjob.DecodeJob(kv)
-		}
-		return nil, err
-	case !res.Succeeded:
-		return nil, errChanged
-	}
-	job.Revision = res.Revision
-	m.log.Info("restore admitted", zap.Int64("job", job.ID), zap.Int64("snapshot", job.Snapshot), zap.Int64("collection", job.Target),
-		zap.String("name", spec.DB+"/"+spec.Name))
-	return job, nil
+	return txn, nil
 }
 
-// targetOf is the collection that a restore makes, but for its ids.
+// targetOf returns the target collection of a restore without its ids.
 func targetOf(md *manifest.Metadata, spec *RestoreSpec) catalog.Collection {
 	src := &md.Collection
 	col := catalog.Collection{
@@ -214,10 +239,10 @@ func targetOf(md *manifest.Metadata, spec *RestoreSpec) catalog.Collection {
 	return col
 }
 
-// Jobs returns what runs restores. It works while Run does.
+// Jobs returns the restore jobs. They are executed while Run runs.
 func (m *Manager) Jobs() *copyjob.Jobs { return m.jobs }
 
-// restoreSource lets restores read snapshots.
+// restoreSource reads snapshots for restore jobs.
 type restoreSource struct{ m *Manager }
 
 // Metadata implements copyjob.Source.
@@ -250,22 +275,24 @@ func (r restoreSource) open(ctx context.Context, snapshot int64) (*Snapshot, *ma
 	return s, md, permanent(err)
 }
 
-// permanent marks the errors of reading a snapshot that will not pass. Of other
-// bytes than were written more tries tell.
+// permanent wraps errors of reading a snapshot that a retry cannot resolve with
+// copyjob.ErrSource. A digest mismatch is not one: it may be a transfer error.
 func permanent(err error) error {
 	if errors.Is(err, copyjob.ErrDigest) {
 		return err
 	}
-	for _, never := range []error{ErrSnapshotCorrupt, ErrSnapshotNotCommitted, ErrExpiredOrDropped, ErrNeverExisted, manifest.ErrNewerFormat} {
-		if errors.Is(err, never) {
+	for _, final := range []error{
+		ErrSnapshotCorrupt, ErrSnapshotNotCommitted, ErrExpiredOrDropped, ErrNeverExisted, manifest.ErrNewerFormat,
+	} {
+		if errors.Is(err, final) {
 			return fmt.Errorf("%w: %w", copyjob.ErrSource, err)
 		}
 	}
 	return err
 }
 
-// NoJob says why there is no restore job of that id: ErrJobForgotten when the id
-// was handed out, else ErrJobNeverExisted.
+// NoJob returns the error for a missing restore job: ErrJobForgotten if the id was
+// allocated, else ErrJobNeverExisted.
 func (m *Manager) NoJob(ctx context.Context, id int64) error {
 	_, ok, err := m.catalog.Allocated(ctx, id)
 	switch {

@@ -20,21 +20,21 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// maxMissing is how many missing files a plan names.
+// maxMissing is the maximum number of missing files that a plan names.
 const maxMissing = 100
 
-// RestorePlan says what a restore would do.
+// RestorePlan is the expected work of a restore.
 type RestorePlan struct {
 	Totals        segment.Totals
 	Requests      int64
 	EstimatedTime time.Duration
 	Conflicts     []string
-	Missing       []string // the first of them
+	Missing       []string // the first maxMissing
 	MissingCount  int64
 }
 
-// restorable is a snapshot with what of it is to be restored.
-type restorable struct {
+// restoreScope is a snapshot with the parts that a restore copies.
+type restoreScope struct {
 	snapshot   *Snapshot
 	md         *manifest.Metadata
 	partitions []int64 // ascending; none: all
@@ -44,8 +44,9 @@ type restorable struct {
 	requests   int64
 }
 
-// restorable checks what can be checked of a restore before anything is written.
-func (m *Manager) restorable(ctx context.Context, ref Ref, spec *RestoreSpec) (*restorable, error) {
+// checkRestore makes the checks of a restore that need no writes. If the target exists it
+// returns a scope without parts and ErrCollectionExists.
+func (m *Manager) checkRestore(ctx context.Context, ref Ref, spec *RestoreSpec) (*restoreScope, error) {
 	for _, n := range []struct{ field, name string }{{"target.db", spec.DB}, {"target.name", spec.Name}} {
 		if err := catalog.CheckName(n.field, n.name); err != nil {
 			return nil, err
@@ -58,7 +59,7 @@ func (m *Manager) restorable(ctx context.Context, ref Ref, spec *RestoreSpec) (*
 	if err != nil {
 		return nil, err
 	}
-	r := &restorable{snapshot: s}
+	r := &restoreScope{snapshot: s}
 	if r.md, err = m.metadata(ctx, s); err != nil {
 		return nil, err
 	}
@@ -67,19 +68,21 @@ func (m *Manager) restorable(ctx context.Context, ref Ref, spec *RestoreSpec) (*
 	} else if found {
 		col, err := m.catalog.Collection(ctx, catalog.Ref{DB: spec.DB, Name: spec.Name})
 		if err == nil && col.State == catalog.Restoring {
-			return r, fmt.Errorf("%w: %s/%s is being restored by job %d; choose another name, or cancel that", catalog.ErrCollectionExists, spec.DB, spec.Name, col.Job)
+			return r, fmt.Errorf("%w: %s/%s is being restored by job %d; choose another name, or cancel that",
+				catalog.ErrCollectionExists, spec.DB, spec.Name, col.Job)
 		}
-		return r, fmt.Errorf("%w: %s/%s; choose another name, or drop it first", catalog.ErrCollectionExists, spec.DB, spec.Name)
+		return r, fmt.Errorf("%w: %s/%s; choose another name, or drop it first",
+			catalog.ErrCollectionExists, spec.DB, spec.Name)
 	}
-	return r, m.fill(ctx, r, spec)
+	return r, m.selectParts(ctx, r, spec)
 }
 
-// errCopiesUnknown means that a store could not be tried out.
-var errCopiesUnknown = errors.New("whether copies are made of just the version that is asked for is not known")
+// errCopiesUnknown means that the probe of a store failed.
+var errCopiesUnknown = errors.New("support of conditional copies is unknown")
 
-// fill finds out what of the snapshot is restored, and whether the layout takes
-// it.
-func (m *Manager) fill(ctx context.Context, r *restorable, spec *RestoreSpec) error {
+// selectParts sets the partitions, layout and totals of a restore, and checks that the
+// layout accepts every file.
+func (m *Manager) selectParts(ctx context.Context, r *restoreScope, spec *RestoreSpec) error {
 	named := 0
 	for _, c := range r.md.Channels {
 		if c.Name != "" {
@@ -87,7 +90,8 @@ func (m *Manager) fill(ctx context.Context, r *restorable, spec *RestoreSpec) er
 		}
 	}
 	if len(spec.Channels) > 0 && len(spec.Channels) != named {
-		return fmt.Errorf("%w: %d, and the snapshot has %d; they are mapped by shard", ErrChannelMismatch, len(spec.Channels), named)
+		return fmt.Errorf("%w: %d, and the snapshot has %d; they are mapped by shard",
+			ErrChannelMismatch, len(spec.Channels), named)
 	}
 	for _, name := range spec.Partitions {
 		at := slices.IndexFunc(r.md.Partitions, func(p manifest.Partition) bool { return p.Name == name })
@@ -108,13 +112,13 @@ func (m *Manager) fill(ctx context.Context, r *restorable, spec *RestoreSpec) er
 	if r.layout == layout.Native && len(r.partitions) == 0 && !spec.SkipIndexes {
 		return nil
 	}
-	return m.count(ctx, r, spec.SkipIndexes)
+	return m.countSegments(ctx, r, spec.SkipIndexes)
 }
 
-// checkStores refuses stores that cannot copy safely, and has those copy objects
-// whole that cannot do it in parts. With again it tries a store that could not, or of
-// which nothing is known, once more, which writes there.
-func (m *Manager) checkStores(ctx context.Context, r *restorable, again bool) error {
+// checkStores rejects stores without conditional copies, and disables copies in parts
+// for stores without them. With again it repeats a failed probe, which writes to the
+// store.
+func (m *Manager) checkStores(ctx context.Context, r *restoreScope, again bool) error {
 	r.parts = object.CopyParts{}.WithDefaults()
 	for _, root := range r.md.Roots {
 		if m.o.Features == nil {
@@ -125,7 +129,7 @@ func (m *Manager) checkStores(ctx context.Context, r *restorable, again bool) er
 		case err != nil:
 			return fmt.Errorf("%w of store %s: %w", errCopiesUnknown, root.Store, err)
 		case !f.ConditionalCopy:
-			return fmt.Errorf("%w: %s does not copy just the version that is asked for; see AdminService.ProbeStore", ErrStoreUnfit, root.Store)
+			return fmt.Errorf("%w: %s has no conditional copies; see AdminService.ProbeStore", ErrStoreUnfit, root.Store)
 		case !f.MultipartCopy:
 			r.parts.Threshold = object.MaxCopySize
 		}
@@ -133,13 +137,14 @@ func (m *Manager) checkStores(ctx context.Context, r *restorable, again bool) er
 	return nil
 }
 
-// count goes through the segments that are restored: it adds them up, and asks
-// the layout for a place for each of their files.
-func (m *Manager) count(ctx context.Context, r *restorable, skipIndexes bool) error {
-	// Ids of its own, which serve to see whether there is a place at all.
+// countSegments sums the segments that are restored, and checks that the layout has a
+// key for each of their files.
+func (m *Manager) countSegments(ctx context.Context, r *restoreScope, skipIndexes bool) error {
+	// A job with arbitrary ids: only the existence of a key is checked.
 	job := &copyjob.Job{
 		Source: r.snapshot.Collection, Target: r.snapshot.Collection + 1, Partitions: r.partitions, Layout: r.layout,
-		FirstPartition: 1, FirstSegment: 1 << 40, Segments: r.md.Totals.Segments, FirstBuild: 1 << 50, Builds: r.md.Totals.Builds,
+		FirstPartition: 1, FirstSegment: 1 << 40, Segments: r.md.Totals.Segments,
+		FirstBuild: 1 << 50, Builds: r.md.Totals.Builds,
 	}
 	mapping, err := job.Mapping(r.md)
 	if err != nil {
@@ -147,7 +152,7 @@ func (m *Manager) count(ctx context.Context, r *restorable, skipIndexes bool) er
 	}
 	r.totals = segment.Totals{}
 	var builds int64
-	var refused error
+	var layoutErr error
 	err = m.Segments(ctx, Ref{ID: r.snapshot.ID}, 0, func(s *Segment) bool {
 		first := builds
 		builds += int64(len(s.Builds))
@@ -157,7 +162,7 @@ func (m *Manager) count(ctx context.Context, r *restorable, skipIndexes bool) er
 		if skipIndexes {
 			s.Builds = nil
 		}
-		if _, refused = mapping.Paths(&s.Segment, s.Ordinal, first); refused != nil {
+		if _, layoutErr = mapping.Paths(&s.Segment, s.Ordinal, first); layoutErr != nil {
 			return false
 		}
 		r.totals.Add(&s.Segment)
@@ -166,21 +171,21 @@ func (m *Manager) count(ctx context.Context, r *restorable, skipIndexes bool) er
 		}
 		return true
 	})
-	if refused != nil {
-		return fmt.Errorf("%w: %w", ErrLayoutRefused, refused)
+	if layoutErr != nil {
+		return fmt.Errorf("%w: %w", ErrLayoutRefused, layoutErr)
 	}
 	r.requests = r.totals.Files + r.totals.Segments + 20
 	return err
 }
 
-// PlanRestore says what a restore would do, and does nothing. With verify it asks
-// the stores for every file.
+// PlanRestore returns the expected work of a restore and changes nothing. With verify it
+// checks every file in its store.
 func (m *Manager) PlanRestore(ctx context.Context, spec *RestoreSpec, verify bool) (*RestorePlan, error) {
 	plan := &RestorePlan{}
-	r, err := m.restorable(ctx, spec.Snapshot, spec)
+	r, err := m.checkRestore(ctx, spec.Snapshot, spec)
 	if errors.Is(err, catalog.ErrCollectionExists) {
 		plan.Conflicts = append(plan.Conflicts, err.Error())
-		err = m.fill(ctx, r, spec)
+		err = m.selectParts(ctx, r, spec)
 	}
 	switch {
 	case errors.Is(err, ErrLayoutRefused):
@@ -189,8 +194,9 @@ func (m *Manager) PlanRestore(ctx context.Context, spec *RestoreSpec, verify boo
 		return nil, fmt.Errorf("plan the restore of snapshot %s: %w", spec.Snapshot, err)
 	}
 	switch err := m.checkStores(ctx, r, false); {
-	case errors.Is(err, errCopiesUnknown): // its text may hold addresses
-		plan.Conflicts = append(plan.Conflicts, fmt.Sprintf("%v: the store takes no writes at present; a restore tries again", errCopiesUnknown))
+	case errors.Is(err, errCopiesUnknown): // its text may contain addresses
+		plan.Conflicts = append(plan.Conflicts,
+			fmt.Sprintf("%v: the store accepts no writes at present; a restore probes it again", errCopiesUnknown))
 	case err != nil:
 		plan.Conflicts = append(plan.Conflicts, err.Error())
 	}
@@ -208,13 +214,14 @@ func (m *Manager) PlanRestore(ctx context.Context, spec *RestoreSpec, verify boo
 	return plan, nil
 }
 
-// What a store may be taken to do, for estimates.
+// Assumed rates of a store, for estimates.
 const (
 	usualRequests = 500       // a second
 	usualBytes    = 200 << 20 // a second
 )
 
-func estimate(r *restorable, l copyjob.Limits) time.Duration {
+// estimate returns the expected duration of a restore within its limits.
+func estimate(r *restoreScope, l copyjob.Limits) time.Duration {
 	requests, bytes := int64(usualRequests), int64(usualBytes)
 	if l.Requests > 0 {
 		requests = min(requests, l.Requests)
@@ -226,8 +233,8 @@ func estimate(r *restorable, l copyjob.Limits) time.Duration {
 	return time.Duration(seconds * float64(time.Second)).Round(time.Millisecond)
 }
 
-// findMissing asks the stores for the files of a plan.
-func (m *Manager) findMissing(ctx context.Context, plan *RestorePlan, r *restorable, skipIndexes bool) error {
+// findMissing checks the files of a plan in their stores.
+func (m *Manager) findMissing(ctx context.Context, plan *RestorePlan, r *restoreScope, skipIndexes bool) error {
 	wants := &copyjob.Job{Partitions: r.partitions}
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(verifyInFlight)
@@ -249,7 +256,7 @@ func (m *Manager) findMissing(ctx context.Context, plan *RestorePlan, r *restora
 		}
 		for f := range s.AllFiles() {
 			group.Go(func() error {
-				err := m.lookFor(groupCtx, r.md, s.ID, f, missing)
+				err := m.checkFile(groupCtx, r.md, s.ID, f, missing)
 				failed.Store(failed.Load() || err != nil)
 				return err
 			})
@@ -259,7 +266,10 @@ func (m *Manager) findMissing(ctx context.Context, plan *RestorePlan, r *restora
 	return errors.Join(err, group.Wait())
 }
 
-func (m *Manager) lookFor(ctx context.Context, md *manifest.Metadata, id int64, f *segment.File, missing func(string, ...any)) error {
+// checkFile calls missing if a file does not exist as recorded.
+func (m *Manager) checkFile(
+	ctx context.Context, md *manifest.Metadata, id int64, f *segment.File, missing func(string, ...any),
+) error {
 	if f.Root >= len(md.Roots) {
 		missing("%s of segment %d: it has no root", f.Path, id)
 		return nil
@@ -284,7 +294,7 @@ func (m *Manager) lookFor(ctx context.Context, md *manifest.Metadata, id int64, 
 	return nil
 }
 
-// compareFile compares an object with what is recorded of a file.
+// compareFile compares an object with the record of a file.
 func compareFile(f *segment.File, now object.Info) (object.Likeness, string) {
 	return object.Compare(object.Info{Size: f.Size, ETag: f.ETag, Checksum: f.Checksum.Text()}, now)
 }

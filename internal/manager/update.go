@@ -12,10 +12,10 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// maxLabels is how many bytes the labels of a snapshot take at most.
+// maxLabels is the maximum size of a snapshot's labels, in bytes.
 const maxLabels = 4096
 
-// MaxRecordBytes is the largest record of a snapshot.
+// MaxRecordBytes is the maximum size of a snapshot's record.
 const MaxRecordBytes = 16 << 10
 
 // Update changes a committed snapshot's description, labels or expiry.
@@ -36,7 +36,7 @@ func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec U
 		var s *Snapshot
 		if known == nil {
 			if s, err = m.updatable(ctx, ref, &spec); err != nil {
-				known, err = m.wasFirst(ctx, tok, err)
+				known, err = m.resolveToken(ctx, tok, err)
 			}
 		}
 		if known != nil {
@@ -45,7 +45,7 @@ func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec U
 		if err != nil {
 			return nil, err
 		}
-		ref.ID = s.ID // a name is resolved once
+		ref.ID = s.ID // the name is resolved once
 		op, err := record.NewOp(m.o.Rand)
 		if err != nil {
 			return nil, err
@@ -64,7 +64,7 @@ func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec U
 		if spec.TTL != nil {
 			now, err := m.clock.Stamp(ctx)
 			if err != nil {
-				return nil, fmt.Errorf("update snapshot %s: the time that the ttl begins at: %w", s, err)
+				return nil, fmt.Errorf("update snapshot %s: start of the ttl: %w", s, err)
 			}
 			next.ExpireTime = now.Add(*spec.TTL)
 		}
@@ -87,7 +87,7 @@ func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec U
 	return nil, fmt.Errorf("update snapshot %s: %w", ref, catalog.ErrConflict)
 }
 
-// updatable returns a snapshot that may be changed as spec says.
+// updatable checks spec and returns the snapshot that it applies to.
 func (m *Manager) updatable(ctx context.Context, ref Ref, spec *UpdateSpec) (*Snapshot, error) {
 	if spec.ExpireTime != nil {
 		if err := m.checkExpiry(ctx, *spec.ExpireTime); err != nil {
@@ -95,37 +95,41 @@ func (m *Manager) updatable(ctx context.Context, ref Ref, spec *UpdateSpec) (*Sn
 		}
 	}
 	if spec.TTL != nil && (*spec.TTL <= 0 || *spec.TTL > maxExpiry) {
-		return nil, &catalog.InvalidError{Field: "ttl", Problem: fmt.Sprintf("%v is not above 0 and up to 100 years", *spec.TTL)}
+		return nil, &catalog.InvalidError{
+			Field: "ttl", Problem: fmt.Sprintf("%v is not above 0 and up to 100 years", *spec.TTL),
+		}
 	}
 	s, err := m.committed(ctx, ref)
 	if err != nil {
 		return nil, err
 	}
 	if spec.Revision > 0 && spec.Revision != s.Revision {
-		return nil, fmt.Errorf("%w: %s is at revision %d, not %d; read it again", ErrRevisionChanged, s, s.Revision, spec.Revision)
+		return nil, fmt.Errorf("%w: %s is at revision %d, not %d; read it again",
+			ErrRevisionChanged, s, s.Revision, spec.Revision)
 	}
 	return s, nil
 }
 
-// checkExpiry says whether a snapshot may expire at t.
+// checkExpiry returns an error if a snapshot may not expire at t.
 func (m *Manager) checkExpiry(ctx context.Context, t time.Time) error {
 	if t.IsZero() {
 		return nil
 	}
 	now, err := m.clock.Stamp(ctx)
 	if err != nil {
-		return fmt.Errorf("the time that expire_time is compared with: %w", err)
+		return fmt.Errorf("check expire_time: %w", err)
 	}
 	return checkExpiry(t, now)
 }
 
-func checkLabels(labels map[string]string, most int) error {
+// checkLabels returns an error if labels exceed limit, in bytes.
+func checkLabels(labels map[string]string, limit int) error {
 	size := 0
 	for k, v := range labels {
 		size += len(k) + len(v)
 	}
-	if size > most {
-		return &catalog.InvalidError{Field: "labels", Problem: fmt.Sprintf("%d bytes in all, at most %d", size, most)}
+	if size > limit {
+		return &catalog.InvalidError{Field: "labels", Problem: fmt.Sprintf("%d bytes in all, at most %d", size, limit)}
 	}
 	return nil
 }

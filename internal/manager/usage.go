@@ -13,16 +13,16 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// Usage is what a snapshot keeps in the object stores.
+// Usage is the storage that a snapshot holds in the object stores.
 type Usage struct {
-	ExclusiveFiles, ExclusiveBytes int64 // that nothing but the snapshot keeps
+	ExclusiveFiles, ExclusiveBytes int64 // held only by the snapshot
 	SharedFiles, SharedBytes       int64
 }
 
-// Usage parts the files of a committed snapshot into those that would be free to
-// go if it were dropped now, and the others: those of the collection as it is,
-// those that other snapshots hold, and those that are never deleted because they
-// may belong to something else. The memory that it takes is bounded.
+// Usage counts the files of a committed snapshot. Exclusive are those that a drop would
+// free now. Shared are the others: files of the current collection, files held by other
+// snapshots, and files that are never deleted because they may have another owner. Its
+// memory is bounded.
 func (m *Manager) Usage(ctx context.Context, ref Ref) (*Usage, error) {
 	s, err := m.committed(ctx, ref)
 	if err != nil {
@@ -56,9 +56,10 @@ func (m *Manager) Usage(ctx context.Context, ref Ref) (*Usage, error) {
 	return u, nil
 }
 
-// addUsage adds the files of some of a snapshot's segments, which are in id
-// order.
-func (m *Manager) addUsage(ctx context.Context, u *Usage, collection int64, segments []segment.Segment, counts gc.Counts) error {
+// addUsage adds the files of some of a snapshot's segments, which must be in id order.
+func (m *Manager) addUsage(
+	ctx context.Context, u *Usage, collection int64, segments []segment.Segment, counts gc.Counts,
+) error {
 	if len(segments) == 0 {
 		return nil
 	}
@@ -68,18 +69,18 @@ func (m *Manager) addUsage(ctx context.Context, u *Usage, collection int64, segm
 		return err
 	}
 	live := map[int64]map[catalog.FilePath]bool{}
-	if !gone { // what is left of a collection that was dropped keeps nothing
+	if !gone { // the remains of a dropped collection hold no files
 		if live, err = m.liveFiles(ctx, collection, segments); err != nil {
 			return err
 		}
 	}
-	parts, err := m.takenParts(ctx, collection, segments, live, counts)
+	parts, err := m.removedUnits(ctx, collection, segments, live, counts)
 	if err != nil {
 		return err
 	}
 	for i := range segments {
 		s := &segments[i]
-		_, lives := live[s.ID]
+		_, isLive := live[s.ID]
 		shared := counts.Segment(s.ID) > 1
 		for j := range s.Files {
 			f := &s.Files[j]
@@ -89,22 +90,23 @@ func (m *Manager) addUsage(ctx context.Context, u *Usage, collection int64, segm
 		}
 		for b := range s.Builds {
 			build := &s.Builds[b]
-			// A build goes with its segment, unless it was taken from it before.
-			buildShared := counts.Build(build.ID) > 1 || shared && !lives && !parts[s.ID].hasBuild(build.ID)
+			// A build is reclaimed with its segment, unless it was removed from it before.
+			buildShared := counts.Build(build.ID) > 1 || shared && !isLive && !parts[s.ID].hasBuild(build.ID)
 			for j := range build.Files {
 				f := &build.Files[j]
-				u.add(f, !buildShared && catalog.Owns(collection, s, f.Path) && !live[s.ID][catalog.FilePath{Root: f.Root, Path: f.Path}])
+				path := catalog.FilePath{Root: f.Root, Path: f.Path}
+				u.add(f, !buildShared && catalog.Owns(collection, s, f.Path) && !live[s.ID][path])
 			}
 		}
 	}
 	return nil
 }
 
-// partsOf are the units that were taken from one segment.
-type partsOf []catalog.Unit
+// segmentUnits are the units that were removed from one segment.
+type segmentUnits []catalog.Unit
 
-// exclusive says whether the file is of a unit that one snapshot alone holds.
-func (p partsOf) exclusive(path catalog.FilePath, counts gc.Counts) bool {
+// exclusive reports whether the file belongs to a unit that only one snapshot holds.
+func (p segmentUnits) exclusive(path catalog.FilePath, counts gc.Counts) bool {
 	for i := range p {
 		if p[i].Kind == catalog.UnitFiles && !p[i].Spilled && p[i].Has(path) {
 			return counts.Unit(&p[i]) <= 1
@@ -113,30 +115,31 @@ func (p partsOf) exclusive(path catalog.FilePath, counts gc.Counts) bool {
 	return false
 }
 
-func (p partsOf) hasBuild(id int64) bool {
+func (p segmentUnits) hasBuild(id int64) bool {
 	return slices.ContainsFunc(p, func(u catalog.Unit) bool { return u.Kind == catalog.UnitBuild && u.ID == id })
 }
 
-// takenParts reads the units that were taken from those of a snapshot's segments
-// of which other snapshots may have less or more: they are held by others than
-// their segments are. The segments are in id order.
-func (m *Manager) takenParts(
-	ctx context.Context, collection int64, segments []segment.Segment, live map[int64]map[catalog.FilePath]bool, counts gc.Counts,
-) (map[int64]partsOf, error) {
+// removedUnits reads the units that were removed from those segments of which other
+// snapshots may hold a different part. The holders of such a unit differ from those of
+// its segment. The segments must be in id order.
+func (m *Manager) removedUnits(
+	ctx context.Context, collection int64, segments []segment.Segment, live map[int64]map[catalog.FilePath]bool,
+	counts gc.Counts,
+) (map[int64]segmentUnits, error) {
 	var ids []int64
 	for i := range segments {
 		s := &segments[i]
-		files, lives := live[s.ID]
-		whole := lives && !slices.ContainsFunc(s.Files, func(f segment.File) bool {
+		files, isLive := live[s.ID]
+		whole := isLive && !slices.ContainsFunc(s.Files, func(f segment.File) bool {
 			return !files[catalog.FilePath{Root: f.Root, Path: f.Path}]
 		})
 		if !whole && counts.Segment(s.ID) > 1 {
 			ids = append(ids, s.ID)
 		}
 	}
-	// The record of a parked unit is in the object store. It is needed only for
-	// files that the snapshot may have to itself.
-	parts := map[int64]partsOf{}
+	// The record of a spilled unit is in the object store. It is read only for files that
+	// may be exclusive to the snapshot.
+	parts := map[int64]segmentUnits{}
 	err := m.catalog.Parts(ctx, collection, ids, func(u *catalog.Unit) bool {
 		return u.Kind == catalog.UnitFiles && counts.Unit(u) <= 1
 	}, func(u catalog.Unit) { parts[u.Segment.ID] = append(parts[u.Segment.ID], u) })
@@ -153,9 +156,11 @@ func (u *Usage) add(f *segment.File, exclusive bool) {
 	}
 }
 
-// liveFiles returns the files that those of the segments have which are still
-// part of the collection.
-func (m *Manager) liveFiles(ctx context.Context, collection int64, segments []segment.Segment) (map[int64]map[catalog.FilePath]bool, error) {
+// liveFiles returns the current files of those segments that are still in the
+// collection, by segment id.
+func (m *Manager) liveFiles(
+	ctx context.Context, collection int64, segments []segment.Segment,
+) (map[int64]map[catalog.FilePath]bool, error) {
 	wanted := make(map[int64]bool, len(segments))
 	for i := range segments {
 		wanted[segments[i].ID] = true
@@ -185,9 +190,8 @@ func (m *Manager) liveFiles(ctx context.Context, collection int64, segments []se
 	return live, err
 }
 
-// CheckDrop says what a drop would do, and does nothing: it returns the id of
-// the snapshot that would be dropped and what it keeps, or 0 when there is none.
-// The errors are those of Drop.
+// CheckDrop returns the id and the usage of the snapshot that Drop would drop, or 0 if
+// there is none. It changes nothing. The errors are those of Drop.
 func (m *Manager) CheckDrop(ctx context.Context, ref Ref, expected int64) (int64, *Usage, error) {
 	s, txn, err := m.droppable(ctx, ref, expected)
 	if err != nil {

@@ -15,25 +15,25 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta/follow"
 )
 
-// pendingKeys is where creates show that they live.
+// pendingKeys is the prefix of the pending keys of creates.
 const pendingKeys = "/snapshot/pending/"
 
-// view is every snapshot's record in memory, in list order, kept current by a
-// watch. It serves lists, and tells the cleaner what to look at; what is then
-// done is decided by the compares of a transaction.
+// view mirrors all snapshot records in memory, in list order, by a watch. It serves
+// lists and selects the work of the cleaner, whose transactions compare what they
+// depend on.
 type view struct {
 	follower *follow.Follower
 	log      *zap.Logger
 	changed  func()  // called after each change that may give the cleaner work
-	pending  *topics // pending keys, for calls that wait until they are deleted
+	pending  *topics // pending keys, for calls that wait for their deletion
 
-	mu         sync.RWMutex
-	byID       map[int64]*Snapshot
-	ordered    []*Snapshot      // newest first
-	alive      map[string]int64 // pending keys, with their create revisions
-	unreadable map[string]bool  // keys of records that this release cannot read
-	pins       map[string]*Pin  // by key; of one that cannot be read the ids alone, or nil
-	pinned     map[int64]int    // how many pins a snapshot has
+	mu          sync.RWMutex
+	byID        map[int64]*Snapshot
+	ordered     []*Snapshot      // newest first
+	pendingRevs map[string]int64 // pending keys, with their create revisions
+	unreadable  map[string]bool  // keys of records that cannot be read
+	pins        map[string]*Pin  // by key; of an unreadable one only the ids, or nil
+	pinned      map[int64]int    // number of pins by snapshot
 }
 
 func newView(kv meta.KV, log *zap.Logger, jitter func() float64, changed func()) *view {
@@ -49,7 +49,7 @@ func (v *view) run(ctx context.Context) error {
 	return v.follower.Run(ctx)
 }
 
-// sync waits until the view shows all that was written before the call.
+// sync waits until the view includes all writes before the call.
 func (v *view) sync(ctx context.Context) error {
 	_, err := v.follower.Sync(ctx)
 	return err
@@ -59,7 +59,7 @@ func (v *view) sync(ctx context.Context) error {
 func (v *view) Reset(kvs []meta.KeyValue, _ int64) {
 	v.mu.Lock()
 	v.byID, v.ordered = map[int64]*Snapshot{}, nil
-	v.alive, v.unreadable, v.pins = map[string]int64{}, map[string]bool{}, map[string]*Pin{}
+	v.pendingRevs, v.unreadable, v.pins = map[string]int64{}, map[string]bool{}, map[string]*Pin{}
 	v.pinned = map[int64]int{}
 	for _, kv := range kvs {
 		switch {
@@ -69,9 +69,9 @@ func (v *view) Reset(kvs []meta.KeyValue, _ int64) {
 				v.ordered = append(v.ordered, s)
 			}
 		case strings.HasPrefix(kv.Key, pendingKeys):
-			v.alive[kv.Key] = kv.CreateRevision
+			v.pendingRevs[kv.Key] = kv.CreateRevision
 		case strings.HasPrefix(kv.Key, keys.AllPinsPrefix):
-			v.pin(kv)
+			v.addPin(kv)
 		}
 	}
 	slices.SortFunc(v.ordered, newestFirst)
@@ -85,24 +85,24 @@ func (v *view) Apply(events []meta.Event, _ int64) {
 	v.mu.Lock()
 	work := false
 	for _, e := range events {
-		// A pin that goes sets a snapshot free, but one that comes or is renewed,
-		// which can be often, is no work.
+		// The removal of a pin may allow an expiry. A new or renewed pin, which can be
+		// frequent, is no work.
 		work = work || e.Deleted || !strings.HasPrefix(e.KV.Key, keys.AllPinsPrefix)
 		switch {
 		case strings.HasPrefix(e.KV.Key, keys.SnapshotPrefix):
 			v.apply(e)
 		case strings.HasPrefix(e.KV.Key, keys.AllPinsPrefix):
 			if e.Deleted {
-				v.unpin(e.KV.Key)
+				v.removePin(e.KV.Key)
 			} else {
-				v.pin(e.KV)
+				v.addPin(e.KV)
 			}
 		case strings.HasPrefix(e.KV.Key, pendingKeys):
 			if e.Deleted {
-				delete(v.alive, e.KV.Key)
+				delete(v.pendingRevs, e.KV.Key)
 				v.pending.changed(e.KV.Key)
 			} else {
-				v.alive[e.KV.Key] = e.KV.CreateRevision
+				v.pendingRevs[e.KV.Key] = e.KV.CreateRevision
 			}
 		}
 	}
@@ -112,17 +112,17 @@ func (v *view) Apply(events []meta.Event, _ int64) {
 	}
 }
 
-// pin notes a pin that came or was renewed.
-func (v *view) pin(kv meta.KeyValue) {
-	p, _ := decodePin(kv) // what cannot be read keeps its snapshot all the same
+// addPin adds a pin, or replaces one that was renewed.
+func (v *view) addPin(kv meta.KeyValue) {
+	p, _ := decodePin(kv) // an unreadable pin still protects its snapshot
 	if _, known := v.pins[kv.Key]; !known {
 		v.pinned[pinnedSnapshot(kv.Key)]++
 	}
 	v.pins[kv.Key] = p
 }
 
-// unpin notes that a pin went.
-func (v *view) unpin(key string) {
+// removePin removes a pin.
+func (v *view) removePin(key string) {
 	if _, known := v.pins[key]; !known {
 		return
 	}
@@ -133,7 +133,7 @@ func (v *view) unpin(key string) {
 	}
 }
 
-// pinnedSnapshot is the id in a pin's key; 0: there is none.
+// pinnedSnapshot returns the snapshot id in a pin's key, 0 if there is none.
 func pinnedSnapshot(key string) int64 {
 	id, _, _ := strings.Cut(strings.TrimPrefix(key, keys.AllPinsPrefix), "/")
 	n, err := strconv.ParseInt(id, 10, 64)
@@ -143,8 +143,8 @@ func pinnedSnapshot(key string) int64 {
 	return n
 }
 
-// endingPins returns the pins that end some time.
-func (v *view) endingPins() []*Pin {
+// expiringPins returns the pins that have an expire time.
+func (v *view) expiringPins() []*Pin {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
 	var list []*Pin
@@ -153,7 +153,9 @@ func (v *view) endingPins() []*Pin {
 			list = append(list, p)
 		}
 	}
-	slices.SortFunc(list, func(a, b *Pin) int { return cmp.Or(cmp.Compare(a.Snapshot, b.Snapshot), cmp.Compare(a.ID, b.ID)) })
+	slices.SortFunc(list, func(a, b *Pin) int {
+		return cmp.Or(cmp.Compare(a.Snapshot, b.Snapshot), cmp.Compare(a.ID, b.ID))
+	})
 	return list
 }
 
@@ -179,13 +181,12 @@ func (v *view) apply(e meta.Event) {
 	}
 }
 
-// decode reads a record; one that this release cannot read is left alone, said
-// and counted.
+// decode decodes a record. An unreadable one is logged and counted, and nil returned.
 func (v *view) decode(kv meta.KeyValue) *Snapshot {
 	s, err := decode(kv)
 	if err != nil {
 		v.unreadable[kv.Key] = true
-		v.log.Error("snapshot record is left alone", zap.String("key", kv.Key), zap.Error(err))
+		v.log.Error("snapshot record ignored: it cannot be read", zap.String("key", kv.Key), zap.Error(err))
 		return nil
 	}
 	return s
@@ -200,8 +201,8 @@ func comparePlaces(a, b Place) int {
 	return cmp.Or(cmp.Compare(a.Order, b.Order), cmp.Compare(a.ID, b.ID))
 }
 
-// list returns up to limit snapshots that match, behind after. What it returns
-// is shared and must not be changed.
+// list returns up to limit matching snapshots that follow after. They are shared and
+// must not be changed.
 func (v *view) list(f *Filter, after Place, limit int) (list []*Snapshot, more bool) {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
@@ -209,7 +210,7 @@ func (v *view) list(f *Filter, after Place, limit int) (list []*Snapshot, more b
 	if after != (Place{}) {
 		start, _ = slices.BinarySearchFunc(v.ordered, after, func(s *Snapshot, after Place) int {
 			if comparePlaces(s.place(), after) >= 0 {
-				return -1 // newer, or the last one of the page before
+				return -1 // newer, or the last of the previous page
 			}
 			return 1
 		})
@@ -226,7 +227,7 @@ func (v *view) list(f *Filter, after Place, limit int) (list []*Snapshot, more b
 	return list, false
 }
 
-// has says whether a snapshot is known.
+// has reports whether the view has a snapshot.
 func (v *view) has(id int64) bool {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
@@ -245,10 +246,9 @@ func (v *view) count() (states map[State]int, unreadable, pins int) {
 	return states, len(v.unreadable), len(v.pins)
 }
 
-// work returns the snapshots that the cleaner has to look at: those that are
-// being deleted, those that are PENDING without a pending key, and those that
-// expire some time; apart from these the pinned ones, which do not expire before
-// their last pin goes.
+// work returns the snapshots for the cleaner: DELETING ones, PENDING ones without a
+// pending key, and COMMITTED ones with an expire time. Pinned ones among the latter,
+// which do not expire before their last pin is removed, are returned separately.
 func (v *view) work() (deleting, dead, expiring, pinned []*Snapshot) {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
@@ -257,7 +257,7 @@ func (v *view) work() (deleting, dead, expiring, pinned []*Snapshot) {
 		case Deleting:
 			deleting = append(deleting, s)
 		case Pending:
-			if _, alive := v.alive[keys.Pending(s.Collection, s.ID)]; !alive {
+			if _, alive := v.pendingRevs[keys.Pending(s.Collection, s.ID)]; !alive {
 				dead = append(dead, s)
 			}
 		case Committed:

@@ -12,25 +12,25 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// Calls that wait for a key to change share a watch of their replica: those that wait
-// for a create to end share that of the view, those that wait for checkpoints one that
-// begins with the first of them and lasts as long as the replica.
+// Calls that wait for a key to change share a watch of their replica. Calls that wait
+// for the end of a create share the view's watch. Calls that wait for checkpoints share
+// one that starts with the first of them and lasts as long as the replica.
 //
-// A call joins a topic first and reads the key from the store after that, so every
-// change that the read does not show wakes it:
+// A call first joins a topic and then reads the key from the store, so every change
+// that the read does not include wakes it:
 //
-//	the watch begins at a revision  all calls wake, for they may have read before it
+//	the watch starts at a revision  all calls wake: they may have read before it
 //	a key of a topic changes        the topic's calls wake
-//	watch lost                      it is opened again where it was
-//	compacted, or the store         the watch begins at the newest revision: all
-//	contradicts what it said        calls wake, and read again
+//	watch lost                      it is opened again at the same revision
+//	compacted, or the store         the watch starts at the newest revision: all
+//	contradicts an earlier answer   calls wake and read again
 //	replica ends                    the calls end: ErrStopping
 //
-// Waking is a hint: what a call waits for is decided by what it reads.
+// A wake-up is a hint: each call reads the key and decides.
 
-// topics are the waiting calls of a replica, by what they wait for.
+// topics are the waiting calls of a replica by topic, which is a key or a prefix.
 type topics struct {
-	ended chan struct{} // closed when nothing wakes calls any more
+	ended chan struct{} // closed when the watch has ended for good
 
 	mu      sync.Mutex
 	waiting map[string]map[*waiter]struct{}
@@ -47,7 +47,7 @@ func newTopics() *topics {
 	return &topics{ended: make(chan struct{}), waiting: map[string]map[*waiter]struct{}{}}
 }
 
-// join adds a call that waits for changes of topics. It must leave.
+// join adds a call that waits for changes of topics. The caller must call leave.
 func (t *topics) join(on ...string) *waiter {
 	w := &waiter{of: t, on: on, wake: make(chan struct{}, 1)}
 	t.mu.Lock()
@@ -72,8 +72,8 @@ func (w *waiter) leave() {
 	}
 }
 
-// wait returns when a topic may have changed since the call joined, or since wait last
-// returned.
+// wait blocks until a topic may have changed since join or since wait last returned, or
+// ctx or the replica ends.
 func (w *waiter) wait(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
@@ -85,7 +85,7 @@ func (w *waiter) wait(ctx context.Context) error {
 	}
 }
 
-func (w *waiter) rouse() {
+func (w *waiter) notify() {
 	select {
 	case w.wake <- struct{}{}:
 	default:
@@ -97,7 +97,7 @@ func (t *topics) changed(topic string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for w := range t.waiting[topic] {
-		w.rouse()
+		w.notify()
 	}
 }
 
@@ -107,30 +107,31 @@ func (t *topics) allChanged() {
 	defer t.mu.Unlock()
 	for _, waiting := range t.waiting {
 		for w := range waiting {
-			w.rouse()
+			w.notify()
 		}
 	}
 }
 
-// end ends all calls. It must be called once.
+// end ends all calls with ErrStopping. It must be called once.
 func (t *topics) end() { close(t.ended) }
 
-// cuts wakes the calls that wait for checkpoints of a collection, or for its end.
-type cuts struct {
+// checkpointWatch wakes the calls that wait for checkpoints of a collection or for a
+// change of its record.
+type checkpointWatch struct {
 	*topics
 	kv    meta.KV
 	log   *zap.Logger
 	rand  func() float64
-	begin chan struct{} // size one; a call waits
+	begin chan struct{} // size one; signals the first waiting call
 }
 
-func newCuts(kv meta.KV, log *zap.Logger, rand func() float64) *cuts {
-	return &cuts{topics: newTopics(), kv: kv, log: log, rand: rand, begin: make(chan struct{}, 1)}
+func newCheckpointWatch(kv meta.KV, log *zap.Logger, rand func() float64) *checkpointWatch {
+	return &checkpointWatch{topics: newTopics(), kv: kv, log: log, rand: rand, begin: make(chan struct{}, 1)}
 }
 
-// await adds a call that waits for a change of the collection's checkpoints or its
-// record. It must leave.
-func (c *cuts) await(collection int64) *waiter {
+// await adds a call that waits for a change of the collection's checkpoints or record.
+// The caller must call leave.
+func (c *checkpointWatch) await(collection int64) *waiter {
 	w := c.join(keys.ChannelPrefix(collection), keys.Collection(collection))
 	select {
 	case c.begin <- struct{}{}:
@@ -139,9 +140,9 @@ func (c *cuts) await(collection int64) *waiter {
 	return w
 }
 
-// Run watches checkpoints and collections, from the first waiting call on until ctx
-// ends. It must be called once.
-func (c *cuts) Run(ctx context.Context) error {
+// Run watches checkpoints and collections from the first waiting call until ctx ends. It
+// must be called once.
+func (c *checkpointWatch) Run(ctx context.Context) error {
 	defer c.end()
 	select {
 	case <-ctx.Done():
@@ -154,16 +155,16 @@ func (c *cuts) Run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
-		c.log.Warn("the watch of checkpoints ended and is opened again", zap.Error(err))
+		c.log.Warn("watch of checkpoints failed, retrying", zap.Error(err))
 		if backoff.Wait(ctx) != nil {
 			return nil
 		}
 	}
 }
 
-// follow watches the store until that fails, from after on, and moves after. It calls
-// good for every step that worked.
-func (c *cuts) follow(ctx context.Context, after *int64, good func()) error {
+// follow watches the store from revision *after until the watch fails, and advances
+// *after. 0 means the newest revision. It calls onProgress after each batch.
+func (c *checkpointWatch) follow(ctx context.Context, after *int64, onProgress func()) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	if *after == 0 {
@@ -173,7 +174,7 @@ func (c *cuts) follow(ctx context.Context, after *int64, good func()) error {
 		}
 		c.allChanged()
 	}
-	// Nothing is between the keys of checkpoints and those of collections.
+	// No other keys are between those of checkpoints and those of collections.
 	from, _ := meta.Prefix(keys.AllChannelsPrefix)
 	_, to := meta.Prefix(keys.CollectionPrefix)
 	w := c.kv.Watch(ctx, from, to, *after)
@@ -197,6 +198,6 @@ func (c *cuts) follow(ctx context.Context, after *int64, good func()) error {
 			topic = next
 		}
 		*after = b.Revision
-		good()
+		onProgress()
 	}
 }

@@ -59,7 +59,7 @@ func all(t *testing.T, ended chan error, n int, want error) {
 // checkNobodyWaits checks that no call has stayed in the replica's topics.
 func checkNobodyWaits(t *testing.T, r *replica) {
 	t.Helper()
-	for _, of := range []*topics{r.cuts.topics, r.view.pending} {
+	for _, of := range []*topics{r.checkpoints.topics, r.view.pending} {
 		of.mu.Lock()
 		if len(of.waiting) != 0 {
 			t.Errorf("calls are left that wait for %v", of.waiting)
@@ -71,7 +71,7 @@ func checkNobodyWaits(t *testing.T, r *replica) {
 // awaitCut20 waits for the first channel to be at 20.
 func awaitCut20(ctx context.Context, m *Manager, col catalog.Collection) error {
 	want := []catalog.Checkpoint{{Shard: 0, Position: segment.Position{Timestamp: 20}}}
-	return m.awaitCut(ctx, catalog.Ref{ID: col.ID}, want)
+	return m.waitForCheckpoints(ctx, catalog.Ref{ID: col.ID}, want)
 }
 
 // Calls that wait for checkpoints share one watch, and each ends when its own
@@ -229,7 +229,7 @@ func TestChangeBeforeTheFirstWatch(t *testing.T) {
 		col, _, _ := w.collection(r, "c")
 		w.checkpoint(r, col, 10, 10)
 		settle()
-		r.cuts.kv = &movedKV{KV: r.cuts.kv, move: func() { w.checkpoint(r, col, 20, 20) }}
+		r.checkpoints.kv = &movedKV{KV: r.checkpoints.kv, move: func() { w.checkpoint(r, col, 20, 20) }}
 		ended := waiting(1, func(int) error { return awaitCut20(t.Context(), r.Manager, col) })
 		all(t, ended, 1, nil)
 	})

@@ -19,20 +19,20 @@ import (
 
 // How a snapshot is written.
 const (
-	chunkSegments   = 2500    // records that make one manifest
-	chunkBytes      = 8 << 20 // of records that do, if these are fewer
-	chunksInFlight  = 2       // manifests being written at once
-	advanceSegments = 64      // after which a create has come a step further
-	captureAttempts = 3       // when the revision is compacted in mid-read
-	putAttempts     = 5       // of one object, of those that the store answers
-	verifyInFlight  = 16      // files looked at, at once, for each manifest
-	maxStraddling   = 10      // segments that an error names
+	chunkSegments   = 2500    // records per manifest
+	chunkBytes      = 8 << 20 // of records per manifest, if reached first
+	chunksInFlight  = 2       // manifests written concurrently
+	advanceSegments = 64      // between two reports of progress
+	captureAttempts = 3       // when the revision is compacted during the read
+	putAttempts     = 5       // of one object, not counting calls without an answer
+	verifyInFlight  = 16      // files checked concurrently, for each manifest
+	maxStraddling   = 10      // segments named by an error
 )
 
-// captureAndWrite reads the collection at one revision and writes what it says,
-// the metadata last. It returns the record as commit will write it.
+// captureAndWrite reads the collection at one revision and writes the snapshot's
+// objects, the metadata last. It returns the record for commit.
 func (m *Manager) captureAndWrite(ctx context.Context, c *creation, lease *createLease) (*Snapshot, error) {
-	used := 0 // manifests that were begun: a key is not used twice
+	used := 0 // manifests begun so far: a key is not used twice
 	for compacted := 0; ; {
 		next, written, err := m.capture(ctx, c, lease, used)
 		used += written
@@ -45,9 +45,11 @@ func (m *Manager) captureAndWrite(ctx context.Context, c *creation, lease *creat
 	}
 }
 
-// capture is one capture, whose manifests are numbered from first on. It also
-// returns how many it began.
-func (m *Manager) capture(ctx context.Context, c *creation, lease *createLease, first int) (next *Snapshot, begun int, err error) {
+// capture performs one capture, with manifests numbered from first. begun is the
+// number of manifests that it began.
+func (m *Manager) capture(
+	ctx context.Context, c *creation, lease *createLease, first int,
+) (next *Snapshot, begun int, err error) {
 	var view catalog.View
 	err = lease.persist(ctx, func() (err error) {
 		view, err = m.catalog.At(ctx, c.snap.Collection, c.revision)
@@ -60,58 +62,56 @@ func (m *Manager) capture(ctx context.Context, c *creation, lease *createLease, 
 		return nil, 0, view.Collection.CheckActive()
 	}
 	w := &snapshotWriter{
-		m: m, spec: &c.spec, snap: c.snap, view: &view, cutter: newCutter(&view), lease: lease, first: first,
-		room: int(min(c.segments, chunkSegments)), memory: c.memory,
+		m: m, spec: &c.spec, snap: c.snap, view: &view, filter: newCaptureFilter(&view), lease: lease, first: first,
+		chunkCap: int(min(c.segments, chunkSegments)), memory: c.memory,
 	}
 	next, err = w.run(ctx)
 	return next, len(w.chunks), err
 }
 
-// snapshotWriter writes one capture. One goroutine reads the records of segments
-// and deals them out in chunks; one for each chunk makes a manifest of it. That
-// decodes, captures and encodes one segment after another, so that no more than
-// the records and the manifests are ever held.
+// snapshotWriter writes one capture. One goroutine reads the records of segments into
+// chunks. One goroutine per chunk writes its manifest: it decodes, captures and encodes
+// one segment after another, so that memory is bounded by records and manifests.
 type snapshotWriter struct {
 	m      *Manager
 	spec   *CreateSpec
 	snap   *Snapshot
 	view   *catalog.View
-	cutter *cutter
+	filter *captureFilter
 	lease  *createLease
 
-	first  int // number of the first chunk
-	room   int // records to make room for in a chunk
-	memory *reservation
-	chunks []*chunk
+	first    int // number of the first chunk
+	chunkCap int // initial capacity of a chunk, in records
+	memory   *reservation
+	chunks   []*chunk
 
-	// What the chunks come to.
-	totals     segment.Totals
-	straddling []int64 // the first few
-	lacking    []int64 // likewise
-	lackingAll int     // how many there are
-	refsFile   manifest.RefsFile
-	refs       *manifest.Refs // in that file
+	// Sums over the chunks.
+	totals       segment.Totals
+	straddling   []int64 // the first maxStraddling
+	lacking      []int64 // the first maxStraddling
+	lackingTotal int
+	refsFile     manifest.RefsFile
+	refs         *manifest.Refs // in that file
 }
 
-// chunk is some segments, in the order of their ids.
+// chunk is a run of segments in id order, written as one manifest.
 type chunk struct {
 	number  int // of the manifest
 	records []meta.KeyValue
-	memory  charge // of the records, then of the manifest
+	memory  chunkMemory // of the records, then of the manifest
 
-	// What is captured of them. Its goroutine sets it before it closes encoded,
-	// which it does unless it fails.
-	totals     segment.Totals
-	straddling []int64 // the first few
-	lacking    []int64 // likewise
-	lackingAll int     // how many there are
-	refs       manifest.Refs
-	digest     manifest.Digest
-	encoded    chan struct{}
+	// The result. The chunk's goroutine sets it and closes encoded, unless it fails.
+	totals       segment.Totals
+	straddling   []int64 // the first maxStraddling
+	lacking      []int64 // the first maxStraddling
+	lackingTotal int
+	refs         manifest.Refs
+	digest       manifest.Digest
+	encoded      chan struct{}
 }
 
-// add counts what is captured of a segment.
-func (c *chunk) add(col *catalog.Collection, got *captured) {
+// add counts a captured segment and its references.
+func (c *chunk) add(col *catalog.Collection, got *capturedSegment) {
 	c.totals.Add(&got.Segment)
 	addRefs(&c.refs, col, &got.Segment)
 	if got.straddles {
@@ -121,12 +121,13 @@ func (c *chunk) add(col *catalog.Collection, got *captured) {
 	}
 }
 
+// run writes all objects and returns the record for commit.
 func (w *snapshotWriter) run(ctx context.Context) (*Snapshot, error) {
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(1 + chunksInFlight)
 	group.Go(func() error {
-		// When not all is read the capture starts over, and needs the key of the
-		// references.
+		// The references have one key. They are written only after a complete read,
+		// because an incomplete capture starts again.
 		if err := w.readAll(groupCtx, group); err != nil {
 			return err
 		}
@@ -142,10 +143,10 @@ func (w *snapshotWriter) run(ctx context.Context) (*Snapshot, error) {
 	return w.finish(ctx)
 }
 
-// readAll reads the records, and has each chunk of them written once it is full.
-// It waits while chunksInFlight are being written.
+// readAll reads the records and starts to write each chunk in group once it is full.
+// It blocks while chunksInFlight chunks are being written.
 func (w *snapshotWriter) readAll(ctx context.Context, group *errgroup.Group) error {
-	var c *chunk // that is read
+	var c *chunk // being read
 	size := 0
 	flush := func() {
 		full := c
@@ -157,18 +158,18 @@ func (w *snapshotWriter) readAll(ctx context.Context, group *errgroup.Group) err
 		})
 	}
 	defer func() {
-		if c != nil { // not all is read
+		if c != nil { // the read failed
 			c.memory.end()
 		}
 	}()
-	last := "" // key of the record that was read last
+	last := "" // key of the last record read
 	err := w.lease.persist(ctx, func() error {
 		_, err := w.m.catalog.ScanRecords(ctx, w.snap.Collection, w.view.Revision, last, func(batch []meta.KeyValue) error {
 			for _, kv := range batch {
 				if c == nil {
 					c = &chunk{
-						number: w.first + len(w.chunks), records: make([]meta.KeyValue, 0, w.room), memory: charge{of: w.memory},
-						encoded: make(chan struct{}),
+						number: w.first + len(w.chunks), records: make([]meta.KeyValue, 0, w.chunkCap),
+						memory: chunkMemory{reservation: w.memory}, encoded: make(chan struct{}),
 					}
 				}
 				if err := c.memory.add(ctx, recordMemory(kv), w.lease.advance); err != nil {
@@ -193,8 +194,7 @@ func (w *snapshotWriter) readAll(ctx context.Context, group *errgroup.Group) err
 	return err
 }
 
-// write makes and writes the manifest of a chunk, unless nothing is captured of
-// it.
+// write encodes a chunk and writes its manifest, unless no segment is captured.
 func (w *snapshotWriter) write(ctx context.Context, c *chunk) error {
 	data, err := w.encodeVerified(ctx, c)
 	if err != nil {
@@ -209,8 +209,8 @@ func (w *snapshotWriter) write(ctx context.Context, c *chunk) error {
 	return w.m.putOnce(ctx, manifest.ManifestKey(w.snap.Collection, w.snap.ID, c.number), data, w.lease)
 }
 
-// encodeVerified is encode, and has the files looked at meanwhile if that is
-// wanted.
+// encodeVerified encodes a chunk, and concurrently checks its files if the create
+// asks for verification.
 func (w *snapshotWriter) encodeVerified(ctx context.Context, c *chunk) ([]byte, error) {
 	if !w.spec.Verify {
 		return w.encode(ctx, c, func(*segment.Segment) {})
@@ -220,15 +220,15 @@ func (w *snapshotWriter) encodeVerified(ctx context.Context, c *chunk) ([]byte, 
 	data, err := w.encode(ctx, c, func(s *segment.Segment) {
 		w.m.verify(ctx, group, w.view.Collection.Roots, s, w.lease)
 	})
-	if missing := group.Wait(); missing != nil { // which ended encode
+	if missing := group.Wait(); missing != nil { // the cause if encode was canceled
 		return nil, missing
 	}
 	return data, err
 }
 
-// encode captures the segments of a chunk, shows each to look, and returns the
-// manifest.
-func (w *snapshotWriter) encode(ctx context.Context, c *chunk, look func(*segment.Segment)) ([]byte, error) {
+// encode captures the segments of a chunk, calls visit with each captured one, and
+// returns the manifest.
+func (w *snapshotWriter) encode(ctx context.Context, c *chunk, visit func(*segment.Segment)) ([]byte, error) {
 	end, err := w.m.memory.decode(ctx, c.records, w.lease.advance)
 	if err != nil {
 		return nil, err
@@ -243,24 +243,24 @@ func (w *snapshotWriter) encode(ctx context.Context, c *chunk, look func(*segmen
 				return nil, err
 			}
 		}
-		c.records[i] = meta.KeyValue{} // so that its memory can be used again
+		c.records[i] = meta.KeyValue{} // lets the record be collected
 		s, err := decoder.Decode(w.snap.Collection, kv)
 		if err != nil {
 			return nil, err
 		}
-		got, err := w.cutter.capture(s)
+		got, err := w.filter.capture(s)
 		if err != nil {
 			return nil, err
 		}
-		if got.lacking {
-			if c.lackingAll++; len(c.lacking) < maxStraddling {
+		if got.lacksFiles {
+			if c.lackingTotal++; len(c.lacking) < maxStraddling {
 				c.lacking = append(c.lacking, s.ID)
 			}
 		}
-		if !got.in {
+		if !got.included {
 			continue
 		}
-		look(&got.Segment)
+		visit(&got.Segment)
 		c.add(&w.view.Collection, &got)
 		if err := out.Add(&got.Segment); err != nil {
 			return nil, err
@@ -270,14 +270,14 @@ func (w *snapshotWriter) encode(ctx context.Context, c *chunk, look func(*segmen
 	return out.Finish(), nil
 }
 
-// writeRefs adds up what was captured, once all of it is, and writes the
+// writeRefs waits for all chunks to be encoded, sums their results, and writes the
 // references.
 func (w *snapshotWriter) writeRefs(ctx context.Context) error {
 	refs := &manifest.Refs{}
 	for _, c := range w.chunks {
 		select {
 		case <-c.encoded:
-		case <-ctx.Done(): // as when a chunk failed
+		case <-ctx.Done(): // for example, a chunk failed
 			return ctx.Err()
 		}
 		w.totals.Segments += c.totals.Segments
@@ -287,17 +287,17 @@ func (w *snapshotWriter) writeRefs(ctx context.Context) error {
 		w.totals.Builds += c.totals.Builds
 		w.totals.Straddling += c.totals.Straddling
 		w.straddling = append(w.straddling, c.straddling[:min(len(c.straddling), maxStraddling-len(w.straddling))]...)
-		w.lackingAll += c.lackingAll
+		w.lackingTotal += c.lackingTotal
 		w.lacking = append(w.lacking, c.lacking[:min(len(c.lacking), maxStraddling-len(w.lacking))]...)
 		refs.Segments = append(refs.Segments, c.refs.Segments...)
 		refs.Builds = append(refs.Builds, c.refs.Builds...)
 		refs.Files = append(refs.Files, c.refs.Files...)
 		c.refs = manifest.Refs{}
 	}
-	if w.lackingAll > 0 {
-		w.m.log.Warn("the snapshot lacks segments that are FLUSHED with rows and have no file of them: an earlier release "+
-			"let them in; give them their files with UpdateSegments, or drop them", zap.Int64("snapshot", w.snap.ID),
-			zap.Int("segments", w.lackingAll), zap.Int64s("first", w.lacking))
+	if w.lackingTotal > 0 {
+		w.m.log.Warn("snapshot omits segments that are FLUSHED with rows but have no file, which an earlier release "+
+			"accepted; add their files with UpdateSegments, or drop them", zap.Int64("snapshot", w.snap.ID),
+			zap.Int("segments", w.lackingTotal), zap.Int64s("first", w.lacking))
 	}
 	sortRefs(refs)
 	data, err := manifest.EncodeRefs(refs)
@@ -312,9 +312,9 @@ func (w *snapshotWriter) writeRefs(ctx context.Context) error {
 	return w.m.putOnce(ctx, manifest.RefsKey(w.snap.Collection, w.snap.ID), data, w.lease)
 }
 
-// finish writes the metadata, and makes the committed record.
+// finish writes the metadata and returns the record for commit.
 func (w *snapshotWriter) finish(ctx context.Context) (*Snapshot, error) {
-	next := w.snap.moved(Committed, "")
+	next := w.snap.withState(Committed, "")
 	next.CatalogRevision, next.Totals, next.beginRev = w.view.Revision, w.totals, w.snap.Revision
 	next.DB, next.CollectionName = w.view.Collection.DB, w.view.Collection.Name
 	md := describe(next, w.view, w.m.o.Cluster.ID, w.m.o.Release)
@@ -335,7 +335,8 @@ func (w *snapshotWriter) finish(ctx context.Context) (*Snapshot, error) {
 		}
 		md.Manifests = append(md.Manifests, manifest.ManifestFile{
 			File: manifest.ManifestName(c.number), Digest: c.digest, FirstOrdinal: ordinal, FirstBuild: build,
-			Segments: c.totals.Segments, Rows: c.totals.Rows, Builds: c.totals.Builds, Files: c.totals.Files, Bytes: c.totals.Bytes,
+			Segments: c.totals.Segments, Rows: c.totals.Rows, Builds: c.totals.Builds, Files: c.totals.Files,
+			Bytes: c.totals.Bytes,
 		})
 		ordinal, build = ordinal+c.totals.Segments, build+c.totals.Builds
 		next.ManifestBytes += c.digest.Length
@@ -354,15 +355,17 @@ func (w *snapshotWriter) finish(ctx context.Context) (*Snapshot, error) {
 	return next, nil
 }
 
-// verify has group ask the stores for every file of the segment, which it does
-// not keep. It waits while group is busy.
-func (m *Manager) verify(ctx context.Context, group *errgroup.Group, roots []catalog.Root, s *segment.Segment, lease *createLease) {
+// verify starts a check of every file of the segment in group. It blocks while group
+// is at its limit, and does not retain s.
+func (m *Manager) verify(
+	ctx context.Context, group *errgroup.Group, roots []catalog.Root, s *segment.Segment, lease *createLease,
+) {
 	id := s.ID
 	for f := range s.AllFiles() {
 		file := *f
 		group.Go(func() error {
 			err := lease.persist(ctx, func() error {
-				return pastRefusals(ctx, func() error { return m.verifyFile(ctx, roots[file.Root], &file, id) })
+				return retryRefusals(ctx, func() error { return m.verifyFile(ctx, roots[file.Root], &file, id) })
 			})
 			if err != nil {
 				return err
@@ -372,9 +375,9 @@ func (m *Manager) verify(ctx context.Context, group *errgroup.Group, roots []cat
 	}
 }
 
-// pastRefusals repeats do while the store refuses in a way that may pass, up to
-// putAttempts times: one refusal among the requests of a create does not end it.
-func pastRefusals(ctx context.Context, do func() error) (err error) {
+// retryRefusals calls do up to putAttempts times while the store refuses it for a
+// passing reason: one refused request does not end a create.
+func retryRefusals(ctx context.Context, do func() error) (err error) {
 	for attempt := range putAttempts {
 		if over := meta.Pause(ctx, attempt*attempt*10); over != nil {
 			return cmp.Or(err, over)
@@ -386,6 +389,7 @@ func pastRefusals(ctx context.Context, do func() error) (err error) {
 	return err
 }
 
+// verifyFile checks that a file exists in its store as recorded.
 func (m *Manager) verifyFile(ctx context.Context, root catalog.Root, f *segment.File, id int64) error {
 	store, ok := m.o.Stores[root.Store]
 	if !ok {
@@ -404,9 +408,8 @@ func (m *Manager) verifyFile(ctx context.Context, root catalog.Root, f *segment.
 	return nil
 }
 
-// putOnce writes an object of the snapshot's own. After an answer that is no
-// answer, or says that the key is taken, it reads back: equal bytes are what an
-// earlier try wrote.
+// putOnce creates one of the snapshot's own objects. After a call without an answer,
+// or when the key exists, it reads the object: equal bytes are an earlier attempt's.
 func (m *Manager) putOnce(ctx context.Context, key string, data []byte, lease *createLease) error {
 	err := lease.persist(ctx, func() error {
 		var last error
@@ -423,18 +426,18 @@ func (m *Manager) putOnce(ctx context.Context, key string, data []byte, lease *c
 			switch {
 			case errors.Is(err, object.ErrNotFound) && errors.Is(last, object.ErrInvalidKey):
 				return last
-			case errors.Is(err, object.ErrUnavailable): // what holds the key is not known
+			case errors.Is(err, object.ErrUnavailable): // the content of the key is unknown
 				last = err
 			case err != nil:
 			case bytes.Equal(there, data):
 				return nil
-			default: // or it was not read as it is there
+			default: // other content, or an altered read
 				last = fmt.Errorf("%w with other content; snapshotd's prefix must be its own", object.ErrExists)
 			}
 		}
 		return last
 	})
-	if errors.Is(err, object.ErrExists) && m.o.Epoch != nil && m.isOfAnotherStore(ctx, key, data, lease) {
+	if errors.Is(err, object.ErrExists) && m.o.Epoch != nil && m.provesReusedID(ctx, key, data, lease) {
 		m.catalog.ForgetStock(ctx)
 		err = m.o.Epoch.Alarm(ctx, key)
 	}
@@ -444,19 +447,19 @@ func (m *Manager) putOnce(ctx context.Context, key string, data []byte, lease *c
 	return lease.advance(ctx)
 }
 
-// maxEvidence bounds what is read of an object that holds the key of another.
-const maxEvidence = 4 << 20
+// maxProofBytes bounds the read of an object that occupies a key of a new snapshot.
+const maxProofBytes = 4 << 20
 
-// isOfAnotherStore reports whether the object under a key of a new snapshot proves
-// that the snapshot's id was handed out before: it is not data, two reads agree,
-// and snapshotd wrote it as an object of that key. An alarm stops the whole
-// cluster, so a read that was altered, and an object of another program, are none:
-// they fail the create alone.
-func (m *Manager) isOfAnotherStore(ctx context.Context, key string, data []byte, lease *createLease) bool {
+// provesReusedID reports whether the object under a key of a new snapshot proves that
+// the snapshot's id was allocated before: it is not data, two reads agree, and
+// snapshotd wrote it as an object of that key. The alarm that follows stops the whole
+// cluster. An altered read or an object of another program is therefore no proof; it
+// fails this create only.
+func (m *Manager) provesReusedID(ctx context.Context, key string, data []byte, lease *createLease) bool {
 	var reads [2][]byte
 	for i := range reads {
 		err := lease.persist(ctx, func() (err error) {
-			reads[i], err = object.ReadAll(ctx, m.store, key, maxEvidence)
+			reads[i], err = object.ReadAll(ctx, m.store, key, maxProofBytes)
 			return err
 		})
 		if err != nil {

@@ -235,7 +235,7 @@ func (s *Server) admit(ctx context.Context, method string) error {
 		return err
 	}
 	if permissions[method] == write {
-		return s.manager.NotBehind(ctx)
+		return s.manager.CheckRollback(ctx)
 	}
 	return nil
 }

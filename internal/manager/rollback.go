@@ -1,0 +1,81 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+// errNoEpoch means that this replica does not detect rollbacks of the metadata store.
+// Only tests configure that.
+var errNoEpoch = errors.New("this replica keeps no epoch")
+
+// lead runs work until ctx ends or a metadata rollback is detected.
+func (m *Manager) lead(ctx context.Context, work func(ctx context.Context) error) error {
+	if m.o.Epoch == nil {
+		return work(ctx)
+	}
+	return m.o.Epoch.Lead(ctx, work)
+}
+
+// RolledBack returns a text that explains why this cluster allocates and deletes
+// nothing after a rollback of the metadata store, and how to recover. It is empty
+// while no rollback is known.
+func (m *Manager) RolledBack(ctx context.Context) (string, error) {
+	if m.o.Epoch == nil {
+		return "", nil
+	}
+	behind, err := m.o.Epoch.RolledBack(ctx)
+	if err != nil || behind == nil {
+		return "", err
+	}
+	return behind.Error(), nil
+}
+
+// ErrNotReady means that the object store for snapshots has not answered since this
+// replica started. Whether the store is the cluster's, and whether the metadata store
+// was rolled back, is therefore unknown. Nothing was written.
+var ErrNotReady = errors.New("the object store has not answered since this replica started")
+
+// CheckRollback returns an epoch.ErrRolledBack while the metadata store is known to be
+// older than the object store, because decisions on it may be wrong. It returns
+// ErrNotReady while that is unknown.
+func (m *Manager) CheckRollback(ctx context.Context) error {
+	if ready := m.o.Ready[m.o.SnapshotStore]; ready != nil {
+		select {
+		case <-ready:
+		default:
+			return ErrNotReady
+		}
+	}
+	if m.o.Epoch == nil {
+		return nil
+	}
+	behind, err := m.o.Epoch.RolledBack(ctx)
+	if err != nil {
+		return err
+	}
+	return behind
+}
+
+// Recover ends the state in which the metadata store is older than the object store.
+// With force it does so even if no rollback was detected. It returns whether the store
+// was in that state, the lowest id that is allocated from now on, and the lowest
+// skipped id, which equals next if none was skipped. It may be repeated. After an error
+// the recovery may have happened.
+func (m *Manager) Recover(ctx context.Context, force bool) (wasBehind bool, next, skippedFrom int64, err error) {
+	if m.o.Epoch == nil {
+		return false, 0, 0, errNoEpoch
+	}
+	return m.o.Epoch.Recover(ctx, force)
+}
+
+// RecoverClock accepts the clocks as they are now. It returns whether they were not
+// trusted before, and the time that judges lifetimes. It may be repeated.
+func (m *Manager) RecoverClock(ctx context.Context) (wasStopped bool, now time.Time, err error) {
+	wasStopped, now, err = m.clock.Recover(ctx)
+	if err == nil {
+		m.clean.Wake()
+	}
+	return wasStopped, now, err
+}
