@@ -14,7 +14,7 @@ import (
 // Records are dealt out in chunks before it is known what is captured of them.
 // One of which nothing is leaves a gap in the numbers, and no object.
 func TestManifestsOfChunks(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		var all, want []segment.Segment
@@ -48,7 +48,8 @@ func TestManifestsOfChunks(t *testing.T) {
 		for _, m := range d.Metadata.Manifests {
 			files = append(files, fmt.Sprint(m.File, " ", m.FirstOrdinal, " ", m.Segments))
 		}
-		if diff := cmp.Diff([]string{"manifest-0.avro 0 2500", "manifest-2.avro 2500 2500", "manifest-3.avro 5000 10"}, files); diff != "" {
+		if diff := cmp.Diff([]string{"manifest-0.avro 0 2500", "manifest-2.avro 2500 2500", "manifest-3.avro 5000 10"},
+			files); diff != "" {
 			t.Errorf("manifests (-want +got):\n%s", diff)
 		}
 		if snap.Totals.Segments != int64(len(want)) || snap.Totals.Straddling != 1 {

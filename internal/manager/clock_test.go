@@ -23,7 +23,7 @@ import (
 )
 
 // on has a replica run on a host. Alone, its object store is a directory there.
-func (w *world) on(h *hosts.Host, alone bool) func(*Options) {
+func (w *testEnv) on(h *hosts.Host, alone bool) func(*Options) {
 	h.Boot()
 	return func(o *Options) {
 		o.Now = h.Now
@@ -46,7 +46,7 @@ type onHost struct {
 
 func (s onHost) Now(context.Context) (time.Time, error) { return s.h.Now(), nil }
 
-func (w *world) left(r *replica) int {
+func (w *testEnv) left(r *replica) int {
 	w.t.Helper()
 	list, _, err := r.List(w.t.Context(), Filter{}, Place{}, 1000)
 	if err != nil {
@@ -55,7 +55,7 @@ func (w *world) left(r *replica) int {
 	return len(list)
 }
 
-func (w *world) createTTL(r *replica, col catalog.Collection, name string, ttl time.Duration) *Snapshot {
+func (w *testEnv) createTTL(r *replica, col catalog.Collection, name string, ttl time.Duration) *Snapshot {
 	w.t.Helper()
 	sp := spec(col, name)
 	sp.TTL = ttl
@@ -67,9 +67,9 @@ func (w *world) createTTL(r *replica, col catalog.Collection, name string, ttl t
 }
 
 // A ttl counts from the time that all agree on, not from the creating replica's.
-func TestTTLOfACreatorWhoseClockIsOff(t *testing.T) {
+func TestTTLWithSkewedCreatorClock(t *testing.T) {
 	for _, by := range []time.Duration{-24 * time.Hour, -2 * time.Hour, 2 * time.Hour} {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			a := w.start("a")
 			settle()
 			b := w.start("b", w.on(hosts.Off(by), false))
@@ -90,9 +90,9 @@ func TestTTLOfACreatorWhoseClockIsOff(t *testing.T) {
 }
 
 // Readers get the whole tolerance, and no more than that, whichever replica drops.
-func TestDropTimeOfAReplicaWhoseClockIsOff(t *testing.T) {
+func TestDropTimeWithSkewedClock(t *testing.T) {
 	for _, by := range []time.Duration{-2 * time.Hour, 2 * time.Hour} {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			a := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
 			settle()
 			b := w.start("b", w.on(hosts.Off(by), false))
@@ -122,7 +122,7 @@ func TestDropTimeOfAReplicaWhoseClockIsOff(t *testing.T) {
 // A host whose clock steps deletes nothing, neither then nor after a restart, until
 // an operator says that the clock is right.
 func TestHostClockSteps(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		h := &hosts.Host{}
 		r := w.start("a", w.on(h, true))
 		col, _, _ := w.collection(r, "c")
@@ -154,11 +154,13 @@ func TestHostClockSteps(t *testing.T) {
 		sp.TTL = time.Hour
 		_, err := r.Create(t.Context(), request.Token{}, sp)
 		wantUntrusted("create with a ttl", err)
-		_, err = r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.SegmentChange{Drop: []int64{later.ID}})
+		_, err = r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID},
+			catalog.SegmentChange{Drop: []int64{later.ID}})
 		wantUntrusted("drop of a segment", err)
 		_, err = r.Pin(t.Context(), request.Token{}, Ref{Name: "month"}, PinSpec{Owner: "me", TTL: time.Hour})
 		wantUntrusted("pin with a ttl", err)
-		_, err = r.Restore(t.Context(), request.Token{}, &RestoreSpec{Snapshot: Ref{Name: "month"}, DB: "default", Name: "copy", Timeout: time.Hour})
+		_, err = r.Restore(t.Context(), request.Token{},
+			&RestoreSpec{Snapshot: Ref{Name: "month"}, DB: "default", Name: "copy", Timeout: time.Hour})
 		wantUntrusted("restore with a timeout", err)
 		_, err = r.Collect(t.Context(), collect.CycleOptions{Collection: catalog.Ref{ID: col.ID}})
 		wantUntrusted("round", err)
@@ -198,7 +200,7 @@ func dropByName(ctx context.Context, r *replica, name string) error {
 // Downtime expires what became due in it; a gap that no downtime explains does not.
 func TestDowntimeAndExpiry(t *testing.T) {
 	for days, want := range map[int]int{30: 0, 36: 1} {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			h := &hosts.Host{}
 			r := w.start("a", w.on(h, true))
 			col, _, _ := w.collection(r, "c")
@@ -218,7 +220,7 @@ func TestDowntimeAndExpiry(t *testing.T) {
 
 // A host that sleeps for a night goes on.
 func TestSleepingHost(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		h := &hosts.Host{}
 		r := w.start("a", w.on(h, true))
 		col, _, _ := w.collection(r, "c")
@@ -236,8 +238,9 @@ func TestSleepingHost(t *testing.T) {
 // A deadline is stamped and judged by one time, though the clocks of the replica
 // that admits and of the one that leads are apart.
 func TestRestoreDeadlineAndClocks(t *testing.T) {
-	for _, off := range []struct{ leader, other time.Duration }{{0, -10 * time.Minute}, {10 * time.Minute, 0}, {0, 10 * time.Minute}} {
-		inWorld(t, func(t *testing.T, w *world) {
+	for _, off := range []struct{ leader, other time.Duration }{{0, -10 * time.Minute},
+		{10 * time.Minute, 0}, {0, 10 * time.Minute}} {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			a := w.start("a", w.on(hosts.Off(off.leader), false))
 			settle()
 			b := w.start("b", w.on(hosts.Off(off.other), false))
@@ -264,9 +267,9 @@ func TestRestoreDeadlineAndClocks(t *testing.T) {
 
 // When a task was done is noted by the time that all agree on, since a job stalls by
 // it.
-func TestFinishTimeOfAWorkerWhoseClockIsOff(t *testing.T) {
+func TestFinishTimeWithSkewedWorkerClock(t *testing.T) {
 	for _, by := range []time.Duration{-24 * time.Hour, 24 * time.Hour} {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			r := w.start("a", w.on(hosts.Off(by), false))
 			col := w.rich(r, "c", copyjob.TaskSegments+1)
 			s := w.create(r, col, "s")
@@ -315,7 +318,7 @@ func TestFinishTimeOfAWorkerWhoseClockIsOff(t *testing.T) {
 
 // Snapshots that are pinned when they expire cost nothing until the pin goes.
 func TestExpiredButPinned(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		idle := func(pinned int) int {
 			r := w.start(fmt.Sprint("a", pinned), func(o *Options) { o.CollectorOff = true })
 			defer r.stop()
@@ -354,7 +357,7 @@ func TestExpiredButPinned(t *testing.T) {
 	})
 }
 
-func (w *world) remove(key string) {
+func (w *testEnv) remove(key string) {
 	w.t.Helper()
 	if _, err := w.kv.Txn(w.t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(key)}}); err != nil {
 		w.t.Fatal(err)
@@ -363,9 +366,9 @@ func (w *world) remove(key string) {
 
 // A pin ends by its expire_time, though its lease goes on, as it does when etcd
 // restarts.
-func TestPinOutlivedByItsLease(t *testing.T) {
+func TestPinExpiresBeforeItsLease(t *testing.T) {
 	// again has the lease of a pin begin again.
-	again := func(t *testing.T, w *world, p *Pin) {
+	again := func(t *testing.T, w *testEnv, p *Pin) {
 		t.Helper()
 		kv, found, _, err := w.kv.Get(t.Context(), keys.Pin(p.Snapshot, p.ID))
 		if err != nil || !found {
@@ -375,7 +378,7 @@ func TestPinOutlivedByItsLease(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	pinned := func(t *testing.T, w *world, r *replica) (*Snapshot, *Pin) {
+	pinned := func(t *testing.T, w *testEnv, r *replica) (*Snapshot, *Pin) {
 		t.Helper()
 		col, _, _ := w.collection(r, "c")
 		s := w.create(r, col, "s")
@@ -388,7 +391,7 @@ func TestPinOutlivedByItsLease(t *testing.T) {
 		return s, p
 	}
 	t.Run("the leader removes it", func(t *testing.T) {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			r := w.start("a")
 			_, p := pinned(t, w, r)
 			time.Sleep(3 * time.Minute)
@@ -399,7 +402,7 @@ func TestPinOutlivedByItsLease(t *testing.T) {
 		})
 	})
 	t.Run("readers and a drop do not wait for that", func(t *testing.T) {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			r := w.start("a", func(o *Options) { o.CleanInterval = 24 * time.Hour })
 			s, p := pinned(t, w, r)
 			if list, _, err := r.Pins(t.Context(), s.ID, PinPlace{}, 10); len(list) != 1 || err != nil {
@@ -422,8 +425,8 @@ func TestPinOutlivedByItsLease(t *testing.T) {
 }
 
 // The record of a request token ends by its expire_time, though its lease goes on.
-func TestTokenOutlivedByItsLease(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestTokenExpiresBeforeItsLease(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		tok := token("t", "request")
@@ -457,7 +460,7 @@ func TestTokenOutlivedByItsLease(t *testing.T) {
 
 // A ttl that is given later begins by the same time, whichever replica is asked.
 func TestUpdateTTL(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a")
 		settle()
 		b := w.start("b", w.on(hosts.Off(-3*time.Hour), false))
@@ -481,8 +484,8 @@ func TestUpdateTTL(t *testing.T) {
 }
 
 // A clock that steps under a create with a ttl aborts it, and leaves nothing.
-func TestClockStepsInMidCreate(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestClockStepDuringCreate(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		h := &hosts.Host{}
 		r := w.start("a", w.on(h, true))
 		col, _, _ := w.collection(r, "c")

@@ -49,7 +49,7 @@ func eventually(t *testing.T, what string, done func() bool) {
 }
 
 // rest waits until nothing is under way and n snapshots are left.
-func (w *world) rest(n int) {
+func (w *testEnv) rest(n int) {
 	w.t.Helper()
 	count := func(prefix string) int {
 		from, to := meta.Prefix(prefix)
@@ -70,7 +70,9 @@ func unanswered(err error) bool {
 }
 
 // definite repeats a call until its answer is one, each time at another replica.
-func definite[T any](t *testing.T, replicas []*replica, call func(ctx context.Context, r *replica) (T, error)) (T, error) {
+func definite[T any](
+	t *testing.T, replicas []*replica, call func(ctx context.Context, r *replica) (T, error),
+) (T, error) {
 	t.Helper()
 	deadline := time.Now().Add(clusterPatience)
 	for i := 0; ; i++ {
@@ -87,7 +89,9 @@ func definite[T any](t *testing.T, replicas []*replica, call func(ctx context.Co
 	}
 }
 
-func createDefinite(t *testing.T, replicas []*replica, tok request.Token, col catalog.Collection, name string) (*Snapshot, error) {
+func createDefinite(
+	t *testing.T, replicas []*replica, tok request.Token, col catalog.Collection, name string,
+) (*Snapshot, error) {
 	t.Helper()
 	return definite(t, replicas, func(ctx context.Context, r *replica) (*Snapshot, error) {
 		return r.Create(ctx, tok, spec(col, name))
@@ -275,7 +279,8 @@ func TestClusterLeaderKilled(t *testing.T) {
 			t.Errorf("%d snapshots, want %d", len(there), len(work.kept))
 		}
 	}
-	t.Logf("%d created, %d dropped, %d aborted; %d transactions got no answer", len(work.kept)+len(work.dropped), len(work.dropped),
+	t.Logf("%d created, %d dropped, %d aborted; %d transactions got no answer",
+		len(work.kept)+len(work.dropped), len(work.dropped),
 		work.aborted, work.lost.Load())
 	if work.aborted > 0 {
 		t.Errorf("%d creates were given up", work.aborted)
@@ -359,7 +364,8 @@ func TestClusterQuorumLost(t *testing.T) {
 	t.Logf("the create that got no answer: %v", first)
 	w.rest(want)
 	for _, r := range both {
-		if list := w.check(r); len(list) != want || !slices.ContainsFunc(list, func(l *Snapshot) bool { return l.ID == s.ID }) {
+		if list := w.check(r); len(list) != want ||
+			!slices.ContainsFunc(list, func(l *Snapshot) bool { return l.ID == s.ID }) {
 			t.Errorf("%v, want %d with %s", list, want, s)
 		}
 	}

@@ -11,9 +11,8 @@ import (
 )
 
 // Collect makes a round of the collector now, see [collect.Collector.Collect]. It also
-// reports
-// snapshots that expired, were dropped or whose creator is gone. The leader removes
-// them; Collect wakes the cleaner, which runs if this replica leads.
+// reports snapshots that expired, were dropped or whose creator is gone. The leader
+// removes them; Collect wakes the cleaner, which runs if this replica leads.
 func (m *Manager) Collect(ctx context.Context, o collect.CycleOptions) (collect.Summary, error) {
 	if err := m.CheckRollback(ctx); err != nil {
 		return collect.Summary{}, fmt.Errorf("collect: %w", err)

@@ -23,7 +23,7 @@ import (
 )
 
 // round makes one and waits for what it deletes.
-func (w *world) round(r *replica, o collect.CycleOptions) ([]collect.Item, collect.Summary) {
+func (w *testEnv) round(r *replica, o collect.CycleOptions) ([]collect.Item, collect.Summary) {
 	w.t.Helper()
 	var items []collect.Item
 	o.Report = func(i collect.Item) error { items = append(items, i); return nil }
@@ -45,7 +45,7 @@ func told(items []collect.Item) []string {
 	return list
 }
 
-func (w *world) drops(r *replica, col catalog.Collection) {
+func (w *testEnv) drops(r *replica, col catalog.Collection) {
 	w.t.Helper()
 	if _, err := r.catalog.DropCollection(w.t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, 0); err != nil {
 		w.t.Fatal(err)
@@ -53,7 +53,7 @@ func (w *world) drops(r *replica, col catalog.Collection) {
 }
 
 // leftOf are the keys that there still are of a collection.
-func (w *world) leftOf(col catalog.Collection) []string {
+func (w *testEnv) leftOf(col catalog.Collection) []string {
 	w.t.Helper()
 	var list []string
 	for _, key := range append(w.keysUnder("/catalog/"), w.keysUnder("/gc/")...) {
@@ -67,7 +67,7 @@ func (w *world) leftOf(col catalog.Collection) []string {
 // The leader deletes what was dropped once the tolerance has passed, and not
 // before; what a snapshot holds waits for the snapshot.
 func TestCollectorWaits(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
 		col, _, _ := w.collection(r, "c")
 		free, held, lives := w.segment(r, col, 0, 1, 20), w.segment(r, col, 0, 21, 40), w.segment(r, col, 0, 41, 60)
@@ -105,7 +105,7 @@ func TestCollectorWaits(t *testing.T) {
 // A dropped collection goes with everything, and a snapshot of it is restored
 // though the collector has been there.
 func TestCollectorAndDroppedCollection(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
 		col := w.rich(r, "c", 6)
 		s := w.create(r, col, "one")
@@ -135,21 +135,23 @@ func TestCollectorAndDroppedCollection(t *testing.T) {
 			t.Errorf("without it: %+v", sum)
 		}
 		items, sum := w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
-		if sum.Removed != 1 || len(items) != 1 || items[0].Kind != collect.ItemCollection || items[0].Action != collect.Deletes {
+		if sum.Removed != 1 || len(items) != 1 || items[0].Kind != collect.ItemCollection ||
+			items[0].Action != collect.Deletes {
 			t.Errorf("the collection itself: %+v, %+v", items, sum)
 		}
 		if left := w.leftOf(col); len(left) > 0 {
 			t.Errorf("left: %v", left)
 		}
-		if _, err := r.catalog.Collection(t.Context(), catalog.Ref{ID: col.ID}); !errors.Is(err, catalog.ErrCollectionNotFound) {
+		if _, err := r.catalog.Collection(t.Context(),
+			catalog.Ref{ID: col.ID}); !errors.Is(err, catalog.ErrCollectionNotFound) {
 			t.Errorf("the collection: %v", err)
 		}
 	})
 }
 
 // A dropped partition takes its segments along, a dropped index its builds.
-func TestCollectorFinishesParts(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestCollectorFinishesPartitionsAndIndexes(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
 		col, p, x := w.collection(r, "c")
 		ref := catalog.Ref{ID: col.ID}
@@ -161,7 +163,8 @@ func TestCollectorFinishesParts(t *testing.T) {
 			}
 			s.Files[0].Path = catalog.NativePath(col.ID, &s, &s.Files[0])
 			b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
-			b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/%d/%d/index/%d/f", col.ID, s.Partition, s.ID, b.ID), Size: 5}}
+			b.Files = []segment.File{{Kind: segment.KindIndex,
+				Path: fmt.Sprintf("%d/%d/%d/index/%d/f", col.ID, s.Partition, s.ID, b.ID), Size: 5}}
 			s.Builds = []segment.Build{b}
 			if i%2 == 0 {
 				in = append(in, s)
@@ -179,7 +182,8 @@ func TestCollectorFinishesParts(t *testing.T) {
 			t.Fatal(err)
 		}
 		items, sum := w.round(r, collect.CycleOptions{Tolerance: new(time.Duration), DryRun: true})
-		if diff := cmp.Diff([]string{fmt.Sprintf("4 1 %d", p.ID), fmt.Sprintf("5 1 %d", x.ID)}, told(items)); diff != "" || sum.Removed != 2 {
+		if diff := cmp.Diff([]string{fmt.Sprintf("4 1 %d", p.ID), fmt.Sprintf("5 1 %d", x.ID)}, told(items)); diff != "" ||
+			sum.Removed != 2 {
 			t.Errorf("dry run: %+v\n%s", sum, diff)
 		}
 		if len(w.keysUnder(keys.PartitionPrefix(col.ID))) != 1 || len(w.keysUnder(keys.IndexPrefix(col.ID))) != 1 {
@@ -216,7 +220,7 @@ func TestCollectorFinishesParts(t *testing.T) {
 // A round that would take too much of a collection in use stops, and says so,
 // until somebody insists.
 func TestCollectorStops(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
 		col, _, _ := w.collection(r, "c")
 		other, _, _ := w.collection(r, "d")
@@ -243,15 +247,18 @@ func TestCollectorStops(t *testing.T) {
 		}
 		items, sum := w.round(r, collect.CycleOptions{})
 		want := []collect.Stop{{Collection: col.ID, Eligible: 101, Total: 200}}
-		if diff := cmp.Diff(want, sum.Stops); diff != "" || sum.StopCount != 1 || len(items) != 1 || items[0].Action != collect.Stops {
+		if diff := cmp.Diff(want, sum.Stops); diff != "" || sum.StopCount != 1 || len(items) != 1 ||
+			items[0].Action != collect.Stops {
 			t.Errorf("%+v:\n%s", items, diff)
 		}
 		items, sum = w.round(r, collect.CycleOptions{DryRun: true})
-		if diff := cmp.Diff(want, sum.Stops); diff != "" || sum.Granted != 0 || sum.Files != 0 || sum.Stopped != 101 || len(items) != 102 {
+		if diff := cmp.Diff(want, sum.Stops); diff != "" || sum.Granted != 0 || sum.Files != 0 ||
+			sum.Stopped != 101 || len(items) != 102 {
 			t.Errorf("a dry run: %d items, %+v:\n%s", len(items), sum, diff)
 		}
 		for _, i := range items {
-			if i.Action != collect.Stops || i.Reason == "" || i.Kind != collect.ItemCollection && (i.Files != 1 || len(i.Objects) != 1) {
+			if i.Action != collect.Stops || i.Reason == "" || i.Kind != collect.ItemCollection &&
+				(i.Files != 1 || len(i.Objects) != 1) {
 				t.Errorf("a dry run tells %+v", i)
 			}
 		}
@@ -270,7 +277,7 @@ func TestCollectorStops(t *testing.T) {
 // A dry run says what would become of each unit and object and why, changes
 // nothing, and the round that follows does what it said.
 func TestCollectorDryRun(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
 		col, _, _ := w.collection(r, "c")
 		held, free, fresh := w.segment(r, col, 0, 1, 20), w.segment(r, col, 0, 21, 40), w.segment(r, col, 0, 41, 60)
@@ -297,7 +304,8 @@ func TestCollectorDryRun(t *testing.T) {
 			if i.Action != collect.Deletes {
 				continue
 			}
-			if diff := cmp.Diff([]collect.Object{{Store: "default", Key: "data/" + free.Files[0].Path, Size: 10}}, i.Objects); diff != "" {
+			if diff := cmp.Diff([]collect.Object{{Store: "default", Key: "data/" + free.Files[0].Path, Size: 10}},
+				i.Objects); diff != "" {
 				t.Errorf("objects:\n%s", diff)
 			}
 		}
@@ -318,7 +326,7 @@ func TestCollectorDryRun(t *testing.T) {
 
 // A round sweeps when it is told to.
 func TestCollectSweeps(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
 		col, _, _ := w.collection(r, "c")
 		dead := manifest.MetadataKey(col.ID, w.newID(r))
@@ -346,7 +354,7 @@ func TestCollectorSurvivesEachFailedCall(t *testing.T) {
 	scene := func(t *testing.T, fail func(r *replica, n int) func() bool) {
 		for n := 0; ; n++ {
 			fired := false
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				r := w.start("a", func(o *Options) { o.CollectorOff = true })
 				col, p, x := w.collection(r, "c")
 				gone, _, _ := w.collection(r, "gone")
@@ -354,7 +362,8 @@ func TestCollectorSurvivesEachFailedCall(t *testing.T) {
 				part.Partition = p.ID
 				part.Files[0].Path = catalog.NativePath(col.ID, &part, &part.Files[0])
 				b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
-				b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/f", col.ID, free.ID, b.ID), Size: 5}}
+				b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/f", col.ID, free.ID, b.ID),
+					Size: 5}}
 				free.Builds = []segment.Build{b}
 				w.addWritten(r, col, held, part)
 				w.addWritten(r, gone, w.segment(r, gone, 0, 1, 2))
@@ -427,7 +436,7 @@ func second[T any](_ T, err error) error { return err }
 // A round with nothing to do asks the object store for nothing and writes
 // nothing.
 func TestCollectorIdles(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
 		col, _, _ := w.collection(r, "c")
 		s := w.segment(r, col, 0, 1, 20)
@@ -456,7 +465,7 @@ func TestCollectorIdles(t *testing.T) {
 // References that cannot be read keep everything of their collection, and of no
 // other.
 func TestCollectorIsBlocked(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
 		bad, _, _ := w.collection(r, "bad")
 		good, _, _ := w.collection(r, "good")
@@ -482,7 +491,8 @@ func TestCollectorIsBlocked(t *testing.T) {
 		if diff := cmp.Diff([]string{"data/" + one.Files[0].Path}, w.objectsUnder("data/")); diff != "" {
 			t.Errorf("files:\n%s", diff)
 		}
-		if _, err = r.Collect(ctx, collect.CycleOptions{Tolerance: new(time.Duration), Collection: catalog.Ref{ID: bad.ID}}); !errors.Is(err, gc.ErrUnreadable) {
+		if _, err = r.Collect(ctx, collect.CycleOptions{Tolerance: new(time.Duration),
+			Collection: catalog.Ref{ID: bad.ID}}); !errors.Is(err, gc.ErrUnreadable) {
 			t.Errorf("asked for that one: %v", err)
 		}
 	})

@@ -22,7 +22,7 @@ import (
 // A wait ends with the last delete that was granted up to then, and not for what
 // came later, or is of another collection, or a caller's.
 func TestAwaitDeleted(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		ctx := t.Context()
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
 		other, _, _ := w.collection(r, "other")
@@ -74,7 +74,8 @@ func TestAwaitDeleted(t *testing.T) {
 		if n := r.GC().Stats().Granted; n != 0 {
 			t.Errorf("%d left", n)
 		}
-		if err := r.AwaitDeleted(ctx, catalog.Ref{Name: "none", DB: catalog.DefaultDB}, w.now()); !errors.Is(err, catalog.ErrCollectionNotFound) {
+		if err := r.AwaitDeleted(ctx, catalog.Ref{Name: "none", DB: catalog.DefaultDB},
+			w.now()); !errors.Is(err, catalog.ErrCollectionNotFound) {
 			t.Errorf("got %v", err)
 		}
 	})
@@ -82,7 +83,7 @@ func TestAwaitDeleted(t *testing.T) {
 
 // What counts is among much that came later.
 func TestAwaitDeletedAmongLaterOnes(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
 		col, _, _ := w.collection(r, "c")
 		var all []gc.Ask
@@ -114,7 +115,7 @@ func TestAwaitDeletedAmongLaterOnes(t *testing.T) {
 
 // The last round is told by every replica, with all that it came to.
 func TestCollectorStatus(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectTolerance, o.CollectMaxShare = time.Hour, 0.25 })
 		settle() // so that it is the one that leads
 		other := w.start("b", func(o *Options) { o.CollectorOff = true })
@@ -137,7 +138,8 @@ func TestCollectorStatus(t *testing.T) {
 			t.Fatal(err)
 		}
 		last := r.Collector().LastCycle()
-		want = CollectorStatus{LastRound: last, Unconfirmed: 1, Tolerance: 3 * time.Hour, MaxShare: 0.5, StopUnits: collect.StopUnits}
+		want = CollectorStatus{LastRound: last, Unconfirmed: 1, Tolerance: 3 * time.Hour,
+			MaxShare: 0.5, StopUnits: collect.StopUnits}
 		if last == nil || last.Waiting != 1 {
 			t.Errorf("the round came to %+v", last)
 		}
@@ -155,8 +157,8 @@ func TestCollectorStatus(t *testing.T) {
 
 // What the leader cannot do is said by every replica, since when, and is logged once.
 // It is said no more once it is done, or another leads.
-func TestCollectorStatusSaysWhatStandsStill(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestCollectorStatusReportsHalts(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		core, logs := observer.New(zapcore.InfoLevel)
 		r := w.start("a", func(o *Options) { o.CollectorOff, o.Log = true, zap.New(core) })
 		settle() // so that it is the one that leads
@@ -187,7 +189,7 @@ func TestCollectorStatusSaysWhatStandsStill(t *testing.T) {
 				t.Errorf("%s says %+v", name, h)
 			}
 		}
-		if n := logs.FilterMessageSnippet("could not be removed").Len(); n != 1 {
+		if n := logs.FilterMessageSnippet("dropped snapshots not removed").Len(); n != 1 {
 			t.Errorf("it is logged %d times", n)
 		}
 		r.store.Plan(nil)

@@ -16,9 +16,9 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
-// switchedTo stops the replica and starts another on a store that has the world's
+// switchedTo stops the replica and starts another on a store that has the environment's
 // objects, as after a change of the configuration.
-func (w *world) switchedTo(r *replica, store object.Store) *replica {
+func (w *testEnv) switchedTo(r *replica, store object.Store) *replica {
 	r.stop()
 	w.objects = store
 	return w.start("b", func(o *Options) { o.Stores = map[string]object.Store{"default": store} })
@@ -26,7 +26,7 @@ func (w *world) switchedTo(r *replica, store object.Store) *replica {
 
 // otherLayout holds that the plan of a restore, a restore and a create that
 // verifies name the file, and say that its ETag is of another layout.
-func (w *world) otherLayout(r *replica, s *Snapshot, col catalog.Collection, path string, parts ...string) {
+func (w *testEnv) otherLayout(r *replica, s *Snapshot, col catalog.Collection, path string, parts ...string) {
 	w.t.Helper()
 	parts = append(parts, path, "ETag of another layout", "no checksum was registered")
 	holds := func(what, text string) {

@@ -29,16 +29,18 @@ import (
 )
 
 func TestCreateKeepsEverything(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, p, x := w.collection(r, "c")
 		s := w.segment(r, col, 1, 10, 19)
 		s.Partition = p.ID
 		s.Files = nil
-		for i, kind := range []string{segment.KindInsert, segment.KindDelta, segment.KindStats, segment.KindBM25, segment.KindText, segment.KindJSON, "never-heard-of"} {
+		for i, kind := range []string{segment.KindInsert, segment.KindDelta, segment.KindStats,
+			segment.KindBM25, segment.KindText, segment.KindJSON, "never-heard-of"} {
 			f := segment.File{
 				Kind: kind, Field: int64(100 + i), LogID: int64(i + 1), Size: int64(1000 + i), ETag: fmt.Sprintf("etag-%d", i),
-				Checksum: segment.Checksum{Type: "CRC64NVME", Value: []byte{1, 2, 3, byte(i)}}, Attributes: map[string]string{"k": kind},
+				Checksum:   segment.Checksum{Type: "CRC64NVME", Value: []byte{1, 2, 3, byte(i)}},
+				Attributes: map[string]string{"k": kind},
 			}
 			f.Path = fmt.Sprintf("foreign/%s/%d", kind, i)
 			if kind == segment.KindDelta {
@@ -69,11 +71,14 @@ func TestCreateKeepsEverything(t *testing.T) {
 			t.Fatal(err)
 		}
 		md := d.Metadata
-		if md.Snapshot.Description != "for people" || md.Collection.Properties["mmap"] != "true" || md.Collection.ConsistencyLevel != "Bounded" ||
-			!bytes.Equal(md.Collection.Schema.Raw, []byte{0, 1, 2}) || md.ClusterID != r.o.Cluster.ID || md.CatalogRevision != snap.CatalogRevision {
+		if md.Snapshot.Description != "for people" || md.Collection.Properties["mmap"] != "true" ||
+			md.Collection.ConsistencyLevel != "Bounded" ||
+			!bytes.Equal(md.Collection.Schema.Raw, []byte{0, 1, 2}) || md.ClusterID != r.o.Cluster.ID ||
+			md.CatalogRevision != snap.CatalogRevision {
 			t.Errorf("metadata does not say what was captured: %+v", md)
 		}
-		if len(md.Partitions) != 1 || md.Partitions[0].Name != "p0" || len(md.Indexes) != 1 || !slices.Equal(snap.Partitions, []int64{p.ID}) {
+		if len(md.Partitions) != 1 || md.Partitions[0].Name != "p0" || len(md.Indexes) != 1 ||
+			!slices.Equal(snap.Partitions, []int64{p.ID}) {
 			t.Errorf("partitions %+v, indexes %+v", md.Partitions, md.Indexes)
 		}
 		want := []Cut{{0, "ch-0", 100}, {1, "ch-1", 100}}
@@ -88,13 +93,14 @@ func TestCreateKeepsEverything(t *testing.T) {
 }
 
 func TestReferencesCoverSegmentsBuildsAndForeignFiles(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, x := w.collection(r, "c")
 		s := w.segment(r, col, 0, 1, 2)
 		s.Files = append(s.Files, segment.File{Kind: "odd", Path: "elsewhere/odd"})
 		b := segment.Build{ID: w.newID(r), Index: x.ID}
-		b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/1", col.ID, s.ID, b.ID)}, {Kind: segment.KindIndex, Path: "elsewhere/index"}}
+		b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/1", col.ID, s.ID, b.ID)},
+			{Kind: segment.KindIndex, Path: "elsewhere/index"}}
 		s.Builds = []segment.Build{b}
 		w.add(r, col, s)
 		w.checkpoint(r, col, 10, 10)
@@ -111,7 +117,8 @@ func TestReferencesCoverSegmentsBuildsAndForeignFiles(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		files := []uint64{manifest.FileHash("default", "data/elsewhere/odd"), manifest.FileHash("default", "data/elsewhere/index")}
+		files := []uint64{manifest.FileHash("default", "data/elsewhere/odd"),
+			manifest.FileHash("default", "data/elsewhere/index")}
 		slices.Sort(files)
 		want := &manifest.Refs{Segments: []int64{s.ID}, Builds: []int64{b.ID}, Files: files}
 		if diff := cmp.Diff(want, refs); diff != "" {
@@ -121,7 +128,7 @@ func TestReferencesCoverSegmentsBuildsAndForeignFiles(t *testing.T) {
 }
 
 func TestCreate64OfOneName(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		replicas := []*replica{w.start("a"), w.start("b"), w.start("c")}
 		col, _, _ := w.collection(replicas[0], "c")
 		w.add(replicas[0], col, w.segment(replicas[0], col, 0, 1, 2))
@@ -153,7 +160,7 @@ func TestCreate64OfOneName(t *testing.T) {
 }
 
 func TestCreateOfOneNameInTwoCollections(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		scoped := func(o *Options) { o.Cluster.NameScope = 2 }
 		r := w.start("a", scoped)
 		one, _, _ := w.collection(r, "one")
@@ -174,7 +181,7 @@ func TestCreateOfOneNameInTwoCollections(t *testing.T) {
 }
 
 func TestCreateRefusesBadInput(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		dropped, _, _ := w.collection(r, "dropped")
@@ -186,7 +193,8 @@ func TestCreateRefusesBadInput(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, name := range []string{"", " ", " padded", "padded ", "a/b", "..", ".hidden", "-flag", "naïve", "a\x00b", "a\nb", "\u202eabc", strings.Repeat("x", 256)} {
+		for _, name := range []string{"", " ", " padded", "padded ", "a/b", "..", ".hidden",
+			"-flag", "naïve", "a\x00b", "a\nb", "\u202eabc", strings.Repeat("x", 256)} {
 			_, err := r.Create(t.Context(), request.Token{}, spec(col, name))
 			if !errors.Is(err, catalog.ErrInvalid) {
 				t.Errorf("name %q: %v", name, err)
@@ -202,7 +210,8 @@ func TestCreateRefusesBadInput(t *testing.T) {
 		wantError(t, err, catalog.ErrInvalid)
 		_, err = r.Create(t.Context(), request.Token{}, CreateSpec{Name: "x", Collection: catalog.Ref{ID: 1 << 40}})
 		wantError(t, err, catalog.ErrCollectionNotFound)
-		_, err = r.Create(t.Context(), request.Token{}, CreateSpec{Name: "x", Collection: catalog.Ref{DB: "other", Name: "c"}})
+		_, err = r.Create(t.Context(), request.Token{},
+			CreateSpec{Name: "x", Collection: catalog.Ref{DB: "other", Name: "c"}})
 		wantError(t, err, catalog.ErrCollectionNotFound)
 		_, err = r.Create(t.Context(), request.Token{}, spec(dropped, "x"))
 		wantError(t, err, catalog.ErrCollectionNotActive)
@@ -225,7 +234,7 @@ func TestCreateRefusesBadInput(t *testing.T) {
 }
 
 // restoring makes the collection look as a restore makes it.
-func (w *world) restoring(col catalog.Collection) {
+func (w *testEnv) restoring(col catalog.Collection) {
 	w.t.Helper()
 	kv, _, _, err := w.kv.Get(w.t.Context(), keys.Collection(col.ID))
 	if err != nil {
@@ -239,7 +248,7 @@ func (w *world) restoring(col catalog.Collection) {
 	w.put(kv.Key, record.Encode(rec))
 }
 
-func (w *world) put(key string, value []byte) {
+func (w *testEnv) put(key string, value []byte) {
 	w.t.Helper()
 	if _, err := w.kv.Txn(w.t.Context(), meta.Txn{Then: []meta.Op{meta.Put(key, value)}}); err != nil {
 		w.t.Fatal(err)
@@ -247,7 +256,7 @@ func (w *world) put(key string, value []byte) {
 }
 
 func TestCreateOfRestoringCollectionIsRefused(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		w.restoring(col)
@@ -257,7 +266,7 @@ func TestCreateOfRestoringCollectionIsRefused(t *testing.T) {
 }
 
 func TestCreateRacesDropCollection(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		other := w.start("b")
 		col, _, _ := w.collection(r, "c")
@@ -294,7 +303,7 @@ func TestCreateRacesDropCollection(t *testing.T) {
 }
 
 func TestSnapshotsOutliveTheirCollection(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s := w.segment(r, col, 0, 1, 2)
@@ -320,7 +329,7 @@ func TestSnapshotsOutliveTheirCollection(t *testing.T) {
 }
 
 func TestEmptyCollectionIsAValidSnapshot(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		snap := w.create(r, col, "empty")
@@ -332,7 +341,7 @@ func TestEmptyCollectionIsAValidSnapshot(t *testing.T) {
 }
 
 func TestCreateTokens(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(a, "c")
 		w.add(a, col, w.segment(a, col, 0, 1, 2))
@@ -363,7 +372,8 @@ func TestCreateTokens(t *testing.T) {
 		}
 		a.store.Thaw()
 		s1, s2 := <-first, <-first
-		if s1 == nil || s2 == nil || s1.ID != s2.ID || s1.ID != pending.ID || s1.Revision != s2.Revision || s1.State != Committed {
+		if s1 == nil || s2 == nil || s1.ID != s2.ID || s1.ID != pending.ID || s1.Revision != s2.Revision ||
+			s1.State != Committed {
 			t.Fatalf("one token made %v, %v and %v", s1, s2, pending)
 		}
 		// The result stays though the snapshot is dropped.
@@ -387,8 +397,8 @@ func TestCreateTokens(t *testing.T) {
 	})
 }
 
-func TestCreateThatFailsTellsItsToken(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestFailedCreateCompletesItsToken(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		w.add(r, col, w.segment(r, col, 1, 1, 2))
@@ -408,8 +418,8 @@ func TestCreateThatFailsTellsItsToken(t *testing.T) {
 	})
 }
 
-func TestCreateGoesOnWithoutItsCaller(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestCreateContinuesWithoutItsCaller(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		r.store.Freeze()
@@ -427,7 +437,7 @@ func TestCreateGoesOnWithoutItsCaller(t *testing.T) {
 }
 
 func TestCreatorThatFreezesIsReapedAndFenced(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(a, "c")
 		w.add(a, col, w.segment(a, col, 0, 1, 2))
@@ -460,8 +470,8 @@ func TestCreatorThatFreezesIsReapedAndFenced(t *testing.T) {
 	})
 }
 
-func TestSlowCreateThatAdvancesIsLeftAlone(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestSlowCreateIsNotAbandoned(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		for range 3 {
@@ -487,7 +497,7 @@ func TestSlowCreateThatAdvancesIsLeftAlone(t *testing.T) {
 }
 
 func TestCreateEndsAtItsTimeout(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CreateTimeout = 5 * time.Minute })
 		col, _, _ := w.collection(r, "c")
 		r.store.Freeze()
@@ -503,8 +513,8 @@ func TestCreateEndsAtItsTimeout(t *testing.T) {
 	})
 }
 
-func TestStoppingReplicaGivesItsCreatesUp(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestStoppingReplicaGivesUpItsCreates(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(a, "c")
 		tok := token("t", "r")
@@ -526,12 +536,13 @@ func TestStoppingReplicaGivesItsCreatesUp(t *testing.T) {
 }
 
 func TestMinCut(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		w.checkpoint(r, col, 10)
 		sp := spec(col, "x")
-		sp.MinCut = []catalog.Checkpoint{{Shard: 0, Position: segment.Position{Timestamp: 20}}, {Shard: 1, Position: segment.Position{Timestamp: 5}}}
+		sp.MinCut = []catalog.Checkpoint{{Shard: 0, Position: segment.Position{Timestamp: 20}},
+			{Shard: 1, Position: segment.Position{Timestamp: 5}}}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		_, err := r.Create(ctx, request.Token{}, sp)
@@ -569,7 +580,7 @@ func TestMinCut(t *testing.T) {
 }
 
 func TestRequireExact(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		straddling, whole := w.segment(r, col, 0, 1, 20), w.segment(r, col, 1, 1, 9)
@@ -579,7 +590,8 @@ func TestRequireExact(t *testing.T) {
 		sp.RequireExact = true
 		_, err := r.Create(t.Context(), request.Token{}, sp)
 		wantError(t, err, ErrNotExact)
-		if !strings.Contains(errText(err), fmt.Sprint(straddling.ID)) || strings.Contains(errText(err), fmt.Sprint(whole.ID)) {
+		if !strings.Contains(errText(err), fmt.Sprint(straddling.ID)) ||
+			strings.Contains(errText(err), fmt.Sprint(whole.ID)) {
 			t.Errorf("the straddling segments are not named: %v", err)
 		}
 		s := w.create(r, col, "x")
@@ -595,7 +607,7 @@ func TestRequireExact(t *testing.T) {
 }
 
 func TestVerify(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s := w.segment(r, col, 0, 1, 2)
@@ -624,7 +636,7 @@ func TestVerify(t *testing.T) {
 }
 
 func TestEqualInputMakesEqualManifests(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		for range 30 {
@@ -640,7 +652,8 @@ func TestEqualInputMakesEqualManifests(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			data, err := object.ReadAll(t.Context(), w.objects, manifest.ManifestKey(col.ID, s.ID, 0), d.Metadata.Manifests[0].Length)
+			data, err := object.ReadAll(t.Context(), w.objects, manifest.ManifestKey(col.ID, s.ID, 0),
+				d.Metadata.Manifests[0].Length)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -655,7 +668,7 @@ func TestEqualInputMakesEqualManifests(t *testing.T) {
 }
 
 func TestCaptureStartsOverWhenCompacted(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		w.add(r, col, w.segment(r, col, 0, 1, 2))
@@ -714,13 +727,14 @@ func TestCreateSurvivesEachFailedCall(t *testing.T) {
 }
 
 func failOneMetaCall(t *testing.T, n int, fault meta.Fault) (fired bool) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r, other := w.start("a"), w.start("b")
 		col, _, _ := w.collection(other, "c")
 		w.add(other, col, w.segment(other, col, 0, 1, 2))
 		w.checkpoint(other, col, 10, 10)
 		settle()
-		r.kv.FailNth(n, fault, meta.MethodGet, meta.MethodRange, meta.MethodScan, meta.MethodTxn, meta.MethodGrant, meta.MethodKeepAlive, meta.MethodRevoke)
+		r.kv.FailNth(n, fault, meta.MethodGet, meta.MethodRange, meta.MethodScan, meta.MethodTxn,
+			meta.MethodGrant, meta.MethodKeepAlive, meta.MethodRevoke)
 		tok := token("t", "r")
 		s, err := r.Create(t.Context(), tok, spec(col, "x"))
 		fired = r.kv.Fired() > 0
@@ -766,7 +780,7 @@ func wantUndefined(t *testing.T, n int, err error) {
 func TestCreateSurvivesEachFailedObjectCall(t *testing.T) {
 	for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
 		for n := range 6 {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				r := w.start("a")
 				col, _, _ := w.collection(r, "c")
 				w.add(r, col, w.segment(r, col, 0, 1, 2))
@@ -785,7 +799,7 @@ func TestCreateSurvivesEachFailedObjectCall(t *testing.T) {
 }
 
 func TestCreateFailsWhenTheObjectStoreIsLost(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		r.store.Plan(func(object.Call) object.Fault { return object.FaultBefore })
@@ -802,7 +816,7 @@ func TestCreateFailsWhenTheObjectStoreIsLost(t *testing.T) {
 // TestCreateAndAlteredAnswers loses the answer to each write of an object, and has
 // what is read back of it altered twice.
 func TestCreateAndAlteredAnswers(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		w.add(r, col, w.segment(r, col, 0, 1, 2))
@@ -834,7 +848,7 @@ func TestCreateAndAlteredAnswers(t *testing.T) {
 // TestForeignObjectIsNotOverwritten has another program's object where a create is
 // about to write. It fails that create alone.
 func TestForeignObjectIsNotOverwritten(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", withEpoch)
 		col, _, _ := w.collection(r, "c")
 		next := w.newID(r) + 1
@@ -851,9 +865,9 @@ func TestForeignObjectIsNotOverwritten(t *testing.T) {
 	})
 }
 
-// TestIDThatComesBack stops all allocations when a create finds what snapshotd wrote
+// TestReusedIDRaisesAlarm stops all allocations when a create finds what snapshotd wrote
 // earlier under its new id.
-func TestIDThatComesBack(t *testing.T) {
+func TestReusedIDRaisesAlarm(t *testing.T) {
 	refs, err := manifest.EncodeRefs(&manifest.Refs{Segments: []int64{7}})
 	if err != nil {
 		t.Fatal(err)
@@ -872,7 +886,7 @@ func TestIDThatComesBack(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				r := w.start("a", withEpoch)
 				col, _, _ := w.collection(r, "c")
 				key, data := body(col.ID, w.newID(r)+1)
@@ -890,13 +904,13 @@ func TestIDThatComesBack(t *testing.T) {
 	}
 }
 
-// TestOwnObjectIsNoAlarm loses the answer to each write of an object, and has what is
+// TestOwnObjectRaisesNoAlarm loses the answer to each write of an object, and has what is
 // read back of it fail for a while, or always be altered. Neither proves that the id
 // was handed out before.
-func TestOwnObjectIsNoAlarm(t *testing.T) {
+func TestOwnObjectRaisesNoAlarm(t *testing.T) {
 	for name, fault := range map[string]object.Fault{"no answer": object.FaultBefore, "altered": object.FaultFlip} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				r := w.start("a", withEpoch)
 				col, _, _ := w.collection(r, "c")
 				gets := 0
@@ -930,8 +944,8 @@ func TestOwnObjectIsNoAlarm(t *testing.T) {
 	}
 }
 
-func TestStoreLostInTheMiddle(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestStoreLostDuringCreate(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		w.add(r, col, w.segment(r, col, 0, 1, 2))
@@ -966,7 +980,7 @@ func TestStoreLostInTheMiddle(t *testing.T) {
 }
 
 func TestCreateWaitsForItsTurn(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.MaxCreates = 2 })
 		col, _, _ := w.collection(r, "c")
 		r.store.SetLatency(time.Second)
@@ -996,7 +1010,7 @@ func TestCreateWaitsForItsTurn(t *testing.T) {
 // TestCreatesShareOneMemoryBudget has creates that each need more than half of
 // the budget: they take turns, and none is given up for waiting.
 func TestCreatesShareOneMemoryBudget(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		const weight = 16 << 10
 		r := w.start("a", func(o *Options) { o.CreateMemory = 45 * 2 * weight })
 		col, _, _ := w.collection(r, "c")

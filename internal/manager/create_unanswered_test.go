@@ -61,17 +61,20 @@ func (l *lateKV) arrive(t *testing.T) (applied int) {
 }
 
 func puts(t meta.Txn, prefix string) bool {
-	return slices.ContainsFunc(t.Then, func(op meta.Op) bool { return op.Kind == meta.OpPut && strings.HasPrefix(op.From, prefix) })
+	return slices.ContainsFunc(t.Then, func(op meta.Op) bool {
+		return op.Kind == meta.OpPut &&
+			strings.HasPrefix(op.From, prefix)
+	})
 }
 
 func isBegin(t meta.Txn) bool  { return puts(t, pendingKeys) }
 func isCommit(t meta.Txn) bool { return puts(t, generation) }
 
-// inLateWorld is inWorld with a collection, whose replica "a" has its transactions
+// inLateEnv is inEnv with a collection, whose replica "a" has its transactions
 // lost.
-func inLateWorld(t *testing.T, fn func(t *testing.T, w *world, a *replica, late *lateKV, col catalog.Collection)) {
+func inLateEnv(t *testing.T, fn func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection)) {
 	t.Helper()
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		late := &lateKV{KV: w.memory}
 		w.kv = late
 		a := w.start("a")
@@ -84,10 +87,10 @@ func inLateWorld(t *testing.T, fn func(t *testing.T, w *world, a *replica, late 
 	})
 }
 
-// TestCreateOutlivesAStoreThatDoesNotAnswer loses the metadata store for a while,
+// TestCreateSurvivesMetadataStoreOutage loses the metadata store for a while,
 // from each call of a create on, before and after that call takes effect: a change
 // of its leader looks like that. The create waits, and is not given up.
-func TestCreateOutlivesAStoreThatDoesNotAnswer(t *testing.T) {
+func TestCreateSurvivesMetadataStoreOutage(t *testing.T) {
 	for _, away := range []time.Duration{2 * time.Second, 30 * time.Second} {
 		for _, fault := range []meta.Fault{meta.Before, meta.After} {
 			t.Run(fmt.Sprint(away, fault), func(t *testing.T) {
@@ -106,13 +109,14 @@ func TestCreateOutlivesAStoreThatDoesNotAnswer(t *testing.T) {
 // awayFrom has the store away from the nth call on that a create makes from its
 // begin on.
 func awayFrom(t *testing.T, n int, away time.Duration, fault meta.Fault) (fired bool) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r, other := w.start("a", func(o *Options) { o.CollectorOff = true }), w.start("b")
 		col, _, _ := w.collection(other, "c")
 		w.add(other, col, w.segment(other, col, 0, 1, 2))
 		w.checkpoint(other, col, 10, 10)
 		settle()
-		counted := []meta.Method{meta.MethodGet, meta.MethodRange, meta.MethodScan, meta.MethodTxn, meta.MethodGrant, meta.MethodKeepAlive}
+		counted := []meta.Method{meta.MethodGet, meta.MethodRange, meta.MethodScan, meta.MethodTxn,
+			meta.MethodGrant, meta.MethodKeepAlive}
 		var mu sync.Mutex
 		var until time.Time
 		granted := false
@@ -152,10 +156,10 @@ func awayFrom(t *testing.T, n int, away time.Duration, fault meta.Fault) (fired 
 	return fired
 }
 
-// TestCommitThatComesLate has commits arrive after they were sent again: one of
+// TestLateCommit has commits arrive after they were sent again: one of
 // them happens.
-func TestCommitThatComesLate(t *testing.T) {
-	inLateWorld(t, func(t *testing.T, w *world, a *replica, late *lateKV, col catalog.Collection) {
+func TestLateCommit(t *testing.T) {
+	inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
 		n := 0
 		late.lose = func(txn meta.Txn) bool {
 			if isCommit(txn) {
@@ -183,10 +187,10 @@ func TestCommitThatComesLate(t *testing.T) {
 	})
 }
 
-// TestCommitIsFoundWhenItArrives has the first commit arrive while others are sent:
+// TestLateCommitIsFound has the first commit arrive while others are sent:
 // they are refused, and the create has succeeded.
-func TestCommitIsFoundWhenItArrives(t *testing.T) {
-	inLateWorld(t, func(t *testing.T, w *world, a *replica, late *lateKV, col catalog.Collection) {
+func TestLateCommitIsFound(t *testing.T) {
+	inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
 		late.lose = isCommit
 		done := make(chan *Snapshot, 1)
 		tok := token("t", "r")
@@ -219,7 +223,7 @@ func TestCommitIsFoundWhenItArrives(t *testing.T) {
 // TestCommitWithoutAnswerEndsAtTheTimeout loses every commit. The create fails at
 // its timeout, for good: no commit that arrives afterwards is applied.
 func TestCommitWithoutAnswerEndsAtTheTimeout(t *testing.T) {
-	inLateWorld(t, func(t *testing.T, w *world, a *replica, late *lateKV, col catalog.Collection) {
+	inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
 		late.lose = isCommit
 		tok := token("t", "r")
 		begin := time.Now()
@@ -245,11 +249,11 @@ func TestCommitWithoutAnswerEndsAtTheTimeout(t *testing.T) {
 	})
 }
 
-// TestCommitThatNothingIsKnownOf loses commits, and what would take them back: the
+// TestUndecidedCommit loses commits, and what would take them back: the
 // answer is that it is not known. The repeat then gives one.
-func TestCommitThatNothingIsKnownOf(t *testing.T) {
+func TestUndecidedCommit(t *testing.T) {
 	for _, arrives := range []bool{false, true} {
-		inLateWorld(t, func(t *testing.T, w *world, a *replica, late *lateKV, col catalog.Collection) {
+		inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
 			b := w.start("b")
 			late.lose = func(txn meta.Txn) bool { return isCommit(txn) || puts(txn, recs) && !isBegin(txn) }
 			tok := token("t", "r")
@@ -293,11 +297,11 @@ func TestCommitThatNothingIsKnownOf(t *testing.T) {
 	}
 }
 
-// TestBeginThatComesLate has begins arrive after they were sent again: one of them
+// TestLateBegin has begins arrive after they were sent again: one of them
 // happens, also when the snapshot has been dropped since.
-func TestBeginThatComesLate(t *testing.T) {
+func TestLateBegin(t *testing.T) {
 	for _, tok := range []request.Token{{}, token("t", "r")} {
-		inLateWorld(t, func(t *testing.T, w *world, a *replica, late *lateKV, col catalog.Collection) {
+		inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
 			n := 0
 			late.lose = func(txn meta.Txn) bool {
 				if isBegin(txn) {
@@ -330,7 +334,7 @@ func TestBeginThatComesLate(t *testing.T) {
 // TestBeginWithoutAnswerEndsWithItsLease loses every begin: the caller gets no
 // verdict, and none that arrives afterwards is applied.
 func TestBeginWithoutAnswerEndsWithItsLease(t *testing.T) {
-	inLateWorld(t, func(t *testing.T, w *world, a *replica, late *lateKV, col catalog.Collection) {
+	inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
 		late.lose = isBegin
 		tok := token("t", "r")
 		begin := time.Now()
@@ -353,12 +357,12 @@ func TestBeginWithoutAnswerEndsWithItsLease(t *testing.T) {
 	})
 }
 
-// TestRepeatEndsACreateThatDied has a replica die in a create, and nothing lead: a
+// TestRepeatAbandonsADeadCreate has a replica die in a create, and nothing lead: a
 // repeat under the token ends the create, waiting or not, as soon as its lease has
 // ended, and the name is free.
-func TestRepeatEndsACreateThatDied(t *testing.T) {
+func TestRepeatAbandonsADeadCreate(t *testing.T) {
 	for _, noWait := range []bool{false, true} {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			long := func(o *Options) { o.LeaderTTL = 24 * time.Hour }
 			a := w.start("a", long)
 			settle()
@@ -408,11 +412,11 @@ func TestRepeatEndsACreateThatDied(t *testing.T) {
 	}
 }
 
-// TestCreateOutlivesAnObjectStoreThatIsAway has the object store give no answer for
+// TestCreateSurvivesObjectStoreOutage has the object store give no answer for
 // a while, to each kind of call.
-func TestCreateOutlivesAnObjectStoreThatIsAway(t *testing.T) {
+func TestCreateSurvivesObjectStoreOutage(t *testing.T) {
 	for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			r := w.start("a")
 			col, _, _ := w.collection(r, "c")
 			s := w.segment(r, col, 0, 1, 2)

@@ -9,11 +9,11 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// TestDescribeNamesDamage has own files of a snapshot be missing or of another
+// TestDescribeReportsDamage has own files of a snapshot be missing or of another
 // length: a description names them, by one listing, which is one more request. A
 // store that cannot be listed leaves that open.
-func TestDescribeNamesDamage(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestDescribeReportsDamage(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		w.addWritten(r, col, w.segment(r, col, 0, 1, 20))

@@ -18,8 +18,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-func TestDropIsOnlySuccessWhenItIs(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestDropDistinguishesAbsentFromUnreadable(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s := w.create(r, col, "x")
@@ -58,7 +58,7 @@ func TestDropIsOnlySuccessWhenItIs(t *testing.T) {
 }
 
 func TestDropOfPendingIsRefused(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		r.store.Freeze()
@@ -89,7 +89,7 @@ func TestDropOfPendingIsRefused(t *testing.T) {
 }
 
 func TestDropOfPinnedIsRefused(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s := w.create(r, col, "x")
@@ -100,7 +100,8 @@ func TestDropOfPinnedIsRefused(t *testing.T) {
 			t.Errorf("%v does not name the pin", err)
 		}
 		// A pin that comes between the look and the transaction holds as well.
-		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(keys.PinPrefix(s.ID) + "restore-7")}}); err != nil {
+		if _, err := w.kv.Txn(t.Context(),
+			meta.Txn{Then: []meta.Op{meta.Delete(keys.PinPrefix(s.ID) + "restore-7")}}); err != nil {
 			t.Fatal(err)
 		}
 		settle() // what the leader writes at first is not to be taken for the drop
@@ -120,7 +121,7 @@ func TestDropOfPinnedIsRefused(t *testing.T) {
 // TestDropPrefixEndsInSlash drops a snapshot whose id is the beginning of
 // another's.
 func TestDropPrefixEndsInSlash(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s := w.create(r, col, "x")
@@ -138,8 +139,8 @@ func TestDropPrefixEndsInSlash(t *testing.T) {
 	})
 }
 
-func TestRecordGoesLast(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestRecordIsDeletedLast(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s := w.create(r, col, "x")
@@ -173,7 +174,7 @@ func TestRecordGoesLast(t *testing.T) {
 // TestEachStateIsCleanedOnItsOwn has trouble with one snapshot and sees the
 // others cleaned.
 func TestEachStateIsCleanedOnItsOwn(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		var all []*Snapshot
@@ -209,7 +210,7 @@ func TestDropSurvivesEachFailedCall(t *testing.T) {
 	for _, fault := range []meta.Fault{meta.Before, meta.After} {
 		for n := 0; ; n++ {
 			fired := false
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				r, other := w.start("a"), w.start("b")
 				col, _, _ := w.collection(other, "c")
 				s := w.create(other, col, "x")
@@ -246,7 +247,7 @@ func TestDropSurvivesEachFailedCall(t *testing.T) {
 // TestThreeReplicas elects, loses, freezes and fences out leaders while
 // snapshots come and go.
 func TestThreeReplicas(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		replicas := map[string]*replica{}
 		for _, name := range []string{"a", "b", "c"} {
 			replicas[name] = w.start(name)
@@ -322,7 +323,7 @@ func TestThreeReplicas(t *testing.T) {
 	})
 }
 
-func (w *world) anyOf(replicas map[string]*replica) *replica {
+func (w *testEnv) anyOf(replicas map[string]*replica) *replica {
 	for _, r := range replicas {
 		return r
 	}
@@ -331,7 +332,7 @@ func (w *world) anyOf(replicas map[string]*replica) *replica {
 }
 
 // written are the keys that were written after a revision and are still there.
-func (w *world) written(after int64) []string {
+func (w *testEnv) written(after int64) []string {
 	w.t.Helper()
 	res, err := w.kv.Range(w.t.Context(), meta.Range{From: "/", To: "0"})
 	if err != nil {
@@ -347,7 +348,7 @@ func (w *world) written(after int64) []string {
 }
 
 func TestExpiry(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		sp := spec(col, "short")
@@ -393,12 +394,12 @@ func (s skewed) Now(ctx context.Context) (time.Time, error) {
 
 // A snapshot expires no earlier than its ttl says, and at most two minutes later,
 // whichever of two clocks is wrong.
-func TestExpiryWaitsWhenClocksDisagree(t *testing.T) {
+func TestExpiryWithDisagreeingClocks(t *testing.T) {
 	for _, tc := range []struct {
 		by      time.Duration
 		expires bool
 	}{{-time.Minute, false}, {-10 * time.Minute, true}, {10 * time.Minute, true}, {time.Minute, false}} {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			r := w.start("a", func(o *Options) {
 				o.Stores = map[string]object.Store{"default": skewed{o.Stores["default"], tc.by}}
 			})
@@ -427,13 +428,14 @@ func TestExpiryWaitsWhenClocksDisagree(t *testing.T) {
 }
 
 func TestUpdate(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		first, second := w.create(r, col, "first"), w.create(r, col, "second")
 		text, labels, never := "new", map[string]string{"a": "b"}, time.Time{}
 		tok := request.Token{Principal: "local", Method: "UpdateSnapshot", Value: "t", Hash: []byte{1}}
-		got, err := r.Update(t.Context(), tok, Ref{Name: "first"}, UpdateSpec{Description: &text, Labels: &labels, ExpireTime: &never, Revision: first.Revision})
+		got, err := r.Update(t.Context(), tok, Ref{Name: "first"},
+			UpdateSpec{Description: &text, Labels: &labels, ExpireTime: &never, Revision: first.Revision})
 		if err != nil || got.Description != "new" || got.Labels["a"] != "b" || got.Revision == first.Revision {
 			t.Fatalf("%+v, err = %v", got, err)
 		}
@@ -441,7 +443,8 @@ func TestUpdate(t *testing.T) {
 		if err != nil || again.Revision != got.Revision {
 			t.Errorf("repeat: %+v, err = %v", again, err)
 		}
-		_, err = r.Update(t.Context(), request.Token{}, Ref{Name: "first"}, UpdateSpec{Description: &text, Revision: first.Revision})
+		_, err = r.Update(t.Context(), request.Token{}, Ref{Name: "first"},
+			UpdateSpec{Description: &text, Revision: first.Revision})
 		wantError(t, err, ErrRevisionChanged)
 		// An update does not move a snapshot in the list.
 		list, _, err := r.List(t.Context(), Filter{}, Place{}, 10)
@@ -473,7 +476,7 @@ func TestNameIsResolvedOnce(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				r, other := w.start("a"), w.start("b")
 				col, _, _ := w.collection(other, "c")
 				w.create(other, col, "x")
@@ -492,7 +495,8 @@ func TestNameIsResolvedOnce(t *testing.T) {
 					return meta.NoFault
 				})
 				err := call(r, t.Context())
-				if name == "update" && !errors.Is(err, ErrSnapshotNotCommitted) && !errors.Is(err, ErrExpiredOrDropped) || name == "drop" && err != nil {
+				if name == "update" && !errors.Is(err, ErrSnapshotNotCommitted) &&
+					!errors.Is(err, ErrExpiredOrDropped) || name == "drop" && err != nil {
 					t.Errorf("ended with %v", err)
 				}
 				settle()

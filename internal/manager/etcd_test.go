@@ -17,8 +17,8 @@ import (
 	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
-// inReality is inWorld on real etcd and real files, in real time.
-func inReality(t *testing.T, kv meta.KV) *world {
+// inReality is inEnv on real etcd and real files, in real time.
+func inReality(t *testing.T, kv meta.KV) *testEnv {
 	t.Helper()
 	objects, err := file.Open(t.TempDir(), file.Options{})
 	if err != nil {
@@ -29,11 +29,11 @@ func inReality(t *testing.T, kv meta.KV) *world {
 			t.Error(err)
 		}
 	})
-	return &world{t: t, kv: kv, objects: objects, now: time.Now}
+	return &testEnv{t: t, kv: kv, objects: objects, now: time.Now}
 }
 
 // await watches the records of snapshots until done says so.
-func (w *world) await(what string, done func() bool) {
+func (w *testEnv) await(what string, done func() bool) {
 	w.t.Helper()
 	_, _, now, err := w.kv.Get(w.t.Context(), keys.Format)
 	if err != nil {

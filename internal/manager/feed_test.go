@@ -34,7 +34,7 @@ func line(e *Event) string {
 
 // history is what a reader of a collection gets after a revision, by a watch of
 // its own.
-func (w *world) history(r *replica, after, collection int64) (list []string) {
+func (w *testEnv) history(r *replica, after, collection int64) (list []string) {
 	w.t.Helper()
 	_, _, now, err := w.kv.Get(w.t.Context(), keys.Format)
 	if err != nil {
@@ -66,7 +66,7 @@ func (w *world) history(r *replica, after, collection int64) (list []string) {
 func TestReadersOfAFeed(t *testing.T) {
 	for seed := range uint64(10) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				random := rand.New(rand.NewPCG(seed, 1))
 				r := w.start("a")
 				r.feed.events = 1 + random.IntN(12)
@@ -148,7 +148,7 @@ func TestReadersOfAFeed(t *testing.T) {
 // All readers of a replica share one watch, and writes that concern none of them wake
 // none of them.
 func TestReadersShareAWatch(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		other, _, _ := w.collection(r, "other")
@@ -215,7 +215,7 @@ func TestReadersShareAWatch(t *testing.T) {
 
 // A reader that is so slow that the store has forgotten what it lacks gets that error.
 func TestSlowReaderIsCompacted(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		r.feed.events = 1
 		col, _, _ := w.collection(r, "c")
@@ -265,7 +265,7 @@ func TestSlowReaderIsCompacted(t *testing.T) {
 // When the store contradicts what it said, what readers got may lack events:
 // each of them ends, and one that begins afterwards gets all again.
 func TestFeedOfABrokenWatch(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		watch := func() (ended chan error, reported *atomic.Int64) {

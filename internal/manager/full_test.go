@@ -17,7 +17,7 @@ import (
 // and can be emptied: snapshots and collections are dropped, what is left of them is
 // collected, and a leader is elected for it.
 func TestFullStoreCanBeEmptied(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		full := false
 		w.kv = reserve.New(w.kv, func() bool { return full }, keys.RolledBack, keys.Epoch, keys.Clock)
 		fast := func(o *Options) { o.CollectTolerance, o.CollectMaxShare = time.Millisecond, 1 }

@@ -37,11 +37,12 @@ func (h *history) wrong(revision int64, format string, args ...any) {
 }
 
 // judgeHistory follows the store from its first revision on.
-func (w *world) judgeHistory() *history {
+func (w *testEnv) judgeHistory() *history {
 	w.t.Helper()
 	h := &history{
-		t: w.t, now: map[string]meta.KeyValue{}, born: map[int64]bool{}, published: map[int64]int{}, granted: map[string]bool{},
-		ended: map[copyjob.State]int{}, states: map[string]int{},
+		t: w.t, now: map[string]meta.KeyValue{}, born: map[int64]bool{}, published: map[int64]int{},
+		granted: map[string]bool{},
+		ended:   map[copyjob.State]int{}, states: map[string]int{},
 	}
 	ctx := w.t.Context()
 	_, _, last, err := w.kv.Get(ctx, keys.Format)
@@ -132,13 +133,15 @@ func (h *history) snapshot(at int64, key string, next map[string]meta.KeyValue) 
 	move := fmt.Sprintf("%v to %v", was, is)
 	h.states[move]++
 	switch {
-	case was == 0 && is == Pending && !h.born[id], was == Pending && is == Deleting, was == Committed && is == Deleting, was == Deleting && is == 0:
+	case was == 0 && is == Pending && !h.born[id], was == Pending && is == Deleting, was == Committed &&
+		is == Deleting, was == Deleting && is == 0:
 	case was == Pending && is == Committed:
 		if _, ok := h.now[keys.Pending(s.Collection, id)]; !ok {
 			h.wrong(at, "snapshot %d is committed, and its creator had lost its lease", id)
 		}
 	case was == Committed && is == Committed:
-		if s.Metadata != old.Metadata || s.Collection != old.Collection || s.Name != old.Name || s.Totals != old.Totals || s.Store != old.Store {
+		if s.Metadata != old.Metadata || s.Collection != old.Collection || s.Name != old.Name ||
+			s.Totals != old.Totals || s.Store != old.Store {
 			h.wrong(at, "snapshot %d was %+v and is %+v", id, old, s)
 		}
 	default:
@@ -296,20 +299,23 @@ func (h *history) collection(at int64, key string, next map[string]meta.KeyValue
 		return
 	}
 	h.published[old.Job]++
-	if job := jobIn(next, keys.Job(old.Job)); job == nil || job.State != copyjob.Completed || col.State != catalog.Active || h.published[old.Job] > 1 {
+	if job := jobIn(next, keys.Job(old.Job)); job == nil || job.State != copyjob.Completed ||
+		col.State != catalog.Active || h.published[old.Job] > 1 {
 		h.wrong(at, "collection %d shows as %v, and its job %d is %+v", col.ID, col.State, old.Job, job)
 	}
 }
 
 // TestHistory judges each revision of what a cluster writes that does all it can.
 func TestHistory(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		w.live()
 		h := w.judgeHistory()
-		if h.ended[copyjob.Completed] < 2 || h.ended[copyjob.Canceled] < 1 || h.ended[copyjob.Failed] < 1 || len(h.granted) < 10 {
+		if h.ended[copyjob.Completed] < 2 || h.ended[copyjob.Canceled] < 1 || h.ended[copyjob.Failed] < 1 ||
+			len(h.granted) < 10 {
 			t.Errorf("jobs ended %v, %d grants", h.ended, len(h.granted))
 		}
-		for _, move := range []string{"PENDING to COMMITTED", "PENDING to DELETING", "COMMITTED to COMMITTED", "COMMITTED to DELETING"} {
+		for _, move := range []string{"PENDING to COMMITTED", "PENDING to DELETING",
+			"COMMITTED to COMMITTED", "COMMITTED to DELETING"} {
 			if h.states[move] == 0 {
 				t.Errorf("no snapshot went from %s: %v", move, h.states)
 			}
@@ -327,7 +333,7 @@ func TestHistoryOfRaces(t *testing.T) {
 	ended, moves := map[copyjob.State]int{}, map[string]int{}
 	for range 4 {
 		run := random.Uint64()
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			h := w.race(run)
 			if t.Failed() {
 				t.Logf("run %d", run)
@@ -348,7 +354,7 @@ func TestHistoryOfRaces(t *testing.T) {
 
 // race is one run: what callers ask for, and what becomes of replicas, is decided
 // by the seed.
-func (w *world) race(seed uint64) *history {
+func (w *testEnv) race(seed uint64) *history {
 	rnd := rand.New(rand.NewPCG(seed, 1))
 	var mu sync.Mutex
 	intN := func(n int) int {

@@ -17,7 +17,7 @@ import (
 
 // heavy registers n segments of many files, none of which is there but for the first
 // of each, and returns their ids.
-func (w *world) heavy(r *replica, col catalog.Collection, n, files int) []int64 {
+func (w *testEnv) heavy(r *replica, col catalog.Collection, n, files int) []int64 {
 	w.t.Helper()
 	ids := make([]int64, n)
 	for i := range ids {
@@ -34,10 +34,11 @@ func (w *world) heavy(r *replica, col catalog.Collection, n, files int) []int64 
 	return ids
 }
 
-func (w *world) compact(r *replica, col catalog.Collection, ids []int64) error {
+func (w *testEnv) compact(r *replica, col catalog.Collection, ids []int64) error {
 	w.t.Helper()
 	out := w.segment(r, col, 0, 1, 20)
-	_, err := r.catalog.Change(w.t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.SegmentChange{Drop: ids, Add: []segment.Segment{out}})
+	_, err := r.catalog.Change(w.t.Context(), request.Token{}, catalog.Ref{ID: col.ID},
+		catalog.SegmentChange{Drop: ids, Add: []segment.Segment{out}})
 	return err
 }
 
@@ -46,7 +47,7 @@ func (w *world) compact(r *replica, col catalog.Collection, ids []int64) error {
 func TestLargeCompaction(t *testing.T) {
 	for _, c := range []struct{ segments, files int }{{50, 200}, {50, 800}, {59, 3000}, {6, 4000}} {
 		t.Run(fmt.Sprintf("%d of %d files", c.segments, c.files), func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				r := w.start("a", func(o *Options) { o.CollectorOff = true })
 				col, _, _ := w.collection(r, "c")
 				ids := w.heavy(r, col, c.segments, c.files)
@@ -63,7 +64,8 @@ func TestLargeCompaction(t *testing.T) {
 					t.Errorf("%d units of %d", n, c.segments)
 				}
 				settle()
-				if _, sum := w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)}); sum.Granted != 0 || sum.Held != int64(c.segments) {
+				if _, sum := w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)}); sum.Granted != 0 ||
+					sum.Held != int64(c.segments) {
 					t.Errorf("%+v, while a snapshot holds them", sum)
 				}
 				got := w.segments(r, snap)
@@ -96,7 +98,7 @@ func TestLargeCompaction(t *testing.T) {
 // what it parked for nothing stays for as long as its segment does.
 func TestLargeCompactionIsInterrupted(t *testing.T) {
 	for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			r := w.start("a", func(o *Options) { o.CollectorOff = true })
 			col, _, _ := w.collection(r, "c")
 			ids := w.heavy(r, col, 50, 800)
@@ -117,7 +119,8 @@ func TestLargeCompactionIsInterrupted(t *testing.T) {
 			if sum, err := r.Collector().Sweep(t.Context(), collect.SweepOptions{}); err != nil || sum.Deleted != 0 {
 				t.Errorf("swept %+v, err = %v, while their segments live", sum, err)
 			}
-			if e, err := r.Collector().Explain(t.Context(), "default", left[0]); err != nil || !strings.Contains(e.What, "record of the parked unit") || !e.Kept {
+			if e, err := r.Collector().Explain(t.Context(), "default", left[0]); err != nil ||
+				!strings.Contains(e.What, "record of the parked unit") || !e.Kept {
 				t.Errorf("%+v, err = %v", e, err)
 			}
 			// One of them changes meanwhile: what is parked is what is dropped.
@@ -145,7 +148,7 @@ func TestLargeCompactionIsInterrupted(t *testing.T) {
 // refused: the largest that is not is captured, restored, restored again from there,
 // and compacted.
 func TestLargestSegmentIsRestored(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
 		col, _, x := w.collection(r, "c")
 		var list []catalog.Index
@@ -155,7 +158,8 @@ func TestLargestSegmentIsRestored(t *testing.T) {
 			s := w.segment(r, col, 0, 1, 9)
 			for i := range n {
 				if i == len(list) {
-					ix, err := r.catalog.CreateIndex(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.Index{Name: fmt.Sprint("x", i+1), Field: 100})
+					ix, err := r.catalog.CreateIndex(t.Context(), request.Token{}, catalog.Ref{ID: col.ID},
+						catalog.Index{Name: fmt.Sprint("x", i+1), Field: 100})
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -163,7 +167,8 @@ func TestLargestSegmentIsRestored(t *testing.T) {
 				}
 				b := segment.Build{ID: w.newID(r), Index: list[i].ID, Field: 100}
 				for j := range 2000 {
-					b.Files = append(b.Files, segment.File{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/index/%d/%d", col.ID, b.ID, j), Size: 10})
+					b.Files = append(b.Files,
+						segment.File{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/index/%d/%d", col.ID, b.ID, j), Size: 10})
 				}
 				s.Builds = append(s.Builds, b)
 			}

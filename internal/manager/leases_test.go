@@ -17,7 +17,7 @@ import (
 
 // revokeAll ends every lease that a key hangs on, as somebody with a client of
 // the store may.
-func (w *world) revokeAll() (n int) {
+func (w *testEnv) revokeAll() (n int) {
 	w.t.Helper()
 	res, err := w.kv.Range(w.t.Context(), meta.Range{From: "/", To: "0"})
 	if err != nil {
@@ -46,7 +46,7 @@ func TestLeasesRevoked(t *testing.T) {
 	random := rand.New(rand.NewPCG(seed, 0))
 	aborted, made := 0, 0
 	for range 3 {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			soon := func(o *Options) { o.OrphanGrace, o.SweepInterval = time.Hour, 30*time.Minute }
 			rs := []*replica{w.start("a", soon), w.start("b", soon), w.start("c", soon)}
 			col := w.rich(rs[0], "c", 40)
@@ -119,10 +119,10 @@ func TestLeasesRevoked(t *testing.T) {
 	}
 }
 
-// TestCompactedAllTheTime compacts the metadata store to its newest revision all
+// TestConstantCompaction compacts the metadata store to its newest revision all
 // the time while a cluster does all it can.
-func TestCompactedAllTheTime(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestConstantCompaction(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		done := make(chan struct{})
 		var compacts sync.WaitGroup
 		compacts.Go(func() {

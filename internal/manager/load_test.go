@@ -18,11 +18,11 @@ import (
 )
 
 // callers is how many calls of a kind there are at once; 1000 are promised.
-var callers = flag.Int("callers", 200, "calls at once in TestNoCallIsRefusedForOthers")
+var callers = flag.Int("callers", 200, "calls at once in TestConcurrentCallsDoNotConflict")
 
-// TestNoCallIsRefusedForOthers makes many calls at once that change different things,
+// TestConcurrentCallsDoNotConflict makes many calls at once that change different things,
 // by two replicas. None is refused.
-func TestNoCallIsRefusedForOthers(t *testing.T) {
+func TestConcurrentCallsDoNotConflict(t *testing.T) {
 	n := *callers
 	w := inReality(t, etcdtest.Shared(t).KV(t))
 	rs := []*replica{w.start("a"), w.start("b")}
@@ -50,7 +50,8 @@ func TestNoCallIsRefusedForOthers(t *testing.T) {
 			return err
 		}},
 		{"AddSegments", func(ctx context.Context, r *replica, i int) error {
-			seg := segment.Segment{ID: first.First + int64(i), State: segment.Growing, Rows: 1, Start: segment.Position{Timestamp: 1}}
+			seg := segment.Segment{ID: first.First + int64(i), State: segment.Growing, Rows: 1,
+				Start: segment.Position{Timestamp: 1}}
 			_, _, err := r.catalog.AddSegments(ctx, col.ID, []segment.Segment{seg})
 			return err
 		}},
@@ -61,7 +62,8 @@ func TestNoCallIsRefusedForOthers(t *testing.T) {
 			return err
 		}},
 		{"CreatePartition", func(ctx context.Context, r *replica, i int) error {
-			_, err := r.catalog.CreatePartition(ctx, tok("CreatePartition", i), catalog.Ref{ID: col.ID}, catalog.Partition{Name: fmt.Sprint("p-", i)})
+			_, err := r.catalog.CreatePartition(ctx, tok("CreatePartition", i), catalog.Ref{ID: col.ID},
+				catalog.Partition{Name: fmt.Sprint("p-", i)})
 			return err
 		}},
 		{"PinSnapshot", func(ctx context.Context, r *replica, i int) error {

@@ -39,14 +39,14 @@ func (f *inFlight) add(n int64) {
 	f.most = max(f.most, f.now)
 }
 
-// TestHeavySegmentsShareTheMemory takes 64 snapshots at once of segments that are
+// TestLargeSegmentsShareTheMemory takes 64 snapshots at once of segments that are
 // heavier than they are estimated to be, by all and by the first of them. What they
 // hold stays within the bound, none is given up for waiting longer than its lease
 // lasts, and all memory is returned.
-func TestHeavySegmentsShareTheMemory(t *testing.T) {
+func TestLargeSegmentsShareTheMemory(t *testing.T) {
 	const segments, weight, creates, bound = 100, 16 << 10, 64, 8 << 20
 	for _, light := range []int{0, 1} {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			r := w.start("a", func(o *Options) { o.CreateMemory, o.CreateTimeout = bound, 24*time.Hour })
 			col, _, _ := w.collection(r, "c")
 			for i := range segments {
@@ -150,11 +150,11 @@ func TestMemoryIsBoundedAndReturned(t *testing.T) {
 	})
 }
 
-// TestHeavySegmentsAreDecodedInTurn has a create of a segment with many files wait,
+// TestLargeSegmentsAreDecodedInTurn has a create of a segment with many files wait,
 // longer than its lease lasts, until there is memory to decode it; one of a light
 // segment goes on.
-func TestHeavySegmentsAreDecodedInTurn(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestLargeSegmentsAreDecodedInTurn(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		light, _, _ := w.collection(r, "light")
 		w.add(r, light, w.segment(r, light, 0, 1, 2))
@@ -233,16 +233,17 @@ func TestDecodingIsBounded(t *testing.T) {
 		if !m.decoding.TryAcquire(m.decodeSize) {
 			t.Error("not all memory was returned")
 		}
-		if _, err := m.decode(ctx, []meta.KeyValue{{Value: make([]byte, lightRecord+1)}}, func(context.Context) error { return nil }); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := m.decode(ctx, []meta.KeyValue{{Value: make([]byte, lightRecord+1)}},
+			func(context.Context) error { return nil }); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("without memory: %v", err)
 		}
 	})
 }
 
-// TestCreateThatWaitsForMemoryEnds has a create wait for memory that is not returned:
+// TestMemoryWaitEndsWithTheCaller has a create wait for memory that is not returned:
 // it ends with its caller's time, and one whose lease is gone ends as well.
-func TestCreateThatWaitsForMemoryEnds(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestMemoryWaitEndsWithTheCaller(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CreateMemory = 1 << 20 })
 		col, _, _ := w.collection(r, "c")
 		for i := range 4 {

@@ -24,7 +24,7 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-func (w *world) write(list ...string) {
+func (w *testEnv) write(list ...string) {
 	w.t.Helper()
 	for _, key := range list {
 		if _, err := w.objects.Put(w.t.Context(), key, []byte("12345")); err != nil {
@@ -34,11 +34,12 @@ func (w *world) write(list ...string) {
 }
 
 // collectionAt makes a collection with one channel and a root.
-func (w *world) collectionAt(r *replica, name, prefix string) catalog.Collection {
+func (w *testEnv) collectionAt(r *replica, name, prefix string) catalog.Collection {
 	w.t.Helper()
 	col, err := r.catalog.CreateCollection(w.t.Context(), request.Token{}, catalog.Collection{
 		DB: "default", Name: name, Roots: []catalog.Root{{Store: "default", Prefix: prefix}},
-		Schema: catalog.Schema{Format: "test", Raw: []byte{1}, Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}}},
+		Schema: catalog.Schema{Format: "test", Raw: []byte{1},
+			Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}}},
 	})
 	if err != nil {
 		w.t.Fatal(err)
@@ -48,7 +49,7 @@ func (w *world) collectionAt(r *replica, name, prefix string) catalog.Collection
 
 // nestedCollection makes a collection with a root that lies around those of others,
 // as earlier releases let one be made.
-func (w *world) nestedCollection(r *replica, name, prefix string) catalog.Collection {
+func (w *testEnv) nestedCollection(r *replica, name, prefix string) catalog.Collection {
 	w.t.Helper()
 	col := w.collectionAt(r, name, "apart/")
 	kv, _, _, err := w.kv.Get(w.t.Context(), keys.Collection(col.ID))
@@ -70,7 +71,7 @@ func (w *world) nestedCollection(r *replica, name, prefix string) catalog.Collec
 }
 
 // orphans are those of a collection, by key: why, and a mark for deletable ones.
-func (w *world) orphans(r *replica, col catalog.Collection, o collect.OrphanOptions) map[string]string {
+func (w *testEnv) orphans(r *replica, col catalog.Collection, o collect.OrphanOptions) map[string]string {
 	w.t.Helper()
 	told := map[string]string{}
 	o.Collection = catalog.Ref{ID: col.ID}
@@ -94,13 +95,14 @@ func (w *world) orphans(r *replica, col catalog.Collection, o collect.OrphanOpti
 // TestOrphans tells what is left over from what is somebody's, and deletes the
 // former alone.
 func TestOrphans(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, part, _ := w.collection(r, "c") // under data/
 		other := w.collectionAt(r, "other", "data/")
 		above := w.nestedCollection(r, "above", "")
 
-		live, dropped, granted, held := w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5)
+		live, dropped, granted, held := w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1,
+			5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5)
 		gone := w.newID(r)
 		// Files that lie where nothing of theirs leads to.
 		live.Files = append(live.Files, segment.File{Kind: segment.KindStats, Path: "shared/stats", Size: 5},
@@ -121,18 +123,21 @@ func TestOrphans(t *testing.T) {
 		path := func(id int64) string { return fmt.Sprintf("data/%d/%d/%d/insert/100/1", col.ID, part.ID, id) }
 		leftover := []string{path(gone), fmt.Sprintf("data/%d/0/%d/index/%d/100-1", col.ID, gone, gone)}
 		left := map[string]string{
-			fmt.Sprintf("data/%d/0/%d/insert/100/99", col.ID, fresh.ID): fmt.Sprintf("not registered; it is where segment %d has its files, and stays as long as that segment or a snapshot of it does", fresh.ID),
-			fmt.Sprintf("data/%d/0/%d/index/1", other.ID, gone):         "not a path of a segment of the collection: left alone",
+			fmt.Sprintf("data/%d/0/%d/insert/100/99", col.ID,
+				fresh.ID): fmt.Sprintf("not registered; it is where segment %d has its files, and stays as long as that segment or a snapshot of it does", fresh.ID),
+			fmt.Sprintf("data/%d/0/%d/index/1", other.ID, gone): "not a path of a segment of the collection: left alone",
 			path(1 << 40): fmt.Sprintf("it carries id %d, which was never handed out: left alone", int64(1)<<40),
 			"data/README": "not a path of a segment of the collection: left alone",
-			fmt.Sprintf("data/%d/1099511627776/%d/insert/100/1", col.ID, gone): fmt.Sprintf("it carries id %d, which was never handed out: left alone", int64(1)<<40),
+			fmt.Sprintf("data/%d/1099511627776/%d/insert/100/1", col.ID,
+				gone): fmt.Sprintf("it carries id %d, which was never handed out: left alone", int64(1)<<40),
 		}
 		w.write(leftover...)
 		for key := range left {
 			w.write(key)
 		}
 		reason := fmt.Sprintf("! no segment, unit or snapshot knows it; segment %d is not there", gone)
-		want := map[string]string{leftover[0]: reason + "; younger than orphan_grace, which is 24h0m0s", leftover[1]: reason + "; younger than orphan_grace, which is 24h0m0s"}
+		want := map[string]string{leftover[0]: reason + "; younger than orphan_grace, which is 24h0m0s",
+			leftover[1]: reason + "; younger than orphan_grace, which is 24h0m0s"}
 		maps.Copy(want, left)
 		if diff := cmp.Diff(want, w.orphans(r, col, collect.OrphanOptions{})); diff != "" {
 			t.Errorf("young (-want +got):\n%s", diff)
@@ -175,7 +180,7 @@ func TestOrphans(t *testing.T) {
 // TestOrphansOfRestores leaves alone what a restore is writing, and what it has
 // left once it has ended.
 func TestOrphansOfRestores(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.RestoreSlots = -1 }) // so that it never ends
 		col := w.rich(r, "c", 12)
 		s := w.create(r, col, "one")
@@ -198,7 +203,8 @@ func TestOrphansOfRestores(t *testing.T) {
 			t.Errorf("told of %v", got)
 		}
 		e, err := r.Collector().Explain(t.Context(), "default", index)
-		if want := fmt.Sprintf("restore job %d may be writing it: it stays as long as that runs", job.ID); err != nil || !e.Kept || e.Reason != want {
+		if want := fmt.Sprintf("restore job %d may be writing it: it stays as long as that runs", job.ID); err != nil ||
+			!e.Kept || e.Reason != want {
 			t.Errorf("%+v, want %q, err = %v", e, want, err)
 		}
 	})
@@ -207,7 +213,7 @@ func TestOrphansOfRestores(t *testing.T) {
 // TestOrphansNeedReferences does nothing while references cannot be read, or a
 // collection's record.
 func TestOrphansNeedReferences(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		w.checkpoint(r, col, 100, 100)
@@ -223,7 +229,8 @@ func TestOrphansNeedReferences(t *testing.T) {
 		if err := r.Collector().Orphans(t.Context(), o); !errors.Is(err, gc.ErrUnreadable) && !errors.Is(err, gc.ErrLoading) {
 			t.Errorf("got %v", err)
 		}
-		if e, err := r.Collector().Explain(t.Context(), "default", key); err != nil || !e.Kept || !strings.Contains(e.Reason, "its holders are unknown") {
+		if e, err := r.Collector().Explain(t.Context(), "default", key); err != nil || !e.Kept ||
+			!strings.Contains(e.Reason, "its holders are unknown") {
 			t.Errorf("%+v, err = %v", e, err)
 		}
 		w.dropSnapshot(r, s)
@@ -249,10 +256,11 @@ func TestOrphansNeedReferences(t *testing.T) {
 
 // TestExplain says of each sort of object what it is.
 func TestExplain(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
-		live, dropped, held, granted := w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5)
+		live, dropped, held, granted := w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1,
+			5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5)
 		live.Files = append(live.Files, segment.File{Kind: segment.KindStats, Path: "shared/stats", Size: 5})
 		w.addWritten(r, col, live, held)
 		w.checkpoint(r, col, 100, 100)
@@ -263,7 +271,8 @@ func TestExplain(t *testing.T) {
 		orphan := w.newID(r)
 		file := func(s segment.Segment) string { return "data/" + s.Files[0].Path }
 		lost, note := manifest.MetadataKey(col.ID, orphan), "gc/epoch/"+keys.ID(1)+".json"
-		w.write(fmt.Sprintf("data/%d/0/%d/insert/100/1", col.ID, orphan), "elsewhere/x", lost, "snapshots/README", "gc/epoch/1.json", note)
+		w.write(fmt.Sprintf("data/%d/0/%d/insert/100/1", col.ID, orphan), "elsewhere/x", lost,
+			"snapshots/README", "gc/epoch/1.json", note)
 		stray := fmt.Sprintf("data/%d/0/%d/insert/100/99", col.ID, live.ID)
 		w.write(stray)
 		holder := []gc.SnapshotHolder{{ID: s.ID, Name: "one"}}
@@ -272,13 +281,16 @@ func TestExplain(t *testing.T) {
 		of := func(s segment.Segment) string { return fmt.Sprintf("file of segment %d of collection %s", s.ID, name) }
 		for key, want := range map[string]collect.Explanation{
 			file(live): {
-				Exists: true, Kept: true, What: of(live), Reason: "the segment lives", Collection: col.ID, Segment: live.ID, Snapshots: holder, Holders: 2,
+				Exists: true, Kept: true, What: of(live), Reason: "the segment lives", Collection: col.ID, Segment: live.ID,
+				Snapshots: holder, Holders: 2,
 			},
 			"data/shared/stats": {
-				Exists: true, Kept: true, What: "file of collection " + name, Reason: "1 snapshot references it", Collection: col.ID, Snapshots: holder, Holders: 1,
+				Exists: true, Kept: true, What: "file of collection " + name, Reason: "1 snapshot references it",
+				Collection: col.ID, Snapshots: holder, Holders: 1,
 			},
 			file(dropped): {
-				Exists: true, What: of(dropped), Reason: "it was dropped at " + drop + " and nothing holds it: the collector takes it once the tolerance is over",
+				Exists: true, What: of(dropped),
+				Reason:     "it was dropped at " + drop + " and nothing holds it: the collector takes it once the tolerance is over",
 				Collection: col.ID, Segment: dropped.ID, Unit: dropped.ID,
 			},
 			file(held): {
@@ -297,8 +309,10 @@ func TestExplain(t *testing.T) {
 				Exists: true, Kept: true, What: "object under a root of collection " + name, Collection: col.ID,
 				Reason: fmt.Sprintf("not registered; it is where segment %d has its files, and stays as long as that segment or a snapshot of it does", live.ID),
 			},
-			"elsewhere/x": {Exists: true, Kept: true, What: "foreign object", Reason: "it is under no root of a collection: left alone"},
-			"elsewhere/y": {Kept: true, What: "foreign object", Reason: "There is no such object. If there were: it is under no root of a collection: left alone"},
+			"elsewhere/x": {Exists: true, Kept: true, What: "foreign object",
+				Reason: "it is under no root of a collection: left alone"},
+			"elsewhere/y": {Kept: true, What: "foreign object",
+				Reason: "There is no such object. If there were: it is under no root of a collection: left alone"},
 			lost: {
 				Exists: true, Kept: true, What: fmt.Sprintf("object of snapshot %d", orphan), Collection: col.ID, Snapshot: orphan,
 				Reason: fmt.Sprintf("there is no snapshot %d any more; a sweep deletes it in 24h0m0s", orphan),
@@ -307,8 +321,10 @@ func TestExplain(t *testing.T) {
 				Exists: true, Kept: true, What: fmt.Sprintf("object of snapshot %d", s.ID), Reason: `snapshot "one" is committed`,
 				Collection: col.ID, Snapshot: s.ID, Snapshots: holder, Holders: 1,
 			},
-			"snapshots/README": {Exists: true, Kept: true, What: "foreign object under a prefix of snapshotd's own", Reason: "not a name that snapshotd writes: left alone"},
-			"gc/epoch/1.json":  {Exists: true, Kept: true, What: "foreign object under a prefix of snapshotd's own", Reason: "not a name that snapshotd writes: left alone"},
+			"snapshots/README": {Exists: true, Kept: true, What: "foreign object under a prefix of snapshotd's own",
+				Reason: "not a name that snapshotd writes: left alone"},
+			"gc/epoch/1.json": {Exists: true, Kept: true, What: "foreign object under a prefix of snapshotd's own",
+				Reason: "not a name that snapshotd writes: left alone"},
 			note: {
 				Exists: true, Kept: true, What: "note of how far the metadata store has come",
 				Reason: "the newest two stay; they show when the metadata store has gone back in time",
@@ -333,10 +349,11 @@ func TestExplain(t *testing.T) {
 // TestExplainWithoutAllReferences says what is known while the references of one
 // snapshot cannot be read, names that, and does not say that nothing holds a file.
 func TestExplainWithoutAllReferences(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
-		live, held, lost, granted := w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5)
+		live, held, lost, granted := w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1,
+			5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5)
 		w.addWritten(r, col, live, held)
 		w.checkpoint(r, col, 100, 100)
 		s := w.create(r, col, "readable")
@@ -358,7 +375,8 @@ func TestExplainWithoutAllReferences(t *testing.T) {
 		}{
 			"live": {live, collect.Explanation{Kept: true, Reason: "the segment lives" + unread, Snapshots: holder, Holders: 2}},
 			"held by one that is readable": {held, collect.Explanation{
-				Kept: true, Reason: "it was dropped at " + drop + ` and is held by snapshot "readable"` + unread, Unit: held.ID, Snapshots: holder, Holders: 1,
+				Kept: true, Reason: "it was dropped at " + drop + ` and is held by snapshot "readable"` + unread, Unit: held.ID,
+				Snapshots: holder, Holders: 1,
 			}},
 			"held by the other": {lost, collect.Explanation{
 				Kept: true, Reason: "it was dropped at " + drop + " and stays until its holders are known" + unread, Unit: lost.ID,
@@ -382,10 +400,10 @@ func TestExplainWithoutAllReferences(t *testing.T) {
 	})
 }
 
-// TestExplainPromisesNothing says what is needed where the collector does not take
+// TestExplainUncollectedObjects says what is needed where the collector does not take
 // by itself what nothing holds.
-func TestExplainPromisesNothing(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestExplainUncollectedObjects(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectTolerance, o.CollectMaxShare = time.Minute, 0.5 })
 		off := w.start("b", func(o *Options) { o.CollectorOff = true })
 		col, _, _ := w.collection(r, "c")
@@ -412,7 +430,8 @@ func TestExplainPromisesNothing(t *testing.T) {
 			{off, key, "the collector is off, so it goes with `snapshotctl gc run`, once the tolerance is over"},
 			{off, dead, "the collector is off, so it goes with `snapshotctl gc run --sweep`"},
 		} {
-			if e, err := tc.by.Collector().Explain(t.Context(), "default", tc.key); err != nil || !e.Kept || !strings.HasSuffix(e.Reason, tc.want) {
+			if e, err := tc.by.Collector().Explain(t.Context(), "default", tc.key); err != nil ||
+				!e.Kept || !strings.HasSuffix(e.Reason, tc.want) {
 				t.Errorf("%s: %+v, want %q, err = %v", tc.key, e, tc.want, err)
 			}
 		}
@@ -422,7 +441,7 @@ func TestExplainPromisesNothing(t *testing.T) {
 // TestLeaderSweeps has the leader sweep by itself what came late, and a foreign
 // file survive a snapshot that it was put beside.
 func TestLeaderSweeps(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.OrphanGrace, o.SweepInterval = 2*time.Hour, 30*time.Minute })
 		col, _, _ := w.collection(r, "c")
 		w.checkpoint(r, col, 100, 100)

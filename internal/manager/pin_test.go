@@ -25,7 +25,7 @@ func pinToken(value string) request.Token {
 }
 
 // pin pins a snapshot; 0 is no ttl.
-func (w *world) pin(r *replica, s *Snapshot, ttl time.Duration) *Pin {
+func (w *testEnv) pin(r *replica, s *Snapshot, ttl time.Duration) *Pin {
 	w.t.Helper()
 	p, err := r.Pin(w.t.Context(), request.Token{}, Ref{ID: s.ID}, PinSpec{Owner: "job", Reason: "night", TTL: ttl})
 	if err != nil {
@@ -35,7 +35,7 @@ func (w *world) pin(r *replica, s *Snapshot, ttl time.Duration) *Pin {
 }
 
 // pinRecord is the record of a pin as the store has it.
-func (w *world) pinRecord(p *Pin) (kv meta.KeyValue, found bool) {
+func (w *testEnv) pinRecord(p *Pin) (kv meta.KeyValue, found bool) {
 	w.t.Helper()
 	kv, found, _, err := w.kv.Get(w.t.Context(), keys.Pin(p.Snapshot, p.ID))
 	if err != nil {
@@ -50,7 +50,7 @@ func samePin(p, q *Pin) bool {
 }
 
 // leased says whether a lease lives.
-func (w *world) leased(id meta.LeaseID) bool {
+func (w *testEnv) leased(id meta.LeaseID) bool {
 	w.t.Helper()
 	err := w.kv.KeepAlive(w.t.Context(), id)
 	if err != nil && !errors.Is(err, meta.ErrLeaseNotFound) {
@@ -60,20 +60,23 @@ func (w *world) leased(id meta.LeaseID) bool {
 }
 
 func TestPinKeepsASnapshot(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s := w.create(r, col, "x")
 		began := time.Now()
-		p, err := r.Pin(t.Context(), request.Token{}, Ref{Name: "x"}, PinSpec{Owner: "backup-job", Reason: "nightly export", TTL: 90500 * time.Millisecond})
+		p, err := r.Pin(t.Context(), request.Token{}, Ref{Name: "x"},
+			PinSpec{Owner: "backup-job", Reason: "nightly export", TTL: 90500 * time.Millisecond})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if p.Snapshot != s.ID || p.ID == 0 || p.TTL != 91*time.Second || !p.CreateTime.Equal(began) || !p.ExpireTime.Equal(began.Add(p.TTL)) {
+		if p.Snapshot != s.ID || p.ID == 0 || p.TTL != 91*time.Second || !p.CreateTime.Equal(began) ||
+			!p.ExpireTime.Equal(began.Add(p.TTL)) {
 			t.Errorf("got %+v", p)
 		}
 		kv, found := w.pinRecord(p)
-		if stored, err := decodePin(kv); err != nil || !found || !samePin(stored, p) || stored.lease != p.lease || stored.op != p.op {
+		if stored, err := decodePin(kv); err != nil || !found || !samePin(stored, p) ||
+			stored.lease != p.lease || stored.op != p.op {
 			t.Errorf("stored is %+v, err = %v; want %+v", stored, err, p)
 		}
 		for _, owner := range []string{"two", "three", "four", "five"} {
@@ -120,7 +123,7 @@ func TestPinHoldsUpExpiry(t *testing.T) {
 		"expired": func(_ *replica, p *Pin) error { time.Sleep(time.Until(p.ExpireTime)); return nil },
 	} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				r := w.start("a", func(o *Options) { o.CleanInterval = time.Hour })
 				col, _, _ := w.collection(r, "c")
 				sp := spec(col, "x")
@@ -165,8 +168,8 @@ func TestPinHoldsUpExpiry(t *testing.T) {
 	}
 }
 
-func TestPinIsRefused(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestInvalidPins(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s := w.create(r, col, "x")
@@ -222,7 +225,7 @@ func TestPinIsRefused(t *testing.T) {
 }
 
 func TestPinLimit(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s, other := w.create(r, col, "x"), w.create(r, col, "y")
@@ -238,7 +241,7 @@ func TestPinLimit(t *testing.T) {
 // TestPinToken repeats a pin after its snapshot's name has come to stand for
 // another, and after the pin was removed.
 func TestPinToken(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(a, "c")
 		s := w.create(a, col, "x")
@@ -270,13 +273,14 @@ func TestPinToken(t *testing.T) {
 		if n := len(w.keysUnder(keys.AllPinsPrefix)); n != 0 {
 			t.Errorf("%d pins", n)
 		}
-		_, err := a.Pin(t.Context(), request.Token{Principal: "local", Method: "PinSnapshot", Value: "t", Hash: []byte{2}}, Ref{Name: "x"}, PinSpec{Owner: "o"})
+		_, err := a.Pin(t.Context(), request.Token{Principal: "local", Method: "PinSnapshot", Value: "t", Hash: []byte{2}},
+			Ref{Name: "x"}, PinSpec{Owner: "o"})
 		wantError(t, err, request.ErrReused)
 	})
 }
 
-// TestPinDecidesAnew has what a pin was decided on change before it takes effect.
-func TestPinDecidesAnew(t *testing.T) {
+// TestPinRetriesAfterConflict has what a pin was decided on change before it takes effect.
+func TestPinRetriesAfterConflict(t *testing.T) {
 	for name, tc := range map[string]struct {
 		change func(t *testing.T, r *replica)
 		want   error
@@ -298,7 +302,7 @@ func TestPinDecidesAnew(t *testing.T) {
 		}, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				other := w.start("b")
 				settle() // so that it leads
 				r := w.start("a")
@@ -330,7 +334,7 @@ func TestPinDecidesAnew(t *testing.T) {
 // TestFrozenPin stops a replica between the look at a snapshot and its pin. The
 // snapshot is dropped meanwhile, and the pin that comes late is refused.
 func TestFrozenPin(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		other := w.start("b")
 		settle() // so that it leads
 		r := w.start("a")
@@ -370,7 +374,7 @@ func TestFrozenPin(t *testing.T) {
 func TestPinAndDropExcludeEachOther(t *testing.T) {
 	var pinned, dropped atomic.Int64
 	for seed := range uint64(60) {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			other := w.start("c")
 			col, _, _ := w.collection(other, "c")
 			s := w.create(other, col, "x")
@@ -392,7 +396,8 @@ func TestPinAndDropExcludeEachOther(t *testing.T) {
 					default:
 					}
 					time.Sleep(time.Duration(roll(20)) * time.Millisecond)
-					return []meta.Fault{meta.Before, meta.After, meta.NoFault, meta.NoFault, meta.NoFault, meta.NoFault, meta.NoFault, meta.NoFault}[roll(8)]
+					return []meta.Fault{meta.Before, meta.After, meta.NoFault, meta.NoFault, meta.NoFault,
+						meta.NoFault, meta.NoFault, meta.NoFault}[roll(8)]
 				})
 			}
 			var wg sync.WaitGroup
@@ -413,7 +418,8 @@ func TestPinAndDropExcludeEachOther(t *testing.T) {
 						mu.Lock()
 						told = append(told, p)
 						mu.Unlock()
-					case errors.Is(err, meta.ErrUnavailable), errors.Is(err, ErrSnapshotNotCommitted), errors.Is(err, ErrExpiredOrDropped):
+					case errors.Is(err, meta.ErrUnavailable), errors.Is(err, ErrSnapshotNotCommitted), errors.Is(err,
+						ErrExpiredOrDropped):
 					default:
 						t.Errorf("seed %d: pin: %v", seed, err)
 					}
@@ -483,7 +489,7 @@ func TestPinSurvivesEachFailedCall(t *testing.T) {
 		}
 		for n := 0; ; n++ {
 			fired := false
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				other := w.start("b")
 				settle() // so that it leads
 				r := w.start("a")
@@ -537,7 +543,8 @@ type late struct {
 func (l *late) Txn(ctx context.Context, txn meta.Txn) (meta.TxnResult, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.lose && slices.ContainsFunc(txn.Then, func(op meta.Op) bool { return strings.HasPrefix(op.From, keys.AllPinsPrefix) }) {
+	if l.lose && slices.ContainsFunc(txn.Then,
+		func(op meta.Op) bool { return strings.HasPrefix(op.From, keys.AllPinsPrefix) }) {
 		l.lose, l.held = false, txn
 		return meta.TxnResult{}, fmt.Errorf("%w: no answer", meta.ErrUnavailable)
 	}
@@ -557,7 +564,7 @@ func (l *late) land(ctx context.Context) (meta.TxnResult, error) { return l.KV.T
 // answer. Without a token it must not come any more; with one, it is there when a
 // repeat tells of it.
 func TestLatePin(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		l := &late{}
 		r := w.start("a", func(o *Options) { l.KV, o.KV = o.KV, l })
 		col, _, _ := w.collection(r, "c")
@@ -604,7 +611,7 @@ func TestLatePin(t *testing.T) {
 }
 
 func TestRenewPin(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s, other := w.create(r, col, "x"), w.create(r, col, "y")
@@ -652,7 +659,7 @@ func TestRenewPin(t *testing.T) {
 
 // TestRenewalsAtOnce renews a pin from many sides.
 func TestRenewalsAtOnce(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		replicas := []*replica{w.start("a"), w.start("b")}
 		col, _, _ := w.collection(replicas[0], "c")
 		p := w.pin(replicas[0], w.create(replicas[0], col, "x"), time.Minute)
@@ -690,7 +697,7 @@ func TestRenewalSurvivesEachFailedCall(t *testing.T) {
 	for _, fault := range []meta.Fault{meta.Before, meta.After} {
 		for n := 0; ; n++ {
 			fired := false
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				other := w.start("b")
 				settle() // so that it leads
 				r := w.start("a")
@@ -732,7 +739,7 @@ func TestRenewalSurvivesEachFailedCall(t *testing.T) {
 // TestLateRenewal has a renewal take effect after the caller was told that it got
 // no answer: it must not end the pin.
 func TestLateRenewal(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		l := &late{}
 		r := w.start("a", func(o *Options) { l.KV, o.KV = o.KV, l })
 		col, _, _ := w.collection(r, "c")
@@ -755,7 +762,7 @@ func TestLateRenewal(t *testing.T) {
 }
 
 func TestUnpin(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s, other := w.create(r, col, "x"), w.create(r, col, "y")
@@ -827,7 +834,7 @@ func TestUnpin(t *testing.T) {
 }
 
 func TestPinsInPages(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		snaps := []*Snapshot{w.create(r, col, "x"), w.create(r, col, "y"), w.create(r, col, "z")}
@@ -842,7 +849,10 @@ func TestPinsInPages(t *testing.T) {
 		odd := PinPlace{snaps[0].ID, 1 << 40}
 		w.put(keys.Pin(odd.Snapshot, odd.ID), []byte{8, 99})
 		all = append(all, odd)
-		slices.SortFunc(all, func(a, b PinPlace) int { return int(a.Snapshot-b.Snapshot)*1000 + int(min(a.ID, 1000)-min(b.ID, 1000)) })
+		slices.SortFunc(all, func(a,
+			b PinPlace) int {
+			return int(a.Snapshot-b.Snapshot)*1000 + int(min(a.ID, 1000)-min(b.ID, 1000))
+		})
 		settle()           // so that the calls below are those of the pages alone
 		for i := range 9 { // which nobody can tell of
 			w.put(fmt.Sprintf("%sx%d", keys.PinPrefix(snaps[1].ID-1), i), nil)
@@ -884,7 +894,7 @@ func TestPinsInPages(t *testing.T) {
 }
 
 func TestPinEvents(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		other, _, _ := w.collection(r, "other")
@@ -908,7 +918,8 @@ func TestPinEvents(t *testing.T) {
 		// A removal says so of one pin alone, at its own revision.
 		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{
 			meta.Delete(keys.Pin(s.ID, forever.ID)),
-			meta.Put(keys.Unpin, record.Encode(&storagev1.Unpin{Format: record.Format, SnapshotId: s.ID, PinId: forever.ID + 1})),
+			meta.Put(keys.Unpin, record.Encode(&storagev1.Unpin{Format: record.Format, SnapshotId: s.ID,
+				PinId: forever.ID + 1})),
 		}}); err != nil {
 			t.Fatal(err)
 		}

@@ -309,7 +309,8 @@ func (c *course) nothingLeft() {
 	beats := 0
 	found := map[string]bool{}
 	for _, key := range c.w.objectsUnder("") {
-		if strings.HasPrefix(key, epoch.Prefix) && !c.foreign[key] { // the notes of how far the metadata store has come: the newest two
+		if strings.HasPrefix(key, epoch.Prefix) &&
+			!c.foreign[key] { // the notes of how far the metadata store has come: the newest two
 			beats++
 			continue
 		}

@@ -37,7 +37,8 @@ type guard struct {
 }
 
 func newGuard(kv meta.KV, store object.Store) *guard {
-	return &guard{Store: store, kv: kv, foreign: map[string]bool{}, granted: map[string]bool{}, captured: map[int64]map[string]bool{}}
+	return &guard{Store: store, kv: kv, foreign: map[string]bool{}, granted: map[string]bool{},
+		captured: map[int64]map[string]bool{}}
 }
 
 // leave says that nobody may touch an object.
@@ -124,7 +125,8 @@ type needs struct {
 // needs reads all that needs files, at one revision.
 func (g *guard) needs() (*needs, error) {
 	ctx := context.Background()
-	prefixes := []string{keys.SnapshotPrefix, "/catalog/segment/", keys.AllUnitsPrefix, keys.AllTombstonesPrefix, keys.JobPrefix}
+	prefixes := []string{keys.SnapshotPrefix, "/catalog/segment/", keys.AllUnitsPrefix,
+		keys.AllTombstonesPrefix, keys.JobPrefix}
 	txn := meta.Txn{}
 	for _, prefix := range prefixes {
 		txn.Then = append(txn.Then, meta.GetRange(meta.Prefix(prefix)))
@@ -133,7 +135,8 @@ func (g *guard) needs() (*needs, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &needs{files: map[string]string{}, snapshots: map[int64]State{}, units: map[string]bool{}, jobs: map[int64]*copyjob.Job{}}
+	n := &needs{files: map[string]string{}, snapshots: map[int64]State{}, units: map[string]bool{},
+		jobs: map[int64]*copyjob.Job{}}
 	add := func(s *segment.Segment, who string) {
 		for f := range s.AllFiles() {
 			n.files[keyOf(f)] = who
@@ -304,7 +307,8 @@ func (c *course) putForeign(kind, n int) {
 		target, first = c.jobs[id].Target, c.jobs[id].FirstSegment
 	}
 	dir := [foreignPlaces]string{
-		"", "snapshots/", fmt.Sprintf("snapshots/%d/", col), manifest.Dir(col, snapshot), manifest.Dir(col, snapshot) + "more/",
+		"", "snapshots/", fmt.Sprintf("snapshots/%d/", col), manifest.Dir(col, snapshot),
+		manifest.Dir(col, snapshot) + "more/",
 		"gc/", "gc/held/", fmt.Sprintf("gc/held/%d/", col), "gc/epoch/",
 		"data/", fmt.Sprintf("data/%d/", col), fmt.Sprintf("data/%d/%d/", col, l.part.ID),
 		fmt.Sprintf("data/%d/0/%d/", col, unit), fmt.Sprintf("data/%d/%d/%d/insert/100/", col, l.part.ID, unit),

@@ -28,7 +28,7 @@ type usedKeys struct {
 	Other                         []string // keys, without ids
 }
 
-func (w *world) used() usedKeys {
+func (w *testEnv) used() usedKeys {
 	w.t.Helper()
 	from, to := keys.All()
 	var u usedKeys
@@ -61,7 +61,7 @@ func (w *world) used() usedKeys {
 // replaces, costs the metadata store a small stub for each unit and nothing else;
 // and it ends when the snapshots do.
 func TestSteadyCompactionUnderSnapshots(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) {
 			o.Log = zap.NewNop()
 			o.CollectTolerance = time.Minute
@@ -76,7 +76,8 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 				s.Files = nil
 				for i := range files {
 					s.Files = append(s.Files, segment.File{
-						Kind: segment.KindInsert, Field: int64(100 + i), LogID: 1, Size: 10, MinTimestamp: 1, MaxTimestamp: 20, Entries: 20,
+						Kind: segment.KindInsert, Field: int64(100 + i), LogID: 1, Size: 10, MinTimestamp: 1, MaxTimestamp: 20,
+						Entries: 20,
 					})
 				}
 				b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
@@ -142,7 +143,8 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 		if last := r.Collector().LastCycle(); last == nil || len(last.Stops) != 1 {
 			t.Errorf("the last round: %+v", last)
 		}
-		if _, s := w.round(r, collect.CycleOptions{Collection: catalog.Ref{ID: col.ID}, Force: true}); s.Granted != int64(end.Units) {
+		if _, s := w.round(r,
+			collect.CycleOptions{Collection: catalog.Ref{ID: col.ID}, Force: true}); s.Granted != int64(end.Units) {
 			t.Errorf("granted: %d of %d", s.Granted, end.Units)
 		}
 		time.Sleep(time.Minute)

@@ -65,11 +65,13 @@ func (r *reach) counts() map[string]int64 {
 	return map[string]int64{
 		"grant": r.granted.Load(), "hold by a snapshot": r.heldBySnapshot.Load(), "hold by a create": r.heldByCreate.Load(),
 		"grant whose compares failed": r.compareFailed.Load(), "unit granted again": r.again.Load(),
-		"refusal for unreadable references": r.unreadable.Load(), "unit deleted": r.deleted.Load(), "unit confirmed": r.confirmed.Load(),
+		"refusal for unreadable references": r.unreadable.Load(), "unit deleted": r.deleted.Load(),
+		"unit confirmed":            r.confirmed.Load(),
 		"reclaim without an answer": r.unanswered.Load(), "create given up": r.reaped.Load(), "commit": r.committed.Load(),
 		"unit parked": r.parked.Load(), "restore": r.restored.Load(), "restore rolled back": r.rolledBack.Load(),
-		"collection gone for good": r.finished.Load(), "object swept": r.swept.Load(), "grant to the collector": r.collected.Load(),
-		"late copy removed": r.lateCopies.Load(), "refusal of what is another's": r.stolen.Load(),
+		"collection gone for good": r.finished.Load(), "object swept": r.swept.Load(),
+		"grant to the collector": r.collected.Load(),
+		"late copy removed":      r.lateCopies.Load(), "refusal of what is another's": r.stolen.Load(),
 	}
 }
 
@@ -91,9 +93,11 @@ type step struct {
 // ops are the steps, those that are done often several times.
 var ops = []string{
 	"add", "add", "add", "drop", "drop", "compact", "compact", "rebuild", "rebuild", "update", "update",
-	"create", "create", "create", "slow create", "slow create", "faulty create", "faulty create", "dying create", "expiring create",
+	"create", "create", "create", "slow create", "slow create", "faulty create", "faulty create", "dying create",
+	"expiring create",
 	"drop snapshot", "drop snapshot", "pin", "unpin",
-	"reclaim", "reclaim", "reclaim", "reclaim", "reclaim file", "faulty reclaim", "raced reclaim", "begun reclaim", "late reclaim",
+	"reclaim", "reclaim", "reclaim", "reclaim", "reclaim file", "faulty reclaim", "raced reclaim", "begun reclaim",
+	"late reclaim",
 	"reclaim again", "confirm", "confirm",
 	"crash", "zombie", "release", "thaw", "thaw", "corrupt", "repair", "compact history", "wait", "wait", "wait long",
 	"drop collection", "new collection", "drop partition", "drop partition", "drop index",
@@ -102,7 +106,8 @@ var ops = []string{
 }
 
 var genStep = rapid.Custom(func(t *rapid.T) step {
-	return step{rapid.SampledFrom(ops).Draw(t, "op"), rapid.IntRange(0, 999).Draw(t, "a"), rapid.IntRange(0, 999).Draw(t, "b"), rapid.IntRange(0, 999).Draw(t, "c")}
+	return step{rapid.SampledFrom(ops).Draw(t, "op"), rapid.IntRange(0, 999).Draw(t, "a"),
+		rapid.IntRange(0, 999).Draw(t, "b"), rapid.IntRange(0, 999).Draw(t, "c")}
 })
 
 // prelude is what each drawn course begins with: something to hold.
@@ -191,7 +196,7 @@ func runCourse(t *testing.T, report rapid.TB, steps []step, reached *reach, long
 	virtual.Test(t, func(t *testing.T) {
 		kv := metamemory.New(metamemory.Options{Now: time.Now})
 		g := newGuard(kv, objectmemory.New(objectmemory.Options{Now: time.Now}))
-		w := &world{t: t, kv: kv, memory: kv, objects: g, now: time.Now, foreign: g.isForeign}
+		w := &testEnv{t: t, kv: kv, memory: kv, objects: g, now: time.Now, foreign: g.isForeign}
 		c := &course{w: w, reach: reached, guard: g, objects: g.Store, long: long}
 		ctx, cancel := context.WithCancel(context.Background())
 		var watching sync.WaitGroup
@@ -236,7 +241,7 @@ func runCourse(t *testing.T, report rapid.TB, steps []step, reached *reach, long
 // holds, which segments there were at each revision and so what each snapshot
 // captured, and what was granted.
 type course struct {
-	w       *world
+	w       *testEnv
 	reach   *reach
 	guard   *guard
 	objects object.Store // what the guard guards, for what the oracle and engines do
@@ -331,7 +336,8 @@ type spy struct {
 
 func (s *spy) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
 	grants := slices.ContainsFunc(t.Then, func(op meta.Op) bool {
-		return op.Kind == meta.OpPut && strings.HasPrefix(op.From, keys.AllTombstonesPrefix)
+		return op.Kind == meta.OpPut &&
+			strings.HasPrefix(op.From, keys.AllTombstonesPrefix)
 	})
 	if grants {
 		s.mu.Lock()
@@ -479,17 +485,20 @@ func (c *course) setUp() {
 }
 
 func (c *course) epoch(kv meta.KV, store object.Store) *epoch.Epoch {
-	cl, err := cluster.Open(context.Background(), c.w.kv, cluster.Options{NameScope: cluster.ScopeCluster, Release: "test", Now: c.w.now, Rand: rand.Reader})
+	cl, err := cluster.Open(context.Background(), c.w.kv,
+		cluster.Options{NameScope: cluster.ScopeCluster, Release: "test", Now: c.w.now, Rand: rand.Reader})
 	c.must(err)
-	return epoch.New(epoch.Options{KV: kv, Store: store, Cluster: cl.ID, Now: c.w.now, Rand: rand.Reader, Interval: 20 * time.Minute})
+	return epoch.New(epoch.Options{KV: kv, Store: store, Cluster: cl.ID, Now: c.w.now,
+		Rand: rand.Reader, Interval: 20 * time.Minute})
 }
 
 func (c *course) newCollection() {
 	ctx := context.Background()
 	col, err := c.cat.CreateCollection(ctx, noToken, catalog.Collection{
 		DB: "default", Name: fmt.Sprint("c", c.names.Add(1)), Channels: []string{"ch-0", "ch-1"},
-		Roots:  []catalog.Root{{Store: "default", Prefix: "data/"}},
-		Schema: catalog.Schema{Format: "test", Raw: []byte{0}, Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}}},
+		Roots: []catalog.Root{{Store: "default", Prefix: "data/"}},
+		Schema: catalog.Schema{Format: "test", Raw: []byte{0},
+			Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}}},
 	})
 	c.must(err)
 	var list []catalog.Checkpoint
@@ -515,13 +524,15 @@ func (c *course) take(col catalog.Collection, revision int64, segments map[int64
 
 func (c *course) newPart(l *ledger) {
 	var err error
-	l.part, err = c.cat.CreatePartition(context.Background(), noToken, catalog.Ref{ID: l.col.ID}, catalog.Partition{Name: fmt.Sprint("p", c.names.Add(1))})
+	l.part, err = c.cat.CreatePartition(context.Background(), noToken, catalog.Ref{ID: l.col.ID},
+		catalog.Partition{Name: fmt.Sprint("p", c.names.Add(1))})
 	c.must(err)
 }
 
 func (c *course) newIndex(l *ledger) {
 	var err error
-	l.index, err = c.cat.CreateIndex(context.Background(), noToken, catalog.Ref{ID: l.col.ID}, catalog.Index{Name: fmt.Sprint("x", c.names.Add(1)), Field: 100})
+	l.index, err = c.cat.CreateIndex(context.Background(), noToken, catalog.Ref{ID: l.col.ID},
+		catalog.Index{Name: fmt.Sprint("x", c.names.Add(1)), Field: 100})
 	c.must(err)
 }
 
@@ -729,7 +740,8 @@ func (c *course) sawSnapshot(e meta.Event) {
 		c.reach.reaped.Add(1)
 	case s.State == Committed && old == nil:
 		c.reach.committed.Add(1)
-		t := &taken{id: id, collection: s.Collection, name: s.Name, segments: c.ledgerOf(s.Collection).at(s.CatalogRevision), files: map[string]bool{}}
+		t := &taken{id: id, collection: s.Collection, name: s.Name,
+			segments: c.ledgerOf(s.Collection).at(s.CatalogRevision), files: map[string]bool{}}
 		for _, seg := range t.segments {
 			for f := range seg.AllFiles() {
 				t.files[keyOf(f)] = true
@@ -819,7 +831,8 @@ func (c *course) sawAnswers(e *reclaimed) {
 		switch {
 		case errors.Is(e.err, gc.ErrUnreadable):
 			c.reach.unreadable.Add(1)
-		case errors.Is(e.err, meta.ErrUnavailable), errors.Is(e.err, gc.ErrLoading), errors.Is(e.err, context.DeadlineExceeded):
+		case errors.Is(e.err, meta.ErrUnavailable), errors.Is(e.err, gc.ErrLoading), errors.Is(e.err,
+			context.DeadlineExceeded):
 			c.reach.unanswered.Add(1)
 		case errors.Is(e.err, catalog.ErrCollectionNotFound) && e.col.dropped: // and gone
 		default:
@@ -838,7 +851,8 @@ func (c *course) sawAnswers(e *reclaimed) {
 				c.wrong("unit %d is said to be granted", a.Tombstone.ID)
 			case id != 0 && a.Tombstone.ID != id:
 				c.wrong("unit %d was asked for, %d was granted", id, a.Tombstone.ID)
-			case a.Tombstone.Revision != g.tomb.Revision || a.Tombstone.Deleter != g.tomb.Deleter || a.Tombstone.Caller != g.tomb.Caller ||
+			case a.Tombstone.Revision != g.tomb.Revision || a.Tombstone.Deleter != g.tomb.Deleter ||
+				a.Tombstone.Caller != g.tomb.Caller ||
 				!a.Tombstone.GrantTime.Equal(g.tomb.GrantTime):
 				c.wrong("the grant was %+v, now it is %+v", g.tomb, a.Tombstone)
 			}
@@ -1005,14 +1019,16 @@ func (c *course) newBuild(l *ledger, s *segment.Segment, layout int) segment.Bui
 
 // newSegment makes a segment: with a build, more files, a foreign file.
 func (c *course) newSegment(l *ledger, shape int) segment.Segment {
-	s := segment.Segment{ID: c.id(), Channel: shape % 2, Level: 1, State: segment.Flushed, Rows: 1, DML: segment.Position{Timestamp: 21}}
+	s := segment.Segment{ID: c.id(), Channel: shape % 2, Level: 1, State: segment.Flushed,
+		Rows: 1, DML: segment.Position{Timestamp: 21}}
 	if shape&16 != 0 {
 		s.Partition = l.part.ID
 	}
 	if shape&32 != 0 {
 		s.EngineData = make([]byte, 500) // so that it is worthwhile to park it
 	}
-	s.Files = []segment.File{c.write(segment.KindInsert, fmt.Sprintf("%d/%d/%d/insert/100/1", l.col.ID, s.Partition, s.ID))}
+	s.Files = []segment.File{c.write(segment.KindInsert,
+		fmt.Sprintf("%d/%d/%d/insert/100/1", l.col.ID, s.Partition, s.ID))}
 	if shape&2 != 0 {
 		s.Files = append(s.Files, c.write(segment.KindDelta, fmt.Sprintf("%d/%d/%d/delta/0/1", l.col.ID, s.Partition, s.ID)))
 	}
@@ -1120,7 +1136,8 @@ func (c *course) asks(l *ledger, n int) []gc.Ask {
 		list = append(list, gc.Ask{Segment: id})
 	}
 	slices.SortFunc(list, func(a, b gc.Ask) int { return int(max(a.Segment, a.Build) - max(b.Segment, b.Build)) })
-	return append(list, gc.Ask{Segment: 1 << 40}, gc.Ask{File: catalog.FilePath{Path: "nobody/7/has/this"}}, gc.Ask{Build: 1 << 41})
+	return append(list, gc.Ask{Segment: 1 << 40}, gc.Ask{File: catalog.FilePath{Path: "nobody/7/has/this"}},
+		gc.Ask{Build: 1 << 41})
 }
 
 func deleterOf(n int) gc.Deleter { return gc.Deleter(1 + n%2) }
@@ -1139,7 +1156,8 @@ func (c *course) do(s step) {
 		}
 		c.dropCollection(l)
 	case "new collection":
-		if live := slices.DeleteFunc(slices.Clone(c.cols), func(l *ledger) bool { return l.dropped }); len(live) < 3 && len(c.cols) < 6 {
+		if live := slices.DeleteFunc(slices.Clone(c.cols), func(l *ledger) bool { return l.dropped }); len(live) < 3 &&
+			len(c.cols) < 6 {
 			c.newCollection()
 		}
 	case "drop partition":
@@ -1240,7 +1258,8 @@ func (c *course) do(s step) {
 		if id, ok := pickOf(live, s.B); ok {
 			seg := live[id]
 			f := c.write(segment.KindInsert, fmt.Sprintf("%d/%d/%d/insert/100/u%d", l.col.ID, seg.Partition, id, c.id()))
-			u := catalog.Update{Segment: id, AddFiles: []segment.File{f}, RemoveFiles: []catalog.FilePath{{Path: seg.Files[0].Path}}}
+			u := catalog.Update{Segment: id, AddFiles: []segment.File{f},
+				RemoveFiles: []catalog.FilePath{{Path: seg.Files[0].Path}}}
 			seg.Files = append(slices.Clone(seg.Files[1:]), f)
 			live[id] = seg
 			c.change(l, catalog.SegmentChange{Update: []catalog.Update{u}}, live)
@@ -1273,7 +1292,8 @@ func (c *course) do(s step) {
 		}
 	case "pin":
 		if id, ok := pickOf(c.committed(), s.B); ok {
-			if p, err := c.calm(s.C).Pin(ctx, request.Token{}, Ref{ID: id}, PinSpec{Owner: "o", TTL: time.Duration(s.C%60) * time.Second}); err == nil {
+			if p, err := c.calm(s.C).Pin(ctx, request.Token{}, Ref{ID: id},
+				PinSpec{Owner: "o", TTL: time.Duration(s.C%60) * time.Second}); err == nil {
 				c.pins = append(c.pins, p)
 			}
 		}

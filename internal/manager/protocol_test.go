@@ -13,7 +13,7 @@ import (
 // TestCaptureFollowsThePendingKey drops and reclaims a segment after a create was
 // asked for and before it has its pending key: it must not be captured.
 func TestCaptureFollowsThePendingKey(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(b, "c")
 		gone, kept := w.segment(b, col, 0, 1, 20), w.segment(b, col, 0, 1, 20)
@@ -43,7 +43,7 @@ func TestCaptureFollowsThePendingKey(t *testing.T) {
 // TestRollBackAbortsUploads holds that a restore that is rolled back does not end
 // before the uploads were aborted that its copies may have left.
 func TestRollBackAbortsUploads(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		s := w.create(r, w.rich(r, "c", 12), "one")
 		before := w.traces()

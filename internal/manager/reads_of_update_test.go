@@ -15,7 +15,7 @@ import (
 // snapshot and at last parked: what was replaced before is known by the segment's
 // record, so the calls do not grow.
 func TestReadsOfAnUpdate(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
 		col, _, x := w.collection(r, "c")
 		s := w.segment(r, col, 0, 1, 20)
@@ -25,7 +25,8 @@ func TestReadsOfAnUpdate(t *testing.T) {
 		replace := func(n int, state string) {
 			last = segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
 			for j := range 20 {
-				f := segment.File{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/index/%d/f%x", col.ID, last.ID, sha256.Sum256([]byte{byte(j)})), Size: 5}
+				f := segment.File{Kind: segment.KindIndex,
+					Path: fmt.Sprintf("%d/index/%d/f%x", col.ID, last.ID, sha256.Sum256([]byte{byte(j)})), Size: 5}
 				w.write("data/" + f.Path)
 				last.Files = append(last.Files, f)
 			}

@@ -34,7 +34,8 @@ func TestS3Reclaim(t *testing.T) {
 	for i := range 50 {
 		s := w.segment(r, col, i%2, 1, 20)
 		b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
-		b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/f", col.ID, s.ID, b.ID), Size: 5}}
+		b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/f", col.ID, s.ID, b.ID),
+			Size: 5}}
 		s.Builds = []segment.Build{b}
 		inputs, ids = append(inputs, s), append(ids, s.ID)
 	}
@@ -53,7 +54,8 @@ func TestS3Reclaim(t *testing.T) {
 	for _, a := range w.reclaim(r, col, gc.BySnapshotd, asks...) {
 		w.heldBy(a, snap)
 	}
-	if u, err := r.Usage(t.Context(), Ref{ID: snap.ID}); err != nil || *u != (Usage{ExclusiveFiles: 100, ExclusiveBytes: 750}) {
+	if u, err := r.Usage(t.Context(), Ref{ID: snap.ID}); err != nil ||
+		*u != (Usage{ExclusiveFiles: 100, ExclusiveBytes: 750}) {
 		t.Errorf("got %+v, err = %v", u, err)
 	}
 	w.dropSnapshot(r, snap)

@@ -26,7 +26,7 @@ import (
 )
 
 // addWritten puts the files of segments into the store and registers them.
-func (w *world) addWritten(r *replica, col catalog.Collection, segments ...segment.Segment) {
+func (w *testEnv) addWritten(r *replica, col catalog.Collection, segments ...segment.Segment) {
 	w.t.Helper()
 	for i := range segments {
 		w.writeFiles(&segments[i])
@@ -34,7 +34,7 @@ func (w *world) addWritten(r *replica, col catalog.Collection, segments ...segme
 	w.add(r, col, segments...)
 }
 
-func (w *world) writeFiles(s *segment.Segment) {
+func (w *testEnv) writeFiles(s *segment.Segment) {
 	w.t.Helper()
 	for f := range s.AllFiles() {
 		if _, err := w.objects.Put(w.t.Context(), "data/"+f.Path, bytes.Repeat([]byte{1}, int(f.Size))); err != nil {
@@ -44,7 +44,7 @@ func (w *world) writeFiles(s *segment.Segment) {
 }
 
 // dropSegments drops segments of a collection and returns their ids as asks.
-func (w *world) dropSegments(r *replica, col catalog.Collection, ids ...int64) []gc.Ask {
+func (w *testEnv) dropSegments(r *replica, col catalog.Collection, ids ...int64) []gc.Ask {
 	w.t.Helper()
 	w.swap(r, col, catalog.SegmentChange{Drop: ids})
 	asks := make([]gc.Ask, len(ids))
@@ -54,14 +54,14 @@ func (w *world) dropSegments(r *replica, col catalog.Collection, ids ...int64) [
 	return asks
 }
 
-func (w *world) swap(r *replica, col catalog.Collection, swap catalog.SegmentChange) {
+func (w *testEnv) swap(r *replica, col catalog.Collection, swap catalog.SegmentChange) {
 	w.t.Helper()
 	if _, err := r.catalog.Change(w.t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, swap); err != nil {
 		w.t.Fatal(err)
 	}
 }
 
-func (w *world) reclaim(r *replica, col catalog.Collection, deleter gc.Deleter, asks ...gc.Ask) []gc.Answer {
+func (w *testEnv) reclaim(r *replica, col catalog.Collection, deleter gc.Deleter, asks ...gc.Ask) []gc.Answer {
 	w.t.Helper()
 	answers, err := r.GC().Reclaim(w.t.Context(), catalog.Ref{ID: col.ID}, asks, deleter, "tester")
 	if err != nil {
@@ -74,7 +74,7 @@ func (w *world) reclaim(r *replica, col catalog.Collection, deleter gc.Deleter, 
 }
 
 // granted fails unless all answers are grants.
-func (w *world) granted(answers []gc.Answer) []*gc.Tombstone {
+func (w *testEnv) granted(answers []gc.Answer) []*gc.Tombstone {
 	w.t.Helper()
 	var list []*gc.Tombstone
 	for i, a := range answers {
@@ -87,9 +87,10 @@ func (w *world) granted(answers []gc.Answer) []*gc.Tombstone {
 }
 
 // heldBy fails unless the answer is that the unit is held by just these.
-func (w *world) heldBy(a gc.Answer, snapshots ...*Snapshot) {
+func (w *testEnv) heldBy(a gc.Answer, snapshots ...*Snapshot) {
 	w.t.Helper()
-	if a.State != gc.Dropped || a.Tombstone != nil || a.Holders != len(snapshots) || len(a.Creating) > 0 || len(a.Snapshots) != len(snapshots) {
+	if a.State != gc.Dropped || a.Tombstone != nil || a.Holders != len(snapshots) ||
+		len(a.Creating) > 0 || len(a.Snapshots) != len(snapshots) {
 		w.t.Fatalf("answer is %+v, want it held by %v", a, snapshots)
 	}
 	for i, s := range snapshots {
@@ -99,7 +100,7 @@ func (w *world) heldBy(a gc.Answer, snapshots ...*Snapshot) {
 	}
 }
 
-func (w *world) dropSnapshot(r *replica, s *Snapshot) {
+func (w *testEnv) dropSnapshot(r *replica, s *Snapshot) {
 	w.t.Helper()
 	if _, err := r.Drop(w.t.Context(), request.Token{}, Ref{ID: s.ID}, 0); err != nil {
 		w.t.Fatal(err)
@@ -112,7 +113,7 @@ func sameTombstone(a, b *gc.Tombstone) bool {
 }
 
 // withSpy is a replica whose grants can be looked at.
-func (w *world) withSpy(name string) (*replica, *spy, *int) {
+func (w *testEnv) withSpy(name string) (*replica, *spy, *int) {
 	s, failed := &spy{}, new(int)
 	s.failed = func() { *failed++ }
 	r := w.start(name, func(o *Options) { s.KV, o.KV = o.KV, s })
@@ -122,12 +123,13 @@ func (w *world) withSpy(name string) (*replica, *spy, *int) {
 func TestUnitIsReclaimed(t *testing.T) {
 	for name, deleter := range map[string]gc.Deleter{"snapshotd": gc.BySnapshotd, "caller": gc.ByCaller} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				r := w.start("a")
 				col, _, x := w.collection(r, "c")
 				s := w.segment(r, col, 0, 1, 20)
 				b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
-				b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/f", col.ID, s.ID, b.ID), Size: 5}}
+				b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/f", col.ID, s.ID, b.ID),
+					Size: 5}}
 				s.Builds = []segment.Build{b}
 				foreign := segment.File{Kind: segment.KindStats, Path: "shared/stats", Size: 7}
 				s.Files = append(s.Files, foreign)
@@ -152,10 +154,12 @@ func TestUnitIsReclaimed(t *testing.T) {
 					t.Errorf("a unit that nobody holds is %+v, err = %v", check, err)
 				}
 				tomb := w.granted(w.reclaim(r, col, deleter, asks...))[0]
-				if tomb.ID != s.ID || tomb.Deleter != deleter || tomb.Caller != "tester" || tomb.Unit.Kind != catalog.UnitSegment || tomb.Revision == 0 {
+				if tomb.ID != s.ID || tomb.Deleter != deleter || tomb.Caller != "tester" ||
+					tomb.Unit.Kind != catalog.UnitSegment || tomb.Revision == 0 {
 					t.Errorf("got %+v", tomb)
 				}
-				if again := w.reclaim(r, col, gc.BySnapshotd, asks...)[0]; deleter == gc.ByCaller && !sameTombstone(again.Tombstone, tomb) {
+				if again := w.reclaim(r, col, gc.BySnapshotd, asks...)[0]; deleter == gc.ByCaller &&
+					!sameTombstone(again.Tombstone, tomb) {
 					t.Errorf("it was %+v, now it is %+v", tomb, again.Tombstone)
 				}
 				time.Sleep(5 * time.Minute)
@@ -192,10 +196,10 @@ func TestUnitIsReclaimed(t *testing.T) {
 
 // A grant compares the generation and the pending keys, and is decided anew
 // when one of them moved since they were read.
-func TestGrantComparesItsPremises(t *testing.T) {
-	for name, between := range map[string]func(w *world, b *replica, col catalog.Collection){
-		"a commit": func(w *world, b *replica, col catalog.Collection) { w.create(b, col, "x") },
-		"a begin": func(w *world, b *replica, col catalog.Collection) {
+func TestGrantComparesItsPreconditions(t *testing.T) {
+	for name, between := range map[string]func(w *testEnv, b *replica, col catalog.Collection){
+		"a commit": func(w *testEnv, b *replica, col catalog.Collection) { w.create(b, col, "x") },
+		"a begin": func(w *testEnv, b *replica, col catalog.Collection) {
 			b.store.Freeze()
 			sp := spec(col, "x")
 			sp.NoWait = true
@@ -203,20 +207,21 @@ func TestGrantComparesItsPremises(t *testing.T) {
 				w.t.Error(err)
 			}
 		},
-		"a grant": func(w *world, b *replica, col catalog.Collection) {
+		"a grant": func(w *testEnv, b *replica, col catalog.Collection) {
 			for _, key := range w.keysUnder(keys.UnitPrefix(col.ID)) {
 				id, err := keys.LastID(key)
 				if err != nil {
 					w.t.Error(err)
 				}
-				if _, err := b.GC().Reclaim(w.t.Context(), catalog.Ref{ID: col.ID}, []gc.Ask{{Segment: id}}, gc.ByCaller, "other"); err != nil {
+				if _, err := b.GC().Reclaim(w.t.Context(), catalog.Ref{ID: col.ID}, []gc.Ask{{Segment: id}},
+					gc.ByCaller, "other"); err != nil {
 					w.t.Error(err)
 				}
 			}
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				b := w.start("b")
 				a, spy, failed := w.withSpy("a")
 				col, _, _ := w.collection(b, "c")
@@ -240,7 +245,7 @@ func TestGrantComparesItsPremises(t *testing.T) {
 
 // It keeps failing while snapshots are committed faster than it is decided.
 func TestGrantGivesUp(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		b := w.start("b")
 		a, spy, failed := w.withSpy("a")
 		col, _, _ := w.collection(b, "c")
@@ -269,7 +274,7 @@ func TestGrantGivesUp(t *testing.T) {
 func TestCommitAtEachMomentOfADecision(t *testing.T) {
 	for call := int64(0); ; call++ {
 		reached := true
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			b := w.start("b")
 			settle() // it leads
 			a := w.start("a")
@@ -287,7 +292,8 @@ func TestCommitAtEachMomentOfADecision(t *testing.T) {
 			settle()
 			asks := w.dropSegments(a, col, s.ID)
 			settle()
-			if answer := w.reclaim(a, col, gc.BySnapshotd, asks...)[0]; answer.State != gc.Dropped || answer.Holders != 1 || len(answer.Creating) != 1 {
+			if answer := w.reclaim(a, col, gc.BySnapshotd, asks...)[0]; answer.State != gc.Dropped ||
+				answer.Holders != 1 || len(answer.Creating) != 1 {
 				t.Errorf("got %+v, want it held by the create", answer)
 			}
 			var n atomic.Int64
@@ -332,7 +338,7 @@ func TestCommitAtEachMomentOfADecision(t *testing.T) {
 // A create that is younger than the drop does not hold the unit, one that is
 // older does.
 func TestOnlyOlderCreatesHold(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(r, "c")
 		first, second := w.segment(r, col, 0, 1, 20), w.segment(r, col, 0, 1, 20)
@@ -350,7 +356,8 @@ func TestOnlyOlderCreatesHold(t *testing.T) {
 		asks = append(asks, w.dropSegments(r, col, second.ID)...)
 		answers := w.reclaim(r, col, gc.ByCaller, asks...)
 		w.granted(answers[:1])
-		if a := answers[1]; a.State != gc.Dropped || a.Holders != 1 || len(a.Creating) != 1 || a.Creating[0] != (gc.SnapshotHolder{ID: pending.ID}) || len(a.Snapshots) > 0 {
+		if a := answers[1]; a.State != gc.Dropped || a.Holders != 1 || len(a.Creating) != 1 ||
+			a.Creating[0] != (gc.SnapshotHolder{ID: pending.ID}) || len(a.Snapshots) > 0 {
 			t.Errorf("got %+v, want it held by %d", a, pending.ID)
 		}
 		b.store.Thaw()
@@ -368,10 +375,10 @@ func TestOnlyOlderCreatesHold(t *testing.T) {
 	})
 }
 
-func TestGrantWithoutAnAnswer(t *testing.T) {
+func TestGrantWithoutAnswer(t *testing.T) {
 	for name, fault := range map[string]meta.Fault{"before": meta.Before, "after": meta.After} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				r, b := w.start("a"), w.start("b")
 				col, _, _ := w.collection(b, "c")
 				s := w.segment(b, col, 0, 1, 20)
@@ -396,17 +403,19 @@ func TestGrantWithoutAnAnswer(t *testing.T) {
 }
 
 // Both ways to ask for a unit, and twice, end in one grant.
-func TestOneUnitAskedForInEveryWay(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestDuplicateAsksOfOneUnit(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, x := w.collection(r, "c")
 		s := w.segment(r, col, 0, 1, 20)
 		b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
-		b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/f", col.ID, s.ID, b.ID), Size: 5}}
+		b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/f", col.ID, s.ID, b.ID),
+			Size: 5}}
 		s.Builds = []segment.Build{b}
 		w.addWritten(r, col, s)
 		w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, RemoveBuilds: []int64{b.ID}}}})
-		answers := w.reclaim(r, col, gc.ByCaller, gc.Ask{Build: b.ID}, gc.Ask{File: catalog.FilePath{Path: b.Files[0].Path}}, gc.Ask{Segment: b.ID},
+		answers := w.reclaim(r, col, gc.ByCaller, gc.Ask{Build: b.ID},
+			gc.Ask{File: catalog.FilePath{Path: b.Files[0].Path}}, gc.Ask{Segment: b.ID},
 			gc.Ask{Build: b.ID}, gc.Ask{Build: 1 << 40})
 		tombs := w.granted(answers[:4])
 		for _, tomb := range tombs {
@@ -421,7 +430,7 @@ func TestOneUnitAskedForInEveryWay(t *testing.T) {
 }
 
 func TestParallelReclaims(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		rs := []*replica{w.start("a"), w.start("b")}
 		col, _, _ := w.collection(rs[0], "c")
 		s := w.segment(rs[0], col, 0, 1, 20)
@@ -451,7 +460,7 @@ func TestParallelReclaims(t *testing.T) {
 // Many asks are answered in their order, each unit once, and the largest units
 // as well.
 func TestManyAsks(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		var asks []gc.Ask
@@ -504,7 +513,8 @@ func TestManyAsks(t *testing.T) {
 			t.Errorf("%d listed, not those that there are", len(tombs))
 		}
 		confirmed, err := r.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, tombs)
-		if err != nil || slices.ContainsFunc(confirmed, func(c gc.Confirmation) bool { return c != gc.Confirmed }) || len(w.keysUnder("/gc/tomb/")) > 0 {
+		if err != nil || slices.ContainsFunc(confirmed, func(c gc.Confirmation) bool { return c != gc.Confirmed }) ||
+			len(w.keysUnder("/gc/tomb/")) > 0 {
 			t.Errorf("err = %v", err)
 		}
 	})
@@ -513,7 +523,7 @@ func TestManyAsks(t *testing.T) {
 // Of the largest units a transaction holds one or two: all are granted in one
 // call all the same, and no list of them holds too many in memory.
 func TestLargeUnits(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		var ids []int64
@@ -539,27 +549,27 @@ func TestLargeUnits(t *testing.T) {
 }
 
 // forget has a replica that knows nothing take the place of another.
-func (w *world) forget(r *replica, name string) *replica {
+func (w *testEnv) forget(r *replica, name string) *replica {
 	w.t.Helper()
 	r.stop()
 	return w.start(name)
 }
 
 func TestUnreadableReferences(t *testing.T) {
-	damage := map[string]func(w *world, s *Snapshot, key string, data []byte) (repair func()){
-		"one bit": func(w *world, _ *Snapshot, key string, data []byte) func() {
+	damage := map[string]func(w *testEnv, s *Snapshot, key string, data []byte) (repair func()){
+		"one bit": func(w *testEnv, _ *Snapshot, key string, data []byte) func() {
 			bad := slices.Clone(data)
 			bad[len(bad)/2] ^= 1
 			w.putObject(key, bad)
 			return func() { w.putObject(key, data) }
 		},
-		"missing": func(w *world, _ *Snapshot, key string, data []byte) func() {
+		"missing": func(w *testEnv, _ *Snapshot, key string, data []byte) func() {
 			if err := w.objects.Delete(w.t.Context(), key); err != nil {
 				w.t.Fatal(err)
 			}
 			return func() { w.putObject(key, data) }
 		},
-		"metadata": func(w *world, s *Snapshot, _ string, _ []byte) func() {
+		"metadata": func(w *testEnv, s *Snapshot, _ string, _ []byte) func() {
 			key := manifest.MetadataKey(s.Collection, s.ID)
 			data, err := object.ReadAll(w.t.Context(), w.objects, key, s.Metadata.Length)
 			if err != nil {
@@ -569,7 +579,7 @@ func TestUnreadableReferences(t *testing.T) {
 			w.withoutReferences(s) // else the metadata is not read
 			return func() { w.putObject(key, data) }
 		},
-		"another store": func(w *world, s *Snapshot, _ string, _ []byte) func() {
+		"another store": func(w *testEnv, s *Snapshot, _ string, _ []byte) func() {
 			old := w.record(s)
 			w.changeRecord(s, func(r *storagev1.Snapshot) { r.Store = "elsewhere" })
 			return func() { // the store of a snapshot never changes
@@ -579,7 +589,7 @@ func TestUnreadableReferences(t *testing.T) {
 				w.put(keys.Snapshot(s.ID), old)
 			}
 		},
-		"newer record": func(w *world, s *Snapshot, _ string, _ []byte) func() {
+		"newer record": func(w *testEnv, s *Snapshot, _ string, _ []byte) func() {
 			old := w.record(s)
 			w.changeRecord(s, func(r *storagev1.Snapshot) { r.Format = 1000 })
 			return func() { w.put(keys.Snapshot(s.ID), old) }
@@ -591,7 +601,7 @@ func TestUnreadableReferences(t *testing.T) {
 				continue // a drop reads the record
 			}
 			t.Run(name+", "+heal, func(t *testing.T) {
-				inWorld(t, func(t *testing.T, w *world) {
+				inEnv(t, func(t *testing.T, w *testEnv) {
 					r := w.start("a")
 					col, _, _ := w.collection(r, "c")
 					other, _, _ := w.collection(r, "other")
@@ -643,7 +653,7 @@ func TestUnreadableReferences(t *testing.T) {
 // references as unreadable, which heals by itself; a caller learns that they are not
 // read yet, for no answer says nothing of the snapshot. What the store said is not told.
 func TestReferencesOfALostStore(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s := w.segment(r, col, 0, 1, 20)
@@ -687,7 +697,7 @@ func TestReferencesOfALostStore(t *testing.T) {
 	})
 }
 
-func (w *world) putObject(key string, data []byte) {
+func (w *testEnv) putObject(key string, data []byte) {
 	w.t.Helper()
 	if _, err := w.objects.Put(w.t.Context(), key, data); err != nil {
 		w.t.Fatal(err)
@@ -695,7 +705,7 @@ func (w *world) putObject(key string, data []byte) {
 }
 
 // record is a snapshot's record as it is.
-func (w *world) record(s *Snapshot) []byte {
+func (w *testEnv) record(s *Snapshot) []byte {
 	w.t.Helper()
 	kv, found, _, err := w.kv.Get(w.t.Context(), keys.Snapshot(s.ID))
 	if err != nil || !found {
@@ -704,7 +714,7 @@ func (w *world) record(s *Snapshot) []byte {
 	return kv.Value
 }
 
-func (w *world) changeRecord(s *Snapshot, change func(*storagev1.Snapshot)) {
+func (w *testEnv) changeRecord(s *Snapshot, change func(*storagev1.Snapshot)) {
 	w.t.Helper()
 	rec := &storagev1.Snapshot{}
 	if err := proto.Unmarshal(w.record(s), rec); err != nil {
@@ -719,8 +729,8 @@ func (w *world) changeRecord(s *Snapshot, change func(*storagev1.Snapshot)) {
 }
 
 // A record of which not even the collection can be told blocks all.
-func TestStrayRecordBlocksAll(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestUnparseableRecordBlocksAll(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s := w.segment(r, col, 0, 1, 20)
@@ -753,7 +763,7 @@ func TestStrayRecordBlocksAll(t *testing.T) {
 // References that are known stay known when the record comes to be one of a newer
 // release, and when it is readable again, at every moment.
 func TestKnownReferencesSurviveANewerRecord(t *testing.T) {
-	inWorld(t, func(_ *testing.T, w *world) {
+	inEnv(t, func(_ *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s := w.segment(r, col, 0, 1, 20)
@@ -781,7 +791,7 @@ func TestKnownReferencesSurviveANewerRecord(t *testing.T) {
 
 // While references are being read nothing is said; the call waits for a while.
 func TestLoadingReferences(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		other, _, _ := w.collection(r, "other")
@@ -822,8 +832,8 @@ func TestLoadingReferences(t *testing.T) {
 
 // A replica that is cut off from the metadata store's changes says nothing, and
 // goes on when it is back.
-func TestFollowerThatIsBehind(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestLaggingFollower(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(b, "c")
 		s := w.segment(b, col, 0, 1, 20)
@@ -857,8 +867,8 @@ func TestFollowerThatIsBehind(t *testing.T) {
 }
 
 // The tombstone stays until its files are gone.
-func TestDeleteThatFailsIsTriedAgain(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestFailedDeleteIsRetried(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		var ids []int64
@@ -878,11 +888,13 @@ func TestDeleteThatFailsIsTriedAgain(t *testing.T) {
 		w.granted(w.reclaim(r, col, gc.BySnapshotd, asks...))
 		time.Sleep(time.Minute)
 		settle()
-		if n, st := len(w.keysUnder("/gc/tomb/")), r.GC().Stats(); n != 3 || st.Granted != 3 || st.Unconfirmed != 0 || len(w.objectsUnder("data/")) != 3 {
+		if n, st := len(w.keysUnder("/gc/tomb/")), r.GC().Stats(); n != 3 || st.Granted != 3 ||
+			st.Unconfirmed != 0 || len(w.objectsUnder("data/")) != 3 {
 			t.Errorf("%d tombstones, stats %+v, files %v", n, st, w.objectsUnder("data/"))
 		}
 		confirmed, err := r.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, ids)
-		if err != nil || !slices.Equal(confirmed, []gc.Confirmation{gc.OwnedBySnapshotd, gc.OwnedBySnapshotd, gc.OwnedBySnapshotd}) {
+		if err != nil || !slices.Equal(confirmed,
+			[]gc.Confirmation{gc.OwnedBySnapshotd, gc.OwnedBySnapshotd, gc.OwnedBySnapshotd}) {
 			t.Errorf("got %v, err = %v", confirmed, err)
 		}
 		r.store.FailNth(object.OpDelete, 0, object.FaultAfter)
@@ -897,7 +909,7 @@ func TestDeleteThatFailsIsTriedAgain(t *testing.T) {
 // A leader that was deposed in the middle of a delete does not confirm it, and
 // its delete, which lands late, does no harm.
 func TestZombieLeader(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		var late *tardy
 		a := w.start("a", func(o *Options) {
 			late = &tardy{Store: o.Stores["default"]}
@@ -977,7 +989,7 @@ func (r *removals) Txn(ctx context.Context, t meta.Txn) (res meta.TxnResult, err
 
 // A leader that lost its term just before it removes a tombstone is refused.
 func TestRemovalIsFenced(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		var refused atomic.Bool
 		r := w.start("a", func(o *Options) {
 			o.KV = &removals{
@@ -1009,14 +1021,15 @@ func TestRemovalIsFenced(t *testing.T) {
 // A build that was replaced is held by the snapshots that have it, and files that
 // were by those that have their segment.
 func TestPartsOfASegment(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, x := w.collection(r, "c")
 		s := w.segment(r, col, 0, 1, 20)
 		build := func() segment.Build {
 			b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
 			// Its path does not carry its id, so that it is a foreign file by it.
-			b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/v%d", col.ID, s.ID, b.ID), Size: 5}}
+			b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/v%d", col.ID, s.ID, b.ID),
+				Size: 5}}
 			return b
 		}
 		old := build()
@@ -1028,14 +1041,17 @@ func TestPartsOfASegment(t *testing.T) {
 		w.writeFiles(&segment.Segment{Builds: []segment.Build{next}})
 		w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, AddBuilds: []segment.Build{next}}}})
 		without := w.create(r, col, "without")
-		f := segment.File{Kind: segment.KindInsert, Path: fmt.Sprintf("%d/0/%d/insert/100/2", col.ID, s.ID), MinTimestamp: 1, MaxTimestamp: 2, Size: 3}
+		f := segment.File{Kind: segment.KindInsert, Path: fmt.Sprintf("%d/0/%d/insert/100/2", col.ID, s.ID),
+			MinTimestamp: 1, MaxTimestamp: 2, Size: 3}
 		w.writeFiles(&segment.Segment{Files: []segment.File{f}})
 		was := catalog.FilePath{Path: s.Files[0].Path}
-		w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, RemoveFiles: []catalog.FilePath{was}, AddFiles: []segment.File{f}}}})
+		w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, RemoveFiles: []catalog.FilePath{was},
+			AddFiles: []segment.File{f}}}})
 		after := w.create(r, col, "after")
 
 		oldPath := catalog.FilePath{Path: old.Files[0].Path}
-		answers := w.reclaim(r, col, gc.ByCaller, gc.Ask{Build: old.ID}, gc.Ask{File: oldPath}, gc.Ask{File: was}, gc.Ask{Build: next.ID},
+		answers := w.reclaim(r, col, gc.ByCaller, gc.Ask{Build: old.ID}, gc.Ask{File: oldPath},
+			gc.Ask{File: was}, gc.Ask{Build: next.ID},
 			gc.Ask{File: catalog.FilePath{Path: f.Path}}, gc.Ask{File: catalog.FilePath{Path: next.Files[0].Path}}, gc.Ask{Segment: s.ID})
 		w.heldBy(answers[0], with)
 		w.heldBy(answers[1], with)
@@ -1061,7 +1077,8 @@ func TestPartsOfASegment(t *testing.T) {
 			t.Errorf("got %+v", tomb)
 		}
 		settle()
-		if got, want := w.objectsUnder("data/"), []string{"data/" + next.Files[0].Path, "data/" + f.Path}; !slices.Equal(got, want) {
+		if got, want := w.objectsUnder("data/"), []string{"data/" + next.Files[0].Path,
+			"data/" + f.Path}; !slices.Equal(got, want) {
 			slices.Sort(want)
 			if !slices.Equal(got, want) {
 				t.Errorf("left %v, want %v", got, want)
@@ -1073,7 +1090,8 @@ func TestPartsOfASegment(t *testing.T) {
 		w.dropSnapshot(r, after)
 		// The segment is dropped whole, its last build with it.
 		w.dropSegments(r, col, s.ID)
-		tombs := w.granted(w.reclaim(r, col, gc.BySnapshotd, gc.Ask{File: catalog.FilePath{Path: next.Files[0].Path}}, gc.Ask{Segment: s.ID}))
+		tombs := w.granted(w.reclaim(r, col, gc.BySnapshotd, gc.Ask{File: catalog.FilePath{Path: next.Files[0].Path}},
+			gc.Ask{Segment: s.ID}))
 		if !sameTombstone(tombs[0], tombs[1]) || tombs[0].Unit.Kind != catalog.UnitSegment {
 			t.Errorf("got %+v", tombs)
 		}
@@ -1087,7 +1105,7 @@ func TestPartsOfASegment(t *testing.T) {
 // A file that lies at no place of a layout is part of whatever has it, and stays
 // when one of those is granted.
 func TestForeignFileStays(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, x := w.collection(r, "c")
 		owner := w.segment(r, col, 0, 1, 20)
@@ -1105,7 +1123,8 @@ func TestForeignFileStays(t *testing.T) {
 		w.granted(w.reclaim(r, col, gc.BySnapshotd, asks...))
 		time.Sleep(5 * time.Minute)
 		settle()
-		if got, want := w.objectsUnder("data/"), []string{"data/" + user.Files[0].Path, "data/" + b.Files[0].Path}; !slices.Equal(got, want) {
+		if got, want := w.objectsUnder("data/"), []string{"data/" + user.Files[0].Path,
+			"data/" + b.Files[0].Path}; !slices.Equal(got, want) {
 			t.Errorf("left %v, want %v", got, want)
 		}
 	})
@@ -1113,7 +1132,7 @@ func TestForeignFileStays(t *testing.T) {
 
 // A path that belongs to something else cannot be registered again.
 func TestPathsAreNotSharedAndNotUsedTwice(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s := w.segment(r, col, 0, 1, 20)
@@ -1124,7 +1143,8 @@ func TestPathsAreNotSharedAndNotUsedTwice(t *testing.T) {
 			thief.Files = append(thief.Files, s.Files[0])
 			_, _, err := r.catalog.AddSegments(t.Context(), col.ID, []segment.Segment{thief})
 			wantError(t, err, catalog.ErrFileExists)
-			_, err = r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.SegmentChange{Add: []segment.Segment{thief}})
+			_, err = r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID},
+				catalog.SegmentChange{Add: []segment.Segment{thief}})
 			wantError(t, err, catalog.ErrFileExists)
 			plain := w.segment(r, col, 0, 1, 20)
 			w.add(r, col, plain)
@@ -1137,8 +1157,10 @@ func TestPathsAreNotSharedAndNotUsedTwice(t *testing.T) {
 			}
 		}
 		refused("it lives")
-		f := segment.File{Kind: segment.KindInsert, Path: fmt.Sprintf("%d/0/%d/insert/100/2", col.ID, s.ID), MinTimestamp: 1, MaxTimestamp: 2, Size: 3}
-		w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, RemoveFiles: []catalog.FilePath{{Path: s.Files[0].Path}}, AddFiles: []segment.File{f}}}})
+		f := segment.File{Kind: segment.KindInsert, Path: fmt.Sprintf("%d/0/%d/insert/100/2", col.ID, s.ID),
+			MinTimestamp: 1, MaxTimestamp: 2, Size: 3}
+		w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID,
+			RemoveFiles: []catalog.FilePath{{Path: s.Files[0].Path}}, AddFiles: []segment.File{f}}}})
 		again := func() {
 			t.Helper()
 			_, err := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.SegmentChange{
@@ -1158,7 +1180,8 @@ func TestPathsAreNotSharedAndNotUsedTwice(t *testing.T) {
 		// An output that takes over a file of an input.
 		out := w.segment(r, col, 0, 1, 20)
 		out.Files = append(out.Files, f)
-		_, err := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.SegmentChange{Drop: []int64{s.ID}, Add: []segment.Segment{out}})
+		_, err := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID},
+			catalog.SegmentChange{Drop: []int64{s.ID}, Add: []segment.Segment{out}})
 		wantError(t, err, catalog.ErrFileExists)
 	})
 }
@@ -1166,13 +1189,14 @@ func TestPathsAreNotSharedAndNotUsedTwice(t *testing.T) {
 // Units of another collection are unknown, those of one that is being dropped are
 // reclaimed by its id.
 func TestReclaimInOtherCollections(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		other, _, _ := w.collection(r, "other")
 		s, lives := w.segment(r, col, 0, 1, 20), w.segment(r, col, 0, 1, 20)
 		w.addWritten(r, col, s, lives)
-		asks := append(w.dropSegments(r, col, s.ID), gc.Ask{File: catalog.FilePath{Path: s.Files[0].Path}}, gc.Ask{Segment: lives.ID})
+		asks := append(w.dropSegments(r, col, s.ID), gc.Ask{File: catalog.FilePath{Path: s.Files[0].Path}},
+			gc.Ask{Segment: lives.ID})
 		for _, a := range w.reclaim(r, other, gc.ByCaller, asks...) {
 			if a.State != gc.Unknown || a.Holders != 0 {
 				t.Errorf("got %+v", a)
@@ -1213,7 +1237,7 @@ func TestReclaimInOtherCollections(t *testing.T) {
 // Confirming gets through when others confirm at the same time, and says so
 // when it got no answer.
 func TestConfirmRaces(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(b, "c")
 		var ids []int64

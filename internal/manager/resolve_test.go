@@ -19,7 +19,7 @@ func byCollection(o *Options) { o.Cluster.NameScope = cluster.ScopeCollection }
 // that was dropped by its name, in each call, with each scope of names.
 func TestSnapshotsAreFoundByTheirDroppedCollection(t *testing.T) {
 	for _, change := range []func(*Options){func(*Options) {}, byCollection} {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			ctx := t.Context()
 			r := w.start("a", change)
 			col := w.rich(r, "c", 6)
@@ -81,7 +81,7 @@ func TestSnapshotsAreFoundByTheirDroppedCollection(t *testing.T) {
 // again and again: what is living comes first, then what is newest, and that is
 // noted. Nothing is dropped that may not be meant.
 func TestSeveralCollectionsOfOneName(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", byCollection)
 		named := catalog.Ref{DB: "default", Name: "c"}
 		ref := Ref{Name: "nightly", Collection: named}
@@ -109,10 +109,12 @@ func TestSeveralCollectionsOfOneName(t *testing.T) {
 		get(Ref{Name: "weekly", Collection: named}, weekly, 0)
 		ctx, notes := WithNotes(t.Context())
 		list, _, err := r.List(ctx, Filter{Collection: named}, Place{}, 10)
-		if err != nil || len(list) != 1 || list[0].ID != weekly.ID || len(notes.List()) != 1 || !strings.Contains(notes.List()[0], "3 collections") {
+		if err != nil || len(list) != 1 || list[0].ID != weekly.ID || len(notes.List()) != 1 ||
+			!strings.Contains(notes.List()[0], "3 collections") {
 			t.Errorf("list: %v, err = %v, notes %q", list, err, notes.List())
 		}
-		if _, err := r.Drop(t.Context(), request.Token{}, ref, 0); err == nil || !strings.Contains(errText(err), "2 collections had the name") {
+		if _, err := r.Drop(t.Context(), request.Token{}, ref, 0); err == nil ||
+			!strings.Contains(errText(err), "2 collections had the name") {
 			t.Errorf("drop of one of two: %v", err)
 		}
 
@@ -142,11 +144,11 @@ func TestSeveralCollectionsOfOneName(t *testing.T) {
 	})
 }
 
-// TestNamesWhileARestoreHasTheName finds the snapshots of a dropped collection by its
+// TestNamesDuringRestoreOfTheName finds the snapshots of a dropped collection by its
 // name while a restore makes another collection of that name.
-func TestNamesWhileARestoreHasTheName(t *testing.T) {
+func TestNamesDuringRestoreOfTheName(t *testing.T) {
 	for _, change := range []func(*Options){func(*Options) {}, byCollection} {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			ctx := t.Context()
 			r := w.start("a", change)
 			col := w.rich(r, "c", 6)
@@ -191,10 +193,10 @@ func TestNamesWhileARestoreHasTheName(t *testing.T) {
 	}
 }
 
-// TestRestoreIntoTheNameOfTheDropped restores a snapshot into the name of its
+// TestRestoreIntoADroppedName restores a snapshot into the name of its
 // dropped collection, and a snapshot of that after the first one was dropped.
-func TestRestoreIntoTheNameOfTheDropped(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestRestoreIntoADroppedName(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
 		col := w.rich(r, "c", 6)
 		s := w.create(r, col, "one")

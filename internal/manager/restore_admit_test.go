@@ -24,7 +24,7 @@ import (
 
 // TestRestoresOfOneName has many restores want one name.
 func TestRestoresOfOneName(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
 		s := w.create(a, w.rich(a, "c", 8), "one")
 		before := w.traces()
@@ -76,7 +76,7 @@ func TestRestoresOfOneName(t *testing.T) {
 // not known: a restore has it tried again and is refused with the true reason, a plan
 // writes nothing and says what it can.
 func TestRestoreFeatures(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		s := w.create(r, w.rich(r, "c", 4), "one")
 		sp := restoreSpecOf(s)
@@ -118,7 +118,7 @@ func TestRestoreFeatures(t *testing.T) {
 
 // TestRestorePins has the snapshot kept for as long as the job runs.
 func TestRestorePins(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		s := w.create(r, w.rich(r, "c", 8), "one")
 		r.store.SetLatency(time.Second)
@@ -151,7 +151,7 @@ func TestRestorePins(t *testing.T) {
 // TestRestoringIsNobodysBusiness looks at a collection while it is restored:
 // nobody may read its segments or write it, and whoever tries learns of the job.
 func TestRestoringIsNobodysBusiness(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		s := w.create(r, w.rich(r, "c", 40), "one")
 		sp := restoreSpecOf(s)
@@ -272,7 +272,7 @@ func TestRestoreParts(t *testing.T) {
 		"another database": func(sp *RestoreSpec) { sp.DB = "other" },
 	} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				r := w.start("a")
 				s := w.create(r, w.rich(r, "c", 70), "one")
 				sp := restoreSpecOf(s)
@@ -300,7 +300,7 @@ func TestRestoreParts(t *testing.T) {
 // TestRestoreTasksWithoutSegments wants a partition that only some tasks have
 // segments of.
 func TestRestoreTasksWithoutSegments(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, p0, _ := w.collection(r, "c")
 		p1, err := r.catalog.CreatePartition(t.Context(), noToken, catalog.Ref{ID: col.ID}, catalog.Partition{Name: "p1"})
@@ -331,7 +331,7 @@ func TestRestoreTasksWithoutSegments(t *testing.T) {
 }
 
 func TestRestoreProperties(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col := w.rich(r, "c", 2)
 		props := map[string]string{"keep": "1", "change": "2", "remove": "3"}
@@ -358,7 +358,7 @@ func TestRestoreProperties(t *testing.T) {
 // TestRestoreChannels maps channels by their shards, whatever order their names
 // have.
 func TestRestoreChannels(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		var channels, others []string
 		for i := range 12 {
@@ -421,7 +421,7 @@ func TestRestoreChannels(t *testing.T) {
 // TestRestoreWithoutChannels restores collections without channels, with a
 // checkpoint and without.
 func TestRestoreWithoutChannels(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		for i := range 2 {
 			col, err := r.catalog.CreateCollection(t.Context(), noToken, catalog.Collection{
@@ -450,7 +450,7 @@ func TestRestoreWithoutChannels(t *testing.T) {
 // TestRestoreOverAndOver restores what was restored, what was dropped, what was
 // renamed, nothing at all, and a snapshot of a restored collection.
 func TestRestoreOverAndOver(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col := w.rich(r, "c", 12)
 		s := w.create(r, col, "one")
@@ -494,7 +494,7 @@ func TestRestoreOverAndOver(t *testing.T) {
 // TestRestoreToken repeats restores.
 func TestRestoreToken(t *testing.T) {
 	for _, missing := range []bool{false, true} {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			a := w.start("a", func(o *Options) { o.KeepRestores = 10 * time.Minute })
 			b := w.start("b", func(o *Options) { o.KeepRestores = 10 * time.Minute })
 			s := w.create(a, w.rich(a, "c", 8), "one")
@@ -547,7 +547,7 @@ func TestRestoreToken(t *testing.T) {
 
 // TestRestoreIsForgotten lets jobs that have ended go after their time.
 func TestRestoreIsForgotten(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.KeepRestores = time.Hour })
 		s := w.create(r, w.rich(r, "c", 2), "one")
 		job := w.completes(r, restoreSpecOf(s))
@@ -574,7 +574,7 @@ func TestRestoreIsForgotten(t *testing.T) {
 // TestRestoreEvents tells of a target when it is published, and of the job in
 // each of its phases.
 func TestRestoreEvents(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		s := w.create(r, w.rich(r, "c", 4), "one")
 		good := w.completes(r, restoreSpecOf(s))
@@ -633,7 +633,7 @@ func TestRestoreEvents(t *testing.T) {
 func TestRestoreMilvus(t *testing.T) {
 	for _, odd := range []string{"", "insert_log/%d/%d/%d/_data/0.parquet", "somewhere/else"} {
 		t.Run(odd, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				r := w.start("a")
 				ctx := t.Context()
 				col, err := r.catalog.CreateCollection(ctx, noToken, catalog.Collection{
@@ -737,7 +737,7 @@ func TestRestoreTargetNotEmpty(t *testing.T) {
 		"of another root":     {"elsewhere/%d/x", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				leader := w.start("a")
 				settle()
 				r := w.start("b", func(o *Options) { o.RestoreSlots = -1 })

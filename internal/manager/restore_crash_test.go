@@ -23,7 +23,7 @@ type disturbed struct {
 
 // run says whether the fault happened.
 func (d disturbed) run(t *testing.T, what string) (fired bool) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a")
 		col := w.rich(a, "c", d.segments)
 		s := w.create(a, col, "one")

@@ -18,7 +18,7 @@ import (
 // TestLateCopies removes what workers that were frozen copied after a restore had
 // ended, before its job is forgotten, and nothing of what the target has by then.
 func TestLateCopies(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.KeepRestores = 24 * time.Hour })
 		s := w.create(r, w.rich(r, "c", 12), "one")
 		job := w.ended(r, w.restore(r, restoreSpecOf(s)).ID).Job
@@ -85,7 +85,7 @@ func TestLateCopies(t *testing.T) {
 
 // TestLateCopiesOfDroppedTarget removes them when nothing is left of the target.
 func TestLateCopiesOfDroppedTarget(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.KeepRestores = 24 * time.Hour; o.CollectTolerance = time.Minute })
 		s := w.create(r, w.rich(r, "c", 4), "one")
 		before := w.objectsUnder("data/")
@@ -111,7 +111,7 @@ func TestLateCopiesOfDroppedTarget(t *testing.T) {
 // TestRollBackSparesForeignFiles removes what the job made, and nothing that was
 // put beside it.
 func TestRollBackSparesForeignFiles(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.KeepRestores = 24 * time.Hour })
 		s := w.create(r, w.rich(r, "c", 40), "one")
 		before := w.objectsUnder("")

@@ -17,7 +17,7 @@ import (
 
 // alterUnpinned replaces the files of a snapshot without a registered ETag by others
 // of the same size, and returns what they held.
-func (w *world) alterUnpinned(segments []segment.Segment) map[string][]byte {
+func (w *testEnv) alterUnpinned(segments []segment.Segment) map[string][]byte {
 	w.t.Helper()
 	was := map[string][]byte{}
 	for i := range segments {
@@ -36,7 +36,7 @@ func (w *world) alterUnpinned(segments []segment.Segment) map[string][]byte {
 }
 
 // pairs pairs the files of a snapshot with those of a restored collection.
-func (w *world) pairs(segments []segment.Segment, target int64) map[string]string {
+func (w *testEnv) pairs(segments []segment.Segment, target int64) map[string]string {
 	w.t.Helper()
 	var got []segment.Segment
 	_, err := catalog.New(catalog.Options{KV: w.kv, Now: w.now}).ScanSegments(w.t.Context(), target, 0, func(batch []segment.Segment) error {
@@ -67,7 +67,7 @@ func TestRestoreOfFilesAlteredBetweenAttempts(t *testing.T) {
 	failed, completed := 0, 0
 	for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
 		eachOf(t, 200, func(n int) (fired bool) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				a := w.start("a")
 				s := w.create(a, w.rich(a, "c", 5), "one")
 				settle()
@@ -126,7 +126,7 @@ func TestRestoreOfFilesAlteredBetweenAttempts(t *testing.T) {
 // forgotten, that there are none of files with a registered ETag, and that what a
 // frozen worker creates later is swept.
 func TestRestoreKeepsPins(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a")
 		col := w.rich(a, "c", 100) // four tasks
 		s := w.create(a, col, "one")
@@ -167,7 +167,7 @@ func TestRestoreKeepsPins(t *testing.T) {
 // consist of: the task is tried again, and nothing is copied by them.
 func TestRestoreWithAlteredPins(t *testing.T) {
 	for _, fault := range []object.Fault{object.FaultFlip, object.FaultTruncate} {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			a := w.start("a")
 			s := w.create(a, w.rich(a, "c", 5), "one")
 			left, copies := 3, 0

@@ -69,7 +69,7 @@ func TestRestoreOutlastsRefusals(t *testing.T) {
 		"the snapshot's own metadata":    {object.OpGet, 1, 0, 0, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				core, logs := observer.New(zapcore.WarnLevel)
 				r := w.start("a", func(o *Options) { o.CollectorOff, o.Log = true, zap.New(core) })
 				s := w.create(r, w.rich(r, "c", 40), "one")
@@ -130,7 +130,7 @@ func TestRestoreRefusedForGood(t *testing.T) {
 	} {
 		for _, lasts := range []time.Duration{time.Second, 5 * time.Minute, time.Hour} {
 			t.Run(fmt.Sprintf("%s, %v", name, lasts), func(t *testing.T) {
-				inWorld(t, func(t *testing.T, w *world) {
+				inEnv(t, func(t *testing.T, w *testEnv) {
 					r := w.start("a", func(o *Options) {
 						o.CollectorOff = true
 						if lasts != 5*time.Minute { // which is the default
@@ -175,7 +175,7 @@ func TestRestoreRefusedForGood(t *testing.T) {
 
 // TestRestoreRefusedAtOnce has the store refuse a copy by what no time cures.
 func TestRestoreRefusedAtOnce(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		s := w.create(r, w.rich(r, "c", 12), "one")
 		began := time.Now()
@@ -190,7 +190,7 @@ func TestRestoreRefusedAtOnce(t *testing.T) {
 // TestRestoreRefusedThroughRestarts replaces the one replica again and again while
 // the store refuses copies: the time of the refusals goes on.
 func TestRestoreRefusedThroughRestarts(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		deny := func(r *replica) { refuses(r, object.OpCopy, object.FaultDenied, func(int, int) bool { return true }) }
 		r := w.start("a")
 		s := w.create(r, w.rich(r, "c", 4), "one")
@@ -223,7 +223,7 @@ func TestRestoreRefusedThroughRestarts(t *testing.T) {
 // TestRefusedAtAdmission has the store refuse what the admission reads: the call
 // ends with that at once.
 func TestRefusedAtAdmission(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a")
 		s := w.create(a, w.rich(a, "c", 4), "one")
 		a.stop() // and with it what it remembers of the snapshot
@@ -251,7 +251,7 @@ func TestRefusedAtAdmission(t *testing.T) {
 func TestCreateOutlastsARefusal(t *testing.T) {
 	for _, op := range []object.Op{object.OpHead, object.OpCreate} {
 		t.Run(string(op), func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				r := w.start("a", func(o *Options) { o.CollectorOff = true })
 				col := w.rich(r, "c", 40)
 				settle()
@@ -278,7 +278,7 @@ func TestCreateOutlastsARefusal(t *testing.T) {
 // TestRefusedReferencesAreReadAgain has the store refuse the first reads of what a
 // snapshot references: it does not count as unreadable, and reclaiming goes on.
 func TestRefusedReferencesAreReadAgain(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a", func(o *Options) { o.CollectorOff = true })
 		col, _, _ := w.collection(a, "c")
 		held := w.segment(a, col, 0, 1, 20)

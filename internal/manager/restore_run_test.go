@@ -29,7 +29,7 @@ func TestRestoreCanceled(t *testing.T) {
 		"copy":    {failCopies, copyjob.Copy},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				leader := w.start("a")
 				settle()
 				r := w.start("b", func(o *Options) { o.RestoreSlots = -1 })
@@ -109,7 +109,7 @@ func TestRestoreCanceledBetweenWrites(t *testing.T) {
 	for _, fault := range []meta.Fault{meta.NoFault, meta.After} {
 		eachOf(t, 100, func(n int) bool {
 			fired := false
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				a := w.start("a")
 				settle()
 				b := w.start("b", func(o *Options) { o.RestoreSlots = -1 })
@@ -164,7 +164,7 @@ func TestRestoreCanceledBetweenWrites(t *testing.T) {
 
 // neverSeen holds that the target of a job that did not complete was at no time
 // ACTIVE.
-func (w *world) neverSeen(job *copyjob.Job, end *copyjob.Status) {
+func (w *testEnv) neverSeen(job *copyjob.Job, end *copyjob.Status) {
 	w.t.Helper()
 	if end.Job.State == copyjob.Completed {
 		return
@@ -210,7 +210,7 @@ func TestRestoreCancelRaces(t *testing.T) {
 	outcomes := map[copyjob.State]int{}
 	for range 20 {
 		run := random.Uint64()
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			rnd := rand.New(rand.NewPCG(run, 0))
 			var rs []*replica
 			for _, name := range []string{"a", "b", "c"} {
@@ -259,7 +259,7 @@ func TestRestoreCancelRaces(t *testing.T) {
 }
 
 func TestRestoreDeadline(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		s := w.create(r, w.rich(r, "c", 12), "one")
 		before := w.traces()
@@ -295,7 +295,7 @@ func TestRestoreDeadline(t *testing.T) {
 
 // sampled watches a job all the time until it has ended, and holds that nothing
 // goes down.
-func (w *world) sampled(r *replica, id int64) *copyjob.Status {
+func (w *testEnv) sampled(r *replica, id int64) *copyjob.Status {
 	w.t.Helper()
 	var last *copyjob.Status
 	for {
@@ -335,7 +335,7 @@ func TestRestoreWorkerDies(t *testing.T) {
 		"loses S3":   {func(r *replica) { r.store.Freeze() }, thaw, copyjob.Completed},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				one := func(o *Options) { o.CopyInFlight = 2 }
 				a := w.start("a", one) // it leads, and works
 				settle()
@@ -390,7 +390,7 @@ func newDead(r *replica) {
 
 // TestRestoreShared has several jobs and replicas: they share the work.
 func TestRestoreShared(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		var rs []*replica
 		for _, name := range []string{"a", "b", "c"} {
 			r := w.start(name, func(o *Options) { o.RestoreSlots = 2 })
@@ -429,7 +429,7 @@ func TestRestoreShared(t *testing.T) {
 
 // TestRestoreRolling restarts the replicas one after the other, over and over.
 func TestRestoreRolling(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		few := func(o *Options) { o.CopyInFlight = 1 }
 		rs := []*replica{w.start("r0", few), w.start("r1", few), w.start("r2", few)}
 		s := w.create(rs[0], w.rich(rs[0], "c", 140), "one")
@@ -461,7 +461,7 @@ func TestRestoreRolling(t *testing.T) {
 
 // TestRestorePriority gives workers to the more important job first.
 func TestRestorePriority(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.RestoreSlots = 1 })
 		s := w.create(r, w.rich(r, "c", 140), "one")
 		r.store.SetLatency(100 * time.Millisecond)
@@ -491,7 +491,7 @@ func TestRestorePriority(t *testing.T) {
 // TestRestoreLimits holds jobs to their limits, at once when they change.
 func TestRestoreLimits(t *testing.T) {
 	for _, replicas := range []int{1, 2} {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			var r *replica
 			for i := range replicas {
 				r = w.start(fmt.Sprint("r", i))
@@ -572,7 +572,7 @@ func TestRestoreLimits(t *testing.T) {
 // TestRestoreAfterRestart counts what a leader writes that finds many tasks under
 // way.
 func TestRestoreAfterRestart(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a", func(o *Options) { o.RestoreSlots = 64 })
 		col, _, _ := w.collection(a, "c")
 		const n = 64 * copyjob.TaskSegments
@@ -641,7 +641,7 @@ func TestRestoreTwoLeaders(t *testing.T) {
 	for _, missing := range []bool{false, true} {
 		eachOf(t, 100, func(n int) bool {
 			fired := false
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				a := w.start("a")
 				settle()
 				b := w.start("b")
@@ -698,7 +698,7 @@ func TestRestoreTwoLeaders(t *testing.T) {
 // TestRestoreBoardLags has a leader roll back before it sees what was assigned
 // last: it must not, while a worker is at it.
 func TestRestoreBoardLags(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		lag := &lagging{}
 		a := w.start("a", func(o *Options) {
 			lag.KV = o.KV
@@ -742,7 +742,7 @@ func TestRestoreBoardLags(t *testing.T) {
 // object store: it stops copying before others take its tasks for free, so that
 // nothing comes after what is rolled back was removed.
 func TestRestoreWorkerCutOff(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a", func(o *Options) { o.RestoreSlots = -1 })
 		settle()
 		b := w.start("b", func(o *Options) { o.CopyInFlight = 1 })

@@ -29,7 +29,7 @@ import (
 // all sorts whose files are there: of all partitions, with builds, with files of
 // every kind, some that straddle the cut, which is 10, with ETags that are known
 // and that are not.
-func (w *world) rich(r *replica, name string, n int) catalog.Collection {
+func (w *testEnv) rich(r *replica, name string, n int) catalog.Collection {
 	w.t.Helper()
 	ctx := w.t.Context()
 	col, p0, x0 := w.collection(r, name)
@@ -81,7 +81,7 @@ func (w *world) rich(r *replica, name string, n int) catalog.Collection {
 }
 
 // place gives the files of a segment their paths, and writes them.
-func (w *world) place(collection int64, s *segment.Segment) {
+func (w *testEnv) place(collection int64, s *segment.Segment) {
 	w.t.Helper()
 	for i := range s.Files {
 		s.Files[i].Path = catalog.NativePath(collection, s, &s.Files[i])
@@ -106,7 +106,7 @@ func restoreSpecOf(s *Snapshot) *RestoreSpec {
 	return &RestoreSpec{Snapshot: Ref{ID: s.ID}, DB: "default", Name: "copy"}
 }
 
-func (w *world) restore(r *replica, sp *RestoreSpec) *copyjob.Job {
+func (w *testEnv) restore(r *replica, sp *RestoreSpec) *copyjob.Job {
 	w.t.Helper()
 	job, err := r.Restore(w.t.Context(), request.Token{}, sp)
 	if err != nil {
@@ -121,7 +121,7 @@ type traces struct {
 	objects map[string]bool
 }
 
-func (w *world) traces() traces {
+func (w *testEnv) traces() traces {
 	w.t.Helper()
 	tr := traces{map[string]bool{}, map[string]bool{}}
 	for _, key := range w.keysUnder("/") {
@@ -137,7 +137,7 @@ func (w *world) traces() traces {
 var passing = []string{keys.IDs, "/election/", keys.WorkerPrefix, "/request/", keys.Unpin, keys.JobPrefix, keys.Cycle, keys.OwnerRangePrefix, keys.GonePrefix, keys.Clock}
 
 // nothingSince holds that the stores are as they were before a restore.
-func (w *world) nothingSince(before traces) {
+func (w *testEnv) nothingSince(before traces) {
 	w.t.Helper()
 	after := w.traces()
 	ignore := func(key string, _ bool) bool {
@@ -155,7 +155,7 @@ func (w *world) nothingSince(before traces) {
 }
 
 // reader reads a file of the object store whole.
-func (w *world) bytes(key string) []byte {
+func (w *testEnv) bytes(key string) []byte {
 	w.t.Helper()
 	body, _, err := w.objects.Get(w.t.Context(), key, 0, -1)
 	if err != nil {
@@ -198,7 +198,7 @@ func like(s segment.Segment, partitions, indexes map[int64]string) any {
 
 // restored holds that a job that is COMPLETED made all that it should, and
 // nothing besides. It works with the stores alone.
-func (w *world) restored(r *replica, before traces, job *copyjob.Job, sp *RestoreSpec) {
+func (w *testEnv) restored(r *replica, before traces, job *copyjob.Job, sp *RestoreSpec) {
 	w.t.Helper()
 	cat := catalog.New(catalog.Options{KV: w.kv, Now: w.now})
 	d, err := r.Describe(w.t.Context(), sp.Snapshot)
@@ -302,7 +302,7 @@ func buildIDs(s *segment.Segment) []int64 {
 }
 
 // likeSource holds that a target is what the snapshot says, less ids and names.
-func (w *world) likeSource(view *catalog.View, md *manifest.Metadata, sp *RestoreSpec) {
+func (w *testEnv) likeSource(view *catalog.View, md *manifest.Metadata, sp *RestoreSpec) {
 	w.t.Helper()
 	src, col := &md.Collection, &view.Collection
 	if col.State != catalog.Active || col.Job != 0 || col.DB != sp.DB || col.Name != sp.Name || col.ID == src.ID {
@@ -393,7 +393,7 @@ func (w *world) likeSource(view *catalog.View, md *manifest.Metadata, sp *Restor
 
 // outcome judges how a restore ended: with everything or with nothing. Then, of
 // one that was canceled, it restores to the name again, and drops the snapshot.
-func (w *world) outcome(r *replica, before traces, end *copyjob.Status, sp *RestoreSpec) {
+func (w *testEnv) outcome(r *replica, before traces, end *copyjob.Status, sp *RestoreSpec) {
 	w.t.Helper()
 	switch end.Job.State {
 	case copyjob.Completed:
@@ -418,7 +418,7 @@ func (w *world) outcome(r *replica, before traces, end *copyjob.Status, sp *Rest
 }
 
 // again restores to a name that a job that is over left free.
-func (w *world) again(r *replica, before traces, sp *RestoreSpec) {
+func (w *testEnv) again(r *replica, before traces, sp *RestoreSpec) {
 	w.t.Helper()
 	job := w.restore(r, sp)
 	if end := w.ended(r, job.ID); end.Job.State != copyjob.Completed {
@@ -522,7 +522,7 @@ func (r *replica) lift() {
 
 // endedOrDead waits until the only job there is has ended, or the replica that
 // works on it is dead. It is false when the latter.
-func (w *world) endedOrDead(g *grave) bool {
+func (w *testEnv) endedOrDead(g *grave) bool {
 	w.t.Helper()
 	deadline := time.Now().Add(2 * time.Hour)
 	for {
@@ -541,7 +541,7 @@ func (w *world) endedOrDead(g *grave) bool {
 }
 
 // copying waits until a task is assigned.
-func (w *world) copying() {
+func (w *testEnv) copying() {
 	w.t.Helper()
 	for range 1000 {
 		settle()
@@ -554,7 +554,7 @@ func (w *world) copying() {
 }
 
 // jobs are the jobs there are.
-func (w *world) jobs() []*copyjob.Job {
+func (w *testEnv) jobs() []*copyjob.Job {
 	w.t.Helper()
 	from, to := meta.Prefix(keys.JobPrefix)
 	res, err := w.kv.Range(w.t.Context(), meta.Range{From: from, To: to})
@@ -573,7 +573,7 @@ func (w *world) jobs() []*copyjob.Job {
 }
 
 // definitely restores until there is an answer, with a token.
-func (w *world) definitely(r *replica, tok request.Token, sp *RestoreSpec) *copyjob.Job {
+func (w *testEnv) definitely(r *replica, tok request.Token, sp *RestoreSpec) *copyjob.Job {
 	w.t.Helper()
 	for {
 		ctx, cancel := context.WithTimeout(w.t.Context(), time.Minute)
@@ -620,7 +620,7 @@ func writesFail(g *grave, r *replica) {
 }
 
 // completes holds that a restore completes and makes all that it should.
-func (w *world) completes(r *replica, sp *RestoreSpec) *copyjob.Job {
+func (w *testEnv) completes(r *replica, sp *RestoreSpec) *copyjob.Job {
 	w.t.Helper()
 	before := w.traces()
 	job := w.restore(r, sp)
@@ -634,7 +634,7 @@ func (w *world) completes(r *replica, sp *RestoreSpec) *copyjob.Job {
 
 // fails holds that a restore fails by a reason, with a message that names what is
 // to blame, and leaves nothing.
-func (w *world) fails(r *replica, sp *RestoreSpec, reason, names string) *copyjob.Status {
+func (w *testEnv) fails(r *replica, sp *RestoreSpec, reason, names string) *copyjob.Status {
 	w.t.Helper()
 	before := w.traces()
 	job := w.restore(r, sp)

@@ -53,7 +53,7 @@ func TestRestoreOfDamagedFiles(t *testing.T) {
 					continue
 				}
 				t.Run(fmt.Sprintf("%s %s, ETag known %v", damage.name, kind, known), func(t *testing.T) {
-					inWorld(t, func(t *testing.T, w *world) {
+					inEnv(t, func(t *testing.T, w *testEnv) {
 						r := w.start("a")
 						s := w.create(r, w.rich(r, "c", 12), "one")
 						var path string
@@ -95,7 +95,7 @@ func TestRestoreOfDamagedManifests(t *testing.T) {
 			"empty":     func([]byte) []byte { return nil },
 		} {
 			t.Run(name+" "+how, func(t *testing.T) {
-				inWorld(t, func(t *testing.T, w *world) {
+				inEnv(t, func(t *testing.T, w *testEnv) {
 					a := w.start("a")
 					s := w.create(a, w.rich(a, "c", 4), "one")
 					a.stop() // and with it what it remembers of the manifests
@@ -133,7 +133,7 @@ func TestRestoreAndAlteredAnswers(t *testing.T) {
 		for how, fault := range map[string]object.Fault{"flipped": object.FaultFlip, "truncated": object.FaultTruncate} {
 			for _, times := range []int{1, 2, 3, 6, math.MaxInt} {
 				t.Run(fmt.Sprintf("%s %s %d times", name, how, times), func(t *testing.T) {
-					inWorld(t, func(t *testing.T, w *world) {
+					inEnv(t, func(t *testing.T, w *testEnv) {
 						leader := w.start("leader")
 						settle()
 						r := w.start("r", func(o *Options) { o.RestoreSlots = -1 })
@@ -171,7 +171,7 @@ func TestRestoreAndAlteredAnswers(t *testing.T) {
 // TestRestoreWithoutMetadata has the metadata go after the job was admitted, and
 // before another replica prepares the target.
 func TestRestoreWithoutMetadata(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a")
 		s := w.create(a, w.rich(a, "c", 4), "one")
 		settle()
@@ -200,7 +200,7 @@ func TestRestoreWithoutMetadata(t *testing.T) {
 // TestRestoreWithStoreDown has the object store go in the copy phase, and come
 // back never, late, or in time.
 func TestRestoreWithStoreDown(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		s := w.create(r, w.rich(r, "c", 12), "one")
 		before := w.traces()
@@ -267,7 +267,7 @@ func TestRestoreOutlastsOutages(t *testing.T) {
 	for _, outage := range []time.Duration{time.Minute, 4 * time.Minute, 10 * time.Minute, 5 * time.Hour, 23 * time.Hour} {
 		for _, after := range []int{0, 30} { // copies
 			t.Run(fmt.Sprintf("%v after %d copies", outage, after), func(t *testing.T) {
-				inWorld(t, func(t *testing.T, w *world) {
+				inEnv(t, func(t *testing.T, w *testEnv) {
 					r := w.start("a", func(o *Options) { o.CollectorOff = true })
 					s := w.create(r, w.rich(r, "c", 40), "one")
 					copies, began := 0, time.Time{}
@@ -303,7 +303,7 @@ func TestRestoreOutlastsOutages(t *testing.T) {
 }
 
 // failsAfter holds that a restore fails, and not before so much time has passed.
-func (w *world) failsAfter(r *replica, sp *RestoreSpec, after time.Duration, reason, names string) {
+func (w *testEnv) failsAfter(r *replica, sp *RestoreSpec, after time.Duration, reason, names string) {
 	w.t.Helper()
 	before := w.traces()
 	job := w.restore(r, sp)
@@ -325,7 +325,7 @@ func (w *world) failsAfter(r *replica, sp *RestoreSpec, after time.Duration, rea
 
 // TestRestoreWaitsUntilItsDeadline has a job's own deadline end the waiting.
 func TestRestoreWaitsUntilItsDeadline(t *testing.T) {
-	inWorld(t, func(_ *testing.T, w *world) {
+	inEnv(t, func(_ *testing.T, w *testEnv) {
 		r := w.start("a")
 		s := w.create(r, w.rich(r, "c", 4), "one")
 		r.store.Plan(func(c object.Call) object.Fault {
@@ -343,7 +343,7 @@ func TestRestoreWaitsUntilItsDeadline(t *testing.T) {
 // TestRestoreStallsDespiteRepeats has one file that is never copied: that the others
 // are copied again in each attempt is no progress.
 func TestRestoreStallsDespiteRepeats(t *testing.T) {
-	inWorld(t, func(_ *testing.T, w *world) {
+	inEnv(t, func(_ *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.RestoreStallTimeout = 2 * time.Hour })
 		s := w.create(r, w.rich(r, "c", 12), "one")
 		r.store.Plan(func(c object.Call) object.Fault {
@@ -362,7 +362,7 @@ func TestRestoreStallsDespiteRepeats(t *testing.T) {
 func TestRestoreWithoutMetadataStore(t *testing.T) {
 	for _, down := range []time.Duration{time.Second, 3 * time.Second, 7 * time.Second, 30 * time.Second, 5 * time.Minute} {
 		t.Run(down.String(), func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				r := w.start("a")
 				s := w.create(r, w.rich(r, "c", 12), "one")
 				before := w.traces()
@@ -389,7 +389,7 @@ func TestRestoreWithoutMetadataStore(t *testing.T) {
 // TestRestoreInterruptedByTheMetadataStore has only the worker's transactions
 // fail, so that neither its task can be ended nor its lease be lost.
 func TestRestoreInterruptedByTheMetadataStore(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		s := w.create(r, w.rich(r, "c", 12), "one")
 		before := w.traces()
@@ -432,7 +432,7 @@ func (l *liar) Copy(ctx context.Context, r object.CopyRequest) (object.Info, err
 
 // TestRestoreVerifies does not believe a copy that is answered with success.
 func TestRestoreVerifies(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		l := &liar{part: "/of-an-engine/"}
 		r := w.start("a", func(o *Options) {
 			l.Store = o.Stores["default"]

@@ -12,7 +12,7 @@ import (
 )
 
 // filled makes a collection with n segments whose files are there.
-func (w *world) filled(r *replica, name string, n int) catalog.Collection {
+func (w *testEnv) filled(r *replica, name string, n int) catalog.Collection {
 	w.t.Helper()
 	col, part, index := w.collection(r, name)
 	for i := range n {
@@ -38,7 +38,7 @@ func (w *world) filled(r *replica, name string, n int) catalog.Collection {
 }
 
 // putFile writes the ten bytes of a file, which tell its path apart.
-func (w *world) putFile(path string) {
+func (w *testEnv) putFile(path string) {
 	w.t.Helper()
 	if _, err := w.objects.Put(w.t.Context(), "data/"+path, tenBytes(path)); err != nil {
 		w.t.Fatal(err)
@@ -57,7 +57,7 @@ func tenBytes(path string) []byte {
 	return b
 }
 
-func (w *world) ended(r *replica, id int64) *copyjob.Status {
+func (w *testEnv) ended(r *replica, id int64) *copyjob.Status {
 	w.t.Helper()
 	ctx, cancel := context.WithTimeout(w.t.Context(), time.Hour)
 	defer cancel()
@@ -72,7 +72,7 @@ func (w *world) ended(r *replica, id int64) *copyjob.Status {
 }
 
 func TestRestore(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col := w.filled(r, "c", 70)
 		s := w.create(r, col, "one")

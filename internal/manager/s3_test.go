@@ -19,15 +19,15 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
-// onS3 is a world in real time whose objects lie on a real S3 server. What
+// onS3 is a testEnv in real time whose objects lie on a real S3 server. What
 // checks it goes there directly, what works on it through the fault proxy.
-func onS3(t *testing.T) (*world, object.Store, *s3fault.Proxy) {
+func onS3(t *testing.T) (*testEnv, object.Store, *s3fault.Proxy) {
 	t.Helper()
 	return onS3For(t, 30*time.Second) // a busy machine is slow
 }
 
 // onS3For is onS3 with the time after which a request counts as not answered.
-func onS3For(t *testing.T, timeout time.Duration) (*world, object.Store, *s3fault.Proxy) {
+func onS3For(t *testing.T, timeout time.Duration) (*testEnv, object.Store, *s3fault.Proxy) {
 	t.Helper()
 	o := s3test.Bucket(t)
 	direct := s3test.Open(t, o)
@@ -39,7 +39,7 @@ func onS3For(t *testing.T, timeout time.Duration) (*world, object.Store, *s3faul
 	proxy := s3fault.New(t, o.Endpoint)
 	o.Endpoint, o.RequestTimeout, o.MaxAttempts, o.Backoff = proxy.URL(), timeout, 2, time.Millisecond
 	kv := metamemory.New(metamemory.Options{})
-	return &world{t: t, kv: kv, memory: kv, objects: direct, now: time.Now}, s3test.Open(t, o), proxy
+	return &testEnv{t: t, kv: kv, memory: kv, objects: direct, now: time.Now}, s3test.Open(t, o), proxy
 }
 
 func TestS3Lifecycle(t *testing.T) {
@@ -145,7 +145,8 @@ func s3FaultAt(t *testing.T, action s3fault.Action, skip, times int) bool {
 		eventually(t, name+": the fault meets the removal, or that is over", func() bool {
 			return proxy.Fired() > 0 || len(w.keysUnder("/snapshot/")) == 0
 		})
-	case !errors.Is(err, ErrCreateAborted) && !errors.Is(err, object.ErrDenied) && !errors.Is(err, object.ErrMisconfigured):
+	case !errors.Is(err, ErrCreateAborted) && !errors.Is(err, object.ErrDenied) &&
+		!errors.Is(err, object.ErrMisconfigured):
 		t.Errorf("%s: create: %v", name, err)
 	}
 	fired := proxy.Fired() > 0

@@ -19,7 +19,7 @@ import (
 func TestFileOfTwoSegments(t *testing.T) {
 	for name, ownerFirst := range map[string]bool{"the owner first": true, "the owner last": false} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				r := w.start("a")
 				col, _, _ := w.collection(r, "c")
 				owner := w.segment(r, col, 0, 1, 20) // its file is of field 100
@@ -43,7 +43,7 @@ func TestFileOfTwoSegments(t *testing.T) {
 // What lies at the place of a segment of one collection is not registered in
 // another, whose drop would take it along.
 func TestFileOfTwoCollections(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
 		prod, _, _ := w.collection(r, "prod")
 		clone, _, _ := w.collection(r, "clone")
@@ -54,7 +54,8 @@ func TestFileOfTwoCollections(t *testing.T) {
 		refused := func(what string, want error, owner string, s segment.Segment) {
 			t.Helper()
 			_, _, err := r.catalog.AddSegments(t.Context(), clone.ID, []segment.Segment{s})
-			_, swapErr := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: clone.ID}, catalog.SegmentChange{Add: []segment.Segment{s}})
+			_, swapErr := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: clone.ID},
+				catalog.SegmentChange{Add: []segment.Segment{s}})
 			if errors.Is(swapErr, catalog.ErrIDOwned) {
 				swapErr = fmt.Errorf("%w: %w", want, swapErr) // which is looked at first
 			}
@@ -66,17 +67,20 @@ func TestFileOfTwoCollections(t *testing.T) {
 		}
 		refused("the line of a segment as it is", catalog.ErrPlaceOwned, "default/prod", s)
 		elsewhere := s
-		elsewhere.Files = []segment.File{{Kind: segment.KindInsert, Path: "copy/1", MinTimestamp: 1, MaxTimestamp: 20, Size: 10}}
+		elsewhere.Files = []segment.File{{Kind: segment.KindInsert, Path: "copy/1", MinTimestamp: 1,
+			MaxTimestamp: 20, Size: 10}}
 		refused("its id, with another path", catalog.ErrIDOwned, "default/prod", elsewhere)
 		own := w.segment(r, clone, 0, 1, 20)
 		fresh := own
 		fresh.Files = s.Files
 		refused("its path, under another id", catalog.ErrPlaceOwned, "default/prod", fresh)
-		fresh.Files = []segment.File{{Kind: segment.KindInsert, Path: catalog.NativePath(prod.ID, &own, &own.Files[0]), Size: 10}}
+		fresh.Files = []segment.File{{Kind: segment.KindInsert, Path: catalog.NativePath(prod.ID, &own, &own.Files[0]),
+			Size: 10}}
 		refused("a path of the other collection with an id of its own", catalog.ErrPlaceOwned, "default/prod", fresh)
 		unused := own
 		unused.ID = w.newID(r)
-		fresh.Files = []segment.File{{Kind: segment.KindInsert, Path: catalog.NativePath(clone.ID, &unused, &own.Files[0]), Size: 10}}
+		fresh.Files = []segment.File{{Kind: segment.KindInsert, Path: catalog.NativePath(clone.ID, &unused, &own.Files[0]),
+			Size: 10}}
 		refused("a path of a segment that is not there", catalog.ErrPlaceOwned, "no collection", fresh)
 		w.add(r, clone, own)
 		_, err := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: clone.ID}, catalog.SegmentChange{
@@ -98,7 +102,7 @@ func TestFileOfTwoCollections(t *testing.T) {
 // A number that happens to be equal, such as a log id, makes a file that of no
 // other segment.
 func TestEqualNumbers(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
 		a, _, _ := w.collection(r, "a")
 		b, _, _ := w.collection(r, "b")
@@ -127,7 +131,7 @@ func TestEqualNumbers(t *testing.T) {
 // The ids that a restore has are kept from engines for as long as a copy of it may
 // come late.
 func TestIDsOfARestoreAreTaken(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
 		col := w.rich(r, "c", 3)
 		other, _, _ := w.collection(r, "other")

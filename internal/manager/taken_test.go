@@ -23,16 +23,16 @@ import (
 
 // taking is a collection with one segment from which files are taken.
 type taking struct {
-	*world
+	*testEnv
 	r       *replica
 	col     catalog.Collection
 	segment segment.Segment
 	n       int
 }
 
-func (w *world) taking(r *replica) *taking {
+func (w *testEnv) taking(r *replica) *taking {
 	w.t.Helper()
-	t := &taking{world: w, r: r}
+	t := &taking{testEnv: w, r: r}
 	t.col, _, _ = w.collection(r, "c")
 	t.segment = w.segment(r, t.col, 0, 1, 20)
 	t.addWritten(r, t.col, t.segment)
@@ -105,7 +105,7 @@ func (t *taking) exclusive(s *Snapshot) int64 {
 func TestTakenFilesAreHeldByOlderSnapshotsAlone(t *testing.T) {
 	for name, wait := range map[string]time.Duration{"full": 0, "parked": 3 * time.Hour} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				c := w.taking(w.start("a", func(o *Options) { o.CollectTolerance = time.Hour }))
 				c.replace() // so that what is taken next is large enough to be parked
 				old := c.create(c.r, c.col, "old")
@@ -140,7 +140,7 @@ func TestTakenFilesAreHeldByOlderSnapshotsAlone(t *testing.T) {
 
 // A create that began before files were taken holds them, wherever its capture came.
 func TestTakenFilesAreHeldByWhatBeganBefore(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		c := w.taking(w.start("a", func(o *Options) { o.CollectorOff = true }))
 		b := w.start("b", func(o *Options) { o.CollectorOff = true })
 		b.store.Freeze() // after the capture
@@ -198,7 +198,7 @@ func TestSnapshotOfAnotherHistoryHoldsTakenFiles(t *testing.T) {
 		"that was copied":     func(s *storagev1.Snapshot) { s.BeginRevision-- },
 	} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				c := w.taking(w.start("a", withEpoch, func(o *Options) { o.CollectorOff = true }))
 				if _, _, _, err := c.r.Recover(t.Context(), true); err != nil {
 					t.Fatal(err)
@@ -219,7 +219,7 @@ func TestSnapshotOfAnotherHistoryHoldsTakenFiles(t *testing.T) {
 
 // What is changed of a snapshot later does not change in which history it began.
 func TestUpdateKeepsTheHistoryOfASnapshot(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		c := w.taking(w.start("a", func(o *Options) { o.CollectorOff = true }))
 		taken := c.replace()
 		s := c.create(c.r, c.col, "s")
@@ -239,7 +239,7 @@ func TestUpdateKeepsTheHistoryOfASnapshot(t *testing.T) {
 func TestTakenFilesInACopiedStore(t *testing.T) {
 	for name, revision := range map[string]int64{"lower revision": 0, "higher revision": 10_000} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				off := func(o *Options) { o.CollectorOff = true }
 				c := w.taking(w.start("before", withEpoch, off))
 				old := c.create(c.r, c.col, "old")
@@ -277,7 +277,7 @@ func TestTakenFilesInACopiedStore(t *testing.T) {
 // An update that adds a file is repeated when the file was taken from its segment
 // again and is deleted. It is refused: a snapshot would have a file that is gone.
 func TestLateRepeatOfAnAddedFile(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		c := w.taking(w.start("a", func(o *Options) { o.CollectorOff = true }))
 		f := c.segment.Files[0]
 		f.LogID = 2
@@ -286,7 +286,8 @@ func TestLateRepeatOfAnAddedFile(t *testing.T) {
 		add := catalog.SegmentChange{Update: []catalog.Update{{Segment: c.segment.ID, AddFiles: []segment.File{f}}}}
 		w.swap(c.r, c.col, add)
 		taken := catalog.FilePath{Path: f.Path}
-		w.swap(c.r, c.col, catalog.SegmentChange{Update: []catalog.Update{{Segment: c.segment.ID, RemoveFiles: []catalog.FilePath{taken}}}})
+		w.swap(c.r, c.col, catalog.SegmentChange{Update: []catalog.Update{{Segment: c.segment.ID,
+			RemoveFiles: []catalog.FilePath{taken}}}})
 		w.granted(w.reclaim(c.r, c.col, gc.BySnapshotd, gc.Ask{File: taken}))
 		time.Sleep(2 * time.Minute)
 		settle()
@@ -308,7 +309,7 @@ func TestLateRepeatOfAnAddedFile(t *testing.T) {
 // The metadata store went back in time, unnoticed, and hands out the id of a create
 // that is under way. The second create with the id fails; the first is whole.
 func TestCreateWithTheIDOfAnother(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		off := func(o *Options) { o.CollectorOff = true }
 		c := w.taking(w.start("a", off))
 		b := w.start("b", off)
@@ -336,7 +337,7 @@ func TestCreateWithTheIDOfAnother(t *testing.T) {
 // is gone but for a snapshot. The other does not take the files away from it, and
 // grants nothing before the references of the snapshot are known.
 func TestSnapshotOfAnEarlierReleaseHoldsInEveryCollection(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		off := func(o *Options) { o.CollectorOff = true }
 		r := w.start("a", off)
 		col, _, x := w.collection(r, "c")

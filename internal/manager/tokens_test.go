@@ -29,7 +29,7 @@ func atOnce[T any](rs []*replica, n int, call func(r *replica) (T, error)) ([]T,
 // with anything else is refused, also beside them.
 func TestOneTokenAtOnce(t *testing.T) {
 	const n = 64
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		ctx := t.Context()
 		rs := []*replica{w.start("a"), w.start("b"), w.start("c")}
 		col := w.rich(rs[0], "c", 4)
@@ -46,7 +46,8 @@ func TestOneTokenAtOnce(t *testing.T) {
 		if list := w.check(rs[1]); len(list) != 1 {
 			t.Errorf("one token made %v", list)
 		}
-		_, errs = atOnce(rs, n, func(r *replica) (*Snapshot, error) { return r.Create(ctx, token("create", "two"), spec(col, "two")) })
+		_, errs = atOnce(rs, n,
+			func(r *replica) (*Snapshot, error) { return r.Create(ctx, token("create", "two"), spec(col, "two")) })
 		for _, err := range errs {
 			wantError(t, err, request.ErrReused)
 		}

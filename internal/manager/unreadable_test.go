@@ -32,7 +32,7 @@ func TestUnreadableReferencesDeleteNothing(t *testing.T) {
 	} {
 		for _, object := range []string{manifest.RefsName, manifest.MetadataName} {
 			t.Run(name+" "+object, func(t *testing.T) {
-				inWorld(t, func(_ *testing.T, w *world) { w.damaged(object, damage) })
+				inEnv(t, func(_ *testing.T, w *testEnv) { w.damaged(object, damage) })
 			})
 		}
 	}
@@ -40,7 +40,7 @@ func TestUnreadableReferencesDeleteNothing(t *testing.T) {
 
 // withoutReferences makes a snapshot's record that of a release that kept what
 // describes the references in the metadata alone.
-func (w *world) withoutReferences(s *Snapshot) {
+func (w *testEnv) withoutReferences(s *Snapshot) {
 	w.t.Helper()
 	w.changeRecord(s, func(r *storagev1.Snapshot) { r.References = nil })
 }
@@ -49,7 +49,7 @@ func (w *world) withoutReferences(s *Snapshot) {
 // what is held: one for each snapshot, and two where the record is of an earlier
 // release. Those of a collection that is asked about come before all others.
 func TestReadsOfAStart(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a", func(o *Options) { o.CollectorOff = true })
 		many, _, _ := w.collection(a, "many")
 		few, _, _ := w.collection(a, "few")
@@ -102,7 +102,7 @@ func TestReadsOfAStart(t *testing.T) {
 	})
 }
 
-func (w *world) damaged(name string, damage func([]byte) []byte) {
+func (w *testEnv) damaged(name string, damage func([]byte) []byte) {
 	t, ctx := w.t, w.t.Context()
 	often := func(o *Options) {
 		o.CollectTolerance, o.CollectInterval, o.CollectMaxShare = time.Hour, 10*time.Minute, 1
@@ -133,7 +133,8 @@ func (w *world) damaged(name string, damage func([]byte) []byte) {
 	b := w.start("b", often)
 	prefix := "data/" + strings.SplitAfter(held.Files[0].Path, "/")[0]
 	b.store.Plan(func(c object.Call) object.Fault {
-		if c.Op == object.OpDelete && slices.ContainsFunc(c.Keys, func(k string) bool { return strings.HasPrefix(k, prefix) }) {
+		if c.Op == object.OpDelete &&
+			slices.ContainsFunc(c.Keys, func(k string) bool { return strings.HasPrefix(k, prefix) }) {
 			t.Errorf("deleted: %v", c.Keys)
 		}
 		return object.FaultNone

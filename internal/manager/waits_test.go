@@ -68,8 +68,8 @@ func checkNobodyWaits(t *testing.T, r *replica) {
 	}
 }
 
-// awaitCut20 waits for the first channel to be at 20.
-func awaitCut20(ctx context.Context, m *Manager, col catalog.Collection) error {
+// waitForCut20 waits for the first channel to be at 20.
+func waitForCut20(ctx context.Context, m *Manager, col catalog.Collection) error {
 	want := []catalog.Checkpoint{{Shard: 0, Position: segment.Position{Timestamp: 20}}}
 	return m.waitForCheckpoints(ctx, catalog.Ref{ID: col.ID}, want)
 }
@@ -77,7 +77,7 @@ func awaitCut20(ctx context.Context, m *Manager, col catalog.Collection) error {
 // Calls that wait for checkpoints share one watch, and each ends when its own
 // collection is there, or is dropped.
 func TestWaitsForCutsShareAWatch(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		other, _, _ := w.collection(r, "other")
@@ -86,7 +86,7 @@ func TestWaitsForCutsShareAWatch(t *testing.T) {
 		settle()
 		watches := countWatches(r)
 		of := []catalog.Collection{col, other}
-		ended := waiting(manyWaiting, func(i int) error { return awaitCut20(t.Context(), r.Manager, of[i%2]) })
+		ended := waiting(manyWaiting, func(i int) error { return waitForCut20(t.Context(), r.Manager, of[i%2]) })
 		if n := watches.Load(); n != 1 {
 			t.Errorf("%d watches", n)
 		}
@@ -120,7 +120,7 @@ func TestWaitsForCutsShareAWatch(t *testing.T) {
 func TestRepeatsShareTheWatchOfTheView(t *testing.T) {
 	for _, dies := range []bool{false, true} {
 		t.Run(fmt.Sprintf("dies=%v", dies), func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				a := w.start("a")
 				col, _, _ := w.collection(a, "c")
 				w.add(a, col, w.segment(a, col, 0, 1, 2))
@@ -164,7 +164,7 @@ func TestRepeatsShareTheWatchOfTheView(t *testing.T) {
 func TestWaitsOutliveTheirWatch(t *testing.T) {
 	for _, harm := range []string{"away", "compacted", "contradicted"} {
 		t.Run(harm, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				a := w.start("a")
 				col, _, _ := w.collection(a, "c")
 				w.checkpoint(a, col, 10, 10)
@@ -184,7 +184,7 @@ func TestWaitsOutliveTheirWatch(t *testing.T) {
 					_, err := a.Create(t.Context(), token("t", "x"), spec(col, "x"))
 					return err
 				})
-				cuts := waiting(5, func(int) error { return awaitCut20(t.Context(), b.Manager, col) })
+				cuts := waiting(5, func(int) error { return waitForCut20(t.Context(), b.Manager, col) })
 				repeats := waiting(5, func(int) error {
 					_, err := b.Create(t.Context(), token("t", "x"), spec(col, "x"))
 					return err
@@ -224,13 +224,13 @@ func TestWaitsOutliveTheirWatch(t *testing.T) {
 // A checkpoint that moves after a call has read it, and before the first watch
 // begins, is not missed.
 func TestChangeBeforeTheFirstWatch(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		w.checkpoint(r, col, 10, 10)
 		settle()
 		r.checkpoints.kv = &movedKV{KV: r.checkpoints.kv, move: func() { w.checkpoint(r, col, 20, 20) }}
-		ended := waiting(1, func(int) error { return awaitCut20(t.Context(), r.Manager, col) })
+		ended := waiting(1, func(int) error { return waitForCut20(t.Context(), r.Manager, col) })
 		all(t, ended, 1, nil)
 	})
 }
@@ -250,7 +250,7 @@ func (k *movedKV) Get(ctx context.Context, key string) (meta.KeyValue, bool, int
 
 // When a replica stops, the calls that wait there end.
 func TestWaitsEndWithTheReplica(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(a, "c")
 		w.checkpoint(a, col, 10, 10)
@@ -262,7 +262,7 @@ func TestWaitsEndWithTheReplica(t *testing.T) {
 		})
 		ended := waiting(4, func(i int) error {
 			if i%2 == 0 {
-				return awaitCut20(t.Context(), b.Manager, col)
+				return waitForCut20(t.Context(), b.Manager, col)
 			}
 			_, err := b.Create(t.Context(), token("t", "x"), spec(col, "x"))
 			return err

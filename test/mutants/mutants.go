@@ -59,7 +59,7 @@ var planted = []Mutant{
 		inMemory(election, "^TestElection$"), inMemory(manager, "^(TestRemovalIsFenced|TestZombieLeader)$"),
 	}},
 	{Name: "grant-under-pending-create", Breaks: "files that a pending create captured are deleted", Tests: []Tests{
-		inMemory(manager, "^(TestOnlyOlderCreatesHold|TestGrantComparesItsPremises)$"),
+		inMemory(manager, "^(TestOnlyOlderCreatesHold|TestGrantComparesItsPreconditions)$"),
 		inMemory(manager, "^TestNothingNeededIsEverDeleted$"),
 	}},
 	{Name: "capture-before-pending-key", Breaks: "a snapshot holds segments that were dropped before its pending key", Tests: []Tests{
@@ -67,7 +67,7 @@ var planted = []Mutant{
 		inMemory(manager, "^TestNothingNeededIsEverDeleted$"),
 	}},
 	{Name: "failed-delete-revives-segment", Breaks: "a segment is live while its files are being deleted", Tests: []Tests{
-		inMemory(manager, "^TestDeleteThatFailsIsTriedAgain$"),
+		inMemory(manager, "^TestFailedDeleteIsRetried$"),
 		inMemory(manager, "^TestNothingNeededIsEverDeleted$"),
 	}},
 	{Name: "restore-pin-under-lease", Breaks: "the source of a restore can be dropped once a lease ends", Tests: []Tests{
@@ -89,7 +89,7 @@ var planted = []Mutant{
 		inMemory(manager, "^(TestRestorePins|TestDropOfPinnedIsRefused)$"),
 	}},
 	{Name: "digest-not-compared", Breaks: "objects that were altered in the bucket are believed", Tests: []Tests{
-		inMemory(manifest, "^TestDigest"), inMemory(manager, "^TestCorruptSnapshotIsSaidToBe$"),
+		inMemory(manifest, "^TestDigest"), inMemory(manager, "^TestCorruptSnapshotIsReported$"),
 	}},
 	{Name: "age-by-local-clock", Breaks: "an object younger than the grace period is deleted", Tests: []Tests{
 		inMemory(collect, "^TestSweepTakes$"),
@@ -120,7 +120,7 @@ func onServer(m Mutant) Mutant {
 
 // regressions are ordered by age, the oldest first.
 var regressions = []Mutant{
-	regression("name-resolved-twice", "9606058", manager, "TestMinCutOfAnother",
+	regression("name-resolved-twice", "9606058", manager, "TestMinCutResolvesNameOnce",
 		"a create waits for the cut of one collection and captures another that took its name"),
 	regression("far-expiry", "8804206", manager, "TestFarExpiryIsRefused",
 		"an expiry after 2262 overflows into the past: the snapshot is dropped at once"),
@@ -128,7 +128,7 @@ var regressions = []Mutant{
 		"a repeat under a request token gets an error that the first call's success caused"),
 	regression("wait-compacted", "57048bb", manager, "TestWaitsOutliveTheirWatch",
 		"a call that waits for a checkpoint waits for ever after a compaction"),
-	regression("one-hiccup", "8804206", manager, "TestOneHiccup",
+	regression("one-hiccup", "8804206", manager, "TestTransientReadError",
 		"one read without an answer aborts a create"),
 	regression("commit-dropped-before-read-back", "8804206", manager, "TestCommitDroppedBeforeReadBack",
 		"a commit without an answer fails when the snapshot is dropped before the read-back"),
@@ -166,7 +166,7 @@ var regressions = []Mutant{
 		"a create whose answer was lost takes an altered read-back for the object of another writer"),
 	regression("cache-of-what-is-gone", "8da5041", manager, "TestManifestCache",
 		"the cache of manifests keeps those of removed snapshots"),
-	regression("repeat-that-cannot-look-again", "120d096", manager, "TestRepeatThatCannotLookAgain",
+	regression("repeat-that-cannot-look-again", "120d096", manager, "TestRepeatWithUnreadableToken",
 		"a repeat that cannot look up the first call gets an error that the first call's success caused"),
 	onServer(regression("layout-taken-for-altered", "6eeb272", manager, "TestStoreOfOtherETags",
 		"files of a bucket that was copied in other parts are reported as altered")),

@@ -15,7 +15,7 @@ import (
 // repeated so late is success.
 func TestLateRepeatAfterReclaim(t *testing.T) {
 	for _, by := range []gc.Deleter{gc.BySnapshotd, gc.ByCaller} {
-		inWorld(t, func(t *testing.T, w *world) {
+		inEnv(t, func(t *testing.T, w *testEnv) {
 			r := w.start("a", func(o *Options) { o.CollectorOff = true })
 			col, _, x := w.collection(r, "c")
 			s := w.segment(r, col, 0, 1, 20)
@@ -50,7 +50,7 @@ func TestLateRepeatAfterReclaim(t *testing.T) {
 // A registration that was decided before its id went fails, for it compares which
 // ids are gone.
 func TestRegistrationRacesConfirm(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(b, "c")
 		s, beside := w.segment(b, col, 0, 1, 20), w.segment(b, col, 0, 1, 20)

@@ -65,7 +65,8 @@ var premises = []premise{
 	{meta.OpPut, pendingKeys, [][]string{{namesOf, keys.CollectionPrefix}}},
 	{meta.OpDelete, pendingKeys, [][]string{{recs}}},
 	{meta.OpPut, generation, [][]string{{recs, pendingKeys}}},
-	{meta.OpDelete, generation, [][]string{{keys.CollectionPrefix, keys.AllTombstonesPrefix, keys.AllUnitsPrefix, segments, pendingKeys, keys.RolledBack}}},
+	{meta.OpDelete, generation, [][]string{{keys.CollectionPrefix, keys.AllTombstonesPrefix,
+		keys.AllUnitsPrefix, segments, pendingKeys, keys.RolledBack}}},
 	{meta.OpPut, keys.AllPinsPrefix, [][]string{{recs}, {itself}}},
 	{meta.OpDelete, keys.AllPinsPrefix, [][]string{{itself}, {keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, keys.Unpin, [][]string{{keys.AllPinsPrefix}, {keys.JobPrefix, keys.Leader}}},
@@ -76,10 +77,12 @@ var premises = []premise{
 
 	{meta.OpPut, keys.JobPrefix, [][]string{{itself}, {recs, keys.CollectionPrefix}}},
 	{meta.OpDelete, keys.JobPrefix, [][]string{{itself, keys.Leader}}},
-	{meta.OpPut, keys.AllTasksPrefix, [][]string{{keys.JobPrefix, keys.Leader}, {itself, keys.JobPrefix, keys.AssignedPrefix}}},
+	{meta.OpPut, keys.AllTasksPrefix,
+		[][]string{{keys.JobPrefix, keys.Leader}, {itself, keys.JobPrefix, keys.AssignedPrefix}}},
 	{meta.OpDelete, keys.AllTasksPrefix, [][]string{{keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, keys.AllProgressPrefix, [][]string{{keys.JobPrefix, keys.AssignedPrefix}}},
-	{meta.OpDelete, keys.AllProgressPrefix, [][]string{{keys.JobPrefix, keys.Leader}, {keys.JobPrefix, keys.AssignedPrefix}}},
+	{meta.OpDelete, keys.AllProgressPrefix,
+		[][]string{{keys.JobPrefix, keys.Leader}, {keys.JobPrefix, keys.AssignedPrefix}}},
 	{meta.OpPut, keys.LimitsPrefix, [][]string{{keys.JobPrefix}, {recs, keys.CollectionPrefix}}},
 	{meta.OpDelete, keys.LimitsPrefix, [][]string{{keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, keys.WorkerPrefix, [][]string{{itself}}},
@@ -87,7 +90,8 @@ var premises = []premise{
 	{meta.OpDelete, keys.AssignedPrefix, [][]string{{itself}, {keys.JobPrefix, keys.Leader}}},
 
 	{meta.OpPut, keys.AllTombstonesPrefix, [][]string{
-		{generation, keys.RolledBack, keys.AllUnitsPrefix, pendingKeys}, {generation, keys.RolledBack, segments, pendingKeys}, // of a dropped collection
+		{generation, keys.RolledBack, keys.AllUnitsPrefix, pendingKeys}, {generation, keys.RolledBack,
+			segments, pendingKeys}, // of a dropped collection
 	}},
 	{meta.OpDelete, keys.AllTombstonesPrefix, [][]string{{itself}}},
 	{meta.OpPut, keys.Cycle, [][]string{{keys.Leader}}},
@@ -97,17 +101,21 @@ var premises = []premise{
 	{meta.OpPut, keys.CollectionPrefix, [][]string{{itself}}},
 	{meta.OpDelete, keys.CollectionPrefix, [][]string{{itself, keys.RolledBack}, {keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, segments, [][]string{{keys.CollectionPrefix}, {keys.JobPrefix, keys.AssignedPrefix}}},
-	{meta.OpDelete, segments, [][]string{{itself}, {keys.JobPrefix, keys.Leader}, {keys.CollectionPrefix, segments, keys.RolledBack}}},
+	{meta.OpDelete, segments,
+		[][]string{{itself}, {keys.JobPrefix, keys.Leader}, {keys.CollectionPrefix, segments, keys.RolledBack}}},
 	{meta.OpPut, keys.AllUnitsPrefix, [][]string{{segments}, {itself}}},
-	{meta.OpDelete, keys.AllUnitsPrefix, [][]string{{itself, generation, keys.RolledBack, pendingKeys}, {keys.CollectionPrefix, keys.RolledBack}}},
+	{meta.OpDelete, keys.AllUnitsPrefix,
+		[][]string{{itself, generation, keys.RolledBack, pendingKeys}, {keys.CollectionPrefix, keys.RolledBack}}},
 	{meta.OpPut, keys.OwnerRangePrefix, [][]string{{recs, keys.CollectionPrefix, owners}}},
 	{meta.OpDelete, keys.OwnerRangePrefix, [][]string{{keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, keys.GonePrefix, [][]string{{itself, keys.AllTombstonesPrefix}, {itself, keys.JobPrefix, keys.Leader}}},
-	{meta.OpPut, owners, [][]string{{itself, keys.CollectionPrefix, keys.OwnerRangePrefix}, {keys.JobPrefix, keys.AssignedPrefix}}},
+	{meta.OpPut, owners, [][]string{{itself, keys.CollectionPrefix, keys.OwnerRangePrefix},
+		{keys.JobPrefix, keys.AssignedPrefix}}},
 	{meta.OpDelete, owners, [][]string{{keys.AllTombstonesPrefix}, {keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, "/catalog/", [][]string{{keys.CollectionPrefix}, {keys.JobPrefix, keys.Leader}, {itself}}},
 	{meta.OpDelete, "/catalog/replaced/", [][]string{{keys.AllTombstonesPrefix}, {keys.CollectionPrefix, keys.RolledBack}}},
-	{meta.OpDelete, "/catalog/", [][]string{{itself, keys.RolledBack}, {itself, keys.CollectionPrefix}, {keys.CollectionPrefix, keys.RolledBack}, {keys.JobPrefix, keys.Leader}}},
+	{meta.OpDelete, "/catalog/", [][]string{{itself, keys.RolledBack}, {itself, keys.CollectionPrefix},
+		{keys.CollectionPrefix, keys.RolledBack}, {keys.JobPrefix, keys.Leader}}},
 }
 
 // judged is a KV that holds each write against its premises.
@@ -137,7 +145,10 @@ func (j *judged) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
 }
 
 func (j *judged) judge(t *meta.Txn, op meta.Op) {
-	i := slices.IndexFunc(premises, func(p premise) bool { return p.kind == op.Kind && strings.HasPrefix(op.From, p.prefix) })
+	i := slices.IndexFunc(premises, func(p premise) bool {
+		return p.kind == op.Kind &&
+			strings.HasPrefix(op.From, p.prefix)
+	})
 	if i < 0 {
 		j.wrong[op.From] = fmt.Sprintf("it is written (%d), and no premise is known", op.Kind)
 		return
@@ -165,12 +176,12 @@ func compares(conds []meta.Cond, op meta.Op, prefix string) bool {
 	})
 }
 
-// TestEveryWriteHasItsPremise lives through all that a cluster does, and holds
+// TestEveryWriteHasItsPreconditions lives through all that a cluster does, and holds
 // that no write is made that would be made whatever has become of what it was
 // decided on: those of the leader's loops compare that it leads, those of a worker
 // its assignment, all others the records that they follow from.
-func TestEveryWriteHasItsPremise(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestEveryWriteHasItsPreconditions(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		j := &judged{KV: w.memory, seen: map[string]int{}, wrong: map[string]string{}}
 		w.kv = j
 		if err := identity.Check(t.Context(), w.kv, w.objects, "default", "test", rand.Reader); err != nil {
@@ -192,7 +203,7 @@ func TestEveryWriteHasItsPremise(t *testing.T) {
 }
 
 // live has a cluster do each thing that it can do: well, and with trouble.
-func (w *world) live() {
+func (w *testEnv) live() {
 	t, ctx := w.t, w.t.Context()
 	change := func(o *Options) {
 		withEpoch(o)
@@ -296,7 +307,8 @@ func (w *world) live() {
 	segs := w.segments(a, one)
 	w.dropSegments(a, col, segs[0].ID, segs[1].ID)
 	replaced := catalog.FilePath{Root: segs[2].Files[1].Root, Path: segs[2].Files[1].Path}
-	w.swap(a, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: segs[2].ID, RemoveFiles: []catalog.FilePath{replaced}}}})
+	w.swap(a, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: segs[2].ID,
+		RemoveFiles: []catalog.FilePath{replaced}}}})
 	must(second(a.catalog.DropIndex(ctx, request.Token{}, ref, "x1")))
 	must(second(a.catalog.DropPartition(ctx, request.Token{}, ref, "p1")))
 	must(second(a.catalog.RenameCollection(ctx, request.Token{}, ref, "default", "renamed")))
@@ -305,7 +317,8 @@ func (w *world) live() {
 	tombs := w.granted(w.reclaim(a, col, gc.ByCaller, w.dropSegments(a, col, free.ID)...))
 	must(second(b.GC().Confirm(ctx, ref, []int64{tombs[0].ID})))
 	must(second(w.memory.Txn(ctx, meta.Txn{Then: []meta.Op{ // whose lease is longer than its day
-		meta.Put(keys.RequestPrefix+"m/old", record.Encode(&storagev1.Request{Format: record.Format, Done: true, ExpireTime: 1})),
+		meta.Put(keys.RequestPrefix+"m/old",
+			record.Encode(&storagev1.Request{Format: record.Format, Done: true, ExpireTime: 1})),
 	}})))
 	time.Sleep(2 * time.Hour)
 	w.dropSnapshot(a, one)
@@ -321,7 +334,7 @@ func (w *world) live() {
 }
 
 // recovers has the metadata store go back in time, which is noticed, and go on.
-func (w *world) recovers() {
+func (w *testEnv) recovers() {
 	ctx := w.t.Context()
 	r := w.start("c", withEpoch)
 	w.plantBeat(ctx, r, 1_000_000, 1_000_000)

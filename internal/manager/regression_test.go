@@ -23,13 +23,14 @@ import (
 )
 
 // It was once wrong: min_cut on one, capture of another.
-func TestMinCutOfAnother(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestMinCutResolvesNameOnce(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		blue, _, _ := w.collection(r, "c")
 		w.checkpoint(r, blue, 100, 100)
 		green, err := r.catalog.CreateCollection(t.Context(), request.Token{}, catalog.Collection{
-			DB: "default", Name: "green", Channels: []string{"g0", "g1"}, Roots: []catalog.Root{{Store: "default", Prefix: "green/"}},
+			DB: "default", Name: "green", Channels: []string{"g0", "g1"},
+			Roots: []catalog.Root{{Store: "default", Prefix: "green/"}},
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -43,10 +44,12 @@ func TestMinCutOfAnother(t *testing.T) {
 				for id, name := range map[int64]string{} {
 					_, _ = id, name
 				}
-				if _, err := r.catalog.RenameCollection(t.Context(), request.Token{}, catalog.Ref{ID: blue.ID}, "default", "old"); err != nil {
+				if _, err := r.catalog.RenameCollection(t.Context(), request.Token{}, catalog.Ref{ID: blue.ID},
+					"default", "old"); err != nil {
 					t.Error(err)
 				}
-				if _, err := r.catalog.RenameCollection(t.Context(), request.Token{}, catalog.Ref{ID: green.ID}, "default", "c"); err != nil {
+				if _, err := r.catalog.RenameCollection(t.Context(), request.Token{}, catalog.Ref{ID: green.ID},
+					"default", "c"); err != nil {
 					t.Error(err)
 				}
 			}
@@ -68,10 +71,11 @@ func TestMinCutOfAnother(t *testing.T) {
 
 // It was once wrong: channel names lost.
 func TestChannelsWithoutCheckpoint(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
-		if _, err := r.catalog.SetCheckpoints(t.Context(), catalog.Ref{ID: col.ID}, []catalog.Checkpoint{{Shard: 1, Position: segment.Position{Timestamp: 10}}}); err != nil {
+		if _, err := r.catalog.SetCheckpoints(t.Context(), catalog.Ref{ID: col.ID},
+			[]catalog.Checkpoint{{Shard: 1, Position: segment.Position{Timestamp: 10}}}); err != nil {
 			t.Fatal(err)
 		}
 		s := w.create(r, col, "x")
@@ -87,7 +91,7 @@ func TestChannelsWithoutCheckpoint(t *testing.T) {
 
 // It was once wrong: join after compaction
 func TestJoinAfterCompaction(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		b := w.start("b")
 		col, _, _ := w.collection(r, "c")
@@ -114,7 +118,7 @@ func TestJoinAfterCompaction(t *testing.T) {
 
 // It was once wrong: data race
 func TestNoWaitRace(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		w.add(r, col, w.segment(r, col, 0, 1, 2)) // no checkpoint
@@ -132,7 +136,7 @@ func TestNoWaitRace(t *testing.T) {
 
 // It was once wrong: require_exact on restored segments
 func TestExactOfOldCeiling(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s := w.segment(r, col, 0, 10, 60)
@@ -152,7 +156,7 @@ func TestExactOfOldCeiling(t *testing.T) {
 
 // It was once wrong: commit took effect, told as aborted
 func TestCommitDroppedBeforeReadBack(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(b, "c")
 		settle()
@@ -195,7 +199,7 @@ func TestCommitDroppedBeforeReadBack(t *testing.T) {
 
 // It was once wrong: Update under one token: the first lands while the second decides.
 func TestUpdateToken(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(a, "c")
 		s := w.create(a, col, "x")
@@ -224,7 +228,7 @@ func TestUpdateToken(t *testing.T) {
 
 // It was once wrong: waiting for a cut of a collection that is dropped
 func TestMinCutDropped(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
@@ -258,7 +262,7 @@ func (s *delayed) Create(ctx context.Context, key string, body []byte) (object.I
 // Each step takes less than the lease; all of them take longer, and none comes
 // when a third of the lease has just passed.
 func TestSlowCreate(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) {
 			delays := make(chan time.Duration, 3)
 			delays <- 19 * time.Second
@@ -278,7 +282,7 @@ func TestSlowCreate(t *testing.T) {
 
 // It was once wrong: repeat by token while the first is between begin and commit, then the collection is dropped
 func TestJoinLosesRace(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(a, "c")
 		settle()
@@ -306,7 +310,7 @@ func TestJoinLosesRace(t *testing.T) {
 
 // It was once wrong: truncated read
 func TestTruncatedRead(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s := w.create(r, col, "x")
@@ -321,7 +325,7 @@ func TestTruncatedRead(t *testing.T) {
 
 // It was once wrong: lease expired before begin
 func TestLeaseGoneBeforeBegin(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(b, "c")
 		settle()
@@ -344,7 +348,7 @@ func TestLeaseGoneBeforeBegin(t *testing.T) {
 
 // It was once wrong: renamed between begin and capture
 func TestRenamedInBetween(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(b, "c")
 		settle()
@@ -352,7 +356,8 @@ func TestRenamedInBetween(t *testing.T) {
 		a.kv.Hook(func(c meta.Call) meta.Fault {
 			if c.Method == meta.MethodRange && len(w.keysUnder(pendingKeys)) > 0 && !done {
 				done = true
-				if _, err := b.catalog.RenameCollection(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, "default", "new"); err != nil {
+				if _, err := b.catalog.RenameCollection(t.Context(), request.Token{}, catalog.Ref{ID: col.ID},
+					"default", "new"); err != nil {
 					t.Error(err)
 				}
 			}
@@ -371,8 +376,8 @@ func TestRenamedInBetween(t *testing.T) {
 }
 
 // It was once wrong: a transient error of the metadata store aborts the create
-func TestOneHiccup(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestTransientReadError(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(b, "c")
 		settle()
@@ -394,7 +399,7 @@ func TestOneHiccup(t *testing.T) {
 
 // It was once wrong: one store that hangs holds up reaping
 func TestHungDelete(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a")
 		settle()
 		b := w.start("b")
@@ -422,7 +427,7 @@ func TestHungDelete(t *testing.T) {
 
 // An expiry beyond 2262 does not fit in nanoseconds, and once lay in the past.
 func TestFarExpiryIsRefused(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		for _, year := range []int{1999, 2300, 9999} {
@@ -451,14 +456,17 @@ func TestFarExpiryIsRefused(t *testing.T) {
 // A record holds all that a collection may have, and all labels.
 func TestLargestRecord(t *testing.T) {
 	s := &Snapshot{
-		State: Committed, Name: strings.Repeat("n", 255), DB: strings.Repeat("d", 255), CollectionName: strings.Repeat("c", 255),
-		Description: strings.Repeat("x", 1024), Labels: map[string]string{}, requestKey: strings.Repeat("k", 120), op: strings.Repeat("o", 24),
+		State: Committed, Name: strings.Repeat("n", 255), DB: strings.Repeat("d", 255),
+		CollectionName: strings.Repeat("c", 255),
+		Description:    strings.Repeat("x", 1024), Labels: map[string]string{}, requestKey: strings.Repeat("k", 120),
+		op: strings.Repeat("o", 24),
 	}
 	for i := range 16 {
 		s.Labels[fmt.Sprintf("%04d", i)] = strings.Repeat("v", 252)
 	}
 	for i := range catalog.MaxChannels {
-		s.Cuts = append(s.Cuts, Cut{Shard: i, Channel: strings.Repeat("v", 4096/catalog.MaxChannels), Timestamp: segment.MaxTimestamp})
+		s.Cuts = append(s.Cuts, Cut{Shard: i, Channel: strings.Repeat("v", 4096/catalog.MaxChannels),
+			Timestamp: segment.MaxTimestamp})
 	}
 	for i := range int64(catalog.MaxPartitions) {
 		s.Partitions = append(s.Partitions, 1<<60+1000*i)
@@ -473,10 +481,10 @@ func TestLargestRecord(t *testing.T) {
 	}
 }
 
-// TestCleanerLogLine has the store refuse every delete, of hundreds of snapshots
-// that were dropped: no line of the log grows with their number.
+// TestCleanerLogLine checks that no log line grows with the number of snapshots whose
+// removal fails.
 func TestCleanerLogLine(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		core, logs := observer.New(zap.InfoLevel)
 		problems := lasting.New(time.Now)
 		r := w.start("a", func(o *Options) {

@@ -30,7 +30,9 @@ type scanHook struct {
 	after func(from string)
 }
 
-func (h *scanHook) Scan(ctx context.Context, from, to string, rev int64, fn func([]meta.KeyValue) error) (int64, error) {
+func (h *scanHook) Scan(
+	ctx context.Context, from, to string, rev int64, fn func([]meta.KeyValue) error,
+) (int64, error) {
 	return h.KV.Scan(ctx, from, to, rev, func(b []meta.KeyValue) error {
 		if h.after != nil {
 			h.after(from)
@@ -40,7 +42,7 @@ func (h *scanHook) Scan(ctx context.Context, from, to string, rev int64, fn func
 }
 
 // dropMany registers n segments and drops some of them.
-func (w *world) dropMany(r *replica, col catalog.Collection, n, drop int) {
+func (w *testEnv) dropMany(r *replica, col catalog.Collection, n, drop int) {
 	w.t.Helper()
 	var ids []int64
 	var list []segment.Segment
@@ -56,8 +58,8 @@ func (w *world) dropMany(r *replica, col catalog.Collection, n, drop int) {
 
 // A segment of a dropped partition that somebody else drops, and that is reclaimed
 // meanwhile, does not leave the others behind.
-func TestFinishPartWhileSegmentsGo(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestFinishPartitionDuringConcurrentDrop(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		hook := &scanHook{}
 		r := w.start("a", func(o *Options) {
 			o.CollectorOff = true
@@ -94,7 +96,8 @@ func TestFinishPartWhileSegmentsGo(t *testing.T) {
 			w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
 		}
 		if n := len(w.keysUnder(keys.SegmentPrefix(col.ID))); n > 0 {
-			t.Errorf("%d live segments are left of the dropped partition, whose record is there %d times", n, len(w.keysUnder(keys.PartitionPrefix(col.ID))))
+			t.Errorf("%d live segments are left of the dropped partition, whose record is there %d times",
+				n, len(w.keysUnder(keys.PartitionPrefix(col.ID))))
 		}
 	})
 }
@@ -102,7 +105,7 @@ func TestFinishPartWhileSegmentsGo(t *testing.T) {
 // An index is finished before a partition that was dropped as well: what is left of
 // the partition does not keep it.
 func TestFinishIndexOfADroppedPartition(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
 		col, p, x := w.collection(r, "c")
 		var list []segment.Segment
@@ -142,8 +145,8 @@ func TestFinishIndexOfADroppedPartition(t *testing.T) {
 }
 
 // A replica whose clock is ahead judges the tolerance by the object store's.
-func TestCollectorAndClockThatIsAhead(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestCollectorWithFastClock(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		w.start("engine-side", func(o *Options) { o.CollectorOff = true }).stop()
 		r := w.start("a", func(o *Options) { now := o.Now; o.Now = func() time.Time { return now().Add(4 * time.Hour) } })
 		col, _, _ := w.collection(r, "c")
@@ -168,21 +171,21 @@ func TestCollectorAndClockThatIsAhead(t *testing.T) {
 
 // One record that cannot be read stops nothing but what it is about, and is told.
 func TestCollectorAndUnreadableRecords(t *testing.T) {
-	for name, damage := range map[string]func(w *world, r *replica, bad catalog.Collection, p catalog.Partition){
-		"partition": func(w *world, _ *replica, bad catalog.Collection, p catalog.Partition) {
+	for name, damage := range map[string]func(w *testEnv, r *replica, bad catalog.Collection, p catalog.Partition){
+		"partition": func(w *testEnv, _ *replica, bad catalog.Collection, p catalog.Partition) {
 			w.put(keys.Partition(bad.ID, p.ID), []byte{0xff})
 		},
-		"collection": func(w *world, _ *replica, bad catalog.Collection, _ catalog.Partition) {
+		"collection": func(w *testEnv, _ *replica, bad catalog.Collection, _ catalog.Partition) {
 			w.put(keys.Collection(bad.ID), []byte{0xff})
 		},
-		"tombstone": func(w *world, r *replica, bad catalog.Collection, _ catalog.Partition) {
+		"tombstone": func(w *testEnv, r *replica, bad catalog.Collection, _ catalog.Partition) {
 			w.put(keys.Tombstone(bad.ID, w.newID(r)), record.Encode(&storagev1.Tombstone{
 				Format: record.Format, Deleter: 1, Unit: &storagev1.Unit{Format: record.Format, Kind: 1},
 			}))
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
 				bad, p, _ := w.collection(r, "bad")
 				good, _, _ := w.collection(r, "good")
@@ -219,8 +222,8 @@ func TestCollectorAndUnreadableRecords(t *testing.T) {
 }
 
 // What a stop keeps is no reason to let etcd grow.
-func TestCollectorParksWhereItStops(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestCollectorSpillsWhereItStops(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
 		col, _, _ := w.collection(r, "c")
 		held := w.segment(r, col, 0, 1, 20)
@@ -250,7 +253,8 @@ func (l *locked) Delete(ctx context.Context, list ...string) error {
 	if held == nil {
 		return l.Store.Delete(ctx, list...)
 	}
-	if err := l.Store.Delete(ctx, slices.DeleteFunc(slices.Clone(list), func(key string) bool { return key == *held })...); err != nil {
+	if err := l.Store.Delete(ctx,
+		slices.DeleteFunc(slices.Clone(list), func(key string) bool { return key == *held })...); err != nil {
 		return err
 	}
 	if slices.Contains(list, *held) {
@@ -261,7 +265,7 @@ func (l *locked) Delete(ctx context.Context, list ...string) error {
 
 // An object that cannot be deleted does not keep a sweep from the others.
 func TestSweepAndLockedObject(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		var l *locked
 		r := w.start("a", func(o *Options) {
 			l = &locked{Store: o.Stores["default"]}
@@ -278,7 +282,8 @@ func TestSweepAndLockedObject(t *testing.T) {
 		l.key.Store(&list[700])
 		time.Sleep(26 * time.Hour)
 		settle()
-		if diff := cmp.Diff([]string{list[700]}, append(w.objectsUnder("snapshots/"), w.objectsUnder("gc/held/")...)); diff != "" {
+		if diff := cmp.Diff([]string{list[700]},
+			append(w.objectsUnder("snapshots/"), w.objectsUnder("gc/held/")...)); diff != "" {
 			t.Errorf("objects:\n%s", diff)
 		}
 		if text := r.Collector().SweepStats().Error; !strings.Contains(text, list[700]) {

@@ -28,7 +28,7 @@ import (
 
 // world is a cluster in memory: the two stores, and replicas over them that
 // each reach them through a Faulty of their own.
-type world struct {
+type testEnv struct {
 	t       *testing.T
 	kv      meta.KV
 	memory  *metamemory.Store // the same, when it is the twin
@@ -44,19 +44,21 @@ type replica struct {
 	stop  func()
 }
 
-// inWorld runs fn in a bubble of virtual time.
-func inWorld(t *testing.T, fn func(t *testing.T, w *world)) {
+// inEnv runs fn in a bubble of virtual time.
+func inEnv(t *testing.T, fn func(t *testing.T, w *testEnv)) {
 	t.Helper()
 	virtual.Test(t, func(t *testing.T) {
 		kv := metamemory.New(metamemory.Options{Now: time.Now})
-		fn(t, &world{t: t, kv: kv, memory: kv, objects: objectmemory.New(objectmemory.Options{Now: time.Now}), now: time.Now})
+		fn(t, &testEnv{t: t, kv: kv, memory: kv, objects: objectmemory.New(objectmemory.Options{Now: time.Now}),
+			now: time.Now})
 	})
 }
 
-func (w *world) start(name string, change ...func(*Options)) *replica {
+func (w *testEnv) start(name string, change ...func(*Options)) *replica {
 	w.t.Helper()
 	r := &replica{kv: meta.NewFaulty(w.kv), store: object.NewFaulty(w.objects)}
-	cl, err := cluster.Open(w.t.Context(), w.kv, cluster.Options{NameScope: cluster.ScopeCluster, Release: "test", Now: w.now, Rand: rand.Reader})
+	cl, err := cluster.Open(w.t.Context(), w.kv,
+		cluster.Options{NameScope: cluster.ScopeCluster, Release: "test", Now: w.now, Rand: rand.Reader})
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -72,7 +74,8 @@ func (w *world) start(name string, change ...func(*Options)) *replica {
 	}
 	if o.Clock == nil {
 		o.Clock = clock.New(clock.Options{
-			KV: o.KV, Clock: clock.Of(o.Now), Store: o.Stores[o.SnapshotStore], Alias: o.SnapshotStore, Replica: name, Log: o.Log,
+			KV: o.KV, Clock: clock.Of(o.Now), Store: o.Stores[o.SnapshotStore], Alias: o.SnapshotStore, Replica: name,
+			Log: o.Log,
 		})
 	}
 	trusted = o.Clock
@@ -110,14 +113,15 @@ func (w *world) start(name string, change ...func(*Options)) *replica {
 }
 
 // collection makes a collection with two channels, a partition and an index.
-func (w *world) collection(r *replica, name string) (catalog.Collection, catalog.Partition, catalog.Index) {
+func (w *testEnv) collection(r *replica, name string) (catalog.Collection, catalog.Partition, catalog.Index) {
 	w.t.Helper()
 	ctx := w.t.Context()
 	col, err := r.catalog.CreateCollection(ctx, request.Token{}, catalog.Collection{
 		DB: "default", Name: name, Channels: []string{"ch-0", "ch-1"},
 		Roots:      []catalog.Root{{Store: "default", Prefix: "data/"}},
 		Properties: map[string]string{"mmap": "true"}, Consistency: "Bounded",
-		Schema: catalog.Schema{Format: "test", Raw: []byte{0, 1, 2}, Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}}},
+		Schema: catalog.Schema{Format: "test", Raw: []byte{0, 1, 2},
+			Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}}},
 	})
 	if err != nil {
 		w.t.Fatal(err)
@@ -134,7 +138,7 @@ func (w *world) collection(r *replica, name string) (catalog.Collection, catalog
 	return col, p, x
 }
 
-func (w *world) newID(r *replica) int64 {
+func (w *testEnv) newID(r *replica) int64 {
 	w.t.Helper()
 	id, err := r.catalog.NextID(w.t.Context())
 	if err != nil {
@@ -144,29 +148,31 @@ func (w *world) newID(r *replica) int64 {
 }
 
 // segment is a flushed segment with one file of rows [from, to] on a channel.
-func (w *world) segment(r *replica, col catalog.Collection, channel int, from, to segment.Timestamp) segment.Segment {
+func (w *testEnv) segment(r *replica, col catalog.Collection, channel int, from, to segment.Timestamp) segment.Segment {
 	s := segment.Segment{
 		ID: w.newID(r), Channel: channel, Level: 1, State: segment.Flushed, Rows: int64(to-from) + 1,
 		Start: segment.Position{Timestamp: from}, DML: segment.Position{Timestamp: to + 1},
 	}
-	f := segment.File{Kind: segment.KindInsert, Field: 100, LogID: 1, MinTimestamp: from, MaxTimestamp: to, Entries: s.Rows, Size: 10}
+	f := segment.File{Kind: segment.KindInsert, Field: 100, LogID: 1, MinTimestamp: from,
+		MaxTimestamp: to, Entries: s.Rows, Size: 10}
 	f.Path = catalog.NativePath(col.ID, &s, &f)
 	s.Files = []segment.File{f}
 	return s
 }
 
-func (w *world) add(r *replica, col catalog.Collection, segments ...segment.Segment) {
+func (w *testEnv) add(r *replica, col catalog.Collection, segments ...segment.Segment) {
 	w.t.Helper()
 	if _, _, err := r.catalog.AddSegments(w.t.Context(), col.ID, segments); err != nil {
 		w.t.Fatal(err)
 	}
 }
 
-func (w *world) checkpoint(r *replica, col catalog.Collection, at ...segment.Timestamp) {
+func (w *testEnv) checkpoint(r *replica, col catalog.Collection, at ...segment.Timestamp) {
 	w.t.Helper()
 	var list []catalog.Checkpoint
 	for shard, ts := range at {
-		list = append(list, catalog.Checkpoint{Shard: shard, Position: segment.Position{Timestamp: ts, Opaque: []byte{byte(shard)}}})
+		list = append(list, catalog.Checkpoint{Shard: shard,
+			Position: segment.Position{Timestamp: ts, Opaque: []byte{byte(shard)}}})
 	}
 	if _, err := r.catalog.SetCheckpoints(w.t.Context(), catalog.Ref{ID: col.ID}, list); err != nil {
 		w.t.Fatal(err)
@@ -182,7 +188,7 @@ func spec(col catalog.Collection, name string) CreateSpec {
 	return CreateSpec{Collection: catalog.Ref{ID: col.ID}, Name: name}
 }
 
-func (w *world) create(r *replica, col catalog.Collection, name string) *Snapshot {
+func (w *testEnv) create(r *replica, col catalog.Collection, name string) *Snapshot {
 	w.t.Helper()
 	s, err := r.Create(w.t.Context(), request.Token{}, spec(col, name))
 	if err != nil {
@@ -192,7 +198,7 @@ func (w *world) create(r *replica, col catalog.Collection, name string) *Snapsho
 }
 
 // segments reads all segments of a snapshot.
-func (w *world) segments(r *replica, s *Snapshot) []segment.Segment {
+func (w *testEnv) segments(r *replica, s *Snapshot) []segment.Segment {
 	w.t.Helper()
 	var list []segment.Segment
 	err := r.Segments(w.t.Context(), Ref{ID: s.ID}, 0, func(s *Segment) bool {
@@ -209,7 +215,7 @@ func (w *world) segments(r *replica, s *Snapshot) []segment.Segment {
 }
 
 // keysUnder are the keys of the metadata store that begin with prefix.
-func (w *world) keysUnder(prefix string) []string {
+func (w *testEnv) keysUnder(prefix string) []string {
 	w.t.Helper()
 	from, to := meta.Prefix(prefix)
 	res, err := w.kv.Range(w.t.Context(), meta.Range{From: from, To: to})
@@ -224,7 +230,7 @@ func (w *world) keysUnder(prefix string) []string {
 }
 
 // objectsUnder are the keys of the object store that begin with prefix.
-func (w *world) objectsUnder(prefix string) []string {
+func (w *testEnv) objectsUnder(prefix string) []string {
 	w.t.Helper()
 	var list []string
 	for info, err := range w.objects.List(w.t.Context(), prefix) {
@@ -242,7 +248,7 @@ func settle() { virtual.Wait() }
 // check holds what must be true of the stores when nothing is under way: every
 // record is COMMITTED with all its objects as their digests have them, and there
 // is nothing besides.
-func (w *world) check(r *replica) []*Snapshot {
+func (w *testEnv) check(r *replica) []*Snapshot {
 	w.t.Helper()
 	ctx := w.t.Context()
 	list, more, err := r.List(ctx, Filter{States: []State{Pending, Committed, Deleting}}, Place{}, 10_000)

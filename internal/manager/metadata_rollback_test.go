@@ -24,7 +24,8 @@ import (
 // the program does.
 func withEpoch(o *Options) {
 	o.Epoch = epoch.New(epoch.Options{
-		KV: o.KV, Store: o.Stores[o.SnapshotStore], Cluster: o.Cluster.ID, Now: o.Now, Rand: rand.Reader, Log: o.Log.Named("epoch"),
+		KV: o.KV, Store: o.Stores[o.SnapshotStore], Cluster: o.Cluster.ID, Now: o.Now, Rand: rand.Reader,
+		Log: o.Log.Named("epoch"),
 	})
 	o.Catalog = catalog.New(catalog.Options{
 		KV: o.KV, Now: o.Now, Rand: rand.Reader, Requests: o.Requests,
@@ -33,7 +34,7 @@ func withEpoch(o *Options) {
 }
 
 // goBack replaces the metadata store by one that is restored from a backup.
-func (w *world) goBack(backup []meta.KeyValue, revision int64) {
+func (w *testEnv) goBack(backup []meta.KeyValue, revision int64) {
 	w.t.Helper()
 	kv := metamemory.New(metamemory.Options{Now: w.now})
 	metatest.Restore(w.t, kv, backup, revision)
@@ -42,10 +43,10 @@ func (w *world) goBack(backup []meta.KeyValue, revision int64) {
 
 // A leader on a metadata store that was restored from a backup does nothing, and
 // nobody is given an id or a grant, until somebody says that it has recovered.
-func TestLeaderOfARestoredStore(t *testing.T) {
+func TestLeaderAfterMetadataRollback(t *testing.T) {
 	for name, revision := range map[string]int64{"lower revision": 0, "higher revision": 10_000} {
 		t.Run(name, func(t *testing.T) {
-			inWorld(t, func(t *testing.T, w *world) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
 				ctx := t.Context()
 				r := w.start("before", withEpoch)
 				col, _, _ := w.collection(r, "c")
@@ -124,8 +125,8 @@ func TestLeaderOfARestoredStore(t *testing.T) {
 }
 
 // A leader that is at work ends it when the store is found to be behind.
-func TestLeaderEndsItsWork(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestLeaderStopsOnRollback(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		ctx := t.Context()
 		r := w.start("a", withEpoch)
 		col, _, _ := w.collection(r, "c")
@@ -172,8 +173,8 @@ func (h *grantHook) Txn(ctx context.Context, txn meta.Txn) (meta.TxnResult, erro
 }
 
 // The store is found to be behind between the look at the references and the grant.
-func TestGrantComparesBehind(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestGrantComparesRollback(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		ctx := t.Context()
 		hook := &grantHook{}
 		r := w.start("a", func(o *Options) { hook.KV, o.KV = o.KV, hook }, withEpoch)
@@ -199,7 +200,7 @@ func TestGrantComparesBehind(t *testing.T) {
 }
 
 // plantBeat writes a note of a metadata store that has come further.
-func (w *world) plantBeat(ctx context.Context, r *replica, beat, ceiling int64) {
+func (w *testEnv) plantBeat(ctx context.Context, r *replica, beat, ceiling int64) {
 	w.t.Helper()
 	note := fmt.Sprintf(`{"format_version":1,"cluster_id":%q,"beat":"%d","nonce":"x","revision":"1","ceiling":"%d","time":"2026-01-02T03:04:05Z"}`,
 		r.o.Cluster.ID, beat, ceiling)

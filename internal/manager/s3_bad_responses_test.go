@@ -22,7 +22,7 @@ import (
 
 // withLarge is a collection with a few small files and one that is copied in two
 // parts, whose content it returns.
-func (w *world) withLarge(r *replica) (catalog.Collection, segment.File, []byte) {
+func (w *testEnv) withLarge(r *replica) (catalog.Collection, segment.File, []byte) {
 	w.t.Helper()
 	col := w.rich(r, "c", 4)
 	large := w.segment(r, col, 0, 1, 9)
@@ -47,7 +47,7 @@ func throughProxy(through object.Store) func(*Options) {
 }
 
 // onPatientS3 is onS3 with requests that are not given up while a test is at it.
-func onPatientS3(t *testing.T) (*world, object.Store, *s3fault.Proxy) {
+func onPatientS3(t *testing.T) (*testEnv, object.Store, *s3fault.Proxy) {
 	t.Helper()
 	o := s3test.Bucket(t)
 	direct := s3test.Open(t, o)
@@ -57,22 +57,22 @@ func onPatientS3(t *testing.T) (*world, object.Store, *s3fault.Proxy) {
 	proxy := s3fault.New(t, o.Endpoint)
 	o.Endpoint, o.RequestTimeout, o.Backoff = proxy.URL(), clusterPatience, time.Millisecond
 	kv := metamemory.New(metamemory.Options{})
-	return &world{t: t, kv: kv, memory: kv, objects: direct, now: time.Now}, s3test.Open(t, o), proxy
+	return &testEnv{t: t, kv: kv, memory: kv, objects: direct, now: time.Now}, s3test.Open(t, o), proxy
 }
 
-// TestSourceChangesInMidCopy replaces or deletes a file of the snapshot between
+// TestSourceChangesDuringCopy replaces or deletes a file of the snapshot between
 // the requests of its copy: before the first part, and beside the last. The
 // restore fails and leaves nothing, or completes with what the file was.
-func TestSourceChangesInMidCopy(t *testing.T) {
+func TestSourceChangesDuringCopy(t *testing.T) {
 	for how, c := range map[string]struct {
-		change func(w *world, key string, content []byte) error
+		change func(w *testEnv, key string, content []byte) error
 		reason string
 	}{
-		"replaced": {func(w *world, key string, content []byte) error {
+		"replaced": {func(w *testEnv, key string, content []byte) error {
 			_, err := w.objects.Put(context.Background(), key, bytes.ToUpper(content))
 			return err
 		}, "SOURCE_OBJECT_ALTERED"},
-		"deleted": {func(w *world, key string, _ []byte) error {
+		"deleted": {func(w *testEnv, key string, _ []byte) error {
 			return w.objects.Delete(context.Background(), key)
 		}, "SOURCE_OBJECT_MISSING"},
 	} {
@@ -123,10 +123,10 @@ func TestSourceChangesInMidCopy(t *testing.T) {
 	}
 }
 
-// TestHeadsThatLie has HEADs of a snapshot's file say another size, or that there
+// TestWrongHeadResponses has HEADs of a snapshot's file say another size, or that there
 // is none, or one that is gone. A create that verifies refuses what it is told is
 // wrong; what it cannot see a restore does, and leaves nothing.
-func TestHeadsThatLie(t *testing.T) {
+func TestWrongHeadResponses(t *testing.T) {
 	w, through, proxy := onPatientS3(t)
 	// A create waits for an answer that it can use until its own timeout.
 	r := w.start("a", throughProxy(through), func(o *Options) { o.CreateTimeout = 5 * time.Second })
@@ -134,7 +134,8 @@ func TestHeadsThatLie(t *testing.T) {
 	of := regexp.MustCompile(regexp.QuoteMeta(file.Path) + "$")
 	lie := func(name string, edit func(a *s3fault.Answer)) {
 		proxy.Plan(s3fault.Rule{
-			Op: s3fault.HeadObject, Key: of, Times: -1, Action: s3fault.Edit(name, func(a *s3fault.Answer) bool { edit(a); return true }),
+			Op: s3fault.HeadObject, Key: of, Times: -1,
+			Action: s3fault.Edit(name, func(a *s3fault.Answer) bool { edit(a); return true }),
 		})
 	}
 	sp := spec(col, "verified")

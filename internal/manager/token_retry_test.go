@@ -10,8 +10,8 @@ import (
 
 // It was once wrong: the first call with a token lands while the second decides, and
 // the second cannot read what has become of the first.
-func TestRepeatThatCannotLookAgain(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestRepeatWithUnreadableToken(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(a, "c")
 		settle()

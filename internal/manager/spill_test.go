@@ -18,13 +18,14 @@ import (
 
 // The leader parks what a snapshot holds for longer than the tolerance. Nobody
 // sees a difference, and once the snapshot is dropped nothing is left.
-func TestHeldUnitIsParked(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+func TestHeldUnitIsSpilled(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
 		col, _, _ := w.collection(r, "c")
 		dropped, lives := w.segment(r, col, 0, 1, 20), w.segment(r, col, 0, 21, 40)
 		dropped.EngineData = bytes.Repeat([]byte{1}, 1000)
-		dropped.Files = append(dropped.Files, segment.File{Kind: segment.KindStats, Path: fmt.Sprintf("%d/0/%d/any", col.ID, dropped.ID), Size: 10})
+		dropped.Files = append(dropped.Files,
+			segment.File{Kind: segment.KindStats, Path: fmt.Sprintf("%d/0/%d/any", col.ID, dropped.ID), Size: 10})
 		w.addWritten(r, col, dropped, lives)
 		w.checkpoint(r, col, 100, 100)
 		s := w.create(r, col, "one")
@@ -52,7 +53,8 @@ func TestHeldUnitIsParked(t *testing.T) {
 		}
 		time.Sleep(20 * time.Minute)
 		settle()
-		if got := w.objectsUnder(catalog.SpillPrefix); !slices.Equal(got, []string{catalog.SpillKey(col.ID, dropped.ID)}) || size() > 256 {
+		if got := w.objectsUnder(catalog.SpillPrefix); !slices.Equal(got, []string{catalog.SpillKey(col.ID, dropped.ID)}) ||
+			size() > 256 {
 			t.Fatalf("there is %v, and the record takes %d bytes, which were %d", got, size(), full)
 		}
 		if diff := cmp.Diff(before, usage()); diff != "" {
@@ -63,10 +65,12 @@ func TestHeldUnitIsParked(t *testing.T) {
 		w.heldBy(w.reclaim(r, col, gc.BySnapshotd, gc.Ask{File: file})[0], s)
 		other := w.segment(r, col, 0, 1, 20)
 		other.Files[0].Path = file.Path
-		if _, _, err := r.catalog.AddSegments(t.Context(), col.ID, []segment.Segment{other}); !errors.Is(err, catalog.ErrFileExists) {
+		if _, _, err := r.catalog.AddSegments(t.Context(), col.ID,
+			[]segment.Segment{other}); !errors.Is(err, catalog.ErrFileExists) {
 			t.Errorf("a file of a parked unit: err = %v", err)
 		}
-		if _, _, err := r.catalog.AddSegments(t.Context(), col.ID, []segment.Segment{dropped}); !errors.Is(err, catalog.ErrSegmentExists) && !errors.Is(err, catalog.ErrFileExists) {
+		if _, _, err := r.catalog.AddSegments(t.Context(), col.ID,
+			[]segment.Segment{dropped}); !errors.Is(err, catalog.ErrSegmentExists) && !errors.Is(err, catalog.ErrFileExists) {
 			t.Errorf("the id of a parked unit: err = %v", err)
 		}
 		w.check(r)
@@ -76,7 +80,8 @@ func TestHeldUnitIsParked(t *testing.T) {
 		if got, want := w.objectsUnder("data/"), []string{"data/" + lives.Files[0].Path}; !slices.Equal(got, want) {
 			t.Errorf("left %v, want %v", got, want)
 		}
-		if got := append(w.objectsUnder("gc/"), append(w.keysUnder("/catalog/unit/"), w.keysUnder("/gc/tomb/")...)...); len(got) > 0 {
+		if got := append(w.objectsUnder("gc/"),
+			append(w.keysUnder("/catalog/unit/"), w.keysUnder("/gc/tomb/")...)...); len(got) > 0 {
 			t.Errorf("left %v", got)
 		}
 		w.check(r)
@@ -86,7 +91,7 @@ func TestHeldUnitIsParked(t *testing.T) {
 // A unit whose object is lost is never granted, and goes when the object is put
 // back.
 func TestLostHeldObjectStopsItsUnit(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
 		col, _, _ := w.collection(r, "c")
 		lost := w.segment(r, col, 0, 1, 20)
