@@ -11,8 +11,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// Records are dealt out in chunks before it is known what is captured of them.
-// One of which nothing is leaves a gap in the numbers, and no object.
+// TestManifestsOfChunks checks that a chunk without captured segments leaves a gap in
+// the manifest numbers and writes no object.
 func TestManifestsOfChunks(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -23,7 +23,7 @@ func TestManifestsOfChunks(t *testing.T) {
 			switch {
 			case i/chunkSegments == 1: // after the cut
 				s = w.segment(r, col, 0, 10, 11)
-			case i == 5: // on both sides of it
+			case i == 5: // straddles the cut
 				s = w.segment(r, col, 0, 1, 11)
 			}
 			all = append(all, s)
@@ -56,7 +56,7 @@ func TestManifestsOfChunks(t *testing.T) {
 			t.Errorf("totals %+v", snap.Totals)
 		}
 
-		// All of these are looked at, in each chunk.
+		// Verification checks the files of every chunk.
 		for _, s := range want[:len(want)-1] {
 			if _, err := w.objects.Put(t.Context(), "data/"+s.Files[0].Path, []byte("ten bytes.")); err != nil {
 				t.Fatal(err)

@@ -22,7 +22,8 @@ import (
 	"github.com/snapshotd/snapshotd/test/hosts"
 )
 
-// on has a replica run on a host. Alone, its object store is a directory there.
+// on configures a replica that runs on a host. With alone, its object store is a
+// directory of the host.
 func (w *testEnv) on(h *hosts.Host, alone bool) func(*Options) {
 	h.Boot()
 	return func(o *Options) {
@@ -38,7 +39,7 @@ func (w *testEnv) on(h *hosts.Host, alone bool) func(*Options) {
 	}
 }
 
-// onHost is an object store whose clock is that of a host.
+// onHost is an object store with the clock of a host.
 type onHost struct {
 	object.Store
 	h *hosts.Host
@@ -66,7 +67,8 @@ func (w *testEnv) createTTL(r *replica, col catalog.Collection, name string, ttl
 	return s
 }
 
-// A ttl counts from the time that all agree on, not from the creating replica's.
+// TestTTLWithSkewedCreatorClock checks that a ttl starts at the trusted reading, not at
+// the creating replica's clock.
 func TestTTLWithSkewedCreatorClock(t *testing.T) {
 	for _, by := range []time.Duration{-24 * time.Hour, -2 * time.Hour, 2 * time.Hour} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
@@ -89,7 +91,8 @@ func TestTTLWithSkewedCreatorClock(t *testing.T) {
 	}
 }
 
-// Readers get the whole tolerance, and no more than that, whichever replica drops.
+// TestDropTimeWithSkewedClock checks that readers get exactly the tolerance, whichever
+// replica drops.
 func TestDropTimeWithSkewedClock(t *testing.T) {
 	for _, by := range []time.Duration{-2 * time.Hour, 2 * time.Hour} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
@@ -119,8 +122,8 @@ func TestDropTimeWithSkewedClock(t *testing.T) {
 	}
 }
 
-// A host whose clock steps deletes nothing, neither then nor after a restart, until
-// an operator says that the clock is right.
+// TestHostClockSteps checks that a host whose clock steps deletes nothing, before and
+// after a restart, until RecoverClock.
 func TestHostClockSteps(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		h := &hosts.Host{}
@@ -133,7 +136,7 @@ func TestHostClockSteps(t *testing.T) {
 		w.checkpoint(r, col, 10, 10)
 		w.dropSegments(r, col, s.ID)
 		time.Sleep(time.Minute)
-		h.Off.Set(365 * 24 * time.Hour) // set wrong, until NTP steps it back
+		h.Off.Set(365 * 24 * time.Hour) // wrong until NTP steps it back
 		time.Sleep(10 * time.Minute)
 		settle()
 		check := func(when string) {
@@ -143,7 +146,7 @@ func TestHostClockSteps(t *testing.T) {
 			}
 		}
 		check("after a step of a year")
-		// What needs the time says so; what does not goes on.
+		// Calls that need the time fail; others succeed.
 		wantUntrusted := func(what string, err error) {
 			t.Helper()
 			if !errors.Is(err, clock.ErrUntrusted) {
@@ -197,7 +200,8 @@ func dropByName(ctx context.Context, r *replica, name string) error {
 	return err
 }
 
-// Downtime expires what became due in it; a gap that no downtime explains does not.
+// TestDowntimeAndExpiry checks that snapshots that expired during a downtime are
+// dropped after it, and that an unexplained gap of the clock expires nothing.
 func TestDowntimeAndExpiry(t *testing.T) {
 	for days, want := range map[int]int{30: 0, 36: 1} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
@@ -218,7 +222,7 @@ func TestDowntimeAndExpiry(t *testing.T) {
 	}
 }
 
-// A host that sleeps for a night goes on.
+// TestSleepingHost checks that a host continues after it slept for a night.
 func TestSleepingHost(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		h := &hosts.Host{}
@@ -235,8 +239,8 @@ func TestSleepingHost(t *testing.T) {
 	})
 }
 
-// A deadline is stamped and judged by one time, though the clocks of the replica
-// that admits and of the one that leads are apart.
+// TestRestoreDeadlineAndClocks checks that a deadline is stamped and judged by the
+// trusted reading when the clocks of the admitting replica and the leader differ.
 func TestRestoreDeadlineAndClocks(t *testing.T) {
 	for _, off := range []struct{ leader, other time.Duration }{{0, -10 * time.Minute},
 		{10 * time.Minute, 0}, {0, 10 * time.Minute}} {
@@ -265,15 +269,15 @@ func TestRestoreDeadlineAndClocks(t *testing.T) {
 	}
 }
 
-// When a task was done is noted by the time that all agree on, since a job stalls by
-// it.
+// TestFinishTimeWithSkewedWorkerClock checks that the finish time of a task is the
+// trusted reading, by which a stalled job is detected.
 func TestFinishTimeWithSkewedWorkerClock(t *testing.T) {
 	for _, by := range []time.Duration{-24 * time.Hour, 24 * time.Hour} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
 			r := w.start("a", w.on(hosts.Off(by), false))
 			col := w.rich(r, "c", copyjob.TaskSegments+1)
 			s := w.create(r, col, "s")
-			var last atomic.Int64 // segment of the second task, which is not copied
+			var last atomic.Int64 // segment of the second task, whose copy is blocked
 			r.store.Plan(func(c object.Call) object.Fault {
 				if c.Op == object.OpCopy && strings.Contains(c.Keys[len(c.Keys)-1], fmt.Sprintf("/%d/", last.Load())) {
 					return object.FaultBefore
@@ -316,7 +320,8 @@ func TestFinishTimeWithSkewedWorkerClock(t *testing.T) {
 	}
 }
 
-// Snapshots that are pinned when they expire cost nothing until the pin goes.
+// TestExpiredButPinned checks that pinned snapshots cause no work when they expire,
+// until the pin is removed.
 func TestExpiredButPinned(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		idle := func(pinned int) int {
@@ -339,7 +344,7 @@ func TestExpiredButPinned(t *testing.T) {
 			return r.kv.Calls() - before
 		}
 		without, with := idle(0), idle(50)
-		if with > without+100 { // each pass would try all 50
+		if with > without+100 { // with one attempt per pass there would be 50
 			t.Errorf("%d calls with 50 expired and pinned snapshots, %d without", with, without)
 		}
 		r := w.start("b", func(o *Options) { o.CollectorOff = true })
@@ -364,10 +369,10 @@ func (w *testEnv) remove(key string) {
 	}
 }
 
-// A pin ends by its expire_time, though its lease goes on, as it does when etcd
-// restarts.
+// TestPinExpiresBeforeItsLease checks that a pin ends at its expire_time while its
+// lease continues, as after a restart of etcd.
 func TestPinExpiresBeforeItsLease(t *testing.T) {
-	// again has the lease of a pin begin again.
+	// again restarts the lease of a pin.
 	again := func(t *testing.T, w *testEnv, p *Pin) {
 		t.Helper()
 		kv, found, _, err := w.kv.Get(t.Context(), keys.Pin(p.Snapshot, p.ID))
@@ -424,7 +429,8 @@ func TestPinExpiresBeforeItsLease(t *testing.T) {
 	})
 }
 
-// The record of a request token ends by its expire_time, though its lease goes on.
+// TestTokenExpiresBeforeItsLease checks that a request token ends at its expire_time
+// while its lease continues.
 func TestTokenExpiresBeforeItsLease(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -458,7 +464,8 @@ func TestTokenExpiresBeforeItsLease(t *testing.T) {
 	})
 }
 
-// A ttl that is given later begins by the same time, whichever replica is asked.
+// TestUpdateTTL checks that a ttl set by an update starts at the same time on every
+// replica.
 func TestUpdateTTL(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a")
@@ -483,7 +490,8 @@ func TestUpdateTTL(t *testing.T) {
 	})
 }
 
-// A clock that steps under a create with a ttl aborts it, and leaves nothing.
+// TestClockStepDuringCreate checks that a clock step during a create with a ttl aborts
+// the create without remains.
 func TestClockStepDuringCreate(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		h := &hosts.Host{}

@@ -30,13 +30,13 @@ func TestMain(m *testing.M) {
 // clusterPatience bounds each wait of these tests.
 const clusterPatience = 40 * time.Second
 
-// enduring has a create outlive what these tests do to etcd, and the leader try
-// again soon.
+// enduring lets creates outlast the faults of etcd in these tests, and shortens the
+// leader's retries.
 func enduring(o *Options) {
 	o.LeaseTTL, o.LeaderTTL, o.CleanInterval = 20*time.Second, 2*time.Second, 5*time.Second
 }
 
-// eventually waits for a condition, in real time.
+// eventually waits for a condition in real time.
 func eventually(t *testing.T, what string, done func() bool) {
 	t.Helper()
 	tick := time.NewTicker(50 * time.Millisecond)
@@ -48,7 +48,7 @@ func eventually(t *testing.T, what string, done func() bool) {
 	}
 }
 
-// rest waits until nothing is under way and n snapshots are left.
+// rest waits until no work is pending and n snapshots remain.
 func (w *testEnv) rest(n int) {
 	w.t.Helper()
 	count := func(prefix string) int {
@@ -64,12 +64,12 @@ func (w *testEnv) rest(n int) {
 	})
 }
 
-// unanswered says whether an error leaves open what became of the call.
+// unanswered reports whether an error leaves the outcome of the call open.
 func unanswered(err error) bool {
 	return errors.Is(err, meta.ErrUnavailable) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, ErrOverloaded)
 }
 
-// definite repeats a call until its answer is one, each time at another replica.
+// definite repeats a call, each time at the next replica, until its outcome is known.
 func definite[T any](
 	t *testing.T, replicas []*replica, call func(ctx context.Context, r *replica) (T, error),
 ) (T, error) {
@@ -98,7 +98,7 @@ func createDefinite(
 	})
 }
 
-// clusterWork creates and drops snapshots and keeps what was acknowledged.
+// clusterWork creates and drops snapshots and records the acknowledged ones.
 type clusterWork struct {
 	t        *testing.T
 	replicas []*replica
@@ -112,7 +112,7 @@ type clusterWork struct {
 	lost atomic.Int64 // transactions without an answer
 }
 
-// lossy counts the transactions that get no answer.
+// lossy counts the transactions without an answer.
 type lossy struct {
 	meta.KV
 	lost *atomic.Int64
@@ -133,8 +133,8 @@ func (c *clusterWork) create(replicas []*replica, tok request.Token, name string
 	})
 }
 
-// make creates a snapshot of a name that nobody else has, and says its id. A
-// create that was aborted has left the name free for another.
+// make creates a snapshot of a new name and returns its id. An aborted create is
+// followed by another with the name.
 func (c *clusterWork) make(name string, replicas []*replica) (int64, bool) {
 	for range 20 {
 		tok := token(rand.Text(), name)
@@ -159,8 +159,8 @@ func (c *clusterWork) make(name string, replicas []*replica) (int64, bool) {
 	return 0, false
 }
 
-// round makes a snapshot that stays and one that does not, whose name is used
-// again in the next round.
+// round creates one snapshot that stays and one that is dropped, whose name the next
+// round reuses.
 func (c *clusterWork) round(worker, n int) {
 	replicas := slices.Concat(c.replicas[worker%len(c.replicas):], c.replicas)
 	name := fmt.Sprintf("kept-%d-%d", worker, n)
@@ -188,8 +188,8 @@ func (c *clusterWork) round(worker, n int) {
 	c.mu.Unlock()
 }
 
-// during has workers at it while storm runs, which calls give for each n rounds
-// that it wants begun.
+// during runs workers while storm runs. storm calls give to let them begin n more
+// rounds.
 func (c *clusterWork) during(workers int, storm func(give func(n int))) {
 	c.t.Helper()
 	turns := make(chan struct{})
@@ -219,8 +219,8 @@ func (c *clusterWork) during(workers int, storm func(give func(n int))) {
 	})
 }
 
-// TestClusterLeaderKilled has etcd lose its leader while snapshots come and go.
-// What was acknowledged holds, a token stands for one snapshot, and no create is
+// TestClusterLeaderKilled kills the leader of etcd while snapshots are created and
+// dropped. Acknowledged results hold, a token returns one snapshot, and no create is
 // given up.
 func TestClusterLeaderKilled(t *testing.T) {
 	c := etcdcluster.Start(t)
@@ -228,7 +228,7 @@ func TestClusterLeaderKilled(t *testing.T) {
 	w := inReality(t, c.KVAt(t, root))
 	work := &clusterWork{t: t, kept: map[string]int64{}, dropped: map[int64]string{}}
 	for _, name := range []string{"a", "b", "c"} {
-		w.kv = lossy{c.KVAt(t, root), &work.lost} // each has a client of its own
+		w.kv = lossy{c.KVAt(t, root), &work.lost} // a client per replica
 		work.replicas = append(work.replicas, w.start(name, enduring))
 	}
 	r := work.replicas[0]
@@ -254,7 +254,7 @@ func TestClusterLeaderKilled(t *testing.T) {
 				continue
 			}
 			c.Kill(i)
-			give(workers) // two members are enough, once one of them leads
+			give(workers) // two members suffice once one of them leads
 			c.Restart(t, i)
 		}
 	})
@@ -290,8 +290,8 @@ func TestClusterLeaderKilled(t *testing.T) {
 	}
 }
 
-// TestClusterQuorumLost has one member of three left: nothing is answered that
-// is not known, nothing is deleted, and then it goes on.
+// TestClusterQuorumLost stops two of three etcd members: no unconfirmed answer is
+// returned and nothing is deleted, and work continues with the quorum.
 func TestClusterQuorumLost(t *testing.T) {
 	c := etcdcluster.Start(t)
 	w := inReality(t, c.KV(t))
@@ -302,7 +302,7 @@ func TestClusterQuorumLost(t *testing.T) {
 	a, b := w.start("a", quick), w.start("b", quick)
 	both := []*replica{a, b}
 	col, _, _ := w.collection(a, "c")
-	// With a token, so that what is lost below is the commit and not the lease
+	// With a token, so that the lost call below is the commit and not the lease
 	// for its result.
 	if _, err := a.Create(t.Context(), token("t0", "before"), spec(col, "before")); err != nil {
 		t.Fatal(err)
@@ -319,7 +319,7 @@ func TestClusterQuorumLost(t *testing.T) {
 	w.await("the create has begun", func() bool { return len(w.keysUnder(pendingKeys)) == 1 })
 	before := w.objectsUnder("snapshots/")
 
-	// The leader is left, with what it was told and could not pass on.
+	// The etcd leader is left, with entries that it could not replicate.
 	leader := c.Leader(t)
 	var killed []int
 	for i := range etcdcluster.Members {
@@ -352,7 +352,7 @@ func TestClusterQuorumLost(t *testing.T) {
 	s, err := createDefinite(t, both, tok, col, "x")
 	first := err
 	if err != nil {
-		wantError(t, err, ErrCreateAborted) // else the commit came through after all
+		wantError(t, err, ErrCreateAborted) // else the commit took effect
 		s, err = createDefinite(t, both, token("t2", "r"), col, "x")
 	}
 	if err != nil {
@@ -371,8 +371,8 @@ func TestClusterQuorumLost(t *testing.T) {
 	}
 }
 
-// TestFullStore has etcd run full: writes are refused and say why, reads go on,
-// and with room it goes on by itself.
+// TestFullStore fills etcd: writes fail with the reason, reads continue, and writes
+// resume once space is free.
 func TestFullStore(t *testing.T) {
 	server := etcdtest.Start(t)
 	server.Stop(t)
@@ -417,7 +417,7 @@ func TestFullStore(t *testing.T) {
 	}
 	_, err = r.Get(ctx, Ref{Name: "y"})
 	wantError(t, err, ErrSnapshotNotFound)
-	_, err = r.Describe(ctx, Ref{Name: "x"}) // its record waits for the leader
+	_, err = r.Describe(ctx, Ref{Name: "x"}) // its record remains until the leader removes it
 	wantError(t, err, ErrSnapshotNotCommitted)
 
 	from, to := meta.Prefix("/fill/")

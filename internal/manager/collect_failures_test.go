@@ -24,7 +24,7 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// scanHook calls after with the beginning of each scan that has found something.
+// scanHook calls after with the start key of each scan that found keys.
 type scanHook struct {
 	meta.KV
 	after func(from string)
@@ -56,8 +56,8 @@ func (w *testEnv) dropMany(r *replica, col catalog.Collection, n, drop int) {
 	}
 }
 
-// A segment of a dropped partition that somebody else drops, and that is reclaimed
-// meanwhile, does not leave the others behind.
+// TestFinishPartitionDuringConcurrentDrop checks that the concurrent drop and reclaim
+// of one segment of a dropped partition does not leave the other segments.
 func TestFinishPartitionDuringConcurrentDrop(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		hook := &scanHook{}
@@ -102,8 +102,8 @@ func TestFinishPartitionDuringConcurrentDrop(t *testing.T) {
 	})
 }
 
-// An index is finished before a partition that was dropped as well: what is left of
-// the partition does not keep it.
+// TestFinishIndexOfADroppedPartition checks that an index is finished before a
+// partition that was also dropped, and that the partition's remains do not hold it.
 func TestFinishIndexOfADroppedPartition(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
@@ -138,13 +138,16 @@ func TestFinishIndexOfADroppedPartition(t *testing.T) {
 		for range 2 {
 			w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
 		}
-		if segs, parts := len(w.keysUnder(keys.SegmentPrefix(col.ID))), len(w.keysUnder(keys.PartitionPrefix(col.ID))); segs != 5 || parts != 0 {
+		segs, parts := len(w.keysUnder(keys.SegmentPrefix(col.ID))),
+			len(w.keysUnder(keys.PartitionPrefix(col.ID)))
+		if segs != 5 || parts != 0 {
 			t.Errorf("%d live segments and %d partitions, want 5 and 0", segs, parts)
 		}
 	})
 }
 
-// A replica whose clock is ahead judges the tolerance by the object store's.
+// TestCollectorWithFastClock checks that a replica with a fast clock judges the
+// tolerance by the object store's clock.
 func TestCollectorWithFastClock(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		w.start("engine-side", func(o *Options) { o.CollectorOff = true }).stop()
@@ -169,7 +172,8 @@ func TestCollectorWithFastClock(t *testing.T) {
 	})
 }
 
-// One record that cannot be read stops nothing but what it is about, and is told.
+// TestCollectorAndUnreadableRecords checks that an unreadable record blocks only its
+// own subject and is reported.
 func TestCollectorAndUnreadableRecords(t *testing.T) {
 	for name, damage := range map[string]func(w *testEnv, r *replica, bad catalog.Collection, p catalog.Partition){
 		"partition": func(w *testEnv, _ *replica, bad catalog.Collection, p catalog.Partition) {
@@ -207,7 +211,7 @@ func TestCollectorAndUnreadableRecords(t *testing.T) {
 				time.Sleep(4 * time.Hour)
 				settle()
 				var want []string
-				if name == "collection" { // where its files are is not known
+				if name == "collection" { // the place of its files is unknown
 					want = []string{"data/" + one.Files[0].Path}
 				}
 				if diff := cmp.Diff(want, w.objectsUnder("data/")); diff != "" {
@@ -221,7 +225,8 @@ func TestCollectorAndUnreadableRecords(t *testing.T) {
 	}
 }
 
-// What a stop keeps is no reason to let etcd grow.
+// TestCollectorSpillsWhereItStops checks that units kept by a stop are spilled, so that
+// etcd does not grow.
 func TestCollectorSpillsWhereItStops(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
@@ -242,7 +247,7 @@ func TestCollectorSpillsWhereItStops(t *testing.T) {
 	})
 }
 
-// locked is a store with an object that nobody may delete.
+// locked is a store with an object that cannot be deleted.
 type locked struct {
 	object.Store
 	key atomic.Pointer[string]
@@ -263,7 +268,8 @@ func (l *locked) Delete(ctx context.Context, list ...string) error {
 	return nil
 }
 
-// An object that cannot be deleted does not keep a sweep from the others.
+// TestSweepAndLockedObject checks that an object that cannot be deleted does not stop a
+// sweep.
 func TestSweepAndLockedObject(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		var l *locked

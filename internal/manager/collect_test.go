@@ -22,7 +22,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// round makes one and waits for what it deletes.
+// round makes a round and waits for its deletes.
 func (w *testEnv) round(r *replica, o collect.CycleOptions) ([]collect.Item, collect.Summary) {
 	w.t.Helper()
 	var items []collect.Item
@@ -35,8 +35,8 @@ func (w *testEnv) round(r *replica, o collect.CycleOptions) ([]collect.Item, col
 	return items, s
 }
 
-// told are the kinds and actions of items, in order.
-func told(items []collect.Item) []string {
+// actionsOf returns the kinds and actions of items, in order.
+func actionsOf(items []collect.Item) []string {
 	var list []string
 	for _, i := range items {
 		list = append(list, fmt.Sprintf("%d %d %d", i.Kind, i.Action, i.ID))
@@ -52,7 +52,7 @@ func (w *testEnv) drops(r *replica, col catalog.Collection) {
 	}
 }
 
-// leftOf are the keys that there still are of a collection.
+// leftOf returns the keys of a collection that still exist.
 func (w *testEnv) leftOf(col catalog.Collection) []string {
 	w.t.Helper()
 	var list []string
@@ -64,8 +64,8 @@ func (w *testEnv) leftOf(col catalog.Collection) []string {
 	return list
 }
 
-// The leader deletes what was dropped once the tolerance has passed, and not
-// before; what a snapshot holds waits for the snapshot.
+// TestCollectorWaits checks that the leader deletes dropped units after the tolerance
+// and not before, and held units after the drop of their snapshot.
 func TestCollectorWaits(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
@@ -102,15 +102,15 @@ func TestCollectorWaits(t *testing.T) {
 	})
 }
 
-// A dropped collection goes with everything, and a snapshot of it is restored
-// though the collector has been there.
+// TestCollectorAndDroppedCollection checks that all keys and files of a dropped
+// collection are deleted, and that a snapshot of it can be restored before.
 func TestCollectorAndDroppedCollection(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
 		col := w.rich(r, "c", 6)
 		s := w.create(r, col, "one")
 		files := w.objectsUnder("data/")
-		late := w.segment(r, col, 0, 1000, 1001) // that the snapshot does not have
+		late := w.segment(r, col, 0, 1000, 1001) // not in the snapshot
 		w.addWritten(r, col, late)
 		w.drops(r, col)
 		_, sum := w.round(r, collect.CycleOptions{})
@@ -149,7 +149,8 @@ func TestCollectorAndDroppedCollection(t *testing.T) {
 	})
 }
 
-// A dropped partition takes its segments along, a dropped index its builds.
+// TestCollectorFinishesPartitionsAndIndexes checks that a dropped partition drops its
+// segments and a dropped index its builds.
 func TestCollectorFinishesPartitionsAndIndexes(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
@@ -182,7 +183,8 @@ func TestCollectorFinishesPartitionsAndIndexes(t *testing.T) {
 			t.Fatal(err)
 		}
 		items, sum := w.round(r, collect.CycleOptions{Tolerance: new(time.Duration), DryRun: true})
-		if diff := cmp.Diff([]string{fmt.Sprintf("4 1 %d", p.ID), fmt.Sprintf("5 1 %d", x.ID)}, told(items)); diff != "" ||
+		if diff := cmp.Diff([]string{fmt.Sprintf("4 1 %d", p.ID), fmt.Sprintf("5 1 %d", x.ID)},
+			actionsOf(items)); diff != "" ||
 			sum.Removed != 2 {
 			t.Errorf("dry run: %+v\n%s", sum, diff)
 		}
@@ -217,8 +219,8 @@ func TestCollectorFinishesPartitionsAndIndexes(t *testing.T) {
 	})
 }
 
-// A round that would take too much of a collection in use stops, and says so,
-// until somebody insists.
+// TestCollectorStops checks that a round stops and reports it when it would delete too
+// large a share of a collection in use, unless forced.
 func TestCollectorStops(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
@@ -259,7 +261,7 @@ func TestCollectorStops(t *testing.T) {
 		for _, i := range items {
 			if i.Action != collect.Stops || i.Reason == "" || i.Kind != collect.ItemCollection &&
 				(i.Files != 1 || len(i.Objects) != 1) {
-				t.Errorf("a dry run tells %+v", i)
+				t.Errorf("a dry run reports %+v", i)
 			}
 		}
 		if last := r.Collector().LastCycle(); last == nil || last.StopCount != 1 {
@@ -274,8 +276,8 @@ func TestCollectorStops(t *testing.T) {
 	})
 }
 
-// A dry run says what would become of each unit and object and why, changes
-// nothing, and the round that follows does what it said.
+// TestCollectorDryRun checks that a dry run reports the action and reason for each unit
+// and object, changes nothing, and matches the round that follows.
 func TestCollectorDryRun(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
@@ -289,7 +291,7 @@ func TestCollectorDryRun(t *testing.T) {
 		time.Sleep(4 * time.Hour)
 		w.dropSegments(r, col, fresh.ID)
 		revision := func() int64 { _, _, rev, _ := w.kv.Get(t.Context(), keys.IDs); return rev }
-		settle() // the leader notes the time
+		settle() // the leader records the time
 		objects, before := w.objectsUnder("data/"), revision()
 		items, sum := w.round(r, collect.CycleOptions{DryRun: true})
 		if sum.Granted != 1 || sum.Held != 1 || sum.Waiting != 1 || sum.Files != 1 || sum.Bytes != 10 {
@@ -324,7 +326,7 @@ func TestCollectorDryRun(t *testing.T) {
 	})
 }
 
-// A round sweeps when it is told to.
+// TestCollectSweeps checks that a round sweeps on request.
 func TestCollectSweeps(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
@@ -348,8 +350,8 @@ func TestCollectSweeps(t *testing.T) {
 	})
 }
 
-// Whatever call of a round fails, before or after its effect: nothing that is
-// held goes, and in the end all that is free is gone.
+// TestCollectorSurvivesEachFailedCall fails each call of a round, before and after its
+// effect: held units stay, and eventually all free units are deleted.
 func TestCollectorSurvivesEachFailedCall(t *testing.T) {
 	scene := func(t *testing.T, fail func(r *replica, n int) func() bool) {
 		for n := 0; ; n++ {
@@ -388,7 +390,7 @@ func TestCollectorSurvivesEachFailedCall(t *testing.T) {
 				}
 				fired = done()
 				r.lift()
-				time.Sleep(5 * time.Minute) // the deletes that failed are tried again
+				time.Sleep(5 * time.Minute) // failed deletes are retried
 				for range 3 {
 					w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
 				}
@@ -433,8 +435,8 @@ func TestCollectorSurvivesEachFailedCall(t *testing.T) {
 
 func second[T any](_ T, err error) error { return err }
 
-// A round with nothing to do asks the object store for nothing and writes
-// nothing.
+// TestCollectorIdles checks that a round without work makes no object requests and no
+// writes.
 func TestCollectorIdles(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
@@ -445,7 +447,7 @@ func TestCollectorIdles(t *testing.T) {
 		w.create(r, col, "one")
 		w.dropSegments(r, col, s.ID)
 		settle()
-		r.store.Plan(nil) // counts from here
+		r.store.Plan(nil) // resets the counts
 		_, _, before, err := w.kv.Get(t.Context(), keys.IDs)
 		if err != nil {
 			t.Fatal(err)
@@ -462,8 +464,8 @@ func TestCollectorIdles(t *testing.T) {
 	})
 }
 
-// References that cannot be read keep everything of their collection, and of no
-// other.
+// TestCollectorIsBlocked checks that unreadable references protect everything in their
+// collection, and nothing in others.
 func TestCollectorIsBlocked(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
@@ -477,7 +479,7 @@ func TestCollectorIsBlocked(t *testing.T) {
 		w.dropSegments(r, bad, one.ID)
 		w.dropSegments(r, good, two.ID)
 		w.putObject(fmt.Sprintf("snapshots/%d/%d/refs.avro", bad.ID, s.ID), []byte("no"))
-		r = w.forget(r, "b") // knows no references yet
+		r = w.forget(r, "b") // has loaded no references yet
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		sum, err := r.Collect(ctx, collect.CycleOptions{Tolerance: new(time.Duration)})

@@ -19,8 +19,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// A wait ends with the last delete that was granted up to then, and not for what
-// came later, or is of another collection, or a caller's.
+// TestAwaitDeleted checks that a wait ends with the last delete granted before it, and
+// ignores later units, other collections and units of callers.
 func TestAwaitDeleted(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		ctx := t.Context()
@@ -81,7 +81,8 @@ func TestAwaitDeleted(t *testing.T) {
 	})
 }
 
-// What counts is among much that came later.
+// TestAwaitDeletedAmongLaterOnes checks that a wait finds its units among many later
+// ones.
 func TestAwaitDeletedAmongLaterOnes(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
@@ -113,11 +114,11 @@ func TestAwaitDeletedAmongLaterOnes(t *testing.T) {
 	})
 }
 
-// The last round is told by every replica, with all that it came to.
+// TestCollectorStatus checks that every replica reports the last round completely.
 func TestCollectorStatus(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectTolerance, o.CollectMaxShare = time.Hour, 0.25 })
-		settle() // so that it is the one that leads
+		settle() // so that it leads
 		other := w.start("b", func(o *Options) { o.CollectorOff = true })
 		got, err := r.CollectorStatus(t.Context())
 		want := CollectorStatus{Tolerance: time.Hour, MaxShare: 0.25, StopUnits: collect.StopUnits, Enabled: true}
@@ -155,13 +156,14 @@ func TestCollectorStatus(t *testing.T) {
 	})
 }
 
-// What the leader cannot do is said by every replica, since when, and is logged once.
-// It is said no more once it is done, or another leads.
+// TestCollectorStatusReportsHalts checks that every replica reports failures of the
+// leader with their start, and that each is logged once. The report ends with the
+// failure or with the leadership.
 func TestCollectorStatusReportsHalts(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		core, logs := observer.New(zapcore.InfoLevel)
 		r := w.start("a", func(o *Options) { o.CollectorOff, o.Log = true, zap.New(core) })
-		settle() // so that it is the one that leads
+		settle() // so that it leads
 		other := w.start("b", func(o *Options) { o.CollectorOff = true })
 		col, _, _ := w.collection(r, "c")
 		s := w.create(r, col, "x")

@@ -216,7 +216,7 @@ func TestCreateRefusesBadInput(t *testing.T) {
 		_, err = r.Create(t.Context(), request.Token{}, spec(dropped, "x"))
 		wantError(t, err, catalog.ErrCollectionNotActive)
 		settle()
-		// Ids may be handed out, which is all.
+		// Only allocations of ids may be left.
 		res, err := w.kv.Range(t.Context(), meta.Range{From: "/", To: "0"})
 		if err != nil {
 			t.Fatal(err)
@@ -233,7 +233,7 @@ func TestCreateRefusesBadInput(t *testing.T) {
 	})
 }
 
-// restoring makes the collection look as a restore makes it.
+// restoring sets the state that a restore gives its target.
 func (w *testEnv) restoring(col catalog.Collection) {
 	w.t.Helper()
 	kv, _, _, err := w.kv.Get(w.t.Context(), keys.Collection(col.ID))
@@ -272,7 +272,7 @@ func TestCreateRacesDropCollection(t *testing.T) {
 		col, _, _ := w.collection(r, "c")
 		w.add(r, col, w.segment(r, col, 0, 1, 2))
 		w.checkpoint(r, col, 10, 10)
-		// The collection goes between begin and capture: the first Scan-less read
+		// The collection is dropped between begin and capture: the first read without a scan
 		// after the begin transaction is the capture's.
 		var once sync.Once
 		began := false
@@ -348,7 +348,7 @@ func TestCreateTokens(t *testing.T) {
 		w.checkpoint(a, col, 10, 10)
 		tok := token("t1", "request 1")
 
-		// While the first is writing, the second joins it on another replica.
+		// While the first call writes, the second joins it on another replica.
 		a.store.Freeze()
 		first := make(chan *Snapshot, 2)
 		for _, r := range []*replica{a, b} {
@@ -376,7 +376,7 @@ func TestCreateTokens(t *testing.T) {
 			s1.State != Committed {
 			t.Fatalf("one token made %v, %v and %v", s1, s2, pending)
 		}
-		// The result stays though the snapshot is dropped.
+		// The result remains after the drop of the snapshot.
 		if _, err := a.Drop(t.Context(), request.Token{}, Ref{ID: s1.ID}, 0); err != nil {
 			t.Fatal(err)
 		}
@@ -443,7 +443,7 @@ func TestCreatorThatFreezesIsReapedAndFenced(t *testing.T) {
 		w.add(a, col, w.segment(a, col, 0, 1, 2))
 		w.checkpoint(a, col, 10, 10)
 		tok := token("t", "r")
-		a.store.Freeze() // begin is done, no object is written
+		a.store.Freeze() // after begin, before the first object
 		result := make(chan error, 1)
 		go func() {
 			_, err := a.Create(t.Context(), tok, spec(col, "x"))
@@ -451,7 +451,7 @@ func TestCreatorThatFreezesIsReapedAndFenced(t *testing.T) {
 		}()
 		settle()
 		a.kv.Freeze()
-		time.Sleep(3 * time.Minute) // longer than the lease, and than the leader's
+		time.Sleep(3 * time.Minute) // longer than the lease and the leader's
 		settle()
 		if keys := w.keysUnder("/snapshot/rec/"); len(keys) != 0 {
 			t.Errorf("the dead create was not cleaned: %v", keys)
@@ -480,7 +480,7 @@ func TestSlowCreateIsNotAbandoned(t *testing.T) {
 			}
 		}
 		w.checkpoint(r, col, 10, 10)
-		r.store.SetLatency(45 * time.Second) // two steps, each of three quarters of a lease
+		r.store.SetLatency(45 * time.Second) // two steps of three quarters of a lease each
 		sp := spec(col, "slow")
 		sp.Verify = false
 		begin := time.Now()
@@ -567,7 +567,7 @@ func TestMinCut(t *testing.T) {
 			result <- s
 		}()
 		settle()
-		w.memory.Overtake(true) // it looks again for what its watch may not have seen
+		w.memory.Overtake(true) // makes it read again, because its watch may lack changes
 		w.checkpoint(r, col, 20, 4)
 		w.memory.Overtake(false)
 		settle()
@@ -707,10 +707,9 @@ func TestCaptureStartsOverWhenCompacted(t *testing.T) {
 	})
 }
 
-// TestCreateSurvivesEachFailedCall fails every call that a create makes to the
-// metadata store, one after the other, before and after it takes effect. A
-// repeat with the same token must end in the same snapshot, or tell for good
-// that it failed; and then nothing is left of it.
+// TestCreateSurvivesEachFailedCall fails every metadata call of a create, one after the
+// other, before and after its effect. A repeat with the same token must return the same
+// snapshot or a final failure without remains.
 func TestCreateSurvivesEachFailedCall(t *testing.T) {
 	for _, fault := range []meta.Fault{meta.Before, meta.After} {
 		t.Run(fmt.Sprint(fault), func(t *testing.T) {
@@ -759,7 +758,7 @@ func failOneMetaCall(t *testing.T, n int, fault meta.Fault) (fired bool) {
 		if _, err := other.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0); err != nil {
 			t.Errorf("call %d: drop: %v", n, err)
 		}
-		w.create(other, col, "x") // whatever happened, the name can be had again
+		w.create(other, col, "x") // in any case the name is free afterwards
 		settle()
 		if got := len(w.check(other)); got != 1 {
 			t.Errorf("call %d: %d snapshots at the end", n, got)
@@ -768,7 +767,7 @@ func failOneMetaCall(t *testing.T, n int, fault meta.Fault) (fired bool) {
 	return fired
 }
 
-// wantUndefined checks that an error that was not final is not told as one.
+// wantUndefined checks that an error without a known outcome is not reported as final.
 func wantUndefined(t *testing.T, n int, err error) {
 	t.Helper()
 	if !errors.Is(err, meta.ErrUnavailable) && !errors.Is(err, ErrCreateAborted) {
@@ -776,7 +775,7 @@ func wantUndefined(t *testing.T, n int, err error) {
 	}
 }
 
-// TestCreateSurvivesEachFailedObjectCall does the same to the object store.
+// TestCreateSurvivesEachFailedObjectCall does the same with the object store.
 func TestCreateSurvivesEachFailedObjectCall(t *testing.T) {
 	for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
 		for n := range 6 {
@@ -813,8 +812,8 @@ func TestCreateFailsWhenTheObjectStoreIsLost(t *testing.T) {
 	})
 }
 
-// TestCreateAndAlteredAnswers loses the answer to each write of an object, and has
-// what is read back of it altered twice.
+// TestCreateAndAlteredAnswers loses the answer to each object write and alters the
+// read-back twice.
 func TestCreateAndAlteredAnswers(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -845,8 +844,8 @@ func TestCreateAndAlteredAnswers(t *testing.T) {
 	})
 }
 
-// TestForeignObjectIsNotOverwritten has another program's object where a create is
-// about to write. It fails that create alone.
+// TestForeignObjectIsNotOverwritten checks that an object of another program under a
+// key of a create fails that create only.
 func TestForeignObjectIsNotOverwritten(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", withEpoch)
@@ -865,8 +864,8 @@ func TestForeignObjectIsNotOverwritten(t *testing.T) {
 	})
 }
 
-// TestReusedIDRaisesAlarm stops all allocations when a create finds what snapshotd wrote
-// earlier under its new id.
+// TestReusedIDRaisesAlarm checks that a create that finds an object of snapshotd under
+// its new id stops all allocations.
 func TestReusedIDRaisesAlarm(t *testing.T) {
 	refs, err := manifest.EncodeRefs(&manifest.Refs{Segments: []int64{7}})
 	if err != nil {
@@ -904,9 +903,8 @@ func TestReusedIDRaisesAlarm(t *testing.T) {
 	}
 }
 
-// TestOwnObjectRaisesNoAlarm loses the answer to each write of an object, and has what is
-// read back of it fail for a while, or always be altered. Neither proves that the id
-// was handed out before.
+// TestOwnObjectRaisesNoAlarm loses the answer to each object write, and fails or alters
+// the read-back. Neither proves that the id was allocated before.
 func TestOwnObjectRaisesNoAlarm(t *testing.T) {
 	for name, fault := range map[string]object.Fault{"no answer": object.FaultBefore, "altered": object.FaultFlip} {
 		t.Run(name, func(t *testing.T) {
@@ -1007,8 +1005,8 @@ func TestCreateWaitsForItsTurn(t *testing.T) {
 	})
 }
 
-// TestCreatesShareOneMemoryBudget has creates that each need more than half of
-// the budget: they take turns, and none is given up for waiting.
+// TestCreatesShareOneMemoryBudget runs creates that each need more than half of the
+// budget: they run in turn, and none is given up while it waits.
 func TestCreatesShareOneMemoryBudget(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		const weight = 16 << 10

@@ -17,8 +17,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// lateKV is a KV that loses transactions on their way: the sender gets no answer,
-// and the transaction arrives when the test lets it.
+// lateKV is a KV that delays transactions: the sender gets no answer, and the
+// transaction is applied when the test calls arrive.
 type lateKV struct {
 	meta.KV
 
@@ -41,8 +41,8 @@ func (l *lateKV) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
 	return l.KV.Txn(ctx, t)
 }
 
-// arrive applies what was lost, and says how many of the transactions were not
-// refused. One whose lease is gone is refused.
+// arrive applies the delayed transactions and returns how many succeeded. A transaction
+// whose lease has ended fails.
 func (l *lateKV) arrive(t *testing.T) (applied int) {
 	t.Helper()
 	l.mu.Lock()
@@ -70,8 +70,7 @@ func puts(t meta.Txn, prefix string) bool {
 func isBegin(t meta.Txn) bool  { return puts(t, pendingKeys) }
 func isCommit(t meta.Txn) bool { return puts(t, generation) }
 
-// inLateEnv is inEnv with a collection, whose replica "a" has its transactions
-// lost.
+// inLateEnv is inEnv with a collection, and delays the transactions of replica "a".
 func inLateEnv(t *testing.T, fn func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection)) {
 	t.Helper()
 	inEnv(t, func(t *testing.T, w *testEnv) {
@@ -87,9 +86,9 @@ func inLateEnv(t *testing.T, fn func(t *testing.T, w *testEnv, a *replica, late 
 	})
 }
 
-// TestCreateSurvivesMetadataStoreOutage loses the metadata store for a while,
-// from each call of a create on, before and after that call takes effect: a change
-// of its leader looks like that. The create waits, and is not given up.
+// TestCreateSurvivesMetadataStoreOutage stops the metadata store for a while from each
+// call of a create, before and after the call's effect, like a change of etcd's leader.
+// The create waits and is not given up.
 func TestCreateSurvivesMetadataStoreOutage(t *testing.T) {
 	for _, away := range []time.Duration{2 * time.Second, 30 * time.Second} {
 		for _, fault := range []meta.Fault{meta.Before, meta.After} {
@@ -106,8 +105,7 @@ func TestCreateSurvivesMetadataStoreOutage(t *testing.T) {
 	}
 }
 
-// awayFrom has the store away from the nth call on that a create makes from its
-// begin on.
+// awayFrom stops the store from the nth call after the create's begin.
 func awayFrom(t *testing.T, n int, away time.Duration, fault meta.Fault) (fired bool) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r, other := w.start("a", func(o *Options) { o.CollectorOff = true }), w.start("b")
@@ -128,7 +126,7 @@ func awayFrom(t *testing.T, n int, away time.Duration, fault meta.Fault) (fired 
 				return meta.Before
 			case fired || !slices.Contains(counted, c.Method):
 				return meta.NoFault
-			case !granted: // its lease is the first that a create asks for
+			case !granted: // the create's lease is the first grant
 				granted = c.Method == meta.MethodGrant
 				return meta.NoFault
 			}
@@ -141,7 +139,7 @@ func awayFrom(t *testing.T, n int, away time.Duration, fault meta.Fault) (fired 
 		tok := token("t", "r")
 		s, err := r.Create(t.Context(), tok, spec(col, "x"))
 		r.kv.Hook(nil)
-		if err != nil && !errors.Is(err, meta.ErrUnavailable) { // before it has begun it may be refused
+		if err != nil && !errors.Is(err, meta.ErrUnavailable) { // before begin it may fail
 			t.Errorf("call %d: %v", n, err)
 		}
 		again, err := other.Create(t.Context(), tok, spec(col, "x"))
@@ -156,8 +154,8 @@ func awayFrom(t *testing.T, n int, away time.Duration, fault meta.Fault) (fired 
 	return fired
 }
 
-// TestLateCommit has commits arrive after they were sent again: one of
-// them happens.
+// TestLateCommit applies delayed commits after they were repeated: exactly one takes
+// effect.
 func TestLateCommit(t *testing.T) {
 	inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
 		n := 0
@@ -187,8 +185,8 @@ func TestLateCommit(t *testing.T) {
 	})
 }
 
-// TestLateCommitIsFound has the first commit arrive while others are sent:
-// they are refused, and the create has succeeded.
+// TestLateCommitIsFound applies the first commit while repeats are sent: they fail, and
+// the create succeeds.
 func TestLateCommitIsFound(t *testing.T) {
 	inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
 		late.lose = isCommit
@@ -220,8 +218,8 @@ func TestLateCommitIsFound(t *testing.T) {
 	})
 }
 
-// TestCommitWithoutAnswerEndsAtTheTimeout loses every commit. The create fails at
-// its timeout, for good: no commit that arrives afterwards is applied.
+// TestCommitWithoutAnswerEndsAtTheTimeout delays every commit: the create fails at its
+// timeout, and no commit that arrives later is applied.
 func TestCommitWithoutAnswerEndsAtTheTimeout(t *testing.T) {
 	inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
 		late.lose = isCommit
@@ -249,8 +247,8 @@ func TestCommitWithoutAnswerEndsAtTheTimeout(t *testing.T) {
 	})
 }
 
-// TestUndecidedCommit loses commits, and what would take them back: the
-// answer is that it is not known. The repeat then gives one.
+// TestUndecidedCommit delays commits and give-ups: the call reports an unknown outcome,
+// and the repeat a final one.
 func TestUndecidedCommit(t *testing.T) {
 	for _, arrives := range []bool{false, true} {
 		inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
@@ -297,8 +295,8 @@ func TestUndecidedCommit(t *testing.T) {
 	}
 }
 
-// TestLateBegin has begins arrive after they were sent again: one of them
-// happens, also when the snapshot has been dropped since.
+// TestLateBegin applies delayed begins after they were repeated: exactly one takes
+// effect, also if the snapshot was dropped since.
 func TestLateBegin(t *testing.T) {
 	for _, tok := range []request.Token{{}, token("t", "r")} {
 		inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
@@ -331,8 +329,8 @@ func TestLateBegin(t *testing.T) {
 	}
 }
 
-// TestBeginWithoutAnswerEndsWithItsLease loses every begin: the caller gets no
-// verdict, and none that arrives afterwards is applied.
+// TestBeginWithoutAnswerEndsWithItsLease delays every begin: the caller gets an unknown
+// outcome, and no begin that arrives later is applied.
 func TestBeginWithoutAnswerEndsWithItsLease(t *testing.T) {
 	inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
 		late.lose = isBegin
@@ -357,9 +355,9 @@ func TestBeginWithoutAnswerEndsWithItsLease(t *testing.T) {
 	})
 }
 
-// TestRepeatAbandonsADeadCreate has a replica die in a create, and nothing lead: a
-// repeat under the token ends the create, waiting or not, as soon as its lease has
-// ended, and the name is free.
+// TestRepeatAbandonsADeadCreate stops a replica during a create while there is no
+// leader: a repeat with the token abandons the create, waiting or not, once its lease
+// has ended, and the name is free.
 func TestRepeatAbandonsADeadCreate(t *testing.T) {
 	for _, noWait := range []bool{false, true} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
@@ -412,8 +410,8 @@ func TestRepeatAbandonsADeadCreate(t *testing.T) {
 	}
 }
 
-// TestCreateSurvivesObjectStoreOutage has the object store give no answer for
-// a while, to each kind of call.
+// TestCreateSurvivesObjectStoreOutage stops the object store for a while, for each kind
+// of call.
 func TestCreateSurvivesObjectStoreOutage(t *testing.T) {
 	for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
 		inEnv(t, func(t *testing.T, w *testEnv) {

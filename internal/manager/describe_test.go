@@ -9,9 +9,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// TestDescribeReportsDamage has own files of a snapshot be missing or of another
-// length: a description names them, by one listing, which is one more request. A
-// store that cannot be listed leaves that open.
+// TestDescribeReportsDamage checks that a description names missing and truncated
+// objects with a single listing, and reports a store that cannot be listed.
 func TestDescribeReportsDamage(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")

@@ -23,8 +23,8 @@ func TestDropDistinguishesAbsentFromUnreadable(t *testing.T) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
 		s := w.create(r, col, "x")
-		settle() // so that the fault is met by the drop
-		// A store that does not answer is not "there is no such snapshot".
+		settle() // so that the fault hits the drop
+		// A store that does not answer must not count as an absent snapshot.
 		r.kv.FailNth(0, meta.Before, meta.MethodGet)
 		_, err := r.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0)
 		wantError(t, err, meta.ErrUnavailable)
@@ -99,12 +99,12 @@ func TestDropOfPinnedIsRefused(t *testing.T) {
 		if !strings.Contains(errText(err), "restore-7") {
 			t.Errorf("%v does not name the pin", err)
 		}
-		// A pin that comes between the look and the transaction holds as well.
+		// A pin made between the read and the transaction protects the snapshot.
 		if _, err := w.kv.Txn(t.Context(),
 			meta.Txn{Then: []meta.Op{meta.Delete(keys.PinPrefix(s.ID) + "restore-7")}}); err != nil {
 			t.Fatal(err)
 		}
-		settle() // what the leader writes at first is not to be taken for the drop
+		settle() // so that the leader's first writes do not count as the drop's
 		pinned := false
 		r.kv.Hook(func(c meta.Call) meta.Fault {
 			if c.Method == meta.MethodTxn && !pinned {
@@ -118,8 +118,7 @@ func TestDropOfPinnedIsRefused(t *testing.T) {
 	})
 }
 
-// TestDropPrefixEndsInSlash drops a snapshot whose id is the beginning of
-// another's.
+// TestDropPrefixEndsInSlash drops a snapshot whose id is a prefix of another's.
 func TestDropPrefixEndsInSlash(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -171,8 +170,8 @@ func TestRecordIsDeletedLast(t *testing.T) {
 	})
 }
 
-// TestEachStateIsCleanedOnItsOwn has trouble with one snapshot and sees the
-// others cleaned.
+// TestEachStateIsCleanedOnItsOwn checks that a failure with one snapshot does not stop
+// the cleaning of the others.
 func TestEachStateIsCleanedOnItsOwn(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -204,8 +203,8 @@ func TestEachStateIsCleanedOnItsOwn(t *testing.T) {
 	})
 }
 
-// TestDropSurvivesEachFailedCall fails every call of a drop, and of the cleaning
-// that follows, before and after it takes effect.
+// TestDropSurvivesEachFailedCall fails every call of a drop and of the cleaning after
+// it, before and after its effect.
 func TestDropSurvivesEachFailedCall(t *testing.T) {
 	for _, fault := range []meta.Fault{meta.Before, meta.After} {
 		for n := 0; ; n++ {
@@ -244,8 +243,8 @@ func TestDropSurvivesEachFailedCall(t *testing.T) {
 	}
 }
 
-// TestThreeReplicas elects, loses, freezes and fences out leaders while
-// snapshots come and go.
+// TestThreeReplicas elects, stops, freezes and deposes leaders while snapshots are
+// created and dropped.
 func TestThreeReplicas(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		replicas := map[string]*replica{}
@@ -270,8 +269,8 @@ func TestThreeReplicas(t *testing.T) {
 		first := leader()
 		col, _, _ := w.collection(first, "c")
 
-		// The leader freezes in the middle of its work: it has listed the objects of
-		// a dropped snapshot, and would next remove the record.
+		// The leader freezes during a removal: it has listed the objects of
+		// a dropped snapshot and would next delete the record.
 		s := w.create(first, col, "x")
 		first.store.Freeze()
 		if _, err := first.Drop(t.Context(), request.Token{}, Ref{ID: s.ID}, 0); err != nil {
@@ -288,7 +287,7 @@ func TestThreeReplicas(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		first.store.Thaw() // its deletes land late, and harm nothing
+		first.store.Thaw() // its late deletes are harmless
 		first.kv.Thaw()
 		second := leader()
 		if second == first {
@@ -299,7 +298,7 @@ func TestThreeReplicas(t *testing.T) {
 				t.Errorf("the leader that was deposed wrote %s", kv)
 			}
 		}
-		// A leader that stops hands over at once.
+		// A leader that stops releases its leadership at once.
 		stopped := time.Now()
 		second.stop()
 		for name, r := range replicas {
@@ -309,7 +308,7 @@ func TestThreeReplicas(t *testing.T) {
 		}
 		third := leader()
 		if waited := time.Since(stopped); waited > 2*time.Second {
-			t.Errorf("it took %v to hand over", waited)
+			t.Errorf("the change of leaders took %v", waited)
 		}
 		if third == second {
 			t.Error("a stopped replica leads")
@@ -331,7 +330,7 @@ func (w *testEnv) anyOf(replicas map[string]*replica) *replica {
 	return nil
 }
 
-// written are the keys that were written after a revision and are still there.
+// written returns the existing keys that were written after a revision.
 func (w *testEnv) written(after int64) []string {
 	w.t.Helper()
 	res, err := w.kv.Range(w.t.Context(), meta.Range{From: "/", To: "0"})
@@ -381,7 +380,7 @@ func TestExpiry(t *testing.T) {
 	})
 }
 
-// skewed is a store whose clock is off.
+// skewed is a store with a wrong clock.
 type skewed struct {
 	object.Store
 	by time.Duration
@@ -392,8 +391,8 @@ func (s skewed) Now(ctx context.Context) (time.Time, error) {
 	return now.Add(s.by), err
 }
 
-// A snapshot expires no earlier than its ttl says, and at most two minutes later,
-// whichever of two clocks is wrong.
+// TestExpiryWithDisagreeingClocks checks that a snapshot expires no earlier than its
+// ttl and at most two minutes later, whichever of two clocks is wrong.
 func TestExpiryWithDisagreeingClocks(t *testing.T) {
 	for _, tc := range []struct {
 		by      time.Duration
@@ -446,7 +445,7 @@ func TestUpdate(t *testing.T) {
 		_, err = r.Update(t.Context(), request.Token{}, Ref{Name: "first"},
 			UpdateSpec{Description: &text, Revision: first.Revision})
 		wantError(t, err, ErrRevisionChanged)
-		// An update does not move a snapshot in the list.
+		// An update does not change the position in the list.
 		list, _, err := r.List(t.Context(), Filter{}, Place{}, 10)
 		if err != nil || len(list) != 2 || list[0].ID != second.ID || list[1].Order != first.Order {
 			t.Errorf("list after the update: %v, err = %v", list, err)
@@ -461,8 +460,8 @@ func TestUpdate(t *testing.T) {
 	})
 }
 
-// TestNameIsResolvedOnce has the name of a snapshot that is being dropped or
-// changed come to stand for another one.
+// TestNameIsResolvedOnce moves the name of a snapshot to another one during a drop or
+// an update.
 func TestNameIsResolvedOnce(t *testing.T) {
 	for name, call := range map[string]func(r *replica, ctx context.Context) error{
 		"drop": func(r *replica, ctx context.Context) error {

@@ -26,12 +26,12 @@ import (
 	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
-// world is a cluster in memory: the two stores, and replicas over them that
-// each reach them through a Faulty of their own.
+// testEnv is a cluster in memory: the two stores, and replicas that each reach them
+// through their own Faulty.
 type testEnv struct {
 	t       *testing.T
 	kv      meta.KV
-	memory  *metamemory.Store // the same, when it is the twin
+	memory  *metamemory.Store // the same store if it is the one in memory
 	objects object.Store
 	now     func() time.Time
 	foreign func(key string) bool // objects that are not snapshotd's; nil: none are
@@ -147,7 +147,7 @@ func (w *testEnv) newID(r *replica) int64 {
 	return id
 }
 
-// segment is a flushed segment with one file of rows [from, to] on a channel.
+// segment returns a flushed segment with one file of rows [from, to] on a channel.
 func (w *testEnv) segment(r *replica, col catalog.Collection, channel int, from, to segment.Timestamp) segment.Segment {
 	s := segment.Segment{
 		ID: w.newID(r), Channel: channel, Level: 1, State: segment.Flushed, Rows: int64(to-from) + 1,
@@ -214,7 +214,7 @@ func (w *testEnv) segments(r *replica, s *Snapshot) []segment.Segment {
 	return list
 }
 
-// keysUnder are the keys of the metadata store that begin with prefix.
+// keysUnder returns the keys of the metadata store under prefix.
 func (w *testEnv) keysUnder(prefix string) []string {
 	w.t.Helper()
 	from, to := meta.Prefix(prefix)
@@ -229,7 +229,7 @@ func (w *testEnv) keysUnder(prefix string) []string {
 	return list
 }
 
-// objectsUnder are the keys of the object store that begin with prefix.
+// objectsUnder returns the keys of the object store under prefix.
 func (w *testEnv) objectsUnder(prefix string) []string {
 	w.t.Helper()
 	var list []string
@@ -242,12 +242,11 @@ func (w *testEnv) objectsUnder(prefix string) []string {
 	return list
 }
 
-// settle lets the background work come to rest.
+// settle waits until the background work is idle.
 func settle() { virtual.Wait() }
 
-// check holds what must be true of the stores when nothing is under way: every
-// record is COMMITTED with all its objects as their digests have them, and there
-// is nothing besides.
+// check checks the stores at rest: every record is COMMITTED with all its objects and
+// their digests, and there are no others.
 func (w *testEnv) check(r *replica) []*Snapshot {
 	w.t.Helper()
 	ctx := w.t.Context()

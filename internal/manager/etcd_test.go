@@ -17,7 +17,7 @@ import (
 	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
-// inReality is inEnv on real etcd and real files, in real time.
+// inReality is inEnv on real etcd and files, in real time.
 func inReality(t *testing.T, kv meta.KV) *testEnv {
 	t.Helper()
 	objects, err := file.Open(t.TempDir(), file.Options{})
@@ -32,7 +32,7 @@ func inReality(t *testing.T, kv meta.KV) *testEnv {
 	return &testEnv{t: t, kv: kv, objects: objects, now: time.Now}
 }
 
-// await watches the records of snapshots until done says so.
+// await watches the records of snapshots until done returns true.
 func (w *testEnv) await(what string, done func() bool) {
 	w.t.Helper()
 	_, _, now, err := w.kv.Get(w.t.Context(), keys.Format)
@@ -44,7 +44,7 @@ func (w *testEnv) await(what string, done func() bool) {
 	defer cancel()
 	changes := w.kv.Watch(ctx, from, to, now)
 	for !done() {
-		if _, err := changes.Next(); err != nil { // the leader's renewals are no events, its cleaning is
+		if _, err := changes.Next(); err != nil { // the leader's cleaning causes events, its renewals do not
 			w.t.Fatalf("not in time: %s; there are %v: %v", what, w.keysUnder("/snapshot/"), err)
 		}
 	}
@@ -87,7 +87,7 @@ func TestEtcdLifecycle(t *testing.T) {
 	w.check(r)
 }
 
-// TestEtcdFrozenCreator has a creator lose its lease to real time.
+// TestEtcdFrozenCreator lets the lease of a creator expire in real time.
 func TestEtcdFrozenCreator(t *testing.T) {
 	w := inReality(t, etcdtest.Shared(t).KV(t))
 	quick := func(o *Options) { o.LeaseTTL, o.LeaderTTL = 2*time.Second, 2*time.Second }
@@ -108,7 +108,7 @@ func TestEtcdFrozenCreator(t *testing.T) {
 	w.create(b, col, "x")
 }
 
-// TestEtcdLostAndBack loses etcd in the middle of creates.
+// TestEtcdLostAndBack stops and restarts etcd during creates.
 func TestEtcdLostAndBack(t *testing.T) {
 	server := etcdtest.Start(t)
 	w := inReality(t, server.KV(t))
@@ -147,7 +147,7 @@ func TestEtcdLostAndBack(t *testing.T) {
 	}
 }
 
-// TestEtcdManySegments captures more than a manifest holds.
+// TestEtcdManySegments captures more segments than one manifest holds.
 func TestEtcdManySegments(t *testing.T) {
 	w := inReality(t, etcdtest.Shared(t).KV(t))
 	r := w.start("a", func(o *Options) { o.LeaderTTL = 2 * time.Second })
@@ -173,7 +173,7 @@ func TestEtcdManySegments(t *testing.T) {
 	if err != nil || len(d.Metadata.Manifests) != 3 || s.Totals.Segments != n {
 		t.Fatalf("%d manifests, totals %+v, err = %v", len(d.Metadata.Manifests), s.Totals, err)
 	}
-	// From anywhere, the segments come in order.
+	// The segments are in order from every start.
 	for _, from := range []int64{0, 1, chunkSegments - 1, chunkSegments, 2*chunkSegments + 9, n} {
 		next := from
 		err := r.Segments(t.Context(), Ref{ID: s.ID}, from, func(s *Segment) bool {

@@ -17,7 +17,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// line is an event in a form that compares.
+// line returns a comparable form of an event.
 func line(e *Event) string {
 	ids, all := e.concerns()
 	id := int64(0)
@@ -32,7 +32,7 @@ func line(e *Event) string {
 	return fmt.Sprint(e.Revision, e.Type, ids, all, id)
 }
 
-// history is what a reader of a collection gets after a revision, by a watch of
+// history returns what a reader of a collection gets after a revision from a watch of
 // its own.
 func (w *testEnv) history(r *replica, after, collection int64) (list []string) {
 	w.t.Helper()
@@ -60,9 +60,9 @@ func (w *testEnv) history(r *replica, after, collection int64) (list []string) {
 	return list
 }
 
-// Readers that are slow, restricted, or resume from long ago get what a watch of
-// their own would tell, each event once and in order, from a ring that holds little
-// and over a watch that breaks.
+// TestReadersOfAFeed checks that slow, restricted and resuming readers get the events
+// of a watch of their own, each once and in order, with a small ring and a watch that
+// breaks.
 func TestReadersOfAFeed(t *testing.T) {
 	for seed := range uint64(10) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
@@ -100,7 +100,7 @@ func TestReadersOfAFeed(t *testing.T) {
 					}
 					readers[i] = s
 					wg.Go(func() {
-						for ctx.Err() == nil { // resumes when the watch broke
+						for ctx.Err() == nil { // resumes after the watch broke
 							_ = r.Watch(ctx, s.at, s.col, func(events []Event, revision int64) error {
 								s.mu.Lock()
 								for j := range events {
@@ -145,8 +145,8 @@ func TestReadersOfAFeed(t *testing.T) {
 	}
 }
 
-// All readers of a replica share one watch, and writes that concern none of them wake
-// none of them.
+// TestReadersShareAWatch checks that all readers of a replica share one watch, and are
+// not woken by writes that do not concern them.
 func TestReadersShareAWatch(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -188,7 +188,7 @@ func TestReadersShareAWatch(t *testing.T) {
 				if !r.idle {
 					t.Error("a reader is not idle")
 				}
-				sum += r.at // moves when it is woken
+				sum += r.at // changes when the reader is woken
 			})
 			return sum
 		}
@@ -213,7 +213,8 @@ func TestReadersShareAWatch(t *testing.T) {
 	})
 }
 
-// A reader that is so slow that the store has forgotten what it lacks gets that error.
+// TestSlowReaderIsCompacted checks that a reader gets ErrEventsCompacted when the store
+// has compacted the events that it lacks.
 func TestSlowReaderIsCompacted(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -243,7 +244,7 @@ func TestSlowReaderIsCompacted(t *testing.T) {
 		settle()
 		for i := range 3 {
 			w.create(r, col, fmt.Sprint("s-", i))
-			settle() // else all may come in one batch, which the ring keeps
+			settle() // else one batch may hold all, and the ring keeps it
 		}
 		_, _, now, err := w.kv.Get(t.Context(), keys.Format)
 		if err != nil {
@@ -254,7 +255,7 @@ func TestSlowReaderIsCompacted(t *testing.T) {
 		}
 		close(read)
 		go func() {
-			for range reading { // what it got already
+			for range reading { // events received before
 			}
 		}()
 		wantError(t, <-ended, ErrEventsCompacted)
@@ -262,8 +263,8 @@ func TestSlowReaderIsCompacted(t *testing.T) {
 	})
 }
 
-// When the store contradicts what it said, what readers got may lack events:
-// each of them ends, and one that begins afterwards gets all again.
+// TestFeedOfABrokenWatch checks that readers end when the store contradicts an earlier
+// answer, because events may be missing, and that a new reader gets all events.
 func TestFeedOfABrokenWatch(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -286,7 +287,7 @@ func TestFeedOfABrokenWatch(t *testing.T) {
 		w.memory.Overtake(false)
 		wantError(t, <-first, ErrEventsCompacted)
 		wantError(t, <-second, ErrEventsCompacted)
-		time.Sleep(time.Minute) // the feed is back
+		time.Sleep(time.Minute) // the feed has recovered
 		_, reported := watch()
 		w.create(r, col, "s")
 		settle()

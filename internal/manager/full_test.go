@@ -13,9 +13,9 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// A metadata store that is at its quota takes no snapshot, segment or collection,
-// and can be emptied: snapshots and collections are dropped, what is left of them is
-// collected, and a leader is elected for it.
+// TestFullStoreCanBeEmptied checks that a metadata store at its quota rejects
+// snapshots, segments and collections, and can be emptied: drops, collection and leader
+// elections continue.
 func TestFullStoreCanBeEmptied(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		full := false
@@ -32,7 +32,7 @@ func TestFullStoreCanBeEmptied(t *testing.T) {
 
 		full = true
 		a.stop()
-		a = w.start("b", fast) // elected with what is left
+		a = w.start("b", fast) // elected within the remaining space
 		time.Sleep(time.Minute)
 		settle()
 		if !a.Stats().Leading {

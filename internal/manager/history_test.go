@@ -18,17 +18,16 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// history judges all that was ever written to a metadata store, revision after
-// revision.
+// history checks all writes to a metadata store, revision by revision.
 type history struct {
 	t   *testing.T
-	now map[string]meta.KeyValue // before the revision that is judged
+	now map[string]meta.KeyValue // state before the checked revision
 
-	born      map[int64]bool // snapshots that there were
+	born      map[int64]bool // snapshots seen
 	published map[int64]int  // by job
 	granted   map[string]bool
 	ended     map[copyjob.State]int
-	states    map[string]int // moves of snapshots
+	states    map[string]int // transitions of snapshots
 }
 
 func (h *history) wrong(revision int64, format string, args ...any) {
@@ -36,7 +35,7 @@ func (h *history) wrong(revision int64, format string, args ...any) {
 	h.t.Errorf("revision %d: "+format, append([]any{revision}, args...)...)
 }
 
-// judgeHistory follows the store from its first revision on.
+// judgeHistory follows the store from its first revision.
 func (w *testEnv) judgeHistory() *history {
 	w.t.Helper()
 	h := &history{
@@ -72,7 +71,7 @@ func (w *testEnv) judgeHistory() *history {
 	}
 }
 
-// step judges the changes of one revision.
+// step checks the changes of one revision.
 func (h *history) step(events []meta.Event) {
 	at := events[0].KV.ModRevision
 	next := maps.Clone(h.now)
@@ -121,8 +120,8 @@ func stateOf(all map[string]meta.KeyValue, key string) (State, *Snapshot) {
 	return s.State, s
 }
 
-// snapshot holds that a snapshot moves as it may, keeps what it was committed
-// with, has its name until it is dropped, and never comes back.
+// snapshot checks that a snapshot makes only legal transitions, keeps its committed
+// content, has its name until it is dropped, and is never created twice.
 func (h *history) snapshot(at int64, key string, next map[string]meta.KeyValue) {
 	was, old := stateOf(h.now, key)
 	is, s := stateOf(next, key)
@@ -166,8 +165,8 @@ func (h *history) snapshot(at int64, key string, next map[string]meta.KeyValue) 
 	}
 }
 
-// pin holds that a restore's pin hangs on no lease, goes with the end of its job
-// alone, and keeps its snapshot committed.
+// pin checks that a restore's pin has no lease, is removed only with the end of its
+// job, and protects its snapshot.
 func (h *history) pin(at int64, e meta.Event, next map[string]meta.KeyValue) {
 	kv := e.KV
 	if e.Deleted {
@@ -207,8 +206,8 @@ func jobIn(all map[string]meta.KeyValue, key string) *copyjob.Job {
 	return job
 }
 
-// job holds that a job that has ended does not change any more, that it keeps its
-// snapshot until then, and that one which did not complete leaves nothing.
+// job checks that an ended job does not change, that it protects its snapshot until
+// then, and that one that did not complete leaves nothing.
 func (h *history) job(at int64, key string, next map[string]meta.KeyValue) {
 	old, job := jobIn(h.now, key), jobIn(next, key)
 	if job == nil {
@@ -243,8 +242,8 @@ func (h *history) job(at int64, key string, next map[string]meta.KeyValue) {
 	}
 }
 
-// task holds that a task's attempts rise, that only who it was assigned to ends
-// it, and that one that is done stays so.
+// task checks that a task's attempts increase, that only its assignee ends it, and that
+// a finished task does not change.
 func (h *history) task(at int64, key string, next map[string]meta.KeyValue) {
 	decodeTask := func(all map[string]meta.KeyValue) *storagev1.Task {
 		kv, ok := all[key]
@@ -279,8 +278,8 @@ func (h *history) task(at int64, key string, next map[string]meta.KeyValue) {
 	}
 }
 
-// collection holds that a restore's target shows once, in the revision in which
-// its job is COMPLETED.
+// collection checks that a restore's target becomes visible once, in the revision in
+// which its job is COMPLETED.
 func (h *history) collection(at int64, key string, next map[string]meta.KeyValue) {
 	kv, ok := h.now[key]
 	if !ok {
@@ -305,7 +304,8 @@ func (h *history) collection(at int64, key string, next map[string]meta.KeyValue
 	}
 }
 
-// TestHistory judges each revision of what a cluster writes that does all it can.
+// TestHistory checks each revision that a cluster writes while it executes every
+// operation.
 func TestHistory(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		w.live()
@@ -323,9 +323,8 @@ func TestHistory(t *testing.T) {
 	})
 }
 
-// TestHistoryOfRaces has callers create, drop, restore, cancel and drop what was
-// restored, all of few names at once, while replicas freeze and die, and judges
-// each revision.
+// TestHistoryOfRaces runs concurrent creates, drops, restores, cancels and drops of
+// targets under few names while replicas freeze and die, and checks each revision.
 func TestHistoryOfRaces(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
@@ -352,8 +351,7 @@ func TestHistoryOfRaces(t *testing.T) {
 	}
 }
 
-// race is one run: what callers ask for, and what becomes of replicas, is decided
-// by the seed.
+// race is one run. The seed decides the calls and the faults of replicas.
 func (w *testEnv) race(seed uint64) *history {
 	rnd := rand.New(rand.NewPCG(seed, 1))
 	var mu sync.Mutex
@@ -380,7 +378,7 @@ func (w *testEnv) race(seed uint64) *history {
 				r := rs[intN(3)]
 				name := fmt.Sprint("s", intN(2))
 				target := fmt.Sprint("t", intN(3))
-				// Each is refused at times; the history says whether rightly.
+				// Each may fail; the history shows whether rightly.
 				switch intN(6) {
 				case 0, 1:
 					_, _ = r.Create(ctx, request.Token{}, spec(col, name))
@@ -409,7 +407,7 @@ func (w *testEnv) race(seed uint64) *history {
 	for _, r := range rs {
 		r.store.SetLatency(0)
 	}
-	time.Sleep(3 * time.Hour) // what a replica wrote late that froze is swept
+	time.Sleep(3 * time.Hour) // late writes of frozen replicas are swept
 	settle()
 	h := w.judgeHistory()
 	for _, job := range w.jobs() {

@@ -15,8 +15,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// heavy registers n segments of many files, none of which is there but for the first
-// of each, and returns their ids.
+// heavy registers n segments of many files, of which only the first of each exists, and
+// returns their ids.
 func (w *testEnv) heavy(r *replica, col catalog.Collection, n, files int) []int64 {
 	w.t.Helper()
 	ids := make([]int64, n)
@@ -42,8 +42,8 @@ func (w *testEnv) compact(r *replica, col catalog.Collection, ids []int64) error
 	return err
 }
 
-// TestLargeCompaction compacts segments whose records do not fit in one transaction,
-// while a snapshot holds them, drops that, and holds that all of it goes.
+// TestLargeCompaction compacts segments whose records exceed one transaction while a
+// snapshot holds them, drops the snapshot, and checks that all files are deleted.
 func TestLargeCompaction(t *testing.T) {
 	for _, c := range []struct{ segments, files int }{{50, 200}, {50, 800}, {59, 3000}, {6, 4000}} {
 		t.Run(fmt.Sprintf("%d of %d files", c.segments, c.files), func(t *testing.T) {
@@ -93,9 +93,9 @@ func TestLargeCompaction(t *testing.T) {
 	}
 }
 
-// TestLargeCompactionIsInterrupted has the store of snapshots and the metadata store
-// fail in the midst of a large compaction: it happens as a whole or not at all, and
-// what it parked for nothing stays for as long as its segment does.
+// TestLargeCompactionIsInterrupted fails both stores during a large compaction: it
+// takes effect completely or not at all, and records spilled in vain stay only as long
+// as their segment.
 func TestLargeCompactionIsInterrupted(t *testing.T) {
 	for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
@@ -123,7 +123,7 @@ func TestLargeCompactionIsInterrupted(t *testing.T) {
 				!strings.Contains(e.What, "record of the parked unit") || !e.Kept {
 				t.Errorf("%+v, err = %v", e, err)
 			}
-			// One of them changes meanwhile: what is parked is what is dropped.
+			// One segment changes meanwhile: the dropped content is spilled.
 			w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: ids[0], Rows: new(int64(7))}}})
 			if err := w.compact(r, col, ids); err != nil {
 				t.Fatal(err)
@@ -144,9 +144,9 @@ func TestLargeCompactionIsInterrupted(t *testing.T) {
 	}
 }
 
-// TestLargestSegmentIsRestored registers segments of more and more files until one is
-// refused: the largest that is not is captured, restored, restored again from there,
-// and compacted.
+// TestLargestSegmentIsRestored registers ever larger segments until one is rejected.
+// The largest accepted one is captured, restored, restored again from the target, and
+// compacted.
 func TestLargestSegmentIsRestored(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })

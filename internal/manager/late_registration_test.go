@@ -10,9 +10,9 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// A registration that is repeated after its segment was dropped and deleted is
-// refused: a snapshot would be committed with files that are gone. A drop that is
-// repeated so late is success.
+// TestLateRepeatAfterReclaim checks that a registration that is repeated after its
+// segment was dropped and deleted is rejected, and that a late repeat of the drop
+// succeeds.
 func TestLateRepeatAfterReclaim(t *testing.T) {
 	for _, by := range []gc.Deleter{gc.BySnapshotd, gc.ByCaller} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
@@ -47,8 +47,8 @@ func TestLateRepeatAfterReclaim(t *testing.T) {
 	}
 }
 
-// A registration that was decided before its id went fails, for it compares which
-// ids are gone.
+// TestRegistrationRacesConfirm checks that a registration fails if its id became gone
+// after it was decided.
 func TestRegistrationRacesConfirm(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r, b := w.start("a"), w.start("b")
@@ -62,7 +62,7 @@ func TestRegistrationRacesConfirm(t *testing.T) {
 			if c.Method != meta.MethodTxn {
 				return meta.NoFault
 			}
-			if txns++; txns == 2 { // which ids are gone was read
+			if txns++; txns == 2 { // the gone ids were read
 				confirmed = true
 				if _, err := b.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, []int64{tomb.ID}); err != nil {
 					t.Error(err)

@@ -15,8 +15,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// revokeAll ends every lease that a key hangs on, as somebody with a client of
-// the store may.
+// revokeAll revokes every lease that has keys, and returns the number.
 func (w *testEnv) revokeAll() (n int) {
 	w.t.Helper()
 	res, err := w.kv.Range(w.t.Context(), meta.Range{From: "/", To: "0"})
@@ -37,9 +36,8 @@ func (w *testEnv) revokeAll() (n int) {
 	return n
 }
 
-// TestLeasesRevoked revokes all leases over and over while snapshots are created
-// and restored: who led leads no more, creates and workers lose their hold, and
-// tokens their results. Nothing ends otherwise than well or not at all.
+// TestLeasesRevoked repeatedly revokes all leases during creates and restores: leaders,
+// creates, workers and tokens lose them. Every call succeeds or has no effect.
 func TestLeasesRevoked(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
@@ -93,11 +91,11 @@ func TestLeasesRevoked(t *testing.T) {
 			for _, r := range rs {
 				r.store.SetLatency(0)
 			}
-			time.Sleep(3 * time.Hour) // what a create wrote that had lost its lease is swept
+			time.Sleep(3 * time.Hour) // writes of creates without a lease are swept
 			settle()
 			for _, got := range w.check(rs[2]) {
 				if !there[got.Name] {
-					t.Errorf("snapshot %s is there, and its create said that it was aborted", got)
+					t.Errorf("snapshot %s is there, and its create returned ABORTED", got)
 				}
 				delete(there, got.Name)
 				if got.ID != s.ID {
@@ -119,8 +117,8 @@ func TestLeasesRevoked(t *testing.T) {
 	}
 }
 
-// TestConstantCompaction compacts the metadata store to its newest revision all
-// the time while a cluster does all it can.
+// TestConstantCompaction continuously compacts the metadata store to its newest
+// revision while a cluster executes every operation.
 func TestConstantCompaction(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		done := make(chan struct{})

@@ -74,8 +74,8 @@ func names(list []*Snapshot) []string {
 	return names
 }
 
-// TestListPages reads pages while snapshots come and go: what was there all the
-// time is seen once, in order.
+// TestListPages reads pages while snapshots are created and dropped: snapshots that
+// exist throughout are returned once, in order.
 func TestListPages(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -101,7 +101,7 @@ func TestListPages(t *testing.T) {
 				break
 			}
 			after = list[len(list)-1].place()
-			if page < 5 { // one goes, which may be the last one seen, and one comes
+			if page < 5 { // one is dropped, possibly the last one seen, and one created
 				if _, err := r.Drop(t.Context(), request.Token{}, Ref{Name: fmt.Sprintf("s%02d", 5*page)}, 0); err != nil {
 					t.Fatal(err)
 				}
@@ -131,7 +131,7 @@ func TestUnreadableRecordIsIgnored(t *testing.T) {
 			t.Errorf("%d unreadable records, want 1", n)
 		}
 		if got := w.keysUnder(key); len(got) != 1 {
-			t.Error("the record that nobody can read was removed")
+			t.Error("the unreadable record was removed")
 		}
 		_, err = r.Get(t.Context(), Ref{ID: 99})
 		if err == nil {
@@ -176,7 +176,7 @@ func TestEvents(t *testing.T) {
 		a, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(a, "c")
 		other, _, _ := w.collection(a, "other")
-		type told struct {
+		type reported struct {
 			typ   ChangeType
 			what  string
 			state string
@@ -197,14 +197,14 @@ func TestEvents(t *testing.T) {
 			settle()
 			return events, revisions, cancel
 		}
-		collect := func(events <-chan []Event) (list []told) {
+		collect := func(events <-chan []Event) (list []reported) {
 			settle()
 			for len(events) > 0 {
 				for _, e := range <-events {
 					if e.Snapshot != nil {
-						list = append(list, told{e.Type, "snapshot " + e.Snapshot.Name, e.Snapshot.State.String()})
+						list = append(list, reported{e.Type, "snapshot " + e.Snapshot.Name, e.Snapshot.State.String()})
 					} else {
-						list = append(list, told{e.Type, "collection " + e.Collection.Name, e.Collection.State.String()})
+						list = append(list, reported{e.Type, "collection " + e.Collection.Name, e.Collection.State.String()})
 					}
 				}
 			}
@@ -224,7 +224,7 @@ func TestEvents(t *testing.T) {
 		if _, err := a.catalog.DropCollection(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, 0); err != nil {
 			t.Fatal(err)
 		}
-		want := []told{
+		want := []reported{
 			{Created, "snapshot x", "PENDING"},
 			{Updated, "snapshot x", "COMMITTED"},
 			{Updated, "snapshot x", "DELETING"},
@@ -233,13 +233,13 @@ func TestEvents(t *testing.T) {
 		}
 		got := collect(events)
 		if !slices.Equal(got, want) {
-			t.Errorf("told %v\nwant %v", got, want)
+			t.Errorf("got %v\nwant %v", got, want)
 		}
 		stop()
-		// Resumed from the first token on another replica, the same is told.
+		// Resumed from the first token on another replica, the events are the same.
 		events, revisions, stop = watch(a, start, col.ID)
 		if again := collect(events); !slices.Equal(again, want) {
-			t.Errorf("resumed: told %v\nwant %v", again, want)
+			t.Errorf("resumed: got %v\nwant %v", again, want)
 		}
 		var last int64
 		for len(revisions) > 0 {
@@ -260,7 +260,7 @@ func TestEvents(t *testing.T) {
 		}
 		err = a.Watch(t.Context(), start, 0, func([]Event, int64) error { return nil })
 		wantError(t, err, ErrEventsCompacted)
-		// So does one that was said to have seen what it had not.
+		// So does a watch whose progress was reported too high.
 		ended := make(chan error, 1)
 		go func() { ended <- a.Watch(t.Context(), 0, 0, func([]Event, int64) error { return nil }) }()
 		settle()
@@ -270,10 +270,9 @@ func TestEvents(t *testing.T) {
 	})
 }
 
-// TestCutIsPerChannel compares captures with an oracle that knows every row. A
-// stream of rows goes over several channels into segments of all states; at any
-// time a snapshot must show each row before its channel's cut exactly once, and
-// none at or after it.
+// TestCutIsPerChannel compares captures with an oracle that knows every row. Rows of
+// several channels go into segments of all states; at any time a snapshot must hold
+// each row before its channel's cut exactly once, and none at or after it.
 func TestCutIsPerChannel(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		channels := rapid.IntRange(1, 4).Draw(rt, "channels")
@@ -281,7 +280,7 @@ func TestCutIsPerChannel(t *testing.T) {
 			channel int
 			ts      segment.Timestamp
 		}
-		rows := map[row]int{}        // how many files hold it
+		rows := map[row]int{}        // number of files with the row
 		inFile := map[string][]row{} // by path
 		view := &catalog.View{Checkpoints: map[int]catalog.Checkpoint{}}
 		var segments []segment.Segment
@@ -316,7 +315,7 @@ func TestCutIsPerChannel(t *testing.T) {
 				}
 				segments = append(segments, s)
 			}
-			// The checkpoint may stand anywhere that is in files, mid-segment included.
+			// The checkpoint may be anywhere within the rows in files, also inside a segment.
 			cut := segment.Timestamp(rapid.IntRange(0, int(inFiles)).Draw(rt, "cut"))
 			view.Checkpoints[ch] = catalog.Checkpoint{Shard: ch, Position: segment.Position{Timestamp: cut}}
 		}

@@ -17,11 +17,11 @@ import (
 	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
-// callers is how many calls of a kind there are at once; 1000 are promised.
+// callers is the number of concurrent calls of each kind. The documents promise 1000.
 var callers = flag.Int("callers", 200, "calls at once in TestConcurrentCallsDoNotConflict")
 
-// TestConcurrentCallsDoNotConflict makes many calls at once that change different things,
-// by two replicas. None is refused.
+// TestConcurrentCallsDoNotConflict makes many concurrent calls that change different
+// things, on two replicas. None fails.
 func TestConcurrentCallsDoNotConflict(t *testing.T) {
 	n := *callers
 	w := inReality(t, etcdtest.Shared(t).KV(t))

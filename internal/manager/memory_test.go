@@ -17,7 +17,7 @@ import (
 	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
-// inFlight is an object store that knows how much is being written to it at once.
+// inFlight is an object store that counts the bytes being written.
 type inFlight struct {
 	object.Store
 
@@ -39,10 +39,9 @@ func (f *inFlight) add(n int64) {
 	f.most = max(f.most, f.now)
 }
 
-// TestLargeSegmentsShareTheMemory takes 64 snapshots at once of segments that are
-// heavier than they are estimated to be, by all and by the first of them. What they
-// hold stays within the bound, none is given up for waiting longer than its lease
-// lasts, and all memory is returned.
+// TestLargeSegmentsShareTheMemory takes 64 concurrent snapshots of segments that are
+// larger than estimated, all of them or the first. Memory stays within the bound and is
+// returned, and no create is given up while it waits longer than its lease.
 func TestLargeSegmentsShareTheMemory(t *testing.T) {
 	const segments, weight, creates, bound = 100, 16 << 10, 64, 8 << 20
 	for _, light := range []int{0, 1} {
@@ -88,9 +87,9 @@ func TestLargeSegmentsShareTheMemory(t *testing.T) {
 	}
 }
 
-// TestMemoryIsBoundedAndReturned has creates of random sizes, which are more than
-// they are estimated to be, charge chunk after chunk, some at once: no more than the
-// bound and one chunk is charged, and all of them end.
+// TestMemoryIsBoundedAndReturned runs creates of random sizes above their estimates,
+// whose chunks are partly charged concurrently: at most the bound and one chunk are
+// charged, and all creates end.
 func TestMemoryIsBoundedAndReturned(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
@@ -129,7 +128,7 @@ func TestMemoryIsBoundedAndReturned(t *testing.T) {
 					pause := time.Duration(rnd.IntN(1000)) * time.Millisecond
 					chunks.Go(func() {
 						time.Sleep(pause)
-						add(size/2 - size) // the records are gone, the manifest is there
+						add(size/2 - size) // the records are released, the manifest remains
 						c.shrink(size / 2)
 						time.Sleep(pause)
 						add(-(size / 2))
@@ -150,9 +149,8 @@ func TestMemoryIsBoundedAndReturned(t *testing.T) {
 	})
 }
 
-// TestLargeSegmentsAreDecodedInTurn has a create of a segment with many files wait,
-// longer than its lease lasts, until there is memory to decode it; one of a light
-// segment goes on.
+// TestLargeSegmentsAreDecodedInTurn lets a create of a segment with many files wait for
+// decoding memory longer than its lease; a create of a small segment continues.
 func TestLargeSegmentsAreDecodedInTurn(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -194,8 +192,8 @@ func TestLargeSegmentsAreDecodedInTurn(t *testing.T) {
 	})
 }
 
-// TestDecodingIsBounded has many chunks decode at once: those that do never need more
-// than there is, and a record that needs more than that is decoded alone.
+// TestDecodingIsBounded decodes many chunks concurrently: their memory stays within the
+// bound, and a record that exceeds it is decoded alone.
 func TestDecodingIsBounded(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
 		m := newCreateMemory(32 << 20)
@@ -240,8 +238,8 @@ func TestDecodingIsBounded(t *testing.T) {
 	})
 }
 
-// TestMemoryWaitEndsWithTheCaller has a create wait for memory that is not returned:
-// it ends with its caller's time, and one whose lease is gone ends as well.
+// TestMemoryWaitEndsWithTheCaller checks that a create that waits for memory ends with
+// its caller's deadline, and with its lease.
 func TestMemoryWaitEndsWithTheCaller(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CreateMemory = 1 << 20 })

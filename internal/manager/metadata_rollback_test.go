@@ -20,8 +20,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// withEpoch has a replica notice when the metadata store has gone back in time, as
-// the program does.
+// withEpoch configures rollback detection as the program does.
 func withEpoch(o *Options) {
 	o.Epoch = epoch.New(epoch.Options{
 		KV: o.KV, Store: o.Stores[o.SnapshotStore], Cluster: o.Cluster.ID, Now: o.Now, Rand: rand.Reader,
@@ -33,7 +32,7 @@ func withEpoch(o *Options) {
 	})
 }
 
-// goBack replaces the metadata store by one that is restored from a backup.
+// goBack replaces the metadata store by one restored from a backup.
 func (w *testEnv) goBack(backup []meta.KeyValue, revision int64) {
 	w.t.Helper()
 	kv := metamemory.New(metamemory.Options{Now: w.now})
@@ -41,8 +40,8 @@ func (w *testEnv) goBack(backup []meta.KeyValue, revision int64) {
 	w.kv, w.memory = kv, kv
 }
 
-// A leader on a metadata store that was restored from a backup does nothing, and
-// nobody is given an id or a grant, until somebody says that it has recovered.
+// TestLeaderAfterMetadataRollback checks that after a metadata rollback no id is
+// allocated, no unit is granted and the leader does no work until Recover.
 func TestLeaderAfterMetadataRollback(t *testing.T) {
 	for name, revision := range map[string]int64{"lower revision": 0, "higher revision": 10_000} {
 		t.Run(name, func(t *testing.T) {
@@ -62,7 +61,7 @@ func TestLeaderAfterMetadataRollback(t *testing.T) {
 				}
 				settle()
 				backup := metatest.Backup(t, w.kv)
-				// It goes on, and is lost; so is what was done since.
+				// The store continues and is lost, with all writes since the backup.
 				time.Sleep(2 * time.Minute)
 				late := w.create(r, col, "late")
 				last, err := r.catalog.AllocateIDs(ctx, request.Token{}, 1000)
@@ -79,7 +78,7 @@ func TestLeaderAfterMetadataRollback(t *testing.T) {
 					t.Errorf("the leader expired what may have been renewed: %v, %v", got, err)
 				}
 				if !r.Stats().Leading {
-					t.Error("nobody leads")
+					t.Error("no replica leads")
 				}
 				if why, err := r.RolledBack(ctx); err != nil || !strings.Contains(why, "snapshotctl recover") {
 					t.Errorf("behind: %q, %v", why, err)
@@ -104,7 +103,7 @@ func TestLeaderAfterMetadataRollback(t *testing.T) {
 
 				was, next, _, err := r.Recover(ctx, false)
 				if err != nil || !was || next < last.First+last.Count || next <= late.ID {
-					t.Errorf("recover: %v, %d, %v; ids up to %d were handed out", was, next, err, last.First+last.Count-1)
+					t.Errorf("recover: %v, %d, %v; ids up to %d were allocated", was, next, err, last.First+last.Count-1)
 				}
 				time.Sleep(2 * time.Minute)
 				settle()
@@ -124,7 +123,8 @@ func TestLeaderAfterMetadataRollback(t *testing.T) {
 	}
 }
 
-// A leader that is at work ends it when the store is found to be behind.
+// TestLeaderStopsOnRollback checks that a working leader stops when a rollback is
+// detected.
 func TestLeaderStopsOnRollback(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		ctx := t.Context()
@@ -172,7 +172,8 @@ func (h *grantHook) Txn(ctx context.Context, txn meta.Txn) (meta.TxnResult, erro
 	return h.KV.Txn(ctx, txn)
 }
 
-// The store is found to be behind between the look at the references and the grant.
+// TestGrantComparesRollback detects a rollback between the read of the references and
+// the grant.
 func TestGrantComparesRollback(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		ctx := t.Context()
@@ -199,10 +200,11 @@ func TestGrantComparesRollback(t *testing.T) {
 	})
 }
 
-// plantBeat writes a note of a metadata store that has come further.
+// plantBeat writes a heartbeat of a metadata store that is ahead.
 func (w *testEnv) plantBeat(ctx context.Context, r *replica, beat, ceiling int64) {
 	w.t.Helper()
-	note := fmt.Sprintf(`{"format_version":1,"cluster_id":%q,"beat":"%d","nonce":"x","revision":"1","ceiling":"%d","time":"2026-01-02T03:04:05Z"}`,
+	note := fmt.Sprintf(`{"format_version":1,"cluster_id":%q,"beat":"%d","nonce":"x","revision":"1",`+
+		`"ceiling":"%d","time":"2026-01-02T03:04:05Z"}`,
 		r.o.Cluster.ID, beat, ceiling)
 	note = fmt.Sprintf(`%s,"sha256":"%x"}`, strings.TrimSuffix(note, "}"), sha256.Sum256([]byte(note)))
 	if _, err := w.objects.Put(ctx, epoch.Prefix+keys.ID(beat)+".json", []byte(note)); err != nil {

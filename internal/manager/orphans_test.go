@@ -47,8 +47,8 @@ func (w *testEnv) collectionAt(r *replica, name, prefix string) catalog.Collecti
 	return col
 }
 
-// nestedCollection makes a collection with a root that lies around those of others,
-// as earlier releases let one be made.
+// nestedCollection makes a collection with a root that contains other roots, as earlier
+// releases allowed.
 func (w *testEnv) nestedCollection(r *replica, name, prefix string) catalog.Collection {
 	w.t.Helper()
 	col := w.collectionAt(r, name, "apart/")
@@ -70,30 +70,31 @@ func (w *testEnv) nestedCollection(r *replica, name, prefix string) catalog.Coll
 	return col
 }
 
-// orphans are those of a collection, by key: why, and a mark for deletable ones.
+// orphans returns the reasons of a collection's orphans by key, with a mark for
+// deletable ones.
 func (w *testEnv) orphans(r *replica, col catalog.Collection, o collect.OrphanOptions) map[string]string {
 	w.t.Helper()
-	told := map[string]string{}
+	reasons := map[string]string{}
 	o.Collection = catalog.Ref{ID: col.ID}
 	o.Report = func(o collect.Orphan) error {
 		mark := ""
 		if o.Deletable {
 			mark = "! "
 		}
-		if _, twice := told[o.Key]; twice || o.Collection != col.ID || o.Store != "default" || o.Size != 5 {
-			w.t.Errorf("told of %+v", o)
+		if _, twice := reasons[o.Key]; twice || o.Collection != col.ID || o.Store != "default" || o.Size != 5 {
+			w.t.Errorf("got %+v", o)
 		}
-		told[o.Key] = mark + o.Reason
+		reasons[o.Key] = mark + o.Reason
 		return nil
 	}
 	if err := r.Collector().Orphans(w.t.Context(), o); err != nil {
 		w.t.Fatal(err)
 	}
-	return told
+	return reasons
 }
 
-// TestOrphans tells what is left over from what is somebody's, and deletes the
-// former alone.
+// TestOrphans checks that orphans are distinguished from owned objects, and that only
+// orphans are deleted.
 func TestOrphans(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -104,7 +105,7 @@ func TestOrphans(t *testing.T) {
 		live, dropped, granted, held := w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1,
 			5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5)
 		gone := w.newID(r)
-		// Files that lie where nothing of theirs leads to.
+		// Files at places that no record refers to.
 		live.Files = append(live.Files, segment.File{Kind: segment.KindStats, Path: "shared/stats", Size: 5},
 			segment.File{Kind: segment.KindStats, Path: fmt.Sprintf("stats/%d/0/0/1", col.ID), Size: 5})
 		w.addWritten(r, col, live, dropped, granted, held)
@@ -124,7 +125,8 @@ func TestOrphans(t *testing.T) {
 		leftover := []string{path(gone), fmt.Sprintf("data/%d/0/%d/index/%d/100-1", col.ID, gone, gone)}
 		left := map[string]string{
 			fmt.Sprintf("data/%d/0/%d/insert/100/99", col.ID,
-				fresh.ID): fmt.Sprintf("not registered; it is where segment %d has its files, and stays as long as that segment or a snapshot of it does", fresh.ID),
+				fresh.ID): fmt.Sprintf("not registered; it is where segment %d has its files, and stays as long as that "+
+				"segment or a snapshot of it does", fresh.ID),
 			fmt.Sprintf("data/%d/0/%d/index/1", other.ID, gone): "not a path of a segment of the collection: left alone",
 			path(1 << 40): fmt.Sprintf("it carries id %d, which was never handed out: left alone", int64(1)<<40),
 			"data/README": "not a path of a segment of the collection: left alone",
@@ -163,7 +165,7 @@ func TestOrphans(t *testing.T) {
 		if diff := cmp.Diff(want, w.orphans(r, col, collect.OrphanOptions{Delete: true, Grace: time.Hour})); diff != "" {
 			t.Errorf("deleted (-want +got):\n%s", diff)
 		}
-		// The other collection under the same root has its own.
+		// The other collection under the same root has its own files.
 		theirLeftover := fmt.Sprintf("data/%d/0/%d/index/1", other.ID, gone)
 		want = map[string]string{theirLeftover: reason}
 		if diff := cmp.Diff(want, w.orphans(r, other, collect.OrphanOptions{Delete: true, Grace: time.Hour})); diff != "" {
@@ -177,8 +179,8 @@ func TestOrphans(t *testing.T) {
 	})
 }
 
-// TestOrphansOfRestores leaves alone what a restore is writing, and what it has
-// left once it has ended.
+// TestOrphansOfRestores checks that objects of a running restore are no orphans, and
+// those of an ended one are.
 func TestOrphansOfRestores(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.RestoreSlots = -1 }) // so that it never ends
@@ -200,7 +202,7 @@ func TestOrphansOfRestores(t *testing.T) {
 			}
 		}
 		if got := w.orphans(r, col, collect.OrphanOptions{}); len(got) > 0 {
-			t.Errorf("told of %v", got)
+			t.Errorf("got %v", got)
 		}
 		e, err := r.Collector().Explain(t.Context(), "default", index)
 		if want := fmt.Sprintf("restore job %d may be writing it: it stays as long as that runs", job.ID); err != nil ||
@@ -210,8 +212,8 @@ func TestOrphansOfRestores(t *testing.T) {
 	})
 }
 
-// TestOrphansNeedReferences does nothing while references cannot be read, or a
-// collection's record.
+// TestOrphansNeedReferences checks that orphans are not listed while references or a
+// collection's record are unreadable.
 func TestOrphansNeedReferences(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -254,7 +256,7 @@ func TestOrphansNeedReferences(t *testing.T) {
 	})
 }
 
-// TestExplain says of each sort of object what it is.
+// TestExplain checks the explanation of each kind of object.
 func TestExplain(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -290,7 +292,8 @@ func TestExplain(t *testing.T) {
 			},
 			file(dropped): {
 				Exists: true, What: of(dropped),
-				Reason:     "it was dropped at " + drop + " and nothing holds it: the collector takes it once the tolerance is over",
+				Reason: "it was dropped at " + drop + " and nothing holds it: the collector takes it once the tolerance " +
+					"is over",
 				Collection: col.ID, Segment: dropped.ID, Unit: dropped.ID,
 			},
 			file(held): {
@@ -303,18 +306,21 @@ func TestExplain(t *testing.T) {
 			},
 			fmt.Sprintf("data/%d/0/%d/insert/100/1", col.ID, orphan): {
 				Exists: true, Kept: true, What: "orphan under a root of collection " + name, Collection: col.ID,
-				Reason: fmt.Sprintf("no segment, unit or snapshot knows it; segment %d is not there; nothing deletes it but a call to delete the orphans of the collection", orphan),
+				Reason: fmt.Sprintf("no segment, unit or snapshot knows it; segment %d is not there; nothing deletes it but a "+
+					"call to delete the orphans of the collection", orphan),
 			},
 			stray: {
 				Exists: true, Kept: true, What: "object under a root of collection " + name, Collection: col.ID,
-				Reason: fmt.Sprintf("not registered; it is where segment %d has its files, and stays as long as that segment or a snapshot of it does", live.ID),
+				Reason: fmt.Sprintf("not registered; it is where segment %d has its files, and stays as long as that segment "+
+					"or a snapshot of it does", live.ID),
 			},
 			"elsewhere/x": {Exists: true, Kept: true, What: "foreign object",
 				Reason: "it is under no root of a collection: left alone"},
 			"elsewhere/y": {Kept: true, What: "foreign object",
 				Reason: "There is no such object. If there were: it is under no root of a collection: left alone"},
 			lost: {
-				Exists: true, Kept: true, What: fmt.Sprintf("object of snapshot %d", orphan), Collection: col.ID, Snapshot: orphan,
+				Exists: true, Kept: true, What: fmt.Sprintf("object of snapshot %d", orphan),
+				Collection: col.ID, Snapshot: orphan,
 				Reason: fmt.Sprintf("there is no snapshot %d any more; a sweep deletes it in 24h0m0s", orphan),
 			},
 			manifest.RefsKey(col.ID, s.ID): {
@@ -346,8 +352,8 @@ func TestExplain(t *testing.T) {
 	})
 }
 
-// TestExplainWithoutAllReferences says what is known while the references of one
-// snapshot cannot be read, names that, and does not say that nothing holds a file.
+// TestExplainWithoutAllReferences checks that an explanation names a snapshot with
+// unreadable references, and does not claim that nothing holds the file.
 func TestExplainWithoutAllReferences(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -368,10 +374,11 @@ func TestExplainWithoutAllReferences(t *testing.T) {
 		r = w.forget(r, "b")
 		drop := time.Now().UTC().Format(time.RFC3339)
 		holder := []gc.SnapshotHolder{{ID: s.ID, Name: "readable"}}
-		unread := fmt.Sprintf(`; not all that hold it are known: references of a snapshot cannot be read: snapshot "unreadable" (%d): `, bad.ID)
+		unread := fmt.Sprintf(`; not all that hold it are known: references of a snapshot cannot be read: snapshot `+
+			`"unreadable" (%d): `, bad.ID)
 		for name, tc := range map[string]struct {
 			of   segment.Segment
-			want collect.Explanation // without what is cut off its reason
+			want collect.Explanation // without the truncated part of its reason
 		}{
 			"live": {live, collect.Explanation{Kept: true, Reason: "the segment lives" + unread, Snapshots: holder, Holders: 2}},
 			"held by one that is readable": {held, collect.Explanation{
@@ -379,9 +386,11 @@ func TestExplainWithoutAllReferences(t *testing.T) {
 				Snapshots: holder, Holders: 1,
 			}},
 			"held by the other": {lost, collect.Explanation{
-				Kept: true, Reason: "it was dropped at " + drop + " and stays until its holders are known" + unread, Unit: lost.ID,
+				Kept: true, Reason: "it was dropped at " + drop + " and stays until its holders are known" + unread,
+				Unit: lost.ID,
 			}},
-			"granted": {granted, collect.Explanation{Reason: `the unit was granted to "tester" at ` + drop + ", who deletes it", Unit: granted.ID}},
+			"granted": {granted, collect.Explanation{Reason: `the unit was granted to "tester" at ` + drop + ", who deletes it",
+				Unit: granted.ID}},
 		} {
 			got, err := r.Collector().Explain(t.Context(), "default", "data/"+tc.of.Files[0].Path)
 			if err != nil {
@@ -400,8 +409,8 @@ func TestExplainWithoutAllReferences(t *testing.T) {
 	})
 }
 
-// TestExplainUncollectedObjects says what is needed where the collector does not take
-// by itself what nothing holds.
+// TestExplainUncollectedObjects checks that an explanation names the required action
+// where the collector does not delete by itself.
 func TestExplainUncollectedObjects(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectTolerance, o.CollectMaxShare = time.Minute, 0.5 })
@@ -426,7 +435,8 @@ func TestExplainUncollectedObjects(t *testing.T) {
 			by        *replica
 			key, want string
 		}{
-			{r, key, "but the last round stopped in this collection, in which 100 of 100 units and segments would go: see `snapshotctl gc status`, then `snapshotctl gc run`"},
+			{r, key, "but the last round stopped in this collection, in which 100 of 100 units and segments would go: see " +
+				"`snapshotctl gc status`, then `snapshotctl gc run`"},
 			{off, key, "the collector is off, so it goes with `snapshotctl gc run`, once the tolerance is over"},
 			{off, dead, "the collector is off, so it goes with `snapshotctl gc run --sweep`"},
 		} {
@@ -438,8 +448,8 @@ func TestExplainUncollectedObjects(t *testing.T) {
 	})
 }
 
-// TestLeaderSweeps has the leader sweep by itself what came late, and a foreign
-// file survive a snapshot that it was put beside.
+// TestLeaderSweeps checks that the leader sweeps late writes by itself, and keeps a
+// foreign file beside a snapshot.
 func TestLeaderSweeps(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.OrphanGrace, o.SweepInterval = 2*time.Hour, 30*time.Minute })
@@ -459,7 +469,7 @@ func TestLeaderSweeps(t *testing.T) {
 		if n, _ := r.GC().Counters().Of(gc.BySnapshot); n == 0 {
 			t.Error("nothing is counted")
 		}
-		w.write(dir+"manifest-0.avro", dir+"metadata.json") // a creator that was frozen
+		w.write(dir+"manifest-0.avro", dir+"metadata.json") // written late by a frozen creator
 		time.Sleep(2 * time.Minute)
 		if st := r.Collector().SweepStats(); st.End.IsZero() || st.Error != "" || st.Waiting != 2 || st.Foreign != 1 {
 			t.Errorf("the first sweep: %+v", st)

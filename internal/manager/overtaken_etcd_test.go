@@ -19,9 +19,9 @@ import (
 	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
-// An etcd that answers requests for progress before it has sent the events up to
-// there, and whose streams break in between: no replica goes on without a snapshot
-// that it was not shown, for lists or for what may be deleted.
+// TestEtcdOvertaken runs against an etcd that answers progress requests before it has
+// sent the events, and whose streams break: no replica continues without a snapshot
+// that it has not received, for lists or for deletes.
 func TestEtcdOvertaken(t *testing.T) {
 	p := etcdproxy.Start(t, etcdtest.Shared(t).Endpoint())
 	kv, err := etcd.Open(etcd.Options{Endpoints: []string{p.Endpoint()}, Root: "/" + rand.Text()})

@@ -14,8 +14,8 @@ import (
 	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
-// TestEtcdPinExpires has pins lose their leases to real time: one that is renewed
-// stays, and one that is not sets its snapshot free.
+// TestEtcdPinExpires lets leases of pins expire in real time: a renewed pin stays,
+// another expires and releases its snapshot.
 func TestEtcdPinExpires(t *testing.T) {
 	w := inReality(t, etcdtest.Shared(t).KV(t))
 	r := w.start("a", func(o *Options) { o.LeaderTTL = 2 * time.Second })
@@ -39,7 +39,7 @@ func TestEtcdPinExpires(t *testing.T) {
 				continue
 			}
 			if e.Pin.ID != p.ID || e.Pin.Snapshot != s.ID || !e.Expired {
-				t.Errorf("told %+v of %+v", e, e.Pin)
+				t.Errorf("got %+v of %+v", e, e.Pin)
 			}
 			return context.Canceled // seen
 		}
@@ -93,7 +93,7 @@ func TestEtcdPinAndDrop(t *testing.T) {
 		}
 		wg.Wait()
 		if len(pins) > 0 && len(drops) > 0 {
-			t.Errorf("%d pins and %d drops were told of one snapshot", len(pins), len(drops))
+			t.Errorf("%d pins and %d drops of one snapshot succeeded", len(pins), len(drops))
 		}
 		for len(pins) > 0 {
 			p := <-pins

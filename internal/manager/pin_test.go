@@ -24,7 +24,7 @@ func pinToken(value string) request.Token {
 	return request.Token{Principal: "local", Method: "PinSnapshot", Value: value, Hash: []byte{1}}
 }
 
-// pin pins a snapshot; 0 is no ttl.
+// pin pins a snapshot; 0 means no ttl.
 func (w *testEnv) pin(r *replica, s *Snapshot, ttl time.Duration) *Pin {
 	w.t.Helper()
 	p, err := r.Pin(w.t.Context(), request.Token{}, Ref{ID: s.ID}, PinSpec{Owner: "job", Reason: "night", TTL: ttl})
@@ -34,7 +34,7 @@ func (w *testEnv) pin(r *replica, s *Snapshot, ttl time.Duration) *Pin {
 	return p
 }
 
-// pinRecord is the record of a pin as the store has it.
+// pinRecord returns the stored record of a pin.
 func (w *testEnv) pinRecord(p *Pin) (kv meta.KeyValue, found bool) {
 	w.t.Helper()
 	kv, found, _, err := w.kv.Get(w.t.Context(), keys.Pin(p.Snapshot, p.ID))
@@ -49,7 +49,7 @@ func samePin(p, q *Pin) bool {
 		p.CreateTime.Equal(q.CreateTime) && p.ExpireTime.Equal(q.ExpireTime) && p.Revision == q.Revision
 }
 
-// leased says whether a lease lives.
+// leased reports whether a lease exists.
 func (w *testEnv) leased(id meta.LeaseID) bool {
 	w.t.Helper()
 	err := w.kv.KeepAlive(w.t.Context(), id)
@@ -86,7 +86,8 @@ func TestPinKeepsASnapshot(t *testing.T) {
 		}
 		_, err = r.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0)
 		wantError(t, err, ErrSnapshotPinned)
-		want := fmt.Sprintf("snapshot is pinned by %d (backup-job: nightly export until %s), %d (two), %d (three), and 2 more; remove the pins first",
+		want := fmt.Sprintf("snapshot is pinned by %d (backup-job: nightly export until %s), %d (two), %d (three), "+
+			"and 2 more; remove the pins first",
 			p.ID, p.ExpireTime.Format(time.RFC3339), p.ID+1, p.ID+2)
 		if !strings.Contains(errText(err), want) {
 			t.Errorf("got %v\nwant %s", err, want)
@@ -115,8 +116,8 @@ func TestPinKeepsASnapshot(t *testing.T) {
 	})
 }
 
-// TestPinHoldsUpExpiry has a snapshot expire at once when its pin goes, in either
-// way, and the cleaner at rest before.
+// TestPinHoldsUpExpiry checks that a snapshot expires at once when its pin ends, in
+// either way, and that the cleaner is idle before.
 func TestPinHoldsUpExpiry(t *testing.T) {
 	for name, end := range map[string]func(r *replica, p *Pin) error{
 		"removed": func(r *replica, p *Pin) error { return r.Unpin(context.Background(), Ref{ID: p.Snapshot}, p.ID) },
@@ -136,13 +137,13 @@ func TestPinHoldsUpExpiry(t *testing.T) {
 				time.Sleep(65 * time.Minute)
 				settle()
 				before := r.kv.Calls()
-				for range 100 { // each is a change that the leader sees
+				for range 100 { // the leader observes each change
 					if p, err = r.RenewPin(t.Context(), Ref{ID: s.ID}, p.ID, 0); err != nil {
 						t.Fatal(err)
 					}
 					settle()
 				}
-				// A renewal gets, grants, puts, revokes, and is seen.
+				// A renewal reads, grants, writes, revokes, and is observed.
 				if calls := r.kv.Calls() - before; calls > 600 {
 					t.Errorf("%d calls for 100 renewals: the leader is kept busy", calls)
 				}
@@ -238,8 +239,8 @@ func TestPinLimit(t *testing.T) {
 	})
 }
 
-// TestPinToken repeats a pin after its snapshot's name has come to stand for
-// another, and after the pin was removed.
+// TestPinToken repeats a pin after its snapshot's name moved to another snapshot, and
+// after the pin was removed.
 func TestPinToken(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
@@ -279,7 +280,8 @@ func TestPinToken(t *testing.T) {
 	})
 }
 
-// TestPinRetriesAfterConflict has what a pin was decided on change before it takes effect.
+// TestPinRetriesAfterConflict changes the preconditions of a pin before its
+// transaction.
 func TestPinRetriesAfterConflict(t *testing.T) {
 	for name, tc := range map[string]struct {
 		change func(t *testing.T, r *replica)
@@ -308,7 +310,7 @@ func TestPinRetriesAfterConflict(t *testing.T) {
 				r := w.start("a")
 				col, _, _ := w.collection(other, "c")
 				w.create(other, col, "x")
-				w.newID(r) // so that the first transaction is the pin's
+				w.newID(r) // so that the pin's is the first transaction
 				settle()
 				other.store.Freeze() // a dropped snapshot stays DELETING
 				var once sync.Once
@@ -331,8 +333,8 @@ func TestPinRetriesAfterConflict(t *testing.T) {
 	}
 }
 
-// TestFrozenPin stops a replica between the look at a snapshot and its pin. The
-// snapshot is dropped meanwhile, and the pin that comes late is refused.
+// TestFrozenPin freezes a replica between the read of a snapshot and its pin. The
+// snapshot is dropped meanwhile, and the late pin fails.
 func TestFrozenPin(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		other := w.start("b")
@@ -368,9 +370,9 @@ func TestFrozenPin(t *testing.T) {
 	})
 }
 
-// TestPinAndDropExcludeEachOther races many pins with drops, through replicas
-// whose calls take different times and get lost. Whatever is told, a snapshot
-// that is dropped has no pin, and never was a pin told of one.
+// TestPinAndDropExcludeEachOther races many pins with drops on replicas with slow and
+// lost calls. Whatever the answers, a dropped snapshot has no pin, and no acknowledged
+// pin was of one.
 func TestPinAndDropExcludeEachOther(t *testing.T) {
 	var pinned, dropped atomic.Int64
 	for seed := range uint64(60) {
@@ -401,7 +403,7 @@ func TestPinAndDropExcludeEachOther(t *testing.T) {
 				})
 			}
 			var wg sync.WaitGroup
-			var told []*Pin
+			var acknowledged []*Pin
 			drop := false
 			for i := range 12 {
 				r := replicas[i%2]
@@ -416,7 +418,7 @@ func TestPinAndDropExcludeEachOther(t *testing.T) {
 					switch {
 					case err == nil:
 						mu.Lock()
-						told = append(told, p)
+						acknowledged = append(acknowledged, p)
 						mu.Unlock()
 					case errors.Is(err, meta.ErrUnavailable), errors.Is(err, ErrSnapshotNotCommitted), errors.Is(err,
 						ErrExpiredOrDropped):
@@ -454,15 +456,15 @@ func TestPinAndDropExcludeEachOther(t *testing.T) {
 			left := w.keysUnder(keys.AllPinsPrefix)
 			switch {
 			case drop && !gone:
-				t.Errorf("seed %d: the drop was told, and the snapshot is there", seed)
-			case gone && (len(told) > 0 || len(left) > 0):
-				t.Errorf("seed %d: dropped in spite of the pins told %v, there are %v", seed, told, left)
+				t.Errorf("seed %d: the drop succeeded, and the snapshot exists", seed)
+			case gone && (len(acknowledged) > 0 || len(left) > 0):
+				t.Errorf("seed %d: dropped in spite of the acknowledged pins %v; existing pins %v", seed, acknowledged, left)
 			case gone:
 				dropped.Add(1)
 			}
-			for _, p := range told {
+			for _, p := range acknowledged {
 				if _, found := w.pinRecord(p); !found {
-					t.Errorf("seed %d: pin %d was told, and is not there", seed, p.ID)
+					t.Errorf("seed %d: pin %d was returned, and does not exist", seed, p.ID)
 				}
 				pinned.Add(1)
 			}
@@ -473,8 +475,8 @@ func TestPinAndDropExcludeEachOther(t *testing.T) {
 	}
 }
 
-// TestPinSurvivesEachFailedCall fails every call of a pin, before and after it
-// takes effect, with and without token and ttl.
+// TestPinSurvivesEachFailedCall fails every call of a pin, before and after its effect,
+// with and without token and ttl.
 func TestPinSurvivesEachFailedCall(t *testing.T) {
 	for i := range 8 {
 		fault, ttl, tok := meta.Before, time.Duration(0), request.Token{}
@@ -507,7 +509,7 @@ func TestPinSurvivesEachFailedCall(t *testing.T) {
 					wantError(t, err, meta.ErrUnavailable)
 					left := w.keysUnder(keys.AllPinsPrefix)
 					if len(left) > 0 && !tok.IsSet() {
-						t.Errorf("call %d of %d: told that there is none, left %v", n, i, left)
+						t.Errorf("call %d of %d: no pin was returned, but there are %v", n, i, left)
 					}
 					p, err = pin(other)
 				}
@@ -515,7 +517,7 @@ func TestPinSurvivesEachFailedCall(t *testing.T) {
 					t.Fatalf("call %d of %d: %v", n, i, err)
 				}
 				if left := w.keysUnder(keys.AllPinsPrefix); !slices.Equal(left, []string{keys.Pin(s.ID, p.ID)}) {
-					t.Errorf("call %d of %d: there are %v, told %+v", n, i, left, p)
+					t.Errorf("call %d of %d: there are %v, returned %+v", n, i, left, p)
 				}
 				if kv, _ := w.pinRecord(p); (kv.Lease != 0) != (ttl > 0) {
 					t.Errorf("call %d of %d: under lease %d", n, i, kv.Lease)
@@ -531,8 +533,7 @@ func TestPinSurvivesEachFailedCall(t *testing.T) {
 	}
 }
 
-// late is a store that loses the answer to a transaction about a pin, which then
-// takes effect later.
+// late is a store that loses the answer to a transaction on a pin and applies it later.
 type late struct {
 	meta.KV
 	mu   sync.Mutex
@@ -557,12 +558,11 @@ func (l *late) set(lose bool) {
 	l.lose = lose
 }
 
-// land has the transaction take effect.
+// land applies the transaction.
 func (l *late) land(ctx context.Context) (meta.TxnResult, error) { return l.KV.Txn(ctx, l.held) }
 
-// TestLatePin has a pin take effect after the caller was told that it got no
-// answer. Without a token it must not come any more; with one, it is there when a
-// repeat tells of it.
+// TestLatePin applies a pin after its call returned without an answer. Without a token
+// it must not take effect; with one, it exists when a repeat returns it.
 func TestLatePin(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		l := &late{}
@@ -601,7 +601,7 @@ func TestLatePin(t *testing.T) {
 				t.Errorf("%s: landed %v", when, landed.Succeeded)
 			}
 			if _, found := w.pinRecord(p); !found {
-				t.Errorf("%s: pin %d was told, and is not there", when, p.ID)
+				t.Errorf("%s: pin %d was returned, and does not exist", when, p.ID)
 			}
 		}
 		if left := w.keysUnder(keys.AllPinsPrefix); len(left) != 2 {
@@ -657,7 +657,7 @@ func TestRenewPin(t *testing.T) {
 	})
 }
 
-// TestRenewalsAtOnce renews a pin from many sides.
+// TestRenewalsAtOnce renews a pin concurrently.
 func TestRenewalsAtOnce(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		replicas := []*replica{w.start("a"), w.start("b")}
@@ -678,7 +678,7 @@ func TestRenewalsAtOnce(t *testing.T) {
 		}
 		wg.Wait()
 		if done.Load() == 0 {
-			t.Error("nobody renewed it")
+			t.Error("no renewal succeeded")
 		}
 		time.Sleep(59 * time.Minute)
 		if kv, found := w.pinRecord(p); !found || kv.Lease == 0 {
@@ -691,8 +691,8 @@ func TestRenewalsAtOnce(t *testing.T) {
 	})
 }
 
-// TestRenewalSurvivesEachFailedCall fails every call of a renewal: the pin stays
-// for as long as was told.
+// TestRenewalSurvivesEachFailedCall fails every call of a renewal: the pin lasts as
+// long as the call returned.
 func TestRenewalSurvivesEachFailedCall(t *testing.T) {
 	for _, fault := range []meta.Fault{meta.Before, meta.After} {
 		for n := 0; ; n++ {
@@ -716,7 +716,7 @@ func TestRenewalSurvivesEachFailedCall(t *testing.T) {
 				}
 				time.Sleep(time.Until(until) - time.Second)
 				if _, found := w.pinRecord(p); !found {
-					t.Errorf("call %d: told %v, and the pin is gone before", n, err)
+					t.Errorf("call %d: returned %v, and the pin ended before", n, err)
 				}
 				if next, err = other.RenewPin(t.Context(), Ref{Name: "x"}, p.ID, 0); err != nil {
 					t.Fatal(err)
@@ -736,8 +736,8 @@ func TestRenewalSurvivesEachFailedCall(t *testing.T) {
 	}
 }
 
-// TestLateRenewal has a renewal take effect after the caller was told that it got
-// no answer: it must not end the pin.
+// TestLateRenewal applies a renewal after its call returned without an answer: it must
+// not end the pin.
 func TestLateRenewal(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		l := &late{}
@@ -784,7 +784,7 @@ func TestUnpin(t *testing.T) {
 			t.Error("the lease lives on")
 		}
 		wantError(t, unpin(Ref{Name: "x"}, p.ID+500), nil)
-		wantError(t, unpin(Ref{Name: "x"}, q.ID), nil) // it is no pin of x
+		wantError(t, unpin(Ref{Name: "x"}, q.ID), nil) // not a pin of x
 		for _, ref := range []Ref{{Name: "none"}, {ID: 1 << 50}} {
 			wantError(t, unpin(ref, 5), nil)
 		}
@@ -799,7 +799,7 @@ func TestUnpin(t *testing.T) {
 		wantError(t, unpin(Ref{ID: s.ID}, p.ID), nil)
 		settle()
 		wantError(t, unpin(Ref{ID: s.ID}, p.ID), nil)
-		// A renewal comes between the look and the removal.
+		// A renewal occurs between the read and the removal.
 		b := w.start("b")
 		between := func(do func()) {
 			var once sync.Once
@@ -821,7 +821,7 @@ func TestUnpin(t *testing.T) {
 		if _, found := w.pinRecord(p); found || w.leased(p.lease) {
 			t.Errorf("there is the pin: %v, or its lease", found)
 		}
-		// And a removal between the look and a renewal, which does not bring it back.
+		// A removal occurs between the read and a renewal, which must not restore the pin.
 		p = w.pin(r, other, time.Hour)
 		between(func() { wantError(t, b.Unpin(t.Context(), Ref{ID: other.ID}, p.ID), nil) })
 		_, err = r.RenewPin(t.Context(), Ref{ID: other.ID}, p.ID, 0)
@@ -853,8 +853,8 @@ func TestPinsInPages(t *testing.T) {
 			b PinPlace) int {
 			return int(a.Snapshot-b.Snapshot)*1000 + int(min(a.ID, 1000)-min(b.ID, 1000))
 		})
-		settle()           // so that the calls below are those of the pages alone
-		for i := range 9 { // which nobody can tell of
+		settle()           // so that only the pages make calls below
+		for i := range 9 { // unreadable
 			w.put(fmt.Sprintf("%sx%d", keys.PinPrefix(snaps[1].ID-1), i), nil)
 			w.put(fmt.Sprintf("%sx%d", keys.PinPrefix(snaps[2].ID), i), nil)
 		}
@@ -911,11 +911,11 @@ func TestPinEvents(t *testing.T) {
 		if err := r.Unpin(t.Context(), Ref{ID: s.ID}, removed.ID); err != nil {
 			t.Fatal(err)
 		}
-		w.put(keys.Pin(s.ID, 5000), []byte{8, 99}) // which nobody can tell of
+		w.put(keys.Pin(s.ID, 5000), []byte{8, 99}) // unreadable
 		time.Sleep(2*time.Minute + time.Second)
 		settle()
 		forever := w.pin(r, s, 0)
-		// A removal says so of one pin alone, at its own revision.
+		// A removal is reported for one pin, at its own revision.
 		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{
 			meta.Delete(keys.Pin(s.ID, forever.ID)),
 			meta.Put(keys.Unpin, record.Encode(&storagev1.Unpin{Format: record.Format, SnapshotId: s.ID,
@@ -923,14 +923,14 @@ func TestPinEvents(t *testing.T) {
 		}}); err != nil {
 			t.Fatal(err)
 		}
-		type told struct {
+		type reported struct {
 			typ     ChangeType
 			pin     int64
 			owner   string
 			ttl     time.Duration
 			expired bool
 		}
-		want := []told{
+		want := []reported{
 			{Created, removed.ID, "job", time.Minute, false},
 			{Created, expires.ID, "job", time.Minute, false},
 			{Updated, expires.ID, "job", 2 * time.Minute, false},
@@ -939,17 +939,17 @@ func TestPinEvents(t *testing.T) {
 			{Created, forever.ID, "job", 0, false},
 			{Deleted, forever.ID, "", 0, true},
 		}
-		// Pins of all collections are told, whatever is asked for.
+		// Pins of all collections are reported, whatever the filter.
 		for _, collection := range []int64{0, col.ID, other.ID} {
-			var got []told
+			var got []reported
 			ctx, cancel := context.WithCancel(t.Context())
 			err := r.Watch(ctx, start, collection, func(events []Event, _ int64) error {
 				for _, e := range events {
 					if e.Pin == nil || e.Pin.Snapshot != s.ID {
-						t.Errorf("told %+v", e)
+						t.Errorf("got %+v", e)
 						continue
 					}
-					got = append(got, told{e.Type, e.Pin.ID, e.Pin.Owner, e.Pin.TTL, e.Expired})
+					got = append(got, reported{e.Type, e.Pin.ID, e.Pin.Owner, e.Pin.TTL, e.Expired})
 				}
 				if len(got) == len(want) {
 					cancel()
@@ -958,7 +958,7 @@ func TestPinEvents(t *testing.T) {
 			})
 			wantError(t, err, context.Canceled)
 			if !slices.Equal(got, want) {
-				t.Errorf("told %v\nwant %v", got, want)
+				t.Errorf("got %v\nwant %v", got, want)
 			}
 		}
 	})

@@ -23,7 +23,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// restore has a committed snapshot restored.
+// restore restores a committed snapshot.
 func (c *course) restore(m *member, s step) {
 	id, ok := pickOf(c.committed(), s.C)
 	if !ok || len(c.cols)+len(c.underWay()) > 6 {
@@ -31,7 +31,7 @@ func (c *course) restore(m *member, s step) {
 	}
 	n := c.names.Add(1)
 	var tok request.Token
-	if c.long { // tokens last for a day, which takes a while
+	if c.long { // tokens last for a day
 		tok = token(fmt.Sprint(n), fmt.Sprint(n))
 		tok.Method = "RestoreSnapshot"
 	}
@@ -42,7 +42,7 @@ func (c *course) restore(m *member, s step) {
 	c.call(func(ctx context.Context) { _, _ = m.Restore(ctx, tok, sp) })
 }
 
-// collect has a round made, of all or of one collection.
+// collect makes a round for all collections or one.
 func (c *course) collect(m *member, s step) {
 	o := collect.CycleOptions{DryRun: s.C%5 == 0}
 	if s.C%3 == 0 {
@@ -59,7 +59,7 @@ func (c *course) collect(m *member, s step) {
 	})
 }
 
-// underWay are the jobs that have not ended.
+// underWay returns the jobs that have not ended.
 func (c *course) underWay() map[int64]*copyjob.Job {
 	list := map[int64]*copyjob.Job{}
 	for id, job := range c.jobs {
@@ -79,8 +79,8 @@ func (c *course) dropCollection(l *ledger) {
 	l.history = append(l.history, state{revision, map[int64]segment.Segment{}})
 }
 
-// sawJob follows the jobs. The target of one that is COMPLETED holds what its
-// snapshot has, and is a collection like others from then on.
+// sawJob follows the jobs. The target of a COMPLETED job holds the content of its
+// snapshot and is from then on an ordinary collection.
 func (c *course) sawJob(e meta.Event) {
 	id, err := keys.LastID(e.KV.Key)
 	c.must(err)
@@ -110,7 +110,7 @@ func (c *course) sawJob(e meta.Event) {
 	}
 }
 
-// adopt begins an account of what a restore made.
+// adopt starts a ledger for the target of a restore.
 func (c *course) adopt(job *copyjob.Job, revision int64) {
 	ctx := context.Background()
 	col, err := c.cat.Collection(ctx, catalog.Ref{ID: job.Target})
@@ -153,13 +153,13 @@ func (c *course) adopt(job *copyjob.Job, revision int64) {
 	c.take(col, revision, segments)
 }
 
-// sawEnd judges that a collection's record goes: nothing of it may be left.
+// sawEnd checks that nothing of a collection is left when its record is removed.
 func (c *course) sawEnd(e meta.Event) {
 	id, err := keys.LastID(e.KV.Key)
 	c.must(err)
 	i := slices.IndexFunc(c.cols, func(l *ledger) bool { return l.col.ID == id })
 	if i < 0 {
-		return // of a restore that was rolled back
+		return // target of a rolled back restore
 	}
 	l := c.cols[i]
 	if !l.dropped {
@@ -169,8 +169,7 @@ func (c *course) sawEnd(e meta.Event) {
 	c.reach.finished.Add(1)
 }
 
-// finish brings all to an end, after which there must be nothing left but what
-// stands for ever.
+// finish ends everything. Afterwards only permanent keys and objects may be left.
 func (c *course) finish() {
 	ctx := context.Background()
 	c.repair()
@@ -181,7 +180,7 @@ func (c *course) finish() {
 		m.heal()
 		c.between(m, nil)
 	}
-	c.rest(15 * time.Minute) // leases run out, and what is in flight ends
+	c.rest(15 * time.Minute) // leases expire, and calls in flight end
 	c.flying.Wait()
 	for id := range c.underWay() {
 		_, _ = c.replicas[0].Jobs().Cancel(ctx, id)
@@ -206,7 +205,7 @@ func (c *course) finish() {
 		if l.dropped {
 			continue
 		}
-		if len(l.live()) > 0 && i%2 == 0 { // else they are dropped with their collection
+		if len(l.live()) > 0 && i%2 == 0 { // the others are dropped with their collection
 			c.change(l, catalog.SegmentChange{Drop: slices.Sorted(maps.Keys(l.live()))}, map[int64]segment.Segment{})
 			c.reclaim(c.replicas[i%3], l, c.asks(l, 0), gc.BySnapshotd)
 		}
@@ -218,7 +217,7 @@ func (c *course) finish() {
 		c.confirm(m, l, false)
 	}
 	c.rest(time.Minute)
-	// One replica is enough to see to the rest, and it has just begun.
+	// A single, newly started replica does the rest.
 	for i := range c.replicas {
 		c.replicas[i].heal()
 		c.replicas[i].stop()
@@ -234,24 +233,24 @@ func (c *course) finish() {
 	c.nothingLeft()
 }
 
-// nothingDropped holds that nothing waits to be deleted any more, while
-// collections live.
+// nothingDropped checks that no dropped unit is left while collections exist.
 func (c *course) nothingDropped() {
 	parts, _, err := c.cat.DroppedChildren(context.Background(), 0)
-	// Those of a dropped collection go with it.
+	// Units of a dropped collection are removed with it.
 	parts = slices.DeleteFunc(parts, func(p catalog.Child) bool { return c.ledgerOf(p.Collection).dropped })
 	if err != nil || len(parts) > 0 {
 		c.wrong("dropped partitions and indexes are left: %v, err = %v", parts, err)
 	}
 	for _, l := range c.cols {
 		if len(l.units)+len(l.orphans)+len(l.builds) > 0 {
-			c.wrong("of collection %d, whose snapshots are gone, there are left: units %v, segments %v and builds %v that were dropped",
-				l.col.ID, slices.Collect(maps.Keys(l.units)), slices.Collect(maps.Keys(l.orphans)), slices.Collect(maps.Keys(l.builds)))
+			c.wrong("dropped units %v, segments %v and builds %v are left of collection %d, which has no snapshots",
+				slices.Collect(maps.Keys(l.units)), slices.Collect(maps.Keys(l.orphans)),
+				slices.Collect(maps.Keys(l.builds)), l.col.ID)
 		}
 	}
 }
 
-// rightModel holds that the oracle knows what each snapshot has.
+// rightModel checks that the oracle's content of each snapshot is correct.
 func (c *course) rightModel() {
 	for id, s := range c.committed() {
 		files := 0
@@ -275,28 +274,27 @@ func (c *course) rightModel() {
 	}
 }
 
-// nothingLeft holds that after the end of everything the stores have what stands
-// for ever, and no more.
+// nothingLeft checks that only permanent keys and objects are left at the end.
 func (c *course) nothingLeft() {
 	want := map[string]bool{
-		keys.Format:           true, // which cluster this is, for as long as there is a store
-		keys.IDs:              true, // ids never return, so neither does what was handed out
-		keys.Epoch:            true, // what was noted last of how far the store has come
-		keys.Leader:           true, // the lease of who leads now
-		keys.Clock:            true, // the time as it was noted last, written over by the next
-		keys.Cycle:            true, // what the last round came to, written over by the next
-		keys.Store("default"): true, // which object store the alias stands for
+		keys.Format:           true, // the cluster id, permanent
+		keys.IDs:              true, // the allocated ids, permanent
+		keys.Epoch:            true, // the last heartbeat
+		keys.Leader:           true, // under the lease of the current leader
+		keys.Clock:            true, // the last recorded time, overwritten by the next
+		keys.Cycle:            true, // the last round, overwritten by the next
+		keys.Store("default"): true, // the identity of the store
 	}
 	optional := map[string]bool{
-		keys.Unpin: true, // which pin was removed last, once one was; written over by the next
+		keys.Unpin: true, // the last removed pin, overwritten by the next
 	}
 	workers := 0
 	got := map[string]bool{}
 	for _, key := range c.w.keysUnder("/") {
 		switch {
-		case strings.HasPrefix(key, keys.WorkerPrefix): // under the lease of a replica that lives
+		case strings.HasPrefix(key, keys.WorkerPrefix): // under the lease of a running replica
 			workers++
-		case strings.HasPrefix(key, keys.GonePrefix): // which ids are gone, for ever
+		case strings.HasPrefix(key, keys.GonePrefix): // the gone ids, permanent
 		case !optional[key]:
 			got[key] = true
 		}
@@ -305,12 +303,12 @@ func (c *course) nothingLeft() {
 		c.wrong("keys are left, or gone; workers: %d: %s", workers, diff)
 	}
 	objects := maps.Clone(c.foreign)
-	objects[identity.Key] = true // which store this is
+	objects[identity.Key] = true // the identity of the store
 	beats := 0
 	found := map[string]bool{}
 	for _, key := range c.w.objectsUnder("") {
 		if strings.HasPrefix(key, epoch.Prefix) &&
-			!c.foreign[key] { // the notes of how far the metadata store has come: the newest two
+			!c.foreign[key] { // the newest two heartbeats
 			beats++
 			continue
 		}

@@ -19,19 +19,18 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// guard is the object store below all replicas. It judges each delete at the
-// moment that it reaches the store, by what the two stores hold then, and knows
-// nothing of why it was asked for.
+// guard is the object store below all replicas. It checks each delete when it reaches
+// the store against the content of both stores, without knowledge of its reason.
 type guard struct {
 	object.Store
 	kv     meta.KV
 	reader *Manager // without faults, and not run
 
 	mu       sync.Mutex
-	foreign  map[string]bool           // keys that nobody may touch
-	granted  map[string]bool           // keys of the files of all tombstones that were seen
+	foreign  map[string]bool           // keys that must not change
+	granted  map[string]bool           // keys of the files of all tombstones so far
 	captured map[int64]map[string]bool // keys of the files of committed snapshots
-	wrong    string                    // what was done first that must not be
+	wrong    string                    // the first violation
 	swept    int64                     // objects of snapshots and units without a record
 	late     int64                     // copies of jobs that had ended
 }
@@ -41,7 +40,7 @@ func newGuard(kv meta.KV, store object.Store) *guard {
 		captured: map[int64]map[string]bool{}}
 }
 
-// leave says that nobody may touch an object.
+// leave marks an object that must not be changed.
 func (g *guard) leave(key string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -54,7 +53,7 @@ func (g *guard) isForeign(key string) bool {
 	return g.foreign[key]
 }
 
-// first is what was done first that must not be, empty when there is nothing.
+// first returns the first violation, empty if there is none.
 func (g *guard) first() string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -110,19 +109,19 @@ func (g *guard) Delete(ctx context.Context, list ...string) error {
 	return g.Store.Delete(ctx, list...)
 }
 
-// isNote says whether a key is that of a note of how far the metadata store has
-// come, of which there may be too many, but not too few: see package epoch.
+// isNote reports whether a key is that of a heartbeat of the metadata store, of which a
+// surplus is legal and a lack is not: see package epoch.
 func isNote(key string) bool { return strings.HasPrefix(key, epoch.Prefix) }
 
-// needs is what is needed at a revision.
+// needs are the files needed at a revision.
 type needs struct {
-	files     map[string]string // by key, for whom
+	files     map[string]string // holder by key
 	snapshots map[int64]State
 	units     map[string]bool // keys of the objects of units that are not granted
 	jobs      map[int64]*copyjob.Job
 }
 
-// needs reads all that needs files, at one revision.
+// needs reads the records that need files, at one revision.
 func (g *guard) needs() (*needs, error) {
 	ctx := context.Background()
 	prefixes := []string{keys.SnapshotPrefix, "/catalog/segment/", keys.AllUnitsPrefix,
@@ -204,7 +203,7 @@ func (g *guard) needs() (*needs, error) {
 	return n, nil
 }
 
-// capture adds what a committed snapshot needs.
+// capture adds the files of a committed snapshot.
 func (g *guard) capture(ctx context.Context, s *Snapshot, n *needs) error {
 	g.mu.Lock()
 	files := g.captured[s.ID]
@@ -233,7 +232,7 @@ func (g *guard) capture(ctx context.Context, s *Snapshot, n *needs) error {
 	return nil
 }
 
-// judge says why a key must not be deleted now; empty: it may.
+// judge returns the reason why a key must not be deleted now, empty if it may.
 func (g *guard) judge(n *needs, key string) string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -276,7 +275,7 @@ func (g *guard) judge(n *needs, key string) string {
 	state, there := n.snapshots[id]
 	switch {
 	case !ok:
-		return "it is nobody's"
+		return "it has no owner"
 	case !there:
 		g.swept++
 		return ""
@@ -286,11 +285,10 @@ func (g *guard) judge(n *needs, key string) string {
 	return ""
 }
 
-// foreignPlaces is how many kinds of places there are for foreign objects.
+// foreignPlaces is the number of kinds of places for foreign objects.
 const foreignPlaces = 18
 
-// putForeign puts an object that is not of snapshotd where one of that kind
-// would be found.
+// putForeign writes a foreign object to a place of one kind.
 func (c *course) putForeign(kind, n int) {
 	l := c.cols[n%len(c.cols)]
 	col, unit, snapshot := l.col.ID, l.col.ID, int64(1)
@@ -313,7 +311,7 @@ func (c *course) putForeign(kind, n int) {
 		"data/", fmt.Sprintf("data/%d/", col), fmt.Sprintf("data/%d/%d/", col, l.part.ID),
 		fmt.Sprintf("data/%d/0/%d/", col, unit), fmt.Sprintf("data/%d/%d/%d/insert/100/", col, l.part.ID, unit),
 		fmt.Sprintf("data/%d/", target), fmt.Sprintf("data/%d/0/%d/insert/", target, first),
-		// Of another cluster, or an id that was never handed out.
+		// Of another cluster, or with an id that was never allocated.
 		fmt.Sprintf("snapshots/%d/%d/", col, int64(1)<<50+c.names.Add(1)), "gc/held/" + fmt.Sprint(int64(1)<<50) + "/",
 	}[kind%foreignPlaces]
 	key := fmt.Sprintf("%snote-%d", dir, c.names.Add(1))

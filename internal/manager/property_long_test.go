@@ -16,12 +16,11 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// longSnapshots is how many snapshots the long run takes: what fits into a few
-// seconds.
+// longSnapshots is the number of snapshots of the long run, chosen for a few seconds.
 const longSnapshots = 300
 
-// usedKeys is what the metadata store holds: of dropped units and what is
-// granted, the claims to their ids left out, of snapshots, and of everything else.
+// usedKeys counts the keys of the metadata store: of dropped units and grants without
+// the claims of their ids, of snapshots, and others.
 type usedKeys struct {
 	Units, UnitBytes, LargestUnit int
 	Snapshots                     int
@@ -57,9 +56,9 @@ func (w *testEnv) used() usedKeys {
 	return u
 }
 
-// Steady compaction under steady snapshots, all of which hold what each round
-// replaces, costs the metadata store a small stub for each unit and nothing else;
-// and it ends when the snapshots do.
+// TestSteadyCompactionUnderSnapshots checks that steady compaction under steady
+// snapshots, which hold all replaced segments, costs the metadata store a small stub
+// per unit, and that the stubs are removed with the snapshots.
 func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) {
@@ -68,7 +67,7 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 		})
 		col, _, x := w.collection(r, "c")
 		w.checkpoint(r, col, 1000, 1000)
-		const files = 8 // of a segment: its record takes more than a stub
+		const files = 8 // per segment: its record is larger than a stub
 		segments := func(n int) []segment.Segment {
 			var list []segment.Segment
 			for range n {
@@ -94,7 +93,7 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 		var quarter usedKeys
 		for n := range longSnapshots {
 			snapshots = append(snapshots, w.create(r, col, fmt.Sprint("s", n)))
-			// Three are compacted into one, and two more are written.
+			// Three segments are compacted into one, and two are added.
 			out := segments(3)
 			swap := catalog.SegmentChange{Add: out}
 			for _, s := range live[:3] {
@@ -110,7 +109,7 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 				continue
 			}
 			u := w.used()
-			// What a snapshot holds is parked by the next round.
+			// The next round spills the held units.
 			if want := 3 * (n + 1); u.Units != want || u.LargestUnit >= 300 {
 				t.Fatalf("after snapshot %d: %d units, want %d; the largest takes %d bytes", n, u.Units, want, u.LargestUnit)
 			}
@@ -139,7 +138,7 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 		}
 		time.Sleep(3 * time.Minute)
 		settle()
-		// They are nearly all of the collection, so somebody has to insist.
+		// They are most of the collection, so the round must be forced.
 		if last := r.Collector().LastCycle(); last == nil || len(last.Stops) != 1 {
 			t.Errorf("the last round: %+v", last)
 		}

@@ -35,12 +35,12 @@ import (
 	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
-// TestNothingNeededIsEverDeleted does random things to a cluster of three
-// replicas, with every failure that there is, and has an oracle look on that
-// knows nothing of how reclamation works: see course.
+// TestNothingNeededIsEverDeleted applies random steps with all kinds of faults to a
+// cluster of three replicas. An oracle that does not know the implementation of
+// reclaims checks every change: see course.
 func TestNothingNeededIsEverDeleted(t *testing.T) {
 	var reached reach
-	// What must be reached is, whatever is drawn.
+	// The scripted course reaches the required events, whatever the random ones do.
 	runCourse(t, t, scripted, &reached, true)
 	rapid.Check(t, func(rt *rapid.T) {
 		runCourse(t, rt, append(slices.Clone(prelude), rapid.SliceOfN(genStep, 10, 50).Draw(rt, "steps")...), &reached, false)
@@ -53,7 +53,7 @@ func TestNothingNeededIsEverDeleted(t *testing.T) {
 	}
 }
 
-// reach counts what a run has exercised.
+// reach counts the events that a run has exercised.
 type reach struct {
 	granted, heldBySnapshot, heldByCreate, compareFailed, again   atomic.Int64
 	unreadable, deleted, confirmed, unanswered, reaped, committed atomic.Int64
@@ -84,13 +84,13 @@ func (r *reach) String() string {
 	return strings.Join(list, "; ")
 }
 
-// step is one thing that is done; the numbers choose of what there is.
+// step is one operation; the numbers select its subjects.
 type step struct {
 	Op      string
 	A, B, C int
 }
 
-// ops are the steps, those that are done often several times.
+// ops are the kinds of steps; frequent ones occur several times.
 var ops = []string{
 	"add", "add", "add", "drop", "drop", "compact", "compact", "rebuild", "rebuild", "update", "update",
 	"create", "create", "create", "slow create", "slow create", "faulty create", "faulty create", "dying create",
@@ -110,12 +110,12 @@ var genStep = rapid.Custom(func(t *rapid.T) step {
 		rapid.IntRange(0, 999).Draw(t, "b"), rapid.IntRange(0, 999).Draw(t, "c")}
 })
 
-// prelude is what each drawn course begins with: something to hold.
+// prelude is the start of each random course, which makes something to hold.
 var prelude = []step{
 	{"add", 0, 55, 0}, {"add", 0, 6, 1}, {"add", 1, 36, 0}, {"add", 1, 12, 0}, {"create", 0, 0, 0}, {"create", 1, 1, 0},
 }
 
-// scripted meets everything that a run must have met.
+// scripted covers every event that a run must exercise.
 var scripted = []step{
 	{"add", 0, 7, 0},
 	{"add", 0, 7, 1},
@@ -128,7 +128,7 @@ var scripted = []step{
 	{"slow create", 0, 1, 0},
 	{"drop", 0, 0, 0},
 	{"reclaim", 0, 1, 0},      // held by a create
-	{"late reclaim", 0, 0, 0}, // which commits after it was looked for, and before the grant
+	{"late reclaim", 0, 0, 0}, // the create commits between the read and the grant
 	{"thaw", 0, 1, 0},
 	{"drop snapshot", 0, 0, 0},
 	{"drop snapshot", 0, 0, 0},
@@ -168,7 +168,7 @@ var scripted = []step{
 	{"wait", 0, 30, 0},
 	{"drop partition", 0, 0, 0},
 	{"drop index", 0, 0, 0},
-	{"wait long", 0, 8, 0}, // the collector parks what the snapshot holds
+	{"wait long", 0, 8, 0}, // the collector spills the units held by the snapshot
 	{"slow restore", 0, 0, 0},
 	{"wait", 0, 3, 0},
 	{"cancel", 0, 0, 0},
@@ -176,7 +176,7 @@ var scripted = []step{
 	{"thaw", 0, 1, 0},
 	{"thaw", 0, 2, 0},
 	{"wait", 0, 30, 0},
-	{"late restore", 0, 1, 0}, // 0 would hold what it pins
+	{"late restore", 0, 1, 0}, // with 0 the pin would be delayed
 	{"wait", 0, 3, 0},         // until it copies
 	{"cancel", 0, 0, 0},
 	{"wait", 0, 0, 0},
@@ -186,11 +186,11 @@ var scripted = []step{
 	{"wait hours", 0, 0, 0},
 }
 
-// errWrong is how a course ends that saw what must not be.
+// errWrong ends a course that detected a violation.
 type errWrong string
 
-// runCourse has steps done, and then everything ended. A long course keeps what
-// is kept for days for as long as that.
+// runCourse executes steps and then ends everything. A long course waits as long as
+// retained records are kept.
 func runCourse(t *testing.T, report rapid.TB, steps []step, reached *reach, long bool) {
 	var wrong errWrong
 	virtual.Test(t, func(t *testing.T) {
@@ -236,18 +236,17 @@ func runCourse(t *testing.T, report rapid.TB, steps []step, reached *reach, long
 	}
 }
 
-// course is one course of things, with an oracle. The oracle sees every change
-// of the metadata store, in order, and keeps its own account: what each file
-// holds, which segments there were at each revision and so what each snapshot
-// captured, and what was granted.
+// course is one sequence of steps with an oracle. The oracle sees every change of the
+// metadata store in order and keeps its own ledger: the content of each file, the
+// segments at each revision and therefore the content of each snapshot, and the grants.
 type course struct {
 	w       *testEnv
 	reach   *reach
 	guard   *guard
-	objects object.Store // what the guard guards, for what the oracle and engines do
+	objects object.Store // the guarded store, for the oracle and the engines
 	long    bool
 	ending  bool
-	now     string // what is being done
+	now     string // the current step
 
 	cat      *catalog.Catalog // without faults, for the engine that writes the collections
 	reader   *Manager         // without faults, and not run
@@ -259,19 +258,19 @@ type course struct {
 	ended  []reclaimed
 
 	cols      []*ledger
-	finished  []*ledger // of cols, whose records are gone
+	finished  []*ledger // of cols, after the removal of their records
 	names     atomic.Int64
-	ever      []*member // all replicas that there ever were
+	ever      []*member // all replicas so far
 	jobs      map[int64]*copyjob.Job
-	content   map[string][]byte // what each data file and foreign file holds
-	foreign   map[string]bool   // keys of files that belong to nothing
-	granted   map[string]bool   // keys of all files that were ever granted
+	content   map[string][]byte // content of each data file and foreign file
+	foreign   map[string]bool   // keys of foreign files
+	granted   map[string]bool   // keys of all granted files so far
 	snapshots map[int64]*taken
 	pins      []*Pin
-	corrupted map[int64][]byte // what the references were, by snapshot
+	corrupted map[int64][]byte // original references, by snapshot
 }
 
-// member is one replica with what can be done to it.
+// member is one replica with its fault injectors.
 type member struct {
 	*replica
 	spy    *spy
@@ -279,7 +278,7 @@ type member struct {
 	frozen bool
 }
 
-// ledger is what the oracle knows of a collection.
+// ledger is the oracle's state of a collection.
 type ledger struct {
 	col     catalog.Collection
 	index   catalog.Index
@@ -293,13 +292,13 @@ type ledger struct {
 	stubs   map[int64]bool            // units that are parked
 }
 
-// state is what a collection consisted of from a revision on.
+// state is the content of a collection from a revision on.
 type state struct {
 	revision int64
 	segments map[int64]segment.Segment
 }
 
-// taken is a snapshot that was committed.
+// taken is a committed snapshot.
 type taken struct {
 	id, collection int64
 	name           string
@@ -312,7 +311,7 @@ type taken struct {
 type granted struct {
 	tomb  *gc.Tombstone
 	files []string
-	asked bool // somebody was about to confirm it
+	asked bool // a confirm was in flight
 	gone  bool
 }
 
@@ -320,17 +319,17 @@ type granted struct {
 type reclaimed struct {
 	col     *ledger
 	asks    []gc.Ask
-	known   map[int64]bool // units that there were before
+	known   map[int64]bool // units before the call
 	answers []gc.Answer
 	err     error
 }
 
-// spy sees the transactions of a replica that grant something, and has things
-// happen between the read and the grant.
+// spy observes the transactions of a replica that grant units, and calls hooks between
+// the read and the grant.
 type spy struct {
 	meta.KV
 	mu     sync.Mutex
-	before func() // the next grant, once
+	before func() // the next grant; called once
 	failed func()
 }
 
@@ -355,14 +354,14 @@ func (s *spy) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
 	return res, err
 }
 
-// tardy is a store whose writes and deletes, while it is held, land late: whatever
-// has become of the caller since.
+// tardy is a store that delays its writes and deletes while it is held, also beyond the
+// end of their callers.
 type tardy struct {
 	object.Store
-	flying sync.WaitGroup // what has still to land
+	flying sync.WaitGroup // delayed calls
 	mu     sync.Mutex
 	gate   chan struct{} // closed by release; nil when not held
-	pins   bool          // whether the pins of a restore's files land late as well, before which nothing is copied
+	pins   bool          // whether pins of a restore's files are delayed too, which precede its copies
 }
 
 func (l *tardy) hold() { l.holdAll(true) }
@@ -385,8 +384,8 @@ func (l *tardy) release() {
 	}
 }
 
-// land does something now or, when the store is held, once it is released, for a
-// caller that may have given up by then.
+// land executes do now or, if the store is held, after its release, when the caller may
+// have given up.
 func (l *tardy) land(ctx context.Context, do func(ctx context.Context) error) error {
 	l.mu.Lock()
 	gate := l.gate
@@ -510,7 +509,7 @@ func (c *course) newCollection() {
 	c.take(col, 0, map[int64]segment.Segment{})
 }
 
-// take begins an account of a collection.
+// take starts a ledger for a collection.
 func (c *course) take(col catalog.Collection, revision int64, segments map[int64]segment.Segment) {
 	l := &ledger{
 		col: col, history: []state{{0, map[int64]segment.Segment{}}, {revision, segments}},
@@ -550,13 +549,14 @@ func (c *course) start(i int) {
 			ReadSpilled: catalog.ReadSpilled(stores), RaiseIDs: o.Epoch.RaiseIDLimit,
 		})
 		o.KV, o.Stores = m.spy, stores
-		// What a sweep takes is dead at once; that it waits is only for safety's sake.
+		// Swept objects are unused at once; the grace period is only a safety margin.
 		o.CollectTolerance, o.OrphanGrace, o.SweepInterval = 5*time.Minute, time.Second, 10*time.Minute
 		if !c.long {
-			o.KeepRestores = 24 * time.Hour // for longer than anything is late
+			o.KeepRestores = 24 * time.Hour // longer than any delay
 		}
-		if c.ending { // at leisure: many hours are to pass
-			o.LeaderTTL, o.CleanInterval, o.CollectInterval, o.SweepInterval = time.Hour, 30*time.Minute, 10*time.Minute, time.Hour
+		if c.ending { // longer intervals: many hours pass
+			o.LeaderTTL, o.CleanInterval = time.Hour, 30*time.Minute
+			o.CollectInterval, o.SweepInterval = 10*time.Minute, time.Hour
 		}
 	})
 	c.replicas[i] = m
@@ -578,7 +578,7 @@ func (m *member) heal() {
 }
 
 func (c *course) stopAll() {
-	for _, m := range c.ever { // what one had sent that was stopped may hang still
+	for _, m := range c.ever { // calls of a stopped replica may still hang
 		m.thaw()
 	}
 	for _, m := range c.replicas {
@@ -589,7 +589,7 @@ func (c *course) stopAll() {
 	}
 }
 
-// calm is a replica that answers.
+// calm returns a replica that answers.
 func (c *course) calm(n int) *member {
 	for i := range c.replicas {
 		if m := c.replicas[(n+i)%len(c.replicas)]; !m.frozen {
@@ -601,7 +601,7 @@ func (c *course) calm(n int) *member {
 	return m
 }
 
-// call has a replica do something for as long as that takes, for a while.
+// call executes do on a replica, for a limited time.
 func (c *course) call(do func(ctx context.Context)) {
 	c.flying.Go(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
@@ -610,7 +610,7 @@ func (c *course) call(do func(ctx context.Context)) {
 	})
 }
 
-// rest lets d pass, and looks at everything.
+// rest lets d pass and checks everything.
 func (c *course) rest(d time.Duration) {
 	time.Sleep(d)
 	settle()
@@ -631,7 +631,7 @@ func (c *course) ledgerOf(collection int64) *ledger {
 	return nil
 }
 
-// at is what there was at a revision.
+// at returns the segments at a revision.
 func (l *ledger) at(revision int64) map[int64]segment.Segment {
 	for _, s := range slices.Backward(l.history) {
 		if s.revision <= revision {
@@ -645,7 +645,7 @@ func (l *ledger) live() map[int64]segment.Segment { return l.history[len(l.histo
 
 func keyOf(f *segment.File) string { return "data/" + f.Path }
 
-// watch takes down all that changes.
+// watch records all changes.
 func (c *course) watch(ctx context.Context) {
 	from, to := keys.All()
 	w := c.w.kv.Watch(ctx, from, to, 1)
@@ -663,7 +663,7 @@ func (c *course) watch(ctx context.Context) {
 	}
 }
 
-// observe judges what has changed since the last time.
+// observe checks the changes since the last call.
 func (c *course) observe() {
 	c.mu.Lock()
 	events, ends := c.events, c.ended
@@ -790,7 +790,7 @@ func (c *course) sawTombstone(e meta.Event) {
 	l.grants[id] = g
 	delete(l.orphans, id)
 	delete(l.builds, id)
-	for _, b := range t.Unit.Segment.Builds { // a build that was not finished goes with its segment
+	for _, b := range t.Unit.Segment.Builds { // an unfinished build is reclaimed with its segment
 		delete(l.builds, b.ID)
 	}
 	c.reach.granted.Add(1)
@@ -825,7 +825,7 @@ func (c *course) sawTombstone(e meta.Event) {
 	}
 }
 
-// sawAnswers judges what Reclaim said.
+// sawAnswers checks the answers of Reclaim.
 func (c *course) sawAnswers(e *reclaimed) {
 	if e.err != nil {
 		switch {
@@ -848,7 +848,7 @@ func (c *course) sawAnswers(e *reclaimed) {
 			g := e.col.grants[a.Tombstone.ID]
 			switch {
 			case g == nil:
-				c.wrong("unit %d is said to be granted", a.Tombstone.ID)
+				c.wrong("unit %d is reported as granted", a.Tombstone.ID)
 			case id != 0 && a.Tombstone.ID != id:
 				c.wrong("unit %d was asked for, %d was granted", id, a.Tombstone.ID)
 			case a.Tombstone.Revision != g.tomb.Revision || a.Tombstone.Deleter != g.tomb.Deleter ||
@@ -861,7 +861,7 @@ func (c *course) sawAnswers(e *reclaimed) {
 			}
 		case gc.Dropped:
 			if a.Holders == 0 {
-				c.wrong("unit %d is held by nobody, and not granted", id)
+				c.wrong("unit %d has no holder and is not granted", id)
 			}
 			if len(a.Snapshots) > 0 {
 				c.reach.heldBySnapshot.Add(1)
@@ -905,7 +905,7 @@ func (c *course) object(key string) ([]byte, bool) {
 	return data, true
 }
 
-// lookAround holds what must be true at every moment.
+// lookAround checks the invariants that hold at every moment.
 func (c *course) lookAround() {
 	intact := func(key, what string) {
 		if got, there := c.object(key); !there || !bytes.Equal(got, c.content[key]) {
@@ -957,14 +957,14 @@ func (c *course) lookAround() {
 	}
 }
 
-// change is what the engine does, for which the oracle keeps account.
+// change is a change of the engine, which the oracle records.
 func (c *course) change(l *ledger, swap catalog.SegmentChange, next map[int64]segment.Segment) {
 	revision, err := c.cat.Change(context.Background(), request.Token{}, catalog.Ref{ID: l.col.ID}, swap)
 	c.must(err)
 	l.history = append(l.history, state{revision, next})
 }
 
-// revisionOf is when a record was changed last, which must be there.
+// revisionOf returns the revision of an existing record.
 func (c *course) revisionOf(key string) int64 {
 	kv, found, _, err := c.w.kv.Get(context.Background(), key)
 	if err != nil || !found {
@@ -979,7 +979,7 @@ func (c *course) id() int64 {
 	return id
 }
 
-// write puts a file into the store.
+// write writes a file to the store.
 func (c *course) write(kind, path string) segment.File {
 	f := segment.File{Kind: kind, Path: path, Entries: 1, Field: 100, LogID: 1}
 	if kind != segment.KindIndex {
@@ -990,7 +990,7 @@ func (c *course) write(kind, path string) segment.File {
 	return f
 }
 
-// put writes an object that is like no other.
+// put writes a unique object.
 func (c *course) put(key string) {
 	c.content[key] = []byte("this is " + key)
 	_, err := c.objects.Put(context.Background(), key, c.content[key])
@@ -1003,9 +1003,9 @@ func (c *course) newBuild(l *ledger, s *segment.Segment, layout int) segment.Bui
 	switch layout % 3 {
 	case 0: // under both ids
 		path = fmt.Sprintf("%d/%d/%d/index/%d/f", l.col.ID, s.Partition, s.ID, b.ID)
-	case 1: // at no place
+	case 1: // at no place of the layout of the layout
 		path, foreign = fmt.Sprintf("%d/index/%d/f", l.col.ID, b.ID), true
-	default: // under the segment's, so that its own does not cover it
+	default: // under the segment's id, so that its own id does not cover it
 		path = fmt.Sprintf("%d/%d/%d/index/v%d", l.col.ID, s.Partition, s.ID, b.ID)
 	}
 	f := c.write(segment.KindIndex, path)
@@ -1017,7 +1017,7 @@ func (c *course) newBuild(l *ledger, s *segment.Segment, layout int) segment.Bui
 	return b
 }
 
-// newSegment makes a segment: with a build, more files, a foreign file.
+// newSegment returns a segment with a build, further files or a foreign file.
 func (c *course) newSegment(l *ledger, shape int) segment.Segment {
 	s := segment.Segment{ID: c.id(), Channel: shape % 2, Level: 1, State: segment.Flushed,
 		Rows: 1, DML: segment.Position{Timestamp: 21}}
@@ -1025,7 +1025,7 @@ func (c *course) newSegment(l *ledger, shape int) segment.Segment {
 		s.Partition = l.part.ID
 	}
 	if shape&32 != 0 {
-		s.EngineData = make([]byte, 500) // so that it is worthwhile to park it
+		s.EngineData = make([]byte, 500) // large enough to be spilled
 	}
 	s.Files = []segment.File{c.write(segment.KindInsert,
 		fmt.Sprintf("%d/%d/%d/insert/100/1", l.col.ID, s.Partition, s.ID))}
@@ -1044,9 +1044,9 @@ func (c *course) newSegment(l *ledger, shape int) segment.Segment {
 	return s
 }
 
-// steal has an engine register in a collection what is not its own: a segment of
-// another collection, or of one that is gone, under its id, or its files under an id
-// of its own that stands in all places of their paths that are no ids.
+// steal lets an engine register segments of another or a removed collection in a
+// collection, or their files under an own id that occurs in all non-id places of their
+// paths.
 func (c *course) steal(l *ledger, s step) {
 	var of []segment.Segment
 	for _, other := range c.cols {
@@ -1062,10 +1062,10 @@ func (c *course) steal(l *ledger, s step) {
 	seg := of[s.B%len(of)]
 	seg.Partition, seg.Builds = 0, nil
 	switch s.C % 3 {
-	case 0: // the line of the segment, as it is
-	case 1: // its files, under another id
+	case 0: // the segment itself
+	case 1: // its files under another id
 		seg.ID = c.id()
-	case 2: // its id, with a file elsewhere
+	case 2: // its id with a file elsewhere
 		seg.Files = []segment.File{{Kind: segment.KindInsert, Path: fmt.Sprintf("stolen/%d/%d", seg.ID, seg.ID), Size: 1}}
 	}
 	_, _, err := c.cat.AddSegments(context.Background(), l.col.ID, []segment.Segment{seg})
@@ -1083,7 +1083,7 @@ func pickOf[K int64 | string, V any](set map[K]V, n int) (K, bool) {
 	return slices.Sorted(maps.Keys(set))[n%len(set)], true
 }
 
-// committed are the snapshots there are.
+// committed returns the existing snapshots.
 func (c *course) committed() map[int64]*taken {
 	list := map[int64]*taken{}
 	for id, s := range c.snapshots {
@@ -1113,7 +1113,7 @@ func (c *course) reclaim(m *member, l *ledger, asks []gc.Ask, deleter gc.Deleter
 	})
 }
 
-// asks are units to ask for: dropped ones, and others.
+// asks returns asks for dropped units and others.
 func (c *course) asks(l *ledger, n int) []gc.Ask {
 	var list []gc.Ask
 	for id, u := range l.units {
@@ -1136,7 +1136,7 @@ func (c *course) asks(l *ledger, n int) []gc.Ask {
 		list = append(list, gc.Ask{Segment: id})
 	}
 	slices.SortFunc(list, func(a, b gc.Ask) int { return int(max(a.Segment, a.Build) - max(b.Segment, b.Build)) })
-	return append(list, gc.Ask{Segment: 1 << 40}, gc.Ask{File: catalog.FilePath{Path: "nobody/7/has/this"}},
+	return append(list, gc.Ask{Segment: 1 << 40}, gc.Ask{File: catalog.FilePath{Path: "none/7/has/this"}},
 		gc.Ask{Build: 1 << 41})
 }
 
@@ -1152,7 +1152,7 @@ func (c *course) do(s step) {
 	switch s.Op {
 	case "drop collection":
 		if s.C%3 > 0 {
-			return // too good a way to an end of it all
+			return // would end the course early
 		}
 		c.dropCollection(l)
 	case "new collection":
@@ -1190,12 +1190,12 @@ func (c *course) do(s step) {
 		c.newIndex(l)
 	case "restore":
 		c.restore(c.calm(s.B), s)
-	case "slow restore": // the stores of all are slow, until they are thawed
+	case "slow restore": // the stores of all replicas are slow until thawed
 		for _, m := range c.replicas {
 			m.store.SetLatency(time.Second)
 		}
 		c.restore(c.calm(s.B), s)
-	case "late restore": // what it copies lands when it is released
+	case "late restore": // its copies are delayed until release
 		for _, m := range c.replicas {
 			m.late.holdAll(s.B%16 == 0)
 		}
@@ -1220,7 +1220,7 @@ func (c *course) do(s step) {
 		c.putForeign(s.B, s.C)
 	case "wait hours":
 		c.rest(time.Duration(1+s.B%2) * time.Hour)
-		c.release() // a copy that is late for as long as jobs are kept is nobody's any more
+		c.release() // a copy delayed beyond the retention of jobs has no owner
 	case "add":
 		seg := c.newSegment(l, s.B)
 		live[seg.ID] = seg
@@ -1268,11 +1268,11 @@ func (c *course) do(s step) {
 		c.create(c.calm(s.B), l, 0)
 	case "expiring create":
 		c.create(c.calm(s.B), l, time.Duration(1+s.C%90)*time.Second)
-	case "slow create": // its store hangs, until it is thawed
+	case "slow create": // its store hangs until thawed
 		m = c.calm(s.B)
 		m.store.Freeze()
 		c.create(m, l, 0)
-	case "dying create": // it is stopped, until it is thawed
+	case "dying create": // it is frozen until thawed
 		m = c.calm(s.B)
 		m.store.Freeze()
 		c.create(m, l, 0)
@@ -1300,7 +1300,7 @@ func (c *course) do(s step) {
 	case "unpin":
 		if len(c.pins) > 0 {
 			p := c.pins[s.B%len(c.pins)]
-			_ = c.calm(s.C).Unpin(ctx, Ref{ID: p.Snapshot}, p.ID) // or a planned fault met it
+			_ = c.calm(s.C).Unpin(ctx, Ref{ID: p.Snapshot}, p.ID) // may fail by a planned fault
 		}
 	case "reclaim":
 		c.reclaim(m, l, c.asks(l, s.C), deleterOf(s.C))
@@ -1344,12 +1344,12 @@ func (c *course) do(s step) {
 	case "confirm":
 		c.confirm(m, l, s.C%4 == 3)
 	case "crash":
-		if s.C%2 == 0 { // else what it has sent lands when it is released
+		if s.C%2 == 0 { // else its calls are applied on release
 			m.heal()
 		}
 		m.stop()
 		c.start(s.B % 3)
-	case "zombie": // whoever leads, most often
+	case "zombie": // the leader, in most cases
 		for i, r := range c.replicas {
 			if r.Stats().Leading && s.C%4 != 0 {
 				m = c.replicas[i]
@@ -1371,7 +1371,7 @@ func (c *course) do(s step) {
 	case "compact history":
 		_, _, revision, err := c.w.kv.Get(ctx, keys.Format)
 		c.must(err)
-		_ = c.w.memory.Compact(ctx, revision) // or it was just done
+		_ = c.w.memory.Compact(ctx, revision) // may already be compacted
 	case "wait":
 		c.rest(time.Duration(1+s.B%40) * time.Second)
 	case "wait long":
@@ -1381,14 +1381,14 @@ func (c *course) do(s step) {
 	}
 }
 
-// release has everything land that is late.
+// release applies everything that is delayed.
 func (c *course) release() {
 	for _, m := range c.ever {
 		m.late.release()
 	}
 }
 
-// between has fn happen before the next grant of a replica.
+// between calls fn before the next grant of a replica.
 func (c *course) between(m *member, fn func()) {
 	m.spy.mu.Lock()
 	defer m.spy.mu.Unlock()
@@ -1401,8 +1401,8 @@ func (c *course) commit(m *member, l *ledger) {
 	_, _ = m.Create(ctx, request.Token{}, spec(l.col, fmt.Sprint("s", c.names.Add(1))))
 }
 
-// confirm is the caller that deletes what it was granted, and says so, unless
-// it dies before.
+// confirm is the caller that deletes the granted files and confirms them, unless it
+// dies before.
 func (c *course) confirm(m *member, l *ledger, dies bool) {
 	var ids []int64
 	for id, g := range l.grants {
@@ -1421,7 +1421,7 @@ func (c *course) confirm(m *member, l *ledger, dies bool) {
 	c.call(func(ctx context.Context) { _, _ = m.GC().Confirm(ctx, catalog.Ref{ID: l.col.ID}, ids) })
 }
 
-// corrupt damages the references of a snapshot, and has nobody know them.
+// corrupt damages the references of a snapshot and removes them from all caches.
 func (c *course) corrupt(s step) {
 	id, ok := pickOf(c.committed(), s.B)
 	if !ok || c.corrupted[id] != nil {
@@ -1432,7 +1432,7 @@ func (c *course) corrupt(s step) {
 		m.stop()
 	}
 	c.rest(time.Second)
-	if t := c.snapshots[id]; !t.dropped { // it may have been meanwhile
+	if t := c.snapshots[id]; !t.dropped { // it may have been dropped meanwhile
 		key := manifest.RefsKey(t.collection, id)
 		data, there := c.object(key)
 		if !there {

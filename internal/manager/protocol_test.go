@@ -10,8 +10,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// TestCaptureFollowsThePendingKey drops and reclaims a segment after a create was
-// asked for and before it has its pending key: it must not be captured.
+// TestCaptureFollowsThePendingKey drops and reclaims a segment after the call of a
+// create and before its pending key exists: the segment must not be captured.
 func TestCaptureFollowsThePendingKey(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r, b := w.start("a"), w.start("b")
@@ -40,8 +40,8 @@ func TestCaptureFollowsThePendingKey(t *testing.T) {
 	})
 }
 
-// TestRollBackAbortsUploads holds that a restore that is rolled back does not end
-// before the uploads were aborted that its copies may have left.
+// TestRollBackAbortsUploads checks that the rollback of a restore ends after the
+// uploads of its copies were aborted.
 func TestRollBackAbortsUploads(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")

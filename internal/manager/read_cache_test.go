@@ -6,8 +6,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// What is kept of the files of snapshots is bounded, has each file once, and
-// nothing of a snapshot that is gone.
+// TestManifestCache checks that the cache of snapshot files is bounded, holds each file
+// once, and holds nothing of removed snapshots.
 func TestManifestCache(t *testing.T) {
 	var c manifestCache
 	gone := map[int64]bool{}

@@ -11,9 +11,9 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// TestReadsOfAnUpdate replaces an index build again and again, each held by a
-// snapshot and at last parked: what was replaced before is known by the segment's
-// record, so the calls do not grow.
+// TestReadsOfAnUpdate repeatedly replaces an index build that a snapshot holds and the
+// collector spills: the segment's record identifies earlier builds, so the number of
+// reads does not grow.
 func TestReadsOfAnUpdate(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
@@ -30,7 +30,7 @@ func TestReadsOfAnUpdate(t *testing.T) {
 				w.write("data/" + f.Path)
 				last.Files = append(last.Files, f)
 			}
-			settle() // so that the calls are those of the update alone
+			settle() // so that only the update makes calls
 			calls, gets := r.kv.Calls(), r.store.Calls("")
 			w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, AddBuilds: []segment.Build{last}}}})
 			if calls, gets = r.kv.Calls()-calls, r.store.Calls("")-gets; calls > 16 || gets > 1 { // one reads the clock
@@ -48,7 +48,7 @@ func TestReadsOfAnUpdate(t *testing.T) {
 		}
 		first := last
 		replace(101, "parked")
-		// A path of a build that was replaced is refused, whatever became of the build.
+		// A path of a replaced build is rejected, whatever the state of the build.
 		first.ID = w.newID(r)
 		_, err := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID},
 			catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, AddBuilds: []segment.Build{first}}}})

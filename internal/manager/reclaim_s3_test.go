@@ -16,8 +16,8 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3fault"
 )
 
-// TestS3Reclaim is the life of segments on real etcd and real S3: captured,
-// compacted, held, and gone when nobody needs them; the first delete fails.
+// TestS3Reclaim runs the life of segments on real etcd and S3: captured, compacted,
+// held, and deleted when no longer needed; the first delete fails.
 func TestS3Reclaim(t *testing.T) {
 	w, through, proxy := onS3(t)
 	w.kv, w.memory = etcdtest.Shared(t).KV(t), nil
@@ -50,7 +50,7 @@ func TestS3Reclaim(t *testing.T) {
 		asks[i] = gc.Ask{Segment: id}
 	}
 	r.stop()
-	r = start("b") // which reads the references from the store
+	r = start("b") // reads the references from the store
 	for _, a := range w.reclaim(r, col, gc.BySnapshotd, asks...) {
 		w.heldBy(a, snap)
 	}

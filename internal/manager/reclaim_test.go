@@ -25,7 +25,7 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// addWritten puts the files of segments into the store and registers them.
+// addWritten writes the files of segments and registers them.
 func (w *testEnv) addWritten(r *replica, col catalog.Collection, segments ...segment.Segment) {
 	w.t.Helper()
 	for i := range segments {
@@ -86,7 +86,7 @@ func (w *testEnv) granted(answers []gc.Answer) []*gc.Tombstone {
 	return list
 }
 
-// heldBy fails unless the answer is that the unit is held by just these.
+// heldBy fails unless exactly these snapshots hold the unit.
 func (w *testEnv) heldBy(a gc.Answer, snapshots ...*Snapshot) {
 	w.t.Helper()
 	if a.State != gc.Dropped || a.Tombstone != nil || a.Holders != len(snapshots) ||
@@ -112,7 +112,7 @@ func sameTombstone(a, b *gc.Tombstone) bool {
 		a.GrantTime.Equal(b.GrantTime) && a.Revision == b.Revision
 }
 
-// withSpy is a replica whose grants can be looked at.
+// withSpy starts a replica whose grants can be intercepted.
 func (w *testEnv) withSpy(name string) (*replica, *spy, *int) {
 	s, failed := &spy{}, new(int)
 	s.failed = func() { *failed++ }
@@ -151,7 +151,7 @@ func TestUnitIsReclaimed(t *testing.T) {
 				w.dropSnapshot(r, two)
 				check, err := r.GC().Check(t.Context(), catalog.Ref{ID: col.ID}, asks)
 				if err != nil || check[0].State != gc.Dropped || check[0].Holders != 0 {
-					t.Errorf("a unit that nobody holds is %+v, err = %v", check, err)
+					t.Errorf("a unit without holders is %+v, err = %v", check, err)
 				}
 				tomb := w.granted(w.reclaim(r, col, deleter, asks...))[0]
 				if tomb.ID != s.ID || tomb.Deleter != deleter || tomb.Caller != "tester" ||
@@ -194,8 +194,8 @@ func TestUnitIsReclaimed(t *testing.T) {
 	}
 }
 
-// A grant compares the generation and the pending keys, and is decided anew
-// when one of them moved since they were read.
+// TestGrantComparesItsPreconditions checks that a grant compares the generation and the
+// pending keys, and is retried when one changed after it was read.
 func TestGrantComparesItsPreconditions(t *testing.T) {
 	for name, between := range map[string]func(w *testEnv, b *replica, col catalog.Collection){
 		"a commit": func(w *testEnv, b *replica, col catalog.Collection) { w.create(b, col, "x") },
@@ -243,7 +243,8 @@ func TestGrantComparesItsPreconditions(t *testing.T) {
 	}
 }
 
-// It keeps failing while snapshots are committed faster than it is decided.
+// TestGrantGivesUp checks that a grant fails while snapshots are committed faster than
+// it is decided.
 func TestGrantGivesUp(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		b := w.start("b")
@@ -269,8 +270,8 @@ func TestGrantGivesUp(t *testing.T) {
 	})
 }
 
-// A snapshot that is committed at any moment of a decision, and began before the
-// drop, holds the unit.
+// TestCommitAtEachMomentOfADecision commits a snapshot that began before the drop at
+// each moment of a decision: it holds the unit.
 func TestCommitAtEachMomentOfADecision(t *testing.T) {
 	for call := int64(0); ; call++ {
 		reached := true
@@ -335,8 +336,8 @@ func TestCommitAtEachMomentOfADecision(t *testing.T) {
 	}
 }
 
-// A create that is younger than the drop does not hold the unit, one that is
-// older does.
+// TestOnlyOlderCreatesHold checks that a create that began after the drop does not hold
+// the unit, and an older one does.
 func TestOnlyOlderCreatesHold(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r, b := w.start("a"), w.start("b")
@@ -402,7 +403,7 @@ func TestGrantWithoutAnswer(t *testing.T) {
 	}
 }
 
-// Both ways to ask for a unit, and twice, end in one grant.
+// TestDuplicateAsksOfOneUnit asks for a unit by both forms, twice: there is one grant.
 func TestDuplicateAsksOfOneUnit(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -457,8 +458,8 @@ func TestParallelReclaims(t *testing.T) {
 	})
 }
 
-// Many asks are answered in their order, each unit once, and the largest units
-// as well.
+// TestManyAsks checks that many asks are answered in order, each unit once, also the
+// largest ones.
 func TestManyAsks(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -520,8 +521,8 @@ func TestManyAsks(t *testing.T) {
 	})
 }
 
-// Of the largest units a transaction holds one or two: all are granted in one
-// call all the same, and no list of them holds too many in memory.
+// TestLargeUnits grants units of which a transaction holds one or two: one call grants
+// all, and memory stays bounded.
 func TestLargeUnits(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -548,7 +549,7 @@ func TestLargeUnits(t *testing.T) {
 	})
 }
 
-// forget has a replica that knows nothing take the place of another.
+// forget replaces a replica by a new one with empty caches.
 func (w *testEnv) forget(r *replica, name string) *replica {
 	w.t.Helper()
 	r.stop()
@@ -649,9 +650,9 @@ func TestUnreadableReferences(t *testing.T) {
 	}
 }
 
-// A store that does not answer is asked again. After a while the metrics count its
-// references as unreadable, which heals by itself; a caller learns that they are not
-// read yet, for no answer says nothing of the snapshot. What the store said is not told.
+// TestReferencesOfALostStore checks that reads of references are retried while the
+// store does not answer. After a while the metrics count them as unreadable until they
+// are read; callers get an error without the store's text.
 func TestReferencesOfALostStore(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -685,7 +686,7 @@ func TestReferencesOfALostStore(t *testing.T) {
 			t.Errorf("it waited %v for a store that does not answer", d)
 		}
 		if strings.Contains(errText(err), "injected") {
-			t.Errorf("it tells %v", err)
+			t.Errorf("it reports %v", err)
 		}
 		if st := b.GC().Stats(); st.Loading != 0 || st.Unreadable != 1 {
 			t.Errorf("got %+v", st)
@@ -704,7 +705,7 @@ func (w *testEnv) putObject(key string, data []byte) {
 	}
 }
 
-// record is a snapshot's record as it is.
+// record returns the stored record of a snapshot.
 func (w *testEnv) record(s *Snapshot) []byte {
 	w.t.Helper()
 	kv, found, _, err := w.kv.Get(w.t.Context(), keys.Snapshot(s.ID))
@@ -728,7 +729,8 @@ func (w *testEnv) changeRecord(s *Snapshot, change func(*storagev1.Snapshot)) {
 	w.put(keys.Snapshot(s.ID), data)
 }
 
-// A record of which not even the collection can be told blocks all.
+// TestUnparseableRecordBlocksAll checks that a record without a readable collection
+// blocks all collections.
 func TestUnparseableRecordBlocksAll(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -760,8 +762,9 @@ func TestUnparseableRecordBlocksAll(t *testing.T) {
 	})
 }
 
-// References that are known stay known when the record comes to be one of a newer
-// release, and when it is readable again, at every moment.
+// TestKnownReferencesSurviveANewerRecord checks that loaded references stay valid when
+// the record becomes one of a newer release and becomes readable again, at every
+// moment.
 func TestKnownReferencesSurviveANewerRecord(t *testing.T) {
 	inEnv(t, func(_ *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -789,7 +792,8 @@ func TestKnownReferencesSurviveANewerRecord(t *testing.T) {
 	})
 }
 
-// While references are being read nothing is said; the call waits for a while.
+// TestLoadingReferences checks that a call waits for a while and then fails while
+// references are being loaded.
 func TestLoadingReferences(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -830,8 +834,8 @@ func TestLoadingReferences(t *testing.T) {
 	})
 }
 
-// A replica that is cut off from the metadata store's changes says nothing, and
-// goes on when it is back.
+// TestLaggingFollower checks that a replica without the metadata store's changes gives
+// no answers, and continues when they arrive.
 func TestLaggingFollower(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
@@ -847,7 +851,7 @@ func TestLaggingFollower(t *testing.T) {
 			return meta.NoFault
 		})
 		snap := w.create(b, col, "x")
-		settle() // what a was waiting for already has come
+		settle() // a has received the pending changes
 		asks := w.dropSegments(b, col, s.ID)
 		_, err := a.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester")
 		wantError(t, err, gc.ErrLoading)
@@ -859,14 +863,15 @@ func TestLaggingFollower(t *testing.T) {
 			t.Fatal(err)
 		}
 		a.kv.Hook(nil)
-		time.Sleep(time.Minute) // it tries again less and less often
+		time.Sleep(time.Minute) // its retries become less frequent
 		w.heldBy(w.reclaim(a, col, gc.ByCaller, asks...)[0], snap)
 		w.dropSnapshot(b, snap)
 		w.granted(w.reclaim(a, col, gc.ByCaller, asks...))
 	})
 }
 
-// The tombstone stays until its files are gone.
+// TestFailedDeleteIsRetried checks that the tombstone stays until its files are
+// deleted.
 func TestFailedDeleteIsRetried(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -906,8 +911,8 @@ func TestFailedDeleteIsRetried(t *testing.T) {
 	})
 }
 
-// A leader that was deposed in the middle of a delete does not confirm it, and
-// its delete, which lands late, does no harm.
+// TestZombieLeader checks that a leader deposed during a delete does not confirm it,
+// and that its late delete is harmless.
 func TestZombieLeader(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		var late *tardy
@@ -926,7 +931,7 @@ func TestZombieLeader(t *testing.T) {
 			t.Fatal("a does not lead")
 		}
 		late.hold()
-		b.store.Plan(func(c object.Call) object.Fault { // nor does the next leader get it done
+		b.store.Plan(func(c object.Call) object.Fault { // the next leader cannot delete it either
 			if c.Op == object.OpDelete {
 				return object.FaultBefore
 			}
@@ -960,7 +965,7 @@ func TestZombieLeader(t *testing.T) {
 	})
 }
 
-// removals sees the transactions that remove tombstones.
+// removals observes the transactions that remove tombstones.
 type removals struct {
 	meta.KV
 	before func()               // the first
@@ -980,14 +985,15 @@ func (r *removals) Txn(ctx context.Context, t meta.Txn) (res meta.TxnResult, err
 		return r.KV.Txn(ctx, t)
 	}
 	r.before()
-	// The leader does not know yet.
+	// The leader has not noticed yet.
 	if res, err = r.KV.Txn(context.WithoutCancel(ctx), t); err == nil {
 		r.ended(res)
 	}
 	return res, err
 }
 
-// A leader that lost its term just before it removes a tombstone is refused.
+// TestRemovalIsFenced checks that a leader that lost its term before it removes a
+// tombstone fails.
 func TestRemovalIsFenced(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		var refused atomic.Bool
@@ -1018,8 +1024,8 @@ func TestRemovalIsFenced(t *testing.T) {
 	})
 }
 
-// A build that was replaced is held by the snapshots that have it, and files that
-// were by those that have their segment.
+// TestPartsOfASegment checks that a replaced build is held by the snapshots that have
+// it, and replaced files by those that have their segment.
 func TestPartsOfASegment(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -1027,7 +1033,7 @@ func TestPartsOfASegment(t *testing.T) {
 		s := w.segment(r, col, 0, 1, 20)
 		build := func() segment.Build {
 			b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
-			// Its path does not carry its id, so that it is a foreign file by it.
+			// Its path lacks its id, which makes it a foreign file.
 			b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/v%d", col.ID, s.ID, b.ID),
 				Size: 5}}
 			return b
@@ -1052,10 +1058,11 @@ func TestPartsOfASegment(t *testing.T) {
 		oldPath := catalog.FilePath{Path: old.Files[0].Path}
 		answers := w.reclaim(r, col, gc.ByCaller, gc.Ask{Build: old.ID}, gc.Ask{File: oldPath},
 			gc.Ask{File: was}, gc.Ask{Build: next.ID},
-			gc.Ask{File: catalog.FilePath{Path: f.Path}}, gc.Ask{File: catalog.FilePath{Path: next.Files[0].Path}}, gc.Ask{Segment: s.ID})
+			gc.Ask{File: catalog.FilePath{Path: f.Path}}, gc.Ask{File: catalog.FilePath{Path: next.Files[0].Path}},
+			gc.Ask{Segment: s.ID})
 		w.heldBy(answers[0], with)
 		w.heldBy(answers[1], with)
-		w.heldBy(answers[2], without, with) // the one after it has the segment without the file
+		w.heldBy(answers[2], without, with) // the next snapshot has the segment without the file
 		if a := answers[3]; a.State != gc.Unknown || a.Holders != 2 {
 			t.Errorf("the build that lives is %+v", a)
 		}
@@ -1088,7 +1095,7 @@ func TestPartsOfASegment(t *testing.T) {
 			t.Errorf("left %v", got)
 		}
 		w.dropSnapshot(r, after)
-		// The segment is dropped whole, its last build with it.
+		// The whole segment is dropped, with its last build.
 		w.dropSegments(r, col, s.ID)
 		tombs := w.granted(w.reclaim(r, col, gc.BySnapshotd, gc.Ask{File: catalog.FilePath{Path: next.Files[0].Path}},
 			gc.Ask{Segment: s.ID}))
@@ -1102,8 +1109,8 @@ func TestPartsOfASegment(t *testing.T) {
 	})
 }
 
-// A file that lies at no place of a layout is part of whatever has it, and stays
-// when one of those is granted.
+// TestForeignFileStays checks that a file outside all layouts belongs to every segment
+// that has it, and stays when one of them is granted.
 func TestForeignFileStays(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -1130,7 +1137,8 @@ func TestForeignFileStays(t *testing.T) {
 	})
 }
 
-// A path that belongs to something else cannot be registered again.
+// TestPathsAreNotSharedAndNotUsedTwice checks that a path of another owner cannot be
+// registered again.
 func TestPathsAreNotSharedAndNotUsedTwice(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -1176,8 +1184,8 @@ func TestPathsAreNotSharedAndNotUsedTwice(t *testing.T) {
 		if _, err := r.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, []int64{tomb.ID}); err != nil {
 			t.Fatal(err)
 		}
-		again() // for as long as there is the segment
-		// An output that takes over a file of an input.
+		again() // while the segment exists
+		// An output that has a file of an input.
 		out := w.segment(r, col, 0, 1, 20)
 		out.Files = append(out.Files, f)
 		_, err := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID},
@@ -1186,8 +1194,8 @@ func TestPathsAreNotSharedAndNotUsedTwice(t *testing.T) {
 	})
 }
 
-// Units of another collection are unknown, those of one that is being dropped are
-// reclaimed by its id.
+// TestReclaimInOtherCollections checks that units of other collections are unknown, and
+// that those of a collection being dropped are reclaimed by its id.
 func TestReclaimInOtherCollections(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -1208,7 +1216,7 @@ func TestReclaimInOtherCollections(t *testing.T) {
 		_, err := r.GC().Reclaim(t.Context(), catalog.Ref{DB: "default", Name: "c"}, asks, gc.ByCaller, "tester")
 		wantError(t, err, catalog.ErrCollectionNotFound)
 		answers := w.reclaim(r, col, gc.ByCaller, asks...)
-		tombs := w.granted(answers) // that of the segment that was dropped with it as well
+		tombs := w.granted(answers) // also that of the segment dropped with it
 		if tombs[2].ID != lives.ID || tombs[2].Unit.Kind != catalog.UnitSegment {
 			t.Errorf("got %+v", tombs[2])
 		}
@@ -1234,8 +1242,8 @@ func TestReclaimInOtherCollections(t *testing.T) {
 	})
 }
 
-// Confirming gets through when others confirm at the same time, and says so
-// when it got no answer.
+// TestConfirmRaces checks that concurrent confirms succeed, and that a confirm without
+// an answer reports that.
 func TestConfirmRaces(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r, b := w.start("a"), w.start("b")
@@ -1256,7 +1264,7 @@ func TestConfirmRaces(t *testing.T) {
 						t.Error(err)
 					}
 				}
-				if n == 6 { // after it has read again what it is about, and which ids are gone
+				if n == 6 { // after the second read of the units and the gone ids
 					return meta.After
 				}
 			}

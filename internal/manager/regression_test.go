@@ -22,7 +22,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// It was once wrong: min_cut on one, capture of another.
+// TestMinCutResolvesNameOnce checks that the collection whose cut a create waits for is
+// the one that it captures.
 func TestMinCutResolvesNameOnce(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -69,7 +70,8 @@ func TestMinCutResolvesNameOnce(t *testing.T) {
 	})
 }
 
-// It was once wrong: channel names lost.
+// TestChannelsWithoutCheckpoint checks that channels without a checkpoint keep their
+// names and order.
 func TestChannelsWithoutCheckpoint(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -89,7 +91,7 @@ func TestChannelsWithoutCheckpoint(t *testing.T) {
 	})
 }
 
-// It was once wrong: join after compaction
+// TestJoinAfterCompaction checks that a repeat joins a create after a compaction.
 func TestJoinAfterCompaction(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -100,7 +102,7 @@ func TestJoinAfterCompaction(t *testing.T) {
 		first := make(chan error, 1)
 		go func() { _, err := r.Create(t.Context(), tok, spec(col, "x")); first <- err }()
 		settle()
-		w.create(b, col, "other") // the store moves on
+		w.create(b, col, "other") // the store's revision advances
 		_, _, now, _ := w.kv.Get(t.Context(), "/none")
 		if err := w.memory.Compact(t.Context(), now); err != nil {
 			t.Fatal(err)
@@ -116,7 +118,7 @@ func TestJoinAfterCompaction(t *testing.T) {
 	})
 }
 
-// It was once wrong: data race
+// TestNoWaitRace checks that a create with NoWait has no data race.
 func TestNoWaitRace(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -134,7 +136,7 @@ func TestNoWaitRace(t *testing.T) {
 	})
 }
 
-// It was once wrong: require_exact on restored segments
+// TestExactOfOldCeiling checks require_exact on restored segments with a row ceiling.
 func TestExactOfOldCeiling(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -154,14 +156,15 @@ func TestExactOfOldCeiling(t *testing.T) {
 	})
 }
 
-// It was once wrong: commit took effect, told as aborted
+// TestCommitDroppedBeforeReadBack checks that a commit that took effect succeeds
+// although the snapshot was dropped before the read-back.
 func TestCommitDroppedBeforeReadBack(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(b, "c")
 		settle()
 		tok := token("t", "r")
-		// Whoever leads must leave the record, so that it is read back as DELETING.
+		// The leader must keep the record, so that it is read back as DELETING.
 		for _, r := range []*replica{a, b} {
 			r.store.Plan(func(c object.Call) object.Fault {
 				if c.Op == object.OpDelete {
@@ -192,12 +195,13 @@ func TestCommitDroppedBeforeReadBack(t *testing.T) {
 		a.store.Plan(nil)
 		b.store.Plan(nil)
 		if err != nil || again != nil {
-			t.Errorf("it was committed, but the call said %v, and its repeat %v", err, again)
+			t.Errorf("it was committed, but the call returned %v, and its repeat %v", err, again)
 		}
 	})
 }
 
-// It was once wrong: Update under one token: the first lands while the second decides.
+// TestUpdateToken checks an update whose token is used by another call while it is
+// being decided.
 func TestUpdateToken(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
@@ -210,7 +214,7 @@ func TestUpdateToken(t *testing.T) {
 		n := 0
 		b.kv.Hook(func(c meta.Call) meta.Fault {
 			if c.Method == meta.MethodGet {
-				if n++; n == 2 { // after the token was looked for
+				if n++; n == 2 { // after the read of the token
 					if _, err := a.Update(t.Context(), tok, Ref{ID: s.ID}, sp); err != nil {
 						t.Error(err)
 					}
@@ -226,7 +230,7 @@ func TestUpdateToken(t *testing.T) {
 	})
 }
 
-// It was once wrong: waiting for a cut of a collection that is dropped
+// TestMinCutDropped checks that a wait for a cut ends when the collection is dropped.
 func TestMinCutDropped(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -248,7 +252,7 @@ func TestMinCutDropped(t *testing.T) {
 	})
 }
 
-// delayed is a store whose writes take long, each as long as the next delay.
+// delayed is a store whose writes take the next delay each.
 type delayed struct {
 	object.Store
 	delays chan time.Duration
@@ -259,8 +263,8 @@ func (s *delayed) Create(ctx context.Context, key string, body []byte) (object.I
 	return s.Store.Create(ctx, key, body)
 }
 
-// Each step takes less than the lease; all of them take longer, and none comes
-// when a third of the lease has just passed.
+// TestSlowCreate runs a create whose steps are each shorter than the lease but together
+// longer, with no step when a renewal has just become due.
 func TestSlowCreate(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) {
@@ -280,7 +284,8 @@ func TestSlowCreate(t *testing.T) {
 	})
 }
 
-// It was once wrong: repeat by token while the first is between begin and commit, then the collection is dropped
+// TestJoinLosesRace repeats a create by its token between begin and commit, and drops
+// the collection.
 func TestJoinLosesRace(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
@@ -308,7 +313,7 @@ func TestJoinLosesRace(t *testing.T) {
 	})
 }
 
-// It was once wrong: truncated read
+// TestTruncatedRead checks that one truncated read is retried.
 func TestTruncatedRead(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -323,7 +328,8 @@ func TestTruncatedRead(t *testing.T) {
 	})
 }
 
-// It was once wrong: lease expired before begin
+// TestLeaseGoneBeforeBegin checks the error of a create whose lease expired before its
+// begin.
 func TestLeaseGoneBeforeBegin(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
@@ -332,7 +338,7 @@ func TestLeaseGoneBeforeBegin(t *testing.T) {
 		var stopped atomic.Bool
 		a.kv.Hook(func(c meta.Call) meta.Fault {
 			if c.Method == meta.MethodTxn && len(w.keysUnder("/catalog/")) > 0 && stopped.CompareAndSwap(false, true) {
-				time.Sleep(2 * time.Minute) // the process was stopped, with the lease and without an id
+				time.Sleep(2 * time.Minute) // the process was stopped after the grant and before the id
 			}
 			return meta.NoFault
 		})
@@ -346,7 +352,7 @@ func TestLeaseGoneBeforeBegin(t *testing.T) {
 	})
 }
 
-// It was once wrong: renamed between begin and capture
+// TestRenamedInBetween renames the collection between begin and capture.
 func TestRenamedInBetween(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
@@ -375,7 +381,8 @@ func TestRenamedInBetween(t *testing.T) {
 	})
 }
 
-// It was once wrong: a transient error of the metadata store aborts the create
+// TestTransientReadError checks that a passing error of the metadata store does not
+// abort a create.
 func TestTransientReadError(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
@@ -397,7 +404,8 @@ func TestTransientReadError(t *testing.T) {
 	})
 }
 
-// It was once wrong: one store that hangs holds up reaping
+// TestHungDelete checks that a store that hangs does not stop the abandoning of dead
+// creates.
 func TestHungDelete(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a")
@@ -425,7 +433,8 @@ func TestHungDelete(t *testing.T) {
 	})
 }
 
-// An expiry beyond 2262 does not fit in nanoseconds, and once lay in the past.
+// TestFarExpiryIsRefused checks that an expiry beyond 2262, which overflows int64
+// nanoseconds, is rejected.
 func TestFarExpiryIsRefused(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -453,7 +462,8 @@ func TestFarExpiryIsRefused(t *testing.T) {
 	})
 }
 
-// A record holds all that a collection may have, and all labels.
+// TestLargestRecord checks the size of a record with the maximum of channels,
+// partitions and labels.
 func TestLargestRecord(t *testing.T) {
 	s := &Snapshot{
 		State: Committed, Name: strings.Repeat("n", 255), DB: strings.Repeat("d", 255),

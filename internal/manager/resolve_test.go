@@ -15,8 +15,8 @@ import (
 
 func byCollection(o *Options) { o.Cluster.NameScope = cluster.ScopeCollection }
 
-// TestSnapshotsAreFoundByTheirDroppedCollection finds the snapshots of a collection
-// that was dropped by its name, in each call, with each scope of names.
+// TestSnapshotsAreFoundByTheirDroppedCollection finds the snapshots of a dropped
+// collection by its name, in each call and with each scope of names.
 func TestSnapshotsAreFoundByTheirDroppedCollection(t *testing.T) {
 	for _, change := range []func(*Options){func(*Options) {}, byCollection} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
@@ -77,9 +77,9 @@ func TestSnapshotsAreFoundByTheirDroppedCollection(t *testing.T) {
 	}
 }
 
-// TestSeveralCollectionsOfOneName drops a collection and makes another of its name,
-// again and again: what is living comes first, then what is newest, and that is
-// noted. Nothing is dropped that may not be meant.
+// TestSeveralCollectionsOfOneName repeatedly drops a collection and makes another of
+// its name: the name means the existing one, then the newest, with a note. Nothing
+// ambiguous is dropped.
 func TestSeveralCollectionsOfOneName(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", byCollection)
@@ -119,7 +119,7 @@ func TestSeveralCollectionsOfOneName(t *testing.T) {
 		}
 
 		col, _, _ := w.collection(r, "c")
-		get(ref, second, 1) // the living one has none of the name
+		get(ref, second, 1) // the existing collection has no snapshot of the name
 		_, err = r.Drop(t.Context(), request.Token{}, Ref{Name: "weekly", Collection: named}, 0)
 		wantError(t, err, ErrSnapshotMismatch) // it may be a repeat
 		third := w.create(r, col, "nightly")
@@ -145,7 +145,7 @@ func TestSeveralCollectionsOfOneName(t *testing.T) {
 }
 
 // TestNamesDuringRestoreOfTheName finds the snapshots of a dropped collection by its
-// name while a restore makes another collection of that name.
+// name while a restore makes a collection of that name.
 func TestNamesDuringRestoreOfTheName(t *testing.T) {
 	for _, change := range []func(*Options){func(*Options) {}, byCollection} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
@@ -193,8 +193,8 @@ func TestNamesDuringRestoreOfTheName(t *testing.T) {
 	}
 }
 
-// TestRestoreIntoADroppedName restores a snapshot into the name of its
-// dropped collection, and a snapshot of that after the first one was dropped.
+// TestRestoreIntoADroppedName restores a snapshot into the name of its dropped
+// collection, and a snapshot of the target after the first one was dropped.
 func TestRestoreIntoADroppedName(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })

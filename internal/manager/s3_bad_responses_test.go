@@ -20,8 +20,8 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
-// withLarge is a collection with a few small files and one that is copied in two
-// parts, whose content it returns.
+// withLarge makes a collection with small files and one that is copied in two parts,
+// and returns its content.
 func (w *testEnv) withLarge(r *replica) (catalog.Collection, segment.File, []byte) {
 	w.t.Helper()
 	col := w.rich(r, "c", 4)
@@ -39,14 +39,14 @@ func (w *testEnv) withLarge(r *replica) (catalog.Collection, segment.File, []byt
 	return col, *f, content
 }
 
-// throughProxy has a replica copy large files in parts, one after the other.
+// throughProxy makes a replica copy large files in parts, one after the other.
 func throughProxy(through object.Store) func(*Options) {
 	return func(o *Options) {
 		o.Stores, o.KV, o.CopyInFlight = map[string]object.Store{"default": through}, smallParts{o.KV}, 1
 	}
 }
 
-// onPatientS3 is onS3 with requests that are not given up while a test is at it.
+// onPatientS3 is onS3 with requests that do not time out during a test.
 func onPatientS3(t *testing.T) (*testEnv, object.Store, *s3fault.Proxy) {
 	t.Helper()
 	o := s3test.Bucket(t)
@@ -60,9 +60,9 @@ func onPatientS3(t *testing.T) (*testEnv, object.Store, *s3fault.Proxy) {
 	return &testEnv{t: t, kv: kv, memory: kv, objects: direct, now: time.Now}, s3test.Open(t, o), proxy
 }
 
-// TestSourceChangesDuringCopy replaces or deletes a file of the snapshot between
-// the requests of its copy: before the first part, and beside the last. The
-// restore fails and leaves nothing, or completes with what the file was.
+// TestSourceChangesDuringCopy replaces or deletes a file of the snapshot between the
+// requests of its copy. The restore fails without remains, or completes with the
+// original content.
 func TestSourceChangesDuringCopy(t *testing.T) {
 	for how, c := range map[string]struct {
 		change func(w *testEnv, key string, content []byte) error
@@ -79,7 +79,7 @@ func TestSourceChangesDuringCopy(t *testing.T) {
 		for _, after := range []struct {
 			op   s3fault.Op
 			skip int
-			late bool // all that there is may be copied before
+			late bool // everything may be copied before
 		}{
 			{s3fault.HeadObject, 0, false}, {s3fault.CreateMultipartUpload, 0, false}, {s3fault.UploadPartCopy, 1, true},
 		} {
@@ -123,16 +123,16 @@ func TestSourceChangesDuringCopy(t *testing.T) {
 	}
 }
 
-// TestWrongHeadResponses has HEADs of a snapshot's file say another size, or that there
-// is none, or one that is gone. A create that verifies refuses what it is told is
-// wrong; what it cannot see a restore does, and leaves nothing.
+// TestWrongHeadResponses returns HEAD responses with a wrong size or status for a
+// snapshot's file. A create with verify rejects a visible difference; a restore detects
+// the others and leaves nothing.
 func TestWrongHeadResponses(t *testing.T) {
 	w, through, proxy := onPatientS3(t)
-	// A create waits for an answer that it can use until its own timeout.
+	// A create retries unusable responses until its own timeout.
 	r := w.start("a", throughProxy(through), func(o *Options) { o.CreateTimeout = 5 * time.Second })
 	col, file, content := w.withLarge(r)
 	of := regexp.MustCompile(regexp.QuoteMeta(file.Path) + "$")
-	lie := func(name string, edit func(a *s3fault.Answer)) {
+	respond := func(name string, edit func(a *s3fault.Answer)) {
 		proxy.Plan(s3fault.Rule{
 			Op: s3fault.HeadObject, Key: of, Times: -1,
 			Action: s3fault.Edit(name, func(a *s3fault.Answer) bool { edit(a); return true }),
@@ -145,10 +145,10 @@ func TestWrongHeadResponses(t *testing.T) {
 		want error
 	}{
 		"size": {func(a *s3fault.Answer) { a.Header.Set("Content-Length", "7") }, ErrFileMissing},
-		// That a HEAD has no body makes it doubtful, and a GET is asked.
+		// A HEAD without a body is ambiguous, so a GET follows.
 		"missing": {func(a *s3fault.Answer) { a.Status = 404 }, ErrCreateAborted},
 	} {
-		lie(name, c.edit)
+		respond(name, c.edit)
 		_, err := r.Create(t.Context(), request.Token{}, sp)
 		proxy.MustHaveFired(t)
 		wantError(t, err, c.want)
@@ -162,7 +162,7 @@ func TestWrongHeadResponses(t *testing.T) {
 	if err := w.objects.Delete(t.Context(), "data/"+file.Path); err != nil {
 		t.Fatal(err)
 	}
-	lie("there", func(a *s3fault.Answer) {
+	respond("there", func(a *s3fault.Answer) {
 		a.Status = 200
 		a.Header.Set("Content-Length", fmt.Sprint(len(content)))
 		a.Header.Set("ETag", `"`+file.ETag+`"`)
@@ -170,7 +170,7 @@ func TestWrongHeadResponses(t *testing.T) {
 	})
 	sp.Name = "gone"
 	if _, err := r.Create(t.Context(), request.Token{}, sp); err != nil {
-		t.Errorf("nobody could see it: %v", err)
+		t.Errorf("the difference is not visible: %v", err)
 	}
 	proxy.MustHaveFired(t)
 	before := w.traces()

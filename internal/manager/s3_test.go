@@ -19,20 +19,20 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
-// onS3 is a testEnv in real time whose objects lie on a real S3 server. What
-// checks it goes there directly, what works on it through the fault proxy.
+// onS3 is a testEnv in real time with objects on a real S3 server. Checks access it
+// directly; replicas through the fault proxy.
 func onS3(t *testing.T) (*testEnv, object.Store, *s3fault.Proxy) {
 	t.Helper()
 	return onS3For(t, 30*time.Second) // a busy machine is slow
 }
 
-// onS3For is onS3 with the time after which a request counts as not answered.
+// onS3For is onS3 with a request timeout.
 func onS3For(t *testing.T, timeout time.Duration) (*testEnv, object.Store, *s3fault.Proxy) {
 	t.Helper()
 	o := s3test.Bucket(t)
 	direct := s3test.Open(t, o)
-	// The server keeps a bucket as a directory, and now and then removes one that
-	// has become empty along with the last object's.
+	// The server stores a bucket as a directory, and sometimes removes one that
+	// became empty together with the last object's.
 	if _, err := direct.Put(t.Context(), "keep/bucket", nil); err != nil {
 		t.Fatal(err)
 	}
@@ -76,10 +76,10 @@ func TestS3Lifecycle(t *testing.T) {
 	w.check(r)
 }
 
-// TestS3FaultsAtEachRequest makes each fault at each request that a create and
-// the drop of its snapshot make, once and for ever. The create ends COMMITTED
-// with every byte right, or with an error and nothing left once the fault is
-// over; the drop goes on later.
+// TestS3FaultsAtEachRequest makes each fault at each request of a create and the drop
+// of its snapshot, once and permanently. The create ends COMMITTED with correct
+// content, or with an error and no remains once the fault is over; the drop continues
+// later.
 func TestS3FaultsAtEachRequest(t *testing.T) {
 	for name, action := range map[string]s3fault.Action{
 		"SlowDown":      s3fault.Status(503, "SlowDown"),
@@ -120,20 +120,20 @@ func TestS3FaultsAtEachRequest(t *testing.T) {
 	}
 }
 
-// s3FaultAt plans one fault and says whether it happened to a request.
+// s3FaultAt plans one fault and reports whether it occurred.
 func s3FaultAt(t *testing.T, action s3fault.Action, skip, times int) bool {
 	w, through, proxy := onS3For(t, 300*time.Millisecond)
 	name := fmt.Sprintf("request %d, %d times", skip, times)
 	r := w.start("a", func(o *Options) {
 		o.Stores = map[string]object.Store{"default": through}
 		o.CleanInterval = 500 * time.Millisecond
-		o.CreateTimeout = time.Second // for which it waits for a store that does not answer
+		o.CreateTimeout = time.Second // bounds the wait for a store that does not answer
 	})
 	defer r.stop()
 	col, _, _ := w.collection(r, "c")
 	w.add(r, col, w.segment(r, col, 0, 1, 2))
 	w.checkpoint(r, col, 10, 10)
-	// So that no request for the time is in between.
+	// So that no request for the time is counted.
 	eventually(t, name+": the leader notes the time", func() bool { return len(w.keysUnder(keys.Clock)) > 0 })
 	proxy.Plan(s3fault.Rule{Skip: skip, Times: times, Action: action})
 	s, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
@@ -151,7 +151,7 @@ func s3FaultAt(t *testing.T, action s3fault.Action, skip, times int) bool {
 	}
 	fired := proxy.Fired() > 0
 	// A write that the create sent at its deadline may reach the store after the
-	// removal; the sweep deletes it later, which is another test's.
+	// removal; the sweep deletes it later, which another test covers.
 	proxy.Plan(s3fault.Rule{
 		Op: s3fault.PutObject, Key: regexp.MustCompile(`^snapshots/1/5/`), Times: -1, Action: s3fault.Status(503, "SlowDown"),
 	})
@@ -160,7 +160,7 @@ func s3FaultAt(t *testing.T, action s3fault.Action, skip, times int) bool {
 		t.Errorf("%s: left %v", name, left)
 	}
 	proxy.Plan()
-	// All is well again, with every byte right.
+	// The fault is over: the content is correct.
 	w.create(r, col, "x")
 	w.check(r)
 	return fired

@@ -14,8 +14,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// An id in a path may be that of a field: a segment with that id does not get
-// hold of a file of another one, in whatever order the two are registered.
+// TestFileOfTwoSegments checks that a segment whose id equals a field id in a path does
+// not own the file of another segment, in either order of registration.
 func TestFileOfTwoSegments(t *testing.T) {
 	for name, ownerFirst := range map[string]bool{"the owner first": true, "the owner last": false} {
 		t.Run(name, func(t *testing.T) {
@@ -40,8 +40,8 @@ func TestFileOfTwoSegments(t *testing.T) {
 	}
 }
 
-// What lies at the place of a segment of one collection is not registered in
-// another, whose drop would take it along.
+// TestFileOfTwoCollections checks that a file under the place of a segment of one
+// collection cannot be registered in another, whose drop would delete it.
 func TestFileOfTwoCollections(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
@@ -57,7 +57,7 @@ func TestFileOfTwoCollections(t *testing.T) {
 			_, swapErr := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: clone.ID},
 				catalog.SegmentChange{Add: []segment.Segment{s}})
 			if errors.Is(swapErr, catalog.ErrIDOwned) {
-				swapErr = fmt.Errorf("%w: %w", want, swapErr) // which is looked at first
+				swapErr = fmt.Errorf("%w: %w", want, swapErr) // checked first
 			}
 			for _, err := range []error{err, swapErr} {
 				if wantError(t, err, want); err != nil && !strings.Contains(err.Error(), owner) {
@@ -99,8 +99,8 @@ func TestFileOfTwoCollections(t *testing.T) {
 	})
 }
 
-// A number that happens to be equal, such as a log id, makes a file that of no
-// other segment.
+// TestEqualNumbers checks that an equal number in a path, such as a log id, does not
+// make a file that of another segment.
 func TestEqualNumbers(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
@@ -108,7 +108,7 @@ func TestEqualNumbers(t *testing.T) {
 		b, _, _ := w.collection(r, "b")
 		of := w.segment(r, a, 0, 1, 20)
 		equal := w.segment(r, b, 0, 1, 20)
-		// All numbers in the path of a's file but those of its place are that of b's segment.
+		// All numbers in the path of a's file outside its place equal b's segment id.
 		of.Files[0].Field, of.Files[0].LogID = equal.ID, equal.ID
 		of.Files[0].Path = catalog.NativePath(a.ID, &of, &of.Files[0])
 		w.addWritten(r, a, of)
@@ -128,8 +128,8 @@ func TestEqualNumbers(t *testing.T) {
 	})
 }
 
-// The ids that a restore has are kept from engines for as long as a copy of it may
-// come late.
+// TestIDsOfARestoreAreTaken checks that engines cannot use the ids of a restore while a
+// late copy of it may arrive.
 func TestIDsOfARestoreAreTaken(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })

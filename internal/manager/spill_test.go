@@ -16,8 +16,9 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 )
 
-// The leader parks what a snapshot holds for longer than the tolerance. Nobody
-// sees a difference, and once the snapshot is dropped nothing is left.
+// TestHeldUnitIsSpilled checks that the leader spills a unit that a snapshot holds
+// longer than the tolerance, without a visible difference, and that nothing is left
+// after the drop of the snapshot.
 func TestHeldUnitIsSpilled(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
@@ -88,8 +89,8 @@ func TestHeldUnitIsSpilled(t *testing.T) {
 	})
 }
 
-// A unit whose object is lost is never granted, and goes when the object is put
-// back.
+// TestLostHeldObjectStopsItsUnit checks that a unit whose spilled object is lost is
+// never granted, until the object is written back.
 func TestLostHeldObjectStopsItsUnit(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })

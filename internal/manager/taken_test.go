@@ -21,7 +21,7 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// taking is a collection with one segment from which files are taken.
+// taking is a collection with one segment from which files are removed.
 type taking struct {
 	*testEnv
 	r       *replica
@@ -40,8 +40,8 @@ func (w *testEnv) taking(r *replica) *taking {
 	return t
 }
 
-// replace takes the segment's file from it, adds another, which is large enough for
-// its unit to be parked, and returns the file that was taken.
+// replace removes the segment's file, adds another one that is large enough for its
+// unit to be spilled, and returns the removed file.
 func (t *taking) replace() catalog.FilePath {
 	t.t.Helper()
 	t.n++
@@ -58,7 +58,7 @@ func (t *taking) replace() catalog.FilePath {
 	return taken
 }
 
-// holders are the snapshots that hold a file that was taken, the newest first.
+// holders returns the snapshots that hold a removed file, newest first.
 func (t *taking) holders(file catalog.FilePath) (ids []int64) {
 	t.t.Helper()
 	answers, err := t.r.GC().Check(t.t.Context(), catalog.Ref{ID: t.col.ID}, []gc.Ask{{File: file}})
@@ -89,7 +89,7 @@ func (t *taking) wantObject(when string, file catalog.FilePath, want bool) {
 	}
 }
 
-// exclusive is the number of files that a drop of the snapshot would free.
+// exclusive returns the number of files that a drop of the snapshot would free.
 func (t *taking) exclusive(s *Snapshot) int64 {
 	t.t.Helper()
 	id, u, err := t.r.CheckDrop(t.t.Context(), Ref{ID: s.ID}, 0)
@@ -99,15 +99,15 @@ func (t *taking) exclusive(s *Snapshot) int64 {
 	return u.ExclusiveFiles
 }
 
-// Files that were taken from a living segment go with the last snapshot that began
-// before that, although younger snapshots have the segment, and whether the unit is
-// parked or not.
+// TestTakenFilesAreHeldByOlderSnapshotsAlone checks that files removed from a live
+// segment are deleted with the last snapshot that began before the removal, although
+// younger snapshots have the segment, spilled or not.
 func TestTakenFilesAreHeldByOlderSnapshotsAlone(t *testing.T) {
 	for name, wait := range map[string]time.Duration{"full": 0, "parked": 3 * time.Hour} {
 		t.Run(name, func(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
 				c := w.taking(w.start("a", func(o *Options) { o.CollectTolerance = time.Hour }))
-				c.replace() // so that what is taken next is large enough to be parked
+				c.replace() // so that the next removed file is large enough to be spilled
 				old := c.create(c.r, c.col, "old")
 				taken := c.replace()
 				rolling := c.create(c.r, c.col, "rolling-0")
@@ -138,7 +138,8 @@ func TestTakenFilesAreHeldByOlderSnapshotsAlone(t *testing.T) {
 	}
 }
 
-// A create that began before files were taken holds them, wherever its capture came.
+// TestTakenFilesAreHeldByWhatBeganBefore checks that a create that began before files
+// were removed holds them, whenever it captured.
 func TestTakenFilesAreHeldByWhatBeganBefore(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		c := w.taking(w.start("a", func(o *Options) { o.CollectorOff = true }))
@@ -168,7 +169,7 @@ func TestTakenFilesAreHeldByWhatBeganBefore(t *testing.T) {
 	})
 }
 
-// rewrite puts the record of a snapshot as change has it.
+// rewrite changes the stored record of a snapshot.
 func (t *taking) rewrite(s *Snapshot, change func(*storagev1.Snapshot)) {
 	t.t.Helper()
 	kv, _, _, err := t.kv.Get(t.t.Context(), keys.Snapshot(s.ID))
@@ -186,8 +187,8 @@ func (t *taking) rewrite(s *Snapshot, change func(*storagev1.Snapshot)) {
 	settle()
 }
 
-// A record that does not say in which history of the metadata store its snapshot
-// began, says another one, or is not where that began, holds all that the segment
+// TestSnapshotOfAnotherHistoryHoldsTakenFiles checks that a snapshot with an unknown,
+// another or a wrong history of the metadata store holds all files that the segment
 // ever had.
 func TestSnapshotOfAnotherHistoryHoldsTakenFiles(t *testing.T) {
 	for name, change := range map[string]func(*storagev1.Snapshot){
@@ -217,7 +218,8 @@ func TestSnapshotOfAnotherHistoryHoldsTakenFiles(t *testing.T) {
 	}
 }
 
-// What is changed of a snapshot later does not change in which history it began.
+// TestUpdateKeepsTheHistoryOfASnapshot checks that an update does not change the
+// history in which a snapshot began.
 func TestUpdateKeepsTheHistoryOfASnapshot(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		c := w.taking(w.start("a", func(o *Options) { o.CollectorOff = true }))
@@ -233,9 +235,9 @@ func TestUpdateKeepsTheHistoryOfASnapshot(t *testing.T) {
 	})
 }
 
-// In a metadata store to which the keys were copied, records have other create
-// revisions: there, files that were taken are held by all snapshots that were
-// copied, before the recovery and after it, and not by those that begin after it.
+// TestTakenFilesInACopiedStore copies the keys to another metadata store, which gives
+// records other create revisions: all copied snapshots hold removed files, before and
+// after the recovery, and later ones do not.
 func TestTakenFilesInACopiedStore(t *testing.T) {
 	for name, revision := range map[string]int64{"lower revision": 0, "higher revision": 10_000} {
 		t.Run(name, func(t *testing.T) {
@@ -274,8 +276,8 @@ func TestTakenFilesInACopiedStore(t *testing.T) {
 	}
 }
 
-// An update that adds a file is repeated when the file was taken from its segment
-// again and is deleted. It is refused: a snapshot would have a file that is gone.
+// TestLateRepeatOfAnAddedFile checks that the late repeat of an update that added a
+// file is rejected after the file was removed and deleted.
 func TestLateRepeatOfAnAddedFile(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		c := w.taking(w.start("a", func(o *Options) { o.CollectorOff = true }))
@@ -302,12 +304,13 @@ func TestLateRepeatOfAnAddedFile(t *testing.T) {
 				c.wantObject("committed", catalog.FilePath{Path: f.Path}, true)
 			}
 		}
-		w.add(c.r, c.col, c.segment) // as it is: the files that it no longer has do not count
+		w.add(c.r, c.col, c.segment) // unchanged: files that it no longer has do not count
 	})
 }
 
-// The metadata store went back in time, unnoticed, and hands out the id of a create
-// that is under way. The second create with the id fails; the first is whole.
+// TestCreateWithTheIDOfAnother rolls the metadata store back unnoticed, so that it
+// allocates the id of a running create again. The second create with the id fails; the
+// first is complete.
 func TestCreateWithTheIDOfAnother(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		off := func(o *Options) { o.CollectorOff = true }
@@ -333,9 +336,10 @@ func TestCreateWithTheIDOfAnother(t *testing.T) {
 	})
 }
 
-// In an earlier release a segment was registered in two collections, and one of them
-// is gone but for a snapshot. The other does not take the files away from it, and
-// grants nothing before the references of the snapshot are known.
+// TestSnapshotOfAnEarlierReleaseHoldsInEveryCollection checks a segment that an earlier
+// release registered in two collections, one of which exists only in a snapshot: the
+// other does not delete its files, and grants nothing before the snapshot's references
+// are loaded.
 func TestSnapshotOfAnEarlierReleaseHoldsInEveryCollection(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		off := func(o *Options) { o.CollectorOff = true }
@@ -348,7 +352,7 @@ func TestSnapshotOfAnEarlierReleaseHoldsInEveryCollection(t *testing.T) {
 		w.checkpoint(r, col, 100, 100)
 		snap := w.create(r, col, "s")
 		w.addWritten(r, col, other)
-		gone := w.newID(r) // the collection that had the segment too
+		gone := w.newID(r) // the other collection with the segment
 		from := manifest.Dir(col.ID, snap.ID)
 		for _, key := range w.objectsUnder(from) {
 			data, err := object.ReadAll(t.Context(), w.objects, key, 1<<20)
@@ -357,7 +361,7 @@ func TestSnapshotOfAnEarlierReleaseHoldsInEveryCollection(t *testing.T) {
 			}
 			w.putObject(manifest.Dir(gone, snap.ID)+strings.TrimPrefix(key, from), data)
 		}
-		asks := w.dropSegments(r, col, s.ID, other.ID) // which needs the store's clock
+		asks := w.dropSegments(r, col, s.ID, other.ID) // uses the store's clock
 		r.stop()
 		kv, _, _, err := w.kv.Get(t.Context(), keys.Snapshot(snap.ID))
 		rec := &storagev1.Snapshot{}

@@ -8,8 +8,9 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// It was once wrong: the first call with a token lands while the second decides, and
-// the second cannot read what has become of the first.
+// TestRepeatWithUnreadableToken checks that a repeat that loses to the first call and
+// cannot read the token returns UNAVAILABLE, not the conflict that the first call's
+// success caused.
 func TestRepeatWithUnreadableToken(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
@@ -19,12 +20,12 @@ func TestRepeatWithUnreadableToken(t *testing.T) {
 		begun, lost := false, false
 		b.kv.Hook(func(c meta.Call) meta.Fault {
 			switch {
-			case c.Method == meta.MethodGrant && !begun: // of the create's lease: its token was looked for
+			case c.Method == meta.MethodGrant && !begun: // the create's lease; its token was read before
 				begun = true
 				if _, err := a.Create(t.Context(), tok, spec(col, "x")); err != nil {
 					t.Error(err)
 				}
-			case c.Method == meta.MethodRevoke: // its begin has lost
+			case c.Method == meta.MethodRevoke: // its begin has failed
 				lost = true
 			case c.Method == meta.MethodGet && lost:
 				return meta.Before

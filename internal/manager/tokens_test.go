@@ -12,8 +12,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// atOnce makes n calls at once, on the replicas in turn, and returns what they
-// came to.
+// atOnce makes n concurrent calls, on the replicas in turn, and returns their results.
 func atOnce[T any](rs []*replica, n int, call func(r *replica) (T, error)) ([]T, []error) {
 	results, errs := make([]T, n), make([]error, n)
 	var group sync.WaitGroup
@@ -24,9 +23,9 @@ func atOnce[T any](rs []*replica, n int, call func(r *replica) (T, error)) ([]T,
 	return results, errs
 }
 
-// TestOneTokenAtOnce makes each call that takes a token many times at once, on
-// three replicas: it has one effect, and all get the same answer. The same token
-// with anything else is refused, also beside them.
+// TestOneTokenAtOnce makes each call that takes a token concurrently on three replicas:
+// it has one effect, and all get the same answer. The token with another request is
+// rejected, also concurrently.
 func TestOneTokenAtOnce(t *testing.T) {
 	const n = 64
 	inEnv(t, func(t *testing.T, w *testEnv) {
@@ -52,7 +51,7 @@ func TestOneTokenAtOnce(t *testing.T) {
 			wantError(t, err, request.ErrReused)
 		}
 
-		// Two requests with one token: one of them is it, and the other refused.
+		// Two different requests with one token: one succeeds, the other is rejected.
 		var asked atomic.Int64
 		won, errs := atOnce(rs, n, func(r *replica) (*Snapshot, error) {
 			name := []string{"x", "y"}[asked.Add(1)%2]
@@ -68,7 +67,7 @@ func TestOneTokenAtOnce(t *testing.T) {
 			t.Errorf("two tokens made %v", list)
 		}
 
-		// A restore, and what ends a snapshot.
+		// A restore and a drop.
 		sp := restoreSpecOf(made[0])
 		tok.Method, tok.Value = "RestoreSnapshot", "restore"
 		before := w.traces()
@@ -87,7 +86,7 @@ func TestOneTokenAtOnce(t *testing.T) {
 		for _, err := range errs {
 			wantError(t, err, nil)
 		}
-		// The name is free; a repeat drops nobody else's.
+		// The name is free; a repeat does not drop another snapshot of the name.
 		again := w.create(rs[0], col, "one")
 		if id, err := rs[1].Drop(ctx, tok, Ref{Name: "one"}, 0); err != nil || id != made[0].ID {
 			t.Errorf("the repeat dropped %d, err = %v", id, err)
@@ -96,7 +95,7 @@ func TestOneTokenAtOnce(t *testing.T) {
 			t.Errorf("got %v, err = %v", got, err)
 		}
 
-		// Ids, which an engine asks for.
+		// Allocation of ids.
 		tok.Method, tok.Value = "AllocateIDs", "ids"
 		ids, errs := atOnce(rs, n, func(r *replica) (catalog.IDRange, error) { return r.catalog.AllocateIDs(ctx, tok, 7) })
 		for i := range ids {

@@ -22,18 +22,18 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// itself stands in a premise for the key that is written.
+// itself stands in a precondition for the key that is written.
 const itself = "itself"
 
-// premise says what a write of a key has to compare.
-type premise struct {
+// precondition is the set of compares that a write of a key requires.
+type precondition struct {
 	kind   meta.OpKind
 	prefix string
-	// compares are alternatives: of one of them, all.
+	// compares are alternatives: a write must make all compares of one of them.
 	compares [][]string
 }
 
-func (p *premise) name() string {
+func (p *precondition) name() string {
 	return map[meta.OpKind]string{meta.OpPut: "put of ", meta.OpDelete: "delete of "}[p.kind] + p.prefix
 }
 
@@ -45,10 +45,9 @@ const (
 	owners     = "/catalog/owner/"
 )
 
-// premises are those of all writes that there are, the first whose prefix fits.
-// What only the leader's loops write, or a worker under its assignment, compares
-// the leader's key, or the assignment.
-var premises = []premise{
+// preconditions are those of all writes, matched by the first prefix. Writes of the leader's
+// loops compare the leader's key; writes of a worker compare its assignment.
+var preconditions = []precondition{
 	{meta.OpPut, keys.Format, [][]string{{itself}}},
 	{meta.OpPut, keys.IDs, [][]string{{itself, keys.RolledBack}}},
 	{meta.OpPut, keys.Epoch, [][]string{{itself, keys.RolledBack}}},
@@ -118,13 +117,13 @@ var premises = []premise{
 		{keys.CollectionPrefix, keys.RolledBack}, {keys.JobPrefix, keys.Leader}}},
 }
 
-// judged is a KV that holds each write against its premises.
+// judged is a KV that checks each write against its premises.
 type judged struct {
 	meta.KV
 
 	mu    sync.Mutex
-	wrong map[string]string // by premise
-	seen  map[string]int    // how often there was a write of each premise
+	wrong map[string]string // by precondition
+	seen  map[string]int    // number of writes by precondition
 }
 
 // Txn implements [meta.KV].
@@ -145,15 +144,15 @@ func (j *judged) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
 }
 
 func (j *judged) judge(t *meta.Txn, op meta.Op) {
-	i := slices.IndexFunc(premises, func(p premise) bool {
+	i := slices.IndexFunc(preconditions, func(p precondition) bool {
 		return p.kind == op.Kind &&
 			strings.HasPrefix(op.From, p.prefix)
 	})
 	if i < 0 {
-		j.wrong[op.From] = fmt.Sprintf("it is written (%d), and no premise is known", op.Kind)
+		j.wrong[op.From] = fmt.Sprintf("it is written (%d), and no precondition is known", op.Kind)
 		return
 	}
-	p := premises[i]
+	p := preconditions[i]
 	j.seen[p.name()]++
 	if !slices.ContainsFunc(p.compares, func(all []string) bool {
 		return !slices.ContainsFunc(all, func(prefix string) bool { return !compares(t.If, op, prefix) })
@@ -162,8 +161,8 @@ func (j *judged) judge(t *meta.Txn, op meta.Op) {
 	}
 }
 
-// compares says whether one of the compares is about a key under prefix. That of
-// the leader's key must be about who put it.
+// compares reports whether one of the compares is on a key under prefix. One on the
+// leader's key must compare its creator.
 func compares(conds []meta.Cond, op meta.Op, prefix string) bool {
 	return slices.ContainsFunc(conds, func(c meta.Cond) bool {
 		switch prefix {
@@ -176,10 +175,9 @@ func compares(conds []meta.Cond, op meta.Op, prefix string) bool {
 	})
 }
 
-// TestEveryWriteHasItsPreconditions lives through all that a cluster does, and holds
-// that no write is made that would be made whatever has become of what it was
-// decided on: those of the leader's loops compare that it leads, those of a worker
-// its assignment, all others the records that they follow from.
+// TestEveryWriteHasItsPreconditions executes every operation of a cluster and checks
+// that each write compares the records that it was decided on: the leader's key in the
+// leader's loops, the assignment in workers, and the source records elsewhere.
 func TestEveryWriteHasItsPreconditions(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		j := &judged{KV: w.memory, seen: map[string]int{}, wrong: map[string]string{}}
@@ -194,7 +192,7 @@ func TestEveryWriteHasItsPreconditions(t *testing.T) {
 		for what, text := range j.wrong {
 			t.Errorf("%s: %s", what, text)
 		}
-		for _, p := range premises {
+		for _, p := range preconditions {
 			if j.seen[p.name()] == 0 {
 				t.Errorf("there was no %s", p.name())
 			}
@@ -202,7 +200,7 @@ func TestEveryWriteHasItsPreconditions(t *testing.T) {
 	})
 }
 
-// live has a cluster do each thing that it can do: well, and with trouble.
+// live executes every operation of a cluster, with and without faults.
 func (w *testEnv) live() {
 	t, ctx := w.t, w.t.Context()
 	change := func(o *Options) {
@@ -224,7 +222,7 @@ func (w *testEnv) live() {
 		}
 	}
 
-	// Snapshots: kept, changed, pinned, dropped, expired, given up.
+	// Snapshots: created, updated, pinned, dropped, expired, given up.
 	one, err := b.Create(ctx, token("one", "one"), spec(col, "one"))
 	must(err)
 	text := "described"
@@ -249,7 +247,7 @@ func (w *testEnv) live() {
 		t.Error("a snapshot without objects")
 	}
 	b.store.Plan(nil)
-	b.kv.Freeze() // in the midst of a create, which the leader ends
+	b.kv.Freeze() // during a create, which the leader abandons
 	b.store.Freeze()
 	frozen := make(chan error, 1)
 	go func() {
@@ -266,8 +264,8 @@ func (w *testEnv) live() {
 		t.Error("a create that froze")
 	}
 
-	// Restores: completed, with limits, canceled in the copy, failed, and with a
-	// worker that is lost.
+	// Restores: completed, with limits, canceled during the copy, failed, and with a
+	// lost worker.
 	sp := restoreSpecOf(one)
 	sp.Limits.Requests = 1000
 	must(second(b.Restore(ctx, token("restore", "restore"), sp)))
@@ -303,7 +301,7 @@ func (w *testEnv) live() {
 		r.lift()
 	}
 
-	// The catalog, and what is reclaimed: by its engine, by the collector, parked.
+	// The catalog, and reclaims: by the engine, by the collector, of spilled units.
 	segs := w.segments(a, one)
 	w.dropSegments(a, col, segs[0].ID, segs[1].ID)
 	replaced := catalog.FilePath{Root: segs[2].Files[1].Root, Path: segs[2].Files[1].Path}
@@ -316,7 +314,7 @@ func (w *testEnv) live() {
 	w.addWritten(a, col, free)
 	tombs := w.granted(w.reclaim(a, col, gc.ByCaller, w.dropSegments(a, col, free.ID)...))
 	must(second(b.GC().Confirm(ctx, ref, []int64{tombs[0].ID})))
-	must(second(w.memory.Txn(ctx, meta.Txn{Then: []meta.Op{ // whose lease is longer than its day
+	must(second(w.memory.Txn(ctx, meta.Txn{Then: []meta.Op{ // with a lease that outlasts its expiry
 		meta.Put(keys.RequestPrefix+"m/old",
 			record.Encode(&storagev1.Request{Format: record.Format, Done: true, ExpireTime: 1})),
 	}})))
@@ -333,13 +331,13 @@ func (w *testEnv) live() {
 	}
 }
 
-// recovers has the metadata store go back in time, which is noticed, and go on.
+// recovers rolls the metadata store back, which is detected, and recovers.
 func (w *testEnv) recovers() {
 	ctx := w.t.Context()
 	r := w.start("c", withEpoch)
 	w.plantBeat(ctx, r, 1_000_000, 1_000_000)
 	if err := r.o.Epoch.Check(ctx); err == nil {
-		w.t.Error("nobody noticed")
+		w.t.Error("the rollback was not detected")
 	}
 	if _, _, _, err := r.o.Epoch.Recover(ctx, false); err != nil {
 		w.t.Error(err)

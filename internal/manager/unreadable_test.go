@@ -15,11 +15,10 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// TestUnreadableReferencesDeleteNothing damages what says what a snapshot
-// references, in each way: no object of that collection is deleted by anybody, by
-// request, by the collector or with the collection itself, for as long as it
-// lasts, and it is counted. Other collections go on, and this one, once it is
-// repaired.
+// TestUnreadableReferencesDeleteNothing damages the references of a snapshot in each
+// way: no object of that collection is deleted, by request, by the collector or with
+// the collection, until they are repaired, and the failure is counted. Other
+// collections continue.
 func TestUnreadableReferencesDeleteNothing(t *testing.T) {
 	for name, damage := range map[string]func([]byte) []byte{
 		"missing":  nil,
@@ -38,16 +37,16 @@ func TestUnreadableReferencesDeleteNothing(t *testing.T) {
 	}
 }
 
-// withoutReferences makes a snapshot's record that of a release that kept what
-// describes the references in the metadata alone.
+// withoutReferences changes a snapshot's record to the form of an earlier release,
+// which described the references only in the metadata.
 func (w *testEnv) withoutReferences(s *Snapshot) {
 	w.t.Helper()
 	w.changeRecord(s, func(r *storagev1.Snapshot) { r.References = nil })
 }
 
-// TestReadsOfAStart counts the objects that a replica reads before it can say
-// what is held: one for each snapshot, and two where the record is of an earlier
-// release. Those of a collection that is asked about come before all others.
+// TestReadsOfAStart counts the objects that a replica reads at its start before it
+// answers: one for each snapshot, and two for a record of an earlier release. A
+// requested collection is read first.
 func TestReadsOfAStart(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a", func(o *Options) { o.CollectorOff = true })
@@ -119,10 +118,10 @@ func (w *testEnv) damaged(name string, damage func([]byte) []byte) {
 	w.addWritten(a, col, free, last)
 	key := manifest.Dir(s.Collection, s.ID) + name
 	whole := w.bytes(key)
-	if name == manifest.MetadataName { // which is read for records of an earlier release alone
+	if name == manifest.MetadataName { // read only for records of an earlier release
 		w.withoutReferences(s)
 	}
-	a.stop() // and with it what it remembers
+	a.stop() // drops its cache
 	if damage == nil {
 		if err := w.objects.Delete(ctx, key); err != nil {
 			t.Fatal(err)

@@ -21,8 +21,8 @@ import (
 	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
-// kept is the model of a collection and its snapshots: what lives, what was
-// dropped together, and what each snapshot has.
+// kept is the model of a collection and its snapshots: live segments, units by drop,
+// and the content of each snapshot.
 type kept struct {
 	t         *testing.T
 	w         *testEnv
@@ -39,12 +39,12 @@ type kept struct {
 type droppedUnit struct {
 	ask     gc.Ask
 	segment int64
-	build   int64 // 0: it is no build
-	taken   int   // 1 more than the snapshots that began before it was taken from its segment; 0: it is the whole
+	build   int64 // 0: not a build
+	taken   int   // 1 + number of snapshots that began before its removal; 0: the whole segment
 	files   map[string]int64
 }
 
-// heldBy says whether a snapshot holds the unit.
+// heldBy reports whether a snapshot holds the unit.
 func (k *kept) heldBy(u *droppedUnit, snapshot int64) bool {
 	s, ok := k.has[snapshot][u.segment]
 	switch {
@@ -52,13 +52,13 @@ func (k *kept) heldBy(u *droppedUnit, snapshot int64) bool {
 		return false
 	case u.build != 0:
 		return slices.ContainsFunc(s.Builds, func(b segment.Build) bool { return b.ID == u.build })
-	case u.taken > 0: // what began before has the segment, and perhaps not the file yet
+	case u.taken > 0: // an older snapshot has the segment, but possibly not the file
 		return slices.IndexFunc(k.snapshots, func(s *Snapshot) bool { return s.ID == snapshot }) < u.taken-1
 	}
 	return true
 }
 
-// ownFiles are the sizes of the files that lie at the place of a segment.
+// ownFiles adds the sizes of the files under the place of a segment.
 func (k *kept) ownFiles(into map[string]int64, files []segment.File, id int64) {
 	for _, f := range files {
 		if strings.HasPrefix(f.Path, fmt.Sprintf("%d/0/%d/", k.col.ID, id)) {
@@ -161,7 +161,7 @@ func (k *kept) do(s step) {
 	}
 }
 
-// reclaimAll has all go that may.
+// reclaimAll reclaims all free units.
 func (k *kept) reclaimAll() {
 	var asks []gc.Ask
 	for _, u := range k.units {
@@ -184,7 +184,7 @@ func (k *kept) bytes() (n int64) {
 	return n
 }
 
-// want computes what a snapshot keeps for itself.
+// want computes the exclusive usage of a snapshot.
 func (k *kept) want(snapshot int64) (bytes, files int64) {
 	for i := range k.units {
 		u := &k.units[i]
@@ -203,13 +203,13 @@ func (k *kept) want(snapshot int64) (bytes, files int64) {
 	return bytes, files
 }
 
-// seenUsage counts bytes and files of each sort.
+// seenUsage counts bytes and files of each kind.
 type seenUsage struct{ shared, exclusive, more atomic.Int64 }
 
 func TestUsageIsWhatADropFrees(t *testing.T) {
 	var seen seenUsage
-	// What is rare: an older build of a segment that was dropped, and files that
-	// came after the snapshot.
+	// Rare cases: an older build of a dropped segment, and files that
+	// were added after the snapshot.
 	rare := []step{
 		{Op: "add"},
 		{Op: "add", A: 1},
@@ -238,7 +238,7 @@ func TestUsageIsWhatADropFrees(t *testing.T) {
 		usageCourse(t, steps, which, &seen)
 	})
 	for what, n := range map[string]int64{
-		"exclusive": seen.exclusive.Load(), "shared": seen.shared.Load(), "freed besides": seen.more.Load(),
+		"exclusive": seen.exclusive.Load(), "shared": seen.shared.Load(), "freed in addition": seen.more.Load(),
 	} {
 		if n == 0 {
 			t.Errorf("there never was anything %s", what)
@@ -246,8 +246,8 @@ func TestUsageIsWhatADropFrees(t *testing.T) {
 	}
 }
 
-// usageCourse does steps, and compares what is told of each snapshot, and then
-// what the drop of one frees.
+// usageCourse executes steps and compares the usage of each snapshot with the model,
+// and the effect of one drop.
 func usageCourse(t *testing.T, steps []step, which int, seen *seenUsage) {
 	t.Helper()
 	virtual.Test(t, func(t *testing.T) {
@@ -295,7 +295,7 @@ func usageCourse(t *testing.T, steps []step, which int, seen *seenUsage) {
 		w.dropSnapshot(r, s)
 		k.reclaimAll()
 		freed := before - k.bytes()
-		// More goes than it has when a unit holds files that came after it.
+		// A drop frees more than the usage if a unit has files added after the snapshot.
 		if freed != goes || freed < exact || freed < u.ExclusiveBytes {
 			t.Fatalf("steps %+v: the drop of %s freed %d, want %d; it had %d for itself, and its usage was %+v",
 				steps, s, freed, goes, exact, u)

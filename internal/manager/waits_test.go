@@ -14,7 +14,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// manyWaiting is how many calls wait at once.
+// manyWaiting is the number of concurrently waiting calls.
 const manyWaiting = 500
 
 // countWatches counts the watches that a replica opens from now on.
@@ -29,7 +29,7 @@ func countWatches(r *replica) *atomic.Int64 {
 	return &n
 }
 
-// waiting begins n calls at once and returns what they end with.
+// waiting starts n concurrent calls and returns their errors.
 func waiting(n int, call func(i int) error) chan error {
 	ended := make(chan error, n)
 	for i := range n {
@@ -39,7 +39,7 @@ func waiting(n int, call func(i int) error) chan error {
 	return ended
 }
 
-// all waits until n calls have ended with nil, or an error that is want.
+// all waits until n calls have ended with nil or with the error want.
 func all(t *testing.T, ended chan error, n int, want error) {
 	t.Helper()
 	timer := time.NewTimer(time.Hour)
@@ -56,8 +56,8 @@ func all(t *testing.T, ended chan error, n int, want error) {
 	}
 }
 
-// checkNobodyWaits checks that no call has stayed in the replica's topics.
-func checkNobodyWaits(t *testing.T, r *replica) {
+// checkNoWaiters checks that no call is left in the replica's topics.
+func checkNoWaiters(t *testing.T, r *replica) {
 	t.Helper()
 	for _, of := range []*topics{r.checkpoints.topics, r.view.pending} {
 		of.mu.Lock()
@@ -68,14 +68,14 @@ func checkNobodyWaits(t *testing.T, r *replica) {
 	}
 }
 
-// waitForCut20 waits for the first channel to be at 20.
+// waitForCut20 waits until the first channel is at 20.
 func waitForCut20(ctx context.Context, m *Manager, col catalog.Collection) error {
 	want := []catalog.Checkpoint{{Shard: 0, Position: segment.Position{Timestamp: 20}}}
 	return m.waitForCheckpoints(ctx, catalog.Ref{ID: col.ID}, want)
 }
 
-// Calls that wait for checkpoints share one watch, and each ends when its own
-// collection is there, or is dropped.
+// TestWaitsForCutsShareAWatch checks that calls that wait for checkpoints share one
+// watch, and that each ends when its own collection reaches the cut or is dropped.
 func TestWaitsForCutsShareAWatch(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -111,12 +111,12 @@ func TestWaitsForCutsShareAWatch(t *testing.T) {
 		if n := watches.Load(); n != 1 {
 			t.Errorf("%d watches", n)
 		}
-		checkNobodyWaits(t, r)
+		checkNoWaiters(t, r)
 	})
 }
 
-// Calls that repeat a create under its token open no watch at all, and end with the
-// create, on the replica that makes it and on another.
+// TestRepeatsShareTheWatchOfTheView checks that repeats of a create open no watch and
+// end with the create, on its replica and on another.
 func TestRepeatsShareTheWatchOfTheView(t *testing.T) {
 	for _, dies := range []bool{false, true} {
 		t.Run(fmt.Sprintf("dies=%v", dies), func(t *testing.T) {
@@ -150,7 +150,7 @@ func TestRepeatsShareTheWatchOfTheView(t *testing.T) {
 					a.store.Thaw()
 				}
 				all(t, ended, manyWaiting, want)
-				checkNobodyWaits(t, b)
+				checkNoWaiters(t, b)
 				a.kv.Thaw()
 				a.store.Thaw()
 				all(t, first, 1, want)
@@ -159,8 +159,8 @@ func TestRepeatsShareTheWatchOfTheView(t *testing.T) {
 	}
 }
 
-// What changes while the shared watches cannot be opened, have broken, or were
-// compacted wakes the calls once they are back.
+// TestWaitsOutliveTheirWatch checks that changes during a failed, broken or compacted
+// watch wake the calls once the watch is open again.
 func TestWaitsOutliveTheirWatch(t *testing.T) {
 	for _, harm := range []string{"away", "compacted", "contradicted"} {
 		t.Run(harm, func(t *testing.T) {
@@ -215,14 +215,14 @@ func TestWaitsOutliveTheirWatch(t *testing.T) {
 				b.kv.Hook(nil)
 				all(t, cuts, 5, nil)
 				all(t, repeats, 5, nil)
-				checkNobodyWaits(t, b)
+				checkNoWaiters(t, b)
 			})
 		})
 	}
 }
 
-// A checkpoint that moves after a call has read it, and before the first watch
-// begins, is not missed.
+// TestChangeBeforeTheFirstWatch checks that a checkpoint that changes after a call has
+// read it and before the first watch starts is not missed.
 func TestChangeBeforeTheFirstWatch(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -235,8 +235,8 @@ func TestChangeBeforeTheFirstWatch(t *testing.T) {
 	})
 }
 
-// movedKV has something change once the calls have read, before it says which
-// revision is the newest.
+// movedKV makes a change between the read of the calls and the answer with the newest
+// revision.
 type movedKV struct {
 	meta.KV
 	move func()
@@ -248,7 +248,7 @@ func (k *movedKV) Get(ctx context.Context, key string) (meta.KeyValue, bool, int
 	return k.KV.Get(ctx, key)
 }
 
-// When a replica stops, the calls that wait there end.
+// TestWaitsEndWithTheReplica checks that waiting calls end when their replica stops.
 func TestWaitsEndWithTheReplica(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
