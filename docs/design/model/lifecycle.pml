@@ -9,10 +9,10 @@
  *                    revision
  *   a step alone     one call of the object store. It may come arbitrarily late:
  *                    that is a process that was frozen, or a request that was
- *                    under way when its sender died
+ *                    in progress when its sender died
  *   no more steps    a process that died. Death and delay are possible between any
- *                    two steps, for nobody has to go on
- *   say(...)         prints when a trail is replayed, and does nothing else
+ *                    two steps: no process has to continue
+ *   say(...)         prints during the replay of a trail, without any other effect
  *
  * STATE
  *
@@ -34,12 +34,12 @@
  *   copied[s]        the record of s was copied from another store; its history is
  *                    not that of today
  *
- * WHO IS WHO
+ * PROCESSES
  *
  *   Creator          a replica that runs CreateSnapshot
  *   LateBegin,       a transaction of it that was sent, and applied only after
  *   LateCommit       its answer was given up
- *   Others           everybody whose step is one transaction, or a delete that
+ *   Others           processes whose step is one transaction, or a delete that
  *                    needs no memory: leases that end, any number of leaders
  *                    (zombies included), users who drop, compaction
  *   Reclaimer        a replica's collector, or a caller that asked Reclaim and
@@ -204,7 +204,7 @@ bool moved;                     /* the keys were copied to another store */
 #endif
 bool reaped[2];                 /* reaped although it was COMMITTED */
 #if LOST
-bool toldfailed[2];             /* the caller heard that there will be no snapshot */
+bool failureReported[2];             /* the caller was informed of the failure */
 bool revoked[2];                /* the lease that a late begin would need */
 bool forgotten[2];              /* or it lives on, with its process, for no create */
 #endif
@@ -391,8 +391,8 @@ begun:
 			:: R_ABORT_VERDICT -> say("create %d: gives up\n", s); to_deleting(s)
 			:: else
 			fi;
-			say("create %d: tells its caller that it failed\n", s);
-			toldfailed[s] = true; goto end
+			say("create %d: reports the failure to its caller\n", s);
+			failureReported[s] = true; goto end
 		:: snap[s] == PENDING -> say("create %d: sends the commit again\n", s)
 		:: else -> goto end                  /* committed, or reaped */
 		fi
@@ -405,7 +405,7 @@ begun:
 		if
 		:: snap[s] == PENDING && (!R_COMMIT_PENDING || pend[s]) -> commit(s)
 #if LOST
-		:: snap[s] == PENDING && !pend[s] -> say("create %d: tells its caller that it failed\n", s); toldfailed[s] = true
+		:: snap[s] == PENDING && !pend[s] -> say("create %d: reports the failure to its caller\n", s); failureReported[s] = true
 #endif
 		:: else
 		fi
@@ -619,8 +619,8 @@ inline look_at_snapshot(s) {
 	fi;
 	assert(!reaped[s]);                              /* lost: a committed snapshot */
 #if LOST
-	assert(snap[s] != COMMITTED || !toldfailed[s]);  /* committed after "it failed" */
-	assert(!(pend[s] && forgotten[s]));              /* PENDING for ever */
+	assert(snap[s] != COMMITTED || !failureReported[s]);  /* committed after "it failed" */
+	assert(!(pend[s] && forgotten[s]));              /* PENDING forever */
 #endif
 	rec_ = snap[s]; objs_ = objs[OBJ(s)];
 	if
@@ -637,7 +637,7 @@ inline look_at_snapshot(s) {
 inline look_at_unit(f) {
 	assert(file[f] || unit[f] != LIVE);              /* lost: a file of the catalog */
 	file_ = file[f] && !tomb[f] && !(unit[f] == DROPPED && !REFERS(0, f) && !REFERS(1, f));
-	assert(!file_ || unit[f] == LIVE || NEEDED(f))   /* leaked: a file that nobody needs */
+	assert(!file_ || unit[f] == LIVE || NEEDED(f))   /* leaked: an unneeded file */
 }
 proctype Monitor() {
 	mtype rec_;

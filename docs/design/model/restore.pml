@@ -10,8 +10,8 @@
  *                    revision
  *   a step alone     one call of the object store. It may come arbitrarily late
  *   no more steps    a process that died. Death and delay are possible between any
- *                    two steps, for nobody has to go on
- *   say(...)         prints when a trail is replayed, and does nothing else
+ *                    two steps: no process has to continue
+ *   say(...)         prints during the replay of a trail, without any other effect
  *
  * STATE
  *
@@ -24,13 +24,13 @@
  *   part             what prepare puts besides: partitions, indexes, checkpoints
  *   segs             the target segments are registered
  *   taskdone         the task's record says DONE
- *   dst[f]           the target file is there; etag[f]: which bytes, as far as an
- *                    ETag tells; rec[f]: the ETag that was registered
+ *   dst[f]           the target file is there; etag[f]: its bytes, identified by
+ *                    the ETag; rec[f]: the ETag that was registered
  *   retired          target unit 0 was dropped and granted after publication; tomb:
  *                    its tombstone is there
  *   taken            another collection has the target's name
  *
- * WHO IS WHO
+ * PROCESSES
  *
  *   Leader(1), (2)   the replica that moves the job; 1 may go on as a zombie when
  *                    2 was elected
