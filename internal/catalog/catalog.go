@@ -158,7 +158,6 @@ var (
 	ErrLimitExceeded        = errors.New("limit exceeded")
 	ErrTooLarge             = errors.New("change too large for one transaction")
 	ErrRevisionChanged      = errors.New("revision changed")
-	ErrConflict             = errors.New("too many concurrent changes")
 )
 
 // InvalidError is an ErrInvalid with the field.
@@ -286,58 +285,54 @@ type outcome struct {
 func (c *Catalog) change(
 	ctx context.Context, tok request.Token, decide func(ctx context.Context) (plan, error),
 ) (outcome, error) {
-	for attempt := range maxAttempts {
-		if attempt > 0 {
-			if err := c.pause(ctx, attempt); err != nil {
-				return outcome{}, err
-			}
-		}
-		known, err := request.Find(ctx, c.kv, tok)
-		if err != nil {
-			return outcome{}, err
-		}
-		var p plan
-		if known == nil {
-			if p, err = decide(ctx); err != nil {
-				// A concurrent call with the token may have succeeded and caused the error.
-				var findErr error
-				if known, findErr = request.Find(ctx, c.kv, tok); known == nil || findErr != nil {
-					return outcome{}, err
-				}
-			}
-		}
-		if known != nil {
-			return outcome{id: known.ID, result: known.Result, revision: known.Revision}, nil
-		}
-		var lease request.Lease
-		if tok.IsSet() {
-			if lease, err = c.requests.Get(ctx); err != nil {
-				return outcome{}, err
-			}
-		}
-		p.txn.If = append(p.txn.If, tok.Absent()...)
-		remember := p.result
-		if len(remember) > maxTokenResult { // a repeat reads the current record
-			remember = nil
-		}
-		p.txn.Then = append(p.txn.Then, tok.End(lease, p.id, remember)...)
-		if len(p.txn.Then) == 0 { // nothing to change, no token to write
-			return outcome{id: p.id, result: p.result, revision: p.revision}, nil
-		}
-		p.txn.Name = cmp.Or(p.txn.Name, "catalog.change")
-		res, err := c.kv.Txn(ctx, p.txn)
-		switch {
-		case errors.Is(err, meta.ErrLeaseNotFound):
-			c.requests.Forget(ctx, lease)
-		case errors.Is(err, meta.ErrTooLarge):
-			return outcome{}, fmt.Errorf("%w: %w; split it", ErrTooLarge, err)
-		case err != nil:
-			return outcome{}, err
-		case res.Succeeded:
-			return outcome{id: p.id, result: p.result, revision: res.Revision}, nil
+	var out outcome
+	loop := request.Loop{KV: c.kv, Pause: c.pause}
+	known, err := loop.Do(ctx, tok, func(ctx context.Context) (request.Commit, error) {
+		p, err := decide(ctx)
+		return func(ctx context.Context) (done bool, err error) {
+			out, done, err = c.commit(ctx, tok, p)
+			return done, err
+		}, err
+	})
+	if err != nil {
+		return outcome{}, err
+	}
+	if known != nil {
+		return outcome{id: known.ID, result: known.Result, revision: known.Revision}, nil
+	}
+	return out, nil
+}
+
+// commit executes a plan. It is not done when a compare failed or the token's lease was
+// lost.
+func (c *Catalog) commit(ctx context.Context, tok request.Token, p plan) (out outcome, done bool, err error) {
+	var lease request.Lease
+	if tok.IsSet() {
+		if lease, err = c.requests.Get(ctx); err != nil {
+			return outcome{}, false, err
 		}
 	}
-	return outcome{}, fmt.Errorf("%w: gave up after %d attempts; nothing was written", ErrConflict, maxAttempts)
+	p.txn.If = append(p.txn.If, tok.Unused()...)
+	remember := p.result
+	if len(remember) > maxTokenResult { // a repeat reads the current record
+		remember = nil
+	}
+	p.txn.Then = append(p.txn.Then, tok.End(lease, p.id, remember)...)
+	if len(p.txn.Then) == 0 { // nothing to change, no token to write
+		return outcome{id: p.id, result: p.result, revision: p.revision}, true, nil
+	}
+	p.txn.Name = cmp.Or(p.txn.Name, "catalog.change")
+	res, err := c.kv.Txn(ctx, p.txn)
+	switch {
+	case errors.Is(err, meta.ErrLeaseNotFound):
+		c.requests.Forget(ctx, lease)
+		return outcome{}, false, nil
+	case errors.Is(err, meta.ErrTooLarge):
+		return outcome{}, false, fmt.Errorf("%w: %w; split it", ErrTooLarge, err)
+	case err != nil:
+		return outcome{}, false, err
+	}
+	return outcome{id: p.id, result: p.result, revision: res.Revision}, res.Succeeded, nil
 }
 
 // pause waits before another attempt: a random time below a limit that doubles from 1 ms

@@ -600,7 +600,7 @@ func testChangeRace(t *testing.T, kv meta.KV) {
 				f := segment.File{Kind: "k", Path: fmt.Sprintf("%d/%d", worker, i)}
 				for {
 					_, err := c.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Update: []catalog.Update{{Segment: id, AddFiles: []segment.File{f}}}})
-					if errors.Is(err, catalog.ErrConflict) {
+					if errors.Is(err, meta.ErrConflict) {
 						continue // nothing was written
 					}
 					if err != nil {

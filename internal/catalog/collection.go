@@ -59,7 +59,7 @@ func (c *Catalog) Collection(ctx context.Context, ref Ref) (Collection, error) {
 		}
 		// Renamed since the name was read, which may be another collection's by now.
 	}
-	return Collection{}, fmt.Errorf("%w: collection %s keeps being renamed", ErrConflict, ref)
+	return Collection{}, fmt.Errorf("%w: collection %s keeps being renamed", meta.ErrConflict, ref)
 }
 
 // active returns an ACTIVE collection, and the compare that its record is unchanged. It

@@ -305,7 +305,7 @@ func testCollectionRace(t *testing.T, kv meta.KV) {
 			switch {
 			case err == nil:
 				won.Add(1)
-			case !errors.Is(err, catalog.ErrCollectionExists) && !errors.Is(err, catalog.ErrConflict):
+			case !errors.Is(err, catalog.ErrCollectionExists) && !errors.Is(err, meta.ErrConflict):
 				t.Error(err)
 			}
 		})

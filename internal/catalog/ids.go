@@ -240,7 +240,7 @@ func (a *allocator) try(ctx context.Context, batch []*demand) (done bool, err er
 		return true, nil
 	}
 	if a.raise != nil && s.rec.GetNext() > s.rec.GetCeiling() {
-		if err := a.raise(ctx, s.rec.GetNext()); err != nil && !errors.Is(err, epoch.ErrConflict) {
+		if err := a.raise(ctx, s.rec.GetNext()); err != nil && !errors.Is(err, meta.ErrConflict) {
 			return false, err
 		}
 		return false, nil // the record has changed

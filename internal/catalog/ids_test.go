@@ -100,7 +100,7 @@ func TestIDsAreUnique(t *testing.T) {
 						got, err = c.AllocateIDs(t.Context(), request.Token{}, int64(1+i%5))
 					}
 					if err != nil {
-						if !errors.Is(err, meta.ErrUnavailable) && !errors.Is(err, catalog.ErrConflict) {
+						if !errors.Is(err, meta.ErrUnavailable) && !errors.Is(err, meta.ErrConflict) {
 							t.Error(err)
 						}
 						continue

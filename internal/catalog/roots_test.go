@@ -65,7 +65,7 @@ func testRootRace(t *testing.T, kv meta.KV) {
 			switch {
 			case err == nil:
 				made[prefixes[i]] = true
-			case !errors.Is(err, catalog.ErrRootNested) && !errors.Is(err, catalog.ErrConflict):
+			case !errors.Is(err, catalog.ErrRootNested) && !errors.Is(err, meta.ErrConflict):
 				t.Errorf("%s: %v", prefixes[i], err)
 			}
 		}

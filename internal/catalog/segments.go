@@ -499,7 +499,7 @@ func (c *Catalog) addBatch(ctx context.Context, view View, batch []entry) (int, 
 		}
 		batch = rest
 	}
-	return 0, fmt.Errorf("%w: gave up after %d attempts", ErrConflict, maxAttempts)
+	return 0, fmt.Errorf("%w: gave up after %d attempts", meta.ErrConflict, maxAttempts)
 }
 
 // missing returns the entries of a batch without a record in found, which has a list of at

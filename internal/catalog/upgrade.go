@@ -324,7 +324,7 @@ func (u *upgrade) rewrite(ctx context.Context, key string, edit func(meta.KeyVal
 			return err
 		}
 	}
-	return fmt.Errorf("%w: %s", ErrConflict, key)
+	return fmt.Errorf("%w: %s", meta.ErrConflict, key)
 }
 
 // restores writes the claims of all restore jobs.

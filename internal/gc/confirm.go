@@ -129,7 +129,7 @@ func (g *GC) confirmBatch(ctx context.Context, collection int64, ids []int64, an
 			return nil
 		}
 	}
-	return fmt.Errorf("%w: gave up after %d attempts", catalog.ErrConflict, maxAttempts)
+	return fmt.Errorf("%w: gave up after %d attempts", meta.ErrConflict, maxAttempts)
 }
 
 // pendingDelete is a granted unit whose files are being deleted.

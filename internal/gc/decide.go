@@ -150,7 +150,7 @@ func (g *GC) CheckKnown(ctx context.Context, col *catalog.Collection, ask Ask) (
 // DecideBatch decides on up to BatchUnits targets in one transaction, and grants the
 // units without holders to a grantee unless it is nil. keyOf returns the record keys of
 // units to grant; nil: they are unknown. It repeats the decision when a record changes
-// meanwhile, and ends with catalog.ErrConflict after a few attempts.
+// meanwhile, and ends with meta.ErrConflict after a few attempts.
 func (g *GC) DecideBatch(
 	ctx context.Context, col *catalog.Collection, targets []Target, keyOf RecordKey, to *Grantee,
 ) ([]Answer, error) {
@@ -198,7 +198,7 @@ func (g *GC) DecideBatch(
 			attempt++
 		}
 	}
-	return nil, fmt.Errorf("%w: gave up after %d attempts", catalog.ErrConflict, maxAttempts)
+	return nil, fmt.Errorf("%w: gave up after %d attempts", meta.ErrConflict, maxAttempts)
 }
 
 // split returns the places of units without holders, and those of targets that name

@@ -84,7 +84,7 @@
 //	references of a snapshot of an earlier release not read yet, or unreadable
 //	                       nothing at all is granted: in those releases two
 //	                       collections could have one segment
-//	a compare fails        read and decide again, a few times; then ErrConflict
+//	a compare fails        read and decide again, a few times; then meta.ErrConflict
 //	grant: no answer       UNAVAILABLE; a repeat finds the tombstones, or the
 //	                       units as they were
 //	caller dies            its tombstones stay listed and counted; a successor

@@ -380,7 +380,7 @@ func (m *Manager) begin(ctx context.Context, c *creation) (_ *createLease, err e
 			return nil, err
 		}
 	}
-	return nil, fmt.Errorf("%w: the collection keeps changing", catalog.ErrConflict)
+	return nil, fmt.Errorf("%w: the collection keeps changing", meta.ErrConflict)
 }
 
 // tryBegin sends the begin transaction of a snapshot id. It may be repeated with the
@@ -417,7 +417,7 @@ func (m *Manager) tryBegin(
 			[]meta.Cond{
 				meta.Absent(keys.Snapshot(s.ID)), meta.Absent(name), meta.Unchanged(keys.Collection(col.ID), col.Revision),
 			},
-			c.tok.Absent()),
+			c.tok.Unused()),
 		Then: slices.Concat(
 			[]meta.Op{
 				meta.Put(name, record.Encode(&storagev1.Name{Format: record.Format, Id: s.ID})),
@@ -465,7 +465,7 @@ func (m *Manager) tryBegin(
 // store was rolled back unnoticed and allocated the id twice.
 func checkBegun(s *Snapshot, op string) (*Snapshot, error) {
 	if s.State == Pending && s.op != op {
-		return nil, fmt.Errorf("%w: another create has the id %d", catalog.ErrConflict, s.ID)
+		return nil, fmt.Errorf("%w: another create has the id %d", meta.ErrConflict, s.ID)
 	}
 	if s.State != Pending {
 		return nil, fmt.Errorf("%w: its lease expired before its begin was answered", ErrCreateAborted)

@@ -8,7 +8,6 @@ import (
 
 	"go.uber.org/zap"
 
-	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -56,7 +55,7 @@ func (m *Manager) Drop(ctx context.Context, tok request.Token, ref Ref, expected
 			return id, nil
 		}
 	}
-	return 0, fmt.Errorf("drop snapshot %s: %w", ref, catalog.ErrConflict)
+	return 0, fmt.Errorf("drop snapshot %s: %w", ref, meta.ErrConflict)
 }
 
 // droppable returns the snapshot of ref, nil if it does not exist, and the transaction

@@ -547,7 +547,7 @@ func (m *Manager) commitWith(
 		if lease, err = m.o.Requests.Get(ctx); err != nil {
 			return false, 0, err
 		}
-		txn.If = append(txn.If, tok.Absent()...)
+		txn.If = append(txn.If, tok.Unused()...)
 		txn.Then = append(txn.Then, tok.End(lease, id, result)...)
 	}
 	res, err := m.kv.Txn(ctx, txn)

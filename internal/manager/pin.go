@@ -96,7 +96,7 @@ func (m *Manager) pin(ctx context.Context, tok request.Token, ref Ref, spec PinS
 			return p, nil
 		}
 	}
-	return nil, catalog.ErrConflict
+	return nil, meta.ErrConflict
 }
 
 // checkPinnable returns the snapshot of ref if it accepts another pin. The number of
@@ -267,7 +267,7 @@ func (m *Manager) renewPin(ctx context.Context, ref Ref, id int64, ttl time.Dura
 			return &next, nil
 		}
 	}
-	return nil, catalog.ErrConflict
+	return nil, meta.ErrConflict
 }
 
 // tryRenew sends the transaction that renews a pin. It returns false when the pin
@@ -369,7 +369,7 @@ func (m *Manager) unpin(ctx context.Context, ref Ref, id int64) error {
 			return nil
 		}
 	}
-	return catalog.ErrConflict
+	return meta.ErrConflict
 }
 
 // pinnedSnapshot returns the id of the snapshot of ref, 0 if it does not exist. A ref

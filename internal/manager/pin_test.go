@@ -671,7 +671,7 @@ func TestRenewalsAtOnce(t *testing.T) {
 				switch {
 				case err == nil:
 					done.Add(1)
-				case !errors.Is(err, catalog.ErrConflict):
+				case !errors.Is(err, meta.ErrConflict):
 					t.Error(err)
 				}
 			})

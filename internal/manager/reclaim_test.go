@@ -263,7 +263,7 @@ func TestGrantGivesUp(t *testing.T) {
 		}
 		spy.before = again
 		_, err := a.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester")
-		wantError(t, err, catalog.ErrConflict)
+		wantError(t, err, meta.ErrConflict)
 		if *failed != 16 || len(w.keysUnder("/gc/tomb/")) > 0 {
 			t.Errorf("%d attempts, tombstones %v", *failed, w.keysUnder("/gc/tomb/"))
 		}

@@ -74,7 +74,7 @@ func (m *Manager) restore(ctx context.Context, tok request.Token, spec *RestoreS
 		}
 		return job, nil
 	}
-	return nil, catalog.ErrConflict
+	return nil, meta.ErrConflict
 }
 
 // recordedJob returns the job that an earlier call with the token made.
@@ -196,7 +196,7 @@ func (m *Manager) admitTxn(
 	unchanged := []meta.Cond{meta.Unchanged(keys.Snapshot(r.snapshot.ID), r.snapshot.Revision)}
 	txn := meta.Txn{
 		Name: "restore.admit",
-		If:   slices.Concat(unchanged, conds, tok.Absent()),
+		If:   slices.Concat(unchanged, conds, tok.Unused()),
 		Then: slices.Concat(ops, []meta.Op{meta.Put(keys.Job(job.ID), job.Encode(op)), putPin}, tok.Begin(job.ID)),
 	}
 	if spec.Limits != (copyjob.Limits{}) {

@@ -325,7 +325,7 @@ func TestCreateWithTheIDOfAnother(t *testing.T) {
 		}
 		w.put(keys.IDs, record.Encode(&storagev1.Allocator{Format: record.Format, Next: first.ID}))
 		_, err = w.start("c", off).Create(t.Context(), request.Token{}, spec(c.col, "second"))
-		wantError(t, err, catalog.ErrConflict)
+		wantError(t, err, meta.ErrConflict)
 		b.store.Thaw()
 		settle()
 		got, err := c.r.Get(t.Context(), Ref{Name: "first"})

@@ -84,7 +84,7 @@ func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec U
 			return &next, nil
 		}
 	}
-	return nil, fmt.Errorf("update snapshot %s: %w", ref, catalog.ErrConflict)
+	return nil, fmt.Errorf("update snapshot %s: %w", ref, meta.ErrConflict)
 }
 
 // updatable checks spec and returns the snapshot that it applies to.

@@ -93,12 +93,10 @@ var classes = []class{
 
 	// Its own text says what was seen, and the way out.
 	{err: epoch.ErrRolledBack, code: codes.FailedPrecondition, reason: "METADATA_BEHIND"},
-	{err: epoch.ErrConflict, code: codes.Aborted, reason: "CONFLICT", retry: 100 * time.Millisecond},
 	{err: epoch.ErrDamaged, code: codes.DataLoss, reason: "RECORD_UNREADABLE"},
 
 	// Likewise.
 	{err: clock.ErrUntrusted, code: codes.Unavailable, reason: "CLOCK_UNTRUSTED", retry: time.Minute},
-	{err: clock.ErrConflict, code: codes.Aborted, reason: "CONFLICT", retry: 100 * time.Millisecond},
 
 	{err: request.ErrReused, code: codes.InvalidArgument, reason: "REQUEST_TOKEN_REUSED"},
 	{err: catalog.ErrInvalid, code: codes.InvalidArgument, reason: "INVALID_REQUEST"},
@@ -146,7 +144,7 @@ var classes = []class{
 	{err: collect.ErrOrphanOptions, code: codes.InvalidArgument, reason: "INVALID_REQUEST"},
 
 	{err: catalog.ErrRevisionChanged, code: codes.Aborted, reason: "REVISION_CHANGED"},
-	{err: catalog.ErrConflict, code: codes.Aborted, reason: "CONFLICT", retry: 100 * time.Millisecond},
+	{err: meta.ErrConflict, code: codes.Aborted, reason: "CONFLICT", retry: 100 * time.Millisecond},
 	{err: catalog.ErrCollectionNotFound, code: codes.NotFound, reason: "COLLECTION_NOT_FOUND"},
 	{err: catalog.ErrCollectionExists, code: codes.AlreadyExists, reason: "COLLECTION_EXISTS"},
 	{err: catalog.ErrCollectionNotActive, code: codes.FailedPrecondition, reason: "COLLECTION_NOT_ACTIVE"},

@@ -145,7 +145,7 @@ func (w *work) handed() []int64 {
 // unknown says whether an error leaves open what happened.
 func unknown(err error) bool {
 	return slices.ContainsFunc([]error{
-		meta.ErrUnavailable, object.ErrUnavailable, context.Canceled, context.DeadlineExceeded, manager.ErrStopping, gc.ErrLoading, catalog.ErrConflict,
+		meta.ErrUnavailable, object.ErrUnavailable, context.Canceled, context.DeadlineExceeded, manager.ErrStopping, gc.ErrLoading, meta.ErrConflict,
 		trusted.ErrUntrusted,
 	}, func(class error) bool { return errors.Is(err, class) })
 }

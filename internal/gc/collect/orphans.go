@@ -335,7 +335,7 @@ func (s *search) refresh(ctx context.Context) (jobs map[int64]*storagev1.Job, re
 		}
 		return jobs, res.Revision, nil
 	}
-	return nil, 0, fmt.Errorf("%w: the collections change constantly", catalog.ErrConflict)
+	return nil, 0, fmt.Errorf("%w: the collections change constantly", meta.ErrConflict)
 }
 
 // mayWrite reports whether a restore may be writing an object: it is under one of the

@@ -31,10 +31,6 @@ const (
 // Its text has the cause and the remedy.
 var ErrUntrusted = errors.New("the clock is not trusted")
 
-// ErrConflict means that other replicas wrote the clock's record repeatedly. A retry may
-// succeed.
-var ErrConflict = errors.New("too many concurrent writes of the clock's record")
-
 // remedy is the operator's action for a stopped clock.
 const remedy = "nothing expires and nothing is collected until the clocks are correct and " +
 	"`snapshotctl recover --clock` was run, or until a day of steady clocks has passed"

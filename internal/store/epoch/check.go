@@ -64,7 +64,7 @@ func (e *Epoch) check(ctx context.Context) ([]string, error) {
 			return nil, err
 		}
 	}
-	return nil, fmt.Errorf("check the epoch: %w: gave up after %d attempts", ErrConflict, maxAttempts)
+	return nil, fmt.Errorf("check the epoch: %w: gave up after %d attempts", meta.ErrConflict, maxAttempts)
 }
 
 // Alarm puts /behind because snapshotd wrote the object earlier under an id that was
@@ -101,7 +101,7 @@ func (e *Epoch) Alarm(ctx context.Context, object string) error {
 		}
 	}
 	return fmt.Errorf("record that %s belongs to an earlier metadata store: %w: gave up after %d attempts",
-		object, ErrConflict, maxAttempts)
+		object, meta.ErrConflict, maxAttempts)
 }
 
 // rollbackReason returns why the newest mark proves a rollback, or "" if it does not.
@@ -194,7 +194,7 @@ func (e *Epoch) recover(ctx context.Context, force bool) (wasRolledBack bool, ne
 			return wasRolledBack, s.ids.GetNext(), skippedFrom, nil
 		}
 	}
-	return false, 0, 0, fmt.Errorf("%w: gave up after %d attempts", ErrConflict, maxAttempts)
+	return false, 0, 0, fmt.Errorf("%w: gave up after %d attempts", meta.ErrConflict, maxAttempts)
 }
 
 // applyRecovery changes the records in s for a recovery. It skips the number of an

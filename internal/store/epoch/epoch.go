@@ -27,9 +27,6 @@ const maxAttempts = 16
 var (
 	// ErrRolledBack means that the metadata store went back in time.
 	ErrRolledBack = errors.New("the metadata store is older than its epoch objects in the object store")
-	// ErrConflict means that concurrent heartbeats changed the preconditions
-	// repeatedly. A retry may succeed.
-	ErrConflict = errors.New("too many concurrent heartbeats")
 	// ErrDamaged means that the newest mark in the object store is unreadable or
 	// written by an unknown release. A retry fails as well.
 	ErrDamaged = errors.New("unreadable epoch object")

@@ -392,7 +392,7 @@ func TestConcurrentReplicas(t *testing.T) {
 		r := e.replica()
 		wg.Go(func() {
 			for range 8 {
-				if err := r.Heartbeat(t.Context()); err != nil && !errors.Is(err, epoch.ErrConflict) {
+				if err := r.Heartbeat(t.Context()); err != nil && !errors.Is(err, meta.ErrConflict) {
 					t.Errorf("replica %d: %v", i, err)
 				}
 				if err := r.Check(t.Context()); err != nil {
@@ -404,7 +404,7 @@ func TestConcurrentReplicas(t *testing.T) {
 			for range 8 {
 				got, err := r.ids.AllocateIDs(t.Context(), request.Token{}, 300_000)
 				if err != nil {
-					if !errors.Is(err, epoch.ErrConflict) && !errors.Is(err, catalog.ErrConflict) {
+					if !errors.Is(err, meta.ErrConflict) {
 						t.Errorf("replica %d: %v", i, err)
 					}
 					continue

@@ -95,7 +95,7 @@ func (e *Epoch) heartbeat(ctx context.Context, minLimit int64) error {
 			conflicts++
 		}
 	}
-	return fmt.Errorf("%w: gave up after %d attempts", ErrConflict, maxAttempts)
+	return fmt.Errorf("%w: gave up after %d attempts", meta.ErrConflict, maxAttempts)
 }
 
 // intend puts the intent of the next heartbeat. It returns whether the preconditions

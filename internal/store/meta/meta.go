@@ -65,6 +65,10 @@ var (
 	ErrInvalid = errors.New("invalid request")
 )
 
+// ErrConflict means that concurrent changes broke the preconditions of every attempt at a
+// change: nothing was written, and a repeat may succeed. No [KV] returns it.
+var ErrConflict = errors.New("too many concurrent changes")
+
 // Refused reports whether a transaction with the error changed nothing, and never will.
 func Refused(err error) bool {
 	return isOneOf(err, ErrLeaseNotFound, ErrNoSpace, ErrTooLarge, ErrTooOld, ErrDenied, ErrInvalid)

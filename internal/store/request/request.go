@@ -1,14 +1,15 @@
 // Package request makes calls safe to repeat. A caller gives a token; the
 // first transaction of the operation writes the token's record, with the id
-// that the operation makes and no lease, so that it lasts as long as the
-// operation; the one that ends the operation stores the result in it and puts
-// it under a lease of a day. A repeat finds the record and joins or returns the
-// result, though what it made may since be gone.
+// that the operation makes and without a lease, so that it lasts as long as the
+// operation; the last transaction of the operation stores the result in it under
+// a lease of a day. A repeat finds the record, and joins the operation or returns
+// its result, even when the created thing is gone.
 //
-// The record holds besides when the day is over, by the reading that lifetimes are
-// judged by: etcd begins leases again when it restarts or another of its members
-// leads, so a lease alone may keep a record for ever. The leader removes what is
-// over, see [Expired].
+// The record also has its expire time, by the trusted reading of the clock: etcd
+// renews leases when it restarts or changes its leader, so a lease alone may never
+// end. The leader removes expired records, see [Expired].
+//
+// [Do] is the loop of a call: find the token, decide, compare, retry.
 package request
 
 import (
@@ -28,19 +29,19 @@ import (
 // ErrReused means that the token stands for another request.
 var ErrReused = errors.New("request token was used for another request")
 
-// Token is a caller's token with what it stands for. The zero Token is none:
-// its methods then add nothing to a transaction.
+// Token is a caller's token and its request. The zero Token means none: its methods add
+// nothing to a transaction.
 type Token struct {
-	Principal string // who calls
-	Method    string // what is called
-	Value     string // the caller's token; empty: none
+	Principal string // caller
+	Method    string // called method
+	Value     string // the token; empty: none
 	Hash      []byte // SHA-256 of the request without its token
 }
 
 // IsSet reports whether there is a token.
 func (t Token) IsSet() bool { return t.Value != "" }
 
-// Key is the key of the token's record; empty without a token.
+// Key returns the key of the token's record; empty without a token.
 func (t Token) Key() string {
 	if !t.IsSet() {
 		return ""
@@ -48,15 +49,15 @@ func (t Token) Key() string {
 	return keys.Request(t.Principal, t.Method, t.Value)
 }
 
-// Absent is the compare that nobody used the token yet.
-func (t Token) Absent() []meta.Cond {
+// Unused returns the compare that the token has no record.
+func (t Token) Unused() []meta.Cond {
 	if !t.IsSet() {
 		return nil
 	}
 	return []meta.Cond{meta.Absent(t.Key())}
 }
 
-// Begin is the write of an operation's first transaction when others follow.
+// Begin returns the write of an operation's first transaction of several.
 func (t Token) Begin(id int64) []meta.Op {
 	if !t.IsSet() {
 		return nil
@@ -64,7 +65,7 @@ func (t Token) Begin(id int64) []meta.Op {
 	return []meta.Op{meta.Put(t.Key(), record.Encode(&storagev1.Request{Format: record.Format, Hash: t.Hash, Id: id}))}
 }
 
-// End is the write of an operation that ends in its first transaction.
+// End returns the write of an operation with one transaction.
 func (t Token) End(lease Lease, id int64, result []byte) []meta.Op {
 	if !t.IsSet() {
 		return nil
@@ -74,8 +75,8 @@ func (t Token) End(lease Lease, id int64, result []byte) []meta.Op {
 	}), lease.ID)}
 }
 
-// Complete is the write that ends an operation well when another than its first
-// transaction does: kv is the token's record, which the transaction compares.
+// Complete returns the write of the last of several transactions, for success: kv is the
+// token's record, which the transaction compares.
 func Complete(kv meta.KeyValue, lease Lease, result []byte) (meta.Op, error) {
 	rec := &storagev1.Request{}
 	if err := record.Decode(kv, rec); err != nil {
@@ -85,18 +86,19 @@ func Complete(kv meta.KeyValue, lease Lease, result []byte) (meta.Op, error) {
 	return meta.PutLeased(kv.Key, record.Encode(rec), lease.ID), nil
 }
 
-// Fail is Complete for an operation that ends with an error.
+// Fail is Complete for an operation that failed.
 func Fail(kv meta.KeyValue, lease Lease, reason, text string) (meta.Op, error) {
 	rec := &storagev1.Request{}
 	if err := record.Decode(kv, rec); err != nil {
 		return meta.Op{}, err
 	}
-	rec.Done, rec.ErrorReason, rec.ErrorText, rec.ExpireTime = true, reason, strings.ToValidUTF8(text, "?"), record.Nanos(lease.expires)
+	rec.Done, rec.ErrorReason, rec.ErrorText = true, reason, strings.ToValidUTF8(text, "?")
+	rec.ExpireTime = record.Nanos(lease.expires)
 	return meta.PutLeased(kv.Key, record.Encode(rec), lease.ID), nil
 }
 
-// Expired says whether the record of a request that has ended is over. One that
-// does not say when ends with its lease.
+// Expired reports whether the record of an ended request has expired. A record without an
+// expire time ends with its lease.
 func Expired(kv meta.KeyValue, now time.Time) (bool, error) {
 	rec := &storagev1.Request{}
 	if err := record.Decode(kv, rec); err != nil {
@@ -105,20 +107,19 @@ func Expired(kv meta.KeyValue, now time.Time) (bool, error) {
 	return rec.GetDone() && rec.GetExpireTime() != 0 && !now.Before(record.Time(rec.GetExpireTime())), nil
 }
 
-// Record is what is known of a token.
+// Record is the record of a token.
 type Record struct {
-	ID          int64  // of what the operation makes
-	Done        bool   // whether it has ended
-	Result      []byte // when it ended well
-	ErrorReason string // when it ended with an error
+	ID          int64  // of the thing that the operation creates
+	Done        bool   // the operation has ended
+	Result      []byte // of a success
+	ErrorReason string // of a failure
 	ErrorText   string
-	Revision    int64 // at which this was written
+	Revision    int64 // of the record
 	Read        int64 // revision of the store when Find read it
 	Hash        []byte
 }
 
-// Find returns the record of t, or nil when there is none. A record of another
-// request is ErrReused.
+// Find returns the record of t, nil for none. A record of another request is ErrReused.
 func Find(ctx context.Context, kv meta.KV, t Token) (*Record, error) {
 	if !t.IsSet() {
 		return nil, nil //nolint:nilnil // no token, no record
@@ -128,7 +129,7 @@ func Find(ctx context.Context, kv meta.KV, t Token) (*Record, error) {
 		return nil, fmt.Errorf("read request token: %w", err)
 	}
 	if !found {
-		return nil, nil //nolint:nilnil // not used yet
+		return nil, nil //nolint:nilnil // unused
 	}
 	r, err := Decode(got)
 	if err != nil {
@@ -136,7 +137,7 @@ func Find(ctx context.Context, kv meta.KV, t Token) (*Record, error) {
 	}
 	r.Read = now
 	if !bytes.Equal(r.Hash, t.Hash) {
-		return nil, fmt.Errorf("%w: make a new token for each request", ErrReused)
+		return nil, fmt.Errorf("%w: use a new token for each request", ErrReused)
 	}
 	return r, nil
 }
@@ -154,38 +155,38 @@ func Decode(kv meta.KeyValue) (*Record, error) {
 	}, nil
 }
 
-// How long a result is kept: at least the promised day. One lease serves all
-// operations of a replica that end within leaseSpan.
+// A result is kept for at least the promised day. One lease serves all operations of a
+// replica that end within leaseSpan.
 const (
 	keep      = 24 * time.Hour
 	leaseSpan = time.Hour
 )
 
-// Lease is what a result is kept under.
+// Lease is the lease of a result.
 type Lease struct {
 	ID      meta.LeaseID
-	expires time.Time // zero: when the lease ends
+	expires time.Time // zero: the lease decides
 }
 
-// Leases gives out the lease that results are kept under.
+// Leases grants the leases of results. It is safe for concurrent use.
 type Leases struct {
 	kv      meta.KV
 	now     func() time.Time
 	stamp   func(ctx context.Context) (time.Time, error)
-	turn    chan struct{} // holds one token; who has it may touch what follows
+	turn    chan struct{} // holds one token, which guards the fields below
 	lease   Lease
 	granted time.Time
 }
 
-// NewLeases returns Leases on kv. The times at which records are over begin at
-// stamp; with nil, or while it fails, they end with their lease alone.
+// NewLeases returns Leases on kv. Records expire a day after stamp's time; with a nil or
+// failing stamp they end with their lease only.
 func NewLeases(kv meta.KV, now func() time.Time, stamp func(ctx context.Context) (time.Time, error)) *Leases {
 	l := &Leases{kv: kv, now: now, stamp: stamp, turn: make(chan struct{}, 1)}
 	l.turn <- struct{}{}
 	return l
 }
 
-// Get returns a lease with at least a day to go.
+// Get returns a lease that lasts for at least a day.
 func (l *Leases) Get(ctx context.Context) (Lease, error) {
 	select {
 	case <-ctx.Done():
@@ -199,7 +200,7 @@ func (l *Leases) Get(ctx context.Context) (Lease, error) {
 	}
 	id, err := l.kv.Grant(ctx, keep+leaseSpan)
 	if err != nil {
-		return Lease{}, fmt.Errorf("lease for request tokens: %w", err)
+		return Lease{}, fmt.Errorf("grant a lease for request tokens: %w", err)
 	}
 	l.lease, l.granted = Lease{ID: id}, now
 	if l.stamp != nil {
@@ -210,7 +211,7 @@ func (l *Leases) Get(ctx context.Context) (Lease, error) {
 	return l.lease, nil
 }
 
-// Forget drops a lease, after the store said that it is not there.
+// Forget drops a lease that the store does not have any more.
 func (l *Leases) Forget(ctx context.Context, lease Lease) {
 	select {
 	case <-ctx.Done():

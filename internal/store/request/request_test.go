@@ -21,7 +21,7 @@ func token(hash string) request.Token {
 
 func TestNoToken(t *testing.T) {
 	var none request.Token
-	if none.IsSet() || none.Key() != "" || none.Absent() != nil || none.Begin(1) != nil || none.End(request.Lease{ID: 1}, 1, nil) != nil {
+	if none.IsSet() || none.Key() != "" || none.Unused() != nil || none.Begin(1) != nil || none.End(request.Lease{ID: 1}, 1, nil) != nil {
 		t.Error("no token adds something")
 	}
 	if got, err := request.Find(t.Context(), memory.New(memory.Options{}), none); got != nil || err != nil {
@@ -38,7 +38,7 @@ func TestToken(t *testing.T) {
 	}
 	write := func(ops []meta.Op) int64 {
 		t.Helper()
-		res, err := kv.Txn(ctx, meta.Txn{If: tok.Absent(), Then: ops})
+		res, err := kv.Txn(ctx, meta.Txn{If: tok.Unused(), Then: ops})
 		if err != nil || !res.Succeeded {
 			t.Fatal(res, err)
 		}
@@ -50,7 +50,7 @@ func TestToken(t *testing.T) {
 	if diff := cmp.Diff(want, got); err != nil || diff != "" {
 		t.Errorf("%v (-want +got):\n%s", err, diff)
 	}
-	if res, err := kv.Txn(ctx, meta.Txn{If: tok.Absent(), Then: tok.Begin(8)}); err != nil || res.Succeeded {
+	if res, err := kv.Txn(ctx, meta.Txn{If: tok.Unused(), Then: tok.Begin(8)}); err != nil || res.Succeeded {
 		t.Errorf("a second operation began: %v, %v", res, err)
 	}
 	if _, err := request.Find(ctx, kv, token("other")); !errors.Is(err, request.ErrReused) {
