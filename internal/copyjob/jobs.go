@@ -11,11 +11,9 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/record"
+	"github.com/snapshotd/snapshotd/internal/store/request"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
-
-// maxAttempts bounds the attempts of a small change that loses to concurrent changes.
-const maxAttempts = 16
 
 // Get returns a job with its progress, which includes all changes that precede the call.
 // It is ErrJobNotFound when there is none.
@@ -118,10 +116,7 @@ func (j *Jobs) List(ctx context.Context, f Filter, after int64, limit int) (list
 // removed in the background. A job that is FAILED or CANCELED, or is rolled back, is
 // unchanged. A COMPLETED one is ErrEnded.
 func (j *Jobs) Cancel(ctx context.Context, id int64) (*Status, error) {
-	for attempt := range maxAttempts {
-		if err := meta.Pause(ctx, attempt); err != nil {
-			return nil, err
-		}
+	_, err := request.Do(ctx, j.kv, request.Token{}, func(ctx context.Context) (request.Commit, error) {
 		job, err := j.read(ctx, id)
 		if err != nil {
 			return nil, err
@@ -130,7 +125,7 @@ func (j *Jobs) Cancel(ctx context.Context, id int64) (*Status, error) {
 		case job.State == Completed:
 			return nil, fmt.Errorf("%w: job %s is COMPLETED; drop the collection instead", ErrEnded, job)
 		case job.State.Ended(), job.Phase == RollBack:
-			return j.Get(ctx, id)
+			return func(context.Context) (bool, error) { return true, nil }, nil
 		}
 		op, err := record.NewOp(j.o.Rand)
 		if err != nil {
@@ -141,29 +136,24 @@ func (j *Jobs) Cancel(ctx context.Context, id int64) (*Status, error) {
 			d.done, d.retries = s.Done, s.Retries
 		}
 		next := abortedJob(d, j.o.Clock.Display())
-		res, err := j.kv.Txn(ctx, meta.Txn{
+		return j.commit(job, "cancel restore job", meta.Txn{
 			Name: "restore.cancel",
 			If:   []meta.Cond{job.unchanged()},
 			Then: []meta.Op{meta.Put(keys.Job(id), next.Encode(op))},
-		})
-		if err != nil {
-			return nil, fmt.Errorf("cancel restore job %s: %w", job, err)
-		}
-		if res.Succeeded {
-			return j.Get(ctx, id)
-		}
+		}), nil
+	})
+	if errors.Is(err, meta.ErrConflict) {
+		err = fmt.Errorf("cancel restore job %d: %w", id, err)
 	}
-	return nil, fmt.Errorf("cancel restore job %d: %w", id, errConflict)
+	if err != nil {
+		return nil, err
+	}
+	return j.Get(ctx, id)
 }
-
-var errConflict = errors.New("too many concurrent changes")
 
 // SetLimits changes the limits of a job. Its workers apply them at once.
 func (j *Jobs) SetLimits(ctx context.Context, id int64, l Limits) (*Status, error) {
-	for attempt := range maxAttempts {
-		if err := meta.Pause(ctx, attempt); err != nil {
-			return nil, err
-		}
+	_, err := request.Do(ctx, j.kv, request.Token{}, func(ctx context.Context) (request.Commit, error) {
 		job, err := j.read(ctx, id)
 		if err != nil {
 			return nil, err
@@ -171,15 +161,28 @@ func (j *Jobs) SetLimits(ctx context.Context, id int64, l Limits) (*Status, erro
 		if job.State.Ended() || job.Phase == RollBack {
 			return nil, fmt.Errorf("%w: job %s is %v, in phase %v", ErrEnded, job, job.State, job.Phase)
 		}
-		res, err := j.kv.Txn(ctx, meta.Txn{If: []meta.Cond{job.unchanged()}, Then: []meta.Op{LimitsOp(id, l)}})
-		if err != nil {
-			return nil, fmt.Errorf("change the limits of restore job %s: %w", job, err)
-		}
-		if res.Succeeded {
-			return j.Get(ctx, id)
-		}
+		return j.commit(job, "change the limits of restore job", meta.Txn{
+			If: []meta.Cond{job.unchanged()}, Then: []meta.Op{LimitsOp(id, l)},
+		}), nil
+	})
+	if errors.Is(err, meta.ErrConflict) {
+		err = fmt.Errorf("change the limits of restore job %d: %w", id, err)
 	}
-	return nil, fmt.Errorf("change the limits of restore job %d: %w", id, errConflict)
+	if err != nil {
+		return nil, err
+	}
+	return j.Get(ctx, id)
+}
+
+// commit returns the commit of a transaction on a job.
+func (j *Jobs) commit(job *Job, action string, txn meta.Txn) request.Commit {
+	return func(ctx context.Context) (bool, error) {
+		res, err := j.kv.Txn(ctx, txn)
+		if err != nil {
+			err = fmt.Errorf("%s %s: %w", action, job, err)
+		}
+		return res.Succeeded, err
+	}
 }
 
 // LimitsOp returns the write of a job's limits.
