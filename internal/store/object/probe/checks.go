@@ -346,7 +346,7 @@ func (p *prober) copyKeys(ctx context.Context) (string, error) {
 			return "", err
 		}
 		if got, _, err := p.read(ctx, to, 0, -1); err != nil || got != name {
-			return "", errOrFinding(err, "a copy of %q has other content", path.Base(name))
+			return "", errOrFinding(err, "a copy of %q has the content of another object", path.Base(name))
 		}
 	}
 	return refused, nil
