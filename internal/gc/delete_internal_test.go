@@ -104,9 +104,9 @@ func (e *env) pendingKeys(list []string) (got []string) {
 // The records of tombstones are cached, and not used after they have changed.
 func TestCachedTombstones(t *testing.T) {
 	runEnv(t, 1, func(t *testing.T, e *env) {
-		tombs := e.replicas[0].tombstones
+		mirror := e.replicas[0].tombstones
 		list := e.grantThree()
-		if tombs.cached(list) == nil || tombs.size == 0 {
+		if mirror.cached(list) == nil || mirror.size == 0 {
 			t.Error("the records are not cached")
 		}
 		e.replicas[0].kv.FailNth(0, meta.Before, meta.MethodRange) // no read expected
@@ -123,8 +123,8 @@ func TestCachedTombstones(t *testing.T) {
 		_, err = e.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(list[0]), meta.Delete(list[2])}})
 		e.must(err)
 		virtual.Wait()
-		if tombs.size != 0 || len(tombs.owned) != 0 {
-			t.Errorf("%d bytes of %d removed records are cached", tombs.size, len(tombs.owned))
+		if mirror.size != 0 || len(mirror.owned) != 0 {
+			t.Errorf("%d bytes of %d removed records are cached", mirror.size, len(mirror.owned))
 		}
 	})
 }
@@ -132,12 +132,12 @@ func TestCachedTombstones(t *testing.T) {
 // Without space in the cache the records are read.
 func TestUncachedTombstones(t *testing.T) {
 	runEnv(t, 1, func(t *testing.T, e *env) {
-		tombs := e.replicas[0].tombstones
-		tombs.mu.Lock()
-		tombs.size = cachedBytes
-		tombs.mu.Unlock()
+		mirror := e.replicas[0].tombstones
+		mirror.mu.Lock()
+		mirror.size = cachedBytes
+		mirror.mu.Unlock()
 		list := e.grantThree()
-		if tombs.cached(list) != nil {
+		if mirror.cached(list) != nil {
 			t.Error("cached beyond the limit")
 		}
 		if diff := cmp.Diff(list, e.pendingKeys(list)); diff != "" {
@@ -151,12 +151,12 @@ func TestUncachedTombstones(t *testing.T) {
 			case 2:
 				collection++
 			}
-			if found, err := tombs.hasOwned(collection, until); found != want || err != nil {
+			if found, err := mirror.hasOwned(collection, until); found != want || err != nil {
 				t.Errorf("%d: found %v, %v", i, found, err)
 			}
 		}
-		if n := e.replicas[0].Stats().Granted; n != len(list) || tombs.size != cachedBytes {
-			t.Errorf("%d granted, %d bytes", n, tombs.size)
+		if n := e.replicas[0].Stats().Granted; n != len(list) || mirror.size != cachedBytes {
+			t.Errorf("%d granted, %d bytes", n, mirror.size)
 		}
 	})
 }

@@ -226,15 +226,15 @@ func (s *unitState) readUnit(collection, id int64, kv meta.KeyValue) error {
 		return err
 	}
 	s.kv = kv
-	parked := rec.GetParked()
-	if parked == nil {
+	stub := rec.GetParked()
+	if stub == nil {
 		return s.setRecord(collection, id, rec)
 	}
 	u := catalog.StubOf(collection, id, rec)
 	u.Revision = kv.CreateRevision
 	s.rec, s.unit = rec, &u
 	s.spilled = &spilledObject{
-		store: parked.GetStore(), key: catalog.SpillKeyOf(collection, id, parked), length: parked.GetLength(),
+		store: stub.GetStore(), key: catalog.SpillKeyOf(collection, id, stub), length: stub.GetLength(),
 	}
 	return nil
 }

@@ -23,7 +23,7 @@ import (
 // A unit that snapshots hold is spilled: the bytes of its record go to the object
 // gc/held/<collection>/<unit> of the snapshot store, and the metadata store keeps a
 // stub. The stub is the record without the segment, and has the store of the object,
-// its length and its SHA-256 (the field is called parked). So compaction under a
+// its length and its SHA-256 (field `parked`). So compaction under a
 // thousand snapshots does not fill the metadata store.
 //
 //	     spill               grant              confirm

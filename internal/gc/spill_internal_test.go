@@ -715,7 +715,9 @@ func TestSpilledUnitWithoutReader(t *testing.T) {
 		if _, err := blind.ReadUnit(t.Context(), e.col.ID, kv); !errors.Is(err, record.ErrUnreadable) {
 			t.Errorf("err = %v", err)
 		}
-		elsewhere := catalog.New(catalog.Options{KV: e.kv, Now: time.Now, Rand: rand.Reader, ReadSpilled: catalog.ReadSpilled(nil)})
+		elsewhere := catalog.New(catalog.Options{
+			KV: e.kv, Now: time.Now, Rand: rand.Reader, ReadSpilled: catalog.ReadSpilled(nil),
+		})
 		if _, err := elsewhere.ReadUnit(t.Context(), e.col.ID, kv); !errors.Is(err, record.ErrUnreadable) {
 			t.Errorf("err = %v", err)
 		}
