@@ -208,11 +208,7 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	ticker := time.NewTicker(checkEvery)
 	open.add(func() error { ticker.Stop(); return nil })
 	p.ticks = ticker.C
-	scope, err := cfg.nameScope()
-	if err != nil {
-		return nil, err
-	}
-	p.cluster, err = cluster.Open(ctx, kv, cluster.Options{NameScope: scope, Release: cfg.Version, Now: time.Now, Rand: rand.Reader})
+	p.cluster, err = cluster.Open(ctx, kv, cluster.Options{NameScope: cfg.nameScope(), Release: cfg.Version, Now: time.Now, Rand: rand.Reader})
 	if err != nil {
 		return nil, err
 	}

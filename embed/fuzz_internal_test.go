@@ -184,7 +184,7 @@ func FuzzStoreURL(f *testing.F) {
 		const secret = "canary-7f" //nolint:gosec // it is none
 		for _, form := range []string{"s3://me:" + secret + "@" + text, "cold=s3://me:" + secret + "@" + text} {
 			c := Default()
-			err := (&storesFlag{config: &c}).Set(form)
+			err := (&storesFlag{stores: &c.ObjectStores}).Set(form)
 			if err == nil {
 				t.Errorf("%q was taken for a store", form)
 			} else if strings.Contains(err.Error(), secret) {

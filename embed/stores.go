@@ -76,32 +76,32 @@ type ObjectStore struct {
 	ExpectedBucketOwner string `json:"expected_bucket_owner,omitempty"`
 }
 
-// storesFlag sets object stores. The first time, those there were are
-// forgotten.
+// storesFlag is the flag of the object stores. Its first value replaces all stores,
+// each further value adds one.
 type storesFlag struct {
-	config *Config
-	given  []string
+	stores *map[string]ObjectStore
+	texts  []string // of the values so far
 }
 
-func (f *storesFlag) String() string { return strings.Join(f.given, ",") }
+func (f *storesFlag) String() string { return strings.Join(f.texts, ",") }
 func (*storesFlag) Type() string     { return "alias=directory" }
 
 func (f *storesFlag) Set(text string) error {
-	if f.given == nil {
-		f.config.ObjectStores = map[string]ObjectStore{}
+	if f.texts == nil {
+		*f.stores = map[string]ObjectStore{}
 	}
 	for part := range strings.SplitSeq(text, ",") {
 		alias, where := "default", part
 		if !strings.HasPrefix(part, "s3://") {
 			var ok bool
 			if alias, where, ok = strings.Cut(part, "="); !ok || alias == "" || where == "" {
-				return fmt.Errorf("object store %d is not alias=directory or s3://bucket", len(f.given)+1)
+				return fmt.Errorf("object store %d is not alias=directory or s3://bucket", len(f.texts)+1)
 			}
 			if strings.Contains(where, "://") && !strings.HasPrefix(where, "s3://") {
 				return fmt.Errorf("object store %s: is neither a directory nor s3://bucket", alias)
 			}
 		}
-		if _, twice := f.config.ObjectStores[alias]; twice {
+		if _, twice := (*f.stores)[alias]; twice {
 			return fmt.Errorf("alias %q is there twice", alias)
 		}
 		store := ObjectStore{Type: typeFile, Path: where}
@@ -111,8 +111,8 @@ func (f *storesFlag) Set(text string) error {
 				return fmt.Errorf("object store %s: %w", alias, err)
 			}
 		}
-		f.config.ObjectStores[alias] = store
-		f.given = append(f.given, part)
+		(*f.stores)[alias] = store
+		f.texts = append(f.texts, part)
 	}
 	return nil
 }
@@ -219,15 +219,15 @@ func (s ObjectStore) readKeys() (s3.Keys, error) {
 	return s3.Keys{AccessKeyID: o.AccessKeyID, SecretAccessKey: o.SecretAccessKey, SessionToken: o.SessionToken}, err
 }
 
-func (c Config) validateStores(wrong func(field, format string, args ...any)) {
+func (c *Config) validateStores(invalid report) {
 	places := map[string]string{}
 	place := func(field, alias, where string) { // which ends in a slash
 		for _, there := range slices.Sorted(maps.Keys(places)) {
 			switch other := places[there]; {
 			case there == where:
-				wrong(field, "is that of %s as well", other)
+				invalid(field, "is that of %s as well", other)
 			case strings.HasPrefix(there, where) || strings.HasPrefix(where, there):
-				wrong(field, "lies inside that of %s, or has it inside: an object would have two names", other)
+				invalid(field, "lies inside that of %s, or has it inside: an object would have two names", other)
 			}
 		}
 		places[where] = alias
@@ -236,42 +236,42 @@ func (c Config) validateStores(wrong func(field, format string, args ...any)) {
 		s := c.ObjectStores[alias]
 		field := "object_stores." + alias
 		if err := catalog.CheckName("alias", alias); err != nil {
-			wrong("object_stores", "%w", err)
+			invalid("object_stores", "%w", err)
 		}
 		switch s.Type {
 		case typeFile:
 			if s != (ObjectStore{Type: typeFile, Path: s.Path}) {
-				wrong(field+".type", "file has a path and nothing else; is it meant to be s3?")
+				invalid(field+".type", "file has a path and nothing else; is it meant to be s3?")
 			}
 			if s.Path == "" {
-				wrong(field+".path", "is empty")
+				invalid(field+".path", "is empty")
 				continue
 			}
 			path, err := filepath.Abs(s.Path)
 			if err != nil {
-				wrong(field+".path", "%w", err)
+				invalid(field+".path", "%w", err)
 				continue
 			}
 			place(field+".path", alias, strings.TrimSuffix(path, "/")+"/")
 		case typeS3:
 			if s.Path != "" {
-				wrong(field+".path", "is of no use for type s3; is prefix meant?")
+				invalid(field+".path", "is of no use for type s3; is prefix meant?")
 			}
 			o, err := s.s3Options()
 			if err != nil {
 				for _, e := range err.(interface{ Unwrap() []error }).Unwrap() {
 					name, problem, _ := strings.Cut(e.Error(), ": ")
-					wrong(field+"."+name, "%s", problem)
+					invalid(field+"."+name, "%s", problem)
 				}
 				continue
 			}
 			place(field+".prefix", alias, "s3://"+o.Endpoint+"/"+o.Bucket+"/"+o.Prefix)
 		default:
-			wrong(field+".type", "%q is not file or s3", s.Type)
+			invalid(field+".type", "%q is not file or s3", s.Type)
 		}
 	}
 	if _, ok := c.ObjectStores[c.SnapshotStore]; !ok {
-		wrong("snapshot_store", "there is no object store %q, only %s", c.SnapshotStore, strings.Join(c.aliases(), ", "))
+		invalid("snapshot_store", "there is no object store %q, only %s", c.SnapshotStore, strings.Join(c.aliases(), ", "))
 	}
 }
 
