@@ -7,9 +7,9 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// Decorators wrap what a server stands on, to count, delay, fail or trace its
+// Decorators wrap the stores of a server, to count, delay, fail or trace its
 // operations. They are for programs of this module, since their types are internal.
-// A nil field decorates nothing.
+// A nil field has no effect.
 type Decorators struct {
 	// KV wraps the metadata store. See [meta.Txn] for the name of a transaction.
 	KV func(meta.KV) meta.KV

@@ -34,8 +34,7 @@ import (
 	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
-// small is the zero configuration on free ports and in a directory of the
-// test's own.
+// small returns the zero configuration on free ports, in a temporary directory.
 func small(t *testing.T) embed.Config {
 	t.Helper()
 	return embed.Config{DataDir: t.TempDir(), Listen: "127.0.0.1:0", MetricsListen: "127.0.0.1:0", Log: zap.NewNop()}
@@ -135,7 +134,8 @@ func TestEmbedded(t *testing.T) {
 	_, metrics := get(t, "http://"+s.MetricsAddr()+"/metrics")
 	for _, name := range []string{
 		"snapshotd_leader", "snapshotd_creates_in_flight", "snapshotd_unreadable_records", "snapshotd_clock_skew_seconds",
-		`snapshotd_gc_deleted_objects_total{reason="restore"} 0`, `snapshotd_gc_deleted_bytes_total{reason="unit"} 0`, "snapshotd_metadata_behind 0",
+		`snapshotd_gc_deleted_objects_total{reason="restore"} 0`, `snapshotd_gc_deleted_bytes_total{reason="unit"} 0`,
+		"snapshotd_metadata_behind 0",
 		"grpc_server_handled_total", "go_goroutines", "process_open_fds",
 	} {
 		if !strings.Contains(metrics, "\n"+name) {
@@ -143,13 +143,15 @@ func TestEmbedded(t *testing.T) {
 		}
 	}
 	started := logs.FilterMessage("started").All()
-	if len(started) != 1 || started[0].ContextMap()["listen"] != s.Addr() || started[0].ContextMap()["mode"] != "embedded" {
+	if len(started) != 1 || started[0].ContextMap()["listen"] != s.Addr() ||
+		started[0].ContextMap()["mode"] != "embedded" {
 		t.Errorf("logged %v", started)
 	}
 
 	other := cfg
 	other.Log = zap.NewNop()
-	if _, err := embed.Start(t.Context(), other); !errors.Is(err, embed.ErrInUse) || !strings.Contains(err.Error(), cfg.DataDir) {
+	if _, err := embed.Start(t.Context(), other); !errors.Is(err, embed.ErrInUse) ||
+		!strings.Contains(err.Error(), cfg.DataDir) {
 		t.Errorf("a second server: got %v", err)
 	}
 	if err := s.Close(); err != nil {
@@ -159,7 +161,7 @@ func TestEmbedded(t *testing.T) {
 		t.Error(err)
 	}
 	if _, err := pb.NewSnapshotServiceClient(s.Conn()).ListSnapshots(t.Context(), &pb.ListSnapshotsRequest{}); err == nil {
-		t.Error("a closed server answers")
+		t.Error("no error from a closed server")
 	}
 
 	s = start(t, cfg)
@@ -183,14 +185,14 @@ func TestAddressInUse(t *testing.T) {
 	if _, err := embed.Start(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "listen") {
 		t.Errorf("got %v", err)
 	}
-	// What was opened before is closed again.
+	// The failed start has closed its resources.
 	cfg.Listen, cfg.MetricsListen = "127.0.0.1:0", "off"
 	if s := start(t, cfg); s.MetricsAddr() != "" {
 		t.Errorf("metrics at %s", s.MetricsAddr())
 	}
 }
 
-// TestGrace has a call under way that would not end.
+// TestGrace closes the server during a call that does not end.
 func TestGrace(t *testing.T) {
 	cfg := small(t)
 	cfg.Grace = embed.Duration(10 * time.Millisecond)
@@ -211,7 +213,7 @@ func TestGrace(t *testing.T) {
 		t.Error(err)
 	}
 	if _, err := stream.CloseAndRecv(); err == nil {
-		t.Error("the call went on")
+		t.Error("no error from the interrupted call")
 	}
 }
 
@@ -227,8 +229,8 @@ func TestCluster(t *testing.T) {
 		cfg.Replica = name
 		servers = append(servers, start(t, cfg))
 	}
-	// A third one whose default is another directory, by mistake or because
-	// nothing is said, may not join them.
+	// A third replica with another default directory, by configuration or by default,
+	// cannot join them.
 	for _, stores := range []map[string]embed.ObjectStore{{"default": {Path: t.TempDir()}}, nil} {
 		cfg := small(t)
 		cfg.EtcdEndpoints, cfg.ObjectStores = []string{store.Endpoint()}, stores
@@ -262,7 +264,7 @@ func TestCluster(t *testing.T) {
 	}
 }
 
-// authority signs certificates.
+// authority is a certificate authority.
 type authority struct {
 	t    *testing.T
 	dir  string
@@ -299,7 +301,8 @@ func (a *authority) newKey() *ecdsa.PrivateKey {
 }
 
 func (a *authority) write(name, kind string, der []byte) {
-	if err := os.WriteFile(filepath.Join(a.dir, name), pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(a.dir, name), pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}),
+		0o600); err != nil {
 		a.t.Fatal(err)
 	}
 }
@@ -329,22 +332,23 @@ func (a *authority) issue(name string, edit func(*x509.Certificate)) tls.Certifi
 
 func TestTLS(t *testing.T) {
 	dir := t.TempDir()
-	ours, other := newAuthority(t, dir, "ours"), newAuthority(t, dir, "other")
-	ours.issue("server", func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} })
+	trusted, other := newAuthority(t, dir, "trusted"), newAuthority(t, dir, "other")
+	trusted.issue("server", func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} })
 	core, logs := observer.New(zapcore.DebugLevel)
 	cfg := small(t)
 	cfg.Log = zap.New(core)
 	cfg.Listen = "0.0.0.0:0" // allowed with TLS
-	cfg.TLS = embed.TLS{Cert: filepath.Join(dir, "server.pem"), Key: filepath.Join(dir, "server-key.pem"), ClientCA: filepath.Join(dir, "ours.pem")}
+	cfg.TLS = embed.TLS{Cert: filepath.Join(dir, "server.pem"), Key: filepath.Join(dir, "server-key.pem"),
+		ClientCA: filepath.Join(dir, "trusted.pem")}
 	s := start(t, cfg)
 	addr := "127.0.0.1" + s.Addr()[strings.LastIndex(s.Addr(), ":"):]
 	pool := x509.NewCertPool()
-	pool.AddCert(ours.cert)
+	pool.AddCert(trusted.cert)
 	config := func(certs ...tls.Certificate) *tls.Config {
 		return &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: pool, ServerName: "localhost", Certificates: certs}
 	}
 	asIs := func(*x509.Certificate) {}
-	good := ours.issue("client", asIs)
+	good := trusted.issue("client", asIs)
 	old := config(good)
 	old.MaxVersion = tls.VersionTLS12
 	for _, tc := range []struct {
@@ -352,17 +356,20 @@ func TestTLS(t *testing.T) {
 		creds credentials.TransportCredentials
 		ok    bool
 	}{
-		{"ours", credentials.NewTLS(config(good)), true},
+		{"trusted", credentials.NewTLS(config(good)), true},
 		{"none", credentials.NewTLS(config()), false},
 		{"TLS 1.2", credentials.NewTLS(old), false},
 		{"plaintext", insecure.NewCredentials(), false},
 		{"another authority", credentials.NewTLS(config(other.issue("stranger", asIs))), false},
-		{"a server's", credentials.NewTLS(config(ours.issue("not-client", func(c *x509.Certificate) {
+		{"a server's", credentials.NewTLS(config(trusted.issue("not-client", func(c *x509.Certificate) {
 			c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
 		}))), false},
-		{"expired", credentials.NewTLS(config(ours.issue("expired", func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }))), false},
-		{"not yet valid", credentials.NewTLS(config(ours.issue("early", func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) }))), false},
-		{"nameless", credentials.NewTLS(config(ours.issue("nameless", func(c *x509.Certificate) { c.DNSNames, c.Subject = nil, pkix.Name{} }))), false},
+		{"expired", credentials.NewTLS(config(trusted.issue("expired",
+			func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }))), false},
+		{"not yet valid", credentials.NewTLS(config(trusted.issue("early",
+			func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) }))), false},
+		{"nameless", credentials.NewTLS(config(trusted.issue("nameless",
+			func(c *x509.Certificate) { c.DNSNames, c.Subject = nil, pkix.Name{} }))), false},
 	} {
 		conn := dial(t, addr, tc.creds)
 		_, err := pb.NewAdminServiceClient(conn).GetServerInfo(t.Context(), &pb.GetServerInfoRequest{})

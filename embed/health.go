@@ -12,39 +12,37 @@ import (
 )
 
 const (
-	checkEvery = 2 * time.Second // how often etcd is asked whether it is there
-	checkBound = 2 * time.Second // and how long it may take to answer
-	// checkFailures is after how many in a row it is gone. One may be an election.
+	checkEvery = 2 * time.Second // interval of the checks of etcd
+	checkBound = 2 * time.Second // time limit of a check
+	// checkFailures is the number of consecutive failures after which etcd counts as
+	// lost. A single one may be an election.
 	checkFailures = 2
-	// accessEvery is how many ticks pass between two looks at the rights that
-	// snapshotd has at etcd, each of which is an entry in etcd's log, and at what
-	// room there is.
+	// accessEvery is the number of ticks between two checks of snapshotd's rights at
+	// etcd, each of which is an entry in etcd's log, and of etcd's space and history.
 	accessEvery = 30
 )
 
-// unhealthy says in a few words why the server does not serve; empty when it
-// does.
+// unhealthy returns the reason for which the server does not serve; empty: it serves.
 func (s *Server) unhealthy() string {
-	switch {
-	case !s.serving.Load():
+	if !s.serving.Load() {
 		return "stopping"
 	}
-	if why := s.etcdLost.Load(); why != nil {
-		return *why
+	if reason := s.etcdLost.Load(); reason != nil {
+		return *reason
 	}
 	return ""
 }
 
-// Why a replica does not serve although it runs; or what TooOld says.
+// Reasons for which a running replica does not serve, besides those of TooOld.
 const (
 	etcdSilent  = "etcd does not answer"
 	etcdDenies  = "etcd denies access"
 	etcdCorrupt = "etcd has found its data damaged"
 )
 
-// checkAccess makes sure that snapshotd may read and write all keys, with a
-// transaction that does neither: its compare never holds, and etcd looks at the
-// rights for both branches before it looks at that.
+// checkAccess checks that snapshotd may read and write all keys, with a transaction
+// that does neither: its compare never holds, and etcd checks the rights for both
+// branches first.
 func checkAccess(ctx context.Context, kv meta.KV) error {
 	from, to := keys.All()
 	_, err := kv.Txn(ctx, meta.Txn{
@@ -55,39 +53,56 @@ func checkAccess(ctx context.Context, kv meta.KV) error {
 	return err
 }
 
-// lookAround looks at etcd's size and history, for those who run it.
-func lookAround(ctx context.Context, p *parts) {
-	p.lookAtRoom(ctx)
+// updateUsage updates etcd's space and history.
+func (p *parts) updateUsage(ctx context.Context) {
+	p.updateSpace(ctx)
 	bounded, cancel := context.WithTimeout(ctx, checkBound)
 	defer cancel()
 	if p.history != nil {
-		if err := p.history.look(bounded); err != nil && ctx.Err() == nil {
-			p.log.Warn("how far back etcd can be read is not known; it is tried again", zap.Error(err))
+		if err := p.history.update(bounded); err != nil && ctx.Err() == nil {
+			p.log.Warn("reading the history of etcd failed, retrying", zap.Error(err))
 		}
 	}
 }
 
-func (p *parts) lookAtRoom(ctx context.Context) {
+func (p *parts) updateSpace(ctx context.Context) {
 	bounded, cancel := context.WithTimeout(ctx, checkBound)
 	defer cancel()
-	p.room.look(bounded)
+	p.space.update(bounded)
 }
 
-// watchEtcd asks etcd at each tick for something that needs a quorum, and makes
-// health checks say when it no longer answers, denies access or has a server that is
-// too old, and when all is well again. Without it a balancer would send calls to a
-// replica that can only refuse them.
+// check reads a key with a quorum, and at each accessEvery-th tick checks the rights
+// and updates the usage.
+func (p *parts) check(ctx context.Context, tick int) error {
+	bounded, cancel := context.WithTimeout(ctx, checkBound)
+	_, _, _, err := p.kv.Get(bounded, keys.Format)
+	if err == nil && tick%accessEvery == 0 {
+		err = checkAccess(bounded, p.kv)
+	}
+	cancel()
+	switch {
+	case err != nil:
+	case tick%accessEvery == 0:
+		p.updateUsage(ctx)
+	case p.space.full(): // so that waiting writes continue soon after space is freed
+		p.updateSpace(ctx)
+	}
+	return err
+}
+
+// watchEtcd checks etcd at each tick and sets the health checks accordingly.
+// A balancer then sends no calls to a replica that can only refuse them.
 //
 //	at a tick                            | the replica
 //	etcd answers, every server is new    | serves
-//	no answer, once                      | goes on as it was: it may be an election
+//	no answer, once                      | keeps its state: it may be an election
 //	no answer, twice in a row            | does not serve
 //	an answer that denies access, or     | does not serve
 //	that etcd's data are damaged         |
-//	a server that is too old is met      | does not serve, though others may be fine: the
-//	                                     | gate in front of it keeps calls away from it
+//	a server that is too old is met      | does not serve, even if other servers are new:
+//	                                     | the client of etcd sends it no calls
 //
-// The process does not end for any of it: what is wrong is mended elsewhere.
+// None of these ends the process: their causes are outside of it.
 func (s *Server) watchEtcd(ctx context.Context, p *parts) {
 	for tick, failures := 0, 0; ; tick++ {
 		select {
@@ -95,48 +110,36 @@ func (s *Server) watchEtcd(ctx context.Context, p *parts) {
 			return
 		case <-p.ticks:
 		}
-		bounded, cancel := context.WithTimeout(ctx, checkBound)
-		_, _, _, err := p.kv.Get(bounded, keys.Format)
-		if err == nil && tick%accessEvery == 0 {
-			err = checkAccess(bounded, p.kv)
-		}
-		cancel()
-		switch {
-		case err != nil:
-		case tick%accessEvery == 0:
-			lookAround(ctx, p)
-		case p.room.full(): // what waits for room need not wait longer
-			p.lookAtRoom(ctx)
-		}
+		err := p.check(ctx, tick)
 		if ctx.Err() != nil {
 			return
 		}
-		why := p.tooOld()
+		reason := p.tooOld()
 		switch {
-		case why != "":
+		case reason != "":
 		case errors.Is(err, meta.ErrDenied):
-			why = etcdDenies
+			reason = etcdDenies
 		case errors.Is(err, meta.ErrCorrupt):
-			why = etcdCorrupt
+			reason = etcdCorrupt
 		case err != nil:
 			if failures++; failures < checkFailures {
 				continue
 			}
-			why = etcdSilent
+			reason = etcdSilent
 		default:
 			failures = 0
 		}
-		was := s.etcdLost.Load()
+		before := s.etcdLost.Load()
 		switch {
-		case why == "" && was != nil && tick%accessEvery != 0 && *was == etcdDenies:
-			tick = -1 // what was denied is asked for again, by the next tick
-		case why == "" && was != nil:
+		case reason == "" && before != nil && tick%accessEvery != 0 && *before == etcdDenies:
+			tick = -1 // the next tick checks the rights
+		case reason == "" && before != nil:
 			s.etcdLost.Store(nil)
-			p.log.Info("etcd is well again: serving", zap.String("was", *was))
+			p.log.Info("etcd is usable again: serving", zap.String("was", *before))
 			p.server.SetServing(true)
-		case why != "" && (was == nil || *was != why):
-			s.etcdLost.Store(&why)
-			p.log.Warn("not serving until that is over: "+why, zap.Error(err))
+		case reason != "" && (before == nil || *before != reason):
+			s.etcdLost.Store(&reason)
+			p.log.Warn("not serving: "+reason, zap.Error(err))
 			p.server.SetServing(false)
 		}
 	}

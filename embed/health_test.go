@@ -27,8 +27,8 @@ import (
 	"github.com/snapshotd/snapshotd/test/etcdtest"
 )
 
-// served is a server whose looks at etcd a test decides.
-type served struct {
+// manualServer is a server that checks etcd only at the ticks of a test.
+type manualServer struct {
 	t         *testing.T
 	ticks     chan time.Time
 	listeners []net.Listener
@@ -36,8 +36,8 @@ type served struct {
 	health    healthpb.HealthClient
 }
 
-// serve serves until the test ends. change may change what it stands on.
-func serve(t *testing.T, cfg Config, change func(*parts)) *served {
+// serve serves until the test ends. change may replace parts before the start.
+func serve(t *testing.T, cfg Config, change func(*parts)) *manualServer {
 	t.Helper()
 	cfg = cfg.complete()
 	var open closers
@@ -45,7 +45,7 @@ func serve(t *testing.T, cfg Config, change func(*parts)) *served {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &served{t: t, ticks: make(chan time.Time)}
+	s := &manualServer{t: t, ticks: make(chan time.Time)}
 	p.ticks = s.ticks
 	if change != nil {
 		change(p)
@@ -76,18 +76,19 @@ func serve(t *testing.T, cfg Config, change func(*parts)) *served {
 	return s
 }
 
-// tick has the server look at etcd. A tick is taken when the one before has been
-// dealt with.
-func (s *served) tick(count int) {
+// tick makes the server check etcd. It blocks until the server has finished the check
+// before.
+func (s *manualServer) tick(count int) {
 	for range count {
 		s.ticks <- time.Time{}
 	}
 }
 
-// state is what /healthz says; gRPC must agree with it.
-func (s *served) state(when string) (code int, body string) {
+// state returns the answer of /healthz, and checks that gRPC agrees with it.
+func (s *manualServer) state(when string) (code int, body string) {
 	s.t.Helper()
-	req, err := http.NewRequestWithContext(s.t.Context(), http.MethodGet, "http://"+s.listeners[2].Addr().String()+"/healthz", nil)
+	req, err := http.NewRequestWithContext(s.t.Context(), http.MethodGet,
+		"http://"+s.listeners[2].Addr().String()+"/healthz", nil)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -106,20 +107,20 @@ func (s *served) state(when string) (code int, body string) {
 	}
 	health, err := s.health.Check(s.t.Context(), &healthpb.HealthCheckRequest{})
 	if err != nil || health.GetStatus() != want {
-		s.t.Errorf("%s: got %v, %v; /healthz says %s", when, health, err, text)
+		s.t.Errorf("%s: got %v, %v; /healthz answers %s", when, health, err, text)
 	}
 	return resp.StatusCode, string(text)
 }
 
-func (s *served) look(when string, wantCode int, wantBody string) {
+func (s *manualServer) expect(when string, wantCode int, wantBody string) {
 	s.t.Helper()
 	if code, body := s.state(when); code != wantCode || body != wantBody {
 		s.t.Errorf("%s: got %d %q", when, code, body)
 	}
 }
 
-// becomes looks at etcd until /healthz says want.
-func (s *served) becomes(want string) {
+// await ticks until /healthz answers want.
+func (s *manualServer) await(want string) {
 	s.t.Helper()
 	for range 1000 {
 		s.tick(2)
@@ -128,11 +129,11 @@ func (s *served) becomes(want string) {
 		}
 	}
 	_, body := s.state(want)
-	s.t.Fatalf("/healthz says %q, want %q", body, want)
+	s.t.Fatalf("/healthz answers %q, want %q", body, want)
 }
 
-// TestEtcdGone has etcd not answer for a while: one failure changes nothing, two
-// do, and an answer brings the server back.
+// TestEtcdGone has etcd not answer for a while: a single failure changes nothing, two
+// in a row do, and after an answer the server serves again.
 func TestEtcdGone(t *testing.T) {
 	core, logs := observer.New(zapcore.InfoLevel)
 	var faulty *meta.Faulty
@@ -142,18 +143,19 @@ func TestEtcdGone(t *testing.T) {
 	})
 	const ok, gone = "ok\n", "not serving: etcd does not answer\n"
 	s.tick(2)
-	s.look("at first", http.StatusOK, ok)
+	s.expect("at first", http.StatusOK, ok)
 	faulty.FailNth(0, meta.Before)
 	s.tick(3)
-	s.look("after one failure", http.StatusOK, ok)
+	s.expect("after one failure", http.StatusOK, ok)
 	faulty.Hook(func(meta.Call) meta.Fault { return meta.Before })
 	s.tick(4)
-	s.look("without etcd", http.StatusServiceUnavailable, gone)
+	s.expect("without etcd", http.StatusServiceUnavailable, gone)
 	faulty.Hook(nil)
 	s.tick(3)
-	s.look("with etcd again", http.StatusOK, ok)
+	s.expect("with etcd again", http.StatusOK, ok)
 	for message, level := range map[string]zapcore.Level{
-		"not serving until that is over: etcd does not answer": zapcore.WarnLevel, "etcd is well again: serving": zapcore.InfoLevel,
+		"not serving: etcd does not answer": zapcore.WarnLevel,
+		"etcd is usable again: serving":     zapcore.InfoLevel,
 	} {
 		if got := logs.FilterMessage(message).All(); len(got) != 1 || got[0].Level != level {
 			t.Errorf("%q is logged as %v", message, got)
@@ -161,8 +163,8 @@ func TestEtcdGone(t *testing.T) {
 	}
 }
 
-// A start meets an old etcd and ends; a server that runs does not serve while there
-// is one, and does not end.
+// TestOldEtcd has a start fail at an old etcd. A running server does not serve while
+// there is one, and does not end.
 func TestOldEtcd(t *testing.T) {
 	etcd := etcdtest.Shared(t)
 	one, two := etcdproxy.Start(t, etcd.Endpoint()), etcdproxy.Start(t, etcd.Endpoint())
@@ -171,29 +173,30 @@ func TestOldEtcd(t *testing.T) {
 		EtcdEndpoints: []string{one.Endpoint(), two.Endpoint()}, EtcdRoot: "/" + rand.Text(),
 	}
 	two.Version("3.4.23")
-	if _, err := Start(t.Context(), cfg); !errors.Is(err, meta.ErrTooOld) || !strings.Contains(err.Error(), two.Endpoint()) {
+	if _, err := Start(t.Context(), cfg); !errors.Is(err, meta.ErrTooOld) ||
+		!strings.Contains(err.Error(), two.Endpoint()) {
 		t.Fatalf("start: got error %v, want one that names %s", err, two.Endpoint())
 	}
-	two.Stop() // one that does not answer is no reason not to start
+	two.Stop() // a start ignores a server that does not answer
 	s := serve(t, cfg, nil)
-	s.becomes("ok")
+	s.await("ok")
 	two.Restart(t)
-	s.becomes("not serving: the etcd 3.4.23 at " + two.Endpoint())
+	s.await("not serving: the etcd 3.4.23 at " + two.Endpoint())
 	two.Stop()
 	two.Version("")
 	two.Restart(t)
-	s.becomes("ok")
+	s.await("ok")
 }
 
 // create makes a collection.
-func (s *served) create(name string) error {
+func (s *manualServer) create(name string) error {
 	_, err := pb.NewCatalogServiceClient(s.conn).CreateCollection(s.t.Context(), &pb.CreateCollectionRequest{
 		Name: &pb.CollectionName{Name: name}, Roots: []*pb.Root{{Prefix: name + "/"}},
 	})
 	return err
 }
 
-// reasonOf is the reason of a call's error, empty for none.
+// reasonOf returns the reason of a call's error, empty for none.
 func reasonOf(err error) string {
 	for _, detail := range status.Convert(err).Details() {
 		if info, ok := detail.(*errdetails.ErrorInfo); ok {
@@ -203,8 +206,8 @@ func reasonOf(err error) string {
 	return ""
 }
 
-// The user at etcd needs the rights on its root alone. Without them a start ends, and
-// a server that runs does not serve.
+// TestEtcdDenies has a user of etcd with rights on the root alone. Without these rights a
+// start fails and a running server does not serve.
 func TestEtcdDenies(t *testing.T) {
 	etcd := etcdtest.Start(t)
 	password := filepath.Join(t.TempDir(), "password")
@@ -218,20 +221,21 @@ func TestEtcdDenies(t *testing.T) {
 	}
 	elsewhere := cfg
 	elsewhere.EtcdRoot = "/other"
-	if _, err := Start(t.Context(), elsewhere); !errors.Is(err, meta.ErrDenied) || !strings.Contains(err.Error(), "/other") {
+	if _, err := Start(t.Context(), elsewhere); !errors.Is(err, meta.ErrDenied) ||
+		!strings.Contains(err.Error(), "/other") {
 		t.Errorf("start under another root: got error %v, want denied", err)
 	}
 	s := serve(t, cfg, nil)
-	s.becomes("ok")
+	s.await("ok")
 	etcd.Allow(t, "snap", "/snapshotd/", false)
 	if got := reasonOf(s.create("denied")); got != "METADATA_STORE_DENIED" {
 		t.Errorf("a call without the right to write: got reason %q", got)
 	}
-	s.becomes("not serving: etcd denies access")
+	s.await("not serving: etcd denies access")
 	etcd.Allow(t, "snap", "/snapshotd/", true)
-	s.becomes("ok")
+	s.await("ok")
 	if err := s.create("granted"); err != nil {
-		t.Errorf("a call with the right again: %v", err)
+		t.Errorf("a call with the right restored: %v", err)
 	}
 	etcd.Password(t, "snap", "another")
 	began := time.Now()
@@ -241,20 +245,20 @@ func TestEtcdDenies(t *testing.T) {
 	if got := reasonOf(s.create("password")); got != "METADATA_STORE_DENIED" {
 		t.Errorf("a call with a wrong password: got reason %q", got)
 	}
-	// The password at etcd is another, the file holds the old one: once that is replaced
-	// the server goes on, without a restart.
-	s.becomes("not serving: etcd denies access")
+	// The password at etcd has changed. Once the file has the new one the server serves
+	// again, without a restart.
+	s.await("not serving: etcd denies access")
 	if err := os.WriteFile(password, []byte("another\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s.becomes("ok")
-	// The other way round nothing is ever denied.
+	s.await("ok")
+	// A file that changes before the password at etcd denies nothing.
 	if err := os.WriteFile(password, []byte("a third\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	etcd.Stop(t)
 	etcd.Restart(t)
-	s.becomes("ok")
+	s.await("ok")
 	etcd.Password(t, "snap", "a third")
-	s.becomes("ok")
+	s.await("ok")
 }

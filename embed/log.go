@@ -30,24 +30,25 @@ func logTo(w io.Writer, level zapcore.Level, format string) *zap.Logger {
 	return zap.New(zapcore.NewCore(encoder, zapcore.Lock(zapcore.AddSync(w)), level))
 }
 
-// etcdLog is the log of the etcd in this process, which is talkative when it
-// starts, and calls its end an error.
+// etcdLog filters the log of the etcd in this process, which logs each step of its
+// start and calls its end an error.
 type etcdLog struct {
 	zapcore.Core
-	least *atomic.Int32 // level from which on it is heard
+	minLevel *atomic.Int32
 }
 
 func newEtcdLog(log *zap.Logger) (*zap.Logger, *atomic.Int32) {
-	least := new(atomic.Int32)
-	return log.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core { return etcdLog{c, least} })), least
+	minLevel := new(atomic.Int32)
+	wrap := zap.WrapCore(func(c zapcore.Core) zapcore.Core { return etcdLog{c, minLevel} })
+	return log.WithOptions(wrap), minLevel
 }
 
 func (l etcdLog) With(fields []zapcore.Field) zapcore.Core {
-	return etcdLog{l.Core.With(fields), l.least}
+	return etcdLog{l.Core.With(fields), l.minLevel}
 }
 
 func (l etcdLog) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {
-	if int32(e.Level) < l.least.Load() {
+	if int32(e.Level) < l.minLevel.Load() {
 		return ce
 	}
 	return l.Core.Check(e, ce)

@@ -10,16 +10,16 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 )
 
-// broken is a listener that fails.
-type broken struct{ net.Listener }
+// brokenListener fails at Accept.
+type brokenListener struct{ net.Listener }
 
 var errBroken = errors.New("broken")
 
-func (broken) Accept() (net.Conn, error) { return nil, errBroken }
+func (brokenListener) Accept() (net.Conn, error) { return nil, errBroken }
 
-// TestOneFailsAllEnd has one part that fails: Wait returns with its error, and
-// the rest has ended, so that another server can have the directory.
-func TestOneFailsAllEnd(t *testing.T) {
+// TestFailedPartStopsServer has one part fail: Wait returns its error after the end of
+// all parts, so that another server can use the directory.
+func TestFailedPartStopsServer(t *testing.T) {
 	cfg := Config{DataDir: t.TempDir(), Replica: "r", Log: zap.NewNop()}.complete()
 	for range 2 {
 		var open closers
@@ -28,7 +28,7 @@ func TestOneFailsAllEnd(t *testing.T) {
 			t.Fatal(err)
 		}
 		s := &Server{done: make(chan struct{})}
-		s.run(t.Context(), cfg, p, broken{bufconn.Listen(1)}, bufconn.Listen(1), nil, open)
+		s.run(t.Context(), cfg, p, brokenListener{bufconn.Listen(1)}, bufconn.Listen(1), nil, open)
 		if err := s.Wait(); !errors.Is(err, errBroken) || !strings.Contains(err.Error(), "gRPC service: ") {
 			t.Errorf("got %v", err)
 		}

@@ -26,7 +26,7 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
-// onS3 is the configuration of a store, with its secret in a file.
+// onS3 returns the configuration of a store, with its secret in a file.
 func onS3(t *testing.T, o s3.Options) embed.ObjectStore {
 	t.Helper()
 	secret := filepath.Join(t.TempDir(), "secret")
@@ -34,18 +34,20 @@ func onS3(t *testing.T, o s3.Options) embed.ObjectStore {
 		t.Fatal(err)
 	}
 	return embed.ObjectStore{
-		Type: "s3", Bucket: o.Bucket, Prefix: o.Prefix, Endpoint: o.Endpoint, PathStyle: true, AccessKeyID: o.AccessKeyID, SecretKeyFile: secret,
+		Type: "s3", Bucket: o.Bucket, Prefix: o.Prefix, Endpoint: o.Endpoint, PathStyle: true, AccessKeyID: o.AccessKeyID,
+		SecretKeyFile: secret,
 	}
 }
 
-// TestLifeOnS3 takes a snapshot on a bucket, start to end.
-func TestLifeOnS3(t *testing.T) {
+// TestSnapshotOnS3 creates, reads and drops a snapshot on a bucket.
+func TestSnapshotOnS3(t *testing.T) {
 	o := s3test.Bucket(t)
 	o.Prefix = "cluster-1/"
 	bucket := s3test.Open(t, o)
 	var log bytes.Buffer
 	cfg := small(t)
-	cfg.Log = zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()), zapcore.Lock(zapcore.AddSync(&log)), zapcore.DebugLevel))
+	cfg.Log = zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()),
+		zapcore.Lock(zapcore.AddSync(&log)), zapcore.DebugLevel))
 	cfg.ObjectStores = map[string]embed.ObjectStore{"default": onS3(t, o)}
 	s, err := embed.Start(t.Context(), cfg)
 	if err != nil {
@@ -78,8 +80,9 @@ func TestLifeOnS3(t *testing.T) {
 			t.Fatal(err)
 		}
 		add.Segments = append(add.Segments, &pb.Segment{
-			Id: id, State: pb.Segment_STATE_FLUSHED, Rows: 1, StartPosition: &pb.Position{Timestamp: 1}, DmlPosition: &pb.Position{Timestamp: 2},
-			Files: []*pb.File{{Path: path, Kind: "insert", SizeBytes: 4, Entries: 1, MinTimestamp: 1, MaxTimestamp: 1}},
+			Id: id, State: pb.Segment_STATE_FLUSHED, Rows: 1, StartPosition: &pb.Position{Timestamp: 1},
+			DmlPosition: &pb.Position{Timestamp: 2},
+			Files:       []*pb.File{{Path: path, Kind: "insert", SizeBytes: 4, Entries: 1, MinTimestamp: 1, MaxTimestamp: 1}},
 		})
 	}
 	stream, err := catalog.AddSegments(ctx)
@@ -126,15 +129,18 @@ func TestLifeOnS3(t *testing.T) {
 	if count() < 3 { // metadata, references and a manifest
 		t.Errorf("%d objects of the snapshot", count())
 	}
-	page, err := snapshots.ListSnapshotSegments(ctx, &pb.ListSnapshotSegmentsRequest{Snapshot: snap, View: pb.SegmentView_SEGMENT_VIEW_FILES})
+	page, err := snapshots.ListSnapshotSegments(ctx,
+		&pb.ListSnapshotSegmentsRequest{Snapshot: snap, View: pb.SegmentView_SEGMENT_VIEW_FILES})
 	if err != nil || len(page.GetSegments()) != n || page.GetSegments()[0].GetSegment().GetFiles()[0].GetPath() == "" {
 		t.Fatalf("got %v, %v", page, err)
 	}
-	// A file that is not there is noticed.
+	// A create with verify fails for a missing file.
 	if err := bucket.Delete(ctx, "c/"+add.Segments[0].Files[0].Path); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := snapshots.CreateSnapshot(ctx, &pb.CreateSnapshotRequest{Collection: ref, Name: "s2", Verify: true}); err == nil || !strings.Contains(err.Error(), "data") {
+	if _, err := snapshots.CreateSnapshot(ctx,
+		&pb.CreateSnapshotRequest{Collection: ref, Name: "s2",
+			Verify: true}); err == nil || !strings.Contains(err.Error(), "data") {
 		t.Errorf("a file is missing: %v", err)
 	}
 	if _, err := snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snap}); err != nil {
@@ -153,8 +159,8 @@ func TestLifeOnS3(t *testing.T) {
 	}
 }
 
-// TestStartTriesTheBucket starts on what is no use.
-func TestStartTriesTheBucket(t *testing.T) {
+// TestStartOnAnUnusableBucket has a start fail with the reason.
+func TestStartOnAnUnusableBucket(t *testing.T) {
 	o := s3test.Bucket(t)
 	p := s3fault.New(t, o.Endpoint)
 	for name, c := range map[string]struct {
@@ -162,10 +168,14 @@ func TestStartTriesTheBucket(t *testing.T) {
 		rules  []s3fault.Rule
 		want   string
 	}{
-		"no condition": {rules: []s3fault.Rule{{Op: s3fault.PutObject, Times: -1, Action: s3fault.StripRequest("If-None-Match", o.AccessKeyID, string(o.SecretAccessKey))}}, want: "conditional create"},
-		"denied":       {rules: []s3fault.Rule{{Op: s3fault.PutObject, Times: -1, Action: s3fault.Status(403, "AccessDenied")}}, want: "access denied"},
-		"no bucket":    {change: func(s *embed.ObjectStore) { s.Bucket = "nobody-made-this" }, want: "NoSuchBucket"},
-		"no endpoint":  {change: func(s *embed.ObjectStore) { s.Endpoint = "http://127.0.0.1:1" }, want: "connection refused"},
+		"no condition": {rules: []s3fault.Rule{{Op: s3fault.PutObject, Times: -1,
+			Action: s3fault.StripRequest("If-None-Match", o.AccessKeyID, string(o.SecretAccessKey))}},
+			want: "conditional create"},
+		"denied": {rules: []s3fault.Rule{{Op: s3fault.PutObject, Times: -1,
+			Action: s3fault.Status(403, "AccessDenied")}}, want: "access denied"},
+		"no bucket": {change: func(s *embed.ObjectStore) { s.Bucket = "missing-bucket" }, want: "NoSuchBucket"},
+		"no endpoint": {change: func(s *embed.ObjectStore) { s.Endpoint = "http://127.0.0.1:1" },
+			want: "connection refused"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p.Plan(c.rules...)
@@ -178,7 +188,7 @@ func TestStartTriesTheBucket(t *testing.T) {
 			cfg.ObjectStores = map[string]embed.ObjectStore{"default": store}
 			s, err := embed.Start(t.Context(), cfg)
 			if err == nil {
-				err = errors.Join(errors.New("it started"), s.Close())
+				err = errors.Join(errors.New("the server started"), s.Close())
 			}
 			if !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), "object store default: ") {
 				t.Errorf("got %v, want %s", err, c.want)
@@ -191,8 +201,8 @@ func TestStartTriesTheBucket(t *testing.T) {
 	}
 }
 
-// TestStartReadOnly starts a replica again with a policy that lets it list and read, and
-// no more: it answers what needs no write, and writes again once it may.
+// TestStartReadOnly restarts a replica while a policy allows only lists and reads: it
+// answers calls that write nothing, and all others once the policy allows writes.
 func TestStartReadOnly(t *testing.T) {
 	o := s3test.Bucket(t)
 	p := s3fault.New(t, o.Endpoint)
@@ -211,17 +221,19 @@ func TestStartReadOnly(t *testing.T) {
 		t.Fatal(err)
 	}
 	var rules []s3fault.Rule
-	for _, op := range append(takesSpace, s3fault.DeleteObjects, s3fault.DeleteObject) {
+	for _, op := range append(writeOps, s3fault.DeleteObjects, s3fault.DeleteObject) {
 		rules = append(rules, s3fault.Rule{Op: op, Times: -1, Action: s3fault.Status(403, "AccessDenied")})
 	}
 	p.Plan(rules...)
-	cfg.Version = "another release" // so that the store is tried
+	cfg.Version = "another release" // so that the store is probed
 	s = start(t, cfg)
 	snapshots := pb.NewSnapshotServiceClient(s.Conn())
-	if _, err := snapshots.DescribeSnapshot(t.Context(), &pb.DescribeSnapshotRequest{Snapshot: snapshotRef("before")}); err != nil {
+	if _, err := snapshots.DescribeSnapshot(t.Context(),
+		&pb.DescribeSnapshotRequest{Snapshot: snapshotRef("before")}); err != nil {
 		t.Errorf("describe: %v", err)
 	}
-	if list, err := snapshots.ListSnapshots(t.Context(), &pb.ListSnapshotsRequest{}); err != nil || len(list.GetSnapshots()) != 1 {
+	if list, err := snapshots.ListSnapshots(t.Context(), &pb.ListSnapshotsRequest{}); err != nil ||
+		len(list.GetSnapshots()) != 1 {
 		t.Errorf("list: %v, %v", list, err)
 	}
 	plan, err := snapshots.RestoreSnapshot(t.Context(), &pb.RestoreSnapshotRequest{
@@ -233,16 +245,17 @@ func TestStartReadOnly(t *testing.T) {
 	if err := createSnapshot(t, s, "during"); client.Reason(err) != "OBJECT_STORE_DENIED" {
 		t.Errorf("create: %v", err)
 	}
-	if _, err := snapshots.DropSnapshot(t.Context(), &pb.DropSnapshotRequest{Snapshot: snapshotRef("before")}); err != nil {
+	if _, err := snapshots.DropSnapshot(t.Context(),
+		&pb.DropSnapshotRequest{Snapshot: snapshotRef("before")}); err != nil {
 		t.Errorf("drop: %v", err)
 	}
 	p.Plan()
 	eventually(t, "a create", func() bool { return createSnapshot(t, s, "after") == nil })
 }
 
-// TestStartWithoutTheBucket starts a replica again while its bucket is away: it
-// answers reads, refuses to change anything, says so, and goes on by itself when
-// the bucket is back.
+// TestStartWithoutTheBucket restarts a replica while its bucket does not answer: it
+// answers reads, refuses changes with the reason, and accepts them once the bucket
+// answers.
 func TestStartWithoutTheBucket(t *testing.T) {
 	o := s3test.Bucket(t)
 	p := s3fault.New(t, o.Endpoint)
@@ -252,7 +265,8 @@ func TestStartWithoutTheBucket(t *testing.T) {
 	cfg.ObjectStores = map[string]embed.ObjectStore{"default": store}
 	ref := &pb.CollectionRef{Ref: &pb.CollectionRef_Name{Name: &pb.CollectionName{Name: "c"}}}
 	create := func(s *embed.Server, name string) error {
-		_, err := pb.NewSnapshotServiceClient(s.Conn()).CreateSnapshot(t.Context(), &pb.CreateSnapshotRequest{Collection: ref, Name: name})
+		_, err := pb.NewSnapshotServiceClient(s.Conn()).CreateSnapshot(t.Context(),
+			&pb.CreateSnapshotRequest{Collection: ref, Name: name})
 		return err
 	}
 	first, err := embed.Start(t.Context(), cfg)
@@ -277,12 +291,13 @@ func TestStartWithoutTheBucket(t *testing.T) {
 	p.Plan(s3fault.Rule{Times: -1, Action: s3fault.Reset()})
 	s := start(t, cfg)
 	if got := names(t, s.Conn()); got != "before" {
-		t.Errorf("without the bucket it lists %q", got)
+		t.Errorf("without the bucket listed %q", got)
 	}
 	ids := &pb.AllocateIdsRequest{Want: &pb.AllocateIdsRequest_Count{Count: 1}}
 	_, idsErr := pb.NewCatalogServiceClient(s.Conn()).AllocateIds(t.Context(), ids)
 	for _, err := range []error{create(s, "meanwhile"), createCollection(t.Context(), s.Conn(), "d"), idsErr} {
-		if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "has not answered since this replica started") {
+		if status.Code(err) != codes.Unavailable ||
+			!strings.Contains(err.Error(), "has not answered since this replica started") {
 			t.Errorf("a change without the bucket: got %v", err)
 		}
 	}
@@ -304,7 +319,7 @@ func TestStartWithoutTheBucket(t *testing.T) {
 		select {
 		case <-tick.C:
 		case <-deadline.C:
-			t.Fatalf("the bucket is back, and still: %v", err)
+			t.Fatalf("a create after the bucket answers again: %v", err)
 		}
 	}
 	if code, body := get(t, metrics+"/healthz"); code != 200 || body != "ok\n" {

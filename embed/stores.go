@@ -34,8 +34,8 @@ const (
 	typeS3   = "s3"
 )
 
-// ObjectStore is where an alias points to. It holds no secrets, but the names of
-// files with them.
+// ObjectStore is the configuration of an object store. It holds no secrets, only the
+// names of files that hold them.
 type ObjectStore struct {
 	// Type is "file", a directory, or "s3", a bucket of S3 or of a server that
 	// speaks its protocol. Default: "file".
@@ -43,34 +43,33 @@ type ObjectStore struct {
 	// Path is the directory of a store of type file.
 	Path string `json:"path,omitempty"`
 
-	// Bucket is the bucket. This and all below are of stores of type s3.
+	// Bucket is the bucket. This field and all below belong to the type s3.
 	Bucket string `json:"bucket,omitempty"`
-	// Prefix is in front of every key, as a directory. Default: none.
+	// Prefix is the directory of all keys. Default: none.
 	Prefix string `json:"prefix,omitempty"`
-	// Region is the bucket's. Default: "us-east-1".
+	// Region is the bucket's region. Default: "us-east-1".
 	Region string `json:"region,omitempty"`
-	// Endpoint is the address of another server than AWS, as https://host:port.
+	// Endpoint is the address of a server other than AWS, as https://host:port.
 	Endpoint string `json:"endpoint,omitempty"`
-	// PathStyle puts the bucket into the path of a request and not into the
-	// host's name. Most servers other than AWS need it. Default: false.
+	// PathStyle puts the bucket into the path of a request instead of the host's
+	// name. Most servers other than AWS need it. Default: false.
 	PathStyle bool `json:"path_style,omitempty"`
-	// AccessKeyID is the id of the access key. Default: the credentials in the
-	// environment, in the shared files of AWS, of the pod or of the machine.
+	// AccessKeyID is the id of the access key. Default: the credentials of the
+	// environment, the shared files of AWS, the pod or the machine.
 	AccessKeyID string `json:"access_key_id,omitempty"`
-	// AccessKeyFile is a file that holds the id, in place of AccessKeyID.
+	// AccessKeyFile is a file that holds the id, instead of AccessKeyID.
 	AccessKeyFile string `json:"access_key_file,omitempty"`
 	// SecretKeyFile is the file that holds the access key's secret.
 	SecretKeyFile string `json:"secret_key_file,omitempty"`
-	// SessionTokenFile is the file that holds the session token of a key that has
-	// one.
+	// SessionTokenFile is the file that holds the session token, for keys with one.
 	SessionTokenFile string `json:"session_token_file,omitempty"`
-	// CAFile is a PEM file of who may sign the server's certificate, besides
-	// those that the system trusts.
+	// CAFile is a PEM file of authorities that sign the server's certificate, in
+	// addition to those that the system trusts.
 	CAFile string `json:"ca_file,omitempty"`
-	// SSE is how the store encrypts what is written, "AES256" or "aws:kms".
-	// Default: as the bucket says.
+	// SSE is the encryption of written objects, "AES256" or "aws:kms". Default: the
+	// bucket's setting.
 	SSE string `json:"sse,omitempty"`
-	// KMSKeyID is the key for "aws:kms". Default: the account's own.
+	// KMSKeyID is the key for "aws:kms". Default: the account's key.
 	KMSKeyID string `json:"kms_key_id,omitempty"`
 	// ExpectedBucketOwner is the account that must own the bucket. Default: any.
 	ExpectedBucketOwner string `json:"expected_bucket_owner,omitempty"`
@@ -101,8 +100,8 @@ func (f *storesFlag) Set(text string) error {
 				return fmt.Errorf("object store %s: is neither a directory nor s3://bucket", alias)
 			}
 		}
-		if _, twice := (*f.stores)[alias]; twice {
-			return fmt.Errorf("alias %q is there twice", alias)
+		if _, ok := (*f.stores)[alias]; ok {
+			return fmt.Errorf("duplicate alias %q", alias)
 		}
 		store := ObjectStore{Type: typeFile, Path: where}
 		if strings.HasPrefix(where, "s3://") {
@@ -117,8 +116,8 @@ func (f *storesFlag) Set(text string) error {
 	return nil
 }
 
-// parseS3 reads s3://bucket/prefix?endpoint=…. Its errors do not repeat the
-// text, in which somebody may have put a secret.
+// parseS3 parses s3://bucket/prefix?endpoint=…. Its errors do not repeat the text,
+// which may hold a secret by mistake.
 func parseS3(text string) (ObjectStore, error) {
 	u, err := url.Parse(text)
 	if err != nil || u.Host == "" || u.Fragment != "" {
@@ -129,7 +128,7 @@ func parseS3(text string) (ObjectStore, error) {
 	}
 	query, err := url.ParseQuery(u.RawQuery)
 	if err != nil {
-		return ObjectStore{}, errors.New("what follows the question mark is not name=value&name=value")
+		return ObjectStore{}, errors.New("the text after the question mark is not name=value&name=value")
 	}
 	s := ObjectStore{Type: typeS3, Bucket: u.Host, Prefix: strings.TrimPrefix(u.Path, "/")}
 	fields := map[string]*string{
@@ -142,7 +141,7 @@ func parseS3(text string) (ObjectStore, error) {
 		field := fields[name]
 		switch {
 		case len(values) != 1:
-			errs = append(errs, fmt.Errorf("%s is there %d times", name, len(values)))
+			errs = append(errs, fmt.Errorf("%s has %d values", name, len(values)))
 		case name == "path_style":
 			if s.PathStyle, err = strconv.ParseBool(values[0]); err != nil {
 				errs = append(errs, errors.New("path_style is not true or false"))
@@ -156,11 +155,11 @@ func parseS3(text string) (ObjectStore, error) {
 	return s, errors.Join(errs...)
 }
 
-// s3Options returns how to open a store of type s3, and reads the files that it
-// names. The error joins all mistakes, each beginning with its field.
+// s3Options returns the options to open a store of type s3, and reads the files that it
+// names. It joins all errors; each begins with its field.
 func (s ObjectStore) s3Options() (s3.Options, error) {
 	var errs []error
-	wrong := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	invalid := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
 	secret := func(field, name string) string {
 		if name == "" {
 			return ""
@@ -169,14 +168,15 @@ func (s ObjectStore) s3Options() (s3.Options, error) {
 		text := strings.TrimSpace(string(data))
 		switch {
 		case err != nil:
-			wrong("%s: %w", field, err)
+			invalid("%s: %w", field, err)
 		case text == "":
-			wrong("%s: %s is empty", field, name)
+			invalid("%s: %s is empty", field, name)
 		}
 		return text
 	}
 	o := s3.Options{
-		Bucket: s.Bucket, Prefix: s.Prefix, Region: s.Region, Endpoint: s.Endpoint, PathStyle: s.PathStyle, AccessKeyID: s.AccessKeyID,
+		Bucket: s.Bucket, Prefix: s.Prefix, Region: s.Region, Endpoint: s.Endpoint, PathStyle: s.PathStyle,
+		AccessKeyID:     s.AccessKeyID,
 		SecretAccessKey: s3.Secret(secret("secret_key_file", s.SecretKeyFile)),
 		SessionToken:    s3.Secret(secret("session_token_file", s.SessionTokenFile)),
 		CAFile:          s.CAFile, SSE: s.SSE, KMSKeyID: s.KMSKeyID, ExpectedBucketOwner: s.ExpectedBucketOwner,
@@ -189,23 +189,23 @@ func (s ObjectStore) s3Options() (s3.Options, error) {
 	}
 	hasID := s.AccessKeyID != "" || s.AccessKeyFile != ""
 	if s.AccessKeyID != "" && s.AccessKeyFile != "" {
-		wrong("access_key_file: access_key_id is set as well")
+		invalid("access_key_file: access_key_id is set as well")
 	}
 	switch {
 	case hasID && s.SecretKeyFile == "":
-		wrong("secret_key_file: is missing; an access key needs one")
+		invalid("secret_key_file: is missing; an access key needs one")
 	case !hasID && (s.SecretKeyFile != "" || s.SessionTokenFile != ""):
-		wrong("access_key_id: is missing; a secret key or session token needs one")
+		invalid("access_key_id: is missing; a secret key or session token needs one")
 	}
 	if s.CAFile != "" {
 		if _, err := os.Stat(s.CAFile); err != nil {
-			wrong("ca_file: %w", err)
+			invalid("ca_file: %w", err)
 		}
 	}
-	if hasID { // the files are replaced when a key is
+	if hasID { // files are replaced together with their keys
 		o.ReadKeys = s.readKeys
 	}
-	rest := o // its credentials were looked at
+	rest := o // the credentials are checked above
 	rest.AccessKeyID, rest.SecretAccessKey, rest.SessionToken = "", "", ""
 	if err := rest.Validate(); err != nil {
 		errs = append(errs, err.(interface{ Unwrap() []error }).Unwrap()...)
@@ -213,24 +213,26 @@ func (s ObjectStore) s3Options() (s3.Options, error) {
 	return o, errors.Join(errs...)
 }
 
-// readKeys reads the credentials again.
+// readKeys reads the current credentials.
 func (s ObjectStore) readKeys() (s3.Keys, error) {
 	o, err := s.s3Options()
-	return s3.Keys{AccessKeyID: o.AccessKeyID, SecretAccessKey: o.SecretAccessKey, SessionToken: o.SessionToken}, err
+	return s3.Keys{
+		AccessKeyID: o.AccessKeyID, SecretAccessKey: o.SecretAccessKey, SessionToken: o.SessionToken,
+	}, err
 }
 
 func (c *Config) validateStores(invalid report) {
-	places := map[string]string{}
-	place := func(field, alias, where string) { // which ends in a slash
-		for _, there := range slices.Sorted(maps.Keys(places)) {
-			switch other := places[there]; {
-			case there == where:
-				invalid(field, "is that of %s as well", other)
-			case strings.HasPrefix(there, where) || strings.HasPrefix(where, there):
-				invalid(field, "lies inside that of %s, or has it inside: an object would have two names", other)
+	aliases := map[string]string{}               // by root
+	addRoot := func(field, alias, root string) { // root ends in a slash
+		for _, other := range slices.Sorted(maps.Keys(aliases)) {
+			switch {
+			case other == root:
+				invalid(field, "is also that of %s", aliases[other])
+			case strings.HasPrefix(other, root) || strings.HasPrefix(root, other):
+				invalid(field, "is inside that of %s, or contains it: an object would have two names", aliases[other])
 			}
 		}
-		places[where] = alias
+		aliases[root] = alias
 	}
 	for _, alias := range c.aliases() {
 		s := c.ObjectStores[alias]
@@ -241,7 +243,7 @@ func (c *Config) validateStores(invalid report) {
 		switch s.Type {
 		case typeFile:
 			if s != (ObjectStore{Type: typeFile, Path: s.Path}) {
-				invalid(field+".type", "file has a path and nothing else; is it meant to be s3?")
+				invalid(field+".type", "file has a path and no other fields; did you mean s3?")
 			}
 			if s.Path == "" {
 				invalid(field+".path", "is empty")
@@ -252,20 +254,20 @@ func (c *Config) validateStores(invalid report) {
 				invalid(field+".path", "%w", err)
 				continue
 			}
-			place(field+".path", alias, strings.TrimSuffix(path, "/")+"/")
+			addRoot(field+".path", alias, strings.TrimSuffix(path, "/")+"/")
 		case typeS3:
 			if s.Path != "" {
-				invalid(field+".path", "is of no use for type s3; is prefix meant?")
+				invalid(field+".path", "is of no use for type s3; did you mean prefix?")
 			}
 			o, err := s.s3Options()
 			if err != nil {
 				for _, e := range err.(interface{ Unwrap() []error }).Unwrap() {
-					name, problem, _ := strings.Cut(e.Error(), ": ")
-					invalid(field+"."+name, "%s", problem)
+					name, text, _ := strings.Cut(e.Error(), ": ")
+					invalid(field+"."+name, "%s", text)
 				}
 				continue
 			}
-			place(field+".prefix", alias, "s3://"+o.Endpoint+"/"+o.Bucket+"/"+o.Prefix)
+			addRoot(field+".prefix", alias, "s3://"+o.Endpoint+"/"+o.Bucket+"/"+o.Prefix)
 		default:
 			invalid(field+".type", "%q is not file or s3", s.Type)
 		}
@@ -275,14 +277,14 @@ func (c *Config) validateStores(invalid report) {
 	}
 }
 
-// startWait is how long a start waits for the object stores to answer.
+// startWait is the time for which a start waits for the object stores.
 const startWait = 10 * time.Second
 
-// openStores opens the object stores, tries to admit all of them at once, and adds
-// to open what is to be closed. A store that does not answer stays closed: the
-// server starts without it; from one that takes no writes it reads. One that is
-// refused, or that the cluster does not know yet and that does not answer or is full,
-// ends the start.
+// openStores opens the object stores, tries to admit all of them in parallel, and adds
+// their close functions to open. A store that does not answer is not admitted yet: the
+// server starts without it. A store that refuses writes is admitted for reads. The
+// start fails for a store that is refused, and for a store that is new to the cluster
+// and is full or does not answer.
 func openStores(ctx context.Context, cfg Config, kv meta.KV, p *parts, open *closers) (map[string]*admit.Store, error) {
 	stores, cluster, log := map[string]*admit.Store{}, p.cluster.ID, p.log
 	for _, alias := range cfg.aliases() {
@@ -296,13 +298,14 @@ func openStores(ctx context.Context, cfg Config, kv meta.KV, p *parts, open *clo
 		o.Alias, o.KV, o.Cluster, o.Now, o.Rand, o.Log = alias, kv, cluster, time.Now, rand.Reader, log.Named("admit")
 		o.Problems, o.InUse = p.problems, cfg.aliases()
 		if alias == cfg.SnapshotStore {
-			age := epoch.New(epoch.Options{
-				KV: kv, Store: o.Store, Cluster: cluster, Now: time.Now, Rand: rand.Reader, Log: log.Named("epoch"), Problems: p.problems,
+			history := epoch.New(epoch.Options{
+				KV: kv, Store: o.Store, Cluster: cluster, Now: time.Now, Rand: rand.Reader, Log: log.Named("epoch"),
+				Problems: p.problems,
 			})
 			o.Check = func(ctx context.Context) error {
-				// A store that is behind is served all the same: a running server is needed that
-				// recovers it.
-				if err := age.Check(ctx); !errors.Is(err, epoch.ErrRolledBack) {
+				// A metadata store that is behind does not end the start: only a running
+				// server can recover it.
+				if err := history.Check(ctx); !errors.Is(err, epoch.ErrRolledBack) {
 					return err
 				}
 				return nil
@@ -326,14 +329,16 @@ func openStores(ctx context.Context, cfg Config, kv meta.KV, p *parts, open *clo
 	return stores, nil
 }
 
-// openStore opens the store of an alias, which may not answer yet.
+// openStore opens the store of an alias without a request to it.
 func openStore(ctx context.Context, cfg Config, alias string, log *zap.Logger, open *closers) (admit.Options, error) {
 	c := cfg.ObjectStores[alias]
 	if c.Type == typeFile {
 		shared := len(cfg.EtcdEndpoints) > 0
-		s, err := file.Open(c.Path, file.Options{Shared: shared, Mark: identity.Key}) //nolint:contextcheck // a local directory
+		o := file.Options{Shared: shared, Mark: identity.Key}
+		s, err := file.Open(c.Path, o) //nolint:contextcheck // a local directory
 		if errors.Is(err, file.ErrInUse) {
-			return admit.Options{}, fmt.Errorf("%w: %w; end it, or choose another path: only replicas of one cluster share a directory", ErrInUse, err)
+			return admit.Options{}, fmt.Errorf(
+				"%w: %w; end it, or choose another path: only replicas of one cluster share a directory", ErrInUse, err)
 		}
 		if err != nil {
 			return admit.Options{}, err
@@ -359,8 +364,8 @@ func openStore(ctx context.Context, cfg Config, alias string, log *zap.Logger, o
 	return admit.Options{Store: s, About: sum[:]}, nil
 }
 
-// waiting returns the aliases of the stores that are not admitted yet.
-func waiting(stores map[string]*admit.Store) []string {
+// notReady returns the aliases of the stores that are not admitted yet, sorted.
+func notReady(stores map[string]*admit.Store) []string {
 	var list []string
 	for _, alias := range slices.Sorted(maps.Keys(stores)) {
 		select {
@@ -372,17 +377,17 @@ func waiting(stores map[string]*admit.Store) []string {
 	return list
 }
 
-// lacking says which stores are not admitted yet, and which refuse writes; empty:
-// none.
-func lacking(stores map[string]*admit.Store) string {
+// degraded returns a text about the stores that are not admitted yet and those that
+// refuse writes; empty: none.
+func degraded(stores map[string]*admit.Store) string {
 	var list []string
-	if closed := waiting(stores); len(closed) > 0 {
-		list = append(list, "without object store "+strings.Join(closed, ", ")+
+	if pending := notReady(stores); len(pending) > 0 {
+		list = append(list, "without object store "+strings.Join(pending, ", ")+
 			", which has not answered since the start: calls that need it are refused")
 	}
 	for _, alias := range slices.Sorted(maps.Keys(stores)) {
 		if stores[alias].NoWrites() != nil {
-			list = append(list, "object store "+alias+" takes no writes: what has to write there is refused, all else goes on")
+			list = append(list, "object store "+alias+" takes no writes: calls that write there are refused, all others go on")
 		}
 	}
 	return strings.Join(list, "; ")

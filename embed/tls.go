@@ -13,14 +13,14 @@ import (
 	"go.uber.org/zap"
 )
 
-// rereadEvery is how often files of certificates are read again at most.
+// rereadEvery is the minimum time between two reads of certificate files.
 const rereadEvery = time.Second
 
-// reread returns a function for what read returns, which it calls again when the last
-// value is older than rereadEvery. Files are replaced while the server runs. Where
-// they cannot be read, as between the writes of a certificate and of its key, the last
-// value stays, and the log says so once. The function is safe for concurrent use.
-func reread[T any](last T, read func() (T, error), log *zap.Logger, what string) func() T {
+// reread returns a function that returns the last value of read, and calls read when
+// that value is older than rereadEvery: files are replaced while the server runs. When
+// read fails, as between the writes of a certificate and of its key, the function
+// returns the last value and logs the error once. It is safe for concurrent use.
+func reread[T any](last T, read func() (T, error), log *zap.Logger, setting string) func() T {
 	var mu sync.Mutex
 	at, failed := time.Now(), false
 	return func() T {
@@ -34,15 +34,16 @@ func reread[T any](last T, read func() (T, error), log *zap.Logger, what string)
 		if err == nil {
 			last = value
 		} else if !failed {
-			log.Warn("files of certificates cannot be read again: the last ones are used", zap.String("of", what), zap.Error(err))
+			log.Warn("reading replaced certificate files failed, using the previous ones",
+				zap.String("of", setting), zap.Error(err))
 		}
 		failed = err != nil
 		return last
 	}
 }
 
-// serverTLS is the configuration of the gRPC listener, nil for plaintext. A connection
-// uses what the files hold when it is made.
+// serverTLS returns the configuration of the gRPC listener, nil for plaintext. Each new
+// connection uses the current files.
 func (c Config) serverTLS(log *zap.Logger) (*tls.Config, error) {
 	config, err := c.readServerTLS()
 	if config == nil || err != nil {
@@ -59,7 +60,7 @@ func (c Config) readServerTLS() (*tls.Config, error) {
 		return nil, nil //nolint:nilnil // plaintext
 	}
 	if c.TLS.Cert == "" || c.TLS.Key == "" || c.TLS.ClientCA == "" {
-		return nil, errors.New("cert, key and client_ca belong together: set all three, for clients have to show a certificate")
+		return nil, errors.New("cert, key and client_ca belong together: set all three, as clients need a certificate")
 	}
 	cert, certErr := tls.LoadX509KeyPair(c.TLS.Cert, c.TLS.Key)
 	pool, poolErr := readPool(c.TLS.ClientCA)
@@ -75,14 +76,14 @@ func (c Config) readServerTLS() (*tls.Config, error) {
 	}, nil
 }
 
-// etcdTLS is the configuration of the connection to etcd, nil for plaintext. A
-// connection uses the certificate that the files hold when it is made.
+// etcdTLS returns the configuration of the connection to etcd, nil for plaintext. Each
+// new connection uses the current certificate file.
 func (c Config) etcdTLS(log *zap.Logger) (*tls.Config, error) {
 	if c.EtcdTLS == (EtcdTLS{}) {
 		return nil, nil //nolint:nilnil // plaintext
 	}
 	if c.EtcdTLS.CA == "" {
-		return nil, errors.New("ca is missing: without it nobody could tell etcd from another")
+		return nil, errors.New("ca is missing: it is needed to verify the certificate of etcd")
 	}
 	pool, err := readPool(c.EtcdTLS.CA)
 	if err != nil {
@@ -120,7 +121,7 @@ func readPool(path string) (*x509.CertPool, error) {
 	return pool, nil
 }
 
-// etcdPassword reads the password of the user at etcd. Nobody prints it.
+// etcdPassword reads the password of the user at etcd. It must not be printed.
 func (c Config) etcdPassword() (string, error) {
 	switch {
 	case c.EtcdUsername == "" && c.EtcdPasswordFile == "":

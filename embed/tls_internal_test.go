@@ -49,8 +49,8 @@ func writePEM(t *testing.T, name, kind string, der []byte) {
 	}
 }
 
-// TestReplacedCertificates replaces the files of certificates while the server runs:
-// the next connections use them, and files that do not belong together change nothing.
+// TestReplacedCertificates replaces certificate files while the server runs: new
+// connections use them, and a certificate without its key changes nothing.
 func TestReplacedCertificates(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
@@ -71,14 +71,14 @@ func TestReplacedCertificates(t *testing.T) {
 			time.Sleep(rereadEvery)
 			now, err := server.GetConfigForClient(&tls.ClientHelloInfo{})
 			if err != nil || string(now.Certificates[0].Certificate[0]) != string(want) {
-				t.Errorf("%s: the server shows another certificate, %v", when, err)
+				t.Errorf("%s: the server has another certificate, %v", when, err)
 			}
 			if now.ClientAuth != tls.RequireAndVerifyClientCert || now.MinVersion != tls.VersionTLS13 || now.ClientCAs == nil {
-				t.Errorf("%s: the server asks for less", when)
+				t.Errorf("%s: the server requires less of clients", when)
 			}
-			shown, err := etcd.GetClientCertificate(&tls.CertificateRequestInfo{})
-			if err != nil || string(shown.Certificate[0]) != string(want) {
-				t.Errorf("%s: etcd is shown another certificate, %v", when, err)
+			used, err := etcd.GetClientCertificate(&tls.CertificateRequestInfo{})
+			if err != nil || string(used.Certificate[0]) != string(want) {
+				t.Errorf("%s: etcd gets another certificate, %v", when, err)
 			}
 		}
 		want("at first", first)
@@ -88,7 +88,7 @@ func TestReplacedCertificates(t *testing.T) {
 		want("without its key", second)
 		want("still", second)
 		if logs.Len() != 2 {
-			t.Errorf("logged %d times, not once for each: %v", logs.Len(), logs.All())
+			t.Errorf("%d lines of log, not one per setting: %v", logs.Len(), logs.All())
 		}
 	})
 }
@@ -106,18 +106,20 @@ func TestReplacedKeys(t *testing.T) {
 	write(id, "a\n")
 	write(secret, "b\n")
 	write(token, "c\n")
-	o, err := ObjectStore{Type: typeS3, Bucket: "shop", AccessKeyFile: id, SecretKeyFile: secret, SessionTokenFile: token}.s3Options()
+	o, err := ObjectStore{Type: typeS3, Bucket: "shop", AccessKeyFile: id, SecretKeyFile: secret,
+		SessionTokenFile: token}.s3Options()
 	if err != nil || o.ReadKeys == nil {
-		t.Fatal("the keys are not read again", err)
+		t.Fatal("no function to read the keys again", err)
 	}
 	write(id, "d")
 	write(secret, "e")
 	write(token, "f")
-	if got, err := o.ReadKeys(); err != nil || got != (s3.Keys{AccessKeyID: "d", SecretAccessKey: "e", SessionToken: "f"}) {
+	if got, err := o.ReadKeys(); err != nil ||
+		got != (s3.Keys{AccessKeyID: "d", SecretAccessKey: "e", SessionToken: "f"}) {
 		t.Errorf("got %+v, %v", got, err)
 	}
 	write(secret, "")
 	if _, err := o.ReadKeys(); err == nil {
-		t.Error("an empty file is a secret")
+		t.Error("no error for an empty secret")
 	}
 }

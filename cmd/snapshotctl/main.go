@@ -15,8 +15,7 @@ var version string
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	// The first signal ends the command; a second one, should that hang, the
-	// process.
+	// The first signal ends the command; a second one ends the process.
 	context.AfterFunc(ctx, stop)
 	os.Exit(cli.Program{Version: version}.Run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 }

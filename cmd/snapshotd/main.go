@@ -29,15 +29,15 @@ const (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	// The first signal asks for a graceful end, a second one is not caught.
+	// The first signal starts a graceful stop; a second one ends the process.
 	context.AfterFunc(ctx, stop)
 	os.Exit(run(ctx, os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr))
 }
 
-// run runs the program until it is done or ctx ends, and returns its exit code.
+// run runs the program until it ends or ctx ends, and returns the exit code.
 func run(ctx context.Context, args []string, env func(string) (string, bool), stdout, stderr io.Writer) int {
 	a := &app{env: env}
-	root := a.root() //nolint:contextcheck // cobra hands it on
+	root := a.root() //nolint:contextcheck // cobra passes it on
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
@@ -45,9 +45,9 @@ func run(ctx context.Context, args []string, env func(string) (string, bool), st
 	if err == nil {
 		return exitOK
 	}
-	// One line, whatever it is made of.
+	// One line, also for joined errors.
 	fmt.Fprintf(stderr, "snapshotd: %s\n", strings.ReplaceAll(err.Error(), "\n", "; "))
-	if !a.began { // so it did not get past its arguments
+	if !a.began { // the arguments are wrong
 		fmt.Fprintln(stderr, "Run 'snapshotd --help' for usage.")
 		return exitUsage
 	}
@@ -56,7 +56,7 @@ func run(ctx context.Context, args []string, env func(string) (string, bool), st
 
 type app struct {
 	env   func(string) (string, bool)
-	began bool
+	began bool // the arguments were accepted
 }
 
 func (a *app) root() *cobra.Command {
@@ -66,10 +66,9 @@ func (a *app) root() *cobra.Command {
 		Long: `snapshotd takes snapshots of collections of immutable segment files, without
 copying a byte of them, and keeps every file that a snapshot needs.
 
-What the flags set can be set as well in a YAML file (--config; the names are
-those that "snapshotd config print" shows) and by environment variables: the name
-of --data-dir is SNAPSHOTD_DATA_DIR. Flags win over the environment, which wins
-over the file.
+Each flag is also a setting of the YAML file (--config; "snapshotd config print"
+prints the names) and an environment variable: SNAPSHOTD_DATA_DIR is that of
+--data-dir. Flags win over the environment, which wins over the file.
 
 Exit codes: 0 a graceful end, 1 an error, 2 wrong usage.`,
 		Version:       version, // makes --version
@@ -82,7 +81,7 @@ Exit codes: 0 a graceful end, 1 an error, 2 wrong usage.`,
 	root.CompletionOptions.DisableDefaultCmd = true
 	config := &cobra.Command{
 		Use: "config", Short: "Shows the configuration.", Args: cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error { return errors.New("config what? There is: config print") },
+		RunE: func(*cobra.Command, []string) error { return errors.New("config needs a subcommand: config print") },
 	}
 	config.AddCommand(a.print())
 	root.AddCommand(a.serve(), config, &cobra.Command{
@@ -96,8 +95,8 @@ Exit codes: 0 a graceful end, 1 an error, 2 wrong usage.`,
 	return root
 }
 
-// flags gives cmd the flags of the configuration, and returns what loads it
-// once they are parsed.
+// flags adds the flags of the configuration to cmd, and returns the function that loads
+// the configuration after they are parsed.
 func (a *app) flags(cmd *cobra.Command) func() (embed.Config, error) {
 	scratch := embed.Default()
 	fs := pflag.NewFlagSet("", pflag.ContinueOnError)
@@ -115,7 +114,7 @@ func (a *app) flags(cmd *cobra.Command) func() (embed.Config, error) {
 }
 
 func (a *app) serve() *cobra.Command {
-	cmd := &cobra.Command{Use: "serve", Short: "Runs the server until it is told to end.", Args: cobra.NoArgs}
+	cmd := &cobra.Command{Use: "serve", Short: "Runs the server until a signal ends it.", Args: cobra.NoArgs}
 	load := a.flags(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		a.began = true
@@ -126,7 +125,7 @@ func (a *app) serve() *cobra.Command {
 		cfg.Version = version
 		srv, err := embed.Start(cmd.Context(), cfg)
 		if err != nil && cmd.Context().Err() != nil {
-			return nil //nolint:nilerr // it was told to end while it started
+			return nil //nolint:nilerr // a signal ended the start
 		}
 		if err != nil {
 			return err
@@ -147,7 +146,7 @@ func (a *app) print() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "print", Short: "Prints the configuration that serve would run with.", Args: cobra.NoArgs,
 		Long: `Prints the configuration that serve would run with, as a file for --config.
-Secrets are not part of it: they are in files of which it has the names.`,
+It has no secrets, only the names of the files that hold them.`,
 	}
 	load := a.flags(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {

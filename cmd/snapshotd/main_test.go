@@ -65,7 +65,8 @@ func TestServe(t *testing.T) {
 	}
 	code := make(chan int, 1)
 	go func() {
-		code <- run(ctx, []string{"serve", "--listen=127.0.0.1:0", "--data-dir", filepath.Join(t.TempDir(), "data")}, env, io.Discard, w)
+		code <- run(ctx, []string{"serve", "--listen=127.0.0.1:0", "--data-dir", filepath.Join(t.TempDir(), "data")}, env,
+			io.Discard, w)
 		_ = w.Close()
 	}()
 	lines := bufio.NewScanner(r)

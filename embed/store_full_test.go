@@ -22,13 +22,13 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
-// takesSpace are the operations that a full store refuses.
-var takesSpace = []s3fault.Op{
+// writeOps are the operations that a full store refuses.
+var writeOps = []s3fault.Op{
 	s3fault.PutObject, s3fault.CopyObject, s3fault.CreateMultipartUpload, s3fault.UploadPart, s3fault.UploadPartCopy,
 	s3fault.CompleteMultipartUpload,
 }
 
-// addSegment registers a segment of one file, which it writes.
+// addSegment writes a file and registers a segment with it.
 func addSegment(t *testing.T, s *embed.Server, bucket object.Store, name string) (id int64, key string) {
 	t.Helper()
 	catalog := pb.NewCatalogServiceClient(s.Conn())
@@ -75,8 +75,8 @@ func createSnapshot(t *testing.T, s *embed.Server, name string) error {
 	return err
 }
 
-// eventually waits for what other goroutines do, over real connections.
-func eventually(t *testing.T, what string, done func() bool) {
+// eventually waits for a condition over real connections.
+func eventually(t *testing.T, condition string, done func() bool) {
 	t.Helper()
 	deadline := time.NewTimer(time.Minute)
 	defer deadline.Stop()
@@ -86,14 +86,14 @@ func eventually(t *testing.T, what string, done func() bool) {
 		select {
 		case <-tick.C:
 		case <-deadline.C:
-			t.Fatalf("not within a minute: %s", what)
+			t.Fatalf("not within a minute: %s", condition)
 		}
 	}
 }
 
-// TestStartOnAFullBucket starts a replica again while its bucket takes no write, with
-// a release that has not probed it yet: it reads, drops and collects, says what is
-// full in the store's words, and takes writes again by itself.
+// TestStartOnAFullBucket restarts a replica of a new release, which has not probed the
+// bucket, while the bucket refuses writes: it reads, drops and collects, reports the
+// store's error, and accepts writes once the store does.
 func TestStartOnAFullBucket(t *testing.T) {
 	for _, c := range []struct {
 		name  string
@@ -136,21 +136,21 @@ func startOnAFullBucket(t *testing.T, full s3fault.Action, words string) {
 	}
 
 	var rules []s3fault.Rule
-	for _, op := range takesSpace {
+	for _, op := range writeOps {
 		rules = append(rules, s3fault.Rule{Op: op, Times: -1, Action: full})
 	}
 	p.Plan(rules...)
 	core, logs := observer.New(zapcore.WarnLevel)
 	cfg.Log = zap.New(core)
-	cfg.Version = "v99.0.0" // of which the verdict is not known
+	cfg.Version = "v99.0.0" // without a recorded probe
 	s := start(t, cfg)
 	snapshots, catalog := pb.NewSnapshotServiceClient(s.Conn()), pb.NewCatalogServiceClient(s.Conn())
 	if got := names(t, s.Conn()); got != "dropped kept" && got != "kept dropped" {
-		t.Errorf("it lists %q", got)
+		t.Errorf("listed %q", got)
 	}
 	described, err := snapshots.DescribeSnapshot(t.Context(), &pb.DescribeSnapshotRequest{Snapshot: snapshotRef("kept")})
 	if err != nil || len(described.GetManifests()) == 0 {
-		t.Errorf("it describes %v, %v", described, err)
+		t.Errorf("described %v, %v", described, err)
 	}
 	err = createSnapshot(t, s, "meanwhile")
 	if status.Code(err) != codes.ResourceExhausted || client.Reason(err) != "STORE_FULL" ||
@@ -165,7 +165,7 @@ func startOnAFullBucket(t *testing.T, full s3fault.Action, words string) {
 	if _, err := catalog.DropSegments(t.Context(), drop); err != nil {
 		t.Errorf("a drop of a segment: %v", err)
 	}
-	eventually(t, "the file of the dropped segment goes", func() bool {
+	eventually(t, "the file of the dropped segment is deleted", func() bool {
 		for info, err := range bucket.List(t.Context(), "c/") {
 			if err != nil {
 				t.Fatal(err)
@@ -194,11 +194,12 @@ func startOnAFullBucket(t *testing.T, full s3fault.Action, words string) {
 
 	p.Plan()
 	i := 0
-	eventually(t, "creates go on", func() bool { i++; return createSnapshot(t, s, fmt.Sprintf("after%d", i)) == nil })
+	eventually(t, "creates succeed again",
+		func() bool { i++; return createSnapshot(t, s, fmt.Sprintf("after%d", i)) == nil })
 	if code, body := get(t, metrics+"/healthz"); code != 200 || body != "ok\n" {
 		t.Errorf("healthz: %d %q", code, body)
 	}
 	if got := names(t, s.Conn()); !strings.Contains(got, "kept") || strings.Contains(got, "dropped") {
-		t.Errorf("afterwards it lists %q", got)
+		t.Errorf("afterwards listed %q", got)
 	}
 }

@@ -19,18 +19,18 @@ import (
 )
 
 // TestCopyOfTheDataDirectory stops an embedded server, copies its data directory
-// with its times, and restores from the copy what has ETags: a segment that an
-// earlier release registered, whose ETag has the inode, and a restored one.
+// with its times, and restores from the copy two segments with ETags: one of an
+// earlier release, whose ETag has the inode, and a restored one.
 func TestCopyOfTheDataDirectory(t *testing.T) {
 	cfg := small(t)
 	put := putFile(t, filepath.Join(cfg.DataDir, "objects"))
-	run := func(do func(s *embed.Server)) {
+	run := func(f func(s *embed.Server)) {
 		t.Helper()
 		s, err := embed.Start(t.Context(), cfg)
 		if err != nil {
 			t.Fatal(err)
 		}
-		do(s)
+		f(s)
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
 		}
@@ -40,15 +40,15 @@ func TestCopyOfTheDataDirectory(t *testing.T) {
 			t.Fatal(err)
 		}
 		register(t, s, "c", put.Size, put.ETag+"-7a1c")
-		restoreOf(t, s, "c", "s0", "first")
-		restoreOf(t, s, "first", "s1", "second")
+		restore(t, s, "c", "s0", "first")
+		restore(t, s, "first", "s1", "second")
 	})
 	moved := filepath.Join(t.TempDir(), "moved")
 	copyWithTimes(t, moved, cfg.DataDir)
 	cfg.DataDir = moved
 	run(func(s *embed.Server) {
-		restoreOf(t, s, "", "s0", "third")
-		restoreOf(t, s, "", "s1", "fourth")
+		restore(t, s, "", "s0", "third")
+		restore(t, s, "", "s1", "fourth")
 	})
 }
 
@@ -61,14 +61,14 @@ func TestObjectDirectoryInUse(t *testing.T) {
 	second.ObjectStores = map[string]embed.ObjectStore{"default": {Path: objects}}
 	s, err := embed.Start(t.Context(), second)
 	if err == nil {
-		err = errors.Join(errors.New("it started"), s.Close())
+		err = errors.Join(errors.New("the server started"), s.Close())
 	}
 	if !errors.Is(err, embed.ErrInUse) || !strings.Contains(err.Error(), objects) {
 		t.Errorf("got %v", err)
 	}
 }
 
-// putFile writes the only file of the collection c.
+// putFile writes the file of the collection c.
 func putFile(t *testing.T, dir string) object.Info {
 	t.Helper()
 	store, err := file.Open(dir, file.Options{})
@@ -101,7 +101,8 @@ func register(t *testing.T, s *embed.Server, collection string, size int64, etag
 	if err := stream.Send(&pb.AddSegmentsRequest{Collection: ref, Segments: []*pb.Segment{{
 		Id: ids.GetIds().GetFirst(), State: pb.Segment_STATE_FLUSHED, Rows: 1,
 		StartPosition: &pb.Position{Timestamp: 1}, DmlPosition: &pb.Position{Timestamp: 2},
-		Files: []*pb.File{{Path: "data", Kind: "insert", SizeBytes: size, Etag: etag, Entries: 1, MinTimestamp: 1, MaxTimestamp: 1}},
+		Files: []*pb.File{{Path: "data", Kind: "insert", SizeBytes: size, Etag: etag, Entries: 1, MinTimestamp: 1,
+			MaxTimestamp: 1}},
 	}}}); err != nil {
 		t.Fatal(err)
 	}
@@ -115,9 +116,9 @@ func register(t *testing.T, s *embed.Server, collection string, size int64, etag
 	}
 }
 
-// restoreOf restores a snapshot, of a collection that it first takes it of when
-// one is named, and waits for the end.
-func restoreOf(t *testing.T, s *embed.Server, collection, snapshot, target string) {
+// restore restores a snapshot and waits for the end. With a collection it creates the
+// snapshot first.
+func restore(t *testing.T, s *embed.Server, collection, snapshot, target string) {
 	t.Helper()
 	ctx, snapshots := t.Context(), pb.NewSnapshotServiceClient(s.Conn())
 	if collection != "" {
@@ -148,7 +149,7 @@ func restoreOf(t *testing.T, s *embed.Server, collection, snapshot, target strin
 			return
 		}
 		if state == pb.RestoreJob_STATE_FAILED || state == pb.RestoreJob_STATE_CANCELED {
-			t.Fatalf("restore %s to %s ends as %v: %v", snapshot, target, state, resp.GetJob())
+			t.Fatalf("restore %s to %s ended as %v: %v", snapshot, target, state, resp.GetJob())
 		}
 	}
 }

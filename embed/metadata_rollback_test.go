@@ -18,18 +18,18 @@ import (
 	"github.com/snapshotd/snapshotd/embed"
 )
 
-// TestEtcdOfABackup has the server start on a copy of etcd's directory that is older
-// than the object store: it starts, says so, and hands out no id.
-func TestEtcdOfABackup(t *testing.T) {
+// TestMetadataRollback starts the server on a copy of etcd's directory that is older
+// than the object store: it starts, logs that, and allocates no id.
+func TestMetadataRollback(t *testing.T) {
 	cfg := small(t)
 	etcd, backup := filepath.Join(cfg.DataDir, "etcd"), filepath.Join(t.TempDir(), "etcd")
-	run := func(do func(s *embed.Server)) {
+	run := func(f func(s *embed.Server)) {
 		t.Helper()
 		s, err := embed.Start(t.Context(), cfg)
 		if err != nil {
 			t.Fatal(err)
 		}
-		do(s)
+		f(s)
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
 		}
@@ -40,20 +40,20 @@ func TestEtcdOfABackup(t *testing.T) {
 		})
 		return err
 	}
-	fine := func(s *embed.Server) {
+	allocateTwice := func(s *embed.Server) {
 		t.Helper()
-		for range 2 { // a million each: the second passes the first ceiling
+		for range 2 { // a million each: the second exceeds the first idLimit
 			if err := allocate(s); err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
-	run(fine)
+	run(allocateTwice)
 	if err := os.CopyFS(backup, os.DirFS(etcd)); err != nil {
 		t.Fatal(err)
 	}
-	run(fine)
-	run(fine)
+	run(allocateTwice)
+	run(allocateTwice)
 	if err := os.RemoveAll(etcd); err != nil {
 		t.Fatal(err)
 	}
@@ -68,7 +68,7 @@ func TestEtcdOfABackup(t *testing.T) {
 			t.Errorf("allocate: %v", err)
 		}
 		if logs.FilterMessageSnippet("snapshotctl recover").Len() == 0 {
-			t.Errorf("the log does not say so: %v", logs.All())
+			t.Errorf("nothing about it in the log: %v", logs.All())
 		}
 	})
 }
