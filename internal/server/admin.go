@@ -14,13 +14,13 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// admin is the AdminService.
+// admin implements the AdminService.
 type admin struct {
 	pb.UnimplementedAdminServiceServer
 	manager       *manager.Manager
 	cluster       cluster.Cluster
 	kv            meta.KV
-	tokens        sealer
+	tokens        pageTokenCodec
 	version       string
 	replica       string
 	stores        []string
@@ -53,15 +53,15 @@ func (s *admin) GetKey(ctx context.Context, req *pb.GetKeyRequest) (*pb.GetKeyRe
 		if !s.tokens.open(token, method, filterHash(req), &revision, &offset) {
 			return nil, errPageToken
 		}
-		// The record as it was: pages of two would not fit together.
-		was, err := s.kv.Range(ctx, meta.Range{From: kv.Key, Revision: revision})
+		// All pages are of the same revision of the record.
+		old, err := s.kv.Range(ctx, meta.Range{From: kv.Key, Revision: revision})
 		if err != nil {
-			return nil, fmt.Errorf("read %s as it was at revision %d: %w", kv.Key, revision, err)
+			return nil, fmt.Errorf("read %s at revision %d: %w", kv.Key, revision, err)
 		}
-		if len(was.KVs) == 0 {
+		if len(old.KVs) == 0 {
 			return nil, fmt.Errorf("%w: %s", errKeyNotFound, req.GetKey())
 		}
-		kv = was.KVs[0]
+		kv = old.KVs[0]
 	}
 	kind, text := inspect.Describe(kv)
 	if offset < 0 || offset > int64(len(text)) {
@@ -70,28 +70,28 @@ func (s *admin) GetKey(ctx context.Context, req *pb.GetKeyRequest) (*pb.GetKeyRe
 	resp := &pb.GetKeyResponse{
 		Key: kv.Key, CreateRevision: kv.CreateRevision, ModRevision: kv.ModRevision, Leased: kv.Lease != 0, Type: kind,
 	}
-	resp.Json = cutText(text[offset:], maxAnswerBytes)
+	resp.Json = truncateText(text[offset:], maxAnswerBytes)
 	if end := offset + int64(len(resp.GetJson())); end < int64(len(text)) {
 		resp.NextPageToken = s.tokens.seal(method, filterHash(req), kv.ModRevision, end)
 	}
 	return resp, nil
 }
 
-// cutText returns the most of text that takes no more than so many bytes and ends with
+// truncateText returns the longest prefix of text of at most limit bytes that ends with
 // a whole rune.
-func cutText(text string, most int) string {
-	if len(text) <= most {
+func truncateText(text string, limit int) string {
+	if len(text) <= limit {
 		return text
 	}
-	for most > 0 && !utf8.RuneStart(text[most]) {
-		most--
+	for limit > 0 && !utf8.RuneStart(text[limit]) {
+		limit--
 	}
-	return text[:most]
+	return text[:limit]
 }
 
-// record returns what lies under the key that is asked for.
+// record returns the record under the requested key, whose ids may lack leading zeros.
 func (s *admin) record(ctx context.Context, req *pb.GetKeyRequest) (meta.KeyValue, error) {
-	for _, key := range []string{req.GetKey(), padded(req.GetKey())} {
+	for _, key := range []string{req.GetKey(), zeroPadIDs(req.GetKey())} {
 		if len(key) > meta.MaxKeyBytes {
 			continue
 		}
@@ -106,8 +106,8 @@ func (s *admin) record(ctx context.Context, req *pb.GetKeyRequest) (meta.KeyValu
 	return meta.KeyValue{}, fmt.Errorf("%w: %s", errKeyNotFound, req.GetKey())
 }
 
-// padded writes the numbers in a key as they are stored.
-func padded(key string) string {
+// zeroPadIDs returns a key with its ids padded to the stored number of digits.
+func zeroPadIDs(key string) string {
 	const digits = 19
 	parts := strings.Split(key, "/")
 	for i, p := range parts {
@@ -125,7 +125,9 @@ func (s *admin) ProbeStore(ctx context.Context, req *pb.ProbeStoreRequest) (*pb.
 	}
 	resp := &pb.ProbeStoreResponse{Store: cmp.Or(req.GetStore(), s.snapshotStore), Usable: report.Err() == nil}
 	for _, c := range report.Checks {
-		resp.Checks = append(resp.Checks, &pb.ProbeCheck{Name: c.Name, Required: c.Required, Ok: c.OK, Detail: clip(c.Detail), NotKnown: c.Err != nil})
+		resp.Checks = append(resp.Checks, &pb.ProbeCheck{
+			Name: c.Name, Required: c.Required, Ok: c.OK, Detail: clip(c.Detail), NotKnown: c.Err != nil,
+		})
 	}
 	return resp, nil
 }

@@ -14,21 +14,20 @@ import (
 	"github.com/snapshotd/snapshotd/internal/segment"
 )
 
-// catalogs is the CatalogService.
+// catalogs implements the CatalogService.
 type catalogs struct {
 	pb.UnimplementedCatalogServiceServer
 	catalog *catalog.Catalog
-	tokens  sealer
+	tokens  pageTokenCodec
 	exports slots
 }
 
-// slots bounds how many calls of a kind are under way. A call holds a slot while it
-// has sent a value and not received it again.
+// slots is a semaphore of concurrent calls: a value per running call.
 type slots chan struct{}
 
-// take waits for a slot, and returns what gives it back. It is an errExports when
-// there is none in time.
-func (s slots) take(ctx context.Context, wait time.Duration) (release func(), err error) {
+// acquire waits for a slot and returns the function that frees it. Without a slot in
+// time it returns errExports.
+func (s slots) acquire(ctx context.Context, wait time.Duration) (release func(), err error) {
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
 	select {
@@ -41,11 +40,12 @@ func (s slots) take(ctx context.Context, wait time.Duration) (release func(), er
 	}
 }
 
-//nolint:revive // the generated interface has the name
+//nolint:revive // name of the generated interface
 func (s *catalogs) AllocateIds(ctx context.Context, req *pb.AllocateIdsRequest) (*pb.AllocateIdsResponse, error) {
 	tok := requestToken(callOf(ctx).principal, "AllocateIds", req)
 	if want := req.GetReserve(); want != nil {
-		if err := s.catalog.ReserveIDs(ctx, tok, catalog.IDRange{First: want.GetFirst(), Count: want.GetCount()}); err != nil {
+		if err := s.catalog.ReserveIDs(ctx, tok,
+			catalog.IDRange{First: want.GetFirst(), Count: want.GetCount()}); err != nil {
 			return nil, err
 		}
 		return &pb.AllocateIdsResponse{Ids: &pb.IdRange{First: want.GetFirst(), Count: want.GetCount()}}, nil
@@ -64,7 +64,9 @@ func (s *catalogs) AllocateIds(ctx context.Context, req *pb.AllocateIdsRequest) 
 	return &pb.AllocateIdsResponse{Ids: &pb.IdRange{First: ids.First, Count: ids.Count}}, nil
 }
 
-func (s *catalogs) CreateCollection(ctx context.Context, req *pb.CreateCollectionRequest) (*pb.CreateCollectionResponse, error) {
+func (s *catalogs) CreateCollection(
+	ctx context.Context, req *pb.CreateCollectionRequest,
+) (*pb.CreateCollectionResponse, error) {
 	tok := requestToken(callOf(ctx).principal, "CreateCollection", req)
 	col, err := s.catalog.CreateCollection(ctx, tok, collectionSpec(req))
 	if err != nil {
@@ -81,7 +83,9 @@ func (s *catalogs) GetCollection(ctx context.Context, req *pb.GetCollectionReque
 	return &pb.GetCollectionResponse{Collection: collectionToProto(&col)}, nil
 }
 
-func (s *catalogs) ListCollections(ctx context.Context, req *pb.ListCollectionsRequest) (*pb.ListCollectionsResponse, error) {
+func (s *catalogs) ListCollections(
+	ctx context.Context, req *pb.ListCollectionsRequest,
+) (*pb.ListCollectionsResponse, error) {
 	const method = "ListCollections"
 	filters := filterHash(req)
 	var after int64
@@ -109,7 +113,9 @@ func (s *catalogs) ListCollections(ctx context.Context, req *pb.ListCollectionsR
 	return resp, nil
 }
 
-func (s *catalogs) UpdateCollection(ctx context.Context, req *pb.UpdateCollectionRequest) (*pb.UpdateCollectionResponse, error) {
+func (s *catalogs) UpdateCollection(
+	ctx context.Context, req *pb.UpdateCollectionRequest,
+) (*pb.UpdateCollectionResponse, error) {
 	tok := requestToken(callOf(ctx).principal, "UpdateCollection", req)
 	var patch catalog.Patch
 	for _, path := range req.GetUpdateMask().GetPaths() {
@@ -129,7 +135,9 @@ func (s *catalogs) UpdateCollection(ctx context.Context, req *pb.UpdateCollectio
 	return &pb.UpdateCollectionResponse{Collection: collectionToProto(&col)}, nil
 }
 
-func (s *catalogs) RenameCollection(ctx context.Context, req *pb.RenameCollectionRequest) (*pb.RenameCollectionResponse, error) {
+func (s *catalogs) RenameCollection(
+	ctx context.Context, req *pb.RenameCollectionRequest,
+) (*pb.RenameCollectionResponse, error) {
 	tok := requestToken(callOf(ctx).principal, "RenameCollection", req)
 	to := req.GetNewName()
 	col, err := s.catalog.RenameCollection(ctx, tok, collectionRef(req.GetCollection()), dbName(to.GetDb()), to.GetName())
@@ -139,7 +147,9 @@ func (s *catalogs) RenameCollection(ctx context.Context, req *pb.RenameCollectio
 	return &pb.RenameCollectionResponse{Collection: collectionToProto(&col)}, nil
 }
 
-func (s *catalogs) DropCollection(ctx context.Context, req *pb.DropCollectionRequest) (*pb.DropCollectionResponse, error) {
+func (s *catalogs) DropCollection(
+	ctx context.Context, req *pb.DropCollectionRequest,
+) (*pb.DropCollectionResponse, error) {
 	tok := requestToken(callOf(ctx).principal, "DropCollection", req)
 	id, err := s.catalog.DropCollection(ctx, tok, collectionRef(req.GetCollection()), req.GetExpectedId())
 	if err != nil {
@@ -148,7 +158,9 @@ func (s *catalogs) DropCollection(ctx context.Context, req *pb.DropCollectionReq
 	return &pb.DropCollectionResponse{CollectionId: id}, nil
 }
 
-func (s *catalogs) CreatePartition(ctx context.Context, req *pb.CreatePartitionRequest) (*pb.CreatePartitionResponse, error) {
+func (s *catalogs) CreatePartition(
+	ctx context.Context, req *pb.CreatePartitionRequest,
+) (*pb.CreatePartitionResponse, error) {
 	tok := requestToken(callOf(ctx).principal, "CreatePartition", req)
 	p, err := s.catalog.CreatePartition(ctx, tok, collectionRef(req.GetCollection()), catalog.Partition{
 		ID: req.GetId(), Name: req.GetName(), Attributes: req.GetAttributes(),
@@ -159,9 +171,11 @@ func (s *catalogs) CreatePartition(ctx context.Context, req *pb.CreatePartitionR
 	return &pb.CreatePartitionResponse{Partition: partitionToProto(p)}, nil
 }
 
-func (s *catalogs) ListPartitions(ctx context.Context, req *pb.ListPartitionsRequest) (*pb.ListPartitionsResponse, error) {
+func (s *catalogs) ListPartitions(
+	ctx context.Context, req *pb.ListPartitionsRequest,
+) (*pb.ListPartitionsResponse, error) {
 	resp, page := &pb.ListPartitionsResponse{}, wholePage(req.GetPageSize())
-	next, err := s.parts(ctx, "ListPartitions", req, func(collection, after int64) (last int64, more bool, err error) {
+	next, err := s.listPage(ctx, "ListPartitions", req, func(collection, after int64) (last int64, more bool, err error) {
 		more, err = s.catalog.Partitions(ctx, collection, after, func(p catalog.Partition) bool {
 			out := partitionToProto(p)
 			if !page.add(out) {
@@ -176,14 +190,14 @@ func (s *catalogs) ListPartitions(ctx context.Context, req *pb.ListPartitionsReq
 		return nil, err
 	}
 	resp.NextPageToken = next
-	noteRest(ctx, req.GetPageSize(), req.GetPageToken(), next, "partitions of the collection")
+	notePartialList(ctx, req.GetPageSize(), req.GetPageToken(), next, "partitions of the collection")
 	return resp, nil
 }
 
-// parts is what ListPartitions and ListIndexes have in common: read reads a page of
-// a collection, from the first id behind after on, and returns the last id of it
-// and whether there are more. It returns the token of the next page.
-func (s *catalogs) parts(ctx context.Context, method string, req interface {
+// listPage implements ListPartitions and ListIndexes: read reads a page of a collection
+// with the ids above after, and returns its last id and whether there are more. listPage
+// returns the token of the next page.
+func (s *catalogs) listPage(ctx context.Context, method string, req interface {
 	proto.Message
 	GetCollection() *pb.CollectionRef
 	GetPageToken() string
@@ -193,7 +207,7 @@ func (s *catalogs) parts(ctx context.Context, method string, req interface {
 	ref := collectionRef(req.GetCollection())
 	var after int64
 	if token := req.GetPageToken(); token != "" {
-		ref = catalog.Ref{} // the name is resolved once, for all pages
+		ref = catalog.Ref{} // the first page has resolved the name
 		if !s.tokens.open(token, method, filters, &ref.ID, &after) {
 			return "", errPageToken
 		}
@@ -232,7 +246,7 @@ func (s *catalogs) CreateIndex(ctx context.Context, req *pb.CreateIndexRequest) 
 
 func (s *catalogs) ListIndexes(ctx context.Context, req *pb.ListIndexesRequest) (*pb.ListIndexesResponse, error) {
 	resp, page := &pb.ListIndexesResponse{}, wholePage(req.GetPageSize())
-	next, err := s.parts(ctx, "ListIndexes", req, func(collection, after int64) (last int64, more bool, err error) {
+	next, err := s.listPage(ctx, "ListIndexes", req, func(collection, after int64) (last int64, more bool, err error) {
 		more, err = s.catalog.Indexes(ctx, collection, after, func(x catalog.Index) bool {
 			out := indexToProto(x)
 			if !page.add(out) {
@@ -247,7 +261,7 @@ func (s *catalogs) ListIndexes(ctx context.Context, req *pb.ListIndexesRequest) 
 		return nil, err
 	}
 	resp.NextPageToken = next
-	noteRest(ctx, req.GetPageSize(), req.GetPageToken(), next, "indexes of the collection")
+	notePartialList(ctx, req.GetPageSize(), req.GetPageToken(), next, "indexes of the collection")
 	return resp, nil
 }
 
@@ -275,12 +289,13 @@ func (s *catalogs) AddSegments(stream grpc.ClientStreamingServer[pb.AddSegmentsR
 			if req.GetCollection() == nil {
 				return &catalog.InvalidError{Field: "collection", Problem: "is required in the first message"}
 			}
-			// Once, so that all go to one collection though it be renamed meanwhile.
+			// Resolved once: a rename during the stream changes nothing.
 			if resp.CollectionId, err = s.catalog.Resolve(ctx, collectionRef(req.GetCollection())); err != nil {
 				return err
 			}
 		}
-		added, present, err := s.catalog.AddSegments(ctx, resp.GetCollectionId(), convert(req.GetSegments(), segmentFromProto))
+		added, present, err := s.catalog.AddSegments(ctx, resp.GetCollectionId(),
+			convert(req.GetSegments(), segmentFromProto))
 		if err != nil {
 			return err
 		}
@@ -297,9 +312,11 @@ func (s *catalogs) GetSegment(ctx context.Context, req *pb.GetSegmentRequest) (*
 	return &pb.GetSegmentResponse{Segment: segmentToProto(&seg), Revision: revision}, nil
 }
 
-func (s *catalogs) ExportSegments(req *pb.ExportSegmentsRequest, stream grpc.ServerStreamingServer[pb.ExportSegmentsResponse]) error {
+func (s *catalogs) ExportSegments(
+	req *pb.ExportSegmentsRequest, stream grpc.ServerStreamingServer[pb.ExportSegmentsResponse],
+) error {
 	ctx := stream.Context()
-	release, err := s.exports.take(ctx, exportWait)
+	release, err := s.exports.acquire(ctx, exportWait)
 	if err != nil {
 		return err
 	}
@@ -333,10 +350,12 @@ func (s *catalogs) ExportSegments(req *pb.ExportSegmentsRequest, stream grpc.Ser
 	if err != nil {
 		return err
 	}
-	return stream.Send(msg) // without segments it still tells the revision
+	return stream.Send(msg) // an empty message still has the revision
 }
 
-func (s *catalogs) UpdateSegments(ctx context.Context, req *pb.UpdateSegmentsRequest) (*pb.UpdateSegmentsResponse, error) {
+func (s *catalogs) UpdateSegments(
+	ctx context.Context, req *pb.UpdateSegmentsRequest,
+) (*pb.UpdateSegmentsResponse, error) {
 	tok := requestToken(callOf(ctx).principal, "UpdateSegments", req)
 	revision, err := s.catalog.Change(ctx, tok, collectionRef(req.GetCollection()), catalog.SegmentChange{
 		Update:      convert(req.GetUpdates(), updateFromProto),
@@ -348,7 +367,9 @@ func (s *catalogs) UpdateSegments(ctx context.Context, req *pb.UpdateSegmentsReq
 	return &pb.UpdateSegmentsResponse{CatalogRevision: revision}, nil
 }
 
-func (s *catalogs) CompactSegments(ctx context.Context, req *pb.CompactSegmentsRequest) (*pb.CompactSegmentsResponse, error) {
+func (s *catalogs) CompactSegments(
+	ctx context.Context, req *pb.CompactSegmentsRequest,
+) (*pb.CompactSegmentsResponse, error) {
 	tok := requestToken(callOf(ctx).principal, "CompactSegments", req)
 	revision, err := s.catalog.Change(ctx, tok, collectionRef(req.GetCollection()), catalog.SegmentChange{
 		Drop:   req.GetInputs(),
@@ -369,15 +390,20 @@ func (s *catalogs) DropSegments(ctx context.Context, req *pb.DropSegmentsRequest
 	return &pb.DropSegmentsResponse{Dropped: int64(n)}, nil
 }
 
-func (s *catalogs) SetCheckpoints(ctx context.Context, req *pb.SetCheckpointsRequest) (*pb.SetCheckpointsResponse, error) {
-	revision, err := s.catalog.SetCheckpoints(ctx, collectionRef(req.GetCollection()), convert(req.GetCheckpoints(), checkpointFromProto))
+func (s *catalogs) SetCheckpoints(
+	ctx context.Context, req *pb.SetCheckpointsRequest,
+) (*pb.SetCheckpointsResponse, error) {
+	revision, err := s.catalog.SetCheckpoints(ctx, collectionRef(req.GetCollection()),
+		convert(req.GetCheckpoints(), checkpointFromProto))
 	if err != nil {
 		return nil, err
 	}
 	return &pb.SetCheckpointsResponse{CatalogRevision: revision}, nil
 }
 
-func (s *catalogs) ListCheckpoints(ctx context.Context, req *pb.ListCheckpointsRequest) (*pb.ListCheckpointsResponse, error) {
+func (s *catalogs) ListCheckpoints(
+	ctx context.Context, req *pb.ListCheckpointsRequest,
+) (*pb.ListCheckpointsResponse, error) {
 	list, err := s.catalog.Checkpoints(ctx, collectionRef(req.GetCollection()))
 	if err != nil {
 		return nil, err

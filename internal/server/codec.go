@@ -11,28 +11,29 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// Limits on the elements of a message: the entries of its lists and maps, those in
-// its lists' own messages included. An element takes two bytes on the wire and some
-// hundred in memory, so the size of a message bounds neither memory nor work.
+// Limits on the elements of a message: the entries of its lists and maps, nested ones
+// included. An element takes two bytes on the wire and some hundred in memory, so the
+// size of a message bounds neither memory nor work.
 const (
 	maxElements = 150_000
-	// thoroughElements is up to how many elements a message gets all violations of
-	// the rules; one with more gets the first.
-	thoroughElements = 1_000
-	// maxDepth is how deep a message may lie in others; the API's go to 5.
+	// maxElementsForAll is the number of elements up to which all violations of the
+	// rules are reported; for a larger message only the first is.
+	maxElementsForAll = 1_000
+	// maxDepth is the maximum nesting of messages; the API has 5.
 	maxDepth = 32
 )
 
-// countingCodec is gRPC's own codec for messages of few elements. It does not
-// decode others: it marks them, for the decoder has no way to refuse a message
-// with a reason. See [Server.validate].
+// countingCodec is gRPC's own codec, except for messages with more than maxElements: it
+// marks these instead of decoding them, because a codec cannot refuse a message with a
+// reason. See [Server.validate].
 type countingCodec struct{ encoding.CodecV2 }
 
 func newCodec() countingCodec { return countingCodec{encoding.GetCodecV2(protoenc.Name)} }
 
-// overfull marks a message that was not decoded: an unknown field that no message
-// of the API has. A client that sends it is refused, as is right.
-var overfull = protowire.AppendString(protowire.AppendTag(nil, protowire.MaxValidNumber, protowire.BytesType), "too many elements")
+// tooManyElements marks a message that was not decoded: an unknown field that no message
+// of the API has. A message of a client with this field is refused as well.
+var tooManyElements = protowire.AppendString(protowire.AppendTag(nil, protowire.MaxValidNumber, protowire.BytesType),
+	"too many elements")
 
 // Unmarshal implements [encoding.CodecV2].
 func (c countingCodec) Unmarshal(data mem.BufferSlice, v any) error {
@@ -42,20 +43,22 @@ func (c countingCodec) Unmarshal(data mem.BufferSlice, v any) error {
 	}
 	whole := data.MaterializeToBuffer(mem.DefaultBufferPool())
 	defer whole.Free()
-	if countDown(maxElements, whole.ReadOnlyData(), m.ProtoReflect().Descriptor(), 0) < 0 {
+	if countEncoded(maxElements, whole.ReadOnlyData(), m.ProtoReflect().Descriptor(), 0) < 0 {
 		proto.Reset(m)
-		m.ProtoReflect().SetUnknown(overfull)
+		m.ProtoReflect().SetUnknown(tooManyElements)
 		return nil
 	}
 	return c.CodecV2.Unmarshal(mem.BufferSlice{whole}, v)
 }
 
-// isOverfull says whether m was marked by a countingCodec.
-func isOverfull(m proto.Message) bool { return bytes.Equal(m.ProtoReflect().GetUnknown(), overfull) }
+// hasTooManyElements reports whether a countingCodec has marked m.
+func hasTooManyElements(m proto.Message) bool {
+	return bytes.Equal(m.ProtoReflect().GetUnknown(), tooManyElements)
+}
 
-// countDown returns left less the number of elements of the encoded message b of
-// type d. It stops below 0, and where b is no message, which the decoder says better.
-func countDown(left int, b []byte, d protoreflect.MessageDescriptor, depth int) int {
+// countEncoded returns left minus the number of elements of the encoded message b of
+// type d. It stops below 0 and at an encoding error, which the decoder reports.
+func countEncoded(left int, b []byte, d protoreflect.MessageDescriptor, depth int) int {
 	if depth > maxDepth {
 		return -1
 	}
@@ -82,7 +85,7 @@ func countDown(left int, b []byte, d protoreflect.MessageDescriptor, depth int) 
 				left--
 			}
 			inner, _ := protowire.ConsumeBytes(value)
-			left = countDown(left, inner, message, depth+1)
+			left = countEncoded(left, inner, message, depth+1)
 		case !f.IsList():
 		case kind == protowire.BytesType && packable(f.Kind()):
 			inner, _ := protowire.ConsumeBytes(value)
@@ -94,11 +97,12 @@ func countDown(left int, b []byte, d protoreflect.MessageDescriptor, depth int) 
 	return left
 }
 
+// packable reports whether a list of k may be packed.
 func packable(k protoreflect.Kind) bool {
 	return k != protoreflect.StringKind && k != protoreflect.BytesKind
 }
 
-// packed is the number of elements of a packed list.
+// packed returns the number of elements of a packed list.
 func packed(b []byte, k protoreflect.Kind) int {
 	switch k {
 	case protoreflect.Fixed32Kind, protoreflect.Sfixed32Kind, protoreflect.FloatKind:
@@ -116,9 +120,10 @@ func packed(b []byte, k protoreflect.Kind) int {
 	}
 }
 
-// hasMoreThan says whether a decoded message has more elements than limit.
+// hasMoreThan reports whether a decoded message has more elements than limit.
 func hasMoreThan(limit int, m protoreflect.Message) bool { return countDecoded(limit, m) < 0 }
 
+// countDecoded returns left minus the number of elements of m. It stops below 0.
 func countDecoded(left int, m protoreflect.Message) int {
 	m.Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
 		switch {

@@ -15,9 +15,11 @@ import (
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 )
 
-// received is a message as the server gets it that was sent as m, with what it took
-// to decode and check it.
-func received(t *testing.T, m proto.Message) (err error, bytes uint64) { //nolint:revive,staticcheck // the error is the answer
+// receive decodes and validates m as the server does. It returns the error and the
+// allocated bytes.
+//
+//nolint:revive,staticcheck // the error is the result
+func receive(t *testing.T, m proto.Message) (err error, bytes uint64) {
 	t.Helper()
 	validator, err := newValidator()
 	if err != nil {
@@ -39,44 +41,46 @@ func received(t *testing.T, m proto.Message) (err error, bytes uint64) { //nolin
 	return err, after.TotalAlloc - before.TotalAlloc
 }
 
+// updateOf returns an update that adds files.
 func updateOf(files int, f *pb.File) *pb.UpdateSegmentsRequest {
 	u := &pb.SegmentUpdate{SegmentId: 1}
 	for range files {
 		u.AddFiles = append(u.AddFiles, f)
 	}
-	return &pb.UpdateSegmentsRequest{Collection: &pb.CollectionRef{Ref: &pb.CollectionRef_Id{Id: 1}}, Updates: []*pb.SegmentUpdate{u}}
+	return &pb.UpdateSegmentsRequest{Collection: &pb.CollectionRef{Ref: &pb.CollectionRef_Id{Id: 1}},
+		Updates: []*pb.SegmentUpdate{u}}
 }
 
-// A message of a million nested elements is refused before it is decoded, and one of
-// many at the first violation.
+// TestManyElementsAreRefusedCheaply refuses a message of a million nested elements without
+// decoding it, and one of many elements at the first violation.
 func TestManyElementsAreRefusedCheaply(t *testing.T) {
 	many := updateOf(1_000_000, &pb.File{})
-	many.Updates = append(many.Updates, many.Updates[0]) // neither list nor message need be the last
-	if err, bytes := received(t, many); !errors.Is(err, errTooMany) || bytes > 1<<20 {
+	many.Updates = append(many.Updates, many.Updates[0]) // the position of the elements must not matter
+	if err, bytes := receive(t, many); !errors.Is(err, errTooMany) || bytes > 1<<20 {
 		t.Errorf("a million: %v, %d bytes", err, bytes)
 	}
 	var broken *protovalidate.ValidationError
-	err, bytes := received(t, updateOf(100_000, &pb.File{}))
+	err, bytes := receive(t, updateOf(100_000, &pb.File{}))
 	if !errors.As(err, &broken) || len(broken.Violations) != 1 || bytes > 64<<20 {
 		t.Errorf("a hundred thousand: %v, %d bytes", err, bytes)
 	}
-	if err, _ := received(t, updateOf(3, &pb.File{})); !errors.As(err, &broken) || len(broken.Violations) < 3 {
+	if err, _ := receive(t, updateOf(3, &pb.File{})); !errors.As(err, &broken) || len(broken.Violations) < 3 {
 		t.Errorf("three: %v", err)
 	}
 	page := &pb.Collection{Properties: map[string]string{}}
 	for i := range 2 * maxElements {
 		page.Properties[strconv.Itoa(i)] = ""
 	}
-	if err, _ := received(t, page); !errors.Is(err, errTooMany) {
+	if err, _ := receive(t, page); !errors.Is(err, errTooMany) {
 		t.Errorf("a map: %v", err)
 	}
 	ids := &pb.CompactSegmentsRequest{Inputs: make([]int64, maxElements+1)}
-	if err, _ := received(t, ids); !errors.Is(err, errTooMany) {
+	if err, _ := receive(t, ids); !errors.Is(err, errTooMany) {
 		t.Errorf("a packed list: %v", err)
 	}
 }
 
-// What is counted on the wire is what the decoded message has.
+// TestCountOnTheWire counts the same elements in the encoded and in the decoded message.
 func TestCountOnTheWire(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		strings := func(name string) []string { return rapid.SliceOfN(rapid.StringN(0, 5, -1), 0, 9).Draw(t, name) }
@@ -100,19 +104,20 @@ func TestCountOnTheWire(t *testing.T) {
 				t.Fatal(err)
 			}
 			d := m.ProtoReflect().Descriptor()
-			if onWire, decoded := countDown(1000, wire, d, 0), countDecoded(1000, m.ProtoReflect()); onWire != decoded {
+			if onWire, decoded := countEncoded(1000, wire, d, 0), countDecoded(1000, m.ProtoReflect()); onWire != decoded {
 				t.Fatalf("%s: %d left on the wire, %d decoded", d.Name(), onWire, decoded)
 			}
 			got := m.ProtoReflect().New()
-			if err := newCodec().Unmarshal(mem.BufferSlice{mem.SliceBuffer(wire)}, got.Interface()); err != nil || !proto.Equal(m, got.Interface()) {
+			if err := newCodec().Unmarshal(mem.BufferSlice{mem.SliceBuffer(wire)}, got.Interface()); err != nil ||
+				!proto.Equal(m, got.Interface()) {
 				t.Fatalf("decoded: %v, %v", got, err)
 			}
 		}
 	})
 }
 
-// Bytes that are no message are the decoder's business, however they are nested.
-func FuzzCountDown(f *testing.F) {
+// FuzzCountEncoded counts the elements of any bytes.
+func FuzzCountEncoded(f *testing.F) {
 	wire, err := proto.Marshal(updateOf(2, &pb.File{Path: "p"}))
 	if err != nil {
 		f.Fatal(err)
@@ -120,12 +125,12 @@ func FuzzCountDown(f *testing.F) {
 	f.Add(wire)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		m := &pb.CompactSegmentsRequest{}
-		left := countDown(1<<20, b, m.ProtoReflect().Descriptor(), 0)
+		left := countEncoded(1<<20, b, m.ProtoReflect().Descriptor(), 0)
 		if left > 1<<20 || left < 1<<20-len(b) {
 			t.Errorf("%d left of %d bytes", left, len(b))
 		}
 		if proto.Unmarshal(b, m) == nil && countDecoded(1<<20, m.ProtoReflect()) < left {
-			t.Errorf("more elements than were counted: %v", m)
+			t.Errorf("more elements than counted: %v", m)
 		}
 	})
 }

@@ -18,13 +18,13 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// Bounds on a message of a stream of things.
+// Bounds on a message of a stream of items.
 const (
 	maxBatch      = 256
-	maxBatchBytes = 1 << 20 // unless it is a single thing
+	maxBatchBytes = 1 << 20 // except for a single item
 )
 
-// batcher gathers things and sends them in messages of a bounded size. It is not
+// batcher collects items and sends them in messages of a bounded size. It is not
 // safe for concurrent use.
 type batcher[T proto.Message] struct {
 	send func([]T) error
@@ -32,19 +32,19 @@ type batcher[T proto.Message] struct {
 	size int
 }
 
-// add takes a thing, and first sends what there is when it would not fit.
-func (b *batcher[T]) add(thing T) error {
-	size := proto.Size(thing) + 6 // with tag and length
+// add adds an item. It sends the collected items first if the item does not fit.
+func (b *batcher[T]) add(item T) error {
+	size := proto.Size(item) + elementBytes
 	if len(b.list) == maxBatch || len(b.list) > 0 && b.size+size > maxBatchBytes {
 		if err := b.flush(); err != nil {
 			return err
 		}
 	}
-	b.list, b.size = append(b.list, thing), b.size+size
+	b.list, b.size = append(b.list, item), b.size+size
 	return nil
 }
 
-// flush sends what there is.
+// flush sends the collected items.
 func (b *batcher[T]) flush() error {
 	if len(b.list) == 0 {
 		return nil
@@ -54,7 +54,7 @@ func (b *batcher[T]) flush() error {
 	return b.send(list)
 }
 
-// collectors is the CollectorService.
+// collectors implements the CollectorService.
 type collectors struct {
 	pb.UnimplementedCollectorServiceServer
 	manager       *manager.Manager
@@ -64,12 +64,16 @@ type collectors struct {
 func (s *collectors) Collect(req *pb.CollectRequest, stream grpc.ServerStreamingServer[pb.CollectResponse]) error {
 	ctx := stream.Context()
 	if req.GetForce() && req.GetCollection() == nil {
-		return &catalog.InvalidError{Field: "force", Problem: "needs a collection: so much is deleted of one at a time"}
+		return &catalog.InvalidError{Field: "force", Problem: "needs a collection: it applies to one at a time"}
 	}
 	if req.GetSweep() && req.GetCollection() != nil {
-		return &catalog.InvalidError{Field: "sweep", Problem: "excludes a collection: it is about snapshotd's own prefixes, in all stores"}
+		return &catalog.InvalidError{
+			Field: "sweep", Problem: "excludes a collection: it covers snapshotd's own prefixes in all stores",
+		}
 	}
-	items := batcher[*pb.CollectItem]{send: func(list []*pb.CollectItem) error { return stream.Send(&pb.CollectResponse{Items: list}) }}
+	items := batcher[*pb.CollectItem]{send: func(list []*pb.CollectItem) error {
+		return stream.Send(&pb.CollectResponse{Items: list})
+	}}
 	o := collect.CycleOptions{
 		Collection: collectionRef(req.GetCollection()), DryRun: req.GetDryRun(), Force: req.GetForce(), Sweep: req.GetSweep(),
 		Report: func(item collect.Item) error { return items.add(itemToProto(&item)) },
@@ -79,7 +83,7 @@ func (s *collectors) Collect(req *pb.CollectRequest, stream grpc.ServerStreaming
 		o.Tolerance = &tolerance
 	}
 	sum, err := s.manager.Collect(ctx, o)
-	// What was done before an error is told all the same.
+	// The client also gets the items before an error.
 	if flushErr := items.flush(); err == nil {
 		err = flushErr
 	}
@@ -92,56 +96,67 @@ func (s *collectors) Collect(req *pb.CollectRequest, stream grpc.ServerStreaming
 	return stream.Send(&pb.CollectResponse{Summary: summaryToProto(&sum)})
 }
 
-func (s *collectors) GetCollectorStatus(ctx context.Context, _ *pb.GetCollectorStatusRequest) (*pb.GetCollectorStatusResponse, error) {
+func (s *collectors) GetCollectorStatus(
+	ctx context.Context, _ *pb.GetCollectorStatusRequest,
+) (*pb.GetCollectorStatusResponse, error) {
 	now, err := s.manager.CollectorStatus(ctx)
 	if err != nil {
 		return nil, err
 	}
 	return &pb.GetCollectorStatusResponse{
 		LastRound: summaryToProto(now.LastRound), Deleting: int64(now.Deleting), Unconfirmed: int64(now.Unconfirmed),
-		Tolerance: durationpb.New(now.Tolerance), MaxShare: now.MaxShare, StopUnits: int64(now.StopUnits), Enabled: now.Enabled, Blocked: clip(now.Blocked),
+		Tolerance: durationpb.New(now.Tolerance), MaxShare: now.MaxShare, StopUnits: int64(now.StopUnits),
+		Enabled: now.Enabled, Blocked: clip(now.Blocked),
 		ClockStopped: clip(now.Clock),
 		Halts: convert(now.Halts, func(h collect.Halt) *pb.CollectorHalt {
 			return &pb.CollectorHalt{
-				Name: h.Name, What: h.What, Error: clip(h.Error), SinceTime: timeToProto(h.Since), Replica: h.Replica, Failures: h.Failures,
+				Name: h.Name, What: h.What, Error: clip(h.Error), SinceTime: timeToProto(h.Since), Replica: h.Replica,
+				Failures: h.Failures,
 			}
 		}),
 	}, nil
 }
 
-func (s *collectors) ExplainObject(ctx context.Context, req *pb.ExplainObjectRequest) (*pb.ExplainObjectResponse, error) {
+func (s *collectors) ExplainObject(
+	ctx context.Context, req *pb.ExplainObjectRequest,
+) (*pb.ExplainObjectResponse, error) {
 	e, err := s.manager.Collector().Explain(ctx, cmp.Or(req.GetStore(), s.snapshotStore), req.GetKey())
 	switch {
 	case errors.Is(err, object.ErrInvalidKey):
-		return nil, &catalog.InvalidError{Field: "key", Problem: "is not one that an object of the store could have"}
+		return nil, &catalog.InvalidError{Field: "key", Problem: "is not a valid key of the store"}
 	case err != nil:
 		return nil, err
 	}
-	holders, err := (&holdersTold{}).of(&gc.Answer{Snapshots: e.Snapshots}, nil)
+	holders, err := (&holderList{}).add(&gc.Answer{Snapshots: e.Snapshots}, nil)
 	if err != nil {
 		return nil, err
 	}
 	return &pb.ExplainObjectResponse{
 		Exists: e.Exists, What: clip(e.What), Kept: e.Kept, Reason: clip(e.Reason),
-		CollectionId: e.Collection, SnapshotId: e.Snapshot, SegmentId: e.Segment, UnitId: e.Unit, IndexBuildId: e.Build, Holders: holders,
+		CollectionId: e.Collection, SnapshotId: e.Snapshot, SegmentId: e.Segment, UnitId: e.Unit, IndexBuildId: e.Build,
+		Holders: holders,
 	}, nil
 }
 
-func (s *collectors) ListOrphans(req *pb.ListOrphansRequest, stream grpc.ServerStreamingServer[pb.ListOrphansResponse]) error {
-	return s.orphans(stream.Context(), collect.OrphanOptions{Collection: collectionRef(req.GetCollection())}, func(list []*pb.Orphan) error {
-		return stream.Send(&pb.ListOrphansResponse{Orphans: list})
-	})
+func (s *collectors) ListOrphans(
+	req *pb.ListOrphansRequest, stream grpc.ServerStreamingServer[pb.ListOrphansResponse],
+) error {
+	return s.orphans(stream.Context(), collect.OrphanOptions{Collection: collectionRef(req.GetCollection())},
+		func(list []*pb.Orphan) error {
+			return stream.Send(&pb.ListOrphansResponse{Orphans: list})
+		})
 }
 
-func (s *collectors) DeleteOrphans(req *pb.DeleteOrphansRequest, stream grpc.ServerStreamingServer[pb.DeleteOrphansResponse]) error {
+func (s *collectors) DeleteOrphans(
+	req *pb.DeleteOrphansRequest, stream grpc.ServerStreamingServer[pb.DeleteOrphansResponse],
+) error {
 	o := collect.OrphanOptions{Collection: collectionRef(req.GetCollection()), Grace: req.GetGrace().AsDuration(), Delete: true}
 	return s.orphans(stream.Context(), o, func(list []*pb.Orphan) error {
 		return stream.Send(&pb.DeleteOrphansResponse{Deleted: list})
 	})
 }
 
-// orphans sends orphans as they are found. What was found, or deleted, before an
-// error is told all the same.
+// orphans sends orphans as they are found or deleted, also those before an error.
 func (s *collectors) orphans(ctx context.Context, o collect.OrphanOptions, send func([]*pb.Orphan) error) error {
 	list := batcher[*pb.Orphan]{send: send}
 	o.Report = func(x collect.Orphan) error { return list.add(orphanToProto(&x)) }
@@ -169,7 +184,8 @@ func (s *collectors) Recover(ctx context.Context, req *pb.RecoverRequest) (*pb.R
 
 func orphanToProto(o *collect.Orphan) *pb.Orphan {
 	return &pb.Orphan{
-		Store: o.Store, Key: strings.ToValidUTF8(o.Key, "\uFFFD"), Size: o.Size, ModTime: timeToProto(o.ModTime), Age: durationpb.New(o.Age),
+		Store: o.Store, Key: strings.ToValidUTF8(o.Key, "\uFFFD"), Size: o.Size, ModTime: timeToProto(o.ModTime),
+		Age:    durationpb.New(o.Age),
 		Reason: clip(o.Reason), Deletable: o.Deletable, CollectionId: o.Collection, Young: o.Young,
 	}
 }
@@ -193,7 +209,8 @@ var actions = map[collect.Action]pb.CollectItem_Action{
 
 func itemToProto(i *collect.Item) *pb.CollectItem {
 	return &pb.CollectItem{
-		Kind: itemKinds[i.Kind], Action: actions[i.Action], CollectionId: i.Collection, Id: i.ID, Name: i.Name, Reason: clip(i.Reason),
+		Kind: itemKinds[i.Kind], Action: actions[i.Action], CollectionId: i.Collection, Id: i.ID, Name: i.Name,
+		Reason:   clip(i.Reason),
 		DropTime: timeToProto(i.DropTime), Files: i.Files, Bytes: i.Bytes,
 		Objects: convert(i.Objects, func(o collect.Object) *pb.TombstoneFile {
 			return &pb.TombstoneFile{Store: o.Store, Key: o.Key, Size: o.Size}
@@ -207,7 +224,8 @@ func summaryToProto(s *collect.Summary) *pb.CollectSummary {
 	}
 	return &pb.CollectSummary{
 		Replica: s.Replica, StartTime: timeToProto(s.Start), EndTime: timeToProto(s.End),
-		Granted: s.Granted, Files: s.Files, Bytes: s.Bytes, Waiting: s.Waiting, Held: s.Held, Parked: s.Spilled, Removed: s.Removed,
+		Granted: s.Granted, Files: s.Files, Bytes: s.Bytes, Waiting: s.Waiting, Held: s.Held, Parked: s.Spilled,
+		Removed: s.Removed,
 		Stops: convert(s.Stops, func(stop collect.Stop) *pb.CollectStop {
 			return &pb.CollectStop{CollectionId: stop.Collection, Due: stop.Eligible, Total: stop.Total}
 		}),

@@ -44,7 +44,7 @@ func TestJobConflicts(t *testing.T) {
 	_, cancelErr := jobs.Cancel(ctx, kv.job.ID)
 	_, limitsErr := jobs.SetLimits(ctx, kv.job.ID, copyjob.Limits{})
 	for name, err := range map[string]error{"cancel": cancelErr, "set limits": limitsErr} {
-		a := toAnswer(err, "id")
+		a := toStatusError(err, "id")
 		if a.status.Code() != codes.Aborted || a.reason != "CONFLICT" {
 			t.Errorf("%s: %v is %v %s, want %v CONFLICT", name, err, a.status.Code(), a.reason, codes.Aborted)
 		}

@@ -16,31 +16,31 @@ import (
 	"google.golang.org/grpc/credentials"
 )
 
-// A connection passes three states:
+// A connection has three states:
 //
-//	handshake  accepted: the TLS handshake, and the first bytes of HTTP/2, which a
-//	           client sends at once. They have connectTimeout in all, and count
-//	           towards no limit of the open ones. When there are as many handshakes
-//	           as connections may be open, the oldest makes room for the new one.
-//	waiting    the bytes have come, and there are as many open connections as there
-//	           may be, in all or of the host: for the rest of connectTimeout
+//	handshake  accepted: the TLS handshake and the first bytes of HTTP/2, which a
+//	           client sends immediately. Both must end within connectTimeout, and do
+//	           not count as open. When there are as many handshakes as connections
+//	           may be open, a new one closes the oldest.
+//	waiting    the bytes have arrived, and the limit of open connections, in total or
+//	           of the host, is reached: for the rest of connectTimeout
 //	open       until either side closes it
 //
-// A host other than this one gets at most half of the open connections and half of
-// the handshakes. What never sends a byte is gone after connectTimeout, however much
-// of it there is, and keeps no other host out.
+// Another host gets at most half of the open connections and half of the handshakes.
+// A connection that never sends a byte ends after connectTimeout. Any number of these
+// excludes no other host.
 
-// connectTimeout is how long a connection may take to be open.
+// connectTimeout is the time within which a connection must be open.
 const connectTimeout = 3 * time.Second
 
-// preface is how many bytes each client sends first.
+// preface is the number of bytes that each client sends first.
 const preface = len("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
 
-// Why a connection is refused.
+// Reasons to refuse a connection.
 const (
-	refusedLimit     = "limit"     // there are too many in all
-	refusedPeer      = "peer"      // its host has too many
-	refusedHandshake = "handshake" // it did not open in time, or made room for another
+	refusedLimit     = "limit"     // too many in total
+	refusedPeer      = "peer"      // too many of its host
+	refusedHandshake = "handshake" // not open in time, or closed for a newer one
 )
 
 var (
@@ -48,14 +48,15 @@ var (
 	errManyOfPeer      = errors.New("too many connections of this host")
 )
 
-// warnEvery is how often refused connections are worth a line in the log.
+// warnEvery is the minimum time between two warnings about refused connections.
 const warnEvery = time.Minute
 
-// connections are those of all listeners.
+// connections counts and bounds the connections of all listeners. It is safe for
+// concurrent use.
 type connections struct {
 	max   int
 	log   *zap.Logger
-	slots chan struct{} // one for each that is open
+	slots chan struct{} // one value per open connection
 
 	gauge   *prometheus.GaugeVec
 	refused *prometheus.CounterVec
@@ -64,19 +65,19 @@ type connections struct {
 	handshakes list.List // of *conn, oldest first
 	peers      map[netip.Addr]*host
 	warned     time.Time
-	unwarned   map[string]int // refused since then, by why
+	unwarned   map[string]int // refused since warned, by reason
 }
 
-// host is another host with connections. A nil host is this one.
+// host is another host with connections. A nil host is this host.
 type host struct {
 	addr  netip.Addr
-	slots chan struct{} // one for each that is open
+	slots chan struct{} // one value per open connection
 
 	// Under connections.mu.
 	handshakes, all int
 }
 
-func (p *host) leave() {
+func (p *host) release() {
 	if p != nil {
 		<-p.slots
 	}
@@ -86,11 +87,12 @@ func newConnections(maximum int, log *zap.Logger) *connections {
 	return &connections{
 		max: maximum, log: log, slots: make(chan struct{}, maximum),
 		gauge: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-			Name: "snapshotd_connections", Help: "Connections of the gRPC service: open, or handshake, which are not yet.",
+			Name: "snapshotd_connections", Help: "Connections of the gRPC service: open, or in the handshake.",
 		}, []string{"state"}),
 		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "snapshotd_connections_refused_total",
-			Help: "Connections that were closed before they were open: limit, for max_connections are open; peer, for their host has half of these; handshake, for they sent nothing in time.",
+			Help: "Connections that were closed before they were open. limit: max_connections are open; " +
+				"peer: their host has half of these; handshake: they sent nothing in time.",
 		}, []string{"reason"}),
 		peers: map[netip.Addr]*host{}, unwarned: map[string]int{},
 	}
@@ -106,8 +108,8 @@ func (c *connections) register(r *prometheus.Registry) error {
 	return errors.Join(r.Register(c.gauge), r.Register(c.refused))
 }
 
-// listen returns l with its connections counted. Those within the process are not:
-// there is one.
+// listen returns a listener that counts the connections of l. The one connection within
+// the process does not count.
 func (c *connections) listen(l net.Listener) net.Listener {
 	if l.Addr().Network() == "bufconn" {
 		return l
@@ -128,7 +130,7 @@ func (l *countedListener) Accept() (net.Conn, error) {
 	return l.all.begin(raw), nil
 }
 
-// conn is a connection that counts.
+// conn is a counted connection.
 type conn struct {
 	net.Conn
 	all   *connections
@@ -136,12 +138,12 @@ type conn struct {
 	begun time.Time
 
 	// Under all.mu.
-	pending *list.Element // while in handshake
+	pending *list.Element // during the handshake
 	open    bool
 	closed  bool
 }
 
-// begin counts raw as a handshake, for which the oldest ends when there are too many.
+// begin counts raw as a handshake. If there are too many it closes the oldest.
 func (c *connections) begin(raw net.Conn) *conn {
 	n := &conn{Conn: raw, all: c, begun: time.Now()}
 	c.mu.Lock()
@@ -158,28 +160,28 @@ func (c *connections) begin(raw net.Conn) *conn {
 	c.mu.Unlock()
 	c.gauge.WithLabelValues("handshake").Inc()
 	if victim != nil {
-		_ = victim.Close() // it is not needed
+		_ = victim.Close() // an error has no consequence
 		c.refuse(refusedHandshake, victim)
 	}
 	return n
 }
 
-// victim is the oldest handshake when there are too many, in all or of p. The lock must
-// be held.
+// victim returns the oldest handshake if there are too many, in total or of p. The lock
+// must be held.
 func (c *connections) victim(p *host) *conn {
 	tooMany := p != nil && p.handshakes > cap(p.slots)
 	if !tooMany && c.handshakes.Len() < c.max {
 		return nil
 	}
 	for e := c.handshakes.Front(); e != nil; e = e.Next() {
-		if o := e.Value.(*conn); !tooMany || o.peer == p { //nolint:forcetypeassert // it holds nothing else
+		if o := e.Value.(*conn); !tooMany || o.peer == p { //nolint:forcetypeassert // the only type
 			return o
 		}
 	}
 	return nil
 }
 
-// peerOf is the other host's address, not valid for this host itself.
+// peerOf returns the address of another host; for this host it is invalid.
 func peerOf(raw net.Conn) netip.Addr {
 	tcp, ok := raw.RemoteAddr().(*net.TCPAddr)
 	if !ok {
@@ -192,7 +194,7 @@ func peerOf(raw net.Conn) netip.Addr {
 	return addr
 }
 
-// admit counts n as open, which it waits for.
+// admit counts n as open. It waits for a free slot until connectTimeout.
 func (c *connections) admit(n *conn) error {
 	timer := time.NewTimer(time.Until(n.begun.Add(connectTimeout)))
 	defer timer.Stop()
@@ -207,15 +209,15 @@ func (c *connections) admit(n *conn) error {
 	select {
 	case c.slots <- struct{}{}:
 	case <-timer.C:
-		n.peer.leave()
+		n.peer.release()
 		c.refuse(refusedLimit, n)
 		return fmt.Errorf("%w: %d are open", errManyConnections, c.max)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if n.closed { // meanwhile
+	if n.closed {
 		<-c.slots
-		n.peer.leave()
+		n.peer.release()
 		return net.ErrClosed
 	}
 	n.open = true
@@ -224,7 +226,7 @@ func (c *connections) admit(n *conn) error {
 	return nil
 }
 
-// endHandshake counts n as a handshake no longer. The lock must be held.
+// endHandshake removes n from the handshakes. The lock must be held.
 func (c *connections) endHandshake(n *conn) {
 	if n.pending == nil {
 		return
@@ -246,7 +248,7 @@ func (n *conn) Close() error {
 		c.endHandshake(n)
 		if n.open {
 			<-c.slots
-			n.peer.leave()
+			n.peer.release()
 			c.gauge.WithLabelValues("open").Dec()
 		}
 		if n.peer != nil {
@@ -259,14 +261,15 @@ func (n *conn) Close() error {
 	return n.Conn.Close()
 }
 
-// refuse counts a refused connection, and logs at times how many there were.
-func (c *connections) refuse(why string, n *conn) {
-	c.refused.WithLabelValues(why).Inc()
+// refuse counts a refused connection, and logs the counts at most every warnEvery.
+func (c *connections) refuse(reason string, n *conn) {
+	c.refused.WithLabelValues(reason).Inc()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.unwarned[why]++
+	c.unwarned[reason]++
 	if now := time.Now(); now.Sub(c.warned) >= warnEvery {
-		c.log.Warn("connections are refused", zap.Stringer("peer", n.RemoteAddr()), zap.Int("max_connections", c.max), zap.Int("open", len(c.slots)),
+		c.log.Warn("connections refused", zap.Stringer("peer", n.RemoteAddr()),
+			zap.Int("max_connections", c.max), zap.Int("open", len(c.slots)),
 			zap.Int("for_limit", c.unwarned[refusedLimit]), zap.Int("for_limit_of_peer", c.unwarned[refusedPeer]),
 			zap.Int("without_handshake", c.unwarned[refusedHandshake]))
 		c.warned = now
@@ -274,14 +277,14 @@ func (c *connections) refuse(why string, n *conn) {
 	}
 }
 
-// counting are the credentials of connections that count: their handshake ends when
-// the client has sent the first bytes of HTTP/2 and there is room.
-type counting struct {
+// countedCredentials are the credentials of counted connections. Their handshake ends
+// when the client has sent the first bytes of HTTP/2 and the connection is admitted.
+type countedCredentials struct {
 	credentials.TransportCredentials
 	all *connections
 }
 
-func (t *counting) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+func (t *countedCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	secured, info, err := t.TransportCredentials.ServerHandshake(raw)
 	n, counts := raw.(*conn)
 	if !counts {
@@ -292,7 +295,7 @@ func (t *counting) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 		_, err = io.ReadFull(secured, first)
 	}
 	switch {
-	case errors.Is(err, io.EOF): // a prober, say
+	case errors.Is(err, io.EOF): // such as a TCP health check
 		return nil, nil, io.EOF
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		t.all.refuse(refusedHandshake, n)
@@ -303,20 +306,20 @@ func (t *counting) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 	if err := t.all.admit(n); err != nil {
 		return nil, nil, err
 	}
-	return &replay{secured, first}, info, nil
+	return &replayConn{secured, first}, info, nil
 }
 
-func (t *counting) Clone() credentials.TransportCredentials {
-	return &counting{t.TransportCredentials.Clone(), t.all}
+func (t *countedCredentials) Clone() credentials.TransportCredentials {
+	return &countedCredentials{t.TransportCredentials.Clone(), t.all}
 }
 
-// replay is a connection of which some bytes were read already.
-type replay struct {
+// replayConn is a connection that first returns bytes which were already read.
+type replayConn struct {
 	net.Conn
 	first []byte
 }
 
-func (r *replay) Read(b []byte) (int, error) {
+func (r *replayConn) Read(b []byte) (int, error) {
 	if len(r.first) == 0 {
 		return r.Conn.Read(b)
 	}

@@ -19,15 +19,15 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// from is a connection from another address than it has.
-type from struct {
+// remoteConn is a connection with another remote address.
+type remoteConn struct {
 	net.Conn
 	addr net.Addr
 }
 
-func (f from) RemoteAddr() net.Addr { return f.addr }
+func (f remoteConn) RemoteAddr() net.Addr { return f.addr }
 
-// hosts is a listener whose connections come from the hosts that next names, in turn.
+// hosts is a listener whose connections have the remote addresses from next, in turn.
 type hosts struct {
 	net.Listener
 	next chan string
@@ -40,14 +40,14 @@ func (h hosts) Accept() (net.Conn, error) {
 	}
 	select {
 	case host := <-h.next:
-		return from{c, &net.TCPAddr{IP: net.ParseIP(host), Port: 1}}, nil
+		return remoteConn{c, &net.TCPAddr{IP: net.ParseIP(host), Port: 1}}, nil
 	default:
 		return c, nil
 	}
 }
 
-// door is a gRPC server that counts its connections.
-type door struct {
+// connServer is a gRPC server that counts its connections.
+type connServer struct {
 	t        *testing.T
 	conns    *connections
 	registry *prometheus.Registry
@@ -56,10 +56,11 @@ type door struct {
 	next     chan string
 }
 
-func newDoor(t *testing.T, maximum int) *door {
+func newConnServer(t *testing.T, maximum int) *connServer {
 	t.Helper()
 	core, logs := observer.New(zap.WarnLevel)
-	d := &door{t: t, conns: newConnections(maximum, zap.New(core)), logs: logs, next: make(chan string, 1), registry: prometheus.NewRegistry()}
+	d := &connServer{t: t, conns: newConnections(maximum, zap.New(core)), logs: logs, next: make(chan string, 1),
+		registry: prometheus.NewRegistry()}
 	if err := d.conns.register(d.registry); err != nil {
 		t.Fatal(err)
 	}
@@ -68,7 +69,8 @@ func newDoor(t *testing.T, maximum int) *door {
 		t.Fatal(err)
 	}
 	d.addr = l.Addr().String()
-	srv := grpc.NewServer(grpc.Creds(&counting{insecure.NewCredentials(), d.conns}), grpc.ConnectionTimeout(connectTimeout))
+	srv := grpc.NewServer(grpc.Creds(&countedCredentials{insecure.NewCredentials(), d.conns}),
+		grpc.ConnectionTimeout(connectTimeout))
 	healthpb.RegisterHealthServer(srv, health.NewServer())
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(d.conns.listen(hosts{l, d.next})) }()
@@ -77,15 +79,16 @@ func newDoor(t *testing.T, maximum int) *door {
 		if err := <-served; err != nil {
 			t.Error(err)
 		}
-		if n := d.value("snapshotd_connections", "open") + d.value("snapshotd_connections", "handshake"); n != 0 || len(d.conns.slots) != 0 || len(d.conns.peers) != 0 {
+		if n := d.value("snapshotd_connections", "open") + d.value("snapshotd_connections", "handshake"); n != 0 ||
+			len(d.conns.slots) != 0 || len(d.conns.peers) != 0 {
 			t.Errorf("%v connections are left, %d slots, hosts %v", n, len(d.conns.slots), d.conns.peers)
 		}
 	})
 	return d
 }
 
-// value is that of a metric with one label.
-func (d *door) value(name, label string) float64 {
+// value returns the value of a metric with one label.
+func (d *connServer) value(name, label string) float64 {
 	d.t.Helper()
 	families, err := d.registry.Gather()
 	if err != nil {
@@ -102,8 +105,8 @@ func (d *door) value(name, label string) float64 {
 	return 0
 }
 
-// call connects as host, unless that is empty, and makes a call.
-func (d *door) call(host string) (*grpc.ClientConn, error) {
+// call connects from host, or from this host if it is empty, and makes a call.
+func (d *connServer) call(host string) (*grpc.ClientConn, error) {
 	d.t.Helper()
 	if host != "" {
 		d.next <- host
@@ -119,8 +122,8 @@ func (d *door) call(host string) (*grpc.ClientConn, error) {
 	return c, err
 }
 
-// idle opens connections that send nothing, and closes them with the test.
-func (d *door) idle(n int) {
+// idle opens connections that send nothing until the end of the test.
+func (d *connServer) idle(n int) {
 	d.t.Helper()
 	var wg sync.WaitGroup
 	for range 8 {
@@ -138,10 +141,10 @@ func (d *door) idle(n int) {
 	wg.Wait()
 }
 
-// Connections that never send a byte keep no client out: neither while they are there,
-// nor are they there for long; and they are seen.
-func TestIdleConnectionsKeepNobodyOut(t *testing.T) {
-	d := newDoor(t, 16)
+// TestIdleConnectionsExcludeNoClient serves calls among connections that never send a
+// byte, ends these in time, and counts them.
+func TestIdleConnectionsExcludeNoClient(t *testing.T) {
+	d := newConnServer(t, 16)
 	d.idle(1000)
 	began := time.Now()
 	if _, err := d.call(""); err != nil {
@@ -154,17 +157,17 @@ func TestIdleConnectionsKeepNobodyOut(t *testing.T) {
 		t.Errorf("%v handshakes", n)
 	}
 	if n := d.value("snapshotd_connections_refused_total", refusedHandshake); n < 1000-16-1 {
-		t.Errorf("%v were refused", n)
+		t.Errorf("%v refused", n)
 	}
-	if len(d.logs.FilterMessage("connections are refused").All()) == 0 {
+	if len(d.logs.FilterMessage("connections refused").All()) == 0 {
 		t.Error("no line in the log")
 	}
 }
 
-// A host has half of the connections, which leaves the others room; what closes makes
-// room again. This host is not limited so.
+// TestConnectionsOfAHost gives another host half of the connections, and frees them when
+// they close. The local host may use all.
 func TestConnectionsOfAHost(t *testing.T) {
-	d := newDoor(t, 4)
+	d := newConnServer(t, 4)
 	var open []*grpc.ClientConn
 	for range 2 {
 		c, err := d.call("192.0.2.1")
@@ -174,16 +177,16 @@ func TestConnectionsOfAHost(t *testing.T) {
 		open = append(open, c)
 	}
 	c, err := d.call("::ffff:192.0.2.1")
-	_ = c.Close() // it would try again, from this host
+	_ = c.Close() // so that it does not reconnect from this host
 	if n := d.value("snapshotd_connections_refused_total", refusedPeer); n != 1 || status.Code(err) != codes.Unavailable {
-		t.Errorf("%v of the host were refused: %v", n, err)
+		t.Errorf("%v of the host refused: %v", n, err)
 	}
 	for _, other := range []string{"192.0.2.2", "2001:db8::1"} {
 		if _, err := d.call(other); err != nil {
 			t.Errorf("another host: %v", err)
 		}
 	}
-	// All four are open: the next waits, and is refused in the end.
+	// All four are open: the next waits, and is refused.
 	d.next <- "192.0.2.3"
 	raw, err := net.Dial("tcp", d.addr)
 	if err != nil {
@@ -194,13 +197,13 @@ func TestConnectionsOfAHost(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := raw.Read(make([]byte, 1)); err == nil {
-		t.Error("a fifth connection is served")
+		t.Error("no error for a fifth connection")
 	}
 	if n := d.value("snapshotd_connections_refused_total", refusedLimit); n != 1 {
-		t.Errorf("%v were refused for the limit", n)
+		t.Errorf("%v refused for the limit", n)
 	}
 	_ = open[0].Close()
 	if _, err := d.call("192.0.2.1"); err != nil {
-		t.Errorf("after one was closed: %v", err)
+		t.Errorf("after a close: %v", err)
 	}
 }

@@ -14,7 +14,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 )
 
-// convert applies f to each element; nil stays nil.
+// convert applies f to each element. It returns nil for nil.
 func convert[A, B any](list []A, f func(A) B) []B {
 	if list == nil {
 		return nil
@@ -88,9 +88,12 @@ func checkpointToProto(c catalog.Checkpoint) *pb.ChannelPosition {
 func collectionToProto(c *catalog.Collection) *pb.Collection {
 	out := &pb.Collection{
 		Id: c.ID, Db: c.DB, Name: c.Name,
-		Schema:           schemaToProto(c.Schema),
-		Channels:         c.Channels,
-		Roots:            convert(c.Roots, func(r catalog.Root) *pb.Root { return &pb.Root{Store: r.Store, Prefix: r.Prefix} }),
+		Schema:   schemaToProto(c.Schema),
+		Channels: c.Channels,
+		Roots: convert(c.Roots, func(r catalog.Root) *pb.Root {
+			return &pb.Root{Store: r.Store,
+				Prefix: r.Prefix}
+		}),
 		Layout:           layoutToProto(c.Layout),
 		ConsistencyLevel: c.Consistency,
 		Properties:       c.Properties,
@@ -101,7 +104,7 @@ func collectionToProto(c *catalog.Collection) *pb.Collection {
 		Catalog:          pb.CatalogMode_CATALOG_MODE_NATIVE,
 	}
 	if c.State == catalog.Dropping {
-		out.Name = "" // somebody else may have it by now
+		out.Name = "" // another collection may have it
 	}
 	return out
 }
@@ -185,7 +188,8 @@ func partitionToProto(p catalog.Partition) *pb.Partition {
 	if p.State == catalog.Dropping {
 		state = pb.Partition_STATE_DROPPING
 	}
-	return &pb.Partition{Id: p.ID, Name: p.Name, Attributes: p.Attributes, State: state, CreateTime: timeToProto(p.CreateTime)}
+	return &pb.Partition{Id: p.ID, Name: p.Name, Attributes: p.Attributes, State: state,
+		CreateTime: timeToProto(p.CreateTime)}
 }
 
 func indexToProto(x catalog.Index) *pb.Index {
@@ -269,8 +273,8 @@ func segmentFromProto(s *pb.Segment) segment.Segment {
 
 func segmentToProto(s *segment.Segment) *pb.Segment {
 	return &pb.Segment{
-		Id: s.ID, PartitionId: s.Partition, Shard: int32(s.Channel), Level: levelToProto(s.Level), //nolint:gosec // at most 64 shards
-		State: segmentStateToProto(s.State), Rows: s.Rows,
+		Id: s.ID, PartitionId: s.Partition, Shard: int32(s.Channel), //nolint:gosec // at most 64 shards
+		Level: levelToProto(s.Level), State: segmentStateToProto(s.State), Rows: s.Rows,
 		StartPosition: positionToProto(s.Start), DmlPosition: positionToProto(s.DML),
 		StorageVersion: s.StorageVersion, Sorted: s.Sorted,
 		CommitTimestamp: uint64(s.CommitTimestamp), RowCeiling: uint64(s.RowCeiling),
@@ -323,7 +327,7 @@ func updateFromProto(u *pb.SegmentUpdate) catalog.Update {
 		AddBuilds:    convert(u.GetAddIndexBuilds(), buildFromProto),
 		RemoveBuilds: u.GetRemoveIndexBuilds(),
 	}
-	// Unlike in a segment that is new, no state is no change.
+	// In an update, no state means no change.
 	if u.GetState() != pb.Segment_STATE_UNSPECIFIED {
 		out.State = segmentStateFromProto(u.GetState())
 	}
@@ -385,7 +389,8 @@ func snapshotStateFromProto(s pb.Snapshot_State) manager.State {
 
 func createSpec(r *pb.CreateSnapshotRequest) manager.CreateSpec {
 	spec := manager.CreateSpec{
-		Collection: collectionRef(r.GetCollection()), Name: r.GetName(), Description: r.GetDescription(), Labels: r.GetLabels(),
+		Collection: collectionRef(r.GetCollection()), Name: r.GetName(), Description: r.GetDescription(),
+		Labels: r.GetLabels(),
 		MinCut: convert(r.GetMinCut(), checkpointFromProto), RequireExact: r.GetRequireExact(), Verify: r.GetVerify(),
 		NoWait:     r.Wait != nil && !r.GetWait(),
 		ExpireTime: timeFromProto(r.GetExpireTime()),
@@ -438,19 +443,22 @@ func descriptionToProto(d *manager.Description) *pb.DescribeSnapshotResponse {
 			}),
 			SchemaFormat: m.Collection.Schema.Format, SchemaRaw: m.Collection.Schema.Raw,
 		},
-		Roots:            convert(m.Roots, func(r manifest.Root) *pb.Root { return &pb.Root{Store: r.Store, Prefix: r.Prefix} }),
+		Roots: convert(m.Roots, func(r manifest.Root) *pb.Root {
+			return &pb.Root{Store: r.Store,
+				Prefix: r.Prefix}
+		}),
 		Layout:           pb.Layout_LAYOUT_NATIVE,
 		ConsistencyLevel: m.Collection.ConsistencyLevel,
 		Properties:       m.Collection.Properties,
 		Attributes:       m.Collection.Attributes,
-		State:            pb.Collection_STATE_ACTIVE, // no other is captured
+		State:            pb.Collection_STATE_ACTIVE, // a create captures no other state
 		Catalog:          pb.CatalogMode_CATALOG_MODE_NATIVE,
 	}
 	if m.Collection.Layout == catalog.LayoutMilvus.String() {
 		col.Layout = pb.Layout_LAYOUT_MILVUS
 	}
 	for _, c := range m.Channels {
-		if c.Name != "" { // the implicit one has none
+		if c.Name != "" { // the implicit channel has no name
 			col.Channels = append(col.Channels, c.Name)
 		}
 	}
@@ -458,20 +466,20 @@ func descriptionToProto(d *manager.Description) *pb.DescribeSnapshotResponse {
 		Snapshot:   snapshotToProto(d.Snapshot),
 		Collection: col,
 		Store:      d.Snapshot.Store, Prefix: d.Prefix,
-		FormatVersion: int32(m.FormatVersion), //nolint:gosec // a small number, checked when it was read
+		FormatVersion: int32(m.FormatVersion), //nolint:gosec // a small number, checked by the decoder
 	}
 }
 
-// describePage puts as many of the partitions, the indexes and the manifests of a
-// snapshot as the page takes into resp, from the one with the number from on, which
-// counts all three, and how many there are. It returns the number of the first that
-// is not on the page; 0: none is left.
+// describePage adds the partitions, indexes and manifests of a snapshot to resp until
+// the page is full, from position from in the sequence of all three, and the number of
+// each. It returns the position of the first element that is not on the page; 0: none is
+// left.
 func describePage(resp *pb.DescribeSnapshotResponse, m *manifest.Metadata, from int64, page *page) (next int64) {
 	partitions, indexes, manifests := int64(len(m.Partitions)), int64(len(m.Indexes)), int64(len(m.Manifests))
 	resp.PartitionCount, resp.IndexCount, resp.ManifestCount = partitions, indexes, manifests
 	for n := from; n < partitions+indexes+manifests; n++ {
 		if page.elements == 0 && page.size > page.bytes {
-			return n // what is beside the lists fills the page
+			return n // the head fills the page
 		}
 		switch {
 		case n < partitions:

@@ -30,20 +30,21 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// domain is that of all reasons.
+// domain is the domain of all reasons.
 const domain = "snapshotd"
 
-// Bounds on what an error tells. It travels in the trailers of a response, of which
-// clients of gRPC in Java, C and Python take 8 KiB unless they ask for more.
+// Bounds on an error. It is sent in the trailers of a response, of which gRPC clients
+// in Java, C and Python accept 8 KiB by default.
 const (
 	maxMessageText = 2048 // bytes
 	maxViolations  = 20
-	maxTrailer     = 6 << 10 // bytes of the error as it is encoded there
+	maxTrailer     = 6 << 10 // bytes of the encoded error
 )
 
-// fits are the bounds of ever shorter errors: of the text, of a text in the details, and
-// how many violations these name. The last one fits whatever the texts hold.
-var fits = []struct{ text, detail, violations int }{
+// errorSizes are bounds of an error in decreasing order: the bytes of the text, the
+// bytes of a text in the details, and the number of violations. An error of the last
+// row fits into the trailers with any text.
+var errorSizes = []struct{ text, detail, violations int }{
 	{maxMessageText, maxMessageText, maxViolations},
 	{maxMessageText, 512, maxViolations},
 	{maxMessageText, 128, 8},
@@ -53,34 +54,36 @@ var fits = []struct{ text, detail, violations int }{
 
 // Errors of this package.
 var (
-	errPageToken       = errors.New("invalid page token: it is not of this cluster, or was made for other filters; begin without one")
-	errResumeToken     = errors.New("invalid resume token: it is not of this cluster, or was made for another collection; begin without one")
+	errPageToken = errors.New("invalid page token: it belongs to another cluster or other filters; start without " +
+		"one")
+	errResumeToken     = errors.New("invalid resume token: it belongs to another cluster or collection; start without one")
 	errKeyNotFound     = errors.New("key not found")
 	errDenied          = errors.New("permission denied")
-	errUnauthenticated = errors.New("the client certificate names nobody: it needs a URI or DNS name, or a common name")
+	errUnauthenticated = errors.New("the client certificate has no name: it needs a URI or DNS name, or a common name")
 	errTooLarge        = fmt.Errorf("message too large: at most %d MiB; send less at a time", maxMessage>>20)
-	errTooMany         = fmt.Errorf("message too large: at most %d entries of lists and maps, nested ones included; send fewer at a time", maxElements)
-	errExports         = fmt.Errorf("%d exports of segments are under way here, and none ended within %v; nothing was read", maxExports, exportWait)
-	errSlowReader      = fmt.Errorf("the messages of this stream were not read for %v; resume it with the last token", sendTimeout)
+	errTooMany         = fmt.Errorf("message too large: at most %d entries of lists and maps, nested ones included; "+
+		"send fewer at a time", maxElements)
+	errExports = fmt.Errorf("%d exports of segments are running here, and none ended within %v; nothing was read",
+		maxExports, exportWait)
+	errSlowReader = fmt.Errorf("no message of this stream was read for %v; resume it with the last token",
+		sendTimeout)
 )
 
-// class says what an error means to a client.
-type class struct {
+// errorRow maps an error to a status.
+type errorRow struct {
 	err    error
 	code   codes.Code
 	reason string
-	// retry is how long to wait before the very same call may go better; 0: it
-	// will not.
+	// retry is the delay after which the same call may succeed; 0: never.
 	retry time.Duration
-	// text is what the client is told instead of the error's own text, which may
-	// hold what is no business of his.
+	// text replaces the error's own text, which may contain internals.
 	text string
 }
 
-// classes holds every error that a client is told of. The first match wins, so
-// what is more special comes first. Reasons are part of the API: append, never
+// errorTable holds all errors that a client gets with a reason. The first match wins, so
+// a special error precedes a general one. Reasons are part of the API: append, never
 // rename.
-var classes = []class{
+var errorTable = []errorRow{
 	{err: errDenied, code: codes.PermissionDenied, reason: "PERMISSION_DENIED"},
 	{err: errUnauthenticated, code: codes.Unauthenticated, reason: "UNAUTHENTICATED"},
 	{err: errTooLarge, code: codes.ResourceExhausted, reason: "MESSAGE_TOO_LARGE"},
@@ -91,7 +94,7 @@ var classes = []class{
 	{err: errResumeToken, code: codes.InvalidArgument, reason: "INVALID_RESUME_TOKEN"},
 	{err: errKeyNotFound, code: codes.NotFound, reason: "KEY_NOT_FOUND"},
 
-	// Its own text says what was seen, and the way out.
+	// The error's own text has the cause and the remedy.
 	{err: epoch.ErrRolledBack, code: codes.FailedPrecondition, reason: "METADATA_BEHIND"},
 	{err: epoch.ErrDamaged, code: codes.DataLoss, reason: "RECORD_UNREADABLE"},
 
@@ -118,18 +121,19 @@ var classes = []class{
 	{err: manager.ErrCheckpointMissing, code: codes.FailedPrecondition, reason: "CHECKPOINT_MISSING"},
 	{err: manager.ErrNotExact, code: codes.FailedPrecondition, reason: "NOT_EXACT"},
 	{err: manager.ErrFileMissing, code: codes.FailedPrecondition, reason: "FILE_MISSING"},
-	// What a create's token ended with is final, so a repeat would not help.
+	// The result of a create's token is final, so a retry does not help.
 	{err: manager.ErrCreateAborted, code: codes.Aborted, reason: "CREATE_ABORTED"},
 	{err: manager.ErrCatalogCompacted, code: codes.Aborted, reason: "CATALOG_COMPACTED", retry: time.Second},
 	{err: manager.ErrStoreNotFound, code: codes.NotFound, reason: "STORE_NOT_FOUND"},
 	{err: manager.ErrEventsCompacted, code: codes.OutOfRange, reason: "EVENTS_COMPACTED"},
 	{
 		err: manager.ErrNotReady, code: codes.Unavailable, reason: "STORE_UNAVAILABLE", retry: time.Second,
-		text: "the object store has not answered since this replica started: it changes nothing until it does; nothing was written, call again",
+		text: "the object store has not answered since this replica started: it changes nothing until it does; " +
+			"nothing was written, call again",
 	},
 	{err: manager.ErrStopping, code: codes.Unavailable, reason: "STOPPING", retry: time.Second},
 	{err: manager.ErrOverloaded, code: codes.ResourceExhausted, reason: "OVERLOADED", retry: time.Second},
-	// The caller has to look at what there is now.
+	// The caller has to read the current record first.
 	{err: manager.ErrRevisionChanged, code: codes.Aborted, reason: "REVISION_CHANGED"},
 
 	{err: manager.ErrChannelMismatch, code: codes.FailedPrecondition, reason: "CHANNEL_MISMATCH"},
@@ -172,25 +176,26 @@ var classes = []class{
 
 	{err: meta.ErrTooLarge, code: codes.FailedPrecondition, reason: "TOO_LARGE"},
 	{err: meta.ErrCompacted, code: codes.Aborted, reason: "CATALOG_COMPACTED", retry: time.Second},
-	// Those who watch deal with it; a call that is made again reads again.
+	// Watchers handle it; a repeated call starts a new read.
 	{err: meta.ErrWatchBroken, code: codes.Aborted, reason: "CATALOG_COMPACTED", retry: time.Second},
 	{err: record.ErrUnreadable, code: codes.DataLoss, reason: "RECORD_UNREADABLE"},
 	{err: manifest.ErrNewerFormat, code: codes.FailedPrecondition, reason: "FORMAT_TOO_NEW"},
 	{
 		err: meta.ErrTooOld, code: codes.FailedPrecondition, reason: "METADATA_STORE_TOO_OLD",
-		text: "the metadata store is older than snapshotd works with; its log says which server, and what is needed",
+		text: "the metadata store is too old for snapshotd; its log names the server and the needed version",
 	},
 	{
 		err: meta.ErrDenied, code: codes.FailedPrecondition, reason: "METADATA_STORE_DENIED",
-		text: "the metadata store denies access to snapshotd; its log says for what",
+		text: "the metadata store denies access to snapshotd; its log names the denied access",
 	},
 	{
 		err: meta.ErrCorrupt, code: codes.DataLoss, reason: "METADATA_STORE_CORRUPT",
-		text: "the metadata store has found its data damaged, and serves nothing until an operator has mended it; its log says more",
+		text: "the metadata store has found its data damaged, and serves nothing until an operator has repaired it; " +
+			"its log has the details",
 	},
 	{
 		err: meta.ErrNoSpace, code: codes.ResourceExhausted, reason: "STORE_FULL",
-		text: "the metadata store is full and takes nothing new: drop what is not needed; its log says more",
+		text: "the metadata store is full and refuses new data: drop unneeded data; its log has the details",
 	},
 	{
 		err: meta.ErrUnavailable, code: codes.Unavailable, reason: "STORE_UNAVAILABLE", retry: time.Second,
@@ -202,11 +207,11 @@ var classes = []class{
 	},
 	{
 		err: object.ErrDenied, code: codes.FailedPrecondition, reason: "OBJECT_STORE_DENIED",
-		text: "the object store denies access to snapshotd; its log says what to grant",
+		text: "the object store denies access to snapshotd; its log names the missing right",
 	},
 	{
 		err: object.ErrMisconfigured, code: codes.FailedPrecondition, reason: "OBJECT_STORE_MISCONFIGURED",
-		text: "the object store is not what snapshotd's configuration says; its log says what differs",
+		text: "the object store does not match snapshotd's configuration; its log has the difference",
 	},
 	{
 		err: object.ErrUnavailable, code: codes.Unavailable, reason: "STORE_UNAVAILABLE", retry: time.Second,
@@ -214,78 +219,90 @@ var classes = []class{
 	},
 	{
 		err: context.DeadlineExceeded, code: codes.DeadlineExceeded, reason: "DEADLINE_EXCEEDED",
-		text: "the deadline ended before the call did; a write may have happened: repeat the call with the same request_token",
+		text: "the deadline ended before the call did; a write may have happened: repeat the call with the same " +
+			"request_token",
 	},
 	{
 		err: context.Canceled, code: codes.Canceled, reason: "CANCELED",
-		text: "the caller gave up; a write may have happened: repeat the call with the same request_token",
+		text: "the caller canceled the call; a write may have happened: repeat the call with the same request_token",
 	},
 }
 
-// answer is an error as a client gets it. Only errors of this type pass toAnswer
-// as they are: any other that carries a status came from a client of a store,
-// and would tell ours to repeat what may have happened.
-type answer struct {
+// statusError is an error in the form in which a client gets it. Only errors of this type
+// pass toStatusError unchanged: the status of any other error is that of a store's
+// client, and might make our client repeat a call that has taken effect.
+type statusError struct {
 	status *status.Status
 	reason string
-	// cause is the true error, for the log.
+	// cause is the original error, for the log.
 	cause error
 }
 
-func (a *answer) Error() string              { return a.status.Message() }
-func (a *answer) GRPCStatus() *status.Status { return a.status }
-func (a *answer) Unwrap() error              { return a.cause }
+func (e *statusError) Error() string              { return e.status.Message() }
+func (e *statusError) GRPCStatus() *status.Status { return e.status }
+func (e *statusError) Unwrap() error              { return e.cause }
 
-// toAnswer turns any error into what the client is told. An error that nobody
-// classified may hold internals, so the client gets none of its text, but the
-// id under which the log has it.
-func toAnswer(err error, requestID string) *answer {
-	if a, ok := err.(*answer); ok { //nolint:errorlint // one that is wrapped was not meant as the answer
-		return a
+// toStatusError converts any error. An error without a row in the errorTable may contain
+// internals: the client gets only the request id, under which the log has the error.
+func toStatusError(err error, requestID string) *statusError {
+	if e, ok := err.(*statusError); ok { //nolint:errorlint // a wrapped one is not final
+		return e
 	}
 	if invalid, ok := errors.AsType[*protovalidate.ValidationError](err); ok {
 		return invalidRequest(err, violations(invalid))
 	}
-	for _, c := range classes {
-		if !errors.Is(err, c.err) {
-			continue
+	for i := range errorTable {
+		if row := &errorTable[i]; errors.Is(err, row.err) {
+			return row.statusError(err)
 		}
-		text := c.text
-		if text == "" {
-			text = err.Error()
-		}
-		if c.err == catalog.ErrInvalid { //nolint:errorlint // the row, not the error
-			var fields []*errdetails.BadRequest_FieldViolation
-			if invalid, ok := errors.AsType[*catalog.InvalidError](err); ok {
-				fields = append(fields, &errdetails.BadRequest_FieldViolation{Field: invalid.Field, Description: clip(invalid.Problem)})
-			}
-			return invalidRequest(err, fields)
-		}
-		if full, ok := errors.AsType[*object.FullError](err); ok && c.err == object.ErrFull { //nolint:errorlint // the row
-			text = full.Error() + "; free space there or enlarge it, then call again with a new request_token"
-		}
-		var details []protoadapt.MessageV1
-		if c.code == codes.FailedPrecondition {
-			details = append(details, &errdetails.PreconditionFailure{Violations: []*errdetails.PreconditionFailure_Violation{
-				{Type: c.reason, Description: clip(text)},
-			}})
-		}
-		if c.retry > 0 {
-			details = append(details, &errdetails.RetryInfo{RetryDelay: durationpb.New(c.retry)})
-		}
-		return newAnswer(err, c.code, c.reason, text, details...)
 	}
-	return newAnswer(err, codes.Internal, "INTERNAL", "internal error; the server's log has it under request id "+requestID)
+	return newStatusError(err, codes.Internal, "INTERNAL",
+		"internal error; the server's log has it under request id "+requestID)
 }
 
-func newAnswer(cause error, code codes.Code, reason, text string, details ...protoadapt.MessageV1) *answer {
+// statusError converts an error that matches the row.
+func (row *errorRow) statusError(err error) *statusError {
+	text := row.text
+	if text == "" {
+		text = err.Error()
+	}
+	if row.err == catalog.ErrInvalid { //nolint:errorlint // compares the row
+		var fields []*errdetails.BadRequest_FieldViolation
+		if invalid, ok := errors.AsType[*catalog.InvalidError](err); ok {
+			fields = append(fields, &errdetails.BadRequest_FieldViolation{
+				Field: invalid.Field, Description: clip(invalid.Problem),
+			})
+		}
+		return invalidRequest(err, fields)
+	}
+	if full, ok := errors.AsType[*object.FullError](err); ok && row.err == object.ErrFull { //nolint:errorlint // the row
+		text = full.Error() + "; free space there or enlarge it, then call again with a new request_token"
+	}
+	var details []protoadapt.MessageV1
+	if row.code == codes.FailedPrecondition {
+		violation := &errdetails.PreconditionFailure_Violation{Type: row.reason, Description: clip(text)}
+		details = append(details, &errdetails.PreconditionFailure{
+			Violations: []*errdetails.PreconditionFailure_Violation{violation},
+		})
+	}
+	if row.retry > 0 {
+		details = append(details, &errdetails.RetryInfo{RetryDelay: durationpb.New(row.retry)})
+	}
+	return newStatusError(err, row.code, row.reason, text, details...)
+}
+
+// newStatusError returns a statusError whose texts are clipped until it fits into the
+// trailers.
+func newStatusError(
+	cause error, code codes.Code, reason, text string, details ...protoadapt.MessageV1,
+) *statusError {
 	info := &errdetails.ErrorInfo{Reason: reason, Domain: domain}
 	var st *status.Status
-	for _, fit := range fits {
-		st = status.New(code, record.Clip(text, fit.text))
+	for _, size := range errorSizes {
+		st = status.New(code, record.Clip(text, size.text))
 		all := []protoadapt.MessageV1{info}
 		for _, d := range details {
-			all = append(all, clipDetail(d, fit.detail, fit.violations))
+			all = append(all, clipDetail(d, size.detail, size.violations))
 		}
 		if full, err := st.WithDetails(all...); err == nil {
 			st = full
@@ -294,18 +311,18 @@ func newAnswer(cause error, code codes.Code, reason, text string, details ...pro
 			break
 		}
 	}
-	return &answer{status: st, reason: reason, cause: cause}
+	return &statusError{status: st, reason: reason, cause: cause}
 }
 
-// clipDetail returns a detail of an error with texts of at most so many bytes, and no
-// more violations than that.
-func clipDetail(d protoadapt.MessageV1, most, violations int) protoadapt.MessageV1 {
+// clipDetail returns a detail of an error with texts of at most maxText bytes, and at
+// most so many violations.
+func clipDetail(d protoadapt.MessageV1, maxText, violations int) protoadapt.MessageV1 {
 	switch d := d.(type) {
 	case *errdetails.BadRequest:
 		out := &errdetails.BadRequest{}
 		for _, v := range d.GetFieldViolations()[:min(len(d.GetFieldViolations()), violations)] {
 			out.FieldViolations = append(out.FieldViolations, &errdetails.BadRequest_FieldViolation{
-				Field: record.Clip(v.GetField(), most), Description: record.Clip(v.GetDescription(), most),
+				Field: record.Clip(v.GetField(), maxText), Description: record.Clip(v.GetDescription(), maxText),
 			})
 		}
 		return out
@@ -313,7 +330,7 @@ func clipDetail(d protoadapt.MessageV1, most, violations int) protoadapt.Message
 		out := &errdetails.PreconditionFailure{}
 		for _, v := range d.GetViolations() {
 			out.Violations = append(out.Violations, &errdetails.PreconditionFailure_Violation{
-				Type: v.GetType(), Subject: v.GetSubject(), Description: record.Clip(v.GetDescription(), most),
+				Type: v.GetType(), Subject: v.GetSubject(), Description: record.Clip(v.GetDescription(), maxText),
 			})
 		}
 		return out
@@ -321,8 +338,8 @@ func clipDetail(d protoadapt.MessageV1, most, violations int) protoadapt.Message
 	return d
 }
 
-// trailerBytes is how many bytes a status takes in the trailers: its text, with each byte
-// that is not printable as three, and all of it once more in base64.
+// trailerBytes returns the bytes of a status in the trailers: its text, with three bytes
+// for each unprintable one, and the whole status in base64.
 func trailerBytes(st *status.Status) int {
 	size := base64.StdEncoding.EncodedLen(proto.Size(st.Proto()))
 	for _, b := range []byte(st.Message()) {
@@ -333,7 +350,7 @@ func trailerBytes(st *status.Status) int {
 	return size
 }
 
-func invalidRequest(cause error, fields []*errdetails.BadRequest_FieldViolation) *answer {
+func invalidRequest(cause error, fields []*errdetails.BadRequest_FieldViolation) *statusError {
 	text := cause.Error()
 	if len(fields) > 0 {
 		var parts []string
@@ -342,14 +359,14 @@ func invalidRequest(cause error, fields []*errdetails.BadRequest_FieldViolation)
 		}
 		text = strings.Join(parts, "; ")
 	}
-	return newAnswer(cause, codes.InvalidArgument, "INVALID_REQUEST", "invalid request: "+text,
+	return newStatusError(cause, codes.InvalidArgument, "INVALID_REQUEST", "invalid request: "+text,
 		&errdetails.BadRequest{FieldViolations: fields})
 }
 
-// maxFieldText bounds the name of a field in an error, in bytes: it has the keys of maps.
+// maxFieldText bounds the name of a field in an error, in bytes: it contains map keys.
 const maxFieldText = 256
 
-// violations are the first of those that a validation found.
+// violations returns the first maxViolations violations of a validation.
 func violations(err *protovalidate.ValidationError) []*errdetails.BadRequest_FieldViolation {
 	var list []*errdetails.BadRequest_FieldViolation
 	for _, v := range err.Violations[:min(len(err.Violations), maxViolations)] {
@@ -364,21 +381,20 @@ func violations(err *protovalidate.ValidationError) []*errdetails.BadRequest_Fie
 	return list
 }
 
-// fromStream turns gRPC's own error of a stream into an answer. When a message
-// could not be received gRPC has sent its status already, without a reason.
+// fromStream converts gRPC's own error of a stream. After a failed receive gRPC has
+// already sent its status, without a reason.
 func fromStream(err error) error {
 	switch status.Code(err) {
 	case codes.ResourceExhausted:
-		return toAnswer(errTooLarge, "")
+		return toStatusError(errTooLarge, "")
 	case codes.Canceled:
-		return toAnswer(context.Canceled, "")
+		return toStatusError(context.Canceled, "")
 	case codes.DeadlineExceeded:
-		return toAnswer(context.DeadlineExceeded, "")
+		return toStatusError(context.DeadlineExceeded, "")
 	default:
-		return &answer{status: status.Convert(err), cause: err}
+		return &statusError{status: status.Convert(err), cause: err}
 	}
 }
 
-// clip bounds a text and makes it UTF-8, without which no message could be
-// encoded.
+// clip bounds a text to maxMessageText bytes of valid UTF-8, as messages require.
 func clip(s string) string { return record.Clip(s, maxMessageText) }

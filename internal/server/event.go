@@ -11,64 +11,65 @@ import (
 	"github.com/snapshotd/snapshotd/internal/manager"
 )
 
-// events is the EventService.
+// events implements the EventService.
 type events struct {
 	pb.UnimplementedEventServiceServer
 	manager *manager.Manager
 	catalog *catalog.Catalog
-	tokens  sealer
+	tokens  pageTokenCodec
 }
 
-// place is how far a stream of events has come. Within a revision events are
-// told in the order of kind and id, so that a stream can end between two of
-// them.
-type place struct {
+// eventPosition is the position of a stream of events. Within a revision events are
+// sent in the order of kind and id, so that a stream can resume between two of them.
+type eventPosition struct {
 	revision int64
-	kind, id int64 // of the last one told; kind allTold: none is left
+	kind, id int64 // of the last sent event; kind revisionDone: all are sent
 }
 
-// The kinds, in order. Stored in tokens: append only.
+// The kinds of events, in order. They are part of tokens: append only.
 const (
 	kindCollection = 1
 	kindSnapshot   = 2
 	kindPin        = 3
 	kindTombstone  = 4
 	kindRestore    = 5
-	allTold        = 1 << 16
+	revisionDone   = 1 << 16
 )
 
-func placeOf(e manager.Event) place {
+func positionOf(e manager.Event) eventPosition {
 	switch {
 	case e.Collection != nil:
-		return place{e.Revision, kindCollection, e.Collection.ID}
+		return eventPosition{e.Revision, kindCollection, e.Collection.ID}
 	case e.Pin != nil:
-		return place{e.Revision, kindPin, e.Pin.ID}
+		return eventPosition{e.Revision, kindPin, e.Pin.ID}
 	case e.Tombstone != nil:
-		return place{e.Revision, kindTombstone, e.Tombstone.ID}
+		return eventPosition{e.Revision, kindTombstone, e.Tombstone.ID}
 	case e.Restore != nil:
-		return place{e.Revision, kindRestore, e.Restore.ID}
+		return eventPosition{e.Revision, kindRestore, e.Restore.ID}
 	}
-	return place{e.Revision, kindSnapshot, e.Snapshot.ID}
+	return eventPosition{e.Revision, kindSnapshot, e.Snapshot.ID}
 }
 
-func (p place) compare(o place) int {
+func (p eventPosition) compare(o eventPosition) int {
 	return cmp.Or(cmp.Compare(p.revision, o.revision), cmp.Compare(p.kind, o.kind), cmp.Compare(p.id, o.id))
 }
 
-func (s *events) WatchEvents(req *pb.WatchEventsRequest, stream grpc.ServerStreamingServer[pb.WatchEventsResponse]) error {
+func (s *events) WatchEvents(
+	req *pb.WatchEventsRequest, stream grpc.ServerStreamingServer[pb.WatchEventsResponse],
+) error {
 	const method = "WatchEvents"
 	ctx := stream.Context()
 	filters := filterHash(req)
-	var at place
+	var at eventPosition
 	var collection, after int64
 	if token := req.GetResumeToken(); token != "" {
-		// The collection is the one of the beginning, whatever has its name now.
+		// The token has the id that the first request resolved.
 		if !s.tokens.open(token, method, filters, &at.revision, &at.kind, &at.id, &collection) {
 			return errResumeToken
 		}
 		after = at.revision
-		if at.kind != allTold {
-			after-- // to see the rest of that revision
+		if at.kind != revisionDone {
+			after-- // to read the rest of that revision
 		}
 	} else if req.GetCollection() != nil {
 		var err error
@@ -76,7 +77,7 @@ func (s *events) WatchEvents(req *pb.WatchEventsRequest, stream grpc.ServerStrea
 			return err
 		}
 	}
-	send := func(to place, msg *pb.WatchEventsResponse) error {
+	send := func(to eventPosition, msg *pb.WatchEventsResponse) error {
 		at = to
 		msg.Revision = at.revision
 		msg.ResumeToken = s.tokens.seal(method, filters, at.revision, at.kind, at.id, collection)
@@ -84,20 +85,20 @@ func (s *events) WatchEvents(req *pb.WatchEventsRequest, stream grpc.ServerStrea
 	}
 	first := true
 	return s.manager.Watch(ctx, after, collection, func(batch []manager.Event, revision int64) error {
-		slices.SortFunc(batch, func(a, b manager.Event) int { return placeOf(a).compare(placeOf(b)) })
+		slices.SortFunc(batch, func(a, b manager.Event) int { return positionOf(a).compare(positionOf(b)) })
 		for i, e := range batch {
-			to := placeOf(e)
+			to := positionOf(e)
 			if to.compare(at) <= 0 {
-				continue // told before the stream was resumed
+				continue // sent before the stream was resumed
 			}
 			if i == len(batch)-1 || batch[i+1].Revision != e.Revision {
-				to.kind, to.id = allTold, 0
+				to.kind, to.id = revisionDone, 0
 			}
 			if err := send(to, eventToProto(e)); err != nil {
 				return err
 			}
 		}
-		to := place{revision, allTold, 0}
+		to := eventPosition{revision, revisionDone, 0}
 		if to.compare(at) < 0 {
 			to = at
 		}

@@ -45,7 +45,7 @@ const (
 	callTimeout = 20 * time.Second // of virtual time
 )
 
-// method is one of the API.
+// method is a method of the API.
 type method struct {
 	name   string // full
 	input  protoreflect.MessageType
@@ -58,7 +58,7 @@ var services = []*grpc.ServiceDesc{
 	&pb.ReclaimService_ServiceDesc, &pb.CollectorService_ServiceDesc, &pb.AdminService_ServiceDesc,
 }
 
-// methods are those of the whole API, in the order of their names.
+// methods returns all methods of the API, sorted by name.
 func methods(t testing.TB) []method {
 	t.Helper()
 	var list []method
@@ -76,7 +76,8 @@ func methods(t testing.TB) []method {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if list[i].input, err = protoregistry.GlobalTypes.FindMessageByName(d.(protoreflect.MethodDescriptor).Input().FullName()); err != nil {
+		if list[i].input, err = protoregistry.GlobalTypes.FindMessageByName(
+			d.(protoreflect.MethodDescriptor).Input().FullName()); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -84,15 +85,14 @@ func methods(t testing.TB) []method {
 	return list
 }
 
-// FuzzCalls makes any calls, one after another, to a server over stores in memory, in
-// virtual time: input is what the calls and their fields are chosen by. None panics,
-// none is answered with Internal, and each error is one of the table. What they left
-// can be read.
+// FuzzCalls makes a sequence of calls to a server over stores in memory, in virtual time;
+// the input selects the calls and their fields. No call panics or returns Internal, each
+// error is in the errorTable, and all records stay readable.
 func FuzzCalls(f *testing.F) {
 	list := methods(f)
 	for i := range list {
 		f.Add([]byte{byte(i)})
-		for fill := range byte(1 + i%2) { // the fields in other ways
+		for fill := range byte(1 + i%2) { // different fields
 			f.Add(slices.Concat([]byte{byte(i)}, slices.Repeat([]byte{1 + 2*fill, 5 + fill, 9, 3, 14 + fill, 7, 21, 2}, 12)))
 		}
 	}
@@ -126,15 +126,15 @@ func FuzzCalls(f *testing.F) {
 				for m.stream != nil && m.stream.ClientStreams && from.byte()%3 == 1 {
 					msgs = append(msgs, w.message(m.input, from))
 				}
-				_, _ = w.call(m, msgs...) // which judges the error
+				_, _ = w.call(m, msgs...) // call checks the error
 			}
 			w.check()
 		})
 	})
 }
 
-// TestSoundCalls makes the calls from which FuzzCalls departs: they are answered.
-func TestSoundCalls(t *testing.T) {
+// TestValidCalls makes the valid calls that FuzzCalls varies.
+func TestValidCalls(t *testing.T) {
 	v, err := newValidator()
 	if err != nil {
 		t.Fatal(err)
@@ -145,7 +145,7 @@ func TestSoundCalls(t *testing.T) {
 		w.prepare(list)
 		for i := range list {
 			if name := list[i].input.Descriptor().Name(); slices.Contains(w.harmless, name) {
-				if _, err := w.call(&list[i], w.sound[name]); err != nil {
+				if _, err := w.call(&list[i], w.valid[name]); err != nil {
 					t.Errorf("%s: %v", name, err)
 				}
 			}
@@ -154,27 +154,26 @@ func TestSoundCalls(t *testing.T) {
 	})
 }
 
-// caller makes calls, and remembers what the answers named, so that later calls can
-// name it too.
+// caller makes calls, and remembers the ids and names in the responses for later calls.
 type caller struct {
 	t      *testing.T
 	server *Server
 	kv     *memkv.Store
 	impl   map[string]any // by service
 	store  object.Store
-	sound  map[protoreflect.Name]proto.Message // requests that are answered as they should be
-	// harmless are those of them that need nothing that another ends.
+	valid  map[protoreflect.Name]proto.Message // valid requests
+	// harmless are the valid requests that do not depend on each other's order.
 	harmless []protoreflect.Name
 	ids      []int64
 	texts    []string
 }
 
-// newCaller starts a server with all that is below it; it ends with the test.
+// newCaller starts a server with stores in memory until the end of the test.
 func newCaller(t *testing.T, s *Server) *caller {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	kv, store := memkv.New(memkv.Options{Now: time.Now}), memobject.New(memobject.Options{Now: time.Now})
-	random := rand.NewChaCha8([32]byte{}) // the same for each input
+	random := rand.NewChaCha8([32]byte{}) // equal for each input
 	objects := map[string]object.Store{"default": store}
 	c, err := cluster.Open(ctx, kv, cluster.Options{Release: "test", Now: time.Now, Rand: random})
 	if err != nil {
@@ -204,12 +203,13 @@ func newCaller(t *testing.T, s *Server) *caller {
 	})
 	virtual.Wait()
 	s.manager = m
-	tokens := sealer{c.TokenKey}
+	tokens := pageTokenCodec{c.TokenKey}
 	return &caller{
 		t: t, server: s, kv: kv, store: store,
 		impl: map[string]any{
-			pb.SnapshotService_ServiceDesc.ServiceName:  &snapshots{manager: m, tokens: tokens},
-			pb.CatalogService_ServiceDesc.ServiceName:   &catalogs{catalog: cat, tokens: tokens, exports: make(slots, maxExports)},
+			pb.SnapshotService_ServiceDesc.ServiceName: &snapshots{manager: m, tokens: tokens},
+			pb.CatalogService_ServiceDesc.ServiceName: &catalogs{catalog: cat, tokens: tokens,
+				exports: make(slots, maxExports)},
 			pb.EventService_ServiceDesc.ServiceName:     &events{manager: m, catalog: cat, tokens: tokens},
 			pb.ReclaimService_ServiceDesc.ServiceName:   &reclaims{manager: m, catalog: cat, tokens: tokens},
 			pb.CollectorService_ServiceDesc.ServiceName: &collectors{manager: m, snapshotStore: "default"},
@@ -217,16 +217,19 @@ func newCaller(t *testing.T, s *Server) *caller {
 				manager: m, cluster: c, kv: kv, version: "v1", replica: "r1", stores: []string{"default"}, snapshotStore: "default",
 			},
 		},
-		ids: []int64{0, 1, -1, math.MaxInt64, math.MinInt64, 1000, math.MaxInt32, math.MaxUint32, 100, 315_576_000_000, 253_402_300_799, -62_135_596_800},
+		ids: []int64{0, 1, -1, math.MaxInt64, math.MinInt64, 1000, math.MaxInt32, math.MaxUint32, 100, 315_576_000_000,
+			253_402_300_799, -62_135_596_800},
 		texts: []string{
-			"", "docs", "default", "s1", "other", "p0", "x0", "-", "data/docs/", "7/0", "7/1", "data/docs/7/0", "insert", "index", strings.Repeat("x", 255), strings.Repeat("y", 3000),
+			"", "docs", "default", "s1", "other", "p0", "x0", "-", "data/docs/", "7/0", "7/1", "data/docs/7/0", "insert",
+			"index", strings.Repeat("x", 255), strings.Repeat("y", 3000),
 			"properties", "attributes", "consistency_level", "labels", "description", "expire_time", "expiration", "ttl", "*",
-			"/", "../x", "a\x00b", "é\u2028", "/catalog/segment/1/1", "/format", "gc/epoch/", "snapshots/", "CRC32C", "key=", "0123456789abcdef0123456789abcdef",
+			"/", "../x", "a\x00b", "é\u2028", "/catalog/segment/1/1", "/format", "gc/epoch/", "snapshots/", "CRC32C", "key=",
+			"0123456789abcdef0123456789abcdef",
 		},
 	}
 }
 
-// lockedReader is a source of chance for several goroutines.
+// lockedReader is a source of random bytes for several goroutines.
 type lockedReader struct {
 	mu sync.Mutex
 	r  io.Reader
@@ -238,9 +241,8 @@ func (l *lockedReader) Read(p []byte) (int, error) {
 	return l.r.Read(p)
 }
 
-// prepare makes a collection with segments, a snapshot of it with a pin, a segment
-// that was dropped since and asked for, and a restore; and it knows of every call how it
-// should be made.
+// prepare creates a collection with segments, a snapshot of it with a pin, a dropped and
+// requested segment, and a restore, and sets a valid request for every method.
 func (w *caller) prepare(list []method) {
 	w.t.Helper()
 	docs := &pb.CollectionRef{Ref: &pb.CollectionRef_Name{Name: &pb.CollectionName{Name: "docs"}}}
@@ -254,12 +256,13 @@ func (w *caller) prepare(list []method) {
 	}
 	sealed := func(i int64) *pb.Segment {
 		return &pb.Segment{
-			Id: i, State: pb.Segment_STATE_SEALED, Rows: 7, StartPosition: &pb.Position{Timestamp: 5}, DmlPosition: &pb.Position{Timestamp: 10},
-			Files: []*pb.File{file(fmt.Sprintf("%d/a", i), segment.KindInsert)},
+			Id: i, State: pb.Segment_STATE_SEALED, Rows: 7, StartPosition: &pb.Position{Timestamp: 5},
+			DmlPosition: &pb.Position{Timestamp: 10},
+			Files:       []*pb.File{file(fmt.Sprintf("%d/a", i), segment.KindInsert)},
 		}
 	}
 	checkpoint := []*pb.ChannelPosition{{Position: &pb.Position{Timestamp: 20}}}
-	w.sound = map[protoreflect.Name]proto.Message{}
+	w.valid = map[protoreflect.Name]proto.Message{}
 	must := func(name string, msg proto.Message) proto.Message {
 		w.t.Helper()
 		i := slices.IndexFunc(list, func(m method) bool { return strings.HasSuffix(m.name, "/"+name) })
@@ -267,10 +270,11 @@ func (w *caller) prepare(list []method) {
 		if err != nil {
 			w.t.Fatalf("%s: %v", name, err)
 		}
-		w.sound[msg.ProtoReflect().Descriptor().Name()] = msg
+		w.valid[msg.ProtoReflect().Descriptor().Name()] = msg
 		return resp
 	}
-	first := must("AllocateIds", &pb.AllocateIdsRequest{Want: &pb.AllocateIdsRequest_Count{Count: 9}}).(*pb.AllocateIdsResponse).GetIds().GetFirst()
+	first := must("AllocateIds",
+		&pb.AllocateIdsRequest{Want: &pb.AllocateIdsRequest_Count{Count: 9}}).(*pb.AllocateIdsResponse).GetIds().GetFirst()
 	var segments []*pb.Segment
 	for i := range int64(9) {
 		w.ids = append(w.ids, first+i)
@@ -278,7 +282,8 @@ func (w *caller) prepare(list []method) {
 			segments = append(segments, sealed(first+i))
 		}
 	}
-	segments[1].IndexBuilds = []*pb.IndexBuild{{Id: first + 6, FieldId: 100, Files: []*pb.File{file(fmt.Sprintf("%d/b", first+6), segment.KindIndex)}}}
+	segments[1].IndexBuilds = []*pb.IndexBuild{{Id: first + 6, FieldId: 100,
+		Files: []*pb.File{file(fmt.Sprintf("%d/b", first+6), segment.KindIndex)}}}
 
 	must("CreateCollection", &pb.CreateCollectionRequest{
 		Name: docs.GetName(), Roots: []*pb.Root{{Store: "default", Prefix: "data/docs/"}}, Channels: []string{"a"},
@@ -290,22 +295,29 @@ func (w *caller) prepare(list []method) {
 	segments[1].IndexBuilds[0].IndexId = x.GetIndex().GetId()
 	must("AddSegments", &pb.AddSegmentsRequest{Collection: docs, Segments: segments})
 	must("SetCheckpoints", &pb.SetCheckpointsRequest{Collection: docs, Checkpoints: checkpoint})
-	must("UpdateSegments", &pb.UpdateSegmentsRequest{Collection: docs, Updates: []*pb.SegmentUpdate{{SegmentId: first, State: pb.Segment_STATE_FLUSHED}}})
+	must("UpdateSegments", &pb.UpdateSegmentsRequest{Collection: docs,
+		Updates: []*pb.SegmentUpdate{{SegmentId: first, State: pb.Segment_STATE_FLUSHED}}})
 	must("CreateSnapshot", &pb.CreateSnapshotRequest{Collection: docs, Name: "s1", Labels: map[string]string{"a": "b"}})
-	pin := must("PinSnapshot", &pb.PinSnapshotRequest{Snapshot: s1, Owner: "o", Ttl: durationpb.New(time.Hour)}).(*pb.PinSnapshotResponse).GetPin().GetId()
+	pin := must("PinSnapshot", &pb.PinSnapshotRequest{Snapshot: s1, Owner: "o",
+		Ttl: durationpb.New(time.Hour)}).(*pb.PinSnapshotResponse).GetPin().GetId()
 	must("DropSegments", &pb.DropSegmentsRequest{Collection: docs, SegmentIds: []int64{first}})
-	must("CompactSegments", &pb.CompactSegmentsRequest{Collection: docs, Inputs: []int64{first + 2}, Outputs: []*pb.Segment{sealed(first + 4)}})
-	units := []*pb.Unit{{Unit: &pb.Unit_SegmentId{SegmentId: first}}, {Unit: &pb.Unit_IndexBuildId{IndexBuildId: first + 6}}}
+	must("CompactSegments", &pb.CompactSegmentsRequest{Collection: docs, Inputs: []int64{first + 2},
+		Outputs: []*pb.Segment{sealed(first + 4)}})
+	units := []*pb.Unit{{Unit: &pb.Unit_SegmentId{SegmentId: first}},
+		{Unit: &pb.Unit_IndexBuildId{IndexBuildId: first + 6}}}
 	must("Reclaim", &pb.ReclaimRequest{Collection: docs, Units: units, Deleter: pb.Deleter_DELETER_CALLER})
-	job := must("RestoreSnapshot", &pb.RestoreSnapshotRequest{Snapshot: s1, Target: other}).(*pb.RestoreSnapshotResponse).GetJobId()
-	// What leaves all as it is, or adds to it.
+	job := must("RestoreSnapshot", &pb.RestoreSnapshotRequest{Snapshot: s1,
+		Target: other}).(*pb.RestoreSnapshotResponse).GetJobId()
+	// Requests that read or add.
 	for _, msg := range []proto.Message{
-		&pb.CreateCollectionRequest{Name: &pb.CollectionName{Name: "third"}, Roots: []*pb.Root{{Store: "default", Prefix: "data/third/"}}},
+		&pb.CreateCollectionRequest{Name: &pb.CollectionName{Name: "third"},
+			Roots: []*pb.Root{{Store: "default", Prefix: "data/third/"}}},
 		&pb.CreatePartitionRequest{Collection: docs, Name: "p1"},
 		&pb.CreateIndexRequest{Collection: docs, Name: "x1", FieldId: 100},
 		&pb.CreateSnapshotRequest{Collection: docs, Name: "s2"},
 		&pb.AddSegmentsRequest{Collection: docs, Segments: []*pb.Segment{sealed(first + 7)}},
-		&pb.UpdateSegmentsRequest{Collection: docs, Updates: []*pb.SegmentUpdate{{SegmentId: first + 4, State: pb.Segment_STATE_FLUSHED}}},
+		&pb.UpdateSegmentsRequest{Collection: docs,
+			Updates: []*pb.SegmentUpdate{{SegmentId: first + 4, State: pb.Segment_STATE_FLUSHED}}},
 		&pb.CompactSegmentsRequest{Collection: docs, Inputs: []int64{first + 3}, Outputs: []*pb.Segment{sealed(first + 5)}},
 		&pb.RestoreSnapshotRequest{Snapshot: s1, Target: &pb.CollectionName{Name: "fourth"}},
 		&pb.CheckReferencesRequest{Collection: docs, Units: units},
@@ -317,12 +329,14 @@ func (w *caller) prepare(list []method) {
 		&pb.ListSnapshotSegmentsRequest{Snapshot: s1, View: pb.SegmentView_SEGMENT_VIEW_FILES, PageSize: 1},
 		&pb.ListSnapshotsRequest{Collection: docs, PageSize: 1},
 		&pb.ListPinsRequest{Snapshot: s1, PageSize: 1},
-		&pb.UpdateSnapshotRequest{Snapshot: s1, Description: "d", UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"description"}}},
+		&pb.UpdateSnapshotRequest{Snapshot: s1, Description: "d",
+			UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"description"}}},
 		&pb.GetRestoreStateRequest{JobId: job},
 		&pb.ListRestoreJobsRequest{PageSize: 1},
 		&pb.GetCollectionRequest{Collection: docs},
 		&pb.ListCollectionsRequest{PageSize: 1},
-		&pb.UpdateCollectionRequest{Collection: docs, UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"properties"}}, Properties: map[string]string{"c": "d"}},
+		&pb.UpdateCollectionRequest{Collection: docs, UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"properties"}},
+			Properties: map[string]string{"c": "d"}},
 		&pb.ListPartitionsRequest{Collection: docs},
 		&pb.ListIndexesRequest{Collection: docs},
 		&pb.GetSegmentRequest{Collection: docs, SegmentId: first + 1},
@@ -337,28 +351,30 @@ func (w *caller) prepare(list []method) {
 		&pb.GetKeyRequest{Key: "/format"},
 		&pb.ProbeStoreRequest{},
 	} {
-		w.sound[msg.ProtoReflect().Descriptor().Name()] = msg
+		w.valid[msg.ProtoReflect().Descriptor().Name()] = msg
 		w.harmless = append(w.harmless, msg.ProtoReflect().Descriptor().Name())
 	}
-	// What would end what the others need, or does not end.
+	// Requests that remove records of the others, or do not end.
 	for _, msg := range []proto.Message{
-		&pb.DropSnapshotRequest{Snapshot: s1}, &pb.UnpinSnapshotRequest{Snapshot: s1, PinId: pin}, &pb.CancelRestoreRequest{JobId: job}, &pb.WatchRestoreRequest{JobId: job},
+		&pb.DropSnapshotRequest{Snapshot: s1}, &pb.UnpinSnapshotRequest{Snapshot: s1, PinId: pin},
+		&pb.CancelRestoreRequest{JobId: job}, &pb.WatchRestoreRequest{JobId: job},
 		&pb.UpdateRestoreRequest{JobId: job, Limits: &pb.RestoreLimits{RequestsPerSecond: 1000}},
-		&pb.RenameCollectionRequest{Collection: docs, NewName: &pb.CollectionName{Name: "renamed"}}, &pb.DropCollectionRequest{Collection: docs},
+		&pb.RenameCollectionRequest{Collection: docs, NewName: &pb.CollectionName{Name: "renamed"}},
+		&pb.DropCollectionRequest{Collection: docs},
 		&pb.DropPartitionRequest{Collection: docs, Name: "p0"}, &pb.DropIndexRequest{Collection: docs, Name: "x0"},
-		&pb.DeleteOrphansRequest{Collection: docs, Grace: durationpb.New(time.Hour)}, &pb.WatchEventsRequest{Collection: docs},
+		&pb.DeleteOrphansRequest{Collection: docs, Grace: durationpb.New(time.Hour)},
+		&pb.WatchEventsRequest{Collection: docs},
 	} {
-		w.sound[msg.ProtoReflect().Descriptor().Name()] = msg
+		w.valid[msg.ProtoReflect().Descriptor().Name()] = msg
 	}
 	for _, m := range list {
-		if w.sound[m.input.Descriptor().Name()] == nil {
-			w.t.Fatalf("%s: no request is known that is answered as it should be", m.name)
+		if w.valid[m.input.Descriptor().Name()] == nil {
+			w.t.Fatalf("%s: no valid request", m.name)
 		}
 	}
 }
 
-// call makes a call as gRPC would, and checks its answer.
-// The answer is nil for a stream.
+// call makes a call as gRPC does, and checks the response, which is nil for a stream.
 func (w *caller) call(m *method, msgs ...proto.Message) (proto.Message, error) {
 	w.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
@@ -377,15 +393,17 @@ func (w *caller) call(m *method, msgs ...proto.Message) (proto.Message, error) {
 	} else {
 		stream := &fuzzedStream{caller: w, method: m, msgs: msgs}
 		stream.ctx = ctx
-		err = w.server.stream(service, stream, &grpc.StreamServerInfo{FullMethod: m.name, IsClientStream: m.stream.ClientStreams, IsServerStream: m.stream.ServerStreams}, m.stream.Handler)
+		err = w.server.stream(service, stream,
+			&grpc.StreamServerInfo{FullMethod: m.name, IsClientStream: m.stream.ClientStreams,
+				IsServerStream: m.stream.ServerStreams}, m.stream.Handler)
 	}
 	if err != nil {
-		w.judge(m, msgs, err)
+		w.checkError(m, msgs, err)
 	}
 	return answer, err
 }
 
-// fuzzedStream is the server's end of a stream from which msgs come.
+// fuzzedStream is the server's end of a stream that receives msgs.
 type fuzzedStream struct {
 	fakeStream
 	caller *caller
@@ -413,21 +431,21 @@ func (s *fuzzedStream) SendMsg(m any) error {
 	return nil
 }
 
-// learn checks that a message can be sent, and remembers what it names.
+// learn checks that a message can be sent, and remembers its ids and names.
 func (w *caller) learn(m *method, msg proto.Message) {
 	data, err := proto.Marshal(msg)
 	if err != nil {
-		w.t.Errorf("%s: the answer cannot be sent: %v", m.name, err)
+		w.t.Errorf("%s: the response cannot be sent: %v", m.name, err)
 	}
 	if len(data) > maxSend {
-		w.t.Errorf("%s: an answer of %d bytes", m.name, len(data))
+		w.t.Errorf("%s: a response of %d bytes", m.name, len(data))
 	}
 	w.remember(msg.ProtoReflect())
 }
 
 func (w *caller) remember(m protoreflect.Message) {
 	fields := m.Descriptor().Fields()
-	for i := range fields.Len() { // in their order, which Range has not
+	for i := range fields.Len() { // Range has no order
 		f := fields.Get(i)
 		if !m.Has(f) || f.IsMap() {
 			continue
@@ -443,7 +461,7 @@ func (w *caller) remember(m protoreflect.Message) {
 }
 
 func (w *caller) rememberValue(f protoreflect.FieldDescriptor, v protoreflect.Value) {
-	switch f.Kind() { //nolint:exhaustive // the others name nothing
+	switch f.Kind() { //nolint:exhaustive // other kinds hold no names
 	case protoreflect.MessageKind:
 		w.remember(v.Message())
 	case protoreflect.Int64Kind:
@@ -457,9 +475,8 @@ func (w *caller) rememberValue(f protoreflect.FieldDescriptor, v protoreflect.Va
 	}
 }
 
-// judge fails for an error that no call should end with: nothing is wrong with the
-// stores, so it is never theirs, and it is never ours.
-func (w *caller) judge(m *method, msgs []proto.Message, err error) {
+// checkError fails for an error of the server or of its stores, which have no faults.
+func (w *caller) checkError(m *method, msgs []proto.Message, err error) {
 	st := status.Convert(err)
 	var reason string
 	for _, d := range st.Details() {
@@ -467,10 +484,12 @@ func (w *caller) judge(m *method, msgs []proto.Message, err error) {
 			reason = info.GetReason()
 		}
 	}
-	known := reason == "INVALID_REQUEST" || slices.ContainsFunc(classes, func(c class) bool { return c.reason == reason && c.code == st.Code() })
+	known := reason == "INVALID_REQUEST" ||
+		slices.ContainsFunc(errorTable, func(c errorRow) bool { return c.reason == reason && c.code == st.Code() })
 	bad := !known
-	switch st.Code() { //nolint:exhaustive // the others are the caller's
-	case codes.OK, codes.Internal, codes.Unknown, codes.DataLoss, codes.Unimplemented, codes.Unauthenticated, codes.PermissionDenied:
+	switch st.Code() { //nolint:exhaustive // other codes are errors of the caller
+	case codes.OK, codes.Internal, codes.Unknown, codes.DataLoss, codes.Unimplemented,
+		codes.Unauthenticated, codes.PermissionDenied:
 		bad = true
 	case codes.Unavailable:
 		bad = bad || reason != "REFERENCES_LOADING"
@@ -480,14 +499,14 @@ func (w *caller) judge(m *method, msgs []proto.Message, err error) {
 	}
 	if bad {
 		var cause error
-		if a, ok := err.(*answer); ok { //nolint:errorlint // as toAnswer makes it
+		if a, ok := err.(*statusError); ok { //nolint:errorlint // the result of toStatusError
 			cause = a.cause
 		}
 		w.t.Errorf("%s: %v %s %q, of %v\nfor %v", m.name, st.Code(), reason, st.Message(), cause, msgs)
 	}
 }
 
-// check reads all that the calls left.
+// check reads all records.
 func (w *caller) check() {
 	w.t.Helper()
 	ctx := w.t.Context()
@@ -501,12 +520,12 @@ func (w *caller) check() {
 			continue
 		}
 		if kind, text := inspect.Describe(kv); kind == "" {
-			w.t.Errorf("%s holds %s, which is no record", kv.Key, text)
+			w.t.Errorf("%s holds %s, not a record", kv.Key, text)
 		}
 	}
 }
 
-// source is what choices are made by. When it is used up each is 0.
+// source selects the calls and values. After its end it returns zeros.
 type source struct{ rest []byte }
 
 func (s *source) byte() byte {
@@ -518,13 +537,13 @@ func (s *source) byte() byte {
 	return b
 }
 
-// message makes a message of type m: a sound one that is changed here and there, or
-// field by field, or of bytes as they come.
+// message returns a message of type m: a changed valid one, one filled field by field, or
+// one decoded from random bytes.
 func (w *caller) message(m protoreflect.MessageType, from *source) proto.Message {
 	msg := m.New()
 	switch b := from.byte() % 16; {
 	case b < 12:
-		sound := proto.Clone(w.sound[m.Descriptor().Name()])
+		sound := proto.Clone(w.valid[m.Descriptor().Name()])
 		for range b % 4 {
 			w.vary(sound.ProtoReflect(), from, 4)
 		}
@@ -535,7 +554,7 @@ func (w *caller) message(m protoreflect.MessageType, from *source) proto.Message
 			from.rest = from.rest[n:]
 			return msg.Interface()
 		}
-		msg = m.New() // which gRPC refuses
+		msg = m.New() // gRPC refuses it
 	}
 	w.fill(msg, from, 5)
 	return msg.Interface()
@@ -550,7 +569,7 @@ func (w *caller) fill(m protoreflect.Message, from *source, depth int) {
 	}
 }
 
-// set sets a field, and of a list or map n more.
+// set sets a field; a list or map gets n more elements.
 func (w *caller) set(m protoreflect.Message, f protoreflect.FieldDescriptor, n int, from *source, depth int) {
 	switch {
 	case f.IsMap():
@@ -574,7 +593,7 @@ func (w *caller) set(m protoreflect.Message, f protoreflect.FieldDescriptor, n i
 	}
 }
 
-// vary changes a field of a message, or of one of those in it.
+// vary changes a field of a message or of a nested one.
 func (w *caller) vary(m protoreflect.Message, from *source, depth int) {
 	fields := m.Descriptor().Fields()
 	if fields.Len() == 0 {
@@ -593,7 +612,7 @@ func (w *caller) vary(m protoreflect.Message, from *source, depth int) {
 	}
 }
 
-// scalar chooses a value: mostly one that means something here.
+// scalar returns a value, mostly a known id or name.
 func (w *caller) scalar(f protoreflect.FieldDescriptor, from *source) protoreflect.Value {
 	b := int(from.byte())
 	number := w.ids[b%len(w.ids)]
@@ -610,13 +629,13 @@ func (w *caller) scalar(f protoreflect.FieldDescriptor, from *source) protorefle
 		}
 		return protoreflect.ValueOfEnum(values.Get(b % values.Len()).Number())
 	case protoreflect.Int32Kind, protoreflect.Sint32Kind, protoreflect.Sfixed32Kind:
-		return protoreflect.ValueOfInt32(int32(number)) //nolint:gosec // any will do
+		return protoreflect.ValueOfInt32(int32(number)) //nolint:gosec // any value
 	case protoreflect.Uint32Kind, protoreflect.Fixed32Kind:
-		return protoreflect.ValueOfUint32(uint32(number)) //nolint:gosec // any will do
+		return protoreflect.ValueOfUint32(uint32(number)) //nolint:gosec // any value
 	case protoreflect.Int64Kind, protoreflect.Sint64Kind, protoreflect.Sfixed64Kind:
 		return protoreflect.ValueOfInt64(number)
 	case protoreflect.Uint64Kind, protoreflect.Fixed64Kind:
-		return protoreflect.ValueOfUint64(uint64(number)) //nolint:gosec // any will do
+		return protoreflect.ValueOfUint64(uint64(number)) //nolint:gosec // any value
 	case protoreflect.FloatKind:
 		return protoreflect.ValueOfFloat32(float32(number))
 	case protoreflect.DoubleKind:

@@ -12,12 +12,11 @@ import (
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 )
 
-// FuzzToken opens anything as a token. It opens what it has sealed, for as many
-// numbers, and nothing else: not for another method, filters, cluster or count, and
-// no other text.
+// FuzzToken decodes any text as a token. Only an encoded token is decoded, for its own
+// method, filters, cluster and count of numbers.
 func FuzzToken(f *testing.F) {
 	filters := filterHash(&pb.ListSnapshotsRequest{Db: "db"})
-	s := sealer{[]byte("key")}
+	s := pageTokenCodec{[]byte("key")}
 	f.Add("", []byte{}, "M")
 	f.Add(s.seal("M", filters, 1), []byte{2}, "M")
 	f.Add(s.seal("M", filters), []byte{}, "N")
@@ -32,7 +31,7 @@ func FuzzToken(f *testing.F) {
 			}
 			numbers, data = append(numbers, n), data[size:]
 		}
-		open := func(s sealer, token, method string, filters [32]byte, count int) ([]int64, bool) {
+		open := func(s pageTokenCodec, token, method string, filters [32]byte, count int) ([]int64, bool) {
 			got := make([]int64, count)
 			into := make([]*int64, count)
 			for i := range got {
@@ -42,24 +41,24 @@ func FuzzToken(f *testing.F) {
 		}
 		sealed := s.seal(method, filters, numbers...)
 		if got, ok := open(s, sealed, method, filters, len(numbers)); !ok || !slices.Equal(got, numbers) {
-			t.Fatalf("%v is opened as %v, %v", numbers, got, ok)
+			t.Fatalf("%v is decoded as %v, %v", numbers, got, ok)
 		}
 		other := filterHash(&pb.ListSnapshotsRequest{Db: "db", NamePrefix: "x"})
 		for name, opened := range map[string]bool{
 			"another method":  second(open(s, sealed, method+"x", filters, len(numbers))),
 			"other filters":   second(open(s, sealed, method, other, len(numbers))),
-			"another cluster": second(open(sealer{[]byte("kez")}, sealed, method, filters, len(numbers))),
+			"another cluster": second(open(pageTokenCodec{[]byte("kez")}, sealed, method, filters, len(numbers))),
 			"more numbers":    second(open(s, sealed, method, filters, len(numbers)+1)),
 			"fewer numbers":   len(numbers) > 0 && second(open(s, sealed, method, filters, len(numbers)-1)),
 		} {
 			if opened {
-				t.Errorf("%q was opened for %s", sealed, name)
+				t.Errorf("%q was decoded for %s", sealed, name)
 			}
 		}
 		if got, ok := open(s, token, method, filters, len(numbers)); ok && token != s.seal(method, filters, got...) {
-			t.Errorf("%q was opened as %v, which is sealed as %q", token, got, s.seal(method, filters, got...))
+			t.Errorf("%q was decoded as %v, which is encoded as %q", token, got, s.seal(method, filters, got...))
 		}
-		// A bit of it, whatever the bit means.
+		// Any changed bit makes the token invalid.
 		raw, err := base64.RawURLEncoding.DecodeString(sealed)
 		if err != nil {
 			t.Fatal(err)
@@ -68,7 +67,7 @@ func FuzzToken(f *testing.F) {
 			forged := bytes.Clone(raw)
 			forged[i] ^= 1 << (len(token) % 8)
 			if second(open(s, base64.RawURLEncoding.EncodeToString(forged), method, filters, len(numbers))) {
-				t.Errorf("byte %d of %q is not bound", i, sealed)
+				t.Errorf("byte %d of %q is not authenticated", i, sealed)
 			}
 		}
 	})
@@ -76,12 +75,12 @@ func FuzzToken(f *testing.F) {
 
 func second(_ []int64, ok bool) bool { return ok }
 
-// FuzzFilterHash reads anything as a request. Its hash does not change with its
-// paging, nor when it is decoded again, and the hash under its request token does not
-// change with that.
+// FuzzFilterHash decodes any bytes as a request. Its hash depends neither on its paging
+// nor on its encoding, and the hash of its request token not on the token.
 func FuzzFilterHash(f *testing.F) {
 	for _, m := range []proto.Message{
-		&pb.ListSnapshotsRequest{}, &pb.ListSnapshotsRequest{Db: "d", PageSize: 3, PageToken: "t", Labels: map[string]string{"a": "b", "c": "d"}},
+		&pb.ListSnapshotsRequest{}, &pb.ListSnapshotsRequest{Db: "d", PageSize: 3, PageToken: "t",
+			Labels: map[string]string{"a": "b", "c": "d"}},
 	} {
 		data, err := proto.Marshal(m)
 		if err != nil {
@@ -121,16 +120,17 @@ func FuzzFilterHash(f *testing.F) {
 	})
 }
 
-// FuzzPadded writes the numbers in any key as they are stored: once is enough, and what
-// is no number stays.
-func FuzzPadded(f *testing.F) {
-	for _, key := range []string{"", "/", "5", "/a/5", "/a/0000000000000000005/b", "/a/12345678901234567890", "/a/-5/5x/٣", "\xff/1"} {
+// FuzzZeroPadIDs pads the numbers of any key. A second time changes nothing, and other
+// text is unchanged.
+func FuzzZeroPadIDs(f *testing.F) {
+	for _, key := range []string{"", "/", "5", "/a/5", "/a/0000000000000000005/b", "/a/12345678901234567890",
+		"/a/-5/5x/٣", "\xff/1"} {
 		f.Add(key)
 	}
 	f.Fuzz(func(t *testing.T, key string) {
-		got := padded(key)
-		if again := padded(got); again != got {
-			t.Errorf("%q became %q, and that %q", key, got, again)
+		got := zeroPadIDs(key)
+		if again := zeroPadIDs(got); again != got {
+			t.Errorf("%q became %q, and then %q", key, got, again)
 		}
 		if bytes.Count([]byte(key), []byte("/")) != bytes.Count([]byte(got), []byte("/")) {
 			t.Errorf("%q became %q", key, got)

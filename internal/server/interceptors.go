@@ -27,12 +27,10 @@ import (
 	"github.com/snapshotd/snapshotd/internal/manager"
 )
 
-// requestIDKey is the metadata key under which a caller may give a request id
-// and finds the one that was used.
+// requestIDKey is the metadata key of the request id, in requests and responses.
 const requestIDKey = "x-request-id"
 
-// noteKey is the metadata key of remarks on an answer: a person should see them,
-// a program need not.
+// noteKey is the metadata key of notes on a response, which are meant for people.
 const noteKey = "snapshotd-note"
 
 var requestIDRule = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
@@ -40,22 +38,22 @@ var requestIDRule = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
 // Deadlines.
 const (
 	defaultDeadline = time.Minute
-	createDeadline  = 15 * time.Minute // of CreateSnapshot, unless the caller gives another
+	createDeadline  = 15 * time.Minute // of CreateSnapshot without a deadline of the caller
 	maxDeadline     = 30 * time.Minute
 	maxStream       = time.Hour
-	// sendTimeout is how long a message of a stream may wait for its reader.
+	// sendTimeout is the time within which the client must read a message of a stream.
 	sendTimeout = time.Minute
 )
 
-// call is what is known of a call while it runs.
+// call describes a running call.
 type call struct {
 	id        string // request id
-	principal string // once authenticated
+	principal string // set by the authentication
 }
 
 type callKey struct{}
 
-// callOf returns the call that ctx belongs to.
+// callOf returns the call of ctx.
 func callOf(ctx context.Context) *call {
 	if c, ok := ctx.Value(callKey{}).(*call); ok {
 		return c
@@ -63,11 +61,12 @@ func callOf(ctx context.Context) *call {
 	return &call{principal: localPrincipal}
 }
 
-// newCall makes the call of ctx with the caller's request id, if it is one.
+// newCall adds a call to ctx, with the caller's request id if it is valid.
 func newCall(ctx context.Context) (context.Context, *call) {
 	c := &call{}
-	if given := metadata.ValueFromIncomingContext(ctx, requestIDKey); len(given) == 1 && requestIDRule.MatchString(given[0]) {
-		c.id = given[0]
+	ids := metadata.ValueFromIncomingContext(ctx, requestIDKey)
+	if len(ids) == 1 && requestIDRule.MatchString(ids[0]) {
+		c.id = ids[0]
 	} else {
 		c.id = rand.Text()
 	}
@@ -77,7 +76,7 @@ func newCall(ctx context.Context) (context.Context, *call) {
 // stream is a stream with another context.
 type stream struct {
 	grpc.ServerStream
-	ctx context.Context //nolint:containedctx // the stream's own; there is no other way to hand it on
+	ctx context.Context //nolint:containedctx // the only way to replace a stream's context
 }
 
 func (s *stream) Context() context.Context { return s.ctx }
@@ -106,7 +105,7 @@ func (s *Server) chain(metrics *grpcprom.ServerMetrics) []grpc.ServerOption {
 
 func identifyUnary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	ctx, c := newCall(ctx)
-	_ = grpc.SetHeader(ctx, metadata.Pairs(requestIDKey, c.id)) // fails only when the call is over
+	_ = grpc.SetHeader(ctx, metadata.Pairs(requestIDKey, c.id)) // fails only after the end of the call
 	return handler(ctx, req)
 }
 
@@ -128,8 +127,8 @@ type reporter struct {
 	call   *call
 }
 
-// PostCall writes the line. What went as it should is worth one only when it
-// may have changed something.
+// PostCall logs the call: at level debug if it succeeded and cannot write, at level
+// error if the cause is in the server, otherwise at level info.
 func (r *reporter) PostCall(err error, took time.Duration) {
 	code := status.Code(err)
 	fields := []zap.Field{
@@ -139,9 +138,9 @@ func (r *reporter) PostCall(err error, took time.Duration) {
 		zap.String("request_id", r.call.id),
 		zap.String("principal", r.call.principal),
 	}
-	a, _ := errors.AsType[*answer](err)
-	if a != nil {
-		fields = append(fields, zap.String("reason", a.reason))
+	se, _ := errors.AsType[*statusError](err)
+	if se != nil {
+		fields = append(fields, zap.String("reason", se.reason))
 	}
 	switch code {
 	case codes.OK:
@@ -151,9 +150,9 @@ func (r *reporter) PostCall(err error, took time.Duration) {
 			r.log.Debug("call", fields...)
 		}
 	case codes.Internal, codes.Unknown, codes.DataLoss, codes.Unavailable:
-		// Only here, for the client is not told the cause.
-		if a != nil && a.cause != nil {
-			fields = append(fields, zap.NamedError("err", a.cause))
+		// The client does not get the cause.
+		if se != nil && se.cause != nil {
+			fields = append(fields, zap.NamedError("err", se.cause))
 		}
 		r.log.Error("call", fields...)
 	default:
@@ -161,21 +160,24 @@ func (r *reporter) PostCall(err error, took time.Duration) {
 	}
 }
 
-// recovered turns a panic into an answer. The process lives: a handler changes
-// nothing in it that another would meet.
+// recovered converts a panic into an error. The process continues: handlers share no
+// state that a panic could leave inconsistent.
 func (s *Server) recovered(ctx context.Context, p any) error {
-	s.log.Error("panic", zap.Any("panic", p), zap.ByteString("stack", debug.Stack()), zap.String("request_id", callOf(ctx).id))
-	return toAnswer(fmt.Errorf("panic: %v", p), callOf(ctx).id)
+	s.log.Error("panic", zap.Any("panic", p), zap.ByteString("stack", debug.Stack()),
+		zap.String("request_id", callOf(ctx).id))
+	return toStatusError(fmt.Errorf("panic: %v", p), callOf(ctx).id)
 }
 
-// unary sets the deadline, lets the caller in, checks the request, and turns
-// the handler's error into an answer.
-func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+// unary sets the deadline, admits the caller, validates the request, and converts the
+// handler's error into a status.
+func (s *Server) unary(
+	ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler,
+) (any, error) {
 	limit, fallback := maxDeadline, defaultDeadline
 	if info.FullMethod == pb.SnapshotService_CreateSnapshot_FullMethodName {
 		fallback = createDeadline
 	}
-	if _, given := ctx.Deadline(); !given {
+	if _, ok := ctx.Deadline(); !ok {
 		limit = fallback
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
@@ -191,15 +193,15 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 		return handler(ctx, req)
 	}()
 	if err != nil {
-		return nil, s.answer(ctx, info.FullMethod, err)
+		return nil, s.statusError(ctx, info.FullMethod, err)
 	}
 	for _, text := range notes.List() {
-		_ = grpc.SetHeader(ctx, metadata.Pairs(noteKey, text)) // fails only when the call is over
+		_ = grpc.SetHeader(ctx, metadata.Pairs(noteKey, text)) // fails only after the end of the call
 	}
 	return resp, nil
 }
 
-// stream does the same for a stream, whose messages it checks as they come.
+// stream does the same for a stream, and validates each received message.
 func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 	ctx, cancel := context.WithCancelCause(ss.Context())
 	defer cancel(nil)
@@ -209,22 +211,21 @@ func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerIn
 		ctx, end = context.WithTimeout(ctx, maxStream)
 		defer end()
 	default:
-		// These last as long as the client likes, so they must not hold up the
-		// end of this process.
+		// The client decides when these end; they must not delay the end of the process.
 		defer context.AfterFunc(s.stopping, func() { cancel(manager.ErrStopping) })()
 	}
 	err := s.admit(ctx, info.FullMethod)
 	if err == nil {
-		err = handler(srv, &guarded{stream{ss, ctx}, s.validate})
+		err = handler(srv, &checkedStream{stream{ss, ctx}, s.validate})
 	}
 	if err != nil {
-		return s.answer(ctx, info.FullMethod, err)
+		return s.statusError(ctx, info.FullMethod, err)
 	}
 	return nil
 }
 
-// admit lets a caller in, or does not. What changes anything waits for somebody to
-// recover a metadata store that has gone back in time.
+// admit authenticates and authorizes a call. While a metadata rollback is not recovered it
+// refuses calls that write.
 func (s *Server) admit(ctx context.Context, method string) error {
 	principal, err := authenticate(ctx)
 	if err != nil {
@@ -240,50 +241,50 @@ func (s *Server) admit(ctx context.Context, method string) error {
 	return nil
 }
 
-// answer turns a handler's error into the answer.
-func (s *Server) answer(ctx context.Context, method string, err error) error {
+// statusError converts a handler's error.
+func (s *Server) statusError(ctx context.Context, method string, err error) error {
 	if errors.Is(err, context.Canceled) && errors.Is(context.Cause(ctx), manager.ErrStopping) {
 		err = manager.ErrStopping
 	}
 	if !strings.HasPrefix(method, "/snapshotd.") {
-		// Health and reflection make their own statuses, and ask no store.
+		// Health and reflection return their own statuses, and call no store.
 		if _, ok := status.FromError(err); ok {
 			return err
 		}
 	}
-	return toAnswer(err, callOf(ctx).id)
+	return toStatusError(err, callOf(ctx).id)
 }
 
+// validate checks the size of a message and the rules of the API.
 func (s *Server) validate(req any) error {
 	m, ok := req.(proto.Message)
 	if !ok {
 		return nil
 	}
-	if isOverfull(m) {
+	if hasTooManyElements(m) {
 		return errTooMany
 	}
 	if proto.Size(m) > maxMessage {
 		return errTooLarge
 	}
-	if longest(m) > maxThorough {
-		// Too long for any rule there is; that is told without looking at each.
-		if err := protovalidate.Validate(m, protovalidate.WithFilter(only(m))); err != nil {
+	if longestList(m) > maxListLength {
+		// No rule allows it. The rules of its elements are not checked.
+		if err := protovalidate.Validate(m, protovalidate.WithFilter(ownFieldsOnly(m))); err != nil {
 			return err
 		}
 	}
-	if hasMoreThan(thoroughElements, m.ProtoReflect()) {
-		// A violation takes kilobytes, and each element may have some.
+	if hasMoreThan(maxElementsForAll, m.ProtoReflect()) {
+		// A violation takes kilobytes, and each element may have several.
 		return s.validator.Validate(m, protovalidate.WithFailFast())
 	}
 	return s.validator.Validate(m)
 }
 
-// maxThorough is how long the longest list may be that every rule is held
-// against. It is the longest that any rule allows.
-const maxThorough = 10_000
+// maxListLength is the longest list that any rule allows.
+const maxListLength = 10_000
 
-// longest is the length of the longest of a message's own lists.
-func longest(m proto.Message) int {
+// longestList returns the length of the longest of a message's own lists.
+func longestList(m proto.Message) int {
 	n := 0
 	m.ProtoReflect().Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
 		if f.IsList() {
@@ -294,41 +295,40 @@ func longest(m proto.Message) int {
 	return n
 }
 
-// only lets the rules of the message's own fields count, not of what is in them.
-func only(m proto.Message) protovalidate.FilterFunc {
+// ownFieldsOnly restricts a validation to the message's own fields.
+func ownFieldsOnly(m proto.Message) protovalidate.FilterFunc {
 	whole := m.ProtoReflect().Descriptor()
 	return func(_ protoreflect.Message, d protoreflect.Descriptor) bool { return d.Parent() == whole }
 }
 
-// guarded is a stream that checks what it receives, and whose Send and Recv end
-// with its context: gRPC's own end only with the connection or the call.
-type guarded struct {
+// checkedStream is a stream that validates received messages, and whose Send and Recv
+// end with its context. gRPC's own end only with the connection or the call.
+type checkedStream struct {
 	stream
 	validate func(any) error
 }
 
-func (g *guarded) RecvMsg(m any) error {
+func (g *checkedStream) RecvMsg(m any) error {
 	if err := g.await(0, func() error { return g.ServerStream.RecvMsg(m) }); err != nil {
 		return err
 	}
 	return g.validate(m)
 }
 
-func (g *guarded) SendMsg(m any) error {
+func (g *checkedStream) SendMsg(m any) error {
 	return g.await(sendTimeout, func() error { return g.ServerStream.SendMsg(m) })
 }
 
-// await runs f, but not for longer than the context, or the limit unless it is
-// 0. An f that is left behind ends as soon as the handler has returned, which
-// the caller has to see to.
-func (g *guarded) await(limit time.Duration, f func() error) error {
+// await runs f until its end, the end of the context, or the end of a limit above 0. An f
+// that still runs must end after the return of the handler.
+func (g *checkedStream) await(limit time.Duration, f func() error) error {
 	done := make(chan error, 1)
 	go func() { done <- f() }()
-	var late <-chan time.Time
+	var timeout <-chan time.Time
 	if limit > 0 {
 		timer := time.NewTimer(limit)
 		defer timer.Stop()
-		late = timer.C
+		timeout = timer.C
 	}
 	select {
 	case err := <-done:
@@ -338,12 +338,12 @@ func (g *guarded) await(limit time.Duration, f func() error) error {
 		return fromStream(err)
 	case <-g.ctx.Done():
 		return g.ctx.Err()
-	case <-late:
+	case <-timeout:
 		return errSlowReader
 	}
 }
 
-// newValidator returns the check of the rules that stand in the API.
+// newValidator returns the validator of the rules in the API.
 func newValidator() (protovalidate.Validator, error) {
 	messages, err := requests()
 	if err != nil {

@@ -9,17 +9,17 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// Answers are bounded in bytes, beneath the 4 MiB that a client of gRPC takes
-// unless it asks for more:
+// Responses are bounded in bytes, below the 4 MiB that a gRPC client accepts by
+// default:
 //
-//   - a list comes in pages, each of at most maxPageBytes or one element;
-//   - a list that had no pages once is answered whole as long as it fits into
-//     maxAnswerBytes, unless the caller asks for pages. Where it does not fit, the
-//     rest is on further pages, and a note on the answer says so;
+//   - a list has pages, each of at most maxPageBytes or one element;
+//   - a list that had no pages in earlier releases is returned whole if it fits into
+//     maxAnswerBytes, unless the caller asks for pages. Otherwise the rest is on
+//     further pages, and a note on the response reports that;
 //   - an element is bounded where it is registered. See catalog.MaxShownBytes for
 //     the largest of them, a segment with its files.
 //
-// Pages are filled from what is read one by one, so none is built that is not sent.
+// Elements are read and added one by one, so no page is built without being sent.
 const (
 	defaultPage = 100
 	maxPage     = 1000
@@ -28,40 +28,38 @@ const (
 	maxAnswerBytes = 4<<20 - 256<<10
 )
 
-func pageSize(asked int32) int {
-	if asked <= 0 {
+func pageSize(requested int32) int {
+	if requested <= 0 {
 		return defaultPage
 	}
-	return min(int(asked), maxPage)
+	return min(int(requested), maxPage)
 }
 
-// page counts what one answer holds. Its zero value holds nothing; use newPage
-// and wholePage.
+// page counts the elements and bytes of one response. Create it with newPage or
+// wholePage.
 type page struct {
-	limit    int // elements; 0: any number
-	bytes    int
+	limit    int // elements; 0: unlimited
+	bytes    int // limit of size
 	elements int
 	size     int
 }
 
-// newPage returns the page that a caller gets who asks for so many elements.
-func newPage(asked int32) *page { return &page{limit: pageSize(asked), bytes: maxPageBytes} }
+// newPage returns an empty page for a requested number of elements; 0 is the default.
+func newPage(requested int32) *page { return &page{limit: pageSize(requested), bytes: maxPageBytes} }
 
-// wholePage is newPage for a list that had no pages once: it is bounded by bytes
-// alone unless the caller asks for a number of elements.
-func wholePage(asked int32) *page {
-	if asked <= 0 {
+// wholePage is newPage for a list that had no pages in earlier releases: without a
+// requested number of elements only the bytes are bounded.
+func wholePage(requested int32) *page {
+	if requested <= 0 {
 		return &page{bytes: maxAnswerBytes}
 	}
-	return newPage(asked)
+	return newPage(requested)
 }
 
-// elementBytes is at most what a list takes for an element of a message besides
-// the element.
+// elementBytes is the maximum overhead of an element in a list: its tag and length.
 const elementBytes = 6
 
-// add reports whether m is on the page. The first element always is; after a false
-// the page is full.
+// add counts m and reports whether it fits on the page. The first element always fits.
 func (p *page) add(m proto.Message) bool {
 	size := proto.Size(m) + elementBytes
 	if p.elements > 0 && (p.limit > 0 && p.elements == p.limit || p.size+size > p.bytes) {
@@ -72,12 +70,13 @@ func (p *page) add(m proto.Message) bool {
 	return true
 }
 
-// noteRest notes on the answer to a caller that asks for no pages that it is not the
-// whole list: one that does not know of pages would take it for that.
-func noteRest(ctx context.Context, asked int32, token, next, of string) {
-	if asked > 0 || token != "" || next == "" {
+// notePartialList adds a note to a partial list for a caller that has not asked for
+// pages, and might take the list for the whole.
+func notePartialList(ctx context.Context, requested int32, token, next, elements string) {
+	if requested > 0 || token != "" || next == "" {
 		return
 	}
-	_ = grpc.SetHeader(ctx, metadata.Pairs(noteKey, fmt.Sprintf( // fails only when the call is over
-		"the %s do not fit into one message: this is the first page; ask for the next with next_page_token", of)))
+	_ = grpc.SetHeader(ctx, metadata.Pairs(noteKey, fmt.Sprintf( // fails only after the end of the call
+		"the %s do not fit into one message: this is the first page; ask for the next with next_page_token",
+		elements)))
 }

@@ -13,18 +13,18 @@ import (
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 )
 
-// permission is what a method takes to be called.
+// permission is the right that a method requires.
 type permission int
 
 const (
-	anybody permission = iota + 1 // says nothing about the data
+	public permission = iota + 1 // reveals no data
 	read
 	write
 	administer
 )
 
-// permissions holds what each method takes. A method without a row cannot be
-// called at all.
+// permissions holds the right that each method requires. A method without a row cannot
+// be called.
 var permissions = map[string]permission{
 	pb.SnapshotService_CreateSnapshot_FullMethodName:       write,
 	pb.SnapshotService_GetSnapshot_FullMethodName:          read,
@@ -85,16 +85,15 @@ var permissions = map[string]permission{
 	pb.AdminService_GetKey_FullMethodName:        administer,
 	pb.AdminService_ProbeStore_FullMethodName:    administer,
 
-	healthpb.Health_Check_FullMethodName:                                   anybody,
-	healthpb.Health_List_FullMethodName:                                    anybody,
-	healthpb.Health_Watch_FullMethodName:                                   anybody,
-	reflectionv1.ServerReflection_ServerReflectionInfo_FullMethodName:      anybody,
-	reflectionv1alpha.ServerReflection_ServerReflectionInfo_FullMethodName: anybody,
+	healthpb.Health_Check_FullMethodName:                                   public,
+	healthpb.Health_List_FullMethodName:                                    public,
+	healthpb.Health_Watch_FullMethodName:                                   public,
+	reflectionv1.ServerReflection_ServerReflectionInfo_FullMethodName:      public,
+	reflectionv1alpha.ServerReflection_ServerReflectionInfo_FullMethodName: public,
 }
 
-// authorize says whether a principal may call a method. Whoever was let in may
-// call everything that has a row; what he needs stands there for the day that
-// principals differ.
+// authorize checks that a principal may call a method. Today every authenticated
+// principal may call all methods with a row.
 func authorize(_, method string) error {
 	if permissions[method] == 0 {
 		return errDenied
@@ -102,11 +101,11 @@ func authorize(_, method string) error {
 	return nil
 }
 
-// localPrincipal is who calls without a certificate: over a loopback address or
-// from within the process.
+// localPrincipal is the principal of calls without a certificate: over a loopback
+// address or from within the process.
 const localPrincipal = "local"
 
-// authenticate returns who calls.
+// authenticate returns the principal of a call.
 func authenticate(ctx context.Context) (string, error) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
@@ -122,6 +121,7 @@ func authenticate(ctx context.Context) (string, error) {
 	return principalOf(info.State.VerifiedChains[0][0])
 }
 
+// principalOf returns the first URI, the first DNS name or the common name.
 func principalOf(cert *x509.Certificate) (string, error) {
 	switch {
 	case len(cert.URIs) > 0:

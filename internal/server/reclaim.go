@@ -13,31 +13,33 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/record"
 )
 
-// maxPinsTold is how many pins of a holder are told.
-const maxPinsTold = 8
+// maxHolderPins is the maximum number of reported pins per holder.
+const maxHolderPins = 8
 
-// reclaims is the ReclaimService.
+// reclaims implements the ReclaimService.
 type reclaims struct {
 	pb.UnimplementedReclaimServiceServer
 	manager *manager.Manager
 	catalog *catalog.Catalog
-	tokens  sealer
+	tokens  pageTokenCodec
 }
 
-func (s *reclaims) CheckReferences(ctx context.Context, req *pb.CheckReferencesRequest) (*pb.CheckReferencesResponse, error) {
+func (s *reclaims) CheckReferences(
+	ctx context.Context, req *pb.CheckReferencesRequest,
+) (*pb.CheckReferencesResponse, error) {
 	collection, err := s.manager.ResolveCollection(ctx, collectionRef(req.GetCollection()))
 	if err != nil {
 		return nil, err
 	}
-	answers, err := s.manager.GC().Check(ctx, catalog.Ref{ID: collection}, convert(req.GetUnits(), askFromProto))
+	answers, err := s.manager.GC().Check(ctx, catalog.Ref{ID: collection}, convert(req.GetUnits(), unitFromProto))
 	if err != nil {
 		return nil, err
 	}
-	resp, told := &pb.CheckReferencesResponse{}, holdersTold{pins: map[int64][]*pb.Pin{}}
+	resp, list := &pb.CheckReferencesResponse{}, holderList{pins: map[int64][]*pb.Pin{}}
 	for i := range answers {
 		a := &answers[i]
-		holders, err := told.of(a, func(snapshot int64) ([]*pb.Pin, error) {
-			pins, _, err := s.manager.Pins(ctx, snapshot, manager.PinPlace{}, maxPinsTold)
+		holders, err := list.add(a, func(snapshot int64) ([]*pb.Pin, error) {
+			pins, _, err := s.manager.Pins(ctx, snapshot, manager.PinPlace{}, maxHolderPins)
 			return convert(pins, pinToProto), err
 		})
 		if err != nil {
@@ -55,20 +57,21 @@ func (s *reclaims) Reclaim(ctx context.Context, req *pb.ReclaimRequest) (*pb.Rec
 	if req.GetDeleter() == pb.Deleter_DELETER_CALLER {
 		deleter = gc.ByCaller
 	}
-	answers, err := s.manager.GC().Reclaim(ctx, collectionRef(req.GetCollection()), convert(req.GetUnits(), askFromProto),
+	answers, err := s.manager.GC().Reclaim(ctx, collectionRef(req.GetCollection()), convert(req.GetUnits(), unitFromProto),
 		deleter, callOf(ctx).principal)
 	if err != nil {
 		return nil, err
 	}
-	resp, told := &pb.ReclaimResponse{}, holdersTold{}
+	resp, list := &pb.ReclaimResponse{}, holderList{}
 	for i := range answers {
 		a := &answers[i]
-		holders, err := told.of(a, nil)
+		holders, err := list.add(a, nil)
 		if err != nil {
 			return nil, err
 		}
 		out := &pb.ReclaimResult{
-			Outcome: pb.ReclaimResult_OUTCOME_HELD, Holders: holders, HolderCount: int64(a.Holders), Tombstone: grantToProto(a.Tombstone),
+			Outcome: pb.ReclaimResult_OUTCOME_HELD, Holders: holders, HolderCount: int64(a.Holders),
+			Tombstone: grantToProto(a.Tombstone),
 		}
 		switch {
 		case a.State == gc.Granted:
@@ -81,7 +84,9 @@ func (s *reclaims) Reclaim(ctx context.Context, req *pb.ReclaimRequest) (*pb.Rec
 	return resp, nil
 }
 
-func (s *reclaims) ConfirmReclaimed(ctx context.Context, req *pb.ConfirmReclaimedRequest) (*pb.ConfirmReclaimedResponse, error) {
+func (s *reclaims) ConfirmReclaimed(
+	ctx context.Context, req *pb.ConfirmReclaimedRequest,
+) (*pb.ConfirmReclaimedResponse, error) {
 	answers, err := s.manager.GC().Confirm(ctx, collectionRef(req.GetCollection()), req.GetTombstoneIds())
 	if err != nil {
 		return nil, err
@@ -93,7 +98,9 @@ func (s *reclaims) ConfirmReclaimed(ctx context.Context, req *pb.ConfirmReclaime
 	return resp, nil
 }
 
-func (s *reclaims) ListTombstones(ctx context.Context, req *pb.ListTombstonesRequest) (*pb.ListTombstonesResponse, error) {
+func (s *reclaims) ListTombstones(
+	ctx context.Context, req *pb.ListTombstonesRequest,
+) (*pb.ListTombstonesResponse, error) {
 	const method = "ListTombstones"
 	filters := filterHash(req)
 	var collection, afterCollection, after int64
@@ -101,13 +108,14 @@ func (s *reclaims) ListTombstones(ctx context.Context, req *pb.ListTombstonesReq
 		if !s.tokens.open(token, method, filters, &collection, &afterCollection, &after) {
 			return nil, errPageToken
 		}
-	} else if req.GetCollection() != nil { // the name is resolved once, for all pages
+	} else if req.GetCollection() != nil { // the first page resolves the name
 		var err error
 		if collection, err = s.manager.ResolveCollection(ctx, collectionRef(req.GetCollection())); err != nil {
 			return nil, err
 		}
 	}
-	list, more, err := s.manager.GC().List(ctx, collection, deleters[req.GetDeleter()], afterCollection, after, pageSize(req.GetPageSize()))
+	list, more, err := s.manager.GC().List(ctx, collection, deleters[req.GetDeleter()], afterCollection, after,
+		pageSize(req.GetPageSize()))
 	if err != nil {
 		return nil, err
 	}
@@ -137,7 +145,7 @@ func (s *reclaims) ListTombstones(ctx context.Context, req *pb.ListTombstonesReq
 	return resp, nil
 }
 
-func askFromProto(u *pb.Unit) gc.Ask {
+func unitFromProto(u *pb.Unit) gc.Ask {
 	file := u.GetFile()
 	return gc.Ask{
 		Segment: u.GetSegmentId(), Build: u.GetIndexBuildId(),
@@ -145,27 +153,27 @@ func askFromProto(u *pb.Unit) gc.Ask {
 	}
 }
 
-// maxHoldersBytes bounds what an answer tells of holders.
+// maxHoldersBytes bounds the holders of a response, in bytes.
 const maxHoldersBytes = 1 << 20
 
-// holdersTold is what one answer has told of holders so far.
-type holdersTold struct {
+// holderList counts the holders of one response.
+type holderList struct {
 	bytes int
-	pins  map[int64][]*pb.Pin // by snapshot, when they are told
+	pins  map[int64][]*pb.Pin // by snapshot; nil without pinsOf
 }
 
-// of returns who holds a unit, as long as there is room. With pinsOf it tells the
-// pins of snapshots as well.
-func (t *holdersTold) of(a *gc.Answer, pinsOf func(snapshot int64) ([]*pb.Pin, error)) ([]*pb.Holder, error) {
+// add returns the holders of a unit, up to maxHoldersBytes in the response. With pinsOf
+// the snapshots have their pins.
+func (t *holderList) add(a *gc.Answer, pinsOf func(snapshot int64) ([]*pb.Pin, error)) ([]*pb.Holder, error) {
 	var list []*pb.Holder
-	add := func(h *pb.Holder) {
+	appendHolder := func(h *pb.Holder) {
 		if size := proto.Size(h); t.bytes+size <= maxHoldersBytes {
 			t.bytes += size
 			list = append(list, h)
 		}
 	}
 	if a.LiveIn != 0 {
-		add(&pb.Holder{Holder: &pb.Holder_Catalog{Catalog: &pb.CatalogHolder{SegmentId: a.LiveIn}}})
+		appendHolder(&pb.Holder{Holder: &pb.Holder_Catalog{Catalog: &pb.CatalogHolder{SegmentId: a.LiveIn}}})
 	}
 	for _, s := range a.Snapshots {
 		holder := &pb.SnapshotHolder{SnapshotId: s.ID, Name: s.Name}
@@ -180,10 +188,10 @@ func (t *holdersTold) of(a *gc.Answer, pinsOf func(snapshot int64) ([]*pb.Pin, e
 			}
 			holder.Pins = pins
 		}
-		add(&pb.Holder{Holder: &pb.Holder_Snapshot{Snapshot: holder}})
+		appendHolder(&pb.Holder{Holder: &pb.Holder_Snapshot{Snapshot: holder}})
 	}
 	for _, s := range a.Creating {
-		add(&pb.Holder{Holder: &pb.Holder_Creating{Creating: &pb.SnapshotHolder{SnapshotId: s.ID, Name: s.Name}}})
+		appendHolder(&pb.Holder{Holder: &pb.Holder_Creating{Creating: &pb.SnapshotHolder{SnapshotId: s.ID, Name: s.Name}}})
 	}
 	return list, nil
 }
@@ -206,10 +214,10 @@ var deleters = map[pb.Deleter]gc.Deleter{
 	pb.Deleter_DELETER_CALLER:    gc.ByCaller,
 }
 
-// maxCaller bounds who asked for a grant, in bytes, in an answer about 10 000 units.
+// maxCaller bounds the caller of a grant, in bytes, in a response with 10 000 units.
 const maxCaller = 128
 
-// grantToProto is tombstoneToProto for one of many units.
+// grantToProto is tombstoneToProto with a bounded caller.
 func grantToProto(t *gc.Tombstone) *pb.Tombstone {
 	out := tombstoneToProto(t)
 	if out != nil {
@@ -218,7 +226,7 @@ func grantToProto(t *gc.Tombstone) *pb.Tombstone {
 	return out
 }
 
-// tombstoneToProto tells a tombstone without its files.
+// tombstoneToProto converts a tombstone without its files.
 func tombstoneToProto(t *gc.Tombstone) *pb.Tombstone {
 	if t == nil {
 		return nil
@@ -248,6 +256,7 @@ func usageToProto(u *manager.Usage) *pb.SnapshotUsage {
 		return nil
 	}
 	return &pb.SnapshotUsage{
-		ExclusiveFiles: u.ExclusiveFiles, ExclusiveBytes: u.ExclusiveBytes, SharedFiles: u.SharedFiles, SharedBytes: u.SharedBytes,
+		ExclusiveFiles: u.ExclusiveFiles, ExclusiveBytes: u.ExclusiveBytes, SharedFiles: u.SharedFiles,
+		SharedBytes: u.SharedBytes,
 	}
 }

@@ -13,15 +13,19 @@ import (
 	"github.com/snapshotd/snapshotd/internal/manager"
 )
 
-// watchEvery is how often a watcher of a restore is told of progress, at most.
+// watchEvery is the minimum time between two messages of WatchRestore.
 const watchEvery = 250 * time.Millisecond
 
-func (s *snapshots) RestoreSnapshot(ctx context.Context, req *pb.RestoreSnapshotRequest) (*pb.RestoreSnapshotResponse, error) {
+func (s *snapshots) RestoreSnapshot(
+	ctx context.Context, req *pb.RestoreSnapshotRequest,
+) (*pb.RestoreSnapshotResponse, error) {
 	target := collectionRef(&pb.CollectionRef{Ref: &pb.CollectionRef_Name{Name: req.GetTarget()}})
 	spec := &manager.RestoreSpec{
 		Snapshot: snapshotRef(req.GetSnapshot()), DB: target.DB, Name: target.Name,
-		Partitions: req.GetPartitions(), Properties: req.GetProperties(), Channels: req.GetChannels(), SkipIndexes: req.GetSkipIndexes(),
-		Priority: int(req.GetPriority()), Limits: limitsFromProto(req.GetLimits()), Timeout: req.GetTimeout().AsDuration(), Labels: req.GetLabels(),
+		Partitions: req.GetPartitions(), Properties: req.GetProperties(), Channels: req.GetChannels(),
+		SkipIndexes: req.GetSkipIndexes(),
+		Priority:    int(req.GetPriority()), Limits: limitsFromProto(req.GetLimits()), Timeout: req.GetTimeout().AsDuration(),
+		Labels: req.GetLabels(),
 	}
 	if req.GetDryRun() {
 		plan, err := s.manager.PlanRestore(ctx, spec, req.GetVerify())
@@ -30,7 +34,8 @@ func (s *snapshots) RestoreSnapshot(ctx context.Context, req *pb.RestoreSnapshot
 		}
 		return &pb.RestoreSnapshotResponse{Plan: &pb.RestorePlan{
 			Segments: plan.Totals.Segments, Files: plan.Totals.Files, Bytes: plan.Totals.Bytes, Requests: plan.Requests,
-			EstimatedTime: durationpb.New(plan.EstimatedTime), Conflicts: convert(plan.Conflicts, clip), Missing: convert(plan.Missing, clip),
+			EstimatedTime: durationpb.New(plan.EstimatedTime), Conflicts: convert(plan.Conflicts, clip),
+			Missing:      convert(plan.Missing, clip),
 			MissingCount: plan.MissingCount,
 		}}, nil
 	}
@@ -42,7 +47,9 @@ func (s *snapshots) RestoreSnapshot(ctx context.Context, req *pb.RestoreSnapshot
 	return &pb.RestoreSnapshotResponse{JobId: job.ID, CollectionId: job.Target}, nil
 }
 
-func (s *snapshots) GetRestoreState(ctx context.Context, req *pb.GetRestoreStateRequest) (*pb.GetRestoreStateResponse, error) {
+func (s *snapshots) GetRestoreState(
+	ctx context.Context, req *pb.GetRestoreStateRequest,
+) (*pb.GetRestoreStateResponse, error) {
 	job, err := s.manager.Jobs().Get(ctx, req.GetJobId())
 	if err != nil {
 		return nil, s.noJob(ctx, req.GetJobId(), err)
@@ -50,7 +57,8 @@ func (s *snapshots) GetRestoreState(ctx context.Context, req *pb.GetRestoreState
 	return &pb.GetRestoreStateResponse{Job: jobStatusToProto(job)}, nil
 }
 
-// noJob tells a job that was from one that never was.
+// noJob replaces ErrJobNotFound by an error that distinguishes a job that was removed
+// from one that never existed.
 func (s *snapshots) noJob(ctx context.Context, id int64, err error) error {
 	if !errors.Is(err, copyjob.ErrJobNotFound) {
 		return err
@@ -58,7 +66,9 @@ func (s *snapshots) noJob(ctx context.Context, id int64, err error) error {
 	return s.manager.NoJob(ctx, id)
 }
 
-func (s *snapshots) WatchRestore(req *pb.WatchRestoreRequest, stream grpc.ServerStreamingServer[pb.WatchRestoreResponse]) error {
+func (s *snapshots) WatchRestore(
+	req *pb.WatchRestoreRequest, stream grpc.ServerStreamingServer[pb.WatchRestoreResponse],
+) error {
 	ctx := stream.Context()
 	err := s.manager.Jobs().Watch(ctx, req.GetJobId(), watchEvery, func(job *copyjob.Status) error {
 		return stream.Send(&pb.WatchRestoreResponse{Job: jobStatusToProto(job)})
@@ -66,7 +76,9 @@ func (s *snapshots) WatchRestore(req *pb.WatchRestoreRequest, stream grpc.Server
 	return s.noJob(ctx, req.GetJobId(), err)
 }
 
-func (s *snapshots) ListRestoreJobs(ctx context.Context, req *pb.ListRestoreJobsRequest) (*pb.ListRestoreJobsResponse, error) {
+func (s *snapshots) ListRestoreJobs(
+	ctx context.Context, req *pb.ListRestoreJobsRequest,
+) (*pb.ListRestoreJobsResponse, error) {
 	const method = "ListRestoreJobs"
 	filters := filterHash(req)
 	var after int64
@@ -95,7 +107,9 @@ func (s *snapshots) ListRestoreJobs(ctx context.Context, req *pb.ListRestoreJobs
 	return resp, nil
 }
 
-func (s *snapshots) UpdateRestore(ctx context.Context, req *pb.UpdateRestoreRequest) (*pb.UpdateRestoreResponse, error) {
+func (s *snapshots) UpdateRestore(
+	ctx context.Context, req *pb.UpdateRestoreRequest,
+) (*pb.UpdateRestoreResponse, error) {
 	job, err := s.manager.Jobs().SetLimits(ctx, req.GetJobId(), limitsFromProto(req.GetLimits()))
 	if err != nil {
 		return nil, s.noJob(ctx, req.GetJobId(), err)
@@ -103,7 +117,9 @@ func (s *snapshots) UpdateRestore(ctx context.Context, req *pb.UpdateRestoreRequ
 	return &pb.UpdateRestoreResponse{Job: jobStatusToProto(job)}, nil
 }
 
-func (s *snapshots) CancelRestore(ctx context.Context, req *pb.CancelRestoreRequest) (*pb.CancelRestoreResponse, error) {
+func (s *snapshots) CancelRestore(
+	ctx context.Context, req *pb.CancelRestoreRequest,
+) (*pb.CancelRestoreResponse, error) {
 	job, err := s.manager.Jobs().Cancel(ctx, req.GetJobId())
 	if err != nil {
 		return nil, s.noJob(ctx, req.GetJobId(), err)
@@ -115,22 +131,24 @@ func limitsFromProto(l *pb.RestoreLimits) copyjob.Limits {
 	return copyjob.Limits{Requests: l.GetRequestsPerSecond(), Bytes: l.GetBytesPerSecond()}
 }
 
-// jobToProto tells a job without its progress. The numbers of states and phases
-// are the API's.
+// jobToProto converts a job without its progress. The numbers of states and phases are
+// those of the API.
 func jobToProto(job *copyjob.Job) *pb.RestoreJob {
-	if job.State == 0 { // it is gone
+	if job.State == 0 { // removed
 		return &pb.RestoreJob{Id: job.ID}
 	}
 	return &pb.RestoreJob{
 		Id: job.ID, SnapshotId: job.Snapshot, SnapshotName: job.SnapshotName, SourceCollectionId: job.Source,
 		Target: &pb.CollectionInfo{Id: job.Target, Db: job.DB, Name: job.Name},
-		State:  pb.RestoreJob_State(job.State), Phase: pb.RestoreJob_Phase(job.Phase), Reason: job.Reason, Message: job.Message,
+		State:  pb.RestoreJob_State(job.State), Phase: pb.RestoreJob_Phase(job.Phase), Reason: job.Reason,
+		Message:    job.Message,
 		CreateTime: timeToProto(job.CreateTime), StartTime: timeToProto(job.StartTime), EndTime: timeToProto(job.EndTime),
 		Deadline: timeToProto(job.Deadline), Labels: job.Labels, Partitions: job.PartitionNames, SkipIndexes: job.SkipIndexes,
-		Priority: int32(job.Priority), //nolint:gosec // it came as one
+		Priority: int32(job.Priority), //nolint:gosec // set from an int32
 	}
 }
 
+// jobStatusToProto converts a job with its progress.
 func jobStatusToProto(s *copyjob.Status) *pb.RestoreJob {
 	out := jobToProto(s.Job)
 	out.LastError, out.WaitingSince = clip(s.LastError), timeToProto(s.Waiting)

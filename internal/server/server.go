@@ -1,9 +1,9 @@
-// Package server is the gRPC face of snapshotd: it turns messages into calls of
-// the manager and the catalog, and their errors into statuses. It decides
-// nothing; what a call means is theirs.
+// Package server implements the gRPC services of snapshotd: it converts messages into
+// calls of the manager and the catalog, and their errors into statuses. It contains no
+// other logic.
 //
 // Every call passes, outermost first: a request id, one line in the log, the
-// metrics, recovery from panics, a deadline, who calls and whether he may, the
+// metrics, recovery from panics, a deadline, authentication and authorization, the
 // rules of the API, and the table that maps errors to statuses.
 package server
 
@@ -37,49 +37,48 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// Limits on what a client may take.
+// Limits of a client.
 const (
-	maxMessage = 4 << 20 // bytes of a message received
-	// hardMessage is what gRPC itself takes, which refuses without a reason and
-	// before anything is logged.
+	maxMessage = 4 << 20 // bytes of a received message
+	// hardMessage is gRPC's own limit in bytes. gRPC refuses a larger message without a
+	// reason and without a line in the log.
 	hardMessage = 8 << 20
-	// maxSend is what gRPC sends at most, in bytes. What is registered by this release
-	// stays beneath maxMessage; segments of older ones may be larger, for clients that
-	// take as much.
+	// maxSend is gRPC's limit on a sent message, in bytes. Data registered by this
+	// release stay below maxMessage; segments of older releases may be larger, for
+	// clients that accept them.
 	maxSend       = 64 << 20
 	maxHeaderList = 16 << 10 // bytes of metadata
-	maxStreams    = 256      // calls at once on one connection
-	// maxExports is how many exports are under way at once. Each holds some 14 MiB
-	// for as long as its reader takes, up to sendTimeout a message.
+	maxStreams    = 256      // concurrent calls on one connection
+	// maxExports is the number of concurrent exports. Each holds some 14 MiB until its
+	// client has read all, for up to sendTimeout per message.
 	maxExports = 8
-	// exportWait is how long a further one waits for its turn.
+	// exportWait is the time that a further export waits for one to end.
 	exportWait = 5 * time.Second
 )
 
-// Options are what New needs. The zero value of a field means the default
-// beside it.
+// Options configures a Server. The zero value of a field means its default.
 type Options struct {
 	Manager *manager.Manager
 	Catalog *catalog.Catalog
 	Cluster cluster.Cluster
-	KV      meta.KV // for looking at records
+	KV      meta.KV // of GetKey
 	Log     *zap.Logger
-	// Registry gets the metrics of calls. Default: none does.
+	// Registry gets the metrics of calls. Default: none.
 	Registry *prometheus.Registry
-	// TLS is how connections are secured. Default: not at all.
+	// TLS secures the connections. Default: plaintext.
 	TLS *tls.Config
 
-	Version       string   // of this program
-	Replica       string   // who answers
+	Version       string   // of the program
+	Replica       string   // name of this process
 	Stores        []string // aliases
 	SnapshotStore string   // alias
 
-	// MaxConnections is how many there may be at once, of another host half as many;
-	// others wait a little. Default 1024.
+	// MaxConnections bounds the open connections; one other host gets half as many.
+	// Further connections wait for up to connectTimeout. Default: 1024.
 	MaxConnections int
 }
 
-// Server is the gRPC server. Use New.
+// Server is the gRPC server. Create it with New. It is safe for concurrent use.
 type Server struct {
 	grpc      *grpc.Server
 	health    *health.Server
@@ -87,8 +86,8 @@ type Server struct {
 	manager   *manager.Manager
 	validator protovalidate.Validator
 	conns     *connections
-	// stopping ends with Stop, and with it what would not end by itself.
-	stopping context.Context //nolint:containedctx // the server's own life, not a call's
+	// stopping ends at Stop; it ends streams without an end of their own.
+	stopping context.Context //nolint:containedctx // the lifetime of the server, not of a call
 	stop     context.CancelFunc
 }
 
@@ -104,13 +103,16 @@ func New(o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{log: o.Log, manager: o.Manager, validator: validator, conns: newConnections(o.MaxConnections, o.Log), health: health.NewServer()}
+	s := &Server{
+		log: o.Log, manager: o.Manager, validator: validator, conns: newConnections(o.MaxConnections, o.Log),
+		health: health.NewServer(),
+	}
 	s.stopping, s.stop = context.WithCancel(context.Background())
 
 	metrics := grpcprom.NewServerMetrics(grpcprom.WithServerHandlingTimeHistogram(
 		grpcprom.WithHistogramBuckets([]float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 60, 300, 900})))
 	opts := append(s.chain(metrics),
-		grpc.Creds(&counting{transport(o.TLS), s.conns}),
+		grpc.Creds(&countedCredentials{transport(o.TLS), s.conns}),
 		grpc.ForceServerCodecV2(newCodec()),
 		grpc.MaxRecvMsgSize(hardMessage),
 		grpc.MaxSendMsgSize(maxSend),
@@ -119,16 +121,17 @@ func New(o Options) (*Server, error) {
 		grpc.ConnectionTimeout(connectTimeout),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			MaxConnectionIdle: 15 * time.Minute,
-			// Finds a peer that vanished, whose watch would stay for ever.
+			// Ends the watches of peers that disappeared.
 			Time: 2 * time.Minute, Timeout: 20 * time.Second,
 		}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 	)
 	s.grpc = grpc.NewServer(opts...)
 
-	tokens := sealer{o.Cluster.TokenKey}
+	tokens := pageTokenCodec{o.Cluster.TokenKey}
 	pb.RegisterSnapshotServiceServer(s.grpc, &snapshots{manager: o.Manager, tokens: tokens})
-	pb.RegisterCatalogServiceServer(s.grpc, &catalogs{catalog: o.Catalog, tokens: tokens, exports: make(slots, maxExports)})
+	pb.RegisterCatalogServiceServer(s.grpc,
+		&catalogs{catalog: o.Catalog, tokens: tokens, exports: make(slots, maxExports)})
 	pb.RegisterEventServiceServer(s.grpc, &events{manager: o.Manager, catalog: o.Catalog, tokens: tokens})
 	pb.RegisterReclaimServiceServer(s.grpc, &reclaims{manager: o.Manager, catalog: o.Catalog, tokens: tokens})
 	pb.RegisterCollectorServiceServer(s.grpc, &collectors{manager: o.Manager, snapshotStore: o.SnapshotStore})
@@ -152,8 +155,7 @@ func New(o Options) (*Server, error) {
 	return s, nil
 }
 
-// SetServing says to health checks whether the server is ready for calls. After
-// Stop it never is.
+// SetServing sets the answer of health checks. After Stop it is always NOT_SERVING.
 func (s *Server) SetServing(ready bool) {
 	state := healthpb.HealthCheckResponse_NOT_SERVING
 	if ready {
@@ -165,8 +167,8 @@ func (s *Server) SetServing(ready bool) {
 	}
 }
 
-// Serve answers the connections of l until Stop, and then returns nil, as it
-// does at once after Stop. It may be called for several listeners.
+// Serve serves the connections of l until Stop and then returns nil; after Stop it
+// returns nil immediately. It may be called for several listeners.
 func (s *Server) Serve(l net.Listener) error {
 	if err := s.grpc.Serve(s.conns.listen(l)); !errors.Is(err, grpc.ErrServerStopped) {
 		return err
@@ -174,9 +176,8 @@ func (s *Server) Serve(l net.Listener) error {
 	return nil
 }
 
-// Stop tells health checks that the end is near, takes no more connections and
-// calls, ends the streams that would not end by themselves, and waits for the
-// other calls until ctx ends, which ends them too.
+// Stop sets the health checks to NOT_SERVING, refuses new connections and calls, ends
+// watches, and waits for the other calls. The end of ctx ends these as well.
 func (s *Server) Stop(ctx context.Context) {
 	s.health.Shutdown()
 	s.stop()
@@ -193,12 +194,13 @@ func (s *Server) Stop(ctx context.Context) {
 	}
 }
 
-// requests are all messages that a client may send us.
+// requests returns the request messages of all methods.
 func requests() ([]proto.Message, error) {
 	var list []proto.Message
 	for _, file := range []protoreflect.FileDescriptor{
 		pb.File_snapshotd_v1_snapshot_service_proto, pb.File_snapshotd_v1_catalog_service_proto,
-		pb.File_snapshotd_v1_event_service_proto, pb.File_snapshotd_v1_reclaim_service_proto, pb.File_snapshotd_v1_collector_service_proto,
+		pb.File_snapshotd_v1_event_service_proto, pb.File_snapshotd_v1_reclaim_service_proto,
+		pb.File_snapshotd_v1_collector_service_proto,
 		pb.File_snapshotd_v1_admin_service_proto,
 	} {
 		for i := range file.Services().Len() {
@@ -215,28 +217,29 @@ func requests() ([]proto.Message, error) {
 	return list, nil
 }
 
-// transport returns how connections are secured. Those from within the process
-// never are: what they carry does not leave it.
+// transport returns the credentials of connections. Connections within the process
+// are plaintext.
 func transport(config *tls.Config) credentials.TransportCredentials {
 	plain := insecure.NewCredentials()
 	if config == nil {
 		return plain
 	}
-	return &unlessInside{credentials.NewTLS(config), plain}
+	return &localPlaintext{credentials.NewTLS(config), plain}
 }
 
-type unlessInside struct {
+// localPlaintext uses plaintext for connections within the process.
+type localPlaintext struct {
 	credentials.TransportCredentials
 	plain credentials.TransportCredentials
 }
 
-func (u *unlessInside) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+func (u *localPlaintext) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	if conn.LocalAddr().Network() == "bufconn" {
 		return u.plain.ServerHandshake(conn)
 	}
 	return u.TransportCredentials.ServerHandshake(conn)
 }
 
-func (u *unlessInside) Clone() credentials.TransportCredentials {
-	return &unlessInside{u.TransportCredentials.Clone(), u.plain.Clone()}
+func (u *localPlaintext) Clone() credentials.TransportCredentials {
+	return &localPlaintext{u.TransportCredentials.Clone(), u.plain.Clone()}
 }

@@ -9,14 +9,16 @@ import (
 	"github.com/snapshotd/snapshotd/internal/manager"
 )
 
-// snapshots is the SnapshotService.
+// snapshots implements the SnapshotService.
 type snapshots struct {
 	pb.UnimplementedSnapshotServiceServer
 	manager *manager.Manager
-	tokens  sealer
+	tokens  pageTokenCodec
 }
 
-func (s *snapshots) CreateSnapshot(ctx context.Context, req *pb.CreateSnapshotRequest) (*pb.CreateSnapshotResponse, error) {
+func (s *snapshots) CreateSnapshot(
+	ctx context.Context, req *pb.CreateSnapshotRequest,
+) (*pb.CreateSnapshotResponse, error) {
 	tok := requestToken(callOf(ctx).principal, "CreateSnapshot", req)
 	snap, err := s.manager.Create(ctx, tok, createSpec(req))
 	if err != nil {
@@ -33,9 +35,11 @@ func (s *snapshots) GetSnapshot(ctx context.Context, req *pb.GetSnapshotRequest)
 	return &pb.GetSnapshotResponse{Snapshot: snapshotToProto(snap)}, nil
 }
 
-func (s *snapshots) DescribeSnapshot(ctx context.Context, req *pb.DescribeSnapshotRequest) (*pb.DescribeSnapshotResponse, error) {
+func (s *snapshots) DescribeSnapshot(
+	ctx context.Context, req *pb.DescribeSnapshotRequest,
+) (*pb.DescribeSnapshotResponse, error) {
 	const method = "DescribeSnapshot"
-	// The usage is on the first page alone, so that a caller may ask for it or not.
+	// Only the first page has the usage, so requests with and without it share tokens.
 	filters := hashWithout(req, "page_size", "page_token", "include_usage")
 	page := wholePage(req.GetPageSize())
 	var resp *pb.DescribeSnapshotResponse
@@ -50,7 +54,7 @@ func (s *snapshots) DescribeSnapshot(ctx context.Context, req *pb.DescribeSnapsh
 			return nil, err
 		}
 		resp = &pb.DescribeSnapshotResponse{}
-	} else { // the name is resolved once, for all pages
+	} else { // the first page resolves the name
 		var err error
 		if d, err = s.manager.Describe(ctx, snapshotRef(req.GetSnapshot())); err != nil {
 			return nil, err
@@ -59,22 +63,25 @@ func (s *snapshots) DescribeSnapshot(ctx context.Context, req *pb.DescribeSnapsh
 			return nil, err
 		}
 		id = d.Snapshot.ID
-		// The lists begin beside it, and may begin on the next page.
+		// The lists follow, on this page or the next.
 		page.elements, page.size = 0, proto.Size(resp)
 	}
 	if next := describePage(resp, d.Metadata, from, page); next > 0 {
 		resp.NextPageToken = s.tokens.seal(method, filters, id, next)
 	}
-	noteRest(ctx, req.GetPageSize(), req.GetPageToken(), resp.GetNextPageToken(), "partitions, indexes and manifests of the snapshot")
+	notePartialList(ctx, req.GetPageSize(), req.GetPageToken(), resp.GetNextPageToken(),
+		"partitions, indexes and manifests of the snapshot")
 	return resp, nil
 }
 
-// describeHead returns what a description has on its first page besides the lists.
-func (s *snapshots) describeHead(ctx context.Context, d *manager.Description, usage bool) (*pb.DescribeSnapshotResponse, error) {
+// describeHead returns the first page of a description without its lists.
+func (s *snapshots) describeHead(
+	ctx context.Context, d *manager.Description, usage bool,
+) (*pb.DescribeSnapshotResponse, error) {
 	resp := descriptionToProto(d)
 	resp.Damage = convert(d.Damage, clip)
 	if d.DamageErr != nil {
-		resp.DamageUnknown = toAnswer(d.DamageErr, callOf(ctx).id).Error()
+		resp.DamageUnknown = toStatusError(d.DamageErr, callOf(ctx).id).Error()
 	}
 	if usage {
 		usage, err := s.manager.Usage(ctx, manager.Ref{ID: d.Snapshot.ID})
@@ -86,7 +93,9 @@ func (s *snapshots) describeHead(ctx context.Context, d *manager.Description, us
 	return resp, nil
 }
 
-func (s *snapshots) ListSnapshotSegments(ctx context.Context, req *pb.ListSnapshotSegmentsRequest) (*pb.ListSnapshotSegmentsResponse, error) {
+func (s *snapshots) ListSnapshotSegments(
+	ctx context.Context, req *pb.ListSnapshotSegmentsRequest,
+) (*pb.ListSnapshotSegmentsResponse, error) {
 	const method = "ListSnapshotSegments"
 	filters := filterHash(req)
 	var id, from int64
@@ -94,7 +103,7 @@ func (s *snapshots) ListSnapshotSegments(ctx context.Context, req *pb.ListSnapsh
 		if !s.tokens.open(token, method, filters, &id, &from) {
 			return nil, errPageToken
 		}
-	} else { // the name is resolved once, for all pages
+	} else { // the first page resolves the name
 		snap, err := s.manager.Get(ctx, snapshotRef(req.GetSnapshot()))
 		if err != nil {
 			return nil, err
@@ -118,7 +127,9 @@ func (s *snapshots) ListSnapshotSegments(ctx context.Context, req *pb.ListSnapsh
 	return resp, nil
 }
 
-func (s *snapshots) ListSnapshots(ctx context.Context, req *pb.ListSnapshotsRequest) (*pb.ListSnapshotsResponse, error) {
+func (s *snapshots) ListSnapshots(
+	ctx context.Context, req *pb.ListSnapshotsRequest,
+) (*pb.ListSnapshotsResponse, error) {
 	const method = "ListSnapshots"
 	filters := filterHash(req)
 	var after manager.Place
@@ -147,7 +158,9 @@ func (s *snapshots) ListSnapshots(ctx context.Context, req *pb.ListSnapshotsRequ
 	return resp, nil
 }
 
-func (s *snapshots) UpdateSnapshot(ctx context.Context, req *pb.UpdateSnapshotRequest) (*pb.UpdateSnapshotResponse, error) {
+func (s *snapshots) UpdateSnapshot(
+	ctx context.Context, req *pb.UpdateSnapshotRequest,
+) (*pb.UpdateSnapshotResponse, error) {
 	tok := requestToken(callOf(ctx).principal, "UpdateSnapshot", req)
 	snap, err := s.manager.Update(ctx, tok, snapshotRef(req.GetSnapshot()), updateSpec(req))
 	if err != nil {
@@ -191,7 +204,9 @@ func (s *snapshots) RenewPin(ctx context.Context, req *pb.RenewPinRequest) (*pb.
 	return &pb.RenewPinResponse{Pin: pinToProto(pin)}, nil
 }
 
-func (s *snapshots) UnpinSnapshot(ctx context.Context, req *pb.UnpinSnapshotRequest) (*pb.UnpinSnapshotResponse, error) {
+func (s *snapshots) UnpinSnapshot(
+	ctx context.Context, req *pb.UnpinSnapshotRequest,
+) (*pb.UnpinSnapshotResponse, error) {
 	if err := s.manager.Unpin(ctx, snapshotRef(req.GetSnapshot()), req.GetPinId()); err != nil {
 		return nil, err
 	}
@@ -207,7 +222,7 @@ func (s *snapshots) ListPins(ctx context.Context, req *pb.ListPinsRequest) (*pb.
 		if !s.tokens.open(token, method, filters, &id, &after.Snapshot, &after.ID) {
 			return nil, errPageToken
 		}
-	} else if req.GetSnapshot() != nil { // the name is resolved once, for all pages
+	} else if req.GetSnapshot() != nil { // the first page resolves the name
 		snap, err := s.manager.Get(ctx, snapshotRef(req.GetSnapshot()))
 		if err != nil {
 			return nil, err

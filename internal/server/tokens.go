@@ -13,18 +13,18 @@ import (
 )
 
 // Page and resume tokens are a version, numbers, and a MAC that binds them to
-// the cluster, the method and the filters of the request, in base64url. What
-// they hold is nobody's business but this package's.
+// the cluster, the method and the filters of the request, in base64url. Their content
+// is private to this package.
 const (
 	tokenVersion = 1
 	macBytes     = 16
 )
 
-// sealer makes and opens tokens.
-type sealer struct{ key []byte }
+// pageTokenCodec encodes and decodes page and resume tokens.
+type pageTokenCodec struct{ key []byte }
 
-// seal returns a token that holds numbers.
-func (s sealer) seal(method string, filters [sha256.Size]byte, numbers ...int64) string {
+// seal encodes numbers as a token.
+func (s pageTokenCodec) seal(method string, filters [sha256.Size]byte, numbers ...int64) string {
 	data := []byte{tokenVersion}
 	for _, n := range numbers {
 		data = binary.AppendVarint(data, n)
@@ -32,8 +32,9 @@ func (s sealer) seal(method string, filters [sha256.Size]byte, numbers ...int64)
 	return base64.RawURLEncoding.EncodeToString(append(data, s.mac(method, filters, data)...))
 }
 
-// open fills numbers from a token of the same method and filters.
-func (s sealer) open(token, method string, filters [sha256.Size]byte, numbers ...*int64) bool {
+// open decodes the numbers of a token. It reports false for a token of another method,
+// other filters or another cluster.
+func (s pageTokenCodec) open(token, method string, filters [sha256.Size]byte, numbers ...*int64) bool {
 	data, err := base64.RawURLEncoding.Strict().DecodeString(token)
 	if err != nil || len(data) < 1+macBytes {
 		return false
@@ -53,7 +54,7 @@ func (s sealer) open(token, method string, filters [sha256.Size]byte, numbers ..
 	return len(data) == 0
 }
 
-func (s sealer) mac(method string, filters [sha256.Size]byte, data []byte) []byte {
+func (s pageTokenCodec) mac(method string, filters [sha256.Size]byte, data []byte) []byte {
 	h := hmac.New(sha256.New, s.key)
 	h.Write([]byte(method))
 	h.Write([]byte{0})
@@ -62,12 +63,12 @@ func (s sealer) mac(method string, filters [sha256.Size]byte, data []byte) []byt
 	return h.Sum(nil)[:macBytes]
 }
 
-// filterHash is the hash of a request without its paging: of what it asks for.
+// filterHash returns the hash of a request without its paging.
 func filterHash(req proto.Message) [sha256.Size]byte {
 	return hashWithout(req, "page_size", "page_token", "resume_token")
 }
 
-// requestToken returns the caller's request token with what it stands for.
+// requestToken returns the caller's request token with the hash of the request.
 func requestToken(principal, method string, req interface {
 	proto.Message
 	GetRequestToken() string
@@ -81,7 +82,7 @@ func requestToken(principal, method string, req interface {
 	return request.Token{Principal: principal, Method: method, Value: value, Hash: hash[:]}
 }
 
-// hashWithout is the SHA-256 of req without some of its fields.
+// hashWithout returns the SHA-256 of req without some of its fields.
 func hashWithout(req proto.Message, fields ...protoreflect.Name) [sha256.Size]byte {
 	req = proto.Clone(req)
 	m := req.ProtoReflect()
@@ -92,7 +93,7 @@ func hashWithout(req proto.Message, fields ...protoreflect.Name) [sha256.Size]by
 	}
 	data, err := proto.MarshalOptions{Deterministic: true}.Marshal(req)
 	if err != nil {
-		// It was decoded from bytes, so it can be encoded.
+		// A decoded message can always be encoded.
 		panic("server: encode a request: " + err.Error())
 	}
 	return sha256.Sum256(data)

@@ -12,7 +12,8 @@ import (
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 )
 
-// A list that is far too long is refused for its length, and not looked through.
+// TestLongListIsRefusedByItsLength refuses a list beyond maxListLength without checking
+// its elements.
 func TestLongListIsRefusedByItsLength(t *testing.T) {
 	validator, err := newValidator()
 	if err != nil {

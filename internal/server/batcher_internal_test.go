@@ -11,20 +11,19 @@ import (
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 )
 
-// A message has at most so many things, and so many bytes unless a thing is larger
-// by itself.
+// TestBatcher bounds the items and the bytes of a message, except for a single large item.
 func TestBatcher(t *testing.T) {
 	for name, tc := range map[string]struct {
 		key  int // bytes
 		n    int
-		want []int // things in each message
+		want []int // items in each message
 	}{
-		"nothing":            {1, 0, nil},
-		"one message":        {1, maxBatch, []int{maxBatch}},
-		"one more":           {1, maxBatch + 1, []int{maxBatch, 1}},
-		"half a message":     {maxBatchBytes / 2, 3, []int{1, 1, 1}}, // with what is around it
-		"a third of it":      {maxBatchBytes / 3, 4, []int{2, 2}},
-		"more than it takes": {maxBatchBytes, 2, []int{1, 1}},
+		"nothing":         {1, 0, nil},
+		"one message":     {1, maxBatch, []int{maxBatch}},
+		"one more":        {1, maxBatch + 1, []int{maxBatch, 1}},
+		"half a message":  {maxBatchBytes / 2, 3, []int{1, 1, 1}}, // plus overhead
+		"a third of it":   {maxBatchBytes / 3, 4, []int{2, 2}},
+		"a whole message": {maxBatchBytes, 2, []int{1, 1}},
 	} {
 		var got []int
 		b := batcher[*pb.Orphan]{send: func(list []*pb.Orphan) error {

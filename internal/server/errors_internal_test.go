@@ -27,17 +27,17 @@ import (
 	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
-// TestEverySentinelHasARow reads the sources, so that an error that is added
-// without a row fails.
+// TestEverySentinelHasARow reads the sources and fails for an exported error without a
+// row in the errorTable.
 func TestEverySentinelHasARow(t *testing.T) {
 	table := sourceOf(t, "errors.go")
 	for _, pkg := range []struct {
 		name, dir string
-		none      []string // that no client is told of
+		internal  []string // errors that no client gets
 	}{
 		{"catalog", "../catalog", []string{"ErrSpilled"}},
 		{"manager", "../manager", nil},
-		{"gc", "../gc", []string{"ErrStoreNotFound"}}, // it is the manager's
+		{"gc", "../gc", []string{"ErrStoreNotFound"}}, // the same as the manager's
 		{"copyjob", "../copyjob", []string{"ErrSource", "ErrDigest"}},
 		{"epoch", "../store/epoch", nil},
 		{"request", "../store/request", nil},
@@ -50,14 +50,16 @@ func TestEverySentinelHasARow(t *testing.T) {
 			t.Errorf("%s: found no errors", pkg.dir)
 		}
 		for _, name := range names {
-			has := strings.Contains(table, "{err: "+pkg.name+"."+name+",") || strings.Contains(table, "err: "+pkg.name+"."+name+", code")
-			if has == slices.Contains(pkg.none, name) {
+			has := strings.Contains(table, "{err: "+pkg.name+"."+name+",") ||
+				strings.Contains(table, "err: "+pkg.name+"."+name+", code")
+			if has == slices.Contains(pkg.internal, name) {
 				t.Errorf("%s.%s: has a row: %v", pkg.name, name, has)
 			}
 		}
 	}
 }
 
+// sourceOf returns the rows of a table in a file, as text.
 func sourceOf(t *testing.T, name string) string {
 	t.Helper()
 	fset := token.NewFileSet()
@@ -81,6 +83,7 @@ func sourceOf(t *testing.T, name string) string {
 	return out.String()
 }
 
+// sentinels returns the names of the exported errors of a package.
 func sentinels(t *testing.T, dir string) []string {
 	t.Helper()
 	files, err := filepath.Glob(filepath.Join(dir, "*.go"))
@@ -113,14 +116,15 @@ func sentinels(t *testing.T, dir string) []string {
 	return names
 }
 
+// TestErrorTable converts the error of each row.
 func TestErrorTable(t *testing.T) {
 	seen := map[string]codes.Code{}
-	for _, c := range classes {
+	for _, c := range errorTable {
 		if code, ok := seen[c.reason]; ok && code != c.code {
 			t.Errorf("%s stands for %v and %v", c.reason, code, c.code)
 		}
 		seen[c.reason] = c.code
-		a := toAnswer(fmt.Errorf("do it: %w", c.err), "id")
+		a := toStatusError(fmt.Errorf("do it: %w", c.err), "id")
 		if a.status.Code() != c.code || a.reason != c.reason {
 			t.Errorf("%v: got %v %s, want %v %s", c.err, a.status.Code(), a.reason, c.code, c.reason)
 		}
@@ -145,46 +149,48 @@ func TestErrorTable(t *testing.T) {
 	}
 }
 
+// TestUnclassifiedErrors has an error without a row hide its text from the client.
 func TestUnclassifiedErrors(t *testing.T) {
 	for _, err := range []error{
 		errors.New("secret"),
 		status.Error(codes.Unavailable, "secret"),
 		fmt.Errorf("write: %w", status.Error(codes.Unavailable, "secret")),
-		fmt.Errorf("wrapped: %w", newAnswer(nil, codes.NotFound, "SECRET", "secret")),
+		fmt.Errorf("wrapped: %w", newStatusError(nil, codes.NotFound, "SECRET", "secret")),
 	} {
-		a := toAnswer(err, "req-7")
-		if a.status.Code() != codes.Internal || strings.Contains(a.Error(), "secret") || !strings.Contains(a.Error(), "req-7") {
+		a := toStatusError(err, "req-7")
+		if a.status.Code() != codes.Internal || strings.Contains(a.Error(), "secret") ||
+			!strings.Contains(a.Error(), "req-7") {
 			t.Errorf("%v became %v", err, a.status)
 		}
 		if !errors.Is(a, err) {
-			t.Errorf("%v is lost to the log", err)
+			t.Errorf("%v is not the cause for the log", err)
 		}
 	}
-	own := newAnswer(nil, codes.NotFound, "X", "x")
-	if got := toAnswer(own, ""); got != own {
-		t.Errorf("own answer became %v", got)
+	own := newStatusError(nil, codes.NotFound, "X", "x")
+	if got := toStatusError(own, ""); got != own {
+		t.Errorf("a statusError became %v", got)
 	}
 }
 
+// TestHiddenTexts hides the addresses of stores.
 func TestHiddenTexts(t *testing.T) {
-	for _, c := range classes {
+	for _, c := range errorTable {
 		if c.code != codes.Unavailable && c.code != codes.ResourceExhausted {
 			continue
 		}
-		a := toAnswer(fmt.Errorf("%w: dial tcp 10.1.2.3:2379", c.err), "")
+		a := toStatusError(fmt.Errorf("%w: dial tcp 10.1.2.3:2379", c.err), "")
 		if c.reason == "STORE_UNAVAILABLE" || c.reason == "STORE_FULL" {
 			if strings.Contains(a.Error(), "10.1.2.3") {
-				t.Errorf("%s tells %q", c.reason, a.Error())
+				t.Errorf("%s has the text %q", c.reason, a.Error())
 			}
 		}
 	}
 }
 
-// TestFullObjectStore has the answer name the place that is full, and nothing
-// else of the error.
+// TestFullObjectStore has the error name the full place, and no internals.
 func TestFullObjectStore(t *testing.T) {
 	full := &object.FullError{Place: "directory /data/objects", Lacks: "no space or no inodes are left"}
-	a := toAnswer(fmt.Errorf("create snapshot: %w: open /secret: no space left on device", full), "")
+	a := toStatusError(fmt.Errorf("create snapshot: %w: open /secret: no space left on device", full), "")
 	if a.reason != "STORE_FULL" || a.status.Code() != codes.ResourceExhausted {
 		t.Errorf("got %s, %v", a.reason, a.status.Code())
 	}
@@ -193,10 +199,11 @@ func TestFullObjectStore(t *testing.T) {
 	}
 }
 
+// TestLongAndBrokenText clips texts to valid UTF-8.
 func TestLongAndBrokenText(t *testing.T) {
-	for letter, least := range map[string]int{"e": maxMessageText - 8, "é": maxMessageText/2 - 8} {
-		a := toAnswer(fmt.Errorf("%w: \xff%s", catalog.ErrSegmentNotFound, strings.Repeat(letter, 4000)), "")
-		if n := len(a.Error()); n > maxMessageText || n < least {
+	for letter, minimum := range map[string]int{"e": maxMessageText - 8, "é": maxMessageText/2 - 8} {
+		a := toStatusError(fmt.Errorf("%w: \xff%s", catalog.ErrSegmentNotFound, strings.Repeat(letter, 4000)), "")
+		if n := len(a.Error()); n > maxMessageText || n < minimum {
 			t.Errorf("%d bytes of %s", n, letter)
 		}
 		if strings.Contains(a.Error(), "\xff") {
@@ -205,16 +212,16 @@ func TestLongAndBrokenText(t *testing.T) {
 	}
 }
 
-// Whatever an error says, it fits into the trailers.
+// TestErrorsAreBoundedInTrailers has errors with any text fit into the trailers.
 func TestErrorsAreBoundedInTrailers(t *testing.T) {
 	for _, letter := range []string{"e", "é", "%", "\xff", "\x00"} {
 		long := strings.Repeat(letter, 1<<20)
 		list := []error{&catalog.InvalidError{Field: long, Problem: long}}
-		for _, c := range classes {
+		for _, c := range errorTable {
 			list = append(list, fmt.Errorf("%s: %w", long, c.err), fmt.Errorf("%w: %s", c.err, long))
 		}
 		for _, err := range list {
-			if a := toAnswer(err, "id"); trailerBytes(a.status) > maxTrailer {
+			if a := toStatusError(err, "id"); trailerBytes(a.status) > maxTrailer {
 				t.Errorf("%.60q takes %d bytes", err, trailerBytes(a.status))
 			}
 		}
@@ -229,7 +236,7 @@ func TestErrorsAreBoundedInTrailers(t *testing.T) {
 	}
 }
 
-// TestEveryMethodHasAPermission goes over what is registered, health and
+// TestEveryMethodHasAPermission checks all registered methods, those of health and
 // reflection included.
 func TestEveryMethodHasAPermission(t *testing.T) {
 	s, err := New(Options{Cluster: cluster.Cluster{TokenKey: make([]byte, 32)}})
@@ -252,15 +259,17 @@ func TestEveryMethodHasAPermission(t *testing.T) {
 			t.Errorf("%s has a row but does not exist", method)
 		}
 	}
-	for _, method := range []string{"", "/", "snapshotd.v1.SnapshotService/GetSnapshot", "//snapshotd.v1.SnapshotService/GetSnapshot", "/snapshotd.v1.SnapshotService/getsnapshot"} {
-		if err := authorize("anyone", method); !errors.Is(err, errDenied) {
+	for _, method := range []string{"", "/", "snapshotd.v1.SnapshotService/GetSnapshot",
+		"//snapshotd.v1.SnapshotService/GetSnapshot", "/snapshotd.v1.SnapshotService/getsnapshot"} {
+		if err := authorize("client", method); !errors.Is(err, errDenied) {
 			t.Errorf("%q: got %v, want denied", method, err)
 		}
 	}
 }
 
+// TestTokens decodes tokens only for their own key, method, filters and count.
 func TestTokens(t *testing.T) {
-	s := sealer{[]byte("key")}
+	s := pageTokenCodec{[]byte("key")}
 	filters := [32]byte{1}
 	token := s.seal("M", filters, 1<<62, -1, 0)
 	var a, b, c int64
@@ -269,22 +278,23 @@ func TestTokens(t *testing.T) {
 	}
 	other := [32]byte{2}
 	if s.open(token, "N", filters, &a, &b, &c) || s.open(token, "M", other, &a, &b, &c) ||
-		(sealer{[]byte("another")}).open(token, "M", filters, &a, &b, &c) || s.open(token, "M", filters, &a, &b) {
-		t.Error("opened what is not its own")
+		(pageTokenCodec{[]byte("another")}).open(token, "M", filters, &a, &b, &c) || s.open(token, "M", filters, &a, &b) {
+		t.Error("decoded the token of another request")
 	}
 	for i := range token {
 		for _, r := range []string{"A", "B", "-", "=", ""} {
 			forged := token[:i] + r + token[i+1:]
 			if forged != token && s.open(forged, "M", filters, &a, &b, &c) {
-				t.Errorf("opened %q", forged)
+				t.Errorf("decoded %q", forged)
 			}
 		}
 	}
 }
 
+// TestAwait ends with f, the limit or the context.
 func TestAwait(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
-	g := &guarded{stream: stream{ctx: ctx}}
+	g := &checkedStream{stream: stream{ctx: ctx}}
 	if err := g.await(0, func() error { return io.EOF }); !errors.Is(err, io.EOF) {
 		t.Errorf("got %v", err)
 	}
@@ -299,20 +309,21 @@ func TestAwait(t *testing.T) {
 	}
 }
 
-func TestPadded(t *testing.T) {
+// TestZeroPadIDs pads the numbers of a key.
+func TestZeroPadIDs(t *testing.T) {
 	for in, want := range map[string]string{
 		"/snapshot/rec/42":            "/snapshot/rec/0000000000000000042",
 		"/catalog/name/default/7a":    "/catalog/name/default/7a",
 		"/a//b":                       "/a//b",
 		"/x/00000000000000000042/y/1": "/x/00000000000000000042/y/0000000000000000001",
 	} {
-		if got := padded(in); got != want {
+		if got := zeroPadIDs(in); got != want {
 			t.Errorf("%s: got %s", in, got)
 		}
 	}
 }
 
-// fakeStream is a stream of which only the context is used.
+// fakeStream is a stream with only a context.
 type fakeStream struct {
 	grpc.ServerStream
 	ctx context.Context //nolint:containedctx // a stream has one
@@ -320,6 +331,7 @@ type fakeStream struct {
 
 func (f fakeStream) Context() context.Context { return f.ctx }
 
+// TestDeadlines bounds the time of a call by its method and the deadline of its client.
 func TestDeadlines(t *testing.T) {
 	s, err := New(Options{Cluster: cluster.Cluster{TokenKey: make([]byte, 32)}})
 	if err != nil {
@@ -328,7 +340,7 @@ func TestDeadlines(t *testing.T) {
 	defer s.Stop(t.Context())
 	for _, tc := range []struct {
 		method string
-		given  time.Duration // 0: none
+		client time.Duration // deadline of the client; 0: none
 		want   time.Duration // 0: none
 	}{
 		{pb.SnapshotService_GetSnapshot_FullMethodName, 0, time.Minute},
@@ -344,14 +356,15 @@ func TestDeadlines(t *testing.T) {
 	} {
 		virtual.Test(t, func(t *testing.T) {
 			ctx := t.Context()
-			s := &Server{log: s.log, manager: &manager.Manager{}, validator: s.validator, stopping: ctx} // channels stay in the bubble
-			if tc.given > 0 {
+			// channels stay in the bubble
+			s := &Server{log: s.log, manager: &manager.Manager{}, validator: s.validator, stopping: ctx}
+			if tc.client > 0 {
 				var cancel context.CancelFunc
-				ctx, cancel = context.WithTimeout(ctx, tc.given)
+				ctx, cancel = context.WithTimeout(ctx, tc.client)
 				defer cancel()
 			}
 			var got time.Duration
-			note := func(ctx context.Context) {
+			record := func(ctx context.Context) {
 				if d, ok := ctx.Deadline(); ok {
 					got = time.Until(d)
 				}
@@ -359,18 +372,18 @@ func TestDeadlines(t *testing.T) {
 			var err error
 			if strings.Contains(tc.method, "SnapshotService") {
 				_, err = s.unary(ctx, &pb.GetServerInfoRequest{}, &grpc.UnaryServerInfo{FullMethod: tc.method},
-					func(ctx context.Context, _ any) (any, error) { note(ctx); return nil, nil }) //nolint:nilnil // nobody looks
+					func(ctx context.Context, _ any) (any, error) { record(ctx); return nil, nil }) //nolint:nilnil // unused
 			} else {
 				err = s.stream(nil, fakeStream{ctx: ctx}, &grpc.StreamServerInfo{FullMethod: tc.method},
-					func(_ any, ss grpc.ServerStream) error { note(ss.Context()); return nil })
+					func(_ any, ss grpc.ServerStream) error { record(ss.Context()); return nil })
 			}
 			if err != nil || got != tc.want {
-				t.Errorf("%s with %v: got %v, want %v, %v", tc.method, tc.given, got, tc.want, err)
+				t.Errorf("%s with %v: got %v, want %v, %v", tc.method, tc.client, got, tc.want, err)
 			}
 		})
 	}
 	_, err = s.unary(t.Context(), nil, &grpc.UnaryServerInfo{FullMethod: "/snapshotd.v1.SnapshotService/New"},
-		func(context.Context, any) (any, error) { t.Error("called"); return nil, nil }) //nolint:nilnil // nobody looks
+		func(context.Context, any) (any, error) { t.Error("called"); return nil, nil }) //nolint:nilnil // unused
 	if status.Code(err) != codes.PermissionDenied {
 		t.Errorf("a method without a row: got %v", err)
 	}
