@@ -39,9 +39,11 @@ func all[M any](stream grpc.ServerStreamingClient[M], err error) ([]*M, error) {
 	}
 }
 
-// collected makes a round and returns what it told: items in order, and the
-// summary that the last message has, and no other.
-func collected(t *testing.T, c pb.CollectorServiceClient, req *pb.CollectRequest) ([]*pb.CollectItem, *pb.CollectSummary) {
+// collect runs a round and returns its items in order and the summary, which only the
+// last message has.
+func collect(
+	t *testing.T, c pb.CollectorServiceClient, req *pb.CollectRequest,
+) ([]*pb.CollectItem, *pb.CollectSummary) {
 	t.Helper()
 	msgs, err := all(c.Collect(t.Context(), req))
 	if err != nil {
@@ -63,77 +65,81 @@ func collected(t *testing.T, c pb.CollectorServiceClient, req *pb.CollectRequest
 	return items, msgs[len(msgs)-1].GetSummary()
 }
 
-// put writes an object as an engine would.
-func (w *world) put(t *testing.T, key string, size int) {
+// put writes an object past snapshotd.
+func (env *testEnv) put(t *testing.T, key string, size int) {
 	t.Helper()
-	if _, err := w.objects.Put(t.Context(), key, make([]byte, size)); err != nil {
+	if _, err := env.objects.Put(t.Context(), key, make([]byte, size)); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func (w *world) exists(t *testing.T, key string) bool {
+func (env *testEnv) exists(t *testing.T, key string) bool {
 	t.Helper()
-	_, err := w.objects.Head(t.Context(), key)
+	_, err := env.objects.Head(t.Context(), key)
 	return err == nil
 }
 
-// behind writes down that the metadata store is.
-func (w *world) behind(t *testing.T) {
+// setBehind records that the metadata store is behind.
+func (env *testEnv) setBehind(t *testing.T) {
 	t.Helper()
 	empty := []byte{1 << 3, 1} // a record of format 1
-	if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(keys.RolledBack, empty)}}); err != nil {
+	if _, err := env.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(keys.RolledBack, empty)}}); err != nil {
 		t.Fatal(err)
 	}
 }
 
 func TestCollect(t *testing.T) {
-	w := start(t)
+	env := newEnv(t)
 	ctx := t.Context()
-	collector := pb.NewCollectorServiceClient(w.conn)
-	col := w.collection(t, "c")
+	collector := pb.NewCollectorServiceClient(env.conn)
+	col := env.collection(t, "c")
 	of := byID(col.GetId())
-	first := w.ids(t, 400)
+	first := env.ids(t, 400)
 	var free []int64
 	for i := range int64(300) {
 		path := fmt.Sprintf("%d/0/%d/x", of.GetId(), first+i)
-		w.put(t, "data/c/"+path, 10)
-		w.addSegments(t, of, &pb.Segment{Id: first + i, Files: []*pb.File{{Path: path, Kind: "insert", SizeBytes: 10}}})
+		env.put(t, "data/c/"+path, 10)
+		env.addSegments(t, of, &pb.Segment{Id: first + i, Files: []*pb.File{{Path: path, Kind: "insert", SizeBytes: 10}}})
 		free = append(free, first+i)
 	}
 	held := free[0]
-	w.snapshot(t, "s")
-	must[*pb.DropSegmentsResponse](t)(w.catalog.DropSegments(ctx, &pb.DropSegmentsRequest{Collection: of, SegmentIds: []int64{held}}))
-	must[*pb.DropSnapshotResponse](t)(w.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s")}))
-	must[*pb.DropSegmentsResponse](t)(w.catalog.DropSegments(ctx, &pb.DropSegmentsRequest{Collection: of, SegmentIds: free[1:290]}))
+	env.snapshot(t, "s")
+	must[*pb.DropSegmentsResponse](t)(env.catalog.DropSegments(ctx,
+		&pb.DropSegmentsRequest{Collection: of, SegmentIds: []int64{held}}))
+	must[*pb.DropSnapshotResponse](t)(env.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s")}))
+	must[*pb.DropSegmentsResponse](t)(env.catalog.DropSegments(ctx,
+		&pb.DropSegmentsRequest{Collection: of, SegmentIds: free[1:290]}))
 
-	// Nothing is old enough.
-	_, sum := collected(t, collector, &pb.CollectRequest{})
-	if sum.GetGranted() != 0 || sum.GetWaiting() != 290 || sum.GetReplica() != "r1" || sum.GetEndTime().AsTime().Before(sum.GetStartTime().AsTime()) {
+	// All units are younger than the tolerance.
+	_, sum := collect(t, collector, &pb.CollectRequest{})
+	if sum.GetGranted() != 0 || sum.GetWaiting() != 290 || sum.GetReplica() != "r1" ||
+		sum.GetEndTime().AsTime().Before(sum.GetStartTime().AsTime()) {
 		t.Errorf("got %v", sum)
 	}
 	now := durationpb.New(0)
-	// More than half of the collection would go.
-	items, sum := collected(t, collector, &pb.CollectRequest{DryRun: true, Tolerance: now})
-	if sum.GetStopCount() != 1 || sum.GetGranted() != 0 || len(sum.GetStops()) != 1 || sum.GetStops()[0].GetCollectionId() != col.GetId() ||
+	// The round would delete more than half of the collection.
+	items, sum := collect(t, collector, &pb.CollectRequest{DryRun: true, Tolerance: now})
+	if sum.GetStopCount() != 1 || sum.GetGranted() != 0 || len(sum.GetStops()) != 1 ||
+		sum.GetStops()[0].GetCollectionId() != col.GetId() ||
 		sum.GetStops()[0].GetDue() != 290 || sum.GetStops()[0].GetTotal() != 300 {
 		t.Errorf("got %v", sum)
 	}
 	if !slices.ContainsFunc(items, func(i *pb.CollectItem) bool { return i.GetAction() == pb.CollectItem_ACTION_STOP }) {
-		t.Errorf("no item tells of the stop: %v", items)
+		t.Errorf("no item reports the stop: %v", items)
 	}
-	if n := len(items); n != 291 { // the collection, and each unit
-		t.Errorf("a dry run tells of %d things", n)
+	if n := len(items); n != 291 { // the collection and each unit
+		t.Errorf("%d items of a dry run", n)
 	}
-	w.put(t, fmt.Sprintf("snapshots/%d/%d/metadata.json", col.GetId(), w.ids(t, 1)), 7)
-	_, sum = collected(t, collector, &pb.CollectRequest{Sweep: true})
-	if sum.GetSwept() != 0 { // it is too young
+	env.put(t, fmt.Sprintf("snapshots/%d/%d/metadata.json", col.GetId(), env.ids(t, 1)), 7)
+	_, sum = collect(t, collector, &pb.CollectRequest{Sweep: true})
+	if sum.GetSwept() != 0 { // the object is too young
 		t.Errorf("got %v", sum)
 	}
 	_, err := all(collector.Collect(ctx, &pb.CollectRequest{Sweep: true, Collection: of}))
 	if status.Code(err) != codes.InvalidArgument {
 		t.Errorf("a sweep of a collection: %v", err)
 	}
-	items, sum = collected(t, collector, &pb.CollectRequest{Collection: of, DryRun: true, Tolerance: now, Force: true})
+	items, sum = collect(t, collector, &pb.CollectRequest{Collection: of, DryRun: true, Tolerance: now, Force: true})
 	if sum.GetGranted() != 290 || sum.GetFiles() != 290 || sum.GetBytes() != 2900 || sum.GetStopCount() != 0 {
 		t.Errorf("got %v", sum)
 	}
@@ -143,70 +149,77 @@ func TestCollect(t *testing.T) {
 			continue
 		}
 		units++
-		if i.GetAction() != pb.CollectItem_ACTION_DELETE || i.GetReason() == "" || i.GetCollectionId() != col.GetId() || i.GetDropTime() == nil ||
+		if i.GetAction() != pb.CollectItem_ACTION_DELETE || i.GetReason() == "" || i.GetCollectionId() != col.GetId() ||
+			i.GetDropTime() == nil ||
 			len(i.GetObjects()) != 1 || i.GetObjects()[0].GetStore() != "default" ||
-			i.GetObjects()[0].GetKey() != fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), i.GetId()) || i.GetObjects()[0].GetSize() != 10 {
+			i.GetObjects()[0].GetKey() != fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), i.GetId()) ||
+			i.GetObjects()[0].GetSize() != 10 {
 			t.Errorf("got %v", i)
 		}
 	}
 	if units != 290 {
-		t.Errorf("told of %d units", units)
+		t.Errorf("%d units reported", units)
 	}
-	if !w.exists(t, fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), first+1)) {
-		t.Error("a dry run has deleted")
+	if !env.exists(t, fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), first+1)) {
+		t.Error("a dry run deleted an object")
 	}
-	_, sum = collected(t, collector, &pb.CollectRequest{Collection: byName("c"), Tolerance: now, Force: true, Wait: true})
+	_, sum = collect(t, collector, &pb.CollectRequest{Collection: byName("c"), Tolerance: now, Force: true, Wait: true})
 	if sum.GetGranted() != 290 {
 		t.Errorf("got %v", sum)
 	}
 	for i, id := range free {
-		if there := w.exists(t, fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), id)); there != (i >= 290) {
-			t.Errorf("file %d: there is one: %v", i, there)
+		if there := env.exists(t, fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), id)); there != (i >= 290) {
+			t.Errorf("file %d exists: %v", i, there)
 		}
 	}
 	got := must[*pb.GetCollectorStatusResponse](t)(collector.GetCollectorStatus(ctx, &pb.GetCollectorStatusRequest{}))
-	if !got.GetEnabled() || got.GetTolerance().AsDuration() != 3*time.Hour || got.GetMaxShare() != 0.5 || got.GetDeleting() != 0 || got.GetBlocked() != "" {
+	if !got.GetEnabled() || got.GetTolerance().AsDuration() != 3*time.Hour || got.GetMaxShare() != 0.5 ||
+		got.GetDeleting() != 0 || got.GetBlocked() != "" {
 		t.Errorf("got %v", got)
 	}
 }
 
-// A wait ends with the call.
+// TestCollectWaits has a wait end with the call.
 func TestCollectWaits(t *testing.T) {
-	w := start(t)
-	collector := pb.NewCollectorServiceClient(w.conn)
-	of := byID(w.collection(t, "c").GetId())
-	id := w.ids(t, 1)
-	w.addSegments(t, of, &pb.Segment{Id: id, Files: []*pb.File{{Path: fmt.Sprintf("%d/0/%d/x", of.GetId(), id), Kind: "insert"}}})
-	must[*pb.DropSegmentsResponse](t)(w.catalog.DropSegments(t.Context(), &pb.DropSegmentsRequest{Collection: of, SegmentIds: []int64{id}}))
-	w.objects.Freeze()
-	defer w.objects.Thaw()
+	env := newEnv(t)
+	collector := pb.NewCollectorServiceClient(env.conn)
+	of := byID(env.collection(t, "c").GetId())
+	id := env.ids(t, 1)
+	env.addSegments(t, of, &pb.Segment{Id: id,
+		Files: []*pb.File{{Path: fmt.Sprintf("%d/0/%d/x", of.GetId(), id), Kind: "insert"}}})
+	must[*pb.DropSegmentsResponse](t)(env.catalog.DropSegments(t.Context(),
+		&pb.DropSegmentsRequest{Collection: of, SegmentIds: []int64{id}}))
+	env.objects.Freeze()
+	defer env.objects.Thaw()
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
 	msgs, err := all(collector.Collect(ctx, &pb.CollectRequest{Tolerance: durationpb.New(0), Wait: true}))
 	if status.Code(err) != codes.DeadlineExceeded {
 		t.Errorf("got %v, %v", msgs, err)
 	}
-	if got := must[*pb.GetCollectorStatusResponse](t)(collector.GetCollectorStatus(t.Context(), &pb.GetCollectorStatusRequest{})); got.GetDeleting() != 1 {
+	if got := must[*pb.GetCollectorStatusResponse](t)(collector.GetCollectorStatus(t.Context(),
+		&pb.GetCollectorStatusRequest{})); got.GetDeleting() != 1 {
 		t.Errorf("got %v", got)
 	}
 }
 
 func TestOrphans(t *testing.T) {
-	w := start(t)
+	env := newEnv(t)
 	ctx := t.Context()
-	collector := pb.NewCollectorServiceClient(w.conn)
-	col := w.collection(t, "c")
+	collector := pb.NewCollectorServiceClient(env.conn)
+	col := env.collection(t, "c")
 	of := byID(col.GetId())
 	const many = 600
 	var want []string
 	for i := range many {
 		key := fmt.Sprintf("data/c/stray/%d", i)
-		w.put(t, key, 7)
+		env.put(t, key, 7)
 		want = append(want, key)
 	}
-	id := w.ids(t, 1)
-	w.put(t, fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), id), 7)
-	w.addSegments(t, of, &pb.Segment{Id: id, Files: []*pb.File{{Path: fmt.Sprintf("%d/0/%d/x", of.GetId(), id), Kind: "insert", SizeBytes: 7}}})
+	id := env.ids(t, 1)
+	env.put(t, fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), id), 7)
+	env.addSegments(t, of, &pb.Segment{Id: id,
+		Files: []*pb.File{{Path: fmt.Sprintf("%d/0/%d/x", of.GetId(), id), Kind: "insert", SizeBytes: 7}}})
 	msgs, err := all(collector.ListOrphans(ctx, &pb.ListOrphansRequest{Collection: of}))
 	if err != nil {
 		t.Fatal(err)
@@ -218,7 +231,8 @@ func TestOrphans(t *testing.T) {
 		}
 		for _, o := range m.GetOrphans() {
 			got = append(got, o.GetKey())
-			if o.GetStore() != "default" || o.GetSize() != 7 || o.GetReason() == "" || o.GetModTime() == nil || o.GetAge() == nil || o.GetCollectionId() != col.GetId() {
+			if o.GetStore() != "default" || o.GetSize() != 7 || o.GetReason() == "" || o.GetModTime() == nil ||
+				o.GetAge() == nil || o.GetCollectionId() != col.GetId() {
 				t.Errorf("got %v", o)
 			}
 		}
@@ -228,9 +242,10 @@ func TestOrphans(t *testing.T) {
 	if !slices.Equal(got, want) {
 		t.Errorf("got %d orphans, want %d", len(got), len(want))
 	}
-	// They are young.
-	deleted, err := all(collector.DeleteOrphans(ctx, &pb.DeleteOrphansRequest{Collection: of, Grace: durationpb.New(time.Hour)}))
-	if err != nil || len(deleted) != 0 || !w.exists(t, want[0]) {
+	// The orphans are too young.
+	deleted, err := all(collector.DeleteOrphans(ctx,
+		&pb.DeleteOrphansRequest{Collection: of, Grace: durationpb.New(time.Hour)}))
+	if err != nil || len(deleted) != 0 || !env.exists(t, want[0]) {
 		t.Errorf("got %v, err = %v", deleted, err)
 	}
 	if _, err := all(collector.ListOrphans(ctx, &pb.ListOrphansRequest{})); err != nil {
@@ -239,21 +254,24 @@ func TestOrphans(t *testing.T) {
 }
 
 func TestExplainObject(t *testing.T) {
-	w := start(t)
+	env := newEnv(t)
 	ctx := t.Context()
-	collector := pb.NewCollectorServiceClient(w.conn)
-	of := byID(w.collection(t, "c").GetId())
-	id := w.ids(t, 1)
+	collector := pb.NewCollectorServiceClient(env.conn)
+	of := byID(env.collection(t, "c").GetId())
+	id := env.ids(t, 1)
 	key := fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), id)
-	w.put(t, key, 7)
-	w.addSegments(t, of, &pb.Segment{Id: id, Files: []*pb.File{{Path: fmt.Sprintf("%d/0/%d/x", of.GetId(), id), Kind: "insert", SizeBytes: 7}}})
-	s := w.snapshot(t, "s")
+	env.put(t, key, 7)
+	env.addSegments(t, of, &pb.Segment{Id: id,
+		Files: []*pb.File{{Path: fmt.Sprintf("%d/0/%d/x", of.GetId(), id), Kind: "insert", SizeBytes: 7}}})
+	s := env.snapshot(t, "s")
 	got := must[*pb.ExplainObjectResponse](t)(collector.ExplainObject(ctx, &pb.ExplainObjectRequest{Key: key}))
-	if !got.GetExists() || !got.GetKept() || got.GetWhat() == "" || got.GetReason() == "" || got.GetCollectionId() != of.GetId() || got.GetSegmentId() != id {
+	if !got.GetExists() || !got.GetKept() || got.GetWhat() == "" || got.GetReason() == "" ||
+		got.GetCollectionId() != of.GetId() || got.GetSegmentId() != id {
 		t.Errorf("got %v", got)
 	}
 	own := fmt.Sprintf("snapshots/%d/%d/metadata.json", of.GetId(), s.GetId())
-	got = must[*pb.ExplainObjectResponse](t)(collector.ExplainObject(ctx, &pb.ExplainObjectRequest{Key: own, Store: "default"}))
+	got = must[*pb.ExplainObjectResponse](t)(collector.ExplainObject(ctx,
+		&pb.ExplainObjectRequest{Key: own, Store: "default"}))
 	if !got.GetExists() || !got.GetKept() || got.GetSnapshotId() != s.GetId() || got.GetCollectionId() != of.GetId() {
 		t.Errorf("got %v", got)
 	}
@@ -264,19 +282,22 @@ func TestExplainObject(t *testing.T) {
 }
 
 func TestRecover(t *testing.T) {
-	w := start(t)
+	env := newEnv(t)
 	ctx := t.Context()
-	collector := pb.NewCollectorServiceClient(w.conn)
-	of := byID(w.collection(t, "c").GetId())
+	collector := pb.NewCollectorServiceClient(env.conn)
+	of := byID(env.collection(t, "c").GetId())
 	got := must[*pb.RecoverResponse](t)(collector.Recover(ctx, &pb.RecoverRequest{}))
 	if got.GetWasBehind() || got.GetNextId() == 0 {
 		t.Errorf("got %v", got)
 	}
-	w.behind(t)
-	if got := must[*pb.GetCollectorStatusResponse](t)(collector.GetCollectorStatus(ctx, &pb.GetCollectorStatusRequest{})); !strings.Contains(got.GetBlocked(), "snapshotctl recover") {
+	env.setBehind(t)
+	if got := must[*pb.GetCollectorStatusResponse](t)(collector.GetCollectorStatus(ctx,
+		&pb.GetCollectorStatusRequest{})); !strings.Contains(got.GetBlocked(), "snapshotctl recover") {
 		t.Errorf("got %v", got)
 	}
-	if _, err := w.catalog.AllocateIds(ctx, &pb.AllocateIdsRequest{Want: &pb.AllocateIdsRequest_Count{Count: 1}}); reason(err) != "METADATA_BEHIND" || status.Code(err) != codes.FailedPrecondition {
+	if _, err := env.catalog.AllocateIds(ctx,
+		&pb.AllocateIdsRequest{Want: &pb.AllocateIdsRequest_Count{Count: 1}}); reason(
+		err) != "METADATA_BEHIND" || status.Code(err) != codes.FailedPrecondition {
 		t.Errorf("got %v", err)
 	}
 	if msgs, err := all(collector.Collect(ctx, &pb.CollectRequest{Collection: of})); reason(err) != "METADATA_BEHIND" {
@@ -286,8 +307,8 @@ func TestRecover(t *testing.T) {
 	if !got.GetWasBehind() || got.GetNextId() <= got.GetSkippedFrom() {
 		t.Errorf("got %v", got)
 	}
-	if id := w.ids(t, 1); id < got.GetNextId() {
-		t.Errorf("got id %d, the next was to be %d", id, got.GetNextId())
+	if id := env.ids(t, 1); id < got.GetNextId() {
+		t.Errorf("got id %d, want %d", id, got.GetNextId())
 	}
 	if again := must[*pb.RecoverResponse](t)(collector.Recover(ctx, &pb.RecoverRequest{})); again.GetWasBehind() {
 		t.Errorf("got %v", again)
@@ -295,10 +316,10 @@ func TestRecover(t *testing.T) {
 }
 
 func TestBadCollects(t *testing.T) {
-	w := start(t)
+	env := newEnv(t)
 	ctx := t.Context()
-	collector := pb.NewCollectorServiceClient(w.conn)
-	col := byID(w.collection(t, "c").GetId())
+	collector := pb.NewCollectorServiceClient(env.conn)
+	col := byID(env.collection(t, "c").GetId())
 	collect := func(req *pb.CollectRequest) error { _, err := all(collector.Collect(ctx, req)); return err }
 	explain := func(req *pb.ExplainObjectRequest) error { _, err := collector.ExplainObject(ctx, req); return err }
 	list := func(ref *pb.CollectionRef) error {
@@ -315,18 +336,23 @@ func TestBadCollects(t *testing.T) {
 		code  codes.Code
 		field string
 	}{
-		"force of all":            {collect(&pb.CollectRequest{Force: true}), codes.InvalidArgument, "force"},
-		"tolerance below 0":       {collect(&pb.CollectRequest{Tolerance: durationpb.New(-1)}), codes.InvalidArgument, "tolerance"},
-		"tolerance too long":      {collect(&pb.CollectRequest{Tolerance: hours(100_000)}), codes.InvalidArgument, "tolerance"},
-		"no collection at all":    {collect(&pb.CollectRequest{Collection: &pb.CollectionRef{}}), codes.InvalidArgument, "collection.ref"},
-		"collection 0":            {collect(&pb.CollectRequest{Collection: byID(0)}), codes.InvalidArgument, "collection.id"},
-		"other collection":        {collect(&pb.CollectRequest{Collection: byName("d")}), codes.NotFound, ""},
-		"other id":                {collect(&pb.CollectRequest{Collection: byID(1 << 40)}), codes.NotFound, ""},
-		"no key":                  {explain(&pb.ExplainObjectRequest{}), codes.InvalidArgument, "key"},
-		"long key":                {explain(&pb.ExplainObjectRequest{Key: strings.Repeat("k", 1025)}), codes.InvalidArgument, "key"},
-		"store name":              {explain(&pb.ExplainObjectRequest{Key: "k", Store: "../x"}), codes.InvalidArgument, "store"},
+		"force of all": {collect(&pb.CollectRequest{Force: true}), codes.InvalidArgument, "force"},
+		"tolerance below 0": {collect(&pb.CollectRequest{Tolerance: durationpb.New(-1)}), codes.InvalidArgument,
+			"tolerance"},
+		"tolerance too long": {collect(&pb.CollectRequest{Tolerance: hours(100_000)}), codes.InvalidArgument,
+			"tolerance"},
+		"no collection at all": {collect(&pb.CollectRequest{Collection: &pb.CollectionRef{}}), codes.InvalidArgument,
+			"collection.ref"},
+		"collection 0":     {collect(&pb.CollectRequest{Collection: byID(0)}), codes.InvalidArgument, "collection.id"},
+		"other collection": {collect(&pb.CollectRequest{Collection: byName("d")}), codes.NotFound, ""},
+		"other id":         {collect(&pb.CollectRequest{Collection: byID(1 << 40)}), codes.NotFound, ""},
+		"no key":           {explain(&pb.ExplainObjectRequest{}), codes.InvalidArgument, "key"},
+		"long key": {explain(&pb.ExplainObjectRequest{Key: strings.Repeat("k", 1025)}), codes.InvalidArgument,
+			"key"},
+		"store name": {explain(&pb.ExplainObjectRequest{Key: "k", Store: "../x"}), codes.InvalidArgument,
+			"store"},
 		"other store":             {explain(&pb.ExplainObjectRequest{Key: "k", Store: "none"}), codes.NotFound, ""},
-		"key that is none":        {explain(&pb.ExplainObjectRequest{Key: "/a//b/../"}), codes.InvalidArgument, "key"},
+		"invalid key":             {explain(&pb.ExplainObjectRequest{Key: "/a//b/../"}), codes.InvalidArgument, "key"},
 		"orphans of another":      {list(byName("d")), codes.NotFound, ""},
 		"deleted of another":      {remove(byName("d"), hours(24)), codes.NotFound, ""},
 		"deleted of none":         {remove(nil, hours(24)), codes.InvalidArgument, "collection"},
@@ -341,7 +367,8 @@ func TestBadCollects(t *testing.T) {
 			t.Errorf("%s: names %v, want %s", name, fields(c.err), c.field)
 		}
 	}
-	for _, key := range []string{"..", "/", "a//b", "../../etc/passwd", "\x00", "%", "snapshots/", "snapshots/1/1/", "gc/held/x/y", "é\u202e"} {
+	for _, key := range []string{"..", "/", "a//b", "../../etc/passwd", "\x00", "%", "snapshots/", "snapshots/1/1/",
+		"gc/held/x/y", "é\u202e"} {
 		if err := explain(&pb.ExplainObjectRequest{Key: key}); err != nil && status.Code(err) != codes.InvalidArgument {
 			t.Errorf("%q: got %v", key, err)
 		}

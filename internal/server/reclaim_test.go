@@ -22,7 +22,7 @@ func fileUnit(path string, segment int64) *pb.Unit {
 	return &pb.Unit{Unit: &pb.Unit_File{File: &pb.UnitFile{Path: path, SegmentId: segment}}}
 }
 
-// outcomes are those of results, in their order, with who holds.
+// outcomes returns the outcomes and holders of results, in their order.
 func outcomes(results []*pb.ReclaimResult) string {
 	var list []string
 	for _, r := range results {
@@ -48,103 +48,122 @@ func outcomes(results []*pb.ReclaimResult) string {
 	return strings.Join(list, ", ")
 }
 
-// TestReferencesOfADroppedCollection asks by the name of a collection that was
-// dropped who holds its segment.
+// TestReferencesOfADroppedCollection checks the holders of a segment by the name of its
+// dropped collection.
 func TestReferencesOfADroppedCollection(t *testing.T) {
-	w := start(t)
+	env := newEnv(t)
 	ctx := t.Context()
-	col := w.collection(t, "c")
-	index := must[*pb.CreateIndexResponse](t)(w.catalog.CreateIndex(ctx, &pb.CreateIndexRequest{
+	col := env.collection(t, "c")
+	index := must[*pb.CreateIndexResponse](t)(env.catalog.CreateIndex(ctx, &pb.CreateIndexRequest{
 		Collection: byID(col.GetId()), Name: "x", FieldId: 101,
 	})).GetIndex()
-	s := full(w.ids(t, 10), 0, index.GetId())
+	s := fullSegment(env.ids(t, 10), 0, index.GetId())
 	s.RowCeiling, s.CommitTimestamp = 0, 0
-	w.addSegments(t, byID(col.GetId()), s)
-	w.snapshot(t, "s0")
-	must[*pb.DropCollectionResponse](t)(w.catalog.DropCollection(ctx, &pb.DropCollectionRequest{Collection: byName("c")}))
+	env.addSegments(t, byID(col.GetId()), s)
+	env.snapshot(t, "s0")
+	must[*pb.DropCollectionResponse](t)(env.catalog.DropCollection(ctx,
+		&pb.DropCollectionRequest{Collection: byName("c")}))
 	req := &pb.CheckReferencesRequest{Collection: byName("c"), Units: []*pb.Unit{segmentUnit(s.GetId())}}
-	checked := must[*pb.CheckReferencesResponse](t)(pb.NewReclaimServiceClient(w.conn).CheckReferences(ctx, req)).GetUnits()
+	checked := must[*pb.CheckReferencesResponse](t)(pb.NewReclaimServiceClient(env.conn).CheckReferences(ctx,
+		req)).GetUnits()
 	if len(checked) != 1 || len(checked[0].GetHolders()) != 1 {
 		t.Errorf("got %v", checked)
 	}
 }
 
 func TestReclaim(t *testing.T) {
-	w := start(t)
+	env := newEnv(t)
 	ctx := t.Context()
-	reclaims := pb.NewReclaimServiceClient(w.conn)
-	col := w.collection(t, "c")
-	index := must[*pb.CreateIndexResponse](t)(w.catalog.CreateIndex(ctx, &pb.CreateIndexRequest{
+	reclaims := pb.NewReclaimServiceClient(env.conn)
+	col := env.collection(t, "c")
+	index := must[*pb.CreateIndexResponse](t)(env.catalog.CreateIndex(ctx, &pb.CreateIndexRequest{
 		Collection: byID(col.GetId()), Name: "x", FieldId: 101,
 	})).GetIndex()
-	first := w.ids(t, 20)
+	first := env.ids(t, 20)
 	for i := range int64(3) {
-		s := full(first+4*i, 0, index.GetId())
+		s := fullSegment(first+4*i, 0, index.GetId())
 		s.RowCeiling, s.CommitTimestamp = 0, 0
-		w.addSegments(t, byID(col.GetId()), s)
+		env.addSegments(t, byID(col.GetId()), s)
 	}
 	for i := range 10 {
-		w.snapshot(t, fmt.Sprint("s", i))
+		env.snapshot(t, fmt.Sprint("s", i))
 	}
-	must[*pb.DropSegmentsResponse](t)(w.catalog.DropSegments(ctx, &pb.DropSegmentsRequest{Collection: byID(col.GetId()), SegmentIds: []int64{first, first + 4}}))
+	must[*pb.DropSegmentsResponse](t)(env.catalog.DropSegments(ctx,
+		&pb.DropSegmentsRequest{Collection: byID(col.GetId()), SegmentIds: []int64{first, first + 4}}))
 	ask := func(deleter pb.Deleter, units ...*pb.Unit) []*pb.ReclaimResult {
 		t.Helper()
-		return must[*pb.ReclaimResponse](t)(reclaims.Reclaim(ctx, &pb.ReclaimRequest{Collection: byID(col.GetId()), Units: units, Deleter: deleter})).GetResults()
+		return must[*pb.ReclaimResponse](t)(reclaims.Reclaim(ctx,
+			&pb.ReclaimRequest{Collection: byID(col.GetId()), Units: units, Deleter: deleter})).GetResults()
 	}
 	named := "s9 s8 s7 s6 s5 s4 s3 s2 of 10"
-	got := outcomes(ask(pb.Deleter_DELETER_CALLER, segmentUnit(first), segmentUnit(1<<40), segmentUnit(first+8), buildUnit(first+9), segmentUnit(first)))
-	want := fmt.Sprintf("HELD %[1]s, UNKNOWN, HELD catalog %[2]d s9 s8 s7 s6 s5 s4 s3 s2 of 11, HELD %[1]s, HELD %[1]s", named, first+8)
+	got := outcomes(ask(pb.Deleter_DELETER_CALLER, segmentUnit(first), segmentUnit(1<<40), segmentUnit(first+8),
+		buildUnit(first+9), segmentUnit(first)))
+	want := fmt.Sprintf("HELD %[1]s, UNKNOWN, HELD catalog %[2]d s9 s8 s7 s6 s5 s4 s3 s2 of 11, HELD %[1]s, HELD %[1]s",
+		named, first+8)
 	if got != want {
 		t.Errorf("got %s\nwant %s", got, want)
 	}
-	p := must[*pb.PinSnapshotResponse](t)(w.snapshots.PinSnapshot(ctx, &pb.PinSnapshotRequest{Snapshot: snapNamed("s9"), Owner: "job", Reason: "why"})).GetPin()
+	p := must[*pb.PinSnapshotResponse](t)(env.snapshots.PinSnapshot(ctx,
+		&pb.PinSnapshotRequest{Snapshot: snapNamed("s9"), Owner: "job", Reason: "why"})).GetPin()
 	checked := must[*pb.CheckReferencesResponse](t)(reclaims.CheckReferences(ctx, &pb.CheckReferencesRequest{
-		Collection: byName("c"), Units: []*pb.Unit{segmentUnit(first), segmentUnit(first + 8), segmentUnit(1 << 40), buildUnit(first + 9)},
+		Collection: byName("c"), Units: []*pb.Unit{segmentUnit(first), segmentUnit(first + 8), segmentUnit(1 << 40),
+			buildUnit(first + 9)},
 	})).GetUnits()
 	for i, want := range []pb.UnitReferences_State{
-		pb.UnitReferences_STATE_DROPPED, pb.UnitReferences_STATE_LIVE, pb.UnitReferences_STATE_UNKNOWN, pb.UnitReferences_STATE_UNKNOWN,
+		pb.UnitReferences_STATE_DROPPED, pb.UnitReferences_STATE_LIVE, pb.UnitReferences_STATE_UNKNOWN,
+		pb.UnitReferences_STATE_UNKNOWN,
 	} {
 		if checked[i].GetState() != want {
 			t.Errorf("unit %d is %v, want %v", i, checked[i].GetState(), want)
 		}
 	}
-	if h := checked[0].GetHolders()[0].GetSnapshot(); h.GetName() != "s9" || len(h.GetPins()) != 1 || h.GetPins()[0].GetId() != p.GetId() {
+	if h := checked[0].GetHolders()[0].GetSnapshot(); h.GetName() != "s9" || len(h.GetPins()) != 1 ||
+		h.GetPins()[0].GetId() != p.GetId() {
 		t.Errorf("got %v", h)
 	}
-	must[*pb.UnpinSnapshotResponse](t)(w.snapshots.UnpinSnapshot(ctx, &pb.UnpinSnapshotRequest{Snapshot: snapNamed("s9"), PinId: p.GetId()}))
+	must[*pb.UnpinSnapshotResponse](t)(env.snapshots.UnpinSnapshot(ctx,
+		&pb.UnpinSnapshotRequest{Snapshot: snapNamed("s9"), PinId: p.GetId()}))
 	for i := range 10 {
-		must[*pb.DropSnapshotResponse](t)(w.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed(fmt.Sprint("s", i))}))
+		must[*pb.DropSnapshotResponse](t)(env.snapshots.DropSnapshot(ctx,
+			&pb.DropSnapshotRequest{Snapshot: snapNamed(fmt.Sprint("s", i))}))
 	}
-	results := ask(pb.Deleter_DELETER_CALLER, fileUnit(fmt.Sprintf("1/0/%d/x", first), 0), segmentUnit(first), fileUnit("nobody/has/7", first))
+	results := ask(pb.Deleter_DELETER_CALLER, fileUnit(fmt.Sprintf("1/0/%d/x", first), 0), segmentUnit(first),
+		fileUnit("nobody/has/7", first))
 	if got := outcomes(results); got != "GRANTED, GRANTED, UNKNOWN" {
 		t.Errorf("got %s", got)
 	}
 	tomb := results[1].GetTombstone()
-	if tomb.GetId() != first || tomb.GetCollectionId() != col.GetId() || tomb.GetKind() != pb.Tombstone_KIND_SEGMENT || tomb.GetSegmentId() != first ||
-		tomb.GetDeleter() != pb.Deleter_DELETER_CALLER || tomb.GetCaller() == "" || tomb.GetGrantTime() == nil || tomb.GetFileCount() != 3 ||
+	if tomb.GetId() != first || tomb.GetCollectionId() != col.GetId() || tomb.GetKind() != pb.Tombstone_KIND_SEGMENT ||
+		tomb.GetSegmentId() != first ||
+		tomb.GetDeleter() != pb.Deleter_DELETER_CALLER || tomb.GetCaller() == "" || tomb.GetGrantTime() == nil ||
+		tomb.GetFileCount() != 3 ||
 		tomb.GetBytes() != 300 || len(tomb.GetFiles()) != 0 {
 		t.Errorf("got %v", tomb)
 	}
 	again := ask(pb.Deleter_DELETER_SNAPSHOTD, segmentUnit(first))[0].GetTombstone()
-	if again.GetDeleter() != pb.Deleter_DELETER_CALLER || !again.GetGrantTime().AsTime().Equal(tomb.GetGrantTime().AsTime()) {
-		t.Errorf("got %v, it was %v", again, tomb)
+	if again.GetDeleter() != pb.Deleter_DELETER_CALLER ||
+		!again.GetGrantTime().AsTime().Equal(tomb.GetGrantTime().AsTime()) {
+		t.Errorf("got %v, want %v", again, tomb)
 	}
-	// snapshotd's own cannot be deleted yet, so that it stays.
-	w.objects.Freeze()
-	defer w.objects.Thaw()
+	// The tombstone of snapshotd stays while deletes are blocked.
+	env.objects.Freeze()
+	defer env.objects.Thaw()
 	if got := outcomes(ask(pb.Deleter_DELETER_SNAPSHOTD, segmentUnit(first+4))); got != "GRANTED" {
 		t.Errorf("got %s", got)
 	}
 	listed := must[*pb.ListTombstonesResponse](t)(reclaims.ListTombstones(ctx, &pb.ListTombstonesRequest{}))
-	if len(listed.GetTombstones()) != 2 || listed.GetNextPageToken() != "" || len(listed.GetTombstones()[0].GetFiles()) != 3 {
+	if len(listed.GetTombstones()) != 2 || listed.GetNextPageToken() != "" ||
+		len(listed.GetTombstones()[0].GetFiles()) != 3 {
 		t.Errorf("got %v", listed)
 	}
 	f := listed.GetTombstones()[0].GetFiles()[0]
 	if f.GetStore() != "default" || f.GetKey() != fmt.Sprintf("data/c/1/0/%d/x", first) || f.GetSize() != 100 {
 		t.Errorf("got %v", f)
 	}
-	for deleter, want := range map[pb.Deleter]int64{pb.Deleter_DELETER_CALLER: first, pb.Deleter_DELETER_SNAPSHOTD: first + 4} {
-		list := must[*pb.ListTombstonesResponse](t)(reclaims.ListTombstones(ctx, &pb.ListTombstonesRequest{Collection: byName("c"), Deleter: deleter}))
+	for deleter, want := range map[pb.Deleter]int64{pb.Deleter_DELETER_CALLER: first,
+		pb.Deleter_DELETER_SNAPSHOTD: first + 4} {
+		list := must[*pb.ListTombstonesResponse](t)(reclaims.ListTombstones(ctx,
+			&pb.ListTombstonesRequest{Collection: byName("c"), Deleter: deleter}))
 		if len(list.GetTombstones()) != 1 || list.GetTombstones()[0].GetId() != want {
 			t.Errorf("got %v", list)
 		}
@@ -152,7 +171,8 @@ func TestReclaim(t *testing.T) {
 	confirmed := must[*pb.ConfirmReclaimedResponse](t)(reclaims.ConfirmReclaimed(ctx, &pb.ConfirmReclaimedRequest{
 		Collection: byID(col.GetId()), TombstoneIds: []int64{first + 4, first, 1 << 40},
 	})).GetResults()
-	for i, want := range []pb.ConfirmResult_Outcome{pb.ConfirmResult_OUTCOME_FOREIGN, pb.ConfirmResult_OUTCOME_CONFIRMED, pb.ConfirmResult_OUTCOME_UNKNOWN} {
+	for i, want := range []pb.ConfirmResult_Outcome{pb.ConfirmResult_OUTCOME_FOREIGN, pb.ConfirmResult_OUTCOME_CONFIRMED,
+		pb.ConfirmResult_OUTCOME_UNKNOWN} {
 		if confirmed[i].GetOutcome() != want || confirmed[i].GetTombstoneId() != []int64{first + 4, first, 1 << 40}[i] {
 			t.Errorf("got %v, want %v", confirmed[i], want)
 		}
@@ -162,30 +182,33 @@ func TestReclaim(t *testing.T) {
 	}
 }
 
-// Pages end where they get too large, and go on from there.
+// TestTombstonePages reads pages that are bounded by their bytes.
 func TestTombstonePages(t *testing.T) {
-	w := start(t)
+	env := newEnv(t)
 	ctx := t.Context()
-	reclaims := pb.NewReclaimServiceClient(w.conn)
-	w.objects.Freeze()
-	defer w.objects.Thaw()
+	reclaims := pb.NewReclaimServiceClient(env.conn)
+	env.objects.Freeze()
+	defer env.objects.Thaw()
 	var want []string
 	for _, name := range []string{"a", "b"} {
-		col := w.collection(t, name)
-		first := w.ids(t, 3)
+		col := env.collection(t, name)
+		first := env.ids(t, 3)
 		var ids []int64
 		for i := range int64(3) {
 			s := &pb.Segment{Id: first + i}
 			for n := range 1600 {
-				s.Files = append(s.Files, &pb.File{Path: fmt.Sprintf("%d/0/%d/%s%d", col.GetId(), first+i, strings.Repeat("long/", 100), n), Kind: "insert"})
+				s.Files = append(s.Files, &pb.File{Path: fmt.Sprintf("%d/0/%d/%s%d", col.GetId(), first+i,
+					strings.Repeat("long/", 100), n), Kind: "insert"})
 			}
-			w.addSegments(t, byID(col.GetId()), s)
+			env.addSegments(t, byID(col.GetId()), s)
 			ids = append(ids, s.GetId())
 			want = append(want, fmt.Sprint(col.GetId(), "/", s.GetId()))
 		}
-		must[*pb.DropSegmentsResponse](t)(w.catalog.DropSegments(ctx, &pb.DropSegmentsRequest{Collection: byName(name), SegmentIds: ids}))
+		must[*pb.DropSegmentsResponse](t)(env.catalog.DropSegments(ctx,
+			&pb.DropSegmentsRequest{Collection: byName(name), SegmentIds: ids}))
 		units := convertIDs(ids)
-		must[*pb.ReclaimResponse](t)(reclaims.Reclaim(ctx, &pb.ReclaimRequest{Collection: byName(name), Units: units, Deleter: pb.Deleter_DELETER_CALLER}))
+		must[*pb.ReclaimResponse](t)(reclaims.Reclaim(ctx,
+			&pb.ReclaimRequest{Collection: byName(name), Units: units, Deleter: pb.Deleter_DELETER_CALLER}))
 	}
 	for _, size := range []int32{0, 1, 1000} {
 		var got []string
@@ -209,7 +232,8 @@ func TestTombstonePages(t *testing.T) {
 			t.Errorf("got %v, want %v", got, want)
 		}
 	}
-	page := must[*pb.ListTombstonesResponse](t)(reclaims.ListTombstones(ctx, &pb.ListTombstonesRequest{PageSize: 1, Collection: byName("a")}))
+	page := must[*pb.ListTombstonesResponse](t)(reclaims.ListTombstones(ctx,
+		&pb.ListTombstonesRequest{PageSize: 1, Collection: byName("a")}))
 	for name, req := range map[string]*pb.ListTombstonesRequest{
 		"other filter": {PageSize: 1, Collection: byName("b"), PageToken: page.GetNextPageToken()},
 		"no filter":    {PageSize: 1, PageToken: page.GetNextPageToken()},
@@ -217,7 +241,8 @@ func TestTombstonePages(t *testing.T) {
 		"nonsense":     {PageToken: "AAAA"},
 		"cut":          {Collection: byName("a"), PageToken: page.GetNextPageToken()[1:]},
 	} {
-		if _, err := reclaims.ListTombstones(ctx, req); reason(err) != "INVALID_PAGE_TOKEN" || status.Code(err) != codes.InvalidArgument {
+		if _, err := reclaims.ListTombstones(ctx, req); reason(err) != "INVALID_PAGE_TOKEN" ||
+			status.Code(err) != codes.InvalidArgument {
 			t.Errorf("%s: got %v", name, err)
 		}
 	}
@@ -232,10 +257,10 @@ func convertIDs(ids []int64) []*pb.Unit {
 }
 
 func TestBadReclaims(t *testing.T) {
-	w := start(t)
+	env := newEnv(t)
 	ctx := t.Context()
-	reclaims := pb.NewReclaimServiceClient(w.conn)
-	col := byID(w.collection(t, "c").GetId())
+	reclaims := pb.NewReclaimServiceClient(env.conn)
+	col := byID(env.collection(t, "c").GetId())
 	many := func(n int) []*pb.Unit {
 		list := make([]*pb.Unit, n)
 		for i := range list {
@@ -256,25 +281,30 @@ func TestBadReclaims(t *testing.T) {
 		code  codes.Code
 		field string
 	}{
-		"no units":         {units(), codes.InvalidArgument, "units"},
-		"10 001 units":     {units(many(10_001)...), codes.InvalidArgument, "units"},
-		"1 000 001 units":  {units(slices.Repeat([]*pb.Unit{segmentUnit(1 << 20)}, 1_000_001)...), codes.ResourceExhausted, ""},
-		"empty unit":       {units(&pb.Unit{}), codes.InvalidArgument, "units[0].unit"},
-		"segment 0":        {units(segmentUnit(0)), codes.InvalidArgument, "units[0].segment_id"},
-		"segment below 0":  {units(segmentUnit(1), segmentUnit(-1<<63)), codes.InvalidArgument, "units[1].segment_id"},
-		"build 0":          {units(buildUnit(0)), codes.InvalidArgument, "units[0].index_build_id"},
-		"no path":          {units(fileUnit("", 0)), codes.InvalidArgument, "units[0].file.path"},
-		"long path":        {units(fileUnit(strings.Repeat("p", 1025), 0)), codes.InvalidArgument, "units[0].file.path"},
-		"file's segment":   {units(fileUnit("p", -1)), codes.InvalidArgument, "units[0].file.segment_id"},
-		"root":             {units(&pb.Unit{Unit: &pb.Unit_File{File: &pb.UnitFile{Root: 16, Path: "p"}}}), codes.InvalidArgument, "units[0].file.root"},
-		"root below 0":     {units(&pb.Unit{Unit: &pb.Unit_File{File: &pb.UnitFile{Root: -1, Path: "p"}}}), codes.InvalidArgument, "units[0].file.root"},
-		"no deleter":       {reclaim(&pb.ReclaimRequest{Collection: col, Units: many(1)}), codes.InvalidArgument, "deleter"},
-		"other deleter":    {reclaim(&pb.ReclaimRequest{Collection: col, Units: many(1), Deleter: 3}), codes.InvalidArgument, "deleter"},
-		"no collection":    {reclaim(&pb.ReclaimRequest{Units: many(1), Deleter: 1}), codes.InvalidArgument, "collection"},
-		"other collection": {reclaim(&pb.ReclaimRequest{Collection: byName("d"), Units: many(1), Deleter: 1}), codes.NotFound, ""},
-		"no tombstones":    {confirm(), codes.InvalidArgument, "tombstone_ids"},
-		"tombstone 0":      {confirm(0), codes.InvalidArgument, "tombstone_ids[0]"},
-		"twice":            {confirm(1, 1), codes.InvalidArgument, "tombstone_ids"},
+		"no units":     {units(), codes.InvalidArgument, "units"},
+		"10 001 units": {units(many(10_001)...), codes.InvalidArgument, "units"},
+		"1 000 001 units": {units(slices.Repeat([]*pb.Unit{segmentUnit(1 << 20)}, 1_000_001)...), codes.ResourceExhausted,
+			""},
+		"empty unit":      {units(&pb.Unit{}), codes.InvalidArgument, "units[0].unit"},
+		"segment 0":       {units(segmentUnit(0)), codes.InvalidArgument, "units[0].segment_id"},
+		"segment below 0": {units(segmentUnit(1), segmentUnit(-1<<63)), codes.InvalidArgument, "units[1].segment_id"},
+		"build 0":         {units(buildUnit(0)), codes.InvalidArgument, "units[0].index_build_id"},
+		"no path":         {units(fileUnit("", 0)), codes.InvalidArgument, "units[0].file.path"},
+		"long path":       {units(fileUnit(strings.Repeat("p", 1025), 0)), codes.InvalidArgument, "units[0].file.path"},
+		"file's segment":  {units(fileUnit("p", -1)), codes.InvalidArgument, "units[0].file.segment_id"},
+		"root": {units(&pb.Unit{Unit: &pb.Unit_File{File: &pb.UnitFile{Root: 16, Path: "p"}}}),
+			codes.InvalidArgument, "units[0].file.root"},
+		"root below 0": {units(&pb.Unit{Unit: &pb.Unit_File{File: &pb.UnitFile{Root: -1, Path: "p"}}}),
+			codes.InvalidArgument, "units[0].file.root"},
+		"no deleter": {reclaim(&pb.ReclaimRequest{Collection: col, Units: many(1)}), codes.InvalidArgument, "deleter"},
+		"other deleter": {reclaim(&pb.ReclaimRequest{Collection: col, Units: many(1), Deleter: 3}), codes.InvalidArgument,
+			"deleter"},
+		"no collection": {reclaim(&pb.ReclaimRequest{Units: many(1), Deleter: 1}), codes.InvalidArgument, "collection"},
+		"other collection": {reclaim(&pb.ReclaimRequest{Collection: byName("d"), Units: many(1), Deleter: 1}),
+			codes.NotFound, ""},
+		"no tombstones": {confirm(), codes.InvalidArgument, "tombstone_ids"},
+		"tombstone 0":   {confirm(0), codes.InvalidArgument, "tombstone_ids[0]"},
+		"twice":         {confirm(1, 1), codes.InvalidArgument, "tombstone_ids"},
 	} {
 		if status.Code(c.err) != c.code {
 			t.Errorf("%s: got %v, want %v", name, c.err, c.code)
@@ -286,17 +316,20 @@ func TestBadReclaims(t *testing.T) {
 	if err := units(many(10_000)...); err != nil {
 		t.Error(err)
 	}
-	for _, path := range []string{"..", "/", "a//b", "../../etc/passwd", "\x00", "%", strings.Repeat("9", 1024), strings.Repeat("1/", 512), "é\u202e"} {
-		resp, err := reclaims.Reclaim(ctx, &pb.ReclaimRequest{Collection: col, Units: []*pb.Unit{fileUnit(path, 1<<62)}, Deleter: 1})
+	for _, path := range []string{"..", "/", "a//b", "../../etc/passwd", "\x00", "%", strings.Repeat("9", 1024),
+		strings.Repeat("1/", 512), "é\u202e"} {
+		resp, err := reclaims.Reclaim(ctx, &pb.ReclaimRequest{Collection: col, Units: []*pb.Unit{fileUnit(path, 1<<62)},
+			Deleter: 1})
 		if err != nil || outcomes(resp.GetResults()) != "UNKNOWN" {
 			t.Errorf("%.20q: got %v, err = %v", path, resp, err)
 		}
 	}
-	if _, err := reclaims.ListTombstones(ctx, &pb.ListTombstonesRequest{Collection: byName("none")}); reason(err) != "COLLECTION_NOT_FOUND" {
+	if _, err := reclaims.ListTombstones(ctx,
+		&pb.ListTombstonesRequest{Collection: byName("none")}); reason(err) != "COLLECTION_NOT_FOUND" {
 		t.Errorf("got %v", err)
 	}
-	// A record that cannot be read.
-	if _, err := w.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Put(keys.Snapshot(999), []byte("nonsense"))}}); err != nil {
+	// An unreadable record.
+	if _, err := env.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Put(keys.Snapshot(999), []byte("nonsense"))}}); err != nil {
 		t.Fatal(err)
 	}
 	if err := units(many(1)...); reason(err) != "REFERENCES_UNREADABLE" || status.Code(err) != codes.FailedPrecondition {

@@ -15,36 +15,35 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// snapshotOf makes a collection of some segments whose files are there, and a
-// snapshot of it.
-func (w *world) snapshotOf(t *testing.T, name string) *pb.Snapshot {
+// snapshotOf creates a collection of segments with their files, and a snapshot of it.
+func (env *testEnv) snapshotOf(t *testing.T, name string) *pb.Snapshot {
 	t.Helper()
-	col := w.collection(t, name)
-	part := must[*pb.CreatePartitionResponse](t)(w.catalog.CreatePartition(t.Context(), &pb.CreatePartitionRequest{
+	col := env.collection(t, name)
+	part := must[*pb.CreatePartitionResponse](t)(env.catalog.CreatePartition(t.Context(), &pb.CreatePartitionRequest{
 		Collection: byID(col.GetId()), Name: "p",
 	})).GetPartition()
-	first := w.ids(t, 4)
+	first := env.ids(t, 4)
 	for i := range int64(4) {
 		path := fmt.Sprintf("%d/%d/%d/insert/100/1", col.GetId(), part.GetId(), first+i)
-		if _, err := w.objects.Put(t.Context(), "data/"+name+"/"+path, []byte("ten bytes.")); err != nil {
+		if _, err := env.objects.Put(t.Context(), "data/"+name+"/"+path, []byte("ten bytes.")); err != nil {
 			t.Fatal(err)
 		}
-		w.addSegments(t, byID(col.GetId()), &pb.Segment{
+		env.addSegments(t, byID(col.GetId()), &pb.Segment{
 			Id: first + i, PartitionId: part.GetId(), State: pb.Segment_STATE_FLUSHED, Level: pb.Segment_LEVEL_L1, Rows: 1,
 			Files: []*pb.File{{Path: path, Kind: "insert", SizeBytes: 10, FieldId: 100, LogId: 1}},
 		})
 	}
-	return must[*pb.CreateSnapshotResponse](t)(w.snapshots.CreateSnapshot(t.Context(), &pb.CreateSnapshotRequest{
+	return must[*pb.CreateSnapshotResponse](t)(env.snapshots.CreateSnapshot(t.Context(), &pb.CreateSnapshotRequest{
 		Collection: byID(col.GetId()), Name: name + "-1",
 	})).GetSnapshot()
 }
 
 func target(name string) *pb.CollectionName { return &pb.CollectionName{Name: name} }
 
-// watched watches a job to its end.
-func (w *world) watched(t *testing.T, id int64) []*pb.RestoreJob {
+// watchJob returns the messages about a job until its end.
+func (env *testEnv) watchJob(t *testing.T, id int64) []*pb.RestoreJob {
 	t.Helper()
-	stream, err := w.snapshots.WatchRestore(t.Context(), &pb.WatchRestoreRequest{JobId: id})
+	stream, err := env.snapshots.WatchRestore(t.Context(), &pb.WatchRestoreRequest{JobId: id})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,38 +68,46 @@ func wantReason(t *testing.T, err error, code codes.Code, want string) {
 }
 
 func TestRestoreLife(t *testing.T) {
-	w := start(t)
+	env := newEnv(t)
 	ctx := t.Context()
-	s := w.snapshotOf(t, "c")
+	s := env.snapshotOf(t, "c")
 	req := &pb.RestoreSnapshotRequest{
-		Snapshot: snapID(s.GetId()), Target: target("copy"), Mode: pb.RestoreSnapshotRequest_MODE_COPY, Partitions: []string{"p"},
-		Properties: map[string]string{"k": "v"}, SkipIndexes: true, Priority: 3, Limits: &pb.RestoreLimits{RequestsPerSecond: 1000, BytesPerSecond: 1000},
-		Timeout: durationpb.New(time.Hour), Labels: map[string]string{"a": "b"}, RequestToken: "t", DryRun: true, Verify: true,
+		Snapshot: snapID(s.GetId()), Target: target("copy"), Mode: pb.RestoreSnapshotRequest_MODE_COPY,
+		Partitions: []string{"p"},
+		Properties: map[string]string{"k": "v"}, SkipIndexes: true, Priority: 3,
+		Limits:  &pb.RestoreLimits{RequestsPerSecond: 1000, BytesPerSecond: 1000},
+		Timeout: durationpb.New(time.Hour), Labels: map[string]string{"a": "b"}, RequestToken: "t", DryRun: true,
+		Verify: true,
 	}
-	plan := must[*pb.RestoreSnapshotResponse](t)(w.snapshots.RestoreSnapshot(ctx, req))
-	if p := plan.GetPlan(); plan.GetJobId() != 0 || p.GetSegments() != 4 || p.GetFiles() != 4 || p.GetBytes() != 40 || p.GetRequests() == 0 ||
+	plan := must[*pb.RestoreSnapshotResponse](t)(env.snapshots.RestoreSnapshot(ctx, req))
+	if p := plan.GetPlan(); plan.GetJobId() != 0 || p.GetSegments() != 4 || p.GetFiles() != 4 || p.GetBytes() != 40 ||
+		p.GetRequests() == 0 ||
 		p.GetEstimatedTime().AsDuration() <= 0 || len(p.GetConflicts()) != 0 || p.GetMissingCount() != 0 {
 		t.Errorf("plan %v", plan)
 	}
 	req.DryRun, req.Verify = false, false
-	made := must[*pb.RestoreSnapshotResponse](t)(w.snapshots.RestoreSnapshot(ctx, req))
-	list := w.watched(t, made.GetJobId())
+	made := must[*pb.RestoreSnapshotResponse](t)(env.snapshots.RestoreSnapshot(ctx, req))
+	list := env.watchJob(t, made.GetJobId())
 	end := list[len(list)-1]
-	if end.GetState() != pb.RestoreJob_STATE_COMPLETED || end.GetPhase() != pb.RestoreJob_PHASE_PUBLISH || end.GetProgress().GetFraction() != 1 ||
-		end.GetProgress().GetFilesDone() != 4 || end.GetTarget().GetId() != made.GetCollectionId() || end.GetTarget().GetName() != "copy" ||
+	if end.GetState() != pb.RestoreJob_STATE_COMPLETED || end.GetPhase() != pb.RestoreJob_PHASE_PUBLISH ||
+		end.GetProgress().GetFraction() != 1 ||
+		end.GetProgress().GetFilesDone() != 4 || end.GetTarget().GetId() != made.GetCollectionId() ||
+		end.GetTarget().GetName() != "copy" ||
 		end.GetSnapshotName() != "c-1" || end.GetPriority() != 3 || end.GetLabels()["a"] != "b" || !end.GetSkipIndexes() ||
 		end.GetPartitions()[0] != "p" || end.GetDeadline() == nil || end.GetStartTime() == nil || end.GetEndTime() == nil {
-		t.Errorf("it ended %v", end)
+		t.Errorf("the job ended as %v", end)
 	}
-	again := must[*pb.RestoreSnapshotResponse](t)(w.snapshots.RestoreSnapshot(ctx, req))
+	again := must[*pb.RestoreSnapshotResponse](t)(env.snapshots.RestoreSnapshot(ctx, req))
 	if again.GetJobId() != made.GetJobId() || again.GetCollectionId() != made.GetCollectionId() {
 		t.Errorf("repeated: %v, first %v", again, made)
 	}
-	col := must[*pb.GetCollectionResponse](t)(w.catalog.GetCollection(ctx, &pb.GetCollectionRequest{Collection: byName("copy")})).GetCollection()
-	if col.GetId() != made.GetCollectionId() || col.GetState() != pb.Collection_STATE_ACTIVE || col.GetProperties()["k"] != "v" {
+	col := must[*pb.GetCollectionResponse](t)(env.catalog.GetCollection(ctx,
+		&pb.GetCollectionRequest{Collection: byName("copy")})).GetCollection()
+	if col.GetId() != made.GetCollectionId() || col.GetState() != pb.Collection_STATE_ACTIVE ||
+		col.GetProperties()["k"] != "v" {
 		t.Errorf("the target is %v", col)
 	}
-	export, err := w.catalog.ExportSegments(ctx, &pb.ExportSegmentsRequest{Collection: byName("copy")})
+	export, err := env.catalog.ExportSegments(ctx, &pb.ExportSegmentsRequest{Collection: byName("copy")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -109,35 +116,36 @@ func TestRestoreLife(t *testing.T) {
 	}
 
 	req.Labels = nil
-	_, err = w.snapshots.RestoreSnapshot(ctx, req)
+	_, err = env.snapshots.RestoreSnapshot(ctx, req)
 	wantReason(t, err, codes.InvalidArgument, "REQUEST_TOKEN_REUSED")
 	req.RequestToken = ""
-	_, err = w.snapshots.RestoreSnapshot(ctx, req)
+	_, err = env.snapshots.RestoreSnapshot(ctx, req)
 	wantReason(t, err, codes.AlreadyExists, "COLLECTION_EXISTS")
 	req.Target, req.Channels = target("other"), []string{"one"}
-	_, err = w.snapshots.RestoreSnapshot(ctx, req)
+	_, err = env.snapshots.RestoreSnapshot(ctx, req)
 	wantReason(t, err, codes.FailedPrecondition, "CHANNEL_MISMATCH")
 	req.Channels, req.Partitions = nil, []string{"none"}
-	_, err = w.snapshots.RestoreSnapshot(ctx, req)
+	_, err = env.snapshots.RestoreSnapshot(ctx, req)
 	wantReason(t, err, codes.NotFound, "PARTITION_NOT_FOUND")
 	req.Partitions, req.Snapshot = nil, snapNamed("none")
-	_, err = w.snapshots.RestoreSnapshot(ctx, req)
+	_, err = env.snapshots.RestoreSnapshot(ctx, req)
 	wantReason(t, err, codes.NotFound, "SNAPSHOT_NOT_FOUND")
-	_, err = w.snapshots.CancelRestore(ctx, &pb.CancelRestoreRequest{JobId: made.GetJobId()})
+	_, err = env.snapshots.CancelRestore(ctx, &pb.CancelRestoreRequest{JobId: made.GetJobId()})
 	wantReason(t, err, codes.FailedPrecondition, "RESTORE_ENDED")
-	_, err = w.snapshots.UpdateRestore(ctx, &pb.UpdateRestoreRequest{JobId: made.GetJobId(), Limits: &pb.RestoreLimits{}})
+	_, err = env.snapshots.UpdateRestore(ctx,
+		&pb.UpdateRestoreRequest{JobId: made.GetJobId(), Limits: &pb.RestoreLimits{}})
 	wantReason(t, err, codes.FailedPrecondition, "RESTORE_ENDED")
 	for _, c := range []struct {
 		id     int64
 		reason string
 	}{{s.GetId(), "EXPIRED_OR_DROPPED"}, {1 << 50, "NEVER_EXISTED"}} {
-		_, err = w.snapshots.GetRestoreState(ctx, &pb.GetRestoreStateRequest{JobId: c.id})
+		_, err = env.snapshots.GetRestoreState(ctx, &pb.GetRestoreStateRequest{JobId: c.id})
 		wantReason(t, err, codes.NotFound, c.reason)
-		_, err = w.snapshots.CancelRestore(ctx, &pb.CancelRestoreRequest{JobId: c.id})
+		_, err = env.snapshots.CancelRestore(ctx, &pb.CancelRestoreRequest{JobId: c.id})
 		wantReason(t, err, codes.NotFound, c.reason)
-		_, err = w.snapshots.UpdateRestore(ctx, &pb.UpdateRestoreRequest{JobId: c.id, Limits: &pb.RestoreLimits{}})
+		_, err = env.snapshots.UpdateRestore(ctx, &pb.UpdateRestoreRequest{JobId: c.id, Limits: &pb.RestoreLimits{}})
 		wantReason(t, err, codes.NotFound, c.reason)
-		stream, err := w.snapshots.WatchRestore(ctx, &pb.WatchRestoreRequest{JobId: c.id})
+		stream, err := env.snapshots.WatchRestore(ctx, &pb.WatchRestoreRequest{JobId: c.id})
 		if err == nil {
 			_, err = stream.Recv()
 		}
@@ -145,56 +153,59 @@ func TestRestoreLife(t *testing.T) {
 	}
 }
 
-// TestRestoreHeldUp looks at a restore that does not come on, from all sides, and
-// cancels it.
-func TestRestoreHeldUp(t *testing.T) {
-	w := start(t)
+// TestBlockedRestore reads a restore without progress through all calls, and cancels it.
+func TestBlockedRestore(t *testing.T) {
+	env := newEnv(t)
 	ctx := t.Context()
-	s := w.snapshotOf(t, "c")
-	w.objects.Plan(func(c object.Call) object.Fault {
+	s := env.snapshotOf(t, "c")
+	env.objects.Plan(func(c object.Call) object.Fault {
 		if c.Op == object.OpCopy {
 			return object.FaultBefore
 		}
 		return object.FaultNone
 	})
-	made := must[*pb.RestoreSnapshotResponse](t)(w.snapshots.RestoreSnapshot(ctx, &pb.RestoreSnapshotRequest{
+	made := must[*pb.RestoreSnapshotResponse](t)(env.snapshots.RestoreSnapshot(ctx, &pb.RestoreSnapshotRequest{
 		Snapshot: snapID(s.GetId()), Target: target("copy"),
 	}))
-	job := must[*pb.UpdateRestoreResponse](t)(w.snapshots.UpdateRestore(ctx, &pb.UpdateRestoreRequest{
+	job := must[*pb.UpdateRestoreResponse](t)(env.snapshots.UpdateRestore(ctx, &pb.UpdateRestoreRequest{
 		JobId: made.GetJobId(), Limits: &pb.RestoreLimits{BytesPerSecond: 7},
 	})).GetJob()
-	if job.GetLimits().GetBytesPerSecond() != 7 || job.GetState() == pb.RestoreJob_STATE_COMPLETED || job.GetProgress().GetFraction() >= 1 {
+	if job.GetLimits().GetBytesPerSecond() != 7 || job.GetState() == pb.RestoreJob_STATE_COMPLETED ||
+		job.GetProgress().GetFraction() >= 1 {
 		t.Errorf("the job is %v", job)
 	}
-	_, err := w.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapID(s.GetId())})
+	_, err := env.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapID(s.GetId())})
 	wantReason(t, err, codes.FailedPrecondition, "SNAPSHOT_PINNED")
-	pins := must[*pb.ListPinsResponse](t)(w.snapshots.ListPins(ctx, &pb.ListPinsRequest{Snapshot: snapID(s.GetId())})).GetPins()
+	pins := must[*pb.ListPinsResponse](t)(env.snapshots.ListPins(ctx,
+		&pb.ListPinsRequest{Snapshot: snapID(s.GetId())})).GetPins()
 	if len(pins) != 1 || pins[0].GetRestoreJobId() != made.GetJobId() {
 		t.Fatalf("pins %v", pins)
 	}
-	_, err = w.snapshots.UnpinSnapshot(ctx, &pb.UnpinSnapshotRequest{Snapshot: snapID(s.GetId()), PinId: pins[0].GetId()})
+	_, err = env.snapshots.UnpinSnapshot(ctx,
+		&pb.UnpinSnapshotRequest{Snapshot: snapID(s.GetId()), PinId: pins[0].GetId()})
 	wantReason(t, err, codes.FailedPrecondition, "PIN_OF_RESTORE")
 	for _, ref := range []*pb.CollectionRef{byName("copy"), byID(made.GetCollectionId())} {
-		col := must[*pb.GetCollectionResponse](t)(w.catalog.GetCollection(ctx, &pb.GetCollectionRequest{Collection: ref})).GetCollection()
+		col := must[*pb.GetCollectionResponse](t)(env.catalog.GetCollection(ctx,
+			&pb.GetCollectionRequest{Collection: ref})).GetCollection()
 		if col.GetState() != pb.Collection_STATE_RESTORING {
 			t.Errorf("%v", col)
 		}
-		_, err = w.catalog.GetSegment(ctx, &pb.GetSegmentRequest{Collection: ref, SegmentId: 1})
+		_, err = env.catalog.GetSegment(ctx, &pb.GetSegmentRequest{Collection: ref, SegmentId: 1})
 		wantReason(t, err, codes.FailedPrecondition, "COLLECTION_NOT_ACTIVE")
-		stream, err := w.catalog.ExportSegments(ctx, &pb.ExportSegmentsRequest{Collection: ref})
+		stream, err := env.catalog.ExportSegments(ctx, &pb.ExportSegmentsRequest{Collection: ref})
 		if err == nil {
 			_, err = stream.Recv()
 		}
 		wantReason(t, err, codes.FailedPrecondition, "COLLECTION_NOT_ACTIVE")
 	}
-	// Another one, so that there are pages.
-	two := must[*pb.RestoreSnapshotResponse](t)(w.snapshots.RestoreSnapshot(ctx, &pb.RestoreSnapshotRequest{
+	// A second job, for two pages.
+	two := must[*pb.RestoreSnapshotResponse](t)(env.snapshots.RestoreSnapshot(ctx, &pb.RestoreSnapshotRequest{
 		Snapshot: snapID(s.GetId()), Target: &pb.CollectionName{Db: "db", Name: "two"}, Labels: map[string]string{"x": "y"},
 	}))
 	list := func(req *pb.ListRestoreJobsRequest) (ids []int64) {
 		t.Helper()
 		for {
-			resp := must[*pb.ListRestoreJobsResponse](t)(w.snapshots.ListRestoreJobs(ctx, req))
+			resp := must[*pb.ListRestoreJobsResponse](t)(env.snapshots.ListRestoreJobs(ctx, req))
 			for _, job := range resp.GetJobs() {
 				ids = append(ids, job.GetId())
 			}
@@ -220,24 +231,25 @@ func TestRestoreHeldUp(t *testing.T) {
 			}
 		}
 	}
-	_, err = w.snapshots.ListRestoreJobs(ctx, &pb.ListRestoreJobsRequest{PageToken: "?"})
+	_, err = env.snapshots.ListRestoreJobs(ctx, &pb.ListRestoreJobsRequest{PageToken: "?"})
 	wantReason(t, err, codes.InvalidArgument, "INVALID_PAGE_TOKEN")
 
 	for _, id := range []int64{made.GetJobId(), two.GetJobId()} {
 		for range 2 {
-			job = must[*pb.CancelRestoreResponse](t)(w.snapshots.CancelRestore(ctx, &pb.CancelRestoreRequest{JobId: id})).GetJob()
+			job = must[*pb.CancelRestoreResponse](t)(env.snapshots.CancelRestore(ctx,
+				&pb.CancelRestoreRequest{JobId: id})).GetJob()
 			if job.GetPhase() != pb.RestoreJob_PHASE_ROLL_BACK || job.GetReason() != "CANCELED" {
 				t.Errorf("%v", job)
 			}
 		}
-		jobs := w.watched(t, id)
+		jobs := env.watchJob(t, id)
 		if end := jobs[len(jobs)-1]; end.GetState() != pb.RestoreJob_STATE_CANCELED || end.GetEndTime() == nil {
-			t.Errorf("it ended %v", end)
+			t.Errorf("the job ended as %v", end)
 		}
 	}
-	_, err = w.catalog.GetCollection(ctx, &pb.GetCollectionRequest{Collection: byName("copy")})
+	_, err = env.catalog.GetCollection(ctx, &pb.GetCollectionRequest{Collection: byName("copy")})
 	wantReason(t, err, codes.NotFound, "COLLECTION_NOT_FOUND")
-	if _, err := w.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapID(s.GetId())}); err != nil {
+	if _, err := env.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapID(s.GetId())}); err != nil {
 		t.Error(err)
 	}
 }
