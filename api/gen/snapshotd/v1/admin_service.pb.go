@@ -22,7 +22,7 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// NameScope says within what snapshot names are unique.
+// NameScope is the scope in which snapshot names are unique.
 type GetServerInfoResponse_NameScope int32
 
 const (
@@ -126,7 +126,7 @@ type ProbeStoreResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The alias of the store.
 	Store string `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
-	// What was looked at.
+	// The checks.
 	Checks []*ProbeCheck `protobuf:"bytes,2,rep,name=checks,proto3" json:"checks,omitempty"`
 	// Whether all that is required is honoured. A check that could not be made has
 	// not passed.
@@ -189,14 +189,14 @@ func (x *ProbeStoreResponse) GetUsable() bool {
 // ProbeCheck is one thing that a store should honour.
 type ProbeCheck struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What it is.
+	// The name of the check.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Whether snapshotd needs it. What is not required makes things faster or
 	// safer where it is there.
 	Required bool `protobuf:"varint,2,opt,name=required,proto3" json:"required,omitempty"`
 	// Whether the store honours it.
 	Ok bool `protobuf:"varint,3,opt,name=ok,proto3" json:"ok,omitempty"`
-	// What was seen, or the error that kept the check from being made.
+	// The result, or the error that prevented the check.
 	Detail string `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`
 	// Whether the check could not be made: nothing is known, and ok is false.
 	NotKnown      bool `protobuf:"varint,5,opt,name=not_known,json=notKnown,proto3" json:"not_known,omitempty"`
@@ -309,15 +309,15 @@ func (*GetServerInfoRequest) Descriptor() ([]byte, []int) {
 // GetServerInfoResponse is the response of GetServerInfo.
 type GetServerInfoResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The version of the program that answers.
+	// The version of this server.
 	Version string `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
 	// The id of the cluster, made at its first start.
 	ClusterId string `protobuf:"bytes,2,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
-	// Within what snapshot names are unique.
+	// The scope in which snapshot names are unique.
 	NameScope GetServerInfoResponse_NameScope `protobuf:"varint,3,opt,name=name_scope,json=nameScope,proto3,enum=snapshotd.v1.GetServerInfoResponse_NameScope" json:"name_scope,omitempty"`
 	// The replica that runs the background loops; empty while none is elected.
 	Leader string `protobuf:"bytes,4,opt,name=leader,proto3" json:"leader,omitempty"`
-	// The replica that answers.
+	// The name of this replica.
 	Replica string `protobuf:"bytes,5,opt,name=replica,proto3" json:"replica,omitempty"`
 	// The aliases of the configured object stores.
 	Stores []string `protobuf:"bytes,6,rep,name=stores,proto3" json:"stores,omitempty"`
@@ -412,7 +412,7 @@ type GetKeyRequest struct {
 	// The key, without the cluster's root, for example "/snapshot/rec/42".
 	// Numbers need no leading zeros. Required.
 	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
-	// From the previous answer, for the next page, with the same key.
+	// From the previous response, for the next page, with the same key.
 	PageToken     string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

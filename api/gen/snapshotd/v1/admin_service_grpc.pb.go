@@ -28,23 +28,23 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// AdminService is for the people who run the service.
+// AdminService is for the operators of the service.
 type AdminServiceClient interface {
-	// GetServerInfo says what is running.
+	// GetServerInfo returns the version, the cluster and the stores.
 	GetServerInfo(ctx context.Context, in *GetServerInfoRequest, opts ...grpc.CallOption) (*GetServerInfoResponse, error)
 	// GetKey returns one record of the metadata store in readable form, for
-	// finding out what happened. It never changes anything. What one message of
-	// 4 MiB does not hold of it comes in pages.
+	// diagnosis. It changes nothing. A record beyond one message of 4 MiB is
+	// returned in pages.
 	//
 	// Errors:
 	//
 	//	NOT_FOUND         KEY_NOT_FOUND.
 	//	INVALID_ARGUMENT  INVALID_PAGE_TOKEN.
 	//	ABORTED           CATALOG_COMPACTED: the record changed since the first
-	//	                  page, and is no longer kept as it was. Begin again.
+	//	                  page, and its old revision is compacted. Start over.
 	GetKey(ctx context.Context, in *GetKeyRequest, opts ...grpc.CallOption) (*GetKeyResponse, error)
-	// ProbeStore finds out what an object store honours, by small objects under
-	// snapshotd-probe/ that it removes again. It can take some seconds.
+	// ProbeStore checks the features of an object store, with small objects under
+	// snapshotd-probe/, which it deletes. It can take some seconds.
 	//
 	// Errors:
 	//
@@ -94,23 +94,23 @@ func (c *adminServiceClient) ProbeStore(ctx context.Context, in *ProbeStoreReque
 // All implementations must embed UnimplementedAdminServiceServer
 // for forward compatibility.
 //
-// AdminService is for the people who run the service.
+// AdminService is for the operators of the service.
 type AdminServiceServer interface {
-	// GetServerInfo says what is running.
+	// GetServerInfo returns the version, the cluster and the stores.
 	GetServerInfo(context.Context, *GetServerInfoRequest) (*GetServerInfoResponse, error)
 	// GetKey returns one record of the metadata store in readable form, for
-	// finding out what happened. It never changes anything. What one message of
-	// 4 MiB does not hold of it comes in pages.
+	// diagnosis. It changes nothing. A record beyond one message of 4 MiB is
+	// returned in pages.
 	//
 	// Errors:
 	//
 	//	NOT_FOUND         KEY_NOT_FOUND.
 	//	INVALID_ARGUMENT  INVALID_PAGE_TOKEN.
 	//	ABORTED           CATALOG_COMPACTED: the record changed since the first
-	//	                  page, and is no longer kept as it was. Begin again.
+	//	                  page, and its old revision is compacted. Start over.
 	GetKey(context.Context, *GetKeyRequest) (*GetKeyResponse, error)
-	// ProbeStore finds out what an object store honours, by small objects under
-	// snapshotd-probe/ that it removes again. It can take some seconds.
+	// ProbeStore checks the features of an object store, with small objects under
+	// snapshotd-probe/, which it deletes. It can take some seconds.
 	//
 	// Errors:
 	//

@@ -81,7 +81,7 @@ func (x *IdRange) GetCount() int64 {
 // AllocateIdsRequest is the request of AllocateIds.
 type AllocateIdsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What is wanted. Required.
+	// The kind of allocation. Required.
 	//
 	// Types that are valid to be assigned to Want:
 	//
@@ -172,12 +172,12 @@ type isAllocateIdsRequest_Want interface {
 }
 
 type AllocateIdsRequest_Count struct {
-	// So many new ids, at most 1 000 000, contiguous.
+	// A number of new, contiguous ids, at most 1 000 000.
 	Count int64 `protobuf:"varint,1,opt,name=count,proto3,oneof"`
 }
 
 type AllocateIdsRequest_Reserve struct {
-	// This very range, for an engine's own ids from before. At most 64 ranges
+	// This range, for existing ids of an engine. At most 64 ranges
 	// can be reserved in a cluster, all below 2^62: the ids from there on stay
 	// free. Repeating a reservation is success.
 	Reserve *IdRange `protobuf:"bytes,2,opt,name=reserve,proto3,oneof"`
@@ -186,8 +186,8 @@ type AllocateIdsRequest_Reserve struct {
 type AllocateIdsRequest_Release struct {
 	// A reserved range, with the first id and the count that it was reserved
 	// with. The ids above the highest one that was registered, up to a
-	// thousandth of the range more, are given back; the answer holds those.
-	// When none are left the answer's count is 0.
+	// thousandth of the range more, are released; the response has this range.
+	// If none are left its count is 0.
 	Release *IdRange `protobuf:"bytes,4,opt,name=release,proto3,oneof"`
 }
 
@@ -260,7 +260,7 @@ type CreateCollectionRequest struct {
 	Roots []*Root `protobuf:"bytes,5,rep,name=roots,proto3" json:"roots,omitempty"`
 	// Where a restored file goes.
 	Layout Layout `protobuf:"varint,6,opt,name=layout,proto3,enum=snapshotd.v1.Layout" json:"layout,omitempty"`
-	// The engine's own, at most 255 bytes.
+	// The engine's value, at most 255 bytes.
 	ConsistencyLevel string `protobuf:"bytes,7,opt,name=consistency_level,json=consistencyLevel,proto3" json:"consistency_level,omitempty"`
 	// The engine's settings.
 	Properties map[string]string `protobuf:"bytes,8,rep,name=properties,proto3" json:"properties,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
@@ -518,10 +518,11 @@ type ListCollectionsRequest struct {
 	Db string `protobuf:"bytes,1,opt,name=db,proto3" json:"db,omitempty"`
 	// Only collections in one of these states. Default: ACTIVE.
 	States []Collection_State `protobuf:"varint,2,rep,packed,name=states,proto3,enum=snapshotd.v1.Collection_State" json:"states,omitempty"`
-	// The most collections in the answer. Default 100; more than 1 000 counts as
-	// 1 000. A page may hold fewer: it is also bounded to about 2 MiB.
+	// The maximum number of collections in the response. Default 100; more than
+	// 1 000 counts as 1 000. A page may hold fewer: it is also bounded to about
+	// 2 MiB.
 	PageSize int32 `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
-	// From the previous answer, for the next page, with the same filters.
+	// From the previous response, for the next page, with the same filters.
 	PageToken     string `protobuf:"bytes,4,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -645,7 +646,7 @@ type UpdateCollectionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The collection. Required.
 	Collection *CollectionRef `protobuf:"bytes,1,opt,name=collection,proto3" json:"collection,omitempty"`
-	// What to change: "properties", "attributes" (all of them),
+	// The fields to change: "properties", "attributes" (all of them),
 	// "consistency_level". Required.
 	UpdateMask *fieldmaskpb.FieldMask `protobuf:"bytes,2,opt,name=update_mask,json=updateMask,proto3" json:"update_mask,omitempty"`
 	// The new properties.
@@ -1144,11 +1145,12 @@ type ListPartitionsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The collection. Required.
 	Collection *CollectionRef `protobuf:"bytes,1,opt,name=collection,proto3" json:"collection,omitempty"`
-	// The most partitions in the answer; more than 1 000 counts as 1 000. A page is
-	// also bounded to about 2 MiB. Default: as many as one message of 4 MiB holds,
-	// and when that is not all the answer carries a header "snapshotd-note".
+	// The maximum number of partitions in the response; more than 1 000 counts as
+	// 1 000. A page is also bounded to about 2 MiB. Default: as many as one
+	// message of 4 MiB holds, and if these are not all, the response has a
+	// header "snapshotd-note".
 	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
-	// From the previous answer, for the next page.
+	// From the previous response, for the next page.
 	PageToken     string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1208,7 +1210,7 @@ func (x *ListPartitionsRequest) GetPageToken() string {
 // ListPartitionsResponse is the response of ListPartitions.
 type ListPartitionsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The partitions, in id order, those being dropped included.
+	// The partitions, in id order, including those being dropped.
 	Partitions []*Partition `protobuf:"bytes,1,rep,name=partitions,proto3" json:"partitions,omitempty"`
 	// For the next page; empty on the last.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
@@ -1532,11 +1534,12 @@ type ListIndexesRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The collection. Required.
 	Collection *CollectionRef `protobuf:"bytes,1,opt,name=collection,proto3" json:"collection,omitempty"`
-	// The most indexes in the answer; more than 1 000 counts as 1 000. A page is
-	// also bounded to about 2 MiB. Default: as many as one message of 4 MiB holds,
-	// and when that is not all the answer carries a header "snapshotd-note".
+	// The maximum number of indexes in the response; more than 1 000 counts as
+	// 1 000. A page is also bounded to about 2 MiB. Default: as many as one
+	// message of 4 MiB holds, and if these are not all, the response has a
+	// header "snapshotd-note".
 	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
-	// From the previous answer, for the next page.
+	// From the previous response, for the next page.
 	PageToken     string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1596,7 +1599,7 @@ func (x *ListIndexesRequest) GetPageToken() string {
 // ListIndexesResponse is the response of ListIndexes.
 type ListIndexesResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The indexes, in id order, those being dropped included.
+	// The indexes, in id order, including those being dropped.
 	Indexes []*Index `protobuf:"bytes,1,rep,name=indexes,proto3" json:"indexes,omitempty"`
 	// For the next page; empty on the last.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
@@ -2089,7 +2092,7 @@ func (x *ExportSegmentsResponse) GetCatalogRevision() int64 {
 	return 0
 }
 
-// SegmentUpdate is a change of one segment. What is not given stays.
+// SegmentUpdate is a change of one segment. Unset fields change nothing.
 type SegmentUpdate struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The segment. Required.
@@ -2114,7 +2117,7 @@ type SegmentUpdate struct {
 	AddIndexBuilds []*IndexBuild `protobuf:"bytes,9,rep,name=add_index_builds,json=addIndexBuilds,proto3" json:"add_index_builds,omitempty"`
 	// The ids of index builds that are no longer part of it.
 	RemoveIndexBuilds []int64 `protobuf:"varint,10,rep,packed,name=remove_index_builds,json=removeIndexBuilds,proto3" json:"remove_index_builds,omitempty"`
-	// The engine's own, at most 16 KiB.
+	// The engine's data, at most 16 KiB.
 	EngineData    []byte `protobuf:"bytes,11,opt,name=engine_data,json=engineData,proto3,oneof" json:"engine_data,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2407,7 +2410,7 @@ type CompactSegmentsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The collection. Required.
 	Collection *CollectionRef `protobuf:"bytes,1,opt,name=collection,proto3" json:"collection,omitempty"`
-	// The segments that go, at least 1, each once.
+	// The segments to drop, at least 1, each once.
 	Inputs []int64 `protobuf:"varint,2,rep,packed,name=inputs,proto3" json:"inputs,omitempty"`
 	// The segments that take their place.
 	Outputs []*Segment `protobuf:"bytes,3,rep,name=outputs,proto3" json:"outputs,omitempty"`

@@ -46,19 +46,19 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// CatalogService is where a data plane says which files a collection consists
-// of. Each call is atomic at one catalog revision unless it says otherwise, so
-// that a snapshot never sees half of a change.
+// CatalogService records the files of collections, as reported by a data plane.
+// Each call is atomic at one catalog revision unless its comment has an
+// exception, so that a snapshot never contains half of a change.
 //
-// The errors listed at SnapshotService may end every call here too. Besides:
+// Every call may also end with the errors of SnapshotService, and with:
 //
 //	NOT_FOUND            COLLECTION_NOT_FOUND.
 //	FAILED_PRECONDITION  COLLECTION_NOT_ACTIVE: the collection is being dropped
 //	                     or restored.
-//	ABORTED              CONFLICT: others changed the very same things too often.
-//	                     Nothing was written; try again.
+//	ABORTED              CONFLICT: too many concurrent changes of the same records.
+//	                     Nothing was written; retry.
 type CatalogServiceClient interface {
-	// AllocateIds hands out ids that nobody else gets, or reserves a range that
+	// AllocateIds allocates unique ids, or reserves a range that
 	// an engine has used before, or releases the unused end of such a range.
 	// Collections, partitions, indexes, index builds and segments are registered
 	// under such ids.
@@ -66,7 +66,7 @@ type CatalogServiceClient interface {
 	// Errors:
 	//
 	//	FAILED_PRECONDITION  ID_RANGE_TAKEN: a range to reserve overlaps ids that
-	//	                     were handed out or reserved.
+	//	                     were allocated or reserved.
 	//	                     RESERVE_NOT_ALLOWED: the server is configured
 	//	                     without allow_reserve_ids, which reserve and release
 	//	                     need.
@@ -77,7 +77,7 @@ type CatalogServiceClient interface {
 	//
 	//	ALREADY_EXISTS       COLLECTION_EXISTS: the name or id is taken.
 	//	FAILED_PRECONDITION  ID_NOT_ALLOCATED.
-	//	                     ROOT_NESTED: a root lies inside a root of another
+	//	                     ROOT_NESTED: a root is inside a root of another
 	//	                     collection, or has one inside. Equal roots are fine.
 	//	INVALID_ARGUMENT     INVALID_REQUEST: also for an unknown object store.
 	CreateCollection(ctx context.Context, in *CreateCollectionRequest, opts ...grpc.CallOption) (*CreateCollectionResponse, error)
@@ -159,11 +159,11 @@ type CatalogServiceClient interface {
 	//	                     ID_USED: the id stood for something whose files are
 	//	                     deleted, as when the call comes late.
 	//	                     ID_OWNED: the id is of a segment or an index build of
-	//	                     another collection. PLACE_OWNED: a path lies at the
+	//	                     another collection. PLACE_OWNED: a path is at the
 	//	                     place of another segment or collection. FILE_EXISTS.
 	//	FAILED_PRECONDITION  ID_NOT_ALLOCATED. A missing checkpoint is not checked
 	//	                     here but at the snapshot. LIMIT_EXCEEDED: a segment
-	//	                     is larger than its record, or an answer that shows
+	//	                     is larger than its record, or a response that has
 	//	                     it, may be.
 	//	NOT_FOUND            PARTITION_NOT_FOUND; INDEX_NOT_FOUND.
 	//	INVALID_ARGUMENT     INVALID_REQUEST: also for a path that escapes its
@@ -181,8 +181,8 @@ type CatalogServiceClient interface {
 	// Errors:
 	//
 	//	ABORTED             CATALOG_COMPACTED: the revision was compacted in
-	//	                    mid-read. Try again.
-	//	RESOURCE_EXHAUSTED  OVERLOADED: too many exports are under way. Try again.
+	//	                    mid-read. Retry.
+	//	RESOURCE_EXHAUSTED  OVERLOADED: too many exports are running. Retry.
 	ExportSegments(ctx context.Context, in *ExportSegmentsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ExportSegmentsResponse], error)
 	// UpdateSegments changes segments in one atomic step: flushes a growing
 	// segment, replaces files, adds index builds, together with the checkpoints
@@ -211,7 +211,7 @@ type CatalogServiceClient interface {
 	//
 	//	NOT_FOUND  SEGMENT_NOT_FOUND.
 	DropSegments(ctx context.Context, in *DropSegmentsRequest, opts ...grpc.CallOption) (*DropSegmentsResponse, error)
-	// SetCheckpoints says up to where each channel's data is in files. A
+	// SetCheckpoints sets the position up to which a channel's data is in files. A
 	// checkpoint only moves forward; an equal one is success.
 	//
 	// Errors:
@@ -457,19 +457,19 @@ func (c *catalogServiceClient) ListCheckpoints(ctx context.Context, in *ListChec
 // All implementations must embed UnimplementedCatalogServiceServer
 // for forward compatibility.
 //
-// CatalogService is where a data plane says which files a collection consists
-// of. Each call is atomic at one catalog revision unless it says otherwise, so
-// that a snapshot never sees half of a change.
+// CatalogService records the files of collections, as reported by a data plane.
+// Each call is atomic at one catalog revision unless its comment has an
+// exception, so that a snapshot never contains half of a change.
 //
-// The errors listed at SnapshotService may end every call here too. Besides:
+// Every call may also end with the errors of SnapshotService, and with:
 //
 //	NOT_FOUND            COLLECTION_NOT_FOUND.
 //	FAILED_PRECONDITION  COLLECTION_NOT_ACTIVE: the collection is being dropped
 //	                     or restored.
-//	ABORTED              CONFLICT: others changed the very same things too often.
-//	                     Nothing was written; try again.
+//	ABORTED              CONFLICT: too many concurrent changes of the same records.
+//	                     Nothing was written; retry.
 type CatalogServiceServer interface {
-	// AllocateIds hands out ids that nobody else gets, or reserves a range that
+	// AllocateIds allocates unique ids, or reserves a range that
 	// an engine has used before, or releases the unused end of such a range.
 	// Collections, partitions, indexes, index builds and segments are registered
 	// under such ids.
@@ -477,7 +477,7 @@ type CatalogServiceServer interface {
 	// Errors:
 	//
 	//	FAILED_PRECONDITION  ID_RANGE_TAKEN: a range to reserve overlaps ids that
-	//	                     were handed out or reserved.
+	//	                     were allocated or reserved.
 	//	                     RESERVE_NOT_ALLOWED: the server is configured
 	//	                     without allow_reserve_ids, which reserve and release
 	//	                     need.
@@ -488,7 +488,7 @@ type CatalogServiceServer interface {
 	//
 	//	ALREADY_EXISTS       COLLECTION_EXISTS: the name or id is taken.
 	//	FAILED_PRECONDITION  ID_NOT_ALLOCATED.
-	//	                     ROOT_NESTED: a root lies inside a root of another
+	//	                     ROOT_NESTED: a root is inside a root of another
 	//	                     collection, or has one inside. Equal roots are fine.
 	//	INVALID_ARGUMENT     INVALID_REQUEST: also for an unknown object store.
 	CreateCollection(context.Context, *CreateCollectionRequest) (*CreateCollectionResponse, error)
@@ -570,11 +570,11 @@ type CatalogServiceServer interface {
 	//	                     ID_USED: the id stood for something whose files are
 	//	                     deleted, as when the call comes late.
 	//	                     ID_OWNED: the id is of a segment or an index build of
-	//	                     another collection. PLACE_OWNED: a path lies at the
+	//	                     another collection. PLACE_OWNED: a path is at the
 	//	                     place of another segment or collection. FILE_EXISTS.
 	//	FAILED_PRECONDITION  ID_NOT_ALLOCATED. A missing checkpoint is not checked
 	//	                     here but at the snapshot. LIMIT_EXCEEDED: a segment
-	//	                     is larger than its record, or an answer that shows
+	//	                     is larger than its record, or a response that has
 	//	                     it, may be.
 	//	NOT_FOUND            PARTITION_NOT_FOUND; INDEX_NOT_FOUND.
 	//	INVALID_ARGUMENT     INVALID_REQUEST: also for a path that escapes its
@@ -592,8 +592,8 @@ type CatalogServiceServer interface {
 	// Errors:
 	//
 	//	ABORTED             CATALOG_COMPACTED: the revision was compacted in
-	//	                    mid-read. Try again.
-	//	RESOURCE_EXHAUSTED  OVERLOADED: too many exports are under way. Try again.
+	//	                    mid-read. Retry.
+	//	RESOURCE_EXHAUSTED  OVERLOADED: too many exports are running. Retry.
 	ExportSegments(*ExportSegmentsRequest, grpc.ServerStreamingServer[ExportSegmentsResponse]) error
 	// UpdateSegments changes segments in one atomic step: flushes a growing
 	// segment, replaces files, adds index builds, together with the checkpoints
@@ -622,7 +622,7 @@ type CatalogServiceServer interface {
 	//
 	//	NOT_FOUND  SEGMENT_NOT_FOUND.
 	DropSegments(context.Context, *DropSegmentsRequest) (*DropSegmentsResponse, error)
-	// SetCheckpoints says up to where each channel's data is in files. A
+	// SetCheckpoints sets the position up to which a channel's data is in files. A
 	// checkpoint only moves forward; an equal one is success.
 	//
 	// Errors:

@@ -23,7 +23,7 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// Layout says where a restored file of a collection goes.
+// Layout is the rule for the keys of restored files.
 type Layout int32
 
 const (
@@ -76,7 +76,7 @@ func (Layout) EnumDescriptor() ([]byte, []int) {
 	return file_snapshotd_v1_collection_proto_rawDescGZIP(), []int{0}
 }
 
-// CatalogMode says who holds the truth about a collection's segments.
+// CatalogMode is the system that is authoritative for a collection's segments.
 type CatalogMode int32
 
 const (
@@ -442,7 +442,7 @@ type Collection struct {
 	// Changes with every change of the collection itself (not of its segments).
 	// Output only.
 	Revision int64 `protobuf:"varint,13,opt,name=revision,proto3" json:"revision,omitempty"`
-	// Who holds the truth about its segments.
+	// The system that is authoritative for its segments.
 	Catalog       CatalogMode `protobuf:"varint,14,opt,name=catalog,proto3,enum=snapshotd.v1.CatalogMode" json:"catalog,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -576,7 +576,7 @@ func (x *Collection) GetCatalog() CatalogMode {
 	return CatalogMode_CATALOG_MODE_UNSPECIFIED
 }
 
-// Schema is what the rows of a collection look like.
+// Schema describes the rows of a collection.
 type Schema struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The fields, at most 1 024. Ids are kept by a restore.
@@ -1139,9 +1139,9 @@ type File struct {
 	Root int32 `protobuf:"varint,1,opt,name=root,proto3" json:"root,omitempty"`
 	// The path relative to the root: no "..", no leading or doubled slash, at
 	// most 1 024 bytes together with the root's prefix. Required. An object is
-	// written once: a path is never used again for another content.
+	// written once: a path is never reused for other content.
 	Path string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
-	// What it is: "insert", "delta", "stats", "bm25", "index", "text", "json" are
+	// The kind: "insert", "delta", "stats", "bm25", "index", "text", "json" are
 	// well known; any other kind is kept, protected and copied just the same.
 	// Required, at most 64 bytes.
 	Kind string `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"`

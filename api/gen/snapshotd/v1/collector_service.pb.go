@@ -24,7 +24,7 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// Kind says what it is.
+// Kind is the kind of record.
 type CollectItem_Kind int32
 
 const (
@@ -97,7 +97,7 @@ func (CollectItem_Kind) EnumDescriptor() ([]byte, []int) {
 	return file_snapshotd_v1_collector_service_proto_rawDescGZIP(), []int{2, 0}
 }
 
-// Action says what becomes of it.
+// Action is the result for a record.
 type CollectItem_Action int32
 
 const (
@@ -107,11 +107,11 @@ const (
 	CollectItem_ACTION_DELETE CollectItem_Action = 1
 	// It stays: something holds it.
 	CollectItem_ACTION_KEEP CollectItem_Action = 2
-	// It stays for now: its time has not come.
+	// It stays until its time has come.
 	CollectItem_ACTION_WAIT CollectItem_Action = 3
-	// It stays: the round would delete too much of the collection. A dry run
-	// tells that of the collection and of each unit that would go, else a round
-	// tells it of the collection alone.
+	// It stays: the round would delete too much of the collection. A dry run has
+	// this item for the collection and for each unit that would be deleted,
+	// another round only for the collection.
 	CollectItem_ACTION_STOP CollectItem_Action = 4
 )
 
@@ -165,17 +165,17 @@ type CollectRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Only this collection. Default: all.
 	Collection *CollectionRef `protobuf:"bytes,1,opt,name=collection,proto3" json:"collection,omitempty"`
-	// Change nothing, and tell what would be done.
+	// Change nothing, and return the plan.
 	DryRun bool `protobuf:"varint,2,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
-	// How long ago a thing must have been dropped. Default: as configured.
+	// The minimum time since a drop. Default: as configured.
 	Tolerance *durationpb.Duration `protobuf:"bytes,3,opt,name=tolerance,proto3" json:"tolerance,omitempty"`
-	// Go on where a round would delete more of the collection than the configured
-	// share. Needs a collection.
+	// Also delete more of the collection than the configured share. Needs a
+	// collection.
 	Force bool `protobuf:"varint,4,opt,name=force,proto3" json:"force,omitempty"`
-	// Return when the files of what was granted are deleted, not before.
+	// Return after the deletion of the files of all granted units.
 	Wait bool `protobuf:"varint,5,opt,name=wait,proto3" json:"wait,omitempty"`
-	// Sweep as well: delete the objects under snapshotd's own prefixes that nothing
-	// knows and that are older than the configured grace period. It lists these
+	// Sweep as well: delete the objects without a record under snapshotd's own
+	// prefixes that are older than the configured grace period. It lists these
 	// prefixes in all stores, so it excludes a collection.
 	Sweep         bool `protobuf:"varint,6,opt,name=sweep,proto3" json:"sweep,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -254,12 +254,12 @@ func (x *CollectRequest) GetSweep() bool {
 	return false
 }
 
-// CollectResponse is a part of the answer of Collect.
+// CollectResponse is a part of the response of Collect.
 type CollectResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What was looked at. Units that are waiting or held are told by a dry run only.
+	// The examined records. Only a dry run has waiting and held units.
 	Items []*CollectItem `protobuf:"bytes,1,rep,name=items,proto3" json:"items,omitempty"`
-	// In the last message: what it came to.
+	// The summary, in the last message.
 	Summary       *CollectSummary `protobuf:"bytes,2,opt,name=summary,proto3" json:"summary,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -312,9 +312,9 @@ func (x *CollectResponse) GetSummary() *CollectSummary {
 // CollectItem is a thing that a round looked at.
 type CollectItem struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What it is.
+	// The kind.
 	Kind CollectItem_Kind `protobuf:"varint,1,opt,name=kind,proto3,enum=snapshotd.v1.CollectItem_Kind" json:"kind,omitempty"`
-	// What becomes of it.
+	// The result.
 	Action CollectItem_Action `protobuf:"varint,2,opt,name=action,proto3,enum=snapshotd.v1.CollectItem_Action" json:"action,omitempty"`
 	// The collection.
 	CollectionId int64 `protobuf:"varint,3,opt,name=collection_id,json=collectionId,proto3" json:"collection_id,omitempty"`
@@ -326,11 +326,11 @@ type CollectItem struct {
 	Reason string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
 	// When it was dropped, if that is known.
 	DropTime *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=drop_time,json=dropTime,proto3" json:"drop_time,omitempty"`
-	// How many files go with it.
+	// The number of its files.
 	Files int64 `protobuf:"varint,8,opt,name=files,proto3" json:"files,omitempty"`
 	// Their bytes.
 	Bytes int64 `protobuf:"varint,9,opt,name=bytes,proto3" json:"bytes,omitempty"`
-	// Those files, told by a dry run of what is deleted, or would be but for a stop.
+	// Its files, in a dry run, for items that are deleted or stopped.
 	Objects       []*TombstoneFile `protobuf:"bytes,10,rep,name=objects,proto3" json:"objects,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -436,36 +436,36 @@ func (x *CollectItem) GetObjects() []*TombstoneFile {
 	return nil
 }
 
-// CollectSummary is what a round came to.
+// CollectSummary is the result of a round.
 type CollectSummary struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Who made it.
+	// The replica that ran it.
 	Replica string `protobuf:"bytes,1,opt,name=replica,proto3" json:"replica,omitempty"`
 	// When it began.
 	StartTime *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
 	// When it ended.
 	EndTime *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
-	// Units that were granted, or would be. Those that a stop keeps do not count.
+	// Units that were granted, or would be; stopped ones excluded.
 	Granted int64 `protobuf:"varint,4,opt,name=granted,proto3" json:"granted,omitempty"`
 	// Their files.
 	Files int64 `protobuf:"varint,5,opt,name=files,proto3" json:"files,omitempty"`
-	// The bytes of those.
+	// The bytes of these files.
 	Bytes int64 `protobuf:"varint,6,opt,name=bytes,proto3" json:"bytes,omitempty"`
 	// Units that were dropped too recently.
 	Waiting int64 `protobuf:"varint,7,opt,name=waiting,proto3" json:"waiting,omitempty"`
 	// Units that are held.
 	Held int64 `protobuf:"varint,8,opt,name=held,proto3" json:"held,omitempty"`
-	// Those of them whose records are parked in the object store.
+	// Held units whose records are spilled into the object store.
 	Parked int64 `protobuf:"varint,9,opt,name=parked,proto3" json:"parked,omitempty"`
 	// Collections, partitions and indexes of which nothing is left.
 	Removed int64 `protobuf:"varint,10,opt,name=removed,proto3" json:"removed,omitempty"`
 	// Collections in which the round stopped, at most 64.
 	Stops []*CollectStop `protobuf:"bytes,11,rep,name=stops,proto3" json:"stops,omitempty"`
-	// How many those are.
+	// The number of these collections.
 	StopCount int64 `protobuf:"varint,12,opt,name=stop_count,json=stopCount,proto3" json:"stop_count,omitempty"`
-	// What went wrong; empty: nothing.
+	// The error; empty: none.
 	Error string `protobuf:"bytes,13,opt,name=error,proto3" json:"error,omitempty"`
-	// With sweep: objects that nothing knew and that were deleted, or would be.
+	// With sweep: objects without a record that were deleted, or would be.
 	Swept int64 `protobuf:"varint,14,opt,name=swept,proto3" json:"swept,omitempty"`
 	// Their bytes.
 	SweptBytes    int64 `protobuf:"varint,15,opt,name=swept_bytes,json=sweptBytes,proto3" json:"swept_bytes,omitempty"`
@@ -608,7 +608,7 @@ func (x *CollectSummary) GetSweptBytes() int64 {
 	return 0
 }
 
-// CollectStop says that a round stopped in a collection.
+// CollectStop reports that a round stopped in a collection.
 type CollectStop struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The collection.
@@ -718,22 +718,22 @@ type GetCollectorStatusResponse struct {
 	Deleting int64 `protobuf:"varint,2,opt,name=deleting,proto3" json:"deleting,omitempty"`
 	// Granted units that their callers have not confirmed.
 	Unconfirmed int64 `protobuf:"varint,3,opt,name=unconfirmed,proto3" json:"unconfirmed,omitempty"`
-	// How long a thing must have been dropped before the collector takes it.
+	// The minimum time between a drop and the deletion by the collector.
 	Tolerance *durationpb.Duration `protobuf:"bytes,4,opt,name=tolerance,proto3" json:"tolerance,omitempty"`
 	// The share of a collection at which a round stops, between 0 and 1.
 	MaxShare float64 `protobuf:"fixed64,5,opt,name=max_share,json=maxShare,proto3" json:"max_share,omitempty"`
-	// Whether the leader makes rounds and sweeps by itself. Snapshots that were
-	// dropped or expired it removes in any case.
+	// Whether the leader makes regular rounds and sweeps. It removes dropped and
+	// expired snapshots in any case.
 	Enabled bool `protobuf:"varint,6,opt,name=enabled,proto3" json:"enabled,omitempty"`
-	// Why nothing is deleted at all; empty: it is.
+	// Why nothing is deleted; empty: nothing blocks the collector.
 	Blocked string `protobuf:"bytes,7,opt,name=blocked,proto3" json:"blocked,omitempty"`
-	// From how many units on a round stops; fewer never stop one.
+	// The minimum number of units at which a round stops.
 	StopUnits int64 `protobuf:"varint,8,opt,name=stop_units,json=stopUnits,proto3" json:"stop_units,omitempty"`
-	// Why nothing expires and nothing is collected for the clock's sake, until
-	// Recover with clock or a day of steady clocks; empty: the clock is trusted.
+	// Why the clock stops expiry and collection, until Recover with clock or a day
+	// of steady clocks; empty: the clock is trusted.
 	ClockStopped string `protobuf:"bytes,9,opt,name=clock_stopped,json=clockStopped,proto3" json:"clock_stopped,omitempty"`
-	// What stands still of expiry, removal and collection, and why; empty: nothing.
-	// What blocked and clock_stopped say is among it.
+	// The blocked parts of expiry, removal and collection, with their causes, those
+	// in blocked and clock_stopped included; empty: none.
 	Halts         []*CollectorHalt `protobuf:"bytes,10,rep,name=halts,proto3" json:"halts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -839,13 +839,13 @@ func (x *GetCollectorStatusResponse) GetHalts() []*CollectorHalt {
 	return nil
 }
 
-// CollectorHalt is something that stands still, since what it needs fails at each
-// try. It is tried again by itself.
+// CollectorHalt is a background operation that fails at each attempt. It is
+// retried.
 type CollectorHalt struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// A word for it, which does not change: as the label problem of the metrics.
+	// Its stable name: the label problem of the metrics.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// What stands still, such as "expiry of snapshots".
+	// The operation, such as "expiry of snapshots".
 	What string `protobuf:"bytes,2,opt,name=what,proto3" json:"what,omitempty"`
 	// Why.
 	Error string `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
@@ -853,7 +853,7 @@ type CollectorHalt struct {
 	SinceTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=since_time,json=sinceTime,proto3" json:"since_time,omitempty"`
 	// The replica in which it fails; empty: in all.
 	Replica string `protobuf:"bytes,5,opt,name=replica,proto3" json:"replica,omitempty"`
-	// How often it has failed since then; 0: not known to the replica that answers.
+	// The number of failures since then; 0: unknown to the replica of the response.
 	Failures      int64 `protobuf:"varint,6,opt,name=failures,proto3" json:"failures,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -989,13 +989,13 @@ func (x *ExplainObjectRequest) GetKey() string {
 // ExplainObjectResponse is the response of ExplainObject.
 type ExplainObjectResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Whether the object is there.
+	// Whether the object exists.
 	Exists bool `protobuf:"varint,1,opt,name=exists,proto3" json:"exists,omitempty"`
-	// What it is, in a few words.
+	// A short description.
 	What string `protobuf:"bytes,2,opt,name=what,proto3" json:"what,omitempty"`
-	// Whether it stays as things are: nothing that runs by itself deletes it.
+	// Whether it is kept: no background operation deletes it.
 	Kept bool `protobuf:"varint,3,opt,name=kept,proto3" json:"kept,omitempty"`
-	// Why it stays, or what becomes of it.
+	// Why it is kept, or how it is deleted.
 	Reason string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
 	// The collection that it belongs to; 0: none.
 	CollectionId int64 `protobuf:"varint,5,opt,name=collection_id,json=collectionId,proto3" json:"collection_id,omitempty"`
@@ -1005,7 +1005,7 @@ type ExplainObjectResponse struct {
 	SegmentId int64 `protobuf:"varint,7,opt,name=segment_id,json=segmentId,proto3" json:"segment_id,omitempty"`
 	// The unit that it was dropped with; 0: none.
 	UnitId int64 `protobuf:"varint,8,opt,name=unit_id,json=unitId,proto3" json:"unit_id,omitempty"`
-	// Who holds it, some of them.
+	// Some of its holders.
 	Holders []*Holder `protobuf:"bytes,9,rep,name=holders,proto3" json:"holders,omitempty"`
 	// The index build that it is or was part of; 0: none.
 	IndexBuildId  int64 `protobuf:"varint,10,opt,name=index_build_id,json=indexBuildId,proto3" json:"index_build_id,omitempty"`
@@ -1113,7 +1113,7 @@ func (x *ExplainObjectResponse) GetIndexBuildId() int64 {
 	return 0
 }
 
-// Orphan is an object that nothing knows.
+// Orphan is an object without a record.
 type Orphan struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The alias of the store.
@@ -1126,12 +1126,12 @@ type Orphan struct {
 	ModTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=mod_time,json=modTime,proto3" json:"mod_time,omitempty"`
 	// How old it is, by the store's clock.
 	Age *durationpb.Duration `protobuf:"bytes,5,opt,name=age,proto3" json:"age,omitempty"`
-	// Why it is one.
+	// Why it is an orphan.
 	Reason string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
 	// Whether it may be deleted, once it is older than the grace period: by the
-	// collector when it lies under snapshotd's own prefixes, else by DeleteOrphans.
+	// collector if it is under snapshotd's own prefixes, else by DeleteOrphans.
 	Deletable bool `protobuf:"varint,7,opt,name=deletable,proto3" json:"deletable,omitempty"`
-	// The collection under whose root it lies; 0: none.
+	// The collection under whose root it is; 0: none.
 	CollectionId int64 `protobuf:"varint,8,opt,name=collection_id,json=collectionId,proto3" json:"collection_id,omitempty"`
 	// Whether it is deletable and younger than the configured grace period.
 	Young         bool `protobuf:"varint,9,opt,name=young,proto3" json:"young,omitempty"`
@@ -1279,7 +1279,7 @@ func (x *ListOrphansRequest) GetCollection() *CollectionRef {
 	return nil
 }
 
-// ListOrphansResponse is a part of the answer of ListOrphans.
+// ListOrphansResponse is a part of the response of ListOrphans.
 type ListOrphansResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The orphans.
@@ -1330,7 +1330,7 @@ type DeleteOrphansRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The collection. Required.
 	Collection *CollectionRef `protobuf:"bytes,1,opt,name=collection,proto3" json:"collection,omitempty"`
-	// How old an orphan must be. At least an hour. Required.
+	// The minimum age of an orphan. At least an hour. Required.
 	Grace         *durationpb.Duration `protobuf:"bytes,2,opt,name=grace,proto3" json:"grace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1380,7 +1380,7 @@ func (x *DeleteOrphansRequest) GetGrace() *durationpb.Duration {
 	return nil
 }
 
-// DeleteOrphansResponse is a part of the answer of DeleteOrphans.
+// DeleteOrphansResponse is a part of the response of DeleteOrphans.
 type DeleteOrphansResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The orphans that were deleted.
@@ -1429,11 +1429,11 @@ func (x *DeleteOrphansResponse) GetDeleted() []*Orphan {
 // RecoverRequest is the request of Recover.
 type RecoverRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Skip ids also where nobody noticed that the metadata store is behind. What it
-	// lost between two notes in the object store, a minute at most, goes unnoticed:
-	// after etcd was restored, always.
+	// Skip ids also if the metadata store does not appear to be behind. Writes
+	// lost since the last heartbeat in the object store, up to a minute, are not
+	// detected: set it after every restore of etcd.
 	Force bool `protobuf:"varint,1,opt,name=force,proto3" json:"force,omitempty"`
-	// Trust the clocks as they are, and nothing else. Set them right first.
+	// Only trust the current clocks. Set them right first.
 	Clock         bool `protobuf:"varint,2,opt,name=clock,proto3" json:"clock,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -31,52 +31,52 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// CollectorService removes what nothing needs any more: units that were dropped
-// longer ago than the tolerance and that no snapshot holds, what is left of
-// dropped collections, partitions and indexes, and objects that nothing knows.
-// The leader does the same by itself, in rounds; these calls show what it would
-// do and why, and do it at once.
+// CollectorService deletes unneeded data: units that were dropped before the
+// tolerance and that no snapshot holds, the rest of dropped collections,
+// partitions and indexes, and objects without a record. The leader does the same
+// in regular rounds; these calls run a round immediately, or show its effects
+// with the reasons.
 //
-// A grant is made by the same transaction as Reclaim's, whoever asks for it.
+// Grants use the same transaction as Reclaim.
 //
-// The errors listed at SnapshotService may end every call here too. Besides:
+// Every call may also end with the errors of SnapshotService, and with:
 //
 //	NOT_FOUND            COLLECTION_NOT_FOUND. A dropped collection is given by
 //	                     its id.
-//	FAILED_PRECONDITION  METADATA_BEHIND: the metadata store is older than what
-//	                     it wrote into the object store, as after it was restored
-//	                     from a backup. Nothing is deleted until Recover.
+//	FAILED_PRECONDITION  METADATA_BEHIND: the metadata store is older than its
+//	                     records in the object store, as after a restore from a
+//	                     backup. Nothing is deleted until Recover.
 type CollectorServiceClient interface {
-	// Collect makes a round now, and tells what became of each thing that it
-	// looked at; the last message holds the summary. With dry_run it changes
-	// nothing and tells what it would do, and why, down to the object.
+	// Collect runs a round now, and returns an item with its result for each
+	// record that it examined; the last message has the summary. With dry_run it
+	// changes nothing and returns the planned result with the reason, down to the
+	// object.
 	Collect(ctx context.Context, in *CollectRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[CollectResponse], error)
-	// GetCollectorStatus returns what the leader's last round came to, and what
-	// the collector waits for.
+	// GetCollectorStatus returns the result of the leader's last round, and the
+	// causes that block the collector.
 	GetCollectorStatus(ctx context.Context, in *GetCollectorStatusRequest, opts ...grpc.CallOption) (*GetCollectorStatusResponse, error)
-	// ExplainObject says what an object of a store belongs to, and whether and why
-	// it stays.
+	// ExplainObject returns the owner of an object, and whether and why it is kept.
 	//
 	// Errors:
 	//
 	//	NOT_FOUND  STORE_NOT_FOUND: no store of that alias is configured.
 	ExplainObject(ctx context.Context, in *ExplainObjectRequest, opts ...grpc.CallOption) (*ExplainObjectResponse, error)
-	// ListOrphans lists the objects that nothing knows: under snapshotd's own
+	// ListOrphans lists the objects without a record: under snapshotd's own
 	// prefixes, and under the roots of a collection when the request names one. It
-	// reads the listing of the stores, and takes as long as that does.
+	// lists these prefixes in the stores, which determines its duration.
 	ListOrphans(ctx context.Context, in *ListOrphansRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ListOrphansResponse], error)
 	// DeleteOrphans deletes the orphans under the roots of a collection that
 	// ListOrphans shows as deletable and that are older than the grace period by
 	// the store's clock, and lists them. Files that engines write before they
-	// register them are orphans until then: the grace period must exceed the time
-	// that takes.
+	// register them are orphans until then: the grace period must exceed this
+	// time.
 	DeleteOrphans(ctx context.Context, in *DeleteOrphansRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DeleteOrphansResponse], error)
 	// Recover ends the state in which the metadata store is behind the object
-	// store: ids that may have been handed out since the backup are skipped, and
-	// what has objects under such ids is left alone for ever. It does nothing where
-	// the metadata store is not behind, unless it is forced; a repeat is success.
-	// With clock it does none of that: it ends the state in which a step of the
-	// clock stops expiry and collection, and trusts the clocks as they are.
+	// store: it skips the ids that may have been allocated since the backup, and
+	// objects under these ids are never deleted. Unless forced it does nothing if
+	// the metadata store is not behind; a repeat is success. With clock it only
+	// ends the state in which a step of the clock stops expiry and collection, and
+	// trusts the current clocks.
 	Recover(ctx context.Context, in *RecoverRequest, opts ...grpc.CallOption) (*RecoverResponse, error)
 }
 
@@ -179,52 +179,52 @@ func (c *collectorServiceClient) Recover(ctx context.Context, in *RecoverRequest
 // All implementations must embed UnimplementedCollectorServiceServer
 // for forward compatibility.
 //
-// CollectorService removes what nothing needs any more: units that were dropped
-// longer ago than the tolerance and that no snapshot holds, what is left of
-// dropped collections, partitions and indexes, and objects that nothing knows.
-// The leader does the same by itself, in rounds; these calls show what it would
-// do and why, and do it at once.
+// CollectorService deletes unneeded data: units that were dropped before the
+// tolerance and that no snapshot holds, the rest of dropped collections,
+// partitions and indexes, and objects without a record. The leader does the same
+// in regular rounds; these calls run a round immediately, or show its effects
+// with the reasons.
 //
-// A grant is made by the same transaction as Reclaim's, whoever asks for it.
+// Grants use the same transaction as Reclaim.
 //
-// The errors listed at SnapshotService may end every call here too. Besides:
+// Every call may also end with the errors of SnapshotService, and with:
 //
 //	NOT_FOUND            COLLECTION_NOT_FOUND. A dropped collection is given by
 //	                     its id.
-//	FAILED_PRECONDITION  METADATA_BEHIND: the metadata store is older than what
-//	                     it wrote into the object store, as after it was restored
-//	                     from a backup. Nothing is deleted until Recover.
+//	FAILED_PRECONDITION  METADATA_BEHIND: the metadata store is older than its
+//	                     records in the object store, as after a restore from a
+//	                     backup. Nothing is deleted until Recover.
 type CollectorServiceServer interface {
-	// Collect makes a round now, and tells what became of each thing that it
-	// looked at; the last message holds the summary. With dry_run it changes
-	// nothing and tells what it would do, and why, down to the object.
+	// Collect runs a round now, and returns an item with its result for each
+	// record that it examined; the last message has the summary. With dry_run it
+	// changes nothing and returns the planned result with the reason, down to the
+	// object.
 	Collect(*CollectRequest, grpc.ServerStreamingServer[CollectResponse]) error
-	// GetCollectorStatus returns what the leader's last round came to, and what
-	// the collector waits for.
+	// GetCollectorStatus returns the result of the leader's last round, and the
+	// causes that block the collector.
 	GetCollectorStatus(context.Context, *GetCollectorStatusRequest) (*GetCollectorStatusResponse, error)
-	// ExplainObject says what an object of a store belongs to, and whether and why
-	// it stays.
+	// ExplainObject returns the owner of an object, and whether and why it is kept.
 	//
 	// Errors:
 	//
 	//	NOT_FOUND  STORE_NOT_FOUND: no store of that alias is configured.
 	ExplainObject(context.Context, *ExplainObjectRequest) (*ExplainObjectResponse, error)
-	// ListOrphans lists the objects that nothing knows: under snapshotd's own
+	// ListOrphans lists the objects without a record: under snapshotd's own
 	// prefixes, and under the roots of a collection when the request names one. It
-	// reads the listing of the stores, and takes as long as that does.
+	// lists these prefixes in the stores, which determines its duration.
 	ListOrphans(*ListOrphansRequest, grpc.ServerStreamingServer[ListOrphansResponse]) error
 	// DeleteOrphans deletes the orphans under the roots of a collection that
 	// ListOrphans shows as deletable and that are older than the grace period by
 	// the store's clock, and lists them. Files that engines write before they
-	// register them are orphans until then: the grace period must exceed the time
-	// that takes.
+	// register them are orphans until then: the grace period must exceed this
+	// time.
 	DeleteOrphans(*DeleteOrphansRequest, grpc.ServerStreamingServer[DeleteOrphansResponse]) error
 	// Recover ends the state in which the metadata store is behind the object
-	// store: ids that may have been handed out since the backup are skipped, and
-	// what has objects under such ids is left alone for ever. It does nothing where
-	// the metadata store is not behind, unless it is forced; a repeat is success.
-	// With clock it does none of that: it ends the state in which a step of the
-	// clock stops expiry and collection, and trusts the clocks as they are.
+	// store: it skips the ids that may have been allocated since the backup, and
+	// objects under these ids are never deleted. Unless forced it does nothing if
+	// the metadata store is not behind; a repeat is success. With clock it only
+	// ends the state in which a step of the clock stops expiry and collection, and
+	// trusts the current clocks.
 	Recover(context.Context, *RecoverRequest) (*RecoverResponse, error)
 	mustEmbedUnimplementedCollectorServiceServer()
 }

@@ -78,10 +78,10 @@ func (x *CollectionName) GetName() string {
 }
 
 // CollectionRef points at a collection by id or by name. A name is resolved
-// once per request. An id stays right when a collection is renamed or dropped.
-// Where snapshots are asked for, a name that no collection has stands for the
-// one that had it when the newest of them was taken. When that is one of
-// several, the answer carries a header "snapshotd-note" that says so.
+// once per request. An id stays valid when a collection is renamed or dropped.
+// In requests for snapshots, a name without a collection refers to the one that
+// had it at the creation of the newest snapshot. If several had it, the response
+// has a note in the header "snapshotd-note".
 type CollectionRef struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// How the collection is given. Required.
@@ -268,7 +268,7 @@ func (*SnapshotRef_Id) isSnapshotRef_Ref() {}
 
 func (*SnapshotRef_Name) isSnapshotRef_Ref() {}
 
-// CollectionInfo says which collection something belongs to.
+// CollectionInfo identifies the collection of another record.
 type CollectionInfo struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The id.
@@ -338,7 +338,7 @@ type Position struct {
 	// Everything before this data timestamp, not including it. Data timestamps
 	// are the engine's own logical time, ordered as unsigned numbers.
 	Timestamp uint64 `protobuf:"varint,1,opt,name=timestamp,proto3" json:"timestamp,omitempty"`
-	// The engine's own handle for the place, at most 1 KiB, kept byte for byte.
+	// The engine's handle of the position, at most 1 KiB, kept byte for byte.
 	Opaque        []byte `protobuf:"bytes,2,opt,name=opaque,proto3" json:"opaque,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -460,8 +460,8 @@ type Root struct {
 	// The alias of the object store in the server's configuration. Default:
 	// "default".
 	Store string `protobuf:"bytes,1,opt,name=store,proto3" json:"store,omitempty"`
-	// What all keys under the root begin with: empty, or a relative path that
-	// ends in "/". At most 512 bytes. Must not lie under "snapshots/", "gc/" or
+	// The prefix of all keys under the root: empty, or a relative path that
+	// ends in "/". At most 512 bytes. Must not be under "snapshots/", "gc/" or
 	// "snapshotd-probe/", which are snapshotd's own.
 	Prefix        string `protobuf:"bytes,2,opt,name=prefix,proto3" json:"prefix,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -517,9 +517,9 @@ type Totals struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Segments.
 	Segments int64 `protobuf:"varint,1,opt,name=segments,proto3" json:"segments,omitempty"`
-	// Rows of all segments, those above a row ceiling included.
+	// Rows of all segments, rows above a row ceiling included.
 	Rows int64 `protobuf:"varint,2,opt,name=rows,proto3" json:"rows,omitempty"`
-	// Files, those of index builds included.
+	// Files, index builds included.
 	Files int64 `protobuf:"varint,3,opt,name=files,proto3" json:"files,omitempty"`
 	// Sum of the files' sizes in bytes.
 	Bytes int64 `protobuf:"varint,4,opt,name=bytes,proto3" json:"bytes,omitempty"`

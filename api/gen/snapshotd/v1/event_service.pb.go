@@ -22,17 +22,17 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// ChangeType says what kind of change an event is.
+// ChangeType is the kind of a change.
 type ChangeType int32
 
 const (
 	// Never used.
 	ChangeType_CHANGE_TYPE_UNSPECIFIED ChangeType = 0
-	// It came into being.
+	// The record was created.
 	ChangeType_CHANGE_TYPE_CREATED ChangeType = 1
 	// It changed, for example its state.
 	ChangeType_CHANGE_TYPE_UPDATED ChangeType = 2
-	// It is gone; only its ids are told.
+	// The record was removed; the event has only its ids.
 	ChangeType_CHANGE_TYPE_DELETED ChangeType = 3
 )
 
@@ -82,11 +82,11 @@ func (ChangeType) EnumDescriptor() ([]byte, []int) {
 // WatchEventsRequest is the request of WatchEvents.
 type WatchEventsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Go on after the message with this token. Default: from now on.
+	// Continue after the message with this token. Default: from now on.
 	ResumeToken string `protobuf:"bytes,1,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
 	// Only events of this collection, its snapshots and its tombstones, and of
-	// restores from or to it; but that a snapshot or a job is gone, of which only the id is known, and what happens to pins is
-	// told of all collections.
+	// restores from or to it. Events of pins, and deletions of snapshots and jobs,
+	// of which only the id is known, are sent for all collections.
 	Collection    *CollectionRef `protobuf:"bytes,2,opt,name=collection,proto3" json:"collection,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -143,7 +143,7 @@ type WatchEventsResponse struct {
 	ResumeToken string `protobuf:"bytes,1,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
 	// The revision at which it happened. Several events may share one.
 	Revision int64 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
-	// What happened.
+	// The event.
 	//
 	// Types that are valid to be assigned to Event:
 	//
@@ -268,7 +268,7 @@ type isWatchEventsResponse_Event interface {
 }
 
 type WatchEventsResponse_Bookmark struct {
-	// Nothing; a newer token to resume from.
+	// No change, only a newer token to resume from.
 	Bookmark *Bookmark `protobuf:"bytes,3,opt,name=bookmark,proto3,oneof"`
 }
 
@@ -309,7 +309,7 @@ func (*WatchEventsResponse_Tombstone) isWatchEventsResponse_Event() {}
 
 func (*WatchEventsResponse_Restore) isWatchEventsResponse_Event() {}
 
-// Bookmark says that everything up to its revision has been told.
+// Bookmark reports that all changes up to its revision have been sent.
 type Bookmark struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -350,7 +350,7 @@ func (*Bookmark) Descriptor() ([]byte, []int) {
 // announced when it becomes ACTIVE.
 type CollectionEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What kind of change.
+	// The kind of change.
 	Type ChangeType `protobuf:"varint,1,opt,name=type,proto3,enum=snapshotd.v1.ChangeType" json:"type,omitempty"`
 	// The collection as it is after the change.
 	Collection    *Collection `protobuf:"bytes,2,opt,name=collection,proto3" json:"collection,omitempty"`
@@ -405,7 +405,7 @@ func (x *CollectionEvent) GetCollection() *Collection {
 // SnapshotEvent is a change of a snapshot.
 type SnapshotEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What kind of change.
+	// The kind of change.
 	Type ChangeType `protobuf:"varint,1,opt,name=type,proto3,enum=snapshotd.v1.ChangeType" json:"type,omitempty"`
 	// The snapshot as it is after the change.
 	Snapshot      *Snapshot `protobuf:"bytes,2,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
@@ -457,15 +457,15 @@ func (x *SnapshotEvent) GetSnapshot() *Snapshot {
 	return nil
 }
 
-// PinEvent is a change of a pin. An owner who sees that it ended by itself knows
-// that nothing of his keeps the snapshot any more.
+// PinEvent is a change of a pin. After the expiry of its pin an owner no longer
+// keeps the snapshot.
 type PinEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What kind of change: CREATED, UPDATED when it is renewed, DELETED.
+	// The kind of change: CREATED, UPDATED when it is renewed, DELETED.
 	Type ChangeType `protobuf:"varint,1,opt,name=type,proto3,enum=snapshotd.v1.ChangeType" json:"type,omitempty"`
 	// The pin as it is after the change.
 	Pin *Pin `protobuf:"bytes,2,opt,name=pin,proto3" json:"pin,omitempty"`
-	// Whether it ended because nobody renewed it in time.
+	// Whether it ended because it was not renewed in time.
 	Expired       bool `protobuf:"varint,3,opt,name=expired,proto3" json:"expired,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -526,7 +526,7 @@ func (x *PinEvent) GetExpired() bool {
 // DELETED when its deletion is confirmed.
 type TombstoneEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What kind of change.
+	// The kind of change.
 	Type ChangeType `protobuf:"varint,1,opt,name=type,proto3,enum=snapshotd.v1.ChangeType" json:"type,omitempty"`
 	// The tombstone, without its files.
 	Tombstone     *Tombstone `protobuf:"bytes,2,opt,name=tombstone,proto3" json:"tombstone,omitempty"`
@@ -578,11 +578,11 @@ func (x *TombstoneEvent) GetTombstone() *Tombstone {
 	return nil
 }
 
-// RestoreEvent is a change of a restore job's state or phase. Progress is not
-// told here; see WatchRestore.
+// RestoreEvent is a change of a restore job's state or phase. It has no
+// progress; see WatchRestore.
 type RestoreEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What kind of change.
+	// The kind of change.
 	Type ChangeType `protobuf:"varint,1,opt,name=type,proto3,enum=snapshotd.v1.ChangeType" json:"type,omitempty"`
 	// The job as it is after the change, without its progress.
 	Job           *RestoreJob `protobuf:"bytes,2,opt,name=job,proto3" json:"job,omitempty"`

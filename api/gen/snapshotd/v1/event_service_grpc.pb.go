@@ -26,17 +26,17 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// EventService tells what happens.
+// EventService streams changes.
 type EventServiceClient interface {
 	// WatchEvents streams changes of collections, snapshots, restore jobs, pins and
-	// tombstones in the order in which they happened, each once, without gaps. The first message is a
-	// bookmark: what happens from then on will be told. A stream that ended is
-	// resumed with the token of the last message.
+	// tombstones in their order, each once, without gaps. The first message is a
+	// bookmark: all later changes follow. A stream that ended is resumed with the
+	// token of the last message.
 	//
 	// Errors:
 	//
-	//	OUT_OF_RANGE      EVENTS_COMPACTED: the token is too old. List what there
-	//	                  is and watch without a token.
+	//	OUT_OF_RANGE      EVENTS_COMPACTED: the token is too old. List the
+	//	                  records and watch without a token.
 	//	INVALID_ARGUMENT  INVALID_RESUME_TOKEN: not a token of this cluster.
 	WatchEvents(ctx context.Context, in *WatchEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchEventsResponse], error)
 }
@@ -72,17 +72,17 @@ type EventService_WatchEventsClient = grpc.ServerStreamingClient[WatchEventsResp
 // All implementations must embed UnimplementedEventServiceServer
 // for forward compatibility.
 //
-// EventService tells what happens.
+// EventService streams changes.
 type EventServiceServer interface {
 	// WatchEvents streams changes of collections, snapshots, restore jobs, pins and
-	// tombstones in the order in which they happened, each once, without gaps. The first message is a
-	// bookmark: what happens from then on will be told. A stream that ended is
-	// resumed with the token of the last message.
+	// tombstones in their order, each once, without gaps. The first message is a
+	// bookmark: all later changes follow. A stream that ended is resumed with the
+	// token of the last message.
 	//
 	// Errors:
 	//
-	//	OUT_OF_RANGE      EVENTS_COMPACTED: the token is too old. List what there
-	//	                  is and watch without a token.
+	//	OUT_OF_RANGE      EVENTS_COMPACTED: the token is too old. List the
+	//	                  records and watch without a token.
 	//	INVALID_ARGUMENT  INVALID_RESUME_TOKEN: not a token of this cluster.
 	WatchEvents(*WatchEventsRequest, grpc.ServerStreamingServer[WatchEventsResponse]) error
 	mustEmbedUnimplementedEventServiceServer()

@@ -23,15 +23,15 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// Deleter says who deletes the files of a granted unit.
+// Deleter is the party that deletes the files of a granted unit.
 type Deleter int32
 
 const (
 	// Not given.
 	Deleter_DELETER_UNSPECIFIED Deleter = 0
-	// snapshotd does, in the background.
+	// snapshotd deletes them in the background.
 	Deleter_DELETER_SNAPSHOTD Deleter = 1
-	// The caller does, and then calls ConfirmReclaimed.
+	// The caller deletes them, and then calls ConfirmReclaimed.
 	Deleter_DELETER_CALLER Deleter = 2
 )
 
@@ -76,7 +76,7 @@ func (Deleter) EnumDescriptor() ([]byte, []int) {
 	return file_snapshotd_v1_reclaim_service_proto_rawDescGZIP(), []int{0}
 }
 
-// State is what a unit is to the catalog.
+// State is the state of a unit in the catalog.
 type UnitReferences_State int32
 
 const (
@@ -84,12 +84,12 @@ const (
 	UnitReferences_STATE_UNSPECIFIED UnitReferences_State = 0
 	// Part of the collection.
 	UnitReferences_STATE_LIVE UnitReferences_State = 1
-	// Dropped or replaced, and not granted to anyone.
+	// Dropped or replaced, and not granted.
 	UnitReferences_STATE_DROPPED UnitReferences_State = 2
 	// Granted; its files are being deleted, or are.
 	UnitReferences_STATE_GRANTED UnitReferences_State = 3
-	// Not known: it never was registered, or is reclaimed and confirmed. Of index
-	// builds that are part of the collection nothing else is known either.
+	// Unknown: it was never registered, or is reclaimed and confirmed. Index
+	// builds that are part of the collection are also unknown.
 	UnitReferences_STATE_UNKNOWN UnitReferences_State = 4
 )
 
@@ -138,7 +138,7 @@ func (UnitReferences_State) EnumDescriptor() ([]byte, []int) {
 	return file_snapshotd_v1_reclaim_service_proto_rawDescGZIP(), []int{7, 0}
 }
 
-// Outcome is what was decided.
+// Outcome is the decision.
 type ReclaimResult_Outcome int32
 
 const (
@@ -146,7 +146,7 @@ const (
 	ReclaimResult_OUTCOME_UNSPECIFIED ReclaimResult_Outcome = 0
 	// It may be deleted; the tombstone is the proof.
 	ReclaimResult_OUTCOME_GRANTED ReclaimResult_Outcome = 1
-	// It may not; the holders say why.
+	// It may not be deleted because of the holders.
 	ReclaimResult_OUTCOME_HELD ReclaimResult_Outcome = 2
 	// There is no such unit, or it is reclaimed and confirmed. It is not granted.
 	ReclaimResult_OUTCOME_UNKNOWN ReclaimResult_Outcome = 3
@@ -195,7 +195,7 @@ func (ReclaimResult_Outcome) EnumDescriptor() ([]byte, []int) {
 	return file_snapshotd_v1_reclaim_service_proto_rawDescGZIP(), []int{10, 0}
 }
 
-// Kind says what kind of unit it is.
+// Kind is the kind of a unit.
 type Tombstone_Kind int32
 
 const (
@@ -205,7 +205,7 @@ const (
 	Tombstone_KIND_SEGMENT Tombstone_Kind = 1
 	// A replaced or removed index build.
 	Tombstone_KIND_INDEX_BUILD Tombstone_Kind = 2
-	// Files that were taken from a segment.
+	// Files that were removed from a segment.
 	Tombstone_KIND_FILES Tombstone_Kind = 3
 )
 
@@ -252,17 +252,17 @@ func (Tombstone_Kind) EnumDescriptor() ([]byte, []int) {
 	return file_snapshotd_v1_reclaim_service_proto_rawDescGZIP(), []int{11, 0}
 }
 
-// Outcome is what became of it.
+// Outcome is the result for a tombstone.
 type ConfirmResult_Outcome int32
 
 const (
 	// Never used.
 	ConfirmResult_OUTCOME_UNSPECIFIED ConfirmResult_Outcome = 0
-	// It is gone.
+	// It is removed.
 	ConfirmResult_OUTCOME_CONFIRMED ConfirmResult_Outcome = 1
 	// There is none: it was confirmed before, or never granted.
 	ConfirmResult_OUTCOME_UNKNOWN ConfirmResult_Outcome = 2
-	// It is snapshotd's to delete and to confirm. It stays.
+	// Its deleter is snapshotd, which also confirms it. It stays.
 	ConfirmResult_OUTCOME_FOREIGN ConfirmResult_Outcome = 3
 )
 
@@ -309,10 +309,10 @@ func (ConfirmResult_Outcome) EnumDescriptor() ([]byte, []int) {
 	return file_snapshotd_v1_reclaim_service_proto_rawDescGZIP(), []int{15, 0}
 }
 
-// Unit says what may be reclaimed, or already was.
+// Unit identifies a unit.
 type Unit struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// How the unit is given. Required.
+	// The identification. Required.
 	//
 	// Types that are valid to be assigned to Unit:
 	//
@@ -478,10 +478,10 @@ func (x *UnitFile) GetSegmentId() int64 {
 	return 0
 }
 
-// Holder is what keeps a unit from being deleted.
+// Holder prevents the deletion of a unit.
 type Holder struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What it is.
+	// The holder.
 	//
 	// Types that are valid to be assigned to Holder:
 	//
@@ -589,8 +589,7 @@ type SnapshotHolder struct {
 	SnapshotId int64 `protobuf:"varint,1,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
 	// Its name; empty when it is being created.
 	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	// The pins that keep it from being dropped, at most 8. Told by
-	// CheckReferences only.
+	// The pins that prevent its drop, at most 8, in CheckReferences only.
 	Pins          []*Pin `protobuf:"bytes,3,rep,name=pins,proto3" json:"pins,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -647,7 +646,7 @@ func (x *SnapshotHolder) GetPins() []*Pin {
 	return nil
 }
 
-// CatalogHolder says that a unit is in use by the collection.
+// CatalogHolder is a segment of the collection that uses a unit.
 type CatalogHolder struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The segment that it is, or is part of.
@@ -751,7 +750,7 @@ func (x *CheckReferencesRequest) GetUnits() []*Unit {
 // CheckReferencesResponse is the response of CheckReferences.
 type CheckReferencesResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The answers, in the order of the units.
+	// The results, in the order of the units.
 	Units         []*UnitReferences `protobuf:"bytes,1,rep,name=units,proto3" json:"units,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -794,14 +793,14 @@ func (x *CheckReferencesResponse) GetUnits() []*UnitReferences {
 	return nil
 }
 
-// UnitReferences says who holds a unit.
+// UnitReferences are the holders of a unit.
 type UnitReferences struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The unit's state.
 	State UnitReferences_State `protobuf:"varint,1,opt,name=state,proto3,enum=snapshotd.v1.UnitReferences_State" json:"state,omitempty"`
-	// Who holds it: at most 8, and fewer in an answer that would get too large.
+	// The holders: at most 8, fewer in a response that would be too large.
 	Holders []*Holder `protobuf:"bytes,2,rep,name=holders,proto3" json:"holders,omitempty"`
-	// How many hold it.
+	// The number of holders.
 	HolderCount int64 `protobuf:"varint,3,opt,name=holder_count,json=holderCount,proto3" json:"holder_count,omitempty"`
 	// The grant, when there is one; without its files.
 	Tombstone     *Tombstone `protobuf:"bytes,4,opt,name=tombstone,proto3" json:"tombstone,omitempty"`
@@ -874,7 +873,7 @@ type ReclaimRequest struct {
 	Collection *CollectionRef `protobuf:"bytes,1,opt,name=collection,proto3" json:"collection,omitempty"`
 	// The units, at most 10 000.
 	Units []*Unit `protobuf:"bytes,2,rep,name=units,proto3" json:"units,omitempty"`
-	// Who deletes. Required.
+	// The deleter. Required.
 	Deleter       Deleter `protobuf:"varint,3,opt,name=deleter,proto3,enum=snapshotd.v1.Deleter" json:"deleter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -934,7 +933,7 @@ func (x *ReclaimRequest) GetDeleter() Deleter {
 // ReclaimResponse is the response of Reclaim.
 type ReclaimResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The answers, in the order of the units.
+	// The results, in the order of the units.
 	Results       []*ReclaimResult `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -977,16 +976,16 @@ func (x *ReclaimResponse) GetResults() []*ReclaimResult {
 	return nil
 }
 
-// ReclaimResult says what was decided of a unit.
+// ReclaimResult is the decision about a unit.
 type ReclaimResult struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What was decided.
+	// The decision.
 	Outcome ReclaimResult_Outcome `protobuf:"varint,1,opt,name=outcome,proto3,enum=snapshotd.v1.ReclaimResult_Outcome" json:"outcome,omitempty"`
-	// The grant; without its files, which ListTombstones tells.
+	// The grant, without its files, which ListTombstones returns.
 	Tombstone *Tombstone `protobuf:"bytes,2,opt,name=tombstone,proto3" json:"tombstone,omitempty"`
-	// Who holds it: at most 8, and fewer in an answer that would get too large.
+	// The holders: at most 8, fewer in a response that would be too large.
 	Holders []*Holder `protobuf:"bytes,3,rep,name=holders,proto3" json:"holders,omitempty"`
-	// How many hold it.
+	// The number of holders.
 	HolderCount   int64 `protobuf:"varint,4,opt,name=holder_count,json=holderCount,proto3" json:"holder_count,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1053,28 +1052,28 @@ func (x *ReclaimResult) GetHolderCount() int64 {
 // Tombstone is the grant of a unit.
 type Tombstone struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The id, unique in the collection: that of the segment or index build, or one
-	// of its own.
+	// The id, unique in the collection: that of the segment or index build, or a
+	// separate one.
 	Id int64 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
 	// The collection.
 	CollectionId int64 `protobuf:"varint,2,opt,name=collection_id,json=collectionId,proto3" json:"collection_id,omitempty"`
-	// What kind of unit it is.
+	// The kind of the unit.
 	Kind Tombstone_Kind `protobuf:"varint,3,opt,name=kind,proto3,enum=snapshotd.v1.Tombstone_Kind" json:"kind,omitempty"`
 	// The segment that it is, or was part of.
 	SegmentId int64 `protobuf:"varint,4,opt,name=segment_id,json=segmentId,proto3" json:"segment_id,omitempty"`
-	// Who deletes the files.
+	// The deleter of the files.
 	Deleter Deleter `protobuf:"varint,5,opt,name=deleter,proto3,enum=snapshotd.v1.Deleter" json:"deleter,omitempty"`
-	// Who asked for it, as the server knows its callers; at most 128 bytes of it but
-	// in ListTombstones and events.
+	// The principal that requested it; clipped to 128 bytes except in
+	// ListTombstones and events.
 	Caller string `protobuf:"bytes,6,opt,name=caller,proto3" json:"caller,omitempty"`
 	// When it was granted.
 	GrantTime *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=grant_time,json=grantTime,proto3" json:"grant_time,omitempty"`
-	// How many files there are to delete.
+	// The number of files to delete.
 	FileCount int64 `protobuf:"varint,8,opt,name=file_count,json=fileCount,proto3" json:"file_count,omitempty"`
 	// The sum of their sizes in bytes.
 	Bytes int64 `protobuf:"varint,9,opt,name=bytes,proto3" json:"bytes,omitempty"`
-	// The files to delete. Files whose path does not carry the unit's id are not
-	// among them: they may belong to something else. Told by ListTombstones only.
+	// The files to delete, in ListTombstones only. Files whose path does not
+	// contain the unit's id are excluded: they may belong to another unit.
 	Files         []*TombstoneFile `protobuf:"bytes,10,rep,name=files,proto3" json:"files,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1180,7 +1179,7 @@ func (x *Tombstone) GetFiles() []*TombstoneFile {
 	return nil
 }
 
-// TombstoneFile is a file that is to be deleted.
+// TombstoneFile is a file to delete.
 type TombstoneFile struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The alias of the object store.
@@ -1302,7 +1301,7 @@ func (x *ConfirmReclaimedRequest) GetTombstoneIds() []int64 {
 // ConfirmReclaimedResponse is the response of ConfirmReclaimed.
 type ConfirmReclaimedResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The answers, in the order of the tombstones.
+	// The results, in the order of the tombstones.
 	Results       []*ConfirmResult `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1345,12 +1344,12 @@ func (x *ConfirmReclaimedResponse) GetResults() []*ConfirmResult {
 	return nil
 }
 
-// ConfirmResult says what became of a tombstone.
+// ConfirmResult is the result for a tombstone.
 type ConfirmResult struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The tombstone.
 	TombstoneId int64 `protobuf:"varint,1,opt,name=tombstone_id,json=tombstoneId,proto3" json:"tombstone_id,omitempty"`
-	// What became of it.
+	// The result.
 	Outcome       ConfirmResult_Outcome `protobuf:"varint,2,opt,name=outcome,proto3,enum=snapshotd.v1.ConfirmResult_Outcome" json:"outcome,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1407,10 +1406,11 @@ type ListTombstonesRequest struct {
 	Collection *CollectionRef `protobuf:"bytes,1,opt,name=collection,proto3" json:"collection,omitempty"`
 	// Only tombstones of this deleter. Default: of all.
 	Deleter Deleter `protobuf:"varint,2,opt,name=deleter,proto3,enum=snapshotd.v1.Deleter" json:"deleter,omitempty"`
-	// The most tombstones in the answer. Default 100; more than 1 000 counts as
-	// 1 000. A page may hold fewer: it is also bounded to about 2 MiB.
+	// The maximum number of tombstones in the response. Default 100; more than
+	// 1 000 counts as 1 000. A page may hold fewer: it is also bounded to about
+	// 2 MiB.
 	PageSize int32 `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
-	// From the previous answer, for the next page.
+	// From the previous response, for the next page.
 	PageToken     string `protobuf:"bytes,4,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

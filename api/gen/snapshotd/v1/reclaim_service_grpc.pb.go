@@ -29,34 +29,33 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// ReclaimService says what may be deleted. What a collection no longer needs is
-// reclaimed in units: a segment that was dropped, an index build that was
-// replaced or removed, or the files that one update took from a segment. A unit
-// stays whole, with all its files, while a snapshot holds it or one is being
-// created that may; a grant is the decision, made in one transaction, that
-// nothing does and nothing will. It is never taken back.
+// ReclaimService decides what may be deleted. Unneeded data of a collection is
+// reclaimed in units: a dropped segment, a replaced or removed index build, or
+// the files that one update removed from a segment. A unit keeps all its files
+// while a snapshot, or a create under way, holds it. A grant is the decision,
+// made in one transaction, that nothing holds the unit and nothing ever will. It
+// is never revoked.
 //
-// A file is to be registered with one segment of one collection: what another
-// collection references is not waited for when a unit is granted.
+// Register a file with one segment of one collection only: references of another
+// collection do not prevent a grant.
 //
-// The errors listed at SnapshotService may end every call here too. Besides:
+// Every call may also end with the errors of SnapshotService, and with:
 //
 //	NOT_FOUND            COLLECTION_NOT_FOUND. A dropped collection is given by
 //	                     its id.
-//	FAILED_PRECONDITION  REFERENCES_UNREADABLE: what a snapshot of the collection
-//	                     references cannot be read, so nothing of the collection
-//	                     may be deleted; the message says which snapshot.
-//	UNAVAILABLE          REFERENCES_LOADING: this replica is still reading what
-//	                     snapshots reference. Try again.
+//	FAILED_PRECONDITION  REFERENCES_UNREADABLE: the references of a snapshot of
+//	                     the collection cannot be read, so nothing of the
+//	                     collection may be deleted; the message has the snapshot.
+//	UNAVAILABLE          REFERENCES_LOADING: this replica is still reading the
+//	                     references of snapshots. Retry.
 type ReclaimServiceClient interface {
-	// CheckReferences tells who holds units, and what they are to the catalog. It
-	// is advice: by the time it is read it may be wrong. Only a grant of Reclaim
-	// allows a deletion.
+	// CheckReferences returns the holders of units, and their state in the catalog.
+	// The result may be outdated when it arrives. Only a grant of Reclaim allows a
+	// deletion.
 	CheckReferences(ctx context.Context, in *CheckReferencesRequest, opts ...grpc.CallOption) (*CheckReferencesResponse, error)
-	// Reclaim asks for units to be deleted, and answers for each of them: GRANTED,
-	// HELD or UNKNOWN. It is not atomic: each unit is decided on its own. A unit
-	// that was granted before is granted again, as it was, so that the call can be
-	// repeated.
+	// Reclaim requests the deletion of units, and returns for each GRANTED, HELD or
+	// UNKNOWN. It is not atomic: each unit is decided separately. For a unit that
+	// was granted before it returns the same grant, so the call can be repeated.
 	//
 	// With DELETER_SNAPSHOTD a granted unit's files are deleted in the background.
 	// With DELETER_CALLER the caller removes the unit from its own metadata, then
@@ -65,10 +64,10 @@ type ReclaimServiceClient interface {
 	// Errors:
 	//
 	//	ABORTED  CONFLICT: snapshots of the collection were committed faster than
-	//	         the decision could be made. Try again.
+	//	         the decision could be made. Retry.
 	Reclaim(ctx context.Context, in *ReclaimRequest, opts ...grpc.CallOption) (*ReclaimResponse, error)
-	// ConfirmReclaimed says that the files of granted units are deleted, all of
-	// them. Their tombstones go, and nothing is left of them.
+	// ConfirmReclaimed reports that all files of granted units are deleted. It
+	// removes their tombstones, the last record of the units.
 	ConfirmReclaimed(ctx context.Context, in *ConfirmReclaimedRequest, opts ...grpc.CallOption) (*ConfirmReclaimedResponse, error)
 	// ListTombstones returns grants that are not confirmed yet, in the order of
 	// collection and tombstone id, in pages.
@@ -131,34 +130,33 @@ func (c *reclaimServiceClient) ListTombstones(ctx context.Context, in *ListTombs
 // All implementations must embed UnimplementedReclaimServiceServer
 // for forward compatibility.
 //
-// ReclaimService says what may be deleted. What a collection no longer needs is
-// reclaimed in units: a segment that was dropped, an index build that was
-// replaced or removed, or the files that one update took from a segment. A unit
-// stays whole, with all its files, while a snapshot holds it or one is being
-// created that may; a grant is the decision, made in one transaction, that
-// nothing does and nothing will. It is never taken back.
+// ReclaimService decides what may be deleted. Unneeded data of a collection is
+// reclaimed in units: a dropped segment, a replaced or removed index build, or
+// the files that one update removed from a segment. A unit keeps all its files
+// while a snapshot, or a create under way, holds it. A grant is the decision,
+// made in one transaction, that nothing holds the unit and nothing ever will. It
+// is never revoked.
 //
-// A file is to be registered with one segment of one collection: what another
-// collection references is not waited for when a unit is granted.
+// Register a file with one segment of one collection only: references of another
+// collection do not prevent a grant.
 //
-// The errors listed at SnapshotService may end every call here too. Besides:
+// Every call may also end with the errors of SnapshotService, and with:
 //
 //	NOT_FOUND            COLLECTION_NOT_FOUND. A dropped collection is given by
 //	                     its id.
-//	FAILED_PRECONDITION  REFERENCES_UNREADABLE: what a snapshot of the collection
-//	                     references cannot be read, so nothing of the collection
-//	                     may be deleted; the message says which snapshot.
-//	UNAVAILABLE          REFERENCES_LOADING: this replica is still reading what
-//	                     snapshots reference. Try again.
+//	FAILED_PRECONDITION  REFERENCES_UNREADABLE: the references of a snapshot of
+//	                     the collection cannot be read, so nothing of the
+//	                     collection may be deleted; the message has the snapshot.
+//	UNAVAILABLE          REFERENCES_LOADING: this replica is still reading the
+//	                     references of snapshots. Retry.
 type ReclaimServiceServer interface {
-	// CheckReferences tells who holds units, and what they are to the catalog. It
-	// is advice: by the time it is read it may be wrong. Only a grant of Reclaim
-	// allows a deletion.
+	// CheckReferences returns the holders of units, and their state in the catalog.
+	// The result may be outdated when it arrives. Only a grant of Reclaim allows a
+	// deletion.
 	CheckReferences(context.Context, *CheckReferencesRequest) (*CheckReferencesResponse, error)
-	// Reclaim asks for units to be deleted, and answers for each of them: GRANTED,
-	// HELD or UNKNOWN. It is not atomic: each unit is decided on its own. A unit
-	// that was granted before is granted again, as it was, so that the call can be
-	// repeated.
+	// Reclaim requests the deletion of units, and returns for each GRANTED, HELD or
+	// UNKNOWN. It is not atomic: each unit is decided separately. For a unit that
+	// was granted before it returns the same grant, so the call can be repeated.
 	//
 	// With DELETER_SNAPSHOTD a granted unit's files are deleted in the background.
 	// With DELETER_CALLER the caller removes the unit from its own metadata, then
@@ -167,10 +165,10 @@ type ReclaimServiceServer interface {
 	// Errors:
 	//
 	//	ABORTED  CONFLICT: snapshots of the collection were committed faster than
-	//	         the decision could be made. Try again.
+	//	         the decision could be made. Retry.
 	Reclaim(context.Context, *ReclaimRequest) (*ReclaimResponse, error)
-	// ConfirmReclaimed says that the files of granted units are deleted, all of
-	// them. Their tombstones go, and nothing is left of them.
+	// ConfirmReclaimed reports that all files of granted units are deleted. It
+	// removes their tombstones, the last record of the units.
 	ConfirmReclaimed(context.Context, *ConfirmReclaimedRequest) (*ConfirmReclaimedResponse, error)
 	// ListTombstones returns grants that are not confirmed yet, in the order of
 	// collection and tombstone id, in pages.

@@ -24,7 +24,7 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// State is where a job is in its life.
+// State is the state of a job.
 type RestoreJob_State int32
 
 const (
@@ -89,7 +89,7 @@ func (RestoreJob_State) EnumDescriptor() ([]byte, []int) {
 	return file_snapshotd_v1_restore_proto_rawDescGZIP(), []int{0, 0}
 }
 
-// Phase is what a job is doing.
+// Phase is the current step of a job.
 type RestoreJob_Phase int32
 
 const (
@@ -101,9 +101,9 @@ const (
 	RestoreJob_PHASE_PREPARE RestoreJob_Phase = 2
 	// Files are copied and verified.
 	RestoreJob_PHASE_COPY RestoreJob_Phase = 3
-	// All is there, and the target was made visible.
+	// All is copied, and the target is visible.
 	RestoreJob_PHASE_PUBLISH RestoreJob_Phase = 4
-	// What was made is removed.
+	// Its objects and records are removed.
 	RestoreJob_PHASE_ROLL_BACK RestoreJob_Phase = 5
 )
 
@@ -154,9 +154,10 @@ func (RestoreJob_Phase) EnumDescriptor() ([]byte, []int) {
 	return file_snapshotd_v1_restore_proto_rawDescGZIP(), []int{0, 1}
 }
 
-// RestoreJob makes a new collection of a snapshot: its files are copied inside
-// the object store, and the collection appears when all of them are there and
-// verified. A job ends with the whole collection, or with nothing of it.
+// RestoreJob creates a new collection from a snapshot: its files are copied
+// inside the object store, and the collection appears after all of them are
+// copied and verified. A job ends with the whole collection, or with nothing of
+// it.
 type RestoreJob struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The id.
@@ -169,18 +170,18 @@ type RestoreJob struct {
 	SourceCollectionId int64 `protobuf:"varint,4,opt,name=source_collection_id,json=sourceCollectionId,proto3" json:"source_collection_id,omitempty"`
 	// The collection that is made.
 	Target *CollectionInfo `protobuf:"bytes,5,opt,name=target,proto3" json:"target,omitempty"`
-	// Where it is in its life.
+	// The state.
 	State RestoreJob_State `protobuf:"varint,6,opt,name=state,proto3,enum=snapshotd.v1.RestoreJob_State" json:"state,omitempty"`
-	// What it is doing, or did last.
+	// The current or last step.
 	Phase RestoreJob_Phase `protobuf:"varint,7,opt,name=phase,proto3,enum=snapshotd.v1.RestoreJob_Phase" json:"phase,omitempty"`
-	// How far it has come.
+	// The progress.
 	Progress *RestoreProgress `protobuf:"bytes,8,opt,name=progress,proto3" json:"progress,omitempty"`
 	// Why it fails, failed or was canceled: a stable reason such as
 	// SOURCE_OBJECT_MISSING.
 	Reason string `protobuf:"bytes,9,opt,name=reason,proto3" json:"reason,omitempty"`
-	// The same for people, with the name of what is to blame.
+	// The same as a text, with the name of the cause.
 	Message string `protobuf:"bytes,10,opt,name=message,proto3" json:"message,omitempty"`
-	// The last error that was met and is tried again; empty: none.
+	// The last error that is retried; empty: none.
 	LastError string `protobuf:"bytes,11,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
 	// When it was made durable.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
@@ -188,7 +189,7 @@ type RestoreJob struct {
 	StartTime *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
 	// When it ended; unset before.
 	EndTime *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
-	// When it is given up unless it has ended; unset: never.
+	// When it fails unless it has ended; unset: never.
 	Deadline *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=deadline,proto3" json:"deadline,omitempty"`
 	// For selecting jobs.
 	Labels map[string]string `protobuf:"bytes,16,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
@@ -198,15 +199,15 @@ type RestoreJob struct {
 	SkipIndexes bool `protobuf:"varint,18,opt,name=skip_indexes,json=skipIndexes,proto3" json:"skip_indexes,omitempty"`
 	// Jobs of a higher priority get workers first.
 	Priority int32 `protobuf:"varint,19,opt,name=priority,proto3" json:"priority,omitempty"`
-	// What it may use of the object store.
+	// The limits on its use of the object store.
 	Limits *RestoreLimits `protobuf:"bytes,20,opt,name=limits,proto3" json:"limits,omitempty"`
 	// Since when it has waited for a store that does not answer, with no file
-	// finished; unset: it does not wait. The last error says for which.
+	// finished; unset: it does not wait. The last error names the store.
 	WaitingSince *timestamppb.Timestamp `protobuf:"bytes,21,opt,name=waiting_since,json=waitingSince,proto3" json:"waiting_since,omitempty"`
-	// Since when the object store refuses its copies, by a refusal that may pass: an
-	// expired token, a right, a clock. They are tried again for the time that the
-	// server is configured with, then the job fails. Unset: none is refused. The last
-	// error has the store's words.
+	// Since when the object store refuses its copies, by a refusal that may pass:
+	// an expired token, a right, a clock. They are retried for the configured
+	// time of the server, then the job fails. Unset: none is refused. The last
+	// error has the text of the store.
 	RefusedSince  *timestamppb.Timestamp `protobuf:"bytes,22,opt,name=refused_since,json=refusedSince,proto3" json:"refused_since,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -396,16 +397,16 @@ func (x *RestoreJob) GetRefusedSince() *timestamppb.Timestamp {
 	return nil
 }
 
-// RestoreProgress says how far a job has come. What is done never goes down.
+// RestoreProgress is the progress of a job. It never decreases.
 type RestoreProgress struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Segments that are copied, verified and registered.
 	SegmentsDone int64 `protobuf:"varint,1,opt,name=segments_done,json=segmentsDone,proto3" json:"segments_done,omitempty"`
-	// Segments in all.
+	// All segments.
 	SegmentsTotal int64 `protobuf:"varint,2,opt,name=segments_total,json=segmentsTotal,proto3" json:"segments_total,omitempty"`
-	// Files that are copied or were found to be there.
+	// Files that are copied or already existed.
 	FilesDone int64 `protobuf:"varint,3,opt,name=files_done,json=filesDone,proto3" json:"files_done,omitempty"`
-	// Files in all.
+	// All files.
 	FilesTotal int64 `protobuf:"varint,4,opt,name=files_total,json=filesTotal,proto3" json:"files_total,omitempty"`
 	// Bytes of the former.
 	BytesDone int64 `protobuf:"varint,5,opt,name=bytes_done,json=bytesDone,proto3" json:"bytes_done,omitempty"`
@@ -417,7 +418,7 @@ type RestoreProgress struct {
 	Remaining *durationpb.Duration `protobuf:"bytes,8,opt,name=remaining,proto3" json:"remaining,omitempty"`
 	// Between 0 and 1; 1 only when the job is COMPLETED.
 	Fraction float64 `protobuf:"fixed64,9,opt,name=fraction,proto3" json:"fraction,omitempty"`
-	// Tasks that had to be begun again.
+	// Restarted tasks.
 	Retries       int64 `protobuf:"varint,10,opt,name=retries,proto3" json:"retries,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -523,8 +524,8 @@ func (x *RestoreProgress) GetRetries() int64 {
 	return 0
 }
 
-// RestoreLimits is what a job may use of the object store, over all workers. 0:
-// as much as there is.
+// RestoreLimits bound the use of the object store by a job, over all workers.
+// 0: no limit.
 type RestoreLimits struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Requests a second.
@@ -579,7 +580,7 @@ func (x *RestoreLimits) GetBytesPerSecond() int64 {
 	return 0
 }
 
-// RestorePlan says what a restore would do.
+// RestorePlan describes a restore before its start.
 type RestorePlan struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Segments to restore.
@@ -592,14 +593,13 @@ type RestorePlan struct {
 	Requests int64 `protobuf:"varint,4,opt,name=requests,proto3" json:"requests,omitempty"`
 	// How long it takes, about, at the limits and with the workers there are.
 	EstimatedTime *durationpb.Duration `protobuf:"bytes,5,opt,name=estimated_time,json=estimatedTime,proto3" json:"estimated_time,omitempty"`
-	// Why it could not be done, such as a name that is taken; empty: nothing is in
-	// the way.
+	// Reasons that prevent it, such as a name that is taken; empty: none.
 	Conflicts []string `protobuf:"bytes,6,rep,name=conflicts,proto3" json:"conflicts,omitempty"`
-	// Files of the snapshot that are missing or not as they were recorded, at most 100,
-	// each with what differs: size, checksum or ETag, also an ETag of another layout.
-	// Looked for only when the request asks for verification.
+	// Files of the snapshot that are missing or differ from their record, at most
+	// 100, each with the difference: size, checksum or ETag, also an ETag of
+	// another layout. Only with verification.
 	Missing []string `protobuf:"bytes,7,rep,name=missing,proto3" json:"missing,omitempty"`
-	// How many those are.
+	// The number of these files.
 	MissingCount  int64 `protobuf:"varint,8,opt,name=missing_count,json=missingCount,proto3" json:"missing_count,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

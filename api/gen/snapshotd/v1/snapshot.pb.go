@@ -103,7 +103,7 @@ type Snapshot struct {
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	// When it was committed; unset before.
 	CommitTime *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=commit_time,json=commitTime,proto3" json:"commit_time,omitempty"`
-	// When it may be dropped by itself; unset: never.
+	// When it expires; unset: never.
 	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
 	// The cut of each channel, in shard order: rows before it are in the
 	// snapshot, rows at or after it are not. Set once committed.
@@ -112,10 +112,10 @@ type Snapshot struct {
 	CatalogRevision int64 `protobuf:"varint,11,opt,name=catalog_revision,json=catalogRevision,proto3" json:"catalog_revision,omitempty"`
 	// The partitions that it covers.
 	PartitionIds []int64 `protobuf:"varint,12,rep,packed,name=partition_ids,json=partitionIds,proto3" json:"partition_ids,omitempty"`
-	// What it references.
+	// The totals of its references.
 	Totals *Totals `protobuf:"bytes,13,opt,name=totals,proto3" json:"totals,omitempty"`
-	// Changes with every change of the record; give it to UpdateSnapshot to make
-	// sure that nobody changed it in between.
+	// Changes with every change of the record; pass it to UpdateSnapshot to
+	// detect a concurrent change.
 	Revision int64 `protobuf:"varint,14,opt,name=revision,proto3" json:"revision,omitempty"`
 	// The size of its own manifests and metadata in bytes.
 	ManifestBytes int64 `protobuf:"varint,15,opt,name=manifest_bytes,json=manifestBytes,proto3" json:"manifest_bytes,omitempty"`
@@ -274,9 +274,9 @@ type Pin struct {
 	Id int64 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
 	// The snapshot.
 	SnapshotId int64 `protobuf:"varint,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
-	// Who made it, for people.
+	// The owner, for people.
 	Owner string `protobuf:"bytes,3,opt,name=owner,proto3" json:"owner,omitempty"`
-	// What for, for people.
+	// The reason, for people.
 	Reason string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
 	// How long it lasts from the last renewal; unset: until it is removed.
 	Ttl *durationpb.Duration `protobuf:"bytes,5,opt,name=ttl,proto3" json:"ttl,omitempty"`
@@ -285,7 +285,7 @@ type Pin struct {
 	// When it ends unless it is renewed; it may end some seconds later, never
 	// before. Unset: never.
 	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
-	// The restore job that it is of, whose end alone removes it; 0: none.
+	// The restore job that owns it; only its end removes the pin; 0: none.
 	RestoreJobId  int64 `protobuf:"varint,8,opt,name=restore_job_id,json=restoreJobId,proto3" json:"restore_job_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -377,9 +377,8 @@ func (x *Pin) GetRestoreJobId() int64 {
 	return 0
 }
 
-// SnapshotUsage says what a snapshot keeps in the object stores: its files,
-// parted into those that would be free to go if it were dropped now, and those
-// that something else needs as well.
+// SnapshotUsage is the use of the object stores by a snapshot: the files that its
+// drop would release, and the files that other holders need as well.
 type SnapshotUsage struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Files that nothing but this snapshot keeps.

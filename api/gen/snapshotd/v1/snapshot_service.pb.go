@@ -25,7 +25,7 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// SegmentView says how much of each segment is wanted.
+// SegmentView selects the fields of each segment.
 type SegmentView int32
 
 const (
@@ -290,7 +290,7 @@ type CreateSnapshotRequest_Ttl struct {
 }
 
 type CreateSnapshotRequest_ExpireTime struct {
-	// At this time, which must lie ahead, by at most 100 years.
+	// At this time, which is in the future, by at most 100 years.
 	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=expire_time,json=expireTime,proto3,oneof"`
 }
 
@@ -441,16 +441,17 @@ type DescribeSnapshotRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The snapshot. Required.
 	Snapshot *SnapshotRef `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
-	// Whether to tell the snapshot's usage, which costs a read of its manifests
+	// Whether to return the snapshot's usage, which costs a read of its manifests
 	// and of the collection's segments. On the first page only.
 	IncludeUsage bool `protobuf:"varint,2,opt,name=include_usage,json=includeUsage,proto3" json:"include_usage,omitempty"`
-	// The most partitions, indexes and manifests in the answer, counted together;
+	// The maximum number of partitions, indexes and manifests in the response;
 	// more than 1 000 counts as 1 000. A page is also bounded to about 2 MiB.
-	// Default: as many as one message of 4 MiB holds, and when that is not all the
-	// answer carries a header "snapshotd-note".
+	// Default: as many as fit into one message of 4 MiB; if these are not all, the
+	// response has a header "snapshotd-note".
 	PageSize int32 `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
-	// From the previous answer, for the next page: the partitions, then the indexes,
-	// then the manifests that the pages before it did not have, and the counts.
+	// From the previous response, for the next page: the partitions, then the
+	// indexes, then the manifests that the pages before it did not have, and the
+	// counts.
 	PageToken     string `protobuf:"bytes,4,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -525,7 +526,7 @@ type DescribeSnapshotResponse struct {
 	Partitions []*Partition `protobuf:"bytes,3,rep,name=partitions,proto3" json:"partitions,omitempty"`
 	// The indexes as they were captured.
 	Indexes []*Index `protobuf:"bytes,4,rep,name=indexes,proto3" json:"indexes,omitempty"`
-	// The object store alias that the snapshot's own files lie in.
+	// The object store alias of the snapshot's own files.
 	Store string `protobuf:"bytes,5,opt,name=store,proto3" json:"store,omitempty"`
 	// The prefix of the snapshot's own files in that store.
 	Prefix string `protobuf:"bytes,6,opt,name=prefix,proto3" json:"prefix,omitempty"`
@@ -533,17 +534,17 @@ type DescribeSnapshotResponse struct {
 	Manifests []*Manifest `protobuf:"bytes,7,rep,name=manifests,proto3" json:"manifests,omitempty"`
 	// The format version of the snapshot's files.
 	FormatVersion int32 `protobuf:"varint,8,opt,name=format_version,json=formatVersion,proto3" json:"format_version,omitempty"`
-	// What it keeps, with include_usage.
+	// The usage, with include_usage.
 	Usage *SnapshotUsage `protobuf:"bytes,9,opt,name=usage,proto3" json:"usage,omitempty"`
-	// Its own files that are missing or have another length than was written, in
-	// words, as a listing of the prefix shows them; at most 100. Their content is
-	// not read. Empty: none, unless damage_unknown says otherwise.
+	// Descriptions of its own files that are missing or have a wrong length in a
+	// listing of the prefix; at most 100. Their content is not read. Empty: none,
+	// unless damage_unknown is set.
 	Damage []string `protobuf:"bytes,10,rep,name=damage,proto3" json:"damage,omitempty"`
 	// Why the prefix could not be listed; empty: it was.
 	DamageUnknown string `protobuf:"bytes,11,opt,name=damage_unknown,json=damageUnknown,proto3" json:"damage_unknown,omitempty"`
 	// For the next page; empty on the last.
 	NextPageToken string `protobuf:"bytes,12,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
-	// How many partitions there are, on all pages together.
+	// The number of partitions on all pages.
 	PartitionCount int64 `protobuf:"varint,13,opt,name=partition_count,json=partitionCount,proto3" json:"partition_count,omitempty"`
 	// How many indexes.
 	IndexCount int64 `protobuf:"varint,14,opt,name=index_count,json=indexCount,proto3" json:"index_count,omitempty"`
@@ -778,10 +779,11 @@ type ListSnapshotSegmentsRequest struct {
 	Snapshot *SnapshotRef `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
 	// How much of each segment is wanted.
 	View SegmentView `protobuf:"varint,2,opt,name=view,proto3,enum=snapshotd.v1.SegmentView" json:"view,omitempty"`
-	// The most segments in the answer. Default 100; more than 1 000 counts as
-	// 1 000. A page may hold fewer: it is also bounded to about 2 MiB.
+	// The maximum number of segments in the response. Default 100; more than
+	// 1 000 counts as 1 000. A page may hold fewer: it is also bounded to about
+	// 2 MiB.
 	PageSize int32 `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
-	// From the previous answer, for the next page.
+	// From the previous response, for the next page.
 	PageToken     string `protobuf:"bytes,4,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -852,7 +854,7 @@ type SnapshotSegment struct {
 	Ordinal int64 `protobuf:"varint,1,opt,name=ordinal,proto3" json:"ordinal,omitempty"`
 	// The segment.
 	Segment *Segment `protobuf:"bytes,2,opt,name=segment,proto3" json:"segment,omitempty"`
-	// The number of its files, those of index builds included.
+	// The number of its files, index builds included.
 	Files int64 `protobuf:"varint,3,opt,name=files,proto3" json:"files,omitempty"`
 	// The sum of their sizes in bytes.
 	Bytes         int64 `protobuf:"varint,4,opt,name=bytes,proto3" json:"bytes,omitempty"`
@@ -989,10 +991,11 @@ type ListSnapshotsRequest struct {
 	States []Snapshot_State `protobuf:"varint,5,rep,packed,name=states,proto3,enum=snapshotd.v1.Snapshot_State" json:"states,omitempty"`
 	// Only snapshots whose name begins so.
 	NamePrefix string `protobuf:"bytes,6,opt,name=name_prefix,json=namePrefix,proto3" json:"name_prefix,omitempty"`
-	// The most snapshots in the answer. Default 100; more than 1 000 counts as
-	// 1 000. A page may hold fewer: it is also bounded to about 2 MiB.
+	// The maximum number of snapshots in the response. Default 100; more than
+	// 1 000 counts as 1 000. A page may hold fewer: it is also bounded to about
+	// 2 MiB.
 	PageSize int32 `protobuf:"varint,7,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
-	// From the previous answer, for the next page, with the same filters.
+	// From the previous response, for the next page, with the same filters.
 	PageToken     string `protobuf:"bytes,8,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1144,14 +1147,14 @@ type UpdateSnapshotRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The snapshot. Required.
 	Snapshot *SnapshotRef `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
-	// What to change: "description", "labels" (all of them), and "expire_time" or
-	// "ttl". Required.
+	// The fields to change: "description", "labels" (all of them), and
+	// "expire_time" or "ttl". Required.
 	UpdateMask *fieldmaskpb.FieldMask `protobuf:"bytes,2,opt,name=update_mask,json=updateMask,proto3" json:"update_mask,omitempty"`
 	// The new description, at most 1 KiB.
 	Description string `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
 	// The new labels.
 	Labels map[string]string `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// The new expiry, which must lie ahead, by at most 100 years; unset: never.
+	// The new expiry, in the future, by at most 100 years; unset: never.
 	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
 	// The revision that the snapshot must have; 0: any.
 	ExpectedRevision int64 `protobuf:"varint,6,opt,name=expected_revision,json=expectedRevision,proto3" json:"expected_revision,omitempty"`
@@ -1304,8 +1307,8 @@ type DropSnapshotRequest struct {
 	ExpectedId int64 `protobuf:"varint,2,opt,name=expected_id,json=expectedId,proto3" json:"expected_id,omitempty"`
 	// For safe repeats; see the service. At most 128 printable ASCII characters.
 	RequestToken string `protobuf:"bytes,3,opt,name=request_token,json=requestToken,proto3" json:"request_token,omitempty"`
-	// Only say what a drop would do, and what it would free. The request_token is
-	// not used up.
+	// Only return the effect of a drop, and the files that it would release. The
+	// request_token stays unused.
 	DryRun        bool `protobuf:"varint,4,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1375,8 +1378,8 @@ type DropSnapshotResponse struct {
 	// The id of the snapshot that is dropped, or with dry_run would be; 0: there
 	// was none.
 	SnapshotId int64 `protobuf:"varint,1,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
-	// With dry_run what the snapshot keeps: its exclusive files are what nothing
-	// holds any more once it is dropped.
+	// With dry_run the snapshot's usage: its drop would release the exclusive
+	// files.
 	Usage         *SnapshotUsage `protobuf:"bytes,2,opt,name=usage,proto3" json:"usage,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1431,9 +1434,9 @@ type PinSnapshotRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The snapshot. Required.
 	Snapshot *SnapshotRef `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
-	// Who pins it, for people: 1 to 255 bytes. Required.
+	// The owner, for people: 1 to 255 bytes. Required.
 	Owner string `protobuf:"bytes,2,opt,name=owner,proto3" json:"owner,omitempty"`
-	// What for, for people: at most 256 bytes.
+	// The reason, for people: at most 256 bytes.
 	Reason string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
 	// How long it lasts, from now and from each renewal: 1 second to 30 days,
 	// rounded up to whole seconds; the store may round up a few more. Default:
@@ -1763,10 +1766,10 @@ type ListPinsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Only pins of this snapshot. Default: of all.
 	Snapshot *SnapshotRef `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
-	// The most pins in the answer. Default 100; more than 1 000 counts as 1 000. A
-	// page may hold fewer: it is also bounded to about 2 MiB.
+	// The maximum number of pins in the response. Default 100; more than 1 000
+	// counts as 1 000. A page may hold fewer: it is also bounded to about 2 MiB.
 	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
-	// From the previous answer, for the next page.
+	// From the previous response, for the next page.
 	PageToken     string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1900,7 +1903,7 @@ type RestoreSnapshotRequest struct {
 	SkipIndexes bool `protobuf:"varint,7,opt,name=skip_indexes,json=skipIndexes,proto3" json:"skip_indexes,omitempty"`
 	// Jobs of a higher priority get workers first. Default 0.
 	Priority int32 `protobuf:"varint,8,opt,name=priority,proto3" json:"priority,omitempty"`
-	// What the job may use of the object store.
+	// The limits of the job on the object store.
 	Limits *RestoreLimits `protobuf:"bytes,9,opt,name=limits,proto3" json:"limits,omitempty"`
 	// Give the job up when it has not ended after so long; 1 second to 30 days.
 	// Default: never.
@@ -2304,10 +2307,10 @@ type ListRestoreJobsRequest struct {
 	States []RestoreJob_State `protobuf:"varint,3,rep,packed,name=states,proto3,enum=snapshotd.v1.RestoreJob_State" json:"states,omitempty"`
 	// Only jobs that have all these labels with these values.
 	Labels map[string]string `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// The most jobs in the answer. Default 100; more than 1 000 counts as 1 000. A
-	// page may hold fewer: it is also bounded to about 2 MiB.
+	// The maximum number of jobs in the response. Default 100; more than 1 000
+	// counts as 1 000. A page may hold fewer: it is also bounded to about 2 MiB.
 	PageSize int32 `protobuf:"varint,5,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
-	// From the previous answer, for the next page, with the same filters.
+	// From the previous response, for the next page, with the same filters.
 	PageToken     string `protobuf:"bytes,6,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

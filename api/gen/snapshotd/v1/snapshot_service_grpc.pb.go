@@ -42,13 +42,14 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// SnapshotService takes, shows and drops snapshots.
+// SnapshotService creates, reads, restores and drops snapshots.
 //
 // Every error carries a google.rpc.ErrorInfo with domain "snapshotd" and a
-// stable reason. Besides those listed at each call, every call may end with
+// stable reason. In addition to the errors listed at each call, every call may end
+// with
 //
-//	INVALID_ARGUMENT     INVALID_REQUEST: a field breaks its rule; the details
-//	                     (google.rpc.BadRequest) say which.
+//	INVALID_ARGUMENT     INVALID_REQUEST: a field violates its rule; the details
+//	                     (google.rpc.BadRequest) have its name.
 //	UNAUTHENTICATED, PERMISSION_DENIED  of the same names.
 //	UNAVAILABLE          STORE_UNAVAILABLE: the metadata or object store did not
 //	                     answer. A write may have happened: repeat the call with
@@ -58,24 +59,25 @@ const (
 //	                     lifetime; nothing was written.
 //	RESOURCE_EXHAUSTED   STORE_FULL, OVERLOADED; MESSAGE_TOO_LARGE: more than
 //	                     4 MiB (no details when gRPC itself refuses it), or
-//	                     more than 150 000 entries of lists and maps, those of
-//	                     nested messages included.
+//	                     more than 150 000 entries of lists and maps, nested
+//	                     messages included.
 //	DATA_LOSS            RECORD_UNREADABLE: a record is damaged or of a newer
 //	                     release; it is left alone.
 //	                     METADATA_STORE_CORRUPT: a member of etcd reports that
 //	                     its data is corrupt.
 //	FAILED_PRECONDITION  FORMAT_TOO_NEW: a newer release wrote the snapshot.
 //	                     OBJECT_STORE_DENIED, OBJECT_STORE_MISCONFIGURED: the
-//	                     server may not do what it must at its object store.
+//	                     server lacks a right or a feature at its object
+//	                     store.
 //	                     METADATA_STORE_DENIED, METADATA_STORE_TOO_OLD: the
-//	                     same at etcd, or etcd is older than it may be.
+//	                     same at etcd, or etcd is too old.
 //	DEADLINE_EXCEEDED, CANCELED  of the same names.
-//	ABORTED              CONFLICT: others changed the very same thing, such as
-//	                     the snapshot that is restored, too often. Nothing was
-//	                     written; try again. Calls that change different things
-//	                     never end so.
-//	INTERNAL             INTERNAL: a mistake in snapshotd; its log has it under
-//	                     the request id that the message gives.
+//	ABORTED              CONFLICT: too many concurrent changes of the same
+//	                     record, such as the restored snapshot. Nothing was
+//	                     written; retry. Calls that change different records
+//	                     never get it.
+//	INTERNAL             INTERNAL: an error in snapshotd; its log has it under
+//	                     the request id in the message.
 //
 // Mutations take a request_token: repeating a call with the token and the same
 // request joins the first or returns its result for 24 hours; another request of
@@ -97,7 +99,7 @@ type SnapshotServiceClient interface {
 	//	                     found a file missing or not as it was recorded.
 	//	ABORTED              CATALOG_COMPACTED: the capture was overtaken three
 	//	                     times; CREATE_ABORTED: the replica that did it died
-	//	                     or ran out of time. Try again with a new token.
+	//	                     or ran out of time. Retry with a new token.
 	CreateSnapshot(ctx context.Context, in *CreateSnapshotRequest, opts ...grpc.CallOption) (*CreateSnapshotResponse, error)
 	// GetSnapshot returns a snapshot's record.
 	//
@@ -107,9 +109,9 @@ type SnapshotServiceClient interface {
 	//	                     once was handed out, else NEVER_EXISTED.
 	//	FAILED_PRECONDITION  SNAPSHOT_MISMATCH: it is another collection's.
 	GetSnapshot(ctx context.Context, in *GetSnapshotRequest, opts ...grpc.CallOption) (*GetSnapshotResponse, error)
-	// DescribeSnapshot returns what a snapshot captured, but for its segments:
+	// DescribeSnapshot returns the content of a snapshot without its segments:
 	// schema, partitions, indexes, cuts and manifests. Partitions, indexes and
-	// manifests come in pages when one message does not hold them all.
+	// manifests have pages if they do not fit into one message.
 	//
 	// Errors: as GetSnapshot, and
 	//
@@ -169,8 +171,8 @@ type SnapshotServiceClient interface {
 	//
 	// Errors:
 	//
-	//	NOT_FOUND            PIN_NOT_FOUND: it was removed or has ended. Nothing
-	//	                     has kept the snapshot since: pin it again.
+	//	NOT_FOUND            PIN_NOT_FOUND: it was removed or has ended. The
+	//	                     pin has not kept the snapshot since: pin it again.
 	//	FAILED_PRECONDITION  PIN_HAS_NO_TTL: it lasts until it is removed.
 	RenewPin(ctx context.Context, in *RenewPinRequest, opts ...grpc.CallOption) (*RenewPinResponse, error)
 	// UnpinSnapshot removes a pin. Removing one that does not exist is success.
@@ -187,8 +189,8 @@ type SnapshotServiceClient interface {
 	//	INVALID_ARGUMENT  INVALID_PAGE_TOKEN.
 	//	NOT_FOUND         as GetSnapshot.
 	ListPins(ctx context.Context, in *ListPinsRequest, opts ...grpc.CallOption) (*ListPinsResponse, error)
-	// RestoreSnapshot makes a new collection of a snapshot. It returns as soon as
-	// the job is durable; GetRestoreState and WatchRestore tell how it goes on.
+	// RestoreSnapshot creates a collection from a snapshot. It returns as soon as
+	// the job is durable; GetRestoreState and WatchRestore return its progress.
 	// Until it has ended the snapshot cannot be dropped, and the target's name is
 	// taken. With dry_run nothing is done, and the plan is returned.
 	//
@@ -206,14 +208,14 @@ type SnapshotServiceClient interface {
 	//	DATA_LOSS            SNAPSHOT_CORRUPT: its metadata is missing or altered.
 	RestoreSnapshot(ctx context.Context, in *RestoreSnapshotRequest, opts ...grpc.CallOption) (*RestoreSnapshotResponse, error)
 	// GetRestoreState returns a restore job. Jobs that have ended are kept for the
-	// time that the server's configuration says, a week by default.
+	// configured time of the server, a week by default.
 	//
 	// Errors:
 	//
 	//	NOT_FOUND  EXPIRED_OR_DROPPED: it ended long ago; NEVER_EXISTED.
 	GetRestoreState(ctx context.Context, in *GetRestoreStateRequest, opts ...grpc.CallOption) (*GetRestoreStateResponse, error)
 	// WatchRestore streams a restore job whenever it changes, at most a few times
-	// a second, and ends with the message that shows its end.
+	// a second, and ends with the message about its end.
 	//
 	// Errors: as GetRestoreState.
 	WatchRestore(ctx context.Context, in *WatchRestoreRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchRestoreResponse], error)
@@ -229,9 +231,9 @@ type SnapshotServiceClient interface {
 	//
 	//	FAILED_PRECONDITION  RESTORE_ENDED.
 	UpdateRestore(ctx context.Context, in *UpdateRestoreRequest, opts ...grpc.CallOption) (*UpdateRestoreResponse, error)
-	// CancelRestore gives a job up: when it has returned the target will not
-	// appear, and what was made of it is removed in the background. Canceling a
-	// job that is CANCELED, FAILED or about to be is success.
+	// CancelRestore cancels a job: after its return the target will not appear, and
+	// its objects are removed in the background. Canceling a job that is CANCELED,
+	// FAILED or about to fail is success.
 	//
 	// Errors: as GetRestoreState, and
 	//
@@ -431,13 +433,14 @@ func (c *snapshotServiceClient) CancelRestore(ctx context.Context, in *CancelRes
 // All implementations must embed UnimplementedSnapshotServiceServer
 // for forward compatibility.
 //
-// SnapshotService takes, shows and drops snapshots.
+// SnapshotService creates, reads, restores and drops snapshots.
 //
 // Every error carries a google.rpc.ErrorInfo with domain "snapshotd" and a
-// stable reason. Besides those listed at each call, every call may end with
+// stable reason. In addition to the errors listed at each call, every call may end
+// with
 //
-//	INVALID_ARGUMENT     INVALID_REQUEST: a field breaks its rule; the details
-//	                     (google.rpc.BadRequest) say which.
+//	INVALID_ARGUMENT     INVALID_REQUEST: a field violates its rule; the details
+//	                     (google.rpc.BadRequest) have its name.
 //	UNAUTHENTICATED, PERMISSION_DENIED  of the same names.
 //	UNAVAILABLE          STORE_UNAVAILABLE: the metadata or object store did not
 //	                     answer. A write may have happened: repeat the call with
@@ -447,24 +450,25 @@ func (c *snapshotServiceClient) CancelRestore(ctx context.Context, in *CancelRes
 //	                     lifetime; nothing was written.
 //	RESOURCE_EXHAUSTED   STORE_FULL, OVERLOADED; MESSAGE_TOO_LARGE: more than
 //	                     4 MiB (no details when gRPC itself refuses it), or
-//	                     more than 150 000 entries of lists and maps, those of
-//	                     nested messages included.
+//	                     more than 150 000 entries of lists and maps, nested
+//	                     messages included.
 //	DATA_LOSS            RECORD_UNREADABLE: a record is damaged or of a newer
 //	                     release; it is left alone.
 //	                     METADATA_STORE_CORRUPT: a member of etcd reports that
 //	                     its data is corrupt.
 //	FAILED_PRECONDITION  FORMAT_TOO_NEW: a newer release wrote the snapshot.
 //	                     OBJECT_STORE_DENIED, OBJECT_STORE_MISCONFIGURED: the
-//	                     server may not do what it must at its object store.
+//	                     server lacks a right or a feature at its object
+//	                     store.
 //	                     METADATA_STORE_DENIED, METADATA_STORE_TOO_OLD: the
-//	                     same at etcd, or etcd is older than it may be.
+//	                     same at etcd, or etcd is too old.
 //	DEADLINE_EXCEEDED, CANCELED  of the same names.
-//	ABORTED              CONFLICT: others changed the very same thing, such as
-//	                     the snapshot that is restored, too often. Nothing was
-//	                     written; try again. Calls that change different things
-//	                     never end so.
-//	INTERNAL             INTERNAL: a mistake in snapshotd; its log has it under
-//	                     the request id that the message gives.
+//	ABORTED              CONFLICT: too many concurrent changes of the same
+//	                     record, such as the restored snapshot. Nothing was
+//	                     written; retry. Calls that change different records
+//	                     never get it.
+//	INTERNAL             INTERNAL: an error in snapshotd; its log has it under
+//	                     the request id in the message.
 //
 // Mutations take a request_token: repeating a call with the token and the same
 // request joins the first or returns its result for 24 hours; another request of
@@ -486,7 +490,7 @@ type SnapshotServiceServer interface {
 	//	                     found a file missing or not as it was recorded.
 	//	ABORTED              CATALOG_COMPACTED: the capture was overtaken three
 	//	                     times; CREATE_ABORTED: the replica that did it died
-	//	                     or ran out of time. Try again with a new token.
+	//	                     or ran out of time. Retry with a new token.
 	CreateSnapshot(context.Context, *CreateSnapshotRequest) (*CreateSnapshotResponse, error)
 	// GetSnapshot returns a snapshot's record.
 	//
@@ -496,9 +500,9 @@ type SnapshotServiceServer interface {
 	//	                     once was handed out, else NEVER_EXISTED.
 	//	FAILED_PRECONDITION  SNAPSHOT_MISMATCH: it is another collection's.
 	GetSnapshot(context.Context, *GetSnapshotRequest) (*GetSnapshotResponse, error)
-	// DescribeSnapshot returns what a snapshot captured, but for its segments:
+	// DescribeSnapshot returns the content of a snapshot without its segments:
 	// schema, partitions, indexes, cuts and manifests. Partitions, indexes and
-	// manifests come in pages when one message does not hold them all.
+	// manifests have pages if they do not fit into one message.
 	//
 	// Errors: as GetSnapshot, and
 	//
@@ -558,8 +562,8 @@ type SnapshotServiceServer interface {
 	//
 	// Errors:
 	//
-	//	NOT_FOUND            PIN_NOT_FOUND: it was removed or has ended. Nothing
-	//	                     has kept the snapshot since: pin it again.
+	//	NOT_FOUND            PIN_NOT_FOUND: it was removed or has ended. The
+	//	                     pin has not kept the snapshot since: pin it again.
 	//	FAILED_PRECONDITION  PIN_HAS_NO_TTL: it lasts until it is removed.
 	RenewPin(context.Context, *RenewPinRequest) (*RenewPinResponse, error)
 	// UnpinSnapshot removes a pin. Removing one that does not exist is success.
@@ -576,8 +580,8 @@ type SnapshotServiceServer interface {
 	//	INVALID_ARGUMENT  INVALID_PAGE_TOKEN.
 	//	NOT_FOUND         as GetSnapshot.
 	ListPins(context.Context, *ListPinsRequest) (*ListPinsResponse, error)
-	// RestoreSnapshot makes a new collection of a snapshot. It returns as soon as
-	// the job is durable; GetRestoreState and WatchRestore tell how it goes on.
+	// RestoreSnapshot creates a collection from a snapshot. It returns as soon as
+	// the job is durable; GetRestoreState and WatchRestore return its progress.
 	// Until it has ended the snapshot cannot be dropped, and the target's name is
 	// taken. With dry_run nothing is done, and the plan is returned.
 	//
@@ -595,14 +599,14 @@ type SnapshotServiceServer interface {
 	//	DATA_LOSS            SNAPSHOT_CORRUPT: its metadata is missing or altered.
 	RestoreSnapshot(context.Context, *RestoreSnapshotRequest) (*RestoreSnapshotResponse, error)
 	// GetRestoreState returns a restore job. Jobs that have ended are kept for the
-	// time that the server's configuration says, a week by default.
+	// configured time of the server, a week by default.
 	//
 	// Errors:
 	//
 	//	NOT_FOUND  EXPIRED_OR_DROPPED: it ended long ago; NEVER_EXISTED.
 	GetRestoreState(context.Context, *GetRestoreStateRequest) (*GetRestoreStateResponse, error)
 	// WatchRestore streams a restore job whenever it changes, at most a few times
-	// a second, and ends with the message that shows its end.
+	// a second, and ends with the message about its end.
 	//
 	// Errors: as GetRestoreState.
 	WatchRestore(*WatchRestoreRequest, grpc.ServerStreamingServer[WatchRestoreResponse]) error
@@ -618,9 +622,9 @@ type SnapshotServiceServer interface {
 	//
 	//	FAILED_PRECONDITION  RESTORE_ENDED.
 	UpdateRestore(context.Context, *UpdateRestoreRequest) (*UpdateRestoreResponse, error)
-	// CancelRestore gives a job up: when it has returned the target will not
-	// appear, and what was made of it is removed in the background. Canceling a
-	// job that is CANCELED, FAILED or about to be is success.
+	// CancelRestore cancels a job: after its return the target will not appear, and
+	// its objects are removed in the background. Canceling a job that is CANCELED,
+	// FAILED or about to fail is success.
 	//
 	// Errors: as GetRestoreState, and
 	//
