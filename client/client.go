@@ -1,6 +1,5 @@
 // Package client is the Go client of snapshotd: a connection with the six
-// generated stubs on it, and the few things that every caller would otherwise
-// write again.
+// generated stubs, and helpers for retries, watches and pages.
 //
 //	c, err := client.Dial("127.0.0.1:7950", client.Options{})
 //	if err != nil {
@@ -16,27 +15,27 @@
 //		…
 //	}
 //
-// # What is tried again
+// # Retries
 //
-// An answer that a repeat may cure and cannot harm is not shown to the caller;
-// the call is made again, with pauses that grow and vary, until it succeeds,
-// Options.MaxAttempts are used up, or the next pause would outlast the context's
-// deadline. The last answer is then returned. That is so for
+// A call whose error may pass and whose repeat is safe is retried, with growing
+// random pauses, until it succeeds, Options.MaxAttempts are used up, or the next
+// pause would exceed the context's deadline. Then the last error is returned. These
+// errors are retried:
 //
-//   - UNAVAILABLE, when the call only reads, carries a request token, or is one
-//     that finds what it did before: DropSegments, SetCheckpoints, Reclaim,
-//     ConfirmReclaimed, RenewPin, UnpinSnapshot and Recover. Any other write may have
-//     happened already, so it is never repeated.
+//   - UNAVAILABLE, when the call only reads, has a request token, or is idempotent:
+//     DropSegments, SetCheckpoints, Reclaim, ConfirmReclaimed, RenewPin,
+//     UnpinSnapshot and Recover. Any other write may have taken effect, so it is
+//     never repeated.
 //   - ABORTED with reason CONFLICT or CATALOG_COMPACTED and a
 //     google.rpc.RetryInfo: nothing was written. CreateSnapshot is the exception:
-//     what a token ended with is final.
-//   - ABORTED with reason CREATE_ABORTED: the create was given up, and left
-//     nothing. It begins again under another token, which follows from the first
+//     the result of its token is final.
+//   - ABORTED with reason CREATE_ABORTED: the create was abandoned and left
+//     nothing. It starts over under another token, which is derived from the first
 //     one. So a later repeat under the first token, also of another process,
-//     returns the snapshot that was made in the end.
+//     returns the resulting snapshot.
 //
-// A google.rpc.RetryInfo is obeyed in both cases. Streams are not repeated, for
-// only the caller knows what it has seen of them; WatchEvents does it for events.
+// The delay of a google.rpc.RetryInfo is observed. Streams are not repeated, because
+// only the caller knows its position in them; WatchEvents resumes events.
 package client
 
 import (
@@ -60,7 +59,7 @@ import (
 )
 
 // Options are the settings of a client. The zero value connects in plaintext,
-// and only to this machine.
+// to this machine only.
 type Options struct {
 	// TLS connects with TLS and trusts the system's certificate authorities. Any
 	// of the files below implies it.
@@ -68,43 +67,44 @@ type Options struct {
 	// CAFile is a PEM file of the certificate authorities to trust instead of
 	// the system's.
 	CAFile string
-	// CertFile and KeyFile are the client's own certificate and key in PEM, for
-	// servers that ask for one. Both or none.
+	// CertFile and KeyFile are the client's certificate and key in PEM, for
+	// servers that require one. Both or none are set.
 	CertFile, KeyFile string
-	// Insecure allows plaintext to other machines. Whoever is on the way can then
-	// read and change everything.
+	// Insecure allows plaintext to other machines. Hosts on the network path can
+	// then read and change all messages.
 	Insecure bool
 
-	// MaxAttempts is how often a call is made at most. Default 5; 1 never tries
-	// again.
+	// MaxAttempts is the maximum number of attempts of a call. Default: 5; 1 disables
+	// retries.
 	MaxAttempts int
-	// DialOptions are given to gRPC after the client's own, for example
-	// interceptors for tracing.
+	// DialOptions follow the client's own gRPC options, for example interceptors for
+	// tracing.
 	DialOptions []grpc.DialOption
 }
 
 // Client is a connection to snapshotd. It is safe for concurrent use.
 type Client struct {
-	// Snapshots takes, shows and drops snapshots.
+	// Snapshots creates, reads, restores and drops snapshots.
 	Snapshots snapshotdv1.SnapshotServiceClient
-	// Catalog says which files a collection consists of.
+	// Catalog records the files of collections.
 	Catalog snapshotdv1.CatalogServiceClient
-	// Reclaim says what may be deleted.
+	// Reclaim decides which files may be deleted.
 	Reclaim snapshotdv1.ReclaimServiceClient
-	// Collector deletes what nothing needs any more, and says why something stays.
+	// Collector deletes unneeded data, and explains kept objects.
 	Collector snapshotdv1.CollectorServiceClient
-	// Events tells what happens.
+	// Events streams changes.
 	Events snapshotdv1.EventServiceClient
-	// Admin is for the people who run the service.
+	// Admin is for the operators of the service.
 	Admin snapshotdv1.AdminServiceClient
 
 	conn *grpc.ClientConn
 }
 
 // Dial returns a client of the server at addr, which is host:port or another
-// gRPC target. It reads the files that o names but does not connect: the first
-// call does, so a server that is away shows there. It refuses plaintext to
-// anything but a loopback address or a Unix socket unless o.Insecure is set.
+// gRPC target. It reads the files that o names but does not connect; the first
+// call connects, and returns the error of an unavailable server. Dial refuses
+// plaintext to anything but a loopback address or a Unix socket unless o.Insecure
+// is set.
 func Dial(addr string, o Options) (*Client, error) {
 	creds, err := transport(addr, o)
 	if err != nil {
@@ -117,14 +117,15 @@ func Dial(addr string, o Options) (*Client, error) {
 	opts := []grpc.DialOption{
 		grpc.WithTransportCredentials(creds),
 		grpc.WithChainUnaryInterceptor(retry{attempts: attempts}.intercept),
-		// A server that restarts is back sooner than gRPC's default backoff of
-		// one second supposes.
+		// A restart of a server takes less time than gRPC's default backoff of one
+		// second.
 		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 5 * time.Second},
+			Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2,
+				MaxDelay: 5 * time.Second},
 			MinConnectTimeout: 5 * time.Second,
 		}),
-		// Finds out that a peer vanished, so that a watch does not wait for it for
-		// ever. The server allows a ping every ten seconds.
+		// Ends a watch whose peer has disappeared. The server allows a ping every ten
+		// seconds.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: time.Minute, Timeout: 20 * time.Second}),
 	}
 	conn, err := grpc.NewClient(addr, append(opts, o.DialOptions...)...)
@@ -142,18 +143,19 @@ func Dial(addr string, o Options) (*Client, error) {
 	}, nil
 }
 
-// Close ends the connection, and calls in flight with it.
+// Close closes the connection and ends its calls.
 func (c *Client) Close() error { return c.conn.Close() }
 
-// NewRequestToken returns a token that nobody else has. Give the same one to
-// every repeat of a call, and a new one to every new call.
+// NewRequestToken returns a unique token. Use the same one for every repeat of a call,
+// and a new one for every new call.
 func NewRequestToken() string { return rand.Text() }
 
-// transport returns how the connection to addr is secured.
+// transport returns the credentials of the connection to addr.
 func transport(addr string, o Options) (credentials.TransportCredentials, error) {
 	if !o.TLS && o.CAFile == "" && o.CertFile == "" && o.KeyFile == "" {
 		if !o.Insecure && !local(addr) {
-			return nil, fmt.Errorf("address %q is not on this machine: plaintext is refused there; connect with TLS, or allow it explicitly", addr)
+			return nil, fmt.Errorf("address %q is not on this machine: plaintext is refused there; connect with TLS, or "+
+				"allow it explicitly", addr)
 		}
 		return insecure.NewCredentials(), nil
 	}
@@ -180,9 +182,9 @@ func transport(addr string, o Options) (credentials.TransportCredentials, error)
 			return nil, fmt.Errorf("read client certificate: %w", err)
 		}
 		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			// The files are replaced when the certificate is, and may not match meanwhile.
-			if again, err := tls.LoadX509KeyPair(o.CertFile, o.KeyFile); err == nil {
-				return &again, nil
+			// While the files are replaced they may not match: use the first pair.
+			if current, err := tls.LoadX509KeyPair(o.CertFile, o.KeyFile); err == nil {
+				return &current, nil
 			}
 			return &cert, nil
 		}
@@ -190,8 +192,8 @@ func transport(addr string, o Options) (credentials.TransportCredentials, error)
 	return credentials.NewTLS(config), nil
 }
 
-// local says whether what is sent to a gRPC target stays on this machine. A
-// target that it does not understand does not.
+// local reports whether a gRPC target is on this machine. It returns false for an
+// unknown form.
 func local(target string) bool {
 	if strings.HasPrefix(target, "unix:") || strings.HasPrefix(target, "unix-abstract:") {
 		return true

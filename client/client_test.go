@@ -24,7 +24,7 @@ import (
 	"github.com/snapshotd/snapshotd/client"
 )
 
-// server answers each call with the next of its errors, and then succeeds.
+// server returns its errors to successive calls, and then succeeds.
 type server struct {
 	snapshotdv1.UnimplementedSnapshotServiceServer
 	snapshotdv1.UnimplementedCatalogServiceServer
@@ -36,9 +36,9 @@ type server struct {
 	errs   []error
 	calls  int
 	events [][]*snapshotdv1.WatchEventsResponse // of each stream
-	tokens []string                             // that each stream began with
+	tokens []string                             // first token of each stream
 	jobs   [][]*snapshotdv1.RestoreJob          // of each stream
-	asked  []int64                              // the job that each stream was of
+	jobIDs []int64                              // job id of each stream
 
 	creates []string // token of each create
 }
@@ -55,22 +55,30 @@ func (s *server) next() error {
 	return err
 }
 
-func (s *server) CreateSnapshot(_ context.Context, req *snapshotdv1.CreateSnapshotRequest) (*snapshotdv1.CreateSnapshotResponse, error) {
+func (s *server) CreateSnapshot(
+	_ context.Context, req *snapshotdv1.CreateSnapshotRequest,
+) (*snapshotdv1.CreateSnapshotResponse, error) {
 	s.mu.Lock()
 	s.creates = append(s.creates, req.GetRequestToken())
 	s.mu.Unlock()
 	return &snapshotdv1.CreateSnapshotResponse{}, s.next()
 }
 
-func (s *server) GetSnapshot(context.Context, *snapshotdv1.GetSnapshotRequest) (*snapshotdv1.GetSnapshotResponse, error) {
+func (s *server) GetSnapshot(
+	context.Context, *snapshotdv1.GetSnapshotRequest,
+) (*snapshotdv1.GetSnapshotResponse, error) {
 	return &snapshotdv1.GetSnapshotResponse{}, s.next()
 }
 
-func (s *server) DropSnapshot(context.Context, *snapshotdv1.DropSnapshotRequest) (*snapshotdv1.DropSnapshotResponse, error) {
+func (s *server) DropSnapshot(
+	context.Context, *snapshotdv1.DropSnapshotRequest,
+) (*snapshotdv1.DropSnapshotResponse, error) {
 	return &snapshotdv1.DropSnapshotResponse{}, s.next()
 }
 
-func (s *server) CheckReferences(context.Context, *snapshotdv1.CheckReferencesRequest) (*snapshotdv1.CheckReferencesResponse, error) {
+func (s *server) CheckReferences(
+	context.Context, *snapshotdv1.CheckReferencesRequest,
+) (*snapshotdv1.CheckReferencesResponse, error) {
 	return &snapshotdv1.CheckReferencesResponse{}, s.next()
 }
 
@@ -78,11 +86,15 @@ func (s *server) Reclaim(context.Context, *snapshotdv1.ReclaimRequest) (*snapsho
 	return &snapshotdv1.ReclaimResponse{}, s.next()
 }
 
-func (s *server) ConfirmReclaimed(context.Context, *snapshotdv1.ConfirmReclaimedRequest) (*snapshotdv1.ConfirmReclaimedResponse, error) {
+func (s *server) ConfirmReclaimed(
+	context.Context, *snapshotdv1.ConfirmReclaimedRequest,
+) (*snapshotdv1.ConfirmReclaimedResponse, error) {
 	return &snapshotdv1.ConfirmReclaimedResponse{}, s.next()
 }
 
-func (s *server) WatchEvents(req *snapshotdv1.WatchEventsRequest, stream grpc.ServerStreamingServer[snapshotdv1.WatchEventsResponse]) error {
+func (s *server) WatchEvents(
+	req *snapshotdv1.WatchEventsRequest, stream grpc.ServerStreamingServer[snapshotdv1.WatchEventsResponse],
+) error {
 	s.mu.Lock()
 	s.tokens = append(s.tokens, req.GetResumeToken())
 	var msgs []*snapshotdv1.WatchEventsResponse
@@ -98,9 +110,11 @@ func (s *server) WatchEvents(req *snapshotdv1.WatchEventsRequest, stream grpc.Se
 	return s.next()
 }
 
-func (s *server) WatchRestore(req *snapshotdv1.WatchRestoreRequest, stream grpc.ServerStreamingServer[snapshotdv1.WatchRestoreResponse]) error {
+func (s *server) WatchRestore(
+	req *snapshotdv1.WatchRestoreRequest, stream grpc.ServerStreamingServer[snapshotdv1.WatchRestoreResponse],
+) error {
 	s.mu.Lock()
-	s.asked = append(s.asked, req.GetJobId())
+	s.jobIDs = append(s.jobIDs, req.GetJobId())
 	var jobs []*snapshotdv1.RestoreJob
 	if len(s.jobs) > 0 {
 		jobs, s.jobs = s.jobs[0], s.jobs[1:]
@@ -142,8 +156,8 @@ func dial(t *testing.T, s *server, o client.Options) *client.Client {
 	return c
 }
 
-// answer returns an error as snapshotd sends it.
-func answer(t *testing.T, code codes.Code, reason string, more ...protoadapt.MessageV1) error {
+// apiError returns an error in the form of snapshotd.
+func apiError(t *testing.T, code codes.Code, reason string, more ...protoadapt.MessageV1) error {
 	t.Helper()
 	details := append([]protoadapt.MessageV1{&errdetails.ErrorInfo{Domain: "snapshotd", Reason: reason}}, more...)
 	st, err := status.New(code, "no").WithDetails(details...)
@@ -181,7 +195,7 @@ func TestRetry(t *testing.T) {
 		_, err := c.Reclaim.ConfirmReclaimed(ctx, &snapshotdv1.ConfirmReclaimedRequest{})
 		return err
 	}
-	unavailable := answer(t, codes.Unavailable, "STORE_UNAVAILABLE")
+	unavailable := apiError(t, codes.Unavailable, "STORE_UNAVAILABLE")
 	for _, tc := range []struct {
 		name  string
 		errs  []error
@@ -191,21 +205,23 @@ func TestRetry(t *testing.T) {
 	}{
 		{"a read", []error{unavailable}, get, 2, codes.OK},
 		{"a check", []error{unavailable}, check, 2, codes.OK},
-		{"a request to delete", []error{answer(t, codes.Unavailable, "REFERENCES_LOADING", soon)}, reclaim, 2, codes.OK},
+		{"a request to delete", []error{apiError(t, codes.Unavailable, "REFERENCES_LOADING", soon)}, reclaim, 2, codes.OK},
 		{"a confirmation", []error{unavailable}, confirm, 2, codes.OK},
 		{"a write with a token", []error{unavailable}, drop("t"), 2, codes.OK},
 		{"a write without a token", []error{unavailable}, drop(""), 1, codes.Unavailable},
 		{"attempts used up", slices.Repeat([]error{unavailable}, 9), get, 3, codes.Unavailable},
-		{"a definite answer", []error{answer(t, codes.NotFound, "SNAPSHOT_NOT_FOUND")}, get, 1, codes.NotFound},
-		{"a conflict", []error{answer(t, codes.Aborted, "CONFLICT", soon)}, drop(""), 2, codes.OK},
-		{"a conflict without advice", []error{answer(t, codes.Aborted, "CONFLICT")}, drop("t"), 1, codes.Aborted},
-		{"another abort", []error{answer(t, codes.Aborted, "REVISION_CHANGED", soon)}, drop("t"), 1, codes.Aborted},
-		{"a create that was overtaken", []error{answer(t, codes.Aborted, "CATALOG_COMPACTED", soon)}, create, 1, codes.Aborted},
-		{"a create that was given up", []error{answer(t, codes.Aborted, "CREATE_ABORTED")}, create, 2, codes.OK},
+		{"a definite answer", []error{apiError(t, codes.NotFound, "SNAPSHOT_NOT_FOUND")}, get, 1, codes.NotFound},
+		{"a conflict", []error{apiError(t, codes.Aborted, "CONFLICT", soon)}, drop(""), 2, codes.OK},
+		{"a conflict without advice", []error{apiError(t, codes.Aborted, "CONFLICT")}, drop("t"), 1, codes.Aborted},
+		{"another abort", []error{apiError(t, codes.Aborted, "REVISION_CHANGED", soon)}, drop("t"), 1, codes.Aborted},
+		{"a create that was overtaken", []error{apiError(t, codes.Aborted, "CATALOG_COMPACTED", soon)}, create, 1,
+			codes.Aborted},
+		{"a create that was given up", []error{apiError(t, codes.Aborted, "CREATE_ABORTED")}, create, 2, codes.OK},
 		{"an unavailable create", []error{unavailable}, create, 2, codes.OK},
 		{
 			"a wait past the deadline",
-			[]error{answer(t, codes.Unavailable, "STORE_UNAVAILABLE", &errdetails.RetryInfo{RetryDelay: durationpb.New(time.Hour)})},
+			[]error{apiError(t, codes.Unavailable, "STORE_UNAVAILABLE",
+				&errdetails.RetryInfo{RetryDelay: durationpb.New(time.Hour)})},
 			get, 1, codes.Unavailable,
 		},
 	} {
@@ -224,10 +240,11 @@ func TestRetry(t *testing.T) {
 	}
 }
 
-// TestCreateBeginsAgain has creates given up: each begins again under another token.
-// A repeat under the first token takes the same way.
-func TestCreateBeginsAgain(t *testing.T) {
-	aborted, unavailable := answer(t, codes.Aborted, "CREATE_ABORTED"), answer(t, codes.Unavailable, "STORE_UNAVAILABLE")
+// TestAbortedCreateIsRetried has creates abandoned: each retry uses another token, and a
+// repeat under the first token uses the same tokens.
+func TestAbortedCreateIsRetried(t *testing.T) {
+	aborted, unavailable := apiError(t, codes.Aborted, "CREATE_ABORTED"), apiError(t, codes.Unavailable,
+		"STORE_UNAVAILABLE")
 	s := &server{errs: []error{aborted, unavailable, aborted, nil, aborted, aborted, nil, aborted, nil}}
 	c := dial(t, s, client.Options{})
 	create := func(req *snapshotdv1.CreateSnapshotRequest) {
@@ -255,18 +272,20 @@ func TestCreateBeginsAgain(t *testing.T) {
 }
 
 func TestErrorDetails(t *testing.T) {
-	err := answer(t, codes.InvalidArgument, "INVALID_REQUEST", &errdetails.BadRequest{
+	err := apiError(t, codes.InvalidArgument, "INVALID_REQUEST", &errdetails.BadRequest{
 		FieldViolations: []*errdetails.BadRequest_FieldViolation{{Field: "name", Description: "too long"}},
 	})
 	for _, err := range []error{err, fmt.Errorf("create x: %w", err)} {
 		if got := client.Reason(err); got != "INVALID_REQUEST" {
 			t.Errorf("reason of %v: got %q", err, got)
 		}
-		if diff := cmp.Diff([]client.Violation{{Field: "name", Description: "too long"}}, client.Violations(err)); diff != "" {
+		if diff := cmp.Diff([]client.Violation{{Field: "name", Description: "too long"}},
+			client.Violations(err)); diff != "" {
 			t.Error(diff)
 		}
 	}
-	foreign, ferr := status.New(codes.Unavailable, "no").WithDetails(&errdetails.ErrorInfo{Domain: "example.com", Reason: "X"})
+	foreign, ferr := status.New(codes.Unavailable,
+		"no").WithDetails(&errdetails.ErrorInfo{Domain: "example.com", Reason: "X"})
 	if ferr != nil {
 		t.Fatal(ferr)
 	}
@@ -280,10 +299,11 @@ func TestErrorDetails(t *testing.T) {
 	}
 }
 
-// What gRPC refuses for its size has the reason of what snapshotd refuses for it.
+// TestTooLargeForGRPC gives a refusal of gRPC the reason of snapshotd.
 func TestTooLargeForGRPC(t *testing.T) {
 	c := dial(t, &server{}, client.Options{MaxAttempts: 1})
-	_, err := c.Snapshots.CreateSnapshot(t.Context(), &snapshotdv1.CreateSnapshotRequest{Description: strings.Repeat("d", 5<<20)})
+	_, err := c.Snapshots.CreateSnapshot(t.Context(),
+		&snapshotdv1.CreateSnapshotRequest{Description: strings.Repeat("d", 5<<20)})
 	if client.Reason(err) != "MESSAGE_TOO_LARGE" || status.Code(err) != codes.ResourceExhausted {
 		t.Errorf("a request of 5 MiB: %v", err)
 	}
@@ -303,10 +323,10 @@ func TestWatchEvents(t *testing.T) {
 	s := &server{
 		events: [][]*snapshotdv1.WatchEventsResponse{{msg("a"), msg("b")}, {}, {msg("c")}, {msg("d")}},
 		errs: []error{
-			nil, // a stream that just ends
-			answer(t, codes.Unavailable, "STORE_UNAVAILABLE"),
+			nil, // a stream that ends without an error
+			apiError(t, codes.Unavailable, "STORE_UNAVAILABLE"),
 			status.Error(codes.Unavailable, "closing"),
-			answer(t, codes.OutOfRange, "EVENTS_COMPACTED"),
+			apiError(t, codes.OutOfRange, "EVENTS_COMPACTED"),
 		},
 	}
 	c := dial(t, s, client.Options{})
@@ -335,21 +355,23 @@ func TestWatchEventsEnds(t *testing.T) {
 	s := &server{events: [][]*snapshotdv1.WatchEventsResponse{{msg}, {msg}}}
 	c := dial(t, s, client.Options{})
 	enough := status.Error(codes.Unavailable, "the caller's own")
-	err := client.WatchEvents(t.Context(), c.Events, &snapshotdv1.WatchEventsRequest{}, func(*snapshotdv1.WatchEventsResponse) error { return enough })
+	err := client.WatchEvents(t.Context(), c.Events, &snapshotdv1.WatchEventsRequest{},
+		func(*snapshotdv1.WatchEventsResponse) error { return enough })
 	if !errors.Is(err, enough) {
 		t.Errorf("got %v, want fn's error", err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
-	err = client.WatchEvents(ctx, c.Events, &snapshotdv1.WatchEventsRequest{}, func(*snapshotdv1.WatchEventsResponse) error {
-		cancel()
-		return nil
-	})
+	err = client.WatchEvents(ctx, c.Events, &snapshotdv1.WatchEventsRequest{},
+		func(*snapshotdv1.WatchEventsResponse) error {
+			cancel()
+			return nil
+		})
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v, want the context's error", err)
 	}
 }
 
-// job is a restore job in a state, which has copied so much.
+// job returns a restore job in a state, with copied bytes.
 func job(state snapshotdv1.RestoreJob_State, done int64) *snapshotdv1.RestoreJob {
 	return &snapshotdv1.RestoreJob{Id: 65, State: state, Progress: &snapshotdv1.RestoreProgress{FilesDone: done}}
 }
@@ -368,11 +390,11 @@ func TestWatchRestore(t *testing.T) {
 			{job(jobPending, 0), job(jobExecuting, 1)},
 			{},
 			{job(jobExecuting, 2)},
-			{job(jobCompleted, 3), job(jobCompleted, 4)}, // whatever comes after the end is not seen
+			{job(jobCompleted, 3), job(jobCompleted, 4)}, // messages after the end are ignored
 		},
 		errs: []error{
-			nil, // a stream that just ends
-			answer(t, codes.Unavailable, "STORE_UNAVAILABLE"),
+			nil, // a stream that ends without an error
+			apiError(t, codes.Unavailable, "STORE_UNAVAILABLE"),
 			status.Error(codes.Unavailable, "closing"),
 		},
 	}
@@ -388,7 +410,7 @@ func TestWatchRestore(t *testing.T) {
 	if diff := cmp.Diff([]int64{0, 1, 2, 3}, got); diff != "" {
 		t.Errorf("jobs: %s", diff)
 	}
-	if diff := cmp.Diff([]int64{65, 65, 65, 65}, s.asked); diff != "" {
+	if diff := cmp.Diff([]int64{65, 65, 65, 65}, s.jobIDs); diff != "" {
 		t.Errorf("streams: %s", diff)
 	}
 }
@@ -402,7 +424,7 @@ func TestWatchRestoreEnds(t *testing.T) {
 	watch := func(ctx context.Context, fn func() error) error {
 		return client.WatchRestore(ctx, c.Snapshots, 65, func(*snapshotdv1.RestoreJob) error { return fn() })
 	}
-	for range 2 { // of a job that goes on, and of one that has ended
+	for range 2 { // a running job and an ended one
 		if err := watch(t.Context(), func() error { return enough }); !errors.Is(err, enough) {
 			t.Errorf("got %v, want fn's error", err)
 		}
@@ -415,10 +437,11 @@ func TestWatchRestoreEnds(t *testing.T) {
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v, want the context's error", err)
 	}
-	never := &server{errs: []error{answer(t, codes.NotFound, "NEVER_EXISTED")}}
+	never := &server{errs: []error{apiError(t, codes.NotFound, "NEVER_EXISTED")}}
 	c = dial(t, never, client.Options{})
-	if err := watch(t.Context(), func() error { return nil }); client.Reason(err) != "NEVER_EXISTED" || len(never.asked) != 1 {
-		t.Errorf("got %v after %d streams, want the server's error after one", err, len(never.asked))
+	if err := watch(t.Context(), func() error { return nil }); client.Reason(err) != "NEVER_EXISTED" ||
+		len(never.jobIDs) != 1 {
+		t.Errorf("got %v after %d streams, want the server's error after one", err, len(never.jobIDs))
 	}
 }
 
@@ -431,7 +454,8 @@ func TestWaitRestore(t *testing.T) {
 			t.Errorf("%v: got %v, error %v", end, got, err)
 		}
 	}
-	s := &server{jobs: [][]*snapshotdv1.RestoreJob{{job(jobExecuting, 1)}}, errs: []error{answer(t, codes.NotFound, "EXPIRED_OR_DROPPED")}}
+	s := &server{jobs: [][]*snapshotdv1.RestoreJob{{job(jobExecuting, 1)}},
+		errs: []error{apiError(t, codes.NotFound, "EXPIRED_OR_DROPPED")}}
 	c := dial(t, s, client.Options{})
 	if _, err := client.WaitRestore(t.Context(), c.Snapshots, 65); client.Reason(err) != "EXPIRED_OR_DROPPED" {
 		t.Errorf("got %v, want the server's error", err)

@@ -9,12 +9,12 @@ import (
 	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 )
 
-// pageElements is how many elements a page is asked for. The server bounds it in
-// bytes as well.
+// pageElements is the requested number of elements per page. The server also bounds
+// its bytes.
 const pageElements = 1000
 
 // AllPartitions is ListPartitions with all pages in one response. The request's
-// paging is not used.
+// paging is ignored.
 func (c *Client) AllPartitions(
 	ctx context.Context, req *snapshotdv1.ListPartitionsRequest, opts ...grpc.CallOption,
 ) (*snapshotdv1.ListPartitionsResponse, error) {
@@ -34,7 +34,7 @@ func (c *Client) AllPartitions(
 }
 
 // AllIndexes is ListIndexes with all pages in one response. The request's paging is
-// not used.
+// ignored.
 func (c *Client) AllIndexes(
 	ctx context.Context, req *snapshotdv1.ListIndexesRequest, opts ...grpc.CallOption,
 ) (*snapshotdv1.ListIndexesResponse, error) {
@@ -54,7 +54,7 @@ func (c *Client) AllIndexes(
 }
 
 // DescribeWhole is DescribeSnapshot with the partitions, indexes and manifests of
-// all pages in one response. The request's paging is not used.
+// all pages in one response. The request's paging is ignored.
 func (c *Client) DescribeWhole(
 	ctx context.Context, req *snapshotdv1.DescribeSnapshotRequest, opts ...grpc.CallOption,
 ) (*snapshotdv1.DescribeSnapshotResponse, error) {
@@ -79,8 +79,10 @@ func (c *Client) DescribeWhole(
 }
 
 // WholeKey is GetKey with the text of all pages in one response. The request's paging
-// is not used.
-func (c *Client) WholeKey(ctx context.Context, req *snapshotdv1.GetKeyRequest, opts ...grpc.CallOption) (*snapshotdv1.GetKeyResponse, error) {
+// is ignored.
+func (c *Client) WholeKey(
+	ctx context.Context, req *snapshotdv1.GetKeyRequest, opts ...grpc.CallOption,
+) (*snapshotdv1.GetKeyResponse, error) {
 	req = proto.CloneOf(req)
 	req.PageToken = ""
 	all, err := c.Admin.GetKey(ctx, req, opts...)

@@ -13,7 +13,7 @@ import (
 	"github.com/snapshotd/snapshotd/client"
 )
 
-// The server's lists have ten elements, in pages of three.
+// The lists of the server have ten elements, in pages of three.
 const pagedElements = 10
 
 // pageAt returns the numbers on the page of a token and the next token.
@@ -28,7 +28,9 @@ func pageAt(token string) (numbers []int, next string) {
 	return numbers, next
 }
 
-func (s *server) ListPartitions(_ context.Context, req *snapshotdv1.ListPartitionsRequest) (*snapshotdv1.ListPartitionsResponse, error) {
+func (s *server) ListPartitions(
+	_ context.Context, req *snapshotdv1.ListPartitionsRequest,
+) (*snapshotdv1.ListPartitionsResponse, error) {
 	resp := &snapshotdv1.ListPartitionsResponse{}
 	numbers, next := pageAt(req.GetPageToken())
 	for _, n := range numbers {
@@ -38,7 +40,9 @@ func (s *server) ListPartitions(_ context.Context, req *snapshotdv1.ListPartitio
 	return resp, s.next()
 }
 
-func (s *server) ListIndexes(_ context.Context, req *snapshotdv1.ListIndexesRequest) (*snapshotdv1.ListIndexesResponse, error) {
+func (s *server) ListIndexes(
+	_ context.Context, req *snapshotdv1.ListIndexesRequest,
+) (*snapshotdv1.ListIndexesResponse, error) {
 	resp := &snapshotdv1.ListIndexesResponse{}
 	numbers, next := pageAt(req.GetPageToken())
 	for _, n := range numbers {
@@ -49,7 +53,9 @@ func (s *server) ListIndexes(_ context.Context, req *snapshotdv1.ListIndexesRequ
 }
 
 // DescribeSnapshot has three partitions, three indexes and four manifests.
-func (s *server) DescribeSnapshot(_ context.Context, req *snapshotdv1.DescribeSnapshotRequest) (*snapshotdv1.DescribeSnapshotResponse, error) {
+func (s *server) DescribeSnapshot(
+	_ context.Context, req *snapshotdv1.DescribeSnapshotRequest,
+) (*snapshotdv1.DescribeSnapshotResponse, error) {
 	resp := &snapshotdv1.DescribeSnapshotResponse{}
 	if req.GetPageToken() == "" {
 		resp.Snapshot = &snapshotdv1.Snapshot{Id: 7}
@@ -91,7 +97,8 @@ func TestAllPages(t *testing.T) {
 	c := dial(t, s, client.Options{})
 	ctx := t.Context()
 	partitions, err := c.AllPartitions(ctx, &snapshotdv1.ListPartitionsRequest{PageSize: 1, PageToken: "9"})
-	if err != nil || len(partitions.GetPartitions()) != pagedElements || partitions.GetPartitions()[9].GetId() != 9 || partitions.GetNextPageToken() != "" {
+	if err != nil || len(partitions.GetPartitions()) != pagedElements || partitions.GetPartitions()[9].GetId() != 9 ||
+		partitions.GetNextPageToken() != "" {
 		t.Errorf("partitions: %v, %v", partitions, err)
 	}
 	indexes, err := c.AllIndexes(ctx, &snapshotdv1.ListIndexesRequest{})
@@ -99,7 +106,8 @@ func TestAllPages(t *testing.T) {
 		t.Errorf("indexes: %v, %v", indexes, err)
 	}
 	d, err := c.DescribeWhole(ctx, &snapshotdv1.DescribeSnapshotRequest{})
-	if err != nil || d.GetSnapshot().GetId() != 7 || len(d.GetPartitions()) != 3 || len(d.GetIndexes()) != 3 || len(d.GetManifests()) != 4 ||
+	if err != nil || d.GetSnapshot().GetId() != 7 || len(d.GetPartitions()) != 3 || len(d.GetIndexes()) != 3 ||
+		len(d.GetManifests()) != 4 ||
 		d.GetNextPageToken() != "" {
 		t.Errorf("description: %v, %v", d, err)
 	}
@@ -107,9 +115,10 @@ func TestAllPages(t *testing.T) {
 	if err != nil || key.GetJson() != "0123456789" || key.GetKey() != "/k" || key.GetNextPageToken() != "" {
 		t.Errorf("key: %v, %v", key, err)
 	}
-	// An error on a later page is the call's.
+	// The call returns the error of a later page.
 	s.errs = []error{nil, context.DeadlineExceeded}
-	if _, err := c.AllPartitions(ctx, &snapshotdv1.ListPartitionsRequest{}); err == nil || !strings.Contains(err.Error(), "deadline") {
+	if _, err := c.AllPartitions(ctx, &snapshotdv1.ListPartitionsRequest{}); err == nil ||
+		!strings.Contains(err.Error(), "deadline") {
 		t.Errorf("a second page that fails: %v", err)
 	}
 }

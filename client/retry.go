@@ -23,37 +23,40 @@ const (
 	maxPause   = 5 * time.Second
 )
 
-// retry makes calls again; the package comment says which and when.
+// retry retries calls; see the package comment.
 type retry struct {
-	attempts int // the most that a call is made
+	attempts int // maximum per call
 }
 
-func (r retry) intercept(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+func (r retry) intercept(
+	ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker,
+	opts ...grpc.CallOption,
+) error {
 	for attempt := 1; ; attempt++ {
 		err := invoke(ctx, method, req, reply, cc, opts...)
 		if err == nil || attempt >= r.attempts || !repeatable(method, req, err) {
 			return err
 		}
 		wait := max(pause(attempt), retryDelay(err))
-		// The answer there is says more than the deadline would.
+		// The last error has more information than the end of the deadline.
 		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) <= wait {
 			return err
 		}
 		if sleep(ctx, wait) != nil {
 			return err
 		}
-		req = again(req, err)
+		req = retryRequest(req, err)
 	}
 }
 
-// createAborted is the reason of a create that was given up: its token has ended
-// with it, and another create may begin.
+// createAborted is the reason of an abandoned create. Its token is used up; another
+// create may start.
 const createAborted = "CREATE_ABORTED"
 
-// again returns the request with which a call that ended with err is made again. A
-// create that was given up has the token that follows its own, so that a later
-// repeat under the first token comes by the same tokens, to the same snapshot.
-func again(req any, err error) any {
+// retryRequest returns the request of the retry after err. An abandoned create gets a
+// token that is derived from its own, so that a later repeat under the first token
+// passes the same tokens and returns the same snapshot.
+func retryRequest(req any, err error) any {
 	r, ok := req.(*snapshotdv1.CreateSnapshotRequest)
 	if !ok || r.GetRequestToken() == "" || Reason(err) != createAborted {
 		return req
@@ -64,8 +67,7 @@ func again(req any, err error) any {
 	return next
 }
 
-// repeatable says whether a call that ended with err may be made again, and
-// might then end otherwise.
+// repeatable reports whether a repeat of a call after err is safe and may succeed.
 func repeatable(method string, req any, err error) bool {
 	switch status.Code(err) {
 	case codes.Unavailable:
@@ -81,8 +83,7 @@ func repeatable(method string, req any, err error) bool {
 	}
 }
 
-// idempotent are the methods that change something and may be repeated without
-// a token: the second call finds what the first one did.
+// idempotent are the methods that write and may be repeated without a token.
 var idempotent = []string{
 	snapshotdv1.CatalogService_DropSegments_FullMethodName,
 	snapshotdv1.CatalogService_SetCheckpoints_FullMethodName,
@@ -95,7 +96,7 @@ var idempotent = []string{
 	snapshotdv1.CollectorService_Recover_FullMethodName,
 }
 
-// reads says whether a method changes nothing, which the API shows in its name.
+// reads reports whether a method only reads, by the verb of its name.
 func reads(fullMethod string) bool {
 	name := fullMethod[strings.LastIndexByte(fullMethod, '/')+1:]
 	for _, verb := range []string{"Get", "List", "Describe", "Check", "Explain"} {
@@ -111,20 +112,19 @@ func hasToken(req any) bool {
 	return ok && r.GetRequestToken() != ""
 }
 
-// retryDelay returns how long the server asks to wait.
+// retryDelay returns the delay that the server requests.
 func retryDelay(err error) time.Duration {
 	return detail[*errdetails.RetryInfo](err).GetRetryDelay().AsDuration()
 }
 
-// pause returns how long to wait after an attempt, counted from 1: between half
-// and all of a span that doubles, so that callers who failed together do not
-// come back together.
+// pause returns the random pause after an attempt, counted from 1: between half and
+// all of a span that doubles. The variation spreads the retries of several callers.
 func pause(attempt int) time.Duration {
 	span := min(firstPause<<min(attempt-1, 16), maxPause)
 	return span/2 + rand.N(span/2)
 }
 
-// sleep waits, or returns early with the error of a context that ended.
+// sleep waits for d, or until the end of ctx, whose error it returns.
 func sleep(ctx context.Context, d time.Duration) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()

@@ -104,7 +104,8 @@ func TestTLS(t *testing.T) {
 	}
 	t.Run("a certificate that is replaced", func(t *testing.T) {
 		otherCert, otherKey := certificate(t)
-		c, err := client.Dial(l.Addr().String(), client.Options{CAFile: certFile, CertFile: otherCert, KeyFile: otherKey, MaxAttempts: 1})
+		c, err := client.Dial(l.Addr().String(),
+			client.Options{CAFile: certFile, CertFile: otherCert, KeyFile: otherKey, MaxAttempts: 1})
 		if err != nil {
 			t.Fatal(err)
 		}

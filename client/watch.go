@@ -15,23 +15,26 @@ import (
 
 // WatchEvents calls fn with each message of the event stream that req asks for,
 // bookmarks included, one at a time and in order. A stream that ends, or whose
-// server becomes unavailable, is opened again after a pause, behind the last
-// message that fn took, so that fn misses nothing and sees nothing twice.
+// server becomes unavailable, is reopened after a pause, after the last message that
+// fn accepted: fn gets each message exactly once.
 //
-// It returns only with an error: fn's own, as it is; that of ctx when it ends;
-// or the server's, when another attempt would not help. EVENTS_COMPACTED is one
-// of these: the caller then lists what there is and watches without a token.
+// It always returns an error: fn's own, unchanged; that of ctx at its end; or the
+// server's, if a retry does not help. EVENTS_COMPACTED is one of these: the caller
+// then lists the records and watches without a token.
 //
-// To go on in another process, keep the resume_token of a message once what it
-// tells is dealt with. WatchEvents does not change req.
-func WatchEvents(ctx context.Context, events snapshotdv1.EventServiceClient, req *snapshotdv1.WatchEventsRequest, fn func(*snapshotdv1.WatchEventsResponse) error) error {
+// To continue in another process, store the resume_token of the last processed
+// message. WatchEvents does not change req.
+func WatchEvents(
+	ctx context.Context, events snapshotdv1.EventServiceClient, req *snapshotdv1.WatchEventsRequest,
+	fn func(*snapshotdv1.WatchEventsResponse) error,
+) error {
 	req = proto.CloneOf(req)
 	for failures := 0; ; {
-		heard, wait, err := watch(ctx, events, req, fn)
+		received, wait, err := watch(ctx, events, req, fn)
 		if err != nil {
 			return err
 		}
-		if heard {
+		if received {
 			failures = 0
 		}
 		failures++
@@ -41,35 +44,37 @@ func WatchEvents(ctx context.Context, events snapshotdv1.EventServiceClient, req
 	}
 }
 
-// watch follows one stream and notes in req where to resume. Without an error
-// the stream is to be opened again, not before wait has passed; heard says whether
-// it told anything.
-func watch(ctx context.Context, events snapshotdv1.EventServiceClient, req *snapshotdv1.WatchEventsRequest, fn func(*snapshotdv1.WatchEventsResponse) error) (heard bool, wait time.Duration, err error) {
+// watch follows one stream and keeps the resume token in req. Without an error the
+// caller reopens the stream, after wait at the earliest; received reports whether
+// the stream had a message.
+func watch(
+	ctx context.Context, events snapshotdv1.EventServiceClient, req *snapshotdv1.WatchEventsRequest,
+	fn func(*snapshotdv1.WatchEventsResponse) error,
+) (received bool, wait time.Duration, err error) {
 	ctx, cancel := context.WithCancel(ctx) // frees the stream when fn ends it
 	defer cancel()
 	stream, err := events.WatchEvents(ctx, req)
 	if err != nil {
-		wait, err = unlessGone(ctx, err)
+		wait, err = reopenable(ctx, err)
 		return false, wait, err
 	}
 	for {
 		msg, err := stream.Recv()
 		if err != nil {
-			wait, err = unlessGone(ctx, err)
-			return heard, wait, err
+			wait, err = reopenable(ctx, err)
+			return received, wait, err
 		}
 		if err := fn(msg); err != nil {
-			return heard, 0, err
+			return received, 0, err
 		}
-		heard = true
+		received = true
 		req.ResumeToken = msg.GetResumeToken()
 	}
 }
 
-// unlessGone returns what a stream that failed with err means to the watch: no
-// error, and what the server asks to wait, when only the stream or its server is
-// gone.
-func unlessGone(ctx context.Context, err error) (wait time.Duration, _ error) {
+// reopenable returns no error, and the server's retry delay, if the stream can be
+// reopened after err; otherwise it returns the error of the watch.
+func reopenable(ctx context.Context, err error) (wait time.Duration, _ error) {
 	switch {
 	case ctx.Err() != nil:
 		return 0, ctx.Err()
@@ -78,7 +83,7 @@ func unlessGone(ctx context.Context, err error) (wait time.Duration, _ error) {
 	}
 	switch status.Code(err) {
 	case codes.Unavailable,
-		// The deadline, which the server or gRPC may notice before ctx does.
+		// The deadline: the server or gRPC may report it before ctx ends.
 		codes.Canceled, codes.DeadlineExceeded:
 		return retryDelay(err), nil
 	default:
@@ -86,17 +91,19 @@ func unlessGone(ctx context.Context, err error) (wait time.Duration, _ error) {
 	}
 }
 
-// WatchRestore calls fn with a restore job whenever it changes, until it has
-// ended, which fn sees. A stream that ends before, or whose server becomes
-// unavailable, is opened again after a pause. It returns fn's error as it is,
-// that of ctx when it ends, or the server's when another attempt would not help.
-func WatchRestore(ctx context.Context, snapshots snapshotdv1.SnapshotServiceClient, job int64, fn func(*snapshotdv1.RestoreJob) error) error {
+// WatchRestore calls fn with a restore job after each change, including its end. A
+// stream that ends before, or whose server becomes unavailable, is reopened after a
+// pause. WatchRestore returns fn's error unchanged, that of ctx at its end, or the
+// server's if a retry does not help.
+func WatchRestore(
+	ctx context.Context, snapshots snapshotdv1.SnapshotServiceClient, job int64, fn func(*snapshotdv1.RestoreJob) error,
+) error {
 	for failures := 0; ; {
-		ended, heard, wait, err := watchRestore(ctx, snapshots, job, fn)
+		ended, received, wait, err := watchRestore(ctx, snapshots, job, fn)
 		if err != nil || ended {
 			return err
 		}
-		if heard {
+		if received {
 			failures = 0
 		}
 		failures++
@@ -106,9 +113,11 @@ func WatchRestore(ctx context.Context, snapshots snapshotdv1.SnapshotServiceClie
 	}
 }
 
-// WaitRestore waits until a restore job has ended, and returns it as it then is:
-// whether it is COMPLETED is in its state.
-func WaitRestore(ctx context.Context, snapshots snapshotdv1.SnapshotServiceClient, job int64) (*snapshotdv1.RestoreJob, error) {
+// WaitRestore waits for the end of a restore job, and returns the job in its final
+// state.
+func WaitRestore(
+	ctx context.Context, snapshots snapshotdv1.SnapshotServiceClient, job int64,
+) (*snapshotdv1.RestoreJob, error) {
 	var last *snapshotdv1.RestoreJob
 	err := WatchRestore(ctx, snapshots, job, func(j *snapshotdv1.RestoreJob) error {
 		last = j
@@ -117,32 +126,36 @@ func WaitRestore(ctx context.Context, snapshots snapshotdv1.SnapshotServiceClien
 	return last, err
 }
 
-// RestoreEnded says whether a job is in a final state.
+// RestoreEnded reports whether a job is in a final state.
 func RestoreEnded(job *snapshotdv1.RestoreJob) bool {
 	switch job.GetState() {
-	case snapshotdv1.RestoreJob_STATE_COMPLETED, snapshotdv1.RestoreJob_STATE_FAILED, snapshotdv1.RestoreJob_STATE_CANCELED:
+	case snapshotdv1.RestoreJob_STATE_COMPLETED, snapshotdv1.RestoreJob_STATE_FAILED,
+		snapshotdv1.RestoreJob_STATE_CANCELED:
 		return true
-	case snapshotdv1.RestoreJob_STATE_UNSPECIFIED, snapshotdv1.RestoreJob_STATE_PENDING, snapshotdv1.RestoreJob_STATE_EXECUTING:
+	case snapshotdv1.RestoreJob_STATE_UNSPECIFIED, snapshotdv1.RestoreJob_STATE_PENDING,
+		snapshotdv1.RestoreJob_STATE_EXECUTING:
 	}
 	return false
 }
 
 // watchRestore follows one stream.
-func watchRestore(ctx context.Context, snapshots snapshotdv1.SnapshotServiceClient, job int64, fn func(*snapshotdv1.RestoreJob) error) (ended, heard bool, wait time.Duration, err error) {
+func watchRestore(
+	ctx context.Context, snapshots snapshotdv1.SnapshotServiceClient, job int64, fn func(*snapshotdv1.RestoreJob) error,
+) (ended, received bool, wait time.Duration, err error) {
 	ctx, cancel := context.WithCancel(ctx) // frees the stream when fn ends it
 	defer cancel()
 	stream, err := snapshots.WatchRestore(ctx, &snapshotdv1.WatchRestoreRequest{JobId: job})
 	if err != nil {
-		wait, err = unlessGone(ctx, err)
+		wait, err = reopenable(ctx, err)
 		return false, false, wait, err
 	}
 	for {
 		msg, err := stream.Recv()
 		if err != nil {
-			wait, err = unlessGone(ctx, err)
-			return false, heard, wait, err
+			wait, err = reopenable(ctx, err)
+			return false, received, wait, err
 		}
-		heard = true
+		received = true
 		if err := fn(msg.GetJob()); err != nil {
 			return false, true, 0, err
 		}
