@@ -2,6 +2,7 @@ package manager
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -25,66 +26,69 @@ func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec U
 			return nil, err
 		}
 	}
-	for attempt := range maxAttempts {
-		if err := meta.Pause(ctx, attempt); err != nil {
-			return nil, err
-		}
-		known, err := request.Find(ctx, m.kv, tok)
-		if err != nil {
-			return nil, err
-		}
-		var s *Snapshot
-		if known == nil {
-			if s, err = m.updatable(ctx, ref, &spec); err != nil {
-				known, err = m.resolveToken(ctx, tok, err)
-			}
-		}
-		if known != nil {
-			return decode(meta.KeyValue{Key: keys.Snapshot(known.ID), Value: known.Result, ModRevision: known.Revision})
-		}
+	var updated *Snapshot
+	known, err := request.Do(ctx, m.kv, tok, func(ctx context.Context) (request.Commit, error) {
+		s, err := m.updatable(ctx, ref, &spec)
 		if err != nil {
 			return nil, err
 		}
 		ref.ID = s.ID // the name is resolved once
-		op, err := record.NewOp(m.o.Rand)
-		if err != nil {
-			return nil, err
-		}
-		next := *s
-		next.commitRev = s.Order
-		if spec.Description != nil {
-			next.Description = *spec.Description
-		}
-		if spec.Labels != nil {
-			next.Labels = *spec.Labels
-		}
-		if spec.ExpireTime != nil {
-			next.ExpireTime = *spec.ExpireTime
-		}
-		if spec.TTL != nil {
-			now, err := m.clock.Stamp(ctx)
-			if err != nil {
-				return nil, fmt.Errorf("update snapshot %s: start of the ttl: %w", s, err)
-			}
-			next.ExpireTime = now.Add(*spec.TTL)
-		}
-		value := encode(&next, op)
-		if err := checkRecordSize(value); err != nil {
-			return nil, err
-		}
-		won, revision, err := m.commitWith(ctx, tok, s.ID, value, meta.Txn{
-			If:   []meta.Cond{meta.Unchanged(keys.Snapshot(s.ID), s.Revision)},
-			Then: []meta.Op{meta.Put(keys.Snapshot(s.ID), value)},
-		})
-		if err != nil {
-			return nil, fmt.Errorf("update snapshot %s: %w", s, err)
-		}
-		if won {
-			next.Revision = revision
-			return &next, nil
-		}
+		return func(ctx context.Context) (done bool, err error) {
+			updated, done, err = m.tryUpdate(ctx, tok, s, &spec)
+			return done, err
+		}, nil
+	})
+	switch {
+	case errors.Is(err, meta.ErrConflict):
+		return nil, fmt.Errorf("update snapshot %s: %w", ref, err)
+	case err != nil:
+		return nil, err
+	case known != nil:
+		return decode(meta.KeyValue{Key: keys.Snapshot(known.ID), Value: known.Result, ModRevision: known.Revision})
 	}
-	return nil, fmt.Errorf("update snapshot %s: %w", ref, meta.ErrConflict)
+	return updated, nil
+}
+
+// tryUpdate writes the record of s as spec changes it. It is not done when s changed, the
+// token was used or a lease was lost.
+func (m *Manager) tryUpdate(
+	ctx context.Context, tok request.Token, s *Snapshot, spec *UpdateSpec,
+) (_ *Snapshot, done bool, err error) {
+	op, err := record.NewOp(m.o.Rand)
+	if err != nil {
+		return nil, false, err
+	}
+	next := *s
+	next.commitRev = s.Order
+	if spec.Description != nil {
+		next.Description = *spec.Description
+	}
+	if spec.Labels != nil {
+		next.Labels = *spec.Labels
+	}
+	if spec.ExpireTime != nil {
+		next.ExpireTime = *spec.ExpireTime
+	}
+	if spec.TTL != nil {
+		now, err := m.clock.Stamp(ctx)
+		if err != nil {
+			return nil, false, fmt.Errorf("update snapshot %s: start of the ttl: %w", s, err)
+		}
+		next.ExpireTime = now.Add(*spec.TTL)
+	}
+	value := encode(&next, op)
+	if err := checkRecordSize(value); err != nil {
+		return nil, false, err
+	}
+	won, revision, err := m.commitWith(ctx, tok, s.ID, value, meta.Txn{
+		If:   []meta.Cond{meta.Unchanged(keys.Snapshot(s.ID), s.Revision)},
+		Then: []meta.Op{meta.Put(keys.Snapshot(s.ID), value)},
+	})
+	if err != nil {
+		return nil, false, fmt.Errorf("update snapshot %s: %w", s, err)
+	}
+	next.Revision = revision
+	return &next, won, nil
 }
 
 // updatable checks spec and returns the snapshot that it applies to.
