@@ -19,43 +19,35 @@ import (
 // snapshot must have that id. It returns the id, or 0 if the snapshot does not exist,
 // which is success.
 func (m *Manager) Drop(ctx context.Context, tok request.Token, ref Ref, expected int64) (int64, error) {
-	for attempt := range maxAttempts {
-		if err := meta.Pause(ctx, attempt); err != nil {
-			return 0, err
-		}
-		if known, err := request.Find(ctx, m.kv, tok); err != nil {
-			return 0, err
-		} else if known != nil {
-			return known.ID, nil
-		}
+	id := int64(0)
+	known, err := request.Do(ctx, m.kv, tok, func(ctx context.Context) (request.Commit, error) {
 		s, txn, err := m.droppable(ctx, ref, expected)
 		if err != nil {
-			known, err := m.resolveToken(ctx, tok, err)
-			if known != nil {
-				return known.ID, nil
-			}
-			return 0, fmt.Errorf("drop snapshot %s: %w", ref, err)
+			return nil, err
 		}
-		id := int64(0)
+		id = 0
 		if s != nil {
 			id, ref.ID = s.ID, s.ID // a name is resolved once
 		}
-		if len(txn.Then) == 0 && !tok.IsSet() {
-			return id, nil
-		}
-		txn.Name = "drop.txn"
-		won, _, err := m.commitWith(ctx, tok, id, nil, txn)
-		if err != nil {
-			return 0, fmt.Errorf("drop snapshot %s: %w", ref, err)
-		}
-		if won {
-			if len(txn.Then) > 0 {
+		return func(ctx context.Context) (bool, error) {
+			if len(txn.Then) == 0 && !tok.IsSet() {
+				return true, nil
+			}
+			txn.Name = "drop.txn"
+			won, _, err := m.commitWith(ctx, tok, id, nil, txn)
+			if err == nil && won && len(txn.Then) > 0 {
 				m.log.Info("snapshot dropped", zap.Int64("snapshot", id), zap.String("name", s.Name))
 			}
-			return id, nil
-		}
+			return won, err
+		}, nil
+	})
+	switch {
+	case err != nil:
+		return 0, fmt.Errorf("drop snapshot %s: %w", ref, err)
+	case known != nil:
+		return known.ID, nil
 	}
-	return 0, fmt.Errorf("drop snapshot %s: %w", ref, meta.ErrConflict)
+	return id, nil
 }
 
 // droppable returns the snapshot of ref, nil if it does not exist, and the transaction
