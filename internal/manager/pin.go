@@ -61,42 +61,29 @@ func (m *Manager) pin(ctx context.Context, tok request.Token, ref Ref, spec PinS
 		return nil, err
 	}
 	p := &Pin{Owner: spec.Owner, Reason: spec.Reason, TTL: ttl}
-	for attempt := range maxAttempts {
-		if err := meta.Pause(ctx, attempt); err != nil {
-			return nil, err
-		}
-		known, err := request.Find(ctx, m.kv, tok)
-		if err != nil {
-			return nil, err
-		}
-		var s *Snapshot
-		if known == nil {
-			if s, err = m.checkPinnable(ctx, ref); err != nil {
-				known, err = m.resolveToken(ctx, tok, err)
-			}
-		}
-		if known != nil {
-			return pinFromToken(known)
-		}
+	known, err := request.Do(ctx, m.kv, tok, func(ctx context.Context) (request.Commit, error) {
+		s, err := m.checkPinnable(ctx, ref)
 		if err != nil {
 			return nil, err
 		}
 		ref.ID, p.Snapshot = s.ID, s.ID // the name is resolved once
-		if p.ID == 0 {
-			if p.ID, err = m.catalog.NextID(ctx); err != nil {
-				return nil, err
+		return func(ctx context.Context) (bool, error) {
+			if p.ID == 0 {
+				if p.ID, err = m.catalog.NextID(ctx); err != nil {
+					return false, err
+				}
 			}
-		}
-		done, err := m.tryPin(ctx, tok, s, p)
-		if err != nil {
-			return nil, err
-		}
-		if done {
-			m.log.Info("snapshot pinned", zap.Int64("snapshot", p.Snapshot), zap.Int64("pin", p.ID), zap.Duration("ttl", p.TTL))
-			return p, nil
-		}
+			return m.tryPin(ctx, tok, s, p)
+		}, nil
+	})
+	switch {
+	case err != nil:
+		return nil, err
+	case known != nil:
+		return pinFromToken(known)
 	}
-	return nil, meta.ErrConflict
+	m.log.Info("snapshot pinned", zap.Int64("snapshot", p.Snapshot), zap.Int64("pin", p.ID), zap.Duration("ttl", p.TTL))
+	return p, nil
 }
 
 // checkPinnable returns the snapshot of ref if it accepts another pin. The number of
@@ -233,10 +220,8 @@ func (m *Manager) renewPin(ctx context.Context, ref Ref, id int64, ttl time.Dura
 		return nil, gone
 	}
 	key := keys.Pin(snapshot, id)
-	for attempt := range maxAttempts {
-		if err := meta.Pause(ctx, attempt); err != nil {
-			return nil, err
-		}
+	var renewed *Pin
+	_, err = request.Do(ctx, m.kv, request.Token{}, func(ctx context.Context) (request.Commit, error) {
 		kv, found, _, err := m.kv.Get(ctx, key)
 		if err != nil {
 			return nil, fmt.Errorf("read pin: %w", err)
@@ -258,16 +243,16 @@ func (m *Manager) renewPin(ctx context.Context, ref Ref, id int64, ttl time.Dura
 		if ttl > 0 {
 			next.TTL = ttl
 		}
-		done, err := m.tryRenew(ctx, old, &next)
-		if err != nil {
-			return nil, err
-		}
-		if done {
-			m.revokeLease(ctx, old.lease) // no key is under it
-			return &next, nil
-		}
-	}
-	return nil, meta.ErrConflict
+		return func(ctx context.Context) (bool, error) {
+			done, err := m.tryRenew(ctx, old, &next)
+			if err == nil && done {
+				m.revokeLease(ctx, old.lease) // no key is under it
+				renewed = &next
+			}
+			return done, err
+		}, nil
+	})
+	return renewed, err
 }
 
 // tryRenew sends the transaction that renews a pin. It returns false when the pin
@@ -331,45 +316,42 @@ func (m *Manager) unpin(ctx context.Context, ref Ref, id int64) error {
 		return err
 	}
 	key := keys.Pin(snapshot, id)
-	for attempt := range maxAttempts {
-		if err := meta.Pause(ctx, attempt); err != nil {
-			return err
-		}
+	_, err = request.Do(ctx, m.kv, request.Token{}, func(ctx context.Context) (request.Commit, error) {
 		kv, found, _, err := m.kv.Get(ctx, key)
-		if err != nil || !found {
-			return err
+		if err != nil {
+			return nil, err
+		}
+		if !found {
+			return func(context.Context) (bool, error) { return true, nil }, nil
 		}
 		p, unreadable := decodePin(kv)
 		if unreadable == nil && p.Job != 0 {
-			return fmt.Errorf("%w: it goes when job %d ends; cancel that instead", ErrPinOfRestore, p.Job)
+			return nil, fmt.Errorf("%w: it goes when job %d ends; cancel that instead", ErrPinOfRestore, p.Job)
 		}
 		if unreadable != nil { // the jobs show whether a restore owns it
 			held, err := m.jobs.Holds(ctx, snapshot, id)
 			if err != nil {
-				return err
+				return nil, err
 			}
 			if held {
-				return fmt.Errorf("%w: it goes when that ends; cancel it instead", ErrPinOfRestore)
+				return nil, fmt.Errorf("%w: it goes when that ends; cancel it instead", ErrPinOfRestore)
 			}
 		}
-		res, err := m.kv.Txn(ctx, meta.Txn{
-			Name: "pin.remove",
-			If:   []meta.Cond{meta.Unchanged(key, kv.ModRevision)},
-			Then: []meta.Op{
-				meta.Delete(key),
-				meta.Put(keys.Unpin, record.Encode(&storagev1.Unpin{Format: record.Format, SnapshotId: snapshot, PinId: id})),
-			},
-		})
-		if err != nil {
-			return err
-		}
-		if res.Succeeded {
-			m.revokeLease(ctx, kv.Lease) // no key is under it
-			m.log.Info("pin removed", zap.Int64("snapshot", snapshot), zap.Int64("pin", id))
-			return nil
-		}
-	}
-	return meta.ErrConflict
+		return func(ctx context.Context) (bool, error) {
+			removed := record.Encode(&storagev1.Unpin{Format: record.Format, SnapshotId: snapshot, PinId: id})
+			res, err := m.kv.Txn(ctx, meta.Txn{
+				Name: "pin.remove",
+				If:   []meta.Cond{meta.Unchanged(key, kv.ModRevision)},
+				Then: []meta.Op{meta.Delete(key), meta.Put(keys.Unpin, removed)},
+			})
+			if err == nil && res.Succeeded {
+				m.revokeLease(ctx, kv.Lease) // no key is under it
+				m.log.Info("pin removed", zap.Int64("snapshot", snapshot), zap.Int64("pin", id))
+			}
+			return res.Succeeded, err
+		}, nil
+	})
+	return err
 }
 
 // pinnedSnapshot returns the id of the snapshot of ref, 0 if it does not exist. A ref
