@@ -50,31 +50,22 @@ func (m *Manager) Restore(ctx context.Context, tok request.Token, spec *RestoreS
 
 func (m *Manager) restore(ctx context.Context, tok request.Token, spec *RestoreSpec) (*copyjob.Job, error) {
 	ref := spec.Snapshot
-	for attempt := range maxAttempts {
-		if err := meta.Pause(ctx, attempt); err != nil {
+	var job *copyjob.Job
+	known, err := request.Do(ctx, m.kv, tok, func(ctx context.Context) (request.Commit, error) {
+		var err error
+		job, err = m.admit(ctx, tok, &ref, spec)
+		if err != nil && !errors.Is(err, errChanged) {
 			return nil, err
 		}
-		known, err := request.Find(ctx, m.kv, tok)
-		if err != nil {
-			return nil, err
-		}
-		if known != nil {
-			return m.recordedJob(ctx, known)
-		}
-		job, err := m.admit(ctx, tok, &ref, spec)
-		switch {
-		case errors.Is(err, errChanged):
-			continue
-		case err != nil:
-			known, err := m.resolveToken(ctx, tok, err)
-			if known != nil {
-				return m.recordedJob(ctx, known)
-			}
-			return nil, err
-		}
-		return job, nil
+		return func(context.Context) (bool, error) { return err == nil, nil }, nil
+	})
+	switch {
+	case err != nil:
+		return nil, err
+	case known != nil:
+		return m.recordedJob(ctx, known)
 	}
-	return nil, meta.ErrConflict
+	return job, nil
 }
 
 // recordedJob returns the job that an earlier call with the token made.
