@@ -113,7 +113,7 @@ func (m *Manager) startCreate(ctx context.Context, tok request.Token, spec Creat
 		return c.snap, nil // the create continues and may still set c.err
 	}
 	if c.snap == nil { // begin failed, possibly because another call with the token succeeded
-		known, err := m.resolveToken(ctx, tok, c.err)
+		known, err := request.Resolve(ctx, m.kv, tok, c.err)
 		if known != nil {
 			return m.join(ctx, tok, known, spec.NoWait)
 		}

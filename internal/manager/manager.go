@@ -526,17 +526,6 @@ func (m *Manager) List(ctx context.Context, f Filter, after Place, limit int) (l
 	return list, more, nil
 }
 
-// resolveToken returns the record of a concurrent call with the same token, whose
-// success may have caused the error cause. Without such a call it returns cause. If the
-// record cannot be read it returns that error, because cause may then be wrong.
-func (m *Manager) resolveToken(ctx context.Context, tok request.Token, cause error) (*request.Record, error) {
-	known, err := request.Find(ctx, m.kv, tok)
-	if err == nil && known == nil {
-		err = cause
-	}
-	return known, err
-}
-
 // commitWith sends a transaction that ends an operation and stores its result under the
 // operation's token. It returns whether the compares succeeded.
 func (m *Manager) commitWith(
