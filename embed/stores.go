@@ -361,7 +361,7 @@ func openStore(ctx context.Context, cfg Config, alias string, log *zap.Logger, o
 		return admit.Options{}, err
 	}
 	sum := sha256.Sum256(append(about, cfg.Version...))
-	return admit.Options{Store: s, About: sum[:]}, nil
+	return admit.Options{Store: s, Fingerprint: sum[:]}, nil
 }
 
 // notReady returns the aliases of the stores that are not admitted yet, sorted.

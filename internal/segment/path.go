@@ -5,8 +5,8 @@ import (
 	"strings"
 )
 
-// Carries says whether one of the path's elements is the id. A file belongs to
-// a segment or build when its path carries that one's id.
+// Carries reports whether one of the path's elements is the id. A file belongs to a segment
+// or build only when its path carries the id.
 func Carries(path string, id int64) bool {
 	var digits [20]byte
 	want := string(strconv.AppendInt(digits[:0], id, 10))
@@ -23,11 +23,11 @@ func Carries(path string, id int64) bool {
 	}
 }
 
-// maxIDs bounds the ids that are looked for in a path.
+// maxIDs bounds the ids that IDsIn returns.
 const maxIDs = 16
 
-// IDsIn returns the ids that are elements of the path, in their order: the first
-// 16 at most, which is more than any layout has.
+// IDsIn returns the ids among the path's elements, in order: at most the first 16, which is
+// more than any layout has.
 func IDsIn(path string) []int64 {
 	var ids []int64
 	for element := range strings.SplitSeq(path, "/") {
@@ -44,9 +44,9 @@ func IDsIn(path string) []int64 {
 	return ids
 }
 
-// Placed says whether the path has the segment's id where layouts have it: right
-// behind that of its partition, which is 0 or -1 for all. Such a path is nobody
-// else's. An id elsewhere may be that of a field or a log.
+// Placed reports whether the path has the segment's id where layouts have it: directly after
+// the id of its partition, which is 0 or -1 for all. Such a path belongs to this segment
+// only. An equal number elsewhere may be the id of a field or a log.
 func Placed(path string, partition, id int64) bool {
 	want, before := strconv.FormatInt(id, 10), ""
 	for element := range strings.SplitSeq(path, "/") {
@@ -60,9 +60,9 @@ func Placed(path string, partition, id int64) bool {
 	return false
 }
 
-// NativePlace reads the ids at the beginning of a path in the native layout:
-// <collection>/<partition>/<segment>/ and more. It is false for a path that does
-// not begin with three numbers, the second of which may be 0.
+// NativePlace returns the ids at the start of a path in the native layout:
+// <collection>/<partition>/<segment>/ and more. ok is false for a path that does not start
+// with three numbers, of which only the second may be 0.
 func NativePlace(path string) (collection, partition, id int64, ok bool) {
 	var ids [3]int64
 	rest := path

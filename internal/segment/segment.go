@@ -1,6 +1,6 @@
 // Package segment is the data model that catalog, manifests and jobs share: an
-// immutable segment, the files it consists of and the index builds over it.
-// It holds shapes only; who may change what is the catalog's affair.
+// immutable segment, its files and its index builds. It has types only; the catalog
+// decides on changes.
 package segment
 
 import (
@@ -8,32 +8,30 @@ import (
 	"math"
 )
 
-// Timestamp is a data timestamp: the engine's own logical time, ordered as an
-// unsigned number and comparable within a collection. It says nothing about
-// wall-clock time.
+// Timestamp is a data timestamp: the engine's logical time, ordered as an unsigned number
+// and comparable within a collection. It is unrelated to wall-clock time.
 type Timestamp uint64
 
 // MaxTimestamp is later than every row.
 const MaxTimestamp Timestamp = math.MaxUint64
 
-// Position is a place in a channel: everything before Timestamp, not
-// including it. Opaque is the engine's own handle for the place, kept byte for
-// byte.
+// Position is a position in a channel: everything before Timestamp, exclusive. Opaque is
+// the engine's handle for the position, kept byte for byte.
 type Position struct {
 	Timestamp Timestamp
 	Opaque    []byte
 }
 
-// State is where a segment is in its life.
+// State is the state of a segment.
 type State int
 
 // The states. Stored: append only.
 const (
 	Growing   State = iota + 1 // takes rows; its files so far may be captured
-	Sealed                     // takes no more rows, not all of them in files yet
+	Sealed                     // takes no more rows; not all rows are in files
 	Flushed                    // all rows are in files
-	Importing                  // being written by an import; never captured
-	Dropped                    // waits to be reclaimed; final
+	Importing                  // written by an import; never captured
+	Dropped                    // waiting for the reclaim; final
 )
 
 func (s State) String() string {
@@ -52,8 +50,8 @@ func (s State) String() string {
 	return "UNKNOWN"
 }
 
-// The kinds of file that snapshotd has heard of. A kind is an open string: any
-// other is captured, protected, copied and verified just the same.
+// The kinds of file that snapshotd knows. A kind is an open string: files of any other kind
+// are captured, protected, copied and verified in the same way.
 const (
 	KindInsert = "insert" // rows
 	KindDelta  = "delta"  // deletes
@@ -64,9 +62,9 @@ const (
 	KindJSON   = "json"
 )
 
-// Derived says whether files of this kind can be made again from others, so
-// that a segment with nothing else holds no data. An unknown kind is taken for
-// data: leaving it out could lose rows.
+// Derived reports whether files of this kind can be rebuilt from others, so that a segment
+// of such files only has no data. An unknown kind counts as data: omitting it could lose
+// rows.
 func Derived(kind string) bool {
 	switch kind {
 	case KindStats, KindBM25, KindIndex, KindText, KindJSON:
@@ -75,8 +73,8 @@ func Derived(kind string) bool {
 	return false
 }
 
-// HoldsData says whether there is a file of rows or deletes among files: what has none
-// is in no snapshot.
+// HoldsData reports whether files has a file of rows or deletes: snapshots omit a segment
+// without one.
 func HoldsData(files []File) bool {
 	for i := range files {
 		if !Derived(files[i].Kind) {
@@ -86,8 +84,8 @@ func HoldsData(files []File) bool {
 	return false
 }
 
-// LacksFiles says whether all rows of the segment are said to be in files, and there is
-// none that may hold them.
+// LacksFiles reports whether the segment is FLUSHED with rows, and has no file of rows or
+// deletes.
 func (s *Segment) LacksFiles() bool { return s.State == Flushed && s.Rows > 0 && !HoldsData(s.Files) }
 
 // Segment is a set of files that hold rows or deletes of one channel.
@@ -98,20 +96,20 @@ type Segment struct {
 	Level           int   // 0, 1 or 2
 	State           State
 	Rows            int64
-	Start           Position // the first row is at or after this
-	DML             Position // all rows are before this
-	StorageVersion  int64    // the engine's own
+	Start           Position // at or before the first row
+	DML             Position // after all rows
+	StorageVersion  int64    // of the engine
 	Sorted          bool
 	CommitTimestamp Timestamp // 0: rows count by their own timestamps
-	// RowCeiling hides the rows at or after it, 0 none. A snapshot sets it on a
-	// segment that straddles its cut; a restored segment keeps it.
+	// RowCeiling hides the rows at or after it; 0: none. A snapshot sets it on a segment
+	// that straddles its cut, and a restored segment keeps it.
 	RowCeiling Timestamp
 	Files      []File
 	Builds     []Build
 	EngineData []byte // at most 16 KiB, kept byte for byte
-	// Disputed means that another collection claims the id as well, or has a file
-	// at its place: no file of the segment is owned. Only records from before ids
-	// were claimed are.
+	// Disputed means that another collection claims the id as well, or has a file at its
+	// place: the segment owns no file. Only records of releases that claimed no ids are
+	// disputed.
 	Disputed   bool
 	Attributes map[string]string
 }
@@ -122,13 +120,13 @@ type File struct {
 	Path     string // relative to the root
 	Kind     string
 	Size     int64    // bytes
-	ETag     string   // as the store gave it, without quotes; empty: unknown
+	ETag     string   // of the store, without quotes; empty: unknown
 	Checksum Checksum // zero: unknown
-	// MinTimestamp and MaxTimestamp are those of the first and the last row or
-	// delete in the file, both inclusive; both 0: unknown, or not a file of rows.
+	// MinTimestamp and MaxTimestamp are the timestamps of the first and the last row or
+	// delete in the file, inclusive; both 0: unknown, or not a file of rows.
 	MinTimestamp, MaxTimestamp Timestamp
 	Entries                    int64 // rows or deletes in the file
-	Field                      int64 // 0: not of one field
+	Field                      int64 // 0: of no single field
 	LogID                      int64 // 0: none
 	Attributes                 map[string]string
 }
@@ -140,8 +138,8 @@ type Checksum struct {
 	Value []byte
 }
 
-// Text writes a checksum as object stores do, as "CRC64NVME:AAAAAAAAAAA=". That of
-// none is empty.
+// Text returns a checksum in the form of object stores, "CRC64NVME:AAAAAAAAAAA=", or "" for
+// an unknown one.
 func (c Checksum) Text() string {
 	if c.Type == "" {
 		return ""
@@ -165,7 +163,7 @@ type Totals struct {
 	Files      int64
 	Bytes      int64
 	Builds     int64
-	Straddling int64 // segments on both sides of a cut, which Add cannot tell
+	Straddling int64 // segments on both sides of a cut; Add does not count them
 }
 
 // Add counts s.
@@ -179,7 +177,7 @@ func (t *Totals) Add(s *Segment) {
 	}
 }
 
-// AllFiles yields the segment's own files, then those of its builds.
+// AllFiles yields the files of the segment, then those of its builds.
 func (s *Segment) AllFiles() func(yield func(*File) bool) {
 	return func(yield func(*File) bool) {
 		for i := range s.Files {

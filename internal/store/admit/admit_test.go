@@ -44,7 +44,7 @@ func newEnv(t *testing.T) *env {
 // open is what a start makes.
 func (e *env) open(change ...func(*admit.Options)) *admit.Store {
 	o := admit.Options{
-		Store: e.objects, Alias: "a", KV: e.kv, Cluster: "c1", About: []byte("one"),
+		Store: e.objects, Alias: "a", KV: e.kv, Cluster: "c1", Fingerprint: []byte("one"),
 		Now: func() time.Time { return time.Now().Add(e.clock) }, Rand: rand.Reader, Log: zaptest.NewLogger(e.t),
 	}
 	for _, c := range change {
@@ -191,10 +191,10 @@ func TestVerdict(t *testing.T) {
 		}{
 			{"first", true, nil, 0},
 			{"again", false, nil, 0},
-			{"another configuration", true, func(o *admit.Options) { o.About = []byte("two") }, 0},
-			{"again", false, func(o *admit.Options) { o.About = []byte("two") }, 23 * time.Hour},
-			{"a day later", true, func(o *admit.Options) { o.About = []byte("two") }, 25 * time.Hour},
-			{"made in the future", true, func(o *admit.Options) { o.About = []byte("two") }, 0},
+			{"another configuration", true, func(o *admit.Options) { o.Fingerprint = []byte("two") }, 0},
+			{"again", false, func(o *admit.Options) { o.Fingerprint = []byte("two") }, 23 * time.Hour},
+			{"a day later", true, func(o *admit.Options) { o.Fingerprint = []byte("two") }, 25 * time.Hour},
+			{"made in the future", true, func(o *admit.Options) { o.Fingerprint = []byte("two") }, 0},
 		} {
 			e.clock = c.clock
 			n := e.calls(func() {
@@ -237,7 +237,7 @@ func TestAnotherStore(t *testing.T) {
 			}
 			return object.FaultNone
 		})
-		s := e.open(func(o *admit.Options) { o.Store, o.About = other, []byte("new") })
+		s := e.open(func(o *admit.Options) { o.Store, o.Fingerprint = other, []byte("new") })
 		if err := s.Attempt(t.Context()); !admit.Pending(err) {
 			t.Errorf("got %v", err)
 		}
@@ -315,7 +315,7 @@ func TestNoWritesAtTheStart(t *testing.T) {
 				}
 				e.refuseWrites(c.fault)
 				s := e.open(func(o *admit.Options) {
-					o.About = []byte("two")
+					o.Fingerprint = []byte("two")
 					if errors.Is(c.want, object.ErrDenied) {
 						o.Store = denying{e.objects}
 					}
@@ -435,7 +435,7 @@ func TestFeaturesAreTriedAgain(t *testing.T) {
 				var careful atomic.Bool
 				fails := false
 				s := e.open(func(o *admit.Options) {
-					o.About = []byte("two")
+					o.Fingerprint = []byte("two")
 					switch name {
 					case "copies are denied":
 						o.Store = denying{e.objects}
@@ -450,7 +450,7 @@ func TestFeaturesAreTriedAgain(t *testing.T) {
 					return object.FaultNone
 				})
 				if name == "copies are not answered" { // at the start they were not safe
-					s = e.open(func(o *admit.Options) { o.About, o.Store = []byte("two"), careless{e.objects, &careful} })
+					s = e.open(func(o *admit.Options) { o.Fingerprint, o.Store = []byte("two"), careless{e.objects, &careful} })
 				}
 				fails = name == "copies are denied"
 				if err := s.Attempt(ctx); err != nil {
@@ -486,7 +486,7 @@ func TestFeaturesAreTriedAgain(t *testing.T) {
 				if f, err := s.Features(ctx, true); err != nil || !f.ConditionalCopy || !f.MultipartCopy {
 					t.Errorf("tried again: %+v, %v", f, err)
 				}
-				next := e.open(func(o *admit.Options) { o.About = []byte("two") })
+				next := e.open(func(o *admit.Options) { o.Fingerprint = []byte("two") })
 				if n := e.calls(func() {
 					if err := next.Attempt(ctx); err != nil {
 						t.Error(err)

@@ -2,18 +2,16 @@ package record
 
 import "strings"
 
-// MaxText is how many bytes of a text that may say anything, as an error does, a
-// record keeps.
+// MaxText bounds a free text in a record, such as an error, in bytes.
 const MaxText = 1024
 
-// Clip returns what is kept of text: no more than most bytes, at least 3, that end
-// in "…" when some are left out, and valid UTF-8, for records and messages take
-// nothing else.
-func Clip(text string, most int) string {
+// Clip returns text as valid UTF-8, which records and messages require, cut to at most
+// limit bytes. A cut text ends in "…". limit is at least 3.
+func Clip(text string, limit int) string {
 	const more = "…"
 	text = strings.ToValidUTF8(text, "\uFFFD")
-	if len(text) <= most {
+	if len(text) <= limit {
 		return text
 	}
-	return strings.ToValidUTF8(text[:most-len(more)], "") + more // without the rune that was cut
+	return strings.ToValidUTF8(text[:limit-len(more)], "") + more // without a partial rune
 }

@@ -1,4 +1,4 @@
-// Package record turns records of the metadata store into bytes and back.
+// Package record encodes and decodes the records of the metadata store.
 package record
 
 import (
@@ -15,11 +15,11 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
-// Format is the format that this release writes, and the only one it reads.
+// Format is the only format that this release writes and reads.
 const Format = 1
 
-// ErrUnreadable means that a record is damaged or of a format that this release
-// does not know. What it stands for must be left alone.
+// ErrUnreadable means that a record is damaged or has an unknown format. The thing that it
+// describes must be left alone.
 var ErrUnreadable = errors.New("unreadable record")
 
 // Message is a record.
@@ -28,9 +28,8 @@ type Message interface {
 	GetFormat() uint32
 }
 
-// Encode returns the bytes of m, the same for equal records. It panics when m
-// has no format or cannot be encoded, which only a mistake in this program can
-// bring about.
+// Encode returns the bytes of m, equal bytes for equal records. It panics when m has no
+// format or cannot be encoded, which is a mistake of the program.
 func Encode(m Message) []byte {
 	if m.GetFormat() != Format {
 		panic(fmt.Sprintf("record %T without its format", m))
@@ -47,8 +46,8 @@ func Decode(kv meta.KeyValue, m Message) error {
 	return decode(kv, m, proto.UnmarshalOptions{})
 }
 
-// DecodeHead is Decode into a message that has some of the record's fields. The
-// others are passed over.
+// DecodeHead is Decode into a message with some of the record's fields. It skips the
+// others.
 func DecodeHead(kv meta.KeyValue, m Message) error {
 	return decode(kv, m, proto.UnmarshalOptions{DiscardUnknown: true})
 }
@@ -63,8 +62,8 @@ func decode(kv meta.KeyValue, m Message, o proto.UnmarshalOptions) error {
 	return nil
 }
 
-// NewOp makes the id of an operation of what rand yields. Every record carries
-// that of the operation that wrote it. The error is rand's.
+// NewOp returns a random id of an operation. Every record has the id of the operation that
+// wrote it. The error is rand's.
 func NewOp(rand io.Reader) (string, error) {
 	b := make([]byte, 12)
 	if _, err := io.ReadFull(rand, b); err != nil {
@@ -73,8 +72,8 @@ func NewOp(rand io.Reader) (string, error) {
 	return hex.EncodeToString(b), nil
 }
 
-// Gaps turns ascending ids into the first and the distances between them, which
-// are short; Sums turns them back.
+// Gaps returns the first of ascending ids and the differences between them, which are short
+// when encoded; Sums is the inverse.
 func Gaps(ids []int64) []int64 {
 	out := slices.Clone(ids)
 	for i := len(out) - 1; i > 0; i-- {
@@ -83,7 +82,7 @@ func Gaps(ids []int64) []int64 {
 	return out
 }
 
-// Sums returns the ids that Gaps was given.
+// Sums returns the ids of Gaps.
 func Sums(gaps []int64) []int64 {
 	out := slices.Clone(gaps)
 	for i := 1; i < len(out); i++ {
@@ -92,8 +91,8 @@ func Sums(gaps []int64) []int64 {
 	return out
 }
 
-// Nanos is t as records hold it, nanoseconds since 1970: 0 of the zero time, and
-// of one later than they can tell, in 2262, the last that they can.
+// Nanos returns t in the form of records, in nanoseconds since 1970: 0 for the zero time,
+// and the maximum for a time after 2262.
 func Nanos(t time.Time) int64 {
 	switch {
 	case t.IsZero():
@@ -104,7 +103,7 @@ func Nanos(t time.Time) int64 {
 	return t.UnixNano()
 }
 
-// Time returns the time that Nanos was given, in UTC.
+// Time returns the time of Nanos, in UTC.
 func Time(ns int64) time.Time {
 	if ns == 0 {
 		return time.Time{}
