@@ -78,7 +78,8 @@ func TestCallersShareTransactions(t *testing.T) {
 			}
 		}
 		for i := 0; i < callers; i += 100 { // from another replica
-			if again, err := replicas[(i+1)%3].AllocateIDs(t.Context(), token(fmt.Sprint(i)), int64(1+i%7)); err != nil || again != got[i] {
+			if again, err := replicas[(i+1)%3].AllocateIDs(t.Context(), token(fmt.Sprint(i)),
+				int64(1+i%7)); err != nil || again != got[i] {
 				t.Errorf("repeat of %d: %v, %v; want %v", i, again, err, got[i])
 			}
 		}

@@ -26,7 +26,8 @@ func testCompaction(t *testing.T, kv meta.KV) {
 	r := newRig(t, kv)
 	ids := r.ids(t, 200)
 	inputs := r.add(t, ids[:100]...)
-	revision, err := r.Change(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "c"}, catalog.SegmentChange{Drop: ids[:59], Add: r.segments(ids[100:101])})
+	revision, err := r.Change(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "c"},
+		catalog.SegmentChange{Drop: ids[:59], Add: r.segments(ids[100:101])})
 	if err != nil {
 		t.Fatalf("60 inputs and outputs: %v", err)
 	}
@@ -45,15 +46,23 @@ func testCompaction(t *testing.T, kv meta.KV) {
 	rec := units[ids[0]].GetSegment()
 	rec.State = uint32(inputs[0].State)
 	change := func(swap catalog.SegmentChange) func() error { return func() error { return r.change(ctx, swap) } }
-	r.refused(t, "61 inputs and outputs", catalog.ErrInvalid, change(catalog.SegmentChange{Drop: append(slices.Clone(ids[59:100]), ids[100]), Add: r.segments(ids[110:129])}))
-	r.refused(t, "an input that is gone", catalog.ErrSegmentNotFound, change(catalog.SegmentChange{Drop: ids[58:60], Add: r.segments(ids[101:102])}))
-	r.refused(t, "an input that never was", catalog.ErrSegmentNotFound, change(catalog.SegmentChange{Drop: ids[150:151], Add: r.segments(ids[101:102])}))
+	r.refused(t, "61 inputs and outputs", catalog.ErrInvalid,
+		change(catalog.SegmentChange{Drop: append(slices.Clone(ids[59:100]), ids[100]), Add: r.segments(ids[110:129])}))
+	r.refused(t, "an input that is gone", catalog.ErrSegmentNotFound,
+		change(catalog.SegmentChange{Drop: ids[58:60], Add: r.segments(ids[101:102])}))
+	r.refused(t, "an input that never was", catalog.ErrSegmentNotFound,
+		change(catalog.SegmentChange{Drop: ids[150:151], Add: r.segments(ids[101:102])}))
 	r.refused(t, "an input twice", catalog.ErrInvalid, change(catalog.SegmentChange{Drop: []int64{ids[60], ids[60]}}))
-	r.refused(t, "an input that is updated", catalog.ErrInvalid, change(catalog.SegmentChange{Drop: ids[60:61], Update: []catalog.Update{{Segment: ids[60]}}}))
-	r.refused(t, "an output that is an input", catalog.ErrInvalid, change(catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[60:61])}))
-	r.refused(t, "an output that is there", catalog.ErrSegmentExists, change(catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[61:62])}))
-	r.refused(t, "an output that was dropped", catalog.ErrSegmentExists, change(catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[:1])}))
-	r.refused(t, "an output of nobody's id", catalog.ErrIDNotAllocated, change(catalog.SegmentChange{Drop: ids[60:61], Add: r.segments([]int64{1 << 50})}))
+	r.refused(t, "an input that is updated", catalog.ErrInvalid,
+		change(catalog.SegmentChange{Drop: ids[60:61], Update: []catalog.Update{{Segment: ids[60]}}}))
+	r.refused(t, "an output that is an input", catalog.ErrInvalid,
+		change(catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[60:61])}))
+	r.refused(t, "an output that is there", catalog.ErrSegmentExists,
+		change(catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[61:62])}))
+	r.refused(t, "an output that was dropped", catalog.ErrSegmentExists,
+		change(catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[:1])}))
+	r.refused(t, "an output with an unallocated id", catalog.ErrIDNotAllocated,
+		change(catalog.SegmentChange{Drop: ids[60:61], Add: r.segments([]int64{1 << 50})}))
 	r.refused(t, "no such collection", catalog.ErrCollectionNotFound, func() error {
 		_, err := r.Change(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "none"}, catalog.SegmentChange{Drop: ids[60:61]})
 		return err
@@ -64,7 +73,8 @@ func testCompaction(t *testing.T, kv meta.KV) {
 			t.Error(err)
 		}
 	}})
-	if _, err := hooked.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[130:131])}); !errors.Is(err, catalog.ErrSegmentExists) {
+	if _, err := hooked.Change(ctx, request.Token{}, r.ref,
+		catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[130:131])}); !errors.Is(err, catalog.ErrSegmentExists) {
 		t.Errorf("output registered meanwhile: %v", err)
 	}
 	hooked = open(&beforeTxn{KV: kv, do: func() {
@@ -75,7 +85,8 @@ func testCompaction(t *testing.T, kv meta.KV) {
 			t.Error(err)
 		}
 	}})
-	if _, err := hooked.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[131:132])}); !errors.Is(err, catalog.ErrSegmentExists) {
+	if _, err := hooked.Change(ctx, request.Token{}, r.ref,
+		catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[131:132])}); !errors.Is(err, catalog.ErrSegmentExists) {
 		t.Errorf("output registered and dropped meanwhile: %v", err)
 	}
 	if err := r.change(ctx, catalog.SegmentChange{Drop: ids[60:61]}); err != nil {
@@ -163,7 +174,7 @@ func testCompactionIsAtomic(t *testing.T, kv meta.KV) {
 		}
 	}
 	if reads.Load() == 0 {
-		t.Error("nobody read")
+		t.Error("no read")
 	}
 	if got := r.scan(t, 0); !slices.Equal(got, live) {
 		t.Errorf("in the end %v, want %v", got, live)
@@ -212,13 +223,15 @@ func testUpdate(t *testing.T, kv meta.KV) {
 			t.Errorf("unit %d: %v", id, u)
 		}
 		if _, ok, err := r.Allocated(ctx, id); err != nil || !ok {
-			t.Errorf("unit %d has an id of nobody's", id)
+			t.Errorf("unit %d has an unallocated id", id)
 		}
-		part, err := catalog.DecodeSegment(r.col.ID, meta.KeyValue{Key: keys.Segment(r.col.ID, u.GetSegmentId()), Value: mustEncode(u.GetSegment())})
+		part, err := catalog.DecodeSegment(r.col.ID, meta.KeyValue{Key: keys.Segment(r.col.ID, u.GetSegmentId()),
+			Value: mustEncode(u.GetSegment())})
 		if err != nil {
 			t.Fatal(err)
 		}
-		sameSegments(t, segment.Segment{ID: s.ID, Partition: s.Partition, Channel: s.Channel, State: segment.Dropped, Files: gone}, part)
+		sameSegments(t, segment.Segment{ID: s.ID, Partition: s.Partition, Channel: s.Channel, State: segment.Dropped,
+			Files: gone}, part)
 	}
 
 	update := func(u catalog.Update) func() error {
@@ -227,14 +240,17 @@ func testUpdate(t *testing.T, kv meta.KV) {
 	}
 	negative := int64(-1)
 	r.refused(t, "an old revision", catalog.ErrRevisionChanged, update(catalog.Update{Revision: revision - 1}))
-	r.refused(t, "a file that is not there", catalog.ErrFileNotFound, update(catalog.Update{RemoveFiles: []catalog.FilePath{{Path: gone[0].Path}}}))
-	r.refused(t, "a file of another root", catalog.ErrFileNotFound, update(catalog.Update{RemoveFiles: []catalog.FilePath{{Root: 1, Path: fresh.Path}}}))
+	r.refused(t, "a file that is not there", catalog.ErrFileNotFound,
+		update(catalog.Update{RemoveFiles: []catalog.FilePath{{Path: gone[0].Path}}}))
+	r.refused(t, "a file of another root", catalog.ErrFileNotFound,
+		update(catalog.Update{RemoveFiles: []catalog.FilePath{{Root: 1, Path: fresh.Path}}}))
 	r.refused(t, "a file that is there", catalog.ErrFileExists, update(catalog.Update{AddFiles: []segment.File{fresh}}))
 	r.refused(t, "a file removed and added", catalog.ErrFileExists, update(catalog.Update{
 		RemoveFiles: []catalog.FilePath{{Path: fresh.Path}}, AddFiles: []segment.File{fresh},
 	}))
 	r.refused(t, "negative rows", catalog.ErrInvalid, update(catalog.Update{Rows: &negative}))
-	r.refused(t, "a file that escapes", catalog.ErrInvalid, update(catalog.Update{AddFiles: []segment.File{{Kind: "k", Path: "../x"}}}))
+	r.refused(t, "a file that escapes", catalog.ErrInvalid,
+		update(catalog.Update{AddFiles: []segment.File{{Kind: "k", Path: "../x"}}}))
 	r.refused(t, "no such segment", catalog.ErrSegmentNotFound, func() error {
 		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: ids[9]}}})
 	})
@@ -281,8 +297,9 @@ func TestFlushedWithoutFiles(t *testing.T) {
 	flushedNow := r.makeSegment(ids[1], 1)
 	flushed.AddFiles = flushedNow.Files
 	for name, swap := range map[string]catalog.SegmentChange{
-		"flushes with its files":         {Update: []catalog.Update{flushed}},
-		"removes its files and its rows": {Update: []catalog.Update{{Segment: whole.ID, RemoveFiles: all(&whole), Rows: &none}}},
+		"flushes with its files": {Update: []catalog.Update{flushed}},
+		"removes its files and its rows": {Update: []catalog.Update{{Segment: whole.ID, RemoveFiles: all(&whole),
+			Rows: &none}}},
 	} {
 		if err := r.change(t.Context(), swap); err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -340,7 +357,8 @@ func testBuilds(t *testing.T, kv meta.KV) {
 	build := func(id, index int64) segment.Build {
 		return segment.Build{
 			ID: id, Index: index, Field: 101, Params: map[string]string{"M": "1"},
-			Files: []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("index/%d/0", id), Size: 9, LogID: id}, {Kind: segment.KindIndex, Path: fmt.Sprintf("index/%d/1", id)}},
+			Files: []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("index/%d/0", id), Size: 9, LogID: id},
+				{Kind: segment.KindIndex, Path: fmt.Sprintf("index/%d/1", id)}},
 		}
 	}
 	update := func(u catalog.Update) func() error {
@@ -365,7 +383,8 @@ func testBuilds(t *testing.T, kv meta.KV) {
 	if len(units) != 1 || u.GetKind() != 2 || u.GetSegmentId() != ids[0] {
 		t.Fatalf("units: %v", units)
 	}
-	part, err := catalog.DecodeSegment(r.col.ID, meta.KeyValue{Key: keys.Segment(r.col.ID, ids[0]), Value: mustEncode(u.GetSegment())})
+	part, err := catalog.DecodeSegment(r.col.ID, meta.KeyValue{Key: keys.Segment(r.col.ID, ids[0]),
+		Value: mustEncode(u.GetSegment())})
 	if err != nil || len(part.Files) != 0 {
 		t.Fatalf("%v, %v", part, err)
 	}
@@ -373,24 +392,34 @@ func testBuilds(t *testing.T, kv meta.KV) {
 		t.Errorf("unit (-want +got):\n%s", diff)
 	}
 
-	r.refused(t, "a build that is there", catalog.ErrIndexBuildExists, update(catalog.Update{AddBuilds: []segment.Build{second}}))
-	r.refused(t, "a build that was replaced", catalog.ErrIndexBuildExists, update(catalog.Update{AddBuilds: []segment.Build{first}}))
-	r.refused(t, "a build removed and added", catalog.ErrIndexBuildExists, update(catalog.Update{RemoveBuilds: []int64{second.ID}, AddBuilds: []segment.Build{second}}))
-	r.refused(t, "two of one index", catalog.ErrInvalid, update(catalog.Update{AddBuilds: []segment.Build{build(ids[5], x.ID), build(ids[6], x.ID)}}))
-	r.refused(t, "a build that is not there", catalog.ErrIndexNotFound, update(catalog.Update{RemoveBuilds: []int64{ids[9]}}))
-	r.refused(t, "an index that is not there", catalog.ErrIndexNotFound, update(catalog.Update{AddBuilds: []segment.Build{build(ids[5], 1<<40)}}))
-	r.refused(t, "an id of nobody's", catalog.ErrIDNotAllocated, update(catalog.Update{AddBuilds: []segment.Build{build(1<<50, x.ID)}}))
-	r.refused(t, "the id of a segment", catalog.ErrIndexBuildExists, update(catalog.Update{AddBuilds: []segment.Build{build(ids[1], x.ID)}}))
+	r.refused(t, "a build that is there", catalog.ErrIndexBuildExists,
+		update(catalog.Update{AddBuilds: []segment.Build{second}}))
+	r.refused(t, "a build that was replaced", catalog.ErrIndexBuildExists,
+		update(catalog.Update{AddBuilds: []segment.Build{first}}))
+	r.refused(t, "a build removed and added", catalog.ErrIndexBuildExists,
+		update(catalog.Update{RemoveBuilds: []int64{second.ID}, AddBuilds: []segment.Build{second}}))
+	r.refused(t, "two of one index", catalog.ErrInvalid,
+		update(catalog.Update{AddBuilds: []segment.Build{build(ids[5], x.ID), build(ids[6], x.ID)}}))
+	r.refused(t, "a build that is not there", catalog.ErrIndexNotFound,
+		update(catalog.Update{RemoveBuilds: []int64{ids[9]}}))
+	r.refused(t, "an index that is not there", catalog.ErrIndexNotFound,
+		update(catalog.Update{AddBuilds: []segment.Build{build(ids[5], 1<<40)}}))
+	r.refused(t, "an unallocated id", catalog.ErrIDNotAllocated,
+		update(catalog.Update{AddBuilds: []segment.Build{build(1<<50, x.ID)}}))
+	r.refused(t, "the id of a segment", catalog.ErrIndexBuildExists,
+		update(catalog.Update{AddBuilds: []segment.Build{build(ids[1], x.ID)}}))
 	// The files of what is replaced will be deleted, so none may live on.
 	again := build(ids[7], x.ID)
 	again.Files[0].Path = second.Files[0].Path
-	r.refused(t, "a file of the build it replaces", catalog.ErrFileExists, update(catalog.Update{AddBuilds: []segment.Build{again}}))
+	r.refused(t, "a file of the build it replaces", catalog.ErrFileExists,
+		update(catalog.Update{AddBuilds: []segment.Build{again}}))
 	r.refused(t, "a file of a build that is removed", catalog.ErrFileExists, update(catalog.Update{
 		RemoveBuilds: []int64{second.ID}, AddFiles: []segment.File{{Kind: "k", Path: second.Files[0].Path}},
 	}))
 
 	r.refused(t, "a build of another segment", catalog.ErrIndexBuildExists, func() error {
-		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: ids[1], AddBuilds: []segment.Build{build(ids[3], x.ID)}}}})
+		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: ids[1],
+			AddBuilds: []segment.Build{build(ids[3], x.ID)}}}})
 	})
 	r.refused(t, "a segment with the id of a build", catalog.ErrSegmentExists, func() error {
 		_, _, err := r.AddSegments(ctx, r.col.ID, r.segments(ids[3:4]))
@@ -464,7 +493,8 @@ func testCheckpoints(t *testing.T, kv meta.KV) {
 	// A checkpoint moves at the revision of the segments that it covers.
 	rows := int64(1)
 	moved, err := r.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{
-		Update: []catalog.Update{{Segment: ids[0], Rows: &rows}}, Add: r.segments(ids[1:2]), Checkpoints: []catalog.Checkpoint{at(0, 60, "")},
+		Update: []catalog.Update{{Segment: ids[0], Rows: &rows}}, Add: r.segments(ids[1:2]),
+		Checkpoints: []catalog.Checkpoint{at(0, 60, "")},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -474,12 +504,14 @@ func testCheckpoints(t *testing.T, kv meta.KV) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if has, reached := slices.Contains(r.scan(t, revision), ids[1]), view.Checkpoints[0].Position.Timestamp == 60; has != reached || has != (revision == moved) {
+		if has, reached := slices.Contains(r.scan(t, revision),
+			ids[1]), view.Checkpoints[0].Position.Timestamp == 60; has != reached || has != (revision == moved) {
 			t.Errorf("at %d: segment %v, checkpoint %v", revision, has, reached)
 		}
 	}
 	r.refused(t, "back, with a segment", catalog.ErrCheckpointRegression, func() error {
-		return r.change(ctx, catalog.SegmentChange{Add: r.segments(ids[2:3]), Checkpoints: []catalog.Checkpoint{at(0, 59, "")}})
+		return r.change(ctx, catalog.SegmentChange{Add: r.segments(ids[2:3]),
+			Checkpoints: []catalog.Checkpoint{at(0, 59, "")}})
 	})
 	if err := set(at(0, segment.MaxTimestamp, ""))(); err != nil {
 		t.Error(err)
@@ -522,7 +554,7 @@ func TestCheckpointRace(t *testing.T) {
 	}
 }
 
-// Checkpoints only go forward, whoever moves them.
+// Checkpoints only move forward, whatever the caller.
 func TestCheckpointsRise(t *testing.T) {
 	ctx := t.Context()
 	r := newRig(t, memory.New(memory.Options{}))
@@ -552,7 +584,8 @@ func TestCheckpointsRise(t *testing.T) {
 		c := open(r.kv)
 		writers.Go(func() {
 			for i := range 30 {
-				_, err := c.SetCheckpoints(ctx, r.ref, []catalog.Checkpoint{{Position: segment.Position{Timestamp: segment.Timestamp(4*i + worker)}}})
+				position := segment.Position{Timestamp: segment.Timestamp(4*i + worker)}
+				_, err := c.SetCheckpoints(ctx, r.ref, []catalog.Checkpoint{{Position: position}})
 				if err != nil && !errors.Is(err, catalog.ErrCheckpointRegression) {
 					t.Error(err)
 				}
@@ -599,7 +632,8 @@ func testChangeRace(t *testing.T, kv meta.KV) {
 			for i := range each {
 				f := segment.File{Kind: "k", Path: fmt.Sprintf("%d/%d", worker, i)}
 				for {
-					_, err := c.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Update: []catalog.Update{{Segment: id, AddFiles: []segment.File{f}}}})
+					_, err := c.Change(ctx, request.Token{}, r.ref,
+						catalog.SegmentChange{Update: []catalog.Update{{Segment: id, AddFiles: []segment.File{f}}}})
 					if errors.Is(err, meta.ErrConflict) {
 						continue // nothing was written
 					}
@@ -624,7 +658,8 @@ func testChangeRace(t *testing.T, kv meta.KV) {
 		c := open(kv)
 		wg.Go(func() {
 			rows := int64(worker)
-			_, err := c.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Update: []catalog.Update{{Segment: id, Revision: revision, Rows: &rows}}})
+			_, err := c.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Update: []catalog.Update{{Segment: id,
+				Revision: revision, Rows: &rows}}})
 			if err == nil {
 				won.Add(1)
 			} else if !errors.Is(err, catalog.ErrRevisionChanged) {
@@ -644,7 +679,8 @@ func testChangeTokens(t *testing.T, kv meta.KV) {
 	ids := r.ids(t, 10)
 	r.add(t, ids[:4]...)
 	swap := catalog.SegmentChange{
-		Drop: ids[:2], Add: r.segments(ids[4:5]), Update: []catalog.Update{{Segment: ids[2], AddFiles: []segment.File{{Kind: "k", Path: "p"}}}},
+		Drop: ids[:2], Add: r.segments(ids[4:5]), Update: []catalog.Update{{Segment: ids[2],
+			AddFiles: []segment.File{{Kind: "k", Path: "p"}}}},
 		Checkpoints: []catalog.Checkpoint{{Position: segment.Position{Timestamp: 5}}},
 	}
 	// The same request many times at once: one effect, one answer.
@@ -706,7 +742,8 @@ func TestChangeFaults(t *testing.T) {
 		_, err := r.Change(t.Context(), token("swap"), r.ref, catalog.SegmentChange{
 			Drop: ids[:2], Add: r.segments(ids[4:5]),
 			Update: []catalog.Update{{
-				Segment: ids[2], AddFiles: []segment.File{{Kind: "k", Path: "p"}}, RemoveFiles: []catalog.FilePath{{Path: r.makeSegment(ids[2], 3).Files[0].Path}},
+				Segment: ids[2], AddFiles: []segment.File{{Kind: "k",
+					Path: "p"}}, RemoveFiles: []catalog.FilePath{{Path: r.makeSegment(ids[2], 3).Files[0].Path}},
 				AddBuilds: []segment.Build{{ID: ids[6], Index: index}},
 			}},
 			Checkpoints: []catalog.Checkpoint{{Position: segment.Position{Timestamp: 5}}},
@@ -762,7 +799,8 @@ func testTimeTravel(t *testing.T, kv meta.KV) {
 	if got := r.scan(t, view.Revision); !slices.Equal(got, ids) {
 		t.Errorf("%d segments then, want %d", len(got), len(ids))
 	}
-	if now, err := r.At(ctx, r.col.ID, 0); err != nil || now.Collection.State != catalog.Dropping || len(now.Partitions) != 1 {
+	if now, err := r.At(ctx, r.col.ID, 0); err != nil || now.Collection.State != catalog.Dropping ||
+		len(now.Partitions) != 1 {
 		t.Errorf("now: %v, %v", now, err)
 	}
 	stop := errors.New("stop")
@@ -779,7 +817,8 @@ func testTimeTravel(t *testing.T, kv meta.KV) {
 		if _, err := r.At(ctx, r.col.ID, view.Revision); !errors.Is(err, meta.ErrCompacted) {
 			t.Errorf("err = %v, want %v", err, meta.ErrCompacted)
 		}
-		if _, err := r.ScanSegments(ctx, r.col.ID, view.Revision, func([]segment.Segment) error { return nil }); !errors.Is(err, meta.ErrCompacted) {
+		if _, err := r.ScanSegments(ctx, r.col.ID, view.Revision,
+			func([]segment.Segment) error { return nil }); !errors.Is(err, meta.ErrCompacted) {
 			t.Errorf("err = %v, want %v", err, meta.ErrCompacted)
 		}
 	}
@@ -847,7 +886,8 @@ func TestModel(t *testing.T) {
 					continue
 				}
 				err := r.change(t.Context(), catalog.SegmentChange{Drop: in, Add: r.segments(some)})
-				if taken := live[some[0]] || dropped[some[0]]; taken != errors.Is(err, catalog.ErrSegmentExists) || !taken && err != nil {
+				if taken := live[some[0]] || dropped[some[0]]; taken != errors.Is(err,
+					catalog.ErrSegmentExists) || !taken && err != nil {
 					rt.Fatalf("compact %v into %v: %v", in, some, err)
 				}
 				if err == nil {
@@ -894,7 +934,8 @@ func TestModel(t *testing.T) {
 			if u.GetKind() == 1 && !dropped[id] {
 				rt.Fatalf("unit %d was not dropped", id)
 			}
-			part, err := catalog.DecodeSegment(r.col.ID, meta.KeyValue{Key: keys.Segment(r.col.ID, u.GetSegmentId()), Value: mustEncode(u.GetSegment())})
+			part, err := catalog.DecodeSegment(r.col.ID, meta.KeyValue{Key: keys.Segment(r.col.ID, u.GetSegmentId()),
+				Value: mustEncode(u.GetSegment())})
 			if err != nil {
 				rt.Fatal(err)
 			}

@@ -28,14 +28,16 @@ func genID() *rapid.Generator[int64] {
 
 func genTimestamp() *rapid.Generator[segment.Timestamp] {
 	return rapid.Custom(func(t *rapid.T) segment.Timestamp {
-		return segment.Timestamp(rapid.OneOf(rapid.Uint64(), rapid.Uint64Range(450_000_000_000_000_000, 450_000_000_000_900_000),
+		return segment.Timestamp(rapid.OneOf(rapid.Uint64(),
+			rapid.Uint64Range(450_000_000_000_000_000, 450_000_000_000_900_000),
 			rapid.SampledFrom([]uint64{0, 1, math.MaxInt64, math.MaxInt64 + 1, math.MaxUint64})).Draw(t, "timestamp"))
 	})
 }
 
 func genPosition() *rapid.Generator[segment.Position] {
 	return rapid.Custom(func(t *rapid.T) segment.Position {
-		return segment.Position{Timestamp: genTimestamp().Draw(t, "position"), Opaque: rapid.SliceOfN(rapid.Byte(), 0, 20).Draw(t, "opaque")}
+		return segment.Position{Timestamp: genTimestamp().Draw(t, "position"),
+			Opaque: rapid.SliceOfN(rapid.Byte(), 0, 20).Draw(t, "opaque")}
 	})
 }
 
@@ -46,7 +48,8 @@ func genAttributes() *rapid.Generator[map[string]string] {
 func genETag() *rapid.Generator[string] {
 	return rapid.OneOf(
 		rapid.StringMatching(`[0-9a-f]{32}`), rapid.StringMatching(`[0-9a-f]{32}`), rapid.StringMatching(`[0-9A-F]{32}`),
-		rapid.StringMatching(`"[0-9a-f]{32}"`), rapid.StringMatching(`[0-9a-f]{32}-3`), rapid.StringMatching(`[g-z]{32}`), rapid.Just(""), rapid.String())
+		rapid.StringMatching(`"[0-9a-f]{32}"`), rapid.StringMatching(`[0-9a-f]{32}-3`), rapid.StringMatching(`[g-z]{32}`),
+		rapid.Just(""), rapid.String())
 }
 
 // genFiles makes files of s, all with hex ETags or none to be sure of.
@@ -55,10 +58,12 @@ func genFiles(t *rapid.T, collection int64, s *segment.Segment, most int) []segm
 	return rapid.SliceOfN(rapid.Custom(func(t *rapid.T) segment.File {
 		f := segment.File{
 			Root: rapid.IntRange(0, 15).Draw(t, "root"),
-			Kind: rapid.OneOf(rapid.SampledFrom(knownKinds), rapid.SampledFrom([]string{"lance", "vortex"}), rapid.String()).Draw(t, "kind"),
+			Kind: rapid.OneOf(rapid.SampledFrom(knownKinds), rapid.SampledFrom([]string{"lance", "vortex"}),
+				rapid.String()).Draw(t, "kind"),
 			Size: rapid.Int64Range(0, math.MaxInt64).Draw(t, "size"), ETag: genETag().Draw(t, "etag"),
 			MinTimestamp: genTimestamp().Draw(t, "min"), MaxTimestamp: genTimestamp().Draw(t, "max"),
-			Entries: rapid.Int64Range(0, math.MaxInt64).Draw(t, "entries"), Field: rapid.Int64Range(0, math.MaxInt64).Draw(t, "field"),
+			Entries: rapid.Int64Range(0, math.MaxInt64).Draw(t, "entries"), Field: rapid.Int64Range(0, math.MaxInt64).Draw(t,
+				"field"),
 			LogID: rapid.Int64Range(0, math.MaxInt64).Draw(t, "log id"), Attributes: genAttributes().Draw(t, "attributes"),
 		}
 		if hexOnly {
@@ -71,7 +76,8 @@ func genFiles(t *rapid.T, collection int64, s *segment.Segment, most int) []segm
 		if native := NativePath(collection, s, &f); rapid.Bool().Draw(t, "native") && len(native) <= object.MaxKeyBytes {
 			f.Path = native
 		} else {
-			f.Path = rapid.OneOf(rapid.StringMatching(`insert_log/[0-9]{1,5}/[0-9]{1,5}/é?[0-9]{1,3}`), rapid.StringN(0, 100, object.MaxKeyBytes)).Draw(t, "path")
+			f.Path = rapid.OneOf(rapid.StringMatching(`insert_log/[0-9]{1,5}/[0-9]{1,5}/é?[0-9]{1,3}`),
+				rapid.StringN(0, 100, object.MaxKeyBytes)).Draw(t, "path")
 		}
 		return f
 	}), 0, most).Draw(t, "files")
@@ -82,9 +88,12 @@ func genSegment(t *rapid.T, collection int64) segment.Segment {
 		ID: genID().Draw(t, "id"), Partition: rapid.OneOf(rapid.Just[int64](0), genID()).Draw(t, "partition"),
 		Channel: rapid.IntRange(0, 63).Draw(t, "channel"), Level: rapid.IntRange(0, 2).Draw(t, "level"),
 		State: segment.State(rapid.IntRange(1, 5).Draw(t, "state")), Rows: rapid.Int64Range(0, math.MaxInt64).Draw(t, "rows"),
-		Start: genPosition().Draw(t, "start"), DML: genPosition().Draw(t, "dml"), StorageVersion: rapid.Int64().Draw(t, "version"),
-		Sorted: rapid.Bool().Draw(t, "sorted"), CommitTimestamp: genTimestamp().Draw(t, "commit"), RowCeiling: genTimestamp().Draw(t, "ceiling"),
-		EngineData: rapid.SliceOfN(rapid.Byte(), 0, 30).Draw(t, "engine data"), Attributes: genAttributes().Draw(t, "attributes"),
+		Start: genPosition().Draw(t, "start"), DML: genPosition().Draw(t, "dml"), StorageVersion: rapid.Int64().Draw(t,
+			"version"),
+		Sorted: rapid.Bool().Draw(t, "sorted"), CommitTimestamp: genTimestamp().Draw(t,
+			"commit"), RowCeiling: genTimestamp().Draw(t, "ceiling"),
+		EngineData: rapid.SliceOfN(rapid.Byte(), 0, 30).Draw(t, "engine data"), Attributes: genAttributes().Draw(t,
+			"attributes"),
 	}
 	s.Files = genFiles(t, collection, &s, 6)
 	for range rapid.IntRange(0, 3).Draw(t, "builds") {
@@ -156,11 +165,13 @@ func TestDecoderLeavesTheRestAlone(t *testing.T) {
 	var got, want []segment.Segment
 	for id := range int64(20) {
 		s := makeSegment(1, 2+id, 12)
-		s.Start.Opaque, s.EngineData, s.Attributes = []byte{byte(id)}, []byte{byte(id), 1}, map[string]string{"id": fmt.Sprint(id)}
+		s.Start.Opaque, s.EngineData, s.Attributes = []byte{byte(id)}, []byte{byte(id),
+			1}, map[string]string{"id": fmt.Sprint(id)}
 		s.Files[1].Path = fmt.Sprintf("x/%d/y", id)
 		s.Files[2].Attributes = map[string]string{"id": fmt.Sprint(id)}
 		s.Files[3].Checksum = segment.Checksum{Type: fmt.Sprint("T", id), Value: []byte{byte(id)}}
-		s.Builds = []segment.Build{{ID: 100 + id, Index: 5, Params: map[string]string{"id": fmt.Sprint(id)}, Files: s.Files[10:]}}
+		s.Builds = []segment.Build{{ID: 100 + id, Index: 5, Params: map[string]string{"id": fmt.Sprint(id)},
+			Files: s.Files[10:]}}
 		s.Files = s.Files[:10:10]
 		want = append(want, s)
 		kv := segmentKV(1, s.ID, encodeSegment(1, &s, "op"))
@@ -193,20 +204,22 @@ func TestDecoderReadsOddRecords(t *testing.T) {
 	}
 	var decoder Decoder
 	for name, odd := range map[string][]byte{
-		"nothing":               nil,
-		"column of single":      bytesOf(13, slices.Concat(numberOf(3, 1), numberOf(7, 5), numberOf(1, 3))),
-		"column in parts":       bytesOf(13, slices.Concat(bytesOf(3, []byte{1}), bytesOf(3, []byte{2}), numberOf(1, 4))),
-		"long numbers":          bytesOf(13, slices.Concat(bytesOf(3, []byte{0x81, 0x80, 0}), numberOf(1, 3))),
-		"number cut":            bytesOf(13, bytesOf(3, []byte{0x81})),
-		"number too long":       bytesOf(13, bytesOf(13, bytesOf(3, []byte(strings.Repeat("\xff", 11))))),
-		"field twice":           numberOf(6, 77),
-		"position in parts":     slices.Concat(bytesOf(7, numberOf(1, 5)), bytesOf(7, bytesOf(2, []byte("x")))),
-		"position with more":    bytesOf(8, slices.Concat(numberOf(9, 5), numberOf(2, 3))),
-		"build":                 bytesOf(14, slices.Concat(numberOf(1, 7), bytesOf(4, slices.Concat(bytesOf(1, []byte("k")), bytesOf(2, []byte("v")))))),
-		"build of garbage":      bytesOf(14, []byte{0xff}),
-		"wrong wire type":       slices.Concat(bytesOf(6, []byte("x")), numberOf(13, 5)),
-		"fixed":                 protowire.AppendFixed64(protowire.AppendTag(nil, 6, protowire.Fixed64Type), 5),
-		"group":                 protowire.AppendTag(protowire.AppendTag(nil, 50, protowire.StartGroupType), 50, protowire.EndGroupType),
+		"nothing":            nil,
+		"column of single":   bytesOf(13, slices.Concat(numberOf(3, 1), numberOf(7, 5), numberOf(1, 3))),
+		"column in parts":    bytesOf(13, slices.Concat(bytesOf(3, []byte{1}), bytesOf(3, []byte{2}), numberOf(1, 4))),
+		"long numbers":       bytesOf(13, slices.Concat(bytesOf(3, []byte{0x81, 0x80, 0}), numberOf(1, 3))),
+		"number cut":         bytesOf(13, bytesOf(3, []byte{0x81})),
+		"number too long":    bytesOf(13, bytesOf(13, bytesOf(3, []byte(strings.Repeat("\xff", 11))))),
+		"field twice":        numberOf(6, 77),
+		"position in parts":  slices.Concat(bytesOf(7, numberOf(1, 5)), bytesOf(7, bytesOf(2, []byte("x")))),
+		"position with more": bytesOf(8, slices.Concat(numberOf(9, 5), numberOf(2, 3))),
+		"build": bytesOf(14, slices.Concat(numberOf(1, 7),
+			bytesOf(4, slices.Concat(bytesOf(1, []byte("k")), bytesOf(2, []byte("v")))))),
+		"build of garbage": bytesOf(14, []byte{0xff}),
+		"wrong wire type":  slices.Concat(bytesOf(6, []byte("x")), numberOf(13, 5)),
+		"fixed":            protowire.AppendFixed64(protowire.AppendTag(nil, 6, protowire.Fixed64Type), 5),
+		"group": protowire.AppendTag(protowire.AppendTag(nil, 50, protowire.StartGroupType), 50,
+			protowire.EndGroupType),
 		"end of no group":       protowire.AppendTag(nil, 50, protowire.EndGroupType),
 		"unknown":               bytesOf(99, []byte("x")),
 		"field 0":               {0, 0},
@@ -229,13 +242,15 @@ func makeSegment(collection, id int64, files int) segment.Segment {
 	const now = 450_000_000_000_000_000
 	start := segment.Timestamp(now + id<<18)
 	s := segment.Segment{
-		ID: id, Partition: 450_000_000_000_000_002, Channel: 1, Level: 1, State: segment.Flushed, Rows: 123_456, Sorted: true, StorageVersion: 2,
+		ID: id, Partition: 450_000_000_000_000_002, Channel: 1, Level: 1, State: segment.Flushed, Rows: 123_456,
+		Sorted: true, StorageVersion: 2,
 		Start: segment.Position{Timestamp: start}, DML: segment.Position{Timestamp: start + 60_000<<18},
 	}
 	for i := range files {
 		etag := sha256.Sum256(fmt.Append(nil, id, i))
 		f := segment.File{
-			Kind: segment.KindInsert, Size: 4_000_000 + 31*int64(i)*id%9_000_000, ETag: fmt.Sprintf("%x", etag[:16]), Entries: 123_456,
+			Kind: segment.KindInsert, Size: 4_000_000 + 31*int64(i)*id%9_000_000, ETag: fmt.Sprintf("%x",
+				etag[:16]), Entries: 123_456,
 			Field: 100 + int64(i), LogID: id + 1 + int64(i), MinTimestamp: start, MaxTimestamp: start + 59_000<<18,
 		}
 		if i == files-1 {
@@ -302,7 +317,8 @@ func TestDecodeDamagedSegment(t *testing.T) {
 				kv.Value[1] = byte(format) // the first field
 			}
 			_, err := DecodeSegment(1, kv)
-			if err == nil || !strings.Contains(err.Error(), record.ErrUnreadable.Error()) || !strings.Contains(err.Error(), kv.Key) {
+			if err == nil || !strings.Contains(err.Error(), record.ErrUnreadable.Error()) || !strings.Contains(err.Error(),
+				kv.Key) {
 				t.Errorf("err = %v, want %v that names the key", err, record.ErrUnreadable)
 			}
 		})
@@ -312,7 +328,8 @@ func TestDecodeDamagedSegment(t *testing.T) {
 // However many files share however long a path, a record does not blow up.
 func TestDecodeIsBounded(t *testing.T) {
 	const n = 100_000
-	rec := &storagev1.Segment{Format: record.Format, Files: &storagev1.Files{Count: n, Kind: make([]uint32, n), PathShared: make([]uint32, n)}}
+	rec := &storagev1.Segment{Format: record.Format, Files: &storagev1.Files{Count: n, Kind: make([]uint32, n),
+		PathShared: make([]uint32, n)}}
 	long := strings.Repeat("x", 500_000)
 	for i := range n {
 		rec.Files.Kind[i] = 1
@@ -364,9 +381,11 @@ func TestDamagedColumns(t *testing.T) {
 	s := segment.Segment{ID: 2, State: segment.Flushed, Files: make([]segment.File, n)}
 	for i := range s.Files {
 		s.Files[i] = segment.File{
-			Root: i % 2, Path: fmt.Sprintf("p/%d/%d", i/100, i), Kind: []string{segment.KindInsert, "new"}[i%2], Size: int64(i), ETag: fmt.Sprintf("%032x", i),
-			Checksum: segment.Checksum{Type: "T", Value: []byte{byte(i)}}, MinTimestamp: segment.Timestamp(i), MaxTimestamp: segment.Timestamp(2 * i),
-			Entries: int64(i), Field: int64(i % 7), LogID: int64(n - i),
+			Root: i % 2, Path: fmt.Sprintf("p/%d/%d", i/100, i), Kind: []string{segment.KindInsert,
+				"new"}[i%2], Size: int64(i), ETag: fmt.Sprintf("%032x", i),
+			Checksum: segment.Checksum{Type: "T", Value: []byte{byte(i)}}, MinTimestamp: segment.Timestamp(i),
+			MaxTimestamp: segment.Timestamp(2 * i),
+			Entries:      int64(i), Field: int64(i % 7), LogID: int64(n - i),
 		}
 	}
 	rec := encodeSegment(1, &s, "op")

@@ -58,7 +58,7 @@ func testCollections(t *testing.T, kv meta.KV) {
 
 	given := spec("given")
 	given.ID = 1 << 50
-	r.refused(t, "an id of nobody's", catalog.ErrIDNotAllocated, func() error {
+	r.refused(t, "an unallocated id", catalog.ErrIDNotAllocated, func() error {
 		_, err := r.CreateCollection(ctx, request.Token{}, given)
 		return err
 	})
@@ -73,7 +73,8 @@ func testCollections(t *testing.T, kv meta.KV) {
 	}
 
 	properties, level := map[string]string{"new": "1"}, "Strong"
-	changed, err := r.UpdateCollection(ctx, request.Token{}, r.ref, r.col.Revision, catalog.Patch{Properties: &properties, Consistency: &level})
+	changed, err := r.UpdateCollection(ctx, request.Token{}, r.ref, r.col.Revision,
+		catalog.Patch{Properties: &properties, Consistency: &level})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -93,7 +94,8 @@ func testCollections(t *testing.T, kv meta.KV) {
 		_, err := r.DropCollection(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "c"}, r.col.ID+1)
 		return err
 	})
-	if id, err := r.DropCollection(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "c"}, r.col.ID); err != nil || id != r.col.ID {
+	if id, err := r.DropCollection(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "c"},
+		r.col.ID); err != nil || id != r.col.ID {
 		t.Errorf("drop: %d, %v", id, err)
 	}
 	before := dump(t, kv)
@@ -133,8 +135,14 @@ func TestSpec(t *testing.T) {
 		{"channels[2]", func(s *catalog.Collection) { s.Channels = []string{"a", "b", "a"} }},
 		{"channels[1]", func(s *catalog.Collection) { s.Channels = []string{"a", ""} }},
 		{"channels", func(s *catalog.Collection) { s.Channels = make([]string, catalog.MaxChannels+1) }},
-		{"schema.fields[1].id", func(s *catalog.Collection) { s.Schema.Fields = []catalog.Field{field(1, "a"), field(1, "b")} }},
-		{"schema.fields[1].name", func(s *catalog.Collection) { s.Schema.Fields = []catalog.Field{field(1, "a"), field(2, "a")} }},
+		{"schema.fields[1].id", func(s *catalog.Collection) {
+			s.Schema.Fields = []catalog.Field{field(1, "a"),
+				field(1, "b")}
+		}},
+		{"schema.fields[1].name", func(s *catalog.Collection) {
+			s.Schema.Fields = []catalog.Field{field(1, "a"),
+				field(2, "a")}
+		}},
 		{"roots", func(s *catalog.Collection) { s.Roots = nil }},
 		{"roots", func(s *catalog.Collection) { s.Roots = make([]catalog.Root, 17) }},
 		{"roots[0].store", func(s *catalog.Collection) { s.Roots[0].Store = "unknown" }},
@@ -149,7 +157,10 @@ func TestSpec(t *testing.T) {
 		{"roots[0].prefix", func(s *catalog.Collection) { s.Roots[0].Prefix = "../" }},
 		{"roots[0].prefix", func(s *catalog.Collection) { s.Roots[0].Prefix = "a//" }},
 		{"roots[0].prefix", func(s *catalog.Collection) { s.Roots[0].Prefix = longName(512) + "/" }},
-		{"roots[1].prefix", func(s *catalog.Collection) { s.Roots[1] = catalog.Root{Store: "default", Prefix: "data/deep/"} }},
+		{"roots[1].prefix", func(s *catalog.Collection) {
+			s.Roots[1] = catalog.Root{Store: "default",
+				Prefix: "data/deep/"}
+		}},
 		{"roots[1].prefix", func(s *catalog.Collection) { s.Roots[1] = catalog.Root{Store: "default"} }},
 		{"roots[1].prefix", func(s *catalog.Collection) { s.Roots[1] = s.Roots[0] }},
 		{"", func(s *catalog.Collection) { s.Roots[1] = catalog.Root{Store: "default", Prefix: "data2/"} }},
@@ -191,7 +202,8 @@ func testCollectionTokens(t *testing.T, kv meta.KV) {
 		t.Fatal(err)
 	}
 	level := "Strong"
-	updated, err := r.UpdateCollection(ctx, token("update"), catalog.Ref{ID: made.ID}, 0, catalog.Patch{Consistency: &level})
+	updated, err := r.UpdateCollection(ctx, token("update"), catalog.Ref{ID: made.ID}, 0,
+		catalog.Patch{Consistency: &level})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -207,7 +219,8 @@ func testCollectionTokens(t *testing.T, kv meta.KV) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if id, err := r.DropPartition(ctx, token("drop partition"), catalog.Ref{ID: made.ID}, "p"); err != nil || id != part.ID {
+	if id, err := r.DropPartition(ctx, token("drop partition"), catalog.Ref{ID: made.ID},
+		"p"); err != nil || id != part.ID {
 		t.Fatalf("%d, %v", id, err)
 	}
 	if id, err := r.DropCollection(ctx, token("drop"), catalog.Ref{DB: "db", Name: "t2"}, 0); err != nil || id != made.ID {
@@ -282,14 +295,16 @@ func testCollectionTokens(t *testing.T, kv meta.KV) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if again, err := r.CreatePartition(ctx, token("big"), ref, catalog.Partition{Name: "big", Attributes: attributes}); err != nil || !cmp.Equal(big, again) {
+	if again, err := r.CreatePartition(ctx, token("big"), ref,
+		catalog.Partition{Name: "big", Attributes: attributes}); err != nil || !cmp.Equal(big, again) {
 		t.Errorf("big, again: %v", err)
 	}
 	if _, err := r.DropPartition(ctx, token("drop big"), ref, "big"); err != nil {
 		t.Errorf("drop a big partition of a large collection: %v", err)
 	}
 	attributes["x"] += strings.Repeat("x", 20<<10)
-	if _, err := r.CreatePartition(ctx, request.Token{}, ref, catalog.Partition{Name: "bigger", Attributes: attributes}); !errors.Is(err, catalog.ErrLimitExceeded) {
+	if _, err := r.CreatePartition(ctx, request.Token{}, ref,
+		catalog.Partition{Name: "bigger", Attributes: attributes}); !errors.Is(err, catalog.ErrLimitExceeded) {
 		t.Errorf("err = %v, want %v", err, catalog.ErrLimitExceeded)
 	}
 }
@@ -406,7 +421,8 @@ func testRename(t *testing.T, kv meta.KV) {
 		return err
 	})
 	for _, to := range []string{"c", "d", "d"} {
-		if got, err := r.RenameCollection(ctx, request.Token{}, r.ref, "other", to); err != nil || got.Name != to || got.DB != "other" {
+		if got, err := r.RenameCollection(ctx, request.Token{}, r.ref, "other",
+			to); err != nil || got.Name != to || got.DB != "other" {
 			t.Fatalf("renamed to %s: %v, %v", to, got, err)
 		}
 		if id, err := r.Resolve(ctx, catalog.Ref{DB: "other", Name: to}); err != nil || id != r.col.ID {
@@ -418,7 +434,7 @@ func testRename(t *testing.T, kv meta.KV) {
 			t.Errorf("resolve %v: %v", old, err)
 		}
 	}
-	// A name is given away while somebody resolves it: what is dropped is what
+	// A name moves to another collection while a call resolves it: what is dropped is what
 	// has the name.
 	var second catalog.Collection
 	hooked := &afterResolve{KV: kv, name: keys.CollectionName("other", "d")}
@@ -433,7 +449,8 @@ func testRename(t *testing.T, kv meta.KV) {
 			t.Error(err)
 		}
 	}
-	if id, err := open(hooked).DropCollection(ctx, request.Token{}, catalog.Ref{DB: "other", Name: "d"}, 0); err != nil || id != second.ID {
+	if id, err := open(hooked).DropCollection(ctx, request.Token{}, catalog.Ref{DB: "other", Name: "d"},
+		0); err != nil || id != second.ID {
 		t.Errorf("dropped %d, %v; want %d", id, err, second.ID)
 	}
 	if got, err := r.Collection(ctx, r.ref); err != nil || got.State != catalog.Active {
@@ -459,7 +476,8 @@ func (a *afterResolve) Get(ctx context.Context, key string) (meta.KeyValue, bool
 
 // partsOf reads the partitions or indexes of a collection one by one.
 func partsOf[T any](
-	ctx context.Context, collection int64, read func(ctx context.Context, collection, after int64, fn func(T) bool) (bool, error), id func(T) int64,
+	ctx context.Context, collection int64, read func(ctx context.Context, collection, after int64, fn func(T) bool) (bool,
+		error), id func(T) int64,
 ) (list []T, err error) {
 	after := int64(0)
 	for more := true; more; {
@@ -483,13 +501,15 @@ func testPartitions(t *testing.T, kv meta.KV) {
 	r := newRig(t, kv)
 	want := []catalog.Partition{}
 	for _, name := range []string{"a", "b"} {
-		p, err := r.CreatePartition(ctx, request.Token{}, r.ref, catalog.Partition{Name: name, Attributes: map[string]string{"k": name}})
+		p, err := r.CreatePartition(ctx, request.Token{}, r.ref,
+			catalog.Partition{Name: name, Attributes: map[string]string{"k": name}})
 		if err != nil {
 			t.Fatal(err)
 		}
 		want = append(want, p)
 	}
-	if got, err := partsOf(ctx, r.col.ID, r.Partitions, func(p catalog.Partition) int64 { return p.ID }); err != nil || !cmp.Equal(want, got) {
+	if got, err := partsOf(ctx, r.col.ID, r.Partitions,
+		func(p catalog.Partition) int64 { return p.ID }); err != nil || !cmp.Equal(want, got) {
 		t.Errorf("%v (-want +got):\n%s", err, cmp.Diff(want, got))
 	}
 	create := func(p catalog.Partition) func() error {
@@ -500,7 +520,7 @@ func testPartitions(t *testing.T, kv meta.KV) {
 	}
 	r.refused(t, "a name again", catalog.ErrPartitionExists, create(catalog.Partition{Name: "a"}))
 	r.refused(t, "an id again", catalog.ErrPartitionExists, create(catalog.Partition{Name: "c", ID: want[0].ID}))
-	r.refused(t, "an id of nobody's", catalog.ErrIDNotAllocated, create(catalog.Partition{Name: "c", ID: 1 << 50}))
+	r.refused(t, "an unallocated id", catalog.ErrIDNotAllocated, create(catalog.Partition{Name: "c", ID: 1 << 50}))
 	r.refused(t, "a negative id", catalog.ErrInvalid, create(catalog.Partition{Name: "c", ID: -1}))
 	r.refused(t, "no name", catalog.ErrInvalid, create(catalog.Partition{Name: "c/d"}))
 
@@ -521,7 +541,8 @@ func testPartitions(t *testing.T, kv meta.KV) {
 		t.Errorf("wrote:\n%s", diff)
 	}
 	want[0].State = catalog.Dropping
-	if got, err := partsOf(ctx, r.col.ID, r.Partitions, func(p catalog.Partition) int64 { return p.ID }); err != nil || !cmp.Equal(want, got) {
+	if got, err := partsOf(ctx, r.col.ID, r.Partitions,
+		func(p catalog.Partition) int64 { return p.ID }); err != nil || !cmp.Equal(want, got) {
 		t.Errorf("%v (-want +got):\n%s", err, cmp.Diff(want, got))
 	}
 	late := r.makeSegment(ids[1], 1)
@@ -536,7 +557,8 @@ func testPartitions(t *testing.T, kv meta.KV) {
 	if err := r.change(ctx, catalog.SegmentChange{Drop: []int64{s.ID}}); err != nil {
 		t.Errorf("drop a segment of a dropped partition: %v", err)
 	}
-	if p, err := r.CreatePartition(ctx, request.Token{}, r.ref, catalog.Partition{Name: "a"}); err != nil || p.ID == want[0].ID {
+	if p, err := r.CreatePartition(ctx, request.Token{}, r.ref,
+		catalog.Partition{Name: "a"}); err != nil || p.ID == want[0].ID {
 		t.Errorf("the name is not free: %v, %v", p, err)
 	}
 }
@@ -570,7 +592,8 @@ func testPartsBytes(t *testing.T, kv meta.KV) {
 		_, err := r.CreateIndex(ctx, request.Token{}, r.ref, catalog.Index{Name: "large", Attributes: attributes(each)})
 		return err
 	})
-	if _, err := r.CreatePartition(ctx, request.Token{}, r.ref, catalog.Partition{Name: "small", Attributes: attributes(1 << 10)}); err != nil {
+	if _, err := r.CreatePartition(ctx, request.Token{}, r.ref,
+		catalog.Partition{Name: "small", Attributes: attributes(1 << 10)}); err != nil {
 		t.Errorf("a small one: %v", err)
 	}
 }
@@ -579,12 +602,14 @@ func testIndexes(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
 	r := newRig(t, kv)
 	made, err := r.CreateIndex(ctx, request.Token{}, r.ref, catalog.Index{
-		Name: "i", Field: 101, TypeParams: map[string]string{"dim": "8"}, IndexParams: map[string]string{"M": "16"}, Attributes: map[string]string{"a": "b"},
+		Name: "i", Field: 101, TypeParams: map[string]string{"dim": "8"}, IndexParams: map[string]string{"M": "16"},
+		Attributes: map[string]string{"a": "b"},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, err := partsOf(ctx, r.col.ID, r.Indexes, func(x catalog.Index) int64 { return x.ID }); err != nil || !cmp.Equal([]catalog.Index{made}, got) {
+	if got, err := partsOf(ctx, r.col.ID, r.Indexes, func(x catalog.Index) int64 { return x.ID }); err != nil ||
+		!cmp.Equal([]catalog.Index{made}, got) {
 		t.Errorf("%v (-want +got):\n%s", err, cmp.Diff([]catalog.Index{made}, got))
 	}
 	r.refused(t, "a name again", catalog.ErrIndexExists, func() error {
@@ -608,14 +633,16 @@ func testIndexes(t *testing.T, kv meta.KV) {
 		t.Errorf("drop again: %d, %v", id, err)
 	}
 	r.refused(t, "a build of a dropped index", catalog.ErrIndexNotFound, func() error {
-		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, AddBuilds: []segment.Build{{ID: ids[2], Index: made.ID}}}}})
+		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID,
+			AddBuilds: []segment.Build{{ID: ids[2], Index: made.ID}}}}})
 	})
 	// What the segment has already does not keep it from changing.
 	rows := int64(7)
 	if err := r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, Rows: &rows}}}); err != nil {
 		t.Errorf("update a segment with a build of a dropped index: %v", err)
 	}
-	if err := r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, RemoveBuilds: []int64{ids[1]}}}}); err != nil {
+	if err := r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID,
+		RemoveBuilds: []int64{ids[1]}}}}); err != nil {
 		t.Errorf("remove a build of a dropped index: %v", err)
 	}
 	if got := unitIDs(r.units(t)); !slices.Equal(got, []int64{ids[1]}) {
@@ -657,7 +684,8 @@ type beforeTxn struct {
 
 func (b *beforeTxn) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
 	if slices.ContainsFunc(t.Then, func(op meta.Op) bool {
-		return op.Kind == meta.OpPut && (strings.HasPrefix(op.From, "/catalog/segment/") || strings.HasPrefix(op.From, "/catalog/unit/"))
+		return op.Kind == meta.OpPut && (strings.HasPrefix(op.From, "/catalog/segment/") || strings.HasPrefix(op.From,
+			"/catalog/unit/"))
 	}) {
 		b.once.Do(b.do)
 	}
@@ -678,7 +706,8 @@ func testPartitionDropRace(t *testing.T, kv meta.KV) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		drop := func(key string, drop func(context.Context, request.Token, catalog.Ref, string) (int64, error), name string) func() {
+		drop := func(key string, drop func(context.Context, request.Token, catalog.Ref, string) (int64, error),
+			name string) func() {
 			return func() {
 				if _, err := drop(ctx, request.Token{}, r.ref, name); err != nil {
 					t.Error(err)
@@ -695,7 +724,8 @@ func testPartitionDropRace(t *testing.T, kv meta.KV) {
 		inPartition := r.makeSegment(ids[1], 1)
 		inPartition.Partition = p.ID
 		hooked := open(&beforeTxn{KV: kv, do: drop(keys.Partition(r.col.ID, p.ID), r.DropPartition, "p")})
-		if _, _, err := hooked.AddSegments(ctx, r.col.ID, []segment.Segment{inPartition}); !errors.Is(err, catalog.ErrPartitionNotFound) {
+		if _, _, err := hooked.AddSegments(ctx, r.col.ID, []segment.Segment{inPartition}); !errors.Is(err,
+			catalog.ErrPartitionNotFound) {
 			t.Errorf("gone = %v: add to a partition that is dropped meanwhile: %v", gone, err)
 		}
 		hooked = open(&beforeTxn{KV: kv, do: drop(keys.Index(r.col.ID, x.ID), r.DropIndex, "i")})
@@ -781,15 +811,18 @@ func testNotActive(t *testing.T, kv meta.KV) {
 			return err
 		},
 		"Update": func(tok request.Token) error {
-			_, err := r.Change(ctx, tok, r.ref, catalog.SegmentChange{Update: []catalog.Update{{Segment: ids[0], Rows: new(int64)}}})
+			_, err := r.Change(ctx, tok, r.ref, catalog.SegmentChange{Update: []catalog.Update{{Segment: ids[0],
+				Rows: new(int64)}}})
 			return err
 		},
 	}
 	for _, state := range []catalog.State{catalog.Restoring, catalog.Dropping} {
 		r.setState(t, state)
 		for name, call := range calls {
-			r.refused(t, fmt.Sprintf("%s while %v", name, state), catalog.ErrCollectionNotActive, func() error { return call(request.Token{}) })
-			r.refused(t, fmt.Sprintf("%s while %v, with a token", name, state), catalog.ErrCollectionNotActive, func() error { return call(token(name)) })
+			r.refused(t, fmt.Sprintf("%s while %v", name, state), catalog.ErrCollectionNotActive,
+				func() error { return call(request.Token{}) })
+			r.refused(t, fmt.Sprintf("%s while %v, with a token", name, state), catalog.ErrCollectionNotActive,
+				func() error { return call(token(name)) })
 		}
 		if state == catalog.Restoring {
 			r.refused(t, "drop while restoring", catalog.ErrCollectionNotActive, func() error {
@@ -803,7 +836,8 @@ func testNotActive(t *testing.T, kv meta.KV) {
 			t.Errorf("scan: %v", got)
 		}
 		_, _, err := r.Segment(ctx, r.ref, ids[0])
-		if restoring := state == catalog.Restoring; errors.Is(err, catalog.ErrCollectionNotActive) != restoring || err != nil && !restoring {
+		if restoring := state == catalog.Restoring; errors.Is(err,
+			catalog.ErrCollectionNotActive) != restoring || err != nil && !restoring {
 			t.Errorf("a segment while %v: err = %v", state, err)
 		}
 	}

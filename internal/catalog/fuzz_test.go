@@ -15,13 +15,15 @@ import (
 // a key in either store, and so two names are never one key.
 func FuzzName(f *testing.F) {
 	for _, name := range []string{
-		"", "a", "_", "-", ".", "..", "a.b-c_D9", "a\n", "a\nb", "a/b", "a b", "é", "a\xff", "\x00", "0", strings.Repeat("x", 255), strings.Repeat("x", 256), "a-",
+		"", "a", "_", "-", ".", "..", "a.b-c_D9", "a\n", "a\nb", "a/b", "a b", "é", "a\xff", "\x00", "0", strings.Repeat("x",
+			255), strings.Repeat("x", 256), "a-",
 	} {
 		f.Add(name)
 	}
 	f.Fuzz(func(t *testing.T, name string) {
 		const first = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_"
-		want := name != "" && len(name) <= 255 && strings.ContainsRune(first, rune(name[0])) && strings.Trim(name, first+".-") == ""
+		want := name != "" && len(name) <= 255 && strings.ContainsRune(first, rune(name[0])) && strings.Trim(name,
+			first+".-") == ""
 		err := catalog.CheckName("thing.name", name)
 		if (err == nil) != want {
 			t.Fatalf("%q: %v, want ok = %v", name, err, want)

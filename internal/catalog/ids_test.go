@@ -47,7 +47,8 @@ func testIDs(t *testing.T, kv meta.KV) {
 	if _, err := c.AllocateIDs(ctx, other, 9); !errors.Is(err, request.ErrReused) {
 		t.Errorf("err = %v, want %v", err, request.ErrReused)
 	}
-	if err := c.ReserveIDs(ctx, request.Token{}, catalog.IDRange{First: 15, Count: 10}); !errors.Is(err, catalog.ErrIDRangeTaken) {
+	if err := c.ReserveIDs(ctx, request.Token{}, catalog.IDRange{First: 15, Count: 10}); !errors.Is(err,
+		catalog.ErrIDRangeTaken) {
 		t.Errorf("reserve what was handed out: %v", err)
 	}
 	for range 2 {
@@ -55,13 +56,15 @@ func testIDs(t *testing.T, kv meta.KV) {
 			t.Errorf("reserve: %v", err)
 		}
 	}
-	for _, bad := range []catalog.IDRange{{First: 0, Count: 1}, {First: -5, Count: 9}, {First: 9000, Count: 0}, {First: math.MaxInt64, Count: 1}} {
+	for _, bad := range []catalog.IDRange{{First: 0, Count: 1}, {First: -5, Count: 9}, {First: 9000, Count: 0},
+		{First: math.MaxInt64, Count: 1}} {
 		if err := c.ReserveIDs(ctx, request.Token{}, bad); !errors.Is(err, catalog.ErrInvalid) {
 			t.Errorf("reserve %v: err = %v, want %v", bad, err, catalog.ErrInvalid)
 		}
 	}
 	for _, replica := range []*catalog.Catalog{c, open(kv)} {
-		for id, want := range map[int64]bool{-1: false, 0: false, 1: true, 20: true, 21: false, 999: false, 1000: true, 1009: true, 1010: false} {
+		for id, want := range map[int64]bool{-1: false, 0: false, 1: true, 20: true, 21: false, 999: false, 1000: true,
+			1009: true, 1010: false} {
 			missing, ok, err := replica.Allocated(ctx, 1, id)
 			if err != nil || ok != want || !ok && missing != id {
 				t.Errorf("Allocated(%d) = %d, %v, %v; want %v", id, missing, ok, err, want)
@@ -71,7 +74,7 @@ func testIDs(t *testing.T, kv meta.KV) {
 }
 
 // Several replicas on one store, whose calls fail after they took effect, never
-// hand out one id twice, nor one that is reserved.
+// allocate an id twice, nor one that is reserved.
 func TestIDsAreUnique(t *testing.T) {
 	f := meta.NewFaulty(memory.New(memory.Options{}))
 	f.Hook(func(c meta.Call) meta.Fault {
@@ -81,7 +84,8 @@ func TestIDsAreUnique(t *testing.T) {
 		return meta.NoFault
 	})
 	reserved := catalog.IDRange{First: 2000, Count: 500}
-	if err := open(f).ReserveIDs(t.Context(), request.Token{}, reserved); err != nil && !errors.Is(err, meta.ErrUnavailable) {
+	if err := open(f).ReserveIDs(t.Context(), request.Token{}, reserved); err != nil && !errors.Is(err,
+		meta.ErrUnavailable) {
 		t.Fatal(err)
 	}
 	var mu sync.Mutex
@@ -160,11 +164,13 @@ func TestReserveAndRelease(t *testing.T) {
 	kv := memory.New(memory.Options{})
 	r := newRig(t, kv)
 	whole := catalog.IDRange{First: 100_000, Count: 1024}
-	deny := catalog.New(catalog.Options{KV: kv, Now: time.Now, Rand: rand.Reader, Requests: request.NewLeases(kv, time.Now, nil)})
+	deny := catalog.New(catalog.Options{KV: kv, Now: time.Now, Rand: rand.Reader,
+		Requests: request.NewLeases(kv, time.Now, nil)})
 	if err := deny.ReserveIDs(ctx, request.Token{}, whole); !errors.Is(err, catalog.ErrReserveNotAllowed) {
 		t.Errorf("reserve: err = %v, want %v", err, catalog.ErrReserveNotAllowed)
 	}
-	if err := r.ReserveIDs(ctx, request.Token{}, catalog.IDRange{First: 2, Count: math.MaxInt64 - 1}); !errors.Is(err, catalog.ErrInvalid) {
+	if err := r.ReserveIDs(ctx, request.Token{}, catalog.IDRange{First: 2, Count: math.MaxInt64 - 1}); !errors.Is(err,
+		catalog.ErrInvalid) {
 		t.Errorf("reserve all ids: err = %v, want %v", err, catalog.ErrInvalid)
 	}
 	if err := r.ReserveIDs(ctx, request.Token{}, whole); err != nil {
@@ -188,7 +194,8 @@ func TestReserveAndRelease(t *testing.T) {
 			t.Errorf("Allocated(%d) = %v, %v; want %v", id, ok, err, want)
 		}
 	}
-	if _, _, err := r.AddSegments(ctx, r.col.ID, r.segments([]int64{100_100})); !errors.Is(err, catalog.ErrIDNotAllocated) {
+	if _, _, err := r.AddSegments(ctx, r.col.ID, r.segments([]int64{100_100})); !errors.Is(err,
+		catalog.ErrIDNotAllocated) {
 		t.Errorf("register an id that was given back: %v", err)
 	}
 }

@@ -87,7 +87,8 @@ func spec(name string) catalog.Collection {
 	return catalog.Collection{
 		DB: "db", Name: name, Channels: []string{"ch0", "ch1"},
 		Schema: catalog.Schema{
-			Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}, {ID: 101, Name: "v", DataType: "FloatVector", TypeParams: map[string]string{"dim": "8"}}},
+			Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true},
+				{ID: 101, Name: "v", DataType: "FloatVector", TypeParams: map[string]string{"dim": "8"}}},
 			Format: "x", Raw: []byte{0, 255},
 		},
 		Roots:       []catalog.Root{{Store: "default", Prefix: "data/"}, {Store: "other"}},
@@ -124,12 +125,14 @@ func (r *rig) ids(t testing.TB, n int64) []int64 {
 func (r *rig) makeSegment(id int64, n int) segment.Segment {
 	s := segment.Segment{
 		ID: id, Channel: int(id % 2), Level: 1, State: segment.Flushed, Rows: 1000, Sorted: true, StorageVersion: 2,
-		Start: segment.Position{Timestamp: segment.Timestamp(id) << 30}, DML: segment.Position{Timestamp: segment.Timestamp(id)<<30 + 9, Opaque: []byte("o")},
+		Start: segment.Position{Timestamp: segment.Timestamp(id) << 30},
+		DML:   segment.Position{Timestamp: segment.Timestamp(id)<<30 + 9, Opaque: []byte("o")},
 	}
 	for i := range n {
 		f := segment.File{
 			Kind: segment.KindInsert, Size: 1000 + int64(i), ETag: fmt.Sprintf("%032x", id*1000+int64(i)), Entries: 1000,
-			Field: 100 + int64(i), LogID: id*100 + int64(i), MinTimestamp: s.Start.Timestamp, MaxTimestamp: s.Start.Timestamp + 5,
+			Field: 100 + int64(i), LogID: id*100 + int64(i), MinTimestamp: s.Start.Timestamp,
+			MaxTimestamp: s.Start.Timestamp + 5,
 		}
 		f.Path = catalog.NativePath(r.col.ID, &s, &f)
 		s.Files = append(s.Files, f)

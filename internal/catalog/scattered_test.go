@@ -41,7 +41,10 @@ func (s *spyKV) count(kvs []meta.KeyValue) {
 }
 
 func (s *spyKV) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
-	if slices.ContainsFunc(t.Then, func(op meta.Op) bool { return op.Kind == meta.OpPut && strings.HasPrefix(op.From, "/catalog/segment/") }) {
+	if slices.ContainsFunc(t.Then, func(op meta.Op) bool {
+		return op.Kind == meta.OpPut && strings.HasPrefix(op.From,
+			"/catalog/segment/")
+	}) {
 		s.adds++
 		if before := s.before; before != nil {
 			s.before = nil

@@ -29,7 +29,8 @@ func testAddSegments(t *testing.T, kv meta.KV) {
 	if diff := cmp.Diff(before, dump(t, kv)); diff != "" {
 		t.Errorf("a repeat wrote:\n%s", diff)
 	}
-	if added, present, err := r.AddSegments(ctx, r.col.ID, r.segments(ids[3:7])); err != nil || added != 2 || present != 2 {
+	if added, present, err := r.AddSegments(ctx, r.col.ID,
+		r.segments(ids[3:7])); err != nil || added != 2 || present != 2 {
 		t.Errorf("some again: %d, %d, %v", added, present, err)
 	}
 	if added, present, err := r.AddSegments(ctx, r.col.ID, nil); err != nil || added != 0 || present != 0 {
@@ -60,7 +61,7 @@ func testAddSegments(t *testing.T, kv meta.KV) {
 	r.refused(t, "another content", catalog.ErrSegmentExists, add(other))
 	twice := r.makeSegment(ids[10], 1)
 	r.refused(t, "one id twice", catalog.ErrInvalid, add(twice, twice))
-	r.refused(t, "an id of nobody's", catalog.ErrIDNotAllocated, add(r.makeSegment(1<<50, 1)))
+	r.refused(t, "an unallocated id", catalog.ErrIDNotAllocated, add(r.makeSegment(1<<50, 1)))
 	if _, _, err := r.AddSegments(ctx, 1<<50, want); !errors.Is(err, catalog.ErrCollectionNotFound) {
 		t.Errorf("err = %v", err)
 	}
@@ -90,7 +91,8 @@ func testAddSegments(t *testing.T, kv meta.KV) {
 			t.Error(err)
 		}
 	}})
-	if _, _, err := hooked.AddSegments(ctx, r.col.ID, r.segments(ids[100:])); !errors.Is(err, catalog.ErrCollectionNotActive) {
+	if _, _, err := hooked.AddSegments(ctx, r.col.ID, r.segments(ids[100:])); !errors.Is(err,
+		catalog.ErrCollectionNotActive) {
 		t.Errorf("collection dropped meanwhile: %v", err)
 	}
 	if got := r.scan(t, 0); !slices.Equal(got, []int64{ids[0], ids[3], ids[4], ids[5], ids[6]}) {
@@ -171,8 +173,10 @@ func TestSegmentRules(t *testing.T) {
 		{catalog.ErrInvalid, "segments[0].files[1]", func(s *segment.Segment) { s.Files[1].Field = -1 }},
 		{catalog.ErrInvalid, "segments[0].files[1]", func(s *segment.Segment) { s.Files[1].Entries = -1 }},
 		{catalog.ErrInvalid, "segments[0].files[0].kind", func(s *segment.Segment) { s.Files[0].Kind = "" }},
-		{catalog.ErrInvalid, "segments[0].files[0].checksum.type", func(s *segment.Segment) { s.Files[0].Checksum.Value = []byte{1} }},
-		{catalog.ErrInvalid, "segments[0].files[0].min_timestamp", func(s *segment.Segment) { s.Files[0].MinTimestamp = s.Files[0].MaxTimestamp + 1 }},
+		{catalog.ErrInvalid, "segments[0].files[0].checksum.type",
+			func(s *segment.Segment) { s.Files[0].Checksum.Value = []byte{1} }},
+		{catalog.ErrInvalid, "segments[0].files[0].min_timestamp",
+			func(s *segment.Segment) { s.Files[0].MinTimestamp = s.Files[0].MaxTimestamp + 1 }},
 		{catalog.ErrInvalid, "segments[0].files", func(s *segment.Segment) { s.Files[0].Path = s.Files[1].Path }},
 		{catalog.ErrInvalid, "segments[0].files[0].path", path("")},
 		{catalog.ErrInvalid, "segments[0].files[0].path", path("/etc/passwd")},
@@ -190,9 +194,14 @@ func TestSegmentRules(t *testing.T) {
 		{catalog.ErrInvalid, "segments[0].files[0].path", inStore("snapshots/x")},
 		{catalog.ErrInvalid, "segments[0].files[0].path", inStore("gc/x")},
 		{catalog.ErrInvalid, "segments[0].files", func(s *segment.Segment) { s.Files = make([]segment.File, 4097) }},
-		{catalog.ErrIndexNotFound, "", func(s *segment.Segment) { s.Builds = []segment.Build{{ID: ids[151], Index: x.ID + 1000}} }},
-		{catalog.ErrInvalid, "segments[0].index_builds[0].id", func(s *segment.Segment) { s.Builds = []segment.Build{build(0)} }},
-		{catalog.ErrInvalid, "segments[0].index_builds[1].index_id", func(s *segment.Segment) { s.Builds = []segment.Build{build(ids[151]), build(ids[152])} }},
+		{catalog.ErrIndexNotFound, "", func(s *segment.Segment) {
+			s.Builds = []segment.Build{{ID: ids[151],
+				Index: x.ID + 1000}}
+		}},
+		{catalog.ErrInvalid, "segments[0].index_builds[0].id",
+			func(s *segment.Segment) { s.Builds = []segment.Build{build(0)} }},
+		{catalog.ErrInvalid, "segments[0].index_builds[1].index_id",
+			func(s *segment.Segment) { s.Builds = []segment.Build{build(ids[151]), build(ids[152])} }},
 		{catalog.ErrIDNotAllocated, "", func(s *segment.Segment) { s.Builds = []segment.Build{build(1 << 50)} }},
 		{catalog.ErrInvalid, "segments[0].files", func(s *segment.Segment) {
 			s.Builds = []segment.Build{build(ids[151])}
@@ -224,7 +233,10 @@ func TestSegmentRules(t *testing.T) {
 			}
 			return err
 		})
-		r.refused(t, what+", as an output", c.err, func() error { return r.change(ctx, catalog.SegmentChange{Add: []segment.Segment{s}}) })
+		r.refused(t, what+", as an output", c.err, func() error {
+			return r.change(ctx,
+				catalog.SegmentChange{Add: []segment.Segment{s}})
+		})
 	}
 	// One build of two segments would hide one of them when both are dropped.
 	a, b := r.makeSegment(ids[190], 1), r.makeSegment(ids[191], 1)
@@ -286,7 +298,8 @@ func TestLargeSegments(t *testing.T) {
 	if n, _, err := r.AddSegments(ctx, r.col.ID, list); err != nil || n != len(list) {
 		t.Fatalf("added %d, %v", n, err)
 	}
-	r.refused(t, "a swap that is too large", catalog.ErrTooLarge, func() error { return r.change(ctx, catalog.SegmentChange{Drop: ids[:60]}) })
+	r.refused(t, "a swap that is too large", catalog.ErrTooLarge,
+		func() error { return r.change(ctx, catalog.SegmentChange{Drop: ids[:60]}) })
 	if n, err := r.DropSegments(ctx, r.ref, ids); err != nil || n != len(ids) {
 		t.Errorf("dropped %d, %v", n, err)
 	}
@@ -304,7 +317,8 @@ func TestAddSegmentsFaults(t *testing.T) {
 		if got := r.scan(t, 0); !slices.Equal(got, ids) {
 			t.Errorf("%d segments, want %d", len(got), len(ids))
 		}
-		if added, present, err := r.AddSegments(t.Context(), r.col.ID, r.segments(ids)); err != nil || added != 0 || present != 250 {
+		if added, present, err := r.AddSegments(t.Context(), r.col.ID,
+			r.segments(ids)); err != nil || added != 0 || present != 250 {
 			t.Errorf("again: %d, %d, %v", added, present, err)
 		}
 	})

@@ -36,7 +36,8 @@ func sizedSegment(builds, files int, etag string) *segment.Segment {
 // that are no MD5.
 func asRestored(s *segment.Segment) *segment.Segment {
 	const long = int64(1) << 62
-	r := &segment.Segment{ID: long, Partition: long + 1, State: segment.Flushed, Rows: s.Rows, RowCeiling: segment.MaxTimestamp}
+	r := &segment.Segment{ID: long, Partition: long + 1, State: segment.Flushed, Rows: s.Rows,
+		RowCeiling: segment.MaxTimestamp}
 	etag := strings.Repeat("e", restoredETag)
 	for _, f := range s.Files {
 		f.ETag = etag
@@ -47,7 +48,8 @@ func asRestored(s *segment.Segment) *segment.Segment {
 		n := segment.Build{ID: long + b.ID, Index: long, Field: b.Field}
 		for _, f := range b.Files {
 			f.ETag = etag
-			f.Path = fmt.Sprintf("%d/%d/%d/index/%d/%s", long+2, r.Partition, r.ID, n.ID, f.Path[strings.LastIndex(f.Path, "/")+1:])
+			f.Path = fmt.Sprintf("%d/%d/%d/index/%d/%s", long+2, r.Partition, r.ID, n.ID,
+				f.Path[strings.LastIndex(f.Path, "/")+1:])
 			n.Files = append(n.Files, f)
 		}
 		r.Builds = append(r.Builds, n)
@@ -58,7 +60,8 @@ func asRestored(s *segment.Segment) *segment.Segment {
 // TestRestoredSize holds that a record has the room that a restore of it needs, and
 // that not much more is allowed for.
 func TestRestoredSize(t *testing.T) {
-	for _, etag := range []string{"", "d41d8cd98f00b204e9800998ecf8427e", "d41d8cd98f00b204e9800998ecf8427e-17", strings.Repeat("e", restoredETag)} {
+	for _, etag := range []string{"", "d41d8cd98f00b204e9800998ecf8427e", "d41d8cd98f00b204e9800998ecf8427e-17",
+		strings.Repeat("e", restoredETag)} {
 		for _, c := range [][2]int{{0, 0}, {0, 1}, {0, 4000}, {1, 1}, {200, 1}, {20, 100}} {
 			s := sizedSegment(c[0], c[1], etag)
 			rec := encodeSegment(1, s, "op")
@@ -67,7 +70,8 @@ func TestRestoredSize(t *testing.T) {
 			if got > room || room > got+got/4+600+200*c[0] {
 				t.Errorf("ETag %q, %d builds of %d files: %d bytes restored, %d allowed for", etag, c[0], c[1], got, room)
 			}
-			if again := restoredSize(encodeSegment(int64(1)<<62+2, asRestored(s), "op"), asRestored(s), got); again > room+restoredIDs*(1+3*c[0]) {
+			if again := restoredSize(encodeSegment(int64(1)<<62+2, asRestored(s), "op"), asRestored(s),
+				got); again > room+restoredIDs*(1+3*c[0]) {
 				t.Errorf("ETag %q, %d builds of %d files: %d bytes when restored again, %d at first", etag, c[0], c[1], again, room)
 			}
 		}
@@ -125,7 +129,8 @@ func TestHeldKeys(t *testing.T) {
 		}
 	}
 	for _, key := range []string{
-		"gc/held/5", "gc/held/5/", "gc/held/5/x", "gc/held/5/07", "gc/held/5/7-", "gc/held/5/7-0123", "gc/held/5/7-0123456789ABCDEF",
+		"gc/held/5", "gc/held/5/", "gc/held/5/x", "gc/held/5/07", "gc/held/5/7-", "gc/held/5/7-0123",
+		"gc/held/5/7-0123456789ABCDEF",
 		"gc/held/5/7-0123456789abcdeg", "gc/held/5/7-0123456789abcdef-", "gc/held/0/7", "held/5/7", "gc/held/5/7/8",
 	} {
 		if _, _, ok := ParseSpillKey(key); ok {

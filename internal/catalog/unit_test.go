@@ -20,16 +20,20 @@ import (
 // an equal number for an element.
 func TestOwned(t *testing.T) {
 	own := []string{
-		"7/2/65/insert/100/1", "7/0/65/a", "insert_log/7/2/65/100/1", "delta_log/7/-1/65/9", "insert_log/7/2/65/_data/0.parquet",
+		"7/2/65/insert/100/1", "7/0/65/a", "insert_log/7/2/65/100/1", "delta_log/7/-1/65/9",
+		"insert_log/7/2/65/_data/0.parquet",
 	}
 	ownOfBuild := []string{
 		"7/2/65/index/66/100-1", "index_files/66/1/2/65/HNSW_0", "index_v1/7/2/65/66/1/a/b", "text_log/66/1/7/2/65/101/a",
 		"json_stats/2/66/1/7/2/65/101/meta.json", "7/2/65/index/67/100-1",
 	}
 	foreign := []string{
-		"65", "65/c", "a/65/b", "a/7/2/65/b", "7/65/b", "7/2/66/insert/65/65", "8/2/65/insert/100/1", "65/65/66/65/65/65", "7/2/65", "7/2/065/a", "07/2/65/a",
-		"insert_log/7/2/66/65/65", "insert_log/8/2/65/100/1", "delta_log/7/65/66/65", "index_files/65/1/2/66/65", "index_v1/8/2/65/66/1/a",
-		"insert_log/7/2/65", "insert_log/7/2/65/", "insert_log/7/2/lobs/65/1", "part_stats/7/2/65/1", "66/c", "7/index/66/f", "index/66/f",
+		"65", "65/c", "a/65/b", "a/7/2/65/b", "7/65/b", "7/2/66/insert/65/65", "8/2/65/insert/100/1", "65/65/66/65/65/65",
+		"7/2/65", "7/2/065/a", "07/2/65/a",
+		"insert_log/7/2/66/65/65", "insert_log/8/2/65/100/1", "delta_log/7/65/66/65", "index_files/65/1/2/66/65",
+		"index_v1/8/2/65/66/1/a",
+		"insert_log/7/2/65", "insert_log/7/2/65/", "insert_log/7/2/lobs/65/1", "part_stats/7/2/65/1", "66/c", "7/index/66/f",
+		"index/66/f",
 	}
 	u := catalog.Unit{Collection: 7, Segment: segment.Segment{ID: 65, Builds: []segment.Build{{ID: 66}, {ID: 68}}}}
 	for _, path := range slices.Concat(own, foreign) {
@@ -68,16 +72,19 @@ func TestOwned(t *testing.T) {
 
 // Nothing that is not the whole record of a unit is taken for one without files.
 func TestUnitOfStub(t *testing.T) {
-	stub := &storagev1.Unit{Format: 1, Kind: 2, SegmentId: 65, DropTime: 7, Parked: &storagev1.Parked{Store: "default", Length: 3}}
+	stub := &storagev1.Unit{Format: 1, Kind: 2, SegmentId: 65, DropTime: 7,
+		Parked: &storagev1.Parked{Store: "default", Length: 3}}
 	if _, err := catalog.UnitOf(1, 66, stub); !errors.Is(err, catalog.ErrSpilled) {
 		t.Errorf("a stub: err = %v, want %v", err, catalog.ErrSpilled)
 	}
-	if _, err := catalog.UnitOf(1, 66, &storagev1.Unit{Format: 1, Kind: 2, SegmentId: 65}); !errors.Is(err, record.ErrUnreadable) {
+	if _, err := catalog.UnitOf(1, 66, &storagev1.Unit{Format: 1, Kind: 2, SegmentId: 65}); !errors.Is(err,
+		record.ErrUnreadable) {
 		t.Errorf("a record of nothing: err = %v, want %v", err, record.ErrUnreadable)
 	}
 	u := catalog.StubOf(1, 66, stub)
 	want := catalog.Unit{
-		ID: 66, Collection: 1, Kind: catalog.UnitBuild, Segment: segment.Segment{ID: 65, State: segment.Dropped}, DropTime: time.Unix(0, 7).UTC(), Spilled: true,
+		ID: 66, Collection: 1, Kind: catalog.UnitBuild, Segment: segment.Segment{ID: 65,
+			State: segment.Dropped}, DropTime: time.Unix(0, 7).UTC(), Spilled: true,
 	}
 	if diff := cmp.Diff(want, u); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
@@ -124,7 +131,8 @@ func TestFindOwner(t *testing.T) {
 	if len(units) != 1 {
 		t.Fatalf("units %v", units)
 	}
-	if got, want := find(path, 0), fmt.Sprintf("true %+v", catalog.Owner{Segment: ids[0], Unit: units[0], Owned: true}); got != want {
+	if got, want := find(path, 0), fmt.Sprintf("true %+v",
+		catalog.Owner{Segment: ids[0], Unit: units[0], Owned: true}); got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
 	if got := find(other.Path, 0); got != none {
@@ -136,10 +144,12 @@ func TestFindOwner(t *testing.T) {
 	if err := r.change(t.Context(), catalog.SegmentChange{Drop: ids[:1]}); err != nil {
 		t.Fatal(err)
 	}
-	if got, want := find(other.Path, ids[0]), fmt.Sprintf("true %+v", catalog.Owner{Segment: ids[0], Unit: ids[0]}); got != want {
+	if got, want := find(other.Path, ids[0]), fmt.Sprintf("true %+v",
+		catalog.Owner{Segment: ids[0], Unit: ids[0]}); got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
-	if got := find(list[0].Files[1].Path, ids[1]); got != fmt.Sprintf("true %+v", catalog.Owner{Segment: ids[0], Unit: ids[0], Owned: true}) {
+	if got := find(list[0].Files[1].Path, ids[1]); got != fmt.Sprintf("true %+v",
+		catalog.Owner{Segment: ids[0], Unit: ids[0], Owned: true}) {
 		t.Errorf("got %s", got)
 	}
 }

@@ -10,8 +10,9 @@ import (
 func sample() *segment.Segment {
 	return &segment.Segment{
 		Rows: 10, RowCeiling: 5,
-		Files:  []segment.File{{Path: "a", Size: 1}, {Path: "b", Size: 2}},
-		Builds: []segment.Build{{ID: 1}, {ID: 2, Files: []segment.File{{Path: "c", Size: 4}}}, {ID: 3, Files: []segment.File{{Path: "d", Size: 8}, {Path: "e", Size: 16}}}},
+		Files: []segment.File{{Path: "a", Size: 1}, {Path: "b", Size: 2}},
+		Builds: []segment.Build{{ID: 1}, {ID: 2, Files: []segment.File{{Path: "c", Size: 4}}},
+			{ID: 3, Files: []segment.File{{Path: "d", Size: 8}, {Path: "e", Size: 16}}}},
 	}
 }
 
@@ -22,7 +23,8 @@ func TestAllFiles(t *testing.T) {
 		got = append(got, f.Path)
 		f.Size++ // the file itself, not a copy
 	}
-	if want := []string{"a", "b", "c", "d", "e"}; !slices.Equal(got, want) || s.Files[0].Size != 2 || s.Builds[2].Files[1].Size != 17 {
+	if want := []string{"a", "b", "c", "d", "e"}; !slices.Equal(got,
+		want) || s.Files[0].Size != 2 || s.Builds[2].Files[1].Size != 17 {
 		t.Errorf("got %v of %v, want %v", got, s, want)
 	}
 	for stop := range 5 {
@@ -51,7 +53,8 @@ func TestTotals(t *testing.T) {
 func TestDerived(t *testing.T) {
 	for kind, want := range map[string]bool{
 		segment.KindInsert: false, segment.KindDelta: false, "": false, "lance": false,
-		segment.KindStats: true, segment.KindBM25: true, segment.KindIndex: true, segment.KindText: true, segment.KindJSON: true,
+		segment.KindStats: true, segment.KindBM25: true, segment.KindIndex: true, segment.KindText: true,
+		segment.KindJSON: true,
 	} {
 		if got := segment.Derived(kind); got != want {
 			t.Errorf("%q: got %v, want %v", kind, got, want)

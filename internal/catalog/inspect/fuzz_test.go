@@ -23,10 +23,14 @@ import (
 
 // allKeys has a key of each kind, and some that are of none.
 var allKeys = []string{
-	"", "/", keys.Format, keys.Format + "x", keys.IDs, keys.Leader, keys.Epoch, keys.RolledBack, keys.Clock, keys.Cycle, keys.Store("a"), keys.Verdict("a"), keys.Snapshot(1),
-	keys.Pending(1, 2), keys.Pin(1, 2), keys.Unpin, keys.Job(1), keys.Task(1, 2), keys.Progress(1, 2), keys.JobLimits(1), keys.Worker(1),
-	keys.Assignment(1, 2, 3), keys.Generation(1), keys.Tombstone(1, 2), keys.CollectionName("a", "b"), keys.Collection(1), keys.Partition(1, 2),
-	keys.Index(1, 2), keys.Channel(1, 2), keys.Segment(1, 2), keys.Unit(1, 2), keys.Replaced(1, 2, 3), keys.Request("p", "m", "t"),
+	"", "/", keys.Format, keys.Format + "x", keys.IDs, keys.Leader, keys.Epoch, keys.RolledBack, keys.Clock, keys.Cycle,
+	keys.Store("a"), keys.Verdict("a"), keys.Snapshot(1),
+	keys.Pending(1, 2), keys.Pin(1, 2), keys.Unpin, keys.Job(1), keys.Task(1, 2), keys.Progress(1,
+		2), keys.JobLimits(1), keys.Worker(1),
+	keys.Assignment(1, 2, 3), keys.Generation(1), keys.Tombstone(1, 2), keys.CollectionName("a",
+		"b"), keys.Collection(1), keys.Partition(1, 2),
+	keys.Index(1, 2), keys.Channel(1, 2), keys.Segment(1, 2), keys.Unit(1, 2), keys.Replaced(1, 2, 3), keys.Request("p",
+		"m", "t"),
 	keys.OwnerSegment(1), keys.OwnerBuild(1), keys.OwnerRange(1), keys.Owners, keys.Gone(1),
 }
 
@@ -51,7 +55,8 @@ func TestEveryRecordIsShown(t *testing.T) {
 			t.Errorf("no key shows a %s", name)
 		}
 	}
-	if kind, _ := inspect.Describe(meta.KeyValue{Key: keys.Replaced(1, 2, 3), Value: record.Encode(&storagev1.Name{Format: record.Format, Id: 3})}); kind == "" {
+	if kind, _ := inspect.Describe(meta.KeyValue{Key: keys.Replaced(1, 2, 3),
+		Value: record.Encode(&storagev1.Name{Format: record.Format, Id: 3})}); kind == "" {
 		t.Error("what leads from a segment to its parts is not shown")
 	}
 }
@@ -77,7 +82,7 @@ func FuzzDescribe(f *testing.F) {
 		switch {
 		case kind == "" && strings.HasPrefix(key, keys.Format):
 			if text != "" {
-				t.Errorf("%q: %q may tell a secret", key, text)
+				t.Errorf("%q: %q may reveal a secret", key, text)
 			}
 		case kind == "":
 			if got, err := base64.StdEncoding.DecodeString(text); err != nil || !bytes.Equal(got, value) {
@@ -91,7 +96,7 @@ func FuzzDescribe(f *testing.F) {
 			checkShown(t, key, value, kind, text)
 		}
 
-		// Whatever else the record of the cluster holds, and wherever it lies. Behind half
+		// Any other field of the cluster's record, in any place. Behind half
 		// a field the key is not the key any more.
 		if proto.Unmarshal(value, &storagev1.Cluster{}) != nil {
 			return
@@ -100,7 +105,7 @@ func FuzzDescribe(f *testing.F) {
 		cluster := slices.Concat(value, []byte{6<<3 | 2, byte(len(secret))}, secret)
 		_, text = inspect.Describe(meta.KeyValue{Key: keys.Format + strings.TrimPrefix(key, keys.Format), Value: cluster})
 		if strings.Contains(text, string(secret)) || strings.Contains(text, base64.StdEncoding.EncodeToString(secret)[:40]) {
-			t.Errorf("%q tells the key of the tokens: %s", key, text)
+			t.Errorf("%q reveals the key of the tokens: %s", key, text)
 		}
 	})
 }

@@ -1,5 +1,4 @@
-// Package inspect shows records to people. Nothing is decided on what it
-// returns.
+// Package inspect formats records for display. Nothing decides on its output.
 package inspect
 
 import (
@@ -17,7 +16,7 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// types says which record lies under a key that begins so.
+// types has the record types by key prefix.
 var types = []struct {
 	prefix string
 	make   func() record.Message
@@ -60,11 +59,10 @@ var types = []struct {
 	{keys.GonePrefix, func() record.Message { return &storagev1.Gone{} }},
 }
 
-// Describe returns the type of a record and the record as JSON. The type of one
-// that it cannot read is empty, and the text its bytes in base64. Secrets are
-// left out.
+// Describe returns the type of a record and the record as JSON. For an unreadable record
+// the type is empty, and the text has its bytes in base64. It omits secrets.
 func Describe(kv meta.KeyValue) (typeName, text string) {
-	if kv.Key == keys.Leader { // the one that is no message but a name
+	if kv.Key == keys.Leader { // the only value that is a name, not a message
 		if text, err := json.Marshal(map[string]string{"replica": string(kv.Value)}); err == nil {
 			return "replica name", string(text)
 		}
@@ -79,13 +77,13 @@ func Describe(kv meta.KeyValue) (typeName, text string) {
 		}
 		if c, ok := m.(*storagev1.Cluster); ok {
 			c.TokenKey = nil
-			// What this release does not know may be a secret as well.
+			// An unknown field may be a secret as well.
 			c.ProtoReflect().SetUnknown(nil)
 		}
 		return describe(kv, m)
 	}
 	if strings.HasPrefix(kv.Key, keys.Format) {
-		return "", "" // it may hold the key of the tokens
+		return "", "" // it may have the key of the tokens
 	}
 	return "", base64.StdEncoding.EncodeToString(kv.Value)
 }

@@ -20,7 +20,8 @@ func FuzzParse(f *testing.F) {
 		"stats_log/1/2/3/100/1", "bm25_stats/1/2/3/102/1", "index_files/5/1/2/3/HNSW_0", "index_files/5/1/2/3/a/b/c",
 		"index_v1/1/2/3/5/1/HNSW_0", "text_log/5/1/1/2/3/101/a_0", "json_key_index_log/5/1/1/2/3/101/a_0",
 		"json_stats/2/5/1/1/2/3/101/shared_key_index/a_0", "json_stats/9/5/1/1/2/3/101/meta.json",
-		"insert_log/01/2/3/100/4", "insert_log/1/2/3/100/9223372036854775808", "insert_log/1/2/3/100/4\x00", "../insert_log/1/2/3/100/4",
+		"insert_log/01/2/3/100/4", "insert_log/1/2/3/100/9223372036854775808", "insert_log/1/2/3/100/4\x00",
+		"../insert_log/1/2/3/100/4",
 	} {
 		f.Add(seed)
 	}

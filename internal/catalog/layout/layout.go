@@ -1,11 +1,10 @@
-// Package layout says where the restored copy of a file goes: a pure function of
-// the layout, the source file and the ids that the restore maps.
+// Package layout computes the paths of restored files: a pure function of the layout, the
+// source file and the ids that the restore maps.
 //
-// A restore makes a collection with ids of its own. The ids of its segments and
-// builds are two ranges, and follow from the ordinals of the snapshot: no list
-// of pairs is kept, and any process computes the same paths at any time. That is
-// also what makes a restore that failed easy to clean: [Mapping.Prefixes] holds
-// all that it may have written, and nothing of anybody else.
+// A restore creates a collection with new ids. The ids of its segments and builds are two
+// ranges, in the order of the snapshot's ordinals: no list of pairs is stored, and any
+// process computes the same paths at any time. This also makes a failed restore easy to
+// clean: [Mapping.Prefixes] covers everything that it may have written, and nothing else.
 package layout
 
 import (
@@ -25,24 +24,23 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// Layout is a way to lay out the files of a collection. The numbers are those
-// that the catalog stores.
+// Layout is the rule for the paths of a collection's files. The numbers are those that the
+// catalog stores.
 type Layout int
 
 // The layouts.
 const (
-	// Native gives a file a path made of what the snapshot says of it, wherever
-	// the source lies:
+	// Native makes a path of the file's ids and kind, whatever its source path:
 	//
 	//	<collection>/<partition>/<segment>/<kind>/<field>/<log>
 	//	<collection>/<partition>/<segment>/<kind>/<build>/<field>-<log>
 	//
-	// The second is for files of an index build, whose paths carry its id. Where
-	// files of a segment would meet, all but the first get their number among the
-	// files of the segment behind the log: "<log>.<number>".
+	// The second form is for files of an index build, whose paths carry its id. When
+	// paths of a segment collide, all but the first get a suffix with the file's number
+	// in the segment: "<log>.<number>".
 	Native Layout = iota + 1
-	// Milvus keeps the path and replaces the ids in it; see the forms that it
-	// knows in milvus.go. Anything else is refused.
+	// Milvus keeps the path and replaces the ids in it, for the forms in milvus.go. It
+	// refuses any other path.
 	Milvus
 )
 
@@ -56,23 +54,23 @@ func (l Layout) String() string {
 	return "unknown"
 }
 
-// Mapping is what a restore maps to what. The zero value maps nothing; see
-// [Mapping.Check].
+// Mapping maps the ids and roots of a snapshot to those of a restore. The zero value is
+// invalid; see [Mapping.Check].
 type Mapping struct {
 	Layout Layout
 	Roots  []string // prefixes of the target's roots; a file keeps the number of its root
-	Source int64    // the collection that was captured
-	Target int64    // the collection that is made
-	// Partitions has the target of each partition of the snapshot. The 0 that
-	// stands for all partitions is not in it, and stays what it is.
+	Source int64    // the captured collection
+	Target int64    // the new collection
+	// Partitions has the target of each partition of the snapshot, without 0, which means
+	// all partitions and maps to 0.
 	Partitions             map[int64]int64
 	FirstSegment, Segments int64 // the target segments: the first id, and how many
 	FirstBuild, Builds     int64 // the target index builds, likewise
 }
 
-// Check says whether m can be used: a known layout, valid roots, positive ids,
-// and a target that is not the source. What it refuses is a mistake of the
-// caller, who asks once, when the mapping is made or read.
+// Check returns an error unless m has a known layout, valid roots, positive ids, and a
+// target other than the source. The caller checks a mapping once, when it is created or
+// read.
 func (m *Mapping) Check() error {
 	switch {
 	case m.Layout != Native && m.Layout != Milvus:
@@ -108,14 +106,14 @@ func checkRange(what string, first, count int64) error {
 	return nil
 }
 
-// RefusedError says that a file cannot be restored into a layout, whatever the
-// ids are. The job must not begin.
+// RefusedError means that a file cannot be restored into a layout, whatever the ids. The
+// job must not start.
 type RefusedError struct {
 	Layout  Layout
 	Segment int64 // of the source
 	Root    int
 	Path    string // of the source, relative to its root
-	Reason  error  // what is wrong with it
+	Reason  error
 }
 
 func (e *RefusedError) Error() string {
@@ -125,14 +123,14 @@ func (e *RefusedError) Error() string {
 // Unwrap returns the reason.
 func (e *RefusedError) Unwrap() error { return e.Reason }
 
-// Segment returns the id of the target of the snapshot's segment of this ordinal.
+// Segment returns the target id of the snapshot's segment with this ordinal.
 func (m *Mapping) Segment(ordinal int64) int64 { return m.FirstSegment + ordinal }
 
-// Build returns the id of the target of the snapshot's build of this number.
+// Build returns the target id of the snapshot's build with this number.
 func (m *Mapping) Build(number int64) int64 { return m.FirstBuild + number }
 
-// Partition returns the target of a partition, 0 of 0. It is false when the
-// mapping has none.
+// Partition returns the target of a partition, 0 for 0. ok is false when the mapping has
+// none.
 func (m *Mapping) Partition(id int64) (int64, bool) {
 	if id == 0 {
 		return 0, true
@@ -141,17 +139,17 @@ func (m *Mapping) Partition(id int64) (int64, bool) {
 	return to, ok
 }
 
-// Paths returns where the files of a segment of the snapshot go, in the order of
-// its AllFiles, relative to roots of the same number. The segment is the one of
-// that ordinal, and its builds are numbered from firstBuild on.
+// Paths returns the target paths of a segment's files, in the order of its AllFiles,
+// relative to roots of the same number. The segment has that ordinal, and its builds have
+// the numbers from firstBuild on.
 //
 // No two paths of a mapping are equal in one root, none is another's directory,
 // all are under one of its Prefixes, and root and path together are a valid key.
-// Each carries, as one of its elements, the id of what the file belongs to: of
-// the target build, or else of the target segment.
+// Each carries, as one of its elements, the id of the file's owner: of the target build,
+// or else of the target segment.
 //
-// A file that has no place there is a [*RefusedError], the first of the segment.
-// Any other error says that the segment is not one of this mapping.
+// The first file without a target path is a [*RefusedError]. Any other error means that
+// the segment does not belong to this mapping.
 func (m *Mapping) Paths(s *segment.Segment, ordinal, firstBuild int64) ([]string, error) {
 	partition, ok := m.Partition(s.Partition)
 	switch {
@@ -168,7 +166,7 @@ func (m *Mapping) Paths(s *segment.Segment, ordinal, firstBuild int64) ([]string
 	for i := range s.Builds {
 		n += len(s.Builds[i].Files)
 	}
-	p := placement{mapping: m, taken: make(map[place]bool, n), paths: make([]string, 0, n)}
+	p := placement{mapping: m, used: make(map[target]bool, n), paths: make([]string, 0, n)}
 	for i := range s.Files {
 		if err := p.add(&s.Files[i], from, to); err != nil {
 			return nil, err
@@ -185,22 +183,21 @@ func (m *Mapping) Paths(s *segment.Segment, ordinal, firstBuild int64) ([]string
 	return p.paths, nil
 }
 
-// ids are what a path may carry of its file. A build of 0 is none, and a
-// partition of 0 all.
+// ids are the ids in a path. A build of 0 means none, a partition of 0 all.
 type ids struct {
 	collection, partition, segment, build int64
 }
 
-// place is where a file goes.
-type place struct {
+// target is the path of a restored file.
+type target struct {
 	root int
 	path string
 }
 
-// placement finds the places of one segment's files, one after the other.
+// placement computes the target paths of one segment's files, one after another.
 type placement struct {
 	mapping *Mapping
-	taken   map[place]bool
+	used    map[target]bool
 	paths   []string
 }
 
@@ -209,12 +206,12 @@ func (p *placement) add(f *segment.File, from, to ids) error {
 	if err != nil {
 		return &RefusedError{Layout: p.mapping.Layout, Segment: from.segment, Root: f.Root, Path: f.Path, Reason: err}
 	}
-	p.taken[place{f.Root, path}] = true
+	p.used[target{f.Root, path}] = true
 	p.paths = append(p.paths, path)
 	return nil
 }
 
-// find returns a path that is not taken.
+// find returns an unused target path of f.
 func (p *placement) find(f *segment.File, from, to ids) (string, error) {
 	if f.Root < 0 || f.Root >= len(p.mapping.Roots) {
 		return "", fmt.Errorf("root %d, the target has %d", f.Root, len(p.mapping.Roots))
@@ -222,7 +219,7 @@ func (p *placement) find(f *segment.File, from, to ids) (string, error) {
 	var path string
 	if p.mapping.Layout == Native {
 		path = native(f, to)
-		if p.taken[place{f.Root, path}] {
+		if p.used[target{f.Root, path}] {
 			path += "." + strconv.Itoa(len(p.paths))
 		}
 	} else {
@@ -234,11 +231,11 @@ func (p *placement) find(f *segment.File, from, to ids) (string, error) {
 			return "", err
 		}
 	}
-	if p.taken[place{f.Root, path}] {
-		return "", errors.New("the segment has it twice")
+	if p.used[target{f.Root, path}] {
+		return "", errors.New("two files of the segment have it")
 	}
 	if err := object.CheckKey(p.mapping.Roots[f.Root] + path); err != nil {
-		return "", fmt.Errorf("its copy would be: %w", err)
+		return "", fmt.Errorf("its target path: %w", err)
 	}
 	return path, nil
 }
@@ -265,11 +262,11 @@ func native(f *segment.File, to ids) string {
 	return string(strconv.AppendInt(b, f.LogID, 10))
 }
 
-// plainKind is a kind as the API takes it.
+// plainKind matches the kinds that the API accepts.
 var plainKind = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
 
-// kindElement is what stands for a kind in a path. An embedding program may have
-// registered any text, which must not become more than one element.
+// kindElement returns the path element of a kind. An embedding program may register any
+// text, which must not become several elements.
 func kindElement(kind string) string {
 	if plainKind.MatchString(kind) {
 		return kind
@@ -278,11 +275,10 @@ func kindElement(kind string) string {
 	return "kind-" + hex.EncodeToString(sum[:8])
 }
 
-// Prefixes yields what to list to find every object that the mapping's paths
-// may have made, in each of its roots, and no other: ids are never used twice.
-// Each ends in "/", and none holds another. For Milvus there are several for
-// every build. A mapping that Check refuses has none: a wrong id must not
-// delete anything.
+// Prefixes yields the prefixes of all objects that the mapping's paths may have created, in
+// each of its roots, and of no others: ids are never reused. Each ends in "/", and none
+// contains another. Milvus has several per build. A mapping that Check refuses has none,
+// so that a wrong id deletes nothing.
 func (m *Mapping) Prefixes() iter.Seq[string] {
 	return func(yield func(string) bool) {
 		if m.Check() != nil {
@@ -300,10 +296,9 @@ func (m *Mapping) Prefixes() iter.Seq[string] {
 	}
 }
 
-// Makes says whether path, relative to a root, is one that the mapping may make
-// for a segment and builds of its ranges, whatever the partition, and of which
-// segment and build (0: none) it is then. What else lies under its Prefixes was
-// put there by somebody else.
+// Makes reports whether the mapping may create path, relative to a root, for a segment or
+// build of its ranges, whatever the partition, and returns the segment and the build (0:
+// none). Other objects under its Prefixes were written by another program.
 func (m *Mapping) Makes(path string) (id, build int64, ok bool) {
 	if m.Layout == Native {
 		id, build, ok = m.parseNative(path)

@@ -7,12 +7,11 @@ import (
 	"strings"
 )
 
-// form is what a path of Milvus consists of: its folder, and then what stands in
-// which place, in angle brackets. A <file> is the rest, of one or more elements;
-// everything else is one number.
+// form is the form of a Milvus path: its folder, then the names of its elements in angle
+// brackets. <file> is the rest, of one or more elements; every other element is a number.
 type form []string
 
-// The names that mean something here. Any other number is kept.
+// The elements that a restore interprets. It keeps other numbers.
 const (
 	collectionID = "<collection>"
 	partitionID  = "<partition>"
@@ -24,8 +23,8 @@ const (
 
 // forms are the paths that Milvus 2.4 to 3.0 gives to the files of segments,
 // without its root path, which is the prefix of the root here. Each has a segment
-// and a collection or a build, so that both the copy and what to clean follow
-// from ids.
+// and a collection or a build, so that the target path and the prefixes to clean
+// follow from ids.
 //
 // The folders are constants in pkg/common/common.go. The paths are built in
 // pkg/util/metautil (pkg/v2 up to Milvus 2.6, pkg/v3 from 3.0 on):
@@ -64,28 +63,27 @@ var forms = []form{
 	{"json_stats", formatNumber, buildID, "<version>", collectionID, partitionID, segmentID, "<field>", fileName},
 }
 
-// The data formats of json_stats that there are, the last included. They come
-// before the build, so that what to clean needs to know them all: one that is
-// not among them is refused.
+// The first and the last data format of json_stats. The format precedes the build in a
+// path, so that the prefixes to clean need all of them: other formats are refused.
 const (
 	firstFormat = 2
 	lastFormat  = 4
 )
 
-// allPartitions is the partition of Milvus that stands for all, AllPartitionsID
+// allPartitions is the id of Milvus for all partitions, AllPartitionsID
 // in pkg/common/common.go. Ours is 0.
 const allPartitions = -1
 
 func (f form) String() string { return strings.Join(f, "/") }
 
-// key is a path that was taken apart: parts[i] stands for form[i].
+// key is a parsed path: parts[i] is the element form[i].
 type key struct {
 	form  form
 	parts []string
 }
 
-// parse takes a path apart, and refuses one that is of no form. It does not say
-// whether the ids are the right ones.
+// parse parses a path, and returns an error when it has no known form. It does not check
+// the ids.
 func parse(path string) (key, error) {
 	folder, _, _ := strings.Cut(path, "/")
 	for _, f := range forms {
@@ -130,15 +128,15 @@ func checkPart(f form, i int, part string) error {
 	return fmt.Errorf("%q is not the %s of %s", part, f[i], f)
 }
 
-// number reads a number that is written in the one way Milvus writes it.
+// number parses a number in the format of Milvus.
 func number(s string) (int64, bool) {
 	n, err := strconv.ParseInt(s, 10, 64)
 	return n, err == nil && strconv.FormatInt(n, 10) == s
 }
 
-// replace returns the path with the ids that are from replaced by those that are
-// to. It refuses one with other ids, and one that does not carry the build of its
-// file or carries one though the file is of none.
+// replace returns the path with the ids from replaced by those of to. It returns an error
+// for other ids, and for a path with a build id when the file has no build, or without it
+// when the file has one.
 func (k key) replace(from, to ids) (string, error) {
 	switch has := slices.Contains(k.form, buildID); {
 	case has && from.build == 0:
@@ -161,8 +159,8 @@ func (k key) replace(from, to ids) (string, error) {
 	return strings.Join(parts, "/"), nil
 }
 
-// of returns what stands for a name in a source path and in its copy. It is
-// false when that is no id.
+// of returns the text of an element in a source path and in its target path. isID is false
+// when the element is no id.
 func (from ids) of(name string, to ids) (was, is string, isID bool) {
 	var a, b int64
 	switch name {
@@ -183,9 +181,8 @@ func (from ids) of(name string, to ids) (was, is string, isID bool) {
 	return strconv.FormatInt(a, 10), strconv.FormatInt(b, 10), true
 }
 
-// expand yields the prefixes of all paths of a form, which end at the first id
-// that is never used twice: a collection or a build. It is false when the
-// receiver wants no more.
+// expand yields the prefixes of all paths of a form, which end at the first unique id: a
+// collection or a build. It returns false when yield does.
 func (m *Mapping) expand(prefix string, f form, yield func(string) bool) bool {
 	switch f[0] {
 	case collectionID:

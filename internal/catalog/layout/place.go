@@ -8,23 +8,22 @@ import (
 	"github.com/snapshotd/snapshotd/internal/segment"
 )
 
-// Place is what the layouts say of a file by its path: the ids that stand where
-// a layout has ids. An equal number elsewhere, such as that of a field or of a
-// log, says nothing.
+// Place has the ids of a path at the positions where its layout has ids. An equal number
+// elsewhere, such as the id of a field or a log, does not count.
 type Place struct {
 	Collection int64 // 0: the form has none
 	Segment    int64
 	Build      int64 // 0: the form has none
 }
 
-// PlaceOf reads the place of a file from its path relative to its root: that of
-// the native layout,
+// PlaceOf returns the place of a file from its path relative to its root: of the native
+// layout,
 //
 //	<collection>/<partition>/<segment>/...
 //
-// or of a form of Milvus, whatever stands behind the ids. Every place has a
-// segment, so the segment that has the id to itself has the place to
-// itself. A path of no layout has no place.
+// or of a form of Milvus, whatever follows the ids. Every place has a segment, and a
+// segment's id is unique, so a place belongs to one segment. A path of no layout has no
+// place.
 func PlaceOf(path string) (Place, bool) {
 	if path == "" || path[0] >= '0' && path[0] <= '9' {
 		collection, _, id, ok := segment.NativePlace(path)

@@ -38,7 +38,8 @@ type env struct {
 }
 
 func newEnv(t *testing.T) *env {
-	return &env{t, metamemory.New(metamemory.Options{Now: time.Now}), object.NewFaulty(memory.New(memory.Options{Now: time.Now})), 0}
+	return &env{t, metamemory.New(metamemory.Options{Now: time.Now}),
+		object.NewFaulty(memory.New(memory.Options{Now: time.Now})), 0}
 }
 
 // open is what a start makes.
@@ -76,8 +77,9 @@ func (e *env) calls(do func()) int {
 func TestContract(t *testing.T) {
 	objecttest.Run(t, func(t *testing.T) object.Store {
 		s := admit.New(admit.Options{
-			Store: memory.New(memory.Options{}), Alias: "a", KV: metamemory.New(metamemory.Options{Now: time.Now}), Cluster: "c1",
-			Now: time.Now, Rand: rand.Reader, Log: zaptest.NewLogger(t),
+			Store: memory.New(memory.Options{}), Alias: "a", KV: metamemory.New(metamemory.Options{Now: time.Now}),
+			Cluster: "c1",
+			Now:     time.Now, Rand: rand.Reader, Log: zaptest.NewLogger(t),
 		})
 		if err := s.Attempt(t.Context()); err != nil {
 			t.Fatal(err)
@@ -156,7 +158,8 @@ func TestDownAtTheStart(t *testing.T) {
 			t.Errorf("%d calls", n)
 		}
 		<-s.Ready()
-		if f, err := s.Features(t.Context(), false); err != nil || f != (probe.Features{ConditionalCopy: true, MultipartCopy: true}) {
+		if f, err := s.Features(t.Context(), false); err != nil || f != (probe.Features{ConditionalCopy: true,
+			MultipartCopy: true}) {
 			t.Errorf("got %+v, %v", f, err)
 		}
 		if _, err := s.Put(t.Context(), "x", nil); err != nil {
@@ -222,7 +225,8 @@ func TestAnotherStore(t *testing.T) {
 		var mu sync.Mutex
 		var writes []object.Op
 		other := object.NewFaulty(memory.New(memory.Options{Now: time.Now}))
-		if err := identity.Check(t.Context(), metamemory.New(metamemory.Options{Now: time.Now}), other, "a", "c2", rand.Reader); err != nil {
+		if err := identity.Check(t.Context(), metamemory.New(metamemory.Options{Now: time.Now}), other, "a", "c2",
+			rand.Reader); err != nil {
 			t.Fatal(err)
 		}
 		answers := false

@@ -12,8 +12,10 @@ import (
 // the same.
 func FuzzKeys(f *testing.F) {
 	for _, key := range []string{
-		"", "/", "5", "5/", "/5", "5/6", "/a/5", "/a/5/6", "/a/5/6/", "//", "/a/-5/+6", "/a/05/6", "/a/9223372036854775808/6", "/a/1_0/2",
-		keys.Task(7, 8), keys.Segment(1, 2), keys.Assignment(3, 4, 5), keys.Assignment(3, 4, 5)[:20], keys.AssignedPrefix, keys.Worker(3),
+		"", "/", "5", "5/", "/5", "5/6", "/a/5", "/a/5/6", "/a/5/6/", "//", "/a/-5/+6", "/a/05/6",
+		"/a/9223372036854775808/6", "/a/1_0/2",
+		keys.Task(7, 8), keys.Segment(1, 2), keys.Assignment(3, 4, 5), keys.Assignment(3, 4,
+			5)[:20], keys.AssignedPrefix, keys.Worker(3),
 		keys.CollectionName("db", "7"), keys.SnapshotName(7, "8"),
 	} {
 		f.Add(key, int64(1), int64(2))

@@ -49,7 +49,8 @@ func TestKeys(t *testing.T) {
 // Two requests share a key only when all is equal.
 func TestRequestKeys(t *testing.T) {
 	seen := map[string]bool{}
-	for _, r := range [][3]string{{"p", "m", "t"}, {"q", "m", "t"}, {"p", "n", "t"}, {"p", "m", "u"}, {"pt", "m", ""}, {"", "m", "pt"}, {"p", "m", strings.Repeat("/", 2000)}} {
+	for _, r := range [][3]string{{"p", "m", "t"}, {"q", "m", "t"}, {"p", "n", "t"}, {"p", "m", "u"}, {"pt", "m", ""},
+		{"", "m", "pt"}, {"p", "m", strings.Repeat("/", 2000)}} {
 		key := keys.Request(r[0], r[1], r[2])
 		if seen[key] || len(key) > meta.MaxKeyBytes || strings.Count(key, "/") != 3 {
 			t.Errorf("%q: key %q", r, key)
@@ -58,7 +59,7 @@ func TestRequestKeys(t *testing.T) {
 	}
 }
 
-// The order of keys is the order of ids, and a key tells its id.
+// The order of keys is the order of ids, and an id is read back from its key.
 func TestOrder(t *testing.T) {
 	id := rapid.OneOf(rapid.Int64Range(0, math.MaxInt64), rapid.Int64Range(0, 20), rapid.Just[int64](math.MaxInt64))
 	rapid.Check(t, func(t *rapid.T) {

@@ -21,7 +21,8 @@ func token(hash string) request.Token {
 
 func TestNoToken(t *testing.T) {
 	var none request.Token
-	if none.IsSet() || none.Key() != "" || none.Unused() != nil || none.Begin(1) != nil || none.End(request.Lease{ID: 1}, 1, nil) != nil {
+	if none.IsSet() || none.Key() != "" || none.Unused() != nil || none.Begin(1) != nil || none.End(request.Lease{ID: 1},
+		1, nil) != nil {
 		t.Error("no token adds something")
 	}
 	if got, err := request.Find(t.Context(), memory.New(memory.Options{}), none); got != nil || err != nil {
@@ -64,7 +65,8 @@ func TestToken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want = &request.Record{ID: 7, Done: true, Result: []byte("result"), Revision: res.Revision, Read: res.Revision, Hash: []byte("h")}
+	want = &request.Record{ID: 7, Done: true, Result: []byte("result"), Revision: res.Revision, Read: res.Revision,
+		Hash: []byte("h")}
 	got, err = request.Find(ctx, kv, tok)
 	if diff := cmp.Diff(want, got); err != nil || diff != "" {
 		t.Errorf("%v (-want +got):\n%s", err, diff)
