@@ -536,7 +536,7 @@ func TestFillsUp(t *testing.T) {
 		if _, err := s.Put(ctx, "a", nil); err != nil {
 			t.Fatal(err)
 		}
-		if err := s.NoWrites(); err != nil || logs.FilterMessageSnippet("over: ").Len() != 1 {
+		if err := s.NoWrites(); err != nil || logs.FilterMessageSnippet("ended: ").Len() != 1 {
 			t.Errorf("then it says %v, and logs %v", err, logs.All())
 		}
 	})
