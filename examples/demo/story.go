@@ -333,7 +333,7 @@ func (d *demo) summary(t taken, undo time.Duration, freed measured, restored job
 		"happens to the collection, as `snapshotctl explain` shows. It does not prevent other deleters: a lifecycle "+
 		"rule of the bucket, or an rm, must spare these files.", t.files, size(t.bytes))
 	d.print("Undo: `snapshotctl snapshot drop before-sale`; --dry-run shows the effect. The drop of after-sale took %s "+
-		"until the last of its own objects was deleted; then the engine was granted %d files (%s).",
+		"until its last own object was deleted; then the engine was granted %d files (%s).",
 		round(undo), freed.data, size(freed.dataBytes))
 	d.print("Restore: `snapshotctl restore start before-sale --to NAME`. It took %s here, mostly the wait after the "+
 		"crash: %d files and %s were copied, inside the object store. `snapshotctl restore cancel` undoes it while it "+
