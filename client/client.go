@@ -120,8 +120,10 @@ func Dial(addr string, o Options) (*Client, error) {
 		// A restart of a server takes less time than gRPC's default backoff of one
 		// second.
 		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2,
-				MaxDelay: 5 * time.Second},
+			Backoff: backoff.Config{
+				BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2,
+				MaxDelay: 5 * time.Second,
+			},
 			MinConnectTimeout: 5 * time.Second,
 		}),
 		// Ends a watch whose peer has disappeared. The server allows a ping every ten

@@ -214,8 +214,12 @@ func TestRetry(t *testing.T) {
 		{"a conflict", []error{apiError(t, codes.Aborted, "CONFLICT", soon)}, drop(""), 2, codes.OK},
 		{"a conflict without advice", []error{apiError(t, codes.Aborted, "CONFLICT")}, drop("t"), 1, codes.Aborted},
 		{"another abort", []error{apiError(t, codes.Aborted, "REVISION_CHANGED", soon)}, drop("t"), 1, codes.Aborted},
-		{"a create that was overtaken", []error{apiError(t, codes.Aborted, "CATALOG_COMPACTED", soon)}, create, 1,
-			codes.Aborted},
+		{
+			"a create that was overtaken",
+			[]error{apiError(t, codes.Aborted, "CATALOG_COMPACTED", soon)},
+			create, 1,
+			codes.Aborted,
+		},
 		{"a create that was given up", []error{apiError(t, codes.Aborted, "CREATE_ABORTED")}, create, 2, codes.OK},
 		{"an unavailable create", []error{unavailable}, create, 2, codes.OK},
 		{
@@ -454,8 +458,10 @@ func TestWaitRestore(t *testing.T) {
 			t.Errorf("%v: got %v, error %v", end, got, err)
 		}
 	}
-	s := &server{jobs: [][]*snapshotdv1.RestoreJob{{job(jobExecuting, 1)}},
-		errs: []error{apiError(t, codes.NotFound, "EXPIRED_OR_DROPPED")}}
+	s := &server{
+		jobs: [][]*snapshotdv1.RestoreJob{{job(jobExecuting, 1)}},
+		errs: []error{apiError(t, codes.NotFound, "EXPIRED_OR_DROPPED")},
+	}
 	c := dial(t, s, client.Options{})
 	if _, err := client.WaitRestore(t.Context(), c.Snapshots, 65); client.Reason(err) != "EXPIRED_OR_DROPPED" {
 		t.Errorf("got %v, want the server's error", err)

@@ -112,8 +112,10 @@ func TestCollectorSettings(t *testing.T) {
 			t.Errorf("%q: %v", text, err)
 		}
 	}
-	for share, invalid := range map[float64]bool{-1: true, 0: false, 1e-9: false, 1: false, 1.01: true, math.NaN(): true,
-		math.Inf(1): true} {
+	for share, invalid := range map[float64]bool{
+		-1: true, 0: false, 1e-9: false, 1: false, 1.01: true, math.NaN(): true,
+		math.Inf(1): true,
+	} {
 		if err := (embed.Config{CollectMaxShare: share}).Validate(); (err != nil) != invalid {
 			t.Errorf("share %v: %v", share, err)
 		}
@@ -145,8 +147,10 @@ tls: {cert: x}
 	flags := pflag.NewFlagSet("", pflag.ContinueOnError)
 	scratch := embed.Default()
 	scratch.Flags(flags)
-	if err := flags.Parse([]string{"--data-dir=flag", "--object-store=default=/flag", "--object-store=more=/more",
-		"--etcd-endpoints=c:3,d:4", "--metrics-public"}); err != nil {
+	if err := flags.Parse([]string{
+		"--data-dir=flag", "--object-store=default=/flag", "--object-store=more=/more",
+		"--etcd-endpoints=c:3,d:4", "--metrics-public",
+	}); err != nil {
 		t.Fatal(err)
 	}
 	got, err := embed.LoadConfig(file, environment(map[string]string{
@@ -160,8 +164,10 @@ tls: {cert: x}
 	want := embed.Default()
 	want.DataDir, want.Listen, want.MetricsListen, want.MetricsPublic = "flag", "127.0.0.1:2", "off", true
 	want.CreateTimeout, want.EtcdEndpoints, want.MaxCreates = embed.Duration(90*time.Second), []string{"c:3", "d:4"}, 3
-	want.ObjectStores = map[string]embed.ObjectStore{"default": {Type: "file", Path: "/flag"},
-		"more": {Type: "file", Path: "/more"}}
+	want.ObjectStores = map[string]embed.ObjectStore{
+		"default": {Type: "file", Path: "/flag"},
+		"more":    {Type: "file", Path: "/more"},
+	}
 	want.TLS.Cert = "x"
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)

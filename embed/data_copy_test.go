@@ -101,8 +101,10 @@ func register(t *testing.T, s *embed.Server, collection string, size int64, etag
 	if err := stream.Send(&pb.AddSegmentsRequest{Collection: ref, Segments: []*pb.Segment{{
 		Id: ids.GetIds().GetFirst(), State: pb.Segment_STATE_FLUSHED, Rows: 1,
 		StartPosition: &pb.Position{Timestamp: 1}, DmlPosition: &pb.Position{Timestamp: 2},
-		Files: []*pb.File{{Path: "data", Kind: "insert", SizeBytes: size, Etag: etag, Entries: 1, MinTimestamp: 1,
-			MaxTimestamp: 1}},
+		Files: []*pb.File{{
+			Path: "data", Kind: "insert", SizeBytes: size, Etag: etag, Entries: 1, MinTimestamp: 1,
+			MaxTimestamp: 1,
+		}},
 	}}}); err != nil {
 		t.Fatal(err)
 	}

@@ -338,8 +338,10 @@ func TestTLS(t *testing.T) {
 	cfg := small(t)
 	cfg.Log = zap.New(core)
 	cfg.Listen = "0.0.0.0:0" // allowed with TLS
-	cfg.TLS = embed.TLS{Cert: filepath.Join(dir, "server.pem"), Key: filepath.Join(dir, "server-key.pem"),
-		ClientCA: filepath.Join(dir, "trusted.pem")}
+	cfg.TLS = embed.TLS{
+		Cert: filepath.Join(dir, "server.pem"), Key: filepath.Join(dir, "server-key.pem"),
+		ClientCA: filepath.Join(dir, "trusted.pem"),
+	}
 	s := start(t, cfg)
 	addr := "127.0.0.1" + s.Addr()[strings.LastIndex(s.Addr(), ":"):]
 	pool := x509.NewCertPool()

@@ -133,8 +133,10 @@ func FuzzConfigFlag(f *testing.F) {
 			f.Add(uint(i), text)
 		}
 	}
-	for _, text := range []string{"true", "a,b", "a=b", "default=s3://bucket/x?region=r,cold=/dir", "1e2", "0x10", "\xff",
-		"-1", "off", "a\x7f", "\"a,b\",c", "\"a\"\"b\""} {
+	for _, text := range []string{
+		"true", "a,b", "a=b", "default=s3://bucket/x?region=r,cold=/dir", "1e2", "0x10", "\xff",
+		"-1", "off", "a\x7f", "\"a,b\",c", "\"a\"\"b\"",
+	} {
 		f.Add(uint(slices.Index(names, "object-store")), text)
 		f.Add(uint(slices.Index(names, "etcd-endpoints")), text)
 		f.Add(uint(slices.Index(names, "data-dir")), text)

@@ -139,8 +139,10 @@ func TestSnapshotOnS3(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := snapshots.CreateSnapshot(ctx,
-		&pb.CreateSnapshotRequest{Collection: ref, Name: "s2",
-			Verify: true}); err == nil || !strings.Contains(err.Error(), "data") {
+		&pb.CreateSnapshotRequest{
+			Collection: ref, Name: "s2",
+			Verify: true,
+		}); err == nil || !strings.Contains(err.Error(), "data") {
 		t.Errorf("a file is missing: %v", err)
 	}
 	if _, err := snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snap}); err != nil {
@@ -168,14 +170,22 @@ func TestStartOnAnUnusableBucket(t *testing.T) {
 		rules  []s3fault.Rule
 		want   string
 	}{
-		"no condition": {rules: []s3fault.Rule{{Op: s3fault.PutObject, Times: -1,
-			Action: s3fault.StripRequest("If-None-Match", o.AccessKeyID, string(o.SecretAccessKey))}},
-			want: "conditional create"},
-		"denied": {rules: []s3fault.Rule{{Op: s3fault.PutObject, Times: -1,
-			Action: s3fault.Status(403, "AccessDenied")}}, want: "access denied"},
+		"no condition": {
+			rules: []s3fault.Rule{{
+				Op: s3fault.PutObject, Times: -1,
+				Action: s3fault.StripRequest("If-None-Match", o.AccessKeyID, string(o.SecretAccessKey)),
+			}},
+			want: "conditional create",
+		},
+		"denied": {rules: []s3fault.Rule{{
+			Op: s3fault.PutObject, Times: -1,
+			Action: s3fault.Status(403, "AccessDenied"),
+		}}, want: "access denied"},
 		"no bucket": {change: func(s *embed.ObjectStore) { s.Bucket = "missing-bucket" }, want: "NoSuchBucket"},
-		"no endpoint": {change: func(s *embed.ObjectStore) { s.Endpoint = "http://127.0.0.1:1" },
-			want: "connection refused"},
+		"no endpoint": {
+			change: func(s *embed.ObjectStore) { s.Endpoint = "http://127.0.0.1:1" },
+			want:   "connection refused",
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p.Plan(c.rules...)

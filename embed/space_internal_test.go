@@ -39,8 +39,10 @@ func TestUnknownSpaceHasNoMetrics(t *testing.T) {
 	var list []etcd.Usage
 	var err error
 	s := &space{log: zap.NewNop(), read: func(context.Context) ([]etcd.Usage, error) { return list, err }}
-	one, two := etcd.Usage{Endpoint: "one", SizeBytes: 1, QuotaBytes: 10}, etcd.Usage{Endpoint: "two", SizeBytes: 2,
-		Full: true}
+	one, two := etcd.Usage{Endpoint: "one", SizeBytes: 1, QuotaBytes: 10}, etcd.Usage{
+		Endpoint: "two", SizeBytes: 2,
+		Full: true,
+	}
 	for _, c := range []struct {
 		list []etcd.Usage
 		err  error
@@ -74,7 +76,8 @@ func TestFullSpaceBeforeQuota(t *testing.T) {
 		{etcd.Usage{SizeBytes: 900, InUseBytes: 800}, false},
 	} {
 		s := &space{log: zap.NewNop(), read: nearlyFull(func(context.Context) ([]etcd.Usage,
-			error) {
+			error,
+		) {
 			return []etcd.Usage{c.usage}, nil
 		})}
 		s.update(t.Context())

@@ -53,8 +53,10 @@ func TestObjectStoreFlag(t *testing.T) {
 		"s3://bucket": {"default": {Type: "s3", Bucket: "bucket"}},
 		"s3://bucket/a/b?endpoint=http://127.0.0.1:9000&region=eu-west-1&path_style=true&" +
 			"access_key_id=me&secret_key_file=/run/s": {
-			"default": {Type: "s3", Bucket: "bucket", Prefix: "a/b", Endpoint: "http://127.0.0.1:9000", Region: "eu-west-1",
-				PathStyle: true, AccessKeyID: "me", SecretKeyFile: "/run/s"},
+			"default": {
+				Type: "s3", Bucket: "bucket", Prefix: "a/b", Endpoint: "http://127.0.0.1:9000", Region: "eu-west-1",
+				PathStyle: true, AccessKeyID: "me", SecretKeyFile: "/run/s",
+			},
 		},
 		"default=/dir,cold=s3://bucket/a/?sse=AES256": {
 			"default": {Type: "file", Path: "/dir"}, "cold": {Type: "s3", Bucket: "bucket", Prefix: "a/", SSE: "AES256"},

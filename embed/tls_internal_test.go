@@ -106,8 +106,10 @@ func TestReplacedKeys(t *testing.T) {
 	write(id, "a\n")
 	write(secret, "b\n")
 	write(token, "c\n")
-	o, err := ObjectStore{Type: typeS3, Bucket: "shop", AccessKeyFile: id, SecretKeyFile: secret,
-		SessionTokenFile: token}.s3Options()
+	o, err := ObjectStore{
+		Type: typeS3, Bucket: "shop", AccessKeyFile: id, SecretKeyFile: secret,
+		SessionTokenFile: token,
+	}.s3Options()
 	if err != nil || o.ReadKeys == nil {
 		t.Fatal("no function to read the keys again", err)
 	}

@@ -225,13 +225,17 @@ func testUpdate(t *testing.T, kv meta.KV) {
 		if _, ok, err := r.Allocated(ctx, id); err != nil || !ok {
 			t.Errorf("unit %d has an unallocated id", id)
 		}
-		part, err := catalog.DecodeSegment(r.col.ID, meta.KeyValue{Key: keys.Segment(r.col.ID, u.GetSegmentId()),
-			Value: mustEncode(u.GetSegment())})
+		part, err := catalog.DecodeSegment(r.col.ID, meta.KeyValue{
+			Key:   keys.Segment(r.col.ID, u.GetSegmentId()),
+			Value: mustEncode(u.GetSegment()),
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
-		sameSegments(t, segment.Segment{ID: s.ID, Partition: s.Partition, Channel: s.Channel, State: segment.Dropped,
-			Files: gone}, part)
+		sameSegments(t, segment.Segment{
+			ID: s.ID, Partition: s.Partition, Channel: s.Channel, State: segment.Dropped,
+			Files: gone,
+		}, part)
 	}
 
 	update := func(u catalog.Update) func() error {
@@ -298,8 +302,10 @@ func TestFlushedWithoutFiles(t *testing.T) {
 	flushed.AddFiles = flushedNow.Files
 	for name, swap := range map[string]catalog.SegmentChange{
 		"flushes with its files": {Update: []catalog.Update{flushed}},
-		"removes its files and its rows": {Update: []catalog.Update{{Segment: whole.ID, RemoveFiles: all(&whole),
-			Rows: &none}}},
+		"removes its files and its rows": {Update: []catalog.Update{{
+			Segment: whole.ID, RemoveFiles: all(&whole),
+			Rows: &none,
+		}}},
 	} {
 		if err := r.change(t.Context(), swap); err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -357,8 +363,10 @@ func testBuilds(t *testing.T, kv meta.KV) {
 	build := func(id, index int64) segment.Build {
 		return segment.Build{
 			ID: id, Index: index, Field: 101, Params: map[string]string{"M": "1"},
-			Files: []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("index/%d/0", id), Size: 9, LogID: id},
-				{Kind: segment.KindIndex, Path: fmt.Sprintf("index/%d/1", id)}},
+			Files: []segment.File{
+				{Kind: segment.KindIndex, Path: fmt.Sprintf("index/%d/0", id), Size: 9, LogID: id},
+				{Kind: segment.KindIndex, Path: fmt.Sprintf("index/%d/1", id)},
+			},
 		}
 	}
 	update := func(u catalog.Update) func() error {
@@ -383,8 +391,10 @@ func testBuilds(t *testing.T, kv meta.KV) {
 	if len(units) != 1 || u.GetKind() != 2 || u.GetSegmentId() != ids[0] {
 		t.Fatalf("units: %v", units)
 	}
-	part, err := catalog.DecodeSegment(r.col.ID, meta.KeyValue{Key: keys.Segment(r.col.ID, ids[0]),
-		Value: mustEncode(u.GetSegment())})
+	part, err := catalog.DecodeSegment(r.col.ID, meta.KeyValue{
+		Key:   keys.Segment(r.col.ID, ids[0]),
+		Value: mustEncode(u.GetSegment()),
+	})
 	if err != nil || len(part.Files) != 0 {
 		t.Fatalf("%v, %v", part, err)
 	}
@@ -418,8 +428,10 @@ func testBuilds(t *testing.T, kv meta.KV) {
 	}))
 
 	r.refused(t, "a build of another segment", catalog.ErrIndexBuildExists, func() error {
-		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: ids[1],
-			AddBuilds: []segment.Build{build(ids[3], x.ID)}}}})
+		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{
+			Segment:   ids[1],
+			AddBuilds: []segment.Build{build(ids[3], x.ID)},
+		}}})
 	})
 	r.refused(t, "a segment with the id of a build", catalog.ErrSegmentExists, func() error {
 		_, _, err := r.AddSegments(ctx, r.col.ID, r.segments(ids[3:4]))
@@ -510,8 +522,10 @@ func testCheckpoints(t *testing.T, kv meta.KV) {
 		}
 	}
 	r.refused(t, "back, with a segment", catalog.ErrCheckpointRegression, func() error {
-		return r.change(ctx, catalog.SegmentChange{Add: r.segments(ids[2:3]),
-			Checkpoints: []catalog.Checkpoint{at(0, 59, "")}})
+		return r.change(ctx, catalog.SegmentChange{
+			Add:         r.segments(ids[2:3]),
+			Checkpoints: []catalog.Checkpoint{at(0, 59, "")},
+		})
 	})
 	if err := set(at(0, segment.MaxTimestamp, ""))(); err != nil {
 		t.Error(err)
@@ -658,8 +672,10 @@ func testChangeRace(t *testing.T, kv meta.KV) {
 		c := open(kv)
 		wg.Go(func() {
 			rows := int64(worker)
-			_, err := c.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Update: []catalog.Update{{Segment: id,
-				Revision: revision, Rows: &rows}}})
+			_, err := c.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Update: []catalog.Update{{
+				Segment:  id,
+				Revision: revision, Rows: &rows,
+			}}})
 			if err == nil {
 				won.Add(1)
 			} else if !errors.Is(err, catalog.ErrRevisionChanged) {
@@ -679,8 +695,10 @@ func testChangeTokens(t *testing.T, kv meta.KV) {
 	ids := r.ids(t, 10)
 	r.add(t, ids[:4]...)
 	swap := catalog.SegmentChange{
-		Drop: ids[:2], Add: r.segments(ids[4:5]), Update: []catalog.Update{{Segment: ids[2],
-			AddFiles: []segment.File{{Kind: "k", Path: "p"}}}},
+		Drop: ids[:2], Add: r.segments(ids[4:5]), Update: []catalog.Update{{
+			Segment:  ids[2],
+			AddFiles: []segment.File{{Kind: "k", Path: "p"}},
+		}},
 		Checkpoints: []catalog.Checkpoint{{Position: segment.Position{Timestamp: 5}}},
 	}
 	// The same request many times at once: one effect, one answer.
@@ -742,8 +760,10 @@ func TestChangeFaults(t *testing.T) {
 		_, err := r.Change(t.Context(), token("swap"), r.ref, catalog.SegmentChange{
 			Drop: ids[:2], Add: r.segments(ids[4:5]),
 			Update: []catalog.Update{{
-				Segment: ids[2], AddFiles: []segment.File{{Kind: "k",
-					Path: "p"}}, RemoveFiles: []catalog.FilePath{{Path: r.makeSegment(ids[2], 3).Files[0].Path}},
+				Segment: ids[2], AddFiles: []segment.File{{
+					Kind: "k",
+					Path: "p",
+				}}, RemoveFiles: []catalog.FilePath{{Path: r.makeSegment(ids[2], 3).Files[0].Path}},
 				AddBuilds: []segment.Build{{ID: ids[6], Index: index}},
 			}},
 			Checkpoints: []catalog.Checkpoint{{Position: segment.Position{Timestamp: 5}}},
@@ -934,8 +954,10 @@ func TestModel(t *testing.T) {
 			if u.GetKind() == 1 && !dropped[id] {
 				rt.Fatalf("unit %d was not dropped", id)
 			}
-			part, err := catalog.DecodeSegment(r.col.ID, meta.KeyValue{Key: keys.Segment(r.col.ID, u.GetSegmentId()),
-				Value: mustEncode(u.GetSegment())})
+			part, err := catalog.DecodeSegment(r.col.ID, meta.KeyValue{
+				Key:   keys.Segment(r.col.ID, u.GetSegmentId()),
+				Value: mustEncode(u.GetSegment()),
+			})
 			if err != nil {
 				rt.Fatal(err)
 			}

@@ -36,8 +36,10 @@ func genTimestamp() *rapid.Generator[segment.Timestamp] {
 
 func genPosition() *rapid.Generator[segment.Position] {
 	return rapid.Custom(func(t *rapid.T) segment.Position {
-		return segment.Position{Timestamp: genTimestamp().Draw(t, "position"),
-			Opaque: rapid.SliceOfN(rapid.Byte(), 0, 20).Draw(t, "opaque")}
+		return segment.Position{
+			Timestamp: genTimestamp().Draw(t, "position"),
+			Opaque:    rapid.SliceOfN(rapid.Byte(), 0, 20).Draw(t, "opaque"),
+		}
 	})
 }
 
@@ -165,13 +167,17 @@ func TestDecoderLeavesTheRestAlone(t *testing.T) {
 	var got, want []segment.Segment
 	for id := range int64(20) {
 		s := makeSegment(1, 2+id, 12)
-		s.Start.Opaque, s.EngineData, s.Attributes = []byte{byte(id)}, []byte{byte(id),
-			1}, map[string]string{"id": fmt.Sprint(id)}
+		s.Start.Opaque, s.EngineData, s.Attributes = []byte{byte(id)}, []byte{
+			byte(id),
+			1,
+		}, map[string]string{"id": fmt.Sprint(id)}
 		s.Files[1].Path = fmt.Sprintf("x/%d/y", id)
 		s.Files[2].Attributes = map[string]string{"id": fmt.Sprint(id)}
 		s.Files[3].Checksum = segment.Checksum{Type: fmt.Sprint("T", id), Value: []byte{byte(id)}}
-		s.Builds = []segment.Build{{ID: 100 + id, Index: 5, Params: map[string]string{"id": fmt.Sprint(id)},
-			Files: s.Files[10:]}}
+		s.Builds = []segment.Build{{
+			ID: 100 + id, Index: 5, Params: map[string]string{"id": fmt.Sprint(id)},
+			Files: s.Files[10:],
+		}}
 		s.Files = s.Files[:10:10]
 		want = append(want, s)
 		kv := segmentKV(1, s.ID, encodeSegment(1, &s, "op"))
@@ -328,8 +334,10 @@ func TestDecodeDamagedSegment(t *testing.T) {
 // However many files share however long a path, a record does not blow up.
 func TestDecodeIsBounded(t *testing.T) {
 	const n = 100_000
-	rec := &storagev1.Segment{Format: record.Format, Files: &storagev1.Files{Count: n, Kind: make([]uint32, n),
-		PathShared: make([]uint32, n)}}
+	rec := &storagev1.Segment{Format: record.Format, Files: &storagev1.Files{
+		Count: n, Kind: make([]uint32, n),
+		PathShared: make([]uint32, n),
+	}}
 	long := strings.Repeat("x", 500_000)
 	for i := range n {
 		rec.Files.Kind[i] = 1
@@ -381,8 +389,10 @@ func TestDamagedColumns(t *testing.T) {
 	s := segment.Segment{ID: 2, State: segment.Flushed, Files: make([]segment.File, n)}
 	for i := range s.Files {
 		s.Files[i] = segment.File{
-			Root: i % 2, Path: fmt.Sprintf("p/%d/%d", i/100, i), Kind: []string{segment.KindInsert,
-				"new"}[i%2], Size: int64(i), ETag: fmt.Sprintf("%032x", i),
+			Root: i % 2, Path: fmt.Sprintf("p/%d/%d", i/100, i), Kind: []string{
+				segment.KindInsert,
+				"new",
+			}[i%2], Size: int64(i), ETag: fmt.Sprintf("%032x", i),
 			Checksum: segment.Checksum{Type: "T", Value: []byte{byte(i)}}, MinTimestamp: segment.Timestamp(i),
 			MaxTimestamp: segment.Timestamp(2 * i),
 			Entries:      int64(i), Field: int64(i % 7), LogID: int64(n - i),

@@ -136,12 +136,16 @@ func TestSpec(t *testing.T) {
 		{"channels[1]", func(s *catalog.Collection) { s.Channels = []string{"a", ""} }},
 		{"channels", func(s *catalog.Collection) { s.Channels = make([]string, catalog.MaxChannels+1) }},
 		{"schema.fields[1].id", func(s *catalog.Collection) {
-			s.Schema.Fields = []catalog.Field{field(1, "a"),
-				field(1, "b")}
+			s.Schema.Fields = []catalog.Field{
+				field(1, "a"),
+				field(1, "b"),
+			}
 		}},
 		{"schema.fields[1].name", func(s *catalog.Collection) {
-			s.Schema.Fields = []catalog.Field{field(1, "a"),
-				field(2, "a")}
+			s.Schema.Fields = []catalog.Field{
+				field(1, "a"),
+				field(2, "a"),
+			}
 		}},
 		{"roots", func(s *catalog.Collection) { s.Roots = nil }},
 		{"roots", func(s *catalog.Collection) { s.Roots = make([]catalog.Root, 17) }},
@@ -158,8 +162,10 @@ func TestSpec(t *testing.T) {
 		{"roots[0].prefix", func(s *catalog.Collection) { s.Roots[0].Prefix = "a//" }},
 		{"roots[0].prefix", func(s *catalog.Collection) { s.Roots[0].Prefix = longName(512) + "/" }},
 		{"roots[1].prefix", func(s *catalog.Collection) {
-			s.Roots[1] = catalog.Root{Store: "default",
-				Prefix: "data/deep/"}
+			s.Roots[1] = catalog.Root{
+				Store:  "default",
+				Prefix: "data/deep/",
+			}
 		}},
 		{"roots[1].prefix", func(s *catalog.Collection) { s.Roots[1] = catalog.Root{Store: "default"} }},
 		{"roots[1].prefix", func(s *catalog.Collection) { s.Roots[1] = s.Roots[0] }},
@@ -633,16 +639,20 @@ func testIndexes(t *testing.T, kv meta.KV) {
 		t.Errorf("drop again: %d, %v", id, err)
 	}
 	r.refused(t, "a build of a dropped index", catalog.ErrIndexNotFound, func() error {
-		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID,
-			AddBuilds: []segment.Build{{ID: ids[2], Index: made.ID}}}}})
+		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{
+			Segment:   s.ID,
+			AddBuilds: []segment.Build{{ID: ids[2], Index: made.ID}},
+		}}})
 	})
 	// What the segment has already does not keep it from changing.
 	rows := int64(7)
 	if err := r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, Rows: &rows}}}); err != nil {
 		t.Errorf("update a segment with a build of a dropped index: %v", err)
 	}
-	if err := r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID,
-		RemoveBuilds: []int64{ids[1]}}}}); err != nil {
+	if err := r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{
+		Segment:      s.ID,
+		RemoveBuilds: []int64{ids[1]},
+	}}}); err != nil {
 		t.Errorf("remove a build of a dropped index: %v", err)
 	}
 	if got := unitIDs(r.units(t)); !slices.Equal(got, []int64{ids[1]}) {
@@ -707,7 +717,8 @@ func testPartitionDropRace(t *testing.T, kv meta.KV) {
 			t.Fatal(err)
 		}
 		drop := func(key string, drop func(context.Context, request.Token, catalog.Ref, string) (int64, error),
-			name string) func() {
+			name string,
+		) func() {
 			return func() {
 				if _, err := drop(ctx, request.Token{}, r.ref, name); err != nil {
 					t.Error(err)
@@ -811,8 +822,10 @@ func testNotActive(t *testing.T, kv meta.KV) {
 			return err
 		},
 		"Update": func(tok request.Token) error {
-			_, err := r.Change(ctx, tok, r.ref, catalog.SegmentChange{Update: []catalog.Update{{Segment: ids[0],
-				Rows: new(int64)}}})
+			_, err := r.Change(ctx, tok, r.ref, catalog.SegmentChange{Update: []catalog.Update{{
+				Segment: ids[0],
+				Rows:    new(int64),
+			}}})
 			return err
 		},
 	}

@@ -23,8 +23,10 @@ func (r *rig) release(t rapid.TB, c *catalog.Catalog, ids ...int64) {
 	t.Helper()
 	var units []*catalog.Unit
 	for _, id := range ids {
-		units = append(units, &catalog.Unit{ID: id, Collection: r.col.ID, Kind: catalog.UnitSegment,
-			Segment: segment.Segment{ID: id}})
+		units = append(units, &catalog.Unit{
+			ID: id, Collection: r.col.ID, Kind: catalog.UnitSegment,
+			Segment: segment.Segment{ID: id},
+		})
 	}
 	conds, ops, err := c.Release(context.Background(), units)
 	if err != nil {
@@ -114,8 +116,10 @@ func TestStockInAClosedGap(t *testing.T) {
 	id := after.First + 8
 	s := r.add(t, id)[0]
 	taken := catalog.FilePath{Root: s.Files[0].Root, Path: s.Files[0].Path}
-	if err := r.change(t.Context(), catalog.SegmentChange{Update: []catalog.Update{{Segment: id,
-		RemoveFiles: []catalog.FilePath{taken}}}}); err != nil {
+	if err := r.change(t.Context(), catalog.SegmentChange{Update: []catalog.Update{{
+		Segment:     id,
+		RemoveFiles: []catalog.FilePath{taken},
+	}}}); err != nil {
 		t.Fatal(err)
 	}
 	units := unitIDs(r.units(t))

@@ -270,8 +270,10 @@ func (c *Catalog) AllocateRange(ctx context.Context, count int64) (IDRange, erro
 func (c *Catalog) allocate(ctx context.Context, tok request.Token, count int64) (IDRange, error) {
 	out, err := c.change(ctx, tok, func(ctx context.Context) (plan, error) {
 		got, err := c.ids.allocate(ctx, count)
-		return plan{id: got.First, txn: meta.Txn{Name: "catalog.allocate",
-			If: []meta.Cond{meta.Absent(keys.RolledBack)}}}, err
+		return plan{id: got.First, txn: meta.Txn{
+			Name: "catalog.allocate",
+			If:   []meta.Cond{meta.Absent(keys.RolledBack)},
+		}}, err
 	})
 	if err != nil {
 		return IDRange{}, fmt.Errorf("allocate ids: %w", err)

@@ -56,15 +56,21 @@ func testIDs(t *testing.T, kv meta.KV) {
 			t.Errorf("reserve: %v", err)
 		}
 	}
-	for _, bad := range []catalog.IDRange{{First: 0, Count: 1}, {First: -5, Count: 9}, {First: 9000, Count: 0},
-		{First: math.MaxInt64, Count: 1}} {
+	for _, bad := range []catalog.IDRange{
+		{First: 0, Count: 1},
+		{First: -5, Count: 9},
+		{First: 9000, Count: 0},
+		{First: math.MaxInt64, Count: 1},
+	} {
 		if err := c.ReserveIDs(ctx, request.Token{}, bad); !errors.Is(err, catalog.ErrInvalid) {
 			t.Errorf("reserve %v: err = %v, want %v", bad, err, catalog.ErrInvalid)
 		}
 	}
 	for _, replica := range []*catalog.Catalog{c, open(kv)} {
-		for id, want := range map[int64]bool{-1: false, 0: false, 1: true, 20: true, 21: false, 999: false, 1000: true,
-			1009: true, 1010: false} {
+		for id, want := range map[int64]bool{
+			-1: false, 0: false, 1: true, 20: true, 21: false, 999: false, 1000: true,
+			1009: true, 1010: false,
+		} {
 			missing, ok, err := replica.Allocated(ctx, 1, id)
 			if err != nil || ok != want || !ok && missing != id {
 				t.Errorf("Allocated(%d) = %d, %v, %v; want %v", id, missing, ok, err, want)
@@ -164,8 +170,10 @@ func TestReserveAndRelease(t *testing.T) {
 	kv := memory.New(memory.Options{})
 	r := newRig(t, kv)
 	whole := catalog.IDRange{First: 100_000, Count: 1024}
-	deny := catalog.New(catalog.Options{KV: kv, Now: time.Now, Rand: rand.Reader,
-		Requests: request.NewLeases(kv, time.Now, nil)})
+	deny := catalog.New(catalog.Options{
+		KV: kv, Now: time.Now, Rand: rand.Reader,
+		Requests: request.NewLeases(kv, time.Now, nil),
+	})
 	if err := deny.ReserveIDs(ctx, request.Token{}, whole); !errors.Is(err, catalog.ErrReserveNotAllowed) {
 		t.Errorf("reserve: err = %v, want %v", err, catalog.ErrReserveNotAllowed)
 	}

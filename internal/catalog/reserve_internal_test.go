@@ -13,8 +13,10 @@ import (
 
 // marked is an allocator's record with one reserved range, from 10 on, and its mark.
 func marked(next, count, unusedFrom int64) *storagev1.Allocator {
-	return &storagev1.Allocator{Next: next, Reserved: []*storagev1.IdRange{{First: 10, Count: count,
-		UnusedFrom: unusedFrom}}}
+	return &storagev1.Allocator{Next: next, Reserved: []*storagev1.IdRange{{
+		First: 10, Count: count,
+		UnusedFrom: unusedFrom,
+	}}}
 }
 
 func TestRelease(t *testing.T) {

@@ -87,8 +87,10 @@ func spec(name string) catalog.Collection {
 	return catalog.Collection{
 		DB: "db", Name: name, Channels: []string{"ch0", "ch1"},
 		Schema: catalog.Schema{
-			Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true},
-				{ID: 101, Name: "v", DataType: "FloatVector", TypeParams: map[string]string{"dim": "8"}}},
+			Fields: []catalog.Field{
+				{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true},
+				{ID: 101, Name: "v", DataType: "FloatVector", TypeParams: map[string]string{"dim": "8"}},
+			},
 			Format: "x", Raw: []byte{0, 255},
 		},
 		Roots:       []catalog.Root{{Store: "default", Prefix: "data/"}, {Store: "other"}},

@@ -173,10 +173,14 @@ func TestSegmentRules(t *testing.T) {
 		{catalog.ErrInvalid, "segments[0].files[1]", func(s *segment.Segment) { s.Files[1].Field = -1 }},
 		{catalog.ErrInvalid, "segments[0].files[1]", func(s *segment.Segment) { s.Files[1].Entries = -1 }},
 		{catalog.ErrInvalid, "segments[0].files[0].kind", func(s *segment.Segment) { s.Files[0].Kind = "" }},
-		{catalog.ErrInvalid, "segments[0].files[0].checksum.type",
-			func(s *segment.Segment) { s.Files[0].Checksum.Value = []byte{1} }},
-		{catalog.ErrInvalid, "segments[0].files[0].min_timestamp",
-			func(s *segment.Segment) { s.Files[0].MinTimestamp = s.Files[0].MaxTimestamp + 1 }},
+		{
+			catalog.ErrInvalid, "segments[0].files[0].checksum.type",
+			func(s *segment.Segment) { s.Files[0].Checksum.Value = []byte{1} },
+		},
+		{
+			catalog.ErrInvalid, "segments[0].files[0].min_timestamp",
+			func(s *segment.Segment) { s.Files[0].MinTimestamp = s.Files[0].MaxTimestamp + 1 },
+		},
 		{catalog.ErrInvalid, "segments[0].files", func(s *segment.Segment) { s.Files[0].Path = s.Files[1].Path }},
 		{catalog.ErrInvalid, "segments[0].files[0].path", path("")},
 		{catalog.ErrInvalid, "segments[0].files[0].path", path("/etc/passwd")},
@@ -195,13 +199,19 @@ func TestSegmentRules(t *testing.T) {
 		{catalog.ErrInvalid, "segments[0].files[0].path", inStore("gc/x")},
 		{catalog.ErrInvalid, "segments[0].files", func(s *segment.Segment) { s.Files = make([]segment.File, 4097) }},
 		{catalog.ErrIndexNotFound, "", func(s *segment.Segment) {
-			s.Builds = []segment.Build{{ID: ids[151],
-				Index: x.ID + 1000}}
+			s.Builds = []segment.Build{{
+				ID:    ids[151],
+				Index: x.ID + 1000,
+			}}
 		}},
-		{catalog.ErrInvalid, "segments[0].index_builds[0].id",
-			func(s *segment.Segment) { s.Builds = []segment.Build{build(0)} }},
-		{catalog.ErrInvalid, "segments[0].index_builds[1].index_id",
-			func(s *segment.Segment) { s.Builds = []segment.Build{build(ids[151]), build(ids[152])} }},
+		{
+			catalog.ErrInvalid, "segments[0].index_builds[0].id",
+			func(s *segment.Segment) { s.Builds = []segment.Build{build(0)} },
+		},
+		{
+			catalog.ErrInvalid, "segments[0].index_builds[1].index_id",
+			func(s *segment.Segment) { s.Builds = []segment.Build{build(ids[151]), build(ids[152])} },
+		},
 		{catalog.ErrIDNotAllocated, "", func(s *segment.Segment) { s.Builds = []segment.Build{build(1 << 50)} }},
 		{catalog.ErrInvalid, "segments[0].files", func(s *segment.Segment) {
 			s.Builds = []segment.Build{build(ids[151])}

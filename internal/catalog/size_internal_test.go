@@ -36,8 +36,10 @@ func sizedSegment(builds, files int, etag string) *segment.Segment {
 // that are no MD5.
 func asRestored(s *segment.Segment) *segment.Segment {
 	const long = int64(1) << 62
-	r := &segment.Segment{ID: long, Partition: long + 1, State: segment.Flushed, Rows: s.Rows,
-		RowCeiling: segment.MaxTimestamp}
+	r := &segment.Segment{
+		ID: long, Partition: long + 1, State: segment.Flushed, Rows: s.Rows,
+		RowCeiling: segment.MaxTimestamp,
+	}
 	etag := strings.Repeat("e", restoredETag)
 	for _, f := range s.Files {
 		f.ETag = etag
@@ -60,8 +62,10 @@ func asRestored(s *segment.Segment) *segment.Segment {
 // TestRestoredSize holds that a record has the room that a restore of it needs, and
 // that not much more is allowed for.
 func TestRestoredSize(t *testing.T) {
-	for _, etag := range []string{"", "d41d8cd98f00b204e9800998ecf8427e", "d41d8cd98f00b204e9800998ecf8427e-17",
-		strings.Repeat("e", restoredETag)} {
+	for _, etag := range []string{
+		"", "d41d8cd98f00b204e9800998ecf8427e", "d41d8cd98f00b204e9800998ecf8427e-17",
+		strings.Repeat("e", restoredETag),
+	} {
 		for _, c := range [][2]int{{0, 0}, {0, 1}, {0, 4000}, {1, 1}, {200, 1}, {20, 100}} {
 			s := sizedSegment(c[0], c[1], etag)
 			rec := encodeSegment(1, s, "op")

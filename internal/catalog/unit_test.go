@@ -72,8 +72,10 @@ func TestOwned(t *testing.T) {
 
 // Nothing that is not the whole record of a unit is taken for one without files.
 func TestUnitOfStub(t *testing.T) {
-	stub := &storagev1.Unit{Format: 1, Kind: 2, SegmentId: 65, DropTime: 7,
-		Parked: &storagev1.Parked{Store: "default", Length: 3}}
+	stub := &storagev1.Unit{
+		Format: 1, Kind: 2, SegmentId: 65, DropTime: 7,
+		Parked: &storagev1.Parked{Store: "default", Length: 3},
+	}
 	if _, err := catalog.UnitOf(1, 66, stub); !errors.Is(err, catalog.ErrSpilled) {
 		t.Errorf("a stub: err = %v, want %v", err, catalog.ErrSpilled)
 	}
@@ -83,8 +85,10 @@ func TestUnitOfStub(t *testing.T) {
 	}
 	u := catalog.StubOf(1, 66, stub)
 	want := catalog.Unit{
-		ID: 66, Collection: 1, Kind: catalog.UnitBuild, Segment: segment.Segment{ID: 65,
-			State: segment.Dropped}, DropTime: time.Unix(0, 7).UTC(), Spilled: true,
+		ID: 66, Collection: 1, Kind: catalog.UnitBuild, Segment: segment.Segment{
+			ID:    65,
+			State: segment.Dropped,
+		}, DropTime: time.Unix(0, 7).UTC(), Spilled: true,
 	}
 	if diff := cmp.Diff(want, u); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)

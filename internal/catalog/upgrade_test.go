@@ -77,8 +77,10 @@ func newBefore(t *testing.T, kv meta.KV) *before {
 			b.put(t, meta.Put(keys.Unit(a, s.ID), record.Encode(unit)))
 			continue
 		}
-		b.put(t, meta.Put(keys.Tombstone(o, s.ID), record.Encode(&storagev1.Tombstone{Format: record.Format, Unit: unit,
-			Deleter: 1})))
+		b.put(t, meta.Put(keys.Tombstone(o, s.ID), record.Encode(&storagev1.Tombstone{
+			Format: record.Format, Unit: unit,
+			Deleter: 1,
+		})))
 		b.segment(t, a, s.ID, at(a, s.ID)) // and it lives in another
 	}
 	return b

@@ -609,7 +609,8 @@ func TestDescribeUsage(t *testing.T) {
 		want    string
 	}{
 		{
-			"known", []any{with},
+			"known",
+			[]any{with},
 			"holds: 12 files, 5.0 MiB\nheld by it alone: 3 files, 1.0 MiB; the others have other holders\nto undo:",
 		},
 		{

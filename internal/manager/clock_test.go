@@ -242,8 +242,11 @@ func TestSleepingHost(t *testing.T) {
 // TestRestoreDeadlineAndClocks checks that a deadline is stamped and judged by the
 // trusted reading when the clocks of the admitting replica and the leader differ.
 func TestRestoreDeadlineAndClocks(t *testing.T) {
-	for _, off := range []struct{ leader, other time.Duration }{{0, -10 * time.Minute},
-		{10 * time.Minute, 0}, {0, 10 * time.Minute}} {
+	for _, off := range []struct{ leader, other time.Duration }{
+		{0, -10 * time.Minute},
+		{10 * time.Minute, 0},
+		{0, 10 * time.Minute},
+	} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
 			a := w.start("a", w.on(hosts.Off(off.leader), false))
 			settle()

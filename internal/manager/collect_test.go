@@ -164,8 +164,10 @@ func TestCollectorFinishesPartitionsAndIndexes(t *testing.T) {
 			}
 			s.Files[0].Path = catalog.NativePath(col.ID, &s, &s.Files[0])
 			b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
-			b.Files = []segment.File{{Kind: segment.KindIndex,
-				Path: fmt.Sprintf("%d/%d/%d/index/%d/f", col.ID, s.Partition, s.ID, b.ID), Size: 5}}
+			b.Files = []segment.File{{
+				Kind: segment.KindIndex,
+				Path: fmt.Sprintf("%d/%d/%d/index/%d/f", col.ID, s.Partition, s.ID, b.ID), Size: 5,
+			}}
 			s.Builds = []segment.Build{b}
 			if i%2 == 0 {
 				in = append(in, s)
@@ -364,8 +366,10 @@ func TestCollectorSurvivesEachFailedCall(t *testing.T) {
 				part.Partition = p.ID
 				part.Files[0].Path = catalog.NativePath(col.ID, &part, &part.Files[0])
 				b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
-				b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/f", col.ID, free.ID, b.ID),
-					Size: 5}}
+				b.Files = []segment.File{{
+					Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/f", col.ID, free.ID, b.ID),
+					Size: 5,
+				}}
 				free.Builds = []segment.Build{b}
 				w.addWritten(r, col, held, part)
 				w.addWritten(r, gone, w.segment(r, gone, 0, 1, 2))
@@ -493,8 +497,10 @@ func TestCollectorIsBlocked(t *testing.T) {
 		if diff := cmp.Diff([]string{"data/" + one.Files[0].Path}, w.objectsUnder("data/")); diff != "" {
 			t.Errorf("files:\n%s", diff)
 		}
-		if _, err = r.Collect(ctx, collect.CycleOptions{Tolerance: new(time.Duration),
-			Collection: catalog.Ref{ID: bad.ID}}); !errors.Is(err, gc.ErrUnreadable) {
+		if _, err = r.Collect(ctx, collect.CycleOptions{
+			Tolerance:  new(time.Duration),
+			Collection: catalog.Ref{ID: bad.ID},
+		}); !errors.Is(err, gc.ErrUnreadable) {
 			t.Errorf("asked for that one: %v", err)
 		}
 	})

@@ -139,8 +139,10 @@ func TestCollectorStatus(t *testing.T) {
 			t.Fatal(err)
 		}
 		last := r.Collector().LastCycle()
-		want = CollectorStatus{LastRound: last, Unconfirmed: 1, Tolerance: 3 * time.Hour,
-			MaxShare: 0.5, StopUnits: collect.StopUnits}
+		want = CollectorStatus{
+			LastRound: last, Unconfirmed: 1, Tolerance: 3 * time.Hour,
+			MaxShare: 0.5, StopUnits: collect.StopUnits,
+		}
 		if last == nil || last.Waiting != 1 {
 			t.Errorf("the round came to %+v", last)
 		}

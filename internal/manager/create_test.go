@@ -35,8 +35,10 @@ func TestCreateKeepsEverything(t *testing.T) {
 		s := w.segment(r, col, 1, 10, 19)
 		s.Partition = p.ID
 		s.Files = nil
-		for i, kind := range []string{segment.KindInsert, segment.KindDelta, segment.KindStats,
-			segment.KindBM25, segment.KindText, segment.KindJSON, "never-heard-of"} {
+		for i, kind := range []string{
+			segment.KindInsert, segment.KindDelta, segment.KindStats,
+			segment.KindBM25, segment.KindText, segment.KindJSON, "never-heard-of",
+		} {
 			f := segment.File{
 				Kind: kind, Field: int64(100 + i), LogID: int64(i + 1), Size: int64(1000 + i), ETag: fmt.Sprintf("etag-%d", i),
 				Checksum:   segment.Checksum{Type: "CRC64NVME", Value: []byte{1, 2, 3, byte(i)}},
@@ -99,8 +101,10 @@ func TestReferencesCoverSegmentsBuildsAndForeignFiles(t *testing.T) {
 		s := w.segment(r, col, 0, 1, 2)
 		s.Files = append(s.Files, segment.File{Kind: "odd", Path: "elsewhere/odd"})
 		b := segment.Build{ID: w.newID(r), Index: x.ID}
-		b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/1", col.ID, s.ID, b.ID)},
-			{Kind: segment.KindIndex, Path: "elsewhere/index"}}
+		b.Files = []segment.File{
+			{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/1", col.ID, s.ID, b.ID)},
+			{Kind: segment.KindIndex, Path: "elsewhere/index"},
+		}
 		s.Builds = []segment.Build{b}
 		w.add(r, col, s)
 		w.checkpoint(r, col, 10, 10)
@@ -117,8 +121,10 @@ func TestReferencesCoverSegmentsBuildsAndForeignFiles(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		files := []uint64{manifest.FileHash("default", "data/elsewhere/odd"),
-			manifest.FileHash("default", "data/elsewhere/index")}
+		files := []uint64{
+			manifest.FileHash("default", "data/elsewhere/odd"),
+			manifest.FileHash("default", "data/elsewhere/index"),
+		}
 		slices.Sort(files)
 		want := &manifest.Refs{Segments: []int64{s.ID}, Builds: []int64{b.ID}, Files: files}
 		if diff := cmp.Diff(want, refs); diff != "" {
@@ -193,8 +199,10 @@ func TestCreateRefusesBadInput(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, name := range []string{"", " ", " padded", "padded ", "a/b", "..", ".hidden",
-			"-flag", "naïve", "a\x00b", "a\nb", "\u202eabc", strings.Repeat("x", 256)} {
+		for _, name := range []string{
+			"", " ", " padded", "padded ", "a/b", "..", ".hidden",
+			"-flag", "naïve", "a\x00b", "a\nb", "\u202eabc", strings.Repeat("x", 256),
+		} {
 			_, err := r.Create(t.Context(), request.Token{}, spec(col, name))
 			if !errors.Is(err, catalog.ErrInvalid) {
 				t.Errorf("name %q: %v", name, err)
@@ -541,8 +549,10 @@ func TestMinCut(t *testing.T) {
 		col, _, _ := w.collection(r, "c")
 		w.checkpoint(r, col, 10)
 		sp := spec(col, "x")
-		sp.MinCut = []catalog.Checkpoint{{Shard: 0, Position: segment.Position{Timestamp: 20}},
-			{Shard: 1, Position: segment.Position{Timestamp: 5}}}
+		sp.MinCut = []catalog.Checkpoint{
+			{Shard: 0, Position: segment.Position{Timestamp: 20}},
+			{Shard: 1, Position: segment.Position{Timestamp: 5}},
+		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		_, err := r.Create(ctx, request.Token{}, sp)

@@ -113,8 +113,10 @@ func awayFrom(t *testing.T, n int, away time.Duration, fault meta.Fault) (fired 
 		w.add(other, col, w.segment(other, col, 0, 1, 2))
 		w.checkpoint(other, col, 10, 10)
 		settle()
-		counted := []meta.Method{meta.MethodGet, meta.MethodRange, meta.MethodScan, meta.MethodTxn,
-			meta.MethodGrant, meta.MethodKeepAlive}
+		counted := []meta.Method{
+			meta.MethodGet, meta.MethodRange, meta.MethodScan, meta.MethodTxn,
+			meta.MethodGrant, meta.MethodKeepAlive,
+		}
 		var mu sync.Mutex
 		var until time.Time
 		granted := false

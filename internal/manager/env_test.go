@@ -49,8 +49,10 @@ func inEnv(t *testing.T, fn func(t *testing.T, w *testEnv)) {
 	t.Helper()
 	virtual.Test(t, func(t *testing.T) {
 		kv := metamemory.New(metamemory.Options{Now: time.Now})
-		fn(t, &testEnv{t: t, kv: kv, memory: kv, objects: objectmemory.New(objectmemory.Options{Now: time.Now}),
-			now: time.Now})
+		fn(t, &testEnv{
+			t: t, kv: kv, memory: kv, objects: objectmemory.New(objectmemory.Options{Now: time.Now}),
+			now: time.Now,
+		})
 	})
 }
 
@@ -120,8 +122,10 @@ func (w *testEnv) collection(r *replica, name string) (catalog.Collection, catal
 		DB: "default", Name: name, Channels: []string{"ch-0", "ch-1"},
 		Roots:      []catalog.Root{{Store: "default", Prefix: "data/"}},
 		Properties: map[string]string{"mmap": "true"}, Consistency: "Bounded",
-		Schema: catalog.Schema{Format: "test", Raw: []byte{0, 1, 2},
-			Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}}},
+		Schema: catalog.Schema{
+			Format: "test", Raw: []byte{0, 1, 2},
+			Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}},
+		},
 	})
 	if err != nil {
 		w.t.Fatal(err)
@@ -153,8 +157,10 @@ func (w *testEnv) segment(r *replica, col catalog.Collection, channel int, from,
 		ID: w.newID(r), Channel: channel, Level: 1, State: segment.Flushed, Rows: int64(to-from) + 1,
 		Start: segment.Position{Timestamp: from}, DML: segment.Position{Timestamp: to + 1},
 	}
-	f := segment.File{Kind: segment.KindInsert, Field: 100, LogID: 1, MinTimestamp: from,
-		MaxTimestamp: to, Entries: s.Rows, Size: 10}
+	f := segment.File{
+		Kind: segment.KindInsert, Field: 100, LogID: 1, MinTimestamp: from,
+		MaxTimestamp: to, Entries: s.Rows, Size: 10,
+	}
 	f.Path = catalog.NativePath(col.ID, &s, &f)
 	s.Files = []segment.File{f}
 	return s
@@ -171,8 +177,10 @@ func (w *testEnv) checkpoint(r *replica, col catalog.Collection, at ...segment.T
 	w.t.Helper()
 	var list []catalog.Checkpoint
 	for shard, ts := range at {
-		list = append(list, catalog.Checkpoint{Shard: shard,
-			Position: segment.Position{Timestamp: ts, Opaque: []byte{byte(shard)}}})
+		list = append(list, catalog.Checkpoint{
+			Shard:    shard,
+			Position: segment.Position{Timestamp: ts, Opaque: []byte{byte(shard)}},
+		})
 	}
 	if _, err := r.catalog.SetCheckpoints(w.t.Context(), catalog.Ref{ID: col.ID}, list); err != nil {
 		w.t.Fatal(err)

@@ -314,8 +314,10 @@ func TestHistory(t *testing.T) {
 			len(h.granted) < 10 {
 			t.Errorf("jobs ended %v, %d grants", h.ended, len(h.granted))
 		}
-		for _, move := range []string{"PENDING to COMMITTED", "PENDING to DELETING",
-			"COMMITTED to COMMITTED", "COMMITTED to DELETING"} {
+		for _, move := range []string{
+			"PENDING to COMMITTED", "PENDING to DELETING",
+			"COMMITTED to COMMITTED", "COMMITTED to DELETING",
+		} {
 			if h.states[move] == 0 {
 				t.Errorf("no snapshot went from %s: %v", move, h.states)
 			}

@@ -41,10 +41,16 @@ func TestListFilters(t *testing.T) {
 			want []string
 		}{
 			{"all, newest first", Filter{}, []string{"two-5", "one-4", "two-3", "one-2", "two-1", "one-0"}},
-			{"collection by name", Filter{Collection: catalog.Ref{DB: "default", Name: "one"}},
-				[]string{"one-4", "one-2", "one-0"}},
-			{"same name in another database", Filter{Collection: catalog.Ref{DB: "second", Name: "one"}},
-				[]string{"two-5", "two-3", "two-1"}},
+			{
+				"collection by name",
+				Filter{Collection: catalog.Ref{DB: "default", Name: "one"}},
+				[]string{"one-4", "one-2", "one-0"},
+			},
+			{
+				"same name in another database",
+				Filter{Collection: catalog.Ref{DB: "second", Name: "one"}},
+				[]string{"two-5", "two-3", "two-1"},
+			},
 			{"database", Filter{DB: "second"}, []string{"two-5", "two-3", "two-1"}},
 			{"no such database", Filter{DB: "third"}, nil},
 			{"partition", Filter{Partition: part.ID}, []string{"one-4", "one-2", "one-0"}},
@@ -369,43 +375,80 @@ func TestCaptureDecides(t *testing.T) {
 	}{
 		{"whole", segment.Segment{Files: []segment.File{file("insert", 1, 99)}}, true, 0, 1},
 		{"ends at the cut", segment.Segment{Files: []segment.File{file("insert", 1, 100)}}, true, 100, 1},
-		{"starts at the cut", segment.Segment{Start: segment.Position{Timestamp: 100},
-			Files: []segment.File{file("insert", 100, 100)}}, false, 0, 1},
-		{"growing with files", segment.Segment{State: segment.Growing, Files: []segment.File{file("insert", 1, 50)}},
-			true, 0, 1},
+		{"starts at the cut", segment.Segment{
+			Start: segment.Position{Timestamp: 100},
+			Files: []segment.File{file("insert", 100, 100)},
+		}, false, 0, 1},
+		{
+			"growing with files",
+			segment.Segment{State: segment.Growing, Files: []segment.File{file("insert", 1, 50)}},
+			true, 0, 1,
+		},
 		{"growing without files", segment.Segment{State: segment.Growing}, false, 0, 0},
 		{"only stats", segment.Segment{Files: []segment.File{file("stats", 0, 0)}}, false, 0, 1},
 		{"only deletes", segment.Segment{Files: []segment.File{file("delta", 1, 50)}}, true, 0, 1},
-		{"unknown kind counts as data", segment.Segment{DML: segment.Position{Timestamp: 50},
-			Files: []segment.File{file("parquet", 0, 0)}}, true, 0, 1},
-		{"file after the cut is left out", segment.Segment{Files: []segment.File{file("insert", 1, 99),
-			file("insert", 100, 120), file("stats", 0, 0)}}, true, 100, 2},
-		{"deletes after the cut are left out",
-			segment.Segment{Files: []segment.File{file("insert", 1, 99), file("delta", 100, 120)}}, true, 0, 1},
-		{"deletes of an unknown time", segment.Segment{Level: 1, DML: segment.Position{Timestamp: 50},
-			Files: []segment.File{file("insert", 1, 49), file("delta", 0, 0)}}, true, 100, 2},
-		{"deletes of an unknown time, alone", segment.Segment{DML: segment.Position{Timestamp: 50},
-			Files: []segment.File{file("delta", 0, 0)}}, true, 0, 1},
-		{"import with deletes after the cut", segment.Segment{CommitTimestamp: 99,
-			Files: []segment.File{file("insert", 500, 600), file("delta", 150, 160)}}, true, 0, 1},
-		{"all data after the cut", segment.Segment{Files: []segment.File{file("insert", 100, 120), file("stats", 0, 0)}},
-			false, 0, 1},
+		{"unknown kind counts as data", segment.Segment{
+			DML:   segment.Position{Timestamp: 50},
+			Files: []segment.File{file("parquet", 0, 0)},
+		}, true, 0, 1},
+		{"file after the cut is left out", segment.Segment{Files: []segment.File{
+			file("insert", 1, 99),
+			file("insert", 100, 120), file("stats", 0, 0),
+		}}, true, 100, 2},
+		{
+			"deletes after the cut are left out",
+			segment.Segment{Files: []segment.File{file("insert", 1, 99), file("delta", 100, 120)}},
+			true, 0, 1,
+		},
+		{"deletes of an unknown time", segment.Segment{
+			Level: 1, DML: segment.Position{Timestamp: 50},
+			Files: []segment.File{file("insert", 1, 49), file("delta", 0, 0)},
+		}, true, 100, 2},
+		{"deletes of an unknown time, alone", segment.Segment{
+			DML:   segment.Position{Timestamp: 50},
+			Files: []segment.File{file("delta", 0, 0)},
+		}, true, 0, 1},
+		{"import with deletes after the cut", segment.Segment{
+			CommitTimestamp: 99,
+			Files:           []segment.File{file("insert", 500, 600), file("delta", 150, 160)},
+		}, true, 0, 1},
+		{
+			"all data after the cut",
+			segment.Segment{Files: []segment.File{file("insert", 100, 120), file("stats", 0, 0)}},
+			false, 0, 1,
+		},
 		{"importing", segment.Segment{State: segment.Importing, Files: []segment.File{file("insert", 1, 2)}}, false, 0, 1},
 		{"of a partition", segment.Segment{Partition: 1, Files: []segment.File{file("insert", 1, 2)}}, true, 0, 1},
-		{"of a partition being dropped", segment.Segment{Partition: 2, Files: []segment.File{file("insert", 1, 2)}},
-			false, 0, 1},
-		{"unknown range, ends before", segment.Segment{DML: segment.Position{Timestamp: 100},
-			Files: []segment.File{file("insert", 0, 0)}}, true, 0, 1},
-		{"unknown range, ends after", segment.Segment{DML: segment.Position{Timestamp: 101},
-			Files: []segment.File{file("insert", 0, 0)}}, true, 100, 1},
+		{
+			"of a partition being dropped",
+			segment.Segment{Partition: 2, Files: []segment.File{file("insert", 1, 2)}},
+			false, 0, 1,
+		},
+		{"unknown range, ends before", segment.Segment{
+			DML:   segment.Position{Timestamp: 100},
+			Files: []segment.File{file("insert", 0, 0)},
+		}, true, 0, 1},
+		{"unknown range, ends after", segment.Segment{
+			DML:   segment.Position{Timestamp: 101},
+			Files: []segment.File{file("insert", 0, 0)},
+		}, true, 100, 1},
 		{"unknown range and end", segment.Segment{Files: []segment.File{file("insert", 0, 0)}}, true, 100, 1},
-		{"lower ceiling is kept", segment.Segment{RowCeiling: 40, Files: []segment.File{file("insert", 1, 120)}},
-			true, 40, 1},
+		{
+			"lower ceiling is kept",
+			segment.Segment{RowCeiling: 40, Files: []segment.File{file("insert", 1, 120)}},
+			true, 40, 1,
+		},
 		{"ceiling of before", segment.Segment{RowCeiling: 40, Files: []segment.File{file("insert", 1, 99)}}, true, 40, 1},
-		{"commit timestamp before", segment.Segment{CommitTimestamp: 99, Files: []segment.File{file("insert", 500, 600)}},
-			true, 0, 1},
-		{"commit timestamp after", segment.Segment{CommitTimestamp: 100, Files: []segment.File{file("insert", 1, 2)}},
-			false, 0, 1},
+		{
+			"commit timestamp before",
+			segment.Segment{CommitTimestamp: 99, Files: []segment.File{file("insert", 500, 600)}},
+			true, 0, 1,
+		},
+		{
+			"commit timestamp after",
+			segment.Segment{CommitTimestamp: 100, Files: []segment.File{file("insert", 1, 2)}},
+			false, 0, 1,
+		},
 	} {
 		got, err := c.capture(tc.s)
 		in := got.included
@@ -415,8 +458,10 @@ func TestCaptureDecides(t *testing.T) {
 				tc.in, tc.ceiling, tc.files)
 		}
 	}
-	got, _ := c.capture(segment.Segment{Files: []segment.File{file("insert", 1, 2)},
-		Builds: []segment.Build{{ID: 1, Index: 5}, {ID: 2, Index: 6}}})
+	got, _ := c.capture(segment.Segment{
+		Files:  []segment.File{file("insert", 1, 2)},
+		Builds: []segment.Build{{ID: 1, Index: 5}, {ID: 2, Index: 6}},
+	})
 	if len(got.Builds) != 1 || got.Builds[0].ID != 1 {
 		t.Errorf("builds %v: that of an index being dropped is out", got.Builds)
 	}

@@ -50,8 +50,10 @@ func TestConcurrentCallsDoNotConflict(t *testing.T) {
 			return err
 		}},
 		{"AddSegments", func(ctx context.Context, r *replica, i int) error {
-			seg := segment.Segment{ID: first.First + int64(i), State: segment.Growing, Rows: 1,
-				Start: segment.Position{Timestamp: 1}}
+			seg := segment.Segment{
+				ID: first.First + int64(i), State: segment.Growing, Rows: 1,
+				Start: segment.Position{Timestamp: 1},
+			}
 			_, _, err := r.catalog.AddSegments(ctx, col.ID, []segment.Segment{seg})
 			return err
 		}},

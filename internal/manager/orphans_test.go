@@ -38,8 +38,10 @@ func (w *testEnv) collectionAt(r *replica, name, prefix string) catalog.Collecti
 	w.t.Helper()
 	col, err := r.catalog.CreateCollection(w.t.Context(), request.Token{}, catalog.Collection{
 		DB: "default", Name: name, Roots: []catalog.Root{{Store: "default", Prefix: prefix}},
-		Schema: catalog.Schema{Format: "test", Raw: []byte{1},
-			Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}}},
+		Schema: catalog.Schema{
+			Format: "test", Raw: []byte{1},
+			Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}},
+		},
 	})
 	if err != nil {
 		w.t.Fatal(err)
@@ -138,8 +140,10 @@ func TestOrphans(t *testing.T) {
 			w.write(key)
 		}
 		reason := fmt.Sprintf("! no segment, unit or snapshot knows it; segment %d is not there", gone)
-		want := map[string]string{leftover[0]: reason + "; younger than orphan_grace, which is 24h0m0s",
-			leftover[1]: reason + "; younger than orphan_grace, which is 24h0m0s"}
+		want := map[string]string{
+			leftover[0]: reason + "; younger than orphan_grace, which is 24h0m0s",
+			leftover[1]: reason + "; younger than orphan_grace, which is 24h0m0s",
+		}
 		maps.Copy(want, left)
 		if diff := cmp.Diff(want, w.orphans(r, col, collect.OrphanOptions{})); diff != "" {
 			t.Errorf("young (-want +got):\n%s", diff)
@@ -314,10 +318,14 @@ func TestExplain(t *testing.T) {
 				Reason: fmt.Sprintf("not registered; it is where segment %d has its files, and stays as long as that segment "+
 					"or a snapshot of it does", live.ID),
 			},
-			"elsewhere/x": {Exists: true, Kept: true, What: "foreign object",
-				Reason: "it is under no root of a collection: left alone"},
-			"elsewhere/y": {Kept: true, What: "foreign object",
-				Reason: "There is no such object. If there were: it is under no root of a collection: left alone"},
+			"elsewhere/x": {
+				Exists: true, Kept: true, What: "foreign object",
+				Reason: "it is under no root of a collection: left alone",
+			},
+			"elsewhere/y": {
+				Kept: true, What: "foreign object",
+				Reason: "There is no such object. If there were: it is under no root of a collection: left alone",
+			},
 			lost: {
 				Exists: true, Kept: true, What: fmt.Sprintf("object of snapshot %d", orphan),
 				Collection: col.ID, Snapshot: orphan,
@@ -327,10 +335,14 @@ func TestExplain(t *testing.T) {
 				Exists: true, Kept: true, What: fmt.Sprintf("object of snapshot %d", s.ID), Reason: `snapshot "one" is committed`,
 				Collection: col.ID, Snapshot: s.ID, Snapshots: holder, Holders: 1,
 			},
-			"snapshots/README": {Exists: true, Kept: true, What: "foreign object under a prefix of snapshotd's own",
-				Reason: "not a name that snapshotd writes: left alone"},
-			"gc/epoch/1.json": {Exists: true, Kept: true, What: "foreign object under a prefix of snapshotd's own",
-				Reason: "not a name that snapshotd writes: left alone"},
+			"snapshots/README": {
+				Exists: true, Kept: true, What: "foreign object under a prefix of snapshotd's own",
+				Reason: "not a name that snapshotd writes: left alone",
+			},
+			"gc/epoch/1.json": {
+				Exists: true, Kept: true, What: "foreign object under a prefix of snapshotd's own",
+				Reason: "not a name that snapshotd writes: left alone",
+			},
 			note: {
 				Exists: true, Kept: true, What: "note of how far the metadata store has come",
 				Reason: "the newest two stay; they show when the metadata store has gone back in time",
@@ -389,8 +401,10 @@ func TestExplainWithoutAllReferences(t *testing.T) {
 				Kept: true, Reason: "it was dropped at " + drop + " and stays until its holders are known" + unread,
 				Unit: lost.ID,
 			}},
-			"granted": {granted, collect.Explanation{Reason: `the unit was granted to "tester" at ` + drop + ", who deletes it",
-				Unit: granted.ID}},
+			"granted": {granted, collect.Explanation{
+				Reason: `the unit was granted to "tester" at ` + drop + ", who deletes it",
+				Unit:   granted.ID,
+			}},
 		} {
 			got, err := r.Collector().Explain(t.Context(), "default", "data/"+tc.of.Files[0].Path)
 			if err != nil {

@@ -398,8 +398,10 @@ func TestPinAndDropExcludeEachOther(t *testing.T) {
 					default:
 					}
 					time.Sleep(time.Duration(roll(20)) * time.Millisecond)
-					return []meta.Fault{meta.Before, meta.After, meta.NoFault, meta.NoFault, meta.NoFault,
-						meta.NoFault, meta.NoFault, meta.NoFault}[roll(8)]
+					return []meta.Fault{
+						meta.Before, meta.After, meta.NoFault, meta.NoFault, meta.NoFault,
+						meta.NoFault, meta.NoFault, meta.NoFault,
+					}[roll(8)]
 				})
 			}
 			var wg sync.WaitGroup
@@ -850,7 +852,8 @@ func TestPinsInPages(t *testing.T) {
 		w.put(keys.Pin(odd.Snapshot, odd.ID), []byte{8, 99})
 		all = append(all, odd)
 		slices.SortFunc(all, func(a,
-			b PinPlace) int {
+			b PinPlace,
+		) int {
 			return int(a.Snapshot-b.Snapshot)*1000 + int(min(a.ID, 1000)-min(b.ID, 1000))
 		})
 		settle()           // so that only the pages make calls below
@@ -918,8 +921,10 @@ func TestPinEvents(t *testing.T) {
 		// A removal is reported for one pin, at its own revision.
 		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{
 			meta.Delete(keys.Pin(s.ID, forever.ID)),
-			meta.Put(keys.Unpin, record.Encode(&storagev1.Unpin{Format: record.Format, SnapshotId: s.ID,
-				PinId: forever.ID + 1})),
+			meta.Put(keys.Unpin, record.Encode(&storagev1.Unpin{
+				Format: record.Format, SnapshotId: s.ID,
+				PinId: forever.ID + 1,
+			})),
 		}}); err != nil {
 			t.Fatal(err)
 		}

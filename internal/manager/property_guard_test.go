@@ -36,8 +36,10 @@ type guard struct {
 }
 
 func newGuard(kv meta.KV, store object.Store) *guard {
-	return &guard{Store: store, kv: kv, foreign: map[string]bool{}, granted: map[string]bool{},
-		captured: map[int64]map[string]bool{}}
+	return &guard{
+		Store: store, kv: kv, foreign: map[string]bool{}, granted: map[string]bool{},
+		captured: map[int64]map[string]bool{},
+	}
 }
 
 // leave marks an object that must not be changed.
@@ -124,8 +126,10 @@ type needs struct {
 // needs reads the records that need files, at one revision.
 func (g *guard) needs() (*needs, error) {
 	ctx := context.Background()
-	prefixes := []string{keys.SnapshotPrefix, "/catalog/segment/", keys.AllUnitsPrefix,
-		keys.AllTombstonesPrefix, keys.JobPrefix}
+	prefixes := []string{
+		keys.SnapshotPrefix, "/catalog/segment/", keys.AllUnitsPrefix,
+		keys.AllTombstonesPrefix, keys.JobPrefix,
+	}
 	txn := meta.Txn{}
 	for _, prefix := range prefixes {
 		txn.Then = append(txn.Then, meta.GetRange(meta.Prefix(prefix)))
@@ -134,8 +138,10 @@ func (g *guard) needs() (*needs, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &needs{files: map[string]string{}, snapshots: map[int64]State{}, units: map[string]bool{},
-		jobs: map[int64]*copyjob.Job{}}
+	n := &needs{
+		files: map[string]string{}, snapshots: map[int64]State{}, units: map[string]bool{},
+		jobs: map[int64]*copyjob.Job{},
+	}
 	add := func(s *segment.Segment, who string) {
 		for f := range s.AllFiles() {
 			n.files[keyOf(f)] = who

@@ -106,8 +106,10 @@ var ops = []string{
 }
 
 var genStep = rapid.Custom(func(t *rapid.T) step {
-	return step{rapid.SampledFrom(ops).Draw(t, "op"), rapid.IntRange(0, 999).Draw(t, "a"),
-		rapid.IntRange(0, 999).Draw(t, "b"), rapid.IntRange(0, 999).Draw(t, "c")}
+	return step{
+		rapid.SampledFrom(ops).Draw(t, "op"), rapid.IntRange(0, 999).Draw(t, "a"),
+		rapid.IntRange(0, 999).Draw(t, "b"), rapid.IntRange(0, 999).Draw(t, "c"),
+	}
 })
 
 // prelude is the start of each random course, which makes something to hold.
@@ -487,8 +489,10 @@ func (c *course) epoch(kv meta.KV, store object.Store) *epoch.Epoch {
 	cl, err := cluster.Open(context.Background(), c.w.kv,
 		cluster.Options{NameScope: cluster.ScopeCluster, Release: "test", Now: c.w.now, Rand: rand.Reader})
 	c.must(err)
-	return epoch.New(epoch.Options{KV: kv, Store: store, Cluster: cl.ID, Now: c.w.now,
-		Rand: rand.Reader, Interval: 20 * time.Minute})
+	return epoch.New(epoch.Options{
+		KV: kv, Store: store, Cluster: cl.ID, Now: c.w.now,
+		Rand: rand.Reader, Interval: 20 * time.Minute,
+	})
 }
 
 func (c *course) newCollection() {
@@ -496,8 +500,10 @@ func (c *course) newCollection() {
 	col, err := c.cat.CreateCollection(ctx, noToken, catalog.Collection{
 		DB: "default", Name: fmt.Sprint("c", c.names.Add(1)), Channels: []string{"ch-0", "ch-1"},
 		Roots: []catalog.Root{{Store: "default", Prefix: "data/"}},
-		Schema: catalog.Schema{Format: "test", Raw: []byte{0},
-			Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}}},
+		Schema: catalog.Schema{
+			Format: "test", Raw: []byte{0},
+			Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}},
+		},
 	})
 	c.must(err)
 	var list []catalog.Checkpoint
@@ -740,8 +746,10 @@ func (c *course) sawSnapshot(e meta.Event) {
 		c.reach.reaped.Add(1)
 	case s.State == Committed && old == nil:
 		c.reach.committed.Add(1)
-		t := &taken{id: id, collection: s.Collection, name: s.Name,
-			segments: c.ledgerOf(s.Collection).at(s.CatalogRevision), files: map[string]bool{}}
+		t := &taken{
+			id: id, collection: s.Collection, name: s.Name,
+			segments: c.ledgerOf(s.Collection).at(s.CatalogRevision), files: map[string]bool{},
+		}
 		for _, seg := range t.segments {
 			for f := range seg.AllFiles() {
 				t.files[keyOf(f)] = true
@@ -1019,8 +1027,10 @@ func (c *course) newBuild(l *ledger, s *segment.Segment, layout int) segment.Bui
 
 // newSegment returns a segment with a build, further files or a foreign file.
 func (c *course) newSegment(l *ledger, shape int) segment.Segment {
-	s := segment.Segment{ID: c.id(), Channel: shape % 2, Level: 1, State: segment.Flushed,
-		Rows: 1, DML: segment.Position{Timestamp: 21}}
+	s := segment.Segment{
+		ID: c.id(), Channel: shape % 2, Level: 1, State: segment.Flushed,
+		Rows: 1, DML: segment.Position{Timestamp: 21},
+	}
 	if shape&16 != 0 {
 		s.Partition = l.part.ID
 	}
@@ -1258,8 +1268,10 @@ func (c *course) do(s step) {
 		if id, ok := pickOf(live, s.B); ok {
 			seg := live[id]
 			f := c.write(segment.KindInsert, fmt.Sprintf("%d/%d/%d/insert/100/u%d", l.col.ID, seg.Partition, id, c.id()))
-			u := catalog.Update{Segment: id, AddFiles: []segment.File{f},
-				RemoveFiles: []catalog.FilePath{{Path: seg.Files[0].Path}}}
+			u := catalog.Update{
+				Segment: id, AddFiles: []segment.File{f},
+				RemoveFiles: []catalog.FilePath{{Path: seg.Files[0].Path}},
+			}
 			seg.Files = append(slices.Clone(seg.Files[1:]), f)
 			live[id] = seg
 			c.change(l, catalog.SegmentChange{Update: []catalog.Update{u}}, live)

@@ -25,8 +25,10 @@ func TestReadsOfAnUpdate(t *testing.T) {
 		replace := func(n int, state string) {
 			last = segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
 			for j := range 20 {
-				f := segment.File{Kind: segment.KindIndex,
-					Path: fmt.Sprintf("%d/index/%d/f%x", col.ID, last.ID, sha256.Sum256([]byte{byte(j)})), Size: 5}
+				f := segment.File{
+					Kind: segment.KindIndex,
+					Path: fmt.Sprintf("%d/index/%d/f%x", col.ID, last.ID, sha256.Sum256([]byte{byte(j)})), Size: 5,
+				}
 				w.write("data/" + f.Path)
 				last.Files = append(last.Files, f)
 			}

@@ -34,8 +34,10 @@ func TestS3Reclaim(t *testing.T) {
 	for i := range 50 {
 		s := w.segment(r, col, i%2, 1, 20)
 		b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
-		b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/f", col.ID, s.ID, b.ID),
-			Size: 5}}
+		b.Files = []segment.File{{
+			Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/f", col.ID, s.ID, b.ID),
+			Size: 5,
+		}}
 		s.Builds = []segment.Build{b}
 		inputs, ids = append(inputs, s), append(ids, s.ID)
 	}

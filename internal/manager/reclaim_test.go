@@ -128,8 +128,10 @@ func TestUnitIsReclaimed(t *testing.T) {
 				col, _, x := w.collection(r, "c")
 				s := w.segment(r, col, 0, 1, 20)
 				b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
-				b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/f", col.ID, s.ID, b.ID),
-					Size: 5}}
+				b.Files = []segment.File{{
+					Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/f", col.ID, s.ID, b.ID),
+					Size: 5,
+				}}
 				s.Builds = []segment.Build{b}
 				foreign := segment.File{Kind: segment.KindStats, Path: "shared/stats", Size: 7}
 				s.Files = append(s.Files, foreign)
@@ -410,8 +412,10 @@ func TestDuplicateAsksOfOneUnit(t *testing.T) {
 		col, _, x := w.collection(r, "c")
 		s := w.segment(r, col, 0, 1, 20)
 		b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
-		b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/f", col.ID, s.ID, b.ID),
-			Size: 5}}
+		b.Files = []segment.File{{
+			Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/f", col.ID, s.ID, b.ID),
+			Size: 5,
+		}}
 		s.Builds = []segment.Build{b}
 		w.addWritten(r, col, s)
 		w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, RemoveBuilds: []int64{b.ID}}}})
@@ -1034,8 +1038,10 @@ func TestPartsOfASegment(t *testing.T) {
 		build := func() segment.Build {
 			b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
 			// Its path lacks its id, which makes it a foreign file.
-			b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/v%d", col.ID, s.ID, b.ID),
-				Size: 5}}
+			b.Files = []segment.File{{
+				Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/v%d", col.ID, s.ID, b.ID),
+				Size: 5,
+			}}
 			return b
 		}
 		old := build()
@@ -1047,12 +1053,16 @@ func TestPartsOfASegment(t *testing.T) {
 		w.writeFiles(&segment.Segment{Builds: []segment.Build{next}})
 		w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, AddBuilds: []segment.Build{next}}}})
 		without := w.create(r, col, "without")
-		f := segment.File{Kind: segment.KindInsert, Path: fmt.Sprintf("%d/0/%d/insert/100/2", col.ID, s.ID),
-			MinTimestamp: 1, MaxTimestamp: 2, Size: 3}
+		f := segment.File{
+			Kind: segment.KindInsert, Path: fmt.Sprintf("%d/0/%d/insert/100/2", col.ID, s.ID),
+			MinTimestamp: 1, MaxTimestamp: 2, Size: 3,
+		}
 		w.writeFiles(&segment.Segment{Files: []segment.File{f}})
 		was := catalog.FilePath{Path: s.Files[0].Path}
-		w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, RemoveFiles: []catalog.FilePath{was},
-			AddFiles: []segment.File{f}}}})
+		w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{
+			Segment: s.ID, RemoveFiles: []catalog.FilePath{was},
+			AddFiles: []segment.File{f},
+		}}})
 		after := w.create(r, col, "after")
 
 		oldPath := catalog.FilePath{Path: old.Files[0].Path}
@@ -1084,8 +1094,10 @@ func TestPartsOfASegment(t *testing.T) {
 			t.Errorf("got %+v", tomb)
 		}
 		settle()
-		if got, want := w.objectsUnder("data/"), []string{"data/" + next.Files[0].Path,
-			"data/" + f.Path}; !slices.Equal(got, want) {
+		if got, want := w.objectsUnder("data/"), []string{
+			"data/" + next.Files[0].Path,
+			"data/" + f.Path,
+		}; !slices.Equal(got, want) {
 			slices.Sort(want)
 			if !slices.Equal(got, want) {
 				t.Errorf("left %v, want %v", got, want)
@@ -1130,8 +1142,10 @@ func TestForeignFileStays(t *testing.T) {
 		w.granted(w.reclaim(r, col, gc.BySnapshotd, asks...))
 		time.Sleep(5 * time.Minute)
 		settle()
-		if got, want := w.objectsUnder("data/"), []string{"data/" + user.Files[0].Path,
-			"data/" + b.Files[0].Path}; !slices.Equal(got, want) {
+		if got, want := w.objectsUnder("data/"), []string{
+			"data/" + user.Files[0].Path,
+			"data/" + b.Files[0].Path,
+		}; !slices.Equal(got, want) {
 			t.Errorf("left %v, want %v", got, want)
 		}
 	})
@@ -1165,10 +1179,14 @@ func TestPathsAreNotSharedAndNotUsedTwice(t *testing.T) {
 			}
 		}
 		refused("it lives")
-		f := segment.File{Kind: segment.KindInsert, Path: fmt.Sprintf("%d/0/%d/insert/100/2", col.ID, s.ID),
-			MinTimestamp: 1, MaxTimestamp: 2, Size: 3}
-		w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID,
-			RemoveFiles: []catalog.FilePath{{Path: s.Files[0].Path}}, AddFiles: []segment.File{f}}}})
+		f := segment.File{
+			Kind: segment.KindInsert, Path: fmt.Sprintf("%d/0/%d/insert/100/2", col.ID, s.ID),
+			MinTimestamp: 1, MaxTimestamp: 2, Size: 3,
+		}
+		w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{
+			Segment:     s.ID,
+			RemoveFiles: []catalog.FilePath{{Path: s.Files[0].Path}}, AddFiles: []segment.File{f},
+		}}})
 		again := func() {
 			t.Helper()
 			_, err := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, catalog.SegmentChange{

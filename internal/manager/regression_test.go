@@ -475,8 +475,10 @@ func TestLargestRecord(t *testing.T) {
 		s.Labels[fmt.Sprintf("%04d", i)] = strings.Repeat("v", 252)
 	}
 	for i := range catalog.MaxChannels {
-		s.Cuts = append(s.Cuts, Cut{Shard: i, Channel: strings.Repeat("v", 4096/catalog.MaxChannels),
-			Timestamp: segment.MaxTimestamp})
+		s.Cuts = append(s.Cuts, Cut{
+			Shard: i, Channel: strings.Repeat("v", 4096/catalog.MaxChannels),
+			Timestamp: segment.MaxTimestamp,
+		})
 	}
 	for i := range int64(catalog.MaxPartitions) {
 		s.Partitions = append(s.Partitions, 1<<60+1000*i)

@@ -67,20 +67,26 @@ func TestFileOfTwoCollections(t *testing.T) {
 		}
 		refused("the line of a segment as it is", catalog.ErrPlaceOwned, "default/prod", s)
 		elsewhere := s
-		elsewhere.Files = []segment.File{{Kind: segment.KindInsert, Path: "copy/1", MinTimestamp: 1,
-			MaxTimestamp: 20, Size: 10}}
+		elsewhere.Files = []segment.File{{
+			Kind: segment.KindInsert, Path: "copy/1", MinTimestamp: 1,
+			MaxTimestamp: 20, Size: 10,
+		}}
 		refused("its id, with another path", catalog.ErrIDOwned, "default/prod", elsewhere)
 		own := w.segment(r, clone, 0, 1, 20)
 		fresh := own
 		fresh.Files = s.Files
 		refused("its path, under another id", catalog.ErrPlaceOwned, "default/prod", fresh)
-		fresh.Files = []segment.File{{Kind: segment.KindInsert, Path: catalog.NativePath(prod.ID, &own, &own.Files[0]),
-			Size: 10}}
+		fresh.Files = []segment.File{{
+			Kind: segment.KindInsert, Path: catalog.NativePath(prod.ID, &own, &own.Files[0]),
+			Size: 10,
+		}}
 		refused("a path of the other collection with an id of its own", catalog.ErrPlaceOwned, "default/prod", fresh)
 		unused := own
 		unused.ID = w.newID(r)
-		fresh.Files = []segment.File{{Kind: segment.KindInsert, Path: catalog.NativePath(clone.ID, &unused, &own.Files[0]),
-			Size: 10}}
+		fresh.Files = []segment.File{{
+			Kind: segment.KindInsert, Path: catalog.NativePath(clone.ID, &unused, &own.Files[0]),
+			Size: 10,
+		}}
 		refused("a path of a segment that is not there", catalog.ErrPlaceOwned, "no collection", fresh)
 		w.add(r, clone, own)
 		_, err := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: clone.ID}, catalog.SegmentChange{

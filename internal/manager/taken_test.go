@@ -288,8 +288,10 @@ func TestLateRepeatOfAnAddedFile(t *testing.T) {
 		add := catalog.SegmentChange{Update: []catalog.Update{{Segment: c.segment.ID, AddFiles: []segment.File{f}}}}
 		w.swap(c.r, c.col, add)
 		taken := catalog.FilePath{Path: f.Path}
-		w.swap(c.r, c.col, catalog.SegmentChange{Update: []catalog.Update{{Segment: c.segment.ID,
-			RemoveFiles: []catalog.FilePath{taken}}}})
+		w.swap(c.r, c.col, catalog.SegmentChange{Update: []catalog.Update{{
+			Segment:     c.segment.ID,
+			RemoveFiles: []catalog.FilePath{taken},
+		}}})
 		w.granted(w.reclaim(c.r, c.col, gc.BySnapshotd, gc.Ask{File: taken}))
 		time.Sleep(2 * time.Minute)
 		settle()

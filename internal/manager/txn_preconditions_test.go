@@ -64,8 +64,10 @@ var preconditions = []precondition{
 	{meta.OpPut, pendingKeys, [][]string{{namesOf, keys.CollectionPrefix}}},
 	{meta.OpDelete, pendingKeys, [][]string{{recs}}},
 	{meta.OpPut, generation, [][]string{{recs, pendingKeys}}},
-	{meta.OpDelete, generation, [][]string{{keys.CollectionPrefix, keys.AllTombstonesPrefix,
-		keys.AllUnitsPrefix, segments, pendingKeys, keys.RolledBack}}},
+	{meta.OpDelete, generation, [][]string{{
+		keys.CollectionPrefix, keys.AllTombstonesPrefix,
+		keys.AllUnitsPrefix, segments, pendingKeys, keys.RolledBack,
+	}}},
 	{meta.OpPut, keys.AllPinsPrefix, [][]string{{recs}, {itself}}},
 	{meta.OpDelete, keys.AllPinsPrefix, [][]string{{itself}, {keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, keys.Unpin, [][]string{{keys.AllPinsPrefix}, {keys.JobPrefix, keys.Leader}}},
@@ -76,12 +78,16 @@ var preconditions = []precondition{
 
 	{meta.OpPut, keys.JobPrefix, [][]string{{itself}, {recs, keys.CollectionPrefix}}},
 	{meta.OpDelete, keys.JobPrefix, [][]string{{itself, keys.Leader}}},
-	{meta.OpPut, keys.AllTasksPrefix,
-		[][]string{{keys.JobPrefix, keys.Leader}, {itself, keys.JobPrefix, keys.AssignedPrefix}}},
+	{
+		meta.OpPut, keys.AllTasksPrefix,
+		[][]string{{keys.JobPrefix, keys.Leader}, {itself, keys.JobPrefix, keys.AssignedPrefix}},
+	},
 	{meta.OpDelete, keys.AllTasksPrefix, [][]string{{keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, keys.AllProgressPrefix, [][]string{{keys.JobPrefix, keys.AssignedPrefix}}},
-	{meta.OpDelete, keys.AllProgressPrefix,
-		[][]string{{keys.JobPrefix, keys.Leader}, {keys.JobPrefix, keys.AssignedPrefix}}},
+	{
+		meta.OpDelete, keys.AllProgressPrefix,
+		[][]string{{keys.JobPrefix, keys.Leader}, {keys.JobPrefix, keys.AssignedPrefix}},
+	},
 	{meta.OpPut, keys.LimitsPrefix, [][]string{{keys.JobPrefix}, {recs, keys.CollectionPrefix}}},
 	{meta.OpDelete, keys.LimitsPrefix, [][]string{{keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, keys.WorkerPrefix, [][]string{{itself}}},
@@ -89,8 +95,10 @@ var preconditions = []precondition{
 	{meta.OpDelete, keys.AssignedPrefix, [][]string{{itself}, {keys.JobPrefix, keys.Leader}}},
 
 	{meta.OpPut, keys.AllTombstonesPrefix, [][]string{
-		{generation, keys.RolledBack, keys.AllUnitsPrefix, pendingKeys}, {generation, keys.RolledBack,
-			segments, pendingKeys}, // of a dropped collection
+		{generation, keys.RolledBack, keys.AllUnitsPrefix, pendingKeys}, {
+			generation, keys.RolledBack,
+			segments, pendingKeys,
+		}, // of a dropped collection
 	}},
 	{meta.OpDelete, keys.AllTombstonesPrefix, [][]string{{itself}}},
 	{meta.OpPut, keys.Cycle, [][]string{{keys.Leader}}},
@@ -100,21 +108,31 @@ var preconditions = []precondition{
 	{meta.OpPut, keys.CollectionPrefix, [][]string{{itself}}},
 	{meta.OpDelete, keys.CollectionPrefix, [][]string{{itself, keys.RolledBack}, {keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, segments, [][]string{{keys.CollectionPrefix}, {keys.JobPrefix, keys.AssignedPrefix}}},
-	{meta.OpDelete, segments,
-		[][]string{{itself}, {keys.JobPrefix, keys.Leader}, {keys.CollectionPrefix, segments, keys.RolledBack}}},
+	{
+		meta.OpDelete, segments,
+		[][]string{{itself}, {keys.JobPrefix, keys.Leader}, {keys.CollectionPrefix, segments, keys.RolledBack}},
+	},
 	{meta.OpPut, keys.AllUnitsPrefix, [][]string{{segments}, {itself}}},
-	{meta.OpDelete, keys.AllUnitsPrefix,
-		[][]string{{itself, generation, keys.RolledBack, pendingKeys}, {keys.CollectionPrefix, keys.RolledBack}}},
+	{
+		meta.OpDelete, keys.AllUnitsPrefix,
+		[][]string{{itself, generation, keys.RolledBack, pendingKeys}, {keys.CollectionPrefix, keys.RolledBack}},
+	},
 	{meta.OpPut, keys.OwnerRangePrefix, [][]string{{recs, keys.CollectionPrefix, owners}}},
 	{meta.OpDelete, keys.OwnerRangePrefix, [][]string{{keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, keys.GonePrefix, [][]string{{itself, keys.AllTombstonesPrefix}, {itself, keys.JobPrefix, keys.Leader}}},
-	{meta.OpPut, owners, [][]string{{itself, keys.CollectionPrefix, keys.OwnerRangePrefix},
-		{keys.JobPrefix, keys.AssignedPrefix}}},
+	{meta.OpPut, owners, [][]string{
+		{itself, keys.CollectionPrefix, keys.OwnerRangePrefix},
+		{keys.JobPrefix, keys.AssignedPrefix},
+	}},
 	{meta.OpDelete, owners, [][]string{{keys.AllTombstonesPrefix}, {keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, "/catalog/", [][]string{{keys.CollectionPrefix}, {keys.JobPrefix, keys.Leader}, {itself}}},
 	{meta.OpDelete, "/catalog/replaced/", [][]string{{keys.AllTombstonesPrefix}, {keys.CollectionPrefix, keys.RolledBack}}},
-	{meta.OpDelete, "/catalog/", [][]string{{itself, keys.RolledBack}, {itself, keys.CollectionPrefix},
-		{keys.CollectionPrefix, keys.RolledBack}, {keys.JobPrefix, keys.Leader}}},
+	{meta.OpDelete, "/catalog/", [][]string{
+		{itself, keys.RolledBack},
+		{itself, keys.CollectionPrefix},
+		{keys.CollectionPrefix, keys.RolledBack},
+		{keys.JobPrefix, keys.Leader},
+	}},
 }
 
 // judged is a KV that checks each write against its premises.
@@ -305,8 +323,10 @@ func (w *testEnv) live() {
 	segs := w.segments(a, one)
 	w.dropSegments(a, col, segs[0].ID, segs[1].ID)
 	replaced := catalog.FilePath{Root: segs[2].Files[1].Root, Path: segs[2].Files[1].Path}
-	w.swap(a, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: segs[2].ID,
-		RemoveFiles: []catalog.FilePath{replaced}}}})
+	w.swap(a, col, catalog.SegmentChange{Update: []catalog.Update{{
+		Segment:     segs[2].ID,
+		RemoveFiles: []catalog.FilePath{replaced},
+	}}})
 	must(second(a.catalog.DropIndex(ctx, request.Token{}, ref, "x1")))
 	must(second(a.catalog.DropPartition(ctx, request.Token{}, ref, "p1")))
 	must(second(a.catalog.RenameCollection(ctx, request.Token{}, ref, "default", "renamed")))

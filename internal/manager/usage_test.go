@@ -73,16 +73,20 @@ func (k *kept) file(kind, path string, size int) segment.File {
 
 func (k *kept) build(s int64, n int) segment.Build {
 	b := segment.Build{ID: k.w.newID(k.r), Index: k.index, Field: 100}
-	path := []string{"%[1]d/0/%[2]d/i/%[3]d/f", "%[1]d/i/%[3]d/f", "%[1]d/0/%[2]d/i/v%[3]d",
-		"foreign/%[1]d-%[2]d-%[3]d"}[n%4]
+	path := []string{
+		"%[1]d/0/%[2]d/i/%[3]d/f", "%[1]d/i/%[3]d/f", "%[1]d/0/%[2]d/i/v%[3]d",
+		"foreign/%[1]d-%[2]d-%[3]d",
+	}[n%4]
 	b.Files = []segment.File{k.file(segment.KindIndex, fmt.Sprintf(path, k.col.ID, s, b.ID), 1+n)}
 	k.w.writeFiles(&segment.Segment{Builds: []segment.Build{b}})
 	return b
 }
 
 func (k *kept) newSegment(n int) segment.Segment {
-	s := segment.Segment{ID: k.w.newID(k.r), Level: 1, State: segment.Flushed, Rows: 1,
-		DML: segment.Position{Timestamp: 6}}
+	s := segment.Segment{
+		ID: k.w.newID(k.r), Level: 1, State: segment.Flushed, Rows: 1,
+		DML: segment.Position{Timestamp: 6},
+	}
 	s.Files = []segment.File{k.file(segment.KindInsert, fmt.Sprintf("%d/0/%d/insert/100/1", k.col.ID, s.ID), 1+n)}
 	if n%3 == 0 {
 		s.Files = append(s.Files, k.file(segment.KindStats, fmt.Sprintf("foreign/%d", s.ID), 1+n))
@@ -144,10 +148,14 @@ func (k *kept) do(s step) {
 			k.w.writeFiles(&segment.Segment{Files: []segment.File{f}})
 			old := seg.Files[0]
 			path := catalog.FilePath{Path: old.Path}
-			k.w.swap(k.r, k.col, catalog.SegmentChange{Update: []catalog.Update{{Segment: id,
-				RemoveFiles: []catalog.FilePath{path}, AddFiles: []segment.File{f}}}})
-			u := droppedUnit{ask: gc.Ask{File: path, FileSegment: id}, segment: id, taken: 1 + len(k.snapshots),
-				files: map[string]int64{}}
+			k.w.swap(k.r, k.col, catalog.SegmentChange{Update: []catalog.Update{{
+				Segment:     id,
+				RemoveFiles: []catalog.FilePath{path}, AddFiles: []segment.File{f},
+			}}})
+			u := droppedUnit{
+				ask: gc.Ask{File: path, FileSegment: id}, segment: id, taken: 1 + len(k.snapshots),
+				files: map[string]int64{},
+			}
 			k.ownFiles(u.files, []segment.File{old}, id)
 			k.units = append(k.units, u)
 			seg.Files = append(slices.Clone(seg.Files[1:]), f)
@@ -231,8 +239,10 @@ func TestUsageIsWhatADropFrees(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		ops := []string{"add", "add", "drop", "compact", "rebuild", "rebuild", "replace", "snapshot", "snapshot"}
 		steps := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) step {
-			return step{Op: rapid.SampledFrom(ops).Draw(t, "op"), A: rapid.IntRange(0, 99).Draw(t, "a"),
-				B: rapid.IntRange(0, 99).Draw(t, "b")}
+			return step{
+				Op: rapid.SampledFrom(ops).Draw(t, "op"), A: rapid.IntRange(0, 99).Draw(t, "a"),
+				B: rapid.IntRange(0, 99).Draw(t, "b"),
+			}
 		}), 5, 40).Draw(rt, "steps")
 		which := rapid.IntRange(0, 99).Draw(rt, "which")
 		usageCourse(t, steps, which, &seen)
@@ -256,8 +266,10 @@ func usageCourse(t *testing.T, steps []step, which int, seen *seenUsage) {
 		r := w.start("a", func(o *Options) { o.Log, o.MaxCreates = zap.NewNop(), 2 })
 		col, _, x := w.collection(r, "c")
 		w.checkpoint(r, col, 100, 100)
-		k := &kept{t: t, w: w, r: r, col: col, index: x.ID, live: map[int64]segment.Segment{},
-			has: map[int64]map[int64]segment.Segment{}}
+		k := &kept{
+			t: t, w: w, r: r, col: col, index: x.ID, live: map[int64]segment.Segment{},
+			has: map[int64]map[int64]segment.Segment{},
+		}
 		for _, s := range append(slices.Clone(steps), step{Op: "snapshot"}) {
 			k.do(s)
 		}

@@ -11,8 +11,11 @@ func sample() *segment.Segment {
 	return &segment.Segment{
 		Rows: 10, RowCeiling: 5,
 		Files: []segment.File{{Path: "a", Size: 1}, {Path: "b", Size: 2}},
-		Builds: []segment.Build{{ID: 1}, {ID: 2, Files: []segment.File{{Path: "c", Size: 4}}},
-			{ID: 3, Files: []segment.File{{Path: "d", Size: 8}, {Path: "e", Size: 16}}}},
+		Builds: []segment.Build{
+			{ID: 1},
+			{ID: 2, Files: []segment.File{{Path: "c", Size: 4}}},
+			{ID: 3, Files: []segment.File{{Path: "d", Size: 8}, {Path: "e", Size: 16}}},
+		},
 	}
 }
 

@@ -47,8 +47,10 @@ func updateOf(files int, f *pb.File) *pb.UpdateSegmentsRequest {
 	for range files {
 		u.AddFiles = append(u.AddFiles, f)
 	}
-	return &pb.UpdateSegmentsRequest{Collection: &pb.CollectionRef{Ref: &pb.CollectionRef_Id{Id: 1}},
-		Updates: []*pb.SegmentUpdate{u}}
+	return &pb.UpdateSegmentsRequest{
+		Collection: &pb.CollectionRef{Ref: &pb.CollectionRef_Id{Id: 1}},
+		Updates:    []*pb.SegmentUpdate{u},
+	}
 }
 
 // TestManyElementsAreRefusedCheaply refuses a message of a million nested elements without

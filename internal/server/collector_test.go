@@ -185,8 +185,10 @@ func TestCollectWaits(t *testing.T) {
 	collector := pb.NewCollectorServiceClient(env.conn)
 	of := byID(env.collection(t, "c").GetId())
 	id := env.ids(t, 1)
-	env.addSegments(t, of, &pb.Segment{Id: id,
-		Files: []*pb.File{{Path: fmt.Sprintf("%d/0/%d/x", of.GetId(), id), Kind: "insert"}}})
+	env.addSegments(t, of, &pb.Segment{
+		Id:    id,
+		Files: []*pb.File{{Path: fmt.Sprintf("%d/0/%d/x", of.GetId(), id), Kind: "insert"}},
+	})
 	must[*pb.DropSegmentsResponse](t)(env.catalog.DropSegments(t.Context(),
 		&pb.DropSegmentsRequest{Collection: of, SegmentIds: []int64{id}}))
 	env.objects.Freeze()
@@ -218,8 +220,10 @@ func TestOrphans(t *testing.T) {
 	}
 	id := env.ids(t, 1)
 	env.put(t, fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), id), 7)
-	env.addSegments(t, of, &pb.Segment{Id: id,
-		Files: []*pb.File{{Path: fmt.Sprintf("%d/0/%d/x", of.GetId(), id), Kind: "insert", SizeBytes: 7}}})
+	env.addSegments(t, of, &pb.Segment{
+		Id:    id,
+		Files: []*pb.File{{Path: fmt.Sprintf("%d/0/%d/x", of.GetId(), id), Kind: "insert", SizeBytes: 7}},
+	})
 	msgs, err := all(collector.ListOrphans(ctx, &pb.ListOrphansRequest{Collection: of}))
 	if err != nil {
 		t.Fatal(err)
@@ -261,8 +265,10 @@ func TestExplainObject(t *testing.T) {
 	id := env.ids(t, 1)
 	key := fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), id)
 	env.put(t, key, 7)
-	env.addSegments(t, of, &pb.Segment{Id: id,
-		Files: []*pb.File{{Path: fmt.Sprintf("%d/0/%d/x", of.GetId(), id), Kind: "insert", SizeBytes: 7}}})
+	env.addSegments(t, of, &pb.Segment{
+		Id:    id,
+		Files: []*pb.File{{Path: fmt.Sprintf("%d/0/%d/x", of.GetId(), id), Kind: "insert", SizeBytes: 7}},
+	})
 	s := env.snapshot(t, "s")
 	got := must[*pb.ExplainObjectResponse](t)(collector.ExplainObject(ctx, &pb.ExplainObjectRequest{Key: key}))
 	if !got.GetExists() || !got.GetKept() || got.GetWhat() == "" || got.GetReason() == "" ||
@@ -337,20 +343,30 @@ func TestBadCollects(t *testing.T) {
 		field string
 	}{
 		"force of all": {collect(&pb.CollectRequest{Force: true}), codes.InvalidArgument, "force"},
-		"tolerance below 0": {collect(&pb.CollectRequest{Tolerance: durationpb.New(-1)}), codes.InvalidArgument,
-			"tolerance"},
-		"tolerance too long": {collect(&pb.CollectRequest{Tolerance: hours(100_000)}), codes.InvalidArgument,
-			"tolerance"},
-		"no collection at all": {collect(&pb.CollectRequest{Collection: &pb.CollectionRef{}}), codes.InvalidArgument,
-			"collection.ref"},
+		"tolerance below 0": {
+			collect(&pb.CollectRequest{Tolerance: durationpb.New(-1)}), codes.InvalidArgument,
+			"tolerance",
+		},
+		"tolerance too long": {
+			collect(&pb.CollectRequest{Tolerance: hours(100_000)}), codes.InvalidArgument,
+			"tolerance",
+		},
+		"no collection at all": {
+			collect(&pb.CollectRequest{Collection: &pb.CollectionRef{}}), codes.InvalidArgument,
+			"collection.ref",
+		},
 		"collection 0":     {collect(&pb.CollectRequest{Collection: byID(0)}), codes.InvalidArgument, "collection.id"},
 		"other collection": {collect(&pb.CollectRequest{Collection: byName("d")}), codes.NotFound, ""},
 		"other id":         {collect(&pb.CollectRequest{Collection: byID(1 << 40)}), codes.NotFound, ""},
 		"no key":           {explain(&pb.ExplainObjectRequest{}), codes.InvalidArgument, "key"},
-		"long key": {explain(&pb.ExplainObjectRequest{Key: strings.Repeat("k", 1025)}), codes.InvalidArgument,
-			"key"},
-		"store name": {explain(&pb.ExplainObjectRequest{Key: "k", Store: "../x"}), codes.InvalidArgument,
-			"store"},
+		"long key": {
+			explain(&pb.ExplainObjectRequest{Key: strings.Repeat("k", 1025)}), codes.InvalidArgument,
+			"key",
+		},
+		"store name": {
+			explain(&pb.ExplainObjectRequest{Key: "k", Store: "../x"}), codes.InvalidArgument,
+			"store",
+		},
 		"other store":             {explain(&pb.ExplainObjectRequest{Key: "k", Store: "none"}), codes.NotFound, ""},
 		"invalid key":             {explain(&pb.ExplainObjectRequest{Key: "/a//b/../"}), codes.InvalidArgument, "key"},
 		"orphans of another":      {list(byName("d")), codes.NotFound, ""},
@@ -367,8 +383,10 @@ func TestBadCollects(t *testing.T) {
 			t.Errorf("%s: names %v, want %s", name, fields(c.err), c.field)
 		}
 	}
-	for _, key := range []string{"..", "/", "a//b", "../../etc/passwd", "\x00", "%", "snapshots/", "snapshots/1/1/",
-		"gc/held/x/y", "é\u202e"} {
+	for _, key := range []string{
+		"..", "/", "a//b", "../../etc/passwd", "\x00", "%", "snapshots/", "snapshots/1/1/",
+		"gc/held/x/y", "é\u202e",
+	} {
 		if err := explain(&pb.ExplainObjectRequest{Key: key}); err != nil && status.Code(err) != codes.InvalidArgument {
 			t.Errorf("%q: got %v", key, err)
 		}

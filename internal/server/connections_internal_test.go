@@ -59,8 +59,10 @@ type connServer struct {
 func newConnServer(t *testing.T, maximum int) *connServer {
 	t.Helper()
 	core, logs := observer.New(zap.WarnLevel)
-	d := &connServer{t: t, conns: newConnections(maximum, zap.New(core)), logs: logs, next: make(chan string, 1),
-		registry: prometheus.NewRegistry()}
+	d := &connServer{
+		t: t, conns: newConnections(maximum, zap.New(core)), logs: logs, next: make(chan string, 1),
+		registry: prometheus.NewRegistry(),
+	}
 	if err := d.conns.register(d.registry); err != nil {
 		t.Fatal(err)
 	}

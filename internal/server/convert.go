@@ -91,8 +91,10 @@ func collectionToProto(c *catalog.Collection) *pb.Collection {
 		Schema:   schemaToProto(c.Schema),
 		Channels: c.Channels,
 		Roots: convert(c.Roots, func(r catalog.Root) *pb.Root {
-			return &pb.Root{Store: r.Store,
-				Prefix: r.Prefix}
+			return &pb.Root{
+				Store:  r.Store,
+				Prefix: r.Prefix,
+			}
 		}),
 		Layout:           layoutToProto(c.Layout),
 		ConsistencyLevel: c.Consistency,
@@ -188,8 +190,10 @@ func partitionToProto(p catalog.Partition) *pb.Partition {
 	if p.State == catalog.Dropping {
 		state = pb.Partition_STATE_DROPPING
 	}
-	return &pb.Partition{Id: p.ID, Name: p.Name, Attributes: p.Attributes, State: state,
-		CreateTime: timeToProto(p.CreateTime)}
+	return &pb.Partition{
+		Id: p.ID, Name: p.Name, Attributes: p.Attributes, State: state,
+		CreateTime: timeToProto(p.CreateTime),
+	}
 }
 
 func indexToProto(x catalog.Index) *pb.Index {
@@ -444,8 +448,10 @@ func descriptionToProto(d *manager.Description) *pb.DescribeSnapshotResponse {
 			SchemaFormat: m.Collection.Schema.Format, SchemaRaw: m.Collection.Schema.Raw,
 		},
 		Roots: convert(m.Roots, func(r manifest.Root) *pb.Root {
-			return &pb.Root{Store: r.Store,
-				Prefix: r.Prefix}
+			return &pb.Root{
+				Store:  r.Store,
+				Prefix: r.Prefix,
+			}
 		}),
 		Layout:           pb.Layout_LAYOUT_NATIVE,
 		ConsistencyLevel: m.Collection.ConsistencyLevel,

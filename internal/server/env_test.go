@@ -235,8 +235,10 @@ func fullSegment(id, partition, index int64) *pb.Segment {
 		StartPosition:  &pb.Position{Timestamp: 5, Opaque: []byte("s")},
 		DmlPosition:    &pb.Position{Timestamp: 10, Opaque: []byte("d")},
 		StorageVersion: 3, Sorted: true, CommitTimestamp: 6, RowCeiling: 11,
-		Files: []*pb.File{file(fmt.Sprintf("1/%d/%d/x", partition, id), "insert"),
-			file(fmt.Sprintf("1/%d/%d/y", partition, id), "own-kind")},
+		Files: []*pb.File{
+			file(fmt.Sprintf("1/%d/%d/x", partition, id), "insert"),
+			file(fmt.Sprintf("1/%d/%d/y", partition, id), "own-kind"),
+		},
 		IndexBuilds: []*pb.IndexBuild{{
 			Id: id + 1, IndexId: index, FieldId: 101, Params: map[string]string{"k": "v"},
 			Files: []*pb.File{file(fmt.Sprintf("1/%d/%d/i", partition, id), "index")},

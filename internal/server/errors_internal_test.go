@@ -259,8 +259,10 @@ func TestEveryMethodHasAPermission(t *testing.T) {
 			t.Errorf("%s has a row but does not exist", method)
 		}
 	}
-	for _, method := range []string{"", "/", "snapshotd.v1.SnapshotService/GetSnapshot",
-		"//snapshotd.v1.SnapshotService/GetSnapshot", "/snapshotd.v1.SnapshotService/getsnapshot"} {
+	for _, method := range []string{
+		"", "/", "snapshotd.v1.SnapshotService/GetSnapshot",
+		"//snapshotd.v1.SnapshotService/GetSnapshot", "/snapshotd.v1.SnapshotService/getsnapshot",
+	} {
 		if err := authorize("client", method); !errors.Is(err, errDenied) {
 			t.Errorf("%q: got %v, want denied", method, err)
 		}

@@ -208,8 +208,10 @@ func newCaller(t *testing.T, s *Server) *caller {
 		t: t, server: s, kv: kv, store: store,
 		impl: map[string]any{
 			pb.SnapshotService_ServiceDesc.ServiceName: &snapshots{manager: m, tokens: tokens},
-			pb.CatalogService_ServiceDesc.ServiceName: &catalogs{catalog: cat, tokens: tokens,
-				exports: make(slots, maxExports)},
+			pb.CatalogService_ServiceDesc.ServiceName: &catalogs{
+				catalog: cat, tokens: tokens,
+				exports: make(slots, maxExports),
+			},
 			pb.EventService_ServiceDesc.ServiceName:     &events{manager: m, catalog: cat, tokens: tokens},
 			pb.ReclaimService_ServiceDesc.ServiceName:   &reclaims{manager: m, catalog: cat, tokens: tokens},
 			pb.CollectorService_ServiceDesc.ServiceName: &collectors{manager: m, snapshotStore: "default"},
@@ -217,8 +219,10 @@ func newCaller(t *testing.T, s *Server) *caller {
 				manager: m, cluster: c, kv: kv, version: "v1", replica: "r1", stores: []string{"default"}, snapshotStore: "default",
 			},
 		},
-		ids: []int64{0, 1, -1, math.MaxInt64, math.MinInt64, 1000, math.MaxInt32, math.MaxUint32, 100, 315_576_000_000,
-			253_402_300_799, -62_135_596_800},
+		ids: []int64{
+			0, 1, -1, math.MaxInt64, math.MinInt64, 1000, math.MaxInt32, math.MaxUint32, 100, 315_576_000_000,
+			253_402_300_799, -62_135_596_800,
+		},
 		texts: []string{
 			"", "docs", "default", "s1", "other", "p0", "x0", "-", "data/docs/", "7/0", "7/1", "data/docs/7/0", "insert",
 			"index", strings.Repeat("x", 255), strings.Repeat("y", 3000),
@@ -282,8 +286,10 @@ func (w *caller) prepare(list []method) {
 			segments = append(segments, sealed(first+i))
 		}
 	}
-	segments[1].IndexBuilds = []*pb.IndexBuild{{Id: first + 6, FieldId: 100,
-		Files: []*pb.File{file(fmt.Sprintf("%d/b", first+6), segment.KindIndex)}}}
+	segments[1].IndexBuilds = []*pb.IndexBuild{{
+		Id: first + 6, FieldId: 100,
+		Files: []*pb.File{file(fmt.Sprintf("%d/b", first+6), segment.KindIndex)},
+	}}
 
 	must("CreateCollection", &pb.CreateCollectionRequest{
 		Name: docs.GetName(), Roots: []*pb.Root{{Store: "default", Prefix: "data/docs/"}}, Channels: []string{"a"},
@@ -295,29 +301,43 @@ func (w *caller) prepare(list []method) {
 	segments[1].IndexBuilds[0].IndexId = x.GetIndex().GetId()
 	must("AddSegments", &pb.AddSegmentsRequest{Collection: docs, Segments: segments})
 	must("SetCheckpoints", &pb.SetCheckpointsRequest{Collection: docs, Checkpoints: checkpoint})
-	must("UpdateSegments", &pb.UpdateSegmentsRequest{Collection: docs,
-		Updates: []*pb.SegmentUpdate{{SegmentId: first, State: pb.Segment_STATE_FLUSHED}}})
+	must("UpdateSegments", &pb.UpdateSegmentsRequest{
+		Collection: docs,
+		Updates:    []*pb.SegmentUpdate{{SegmentId: first, State: pb.Segment_STATE_FLUSHED}},
+	})
 	must("CreateSnapshot", &pb.CreateSnapshotRequest{Collection: docs, Name: "s1", Labels: map[string]string{"a": "b"}})
-	pin := must("PinSnapshot", &pb.PinSnapshotRequest{Snapshot: s1, Owner: "o",
-		Ttl: durationpb.New(time.Hour)}).(*pb.PinSnapshotResponse).GetPin().GetId()
+	pin := must("PinSnapshot", &pb.PinSnapshotRequest{
+		Snapshot: s1, Owner: "o",
+		Ttl: durationpb.New(time.Hour),
+	}).(*pb.PinSnapshotResponse).GetPin().GetId()
 	must("DropSegments", &pb.DropSegmentsRequest{Collection: docs, SegmentIds: []int64{first}})
-	must("CompactSegments", &pb.CompactSegmentsRequest{Collection: docs, Inputs: []int64{first + 2},
-		Outputs: []*pb.Segment{sealed(first + 4)}})
-	units := []*pb.Unit{{Unit: &pb.Unit_SegmentId{SegmentId: first}},
-		{Unit: &pb.Unit_IndexBuildId{IndexBuildId: first + 6}}}
+	must("CompactSegments", &pb.CompactSegmentsRequest{
+		Collection: docs, Inputs: []int64{first + 2},
+		Outputs: []*pb.Segment{sealed(first + 4)},
+	})
+	units := []*pb.Unit{
+		{Unit: &pb.Unit_SegmentId{SegmentId: first}},
+		{Unit: &pb.Unit_IndexBuildId{IndexBuildId: first + 6}},
+	}
 	must("Reclaim", &pb.ReclaimRequest{Collection: docs, Units: units, Deleter: pb.Deleter_DELETER_CALLER})
-	job := must("RestoreSnapshot", &pb.RestoreSnapshotRequest{Snapshot: s1,
-		Target: other}).(*pb.RestoreSnapshotResponse).GetJobId()
+	job := must("RestoreSnapshot", &pb.RestoreSnapshotRequest{
+		Snapshot: s1,
+		Target:   other,
+	}).(*pb.RestoreSnapshotResponse).GetJobId()
 	// Requests that read or add.
 	for _, msg := range []proto.Message{
-		&pb.CreateCollectionRequest{Name: &pb.CollectionName{Name: "third"},
-			Roots: []*pb.Root{{Store: "default", Prefix: "data/third/"}}},
+		&pb.CreateCollectionRequest{
+			Name:  &pb.CollectionName{Name: "third"},
+			Roots: []*pb.Root{{Store: "default", Prefix: "data/third/"}},
+		},
 		&pb.CreatePartitionRequest{Collection: docs, Name: "p1"},
 		&pb.CreateIndexRequest{Collection: docs, Name: "x1", FieldId: 100},
 		&pb.CreateSnapshotRequest{Collection: docs, Name: "s2"},
 		&pb.AddSegmentsRequest{Collection: docs, Segments: []*pb.Segment{sealed(first + 7)}},
-		&pb.UpdateSegmentsRequest{Collection: docs,
-			Updates: []*pb.SegmentUpdate{{SegmentId: first + 4, State: pb.Segment_STATE_FLUSHED}}},
+		&pb.UpdateSegmentsRequest{
+			Collection: docs,
+			Updates:    []*pb.SegmentUpdate{{SegmentId: first + 4, State: pb.Segment_STATE_FLUSHED}},
+		},
 		&pb.CompactSegmentsRequest{Collection: docs, Inputs: []int64{first + 3}, Outputs: []*pb.Segment{sealed(first + 5)}},
 		&pb.RestoreSnapshotRequest{Snapshot: s1, Target: &pb.CollectionName{Name: "fourth"}},
 		&pb.CheckReferencesRequest{Collection: docs, Units: units},
@@ -329,14 +349,18 @@ func (w *caller) prepare(list []method) {
 		&pb.ListSnapshotSegmentsRequest{Snapshot: s1, View: pb.SegmentView_SEGMENT_VIEW_FILES, PageSize: 1},
 		&pb.ListSnapshotsRequest{Collection: docs, PageSize: 1},
 		&pb.ListPinsRequest{Snapshot: s1, PageSize: 1},
-		&pb.UpdateSnapshotRequest{Snapshot: s1, Description: "d",
-			UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"description"}}},
+		&pb.UpdateSnapshotRequest{
+			Snapshot: s1, Description: "d",
+			UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"description"}},
+		},
 		&pb.GetRestoreStateRequest{JobId: job},
 		&pb.ListRestoreJobsRequest{PageSize: 1},
 		&pb.GetCollectionRequest{Collection: docs},
 		&pb.ListCollectionsRequest{PageSize: 1},
-		&pb.UpdateCollectionRequest{Collection: docs, UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"properties"}},
-			Properties: map[string]string{"c": "d"}},
+		&pb.UpdateCollectionRequest{
+			Collection: docs, UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"properties"}},
+			Properties: map[string]string{"c": "d"},
+		},
 		&pb.ListPartitionsRequest{Collection: docs},
 		&pb.ListIndexesRequest{Collection: docs},
 		&pb.GetSegmentRequest{Collection: docs, SegmentId: first + 1},
@@ -394,8 +418,10 @@ func (w *caller) call(m *method, msgs ...proto.Message) (proto.Message, error) {
 		stream := &fuzzedStream{caller: w, method: m, msgs: msgs}
 		stream.ctx = ctx
 		err = w.server.stream(service, stream,
-			&grpc.StreamServerInfo{FullMethod: m.name, IsClientStream: m.stream.ClientStreams,
-				IsServerStream: m.stream.ServerStreams}, m.stream.Handler)
+			&grpc.StreamServerInfo{
+				FullMethod: m.name, IsClientStream: m.stream.ClientStreams,
+				IsServerStream: m.stream.ServerStreams,
+			}, m.stream.Handler)
 	}
 	if err != nil {
 		w.checkError(m, msgs, err)

@@ -79,8 +79,10 @@ func second(_ []int64, ok bool) bool { return ok }
 // nor on its encoding, and the hash of its request token not on the token.
 func FuzzFilterHash(f *testing.F) {
 	for _, m := range []proto.Message{
-		&pb.ListSnapshotsRequest{}, &pb.ListSnapshotsRequest{Db: "d", PageSize: 3, PageToken: "t",
-			Labels: map[string]string{"a": "b", "c": "d"}},
+		&pb.ListSnapshotsRequest{}, &pb.ListSnapshotsRequest{
+			Db: "d", PageSize: 3, PageToken: "t",
+			Labels: map[string]string{"a": "b", "c": "d"},
+		},
 	} {
 		data, err := proto.Marshal(m)
 		if err != nil {
@@ -123,8 +125,10 @@ func FuzzFilterHash(f *testing.F) {
 // FuzzZeroPadIDs pads the numbers of any key. A second time changes nothing, and other
 // text is unchanged.
 func FuzzZeroPadIDs(f *testing.F) {
-	for _, key := range []string{"", "/", "5", "/a/5", "/a/0000000000000000005/b", "/a/12345678901234567890",
-		"/a/-5/5x/٣", "\xff/1"} {
+	for _, key := range []string{
+		"", "/", "5", "/a/5", "/a/0000000000000000005/b", "/a/12345678901234567890",
+		"/a/-5/5x/٣", "\xff/1",
+	} {
 		f.Add(key)
 	}
 	f.Fuzz(func(t *testing.T, key string) {

@@ -61,8 +61,10 @@ func TestBadInput(t *testing.T) {
 		label := fmt.Sprintf("%.20q", name)
 		calls = append(calls,
 			call{"snapshot name " + label, create(name), codes.InvalidArgument, "name"},
-			call{"collection name " + label, createCollection(func(r *pb.CreateCollectionRequest) { r.Name.Name = name }),
-				codes.InvalidArgument, "name.name"},
+			call{
+				"collection name " + label, createCollection(func(r *pb.CreateCollectionRequest) { r.Name.Name = name }),
+				codes.InvalidArgument, "name.name",
+			},
 			call{"partition name " + label, func() error {
 				_, err := env.catalog.CreatePartition(ctx, &pb.CreatePartitionRequest{Collection: byID(col.GetId()), Name: name})
 				return err
@@ -78,8 +80,10 @@ func TestBadInput(t *testing.T) {
 			}, codes.InvalidArgument, "snapshot.name"},
 		)
 		if name != "" {
-			calls = append(calls, call{"db " + label,
-				createCollection(func(r *pb.CreateCollectionRequest) { r.Name.Db = name }), codes.InvalidArgument, "name.db"})
+			calls = append(calls, call{
+				"db " + label,
+				createCollection(func(r *pb.CreateCollectionRequest) { r.Name.Db = name }), codes.InvalidArgument, "name.db",
+			})
 		}
 	}
 	for _, id := range []int64{0, -1, -1 << 63} {
@@ -113,8 +117,10 @@ func TestBadInput(t *testing.T) {
 		inputs[i] = id + int64(i)
 	}
 	calls = append(calls,
-		call{"no snapshot", func() error { _, err := env.snapshots.GetSnapshot(ctx, &pb.GetSnapshotRequest{}); return err },
-			codes.InvalidArgument, "snapshot"},
+		call{
+			"no snapshot", func() error { _, err := env.snapshots.GetSnapshot(ctx, &pb.GetSnapshotRequest{}); return err },
+			codes.InvalidArgument, "snapshot",
+		},
 		call{"empty ref", func() error {
 			_, err := env.snapshots.GetSnapshot(ctx, &pb.GetSnapshotRequest{Snapshot: &pb.SnapshotRef{}})
 			return err
@@ -142,16 +148,26 @@ func TestBadInput(t *testing.T) {
 			_, err := env.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s"), RequestToken: "a b"})
 			return err
 		}, codes.InvalidArgument, "request_token"},
-		call{"unknown store", createCollection(func(r *pb.CreateCollectionRequest) { r.Roots[0].Store = "elsewhere" }),
-			codes.InvalidArgument, "roots[0].store"},
-		call{"own prefix", createCollection(func(r *pb.CreateCollectionRequest) { r.Roots[0].Prefix = "snapshots/" }),
-			codes.InvalidArgument, "roots[0].prefix"},
-		call{"absolute prefix", createCollection(func(r *pb.CreateCollectionRequest) { r.Roots[0].Prefix = "/x/" }),
-			codes.InvalidArgument, "roots[0].prefix"},
-		call{"unknown layout", createCollection(func(r *pb.CreateCollectionRequest) { r.Layout = 77 }),
-			codes.InvalidArgument, "layout"},
-		call{"no roots", createCollection(func(r *pb.CreateCollectionRequest) { r.Roots = nil }), codes.InvalidArgument,
-			"roots"},
+		call{
+			"unknown store", createCollection(func(r *pb.CreateCollectionRequest) { r.Roots[0].Store = "elsewhere" }),
+			codes.InvalidArgument, "roots[0].store",
+		},
+		call{
+			"own prefix", createCollection(func(r *pb.CreateCollectionRequest) { r.Roots[0].Prefix = "snapshots/" }),
+			codes.InvalidArgument, "roots[0].prefix",
+		},
+		call{
+			"absolute prefix", createCollection(func(r *pb.CreateCollectionRequest) { r.Roots[0].Prefix = "/x/" }),
+			codes.InvalidArgument, "roots[0].prefix",
+		},
+		call{
+			"unknown layout", createCollection(func(r *pb.CreateCollectionRequest) { r.Layout = 77 }),
+			codes.InvalidArgument, "layout",
+		},
+		call{
+			"no roots", createCollection(func(r *pb.CreateCollectionRequest) { r.Roots = nil }), codes.InvalidArgument,
+			"roots",
+		},
 		call{"expiry in the past", func() error {
 			_, err := env.snapshots.CreateSnapshot(ctx, &pb.CreateSnapshotRequest{
 				Collection: byID(col.GetId()), Name: "s",
@@ -159,17 +175,23 @@ func TestBadInput(t *testing.T) {
 			})
 			return err
 		}, codes.InvalidArgument, "expire_time"},
-		call{"no collection in a stream", func() error { _, err := env.tryAdd(ctx, &pb.AddSegmentsRequest{}); return err },
-			codes.InvalidArgument, "collection"},
+		call{
+			"no collection in a stream", func() error { _, err := env.tryAdd(ctx, &pb.AddSegmentsRequest{}); return err },
+			codes.InvalidArgument, "collection",
+		},
 		call{"an empty stream", func() error { _, err := env.tryAdd(ctx); return err }, codes.InvalidArgument, "collection"},
 		call{"unallocated id", add(&pb.Segment{Id: 1 << 50}), codes.FailedPrecondition, ""},
 		call{"duplicate id", add(&pb.Segment{Id: id, Rows: 5, State: pb.Segment_STATE_GROWING}), codes.AlreadyExists, ""},
 		call{"rows without a file", add(&pb.Segment{Id: id + 1, Rows: 5}), codes.InvalidArgument, "segments[0].files"},
 		call{"unknown shard", add(&pb.Segment{Id: id + 1, Shard: 1}), codes.InvalidArgument, "segments[0].shard"},
-		call{"dropped state", add(&pb.Segment{Id: id + 1, State: pb.Segment_STATE_DROPPED}), codes.InvalidArgument,
-			"segments[0].state"},
-		call{"negative size", add(&pb.Segment{Id: id + 1, Files: []*pb.File{{Path: "x", Kind: "insert", SizeBytes: -1}}}),
-			codes.InvalidArgument, "segments[0].files[0].size_bytes"},
+		call{
+			"dropped state", add(&pb.Segment{Id: id + 1, State: pb.Segment_STATE_DROPPED}), codes.InvalidArgument,
+			"segments[0].state",
+		},
+		call{
+			"negative size", add(&pb.Segment{Id: id + 1, Files: []*pb.File{{Path: "x", Kind: "insert", SizeBytes: -1}}}),
+			codes.InvalidArgument, "segments[0].files[0].size_bytes",
+		},
 		call{"a message too large", func() error {
 			_, err := env.catalog.CreateCollection(ctx,
 				&pb.CreateCollectionRequest{ConsistencyLevel: strings.Repeat("x", 5<<20)})
@@ -184,13 +206,19 @@ func TestBadInput(t *testing.T) {
 				&pb.GetServerInfoRequest{})
 			return err
 		}, codes.Internal, ""}, // from gRPC itself
-		call{"key without slash", func() error { _, err := env.admin.GetKey(ctx, &pb.GetKeyRequest{Key: "x"}); return err },
-			codes.InvalidArgument, "key"},
-		call{"unknown key", func() error { _, err := env.admin.GetKey(ctx, &pb.GetKeyRequest{Key: "/x"}); return err },
-			codes.NotFound, ""},
+		call{
+			"key without slash", func() error { _, err := env.admin.GetKey(ctx, &pb.GetKeyRequest{Key: "x"}); return err },
+			codes.InvalidArgument, "key",
+		},
+		call{
+			"unknown key", func() error { _, err := env.admin.GetKey(ctx, &pb.GetKeyRequest{Key: "/x"}); return err },
+			codes.NotFound, "",
+		},
 	)
-	for _, path := range []string{"/abs", "../x", "a/../b", "a//b", "a/", `a\b`, "a\x00b", "a\nb", ".",
-		strings.Repeat("x", 1025)} {
+	for _, path := range []string{
+		"/abs", "../x", "a/../b", "a//b", "a/", `a\b`, "a\x00b", "a\nb", ".",
+		strings.Repeat("x", 1025),
+	} {
 		calls = append(calls, call{
 			fmt.Sprintf("path %.20q", path), add(&pb.Segment{Id: id + 1, Files: []*pb.File{{Path: path, Kind: "insert"}}}),
 			codes.InvalidArgument, "segments[0].files[0].path",

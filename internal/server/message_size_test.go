@@ -85,7 +85,8 @@ func (env *testEnv) withPlainClient(t *testing.T) (*testEnv, *responseSizes) {
 	a := &responseSizes{largest: map[string]int{}}
 	conn, err := grpc.NewClient("passthrough:///plain", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn,
-			error) {
+			error,
+		) {
 			return env.listener.DialContext(ctx)
 		}),
 		grpc.WithUnaryInterceptor(a.unary), grpc.WithStreamInterceptor(a.stream))
@@ -672,8 +673,10 @@ func (b *largeEnv) collector(c pb.CollectorServiceClient) {
 		must[*pb.DropSegmentsResponse](t)(b.catalog.DropSegments(ctx,
 			&pb.DropSegmentsRequest{Collection: byID(b.wide), SegmentIds: []int64{seg.GetId()}}))
 	}
-	items, _ := collect(t, c, &pb.CollectRequest{DryRun: true, Tolerance: durationpb.New(0), Collection: byID(b.wide),
-		Force: true})
+	items, _ := collect(t, c, &pb.CollectRequest{
+		DryRun: true, Tolerance: durationpb.New(0), Collection: byID(b.wide),
+		Force: true,
+	})
 	maxObjects := 0
 	for _, item := range items {
 		maxObjects = max(maxObjects, len(item.GetObjects()))
@@ -692,8 +695,10 @@ func (b *largeEnv) collector(c pb.CollectorServiceClient) {
 		t.Errorf("orphans in %d messages, %v", len(list), err)
 	}
 	// All are too young.
-	_, err = all(c.DeleteOrphans(ctx, &pb.DeleteOrphansRequest{Collection: byID(b.wide),
-		Grace: durationpb.New(time.Hour)}))
+	_, err = all(c.DeleteOrphans(ctx, &pb.DeleteOrphansRequest{
+		Collection: byID(b.wide),
+		Grace:      durationpb.New(time.Hour),
+	}))
 	if err != nil {
 		t.Error(err)
 	}

@@ -135,8 +135,12 @@ func TestPinPages(t *testing.T) {
 			t.Error(diff)
 		}
 	}
-	for _, bad := range []*pb.ListPinsRequest{{PageToken: token}, {Snapshot: snapNamed("r"), PageToken: token},
-		{Snapshot: snapNamed("s"), PageToken: token + "A"}, {PageToken: "x"}} {
+	for _, bad := range []*pb.ListPinsRequest{
+		{PageToken: token},
+		{Snapshot: snapNamed("r"), PageToken: token},
+		{Snapshot: snapNamed("s"), PageToken: token + "A"},
+		{PageToken: "x"},
+	} {
 		if _, err := env.snapshots.ListPins(ctx, bad); reason(err) != "INVALID_PAGE_TOKEN" ||
 			status.Code(err) != codes.InvalidArgument {
 			t.Errorf("%v: got %v", bad, err)

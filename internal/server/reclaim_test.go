@@ -106,8 +106,10 @@ func TestReclaim(t *testing.T) {
 	p := must[*pb.PinSnapshotResponse](t)(env.snapshots.PinSnapshot(ctx,
 		&pb.PinSnapshotRequest{Snapshot: snapNamed("s9"), Owner: "job", Reason: "why"})).GetPin()
 	checked := must[*pb.CheckReferencesResponse](t)(reclaims.CheckReferences(ctx, &pb.CheckReferencesRequest{
-		Collection: byName("c"), Units: []*pb.Unit{segmentUnit(first), segmentUnit(first + 8), segmentUnit(1 << 40),
-			buildUnit(first + 9)},
+		Collection: byName("c"), Units: []*pb.Unit{
+			segmentUnit(first), segmentUnit(first + 8), segmentUnit(1 << 40),
+			buildUnit(first + 9),
+		},
 	})).GetUnits()
 	for i, want := range []pb.UnitReferences_State{
 		pb.UnitReferences_STATE_DROPPED, pb.UnitReferences_STATE_LIVE, pb.UnitReferences_STATE_UNKNOWN,
@@ -160,8 +162,10 @@ func TestReclaim(t *testing.T) {
 	if f.GetStore() != "default" || f.GetKey() != fmt.Sprintf("data/c/1/0/%d/x", first) || f.GetSize() != 100 {
 		t.Errorf("got %v", f)
 	}
-	for deleter, want := range map[pb.Deleter]int64{pb.Deleter_DELETER_CALLER: first,
-		pb.Deleter_DELETER_SNAPSHOTD: first + 4} {
+	for deleter, want := range map[pb.Deleter]int64{
+		pb.Deleter_DELETER_CALLER:    first,
+		pb.Deleter_DELETER_SNAPSHOTD: first + 4,
+	} {
 		list := must[*pb.ListTombstonesResponse](t)(reclaims.ListTombstones(ctx,
 			&pb.ListTombstonesRequest{Collection: byName("c"), Deleter: deleter}))
 		if len(list.GetTombstones()) != 1 || list.GetTombstones()[0].GetId() != want {
@@ -171,8 +175,10 @@ func TestReclaim(t *testing.T) {
 	confirmed := must[*pb.ConfirmReclaimedResponse](t)(reclaims.ConfirmReclaimed(ctx, &pb.ConfirmReclaimedRequest{
 		Collection: byID(col.GetId()), TombstoneIds: []int64{first + 4, first, 1 << 40},
 	})).GetResults()
-	for i, want := range []pb.ConfirmResult_Outcome{pb.ConfirmResult_OUTCOME_FOREIGN, pb.ConfirmResult_OUTCOME_CONFIRMED,
-		pb.ConfirmResult_OUTCOME_UNKNOWN} {
+	for i, want := range []pb.ConfirmResult_Outcome{
+		pb.ConfirmResult_OUTCOME_FOREIGN, pb.ConfirmResult_OUTCOME_CONFIRMED,
+		pb.ConfirmResult_OUTCOME_UNKNOWN,
+	} {
 		if confirmed[i].GetOutcome() != want || confirmed[i].GetTombstoneId() != []int64{first + 4, first, 1 << 40}[i] {
 			t.Errorf("got %v, want %v", confirmed[i], want)
 		}
@@ -283,8 +289,10 @@ func TestBadReclaims(t *testing.T) {
 	}{
 		"no units":     {units(), codes.InvalidArgument, "units"},
 		"10 001 units": {units(many(10_001)...), codes.InvalidArgument, "units"},
-		"1 000 001 units": {units(slices.Repeat([]*pb.Unit{segmentUnit(1 << 20)}, 1_000_001)...), codes.ResourceExhausted,
-			""},
+		"1 000 001 units": {
+			units(slices.Repeat([]*pb.Unit{segmentUnit(1 << 20)}, 1_000_001)...), codes.ResourceExhausted,
+			"",
+		},
 		"empty unit":      {units(&pb.Unit{}), codes.InvalidArgument, "units[0].unit"},
 		"segment 0":       {units(segmentUnit(0)), codes.InvalidArgument, "units[0].segment_id"},
 		"segment below 0": {units(segmentUnit(1), segmentUnit(-1<<63)), codes.InvalidArgument, "units[1].segment_id"},
@@ -292,16 +300,24 @@ func TestBadReclaims(t *testing.T) {
 		"no path":         {units(fileUnit("", 0)), codes.InvalidArgument, "units[0].file.path"},
 		"long path":       {units(fileUnit(strings.Repeat("p", 1025), 0)), codes.InvalidArgument, "units[0].file.path"},
 		"file's segment":  {units(fileUnit("p", -1)), codes.InvalidArgument, "units[0].file.segment_id"},
-		"root": {units(&pb.Unit{Unit: &pb.Unit_File{File: &pb.UnitFile{Root: 16, Path: "p"}}}),
-			codes.InvalidArgument, "units[0].file.root"},
-		"root below 0": {units(&pb.Unit{Unit: &pb.Unit_File{File: &pb.UnitFile{Root: -1, Path: "p"}}}),
-			codes.InvalidArgument, "units[0].file.root"},
+		"root": {
+			units(&pb.Unit{Unit: &pb.Unit_File{File: &pb.UnitFile{Root: 16, Path: "p"}}}),
+			codes.InvalidArgument, "units[0].file.root",
+		},
+		"root below 0": {
+			units(&pb.Unit{Unit: &pb.Unit_File{File: &pb.UnitFile{Root: -1, Path: "p"}}}),
+			codes.InvalidArgument, "units[0].file.root",
+		},
 		"no deleter": {reclaim(&pb.ReclaimRequest{Collection: col, Units: many(1)}), codes.InvalidArgument, "deleter"},
-		"other deleter": {reclaim(&pb.ReclaimRequest{Collection: col, Units: many(1), Deleter: 3}), codes.InvalidArgument,
-			"deleter"},
+		"other deleter": {
+			reclaim(&pb.ReclaimRequest{Collection: col, Units: many(1), Deleter: 3}), codes.InvalidArgument,
+			"deleter",
+		},
 		"no collection": {reclaim(&pb.ReclaimRequest{Units: many(1), Deleter: 1}), codes.InvalidArgument, "collection"},
-		"other collection": {reclaim(&pb.ReclaimRequest{Collection: byName("d"), Units: many(1), Deleter: 1}),
-			codes.NotFound, ""},
+		"other collection": {
+			reclaim(&pb.ReclaimRequest{Collection: byName("d"), Units: many(1), Deleter: 1}),
+			codes.NotFound, "",
+		},
 		"no tombstones": {confirm(), codes.InvalidArgument, "tombstone_ids"},
 		"tombstone 0":   {confirm(0), codes.InvalidArgument, "tombstone_ids[0]"},
 		"twice":         {confirm(1, 1), codes.InvalidArgument, "tombstone_ids"},
@@ -316,10 +332,14 @@ func TestBadReclaims(t *testing.T) {
 	if err := units(many(10_000)...); err != nil {
 		t.Error(err)
 	}
-	for _, path := range []string{"..", "/", "a//b", "../../etc/passwd", "\x00", "%", strings.Repeat("9", 1024),
-		strings.Repeat("1/", 512), "é\u202e"} {
-		resp, err := reclaims.Reclaim(ctx, &pb.ReclaimRequest{Collection: col, Units: []*pb.Unit{fileUnit(path, 1<<62)},
-			Deleter: 1})
+	for _, path := range []string{
+		"..", "/", "a//b", "../../etc/passwd", "\x00", "%", strings.Repeat("9", 1024),
+		strings.Repeat("1/", 512), "é\u202e",
+	} {
+		resp, err := reclaims.Reclaim(ctx, &pb.ReclaimRequest{
+			Collection: col, Units: []*pb.Unit{fileUnit(path, 1<<62)},
+			Deleter: 1,
+		})
 		if err != nil || outcomes(resp.GetResults()) != "UNKNOWN" {
 			t.Errorf("%.20q: got %v, err = %v", path, resp, err)
 		}

@@ -87,8 +87,10 @@ func TestPageBytes(t *testing.T) {
 	first := env.ids(t, n)
 	var segments []*pb.Segment
 	for i := range int64(n) {
-		segments = append(segments, &pb.Segment{Id: first + i, EngineData: make([]byte, 16<<10),
-			Files: []*pb.File{{Path: fmt.Sprint(i), Kind: "insert"}}})
+		segments = append(segments, &pb.Segment{
+			Id: first + i, EngineData: make([]byte, 16<<10),
+			Files: []*pb.File{{Path: fmt.Sprint(i), Kind: "insert"}},
+		})
 	}
 	env.addSegments(t, byID(col.GetId()), segments...)
 	must[*pb.CreateSnapshotResponse](t)(env.snapshots.CreateSnapshot(t.Context(),
@@ -141,8 +143,10 @@ func TestUnreadExports(t *testing.T) {
 		first := env.ids(t, n)
 		var segments []*pb.Segment
 		for i := range int64(n) {
-			segments = append(segments, &pb.Segment{Id: first + i, EngineData: make([]byte, 16<<10),
-				Files: []*pb.File{{Path: fmt.Sprint(first + i), Kind: "insert"}}})
+			segments = append(segments, &pb.Segment{
+				Id: first + i, EngineData: make([]byte, 16<<10),
+				Files: []*pb.File{{Path: fmt.Sprint(first + i), Kind: "insert"}},
+			})
 		}
 		env.addSegments(t, byID(col.GetId()), segments...)
 	}

@@ -61,13 +61,17 @@ func TestSnapshotLifecycle(t *testing.T) {
 	}
 	env.addSegments(t, byID(col.GetId()), segments...)
 	must[*pb.SetCheckpointsResponse](t)(env.catalog.SetCheckpoints(ctx, &pb.SetCheckpointsRequest{
-		Collection: byID(col.GetId()), Checkpoints: []*pb.ChannelPosition{{Position: &pb.Position{Timestamp: 20,
-			Opaque: []byte("o")}}},
+		Collection: byID(col.GetId()), Checkpoints: []*pb.ChannelPosition{{Position: &pb.Position{
+			Timestamp: 20,
+			Opaque:    []byte("o"),
+		}}},
 	}))
 	cps := must[*pb.ListCheckpointsResponse](t)(env.catalog.ListCheckpoints(ctx,
 		&pb.ListCheckpointsRequest{Collection: byID(col.GetId())}))
-	if diff := cmp.Diff([]*pb.ChannelPosition{{Channel: "ch-0",
-		Position: &pb.Position{Timestamp: 20, Opaque: []byte("o")}}},
+	if diff := cmp.Diff([]*pb.ChannelPosition{{
+		Channel:  "ch-0",
+		Position: &pb.Position{Timestamp: 20, Opaque: []byte("o")},
+	}},
 		cps.GetCheckpoints(), protocmp.Transform()); diff != "" {
 		t.Error(diff)
 	}

@@ -217,9 +217,18 @@ func TestRequests(t *testing.T) {
 		method, query string
 		copied        bool
 	}{
-		{"GET", "", false}, {"GET", "?uploads", false}, {"GET", "?uploadId=1", false}, {"HEAD", "", false},
-		{"PUT", "?x-id=PutObject", false}, {"PUT", "", true}, {"POST", "?uploads", false}, {"PUT", "?partNumber=1&uploadId=1", true},
-		{"POST", "?uploadId=1", false}, {"DELETE", "?uploadId=1", false}, {"POST", "?delete", false}, {"DELETE", "", false},
+		{"GET", "", false},
+		{"GET", "?uploads", false},
+		{"GET", "?uploadId=1", false},
+		{"HEAD", "", false},
+		{"PUT", "?x-id=PutObject", false},
+		{"PUT", "", true},
+		{"POST", "?uploads", false},
+		{"PUT", "?partNumber=1&uploadId=1", true},
+		{"POST", "?uploadId=1", false},
+		{"DELETE", "?uploadId=1", false},
+		{"POST", "?delete", false},
+		{"DELETE", "", false},
 	} {
 		req, err := http.NewRequestWithContext(t.Context(), r.method, server.URL+"/bucket/key"+r.query, nil)
 		if err != nil {

@@ -55,8 +55,10 @@ func TestEveryRecordIsShown(t *testing.T) {
 			t.Errorf("no key shows a %s", name)
 		}
 	}
-	if kind, _ := inspect.Describe(meta.KeyValue{Key: keys.Replaced(1, 2, 3),
-		Value: record.Encode(&storagev1.Name{Format: record.Format, Id: 3})}); kind == "" {
+	if kind, _ := inspect.Describe(meta.KeyValue{
+		Key:   keys.Replaced(1, 2, 3),
+		Value: record.Encode(&storagev1.Name{Format: record.Format, Id: 3}),
+	}); kind == "" {
 		t.Error("what leads from a segment to its parts is not shown")
 	}
 }

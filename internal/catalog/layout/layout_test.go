@@ -60,20 +60,34 @@ func TestMilvus(t *testing.T) {
 		{"bm25", 222, 0, "bm25_stats/111/222/333/102/460", "bm25_stats/444/555/666/102/460"},
 		{"compound bm25", 222, 0, "bm25_stats/111/222/333/102/1", "bm25_stats/444/555/666/102/1"},
 		{"vector index", 222, 1002, "index_files/1002/1/222/333/HNSW_0", "index_files/801/1/555/666/HNSW_0"},
-		{"index in directories", 222, 1002, "index_files/1002/2/222/333/idx/extra/file-99",
-			"index_files/801/2/555/666/idx/extra/file-99"},
-		{"index of path version 1", 222, 1002, "index_v1/111/222/333/1002/1/SLICE_META",
-			"index_v1/444/555/666/801/1/SLICE_META"},
-		{"text", 222, 1002, "text_log/1002/1/111/222/333/101/.managed.json_0",
-			"text_log/801/1/444/555/666/101/.managed.json_0"},
-		{"JSON key", 222, 1002, "json_key_index_log/1002/1/111/222/333/101/meta.json_0",
-			"json_key_index_log/801/1/444/555/666/101/meta.json_0"},
-		{"JSON, shared keys", 222, 1002, "json_stats/2/1002/1/111/222/333/101/shared_key_index/inverted_index_0",
-			"json_stats/2/801/1/444/555/666/101/shared_key_index/inverted_index_0"},
-		{"JSON, shredded", 222, 1002, "json_stats/3/1002/1/111/222/333/101/shredding_data/0/17",
-			"json_stats/3/801/1/444/555/666/101/shredding_data/0/17"},
-		{"JSON, metadata", 222, 1002, "json_stats/4/1002/1/111/222/333/101/meta.json",
-			"json_stats/4/801/1/444/555/666/101/meta.json"},
+		{
+			"index in directories", 222, 1002, "index_files/1002/2/222/333/idx/extra/file-99",
+			"index_files/801/2/555/666/idx/extra/file-99",
+		},
+		{
+			"index of path version 1", 222, 1002, "index_v1/111/222/333/1002/1/SLICE_META",
+			"index_v1/444/555/666/801/1/SLICE_META",
+		},
+		{
+			"text", 222, 1002, "text_log/1002/1/111/222/333/101/.managed.json_0",
+			"text_log/801/1/444/555/666/101/.managed.json_0",
+		},
+		{
+			"JSON key", 222, 1002, "json_key_index_log/1002/1/111/222/333/101/meta.json_0",
+			"json_key_index_log/801/1/444/555/666/101/meta.json_0",
+		},
+		{
+			"JSON, shared keys", 222, 1002, "json_stats/2/1002/1/111/222/333/101/shared_key_index/inverted_index_0",
+			"json_stats/2/801/1/444/555/666/101/shared_key_index/inverted_index_0",
+		},
+		{
+			"JSON, shredded", 222, 1002, "json_stats/3/1002/1/111/222/333/101/shredding_data/0/17",
+			"json_stats/3/801/1/444/555/666/101/shredding_data/0/17",
+		},
+		{
+			"JSON, metadata", 222, 1002, "json_stats/4/1002/1/111/222/333/101/meta.json",
+			"json_stats/4/801/1/444/555/666/101/meta.json",
+		},
 		{"ids in other places are kept", 222, 1002, "index_files/1002/333/222/333/111", "index_files/801/333/555/666/111"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -96,8 +110,10 @@ func TestMilvusRefuses(t *testing.T) {
 		{"an arbitrary path", 222, 0, "shared.bin", `"shared.bin" is not a folder`},
 		{"Milvus' own root path", 222, 0, "files/insert_log/111/222/333/100/1", `"files" is not a folder`},
 		{"a path of the native layout", 222, 0, "111/222/333/insert/100/1", `"111" is not a folder`},
-		{"a folder", 222, 0, "insert_log",
-			"ends where <collection> of insert_log/<collection>/<partition>/<segment>/<field>/<log> should be"},
+		{
+			"a folder", 222, 0, "insert_log",
+			"ends where <collection> of insert_log/<collection>/<partition>/<segment>/<field>/<log> should be",
+		},
 		{"too few elements", 222, 0, "insert_log/111/222/333/100", "ends where <log>"},
 		{"too many elements", 222, 0, "insert_log/111/222/333/100/1/2", `"1/2" is not the <log>`},
 		{"a field in a delta log", 222, 0, "delta_log/111/222/333/100/1", `"100/1" is not the <log>`},
@@ -116,24 +132,34 @@ func TestMilvusRefuses(t *testing.T) {
 		{"another segment's index", 222, 1002, "index_files/1002/1/222/334/a", "<segment> is 334"},
 		{"another collection's index", 222, 1002, "index_v1/112/222/333/1002/1/a", "<collection> is 112"},
 		{"a path version 1 in the old folder", 222, 1002, "index_files/111/222/333/1002/1/a", "<build> is 111"},
-		{"all partitions, but not in the snapshot", 222, 0, "delta_log/111/-1/333/460",
-			"<partition> is -1, in the snapshot it is 222"},
-		{"all partitions only in the snapshot", 0, 0, "delta_log/111/222/333/460",
-			"<partition> is 222, in the snapshot it is -1"},
+		{
+			"all partitions, but not in the snapshot", 222, 0, "delta_log/111/-1/333/460",
+			"<partition> is -1, in the snapshot it is 222",
+		},
+		{
+			"all partitions only in the snapshot", 0, 0, "delta_log/111/222/333/460",
+			"<partition> is 222, in the snapshot it is -1",
+		},
 		{"our number for all partitions", 0, 0, "delta_log/111/0/333/460", "<partition> is 0, in the snapshot it is -1"},
 		{"another negative partition", 0, 0, "delta_log/111/-2/333/460", `"-2" is not the <partition>`},
 		{"an index without a build", 222, 0, "index_files/1002/1/222/333/a", "the snapshot has it in no index build"},
 		{"text without a build", 222, 0, "text_log/1002/1/111/222/333/101/a", "the snapshot has it in no index build"},
 		{"a log in a build", 222, 1002, "insert_log/111/222/333/100/1", "the snapshot has it in index build 1002"},
-		{"a JSON format before the first", 222, 1002, "json_stats/1/1002/1/111/222/333/101/meta.json",
-			"<format> 1 is not known"},
-		{"a JSON format after the last", 222, 1002, "json_stats/5/1002/1/111/222/333/101/meta.json",
-			"<format> 5 is not known, only 2 to 4"},
+		{
+			"a JSON format before the first", 222, 1002, "json_stats/1/1002/1/111/222/333/101/meta.json",
+			"<format> 1 is not known",
+		},
+		{
+			"a JSON format after the last", 222, 1002, "json_stats/5/1002/1/111/222/333/101/meta.json",
+			"<format> 5 is not known, only 2 to 4",
+		},
 		{"data of storage version 3", 222, 0, "insert_log/111/222/333/_data/0_1.parquet", `"_data" is of storage version 3`},
 		{"a manifest", 222, 0, "insert_log/111/222/333/_metadata/manifest-3.avro", `"_metadata" is of storage version 3`},
 		{"deletes of storage version 3", 222, 0, "insert_log/111/222/333/_delta/460", `"_delta" is of storage version 3`},
-		{"statistics of storage version 3", 222, 0, "insert_log/111/222/333/_stats/json_stats.103/meta.json",
-			`"_stats" is of storage version 3`},
+		{
+			"statistics of storage version 3", 222, 0, "insert_log/111/222/333/_stats/json_stats.103/meta.json",
+			`"_stats" is of storage version 3`,
+		},
 		{"large objects", 222, 0, "insert_log/111/222/lobs/101/_data/a.vx", `"lobs" is of storage version 3`},
 		{"a step up", 222, 1002, "index_files/1002/1/222/333/../../a", object.ErrInvalidKey.Error()},
 		{"an empty path", 222, 0, "", `"" is not a folder`},
@@ -177,10 +203,14 @@ func TestNative(t *testing.T) {
 			{Path: "c", Kind: "index", Field: 800, LogID: 100},
 		},
 		Builds: []segment.Build{
-			{ID: 1001, Files: []segment.File{{Path: "index/1001/0", Kind: "index", Field: 100, LogID: 1},
-				{Path: "index/1001/1", Kind: "index", Field: 100, LogID: 1}}},
-			{ID: 1002, Files: []segment.File{{Path: "foreign", Kind: "index", Field: 100, LogID: 1},
-				{Path: "text", Kind: "text", Field: 101}}},
+			{ID: 1001, Files: []segment.File{
+				{Path: "index/1001/0", Kind: "index", Field: 100, LogID: 1},
+				{Path: "index/1001/1", Kind: "index", Field: 100, LogID: 1},
+			}},
+			{ID: 1002, Files: []segment.File{
+				{Path: "foreign", Kind: "index", Field: 100, LogID: 1},
+				{Path: "text", Kind: "text", Field: 101},
+			}},
 		},
 	}
 	want := []string{
@@ -221,15 +251,19 @@ func TestPathsRefuses(t *testing.T) {
 		edit   func(*layout.Mapping, *segment.File)
 		why    string
 	}{
-		"native, no such root": {layout.Native, func(_ *layout.Mapping, f *segment.File) { f.Root = 2 },
-			"root 2, the target has 2"},
+		"native, no such root": {
+			layout.Native, func(_ *layout.Mapping, f *segment.File) { f.Root = 2 },
+			"root 2, the target has 2",
+		},
 		"milvus, a negative root": {layout.Milvus, func(_ *layout.Mapping, f *segment.File) { f.Root = -1 }, "root -1"},
 		"native, too long": {layout.Native, func(m *layout.Mapping,
-			_ *segment.File) {
+			_ *segment.File,
+		) {
 			m.Roots[0] = strings.Repeat("r", 1010) + "/"
 		}, "at most 1024"},
 		"milvus, too long": {layout.Milvus, func(m *layout.Mapping,
-			_ *segment.File) {
+			_ *segment.File,
+		) {
 			m.Roots[0] = strings.Repeat("r", 1010) + "/"
 		}, "at most 1024"},
 		"milvus, longer than the source": {
@@ -414,8 +448,10 @@ func genFiles(t *rapid.T, j *job, used map[string]bool, s *segment.Segment, buil
 	for range rapid.IntRange(0, 6).Draw(t, "files") {
 		f := segment.File{
 			Root: rapid.IntRange(0, 2).Draw(t, "root"),
-			Kind: rapid.OneOf(rapid.SampledFrom([]string{"insert", "delta", "index", "1", "2", "..", "a/b", "",
-				"kind-e3b0c44298fc1c14"}), rapid.String()).Draw(t, "kind"),
+			Kind: rapid.OneOf(rapid.SampledFrom([]string{
+				"insert", "delta", "index", "1", "2", "..", "a/b", "",
+				"kind-e3b0c44298fc1c14",
+			}), rapid.String()).Draw(t, "kind"),
 			Field: rapid.OneOf(small, any60).Draw(t, "field"), LogID: rapid.OneOf(small, any60).Draw(t, "log"),
 		}
 		if j.Layout == layout.Milvus {
@@ -657,8 +693,10 @@ func TestMakes(t *testing.T) {
 		Segment, Build int64
 		OK             bool
 	}
-	native := layout.Mapping{Layout: layout.Native, Roots: []string{""}, Source: 1, Target: 9, FirstSegment: 100,
-		Segments: 10, FirstBuild: 200, Builds: 5}
+	native := layout.Mapping{
+		Layout: layout.Native, Roots: []string{""}, Source: 1, Target: 9, FirstSegment: 100,
+		Segments: 10, FirstBuild: 200, Builds: 5,
+	}
 	milvus := native
 	milvus.Layout = layout.Milvus
 	bare := native

@@ -38,8 +38,10 @@ type env struct {
 }
 
 func newEnv(t *testing.T) *env {
-	return &env{t, metamemory.New(metamemory.Options{Now: time.Now}),
-		object.NewFaulty(memory.New(memory.Options{Now: time.Now})), 0}
+	return &env{
+		t, metamemory.New(metamemory.Options{Now: time.Now}),
+		object.NewFaulty(memory.New(memory.Options{Now: time.Now})), 0,
+	}
 }
 
 // open is what a start makes.
@@ -158,8 +160,10 @@ func TestDownAtTheStart(t *testing.T) {
 			t.Errorf("%d calls", n)
 		}
 		<-s.Ready()
-		if f, err := s.Features(t.Context(), false); err != nil || f != (probe.Features{ConditionalCopy: true,
-			MultipartCopy: true}) {
+		if f, err := s.Features(t.Context(), false); err != nil || f != (probe.Features{
+			ConditionalCopy: true,
+			MultipartCopy:   true,
+		}) {
 			t.Errorf("got %+v, %v", f, err)
 		}
 		if _, err := s.Put(t.Context(), "x", nil); err != nil {

@@ -49,8 +49,15 @@ func TestKeys(t *testing.T) {
 // Two requests share a key only when all is equal.
 func TestRequestKeys(t *testing.T) {
 	seen := map[string]bool{}
-	for _, r := range [][3]string{{"p", "m", "t"}, {"q", "m", "t"}, {"p", "n", "t"}, {"p", "m", "u"}, {"pt", "m", ""},
-		{"", "m", "pt"}, {"p", "m", strings.Repeat("/", 2000)}} {
+	for _, r := range [][3]string{
+		{"p", "m", "t"},
+		{"q", "m", "t"},
+		{"p", "n", "t"},
+		{"p", "m", "u"},
+		{"pt", "m", ""},
+		{"", "m", "pt"},
+		{"p", "m", strings.Repeat("/", 2000)},
+	} {
 		key := keys.Request(r[0], r[1], r[2])
 		if seen[key] || len(key) > meta.MaxKeyBytes || strings.Count(key, "/") != 3 {
 			t.Errorf("%q: key %q", r, key)

@@ -42,8 +42,10 @@ func TestForeignReader(t *testing.T) {
 		return strings.Split(strings.TrimSuffix(string(out), "\n"), "\n")
 	}
 
-	for name, data := range map[string][]byte{"golden": golden(t, "manifest-0.avro"),
-		"generated": encode(t, makeSegments(700, 3))} {
+	for name, data := range map[string][]byte{
+		"golden":    golden(t, "manifest-0.avro"),
+		"generated": encode(t, makeSegments(700, 3)),
+	} {
 		var want []any
 		r := open(t, data)
 		for {

@@ -34,8 +34,10 @@ func goldenSegments() []segment.Segment {
 			Files: []segment.File{
 				{
 					Root: 1, Path: "insert_log/10/20/1001/100/5001", Kind: segment.KindInsert, Size: 1 << 40,
-					ETag: "9b2cf535f27731c974343645a3985328-3", Checksum: segment.Checksum{Type: "CRC64NVME",
-						Value: []byte{0, 1, 2, 3, 4, 5, 6, 0xff}},
+					ETag: "9b2cf535f27731c974343645a3985328-3", Checksum: segment.Checksum{
+						Type:  "CRC64NVME",
+						Value: []byte{0, 1, 2, 3, 4, 5, 6, 0xff},
+					},
 					MinTimestamp: 1, MaxTimestamp: math.MaxUint64, Entries: 100_000, Field: 100, LogID: 5001,
 					Attributes: map[string]string{"b": "2", "a": "1", "": "no key", "no value": ""},
 				},
@@ -45,8 +47,10 @@ func goldenSegments() []segment.Segment {
 			},
 			Builds: []segment.Build{
 				{
-					ID: 900, Index: 30, Field: 101, Params: map[string]string{"M": "16", "efConstruction": "200",
-						"index_type": "HNSW"},
+					ID: 900, Index: 30, Field: 101, Params: map[string]string{
+						"M": "16", "efConstruction": "200",
+						"index_type": "HNSW",
+					},
 					Files: []segment.File{{Root: 1, Path: "index_files/900/1/20/1001/HNSW_0", Kind: segment.KindIndex, Size: 77}},
 				},
 				{ID: 901},
@@ -115,8 +119,10 @@ func goldenMetadata(manifestData, refsData []byte) *Metadata {
 			ID: 30, Name: "hnsw", Field: 101, TypeParams: map[string]string{"dim": "768"},
 			IndexParams: map[string]string{"metric_type": "L2"}, Attributes: map[string]string{"i": "j"},
 		}},
-		Channels: []Channel{{Shard: 0, Name: "ch-0", Cut: math.MaxUint64, Opaque: []byte{1, 0}},
-			{Shard: 1, Cut: 450_000_000_000_000_001}},
+		Channels: []Channel{
+			{Shard: 0, Name: "ch-0", Cut: math.MaxUint64, Opaque: []byte{1, 0}},
+			{Shard: 1, Cut: 450_000_000_000_000_001},
+		},
 		CatalogRevision: 1<<62 + 1,
 		Manifests: []ManifestFile{{
 			File: "manifest-0.avro", Digest: Sum(manifestData), Segments: totals.Segments, Rows: totals.Rows,
@@ -153,8 +159,10 @@ func TestGolden(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, data := range map[string][]byte{"manifest-0.avro": manifestData, "refs.avro": refsData,
-		"metadata.json": metadataData} {
+	for name, data := range map[string][]byte{
+		"manifest-0.avro": manifestData, "refs.avro": refsData,
+		"metadata.json": metadataData,
+	} {
 		if *update {
 			if err := os.WriteFile(filepath.Join(goldenDir, name), data, 0o600); err != nil {
 				t.Fatal(err)

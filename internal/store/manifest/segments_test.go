@@ -265,8 +265,10 @@ func TestSkipDoesNotDecompress(t *testing.T) {
 		t.Fatal(err)
 	}
 	clear(c.blocks[0].data) // the input's own memory
-	r := &Reader{datums: &datumReader{container: c, schema: segmentSchema.schema, shape: segmentSchema.shape,
-		avro: open(t, encode(t, nil)).datums.avro}}
+	r := &Reader{datums: &datumReader{
+		container: c, schema: segmentSchema.schema, shape: segmentSchema.shape,
+		avro: open(t, encode(t, nil)).datums.avro,
+	}}
 	if err := r.Skip(blockRecords); err != nil {
 		t.Fatal(err)
 	}
@@ -288,8 +290,10 @@ func read(data []byte) error {
 }
 
 func TestTruncatedManifest(t *testing.T) {
-	for name, data := range map[string][]byte{"golden": golden(t, "manifest-0.avro"),
-		"blocks": encode(t, makeSegments(300, 1)), "empty": encode(t, nil)} {
+	for name, data := range map[string][]byte{
+		"golden": golden(t, "manifest-0.avro"),
+		"blocks": encode(t, makeSegments(300, 1)), "empty": encode(t, nil),
+	} {
 		if err := read(data); err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}

@@ -16,8 +16,10 @@ func TestWrittenAs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	md, err := EncodeMetadata(&Metadata{Snapshot: SnapshotInfo{ID: 5}, Collection: CollectionInfo{ID: 3},
-		Refs: RefsFile{File: RefsName}})
+	md, err := EncodeMetadata(&Metadata{
+		Snapshot: SnapshotInfo{ID: 5}, Collection: CollectionInfo{ID: 3},
+		Refs: RefsFile{File: RefsName},
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -208,7 +208,8 @@ func (f *Faulty) Range(ctx context.Context, r Range) (res RangeResult, err error
 
 // Scan implements [KV].
 func (f *Faulty) Scan(ctx context.Context, from, to string, revision int64, fn func([]KeyValue) error) (rev int64,
-	err error) {
+	err error,
+) {
 	err = f.call(ctx, MethodScan, func() (err error) {
 		rev, err = f.kv.Scan(ctx, from, to, revision, fn)
 		return err

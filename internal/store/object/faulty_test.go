@@ -48,8 +48,10 @@ func TestFaultyEveryMethod(t *testing.T) {
 			object.OpCreate, func(ctx context.Context, s object.Store) error { _, err := s.Create(ctx, "new", nil); return err },
 			func(s object.Store) bool { return has(s, "new") },
 		},
-		{object.OpGet, func(ctx context.Context, s object.Store) error { _, _, err := s.Get(ctx, "old", 0, -1); return err },
-			nil},
+		{
+			object.OpGet, func(ctx context.Context, s object.Store) error { _, _, err := s.Get(ctx, "old", 0, -1); return err },
+			nil,
+		},
 		{object.OpHead, func(ctx context.Context, s object.Store) error { _, err := s.Head(ctx, "old"); return err }, nil},
 		{object.OpList, func(ctx context.Context, s object.Store) error {
 			for _, err := range s.List(ctx, "") {
@@ -65,8 +67,10 @@ func TestFaultyEveryMethod(t *testing.T) {
 		},
 		{
 			object.OpCopy, func(ctx context.Context, s object.Store) error {
-				_, err := s.Copy(ctx, object.CopyRequest{From: "old", To: "new", SourceETag: "9dd4e461268c8034f5c8564e155c67a6",
-					Size: 1})
+				_, err := s.Copy(ctx, object.CopyRequest{
+					From: "old", To: "new", SourceETag: "9dd4e461268c8034f5c8564e155c67a6",
+					Size: 1,
+				})
 				return err
 			},
 			func(s object.Store) bool { return has(s, "new") },

@@ -65,8 +65,10 @@ func TestToken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want = &request.Record{ID: 7, Done: true, Result: []byte("result"), Revision: res.Revision, Read: res.Revision,
-		Hash: []byte("h")}
+	want = &request.Record{
+		ID: 7, Done: true, Result: []byte("result"), Revision: res.Revision, Read: res.Revision,
+		Hash: []byte("h"),
+	}
 	got, err = request.Find(ctx, kv, tok)
 	if diff := cmp.Diff(want, got); err != nil || diff != "" {
 		t.Errorf("%v (-want +got):\n%s", err, diff)

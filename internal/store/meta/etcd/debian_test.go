@@ -44,8 +44,10 @@ func TestRealOldEtcd(t *testing.T) {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	}()
-	kv := open(t, etcd.Options{Endpoints: []string{strings.TrimPrefix(urls[0], "http://")}, Root: "/old",
-		RequestTimeout: 30 * time.Second})
+	kv := open(t, etcd.Options{
+		Endpoints: []string{strings.TrimPrefix(urls[0], "http://")}, Root: "/old",
+		RequestTimeout: 30 * time.Second,
+	})
 	if err := kv.Check(t.Context()); !errors.Is(err, meta.ErrTooOld) {
 		t.Fatalf("got error %v, want too old", err)
 	}

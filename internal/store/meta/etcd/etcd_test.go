@@ -99,8 +99,10 @@ func TestEtcdRoot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := two.Txn(ctx, meta.Txn{If: []meta.Cond{meta.RangeAbsent("/", "0")},
-		Then: []meta.Op{meta.Put("/a", []byte("2"))}}); err != nil {
+	if _, err := two.Txn(ctx, meta.Txn{
+		If:   []meta.Cond{meta.RangeAbsent("/", "0")},
+		Then: []meta.Op{meta.Put("/a", []byte("2"))},
+	}); err != nil {
 		t.Fatal(err)
 	}
 	want := meta.KeyValue{Key: "/a", Value: []byte("1"), CreateRevision: res.Revision, ModRevision: res.Revision}
@@ -163,8 +165,10 @@ func TestEtcdEqualsMemory(t *testing.T) {
 	}
 	newest := int64(1)
 	cond := func() meta.Cond {
-		c := meta.Cond{From: key(), Target: meta.Target(1 + rnd.IntN(2)), Op: meta.Compare(1 + rnd.IntN(3)),
-			Revision: max(0, newest-rnd.Int64N(12))}
+		c := meta.Cond{
+			From: key(), Target: meta.Target(1 + rnd.IntN(2)), Op: meta.Compare(1 + rnd.IntN(3)),
+			Revision: max(0, newest-rnd.Int64N(12)),
+		}
 		if rnd.IntN(3) == 0 {
 			c.From, c.To = span()
 		}
@@ -257,7 +261,8 @@ func TestEtcdEqualsMemory(t *testing.T) {
 			}
 		}
 		if diff := cmp.Diff(got[0], got[1], cmp.Comparer(func(a,
-			b error) bool {
+			b error,
+		) bool {
 			return a == b
 		})); diff != "" { //nolint:errorlint // classes
 			t.Fatalf("step %d, %+v (-etcd +memory):\n%s", step, what, diff)

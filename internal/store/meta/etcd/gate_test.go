@@ -87,8 +87,10 @@ func TestUnknownEtcdIsNotUsed(t *testing.T) {
 		}
 	}
 	// Without a known version calls wait, and then fail with ErrUnavailable.
-	alone := open(t, etcd.Options{Endpoints: []string{silent.Endpoint()}, Root: "/unknown",
-		RequestTimeout: 200 * time.Millisecond})
+	alone := open(t, etcd.Options{
+		Endpoints: []string{silent.Endpoint()}, Root: "/unknown",
+		RequestTimeout: 200 * time.Millisecond,
+	})
 	silent.Mute(true)
 	if err := alone.Check(t.Context()); !errors.Is(err, meta.ErrUnavailable) {
 		t.Errorf("check: got error %v, want unavailable", err)
@@ -213,8 +215,10 @@ func TestEtcdLogin(t *testing.T) {
 	if _, err := kv.Watch(ctx, "/", "0", 0).Next(); !errors.Is(err, meta.ErrDenied) {
 		t.Errorf("watch: got error %v, want denied", err)
 	}
-	if _, err := etcd.Open(etcd.Options{Endpoints: []string{srv.Endpoint()}, Username: "snap",
-		Password: "wrong"}); !errors.Is(err, meta.ErrDenied) {
+	if _, err := etcd.Open(etcd.Options{
+		Endpoints: []string{srv.Endpoint()}, Username: "snap",
+		Password: "wrong",
+	}); !errors.Is(err, meta.ErrDenied) {
 		t.Errorf("open: got error %v, want denied", err)
 	}
 	srv.Password(t, "snap", "secret")

@@ -36,7 +36,8 @@ var errNoStream = errors.New("no range stream")
 // Scan implements [meta.KV]. The server splits the stream into messages of about its request
 // limit, 1.5 MiB, and waits for fn by gRPC's flow control.
 func (c *Client) Scan(ctx context.Context, from, to string, revision int64, fn func([]meta.KeyValue) error) (int64,
-	error) {
+	error,
+) {
 	if err := meta.CheckSpan(from, to); err != nil {
 		return 0, err
 	}
@@ -70,7 +71,8 @@ func (c *Client) revision(ctx context.Context) (int64, error) {
 
 // scanStream returns errNoStream, before any call of fn, if the server has no streams.
 func (c *Client) scanStream(ctx context.Context, from, to string, revision int64,
-	fn func([]meta.KeyValue) error) error {
+	fn func([]meta.KeyValue) error,
+) error {
 	sctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	// Each step of the stream has a timeout: the connection and each chunk. The time of

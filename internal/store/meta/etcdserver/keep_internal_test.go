@@ -35,8 +35,13 @@ func TestCompactTo(t *testing.T) {
 	for _, c := range []struct {
 		after        time.Duration
 		newest, want int64
-	}{{10 * time.Second, 10, 5}, {50 * time.Second, 50, 5}, {70 * time.Second, 70, 10}, {3 * time.Minute, 180, 70},
-		{5 * time.Minute, 300, 180}} {
+	}{
+		{10 * time.Second, 10, 5},
+		{50 * time.Second, 50, 5},
+		{70 * time.Second, 70, 10},
+		{3 * time.Minute, 180, 70},
+		{5 * time.Minute, 300, 180},
+	} {
 		if got := k.compactTo(began.Add(c.after), c.newest); got != c.want {
 			t.Errorf("after %v: got %d, want %d", c.after, got, c.want)
 		}

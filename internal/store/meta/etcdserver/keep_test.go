@@ -83,8 +83,10 @@ func TestFullServerCanBeEmptied(t *testing.T) {
 	}
 	for i := range n - 1 { // a drop, and then a delete
 		rec := fmt.Sprintf("/rec/%d", i)
-		if _, err := kv.Txn(ctx, meta.Txn{If: []meta.Cond{meta.Present(rec)},
-			Then: []meta.Op{meta.Put(rec, []byte("DELETING")), meta.Delete(fmt.Sprintf("/name/%d", i))}}); err != nil {
+		if _, err := kv.Txn(ctx, meta.Txn{
+			If:   []meta.Cond{meta.Present(rec)},
+			Then: []meta.Op{meta.Put(rec, []byte("DELETING")), meta.Delete(fmt.Sprintf("/name/%d", i))},
+		}); err != nil {
 			t.Fatalf("drop %d: %v", i, err)
 		}
 		if _, err := kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Delete(rec)}}); err != nil {

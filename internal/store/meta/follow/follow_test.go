@@ -276,8 +276,10 @@ func linearizable(t *testing.T, kv meta.KV, f *follow.Follower, c *copied) {
 		wg.Go(func() {
 			for i := range 25 {
 				key, value := fmt.Sprintf("/f/%d", w), fmt.Sprint(i)
-				if _, err := kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(key, []byte(value)),
-					meta.Put("/elsewhere", nil)}}); err != nil {
+				if _, err := kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{
+					meta.Put(key, []byte(value)),
+					meta.Put("/elsewhere", nil),
+				}}); err != nil {
 					t.Error(err)
 					return
 				}

@@ -201,7 +201,8 @@ func (s *Store) Range(ctx context.Context, r meta.Range) (meta.RangeResult, erro
 
 // Scan implements [meta.KV].
 func (s *Store) Scan(ctx context.Context, from, to string, revision int64, fn func([]meta.KeyValue) error) (int64,
-	error) {
+	error,
+) {
 	if err := meta.CheckSpan(from, to); err != nil {
 		return 0, err
 	}

@@ -262,8 +262,11 @@ func testRevisions(t *testing.T, s *suite) {
 		{"three puts", meta.Txn{Then: []meta.Op{meta.Put("/a", nil), meta.Put("/b", nil), meta.Put("/c", nil)}}, 3},
 		{"nothing", meta.Txn{}, 3},
 		{"get", meta.Txn{Then: []meta.Op{meta.Get("/a")}}, 3},
-		{"get, and put in the other branch", meta.Txn{Then: []meta.Op{meta.Get("/a")}, Else: []meta.Op{meta.Put("/a", nil)}},
-			3},
+		{
+			"get, and put in the other branch",
+			meta.Txn{Then: []meta.Op{meta.Get("/a")}, Else: []meta.Op{meta.Put("/a", nil)}},
+			3,
+		},
 		{"delete of nothing", meta.Txn{Then: []meta.Op{meta.Delete("/x"), meta.DeleteRange("/x", "/z")}}, 3},
 		{"delete", meta.Txn{Then: []meta.Op{meta.Delete("/a")}}, 4},
 		{"delete of two", meta.Txn{Then: []meta.Op{meta.DeleteRange("/", "0"), meta.Delete("/b")}}, 5},
@@ -323,8 +326,10 @@ func testRange(t *testing.T, s *suite) {
 		want []string
 		more bool
 	}{
-		{"all", meta.Range{From: "/", To: "0"}, []string{"/a=of /a", "/a/x=of /a/x", "/b=new", "/cc=of /cc", "/d=of /d",
-			"/e="}, false},
+		{"all", meta.Range{From: "/", To: "0"}, []string{
+			"/a=of /a", "/a/x=of /a/x", "/b=new", "/cc=of /cc", "/d=of /d",
+			"/e=",
+		}, false},
 		{"half open", meta.Range{From: "/b", To: "/d"}, []string{"/b=new", "/cc=of /cc"}, false},
 		{"one key, not its prefix", meta.Range{From: "/a"}, []string{"/a=of /a"}, false},
 		{"no key", meta.Range{From: "/c"}, []string{}, false},
@@ -490,12 +495,21 @@ func testCompares(t *testing.T, s *suite) {
 		{"another key", meta.SameKey("/a/1", mod), false},
 		{"same key, but missing", meta.SameKey("/x", create), false},
 		{"all older", meta.Cond{From: "/a/", To: "/a0", Target: meta.ModRevision, Op: meta.Less, Revision: mod + 2}, true},
-		{"not all older", meta.Cond{From: "/a/", To: "/a0", Target: meta.ModRevision, Op: meta.Less, Revision: mod + 1},
-			false},
-		{"all newer", meta.Cond{From: "/a/", To: "/a0", Target: meta.CreateRevision, Op: meta.Greater, Revision: create - 1},
-			true},
-		{"not all newer", meta.Cond{From: "/a/", To: "/a0", Target: meta.CreateRevision, Op: meta.Greater, Revision: create},
-			false},
+		{
+			"not all older",
+			meta.Cond{From: "/a/", To: "/a0", Target: meta.ModRevision, Op: meta.Less, Revision: mod + 1},
+			false,
+		},
+		{
+			"all newer",
+			meta.Cond{From: "/a/", To: "/a0", Target: meta.CreateRevision, Op: meta.Greater, Revision: create - 1},
+			true,
+		},
+		{
+			"not all newer",
+			meta.Cond{From: "/a/", To: "/a0", Target: meta.CreateRevision, Op: meta.Greater, Revision: create},
+			false,
+		},
 		{"nothing, older", meta.Cond{From: "/x/", To: "/x0", Target: meta.ModRevision, Op: meta.Less, Revision: 1}, true},
 		{"nothing, newer", meta.Cond{From: "/x/", To: "/x0", Target: meta.ModRevision, Op: meta.Greater}, false},
 	} {
@@ -695,11 +709,15 @@ func testWatch(t *testing.T, s *suite) {
 		[]string{"1 /w/a=1", "2 /w/a=2", "4 /w/a gone"})
 
 	events := s.watch("/w/", "/w0", base).until(end)
-	equal(t, "event", events[0].KV, meta.KeyValue{Key: "/w/a", Value: []byte("1"), CreateRevision: base + 1,
-		ModRevision: base + 1})
+	equal(t, "event", events[0].KV, meta.KeyValue{
+		Key: "/w/a", Value: []byte("1"), CreateRevision: base + 1,
+		ModRevision: base + 1,
+	})
 	i := slices.IndexFunc(events, func(ev meta.Event) bool { return ev.KV.Key == "/w/l1" })
-	equal(t, "event of a leased key", events[i].KV, meta.KeyValue{Key: "/w/l1", CreateRevision: base + 5,
-		ModRevision: base + 5, Lease: lease})
+	equal(t, "event of a leased key", events[i].KV, meta.KeyValue{
+		Key: "/w/l1", CreateRevision: base + 5,
+		ModRevision: base + 5, Lease: lease,
+	})
 	for _, ev := range events {
 		if ev.Deleted {
 			equal(t, "delete", ev.KV, meta.KeyValue{Key: ev.KV.Key, ModRevision: ev.KV.ModRevision})
@@ -1029,8 +1047,10 @@ func Full(t *testing.T, kv meta.KV, fill, free func()) {
 	if err := s.KeepAlive(s.ctx, lease); err != nil {
 		t.Errorf("keep alive: %v", err)
 	}
-	if res := s.txn(meta.Txn{If: []meta.Cond{meta.Present("/a")}, Then: []meta.Op{meta.Delete("/a"),
-		meta.DeleteRange("/b", "/c")}}); !res.Succeeded {
+	if res := s.txn(meta.Txn{If: []meta.Cond{meta.Present("/a")}, Then: []meta.Op{
+		meta.Delete("/a"),
+		meta.DeleteRange("/b", "/c"),
+	}}); !res.Succeeded {
 		t.Error("delete: the compare did not hold")
 	}
 	equal(t, "read", len(s.all(0)) > 0, true)

@@ -203,8 +203,10 @@ func copyAll(t *testing.T, s *file.Store) {
 	if _, err := s.Copy(t.Context(), r); err != nil {
 		t.Fatal(err)
 	}
-	for to, want := range map[string]error{"x": object.ErrInvalidKey, "x/y/z": object.ErrInvalidKey,
-		file.TempDir + "/x": object.ErrInvalidKey} {
+	for to, want := range map[string]error{
+		"x": object.ErrInvalidKey, "x/y/z": object.ErrInvalidKey,
+		file.TempDir + "/x": object.ErrInvalidKey,
+	} {
 		r.To = to
 		if _, err := s.Copy(t.Context(), r); !errors.Is(err, want) {
 			t.Errorf("copy to %s: err = %v, want %v", to, err, want)

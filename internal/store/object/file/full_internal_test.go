@@ -58,8 +58,10 @@ func TestErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = s.Close() }()
-	kinds := []error{object.ErrUnavailable, object.ErrFull, object.ErrDenied, object.ErrMisconfigured,
-		object.ErrInvalidKey, object.ErrNotFound}
+	kinds := []error{
+		object.ErrUnavailable, object.ErrFull, object.ErrDenied, object.ErrMisconfigured,
+		object.ErrInvalidKey, object.ErrNotFound,
+	}
 	for _, c := range []struct {
 		errno         unix.Errno
 		write, remove error

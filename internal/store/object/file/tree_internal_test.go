@@ -166,8 +166,10 @@ func TestReadOnly(t *testing.T) {
 	e := newEnv(t)
 	e.must(e.s.Close())
 	e.must(os.Chmod(filepath.Join(e.path, "a/b"), 0o644))
-	for _, dir := range []string{filepath.Join(e.path, TempDir), filepath.Join(e.path, "a"), e.path, filepath.Dir(e.path),
-		filepath.Dir(filepath.Dir(e.path))} {
+	for _, dir := range []string{
+		filepath.Join(e.path, TempDir), filepath.Join(e.path, "a"), e.path, filepath.Dir(e.path),
+		filepath.Dir(filepath.Dir(e.path)),
+	} {
 		e.must(os.Chmod(dir, 0o755)) //nolint:gosec // another user reads it
 	}
 	for _, withTemp := range []bool{true, false} {

@@ -115,8 +115,10 @@ func TestAnotherStore(t *testing.T) {
 		if !errors.Is(err, identity.ErrOther) {
 			t.Fatalf("%s: got %v", name, err)
 		}
-		for _, want := range []string{"object store cold", "wrong directory, bucket or prefix",
-			"same store under the same alias"} {
+		for _, want := range []string{
+			"object store cold", "wrong directory, bucket or prefix",
+			"same store under the same alias",
+		} {
 			if !strings.Contains(err.Error(), want) {
 				t.Errorf("%s: no %q in %v", name, want, err)
 			}
@@ -130,8 +132,10 @@ func TestAnotherStore(t *testing.T) {
 
 func TestDamaged(t *testing.T) {
 	id := strings.Repeat("0", 32)
-	for _, body := range []string{"", "{", `{"format_version":2,"id":"` + id + `"}`, `{"format_version":1,"id":""}`,
-		`{"format_version":1,"id":"xy"}`} {
+	for _, body := range []string{
+		"", "{", `{"format_version":2,"id":"` + id + `"}`, `{"format_version":1,"id":""}`,
+		`{"format_version":1,"id":"xy"}`,
+	} {
 		kv, s := metamemory.New(metamemory.Options{}), memory.New(memory.Options{})
 		if _, err := s.Put(t.Context(), identity.Key, []byte(body)); err != nil {
 			t.Fatal(err)

@@ -51,8 +51,10 @@ func wantNoUploads(t *testing.T, s object.Store) {
 }
 
 func testCopy(t *testing.T, s object.Store) {
-	for _, size := range []int{0, 1, 64 << 10, object.MinPartSize, object.MinPartSize + 1, 2 * object.MinPartSize,
-		11 << 20} {
+	for _, size := range []int{
+		0, 1, 64 << 10, object.MinPartSize, object.MinPartSize + 1, 2 * object.MinPartSize,
+		11 << 20,
+	} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
 			body := pattern(size)
 			source := putBody(t, s, fmt.Sprintf("from/%d", size), body)

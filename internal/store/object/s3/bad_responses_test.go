@@ -60,8 +60,10 @@ func TestErrorsInSuccess(t *testing.T) {
 				t.Run(fmt.Sprintf("%s/%s/%s/%s", late.call, late.op, f.code, how), func(t *testing.T) {
 					t.Parallel()
 					r, c := newEnvOf(t, late.call)
-					answer := s3fault.Instead(&s3fault.Answer{Status: 200, Header: http.Header{"Content-Type": {"application/xml"}},
-						Body: []byte(body)})
+					answer := s3fault.Instead(&s3fault.Answer{
+						Status: 200, Header: http.Header{"Content-Type": {"application/xml"}},
+						Body: []byte(body),
+					})
 					r.proxy.Plan(s3fault.Rule{Op: late.op, Action: answer})
 					err := c.call(t.Context(), r.store)
 					r.proxy.MustHaveFired(t)
@@ -111,8 +113,10 @@ func TestMeaninglessResponses(t *testing.T) {
 			for _, done := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s/%s/%s/done %v", name, late.call, late.op, done), func(t *testing.T) {
 					t.Parallel()
-					answer := &s3fault.Answer{Status: 200, Header: http.Header{"Content-Type": {"application/xml"}},
-						Body: []byte(body)}
+					answer := &s3fault.Answer{
+						Status: 200, Header: http.Header{"Content-Type": {"application/xml"}},
+						Body: []byte(body),
+					}
 					action := s3fault.Instead(answer)
 					if done {
 						action = s3fault.After(answer)

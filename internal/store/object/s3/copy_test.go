@@ -137,8 +137,10 @@ func TestCopySourceChanges(t *testing.T) {
 			_, err := r.plain.Put(context.Background(), "large", bytes.ToUpper(large))
 			return err
 		}, object.ErrSourceChanged},
-		"cut": {func(r *env) error { _, err := r.plain.Put(context.Background(), "large", []byte("x")); return err },
-			object.ErrSourceChanged},
+		"cut": {
+			func(r *env) error { _, err := r.plain.Put(context.Background(), "large", []byte("x")); return err },
+			object.ErrSourceChanged,
+		},
 		"deleted": {func(r *env) error { return r.plain.Delete(context.Background(), "large") }, object.ErrNotFound},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -227,10 +229,14 @@ func TestCopyWholeCanceled(t *testing.T) {
 		want   error
 	}{
 		"succeeds": {func(*s3fault.Answer) {}, nil},
-		"denied": {func(a *s3fault.Answer) { a.Status, a.Body = 403, []byte("<Error><Code>AccessDenied</Code></Error>") },
-			context.Canceled},
-		"throttled": {func(a *s3fault.Answer) { a.Status, a.Body = 503, []byte("<Error><Code>SlowDown</Code></Error>") },
-			context.Canceled},
+		"denied": {
+			func(a *s3fault.Answer) { a.Status, a.Body = 403, []byte("<Error><Code>AccessDenied</Code></Error>") },
+			context.Canceled,
+		},
+		"throttled": {
+			func(a *s3fault.Answer) { a.Status, a.Body = 503, []byte("<Error><Code>SlowDown</Code></Error>") },
+			context.Canceled,
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -323,8 +329,10 @@ func TestCopyAbortsLast(t *testing.T) {
 				})},
 				s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: during(func() { close(aborted) })},
 			)
-			if _, err := r.store.Copy(ctx, request); !errors.Is(err, map[bool]error{false: object.ErrDenied,
-				true: context.Canceled}[cancels]) {
+			if _, err := r.store.Copy(ctx, request); !errors.Is(err, map[bool]error{
+				false: object.ErrDenied,
+				true:  context.Canceled,
+			}[cancels]) {
 				t.Errorf("err = %v", err)
 			}
 			r.proxy.MustHaveFired(t)
@@ -356,8 +364,10 @@ func TestCopyAbortsItsUpload(t *testing.T) {
 	t.Run("permanent", func(t *testing.T) {
 		r := newEnv(t, func(o *s3.Options) { o.MaxAttempts = 2 })
 		r.put(t, "old", "old content")
-		r.proxy.Plan(denied, s3fault.Rule{Op: s3fault.AbortMultipartUpload, Times: -1,
-			Action: s3fault.Status(503, "SlowDown")})
+		r.proxy.Plan(denied, s3fault.Rule{
+			Op: s3fault.AbortMultipartUpload, Times: -1,
+			Action: s3fault.Status(503, "SlowDown"),
+		})
 		if err := copyOld(t.Context(), r.store, 1, ""); !errors.Is(err, object.ErrDenied) {
 			t.Errorf("err = %v, want ErrDenied", err)
 		}
@@ -406,26 +416,46 @@ func TestCopyRestarts(t *testing.T) {
 		rules   []s3fault.Rule
 		uploads int
 	}{
-		"the upload, at a part": {[]s3fault.Rule{{Op: s3fault.UploadPartCopy, Skip: 1,
-			Action: s3fault.Status(404, "NoSuchUpload")}}, 2},
-		"the upload, at the end": {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload,
-			Action: s3fault.Status(404, "NoSuchUpload")}}, 2},
-		"a part": {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload,
-			Action: s3fault.Status(400, "InvalidPart")}}, 2},
-		"a part, in 200": {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: 2,
-			Action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte("<Error><Code>InvalidPart</Code></Error>")})}}, 2},
-		"completion response lost": {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Lost()},
-			{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Status(404, "NoSuchUpload")}}, 1},
-		"all responses lost": {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1,
-			Action: s3fault.Lost()}}, 1},
-		"completion error in 200": {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1,
-			Action: s3fault.ErrorIn200("InternalError")}}, 1},
-		"completion HTML": {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1,
-			Action: s3fault.HTML200()}}, 1},
-		"completion empty": {[]s3fault.Rule{{Op: s3fault.CompleteMultipartUpload, Times: -1,
-			Action: s3fault.Empty200()}}, 1},
-		"duplicates": {[]s3fault.Rule{{Op: s3fault.UploadPartCopy, Times: -1, Action: s3fault.Duplicate()},
-			{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Duplicate()}}, 1},
+		"the upload, at a part": {[]s3fault.Rule{{
+			Op: s3fault.UploadPartCopy, Skip: 1,
+			Action: s3fault.Status(404, "NoSuchUpload"),
+		}}, 2},
+		"the upload, at the end": {[]s3fault.Rule{{
+			Op:     s3fault.CompleteMultipartUpload,
+			Action: s3fault.Status(404, "NoSuchUpload"),
+		}}, 2},
+		"a part": {[]s3fault.Rule{{
+			Op:     s3fault.CompleteMultipartUpload,
+			Action: s3fault.Status(400, "InvalidPart"),
+		}}, 2},
+		"a part, in 200": {[]s3fault.Rule{{
+			Op: s3fault.CompleteMultipartUpload, Times: 2,
+			Action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte("<Error><Code>InvalidPart</Code></Error>")}),
+		}}, 2},
+		"completion response lost": {[]s3fault.Rule{
+			{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Lost()},
+			{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Status(404, "NoSuchUpload")},
+		}, 1},
+		"all responses lost": {[]s3fault.Rule{{
+			Op: s3fault.CompleteMultipartUpload, Times: -1,
+			Action: s3fault.Lost(),
+		}}, 1},
+		"completion error in 200": {[]s3fault.Rule{{
+			Op: s3fault.CompleteMultipartUpload, Times: -1,
+			Action: s3fault.ErrorIn200("InternalError"),
+		}}, 1},
+		"completion HTML": {[]s3fault.Rule{{
+			Op: s3fault.CompleteMultipartUpload, Times: -1,
+			Action: s3fault.HTML200(),
+		}}, 1},
+		"completion empty": {[]s3fault.Rule{{
+			Op: s3fault.CompleteMultipartUpload, Times: -1,
+			Action: s3fault.Empty200(),
+		}}, 1},
+		"duplicates": {[]s3fault.Rule{
+			{Op: s3fault.UploadPartCopy, Times: -1, Action: s3fault.Duplicate()},
+			{Op: s3fault.CompleteMultipartUpload, Action: s3fault.Duplicate()},
+		}, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -453,8 +483,10 @@ func TestCopyRestarts(t *testing.T) {
 		r.put(t, "copy", string(bytes.ToUpper(large)))
 		r.proxy.Plan(
 			s3fault.Rule{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.Instead(&s3fault.Answer{Status: 200})},
-			s3fault.Rule{Op: s3fault.HeadObject, Key: regexp.MustCompile("^copy$"), Times: -1,
-				Action: s3fault.StripAnswer("X-Amz-Checksum-Crc32")},
+			s3fault.Rule{
+				Op: s3fault.HeadObject, Key: regexp.MustCompile("^copy$"), Times: -1,
+				Action: s3fault.StripAnswer("X-Amz-Checksum-Crc32"),
+			},
 		)
 		if _, err := r.store.Copy(t.Context(), request); !errors.Is(err, object.ErrUnavailable) ||
 			!strings.Contains(err.Error(), "may have been copied") {
@@ -474,8 +506,10 @@ func TestCopyIgnoredConditions(t *testing.T) {
 	for _, threshold := range []int64{0, 1} {
 		r.proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Times: -1, Action: strip},
 			s3fault.Rule{Op: s3fault.UploadPartCopy, Times: -1, Action: strip})
-		request := object.CopyRequest{From: "old", To: "copy", SourceETag: oldETag, Size: 11,
-			Parts: object.CopyParts{Threshold: threshold}}
+		request := object.CopyRequest{
+			From: "old", To: "copy", SourceETag: oldETag, Size: 11,
+			Parts: object.CopyParts{Threshold: threshold},
+		}
 		_, err := r.store.Copy(t.Context(), request)
 		if !errors.Is(err, object.ErrSourceChanged) || !strings.Contains(err.Error(), "ignored the condition") {
 			t.Errorf("without the condition: err = %v, want ErrSourceChanged", err)
@@ -508,13 +542,15 @@ func TestCopyWrongChecksum(t *testing.T) {
 		t.Errorf("%+v of %+v, %v", target, head, err)
 	}
 	_, text, _ := strings.Cut(head.Checksum, ":")
-	r.proxy.Plan(s3fault.Rule{Op: s3fault.CompleteMultipartUpload, Times: -1,
+	r.proxy.Plan(s3fault.Rule{
+		Op: s3fault.CompleteMultipartUpload, Times: -1,
 		Action: s3fault.Edit("checksum", func(a *s3fault.Answer) bool {
 			body := bytes.ReplaceAll(a.Body, []byte(text), []byte("AAAAAAAAAAA="))
 			fired := !bytes.Equal(body, a.Body)
 			a.Body = body
 			return fired
-		})})
+		}),
+	})
 	if err := copyOld(t.Context(), r.store, 1, oldPartsETag); !errors.Is(err, object.ErrUnavailable) ||
 		!strings.Contains(err.Error(), "checksum") {
 		t.Errorf("err = %v, want ErrUnavailable", err)
@@ -589,8 +625,10 @@ func TestCopyKeepsMetadata(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	request = object.CopyRequest{From: "parts", To: "again", SourceETag: again.ETag, Size: 6,
-		Parts: object.CopyParts{Threshold: 1}}
+	request = object.CopyRequest{
+		From: "parts", To: "again", SourceETag: again.ETag, Size: 6,
+		Parts: object.CopyParts{Threshold: 1},
+	}
 	if _, err := r.store.Copy(t.Context(), request); err != nil {
 		t.Fatal(err)
 	}
@@ -601,8 +639,10 @@ func TestCopyKeepsMetadata(t *testing.T) {
 
 	// Unreadable tags are omitted.
 	for i, code := range []string{"AccessDenied", "NotImplemented", "MethodNotAllowed", "NoSuchTagSet"} {
-		r.proxy.Plan(s3fault.Rule{Op: s3fault.GetObjectTagging, Times: -1,
-			Action: s3fault.Status([]int{403, 501, 405, 404}[i], code)})
+		r.proxy.Plan(s3fault.Rule{
+			Op: s3fault.GetObjectTagging, Times: -1,
+			Action: s3fault.Status([]int{403, 501, 405, 404}[i], code),
+		})
 		if _, err := r.store.Copy(t.Context(), request); err != nil {
 			t.Errorf("%s: %v", code, err)
 		}
@@ -731,22 +771,36 @@ func TestHeadInfo(t *testing.T) {
 		want   func(*object.Info)
 	}{
 		"nothing": {map[string]string{}, func(*object.Info) {}},
-		"KMS": {map[string]string{"X-Amz-Server-Side-Encryption": "aws:kms"},
-			func(i *object.Info) { i.OpaqueETag = true }},
-		"dual KMS": {map[string]string{"X-Amz-Server-Side-Encryption": "aws:kms:dsse"},
-			func(i *object.Info) { i.OpaqueETag = true }},
+		"KMS": {
+			map[string]string{"X-Amz-Server-Side-Encryption": "aws:kms"},
+			func(i *object.Info) { i.OpaqueETag = true },
+		},
+		"dual KMS": {
+			map[string]string{"X-Amz-Server-Side-Encryption": "aws:kms:dsse"},
+			func(i *object.Info) { i.OpaqueETag = true },
+		},
 		"AES256": {map[string]string{"X-Amz-Server-Side-Encryption": "AES256"}, func(*object.Info) {}},
-		"a copy": {map[string]string{"X-Amz-Meta-Snapshotd-Source-Etag": "abc-2"},
-			func(i *object.Info) { i.SourceETag = "abc-2" }},
-		"SHA256": {map[string]string{"X-Amz-Checksum-Sha256": "AAAA"},
-			func(i *object.Info) { i.Checksum = "SHA256:AAAA" }},
-		"CRC32C": {map[string]string{"X-Amz-Checksum-Crc32c": "AAAA", "X-Amz-Checksum-Type": "FULL_OBJECT"},
-			func(i *object.Info) { i.Checksum = "CRC32C:AAAA" }},
+		"a copy": {
+			map[string]string{"X-Amz-Meta-Snapshotd-Source-Etag": "abc-2"},
+			func(i *object.Info) { i.SourceETag = "abc-2" },
+		},
+		"SHA256": {
+			map[string]string{"X-Amz-Checksum-Sha256": "AAAA"},
+			func(i *object.Info) { i.Checksum = "SHA256:AAAA" },
+		},
+		"CRC32C": {
+			map[string]string{"X-Amz-Checksum-Crc32c": "AAAA", "X-Amz-Checksum-Type": "FULL_OBJECT"},
+			func(i *object.Info) { i.Checksum = "CRC32C:AAAA" },
+		},
 		"of parts": {map[string]string{"X-Amz-Checksum-Crc32c": "AAAA-3"}, func(*object.Info) {}},
-		"by its type": {map[string]string{"X-Amz-Checksum-Crc32c": "AAAA", "X-Amz-Checksum-Type": "COMPOSITE"},
-			func(*object.Info) {}},
-		"strongest": {map[string]string{"X-Amz-Checksum-Crc32": "AA", "X-Amz-Checksum-Crc64nvme": "AAAA"},
-			func(i *object.Info) { i.Checksum = "CRC64NVME:AAAA" }},
+		"by its type": {
+			map[string]string{"X-Amz-Checksum-Crc32c": "AAAA", "X-Amz-Checksum-Type": "COMPOSITE"},
+			func(*object.Info) {},
+		},
+		"strongest": {
+			map[string]string{"X-Amz-Checksum-Crc32": "AA", "X-Amz-Checksum-Crc64nvme": "AAAA"},
+			func(i *object.Info) { i.Checksum = "CRC64NVME:AAAA" },
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r.proxy.Plan(s3fault.Rule{Op: s3fault.HeadObject, Action: s3fault.Edit("headers", func(a *s3fault.Answer) bool {
@@ -776,8 +830,10 @@ func (r *env) begin(t *testing.T, keys ...string) {
 	t.Helper()
 	client := s3test.Shared(t).Client()
 	for _, key := range keys {
-		if _, err := client.CreateMultipartUpload(t.Context(), &awss3.CreateMultipartUploadInput{Bucket: &r.options.Bucket,
-			Key: &key}); err != nil {
+		if _, err := client.CreateMultipartUpload(t.Context(), &awss3.CreateMultipartUploadInput{
+			Bucket: &r.options.Bucket,
+			Key:    &key,
+		}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -824,8 +880,10 @@ func TestAbortUploads(t *testing.T) {
 	})
 	t.Run("abort without effect", func(t *testing.T) {
 		r.begin(t, "a")
-		r.proxy.Plan(s3fault.Rule{Op: s3fault.AbortMultipartUpload, Times: -1,
-			Action: s3fault.Instead(&s3fault.Answer{Status: 204})})
+		r.proxy.Plan(s3fault.Rule{
+			Op: s3fault.AbortMultipartUpload, Times: -1,
+			Action: s3fault.Instead(&s3fault.Answer{Status: 204}),
+		})
 		if _, err := r.store.AbortUploads(t.Context(), "", time.Time{}); !errors.Is(err, object.ErrUnavailable) {
 			t.Errorf("err = %v, want ErrUnavailable", err)
 		}
@@ -855,8 +913,10 @@ func TestAbortUploads(t *testing.T) {
 		pages := &uploadPages{}
 		server := httptest.NewServer(pages)
 		defer server.Close()
-		s := s3test.Open(t, s3.Options{Bucket: "bucket", Endpoint: server.URL, PathStyle: true, AccessKeyID: "id",
-			SecretAccessKey: "secret"})
+		s := s3test.Open(t, s3.Options{
+			Bucket: "bucket", Endpoint: server.URL, PathStyle: true, AccessKeyID: "id",
+			SecretAccessKey: "secret",
+		})
 		r.abort(t, s, "a/", time.Date(2026, 11, 2, 0, 0, 0, 0, time.UTC), 1)
 		want := []string{"GET  ", "GET a/b c 2", "DELETE  ", "GET  ", "GET a/b c 2"}
 		if diff := cmp.Diff(want, pages.seen); diff != "" {

@@ -29,8 +29,10 @@ func answered(status int, code, message string) error {
 
 // unanswered returns the SDK's error for a failed connection.
 func unanswered(cause error) error {
-	return &smithy.OperationError{Err: &smithyhttp.RequestSendError{Err: &url.Error{Op: "Put", URL: "https://store",
-		Err: cause}}}
+	return &smithy.OperationError{Err: &smithyhttp.RequestSendError{Err: &url.Error{
+		Op: "Put", URL: "https://store",
+		Err: cause,
+	}}}
 }
 
 // TestErrors is the table of error responses of S3 and of compatible servers: the kind of the
@@ -77,10 +79,14 @@ func TestErrors(t *testing.T) {
 			object.ErrFull, false, "raise its quota",
 		},
 		{"OBS is full", answered(403, "InsufficientStorageSpace", ""), object.ErrFull, false, "raise its quota"},
-		{"B2's storage cap", answered(403, "AccessDenied", "Cannot upload files, storage cap exceeded."), object.ErrFull,
-			false, "reached a cap"},
-		{"B2's transaction cap", answered(403, "AccessDenied", "Transaction cap exceeded, see Caps & Alerts"),
-			object.ErrDenied, false, "reached a cap"},
+		{
+			"B2's storage cap", answered(403, "AccessDenied", "Cannot upload files, storage cap exceeded."), object.ErrFull,
+			false, "reached a cap",
+		},
+		{
+			"B2's transaction cap", answered(403, "AccessDenied", "Transaction cap exceeded, see Caps & Alerts"),
+			object.ErrDenied, false, "reached a cap",
+		},
 
 		{"policy", answered(403, "AccessDenied", "no"), object.ErrDenied, false, "grant it in the policies"},
 		{"403 of a firewall", answered(403, "", ""), object.ErrDenied, false, "firewall or portal in front"},
@@ -90,11 +96,15 @@ func TestErrors(t *testing.T) {
 		{"R2, no subscription", answered(403, "NotEntitled", ""), object.ErrDenied, false, "at the provider"},
 		{"Ceph, suspended", answered(403, "UserSuspended", ""), object.ErrDenied, false, "at the provider"},
 		{"AWS, account", answered(403, "AccountProblem", ""), object.ErrDenied, false, "at the provider"},
-		{"R2, bucket lock", answered(403, "ObjectLockedByBucketPolicy", ""), object.ErrDenied, false,
-			"retention or lock rule"},
+		{
+			"R2, bucket lock", answered(403, "ObjectLockedByBucketPolicy", ""), object.ErrDenied, false,
+			"retention or lock rule",
+		},
 		{"OSS, retention", answered(409, "FileImmutable", ""), object.ErrDenied, false, "retention or lock rule"},
-		{"Azure, retention", answered(409, "BlobImmutableDueToPolicy", ""), object.ErrDenied, false,
-			"retention or lock rule"},
+		{
+			"Azure, retention", answered(409, "BlobImmutableDueToPolicy", ""), object.ErrDenied, false,
+			"retention or lock rule",
+		},
 
 		{"R2, clock", answered(400, "ExpiredRequest", ""), object.ErrMisconfigured, false, "correct them"},
 		{"MinIO, region", answered(400, "InvalidRegion", ""), object.ErrMisconfigured, false, "own region"},
@@ -103,8 +113,10 @@ func TestErrors(t *testing.T) {
 		{"413 of a proxy", answered(413, "", ""), object.ErrMisconfigured, false, "size of requests"},
 		{"plain HTTP to TLS", answered(400, "", ""), object.ErrMisconfigured, false, "http or https"},
 
-		{"TLS to plain HTTP", unanswered(tls.RecordHeaderError{Msg: "not a TLS handshake"}), object.ErrMisconfigured, false,
-			"does not speak TLS"},
+		{
+			"TLS to plain HTTP", unanswered(tls.RecordHeaderError{Msg: "not a TLS handshake"}), object.ErrMisconfigured, false,
+			"does not speak TLS",
+		},
 		{"certificate expired", unanswered(expired), object.ErrMisconfigured, false, "renew the store's certificate"},
 		{"certificate of another", unanswered(misnamed), object.ErrMisconfigured, false, "that the store's certificate has"},
 		{"certificate of an unknown authority", unanswered(unknown), object.ErrMisconfigured, false, "set the CA file"},

@@ -308,16 +308,20 @@ func TestFaults(t *testing.T) {
 		{name: "SlowDown", action: s3fault.Status(503, "SlowDown")},
 		{name: "RetryAfter", action: s3fault.StatusWith(503, "SlowDown", http.Header{"Retry-After": {"0"}})},
 		{name: "500", action: s3fault.Status(500, "InternalError")},
-		{name: "502 of a proxy", action: s3fault.Instead(&s3fault.Answer{Status: 502,
-			Body: []byte("<html>Bad Gateway</html>")})},
+		{name: "502 of a proxy", action: s3fault.Instead(&s3fault.Answer{
+			Status: 502,
+			Body:   []byte("<html>Bad Gateway</html>"),
+		})},
 		{name: "504", action: s3fault.Instead(&s3fault.Answer{Status: 504})},
 		{name: "RequestTimeout", action: s3fault.Status(400, "RequestTimeout"), only: writes},
 		{name: "conflict", action: s3fault.Status(409, "ConditionalRequestConflict"), only: writes},
 		{name: "directory", action: s3fault.Status(409, "ExistingObjectIsDirectory"), only: writes},
 		{name: "reset", action: s3fault.Reset()},
 		{name: "lost", action: s3fault.Lost()},
-		{name: "500 after", action: s3fault.After(&s3fault.Answer{Status: 500, Header: http.Header{},
-			Body: []byte("<Error><Code>InternalError</Code></Error>")})},
+		{name: "500 after", action: s3fault.After(&s3fault.Answer{
+			Status: 500, Header: http.Header{},
+			Body: []byte("<Error><Code>InternalError</Code></Error>"),
+		})},
 		{name: "duplicate", action: s3fault.Duplicate(), only: func(op s3fault.Op) bool {
 			// A duplicate Create finds a foreign object, and a duplicate upload has an unknown id.
 			return op != s3fault.PutObject && op != s3fault.CompleteMultipartUpload && op != s3fault.CreateMultipartUpload
@@ -326,8 +330,10 @@ func TestFaults(t *testing.T) {
 		{name: "empty 200", action: s3fault.Empty200()},
 		{name: "HTML in 200", action: s3fault.HTML200()},
 		{name: "empty 200 instead", action: s3fault.Instead(&s3fault.Answer{Status: 200})},
-		{name: "HTML in 200 instead", action: s3fault.Instead(&s3fault.Answer{Status: 200,
-			Body: []byte("<html><body>Welcome</body></html>")})},
+		{name: "HTML in 200 instead", action: s3fault.Instead(&s3fault.Answer{
+			Status: 200,
+			Body:   []byte("<html><body>Welcome</body></html>"),
+		})},
 		{name: "no ETag", action: s3fault.StripAnswer("ETag"), only: func(op s3fault.Op) bool {
 			return op == s3fault.PutObject || op == s3fault.UploadPart || op == s3fault.GetObject || op == s3fault.HeadObject
 		}},
@@ -341,8 +347,10 @@ func TestFaults(t *testing.T) {
 		}},
 		{name: "truncated", action: s3fault.Truncate(), once: always, only: hasAnswer},
 		{name: "short", action: s3fault.Short(), once: always, only: hasAnswer},
-		{name: "corrupt", action: s3fault.Corrupt(), once: always,
-			only: func(op s3fault.Op) bool { return op == s3fault.GetObject }},
+		{
+			name: "corrupt", action: s3fault.Corrupt(), once: always,
+			only: func(op s3fault.Op) bool { return op == s3fault.GetObject },
+		},
 		{name: "AccessDenied", action: s3fault.Status(403, "AccessDenied"), once: object.ErrDenied},
 		{name: "ThrottlingException", action: s3fault.Status(400, "ThrottlingException")},
 		{name: "QuotaExceeded", action: s3fault.Status(403, "QuotaExceeded"), once: object.ErrFull},
@@ -449,8 +457,10 @@ func wantClear(t *testing.T, r *env, err error) {
 func TestHang(t *testing.T) {
 	for _, c := range calls {
 		for _, op := range c.ops {
-			for name, action := range map[string]s3fault.Action{"before": s3fault.Hang(), "after": s3fault.HangAfter(),
-				"in body": s3fault.HangInBody()} {
+			for name, action := range map[string]s3fault.Action{
+				"before": s3fault.Hang(), "after": s3fault.HangAfter(),
+				"in body": s3fault.HangInBody(),
+			} {
 				if name == "in body" && !hasAnswer(op) {
 					continue
 				}
@@ -494,8 +504,10 @@ func TestHang(t *testing.T) {
 func TestCreateLostResponse(t *testing.T) {
 	for _, parts := range []bool{false, true} {
 		op := map[bool]s3fault.Op{false: s3fault.PutObject, true: s3fault.CompleteMultipartUpload}[parts]
-		for name, action := range map[string]s3fault.Action{"lost": s3fault.Lost(), "empty": s3fault.Empty200(),
-			"html": s3fault.HTML200()} {
+		for name, action := range map[string]s3fault.Action{
+			"lost": s3fault.Lost(), "empty": s3fault.Empty200(),
+			"html": s3fault.HTML200(),
+		} {
 			for _, times := range []int{1, -1} {
 				t.Run(fmt.Sprint(op, name, times), func(t *testing.T) {
 					r := newEnv(t, func(o *s3.Options) {
@@ -549,7 +561,8 @@ func TestCreateWithoutMetadata(t *testing.T) {
 func TestRedirectIsNotFollowed(t *testing.T) {
 	var visited sync.Map
 	elsewhere := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter,
-		r *http.Request) {
+		r *http.Request,
+	) {
 		visited.Store(r.Method, r.URL.Path)
 	}))
 	defer elsewhere.Close()
@@ -661,8 +674,10 @@ func TestWrongLists(t *testing.T) {
 
 func TestDelete(t *testing.T) {
 	answer := func(body string) s3fault.Action {
-		return s3fault.After(&s3fault.Answer{Status: 200, Header: http.Header{"Content-Type": {"application/xml"}},
-			Body: []byte(body)})
+		return s3fault.After(&s3fault.Answer{
+			Status: 200, Header: http.Header{"Content-Type": {"application/xml"}},
+			Body: []byte(body),
+		})
 	}
 	t.Run("some denied", func(t *testing.T) {
 		r := newEnv(t, nil)
@@ -679,9 +694,11 @@ func TestDelete(t *testing.T) {
 	t.Run("some retried", func(t *testing.T) {
 		r := newEnv(t, nil)
 		r.put(t, "b", "x")
-		r.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObjects,
+		r.proxy.Plan(s3fault.Rule{
+			Op: s3fault.DeleteObjects,
 			Action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte(
-				`<DeleteResult><Deleted><Key>a</Key></Deleted><Error><Key>b</Key><Code>SlowDown</Code></Error></DeleteResult>`)})})
+				`<DeleteResult><Deleted><Key>a</Key></Deleted><Error><Key>b</Key><Code>SlowDown</Code></Error></DeleteResult>`)}),
+		})
 		if err := r.store.Delete(t.Context(), "a", "b", "c"); err != nil {
 			t.Error(err)
 		}
@@ -723,8 +740,10 @@ func TestDelete(t *testing.T) {
 		wantContent(t, r, "a", "-")
 		// A response that is not that of a delete is verified.
 		r.put(t, "a", "x")
-		r.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObject, Times: -1,
-			Action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte("<html>")})})
+		r.proxy.Plan(s3fault.Rule{
+			Op: s3fault.DeleteObject, Times: -1,
+			Action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte("<html>")}),
+		})
 		if err := r.store.Delete(t.Context(), "a"); !errors.Is(err, object.ErrUnavailable) {
 			t.Errorf("err = %v, want ErrUnavailable", err)
 		}
@@ -820,8 +839,10 @@ func TestSecrets(t *testing.T) {
 	core := zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()), zapcore.AddSync(&log),
 		zapcore.DebugLevel)
 	r := newEnv(t, func(o *s3.Options) { o.Log = zap.New(core) })
-	for _, action := range []s3fault.Action{s3fault.Reset(), s3fault.Status(503, "SlowDown"), s3fault.HTML200(),
-		s3fault.Status(403, "SignatureDoesNotMatch")} {
+	for _, action := range []s3fault.Action{
+		s3fault.Reset(), s3fault.Status(503, "SlowDown"), s3fault.HTML200(),
+		s3fault.Status(403, "SignatureDoesNotMatch"),
+	} {
 		for _, c := range calls {
 			r.proxy.Plan(s3fault.Rule{Times: 2, Action: action})
 			if err := c.call(t.Context(), r.store); err != nil && strings.Contains(err.Error(), "canary") {
@@ -850,8 +871,10 @@ func otherAuthority(t *testing.T) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true,
-		BasicConstraintsValid: true}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true,
+		BasicConstraintsValid: true,
+	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)

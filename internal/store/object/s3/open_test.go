@@ -23,8 +23,10 @@ func TestValidate(t *testing.T) {
 	if err == nil {
 		t.Fatal("no errors")
 	}
-	for _, want := range []string{"bucket: ", "prefix: ", "endpoint: ", "region: ", "access key id: ", "sse: ",
-		"kms_key_id: ", "timeouts", "part size: "} {
+	for _, want := range []string{
+		"bucket: ", "prefix: ", "endpoint: ", "region: ", "access key id: ", "sse: ",
+		"kms_key_id: ", "timeouts", "part size: ",
+	} {
 		if !strings.Contains("\n"+err.Error(), "\n"+want) {
 			t.Errorf("no error for %s", want)
 		}
@@ -51,8 +53,10 @@ func TestValidate(t *testing.T) {
 }
 
 func TestOpenFindsNoCredentials(t *testing.T) {
-	for _, name := range []string{"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE",
-		"AWS_WEB_IDENTITY_TOKEN_FILE"} {
+	for _, name := range []string{
+		"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE",
+		"AWS_WEB_IDENTITY_TOKEN_FILE",
+	} {
 		t.Setenv(name, "")
 	}
 	t.Setenv("AWS_EC2_METADATA_DISABLED", "true")
