@@ -278,7 +278,7 @@ func TestFinishTimeWithSkewedWorkerClock(t *testing.T) {
 	for _, by := range []time.Duration{-24 * time.Hour, 24 * time.Hour} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
 			r := w.start("a", w.on(hosts.Off(by), false))
-			col := w.rich(r, "c", copyjob.TaskSegments+1)
+			col := w.richCollection(r, "c", copyjob.TaskSegments+1)
 			s := w.create(r, col, "s")
 			var last atomic.Int64 // segment of the second task, whose copy is blocked
 			r.store.Plan(func(c object.Call) object.Fault {
@@ -316,7 +316,7 @@ func TestFinishTimeWithSkewedWorkerClock(t *testing.T) {
 				t.Errorf("%d tasks are done, want the first", done)
 			}
 			r.store.Plan(nil)
-			if end := w.ended(r, job.ID); end.Job.State != copyjob.Completed {
+			if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
 				t.Errorf("%+v", end.Job)
 			}
 		})

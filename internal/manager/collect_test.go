@@ -107,7 +107,7 @@ func TestCollectorWaits(t *testing.T) {
 func TestCollectorAndDroppedCollection(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
-		col := w.rich(r, "c", 6)
+		col := w.richCollection(r, "c", 6)
 		s := w.create(r, col, "one")
 		files := w.objectsUnder("data/")
 		late := w.segment(r, col, 0, 1000, 1001) // not in the snapshot
@@ -124,9 +124,9 @@ func TestCollectorAndDroppedCollection(t *testing.T) {
 		if diff := cmp.Diff(files, w.objectsUnder("data/")); diff != "" {
 			t.Errorf("files of the snapshot:\n%s", diff)
 		}
-		before := w.traces()
+		before := w.contents()
 		sp := restoreSpecOf(s)
-		w.restored(r, before, w.completes(r, sp), sp)
+		w.checkRestored(r, before, w.mustComplete(r, sp), sp)
 
 		w.dropSnapshot(r, s)
 		settle()
@@ -393,7 +393,7 @@ func TestCollectorSurvivesEachFailedCall(t *testing.T) {
 					settle()
 				}
 				fired = done()
-				r.lift()
+				r.clearFaults()
 				time.Sleep(5 * time.Minute) // failed deletes are retried
 				for range 3 {
 					w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})

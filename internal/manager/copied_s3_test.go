@@ -18,7 +18,7 @@ import (
 
 // switchedTo stops the replica and starts another on a store that has the environment's
 // objects, as after a change of the configuration.
-func (w *testEnv) switchedTo(r *replica, store object.Store) *replica {
+func (w *testEnv) restartOn(r *replica, store object.Store) *replica {
 	r.stop()
 	w.objects = store
 	return w.start("b", func(o *Options) { o.Stores = map[string]object.Store{"default": store} })
@@ -26,7 +26,7 @@ func (w *testEnv) switchedTo(r *replica, store object.Store) *replica {
 
 // otherLayout holds that the plan of a restore, a restore and a create that
 // verifies name the file, and say that its ETag is of another layout.
-func (w *testEnv) otherLayout(r *replica, s *Snapshot, col catalog.Collection, path string, parts ...string) {
+func (w *testEnv) checkOtherLayout(r *replica, s *Snapshot, col catalog.Collection, path string, parts ...string) {
 	w.t.Helper()
 	parts = append(parts, path, "ETag of another layout", "no checksum was registered")
 	holds := func(what, text string) {
@@ -45,7 +45,7 @@ func (w *testEnv) otherLayout(r *replica, s *Snapshot, col catalog.Collection, p
 		w.t.Fatal(err)
 	}
 	holds("the plan", strings.Join(plan.Missing, "; "))
-	end := w.fails(r, sp, "SOURCE_ETAG_LAYOUT", path)
+	end := w.mustFail(r, sp, "SOURCE_ETAG_LAYOUT", path)
 	holds("the restore", end.Job.Message)
 	verified := spec(col, "verified")
 	verified.Verify = true
@@ -101,11 +101,11 @@ func TestBucketCopiedInOtherParts(t *testing.T) {
 		}
 		return store
 	}
-	r = w.switchedTo(r, copyOf(5<<20))
-	w.otherLayout(r, s, col, large.Files[0].Path, "3 parts", "2 parts", large.Files[0].ETag)
+	r = w.restartOn(r, copyOf(5<<20))
+	w.checkOtherLayout(r, s, col, large.Files[0].Path, "3 parts", "2 parts", large.Files[0].ETag)
 
-	r = w.switchedTo(r, copyOf(8<<20))
-	w.completes(r, restoreSpecOf(s))
+	r = w.restartOn(r, copyOf(8<<20))
+	w.mustComplete(r, restoreSpecOf(s))
 }
 
 // TestStoreOfOtherETags has a store give all its objects ETags of another layout,
@@ -117,19 +117,19 @@ func TestStoreOfOtherETags(t *testing.T) {
 	r := w.start("a")
 	col, _, _ := w.collection(r, "c")
 	seg := w.segment(r, col, 0, 1, 9)
-	w.place(col.ID, &seg)
+	w.putFiles(col.ID, &seg)
 	w.add(r, col, seg)
 	w.checkpoint(r, col, 10, 10)
 	s := w.create(r, col, "one")
 
 	o.Endpoint = s3quirks.New(t, o.Endpoint, s3quirks.OtherETags()).URL()
-	r = w.switchedTo(r, s3test.Open(t, o))
-	w.otherLayout(r, s, col, seg.Files[0].Path, "1 part", seg.Files[0].ETag)
+	r = w.restartOn(r, s3test.Open(t, o))
+	w.checkOtherLayout(r, s, col, seg.Files[0].Path, "1 part", seg.Files[0].ETag)
 }
 
-// TestConditionThatIsIgnoredLater has a store stop to honour the condition of copies
+// TestCopyConditionIgnoredLater has a store stop to honour the condition of copies
 // after it was probed, and alters a file. The restore fails by what the copy is.
-func TestConditionThatIsIgnoredLater(t *testing.T) {
+func TestCopyConditionIgnoredLater(t *testing.T) {
 	for name, parts := range map[string]bool{"whole": false, "in parts": true} {
 		t.Run(name, func(t *testing.T) {
 			o := s3test.Bucket(t)
@@ -141,9 +141,9 @@ func TestConditionThatIsIgnoredLater(t *testing.T) {
 			path := file.Path
 			if !parts {
 				seg := w.segment(r, col, 0, 1, 9)
-				w.place(col.ID, &seg)
+				w.putFiles(col.ID, &seg)
 				w.add(r, col, seg)
-				path, content = seg.Files[0].Path, w.bytes("data/"+seg.Files[0].Path)
+				path, content = seg.Files[0].Path, w.readObject("data/"+seg.Files[0].Path)
 			}
 			s := w.create(r, col, "one")
 			o.Endpoint = s3quirks.New(t, o.Endpoint, s3quirks.Ignores("X-Amz-Copy-Source-If-Match")).URL()
@@ -152,7 +152,7 @@ func TestConditionThatIsIgnoredLater(t *testing.T) {
 			if _, err := direct.Put(t.Context(), "data/"+path, bytes.ToUpper(content)); err != nil {
 				t.Fatal(err)
 			}
-			w.fails(r, restoreSpecOf(s), "SOURCE_OBJECT_ALTERED", path)
+			w.mustFail(r, restoreSpecOf(s), "SOURCE_OBJECT_ALTERED", path)
 		})
 	}
 }

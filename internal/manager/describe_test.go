@@ -20,7 +20,7 @@ func TestDescribeReportsDamage(t *testing.T) {
 		s := w.create(r, col, "x")
 		dir, ref := manifest.Dir(s.Collection, s.ID), Ref{ID: s.ID}
 		name := manifest.ManifestName(0)
-		whole := w.bytes(dir + name)
+		whole := w.readObject(dir + name)
 		described := func() *Description {
 			t.Helper()
 			d, err := r.Describe(t.Context(), ref)

@@ -367,7 +367,7 @@ func (w *testEnv) race(seed uint64) *history {
 	for _, name := range []string{"a", "b", "c"} {
 		rs = append(rs, w.start(name, soon))
 	}
-	col := w.rich(rs[0], "c", 40)
+	col := w.richCollection(rs[0], "c", 40)
 	for _, r := range rs {
 		r.store.SetLatency(time.Duration(intN(800)) * time.Millisecond)
 	}

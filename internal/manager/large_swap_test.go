@@ -106,7 +106,7 @@ func TestLargeCompactionIsInterrupted(t *testing.T) {
 			if err := w.compact(r, col, ids); err == nil {
 				t.Fatal("it succeeded without all of its objects")
 			}
-			r.lift()
+			r.clearFaults()
 			if n := len(w.keysUnder("/catalog/segment/")); n != 50 {
 				t.Fatalf("%d segments", n)
 			}
@@ -195,7 +195,7 @@ func TestLargestSegmentIsRestored(t *testing.T) {
 			sp := restoreSpecOf(w.create(r, from, "of-"+name))
 			sp.Name = name
 			job := w.restore(r, sp)
-			end := w.ended(r, job.ID)
+			end := w.waitEnded(r, job.ID)
 			if end.Job.State != copyjob.Completed {
 				t.Fatalf("%s: it ended %v: %s: %s", name, end.Job.State, end.Job.Reason, end.Job.Message)
 			}

@@ -47,12 +47,12 @@ func TestLeasesRevoked(t *testing.T) {
 		inEnv(t, func(t *testing.T, w *testEnv) {
 			soon := func(o *Options) { o.OrphanGrace, o.SweepInterval = time.Hour, 30*time.Minute }
 			rs := []*replica{w.start("a", soon), w.start("b", soon), w.start("c", soon)}
-			col := w.rich(rs[0], "c", 40)
+			col := w.richCollection(rs[0], "c", 40)
 			s := w.create(rs[0], col, "first")
 			for _, r := range rs {
 				r.store.SetLatency(300 * time.Millisecond)
 			}
-			before := w.traces()
+			before := w.contents()
 			sp := restoreSpecOf(s)
 			job := w.restore(rs[1], sp)
 			terms := map[int64]bool{}
@@ -84,7 +84,7 @@ func TestLeasesRevoked(t *testing.T) {
 				}
 			}
 			creates.Wait()
-			end := w.ended(rs[0], job.ID)
+			end := w.waitEnded(rs[0], job.ID)
 			if len(terms) < 3 {
 				t.Errorf("%d terms: the leader did not lose its lease", len(terms))
 			}
@@ -109,7 +109,7 @@ func TestLeasesRevoked(t *testing.T) {
 			if end.Job.State != copyjob.Completed {
 				t.Errorf("%+v", end.Job)
 			}
-			w.restored(rs[0], before, end.Job, sp)
+			w.checkRestored(rs[0], before, end.Job, sp)
 		})
 	}
 	if aborted == 0 || made == 0 {

@@ -26,7 +26,7 @@ func TestConcurrentCallsDoNotConflict(t *testing.T) {
 	n := *callers
 	w := inReality(t, etcdtest.Shared(t).KV(t))
 	rs := []*replica{w.start("a"), w.start("b")}
-	col := w.rich(rs[0], "c", 2)
+	col := w.richCollection(rs[0], "c", 2)
 	s := w.create(rs[0], col, "source")
 	first, err := rs[0].catalog.AllocateIDs(t.Context(), noToken, int64(n))
 	if err != nil {

@@ -188,7 +188,7 @@ func TestOrphans(t *testing.T) {
 func TestOrphansOfRestores(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.RestoreSlots = -1 }) // so that it never ends
-		col := w.rich(r, "c", 12)
+		col := w.richCollection(r, "c", 12)
 		s := w.create(r, col, "one")
 		job := w.restore(r, restoreSpecOf(s))
 		time.Sleep(time.Second)

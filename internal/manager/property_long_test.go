@@ -82,7 +82,7 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 				b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
 				b.Files = []segment.File{{Kind: segment.KindIndex, Field: 100, LogID: 1, Size: 10}}
 				s.Builds = []segment.Build{b}
-				w.place(col.ID, &s)
+				w.putFiles(col.ID, &s)
 				list = append(list, s)
 			}
 			return list

@@ -45,8 +45,8 @@ func TestCaptureFollowsThePendingKey(t *testing.T) {
 func TestRollBackAbortsUploads(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
-		s := w.create(r, w.rich(r, "c", 12), "one")
-		before := w.traces()
+		s := w.create(r, w.richCollection(r, "c", 12), "one")
+		before := w.contents()
 		r.store.Plan(func(c object.Call) object.Fault {
 			if c.Op == object.OpCopy || c.Op == object.OpAbort {
 				return object.FaultBefore
@@ -69,9 +69,9 @@ func TestRollBackAbortsUploads(t *testing.T) {
 			t.Fatalf("while no upload can be aborted the job is %+v, err = %v", st.Job, err)
 		}
 		r.store.Plan(nil)
-		if end := w.ended(r, job.ID).Job; end.State != copyjob.Canceled {
+		if end := w.waitEnded(r, job.ID).Job; end.State != copyjob.Canceled {
 			t.Errorf("it ended as %v, %s", end.State, end.Message)
 		}
-		w.nothingSince(before)
+		w.checkNoTraces(before)
 	})
 }

@@ -22,7 +22,7 @@ func TestSnapshotsAreFoundByTheirDroppedCollection(t *testing.T) {
 		inEnv(t, func(t *testing.T, w *testEnv) {
 			ctx := t.Context()
 			r := w.start("a", change)
-			col := w.rich(r, "c", 6)
+			col := w.richCollection(r, "c", 6)
 			s := w.create(r, col, "one")
 			w.drops(r, col)
 			time.Sleep(4 * time.Hour)
@@ -58,7 +58,7 @@ func TestSnapshotsAreFoundByTheirDroppedCollection(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if end := w.ended(r, job.ID); end.Job.State != copyjob.Completed {
+			if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
 				t.Errorf("restore: %+v", end.Job)
 			}
 			for _, other := range []string{"d", "C"} {
@@ -151,7 +151,7 @@ func TestNamesDuringRestoreOfTheName(t *testing.T) {
 		inEnv(t, func(t *testing.T, w *testEnv) {
 			ctx := t.Context()
 			r := w.start("a", change)
-			col := w.rich(r, "c", 6)
+			col := w.richCollection(r, "c", 6)
 			s, other := w.create(r, col, "one"), w.create(r, col, "two")
 			w.drops(r, col)
 			settle()
@@ -183,7 +183,7 @@ func TestNamesDuringRestoreOfTheName(t *testing.T) {
 				t.Errorf("drop: %d, err = %v", id, err)
 			}
 			r.store.Plan(nil)
-			if end := w.ended(r, job.ID); end.Job.State != copyjob.Completed {
+			if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
 				t.Errorf("restore: %+v", end.Job)
 			}
 			if id, err := r.ResolveCollection(ctx, named); err != nil || id != job.Target {
@@ -198,12 +198,12 @@ func TestNamesDuringRestoreOfTheName(t *testing.T) {
 func TestRestoreIntoADroppedName(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
-		col := w.rich(r, "c", 6)
+		col := w.richCollection(r, "c", 6)
 		s := w.create(r, col, "one")
 		w.drops(r, col)
 		sp := restoreSpecOf(s)
 		sp.Name = "c"
-		if end := w.ended(r, w.restore(r, sp).ID); end.Job.State != copyjob.Completed {
+		if end := w.waitEnded(r, w.restore(r, sp).ID); end.Job.State != copyjob.Completed {
 			t.Fatalf("%+v", end.Job)
 		}
 		w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
@@ -223,7 +223,7 @@ func TestRestoreIntoADroppedName(t *testing.T) {
 				}
 			}
 		}
-		if end := w.ended(r, w.restore(r, restoreSpecOf(two)).ID); end.Job.State != copyjob.Completed {
+		if end := w.waitEnded(r, w.restore(r, restoreSpecOf(two)).ID); end.Job.State != copyjob.Completed {
 			t.Errorf("%+v", end.Job)
 		}
 	})

@@ -22,12 +22,12 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// TestRestoresOfOneName has many restores want one name.
-func TestRestoresOfOneName(t *testing.T) {
+// TestConcurrentRestoresOfOneName has many restores want one name.
+func TestConcurrentRestoresOfOneName(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
-		s := w.create(a, w.rich(a, "c", 8), "one")
-		before := w.traces()
+		s := w.create(a, w.richCollection(a, "c", 8), "one")
+		before := w.contents()
 		sp := restoreSpecOf(s)
 		a.store.SetLatency(time.Second)
 		b.store.SetLatency(time.Second)
@@ -63,10 +63,10 @@ func TestRestoresOfOneName(t *testing.T) {
 		taken.Name = "c"
 		_, err = a.Restore(t.Context(), noToken, &taken)
 		wantError(t, err, catalog.ErrCollectionExists)
-		if end := w.ended(a, won[0].ID); end.Job.State != copyjob.Completed {
+		if end := w.waitEnded(a, won[0].ID); end.Job.State != copyjob.Completed {
 			t.Fatalf("%+v", end.Job)
 		}
-		w.restored(a, before, won[0], sp)
+		w.checkRestored(a, before, won[0], sp)
 		_, err = a.Restore(t.Context(), noToken, sp)
 		wantError(t, err, catalog.ErrCollectionExists)
 	})
@@ -78,7 +78,7 @@ func TestRestoresOfOneName(t *testing.T) {
 func TestRestoreFeatures(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
-		s := w.create(r, w.rich(r, "c", 4), "one")
+		s := w.create(r, w.richCollection(r, "c", 4), "one")
 		sp := restoreSpecOf(s)
 		var features probe.Features
 		var unknown error
@@ -110,7 +110,7 @@ func TestRestoreFeatures(t *testing.T) {
 			}
 		}
 		features, unknown = probe.Features{ConditionalCopy: true, MultipartCopy: true}, nil
-		if end := w.ended(r, w.restore(r, sp).ID); end.Job.State != copyjob.Completed {
+		if end := w.waitEnded(r, w.restore(r, sp).ID); end.Job.State != copyjob.Completed {
 			t.Errorf("%+v", end.Job)
 		}
 	})
@@ -120,7 +120,7 @@ func TestRestoreFeatures(t *testing.T) {
 func TestRestorePins(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
-		s := w.create(r, w.rich(r, "c", 8), "one")
+		s := w.create(r, w.richCollection(r, "c", 8), "one")
 		r.store.SetLatency(time.Second)
 		job := w.restore(r, restoreSpecOf(s))
 		settle()
@@ -141,21 +141,21 @@ func TestRestorePins(t *testing.T) {
 				t.Errorf("%s is under lease %d, err = %v", kv, got.Lease, err)
 			}
 		}
-		w.ended(r, job.ID)
+		w.waitEnded(r, job.ID)
 		if err := dropErr(r, s); err != nil {
 			t.Error(err)
 		}
 	})
 }
 
-// TestRestoringIsNobodysBusiness looks at a collection while it is restored:
+// TestRestoringCollectionIsInaccessible looks at a collection while it is restored:
 // nobody may read its segments or write it, and whoever tries learns of the job.
-func TestRestoringIsNobodysBusiness(t *testing.T) {
+func TestRestoringCollectionIsInaccessible(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
-		s := w.create(r, w.rich(r, "c", 40), "one")
+		s := w.create(r, w.richCollection(r, "c", 40), "one")
 		sp := restoreSpecOf(s)
-		before := w.traces()
+		before := w.contents()
 		// The first task is registered, the second one is held up.
 		second := fmt.Sprint("/", w.segments(r, s)[39].ID, "/")
 		held := make(chan struct{})
@@ -253,15 +253,15 @@ func TestRestoringIsNobodysBusiness(t *testing.T) {
 			}
 		}
 		close(held)
-		if end := w.ended(r, job.ID); end.Job.State != copyjob.Completed {
+		if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
 			t.Fatalf("%+v", end.Job)
 		}
-		w.restored(r, before, job, sp)
+		w.checkRestored(r, before, job, sp)
 	})
 }
 
-// TestRestoreParts restores less than all of a snapshot, and with other names.
-func TestRestoreParts(t *testing.T) {
+// TestPartialRestore restores less than all of a snapshot, and with other names.
+func TestPartialRestore(t *testing.T) {
 	for name, change := range map[string]func(*RestoreSpec){
 		"all":              func(*RestoreSpec) {},
 		"one partition":    func(sp *RestoreSpec) { sp.Partitions = []string{"p1"} },
@@ -274,14 +274,14 @@ func TestRestoreParts(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
 				r := w.start("a")
-				s := w.create(r, w.rich(r, "c", 70), "one")
+				s := w.create(r, w.richCollection(r, "c", 70), "one")
 				sp := restoreSpecOf(s)
 				change(sp)
 				plan, err := r.PlanRestore(t.Context(), sp, true)
 				if err != nil || len(plan.Conflicts) > 0 || plan.MissingCount > 0 {
 					t.Fatalf("%+v, err = %v", plan, err)
 				}
-				job := w.completes(r, sp)
+				job := w.mustComplete(r, sp)
 				if plan.Totals != job.Totals || plan.EstimatedTime <= 0 {
 					t.Errorf("plan %+v, job %+v", plan, job.Totals)
 				}
@@ -315,7 +315,7 @@ func TestRestoreTasksWithoutSegments(t *testing.T) {
 			if seg.Partition = p0.ID; i >= 95 {
 				seg.Partition = p1.ID
 			}
-			w.place(col.ID, &seg)
+			w.putFiles(col.ID, &seg)
 			w.add(r, col, seg)
 		}
 		w.checkpoint(r, col, 10, 10)
@@ -323,7 +323,7 @@ func TestRestoreTasksWithoutSegments(t *testing.T) {
 		for i, want := range []int64{5, 0, 95, 100} {
 			sp := restoreSpecOf(s)
 			sp.Name, sp.Partitions = fmt.Sprint("copy", i), [][]string{{"p1"}, {"p2"}, {"p0"}, nil}[i]
-			if job := w.completes(r, sp); job.Totals.Segments != want || job.Tasks != 4 {
+			if job := w.mustComplete(r, sp); job.Totals.Segments != want || job.Tasks != 4 {
 				t.Errorf("%+v", job)
 			}
 		}
@@ -333,7 +333,7 @@ func TestRestoreTasksWithoutSegments(t *testing.T) {
 func TestRestoreProperties(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
-		col := w.rich(r, "c", 2)
+		col := w.richCollection(r, "c", 2)
 		props := map[string]string{"keep": "1", "change": "2", "remove": "3"}
 		if _, err := r.catalog.UpdateCollection(t.Context(), noToken, catalog.Ref{ID: col.ID}, 0, catalog.Patch{
 			Properties: &props, Attributes: &map[string]string{"x": "y"},
@@ -343,7 +343,7 @@ func TestRestoreProperties(t *testing.T) {
 		s := w.create(r, col, "one")
 		sp := restoreSpecOf(s)
 		sp.Properties = map[string]string{"change": "9", "remove": "", "new": "4", "never": ""}
-		job := w.completes(r, sp)
+		job := w.mustComplete(r, sp)
 		target, err := r.catalog.Collection(t.Context(), catalog.Ref{ID: job.Target})
 		if want := map[string]string{"keep": "1", "change": "9", "new": "4"}; err != nil || !maps.Equal(target.Properties, want) {
 			t.Errorf("properties %v, want %v, err = %v", target.Properties, want, err)
@@ -374,7 +374,7 @@ func TestRestoreChannels(t *testing.T) {
 		var at []segment.Timestamp
 		for shard := range 12 {
 			seg := w.segment(r, col, shard, 1, 9)
-			w.place(col.ID, &seg)
+			w.putFiles(col.ID, &seg)
 			w.add(r, col, seg)
 			if shard < 11 { // the last one has none
 				at = append(at, segment.Timestamp(10+shard))
@@ -388,7 +388,7 @@ func TestRestoreChannels(t *testing.T) {
 		for i, names := range [][]string{nil, others} {
 			sp := restoreSpecOf(s)
 			sp.Name, sp.Channels = fmt.Sprint("copy", i), names
-			job := w.completes(r, sp)
+			job := w.mustComplete(r, sp)
 			cps, err := r.catalog.Checkpoints(t.Context(), catalog.Ref{ID: job.Target})
 			if err != nil || len(cps) != 12 {
 				t.Fatalf("%+v, err = %v", cps, err)
@@ -432,14 +432,14 @@ func TestRestoreWithoutChannels(t *testing.T) {
 				t.Fatal(err)
 			}
 			seg := w.segment(r, col, 0, 1, 9)
-			w.place(col.ID, &seg)
+			w.putFiles(col.ID, &seg)
 			w.add(r, col, seg)
 			if i == 1 {
 				w.checkpoint(r, col, 10)
 			}
 			sp := restoreSpecOf(w.create(r, col, fmt.Sprint("s", i)))
 			sp.Name = fmt.Sprint("copy", i)
-			w.completes(r, sp)
+			w.mustComplete(r, sp)
 			sp.Name, sp.Channels = "other", []string{"one"}
 			_, err = r.Restore(t.Context(), noToken, sp)
 			wantError(t, err, ErrChannelMismatch)
@@ -447,31 +447,31 @@ func TestRestoreWithoutChannels(t *testing.T) {
 	})
 }
 
-// TestRestoreOverAndOver restores what was restored, what was dropped, what was
+// TestRepeatedRestores restores what was restored, what was dropped, what was
 // renamed, nothing at all, and a snapshot of a restored collection.
-func TestRestoreOverAndOver(t *testing.T) {
+func TestRepeatedRestores(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
-		col := w.rich(r, "c", 12)
+		col := w.richCollection(r, "c", 12)
 		s := w.create(r, col, "one")
-		empty := w.create(r, w.rich(r, "empty", 0), "none")
+		empty := w.create(r, w.richCollection(r, "empty", 0), "none")
 		if _, err := r.catalog.DropCollection(t.Context(), noToken, catalog.Ref{ID: col.ID}, 0); err != nil {
 			t.Fatal(err)
 		}
 		sp := restoreSpecOf(s)
 		sp.Name = "c" // its own name, which is free again
-		first := w.completes(r, sp)
+		first := w.mustComplete(r, sp)
 		if _, err := r.catalog.DropCollection(t.Context(), noToken, catalog.Ref{ID: first.Target}, 0); err != nil {
 			t.Fatal(err)
 		}
-		second := w.completes(r, sp)
+		second := w.mustComplete(r, sp)
 		if first.Target == second.Target || second.FirstSegment < first.FirstBuild+first.Builds {
 			t.Errorf("%+v after %+v", second, first)
 		}
 		if _, err := r.catalog.RenameCollection(t.Context(), noToken, catalog.Ref{ID: second.Target}, "default", "moved"); err != nil {
 			t.Fatal(err)
 		}
-		w.completes(r, sp)
+		w.mustComplete(r, sp)
 		// A snapshot of what was restored, straddling segments and all.
 		moved, err := r.catalog.Collection(t.Context(), catalog.Ref{ID: second.Target})
 		if err != nil {
@@ -481,11 +481,11 @@ func TestRestoreOverAndOver(t *testing.T) {
 		if again.Totals != s.Totals {
 			t.Errorf("a snapshot of the copy holds %+v, that of the source %+v", again.Totals, s.Totals)
 		}
-		w.completes(r, restoreSpecOf(again))
+		w.mustComplete(r, restoreSpecOf(again))
 
 		none := restoreSpecOf(empty)
 		none.Name = "nothing"
-		if job := w.completes(r, none); job.Totals != (segment.Totals{}) || job.Tasks != 0 {
+		if job := w.mustComplete(r, none); job.Totals != (segment.Totals{}) || job.Tasks != 0 {
 			t.Errorf("%+v", job)
 		}
 	})
@@ -497,7 +497,7 @@ func TestRestoreToken(t *testing.T) {
 		inEnv(t, func(t *testing.T, w *testEnv) {
 			a := w.start("a", func(o *Options) { o.KeepRestores = 10 * time.Minute })
 			b := w.start("b", func(o *Options) { o.KeepRestores = 10 * time.Minute })
-			s := w.create(a, w.rich(a, "c", 8), "one")
+			s := w.create(a, w.richCollection(a, "c", 8), "one")
 			if missing {
 				if err := w.objects.Delete(t.Context(), w.objectsUnder("data/")[0]); err != nil {
 					t.Fatal(err)
@@ -524,7 +524,7 @@ func TestRestoreToken(t *testing.T) {
 			}
 			_, err := a.Restore(t.Context(), token("t", "two"), sp)
 			wantError(t, err, request.ErrReused)
-			end := w.ended(a, ids[0])
+			end := w.waitEnded(a, ids[0])
 			job, err := b.Restore(t.Context(), tok, sp)
 			if err != nil || job.ID != ids[0] || job.Target != end.Job.Target {
 				t.Errorf("%+v, err = %v", job, err)
@@ -545,12 +545,12 @@ func TestRestoreToken(t *testing.T) {
 	}
 }
 
-// TestRestoreIsForgotten lets jobs that have ended go after their time.
-func TestRestoreIsForgotten(t *testing.T) {
+// TestRestoreJobExpires lets jobs that have ended go after their time.
+func TestRestoreJobExpires(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.KeepRestores = time.Hour })
-		s := w.create(r, w.rich(r, "c", 2), "one")
-		job := w.completes(r, restoreSpecOf(s))
+		s := w.create(r, w.richCollection(r, "c", 2), "one")
+		job := w.mustComplete(r, restoreSpecOf(s))
 		time.Sleep(59 * time.Minute)
 		if _, err := r.Jobs().Get(t.Context(), job.ID); err != nil {
 			t.Error(err)
@@ -576,14 +576,14 @@ func TestRestoreIsForgotten(t *testing.T) {
 func TestRestoreEvents(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
-		s := w.create(r, w.rich(r, "c", 4), "one")
-		good := w.completes(r, restoreSpecOf(s))
+		s := w.create(r, w.richCollection(r, "c", 4), "one")
+		good := w.mustComplete(r, restoreSpecOf(s))
 		bad := restoreSpecOf(s)
 		bad.Name = "bad"
 		if err := w.objects.Delete(t.Context(), w.objectsUnder("data/")[0]); err != nil {
 			t.Fatal(err)
 		}
-		failed := w.fails(r, bad, "SOURCE_OBJECT_MISSING", "").Job
+		failed := w.mustFail(r, bad, "SOURCE_OBJECT_MISSING", "").Job
 		done := errors.New("all told")
 		var told []string
 		// Whole history in one go, and one revision at a time as a reader does who
@@ -694,9 +694,9 @@ func TestRestoreMilvus(t *testing.T) {
 				// What is no file of the snapshot, and lies beside.
 				put("", fmt.Sprintf("insert_log/%d/1/2/3/4", col.ID+1))
 				if odd == "" {
-					w.completes(r, sp)
+					w.mustComplete(r, sp)
 					sp.Name, sp.SkipIndexes = "bare", true
-					w.completes(r, sp)
+					w.mustComplete(r, sp)
 					sp.Name, sp.SkipIndexes = "failed", false
 					key := ""
 					for _, k := range w.objectsUnder("files/text_log/") {
@@ -707,13 +707,13 @@ func TestRestoreMilvus(t *testing.T) {
 					if err := w.objects.Delete(ctx, key); err != nil {
 						t.Fatal(err)
 					}
-					w.fails(r, sp, "SOURCE_OBJECT_MISSING", key)
+					w.mustFail(r, sp, "SOURCE_OBJECT_MISSING", key)
 					return
 				}
-				before := w.traces()
+				before := w.contents()
 				_, err = r.Restore(ctx, noToken, sp)
 				wantError(t, err, ErrLayoutRefused)
-				w.nothingSince(before)
+				w.checkNoTraces(before)
 				plan, err := r.PlanRestore(ctx, sp, false)
 				if err != nil || len(plan.Conflicts) != 1 {
 					t.Errorf("%+v, err = %v", plan, err)
@@ -741,10 +741,10 @@ func TestRestoreTargetNotEmpty(t *testing.T) {
 				leader := w.start("a")
 				settle()
 				r := w.start("b", func(o *Options) { o.RestoreSlots = -1 })
-				s := w.create(r, w.rich(r, "c", 12), "one")
+				s := w.create(r, w.richCollection(r, "c", 12), "one")
 				leader.kv.Freeze()
 				sp := restoreSpecOf(s)
-				before := w.traces()
+				before := w.contents()
 				job := w.restore(r, sp)
 				key := fmt.Sprintf(c.key, job.Target)
 				if _, err := w.objects.Put(t.Context(), key, []byte("another's")); err != nil {
@@ -752,20 +752,20 @@ func TestRestoreTargetNotEmpty(t *testing.T) {
 				}
 				before.objects[key] = true
 				leader.kv.Thaw()
-				end := w.ended(r, job.ID)
+				end := w.waitEnded(r, job.ID)
 				if c.reason == "" {
 					if end.Job.State != copyjob.Completed {
 						t.Fatalf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 					}
-					w.restored(r, before, end.Job, sp)
+					w.checkRestored(r, before, end.Job, sp)
 				} else {
 					if end.Job.State != copyjob.Failed || end.Job.Reason != c.reason || !strings.Contains(end.Job.Message, "default/"+key+" ") {
 						t.Errorf("it ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, c.reason, key)
 					}
-					w.nothingSince(before)
-					w.again(r, before, sp) // under other ids, where nothing is
+					w.checkNoTraces(before)
+					w.checkNextRestore(r, before, sp) // under other ids, where nothing is
 				}
-				if diff := cmp.Diff("another's", string(w.bytes(key))); diff != "" {
+				if diff := cmp.Diff("another's", string(w.readObject(key))); diff != "" {
 					t.Errorf("%s (-want +got):\n%s", key, diff)
 				}
 			})

@@ -13,19 +13,19 @@ import (
 )
 
 // disturbed is a restore that is disturbed at one place.
-type disturbed struct {
+type faultCase struct {
 	segments int
 	kill     bool // the replica dies with the fault; else it goes on
 	missing  bool // a file of the snapshot is missing, so that it fails
 	cancel   bool // it is canceled as soon as it is there
-	plan     func(g *grave, r *replica)
+	plan     func(g *killer, r *replica)
 }
 
 // run says whether the fault happened.
-func (d disturbed) run(t *testing.T, what string) (fired bool) {
+func (d faultCase) run(t *testing.T, what string) (fired bool) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a")
-		col := w.rich(a, "c", d.segments)
+		col := w.richCollection(a, "c", d.segments)
 		s := w.create(a, col, "one")
 		if d.missing {
 			list := w.segments(a, s)
@@ -34,12 +34,12 @@ func (d disturbed) run(t *testing.T, what string) (fired bool) {
 			}
 		}
 		settle()
-		before := w.traces()
+		before := w.contents()
 		sp, tok := restoreSpecOf(s), token("t", "restore")
 		if d.cancel {
 			a.store.SetLatency(time.Second) // so that it is canceled in the midst of its copies
 		}
-		g := newGrave()
+		g := newKiller()
 		d.plan(g, a)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		job, err := a.Restore(ctx, tok, sp)
@@ -52,15 +52,15 @@ func (d disturbed) run(t *testing.T, what string) (fired bool) {
 		}
 		r := a
 		if err != nil && !g.isDead() {
-			w.definitely(a, tok, sp)
+			w.mustRestore(a, tok, sp)
 		}
-		if g.isDead() || !w.endedOrDead(g) {
+		if g.isDead() || !w.waitEndedOrDead(g) {
 			a.stop()
 			r = w.start("b")
 		}
-		fired = g.hasFired() > 0
-		a.lift()
-		job = w.definitely(r, tok, sp)
+		fired = g.faults() > 0
+		a.clearFaults()
+		job = w.mustRestore(r, tok, sp)
 		ended := false // before it was canceled
 		if d.cancel {
 			if _, err := r.Jobs().Cancel(t.Context(), job.ID); errors.Is(err, copyjob.ErrEnded) {
@@ -69,7 +69,7 @@ func (d disturbed) run(t *testing.T, what string) (fired bool) {
 				t.Error(err)
 			}
 		}
-		end := w.ended(r, job.ID)
+		end := w.waitEnded(r, job.ID)
 		settle()
 		want := copyjob.Completed
 		switch {
@@ -84,7 +84,7 @@ func (d disturbed) run(t *testing.T, what string) (fired bool) {
 		if n := len(w.jobs()); n != 1 {
 			t.Errorf("%s: %d jobs", what, n)
 		}
-		w.outcome(r, before, end, sp)
+		w.checkOutcome(r, before, end, sp)
 		if t.Failed() {
 			t.Errorf("at %s", what)
 		}
@@ -92,14 +92,14 @@ func (d disturbed) run(t *testing.T, what string) (fired bool) {
 	return fired
 }
 
-// TestRestoreDiesAtEachWrite kills the replica at each of its writes, before and
+// TestReplicaDiesAtEachWrite kills the replica at each of its writes, before and
 // after it takes effect, and lets another one go on.
-func TestRestoreDiesAtEachWrite(t *testing.T) {
-	for _, d := range []disturbed{{segments: 40}, {segments: 4, missing: true}, {segments: 4, cancel: true}} {
+func TestReplicaDiesAtEachWrite(t *testing.T) {
+	for _, d := range []faultCase{{segments: 40}, {segments: 4, missing: true}, {segments: 4, cancel: true}} {
 		for _, fault := range []meta.Fault{meta.Before, meta.After} {
-			n := eachOf(t, 200, func(n int) bool {
+			n := forEachFault(t, 200, func(n int) bool {
 				d.kill = true
-				d.plan = func(g *grave, r *replica) { g.atWrite(r, n, fault, true) }
+				d.plan = func(g *killer, r *replica) { g.failWrite(r, n, fault, true) }
 				return d.run(t, fmt.Sprintf("write %d, fault %v, %+v", n, fault, d))
 			})
 			t.Logf("%d writes", n)
@@ -110,28 +110,28 @@ func TestRestoreDiesAtEachWrite(t *testing.T) {
 	}
 }
 
-// TestRestoreSurvivesEachFailedWrite fails each write, before and after it takes
+// TestRestoreWithFailedWrites fails each write, before and after it takes
 // effect, and the same replica goes on.
-func TestRestoreSurvivesEachFailedWrite(t *testing.T) {
-	for _, d := range []disturbed{{segments: 40}, {segments: 4, missing: true}, {segments: 4, cancel: true}} {
+func TestRestoreWithFailedWrites(t *testing.T) {
+	for _, d := range []faultCase{{segments: 40}, {segments: 4, missing: true}, {segments: 4, cancel: true}} {
 		for _, fault := range []meta.Fault{meta.Before, meta.After} {
-			eachOf(t, 200, func(n int) bool {
-				d.plan = func(g *grave, r *replica) { g.atWrite(r, n, fault, false) }
+			forEachFault(t, 200, func(n int) bool {
+				d.plan = func(g *killer, r *replica) { g.failWrite(r, n, fault, false) }
 				return d.run(t, fmt.Sprintf("write %d, fault %v, %+v", n, fault, d))
 			})
 		}
 	}
 }
 
-// TestRestoreAtEachRequest fails each request to the object store, before and
+// TestRestoreWithFailedRequests fails each request to the object store, before and
 // after it takes effect; with and without the death of the replica.
-func TestRestoreAtEachRequest(t *testing.T) {
+func TestRestoreWithFailedRequests(t *testing.T) {
 	for _, kill := range []bool{false, true} {
-		for _, d := range []disturbed{{segments: 5}, {segments: 3, missing: true}, {segments: 3, cancel: true}} {
+		for _, d := range []faultCase{{segments: 5}, {segments: 3, missing: true}, {segments: 3, cancel: true}} {
 			for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
-				n := eachOf(t, 400, func(n int) bool {
+				n := forEachFault(t, 400, func(n int) bool {
 					d.kill = kill
-					d.plan = func(g *grave, r *replica) { g.atRequest(r, n, fault, 1, kill) }
+					d.plan = func(g *killer, r *replica) { g.failRequest(r, n, fault, 1, kill) }
 					return d.run(t, fmt.Sprintf("request %d, fault %v, %+v", n, fault, d))
 				})
 				t.Logf("%d requests", n)

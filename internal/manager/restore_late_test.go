@@ -15,13 +15,13 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 )
 
-// TestLateCopies removes what workers that were frozen copied after a restore had
+// TestStragglers removes what workers that were frozen copied after a restore had
 // ended, before its job is forgotten, and nothing of what the target has by then.
-func TestLateCopies(t *testing.T) {
+func TestStragglers(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.KeepRestores = 24 * time.Hour })
-		s := w.create(r, w.rich(r, "c", 12), "one")
-		job := w.ended(r, w.restore(r, restoreSpecOf(s)).ID).Job
+		s := w.create(r, w.richCollection(r, "c", 12), "one")
+		job := w.waitEnded(r, w.restore(r, restoreSpecOf(s)).ID).Job
 		if job.State != copyjob.Completed {
 			t.Fatalf("%+v", job)
 		}
@@ -83,13 +83,13 @@ func TestLateCopies(t *testing.T) {
 	})
 }
 
-// TestLateCopiesOfDroppedTarget removes them when nothing is left of the target.
-func TestLateCopiesOfDroppedTarget(t *testing.T) {
+// TestStragglersOfDroppedTarget removes them when nothing is left of the target.
+func TestStragglersOfDroppedTarget(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.KeepRestores = 24 * time.Hour; o.CollectTolerance = time.Minute })
-		s := w.create(r, w.rich(r, "c", 4), "one")
+		s := w.create(r, w.richCollection(r, "c", 4), "one")
 		before := w.objectsUnder("data/")
-		job := w.ended(r, w.restore(r, restoreSpecOf(s)).ID).Job
+		job := w.waitEnded(r, w.restore(r, restoreSpecOf(s)).ID).Job
 		dir := fmt.Sprintf("data/%d/", job.Target)
 		copies := w.objectsUnder(dir)
 		if _, err := r.catalog.DropCollection(t.Context(), token("x", "y"), catalog.Ref{ID: job.Target}, 0); err != nil {
@@ -108,12 +108,12 @@ func TestLateCopiesOfDroppedTarget(t *testing.T) {
 	})
 }
 
-// TestRollBackSparesForeignFiles removes what the job made, and nothing that was
+// TestRollBackKeepsForeignFiles removes what the job made, and nothing that was
 // put beside it.
-func TestRollBackSparesForeignFiles(t *testing.T) {
+func TestRollBackKeepsForeignFiles(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.KeepRestores = 24 * time.Hour })
-		s := w.create(r, w.rich(r, "c", 40), "one")
+		s := w.create(r, w.richCollection(r, "c", 40), "one")
 		before := w.objectsUnder("")
 		r.store.SetLatency(time.Second)
 		job := w.restore(r, restoreSpecOf(s))
@@ -124,7 +124,7 @@ func TestRollBackSparesForeignFiles(t *testing.T) {
 		if _, err := r.Jobs().Cancel(t.Context(), job.ID); err != nil {
 			t.Fatal(err)
 		}
-		if end := w.ended(r, job.ID); end.Job.State != copyjob.Canceled {
+		if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Canceled {
 			t.Fatalf("%+v", end.Job)
 		}
 		want := slices.Sorted(slices.Values(slices.Concat(before, foreign)))

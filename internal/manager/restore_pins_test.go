@@ -26,7 +26,7 @@ func (w *testEnv) alterUnpinned(segments []segment.Segment) map[string][]byte {
 				continue
 			}
 			key := "data/" + f.Path
-			was[key] = w.bytes(key)
+			was[key] = w.readObject(key)
 			if _, err := w.objects.Put(w.t.Context(), key, bytes.Map(func(r rune) rune { return r ^ 1 }, was[key])); err != nil {
 				w.t.Fatal(err)
 			}
@@ -36,7 +36,7 @@ func (w *testEnv) alterUnpinned(segments []segment.Segment) map[string][]byte {
 }
 
 // pairs pairs the files of a snapshot with those of a restored collection.
-func (w *testEnv) pairs(segments []segment.Segment, target int64) map[string]string {
+func (w *testEnv) filePairs(segments []segment.Segment, target int64) map[string]string {
 	w.t.Helper()
 	var got []segment.Segment
 	_, err := catalog.New(catalog.Options{KV: w.kv, Now: w.now}).ScanSegments(w.t.Context(), target, 0, func(batch []segment.Segment) error {
@@ -66,36 +66,36 @@ func (w *testEnv) pairs(segments []segment.Segment, target int64) map[string]str
 func TestRestoreOfFilesAlteredBetweenAttempts(t *testing.T) {
 	failed, completed := 0, 0
 	for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
-		eachOf(t, 200, func(n int) (fired bool) {
+		forEachFault(t, 200, func(n int) (fired bool) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
 				a := w.start("a")
-				s := w.create(a, w.rich(a, "c", 5), "one")
+				s := w.create(a, w.richCollection(a, "c", 5), "one")
 				settle()
-				before := w.traces()
+				before := w.contents()
 				segments := w.segments(a, s)
-				g := newGrave()
-				g.atRequest(a, n, fault, 1, true)
+				g := newKiller()
+				g.failRequest(a, n, fault, 1, true)
 				sp, tok := restoreSpecOf(s), token("t", "restore")
 				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 				_, err := a.Restore(ctx, tok, sp)
 				cancel()
-				if err == nil && w.endedOrDead(g) {
+				if err == nil && w.waitEndedOrDead(g) {
 					return
 				}
 				fired = true
 				a.stop()
-				copied := len(w.traces().objects) > len(before.objects)+1 // the pins are one
+				copied := len(w.contents().objects) > len(before.objects)+1 // the pins are one
 				was := w.alterUnpinned(segments)
 				b := w.start("b")
-				job := w.definitely(b, tok, sp)
-				end := w.ended(b, job.ID)
+				job := w.mustRestore(b, tok, sp)
+				end := w.waitEnded(b, job.ID)
 				settle()
 				switch end.Job.State {
 				case copyjob.Completed:
 					completed++
-					pairs := w.pairs(segments, job.Target)
+					pairs := w.filePairs(segments, job.Target)
 					for from, content := range was {
-						if copied && !bytes.Equal(w.bytes(pairs[from]), content) {
+						if copied && !bytes.Equal(w.readObject(pairs[from]), content) {
 							t.Errorf("request %d, fault %v: COMPLETED with other bytes of %s than were there when it began", n, fault, from)
 						}
 					}
@@ -108,7 +108,7 @@ func TestRestoreOfFilesAlteredBetweenAttempts(t *testing.T) {
 					if end.Job.Reason != "SOURCE_OBJECT_ALTERED" || !named {
 						t.Errorf("request %d, fault %v: %s: %s", n, fault, end.Job.Reason, end.Job.Message)
 					}
-					w.nothingSince(before)
+					w.checkNoTraces(before)
 				default:
 					t.Errorf("request %d, fault %v: %v", n, fault, end.Job.State)
 				}
@@ -128,9 +128,9 @@ func TestRestoreOfFilesAlteredBetweenAttempts(t *testing.T) {
 func TestRestoreKeepsPins(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a")
-		col := w.rich(a, "c", 100) // four tasks
+		col := w.richCollection(a, "c", 100) // four tasks
 		s := w.create(a, col, "one")
-		job := w.completes(a, restoreSpecOf(s))
+		job := w.mustComplete(a, restoreSpecOf(s))
 		list := w.objectsUnder(catalog.RestorePrefix)
 		if len(list) != 4 || list[0] != fmt.Sprintf("gc/restore/%d/pins-0-0.json", job.ID) {
 			t.Errorf("%v", list)
@@ -138,7 +138,7 @@ func TestRestoreKeepsPins(t *testing.T) {
 		again := w.create(a, catalog.Collection{ID: job.Target}, "two") // all of its ETags are registered
 		sp := restoreSpecOf(again)
 		sp.Name = "second"
-		w.completes(a, sp)
+		w.mustComplete(a, sp)
 		if more := w.objectsUnder(catalog.RestorePrefix); len(more) != 4 {
 			t.Errorf("%v", more)
 		}
@@ -169,7 +169,7 @@ func TestRestoreWithAlteredPins(t *testing.T) {
 	for _, fault := range []object.Fault{object.FaultFlip, object.FaultTruncate} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
 			a := w.start("a")
-			s := w.create(a, w.rich(a, "c", 5), "one")
+			s := w.create(a, w.richCollection(a, "c", 5), "one")
 			left, copies := 3, 0
 			a.store.Plan(func(c object.Call) object.Fault {
 				switch {
@@ -182,7 +182,7 @@ func TestRestoreWithAlteredPins(t *testing.T) {
 				}
 				return object.FaultNone
 			})
-			w.completes(a, restoreSpecOf(s))
+			w.mustComplete(a, restoreSpecOf(s))
 			if left != 0 {
 				t.Errorf("fault %v: %d altered answers were not asked for", fault, left)
 			}

@@ -39,16 +39,16 @@ func (k smallParts) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error)
 	return k.KV.Txn(ctx, t)
 }
 
-// TestRestoreOnRealStores restores on etcd and S3, small files and one that is
+// TestRestoreOnEtcdAndS3 restores on etcd and S3, small files and one that is
 // copied in parts, once all is well and once a file of the snapshot is not what
 // it was.
-func TestRestoreOnRealStores(t *testing.T) {
+func TestRestoreOnEtcdAndS3(t *testing.T) {
 	w, through, proxy := onS3(t)
 	w.kv, w.memory = etcdtest.Shared(t).KV(t), nil
 	r := w.start("a", func(o *Options) {
 		o.Stores, o.KV = map[string]object.Store{"default": through}, smallParts{o.KV}
 	})
-	col := w.rich(r, "c", 40)
+	col := w.richCollection(r, "c", 40)
 	large := w.segment(r, col, 0, 1, 9)
 	f := &large.Files[0]
 	f.Size = 12<<20 + 5
@@ -66,7 +66,7 @@ func TestRestoreOnRealStores(t *testing.T) {
 	s := w.create(r, col, "one")
 
 	sp := restoreSpecOf(s)
-	job := w.completes(r, sp)
+	job := w.mustComplete(r, sp)
 	var copied []segment.Segment
 	if _, err := r.catalog.ScanSegments(t.Context(), job.Target, 0, func(batch []segment.Segment) error {
 		copied = append(copied, batch...)
@@ -75,7 +75,7 @@ func TestRestoreOnRealStores(t *testing.T) {
 		t.Fatal(err)
 	}
 	last := &copied[len(copied)-1].Files[0]
-	if !strings.HasSuffix(last.ETag, "-3") || !bytes.Equal(w.bytes("data/"+last.Path), content) {
+	if !strings.HasSuffix(last.ETag, "-3") || !bytes.Equal(w.readObject("data/"+last.Path), content) {
 		t.Errorf("the large file was copied as %+v", last)
 	}
 
@@ -83,7 +83,7 @@ func TestRestoreOnRealStores(t *testing.T) {
 	proxy.Plan(s3fault.Rule{Skip: 5, Times: 30, Action: s3fault.Status(503, "SlowDown")})
 	sp.Name = "upset"
 	began := time.Now()
-	w.completes(r, sp)
+	w.mustComplete(r, sp)
 	t.Logf("with trouble it took %v", time.Since(began))
 	if proxy.Fired() == 0 {
 		t.Error("the faults met nobody")
@@ -95,7 +95,7 @@ func TestRestoreOnRealStores(t *testing.T) {
 		t.Fatal(err)
 	}
 	sp.Name = "altered"
-	w.fails(r, sp, "SOURCE_OBJECT_ALTERED", f.Path)
+	w.mustFail(r, sp, "SOURCE_OBJECT_ALTERED", f.Path)
 	if n, err := w.objects.AbortUploads(t.Context(), "", time.Time{}); err != nil || n != 0 {
 		t.Errorf("%d uploads are open, err = %v", n, err)
 	}

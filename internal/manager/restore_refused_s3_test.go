@@ -42,11 +42,11 @@ func TestS3RefusesOneCopy(t *testing.T) {
 				o.Stores = map[string]object.Store{"default": through}
 				o.RestoreRefusalTimeout, o.CollectorOff = time.Second, true
 			})
-			s := w.create(r, w.rich(r, "c", 40), "one")
+			s := w.create(r, w.richCollection(r, "c", 40), "one")
 			sp := restoreSpecOf(s)
 			if c.reason != "" {
 				proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Skip: 20, Times: -1, Action: c.action})
-				end := w.fails(r, sp, c.reason, "refused for 1")
+				end := w.mustFail(r, sp, c.reason, "refused for 1")
 				proxy.MustHaveFired(t)
 				if end.Done.Files > 100 {
 					t.Errorf("%+v", end)
@@ -54,25 +54,25 @@ func TestS3RefusesOneCopy(t *testing.T) {
 			}
 			// Twice, so that the store's own second attempt does not hide it.
 			proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Skip: 27, Times: 2, Action: c.action})
-			before := w.traces()
+			before := w.contents()
 			job := w.restore(r, sp)
-			end := w.ended(r, job.ID)
+			end := w.waitEnded(r, job.ID)
 			if proxy.MustHaveFired(t); end.Job.State != copyjob.Completed {
 				t.Fatalf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 			}
-			w.restored(r, before, end.Job, sp)
+			w.checkRestored(r, before, end.Job, sp)
 		})
 	}
 }
 
-// TestS3RefusesForGood has an S3 server refuse one of the copies of a restore in ways
+// TestS3RefusesPermanently has an S3 server refuse one of the copies of a restore in ways
 // that no time cures: it fails at once.
-func TestS3RefusesForGood(t *testing.T) {
+func TestS3RefusesPermanently(t *testing.T) {
 	w, through, proxy := onS3(t)
 	r := w.start("a", func(o *Options) {
 		o.Stores, o.CollectorOff = map[string]object.Store{"default": through}, true
 	})
-	s := w.create(r, w.rich(r, "c", 12), "one")
+	s := w.create(r, w.richCollection(r, "c", 12), "one")
 	for code, c := range map[string]struct {
 		status int
 		reason string
@@ -87,7 +87,7 @@ func TestS3RefusesForGood(t *testing.T) {
 	} {
 		proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Skip: 9, Times: 1, Action: s3fault.Status(c.status, code)})
 		began := time.Now()
-		w.fails(r, restoreSpecOf(s), c.reason, "")
+		w.mustFail(r, restoreSpecOf(s), c.reason, "")
 		if proxy.MustHaveFired(t); time.Since(began) > time.Minute {
 			t.Errorf("%s: it took %v", code, time.Since(began))
 		}

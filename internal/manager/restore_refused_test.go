@@ -19,7 +19,7 @@ import (
 
 // refuses has the store refuse calls of op whose number, from zero on, is one that
 // which names. Which gets the number of copies before as well. It returns how many it has refused.
-func refuses(r *replica, op object.Op, fault object.Fault, which func(n, copies int) bool) (refused func() int) {
+func refuseCalls(r *replica, op object.Op, fault object.Fault, which func(n, copies int) bool) (refused func() int) {
 	var mu sync.Mutex
 	n, count, copies := 0, 0, 0
 	r.store.Plan(func(c object.Call) object.Fault {
@@ -72,17 +72,17 @@ func TestRestoreOutlastsRefusals(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
 				core, logs := observer.New(zapcore.WarnLevel)
 				r := w.start("a", func(o *Options) { o.CollectorOff, o.Log = true, zap.New(core) })
-				s := w.create(r, w.rich(r, "c", 40), "one")
+				s := w.create(r, w.richCollection(r, "c", 40), "one")
 				settle()
 				var began time.Time
-				refused := refuses(r, c.op, object.FaultDenied, func(n, copies int) bool {
+				refused := refuseCalls(r, c.op, object.FaultDenied, func(n, copies int) bool {
 					first := n >= c.from && copies >= c.copies && began.IsZero()
 					if first {
 						began = time.Now()
 					}
 					return first || !began.IsZero() && time.Since(began) < c.lasts
 				})
-				before := w.traces()
+				before := w.contents()
 				job := w.restore(r, restoreSpecOf(s))
 				if c.lasts > 0 {
 					time.Sleep(c.lasts - time.Second)
@@ -93,7 +93,7 @@ func TestRestoreOutlastsRefusals(t *testing.T) {
 						t.Errorf("%+v of %+v, err = %v", st, st.Job, err)
 					}
 				}
-				end := w.ended(r, job.ID)
+				end := w.waitEnded(r, job.ID)
 				if end.Job.State != copyjob.Completed {
 					t.Fatalf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 				}
@@ -110,15 +110,15 @@ func TestRestoreOutlastsRefusals(t *testing.T) {
 				if n := logs.FilterMessageSnippet("restore step failed").Len(); n > 1 {
 					t.Errorf("%d warnings of steps: %v", n, logs.All())
 				}
-				w.restored(r, before, end.Job, restoreSpecOf(s))
+				w.checkRestored(r, before, end.Job, restoreSpecOf(s))
 			})
 		})
 	}
 }
 
-// TestRestoreRefusedForGood has the store refuse calls of a restore for ever: the
+// TestRestoreRefusedPermanently has the store refuse calls of a restore for ever: the
 // restore fails after the set time by the reason of the refusal, and leaves nothing.
-func TestRestoreRefusedForGood(t *testing.T) {
+func TestRestoreRefusedPermanently(t *testing.T) {
 	for name, c := range map[string]struct {
 		op     object.Op
 		only   string // of the source's keys; empty: all
@@ -137,8 +137,8 @@ func TestRestoreRefusedForGood(t *testing.T) {
 							o.RestoreRefusalTimeout = lasts
 						}
 					})
-					s := w.create(r, w.rich(r, "c", 40), "one")
-					before := w.traces()
+					s := w.create(r, w.richCollection(r, "c", 40), "one")
+					before := w.contents()
 					began := time.Now()
 					r.store.Plan(func(call object.Call) object.Fault {
 						if call.Op == c.op && strings.Contains(call.Keys[0], c.only) {
@@ -160,27 +160,27 @@ func TestRestoreRefusedForGood(t *testing.T) {
 					if took := time.Since(began); took < lasts || took > lasts+c.within {
 						t.Errorf("it was given up after %v", took)
 					}
-					r.lift()
-					end := w.ended(r, job.ID)
+					r.clearFaults()
+					end := w.waitEnded(r, job.ID)
 					if end.Job.State != copyjob.Failed || end.Job.Reason != "OBJECT_STORE_DENIED" ||
 						!strings.Contains(end.Job.Message, "access denied") {
 						t.Errorf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 					}
-					w.nothingSince(before)
+					w.checkNoTraces(before)
 				})
 			})
 		}
 	}
 }
 
-// TestRestoreRefusedAtOnce has the store refuse a copy by what no time cures.
-func TestRestoreRefusedAtOnce(t *testing.T) {
+// TestPermanentRefusalFailsAtOnce has the store refuse a copy by what no time cures.
+func TestPermanentRefusalFailsAtOnce(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
-		s := w.create(r, w.rich(r, "c", 12), "one")
+		s := w.create(r, w.richCollection(r, "c", 12), "one")
 		began := time.Now()
-		refuses(r, object.OpCopy, object.FaultMisconfigured, func(n, _ int) bool { return n == 9 })
-		w.fails(r, restoreSpecOf(s), "OBJECT_STORE_MISCONFIGURED", "injected fault")
+		refuseCalls(r, object.OpCopy, object.FaultMisconfigured, func(n, _ int) bool { return n == 9 })
+		w.mustFail(r, restoreSpecOf(s), "OBJECT_STORE_MISCONFIGURED", "injected fault")
 		if took := time.Since(began); took > time.Second {
 			t.Errorf("it took %v", took)
 		}
@@ -191,10 +191,12 @@ func TestRestoreRefusedAtOnce(t *testing.T) {
 // the store refuses copies: the time of the refusals goes on.
 func TestRestoreRefusedThroughRestarts(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		deny := func(r *replica) { refuses(r, object.OpCopy, object.FaultDenied, func(int, int) bool { return true }) }
+		deny := func(r *replica) {
+			refuseCalls(r, object.OpCopy, object.FaultDenied, func(int, int) bool { return true })
+		}
 		r := w.start("a")
-		s := w.create(r, w.rich(r, "c", 4), "one")
-		before := w.traces()
+		s := w.create(r, w.richCollection(r, "c", 4), "one")
+		before := w.contents()
 		deny(r)
 		job := w.restore(r, restoreSpecOf(s))
 		began := time.Now()
@@ -209,14 +211,14 @@ func TestRestoreRefusedThroughRestarts(t *testing.T) {
 			r = w.start(fmt.Sprint("b", n))
 			deny(r)
 		}
-		end := w.ended(r, job.ID)
+		end := w.waitEnded(r, job.ID)
 		if end.Job.State != copyjob.Failed || end.Job.Reason != "OBJECT_STORE_DENIED" {
 			t.Errorf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 		}
 		if took := time.Since(began); took < 5*time.Minute || took > 20*time.Minute {
 			t.Errorf("it was given up after %v", took)
 		}
-		w.nothingSince(before)
+		w.checkNoTraces(before)
 	})
 }
 
@@ -225,12 +227,12 @@ func TestRestoreRefusedThroughRestarts(t *testing.T) {
 func TestRefusedAtAdmission(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a")
-		s := w.create(a, w.rich(a, "c", 4), "one")
+		s := w.create(a, w.richCollection(a, "c", 4), "one")
 		a.stop() // and with it what it remembers of the snapshot
 		r := w.start("b")
 		settle()
-		before := w.traces()
-		refuses(r, object.OpGet, object.FaultDenied, func(int, int) bool { return true })
+		before := w.contents()
+		refuseCalls(r, object.OpGet, object.FaultDenied, func(int, int) bool { return true })
 		began := time.Now()
 		_, err := r.Restore(t.Context(), noToken, restoreSpecOf(s))
 		wantError(t, err, object.ErrDenied)
@@ -242,7 +244,7 @@ func TestRefusedAtAdmission(t *testing.T) {
 		if jobs := w.jobs(); len(jobs) > 0 {
 			t.Errorf("%+v", jobs)
 		}
-		w.nothingSince(before)
+		w.checkNoTraces(before)
 	})
 }
 
@@ -253,16 +255,16 @@ func TestCreateOutlastsARefusal(t *testing.T) {
 		t.Run(string(op), func(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
 				r := w.start("a", func(o *Options) { o.CollectorOff = true })
-				col := w.rich(r, "c", 40)
+				col := w.richCollection(r, "c", 40)
 				settle()
-				refused := refuses(r, op, object.FaultDenied, func(n, _ int) bool { return n == 0 || n == 20 })
+				refused := refuseCalls(r, op, object.FaultDenied, func(n, _ int) bool { return n == 0 || n == 20 })
 				sp := spec(col, "one")
 				sp.Verify = true
 				if _, err := r.Create(t.Context(), noToken, sp); err != nil || refused() == 0 {
 					t.Errorf("after %d refusals: %v", refused(), err)
 				}
 				began := time.Now()
-				refuses(r, op, object.FaultDenied, func(int, int) bool { return true })
+				refuseCalls(r, op, object.FaultDenied, func(int, int) bool { return true })
 				sp = spec(col, "two")
 				sp.Verify = true
 				_, err := r.Create(t.Context(), noToken, sp)
@@ -294,7 +296,7 @@ func TestRefusedReferencesAreReadAgain(t *testing.T) {
 			if !ok {
 				t.Fatalf("the store is a %T", o.Stores["default"])
 			}
-			refused = refuses(&replica{store: store}, object.OpGet, object.FaultDenied, func(n, _ int) bool { return n < 3 })
+			refused = refuseCalls(&replica{store: store}, object.OpGet, object.FaultDenied, func(n, _ int) bool { return n < 3 })
 		})
 		began := time.Now()
 		if _, err := b.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester"); err != nil || refused() == 0 {

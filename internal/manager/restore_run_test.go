@@ -25,7 +25,7 @@ func TestRestoreCanceled(t *testing.T) {
 		phase copyjob.Phase
 	}{
 		"admit":   {func(l *replica) { l.kv.Freeze() }, copyjob.Admit},
-		"prepare": {func(l *replica) { failWrites(l, 1) }, copyjob.Prepare}, // begin passes
+		"prepare": {func(l *replica) { failWritesAfter(l, 1) }, copyjob.Prepare}, // begin passes
 		"copy":    {failCopies, copyjob.Copy},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -33,8 +33,8 @@ func TestRestoreCanceled(t *testing.T) {
 				leader := w.start("a")
 				settle()
 				r := w.start("b", func(o *Options) { o.RestoreSlots = -1 })
-				s := w.create(r, w.rich(r, "c", 12), "one")
-				before := w.traces()
+				s := w.create(r, w.richCollection(r, "c", 12), "one")
+				before := w.contents()
 				c.hold(leader)
 				sp := restoreSpecOf(s)
 				sp.Labels = map[string]string{"a": "b"}
@@ -52,16 +52,16 @@ func TestRestoreCanceled(t *testing.T) {
 				_, err = r.Jobs().SetLimits(t.Context(), job.ID, copyjob.Limits{Bytes: 1})
 				wantError(t, err, copyjob.ErrEnded)
 				leader.kv.Thaw()
-				leader.lift()
-				end := w.ended(r, job.ID)
+				leader.clearFaults()
+				end := w.waitEnded(r, job.ID)
 				if end.Job.State != copyjob.Canceled || end.Job.Reason != "CANCELED" || end.Job.Labels["a"] != "b" {
 					t.Errorf("%+v", end.Job)
 				}
-				w.nothingSince(before)
+				w.checkNoTraces(before)
 				if st, err = r.Jobs().Cancel(t.Context(), job.ID); err != nil || st.Job.State != copyjob.Canceled {
 					t.Errorf("canceled again: %+v, err = %v", st, err)
 				}
-				w.again(r, before, sp)
+				w.checkNextRestore(r, before, sp)
 				_, err = r.Jobs().Cancel(t.Context(), w.jobs()[1].ID)
 				wantError(t, err, copyjob.ErrEnded)
 				_, err = r.Jobs().SetLimits(t.Context(), w.jobs()[1].ID, copyjob.Limits{})
@@ -86,7 +86,7 @@ func failCopies(r *replica) {
 }
 
 // failWrites has all transactions but the first n fail.
-func failWrites(r *replica, n int) {
+func failWritesAfter(r *replica, n int) {
 	var mu sync.Mutex
 	r.kv.Hook(func(c meta.Call) meta.Fault {
 		mu.Lock()
@@ -107,14 +107,14 @@ func failWrites(r *replica, n int) {
 func TestRestoreCanceledBetweenWrites(t *testing.T) {
 	outcomes := map[copyjob.State]int{}
 	for _, fault := range []meta.Fault{meta.NoFault, meta.After} {
-		eachOf(t, 100, func(n int) bool {
+		forEachFault(t, 100, func(n int) bool {
 			fired := false
 			inEnv(t, func(t *testing.T, w *testEnv) {
 				a := w.start("a")
 				settle()
 				b := w.start("b", func(o *Options) { o.RestoreSlots = -1 })
-				s := w.create(b, w.rich(b, "c", 4), "one")
-				before := w.traces()
+				s := w.create(b, w.richCollection(b, "c", 4), "one")
+				before := w.contents()
 				var mu sync.Mutex
 				var cancelErr error
 				left := n
@@ -136,7 +136,7 @@ func TestRestoreCanceledBetweenWrites(t *testing.T) {
 				})
 				sp := restoreSpecOf(s)
 				job := w.restore(b, sp)
-				end := w.ended(b, job.ID)
+				end := w.waitEnded(b, job.ID)
 				outcomes[end.Job.State]++
 				switch {
 				case !fired:
@@ -150,9 +150,9 @@ func TestRestoreCanceledBetweenWrites(t *testing.T) {
 				case !errors.Is(cancelErr, copyjob.ErrEnded) || end.Job.State != copyjob.Completed:
 					t.Errorf("write %d: cancel said %v, and %+v", n, cancelErr, end.Job)
 				}
-				a.lift()
-				w.outcome(b, before, end, sp)
-				w.neverSeen(job, end)
+				a.clearFaults()
+				w.checkOutcome(b, before, end, sp)
+				w.checkNeverActive(job, end)
 			})
 			return fired
 		})
@@ -164,7 +164,7 @@ func TestRestoreCanceledBetweenWrites(t *testing.T) {
 
 // neverSeen holds that the target of a job that did not complete was at no time
 // ACTIVE.
-func (w *testEnv) neverSeen(job *copyjob.Job, end *copyjob.Status) {
+func (w *testEnv) checkNeverActive(job *copyjob.Job, end *copyjob.Status) {
 	w.t.Helper()
 	if end.Job.State == copyjob.Completed {
 		return
@@ -216,8 +216,8 @@ func TestRestoreCancelRaces(t *testing.T) {
 			for _, name := range []string{"a", "b", "c"} {
 				rs = append(rs, w.start(name))
 			}
-			s := w.create(rs[0], w.rich(rs[0], "c", 40), "one")
-			before := w.traces()
+			s := w.create(rs[0], w.richCollection(rs[0], "c", 40), "one")
+			before := w.contents()
 			for _, r := range rs {
 				r.store.SetLatency(time.Duration(rnd.IntN(3000)) * time.Millisecond)
 			}
@@ -238,7 +238,7 @@ func TestRestoreCancelRaces(t *testing.T) {
 			time.Sleep(time.Duration(rnd.IntN(30000)) * time.Millisecond)
 			rs[upset].kv.Thaw()
 			rs[upset].store.Thaw()
-			end := w.ended(canceler, job.ID)
+			end := w.waitEnded(canceler, job.ID)
 			outcomes[end.Job.State]++
 			if want := map[bool]copyjob.State{true: copyjob.Canceled, false: copyjob.Completed}[cancelErr == nil]; end.Job.State != want {
 				t.Errorf("run %d: cancel said %v, and %+v", run, cancelErr, end.Job)
@@ -248,8 +248,8 @@ func TestRestoreCancelRaces(t *testing.T) {
 			for _, r := range rs {
 				r.store.SetLatency(0)
 			}
-			w.outcome(canceler, before, end, sp)
-			w.neverSeen(job, end)
+			w.checkOutcome(canceler, before, end, sp)
+			w.checkNeverActive(job, end)
 		})
 	}
 	t.Logf("%v", outcomes)
@@ -261,8 +261,8 @@ func TestRestoreCancelRaces(t *testing.T) {
 func TestRestoreDeadline(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
-		s := w.create(r, w.rich(r, "c", 12), "one")
-		before := w.traces()
+		s := w.create(r, w.richCollection(r, "c", 12), "one")
+		before := w.contents()
 		sp := restoreSpecOf(s)
 		sp.Timeout = time.Minute
 		settle()                             // the clocks are compared
@@ -283,19 +283,19 @@ func TestRestoreDeadline(t *testing.T) {
 		if d := time.Since(began); d < time.Minute || d > 2*time.Minute {
 			t.Errorf("it was given up after %v", d)
 		}
-		end := w.ended(r, job.ID)
+		end := w.waitEnded(r, job.ID)
 		if end.Job.State != copyjob.Failed || end.Job.Reason != "TIMEOUT" {
 			t.Errorf("%+v", end.Job)
 		}
-		w.nothingSince(before)
+		w.checkNoTraces(before)
 		r.store.SetLatency(0)
-		w.completes(r, sp)
+		w.mustComplete(r, sp)
 	})
 }
 
 // sampled watches a job all the time until it has ended, and holds that nothing
 // goes down.
-func (w *testEnv) sampled(r *replica, id int64) *copyjob.Status {
+func (w *testEnv) watchProgress(r *replica, id int64) *copyjob.Status {
 	w.t.Helper()
 	var last *copyjob.Status
 	for {
@@ -329,7 +329,7 @@ func TestRestoreWorkerDies(t *testing.T) {
 		end        copyjob.State
 	}{
 		"stops":      {func(r *replica) { r.stop() }, func(*replica) {}, copyjob.Completed},
-		"dies":       {func(r *replica) { newDead(r) }, func(*replica) {}, copyjob.Completed},
+		"dies":       {func(r *replica) { kill(r) }, func(*replica) {}, copyjob.Completed},
 		"freezes":    {freeze, thaw, copyjob.Completed},
 		"loses etcd": {func(r *replica) { r.kv.Freeze() }, thaw, copyjob.Completed},
 		"loses S3":   {func(r *replica) { r.store.Freeze() }, thaw, copyjob.Completed},
@@ -341,8 +341,8 @@ func TestRestoreWorkerDies(t *testing.T) {
 				settle()
 				b := w.start("b", one)
 				c0 := w.start("c", func(o *Options) { o.RestoreSlots = -1 }) // it looks on
-				s := w.create(a, w.rich(a, "c", 96), "one")
-				before := w.traces()
+				s := w.create(a, w.richCollection(a, "c", 96), "one")
+				before := w.contents()
 				sp := restoreSpecOf(s)
 				settle()
 				a.store.SetLatency(400 * time.Millisecond)
@@ -354,7 +354,7 @@ func TestRestoreWorkerDies(t *testing.T) {
 					time.Sleep(40 * time.Second)
 					c.heal(a)
 				}()
-				end := w.sampled(c0, job.ID)
+				end := w.watchProgress(c0, job.ID)
 				if end.Job.State != c.end {
 					t.Errorf("%+v of %+v", end, end.Job)
 				}
@@ -363,7 +363,7 @@ func TestRestoreWorkerDies(t *testing.T) {
 				}
 				time.Sleep(5 * time.Minute) // whatever wakes up late
 				settle()
-				w.restored(c0, before, end.Job, sp)
+				w.checkRestored(c0, before, end.Job, sp)
 			})
 		})
 	}
@@ -380,16 +380,16 @@ func thaw(r *replica) {
 }
 
 // newDead has nothing that r does have an effect any more.
-func newDead(r *replica) {
-	g := newGrave()
-	g.atWrite(r, -1, meta.Before, true)
+func kill(r *replica) {
+	g := newKiller()
+	g.failWrite(r, -1, meta.Before, true)
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.fire(true)
 }
 
-// TestRestoreShared has several jobs and replicas: they share the work.
-func TestRestoreShared(t *testing.T) {
+// TestRestoresShareWorkers has several jobs and replicas: they share the work.
+func TestRestoresShareWorkers(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		var rs []*replica
 		for _, name := range []string{"a", "b", "c"} {
@@ -397,7 +397,7 @@ func TestRestoreShared(t *testing.T) {
 			r.store.SetLatency(100 * time.Millisecond)
 			rs = append(rs, r)
 		}
-		s := w.create(rs[0], w.rich(rs[0], "c", 140), "one")
+		s := w.create(rs[0], w.richCollection(rs[0], "c", 140), "one")
 		settle()
 		for _, r := range rs {
 			r.store.Plan(nil) // counts from here
@@ -411,7 +411,7 @@ func TestRestoreShared(t *testing.T) {
 			jobs = append(jobs, w.restore(rs[i%3], sp))
 		}
 		for _, job := range jobs {
-			if end := w.sampled(rs[1], job.ID); end.Job.State != copyjob.Completed || end.Retries != 0 {
+			if end := w.watchProgress(rs[1], job.ID); end.Job.State != copyjob.Completed || end.Retries != 0 {
 				t.Errorf("%+v of %+v", end, end.Job)
 			}
 		}
@@ -420,9 +420,9 @@ func TestRestoreShared(t *testing.T) {
 				t.Errorf("replica %d made %d copies", i, n)
 			}
 		}
-		all := w.traces()
+		all := w.contents()
 		for i, job := range jobs {
-			w.restored(rs[0], all, job, specs[i])
+			w.checkRestored(rs[0], all, job, specs[i])
 		}
 	})
 }
@@ -432,8 +432,8 @@ func TestRestoreRolling(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		few := func(o *Options) { o.CopyInFlight = 1 }
 		rs := []*replica{w.start("r0", few), w.start("r1", few), w.start("r2", few)}
-		s := w.create(rs[0], w.rich(rs[0], "c", 140), "one")
-		before := w.traces()
+		s := w.create(rs[0], w.richCollection(rs[0], "c", 140), "one")
+		before := w.contents()
 		sp := restoreSpecOf(s)
 		for _, r := range rs {
 			r.store.SetLatency(300 * time.Millisecond)
@@ -449,13 +449,13 @@ func TestRestoreRolling(t *testing.T) {
 				t.Fatalf("it does not end: %+v", w.jobs()[0])
 			}
 		}
-		end := w.ended(rs[0], job.ID)
+		end := w.waitEnded(rs[0], job.ID)
 		t.Logf("%d restarts, %d retries, %v", n, end.Retries, end.Job.EndTime.Sub(end.Job.StartTime))
 		if end.Job.State != copyjob.Completed || n < 3 {
 			t.Fatalf("after %d restarts: %+v: %s: %s", n, end.Job, end.Job.Reason, end.Job.Message)
 		}
 		settle()
-		w.restored(rs[0], before, end.Job, sp)
+		w.checkRestored(rs[0], before, end.Job, sp)
 	})
 }
 
@@ -463,7 +463,7 @@ func TestRestoreRolling(t *testing.T) {
 func TestRestorePriority(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.RestoreSlots = 1 })
-		s := w.create(r, w.rich(r, "c", 140), "one")
+		s := w.create(r, w.richCollection(r, "c", 140), "one")
 		r.store.SetLatency(100 * time.Millisecond)
 		var jobs []*copyjob.Job
 		for i, priority := range []int{0, 0, 7, -3, 7} {
@@ -473,7 +473,7 @@ func TestRestorePriority(t *testing.T) {
 		}
 		var ends []time.Time
 		for _, job := range jobs {
-			end := w.ended(r, job.ID)
+			end := w.waitEnded(r, job.ID)
 			if end.Job.State != copyjob.Completed {
 				t.Errorf("%+v", end.Job)
 			}
@@ -549,7 +549,7 @@ func TestRestoreLimits(t *testing.T) {
 				t.Fatalf("%+v, err = %v", st, err)
 			}
 			began := time.Now()
-			if end := w.ended(r, job.ID); end.Job.State != copyjob.Completed {
+			if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
 				t.Errorf("%+v", end.Job)
 			}
 			if d := time.Since(began); d > 5*time.Second {
@@ -559,7 +559,7 @@ func TestRestoreLimits(t *testing.T) {
 			sp.Name, sp.Limits = "slow", copyjob.Limits{Requests: 10}
 			job = w.restore(r, sp)
 			began = time.Now()
-			if end := w.ended(r, job.ID); end.Job.State != copyjob.Completed {
+			if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
 				t.Errorf("%+v", end.Job)
 			}
 			if d := time.Since(began); d < 36*time.Second || d > 70*time.Second {
@@ -586,12 +586,12 @@ func TestRestoreAfterRestart(t *testing.T) {
 				ID: ids.First + int64(i), Level: 1, State: segment.Flushed, Rows: 1, DML: segment.Position{Timestamp: 5},
 				Files: []segment.File{{Kind: segment.KindInsert, Field: 100, LogID: 1, Size: 10, MinTimestamp: 1, MaxTimestamp: 4}},
 			}
-			w.place(col.ID, &list[i])
+			w.putFiles(col.ID, &list[i])
 		}
 		w.add(a, col, list...)
 		w.checkpoint(a, col, 10, 10)
 		s := w.create(a, col, "one")
-		before := w.traces()
+		before := w.contents()
 		a.store.SetLatency(10 * time.Second) // so that nothing is copied yet
 		sp := restoreSpecOf(s)
 		job := w.restore(a, sp)
@@ -603,7 +603,7 @@ func TestRestoreAfterRestart(t *testing.T) {
 		if n := len(w.keysUnder(keys.AssignedPrefix)); n != 64 {
 			t.Fatalf("%d tasks are assigned", n)
 		}
-		newDead(a)
+		kill(a)
 		a.stop()
 		time.Sleep(time.Minute)
 		settle()
@@ -627,11 +627,11 @@ func TestRestoreAfterRestart(t *testing.T) {
 			t.Errorf("%d writes for 64 tasks", to-from)
 		}
 		b.store.Thaw()
-		end := w.ended(b, job.ID)
+		end := w.waitEnded(b, job.ID)
 		if end.Job.State != copyjob.Completed || end.Retries != 64 {
 			t.Errorf("%+v of %+v", end, end.Job)
 		}
-		w.restored(b, before, end.Job, sp)
+		w.checkRestored(b, before, end.Job, sp)
 	})
 }
 
@@ -639,20 +639,20 @@ func TestRestoreAfterRestart(t *testing.T) {
 // one finish, and wakes the first: its write is refused.
 func TestRestoreTwoLeaders(t *testing.T) {
 	for _, missing := range []bool{false, true} {
-		eachOf(t, 100, func(n int) bool {
+		forEachFault(t, 100, func(n int) bool {
 			fired := false
 			inEnv(t, func(t *testing.T, w *testEnv) {
 				a := w.start("a")
 				settle()
 				b := w.start("b")
-				s := w.create(b, w.rich(b, "c", 8), "one")
+				s := w.create(b, w.richCollection(b, "c", 8), "one")
 				if missing {
 					list := w.segments(b, s)
 					if err := w.objects.Delete(t.Context(), "data/"+list[7].Files[0].Path); err != nil {
 						t.Fatal(err)
 					}
 				}
-				before := w.traces()
+				before := w.contents()
 				var mu sync.Mutex
 				left := n
 				woken := make(chan struct{})
@@ -673,7 +673,7 @@ func TestRestoreTwoLeaders(t *testing.T) {
 				})
 				sp := restoreSpecOf(s)
 				job := w.restore(b, sp)
-				end := w.ended(b, job.ID)
+				end := w.waitEnded(b, job.ID)
 				want := copyjob.Completed
 				if missing {
 					want = copyjob.Failed
@@ -688,18 +688,18 @@ func TestRestoreTwoLeaders(t *testing.T) {
 				if got := w.jobs(); len(got) != 1 || got[0].Revision != end.Job.Revision {
 					t.Errorf("the job changed after its end: %+v", got[0])
 				}
-				w.outcome(b, before, end, sp)
+				w.checkOutcome(b, before, end, sp)
 			})
 			return fired
 		})
 	}
 }
 
-// TestRestoreBoardLags has a leader roll back before it sees what was assigned
+// TestRollBackWithLaggingTable has a leader roll back before it sees what was assigned
 // last: it must not, while a worker is at it.
-func TestRestoreBoardLags(t *testing.T) {
+func TestRollBackWithLaggingTable(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		lag := &lagging{}
+		lag := &laggingKV{}
 		a := w.start("a", func(o *Options) {
 			lag.KV = o.KV
 			o.KV = lag
@@ -708,8 +708,8 @@ func TestRestoreBoardLags(t *testing.T) {
 		settle()
 		b := w.start("b")
 		settle()
-		s := w.create(b, w.rich(b, "c", 12), "one")
-		before := w.traces()
+		s := w.create(b, w.richCollection(b, "c", 12), "one")
+		before := w.contents()
 		b.store.SetLatency(time.Second)
 		lag.hold()
 		job := w.restore(b, restoreSpecOf(s))
@@ -728,13 +728,13 @@ func TestRestoreBoardLags(t *testing.T) {
 		}
 		b.kv.Thaw()
 		lag.release()
-		end := w.ended(a, job.ID)
+		end := w.waitEnded(a, job.ID)
 		if end.Job.State != copyjob.Canceled {
 			t.Errorf("%+v", end.Job)
 		}
 		time.Sleep(time.Minute)
 		settle()
-		w.nothingSince(before)
+		w.checkNoTraces(before)
 	})
 }
 
@@ -747,11 +747,11 @@ func TestRestoreWorkerCutOff(t *testing.T) {
 		settle()
 		b := w.start("b", func(o *Options) { o.CopyInFlight = 1 })
 		settle()
-		s := w.create(a, w.rich(a, "c", 32), "one")
-		before := w.traces()
+		s := w.create(a, w.richCollection(a, "c", 32), "one")
+		before := w.contents()
 		b.store.SetLatency(500 * time.Millisecond)
 		job := w.restore(a, restoreSpecOf(s))
-		w.copying()
+		w.waitAssigned()
 		time.Sleep(20 * time.Second)
 		b.kv.Freeze()
 		for len(w.keysUnder(keys.AssignedPrefix)) > 0 {
@@ -767,37 +767,37 @@ func TestRestoreWorkerCutOff(t *testing.T) {
 		if _, err := a.Jobs().Cancel(t.Context(), job.ID); err != nil {
 			t.Fatal(err)
 		}
-		if end := w.ended(a, job.ID); end.Job.State != copyjob.Canceled {
+		if end := w.waitEnded(a, job.ID); end.Job.State != copyjob.Canceled {
 			t.Errorf("%+v", end.Job)
 		}
 		b.kv.Thaw()
 		time.Sleep(time.Minute)
 		settle()
-		w.nothingSince(before)
+		w.checkNoTraces(before)
 	})
 }
 
 // lagging is a store whose watches of workers are late.
-type lagging struct {
+type laggingKV struct {
 	meta.KV
 	mu   sync.Mutex
 	held chan struct{}
 }
 
-func (l *lagging) hold() {
+func (l *laggingKV) hold() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.held = make(chan struct{})
 }
 
-func (l *lagging) release() {
+func (l *laggingKV) release() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	close(l.held)
 	l.held = nil
 }
 
-func (l *lagging) Watch(ctx context.Context, from, to string, after int64) meta.Watcher {
+func (l *laggingKV) Watch(ctx context.Context, from, to string, after int64) meta.Watcher {
 	w := l.KV.Watch(ctx, from, to, after)
 	if !strings.HasPrefix(from, "/worker/") {
 		return w
@@ -807,7 +807,7 @@ func (l *lagging) Watch(ctx context.Context, from, to string, after int64) meta.
 
 type lateWatch struct {
 	meta.Watcher
-	l   *lagging
+	l   *laggingKV
 	ctx context.Context //nolint:containedctx // that of the watch
 }
 

@@ -29,7 +29,7 @@ import (
 // all sorts whose files are there: of all partitions, with builds, with files of
 // every kind, some that straddle the cut, which is 10, with ETags that are known
 // and that are not.
-func (w *testEnv) rich(r *replica, name string, n int) catalog.Collection {
+func (w *testEnv) richCollection(r *replica, name string, n int) catalog.Collection {
 	w.t.Helper()
 	ctx := w.t.Context()
 	col, p0, x0 := w.collection(r, name)
@@ -67,7 +67,7 @@ func (w *testEnv) rich(r *replica, name string, n int) catalog.Collection {
 				})
 			}
 		}
-		w.place(col.ID, &s)
+		w.putFiles(col.ID, &s)
 		if i%12 < 6 { // the engine did not say
 			for f := range s.AllFiles() {
 				f.ETag = ""
@@ -81,7 +81,7 @@ func (w *testEnv) rich(r *replica, name string, n int) catalog.Collection {
 }
 
 // place gives the files of a segment their paths, and writes them.
-func (w *testEnv) place(collection int64, s *segment.Segment) {
+func (w *testEnv) putFiles(collection int64, s *segment.Segment) {
 	w.t.Helper()
 	for i := range s.Files {
 		s.Files[i].Path = catalog.NativePath(collection, s, &s.Files[i])
@@ -116,14 +116,14 @@ func (w *testEnv) restore(r *replica, sp *RestoreSpec) *copyjob.Job {
 }
 
 // traces is what there is in the stores, to compare with later.
-type traces struct {
+type storeContents struct {
 	keys    map[string]bool
 	objects map[string]bool
 }
 
-func (w *testEnv) traces() traces {
+func (w *testEnv) contents() storeContents {
 	w.t.Helper()
-	tr := traces{map[string]bool{}, map[string]bool{}}
+	tr := storeContents{map[string]bool{}, map[string]bool{}}
 	for _, key := range w.keysUnder("/") {
 		tr.keys[key] = true
 	}
@@ -134,14 +134,14 @@ func (w *testEnv) traces() traces {
 }
 
 // passing are keys that come and go, or stay behind, whatever a restore does.
-var passing = []string{keys.IDs, "/election/", keys.WorkerPrefix, "/request/", keys.Unpin, keys.JobPrefix, keys.Cycle, keys.OwnerRangePrefix, keys.GonePrefix, keys.Clock}
+var transientKeys = []string{keys.IDs, "/election/", keys.WorkerPrefix, "/request/", keys.Unpin, keys.JobPrefix, keys.Cycle, keys.OwnerRangePrefix, keys.GonePrefix, keys.Clock}
 
 // nothingSince holds that the stores are as they were before a restore.
-func (w *testEnv) nothingSince(before traces) {
+func (w *testEnv) checkNoTraces(before storeContents) {
 	w.t.Helper()
-	after := w.traces()
+	after := w.contents()
 	ignore := func(key string, _ bool) bool {
-		return slices.ContainsFunc(passing, func(p string) bool { return strings.HasPrefix(key, p) })
+		return slices.ContainsFunc(transientKeys, func(p string) bool { return strings.HasPrefix(key, p) })
 	}
 	maps.DeleteFunc(after.keys, ignore)
 	was := maps.Clone(before.keys)
@@ -155,7 +155,7 @@ func (w *testEnv) nothingSince(before traces) {
 }
 
 // reader reads a file of the object store whole.
-func (w *testEnv) bytes(key string) []byte {
+func (w *testEnv) readObject(key string) []byte {
 	w.t.Helper()
 	body, _, err := w.objects.Get(w.t.Context(), key, 0, -1)
 	if err != nil {
@@ -171,7 +171,7 @@ func (w *testEnv) bytes(key string) []byte {
 }
 
 // like is a segment without what a restore changes of it.
-func like(s segment.Segment, partitions, indexes map[int64]string) any {
+func comparableSegment(s segment.Segment, partitions, indexes map[int64]string) any {
 	type named struct {
 		Segment           segment.Segment
 		Partition         string
@@ -198,7 +198,7 @@ func like(s segment.Segment, partitions, indexes map[int64]string) any {
 
 // restored holds that a job that is COMPLETED made all that it should, and
 // nothing besides. It works with the stores alone.
-func (w *testEnv) restored(r *replica, before traces, job *copyjob.Job, sp *RestoreSpec) {
+func (w *testEnv) checkRestored(r *replica, before storeContents, job *copyjob.Job, sp *RestoreSpec) {
 	w.t.Helper()
 	cat := catalog.New(catalog.Options{KV: w.kv, Now: w.now})
 	d, err := r.Describe(w.t.Context(), sp.Snapshot)
@@ -210,7 +210,7 @@ func (w *testEnv) restored(r *replica, before traces, job *copyjob.Job, sp *Rest
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	w.likeSource(&view, md, sp)
+	w.checkTarget(&view, md, sp)
 
 	names, targetNames := map[int64]string{0: ""}, map[int64]string{0: ""}
 	for _, p := range md.Partitions {
@@ -248,7 +248,7 @@ func (w *testEnv) restored(r *replica, before traces, job *copyjob.Job, sp *Rest
 	made := map[string]bool{}
 	ids := map[int64]bool{}
 	for i := range got {
-		if diff := cmp.Diff(like(want[i], names, indexes), like(got[i], targetNames, targetIndexes)); diff != "" {
+		if diff := cmp.Diff(comparableSegment(want[i], names, indexes), comparableSegment(got[i], targetNames, targetIndexes)); diff != "" {
 			w.t.Errorf("segment %d of segment %d: %s", got[i].ID, want[i].ID, diff)
 		}
 		if got[i].State != segment.Flushed {
@@ -270,7 +270,7 @@ func (w *testEnv) restored(r *replica, before traces, job *copyjob.Job, sp *Rest
 				w.t.Errorf("%s is there twice", to)
 			}
 			made[to] = true
-			if !bytes.Equal(w.bytes(from), w.bytes(to)) {
+			if !bytes.Equal(w.readObject(from), w.readObject(to)) {
 				w.t.Errorf("%s is not like %s", to, from)
 			}
 			if info, err := w.objects.Head(w.t.Context(), to); err != nil || info.ETag != f.ETag || info.Size != f.Size {
@@ -302,7 +302,7 @@ func buildIDs(s *segment.Segment) []int64 {
 }
 
 // likeSource holds that a target is what the snapshot says, less ids and names.
-func (w *testEnv) likeSource(view *catalog.View, md *manifest.Metadata, sp *RestoreSpec) {
+func (w *testEnv) checkTarget(view *catalog.View, md *manifest.Metadata, sp *RestoreSpec) {
 	w.t.Helper()
 	src, col := &md.Collection, &view.Collection
 	if col.State != catalog.Active || col.Job != 0 || col.DB != sp.DB || col.Name != sp.Name || col.ID == src.ID {
@@ -393,16 +393,16 @@ func (w *testEnv) likeSource(view *catalog.View, md *manifest.Metadata, sp *Rest
 
 // outcome judges how a restore ended: with everything or with nothing. Then, of
 // one that was canceled, it restores to the name again, and drops the snapshot.
-func (w *testEnv) outcome(r *replica, before traces, end *copyjob.Status, sp *RestoreSpec) {
+func (w *testEnv) checkOutcome(r *replica, before storeContents, end *copyjob.Status, sp *RestoreSpec) {
 	w.t.Helper()
 	switch end.Job.State {
 	case copyjob.Completed:
-		w.restored(r, before, end.Job, sp)
+		w.checkRestored(r, before, end.Job, sp)
 		if end.Fraction != 1 || end.Done != end.Job.Totals {
 			w.t.Errorf("COMPLETED with %+v", end)
 		}
 	case copyjob.Failed, copyjob.Canceled:
-		w.nothingSince(before)
+		w.checkNoTraces(before)
 		if end.Fraction >= 1 || end.Job.Reason == "" || end.Job.Message == "" {
 			w.t.Errorf("%v with %+v of %+v", end.Job.State, end, end.Job)
 		}
@@ -410,7 +410,7 @@ func (w *testEnv) outcome(r *replica, before traces, end *copyjob.Status, sp *Re
 		w.t.Fatalf("it ended %v", end.Job.State)
 	}
 	if end.Job.State == copyjob.Canceled {
-		w.again(r, before, sp)
+		w.checkNextRestore(r, before, sp)
 	}
 	if _, err := r.Drop(w.t.Context(), request.Token{}, sp.Snapshot, 0); err != nil {
 		w.t.Errorf("drop the snapshot: %v", err)
@@ -418,28 +418,28 @@ func (w *testEnv) outcome(r *replica, before traces, end *copyjob.Status, sp *Re
 }
 
 // again restores to a name that a job that is over left free.
-func (w *testEnv) again(r *replica, before traces, sp *RestoreSpec) {
+func (w *testEnv) checkNextRestore(r *replica, before storeContents, sp *RestoreSpec) {
 	w.t.Helper()
 	job := w.restore(r, sp)
-	if end := w.ended(r, job.ID); end.Job.State != copyjob.Completed {
+	if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
 		w.t.Errorf("the next restore ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 		return
 	}
-	w.restored(r, before, job, sp)
+	w.checkRestored(r, before, job, sp)
 }
 
 // grave is where a replica goes that is killed at a write or a request: from
 // then on nothing that it does has an effect. It is stopped by bury.
-type grave struct {
+type killer struct {
 	mu    sync.Mutex
 	dead  bool
 	fired int
 	done  chan struct{} // closed when it is dead
 }
 
-func newGrave() *grave { return &grave{done: make(chan struct{})} }
+func newKiller() *killer { return &killer{done: make(chan struct{})} }
 
-func (g *grave) fire(kill bool) {
+func (g *killer) fire(kill bool) {
 	g.fired++
 	if kill && !g.dead {
 		g.dead = true
@@ -449,7 +449,7 @@ func (g *grave) fire(kill bool) {
 
 // atWrite has the n-th write from now on fail, and kills the replica with it if
 // kill is true.
-func (g *grave) atWrite(r *replica, n int, fault meta.Fault, kill bool) {
+func (g *killer) failWrite(r *replica, n int, fault meta.Fault, kill bool) {
 	r.kv.Hook(func(c meta.Call) meta.Fault {
 		g.mu.Lock()
 		defer g.mu.Unlock()
@@ -478,7 +478,7 @@ func (g *grave) atWrite(r *replica, n int, fault meta.Fault, kill bool) {
 // atRequest has the n-th request to the object store from now on fail, n+1 and
 // all that follow too if times is below 0, and kills the replica with it if kill
 // is true.
-func (g *grave) atRequest(r *replica, n int, fault object.Fault, times int, kill bool) {
+func (g *killer) failRequest(r *replica, n int, fault object.Fault, times int, kill bool) {
 	r.kv.Hook(func(meta.Call) meta.Fault {
 		g.mu.Lock()
 		defer g.mu.Unlock()
@@ -502,27 +502,27 @@ func (g *grave) atRequest(r *replica, n int, fault object.Fault, times int, kill
 	})
 }
 
-func (g *grave) isDead() bool {
+func (g *killer) isDead() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.dead
 }
 
-func (g *grave) hasFired() int {
+func (g *killer) faults() int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.fired
 }
 
 // lift ends all faults.
-func (r *replica) lift() {
+func (r *replica) clearFaults() {
 	r.kv.Hook(nil)
 	r.store.Plan(nil)
 }
 
 // endedOrDead waits until the only job there is has ended, or the replica that
 // works on it is dead. It is false when the latter.
-func (w *testEnv) endedOrDead(g *grave) bool {
+func (w *testEnv) waitEndedOrDead(g *killer) bool {
 	w.t.Helper()
 	deadline := time.Now().Add(2 * time.Hour)
 	for {
@@ -541,7 +541,7 @@ func (w *testEnv) endedOrDead(g *grave) bool {
 }
 
 // copying waits until a task is assigned.
-func (w *testEnv) copying() {
+func (w *testEnv) waitAssigned() {
 	w.t.Helper()
 	for range 1000 {
 		settle()
@@ -573,7 +573,7 @@ func (w *testEnv) jobs() []*copyjob.Job {
 }
 
 // definitely restores until there is an answer, with a token.
-func (w *testEnv) definitely(r *replica, tok request.Token, sp *RestoreSpec) *copyjob.Job {
+func (w *testEnv) mustRestore(r *replica, tok request.Token, sp *RestoreSpec) *copyjob.Job {
 	w.t.Helper()
 	for {
 		ctx, cancel := context.WithTimeout(w.t.Context(), time.Minute)
@@ -590,14 +590,14 @@ func (w *testEnv) definitely(r *replica, tok request.Token, sp *RestoreSpec) *co
 }
 
 // eachOf counts up until fn says that there was nothing any more.
-func eachOf(t *testing.T, most int, fn func(n int) bool) int {
+func forEachFault(t *testing.T, limit int, fn func(n int) bool) int {
 	t.Helper()
 	n := 0
 	for ; fn(n); n++ {
 		if t.Failed() {
 			t.Fatalf("number %d went wrong", n)
 		}
-		if n == most {
+		if n == limit {
 			t.Fatal("there is no end of them")
 		}
 	}
@@ -607,7 +607,7 @@ func eachOf(t *testing.T, most int, fn func(n int) bool) int {
 var noToken request.Token
 
 // writesFail has all transactions fail from now on.
-func writesFail(g *grave, r *replica) {
+func failAllWrites(g *killer, r *replica) {
 	r.kv.Hook(func(c meta.Call) meta.Fault {
 		g.mu.Lock()
 		defer g.mu.Unlock()
@@ -620,29 +620,29 @@ func writesFail(g *grave, r *replica) {
 }
 
 // completes holds that a restore completes and makes all that it should.
-func (w *testEnv) completes(r *replica, sp *RestoreSpec) *copyjob.Job {
+func (w *testEnv) mustComplete(r *replica, sp *RestoreSpec) *copyjob.Job {
 	w.t.Helper()
-	before := w.traces()
+	before := w.contents()
 	job := w.restore(r, sp)
-	end := w.ended(r, job.ID)
+	end := w.waitEnded(r, job.ID)
 	if end.Job.State != copyjob.Completed {
 		w.t.Fatalf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 	}
-	w.restored(r, before, end.Job, sp)
+	w.checkRestored(r, before, end.Job, sp)
 	return end.Job
 }
 
 // fails holds that a restore fails by a reason, with a message that names what is
 // to blame, and leaves nothing.
-func (w *testEnv) fails(r *replica, sp *RestoreSpec, reason, names string) *copyjob.Status {
+func (w *testEnv) mustFail(r *replica, sp *RestoreSpec, reason, names string) *copyjob.Status {
 	w.t.Helper()
-	before := w.traces()
+	before := w.contents()
 	job := w.restore(r, sp)
-	end := w.ended(r, job.ID)
+	end := w.waitEnded(r, job.ID)
 	if end.Job.State != copyjob.Failed || end.Job.Reason != reason || !strings.Contains(end.Job.Message, names) {
 		w.t.Errorf("it ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, reason, names)
 	}
-	w.nothingSince(before)
+	w.checkNoTraces(before)
 	return end
 }
 

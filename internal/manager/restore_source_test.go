@@ -55,7 +55,7 @@ func TestRestoreOfDamagedFiles(t *testing.T) {
 				t.Run(fmt.Sprintf("%s %s, ETag known %v", damage.name, kind, known), func(t *testing.T) {
 					inEnv(t, func(t *testing.T, w *testEnv) {
 						r := w.start("a")
-						s := w.create(r, w.rich(r, "c", 12), "one")
+						s := w.create(r, w.richCollection(r, "c", 12), "one")
 						var path string
 						for _, seg := range w.segments(r, s) {
 							for f := range seg.AllFiles() {
@@ -67,17 +67,17 @@ func TestRestoreOfDamagedFiles(t *testing.T) {
 						if path == "" {
 							t.Fatal("there is no such file")
 						}
-						good := w.bytes("data/" + path)
+						good := w.readObject("data/" + path)
 						if err := damage.do(t, w.objects, "data/"+path); err != nil {
 							t.Fatal(err)
 						}
 						sp := restoreSpecOf(s)
-						w.fails(r, sp, damage.reason, "default/data/"+path)
+						w.mustFail(r, sp, damage.reason, "default/data/"+path)
 						// Once it is whole again, so is what is restored.
 						if _, err := w.objects.Put(t.Context(), "data/"+path, good); err != nil {
 							t.Fatal(err)
 						}
-						w.again(r, w.traces(), sp)
+						w.checkNextRestore(r, w.contents(), sp)
 					})
 				})
 			}
@@ -97,7 +97,7 @@ func TestRestoreOfDamagedManifests(t *testing.T) {
 			t.Run(name+" "+how, func(t *testing.T) {
 				inEnv(t, func(t *testing.T, w *testEnv) {
 					a := w.start("a")
-					s := w.create(a, w.rich(a, "c", 4), "one")
+					s := w.create(a, w.richCollection(a, "c", 4), "one")
 					a.stop() // and with it what it remembers of the manifests
 					b := w.start("b")
 					key := manifest.Dir(s.Collection, s.ID) + name
@@ -105,18 +105,18 @@ func TestRestoreOfDamagedManifests(t *testing.T) {
 						if err := w.objects.Delete(t.Context(), key); err != nil {
 							t.Fatal(err)
 						}
-					} else if _, err := w.objects.Put(t.Context(), key, damage(w.bytes(key))); err != nil {
+					} else if _, err := w.objects.Put(t.Context(), key, damage(w.readObject(key))); err != nil {
 						t.Fatal(err)
 					}
 					sp := restoreSpecOf(s)
 					if name == manifest.MetadataName {
-						before := w.traces()
+						before := w.contents()
 						_, err := b.Restore(t.Context(), noToken, sp)
 						wantError(t, err, ErrSnapshotCorrupt)
-						w.nothingSince(before)
+						w.checkNoTraces(before)
 						return
 					}
-					w.fails(b, sp, "SNAPSHOT_CORRUPT", name)
+					w.mustFail(b, sp, "SNAPSHOT_CORRUPT", name)
 					sp.SkipIndexes = true // the segments are counted before it is admitted
 					_, err := b.Restore(t.Context(), noToken, sp)
 					wantError(t, err, ErrSnapshotCorrupt)
@@ -126,9 +126,9 @@ func TestRestoreOfDamagedManifests(t *testing.T) {
 	}
 }
 
-// TestRestoreAndAlteredAnswers has a store answer some times, or for ever, with
+// TestRestoreWithAlteredReads has a store answer some times, or for ever, with
 // other bytes than a snapshot's object consists of, which is whole.
-func TestRestoreAndAlteredAnswers(t *testing.T) {
+func TestRestoreWithAlteredReads(t *testing.T) {
 	for _, name := range []string{manifest.MetadataName, "manifest-0.avro"} {
 		for how, fault := range map[string]object.Fault{"flipped": object.FaultFlip, "truncated": object.FaultTruncate} {
 			for _, times := range []int{1, 2, 3, 6, math.MaxInt} {
@@ -137,7 +137,7 @@ func TestRestoreAndAlteredAnswers(t *testing.T) {
 						leader := w.start("leader")
 						settle()
 						r := w.start("r", func(o *Options) { o.RestoreSlots = -1 })
-						s := w.create(r, w.rich(r, "c", 4), "one")
+						s := w.create(r, w.richCollection(r, "c", 4), "one")
 						settle()
 						left := times // the leader alone reads it from here on
 						leader.store.Plan(func(c object.Call) object.Fault {
@@ -149,18 +149,18 @@ func TestRestoreAndAlteredAnswers(t *testing.T) {
 						})
 						sp := restoreSpecOf(s)
 						if times < math.MaxInt {
-							w.completes(r, sp)
+							w.mustComplete(r, sp)
 							if left != 0 {
 								t.Errorf("%d of %d answers were not asked for", left, times)
 							}
 							return
 						}
-						w.fails(r, sp, "SNAPSHOT_CORRUPT", name)
+						w.mustFail(r, sp, "SNAPSHOT_CORRUPT", name)
 						if asked := times - left; asked < 10 {
 							t.Errorf("given up after %d answers", asked)
 						}
-						leader.lift()
-						w.completes(r, sp)
+						leader.clearFaults()
+						w.mustComplete(r, sp)
 					})
 				})
 			}
@@ -168,32 +168,32 @@ func TestRestoreAndAlteredAnswers(t *testing.T) {
 	}
 }
 
-// TestRestoreWithoutMetadata has the metadata go after the job was admitted, and
+// TestRestoreWithoutMetadataObject has the metadata go after the job was admitted, and
 // before another replica prepares the target.
-func TestRestoreWithoutMetadata(t *testing.T) {
+func TestRestoreWithoutMetadataObject(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a")
-		s := w.create(a, w.rich(a, "c", 4), "one")
+		s := w.create(a, w.richCollection(a, "c", 4), "one")
 		settle()
-		before := w.traces()
+		before := w.contents()
 		key := manifest.Dir(s.Collection, s.ID) + manifest.MetadataName
-		g := newGrave()
-		g.atWrite(a, 3, meta.Before, true) // behind the ids, which are read and taken, and the admission
+		g := newKiller()
+		g.failWrite(a, 3, meta.Before, true) // behind the ids, which are read and taken, and the admission
 		job := w.restore(a, restoreSpecOf(s))
 		if err := w.objects.Delete(t.Context(), key); err != nil {
 			t.Fatal(err)
 		}
 		delete(before.objects, key)
-		if w.endedOrDead(g) {
+		if w.waitEndedOrDead(g) {
 			t.Fatal("the first replica lives")
 		}
 		a.stop()
 		b := w.start("b")
-		end := w.ended(b, job.ID)
+		end := w.waitEnded(b, job.ID)
 		if end.Job.State != copyjob.Failed || end.Job.Reason != "SNAPSHOT_CORRUPT" || !strings.Contains(end.Job.Message, manifest.MetadataName) {
 			t.Errorf("%+v", end.Job)
 		}
-		w.nothingSince(before)
+		w.checkNoTraces(before)
 	})
 }
 
@@ -202,8 +202,8 @@ func TestRestoreWithoutMetadata(t *testing.T) {
 func TestRestoreWithStoreDown(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
-		s := w.create(r, w.rich(r, "c", 12), "one")
-		before := w.traces()
+		s := w.create(r, w.richCollection(r, "c", 12), "one")
+		before := w.contents()
 		down := func(ops ...object.Op) {
 			r.store.Plan(func(c object.Call) object.Fault {
 				if slices.Contains(ops, c.Op) {
@@ -237,12 +237,12 @@ func TestRestoreWithStoreDown(t *testing.T) {
 		}
 		wantError(t, dropErr(r, s), ErrSnapshotPinned)
 		down(object.OpCopy)
-		end := w.ended(r, job.ID)
+		end := w.waitEnded(r, job.ID)
 		if end.Job.State != copyjob.Failed || end.Job.Reason != "STALLED" || !strings.Contains(end.Job.Message, "injected fault") ||
 			!strings.Contains(end.Job.Message, "no file was finished for 24h") {
 			t.Errorf("%+v of %+v", end, end.Job)
 		}
-		w.nothingSince(before)
+		w.checkNoTraces(before)
 
 		// In time.
 		job = w.restore(r, sp)
@@ -252,11 +252,11 @@ func TestRestoreWithStoreDown(t *testing.T) {
 		if err != nil || st.Job.Phase != copyjob.Copy || st.Retries == 0 || !strings.Contains(st.LastError, "injected fault") {
 			t.Fatalf("%+v of %+v, err = %v", st, st.Job, err)
 		}
-		r.lift()
-		if end = w.ended(r, job.ID); end.Job.State != copyjob.Completed || end.Retries == 0 || end.LastError != "" {
+		r.clearFaults()
+		if end = w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed || end.Retries == 0 || end.LastError != "" {
 			t.Errorf("%+v of %+v", end, end.Job)
 		}
-		w.restored(r, before, job, sp)
+		w.checkRestored(r, before, job, sp)
 	})
 }
 
@@ -269,7 +269,7 @@ func TestRestoreOutlastsOutages(t *testing.T) {
 			t.Run(fmt.Sprintf("%v after %d copies", outage, after), func(t *testing.T) {
 				inEnv(t, func(t *testing.T, w *testEnv) {
 					r := w.start("a", func(o *Options) { o.CollectorOff = true })
-					s := w.create(r, w.rich(r, "c", 40), "one")
+					s := w.create(r, w.richCollection(r, "c", 40), "one")
 					copies, began := 0, time.Time{}
 					r.store.Plan(func(c object.Call) object.Fault {
 						if c.Op == object.OpCopy {
@@ -284,18 +284,18 @@ func TestRestoreOutlastsOutages(t *testing.T) {
 						}
 						return object.FaultNone
 					})
-					before := w.traces()
+					before := w.contents()
 					job := w.restore(r, restoreSpecOf(s))
 					time.Sleep(outage - time.Second)
 					settle()
 					if n := len(w.objectsUnder(fmt.Sprintf("data/%d/", job.Target))); n < after/2 {
 						t.Errorf("%d objects of the target are there during the outage", n)
 					}
-					end := w.ended(r, job.ID)
+					end := w.waitEnded(r, job.ID)
 					if end.Job.State != copyjob.Completed {
 						t.Fatalf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 					}
-					w.restored(r, before, end.Job, restoreSpecOf(s))
+					w.checkRestored(r, before, end.Job, restoreSpecOf(s))
 				})
 			})
 		}
@@ -303,9 +303,9 @@ func TestRestoreOutlastsOutages(t *testing.T) {
 }
 
 // failsAfter holds that a restore fails, and not before so much time has passed.
-func (w *testEnv) failsAfter(r *replica, sp *RestoreSpec, after time.Duration, reason, names string) {
+func (w *testEnv) mustFailAfter(r *replica, sp *RestoreSpec, after time.Duration, reason, names string) {
 	w.t.Helper()
-	before := w.traces()
+	before := w.contents()
 	job := w.restore(r, sp)
 	time.Sleep(after - time.Second)
 	settle()
@@ -316,18 +316,18 @@ func (w *testEnv) failsAfter(r *replica, sp *RestoreSpec, after time.Duration, r
 		time.Sleep(time.Hour)
 		settle()
 	}
-	end := w.ended(r, job.ID)
+	end := w.waitEnded(r, job.ID)
 	if end.Job.State != copyjob.Failed || end.Job.Reason != reason || !strings.Contains(end.Job.Message, names) {
 		w.t.Errorf("it ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, reason, names)
 	}
-	w.nothingSince(before)
+	w.checkNoTraces(before)
 }
 
 // TestRestoreWaitsUntilItsDeadline has a job's own deadline end the waiting.
 func TestRestoreWaitsUntilItsDeadline(t *testing.T) {
 	inEnv(t, func(_ *testing.T, w *testEnv) {
 		r := w.start("a")
-		s := w.create(r, w.rich(r, "c", 4), "one")
+		s := w.create(r, w.richCollection(r, "c", 4), "one")
 		r.store.Plan(func(c object.Call) object.Fault {
 			if c.Op == object.OpCopy {
 				return object.FaultBefore
@@ -336,7 +336,7 @@ func TestRestoreWaitsUntilItsDeadline(t *testing.T) {
 		})
 		sp := restoreSpecOf(s)
 		sp.Timeout = 2 * time.Hour
-		w.failsAfter(r, sp, 2*time.Hour, "TIMEOUT", "deadline")
+		w.mustFailAfter(r, sp, 2*time.Hour, "TIMEOUT", "deadline")
 	})
 }
 
@@ -345,14 +345,14 @@ func TestRestoreWaitsUntilItsDeadline(t *testing.T) {
 func TestRestoreStallsDespiteRepeats(t *testing.T) {
 	inEnv(t, func(_ *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.RestoreStallTimeout = 2 * time.Hour })
-		s := w.create(r, w.rich(r, "c", 12), "one")
+		s := w.create(r, w.richCollection(r, "c", 12), "one")
 		r.store.Plan(func(c object.Call) object.Fault {
 			if c.Op == object.OpCopy && strings.Contains(c.Keys[0], "/of-an-engine/") {
 				return object.FaultBefore
 			}
 			return object.FaultNone
 		})
-		w.failsAfter(r, restoreSpecOf(s), 2*time.Hour, "STALLED", "of-an-engine")
+		w.mustFailAfter(r, restoreSpecOf(s), 2*time.Hour, "STALLED", "of-an-engine")
 	})
 }
 
@@ -364,23 +364,23 @@ func TestRestoreWithoutMetadataStore(t *testing.T) {
 		t.Run(down.String(), func(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
 				r := w.start("a")
-				s := w.create(r, w.rich(r, "c", 12), "one")
-				before := w.traces()
+				s := w.create(r, w.richCollection(r, "c", 12), "one")
+				before := w.contents()
 				sp := restoreSpecOf(s)
 				r.store.SetLatency(300 * time.Millisecond)
 				job := w.restore(r, sp)
-				w.copying()
-				g := newGrave()
+				w.waitAssigned()
+				g := newKiller()
 				g.fire(true) // all calls fail
-				g.atWrite(r, -1, 0, false)
+				g.failWrite(r, -1, 0, false)
 				time.Sleep(down)
-				r.lift()
+				r.clearFaults()
 				time.Sleep(5 * time.Minute)
 				end, err := r.Jobs().Get(t.Context(), job.ID)
 				if err != nil || end.Job.State != copyjob.Completed {
 					t.Fatalf("%+v, err = %v", end, err)
 				}
-				w.restored(r, before, job, sp)
+				w.checkRestored(r, before, job, sp)
 			})
 		})
 	}
@@ -391,38 +391,38 @@ func TestRestoreWithoutMetadataStore(t *testing.T) {
 func TestRestoreInterruptedByTheMetadataStore(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
-		s := w.create(r, w.rich(r, "c", 12), "one")
-		before := w.traces()
+		s := w.create(r, w.richCollection(r, "c", 12), "one")
+		before := w.contents()
 		sp := restoreSpecOf(s)
 		r.store.SetLatency(time.Second)
 		job := w.restore(r, sp)
-		w.copying()
-		g := newGrave()
-		writesFail(g, r)
+		w.waitAssigned()
+		g := newKiller()
+		failAllWrites(g, r)
 		time.Sleep(time.Minute)
-		r.lift()
+		r.clearFaults()
 		time.Sleep(5 * time.Minute)
 		end, err := r.Jobs().Get(t.Context(), job.ID)
 		if err != nil || end.Job.State != copyjob.Completed {
 			t.Fatalf("%+v of %+v, err = %v", end, end.Job, err)
 		}
-		w.restored(r, before, job, sp)
+		w.checkRestored(r, before, job, sp)
 	})
 }
 
 // liar is a store that says once of one object that it was copied, and has not.
-type liar struct {
+type falseStore struct {
 	object.Store
-	part string // of the source's key
+	keyPart string // of the source's key
 
-	mu   sync.Mutex
-	lied bool
+	mu       sync.Mutex
+	answered bool
 }
 
-func (l *liar) Copy(ctx context.Context, r object.CopyRequest) (object.Info, error) {
+func (l *falseStore) Copy(ctx context.Context, r object.CopyRequest) (object.Info, error) {
 	l.mu.Lock()
-	lies := !l.lied && strings.Contains(r.From, l.part)
-	l.lied = l.lied || lies
+	lies := !l.answered && strings.Contains(r.From, l.keyPart)
+	l.answered = l.answered || lies
 	l.mu.Unlock()
 	if lies {
 		return object.Info{Key: r.To, Size: r.Size, ETag: r.SourceETag}, nil
@@ -430,19 +430,19 @@ func (l *liar) Copy(ctx context.Context, r object.CopyRequest) (object.Info, err
 	return l.Store.Copy(ctx, r)
 }
 
-// TestRestoreVerifies does not believe a copy that is answered with success.
-func TestRestoreVerifies(t *testing.T) {
+// TestRestoreVerifiesCopies does not believe a copy that is answered with success.
+func TestRestoreVerifiesCopies(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		l := &liar{part: "/of-an-engine/"}
+		l := &falseStore{keyPart: "/of-an-engine/"}
 		r := w.start("a", func(o *Options) {
 			l.Store = o.Stores["default"]
 			o.Stores = map[string]object.Store{"default": l}
 		})
-		s := w.create(r, w.rich(r, "c", 12), "one")
-		job := w.completes(r, restoreSpecOf(s))
-		end := w.ended(r, job.ID)
-		if !l.lied || end.Retries != 1 {
-			t.Errorf("lied %v, %+v", l.lied, end)
+		s := w.create(r, w.richCollection(r, "c", 12), "one")
+		job := w.mustComplete(r, restoreSpecOf(s))
+		end := w.waitEnded(r, job.ID)
+		if !l.answered || end.Retries != 1 {
+			t.Errorf("lied %v, %+v", l.answered, end)
 		}
 	})
 }

@@ -12,7 +12,7 @@ import (
 )
 
 // filled makes a collection with n segments whose files are there.
-func (w *testEnv) filled(r *replica, name string, n int) catalog.Collection {
+func (w *testEnv) filledCollection(r *replica, name string, n int) catalog.Collection {
 	w.t.Helper()
 	col, part, index := w.collection(r, name)
 	for i := range n {
@@ -57,7 +57,7 @@ func tenBytes(path string) []byte {
 	return b
 }
 
-func (w *testEnv) ended(r *replica, id int64) *copyjob.Status {
+func (w *testEnv) waitEnded(r *replica, id int64) *copyjob.Status {
 	w.t.Helper()
 	ctx, cancel := context.WithTimeout(w.t.Context(), time.Hour)
 	defer cancel()
@@ -74,13 +74,13 @@ func (w *testEnv) ended(r *replica, id int64) *copyjob.Status {
 func TestRestore(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
-		col := w.filled(r, "c", 70)
+		col := w.filledCollection(r, "c", 70)
 		s := w.create(r, col, "one")
 		job, err := r.Restore(t.Context(), request.Token{}, &RestoreSpec{Snapshot: Ref{ID: s.ID}, DB: "default", Name: "copy"})
 		if err != nil {
 			t.Fatal(err)
 		}
-		end := w.ended(r, job.ID)
+		end := w.waitEnded(r, job.ID)
 		if end.Job.State != copyjob.Completed {
 			t.Fatalf("%+v", end.Job)
 		}

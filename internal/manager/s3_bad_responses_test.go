@@ -24,7 +24,7 @@ import (
 // and returns its content.
 func (w *testEnv) withLarge(r *replica) (catalog.Collection, segment.File, []byte) {
 	w.t.Helper()
-	col := w.rich(r, "c", 4)
+	col := w.richCollection(r, "c", 4)
 	large := w.segment(r, col, 0, 1, 9)
 	f := &large.Files[0]
 	f.Size = object.MinPartSize + 1
@@ -89,7 +89,7 @@ func TestSourceChangesDuringCopy(t *testing.T) {
 				col, file, content := w.withLarge(r)
 				s := w.create(r, col, "one")
 				key := "data/" + file.Path
-				before := w.traces()
+				before := w.contents()
 				rule := s3fault.Rule{Op: after.op, Skip: after.skip, Action: s3fault.Edit("change", func(*s3fault.Answer) bool {
 					if err := c.change(w, key, content); err != nil {
 						t.Error(err)
@@ -101,7 +101,7 @@ func TestSourceChangesDuringCopy(t *testing.T) {
 				}
 				proxy.Plan(rule)
 				sp := restoreSpecOf(s)
-				end := w.ended(r, w.restore(r, sp).ID)
+				end := w.waitEnded(r, w.restore(r, sp).ID)
 				proxy.MustHaveFired(t)
 				proxy.Plan()
 				if _, err := w.objects.Put(t.Context(), key, content); err != nil {
@@ -109,9 +109,9 @@ func TestSourceChangesDuringCopy(t *testing.T) {
 				}
 				switch {
 				case after.late && end.Job.State == copyjob.Completed:
-					w.restored(r, before, end.Job, sp)
+					w.checkRestored(r, before, end.Job, sp)
 				case end.Job.State == copyjob.Failed && end.Job.Reason == c.reason:
-					w.nothingSince(before)
+					w.checkNoTraces(before)
 				default:
 					t.Errorf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 				}
@@ -173,12 +173,12 @@ func TestWrongHeadResponses(t *testing.T) {
 		t.Errorf("the difference is not visible: %v", err)
 	}
 	proxy.MustHaveFired(t)
-	before := w.traces()
+	before := w.contents()
 	restore := restoreSpecOf(s)
-	end := w.ended(r, w.restore(r, restore).ID)
+	end := w.waitEnded(r, w.restore(r, restore).ID)
 	if end.Job.Reason != "SOURCE_OBJECT_MISSING" {
 		t.Errorf("%+v", end.Job)
 	}
 	proxy.Plan()
-	w.nothingSince(before)
+	w.checkNoTraces(before)
 }

@@ -139,7 +139,7 @@ func TestEqualNumbers(t *testing.T) {
 func TestIDsOfARestoreAreTaken(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectorOff = true })
-		col := w.rich(r, "c", 3)
+		col := w.richCollection(r, "c", 3)
 		other, _, _ := w.collection(r, "other")
 		job := w.restore(r, restoreSpecOf(w.create(r, col, "one")))
 		try := func(id, of int64) error {
@@ -152,7 +152,7 @@ func TestIDsOfARestoreAreTaken(t *testing.T) {
 		wantError(t, try(job.FirstSegment, job.Target), catalog.ErrPlaceOwned)
 		wantError(t, try(job.FirstSegment, other.ID), catalog.ErrIDOwned)
 		wantError(t, try(job.FirstBuild, other.ID), catalog.ErrIDOwned)
-		w.ended(r, job.ID)
+		w.waitEnded(r, job.ID)
 		wantError(t, try(job.FirstSegment, other.ID), catalog.ErrIDOwned)
 		wantError(t, try(w.newID(r), job.Target), catalog.ErrPlaceOwned)
 	})

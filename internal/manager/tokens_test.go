@@ -31,7 +31,7 @@ func TestOneTokenAtOnce(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		ctx := t.Context()
 		rs := []*replica{w.start("a"), w.start("b"), w.start("c")}
-		col := w.rich(rs[0], "c", 4)
+		col := w.richCollection(rs[0], "c", 4)
 		for _, r := range rs {
 			r.store.SetLatency(100 * time.Millisecond)
 		}
@@ -70,7 +70,7 @@ func TestOneTokenAtOnce(t *testing.T) {
 		// A restore and a drop.
 		sp := restoreSpecOf(made[0])
 		tok.Method, tok.Value = "RestoreSnapshot", "restore"
-		before := w.traces()
+		before := w.contents()
 		jobs, errs := atOnce(rs, n, func(r *replica) (*copyjob.Job, error) { return r.Restore(ctx, tok, sp) })
 		for i, job := range jobs {
 			if errs[i] != nil || job.ID != jobs[0].ID {
@@ -80,7 +80,7 @@ func TestOneTokenAtOnce(t *testing.T) {
 		if all := w.jobs(); len(all) != 1 {
 			t.Errorf("one token made %v", all)
 		}
-		w.restored(rs[0], before, w.ended(rs[0], jobs[0].ID).Job, sp)
+		w.checkRestored(rs[0], before, w.waitEnded(rs[0], jobs[0].ID).Job, sp)
 		tok.Method, tok.Value = "DropSnapshot", "drop"
 		_, errs = atOnce(rs, n, func(r *replica) (int64, error) { return r.Drop(ctx, tok, Ref{Name: "one"}, 0) })
 		for _, err := range errs {

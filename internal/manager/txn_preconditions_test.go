@@ -231,7 +231,7 @@ func (w *testEnv) live() {
 		})
 	}
 	a, b := w.start("a", change), w.start("b", change)
-	col := w.rich(a, "c", 40)
+	col := w.richCollection(a, "c", 40)
 	ref := catalog.Ref{ID: col.ID}
 	must := func(err error) {
 		t.Helper()
@@ -287,26 +287,26 @@ func (w *testEnv) live() {
 	sp := restoreSpecOf(one)
 	sp.Limits.Requests = 1000
 	must(second(b.Restore(ctx, token("restore", "restore"), sp)))
-	w.ended(a, w.jobs()[0].ID)
+	w.waitEnded(a, w.jobs()[0].ID)
 	for _, r := range []*replica{a, b} {
 		r.store.SetLatency(2 * time.Second)
 	}
 	sp = restoreSpecOf(one)
 	sp.Name = "canceled"
 	job := w.restore(b, sp)
-	w.copying()
+	w.waitAssigned()
 	_, err = a.Jobs().SetLimits(ctx, job.ID, copyjob.Limits{Requests: 500})
 	must(err)
 	_, err = a.Jobs().Cancel(ctx, job.ID)
 	must(err)
-	w.ended(a, job.ID)
+	w.waitEnded(a, job.ID)
 	sp.Name = "interrupted"
 	job = w.restore(b, sp)
-	w.copying()
+	w.waitAssigned()
 	b.kv.Freeze()
 	time.Sleep(time.Minute)
 	b.kv.Thaw()
-	w.ended(a, job.ID)
+	w.waitEnded(a, job.ID)
 	for _, r := range []*replica{a, b} {
 		r.store.SetLatency(0)
 	}
@@ -314,9 +314,9 @@ func (w *testEnv) live() {
 		failCopies(r)
 	}
 	sp.Name = "failed"
-	w.ended(a, w.restore(b, sp).ID)
+	w.waitEnded(a, w.restore(b, sp).ID)
 	for _, r := range []*replica{a, b} {
-		r.lift()
+		r.clearFaults()
 	}
 
 	// The catalog, and reclaims: by the engine, by the collector, of spilled units.

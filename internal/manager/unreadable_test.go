@@ -117,7 +117,7 @@ func (w *testEnv) damaged(name string, damage func([]byte) []byte) {
 	s := w.create(a, col, "one")
 	w.addWritten(a, col, free, last)
 	key := manifest.Dir(s.Collection, s.ID) + name
-	whole := w.bytes(key)
+	whole := w.readObject(key)
 	if name == manifest.MetadataName { // read only for records of an earlier release
 		w.withoutReferences(s)
 	}

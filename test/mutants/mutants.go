@@ -74,7 +74,7 @@ var planted = []Mutant{
 		inMemory(manager, "^(TestRestorePins|TestRestoreWithStoreDown)$"),
 	}},
 	{Name: "restored-collection-active-early", Breaks: "a collection is visible when half of it is restored", Tests: []Tests{
-		inMemory(manager, "^(TestRestoringIsNobodysBusiness|TestRestoreCanceledBetweenWrites)$"),
+		inMemory(manager, "^(TestRestoringCollectionIsInaccessible|TestRestoreCanceledBetweenWrites)$"),
 	}},
 	{Name: "foreign-object-adopted", Breaks: "a snapshot is committed with an object of another writer", Tests: []Tests{
 		inMemory(manager, "^TestForeignObjectIsNotOverwritten$"),
@@ -160,7 +160,7 @@ var regressions = []Mutant{
 		"a digit altered in transit makes a different valid high-water mark"),
 	regression("probe-that-died", "b91de25", collect, "TestSweepRemovesProbes",
 		"objects of a killed probe stay in the bucket for ever"),
-	regression("restore-and-altered-answers", "8da5041", manager, "TestRestoreAndAlteredAnswers",
+	regression("restore-and-altered-answers", "8da5041", manager, "TestRestoreWithAlteredReads",
 		"two altered answers in a row fail the restore of an intact snapshot as corrupt"),
 	regression("create-and-altered-answers", "8da5041", manager, "TestCreateAndAlteredAnswers",
 		"a create whose answer was lost takes an altered read-back for the object of another writer"),
@@ -170,6 +170,6 @@ var regressions = []Mutant{
 		"a repeat that cannot look up the first call gets an error that the first call's success caused"),
 	onServer(regression("layout-taken-for-altered", "6eeb272", manager, "TestStoreOfOtherETags",
 		"files of a bucket that was copied in other parts are reported as altered")),
-	onServer(regression("condition-of-copies-trusted", "e1f8fd9", manager, "TestConditionThatIsIgnoredLater",
+	onServer(regression("condition-of-copies-trusted", "e1f8fd9", manager, "TestCopyConditionIgnoredLater",
 		"a restore copies an altered file where the store has ceased to honour conditions")),
 }
