@@ -1,0 +1,291 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// TestRestoreCanceled cancels in each phase.
+func TestRestoreCanceled(t *testing.T) {
+	for name, c := range map[string]struct {
+		hold  func(leader *replica) // so that it stays in the phase
+		phase copyjob.Phase
+	}{
+		"admit":   {func(l *replica) { l.kv.Freeze() }, copyjob.Admit},
+		"prepare": {func(l *replica) { failWritesAfter(l, 1) }, copyjob.Prepare}, // begin passes
+		"copy":    {failCopies, copyjob.Copy},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
+				leader := w.start("a")
+				settle()
+				r := w.start("b", func(o *Options) { o.RestoreSlots = -1 })
+				s := w.create(r, w.richCollection(r, "c", 12), "one")
+				before := w.contents()
+				c.hold(leader)
+				sp := restoreSpecOf(s)
+				sp.Labels = map[string]string{"a": "b"}
+				job := w.restore(r, sp)
+				time.Sleep(time.Second)
+				st, err := r.Jobs().Get(t.Context(), job.ID)
+				if err != nil || st.Job.Phase != c.phase {
+					t.Fatalf("%+v, err = %v", st.Job, err)
+				}
+				for range 3 { // it may be repeated
+					if st, err = r.Jobs().Cancel(t.Context(), job.ID); err != nil || st.Job.Phase != copyjob.RollBack {
+						t.Fatalf("%+v, err = %v", st, err)
+					}
+				}
+				_, err = r.Jobs().SetLimits(t.Context(), job.ID, copyjob.Limits{Bytes: 1})
+				wantError(t, err, copyjob.ErrEnded)
+				leader.kv.Thaw()
+				leader.clearFaults()
+				end := w.waitEnded(r, job.ID)
+				if end.Job.State != copyjob.Canceled || end.Job.Reason != "CANCELED" || end.Job.Labels["a"] != "b" {
+					t.Errorf("%+v", end.Job)
+				}
+				w.checkNoTraces(before)
+				if st, err = r.Jobs().Cancel(t.Context(), job.ID); err != nil || st.Job.State != copyjob.Canceled {
+					t.Errorf("canceled again: %+v, err = %v", st, err)
+				}
+				w.checkNextRestore(r, before, sp)
+				_, err = r.Jobs().Cancel(t.Context(), w.jobs()[1].ID)
+				wantError(t, err, copyjob.ErrEnded)
+				_, err = r.Jobs().SetLimits(t.Context(), w.jobs()[1].ID, copyjob.Limits{})
+				wantError(t, err, copyjob.ErrEnded)
+				list, more, err := r.Jobs().List(t.Context(), copyjob.Filter{Labels: map[string]string{"a": "b"}, States: []copyjob.State{copyjob.Canceled}}, 0, 1)
+				if err != nil || more || len(list) != 1 || list[0].Job.ID != job.ID {
+					t.Errorf("%+v, more = %v, err = %v", list, more, err)
+				}
+			})
+		})
+	}
+}
+
+// failCopies has all copies fail.
+func failCopies(r *replica) {
+	r.store.Plan(func(c object.Call) object.Fault {
+		if c.Op == object.OpCopy {
+			return object.FaultBefore
+		}
+		return object.FaultNone
+	})
+}
+
+// failWrites has all transactions but the first n fail.
+func failWritesAfter(r *replica, n int) {
+	var mu sync.Mutex
+	r.kv.Hook(func(c meta.Call) meta.Fault {
+		mu.Lock()
+		defer mu.Unlock()
+		if c.Method != meta.MethodTxn {
+			return meta.NoFault
+		}
+		if n--; n < 0 {
+			return meta.Before
+		}
+		return meta.NoFault
+	})
+}
+
+// TestRestoreCanceledBetweenWrites cancels before each write of the leader and
+// its worker, and has the write come through, or lose its answer. What the
+// cancel says is what happens.
+func TestRestoreCanceledBetweenWrites(t *testing.T) {
+	outcomes := map[copyjob.State]int{}
+	for _, fault := range []meta.Fault{meta.NoFault, meta.After} {
+		forEachFault(t, 100, func(n int) bool {
+			fired := false
+			inEnv(t, func(t *testing.T, w *testEnv) {
+				a := w.start("a")
+				settle()
+				b := w.start("b", func(o *Options) { o.RestoreSlots = -1 })
+				s := w.create(b, w.richCollection(b, "c", 4), "one")
+				before := w.contents()
+				var mu sync.Mutex
+				var cancelErr error
+				left := n
+				a.kv.Hook(func(c meta.Call) meta.Fault {
+					if c.Method != meta.MethodTxn {
+						return meta.NoFault
+					}
+					mu.Lock()
+					left--
+					here := left == -1
+					mu.Unlock()
+					if !here {
+						return meta.NoFault
+					}
+					jobs := w.jobs()
+					_, cancelErr = b.Jobs().Cancel(context.Background(), jobs[0].ID)
+					fired = true
+					return fault
+				})
+				sp := restoreSpecOf(s)
+				job := w.restore(b, sp)
+				end := w.waitEnded(b, job.ID)
+				outcomes[end.Job.State]++
+				switch {
+				case !fired:
+					if end.Job.State != copyjob.Completed {
+						t.Errorf("%+v", end.Job)
+					}
+				case cancelErr == nil:
+					if end.Job.State != copyjob.Canceled {
+						t.Errorf("write %d: canceled, and %+v", n, end.Job)
+					}
+				case !errors.Is(cancelErr, copyjob.ErrEnded) || end.Job.State != copyjob.Completed:
+					t.Errorf("write %d: cancel said %v, and %+v", n, cancelErr, end.Job)
+				}
+				a.clearFaults()
+				w.checkOutcome(b, before, end, sp)
+				w.checkNeverActive(job, end)
+			})
+			return fired
+		})
+	}
+	if outcomes[copyjob.Canceled] < 10 || outcomes[copyjob.Completed] < 2 {
+		t.Errorf("it ended %v", outcomes)
+	}
+}
+
+// neverSeen holds that the target of a job that did not complete was at no time
+// ACTIVE.
+func (w *testEnv) checkNeverActive(job *copyjob.Job, end *copyjob.Status) {
+	w.t.Helper()
+	if end.Job.State == copyjob.Completed {
+		return
+	}
+	ctx, cancel := context.WithCancel(w.t.Context())
+	defer cancel()
+	_, _, last, err := w.kv.Get(ctx, keys.Format)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	watch := w.kv.Watch(ctx, keys.Collection(job.Target), "", 1)
+	if watch != nil {
+		watch = w.kv.Watch(ctx, keys.Collection(job.Target), keys.Collection(job.Target)+"\x00", 1)
+	}
+	if err := watch.Progress(ctx); err != nil {
+		w.t.Fatal(err)
+	}
+	for {
+		b, err := watch.Next()
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		for _, e := range b.Events {
+			if e.Deleted {
+				continue
+			}
+			if col, err := catalog.DecodeCollection(e.KV); err != nil || col.State != catalog.Restoring {
+				w.t.Errorf("the target of a job that ended %v was %v, err = %v", end.Job.State, col.State, err)
+			}
+		}
+		if b.Revision >= last {
+			return
+		}
+	}
+}
+
+// TestRestoreCancelRaces cancels at random times while replicas freeze, lag and
+// die.
+func TestRestoreCancelRaces(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	outcomes := map[copyjob.State]int{}
+	for range 20 {
+		run := random.Uint64()
+		inEnv(t, func(t *testing.T, w *testEnv) {
+			rnd := rand.New(rand.NewPCG(run, 0))
+			var rs []*replica
+			for _, name := range []string{"a", "b", "c"} {
+				rs = append(rs, w.start(name))
+			}
+			s := w.create(rs[0], w.richCollection(rs[0], "c", 40), "one")
+			before := w.contents()
+			for _, r := range rs {
+				r.store.SetLatency(time.Duration(rnd.IntN(3000)) * time.Millisecond)
+			}
+			sp := restoreSpecOf(s)
+			job := w.restore(rs[2], sp)
+			upset := rnd.IntN(3)
+			time.Sleep(time.Duration(rnd.IntN(8000)) * time.Millisecond)
+			switch rnd.IntN(3) {
+			case 0:
+				rs[upset].kv.Freeze()
+			case 1:
+				rs[upset].kv.Freeze()
+				rs[upset].store.Freeze()
+			}
+			time.Sleep(time.Duration(rnd.IntN([]int{12_000, 60_000}[rnd.IntN(2)])) * time.Millisecond)
+			canceler := rs[(upset+1)%3]
+			_, cancelErr := canceler.Jobs().Cancel(t.Context(), job.ID)
+			time.Sleep(time.Duration(rnd.IntN(30000)) * time.Millisecond)
+			rs[upset].kv.Thaw()
+			rs[upset].store.Thaw()
+			end := w.waitEnded(canceler, job.ID)
+			outcomes[end.Job.State]++
+			if want := map[bool]copyjob.State{true: copyjob.Canceled, false: copyjob.Completed}[cancelErr == nil]; end.Job.State != want {
+				t.Errorf("run %d: cancel said %v, and %+v", run, cancelErr, end.Job)
+			}
+			time.Sleep(time.Minute)
+			settle()
+			for _, r := range rs {
+				r.store.SetLatency(0)
+			}
+			w.checkOutcome(canceler, before, end, sp)
+			w.checkNeverActive(job, end)
+		})
+	}
+	t.Logf("%v", outcomes)
+	if outcomes[copyjob.Canceled] == 0 || outcomes[copyjob.Completed] == 0 {
+		t.Errorf("it ended %v", outcomes)
+	}
+}
+
+func TestRestoreDeadline(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
+		r := w.start("a")
+		s := w.create(r, w.richCollection(r, "c", 12), "one")
+		before := w.contents()
+		sp := restoreSpecOf(s)
+		sp.Timeout = time.Minute
+		settle()                             // the clocks are compared
+		r.store.SetLatency(45 * time.Second) // copy and verify take longer, removal does not matter
+		began := time.Now()
+		job := w.restore(r, sp)
+		r.store.Plan(nil)
+		for {
+			st, err := r.Jobs().Get(t.Context(), job.ID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if st.Job.Phase == copyjob.RollBack {
+				break
+			}
+			time.Sleep(time.Second)
+		}
+		if d := time.Since(began); d < time.Minute || d > 2*time.Minute {
+			t.Errorf("it was given up after %v", d)
+		}
+		end := w.waitEnded(r, job.ID)
+		if end.Job.State != copyjob.Failed || end.Job.Reason != "TIMEOUT" {
+			t.Errorf("%+v", end.Job)
+		}
+		w.checkNoTraces(before)
+		r.store.SetLatency(0)
+		w.mustComplete(r, sp)
+	})
+}

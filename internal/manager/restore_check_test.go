@@ -1,0 +1,276 @@
+package manager
+
+import (
+	"bytes"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// like is a segment without what a restore changes of it.
+func comparableSegment(s segment.Segment, partitions, indexes map[int64]string) any {
+	type named struct {
+		Segment           segment.Segment
+		Partition         string
+		Indexes, Kinds    []string
+		Fields, LogIDs    []int64
+		Sizes, Entries    []int64
+		Min, Max          []segment.Timestamp
+		Checksums, Params []string
+	}
+	out := named{Partition: partitions[s.Partition]}
+	for f := range s.AllFiles() {
+		out.Kinds, out.Sizes = append(out.Kinds, f.Kind), append(out.Sizes, f.Size)
+		out.Fields, out.LogIDs, out.Entries = append(out.Fields, f.Field), append(out.LogIDs, f.LogID), append(out.Entries, f.Entries)
+		out.Min, out.Max = append(out.Min, f.MinTimestamp), append(out.Max, f.MaxTimestamp)
+		out.Checksums = append(out.Checksums, fmt.Sprint(f.Checksum, f.Attributes, f.Root))
+	}
+	for _, b := range s.Builds {
+		out.Indexes, out.Params = append(out.Indexes, indexes[b.Index]), append(out.Params, fmt.Sprint(b.Field, b.Params))
+	}
+	s.ID, s.Partition, s.Files, s.Builds, s.State = 0, 0, nil, nil, 0
+	out.Segment = s
+	return out
+}
+
+// restored holds that a job that is COMPLETED made all that it should, and
+// nothing besides. It works with the stores alone.
+func (w *testEnv) checkRestored(r *replica, before storeContents, job *copyjob.Job, sp *RestoreSpec) {
+	w.t.Helper()
+	cat := catalog.New(catalog.Options{KV: w.kv, Now: w.now})
+	d, err := r.Describe(w.t.Context(), sp.Snapshot)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	md := d.Metadata
+	view, err := cat.At(w.t.Context(), job.Target, 0)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.checkTarget(&view, md, sp)
+
+	names, targetNames := map[int64]string{0: ""}, map[int64]string{0: ""}
+	for _, p := range md.Partitions {
+		names[p.ID] = p.Name
+	}
+	for _, p := range view.Partitions {
+		targetNames[p.ID] = p.Name
+	}
+	indexes, targetIndexes := map[int64]string{}, map[int64]string{}
+	for _, x := range md.Indexes {
+		indexes[x.ID] = x.Name
+	}
+	for _, x := range view.Indexes {
+		targetIndexes[x.ID] = x.Name
+	}
+	var want, got []segment.Segment
+	for _, s := range w.segments(r, d.Snapshot) {
+		if s.Partition != 0 && len(sp.Partitions) > 0 && !slices.Contains(sp.Partitions, names[s.Partition]) {
+			continue
+		}
+		if sp.SkipIndexes {
+			s.Builds = nil
+		}
+		want = append(want, s)
+	}
+	if _, err := cat.ScanSegments(w.t.Context(), job.Target, 0, func(batch []segment.Segment) error {
+		got = append(got, batch...)
+		return nil
+	}); err != nil {
+		w.t.Fatal(err)
+	}
+	if len(got) != len(want) {
+		w.t.Fatalf("%d segments, want %d", len(got), len(want))
+	}
+	made := map[string]bool{}
+	ids := map[int64]bool{}
+	for i := range got {
+		if diff := cmp.Diff(comparableSegment(want[i], names, indexes), comparableSegment(got[i], targetNames, targetIndexes)); diff != "" {
+			w.t.Errorf("segment %d of segment %d: %s", got[i].ID, want[i].ID, diff)
+		}
+		if got[i].State != segment.Flushed {
+			w.t.Errorf("segment %d is %v", got[i].ID, got[i].State)
+		}
+		for _, id := range append([]int64{got[i].ID}, buildIDs(&got[i])...) {
+			if ids[id] || id <= d.Snapshot.ID {
+				w.t.Errorf("id %d is not fresh", id)
+			}
+			ids[id] = true
+		}
+		sources := slices.Collect(want[i].AllFiles())
+		n := 0
+		for f := range got[i].AllFiles() {
+			src := sources[n]
+			n++
+			from, to := view.Collection.Roots[src.Root].Prefix+src.Path, view.Collection.Roots[f.Root].Prefix+f.Path
+			if made[to] || from == to {
+				w.t.Errorf("%s is there twice", to)
+			}
+			made[to] = true
+			if !bytes.Equal(w.readObject(from), w.readObject(to)) {
+				w.t.Errorf("%s is not like %s", to, from)
+			}
+			if info, err := w.objects.Head(w.t.Context(), to); err != nil || info.ETag != f.ETag || info.Size != f.Size {
+				w.t.Errorf("%s: %+v, err = %v; the catalog says ETag %q", to, info, err, f.ETag)
+			}
+		}
+	}
+	for _, key := range w.objectsUnder("") {
+		if strings.HasPrefix(key, catalog.RestoreDir(job.ID)) { // it goes with the job's record
+			continue
+		}
+		if !made[key] && !before.objects[key] {
+			w.t.Errorf("object %s belongs to nothing", key)
+		}
+	}
+	for _, prefix := range []string{"/job/task/", "/job/progress/", "/job/limits/", keys.AssignedPrefix, keys.PinPrefix(job.Snapshot)} {
+		for _, key := range w.keysUnder(prefix) {
+			w.t.Errorf("%s is left", key)
+		}
+	}
+}
+
+func buildIDs(s *segment.Segment) []int64 {
+	var ids []int64
+	for i := range s.Builds {
+		ids = append(ids, s.Builds[i].ID)
+	}
+	return ids
+}
+
+// likeSource holds that a target is what the snapshot says, less ids and names.
+func (w *testEnv) checkTarget(view *catalog.View, md *manifest.Metadata, sp *RestoreSpec) {
+	w.t.Helper()
+	src, col := &md.Collection, &view.Collection
+	if col.State != catalog.Active || col.Job != 0 || col.DB != sp.DB || col.Name != sp.Name || col.ID == src.ID {
+		w.t.Errorf("the target is %+v", col)
+	}
+	if len(sp.Properties) == 0 && !maps.Equal(col.Properties, src.Properties) {
+		w.t.Errorf("properties %v, want %v", col.Properties, src.Properties)
+	}
+	if col.Consistency != src.ConsistencyLevel || col.Schema.Format != src.Schema.Format || !bytes.Equal(col.Schema.Raw, src.Schema.Raw) ||
+		!maps.Equal(col.Attributes, src.Attributes) || col.Layout.String() != src.Layout {
+		w.t.Errorf("target %+v, source %+v", col, src)
+	}
+	var fields []manifest.Field
+	for _, f := range col.Schema.Fields {
+		fields = append(fields, manifest.Field(f))
+	}
+	if diff := cmp.Diff(src.Schema.Fields, fields); diff != "" {
+		w.t.Errorf("schema: %s", diff)
+	}
+	var roots []manifest.Root
+	for i, root := range col.Roots {
+		roots = append(roots, manifest.Root{Number: i, Store: root.Store, Prefix: root.Prefix})
+	}
+	if diff := cmp.Diff(md.Roots, roots); diff != "" {
+		w.t.Errorf("roots: %s", diff)
+	}
+	var channels []string
+	checkpoints := map[int]segment.Position{}
+	for _, c := range md.Channels {
+		if c.Name != "" {
+			channels = append(channels, c.Name)
+		}
+		if c.Cut > 0 && c.Cut < segment.MaxTimestamp {
+			checkpoints[c.Shard] = segment.Position{Timestamp: c.Cut, Opaque: c.Opaque}
+		}
+	}
+	if len(sp.Channels) > 0 {
+		channels = sp.Channels
+	}
+	if !slices.Equal(channels, col.Channels) {
+		w.t.Errorf("channels %q, want %q", col.Channels, channels)
+	}
+	for shard, want := range checkpoints {
+		if diff := cmp.Diff(want, view.Checkpoints[shard].Position); diff != "" {
+			w.t.Errorf("checkpoint of shard %d: %s", shard, diff)
+		}
+	}
+	if len(channels) > 0 && len(view.Checkpoints) != len(checkpoints) {
+		w.t.Errorf("checkpoints %v, want %v", view.Checkpoints, checkpoints)
+	}
+	var parts, gotParts []manifest.Partition
+	for _, p := range md.Partitions {
+		if len(sp.Partitions) == 0 || slices.Contains(sp.Partitions, p.Name) {
+			parts = append(parts, manifest.Partition{Name: p.Name, Attributes: p.Attributes})
+		}
+	}
+	for _, p := range view.Partitions {
+		gotParts = append(gotParts, manifest.Partition{Name: p.Name, Attributes: p.Attributes})
+		if p.State != catalog.Active {
+			w.t.Errorf("partition %s is %v", p.Name, p.State)
+		}
+	}
+	if diff := cmp.Diff(parts, gotParts); diff != "" {
+		w.t.Errorf("partitions: %s", diff)
+	}
+	var indexes, gotIndexes []manifest.Index
+	for _, x := range md.Indexes {
+		if sp.SkipIndexes {
+			break
+		}
+		x.ID = 0
+		x.TypeParams = maps.Clone(x.TypeParams)
+		delete(x.TypeParams, "mmap.enabled")
+		indexes = append(indexes, x)
+	}
+	for _, x := range view.Indexes {
+		if x.State != catalog.Active {
+			w.t.Errorf("index %s is %v", x.Name, x.State)
+		}
+		gotIndexes = append(gotIndexes, manifest.Index{
+			Name: x.Name, Field: x.Field, TypeParams: x.TypeParams, IndexParams: x.IndexParams, Attributes: x.Attributes,
+		})
+	}
+	if diff := cmp.Diff(indexes, gotIndexes); diff != "" {
+		w.t.Errorf("indexes: %s", diff)
+	}
+}
+
+// outcome judges how a restore ended: with everything or with nothing. Then, of
+// one that was canceled, it restores to the name again, and drops the snapshot.
+func (w *testEnv) checkOutcome(r *replica, before storeContents, end *copyjob.Status, sp *RestoreSpec) {
+	w.t.Helper()
+	switch end.Job.State {
+	case copyjob.Completed:
+		w.checkRestored(r, before, end.Job, sp)
+		if end.Fraction != 1 || end.Done != end.Job.Totals {
+			w.t.Errorf("COMPLETED with %+v", end)
+		}
+	case copyjob.Failed, copyjob.Canceled:
+		w.checkNoTraces(before)
+		if end.Fraction >= 1 || end.Job.Reason == "" || end.Job.Message == "" {
+			w.t.Errorf("%v with %+v of %+v", end.Job.State, end, end.Job)
+		}
+	default:
+		w.t.Fatalf("it ended %v", end.Job.State)
+	}
+	if end.Job.State == copyjob.Canceled {
+		w.checkNextRestore(r, before, sp)
+	}
+	if _, err := r.Drop(w.t.Context(), request.Token{}, sp.Snapshot, 0); err != nil {
+		w.t.Errorf("drop the snapshot: %v", err)
+	}
+}
+
+// again restores to a name that a job that is over left free.
+func (w *testEnv) checkNextRestore(r *replica, before storeContents, sp *RestoreSpec) {
+	w.t.Helper()
+	job := w.restore(r, sp)
+	if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
+		w.t.Errorf("the next restore ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+		return
+	}
+	w.checkRestored(r, before, job, sp)
+}

@@ -1,0 +1,232 @@
+package manager
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/manifest"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+)
+
+// TestRestoreOfDamagedFiles damages a file of each kind in each way: the job
+// fails, says which file it is, and leaves nothing.
+func TestRestoreOfDamagedFiles(t *testing.T) {
+	damages := []struct {
+		name, reason string
+		known        bool // only with an ETag that is known
+		do           func(t *testing.T, o object.Store, key string) error
+	}{
+		{"missing", "SOURCE_OBJECT_MISSING", false, func(t *testing.T, o object.Store, key string) error {
+			return o.Delete(t.Context(), key)
+		}},
+		{"shorter", "SOURCE_OBJECT_ALTERED", false, func(t *testing.T, o object.Store, key string) error {
+			_, err := o.Put(t.Context(), key, []byte("nine byte"))
+			return err
+		}},
+		{"longer", "SOURCE_OBJECT_ALTERED", false, func(t *testing.T, o object.Store, key string) error {
+			_, err := o.Put(t.Context(), key, []byte("eleven byte"))
+			return err
+		}},
+		{"other bytes", "SOURCE_OBJECT_ALTERED", true, func(t *testing.T, o object.Store, key string) error {
+			_, err := o.Put(t.Context(), key, []byte("TEN BYTES."))
+			return err
+		}},
+	}
+	kinds := []string{
+		segment.KindInsert, segment.KindDelta, segment.KindStats, segment.KindBM25, segment.KindIndex, segment.KindText, segment.KindJSON,
+		"of-an-engine",
+	}
+	for _, damage := range damages {
+		for _, kind := range kinds {
+			for _, known := range []bool{false, true} {
+				if damage.known && !known {
+					continue
+				}
+				t.Run(fmt.Sprintf("%s %s, ETag known %v", damage.name, kind, known), func(t *testing.T) {
+					inEnv(t, func(t *testing.T, w *testEnv) {
+						r := w.start("a")
+						s := w.create(r, w.richCollection(r, "c", 12), "one")
+						var path string
+						for _, seg := range w.segments(r, s) {
+							for f := range seg.AllFiles() {
+								if f.Kind == kind && (f.ETag != "") == known {
+									path = f.Path
+								}
+							}
+						}
+						if path == "" {
+							t.Fatal("there is no such file")
+						}
+						good := w.readObject("data/" + path)
+						if err := damage.do(t, w.objects, "data/"+path); err != nil {
+							t.Fatal(err)
+						}
+						sp := restoreSpecOf(s)
+						w.mustFail(r, sp, damage.reason, "default/data/"+path)
+						// Once it is whole again, so is what is restored.
+						if _, err := w.objects.Put(t.Context(), "data/"+path, good); err != nil {
+							t.Fatal(err)
+						}
+						w.checkNextRestore(r, w.contents(), sp)
+					})
+				})
+			}
+		}
+	}
+}
+
+// TestRestoreOfDamagedManifests damages what the snapshot consists of.
+func TestRestoreOfDamagedManifests(t *testing.T) {
+	for _, name := range []string{manifest.MetadataName, "manifest-0.avro"} {
+		for how, damage := range map[string]func([]byte) []byte{
+			"missing":   nil,
+			"truncated": func(b []byte) []byte { return b[:len(b)/2] },
+			"altered":   func(b []byte) []byte { b[len(b)/2] ^= 1; return b },
+			"empty":     func([]byte) []byte { return nil },
+		} {
+			t.Run(name+" "+how, func(t *testing.T) {
+				inEnv(t, func(t *testing.T, w *testEnv) {
+					a := w.start("a")
+					s := w.create(a, w.richCollection(a, "c", 4), "one")
+					a.stop() // and with it what it remembers of the manifests
+					b := w.start("b")
+					key := manifest.Dir(s.Collection, s.ID) + name
+					if damage == nil {
+						if err := w.objects.Delete(t.Context(), key); err != nil {
+							t.Fatal(err)
+						}
+					} else if _, err := w.objects.Put(t.Context(), key, damage(w.readObject(key))); err != nil {
+						t.Fatal(err)
+					}
+					sp := restoreSpecOf(s)
+					if name == manifest.MetadataName {
+						before := w.contents()
+						_, err := b.Restore(t.Context(), noToken, sp)
+						wantError(t, err, ErrSnapshotCorrupt)
+						w.checkNoTraces(before)
+						return
+					}
+					w.mustFail(b, sp, "SNAPSHOT_CORRUPT", name)
+					sp.SkipIndexes = true // the segments are counted before it is admitted
+					_, err := b.Restore(t.Context(), noToken, sp)
+					wantError(t, err, ErrSnapshotCorrupt)
+				})
+			})
+		}
+	}
+}
+
+// TestRestoreWithAlteredReads has a store answer some times, or for ever, with
+// other bytes than a snapshot's object consists of, which is whole.
+func TestRestoreWithAlteredReads(t *testing.T) {
+	for _, name := range []string{manifest.MetadataName, "manifest-0.avro"} {
+		for how, fault := range map[string]object.Fault{"flipped": object.FaultFlip, "truncated": object.FaultTruncate} {
+			for _, times := range []int{1, 2, 3, 6, math.MaxInt} {
+				t.Run(fmt.Sprintf("%s %s %d times", name, how, times), func(t *testing.T) {
+					inEnv(t, func(t *testing.T, w *testEnv) {
+						leader := w.start("leader")
+						settle()
+						r := w.start("r", func(o *Options) { o.RestoreSlots = -1 })
+						s := w.create(r, w.richCollection(r, "c", 4), "one")
+						settle()
+						left := times // the leader alone reads it from here on
+						leader.store.Plan(func(c object.Call) object.Fault {
+							if c.Op != object.OpGet || !strings.HasSuffix(c.Keys[0], name) || left == 0 {
+								return object.FaultNone
+							}
+							left--
+							return fault
+						})
+						sp := restoreSpecOf(s)
+						if times < math.MaxInt {
+							w.mustComplete(r, sp)
+							if left != 0 {
+								t.Errorf("%d of %d answers were not asked for", left, times)
+							}
+							return
+						}
+						w.mustFail(r, sp, "SNAPSHOT_CORRUPT", name)
+						if asked := times - left; asked < 10 {
+							t.Errorf("given up after %d answers", asked)
+						}
+						leader.clearFaults()
+						w.mustComplete(r, sp)
+					})
+				})
+			}
+		}
+	}
+}
+
+// TestRestoreWithoutMetadataObject has the metadata go after the job was admitted, and
+// before another replica prepares the target.
+func TestRestoreWithoutMetadataObject(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
+		a := w.start("a")
+		s := w.create(a, w.richCollection(a, "c", 4), "one")
+		settle()
+		before := w.contents()
+		key := manifest.Dir(s.Collection, s.ID) + manifest.MetadataName
+		g := newKiller()
+		g.failWrite(a, 3, meta.Before, true) // behind the ids, which are read and taken, and the admission
+		job := w.restore(a, restoreSpecOf(s))
+		if err := w.objects.Delete(t.Context(), key); err != nil {
+			t.Fatal(err)
+		}
+		delete(before.objects, key)
+		if w.waitEndedOrDead(g) {
+			t.Fatal("the first replica lives")
+		}
+		a.stop()
+		b := w.start("b")
+		end := w.waitEnded(b, job.ID)
+		if end.Job.State != copyjob.Failed || end.Job.Reason != "SNAPSHOT_CORRUPT" || !strings.Contains(end.Job.Message, manifest.MetadataName) {
+			t.Errorf("%+v", end.Job)
+		}
+		w.checkNoTraces(before)
+	})
+}
+
+// liar is a store that says once of one object that it was copied, and has not.
+type falseStore struct {
+	object.Store
+	keyPart string // of the source's key
+
+	mu       sync.Mutex
+	answered bool
+}
+
+func (l *falseStore) Copy(ctx context.Context, r object.CopyRequest) (object.Info, error) {
+	l.mu.Lock()
+	lies := !l.answered && strings.Contains(r.From, l.keyPart)
+	l.answered = l.answered || lies
+	l.mu.Unlock()
+	if lies {
+		return object.Info{Key: r.To, Size: r.Size, ETag: r.SourceETag}, nil
+	}
+	return l.Store.Copy(ctx, r)
+}
+
+// TestRestoreVerifiesCopies does not believe a copy that is answered with success.
+func TestRestoreVerifiesCopies(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
+		l := &falseStore{keyPart: "/of-an-engine/"}
+		r := w.start("a", func(o *Options) {
+			l.Store = o.Stores["default"]
+			o.Stores = map[string]object.Store{"default": l}
+		})
+		s := w.create(r, w.richCollection(r, "c", 12), "one")
+		job := w.mustComplete(r, restoreSpecOf(s))
+		end := w.waitEnded(r, job.ID)
+		if !l.answered || end.Retries != 1 {
+			t.Errorf("lied %v, %+v", l.answered, end)
+		}
+	})
+}

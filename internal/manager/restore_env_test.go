@@ -1,0 +1,310 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/object"
+	"github.com/snapshotd/snapshotd/internal/store/request"
+)
+
+// filled makes a collection with n segments whose files are there.
+func (w *testEnv) filledCollection(r *replica, name string, n int) catalog.Collection {
+	w.t.Helper()
+	col, part, index := w.collection(r, name)
+	for i := range n {
+		s := w.segment(r, col, i%2, 1, 9)
+		if i%3 == 0 {
+			s.Partition = part.ID
+			s.Files[0].Path = catalog.NativePath(col.ID, &s, &s.Files[0])
+		}
+		if i%4 == 1 {
+			build := segment.Build{ID: w.newID(r), Index: index.ID, Field: 100}
+			f := segment.File{Kind: segment.KindIndex, Field: 100, LogID: int64(i), Size: 10}
+			f.Path = catalog.NativePath(col.ID, &s, &f)
+			build.Files = []segment.File{f}
+			s.Builds = []segment.Build{build}
+		}
+		for f := range s.AllFiles() {
+			w.putFile(f.Path)
+		}
+		w.add(r, col, s)
+	}
+	w.checkpoint(r, col, 10, 10)
+	return col
+}
+
+// putFile writes the ten bytes of a file, which tell its path apart.
+func (w *testEnv) putFile(path string) {
+	w.t.Helper()
+	if _, err := w.objects.Put(w.t.Context(), "data/"+path, tenBytes(path)); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func tenBytes(path string) []byte {
+	sum := uint64(14695981039346656037)
+	for _, c := range []byte(path) {
+		sum = (sum ^ uint64(c)) * 1099511628211
+	}
+	b := make([]byte, 10)
+	for i := range b {
+		b[i] = 'a' + byte(sum>>(5*i)&15)
+	}
+	return b
+}
+
+// rich makes a collection of two partitions and two indexes with n segments of
+// all sorts whose files are there: of all partitions, with builds, with files of
+// every kind, some that straddle the cut, which is 10, with ETags that are known
+// and that are not.
+func (w *testEnv) richCollection(r *replica, name string, n int) catalog.Collection {
+	w.t.Helper()
+	ctx := w.t.Context()
+	col, p0, x0 := w.collection(r, name)
+	ref := catalog.Ref{ID: col.ID}
+	p1, err := r.catalog.CreatePartition(ctx, request.Token{}, ref, catalog.Partition{Name: "p1", Attributes: map[string]string{"a": "b"}})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	x1, err := r.catalog.CreateIndex(ctx, request.Token{}, ref, catalog.Index{
+		Name: "x1", Field: 100, TypeParams: map[string]string{"mmap.enabled": "true", "dim": "8"},
+		IndexParams: map[string]string{"index_type": "HNSW"}, Attributes: map[string]string{"c": "d"},
+	})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	kinds := []string{segment.KindDelta, segment.KindStats, segment.KindBM25, segment.KindText, segment.KindJSON, "of-an-engine"}
+	var list []segment.Segment
+	for i := range n {
+		to := segment.Timestamp(9)
+		if i%5 == 3 {
+			to = 15 // straddles
+		}
+		s := w.segment(r, col, i%2, 1, to)
+		s.Partition = []int64{p0.ID, p1.ID, 0}[i%3]
+		s.EngineData, s.Attributes = []byte{byte(i), 0}, map[string]string{"i": fmt.Sprint(i)}
+		s.Files = append(s.Files, segment.File{
+			Kind: kinds[i%len(kinds)], Field: 100, LogID: int64(i), Size: 10, Attributes: map[string]string{"of": fmt.Sprint(i)},
+			Checksum: segment.Checksum{Type: "X", Value: []byte{byte(i)}},
+		})
+		if i%4 == 1 {
+			for _, x := range []catalog.Index{x0, x1} {
+				s.Builds = append(s.Builds, segment.Build{
+					ID: w.newID(r), Index: x.ID, Field: 100, Params: map[string]string{"n": fmt.Sprint(i)},
+					Files: []segment.File{{Kind: segment.KindIndex, Field: 100, LogID: int64(i), Size: 10}},
+				})
+			}
+		}
+		w.putFiles(col.ID, &s)
+		if i%12 < 6 { // the engine did not say
+			for f := range s.AllFiles() {
+				f.ETag = ""
+			}
+		}
+		list = append(list, s)
+	}
+	w.add(r, col, list...)
+	w.checkpoint(r, col, 10, 10)
+	return col
+}
+
+// place gives the files of a segment their paths, and writes them.
+func (w *testEnv) putFiles(collection int64, s *segment.Segment) {
+	w.t.Helper()
+	for i := range s.Files {
+		s.Files[i].Path = catalog.NativePath(collection, s, &s.Files[i])
+	}
+	for b := range s.Builds {
+		for i := range s.Builds[b].Files {
+			f := &s.Builds[b].Files[i]
+			f.Path = fmt.Sprintf("%d/%d/%d/index/%d/%d-%d", collection, s.Partition, s.ID, s.Builds[b].ID, f.Field, f.LogID)
+		}
+	}
+	for f := range s.AllFiles() {
+		info, err := w.objects.Put(w.t.Context(), "data/"+f.Path, tenBytes(f.Path))
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		f.ETag = info.ETag
+	}
+}
+
+// restoreSpecOf restores a snapshot to default/copy.
+func restoreSpecOf(s *Snapshot) *RestoreSpec {
+	return &RestoreSpec{Snapshot: Ref{ID: s.ID}, DB: "default", Name: "copy"}
+}
+
+func (w *testEnv) restore(r *replica, sp *RestoreSpec) *copyjob.Job {
+	w.t.Helper()
+	job, err := r.Restore(w.t.Context(), request.Token{}, sp)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return job
+}
+
+// definitely restores until there is an answer, with a token.
+func (w *testEnv) mustRestore(r *replica, tok request.Token, sp *RestoreSpec) *copyjob.Job {
+	w.t.Helper()
+	for {
+		ctx, cancel := context.WithTimeout(w.t.Context(), time.Minute)
+		job, err := r.Restore(ctx, tok, sp)
+		cancel()
+		if err == nil {
+			return job
+		}
+		if !errors.Is(err, meta.ErrUnavailable) && !errors.Is(err, object.ErrUnavailable) {
+			w.t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+	}
+}
+
+func (w *testEnv) waitEnded(r *replica, id int64) *copyjob.Status {
+	w.t.Helper()
+	ctx, cancel := context.WithTimeout(w.t.Context(), time.Hour)
+	defer cancel()
+	var last *copyjob.Status
+	if err := r.jobs.Watch(ctx, id, time.Millisecond, func(s *copyjob.Status) error {
+		last = s
+		return nil
+	}); err != nil {
+		w.t.Fatal(err)
+	}
+	return last
+}
+
+// copying waits until a task is assigned.
+func (w *testEnv) waitAssigned() {
+	w.t.Helper()
+	for range 1000 {
+		settle()
+		if len(w.keysUnder(keys.AssignedPrefix)) > 0 {
+			return
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	w.t.Fatal("no task is assigned")
+}
+
+// jobs are the jobs there are.
+func (w *testEnv) jobs() []*copyjob.Job {
+	w.t.Helper()
+	from, to := meta.Prefix(keys.JobPrefix)
+	res, err := w.kv.Range(w.t.Context(), meta.Range{From: from, To: to})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	var list []*copyjob.Job
+	for _, kv := range res.KVs {
+		job, err := copyjob.DecodeJob(kv)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		list = append(list, job)
+	}
+	return list
+}
+
+func dropErr(r *replica, s *Snapshot) error {
+	_, err := r.Drop(context.Background(), noToken, Ref{ID: s.ID}, 0)
+	return err
+}
+
+var noToken request.Token
+
+// traces is what there is in the stores, to compare with later.
+type storeContents struct {
+	keys    map[string]bool
+	objects map[string]bool
+}
+
+func (w *testEnv) contents() storeContents {
+	w.t.Helper()
+	tr := storeContents{map[string]bool{}, map[string]bool{}}
+	for _, key := range w.keysUnder("/") {
+		tr.keys[key] = true
+	}
+	for _, key := range w.objectsUnder("") {
+		tr.objects[key] = true
+	}
+	return tr
+}
+
+// passing are keys that come and go, or stay behind, whatever a restore does.
+var transientKeys = []string{keys.IDs, "/election/", keys.WorkerPrefix, "/request/", keys.Unpin, keys.JobPrefix, keys.Cycle, keys.OwnerRangePrefix, keys.GonePrefix, keys.Clock}
+
+// nothingSince holds that the stores are as they were before a restore.
+func (w *testEnv) checkNoTraces(before storeContents) {
+	w.t.Helper()
+	after := w.contents()
+	ignore := func(key string, _ bool) bool {
+		return slices.ContainsFunc(transientKeys, func(p string) bool { return strings.HasPrefix(key, p) })
+	}
+	maps.DeleteFunc(after.keys, ignore)
+	was := maps.Clone(before.keys)
+	maps.DeleteFunc(was, ignore)
+	if diff := cmp.Diff(was, after.keys); diff != "" {
+		w.t.Errorf("keys are left, or gone: %s", diff)
+	}
+	if diff := cmp.Diff(before.objects, after.objects); diff != "" {
+		w.t.Errorf("objects are left, or gone: %s", diff)
+	}
+}
+
+// reader reads a file of the object store whole.
+func (w *testEnv) readObject(key string) []byte {
+	w.t.Helper()
+	body, _, err := w.objects.Get(w.t.Context(), key, 0, -1)
+	if err != nil {
+		w.t.Errorf("read %s: %v", key, err)
+		return nil
+	}
+	defer func() { _ = body.Close() }()
+	data, err := io.ReadAll(body)
+	if err != nil {
+		w.t.Errorf("read %s: %v", key, err)
+	}
+	return data
+}
+
+// completes holds that a restore completes and makes all that it should.
+func (w *testEnv) mustComplete(r *replica, sp *RestoreSpec) *copyjob.Job {
+	w.t.Helper()
+	before := w.contents()
+	job := w.restore(r, sp)
+	end := w.waitEnded(r, job.ID)
+	if end.Job.State != copyjob.Completed {
+		w.t.Fatalf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+	}
+	w.checkRestored(r, before, end.Job, sp)
+	return end.Job
+}
+
+// fails holds that a restore fails by a reason, with a message that names what is
+// to blame, and leaves nothing.
+func (w *testEnv) mustFail(r *replica, sp *RestoreSpec, reason, names string) *copyjob.Status {
+	w.t.Helper()
+	before := w.contents()
+	job := w.restore(r, sp)
+	end := w.waitEnded(r, job.ID)
+	if end.Job.State != copyjob.Failed || end.Job.Reason != reason || !strings.Contains(end.Job.Message, names) {
+		w.t.Errorf("it ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, reason, names)
+	}
+	w.checkNoTraces(before)
+	return end
+}
