@@ -22,7 +22,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// TestConcurrentRestoresOfOneName has many restores want one name.
+// TestConcurrentRestoresOfOneName checks that one of many restores to a name wins.
 func TestConcurrentRestoresOfOneName(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a, b := w.start("a"), w.start("b")
@@ -48,9 +48,9 @@ func TestConcurrentRestoresOfOneName(t *testing.T) {
 		}
 		wg.Wait()
 		if len(won) != 1 || len(w.jobs()) != 1 {
-			t.Fatalf("%d won, there are %d jobs", len(won), len(w.jobs()))
+			t.Fatalf("%d won, %d jobs", len(won), len(w.jobs()))
 		}
-		// Nobody else gets the name either, by any way.
+		// Every other way to take the name fails too.
 		ref := catalog.Ref{ID: s.Collection}
 		_, err := a.catalog.CreateCollection(t.Context(), noToken, catalog.Collection{
 			DB: sp.DB, Name: sp.Name, Roots: []catalog.Root{{Store: "default", Prefix: "data/"}},
@@ -72,9 +72,9 @@ func TestConcurrentRestoresOfOneName(t *testing.T) {
 	})
 }
 
-// TestRestoreFeatures restores from a store that cannot copy safely, or of which that is
-// not known: a restore has it tried again and is refused with the true reason, a plan
-// writes nothing and says what it can.
+// TestRestoreFeatures restores from a store that cannot copy safely, or whose features are
+// unknown: a restore probes the store again and fails by the right reason, a plan writes
+// nothing and reports what it can.
 func TestRestoreFeatures(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -100,13 +100,13 @@ func TestRestoreFeatures(t *testing.T) {
 				t.Errorf("%v: the plan is %+v, %v", c.want, plan, err)
 			}
 			if slices.Contains(tried, true) {
-				t.Errorf("%v: a plan tries the store", c.want)
+				t.Errorf("%v: a plan probes the store", c.want)
 			}
 			tried = nil
 			_, err = r.Restore(t.Context(), noToken, sp)
 			wantError(t, err, c.want)
 			if errors.Is(err, c.never) || slices.Contains(tried, false) {
-				t.Errorf("%v: got %v, tried again %v", c.want, err, tried)
+				t.Errorf("%v: got %v, probed again %v", c.want, err, tried)
 			}
 		}
 		features, unknown = probe.Features{ConditionalCopy: true, MultipartCopy: true}, nil
@@ -116,7 +116,7 @@ func TestRestoreFeatures(t *testing.T) {
 	})
 }
 
-// TestRestorePins has the snapshot kept for as long as the job runs.
+// TestRestorePins checks that the snapshot is pinned while the job runs.
 func TestRestorePins(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -125,8 +125,9 @@ func TestRestorePins(t *testing.T) {
 		job := w.restore(r, restoreSpecOf(s))
 		settle()
 		err := dropErr(r, s)
-		if !errors.Is(err, ErrSnapshotPinned) || !strings.Contains(err.Error(), fmt.Sprint(job.Pin)) || !strings.Contains(err.Error(), fmt.Sprint(job.ID)) {
-			t.Errorf("drop: %v; want the pin %d and the job %d", err, job.Pin, job.ID)
+		if !errors.Is(err, ErrSnapshotPinned) || !strings.Contains(err.Error(), fmt.Sprint(job.Pin)) ||
+			!strings.Contains(err.Error(), fmt.Sprint(job.ID)) {
+			t.Errorf("drop: %v; want pin %d and job %d", err, job.Pin, job.ID)
 		}
 		wantError(t, r.Unpin(t.Context(), Ref{ID: s.ID}, job.Pin), ErrPinOfRestore)
 		_, err = r.RenewPin(t.Context(), Ref{ID: s.ID}, job.Pin, time.Hour)
@@ -148,15 +149,15 @@ func TestRestorePins(t *testing.T) {
 	})
 }
 
-// TestRestoringCollectionIsInaccessible looks at a collection while it is restored:
-// nobody may read its segments or write it, and whoever tries learns of the job.
+// TestRestoringCollectionIsInaccessible checks that the segments of a RESTORING collection
+// cannot be read or written, and that the errors name the job.
 func TestRestoringCollectionIsInaccessible(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		s := w.create(r, w.richCollection(r, "c", 40), "one")
 		sp := restoreSpecOf(s)
 		before := w.contents()
-		// The first task is registered, the second one is held up.
+		// The first task is registered, the second one is blocked.
 		second := fmt.Sprint("/", w.segments(r, s)[39].ID, "/")
 		held := make(chan struct{})
 		r.store.Plan(func(c object.Call) object.Fault {
@@ -248,7 +249,7 @@ func TestRestoringCollectionIsInaccessible(t *testing.T) {
 				err := try(ref)
 				named := what == "snapshot" || err != nil && strings.Contains(err.Error(), fmt.Sprintf("job %d", job.ID))
 				if !errors.Is(err, catalog.ErrCollectionNotActive) || !named {
-					t.Errorf("%s of %s: %v; want the job %d", what, ref, err, job.ID)
+					t.Errorf("%s of %s: %v; want job %d", what, ref, err, job.ID)
 				}
 			}
 		}
@@ -260,14 +261,14 @@ func TestRestoringCollectionIsInaccessible(t *testing.T) {
 	})
 }
 
-// TestPartialRestore restores less than all of a snapshot, and with other names.
+// TestPartialRestore restores parts of a snapshot, and with other names.
 func TestPartialRestore(t *testing.T) {
 	for name, change := range map[string]func(*RestoreSpec){
 		"all":              func(*RestoreSpec) {},
 		"one partition":    func(sp *RestoreSpec) { sp.Partitions = []string{"p1"} },
-		"both, and twice":  func(sp *RestoreSpec) { sp.Partitions = []string{"p1", "p0", "p1"} },
+		"duplicate names":  func(sp *RestoreSpec) { sp.Partitions = []string{"p1", "p0", "p1"} },
 		"no indexes":       func(sp *RestoreSpec) { sp.SkipIndexes = true },
-		"neither":          func(sp *RestoreSpec) { sp.SkipIndexes, sp.Partitions = true, []string{"p0"} },
+		"one, no indexes":  func(sp *RestoreSpec) { sp.SkipIndexes, sp.Partitions = true, []string{"p0"} },
 		"other channels":   func(sp *RestoreSpec) { sp.Channels = []string{"b", "a"} },
 		"another database": func(sp *RestoreSpec) { sp.DB = "other" },
 	} {
@@ -289,7 +290,8 @@ func TestPartialRestore(t *testing.T) {
 				if err != nil || got.Done != job.Totals {
 					t.Errorf("done %+v of %+v, err = %v", got.Done, job.Totals, err)
 				}
-				if plan, err = r.PlanRestore(t.Context(), sp, false); err != nil || len(plan.Conflicts) != 1 || plan.Totals != job.Totals {
+				plan, err = r.PlanRestore(t.Context(), sp, false)
+				if err != nil || len(plan.Conflicts) != 1 || plan.Totals != job.Totals {
 					t.Errorf("%+v, err = %v", plan, err)
 				}
 			})
@@ -297,8 +299,7 @@ func TestPartialRestore(t *testing.T) {
 	}
 }
 
-// TestRestoreTasksWithoutSegments wants a partition that only some tasks have
-// segments of.
+// TestRestoreTasksWithoutSegments restores a partition with segments in some tasks only.
 func TestRestoreTasksWithoutSegments(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -307,7 +308,8 @@ func TestRestoreTasksWithoutSegments(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := r.catalog.CreatePartition(t.Context(), noToken, catalog.Ref{ID: col.ID}, catalog.Partition{Name: "p2"}); err != nil {
+		_, err = r.catalog.CreatePartition(t.Context(), noToken, catalog.Ref{ID: col.ID}, catalog.Partition{Name: "p2"})
+		if err != nil {
 			t.Fatal(err)
 		}
 		for i := range 100 {
@@ -330,6 +332,8 @@ func TestRestoreTasksWithoutSegments(t *testing.T) {
 	})
 }
 
+// TestRestoreProperties checks that properties of the request are merged into those of the
+// snapshot.
 func TestRestoreProperties(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -345,18 +349,18 @@ func TestRestoreProperties(t *testing.T) {
 		sp.Properties = map[string]string{"change": "9", "remove": "", "new": "4", "never": ""}
 		job := w.mustComplete(r, sp)
 		target, err := r.catalog.Collection(t.Context(), catalog.Ref{ID: job.Target})
-		if want := map[string]string{"keep": "1", "change": "9", "new": "4"}; err != nil || !maps.Equal(target.Properties, want) {
+		want := map[string]string{"keep": "1", "change": "9", "new": "4"}
+		if err != nil || !maps.Equal(target.Properties, want) {
 			t.Errorf("properties %v, want %v, err = %v", target.Properties, want, err)
 		}
 		d, err := r.Describe(t.Context(), Ref{ID: s.ID})
 		if err != nil || !maps.Equal(d.Metadata.Collection.Properties, props) {
-			t.Errorf("the snapshot says %v, err = %v", d, err)
+			t.Errorf("the snapshot has %v, err = %v", d, err)
 		}
 	})
 }
 
-// TestRestoreChannels maps channels by their shards, whatever order their names
-// have.
+// TestRestoreChannels checks that channels are mapped by shard, not by name.
 func TestRestoreChannels(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -376,7 +380,7 @@ func TestRestoreChannels(t *testing.T) {
 			seg := w.segment(r, col, shard, 1, 9)
 			w.putFiles(col.ID, &seg)
 			w.add(r, col, seg)
-			if shard < 11 { // the last one has none
+			if shard < 11 { // the last one has no checkpoint
 				at = append(at, segment.Timestamp(10+shard))
 			}
 		}
@@ -413,13 +417,13 @@ func TestRestoreChannels(t *testing.T) {
 		sp.Channels = append(slices.Clone(others[:11]), others[0])
 		_, err = r.Restore(t.Context(), noToken, sp)
 		if _, ok := errors.AsType[*catalog.InvalidError](err); !ok {
-			t.Errorf("a channel twice: %v", err)
+			t.Errorf("duplicate channel: %v", err)
 		}
 	})
 }
 
-// TestRestoreWithoutChannels restores collections without channels, with a
-// checkpoint and without.
+// TestRestoreWithoutChannels restores collections without channels, with and without a
+// checkpoint.
 func TestRestoreWithoutChannels(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -447,8 +451,8 @@ func TestRestoreWithoutChannels(t *testing.T) {
 	})
 }
 
-// TestRepeatedRestores restores what was restored, what was dropped, what was
-// renamed, nothing at all, and a snapshot of a restored collection.
+// TestRepeatedRestores restores a restored, a dropped, a renamed and an empty collection,
+// and a snapshot of a restored one.
 func TestRepeatedRestores(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -459,7 +463,7 @@ func TestRepeatedRestores(t *testing.T) {
 			t.Fatal(err)
 		}
 		sp := restoreSpecOf(s)
-		sp.Name = "c" // its own name, which is free again
+		sp.Name = "c" // the name of the dropped source
 		first := w.mustComplete(r, sp)
 		if _, err := r.catalog.DropCollection(t.Context(), noToken, catalog.Ref{ID: first.Target}, 0); err != nil {
 			t.Fatal(err)
@@ -468,11 +472,12 @@ func TestRepeatedRestores(t *testing.T) {
 		if first.Target == second.Target || second.FirstSegment < first.FirstBuild+first.Builds {
 			t.Errorf("%+v after %+v", second, first)
 		}
-		if _, err := r.catalog.RenameCollection(t.Context(), noToken, catalog.Ref{ID: second.Target}, "default", "moved"); err != nil {
+		copied := catalog.Ref{ID: second.Target}
+		if _, err := r.catalog.RenameCollection(t.Context(), noToken, copied, "default", "moved"); err != nil {
 			t.Fatal(err)
 		}
 		w.mustComplete(r, sp)
-		// A snapshot of what was restored, straddling segments and all.
+		// A snapshot of the restored collection, including straddling segments.
 		moved, err := r.catalog.Collection(t.Context(), catalog.Ref{ID: second.Target})
 		if err != nil {
 			t.Fatal(err)
@@ -491,7 +496,8 @@ func TestRepeatedRestores(t *testing.T) {
 	})
 }
 
-// TestRestoreToken repeats restores.
+// TestRestoreToken checks that restores with one token make one job, also after the job
+// was forgotten.
 func TestRestoreToken(t *testing.T) {
 	for _, missing := range []bool{false, true} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
@@ -531,7 +537,7 @@ func TestRestoreToken(t *testing.T) {
 			}
 			_, err = b.Restore(t.Context(), token("t", "two"), sp)
 			wantError(t, err, request.ErrReused)
-			// When the job is forgotten the token still stands for it.
+			// The token outlives the job.
 			time.Sleep(20 * time.Minute)
 			settle()
 			job, err = b.Restore(t.Context(), tok, sp)
@@ -545,7 +551,7 @@ func TestRestoreToken(t *testing.T) {
 	}
 }
 
-// TestRestoreJobExpires lets jobs that have ended go after their time.
+// TestRestoreJobExpires checks that ended jobs are forgotten after their time.
 func TestRestoreJobExpires(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.KeepRestores = time.Hour })
@@ -571,8 +577,8 @@ func TestRestoreJobExpires(t *testing.T) {
 	})
 }
 
-// TestRestoreEvents tells of a target when it is published, and of the job in
-// each of its phases.
+// TestRestoreEvents checks that the target's event follows publish, and that each phase of
+// the job has an event.
 func TestRestoreEvents(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -584,10 +590,9 @@ func TestRestoreEvents(t *testing.T) {
 			t.Fatal(err)
 		}
 		failed := w.mustFail(r, bad, "SOURCE_OBJECT_MISSING", "").Job
-		done := errors.New("all told")
-		var told []string
-		// Whole history in one go, and one revision at a time as a reader does who
-		// begins anew all the time.
+		done := errors.New("all reported")
+		var reported []string
+		// The whole history in one watch.
 		_, _, last, err := w.kv.Get(t.Context(), keys.Format)
 		if err != nil {
 			t.Fatal(err)
@@ -596,11 +601,11 @@ func TestRestoreEvents(t *testing.T) {
 			for _, e := range events {
 				switch {
 				case e.Collection != nil && e.Collection.ID != s.Collection:
-					told = append(told, fmt.Sprintf("collection %d %v %v", e.Collection.ID, e.Type, e.Collection.State))
+					reported = append(reported, fmt.Sprintf("collection %d %v %v", e.Collection.ID, e.Type, e.Collection.State))
 				case e.Restore != nil:
-					told = append(told, fmt.Sprintf("job %d %v %v %v", e.Restore.ID, e.Type, e.Restore.State, e.Restore.Phase))
+					reported = append(reported, fmt.Sprintf("job %d %v %v %v", e.Restore.ID, e.Type, e.Restore.State, e.Restore.Phase))
 				case e.Pin != nil:
-					told = append(told, fmt.Sprintf("pin %d %v expired %v", e.Pin.ID, e.Type, e.Expired))
+					reported = append(reported, fmt.Sprintf("pin %d %v expired %v", e.Pin.ID, e.Type, e.Expired))
 				}
 			}
 			if revision >= last {
@@ -612,24 +617,27 @@ func TestRestoreEvents(t *testing.T) {
 		want := func(job *copyjob.Job, more ...string) []string {
 			list := []string{
 				fmt.Sprintf("job %d %v PENDING admit", job.ID, Created), fmt.Sprintf("pin %d %v expired false", job.Pin, Created),
-				fmt.Sprintf("job %d %v EXECUTING prepare", job.ID, Updated), fmt.Sprintf("job %d %v EXECUTING copy", job.ID, Updated),
+				fmt.Sprintf("job %d %v EXECUTING prepare", job.ID, Updated),
+				fmt.Sprintf("job %d %v EXECUTING copy", job.ID, Updated),
 			}
 			return append(list, more...)
 		}
 		all := append(want(good, fmt.Sprintf("job %d %v COMPLETED publish", good.ID, Updated),
-			fmt.Sprintf("collection %d %v ACTIVE", good.Target, Created), fmt.Sprintf("pin %d %v expired false", good.Pin, Deleted)),
+			fmt.Sprintf("collection %d %v ACTIVE", good.Target, Created),
+			fmt.Sprintf("pin %d %v expired false", good.Pin, Deleted)),
 			want(failed, fmt.Sprintf("job %d %v EXECUTING roll back", failed.ID, Updated),
-				fmt.Sprintf("job %d %v FAILED roll back", failed.ID, Updated), fmt.Sprintf("pin %d %v expired false", failed.Pin, Deleted))...)
-		slices.Sort(all) // those of one revision are in no order
-		slices.Sort(told)
-		if diff := cmp.Diff(all, told); diff != "" {
+				fmt.Sprintf("job %d %v FAILED roll back", failed.ID, Updated),
+				fmt.Sprintf("pin %d %v expired false", failed.Pin, Deleted))...)
+		slices.Sort(all) // events of one revision have no order
+		slices.Sort(reported)
+		if diff := cmp.Diff(all, reported); diff != "" {
 			t.Error(diff)
 		}
 	})
 }
 
-// TestRestoreMilvus restores a collection of the shape that Milvus has, and
-// refuses one with a file that has no place there.
+// TestRestoreMilvus restores a collection of Milvus's layout, and refuses one with a file
+// outside of the layout.
 func TestRestoreMilvus(t *testing.T) {
 	for _, odd := range []string{"", "insert_log/%d/%d/%d/_data/0.parquet", "somewhere/else"} {
 		t.Run(odd, func(t *testing.T) {
@@ -675,7 +683,8 @@ func TestRestoreMilvus(t *testing.T) {
 					seg.Files = append(seg.Files,
 						put(segment.KindInsert, "insert_log/"+at+"/100/4"), put(segment.KindStats, "stats_log/"+at+"/100/1"),
 						put(segment.KindDelta, "delta_log/"+at+"/9"), put(segment.KindBM25, "bm25_stats/"+at+"/102/1"))
-					build.Files = append(build.Files, put(segment.KindIndex, fmt.Sprintf("index_files/%d/1/%d/%d/HNSW_0", build.ID, p.ID, seg.ID)))
+					index := fmt.Sprintf("index_files/%d/1/%d/%d/HNSW_0", build.ID, p.ID, seg.ID)
+					build.Files = append(build.Files, put(segment.KindIndex, index))
 					text := segment.Build{ID: w.newID(r), Index: x.ID, Field: 101}
 					text.Files = append(text.Files, put(segment.KindText, fmt.Sprintf("text_log/%d/1/%s/101/a_0", text.ID, at)))
 					if i%2 == 0 {
@@ -691,7 +700,7 @@ func TestRestoreMilvus(t *testing.T) {
 				}
 				w.checkpoint(r, col, 10)
 				sp := restoreSpecOf(w.create(r, col, "one"))
-				// What is no file of the snapshot, and lies beside.
+				// An object that is no file of the snapshot.
 				put("", fmt.Sprintf("insert_log/%d/1/2/3/4", col.ID+1))
 				if odd == "" {
 					w.mustComplete(r, sp)
@@ -723,18 +732,17 @@ func TestRestoreMilvus(t *testing.T) {
 	}
 }
 
-// TestRestoreTargetNotEmpty puts an object where the target's will go, after the
-// target has its ids and before anything is copied: the restore fails by name of
-// it and leaves it alone, for rolling back would remove what is not its own.
+// TestRestoreTargetNotEmpty puts an object under the target's prefix between the admission
+// and the first copy. The restore fails with the object's name and does not delete it.
 func TestRestoreTargetNotEmpty(t *testing.T) {
 	for name, c := range map[string]struct {
 		key    string // %d: the target
 		reason string // empty: it is COMPLETED
 	}{
 		"a file of a segment": {"data/%d/1/2/insert/100/1", "TARGET_NOT_EMPTY"},
-		"anything":            {"data/%d/x", "TARGET_NOT_EMPTY"},
-		"beside it":           {"data/%dx/y", ""},
-		"of another root":     {"elsewhere/%d/x", ""},
+		"any object":          {"data/%d/x", "TARGET_NOT_EMPTY"},
+		"similar prefix":      {"data/%dx/y", ""},
+		"another root":        {"elsewhere/%d/x", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
@@ -755,15 +763,16 @@ func TestRestoreTargetNotEmpty(t *testing.T) {
 				end := w.waitEnded(r, job.ID)
 				if c.reason == "" {
 					if end.Job.State != copyjob.Completed {
-						t.Fatalf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+						t.Fatalf("ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 					}
 					w.checkRestored(r, before, end.Job, sp)
 				} else {
-					if end.Job.State != copyjob.Failed || end.Job.Reason != c.reason || !strings.Contains(end.Job.Message, "default/"+key+" ") {
-						t.Errorf("it ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, c.reason, key)
+					if end.Job.State != copyjob.Failed || end.Job.Reason != c.reason ||
+						!strings.Contains(end.Job.Message, "default/"+key+" ") {
+						t.Errorf("ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, c.reason, key)
 					}
 					w.checkNoTraces(before)
-					w.checkNextRestore(r, before, sp) // under other ids, where nothing is
+					w.checkNextRestore(r, before, sp) // with other ids
 				}
 				if diff := cmp.Diff("another's", string(w.readObject(key))); diff != "" {
 					t.Errorf("%s (-want +got):\n%s", key, diff)

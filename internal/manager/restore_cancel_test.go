@@ -18,7 +18,7 @@ import (
 // TestRestoreCanceled cancels in each phase.
 func TestRestoreCanceled(t *testing.T) {
 	for name, c := range map[string]struct {
-		hold  func(leader *replica) // so that it stays in the phase
+		hold  func(leader *replica) // keeps the job in the phase
 		phase copyjob.Phase
 	}{
 		"admit":   {func(l *replica) { l.kv.Freeze() }, copyjob.Admit},
@@ -41,7 +41,7 @@ func TestRestoreCanceled(t *testing.T) {
 				if err != nil || st.Job.Phase != c.phase {
 					t.Fatalf("%+v, err = %v", st.Job, err)
 				}
-				for range 3 { // it may be repeated
+				for range 3 { // repeats succeed
 					if st, err = r.Jobs().Cancel(t.Context(), job.ID); err != nil || st.Job.Phase != copyjob.RollBack {
 						t.Fatalf("%+v, err = %v", st, err)
 					}
@@ -63,7 +63,10 @@ func TestRestoreCanceled(t *testing.T) {
 				wantError(t, err, copyjob.ErrEnded)
 				_, err = r.Jobs().SetLimits(t.Context(), w.jobs()[1].ID, copyjob.Limits{})
 				wantError(t, err, copyjob.ErrEnded)
-				list, more, err := r.Jobs().List(t.Context(), copyjob.Filter{Labels: map[string]string{"a": "b"}, States: []copyjob.State{copyjob.Canceled}}, 0, 1)
+				canceled := copyjob.Filter{
+					Labels: map[string]string{"a": "b"}, States: []copyjob.State{copyjob.Canceled},
+				}
+				list, more, err := r.Jobs().List(t.Context(), canceled, 0, 1)
 				if err != nil || more || len(list) != 1 || list[0].Job.ID != job.ID {
 					t.Errorf("%+v, more = %v, err = %v", list, more, err)
 				}
@@ -72,7 +75,7 @@ func TestRestoreCanceled(t *testing.T) {
 	}
 }
 
-// failCopies has all copies fail.
+// failCopies makes all copies fail.
 func failCopies(r *replica) {
 	r.store.Plan(func(c object.Call) object.Fault {
 		if c.Op == object.OpCopy {
@@ -82,7 +85,7 @@ func failCopies(r *replica) {
 	})
 }
 
-// failWrites has all transactions but the first n fail.
+// failWritesAfter makes all transactions after the first n fail.
 func failWritesAfter(r *replica, n int) {
 	var mu sync.Mutex
 	r.kv.Hook(func(c meta.Call) meta.Fault {
@@ -98,9 +101,9 @@ func failWritesAfter(r *replica, n int) {
 	})
 }
 
-// TestRestoreCanceledBetweenWrites cancels before each write of the leader and
-// its worker, and has the write come through, or lose its answer. What the
-// cancel says is what happens.
+// TestRestoreCanceledBetweenWrites cancels before each write of the leader and its worker,
+// which then takes effect or loses its answer. The job ends as the answer of the cancel
+// says.
 func TestRestoreCanceledBetweenWrites(t *testing.T) {
 	outcomes := map[copyjob.State]int{}
 	for _, fault := range []meta.Fault{meta.NoFault, meta.After} {
@@ -142,10 +145,10 @@ func TestRestoreCanceledBetweenWrites(t *testing.T) {
 					}
 				case cancelErr == nil:
 					if end.Job.State != copyjob.Canceled {
-						t.Errorf("write %d: canceled, and %+v", n, end.Job)
+						t.Errorf("write %d: canceled, but %+v", n, end.Job)
 					}
 				case !errors.Is(cancelErr, copyjob.ErrEnded) || end.Job.State != copyjob.Completed:
-					t.Errorf("write %d: cancel said %v, and %+v", n, cancelErr, end.Job)
+					t.Errorf("write %d: cancel returned %v, but %+v", n, cancelErr, end.Job)
 				}
 				a.clearFaults()
 				w.checkOutcome(b, before, end, sp)
@@ -155,12 +158,11 @@ func TestRestoreCanceledBetweenWrites(t *testing.T) {
 		})
 	}
 	if outcomes[copyjob.Canceled] < 10 || outcomes[copyjob.Completed] < 2 {
-		t.Errorf("it ended %v", outcomes)
+		t.Errorf("outcomes %v", outcomes)
 	}
 }
 
-// neverSeen holds that the target of a job that did not complete was at no time
-// ACTIVE.
+// checkNeverActive checks that the target of a job that is not COMPLETED was never ACTIVE.
 func (w *testEnv) checkNeverActive(job *copyjob.Job, end *copyjob.Status) {
 	w.t.Helper()
 	if end.Job.State == copyjob.Completed {
@@ -198,8 +200,7 @@ func (w *testEnv) checkNeverActive(job *copyjob.Job, end *copyjob.Status) {
 	}
 }
 
-// TestRestoreCancelRaces cancels at random times while replicas freeze, lag and
-// die.
+// TestRestoreCancelRaces cancels at random times while replicas freeze and slow down.
 func TestRestoreCancelRaces(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
@@ -220,25 +221,29 @@ func TestRestoreCancelRaces(t *testing.T) {
 			}
 			sp := restoreSpecOf(s)
 			job := w.restore(rs[2], sp)
-			upset := rnd.IntN(3)
+			frozen := rnd.IntN(3)
 			time.Sleep(time.Duration(rnd.IntN(8000)) * time.Millisecond)
 			switch rnd.IntN(3) {
 			case 0:
-				rs[upset].kv.Freeze()
+				rs[frozen].kv.Freeze()
 			case 1:
-				rs[upset].kv.Freeze()
-				rs[upset].store.Freeze()
+				rs[frozen].kv.Freeze()
+				rs[frozen].store.Freeze()
 			}
 			time.Sleep(time.Duration(rnd.IntN([]int{12_000, 60_000}[rnd.IntN(2)])) * time.Millisecond)
-			canceler := rs[(upset+1)%3]
+			canceler := rs[(frozen+1)%3]
 			_, cancelErr := canceler.Jobs().Cancel(t.Context(), job.ID)
 			time.Sleep(time.Duration(rnd.IntN(30000)) * time.Millisecond)
-			rs[upset].kv.Thaw()
-			rs[upset].store.Thaw()
+			rs[frozen].kv.Thaw()
+			rs[frozen].store.Thaw()
 			end := w.waitEnded(canceler, job.ID)
 			outcomes[end.Job.State]++
-			if want := map[bool]copyjob.State{true: copyjob.Canceled, false: copyjob.Completed}[cancelErr == nil]; end.Job.State != want {
-				t.Errorf("run %d: cancel said %v, and %+v", run, cancelErr, end.Job)
+			want := copyjob.Completed
+			if cancelErr == nil {
+				want = copyjob.Canceled
+			}
+			if end.Job.State != want {
+				t.Errorf("run %d: cancel returned %v, but %+v", run, cancelErr, end.Job)
 			}
 			time.Sleep(time.Minute)
 			settle()
@@ -251,10 +256,11 @@ func TestRestoreCancelRaces(t *testing.T) {
 	}
 	t.Logf("%v", outcomes)
 	if outcomes[copyjob.Canceled] == 0 || outcomes[copyjob.Completed] == 0 {
-		t.Errorf("it ended %v", outcomes)
+		t.Errorf("outcomes %v", outcomes)
 	}
 }
 
+// TestRestoreDeadline checks that a job is given up at its deadline.
 func TestRestoreDeadline(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -278,7 +284,7 @@ func TestRestoreDeadline(t *testing.T) {
 			time.Sleep(time.Second)
 		}
 		if d := time.Since(began); d < time.Minute || d > 2*time.Minute {
-			t.Errorf("it was given up after %v", d)
+			t.Errorf("given up after %v", d)
 		}
 		end := w.waitEnded(r, job.ID)
 		if end.Job.State != copyjob.Failed || end.Job.Reason != "TIMEOUT" {

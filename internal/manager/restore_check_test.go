@@ -17,7 +17,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// like is a segment without what a restore changes of it.
+// comparableSegment returns a segment without the fields that a restore changes.
 func comparableSegment(s segment.Segment, partitions, indexes map[int64]string) any {
 	type named struct {
 		Segment           segment.Segment
@@ -31,7 +31,8 @@ func comparableSegment(s segment.Segment, partitions, indexes map[int64]string) 
 	out := named{Partition: partitions[s.Partition]}
 	for f := range s.AllFiles() {
 		out.Kinds, out.Sizes = append(out.Kinds, f.Kind), append(out.Sizes, f.Size)
-		out.Fields, out.LogIDs, out.Entries = append(out.Fields, f.Field), append(out.LogIDs, f.LogID), append(out.Entries, f.Entries)
+		out.Fields, out.LogIDs = append(out.Fields, f.Field), append(out.LogIDs, f.LogID)
+		out.Entries = append(out.Entries, f.Entries)
 		out.Min, out.Max = append(out.Min, f.MinTimestamp), append(out.Max, f.MaxTimestamp)
 		out.Checksums = append(out.Checksums, fmt.Sprint(f.Checksum, f.Attributes, f.Root))
 	}
@@ -43,8 +44,8 @@ func comparableSegment(s segment.Segment, partitions, indexes map[int64]string) 
 	return out
 }
 
-// restored holds that a job that is COMPLETED made all that it should, and
-// nothing besides. It works with the stores alone.
+// checkRestored checks that a COMPLETED job made its whole target and nothing else. It
+// reads the stores alone.
 func (w *testEnv) checkRestored(r *replica, before storeContents, job *copyjob.Job, sp *RestoreSpec) {
 	w.t.Helper()
 	cat := catalog.New(catalog.Options{KV: w.kv, Now: w.now})
@@ -95,7 +96,8 @@ func (w *testEnv) checkRestored(r *replica, before storeContents, job *copyjob.J
 	made := map[string]bool{}
 	ids := map[int64]bool{}
 	for i := range got {
-		if diff := cmp.Diff(comparableSegment(want[i], names, indexes), comparableSegment(got[i], targetNames, targetIndexes)); diff != "" {
+		source := comparableSegment(want[i], names, indexes)
+		if diff := cmp.Diff(source, comparableSegment(got[i], targetNames, targetIndexes)); diff != "" {
 			w.t.Errorf("segment %d of segment %d: %s", got[i].ID, want[i].ID, diff)
 		}
 		if got[i].State != segment.Flushed {
@@ -114,11 +116,11 @@ func (w *testEnv) checkRestored(r *replica, before storeContents, job *copyjob.J
 			n++
 			from, to := view.Collection.Roots[src.Root].Prefix+src.Path, view.Collection.Roots[f.Root].Prefix+f.Path
 			if made[to] || from == to {
-				w.t.Errorf("%s is there twice", to)
+				w.t.Errorf("%s exists twice", to)
 			}
 			made[to] = true
 			if !bytes.Equal(w.readObject(from), w.readObject(to)) {
-				w.t.Errorf("%s is not like %s", to, from)
+				w.t.Errorf("%s differs from %s", to, from)
 			}
 			if info, err := w.objects.Head(w.t.Context(), to); err != nil || info.ETag != f.ETag || info.Size != f.Size {
 				w.t.Errorf("%s: %+v, err = %v; the catalog says ETag %q", to, info, err, f.ETag)
@@ -126,14 +128,16 @@ func (w *testEnv) checkRestored(r *replica, before storeContents, job *copyjob.J
 		}
 	}
 	for _, key := range w.objectsUnder("") {
-		if strings.HasPrefix(key, catalog.RestoreDir(job.ID)) { // it goes with the job's record
+		if strings.HasPrefix(key, catalog.RestoreDir(job.ID)) { // deleted with the job's record
 			continue
 		}
 		if !made[key] && !before.objects[key] {
-			w.t.Errorf("object %s belongs to nothing", key)
+			w.t.Errorf("object %s has no owner", key)
 		}
 	}
-	for _, prefix := range []string{"/job/task/", "/job/progress/", "/job/limits/", keys.AssignedPrefix, keys.PinPrefix(job.Snapshot)} {
+	for _, prefix := range []string{
+		"/job/task/", "/job/progress/", "/job/limits/", keys.AssignedPrefix, keys.PinPrefix(job.Snapshot),
+	} {
 		for _, key := range w.keysUnder(prefix) {
 			w.t.Errorf("%s is left", key)
 		}
@@ -148,7 +152,7 @@ func buildIDs(s *segment.Segment) []int64 {
 	return ids
 }
 
-// likeSource holds that a target is what the snapshot says, less ids and names.
+// checkTarget checks that the target equals the snapshot except for ids and names.
 func (w *testEnv) checkTarget(view *catalog.View, md *manifest.Metadata, sp *RestoreSpec) {
 	w.t.Helper()
 	src, col := &md.Collection, &view.Collection
@@ -158,7 +162,8 @@ func (w *testEnv) checkTarget(view *catalog.View, md *manifest.Metadata, sp *Res
 	if len(sp.Properties) == 0 && !maps.Equal(col.Properties, src.Properties) {
 		w.t.Errorf("properties %v, want %v", col.Properties, src.Properties)
 	}
-	if col.Consistency != src.ConsistencyLevel || col.Schema.Format != src.Schema.Format || !bytes.Equal(col.Schema.Raw, src.Schema.Raw) ||
+	if col.Consistency != src.ConsistencyLevel || col.Schema.Format != src.Schema.Format ||
+		!bytes.Equal(col.Schema.Raw, src.Schema.Raw) ||
 		!maps.Equal(col.Attributes, src.Attributes) || col.Layout.String() != src.Layout {
 		w.t.Errorf("target %+v, source %+v", col, src)
 	}
@@ -238,8 +243,8 @@ func (w *testEnv) checkTarget(view *catalog.View, md *manifest.Metadata, sp *Res
 	}
 }
 
-// outcome judges how a restore ended: with everything or with nothing. Then, of
-// one that was canceled, it restores to the name again, and drops the snapshot.
+// checkOutcome checks that a restore ended with everything or with nothing. After a
+// canceled one it restores to the same name again. At the end it drops the snapshot.
 func (w *testEnv) checkOutcome(r *replica, before storeContents, end *copyjob.Status, sp *RestoreSpec) {
 	w.t.Helper()
 	switch end.Job.State {
@@ -254,7 +259,7 @@ func (w *testEnv) checkOutcome(r *replica, before storeContents, end *copyjob.St
 			w.t.Errorf("%v with %+v of %+v", end.Job.State, end, end.Job)
 		}
 	default:
-		w.t.Fatalf("it ended %v", end.Job.State)
+		w.t.Fatalf("ended %v", end.Job.State)
 	}
 	if end.Job.State == copyjob.Canceled {
 		w.checkNextRestore(r, before, sp)
@@ -264,7 +269,7 @@ func (w *testEnv) checkOutcome(r *replica, before storeContents, end *copyjob.St
 	}
 }
 
-// again restores to a name that a job that is over left free.
+// checkNextRestore restores to the name of an ended job.
 func (w *testEnv) checkNextRestore(r *replica, before storeContents, sp *RestoreSpec) {
 	w.t.Helper()
 	job := w.restore(r, sp)

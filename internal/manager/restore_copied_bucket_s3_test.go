@@ -16,27 +16,27 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
-// switchedTo stops the replica and starts another on a store that has the environment's
-// objects, as after a change of the configuration.
+// restartOn stops the replica and starts another one on a store with the same objects, as
+// after a change of the configuration.
 func (w *testEnv) restartOn(r *replica, store object.Store) *replica {
 	r.stop()
 	w.objects = store
 	return w.start("b", func(o *Options) { o.Stores = map[string]object.Store{"default": store} })
 }
 
-// otherLayout holds that the plan of a restore, a restore and a create that
-// verifies name the file, and say that its ETag is of another layout.
+// checkOtherLayout checks that the plan of a restore, a restore and a create that verifies
+// name the file and report an ETag of another layout.
 func (w *testEnv) checkOtherLayout(r *replica, s *Snapshot, col catalog.Collection, path string, parts ...string) {
 	w.t.Helper()
 	parts = append(parts, path, "ETag of another layout", "no checksum was registered")
-	holds := func(what, text string) {
+	check := func(what, text string) {
 		for _, part := range parts {
 			if !strings.Contains(text, part) {
-				w.t.Errorf("%s says %q, want %q in it", what, text, part)
+				w.t.Errorf("%s reports %q, want %q in it", what, text, part)
 			}
 		}
 		if strings.Contains(text, "altered") || strings.Contains(text, "replaced") {
-			w.t.Errorf("%s says of an equal file: %q", what, text)
+			w.t.Errorf("%s reports of an equal file: %q", what, text)
 		}
 	}
 	sp := restoreSpecOf(s)
@@ -44,21 +44,21 @@ func (w *testEnv) checkOtherLayout(r *replica, s *Snapshot, col catalog.Collecti
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	holds("the plan", strings.Join(plan.Missing, "; "))
+	check("the plan", strings.Join(plan.Missing, "; "))
 	end := w.mustFail(r, sp, "SOURCE_ETAG_LAYOUT", path)
-	holds("the restore", end.Job.Message)
+	check("the restore", end.Job.Message)
 	verified := spec(col, "verified")
 	verified.Verify = true
 	_, err = r.Create(w.t.Context(), noToken, verified)
 	if !errors.Is(err, ErrFileMissing) {
 		w.t.Fatalf("a create that verifies: err = %v", err)
 	}
-	holds("the create", err.Error())
+	check("the create", err.Error())
 }
 
-// TestBucketCopiedInOtherParts copies a bucket as other tools do, with parts of
-// another size, and has snapshotd use the copy. Only the file in parts is refused, and
-// with the words that are right. A copy in the recorded parts restores.
+// TestBucketCopiedInOtherParts copies a bucket in parts of another size, as other tools
+// do, and uses the copy. Only the file in parts is refused, as one of another layout. A
+// copy in the recorded parts restores.
 func TestBucketCopiedInOtherParts(t *testing.T) {
 	const size = 12<<20 + 5
 	o := s3test.Bucket(t)
@@ -108,8 +108,8 @@ func TestBucketCopiedInOtherParts(t *testing.T) {
 	w.mustComplete(r, restoreSpecOf(s))
 }
 
-// TestStoreOfOtherETags has a store give all its objects ETags of another layout,
-// as one of another kind does after the bucket has moved there.
+// TestStoreOfOtherETags uses a store that gives all objects ETags of another layout, as
+// after a move to another kind of store.
 func TestStoreOfOtherETags(t *testing.T) {
 	o := s3test.Bucket(t)
 	w, _, _ := onS3(t)
@@ -127,8 +127,8 @@ func TestStoreOfOtherETags(t *testing.T) {
 	w.checkOtherLayout(r, s, col, seg.Files[0].Path, "1 part", seg.Files[0].ETag)
 }
 
-// TestCopyConditionIgnoredLater has a store stop to honour the condition of copies
-// after it was probed, and alters a file. The restore fails by what the copy is.
+// TestCopyConditionIgnoredLater uses a store that stops to honor the condition of copies
+// after it was probed, and alters a file. The restore fails by the content of the copy.
 func TestCopyConditionIgnoredLater(t *testing.T) {
 	for name, parts := range map[string]bool{"whole": false, "in parts": true} {
 		t.Run(name, func(t *testing.T) {

@@ -15,12 +15,12 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// TestRestoreOfDamagedFiles damages a file of each kind in each way: the job
-// fails, says which file it is, and leaves nothing.
+// TestRestoreOfDamagedFiles damages a file of each kind in each way: the job fails, names
+// the file, and leaves nothing.
 func TestRestoreOfDamagedFiles(t *testing.T) {
 	damages := []struct {
 		name, reason string
-		known        bool // only with an ETag that is known
+		known        bool // found by a registered ETag only
 		do           func(t *testing.T, o object.Store, key string) error
 	}{
 		{"missing", "SOURCE_OBJECT_MISSING", false, func(t *testing.T, o object.Store, key string) error {
@@ -40,8 +40,8 @@ func TestRestoreOfDamagedFiles(t *testing.T) {
 		}},
 	}
 	kinds := []string{
-		segment.KindInsert, segment.KindDelta, segment.KindStats, segment.KindBM25, segment.KindIndex, segment.KindText, segment.KindJSON,
-		"of-an-engine",
+		segment.KindInsert, segment.KindDelta, segment.KindStats, segment.KindBM25,
+		segment.KindIndex, segment.KindText, segment.KindJSON, "of-an-engine",
 	}
 	for _, damage := range damages {
 		for _, kind := range kinds {
@@ -62,7 +62,7 @@ func TestRestoreOfDamagedFiles(t *testing.T) {
 							}
 						}
 						if path == "" {
-							t.Fatal("there is no such file")
+							t.Fatal("no such file")
 						}
 						good := w.readObject("data/" + path)
 						if err := damage.do(t, w.objects, "data/"+path); err != nil {
@@ -70,7 +70,7 @@ func TestRestoreOfDamagedFiles(t *testing.T) {
 						}
 						sp := restoreSpecOf(s)
 						w.mustFail(r, sp, damage.reason, "default/data/"+path)
-						// Once it is whole again, so is what is restored.
+						// With the original content the restore completes.
 						if _, err := w.objects.Put(t.Context(), "data/"+path, good); err != nil {
 							t.Fatal(err)
 						}
@@ -82,7 +82,7 @@ func TestRestoreOfDamagedFiles(t *testing.T) {
 	}
 }
 
-// TestRestoreOfDamagedManifests damages what the snapshot consists of.
+// TestRestoreOfDamagedManifests damages each object of the snapshot.
 func TestRestoreOfDamagedManifests(t *testing.T) {
 	for _, name := range []string{manifest.MetadataName, "manifest-0.avro"} {
 		for how, damage := range map[string]func([]byte) []byte{
@@ -95,7 +95,7 @@ func TestRestoreOfDamagedManifests(t *testing.T) {
 				inEnv(t, func(t *testing.T, w *testEnv) {
 					a := w.start("a")
 					s := w.create(a, w.richCollection(a, "c", 4), "one")
-					a.stop() // and with it what it remembers of the manifests
+					a.stop() // with its cache of manifests
 					b := w.start("b")
 					key := manifest.Dir(s.Collection, s.ID) + name
 					if damage == nil {
@@ -114,7 +114,7 @@ func TestRestoreOfDamagedManifests(t *testing.T) {
 						return
 					}
 					w.mustFail(b, sp, "SNAPSHOT_CORRUPT", name)
-					sp.SkipIndexes = true // the segments are counted before it is admitted
+					sp.SkipIndexes = true // the admission then reads all segments
 					_, err := b.Restore(t.Context(), noToken, sp)
 					wantError(t, err, ErrSnapshotCorrupt)
 				})
@@ -123,8 +123,8 @@ func TestRestoreOfDamagedManifests(t *testing.T) {
 	}
 }
 
-// TestRestoreWithAlteredReads has a store answer some times, or for ever, with
-// other bytes than a snapshot's object consists of, which is whole.
+// TestRestoreWithAlteredReads makes a store alter some or all reads of an object of the
+// snapshot, which is itself whole. The restore completes after some, and fails after many.
 func TestRestoreWithAlteredReads(t *testing.T) {
 	for _, name := range []string{manifest.MetadataName, "manifest-0.avro"} {
 		for how, fault := range map[string]object.Fault{"flipped": object.FaultFlip, "truncated": object.FaultTruncate} {
@@ -136,7 +136,7 @@ func TestRestoreWithAlteredReads(t *testing.T) {
 						r := w.start("r", func(o *Options) { o.RestoreSlots = -1 })
 						s := w.create(r, w.richCollection(r, "c", 4), "one")
 						settle()
-						left := times // the leader alone reads it from here on
+						left := times // from here on only the leader reads it
 						leader.store.Plan(func(c object.Call) object.Fault {
 							if c.Op != object.OpGet || !strings.HasSuffix(c.Keys[0], name) || left == 0 {
 								return object.FaultNone
@@ -148,13 +148,13 @@ func TestRestoreWithAlteredReads(t *testing.T) {
 						if times < math.MaxInt {
 							w.mustComplete(r, sp)
 							if left != 0 {
-								t.Errorf("%d of %d answers were not asked for", left, times)
+								t.Errorf("%d of %d answers were not requested", left, times)
 							}
 							return
 						}
 						w.mustFail(r, sp, "SNAPSHOT_CORRUPT", name)
-						if asked := times - left; asked < 10 {
-							t.Errorf("given up after %d answers", asked)
+						if reads := times - left; reads < 10 {
+							t.Errorf("given up after %d reads", reads)
 						}
 						leader.clearFaults()
 						w.mustComplete(r, sp)
@@ -165,8 +165,8 @@ func TestRestoreWithAlteredReads(t *testing.T) {
 	}
 }
 
-// TestRestoreWithoutMetadataObject has the metadata go after the job was admitted, and
-// before another replica prepares the target.
+// TestRestoreWithoutMetadataObject deletes the metadata object between the admission and
+// prepare, which another replica executes.
 func TestRestoreWithoutMetadataObject(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a")
@@ -175,26 +175,27 @@ func TestRestoreWithoutMetadataObject(t *testing.T) {
 		before := w.contents()
 		key := manifest.Dir(s.Collection, s.ID) + manifest.MetadataName
 		g := newKiller()
-		g.failWrite(a, 3, meta.Before, true) // behind the ids, which are read and taken, and the admission
+		g.failWrite(a, 3, meta.Before, true) // the writes before it allocate ids and admit the job
 		job := w.restore(a, restoreSpecOf(s))
 		if err := w.objects.Delete(t.Context(), key); err != nil {
 			t.Fatal(err)
 		}
 		delete(before.objects, key)
 		if w.waitEndedOrDead(g) {
-			t.Fatal("the first replica lives")
+			t.Fatal("the first replica is not dead")
 		}
 		a.stop()
 		b := w.start("b")
 		end := w.waitEnded(b, job.ID)
-		if end.Job.State != copyjob.Failed || end.Job.Reason != "SNAPSHOT_CORRUPT" || !strings.Contains(end.Job.Message, manifest.MetadataName) {
+		if end.Job.State != copyjob.Failed || end.Job.Reason != "SNAPSHOT_CORRUPT" ||
+			!strings.Contains(end.Job.Message, manifest.MetadataName) {
 			t.Errorf("%+v", end.Job)
 		}
 		w.checkNoTraces(before)
 	})
 }
 
-// liar is a store that says once of one object that it was copied, and has not.
+// falseStore answers one copy with success and does not make it.
 type falseStore struct {
 	object.Store
 	keyPart string // of the source's key
@@ -205,16 +206,17 @@ type falseStore struct {
 
 func (l *falseStore) Copy(ctx context.Context, r object.CopyRequest) (object.Info, error) {
 	l.mu.Lock()
-	lies := !l.answered && strings.Contains(r.From, l.keyPart)
-	l.answered = l.answered || lies
+	skip := !l.answered && strings.Contains(r.From, l.keyPart)
+	l.answered = l.answered || skip
 	l.mu.Unlock()
-	if lies {
+	if skip {
 		return object.Info{Key: r.To, Size: r.Size, ETag: r.SourceETag}, nil
 	}
 	return l.Store.Copy(ctx, r)
 }
 
-// TestRestoreVerifiesCopies does not believe a copy that is answered with success.
+// TestRestoreVerifiesCopies checks that a copy that was answered but not made is found and
+// repeated.
 func TestRestoreVerifiesCopies(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		l := &falseStore{keyPart: "/of-an-engine/"}
@@ -226,7 +228,7 @@ func TestRestoreVerifiesCopies(t *testing.T) {
 		job := w.mustComplete(r, restoreSpecOf(s))
 		end := w.waitEnded(r, job.ID)
 		if !l.answered || end.Retries != 1 {
-			t.Errorf("lied %v, %+v", l.answered, end)
+			t.Errorf("skipped a copy: %v, %+v", l.answered, end)
 		}
 	})
 }

@@ -21,7 +21,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-// filled makes a collection with n segments whose files are there.
+// filledCollection creates a collection with n segments and writes their files.
 func (w *testEnv) filledCollection(r *replica, name string, n int) catalog.Collection {
 	w.t.Helper()
 	col, part, index := w.collection(r, name)
@@ -47,7 +47,7 @@ func (w *testEnv) filledCollection(r *replica, name string, n int) catalog.Colle
 	return col
 }
 
-// putFile writes the ten bytes of a file, which tell its path apart.
+// putFile writes the ten bytes of a file, which depend on its path.
 func (w *testEnv) putFile(path string) {
 	w.t.Helper()
 	if _, err := w.objects.Put(w.t.Context(), "data/"+path, tenBytes(path)); err != nil {
@@ -55,6 +55,7 @@ func (w *testEnv) putFile(path string) {
 	}
 }
 
+// tenBytes returns ten bytes that depend on the path.
 func tenBytes(path string) []byte {
 	sum := uint64(14695981039346656037)
 	for _, c := range []byte(path) {
@@ -67,16 +68,17 @@ func tenBytes(path string) []byte {
 	return b
 }
 
-// rich makes a collection of two partitions and two indexes with n segments of
-// all sorts whose files are there: of all partitions, with builds, with files of
-// every kind, some that straddle the cut, which is 10, with ETags that are known
-// and that are not.
+// richCollection creates a collection with two partitions, two indexes and n segments of
+// every form, and writes their files: segments in each partition and in none, with builds,
+// with files of every kind, some across the cut (10), with and without registered ETags.
 func (w *testEnv) richCollection(r *replica, name string, n int) catalog.Collection {
 	w.t.Helper()
 	ctx := w.t.Context()
 	col, p0, x0 := w.collection(r, name)
 	ref := catalog.Ref{ID: col.ID}
-	p1, err := r.catalog.CreatePartition(ctx, request.Token{}, ref, catalog.Partition{Name: "p1", Attributes: map[string]string{"a": "b"}})
+	p1, err := r.catalog.CreatePartition(ctx, request.Token{}, ref, catalog.Partition{
+		Name: "p1", Attributes: map[string]string{"a": "b"},
+	})
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -87,7 +89,9 @@ func (w *testEnv) richCollection(r *replica, name string, n int) catalog.Collect
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	kinds := []string{segment.KindDelta, segment.KindStats, segment.KindBM25, segment.KindText, segment.KindJSON, "of-an-engine"}
+	kinds := []string{
+		segment.KindDelta, segment.KindStats, segment.KindBM25, segment.KindText, segment.KindJSON, "of-an-engine",
+	}
 	var list []segment.Segment
 	for i := range n {
 		to := segment.Timestamp(9)
@@ -98,8 +102,8 @@ func (w *testEnv) richCollection(r *replica, name string, n int) catalog.Collect
 		s.Partition = []int64{p0.ID, p1.ID, 0}[i%3]
 		s.EngineData, s.Attributes = []byte{byte(i), 0}, map[string]string{"i": fmt.Sprint(i)}
 		s.Files = append(s.Files, segment.File{
-			Kind: kinds[i%len(kinds)], Field: 100, LogID: int64(i), Size: 10, Attributes: map[string]string{"of": fmt.Sprint(i)},
-			Checksum: segment.Checksum{Type: "X", Value: []byte{byte(i)}},
+			Kind: kinds[i%len(kinds)], Field: 100, LogID: int64(i), Size: 10,
+			Attributes: map[string]string{"of": fmt.Sprint(i)}, Checksum: segment.Checksum{Type: "X", Value: []byte{byte(i)}},
 		})
 		if i%4 == 1 {
 			for _, x := range []catalog.Index{x0, x1} {
@@ -110,7 +114,7 @@ func (w *testEnv) richCollection(r *replica, name string, n int) catalog.Collect
 			}
 		}
 		w.putFiles(col.ID, &s)
-		if i%12 < 6 { // the engine did not say
+		if i%12 < 6 { // not registered
 			for f := range s.AllFiles() {
 				f.ETag = ""
 			}
@@ -122,7 +126,7 @@ func (w *testEnv) richCollection(r *replica, name string, n int) catalog.Collect
 	return col
 }
 
-// place gives the files of a segment their paths, and writes them.
+// putFiles sets the paths of a segment's files and writes them.
 func (w *testEnv) putFiles(collection int64, s *segment.Segment) {
 	w.t.Helper()
 	for i := range s.Files {
@@ -143,11 +147,12 @@ func (w *testEnv) putFiles(collection int64, s *segment.Segment) {
 	}
 }
 
-// restoreSpecOf restores a snapshot to default/copy.
+// restoreSpecOf returns the spec of a restore to default/copy.
 func restoreSpecOf(s *Snapshot) *RestoreSpec {
 	return &RestoreSpec{Snapshot: Ref{ID: s.ID}, DB: "default", Name: "copy"}
 }
 
+// restore starts a restore.
 func (w *testEnv) restore(r *replica, sp *RestoreSpec) *copyjob.Job {
 	w.t.Helper()
 	job, err := r.Restore(w.t.Context(), request.Token{}, sp)
@@ -157,7 +162,7 @@ func (w *testEnv) restore(r *replica, sp *RestoreSpec) *copyjob.Job {
 	return job
 }
 
-// definitely restores until there is an answer, with a token.
+// mustRestore repeats a restore with its token until it is answered.
 func (w *testEnv) mustRestore(r *replica, tok request.Token, sp *RestoreSpec) *copyjob.Job {
 	w.t.Helper()
 	for {
@@ -174,6 +179,7 @@ func (w *testEnv) mustRestore(r *replica, tok request.Token, sp *RestoreSpec) *c
 	}
 }
 
+// waitEnded waits for the end of a job.
 func (w *testEnv) waitEnded(r *replica, id int64) *copyjob.Status {
 	w.t.Helper()
 	ctx, cancel := context.WithTimeout(w.t.Context(), time.Hour)
@@ -188,7 +194,7 @@ func (w *testEnv) waitEnded(r *replica, id int64) *copyjob.Status {
 	return last
 }
 
-// copying waits until a task is assigned.
+// waitAssigned waits until a task is assigned.
 func (w *testEnv) waitAssigned() {
 	w.t.Helper()
 	for range 1000 {
@@ -201,7 +207,7 @@ func (w *testEnv) waitAssigned() {
 	w.t.Fatal("no task is assigned")
 }
 
-// jobs are the jobs there are.
+// jobs returns all jobs.
 func (w *testEnv) jobs() []*copyjob.Job {
 	w.t.Helper()
 	from, to := meta.Prefix(keys.JobPrefix)
@@ -227,12 +233,13 @@ func dropErr(r *replica, s *Snapshot) error {
 
 var noToken request.Token
 
-// traces is what there is in the stores, to compare with later.
+// storeContents has the keys of both stores, to compare them later.
 type storeContents struct {
 	keys    map[string]bool
 	objects map[string]bool
 }
 
+// contents returns the keys of both stores.
 func (w *testEnv) contents() storeContents {
 	w.t.Helper()
 	tr := storeContents{map[string]bool{}, map[string]bool{}}
@@ -245,10 +252,13 @@ func (w *testEnv) contents() storeContents {
 	return tr
 }
 
-// passing are keys that come and go, or stay behind, whatever a restore does.
-var transientKeys = []string{keys.IDs, "/election/", keys.WorkerPrefix, "/request/", keys.Unpin, keys.JobPrefix, keys.Cycle, keys.OwnerRangePrefix, keys.GonePrefix, keys.Clock}
+// transientKeys are prefixes of keys that change or stay independently of a restore.
+var transientKeys = []string{
+	keys.IDs, "/election/", keys.WorkerPrefix, "/request/", keys.Unpin, keys.JobPrefix, keys.Cycle,
+	keys.OwnerRangePrefix, keys.GonePrefix, keys.Clock,
+}
 
-// nothingSince holds that the stores are as they were before a restore.
+// checkNoTraces checks that the stores are as they were before a restore.
 func (w *testEnv) checkNoTraces(before storeContents) {
 	w.t.Helper()
 	after := w.contents()
@@ -259,14 +269,14 @@ func (w *testEnv) checkNoTraces(before storeContents) {
 	was := maps.Clone(before.keys)
 	maps.DeleteFunc(was, ignore)
 	if diff := cmp.Diff(was, after.keys); diff != "" {
-		w.t.Errorf("keys are left, or gone: %s", diff)
+		w.t.Errorf("keys differ: %s", diff)
 	}
 	if diff := cmp.Diff(before.objects, after.objects); diff != "" {
-		w.t.Errorf("objects are left, or gone: %s", diff)
+		w.t.Errorf("objects differ: %s", diff)
 	}
 }
 
-// reader reads a file of the object store whole.
+// readObject reads an object.
 func (w *testEnv) readObject(key string) []byte {
 	w.t.Helper()
 	body, _, err := w.objects.Get(w.t.Context(), key, 0, -1)
@@ -282,28 +292,28 @@ func (w *testEnv) readObject(key string) []byte {
 	return data
 }
 
-// completes holds that a restore completes and makes all that it should.
+// mustComplete restores, and checks that the job completes with its whole target.
 func (w *testEnv) mustComplete(r *replica, sp *RestoreSpec) *copyjob.Job {
 	w.t.Helper()
 	before := w.contents()
 	job := w.restore(r, sp)
 	end := w.waitEnded(r, job.ID)
 	if end.Job.State != copyjob.Completed {
-		w.t.Fatalf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+		w.t.Fatalf("ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 	}
 	w.checkRestored(r, before, end.Job, sp)
 	return end.Job
 }
 
-// fails holds that a restore fails by a reason, with a message that names what is
-// to blame, and leaves nothing.
+// mustFail restores, and checks that the job fails by a reason, with a message that
+// contains names, and leaves nothing.
 func (w *testEnv) mustFail(r *replica, sp *RestoreSpec, reason, names string) *copyjob.Status {
 	w.t.Helper()
 	before := w.contents()
 	job := w.restore(r, sp)
 	end := w.waitEnded(r, job.ID)
 	if end.Job.State != copyjob.Failed || end.Job.Reason != reason || !strings.Contains(end.Job.Message, names) {
-		w.t.Errorf("it ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, reason, names)
+		w.t.Errorf("ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, reason, names)
 	}
 	w.checkNoTraces(before)
 	return end

@@ -20,7 +20,7 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3fault"
 )
 
-// smallParts has every job copy in parts what is larger than one part.
+// smallParts makes every job copy files in parts of the smallest size.
 type smallParts struct{ meta.KV }
 
 func (k smallParts) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
@@ -39,9 +39,8 @@ func (k smallParts) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error)
 	return k.KV.Txn(ctx, t)
 }
 
-// TestRestoreOnEtcdAndS3 restores on etcd and S3, small files and one that is
-// copied in parts, once all is well and once a file of the snapshot is not what
-// it was.
+// TestRestoreOnEtcdAndS3 restores on etcd and S3, small files and one in parts: without
+// faults, with refusals of an overloaded store, and with an altered file.
 func TestRestoreOnEtcdAndS3(t *testing.T) {
 	w, through, proxy := onS3(t)
 	w.kv, w.memory = etcdtest.Shared(t).KV(t), nil
@@ -79,14 +78,14 @@ func TestRestoreOnEtcdAndS3(t *testing.T) {
 		t.Errorf("the large file was copied as %+v", last)
 	}
 
-	// The store does not keep up for a while.
+	// The store is overloaded for a while.
 	proxy.Plan(s3fault.Rule{Skip: 5, Times: 30, Action: s3fault.Status(503, "SlowDown")})
-	sp.Name = "upset"
+	sp.Name = "overloaded"
 	began := time.Now()
 	w.mustComplete(r, sp)
-	t.Logf("with trouble it took %v", time.Since(began))
+	t.Logf("on an overloaded store it took %v", time.Since(began))
 	if proxy.Fired() == 0 {
-		t.Error("the faults met nobody")
+		t.Error("no fault happened")
 	}
 	proxy.Plan()
 

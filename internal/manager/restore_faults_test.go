@@ -12,16 +12,16 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// disturbed is a restore that is disturbed at one place.
+// faultCase is a restore with one fault.
 type faultCase struct {
 	segments int
-	kill     bool // the replica dies with the fault; else it goes on
-	missing  bool // a file of the snapshot is missing, so that it fails
-	cancel   bool // it is canceled as soon as it is there
+	kill     bool // the replica dies at the fault; else it continues
+	missing  bool // a file of the snapshot is missing, so the restore fails
+	cancel   bool // the restore is canceled during its copies
 	plan     func(g *killer, r *replica)
 }
 
-// run says whether the fault happened.
+// run reports whether the fault happened.
 func (d faultCase) run(t *testing.T, what string) (fired bool) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a")
@@ -37,7 +37,7 @@ func (d faultCase) run(t *testing.T, what string) (fired bool) {
 		before := w.contents()
 		sp, tok := restoreSpecOf(s), token("t", "restore")
 		if d.cancel {
-			a.store.SetLatency(time.Second) // so that it is canceled in the midst of its copies
+			a.store.SetLatency(time.Second) // so that the cancel meets its copies
 		}
 		g := newKiller()
 		d.plan(g, a)
@@ -47,7 +47,7 @@ func (d faultCase) run(t *testing.T, what string) (fired bool) {
 		if err == nil && d.cancel {
 			time.Sleep(1500 * time.Millisecond)
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-			_, _ = a.Jobs().Cancel(ctx, job.ID) // else below
+			_, _ = a.Jobs().Cancel(ctx, job.ID) // repeated below
 			cancel()
 		}
 		r := a
@@ -61,7 +61,7 @@ func (d faultCase) run(t *testing.T, what string) (fired bool) {
 		fired = g.faults() > 0
 		a.clearFaults()
 		job = w.mustRestore(r, tok, sp)
-		ended := false // before it was canceled
+		ended := false // before the cancel
 		if d.cancel {
 			if _, err := r.Jobs().Cancel(t.Context(), job.ID); errors.Is(err, copyjob.ErrEnded) {
 				ended = true
@@ -79,7 +79,7 @@ func (d faultCase) run(t *testing.T, what string) (fired bool) {
 			want = copyjob.Canceled
 		}
 		if end.Job.State != want {
-			t.Errorf("%s: it ended %v: %s: %s", what, end.Job.State, end.Job.Reason, end.Job.Message)
+			t.Errorf("%s: ended %v: %s: %s", what, end.Job.State, end.Job.Reason, end.Job.Message)
 		}
 		if n := len(w.jobs()); n != 1 {
 			t.Errorf("%s: %d jobs", what, n)
@@ -92,8 +92,8 @@ func (d faultCase) run(t *testing.T, what string) (fired bool) {
 	return fired
 }
 
-// TestReplicaDiesAtEachWrite kills the replica at each of its writes, before and
-// after it takes effect, and lets another one go on.
+// TestReplicaDiesAtEachWrite kills the replica at each of its writes, before and after the
+// write takes effect; another replica continues.
 func TestReplicaDiesAtEachWrite(t *testing.T) {
 	for _, d := range []faultCase{{segments: 40}, {segments: 4, missing: true}, {segments: 4, cancel: true}} {
 		for _, fault := range []meta.Fault{meta.Before, meta.After} {
@@ -110,8 +110,8 @@ func TestReplicaDiesAtEachWrite(t *testing.T) {
 	}
 }
 
-// TestRestoreWithFailedWrites fails each write, before and after it takes
-// effect, and the same replica goes on.
+// TestRestoreWithFailedWrites fails each write, before and after it takes effect; the same
+// replica continues.
 func TestRestoreWithFailedWrites(t *testing.T) {
 	for _, d := range []faultCase{{segments: 40}, {segments: 4, missing: true}, {segments: 4, cancel: true}} {
 		for _, fault := range []meta.Fault{meta.Before, meta.After} {
@@ -123,8 +123,8 @@ func TestRestoreWithFailedWrites(t *testing.T) {
 	}
 }
 
-// TestRestoreWithFailedRequests fails each request to the object store, before and
-// after it takes effect; with and without the death of the replica.
+// TestRestoreWithFailedRequests fails each request to the object store, before and after
+// it takes effect, with and without the death of the replica.
 func TestRestoreWithFailedRequests(t *testing.T) {
 	for _, kill := range []bool{false, true} {
 		for _, d := range []faultCase{{segments: 5}, {segments: 3, missing: true}, {segments: 3, cancel: true}} {

@@ -9,13 +9,13 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// grave is where a replica goes that is killed at a write or a request: from
-// then on nothing that it does has an effect. It is stopped by bury.
+// killer kills a replica at a write or a request: from then on none of its calls has an
+// effect.
 type killer struct {
 	mu    sync.Mutex
 	dead  bool
-	fired int
-	done  chan struct{} // closed when it is dead
+	fired int           // faults so far
+	done  chan struct{} // closed at the death
 }
 
 func newKiller() *killer { return &killer{done: make(chan struct{})} }
@@ -28,8 +28,8 @@ func (g *killer) fire(kill bool) {
 	}
 }
 
-// atWrite has the n-th write from now on fail, and kills the replica with it if
-// kill is true.
+// failWrite makes the n-th write from now on fail, and kills the replica at it if kill is
+// true.
 func (g *killer) failWrite(r *replica, n int, fault meta.Fault, kill bool) {
 	r.kv.Hook(func(c meta.Call) meta.Fault {
 		g.mu.Lock()
@@ -56,9 +56,8 @@ func (g *killer) failWrite(r *replica, n int, fault meta.Fault, kill bool) {
 	})
 }
 
-// atRequest has the n-th request to the object store from now on fail, n+1 and
-// all that follow too if times is below 0, and kills the replica with it if kill
-// is true.
+// failRequest makes times requests to the object store fail from the n-th on (negative:
+// all), and kills the replica at the first of them if kill is true.
 func (g *killer) failRequest(r *replica, n int, fault object.Fault, times int, kill bool) {
 	r.kv.Hook(func(meta.Call) meta.Fault {
 		g.mu.Lock()
@@ -89,20 +88,21 @@ func (g *killer) isDead() bool {
 	return g.dead
 }
 
+// faults returns the number of faults so far.
 func (g *killer) faults() int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.fired
 }
 
-// lift ends all faults.
+// clearFaults ends all faults of a replica.
 func (r *replica) clearFaults() {
 	r.kv.Hook(nil)
 	r.store.Plan(nil)
 }
 
-// endedOrDead waits until the only job there is has ended, or the replica that
-// works on it is dead. It is false when the latter.
+// waitEndedOrDead waits until the last job has ended, and returns true, or until the
+// replica is dead, and returns false.
 func (w *testEnv) waitEndedOrDead(g *killer) bool {
 	w.t.Helper()
 	deadline := time.Now().Add(2 * time.Hour)
@@ -121,22 +121,23 @@ func (w *testEnv) waitEndedOrDead(g *killer) bool {
 	}
 }
 
-// eachOf counts up until fn says that there was nothing any more.
+// forEachFault calls fn with 0, 1, 2, … until it returns false because its fault did not
+// happen. It returns the number of faults.
 func forEachFault(t *testing.T, limit int, fn func(n int) bool) int {
 	t.Helper()
 	n := 0
 	for ; fn(n); n++ {
 		if t.Failed() {
-			t.Fatalf("number %d went wrong", n)
+			t.Fatalf("fault %d failed", n)
 		}
 		if n == limit {
-			t.Fatal("there is no end of them")
+			t.Fatalf("more than %d faults", limit)
 		}
 	}
 	return n
 }
 
-// writesFail has all transactions fail from now on.
+// failAllWrites makes all transactions fail from now on.
 func failAllWrites(g *killer, r *replica) {
 	r.kv.Hook(func(c meta.Call) meta.Fault {
 		g.mu.Lock()

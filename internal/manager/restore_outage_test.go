@@ -12,8 +12,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// TestRestoreWithStoreDown has the object store go in the copy phase, and come
-// back never, late, or in time.
+// TestRestoreWithStoreDown takes the object store down in phase copy, for days and for a
+// while.
 func TestRestoreWithStoreDown(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -29,11 +29,11 @@ func TestRestoreWithStoreDown(t *testing.T) {
 		}
 		sp := restoreSpecOf(s)
 
-		// Never: it is waited for a day, then the job is given up, and the claim stays
-		// for as long as nothing can be removed.
+		// For days: after one day the job is given up, and the claim stays until the store
+		// answers deletes.
 		down(object.OpCopy)
 		job := w.restore(r, sp)
-		settle() // it is prepared
+		settle() // until it is prepared
 		down(object.OpCopy, object.OpDelete, object.OpList)
 		time.Sleep(23 * time.Hour)
 		st, err := r.Jobs().Get(t.Context(), job.ID)
@@ -43,8 +43,8 @@ func TestRestoreWithStoreDown(t *testing.T) {
 		}
 		time.Sleep(time.Hour + 5*time.Minute)
 		st, err = r.Jobs().Get(t.Context(), job.ID)
-		if err != nil || st.Job.State != copyjob.Executing || st.Job.Phase != copyjob.RollBack || st.Job.Reason != "STALLED" ||
-			!strings.Contains(st.LastError, "injected fault") || !st.Waiting.IsZero() {
+		if err != nil || st.Job.State != copyjob.Executing || st.Job.Phase != copyjob.RollBack ||
+			st.Job.Reason != "STALLED" || !strings.Contains(st.LastError, "injected fault") || !st.Waiting.IsZero() {
 			t.Fatalf("%+v of %+v, err = %v", st, st.Job, err)
 		}
 		if _, err := r.catalog.Collection(t.Context(), catalog.Ref{DB: sp.DB, Name: sp.Name}); err != nil {
@@ -53,18 +53,20 @@ func TestRestoreWithStoreDown(t *testing.T) {
 		wantError(t, dropErr(r, s), ErrSnapshotPinned)
 		down(object.OpCopy)
 		end := w.waitEnded(r, job.ID)
-		if end.Job.State != copyjob.Failed || end.Job.Reason != "STALLED" || !strings.Contains(end.Job.Message, "injected fault") ||
+		if end.Job.State != copyjob.Failed || end.Job.Reason != "STALLED" ||
+			!strings.Contains(end.Job.Message, "injected fault") ||
 			!strings.Contains(end.Job.Message, "no file was finished for 24h") {
 			t.Errorf("%+v of %+v", end, end.Job)
 		}
 		w.checkNoTraces(before)
 
-		// In time.
+		// For a while: the restore completes.
 		job = w.restore(r, sp)
 		time.Sleep(3 * time.Second)
 		settle()
 		st, err = r.Jobs().Get(t.Context(), job.ID)
-		if err != nil || st.Job.Phase != copyjob.Copy || st.Retries == 0 || !strings.Contains(st.LastError, "injected fault") {
+		if err != nil || st.Job.Phase != copyjob.Copy || st.Retries == 0 ||
+			!strings.Contains(st.LastError, "injected fault") {
 			t.Fatalf("%+v of %+v, err = %v", st, st.Job, err)
 		}
 		r.clearFaults()
@@ -75,9 +77,8 @@ func TestRestoreWithStoreDown(t *testing.T) {
 	})
 }
 
-// TestRestoreOutlastsOutages has the object store go in the midst of the copies for
-// longer and longer: what was copied stays, and the restore completes. So it does when
-// the store goes before the target is prepared, and when it comes and goes.
+// TestRestoreOutlastsOutages takes the object store down before prepare or during the
+// copies: finished copies stay, and the restore completes.
 func TestRestoreOutlastsOutages(t *testing.T) {
 	for _, outage := range []time.Duration{time.Minute, 4 * time.Minute, 10 * time.Minute, 5 * time.Hour, 23 * time.Hour} {
 		for _, after := range []int{0, 30} { // copies
@@ -104,11 +105,11 @@ func TestRestoreOutlastsOutages(t *testing.T) {
 					time.Sleep(outage - time.Second)
 					settle()
 					if n := len(w.objectsUnder(fmt.Sprintf("data/%d/", job.Target))); n < after/2 {
-						t.Errorf("%d objects of the target are there during the outage", n)
+						t.Errorf("%d objects of the target exist during the outage", n)
 					}
 					end := w.waitEnded(r, job.ID)
 					if end.Job.State != copyjob.Completed {
-						t.Fatalf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+						t.Fatalf("ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 					}
 					w.checkRestored(r, before, end.Job, restoreSpecOf(s))
 				})
@@ -117,28 +118,30 @@ func TestRestoreOutlastsOutages(t *testing.T) {
 	}
 }
 
-// failsAfter holds that a restore fails, and not before so much time has passed.
+// mustFailAfter restores, and checks that the job fails after a time and not before.
 func (w *testEnv) mustFailAfter(r *replica, sp *RestoreSpec, after time.Duration, reason, names string) {
 	w.t.Helper()
 	before := w.contents()
 	job := w.restore(r, sp)
 	time.Sleep(after - time.Second)
 	settle()
-	if st, err := r.Jobs().Get(w.t.Context(), job.ID); err != nil || st.Job.State != copyjob.Executing || st.Job.Phase != copyjob.Copy {
+	st, err := r.Jobs().Get(w.t.Context(), job.ID)
+	if err != nil || st.Job.State != copyjob.Executing || st.Job.Phase != copyjob.Copy {
 		w.t.Fatalf("%+v, err = %v", st, err)
 	}
-	for n := 0; n < 100 && !w.jobs()[0].State.Ended(); n++ { // a file that is finished puts it off
+	for n := 0; n < 100 && !w.jobs()[0].State.Ended(); n++ { // each finished file extends the wait
 		time.Sleep(time.Hour)
 		settle()
 	}
 	end := w.waitEnded(r, job.ID)
 	if end.Job.State != copyjob.Failed || end.Job.Reason != reason || !strings.Contains(end.Job.Message, names) {
-		w.t.Errorf("it ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, reason, names)
+		w.t.Errorf("ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, reason, names)
 	}
 	w.checkNoTraces(before)
 }
 
-// TestRestoreWaitsUntilItsDeadline has a job's own deadline end the waiting.
+// TestRestoreWaitsUntilItsDeadline checks that the job's deadline ends a wait for the
+// store.
 func TestRestoreWaitsUntilItsDeadline(t *testing.T) {
 	inEnv(t, func(_ *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -155,8 +158,8 @@ func TestRestoreWaitsUntilItsDeadline(t *testing.T) {
 	})
 }
 
-// TestRestoreStallsDespiteRepeats has one file that is never copied: that the others
-// are copied again in each attempt is no progress.
+// TestRestoreStallsDespiteRepeats has one file that is never copied: repeated copies of
+// the other files are no progress.
 func TestRestoreStallsDespiteRepeats(t *testing.T) {
 	inEnv(t, func(_ *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.RestoreStallTimeout = 2 * time.Hour })
@@ -171,11 +174,12 @@ func TestRestoreStallsDespiteRepeats(t *testing.T) {
 	})
 }
 
-// TestRestoreWithoutMetadataStore loses the metadata store in the midst of the
-// copies for longer than anybody waits for a transaction, but not so long that
-// the worker is given up: the task goes on all the same.
+// TestRestoreWithoutMetadataStore takes the metadata store down during the copies, for
+// longer than the timeout of a transaction: the restore completes.
 func TestRestoreWithoutMetadataStore(t *testing.T) {
-	for _, down := range []time.Duration{time.Second, 3 * time.Second, 7 * time.Second, 30 * time.Second, 5 * time.Minute} {
+	for _, down := range []time.Duration{
+		time.Second, 3 * time.Second, 7 * time.Second, 30 * time.Second, 5 * time.Minute,
+	} {
 		t.Run(down.String(), func(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
 				r := w.start("a")
@@ -186,7 +190,7 @@ func TestRestoreWithoutMetadataStore(t *testing.T) {
 				job := w.restore(r, sp)
 				w.waitAssigned()
 				g := newKiller()
-				g.fire(true) // all calls fail
+				g.fire(true) // all calls fail from now on
 				g.failWrite(r, -1, 0, false)
 				time.Sleep(down)
 				r.clearFaults()
@@ -201,8 +205,8 @@ func TestRestoreWithoutMetadataStore(t *testing.T) {
 	}
 }
 
-// TestRestoreInterruptedByTheMetadataStore has only the worker's transactions
-// fail, so that neither its task can be ended nor its lease be lost.
+// TestRestoreInterruptedByTheMetadataStore makes only transactions fail, so that the task
+// cannot end and the worker keeps its lease.
 func TestRestoreInterruptedByTheMetadataStore(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")

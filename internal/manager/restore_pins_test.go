@@ -15,8 +15,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// alterUnpinned replaces the files of a snapshot without a registered ETag by others
-// of the same size, and returns what they held.
+// alterUnpinned replaces the files without a registered ETag by others of the same size,
+// and returns their original content.
 func (w *testEnv) alterUnpinned(segments []segment.Segment) map[string][]byte {
 	w.t.Helper()
 	was := map[string][]byte{}
@@ -35,11 +35,12 @@ func (w *testEnv) alterUnpinned(segments []segment.Segment) map[string][]byte {
 	return was
 }
 
-// pairs pairs the files of a snapshot with those of a restored collection.
+// filePairs maps the keys of a snapshot's files to those of the restored collection.
 func (w *testEnv) filePairs(segments []segment.Segment, target int64) map[string]string {
 	w.t.Helper()
 	var got []segment.Segment
-	_, err := catalog.New(catalog.Options{KV: w.kv, Now: w.now}).ScanSegments(w.t.Context(), target, 0, func(batch []segment.Segment) error {
+	cat := catalog.New(catalog.Options{KV: w.kv, Now: w.now})
+	_, err := cat.ScanSegments(w.t.Context(), target, 0, func(batch []segment.Segment) error {
 		got = append(got, batch...)
 		return nil
 	})
@@ -59,10 +60,10 @@ func (w *testEnv) filePairs(segments []segment.Segment, target int64) map[string
 	return pairs
 }
 
-// TestRestoreOfFilesAlteredBetweenAttempts kills the replica at each request of a
-// restore, alters files without a registered ETag before another goes on, and holds
-// that once a file was copied the restore makes what it began to, or fails with the
-// name of a file.
+// TestRestoreOfFilesAlteredBetweenAttempts kills the replica at each request of a restore
+// and alters files without a registered ETag before another replica continues. Once a file
+// was copied, the restore completes with the original content or fails with the name of a
+// file.
 func TestRestoreOfFilesAlteredBetweenAttempts(t *testing.T) {
 	failed, completed := 0, 0
 	for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
@@ -84,7 +85,7 @@ func TestRestoreOfFilesAlteredBetweenAttempts(t *testing.T) {
 				}
 				fired = true
 				a.stop()
-				copied := len(w.contents().objects) > len(before.objects)+1 // the pins are one
+				copied := len(w.contents().objects) > len(before.objects)+1 // one is the pins
 				was := w.alterUnpinned(segments)
 				b := w.start("b")
 				job := w.mustRestore(b, tok, sp)
@@ -96,7 +97,7 @@ func TestRestoreOfFilesAlteredBetweenAttempts(t *testing.T) {
 					pairs := w.filePairs(segments, job.Target)
 					for from, content := range was {
 						if copied && !bytes.Equal(w.readObject(pairs[from]), content) {
-							t.Errorf("request %d, fault %v: COMPLETED with other bytes of %s than were there when it began", n, fault, from)
+							t.Errorf("request %d, fault %v: COMPLETED with altered bytes of %s", n, fault, from)
 						}
 					}
 				case copyjob.Failed:
@@ -116,15 +117,15 @@ func TestRestoreOfFilesAlteredBetweenAttempts(t *testing.T) {
 			return fired
 		})
 	}
-	t.Logf("%d restores failed, %d are complete", failed, completed)
+	t.Logf("%d restores failed, %d completed", failed, completed)
 	if failed < 10 || completed < 4 {
 		t.Error("too few of one kind")
 	}
 }
 
-// TestRestoreKeepsPins holds that the pins of a restore's files stay until its job is
-// forgotten, that there are none of files with a registered ETag, and that what a
-// frozen worker creates later is swept.
+// TestRestoreKeepsPins checks that the pins of a restore's files stay until its job is
+// forgotten, that files with a registered ETag have none, and that late pins of a frozen
+// worker are swept.
 func TestRestoreKeepsPins(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a")
@@ -163,8 +164,8 @@ func TestRestoreKeepsPins(t *testing.T) {
 	})
 }
 
-// TestRestoreWithAlteredPins has the store answer with other bytes than the pins
-// consist of: the task is tried again, and nothing is copied by them.
+// TestRestoreWithAlteredPins alters reads of the pins: the task is tried again, and no
+// file is copied by altered pins.
 func TestRestoreWithAlteredPins(t *testing.T) {
 	for _, fault := range []object.Fault{object.FaultFlip, object.FaultTruncate} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
@@ -184,7 +185,7 @@ func TestRestoreWithAlteredPins(t *testing.T) {
 			})
 			w.mustComplete(a, restoreSpecOf(s))
 			if left != 0 {
-				t.Errorf("fault %v: %d altered answers were not asked for", fault, left)
+				t.Errorf("fault %v: %d altered answers were not requested", fault, left)
 			}
 		})
 	}

@@ -12,11 +12,13 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3fault"
 )
 
-// TestS3RefusesOneCopy has an S3 server refuse one of the copies of a restore in each
-// way that may pass, or all of them for longer than the restore tries: it completes,
-// or it fails by the right reason and leaves nothing.
+// TestS3RefusesOneCopy makes an S3 server refuse one copy of a restore in each way that
+// may pass, or all of them for longer than the refusal timeout: the restore completes, or
+// fails by the right reason and leaves nothing.
 func TestS3RefusesOneCopy(t *testing.T) {
-	page := &s3fault.Answer{Status: 403, Header: http.Header{"Content-Type": {"text/html"}}, Body: []byte("<html>Forbidden</html>")}
+	page := &s3fault.Answer{
+		Status: 403, Header: http.Header{"Content-Type": {"text/html"}}, Body: []byte("<html>Forbidden</html>"),
+	}
 	for name, c := range map[string]struct {
 		action s3fault.Action
 		reason string // of a restore whose copies are all refused; empty: it waits
@@ -52,21 +54,21 @@ func TestS3RefusesOneCopy(t *testing.T) {
 					t.Errorf("%+v", end)
 				}
 			}
-			// Twice, so that the store's own second attempt does not hide it.
+			// Twice: the store retries once by itself.
 			proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Skip: 27, Times: 2, Action: c.action})
 			before := w.contents()
 			job := w.restore(r, sp)
 			end := w.waitEnded(r, job.ID)
 			if proxy.MustHaveFired(t); end.Job.State != copyjob.Completed {
-				t.Fatalf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+				t.Fatalf("ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 			}
 			w.checkRestored(r, before, end.Job, sp)
 		})
 	}
 }
 
-// TestS3RefusesPermanently has an S3 server refuse one of the copies of a restore in ways
-// that no time cures: it fails at once.
+// TestS3RefusesPermanently makes an S3 server refuse one copy in each permanent way: the
+// restore fails at once.
 func TestS3RefusesPermanently(t *testing.T) {
 	w, through, proxy := onS3(t)
 	r := w.start("a", func(o *Options) {

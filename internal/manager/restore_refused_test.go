@@ -17,9 +17,12 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// refuses has the store refuse calls of op whose number, from zero on, is one that
-// which names. Which gets the number of copies before as well. It returns how many it has refused.
-func refuseCalls(r *replica, op object.Op, fault object.Fault, which func(n, copies int) bool) (refused func() int) {
+// refuseCalls makes the store refuse the calls of op for which which returns true. which
+// gets the number of the call, from zero, and the number of copies before it. refused
+// returns the number of refused calls.
+func refuseCalls(
+	r *replica, op object.Op, fault object.Fault, which func(n, copies int) bool,
+) (refused func() int) {
 	var mu sync.Mutex
 	n, count, copies := 0, 0, 0
 	r.store.Plan(func(c object.Call) object.Fault {
@@ -45,17 +48,17 @@ func refuseCalls(r *replica, op object.Op, fault object.Fault, which func(n, cop
 	}
 }
 
-// refusalMessage is in the warning of a restore that the store refuses.
+// refusalMessage is part of the warning of a refused restore.
 const refusalMessage = "object store refuses restore task"
 
-// TestRestoreOutlastsRefusals has the store refuse a call of a restore once, or for
-// some minutes: the restore completes, and what refused is one warning.
+// TestRestoreOutlastsRefusals makes the store refuse a call of a restore once or for
+// minutes: the restore completes, and logs one warning.
 func TestRestoreOutlastsRefusals(t *testing.T) {
 	for name, c := range map[string]struct {
 		op     object.Op
-		from   int           // of these calls
-		copies int           // before
-		lasts  time.Duration // zero: once
+		from   int           // first refused call of op
+		copies int           // least number of copies before it
+		lasts  time.Duration // zero: one call
 		counts bool          // by the worker
 	}{
 		"the first copy once":            {object.OpCopy, 0, 0, 0, true},
@@ -95,7 +98,7 @@ func TestRestoreOutlastsRefusals(t *testing.T) {
 				}
 				end := w.waitEnded(r, job.ID)
 				if end.Job.State != copyjob.Completed {
-					t.Fatalf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+					t.Fatalf("ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 				}
 				if !end.Refused.IsZero() || refused() == 0 {
 					t.Errorf("%d refused, %+v", refused(), end)
@@ -116,8 +119,9 @@ func TestRestoreOutlastsRefusals(t *testing.T) {
 	}
 }
 
-// TestRestoreRefusedPermanently has the store refuse calls of a restore for ever: the
-// restore fails after the set time by the reason of the refusal, and leaves nothing.
+// TestRestoreRefusedPermanently makes the store refuse calls of a restore without end: the
+// restore fails after the refusal timeout by the reason of the refusal, and leaves
+// nothing.
 func TestRestoreRefusedPermanently(t *testing.T) {
 	for name, c := range map[string]struct {
 		op     object.Op
@@ -153,18 +157,18 @@ func TestRestoreRefusedPermanently(t *testing.T) {
 							break
 						}
 						if time.Since(began) > 24*time.Hour {
-							t.Fatalf("it goes on: %+v", w.jobs()[0])
+							t.Fatalf("not given up: %+v", w.jobs()[0])
 						}
 						time.Sleep(100 * time.Millisecond)
 					}
 					if took := time.Since(began); took < lasts || took > lasts+c.within {
-						t.Errorf("it was given up after %v", took)
+						t.Errorf("given up after %v", took)
 					}
 					r.clearFaults()
 					end := w.waitEnded(r, job.ID)
 					if end.Job.State != copyjob.Failed || end.Job.Reason != "OBJECT_STORE_DENIED" ||
 						!strings.Contains(end.Job.Message, "access denied") {
-						t.Errorf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+						t.Errorf("ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 					}
 					w.checkNoTraces(before)
 				})
@@ -173,7 +177,7 @@ func TestRestoreRefusedPermanently(t *testing.T) {
 	}
 }
 
-// TestPermanentRefusalFailsAtOnce has the store refuse a copy by what no time cures.
+// TestPermanentRefusalFailsAtOnce makes the store refuse one copy permanently.
 func TestPermanentRefusalFailsAtOnce(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
@@ -187,8 +191,8 @@ func TestPermanentRefusalFailsAtOnce(t *testing.T) {
 	})
 }
 
-// TestRestoreRefusedThroughRestarts replaces the one replica again and again while
-// the store refuses copies: the time of the refusals goes on.
+// TestRestoreRefusedThroughRestarts restarts the only replica repeatedly while the store
+// refuses copies: the time of the refusals continues.
 func TestRestoreRefusedThroughRestarts(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		deny := func(r *replica) {
@@ -213,22 +217,22 @@ func TestRestoreRefusedThroughRestarts(t *testing.T) {
 		}
 		end := w.waitEnded(r, job.ID)
 		if end.Job.State != copyjob.Failed || end.Job.Reason != "OBJECT_STORE_DENIED" {
-			t.Errorf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+			t.Errorf("ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 		}
 		if took := time.Since(began); took < 5*time.Minute || took > 20*time.Minute {
-			t.Errorf("it was given up after %v", took)
+			t.Errorf("given up after %v", took)
 		}
 		w.checkNoTraces(before)
 	})
 }
 
-// TestRefusedAtAdmission has the store refuse what the admission reads: the call
-// ends with that at once.
+// TestRefusedAtAdmission makes the store refuse the reads of the admission: the call fails
+// at once.
 func TestRefusedAtAdmission(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a")
 		s := w.create(a, w.richCollection(a, "c", 4), "one")
-		a.stop() // and with it what it remembers of the snapshot
+		a.stop() // with its cache
 		r := w.start("b")
 		settle()
 		before := w.contents()
@@ -248,8 +252,8 @@ func TestRefusedAtAdmission(t *testing.T) {
 	})
 }
 
-// TestCreateOutlastsARefusal has the store refuse one request of a create that looks at
-// all files, and all of them.
+// TestCreateOutlastsARefusal makes the store refuse a few requests of a create that
+// verifies all files, and then all requests.
 func TestCreateOutlastsARefusal(t *testing.T) {
 	for _, op := range []object.Op{object.OpHead, object.OpCreate} {
 		t.Run(string(op), func(t *testing.T) {
@@ -277,8 +281,8 @@ func TestCreateOutlastsARefusal(t *testing.T) {
 	}
 }
 
-// TestRefusedReferencesAreReadAgain has the store refuse the first reads of what a
-// snapshot references: it does not count as unreadable, and reclaiming goes on.
+// TestRefusedReferencesAreReadAgain makes the store refuse the first reads of a snapshot's
+// references: they do not count as unreadable, and reclaim continues.
 func TestRefusedReferencesAreReadAgain(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a", func(o *Options) { o.CollectorOff = true })
@@ -296,10 +300,12 @@ func TestRefusedReferencesAreReadAgain(t *testing.T) {
 			if !ok {
 				t.Fatalf("the store is a %T", o.Stores["default"])
 			}
-			refused = refuseCalls(&replica{store: store}, object.OpGet, object.FaultDenied, func(n, _ int) bool { return n < 3 })
+			refused = refuseCalls(&replica{store: store}, object.OpGet, object.FaultDenied,
+				func(n, _ int) bool { return n < 3 })
 		})
 		began := time.Now()
-		if _, err := b.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester"); err != nil || refused() == 0 {
+		_, err := b.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester")
+		if err != nil || refused() == 0 {
 			t.Errorf("after %d refusals: %v", refused(), err)
 		}
 		if took := time.Since(began); took > 5*time.Second {

@@ -15,8 +15,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 )
 
-// TestStragglers removes what workers that were frozen copied after a restore had
-// ended, before its job is forgotten, and nothing of what the target has by then.
+// TestStragglers checks that late copies of frozen workers are deleted before the job is
+// forgotten, and the target's own files are not.
 func TestStragglers(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.KeepRestores = 24 * time.Hour })
@@ -52,8 +52,8 @@ func TestStragglers(t *testing.T) {
 		dir := fmt.Sprintf("data/%d/", col.ID)
 		kept := []string{
 			dir + "README", // foreign
-			dir + fmt.Sprintf("0/%d/insert/100/77", w.newID(r)),     // an engine's
-			dir + fmt.Sprintf("0/%d/insert/100/77", segments[1].ID), // may be registered yet
+			dir + fmt.Sprintf("0/%d/insert/100/77", w.newID(r)),     // of an engine
+			dir + fmt.Sprintf("0/%d/insert/100/77", segments[1].ID), // of a registered segment
 		}
 		late := []string{"data/" + gone.Files[0].Path, "data/" + build.Files[0].Path}
 		for _, key := range late {
@@ -63,10 +63,10 @@ func TestStragglers(t *testing.T) {
 		}
 		w.write(slices.Concat(kept, late)...)
 		time.Sleep(23*time.Hour + 30*time.Minute)
-		w.write(late[0]) // and once more, shortly before
+		w.write(late[0]) // again, shortly before the end
 		time.Sleep(30 * time.Minute)
 		if n := len(w.keysUnder(keys.JobPrefix)); n != 1 {
-			t.Errorf("%d jobs, while a late copy is young", n)
+			t.Errorf("%d jobs while a late copy is recent", n)
 		}
 		time.Sleep(2 * time.Hour)
 		settle()
@@ -83,7 +83,8 @@ func TestStragglers(t *testing.T) {
 	})
 }
 
-// TestStragglersOfDroppedTarget removes them when nothing is left of the target.
+// TestStragglersOfDroppedTarget checks that late copies are deleted after the target was
+// dropped.
 func TestStragglersOfDroppedTarget(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.KeepRestores = 24 * time.Hour; o.CollectTolerance = time.Minute })
@@ -108,8 +109,8 @@ func TestStragglersOfDroppedTarget(t *testing.T) {
 	})
 }
 
-// TestRollBackKeepsForeignFiles removes what the job made, and nothing that was
-// put beside it.
+// TestRollBackKeepsForeignFiles checks that roll back deletes the job's objects and no
+// others.
 func TestRollBackKeepsForeignFiles(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.KeepRestores = 24 * time.Hour })
@@ -119,7 +120,10 @@ func TestRollBackKeepsForeignFiles(t *testing.T) {
 		job := w.restore(r, restoreSpecOf(s))
 		time.Sleep(10 * time.Second)
 		dir := fmt.Sprintf("data/%d/", job.Target)
-		foreign := []string{dir + "README", dir + fmt.Sprintf("0/%d/insert/100/1", job.FirstSegment+job.Segments), dir + fmt.Sprintf("0/%d/notes", job.FirstSegment)}
+		foreign := []string{
+			dir + "README", dir + fmt.Sprintf("0/%d/insert/100/1", job.FirstSegment+job.Segments),
+			dir + fmt.Sprintf("0/%d/notes", job.FirstSegment),
+		}
 		w.write(foreign...)
 		if _, err := r.Jobs().Cancel(t.Context(), job.ID); err != nil {
 			t.Fatal(err)

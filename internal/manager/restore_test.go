@@ -8,6 +8,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
+// TestRestore restores a snapshot of three tasks.
 func TestRestore(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")

@@ -16,8 +16,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// sampled watches a job all the time until it has ended, and holds that nothing
-// goes down.
+// watchProgress polls a job until its end, and checks that no number decreases.
 func (w *testEnv) watchProgress(r *replica, id int64) *copyjob.Status {
 	w.t.Helper()
 	var last *copyjob.Status
@@ -44,8 +43,8 @@ func (w *testEnv) watchProgress(r *replica, id int64) *copyjob.Status {
 	}
 }
 
-// TestRestoreWorkerDies has workers die, freeze and come back in the midst of
-// their tasks: others go on with what is there, and nothing is lost.
+// TestRestoreWorkerDies makes a worker die, freeze or lose a store during its tasks: other
+// workers continue with its copies, and the restore completes.
 func TestRestoreWorkerDies(t *testing.T) {
 	for name, c := range map[string]struct {
 		hurt, heal func(r *replica)
@@ -60,10 +59,10 @@ func TestRestoreWorkerDies(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
 				one := func(o *Options) { o.CopyInFlight = 2 }
-				a := w.start("a", one) // it leads, and works
+				a := w.start("a", one) // leader and worker
 				settle()
 				b := w.start("b", one)
-				c0 := w.start("c", func(o *Options) { o.RestoreSlots = -1 }) // it looks on
+				c0 := w.start("c", func(o *Options) { o.RestoreSlots = -1 }) // observer
 				s := w.create(a, w.richCollection(a, "c", 96), "one")
 				before := w.contents()
 				sp := restoreSpecOf(s)
@@ -82,9 +81,9 @@ func TestRestoreWorkerDies(t *testing.T) {
 					t.Errorf("%+v of %+v", end, end.Job)
 				}
 				if name != "loses S3" && end.Retries == 0 {
-					t.Errorf("nothing was begun again: %+v", end)
+					t.Errorf("no task was tried again: %+v", end)
 				}
-				time.Sleep(5 * time.Minute) // whatever wakes up late
+				time.Sleep(5 * time.Minute) // for late copies
 				settle()
 				w.checkRestored(c0, before, end.Job, sp)
 			})
@@ -102,7 +101,7 @@ func thaw(r *replica) {
 	r.store.Thaw()
 }
 
-// newDead has nothing that r does have an effect any more.
+// kill makes all further calls of r fail.
 func kill(r *replica) {
 	g := newKiller()
 	g.failWrite(r, -1, meta.Before, true)
@@ -111,7 +110,7 @@ func kill(r *replica) {
 	g.fire(true)
 }
 
-// TestRestoresShareWorkers has several jobs and replicas: they share the work.
+// TestRestoresShareWorkers checks that several jobs use all replicas.
 func TestRestoresShareWorkers(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		var rs []*replica
@@ -123,7 +122,7 @@ func TestRestoresShareWorkers(t *testing.T) {
 		s := w.create(rs[0], w.richCollection(rs[0], "c", 140), "one")
 		settle()
 		for _, r := range rs {
-			r.store.Plan(nil) // counts from here
+			r.store.Plan(nil) // resets the counters
 		}
 		var jobs []*copyjob.Job
 		var specs []*RestoreSpec
@@ -150,7 +149,7 @@ func TestRestoresShareWorkers(t *testing.T) {
 	})
 }
 
-// TestRestoreRolling restarts the replicas one after the other, over and over.
+// TestRestoreRolling restarts the replicas in turn until the restore completes.
 func TestRestoreRolling(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		few := func(o *Options) { o.CopyInFlight = 1 }
@@ -169,7 +168,7 @@ func TestRestoreRolling(t *testing.T) {
 			rs[n%3] = w.start(fmt.Sprint("r", n+3), few)
 			rs[n%3].store.SetLatency(300 * time.Millisecond)
 			if n > 500 {
-				t.Fatalf("it does not end: %+v", w.jobs()[0])
+				t.Fatalf("does not end: %+v", w.jobs()[0])
 			}
 		}
 		end := w.waitEnded(rs[0], job.ID)
@@ -182,7 +181,7 @@ func TestRestoreRolling(t *testing.T) {
 	})
 }
 
-// TestRestorePriority gives workers to the more important job first.
+// TestRestorePriority checks that the job of the highest priority gets workers first.
 func TestRestorePriority(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.RestoreSlots = 1 })
@@ -211,7 +210,7 @@ func TestRestorePriority(t *testing.T) {
 	})
 }
 
-// TestRestoreLimits holds jobs to their limits, at once when they change.
+// TestRestoreLimits checks that jobs keep to their limits, and to a changed limit at once.
 func TestRestoreLimits(t *testing.T) {
 	for _, replicas := range []int{1, 2} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
@@ -234,8 +233,8 @@ func TestRestoreLimits(t *testing.T) {
 			bytes := func(job *copyjob.Job) int {
 				return len(w.objectsUnder(fmt.Sprintf("data/%d/", job.Target))) * 1000
 			}
-			// held holds that a job copies at a rate for a minute.
-			held := func(job *copyjob.Job, rate int, over time.Duration) {
+			// checkRate checks the copy rate of a job during a time.
+			checkRate := func(job *copyjob.Job, rate int, over time.Duration) {
 				t.Helper()
 				settle()
 				from := bytes(job)
@@ -250,19 +249,18 @@ func TestRestoreLimits(t *testing.T) {
 			sp.Limits = copyjob.Limits{Bytes: 400}
 			job := w.restore(r, sp)
 			time.Sleep(10 * time.Second)
-			held(job, 400, time.Minute)
+			checkRate(job, 400, time.Minute)
 			if _, err := r.Jobs().SetLimits(t.Context(), job.ID, copyjob.Limits{Bytes: 100}); err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(20 * time.Second)
-			held(job, 100, 2*time.Minute)
+			checkRate(job, 100, 2*time.Minute)
 			if _, err := r.Jobs().SetLimits(t.Context(), job.ID, copyjob.Limits{Bytes: 2000}); err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(5 * time.Second)
-			held(job, 2000, 20*time.Second)
-			// A rate at which it would never end, and then none: whoever waits is let
-			// go at once.
+			checkRate(job, 2000, 20*time.Second)
+			// A tiny rate, and then no limit: waiting copies start at once.
 			if _, err := r.Jobs().SetLimits(t.Context(), job.ID, copyjob.Limits{Bytes: 1, Requests: 1}); err != nil {
 				t.Fatal(err)
 			}
@@ -276,7 +274,7 @@ func TestRestoreLimits(t *testing.T) {
 				t.Errorf("%+v", end.Job)
 			}
 			if d := time.Since(began); d > 5*time.Second {
-				t.Errorf("without a limit it went on after %v", d)
+				t.Errorf("without a limit it took %v", d)
 			}
 			// Requests: 140 copies, and as many lists before and after, are 420.
 			sp.Name, sp.Limits = "slow", copyjob.Limits{Requests: 10}
@@ -292,8 +290,7 @@ func TestRestoreLimits(t *testing.T) {
 	}
 }
 
-// TestRestoreAfterRestart counts what a leader writes that finds many tasks under
-// way.
+// TestRestoreAfterRestart counts the writes of a new leader that finds many running tasks.
 func TestRestoreAfterRestart(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a", func(o *Options) { o.RestoreSlots = 64 })
@@ -315,7 +312,7 @@ func TestRestoreAfterRestart(t *testing.T) {
 		w.checkpoint(a, col, 10, 10)
 		s := w.create(a, col, "one")
 		before := w.contents()
-		a.store.SetLatency(10 * time.Second) // so that nothing is copied yet
+		a.store.SetLatency(10 * time.Second) // no copy ends before the restart
 		sp := restoreSpecOf(s)
 		job := w.restore(a, sp)
 		for w.jobs()[0].Phase != copyjob.Copy {
@@ -358,8 +355,8 @@ func TestRestoreAfterRestart(t *testing.T) {
 	})
 }
 
-// TestRestoreTwoLeaders freezes the leader in each of its writes, lets another
-// one finish, and wakes the first: its write is refused.
+// TestRestoreTwoLeaders freezes the leader at each of its writes until another leader has
+// ended the job: the late write fails.
 func TestRestoreTwoLeaders(t *testing.T) {
 	for _, missing := range []bool{false, true} {
 		forEachFault(t, 100, func(n int) bool {
@@ -378,7 +375,7 @@ func TestRestoreTwoLeaders(t *testing.T) {
 				before := w.contents()
 				var mu sync.Mutex
 				left := n
-				woken := make(chan struct{})
+				thawed := make(chan struct{})
 				a.kv.Hook(func(c meta.Call) meta.Fault {
 					if c.Method != meta.MethodTxn {
 						return meta.NoFault
@@ -390,7 +387,7 @@ func TestRestoreTwoLeaders(t *testing.T) {
 					if here {
 						fired = true
 						freeze(a)
-						<-woken // the write itself comes late too
+						<-thawed // the write itself is late too
 					}
 					return meta.NoFault
 				})
@@ -404,7 +401,7 @@ func TestRestoreTwoLeaders(t *testing.T) {
 				if end.Job.State != want {
 					t.Errorf("%+v", end.Job)
 				}
-				close(woken)
+				close(thawed)
 				thaw(a)
 				time.Sleep(time.Minute)
 				settle()
@@ -418,8 +415,8 @@ func TestRestoreTwoLeaders(t *testing.T) {
 	}
 }
 
-// TestRollBackWithLaggingTable has a leader roll back before it sees what was assigned
-// last: it must not, while a worker is at it.
+// TestRollBackWithLaggingTable checks that a leader whose table lacks the last assignments
+// does not roll back while a worker runs a task.
 func TestRollBackWithLaggingTable(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		lag := &laggingKV{}
@@ -436,11 +433,11 @@ func TestRollBackWithLaggingTable(t *testing.T) {
 		b.store.SetLatency(time.Second)
 		lag.hold()
 		job := w.restore(b, restoreSpecOf(s))
-		time.Sleep(500 * time.Millisecond) // copies are under way
+		time.Sleep(500 * time.Millisecond) // copies are running
 		if n := len(w.keysUnder(keys.AssignedPrefix)); n != 1 {
 			t.Fatalf("%d tasks are assigned", n)
 		}
-		b.kv.Freeze() // so that it learns late that the job is given up
+		b.kv.Freeze() // delays the news that the job is given up
 		if _, err := a.Jobs().Cancel(t.Context(), job.ID); err != nil {
 			t.Fatal(err)
 		}
@@ -461,9 +458,8 @@ func TestRollBackWithLaggingTable(t *testing.T) {
 	})
 }
 
-// TestRestoreWorkerCutOff has a worker lose the metadata store and keep the
-// object store: it stops copying before others take its tasks for free, so that
-// nothing comes after what is rolled back was removed.
+// TestRestoreWorkerCutOff checks that a worker without the metadata store stops copying
+// before its assignments expire, so that no copy follows the roll back.
 func TestRestoreWorkerCutOff(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a", func(o *Options) { o.RestoreSlots = -1 })
@@ -500,7 +496,7 @@ func TestRestoreWorkerCutOff(t *testing.T) {
 	})
 }
 
-// lagging is a store whose watches of workers are late.
+// laggingKV delays watches of workers.
 type laggingKV struct {
 	meta.KV
 	mu   sync.Mutex
