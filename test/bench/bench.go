@@ -20,8 +20,8 @@ import (
 // Median returns the middle of values, or 0 of none.
 func Median(values []float64) float64 { return Quantile(values, 0.5) }
 
-// Quantile returns the value that a share q of values is at or below, between
-// two of them the part that it lies at, or 0 of none.
+// Quantile returns the value that a share q of values does not exceed, interpolated
+// between two of them, or 0 of none.
 func Quantile(values []float64, q float64) float64 {
 	if len(values) == 0 {
 		return 0

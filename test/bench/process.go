@@ -90,7 +90,7 @@ func Start(ctx context.Context, c Command) (*Process, error) {
 	return p, nil
 }
 
-// StartSelf starts this program anew, as a child that is asked by [Process.Ask].
+// StartSelf starts this program as a child that answers [Process.Ask].
 func StartSelf(ctx context.Context, dir, what string, args ...string) (*Process, error) {
 	self, err := os.Executable()
 	if err != nil {
@@ -124,7 +124,7 @@ func (p *Process) Used() float64 {
 	if err != nil {
 		return 0
 	}
-	const hertz = 100 // of what Linux tells programs
+	const hertz = 100 // of the clock ticks of Linux
 	rest := string(text[bytes.LastIndexByte(text, ')')+1:])
 	fields := strings.Fields(rest) // from the third on
 	if len(fields) < 13 {
@@ -188,7 +188,7 @@ func answers(ctx context.Context, url string) bool {
 	return resp.Body.Close() == nil && resp.StatusCode == http.StatusOK
 }
 
-// FreeAddr is a loopback address that nobody listens on.
+// FreeAddr returns a free loopback address.
 func FreeAddr(ctx context.Context) (string, error) {
 	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {

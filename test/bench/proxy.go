@@ -21,7 +21,7 @@ type Request struct {
 }
 
 // Proxy stands in front of an S3 server. It notes every request, and holds it
-// up for as long as it is told.
+// up for the configured time.
 type Proxy struct {
 	// Addr is host:port.
 	Addr string

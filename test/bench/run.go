@@ -55,7 +55,7 @@ func Main(name string, child func(ctx context.Context, args []string) (is bool, 
 	os.Exit(code)
 }
 
-// Options are what every benchmark can be told.
+// Options are the options of every benchmark.
 type Options struct {
 	Rounds    int
 	Bound     time.Duration
@@ -179,7 +179,7 @@ func Measure(ctx context.Context, o *Options, name, medians string, measure func
 // Since is how long the run has lasted.
 func (r *Run) Since() time.Duration { return time.Since(r.began) }
 
-// Say tells a person how far the run has come.
+// Say prints the progress of the run.
 func (r *Run) Say(format string, args ...any) {
 	fmt.Fprintf(r.log, "%6.1fs  %s\n", r.Since().Seconds(), fmt.Sprintf(format, args...))
 }

@@ -37,13 +37,13 @@ import (
 const Members = 3
 
 const (
-	// variable tells a process that it is a member, and which.
+	// variable makes a process a member, and names it.
 	variable   = "ETCDCLUSTER_MEMBER"
 	quotaBytes = 256 << 20
 	patience   = 30 * time.Second
 )
 
-// member is what a process is told of itself.
+// member is the configuration of a process.
 type member struct {
 	Name    string
 	Dir     string
@@ -235,7 +235,7 @@ func (c *Cluster) Fill(ctx context.Context) (full bool, err error) {
 		case errors.Is(err, rpctypes.ErrNoSpace):
 			return true, nil
 		case ctx.Err() != nil:
-			return false, nil //nolint:nilerr // the end of ctx is told by the answer
+			return false, nil //nolint:nilerr // the answer reports the end of ctx
 		case err != nil:
 			return false, err
 		}
@@ -318,7 +318,7 @@ func (c *Cluster) pause(i int, paused bool) {
 	p.paused = paused
 }
 
-// KV opens a client of all members, under a root that nobody else has. It is
+// KV opens a client of all members, under a root of its own. It is
 // closed with the test.
 func (c *Cluster) KV(tb testing.TB) *etcd.Client {
 	tb.Helper()

@@ -1,5 +1,5 @@
-// Package etcdproxy stands between etcd and its clients and lies about it: which
-// version it is, and up to where a watch has seen everything.
+// Package etcdproxy stands between etcd and its clients and changes its answers: which
+// version it has, and the progress of a watch.
 package etcdproxy
 
 import (
@@ -250,7 +250,7 @@ func send(in grpc.ServerStream, m proto.Message) error {
 	return in.SendMsg(&frame{data})
 }
 
-// frame is a message as it lies on the wire.
+// frame is a message on the wire.
 type frame struct{ data []byte }
 
 // raw is the codec of frames.

@@ -71,7 +71,7 @@ func (s *Server) Restart(tb testing.TB) {
 // Endpoint returns the server's address, the same after a Restart.
 func (s *Server) Endpoint() string { return "unix://" + filepath.Join(s.dir, "etcd.sock") }
 
-// KV opens a client of the server, under a root that nobody else has. It is
+// KV opens a client of the server, under a root of its own. It is
 // closed with the test.
 func (s *Server) KV(tb testing.TB) *etcd.Client {
 	tb.Helper()

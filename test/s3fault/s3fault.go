@@ -297,7 +297,7 @@ func Long() Action {
 	})
 }
 
-// WrongLength adds one to the length that the answer to a HEAD tells.
+// WrongLength adds one to the length in the answer to a HEAD.
 func WrongLength() Action {
 	return Edit("wrong length", func(a *Answer) bool {
 		n, err := strconv.Atoi(a.Header.Get("Content-Length"))
@@ -482,7 +482,7 @@ func (p *Proxy) Plan(rules ...Rule) {
 	}
 }
 
-// OnAsked has fn told of each request before the server gets it, twice of one that
+// OnAsked calls fn with each request before the server gets it, twice for one that
 // is sent twice. Fn is called by many goroutines at once. It is set before the
 // first request, and outlasts Plan.
 func (p *Proxy) OnAsked(fn func(Asked)) { p.asked = fn }
@@ -663,7 +663,7 @@ func (p *Proxy) send(r *http.Request, body []byte) *Answer {
 	if p.asked != nil {
 		op, key := Classify(r)
 		keys, err := deletes(op, key, body)
-		if err != nil { // what cannot be told of is not done
+		if err != nil { // a request that cannot be reported is not made
 			return &Answer{Status: http.StatusBadRequest, Header: http.Header{}, Body: xmlError("MalformedXML")}
 		}
 		p.asked(Asked{Op: op, Key: key, Deletes: keys})

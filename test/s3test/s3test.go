@@ -108,13 +108,13 @@ var shared = sync.OnceValues(func() (*Server, error) {
 // Endpoint returns the server's address.
 func (s *Server) Endpoint() string { return s.endpoint }
 
-// Bucket makes a bucket that nobody else has, on the shared server.
+// Bucket makes a new bucket on the shared server.
 func Bucket(tb testing.TB) s3.Options {
 	tb.Helper()
 	return Shared(tb).Bucket(tb)
 }
 
-// Bucket makes a bucket that nobody else has and returns how to open it.
+// Bucket makes a new bucket and returns the options that open it.
 func (s *Server) Bucket(tb testing.TB) s3.Options {
 	tb.Helper()
 	name := "test-" + strings.ToLower(rand.Text())

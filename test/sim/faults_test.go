@@ -15,7 +15,7 @@ import (
 // copyName is what the names of calls that copy begin with.
 const copyName = "object copy "
 
-// clock is one that may be wrong. It is safe for concurrent use.
+// clock is a clock that may be wrong. It is safe for concurrent use.
 type clock struct {
 	mu   sync.Mutex
 	off  time.Duration
@@ -51,7 +51,7 @@ func (s *sim) setClock(c *clock, d time.Duration) {
 	c.set(off)
 }
 
-// jump has the clock of a replica jump, at times that of the object store.
+// jump makes the clock of a replica jump, at times that of the object store.
 func (s *sim) jump() {
 	up := s.up()
 	if s.profile.clocks == 0 || len(up) == 0 {
@@ -68,8 +68,7 @@ func (s *sim) jump() {
 	s.note("%v's clock jumps", m)
 }
 
-// rot has an object of a snapshot be read with another content for a while, by
-// whoever reads it.
+// rot makes all reads of an object of a snapshot return another content for a while.
 func (s *sim) rot() {
 	id, ok := pick(s, s.work.standing())
 	if !ok {
@@ -83,7 +82,7 @@ func (s *sim) rot() {
 	s.note("%s is rotten for %v", key, d)
 }
 
-// rot is until when an object is read with another content, and in which byte.
+// rot is the end of the wrong reads of an object, and their wrong byte.
 type rot struct {
 	until time.Time
 	at    int
@@ -119,15 +118,14 @@ func corrupt(rng *rand.Rand, body []byte) (other []byte, how string) {
 	return flip(body, rng.IntN(n)), "one of them wrong"
 }
 
-// read notes that a replica has got an object as it is.
+// read records that a replica has read an object correctly.
 func (m *member) read(key string) {
 	if _, id, ok := manifest.ParseKey(key); ok && strings.HasSuffix(key, manifest.RefsName) {
 		m.knows[id] = true
 	}
 }
 
-// leaveUpload has a copy that does not take effect leave an upload open, half of
-// the time.
+// leaveUpload leaves an upload open for half of the copies that do not take effect.
 func (s *sim) leaveUpload(c *call) {
 	paths, copies := strings.CutPrefix(c.name, copyName)
 	if !copies || !s.chance(0.5) {
@@ -137,17 +135,17 @@ func (s *sim) leaveUpload(c *call) {
 	s.reached.uploads++
 }
 
-// overtake writes an object of somebody else where there is none yet.
+// overtake writes a foreign object where none exists yet.
 func (s *sim) overtake(key string) {
-	if _, err := s.objects.Create(never, key, []byte("this is somebody else's")); err != nil {
+	if _, err := s.objects.Create(never, key, []byte("this is foreign")); err != nil {
 		return
 	}
 	s.oracle.foreign[key] = true
 	s.reached.foreign++
-	s.note("somebody else writes %s", key)
+	s.note("foreign write of %s", key)
 }
 
-// judgeSweep holds that a sweep deletes no object that is younger than the grace
+// judgeSweep checks that a sweep deletes no object that is younger than the grace
 // period by the object store's clock. asked is when the delete was asked for.
 func (o *oracle) judgeSweep(ctx context.Context, m *member, asked time.Time, list []string) {
 	if m.engine || len(o.s.clock.ever()) > 1 { // it has jumped, so that ages say nothing

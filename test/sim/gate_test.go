@@ -20,17 +20,17 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// call is a call of a store that is parked, or that nobody waits for any more.
+// call is a call of a store that is parked, or that no caller waits for any more.
 type call struct {
 	m     *member
 	name  string                                           // method, keys, digest: the same in each run
-	write bool                                             // it may have an effect though nobody waits for it
+	write bool                                             // it may have an effect without a waiting caller
 	seq   int                                              // settles between calls of one name
 	step  int                                              // of the scheduler, after which it came
 	do    func(ctx context.Context) string                 // ctx never ends: there may be no caller any more
 	spoil func(ctx context.Context, rng *rand.Rand) string // do with another answer than the true one; nil: it has no such
 	held  time.Time                                        // not to be chosen before
-	gone  bool                                             // nobody waits for it
+	gone  bool                                             // no caller waits for it
 	done  chan error
 	lost  error // what a failed call wraps
 }
@@ -104,14 +104,14 @@ func (g *gate) removeLocked(c *call) {
 	}
 }
 
-// setStep says how far the scheduler has come.
+// setStep sets the step of the scheduler.
 func (g *gate) setStep(n int) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.step = n
 }
 
-// list returns what is parked, in the order of names.
+// list returns the parked calls, in the order of names.
 func (g *gate) list() []*call {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -120,14 +120,14 @@ func (g *gate) list() []*call {
 	return list
 }
 
-// take removes a call, about which the scheduler then decides.
+// take removes a call for the decision of the scheduler.
 func (g *gate) take(c *call) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.removeLocked(c)
 }
 
-// kill has a replica's calls refused from now on, and returns those parked.
+// kill refuses all later calls of a replica, and returns its parked ones.
 func (g *gate) kill(m *member) []*call {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -142,7 +142,7 @@ func (g *gate) kill(m *member) []*call {
 	return list
 }
 
-// close has all calls refused.
+// close refuses all calls.
 func (g *gate) close() {
 	g.mu.Lock()
 	list := g.parked
@@ -153,13 +153,13 @@ func (g *gate) close() {
 	}
 }
 
-// gatedKV is the metadata store as one replica reaches it.
+// gatedKV is the metadata store behind the gate of a replica.
 type gatedKV struct {
 	meta.KV
 	g     *gate
 	m     *member
 	o     *oracle
-	batch int // keys that a scan hands out at once
+	batch int // keys of a scan per batch
 }
 
 var never = context.Background() // what is delivered late has no caller any more
@@ -308,7 +308,7 @@ func (k *gatedKV) Revoke(ctx context.Context, id meta.LeaseID) (err error) {
 	return cmp.Or(perr, err)
 }
 
-// Watch opens a watch at once; what it tells parks.
+// Watch opens a watch at once; its events park.
 func (k *gatedKV) Watch(ctx context.Context, from, to string, after int64) meta.Watcher {
 	return &gatedWatcher{k: k, ctx: ctx, name: from, w: k.KV.Watch(ctx, from, to, after)}
 }
@@ -327,7 +327,7 @@ func (w *gatedWatcher) Next() (meta.WatchBatch, error) {
 	}
 	b, err := w.w.Next()
 	if err == nil {
-		err = w.k.g.park(w.ctx, w.k.m, meta.ErrUnavailable, false, fmt.Sprintf("tell %s %d events to %d", w.name, len(b.Events), b.Revision), func(context.Context) string { return "told" })
+		err = w.k.g.park(w.ctx, w.k.m, meta.ErrUnavailable, false, fmt.Sprintf("send %s %d events to %d", w.name, len(b.Events), b.Revision), func(context.Context) string { return "sent" })
 	}
 	w.err = err
 	if err != nil {
@@ -344,7 +344,7 @@ func (w *gatedWatcher) Progress(ctx context.Context) (err error) {
 	return cmp.Or(perr, err)
 }
 
-// gatedStore is the object store as one replica reaches it.
+// gatedStore is the object store behind the gate of a replica.
 type gatedStore struct {
 	ledger
 	g *gate

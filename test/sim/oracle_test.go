@@ -59,8 +59,8 @@ func (r *reach) String() string {
 	return strings.Join(list, "; ")
 }
 
-// oracle knows what there is, and what there was, by the stores alone. All of it
-// belongs to the scheduler's goroutine but what mu guards.
+// oracle records the present and past state of the stores, from the stores alone. Only
+// the scheduler's goroutine uses it, except for what mu guards.
 type oracle struct {
 	s      *sim
 	cat    *catalog.Catalog // without faults
@@ -87,20 +87,20 @@ type oracle struct {
 	wrote      map[string]*member   // who last wrote each snapshot's record
 	rot        map[string]rot       // objects that are read with another content
 	hidden     map[string]bool      // objects that a list has left out
-	foreign    map[string]bool      // objects that somebody else wrote
+	foreign    map[string]bool      // foreign objects
 	uploads    map[string]time.Time // that are open, by the keys that they are to
 
 	past *past // nil: the metadata store never went back in time
 }
 
-// pinned is what the oracle knows of a pin.
+// pinned is the oracle's record of a pin.
 type pinned struct {
 	job     int64
 	expires map[int64]int64 // by the revisions at which it was written
 	gone    bool
 }
 
-// collection is what the oracle knows of a collection.
+// collection is the oracle's record of a collection.
 type collection struct {
 	id      int64
 	name    string
@@ -113,7 +113,7 @@ type collection struct {
 	tombs   map[int64]*tomb
 }
 
-// version is what a collection consisted of from a revision on.
+// version is the content of a collection from a revision on.
 type version struct {
 	revision int64
 	segments map[int64]segment.Segment
@@ -123,11 +123,11 @@ type version struct {
 type tomb struct {
 	t     *gc.Tombstone
 	files []string
-	asked bool // somebody was about to confirm it
+	asked bool // a caller was about to confirm it
 	gone  bool
 }
 
-// snapshot is one that was committed.
+// snapshot is a committed snapshot.
 type snapshot struct {
 	id, collection int64
 	name           string
@@ -135,7 +135,7 @@ type snapshot struct {
 	segments       int
 	files          map[string]bool
 	metadata       *manifest.Metadata
-	dropping       bool // somebody began to drop it
+	dropping       bool // a drop was requested
 	dropped        bool // its record says DELETING, or is gone
 	expires        time.Time
 }
@@ -165,8 +165,8 @@ type ledger struct {
 	m *member
 }
 
-// keep takes down what a key holds, which must be what it ever held. In a store that
-// went back in time a unit may be dropped once more, and its record is then another.
+// keep records the content of a key, which must never change. After a rollback of the
+// metadata store a unit may be dropped once more, with another record.
 func (l ledger) keep(key string, body []byte) {
 	was, there := l.o.content[key]
 	again := l.o.past != nil && strings.HasPrefix(key, catalog.SpillPrefix)
@@ -232,7 +232,7 @@ func (l ledger) Delete(ctx context.Context, list ...string) error {
 
 func keyOf(f *segment.File) string { return "data/" + f.Path }
 
-// needed says who needs which file now.
+// needed returns the owners of each file that is needed now.
 func (o *oracle) needed() map[string]string {
 	needed := map[string]string{}
 	add := func(s *segment.Segment, who string) {
@@ -272,7 +272,7 @@ func (o *oracle) jobOf(target int64) *copyjob.Job {
 	return nil
 }
 
-// judge says why an object must not be deleted now; empty: it may.
+// judge returns why an object must not be deleted now; empty: it may.
 func (o *oracle) judge(ctx context.Context, needed map[string]string, key string) string {
 	path, data := strings.CutPrefix(key, "data/")
 	switch {
@@ -298,7 +298,7 @@ func (o *oracle) judge(ctx context.Context, needed map[string]string, key string
 	}
 	_, id, ok := manifest.ParseKey(key)
 	if !ok {
-		return "it is nobody's"
+		return "it is foreign"
 	}
 	kv, found, _, err := o.s.kv.Get(ctx, keys.Snapshot(id))
 	o.s.must(err)
@@ -322,7 +322,7 @@ func (o *oracle) decode(kv meta.KeyValue) *storagev1.Snapshot {
 	return rec
 }
 
-// watch takes down all that changes.
+// watch records all changes.
 func (o *oracle) watch(ctx context.Context) {
 	from, to := keys.All()
 	w := o.s.kv.Watch(ctx, from, to, 0)
@@ -337,7 +337,7 @@ func (o *oracle) watch(ctx context.Context) {
 	}
 }
 
-// observe judges what has changed since the last time, and what was answered.
+// observe judges the changes since the last time, and the answers.
 func (o *oracle) observe() {
 	o.mu.Lock()
 	events := o.events
@@ -373,10 +373,10 @@ func (o *oracle) collection(id int64) *collection {
 	return c
 }
 
-// ofEngine is what the ids stand for that engines asked for.
+// ofEngine is the use of ids that engines allocated.
 const ofEngine = "what an engine makes"
 
-// takeID holds that an id stands for one thing.
+// takeID checks that an id has one use.
 func (o *oracle) takeID(id int64, what string) {
 	if was, taken := o.ids[id]; taken && was != what {
 		o.s.wrong("id %d is handed out twice: for %s and %s", id, was, what)
@@ -529,7 +529,7 @@ func (o *oracle) sawRest(e meta.Event) {
 	}
 }
 
-// whole holds that an object is there with its content.
+// whole checks that an object exists with its content.
 func (o *oracle) whole(key, why string, args ...any) {
 	got, err := o.bytes(key)
 	if want, known := o.content[key]; err != nil || !known || !bytes.Equal(got, want) {
@@ -583,7 +583,7 @@ func (o *oracle) sawDrop(s *snapshot) {
 	case expired:
 		o.s.reached.expired++
 	default:
-		o.s.wrong("snapshot %s is dropped, which nobody asked for, and it does not expire before %v", s.name, s.expires)
+		o.s.wrong("snapshot %s is dropped without a request, and it does not expire before %v", s.name, s.expires)
 	}
 	for key, p := range o.pins {
 		if !p.gone && strings.HasPrefix(key, keys.PinPrefix(s.id)) {
@@ -597,7 +597,7 @@ func (o *oracle) sawDrop(s *snapshot) {
 	}
 }
 
-// sawCommit judges a commit: what was captured is what there was, and is there.
+// sawCommit judges a commit: the capture is correct, and its files exist.
 func (o *oracle) sawCommit(kv meta.KeyValue, rec *storagev1.Snapshot, id int64) {
 	s := &snapshot{
 		id: id, collection: rec.GetCollectionId(), name: rec.GetName(), revision: rec.GetCatalogRevision(), files: map[string]bool{},
@@ -639,7 +639,7 @@ func (o *oracle) sawCommit(kv meta.KeyValue, rec *storagev1.Snapshot, id int64) 
 	o.s.work.checkFailed(s.name)
 }
 
-// captured is what a capture at a revision must see: the files of each segment.
+// captured returns the files of each segment that a capture at a revision must see.
 func (o *oracle) captured(id, revision int64) map[int64]map[string]bool {
 	var v version
 	for _, v = range slices.Backward(o.collection(id).history) {
@@ -667,7 +667,7 @@ func (o *oracle) captured(id, revision int64) map[int64]map[string]bool {
 	return want
 }
 
-// own holds that a snapshot's own objects are whole.
+// own checks that a snapshot's own objects are whole.
 func (o *oracle) own(s *snapshot) {
 	d, err := o.reader.Describe(never, manager.Ref{ID: s.id})
 	if err != nil {
@@ -830,8 +830,8 @@ func (o *oracle) sawRolledBack(job *copyjob.Job) {
 	}
 }
 
-// lookAround holds what must be true whenever nothing is under way: the files of
-// all that needs them are there, and the own objects of snapshots are whole.
+// lookAround checks the invariants of an idle moment: all needed files exist, and the
+// snapshots' own objects are whole.
 func (o *oracle) lookAround() {
 	for key, who := range o.needed() {
 		o.whole(key, "%s", who)
@@ -848,7 +848,7 @@ func (o *oracle) lookAround() {
 	}
 }
 
-// nothingLeft holds that the stores have what stands for ever, and no more.
+// nothingLeft checks that the stores have only the standing keys and objects.
 func (o *oracle) nothingLeft() string {
 	stands := map[string]bool{
 		keys.Format: true, keys.IDs: true, keys.Epoch: true, keys.Clock: true, keys.Leader: true, keys.Cycle: true, keys.Store("default"): true, keys.Unpin: true,

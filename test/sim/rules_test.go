@@ -176,8 +176,8 @@ func (o *oracle) sawTxn(ctx context.Context, m *member, t *meta.Txn) {
 	}
 }
 
-// leaders says what a step of a transaction does that is the leader's alone;
-// empty: anybody may do it.
+// leaders returns the action of a transaction that only the leader may take;
+// empty: any replica may do it.
 func (o *oracle) leaders(op *meta.Op) string {
 	switch {
 	case op.From == keys.Cycle:
@@ -199,7 +199,7 @@ func (o *oracle) leaders(op *meta.Op) string {
 		o.s.must(err)
 		job, err := copyjob.DecodeJob(meta.KeyValue{Key: op.From, Value: op.Value})
 		o.s.must(err)
-		if o.jobs[id] != nil && job.Phase != copyjob.RollBack { // anybody may cancel a job
+		if o.jobs[id] != nil && job.Phase != copyjob.RollBack { // any replica may cancel a job
 			return "moves a job"
 		}
 	}

@@ -37,7 +37,7 @@ var (
 const (
 	fixedSeeds = 8   // run with all other tests
 	enough     = 500 // of which all together meet everything that there is
-	lastSteps  = 50  // of a trace, told when a run fails
+	lastSteps  = 50  // of a trace, printed when a run fails
 	maxSteps   = 60_000
 	maxFlying  = 6
 	opTimeout  = 2 * time.Minute
@@ -61,7 +61,7 @@ func TestSim(t *testing.T) {
 	}
 }
 
-// runSeeds makes the runs that are asked for, for as long as is asked for.
+// runSeeds makes the requested runs within the requested time.
 func runSeeds(t *testing.T, run func(t *testing.T, seed uint64, reached *reach) *sim) (reached reach, ran int) {
 	t.Helper()
 	first, n := uint64(1), fixedSeeds
@@ -128,14 +128,14 @@ func TestReplay(t *testing.T) {
 	}
 }
 
-// failed is how a run ends that saw what must not be.
+// failed is the end of a run with a violation.
 type failed string
 
-// profile is what kind of run a seed makes.
+// profile is the kind of run of a seed.
 type profile struct {
 	replicas, ops                    int
 	fail, after, crash, freeze, hold float64 // chance in a step
-	late                             float64 // chance that a call lands that nobody waits for, else it is lost
+	late                             float64 // chance that a call without a caller lands, else it is lost
 	patience                         float64 // chance that time passes though calls are parked
 	haste                            float64 // chance that something is asked for
 	longest                          time.Duration
@@ -145,18 +145,18 @@ type profile struct {
 
 	spoil   float64       // chance that a read is answered with what is not so, or is cut in its middle
 	rot     float64       // chance in a step that an object of a snapshot cannot be read for a while
-	foreign float64       // chance that somebody else writes where a create is about to
+	foreign float64       // chance of a foreign write where a create is about to write
 	clocks  time.Duration // how far a replica's clock may be off, and that of the object store
 	jump    float64       // chance in a step that a clock jumps
 	grace   time.Duration // of orphans
-	batch   int           // keys that a scan hands out at once
+	batch   int           // keys of a scan per batch
 	focus   []string      // chores of which half of those come that are asked for
 	slow    string        // calls whose names begin with it are held up, mostly; empty: none
 	weak    string        // calls whose names begin with it fail often; empty: none
 }
 
 // slowly are kinds of calls: when those of one kind take long, the others overtake them.
-var slowly = []string{"object create ", "object get ", "object list ", "object delete ", copyName, "txn", "scan ", "tell ", "grant "}
+var slowly = []string{"object create ", "object get ", "object list ", "object delete ", copyName, "txn", "scan ", "send ", "grant "}
 
 func (s *sim) newProfile() profile {
 	pick := func(list ...float64) float64 { return list[s.rng.IntN(len(list))] }
@@ -317,8 +317,7 @@ func (s *sim) tearDown() {
 	}
 }
 
-// play has all that is to be done done, in the order and with the faults that the
-// seed chooses.
+// play runs the workload, in the order and with the faults that the seed chooses.
 func (s *sim) play() {
 	for s.work.left > 0 || s.work.inFlight() > 0 {
 		if s.step > maxSteps {
@@ -328,13 +327,13 @@ func (s *sim) play() {
 	}
 }
 
-// eligible are the calls of which one may be chosen now, in the order of names.
+// eligible returns the calls that may be chosen now, in the order of names.
 func (s *sim) eligible() []*call {
 	now := time.Now()
 	return slices.DeleteFunc(s.gate.list(), func(c *call) bool { return c.m.frozen && !c.m.dead || c.held.After(now) })
 }
 
-// settle waits until nothing goes on, and judges what has become of it.
+// settle waits until no goroutine runs, and judges the result.
 func (s *sim) settle() {
 	virtual.Wait()
 	s.gate.setStep(s.step)
@@ -375,7 +374,7 @@ func (s *sim) turn() {
 	}
 }
 
-// revive thaws a replica, or begins one that is down anew.
+// revive thaws a replica, or restarts one that is down.
 func (s *sim) revive() {
 	i := s.rng.IntN(len(s.members))
 	switch m := s.members[i]; {
@@ -387,7 +386,7 @@ func (s *sim) revive() {
 	}
 }
 
-// decide says what becomes of a call.
+// decide decides a call.
 func (s *sim) decide(c *call) {
 	p := &s.profile
 	switch {
@@ -433,8 +432,7 @@ func (s *sim) deliver(c *call) {
 	c.done <- nil
 }
 
-// crash ends a life. Of what it has asked for some takes effect before, some
-// later, some never.
+// crash ends a life. Of its calls some take effect before, some later, some never.
 func (s *sim) crash(m *member) {
 	s.reached.crashed++
 	s.note("crash %v", m)

@@ -47,8 +47,8 @@ type past struct {
 	next      int64 // the lowest id that is handed out since
 }
 
-// travel is a course: things are done, the metadata store goes back to some moment
-// in the middle of them, that is noticed, and somebody recovers it.
+// travel is a course: the workload runs, the metadata store goes back to a moment in the
+// middle of it, replicas notice that, and an operator recovers it.
 func (s *sim) travel() {
 	s.work.left /= 2
 	s.play()
@@ -75,7 +75,7 @@ func (s *sim) travel() {
 	}
 	s.thaw()
 	if !s.until(time.Hour, func() bool { return s.isBehind(never) }) {
-		s.wrong("nobody notices that the metadata store has gone back from beat %d to %d", s.beat(), beat)
+		s.wrong("no replica notices that the metadata store has gone back from beat %d to %d", s.beat(), beat)
 	}
 	s.askAround()
 	s.thaw()
@@ -119,7 +119,7 @@ func (s *sim) isBehind(ctx context.Context) bool {
 	return found
 }
 
-// goBack ends all replicas and has the metadata store be what it was at a revision.
+// goBack ends all replicas and rolls the metadata store back to a revision.
 func (s *sim) goBack(then int64) *past {
 	for _, m := range s.up() {
 		s.crash(m)
@@ -183,7 +183,7 @@ func (s *sim) restored(log []meta.Event, then int64) *metamemory.Store {
 	return kv
 }
 
-// askAround has replicas do what they must not do now, with faults.
+// askAround makes requests that replicas must refuse now, with faults.
 func (s *sim) askAround() {
 	var cols []int64
 	standing := slices.Sorted(maps.Keys(s.oracle.past.snapshots))
@@ -315,8 +315,8 @@ func (p *past) sawTxn(ctx context.Context, m *member, t *meta.Txn) {
 	}
 }
 
-// judge holds that nothing is deleted before the store has recovered, and then
-// nothing that somebody may need, nor what may be of the store that is lost.
+// judge checks that nothing is deleted before the recovery, and then nothing that may be
+// needed or may belong to the lost store.
 func (p *past) judge(ctx context.Context, m *member, list []string) {
 	for _, key := range list {
 		if m.dead || m.engine { // what it was granted before, and which comes late

@@ -122,7 +122,7 @@ func (w *work) judge() {
 	w.mu.Unlock()
 	slices.SortFunc(list, func(a, b ended) int { return cmp.Compare(a.n, b.n) })
 	for _, e := range list {
-		if e.m.dead { // nobody heard it
+		if e.m.dead { // no caller received it
 			w.s.note("no answer to %d", e.n)
 			continue
 		}
@@ -850,7 +850,7 @@ func (w *work) reclaimedOne(c *collection, id int64, a *gc.Answer) {
 		}
 	case gc.Dropped:
 		if a.Holders == 0 {
-			w.s.wrong("unit %d is held by nobody, and not granted", id)
+			w.s.wrong("unit %d is not held, and not granted", id)
 		}
 		w.s.reached.heldBySnapshot += min(1, len(a.Snapshots))
 		w.s.reached.heldByCreate += min(1, len(a.Creating))
@@ -858,8 +858,7 @@ func (w *work) reclaimedOne(c *collection, id int64, a *gc.Answer) {
 	}
 }
 
-// confirm is the caller that deletes what it was granted, and says so, or dies
-// before it does.
+// confirm is a caller that deletes the granted files and confirms it, or dies before.
 func (w *work) confirm(m *member) {
 	o := w.s.oracle
 	for _, id := range slices.Sorted(maps.Keys(o.cols)) {

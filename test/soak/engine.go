@@ -443,7 +443,7 @@ func (r *rig) busy(ctx context.Context, c *client.Client) (string, error) {
 	case err != nil:
 		return "", err
 	case s.GetError() != "":
-		return "the collector met trouble: " + s.GetError(), nil
+		return "the collector failed: " + s.GetError(), nil
 	case s.GetGranted()+s.GetRemoved()+s.GetSwept()+s.GetWaiting() > 0:
 		return fmt.Sprintf("the collector did something: %v", s), nil
 	}

@@ -91,7 +91,7 @@ func bySeries(points []point) [][]point {
 }
 
 // slopes returns the median of the slopes between any two points of a series, and
-// the low end of the interval that it lies in with certainty (Sen).
+// the low end of its confidence interval (Sen).
 func slopes(series [][]point) (low, median float64, pairs int) {
 	var list []float64
 	variance := 0.0

@@ -63,7 +63,7 @@ var things = []struct {
 	{4, "connection", (*worker).connect},
 }
 
-// load makes the load of a round, and has the leader fail in its middle if told so.
+// load makes the load of a round. With fail the leader fails in the middle of it.
 func (r *rig) load(ctx context.Context, round int, fail bool) error {
 	var list []int // of things
 	for i, t := range things {

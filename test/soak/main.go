@@ -1,25 +1,23 @@
 //go:build linux
 
-// Command soak shows that memory, goroutines, open files, etcd and the bucket stay
-// as they are while snapshotd works for long: `make soak`.
+// Command soak shows that memory, goroutines, open files, etcd and the bucket do not grow
+// while snapshotd works for a long time: `make soak`.
 //
-// It runs etcd, an S3 server and three replicas of snapshotd, each a process of its
-// own, in rounds. A round does the same number of each thing, in an order that a
-// seed decides and at a bounded rate: segments are written, compacted, changed and
-// dropped, snapshots taken, pinned, read, dropped and left to expire, restores made
-// and canceled, streams opened and closed, rounds of the collector asked for, wrong
-// requests sent and calls given up. In each fourth round the leader is killed and
-// started anew, or frozen until another leads.
+// It runs etcd, an S3 server and three replicas of snapshotd, each a process, in rounds.
+// A round makes the same number of each request, in an order that a seed decides and at a
+// bounded rate: it writes, compacts, changes and drops segments, takes, pins, reads, drops
+// and expires snapshots, makes and cancels restores, opens and closes streams, requests
+// collector cycles, sends invalid requests and abandons calls. In each fourth round the
+// leader is killed and restarted, or frozen until another leads.
 //
-// Then the load stops. All is dropped but as many segments and snapshots as at the
-// end of every round, and once nothing is left to do a sample is taken. So what is
-// counted has to be the same round by round, whatever happened in between. The
-// first third of the rounds does not count; of the rest judge.go says whether a
-// value grows. A replica that was started anew begins anew; the first lives as long
-// as the run. Memory is judged of replicas that have been at work for some rounds,
-// so a run of a few minutes cannot say anything of it.
+// Then the load stops. Everything is dropped except as many segments and snapshots as at
+// the end of every round, and once no work is left a sample is taken. So the counted
+// values must be equal in all rounds. The first third of the rounds does not count; for
+// the rest judge.go decides whether a value grows. The counts of a restarted replica
+// start again; the first replica lives as long as the run. Memory is judged for replicas
+// that have worked for some rounds, so a run of a few minutes cannot judge it.
 //
-// It exits with 1 when a bound is broken, with 3 when it cannot say.
+// It exits with 1 when a bound is broken, with 3 when it cannot decide.
 package main
 
 import (
@@ -271,7 +269,7 @@ func (r *rig) start(ctx context.Context, i int) error {
 	return p.server.Serves(ctx)
 }
 
-// failOver has another replica lead: the leader is killed and started anew. The
+// failOver makes another replica lead: the leader is killed and restarted. The
 // first replica, which is to live as long as the run, is frozen instead until
 // another leads.
 func (r *rig) failOver(ctx context.Context) error {
@@ -297,7 +295,7 @@ func (r *rig) failOver(ctx context.Context) error {
 	return fmt.Errorf("the leader, %s, is none of the replicas", leader)
 }
 
-// stopAll ends the replicas, and tells of those that did not live until then.
+// stopAll ends the replicas, and reports those that had died before.
 func (r *rig) stopAll() error {
 	var errs []error
 	for i := range r.replicas {

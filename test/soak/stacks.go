@@ -9,7 +9,7 @@ import (
 )
 
 // Functions of goroutines that serve a connection of the pool to the object store,
-// two for each, or one that somebody asks for metrics and profiles by, up to two.
+// two for each, or one of a client of metrics and profiles, up to two.
 const (
 	pooledReader = "net/http.(*persistConn).readLoop"
 	pooledWriter = "net/http.(*persistConn).writeLoop"

@@ -25,7 +25,7 @@ const (
 	fileSize  = 64  // bytes
 	field     = 100 // the first; each file is of another, as a segment of 12 columns has them
 	rows      = 1000
-	hands     = 4 // that make files at once
+	writers   = 4 // goroutines that make files
 
 	// firstTimestamp is in the form of a hybrid clock: milliseconds, and 18 bits
 	// of a counter.
@@ -105,9 +105,9 @@ func put(name string, body []byte, etag string) error {
 func (r *rig) write(ctx context.Context, s *set) error {
 	body := make([]byte, fileSize)
 	group, ctx := errgroup.WithContext(ctx)
-	for hand := range hands {
+	for first := range writers {
 		group.Go(func() error {
-			for i := hand; i < s.Segments; i += hands {
+			for i := first; i < s.Segments; i += writers {
 				if ctx.Err() != nil {
 					return ctx.Err()
 				}

@@ -430,7 +430,7 @@ func (r *rig) delayed(ctx context.Context) error {
 			subject, floors = append(subject, a), append(floors, b)
 		}
 	}
-	r.proxy.Take() // nobody looks at them
+	r.proxy.Take() // they are not reported
 	r.row(fmt.Sprintf("%d, %v added to a request", segments, r.latency), segments, subject, floors)
 	return nil
 }

@@ -157,7 +157,7 @@ func (r *rig) restore(ctx context.Context, c *captured) (seconds float64, target
 	return at.Sub(begin).Seconds(), resp.GetCollectionId(), nil
 }
 
-// jobsEnd tells of jobs that end, as soon as etcd does.
+// jobsEnd reports ended jobs, as soon as etcd does.
 type jobsEnd struct {
 	stop func()
 	jobs chan endedJob

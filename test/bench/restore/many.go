@@ -386,8 +386,8 @@ func completed(ctx context.Context, ended *jobsEnd, id, files int64) (time.Time,
 	return at, err
 }
 
-// watchHeap looks at the heap until what it returns is called, which tells the
-// most that was seen, garbage included.
+// watchHeap watches the heap until its result is called, which returns the
+// maximum, garbage included.
 func watchHeap(ctx context.Context) (peak func() float64) {
 	ctx, cancel := context.WithCancel(ctx)
 	most := make(chan float64, 1)

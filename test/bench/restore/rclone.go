@@ -16,8 +16,8 @@ import (
 	"github.com/snapshotd/snapshotd/test/bench"
 )
 
-// rclone is a running rclone, which copies on command: its start is on nobody's
-// time.
+// rclone is a running rclone, which copies on command: the measured time excludes its
+// start.
 type rclone struct {
 	process *bench.Process
 	at      string // host:port
