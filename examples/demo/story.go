@@ -195,7 +195,8 @@ func (d *demo) snapshot(ctx context.Context, name string) taken {
 	for _, c := range v.Snapshot.Cuts {
 		t.cuts = append(t.cuts, c.Channel+" before "+c.Position.Timestamp)
 	}
-	d.print("The object store has %d data files of %s before and %d of %s after it. The snapshot has %d own objects of %s.",
+	d.print("The object store has %d data files of %s before and %d of %s after it. "+
+		"The snapshot has %d own objects of %s.",
 		old.data, size(old.dataBytes), now.data, size(now.dataBytes), t.own, size(t.ownBytes))
 	d.check(now.data == old.data && t.moved == 0, "bytes of data moved: 0")
 	return t
