@@ -33,7 +33,7 @@ func (s *Server) unhealthy() string {
 	return ""
 }
 
-// Reasons for which a running replica does not serve, besides those of TooOld.
+// Reasons for which a running replica does not serve, in addition to those of TooOld.
 const (
 	etcdSilent  = "etcd does not answer"
 	etcdDenies  = "etcd denies access"

@@ -130,7 +130,7 @@ func TestReclaim(t *testing.T) {
 			&pb.DropSnapshotRequest{Snapshot: snapNamed(fmt.Sprint("s", i))}))
 	}
 	results := ask(pb.Deleter_DELETER_CALLER, fileUnit(fmt.Sprintf("1/0/%d/x", first), 0), segmentUnit(first),
-		fileUnit("nobody/has/7", first))
+		fileUnit("unknown/path/7", first))
 	if got := outcomes(results); got != "GRANTED, GRANTED, UNKNOWN" {
 		t.Errorf("got %s", got)
 	}

@@ -191,8 +191,8 @@ type ProbeCheck struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The name of the check.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// Whether snapshotd needs it. What is not required makes things faster or
-	// safer where it is there.
+	// Whether snapshotd needs it. An optional feature makes operations faster or
+	// safer.
 	Required bool `protobuf:"varint,2,opt,name=required,proto3" json:"required,omitempty"`
 	// Whether the store honours it.
 	Ok bool `protobuf:"varint,3,opt,name=ok,proto3" json:"ok,omitempty"`

@@ -112,7 +112,7 @@ type CatalogServiceClient interface {
 	//	                     collection's than expected_id.
 	DropCollection(ctx context.Context, in *DropCollectionRequest, opts ...grpc.CallOption) (*DropCollectionResponse, error)
 	// CreatePartition adds a partition. A collection holds at most 1 024, and its
-	// partitions and indexes take at most 16 MiB in all, besides those of at most
+	// partitions and indexes take at most 16 MiB together, without those of at most
 	// 4 KiB.
 	//
 	// Errors:
@@ -523,7 +523,7 @@ type CatalogServiceServer interface {
 	//	                     collection's than expected_id.
 	DropCollection(context.Context, *DropCollectionRequest) (*DropCollectionResponse, error)
 	// CreatePartition adds a partition. A collection holds at most 1 024, and its
-	// partitions and indexes take at most 16 MiB in all, besides those of at most
+	// partitions and indexes take at most 16 MiB together, without those of at most
 	// 4 KiB.
 	//
 	// Errors:
