@@ -65,7 +65,7 @@ func (e *engine) segments(ctx context.Context, c *client.Client) ([]*api.Segment
 }
 
 // prepare makes the collection.
-func (r *rig) prepare(ctx context.Context) error {
+func (r *env) prepare(ctx context.Context) error {
 	c := r.replicas[0].Load().client
 	made, err := c.Catalog.CreateCollection(ctx, &api.CreateCollectionRequest{
 		Name: &api.CollectionName{Name: collectionName}, Roots: []*api.Root{{Prefix: prefix}},
@@ -80,7 +80,7 @@ func (r *rig) prepare(ctx context.Context) error {
 }
 
 // insist makes a call until it is answered, at one replica after the other.
-func (r *rig) insist(ctx context.Context, call func(*client.Client) error) error {
+func (r *env) insist(ctx context.Context, call func(*client.Client) error) error {
 	for n := 0; ; n++ {
 		err := call(r.replicas[n%replicas].Load().client)
 		switch status.Code(err) {
@@ -282,7 +282,7 @@ func (w *worker) reclaim(ctx context.Context) error {
 }
 
 // confirm deletes what was granted to the engine, and says so.
-func (r *rig) confirm(ctx context.Context, c *client.Client) error {
+func (r *env) confirm(ctx context.Context, c *client.Client) error {
 	list, err := c.Reclaim.ListTombstones(ctx, &api.ListTombstonesRequest{Collection: r.engine.ref(), Deleter: api.Deleter_DELETER_CALLER})
 	if err != nil || len(list.GetTombstones()) == 0 {
 		return err
@@ -336,7 +336,7 @@ func (w *worker) collection(ctx context.Context) error {
 
 // settle leaves as many segments and snapshots as at the end of every round, and
 // waits until nothing is left to do.
-func (r *rig) settle(ctx context.Context, round int) error {
+func (r *env) settle(ctx context.Context, round int) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	e := &r.engine
@@ -382,7 +382,7 @@ func (r *rig) settle(ctx context.Context, round int) error {
 }
 
 // awaitIdle waits until nothing is left to do, and nothing changes for so long.
-func (r *rig) awaitIdle(ctx context.Context, stable time.Duration) error {
+func (r *env) awaitIdle(ctx context.Context, stable time.Duration) error {
 	var was stored
 	var objects int
 	since := time.Now()
@@ -417,7 +417,7 @@ func (r *rig) awaitIdle(ctx context.Context, stable time.Duration) error {
 }
 
 // busy drops what the load has left, and says what is still to be done.
-func (r *rig) busy(ctx context.Context, c *client.Client) (string, error) {
+func (r *env) busy(ctx context.Context, c *client.Client) (string, error) {
 	jobs, err := c.Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{
 		States: []api.RestoreJob_State{api.RestoreJob_STATE_PENDING, api.RestoreJob_STATE_EXECUTING},
 	})
@@ -456,7 +456,7 @@ func (r *rig) busy(ctx context.Context, c *client.Client) (string, error) {
 
 // dropRest drops all but what is kept from round to round, and says what is on its
 // way to be gone.
-func (r *rig) dropRest(ctx context.Context, c *client.Client) (string, error) {
+func (r *env) dropRest(ctx context.Context, c *client.Client) (string, error) {
 	var left []string
 	collections, err := c.Catalog.ListCollections(ctx, &api.ListCollectionsRequest{States: []api.Collection_State{
 		api.Collection_STATE_ACTIVE, api.Collection_STATE_RESTORING, api.Collection_STATE_DROPPING,

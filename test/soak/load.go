@@ -31,7 +31,7 @@ const (
 
 // worker does one thing. What it chooses by chance its seed decides.
 type worker struct {
-	*rig
+	*env
 	*client.Client // of a replica by chance
 	rand           *rand.Rand
 	name           string // that nothing else has
@@ -64,7 +64,7 @@ var things = []struct {
 }
 
 // load makes the load of a round. With fail the leader fails in the middle of it.
-func (r *rig) load(ctx context.Context, round int, fail bool) error {
+func (r *env) load(ctx context.Context, round int, fail bool) error {
 	var list []int // of things
 	for i, t := range things {
 		for range t.times {
@@ -96,7 +96,7 @@ func (r *rig) load(ctx context.Context, round int, fail bool) error {
 			group.Go(func() { failed = r.failOver(ctx) })
 		}
 		w := &worker{
-			rig: r, Client: r.replicas[chance.IntN(replicas)].Load().client, name: fmt.Sprintf("n%d_%d", round, n),
+			env: r, Client: r.replicas[chance.IntN(replicas)].Load().client, name: fmt.Sprintf("n%d_%d", round, n),
 			rand: rand.New(rand.NewPCG(chance.Uint64(), 0)), //nolint:gosec // of a load
 		}
 		slots <- struct{}{}
@@ -114,7 +114,7 @@ func (r *rig) load(ctx context.Context, round int, fail bool) error {
 }
 
 // note counts how a thing ended.
-func (r *rig) note(thing string, err error) {
+func (r *env) note(thing string, err error) {
 	outcome := "done"
 	code := status.Code(err)
 	if errors.Is(err, context.DeadlineExceeded) {
@@ -134,7 +134,7 @@ func (r *rig) note(thing string, err error) {
 }
 
 // kept returns the name of a snapshot that lives from round to round.
-func (r *rig) kept(chance *rand.Rand) *api.SnapshotRef {
+func (r *env) kept(chance *rand.Rand) *api.SnapshotRef {
 	r.engine.mu.Lock()
 	defer r.engine.mu.Unlock()
 	if len(r.engine.kept) == 0 {

@@ -118,8 +118,8 @@ func parse(args []string) (*options, error) {
 	return o, nil
 }
 
-// rig is what a run consists of.
-type rig struct {
+// env is the environment of a run.
+type env struct {
 	*options
 	log   io.Writer
 	began time.Time
@@ -149,7 +149,7 @@ type replica struct {
 	peak   atomic.Int64 // of its memory since the last sample
 }
 
-func (r *rig) say(format string, args ...any) {
+func (r *env) say(format string, args ...any) {
 	fmt.Fprintf(r.log, "%6.1fs  %s\n", time.Since(r.began).Seconds(), fmt.Sprintf(format, args...))
 }
 
@@ -157,7 +157,7 @@ func run(ctx context.Context, o *options, stdout, stderr io.Writer) (code int, e
 	bound := o.length + overtime
 	ctx, cancel := context.WithTimeoutCause(ctx, bound, fmt.Errorf("the run took longer than %v", bound))
 	defer cancel()
-	r := &rig{options: o, log: stderr, began: time.Now(), calls: map[string]int{}}
+	r := &env{options: o, log: stderr, began: time.Now(), calls: map[string]int{}}
 	for _, d := range []struct {
 		in string
 		to *string
@@ -180,7 +180,7 @@ func run(ctx context.Context, o *options, stdout, stderr io.Writer) (code int, e
 }
 
 // rounds starts the servers and makes rounds.
-func (r *rig) rounds(ctx context.Context) (samples []*sample, err error) {
+func (r *env) rounds(ctx context.Context) (samples []*sample, err error) {
 	e, endpoint, err := bench.StartEtcd(ctx, r.etcdBin, r.root)
 	if err != nil {
 		return nil, err
@@ -232,7 +232,7 @@ func (r *rig) rounds(ctx context.Context) (samples []*sample, err error) {
 }
 
 // round makes one round.
-func (r *rig) round(ctx context.Context, n int) (*sample, error) {
+func (r *env) round(ctx context.Context, n int) (*sample, error) {
 	s := &sample{round: n, failed: n%failEvery == failEvery-1}
 	r.now = n
 	begin := time.Now()
@@ -248,7 +248,7 @@ func (r *rig) round(ctx context.Context, n int) (*sample, error) {
 }
 
 // start starts replica i, and waits until it serves.
-func (r *rig) start(ctx context.Context, i int) error {
+func (r *env) start(ctx context.Context, i int) error {
 	r.lives++
 	p := &replica{name: fmt.Sprintf("r%d.%d", i, r.lives), born: r.now}
 	dir := filepath.Join(r.root, p.name)
@@ -272,7 +272,7 @@ func (r *rig) start(ctx context.Context, i int) error {
 // failOver makes another replica lead: the leader is killed and restarted. The
 // first replica, which is to live as long as the run, is frozen instead until
 // another leads.
-func (r *rig) failOver(ctx context.Context) error {
+func (r *env) failOver(ctx context.Context) error {
 	leader, err := r.leader(ctx, "")
 	if err != nil {
 		return err
@@ -296,7 +296,7 @@ func (r *rig) failOver(ctx context.Context) error {
 }
 
 // stopAll ends the replicas, and reports those that had died before.
-func (r *rig) stopAll() error {
+func (r *env) stopAll() error {
 	var errs []error
 	for i := range r.replicas {
 		p := r.replicas[i].Load()

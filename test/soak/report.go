@@ -24,7 +24,7 @@ const (
 )
 
 // report judges the samples.
-func (r *rig) report(samples []*sample) *bench.Report {
+func (r *env) report(samples []*sample) *bench.Report {
 	counted := samples[len(samples)/3:]
 	rep := &bench.Report{Name: "soak", Facts: []string{
 		fmt.Sprintf("Commit %s, %s, %s.", bench.Commit(), bench.Today(), bench.Machine()),
@@ -97,7 +97,7 @@ func row(s *sample) []string {
 }
 
 // leader returns the name of who leads and is not the one that is left out.
-func (r *rig) leader(ctx context.Context, not string) (string, error) {
+func (r *env) leader(ctx context.Context, not string) (string, error) {
 	for n := 0; ; n++ {
 		each, cancel := context.WithTimeout(ctx, time.Second) // one may be frozen
 		info, err := r.replicas[n%replicas].Load().client.Admin.GetServerInfo(each, &api.GetServerInfoRequest{})

@@ -60,7 +60,7 @@ type state struct {
 }
 
 // take takes a sample of what is idle.
-func (r *rig) take(ctx context.Context, s *sample) (err error) {
+func (r *env) take(ctx context.Context, s *sample) (err error) {
 	if s.database, err = bench.Defragment(ctx, r.etcdAt); err != nil {
 		return err
 	}
@@ -97,7 +97,7 @@ const (
 )
 
 // count counts what etcd holds.
-func (r *rig) count(ctx context.Context) (n stored, err error) {
+func (r *env) count(ctx context.Context) (n stored, err error) {
 	n.classes = map[string]int{}
 	from, to := keys.All()
 	jobs := map[string]bool{}
@@ -152,7 +152,7 @@ func (r *rig) count(ctx context.Context) (n stored, err error) {
 }
 
 // lateJobs counts the restores that are there although they ended long ago.
-func (r *rig) lateJobs(ctx context.Context) (n int, err error) {
+func (r *env) lateJobs(ctx context.Context) (n int, err error) {
 	list, err := r.replicas[0].Load().client.Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{PageSize: 1000})
 	for _, job := range list.GetJobs() {
 		if end := job.GetEndTime(); end != nil && time.Since(end.AsTime()) > jobsGone {
@@ -166,7 +166,7 @@ func (r *rig) lateJobs(ctx context.Context) (n int, err error) {
 const uploadDir = ".sgwtmp"
 
 // countObjects counts the files that versitygw serves.
-func (r *rig) countObjects() (objects, uploads int, err error) {
+func (r *env) countObjects() (objects, uploads int, err error) {
 	err = filepath.WalkDir(filepath.Join(r.store, "s3", bench.Bucket), func(path string, e fs.DirEntry, err error) error {
 		switch {
 		case errors.Is(err, fs.ErrNotExist): // it went meanwhile
@@ -273,7 +273,7 @@ func (p *replica) lookOnce(ctx context.Context) (*state, error) {
 }
 
 // watchMemory notes the highest memory of each replica, until ctx ends.
-func (r *rig) watchMemory(ctx context.Context) {
+func (r *env) watchMemory(ctx context.Context) {
 	for wait(ctx, peakEach) == nil {
 		for i := range r.replicas {
 			p := r.replicas[i].Load()
@@ -289,7 +289,7 @@ func (r *rig) watchMemory(ctx context.Context) {
 }
 
 // workers counts the replicas that work on restores.
-func (r *rig) workers(ctx context.Context) (int64, error) {
+func (r *env) workers(ctx context.Context) (int64, error) {
 	from, to := meta.Prefix(keys.WorkerPrefix)
 	got, err := r.kv.Range(ctx, meta.Range{From: from, To: to, KeysOnly: true})
 	return got.Count, err

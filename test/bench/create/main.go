@@ -96,8 +96,8 @@ func (o *options) check(sizes string) error {
 	return o.Check()
 }
 
-// rig is what the measurements share.
-type rig struct {
+// env is the environment that the measurements share.
+type env struct {
 	*options
 	*bench.Run
 
@@ -117,7 +117,7 @@ func run(ctx context.Context, args []string) (int, error) {
 	}
 	medians := fmt.Sprintf("Medians of %d rounds after one that does not count; ratios are taken per round.", o.Rounds)
 	return bench.Measure(ctx, &o.Options, "bench-create", medians, func(ctx context.Context, run *bench.Run) error {
-		r := &rig{options: o, Run: run}
+		r := &env{options: o, Run: run}
 		stop, err := r.start(ctx, run.Root)
 		defer stop()
 		if err != nil {
@@ -131,7 +131,7 @@ func run(ctx context.Context, args []string) (int, error) {
 	})
 }
 
-func (r *rig) measure(ctx context.Context) error {
+func (r *env) measure(ctx context.Context) error {
 	var largest *collection
 	for _, n := range r.sizes {
 		if !r.Wants(partRegister) {
@@ -168,7 +168,7 @@ func (r *rig) measure(ctx context.Context) error {
 
 // judge says of the bars that are about time that they cannot be judged when
 // the floor was not steady, or not measured often enough to know.
-func (r *rig) judge() {
+func (r *env) judge() {
 	why := ""
 	switch {
 	case len(r.floors) == 0:
@@ -186,7 +186,7 @@ func (r *rig) judge() {
 }
 
 // start starts the servers. What it returns ends those that it started.
-func (r *rig) start(ctx context.Context, dir string) (stop func(), err error) {
+func (r *env) start(ctx context.Context, dir string) (stop func(), err error) {
 	var ends []func()
 	stop = func() {
 		for _, end := range slices.Backward(ends) {

@@ -50,7 +50,7 @@ const (
 	tableClients
 )
 
-func (r *rig) table(i int) *bench.Table {
+func (r *env) table(i int) *bench.Table {
 	if r.Report.Tables == nil {
 		r.Report.Tables = []bench.Table{
 			{Title: "Registration", Head: []string{"segments", "time", "segments/s", "database in use, bytes/segment", "load"}},
@@ -64,16 +64,16 @@ func (r *rig) table(i int) *bench.Table {
 }
 
 // timed adds a bar that a busy machine can miss.
-func (r *rig) timed(what, want, got string, ok bool) {
+func (r *env) timed(what, want, got string, ok bool) {
 	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok, Timed: true})
 }
 
 // counted adds a bar that it cannot.
-func (r *rig) counted(what, want, got string, ok bool) {
+func (r *env) counted(what, want, got string, ok bool) {
 	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
 }
 
-func (r *rig) inUse(ctx context.Context) (bytes int64, err error) {
+func (r *env) inUse(ctx context.Context) (bytes int64, err error) {
 	// A transaction counts once etcd has written it, at the latest 100 ms after.
 	if err := wait(ctx, 300*time.Millisecond); err != nil {
 		return 0, err
@@ -101,7 +101,7 @@ func wait(ctx context.Context, d time.Duration) error {
 
 // register registers n segments in a new collection, in each round, and returns
 // the last.
-func (r *rig) register(ctx context.Context, n int) (collection, error) {
+func (r *env) register(ctx context.Context, n int) (collection, error) {
 	var times, sizes []float64
 	var col collection
 	for round := range r.Rounds + 1 {
@@ -132,7 +132,7 @@ func (r *rig) register(ctx context.Context, n int) (collection, error) {
 
 // registerOnce returns the collection, the seconds that it took, and by how many
 // bytes a segment the database grew.
-func (r *rig) registerOnce(ctx context.Context, n int) (col collection, took, size float64, err error) {
+func (r *env) registerOnce(ctx context.Context, n int) (col collection, took, size float64, err error) {
 	if col, err = newCollection(ctx, r.client, r.Name()); err != nil {
 		return col, 0, 0, err
 	}
@@ -155,7 +155,7 @@ func (r *rig) registerOnce(ctx context.Context, n int) (col collection, took, si
 	return col, took, float64(after-before) / float64(n), err
 }
 
-func (r *rig) send(ctx context.Context, streams [][]*snapshotdv1.AddSegmentsRequest, n int) error {
+func (r *env) send(ctx context.Context, streams [][]*snapshotdv1.AddSegmentsRequest, n int) error {
 	group, ctx := errgroup.WithContext(ctx)
 	var added atomic.Int64
 	for _, list := range streams {
@@ -188,7 +188,7 @@ func (r *rig) send(ctx context.Context, streams [][]*snapshotdv1.AddSegmentsRequ
 
 // compacted says what the database takes once history is gone and its free
 // pages are given back.
-func (r *rig) compacted(ctx context.Context) error {
+func (r *env) compacted(ctx context.Context) error {
 	return bench.AskEtcd(r.etcdAt, func(cli *clientv3.Client) error {
 		before, err := cli.Status(ctx, r.etcdAt)
 		if err != nil {
@@ -222,7 +222,7 @@ type created struct {
 	id                  int64
 }
 
-func (r *rig) createOnce(ctx context.Context, col collection, n int) (*created, error) {
+func (r *env) createOnce(ctx context.Context, col collection, n int) (*created, error) {
 	r.proxy.Take()
 	begin := time.Now()
 	resp, err := r.client.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
@@ -260,7 +260,7 @@ func (r *rig) createOnce(ctx context.Context, col collection, n int) (*created, 
 
 // create measures creates of a collection of n segments, the floor and, up to a
 // size, the reference.
-func (r *rig) create(ctx context.Context, n int, col collection) error {
+func (r *env) create(ctx context.Context, n int, col collection) error {
 	if got, err := r.worker.do(ctx, job{Op: "load", Collection: col.id}); err != nil || got.Segments != n {
 		return errors.Join(err, fmt.Errorf("the floor loaded %+v", got))
 	}
@@ -349,7 +349,7 @@ func column[T any](list []T, fn func(T) float64) []float64 {
 	return out
 }
 
-func (r *rig) reportCreate(n int, loaded string, subject []*created, floors, decodes, refs []*result, heaps []float64) {
+func (r *env) reportCreate(n int, loaded string, subject []*created, floors, decodes, refs []*result, heaps []float64) {
 	all := column(subject, func(c *created) float64 { return c.all })
 	floor := column(floors, (*result).total)
 	reference := column(refs, (*result).total)
@@ -388,13 +388,13 @@ func (r *rig) reportCreate(n int, loaded string, subject []*created, floors, dec
 	}
 }
 
-func (r *rig) get(ctx context.Context, path string) ([]byte, error) {
+func (r *env) get(ctx context.Context, path string) ([]byte, error) {
 	return bench.Get(ctx, "http://"+r.server.Metrics+path)
 }
 
 // profiles keeps profiles of snapshotd while fn runs, again and again for a few
 // seconds.
-func (r *rig) profiles(ctx context.Context, name string, fn func() error) error {
+func (r *env) profiles(ctx context.Context, name string, fn func() error) error {
 	const seconds = 8
 	if err := os.MkdirAll(r.profile, 0o750); err != nil {
 		return err
@@ -417,12 +417,12 @@ func (r *rig) profiles(ctx context.Context, name string, fn func() error) error 
 }
 
 // emptyCollection makes a collection without segments.
-func (r *rig) emptyCollection(ctx context.Context) (collection, error) {
+func (r *env) emptyCollection(ctx context.Context) (collection, error) {
 	return newCollection(ctx, r.client, r.Name())
 }
 
 // read measures the calls that read snapshots, among many.
-func (r *rig) read(ctx context.Context) error {
+func (r *env) read(ctx context.Context) error {
 	col, err := r.emptyCollection(ctx)
 	if err != nil {
 		return err
@@ -464,7 +464,7 @@ func (r *rig) read(ctx context.Context) error {
 
 // manySnapshots makes snapshots of a collection, fewer than wanted when that
 // takes too long.
-func (r *rig) manySnapshots(ctx context.Context, col collection) (int, error) {
+func (r *env) manySnapshots(ctx context.Context, col collection) (int, error) {
 	const longest = 3 * time.Minute
 	begin := time.Now()
 	group, ctx := errgroup.WithContext(ctx)
@@ -493,7 +493,7 @@ func (r *rig) manySnapshots(ctx context.Context, col collection) (int, error) {
 func listedName(i int64) string { return fmt.Sprintf("listed-%d", i) }
 
 // listSamples lists pages, from the newest snapshot to the oldest and again.
-func (r *rig) listSamples(ctx context.Context, col collection, samples int) ([]float64, error) {
+func (r *env) listSamples(ctx context.Context, col collection, samples int) ([]float64, error) {
 	var times []float64
 	token := ""
 	for len(times) < samples {
@@ -510,7 +510,7 @@ func (r *rig) listSamples(ctx context.Context, col collection, samples int) ([]f
 	return times, nil
 }
 
-func (r *rig) getSamples(ctx context.Context, made, samples int) ([]float64, error) {
+func (r *env) getSamples(ctx context.Context, made, samples int) ([]float64, error) {
 	var times []float64
 	for i := range samples {
 		name := listedName(int64(i * 7919 % made))
@@ -527,7 +527,7 @@ func (r *rig) getSamples(ctx context.Context, made, samples int) ([]float64, err
 
 // many measures how many snapshots many clients take at once, of a collection
 // each, against one client.
-func (r *rig) many(ctx context.Context) error {
+func (r *env) many(ctx context.Context) error {
 	const segments = 10
 	cols := make([]collection, r.clients)
 	for i := range cols {
@@ -585,7 +585,7 @@ func (r *rig) many(ctx context.Context) error {
 
 // rate is how many snapshots a second clients take, one for each collection,
 // each without pause.
-func (r *rig) rate(ctx context.Context, cols []collection) (float64, error) {
+func (r *env) rate(ctx context.Context, cols []collection) (float64, error) {
 	group, ctx := errgroup.WithContext(ctx)
 	base := r.Name()
 	var made atomic.Int64

@@ -102,7 +102,7 @@ func put(name string, body []byte, etag string) error {
 }
 
 // write makes the objects of a set.
-func (r *rig) write(ctx context.Context, s *set) error {
+func (r *env) write(ctx context.Context, s *set) error {
 	body := make([]byte, fileSize)
 	group, ctx := errgroup.WithContext(ctx)
 	for first := range writers {
@@ -128,7 +128,7 @@ func (r *rig) write(ctx context.Context, s *set) error {
 }
 
 // left returns an error when an object of a prefix is there.
-func (r *rig) left(prefix string) error {
+func (r *env) left(prefix string) error {
 	n := 0
 	err := filepath.WalkDir(r.path(prefix), func(_ string, e fs.DirEntry, err error) error {
 		if err == nil && e.Type().IsRegular() {
@@ -155,7 +155,7 @@ type collection struct {
 
 // newCollection makes a collection of segments that have so many files each. The
 // files are made only if they are wanted.
-func (r *rig) newCollection(ctx context.Context, segments, each int, written bool) (*collection, error) {
+func (r *env) newCollection(ctx context.Context, segments, each int, written bool) (*collection, error) {
 	c := &collection{name: r.Name()}
 	made, err := r.client.Catalog.CreateCollection(ctx, &snapshotdv1.CreateCollectionRequest{
 		Name: &snapshotdv1.CollectionName{Name: c.name}, Channels: []string{c.name + "-0"},
@@ -198,7 +198,7 @@ func (r *rig) newCollection(ctx context.Context, segments, each int, written boo
 }
 
 // dropSegments drops the first n segments of a collection.
-func (r *rig) dropSegments(ctx context.Context, c *collection, n int) error {
+func (r *env) dropSegments(ctx context.Context, c *collection, n int) error {
 	ids := make([]int64, n)
 	for i := range ids {
 		ids[i] = c.set.First + int64(i)
@@ -207,6 +207,6 @@ func (r *rig) dropSegments(ctx context.Context, c *collection, n int) error {
 }
 
 // forgetFiles removes the directories that versitygw leaves, if it does.
-func (r *rig) forgetFiles(prefix string) error {
+func (r *env) forgetFiles(prefix string) error {
 	return os.RemoveAll(strings.TrimSuffix(r.path(prefix), "/"))
 }

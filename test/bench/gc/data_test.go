@@ -39,7 +39,7 @@ func TestSet(t *testing.T) {
 }
 
 func TestWriteAndLeft(t *testing.T) {
-	r := &rig{store: t.TempDir()}
+	r := &env{store: t.TempDir()}
 	s := &set{Prefix: "data/b1/", Collection: 7, Partition: 8, First: 100, Segments: 3, Each: 2}
 	if err := r.left(s.Prefix); err != nil { // there is not even the directory
 		t.Error(err)

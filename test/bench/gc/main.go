@@ -84,8 +84,8 @@ func (o *options) check() error {
 	return o.Check()
 }
 
-// rig is what the measurements share.
-type rig struct {
+// env is the environment that the measurements share.
+type env struct {
 	*options
 	*bench.Run
 
@@ -106,14 +106,14 @@ type rig struct {
 }
 
 // path is where versitygw keeps what has a prefix.
-func (r *rig) path(prefix string) string { return filepath.Join(r.store, "s3", bench.Bucket, prefix) }
+func (r *env) path(prefix string) string { return filepath.Join(r.store, "s3", bench.Bucket, prefix) }
 
 func run(ctx context.Context, args []string) (code int, err error) {
 	o, err := parse(args)
 	if err != nil {
 		return 0, err
 	}
-	r := &rig{options: o}
+	r := &env{options: o}
 	if r.store, err = os.MkdirTemp(o.objects, "bench-gc-"); err != nil {
 		return 0, err
 	}
@@ -126,7 +126,7 @@ func run(ctx context.Context, args []string) (code int, err error) {
 }
 
 // measure starts the servers and makes the parts.
-func (r *rig) measure(ctx context.Context) error {
+func (r *env) measure(ctx context.Context) error {
 	e, endpoint, err := bench.StartEtcd(ctx, r.Etcd, r.Root)
 	if err != nil {
 		return err
@@ -167,7 +167,7 @@ func (r *rig) measure(ctx context.Context) error {
 // serve starts snapshotd on an S3 server, in place of the one that runs. It makes
 // no rounds by itself, and deletes so many objects in a second; negative: as many
 // as the store takes.
-func (r *rig) serve(ctx context.Context, s3 string, rate int) error {
+func (r *env) serve(ctx context.Context, s3 string, rate int) error {
 	r.stop()
 	r.serving = s3
 	settings := bench.OnS3(s3) + fmt.Sprintf("collector: \"off\"\ncollect_rate: %d\n", rate)
@@ -183,7 +183,7 @@ func (r *rig) serve(ctx context.Context, s3 string, rate int) error {
 }
 
 // stop ends snapshotd.
-func (r *rig) stop() {
+func (r *env) stop() {
 	if r.client != nil {
 		_ = r.client.Close()
 		r.client = nil
@@ -196,7 +196,7 @@ func (r *rig) stop() {
 
 // timed adds a bar that a busy machine can miss; floors are the rounds of what it
 // is measured against, and least says how many there must be.
-func (r *rig) timed(b bench.Bar, floors []float64, least int) {
+func (r *env) timed(b bench.Bar, floors []float64, least int) {
 	if b.Timed = true; !b.OK {
 		b.Noise = r.Noise(floors, len(floors), least)
 	}
@@ -204,4 +204,4 @@ func (r *rig) timed(b bench.Bar, floors []float64, least int) {
 }
 
 // counted adds a bar that it cannot.
-func (r *rig) counted(b bench.Bar) { r.Report.Bars = append(r.Report.Bars, b) }
+func (r *env) counted(b bench.Bar) { r.Report.Bars = append(r.Report.Bars, b) }

@@ -49,7 +49,7 @@ const (
 	tableGrants
 )
 
-func (r *rig) table(i int) *bench.Table {
+func (r *env) table(i int) *bench.Table {
 	if r.Report.Tables == nil {
 		r.Report.Tables = []bench.Table{
 			{Title: "Deleting", Head: []string{"segments", "objects", "rounds", "round", "objects/s", "call answered", "floor", "objects/s", "in flight", "spread", "floor / round", "load"}},
@@ -71,7 +71,7 @@ type took struct {
 
 // collect makes a round over a collection that grants all of its set. It ends when
 // etcd shows that no tombstone is left.
-func (r *rig) collect(ctx context.Context, c *collection) (t took, err error) {
+func (r *env) collect(ctx context.Context, c *collection) (t took, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	used := func() [3]float64 { return [3]float64{r.server.Used(), r.etcd.Used(), r.gateway.Used()} }
@@ -103,7 +103,7 @@ func (r *rig) collect(ctx context.Context, c *collection) (t took, err error) {
 }
 
 // ask calls Collect, reads the answer and has its summary looked at.
-func (r *rig) ask(ctx context.Context, req *snapshotdv1.CollectRequest, check func(*snapshotdv1.CollectSummary) error) error {
+func (r *env) ask(ctx context.Context, req *snapshotdv1.CollectRequest, check func(*snapshotdv1.CollectSummary) error) error {
 	stream, err := r.client.Collector.Collect(ctx, req)
 	if err != nil {
 		return err
@@ -128,7 +128,7 @@ func (r *rig) ask(ctx context.Context, req *snapshotdv1.CollectRequest, check fu
 // awaitGone waits until nothing is left of a set in etcd. It looks at the last of
 // its segments, which goes with the last, and then at all tombstones: that
 // costs etcd little.
-func (r *rig) awaitGone(ctx context.Context, c *collection) error {
+func (r *env) awaitGone(ctx context.Context, c *collection) error {
 	last := c.set.First + int64(c.set.Segments) - 1
 	tick := time.NewTicker(pollEvery)
 	defer tick.Stop()
@@ -163,7 +163,7 @@ func (r *rig) awaitGone(ctx context.Context, c *collection) error {
 
 // made makes a collection of segments that were dropped, or that is dropped
 // itself.
-func (r *rig) made(ctx context.Context, segments int, whole, written bool) (*collection, error) {
+func (r *env) made(ctx context.Context, segments int, whole, written bool) (*collection, error) {
 	c, err := r.newCollection(ctx, segments, filesEach, written)
 	if err != nil {
 		return nil, err
@@ -177,7 +177,7 @@ func (r *rig) made(ctx context.Context, segments int, whole, written bool) (*col
 
 // once makes a collection, has a round delete its segments, and looks whether all
 // objects are gone.
-func (r *rig) once(ctx context.Context, segments int, whole bool) (took, error) {
+func (r *env) once(ctx context.Context, segments int, whole bool) (took, error) {
 	c, err := r.made(ctx, segments, whole, true)
 	if err != nil {
 		return took{}, err
@@ -195,7 +195,7 @@ func (r *rig) once(ctx context.Context, segments int, whole bool) (took, error) 
 }
 
 // floorOnce has the floor delete as many objects.
-func (r *rig) floorOnce(ctx context.Context, segments, inFlight int) (t took, err error) {
+func (r *env) floorOnce(ctx context.Context, segments, inFlight int) (t took, err error) {
 	s := set{Prefix: "floor/" + r.Name() + "/", Collection: 1, Partition: 2, First: 1 << 30, Segments: segments, Each: filesEach}
 	if err := r.write(ctx, &s); err != nil {
 		return t, err
@@ -210,7 +210,7 @@ func (r *rig) floorOnce(ctx context.Context, segments, inFlight int) (t took, er
 }
 
 // best finds how many requests at once suit the floor.
-func (r *rig) best(ctx context.Context) error {
+func (r *env) best(ctx context.Context) error {
 	if r.inFlight > 0 {
 		return nil
 	}
@@ -232,7 +232,7 @@ func (r *rig) best(ctx context.Context) error {
 
 // deletes measures rounds over dropped segments of a living collection, in turns
 // with the floor.
-func (r *rig) deletes(ctx context.Context) error {
+func (r *env) deletes(ctx context.Context) error {
 	if err := r.serve(ctx, r.s3At, -1); err != nil {
 		return err
 	}
@@ -268,7 +268,7 @@ func (r *rig) deletes(ctx context.Context) error {
 }
 
 // both has the subject and the floor delete as much, the floor first if wanted.
-func (r *rig) both(ctx context.Context, segments int, whole, floorFirst bool) (a, b took, err error) {
+func (r *env) both(ctx context.Context, segments int, whole, floorFirst bool) (a, b took, err error) {
 	steps := []func() error{
 		func() (err error) { a, err = r.once(ctx, segments, whole); return err },
 		func() (err error) { b, err = r.floorOnce(ctx, segments, r.inFlight); return err },
@@ -298,7 +298,7 @@ func column(list []took, fn func(took) float64) []float64 {
 }
 
 // row adds a row about rounds, and returns their throughput, the floor's being 1.
-func (r *rig) row(what string, segments int, subject, floors []took) (ratio float64) {
+func (r *env) row(what string, segments int, subject, floors []took) (ratio float64) {
 	objects := segments * filesEach
 	a, b := bench.Median(seconds(subject)), bench.Median(seconds(floors))
 	ratio = bench.Median(bench.Ratios(seconds(floors), seconds(subject)))
@@ -309,7 +309,7 @@ func (r *rig) row(what string, segments int, subject, floors []took) (ratio floa
 }
 
 // judge adds a row and the bar of rounds.
-func (r *rig) judge(what string, segments int, subject, floors []took) {
+func (r *env) judge(what string, segments int, subject, floors []took) {
 	ratio := r.row(what, segments, subject, floors)
 	r.timed(bench.Bar{
 		What: fmt.Sprintf("%s segments of %d files: throughput, the floor's being 1", what, filesEach),
@@ -320,7 +320,7 @@ func (r *rig) judge(what string, segments int, subject, floors []took) {
 func rate(n int, seconds float64) string { return fmt.Sprintf("%.0f", float64(n)/seconds) }
 
 // cost adds a row about what rounds take.
-func (r *rig) cost(what string, subject, floors []took, heap, before, after string) {
+func (r *env) cost(what string, subject, floors []took, heap, before, after string) {
 	median := func(list []took, fn func(took) float64) string { return bench.Time(bench.Median(column(list, fn))) }
 	r.table(tableCost).Add(what,
 		median(subject, func(t took) float64 { return t.client }), median(subject, func(t took) float64 { return t.etcd }),
@@ -329,7 +329,7 @@ func (r *rig) cost(what string, subject, floors []took, heap, before, after stri
 }
 
 // requests counts the requests of a round.
-func (r *rig) requests(ctx context.Context) error {
+func (r *env) requests(ctx context.Context) error {
 	if err := r.serve(ctx, r.proxy.Addr, -1); err != nil {
 		return err
 	}
@@ -354,7 +354,7 @@ func (r *rig) requests(ctx context.Context) error {
 }
 
 // fullRound measures one large round, and what it takes.
-func (r *rig) fullRound(ctx context.Context) error {
+func (r *env) fullRound(ctx context.Context) error {
 	if err := r.serve(ctx, r.s3At, -1); err != nil {
 		return err
 	}
@@ -391,7 +391,7 @@ func (r *rig) fullRound(ctx context.Context) error {
 }
 
 // dropped measures a round over a collection that was dropped with all it has.
-func (r *rig) dropped(ctx context.Context) error {
+func (r *env) dropped(ctx context.Context) error {
 	if err := r.serve(ctx, r.s3At, -1); err != nil {
 		return err
 	}
@@ -410,7 +410,7 @@ func (r *rig) dropped(ctx context.Context) error {
 
 // delayed measures rounds when each request takes long, as with a store that is
 // far away: with as many requests at once as snapshotd has.
-func (r *rig) delayed(ctx context.Context) error {
+func (r *env) delayed(ctx context.Context) error {
 	if err := r.serve(ctx, r.proxy.Addr, -1); err != nil {
 		return err
 	}
@@ -437,7 +437,7 @@ func (r *rig) delayed(ctx context.Context) error {
 
 // idle measures rounds that find nothing to delete, among many segments that live
 // and some units that a snapshot holds.
-func (r *rig) idle(ctx context.Context) error {
+func (r *env) idle(ctx context.Context) error {
 	if err := r.serve(ctx, r.proxy.Addr, -1); err != nil {
 		return err
 	}
@@ -514,7 +514,7 @@ func (r *rig) idle(ctx context.Context) error {
 
 // grants measures how fast units are granted while nearly nothing is deleted. It
 // leaves tombstones, so it comes last.
-func (r *rig) grants(ctx context.Context) error {
+func (r *env) grants(ctx context.Context) error {
 	if err := r.serve(ctx, r.s3At, 1); err != nil {
 		return err
 	}
@@ -560,7 +560,7 @@ func (r *rig) grants(ctx context.Context) error {
 
 // profiled writes a processor profile of snapshotd while fn runs, if profiles are
 // wanted.
-func (r *rig) profiled(ctx context.Context, name string, fn func() error) error {
+func (r *env) profiled(ctx context.Context, name string, fn func() error) error {
 	if r.profile == "" {
 		return nil
 	}

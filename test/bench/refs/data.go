@@ -208,7 +208,7 @@ func create(ctx context.Context, c *client.Client, col *collection, name string)
 
 // fill makes the collection and its snapshots, each of which differs from the
 // one before it in a share of its segments.
-func (r *rig) fill(ctx context.Context, cl *cluster) (*collection, error) {
+func (r *env) fill(ctx context.Context, cl *cluster) (*collection, error) {
 	col, err := newCollection(ctx, cl.client)
 	if err != nil {
 		return nil, err

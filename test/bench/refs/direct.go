@@ -101,7 +101,7 @@ func (c *copier) put(ctx context.Context, id int64, name string, segments, build
 // first snapshot and writes the others itself. Of the segments that are in these
 // nothing is in the catalog but those of the first snapshot, which are dropped
 // as they would be; those that the collection has in the end are in no snapshot.
-func (r *rig) fillDirectly(ctx context.Context, cl *cluster) (*collection, error) {
+func (r *env) fillDirectly(ctx context.Context, cl *cluster) (*collection, error) {
 	col, err := newCollection(ctx, cl.client)
 	if err != nil {
 		return nil, err

@@ -78,8 +78,8 @@ func (o *options) check() error {
 	return nil
 }
 
-// rig is what the measurements share.
-type rig struct {
+// env is the environment that the measurements share.
+type env struct {
 	*options
 	*bench.Run
 }
@@ -91,7 +91,7 @@ func run(ctx context.Context, args []string) (int, error) {
 	}
 	medians := fmt.Sprintf("Medians of %d rounds after one that does not count, of %d for creates and drops; ratios are taken per round.", o.Rounds, o.pairs)
 	return bench.Measure(ctx, &o.Options, "bench-refs", medians, func(ctx context.Context, run *bench.Run) error {
-		r := &rig{options: o, Run: run}
+		r := &env{options: o, Run: run}
 		if err := r.measure(ctx, run.Root); err != nil {
 			return err
 		}
@@ -102,7 +102,7 @@ func run(ctx context.Context, args []string) (int, error) {
 
 // judge says of the bars about time that were missed that they cannot be judged
 // when others kept the machine busy. One that was passed all the same is passed.
-func (r *rig) judge() {
+func (r *env) judge() {
 	for i := range r.Report.Bars {
 		if b := &r.Report.Bars[i]; b.Timed && !b.OK {
 			b.Noise = r.Noise(nil, 0, 0)

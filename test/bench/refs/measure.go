@@ -32,16 +32,16 @@ const (
 const lookEvery = 20 * time.Millisecond
 
 // timed adds a bar that a busy machine can miss.
-func (r *rig) timed(what, want, got string, ok bool) {
+func (r *env) timed(what, want, got string, ok bool) {
 	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok, Timed: true})
 }
 
 // counted adds a bar that it cannot.
-func (r *rig) counted(what, want, got string, ok bool) {
+func (r *env) counted(what, want, got string, ok bool) {
 	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
 }
 
-func (r *rig) measure(ctx context.Context, dir string) error {
+func (r *env) measure(ctx context.Context, dir string) error {
 	many, err := newCluster(ctx, r.options, filepath.Join(dir, "many"))
 	if many != nil {
 		defer many.close()
@@ -191,7 +191,7 @@ func (c *cluster) quiet(ctx context.Context, n int) error {
 
 // loads measures the start of a replica: from the start of the process until it
 // knows the references of all snapshots.
-func (r *rig) loads(ctx context.Context, c *cluster) error {
+func (r *env) loads(ctx context.Context, c *cluster) error {
 	var times, heaps, uses []float64
 	for round := range r.Rounds + 1 {
 		begin := time.Now()
@@ -221,7 +221,7 @@ func (r *rig) loads(ctx context.Context, c *cluster) error {
 }
 
 // checksAlone has a worker load the references and look segments up.
-func (r *rig) checksAlone(ctx context.Context, c *cluster, col *collection) error {
+func (r *env) checksAlone(ctx context.Context, c *cluster, col *collection) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
@@ -293,7 +293,7 @@ type asked struct {
 	requests
 }
 
-func (r *rig) reclaimOnce(ctx context.Context, c *cluster, col *collection, ids []int64, want snapshotdv1.ReclaimResult_Outcome) (a asked, err error) {
+func (r *env) reclaimOnce(ctx context.Context, c *cluster, col *collection, ids []int64, want snapshotdv1.ReclaimResult_Outcome) (a asked, err error) {
 	req := &snapshotdv1.ReclaimRequest{Collection: col.ref(), Deleter: snapshotdv1.Deleter_DELETER_CALLER}
 	for _, id := range ids {
 		req.Units = append(req.Units, &snapshotdv1.Unit{Unit: &snapshotdv1.Unit_SegmentId{SegmentId: id}})
@@ -322,7 +322,7 @@ func (r *rig) reclaimOnce(ctx context.Context, c *cluster, col *collection, ids 
 }
 
 // confirm says that the files of granted units are deleted.
-func (r *rig) confirm(ctx context.Context, c *cluster, col *collection, ids []int64) (float64, error) {
+func (r *env) confirm(ctx context.Context, c *cluster, col *collection, ids []int64) (float64, error) {
 	begin := time.Now()
 	resp, err := c.reclaim.ConfirmReclaimed(ctx, &snapshotdv1.ConfirmReclaimedRequest{Collection: col.ref(), TombstoneIds: ids})
 	took := time.Since(begin).Seconds()
@@ -336,7 +336,7 @@ func (r *rig) confirm(ctx context.Context, c *cluster, col *collection, ids []in
 
 // reclaims measures Reclaim of units that snapshots hold, and of such as none
 // does.
-func (r *rig) reclaims(ctx context.Context, c *cluster, col *collection, spare []int64) error {
+func (r *env) reclaims(ctx context.Context, c *cluster, col *collection, spare []int64) error {
 	oldest := slices.Sorted(slices.Values(col.dropped)) // of full shape, as the spare ones
 	heldIDs := oldest[:min(r.units, len(oldest))]
 	var free, held []asked
@@ -442,7 +442,7 @@ func (c *cluster) turn(ctx context.Context, col *collection, name string, snapsh
 
 // beside measures a create and a drop beside all the snapshots, and in another
 // cluster beside none.
-func (r *rig) beside(ctx context.Context, many *cluster, col *collection, dir string) error {
+func (r *env) beside(ctx context.Context, many *cluster, col *collection, dir string) error {
 	none, err := newCluster(ctx, r.options, dir)
 	if none != nil {
 		defer none.close()

@@ -42,7 +42,7 @@ type captured struct {
 
 // capture writes a collection of segments with so many files of a size each, and
 // takes a snapshot of it. S3 is where the files are written.
-func (r *rig) capture(ctx context.Context, s3 string, segments, files int, size int64) (*captured, error) {
+func (r *env) capture(ctx context.Context, s3 string, segments, files int, size int64) (*captured, error) {
 	name := r.Name()
 	c := &captured{prefix: "data/" + name + "/", set: name, files: segments * files, bytes: int64(segments*files) * size}
 	made, err := r.client.Catalog.CreateCollection(ctx, &snapshotdv1.CreateCollectionRequest{
@@ -114,7 +114,7 @@ func (r *rig) capture(ctx context.Context, s3 string, segments, files int, size 
 	return c, nil
 }
 
-func (r *rig) register(ctx context.Context, ref *snapshotdv1.CollectionRef, list []*snapshotdv1.Segment) error {
+func (r *env) register(ctx context.Context, ref *snapshotdv1.CollectionRef, list []*snapshotdv1.Segment) error {
 	stream, err := r.client.Catalog.AddSegments(ctx)
 	if err != nil {
 		return err
@@ -133,7 +133,7 @@ func (r *rig) register(ctx context.Context, ref *snapshotdv1.CollectionRef, list
 // restore restores a snapshot, and returns how many seconds it takes from the
 // call until etcd has said that the job is COMPLETED, and the id of the
 // collection.
-func (r *rig) restore(ctx context.Context, c *captured) (seconds float64, target int64, err error) {
+func (r *env) restore(ctx context.Context, c *captured) (seconds float64, target int64, err error) {
 	ended, err := watchJobs(ctx, r.kv)
 	if err != nil {
 		return 0, 0, err
@@ -216,7 +216,7 @@ func (e *jobsEnd) wait(ctx context.Context, id int64) (*copyjob.Job, time.Time, 
 
 // discard counts the files below a prefix in versitygw's directory, and removes
 // them.
-func (r *rig) discard(prefix string, want int) error {
+func (r *env) discard(prefix string, want int) error {
 	dir, n := r.objects(prefix), 0
 	err := filepath.WalkDir(dir, func(_ string, e fs.DirEntry, err error) error {
 		if err == nil && e.Type().IsRegular() {

@@ -88,8 +88,8 @@ func (o *options) check() error {
 	return o.Check()
 }
 
-// rig is what the measurements share.
-type rig struct {
+// env is the environment that the measurements share.
+type env struct {
 	*options
 	*bench.Run
 
@@ -105,7 +105,7 @@ type rig struct {
 }
 
 // objects is the directory in which versitygw keeps what has a prefix.
-func (r *rig) objects(prefix string) string { return filepath.Join(r.data, "s3", bucket, prefix) }
+func (r *env) objects(prefix string) string { return filepath.Join(r.data, "s3", bucket, prefix) }
 
 func run(ctx context.Context, args []string) (int, error) {
 	o, err := parse(args)
@@ -114,7 +114,7 @@ func run(ctx context.Context, args []string) (int, error) {
 	}
 	medians := fmt.Sprintf("Medians of %d rounds after one that does not count; ratios are taken per round.", o.Rounds)
 	return bench.Measure(ctx, &o.Options, "bench-restore", medians, func(ctx context.Context, run *bench.Run) (err error) {
-		r := &rig{options: o, Run: run}
+		r := &env{options: o, Run: run}
 		if r.data, err = os.MkdirTemp(o.store, "bench-restore-"); err != nil {
 			return err
 		}
@@ -124,7 +124,7 @@ func run(ctx context.Context, args []string) (int, error) {
 }
 
 // measure starts the servers and makes the parts.
-func (r *rig) measure(ctx context.Context) error {
+func (r *env) measure(ctx context.Context) error {
 	e, endpoint, err := bench.StartEtcd(ctx, r.Etcd, r.Root)
 	if err != nil {
 		return err
@@ -163,7 +163,7 @@ func (r *rig) measure(ctx context.Context) error {
 }
 
 // serve starts snapshotd on an S3 server, in place of the one that runs.
-func (r *rig) serve(ctx context.Context, s3, root string, inFlight int) error {
+func (r *env) serve(ctx context.Context, s3, root string, inFlight int) error {
 	r.stop()
 	settings := bench.OnS3(s3)
 	if inFlight > 0 {
@@ -181,7 +181,7 @@ func (r *rig) serve(ctx context.Context, s3, root string, inFlight int) error {
 }
 
 // stop ends snapshotd.
-func (r *rig) stop() {
+func (r *env) stop() {
 	if r.client != nil {
 		_ = r.client.Close()
 		r.client = nil
@@ -194,7 +194,7 @@ func (r *rig) stop() {
 
 // timed adds a bar that a busy machine can miss; floors are the rounds of what it
 // is measured against.
-func (r *rig) timed(what, want, got string, ok bool, floors []float64) {
+func (r *env) timed(what, want, got string, ok bool, floors []float64) {
 	b := bench.Bar{What: what, Want: want, Got: got, OK: ok, Timed: true}
 	if !ok {
 		b.Noise = r.Noise(floors, r.Rounds, bench.MinRounds)
@@ -203,7 +203,7 @@ func (r *rig) timed(what, want, got string, ok bool, floors []float64) {
 }
 
 // counted adds a bar that it cannot.
-func (r *rig) counted(what, want, got string, ok bool) {
+func (r *env) counted(what, want, got string, ok bool) {
 	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
 }
 

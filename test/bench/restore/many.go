@@ -74,7 +74,7 @@ type manyResult struct {
 // many measures a job of many segments: what it takes of time and memory, how
 // large its records become, and what it costs to go on after the process was
 // killed.
-func (r *rig) many(ctx context.Context) error {
+func (r *env) many(ctx context.Context) error {
 	r.stop()
 	bits := filepath.Join(r.Root, "many")
 	c, err := r.startMany(ctx, bits)
@@ -116,7 +116,7 @@ func (r *rig) many(ctx context.Context) error {
 }
 
 // restart kills the process in the middle of a job and has another go on with it.
-func (r *rig) restart(ctx context.Context, c **manyProcess, bits string, task manyJob, usual float64) error {
+func (r *env) restart(ctx context.Context, c **manyProcess, bits string, task manyJob, usual float64) error {
 	task.Op = "begin"
 	begun := &manyResult{}
 	if err := (*c).do(ctx, task, begun); err != nil {
@@ -155,7 +155,7 @@ func (r *rig) restart(ctx context.Context, c **manyProcess, bits string, task ma
 }
 
 // unfinished returns how many tasks of a job are not done.
-func (r *rig) unfinished(ctx context.Context, job int64) (left int, err error) {
+func (r *env) unfinished(ctx context.Context, job int64) (left int, err error) {
 	kv, err := openEtcd(r.etcdAt, manyRoot)
 	if err != nil {
 		return 0, err
@@ -183,7 +183,7 @@ type manyProcess struct {
 	out     *bufio.Reader
 }
 
-func (r *rig) startMany(ctx context.Context, bits string) (*manyProcess, error) {
+func (r *env) startMany(ctx context.Context, bits string) (*manyProcess, error) {
 	p, err := bench.StartSelf(ctx, r.Root, "many", r.etcdAt, bits)
 	if err != nil {
 		return nil, err

@@ -52,7 +52,7 @@ const (
 	tableMany
 )
 
-func (r *rig) table(i int) *bench.Table {
+func (r *env) table(i int) *bench.Table {
 	if r.Report.Tables == nil {
 		r.Report.Tables = []bench.Table{
 			{Title: "Throughput", Head: []string{"objects", "restore", "MiB/s", "floor", "in flight", "spread", "rclone", "in flight", "spread", "floor / restore", "rclone / restore", "load"}},
@@ -66,7 +66,7 @@ func (r *rig) table(i int) *bench.Table {
 }
 
 // small measures many small objects.
-func (r *rig) small(ctx context.Context) error {
+func (r *env) small(ctx context.Context) error {
 	return r.throughput(ctx, &class{
 		name: partSmall, title: fmt.Sprintf("%d × 64 KiB", smallSegments*smallFiles), segments: smallSegments, files: smallFiles, size: smallSize,
 		floor: minSmall, rclone: minSmallRclone, requests: true,
@@ -74,7 +74,7 @@ func (r *rig) small(ctx context.Context) error {
 }
 
 // medium measures larger ones.
-func (r *rig) medium(ctx context.Context) error {
+func (r *env) medium(ctx context.Context) error {
 	return r.throughput(ctx, &class{
 		name: partMedium, title: fmt.Sprintf("%d × 8 MiB", mediumSegments*mediumFiles), segments: mediumSegments, files: mediumFiles, size: mediumSize,
 		floor: minMedium, rclone: minMediumRclone,
@@ -99,7 +99,7 @@ type variant struct {
 }
 
 // throughput measures restores of a class, the floor and rclone.
-func (r *rig) throughput(ctx context.Context, c *class) error {
+func (r *env) throughput(ctx context.Context, c *class) error {
 	if err := r.serve(ctx, r.s3At, etcdRoot, 0); err != nil {
 		return err
 	}
@@ -155,7 +155,7 @@ func (r *rig) throughput(ctx context.Context, c *class) error {
 }
 
 // judge adds a row and the bars of a class.
-func (r *rig) judge(c *class, times [][]float64, floorAt, rcloneAt int) {
+func (r *env) judge(c *class, times [][]float64, floorAt, rcloneAt int) {
 	took := bench.Median(times[0])
 	floorRatio := bench.Median(bench.Ratios(times[1], times[0]))
 	row := []string{
@@ -175,7 +175,7 @@ func (r *rig) judge(c *class, times [][]float64, floorAt, rcloneAt int) {
 
 // best tries a variant at each number of objects in flight, and returns the one
 // that is the fastest.
-func (r *rig) best(ctx context.Context, c *class, with func(inFlight int) *variant) (int, error) {
+func (r *env) best(ctx context.Context, c *class, with func(inFlight int) *variant) (int, error) {
 	sums := map[int]float64{}
 	there, back := slices.Clone(tries), slices.Clone(tries)
 	slices.Reverse(back)
@@ -192,7 +192,7 @@ func (r *rig) best(ctx context.Context, c *class, with func(inFlight int) *varia
 }
 
 // once copies a class, looks whether all is there, and removes it.
-func (r *rig) once(ctx context.Context, c *class, v *variant) (float64, error) {
+func (r *env) once(ctx context.Context, c *class, v *variant) (float64, error) {
 	took, made, err := v.run(ctx)
 	if err != nil {
 		return 0, fmt.Errorf("%s: %w", v.name, err)
@@ -200,14 +200,14 @@ func (r *rig) once(ctx context.Context, c *class, v *variant) (float64, error) {
 	return took, r.discard(made, c.from.files)
 }
 
-func (r *rig) restoreVariant(c *class) *variant {
+func (r *env) restoreVariant(c *class) *variant {
 	return &variant{"restore", func(ctx context.Context) (float64, string, error) {
 		took, target, err := r.restore(ctx, c.from)
 		return took, fmt.Sprintf("%s%d/", c.from.prefix, target), err
 	}}
 }
 
-func (r *rig) floorVariant(c *class, inFlight int) *variant {
+func (r *env) floorVariant(c *class, inFlight int) *variant {
 	return &variant{"floor", func(ctx context.Context) (float64, string, error) {
 		to := "floor/" + r.Name() + "/"
 		res, err := r.floor.do(ctx, job{Op: "copy", S3: r.s3At, Set: c.from.set, Prefix: to, InFlight: inFlight})
@@ -218,7 +218,7 @@ func (r *rig) floorVariant(c *class, inFlight int) *variant {
 	}}
 }
 
-func (r *rig) rcloneVariant(c *class, other *rclone, inFlight int) *variant {
+func (r *env) rcloneVariant(c *class, other *rclone, inFlight int) *variant {
 	return &variant{"rclone", func(ctx context.Context) (float64, string, error) {
 		to := "rclone/" + r.Name() + "/"
 		took, err := other.copy(ctx, c.from.prefix+c.from.dir, to+c.from.dir, inFlight)
@@ -227,7 +227,7 @@ func (r *rig) rcloneVariant(c *class, other *rclone, inFlight int) *variant {
 }
 
 // count counts the requests of a restore.
-func (r *rig) count(ctx context.Context, c *class) error {
+func (r *env) count(ctx context.Context, c *class) error {
 	if err := r.serve(ctx, r.proxy.Addr, etcdRoot, 0); err != nil {
 		return err
 	}
@@ -254,7 +254,7 @@ func (r *rig) count(ctx context.Context, c *class) error {
 }
 
 // segment measures restores of one segment of three small files.
-func (r *rig) segment(ctx context.Context) error {
+func (r *env) segment(ctx context.Context) error {
 	if err := r.serve(ctx, r.s3At, etcdRoot, 0); err != nil {
 		return err
 	}
@@ -293,7 +293,7 @@ func (r *rig) segment(ctx context.Context) error {
 
 // large measures an object that is copied in parts, from a store where each
 // request takes its time.
-func (r *rig) large(ctx context.Context) error {
+func (r *env) large(ctx context.Context) error {
 	if err := r.serve(ctx, r.proxy.Addr, etcdRoot, 0); err != nil {
 		return err
 	}
@@ -361,7 +361,7 @@ func pace(q *http.Request) time.Duration {
 
 // delayed measures how well a restore fills the requests that it may have in
 // flight, when each takes long.
-func (r *rig) delayed(ctx context.Context) error {
+func (r *env) delayed(ctx context.Context) error {
 	s3, err := startMemoryS3(ctx, r.Root)
 	if err != nil {
 		return err
@@ -428,7 +428,7 @@ func (r *rig) delayed(ctx context.Context) error {
 
 // profiled writes a processor profile of snapshotd while fn runs, if profiles are
 // wanted.
-func (r *rig) profiled(ctx context.Context, name string, fn func() error) error {
+func (r *env) profiled(ctx context.Context, name string, fn func() error) error {
 	if r.profile == "" {
 		return nil
 	}
