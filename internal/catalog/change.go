@@ -594,19 +594,23 @@ func applyUpdate(
 		}
 		s.Builds = append(s.Builds, b)
 	}
-	// Removed files are deleted by path, so the segment may not keep one of these paths.
-	gone := segment.Segment{Files: removed, Builds: replaced}
+	return removed, replaced, checkRemoved(field, s, &segment.Segment{Files: removed, Builds: replaced})
+}
+
+// checkRemoved returns an error when s still has the path of a file of gone: removed files
+// are deleted by path.
+func checkRemoved(field string, s, gone *segment.Segment) error {
 	paths := map[FilePath]bool{}
 	for f := range gone.AllFiles() {
 		paths[FilePath{f.Root, f.Path}] = true
 	}
 	for f := range s.AllFiles() {
 		if paths[FilePath{f.Root, f.Path}] {
-			return nil, nil, fmt.Errorf("%w: %q of segment %d, removed and added in %s; paths are never reused",
+			return fmt.Errorf("%w: %q of segment %d, removed and added in %s; paths are never reused",
 				ErrFileExists, f.Path, s.ID, field)
 		}
 	}
-	return removed, replaced, nil
+	return nil
 }
 
 // pathHash returns the hash that a segment's record keeps of a removed path. Two paths

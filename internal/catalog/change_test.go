@@ -23,7 +23,7 @@ import (
 
 func testCompaction(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	ids := r.ids(t, 200)
 	inputs := r.add(t, ids[:100]...)
 	revision, err := r.Change(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "c"},
@@ -98,7 +98,7 @@ func testCompaction(t *testing.T, kv meta.KV) {
 // compactions run and compete.
 func testCompactionIsAtomic(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	const rounds, width = 30, 4
 	ids := r.ids(t, rounds*width*2+width)
 	r.add(t, ids[:width]...)
@@ -183,7 +183,7 @@ func testCompactionIsAtomic(t *testing.T, kv meta.KV) {
 
 func testUpdate(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	ids := r.ids(t, 20)
 	s := r.makeSegment(ids[0], 3)
 	s.State = segment.Growing
@@ -274,7 +274,7 @@ func testUpdate(t *testing.T, kv meta.KV) {
 // TestFlushedWithoutFiles has a swap leave rows without a file that holds them: no
 // snapshot would have these.
 func TestFlushedWithoutFiles(t *testing.T) {
-	r := newRig(t, memory.New(memory.Options{}))
+	r := newEnv(t, memory.New(memory.Options{}))
 	ids := r.ids(t, 6)
 	whole, growing := r.makeSegment(ids[0], 1), r.makeSegment(ids[1], 1)
 	growing.State, growing.Files = segment.Growing, nil
@@ -315,7 +315,7 @@ func TestFlushedWithoutFiles(t *testing.T) {
 
 func TestSegmentStates(t *testing.T) {
 	ctx := t.Context()
-	r := newRig(t, memory.New(memory.Options{}))
+	r := newEnv(t, memory.New(memory.Options{}))
 	type move struct{ from, to segment.State }
 	legal := map[move]bool{
 		{segment.Growing, segment.Sealed}: true, {segment.Growing, segment.Flushed}: true,
@@ -349,7 +349,7 @@ func TestSegmentStates(t *testing.T) {
 
 func testBuilds(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	x, err := r.CreateIndex(ctx, request.Token{}, r.ref, catalog.Index{Name: "i"})
 	if err != nil {
 		t.Fatal(err)
@@ -457,7 +457,7 @@ func testBuilds(t *testing.T, kv meta.KV) {
 
 func testCheckpoints(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	ids := r.ids(t, 3)
 	r.add(t, ids[0])
 	at := func(shard int, ts segment.Timestamp, opaque string) catalog.Checkpoint {
@@ -549,7 +549,7 @@ func testCheckpoints(t *testing.T, kv meta.KV) {
 func TestCheckpointRace(t *testing.T) {
 	ctx := t.Context()
 	kv := memory.New(memory.Options{})
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	set := func(c *catalog.Catalog, ts0, ts1 segment.Timestamp) (int64, error) {
 		return c.SetCheckpoints(ctx, r.ref, []catalog.Checkpoint{
 			{Shard: 0, Position: segment.Position{Timestamp: ts0}}, {Shard: 1, Position: segment.Position{Timestamp: ts1}},
@@ -571,7 +571,7 @@ func TestCheckpointRace(t *testing.T) {
 // Checkpoints only move forward, whatever the caller.
 func TestCheckpointsRise(t *testing.T) {
 	ctx := t.Context()
-	r := newRig(t, memory.New(memory.Options{}))
+	r := newEnv(t, memory.New(memory.Options{}))
 	done := make(chan struct{})
 	var reader, writers sync.WaitGroup
 	reader.Go(func() {
@@ -634,7 +634,7 @@ func (b *beforePut) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error)
 // Changes that race for one segment all happen, one after another.
 func testChangeRace(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	id := r.ids(t, 1)[0]
 	s := r.add(t, id)[0]
 	var wg sync.WaitGroup
@@ -691,7 +691,7 @@ func testChangeRace(t *testing.T, kv meta.KV) {
 
 func testChangeTokens(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	ids := r.ids(t, 10)
 	r.add(t, ids[:4]...)
 	swap := catalog.SegmentChange{
@@ -756,7 +756,7 @@ func (a *afterFind) Get(ctx context.Context, key string) (meta.KeyValue, bool, i
 func TestChangeFaults(t *testing.T) {
 	var ids []int64
 	var index int64
-	sweep(t, func(r *rig) error {
+	sweep(t, func(r *env) error {
 		_, err := r.Change(t.Context(), token("swap"), r.ref, catalog.SegmentChange{
 			Drop: ids[:2], Add: r.segments(ids[4:5]),
 			Update: []catalog.Update{{
@@ -769,7 +769,7 @@ func TestChangeFaults(t *testing.T) {
 			Checkpoints: []catalog.Checkpoint{{Position: segment.Position{Timestamp: 5}}},
 		})
 		return err
-	}, func(t *testing.T, r *rig) {
+	}, func(t *testing.T, r *env) {
 		x, err := r.CreateIndex(t.Context(), request.Token{}, r.ref, catalog.Index{Name: "i"})
 		if err != nil {
 			t.Fatal(err)
@@ -780,7 +780,7 @@ func TestChangeFaults(t *testing.T) {
 		if _, _, err := r.AddSegments(t.Context(), r.col.ID, list); err != nil {
 			t.Fatal(err)
 		}
-	}, func(t *testing.T, r *rig) {
+	}, func(t *testing.T, r *env) {
 		if got := r.scan(t, 0); !slices.Equal(got, ids[2:5]) {
 			t.Errorf("scan: %v, want %v", got, ids[2:5])
 		}
@@ -796,7 +796,7 @@ func TestChangeFaults(t *testing.T) {
 
 func testTimeTravel(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	ids := r.ids(t, 1500)
 	r.add(t, ids...)
 	view, err := r.At(ctx, r.col.ID, 0)
@@ -848,7 +848,7 @@ func testTimeTravel(t *testing.T, kv meta.KV) {
 // in a few lines, and every file is in a segment or in one unit.
 func TestModel(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
-		r := newRig(t, memory.New(memory.Options{}))
+		r := newEnv(t, memory.New(memory.Options{}))
 		ids := r.ids(t, 60)
 		live, dropped := map[int64]bool{}, map[int64]bool{}
 		files := map[string]bool{} // ever registered

@@ -25,7 +25,7 @@ import (
 
 func testCollections(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	want := spec("c")
 	want.ID, want.State, want.Layout = r.col.ID, catalog.Active, catalog.LayoutNative
 	ignore := cmpopts.IgnoreFields(catalog.Collection{}, "CreateTime", "Revision")
@@ -117,7 +117,7 @@ func testCollections(t *testing.T, kv meta.KV) {
 }
 
 func TestSpec(t *testing.T) {
-	r := newRig(t, memory.New(memory.Options{}))
+	r := newEnv(t, memory.New(memory.Options{}))
 	field := func(id int64, name string) catalog.Field { return catalog.Field{ID: id, Name: name} }
 	for _, c := range []struct {
 		field string // of the error; empty: fine
@@ -202,7 +202,7 @@ func TestSpec(t *testing.T) {
 
 func testCollectionTokens(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	made, err := r.CreateCollection(ctx, token("create"), spec("t"))
 	if err != nil {
 		t.Fatal(err)
@@ -316,7 +316,7 @@ func testCollectionTokens(t *testing.T, kv meta.KV) {
 }
 
 func testCollectionRace(t *testing.T, kv meta.KV) {
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	var won atomic.Int64
 	var wg sync.WaitGroup
 	for range 64 {
@@ -414,7 +414,7 @@ func testListCollections(t *testing.T, kv meta.KV) {
 
 func testRename(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	if _, err := r.CreateCollection(ctx, request.Token{}, spec("taken")); err != nil {
 		t.Fatal(err)
 	}
@@ -504,7 +504,7 @@ func partsOf[T any](
 
 func testPartitions(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	want := []catalog.Partition{}
 	for _, name := range []string{"a", "b"} {
 		p, err := r.CreatePartition(ctx, request.Token{}, r.ref,
@@ -571,9 +571,9 @@ func testPartitions(t *testing.T, kv meta.KV) {
 
 // The partitions and indexes of a collection, which are read together, are bounded
 // together, but for small ones.
-func testPartsBytes(t *testing.T, kv meta.KV) {
+func testChildrenBytes(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	attributes := func(bytes int) map[string]string { return map[string]string{"k": strings.Repeat("v", bytes)} }
 	const each = 500 << 10
 	made := 0
@@ -606,7 +606,7 @@ func testPartsBytes(t *testing.T, kv meta.KV) {
 
 func testIndexes(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	made, err := r.CreateIndex(ctx, request.Token{}, r.ref, catalog.Index{
 		Name: "i", Field: 101, TypeParams: map[string]string{"dim": "8"}, IndexParams: map[string]string{"M": "16"},
 		Attributes: map[string]string{"a": "b"},
@@ -662,7 +662,7 @@ func testIndexes(t *testing.T, kv meta.KV) {
 
 func TestPartitionLimit(t *testing.T) {
 	ctx := t.Context()
-	r := newRig(t, memory.New(memory.Options{}))
+	r := newEnv(t, memory.New(memory.Options{}))
 	for i := range catalog.MaxPartitions {
 		if _, err := r.CreatePartition(ctx, request.Token{}, r.ref, catalog.Partition{Name: fmt.Sprint(i)}); err != nil {
 			t.Fatal(err)
@@ -706,7 +706,7 @@ func (b *beforeTxn) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error)
 // the segment was checked and before it is written.
 func testPartitionDropRace(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	for _, gone := range []bool{false, true} {
 		p, err := r.CreatePartition(ctx, request.Token{}, r.ref, catalog.Partition{Name: "p"})
 		if err != nil {
@@ -749,7 +749,7 @@ func testPartitionDropRace(t *testing.T, kv meta.KV) {
 }
 
 // setState writes a collection's state past the catalog.
-func (r *rig) setState(t testing.TB, state catalog.State) {
+func (r *env) setState(t testing.TB, state catalog.State) {
 	t.Helper()
 	kv, found, _, err := r.kv.Get(t.Context(), keys.Collection(r.col.ID))
 	if err != nil || !found {
@@ -767,7 +767,7 @@ func (r *rig) setState(t testing.TB, state catalog.State) {
 
 func testNotActive(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	ids := r.ids(t, 4)
 	r.add(t, ids[0], ids[1])
 	if _, err := r.CreatePartition(ctx, request.Token{}, r.ref, catalog.Partition{Name: "p"}); err != nil {
@@ -860,11 +860,11 @@ func testNotActive(t *testing.T, kv meta.KV) {
 // collection.
 func TestCreateCollectionFaults(t *testing.T) {
 	var ids []int64
-	sweep(t, func(r *rig) error {
+	sweep(t, func(r *env) error {
 		got, err := r.CreateCollection(t.Context(), token("x"), spec("x"))
 		ids = []int64{got.ID}
 		return err
-	}, func(*testing.T, *rig) {}, func(t *testing.T, r *rig) {
+	}, func(*testing.T, *env) {}, func(t *testing.T, r *env) {
 		list, _, err := r.ListCollections(t.Context(), catalog.ListFilter{}, r.col.ID, 10)
 		if err != nil || len(list) != 1 || list[0].ID != ids[0] {
 			t.Errorf("%v, %v; want the one of id %d", list, err, ids[0])
@@ -876,7 +876,7 @@ func TestCreateCollectionFaults(t *testing.T) {
 func TestWrittenIsReported(t *testing.T) {
 	ctx := t.Context()
 	f := meta.NewFaulty(memory.New(memory.Options{}))
-	r := newRig(t, f)
+	r := newEnv(t, f)
 	for name, do := range map[string]func() (catalog.Collection, error){
 		"create": func() (catalog.Collection, error) { return r.CreateCollection(ctx, request.Token{}, spec("x")) },
 		"update": func() (catalog.Collection, error) {
@@ -908,7 +908,7 @@ func TestWrittenIsReported(t *testing.T) {
 func TestFullStore(t *testing.T) {
 	ctx := t.Context()
 	kv := memory.New(memory.Options{})
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	ids := r.ids(t, 200)
 	r.add(t, ids[:4]...)
 	if _, err := r.CreatePartition(ctx, request.Token{}, r.ref, catalog.Partition{Name: "p"}); err != nil {

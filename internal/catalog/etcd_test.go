@@ -28,7 +28,7 @@ func BenchmarkAddSegments(b *testing.B) {
 	for b.Loop() {
 		b.StopTimer()
 		kv := etcdtest.Shared(b).KV(b)
-		r := newRig(b, kv)
+		r := newEnv(b, kv)
 		var list []segment.Segment
 		for _, id := range r.ids(b, n) {
 			list = append(list, r.makeSegment(id, files))

@@ -19,7 +19,7 @@ import (
 )
 
 // release makes ids gone, as the confirmation of their tombstones does.
-func (r *rig) release(t rapid.TB, c *catalog.Catalog, ids ...int64) {
+func (r *env) release(t rapid.TB, c *catalog.Catalog, ids ...int64) {
 	t.Helper()
 	var units []*catalog.Unit
 	for _, id := range ids {
@@ -45,7 +45,7 @@ func TestGone(t *testing.T) {
 		now := time.Unix(1e9, 0)
 		kv := memory.New(memory.Options{})
 		c := catalog.New(catalog.Options{KV: kv, Now: func() time.Time { return now }, MaxGoneRanges: limit, GoneGapAge: age})
-		r := &rig{Catalog: c, kv: kv}
+		r := &env{Catalog: c, kv: kv}
 		const first, last = 4096 - 40, 4096 + 40 // of two blocks
 		gone := map[int64]bool{}
 		lowest, highest := map[int64]int64{}, map[int64]int64{}
@@ -95,7 +95,7 @@ func TestStockInAClosedGap(t *testing.T) {
 		MaxGoneRanges: 3, GoneGapAge: time.Hour,
 	}
 	other := catalog.New(options)
-	r := &rig{Catalog: catalog.New(options), kv: kv}
+	r := &env{Catalog: catalog.New(options), kv: kv}
 	before, err := other.AllocateIDs(t.Context(), request.Token{}, 10)
 	if err != nil {
 		t.Fatal(err)
@@ -136,7 +136,7 @@ func TestStockInAClosedGap(t *testing.T) {
 func TestGoneIsSmall(t *testing.T) {
 	kv := memory.New(memory.Options{})
 	c := catalog.New(catalog.Options{KV: kv, Now: time.Now})
-	r := &rig{Catalog: c, kv: kv}
+	r := &env{Catalog: c, kv: kv}
 	for id := int64(4096); id < 8192; id += 2 * 50 {
 		var ids []int64
 		for i := id; i < min(id+100, 8192); i += 2 {
@@ -164,7 +164,7 @@ func TestGoneIsSmall(t *testing.T) {
 // while ids beside it may be registered in any order; a late repeat of a drop is
 // success.
 func TestLateRepeat(t *testing.T) {
-	r := newRig(t, memory.New(memory.Options{}))
+	r := newEnv(t, memory.New(memory.Options{}))
 	ids := r.ids(t, 10)
 	r.add(t, ids[4], ids[6])
 	for _, id := range []int64{ids[4], ids[6]} {

@@ -168,7 +168,7 @@ func TestIDsAreUsedUp(t *testing.T) {
 func TestReserveAndRelease(t *testing.T) {
 	ctx := t.Context()
 	kv := memory.New(memory.Options{})
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	whole := catalog.IDRange{First: 100_000, Count: 1024}
 	deny := catalog.New(catalog.Options{
 		KV: kv, Now: time.Now, Rand: rand.Reader,

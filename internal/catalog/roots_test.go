@@ -12,7 +12,7 @@ import (
 )
 
 // rooted makes a collection with one root.
-func (r *rig) rooted(t testing.TB, name, prefix string) error {
+func (r *env) rooted(t testing.TB, name, prefix string) error {
 	t.Helper()
 	s := spec(name)
 	s.Roots = []catalog.Root{{Store: "default", Prefix: prefix}}
@@ -22,7 +22,7 @@ func (r *rig) rooted(t testing.TB, name, prefix string) error {
 
 // testRoots shows that roots of one store are equal or apart.
 func testRoots(t *testing.T, kv meta.KV) {
-	r := newRig(t, kv) // with data/
+	r := newEnv(t, kv) // with data/
 	for i, c := range []struct {
 		prefix string
 		nested bool
@@ -51,7 +51,7 @@ func testRoots(t *testing.T, kv meta.KV) {
 // testRootRace makes collections whose roots lie inside each other at once: all that
 // are made are equal or apart.
 func testRootRace(t *testing.T, kv meta.KV) {
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	for round := range 5 {
 		prefixes := []string{"x%d/", "x%d/1/", "x%d/1/2/", "x%d/"}
 		errs := make([]error, len(prefixes))
@@ -77,7 +77,7 @@ func testRootRace(t *testing.T, kv meta.KV) {
 
 // testRootReturns shows that a root is free when the last collection with it is gone.
 func testRootReturns(t *testing.T, kv meta.KV) {
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	if err := r.rooted(t, "a", "again/"); err != nil {
 		t.Fatal(err)
 	}

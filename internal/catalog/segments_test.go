@@ -19,7 +19,7 @@ import (
 
 func testAddSegments(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	ids := r.ids(t, 300)
 	want := r.add(t, ids[:5]...)
 	before := dump(t, kv)
@@ -101,7 +101,7 @@ func testAddSegments(t *testing.T, kv meta.KV) {
 }
 
 // grant moves a unit to its tombstone, as the collector does.
-func (r *rig) grant(t testing.TB, id int64) {
+func (r *env) grant(t testing.TB, id int64) {
 	t.Helper()
 	key := keys.Unit(r.col.ID, id)
 	unit, found, _, err := r.kv.Get(t.Context(), key)
@@ -117,7 +117,7 @@ func (r *rig) grant(t testing.TB, id int64) {
 
 func TestSegmentRules(t *testing.T) {
 	ctx := t.Context()
-	r := newRig(t, memory.New(memory.Options{}))
+	r := newEnv(t, memory.New(memory.Options{}))
 	p, err := r.CreatePartition(ctx, request.Token{}, r.ref, catalog.Partition{Name: "p"})
 	if err != nil {
 		t.Fatal(err)
@@ -262,7 +262,7 @@ func TestSegmentRules(t *testing.T) {
 
 func testAddManySegments(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	ids := r.ids(t, 10_000)
 	half := r.segments(ids[:5_000])
 	if added, present, err := r.AddSegments(ctx, r.col.ID, half); err != nil || added != 5_000 || present != 0 {
@@ -298,7 +298,7 @@ func testAddManySegments(t *testing.T, kv meta.KV) {
 // Large records make small transactions, to add and to drop.
 func TestLargeSegments(t *testing.T) {
 	ctx := t.Context()
-	r := newRig(t, memory.New(memory.Options{}))
+	r := newEnv(t, memory.New(memory.Options{}))
 	ids := r.ids(t, 70)
 	list := r.segments(ids)
 	for i := range list {
@@ -320,10 +320,10 @@ func TestLargeSegments(t *testing.T) {
 
 func TestAddSegmentsFaults(t *testing.T) {
 	var ids []int64
-	sweep(t, func(r *rig) error {
+	sweep(t, func(r *env) error {
 		_, _, err := r.AddSegments(t.Context(), r.col.ID, r.segments(ids))
 		return err
-	}, func(t *testing.T, r *rig) { ids = r.ids(t, 250) }, func(t *testing.T, r *rig) {
+	}, func(t *testing.T, r *env) { ids = r.ids(t, 250) }, func(t *testing.T, r *env) {
 		if got := r.scan(t, 0); !slices.Equal(got, ids) {
 			t.Errorf("%d segments, want %d", len(got), len(ids))
 		}
@@ -336,7 +336,7 @@ func TestAddSegmentsFaults(t *testing.T) {
 
 func testDropSegments(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	ids := r.ids(t, 200)
 	r.add(t, ids[:150]...)
 	for _, unknown := range []int64{ids[199], 1 << 50, 0, -1} {
@@ -383,13 +383,13 @@ func testDropSegments(t *testing.T, kv meta.KV) {
 
 func TestDropSegmentsFaults(t *testing.T) {
 	var ids []int64
-	sweep(t, func(r *rig) error {
+	sweep(t, func(r *env) error {
 		_, err := r.DropSegments(t.Context(), r.ref, ids)
 		return err
-	}, func(t *testing.T, r *rig) {
+	}, func(t *testing.T, r *env) {
 		ids = r.ids(t, 130)
 		r.add(t, ids...)
-	}, func(t *testing.T, r *rig) {
+	}, func(t *testing.T, r *env) {
 		if got := r.scan(t, 0); len(got) != 0 {
 			t.Errorf("%d segments left", len(got))
 		}

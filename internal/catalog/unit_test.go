@@ -103,7 +103,7 @@ func TestUnitOfStub(t *testing.T) {
 
 // A file is found with what it is part of, through all its life.
 func TestFindOwner(t *testing.T) {
-	r := newRig(t, memory.New(memory.Options{}))
+	r := newEnv(t, memory.New(memory.Options{}))
 	ids := r.ids(t, 4)
 	list := r.add(t, ids[0], ids[1])
 	// What it is looked for with: by the path's ids, or by the segment's.

@@ -19,7 +19,7 @@ import (
 
 // before is a catalog of two collections as a release left it that claimed no ids.
 type before struct {
-	*rig
+	*env
 	other catalog.Collection
 	ids   []int64
 }
@@ -46,7 +46,7 @@ func (b *before) segment(t *testing.T, collection, id int64, paths ...string) {
 }
 
 func newBefore(t *testing.T, kv meta.KV) *before {
-	b := &before{rig: newRig(t, kv)}
+	b := &before{env: newEnv(t, kv)}
 	var err error
 	if b.other, err = b.CreateCollection(t.Context(), request.Token{}, spec("other")); err != nil {
 		t.Fatal(err)
@@ -86,7 +86,7 @@ func newBefore(t *testing.T, kv meta.KV) *before {
 	return b
 }
 
-func (b *before) ids0(t *testing.T) []int64 { return b.rig.ids(t, 10) }
+func (b *before) ids0(t *testing.T) []int64 { return b.env.ids(t, 10) }
 
 // owned says of each segment whether its file is owned.
 func (b *before) owned(t *testing.T) map[string]bool {

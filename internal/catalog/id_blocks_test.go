@@ -62,7 +62,7 @@ func (s *spyKV) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
 // in between, and drops of that do not disturb it.
 func TestScatteredIDs(t *testing.T) {
 	kv := &spyKV{KV: memory.New(memory.Options{})}
-	r := newRig(t, kv)
+	r := newEnv(t, kv)
 	low := r.ids(t, 1)
 	between := r.ids(t, 4000)
 	high := r.ids(t, 1)
@@ -109,7 +109,7 @@ func TestListOfADatabaseReadsOnlyIt(t *testing.T) {
 // are whose ids follow each other.
 func TestIDsOfManyBlocks(t *testing.T) {
 	const segments, apart = 200, 5000
-	r := newRig(t, memory.New(memory.Options{}))
+	r := newEnv(t, memory.New(memory.Options{}))
 	got, err := r.AllocateIDs(t.Context(), request.Token{}, segments*apart)
 	if err != nil {
 		t.Fatal(err)

@@ -36,7 +36,7 @@ var scenarios = []struct {
 	{"ListCollections", testListCollections},
 	{"Rename", testRename},
 	{"Partitions", testPartitions},
-	{"PartsBytes", testPartsBytes},
+	{"ChildrenBytes", testChildrenBytes},
 	{"Indexes", testIndexes},
 	{"PartitionDropRace", testPartitionDropRace},
 	{"NotActive", testNotActive},
@@ -65,9 +65,9 @@ func TestMemory(t *testing.T) {
 	}
 }
 
-// rig is a catalog on a store, with one collection c of two channels and two
+// env is a catalog on a store, with one collection c of two channels and two
 // roots.
-type rig struct {
+type env struct {
 	*catalog.Catalog
 	kv  meta.KV
 	col catalog.Collection
@@ -98,9 +98,9 @@ func spec(name string) catalog.Collection {
 	}
 }
 
-func newRig(t testing.TB, kv meta.KV) *rig {
+func newEnv(t testing.TB, kv meta.KV) *env {
 	t.Helper()
-	r := &rig{Catalog: open(kv), kv: kv}
+	r := &env{Catalog: open(kv), kv: kv}
 	col, err := r.CreateCollection(t.Context(), request.Token{}, spec("c"))
 	if err != nil {
 		t.Fatal(err)
@@ -110,7 +110,7 @@ func newRig(t testing.TB, kv meta.KV) *rig {
 }
 
 // ids allocates n ids.
-func (r *rig) ids(t testing.TB, n int64) []int64 {
+func (r *env) ids(t testing.TB, n int64) []int64 {
 	t.Helper()
 	got, err := r.AllocateIDs(t.Context(), request.Token{}, n)
 	if err != nil {
@@ -124,7 +124,7 @@ func (r *rig) ids(t testing.TB, n int64) []int64 {
 }
 
 // makeSegment is a flushed segment of n files in the native layout.
-func (r *rig) makeSegment(id int64, n int) segment.Segment {
+func (r *env) makeSegment(id int64, n int) segment.Segment {
 	s := segment.Segment{
 		ID: id, Channel: int(id % 2), Level: 1, State: segment.Flushed, Rows: 1000, Sorted: true, StorageVersion: 2,
 		Start: segment.Position{Timestamp: segment.Timestamp(id) << 30},
@@ -142,7 +142,7 @@ func (r *rig) makeSegment(id int64, n int) segment.Segment {
 	return s
 }
 
-func (r *rig) segments(ids []int64) []segment.Segment {
+func (r *env) segments(ids []int64) []segment.Segment {
 	list := make([]segment.Segment, len(ids))
 	for i, id := range ids {
 		list[i] = r.makeSegment(id, 3)
@@ -151,7 +151,7 @@ func (r *rig) segments(ids []int64) []segment.Segment {
 }
 
 // add registers one segment per id.
-func (r *rig) add(t testing.TB, ids ...int64) []segment.Segment {
+func (r *env) add(t testing.TB, ids ...int64) []segment.Segment {
 	t.Helper()
 	list := r.segments(ids)
 	if added, _, err := r.AddSegments(t.Context(), r.col.ID, list); err != nil || added != len(ids) {
@@ -161,7 +161,7 @@ func (r *rig) add(t testing.TB, ids ...int64) []segment.Segment {
 }
 
 // scan returns the ids of the segments at a revision.
-func (r *rig) scan(t testing.TB, revision int64) []int64 {
+func (r *env) scan(t testing.TB, revision int64) []int64 {
 	t.Helper()
 	ids := []int64{}
 	if _, err := r.ScanSegments(t.Context(), r.col.ID, revision, func(batch []segment.Segment) error {
@@ -176,7 +176,7 @@ func (r *rig) scan(t testing.TB, revision int64) []int64 {
 }
 
 // units returns the dropped units of the collection, by their ids.
-func (r *rig) units(t testing.TB) map[int64]*storagev1.Unit {
+func (r *env) units(t testing.TB) map[int64]*storagev1.Unit {
 	t.Helper()
 	units := map[int64]*storagev1.Unit{}
 	from, to := meta.Prefix(keys.UnitPrefix(r.col.ID))
@@ -228,7 +228,7 @@ func dump(t testing.TB, kv meta.KV) map[string]string {
 }
 
 // refused asserts that do fails with want and writes nothing.
-func (r *rig) refused(t testing.TB, what string, want error, do func() error) {
+func (r *env) refused(t testing.TB, what string, want error, do func() error) {
 	t.Helper()
 	before := dump(t, r.kv)
 	if err := do(); !errors.Is(err, want) {
@@ -239,7 +239,7 @@ func (r *rig) refused(t testing.TB, what string, want error, do func() error) {
 	}
 }
 
-func (r *rig) change(ctx context.Context, swap catalog.SegmentChange) error {
+func (r *env) change(ctx context.Context, swap catalog.SegmentChange) error {
 	_, err := r.Change(ctx, request.Token{}, r.ref, swap)
 	return err
 }
@@ -258,11 +258,11 @@ func sameSegments(t testing.TB, want, got any) {
 // sweep fails call 0 of do, then call 1 and so on, before and after it takes
 // effect, each time on a new store, until do passes without a fault. After each
 // fault do is repeated until it succeeds, and then checked.
-func sweep(t *testing.T, do func(*rig) error, prepare, check func(*testing.T, *rig)) {
+func sweep(t *testing.T, do func(*env) error, prepare, check func(*testing.T, *env)) {
 	for _, fault := range []meta.Fault{meta.Before, meta.After} {
 		for n := 0; ; n++ {
 			f := meta.NewFaulty(memory.New(memory.Options{}))
-			r := newRig(t, f)
+			r := newEnv(t, f)
 			prepare(t, r)
 			f.FailNth(n, fault)
 			err := do(r)
