@@ -16,8 +16,10 @@ func TestRecords(t *testing.T) {
 	job := &Job{
 		ID: 1, Snapshot: 2, SnapshotName: "s", Source: 3, Target: 4, DB: "d", Name: "n",
 		State: Executing, Phase: Copy, Outcome: Failed,
-		Reason: "R", Message: "M", Partitions: []int64{3, 9}, PartitionNames: []string{"b", "a"}, SkipIndexes: true, Priority: -7,
-		Labels: map[string]string{"a": "b"}, Layout: layout.Milvus, FirstPartition: 5, FirstIndex: 6, FirstSegment: 7, FirstBuild: 8,
+		Reason: "R", Message: "M", Partitions: []int64{3, 9}, PartitionNames: []string{"b", "a"}, SkipIndexes: true,
+		Priority: -7,
+		Labels:   map[string]string{"a": "b"}, Layout: layout.Milvus,
+		FirstPartition: 5, FirstIndex: 6, FirstSegment: 7, FirstBuild: 8,
 		Segments: 9, Builds: 10, Parts: object.CopyParts{Threshold: 11, PartSize: 12}, Tasks: 13, TaskSegments: 14,
 		Totals: segment.Totals{Segments: 1, Rows: 2, Files: 3, Bytes: 4, Builds: 5, Straddling: 6},
 		Done:   segment.Totals{Segments: 1}, Retries: 15, CreateTime: start, StartTime: start.Add(1), EndTime: start.Add(2),
