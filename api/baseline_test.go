@@ -48,15 +48,18 @@ func TestBaselineHoldsEveryRPC(t *testing.T) {
 // rpcs are the full names of the API's methods in files, sorted.
 func rpcs(files *protoregistry.Files) []string {
 	var list []string
-	files.RangeFilesByPackage(snapshotdv1.File_snapshotd_v1_snapshot_service_proto.Package(), func(f protoreflect.FileDescriptor) bool {
-		for i := range f.Services().Len() {
-			methods := f.Services().Get(i).Methods()
-			for j := range methods.Len() {
-				list = append(list, string(methods.Get(j).FullName()))
+	files.RangeFilesByPackage(
+		snapshotdv1.File_snapshotd_v1_snapshot_service_proto.Package(),
+		func(f protoreflect.FileDescriptor) bool {
+			for i := range f.Services().Len() {
+				methods := f.Services().Get(i).Methods()
+				for j := range methods.Len() {
+					list = append(list, string(methods.Get(j).FullName()))
+				}
 			}
-		}
-		return true
-	})
+			return true
+		},
+	)
 	slices.Sort(list)
 	return list
 }

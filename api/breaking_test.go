@@ -14,9 +14,9 @@ import (
 	"testing"
 )
 
-// TestBreakingIsRefused changes a copy of the contract and sees that the check
-// which `make lint` makes refuses it. A baseline that is made anew with every
-// change, or the wrong input, would let everything pass.
+// TestBreakingIsRefused changes a copy of the contract and requires that the check of
+// `make lint` refuses it. A baseline that follows each change, or the wrong input,
+// lets everything pass.
 func TestBreakingIsRefused(t *testing.T) {
 	repo, err := filepath.Abs("..")
 	if err != nil {

@@ -99,7 +99,7 @@ This is advice: only a grant of ` + "`snapshotctl reclaim request`" + ` permits 
 func nameCandidates(name string, roots []*snapshotdv1.Root, root int32, fixedRoot bool) ([]*snapshotdv1.Unit, error) {
 	id, err := strconv.ParseInt(name, 10, 64)
 	if err != nil {
-		return fileCandidates(name, roots, root, fixedRoot), nil
+		return fileCandidates(name, roots, root, fixedRoot), nil //nolint:nilerr // what is no number is a file's name
 	}
 	if id <= 0 {
 		return nil, usageErrorf("%q is not an id: ids are positive numbers", name)

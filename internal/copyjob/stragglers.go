@@ -115,7 +115,10 @@ func (l *leader) stragglers(ctx context.Context, job *Job, page []copiedObject) 
 				meta.Get(keys.Unit(job.Target, id)), meta.Get(keys.Tombstone(job.Target, id)),
 				meta.GetRange(meta.Prefix(keys.ReplacedPrefix(job.Target, u.segment))))
 		}
-		res, err := l.kv.Txn(ctx, meta.Txn{If: []meta.Cond{l.fence, job.unchanged(), meta.Absent(keys.RolledBack)}, Then: gets})
+		res, err := l.kv.Txn(
+			ctx,
+			meta.Txn{If: []meta.Cond{l.fence, job.unchanged(), meta.Absent(keys.RolledBack)}, Then: gets},
+		)
 		if err != nil {
 			return nil, fmt.Errorf("read segments: %w", err)
 		}

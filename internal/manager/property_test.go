@@ -935,7 +935,11 @@ func (c *course) lookAround() {
 			}
 		}
 		for id, g := range l.grants {
-			if _, there, _, err := c.w.kv.Get(context.Background(), keys.Tombstone(l.col.ID, id)); err != nil || there == g.gone {
+			if _, there, _, err := c.w.kv.Get(
+				context.Background(),
+				keys.Tombstone(l.col.ID, id),
+			); err != nil ||
+				there == g.gone {
 				c.wrong("tombstone %d: there %v, gone %v, err = %v", id, there, g.gone, err)
 			}
 		}

@@ -14,7 +14,11 @@ func TestRestore(t *testing.T) {
 		r := w.start("a")
 		col := w.filledCollection(r, "c", 70)
 		s := w.create(r, col, "one")
-		job, err := r.Restore(t.Context(), request.Token{}, &RestoreSpec{Snapshot: Ref{ID: s.ID}, DB: "default", Name: "copy"})
+		job, err := r.Restore(
+			t.Context(),
+			request.Token{},
+			&RestoreSpec{Snapshot: Ref{ID: s.ID}, DB: "default", Name: "copy"},
+		)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -126,7 +126,11 @@ var preconditions = []precondition{
 	}},
 	{meta.OpDelete, owners, [][]string{{keys.AllTombstonesPrefix}, {keys.JobPrefix, keys.Leader}}},
 	{meta.OpPut, "/catalog/", [][]string{{keys.CollectionPrefix}, {keys.JobPrefix, keys.Leader}, {itself}}},
-	{meta.OpDelete, "/catalog/replaced/", [][]string{{keys.AllTombstonesPrefix}, {keys.CollectionPrefix, keys.RolledBack}}},
+	{
+		meta.OpDelete,
+		"/catalog/replaced/",
+		[][]string{{keys.AllTombstonesPrefix}, {keys.CollectionPrefix, keys.RolledBack}},
+	},
 	{meta.OpDelete, "/catalog/", [][]string{
 		{itself, keys.RolledBack},
 		{itself, keys.CollectionPrefix},

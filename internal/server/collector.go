@@ -150,8 +150,10 @@ func (s *collectors) ListOrphans(
 func (s *collectors) DeleteOrphans(
 	req *pb.DeleteOrphansRequest, stream grpc.ServerStreamingServer[pb.DeleteOrphansResponse],
 ) error {
-	o := collect.OrphanOptions{Collection: collectionRef(req.GetCollection()), Grace: req.GetGrace().AsDuration(),
-		Delete: true}
+	o := collect.OrphanOptions{
+		Collection: collectionRef(req.GetCollection()), Grace: req.GetGrace().AsDuration(),
+		Delete: true,
+	}
 	return s.orphans(stream.Context(), o, func(list []*pb.Orphan) error {
 		return stream.Send(&pb.DeleteOrphansResponse{Deleted: list})
 	})

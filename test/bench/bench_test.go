@@ -55,7 +55,12 @@ func TestProxy(t *testing.T) {
 	const delay = 50 * time.Millisecond
 	for _, d := range []time.Duration{0, delay} {
 		p.Delay(d)
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, "http://"+p.Addr+"/a/b?c", strings.NewReader("body"))
+		req, err := http.NewRequestWithContext(
+			t.Context(),
+			http.MethodPut,
+			"http://"+p.Addr+"/a/b?c",
+			strings.NewReader("body"),
+		)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -72,14 +77,17 @@ func TestProxy(t *testing.T) {
 		for len(seen) == 0 { // noted a moment after the answer
 			seen = p.Take()
 		}
-		if q := seen[0]; len(seen) != 1 || q.Method != http.MethodPut || q.Path != "/a/b" || q.Bytes != 4 || q.End.Sub(q.Begin) < d {
+		if q := seen[0]; len(seen) != 1 || q.Method != http.MethodPut || q.Path != "/a/b" || q.Bytes != 4 ||
+			q.End.Sub(q.Begin) < d {
 			t.Errorf("saw %+v", seen)
 		}
 	}
 }
 
 func TestPace(t *testing.T) {
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "body") }))
+	srv := httptest.NewServer(
+		http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "body") }),
+	)
 	defer srv.Close()
 	p, err := bench.StartProxy(t.Context(), strings.TrimPrefix(srv.URL, "http://"))
 	if err != nil {

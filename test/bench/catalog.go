@@ -7,7 +7,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // a benchmark is a client
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 )
 
@@ -17,7 +17,12 @@ const (
 )
 
 // AddSegments registers segments, which are new to the collection.
-func AddSegments(ctx context.Context, c *client.Client, ref *snapshotdv1.CollectionRef, list []*snapshotdv1.Segment) error {
+func AddSegments(
+	ctx context.Context,
+	c *client.Client,
+	ref *snapshotdv1.CollectionRef,
+	list []*snapshotdv1.Segment,
+) error {
 	group, groupCtx := errgroup.WithContext(ctx)
 	for part := range slices.Chunk(list, max((len(list)+writers-1)/writers, 1)) {
 		group.Go(func() error {

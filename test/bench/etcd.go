@@ -5,7 +5,7 @@ import (
 	"errors"
 	"time"
 
-	clientv3 "go.etcd.io/etcd/client/v3" //nolint:depguard // has etcd forget its history
+	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
 // AskEtcd connects to the etcd at an endpoint for as long as fn takes.

@@ -215,7 +215,11 @@ func StartS3(ctx context.Context, bin, dir, bucket string) (*Process, string, er
 		return nil, "", err
 	}
 	args := []string{bin, "--health", "/health", "--keep-alive", "--quiet", "--port", addr, "posix"}
-	if probe := filepath.Join(dir, "attributes"); os.WriteFile(probe, nil, 0o600) == nil && syscall.Setxattr(probe, "user.probe", []byte("x"), 0) != nil {
+	if probe := filepath.Join(
+		dir,
+		"attributes",
+	); os.WriteFile(probe, nil, 0o600) == nil &&
+		syscall.Setxattr(probe, "user.probe", []byte("x"), 0) != nil {
 		side := filepath.Join(dir, "s3-metadata") // where the file system has no attributes
 		if err := os.MkdirAll(side, 0o700); err != nil {
 			return nil, "", err

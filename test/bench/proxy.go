@@ -53,28 +53,31 @@ func StartProxy(ctx context.Context, addr string) (*Proxy, error) {
 		BufferPool: &buffers{},
 	}
 	p := &Proxy{Addr: l.Addr().String()}
-	p.srv = &http.Server{ReadHeaderTimeout: 10 * time.Second, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		begin := time.Now()
-		if d := time.Duration(p.delay.Load()); d > 0 {
-			t := time.NewTimer(d)
-			defer t.Stop()
-			select {
-			case <-t.C:
-			case <-r.Context().Done():
-				return
+	p.srv = &http.Server{
+		ReadHeaderTimeout: 10 * time.Second,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			begin := time.Now()
+			if d := time.Duration(p.delay.Load()); d > 0 {
+				t := time.NewTimer(d)
+				defer t.Stop()
+				select {
+				case <-t.C:
+				case <-r.Context().Done():
+					return
+				}
 			}
-		}
-		body := &counted{ReadCloser: r.Body}
-		r.Body = body
-		method, path := r.Method, r.URL.Path
-		if pace := p.pace.Load(); pace != nil {
-			w = &paced{ResponseWriter: w, ctx: r.Context(), at: begin.Add((*pace)(r))}
-		}
-		forward.ServeHTTP(w, r)
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		p.seen = append(p.seen, Request{Method: method, Path: path, Begin: begin, End: time.Now(), Bytes: body.n.Load()})
-	})}
+			body := &counted{ReadCloser: r.Body}
+			r.Body = body
+			method, path := r.Method, r.URL.Path
+			if pace := p.pace.Load(); pace != nil {
+				w = &paced{ResponseWriter: w, ctx: r.Context(), at: begin.Add((*pace)(r))}
+			}
+			forward.ServeHTTP(w, r)
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			p.seen = append(p.seen, Request{Method: method, Path: path, Begin: begin, End: time.Now(), Bytes: body.n.Load()})
+		}),
+	}
 	go func() { _ = p.srv.Serve(l) }()
 	return p, nil
 }

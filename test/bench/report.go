@@ -114,7 +114,13 @@ func (r *Report) Markdown() []byte {
 		if len(t.Rows) == 0 {
 			continue
 		}
-		fmt.Fprintf(&b, "\n**%s**\n\n| %s |\n|%s\n", t.Title, strings.Join(t.Head, " | "), strings.Repeat("---|", len(t.Head)))
+		fmt.Fprintf(
+			&b,
+			"\n**%s**\n\n| %s |\n|%s\n",
+			t.Title,
+			strings.Join(t.Head, " | "),
+			strings.Repeat("---|", len(t.Head)),
+		)
 		for _, row := range t.Rows {
 			fmt.Fprintf(&b, "| %s |\n", strings.Join(row, " | "))
 		}

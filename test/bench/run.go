@@ -35,7 +35,11 @@ var errUsage = errors.New("usage")
 // Main is the main function of a benchmark of that name, and ends the process.
 // Child is what the program is when it has started itself, and says whether that
 // is so; else run is called.
-func Main(name string, child func(ctx context.Context, args []string) (is bool, err error), run func(ctx context.Context, args []string) (code int, err error)) {
+func Main(
+	name string,
+	child func(ctx context.Context, args []string) (is bool, err error),
+	run func(ctx context.Context, args []string) (code int, err error),
+) {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	is, err := child(ctx, os.Args[1:])
 	code := 0
@@ -153,7 +157,12 @@ type Run struct {
 
 // Measure calls measure, for no longer than the bound, and writes the report of
 // the benchmark of that name. Medians says what its figures are.
-func Measure(ctx context.Context, o *Options, name, medians string, measure func(context.Context, *Run) error) (code int, err error) {
+func Measure(
+	ctx context.Context,
+	o *Options,
+	name, medians string,
+	measure func(context.Context, *Run) error,
+) (code int, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, o.Bound, fmt.Errorf("the run took longer than %v", o.Bound))
 	defer cancel()
 	r := &Run{Report: &Report{Name: name}, Before: Load(), log: os.Stderr, began: time.Now()}
@@ -170,7 +179,12 @@ func Measure(ctx context.Context, o *Options, name, medians string, measure func
 	}
 	r.Report.Facts = []string{
 		fmt.Sprintf("Commit %s, %s, %s.", commit, Today(), Machine()),
-		fmt.Sprintf("Load average %.2f before and %.2f after; the run took %v.", r.Before, Load(), r.Since().Round(time.Second)),
+		fmt.Sprintf(
+			"Load average %.2f before and %.2f after; the run took %v.",
+			r.Before,
+			Load(),
+			r.Since().Round(time.Second),
+		),
 		medians,
 	}
 	return r.Report.Finish(os.Stdout, o.Output, o.Strict)

@@ -19,7 +19,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // the harness is a client
+	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 )
 
@@ -304,7 +304,12 @@ func (w *env) checkService(ctx context.Context) error {
 		return err
 	}
 	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
-		Snapshot: snapshot("last"), Target: &api.CollectionName{Name: "last"}, Partitions: []string{"small"}, RequestToken: client.NewRequestToken(),
+		Snapshot: snapshot(
+			"last",
+		),
+		Target:       &api.CollectionName{Name: "last"},
+		Partitions:   []string{"small"},
+		RequestToken: client.NewRequestToken(),
 	})
 	if err != nil {
 		return err
@@ -331,17 +336,26 @@ func (w *env) dropAll(ctx context.Context) error {
 	}
 	for _, p := range pins.GetPins() {
 		ref := &api.SnapshotRef{Ref: &api.SnapshotRef_Id{Id: p.GetSnapshotId()}}
-		if _, err := w.c().Snapshots.UnpinSnapshot(ctx, &api.UnpinSnapshotRequest{Snapshot: ref, PinId: p.GetId()}); err != nil {
+		if _, err := w.c().Snapshots.UnpinSnapshot(
+			ctx,
+			&api.UnpinSnapshotRequest{Snapshot: ref, PinId: p.GetId()},
+		); err != nil {
 			return err
 		}
 	}
 	for name := range w.Snapshots {
-		if _, err := w.c().Snapshots.DropSnapshot(ctx, &api.DropSnapshotRequest{Snapshot: snapshot(name), RequestToken: client.NewRequestToken()}); err != nil {
+		if _, err := w.c().Snapshots.DropSnapshot(
+			ctx,
+			&api.DropSnapshotRequest{Snapshot: snapshot(name), RequestToken: client.NewRequestToken()},
+		); err != nil {
 			return err
 		}
 	}
 	for name := range w.Collections {
-		if _, err := w.c().Catalog.DropCollection(ctx, &api.DropCollectionRequest{Collection: byName(name), RequestToken: client.NewRequestToken()}); err != nil {
+		if _, err := w.c().Catalog.DropCollection(
+			ctx,
+			&api.DropCollectionRequest{Collection: byName(name), RequestToken: client.NewRequestToken()},
+		); err != nil {
 			return err
 		}
 	}

@@ -14,9 +14,9 @@ import (
 	"strings"
 	"time"
 
-	"github.com/aws/aws-sdk-go-v2/aws"              //nolint:depguard // the harness writes as an engine does
-	"github.com/aws/aws-sdk-go-v2/credentials"      //nolint:depguard // as above
-	awss3 "github.com/aws/aws-sdk-go-v2/service/s3" //nolint:depguard // as above
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/credentials"
+	awss3 "github.com/aws/aws-sdk-go-v2/service/s3"
 
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/object/probe"
@@ -76,7 +76,10 @@ func (b *buckets) settings(bucket string) string {
 // put writes an object.
 func (w *env) put(ctx context.Context, key string, content []byte) error {
 	if w.buckets != nil {
-		_, err := w.buckets.client.PutObject(ctx, &awss3.PutObjectInput{Bucket: &w.bucket, Key: &key, Body: bytes.NewReader(content)})
+		_, err := w.buckets.client.PutObject(
+			ctx,
+			&awss3.PutObjectInput{Bucket: &w.bucket, Key: &key, Body: bytes.NewReader(content)},
+		)
 		return err
 	}
 	name := w.objects(key)
@@ -108,7 +111,8 @@ func (w *env) uploads(ctx context.Context) (keys []string, err error) {
 
 // ofProbe reports whether a key may be left by the probe of a start that was killed.
 func (w *env) ofProbe(key string) bool {
-	return strings.HasPrefix(key, probe.Dir+"/") && (len(w.crashes) > 1 || len(w.crashes) == 1 && countsFromStart(w.crashes[0]))
+	return strings.HasPrefix(key, probe.Dir+"/") &&
+		(len(w.crashes) > 1 || len(w.crashes) == 1 && countsFromStart(w.crashes[0]))
 }
 
 // ageUploads sets the start of all open uploads to long ago.

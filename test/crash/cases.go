@@ -17,7 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // the harness is a client
+	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 )
 
@@ -51,17 +51,33 @@ type scenario struct {
 
 var scenarios = []scenario{
 	{
-		name:     "create",
-		steps:    []string{"create.begin", "create.manifest", "create.refs", "create.metadata", "create.commit", "create.endlease"},
+		name: "create",
+		steps: []string{
+			"create.begin",
+			"create.manifest",
+			"create.refs",
+			"create.metadata",
+			"create.commit",
+			"create.endlease",
+		},
 		requests: map[string]int{"bucket.put": 2},
-		quick:    true, op: create, after: created("new", shop),
+		quick:    true,
+		op:       create,
+		after:    created("new", shop),
 	},
 	{name: "reap", steps: []string{"create.giveup"}, prepare: leavePending, op: takeReaped, after: created("new", shop)},
 	{name: "broken", steps: []string{"create.giveup"}, op: createBroken, after: created("broken", mall)},
 	{
 		name: "drop",
 		steps: []string{
-			"drop.txn", "drop.objects", "drop.record", "reclaim.grant", "held.delete", "file.delete", "reclaim.tombs", "collect.note",
+			"drop.txn",
+			"drop.objects",
+			"drop.record",
+			"reclaim.grant",
+			"held.delete",
+			"file.delete",
+			"reclaim.tombs",
+			"collect.note",
 		},
 		requests: map[string]int{"bucket.delete": 3},
 		orphans:  true, op: drop, after: func(w *env) { delete(w.Snapshots, old) },
@@ -70,17 +86,34 @@ var scenarios = []scenario{
 	{
 		name: "restore",
 		steps: []string{
-			"restore.admit", "restore.begin", "restore.prepare", "restore.prepared", "restore.assign", "restore.pin", "restore.copy",
-			"restore.register", "restore.done", "restore.publish",
+			"restore.admit",
+			"restore.begin",
+			"restore.prepare",
+			"restore.prepared",
+			"restore.assign",
+			"restore.pin",
+			"restore.copy",
+			"restore.register",
+			"restore.done",
+			"restore.publish",
 		},
 		requests: map[string]int{"bucket.put": 1, "bucket.copy": 3},
 		twice:    []string{"restore.pin", "restore.copy", "restore.done"}, quick: true, op: restore,
 		after: func(w *env) { w.Collections["copy"], w.Restored["copy"] = copies(w.Snapshots[keep]), true },
 	},
 	{
-		name:  "give-up",
-		steps: []string{"restore.giveup", "restore.giveback", "file.delete", "restore.pins", "restore.content", "restore.end"},
-		twice: []string{"restore.content"}, requests: map[string]int{"bucket.delete": 1}, op: restoreBroken,
+		name: "give-up",
+		steps: []string{
+			"restore.giveup",
+			"restore.giveback",
+			"file.delete",
+			"restore.pins",
+			"restore.content",
+			"restore.end",
+		},
+		twice:    []string{"restore.content"},
+		requests: map[string]int{"bucket.delete": 1},
+		op:       restoreBroken,
 	},
 	{name: "cancel", steps: []string{"restore.cancel"}, op: cancelRestore},
 	{
@@ -93,12 +126,24 @@ var scenarios = []scenario{
 		name: "late", steps: []string{"file.delete", "restore.forget"}, settings: "keep_restores: 1m\n",
 		prepare: makeLate, op: awaitForgotten,
 	},
-	{name: "reclaim", steps: []string{"reclaim.confirm"}, settings: "collector: \"off\"\n", op: reclaim, after: dropped(mall, 1)},
-	{name: "drop-parts", steps: []string{"collect.part"}, requests: map[string]int{"bucket.delete": 1}, op: dropParts, after: func(w *env) {
-		first := w.Collections[mall][0]
-		first.Files = first.Files[:1] // without the build
-		w.Collections[mall] = []seg{first, w.Collections[mall][1]}
-	}},
+	{
+		name:     "reclaim",
+		steps:    []string{"reclaim.confirm"},
+		settings: "collector: \"off\"\n",
+		op:       reclaim,
+		after:    dropped(mall, 1),
+	},
+	{
+		name:     "drop-parts",
+		steps:    []string{"collect.part"},
+		requests: map[string]int{"bucket.delete": 1},
+		op:       dropParts,
+		after: func(w *env) {
+			first := w.Collections[mall][0]
+			first.Files = first.Files[:1] // without the build
+			w.Collections[mall] = []seg{first, w.Collections[mall][1]}
+		},
+	},
 	{
 		name: "drop-collection", steps: []string{"collect.collection"}, requests: map[string]int{"bucket.delete": 1},
 		op: dropCollection, after: func(w *env) { delete(w.Collections, mall) },
@@ -107,7 +152,13 @@ var scenarios = []scenario{
 		name: "park", steps: []string{"held.put", "park.txn"}, requests: map[string]int{"bucket.put": 1},
 		orphans: true, op: park, after: dropped(shop, 0),
 	},
-	{name: "sweep", steps: []string{"file.delete"}, requests: map[string]int{"bucket.delete": 1}, prepare: makeOrphan, op: deleteOrphans},
+	{
+		name:     "sweep",
+		steps:    []string{"file.delete"},
+		requests: map[string]int{"bucket.delete": 1},
+		prepare:  makeOrphan,
+		op:       deleteOrphans,
+	},
 	{name: "allocate", steps: []string{"catalog.allocate"}, op: allocate},
 	{name: "compact", steps: []string{"catalog.change"}, op: compact, after: func(w *env) {
 		in := w.Collections[mall][1].ID
@@ -123,14 +174,28 @@ var scenarios = []scenario{
 	{name: "renew", steps: []string{"pin.renew"}, op: renew},
 	{name: "unpin", steps: []string{"pin.remove"}, op: unpin, after: func(w *env) { w.Pins-- }},
 	{
-		name:  "start",
-		steps: []string{"elect.claim", "restore.worker", "epoch.intend", "epoch.create", "epoch.done", "epoch.forget", "clock.note"}, op: nothing,
+		name: "start",
+		steps: []string{
+			"elect.claim",
+			"restore.worker",
+			"epoch.intend",
+			"epoch.create",
+			"epoch.done",
+			"epoch.forget",
+			"clock.note",
+		},
+		op: nothing,
 	},
 	{name: "resign", steps: []string{"elect.resign"}, op: resign},
 	{name: "recover", steps: []string{"epoch.recover"}, op: recoverEpoch},
 	{name: "recover-clock", steps: []string{"clock.recover"}, op: recoverClock},
 	{name: "go-back", steps: []string{"epoch.mark"}, prepare: goBack, op: recoverEpoch},
-	{name: "first-start", steps: []string{"start.cluster", "start.identity", "start.store", "catalog.claimall"}, empty: true, op: nothing},
+	{
+		name:  "first-start",
+		steps: []string{"start.cluster", "start.identity", "start.store", "catalog.claimall"},
+		empty: true,
+		op:    nothing,
+	},
 }
 
 // created enters a snapshot of the current content of a collection.
@@ -151,7 +216,8 @@ func create(ctx context.Context, w *env) error {
 	if err != nil || w.s.aborted.Load() == 0 {
 		return err
 	}
-	committed := w.crashes[0].Step == "create.endlease" || w.crashes[0] == (crash{Step: "create.commit", Side: after, Nth: 1})
+	committed := w.crashes[0].Step == "create.endlease" ||
+		w.crashes[0] == (crash{Step: "create.commit", Side: after, Nth: 1})
 	if committed || len(w.crashes) == 1 && w.crashes[0] == (crash{Step: "create.begin", Side: before, Nth: 1}) {
 		return errors.New("a create that committed was aborted")
 	}
@@ -160,7 +226,11 @@ func create(ctx context.Context, w *env) error {
 
 // leavePending kills snapshotd during a create.
 func leavePending(ctx context.Context, _ *runner, w *env) error {
-	return w.dieAt(ctx, crash{Step: "create.commit", Side: before, Nth: 1}, func(ctx context.Context) error { return w.take(ctx, shop, "new", token) })
+	return w.dieAt(
+		ctx,
+		crash{Step: "create.commit", Side: before, Nth: 1},
+		func(ctx context.Context) error { return w.take(ctx, shop, "new", token) },
+	)
 }
 
 // takeReaped waits until the leader aborts the create, and takes the name under the
@@ -194,7 +264,9 @@ func takeReaped(ctx context.Context, w *env) error {
 // createBroken takes a snapshot of a collection without one of its files, which fails,
 // and then one that succeeds.
 func createBroken(ctx context.Context, w *env) error {
-	file := filepath.Dir(w.objects(root, fmt.Sprint(w.Collection[mall]), "0", fmt.Sprint(w.Collections[mall][1].ID), "insert", "0", "x"))
+	file := filepath.Dir(
+		w.objects(root, fmt.Sprint(w.Collection[mall]), "0", fmt.Sprint(w.Collections[mall][1].ID), "insert", "0", "x"),
+	)
 	aside := filepath.Join(w.dir, "aside")
 	if err := os.Rename(file, aside); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
@@ -262,7 +334,13 @@ func restoreBroken(ctx context.Context, w *env) error {
 	if err != nil {
 		return err
 	}
-	files, target := w.objects(root, fmt.Sprint(w.Collection[shop])), w.objects(root, fmt.Sprint(w.answers["target of copy"]))
+	files, target := w.objects(
+		root,
+		fmt.Sprint(w.Collection[shop]),
+	), w.objects(
+		root,
+		fmt.Sprint(w.answers["target of copy"]),
+	)
 	aside := filepath.Join(w.dir, "aside")
 	copied := func() bool {
 		_, missing := os.Stat(files)
@@ -333,7 +411,11 @@ const hugeTimeout = 20 * time.Second
 // the restore has exceeded its timeout.
 func leaveUpload(ctx context.Context, _ *runner, w *env) error {
 	began := time.Now()
-	err := w.dieAt(ctx, crash{Step: "bucket.part", Side: before, Nth: 1}, func(ctx context.Context) error { return restoreHugeTooSlow(ctx, w) })
+	err := w.dieAt(
+		ctx,
+		crash{Step: "bucket.part", Side: before, Nth: 1},
+		func(ctx context.Context) error { return restoreHugeTooSlow(ctx, w) },
+	)
 	if err != nil {
 		return err
 	}
@@ -349,7 +431,12 @@ func leaveUpload(ctx context.Context, _ *runner, w *env) error {
 // restoreHugeTooSlow restores an object in parts, with a timeout that the crash exceeds.
 func restoreHugeTooSlow(ctx context.Context, w *env) error {
 	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
-		Snapshot: snapshot(huge), Target: &api.CollectionName{Name: "copy"}, RequestToken: token, Timeout: durationpb.New(hugeTimeout),
+		Snapshot: snapshot(
+			huge,
+		),
+		Target:       &api.CollectionName{Name: "copy"},
+		RequestToken: token,
+		Timeout:      durationpb.New(hugeTimeout),
 	})
 	if err != nil {
 		return err
@@ -430,7 +517,11 @@ func reclaim(ctx context.Context, w *env) error {
 		return err // not found: it was confirmed
 	}
 	got, err := w.c().Reclaim.Reclaim(ctx, &api.ReclaimRequest{
-		Collection: byName(mall), Units: []*api.Unit{{Unit: &api.Unit_SegmentId{SegmentId: id}}}, Deleter: api.Deleter_DELETER_CALLER,
+		Collection: byName(
+			mall,
+		),
+		Units:   []*api.Unit{{Unit: &api.Unit_SegmentId{SegmentId: id}}},
+		Deleter: api.Deleter_DELETER_CALLER,
 	})
 	if err != nil {
 		return err
@@ -438,7 +529,10 @@ func reclaim(ctx context.Context, w *env) error {
 	if w.asked == 0 && got.GetResults()[0].GetTombstone() == nil {
 		return fmt.Errorf("it is not granted: %v", got)
 	}
-	list, err := w.c().Reclaim.ListTombstones(ctx, &api.ListTombstonesRequest{Collection: byName(mall), Deleter: api.Deleter_DELETER_CALLER})
+	list, err := w.c().Reclaim.ListTombstones(
+		ctx,
+		&api.ListTombstonesRequest{Collection: byName(mall), Deleter: api.Deleter_DELETER_CALLER},
+	)
 	if err != nil || len(list.GetTombstones()) == 0 { // it is confirmed
 		return err
 	}
@@ -456,16 +550,25 @@ func reclaim(ctx context.Context, w *env) error {
 }
 
 func dropParts(ctx context.Context, w *env) error {
-	_, err := w.c().Catalog.DropPartition(ctx, &api.DropPartitionRequest{Collection: byName(mall), Name: "small", RequestToken: token})
+	_, err := w.c().Catalog.DropPartition(
+		ctx,
+		&api.DropPartitionRequest{Collection: byName(mall), Name: "small", RequestToken: token},
+	)
 	if err != nil {
 		return err
 	}
-	_, err = w.c().Catalog.DropIndex(ctx, &api.DropIndexRequest{Collection: byName(mall), Name: "by-id", RequestToken: token + "-2"})
+	_, err = w.c().Catalog.DropIndex(
+		ctx,
+		&api.DropIndexRequest{Collection: byName(mall), Name: "by-id", RequestToken: token + "-2"},
+	)
 	return err
 }
 
 func dropCollection(ctx context.Context, w *env) error {
-	got, err := w.c().Catalog.DropCollection(ctx, &api.DropCollectionRequest{Collection: byName(mall), RequestToken: token})
+	got, err := w.c().Catalog.DropCollection(
+		ctx,
+		&api.DropCollectionRequest{Collection: byName(mall), RequestToken: token},
+	)
 	if err != nil {
 		return err
 	}
@@ -487,7 +590,10 @@ func orphan(w *env) string {
 func makeOrphan(ctx context.Context, _ *runner, w *env) error { return w.putOld(ctx, orphan(w)) }
 
 func deleteOrphans(ctx context.Context, w *env) error {
-	stream, err := w.c().Collector.DeleteOrphans(ctx, &api.DeleteOrphansRequest{Collection: byName(shop), Grace: durationpb.New(time.Hour)})
+	stream, err := w.c().Collector.DeleteOrphans(
+		ctx,
+		&api.DeleteOrphansRequest{Collection: byName(shop), Grace: durationpb.New(time.Hour)},
+	)
 	for err == nil {
 		_, err = stream.Recv()
 	}
@@ -531,7 +637,13 @@ func compactLarge(ctx context.Context, w *env) error {
 		add := &api.AddSegmentsRequest{Collection: byName(mall)}
 		var ids []int64
 		for i := range inputs {
-			one, _, err := w.segment(ctx, w.Collection[mall], partitions, w.Spare[3*i:3*i+3], shape{partition: "main", large: true})
+			one, _, err := w.segment(
+				ctx,
+				w.Collection[mall],
+				partitions,
+				w.Spare[3*i:3*i+3],
+				shape{partition: "main", large: true},
+			)
 			if err != nil {
 				return err
 			}
@@ -570,13 +682,21 @@ func compact(ctx context.Context, w *env) error {
 	}
 	w.answers["segment"] = known
 	_, err = w.c().Catalog.CompactSegments(ctx, &api.CompactSegmentsRequest{
-		Collection: byName(mall), Inputs: []int64{w.Collections[mall][1].ID}, Outputs: []*api.Segment{out}, RequestToken: token,
+		Collection: byName(
+			mall,
+		),
+		Inputs:       []int64{w.Collections[mall][1].ID},
+		Outputs:      []*api.Segment{out},
+		RequestToken: token,
 	})
 	return err
 }
 
 func pin(ctx context.Context, w *env) error {
-	got, err := w.c().Snapshots.PinSnapshot(ctx, &api.PinSnapshotRequest{Snapshot: snapshot(old), Owner: "harness", RequestToken: token})
+	got, err := w.c().Snapshots.PinSnapshot(
+		ctx,
+		&api.PinSnapshotRequest{Snapshot: snapshot(old), Owner: "harness", RequestToken: token},
+	)
 	if err != nil {
 		return err
 	}
@@ -587,7 +707,10 @@ func pin(ctx context.Context, w *env) error {
 }
 
 func renew(ctx context.Context, w *env) error {
-	_, err := w.c().Snapshots.RenewPin(ctx, &api.RenewPinRequest{Snapshot: snapshot(keep), PinId: w.Pin, Ttl: durationpb.New(2 * time.Hour)})
+	_, err := w.c().Snapshots.RenewPin(
+		ctx,
+		&api.RenewPinRequest{Snapshot: snapshot(keep), PinId: w.Pin, Ttl: durationpb.New(2 * time.Hour)},
+	)
 	return err
 }
 

@@ -17,7 +17,7 @@ import (
 	"sync"
 	"syscall"
 
-	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // the harness is a client
+	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 )
 
@@ -64,7 +64,15 @@ type ledger struct {
 func (l *ledger) clone() *ledger {
 	n := *l
 	n.Collections, n.Snapshots, n.Restored = maps.Clone(l.Collections), maps.Clone(l.Snapshots), maps.Clone(l.Restored)
-	n.Collection, n.IDs, n.Spare, n.Dead = maps.Clone(l.Collection), maps.Clone(l.IDs), slices.Clone(l.Spare), slices.Clone(l.Dead)
+	n.Collection, n.IDs, n.Spare, n.Dead = maps.Clone(
+		l.Collection,
+	), maps.Clone(
+		l.IDs,
+	), slices.Clone(
+		l.Spare,
+	), slices.Clone(
+		l.Dead,
+	)
 	return &n
 }
 
@@ -94,7 +102,14 @@ func (w *env) start(ctx context.Context, how start) error {
 		settings += w.buckets.settings(w.bucket)
 	}
 	var err error
-	w.s, err = startServer(ctx, w.bin, w.dir, settings, how, filepath.Join(w.dir, fmt.Sprintf("snapshotd-%d.log", w.starts)))
+	w.s, err = startServer(
+		ctx,
+		w.bin,
+		w.dir,
+		settings,
+		how,
+		filepath.Join(w.dir, fmt.Sprintf("snapshotd-%d.log", w.starts)),
+	)
 	if err != nil {
 		return err
 	}
@@ -133,7 +148,10 @@ func (w *env) same(what string, answer any) error {
 
 // allocate returns n ids in a row.
 func (w *env) allocate(ctx context.Context, n int64, token, what string) ([]int64, error) {
-	resp, err := w.c().Catalog.AllocateIds(ctx, &api.AllocateIdsRequest{Want: &api.AllocateIdsRequest_Count{Count: n}, RequestToken: token})
+	resp, err := w.c().Catalog.AllocateIds(
+		ctx,
+		&api.AllocateIdsRequest{Want: &api.AllocateIdsRequest_Count{Count: n}, RequestToken: token},
+	)
 	if err != nil {
 		return nil, err
 	}
@@ -177,7 +195,10 @@ func sumFile(name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	of := [2]int64{int64(stat.Sys().(*syscall.Stat_t).Ino), stat.ModTime().UnixNano()} //nolint:gosec // as good as any number
+	of := [2]int64{
+		int64(stat.Sys().(*syscall.Stat_t).Ino),
+		stat.ModTime().UnixNano(),
+	} //nolint:gosec // as good as any number
 	if had, ok := hugeSums.Load(of); ok && stat.Size() == hugeSize {
 		return had.(string), nil
 	}
@@ -203,7 +224,13 @@ type shape struct {
 
 // segment writes the files of a segment. It returns the segment for registration and
 // for the ledger. It uses three ids.
-func (w *env) segment(ctx context.Context, collection int64, partitions map[string]int64, ids []int64, s shape) (*api.Segment, seg, error) {
+func (w *env) segment(
+	ctx context.Context,
+	collection int64,
+	partitions map[string]int64,
+	ids []int64,
+	s shape,
+) (*api.Segment, seg, error) {
 	known := seg{ID: ids[0], Partition: s.partition}
 	file := func(path, kind string) (*api.File, error) {
 		content := fmt.Appendf(nil, "%s\n%s", path, strings.Repeat(kind+" ", 40+int(ids[0]%50)))
@@ -211,20 +238,42 @@ func (w *env) segment(ctx context.Context, collection int64, partitions map[stri
 			content = filled(hugeSize)
 		}
 		known.Files = append(known.Files, sum(content))
-		return &api.File{Path: path, Kind: kind, LogId: ids[1], Entries: 1, MinTimestamp: 1, MaxTimestamp: 9, SizeBytes: int64(len(content))},
-			w.put(ctx, root+path, content)
+		return &api.File{
+				Path:         path,
+				Kind:         kind,
+				LogId:        ids[1],
+				Entries:      1,
+				MinTimestamp: 1,
+				MaxTimestamp: 9,
+				SizeBytes:    int64(len(content)),
+			},
+			w.put(
+				ctx,
+				root+path,
+				content,
+			)
 	}
 	data, err := file(fmt.Sprintf("%d/0/%d/insert/0/%d", collection, ids[0], ids[1]), "insert")
 	if err != nil {
 		return nil, seg{}, err
 	}
 	out := &api.Segment{
-		Id: ids[0], PartitionId: partitions[s.partition], Level: api.Segment_LEVEL_L1, State: api.Segment_STATE_FLUSHED, Rows: 1,
-		StartPosition: &api.Position{Timestamp: 1}, DmlPosition: &api.Position{Timestamp: 10}, Files: []*api.File{data},
+		Id:            ids[0],
+		PartitionId:   partitions[s.partition],
+		Level:         api.Segment_LEVEL_L1,
+		State:         api.Segment_STATE_FLUSHED,
+		Rows:          1,
+		StartPosition: &api.Position{Timestamp: 1},
+		DmlPosition:   &api.Position{Timestamp: 10},
+		Files:         []*api.File{data},
 	}
 	if s.big {
 		out.EngineData = []byte(strings.Repeat("engine data ", 1<<14/12))
-		out.Attributes = map[string]string{"a": strings.Repeat("a", 4096), "b": strings.Repeat("b", 4096), "c": strings.Repeat("c", 4096)}
+		out.Attributes = map[string]string{
+			"a": strings.Repeat("a", 4096),
+			"b": strings.Repeat("b", 4096),
+			"c": strings.Repeat("c", 4096),
+		}
 	}
 	if s.large {
 		out.Attributes, data.Attributes = map[string]string{}, map[string]string{}
@@ -257,18 +306,25 @@ func (w *env) collection(ctx context.Context, name string, segments, big int) er
 	w.Collection[name] = id
 	partitions := map[string]int64{}
 	for _, p := range []string{"main", "small"} {
-		got, err := w.c().Catalog.CreatePartition(ctx, &api.CreatePartitionRequest{Collection: byName(name), Name: p, RequestToken: client.NewRequestToken()})
+		got, err := w.c().Catalog.CreatePartition(
+			ctx,
+			&api.CreatePartitionRequest{Collection: byName(name), Name: p, RequestToken: client.NewRequestToken()},
+		)
 		if err != nil {
 			return err
 		}
 		partitions[p] = got.GetPartition().GetId()
 	}
-	index, err := w.c().Catalog.CreateIndex(ctx, &api.CreateIndexRequest{Collection: byName(name), Name: "by-id", FieldId: 1, RequestToken: client.NewRequestToken()})
+	index, err := w.c().Catalog.CreateIndex(
+		ctx,
+		&api.CreateIndexRequest{Collection: byName(name), Name: "by-id", FieldId: 1, RequestToken: client.NewRequestToken()},
+	)
 	if err != nil {
 		return err
 	}
 	for what, id := range map[string]int64{
-		"collection": id, "partition main": partitions["main"], "partition small": partitions["small"], "index": index.GetIndex().GetId(),
+		"collection": id, "partition main": partitions["main"], "partition small": partitions["small"],
+		"index": index.GetIndex().GetId(),
 	} {
 		if err := w.claimID(id, what+" of "+name); err != nil {
 			return err
@@ -311,7 +367,10 @@ func (w *env) collection(ctx context.Context, name string, segments, big int) er
 // take takes a snapshot of a collection.
 func (w *env) take(ctx context.Context, collection, name, token string) error {
 	what := "snapshot " + name + " " + token
-	got, err := w.c().Snapshots.CreateSnapshot(ctx, &api.CreateSnapshotRequest{Collection: byName(collection), Name: name, RequestToken: token})
+	got, err := w.c().Snapshots.CreateSnapshot(
+		ctx,
+		&api.CreateSnapshotRequest{Collection: byName(collection), Name: name, RequestToken: token},
+	)
 	if err != nil {
 		return err
 	}
@@ -409,7 +468,12 @@ func (w *env) build(ctx context.Context) error {
 	w.Snapshots[keep] = w.Collections[shop]
 	// A restored collection that has lost a segment.
 	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
-		Snapshot: snapshot(keep), Target: &api.CollectionName{Name: "before"}, Partitions: []string{"small"}, RequestToken: client.NewRequestToken(),
+		Snapshot: snapshot(
+			keep,
+		),
+		Target:       &api.CollectionName{Name: "before"},
+		Partitions:   []string{"small"},
+		RequestToken: client.NewRequestToken(),
 	})
 	if err != nil {
 		return err

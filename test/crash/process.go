@@ -16,9 +16,9 @@ import (
 	"syscall"
 	"time"
 
-	"google.golang.org/grpc" //nolint:depguard // the harness is a client
+	"google.golang.org/grpc"
 
-	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // the harness is a client
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 	"github.com/snapshotd/snapshotd/test/crashpoint"
 )
@@ -74,7 +74,12 @@ grace: 5s
 		return nil, err
 	}
 	s := &server{addr: addr, log: log, ended: make(chan struct{})}
-	s.cmd = exec.CommandContext(context.WithoutCancel(ctx), bin, "-config", config) //nolint:gosec // the program that was built for this
+	s.cmd = exec.CommandContext(
+		context.WithoutCancel(ctx),
+		bin,
+		"-config",
+		config,
+	) //nolint:gosec // the program that was built for this
 	s.cmd.Env = append(os.Environ(),
 		crashpoint.Variable+"="+how.at, crashpoint.FromVariable+"="+how.from, crashpoint.ReachedVariable+"="+how.reached)
 	s.cmd.Stdout, s.cmd.Stderr = out, out
@@ -96,7 +101,10 @@ grace: 5s
 	if err := <-started; err != nil {
 		return nil, fmt.Errorf("start snapshotd: %w", err)
 	}
-	if s.c, err = client.Dial(addr, client.Options{DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(s.countAborted)}}); err != nil {
+	if s.c, err = client.Dial(
+		addr,
+		client.Options{DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(s.countAborted)}},
+	); err != nil {
 		s.kill()
 		return nil, err
 	}
@@ -105,7 +113,12 @@ grace: 5s
 
 // countAborted counts answers of CREATE_ABORTED. The client hides them: it retries.
 func (s *server) countAborted(
-	ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption,
+	ctx context.Context,
+	method string,
+	req, reply any,
+	cc *grpc.ClientConn,
+	invoke grpc.UnaryInvoker,
+	opts ...grpc.CallOption,
 ) error {
 	err := invoke(ctx, method, req, reply, cc, opts...)
 	if client.Reason(err) == "CREATE_ABORTED" {
@@ -163,7 +176,8 @@ func (s *server) crashed(ctx context.Context, patience time.Duration, point stri
 	switch {
 	case err != nil:
 		return err
-	case !ok || !status.Signaled() || status.Signal() != syscall.SIGKILL || !bytes.Contains(text, []byte("crash point "+point)):
+	case !ok || !status.Signaled() || status.Signal() != syscall.SIGKILL || !bytes.Contains(text,
+		[]byte("crash point "+point)):
 		return fmt.Errorf("inconclusive: it did not end at %s: %v: %s", point, s.state, s.tail())
 	}
 	return nil

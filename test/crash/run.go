@@ -17,7 +17,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // the harness is a client
+	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/test/crashpoint"
 )
 
@@ -49,7 +49,9 @@ func (r *runner) makeBases(ctx context.Context, cases []oneCase) error {
 	}
 	both.Wait()
 	r.built = time.Now()
-	if err := errors.Join(errs[:]...); err != nil || !slices.ContainsFunc(cases, func(c oneCase) bool { return c.s.huge }) {
+	if err := errors.Join(
+		errs[:]...); err != nil ||
+		!slices.ContainsFunc(cases, func(c oneCase) bool { return c.s.huge }) {
 		return err
 	}
 	r.bases[huge] = r.env(huge, onBucket)
@@ -90,8 +92,11 @@ func (r *runner) makeBase(ctx context.Context, w *env) error {
 func (r *runner) env(name, store string) *env {
 	w := &env{
 		ledger: &ledger{
-			Collections: map[string][]seg{}, Snapshots: map[string][]seg{}, Restored: map[string]bool{}, Collection: map[string]int64{},
-			IDs: map[int64]string{},
+			Collections: map[string][]seg{},
+			Snapshots:   map[string][]seg{},
+			Restored:    map[string]bool{},
+			Collection:  map[string]int64{},
+			IDs:         map[int64]string{},
 		},
 		bin: r.bin, dir: filepath.Join(r.dir, name), answers: map[string]any{},
 	}
@@ -108,7 +113,12 @@ func (w *env) copyOf(ctx context.Context, base *env) error {
 	if err := os.MkdirAll(w.dir, 0o750); err != nil {
 		return err
 	}
-	if err := copyTree(ctx, filepath.Join(base.dir, "data"), filepath.Join(w.dir, "data")); err != nil || w.buckets == nil {
+	if err := copyTree(
+		ctx,
+		filepath.Join(base.dir, "data"),
+		filepath.Join(w.dir, "data"),
+	); err != nil ||
+		w.buckets == nil {
 		return err
 	}
 	return copyTree(ctx, base.objects(), w.objects(), "--link")
@@ -369,8 +379,16 @@ func (r *runner) report(ctx context.Context, c oneCase) {
 // recovery depend on timing, so a pair whose second crash does not happen is replaced
 // by another. It fails when more than half are missed.
 func (r *runner) runPairs(ctx context.Context) error {
-	pairs := slices.SortedFunc(slices.Values(r.found), func(a, b oneCase) int { return strings.Compare(a.String(), b.String()) })
-	rand.New(rand.NewPCG(r.seed, 1)).Shuffle(len(pairs), func(i, j int) { pairs[i], pairs[j] = pairs[j], pairs[i] }) //nolint:gosec // which pairs are tried
+	pairs := slices.SortedFunc(
+		slices.Values(r.found),
+		func(a, b oneCase) int { return strings.Compare(a.String(), b.String()) },
+	)
+	rand.New(
+		rand.NewPCG(r.seed, 1),
+	).Shuffle(
+		len(pairs),
+		func(i, j int) { pairs[i], pairs[j] = pairs[j], pairs[i] },
+	) //nolint:gosec // which pairs are tried
 	want := len(pairs)
 	if r.pairs >= 0 {
 		want = min(want, r.pairs)
@@ -384,7 +402,14 @@ func (r *runner) runPairs(ctx context.Context) error {
 			break // the timeout is near
 		}
 	}
-	fmt.Fprintf(r.stdout, "of %d pairs %d were started: %d passed, %d were missed\n", len(pairs), begun, r.passed-passed, r.missed)
+	fmt.Fprintf(
+		r.stdout,
+		"of %d pairs %d were started: %d passed, %d were missed\n",
+		len(pairs),
+		begun,
+		r.passed-passed,
+		r.missed,
+	)
 	if r.missed > begun/2 {
 		return errors.New("inconclusive: most were missed")
 	}

@@ -157,7 +157,10 @@ func TestLeases(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := kv.Txn(t.Context(), meta.Txn{Name: step, Then: []meta.Op{meta.PutLeased("/a", nil, lease)}}); err != nil {
+		if _, err := kv.Txn(
+			t.Context(),
+			meta.Txn{Name: step, Then: []meta.Op{meta.PutLeased("/a", nil, lease)}},
+		); err != nil {
 			t.Fatal(err)
 		}
 		if err := kv.Revoke(t.Context(), lease); err != nil {
@@ -210,7 +213,9 @@ func TestObjects(t *testing.T) {
 
 func TestRequests(t *testing.T) {
 	p, name := recording(t)
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "answer") }))
+	server := httptest.NewServer(
+		http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "answer") }),
+	)
 	defer server.Close()
 	client := &http.Client{Transport: p.Transport(http.DefaultTransport)}
 	for _, r := range []struct {
@@ -255,7 +260,15 @@ func TestRequests(t *testing.T) {
 			got = append(got, step)
 		}
 	}
-	want := []string{"bucket.put", "bucket.copy", "bucket.begin", "bucket.part", "bucket.complete", "bucket.abort", "bucket.delete"}
+	want := []string{
+		"bucket.put",
+		"bucket.copy",
+		"bucket.begin",
+		"bucket.part",
+		"bucket.complete",
+		"bucket.abort",
+		"bucket.delete",
+	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("the steps differ (-want +got):\n%s", diff)
 	}

@@ -51,7 +51,8 @@ func classOf(key string) string {
 		return classIdentity
 	}
 	for prefix, class := range map[string]string{
-		epoch.Prefix: classEpoch, catalog.SpillPrefix: classHeld, catalog.RestorePrefix: classETags, probe.Dir + "/": classProbe,
+		epoch.Prefix: classEpoch, catalog.SpillPrefix: classHeld, catalog.RestorePrefix: classETags, probe.Dir +
+			"/": classProbe,
 	} {
 		if strings.HasPrefix(key, prefix) {
 			return class

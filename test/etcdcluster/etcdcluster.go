@@ -139,7 +139,13 @@ func StartWithQuota(tb testing.TB, quota int64) *Cluster {
 	var all []string
 	for i := range c.members {
 		name := fmt.Sprintf("m%d", i)
-		m := member{Name: name, Dir: filepath.Join(dir, name), Client: freeURL(tb, host), Peer: freeURL(tb, host), Quota: quota}
+		m := member{
+			Name:   name,
+			Dir:    filepath.Join(dir, name),
+			Client: freeURL(tb, host),
+			Peer:   freeURL(tb, host),
+			Quota:  quota,
+		}
 		c.members[i] = m
 		all = append(all, name+"="+m.Peer)
 	}

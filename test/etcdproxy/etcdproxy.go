@@ -227,8 +227,10 @@ func (p *Proxy) answer(method string, in grpc.ServerStream, msg *frame) error {
 			break
 		}
 		header := pb.ResponseHeader{
-			ClusterId: resp.GetHeader().GetClusterId(), MemberId: resp.GetHeader().GetMemberId(), RaftTerm: resp.GetHeader().GetRaftTerm(),
-			Revision: resp.GetEvents()[len(resp.GetEvents())-1].GetKv().GetModRevision(),
+			ClusterId: resp.GetHeader().GetClusterId(),
+			MemberId:  resp.GetHeader().GetMemberId(),
+			RaftTerm:  resp.GetHeader().GetRaftTerm(),
+			Revision:  resp.GetEvents()[len(resp.GetEvents())-1].GetKv().GetModRevision(),
 		}
 		if err := send(in, &pb.WatchResponse{Header: &header, WatchId: -1}); err != nil {
 			return err

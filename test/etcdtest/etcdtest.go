@@ -194,7 +194,8 @@ func (s *Server) Restrict(tb testing.TB, user, password, prefix string) {
 		func() error { _, err := c.RoleAdd(ctx, user); return err },
 		func() error { _, err := c.UserGrantRole(ctx, user, user); return err },
 		func() error {
-			_, err := c.RoleGrantPermission(ctx, user, prefix, clientv3.GetPrefixRangeEnd(prefix), clientv3.PermissionType(clientv3.PermReadWrite))
+			_, err := c.RoleGrantPermission(ctx, user, prefix, clientv3.GetPrefixRangeEnd(prefix),
+				clientv3.PermissionType(clientv3.PermReadWrite))
 			return err
 		},
 		func() error { _, err := c.AuthEnable(ctx); return err },
@@ -214,7 +215,13 @@ func (s *Server) Allow(tb testing.TB, user, prefix string, write bool) {
 	if write {
 		kind = clientv3.PermReadWrite
 	}
-	if _, err := c.RoleGrantPermission(tb.Context(), user, prefix, clientv3.GetPrefixRangeEnd(prefix), clientv3.PermissionType(kind)); err != nil {
+	if _, err := c.RoleGrantPermission(
+		tb.Context(),
+		user,
+		prefix,
+		clientv3.GetPrefixRangeEnd(prefix),
+		clientv3.PermissionType(kind),
+	); err != nil {
 		tb.Fatal(err)
 	}
 }

@@ -62,10 +62,14 @@ var planted = []Mutant{
 		inMemory(manager, "^(TestOnlyOlderCreatesHold|TestGrantComparesItsPreconditions)$"),
 		inMemory(manager, "^TestNothingNeededIsEverDeleted$"),
 	}},
-	{Name: "capture-before-pending-key", Breaks: "a snapshot holds segments that were dropped before its pending key", Tests: []Tests{
-		inMemory(manager, "^TestCaptureFollowsThePendingKey$"),
-		inMemory(manager, "^TestNothingNeededIsEverDeleted$"),
-	}},
+	{
+		Name:   "capture-before-pending-key",
+		Breaks: "a snapshot holds segments that were dropped before its pending key",
+		Tests: []Tests{
+			inMemory(manager, "^TestCaptureFollowsThePendingKey$"),
+			inMemory(manager, "^TestNothingNeededIsEverDeleted$"),
+		},
+	},
 	{Name: "failed-delete-revives-segment", Breaks: "a segment is live while its files are being deleted", Tests: []Tests{
 		inMemory(manager, "^TestFailedDeleteIsRetried$"),
 		inMemory(manager, "^TestNothingNeededIsEverDeleted$"),
@@ -73,9 +77,13 @@ var planted = []Mutant{
 	{Name: "restore-pin-under-lease", Breaks: "the source of a restore can be dropped once a lease ends", Tests: []Tests{
 		inMemory(manager, "^(TestRestorePins|TestRestoreWithStoreDown)$"),
 	}},
-	{Name: "restored-collection-active-early", Breaks: "a collection is visible when half of it is restored", Tests: []Tests{
-		inMemory(manager, "^(TestRestoringCollectionIsInaccessible|TestRestoreCanceledBetweenWrites)$"),
-	}},
+	{
+		Name:   "restored-collection-active-early",
+		Breaks: "a collection is visible when half of it is restored",
+		Tests: []Tests{
+			inMemory(manager, "^(TestRestoringCollectionIsInaccessible|TestRestoreCanceledBetweenWrites)$"),
+		},
+	},
 	{Name: "foreign-object-adopted", Breaks: "a snapshot is committed with an object of another writer", Tests: []Tests{
 		inMemory(manager, "^TestForeignObjectIsNotOverwritten$"),
 	}},

@@ -52,9 +52,12 @@ func (w *worker) settle(ctx context.Context) error {
 		return err
 	}
 	if err := w.until(ctx, "all restores end", func(ctx context.Context, c *client.Client) (bool, error) {
-		resp, err := c.Snapshots.ListRestoreJobs(ctx, &snapshotdv1.ListRestoreJobsRequest{PageSize: 1000, States: []snapshotdv1.RestoreJob_State{
-			snapshotdv1.RestoreJob_STATE_PENDING, snapshotdv1.RestoreJob_STATE_EXECUTING,
-		}})
+		resp, err := c.Snapshots.ListRestoreJobs(
+			ctx,
+			&snapshotdv1.ListRestoreJobsRequest{PageSize: 1000, States: []snapshotdv1.RestoreJob_State{
+				snapshotdv1.RestoreJob_STATE_PENDING, snapshotdv1.RestoreJob_STATE_EXECUTING,
+			}},
+		)
 		if err == nil && len(resp.GetJobs()) > 0 {
 			err = fmt.Errorf("%d jobs are under way, such as %v", len(resp.GetJobs()), resp.GetJobs()[0])
 		}
@@ -68,16 +71,20 @@ func (w *worker) settle(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	return w.until(ctx, "a sweep leaves nothing of snapshots that are gone", func(ctx context.Context, c *client.Client) (bool, error) {
-		if err := w.roundOf(ctx, c, &snapshotdv1.CollectRequest{Sweep: true}); err != nil {
-			return false, err
-		}
-		left, err := w.left(ctx, c)
-		if err == nil && len(left) > 0 {
-			err = fmt.Errorf("%d objects are left, such as %s", len(left), left[0])
-		}
-		return err == nil, err
-	})
+	return w.until(
+		ctx,
+		"a sweep leaves nothing of snapshots that are gone",
+		func(ctx context.Context, c *client.Client) (bool, error) {
+			if err := w.roundOf(ctx, c, &snapshotdv1.CollectRequest{Sweep: true}); err != nil {
+				return false, err
+			}
+			left, err := w.left(ctx, c)
+			if err == nil && len(left) > 0 {
+				err = fmt.Errorf("%d objects are left, such as %s", len(left), left[0])
+			}
+			return err == nil, err
+		},
+	)
 }
 
 // left returns the objects of snapshots that do not exist.
@@ -93,13 +100,18 @@ func (w *worker) left(ctx context.Context, c *client.Client) ([]string, error) {
 	return slices.DeleteFunc(keys, func(key string) bool {
 		_, foreign := w.l.foreign[key]
 		id, ok := ownID(key)
-		return foreign || !ok || slices.ContainsFunc(resp.GetSnapshots(), func(s *snapshotdv1.Snapshot) bool { return s.GetId() == id })
+		return foreign || !ok ||
+			slices.ContainsFunc(resp.GetSnapshots(), func(s *snapshotdv1.Snapshot) bool { return s.GetId() == id })
 	}), nil
 }
 
 // until calls one replica after the other until one succeeds. It returns the last error
 // after its patience.
-func (w *worker) until(ctx context.Context, what string, done func(context.Context, *client.Client) (bool, error)) error {
+func (w *worker) until(
+	ctx context.Context,
+	what string,
+	done func(context.Context, *client.Client) (bool, error),
+) error {
 	var last error
 	n := 0
 	if !w.await(ctx, func(ctx context.Context) bool {
@@ -316,7 +328,10 @@ func (w *worker) restored(ctx context.Context) (targets map[*restore][]*snapshot
 				text = append(text, fmt.Sprintf("restore %d is %v, and %s is %v", r.job, j.GetState(), r.name, found))
 			}
 			if j.GetState() == snapshotdv1.RestoreJob_STATE_FAILED && !w.explained(r, j) {
-				text = append(text, fmt.Sprintf("restore %d failed, which no fault explains: %s: %s", r.job, j.GetReason(), j.GetMessage()))
+				text = append(
+					text,
+					fmt.Sprintf("restore %d failed, which no fault explains: %s: %s", r.job, j.GetReason(), j.GetMessage()),
+				)
 			}
 		}
 	}
@@ -342,14 +357,21 @@ const (
 
 // copied judges a target: as many segments as the snapshot has, in its order, each
 // with the bytes of its source.
-func (l *ledger) copied(r *restore, segments []*snapshotdv1.Segment, content map[int64][]string, bucket map[string]stored) (text []string) {
+func (l *ledger) copied(
+	r *restore,
+	segments []*snapshotdv1.Segment,
+	content map[int64][]string,
+	bucket map[string]stored,
+) (text []string) {
 	if content == nil {
 		return nil // the snapshot was dropped before it was read
 	}
 	sources := slices.Sorted(maps.Keys(content))
 	slices.SortFunc(segments, func(a, b *snapshotdv1.Segment) int { return int(a.GetId() - b.GetId()) })
 	if len(sources) != len(segments) {
-		return []string{fmt.Sprintf("restore %d is complete, and %s has %d of %d segments", r.job, r.name, len(segments), len(sources))}
+		return []string{
+			fmt.Sprintf("restore %d is complete, and %s has %d of %d segments", r.job, r.name, len(segments), len(sources)),
+		}
 	}
 	for i, s := range segments {
 		want, got := map[[sha256.Size]byte]int{}, map[[sha256.Size]byte]int{}
@@ -362,7 +384,16 @@ func (l *ledger) copied(r *restore, segments []*snapshotdv1.Segment, content map
 			}
 		}
 		if !maps.Equal(want, got) {
-			text = append(text, fmt.Sprintf("restore %d is complete, and segment %d of %s, of %d, has other bytes or lacks some", r.job, s.GetId(), r.name, sources[i]))
+			text = append(
+				text,
+				fmt.Sprintf(
+					"restore %d is complete, and segment %d of %s, of %d, has other bytes or lacks some",
+					r.job,
+					s.GetId(),
+					r.name,
+					sources[i],
+				),
+			)
 		}
 	}
 	return text

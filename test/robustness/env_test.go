@@ -252,7 +252,12 @@ func (p *replica) start(ctx context.Context) {
 		p.tb.Fatal(err)
 	}
 	cmd := exec.CommandContext(context.WithoutCancel(ctx), p.bin, "serve", "--config", p.config) // until it is killed
-	cmd.Env = append(os.Environ(), "AWS_ACCESS_KEY_ID="+s3test.AccessKeyID, "AWS_SECRET_ACCESS_KEY="+s3test.SecretAccessKey, "AWS_CA_BUNDLE=")
+	cmd.Env = append(
+		os.Environ(),
+		"AWS_ACCESS_KEY_ID="+s3test.AccessKeyID,
+		"AWS_SECRET_ACCESS_KEY="+s3test.SecretAccessKey,
+		"AWS_CA_BUNDLE=",
+	)
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	started, ended := make(chan error, 1), make(chan struct{})

@@ -22,7 +22,12 @@ func planted() *ledger {
 	add(66, 10, 20, forever, forever, "data/1/2/66/insert/1/1")
 	add(67, 100, 110, forever, forever, "data/1/2/67/insert/1/1")
 	l.note(func(l *ledger) {
-		l.events = []event{at(50, 60, begun, "a"), at(50, 60, committed, "a"), at(300, 310, dropped, idTag(7)), at(320, 330, dropped, idTag(12))}
+		l.events = []event{
+			at(50, 60, begun, "a"),
+			at(50, 60, committed, "a"),
+			at(300, 310, dropped, idTag(7)),
+			at(320, 330, dropped, idTag(12)),
+		}
 	})
 	l.compactions = []compaction{{inputs: []int64{65}, output: 67, call: 100, ret: 110}}
 	l.snapshots["a"] = &snapshot{
@@ -30,7 +35,9 @@ func planted() *ledger {
 		content: map[int64][]string{65: {"data/1/2/65/insert/1/1", "data/1/2/65/insert/1/2"}, 66: {"data/1/2/66/insert/1/1"}},
 	}
 	l.foreign["data/note"] = stored{size: 1}
-	l.restores = []*restore{{job: 8, target: 9, name: "r", snapshot: 7, completed: true, keys: map[string]bool{"data/9/2/70/insert/1/1": true}}}
+	l.restores = []*restore{
+		{job: 8, target: 9, name: "r", snapshot: 7, completed: true, keys: map[string]bool{"data/9/2/70/insert/1/1": true}},
+	}
 	return l
 }
 
@@ -45,7 +52,12 @@ func wants(t *testing.T, got []string, want string) {
 }
 
 func TestHistory(t *testing.T) {
-	want := []event{at(50, 60, begun, "a"), at(50, 60, committed, "a"), at(300, 310, dropped, "a"), at(320, 330, dropped, "")}
+	want := []event{
+		at(50, 60, begun, "a"),
+		at(50, 60, committed, "a"),
+		at(300, 310, dropped, "a"),
+		at(320, 330, dropped, ""),
+	}
 	if diff := cmp.Diff(want, planted().history()); diff != "" {
 		t.Error(diff)
 	}
@@ -73,7 +85,11 @@ func TestMisdeeds(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			l := planted()
-			l.drops = []drop{{name: "n", call: 300, ret: forever}, {name: "n", id: 6, call: 1, ret: 2}, {name: "m", call: 1, ret: forever}}
+			l.drops = []drop{
+				{name: "n", call: 300, ret: forever},
+				{name: "n", id: 6, call: 1, ret: 2},
+				{name: "m", call: 1, ret: forever},
+			}
 			wants(t, l.misdeeds([]deletion{{tc.key, tc.at}}), tc.want)
 		})
 	}
@@ -89,7 +105,10 @@ func TestCaptures(t *testing.T) {
 		{"one is missing", func(_ *ledger, s *snapshot) { delete(s.content, 66) }, "segment 66 is missing"},
 		{"a file is missing", func(_ *ledger, s *snapshot) { s.content[65] = s.content[65][:1] }, "segment 65 has files"},
 		{"one is unknown", func(_ *ledger, s *snapshot) { s.content[99] = []string{"x"} }, "segment 99 is unknown"},
-		{"one came later", func(l *ledger, _ *snapshot) { l.segments[66].call, l.segments[66].ret = 70, 80 }, "segment 66 was registered after it"},
+		{
+			"one came later", func(l *ledger, _ *snapshot) { l.segments[66].call, l.segments[66].ret = 70, 80 },
+			"segment 66 was registered after it",
+		},
 		{"one was removed before", func(_ *ledger, s *snapshot) {
 			s.call, s.ret = 200, 210
 			s.content[67] = []string{"data/1/2/67/insert/1/1"}
@@ -185,7 +204,12 @@ func TestHarmed(t *testing.T) {
 		bucket[key] = stored{sum: f.sum, size: f.size}
 	}
 	delete(bucket, "data/1/2/66/insert/1/1")
-	text, _ := l.objects(bucket, map[int64]bool{7: true}, map[int64]bool{66: true, 67: true}, func(int64) bool { return true })
+	text, _ := l.objects(
+		bucket,
+		map[int64]bool{7: true},
+		map[int64]bool{66: true, 67: true},
+		func(int64) bool { return true },
+	)
 	wants(t, text, "")
 }
 
@@ -197,31 +221,57 @@ func TestObjects(t *testing.T) {
 		want    string
 	}{
 		{"as it should be", func(map[string]stored) {}, 0, ""},
-		{"a file of a snapshot is missing", func(b map[string]stored) { delete(b, "data/1/2/65/insert/1/1") }, 0, "is missing, which snapshot 7"},
-		{"a file of a segment is missing", func(b map[string]stored) { delete(b, "data/1/2/67/insert/1/1") }, 0, "is missing, which segment 67"},
+		{
+			"a file of a snapshot is missing", func(b map[string]stored) { delete(b, "data/1/2/65/insert/1/1") }, 0,
+			"is missing, which snapshot 7",
+		},
+		{
+			"a file of a segment is missing", func(b map[string]stored) { delete(b, "data/1/2/67/insert/1/1") }, 0,
+			"is missing, which segment 67",
+		},
 		{"a foreign note is missing", func(b map[string]stored) { delete(b, "data/note") }, 0, "data/note, which is foreign"},
-		{"a foreign note has other bytes", func(b map[string]stored) { b["data/note"] = stored{size: 2} }, 0, "data/note, which is foreign"},
+		{
+			"a foreign note has other bytes", func(b map[string]stored) { b["data/note"] = stored{size: 2} }, 0,
+			"data/note, which is foreign",
+		},
 		{"a bit is wrong", func(b map[string]stored) {
 			o := b["data/1/2/66/insert/1/1"]
 			o.sum[3] ^= 1
 			b["data/1/2/66/insert/1/1"] = o
 		}, 0, "has other bytes"},
-		{"the snapshot's own are missing", func(b map[string]stored) { delete(b, "snapshots/1/7/metadata.json") }, 0, "no objects of its own"},
+		{
+			"the snapshot's own are missing", func(b map[string]stored) { delete(b, "snapshots/1/7/metadata.json") }, 0,
+			"no objects of its own",
+		},
 		{"of a snapshot that is gone", func(b map[string]stored) { b["snapshots/1/12/refs.avro"] = stored{} }, 1, ""},
-		{"of one that never was", func(b map[string]stored) { b["snapshots/1/1234/refs.avro"] = stored{} }, 0, "has no owner"},
+		{
+			"of one that never was", func(b map[string]stored) { b["snapshots/1/1234/refs.avro"] = stored{} }, 0,
+			"has no owner",
+		},
 		{"copied late", func(b map[string]stored) { b["data/9/2/71/insert/1/1"] = stored{} }, 1, ""},
 		{"without an owner", func(b map[string]stored) { b["data/1/2/99/insert/1/1"] = stored{} }, 0, "has no owner"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			l := planted()
 			bucket := map[string]stored{
-				"data/note": {size: 1}, "snapshots/identity.json": {}, "gc/epoch/1.json": {}, "snapshots/1/7/metadata.json": {}, "data/9/2/70/insert/1/1": {},
+				"data/note": {
+					size: 1,
+				},
+				"snapshots/identity.json":     {},
+				"gc/epoch/1.json":             {},
+				"snapshots/1/7/metadata.json": {},
+				"data/9/2/70/insert/1/1":      {},
 			}
 			for key, f := range l.files {
 				bucket[key] = stored{sum: f.sum, size: f.size}
 			}
 			tc.change(bucket)
-			got, orphans := l.objects(bucket, map[int64]bool{7: true}, map[int64]bool{66: true, 67: true}, func(id int64) bool { return id < 1000 })
+			got, orphans := l.objects(
+				bucket,
+				map[int64]bool{7: true},
+				map[int64]bool{66: true, 67: true},
+				func(id int64) bool { return id < 1000 },
+			)
 			wants(t, got, tc.want)
 			if orphans != tc.orphans {
 				t.Errorf("%d orphans, want %d", orphans, tc.orphans)

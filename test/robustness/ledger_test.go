@@ -28,7 +28,13 @@ type ledger struct {
 }
 
 func newLedger() *ledger {
-	return &ledger{files: map[string]file{}, foreign: map[string]stored{}, harmed: map[string]bool{}, segments: map[int64]*segment{}, snapshots: map[string]*snapshot{}}
+	return &ledger{
+		files:     map[string]file{},
+		foreign:   map[string]stored{},
+		harmed:    map[string]bool{},
+		segments:  map[int64]*segment{},
+		snapshots: map[string]*snapshot{},
+	}
 }
 
 // note changes or reads the ledger while the clients are at work.
@@ -228,7 +234,10 @@ func (l *ledger) captures() []string {
 			continue
 		}
 		say := func(format string, args ...any) {
-			text = append(text, fmt.Sprintf("snapshot %d (%s, %v–%v): %s", s.id, s.name, s.call, s.ret, fmt.Sprintf(format, args...)))
+			text = append(
+				text,
+				fmt.Sprintf("snapshot %d (%s, %v–%v): %s", s.id, s.name, s.call, s.ret, fmt.Sprintf(format, args...)),
+			)
 		}
 		for _, id := range slices.Sorted(maps.Keys(s.content)) {
 			g := l.segments[id]
@@ -285,7 +294,10 @@ func (l *ledger) pinned() []string {
 	for _, p := range l.pins {
 		for _, d := range l.drops {
 			if d.id == p.id && d.call > p.from && d.ret < p.to {
-				text = append(text, fmt.Sprintf("snapshot %d was dropped at %v–%v, and was pinned from %v to %v", p.id, d.call, d.ret, p.from, p.to))
+				text = append(
+					text,
+					fmt.Sprintf("snapshot %d was dropped at %v–%v, and was pinned from %v to %v", p.id, d.call, d.ret, p.from, p.to),
+				)
 			}
 		}
 	}
@@ -320,7 +332,11 @@ type stored struct {
 // segments exist with the bytes that the client wrote, and every object has an owner.
 // known reports whether the id of a snapshot was ever allocated. It also returns the
 // number of orphans that the sweep has yet to find.
-func (l *ledger) objects(bucket map[string]stored, there, living map[int64]bool, known func(id int64) bool) (text []string, orphans int) {
+func (l *ledger) objects(
+	bucket map[string]stored,
+	there, living map[int64]bool,
+	known func(id int64) bool,
+) (text []string, orphans int) {
 	need := map[string]string{}
 	for _, s := range l.snapshots {
 		if !there[s.id] || !s.committed {
@@ -369,8 +385,14 @@ func (l *ledger) objects(bucket map[string]stored, there, living map[int64]bool,
 		_, ours := l.files[key]
 		_, foreign := l.foreign[key]
 		switch {
-		case ours, foreign, restored[key], key == identityKey, strings.HasPrefix(key, epochPrefix), strings.HasPrefix(key, heldPrefix),
-			strings.HasPrefix(key, restorePrefix), strings.HasPrefix(key, probePrefix):
+		case ours,
+			foreign,
+			restored[key],
+			key == identityKey,
+			strings.HasPrefix(key, epochPrefix),
+			strings.HasPrefix(key, heldPrefix),
+			strings.HasPrefix(key, restorePrefix),
+			strings.HasPrefix(key, probePrefix):
 		case strings.HasPrefix(key, snapshotPrefix):
 			if id, ok := ownID(key); !ok || !known(id) {
 				text = append(text, fmt.Sprintf("%s has no owner", key))

@@ -44,7 +44,10 @@ const (
 )
 
 func (k kind) String() string {
-	return [...]string{"?", "begun", "committed", "ended", "given up", "dropped", "seen free", "seen taken", "seen pending", "seen snapshot", "seen no snapshot"}[k]
+	return [...]string{
+		"?", "begun", "committed", "ended", "given up", "dropped", "seen free", "seen taken",
+		"seen pending", "seen snapshot", "seen no snapshot",
+	}[k]
 }
 
 // event is a part of a call that is about one name. It took effect at one moment

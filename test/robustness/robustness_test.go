@@ -23,7 +23,11 @@ import (
 )
 
 var (
-	timeFlag = flag.Duration("time", 6*time.Minute, "how long all scenarios take, about; those that have not begun half as much later are INCONCLUSIVE")
+	timeFlag = flag.Duration(
+		"time",
+		6*time.Minute,
+		"how long all scenarios take, about; those that have not begun half as much later are INCONCLUSIVE",
+	)
 	seedFlag = flag.Uint64("seed", 0, "the seed; 0: by the clock")
 	onlyFlag = flag.String("only", "", "names of scenarios, separated by commas; default: all")
 	quick    = flag.Bool("quick", false, "only the scenarios that find the most, for 90 seconds")
@@ -122,10 +126,33 @@ func TestRobustness(t *testing.T) {
 		results = append(results, res)
 		fmt.Fprintln(os.Stdout, res)
 	}
-	fmt.Fprintf(os.Stdout, "\n%-14s %8s %6s %8s %10s %7s %8s  %-34s %s\n", "SCENARIO", "SEED", "OK", "REFUSED", "NO ANSWER", "ORPHANS", "SECONDS", "FAULTS", "VERDICT")
+	fmt.Fprintf(
+		os.Stdout,
+		"\n%-14s %8s %6s %8s %10s %7s %8s  %-34s %s\n",
+		"SCENARIO",
+		"SEED",
+		"OK",
+		"REFUSED",
+		"NO ANSWER",
+		"ORPHANS",
+		"SECONDS",
+		"FAULTS",
+		"VERDICT",
+	)
 	for _, r := range results {
-		fmt.Fprintf(os.Stdout, "%-14s %8d %6d %8d %10d %7d %8.1f  %-34s %s\n", r.scenario, r.seed, r.counts[success], r.counts[refused], r.counts[noAnswer],
-			r.orphans, r.took.Seconds(), r.faults(), r.verdict)
+		fmt.Fprintf(
+			os.Stdout,
+			"%-14s %8d %6d %8d %10d %7d %8.1f  %-34s %s\n",
+			r.scenario,
+			r.seed,
+			r.counts[success],
+			r.counts[refused],
+			r.counts[noAnswer],
+			r.orphans,
+			r.took.Seconds(),
+			r.faults(),
+			r.verdict,
+		)
 	}
 	if failed == 0 && inconclusive > 0 {
 		end = endInconclusive
@@ -171,7 +198,15 @@ func run(t *testing.T, s scenario, seed uint64, bin string, during time.Duration
 		quota = s.quota
 	}
 	r := newEnv(t, bin, dir, quota, s.overtakes)
-	tr := &traffic{env: r, l: newLedger(), seed: seed, storeFails: s.storeFails, wrongHeads: s.wrongHeads, errors: map[string]int{}, jobs: map[int64]string{}}
+	tr := &traffic{
+		env:        r,
+		l:          newLedger(),
+		seed:       seed,
+		storeFails: s.storeFails,
+		wrongHeads: s.wrongHeads,
+		errors:     map[string]int{},
+		jobs:       map[int64]string{},
+	}
 	if err := tr.prepare(t.Context()); err != nil {
 		t.Fatal(err)
 	}

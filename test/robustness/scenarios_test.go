@@ -115,12 +115,28 @@ var scenarios = []scenario{
 	{name: "etcd-lost", planned: []string{losesMember, losesQuorum, losesLong}, harm: loseMembers},
 	{name: "etcd-full", quota: fullQuota, planned: []string{fills}, harm: fillEtcd},
 	{name: "etcd-hostile", planned: []string{revokes, closes, compacts}, harm: offendEtcd},
-	{name: "etcd-overtaken", overtakes: true, planned: []string{overtakes, overtakesCut, startsOver}, harm: overtakeEvents},
+	{
+		name:      "etcd-overtaken",
+		overtakes: true,
+		planned:   []string{overtakes, overtakesCut, startsOver},
+		harm:      overtakeEvents,
+	},
 	{name: "s3-down", storeFails: true, planned: []string{downs, refuses, fails, expires}, harm: storeDown},
 	{name: "s3-slow", storeFails: true, planned: []string{slows, throttles, postpones}, harm: storeSlow},
 	{name: "s3-hang", storeFails: true, planned: []string{hangs, hangsAfter, hangsInBody}, harm: storeHangs},
-	{name: "s3-corrupt", storeFails: true, planned: []string{corrupts, truncates, lengthens, false200}, harm: bodiesCorrupt},
-	{name: "s3-metadata", storeFails: true, wrongHeads: true, planned: []string{wrongHeads, listLacks, listStrays}, harm: wrongMetadata},
+	{
+		name:       "s3-corrupt",
+		storeFails: true,
+		planned:    []string{corrupts, truncates, lengthens, false200},
+		harm:       bodiesCorrupt,
+	},
+	{
+		name:       "s3-metadata",
+		storeFails: true,
+		wrongHeads: true,
+		planned:    []string{wrongHeads, listLacks, listStrays},
+		harm:       wrongMetadata,
+	},
 	{name: "s3-parts", own: true, planned: []string{losesPart, falsePart}, harm: partsFail},
 	{name: "source-harmed", own: true, planned: []string{replaces, deletes}, harm: harmSources},
 	{name: "all-at-once", planned: []string{killsLeader, freezesLeader, killsMember, loses}, harm: allAtOnce},
@@ -196,12 +212,17 @@ func (t *traffic) ends(ctx context.Context, job int64) (end *snapshotdv1.Restore
 	n := 0
 	t.await(ctx, func(ctx context.Context) bool {
 		n++
-		resp, err := t.replicas[n%replicas].client.Snapshots.GetRestoreState(ctx, &snapshotdv1.GetRestoreStateRequest{JobId: job})
+		resp, err := t.replicas[n%replicas].client.Snapshots.GetRestoreState(
+			ctx,
+			&snapshotdv1.GetRestoreStateRequest{JobId: job},
+		)
 		if err != nil {
 			return false
 		}
 		switch resp.GetJob().GetState() {
-		case snapshotdv1.RestoreJob_STATE_COMPLETED, snapshotdv1.RestoreJob_STATE_FAILED, snapshotdv1.RestoreJob_STATE_CANCELED:
+		case snapshotdv1.RestoreJob_STATE_COMPLETED,
+			snapshotdv1.RestoreJob_STATE_FAILED,
+			snapshotdv1.RestoreJob_STATE_CANCELED:
 			end = resp.GetJob()
 			return true
 		default:
@@ -415,7 +436,11 @@ func loseMembers(ctx context.Context, t *traffic, chance *rand.Rand) {
 		_ = wait(ctx, time.Second+milliseconds(chance, 3000))
 	}
 	// The clients have felt it.
-	if felt := t.await(ctx, func(context.Context) bool { return t.unanswered() > before }); felt && long && ctx.Err() == nil {
+	if felt := t.await(
+		ctx,
+		func(context.Context) bool { return t.unanswered() > before },
+	); felt && long &&
+		ctx.Err() == nil {
 		t.fire(losesLong, 1)
 	} else if felt {
 		t.fire(losesQuorum, 1)
@@ -589,7 +614,12 @@ func storeDown(ctx context.Context, t *traffic, chance *rand.Rand) {
 		}
 		t.fire(refuses, n)
 	case 2:
-		a := pick(chance, s3fault.Status(500, "InternalError"), s3fault.Status(502, "BadGateway"), s3fault.Status(504, "GatewayTimeout"))
+		a := pick(
+			chance,
+			s3fault.Status(500, "InternalError"),
+			s3fault.Status(502, "BadGateway"),
+			s3fault.Status(504, "GatewayTimeout"),
+		)
 		plan(ctx, t, fails, d, s3fault.Rule{Times: -1, Action: a})
 	default:
 		plan(ctx, t, expires, d, s3fault.Rule{Times: -1, Action: s3fault.Status(400, "RequestTimeout")})
@@ -606,7 +636,13 @@ func storeSlow(ctx context.Context, t *traffic, chance *rand.Rand) {
 	case 1:
 		plan(ctx, t, throttles, d, s3fault.Rule{Times: -1, Action: s3fault.Status(503, "SlowDown")})
 	default:
-		plan(ctx, t, postpones, d, s3fault.Rule{Times: -1, Action: s3fault.StatusWith(503, "SlowDown", http.Header{"Retry-After": {"1"}})})
+		plan(
+			ctx,
+			t,
+			postpones,
+			d,
+			s3fault.Rule{Times: -1, Action: s3fault.StatusWith(503, "SlowDown", http.Header{"Retry-After": {"1"}})},
+		)
 	}
 }
 
@@ -622,11 +658,33 @@ func storeHangs(ctx context.Context, t *traffic, chance *rand.Rand) {
 	d := time.Second + milliseconds(chance, 1000)
 	switch t.round % 3 {
 	case 0:
-		plan(ctx, t, hangs, d, some(s3fault.Hang(), s3fault.PutObject, s3fault.GetObject, s3fault.CopyObject, s3fault.ListObjectsV2, s3fault.DeleteObjects)...)
+		plan(
+			ctx,
+			t,
+			hangs,
+			d,
+			some(
+				s3fault.Hang(),
+				s3fault.PutObject,
+				s3fault.GetObject,
+				s3fault.CopyObject,
+				s3fault.ListObjectsV2,
+				s3fault.DeleteObjects,
+			)...)
 	case 1:
-		plan(ctx, t, hangsAfter, d, some(s3fault.HangAfter(), s3fault.PutObject, s3fault.CopyObject, s3fault.DeleteObjects)...)
+		plan(
+			ctx,
+			t,
+			hangsAfter,
+			d,
+			some(s3fault.HangAfter(), s3fault.PutObject, s3fault.CopyObject, s3fault.DeleteObjects)...)
 	default:
-		plan(ctx, t, hangsInBody, d, some(s3fault.HangInBody(), s3fault.GetObject, s3fault.CopyObject, s3fault.ListObjectsV2)...)
+		plan(
+			ctx,
+			t,
+			hangsInBody,
+			d,
+			some(s3fault.HangInBody(), s3fault.GetObject, s3fault.CopyObject, s3fault.ListObjectsV2)...)
 	}
 }
 
@@ -635,7 +693,15 @@ func storeHangs(ctx context.Context, t *traffic, chance *rand.Rand) {
 func answersLost(ctx context.Context, t *traffic, chance *rand.Rand) {
 	var rules []s3fault.Rule
 	for _, op := range []s3fault.Op{s3fault.PutObject, s3fault.CopyObject, s3fault.DeleteObjects, s3fault.DeleteObject} {
-		rules = append(rules, s3fault.Rule{Op: op, Skip: chance.IntN(3), Times: 1 + chance.IntN(4), Action: pick(chance, s3fault.Lost(), s3fault.Lost(), s3fault.Duplicate())})
+		rules = append(
+			rules,
+			s3fault.Rule{
+				Op:     op,
+				Skip:   chance.IntN(3),
+				Times:  1 + chance.IntN(4),
+				Action: pick(chance, s3fault.Lost(), s3fault.Lost(), s3fault.Duplicate()),
+			},
+		)
 	}
 	plan(ctx, t, loses, time.Second, rules...)
 }
@@ -654,7 +720,15 @@ func bodiesCorrupt(ctx context.Context, t *traffic, chance *rand.Rand) {
 	// wrong answers count as an altered object.
 	once := func(a s3fault.Action) (rules []s3fault.Rule) {
 		for _, name := range []string{"metadata.json", "refs.avro", "manifest-0.avro"} {
-			rules = append(rules, s3fault.Rule{Op: s3fault.GetObject, Key: regexp.MustCompile(regexp.QuoteMeta(name) + "$"), Skip: chance.IntN(3), Action: a})
+			rules = append(
+				rules,
+				s3fault.Rule{
+					Op:     s3fault.GetObject,
+					Key:    regexp.MustCompile(regexp.QuoteMeta(name) + "$"),
+					Skip:   chance.IntN(3),
+					Action: a,
+				},
+			)
 		}
 		return rules
 	}
@@ -664,10 +738,23 @@ func bodiesCorrupt(ctx context.Context, t *traffic, chance *rand.Rand) {
 	case 1:
 		plan(ctx, t, lengthens, time.Second, once(s3fault.Long())...)
 	case 2:
-		plan(ctx, t, truncates, time.Second, some(s3fault.GetObject, pick(chance, s3fault.Truncate(), s3fault.Short())), some(s3fault.ListObjectsV2, s3fault.Truncate()))
+		plan(
+			ctx,
+			t,
+			truncates,
+			time.Second,
+			some(s3fault.GetObject, pick(chance, s3fault.Truncate(), s3fault.Short())),
+			some(s3fault.ListObjectsV2, s3fault.Truncate()),
+		)
 	default:
-		plan(ctx, t, false200, time.Second, some(s3fault.CopyObject, pick(chance, s3fault.Empty200(), s3fault.HTML200(), s3fault.Short(), notDone)),
-			some(s3fault.DeleteObjects, pick(chance, s3fault.HTML200(), s3fault.ErrorIn200("InternalError"), notDone)))
+		plan(
+			ctx,
+			t,
+			false200,
+			time.Second,
+			some(s3fault.CopyObject, pick(chance, s3fault.Empty200(), s3fault.HTML200(), s3fault.Short(), notDone)),
+			some(s3fault.DeleteObjects, pick(chance, s3fault.HTML200(), s3fault.ErrorIn200("InternalError"), notDone)),
+		)
 	}
 }
 
@@ -676,11 +763,27 @@ func bodiesCorrupt(ctx context.Context, t *traffic, chance *rand.Rand) {
 func wrongMetadata(ctx context.Context, t *traffic, chance *rand.Rand) {
 	switch t.round % 3 {
 	case 0:
-		plan(ctx, t, wrongHeads, time.Second, s3fault.Rule{Op: s3fault.HeadObject, Times: -1, Action: pick(chance, s3fault.WrongLength(), s3fault.NotThere())})
+		plan(
+			ctx,
+			t,
+			wrongHeads,
+			time.Second,
+			s3fault.Rule{Op: s3fault.HeadObject, Times: -1, Action: pick(chance, s3fault.WrongLength(), s3fault.NotThere())},
+		)
 	case 1:
 		plan(ctx, t, listLacks, time.Second, s3fault.Rule{Op: s3fault.ListObjectsV2, Times: -1, Action: s3fault.ListMisses()})
 	default:
-		plan(ctx, t, listStrays, time.Second, s3fault.Rule{Op: s3fault.ListObjectsV2, Times: 4, Action: pick(chance, s3fault.ListTwice(), s3fault.ListStray("zzz/stray"))})
+		plan(
+			ctx,
+			t,
+			listStrays,
+			time.Second,
+			s3fault.Rule{
+				Op:     s3fault.ListObjectsV2,
+				Times:  4,
+				Action: pick(chance, s3fault.ListTwice(), s3fault.ListStray("zzz/stray")),
+			},
+		)
 	}
 }
 
@@ -703,7 +806,10 @@ func partsFail(ctx context.Context, t *traffic, chance *rand.Rand) {
 		return
 	}
 	var rules []s3fault.Rule
-	for _, op := range []s3fault.Op{s3fault.CreateMultipartUpload, s3fault.UploadPartCopy, s3fault.CompleteMultipartUpload} {
+	for _, op := range []s3fault.Op{
+		s3fault.CreateMultipartUpload, s3fault.UploadPartCopy,
+		s3fault.CompleteMultipartUpload,
+	} {
 		a := s3fault.Lost()
 		if what == falsePart {
 			a = pick(chance, notDone, s3fault.ErrorIn200("SlowDown"), s3fault.Short(), s3fault.Empty200())
@@ -778,7 +884,10 @@ func (t *traffic) harm(ctx context.Context, key string, remove bool) {
 	if remove {
 		_, err = t.store.DeleteObject(ctx, &s3.DeleteObjectInput{Bucket: &t.bucket, Key: &key})
 	} else {
-		_, err = t.store.PutObject(ctx, &s3.PutObjectInput{Bucket: &t.bucket, Key: &key, Body: strings.NewReader("other bytes")})
+		_, err = t.store.PutObject(
+			ctx,
+			&s3.PutObjectInput{Bucket: &t.bucket, Key: &key, Body: strings.NewReader("other bytes")},
+		)
 	}
 	if err != nil {
 		t.wrong("harm %s: %v", key, err)

@@ -101,7 +101,10 @@ func byName(name string) *snapshotdv1.SnapshotRef {
 // attempts must write the same. The moments are before the first attempt and after the
 // last. It continues when the traffic ends. A definite error after an attempt without an
 // answer does not decide that attempt.
-func (w *worker) call(ctx context.Context, fn func(context.Context, *client.Client) error) (end outcome, from, to moment, err error) {
+func (w *worker) call(
+	ctx context.Context,
+	fn func(context.Context, *client.Client) error,
+) (end outcome, from, to moment, err error) {
 	from = w.now()
 	for attempt := range callAttempts {
 		if attempt > 0 {
@@ -128,7 +131,14 @@ func (w *worker) call(ctx context.Context, fn func(context.Context, *client.Clie
 }
 
 // alarms are reasons that no fault of a scenario explains.
-var alarms = []string{"METADATA_BEHIND", "OBJECT_STORE_DENIED", "OBJECT_STORE_MISCONFIGURED", "FORMAT_TOO_NEW", "NEVER_EXISTED", fileMissing}
+var alarms = []string{
+	"METADATA_BEHIND",
+	"OBJECT_STORE_DENIED",
+	"OBJECT_STORE_MISCONFIGURED",
+	"FORMAT_TOO_NEW",
+	"NEVER_EXISTED",
+	fileMissing,
+}
 
 // fileMissing is the reason of a refused create with a missing or changed file.
 const fileMissing = "FILE_MISSING"
@@ -144,7 +154,8 @@ func (w *worker) judge(err error) outcome {
 	w.errors[code.String()+" "+reason]++
 	switch code {
 	case codes.NotFound, codes.AlreadyExists, codes.FailedPrecondition, codes.Aborted:
-		if slices.Contains(alarms, reason) && (reason != fileMissing || !w.wrongHeads) || reason == "REFERENCES_UNREADABLE" && !w.storeFails {
+		if slices.Contains(alarms, reason) && (reason != fileMissing || !w.wrongHeads) ||
+			reason == "REFERENCES_UNREADABLE" && !w.storeFails {
 			w.improper = append(w.improper, err.Error())
 		}
 		return refused
@@ -163,13 +174,19 @@ func (t *traffic) prepare(ctx context.Context) (err error) {
 	}
 	c, p := t.collection.id, t.collection.partition
 	for i, key := range []string{
-		"note", snapshotPrefix + "note", fmt.Sprintf("%s%d/note", snapshotPrefix, c), fmt.Sprintf("%s%d/%d/note", snapshotPrefix, c, c),
-		fmt.Sprintf("%s%d/%d/metadata.json", snapshotPrefix, c, neverID), "gc/note", heldPrefix + "note", fmt.Sprintf("%s%d/%d", heldPrefix, c, neverID),
-		epochPrefix + "note", dataPrefix + "note", fmt.Sprintf("%s%d/note", dataPrefix, c), fmt.Sprintf("%s%d/%d/note", dataPrefix, c, p),
+		"note", snapshotPrefix + "note", fmt.Sprintf("%s%d/note", snapshotPrefix, c), fmt.Sprintf("%s%d/%d/note",
+			snapshotPrefix, c, c),
+		fmt.Sprintf("%s%d/%d/metadata.json", snapshotPrefix, c, neverID), "gc/note", heldPrefix + "note",
+		fmt.Sprintf("%s%d/%d", heldPrefix, c, neverID),
+		epochPrefix + "note", dataPrefix + "note", fmt.Sprintf("%s%d/note", dataPrefix, c), fmt.Sprintf("%s%d/%d/note",
+			dataPrefix, c, p),
 		fmt.Sprintf("%s%d/%d/%d/insert/100/1", dataPrefix, c, p, neverID), fmt.Sprintf("%s%d/note", dataPrefix, neverID),
 	} {
 		body := fmt.Appendf(nil, "note %d", i)
-		if _, err := t.store.PutObject(ctx, &awss3.PutObjectInput{Bucket: &t.bucket, Key: &key, Body: bytes.NewReader(body)}); err != nil {
+		if _, err := t.store.PutObject(
+			ctx,
+			&awss3.PutObjectInput{Bucket: &t.bucket, Key: &key, Body: bytes.NewReader(body)},
+		); err != nil {
 			return err
 		}
 		t.l.foreign[key] = stored{sum: sha256.Sum256(body), size: int64(len(body))}
@@ -182,13 +199,20 @@ func (t *traffic) newCollection(ctx context.Context, name string) (collection, e
 	var made collection
 	c := t.replicas[0].client
 	col, err := c.Catalog.CreateCollection(ctx, &snapshotdv1.CreateCollectionRequest{
-		Name: &snapshotdv1.CollectionName{Name: name}, Roots: []*snapshotdv1.Root{{Prefix: dataPrefix}}, RequestToken: client.NewRequestToken(),
+		Name: &snapshotdv1.CollectionName{
+			Name: name,
+		},
+		Roots:        []*snapshotdv1.Root{{Prefix: dataPrefix}},
+		RequestToken: client.NewRequestToken(),
 	})
 	if err != nil {
 		return made, err
 	}
 	made.id = col.GetCollection().GetId()
-	p, err := c.Catalog.CreatePartition(ctx, &snapshotdv1.CreatePartitionRequest{Collection: made.ref(), Name: "p", RequestToken: client.NewRequestToken()})
+	p, err := c.Catalog.CreatePartition(
+		ctx,
+		&snapshotdv1.CreatePartitionRequest{Collection: made.ref(), Name: "p", RequestToken: client.NewRequestToken()},
+	)
 	made.partition = p.GetPartition().GetId()
 	t.collections = append(t.collections, made)
 	return made, err
@@ -202,7 +226,13 @@ func (t *traffic) newWorker(ctx context.Context, id int, of collection) (*worker
 	if err != nil {
 		return nil, err
 	}
-	return &worker{traffic: t, collection: of, id: id, rand: rand.New(rand.NewPCG(t.seed, uint64(id))), next: ids.GetIds().GetFirst()}, nil
+	return &worker{
+		traffic:    t,
+		collection: of,
+		id:         id,
+		rand:       rand.New(rand.NewPCG(t.seed, uint64(id))),
+		next:       ids.GetIds().GetFirst(),
+	}, nil
 }
 
 // work makes one call after the other until stopped. It completes calls under way.
@@ -283,7 +313,13 @@ func (w *worker) writeAs(ctx context.Context, bodies [][]byte) (*snapshotdv1.Seg
 			return nil, err
 		}
 		s.Files = append(s.Files, &snapshotdv1.File{
-			Path: path, Kind: "insert", FieldId: 100, LogId: int64(n + 1), SizeBytes: int64(len(body)), Etag: trim(put.ETag), Entries: 10,
+			Path:      path,
+			Kind:      "insert",
+			FieldId:   100,
+			LogId:     int64(n + 1),
+			SizeBytes: int64(len(body)),
+			Etag:      trim(put.ETag),
+			Entries:   10,
 		})
 		files[key] = file{sum: sha256.Sum256(body), size: int64(len(body)), segment: id}
 		noted.keys = append(noted.keys, key)
@@ -319,7 +355,10 @@ func (w *worker) register(ctx context.Context, s *snapshotdv1.Segment) outcome {
 		if err != nil {
 			return err
 		}
-		if err := stream.Send(&snapshotdv1.AddSegmentsRequest{Collection: w.ref(), Segments: []*snapshotdv1.Segment{s}}); err != nil && !errors.Is(err, io.EOF) {
+		if err := stream.Send(
+			&snapshotdv1.AddSegmentsRequest{Collection: w.ref(), Segments: []*snapshotdv1.Segment{s}},
+		); err != nil &&
+			!errors.Is(err, io.EOF) {
 			return err
 		}
 		_, err = stream.CloseAndRecv()
@@ -357,7 +396,12 @@ func (w *worker) compact(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	req := &snapshotdv1.CompactSegmentsRequest{Collection: w.ref(), Inputs: inputs, Outputs: []*snapshotdv1.Segment{out}, RequestToken: client.NewRequestToken()}
+	req := &snapshotdv1.CompactSegmentsRequest{
+		Collection:   w.ref(),
+		Inputs:       inputs,
+		Outputs:      []*snapshotdv1.Segment{out},
+		RequestToken: client.NewRequestToken(),
+	}
 	end, from, to, err := w.call(ctx, func(ctx context.Context, c *client.Client) error {
 		_, err := c.Catalog.CompactSegments(ctx, req)
 		return err
@@ -436,7 +480,11 @@ func (w *worker) create(ctx context.Context) error {
 func (w *worker) createNamed(ctx context.Context, name string) *snapshot {
 	tag := w.tag()
 	req := &snapshotdv1.CreateSnapshotRequest{
-		Collection: w.ref(), Name: name, Description: tag, RequestToken: client.NewRequestToken(), Verify: w.n%2 == 0 && w != w.own,
+		Collection:   w.ref(),
+		Name:         name,
+		Description:  tag,
+		RequestToken: client.NewRequestToken(),
+		Verify:       w.n%2 == 0 && w != w.own,
 	}
 	s := &snapshot{collection: w.collection.id, tag: tag, name: name, call: w.now(), ret: forever}
 	w.l.note(func(l *ledger) { l.snapshots[tag] = s })
@@ -745,7 +793,10 @@ func (w *worker) reclaim(ctx context.Context) error {
 	}
 	var units []*snapshotdv1.Unit
 	for range 1 + w.rand.IntN(5) {
-		units = append(units, &snapshotdv1.Unit{Unit: &snapshotdv1.Unit_SegmentId{SegmentId: w.gone[w.rand.IntN(len(w.gone))]}})
+		units = append(
+			units,
+			&snapshotdv1.Unit{Unit: &snapshotdv1.Unit_SegmentId{SegmentId: w.gone[w.rand.IntN(len(w.gone))]}},
+		)
 	}
 	// Of one that lives as well: it must not be granted.
 	live := int64(0)
@@ -754,8 +805,12 @@ func (w *worker) reclaim(ctx context.Context) error {
 		units = append(units, &snapshotdv1.Unit{Unit: &snapshotdv1.Unit_SegmentId{SegmentId: live}})
 	}
 	_, _, _, _ = w.call(ctx, func(ctx context.Context, c *client.Client) error {
-		resp, err := c.Reclaim.Reclaim(ctx, &snapshotdv1.ReclaimRequest{Collection: w.ref(), Units: units, Deleter: snapshotdv1.Deleter_DELETER_SNAPSHOTD})
-		if err == nil && live != 0 && resp.GetResults()[len(units)-1].GetOutcome() == snapshotdv1.ReclaimResult_OUTCOME_GRANTED {
+		resp, err := c.Reclaim.Reclaim(
+			ctx,
+			&snapshotdv1.ReclaimRequest{Collection: w.ref(), Units: units, Deleter: snapshotdv1.Deleter_DELETER_SNAPSHOTD},
+		)
+		if err == nil && live != 0 &&
+			resp.GetResults()[len(units)-1].GetOutcome() == snapshotdv1.ReclaimResult_OUTCOME_GRANTED {
 			w.wrong("segment %d lives, and was granted", live)
 		}
 		return err

@@ -150,15 +150,21 @@ func StatusWith(status int, code string, header http.Header) Action {
 
 // Instead answers so and does not ask the server.
 func Instead(answer *Answer) Action {
-	return Action{name: fmt.Sprintf("status %d %.60q", answer.Status, answer.Body), before: func(_ *Proxy, w http.ResponseWriter, _ *http.Request) bool {
-		answer.write(w)
-		return true
-	}}
+	return Action{
+		name: fmt.Sprintf("status %d %.60q", answer.Status, answer.Body),
+		before: func(_ *Proxy, w http.ResponseWriter, _ *http.Request) bool {
+			answer.write(w)
+			return true
+		},
+	}
 }
 
 // After has the server carry the request out and answers so.
 func After(answer *Answer) Action {
-	return Edit(fmt.Sprintf("answer %d %.60q", answer.Status, answer.Body), func(a *Answer) bool { *a = *answer; return true })
+	return Edit(
+		fmt.Sprintf("answer %d %.60q", answer.Status, answer.Body),
+		func(a *Answer) bool { *a = *answer; return true },
+	)
 }
 
 // Edit has the server carry the request out and changes its answer. A change
@@ -177,17 +183,26 @@ func Edit(name string, change func(*Answer) bool) Action {
 
 // Reset breaks the connection before the server is asked.
 func Reset() Action {
-	return Action{name: "reset", before: func(_ *Proxy, w http.ResponseWriter, _ *http.Request) bool { reset(w); return true }}
+	return Action{
+		name:   "reset",
+		before: func(_ *Proxy, w http.ResponseWriter, _ *http.Request) bool { reset(w); return true },
+	}
 }
 
 // Lost has the server carry the request out and loses its answer.
 func Lost() Action {
-	return Action{name: "lost", after: func(_ *Proxy, w http.ResponseWriter, _ *http.Request, _ *Answer) bool { reset(w); return true }}
+	return Action{
+		name:  "lost",
+		after: func(_ *Proxy, w http.ResponseWriter, _ *http.Request, _ *Answer) bool { reset(w); return true },
+	}
 }
 
 // Hang never answers, and does not ask the server.
 func Hang() Action {
-	return Action{name: "hang", before: func(p *Proxy, _ http.ResponseWriter, r *http.Request) bool { p.hang(r); return true }}
+	return Action{
+		name:   "hang",
+		before: func(p *Proxy, _ http.ResponseWriter, r *http.Request) bool { p.hang(r); return true },
+	}
 }
 
 // HangAfter has the server carry the request out and never answers.
@@ -250,7 +265,9 @@ func Slow(d time.Duration) Action {
 // ErrorIn200 has the server carry the request out and answers 200 with an error
 // in the body.
 func ErrorIn200(code string) Action {
-	return After(&Answer{Status: http.StatusOK, Header: http.Header{"Content-Type": {"application/xml"}}, Body: xmlError(code)})
+	return After(
+		&Answer{Status: http.StatusOK, Header: http.Header{"Content-Type": {"application/xml"}}, Body: xmlError(code)},
+	)
 }
 
 // Empty200 has the server carry the request out and answers 200 with nothing.
@@ -347,7 +364,10 @@ func editList(name string, change func(entries []string) []string) Action {
 
 // ListMisses leaves one object out of a listing.
 func ListMisses() Action {
-	return editList("list misses", func(entries []string) []string { return slices.Delete(entries, len(entries)/2, len(entries)/2+1) })
+	return editList(
+		"list misses",
+		func(entries []string) []string { return slices.Delete(entries, len(entries)/2, len(entries)/2+1) },
+	)
 }
 
 // ListTwice lists one object twice.
@@ -402,7 +422,11 @@ func StripAnswer(names ...string) Action {
 func Duplicate() Action { return Action{name: "duplicate", twice: true} }
 
 func xmlError(code string) []byte {
-	return fmt.Appendf(nil, "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>%s</Code><Message>injected</Message></Error>", code)
+	return fmt.Appendf(
+		nil,
+		"<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>%s</Code><Message>injected</Message></Error>",
+		code,
+	)
 }
 
 // Event is a request that came through the proxy.
@@ -703,7 +727,15 @@ func Resign(r *http.Request, accessKeyID, secret string) error {
 	if err != nil {
 		return err
 	}
-	if err := signer.SignHTTP(r.Context(), aws.Credentials{AccessKeyID: accessKeyID, SecretAccessKey: secret}, out, hash, "s3", "us-east-1", at); err != nil {
+	if err := signer.SignHTTP(
+		r.Context(),
+		aws.Credentials{AccessKeyID: accessKeyID, SecretAccessKey: secret},
+		out,
+		hash,
+		"s3",
+		"us-east-1",
+		at,
+	); err != nil {
 		return err
 	}
 	r.Header.Set("Authorization", out.Header.Get("Authorization"))

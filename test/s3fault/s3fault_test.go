@@ -19,13 +19,19 @@ import (
 
 func TestClassify(t *testing.T) {
 	for request, want := range map[string]s3fault.Op{
-		"PUT /b/k": s3fault.PutObject, "PUT /b/k?x-id=PutObject": s3fault.PutObject, "GET /b/a/b/k?x-id=GetObject": s3fault.GetObject, "HEAD /b/k": s3fault.HeadObject,
-		"DELETE /b/k?x-id=DeleteObject": s3fault.DeleteObject, "POST /b?delete=": s3fault.DeleteObjects, "POST /b/?delete": s3fault.DeleteObjects,
-		"GET /b?list-type=2&prefix=x": s3fault.ListObjectsV2, "POST /b/k?uploads=": s3fault.CreateMultipartUpload, "PUT /b/k?partNumber=1&uploadId=x": s3fault.UploadPart,
-		"POST /b/k?uploadId=x": s3fault.CompleteMultipartUpload, "DELETE /b/k?uploadId=x": s3fault.AbortMultipartUpload,
-		"COPY /b/k": s3fault.CopyObject, "COPY /b/k?partNumber=1&uploadId=x": s3fault.UploadPartCopy,
-		"PUT /b": s3fault.Other, "GET /b/k?uploadId=x": s3fault.Other, "PUT /b/k?tagging": s3fault.Other, "GET /": s3fault.Other,
-		"GET /b/k?tagging=&x-id=GetObjectTagging": s3fault.GetObjectTagging, "GET /b?prefix=x&uploads=": s3fault.ListMultipartUploads,
+		"PUT /b/k": s3fault.PutObject, "PUT /b/k?x-id=PutObject": s3fault.PutObject,
+		"GET /b/a/b/k?x-id=GetObject": s3fault.GetObject, "HEAD /b/k": s3fault.HeadObject,
+		"DELETE /b/k?x-id=DeleteObject": s3fault.DeleteObject, "POST /b?delete=": s3fault.DeleteObjects,
+		"POST /b/?delete":             s3fault.DeleteObjects,
+		"GET /b?list-type=2&prefix=x": s3fault.ListObjectsV2, "POST /b/k?uploads=": s3fault.CreateMultipartUpload,
+		"PUT /b/k?partNumber=1&uploadId=x": s3fault.UploadPart,
+		"POST /b/k?uploadId=x":             s3fault.CompleteMultipartUpload,
+		"DELETE /b/k?uploadId=x":           s3fault.AbortMultipartUpload,
+		"COPY /b/k":                        s3fault.CopyObject, "COPY /b/k?partNumber=1&uploadId=x": s3fault.UploadPartCopy,
+		"PUT /b": s3fault.Other, "GET /b/k?uploadId=x": s3fault.Other, "PUT /b/k?tagging": s3fault.Other,
+		"GET /": s3fault.Other,
+		"GET /b/k?tagging=&x-id=GetObjectTagging": s3fault.GetObjectTagging,
+		"GET /b?prefix=x&uploads=":                s3fault.ListMultipartUploads,
 	} {
 		method, path, _ := strings.Cut(request, " ")
 		r := httptest.NewRequest(strings.Replace(method, "COPY", "PUT", 1), path, nil)
@@ -82,14 +88,21 @@ func TestProxy(t *testing.T) {
 		body   string
 		cut    bool // the body ends in an error
 	}{
-		{"status", s3fault.Status(503, "SlowDown"), 0, 503, "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>SlowDown</Code><Message>injected</Message></Error>", false},
+		{
+			"status", s3fault.Status(503, "SlowDown"), 0, 503,
+			"<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>SlowDown</Code><Message>injected</Message></Error>",
+			false,
+		},
 		{"reset", s3fault.Reset(), 0, 0, "", false},
 		{"lost", s3fault.Lost(), 1, 0, "", false},
 		{"hang", s3fault.Hang(), 0, 0, "", false},
 		{"hang after", s3fault.HangAfter(), 1, 0, "", false},
 		{"hang in body", s3fault.HangInBody(), 1, 200, "01234", true},
 		{"slow", s3fault.Slow(time.Millisecond), 1, 200, "0123456789", false},
-		{"error in 200", s3fault.ErrorIn200("X"), 1, 200, "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>X</Code><Message>injected</Message></Error>", false},
+		{
+			"error in 200", s3fault.ErrorIn200("X"), 1, 200,
+			"<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>X</Code><Message>injected</Message></Error>", false,
+		},
 		{"empty", s3fault.Empty200(), 1, 200, "", false},
 		{"html", s3fault.HTML200(), 1, 200, "<html><body><h1>Welcome</h1></body></html>", false},
 		{"truncate", s3fault.Truncate(), 1, 200, "01234", true},
@@ -104,7 +117,11 @@ func TestProxy(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			p.Plan(s3fault.Rule{Op: s3fault.GetObject, Key: regexp.MustCompile("^k$"), Skip: 1, Action: c.action})
 			for i, key := range []string{"k", "other"} { // let through
-				if status, body, h, err := get(http.MethodGet, key); status != 200 || body != "0123456789" || err != nil || h.Get("X-Host") != "signed.example" {
+				if status, body, h, err := get(
+					http.MethodGet,
+					key,
+				); status != 200 || body != "0123456789" || err != nil ||
+					h.Get("X-Host") != "signed.example" {
 					t.Errorf("request %d: %d %q %v %v", i, status, body, h, err)
 				}
 			}
@@ -138,12 +155,20 @@ func TestProxy(t *testing.T) {
 		t.Errorf("%d, %v; fired %d", status, err, p.Fired())
 	}
 	p.Plan(s3fault.Rule{Op: s3fault.HeadObject, Action: s3fault.WrongLength()})
-	if status, _, header, err := get(http.MethodHead, "k"); status != 200 || err != nil || p.Fired() != 1 || header.Get("Content-Length") != "11" {
+	if status, _, header, err := get(
+		http.MethodHead,
+		"k",
+	); status != 200 || err != nil || p.Fired() != 1 ||
+		header.Get("Content-Length") != "11" {
 		t.Errorf("%d, %v, %v; fired %d", status, header, err, p.Fired())
 	}
 	server.Close()
 	p.Plan()
-	if status, _, _, err := get(http.MethodGet, "k"); status != http.StatusBadGateway || errors.Is(err, context.DeadlineExceeded) {
+	if status, _, _, err := get(
+		http.MethodGet,
+		"k",
+	); status != http.StatusBadGateway ||
+		errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("without a server: %d, %v", status, err)
 	}
 }
@@ -160,7 +185,9 @@ func TestListings(t *testing.T) {
 		return s + "<Prefix>p/</Prefix></R>"
 	}
 	answer := list("3", "p/a", "p/b", "p/c")
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, answer) }))
+	server := httptest.NewServer(
+		http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, answer) }),
+	)
 	defer server.Close()
 	get := func(p *s3fault.Proxy) string {
 		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, p.URL()+"/b?list-type=2", http.NoBody)
@@ -214,13 +241,20 @@ func TestOnAsked(t *testing.T) {
 	p := s3fault.New(t, server.URL)
 	var got []s3fault.Asked
 	p.OnAsked(func(a s3fault.Asked) { got = append(got, a) })
-	p.Plan(s3fault.Rule{Op: s3fault.HeadObject, Action: s3fault.Reset()}, s3fault.Rule{Op: s3fault.GetObject, Action: s3fault.Duplicate()})
+	p.Plan(
+		s3fault.Rule{Op: s3fault.HeadObject, Action: s3fault.Reset()},
+		s3fault.Rule{Op: s3fault.GetObject, Action: s3fault.Duplicate()},
+	)
 	for _, r := range []struct{ method, path, body string }{
 		{http.MethodHead, "/b/never", ""},
 		{http.MethodGet, "/b/twice", ""},
 		{http.MethodDelete, "/b/a/k", ""},
 		{http.MethodDelete, "/b/a/k?uploadId=x", ""},
-		{http.MethodPost, "/b?delete=", `<Delete xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Object><Key>a&amp;b</Key></Object><Object><Key>c</Key></Object></Delete>`},
+		{
+			http.MethodPost, "/b?delete=",
+			`<Delete xmlns="http://s3.amazonaws.com/doc/2006-03-01/">` +
+				`<Object><Key>a&amp;b</Key></Object><Object><Key>c</Key></Object></Delete>`,
+		},
 		{http.MethodPost, "/b?delete=", "no XML"},
 	} {
 		req, err := http.NewRequestWithContext(t.Context(), r.method, p.URL()+r.path, strings.NewReader(r.body))

@@ -27,7 +27,12 @@ import (
 func Refusal(status int, code, message string) *s3fault.Answer {
 	var text strings.Builder
 	_ = xml.EscapeText(&text, []byte(message)) // never fails
-	body := fmt.Appendf(nil, "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>%s</Code><Message>%s</Message></Error>", code, text.String())
+	body := fmt.Appendf(
+		nil,
+		"<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>%s</Code><Message>%s</Message></Error>",
+		code,
+		text.String(),
+	)
 	return &s3fault.Answer{Status: status, Header: http.Header{"Content-Type": {"application/xml"}}, Body: body}
 }
 
@@ -71,7 +76,13 @@ func Refuse(m Match, status int, code, message string, header http.Header) Habit
 
 // Lacks refuses operations as not implemented.
 func Lacks(ops ...s3fault.Op) Habit {
-	return Refuse(Match{Ops: ops}, http.StatusNotImplemented, "NotImplemented", "A header or query you provided implies functionality that is not implemented.", nil)
+	return Refuse(
+		Match{Ops: ops},
+		http.StatusNotImplemented,
+		"NotImplemented",
+		"A header or query you provided implies functionality that is not implemented.",
+		nil,
+	)
 }
 
 // writes are the operations that give a key another content.
@@ -93,7 +104,11 @@ func RatePerKey(interval time.Duration) Habit {
 				}
 				mu.Unlock()
 				if early {
-					return Refusal(http.StatusTooManyRequests, "TooManyRequests", "Reduce your concurrent request rate for the same object.")
+					return Refusal(
+						http.StatusTooManyRequests,
+						"TooManyRequests",
+						"Reduce your concurrent request rate for the same object.",
+					)
 				}
 			}
 			return next(r)
@@ -479,7 +494,11 @@ func Archived(key *regexp.Regexp) Habit {
 			read := r.Op == s3fault.GetObject && key.MatchString(r.Key)
 			copied := r.Op == s3fault.CopyObject && key.MatchString(r.Header.Get("X-Amz-Copy-Source"))
 			if read || copied {
-				return Refusal(http.StatusForbidden, "InvalidObjectState", "The operation is not valid for the object's storage class")
+				return Refusal(
+					http.StatusForbidden,
+					"InvalidObjectState",
+					"The operation is not valid for the object's storage class",
+				)
 			}
 			return next(r)
 		}

@@ -150,7 +150,10 @@ func (s *Server) PutTagged(tb testing.TB, bucket, key, body, tags string) {
 // BeginUpload begins an upload in parts that is not completed.
 func (s *Server) BeginUpload(tb testing.TB, bucket, key string) {
 	tb.Helper()
-	if _, err := s.Client().CreateMultipartUpload(tb.Context(), &awss3.CreateMultipartUploadInput{Bucket: &bucket, Key: &key}); err != nil {
+	if _, err := s.Client().CreateMultipartUpload(
+		tb.Context(),
+		&awss3.CreateMultipartUploadInput{Bucket: &bucket, Key: &key},
+	); err != nil {
 		tb.Fatal(err)
 	}
 }
@@ -191,7 +194,12 @@ func start(dir string) (*Server, func(), error) {
 		if err != nil {
 			return nil, nil, err
 		}
-		stop, err := run(bin, append(append(args, "--port", addr), append(backend, data)...), filepath.Join(dir, "log"), "http://"+addr+"/health")
+		stop, err := run(
+			bin,
+			append(append(args, "--port", addr), append(backend, data)...),
+			filepath.Join(dir, "log"),
+			"http://"+addr+"/health",
+		)
 		if err == nil {
 			return &Server{endpoint: "http://" + addr, dir: dir}, stop, nil
 		}

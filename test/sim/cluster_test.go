@@ -95,7 +95,12 @@ func (s *sim) start(index int, leisure bool) *member {
 	}
 	ep := epoch.New(eo)
 	co := trusted.Options{
-		KV: kv, Clock: trusted.Of(m.clock.now), Store: store, Alias: "default", Replica: fmt.Sprint("r", index), Log: zap.NewNop(),
+		KV:      kv,
+		Clock:   trusted.Of(m.clock.now),
+		Store:   store,
+		Alias:   "default",
+		Replica: fmt.Sprint("r", index),
+		Log:     zap.NewNop(),
 	}
 	if leisure {
 		co.Interval = 10 * time.Minute
@@ -103,8 +108,15 @@ func (s *sim) start(index int, leisure bool) *member {
 	tr := trusted.New(co)
 	requests := request.NewLeases(kv, m.clock.now, tr.Stamp)
 	m.cat = catalog.New(catalog.Options{
-		KV: kv, Now: m.clock.now, Stamp: tr.Stamp, Rand: random, Requests: requests, HasStore: func(a string) bool { return a == "default" },
-		ReadSpilled: catalog.ReadSpilled(stores), RaiseIDs: ep.RaiseIDLimit, Jitter: spread,
+		KV:          kv,
+		Now:         m.clock.now,
+		Stamp:       tr.Stamp,
+		Rand:        random,
+		Requests:    requests,
+		HasStore:    func(a string) bool { return a == "default" },
+		ReadSpilled: catalog.ReadSpilled(stores),
+		RaiseIDs:    ep.RaiseIDLimit,
+		Jitter:      spread,
 	})
 	o := s.options(leisure)
 	o.KV, o.Catalog, o.Stores, o.Requests, o.Epoch = kv, m.cat, stores, requests, ep

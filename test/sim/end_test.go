@@ -61,7 +61,8 @@ func (s *sim) finish() {
 	if !s.until(8*time.Hour, func() bool { return s.oracle.nothingLeft() == "" }) {
 		s.wrong("all is dropped, and there is left:\n%s", s.oracle.nothingLeft())
 	}
-	if st := last.GC().Stats(); st.Snapshots+st.Loading+st.Unreadable+st.Segments+st.Builds+st.Granted+st.Unconfirmed != 0 {
+	st := last.GC().Stats()
+	if st.Snapshots+st.Loading+st.Unreadable+st.Segments+st.Builds+st.Granted+st.Unconfirmed != 0 {
 		s.wrong("all is gone, and there is %+v", st)
 	}
 	s.note("the end")

@@ -36,7 +36,12 @@ type call struct {
 }
 
 func byName(a, b *call) int {
-	return cmp.Or(cmp.Compare(a.m.index, b.m.index), cmp.Compare(a.m.life, b.m.life), cmp.Compare(a.name, b.name), cmp.Compare(a.seq, b.seq))
+	return cmp.Or(
+		cmp.Compare(a.m.index, b.m.index),
+		cmp.Compare(a.m.life, b.m.life),
+		cmp.Compare(a.name, b.name),
+		cmp.Compare(a.seq, b.seq),
+	)
 }
 
 // gate is where the calls of all replicas park. It is safe for concurrent use.
@@ -55,7 +60,14 @@ var errDead = errors.New("the replica is dead")
 
 // park waits until the scheduler has decided about a call. do is carried out by
 // the scheduler, or never; it returns the answer for the trace.
-func (g *gate) park(ctx context.Context, m *member, lost error, write bool, name string, do func(ctx context.Context) string) error {
+func (g *gate) park(
+	ctx context.Context,
+	m *member,
+	lost error,
+	write bool,
+	name string,
+	do func(ctx context.Context) string,
+) error {
 	return g.parkCall(ctx, &call{m: m, name: name, write: write, do: do, lost: lost})
 }
 
@@ -191,17 +203,29 @@ func (k *gatedKV) Get(ctx context.Context, key string) (kv meta.KeyValue, found 
 }
 
 func (k *gatedKV) Range(ctx context.Context, r meta.Range) (res meta.RangeResult, err error) {
-	perr := k.g.park(ctx, k.m, meta.ErrUnavailable, false, "range "+r.From+" "+r.To+" "+digest(r.Revision, r.Limit, r.KeysOnly), func(ctx context.Context) string {
-		res, err = k.KV.Range(ctx, r)
-		return answer(err, "%d of %d at %d", len(res.KVs), res.Count, res.Revision)
-	})
+	perr := k.g.park(
+		ctx,
+		k.m,
+		meta.ErrUnavailable,
+		false,
+		"range "+r.From+" "+r.To+" "+digest(r.Revision, r.Limit, r.KeysOnly),
+		func(ctx context.Context) string {
+			res, err = k.KV.Range(ctx, r)
+			return answer(err, "%d of %d at %d", len(res.KVs), res.Count, res.Revision)
+		},
+	)
 	if perr != nil {
 		return meta.RangeResult{}, perr
 	}
 	return res, err
 }
 
-func (k *gatedKV) Scan(ctx context.Context, from, to string, revision int64, fn func([]meta.KeyValue) error) (rev int64, err error) {
+func (k *gatedKV) Scan(
+	ctx context.Context,
+	from, to string,
+	revision int64,
+	fn func([]meta.KeyValue) error,
+) (rev int64, err error) {
 	var all []meta.KeyValue
 	c := &call{m: k.m, name: "scan " + from + " " + to + " " + digest(revision), lost: meta.ErrUnavailable}
 	c.do = func(ctx context.Context) string {
@@ -293,10 +317,17 @@ func (k *gatedKV) Grant(ctx context.Context, ttl time.Duration) (id meta.LeaseID
 }
 
 func (k *gatedKV) KeepAlive(ctx context.Context, id meta.LeaseID) (err error) {
-	perr := k.g.park(ctx, k.m, meta.ErrUnavailable, true, fmt.Sprintf("keep alive %x", id), func(ctx context.Context) string {
-		err = k.KV.KeepAlive(ctx, id)
-		return answer(err, "ok")
-	})
+	perr := k.g.park(
+		ctx,
+		k.m,
+		meta.ErrUnavailable,
+		true,
+		fmt.Sprintf("keep alive %x", id),
+		func(ctx context.Context) string {
+			err = k.KV.KeepAlive(ctx, id)
+			return answer(err, "ok")
+		},
+	)
 	return cmp.Or(perr, err)
 }
 
@@ -327,7 +358,14 @@ func (w *gatedWatcher) Next() (meta.WatchBatch, error) {
 	}
 	b, err := w.w.Next()
 	if err == nil {
-		err = w.k.g.park(w.ctx, w.k.m, meta.ErrUnavailable, false, fmt.Sprintf("send %s %d events to %d", w.name, len(b.Events), b.Revision), func(context.Context) string { return "sent" })
+		err = w.k.g.park(
+			w.ctx,
+			w.k.m,
+			meta.ErrUnavailable,
+			false,
+			fmt.Sprintf("send %s %d events to %d", w.name, len(b.Events), b.Revision),
+			func(context.Context) string { return "sent" },
+		)
 	}
 	w.err = err
 	if err != nil {
@@ -351,7 +389,11 @@ type gatedStore struct {
 	m *member
 }
 
-func (s *gatedStore) write(ctx context.Context, name string, do func(ctx context.Context) (object.Info, error)) (info object.Info, err error) {
+func (s *gatedStore) write(
+	ctx context.Context,
+	name string,
+	do func(ctx context.Context) (object.Info, error),
+) (info object.Info, err error) {
 	perr := s.g.park(ctx, s.m, object.ErrUnavailable, true, name, func(ctx context.Context) string {
 		info, err = do(ctx)
 		return answer(err, "%d bytes %s", info.Size, info.ETag)
@@ -364,19 +406,35 @@ func (s *gatedStore) write(ctx context.Context, name string, do func(ctx context
 
 func (s *gatedStore) Put(ctx context.Context, key string, body []byte) (object.Info, error) {
 	body = bytes.Clone(body)
-	return s.write(ctx, fmt.Sprintf("object put %s %d", key, len(body)), func(ctx context.Context) (object.Info, error) { return s.ledger.Put(ctx, key, body) })
+	return s.write(
+		ctx,
+		fmt.Sprintf("object put %s %d", key, len(body)),
+		func(ctx context.Context) (object.Info, error) { return s.ledger.Put(ctx, key, body) },
+	)
 }
 
 func (s *gatedStore) Create(ctx context.Context, key string, body []byte) (object.Info, error) {
 	body = bytes.Clone(body)
-	return s.write(ctx, fmt.Sprintf("object create %s %d", key, len(body)), func(ctx context.Context) (object.Info, error) { return s.ledger.Create(ctx, key, body) })
+	return s.write(
+		ctx,
+		fmt.Sprintf("object create %s %d", key, len(body)),
+		func(ctx context.Context) (object.Info, error) { return s.ledger.Create(ctx, key, body) },
+	)
 }
 
 func (s *gatedStore) Copy(ctx context.Context, r object.CopyRequest) (object.Info, error) {
-	return s.write(ctx, copyName+r.From+" "+r.To, func(ctx context.Context) (object.Info, error) { return s.ledger.Copy(ctx, r) })
+	return s.write(
+		ctx,
+		copyName+r.From+" "+r.To,
+		func(ctx context.Context) (object.Info, error) { return s.ledger.Copy(ctx, r) },
+	)
 }
 
-func (s *gatedStore) Get(ctx context.Context, key string, offset, length int64) (r io.ReadCloser, info object.Info, err error) {
+func (s *gatedStore) Get(
+	ctx context.Context,
+	key string,
+	offset, length int64,
+) (r io.ReadCloser, info object.Info, err error) {
 	var body []byte
 	c := &call{m: s.m, name: fmt.Sprint("object get ", key, " ", offset, " ", length), lost: object.ErrUnavailable}
 	read := func(ctx context.Context) {
@@ -486,11 +544,18 @@ func (s *gatedStore) Delete(ctx context.Context, list ...string) (err error) {
 		return nil
 	}
 	asked := time.Now()
-	perr := s.g.park(ctx, s.m, object.ErrUnavailable, true, fmt.Sprint("object delete ", len(list), " ", list[0], " ", digest(list)), func(ctx context.Context) string {
-		s.o.judgeSweep(ctx, s.m, asked, list)
-		err = s.ledger.Delete(ctx, list...)
-		return answer(err, "ok")
-	})
+	perr := s.g.park(
+		ctx,
+		s.m,
+		object.ErrUnavailable,
+		true,
+		fmt.Sprint("object delete ", len(list), " ", list[0], " ", digest(list)),
+		func(ctx context.Context) string {
+			s.o.judgeSweep(ctx, s.m, asked, list)
+			err = s.ledger.Delete(ctx, list...)
+			return answer(err, "ok")
+		},
+	)
 	if perr == nil {
 		return err
 	}

@@ -40,13 +40,34 @@ type reach struct {
 
 func (r *reach) counts() map[string]int {
 	return map[string]int{
-		"commit": r.committed, "create given up": r.reaped, "snapshot dropped": r.dropped, "snapshot expired": r.expired, "pin": r.pinned,
-		"grant": r.granted, "unit parked": r.parked, "unit gone for good": r.unitsGone, "restore": r.restored, "restore rolled back": r.rolledBack,
-		"collection gone for good": r.colsGone, "call that failed before": r.before, "call that failed after": r.after,
-		"call that landed late": r.late, "crash": r.crashed, "freeze": r.frozen, "repeat that was answered": r.repeated,
-		"hold by a snapshot": r.heldBySnapshot, "hold by a create": r.heldByCreate, "object swept": r.swept, "list": r.listed, "snapshot read": r.read,
-		"read that was spoiled": r.spoiled, "object that was rotten": r.rotten, "clock that jumped": r.jumped, "upload left open": r.uploads,
-		"foreign object in the way": r.foreign, "pin renewed": r.renewed,
+		"commit":                    r.committed,
+		"create given up":           r.reaped,
+		"snapshot dropped":          r.dropped,
+		"snapshot expired":          r.expired,
+		"pin":                       r.pinned,
+		"grant":                     r.granted,
+		"unit parked":               r.parked,
+		"unit gone for good":        r.unitsGone,
+		"restore":                   r.restored,
+		"restore rolled back":       r.rolledBack,
+		"collection gone for good":  r.colsGone,
+		"call that failed before":   r.before,
+		"call that failed after":    r.after,
+		"call that landed late":     r.late,
+		"crash":                     r.crashed,
+		"freeze":                    r.frozen,
+		"repeat that was answered":  r.repeated,
+		"hold by a snapshot":        r.heldBySnapshot,
+		"hold by a create":          r.heldByCreate,
+		"object swept":              r.swept,
+		"list":                      r.listed,
+		"snapshot read":             r.read,
+		"read that was spoiled":     r.spoiled,
+		"object that was rotten":    r.rotten,
+		"clock that jumped":         r.jumped,
+		"upload left open":          r.uploads,
+		"foreign object in the way": r.foreign,
+		"pin renewed":               r.renewed,
 	}
 }
 
@@ -142,14 +163,37 @@ type snapshot struct {
 
 func newOracle(s *sim) *oracle {
 	o := &oracle{
-		s: s, content: map[string][]byte{}, engine: map[string]bool{}, used: map[string]bool{}, shared: map[string]bool{}, ids: map[int64]string{},
-		cols: map[int64]*collection{}, snapshots: map[int64]*snapshot{}, jobs: map[int64]*copyjob.Job{}, pins: map[string]*pinned{},
-		granted: map[string]bool{}, states: map[int64]*storagev1.Snapshot{}, recordGone: map[int64]time.Time{}, tasks: map[string]*storagev1.Task{},
-		wrote: map[string]*member{}, rot: map[string]rot{}, hidden: map[string]bool{}, foreign: map[string]bool{}, uploads: map[string]time.Time{},
+		s:          s,
+		content:    map[string][]byte{},
+		engine:     map[string]bool{},
+		used:       map[string]bool{},
+		shared:     map[string]bool{},
+		ids:        map[int64]string{},
+		cols:       map[int64]*collection{},
+		snapshots:  map[int64]*snapshot{},
+		jobs:       map[int64]*copyjob.Job{},
+		pins:       map[string]*pinned{},
+		granted:    map[string]bool{},
+		states:     map[int64]*storagev1.Snapshot{},
+		recordGone: map[int64]time.Time{},
+		tasks:      map[string]*storagev1.Task{},
+		wrote:      map[string]*member{},
+		rot:        map[string]rot{},
+		hidden:     map[string]bool{},
+		foreign:    map[string]bool{},
+		uploads:    map[string]time.Time{},
 	}
 	stores := map[string]object.Store{"default": s.objects}
 	random := newSeeded(s.seed, "oracle")
-	o.cat = catalog.New(catalog.Options{KV: s.kv, Now: time.Now, Rand: random, HasStore: func(string) bool { return true }, ReadSpilled: catalog.ReadSpilled(stores)})
+	o.cat = catalog.New(
+		catalog.Options{
+			KV:          s.kv,
+			Now:         time.Now,
+			Rand:        random,
+			HasStore:    func(string) bool { return true },
+			ReadSpilled: catalog.ReadSpilled(stores),
+		},
+	)
 	mo := s.options(false)
 	mo.KV, mo.Catalog, mo.Stores, mo.Rand = s.kv, o.cat, stores, random
 	var err error
@@ -171,7 +215,13 @@ func (l ledger) keep(key string, body []byte) {
 	was, there := l.o.content[key]
 	again := l.o.past != nil && strings.HasPrefix(key, catalog.SpillPrefix)
 	if there && !bytes.Equal(was, body) && !again {
-		l.o.s.wrong("%s is written by %v and holds another content than before: %d and %d bytes", key, l.m, len(body), len(was))
+		l.o.s.wrong(
+			"%s is written by %v and holds another content than before: %d and %d bytes",
+			key,
+			l.m,
+			len(body),
+			len(was),
+		)
 	}
 	l.o.content[key] = bytes.Clone(body)
 	if l.m.engine {
@@ -365,8 +415,13 @@ func (o *oracle) collection(id int64) *collection {
 	c := o.cols[id]
 	if c == nil {
 		c = &collection{
-			id: id, live: map[int64]segment.Segment{}, units: map[int64]catalog.Unit{}, parked: map[int64]bool{}, tombs: map[int64]*tomb{},
-			active: map[int64]bool{0: true}, history: []version{{0, nil, nil}},
+			id:      id,
+			live:    map[int64]segment.Segment{},
+			units:   map[int64]catalog.Unit{},
+			parked:  map[int64]bool{},
+			tombs:   map[int64]*tomb{},
+			active:  map[int64]bool{0: true},
+			history: []version{{0, nil, nil}},
 		}
 		o.cols[id] = c
 	}
@@ -600,8 +655,12 @@ func (o *oracle) sawDrop(s *snapshot) {
 // sawCommit judges a commit: the capture is correct, and its files exist.
 func (o *oracle) sawCommit(kv meta.KeyValue, rec *storagev1.Snapshot, id int64) {
 	s := &snapshot{
-		id: id, collection: rec.GetCollectionId(), name: rec.GetName(), revision: rec.GetCatalogRevision(), files: map[string]bool{},
-		expires: record.Time(rec.GetExpireTime()),
+		id:         id,
+		collection: rec.GetCollectionId(),
+		name:       rec.GetName(),
+		revision:   rec.GetCatalogRevision(),
+		files:      map[string]bool{},
+		expires:    record.Time(rec.GetExpireTime()),
 	}
 	o.snapshots[id] = s
 	if s.revision < kv.CreateRevision {
@@ -688,7 +747,13 @@ func (o *oracle) own(s *snapshot) {
 		o.s.wrong("snapshot %s is committed, and %s: %v", s.name, key, err)
 	}
 	n := 0
-	if err := o.reader.Segments(never, manager.Ref{ID: s.id}, 0, func(*manager.Segment) bool { n++; return true }); err != nil || n != s.segments {
+	if err := o.reader.Segments(
+		never,
+		manager.Ref{ID: s.id},
+		0,
+		func(*manager.Segment) bool { n++; return true },
+	); err != nil ||
+		n != s.segments {
 		o.s.wrong("snapshot %s has %d segments, had %d: %v", s.name, n, s.segments, err)
 	}
 }
@@ -851,7 +916,14 @@ func (o *oracle) lookAround() {
 // nothingLeft checks that the stores have only the standing keys and objects.
 func (o *oracle) nothingLeft() string {
 	stands := map[string]bool{
-		keys.Format: true, keys.IDs: true, keys.Epoch: true, keys.Clock: true, keys.Leader: true, keys.Cycle: true, keys.Store("default"): true, keys.Unpin: true,
+		keys.Format:           true,
+		keys.IDs:              true,
+		keys.Epoch:            true,
+		keys.Clock:            true,
+		keys.Leader:           true,
+		keys.Cycle:            true,
+		keys.Store("default"): true,
+		keys.Unpin:            true,
 	}
 	var left []string
 	from, to := keys.All()

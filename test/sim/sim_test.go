@@ -116,7 +116,13 @@ func TestReplay(t *testing.T) {
 		for i < min(len(a.trace), len(b.trace)) && a.trace[i] == b.trace[i] {
 			i++
 		}
-		text := fmt.Sprintf("seed %d takes another course from step %d on, of %d and %d:\n", seed, i, len(a.trace), len(b.trace))
+		text := fmt.Sprintf(
+			"seed %d takes another course from step %d on, of %d and %d:\n",
+			seed,
+			i,
+			len(a.trace),
+			len(b.trace),
+		)
 		for _, s := range []*sim{a, b} {
 			text += strings.Join(s.trace[max(0, i-5):min(i+3, len(s.trace))], "\n") + "\n--\n"
 		}
@@ -156,19 +162,47 @@ type profile struct {
 }
 
 // slowly are kinds of calls: when those of one kind take long, the others overtake them.
-var slowly = []string{"object create ", "object get ", "object list ", "object delete ", copyName, "txn", "scan ", "send ", "grant "}
+var slowly = []string{
+	"object create ",
+	"object get ",
+	"object list ",
+	"object delete ",
+	copyName,
+	"txn",
+	"scan ",
+	"send ",
+	"grant ",
+}
 
 func (s *sim) newProfile() profile {
 	pick := func(list ...float64) float64 { return list[s.rng.IntN(len(list))] }
 	p := profile{
-		replicas: 2 + s.rng.IntN(2), ops: 40 + s.rng.IntN(60),
-		fail: pick(0, 0.002, 0.01, 0.04), after: pick(0, 0.002, 0.01, 0.04), crash: pick(0, 0.0005, 0.002), freeze: pick(0, 0.001, 0.004),
-		hold: pick(0, 0.01, 0.05), late: pick(0.2, 0.5, 0.9), patience: pick(0.002, 0.01, 0.03), haste: pick(0.02, 0.1, 0.3),
-		longest: []time.Duration{time.Second, 30 * time.Second, 3 * time.Minute}[s.rng.IntN(3)],
-		fifo:    s.rng.IntN(4) == 0, share: pick(0.5, 1), drop: s.rng.IntN(3) == 0,
-		spoil: pick(0, 0, 0.01, 0.05), rot: pick(0, 0, 0.002), foreign: pick(0, 0, 0, 0.05),
-		clocks: []time.Duration{0, 0, time.Minute, 4 * time.Minute, time.Hour}[s.rng.IntN(5)], jump: pick(0, 0.001),
-		grace: []time.Duration{time.Second, 10 * time.Minute}[s.rng.IntN(2)], batch: []int{1, 3, 500}[s.rng.IntN(3)],
+		replicas: 2 + s.rng.IntN(2),
+		ops:      40 + s.rng.IntN(60),
+		fail: pick(
+			0,
+			0.002,
+			0.01,
+			0.04,
+		),
+		after:    pick(0, 0.002, 0.01, 0.04),
+		crash:    pick(0, 0.0005, 0.002),
+		freeze:   pick(0, 0.001, 0.004),
+		hold:     pick(0, 0.01, 0.05),
+		late:     pick(0.2, 0.5, 0.9),
+		patience: pick(0.002, 0.01, 0.03),
+		haste:    pick(0.02, 0.1, 0.3),
+		longest:  []time.Duration{time.Second, 30 * time.Second, 3 * time.Minute}[s.rng.IntN(3)],
+		fifo:     s.rng.IntN(4) == 0,
+		share:    pick(0.5, 1),
+		drop:     s.rng.IntN(3) == 0,
+		spoil:    pick(0, 0, 0.01, 0.05),
+		rot:      pick(0, 0, 0.002),
+		foreign:  pick(0, 0, 0, 0.05),
+		clocks:   []time.Duration{0, 0, time.Minute, 4 * time.Minute, time.Hour}[s.rng.IntN(5)],
+		jump:     pick(0, 0.001),
+		grace:    []time.Duration{time.Second, 10 * time.Minute}[s.rng.IntN(2)],
+		batch:    []int{1, 3, 500}[s.rng.IntN(3)],
 	}
 	if s.rng.IntN(3) == 0 {
 		p.slow = slowly[s.rng.IntN(len(slowly))]
@@ -247,7 +281,12 @@ func runAs(t *testing.T, seed uint64, reached *reach, course func(s *sim)) *sim 
 	}
 	runtime.GC()
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
-	s := &sim{seed: seed, rng: rand.New(rand.NewPCG(seed, 7)), hash: sha256.New(), reached: reached} //nolint:gosec // a simulation
+	s := &sim{
+		seed:    seed,
+		rng:     rand.New(rand.NewPCG(seed, 7)),
+		hash:    sha256.New(),
+		reached: reached,
+	} //nolint:gosec // a simulation
 	virtual.Test(t, func(*testing.T) {
 		seedRuntime(seed)
 		s.began = time.Now()
@@ -289,7 +328,11 @@ func (s *sim) setUp() {
 	s.gate = newGate()
 	random := newSeeded(s.seed, "set-up")
 	var err error
-	s.cluster, err = cluster.Open(never, s.kv, cluster.Options{NameScope: cluster.ScopeCluster, Release: "sim", Now: time.Now, Rand: random})
+	s.cluster, err = cluster.Open(
+		never,
+		s.kv,
+		cluster.Options{NameScope: cluster.ScopeCluster, Release: "sim", Now: time.Now, Rand: random},
+	)
 	s.must(err)
 	s.oracle = newOracle(s)
 	s.work = newWork(s)

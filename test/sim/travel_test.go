@@ -127,7 +127,14 @@ func (s *sim) goBack(then int64) *past {
 	virtual.Wait()
 	s.oracle.observe()
 	before := s.oracle
-	p := &past{s: s, lost: before.ids, snapshots: before.snapshots, there: map[string]bool{}, known: map[int64]bool{}, granted: map[string]bool{}}
+	p := &past{
+		s:         s,
+		lost:      before.ids,
+		snapshots: before.snapshots,
+		there:     map[string]bool{},
+		known:     map[int64]bool{},
+		granted:   map[string]bool{},
+	}
 	before.past = p
 	for info, err := range s.objects.List(never, "") {
 		s.must(err)
@@ -263,7 +270,11 @@ func (s *sim) forbidden(m *member, collection, snapshot int64) {
 		})
 	case 6:
 		w.call(m, "restore", func(ctx context.Context) (string, func()) {
-			_, err := m.Restore(ctx, request.Token{}, &manager.RestoreSpec{Snapshot: manager.Ref{ID: snapshot}, DB: "default", Name: w.name("b")})
+			_, err := m.Restore(
+				ctx,
+				request.Token{},
+				&manager.RestoreSpec{Snapshot: manager.Ref{ID: snapshot}, DB: "default", Name: w.name("b")},
+			)
 			return must("a restore begins", err)
 		})
 	}

@@ -145,7 +145,13 @@ func (w *work) handed() []int64 {
 // unknown says whether an error leaves open what happened.
 func unknown(err error) bool {
 	return slices.ContainsFunc([]error{
-		meta.ErrUnavailable, object.ErrUnavailable, context.Canceled, context.DeadlineExceeded, manager.ErrStopping, gc.ErrLoading, meta.ErrConflict,
+		meta.ErrUnavailable,
+		object.ErrUnavailable,
+		context.Canceled,
+		context.DeadlineExceeded,
+		manager.ErrStopping,
+		gc.ErrLoading,
+		meta.ErrConflict,
 		trusted.ErrUntrusted,
 	}, func(class error) bool { return errors.Is(err, class) })
 }
@@ -202,21 +208,25 @@ func (w *work) steal(m *member, c *collection) {
 	s := w.s.oracle.cols[other].live[id]
 	s.Partition, s.Channel, s.Builds = 0, 0, nil
 	fresh := w.s.chance(0.5)
-	w.call(m, fmt.Sprintf("register segment %d of %d in %d, under another id: %v", id, other, c.id, fresh), func(ctx context.Context) (string, func()) {
-		var err error
-		if fresh {
-			s.ID, err = w.id(ctx, m)
-		}
-		if err != nil {
-			return answer(err, "done"), nil
-		}
-		_, _, err = m.cat.AddSegments(ctx, c.id, []segment.Segment{s})
-		return answer(err, "done"), func() {
-			if err == nil {
-				w.s.wrong("segment %d of collection %d is registered in collection %d as well", id, other, c.id)
+	w.call(
+		m,
+		fmt.Sprintf("register segment %d of %d in %d, under another id: %v", id, other, c.id, fresh),
+		func(ctx context.Context) (string, func()) {
+			var err error
+			if fresh {
+				s.ID, err = w.id(ctx, m)
 			}
-		}
-	})
+			if err != nil {
+				return answer(err, "done"), nil
+			}
+			_, _, err = m.cat.AddSegments(ctx, c.id, []segment.Segment{s})
+			return answer(err, "done"), func() {
+				if err == nil {
+					w.s.wrong("segment %d of collection %d is registered in collection %d as well", id, other, c.id)
+				}
+			}
+		},
+	)
 }
 
 func (w *work) activeCount() int {
@@ -241,10 +251,55 @@ func (w *work) standing() map[int64]*snapshot {
 
 // chores are what may be asked for, those that are asked for often several times.
 var chores = []string{
-	"add", "add", "add", "add", "drop", "drop", "compact", "compact", "rebuild", "update", "create", "create", "create", "create",
-	"create again", "create again", "shared name", "expiring create", "drop snapshot", "drop snapshot", "drop snapshot", "pin", "unpin", "renew", "renew",
-	"reclaim", "reclaim", "reclaim", "reclaim", "confirm", "confirm", "restore", "restore", "restore again", "cancel", "collect", "sweep",
-	"list", "list", "read", "read", "drop partition", "drop index", "drop collection", "new collection", "compact history", "recover", "recover clock", "steal",
+	"add",
+	"add",
+	"add",
+	"add",
+	"drop",
+	"drop",
+	"compact",
+	"compact",
+	"rebuild",
+	"update",
+	"create",
+	"create",
+	"create",
+	"create",
+	"create again",
+	"create again",
+	"shared name",
+	"expiring create",
+	"drop snapshot",
+	"drop snapshot",
+	"drop snapshot",
+	"pin",
+	"unpin",
+	"renew",
+	"renew",
+	"reclaim",
+	"reclaim",
+	"reclaim",
+	"reclaim",
+	"confirm",
+	"confirm",
+	"restore",
+	"restore",
+	"restore again",
+	"cancel",
+	"collect",
+	"sweep",
+	"list",
+	"list",
+	"read",
+	"read",
+	"drop partition",
+	"drop index",
+	"drop collection",
+	"new collection",
+	"compact history",
+	"recover",
+	"recover clock",
+	"steal",
 }
 
 // focus is a kind of run: chores that meet, and what happens to their calls.
@@ -255,9 +310,43 @@ type focus struct {
 }
 
 var focuses = []focus{
-	{chores: []string{"add", "add", "create", "create", "drop", "drop", "drop", "compact", "rebuild", "reclaim", "collect"}, slow: "object create "},
-	{chores: []string{"add", "add", "add", "create", "create", "restore", "restore", "restore", "restore again", "cancel", "cancel", "drop snapshot"}, weak: copyName},
-	{chores: []string{"create", "pin", "pin", "renew", "renew", "renew", "unpin", "drop snapshot"}, weak: "txn put " + keys.AllPinsPrefix},
+	{
+		chores: []string{
+			"add",
+			"add",
+			"create",
+			"create",
+			"drop",
+			"drop",
+			"drop",
+			"compact",
+			"rebuild",
+			"reclaim",
+			"collect",
+		},
+		slow: "object create ",
+	},
+	{
+		chores: []string{
+			"add",
+			"add",
+			"add",
+			"create",
+			"create",
+			"restore",
+			"restore",
+			"restore",
+			"restore again",
+			"cancel",
+			"cancel",
+			"drop snapshot",
+		},
+		weak: copyName,
+	},
+	{
+		chores: []string{"create", "pin", "pin", "renew", "renew", "renew", "unpin", "drop snapshot"},
+		weak:   "txn put " + keys.AllPinsPrefix,
+	},
 	{chores: []string{"add", "create", "read", "read", "read", "restore"}, spoil: 0.1},
 }
 
@@ -273,18 +362,28 @@ func (w *work) begin() {
 		chore = "new collection"
 	}
 	m, c := w.replica(), w.active()
-	if slices.Contains([]string{"drop", "compact", "rebuild"}, chore) && w.s.chance(0.5) { // under a create, if there is one
+	if slices.Contains([]string{"drop", "compact", "rebuild"}, chore) &&
+		w.s.chance(0.5) { // under a create, if there is one
 		for _, r := range w.creates {
 			if busy := w.s.oracle.cols[r.spec.Collection.ID]; r.open > 0 && busy.state == catalog.Active && len(busy.live) > 0 {
 				c = busy
 			}
 		}
 	}
-	if c == nil && !slices.Contains([]string{"new collection", "list", "read", "sweep", "recover", "recover clock"}, chore) {
+	if c == nil &&
+		!slices.Contains([]string{"new collection", "list", "read", "sweep", "recover", "recover clock"}, chore) {
 		return
 	}
 	switch chore {
-	case "add", "drop", "compact", "rebuild", "update", "drop partition", "drop index", "drop collection", "new collection":
+	case "add",
+		"drop",
+		"compact",
+		"rebuild",
+		"update",
+		"drop partition",
+		"drop index",
+		"drop collection",
+		"new collection":
 		w.write(chore, m, c)
 	case "steal":
 		w.steal(m, c)
@@ -337,7 +436,14 @@ func (w *work) begin() {
 		w.confirm(m)
 	case "restore":
 		if id, ok := pick(w.s, w.standing()); ok && w.activeCount() < 6 {
-			r := &restore{spec: manager.RestoreSpec{Snapshot: manager.Ref{ID: id}, DB: "default", Name: w.name("r"), SkipIndexes: w.s.chance(0.3)}}
+			r := &restore{
+				spec: manager.RestoreSpec{
+					Snapshot:    manager.Ref{ID: id},
+					DB:          "default",
+					Name:        w.name("r"),
+					SkipIndexes: w.s.chance(0.3),
+				},
+			}
 			if w.s.chance(0.2) {
 				r.spec.Timeout = time.Duration(1+w.s.rng.IntN(30)) * time.Second
 			}
@@ -455,7 +561,13 @@ func (w *work) shape(c *collection) shape {
 }
 
 func (w *work) segment(ctx context.Context, m *member, col int64, sh shape) (s segment.Segment, err error) {
-	s = segment.Segment{Level: 1, State: segment.Flushed, Rows: 1, DML: segment.Position{Timestamp: 21}, Partition: sh.partition}
+	s = segment.Segment{
+		Level:     1,
+		State:     segment.Flushed,
+		Rows:      1,
+		DML:       segment.Position{Timestamp: 21},
+		Partition: sh.partition,
+	}
 	if s.ID, err = w.id(ctx, m); err != nil {
 		return s, err
 	}
@@ -487,7 +599,13 @@ func (w *work) segment(ctx context.Context, m *member, col int64, sh shape) (s s
 	return s, err
 }
 
-func (w *work) build(ctx context.Context, m *member, col int64, s *segment.Segment, sh shape) (b segment.Build, err error) {
+func (w *work) build(
+	ctx context.Context,
+	m *member,
+	col int64,
+	s *segment.Segment,
+	sh shape,
+) (b segment.Build, err error) {
 	b = segment.Build{Index: sh.index, Field: 100}
 	if b.ID, err = w.id(ctx, m); err != nil {
 		return b, err
@@ -624,8 +742,15 @@ func (w *work) write(chore string, m *member, c *collection) {
 func (w *work) newCollection(ctx context.Context, m *member, name string) error {
 	tok := w.token("CreateCollection", name)
 	spec := catalog.Collection{
-		DB: "default", Name: name, Channels: []string{"ch-0", "ch-1"}, Roots: []catalog.Root{{Store: "default", Prefix: "data/"}},
-		Schema: catalog.Schema{Format: "test", Raw: []byte{0}, Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}}},
+		DB:       "default",
+		Name:     name,
+		Channels: []string{"ch-0", "ch-1"},
+		Roots:    []catalog.Root{{Store: "default", Prefix: "data/"}},
+		Schema: catalog.Schema{
+			Format: "test",
+			Raw:    []byte{0},
+			Fields: []catalog.Field{{ID: 100, Name: "id", DataType: "Int64", PrimaryKey: true}},
+		},
 	}
 	col, err := m.cat.CreateCollection(ctx, tok, spec)
 	for range 3 {
@@ -661,10 +786,18 @@ func (w *work) create(m *member, r *create) {
 	}
 	r.open++
 	began := w.revision()
-	w.call(m, fmt.Sprintf("create snapshot %s of %v, again: %v", r.spec.Name, r.spec.Collection, repeat), func(ctx context.Context) (string, func()) {
-		s, err := m.Create(ctx, r.tok, r.spec)
-		return answer(err, "%v", s), func() { w.created(r, s, err, began, repeat) } //nolint:contextcheck // judged when the call is over
-	})
+	w.call(
+		m,
+		fmt.Sprintf("create snapshot %s of %v, again: %v", r.spec.Name, r.spec.Collection, repeat),
+		func(ctx context.Context) (string, func()) {
+			s, err := m.Create(ctx, r.tok, r.spec)
+			return answer(
+				err,
+				"%v",
+				s,
+			), func() { w.created(r, s, err, began, repeat) } //nolint:contextcheck // judged when the call is over
+		},
+	)
 }
 
 // created judges the answer to a create.
@@ -777,15 +910,19 @@ func (w *work) pin(m *member) {
 }
 
 func (w *work) renew(m *member, p *manager.Pin, ttl time.Duration) {
-	w.call(m, fmt.Sprintf("renew pin %d of snapshot %d for %v", p.ID, p.Snapshot, ttl), func(ctx context.Context) (string, func()) {
-		next, err := m.RenewPin(ctx, manager.Ref{ID: p.Snapshot}, p.ID, ttl)
-		return answer(err, "renewed"), func() {
-			if err == nil {
-				w.s.reached.renewed++
-				w.lasts(next)
+	w.call(
+		m,
+		fmt.Sprintf("renew pin %d of snapshot %d for %v", p.ID, p.Snapshot, ttl),
+		func(ctx context.Context) (string, func()) {
+			next, err := m.RenewPin(ctx, manager.Ref{ID: p.Snapshot}, p.ID, ttl)
+			return answer(err, "renewed"), func() {
+				if err == nil {
+					w.s.reached.renewed++
+					w.lasts(next)
+				}
 			}
-		}
-	})
+		},
+	)
 }
 
 // lasts holds that a pin was written as it was answered.
@@ -795,7 +932,13 @@ func (w *work) lasts(p *manager.Pin) {
 		w.s.wrong("pin %d of snapshot %d was acknowledged, and there never was one", p.ID, p.Snapshot)
 	}
 	if expires, ok := known.expires[p.Revision]; !ok || expires != record.Nanos(p.ExpireTime) {
-		w.s.wrong("pin %d is said to end at %v since revision %d, and was written: %v", p.ID, p.ExpireTime, p.Revision, known.expires)
+		w.s.wrong(
+			"pin %d is said to end at %v since revision %d, and was written: %v",
+			p.ID,
+			p.ExpireTime,
+			p.Revision,
+			known.expires,
+		)
 	}
 }
 
@@ -821,10 +964,14 @@ func (w *work) reclaim(m *member) {
 		return
 	}
 	deleter := gc.Deleter(1 + w.s.rng.IntN(2))
-	w.call(m, fmt.Sprintf("reclaim %d units of %d by %d", len(asks), id, deleter), func(ctx context.Context) (string, func()) {
-		answers, err := m.GC().Reclaim(ctx, catalog.Ref{ID: id}, asks, deleter, "caller")
-		return answer(err, "%v", states(answers)), func() { w.reclaimed(c, asks, answers) }
-	})
+	w.call(
+		m,
+		fmt.Sprintf("reclaim %d units of %d by %d", len(asks), id, deleter),
+		func(ctx context.Context) (string, func()) {
+			answers, err := m.GC().Reclaim(ctx, catalog.Ref{ID: id}, asks, deleter, "caller")
+			return answer(err, "%v", states(answers)), func() { w.reclaimed(c, asks, answers) }
+		},
+	)
 }
 
 func states(answers []gc.Answer) []gc.State {
@@ -845,7 +992,8 @@ func (w *work) reclaimed(c *collection, asks []gc.Ask, answers []gc.Answer) {
 func (w *work) reclaimedOne(c *collection, id int64, a *gc.Answer) {
 	switch a.State {
 	case gc.Granted:
-		if g := c.tombs[a.Tombstone.ID]; g == nil || g.t.Revision != a.Tombstone.Revision || g.t.Deleter != a.Tombstone.Deleter {
+		if g := c.tombs[a.Tombstone.ID]; g == nil || g.t.Revision != a.Tombstone.Revision ||
+			g.t.Deleter != a.Tombstone.Deleter {
 			w.s.wrong("unit %d is said to be granted as %+v, and the tombstone is %+v", id, a.Tombstone, g)
 		}
 	case gc.Dropped:
@@ -878,13 +1026,17 @@ func (w *work) confirm(m *member) {
 		for _, unit := range list {
 			c.tombs[unit].asked = c.tombs[unit].asked || !dies
 		}
-		w.call(m, fmt.Sprintf("delete %d files and confirm %v", len(files), list), func(ctx context.Context) (string, func()) {
-			if err := w.store.Delete(ctx, files...); err != nil || dies {
-				return answer(err, "dead"), nil
-			}
-			_, err := m.GC().Confirm(ctx, catalog.Ref{ID: id}, list)
-			return answer(err, "confirmed"), nil
-		})
+		w.call(
+			m,
+			fmt.Sprintf("delete %d files and confirm %v", len(files), list),
+			func(ctx context.Context) (string, func()) {
+				if err := w.store.Delete(ctx, files...); err != nil || dies {
+					return answer(err, "dead"), nil
+				}
+				_, err := m.GC().Confirm(ctx, catalog.Ref{ID: id}, list)
+				return answer(err, "confirmed"), nil
+			},
+		)
 	}
 }
 
@@ -919,7 +1071,8 @@ func (w *work) cancel(m *member) {
 		w.call(m, fmt.Sprint("cancel job ", id), func(ctx context.Context) (string, func()) {
 			_, err := m.Jobs().Cancel(ctx, id)
 			return answer(err, "canceled"), func() {
-				if job := w.s.oracle.jobs[id]; err == nil && (job.State == copyjob.Completed || job.Phase != copyjob.RollBack && !job.State.Ended()) {
+				if job := w.s.oracle.jobs[id]; err == nil &&
+					(job.State == copyjob.Completed || job.Phase != copyjob.RollBack && !job.State.Ended()) {
 					w.s.wrong("job %d is said to be canceled, and is %v in phase %v", id, job.State, job.Phase)
 				}
 			}
@@ -982,9 +1135,20 @@ func (w *work) read(m *member) {
 		return answer(err, "%d segments", n), func() {
 			switch {
 			case err == nil && (n != s.segments || !maps.Equal(files, s.files)):
-				w.s.wrong("snapshot %s is read with %d segments and the files %v, and has %d and %v", s.name, n, files, s.segments, s.files)
+				w.s.wrong(
+					"snapshot %s is read with %d segments and the files %v, and has %d and %v",
+					s.name,
+					n,
+					files,
+					s.segments,
+					s.files,
+				)
 			case err == nil && gocmp.Diff(s.metadata, d.Metadata) != "":
-				w.s.wrong("snapshot %s is described with other metadata than it has: %s", s.name, gocmp.Diff(s.metadata, d.Metadata))
+				w.s.wrong(
+					"snapshot %s is described with other metadata than it has: %s",
+					s.name,
+					gocmp.Diff(s.metadata, d.Metadata),
+				)
 			case err == nil:
 				w.s.reached.read++
 			case errors.Is(err, manager.ErrSnapshotCorrupt) && m.misread > 0:

@@ -13,10 +13,10 @@ import (
 	"sync"
 	"time"
 
-	"google.golang.org/grpc/codes"  //nolint:depguard // the load is of clients
-	"google.golang.org/grpc/status" //nolint:depguard // the load is of clients
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
-	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // the load is of clients
+	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 )
 
@@ -163,7 +163,10 @@ func (w *worker) register(ctx context.Context, list ...*api.Segment) error {
 		if err != nil {
 			return err
 		}
-		if err := stream.Send(&api.AddSegmentsRequest{Collection: w.engine.ref(), Segments: list}); err != nil && !errors.Is(err, io.EOF) {
+		if err := stream.Send(
+			&api.AddSegmentsRequest{Collection: w.engine.ref(), Segments: list},
+		); err != nil &&
+			!errors.Is(err, io.EOF) {
 			return err
 		}
 		_, err = stream.CloseAndRecv()
@@ -212,7 +215,10 @@ func (w *worker) compact(ctx context.Context) error {
 		return err
 	}
 	req := &api.CompactSegmentsRequest{
-		Collection: e.ref(), Inputs: slices.Clone(e.live[:2]), Outputs: []*api.Segment{out}, RequestToken: client.NewRequestToken(),
+		Collection:   e.ref(),
+		Inputs:       slices.Clone(e.live[:2]),
+		Outputs:      []*api.Segment{out},
+		RequestToken: client.NewRequestToken(),
 	}
 	err = w.insist(ctx, func(c *client.Client) error {
 		_, err := c.Catalog.CompactSegments(ctx, req)
@@ -257,9 +263,13 @@ func (w *worker) replace(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	req := &api.UpdateSegmentsRequest{Collection: w.engine.ref(), RequestToken: client.NewRequestToken(), Updates: []*api.SegmentUpdate{{
-		SegmentId: s.GetId(), RemoveFiles: []*api.FilePath{{Path: s.GetFiles()[0].GetPath()}}, AddFiles: []*api.File{f},
-	}}}
+	req := &api.UpdateSegmentsRequest{
+		Collection:   w.engine.ref(),
+		RequestToken: client.NewRequestToken(),
+		Updates: []*api.SegmentUpdate{{
+			SegmentId: s.GetId(), RemoveFiles: []*api.FilePath{{Path: s.GetFiles()[0].GetPath()}}, AddFiles: []*api.File{f},
+		}},
+	}
 	return w.insist(ctx, func(c *client.Client) error {
 		_, err := c.Catalog.UpdateSegments(ctx, req)
 		return err
@@ -283,7 +293,10 @@ func (w *worker) reclaim(ctx context.Context) error {
 
 // confirm deletes what was granted to the engine, and says so.
 func (r *env) confirm(ctx context.Context, c *client.Client) error {
-	list, err := c.Reclaim.ListTombstones(ctx, &api.ListTombstonesRequest{Collection: r.engine.ref(), Deleter: api.Deleter_DELETER_CALLER})
+	list, err := c.Reclaim.ListTombstones(
+		ctx,
+		&api.ListTombstonesRequest{Collection: r.engine.ref(), Deleter: api.Deleter_DELETER_CALLER},
+	)
 	if err != nil || len(list.GetTombstones()) == 0 {
 		return err
 	}
@@ -323,11 +336,18 @@ func (w *worker) partition(ctx context.Context) error {
 // collection makes a collection and drops it.
 func (w *worker) collection(ctx context.Context) error {
 	if _, err := w.Catalog.CreateCollection(ctx, &api.CreateCollectionRequest{
-		Name: &api.CollectionName{Name: w.name}, Roots: []*api.Root{{Prefix: w.name + "/"}}, Channels: []string{w.name + "-0", w.name + "-1"},
+		Name: &api.CollectionName{
+			Name: w.name,
+		},
+		Roots:    []*api.Root{{Prefix: w.name + "/"}},
+		Channels: []string{w.name + "-0", w.name + "-1"},
 	}); err != nil {
 		return err
 	}
-	if _, err := w.Catalog.CreateIndex(ctx, &api.CreateIndexRequest{Collection: collectionRef(w.name), Name: "i", FieldId: 100}); err != nil {
+	if _, err := w.Catalog.CreateIndex(
+		ctx,
+		&api.CreateIndexRequest{Collection: collectionRef(w.name), Name: "i", FieldId: 100},
+	); err != nil {
 		return err
 	}
 	_, err := w.Catalog.DropCollection(ctx, &api.DropCollectionRequest{Collection: collectionRef(w.name)})
@@ -355,7 +375,10 @@ func (r *env) settle(ctx context.Context, round int) error {
 		if len(e.live) <= living {
 			return nil
 		}
-		_, err = c.Catalog.DropSegments(ctx, &api.DropSegmentsRequest{Collection: e.ref(), SegmentIds: e.live[:len(e.live)-living]})
+		_, err = c.Catalog.DropSegments(
+			ctx,
+			&api.DropSegmentsRequest{Collection: e.ref(), SegmentIds: e.live[:len(e.live)-living]},
+		)
 		if err == nil {
 			e.live = e.live[len(e.live)-living:]
 		}
@@ -486,14 +509,20 @@ func (r *env) dropRest(ctx context.Context, c *client.Client) (string, error) {
 		}
 		left = append(left, "partition "+p.GetName())
 		if p.GetState() == api.Partition_STATE_ACTIVE {
-			if _, err := c.Catalog.DropPartition(ctx, &api.DropPartitionRequest{Collection: r.engine.ref(), Name: p.GetName()}); err != nil {
+			if _, err := c.Catalog.DropPartition(
+				ctx,
+				&api.DropPartitionRequest{Collection: r.engine.ref(), Name: p.GetName()},
+			); err != nil {
 				return "", err
 			}
 		}
 	}
-	snapshots, err := c.Snapshots.ListSnapshots(ctx, &api.ListSnapshotsRequest{PageSize: 1000, States: []api.Snapshot_State{
-		api.Snapshot_STATE_PENDING, api.Snapshot_STATE_COMMITTED, api.Snapshot_STATE_DELETING,
-	}})
+	snapshots, err := c.Snapshots.ListSnapshots(
+		ctx,
+		&api.ListSnapshotsRequest{PageSize: 1000, States: []api.Snapshot_State{
+			api.Snapshot_STATE_PENDING, api.Snapshot_STATE_COMMITTED, api.Snapshot_STATE_DELETING,
+		}},
+	)
 	if err != nil {
 		return "", err
 	}
@@ -503,7 +532,11 @@ func (r *env) dropRest(ctx context.Context, c *client.Client) (string, error) {
 		}
 		left = append(left, fmt.Sprintf("snapshot %s, %v", s.GetName(), s.GetState()))
 		if s.GetState() == api.Snapshot_STATE_COMMITTED && s.GetExpireTime() == nil {
-			if _, err := c.Snapshots.DropSnapshot(ctx, &api.DropSnapshotRequest{Snapshot: named(s.GetName())}); err != nil && client.Reason(err) != "SNAPSHOT_PINNED" {
+			if _, err := c.Snapshots.DropSnapshot(
+				ctx,
+				&api.DropSnapshotRequest{Snapshot: named(s.GetName())},
+			); err != nil &&
+				client.Reason(err) != "SNAPSHOT_PINNED" {
 				return "", err
 			}
 		}

@@ -29,7 +29,10 @@ func TestJudge(t *testing.T) {
 	}{
 		{"no rounds", counts, nil, "inconclusive"},
 		{"four rounds", counts, course(4, 10, func(int) float64 { return 7 }), "inconclusive"},
-		{"many processes of one round each", counts, course(30, 1, func(r int) float64 { return float64(r) }), "inconclusive"},
+		{
+			"many processes of one round each", counts, course(30, 1, func(r int) float64 { return float64(r) }),
+			"inconclusive",
+		},
 		{"a constant", counts, course(20, 20, func(int) float64 { return 7 }), "pass"},
 		{"one more or less", counts, course(20, 20, func(r int) float64 { return float64(7 + r*r%3) }), "pass"},
 		{"one blow", counts, course(20, 20, func(r int) float64 {
@@ -38,7 +41,10 @@ func TestJudge(t *testing.T) {
 			}
 			return 7
 		}), "pass"},
-		{"one process differs from the next", counts, course(40, 10, func(r int) float64 { return float64(7 + r/10*50) }), "pass"},
+		{
+			"one process differs from the next", counts, course(40, 10, func(r int) float64 { return float64(7 + r/10*50) }),
+			"pass",
+		},
 		{"the first round of each process differs", counts, course(40, 10, func(r int) float64 {
 			if r%10 == 0 {
 				return 1
@@ -46,15 +52,24 @@ func TestJudge(t *testing.T) {
 			return 50
 		}), "pass"},
 		{"one in a round", counts, course(8, 8, func(r int) float64 { return float64(7 + r) }), "MISS"},
-		{"one in a round, one more or less", counts, course(20, 20, func(r int) float64 { return float64(7 + r + r*r%3) }), "MISS"},
+		{
+			"one in a round, one more or less", counts, course(20, 20, func(r int) float64 { return float64(7 + r + r*r%3) }),
+			"MISS",
+		},
 		{"one in a round, short lives", counts, course(40, 8, func(r int) float64 { return float64(7 + r%8) }), "MISS"},
 		{"one in four rounds", counts, course(40, 40, func(r int) float64 { return float64(7 + r/4) }), "MISS"},
 		{"a step that stays", counts, course(20, 20, func(r int) float64 { return float64(7 + r/13*10) }), "MISS"},
 		{"a noisy heap", heap, course(30, 30, func(int) float64 { return 20<<20 + noise(40<<10) }), "pass"},
 		{"a heap that shrinks", heap, course(30, 30, func(r int) float64 { return 20<<20 - float64(r<<14) }), "pass"},
 		{"10 KB in a round", heap, course(20, 20, func(r int) float64 { return 20<<20 + float64(r*10_000) }), "MISS"},
-		{"10 KB in a round and noise", heap, course(30, 30, func(r int) float64 { return 20<<20 + float64(r*10_000) + noise(40<<10) }), "MISS"},
-		{"10 KB in a round and noise, short lives", heap, course(60, 12, func(r int) float64 { return 20<<20 + float64(r%12*10_000) + noise(20<<10) }), "MISS"},
+		{"10 KB in a round and noise", heap, course(30, 30, func(r int) float64 {
+			return 20<<20 + float64(r*10_000) +
+				noise(40<<10)
+		}), "MISS"},
+		{"10 KB in a round and noise, short lives", heap, course(60, 12, func(r int) float64 {
+			return 20<<20 +
+				float64(r%12*10_000) + noise(20<<10)
+		}), "MISS"},
 		{"a few rounds of loud noise that rises", heap, course(7, 7, func(r int) float64 {
 			return 20<<20 + []float64{0, 0, 200, 40, 260, 20, 240}[r]*(1<<10)
 		}), "inconclusive"},
@@ -71,10 +86,22 @@ func TestAtMost(t *testing.T) {
 	if got := atMost("x", 2, number, nil); got.Verdict() != "inconclusive" {
 		t.Errorf("without rounds: %+v", got)
 	}
-	if got := atMost("x", 2, number, course(3, 3, func(int) float64 { return 2 })); got.Verdict() != "pass" || got.Got != "2" {
+	if got := atMost(
+		"x",
+		2,
+		number,
+		course(3, 3, func(int) float64 { return 2 }),
+	); got.Verdict() != "pass" ||
+		got.Got != "2" {
 		t.Errorf("as much as there may be: %+v", got)
 	}
-	if got := atMost("x", 2, number, course(3, 3, func(r int) float64 { return float64(r * 2) })); got.Verdict() != "MISS" || got.Got != "4" {
+	if got := atMost(
+		"x",
+		2,
+		number,
+		course(3, 3, func(r int) float64 { return float64(r * 2) }),
+	); got.Verdict() != "MISS" ||
+		got.Got != "4" {
 		t.Errorf("more than there may be: %+v", got)
 	}
 }
@@ -100,7 +127,11 @@ func TestStacks(t *testing.T) {
 	if len(got) != 2 || got[run] != 6 {
 		t.Errorf("stacks: %v", got)
 	}
-	if grown := grownStacks(map[string]int{run: 4}, got); len(grown) != 2 || !strings.HasPrefix(grown[0], "3 more of net/http.") {
+	if grown := grownStacks(
+		map[string]int{run: 4},
+		got,
+	); len(grown) != 2 ||
+		!strings.HasPrefix(grown[0], "3 more of net/http.") {
 		t.Errorf("grown: %q", grown)
 	}
 	if n := takeStacks(got, "net/http.(*persistConn).readLoop"); n != 3 || len(got) != 1 {

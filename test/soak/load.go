@@ -14,11 +14,11 @@ import (
 	"sync"
 	"time"
 
-	"google.golang.org/grpc/codes"  //nolint:depguard // the load is of clients
-	"google.golang.org/grpc/status" //nolint:depguard // the load is of clients
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // the load is of clients
+	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 )
 
@@ -80,7 +80,12 @@ func (r *env) load(ctx context.Context, round int, fail bool) error {
 	for i := range r.replicas { // as long as the round
 		events := r.replicas[i].Load().client.Events
 		streams.Go(func() {
-			_ = client.WatchEvents(watching, events, &api.WatchEventsRequest{}, func(*api.WatchEventsResponse) error { return nil })
+			_ = client.WatchEvents(
+				watching,
+				events,
+				&api.WatchEventsRequest{},
+				func(*api.WatchEventsResponse) error { return nil },
+			)
 		})
 	}
 	var failed error
@@ -157,7 +162,10 @@ func (w *worker) snapshot(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	if _, err := w.Snapshots.DescribeSnapshot(ctx, &api.DescribeSnapshotRequest{Snapshot: named(w.name), IncludeUsage: true}); err != nil {
+	if _, err := w.Snapshots.DescribeSnapshot(
+		ctx,
+		&api.DescribeSnapshotRequest{Snapshot: named(w.name), IncludeUsage: true},
+	); err != nil {
 		return err
 	}
 	if err := wait(ctx, time.Duration(w.rand.IntN(2000))*time.Millisecond); err != nil {
@@ -169,7 +177,9 @@ func (w *worker) snapshot(ctx context.Context) error {
 
 func (w *worker) expiring(ctx context.Context) error {
 	_, err := w.Snapshots.CreateSnapshot(ctx, &api.CreateSnapshotRequest{
-		Collection: w.engine.ref(), Name: w.name, Expiry: &api.CreateSnapshotRequest_Ttl{Ttl: durationpb.New(2 * time.Second)},
+		Collection: w.engine.ref(),
+		Name:       w.name,
+		Expiry:     &api.CreateSnapshotRequest_Ttl{Ttl: durationpb.New(2 * time.Second)},
 	})
 	return err
 }
@@ -177,7 +187,10 @@ func (w *worker) expiring(ctx context.Context) error {
 func (w *worker) pin(ctx context.Context) error {
 	ref := w.kept(w.rand)
 	for _, ttl := range []time.Duration{time.Second, time.Hour} { // the first expires
-		got, err := w.Snapshots.PinSnapshot(ctx, &api.PinSnapshotRequest{Snapshot: ref, Owner: "soak", Ttl: durationpb.New(ttl)})
+		got, err := w.Snapshots.PinSnapshot(
+			ctx,
+			&api.PinSnapshotRequest{Snapshot: ref, Owner: "soak", Ttl: durationpb.New(ttl)},
+		)
 		if err != nil {
 			return err
 		}
@@ -330,7 +343,10 @@ func (w *worker) mistake(ctx context.Context) error {
 		_, err = w.Snapshots.CreateSnapshot(ctx, &api.CreateSnapshotRequest{Collection: collectionRef("none"), Name: w.name})
 	case 2:
 		want = codes.NotFound
-		_, err = w.Snapshots.RestoreSnapshot(ctx, &api.RestoreSnapshotRequest{Snapshot: named("none"), Target: &api.CollectionName{Name: w.name}})
+		_, err = w.Snapshots.RestoreSnapshot(
+			ctx,
+			&api.RestoreSnapshotRequest{Snapshot: named("none"), Target: &api.CollectionName{Name: w.name}},
+		)
 	case 3:
 		want = codes.InvalidArgument
 		_, err = w.Snapshots.ListSnapshots(ctx, &api.ListSnapshotsRequest{PageToken: "none"})

@@ -256,7 +256,14 @@ func (r *env) start(ctx context.Context, i int) error {
 		return err
 	}
 	var err error
-	if p.server, err = bench.StartSnapshotd(ctx, r.snapshotd, dir, r.etcdAt, bench.EtcdRoot, bench.OnS3(r.s3At)+fmt.Sprintf(settings, p.name)); err != nil {
+	if p.server, err = bench.StartSnapshotd(
+		ctx,
+		r.snapshotd,
+		dir,
+		r.etcdAt,
+		bench.EtcdRoot,
+		bench.OnS3(r.s3At)+fmt.Sprintf(settings, p.name),
+	); err != nil {
 		return err
 	}
 	if p.client, err = client.Dial(p.server.Listen, client.Options{}); err != nil {

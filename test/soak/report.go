@@ -10,7 +10,7 @@ import (
 	"strings"
 	"time"
 
-	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // the load is of clients
+	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/test/bench"
 )
 
@@ -30,10 +30,21 @@ func (r *env) report(samples []*sample) *bench.Report {
 		fmt.Sprintf("Commit %s, %s, %s.", bench.Commit(), bench.Today(), bench.Machine()),
 		fmt.Sprintf("Seed %d; %d rounds in %v, of which the last %d count; load average %s after.",
 			r.seed, len(samples), time.Since(r.began).Round(time.Second), len(counted), bench.LoadText()),
-		"Samples are taken when all is idle. Goroutines and files are without those of pooled connections to the object store and of who asks; heaps are after their garbage was collected.",
+		"Samples are taken when all is idle. Goroutines and files are without those of pooled connections to the object " +
+			"store and of who asks; heaps are after their garbage was collected.",
 	}}
 	rounds := bench.Table{Title: "Rounds", Head: []string{
-		"round", "load", "idle after", "keys", "bytes", "restores", "tokens", "leases", "etcd", "objects", "replicas: goroutines, files, pooled connections, heap (KiB), memory and its peak (MiB)",
+		"round",
+		"load",
+		"idle after",
+		"keys",
+		"bytes",
+		"restores",
+		"tokens",
+		"leases",
+		"etcd",
+		"objects",
+		"replicas: goroutines, files, pooled connections, heap (KiB), memory and its peak (MiB)",
 	}}
 	for _, s := range samples {
 		rounds.Add(row(s)...)
@@ -52,16 +63,29 @@ func (r *env) report(samples []*sample) *bench.Report {
 		return slices.DeleteFunc(pointsOfReplicas(counted, value), func(p point) bool { return p.age < warmUp })
 	}
 	rep.Bars = []bench.Bar{
-		judge(same("goroutines of a replica"), pointsOfReplicas(counted, func(s *state) float64 { return float64(s.goroutines) })),
+		judge(
+			same("goroutines of a replica"),
+			pointsOfReplicas(counted, func(s *state) float64 { return float64(s.goroutines) }),
+		),
 		judge(same("open files of a replica"), pointsOfReplicas(counted, func(s *state) float64 { return float64(s.files) })),
 		judge(bound{"heap of a replica", 6 << 10, 1 << 20, kib}, warm(func(s *state) float64 { return s.heap })),
 		judge(bound{"peak memory of a replica", 512 << 10, 16 << 20, kib}, warm(func(s *state) float64 { return s.peak })),
-		atMost("pooled connections of a replica", maxPooled, number, pointsOfReplicas(counted, func(s *state) float64 { return float64(s.pooled) })),
+		atMost(
+			"pooled connections of a replica",
+			maxPooled,
+			number,
+			pointsOfReplicas(counted, func(s *state) float64 { return float64(s.pooled) }),
+		),
 		judge(same("keys in etcd"), etcd(func(s stored) int { return s.keys })),
 		judge(bound{"bytes of these keys", 64, 1024, number}, etcd(func(s stored) int { return s.bytes })),
 		judge(same("leases"), etcd(func(s stored) int { return s.leases })),
 		atMost("keys of restores without a record", 0, number, etcd(func(s stored) int { return s.strays })),
-		atMost("restores that are kept for longer than they should be", 0, number, pointsOf(counted, func(s *sample) float64 { return float64(s.late) })),
+		atMost(
+			"restores that are kept for longer than they should be",
+			0,
+			number,
+			pointsOf(counted, func(s *sample) float64 { return float64(s.late) }),
+		),
 		atMost("request tokens without an end", 0, number, etcd(func(s stored) int { return s.unleased })),
 		judge(bound{"etcd's database without history, less request tokens", 1 << 10, 64 << 10, kib},
 			pointsOf(counted, func(s *sample) float64 { return float64(s.database - int64(s.stored.tokens*bytesOfToken)) })),
@@ -71,7 +95,8 @@ func (r *env) report(samples []*sample) *bench.Report {
 	}
 	if _, missed, _ := rep.Count(); missed > 0 && len(counted) > 1 {
 		evidence := bench.Table{Title: "Evidence", Head: []string{"what there is more of, and errors"}}
-		for _, line := range slices.Concat(grownIn(counted), grownStacks(counted[1].stored.classes, counted[len(counted)-1].stored.classes), r.wrong[:min(len(r.wrong), 20)]) {
+		for _, line := range slices.Concat(grownIn(counted), grownStacks(counted[1].stored.classes,
+			counted[len(counted)-1].stored.classes), r.wrong[:min(len(r.wrong), 20)]) {
 			evidence.Add(line)
 		}
 		rep.Tables = append(rep.Tables, evidence)
@@ -87,11 +112,30 @@ func row(s *sample) []string {
 	}
 	list := make([]string, len(s.replicas))
 	for i, p := range s.replicas {
-		list[i] = fmt.Sprintf("%s: %d, %d, %d, %.0f, %.1f, %.1f", p.series, p.goroutines, p.files, p.pooled, p.heap/1024, p.rss/(1<<20), p.peak/(1<<20))
+		list[i] = fmt.Sprintf(
+			"%s: %d, %d, %d, %.0f, %.1f, %.1f",
+			p.series,
+			p.goroutines,
+			p.files,
+			p.pooled,
+			p.heap/1024,
+			p.rss/(1<<20),
+			p.peak/(1<<20),
+		)
 	}
 	return []string{
-		round, bench.Time(s.load.Seconds()), bench.Time(s.idle.Seconds()), fmt.Sprint(s.stored.keys), fmt.Sprint(s.stored.bytes),
-		fmt.Sprint(s.stored.jobs), fmt.Sprint(s.stored.tokens), fmt.Sprint(s.stored.leases), kib(float64(s.database)), fmt.Sprint(s.objects),
+		round,
+		bench.Time(s.load.Seconds()),
+		bench.Time(s.idle.Seconds()),
+		fmt.Sprint(s.stored.keys),
+		fmt.Sprint(s.stored.bytes),
+		fmt.Sprint(
+			s.stored.jobs,
+		),
+		fmt.Sprint(s.stored.tokens),
+		fmt.Sprint(s.stored.leases),
+		kib(float64(s.database)),
+		fmt.Sprint(s.objects),
 		strings.Join(list, "; "),
 	}
 }

@@ -144,7 +144,11 @@ func (t *Trusted) Recover(ctx context.Context) (wasStopped bool, now time.Time, 
 		t.reset()
 		return m.problem != nil, m.reading(), nil
 	}
-	return false, time.Time{}, fmt.Errorf("recover the clock: %w: gave up after %d attempts", meta.ErrConflict, maxAttempts)
+	return false, time.Time{}, fmt.Errorf(
+		"recover the clock: %w: gave up after %d attempts",
+		meta.ErrConflict,
+		maxAttempts,
+	)
 }
 
 // reset clears the suspicion and the last distrust.

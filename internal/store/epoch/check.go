@@ -181,7 +181,12 @@ func (e *Epoch) recover(ctx context.Context, force bool) (wasRolledBack bool, ne
 			Name: "epoch.recover",
 			If:   []meta.Cond{s.epochIs, s.idsAre, s.behindIs},
 			Then: []meta.Op{
-				meta.Put(keys.Epoch, record.Encode(s.epoch)), meta.Put(keys.IDs, record.Encode(s.ids)), meta.Delete(keys.RolledBack),
+				meta.Put(
+					keys.Epoch,
+					record.Encode(s.epoch),
+				),
+				meta.Put(keys.IDs, record.Encode(s.ids)),
+				meta.Delete(keys.RolledBack),
 			},
 		})
 		if err != nil {

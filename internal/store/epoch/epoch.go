@@ -96,7 +96,10 @@ type state struct {
 }
 
 func (e *Epoch) read(ctx context.Context) (*state, error) {
-	res, err := e.o.KV.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Get(keys.Epoch), meta.Get(keys.IDs), meta.Get(keys.RolledBack)}})
+	res, err := e.o.KV.Txn(
+		ctx,
+		meta.Txn{Then: []meta.Op{meta.Get(keys.Epoch), meta.Get(keys.IDs), meta.Get(keys.RolledBack)}},
+	)
 	if err != nil {
 		return nil, fmt.Errorf("read the epoch: %w", err)
 	}

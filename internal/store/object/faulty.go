@@ -195,6 +195,7 @@ func (f *Faulty) enter(ctx context.Context, op Op, keys ...string) (Fault, error
 	case FaultFull:
 		_ = f.fire(ErrUnavailable, op, "full", keys)
 		return fault, fmt.Errorf("%s %v: %w", op, keys, &FullError{Place: "store of a test", Lacks: "no space left"})
+	case FaultNone, FaultAfter, FaultFlip, FaultTruncate: // call applies these
 	}
 	return fault, nil
 }

@@ -10,7 +10,7 @@ import (
 	"hash/fnv"
 	"math/rand/v2"
 
-	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // a benchmark is a client
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 )
 
@@ -62,7 +62,10 @@ func newCollection(ctx context.Context, c *client.Client, name string) (collecti
 	}
 	var cps []*snapshotdv1.ChannelPosition
 	for shard := range int32(channels) {
-		cps = append(cps, &snapshotdv1.ChannelPosition{Shard: shard, Position: &snapshotdv1.Position{Timestamp: lastTimestamp}})
+		cps = append(
+			cps,
+			&snapshotdv1.ChannelPosition{Shard: shard, Position: &snapshotdv1.Position{Timestamp: lastTimestamp}},
+		)
 	}
 	_, err = c.Catalog.SetCheckpoints(ctx, &snapshotdv1.SetCheckpointsRequest{Collection: ref(id), Checkpoints: cps})
 	return collection{id, p.GetPartition().GetId(), x.GetIndex().GetId()}, err

@@ -71,7 +71,12 @@ func parse(args []string) (*options, error) {
 	fs.IntVar(&o.listed, "snapshots", 10_000, "snapshots to list among")
 	fs.DurationVar(&o.window, "window", 3*time.Second, "how long clients take snapshots in each measurement")
 	fs.IntVar(&o.clients, "clients", 64, "clients that take snapshots at once")
-	fs.DurationVar(&o.latency, "latency", 20*time.Millisecond, "what is added to each request to the store for the clients")
+	fs.DurationVar(
+		&o.latency,
+		"latency",
+		20*time.Millisecond,
+		"what is added to each request to the store for the clients",
+	)
 	fs.StringVar(&o.profile, "profile", "", "directory for profiles of snapshotd at the largest size")
 	fs.IntVar(&o.maxCreates, "max-creates", 0, "snapshotd's --max-creates; 0 leaves its default")
 	fs.IntVar(&o.streams, "streams", 4, "streams that register segments at once")

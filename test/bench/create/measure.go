@@ -17,10 +17,10 @@ import (
 	"sync/atomic"
 	"time"
 
-	clientv3 "go.etcd.io/etcd/client/v3" //nolint:depguard // asks etcd how large it is
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"golang.org/x/sync/errgroup"
 
-	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // a benchmark is a client
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 	"github.com/snapshotd/snapshotd/test/bench"
 )
@@ -54,10 +54,41 @@ func (r *env) table(i int) *bench.Table {
 	if r.Report.Tables == nil {
 		r.Report.Tables = []bench.Table{
 			{Title: "Registration", Head: []string{"segments", "time", "segments/s", "database in use, bytes/segment", "load"}},
-			{Title: "Create", Head: []string{"segments", "captured after", "writing", "in all", "/ floor", "reference /", "requests", "sent", "peak heap", "load"}},
-			{Title: "Floor and reference", Head: []string{"segments", "read", "encode", "put", "floor", "spread", "range", "read and decode", "reference", "spread"}},
+			{
+				Title: "Create",
+				Head: []string{
+					"segments",
+					"captured after",
+					"writing",
+					"in all",
+					"/ floor",
+					"reference /",
+					"requests",
+					"sent",
+					"peak heap",
+					"load",
+				},
+			},
+			{
+				Title: "Floor and reference",
+				Head: []string{
+					"segments",
+					"read",
+					"encode",
+					"put",
+					"floor",
+					"spread",
+					"range",
+					"read and decode",
+					"reference",
+					"spread",
+				},
+			},
 			{Title: "Reading", Head: []string{"call", "among", "median", "p99", "load"}},
-			{Title: "Clients at once", Head: []string{"added to a request", "1 client, snapshots/s", "many, snapshots/s", "times", "load"}},
+			{
+				Title: "Clients at once",
+				Head:  []string{"added to a request", "1 client, snapshots/s", "many, snapshots/s", "times", "load"},
+			},
 		}
 	}
 	return &r.Report.Tables[i]
@@ -116,13 +147,25 @@ func (r *env) register(ctx context.Context, n int) (collection, error) {
 		}
 	}
 	if r.profile != "" && n == slices.Max(r.sizes) {
-		if err := r.profiles(ctx, "register", func() error { _, _, _, err := r.registerOnce(ctx, n); return err }); err != nil {
+		if err := r.profiles(
+			ctx,
+			"register",
+			func() error { _, _, _, err := r.registerOnce(ctx, n); return err },
+		); err != nil {
 			return col, err
 		}
 	}
 	debug.FreeOSMemory()
 	rate, size := float64(n)/bench.Median(times), bench.Median(sizes)
-	r.table(tableRegister).Add(strconv.Itoa(n), bench.Time(bench.Median(times)), fmt.Sprintf("%.0f", rate), fmt.Sprintf("%.0f", size), bench.LoadText())
+	r.table(
+		tableRegister,
+	).Add(
+		strconv.Itoa(n),
+		bench.Time(bench.Median(times)),
+		fmt.Sprintf("%.0f", rate),
+		fmt.Sprintf("%.0f", size),
+		bench.LoadText(),
+	)
 	if n == barSize {
 		r.timed("register 100 000 segments", "≥ 20 000/s", fmt.Sprintf("%.0f/s", rate), rate >= minRegistered)
 		r.counted("etcd's database in use, a segment", "≤ 800 bytes", fmt.Sprintf("%.0f", size), size <= maxStored)
@@ -320,13 +363,18 @@ func (r *env) create(ctx context.Context, n int, col collection) error {
 		}
 		decodes = append(decodes, d)
 		c, f := subject[round], floors[round]
-		r.Say("created of %d segments in %s, floor %s (%.2f ×)", n, bench.Time(c.all), bench.Time(f.total()), c.all/f.total())
+		r.Say("created of %d segments in %s, floor %s (%.2f ×)",
+			n, bench.Time(c.all), bench.Time(f.total()), c.all/f.total())
 	}
 	loaded := bench.LoadText()
 	// Looking at the memory takes time itself, so it has rounds of its own.
 	var heaps []float64
 	for range r.Rounds {
-		heap, err := r.server.PeakHeap(ctx, 20*time.Millisecond, func() error { _, err := r.createOnce(ctx, col, n); return err })
+		heap, err := r.server.PeakHeap(
+			ctx,
+			20*time.Millisecond,
+			func() error { _, err := r.createOnce(ctx, col, n); return err },
+		)
 		if err != nil {
 			return err
 		}
@@ -362,16 +410,28 @@ func (r *env) reportCreate(n int, loaded string, subject []*created, floors, dec
 		faster, slow = fmt.Sprintf("%.0f ×", times), bench.Time(bench.Median(reference))
 		slowSpread = fmt.Sprintf("%.0f %%", bench.Spread(reference)*100)
 		if n == refSize {
-			r.timed("10 000 segments: faster than the reference", "≥ 20 ×", fmt.Sprintf("%.0f ×", times), times >= minReference)
+			r.timed("10 000 segments: faster than the reference", "≥ 20 ×", fmt.Sprintf("%.0f ×", times),
+				times >= minReference)
 		}
 	}
 	median := func(fn func(*created) float64) string { return bench.Time(bench.Median(column(subject, fn))) }
 	stage := func(list []*result, fn func(*result) float64) string {
 		return bench.Time(bench.Median(column(list, fn)))
 	}
-	r.table(tableCreate).Add(strconv.Itoa(n), median(func(c *created) float64 { return c.capture }),
-		median(func(c *created) float64 { return c.write }), bench.Time(bench.Median(all)), fmt.Sprintf("%.2f", ratio), faster,
-		strconv.Itoa(requests), bench.MiB(float64(subject[0].bytes)), bench.MiB(heap), loaded)
+	r.table(tableCreate).Add(
+		strconv.Itoa(n),
+		median(func(c *created) float64 { return c.capture }),
+		median(
+			func(c *created) float64 { return c.write },
+		),
+		bench.Time(bench.Median(all)),
+		fmt.Sprintf("%.2f", ratio),
+		faster,
+		strconv.Itoa(requests),
+		bench.MiB(float64(subject[0].bytes)),
+		bench.MiB(heap),
+		loaded,
+	)
 	r.table(tableFloor).Add(strconv.Itoa(n),
 		stage(floors, func(f *result) float64 { return f.Read }), stage(floors, func(f *result) float64 { return f.Encode }),
 		stage(floors, func(f *result) float64 { return f.Put }), bench.Time(bench.Median(floor)),
@@ -455,8 +515,24 @@ func (r *env) read(ctx context.Context) error {
 		}
 	}
 	l, g := bench.Median(list[1]), bench.Median(get[1])
-	r.table(tableRead).Add("ListSnapshots, a page of 100", strconv.Itoa(made), bench.Time(bench.Median(list[0])), bench.Time(l), bench.LoadText())
-	r.table(tableRead).Add("GetSnapshot by name", strconv.Itoa(made), bench.Time(bench.Median(get[0])), bench.Time(g), bench.LoadText())
+	r.table(
+		tableRead,
+	).Add(
+		"ListSnapshots, a page of 100",
+		strconv.Itoa(made),
+		bench.Time(bench.Median(list[0])),
+		bench.Time(l),
+		bench.LoadText(),
+	)
+	r.table(
+		tableRead,
+	).Add(
+		"GetSnapshot by name",
+		strconv.Itoa(made),
+		bench.Time(bench.Median(get[0])),
+		bench.Time(g),
+		bench.LoadText(),
+	)
 	r.timed(fmt.Sprintf("ListSnapshots, a page of 100 among %d, p99", made), "≤ 10 ms", bench.Time(l), l <= maxList)
 	r.timed("GetSnapshot, p99", "≤ 5 ms", bench.Time(g), g <= maxGet)
 	return nil
@@ -574,8 +650,15 @@ func (r *env) many(ctx context.Context) error {
 			}
 		}
 		times := bench.Median(bench.Ratios(all, one))
-		r.table(tableClients).Add(c.delay.String(), fmt.Sprintf("%.1f", bench.Median(one)), fmt.Sprintf("%.1f", bench.Median(all)),
-			fmt.Sprintf("%.1f", times), bench.LoadText())
+		r.table(
+			tableClients,
+		).Add(
+			c.delay.String(),
+			fmt.Sprintf("%.1f", bench.Median(one)),
+			fmt.Sprintf("%.1f", bench.Median(all)),
+			fmt.Sprintf("%.1f", times),
+			bench.LoadText(),
+		)
 		r.timed(fmt.Sprintf("%d clients against one, %v added to a request", len(cols), c.delay), c.want,
 			fmt.Sprintf("%.1f ×", times), times >= c.least)
 	}

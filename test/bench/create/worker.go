@@ -19,7 +19,7 @@ import (
 	"time"
 
 	"github.com/hamba/avro/v2"
-	clientv3 "go.etcd.io/etcd/client/v3" //nolint:depguard // the floor asks etcd itself
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
@@ -377,9 +377,17 @@ type attribute struct {
 
 func datumOf(s *segment.Segment) *datum {
 	d := &datum{
-		ID: s.ID, Partition: s.Partition, Channel: int32(s.Channel), Level: int32(s.Level), State: int32(s.State), //nolint:gosec // our own
-		Rows: s.Rows, Start: position{Timestamp: int64(s.Start.Timestamp)}, DML: position{Timestamp: int64(s.DML.Timestamp)},
-		StorageVersion: s.StorageVersion, Sorted: s.Sorted, Files: filesOf(s.Files),
+		ID:             s.ID,
+		Partition:      s.Partition,
+		Channel:        int32(s.Channel),
+		Level:          int32(s.Level),
+		State:          int32(s.State), //nolint:gosec // our own
+		Rows:           s.Rows,
+		Start:          position{Timestamp: int64(s.Start.Timestamp)},
+		DML:            position{Timestamp: int64(s.DML.Timestamp)},
+		StorageVersion: s.StorageVersion,
+		Sorted:         s.Sorted,
+		Files:          filesOf(s.Files),
 	}
 	for i := range s.Builds {
 		b := &s.Builds[i]

@@ -15,7 +15,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // a benchmark is a client
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 	"github.com/snapshotd/snapshotd/test/bench"
 )
@@ -63,13 +63,26 @@ func (s *set) segments() []*snapshotdv1.Segment {
 	for i := range list {
 		id := s.First + int64(i)
 		seg := &snapshotdv1.Segment{
-			Id: id, PartitionId: s.Partition, Rows: rows, StorageVersion: 2,
-			StartPosition: &snapshotdv1.Position{Timestamp: firstTimestamp}, DmlPosition: &snapshotdv1.Position{Timestamp: lastTimestamp},
+			Id:             id,
+			PartitionId:    s.Partition,
+			Rows:           rows,
+			StorageVersion: 2,
+			StartPosition: &snapshotdv1.Position{
+				Timestamp: firstTimestamp,
+			},
+			DmlPosition: &snapshotdv1.Position{Timestamp: lastTimestamp},
 		}
 		for n := range s.Each {
 			seg.Files = append(seg.Files, &snapshotdv1.File{
-				Path: s.file(id, n), Kind: "insert", FieldId: field + int64(n), LogId: id*64 + int64(n), SizeBytes: fileSize,
-				MinTimestamp: firstTimestamp, MaxTimestamp: lastTimestamp - 1, Entries: rows, Etag: fmt.Sprintf("%032x", id*64+int64(n)),
+				Path:         s.file(id, n),
+				Kind:         "insert",
+				FieldId:      field + int64(n),
+				LogId:        id*64 + int64(n),
+				SizeBytes:    fileSize,
+				MinTimestamp: firstTimestamp,
+				MaxTimestamp: lastTimestamp - 1,
+				Entries:      rows,
+				Etag:         fmt.Sprintf("%032x", id*64+int64(n)),
 			})
 		}
 		list[i] = seg
@@ -81,7 +94,9 @@ func (s *set) segments() []*snapshotdv1.Segment {
 // extended attributes. Where the file system has none, the objects go without:
 // versitygw deletes them all the same.
 var attributes = map[string]string{
-	"user.metadata": "{}", "user.content-type": "application/octet-stream", "user.checksums": `{"algorithm":"CRC64NVME","crc64nvme":"AAAAAAAAAAA="}`,
+	"user.metadata":     "{}",
+	"user.content-type": "application/octet-stream",
+	"user.checksums":    `{"algorithm":"CRC64NVME","crc64nvme":"AAAAAAAAAAA="}`,
 }
 
 // put makes an object as a file where versitygw serves it, as if it had been put.

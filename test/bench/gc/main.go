@@ -118,7 +118,10 @@ func run(ctx context.Context, args []string) (code int, err error) {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(r.store)) }()
-	medians := fmt.Sprintf("Medians of %d rounds after one that does not count, where more than one is made; ratios are taken per round.", o.Rounds)
+	medians := fmt.Sprintf(
+		"Medians of %d rounds after one that does not count, where more than one is made; ratios are taken per round.",
+		o.Rounds,
+	)
 	return bench.Measure(ctx, &o.Options, "bench-gc", medians, func(ctx context.Context, run *bench.Run) error {
 		r.Run = run
 		return r.measure(ctx)

@@ -15,7 +15,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // a benchmark is a client
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -52,11 +52,57 @@ const (
 func (r *env) table(i int) *bench.Table {
 	if r.Report.Tables == nil {
 		r.Report.Tables = []bench.Table{
-			{Title: "Deleting", Head: []string{"segments", "objects", "rounds", "round", "objects/s", "call answered", "floor", "objects/s", "in flight", "spread", "floor / round", "load"}},
-			{Title: "What it takes", Head: []string{"segments", "processor time: snapshotd", "etcd", "versitygw", "the floor's", "versitygw for it", "peak heap", "etcd's database before", "after", "load"}},
+			{
+				Title: "Deleting",
+				Head: []string{
+					"segments",
+					"objects",
+					"rounds",
+					"round",
+					"objects/s",
+					"call answered",
+					"floor",
+					"objects/s",
+					"in flight",
+					"spread",
+					"floor / round",
+					"load",
+				},
+			},
+			{
+				Title: "What it takes",
+				Head: []string{
+					"segments",
+					"processor time: snapshotd",
+					"etcd",
+					"versitygw",
+					"the floor's",
+					"versitygw for it",
+					"peak heap",
+					"etcd's database before",
+					"after",
+					"load",
+				},
+			},
 			{Title: "Requests", Head: []string{"objects", "requests", "deletes", "others", "for 1000 objects"}},
-			{Title: "Nothing to do", Head: []string{"segments that live", "units that are held", "registered in", "etcd's database", "round", "spread", "object requests", "peak heap", "load"}},
-			{Title: "Grants alone", Head: []string{"units", "rounds", "time", "grants/s", "spread", "processor time: snapshotd", "etcd", "load"}},
+			{
+				Title: "Nothing to do",
+				Head: []string{
+					"segments that live",
+					"units that are held",
+					"registered in",
+					"etcd's database",
+					"round",
+					"spread",
+					"object requests",
+					"peak heap",
+					"load",
+				},
+			},
+			{
+				Title: "Grants alone",
+				Head:  []string{"units", "rounds", "time", "grants/s", "spread", "processor time: snapshotd", "etcd", "load"},
+			},
 		}
 	}
 	return &r.Report.Tables[i]
@@ -79,13 +125,17 @@ func (r *env) collect(ctx context.Context, c *collection) (t took, err error) {
 	begin := time.Now()
 	answered := make(chan error, 1)
 	go func() {
-		err := r.ask(ctx, &snapshotdv1.CollectRequest{Collection: c.ref, Tolerance: durationpb.New(0), Force: true, Wait: true},
+		err := r.ask(
+			ctx,
+			&snapshotdv1.CollectRequest{Collection: c.ref, Tolerance: durationpb.New(0), Force: true, Wait: true},
 			func(s *snapshotdv1.CollectSummary) error {
-				if s.GetGranted() != int64(c.set.Segments) || s.GetFiles() != int64(c.set.Segments*c.set.Each) || s.GetError() != "" {
+				if s.GetGranted() != int64(c.set.Segments) || s.GetFiles() != int64(c.set.Segments*c.set.Each) ||
+					s.GetError() != "" {
 					return fmt.Errorf("a round of %d segments: %v", c.set.Segments, s)
 				}
 				return nil
-			})
+			},
+		)
 		t.answered = time.Since(begin).Seconds()
 		if err != nil {
 			cancel(err)
@@ -103,7 +153,11 @@ func (r *env) collect(ctx context.Context, c *collection) (t took, err error) {
 }
 
 // ask calls Collect, reads the answer and has its summary looked at.
-func (r *env) ask(ctx context.Context, req *snapshotdv1.CollectRequest, check func(*snapshotdv1.CollectSummary) error) error {
+func (r *env) ask(
+	ctx context.Context,
+	req *snapshotdv1.CollectRequest,
+	check func(*snapshotdv1.CollectSummary) error,
+) error {
 	stream, err := r.client.Collector.Collect(ctx, req)
 	if err != nil {
 		return err
@@ -171,7 +225,10 @@ func (r *env) made(ctx context.Context, segments int, whole, written bool) (*col
 	if !whole {
 		return c, r.dropSegments(ctx, c, segments)
 	}
-	_, err = r.client.Catalog.DropCollection(ctx, &snapshotdv1.DropCollectionRequest{Collection: c.ref, RequestToken: client.NewRequestToken()})
+	_, err = r.client.Catalog.DropCollection(
+		ctx,
+		&snapshotdv1.DropCollectionRequest{Collection: c.ref, RequestToken: client.NewRequestToken()},
+	)
 	return c, err
 }
 
@@ -196,7 +253,14 @@ func (r *env) once(ctx context.Context, segments int, whole bool) (took, error) 
 
 // floorOnce has the floor delete as many objects.
 func (r *env) floorOnce(ctx context.Context, segments, inFlight int) (t took, err error) {
-	s := set{Prefix: "floor/" + r.Name() + "/", Collection: 1, Partition: 2, First: 1 << 30, Segments: segments, Each: filesEach}
+	s := set{
+		Prefix:     "floor/" + r.Name() + "/",
+		Collection: 1,
+		Partition:  2,
+		First:      1 << 30,
+		Segments:   segments,
+		Each:       filesEach,
+	}
 	if err := r.write(ctx, &s); err != nil {
 		return t, err
 	}
@@ -281,9 +345,20 @@ func (r *env) both(ctx context.Context, segments int, whole, floorFirst bool) (a
 			return a, b, err
 		}
 	}
-	r.Say("%d segments: round %s, answered after %s, floor %s: %.2f; processor: snapshotd %s, etcd %s, versitygw %s; floor %s, versitygw %s", segments,
-		bench.Time(a.seconds), bench.Time(a.answered), bench.Time(b.seconds), b.seconds/a.seconds,
-		bench.Time(a.client), bench.Time(a.etcd), bench.Time(a.gateway), bench.Time(b.client), bench.Time(b.gateway))
+	r.Say(
+		"%d segments: round %s, answered after %s, floor %s: %.2f; processor: snapshotd %s, etcd %s, versitygw %s; "+
+			"floor %s, versitygw %s",
+		segments,
+		bench.Time(a.seconds),
+		bench.Time(a.answered),
+		bench.Time(b.seconds),
+		b.seconds/a.seconds,
+		bench.Time(a.client),
+		bench.Time(a.etcd),
+		bench.Time(a.gateway),
+		bench.Time(b.client),
+		bench.Time(b.gateway),
+	)
 	return a, b, nil
 }
 
@@ -302,9 +377,22 @@ func (r *env) row(what string, segments int, subject, floors []took) (ratio floa
 	objects := segments * filesEach
 	a, b := bench.Median(seconds(subject)), bench.Median(seconds(floors))
 	ratio = bench.Median(bench.Ratios(seconds(floors), seconds(subject)))
-	r.table(tableDelete).Add(what, strconv.Itoa(objects), strconv.Itoa(len(subject)), bench.Time(a), rate(objects, a),
+	r.table(tableDelete).Add(
+		what,
+		strconv.Itoa(objects),
+		strconv.Itoa(len(subject)),
+		bench.Time(a),
+		rate(objects, a),
 		bench.Time(bench.Median(column(subject, func(t took) float64 { return t.answered }))),
-		bench.Time(b), rate(objects, b), strconv.Itoa(r.inFlight), bench.Percent(bench.Spread(seconds(floors))), fmt.Sprintf("%.2f", ratio), bench.LoadText())
+		bench.Time(
+			b,
+		),
+		rate(objects, b),
+		strconv.Itoa(r.inFlight),
+		bench.Percent(bench.Spread(seconds(floors))),
+		fmt.Sprintf("%.2f", ratio),
+		bench.LoadText(),
+	)
 	return ratio
 }
 
@@ -322,10 +410,21 @@ func rate(n int, seconds float64) string { return fmt.Sprintf("%.0f", float64(n)
 // cost adds a row about what rounds take.
 func (r *env) cost(what string, subject, floors []took, heap, before, after string) {
 	median := func(list []took, fn func(took) float64) string { return bench.Time(bench.Median(column(list, fn))) }
-	r.table(tableCost).Add(what,
-		median(subject, func(t took) float64 { return t.client }), median(subject, func(t took) float64 { return t.etcd }),
-		median(subject, func(t took) float64 { return t.gateway }), median(floors, func(t took) float64 { return t.client }), median(floors, func(t took) float64 { return t.gateway }),
-		heap, before, after, bench.LoadText())
+	r.table(tableCost).Add(
+		what,
+		median(subject, func(t took) float64 { return t.client }),
+		median(subject, func(t took) float64 { return t.etcd }),
+		median(
+			subject,
+			func(t took) float64 { return t.gateway },
+		),
+		median(floors, func(t took) float64 { return t.client }),
+		median(floors, func(t took) float64 { return t.gateway }),
+		heap,
+		before,
+		after,
+		bench.LoadText(),
+	)
 }
 
 // requests counts the requests of a round.
@@ -348,8 +447,15 @@ func (r *env) requests(ctx context.Context) error {
 		}
 	}
 	objects := r.segments * filesEach
-	r.table(tableRequests).Add(strconv.Itoa(objects), strconv.Itoa(len(seen)), strconv.Itoa(deletes), strconv.Itoa(len(seen)-deletes),
-		fmt.Sprintf("%.2f", float64(len(seen))*1000/float64(objects)))
+	r.table(
+		tableRequests,
+	).Add(
+		strconv.Itoa(objects),
+		strconv.Itoa(len(seen)),
+		strconv.Itoa(deletes),
+		strconv.Itoa(len(seen)-deletes),
+		fmt.Sprintf("%.2f", float64(len(seen))*1000/float64(objects)),
+	)
 	return errors.Join(r.left(c.set.Prefix), r.forgetFiles(c.set.Prefix))
 }
 
@@ -382,8 +488,16 @@ func (r *env) fullRound(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r.Say("%d segments: round %s, floor %s: %.2f, peak heap %s, etcd %s before and %s after", r.full, bench.Time(a.seconds), bench.Time(b.seconds),
-		b.seconds/a.seconds, bench.MiB(heap), bench.MiB(float64(before)), bench.MiB(float64(after)))
+	r.Say(
+		"%d segments: round %s, floor %s: %.2f, peak heap %s, etcd %s before and %s after",
+		r.full,
+		bench.Time(a.seconds),
+		bench.Time(b.seconds),
+		b.seconds/a.seconds,
+		bench.MiB(heap),
+		bench.MiB(float64(before)),
+		bench.MiB(float64(after)),
+	)
 	what := strconv.Itoa(r.full)
 	r.judge(what, r.full, []took{a}, []took{b})
 	r.cost(what, []took{a}, []took{b}, bench.MiB(heap), bench.MiB(float64(before)), bench.MiB(float64(after)))
@@ -470,12 +584,16 @@ func (r *env) idle(ctx context.Context) error {
 		return err
 	}
 	round := func() error {
-		return r.ask(ctx, &snapshotdv1.CollectRequest{Tolerance: durationpb.New(0), Wait: true}, func(s *snapshotdv1.CollectSummary) error {
-			if s.GetGranted() != 0 || s.GetHeld() != int64(r.held) || s.GetError() != "" {
-				return fmt.Errorf("a round with nothing to do: %v", s)
-			}
-			return nil
-		})
+		return r.ask(
+			ctx,
+			&snapshotdv1.CollectRequest{Tolerance: durationpb.New(0), Wait: true},
+			func(s *snapshotdv1.CollectSummary) error {
+				if s.GetGranted() != 0 || s.GetHeld() != int64(r.held) || s.GetError() != "" {
+					return fmt.Errorf("a round with nothing to do: %v", s)
+				}
+				return nil
+			},
+		)
 	}
 	var times []float64
 	requests := 0
@@ -497,8 +615,19 @@ func (r *env) idle(ctx context.Context) error {
 		return err
 	}
 	median := bench.Median(times)
-	r.table(tableIdle).Add(strconv.Itoa(r.living), strconv.Itoa(r.held), registered.Round(time.Second).String(), bench.MiB(float64(size)),
-		bench.Time(median), bench.Percent(bench.Spread(times)), strconv.Itoa(requests), bench.MiB(heap), bench.LoadText())
+	r.table(
+		tableIdle,
+	).Add(
+		strconv.Itoa(r.living),
+		strconv.Itoa(r.held),
+		registered.Round(time.Second).String(),
+		bench.MiB(float64(size)),
+		bench.Time(median),
+		bench.Percent(bench.Spread(times)),
+		strconv.Itoa(requests),
+		bench.MiB(heap),
+		bench.LoadText(),
+	)
 	what := fmt.Sprintf("nothing to do among %d segments that live and %d units that are held", r.living, r.held)
 	r.timed(bench.Bar{What: what + ": time", Want: "≤ 1 s", Got: bench.Time(median), OK: median <= maxIdle}, nil, 0)
 	r.counted(bench.Bar{What: what + ": object requests", Want: "0", Got: strconv.Itoa(requests), OK: requests == 0})
@@ -524,7 +653,11 @@ func (r *env) grants(ctx context.Context) error {
 			return err
 		}
 		if err := r.profiled(ctx, partGrants, func() error {
-			return r.ask(ctx, &snapshotdv1.CollectRequest{Collection: c.ref, Tolerance: durationpb.New(0), Force: true}, func(*snapshotdv1.CollectSummary) error { return nil })
+			return r.ask(
+				ctx,
+				&snapshotdv1.CollectRequest{Collection: c.ref, Tolerance: durationpb.New(0), Force: true},
+				func(*snapshotdv1.CollectSummary) error { return nil },
+			)
 		}); err != nil {
 			return err
 		}
@@ -537,24 +670,43 @@ func (r *env) grants(ctx context.Context) error {
 		}
 		used := [2]float64{r.server.Used(), r.etcd.Used()}
 		begin := time.Now()
-		if err := r.ask(ctx, &snapshotdv1.CollectRequest{Collection: c.ref, Tolerance: durationpb.New(0), Force: true}, func(s *snapshotdv1.CollectSummary) error {
-			if s.GetGranted() != int64(r.segments) || s.GetError() != "" {
-				return fmt.Errorf("a round of %d segments: %v", r.segments, s)
-			}
-			return nil
-		}); err != nil {
+		if err := r.ask(
+			ctx,
+			&snapshotdv1.CollectRequest{Collection: c.ref, Tolerance: durationpb.New(0), Force: true},
+			func(s *snapshotdv1.CollectSummary) error {
+				if s.GetGranted() != int64(r.segments) || s.GetError() != "" {
+					return fmt.Errorf("a round of %d segments: %v", r.segments, s)
+				}
+				return nil
+			},
+		); err != nil {
 			return err
 		}
 		t := took{seconds: time.Since(begin).Seconds(), client: r.server.Used() - used[0], etcd: r.etcd.Used() - used[1]}
-		r.Say("%d grants in %s; processor: snapshotd %s, etcd %s", r.segments, bench.Time(t.seconds), bench.Time(t.client), bench.Time(t.etcd))
+		r.Say(
+			"%d grants in %s; processor: snapshotd %s, etcd %s",
+			r.segments,
+			bench.Time(t.seconds),
+			bench.Time(t.client),
+			bench.Time(t.etcd),
+		)
 		if i > 0 {
 			list = append(list, t)
 		}
 	}
 	median := bench.Median(seconds(list))
-	r.table(tableGrants).Add(strconv.Itoa(r.segments), strconv.Itoa(len(list)), bench.Time(median), rate(r.segments, median), bench.Percent(bench.Spread(seconds(list))),
+	r.table(
+		tableGrants,
+	).Add(
+		strconv.Itoa(r.segments),
+		strconv.Itoa(len(list)),
+		bench.Time(median),
+		rate(r.segments, median),
+		bench.Percent(bench.Spread(seconds(list))),
 		bench.Time(bench.Median(column(list, func(t took) float64 { return t.client }))),
-		bench.Time(bench.Median(column(list, func(t took) float64 { return t.etcd }))), bench.LoadText())
+		bench.Time(bench.Median(column(list, func(t took) float64 { return t.etcd }))),
+		bench.LoadText(),
+	)
 	return nil
 }
 

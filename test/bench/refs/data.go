@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // a benchmark is a client
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 	"github.com/snapshotd/snapshotd/test/bench"
 )
@@ -79,7 +79,10 @@ func newCollection(ctx context.Context, c *client.Client) (*collection, error) {
 	col.partition, col.index = p.GetPartition().GetId(), x.GetIndex().GetId()
 	var cps []*snapshotdv1.ChannelPosition
 	for shard := range int32(channels) {
-		cps = append(cps, &snapshotdv1.ChannelPosition{Shard: shard, Position: &snapshotdv1.Position{Timestamp: lastTimestamp}})
+		cps = append(
+			cps,
+			&snapshotdv1.ChannelPosition{Shard: shard, Position: &snapshotdv1.Position{Timestamp: lastTimestamp}},
+		)
 	}
 	_, err = c.Catalog.SetCheckpoints(ctx, &snapshotdv1.SetCheckpointsRequest{Collection: col.ref(), Checkpoints: cps})
 	return col, err
@@ -98,7 +101,13 @@ var (
 
 // newSegments makes n segments of a collection under ids of their own, each with
 // an index build.
-func newSegments(ctx context.Context, c *client.Client, col *collection, n int, s shape) ([]*snapshotdv1.Segment, error) {
+func newSegments(
+	ctx context.Context,
+	c *client.Client,
+	col *collection,
+	n int,
+	s shape,
+) ([]*snapshotdv1.Segment, error) {
 	ids, err := c.Catalog.AllocateIds(ctx, &snapshotdv1.AllocateIdsRequest{
 		Want: &snapshotdv1.AllocateIdsRequest_Count{Count: int64(2 * n)}, RequestToken: client.NewRequestToken(),
 	})

@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/proto"
 
-	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // a benchmark is a client
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -92,7 +92,10 @@ func (c *copier) put(ctx context.Context, id int64, name string, segments, build
 	_, err = c.kv.Txn(ctx, meta.Txn{Then: []meta.Op{
 		meta.Put(keys.SnapshotName(0, name), record.Encode(&storagev1.Name{Format: record.Format, Id: id})),
 		meta.Put(keys.Snapshot(id), record.Encode(rec)),
-		meta.Put(keys.Generation(rec.GetCollectionId()), record.Encode(&storagev1.Generation{Format: record.Format, SnapshotId: id})),
+		meta.Put(
+			keys.Generation(rec.GetCollectionId()),
+			record.Encode(&storagev1.Generation{Format: record.Format, SnapshotId: id}),
+		),
 	}})
 	return err
 }

@@ -18,10 +18,10 @@ import (
 	"slices"
 	"time"
 
-	"google.golang.org/grpc"                      //nolint:depguard // calls that the client does not offer
-	"google.golang.org/grpc/credentials/insecure" //nolint:depguard // as above
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 
-	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // a benchmark is a client
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 	"github.com/snapshotd/snapshotd/test/bench"
 )
@@ -65,7 +65,12 @@ func parse(args []string) (*options, error) {
 	fs.IntVar(&o.checks, "checks", 1_000_000, "segments to look up")
 	fs.IntVar(&o.pairs, "pairs", 40, "creates and drops that count, beside many snapshots and beside none")
 	fs.Uint64Var(&o.seed, "seed", 1, "of what is picked by chance")
-	fs.BoolVar(&o.real, "real", false, "have snapshotd take every snapshot, of segments that are compacted in between, which takes many minutes")
+	fs.BoolVar(
+		&o.real,
+		"real",
+		false,
+		"have snapshotd take every snapshot, of segments that are compacted in between, which takes many minutes",
+	)
 	fs.StringVar(&o.profile, "profile", "", "file for a processor profile of the load of the references")
 	return o, bench.Parse(fs, args, o.check)
 }
@@ -73,7 +78,9 @@ func parse(args []string) (*options, error) {
 func (o *options) check() error {
 	if o.snapshots < 2 || o.segments < 1 || o.share < 1 || o.share > 100 || o.units < 1 || o.units > 10_000 ||
 		o.checks < 1 || o.Rounds < 1 || o.pairs < 1 {
-		return errors.New("-snapshots must be 2 at least, -replaced a percentage, -units 10000 at most, and every number positive")
+		return errors.New(
+			"-snapshots must be 2 at least, -replaced a percentage, -units 10000 at most, and every number positive",
+		)
 	}
 	return nil
 }
@@ -89,7 +96,11 @@ func run(ctx context.Context, args []string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	medians := fmt.Sprintf("Medians of %d rounds after one that does not count, of %d for creates and drops; ratios are taken per round.", o.Rounds, o.pairs)
+	medians := fmt.Sprintf(
+		"Medians of %d rounds after one that does not count, of %d for creates and drops; ratios are taken per round.",
+		o.Rounds,
+		o.pairs,
+	)
 	return bench.Measure(ctx, &o.Options, "bench-refs", medians, func(ctx context.Context, run *bench.Run) error {
 		r := &env{options: o, Run: run}
 		if err := r.measure(ctx, run.Root); err != nil {

@@ -13,7 +13,7 @@ import (
 	"strconv"
 	"time"
 
-	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // a benchmark is a client
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/test/bench"
@@ -82,7 +82,15 @@ func (r *env) measure(ctx context.Context, dir string) error {
 	r.Say("made %d snapshots in %v, load %s", r.snapshots, filled.Round(time.Second), bench.LoadText())
 	r.Report.Tables = append(r.Report.Tables, bench.Table{
 		Title: "Set-up",
-		Head:  []string{"snapshots", "segments of each", "distinct", "made in", "refs.avro, bytes a snapshot", "etcd's database", "load"},
+		Head: []string{
+			"snapshots",
+			"segments of each",
+			"distinct",
+			"made in",
+			"refs.avro, bytes a snapshot",
+			"etcd's database",
+			"load",
+		},
 		Rows: [][]string{{
 			strconv.Itoa(r.snapshots), strconv.Itoa(r.segments), strconv.FormatInt(col.referenced, 10),
 			filled.Round(time.Second).String(), fmt.Sprintf("%.0f", refs), bench.MiB(float64(size)), bench.LoadText(),
@@ -204,7 +212,14 @@ func (r *env) loads(ctx context.Context, c *cluster) error {
 		if err != nil {
 			return err
 		}
-		r.Say("knew %d snapshots after %s, %s of processor time, heap up to %s, load %s", r.snapshots, bench.Time(took), bench.Time(used), bench.MiB(heap), bench.LoadText())
+		r.Say(
+			"knew %d snapshots after %s, %s of processor time, heap up to %s, load %s",
+			r.snapshots,
+			bench.Time(took),
+			bench.Time(used),
+			bench.MiB(heap),
+			bench.LoadText(),
+		)
 		if round > 0 {
 			times, heaps, uses = append(times, took), append(heaps, heap), append(uses, used)
 		}
@@ -213,9 +228,22 @@ func (r *env) loads(ctx context.Context, c *cluster) error {
 	r.Report.Tables = append(r.Report.Tables, bench.Table{
 		Title: "Start of a replica",
 		Head:  []string{"snapshots known after", "spread", "processor time", "peak heap", "load"},
-		Rows:  [][]string{{bench.Time(took), bench.Percent(bench.Spread(times)), bench.Time(bench.Median(uses)), bench.MiB(heap), bench.LoadText()}},
+		Rows: [][]string{
+			{
+				bench.Time(took),
+				bench.Percent(bench.Spread(times)),
+				bench.Time(bench.Median(uses)),
+				bench.MiB(heap),
+				bench.LoadText(),
+			},
+		},
 	})
-	r.timed(fmt.Sprintf("%d snapshots of %d segments known after the start", r.snapshots, r.segments), "≤ 5 s", bench.Time(took), took <= maxLoad)
+	r.timed(
+		fmt.Sprintf("%d snapshots of %d segments known after the start", r.snapshots, r.segments),
+		"≤ 5 s",
+		bench.Time(took),
+		took <= maxLoad,
+	)
 	r.counted("peak heap until then", "≤ 500 MiB", bench.MiB(heap), heap <= maxHeap)
 	return nil
 }
@@ -252,12 +280,34 @@ func (r *env) checksAlone(ctx context.Context, c *cluster, col *collection) erro
 	r.Say("looked %d segments up in %s, load %s", r.checks, bench.Time(took), bench.LoadText())
 	r.Report.Tables = append(r.Report.Tables, bench.Table{
 		Title: "The index alone",
-		Head:  []string{"loaded in", "processor time", "heap, garbage collected", "bytes per snapshot and segment", "segments looked up", "of them referenced", "looked up in", "spread", "its processor time", "load"},
-		Rows: [][]string{{
-			bench.Time(got.Load), bench.Time(got.CPU), bench.MiB(float64(got.Heap)),
-			fmt.Sprintf("%.1f", float64(got.Heap)/float64(r.snapshots)/float64(r.segments)),
-			strconv.Itoa(r.checks), bench.Percent(float64(got.Held) / float64(r.checks)), bench.Time(took), bench.Percent(bench.Spread(got.Checks)), bench.Time(bench.Median(got.ChecksCPU)), bench.LoadText(),
-		}},
+		Head: []string{
+			"loaded in",
+			"processor time",
+			"heap, garbage collected",
+			"bytes per snapshot and segment",
+			"segments looked up",
+			"of them referenced",
+			"looked up in",
+			"spread",
+			"its processor time",
+			"load",
+		},
+		Rows: [][]string{
+			{
+				bench.Time(got.Load),
+				bench.Time(got.CPU),
+				bench.MiB(float64(got.Heap)),
+				fmt.Sprintf("%.1f", float64(got.Heap)/float64(r.snapshots)/float64(r.segments)),
+				strconv.Itoa(
+					r.checks,
+				),
+				bench.Percent(float64(got.Held) / float64(r.checks)),
+				bench.Time(took),
+				bench.Percent(bench.Spread(got.Checks)),
+				bench.Time(bench.Median(got.ChecksCPU)),
+				bench.LoadText(),
+			},
+		},
 	})
 	r.timed(fmt.Sprintf("%d segments looked up", r.checks), "≤ 1 s", bench.Time(took), took <= maxChecks)
 	return nil
@@ -293,7 +343,13 @@ type asked struct {
 	requests
 }
 
-func (r *env) reclaimOnce(ctx context.Context, c *cluster, col *collection, ids []int64, want snapshotdv1.ReclaimResult_Outcome) (a asked, err error) {
+func (r *env) reclaimOnce(
+	ctx context.Context,
+	c *cluster,
+	col *collection,
+	ids []int64,
+	want snapshotdv1.ReclaimResult_Outcome,
+) (a asked, err error) {
 	req := &snapshotdv1.ReclaimRequest{Collection: col.ref(), Deleter: snapshotdv1.Deleter_DELETER_CALLER}
 	for _, id := range ids {
 		req.Units = append(req.Units, &snapshotdv1.Unit{Unit: &snapshotdv1.Unit_SegmentId{SegmentId: id}})
@@ -324,7 +380,10 @@ func (r *env) reclaimOnce(ctx context.Context, c *cluster, col *collection, ids 
 // confirm says that the files of granted units are deleted.
 func (r *env) confirm(ctx context.Context, c *cluster, col *collection, ids []int64) (float64, error) {
 	begin := time.Now()
-	resp, err := c.reclaim.ConfirmReclaimed(ctx, &snapshotdv1.ConfirmReclaimedRequest{Collection: col.ref(), TombstoneIds: ids})
+	resp, err := c.reclaim.ConfirmReclaimed(
+		ctx,
+		&snapshotdv1.ConfirmReclaimedRequest{Collection: col.ref(), TombstoneIds: ids},
+	)
 	took := time.Since(begin).Seconds()
 	for _, got := range resp.GetResults() {
 		if got.GetOutcome() != snapshotdv1.ConfirmResult_OUTCOME_CONFIRMED {
@@ -368,11 +427,26 @@ func (r *env) reclaims(ctx context.Context, c *cluster, col *collection, spare [
 				return err
 			}
 		}
-		r.Say("reclaim of %d units: granted %s, held %s, load %s", r.units, bench.Time(free[round].took), bench.Time(held[round].took), bench.LoadText())
+		r.Say(
+			"reclaim of %d units: granted %s, held %s, load %s",
+			r.units,
+			bench.Time(free[round].took),
+			bench.Time(held[round].took),
+			bench.LoadText(),
+		)
 	}
 	t := bench.Table{
 		Title: "Reclaim",
-		Head:  []string{"units", "all of them", "time", "spread", "etcd: transactions", "reads", "asked for progress", "load"},
+		Head: []string{
+			"units",
+			"all of them",
+			"time",
+			"spread",
+			"etcd: transactions",
+			"reads",
+			"asked for progress",
+			"load",
+		},
 	}
 	for _, k := range []struct {
 		name string
@@ -392,9 +466,23 @@ func (r *env) reclaims(ctx context.Context, c *cluster, col *collection, spare [
 		t.Add(strconv.Itoa(k.n), k.name, bench.Time(took), bench.Percent(bench.Spread(times)),
 			median(func(a asked) float64 { return a.txns }), median(func(a asked) float64 { return a.reads }),
 			median(func(a asked) float64 { return a.watch }), bench.LoadText())
-		r.timed(fmt.Sprintf("Reclaim of %d units, all of them %s", k.n, k.name), "≤ 2 s", bench.Time(took), took <= maxReclaim)
+		r.timed(
+			fmt.Sprintf("Reclaim of %d units, all of them %s", k.n, k.name),
+			"≤ 2 s",
+			bench.Time(took),
+			took <= maxReclaim,
+		)
 	}
-	t.Add(strconv.Itoa(r.units), "confirmed", bench.Time(bench.Median(confirms[1:])), bench.Percent(bench.Spread(confirms[1:])), "", "", "", bench.LoadText())
+	t.Add(
+		strconv.Itoa(r.units),
+		"confirmed",
+		bench.Time(bench.Median(confirms[1:])),
+		bench.Percent(bench.Spread(confirms[1:])),
+		"",
+		"",
+		"",
+		bench.LoadText(),
+	)
 	r.Report.Tables = append(r.Report.Tables, t)
 	return nil
 }
@@ -503,9 +591,21 @@ func (r *env) beside(ctx context.Context, many *cluster, col *collection, dir st
 			x, y = append(x, k.of(a[i+1])), append(y, k.of(b[i+1]))
 		}
 		ratio := bench.Median(bench.Ratios(x, y))
-		t.Add(k.what, bench.Time(bench.Median(x)), bench.Time(bench.Median(y)), fmt.Sprintf("%.2f", ratio), bench.Percent(bench.Spread(y)), bench.LoadText())
+		t.Add(
+			k.what,
+			bench.Time(bench.Median(x)),
+			bench.Time(bench.Median(y)),
+			fmt.Sprintf("%.2f", ratio),
+			bench.Percent(bench.Spread(y)),
+			bench.LoadText(),
+		)
 		if k.judged {
-			r.timed(fmt.Sprintf("%s beside %d snapshots, against none", k.what, r.snapshots), "≤ 1.20 ×", fmt.Sprintf("%.2f ×", ratio), ratio <= maxRatio)
+			r.timed(
+				fmt.Sprintf("%s beside %d snapshots, against none", k.what, r.snapshots),
+				"≤ 1.20 ×",
+				fmt.Sprintf("%.2f ×", ratio),
+				ratio <= maxRatio,
+			)
 		}
 	}
 	r.Report.Tables = append(r.Report.Tables, t)

@@ -60,7 +60,10 @@ func work(ctx context.Context, in io.Reader, out io.Writer) error {
 		return err
 	}
 	defer func() { _ = kv.Close() }()
-	store, err := file.Open(j.Objects, file.Options{Shared: true}) //nolint:contextcheck // opening a directory takes no time
+	store, err := file.Open(
+		j.Objects,
+		file.Options{Shared: true},
+	) //nolint:contextcheck // opening a directory takes no time
 	if err != nil {
 		return err
 	}

@@ -12,7 +12,7 @@ import (
 	"strings"
 	"time"
 
-	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1" //nolint:depguard // a benchmark is a client
+	snapshotdv1 "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -72,14 +72,31 @@ func (r *env) capture(ctx context.Context, s3 string, segments, files int, size 
 	for i := range segments {
 		id := ids.GetIds().GetFirst() + int64(i)
 		s := &snapshotdv1.Segment{
-			Id: id, PartitionId: p.GetPartition().GetId(), Rows: rows,
-			StartPosition: &snapshotdv1.Position{Timestamp: firstTimestamp}, DmlPosition: &snapshotdv1.Position{Timestamp: lastTimestamp},
+			Id:          id,
+			PartitionId: p.GetPartition().GetId(),
+			Rows:        rows,
+			StartPosition: &snapshotdv1.Position{
+				Timestamp: firstTimestamp,
+			},
+			DmlPosition: &snapshotdv1.Position{Timestamp: lastTimestamp},
 		}
 		for n := range files {
 			field, log := int64(firstField+n%fieldCount), id*64+int64(n)
 			s.Files = append(s.Files, &snapshotdv1.File{
-				Path: fmt.Sprintf("%s/%d/insert/%d/%d", c.dir, id, field, log), Kind: "insert", FieldId: field, LogId: log, SizeBytes: size,
-				MinTimestamp: firstTimestamp, MaxTimestamp: lastTimestamp - 1, Entries: rows,
+				Path: fmt.Sprintf(
+					"%s/%d/insert/%d/%d",
+					c.dir,
+					id,
+					field,
+					log,
+				),
+				Kind:         "insert",
+				FieldId:      field,
+				LogId:        log,
+				SizeBytes:    size,
+				MinTimestamp: firstTimestamp,
+				MaxTimestamp: lastTimestamp - 1,
+				Entries:      rows,
 			})
 			paths = append(paths, s.Files[n].GetPath())
 		}
@@ -152,7 +169,15 @@ func (r *env) restore(ctx context.Context, c *captured) (seconds float64, target
 		return 0, 0, err
 	}
 	if job.State != copyjob.Completed || job.Done.Files != int64(c.files) {
-		return 0, 0, fmt.Errorf("restore job %v is %v with %d of %d files: %s %s", job, job.State, job.Done.Files, c.files, job.Reason, job.Message)
+		return 0, 0, fmt.Errorf(
+			"restore job %v is %v with %d of %d files: %s %s",
+			job,
+			job.State,
+			job.Done.Files,
+			c.files,
+			job.Reason,
+			job.Message,
+		)
 	}
 	return at.Sub(begin).Seconds(), resp.GetCollectionId(), nil
 }

@@ -154,7 +154,11 @@ func (f *copier) copy(ctx context.Context, store object.Store, j job, r *result)
 		to := j.Prefix + strings.TrimPrefix(info.Key, f.prefixes[j.Set])
 		group.Go(func() error {
 			_, err := store.Copy(ctx, object.CopyRequest{
-				From: info.Key, To: to, SourceETag: info.ETag, Size: info.Size, Parts: object.CopyParts{Threshold: object.MaxCopySize},
+				From:       info.Key,
+				To:         to,
+				SourceETag: info.ETag,
+				Size:       info.Size,
+				Parts:      object.CopyParts{Threshold: object.MaxCopySize},
 			})
 			return err
 		})

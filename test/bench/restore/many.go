@@ -98,16 +98,40 @@ func (r *env) many(ctx context.Context) error {
 		}
 		r.Say("%d segments: restore %s, peak heap %s", r.segments, bench.Time(res.Seconds), bench.MiB(res.Heap))
 		times = append(times, res.Seconds)
-		all.Heap, all.JobBytes, all.TaskBytes = max(all.Heap, res.Heap), max(all.JobBytes, res.JobBytes), max(all.TaskBytes, res.TaskBytes)
+		all.Heap, all.JobBytes, all.TaskBytes = max(
+			all.Heap,
+			res.Heap,
+		), max(
+			all.JobBytes,
+			res.JobBytes,
+		), max(
+			all.TaskBytes,
+			res.TaskBytes,
+		)
 		if r.Since() > r.Bound-5*time.Minute { // what is left is for the restart
 			break
 		}
 	}
 	each := bench.Median(times) / float64(r.segments)
-	r.table(tableMany).Add(strconv.Itoa(r.segments), strconv.Itoa(r.segments*files), bench.Time(bench.Median(times)), fmt.Sprintf("%.3f", each*1000),
-		bench.MiB(all.Heap), strconv.Itoa(all.JobBytes), strconv.Itoa(all.TaskBytes), bench.LoadText())
+	r.table(
+		tableMany,
+	).Add(
+		strconv.Itoa(r.segments),
+		strconv.Itoa(r.segments*files),
+		bench.Time(bench.Median(times)),
+		fmt.Sprintf("%.3f", each*1000),
+		bench.MiB(all.Heap),
+		strconv.Itoa(all.JobBytes),
+		strconv.Itoa(all.TaskBytes),
+		bench.LoadText(),
+	)
 	what := fmt.Sprintf("%d segments of %d files", r.segments, files)
-	r.counted(what+": largest record of a job or task", "< 4096 bytes", strconv.Itoa(max(all.JobBytes, all.TaskBytes)), max(all.JobBytes, all.TaskBytes) < maxRecord)
+	r.counted(
+		what+": largest record of a job or task",
+		"< 4096 bytes",
+		strconv.Itoa(max(all.JobBytes, all.TaskBytes)),
+		max(all.JobBytes, all.TaskBytes) < maxRecord,
+	)
 	if r.segments >= barSegments {
 		r.counted(what+": peak heap", "≤ 200 MiB", bench.MiB(all.Heap), all.Heap <= maxHeap)
 	}
@@ -149,8 +173,16 @@ func (r *env) restart(ctx context.Context, c **manyProcess, bits string, task ma
 		return err
 	}
 	r.Say("killed with %d tasks left: %d writes before the first copy, at most %d for a task", left, res.All, res.Writes)
-	r.counted(fmt.Sprintf("killed with %d tasks unfinished: writes to etcd before copying went on, for each of them (for one at most %d)", left, res.Writes),
-		"≤ 2", fmt.Sprintf("%.2f", float64(res.All)/float64(max(1, left))), res.Tasks > 0 && res.All <= maxWrites*left)
+	r.counted(
+		fmt.Sprintf(
+			"killed with %d tasks unfinished: writes to etcd before copying went on, for each of them (for one at most %d)",
+			left,
+			res.Writes,
+		),
+		"≤ 2",
+		fmt.Sprintf("%.2f", float64(res.All)/float64(max(1, left))),
+		res.Tasks > 0 && res.All <= maxWrites*left,
+	)
 	return nil
 }
 
@@ -223,7 +255,11 @@ func manyChild(ctx context.Context, endpoint, bits string, in io.Reader, out io.
 	stores := map[string]object.Store{alias: store}
 	requests := request.NewLeases(kv, time.Now, nil)
 	cat := catalog.New(catalog.Options{
-		KV: kv, Now: time.Now, Rand: rand.Reader, Requests: requests, HasStore: func(name string) bool { return name == alias },
+		KV:       kv,
+		Now:      time.Now,
+		Rand:     rand.Reader,
+		Requests: requests,
+		HasStore: func(name string) bool { return name == alias },
 	})
 	m, err := manager.New(manager.Options{
 		KV: kv, Catalog: cat, Cluster: info, Stores: stores, SnapshotStore: alias, Requests: requests,
@@ -288,7 +324,10 @@ func (d *many) do(ctx context.Context, j manyJob, res *manyResult) error {
 // setup registers segments and takes a snapshot.
 func (d *many) setup(ctx context.Context, j manyJob, res *manyResult) error {
 	col, err := d.catalog.CreateCollection(ctx, request.Token{}, catalog.Collection{
-		DB: "default", Name: "many", Channels: []string{"many-0"}, Roots: []catalog.Root{{Store: "default", Prefix: "data/many/"}},
+		DB:       "default",
+		Name:     "many",
+		Channels: []string{"many-0"},
+		Roots:    []catalog.Root{{Store: "default", Prefix: "data/many/"}},
 	})
 	if err != nil {
 		return err
@@ -323,7 +362,11 @@ func (d *many) setup(ctx context.Context, j manyJob, res *manyResult) error {
 	if err := group.Wait(); err != nil {
 		return err
 	}
-	if _, err := d.catalog.SetCheckpoints(ctx, ref, []catalog.Checkpoint{{Position: segment.Position{Timestamp: segment.Timestamp(lastTimestamp)}}}); err != nil {
+	if _, err := d.catalog.SetCheckpoints(
+		ctx,
+		ref,
+		[]catalog.Checkpoint{{Position: segment.Position{Timestamp: segment.Timestamp(lastTimestamp)}}},
+	); err != nil {
 		return err
 	}
 	s, err := d.manager.Create(ctx, request.Token{}, manager.CreateSpec{Collection: ref, Name: "many"})
@@ -381,7 +424,15 @@ func (d *many) resume(ctx context.Context, j manyJob, res *manyResult) error {
 func completed(ctx context.Context, ended *jobsEnd, id, files int64) (time.Time, error) {
 	job, at, err := ended.wait(ctx, id)
 	if err == nil && (job.State != copyjob.Completed || job.Done.Files != files) {
-		err = fmt.Errorf("restore job %v is %v with %d of %d files: %s %s", job, job.State, job.Done.Files, files, job.Reason, job.Message)
+		err = fmt.Errorf(
+			"restore job %v is %v with %d of %d files: %s %s",
+			job,
+			job.State,
+			job.Done.Files,
+			files,
+			job.Reason,
+			job.Message,
+		)
 	}
 	return at, err
 }
@@ -443,7 +494,9 @@ func (c *counting) note(op *meta.Op) {
 	switch {
 	case strings.HasPrefix(op.From, keys.JobPrefix):
 		atLeast(&c.job, n)
-	case strings.HasPrefix(op.From, keys.AllTasksPrefix), strings.HasPrefix(op.From, keys.AllProgressPrefix), strings.HasPrefix(op.From, keys.AssignedPrefix):
+	case strings.HasPrefix(op.From, keys.AllTasksPrefix),
+		strings.HasPrefix(op.From, keys.AllProgressPrefix),
+		strings.HasPrefix(op.From, keys.AssignedPrefix):
 		atLeast(&c.task, n)
 		if _, number, err := keys.LastTwo(op.From); err == nil && number < int64(len(c.tasks)) {
 			c.tasks[number].writes.Add(1)

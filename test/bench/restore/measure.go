@@ -55,11 +55,55 @@ const (
 func (r *env) table(i int) *bench.Table {
 	if r.Report.Tables == nil {
 		r.Report.Tables = []bench.Table{
-			{Title: "Throughput", Head: []string{"objects", "restore", "MiB/s", "floor", "in flight", "spread", "rclone", "in flight", "spread", "floor / restore", "rclone / restore", "load"}},
+			{
+				Title: "Throughput",
+				Head: []string{
+					"objects",
+					"restore",
+					"MiB/s",
+					"floor",
+					"in flight",
+					"spread",
+					"rclone",
+					"in flight",
+					"spread",
+					"floor / restore",
+					"rclone / restore",
+					"load",
+				},
+			},
 			{Title: "Requests", Head: []string{"objects", "requests", "copies", "lists and reads", "heads", "for an object"}},
-			{Title: "One object, one segment", Head: []string{"what", "restores", "median", "p99", "one request", "one request / restore", "load"}},
-			{Title: "Latency", Head: []string{"added to a request", "objects", "in flight", "restore", "objects/s", "of in flight ÷ latency", "floor", "of it", "load"}},
-			{Title: "A large job", Head: []string{"segments", "files", "time", "ms a segment", "peak heap", "job record, bytes", "largest task record, bytes", "load"}},
+			{
+				Title: "One object, one segment",
+				Head:  []string{"what", "restores", "median", "p99", "one request", "one request / restore", "load"},
+			},
+			{
+				Title: "Latency",
+				Head: []string{
+					"added to a request",
+					"objects",
+					"in flight",
+					"restore",
+					"objects/s",
+					"of in flight ÷ latency",
+					"floor",
+					"of it",
+					"load",
+				},
+			},
+			{
+				Title: "A large job",
+				Head: []string{
+					"segments",
+					"files",
+					"time",
+					"ms a segment",
+					"peak heap",
+					"job record, bytes",
+					"largest task record, bytes",
+					"load",
+				},
+			},
 		}
 	}
 	return &r.Report.Tables[i]
@@ -68,16 +112,27 @@ func (r *env) table(i int) *bench.Table {
 // small measures many small objects.
 func (r *env) small(ctx context.Context) error {
 	return r.throughput(ctx, &class{
-		name: partSmall, title: fmt.Sprintf("%d × 64 KiB", smallSegments*smallFiles), segments: smallSegments, files: smallFiles, size: smallSize,
-		floor: minSmall, rclone: minSmallRclone, requests: true,
+		name:     partSmall,
+		title:    fmt.Sprintf("%d × 64 KiB", smallSegments*smallFiles),
+		segments: smallSegments,
+		files:    smallFiles,
+		size:     smallSize,
+		floor:    minSmall,
+		rclone:   minSmallRclone,
+		requests: true,
 	})
 }
 
 // medium measures larger ones.
 func (r *env) medium(ctx context.Context) error {
 	return r.throughput(ctx, &class{
-		name: partMedium, title: fmt.Sprintf("%d × 8 MiB", mediumSegments*mediumFiles), segments: mediumSegments, files: mediumFiles, size: mediumSize,
-		floor: minMedium, rclone: minMediumRclone,
+		name:     partMedium,
+		title:    fmt.Sprintf("%d × 8 MiB", mediumSegments*mediumFiles),
+		segments: mediumSegments,
+		files:    mediumFiles,
+		size:     mediumSize,
+		floor:    minMedium,
+		rclone:   minMediumRclone,
 	})
 }
 
@@ -163,12 +218,30 @@ func (r *env) judge(c *class, times [][]float64, floorAt, rcloneAt int) {
 		bench.Time(bench.Median(times[1])), strconv.Itoa(floorAt), bench.Percent(bench.Spread(times[1])),
 		"", "", "", fmt.Sprintf("%.2f", floorRatio), "", bench.LoadText(),
 	}
-	r.timed(c.title+": throughput, the floor's being 1", fmt.Sprintf("≥ %.2f", c.floor), fmt.Sprintf("%.2f", floorRatio), floorRatio >= c.floor, times[1])
+	r.timed(
+		c.title+": throughput, the floor's being 1",
+		fmt.Sprintf("≥ %.2f", c.floor),
+		fmt.Sprintf("%.2f", floorRatio),
+		floorRatio >= c.floor,
+		times[1],
+	)
 	if len(times) > 2 {
 		ratio := bench.Median(bench.Ratios(times[2], times[0]))
-		row[6], row[7], row[8] = bench.Time(bench.Median(times[2])), strconv.Itoa(rcloneAt), bench.Percent(bench.Spread(times[2]))
+		row[6], row[7], row[8] = bench.Time(
+			bench.Median(times[2]),
+		), strconv.Itoa(
+			rcloneAt,
+		), bench.Percent(
+			bench.Spread(times[2]),
+		)
 		row[10] = fmt.Sprintf("%.2f", ratio)
-		r.timed(c.title+": throughput, rclone's being 1", fmt.Sprintf("≥ %.2f", c.rclone), fmt.Sprintf("%.2f", ratio), ratio >= c.rclone, times[2])
+		r.timed(
+			c.title+": throughput, rclone's being 1",
+			fmt.Sprintf("≥ %.2f", c.rclone),
+			fmt.Sprintf("%.2f", ratio),
+			ratio >= c.rclone,
+			times[2],
+		)
 	}
 	r.table(tableCopy).Add(row...)
 }
@@ -248,8 +321,22 @@ func (r *env) count(ctx context.Context, c *class) error {
 		}
 	}
 	each := float64(len(seen)) / float64(c.from.files)
-	r.table(tableRequests).Add(c.title, strconv.Itoa(len(seen)), strconv.Itoa(copies), strconv.Itoa(reads), strconv.Itoa(heads), fmt.Sprintf("%.3f", each))
-	r.counted(c.title+": requests for an object, all included", fmt.Sprintf("≤ %.2f", maxRequests), fmt.Sprintf("%.3f", each), each <= maxRequests)
+	r.table(
+		tableRequests,
+	).Add(
+		c.title,
+		strconv.Itoa(len(seen)),
+		strconv.Itoa(copies),
+		strconv.Itoa(reads),
+		strconv.Itoa(heads),
+		fmt.Sprintf("%.3f", each),
+	)
+	r.counted(
+		c.title+": requests for an object, all included",
+		fmt.Sprintf("≤ %.2f", maxRequests),
+		fmt.Sprintf("%.3f", each),
+		each <= maxRequests,
+	)
 	return r.discard(c.from.prefix, c.from.files)
 }
 
@@ -278,8 +365,24 @@ func (r *env) segment(ctx context.Context) error {
 	}
 	median, p99 := bench.Median(times), bench.Quantile(times, 0.99)
 	r.Say("one segment of 3 files: %s, p99 %s", bench.Time(median), bench.Time(p99))
-	r.table(tableOne).Add("a segment of 3 files of 64 KiB", strconv.Itoa(len(times)), bench.Time(median), bench.Time(p99), "", "", bench.LoadText())
-	r.timed("a segment of 3 files: COMPLETED after the call, median", "≤ 60 ms", bench.Time(median), median <= maxSegment, nil)
+	r.table(
+		tableOne,
+	).Add(
+		"a segment of 3 files of 64 KiB",
+		strconv.Itoa(len(times)),
+		bench.Time(median),
+		bench.Time(p99),
+		"",
+		"",
+		bench.LoadText(),
+	)
+	r.timed(
+		"a segment of 3 files: COMPLETED after the call, median",
+		"≤ 60 ms",
+		bench.Time(median),
+		median <= maxSegment,
+		nil,
+	)
 	r.timed("a segment of 3 files: p99", "≤ 150 ms", bench.Time(p99), p99 <= maxSegmentP99, nil)
 	return r.profiled(ctx, partSegment, func() error {
 		for range 50 {
@@ -418,10 +521,29 @@ func (r *env) delayed(ctx context.Context) error {
 	}
 	ideal := float64(from.files) * r.latency.Seconds() / delayedInFlight
 	took, floor := bench.Median(restores), bench.Median(floors)
-	r.table(tableDelayed).Add(r.latency.String(), strconv.Itoa(from.files), strconv.Itoa(delayedInFlight), bench.Time(took),
-		fmt.Sprintf("%.0f", float64(from.files)/took), bench.Percent(ideal/took), bench.Time(floor), bench.Percent(ideal/floor), bench.LoadText())
-	r.timed(fmt.Sprintf("%v added to a request, %d in flight: of %d ÷ latency", r.latency, delayedInFlight, delayedInFlight),
-		"≥ 88 %", bench.Percent(ideal/took), ideal/took >= minDelayed, floors)
+	r.table(
+		tableDelayed,
+	).Add(
+		r.latency.String(),
+		strconv.Itoa(from.files),
+		strconv.Itoa(delayedInFlight),
+		bench.Time(took),
+		fmt.Sprintf(
+			"%.0f",
+			float64(from.files)/took,
+		),
+		bench.Percent(ideal/took),
+		bench.Time(floor),
+		bench.Percent(ideal/floor),
+		bench.LoadText(),
+	)
+	r.timed(
+		fmt.Sprintf("%v added to a request, %d in flight: of %d ÷ latency", r.latency, delayedInFlight, delayedInFlight),
+		"≥ 88 %",
+		bench.Percent(ideal/took),
+		ideal/took >= minDelayed,
+		floors,
+	)
 	r.stop()
 	return nil
 }

@@ -173,7 +173,10 @@ func (h *memoryHandler) copy(w http.ResponseWriter, r *http.Request, to string) 
 	if etag := strings.Trim(r.Header.Get("X-Amz-Copy-Source-If-Match"), `"`); etag != "" && etag != info.ETag {
 		return object.ErrSourceChanged
 	}
-	if info, err = h.store.Copy(r.Context(), object.CopyRequest{From: from, To: to, SourceETag: info.ETag, Size: info.Size}); err != nil {
+	if info, err = h.store.Copy(
+		r.Context(),
+		object.CopyRequest{From: from, To: to, SourceETag: info.ETag, Size: info.Size},
+	); err != nil {
 		return err
 	}
 	w.Header().Set("Content-Type", "application/xml")
@@ -247,7 +250,10 @@ func (h *memoryHandler) list(w http.ResponseWriter, r *http.Request) error {
 		if len(l.Contents) == most {
 			break
 		}
-		l.Contents = append(l.Contents, listedObject{info.Key, info.ModTime.UTC().Format(time.RFC3339), `"` + info.ETag + `"`, info.Size})
+		l.Contents = append(
+			l.Contents,
+			listedObject{info.Key, info.ModTime.UTC().Format(time.RFC3339), `"` + info.ETag + `"`, info.Size},
+		)
 	}
 	l.KeyCount = len(l.Contents)
 	w.Header().Set("Content-Type", "application/xml")

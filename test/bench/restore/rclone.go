@@ -31,8 +31,10 @@ func startRclone(ctx context.Context, bin, dir, s3 string) (*rclone, error) {
 		return nil, err
 	}
 	p, err := bench.Start(ctx, bench.Command{
-		Name: "rclone", Args: []string{bin, "rcd", "--rc-no-auth", "--rc-addr", addr, "--rc-enable-metrics", "--config", ""}, Log: filepath.Join(dir, "rclone.log"),
-		Env: []string{"AWS_CA_BUNDLE="},
+		Name: "rclone",
+		Args: []string{bin, "rcd", "--rc-no-auth", "--rc-addr", addr, "--rc-enable-metrics", "--config", ""},
+		Log:  filepath.Join(dir, "rclone.log"),
+		Env:  []string{"AWS_CA_BUNDLE="},
 	})
 	if err != nil {
 		return nil, err
@@ -48,8 +50,15 @@ func startRclone(ctx context.Context, bin, dir, s3 string) (*rclone, error) {
 // fs is how rclone names a prefix. Whatever is not needed is left out: no look
 // whether the bucket exists, no times of modification.
 func (c *rclone) fs(prefix string) string {
-	return fmt.Sprintf(`:s3,provider=Other,access_key_id=%s,secret_access_key=%s,endpoint="http://%s",force_path_style=true,no_check_bucket=true:%s/%s`,
-		bench.AccessKeyID, bench.SecretAccessKey, c.s3, bucket, prefix)
+	return fmt.Sprintf(
+		`:s3,provider=Other,access_key_id=%s,secret_access_key=%s,endpoint="http://%s",`+
+			`force_path_style=true,no_check_bucket=true:%s/%s`,
+		bench.AccessKeyID,
+		bench.SecretAccessKey,
+		c.s3,
+		bucket,
+		prefix,
+	)
 }
 
 // copy copies all below a prefix, and returns the seconds that it took.
@@ -57,8 +66,13 @@ func (c *rclone) copy(ctx context.Context, from, to string, inFlight int) (float
 	body, err := json.Marshal(map[string]any{
 		"srcFs": c.fs(from), "dstFs": c.fs(to),
 		"_config": map[string]any{
-			"Transfers": inFlight, "Checkers": inFlight, "UseListR": true, "SizeOnly": true, "NoCheckDest": true, "UseServerModTime": true,
-			"MaxBacklog": 100_000,
+			"Transfers":        inFlight,
+			"Checkers":         inFlight,
+			"UseListR":         true,
+			"SizeOnly":         true,
+			"NoCheckDest":      true,
+			"UseServerModTime": true,
+			"MaxBacklog":       100_000,
 		},
 	})
 	if err != nil {

@@ -32,8 +32,16 @@ const (
 // newSegment makes a segment. All of it follows from its ids.
 func newSegment(collection, partition, index, id, build int64) segment.Segment {
 	s := segment.Segment{
-		ID: id, Partition: partition, State: segment.Flushed, Rows: rows, StorageVersion: 2, Sorted: true,
-		Start: segment.Position{Timestamp: segment.Timestamp(firstTimestamp)}, DML: segment.Position{Timestamp: segment.Timestamp(lastTimestamp)},
+		ID:             id,
+		Partition:      partition,
+		State:          segment.Flushed,
+		Rows:           rows,
+		StorageVersion: 2,
+		Sorted:         true,
+		Start: segment.Position{
+			Timestamp: segment.Timestamp(firstTimestamp),
+		},
+		DML: segment.Position{Timestamp: segment.Timestamp(lastTimestamp)},
 	}
 	b := segment.Build{ID: build, Index: index, Field: firstField}
 	for n := range files {
@@ -46,7 +54,11 @@ func newSegment(collection, partition, index, id, build int64) segment.Segment {
 			b.Files = append(b.Files, f)
 			continue
 		}
-		f.MinTimestamp, f.MaxTimestamp, f.Entries = segment.Timestamp(firstTimestamp), segment.Timestamp(lastTimestamp-1), rows
+		f.MinTimestamp, f.MaxTimestamp, f.Entries = segment.Timestamp(
+			firstTimestamp,
+		), segment.Timestamp(
+			lastTimestamp-1,
+		), rows
 		s.Files = append(s.Files, f)
 	}
 	s.Builds = []segment.Build{b}
@@ -102,7 +114,13 @@ func openVirtual(name string) (*virtual, error) {
 	if err := f.Truncate(size); err != nil {
 		return nil, err
 	}
-	data, err := syscall.Mmap(int(f.Fd()), 0, size, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_SHARED) //nolint:gosec // a descriptor
+	data, err := syscall.Mmap(
+		int(f.Fd()),
+		0,
+		size,
+		syscall.PROT_READ|syscall.PROT_WRITE,
+		syscall.MAP_SHARED,
+	) //nolint:gosec // a descriptor
 	if err != nil {
 		return nil, err
 	}

@@ -41,7 +41,7 @@ func serve(ctx context.Context, config string) error {
 	cfg.Decorators = embed.Decorators{KV: points.KV, Store: points.Store, Transport: points.Transport}
 	srv, err := embed.Start(ctx, cfg)
 	if err != nil && ctx.Err() != nil {
-		return nil //nolint:nilerr // the start was ended
+		return nil
 	}
 	if err != nil {
 		return err

@@ -19,11 +19,13 @@ func TestRead(t *testing.T) {
 		want gotest.Result
 	}{
 		"passes": {
-			ran + `{"Action":"pass","Test":"TestA/x"}` + "\n" + `{"Action":"pass","Test":"TestA"}` + "\n" + `{"Action":"pass"}`, true,
+			ran + `{"Action":"pass","Test":"TestA/x"}` + "\n" + `{"Action":"pass","Test":"TestA"}` + "\n" + `{"Action":"pass"}`,
+			true,
 			gotest.Result{Passed: 1},
 		},
 		"fails": {
-			ran + `{"Action":"fail","Test":"TestA/x"}` + "\n" + `{"Action":"fail","Test":"TestA"}` + "\n" + `{"Action":"fail"}`, false,
+			ran + `{"Action":"fail","Test":"TestA/x"}` + "\n" + `{"Action":"fail","Test":"TestA"}` + "\n" + `{"Action":"fail"}`,
+			false,
 			gotest.Result{Failed: []string{"TestA"}},
 		},
 		"panics": {
@@ -36,7 +38,8 @@ func TestRead(t *testing.T) {
 			gotest.Result{TimedOut: true},
 		},
 		"does not build": {
-			`{"ImportPath":"p","Action":"build-output","Output":"undefined: x\n"}` + "\n" + `{"ImportPath":"p","Action":"build-fail"}` + "\n" +
+			`{"ImportPath":"p","Action":"build-output","Output":"undefined: x\n"}` + "\n" +
+				`{"ImportPath":"p","Action":"build-fail"}` + "\n" +
 				`{"Action":"fail","FailedBuild":"p"}`, false,
 			gotest.Result{Broken: "the build failed"},
 		},
@@ -55,7 +58,12 @@ func TestRead(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if diff := cmp.Diff(c.want, got, cmpopts.IgnoreFields(gotest.Result{}, "Output"), cmpopts.EquateEmpty()); diff != "" {
+			if diff := cmp.Diff(
+				c.want,
+				got,
+				cmpopts.IgnoreFields(gotest.Result{}, "Output"),
+				cmpopts.EquateEmpty(),
+			); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})

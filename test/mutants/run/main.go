@@ -86,7 +86,13 @@ func run(ctx context.Context, out io.Writer, root, only string, within time.Dura
 		}
 		fmt.Fprintf(out, "%-34s %-8s %-56s %.0f\n%s", m.Name, fixed, by, time.Since(began).Seconds(), why)
 	}
-	fmt.Fprintf(out, "%d of %d mutants found in %.0f s\n", len(chosen)-len(missed), len(chosen), time.Since(began).Seconds())
+	fmt.Fprintf(
+		out,
+		"%d of %d mutants found in %.0f s\n",
+		len(chosen)-len(missed),
+		len(chosen),
+		time.Since(began).Seconds(),
+	)
 	if len(missed) > 0 {
 		return fmt.Errorf("no test finds %s", strings.Join(missed, ", "))
 	}

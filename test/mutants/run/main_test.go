@@ -12,7 +12,10 @@ import (
 // nor what builds keep.
 func TestCopyTree(t *testing.T) {
 	root, to := t.TempDir(), t.TempDir()
-	for _, name := range []string{"go.mod", "a/bin/x.go", "a/testdata/fuzz/F/1", ".golangci.yaml", ".git/HEAD", ".bin/buf", "bin/snapshotd", "snapshotd-data/1"} {
+	for _, name := range []string{
+		"go.mod", "a/bin/x.go", "a/testdata/fuzz/F/1", ".golangci.yaml", ".git/HEAD",
+		".bin/buf", "bin/snapshotd", "snapshotd-data/1",
+	} {
 		file := filepath.Join(root, name)
 		if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
 			t.Fatal(err)

@@ -260,11 +260,8 @@ func TestEtcdEqualsMemory(t *testing.T) {
 				what = txn
 			}
 		}
-		if diff := cmp.Diff(got[0], got[1], cmp.Comparer(func(a,
-			b error,
-		) bool {
-			return a == b
-		})); diff != "" { //nolint:errorlint // classes
+		sameClass := cmp.Comparer(func(a, b error) bool { return a == b }) //nolint:errorlint // classes are values
+		if diff := cmp.Diff(got[0], got[1], sameClass); diff != "" {
 			t.Fatalf("step %d, %+v (-etcd +memory):\n%s", step, what, diff)
 		}
 	}

@@ -683,7 +683,8 @@ func TestDelete(t *testing.T) {
 		r := newEnv(t, nil)
 		r.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObjects, Action: answer(
 			`<DeleteResult><Deleted><Key>a</Key></Deleted>` +
-				`<Error><Key>b</Key><Code>AccessDenied</Code></Error><Error><Key>c</Key><Code>NoSuchKey</Code></Error></DeleteResult>`)})
+				`<Error><Key>b</Key><Code>AccessDenied</Code></Error>` +
+				`<Error><Key>c</Key><Code>NoSuchKey</Code></Error></DeleteResult>`)})
 		err := r.store.Delete(t.Context(), "a", "b", "c")
 		r.proxy.MustHaveFired(t)
 		if one, ok := errors.AsType[*object.DeleteError](err); !ok || one.Key != "b" || !errors.Is(err, object.ErrDenied) ||
