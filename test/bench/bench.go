@@ -114,14 +114,14 @@ func Machine() string {
 // Commit is the commit of the tree that the program runs in, with "-dirty" when
 // the tree is not that commit's.
 func Commit() string {
-	out, err := exec.Command(
+	out, err := exec.Command( //nolint:noctx // ends at once
 		"git",
 		"describe",
 		"--always",
 		"--dirty",
 		"--abbrev=12",
 		"--exclude=*",
-	).Output() //nolint:noctx // ends at once
+	).Output()
 	if err != nil {
 		return "unknown"
 	}

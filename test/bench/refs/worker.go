@@ -60,10 +60,10 @@ func work(ctx context.Context, in io.Reader, out io.Writer) error {
 		return err
 	}
 	defer func() { _ = kv.Close() }()
-	store, err := file.Open(
+	store, err := file.Open( //nolint:contextcheck // opening a directory takes no time
 		j.Objects,
 		file.Options{Shared: true},
-	) //nolint:contextcheck // opening a directory takes no time
+	)
 	if err != nil {
 		return err
 	}
