@@ -72,15 +72,16 @@ func (l *leader) cleanupStragglers(ctx context.Context, job *Job) error {
 	return nil
 }
 
-// endMargin bounds how far a job's end time, a reading of the leader, may be behind the
-// clock of a store.
-const endMargin = 2 * clock.Bound
+// endMargin bounds how long after a job's end time an upload of its workers may start. The
+// end time is a reading of the leader, which may be behind the clock of a store. A worker
+// that was stopped may send a request that it signed before the end; S3 accepts signatures
+// for 15 minutes.
+const endMargin = 2*clock.Bound + 15*time.Minute
 
 // uploadCutoff returns the start time before which an unfinished upload, of a job that was
 // COMPLETED at end, is the job's; now is the store's time. An engine starts no upload
-// there before the end. The end may be behind the store's clock by endMargin, so an upload
-// that an engine starts within that margin counts as the job's if it is still open when
-// the job is forgotten.
+// there before the end. An upload that an engine starts within endMargin after the end
+// counts as the job's if it is still open when the job is forgotten.
 func uploadCutoff(end, now time.Time) time.Time {
 	end, now = end.Add(endMargin), now.Add(-stragglerGrace)
 	if end.Before(now) {

@@ -16,6 +16,7 @@ func TestUploadCutoff(t *testing.T) {
 	}{
 		"long before":                      {-time.Hour, 48 * time.Hour, true},
 		"the leader is behind":             {90 * time.Second, 48 * time.Hour, true},
+		"of a worker that was stopped":     {16 * time.Minute, 48 * time.Hour, true},
 		"of an engine":                     {time.Hour, 48 * time.Hour, false},
 		"recent, and the job is not kept":  {-time.Minute, time.Minute, false},
 		"an hour old, the job is not kept": {-time.Minute, time.Hour, true},

@@ -47,7 +47,8 @@
 //   - the metadata store is marked as rolled back only after it went back in time.
 //
 // In the end all faults stop, everything is dropped and time passes. Then the stores must
-// be empty but for the standing keys and objects.
+// be empty but for the standing keys and objects. No copy leaves an upload open after a
+// jump of the object store's clock: its start then shows no order.
 //
 // In runs of another kind the metadata store goes back to an earlier revision, after
 // heartbeats have recorded a later one. Once that is noticed nothing is deleted, granted

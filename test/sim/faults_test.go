@@ -125,10 +125,17 @@ func (m *member) read(key string) {
 	}
 }
 
-// leaveUpload leaves an upload open for half of the copies that do not take effect.
+// signatureAge is the age at which S3 refuses a signed request.
+const signatureAge = 15 * time.Minute
+
+// leaveUpload leaves an upload open for half of the copies that do not take effect. A store
+// starts none for a request that a stopped process signed too long ago. None starts after a
+// jump of the store's clock: its start time then shows no order, and it may stay open.
 func (s *sim) leaveUpload(c *call) {
 	paths, copies := strings.CutPrefix(c.name, copyName)
-	if !copies || !s.chance(0.5) {
+	offs := s.clock.ever()
+	jumped := offs[0] != offs[len(offs)-1]
+	if !copies || !s.chance(0.5) || jumped || time.Since(c.came) > signatureAge {
 		return
 	}
 	s.oracle.uploads[strings.Fields(paths)[1]] = s.clock.now()

@@ -27,6 +27,7 @@ type call struct {
 	write bool                                             // it may have an effect without a waiting caller
 	seq   int                                              // settles between calls of one name
 	step  int                                              // of the scheduler, after which it came
+	came  time.Time                                        // in virtual time
 	do    func(ctx context.Context) string                 // ctx never ends: there may be no caller any more
 	spoil func(ctx context.Context, rng *rand.Rand) string // do with another answer than the true one; nil: it has no such
 	held  time.Time                                        // not to be chosen before
@@ -84,7 +85,7 @@ func (g *gate) parkCall(ctx context.Context, c *call) error {
 		return fmt.Errorf("%s: %w: %w", name, lost, errDead)
 	}
 	g.seq++
-	c.seq, c.step = g.seq, g.step
+	c.seq, c.step, c.came = g.seq, g.step, time.Now()
 	g.parked = append(g.parked, c)
 	g.mu.Unlock()
 	select {
