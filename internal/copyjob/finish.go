@@ -44,7 +44,7 @@ func (l *leader) publish(ctx context.Context, d decision) error {
 // endJob writes the job's final state, completes its token, and deletes its pin, limits,
 // tasks and progress.
 func (l *leader) endJob(
-	ctx context.Context, name string, job, next *Job, op string, conds []meta.Cond, ops []meta.Op,
+	ctx context.Context, step string, job, next *Job, op string, conds []meta.Cond, ops []meta.Op,
 ) error {
 	// The pin ends by a release, not by expiry.
 	unpin := record.Encode(&storagev1.Unpin{Format: record.Format, SnapshotId: job.Snapshot, PinId: job.Pin})
@@ -72,7 +72,7 @@ func (l *leader) endJob(
 			ops = append(ops, rec)
 		}
 	}
-	err := l.write(ctx, name, job, conds, ops)
+	err := l.write(ctx, step, job, conds, ops)
 	if errors.Is(err, meta.ErrLeaseNotFound) {
 		l.o.Requests.Forget(ctx, lease)
 	}

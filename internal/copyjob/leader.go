@@ -281,10 +281,10 @@ func abortedJob(d decision, now time.Time) *Job {
 	return &next
 }
 
-// write changes a job in one transaction, named name, which compares the job as read
+// write changes a job in one transaction, named step, which compares the job as read
 // and the leader's election key. A failed compare is errChanged.
-func (l *leader) write(ctx context.Context, name string, job *Job, conds []meta.Cond, ops []meta.Op) error {
-	res, err := l.kv.Txn(ctx, meta.Txn{Name: name, If: append([]meta.Cond{job.unchanged(), l.fence}, conds...), Then: ops})
+func (l *leader) write(ctx context.Context, step string, job *Job, conds []meta.Cond, ops []meta.Op) error {
+	res, err := l.kv.Txn(ctx, meta.Txn{Name: step, If: append([]meta.Cond{job.unchanged(), l.fence}, conds...), Then: ops})
 	if err == nil && !res.Succeeded {
 		err = errChanged
 	}
@@ -294,13 +294,13 @@ func (l *leader) write(ctx context.Context, name string, job *Job, conds []meta.
 	return nil
 }
 
-// replace writes the job's record in a transaction named name.
-func (l *leader) replace(ctx context.Context, name string, job, next *Job) error {
+// replace writes the job's record in a transaction named step.
+func (l *leader) replace(ctx context.Context, step string, job, next *Job) error {
 	op, err := record.NewOp(l.o.Rand)
 	if err != nil {
 		return err
 	}
-	return l.write(ctx, name, job, nil, []meta.Op{meta.Put(keys.Job(job.ID), next.Encode(op))})
+	return l.write(ctx, step, job, nil, []meta.Op{meta.Put(keys.Job(job.ID), next.Encode(op))})
 }
 
 // batches splits ops into parts for one transaction each.
