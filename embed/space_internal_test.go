@@ -75,9 +75,7 @@ func TestFullSpaceBeforeQuota(t *testing.T) {
 		{etcd.Usage{SizeBytes: 100, InUseBytes: 100, QuotaBytes: 1000, Full: true}, true},
 		{etcd.Usage{SizeBytes: 900, InUseBytes: 800}, false},
 	} {
-		s := &space{log: zap.NewNop(), read: nearlyFull(func(context.Context) ([]etcd.Usage,
-			error,
-		) {
+		s := &space{log: zap.NewNop(), read: nearlyFull(func(context.Context) ([]etcd.Usage, error) {
 			return []etcd.Usage{c.usage}, nil
 		})}
 		s.update(t.Context())

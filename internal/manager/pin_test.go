@@ -851,9 +851,7 @@ func TestPinsInPages(t *testing.T) {
 		odd := PinPlace{snaps[0].ID, 1 << 40}
 		w.put(keys.Pin(odd.Snapshot, odd.ID), []byte{8, 99})
 		all = append(all, odd)
-		slices.SortFunc(all, func(a,
-			b PinPlace,
-		) int {
+		slices.SortFunc(all, func(a, b PinPlace) int {
 			return int(a.Snapshot-b.Snapshot)*1000 + int(min(a.ID, 1000)-min(b.ID, 1000))
 		})
 		settle()           // so that only the pages make calls below

@@ -256,14 +256,10 @@ func TestPathsRefuses(t *testing.T) {
 			"root 2, the target has 2",
 		},
 		"milvus, a negative root": {layout.Milvus, func(_ *layout.Mapping, f *segment.File) { f.Root = -1 }, "root -1"},
-		"native, too long": {layout.Native, func(m *layout.Mapping,
-			_ *segment.File,
-		) {
+		"native, too long": {layout.Native, func(m *layout.Mapping, _ *segment.File) {
 			m.Roots[0] = strings.Repeat("r", 1010) + "/"
 		}, "at most 1024"},
-		"milvus, too long": {layout.Milvus, func(m *layout.Mapping,
-			_ *segment.File,
-		) {
+		"milvus, too long": {layout.Milvus, func(m *layout.Mapping, _ *segment.File) {
 			m.Roots[0] = strings.Repeat("r", 1010) + "/"
 		}, "at most 1024"},
 		"milvus, longer than the source": {

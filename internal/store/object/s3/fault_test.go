@@ -560,9 +560,7 @@ func TestCreateWithoutMetadata(t *testing.T) {
 
 func TestRedirectIsNotFollowed(t *testing.T) {
 	var visited sync.Map
-	elsewhere := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter,
-		r *http.Request,
-	) {
+	elsewhere := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		visited.Store(r.Method, r.URL.Path)
 	}))
 	defer elsewhere.Close()
