@@ -221,7 +221,7 @@ check-generate: $(BIN)/buf $(BIN)/protodep ## Checks that make generate changes 
 	done
 
 .PHONY: baseline
-baseline: $(BIN)/buf ## Makes the current protobuf files the baseline of buf breaking. Release managers only.
+baseline: $(BIN)/buf ## Makes the current protobuf files the baseline of buf breaking: after a new RPC, and for a release.
 	$(BIN)/buf build api/proto --exclude-source-info --output api/baseline.binpb
 	$(BIN)/buf build internal/store/proto --exclude-source-info --output internal/store/proto/baseline.binpb
 

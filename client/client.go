@@ -24,8 +24,8 @@
 //
 //   - UNAVAILABLE, when the call only reads, has a request token, or is idempotent:
 //     DropSegments, SetCheckpoints, Reclaim, ConfirmReclaimed, RenewPin,
-//     UnpinSnapshot and Recover. Any other write may have taken effect, so it is
-//     never repeated.
+//     UnpinSnapshot, UpdateRestore, CancelRestore and Recover. Any other write may
+//     have taken effect, so it is never repeated.
 //   - ABORTED with reason CONFLICT or CATALOG_COMPACTED and a
 //     google.rpc.RetryInfo: nothing was written. CreateSnapshot is the exception:
 //     the result of its token is final.

@@ -83,7 +83,7 @@ func reopenable(ctx context.Context, err error) (wait time.Duration, _ error) {
 	}
 	switch status.Code(err) {
 	case codes.Unavailable,
-		// The deadline: the server or gRPC may report it before ctx ends.
+		// The server or gRPC may report the deadline before ctx ends.
 		codes.Canceled, codes.DeadlineExceeded:
 		return retryDelay(err), nil
 	default:

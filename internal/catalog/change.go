@@ -512,7 +512,8 @@ func (p *changePlan) update(field string, kv meta.KeyValue, u *Update) error {
 	return p.put(kv.Key, &s, hashes, before.GetRemovedWhole() && all, size)
 }
 
-// partOf returns a dropped segment with the ids of s, for a part of s.
+// partOf returns a dropped segment with the ids of s and without files and builds, to
+// which the caller adds the removed ones.
 func partOf(s *segment.Segment) *segment.Segment {
 	return &segment.Segment{
 		ID: s.ID, Partition: s.Partition, Channel: s.Channel, State: segment.Dropped, Disputed: s.Disputed,

@@ -117,9 +117,8 @@ func (c *Catalog) Checkpoints(ctx context.Context, ref Ref) ([]Checkpoint, error
 	return list, err
 }
 
-// Partitions calls fn with a collection's partitions in id order, starting behind id after,
-// until fn returns false, and reports whether it did. It holds one batch of a scan in
-// memory.
+// Partitions calls fn with a collection's partitions in id order, after the id after,
+// until fn returns false; more is then true. It holds one batch of a scan in memory.
 func (c *Catalog) Partitions(
 	ctx context.Context, collection, after int64, fn func(Partition) bool,
 ) (more bool, err error) {

@@ -11,7 +11,7 @@
 //	worker      the part of a replica that runs tasks; it exists as long as its
 //	            lease
 //	assignment  the key that gives an attempt to a worker, under the worker's lease
-//	claim       the RESTORING collection and its name key. They are the collection's
+//	target      the RESTORING collection and its name key. They are the collection's
 //	            ordinary keys, so a create of the same name loses by the same
 //	            compare
 //
@@ -38,7 +38,7 @@
 //
 //	admit     compares: snapshot as read (COMMITTED), target's name and id
 //	          absent, request token absent
-//	          puts: claim, job PENDING, durable pin, token with the job's id. All
+//	          puts: target, job PENDING, durable pin, token with the job's id. All
 //	          target ids are allocated before it
 //	begin     puts: job EXECUTING in phase prepare
 //	prepare   (no object exists under the target's prefixes) several; puts:
@@ -97,7 +97,7 @@
 //	error that may pass
 //	store refuses the         FAILED at once: the store lacks a call, the request or
 //	request permanently       the key is invalid
-//	roll back fails           it is repeated until everything is removed; the claim
+//	roll back fails           it is repeated until everything is removed; the target
 //	                          stays until then
 //	replica stops             as when it dies, but its lease is revoked at once
 package copyjob

@@ -190,7 +190,7 @@ func (a *attempt) sourceETags(ctx context.Context, b *budget, files []*fileCopy)
 	})
 }
 
-// pinStore returns the store with the pins of a job's sources.
+// pinStore returns the store of the objects with the sources' pinned ETags.
 func (j *Job) pinStore(o *Options) (object.Store, error) {
 	alias := j.PinStore
 	if alias == "" { // record of an older release

@@ -219,8 +219,8 @@ func split(targets []Target, answers []Answer) (reclaimable []int, duplicates ma
 	return reclaimable, duplicates
 }
 
-// decideUnits decides on each target. The records of spilled units that have no holder
-// by their ids are loaded, and decided on again: one of their files may be held. It
+// decideUnits decides on each target. If nothing holds a spilled unit by its ids, it loads
+// the unit's record and decides again, because a snapshot may hold one of the files. It
 // returns true if such a record has changed since it was read.
 func (g *GC) decideUnits(
 	ctx context.Context, col *catalog.Collection, targets []Target, p *preconditions,

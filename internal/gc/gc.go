@@ -147,8 +147,8 @@ type Options struct {
 	// Rate is the number of objects of units that are deleted per second. Default
 	// 3000; negative: unlimited.
 	Rate int
-	// UnconfirmedAfter is the age from which a caller's grant is warned about.
-	// Default 1 h.
+	// UnconfirmedAfter is the age of a caller's unconfirmed grant above which the
+	// log warns. Default 1 h.
 	UnconfirmedAfter time.Duration
 	// Jitter spreads attempts: numbers in [0, 1). Default that of [meta.Backoff].
 	Jitter func() float64

@@ -126,7 +126,7 @@ type Store struct {
 	retest sync.Mutex // held by the call that tests copies again
 }
 
-// features are the features of a store.
+// features are the optional features of a store, as its last probe found them.
 type features struct {
 	probe.Features
 

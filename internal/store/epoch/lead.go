@@ -139,7 +139,8 @@ func (e *Epoch) watch(ctx context.Context, changed chan<- struct{}) {
 	}
 }
 
-// watchFrom implements watch until the watch of the metadata store ends.
+// watchFrom signals changed at the start and at each change of /behind after revision. It
+// returns when its watch ends.
 func (e *Epoch) watchFrom(ctx context.Context, revision int64, changed chan<- struct{}, backoff *meta.Backoff) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
