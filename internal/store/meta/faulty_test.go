@@ -15,7 +15,12 @@ import (
 
 // A Faulty without a plan changes nothing.
 func TestFaultyContract(t *testing.T) {
-	metatest.Run(t, func(*testing.T) meta.KV { return meta.NewFaulty(memory.New(memory.Options{})) })
+	faulty := func(inner *memory.Store) metatest.Store {
+		return metatest.Decorated{KV: meta.NewFaulty(inner), Inner: inner}
+	}
+	metatest.Run(t, func(*testing.T) metatest.Store { return faulty(memory.New(memory.Options{})) })
+	inner := memory.New(memory.Options{})
+	metatest.Full(t, faulty(inner), func() { inner.SetFull(true) }, func() { inner.SetFull(false) })
 }
 
 func TestFaultyFailsNth(t *testing.T) {

@@ -26,7 +26,7 @@ import (
 )
 
 func TestEtcd(t *testing.T) {
-	metatest.Run(t, func(t *testing.T) meta.KV { return etcdtest.Shared(t).KV(t) })
+	metatest.Run(t, func(t *testing.T) metatest.Store { return etcdtest.Shared(t).KV(t) })
 }
 
 // A server without RangeStream is read in pages.

@@ -13,7 +13,12 @@ import (
 )
 
 func TestMemory(t *testing.T) {
-	metatest.Run(t, func(*testing.T) meta.KV { return memory.New(memory.Options{}) })
+	metatest.Run(t, func(*testing.T) metatest.Store { return memory.New(memory.Options{}) })
+}
+
+func TestMemoryFull(t *testing.T) {
+	s := memory.New(memory.Options{})
+	metatest.Full(t, s, func() { s.SetFull(true) }, func() { s.SetFull(false) })
 }
 
 func TestMemoryEarlyProgress(t *testing.T) {

@@ -12,9 +12,12 @@ import (
 )
 
 func TestReserveContract(t *testing.T) {
-	metatest.Run(t, func(*testing.T) meta.KV {
-		return reserve.New(memory.New(memory.Options{}), func() bool { return false })
-	})
+	reserved := func(inner *memory.Store) metatest.Store {
+		return metatest.Decorated{KV: reserve.New(inner, func() bool { return false }), Inner: inner}
+	}
+	metatest.Run(t, func(*testing.T) metatest.Store { return reserved(memory.New(memory.Options{})) })
+	inner := memory.New(memory.Options{})
+	metatest.Full(t, reserved(inner), func() { inner.SetFull(true) }, func() { inner.SetFull(false) })
 }
 
 func TestReserve(t *testing.T) {
