@@ -34,7 +34,7 @@ const (
 	classMetadata = "metadata"
 	classIdentity = "identity"
 	classEpoch    = "epoch"
-	classHeld     = "held" // records of parked units
+	classHeld     = "held" // records of spilled units
 	classETags    = "etags"
 	classProbe    = "probe"
 	classFile     = "file" // of segments and index builds
@@ -51,8 +51,8 @@ func classOf(key string) string {
 		return classIdentity
 	}
 	for prefix, class := range map[string]string{
-		epoch.Prefix: classEpoch, catalog.SpillPrefix: classHeld, catalog.RestorePrefix: classETags, probe.Dir +
-			"/": classProbe,
+		epoch.Prefix: classEpoch, catalog.SpillPrefix: classHeld, catalog.RestorePrefix: classETags,
+		probe.Dir + "/": classProbe,
 	} {
 		if strings.HasPrefix(key, prefix) {
 			return class
