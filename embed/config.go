@@ -3,6 +3,7 @@ package embed
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"path/filepath"
 	"slices"
@@ -316,12 +317,7 @@ func (c *Config) validateEtcd(invalid report) {
 
 // aliases returns the aliases of the object stores, sorted.
 func (c Config) aliases() []string {
-	list := make([]string, 0, len(c.ObjectStores))
-	for alias := range c.ObjectStores {
-		list = append(list, alias)
-	}
-	slices.Sort(list)
-	return list
+	return slices.Sorted(maps.Keys(c.ObjectStores))
 }
 
 // nameScope returns the NameScope of a valid configuration.

@@ -110,13 +110,9 @@ func (s *space) Collect(ch chan<- prometheus.Metric) {
 		return
 	}
 	for _, u := range s.last {
-		full := 0.
-		if u.Full {
-			full = 1
-		}
 		for d, v := range map[*prometheus.Desc]float64{
 			etcdSizeDesc: float64(u.SizeBytes), etcdInUseDesc: float64(u.InUseBytes),
-			etcdQuotaDesc: float64(u.QuotaBytes), etcdFullDesc: full,
+			etcdQuotaDesc: float64(u.QuotaBytes), etcdFullDesc: boolGauge(u.Full),
 		} {
 			if d == etcdQuotaDesc && u.QuotaBytes <= 0 { // unknown, or no quota
 				continue

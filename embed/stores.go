@@ -287,7 +287,8 @@ const startWait = 10 * time.Second
 // and is full or does not answer.
 func openStores(ctx context.Context, cfg Config, kv meta.KV, p *parts, open *closers) (map[string]*admit.Store, error) {
 	stores, cluster, log := map[string]*admit.Store{}, p.cluster.ID, p.log
-	for _, alias := range cfg.aliases() {
+	aliases := cfg.aliases()
+	for _, alias := range aliases {
 		o, err := openStore(ctx, cfg, alias, log.With(zap.String("store", alias)), open)
 		if err != nil {
 			return nil, fmt.Errorf("object store %s: %w", alias, err)
@@ -296,7 +297,7 @@ func openStores(ctx context.Context, cfg Config, kv meta.KV, p *parts, open *clo
 			o.Store = cfg.Decorators.Store(o.Store)
 		}
 		o.Alias, o.KV, o.Cluster, o.Now, o.Rand, o.Log = alias, kv, cluster, time.Now, rand.Reader, log.Named("admit")
-		o.Problems, o.InUse = p.problems, cfg.aliases()
+		o.Problems, o.InUse = p.problems, aliases
 		if alias == cfg.SnapshotStore {
 			history := epoch.New(epoch.Options{
 				KV: kv, Store: o.Store, Cluster: cluster, Now: time.Now, Rand: rand.Reader, Log: log.Named("epoch"),
@@ -317,7 +318,7 @@ func openStores(ctx context.Context, cfg Config, kv meta.KV, p *parts, open *clo
 	defer cancel()
 	errs := make([]error, len(stores))
 	var wg sync.WaitGroup
-	for i, alias := range cfg.aliases() {
+	for i, alias := range aliases {
 		wg.Go(func() { errs[i] = stores[alias].Attempt(bounded) })
 	}
 	wg.Wait()

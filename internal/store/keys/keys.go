@@ -8,6 +8,7 @@
 //	/clock                                      the leader's newest reading of the clock
 //	/election/leader                            leader of the background loops
 //	/store/<alias>                              id of the object store, in hex
+//	/verdict/<alias>                            newest probe result of the object store
 //	/snapshot/rec/<id>                          record
 //	/snapshot/name/<scope>/<name>               -> id; scope 0 is the cluster
 //	/snapshot/pending/<collection>/<id>         held by the creator's lease

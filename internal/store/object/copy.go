@@ -134,6 +134,5 @@ func ProvedEqual(source, target Info) bool {
 
 // hasMD5ETag reports whether an object's ETag is the MD5 of its content.
 func hasMD5ETag(info Info) bool {
-	return len(info.ETag) == 32 && !info.OpaqueETag &&
-		!strings.ContainsFunc(info.ETag, func(c rune) bool { return (c < '0' || c > '9') && (c < 'a' || c > 'f') })
+	return len(info.ETag) == 32 && !info.OpaqueETag && isHex(info.ETag)
 }

@@ -108,7 +108,7 @@ func withoutInode(etag string) string {
 		return etag
 	}
 	for _, part := range parts {
-		if part == "" || len(part) > 16 || strings.Trim(part, "0123456789abcdef") != "" {
+		if len(part) > 16 || !isHex(part) {
 			return etag
 		}
 	}

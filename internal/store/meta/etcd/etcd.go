@@ -47,7 +47,7 @@ type Options struct {
 	Root               string      // prefix of every key, such as "/snapshotd"; no final slash, at most 64 bytes
 	TLS                *tls.Config // default: no TLS
 	Username, Password string
-	// ReadPassword returns the password for each login after the first. If it fails, or
+	// ReadPassword returns the password for each login. If it fails, or
 	// etcd refuses the password, the last accepted one is used. Default: Password.
 	ReadPassword   func() (string, error)
 	DialTimeout    time.Duration // of one connection attempt; default 5 s

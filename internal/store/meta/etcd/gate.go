@@ -494,18 +494,6 @@ func (g *gate) usable() (list []target) {
 	return list
 }
 
-// Versions returns the versions of the connected servers in the order of the endpoints;
-// empty for unknown ones.
-func (c *Client) Versions() []string {
-	c.gate.mu.Lock()
-	defer c.gate.mu.Unlock()
-	var list []string
-	for _, m := range c.gate.members {
-		list = append(list, m.version)
-	}
-	return slices.Clip(list)
-}
-
 // Check connects to all endpoints and waits until each has returned its version or an error.
 // A server that is older than [MinimumVersions] is a [meta.ErrTooOld]. Failed version
 // requests are repeated, and such servers are not used before; if none succeeds within

@@ -164,13 +164,9 @@ func compare(alias, want, has string, err error) error {
 
 // read reads the identity object.
 func read(ctx context.Context, store object.Store) (c content, err error) {
-	r, _, err := store.Get(ctx, Key, 0, maxBytes)
+	data, err := object.ReadAll(ctx, store, Key, maxBytes)
 	if err != nil {
 		return c, err
-	}
-	data, err := io.ReadAll(r)
-	if err := errors.Join(err, r.Close()); err != nil {
-		return c, fmt.Errorf("read %s: %w", Key, err)
 	}
 	if err := json.Unmarshal(data, &c); err != nil {
 		return c, fmt.Errorf("%s is damaged: %w", Key, err)

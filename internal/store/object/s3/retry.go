@@ -65,7 +65,7 @@ func pause(base time.Duration, attempts int) time.Duration {
 }
 
 // retry calls try until it succeeds, fails permanently, or attempts or budget are
-// exhausted, and returns the last failure. Throttling responses do not count as failed
+// exhausted, and returns the last failure. Responses with HTTP 429 do not count as failed
 // attempts and cost no budget until ratePatience has passed. Refused credentials are
 // reloaded.
 func (s *Store) retry(ctx context.Context, op, key string, try func() *failure) *failure {
