@@ -447,7 +447,7 @@ func renderProbe(w io.Writer, r *snapshotdv1.ProbeStoreResponse) {
 		if c.GetNotKnown() {
 			honoured = "not known"
 		}
-		t.row(clean(c.GetName()), c.GetRequired(), honoured, clean(c.GetDetail()))
+		t.row(c.GetName(), c.GetRequired(), honoured, c.GetDetail())
 	}
 	_ = t.flush() // w is memory
 	if r.GetUsable() {

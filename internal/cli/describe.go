@@ -121,13 +121,13 @@ func renderDescription(w io.Writer, r *snapshotdv1.DescribeSnapshotResponse, unk
 		fprintf(w, "damage check failed: %s\n", clean(why))
 	}
 
-	fprintf(w, "\nholds: %s, %s\n", count(n.GetFiles(), "file"), size(n.GetBytes()))
+	fprintf(w, "\nholds: %s\n", filesText(n.GetFiles(), n.GetBytes()))
 	switch u := r.GetUsage(); {
 	case u.GetSharedFiles() > 0:
-		fprintf(w, "held by it alone: %s, %s; the others have other holders\n",
-			count(u.GetExclusiveFiles(), "file"), size(u.GetExclusiveBytes()))
+		fprintf(w, "held by it alone: %s; the others have other holders\n",
+			filesText(u.GetExclusiveFiles(), u.GetExclusiveBytes()))
 	case u != nil:
-		fprintf(w, "held by it alone: %s, %s\n", count(u.GetExclusiveFiles(), "file"), size(u.GetExclusiveBytes()))
+		fprintf(w, "held by it alone: %s\n", filesText(u.GetExclusiveFiles(), u.GetExclusiveBytes()))
 	case unknown != "":
 		fprintf(w, "held by it alone: unknown: %s\n", clean(unknown))
 	}

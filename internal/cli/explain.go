@@ -123,8 +123,8 @@ func fileCandidates(name string, roots []*snapshotdv1.Root, root int32, fixedRoo
 	return append(paths, keys...)
 }
 
-// renderExplanation explains a unit in sentences. collectionArg is the collection as
-// the user named it.
+// renderExplanation explains a unit in sentences. as is the collection as the user
+// named it.
 func renderExplanation(
 	w io.Writer, col *snapshotdv1.Collection, as string, unit *snapshotdv1.Unit, u *snapshotdv1.UnitReferences,
 ) {
@@ -158,7 +158,7 @@ func renderExplanation(
 		explainRelease(w, u)
 	case snapshotdv1.UnitReferences_STATE_GRANTED:
 		t := u.GetTombstone()
-		files := fmt.Sprintf("%s, %s", count(t.GetFileCount(), "file"), size(t.GetBytes()))
+		files := filesText(t.GetFileCount(), t.GetBytes())
 		fprintf(w, "%s was dropped from %s. No snapshot needs it.\n", what, of)
 		if t.GetDeleter() != snapshotdv1.Deleter_DELETER_CALLER {
 			fprintf(w, "It was granted to snapshotd at %s, which deletes it: %s.\n", formatTime(t.GetGrantTime()), files)

@@ -365,7 +365,7 @@ func (g *grantTotals) text(collection string) string {
 		for _, t := range ts {
 			files, bytes = files+t.GetFileCount(), bytes+t.GetBytes()
 		}
-		return fmt.Sprintf("%s, %s", count(files, "file"), size(bytes))
+		return filesText(files, bytes)
 	}
 	if len(g.bySnapshotd) > 0 {
 		fprintf(&b, "snapshotd deletes %s\n", sum(g.bySnapshotd))

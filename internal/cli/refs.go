@@ -19,7 +19,7 @@ func parseCollection(s string) (*snapshotdv1.CollectionRef, error) {
 		if err != nil {
 			return nil, err
 		}
-		return &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Id{Id: id}}, nil
+		return idRef(id), nil
 	}
 	db, name, qualified := strings.Cut(s, "/")
 	if !qualified {

@@ -514,10 +514,10 @@ func renderDryRun(w io.Writer, name string, r *snapshotdv1.DropSnapshotResponse)
 		fprintf(w, " (id %d)", r.GetSnapshotId())
 	}
 	fprintf(w, " could be dropped; nothing was\n")
-	fprintf(w, "would free %s, %s\n", count(u.GetExclusiveFiles(), "file"), size(u.GetExclusiveBytes()))
+	fprintf(w, "would free %s\n", filesText(u.GetExclusiveFiles(), u.GetExclusiveBytes()))
 	if u.GetSharedFiles() > 0 {
-		fprintf(w, "would keep %s, %s: held by the collection, another snapshot or a grant, or not snapshotd's to delete\n",
-			count(u.GetSharedFiles(), "file"), size(u.GetSharedBytes()))
+		fprintf(w, "would keep %s: held by the collection, another snapshot or a grant, or not snapshotd's to delete\n",
+			filesText(u.GetSharedFiles(), u.GetSharedBytes()))
 	}
 }
 

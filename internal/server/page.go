@@ -19,7 +19,8 @@ import (
 //   - an element is bounded where it is registered. See catalog.MaxShownBytes for
 //     the largest of them, a segment with its files.
 //
-// Elements are read and added one by one, so no page is built without being sent.
+// Segments, partitions and indexes are read and added one by one. The other lists read up
+// to maxPage records and drop those that do not fit; the next page reads them again.
 const (
 	defaultPage = 100
 	maxPage     = 1000
