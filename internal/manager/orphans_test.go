@@ -428,6 +428,7 @@ func TestExplainWithoutAllReferences(t *testing.T) {
 func TestExplainUncollectedObjects(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a", func(o *Options) { o.CollectTolerance, o.CollectMaxShare = time.Minute, 0.5 })
+		settle() // so that it leads
 		off := w.start("b", func(o *Options) { o.CollectorOff = true })
 		col, _, _ := w.collection(r, "c")
 		var list []segment.Segment
