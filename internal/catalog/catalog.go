@@ -75,7 +75,7 @@
 // # Failures
 //
 //	a compare fails      the preconditions are read and the change is decided again,
-//	                     up to maxAttempts times; then meta.ErrConflict: nothing was
+//	                     up to 16 times; then meta.ErrConflict: nothing was
 //	                     written
 //	no answer            the error wraps meta.ErrUnavailable: it may have been
 //	                     written. With a request token a repeat returns the result;
@@ -122,7 +122,7 @@ const (
 	smallChildBytes  = 4 << 10   // of a small record of a partition or index
 	maxTokenResult   = 64 << 10  // of a result that a request token stores
 	MaxSegmentChange = 60        // inputs, outputs and updates of one compaction
-	maxAttempts      = 16        // of a change whose preconditions keep changing
+	maxAttempts      = 16        // of a change outside of request.Loop
 	maxReservedIDs   = 64        // ranges
 	maxSegmentFiles  = 4096
 	maxRemoved       = 4096 // hashes of removed paths in a segment's record

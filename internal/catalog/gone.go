@@ -37,10 +37,7 @@ import (
 //	a closed gap has  the replica drops its stock and allocates new ids, when it next
 //	ids of a stock    needs one for removed files
 
-const (
-	goneBits  = 12 // a block has 4096 ids
-	goneBlock = 1 << goneBits
-)
+const goneBits = 12 // a block has 4096 ids
 
 // Defaults of [Options].
 const (

@@ -103,7 +103,6 @@ type Job struct {
 	PinStore                                 string // alias of the store with the pins; empty: the configured one
 
 	Revision int64
-	op       string
 }
 
 func (j *Job) String() string { return fmt.Sprintf("%d (%s/%s)", j.ID, j.DB, j.Name) }
@@ -221,6 +220,6 @@ func DecodeJob(kv meta.KeyValue) (*Job, error) {
 		Retries: r.GetRetries(), CreateTime: record.Time(r.GetCreateTime()), StartTime: record.Time(r.GetStartTime()),
 		EndTime: record.Time(r.GetEndTime()), Deadline: record.Time(r.GetDeadline()),
 		RequestKey: r.GetRequestKey(), Pin: r.GetPinId(), PinStore: r.GetPinStore(),
-		Revision: kv.ModRevision, op: r.GetOp(),
+		Revision: kv.ModRevision,
 	}, nil
 }

@@ -24,7 +24,7 @@ func TestRecords(t *testing.T) {
 		Totals: segment.Totals{Segments: 1, Rows: 2, Files: 3, Bytes: 4, Builds: 5, Straddling: 6},
 		Done:   segment.Totals{Segments: 1}, Retries: 15, CreateTime: start, StartTime: start.Add(1), EndTime: start.Add(2),
 		Deadline: start.Add(3), RequestKey: "/request/x", Pin: 16,
-		Revision: 17, op: "op",
+		Revision: 17,
 	}
 	got, err := DecodeJob(meta.KeyValue{Key: keys.Job(1), Value: job.Encode("op"), ModRevision: 17})
 	if err != nil || fmt.Sprintf("%+v", *got) != fmt.Sprintf("%+v", *job) {

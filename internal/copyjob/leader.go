@@ -101,9 +101,9 @@ func (l *leader) pass(ctx context.Context) time.Duration {
 			continue
 		}
 		delete(l.assignedRevisions, d.job.ID) // not in phase copy
-		if !l.tryStart(d.job.ID) {
-			continue
-		}
+		l.mu.Lock()
+		l.busy[d.job.ID] = true
+		l.mu.Unlock()
 		d = l.abortIfExhausted(d, now)
 		started := l.steps.TryGo(func() error {
 			err := l.execute(ctx, d)
@@ -165,17 +165,6 @@ func (l *leader) nextAttempt(job *Job, now time.Duration) time.Duration {
 		return -1
 	}
 	return max(0, l.retryAt[job.ID]-now)
-}
-
-// tryStart marks a job as busy; false: it already is.
-func (l *leader) tryStart(job int64) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.busy[job] {
-		return false
-	}
-	l.busy[job] = true
-	return true
 }
 
 // errChanged means that a transaction's compare failed: the table will show the present

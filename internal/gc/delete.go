@@ -92,8 +92,8 @@ func (g *GC) Lead(ctx context.Context, term election.Term) error {
 			g.deletes.Note(err)
 		}
 		var unconfirmed error
-		if s := g.Stats(); s.Oldest > g.o.UnconfirmedAfter {
-			unconfirmed = fmt.Errorf("%d tombstones, the oldest for %v", s.Unconfirmed, s.Oldest.Round(time.Minute))
+		if _, n, oldest := g.tombstones.stats(g.o.Clock.Display()); oldest > g.o.UnconfirmedAfter {
+			unconfirmed = fmt.Errorf("%d tombstones, the oldest for %v", n, oldest.Round(time.Minute))
 		}
 		g.unconfirmed.Note(unconfirmed)
 		timer.Reset(wait)

@@ -53,18 +53,18 @@ func (m *Manager) CollectorStatus(ctx context.Context) (CollectorStatus, error) 
 	if errors.Is(untrusted, clock.ErrUntrusted) {
 		s.Clock = untrusted.Error()
 	}
-	if s.Halts, err = m.halts(ctx, rec, s.Blocked, untrusted); err != nil {
+	now := m.gc.Stats()
+	if s.Halts, err = m.halts(ctx, rec, s.Blocked, untrusted, now.Unreadable); err != nil {
 		return s, err
 	}
-	now := m.gc.Stats()
 	s.Deleting, s.Unconfirmed = now.Granted, now.Unconfirmed
 	return s, nil
 }
 
 // halts returns the stopped work of all replicas, of the leader (from its record) and of
-// this replica.
+// this replica, which cannot read the references of unreadable snapshots.
 func (m *Manager) halts(
-	ctx context.Context, rec *storagev1.Round, blocked string, untrusted error,
+	ctx context.Context, rec *storagev1.Round, blocked string, untrusted error, unreadable int,
 ) ([]collect.Halt, error) {
 	const all = "expiry, removal and collection"
 	var list []collect.Halt
@@ -87,10 +87,10 @@ func (m *Manager) halts(
 	if by, replica := collect.DecodeHalts(rec); replica == leader && leader != m.o.Replica {
 		list = append(list, by...)
 	}
-	if n := m.gc.Stats().Unreadable; n > 0 {
+	if unreadable > 0 {
 		list = append(list, collect.Halt{
 			Name: "references", What: "collection in the collections of unreadable snapshots", Replica: m.o.Replica,
-			Error: fmt.Sprintf("the references of %d snapshots cannot be read; the log names them", n),
+			Error: fmt.Sprintf("the references of %d snapshots cannot be read; the log names them", unreadable),
 		})
 	}
 	return append(list, m.collector.Halts()...), nil

@@ -43,7 +43,7 @@ import (
 //	store contradicts an        each reader ends, because events may be missing; the
 //	earlier answer              feed starts at the newest revision
 //	a late reader is compacted  its watch ends: ErrEventsCompacted
-//	record is unreadable        it is logged once and skipped
+//	record is unreadable        it is logged, by each late reader again, and skipped
 //	replica ends                each reader ends: the error wraps meta.ErrUnavailable
 
 // Bounds of a feed.

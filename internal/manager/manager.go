@@ -243,8 +243,8 @@ type Manager struct {
 	manifests manifestCache
 }
 
-// setDefaults sets zero options to their defaults. Defaults of restores are those of
-// package copyjob.
+// setDefaults sets zero options to their defaults. Those of restores are in package
+// copyjob, those of the collector's intervals, rate and grace in package gc.
 func (o *Options) setDefaults() {
 	if o.CreateTimeout == 0 {
 		o.CreateTimeout = 10 * time.Minute
@@ -267,20 +267,8 @@ func (o *Options) setDefaults() {
 	if o.CollectTolerance == 0 {
 		o.CollectTolerance = 3 * time.Hour
 	}
-	if o.CollectInterval == 0 {
-		o.CollectInterval = time.Minute
-	}
 	if o.CollectMaxShare == 0 {
 		o.CollectMaxShare = 0.5
-	}
-	if o.CollectRate == 0 {
-		o.CollectRate = 3000
-	}
-	if o.OrphanGrace == 0 {
-		o.OrphanGrace = 24 * time.Hour
-	}
-	if o.SweepInterval == 0 {
-		o.SweepInterval = time.Hour
 	}
 }
 

@@ -324,10 +324,7 @@ func (w *snapshotWriter) finish(ctx context.Context) (*Snapshot, error) {
 	for _, ch := range md.Channels {
 		next.Cuts = append(next.Cuts, Cut{Shard: ch.Shard, Channel: ch.Name, Timestamp: ch.Cut})
 	}
-	md.Totals = manifest.Totals{
-		Segments: w.totals.Segments, Rows: w.totals.Rows, Files: w.totals.Files, Bytes: w.totals.Bytes,
-		Builds: w.totals.Builds, Straddling: w.totals.Straddling,
-	}
+	md.Totals = manifest.Totals(w.totals)
 	var ordinal, build int64
 	for _, c := range w.chunks {
 		if c.totals.Segments == 0 {

@@ -119,11 +119,12 @@ func (c *Collector) ReportHalts(ctx context.Context, fence meta.Cond) error {
 		case <-ticker.C:
 		}
 		now := &storagev1.Round{}
-		encodeHalts(now, c.Halts(), c.replica)
+		halts := c.Halts()
+		encodeHalts(now, halts, c.replica)
 		if known && haltsKey(now) == written {
 			continue
 		}
-		err := c.saveHalts(ctx, fence)
+		err := c.saveHalts(ctx, fence, halts)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -134,8 +135,8 @@ func (c *Collector) ReportHalts(ctx context.Context, fence meta.Cond) error {
 	}
 }
 
-// saveHalts writes the halts into the record, unless it has them.
-func (c *Collector) saveHalts(ctx context.Context, fence meta.Cond) error {
+// saveHalts writes halts into the record, unless it has them.
+func (c *Collector) saveHalts(ctx context.Context, fence meta.Cond, halts []Halt) error {
 	kv, found, _, err := c.kv.Get(ctx, keys.Cycle)
 	if err != nil {
 		return err
@@ -148,7 +149,7 @@ func (c *Collector) saveHalts(ctx context.Context, fence meta.Cond) error {
 		unchanged = meta.Unchanged(keys.Cycle, kv.ModRevision)
 	}
 	was := haltsKey(rec)
-	encodeHalts(rec, c.Halts(), c.replica)
+	encodeHalts(rec, halts, c.replica)
 	if haltsKey(rec) == was {
 		return nil
 	}

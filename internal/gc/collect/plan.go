@@ -93,8 +93,7 @@ type plan struct {
 	eligible    []gc.Target // those of them that the cycle takes, in key order
 	inPlace     []gc.Target // likewise, segments of a dropped collection, which are units in place
 	unspilled   []int64     // units with holders and full records
-	waiting     int64
-	err         error // the cycle skips the collection
+	err         error       // the cycle skips the collection
 	refsKnown   bool
 	expired     bool  // the collection was dropped longer ago than the tolerance
 	stop        Stop  // of the eligible units
@@ -172,7 +171,6 @@ func (y *cycle) planUnit(ctx context.Context, p *plan, id, dropped int64, rec *s
 	kind := ItemKind(rec.GetKind())
 	item := Item{Kind: kind, Collection: p.id, ID: id, DropTime: record.Time(rec.GetDropTime())}
 	if y.remaining(item.DropTime) > 0 {
-		p.waiting++
 		y.summary.Waiting++
 		return y.reportDryRun(item, Waits, y.waitReason(item.DropTime))
 	}

@@ -73,7 +73,7 @@ type Problem struct {
 // State is the state of a problem.
 type State struct {
 	Name   string
-	Stops  string // the blocked work: expiry, removal or collection; empty: none
+	Stops  string // the blocked work, for users, such as "expiry of snapshots"; empty: none
 	Error  string // the last error; empty: not failing
 	Since  time.Time
 	Failed int64 // failures since then
@@ -81,8 +81,7 @@ type State struct {
 }
 
 // Add adds a problem, or returns the existing one with the name. The name labels metrics; text
-// is the log message; stops is the work that waits for it, expiry, removal or collection, or
-// empty.
+// is the log message; stops names for users the work that waits for it; empty: none.
 func (p *Problems) Add(log *zap.Logger, name, text, stops string) *Problem {
 	p.mu.Lock()
 	defer p.mu.Unlock()
