@@ -38,7 +38,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 
 .PHONY: help
 help: ## Lists the targets.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-16s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-16s %s\n", $$1, $$2}'
 
 .PHONY: all
 all: build lint test ## Builds, lints (including generated code) and tests: required for every change.
@@ -72,29 +72,15 @@ mutants: $(BIN)/versitygw ## Applies each mutant to a copy and requires that a t
 bench: ## Runs the benchmarks: BENCH=regexp, BENCHTIME=200ms.
 	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -timeout 20m ./...
 
-.PHONY: bench-create
-bench-create: build $(BIN)/versitygw ## Measures create, registration and reading: STRICT=1, BENCH_FLAGS=.
+.PHONY: bench-create bench-refs bench-restore bench-gc
+bench-create: $(BIN)/versitygw ## Measures create, registration and reading: STRICT=1, BENCH_FLAGS=.
+bench-refs: ## Measures the index of references and reclaim: STRICT=1, BENCH_FLAGS=.
+bench-restore: $(BIN)/versitygw $(BIN)/rclone ## Measures restores: STRICT=1, BENCH_FLAGS=.
+bench-gc: $(BIN)/versitygw ## Measures the collector: STRICT=1, BENCH_FLAGS=.
+bench-create bench-refs bench-restore bench-gc: build
 	$(GO) build -o $(BIN)/bench-etcd ./test/bench/etcd
-	$(GO) build -o $(BIN)/bench-create ./test/bench/create
-	$(BIN)/bench-create $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-create.md $(BENCH_FLAGS)
-
-.PHONY: bench-refs
-bench-refs: build ## Measures the reference index and reclaim: STRICT=1, BENCH_FLAGS=.
-	$(GO) build -o $(BIN)/bench-etcd ./test/bench/etcd
-	$(GO) build -o $(BIN)/bench-refs ./test/bench/refs
-	$(BIN)/bench-refs $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-refs.md $(BENCH_FLAGS)
-
-.PHONY: bench-restore
-bench-restore: build $(BIN)/versitygw $(BIN)/rclone ## Measures restores: STRICT=1, BENCH_FLAGS=.
-	$(GO) build -o $(BIN)/bench-etcd ./test/bench/etcd
-	$(GO) build -o $(BIN)/bench-restore ./test/bench/restore
-	$(BIN)/bench-restore $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-restore.md $(BENCH_FLAGS)
-
-.PHONY: bench-gc
-bench-gc: build $(BIN)/versitygw ## Measures the collector: STRICT=1, BENCH_FLAGS=.
-	$(GO) build -o $(BIN)/bench-etcd ./test/bench/etcd
-	$(GO) build -o $(BIN)/bench-gc ./test/bench/gc
-	$(BIN)/bench-gc $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/bench-gc.md $(BENCH_FLAGS)
+	$(GO) build -o $(BIN)/$@ ./test/bench/$(@:bench-%=%)
+	$(BIN)/$@ $(if $(filter 1,$(STRICT)),-strict) -o $(BIN)/$@.md $(BENCH_FLAGS)
 
 .PHONY: docs-check
 docs-check: build $(BIN)/docscheck $(BIN)/grpcurl $(BIN)/versitygw ## Runs the examples in the documents.
@@ -105,7 +91,6 @@ docs-update: build $(BIN)/docscheck $(BIN)/grpcurl $(BIN)/versitygw ## Writes th
 	$(BIN)/docscheck -update
 
 # SEED=s runs one seed; SEEDS=n runs n consecutive seeds. No new seed starts after SIM_FOR.
-SEED ?= 0
 SEEDS ?= $(if $(filter-out 0,$(SEED)),1,2000)
 SIM_FOR ?= 2m
 SIM_EXACT := -tags exact -overlay $(BIN)/sim/overlay.json

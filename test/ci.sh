@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Runs a share of each of the long tests, short enough for every change. Each has
-# seeds of its own, which it prints. A run of processes that came to no verdict,
-# for a fault did not have its effect in time, is made once more: on a busy machine
-# that says nothing. One that found something is not.
+# Runs each of the long tests in short, and all mutants, as CI does for every change. Each
+# run prints its seed. A robustness run that is INCONCLUSIVE is repeated once, because on
+# a busy machine a fault may not have its effect in time; one that failed is not.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,14 +1,12 @@
 #!/usr/bin/env bash
-# Runs every fuzz test of the module, one after another, for a time each, and ends
-# with 1 at the first finding. The input of that is then a file under the package's
-# testdata/fuzz, where each `go test` runs it from then on: it is committed with
-# what fixes it.
+# Runs every fuzz test of the module, one after another, for a time each, and exits
+# with 1 at the first crasher. Its input is then a file under the package's
+# testdata/fuzz, which each later `go test` runs: commit it with the fix.
 #
 #   test/fuzz.sh 20s          # all
 #   test/fuzz.sh 5m Manifest  # those whose package or name matches
 #
-# What a run learned about which inputs reach what is in Go's build cache, and the
-# next run begins there.
+# Go's build cache keeps the inputs that reached new code; the next run starts with them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,8 +16,8 @@ only=${2:-.}
 seconds=${BASH_REMATCH[1]}
 [ "${BASH_REMATCH[2]}" = s ] || seconds=$((seconds * 60))
 
-# name and package, a line each. The module in tools is not this one.
-targets=$(grep -rnoE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]*' . | grep -v '^\./tools/' |
+# name and package, a line each
+targets=$(grep -rnoE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]*' . |
 	sed -E 's|^(.*)/[^/]*:[0-9]+:func (Fuzz.*)$|\2 \1|' | sort -k2 -k1 | grep -E "$only") || { echo "no fuzz test matches $only" >&2; exit 2; }
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
