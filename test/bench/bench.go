@@ -8,6 +8,7 @@ package bench
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -15,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // Median returns the middle of values, or 0 of none.
@@ -126,4 +128,16 @@ func Commit() string {
 		return "unknown"
 	}
 	return string(bytes.TrimSpace(out))
+}
+
+// Wait waits for d, or returns the error of a context that ends before.
+func Wait(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }

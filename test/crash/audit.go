@@ -304,9 +304,7 @@ func (w *env) checkService(ctx context.Context) error {
 		return err
 	}
 	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
-		Snapshot: snapshot(
-			"last",
-		),
+		Snapshot:     snapshot("last"),
 		Target:       &api.CollectionName{Name: "last"},
 		Partitions:   []string{"small"},
 		RequestToken: client.NewRequestToken(),

@@ -431,9 +431,7 @@ func leaveUpload(ctx context.Context, _ *runner, w *env) error {
 // restoreHugeTooSlow restores an object in parts, with a timeout that the crash exceeds.
 func restoreHugeTooSlow(ctx context.Context, w *env) error {
 	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
-		Snapshot: snapshot(
-			huge,
-		),
+		Snapshot:     snapshot(huge),
 		Target:       &api.CollectionName{Name: "copy"},
 		RequestToken: token,
 		Timeout:      durationpb.New(hugeTimeout),
@@ -517,11 +515,9 @@ func reclaim(ctx context.Context, w *env) error {
 		return err // not found: it was confirmed
 	}
 	got, err := w.c().Reclaim.Reclaim(ctx, &api.ReclaimRequest{
-		Collection: byName(
-			mall,
-		),
-		Units:   []*api.Unit{{Unit: &api.Unit_SegmentId{SegmentId: id}}},
-		Deleter: api.Deleter_DELETER_CALLER,
+		Collection: byName(mall),
+		Units:      []*api.Unit{{Unit: &api.Unit_SegmentId{SegmentId: id}}},
+		Deleter:    api.Deleter_DELETER_CALLER,
 	})
 	if err != nil {
 		return err
@@ -682,9 +678,7 @@ func compact(ctx context.Context, w *env) error {
 	}
 	w.answers["segment"] = known
 	_, err = w.c().Catalog.CompactSegments(ctx, &api.CompactSegmentsRequest{
-		Collection: byName(
-			mall,
-		),
+		Collection:   byName(mall),
 		Inputs:       []int64{w.Collections[mall][1].ID},
 		Outputs:      []*api.Segment{out},
 		RequestToken: token,

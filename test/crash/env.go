@@ -64,15 +64,8 @@ type ledger struct {
 func (l *ledger) clone() *ledger {
 	n := *l
 	n.Collections, n.Snapshots, n.Restored = maps.Clone(l.Collections), maps.Clone(l.Snapshots), maps.Clone(l.Restored)
-	n.Collection, n.IDs, n.Spare, n.Dead = maps.Clone(
-		l.Collection,
-	), maps.Clone(
-		l.IDs,
-	), slices.Clone(
-		l.Spare,
-	), slices.Clone(
-		l.Dead,
-	)
+	n.Collection, n.IDs = maps.Clone(l.Collection), maps.Clone(l.IDs)
+	n.Spare, n.Dead = slices.Clone(l.Spare), slices.Clone(l.Dead)
 	return &n
 }
 
@@ -468,9 +461,7 @@ func (w *env) build(ctx context.Context) error {
 	w.Snapshots[keep] = w.Collections[shop]
 	// A restored collection that has lost a segment.
 	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
-		Snapshot: snapshot(
-			keep,
-		),
+		Snapshot:     snapshot(keep),
 		Target:       &api.CollectionName{Name: "before"},
 		Partitions:   []string{"small"},
 		RequestToken: client.NewRequestToken(),

@@ -221,7 +221,7 @@ func run(ctx context.Context, o options) error {
 	if o.seed == 0 {
 		o.seed = rand.Uint64() //nolint:gosec // which cases are tried
 	}
-	if o.quick && o.pairs > quickPairs {
+	if o.quick && (o.pairs < 0 || o.pairs > quickPairs) {
 		o.pairs = quickPairs
 	}
 	cases := planned(match, o.quick, o.seed)

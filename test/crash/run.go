@@ -383,9 +383,7 @@ func (r *runner) runPairs(ctx context.Context) error {
 		slices.Values(r.found),
 		func(a, b oneCase) int { return strings.Compare(a.String(), b.String()) },
 	)
-	rand.New(
-		rand.NewPCG(r.seed, 1),
-	).Shuffle(
+	rand.New(rand.NewPCG(r.seed, 1)).Shuffle(
 		len(pairs),
 		func(i, j int) { pairs[i], pairs[j] = pairs[j], pairs[i] },
 	) //nolint:gosec // which pairs are tried

@@ -23,11 +23,8 @@ import (
 )
 
 var (
-	timeFlag = flag.Duration(
-		"time",
-		6*time.Minute,
-		"how long all scenarios take, about; those that have not begun half as much later are INCONCLUSIVE",
-	)
+	timeFlag = flag.Duration("time", 7*time.Minute,
+		"about the time of all scenarios; those that have not begun half as much later are INCONCLUSIVE")
 	seedFlag = flag.Uint64("seed", 0, "the seed; 0: by the clock")
 	onlyFlag = flag.String("only", "", "names of scenarios, separated by commas; default: all")
 	quick    = flag.Bool("quick", false, "only the scenarios that find the most, for 90 seconds")

@@ -18,6 +18,7 @@ import (
 
 	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
+	"github.com/snapshotd/snapshotd/test/bench"
 )
 
 const (
@@ -88,7 +89,7 @@ func (r *env) insist(ctx context.Context, call func(*client.Client) error) error
 		default:
 			return err
 		}
-		if wait(ctx, pollEvery) != nil {
+		if bench.Wait(ctx, pollEvery) != nil {
 			return err
 		}
 	}
@@ -433,7 +434,7 @@ func (r *env) awaitIdle(ctx context.Context, stable time.Duration) error {
 		if busy == "" && time.Since(since) >= stable {
 			return nil
 		}
-		if wait(ctx, pollEvery) != nil {
+		if bench.Wait(ctx, pollEvery) != nil {
 			return fmt.Errorf("after %v there is still something to do: %s", patience, busy)
 		}
 	}

@@ -20,6 +20,7 @@ import (
 
 	api "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/client"
+	"github.com/snapshotd/snapshotd/test/bench"
 )
 
 const (
@@ -168,7 +169,7 @@ func (w *worker) snapshot(ctx context.Context) error {
 	); err != nil {
 		return err
 	}
-	if err := wait(ctx, time.Duration(w.rand.IntN(2000))*time.Millisecond); err != nil {
+	if err := bench.Wait(ctx, time.Duration(w.rand.IntN(2000))*time.Millisecond); err != nil {
 		return err
 	}
 	_, err := w.Snapshots.DropSnapshot(ctx, &api.DropSnapshotRequest{Snapshot: named(w.name), RequestToken: token})

@@ -318,15 +318,3 @@ func (r *env) stopAll() error {
 	}
 	return errors.Join(errs...)
 }
-
-// wait waits, or returns the error of a context that ended before.
-func wait(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}

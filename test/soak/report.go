@@ -129,9 +129,7 @@ func row(s *sample) []string {
 		bench.Time(s.idle.Seconds()),
 		fmt.Sprint(s.stored.keys),
 		fmt.Sprint(s.stored.bytes),
-		fmt.Sprint(
-			s.stored.jobs,
-		),
+		fmt.Sprint(s.stored.jobs),
 		fmt.Sprint(s.stored.tokens),
 		fmt.Sprint(s.stored.leases),
 		kib(float64(s.database)),
@@ -149,7 +147,7 @@ func (r *env) leader(ctx context.Context, not string) (string, error) {
 		if name := info.GetLeader(); err == nil && name != "" && name != not {
 			return name, nil
 		}
-		if err := wait(ctx, pollEvery); err != nil {
+		if err := bench.Wait(ctx, pollEvery); err != nil {
 			return "", err
 		}
 	}

@@ -207,7 +207,7 @@ func (p *replica) look(ctx context.Context) (*state, error) {
 		}
 		least.heap, least.files = min(least.heap, s.heap), min(least.files, s.files)
 		least.leads = s.leads
-		if err := wait(ctx, lookGap); err != nil {
+		if err := bench.Wait(ctx, lookGap); err != nil {
 			return nil, err
 		}
 	}
@@ -274,7 +274,7 @@ func (p *replica) lookOnce(ctx context.Context) (*state, error) {
 
 // watchMemory notes the highest memory of each replica, until ctx ends.
 func (r *env) watchMemory(ctx context.Context) {
-	for wait(ctx, peakEach) == nil {
+	for bench.Wait(ctx, peakEach) == nil {
 		for i := range r.replicas {
 			p := r.replicas[i].Load()
 			text, err := bench.Get(ctx, "http://"+p.server.Metrics+"/metrics")

@@ -106,7 +106,7 @@ func (r *env) counted(what, want, got string, ok bool) {
 
 func (r *env) inUse(ctx context.Context) (bytes int64, err error) {
 	// A transaction counts once etcd has written it, at the latest 100 ms after.
-	if err := wait(ctx, 300*time.Millisecond); err != nil {
+	if err := bench.Wait(ctx, 300*time.Millisecond); err != nil {
 		return 0, err
 	}
 	err = bench.AskEtcd(r.etcdAt, func(cli *clientv3.Client) error {
@@ -117,17 +117,6 @@ func (r *env) inUse(ctx context.Context) (bytes int64, err error) {
 		return err
 	})
 	return bytes, err
-}
-
-func wait(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 }
 
 // register registers n segments in a new collection, in each round, and returns
@@ -157,9 +146,7 @@ func (r *env) register(ctx context.Context, n int) (collection, error) {
 	}
 	debug.FreeOSMemory()
 	rate, size := float64(n)/bench.Median(times), bench.Median(sizes)
-	r.table(
-		tableRegister,
-	).Add(
+	r.table(tableRegister).Add(
 		strconv.Itoa(n),
 		bench.Time(bench.Median(times)),
 		fmt.Sprintf("%.0f", rate),
@@ -515,18 +502,14 @@ func (r *env) read(ctx context.Context) error {
 		}
 	}
 	l, g := bench.Median(list[1]), bench.Median(get[1])
-	r.table(
-		tableRead,
-	).Add(
+	r.table(tableRead).Add(
 		"ListSnapshots, a page of 100",
 		strconv.Itoa(made),
 		bench.Time(bench.Median(list[0])),
 		bench.Time(l),
 		bench.LoadText(),
 	)
-	r.table(
-		tableRead,
-	).Add(
+	r.table(tableRead).Add(
 		"GetSnapshot by name",
 		strconv.Itoa(made),
 		bench.Time(bench.Median(get[0])),
@@ -650,9 +633,7 @@ func (r *env) many(ctx context.Context) error {
 			}
 		}
 		times := bench.Median(bench.Ratios(all, one))
-		r.table(
-			tableClients,
-		).Add(
+		r.table(tableClients).Add(
 			c.delay.String(),
 			fmt.Sprintf("%.1f", bench.Median(one)),
 			fmt.Sprintf("%.1f", bench.Median(all)),

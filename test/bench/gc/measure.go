@@ -384,9 +384,7 @@ func (r *env) row(what string, segments int, subject, floors []took) (ratio floa
 		bench.Time(a),
 		rate(objects, a),
 		bench.Time(bench.Median(column(subject, func(t took) float64 { return t.answered }))),
-		bench.Time(
-			b,
-		),
+		bench.Time(b),
 		rate(objects, b),
 		strconv.Itoa(r.inFlight),
 		bench.Percent(bench.Spread(seconds(floors))),
@@ -447,9 +445,7 @@ func (r *env) requests(ctx context.Context) error {
 		}
 	}
 	objects := r.segments * filesEach
-	r.table(
-		tableRequests,
-	).Add(
+	r.table(tableRequests).Add(
 		strconv.Itoa(objects),
 		strconv.Itoa(len(seen)),
 		strconv.Itoa(deletes),
@@ -615,9 +611,7 @@ func (r *env) idle(ctx context.Context) error {
 		return err
 	}
 	median := bench.Median(times)
-	r.table(
-		tableIdle,
-	).Add(
+	r.table(tableIdle).Add(
 		strconv.Itoa(r.living),
 		strconv.Itoa(r.held),
 		registered.Round(time.Second).String(),
@@ -695,9 +689,7 @@ func (r *env) grants(ctx context.Context) error {
 		}
 	}
 	median := bench.Median(seconds(list))
-	r.table(
-		tableGrants,
-	).Add(
+	r.table(tableGrants).Add(
 		strconv.Itoa(r.segments),
 		strconv.Itoa(len(list)),
 		bench.Time(median),

@@ -298,9 +298,7 @@ func (r *env) checksAlone(ctx context.Context, c *cluster, col *collection) erro
 				bench.Time(got.CPU),
 				bench.MiB(float64(got.Heap)),
 				fmt.Sprintf("%.1f", float64(got.Heap)/float64(r.snapshots)/float64(r.segments)),
-				strconv.Itoa(
-					r.checks,
-				),
+				strconv.Itoa(r.checks),
 				bench.Percent(float64(got.Held) / float64(r.checks)),
 				bench.Time(took),
 				bench.Percent(bench.Spread(got.Checks)),

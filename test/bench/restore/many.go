@@ -113,9 +113,7 @@ func (r *env) many(ctx context.Context) error {
 		}
 	}
 	each := bench.Median(times) / float64(r.segments)
-	r.table(
-		tableMany,
-	).Add(
+	r.table(tableMany).Add(
 		strconv.Itoa(r.segments),
 		strconv.Itoa(r.segments*files),
 		bench.Time(bench.Median(times)),

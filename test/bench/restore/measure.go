@@ -227,13 +227,8 @@ func (r *env) judge(c *class, times [][]float64, floorAt, rcloneAt int) {
 	)
 	if len(times) > 2 {
 		ratio := bench.Median(bench.Ratios(times[2], times[0]))
-		row[6], row[7], row[8] = bench.Time(
-			bench.Median(times[2]),
-		), strconv.Itoa(
-			rcloneAt,
-		), bench.Percent(
-			bench.Spread(times[2]),
-		)
+		row[6], row[7] = bench.Time(bench.Median(times[2])), strconv.Itoa(rcloneAt)
+		row[8] = bench.Percent(bench.Spread(times[2]))
 		row[10] = fmt.Sprintf("%.2f", ratio)
 		r.timed(
 			c.title+": throughput, rclone's being 1",
@@ -321,9 +316,7 @@ func (r *env) count(ctx context.Context, c *class) error {
 		}
 	}
 	each := float64(len(seen)) / float64(c.from.files)
-	r.table(
-		tableRequests,
-	).Add(
+	r.table(tableRequests).Add(
 		c.title,
 		strconv.Itoa(len(seen)),
 		strconv.Itoa(copies),
@@ -365,9 +358,7 @@ func (r *env) segment(ctx context.Context) error {
 	}
 	median, p99 := bench.Median(times), bench.Quantile(times, 0.99)
 	r.Say("one segment of 3 files: %s, p99 %s", bench.Time(median), bench.Time(p99))
-	r.table(
-		tableOne,
-	).Add(
+	r.table(tableOne).Add(
 		"a segment of 3 files of 64 KiB",
 		strconv.Itoa(len(times)),
 		bench.Time(median),
@@ -521,9 +512,7 @@ func (r *env) delayed(ctx context.Context) error {
 	}
 	ideal := float64(from.files) * r.latency.Seconds() / delayedInFlight
 	took, floor := bench.Median(restores), bench.Median(floors)
-	r.table(
-		tableDelayed,
-	).Add(
+	r.table(tableDelayed).Add(
 		r.latency.String(),
 		strconv.Itoa(from.files),
 		strconv.Itoa(delayedInFlight),

@@ -54,11 +54,8 @@ func newSegment(collection, partition, index, id, build int64) segment.Segment {
 			b.Files = append(b.Files, f)
 			continue
 		}
-		f.MinTimestamp, f.MaxTimestamp, f.Entries = segment.Timestamp(
-			firstTimestamp,
-		), segment.Timestamp(
-			lastTimestamp-1,
-		), rows
+		f.MinTimestamp, f.MaxTimestamp = segment.Timestamp(firstTimestamp), segment.Timestamp(lastTimestamp-1)
+		f.Entries = rows
 		s.Files = append(s.Files, f)
 	}
 	s.Builds = []segment.Build{b}
