@@ -3,6 +3,7 @@ package clock
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"time"
 
@@ -122,27 +123,33 @@ func New(o Options) *Trusted {
 // Stamp returns the time for the start of a lifetime, or an [ErrUntrusted] if the clock
 // stepped. It sends requests to the stores only if the last measurement is not recent.
 func (t *Trusted) Stamp(ctx context.Context) (time.Time, error) {
-	m, err := t.current(ctx)
-	if err != nil {
-		return time.Time{}, err
-	}
-	if m.problem != nil && m.problem.cause != gap {
-		return time.Time{}, m.problem.err()
-	}
-	return t.read(m, time.Time.After), nil
+	return t.reading(ctx, time.Time.After, func(s *step) bool { return s.cause == gap })
 }
 
 // Judge returns the time for the decision whether a lifetime has ended, or an [ErrUntrusted]
 // if the clock is stopped.
 func (t *Trusted) Judge(ctx context.Context) (time.Time, error) {
-	m, err := t.current(ctx)
-	if err != nil {
-		return time.Time{}, err
+	return t.reading(ctx, time.Time.Before, func(*step) bool { return false })
+}
+
+// reading returns the current reading. It measures again if the own clock, as the only
+// one, has stepped since the measurement; that measurement has the step as its problem.
+func (t *Trusted) reading(
+	ctx context.Context, prefer func(own, store time.Time) bool, tolerates func(*step) bool,
+) (time.Time, error) {
+	for range maxAttempts {
+		m, err := t.current(ctx)
+		if err != nil {
+			return time.Time{}, err
+		}
+		if m.problem != nil && !tolerates(m.problem) {
+			return time.Time{}, m.problem.err()
+		}
+		if now, steady := t.read(m, prefer); steady {
+			return now, nil
+		}
 	}
-	if m.problem != nil {
-		return time.Time{}, m.problem.err()
-	}
-	return t.read(m, time.Time.Before), nil
+	return time.Time{}, fmt.Errorf("%w: it steps at each of %d readings; %s", ErrUntrusted, maxAttempts, remedy)
 }
 
 // Peek is Judge without requests to the stores: the reading by the last measurement, which
@@ -155,16 +162,16 @@ func (t *Trusted) Peek() (time.Time, bool) {
 	if m == nil || m.problem != nil {
 		return time.Time{}, false
 	}
-	at := t.o.Clock.Elapsed()
-	if at-m.at > 2*t.o.Interval+measureInterval || m.store.IsZero() && t.moved(m, at) {
+	if t.o.Clock.Elapsed()-m.at > 2*t.o.Interval+measureInterval {
 		return time.Time{}, false
 	}
-	return t.read(m, time.Time.Before), true
+	return t.read(m, time.Time.Before)
 }
 
-// moved reports whether the own clock has stepped since the measurement.
-func (t *Trusted) moved(m *measurement, at time.Duration) bool {
-	return wall(t.o.Clock).Add(-at).Sub(m.own).Abs() > Bound
+// moved reports whether the own clock, which shows own at elapsed time at, has stepped
+// since the measurement.
+func (m *measurement) moved(own time.Time, at time.Duration) bool {
+	return own.Add(-at).Sub(m.own).Abs() > Bound
 }
 
 // Display returns the best known time without requests to the stores, for output and logs.
@@ -176,7 +183,8 @@ func (t *Trusted) Display() time.Time {
 	if m == nil {
 		return wall(t.o.Clock)
 	}
-	return t.read(m, time.Time.After)
+	now, _ := t.read(m, time.Time.After)
+	return now
 }
 
 // Elapsed returns the elapsed time of the host's clock.
@@ -215,17 +223,19 @@ func (t *Trusted) StoppedSince() time.Time {
 }
 
 // read returns the current reading: the own clock if prefer(own, store) is true and both
-// clocks agree, else the store's.
-func (t *Trusted) read(m *measurement, prefer func(own, store time.Time) bool) time.Time {
-	own := wall(t.o.Clock)
+// clocks agree, else the store's. steady is false if there is no store's clock and the own
+// clock has stepped since the measurement: the value that is checked is the one that is
+// returned, because a step may come between two reads.
+func (t *Trusted) read(m *measurement, prefer func(own, store time.Time) bool) (now time.Time, steady bool) {
+	own, at := wall(t.o.Clock), t.o.Clock.Elapsed()
 	if m.store.IsZero() {
-		return own
+		return own, !m.moved(own, at)
 	}
-	store := m.store.Add(t.o.Clock.Elapsed())
+	store := m.store.Add(at)
 	if own.Sub(store).Abs() <= Bound+m.slack && prefer(own, store) {
-		return own
+		return own, true
 	}
-	return store
+	return store, true
 }
 
 // wall returns the wall clock's time without its monotonic part, so that differences are
@@ -243,7 +253,7 @@ func (t *Trusted) current(ctx context.Context) (*measurement, error) {
 			return nil, false
 		}
 		at := t.o.Clock.Elapsed()
-		if t.moved(m, at) {
+		if m.moved(wall(t.o.Clock), at) {
 			return nil, false
 		}
 		return m, at-m.at < measureInterval

@@ -224,6 +224,51 @@ func TestStep(t *testing.T) {
 	}
 }
 
+// steppingClock is the clock of a host that steps by a year before one of the calls of Now.
+type steppingClock struct {
+	*hosts.Host
+	left int // calls of Now before the step
+}
+
+func (c *steppingClock) Now() time.Time {
+	if c.left--; c.left == -1 {
+		c.Off.Set(365 * 24 * time.Hour)
+	}
+	return c.Host.Now()
+}
+
+// TestStepDuringReading steps the clock before each of the times that a reading looks at it.
+func TestStepDuringReading(t *testing.T) {
+	for name, read := range map[string]func(*clock.Trusted, context.Context) (time.Time, error){
+		"stamp": (*clock.Trusted).Stamp, "judge": (*clock.Trusted).Judge,
+		"peek": func(c *clock.Trusted, _ context.Context) (time.Time, error) {
+			now, ok := c.Peek()
+			if !ok {
+				return time.Time{}, clock.ErrUntrusted
+			}
+			return now, nil
+		},
+	} {
+		for n, stepped := 0, true; stepped; n++ {
+			inEnv(t, func(t *testing.T, e *env) {
+				h := &steppingClock{Host: &hosts.Host{}, left: -1}
+				h.Boot()
+				c := clock.New(clock.Options{KV: e.kv, Clock: h, Replica: "a", Log: e.log, Alias: "default"})
+				defer e.lead(c)()
+				e.judge(c)
+				h.left = n
+				now, err := read(c, t.Context())
+				if stepped = h.Off.Get() != 0; err == nil {
+					near(t, now, time.Now())
+				} else if !errors.Is(err, clock.ErrUntrusted) || !stepped {
+					t.Errorf("%s, step before look %d: %v", name, n, err)
+				}
+				h.left = -1
+			})
+		}
+	}
+}
+
 // The sleep of a host is not a step.
 func TestSuspend(t *testing.T) {
 	inEnv(t, func(t *testing.T, e *env) {
