@@ -173,27 +173,28 @@ func TestCommitDroppedBeforeReadBack(t *testing.T) {
 				return object.FaultNone
 			})
 		}
-		lost := false
+		var lost, dropped atomic.Bool
 		a.kv.Hook(func(c meta.Call) meta.Fault {
-			if lost {
-				// the first read back
-				lost = false
-				a.kv.Hook(nil)
+			if c.Method == meta.MethodTxn && len(w.objectsUnder("snapshots/")) == 2 && lost.CompareAndSwap(false, true) {
+				return meta.After
+			}
+			// The first call after the commit has taken effect: the read back, or one that runs beside it.
+			if s, err := b.Get(t.Context(), Ref{Name: "x"}); lost.Load() && err == nil && s.State == Committed &&
+				dropped.CompareAndSwap(false, true) {
 				if _, err := b.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0); err != nil {
 					t.Error(err)
 				}
-				return meta.NoFault
-			}
-			if c.Method == meta.MethodTxn && len(w.objectsUnder("snapshots/")) == 2 {
-				lost = true
-				return meta.After
 			}
 			return meta.NoFault
 		})
 		_, err := a.Create(t.Context(), tok, spec(col, "x"))
 		_, again := b.Create(t.Context(), tok, spec(col, "x"))
+		a.kv.Hook(nil)
 		a.store.Plan(nil)
 		b.store.Plan(nil)
+		if !dropped.Load() {
+			t.Error("nothing was dropped before the read back")
+		}
 		if err != nil || again != nil {
 			t.Errorf("it was committed, but the call returned %v, and its repeat %v", err, again)
 		}
@@ -337,7 +338,7 @@ func TestLeaseGoneBeforeBegin(t *testing.T) {
 		settle()
 		var stopped atomic.Bool
 		a.kv.Hook(func(c meta.Call) meta.Fault {
-			if c.Method == meta.MethodTxn && len(w.keysUnder("/catalog/")) > 0 && stopped.CompareAndSwap(false, true) {
+			if c.Method == meta.MethodTxn && stopped.CompareAndSwap(false, true) {
 				time.Sleep(2 * time.Minute) // the process was stopped after the grant and before the id
 			}
 			return meta.NoFault
