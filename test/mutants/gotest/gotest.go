@@ -34,7 +34,7 @@ type Result struct {
 	TimedOut bool     // a test had not ended in time
 	Broken   string   // why no test ran, such as a build that failed; empty: tests ran
 	Passed   int      // tests of the top level that passed
-	Output   string   // the end of the output of go test and the tests
+	Output   string   // the end of the output of go test and of the tests that did not pass
 	Took     time.Duration
 }
 
@@ -79,7 +79,7 @@ type event struct {
 func Read(in io.Reader, ok bool) (Result, error) {
 	var r Result
 	var output strings.Builder
-	running := map[string]bool{}
+	running := map[string]*strings.Builder{} // their output, by test of the top level
 	lines := bufio.NewScanner(in)
 	lines.Buffer(nil, 16<<20)
 	for lines.Scan() {
@@ -88,8 +88,12 @@ func Read(in io.Reader, ok bool) (Result, error) {
 			fmt.Fprintln(&output, lines.Text())
 			continue
 		}
-		output.WriteString(e.Output)
 		name, _, part := strings.Cut(e.Test, "/")
+		if of := running[name]; of != nil {
+			of.WriteString(e.Output)
+		} else {
+			output.WriteString(e.Output)
+		}
 		switch {
 		case strings.HasPrefix(e.Output, "panic: test timed out after"):
 			r.TimedOut = true
@@ -97,8 +101,11 @@ func Read(in io.Reader, ok bool) (Result, error) {
 			r.Broken = "the build failed"
 		case name == "" || part:
 		case e.Action == "run":
-			running[name] = true
+			running[name] = &strings.Builder{}
 		case e.Action == "fail":
+			if of := running[name]; of != nil {
+				output.WriteString(of.String())
+			}
 			delete(running, name)
 			r.Failed = append(r.Failed, name)
 		case e.Action == "pass":
@@ -108,13 +115,14 @@ func Read(in io.Reader, ok bool) (Result, error) {
 			delete(running, name)
 		}
 	}
-	if r.Output = output.String(); len(r.Output) > maxOutput {
-		r.Output = "…" + r.Output[len(r.Output)-maxOutput:]
-	}
 	if !ok {
-		for name := range running { // a panic ended them
+		for name, of := range running { // a panic ended them
+			output.WriteString(of.String())
 			r.Failed = append(r.Failed, name)
 		}
+	}
+	if r.Output = output.String(); len(r.Output) > maxOutput {
+		r.Output = "…" + r.Output[len(r.Output)-maxOutput:]
 	}
 	switch {
 	case r.Broken != "" || r.TimedOut:

@@ -144,7 +144,8 @@ func passes(ctx context.Context, s gotest.Spec) error {
 	case err != nil:
 		return err
 	case r.Broken != "" || r.TimedOut || len(r.Failed) > 0:
-		return fmt.Errorf("tests of %s fail without a mutant: %v %s\n%s", s.Package, r.Failed, r.Broken, r.Output)
+		// The names come last, where the end of a log shows them.
+		return fmt.Errorf("%s\ntests of %s fail without a mutant: %v %s", r.Output, s.Package, r.Failed, r.Broken)
 	}
 	return nil
 }
