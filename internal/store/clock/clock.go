@@ -174,8 +174,8 @@ func (m *measurement) moved(own time.Time, at time.Duration) bool {
 	return own.Add(-at).Sub(m.own).Abs() > Bound
 }
 
-// Display returns the best known time without requests to the stores, for output and logs.
-// No lifetime depends on it.
+// Display returns the best known time without requests to the stores, for output, logs and
+// the times of attempts. Before the first measurement it is the host's clock.
 func (t *Trusted) Display() time.Time {
 	t.mu.Lock()
 	m := t.last
