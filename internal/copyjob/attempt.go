@@ -23,6 +23,7 @@ type attempt struct {
 	assignment meta.Cond
 	key        string
 	job        *Job
+	limits     Limits // as read with the job
 	task       *task
 	progress   *progress // nil until the copies start
 }
@@ -61,11 +62,11 @@ func (a *attempt) run(ctx context.Context) error {
 	}
 }
 
-// read reads the job and the task. It returns errChanged unless this attempt still owns
-// the task.
+// read reads the job, its limits and the task. It returns errChanged unless this attempt
+// still owns the task.
 func (a *attempt) read(ctx context.Context) error {
 	res, err := a.worker.o.KV.Txn(ctx, meta.Txn{Then: []meta.Op{
-		meta.Get(keys.Job(a.jobID)), meta.Get(keys.Task(a.jobID, a.number)),
+		meta.Get(keys.Job(a.jobID)), meta.Get(keys.Task(a.jobID, a.number)), meta.Get(keys.JobLimits(a.jobID)),
 	}})
 	if err != nil {
 		return err
@@ -78,6 +79,11 @@ func (a *attempt) read(ctx context.Context) error {
 	}
 	if a.task, err = decodeTask(res.Ranges[1][0]); err != nil {
 		return err
+	}
+	for _, kv := range res.Ranges[2] {
+		if a.limits, err = decodeLimits(kv); err != nil {
+			return err
+		}
 	}
 	if a.job.State != Executing || a.job.Phase != Copy || a.task.state != TaskRunning || a.task.attempt != a.attempt {
 		return errChanged

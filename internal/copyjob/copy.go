@@ -199,7 +199,7 @@ func listPrefix(root, path string, ids ...int64) string {
 
 // transfer copies files, the largest first, and verifies them.
 func (a *attempt) transfer(ctx context.Context, files []*fileCopy) error {
-	budget := a.worker.budget(a.jobID)
+	budget := a.worker.budget(a.jobID, a.limits)
 	if err := a.pinSources(ctx, budget, files); err != nil {
 		return err
 	}

@@ -191,6 +191,14 @@ func LimitsOp(job int64, l Limits) meta.Op {
 	return meta.Put(keys.JobLimits(job), record.Encode(rec))
 }
 
+func decodeLimits(kv meta.KeyValue) (Limits, error) {
+	rec := &storagev1.JobLimits{}
+	if err := record.Decode(kv, rec); err != nil {
+		return Limits{}, err
+	}
+	return Limits{Requests: rec.GetRequests(), Bytes: rec.GetBytes()}, nil
+}
+
 // read reads a job from the metadata store.
 func (j *Jobs) read(ctx context.Context, id int64) (*Job, error) {
 	kv, found, _, err := j.kv.Get(ctx, keys.Job(id))

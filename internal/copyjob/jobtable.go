@@ -163,10 +163,10 @@ func (jt *jobTable) put(kv meta.KeyValue) {
 		}
 	default:
 		var id int64
-		rec := &storagev1.JobLimits{}
+		var l Limits
 		if id, err = keys.LastID(kv.Key); err == nil {
-			if err = record.Decode(kv, rec); err == nil {
-				jt.ensure(id).limits = Limits{Requests: rec.GetRequests(), Bytes: rec.GetBytes()}
+			if l, err = decodeLimits(kv); err == nil {
+				jt.ensure(id).limits = l
 			}
 		}
 	}
@@ -284,15 +284,15 @@ func (jt *jobTable) lastError(job int64) string {
 }
 
 // rateShare returns one worker's share of the job's limits, split evenly among the workers
-// that run its tasks.
-func (jt *jobTable) rateShare(job int64) Limits {
+// that run its tasks. read are the limits that the worker has read from the store: a task
+// may begin before the table has its job.
+func (jt *jobTable) rateShare(job int64, read Limits) Limits {
 	jt.mu.Lock()
 	defer jt.mu.Unlock()
-	js := jt.states[job]
-	if js == nil {
-		return Limits{}
+	l := read
+	if js := jt.states[job]; js != nil && js.job != nil {
+		l = js.limits
 	}
-	l := js.limits
 	if l == (Limits{}) {
 		return l
 	}

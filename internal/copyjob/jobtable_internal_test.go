@@ -39,7 +39,7 @@ func TestSlots(t *testing.T) {
 func TestRateShare(t *testing.T) {
 	b := newTestTable()
 	b.add(executing(Copy, 2))
-	if l := b.rateShare(1); l != (Limits{}) {
+	if l := b.rateShare(1, Limits{7, 7}); l != (Limits{}) {
 		t.Errorf("%+v", l)
 	}
 	limits := func(requests, bytes int64) {
@@ -50,17 +50,20 @@ func TestRateShare(t *testing.T) {
 	limits(10, 100)
 	b.add(workerInfo{id: 1}, workerInfo{id: 2}, workerInfo{id: 3})
 	for n, want := range []Limits{{10, 100}, {10, 100}, {5, 50}} { // by its workers
-		if l := b.rateShare(1); l != want {
+		if l := b.rateShare(1, Limits{7, 7}); l != want {
 			t.Errorf("with %d workers %+v, want %+v", n, l, want)
 		}
 		b.add(assignmentOf{int64(n + 1), 1, int64(n)})
 	}
 	limits(1, 0)
-	if l := b.rateShare(1); l != (Limits{1, 0}) {
+	if l := b.rateShare(1, Limits{7, 7}); l != (Limits{1, 0}) {
 		t.Errorf("%+v", l)
 	}
-	if l := b.rateShare(2); l != (Limits{}) {
-		t.Errorf("job without limits: %+v", l)
+	// A worker may read a job before its table has it.
+	for _, read := range []Limits{{}, {4, 8}} {
+		if l := b.rateShare(2, read); l != read {
+			t.Errorf("unknown job with limits %+v: %+v", read, l)
+		}
 	}
 }
 

@@ -159,8 +159,8 @@ func (w *worker) renew(ctx context.Context, lease meta.LeaseID, until time.Time)
 	return w.o.KV.KeepAlive(ctx, lease)
 }
 
-// budget returns the budget of a job on this replica.
-func (w *worker) budget(job int64) *budget {
+// budget returns the budget of a job on this replica. read are its limits in the store.
+func (w *worker) budget(job int64, read Limits) *budget {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	b := w.budgets[job]
@@ -168,7 +168,7 @@ func (w *worker) budget(job int64) *budget {
 		if len(w.budgets) >= maxBudgets { // most are of ended jobs
 			clear(w.budgets)
 		}
-		b = newBudget(func() Limits { return w.table.rateShare(job) })
+		b = newBudget(func() Limits { return w.table.rateShare(job, read) })
 		w.budgets[job] = b
 	}
 	return b
