@@ -201,8 +201,9 @@ type Options struct {
 	HasStore func(alias string) bool
 	Requests *request.Leases
 	// ReadSpilled reads the object at key of the store of that alias, which holds the
-	// record of a spilled unit; see [ReadSpilled]. Nil: spilled units are an error.
-	ReadSpilled func(ctx context.Context, store, key string) ([]byte, error)
+	// record of a spilled unit, as [object.ReadVerified] does; see [ReadSpilled]. Nil:
+	// spilled units are an error.
+	ReadSpilled func(ctx context.Context, store, key string, check func([]byte) error) ([]byte, error)
 	// Spill writes such an object, and returns the alias of its store; see
 	// [WriteSpilled]. Nil: a change whose inputs do not fit in one transaction is
 	// meta.ErrTooLarge.
@@ -231,7 +232,7 @@ type Catalog struct {
 	rand      io.Reader
 	hasStore  func(string) bool
 	requests  *request.Leases
-	readSpill func(ctx context.Context, store, key string) ([]byte, error)
+	readSpill func(ctx context.Context, store, key string, check func([]byte) error) ([]byte, error)
 	spill     func(ctx context.Context, key string, data []byte) (store string, err error)
 	jitter    func() float64
 	ids       *allocator

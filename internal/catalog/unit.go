@@ -151,13 +151,16 @@ func StubOf(collection, id int64, rec *storagev1.Unit) Unit {
 }
 
 // ReadSpilled returns an Options.ReadSpilled that reads from stores, by alias.
-func ReadSpilled(stores map[string]object.Store) func(ctx context.Context, store, key string) ([]byte, error) {
-	return func(ctx context.Context, store, key string) ([]byte, error) {
+func ReadSpilled(
+	stores map[string]object.Store,
+) func(ctx context.Context, store, key string, check func([]byte) error) ([]byte, error) {
+	return func(ctx context.Context, store, key string, check func([]byte) error) ([]byte, error) {
 		s, ok := stores[store]
 		if !ok {
 			return nil, fmt.Errorf("%w: the store is not configured here", record.ErrUnreadable)
 		}
-		return object.ReadAll(ctx, s, key, meta.MaxTxnBytes) // the bound of a record in the metadata store
+		// The limit is that of a record in the metadata store.
+		return object.ReadVerified(ctx, s, key, meta.MaxTxnBytes, check)
 	}
 }
 
@@ -192,29 +195,24 @@ func (c *Catalog) LoadRecord(
 	return whole, nil
 }
 
-// readSpilled reads the object of a spilled unit and checks its digest, retrying once: a
-// mismatch may be a transfer error.
+// readSpilled reads the object of a spilled unit and checks its digest. Another digest and a
+// missing object are record.ErrUnreadable.
 func (c *Catalog) readSpilled(ctx context.Context, parked *storagev1.Parked, key string) ([]byte, error) {
 	if c.readSpill == nil {
 		return nil, fmt.Errorf("%w: this process reads no spilled units", record.ErrUnreadable)
 	}
-	var last error
-	for range 2 {
-		data, err := c.readSpill(ctx, parked.GetStore(), key)
-		if errors.Is(err, object.ErrNotFound) {
-			return nil, fmt.Errorf("%w: %w", record.ErrUnreadable, err)
-		}
-		if err != nil {
-			return nil, err
-		}
+	data, err := c.readSpill(ctx, parked.GetStore(), key, func(data []byte) error {
 		sum := sha256.Sum256(data)
 		if int64(len(data)) == parked.GetLength() && bytes.Equal(sum[:], parked.GetSha256()) {
-			return data, nil
+			return nil
 		}
-		last = fmt.Errorf("%w: %d bytes of SHA-256 %x, want %d of %x",
+		return fmt.Errorf("%w: %d bytes of SHA-256 %x, want %d of %x",
 			record.ErrUnreadable, len(data), sum, parked.GetLength(), parked.GetSha256())
+	})
+	if errors.Is(err, object.ErrNotFound) {
+		return nil, fmt.Errorf("%w: %w", record.ErrUnreadable, err)
 	}
-	return nil, last
+	return data, err
 }
 
 // ReadUnit reads a unit from kv, its record or its tombstone. It reads the object store

@@ -104,34 +104,29 @@ func (m *Manager) metadata(ctx context.Context, s *Snapshot) (*manifest.Metadata
 	return md, err
 }
 
-// readObject reads one of a snapshot's own objects and checks its digest, retrying once:
-// a mismatch may be a transfer error.
+// readObject reads one of a snapshot's own objects and checks its digest.
 func (m *Manager) readObject(ctx context.Context, s *Snapshot, name string, want manifest.Digest) ([]byte, error) {
 	store, ok := m.o.Stores[s.Store]
 	if !ok {
 		return nil, fmt.Errorf("%w: the objects of snapshot %s are in %q, which is not configured here",
 			ErrStoreNotFound, s, s.Store)
 	}
-	key := manifest.Dir(s.Collection, s.ID) + name
-	data, err := object.ReadAll(ctx, store, key, want.Length)
-	if errors.Is(err, object.ErrNotFound) {
+	key, differed := manifest.Dir(s.Collection, s.ID)+name, false
+	data, err := object.ReadVerified(ctx, store, key, want.Length, func(data []byte) error {
+		err := want.Check(data)
+		if err == nil {
+			return nil
+		}
+		differed = true
+		return fmt.Errorf("%w: %s/%s: %w: %w", ErrSnapshotCorrupt, s.Store, key, copyjob.ErrDigest, err)
+	})
+	if !differed && errors.Is(err, object.ErrNotFound) { // at the first read
 		if now, readErr := m.read(ctx, s.ID); readErr == nil && (now == nil || now.State != Committed) {
 			return nil, fmt.Errorf("%w: %s", ErrExpiredOrDropped, s) // during this read
 		}
 		return nil, fmt.Errorf("%w: %s/%s is missing", ErrSnapshotCorrupt, s.Store, key)
 	}
-	if err != nil {
-		return nil, err
-	}
-	if want.Check(data) != nil { // possibly a transfer error
-		if data, err = object.ReadAll(ctx, store, key, want.Length); err != nil {
-			return nil, err
-		}
-	}
-	if err := want.Check(data); err != nil {
-		return nil, fmt.Errorf("%w: %s/%s: %w: %w", ErrSnapshotCorrupt, s.Store, key, copyjob.ErrDigest, err)
-	}
-	return data, nil
+	return data, err
 }
 
 // Segments calls fn with a committed snapshot's segments in id order, starting at

@@ -232,20 +232,14 @@ func (x *Index) load(ctx context.Context, e *entry) (*snapshotRefs, error) {
 	return newSnapshotRefs(refs), nil
 }
 
-// read reads an object and checks its digest, and retries once: a mismatch may be a
-// transfer error.
+// read reads an object with the digest.
 func read(ctx context.Context, store object.Store, key string, want manifest.Digest) ([]byte, error) {
-	var last error
-	for range 2 {
-		data, err := object.ReadAll(ctx, store, key, want.Length)
-		if err != nil {
-			return nil, err
+	return object.ReadVerified(ctx, store, key, want.Length, func(data []byte) error {
+		if err := want.Check(data); err != nil {
+			return fmt.Errorf("read %s: %w", key, err)
 		}
-		if last = want.Check(data); last == nil {
-			return data, nil
-		}
-	}
-	return nil, fmt.Errorf("read %s: %w", key, last)
+		return nil
+	})
 }
 
 // storeUnavailable reports whether err means that a store did not answer. Such an

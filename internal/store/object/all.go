@@ -27,6 +27,30 @@ func ReadAll(ctx context.Context, s Store, key string, limit int64) ([]byte, err
 	return data, nil
 }
 
+// ReadVerified reads a whole object and returns its content if check returns nil, which
+// compares the length and the digest. A rejected content is read once more, for it may have
+// been altered or cut off in transit: two rejected reads mean that the object differs.
+//
+// Each read is one [ReadAll], so check gets at most limit+1 bytes, and one content is in memory
+// at a time. An error of ReadAll is returned unchanged and not retried, and so is the error of
+// the second check; the content is then nil. ReadVerified is safe for concurrent use if check
+// is.
+func ReadVerified(
+	ctx context.Context, s Store, key string, limit int64, check func(data []byte) error,
+) ([]byte, error) {
+	var err error
+	for range 2 {
+		data, readErr := ReadAll(ctx, s, key, limit)
+		if readErr != nil {
+			return nil, readErr
+		}
+		if err = check(data); err == nil {
+			return data, nil
+		}
+	}
+	return nil, err
+}
+
 // DeletePrefix deletes all objects whose keys begin with prefix, which is empty or ends in
 // "/", in batches. It ends with the first error of [Store.List] or [Store.Delete]; a repeat
 // continues. Objects that are created meanwhile may remain.
