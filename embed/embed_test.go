@@ -136,6 +136,14 @@ func TestEmbedded(t *testing.T) {
 		"snapshotd_leader", "snapshotd_creates_in_flight", "snapshotd_unreadable_records", "snapshotd_clock_skew_seconds",
 		`snapshotd_gc_deleted_objects_total{reason="restore"} 0`, `snapshotd_gc_deleted_bytes_total{reason="unit"} 0`,
 		"snapshotd_metadata_behind 0",
+		`snapshotd_problem_lasts_seconds{problem="election"} 0`,
+		`snapshotd_problem_lasts_seconds{problem="restore assignment"} 0`,
+		`snapshotd_problem_lasts_seconds{problem="restore worker"} 0`,
+		`snapshotd_problem_lasts_seconds{problem="follow snapshots"} 0`,
+		`snapshotd_problem_lasts_seconds{problem="follow references"} 0`,
+		`snapshotd_problem_lasts_seconds{problem="follow tombstones"} 0`,
+		`snapshotd_problem_lasts_seconds{problem="follow restores"} 0`,
+		`snapshotd_problem_failures_total{problem="follow workers"} 0`,
 		"grpc_server_handled_total", "go_goroutines", "process_open_fds",
 	} {
 		if !strings.Contains(metrics, "\n"+name) {

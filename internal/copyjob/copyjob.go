@@ -114,6 +114,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
+	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
@@ -176,6 +177,8 @@ type Options struct {
 	Deleted func(objects, bytes int64)
 	// Jitter spreads attempts: numbers in [0, 1). Default that of [meta.Backoff].
 	Jitter func() float64
+	// Problems receives repeated failures. Default: a new list.
+	Problems *lasting.Problems
 	// Ready are channels. This replica runs no tasks until all are closed.
 	Ready []<-chan struct{}
 }
@@ -188,6 +191,8 @@ type Jobs struct {
 	log    *zap.Logger
 	table  *jobTable
 	worker *worker
+
+	assigning *lasting.Problem // of the leader
 }
 
 // New returns Jobs that are idle until Run.
@@ -219,12 +224,16 @@ func New(o Options) *Jobs {
 	if o.Deleted == nil {
 		o.Deleted = func(int64, int64) {}
 	}
+	if o.Problems == nil {
+		o.Problems = lasting.New(o.Now)
+	}
 	if o.Clock == nil {
 		o.Clock = clock.New(clock.Options{KV: o.KV, Clock: clock.Of(o.Now), Replica: o.Replica, Log: o.Log})
 	}
 	j := &Jobs{o: o, kv: o.KV, log: o.Log}
 	j.table = newJobTable(&j.o)
 	j.worker = newWorker(&j.o, j.table)
+	j.assigning = o.Problems.Add(o.Log, "restore assignment", "assignment of restore tasks failed, retrying", "")
 	return j
 }
 

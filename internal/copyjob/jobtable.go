@@ -44,12 +44,14 @@ type workerInfo struct {
 func newJobTable(o *Options) *jobTable {
 	jt := &jobTable{o: o, wake: make(chan struct{}, 1), changed: make(chan struct{}), states: map[int64]*jobState{}}
 	jt.workers, jt.assignments = map[int64]*workerInfo{}, map[string]bool{}
-	follower := func(prefix string, h follow.Handler) *follow.Follower {
+	follower := func(name, prefix string, h follow.Handler) *follow.Follower {
 		from, to := meta.Prefix(prefix)
-		return follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: h, Log: o.Log, Rand: o.Jitter})
+		return follow.New(follow.Options{
+			KV: o.KV, From: from, To: to, Handler: h, Log: o.Log, Rand: o.Jitter, Problems: o.Problems, Name: name,
+		})
 	}
-	jt.jobFollower = follower("/job/", (*jobHandler)(jt))
-	jt.workerFollower = follower("/worker/", (*workerHandler)(jt))
+	jt.jobFollower = follower("restores", "/job/", (*jobHandler)(jt))
+	jt.workerFollower = follower("workers", "/worker/", (*workerHandler)(jt))
 	return jt
 }
 

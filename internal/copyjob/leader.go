@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -11,7 +12,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/snapshotd/snapshotd/internal/store/keys"
-	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -33,7 +33,6 @@ type leader struct {
 	*Jobs
 	fence meta.Cond
 
-	assignProblem     *lasting.Problem
 	wake              chan struct{} // size one; woken at the end of a step
 	steps             errgroup.Group
 	assignedRevisions map[int64]map[int64]int64 // by job and task: revision before assignment; the loop's alone
@@ -55,13 +54,13 @@ func newLeader(j *Jobs, term election.Term) *leader {
 	l.attempts, l.failures = map[int64]int{}, map[int64]int{}
 	l.retryAt, l.unansweredSince = map[int64]time.Duration{}, map[int64]time.Duration{}
 	l.refusedSince = map[int64]time.Duration{}
-	l.assignProblem = lasting.New(j.o.Now).Add(j.o.Log, "assign", "assignment of restore tasks failed, retrying", "")
 	l.steps.SetLimit(stepsInFlight)
 	return l
 }
 
 func (l *leader) run(ctx context.Context) error {
 	defer func() { _ = l.steps.Wait() }() // steps return nothing
+	defer l.assigning.Passed()            // the next leader assigns
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -82,6 +81,9 @@ func (l *leader) pass(ctx context.Context) time.Duration {
 	now := l.o.Clock.Elapsed()
 	trusted, _ := l.o.Clock.Peek()
 	list, next := l.table.decide(moment{trusted, now})
+	if !slices.ContainsFunc(list, func(d decision) bool { return d.step == stepAssign }) {
+		l.assigning.Passed() // nothing is left to assign
+	}
 	slots := l.table.slots()
 	for _, d := range list {
 		if wait := l.nextAttempt(d.job, now); wait > 0 {
@@ -96,7 +98,7 @@ func (l *leader) pass(ctx context.Context) time.Duration {
 				next = min(next, time.Second)
 			}
 			if ctx.Err() == nil {
-				l.assignProblem.Note(err, zap.Int64("job", d.job.ID))
+				l.assigning.Note(err, zap.Int64("job", d.job.ID))
 			}
 			continue
 		}

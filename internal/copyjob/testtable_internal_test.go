@@ -9,6 +9,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/record"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
@@ -35,7 +36,8 @@ type testTable struct {
 func newTestTable() *testTable {
 	return &testTable{jobTable: newJobTable(&Options{
 		Now: fixedClock{}.Now, Clock: clock.New(clock.Options{Clock: fixedClock{}}), Log: zap.NewNop(),
-		Resync: time.Minute, MaxFailures: 3, Keep: time.Hour, StallTimeout: 24 * time.Hour,
+		Problems: lasting.New(fixedClock{}.Now),
+		Resync:   time.Minute, MaxFailures: 3, Keep: time.Hour, StallTimeout: 24 * time.Hour,
 	})}
 }
 

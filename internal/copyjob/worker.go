@@ -28,6 +28,7 @@ type worker struct {
 	table     *jobTable
 	limiter   *limiter
 	manifests *manifestCache
+	failing   *lasting.Problem
 
 	refusals atomic.Int64 // attempts that a store refused
 
@@ -40,6 +41,7 @@ func newWorker(o *Options, table *jobTable) *worker {
 	return &worker{
 		o: o, table: table, limiter: newLimiter(o.CopyInFlight), manifests: newManifestCache(o.Source),
 		budgets: map[int64]*budget{}, warned: map[int64]bool{},
+		failing: o.Problems.Add(o.Log, "restore worker", "restore worker failed and registers again", ""),
 	}
 }
 
@@ -55,17 +57,16 @@ func (w *worker) run(ctx context.Context) {
 	// that is a day behind, the second attempt would seem to have waited for a day.
 	_, _ = w.o.Clock.Stamp(ctx)
 	backoff := meta.Backoff{Rand: w.o.Jitter}
-	failing := lasting.New(time.Now).Add(w.o.Log, "worker", "restore worker failed and registers again", "")
 	ready := func() {
 		backoff.Reset()
-		failing.Passed()
+		w.failing.Passed()
 	}
 	for {
 		err := w.serve(ctx, ready)
 		if ctx.Err() != nil {
 			return
 		}
-		failing.Failed(err)
+		w.failing.Failed(err)
 		if backoff.Wait(ctx) != nil {
 			return
 		}
@@ -108,7 +109,8 @@ func (w *worker) serve(ctx context.Context, ready func()) error {
 	runner := &taskRunner{worker: w, ctx: ctx, group: group, tasks: map[string]*runningTask{}}
 	from, to := meta.Prefix(keys.AssignmentPrefix(id))
 	follower := follow.New(follow.Options{
-		KV: w.o.KV, From: from, To: to, Handler: runner, Log: w.o.Log, Rand: w.o.Jitter,
+		KV: w.o.KV, From: from, To: to, Handler: runner, Log: w.o.Log, Rand: w.o.Jitter, Problems: w.o.Problems,
+		Name: "assignments",
 	})
 	group.Go(func() error { return follower.Run(ctx) })
 	group.Go(func() error { return runner.watchJobs(ctx) })

@@ -127,7 +127,7 @@ type Options struct {
 	KV      meta.KV
 	Catalog *catalog.Catalog
 	Stores  map[string]object.Store // by alias
-	// Problems gets the problems of the leader's loops. Default: a new one.
+	// Problems receives repeated failures. Default: a new list.
 	Problems *lasting.Problems
 	// SnapshotStore is the alias of the store that gets the records of spilled units.
 	SnapshotStore string
@@ -203,7 +203,7 @@ func New(o Options) *GC {
 		o: o, kv: o.KV, log: o.Log, tombstones: newTombstones(&o), rate: rate.NewLimiter(limit, deleteBatch),
 		refs: refs.New(refs.Options{
 			KV: o.KV, Stores: o.Stores, Now: o.Now, Log: o.Log, LoadWait: o.LoadWait, Interval: o.Interval,
-			Jitter: o.Jitter, Ready: o.Ready,
+			Jitter: o.Jitter, Ready: o.Ready, Problems: o.Problems,
 		}),
 		deletes: o.Problems.Add(o.Log, "delete", "delete of granted files failed, retrying",
 			"deletion of what was collected"),

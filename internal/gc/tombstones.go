@@ -103,7 +103,9 @@ func newTombstones(o *Options) *tombstones {
 	t := &tombstones{log: o.Log, wakeups: make(chan struct{}, 1)}
 	t.clear()
 	from, to := meta.Prefix(keys.AllTombstonesPrefix)
-	t.follower = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: t, Log: o.Log, Rand: o.Jitter})
+	t.follower = follow.New(follow.Options{
+		KV: o.KV, From: from, To: to, Handler: t, Log: o.Log, Rand: o.Jitter, Problems: o.Problems, Name: "tombstones",
+	})
 	return t
 }
 

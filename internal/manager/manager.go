@@ -309,15 +309,17 @@ func New(o Options) (*Manager, error) {
 		Requests: o.Requests, Replica: o.Replica, Now: o.Now, Clock: o.Clock, Rand: o.Rand, Log: o.Log,
 		WorkerTTL: o.LeaderTTL, Slots: o.RestoreSlots, CopyInFlight: o.CopyInFlight, Keep: o.KeepRestores,
 		StallTimeout: o.RestoreStallTimeout, RefusalTimeout: o.RestoreRefusalTimeout,
-		Deleted: func(objects, bytes int64) { m.gc.Counters().Add(gc.ByRestore, objects, bytes) },
-		Jitter:  o.Jitter,
-		Ready:   slices.Collect(maps.Values(o.Ready)),
+		Deleted:  func(objects, bytes int64) { m.gc.Counters().Add(gc.ByRestore, objects, bytes) },
+		Jitter:   o.Jitter,
+		Problems: m.o.Problems,
+		Ready:    slices.Collect(maps.Values(o.Ready)),
 	})
 	m.feed = newFeed(m.kv, m.log, o.Jitter, m.decodeEvents)
 	m.checkpoints = newCheckpointWatch(m.kv, m.log, o.Jitter)
-	m.view = newView(m.kv, m.log, o.Jitter, m.clean.Wake)
+	m.view = newView(&m.o, m.clean.Wake)
 	m.elect = election.New(election.Options{
 		KV: o.KV, Key: keys.Leader, Name: o.Replica, TTL: o.LeaderTTL, Log: o.Log, Rand: o.Jitter,
+		Problems: m.o.Problems,
 	})
 	return m, nil
 }

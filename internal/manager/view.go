@@ -36,11 +36,13 @@ type view struct {
 	pinned      map[int64]int    // number of pins by snapshot
 }
 
-func newView(kv meta.KV, log *zap.Logger, jitter func() float64, changed func()) *view {
-	v := &view{log: log, changed: changed, pending: newTopics()}
+func newView(o *Options, changed func()) *view {
+	v := &view{log: o.Log, changed: changed, pending: newTopics()}
 	v.Reset(nil, 0)
 	from, to := meta.Prefix("/snapshot/")
-	v.follower = follow.New(follow.Options{KV: kv, From: from, To: to, Handler: v, Log: log, Rand: jitter})
+	v.follower = follow.New(follow.Options{
+		KV: o.KV, From: from, To: to, Handler: v, Log: o.Log, Rand: o.Jitter, Problems: o.Problems, Name: "snapshots",
+	})
 	return v
 }
 

@@ -45,6 +45,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/follow"
@@ -82,6 +83,8 @@ type Options struct {
 	Jitter func() float64
 	// Ready is closed once references can be read. Nil: at once.
 	Ready <-chan struct{}
+	// Problems receives repeated failures. Default: a new list.
+	Problems *lasting.Problems
 }
 
 // Index holds the references of all committed snapshots. It is safe for concurrent
@@ -140,7 +143,9 @@ func New(o Options) *Index {
 	x.awaited, x.legacy, x.legacyRefs = map[int64]int{}, map[int64]*entry{}, newRefCounts(nil)
 	x.unparseable, x.foreign = map[string]string{}, map[uint64]int32{}
 	from, to := meta.Prefix(keys.SnapshotPrefix)
-	x.follower = follow.New(follow.Options{KV: o.KV, From: from, To: to, Handler: x, Log: o.Log, Rand: o.Jitter})
+	x.follower = follow.New(follow.Options{
+		KV: o.KV, From: from, To: to, Handler: x, Log: o.Log, Rand: o.Jitter, Problems: o.Problems, Name: "references",
+	})
 	return x
 }
 

@@ -37,7 +37,8 @@ const (
 	maxCauses     = 16  // logged causes of one problem until it ends
 	maxCauseBytes = 200 // compared bytes of one cause
 
-	quietTime = 10 * time.Minute
+	quietTime  = 10 * time.Minute
+	settleTime = time.Minute
 )
 
 // Problems is the set of problems of one process. Its methods are safe for concurrent use.
@@ -151,6 +152,30 @@ func (p *Problem) Failed(err error, fields ...zap.Field) {
 func (p *Problem) Passed() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.pass()
+}
+
+// Settle calls Passed in a minute unless Failed or stop is called before. It is for an
+// operation that succeeds by not ending, such as a watch.
+func (p *Problem) Settle() (stop func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.since.IsZero() {
+		return func() {}
+	}
+	total := p.total
+	timer := time.AfterFunc(settleTime, func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if p.total == total {
+			p.pass()
+		}
+	})
+	return func() { timer.Stop() }
+}
+
+// pass ends the problem. The lock must be held.
+func (p *Problem) pass() {
 	if p.since.IsZero() {
 		return
 	}

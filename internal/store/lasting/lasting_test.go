@@ -11,6 +11,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/snapshotd/snapshotd/internal/store/lasting"
+	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
 // TestOnceThenCounted fails a problem in many iterations.
@@ -74,4 +75,41 @@ func TestOnceThenCounted(t *testing.T) {
 	if logs.Len() != 2 {
 		t.Errorf("failing again after an hour: %v", logs.All())
 	}
+}
+
+// TestSettle ends a problem a minute after Settle, unless it fails or is stopped before.
+func TestSettle(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
+		all := lasting.New(time.Now)
+		p := all.Add(nil, "watch", "watch failed", "")
+		failing := func(want bool) {
+			t.Helper()
+			virtual.Wait()
+			if s := p.State(); (s.Error != "") != want || s.Since.IsZero() == want {
+				t.Errorf("state %+v, want it failing: %v", s, want)
+			}
+		}
+		p.Settle()
+		p.Failed(errors.New("lost"))
+		time.Sleep(time.Hour) // that Settle was of a problem without failures
+		failing(true)
+		stop := p.Settle()
+		time.Sleep(time.Minute - 1)
+		stop()
+		time.Sleep(time.Hour)
+		failing(true)
+		p.Settle()
+		time.Sleep(time.Minute - 1)
+		p.Failed(errors.New("lost"))
+		time.Sleep(time.Hour)
+		failing(true)
+		p.Settle()
+		time.Sleep(time.Minute - 1)
+		failing(true)
+		time.Sleep(time.Nanosecond)
+		failing(false)
+		if s := p.State(); s.Total != 2 {
+			t.Errorf("%d failures, want 2", s.Total)
+		}
+	})
 }

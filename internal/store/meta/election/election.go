@@ -70,10 +70,15 @@ type Options struct {
 	TTL  time.Duration
 	Log  *zap.Logger    // default: none
 	Rand func() float64 // in [0, 1), spreads retries; default [rand.Float64]
+	// Problems receives repeated failures. Default: a new list.
+	Problems *lasting.Problems
 }
 
 // Election is a candidate. Make one with [New].
-type Election struct{ o Options }
+type Election struct {
+	o       Options
+	failing *lasting.Problem
+}
 
 // Term is one term of a leader.
 type Term struct {
@@ -99,8 +104,11 @@ func New(o Options) *Election {
 	if o.Rand == nil {
 		o.Rand = rand.Float64
 	}
+	if o.Problems == nil {
+		o.Problems = lasting.New(time.Now)
+	}
 	o.Log = o.Log.With(zap.String("key", o.Key), zap.String("name", o.Name))
-	return &Election{o}
+	return &Election{o, o.Problems.Add(o.Log, "election", "candidate or leader failed, retrying", "")}
 }
 
 // Run takes part in elections until ctx ends, and then returns nil. After each election it
@@ -113,13 +121,12 @@ func (e *Election) Run(ctx context.Context, lead func(ctx context.Context, term 
 	backoff := meta.Backoff{Min: e.o.TTL / 100, Max: e.o.TTL / 2, Rand: e.o.Rand}
 	// A leader that resigned lets other candidates claim the next term.
 	pause := meta.Backoff{Min: e.o.TTL / 10, Max: e.o.TTL / 10, Rand: e.o.Rand}
-	failing := lasting.New(time.Now).Add(e.o.Log, "election", "candidate or leader failed, retrying", "")
 	for ctx.Err() == nil {
 		led, err := e.runOnce(ctx, lead)
 		if ctx.Err() != nil {
 			break
 		}
-		failing.Note(err, zap.Bool("led", led))
+		e.failing.Note(err, zap.Bool("led", led))
 		switch { // the loop checks ctx
 		case led:
 			backoff.Reset()
@@ -157,6 +164,7 @@ func (e *Election) runOnce(ctx context.Context, lead func(context.Context, Term)
 		return false, err
 	}
 	e.o.Log.Info("elected", zap.Int64("term", term.Create))
+	defer e.failing.Settle()()
 	err = e.lead(ctx, term, lease, began, lead)
 	e.o.Log.Info("leadership ended", zap.Int64("term", term.Create))
 	return true, err
@@ -164,10 +172,13 @@ func (e *Election) runOnce(ctx context.Context, lead func(context.Context, Term)
 
 // wait waits until the key is absent.
 func (e *Election) wait(ctx context.Context) error {
-	for {
+	for first := true; ; first = false {
 		_, found, revision, err := e.o.KV.Get(ctx, e.o.Key)
 		if err != nil || !found {
 			return err
+		}
+		if first {
+			defer e.failing.Settle()()
 		}
 		if err := e.watch(ctx, revision, func(ev meta.Event) bool { return ev.Deleted }); err != nil {
 			return err

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
 	"github.com/snapshotd/snapshotd/internal/store/meta/memory"
@@ -290,5 +291,60 @@ func TestLostStore(t *testing.T) {
 		}
 		r.stop()
 		<-r.done
+	})
+}
+
+// TestProblem checks that a candidate that fails is in the list of problems until it has led,
+// or has seen a leader, for a minute. A leader that fails at each attempt is in the list.
+func TestProblem(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
+		faulty := meta.NewFaulty(memory.New(memory.Options{}))
+		problems := lasting.New(time.Now)
+		e := election.New(election.Options{KV: faulty, Key: key, Name: "a", Problems: problems})
+		failing := func(want bool) {
+			t.Helper()
+			virtual.Wait()
+			list := problems.States()
+			if len(list) != 1 || list[0].Name != "election" || (list[0].Error != "") != want {
+				t.Errorf("problems %+v, want it failing: %v", list, want)
+			}
+		}
+		failing(false)
+		ctx, stop := context.WithCancel(t.Context())
+		done, resign := make(chan error), make(chan error)
+		lead := func(ctx context.Context, _ election.Term) error {
+			select {
+			case <-ctx.Done():
+				return nil
+			case err := <-resign:
+				return err
+			}
+		}
+		faulty.Hook(func(meta.Call) meta.Fault { return meta.Before })
+		go func() { done <- e.Run(ctx, lead) }()
+		time.Sleep(time.Hour)
+		failing(true)
+		faulty.Hook(nil)
+		time.Sleep(59 * time.Second)
+		failing(true)
+		time.Sleep(10 * time.Second) // leads, after the pause between two attempts
+		failing(false)
+		for range 100 {
+			resign <- errors.New("no work")
+			time.Sleep(10 * time.Second)
+			failing(true)
+		}
+		other := start(t, "b", faulty, 10*time.Second, make(chan leadership, 100), &terms{seen: map[int64]string{}})
+		resign <- errors.New("no work")
+		time.Sleep(59 * time.Second) // the other candidate leads
+		failing(true)
+		time.Sleep(10 * time.Second)
+		failing(false)
+		stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		other.stop()
+		<-other.done
 	})
 }

@@ -47,12 +47,16 @@ type Options struct {
 	Handler  Handler        // required
 	Log      *zap.Logger    // default: none
 	Rand     func() float64 // in [0, 1), spreads retries; default that of [meta.Backoff]
+	// Problems receives repeated failures, as "follow" and Name. Default: a new list.
+	Problems *lasting.Problems
+	Name     string // of the range, unique among the followers with the same Problems
 }
 
 // Follower follows a range. Make one with [New].
 type Follower struct {
-	o    Options
-	wake chan struct{} // size one; a Sync waits for a revision that is not applied
+	o       Options
+	failing *lasting.Problem
+	wake    chan struct{} // size one; a Sync waits for a revision that is not applied
 
 	mu      sync.Mutex
 	applied int64
@@ -66,7 +70,13 @@ func New(o Options) *Follower {
 	if o.Log == nil {
 		o.Log = zap.NewNop()
 	}
-	return &Follower{o: o, wake: make(chan struct{}, 1), changed: make(chan struct{})}
+	if o.Problems == nil {
+		o.Problems = lasting.New(time.Now)
+	}
+	return &Follower{
+		o: o, wake: make(chan struct{}, 1), changed: make(chan struct{}),
+		failing: o.Problems.Add(o.Log, "follow "+o.Name, "following failed, restarting", ""),
+	}
 }
 
 // Run follows until ctx ends, and then returns nil. Errors are logged and retried after a
@@ -80,17 +90,16 @@ func (f *Follower) Run(ctx context.Context) error {
 		f.changed = make(chan struct{})
 	}()
 	backoff := meta.Backoff{Rand: f.o.Rand}
-	failing := lasting.New(time.Now).Add(f.o.Log, "follow", "following failed, restarting", "")
 	succeeded := func() {
 		backoff.Reset()
-		failing.Passed()
+		f.failing.Passed()
 	}
 	for {
 		err := f.follow(ctx, succeeded)
 		if ctx.Err() != nil {
 			return nil
 		}
-		failing.Failed(err, zap.String("key", f.o.From), zap.Int64("revision", f.Revision()))
+		f.failing.Failed(err, zap.String("key", f.o.From), zap.Int64("revision", f.Revision()))
 		if backoff.Wait(ctx) != nil {
 			return nil
 		}
@@ -113,6 +122,7 @@ func (f *Follower) follow(ctx context.Context, succeeded func()) error {
 	f.o.Handler.Reset(kvs, revision)
 	kvs = nil // owned by the handler; must not be retained during the watch
 	f.advance(revision)
+	defer f.failing.Settle()() // an unchanged range has no batches
 
 	w := f.o.KV.Watch(ctx, f.o.From, f.o.To, revision)
 	var requests sync.WaitGroup

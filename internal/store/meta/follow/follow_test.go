@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/follow"
 	"github.com/snapshotd/snapshotd/internal/store/meta/memory"
@@ -319,5 +320,66 @@ func TestEarlyProgress(t *testing.T) {
 		}
 		sync1(t, f, rev)
 		c.same(store)
+	})
+}
+
+// TestProblem checks that a follower that fails is in the list of problems until a watch has
+// lasted for a minute, without a change of the range, or has a change.
+func TestProblem(t *testing.T) {
+	virtual.Test(t, func(t *testing.T) {
+		store := memory.New(memory.Options{})
+		faulty := meta.NewFaulty(store)
+		problems := lasting.New(time.Now)
+		f := follow.New(follow.Options{
+			KV: faulty, From: "/f/", To: "/f0", Handler: &copied{t: t}, Problems: problems, Name: "test",
+		})
+		failing := func(want bool) {
+			t.Helper()
+			virtual.Wait()
+			list := problems.States()
+			if len(list) != 1 || list[0].Name != "follow test" || (list[0].Error != "") != want {
+				t.Errorf("problems %+v, want it failing: %v", list, want)
+			}
+		}
+		failing(false)
+		ctx, stop := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- f.Run(ctx) }()
+		failing(false)
+		fail := func(method meta.Method) {
+			faulty.Hook(func(call meta.Call) meta.Fault {
+				if call.Method == method {
+					return meta.Before
+				}
+				return meta.NoFault
+			})
+			put(t, store, meta.Put("/f/a", nil)) // ends the Next under way
+			virtual.Wait()
+		}
+		for _, method := range []meta.Method{meta.MethodScan, meta.MethodNext} {
+			fail(meta.MethodNext)
+			fail(method)
+			time.Sleep(time.Hour)
+			failing(true)
+			if s := problems.States()[0]; time.Since(s.Since) < time.Hour-time.Minute {
+				t.Errorf("%s: failing since %v, want an hour ago", method, s.Since)
+			}
+			faulty.Hook(nil)
+			time.Sleep(59 * time.Second)
+			failing(true)
+			time.Sleep(10 * time.Second) // the pause between two attempts, and the rest of the minute
+			failing(false)
+		}
+		fail(meta.MethodNext)
+		time.Sleep(time.Hour)
+		faulty.Hook(nil)
+		time.Sleep(10 * time.Second)
+		failing(true)
+		put(t, store, meta.Put("/f/a", nil))
+		failing(false)
+		stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
 	})
 }
