@@ -13,46 +13,51 @@ import (
 	"testing"
 )
 
-// TestLessonsNameTheirTests reads docs/lessons.md, whose tables name the test that
-// excludes each defect of another system. A renamed or removed test must not stay there.
+// TestLessonsNameTheirTests reads docs/lessons.md, whose entries name the tests that
+// exclude each defect of another system. A renamed or removed test must not stay there.
 func TestLessonsNameTheirTests(t *testing.T) {
 	repo := filepath.Join("..", "..")
 	text, err := os.ReadFile(filepath.Join(repo, "docs", "lessons.md"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	rows, problems := checkLessons(repo, string(text))
+	entries, problems := checkLessons(repo, string(text))
 	for _, problem := range problems {
 		t.Errorf("docs/lessons.md:%s", problem)
 	}
-	if rows == 0 {
-		t.Error("docs/lessons.md has no table with a last column named test")
+	if entries < 40 {
+		t.Errorf("docs/lessons.md has %d entries, want all lessons", entries)
 	}
 }
 
 func TestCheckLessons(t *testing.T) {
-	const head = "| source | defect | snapshotd | test |\n|---|---|---|---|\n"
 	for name, tc := range map[string]struct {
-		row  string
-		want string // of the only problem; empty is none
+		entry string
+		want  string // of the only problem; empty is none
 	}{
-		"one":         {"| a | b | c | `tools/docscheck.TestMask` |", ""},
-		"subtest":     {"| a | b | c | `tools/docscheck.TestFailures/other_output` |", ""},
-		"several":     {"| a | b | c | `tools/docscheck.TestMask`, `tools/docscheck.TestParse` |", ""},
-		"planned":     {"| a | b | c | planned |", ""},
-		"other words": {"| a | b | c | see there |", "3: no test"},
-		"empty":       {"| a | b | c | |", "3: no test"},
-		"renamed":     {"| a | b | c | `tools/docscheck.TestMusk` |", "3: tools/docscheck has no TestMusk"},
-		"no package":  {"| a | b | c | `internal/nowhere.TestMask` |", "3: no package internal/nowhere"},
-		"no test":     {"| a | b | c | `tools/docscheck.mask` |", "3: `tools/docscheck.mask` is not of the form"},
-		"a bar":       {"| a `x\\|y` | b | c | `tools/docscheck.TestMask` |", ""},
+		"one":         {"- a: b\n  *test*: `tools/docscheck.TestMask`", ""},
+		"same line":   {"- a: b *test*: `tools/docscheck.TestMask`", ""},
+		"subtest":     {"- a: b\n  *test*: `tools/docscheck.TestFailures/other_output`", ""},
+		"several":     {"- a: b\n  *test*: `tools/docscheck.TestMask`,\n  `tools/docscheck.TestParse`", ""},
+		"planned":     {"- a: b\n  *test*: planned", ""},
+		"other words": {"- a: b\n  *test*: see there", "2: no test"},
+		"empty":       {"- a: b\n  *test*:", "2: no test"},
+		"no label":    {"- a: b `tools/docscheck.TestMask`", "2: no test"},
+		"renamed":     {"- a: b\n  *test*: `tools/docscheck.TestMusk`", "2: tools/docscheck has no TestMusk"},
+		"last of two": {
+			"- a: b\n  *test*: `tools/docscheck.TestMask`,\n  `tools/docscheck.TestMusk`",
+			"2: tools/docscheck has no TestMusk",
+		},
+		"no package": {"- a: b\n  *test*: `internal/nowhere.TestMask`", "2: no package internal/nowhere"},
+		"no test":    {"- a: b\n  *test*: `tools/docscheck.mask`", "2: `tools/docscheck.mask` is not of the form"},
+		"code":       {"- a `x`: b\n  *test*: `tools/docscheck.TestMask`", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			rows, problems := checkLessons(
-				filepath.Join("..", ".."), head+tc.row+"\n\n| another | table |\n|---|---|\n| x | y |\n",
+			entries, problems := checkLessons(
+				filepath.Join("..", ".."), "# Title\n"+tc.entry+"\n\nOther `text`.\n\n| a | table |\n|---|---|\n| x | `y` |\n",
 			)
-			if rows != 1 {
-				t.Errorf("got %d rows, want 1", rows)
+			if entries != 1 {
+				t.Errorf("got %d entries, want 1", entries)
 			}
 			if tc.want == "" && len(problems) != 0 || tc.want != "" && (len(problems) != 1 || !strings.HasPrefix(
 				problems[0], tc.want,
@@ -68,47 +73,49 @@ var (
 	reference = regexp.MustCompile("^`([\\w/-]+)\\.((?:Test|Fuzz|Benchmark|Example)\\w*)(?:/[^`]*)?`$")
 )
 
-// checkLessons returns the number of rows and a message for each wrong row.
-func checkLessons(repo, text string) (rows int, problems []string) {
-	inTable := false // one with tests
-	for i, line := range strings.Split(text, "\n") {
-		problem := func(format string, args ...any) {
-			problems = append(problems, fmt.Sprintf("%d: %s", i+1, fmt.Sprintf(format, args...)))
-		}
-		line = strings.TrimSpace(line)
-		if !strings.HasPrefix(line, "|") {
-			inTable = false
+// checkLessons returns the number of entries and a message for each wrong entry, with
+// the line of its start. An entry is a list item with its continuation lines; the names
+// of its tests follow the label *test*.
+func checkLessons(repo, text string) (entries int, problems []string) {
+	lines := strings.Split(text, "\n")
+	for i := 0; i < len(lines); i++ {
+		if !strings.HasPrefix(lines[i], "- ") {
 			continue
 		}
-		cells := strings.Split(strings.Trim(strings.ReplaceAll(line, `\|`, ""), "|"), "|")
-		last := strings.TrimSpace(cells[len(cells)-1])
-		switch {
-		case !inTable:
-			inTable = strings.EqualFold(last, "test")
-			continue
-		case strings.Trim(last, "-: ") == "" && strings.Contains(last, "-"):
-			continue
+		first, entry := i+1, lines[i]
+		for i+1 < len(lines) && strings.HasPrefix(lines[i+1], "  ") {
+			i++
+			entry += " " + strings.TrimSpace(lines[i])
 		}
-		rows++
-		named := quoted.FindAllString(last, -1)
-		if len(named) == 0 && !slices.Contains(strings.Fields(last), "planned") {
-			problem("no test: name one, or write planned")
-		}
-		for _, name := range named {
-			m := reference.FindStringSubmatch(name)
-			if m == nil {
-				problem("%s is not of the form `package/path.TestName`", name)
-				continue
-			}
-			found, err := hasTest(filepath.Join(repo, m[1]), m[2])
-			if err != nil {
-				problem("no package %s: %v", m[1], err)
-			} else if !found {
-				problem("%s has no %s", m[1], m[2])
-			}
+		entries++
+		for _, problem := range checkLesson(repo, entry) {
+			problems = append(problems, fmt.Sprintf("%d: %s", first, problem))
 		}
 	}
-	return rows, problems
+	return entries, problems
+}
+
+// checkLesson returns a message for each wrong test of an entry.
+func checkLesson(repo, entry string) (problems []string) {
+	_, tests, _ := strings.Cut(entry, "*test*:")
+	names := quoted.FindAllString(tests, -1)
+	if len(names) == 0 && !slices.Contains(strings.Fields(tests), "planned") {
+		return []string{"no test: name one, or write planned"}
+	}
+	for _, name := range names {
+		m := reference.FindStringSubmatch(name)
+		if m == nil {
+			problems = append(problems, name+" is not of the form `package/path.TestName`")
+			continue
+		}
+		found, err := hasTest(filepath.Join(repo, m[1]), m[2])
+		if err != nil {
+			problems = append(problems, fmt.Sprintf("no package %s: %v", m[1], err))
+		} else if !found {
+			problems = append(problems, m[1]+" has no "+m[2])
+		}
+	}
+	return problems
 }
 
 // hasTest reports whether a test file in the folder declares the function.
