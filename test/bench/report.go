@@ -64,7 +64,7 @@ func (r *Report) Count() (passed, missed, inconclusive int) {
 }
 
 func (r *Report) all() []Table {
-	bars := Table{Title: "Bars", Head: []string{"what", "bar", "measured", "verdict"}}
+	bars := Table{Title: "Bars", Head: []string{"bar", "limit", "measured", "verdict"}}
 	for _, b := range r.Bars {
 		verdict := b.Verdict()
 		if b.Noise != "" {

@@ -213,7 +213,7 @@ func (r *Run) Noise(floors []float64, rounds, least int) string {
 	case r.Before > float64(runtime.NumCPU()):
 		return fmt.Sprintf("the load average was %.2f before the run", r.Before)
 	case spread > MaxSpread:
-		return fmt.Sprintf("the floor spread by %.0f %%", spread*100)
+		return fmt.Sprintf("floor spread %.0f %%", spread*100)
 	}
 	return ""
 }

@@ -181,7 +181,7 @@ func (r *env) judge() {
 	case r.Rounds < bench.MinRounds:
 		why = fmt.Sprintf("fewer than %d rounds", bench.MinRounds)
 	case slices.Max(r.floors) > bench.MaxSpread:
-		why = fmt.Sprintf("the floor spread by %.0f %%", slices.Max(r.floors)*100)
+		why = fmt.Sprintf("floor spread %.0f %%", slices.Max(r.floors)*100)
 	}
 	for i := range r.Report.Bars {
 		if b := &r.Report.Bars[i]; b.Timed {

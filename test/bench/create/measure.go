@@ -60,7 +60,7 @@ func (r *env) table(i int) *bench.Table {
 					"segments",
 					"captured after",
 					"writing",
-					"in all",
+					"total",
 					"/ floor",
 					"reference /",
 					"requests",
@@ -86,8 +86,8 @@ func (r *env) table(i int) *bench.Table {
 			},
 			{Title: "Reading", Head: []string{"call", "among", "median", "p99", "load"}},
 			{
-				Title: "Clients at once",
-				Head:  []string{"added to a request", "1 client, snapshots/s", "many, snapshots/s", "times", "load"},
+				Title: "Concurrent clients",
+				Head:  []string{"added per request", "1 client, snapshots/s", "many, snapshots/s", "ratio", "load"},
 			},
 		}
 	}
@@ -155,7 +155,7 @@ func (r *env) register(ctx context.Context, n int) (collection, error) {
 	)
 	if n == barSize {
 		r.timed("register 100 000 segments", "≥ 20 000/s", fmt.Sprintf("%.0f/s", rate), rate >= minRegistered)
-		r.counted("etcd's database in use, a segment", "≤ 800 bytes", fmt.Sprintf("%.0f", size), size <= maxStored)
+		r.counted("etcd database in use per segment", "≤ 800 bytes", fmt.Sprintf("%.0f", size), size <= maxStored)
 	}
 	return col, nil
 }
@@ -397,7 +397,7 @@ func (r *env) reportCreate(n int, loaded string, subject []*created, floors, dec
 		faster, slow = fmt.Sprintf("%.0f ×", times), bench.Time(bench.Median(reference))
 		slowSpread = fmt.Sprintf("%.0f %%", bench.Spread(reference)*100)
 		if n == refSize {
-			r.timed("10 000 segments: faster than the reference", "≥ 20 ×", fmt.Sprintf("%.0f ×", times),
+			r.timed("reference / create of 10 000 segments", "≥ 20 ×", fmt.Sprintf("%.0f ×", times),
 				times >= minReference)
 		}
 	}
@@ -427,8 +427,8 @@ func (r *env) reportCreate(n int, loaded string, subject []*created, floors, dec
 	if n == barSize {
 		r.floors = append(r.floors, bench.Spread(floor))
 		r.timed("create of 100 000 segments", "≤ 1.6 × floor", fmt.Sprintf("%.2f ×", ratio), ratio <= maxFloor)
-		r.counted("its peak heap", "≤ 160 MiB", bench.MiB(heap), heap <= maxHeap)
-		r.counted("its object requests", "≤ 45", strconv.Itoa(requests), requests <= maxRequests)
+		r.counted("peak heap of that create", "≤ 160 MiB", bench.MiB(heap), heap <= maxHeap)
+		r.counted("object requests of that create", "≤ 45", strconv.Itoa(requests), requests <= maxRequests)
 	}
 	if n == refSize && len(refs) > 0 {
 		r.floors = append(r.floors, bench.Spread(reference))
@@ -640,7 +640,7 @@ func (r *env) many(ctx context.Context) error {
 			fmt.Sprintf("%.1f", times),
 			bench.LoadText(),
 		)
-		r.timed(fmt.Sprintf("%d clients against one, %v added to a request", len(cols), c.delay), c.want,
+		r.timed(fmt.Sprintf("%d clients / one client, %v added per request", len(cols), c.delay), c.want,
 			fmt.Sprintf("%.1f ×", times), times >= c.least)
 	}
 	r.proxy.Delay(0)

@@ -58,41 +58,41 @@ func (r *env) table(i int) *bench.Table {
 					"segments",
 					"objects",
 					"rounds",
-					"round",
+					"cycle",
 					"objects/s",
-					"call answered",
+					"response",
 					"floor",
 					"objects/s",
 					"in flight",
 					"spread",
-					"floor / round",
+					"ratio",
 					"load",
 				},
 			},
 			{
-				Title: "What it takes",
+				Title: "Processor time and memory",
 				Head: []string{
 					"segments",
-					"processor time: snapshotd",
+					"CPU: snapshotd",
 					"etcd",
 					"versitygw",
-					"the floor's",
-					"versitygw for it",
+					"floor",
+					"its versitygw",
 					"peak heap",
-					"etcd's database before",
+					"etcd before",
 					"after",
 					"load",
 				},
 			},
-			{Title: "Requests", Head: []string{"objects", "requests", "deletes", "others", "for 1000 objects"}},
+			{Title: "Requests", Head: []string{"objects", "requests", "deletes", "others", "per 1000 objects"}},
 			{
-				Title: "Nothing to do",
+				Title: "Nothing to delete",
 				Head: []string{
-					"segments that live",
-					"units that are held",
+					"live segments",
+					"held units",
 					"registered in",
-					"etcd's database",
-					"round",
+					"etcd database",
+					"cycle",
 					"spread",
 					"object requests",
 					"peak heap",
@@ -101,7 +101,7 @@ func (r *env) table(i int) *bench.Table {
 			},
 			{
 				Title: "Grants alone",
-				Head:  []string{"units", "rounds", "time", "grants/s", "spread", "processor time: snapshotd", "etcd", "load"},
+				Head:  []string{"units", "rounds", "time", "grants/s", "spread", "CPU: snapshotd", "etcd", "load"},
 			},
 		}
 	}
@@ -398,7 +398,7 @@ func (r *env) row(what string, segments int, subject, floors []took) (ratio floa
 func (r *env) judge(what string, segments int, subject, floors []took) {
 	ratio := r.row(what, segments, subject, floors)
 	r.timed(bench.Bar{
-		What: fmt.Sprintf("%s segments of %d files: throughput, the floor's being 1", what, filesEach),
+		What: fmt.Sprintf("%s segments of %d files: throughput / floor", what, filesEach),
 		Want: fmt.Sprintf("≥ %.2f", minRatio), Got: fmt.Sprintf("%.2f", ratio), OK: ratio >= minRatio,
 	}, r.floors, bench.MinRounds)
 }
@@ -512,7 +512,7 @@ func (r *env) dropped(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	what := fmt.Sprintf("dropped with their collection, %d", r.segments)
+	what := fmt.Sprintf("dropped collection, %d", r.segments)
 	r.judge(what, r.segments, []took{a}, []took{b})
 	r.cost(what, []took{a}, []took{b}, "", "", "")
 	return nil
@@ -622,7 +622,7 @@ func (r *env) idle(ctx context.Context) error {
 		bench.MiB(heap),
 		bench.LoadText(),
 	)
-	what := fmt.Sprintf("nothing to do among %d segments that live and %d units that are held", r.living, r.held)
+	what := fmt.Sprintf("nothing to delete among %d live segments and %d held units", r.living, r.held)
 	r.timed(bench.Bar{What: what + ": time", Want: "≤ 1 s", Got: bench.Time(median), OK: median <= maxIdle}, nil, 0)
 	r.counted(bench.Bar{What: what + ": object requests", Want: "0", Got: strconv.Itoa(requests), OK: requests == 0})
 	return r.profiled(ctx, partIdle, func() error {

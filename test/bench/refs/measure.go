@@ -84,11 +84,11 @@ func (r *env) measure(ctx context.Context, dir string) error {
 		Title: "Set-up",
 		Head: []string{
 			"snapshots",
-			"segments of each",
+			"segments per snapshot",
 			"distinct",
-			"made in",
-			"refs.avro, bytes a snapshot",
-			"etcd's database",
+			"created in",
+			"refs.avro, bytes/snapshot",
+			"etcd database",
 			"load",
 		},
 		Rows: [][]string{{
@@ -227,7 +227,7 @@ func (r *env) loads(ctx context.Context, c *cluster) error {
 	took, heap := bench.Median(times), slices.Max(heaps)
 	r.Report.Tables = append(r.Report.Tables, bench.Table{
 		Title: "Start of a replica",
-		Head:  []string{"snapshots known after", "spread", "processor time", "peak heap", "load"},
+		Head:  []string{"references known after", "spread", "CPU", "peak heap", "load"},
 		Rows: [][]string{
 			{
 				bench.Time(took),
@@ -239,12 +239,12 @@ func (r *env) loads(ctx context.Context, c *cluster) error {
 		},
 	})
 	r.timed(
-		fmt.Sprintf("%d snapshots of %d segments known after the start", r.snapshots, r.segments),
+		fmt.Sprintf("references of %d snapshots of %d segments known", r.snapshots, r.segments),
 		"≤ 5 s",
 		bench.Time(took),
 		took <= maxLoad,
 	)
-	r.counted("peak heap until then", "≤ 500 MiB", bench.MiB(heap), heap <= maxHeap)
+	r.counted("peak heap until all are known", "≤ 500 MiB", bench.MiB(heap), heap <= maxHeap)
 	return nil
 }
 
@@ -281,15 +281,15 @@ func (r *env) checksAlone(ctx context.Context, c *cluster, col *collection) erro
 	r.Report.Tables = append(r.Report.Tables, bench.Table{
 		Title: "The index alone",
 		Head: []string{
-			"loaded in",
-			"processor time",
-			"heap, garbage collected",
-			"bytes per snapshot and segment",
-			"segments looked up",
-			"of them referenced",
-			"looked up in",
+			"load time",
+			"CPU",
+			"heap after GC",
+			"bytes/snapshot/segment",
+			"lookups",
+			"referenced",
+			"time",
 			"spread",
-			"its processor time",
+			"CPU",
 			"load",
 		},
 		Rows: [][]string{
@@ -307,7 +307,7 @@ func (r *env) checksAlone(ctx context.Context, c *cluster, col *collection) erro
 			},
 		},
 	})
-	r.timed(fmt.Sprintf("%d segments looked up", r.checks), "≤ 1 s", bench.Time(took), took <= maxChecks)
+	r.timed(fmt.Sprintf("%d segment lookups", r.checks), "≤ 1 s", bench.Time(took), took <= maxChecks)
 	return nil
 }
 
@@ -437,12 +437,12 @@ func (r *env) reclaims(ctx context.Context, c *cluster, col *collection, spare [
 		Title: "Reclaim",
 		Head: []string{
 			"units",
-			"all of them",
+			"result",
 			"time",
 			"spread",
 			"etcd: transactions",
 			"reads",
-			"asked for progress",
+			"progress requests",
 			"load",
 		},
 	}
@@ -465,7 +465,7 @@ func (r *env) reclaims(ctx context.Context, c *cluster, col *collection, spare [
 			median(func(a asked) float64 { return a.txns }), median(func(a asked) float64 { return a.reads }),
 			median(func(a asked) float64 { return a.watch }), bench.LoadText())
 		r.timed(
-			fmt.Sprintf("Reclaim of %d units, all of them %s", k.n, k.name),
+			fmt.Sprintf("Reclaim of %d units: %s", k.n, k.name),
 			"≤ 2 s",
 			bench.Time(took),
 			took <= maxReclaim,
@@ -572,7 +572,7 @@ func (r *env) beside(ctx context.Context, many *cluster, col *collection, dir st
 	}
 	t := bench.Table{
 		Title: fmt.Sprintf("Beside %d snapshots and beside none", r.snapshots),
-		Head:  []string{"what", fmt.Sprintf("beside %d", r.snapshots), "beside none", "ratio", "spread beside none", "load"},
+		Head:  []string{"call", fmt.Sprintf("beside %d", r.snapshots), "beside none", "ratio", "spread beside none", "load"},
 	}
 	for _, k := range []struct {
 		what   string
@@ -580,9 +580,9 @@ func (r *env) beside(ctx context.Context, many *cluster, col *collection, dir st
 		judged bool
 	}{
 		{"create", func(t turn) float64 { return t.create }, true},
-		{"create, and its references known", func(t turn) float64 { return t.created }, false},
+		{"create, until its references are known", func(t turn) float64 { return t.created }, false},
 		{"drop", func(t turn) float64 { return t.drop }, true},
-		{"drop, and its references gone", func(t turn) float64 { return t.dropped }, false},
+		{"drop, until its references are gone", func(t turn) float64 { return t.dropped }, false},
 	} {
 		var x, y []float64
 		for i := range r.pairs {
@@ -599,7 +599,7 @@ func (r *env) beside(ctx context.Context, many *cluster, col *collection, dir st
 		)
 		if k.judged {
 			r.timed(
-				fmt.Sprintf("%s beside %d snapshots, against none", k.what, r.snapshots),
+				fmt.Sprintf("%s beside %d snapshots / beside none", k.what, r.snapshots),
 				"≤ 1.20 ×",
 				fmt.Sprintf("%.2f ×", ratio),
 				ratio <= maxRatio,

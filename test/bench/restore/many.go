@@ -133,7 +133,7 @@ func (r *env) many(ctx context.Context) error {
 	if r.segments >= barSegments {
 		r.counted(what+": peak heap", "≤ 200 MiB", bench.MiB(all.Heap), all.Heap <= maxHeap)
 	}
-	r.timed(what+": time, a segment", "≤ 0.4 ms", fmt.Sprintf("%.3f ms", each*1000), each <= maxEach, times)
+	r.timed(what+": time per segment", "≤ 0.4 ms", fmt.Sprintf("%.3f ms", each*1000), each <= maxEach, times)
 	return r.restart(ctx, &c, bits, task, bench.Median(times))
 }
 
@@ -173,7 +173,7 @@ func (r *env) restart(ctx context.Context, c **manyProcess, bits string, task ma
 	r.Say("killed with %d tasks left: %d writes before the first copy, at most %d for a task", left, res.All, res.Writes)
 	r.counted(
 		fmt.Sprintf(
-			"killed with %d tasks unfinished: writes to etcd before copying went on, for each of them (for one at most %d)",
+			"killed with %d unfinished tasks: etcd writes per task before it resumes (maximum %d)",
 			left,
 			res.Writes,
 		),

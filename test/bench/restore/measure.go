@@ -64,30 +64,30 @@ func (r *env) table(i int) *bench.Table {
 					"floor",
 					"in flight",
 					"spread",
+					"ratio",
 					"rclone",
 					"in flight",
 					"spread",
-					"floor / restore",
-					"rclone / restore",
+					"ratio",
 					"load",
 				},
 			},
-			{Title: "Requests", Head: []string{"objects", "requests", "copies", "lists and reads", "heads", "for an object"}},
+			{Title: "Requests", Head: []string{"objects", "requests", "copies", "lists and reads", "heads", "per object"}},
 			{
 				Title: "One object, one segment",
-				Head:  []string{"what", "restores", "median", "p99", "one request", "one request / restore", "load"},
+				Head:  []string{"restored", "restores", "median", "p99", "one request", "one request / restore", "load"},
 			},
 			{
 				Title: "Latency",
 				Head: []string{
-					"added to a request",
+					"added per request",
 					"objects",
 					"in flight",
 					"restore",
 					"objects/s",
-					"of in flight ÷ latency",
+					"of maximum",
 					"floor",
-					"of it",
+					"of maximum",
 					"load",
 				},
 			},
@@ -97,7 +97,7 @@ func (r *env) table(i int) *bench.Table {
 					"segments",
 					"files",
 					"time",
-					"ms a segment",
+					"ms/segment",
 					"peak heap",
 					"job record, bytes",
 					"largest task record, bytes",
@@ -216,10 +216,10 @@ func (r *env) judge(c *class, times [][]float64, floorAt, rcloneAt int) {
 	row := []string{
 		c.title, bench.Time(took), fmt.Sprintf("%.0f", float64(c.from.bytes)/(1<<20)/took),
 		bench.Time(bench.Median(times[1])), strconv.Itoa(floorAt), bench.Percent(bench.Spread(times[1])),
-		"", "", "", fmt.Sprintf("%.2f", floorRatio), "", bench.LoadText(),
+		fmt.Sprintf("%.2f", floorRatio), "", "", "", "", bench.LoadText(),
 	}
 	r.timed(
-		c.title+": throughput, the floor's being 1",
+		c.title+": throughput / floor",
 		fmt.Sprintf("≥ %.2f", c.floor),
 		fmt.Sprintf("%.2f", floorRatio),
 		floorRatio >= c.floor,
@@ -227,11 +227,11 @@ func (r *env) judge(c *class, times [][]float64, floorAt, rcloneAt int) {
 	)
 	if len(times) > 2 {
 		ratio := bench.Median(bench.Ratios(times[2], times[0]))
-		row[6], row[7] = bench.Time(bench.Median(times[2])), strconv.Itoa(rcloneAt)
-		row[8] = bench.Percent(bench.Spread(times[2]))
+		row[7], row[8] = bench.Time(bench.Median(times[2])), strconv.Itoa(rcloneAt)
+		row[9] = bench.Percent(bench.Spread(times[2]))
 		row[10] = fmt.Sprintf("%.2f", ratio)
 		r.timed(
-			c.title+": throughput, rclone's being 1",
+			c.title+": throughput / rclone",
 			fmt.Sprintf("≥ %.2f", c.rclone),
 			fmt.Sprintf("%.2f", ratio),
 			ratio >= c.rclone,
@@ -325,7 +325,7 @@ func (r *env) count(ctx context.Context, c *class) error {
 		fmt.Sprintf("%.3f", each),
 	)
 	r.counted(
-		c.title+": requests for an object, all included",
+		c.title+": requests per object",
 		fmt.Sprintf("≤ %.2f", maxRequests),
 		fmt.Sprintf("%.3f", each),
 		each <= maxRequests,
@@ -435,7 +435,7 @@ func (r *env) large(ctx context.Context) error {
 	ratio := bench.Median(bench.Ratios(single, restores))
 	r.table(tableOne).Add("an object of 600 MiB", strconv.Itoa(len(restores)), bench.Time(bench.Median(restores)), "",
 		bench.Time(bench.Median(single)), fmt.Sprintf("%.2f", ratio), bench.LoadText())
-	r.timed("an object of 600 MiB, 200 ms and 100 MiB/s a request: throughput, one CopyObject's being 1", "≥ 2",
+	r.timed("an object of 600 MiB, 200 ms and 100 MiB/s per request: throughput / one CopyObject", "≥ 2",
 		fmt.Sprintf("%.2f", ratio), ratio >= minLarge, single)
 	return r.discard(from.prefix, 1)
 }
@@ -527,7 +527,7 @@ func (r *env) delayed(ctx context.Context) error {
 		bench.LoadText(),
 	)
 	r.timed(
-		fmt.Sprintf("%v added to a request, %d in flight: of %d ÷ latency", r.latency, delayedInFlight, delayedInFlight),
+		fmt.Sprintf("%v added per request, %d in flight: share of the maximum", r.latency, delayedInFlight),
 		"≥ 88 %",
 		bench.Percent(ideal/took),
 		ideal/took >= minDelayed,
