@@ -1,9 +1,9 @@
-// Package bench is what the benchmarks of the whole program share: the
-// processes that they run, a proxy that counts and delays, the statistics, and
-// the report.
+// Package bench has the common parts of the benchmarks of the whole program: the
+// processes that they run, a proxy that counts and delays requests, the
+// statistics, and the report.
 //
-// A benchmark runs every server in a process of its own, ends by itself, ends
-// no process that it did not start, and leaves nothing behind.
+// A benchmark runs every server in a separate process, ends by itself, ends no
+// process that it did not start, and removes its files.
 package bench
 
 import (
@@ -19,11 +19,11 @@ import (
 	"time"
 )
 
-// Median returns the middle of values, or 0 of none.
+// Median returns the median of values, or 0 without values.
 func Median(values []float64) float64 { return Quantile(values, 0.5) }
 
-// Quantile returns the value that a share q of values does not exceed, interpolated
-// between two of them, or 0 of none.
+// Quantile returns the q-quantile of values, interpolated linearly, or 0 without
+// values.
 func Quantile(values []float64, q float64) float64 {
 	if len(values) == 0 {
 		return 0
@@ -37,9 +37,9 @@ func Quantile(values []float64, q float64) float64 {
 	return sorted[i] + (at-float64(i))*(sorted[i+1]-sorted[i])
 }
 
-// Spread is the [Range] of values without the one that is farthest from their
-// median, if there are five or more: one round that something else disturbed
-// does not count, a machine that is busy does.
+// Spread returns the [Range] of values. Of five or more values it ignores the one
+// farthest from the median: one disturbed round does not count, a busy machine
+// does.
 func Spread(values []float64) float64 {
 	if len(values) < 5 {
 		return Range(values)
@@ -52,7 +52,7 @@ func Spread(values []float64) float64 {
 	return Range(sorted[:len(sorted)-1])
 }
 
-// Range is how far apart the least and the greatest of values are, as a share
+// Range returns the distance of the minimum and the maximum of values, as a share
 // of their median.
 func Range(values []float64) float64 {
 	m := Median(values)
@@ -62,7 +62,7 @@ func Range(values []float64) float64 {
 	return (slices.Max(values) - slices.Min(values)) / m
 }
 
-// Ratios divides element by element.
+// Ratios returns a[i] / b[i] for each i.
 func Ratios(a, b []float64) []float64 {
 	list := make([]float64, min(len(a), len(b)))
 	for i := range list {
@@ -71,8 +71,7 @@ func Ratios(a, b []float64) []float64 {
 	return list
 }
 
-// Load is the machine's load average of the last minute, as it stands in
-// /proc/loadavg, or -1.
+// Load returns the load average of the last minute from /proc/loadavg, or -1.
 func Load() float64 {
 	data, err := os.ReadFile("/proc/loadavg")
 	if err != nil {
@@ -86,10 +85,10 @@ func Load() float64 {
 	return v
 }
 
-// LoadText writes [Load].
+// LoadText returns [Load] as text.
 func LoadText() string { return fmt.Sprintf("%.2f", Load()) }
 
-// Machine describes the machine in a line.
+// Machine returns a line that describes the machine.
 func Machine() string {
 	cpu, memory := "unknown processor", "unknown memory"
 	if data, err := os.ReadFile("/proc/cpuinfo"); err == nil {
@@ -113,8 +112,7 @@ func Machine() string {
 	return fmt.Sprintf("%d × %s, %s, %s, %s", runtime.NumCPU(), cpu, memory, kernel, runtime.Version())
 }
 
-// Commit is the commit of the tree that the program runs in, with "-dirty" when
-// the tree is not that commit's.
+// Commit returns the commit of the working tree, with "-dirty" after changes.
 func Commit() string {
 	out, err := exec.Command( //nolint:noctx // ends at once
 		"git",

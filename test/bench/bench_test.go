@@ -23,14 +23,14 @@ func TestStatistics(t *testing.T) {
 	}{
 		{"median", bench.Median(values), 3},
 		{"median of an even number", bench.Median([]float64{1, 2, 4, 8}), 3},
-		{"median of none", bench.Median(nil), 0},
-		{"least", bench.Quantile(values, 0), 1},
-		{"greatest", bench.Quantile(values, 1), 5},
+		{"median of no values", bench.Median(nil), 0},
+		{"minimum", bench.Quantile(values, 0), 1},
+		{"maximum", bench.Quantile(values, 1), 5},
 		{"p90", bench.Quantile(values, 0.9), 4.6},
 		{"spread", bench.Spread([]float64{10, 20, 9, 11, 10}), 0.2},
 		{"spread with a low outlier", bench.Spread([]float64{10, 1, 10, 11, 10}), 0.1},
 		{"spread of few", bench.Spread([]float64{10, 9, 11}), 0.2},
-		{"spread of none", bench.Spread(nil), 0},
+		{"spread of no values", bench.Spread(nil), 0},
 		{"range with an outlier", bench.Range([]float64{1, 1, 1, 1, 9}), 8},
 		{"median of ratios", bench.Median(bench.Ratios([]float64{2, 6, 40}, []float64{1, 2, 4})), 3},
 	} {
@@ -74,8 +74,8 @@ func TestProxy(t *testing.T) {
 		}
 		_ = resp.Body.Close()
 		var seen []bench.Request
-		for len(seen) == 0 { // noted a moment after the answer
-			seen = p.Take()
+		for len(seen) == 0 { // recorded shortly after the response
+			seen = p.Drain()
 		}
 		if q := seen[0]; len(seen) != 1 || q.Method != http.MethodPut || q.Path != "/a/b" || q.Bytes != 4 ||
 			q.End.Sub(q.Begin) < d {
@@ -94,10 +94,10 @@ func TestPace(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.Close()
-	const least = 50 * time.Millisecond
+	const minTime = 50 * time.Millisecond
 	p.Pace(func(r *http.Request) time.Duration {
 		if r.URL.Path == "/slow" {
-			return least
+			return minTime
 		}
 		return 0
 	})
@@ -105,14 +105,14 @@ func TestPace(t *testing.T) {
 		begin := time.Now()
 		answer, err := bench.Get(t.Context(), "http://"+p.Addr+path)
 		took := time.Since(begin)
-		if err != nil || string(answer) != "body" || path == "/slow" && took < least {
+		if err != nil || string(answer) != "body" || path == "/slow" && took < minTime {
 			t.Errorf("%s: got %q after %v, err = %v", path, answer, took, err)
 		}
 	}
 }
 
 func TestSum(t *testing.T) {
-	text := []byte("# HELP a What it is.\na{x=\"1\",y=\"2\"} 3\na{x=\"1\",y=\"3\"} 4e0\na{x=\"2\"} 5\na_total 6\nb 7\n")
+	text := []byte("# HELP a A help text.\na{x=\"1\",y=\"2\"} 3\na{x=\"1\",y=\"3\"} 4e0\na{x=\"2\"} 5\na_total 6\nb 7\n")
 	for _, c := range []struct {
 		metric string
 		labels []string
@@ -129,7 +129,7 @@ func TestSum(t *testing.T) {
 		}
 	}
 	if _, err := bench.Sum([]byte("a x\n"), "a"); err == nil {
-		t.Error("got no error for what is no number")
+		t.Error("got no error for an invalid number")
 	}
 }
 
@@ -143,7 +143,7 @@ func TestReport(t *testing.T) {
 		t.Errorf("got %d passed, %d missed, %d inconclusive", p, m, i)
 	}
 	name := filepath.Join(t.TempDir(), "report.md")
-	for range 2 { // makes the file, then writes into it
+	for range 2 { // creates the file, then replaces the report
 		if err := r.WriteInto(name); err != nil {
 			t.Fatal(err)
 		}
@@ -180,7 +180,7 @@ func TestFinish(t *testing.T) {
 	}
 }
 
-func TestUsed(t *testing.T) {
+func TestCPUSeconds(t *testing.T) {
 	p, err := bench.Start(t.Context(), bench.Command{
 		Name: "sh", Args: []string{"sh", "-c", "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; echo done; read x"},
 		Log: filepath.Join(t.TempDir(), "log"), Pipes: true,
@@ -192,7 +192,7 @@ func TestUsed(t *testing.T) {
 	if _, err := io.ReadFull(p.Stdout, make([]byte, 5)); err != nil {
 		t.Fatal(err)
 	}
-	if got := p.Used(); got <= 0 || got > 60 {
+	if got := p.CPUSeconds(); got <= 0 || got > 60 {
 		t.Errorf("a loop took %v seconds of processor time", got)
 	}
 }

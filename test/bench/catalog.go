@@ -12,11 +12,11 @@ import (
 )
 
 const (
-	writers       = 4   // calls at once
+	writers       = 4   // concurrent calls
 	batchSegments = 500 // in a message of AddSegments or DropSegments
 )
 
-// AddSegments registers segments, which are new to the collection.
+// AddSegments registers new segments of a collection.
 func AddSegments(
 	ctx context.Context,
 	c *client.Client,
@@ -32,7 +32,7 @@ func AddSegments(
 			}
 			for m := range slices.Chunk(part, batchSegments) {
 				if stream.Send(&snapshotdv1.AddSegmentsRequest{Collection: ref, Segments: m}) != nil {
-					break // the answer says why
+					break // CloseAndRecv returns the cause
 				}
 			}
 			resp, err := stream.CloseAndRecv()
@@ -45,7 +45,7 @@ func AddSegments(
 	return group.Wait()
 }
 
-// DropSegments drops segments, all of which the collection has.
+// DropSegments drops segments of a collection. It fails if one is missing.
 func DropSegments(ctx context.Context, c *client.Client, ref *snapshotdv1.CollectionRef, ids []int64) error {
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(writers)

@@ -8,8 +8,8 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// AskEtcd connects to the etcd at an endpoint for as long as fn takes.
-func AskEtcd(endpoint string, fn func(*clientv3.Client) error) error {
+// WithEtcd calls fn with a client of the etcd at an endpoint.
+func WithEtcd(endpoint string, fn func(*clientv3.Client) error) error {
 	cli, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}, DialTimeout: 5 * time.Second})
 	if err != nil {
 		return err
@@ -17,9 +17,9 @@ func AskEtcd(endpoint string, fn func(*clientv3.Client) error) error {
 	return errors.Join(fn(cli), cli.Close())
 }
 
-// Forget has the etcd at an endpoint give up its history.
-func Forget(ctx context.Context, endpoint string) error {
-	return AskEtcd(endpoint, func(cli *clientv3.Client) error {
+// CompactEtcd compacts the etcd at an endpoint up to its current revision.
+func CompactEtcd(ctx context.Context, endpoint string) error {
+	return WithEtcd(endpoint, func(cli *clientv3.Client) error {
 		st, err := cli.Status(ctx, endpoint)
 		if err != nil {
 			return err
@@ -29,13 +29,13 @@ func Forget(ctx context.Context, endpoint string) error {
 	})
 }
 
-// Defragment has the etcd at an endpoint give up its history and the room that
-// this took, and returns the size of its database in bytes.
+// Defragment compacts and defragments the etcd at an endpoint, and returns the size
+// of its database in bytes.
 func Defragment(ctx context.Context, endpoint string) (size int64, err error) {
-	if err := Forget(ctx, endpoint); err != nil {
+	if err := CompactEtcd(ctx, endpoint); err != nil {
 		return 0, err
 	}
-	err = AskEtcd(endpoint, func(cli *clientv3.Client) error {
+	err = WithEtcd(endpoint, func(cli *clientv3.Client) error {
 		if _, err := cli.Defragment(ctx, endpoint); err != nil {
 			return err
 		}

@@ -10,7 +10,7 @@ import (
 	"strings"
 )
 
-// Get returns what a server answers with 200.
+// Get returns the body of a response with status 200.
 func Get(ctx context.Context, url string) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
@@ -27,9 +27,9 @@ func Get(ctx context.Context, url string) ([]byte, error) {
 	return data, errors.Join(err, resp.Body.Close())
 }
 
-// Sum adds up the values of a metric in text, the exposition of a server, over
-// all series that have every one of labels, each written name="value". It is 0
-// of none.
+// Sum returns the sum of a metric in text, the exposition of a server, over all
+// series with all of the labels, each in the form name="value". Without series it
+// returns 0.
 func Sum(text []byte, metric string, labels ...string) (float64, error) {
 	sum := 0.0
 	for line := range strings.Lines(string(text)) {

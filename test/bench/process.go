@@ -23,12 +23,11 @@ import (
 )
 
 const (
-	patience  = 30 * time.Second // for a process to answer
-	stopGrace = 15 * time.Second
+	startTimeout = 30 * time.Second // until a process responds
+	stopGrace    = 15 * time.Second
 )
 
-// Process is a running child. It is killed when this process ends, in whatever
-// way.
+// Process is a running child process. The kernel kills it when this process ends.
 type Process struct {
 	// Stdin and Stdout are pipes to the child.
 	Stdin  io.WriteCloser
@@ -40,24 +39,24 @@ type Process struct {
 	ended chan struct{}
 }
 
-// Command is what to run.
+// Command describes a child process.
 type Command struct {
-	Name string   // for people
-	Args []string // the program first
-	Env  []string // besides this process's own
+	Name string   // in messages
+	Args []string // starts with the program
+	Env  []string // added to the environment of this process
 	Log  string   // file for standard error
 	// Pipes gives Process.Stdin and Stdout; without them the output goes to Log.
 	Pipes bool
 }
 
-// Start starts a child. It outlives ctx, until Stop.
+// Start starts a child. It runs until Stop, also after the end of ctx.
 func Start(ctx context.Context, c Command) (*Process, error) {
 	out, err := os.Create(c.Log)
 	if err != nil {
 		return nil, err
 	}
 	p := &Process{name: c.Name, log: c.Log, ended: make(chan struct{})}
-	p.cmd = exec.CommandContext(context.WithoutCancel(ctx), c.Args[0], c.Args[1:]...) //nolint:gosec // a benchmark's own
+	p.cmd = exec.CommandContext(context.WithoutCancel(ctx), c.Args[0], c.Args[1:]...) //nolint:gosec // a known program
 	p.cmd.Env = append(os.Environ(), c.Env...)
 	p.cmd.Stderr = out
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -73,7 +72,7 @@ func Start(ctx context.Context, c Command) (*Process, error) {
 	}
 	started := make(chan error, 1)
 	go func() {
-		// The signal comes when the thread that started the process ends.
+		// Pdeathsig follows the thread that starts the process.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		defer close(p.ended)
@@ -81,7 +80,7 @@ func Start(ctx context.Context, c Command) (*Process, error) {
 		err := p.cmd.Start()
 		started <- err
 		if err == nil {
-			_, _ = p.cmd.Process.Wait() // Wait of cmd would close the pipes under a reader
+			_, _ = p.cmd.Process.Wait() // cmd.Wait would close the pipes during a read
 		}
 	}()
 	if err := <-started; err != nil {
@@ -90,7 +89,7 @@ func Start(ctx context.Context, c Command) (*Process, error) {
 	return p, nil
 }
 
-// StartSelf starts this program as a child that answers [Process.Ask].
+// StartSelf starts this program as a child that serves [Process.Call].
 func StartSelf(ctx context.Context, dir, what string, args ...string) (*Process, error) {
 	self, err := os.Executable()
 	if err != nil {
@@ -101,32 +100,33 @@ func StartSelf(ctx context.Context, dir, what string, args ...string) (*Process,
 	})
 }
 
-// Ask sends the child a line of JSON and reads one. Out reads from its Stdout.
-// The end of ctx kills the child.
-func (p *Process) Ask(ctx context.Context, out *bufio.Reader, question, answer any) error {
+// Call sends req to the child as a line of JSON and decodes the response line into
+// resp. Out reads from the child's Stdout. The end of ctx kills the child.
+func (p *Process) Call(ctx context.Context, out *bufio.Reader, req, resp any) error {
 	defer context.AfterFunc(ctx, p.Kill)()
-	if err := json.NewEncoder(p.Stdin).Encode(question); err != nil {
+	if err := json.NewEncoder(p.Stdin).Encode(req); err != nil {
 		return err
 	}
 	line, err := out.ReadBytes('\n')
 	if err != nil {
-		return errors.Join(err, p.Failed())
+		return errors.Join(err, p.ExitError())
 	}
-	return json.Unmarshal(line, answer)
+	return json.Unmarshal(line, resp)
 }
 
-// Pid is the child's process id.
+// Pid returns the process id of the child.
 func (p *Process) Pid() int { return p.cmd.Process.Pid }
 
-// Used is the processor time that the child has taken so far, in seconds, or 0.
-func (p *Process) Used() float64 {
+// CPUSeconds returns the processor time of the child so far, in seconds, or 0 if
+// it is unknown.
+func (p *Process) CPUSeconds() float64 {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.Pid()))
 	if err != nil {
 		return 0
 	}
-	const hertz = 100 // of the clock ticks of Linux
+	const hertz = 100 // clock ticks per second on Linux
 	rest := string(text[bytes.LastIndexByte(text, ')')+1:])
-	fields := strings.Fields(rest) // from the third on
+	fields := strings.Fields(rest) // starts with field 3
 	if len(fields) < 13 {
 		return 0
 	}
@@ -135,7 +135,7 @@ func (p *Process) Used() float64 {
 	return (user + system) / hertz
 }
 
-// Stop asks the child to end, and kills it when it does not.
+// Stop sends SIGTERM, and SIGKILL after stopGrace, and waits for the end.
 func (p *Process) Stop() {
 	_ = p.cmd.Process.Signal(syscall.SIGTERM)
 	select {
@@ -146,36 +146,37 @@ func (p *Process) Stop() {
 	}
 }
 
-// Kill kills the child without asking.
+// Kill sends SIGKILL.
 func (p *Process) Kill() { _ = p.cmd.Process.Kill() }
 
-// Failed is the error of a child that ended by itself, with the end of its log.
-func (p *Process) Failed() error {
+// ExitError returns the error for an unexpected end of the child, with the end of
+// its log.
+func (p *Process) ExitError() error {
 	text, _ := os.ReadFile(p.log)
 	return fmt.Errorf("%s ended: %s", p.name, text[max(0, len(text)-2000):])
 }
 
-// Await waits until url answers with 200.
-func (p *Process) Await(ctx context.Context, url string) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+// WaitHealthy waits until a GET of url returns 200.
+func (p *Process) WaitHealthy(ctx context.Context, url string) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		if answers(ctx, url) {
+		if isHealthy(ctx, url) {
 			return nil
 		}
 		select {
 		case <-tick.C:
 		case <-p.ended:
-			return p.Failed()
+			return p.ExitError()
 		case <-ctx.Done():
-			return fmt.Errorf("%s does not answer: %w", p.name, ctx.Err())
+			return fmt.Errorf("%s does not respond: %w", p.name, ctx.Err())
 		}
 	}
 }
 
-func answers(ctx context.Context, url string) bool {
+func isHealthy(ctx context.Context, url string) bool {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return false
@@ -197,14 +198,14 @@ func FreeAddr(ctx context.Context) (string, error) {
 	return l.Addr().String(), l.Close()
 }
 
-// The credentials of the S3 server that a benchmark starts.
+// The credentials of the S3 server of a benchmark.
 const (
 	AccessKeyID     = "benchaccesskeyid"
-	SecretAccessKey = "benchsecretaccesskey" //nolint:gosec // of a server on the loopback address
+	SecretAccessKey = "benchsecretaccesskey" //nolint:gosec // for a server on the loopback address
 )
 
-// StartS3 starts versitygw, the program at bin, on dir with a bucket, and
-// returns its address as host:port.
+// StartS3 starts versitygw, the program at bin, on dir with one bucket. It returns
+// its address as host:port.
 func StartS3(ctx context.Context, bin, dir, bucket string) (*Process, string, error) {
 	data := filepath.Join(dir, "s3")
 	if err := os.MkdirAll(filepath.Join(data, bucket), 0o700); err != nil { // a directory is a bucket
@@ -220,7 +221,7 @@ func StartS3(ctx context.Context, bin, dir, bucket string) (*Process, string, er
 		"attributes",
 	); os.WriteFile(probe, nil, 0o600) == nil &&
 		syscall.Setxattr(probe, "user.probe", []byte("x"), 0) != nil {
-		side := filepath.Join(dir, "s3-metadata") // where the file system has no attributes
+		side := filepath.Join(dir, "s3-metadata") // the file system has no attributes
 		if err := os.MkdirAll(side, 0o700); err != nil {
 			return nil, "", err
 		}
@@ -233,15 +234,15 @@ func StartS3(ctx context.Context, bin, dir, bucket string) (*Process, string, er
 	if err != nil {
 		return nil, "", err
 	}
-	if err := p.Await(ctx, "http://"+addr+"/health"); err != nil {
+	if err := p.WaitHealthy(ctx, "http://"+addr+"/health"); err != nil {
 		p.Stop()
 		return nil, "", err
 	}
 	return p, addr, nil
 }
 
-// StartEtcd starts the program of test/bench/etcd at bin, on dir, and
-// returns its endpoint.
+// StartEtcd starts test/bench/etcd, the program at bin, on dir. It returns its
+// endpoint.
 func StartEtcd(ctx context.Context, bin, dir string) (*Process, string, error) {
 	p, err := Start(ctx, Command{
 		Name: "etcd", Args: []string{bin, filepath.Join(dir, "etcd")}, Log: filepath.Join(dir, "etcd.log"), Pipes: true,
@@ -252,7 +253,7 @@ func StartEtcd(ctx context.Context, bin, dir string) (*Process, string, error) {
 	var endpoint string
 	if _, err := fmt.Fscanln(p.Stdout, &endpoint); err != nil {
 		p.Stop()
-		return nil, "", p.Failed()
+		return nil, "", p.ExitError()
 	}
 	return p, endpoint, nil
 }

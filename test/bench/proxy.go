@@ -13,15 +13,15 @@ import (
 	"time"
 )
 
-// Request is one that went through a proxy.
+// Request is a request that a proxy has forwarded.
 type Request struct {
 	Method, Path string
 	Begin, End   time.Time
-	Bytes        int64 // of its body
+	Bytes        int64 // length of its body
 }
 
-// Proxy stands in front of an S3 server. It notes every request, and holds it
-// up for the configured time.
+// Proxy is a proxy of an S3 server. It records every request and can delay
+// requests and responses.
 type Proxy struct {
 	// Addr is host:port.
 	Addr string
@@ -44,7 +44,7 @@ func StartProxy(ctx context.Context, addr string) (*Proxy, error) {
 	forward := &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.SetURL(target)
-			r.Out.Host = r.In.Host // it is signed
+			r.Out.Host = r.In.Host // the signature covers it
 		},
 		Transport: &http.Transport{
 			MaxIdleConns: 512, MaxIdleConnsPerHost: 512, IdleConnTimeout: time.Minute, DisableCompression: true,
@@ -82,11 +82,11 @@ func StartProxy(ctx context.Context, addr string) (*Proxy, error) {
 	return p, nil
 }
 
-// Delay holds every request up from now on.
+// Delay sets the delay of every later request, before it is forwarded.
 func (p *Proxy) Delay(d time.Duration) { p.delay.Store(int64(d)) }
 
-// Pace has no request answered from now on before so long after it came, while
-// the server may work on it; nil has none wait.
+// Pace sets the minimum time from the arrival of a later request to its response.
+// The server works on the request meanwhile. Nil removes the minimum.
 func (p *Proxy) Pace(pace func(*http.Request) time.Duration) {
 	if pace == nil {
 		p.pace.Store(nil)
@@ -95,8 +95,8 @@ func (p *Proxy) Pace(pace func(*http.Request) time.Duration) {
 	p.pace.Store(&pace)
 }
 
-// Take returns the requests that ended since it was last called.
-func (p *Proxy) Take() []Request {
+// Drain returns the requests that ended since the last call.
+func (p *Proxy) Drain() []Request {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	seen := p.seen
@@ -104,24 +104,24 @@ func (p *Proxy) Take() []Request {
 	return seen
 }
 
-// Close ends the proxy with the requests under way.
+// Close closes the proxy and its open requests.
 func (p *Proxy) Close() { _ = p.srv.Close() }
 
-// Under returns those of list whose path has within it.
-func Under(list []Request, within string) []Request {
-	var some []Request
+// WithPath returns the requests of list whose path contains part.
+func WithPath(list []Request, part string) []Request {
+	var found []Request
 	for _, r := range list {
-		if strings.Contains(r.Path, within) {
-			some = append(some, r)
+		if strings.Contains(r.Path, part) {
+			found = append(found, r)
 		}
 	}
-	return some
+	return found
 }
 
-// paced begins an answer at a time, or when ctx is over.
+// paced delays the start of a response until at, or the end of ctx.
 type paced struct {
 	http.ResponseWriter
-	ctx context.Context //nolint:containedctx // of the request, as long as this
+	ctx context.Context //nolint:containedctx // the context of the request
 	at  time.Time
 }
 
@@ -136,7 +136,7 @@ func (w *paced) WriteHeader(status int) {
 	w.ResponseWriter.WriteHeader(status)
 }
 
-// Unwrap is for http.ResponseController.
+// Unwrap supports http.ResponseController.
 func (w *paced) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 type counted struct {

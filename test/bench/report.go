@@ -11,10 +11,10 @@ import (
 	"unicode/utf8"
 )
 
-// Report is what a run found.
+// Report has the results of a run.
 type Report struct {
 	Name   string
-	Facts  []string // how the run was made, a sentence each
+	Facts  []string // sentences about the run
 	Tables []Table
 	Bars   []Bar
 }
@@ -29,15 +29,15 @@ type Table struct {
 // Add adds a row.
 func (t *Table) Add(cells ...string) { t.Rows = append(t.Rows, cells) }
 
-// Bar is what a result has to reach.
+// Bar is the limit of a result.
 type Bar struct {
 	What, Want, Got string
 	OK              bool
-	Timed           bool   // a busy machine can miss it
-	Noise           string // why this run cannot judge it, or empty
+	Timed           bool   // depends on the load of the machine
+	Noise           string // the reason why the result is inconclusive, or empty
 }
 
-// Verdict is pass, miss or inconclusive.
+// Verdict returns pass, MISS or inconclusive.
 func (b Bar) Verdict() string {
 	switch {
 	case b.Noise != "":
@@ -48,7 +48,7 @@ func (b Bar) Verdict() string {
 	return "MISS"
 }
 
-// Count returns how many bars have each verdict.
+// Count returns the number of bars per verdict.
 func (r *Report) Count() (passed, missed, inconclusive int) {
 	for _, b := range r.Bars {
 		switch {
@@ -78,7 +78,7 @@ func (r *Report) all() []Table {
 	return append(slices.Clip(r.Tables), bars)
 }
 
-// Plain writes the report for a terminal.
+// Plain writes the report as text to a terminal.
 func (r *Report) Plain(w io.Writer) {
 	for _, f := range r.Facts {
 		fmt.Fprintln(w, f)
@@ -104,7 +104,7 @@ func (r *Report) Plain(w io.Writer) {
 	}
 }
 
-// Markdown returns the report for a document.
+// Markdown returns the report as Markdown.
 func (r *Report) Markdown() []byte {
 	var b bytes.Buffer
 	for _, f := range r.Facts {
@@ -128,15 +128,15 @@ func (r *Report) Markdown() []byte {
 	return b.Bytes()
 }
 
-// The exit codes of a benchmark that is strict.
+// The exit codes of a strict run.
 const (
 	exitMissed       = 1
 	ExitInconclusive = 3
 )
 
-// Finish writes the report for a terminal, and into a file if one is named, and
-// returns the code to exit with: 0 unless strict, when a bar was missed or could
-// not be judged.
+// Finish writes the report to w and, unless file is empty, into a file. It returns
+// the exit code: 0, or in a strict run exitMissed or ExitInconclusive for a missed
+// or an inconclusive bar.
 func (r *Report) Finish(w io.Writer, file string, strict bool) (code int, err error) {
 	r.Plain(w)
 	passed, missed, inconclusive := r.Count()
@@ -155,8 +155,8 @@ func (r *Report) Finish(w io.Writer, file string, strict bool) (code int, err er
 	return code, nil
 }
 
-// WriteInto writes the Markdown to a file: between the two lines that mark the
-// place of this report in a document, or all of a file that does not exist.
+// WriteInto writes the Markdown to a file: between the two marks of this report,
+// or as a new file.
 func (r *Report) WriteInto(name string) error {
 	begin, end := "<!-- "+r.Name+": begin -->\n", "<!-- "+r.Name+": end -->\n"
 	text := begin + "\n" + string(r.Markdown()) + "\n" + end
@@ -170,12 +170,12 @@ func (r *Report) WriteInto(name string) error {
 	before, rest, ok := strings.Cut(string(old), begin)
 	_, after, ok2 := strings.Cut(rest, end)
 	if !ok || !ok2 {
-		return fmt.Errorf("%s has no place for %s", name, r.Name)
+		return fmt.Errorf("%s has no marks for %s", name, r.Name)
 	}
 	return os.WriteFile(name, []byte(before+text+after), 0o600)
 }
 
-// Time writes seconds.
+// Time formats seconds.
 func Time(seconds float64) string {
 	switch {
 	case seconds >= 10:
@@ -188,11 +188,11 @@ func Time(seconds float64) string {
 	return fmt.Sprintf("%.1f ms", seconds*1000)
 }
 
-// Percent writes a share.
+// Percent formats a share.
 func Percent(share float64) string { return fmt.Sprintf("%.0f %%", share*100) }
 
-// MiB writes bytes.
+// MiB formats bytes.
 func MiB(n float64) string { return fmt.Sprintf("%.1f MiB", n/(1<<20)) }
 
-// Today is the date, in UTC.
+// Today returns the date, in UTC.
 func Today() string { return time.Now().UTC().Format(time.DateOnly) }

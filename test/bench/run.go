@@ -16,34 +16,34 @@ import (
 	"time"
 )
 
-// The exit codes, besides those of a strict run.
+// The exit codes of errors.
 const (
 	exitError = 1
 	exitUsage = 2
 )
 
-// MaxSpread is the spread of a floor above which a run does not judge times that
-// were missed, and MinRounds how many rounds it takes to know the spread.
+// MaxSpread is the maximum spread of a floor, and MinRounds the minimum number of
+// rounds, for a missed time to count as missed. Otherwise it is inconclusive.
 const (
 	MaxSpread = 0.10
 	MinRounds = 5
 )
 
-// errUsage means that a program was called wrongly, which it has said.
+// errUsage means invalid arguments, which the program has reported.
 var errUsage = errors.New("usage")
 
-// Main is the main function of a benchmark of that name, and ends the process.
-// Child is what the program is when it has started itself, and says whether that
-// is so; else run is called.
+// Main is the main function of the benchmark name. It ends the process. Child runs
+// the program as a child of itself and returns false for other arguments; then
+// Main calls run.
 func Main(
 	name string,
-	child func(ctx context.Context, args []string) (is bool, err error),
+	child func(ctx context.Context, args []string) (isChild bool, err error),
 	run func(ctx context.Context, args []string) (code int, err error),
 ) {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	is, err := child(ctx, os.Args[1:])
+	isChild, err := child(ctx, os.Args[1:])
 	code := 0
-	if !is {
+	if !isChild {
 		code, err = run(ctx, os.Args[1:])
 	}
 	stop()
@@ -59,7 +59,7 @@ func Main(
 	os.Exit(code)
 }
 
-// Options are the options of every benchmark.
+// Options are the common options of all benchmarks.
 type Options struct {
 	Rounds    int
 	Bound     time.Duration
@@ -70,21 +70,20 @@ type Options struct {
 	Output    string
 }
 
-// Flags adds the options to fs. What they hold is their defaults, where these
-// differ.
+// Flags adds the options to fs. The default of -bound is o.Bound.
 func (o *Options) Flags(fs *flag.FlagSet) {
-	fs.IntVar(&o.Rounds, "rounds", 5, "rounds that count; one more is made before them")
-	fs.DurationVar(&o.Bound, "bound", o.Bound, "the longest that the run may take")
-	fs.BoolVar(&o.Strict, "strict", false, "exit with 1 when a bar is missed, with 3 when one cannot be judged")
+	fs.IntVar(&o.Rounds, "rounds", 5, "rounds that count; one more runs before them")
+	fs.DurationVar(&o.Bound, "bound", o.Bound, "maximum duration of the run")
+	fs.BoolVar(&o.Strict, "strict", false, "exit with 1 for a missed bar, with 3 for an inconclusive one")
 	fs.StringVar(&o.Snapshotd, "snapshotd", "bin/snapshotd", "the program to measure")
 	fs.StringVar(&o.Etcd, "etcd", ".bin/bench-etcd", "test/bench/etcd")
-	fs.StringVar(&o.Dir, "dir", os.TempDir(), "where to make the directory of the run")
-	fs.StringVar(&o.Output, "o", "", "Markdown file to write the report into")
+	fs.StringVar(&o.Dir, "dir", os.TempDir(), "parent of the run's directory")
+	fs.StringVar(&o.Output, "o", "", "Markdown file for the report")
 }
 
-// Parse reads args, and says what is wrong with them, to which check adds.
+// Parse parses args, calls check, and reports an error of either.
 func Parse(fs *flag.FlagSet, args []string, check func() error) error {
-	err := fs.Parse(args) // says so itself
+	err := fs.Parse(args) // reports its error
 	if errors.Is(err, flag.ErrHelp) {
 		return err
 	}
@@ -97,7 +96,7 @@ func Parse(fs *flag.FlagSet, args []string, check func() error) error {
 	return fmt.Errorf("%w: %w", errUsage, err)
 }
 
-// Parts are those of a benchmark that are wanted, of an S3 server.
+// Parts are the parts of a benchmark with an S3 server, and their selection.
 type Parts struct {
 	S3   string // versitygw
 	Only string
@@ -109,10 +108,10 @@ type Parts struct {
 func (p *Parts) Flags(fs *flag.FlagSet, all ...string) {
 	p.all = all
 	fs.StringVar(&p.S3, "s3", ".bin/versitygw", "versitygw")
-	fs.StringVar(&p.Only, "only", strings.Join(all, ","), "what to measure")
+	fs.StringVar(&p.Only, "only", strings.Join(all, ","), "parts to measure")
 }
 
-// Check says which part there is not.
+// Check returns an error for an unknown part.
 func (p *Parts) Check() error {
 	for part := range strings.SplitSeq(p.Only, ",") {
 		if !strings.Contains(","+strings.Join(p.all, ",")+",", ","+part+",") {
@@ -122,19 +121,19 @@ func (p *Parts) Check() error {
 	return nil
 }
 
-// Wants says whether a part is wanted.
-func (p *Parts) Wants(part string) bool { return strings.Contains(","+p.Only+",", ","+part+",") }
+// Selected reports whether a part is selected.
+func (p *Parts) Selected(part string) bool { return strings.Contains(","+p.Only+",", ","+part+",") }
 
-// Part is a part, and what measures it.
+// Part is a part with its measurement.
 type Part struct {
 	Name string
 	Run  func(context.Context) error
 }
 
-// Make makes those of list that are wanted.
-func (p *Parts) Make(ctx context.Context, list ...Part) error {
+// RunParts runs the selected parts of list.
+func (p *Parts) RunParts(ctx context.Context, list ...Part) error {
 	for _, part := range list {
-		if !p.Wants(part.Name) {
+		if !p.Selected(part.Name) {
 			continue
 		}
 		if err := part.Run(ctx); err != nil {
@@ -147,23 +146,23 @@ func (p *Parts) Make(ctx context.Context, list ...Part) error {
 // Run is one run of a benchmark.
 type Run struct {
 	Report *Report
-	Root   string  // a directory that is removed afterwards
-	Before float64 // load average
+	Root   string  // a directory that is removed at the end
+	Before float64 // load average at the start
 
 	log   io.Writer
 	began time.Time
 	names int
 }
 
-// Measure calls measure, for no longer than the bound, and writes the report of
-// the benchmark of that name. Medians says what its figures are.
+// Measure calls measure, for at most o.Bound, and writes the report of the
+// benchmark name. Medians is the sentence that explains its figures.
 func Measure(
 	ctx context.Context,
 	o *Options,
 	name, medians string,
 	measure func(context.Context, *Run) error,
 ) (code int, err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, o.Bound, fmt.Errorf("the run took longer than %v", o.Bound))
+	ctx, cancel := context.WithTimeoutCause(ctx, o.Bound, fmt.Errorf("the run exceeded %v", o.Bound))
 	defer cancel()
 	r := &Run{Report: &Report{Name: name}, Before: Load(), log: os.Stderr, began: time.Now()}
 	if r.Root, err = os.MkdirTemp(o.Dir, name+"-"); err != nil {
@@ -190,26 +189,26 @@ func Measure(
 	return r.Report.Finish(os.Stdout, o.Output, o.Strict)
 }
 
-// Since is how long the run has lasted.
+// Since returns the time since the start of the run.
 func (r *Run) Since() time.Duration { return time.Since(r.began) }
 
-// Say prints the progress of the run.
-func (r *Run) Say(format string, args ...any) {
+// Logf prints the progress of the run.
+func (r *Run) Logf(format string, args ...any) {
 	fmt.Fprintf(r.log, "%6.1fs  %s\n", r.Since().Seconds(), fmt.Sprintf(format, args...))
 }
 
-// Name returns a name that is not taken.
+// Name returns an unused name.
 func (r *Run) Name() string {
 	r.names++
 	return fmt.Sprintf("b%d", r.names)
 }
 
-// Noise says why a time that was missed cannot be judged, empty: it can. Floors
-// are the rounds of what it is measured against, of which least are needed.
-func (r *Run) Noise(floors []float64, rounds, least int) string {
+// Noise returns the reason why a missed time is inconclusive, or an empty string.
+// Floors are the rounds of the comparison, of which minRounds are required.
+func (r *Run) Noise(floors []float64, rounds, minRounds int) string {
 	switch spread := Spread(floors); {
-	case rounds < least:
-		return fmt.Sprintf("fewer than %d rounds", least)
+	case rounds < minRounds:
+		return fmt.Sprintf("fewer than %d rounds", minRounds)
 	case r.Before > float64(runtime.NumCPU()):
 		return fmt.Sprintf("the load average was %.2f before the run", r.Before)
 	case spread > MaxSpread:

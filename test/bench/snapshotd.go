@@ -12,13 +12,13 @@ import (
 	"time"
 )
 
-// The places that every benchmark has.
+// The bucket and the etcd prefix of every benchmark.
 const (
 	Bucket   = "bench"
 	EtcdRoot = "/snapshotd"
 )
 
-// Snapshotd is a snapshotd that runs.
+// Snapshotd is a running snapshotd.
 type Snapshotd struct {
 	*Process
 	Listen  string // host:port of its API
@@ -26,7 +26,7 @@ type Snapshotd struct {
 }
 
 // StartSnapshotd starts snapshotd, the program at bin, on dir and an etcd, with
-// what settings says besides in YAML. It does not wait for it to serve.
+// additional settings in YAML. It returns before snapshotd serves.
 func StartSnapshotd(ctx context.Context, bin, dir, etcd, root, settings string) (*Snapshotd, error) {
 	s := &Snapshotd{}
 	var err error
@@ -57,8 +57,7 @@ log_level: warn
 	return s, nil
 }
 
-// OnS3 is the setting that has snapshotd use the bucket of an S3 server, at
-// host:port.
+// OnS3 returns the settings for the bucket of an S3 server at host:port.
 func OnS3(addr string) string {
 	return fmt.Sprintf(`object_stores:
   default:
@@ -69,12 +68,12 @@ func OnS3(addr string) string {
 `, Bucket, addr)
 }
 
-// Serves waits until it serves.
-func (s *Snapshotd) Serves(ctx context.Context) error {
-	return s.Await(ctx, "http://"+s.Metrics+"/healthz")
+// WaitServing waits until snapshotd serves.
+func (s *Snapshotd) WaitServing(ctx context.Context) error {
+	return s.WaitHealthy(ctx, "http://"+s.Metrics+"/healthz")
 }
 
-// Heap is how much it has on its heap, in bytes, garbage included.
+// Heap returns the size of its heap, in bytes, garbage included.
 func (s *Snapshotd) Heap(ctx context.Context) (float64, error) {
 	const metric = "go_memstats_heap_alloc_bytes"
 	text, err := Get(ctx, "http://"+s.Metrics+"/metrics")
@@ -82,15 +81,15 @@ func (s *Snapshotd) Heap(ctx context.Context) (float64, error) {
 		return 0, err
 	}
 	v, err := Sum(text, metric)
-	if err == nil && v == 0 { // it would pass for a very small heap
-		err = fmt.Errorf("there is no metric %s", metric)
+	if err == nil && v == 0 { // 0 would count as a small heap
+		err = fmt.Errorf("no metric %s", metric)
 	}
 	return v, err
 }
 
-// PeakHeap returns the most that it had on its heap while fn ran, in bytes, of
-// looks that are every so long apart. Looking takes time, which fn does not have.
-func (s *Snapshotd) PeakHeap(ctx context.Context, every time.Duration, fn func() error) (float64, error) {
+// PeakHeap returns the maximum of its heap while fn runs, in bytes, read once per
+// interval. The readings slow fn down.
+func (s *Snapshotd) PeakHeap(ctx context.Context, interval time.Duration, fn func() error) (float64, error) {
 	highest, err := s.Heap(ctx)
 	if err != nil {
 		return 0, err
@@ -100,7 +99,7 @@ func (s *Snapshotd) PeakHeap(ctx context.Context, every time.Duration, fn func()
 	var failed error
 	var group sync.WaitGroup
 	group.Go(func() {
-		tick := time.NewTicker(every)
+		tick := time.NewTicker(interval)
 		defer tick.Stop()
 		for {
 			select {
@@ -129,8 +128,8 @@ func (s *Snapshotd) PeakHeap(ctx context.Context, every time.Duration, fn func()
 	return max(highest, last), err
 }
 
-// Profile writes a processor profile of it while fn runs, of so many seconds, to
-// a file in dir. Fn may take longer or less.
+// Profile writes a processor profile of the given seconds to a file in dir while
+// fn runs. Fn may take another time.
 func (s *Snapshotd) Profile(ctx context.Context, dir, name string, seconds int, fn func() error) error {
 	if err := os.MkdirAll(dir, 0o750); err != nil {
 		return err

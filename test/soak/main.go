@@ -273,7 +273,7 @@ func (r *env) start(ctx context.Context, i int) error {
 	if old := r.replicas[i].Swap(p); old != nil {
 		_ = old.client.Close()
 	}
-	return p.server.Serves(ctx)
+	return p.server.WaitServing(ctx)
 }
 
 // failOver makes another replica lead: the leader is killed and restarted. The
@@ -311,7 +311,7 @@ func (r *env) stopAll() error {
 			continue
 		}
 		if syscall.Kill(p.server.Pid(), 0) != nil {
-			errs = append(errs, p.server.Failed())
+			errs = append(errs, p.server.ExitError())
 		}
 		_ = p.client.Close()
 		p.server.Stop()

@@ -132,7 +132,7 @@ func (r *env) count(ctx context.Context) (n stored, err error) {
 			n.strays++
 		}
 	}
-	err = bench.AskEtcd(r.etcdAt, func(cli *clientv3.Client) error {
+	err = bench.WithEtcd(r.etcdAt, func(cli *clientv3.Client) error {
 		list, err := cli.Leases(ctx)
 		if err != nil {
 			return err

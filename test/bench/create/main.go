@@ -95,7 +95,7 @@ func (o *options) check(sizes string) error {
 	if o.Rounds < 1 || o.clients < 1 || o.streams < 1 || o.batchSegments < 1 || o.listed < 1 {
 		return errors.New("-rounds, -clients, -streams, -message and -snapshots must be positive")
 	}
-	if o.Wants(partCreate) && !o.Wants(partRegister) {
+	if o.Selected(partCreate) && !o.Selected(partRegister) {
 		return fmt.Errorf("-only: %s needs %s", partCreate, partRegister)
 	}
 	return o.Check()
@@ -139,7 +139,7 @@ func run(ctx context.Context, args []string) (int, error) {
 func (r *env) measure(ctx context.Context) error {
 	var largest *collection
 	for _, n := range r.sizes {
-		if !r.Wants(partRegister) {
+		if !r.Selected(partRegister) {
 			break
 		}
 		col, err := r.register(ctx, n)
@@ -147,7 +147,7 @@ func (r *env) measure(ctx context.Context) error {
 			return fmt.Errorf("register %d segments: %w", n, err)
 		}
 		largest = &col
-		if r.Wants(partCreate) {
+		if r.Selected(partCreate) {
 			if err := r.create(ctx, n, col); err != nil {
 				return fmt.Errorf("create of %d segments: %w", n, err)
 			}
@@ -158,12 +158,12 @@ func (r *env) measure(ctx context.Context) error {
 			return err
 		}
 	}
-	if r.Wants(partRead) {
+	if r.Selected(partRead) {
 		if err := r.read(ctx); err != nil {
 			return fmt.Errorf("read: %w", err)
 		}
 	}
-	if r.Wants(partClients) {
+	if r.Selected(partClients) {
 		if err := r.many(ctx); err != nil {
 			return fmt.Errorf("clients: %w", err)
 		}
@@ -225,7 +225,7 @@ func (r *env) start(ctx context.Context, dir string) (stop func(), err error) {
 		return stop, err
 	}
 	ends = append(ends, r.server.Stop)
-	if err = r.server.Serves(ctx); err != nil {
+	if err = r.server.WaitServing(ctx); err != nil {
 		return stop, err
 	}
 	if r.client, err = client.Dial(r.server.Listen, client.Options{}); err != nil {

@@ -109,7 +109,7 @@ func (r *env) inUse(ctx context.Context) (bytes int64, err error) {
 	if err := bench.Wait(ctx, 300*time.Millisecond); err != nil {
 		return 0, err
 	}
-	err = bench.AskEtcd(r.etcdAt, func(cli *clientv3.Client) error {
+	err = bench.WithEtcd(r.etcdAt, func(cli *clientv3.Client) error {
 		st, err := cli.Status(ctx, r.etcdAt)
 		if err == nil {
 			bytes = st.DbSizeInUse
@@ -130,7 +130,7 @@ func (r *env) register(ctx context.Context, n int) (collection, error) {
 		if col, took, size, err = r.registerOnce(ctx, n); err != nil {
 			return col, err
 		}
-		r.Say("registered %d segments in %s", n, bench.Time(took))
+		r.Logf("registered %d segments in %s", n, bench.Time(took))
 		if round > 0 {
 			times, sizes = append(times, took), append(sizes, size)
 		}
@@ -219,7 +219,7 @@ func (r *env) send(ctx context.Context, streams [][]*snapshotdv1.AddSegmentsRequ
 // compacted says what the database takes once history is gone and its free
 // pages are given back.
 func (r *env) compacted(ctx context.Context) error {
-	return bench.AskEtcd(r.etcdAt, func(cli *clientv3.Client) error {
+	return bench.WithEtcd(r.etcdAt, func(cli *clientv3.Client) error {
 		before, err := cli.Status(ctx, r.etcdAt)
 		if err != nil {
 			return err
@@ -253,7 +253,7 @@ type created struct {
 }
 
 func (r *env) createOnce(ctx context.Context, col collection, n int) (*created, error) {
-	r.proxy.Take()
+	r.proxy.Drain()
 	begin := time.Now()
 	resp, err := r.client.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
 		Collection: ref(col.id), Name: r.Name(), RequestToken: client.NewRequestToken(),
@@ -266,7 +266,7 @@ func (r *env) createOnce(ctx context.Context, col collection, n int) (*created, 
 		return nil, fmt.Errorf("a snapshot of %d segments and %d files", got.GetSegments(), got.GetFiles())
 	}
 	c.id = resp.GetSnapshot().GetId()
-	seen := r.proxy.Take()
+	seen := r.proxy.Drain()
 	c.requests = len(seen)
 	var first, lastManifest, last time.Time
 	for _, q := range seen {
@@ -350,7 +350,7 @@ func (r *env) create(ctx context.Context, n int, col collection) error {
 		}
 		decodes = append(decodes, d)
 		c, f := subject[round], floors[round]
-		r.Say("created of %d segments in %s, floor %s (%.2f ×)",
+		r.Logf("created of %d segments in %s, floor %s (%.2f ×)",
 			n, bench.Time(c.all), bench.Time(f.total()), c.all/f.total())
 	}
 	loaded := bench.LoadText()
@@ -479,7 +479,7 @@ func (r *env) read(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r.Say("made %d snapshots in %s", made, bench.Time(time.Since(begin).Seconds()))
+	r.Logf("made %d snapshots in %s", made, bench.Time(time.Since(begin).Seconds()))
 	const samples = 1000
 	var list, get [2][]float64 // median and p99 of each round
 	for round := range r.Rounds + 1 {
@@ -627,7 +627,7 @@ func (r *env) many(ctx context.Context) error {
 					return err
 				}
 			}
-			r.Say("%v added: 1 client %.1f/s, %d clients %.1f/s (%.1f ×)", c.delay, a, len(cols), b, b/a)
+			r.Logf("%v added: 1 client %.1f/s, %d clients %.1f/s (%.1f ×)", c.delay, a, len(cols), b, b/a)
 			if round > 0 {
 				one, all = append(one, a), append(all, b)
 			}

@@ -82,7 +82,7 @@ func (w *worker) do(ctx context.Context, j job) (*result, error) {
 	}
 	line, err := w.out.ReadBytes('\n')
 	if err != nil {
-		return nil, errors.Join(err, w.process.Failed())
+		return nil, errors.Join(err, w.process.ExitError())
 	}
 	r := &result{}
 	if err := json.Unmarshal(line, r); err != nil {

@@ -51,7 +51,7 @@ func startFloor(ctx context.Context, dir string) (*floor, error) {
 // delete deletes the objects of a set, and returns the seconds that it took.
 func (f *floor) delete(ctx context.Context, j job) (float64, error) {
 	r := &result{}
-	if err := f.process.Ask(ctx, f.out, j, r); err != nil {
+	if err := f.process.Call(ctx, f.out, j, r); err != nil {
 		return 0, err
 	}
 	if r.Error != "" {

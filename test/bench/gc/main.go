@@ -156,7 +156,7 @@ func (r *env) measure(ctx context.Context) error {
 	defer r.floor.process.Stop()
 	defer r.stop()
 
-	return r.Make(
+	return r.RunParts(
 		ctx,
 		bench.Part{Name: partRounds, Run: r.deletes},
 		bench.Part{Name: partFull, Run: r.fullRound},
@@ -178,7 +178,7 @@ func (r *env) serve(ctx context.Context, s3 string, rate int) error {
 	if r.server, err = bench.StartSnapshotd(ctx, r.Snapshotd, r.Root, r.etcdAt, bench.EtcdRoot, settings); err != nil {
 		return err
 	}
-	if err := r.server.Serves(ctx); err != nil {
+	if err := r.server.WaitServing(ctx); err != nil {
 		return err
 	}
 	r.client, err = client.Dial(r.server.Listen, client.Options{})

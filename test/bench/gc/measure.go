@@ -32,13 +32,13 @@ const (
 	collections = 10 // of part idle
 	livingEach  = 1  // files of a segment of it
 
-	pollEvery = 50 * time.Millisecond  // for the end of a round
-	lookEvery = 200 * time.Millisecond // at the heap
+	pollEvery    = 50 * time.Millisecond  // for the end of a round
+	heapInterval = 200 * time.Millisecond // at the heap
 )
 
-// tries is how many requests at once the floor may have: it has that of them with
+// concurrencies is how many requests at once the floor may have: it has that of them with
 // which it is the fastest, there and back.
-var tries = []int{2, 4, 8}
+var concurrencies = []int{2, 4, 8}
 
 // tables in the order of the report
 const (
@@ -120,7 +120,9 @@ type took struct {
 func (r *env) collect(ctx context.Context, c *collection) (t took, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	used := func() [3]float64 { return [3]float64{r.server.Used(), r.etcd.Used(), r.gateway.Used()} }
+	used := func() [3]float64 {
+		return [3]float64{r.server.CPUSeconds(), r.etcd.CPUSeconds(), r.gateway.CPUSeconds()}
+	}
 	before := used()
 	begin := time.Now()
 	answered := make(chan error, 1)
@@ -264,12 +266,12 @@ func (r *env) floorOnce(ctx context.Context, segments, inFlight int) (t took, er
 	if err := r.write(ctx, &s); err != nil {
 		return t, err
 	}
-	gateway, used := r.gateway.Used(), r.floor.process.Used()
+	gateway, used := r.gateway.CPUSeconds(), r.floor.process.CPUSeconds()
 	t.seconds, err = r.floor.delete(ctx, job{S3: r.serving, Set: s, InFlight: inFlight})
 	if err != nil {
 		return t, err
 	}
-	t.gateway, t.client = r.gateway.Used()-gateway, r.floor.process.Used()-used
+	t.gateway, t.client = r.gateway.CPUSeconds()-gateway, r.floor.process.CPUSeconds()-used
 	return t, errors.Join(r.left(s.Prefix), r.forgetFiles(s.Prefix))
 }
 
@@ -280,17 +282,17 @@ func (r *env) best(ctx context.Context) error {
 	}
 	segments := max(r.segments/4, 1)
 	sums := map[int]float64{}
-	there, back := slices.Clone(tries), slices.Clone(tries)
-	slices.Reverse(back)
-	for _, n := range append(there, back...) {
+	up, down := slices.Clone(concurrencies), slices.Clone(concurrencies)
+	slices.Reverse(down)
+	for _, n := range append(up, down...) {
 		t, err := r.floorOnce(ctx, segments, n)
 		if err != nil {
 			return err
 		}
-		r.Say("floor, %d in flight: %d objects in %s", n, segments*filesEach, bench.Time(t.seconds))
+		r.Logf("floor, %d in flight: %d objects in %s", n, segments*filesEach, bench.Time(t.seconds))
 		sums[n] += t.seconds
 	}
-	r.inFlight = slices.MinFunc(tries, func(a, b int) int { return cmp.Compare(sums[a], sums[b]) })
+	r.inFlight = slices.MinFunc(concurrencies, func(a, b int) int { return cmp.Compare(sums[a], sums[b]) })
 	return nil
 }
 
@@ -345,7 +347,7 @@ func (r *env) both(ctx context.Context, segments int, whole, floorFirst bool) (a
 			return a, b, err
 		}
 	}
-	r.Say(
+	r.Logf(
 		"%d segments: round %s, answered after %s, floor %s: %.2f; processor: snapshotd %s, etcd %s, versitygw %s; "+
 			"floor %s, versitygw %s",
 		segments,
@@ -434,11 +436,11 @@ func (r *env) requests(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r.proxy.Take()
+	r.proxy.Drain()
 	if _, err := r.collect(ctx, c); err != nil {
 		return err
 	}
-	deletes, seen := 0, r.proxy.Take()
+	deletes, seen := 0, r.proxy.Drain()
 	for _, q := range seen {
 		if q.Method == http.MethodPost || q.Method == http.MethodDelete {
 			deletes++
@@ -476,7 +478,7 @@ func (r *env) fullRound(ctx context.Context) error {
 		return err
 	}
 	var a took
-	heap, err := r.server.PeakHeap(ctx, lookEvery, func() (err error) { a, err = r.collect(ctx, c); return err })
+	heap, err := r.server.PeakHeap(ctx, heapInterval, func() (err error) { a, err = r.collect(ctx, c); return err })
 	if err != nil {
 		return err
 	}
@@ -484,7 +486,7 @@ func (r *env) fullRound(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r.Say(
+	r.Logf(
 		"%d segments: round %s, floor %s: %.2f, peak heap %s, etcd %s before and %s after",
 		r.full,
 		bench.Time(a.seconds),
@@ -530,7 +532,7 @@ func (r *env) delayed(ctx context.Context) error {
 	var subject, floors []took
 	was := r.inFlight
 	defer func() { r.inFlight = was }()
-	r.inFlight = tries[len(tries)-1]
+	r.inFlight = concurrencies[len(concurrencies)-1]
 	for round := range r.Rounds + 1 {
 		a, b, err := r.both(ctx, segments, false, round%2 == 1)
 		if err != nil {
@@ -540,7 +542,7 @@ func (r *env) delayed(ctx context.Context) error {
 			subject, floors = append(subject, a), append(floors, b)
 		}
 	}
-	r.proxy.Take() // they are not reported
+	r.proxy.Drain() // they are not reported
 	r.row(fmt.Sprintf("%d, %v added to a request", segments, r.latency), segments, subject, floors)
 	return nil
 }
@@ -574,7 +576,7 @@ func (r *env) idle(ctx context.Context) error {
 		}
 	}
 	registered := time.Since(begin)
-	r.Say("registered %d segments in %v", r.living+r.held, registered.Round(time.Second))
+	r.Logf("registered %d segments in %v", r.living+r.held, registered.Round(time.Second))
 	size, err := bench.Defragment(ctx, r.etcdAt)
 	if err != nil {
 		return err
@@ -594,19 +596,19 @@ func (r *env) idle(ctx context.Context) error {
 	var times []float64
 	requests := 0
 	for i := range r.Rounds + 1 {
-		r.proxy.Take()
+		r.proxy.Drain()
 		begin := time.Now()
 		if err := round(); err != nil {
 			return err
 		}
 		took := time.Since(begin).Seconds()
-		seen := r.proxy.Take()
-		r.Say("nothing to do: %s, %d requests", bench.Time(took), len(seen))
+		seen := r.proxy.Drain()
+		r.Logf("nothing to do: %s, %d requests", bench.Time(took), len(seen))
 		if i > 0 {
 			times, requests = append(times, took), max(requests, len(seen))
 		}
 	}
-	heap, err := r.server.PeakHeap(ctx, lookEvery/10, round)
+	heap, err := r.server.PeakHeap(ctx, heapInterval/10, round)
 	if err != nil {
 		return err
 	}
@@ -662,7 +664,7 @@ func (r *env) grants(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		used := [2]float64{r.server.Used(), r.etcd.Used()}
+		used := [2]float64{r.server.CPUSeconds(), r.etcd.CPUSeconds()}
 		begin := time.Now()
 		if err := r.ask(
 			ctx,
@@ -676,8 +678,12 @@ func (r *env) grants(ctx context.Context) error {
 		); err != nil {
 			return err
 		}
-		t := took{seconds: time.Since(begin).Seconds(), client: r.server.Used() - used[0], etcd: r.etcd.Used() - used[1]}
-		r.Say(
+		t := took{
+			seconds: time.Since(begin).Seconds(),
+			client:  r.server.CPUSeconds() - used[0],
+			etcd:    r.etcd.CPUSeconds() - used[1],
+		}
+		r.Logf(
 			"%d grants in %s; processor: snapshotd %s, etcd %s",
 			r.segments,
 			bench.Time(t.seconds),

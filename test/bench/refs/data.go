@@ -237,10 +237,10 @@ func (r *env) fill(ctx context.Context, cl *cluster) (*collection, error) {
 			return nil, err
 		}
 		if (i+1)%forgetEvery == 0 {
-			if err := bench.Forget(ctx, cl.at); err != nil {
+			if err := bench.CompactEtcd(ctx, cl.at); err != nil {
 				return nil, err
 			}
-			r.Say("%d snapshots, load %.2f", i+1, bench.Load())
+			r.Logf("%d snapshots, load %.2f", i+1, bench.Load())
 		}
 	}
 	return col, nil

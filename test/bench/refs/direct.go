@@ -149,7 +149,7 @@ func (r *env) fillDirectly(ctx context.Context, cl *cluster) (*collection, error
 		builds := slices.Sorted(maps.Values(build))
 		group.Go(func() error { return c.put(groupCtx, at+int64(2*n), fmt.Sprintf("s%d", i+1), segments, builds) })
 		if (i+2)%forgetEvery == 0 {
-			r.Say("%d snapshots, load %.2f", i+2, bench.Load())
+			r.Logf("%d snapshots, load %.2f", i+2, bench.Load())
 		}
 	}
 	if err := group.Wait(); err != nil {

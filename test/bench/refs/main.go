@@ -173,7 +173,7 @@ func (c *cluster) serve(ctx context.Context) error {
 	if err := c.start(ctx); err != nil {
 		return err
 	}
-	return c.server.Serves(ctx)
+	return c.server.WaitServing(ctx)
 }
 
 // stop ends snapshotd.

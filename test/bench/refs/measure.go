@@ -28,8 +28,8 @@ const (
 	maxRatio   = 1.2
 )
 
-// lookEvery is how often snapshotd's metrics are read while something goes on.
-const lookEvery = 20 * time.Millisecond
+// heapInterval is how often snapshotd's metrics are read while something goes on.
+const heapInterval = 20 * time.Millisecond
 
 // timed adds a bar that a busy machine can miss.
 func (r *env) timed(what, want, got string, ok bool) {
@@ -79,7 +79,7 @@ func (r *env) measure(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	r.Say("made %d snapshots in %v, load %s", r.snapshots, filled.Round(time.Second), bench.LoadText())
+	r.Logf("made %d snapshots in %v, load %s", r.snapshots, filled.Round(time.Second), bench.LoadText())
 	r.Report.Tables = append(r.Report.Tables, bench.Table{
 		Title: "Set-up",
 		Head: []string{
@@ -146,7 +146,7 @@ func (c *cluster) scrape(ctx context.Context) []byte {
 func (c *cluster) until(ctx context.Context, good func(text []byte) (bool, error)) (heap, used float64, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, errors.New("snapshotd did not get there in a minute"))
 	defer cancel()
-	tick := time.NewTicker(lookEvery)
+	tick := time.NewTicker(heapInterval)
 	defer tick.Stop()
 	for {
 		if text := c.scrape(ctx); text != nil {
@@ -212,7 +212,7 @@ func (r *env) loads(ctx context.Context, c *cluster) error {
 		if err != nil {
 			return err
 		}
-		r.Say(
+		r.Logf(
 			"knew %d snapshots after %s, %s of processor time, heap up to %s, load %s",
 			r.snapshots,
 			bench.Time(took),
@@ -271,13 +271,13 @@ func (r *env) checksAlone(ctx context.Context, c *cluster, col *collection) erro
 	}
 	var got result
 	if err := json.NewDecoder(p.Stdout).Decode(&got); err != nil {
-		return errors.Join(err, p.Failed())
+		return errors.Join(err, p.ExitError())
 	}
 	if want := col.referenced; got.Segments != want || got.Builds != want {
 		return fmt.Errorf("%d segments and %d builds are referenced, want %d", got.Segments, got.Builds, want)
 	}
 	took := bench.Median(got.Checks)
-	r.Say("looked %d segments up in %s, load %s", r.checks, bench.Time(took), bench.LoadText())
+	r.Logf("looked %d segments up in %s, load %s", r.checks, bench.Time(took), bench.LoadText())
 	r.Report.Tables = append(r.Report.Tables, bench.Table{
 		Title: "The index alone",
 		Head: []string{
@@ -425,7 +425,7 @@ func (r *env) reclaims(ctx context.Context, c *cluster, col *collection, spare [
 				return err
 			}
 		}
-		r.Say(
+		r.Logf(
 			"reclaim of %d units: granted %s, held %s, load %s",
 			r.units,
 			bench.Time(free[round].took),

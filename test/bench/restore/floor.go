@@ -55,7 +55,7 @@ func startFloor(ctx context.Context, dir string) (*floor, error) {
 
 func (f *floor) do(ctx context.Context, j job) (*result, error) {
 	r := &result{}
-	if err := f.process.Ask(ctx, f.out, j, r); err != nil {
+	if err := f.process.Call(ctx, f.out, j, r); err != nil {
 		return nil, err
 	}
 	if r.Error != "" {

@@ -151,7 +151,7 @@ func (r *env) measure(ctx context.Context) error {
 	defer r.floor.process.Stop()
 	defer r.stop()
 
-	return r.Make(
+	return r.RunParts(
 		ctx,
 		bench.Part{Name: partSmall, Run: r.small},
 		bench.Part{Name: partMedium, Run: r.medium},
@@ -173,7 +173,7 @@ func (r *env) serve(ctx context.Context, s3, root string, inFlight int) error {
 	if r.server, err = bench.StartSnapshotd(ctx, r.Snapshotd, r.Root, r.etcdAt, root, settings); err != nil {
 		return err
 	}
-	if err := r.server.Serves(ctx); err != nil {
+	if err := r.server.WaitServing(ctx); err != nil {
 		return err
 	}
 	r.client, err = client.Dial(r.server.Listen, client.Options{})

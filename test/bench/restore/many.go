@@ -86,7 +86,7 @@ func (r *env) many(ctx context.Context) error {
 	if err := c.do(ctx, manyJob{Op: "setup", Segments: r.segments}, made); err != nil {
 		return err
 	}
-	r.Say("%d segments: registered", r.segments)
+	r.Logf("%d segments: registered", r.segments)
 	task := manyJob{Segments: r.segments, Snapshot: made.Snapshot, First: made.First}
 	var times []float64
 	all := &manyResult{}
@@ -96,7 +96,7 @@ func (r *env) many(ctx context.Context) error {
 		if err := c.do(ctx, task, res); err != nil {
 			return err
 		}
-		r.Say("%d segments: restore %s, peak heap %s", r.segments, bench.Time(res.Seconds), bench.MiB(res.Heap))
+		r.Logf("%d segments: restore %s, peak heap %s", r.segments, bench.Time(res.Seconds), bench.MiB(res.Heap))
 		times = append(times, res.Seconds)
 		all.Heap, all.JobBytes, all.TaskBytes = max(
 			all.Heap,
@@ -170,7 +170,7 @@ func (r *env) restart(ctx context.Context, c **manyProcess, bits string, task ma
 	if err := next.do(ctx, task, res); err != nil {
 		return err
 	}
-	r.Say("killed with %d tasks left: %d writes before the first copy, at most %d for a task", left, res.All, res.Writes)
+	r.Logf("killed with %d tasks left: %d writes before the first copy, at most %d for a task", left, res.All, res.Writes)
 	r.counted(
 		fmt.Sprintf(
 			"killed with %d unfinished tasks: etcd writes per task before it resumes (maximum %d)",
@@ -222,7 +222,7 @@ func (r *env) startMany(ctx context.Context, bits string) (*manyProcess, error) 
 }
 
 func (p *manyProcess) do(ctx context.Context, j manyJob, res *manyResult) error {
-	if err := p.process.Ask(ctx, p.out, j, res); err != nil {
+	if err := p.process.Call(ctx, p.out, j, res); err != nil {
 		return err
 	}
 	if res.Error != "" {

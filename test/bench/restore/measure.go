@@ -39,9 +39,9 @@ const (
 	bytesPerSecond                          = 100 << 20 // of a request
 )
 
-// tries is how many objects at once the floor and rclone may copy: each has that
+// concurrencies is how many objects at once the floor and rclone may copy: each has that
 // of them with which it is the fastest, there and back.
-var tries = []int{8, 16, 32}
+var concurrencies = []int{8, 16, 32}
 
 // tables in the order of the report
 const (
@@ -193,7 +193,7 @@ func (r *env) throughput(ctx context.Context, c *class) error {
 			}
 		}
 		for i := range variants {
-			r.Say("%s: %s %s", c.title, variants[i].name, bench.Time(took[i]))
+			r.Logf("%s: %s %s", c.title, variants[i].name, bench.Time(took[i]))
 			if round > 0 {
 				times[i] = append(times[i], took[i])
 			}
@@ -241,22 +241,22 @@ func (r *env) judge(c *class, times [][]float64, floorAt, rcloneAt int) {
 	r.table(tableCopy).Add(row...)
 }
 
-// best tries a variant at each number of objects in flight, and returns the one
+// best concurrencies a variant at each number of objects in flight, and returns the one
 // that is the fastest.
 func (r *env) best(ctx context.Context, c *class, with func(inFlight int) *variant) (int, error) {
 	sums := map[int]float64{}
-	there, back := slices.Clone(tries), slices.Clone(tries)
-	slices.Reverse(back)
-	for _, n := range append(there, back...) {
+	up, down := slices.Clone(concurrencies), slices.Clone(concurrencies)
+	slices.Reverse(down)
+	for _, n := range append(up, down...) {
 		v := with(n)
 		took, err := r.once(ctx, c, v)
 		if err != nil {
 			return 0, err
 		}
-		r.Say("%s: %s, %d in flight: %s", c.title, v.name, n, bench.Time(took))
+		r.Logf("%s: %s, %d in flight: %s", c.title, v.name, n, bench.Time(took))
 		sums[n] += took
 	}
-	return slices.MinFunc(tries, func(a, b int) int { return cmp.Compare(sums[a], sums[b]) }), nil
+	return slices.MinFunc(concurrencies, func(a, b int) int { return cmp.Compare(sums[a], sums[b]) }), nil
 }
 
 // once copies a class, looks whether all is there, and removes it.
@@ -299,12 +299,12 @@ func (r *env) count(ctx context.Context, c *class) error {
 	if err := r.serve(ctx, r.proxy.Addr, etcdRoot, 0); err != nil {
 		return err
 	}
-	r.proxy.Take()
+	r.proxy.Drain()
 	if _, err := r.once(ctx, c, r.restoreVariant(c)); err != nil {
 		return err
 	}
 	var copies, reads, heads int
-	seen := r.proxy.Take()
+	seen := r.proxy.Drain()
 	for _, q := range seen {
 		switch q.Method {
 		case http.MethodPut:
@@ -357,7 +357,7 @@ func (r *env) segment(ctx context.Context) error {
 		}
 	}
 	median, p99 := bench.Median(times), bench.Quantile(times, 0.99)
-	r.Say("one segment of 3 files: %s, p99 %s", bench.Time(median), bench.Time(p99))
+	r.Logf("one segment of 3 files: %s, p99 %s", bench.Time(median), bench.Time(p99))
 	r.table(tableOne).Add(
 		"a segment of 3 files of 64 KiB",
 		strconv.Itoa(len(times)),
@@ -427,7 +427,7 @@ func (r *env) large(ctx context.Context) error {
 				return err
 			}
 		}
-		r.Say("600 MiB: restore %s, one request %s", bench.Time(a), bench.Time(b))
+		r.Logf("600 MiB: restore %s, one request %s", bench.Time(a), bench.Time(b))
 		if round > 0 {
 			restores, single = append(restores, a), append(single, b)
 		}
@@ -502,7 +502,7 @@ func (r *env) delayed(ctx context.Context) error {
 				return err
 			}
 		}
-		r.Say("%v added: restore %s, floor %s", r.latency, bench.Time(a), bench.Time(b))
+		r.Logf("%v added: restore %s, floor %s", r.latency, bench.Time(a), bench.Time(b))
 		if round > 0 {
 			restores, floors = append(restores, a), append(floors, b)
 		}

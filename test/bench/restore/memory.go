@@ -35,7 +35,7 @@ func startMemoryS3(ctx context.Context, dir string) (*memoryServer, error) {
 	s := &memoryServer{process: p}
 	if _, err := fmt.Fscanln(p.Stdout, &s.at); err != nil {
 		p.Stop()
-		return nil, p.Failed()
+		return nil, p.ExitError()
 	}
 	return s, nil
 }

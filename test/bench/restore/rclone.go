@@ -40,7 +40,7 @@ func startRclone(ctx context.Context, bin, dir, s3 string) (*rclone, error) {
 		return nil, err
 	}
 	c := &rclone{process: p, at: addr, s3: s3}
-	if err := p.Await(ctx, "http://"+addr+"/metrics"); err != nil {
+	if err := p.WaitHealthy(ctx, "http://"+addr+"/metrics"); err != nil {
 		p.Stop()
 		return nil, err
 	}
