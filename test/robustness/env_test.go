@@ -95,7 +95,7 @@ func newEnv(tb testing.TB, bin, dir string, quota int64, proxied bool) *env {
 	r.store, r.bucket = s3.Client(), o.Bucket
 	r.proxy = s3fault.New(tb, s3.Endpoint())
 	r.proxy.Age(age)
-	r.proxy.OnAsked(func(a s3fault.Asked) {
+	r.proxy.OnRequest(func(a s3fault.ServerRequest) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		for _, key := range a.Deletes {

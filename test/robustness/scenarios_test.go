@@ -768,7 +768,7 @@ func wrongMetadata(ctx context.Context, t *traffic, chance *rand.Rand) {
 			t,
 			wrongHeads,
 			time.Second,
-			s3fault.Rule{Op: s3fault.HeadObject, Times: -1, Action: pick(chance, s3fault.WrongLength(), s3fault.NotThere())},
+			s3fault.Rule{Op: s3fault.HeadObject, Times: -1, Action: pick(chance, s3fault.WrongLength(), s3fault.NotFound())},
 		)
 	case 1:
 		plan(ctx, t, listLacks, time.Second, s3fault.Rule{Op: s3fault.ListObjectsV2, Times: -1, Action: s3fault.ListMisses()})
@@ -781,7 +781,7 @@ func wrongMetadata(ctx context.Context, t *traffic, chance *rand.Rand) {
 			s3fault.Rule{
 				Op:     s3fault.ListObjectsV2,
 				Times:  4,
-				Action: pick(chance, s3fault.ListTwice(), s3fault.ListStray("zzz/stray")),
+				Action: pick(chance, s3fault.ListDuplicates(), s3fault.ListForeign("zzz/stray")),
 			},
 		)
 	}
@@ -842,7 +842,7 @@ func harmSources(ctx context.Context, t *traffic, _ *rand.Rand) {
 	}
 	var once sync.Once
 	var harmed atomic.Bool
-	t.proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Times: -1, Action: s3fault.Meanwhile(func(r *http.Request) {
+	t.proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Times: -1, Action: s3fault.CallBefore(func(r *http.Request) {
 		_, key, _ := strings.Cut(strings.TrimPrefix(r.Header.Get("X-Amz-Copy-Source"), "/"), "/")
 		if t.holds(s, key) {
 			once.Do(func() {

@@ -1,5 +1,5 @@
-// Package s3fault is a proxy in front of an S3 server that makes requests fail
-// as planned: before they reach the server or after it has carried them out.
+// Package s3fault has a proxy for an S3 server that injects planned faults, before
+// a request reaches the server or after the server has executed it.
 package s3fault
 
 import (
@@ -25,7 +25,7 @@ import (
 	v4 "github.com/aws/aws-sdk-go-v2/aws/signer/v4"
 )
 
-// Op is what a request is.
+// Op is the operation of a request.
 type Op string
 
 // The operations. Any other request is Other.
@@ -47,8 +47,8 @@ const (
 	Other                   Op = "Other"
 )
 
-// Classify says what a request is, and which object it is about: the path
-// without the bucket, empty if it is about the bucket.
+// Classify returns the operation and the key of a request. The key is the path
+// without the bucket, empty for a request on the bucket.
 func Classify(r *http.Request) (Op, string) {
 	_, key, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
 	q := r.URL.Query()
@@ -104,30 +104,31 @@ func Classify(r *http.Request) (Op, string) {
 
 // Rule plans a fault.
 type Rule struct {
-	// Op is the operation that it concerns. Default: any.
+	// Op is the operation. Default: any.
 	Op Op
-	// Key is what the key must match. Default: any.
+	// Key is the pattern of the key. Default: any.
 	Key *regexp.Regexp
-	// Skip is how many such requests are let through first.
+	// Skip is the number of matching requests that pass first.
 	Skip int
-	// Times is how many are then concerned. Default: 1; negative: all.
+	// Times is the number of requests with the fault after that. Default: 1;
+	// negative: all.
 	Times int
-	// Action is what happens to them.
+	// Action is the fault.
 	Action Action
 }
 
-// Action is what happens to a request.
+// Action is a fault of a request.
 type Action struct {
 	name string
-	// before may change the request, or answer it instead of the server.
+	// before may change the request, or respond instead of the server.
 	before func(p *Proxy, w http.ResponseWriter, r *http.Request) (answered bool)
-	// after gets the server's answer and gives the client another. It returns
-	// false, and does nothing, when there is nothing to do it to.
+	// after replaces the server's response. It returns false if the response has
+	// nothing to change.
 	after func(p *Proxy, w http.ResponseWriter, r *http.Request, answer *Answer) bool
 	twice bool
 }
 
-// Answer is what the server answered.
+// Answer is a response.
 type Answer struct {
 	Status int
 	Header http.Header
@@ -140,15 +141,15 @@ func (a *Answer) write(w http.ResponseWriter) {
 	_, _ = w.Write(a.Body) // the client may be gone
 }
 
-// Status answers with an error of S3 and does not ask the server.
+// Status responds with an S3 error. The server gets no request.
 func Status(status int, code string) Action { return StatusWith(status, code, nil) }
 
-// StatusWith is Status with header fields.
+// StatusWith is [Status] with header fields.
 func StatusWith(status int, code string, header http.Header) Action {
 	return Instead(&Answer{Status: status, Header: header, Body: xmlError(code)})
 }
 
-// Instead answers so and does not ask the server.
+// Instead responds with answer. The server gets no request.
 func Instead(answer *Answer) Action {
 	return Action{
 		name: fmt.Sprintf("status %d %.60q", answer.Status, answer.Body),
@@ -159,7 +160,7 @@ func Instead(answer *Answer) Action {
 	}
 }
 
-// After has the server carry the request out and answers so.
+// After lets the server execute the request and responds with answer.
 func After(answer *Answer) Action {
 	return Edit(
 		fmt.Sprintf("answer %d %.60q", answer.Status, answer.Body),
@@ -167,8 +168,8 @@ func After(answer *Answer) Action {
 	)
 }
 
-// Edit has the server carry the request out and changes its answer. A change
-// that returns false has found nothing to change and does not count as fired.
+// Edit lets the server execute the request and changes its response. A change that
+// returns false does not count as fired.
 func Edit(name string, change func(*Answer) bool) Action {
 	return Action{name: name, after: func(_ *Proxy, w http.ResponseWriter, _ *http.Request, a *Answer) bool {
 		length := len(a.Body)
@@ -181,7 +182,7 @@ func Edit(name string, change func(*Answer) bool) Action {
 	}}
 }
 
-// Reset breaks the connection before the server is asked.
+// Reset resets the connection. The server gets no request.
 func Reset() Action {
 	return Action{
 		name:   "reset",
@@ -189,7 +190,7 @@ func Reset() Action {
 	}
 }
 
-// Lost has the server carry the request out and loses its answer.
+// Lost lets the server execute the request and resets the connection.
 func Lost() Action {
 	return Action{
 		name:  "lost",
@@ -197,7 +198,7 @@ func Lost() Action {
 	}
 }
 
-// Hang never answers, and does not ask the server.
+// Hang never responds. The server gets no request.
 func Hang() Action {
 	return Action{
 		name:   "hang",
@@ -205,16 +206,16 @@ func Hang() Action {
 	}
 }
 
-// HangAfter has the server carry the request out and never answers.
+// HangAfter lets the server execute the request and never responds.
 func HangAfter() Action {
 	return Action{name: "hang after", after: func(p *Proxy, w http.ResponseWriter, r *http.Request, _ *Answer) bool {
-		w.(*lateWriter).send(true) // only counts
+		w.(*heldWriter).send(true) // only counts
 		p.hang(r)
 		return true
 	}}
 }
 
-// HangInBody sends half of the body and then no more.
+// HangInBody sends half of the body and never the rest.
 func HangInBody() Action {
 	return Action{name: "hang in body", after: func(p *Proxy, w http.ResponseWriter, r *http.Request, a *Answer) bool {
 		if !a.half(w) {
@@ -225,7 +226,7 @@ func HangInBody() Action {
 	}}
 }
 
-// Truncate sends half of the body and breaks the connection.
+// Truncate sends half of the body and resets the connection.
 func Truncate() Action {
 	return Action{name: "truncate", after: func(_ *Proxy, w http.ResponseWriter, _ *http.Request, a *Answer) bool {
 		if !a.half(w) {
@@ -236,7 +237,7 @@ func Truncate() Action {
 	}}
 }
 
-// half sends the header and half of the body, and says whether there was one.
+// half sends the header and half of the body. It returns false without a body.
 func (a *Answer) half(w http.ResponseWriter) bool {
 	if len(a.Body) < 2 {
 		a.write(w)
@@ -248,7 +249,7 @@ func (a *Answer) half(w http.ResponseWriter) bool {
 	return true
 }
 
-// Slow waits before the server is asked.
+// Slow delays the request before it reaches the server.
 func Slow(d time.Duration) Action {
 	return Action{name: "slow", before: func(p *Proxy, _ http.ResponseWriter, r *http.Request) bool {
 		timer := time.NewTimer(d)
@@ -262,18 +263,18 @@ func Slow(d time.Duration) Action {
 	}}
 }
 
-// ErrorIn200 has the server carry the request out and answers 200 with an error
-// in the body.
+// ErrorIn200 lets the server execute the request and responds with 200 and an
+// error in the body.
 func ErrorIn200(code string) Action {
 	return After(
 		&Answer{Status: http.StatusOK, Header: http.Header{"Content-Type": {"application/xml"}}, Body: xmlError(code)},
 	)
 }
 
-// Empty200 has the server carry the request out and answers 200 with nothing.
+// Empty200 lets the server execute the request and responds with an empty 200.
 func Empty200() Action { return After(&Answer{Status: http.StatusOK, Header: http.Header{}}) }
 
-// HTML200 has the server carry the request out and answers 200 with a page.
+// HTML200 lets the server execute the request and responds with 200 and a page.
 func HTML200() Action {
 	return After(&Answer{
 		Status: http.StatusOK, Header: http.Header{"Content-Type": {"text/html"}},
@@ -292,7 +293,7 @@ func Corrupt() Action {
 	})
 }
 
-// Short leaves the second half of the body out, and says so in Content-Length.
+// Short cuts off the second half of the body, with a matching Content-Length.
 func Short() Action {
 	return Edit("short", func(a *Answer) bool {
 		if len(a.Body) < 2 {
@@ -303,7 +304,7 @@ func Short() Action {
 	})
 }
 
-// Long adds bytes to the body, and says so in Content-Length.
+// Long appends bytes to the body, with a matching Content-Length.
 func Long() Action {
 	return Edit("long", func(a *Answer) bool {
 		if len(a.Body) == 0 {
@@ -314,7 +315,7 @@ func Long() Action {
 	})
 }
 
-// WrongLength adds one to the length in the answer to a HEAD.
+// WrongLength adds one to the Content-Length of the response to a HEAD.
 func WrongLength() Action {
 	return Edit("wrong length", func(a *Answer) bool {
 		n, err := strconv.Atoi(a.Header.Get("Content-Length"))
@@ -326,8 +327,8 @@ func WrongLength() Action {
 	})
 }
 
-// NotThere says 404 of what is there.
-func NotThere() Action {
+// NotFound responds with 404 for an existing object.
+func NotFound() Action {
 	return Edit("not there", func(a *Answer) bool {
 		if a.Status != http.StatusOK {
 			return false
@@ -337,7 +338,7 @@ func NotThere() Action {
 	})
 }
 
-// What a listing consists of.
+// The elements of a listing.
 var (
 	listed   = regexp.MustCompile(`(?s)<Contents>.*?</Contents>`)
 	keyOf    = regexp.MustCompile(`<Key>[^<]*</Key>`)
@@ -345,8 +346,8 @@ var (
 	modified = regexp.MustCompile(`<LastModified>([^<]*)</LastModified>`)
 )
 
-// editList changes the entries of a listing, and how many it says there are. It is
-// false when there are none.
+// editList changes the entries of a listing and its KeyCount. It does not fire on an
+// empty listing.
 func editList(name string, change func(entries []string) []string) Action {
 	return Edit(name, func(a *Answer) bool {
 		entries := listed.FindAllString(string(a.Body), -1)
@@ -362,7 +363,7 @@ func editList(name string, change func(entries []string) []string) Action {
 	})
 }
 
-// ListMisses leaves one object out of a listing.
+// ListMisses removes one object from a listing.
 func ListMisses() Action {
 	return editList(
 		"list misses",
@@ -370,30 +371,30 @@ func ListMisses() Action {
 	)
 }
 
-// ListTwice lists one object twice.
-func ListTwice() Action {
+// ListDuplicates repeats one object of a listing.
+func ListDuplicates() Action {
 	return editList("list twice", func(entries []string) []string {
 		return slices.Insert(entries, len(entries)/2, entries[len(entries)/2])
 	})
 }
 
-// ListStray adds an object to a listing, with a key that is not below its prefix.
-func ListStray(key string) Action {
+// ListForeign adds an object to a listing, with a key outside its prefix.
+func ListForeign(key string) Action {
 	return editList("list stray", func(entries []string) []string {
 		return append(entries, keyOf.ReplaceAllLiteralString(entries[len(entries)-1], "<Key>"+key+"</Key>"))
 	})
 }
 
-// Meanwhile calls fn before the server is asked. Fn is called by many goroutines at
-// once.
-func Meanwhile(fn func(r *http.Request)) Action {
+// CallBefore calls fn before the request reaches the server. Fn must be safe for
+// concurrent use.
+func CallBefore(fn func(r *http.Request)) Action {
 	return Action{name: "meanwhile", before: func(_ *Proxy, _ http.ResponseWriter, r *http.Request) bool {
 		fn(r)
 		return false
 	}}
 }
 
-// StripRequest leaves a field out of the request, which it signs again.
+// StripRequest removes a header field of the request and signs the request again.
 func StripRequest(name string, accessKeyID, secret string) Action {
 	return Action{name: "strip " + name, before: func(_ *Proxy, w http.ResponseWriter, r *http.Request) bool {
 		r.Header.Del(name)
@@ -405,7 +406,7 @@ func StripRequest(name string, accessKeyID, secret string) Action {
 	}}
 }
 
-// StripAnswer leaves fields out of the answer.
+// StripAnswer removes header fields of the response.
 func StripAnswer(names ...string) Action {
 	return Edit("strip "+strings.Join(names, ", "), func(a *Answer) bool {
 		found := false
@@ -417,8 +418,7 @@ func StripAnswer(names ...string) Action {
 	})
 }
 
-// Duplicate sends the request to the server twice and answers with what came
-// last.
+// Duplicate sends the request to the server twice and returns the second response.
 func Duplicate() Action { return Action{name: "duplicate", twice: true} }
 
 func xmlError(code string) []byte {
@@ -429,12 +429,12 @@ func xmlError(code string) []byte {
 	)
 }
 
-// Event is a request that came through the proxy.
+// Event is a request that the proxy has received.
 type Event struct {
 	Op           Op
 	Key          string
 	Action       string // empty: none
-	ServerStatus int    // 0: it was not asked
+	ServerStatus int    // 0: the server got no request
 }
 
 // Proxy is a running proxy. It is safe for concurrent use.
@@ -444,27 +444,27 @@ type Proxy struct {
 	next   *httputil.ReverseProxy
 	closed chan struct{}
 
-	mu     sync.Mutex
-	rules  []*planned
-	events []Event
-	asked  func(Asked)
-	age    time.Duration
+	mu        sync.Mutex
+	rules     []*plannedRule
+	events    []Event
+	onRequest func(ServerRequest)
+	age       time.Duration
 }
 
-// Asked is a request as the server gets it.
-type Asked struct {
+// ServerRequest is a request to the server.
+type ServerRequest struct {
 	Op  Op
 	Key string
-	// Deletes are the keys that it deletes, of a DeleteObject or DeleteObjects.
+	// Deletes are the deleted keys of a DeleteObject or DeleteObjects.
 	Deletes []string
 }
 
-type planned struct {
+type plannedRule struct {
 	Rule
 	seen, fired int
 }
 
-// New starts a proxy of the server at an address. It ends with the test.
+// New starts a proxy of the S3 server at endpoint. It stops at the end of the test.
 func New(tb testing.TB, endpoint string) *Proxy {
 	tb.Helper()
 	target, err := url.Parse(endpoint)
@@ -475,7 +475,7 @@ func New(tb testing.TB, endpoint string) *Proxy {
 	p.next = &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host = target.Scheme, target.Host
-			r.Out.Host = r.In.Host // it is signed
+			r.Out.Host = r.In.Host // the signature covers it
 		},
 		Transport:    &http.Transport{MaxIdleConnsPerHost: 64, DisableCompression: true},
 		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, _ error) { w.WriteHeader(http.StatusBadGateway) },
@@ -489,11 +489,11 @@ func New(tb testing.TB, endpoint string) *Proxy {
 	return p
 }
 
-// URL returns the address to use instead of the server's.
+// URL returns the address of the proxy.
 func (p *Proxy) URL() string { return p.server.URL }
 
-// Plan sets the rules in place of earlier ones. The first that concerns a
-// request decides what happens to it.
+// Plan replaces the rules and clears the events. The first matching rule applies to
+// a request.
 func (p *Proxy) Plan(rules ...Rule) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -502,20 +502,20 @@ func (p *Proxy) Plan(rules ...Rule) {
 		if r.Times == 0 {
 			r.Times = 1
 		}
-		p.rules = append(p.rules, &planned{Rule: r})
+		p.rules = append(p.rules, &plannedRule{Rule: r})
 	}
 }
 
-// OnAsked calls fn with each request before the server gets it, twice for one that
-// is sent twice. Fn is called by many goroutines at once. It is set before the
-// first request, and outlasts Plan.
-func (p *Proxy) OnAsked(fn func(Asked)) { p.asked = fn }
+// OnRequest calls fn before each request to the server, twice for a duplicated one.
+// Fn must be safe for concurrent use. OnRequest is called before the first request;
+// Plan keeps fn.
+func (p *Proxy) OnRequest(fn func(ServerRequest)) { p.onRequest = fn }
 
-// Age has every listing say that its objects are older by so much. It is set before
-// the first request, and outlasts Plan.
+// Age makes the objects in every listing older by d. It is called before the first
+// request; Plan keeps the age.
 func (p *Proxy) Age(d time.Duration) { p.age = d }
 
-// aged is a listing with its objects older by so much.
+// aged returns a listing whose objects are older by the duration.
 func aged(body []byte, by time.Duration) []byte {
 	return modified.ReplaceAllFunc(body, func(element []byte) []byte {
 		at, err := time.Parse(time.RFC3339, string(modified.FindSubmatch(element)[1]))
@@ -548,14 +548,14 @@ func deletes(op Op, key string, body []byte) ([]string, error) {
 	}
 }
 
-// Events returns what came through since the last Plan.
+// Events returns the requests since the last Plan.
 func (p *Proxy) Events() []Event {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return slices.Clone(p.events)
 }
 
-// Count returns how many requests of an operation came since the last Plan.
+// Count returns the number of requests of an operation since the last Plan.
 func (p *Proxy) Count(op Op) int {
 	n := 0
 	for _, e := range p.Events() {
@@ -566,7 +566,7 @@ func (p *Proxy) Count(op Op) int {
 	return n
 }
 
-// Fired returns how many faults there were since the last Plan.
+// Fired returns the number of faults since the last Plan.
 func (p *Proxy) Fired() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -577,8 +577,8 @@ func (p *Proxy) Fired() int {
 	return n
 }
 
-// MustHaveFired fails the test for each rule without effect: a test of a fault
-// that did not happen tests nothing.
+// MustHaveFired fails the test for each rule that did not fire: without its fault
+// the test proves nothing.
 func (p *Proxy) MustHaveFired(tb testing.TB) {
 	tb.Helper()
 	p.mu.Lock()
@@ -590,8 +590,8 @@ func (p *Proxy) MustHaveFired(tb testing.TB) {
 	}
 }
 
-// match returns the rule that concerns a request, or nil.
-func (p *Proxy) match(op Op, key string) *planned {
+// match returns the rule for a request, or nil.
+func (p *Proxy) match(op Op, key string) *plannedRule {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, r := range p.rules {
@@ -606,7 +606,7 @@ func (p *Proxy) match(op Op, key string) *planned {
 	return nil
 }
 
-func (p *Proxy) record(e Event, r *planned, fired bool) {
+func (p *Proxy) record(e Event, r *plannedRule, fired bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if r != nil && fired {
@@ -627,7 +627,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	e := Event{Op: op, Key: key}
 	rule := p.match(op, key)
 	if rule != nil && rule.Action.before != nil {
-		// What comes of it the client may see before this returns.
+		// The client may see the effect before the call returns.
 		p.record(e, rule, true)
 		if rule.Action.before(p, w, r) {
 			return
@@ -645,15 +645,15 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		p.record(e, rule, true)
 		answer.write(w)
 	default:
-		// The count must be right by the time the client has the answer.
-		late := &lateWriter{ResponseWriter: w, first: func(fired bool) { p.record(e, rule, fired) }}
-		late.send(rule.Action.after(p, late, r, answer))
+		// The count must be right when the client gets the response.
+		held := &heldWriter{ResponseWriter: w, first: func(fired bool) { p.record(e, rule, fired) }}
+		held.send(rule.Action.after(p, held, r, answer))
 	}
 }
 
-// lateWriter holds an answer back until it is known whether the fault fired,
-// except for actions that take the connection over or send half.
-type lateWriter struct {
+// heldWriter buffers a response until the proxy has recorded whether the fault
+// fired. An action that hijacks or flushes the connection sends the buffer first.
+type heldWriter struct {
 	http.ResponseWriter
 	first  func(fired bool)
 	once   sync.Once
@@ -661,17 +661,17 @@ type lateWriter struct {
 	body   bytes.Buffer
 }
 
-func (w *lateWriter) WriteHeader(status int) { w.status = status }
+func (w *heldWriter) WriteHeader(status int) { w.status = status }
 
-func (w *lateWriter) Write(b []byte) (int, error) { return w.body.Write(b) }
+func (w *heldWriter) Write(b []byte) (int, error) { return w.body.Write(b) }
 
-// Unwrap gives the connection away: what was held back is sent.
-func (w *lateWriter) Unwrap() http.ResponseWriter {
+// Unwrap sends the buffer and returns the wrapped writer.
+func (w *heldWriter) Unwrap() http.ResponseWriter {
 	w.send(true)
 	return w.ResponseWriter
 }
 
-func (w *lateWriter) send(fired bool) {
+func (w *heldWriter) send(fired bool) {
 	w.once.Do(func() {
 		w.first(fired)
 		if w.status == 0 {
@@ -682,15 +682,15 @@ func (w *lateWriter) send(fired bool) {
 	})
 }
 
-// send asks the server.
+// send forwards the request to the server.
 func (p *Proxy) send(r *http.Request, body []byte) *Answer {
-	if p.asked != nil {
+	if p.onRequest != nil {
 		op, key := Classify(r)
 		keys, err := deletes(op, key, body)
-		if err != nil { // a request that cannot be reported is not made
+		if err != nil { // a malformed request does not reach the server
 			return &Answer{Status: http.StatusBadRequest, Header: http.Header{}, Body: xmlError("MalformedXML")}
 		}
-		p.asked(Asked{Op: op, Key: key, Deletes: keys})
+		p.onRequest(ServerRequest{Op: op, Key: key, Deletes: keys})
 	}
 	out := r.Clone(r.Context())
 	out.Body, out.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
@@ -699,7 +699,7 @@ func (p *Proxy) send(r *http.Request, body []byte) *Answer {
 	answer := &Answer{Status: rec.Code, Header: rec.Header().Clone(), Body: rec.Body.Bytes()}
 	if op, _ := Classify(r); op == ListObjectsV2 && p.age != 0 {
 		answer.Body = aged(answer.Body, p.age)
-		answer.Header.Del("Content-Length") // as it turns out
+		answer.Header.Del("Content-Length") // the proxy sets it again
 	}
 	return answer
 }
@@ -712,8 +712,7 @@ func (p *Proxy) hang(r *http.Request) {
 	panic(http.ErrAbortHandler)
 }
 
-// Resign signs a request that was changed on its way to a server, with the payload
-// hash and the date that it carries.
+// Resign signs a changed request again, with its payload hash and its date.
 func Resign(r *http.Request, accessKeyID, secret string) error {
 	out := r.Clone(r.Context())
 	out.URL.Scheme, out.URL.Host = "http", r.Host
@@ -742,14 +741,14 @@ func Resign(r *http.Request, accessKeyID, secret string) error {
 	return nil
 }
 
-// reset breaks the client's connection, so that it sees a reset and no end.
+// reset closes the client's connection with a TCP reset instead of a FIN.
 func reset(w http.ResponseWriter) {
 	conn, _, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		panic(http.ErrAbortHandler)
 	}
 	if tcp, ok := conn.(*net.TCPConn); ok {
-		_ = tcp.SetLinger(0) // closed all the same
+		_ = tcp.SetLinger(0) // the close below matters
 	}
 	_ = conn.Close()
 }

@@ -44,7 +44,7 @@ func TestClassify(t *testing.T) {
 	}
 }
 
-// recorder is a test that must fail.
+// recorder records a failed test.
 type recorder struct {
 	testing.TB
 	failed bool
@@ -54,9 +54,9 @@ func (r *recorder) Helper()               {}
 func (r *recorder) Errorf(string, ...any) { r.failed = true }
 
 func TestProxy(t *testing.T) {
-	var asked atomic.Int64
+	var received atomic.Int64
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		asked.Add(1)
+		received.Add(1)
 		w.Header().Set("ETag", `"e"`)
 		w.Header().Set("X-Host", r.Host)
 		_, _ = io.WriteString(w, "0123456789")
@@ -81,12 +81,12 @@ func TestProxy(t *testing.T) {
 		return resp.StatusCode, string(body), resp.Header, err
 	}
 	for _, c := range []struct {
-		name   string
-		action s3fault.Action
-		asked  int64
-		status int // 0: an error
-		body   string
-		cut    bool // the body ends in an error
+		name     string
+		action   s3fault.Action
+		requests int64
+		status   int // 0: an error
+		body     string
+		cut      bool // reading the body fails
 	}{
 		{
 			"status", s3fault.Status(503, "SlowDown"), 0, 503,
@@ -109,14 +109,14 @@ func TestProxy(t *testing.T) {
 		{"short", s3fault.Short(), 1, 200, "01234", false},
 		{"corrupt", s3fault.Corrupt(), 1, 200, "0123446789", false},
 		{"long", s3fault.Long(), 1, 200, "0123456789more", false},
-		{"not there", s3fault.NotThere(), 1, 404, "", false},
-		{"meanwhile", s3fault.Meanwhile(func(*http.Request) { asked.Add(100) }), 101, 200, "0123456789", false},
+		{"not there", s3fault.NotFound(), 1, 404, "", false},
+		{"meanwhile", s3fault.CallBefore(func(*http.Request) { received.Add(100) }), 101, 200, "0123456789", false},
 		{"duplicate", s3fault.Duplicate(), 2, 200, "0123456789", false},
 		{"strip", s3fault.StripAnswer("ETag"), 1, 200, "0123456789", false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			p.Plan(s3fault.Rule{Op: s3fault.GetObject, Key: regexp.MustCompile("^k$"), Skip: 1, Action: c.action})
-			for i, key := range []string{"k", "other"} { // let through
+			for i, key := range []string{"k", "other"} { // without a fault
 				if status, body, h, err := get(
 					http.MethodGet,
 					key,
@@ -127,15 +127,15 @@ func TestProxy(t *testing.T) {
 			}
 			early := &recorder{}
 			if p.MustHaveFired(early); !early.failed || p.Fired() != 0 {
-				t.Error("it is said to have fired")
+				t.Error("the rule counts as fired")
 			}
-			asked.Store(0)
+			received.Store(0)
 			status, body, header, err := get(http.MethodGet, "k")
 			if status != c.status || body != c.body || (err != nil) != (c.status == 0 || c.cut) {
 				t.Errorf("got %d %q, %v", status, body, err)
 			}
-			if n := asked.Load(); n != c.asked {
-				t.Errorf("the server was asked %d times, want %d", n, c.asked)
+			if n := received.Load(); n != c.requests {
+				t.Errorf("the server got %d requests, want %d", n, c.requests)
 			}
 			if c.name == "strip" && header.Get("ETag") != "" {
 				t.Errorf("header %v", header)
@@ -149,7 +149,7 @@ func TestProxy(t *testing.T) {
 			}
 		})
 	}
-	// What finds nothing to change has not fired.
+	// An action without anything to change does not count as fired.
 	p.Plan(s3fault.Rule{Op: s3fault.HeadObject, Times: -1, Action: s3fault.Corrupt()})
 	if status, _, _, err := get(http.MethodHead, "k"); status != 200 || err != nil || p.Fired() != 0 {
 		t.Errorf("%d, %v; fired %d", status, err, p.Fired())
@@ -211,8 +211,8 @@ func TestListings(t *testing.T) {
 		want   string
 	}{
 		{s3fault.ListMisses(), list("2", "p/a", "p/c")},
-		{s3fault.ListTwice(), list("4", "p/a", "p/b", "p/b", "p/c")},
-		{s3fault.ListStray("z"), list("4", "p/a", "p/b", "p/c", "z")},
+		{s3fault.ListDuplicates(), list("4", "p/a", "p/b", "p/b", "p/c")},
+		{s3fault.ListForeign("z"), list("4", "p/a", "p/b", "p/c", "z")},
 	} {
 		p.Plan(s3fault.Rule{Op: s3fault.ListObjectsV2, Action: c.action})
 		if diff := cmp.Diff(c.want, get(p)); diff != "" {
@@ -231,16 +231,16 @@ func TestListings(t *testing.T) {
 	answer = "<R></R>"
 	p.Plan(s3fault.Rule{Op: s3fault.ListObjectsV2, Action: s3fault.ListMisses()})
 	if get(p); p.Fired() != 0 {
-		t.Error("it is said to have fired on nothing")
+		t.Error("the rule counts as fired on an empty listing")
 	}
 }
 
-func TestOnAsked(t *testing.T) {
+func TestOnRequest(t *testing.T) {
 	server := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 	defer server.Close()
 	p := s3fault.New(t, server.URL)
-	var got []s3fault.Asked
-	p.OnAsked(func(a s3fault.Asked) { got = append(got, a) })
+	var got []s3fault.ServerRequest
+	p.OnRequest(func(a s3fault.ServerRequest) { got = append(got, a) })
 	p.Plan(
 		s3fault.Rule{Op: s3fault.HeadObject, Action: s3fault.Reset()},
 		s3fault.Rule{Op: s3fault.GetObject, Action: s3fault.Duplicate()},
@@ -265,7 +265,7 @@ func TestOnAsked(t *testing.T) {
 			_ = resp.Body.Close()
 		}
 	}
-	want := []s3fault.Asked{
+	want := []s3fault.ServerRequest{
 		{Op: s3fault.GetObject, Key: "twice"},
 		{Op: s3fault.GetObject, Key: "twice"},
 		{Op: s3fault.DeleteObject, Key: "a/k", Deletes: []string{"a/k"}},

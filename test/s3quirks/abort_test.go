@@ -14,11 +14,11 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
-// TestAbortsAnsweredOtherwise aborts uploads on servers that answer with 200 in place
-// of 204: one that aborts, and one that only says so.
-func TestAbortsAnsweredOtherwise(t *testing.T) {
-	for name, habit := range map[string]s3quirks.Habit{
-		"aborted": s3quirks.Answers(s3fault.AbortMultipartUpload, http.StatusOK),
+// TestAbortWithStatus200 aborts uploads on servers that respond with 200 instead of
+// 204: one aborts the upload, the other does not.
+func TestAbortWithStatus200(t *testing.T) {
+	for name, quirk := range map[string]s3quirks.Quirk{
+		"aborted": s3quirks.RespondsWith(s3fault.AbortMultipartUpload, http.StatusOK),
 		"not aborted": func(next s3quirks.Handler) s3quirks.Handler {
 			return func(r *s3quirks.Request) *s3fault.Answer {
 				if r.Op == s3fault.AbortMultipartUpload {
@@ -31,7 +31,7 @@ func TestAbortsAnsweredOtherwise(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			o := s3test.Bucket(t)
 			s3test.Shared(t).BeginUpload(t, o.Bucket, "a/b")
-			o.Endpoint, o.MaxAttempts = s3quirks.New(t, o.Endpoint, habit).URL(), 2
+			o.Endpoint, o.MaxAttempts = s3quirks.New(t, o.Endpoint, quirk).URL(), 2
 			n, err := s3test.Open(t, o).AbortUploads(t.Context(), "", time.Time{})
 			if name == "aborted" && (n != 1 || err != nil) || name != "aborted" && !errors.Is(err, object.ErrUnavailable) {
 				t.Errorf("%d aborted, err = %v", n, err)

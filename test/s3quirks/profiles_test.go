@@ -19,16 +19,16 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
-// bucket makes an empty bucket on a server of the profile.
+// bucket opens an empty bucket on a server of the profile.
 func bucket(t *testing.T, p s3quirks.Profile) *s3.Store {
 	t.Helper()
 	o := s3test.Bucket(t)
-	o.Endpoint = s3quirks.New(t, o.Endpoint, p.Habits()...).URL() + p.Path
+	o.Endpoint = s3quirks.New(t, o.Endpoint, p.Quirks()...).URL() + p.Path
 	return s3test.Open(t, o)
 }
 
-// TestProfiles runs the conformance suite on each profile that snapshotd runs on.
-// On the others the light probe of a start refuses the store and names the check.
+// TestProfiles runs the conformance suite on each supported profile. On the others
+// the light probe fails with the name of the check.
 func TestProfiles(t *testing.T) {
 	for _, p := range s3quirks.Profiles {
 		t.Run(p.Name, func(t *testing.T) {
@@ -36,12 +36,12 @@ func TestProfiles(t *testing.T) {
 			if p.Unfit != "" {
 				definite := errors.Is(err, probe.ErrMissing) || errors.Is(err, object.ErrMisconfigured)
 				if !definite || !strings.Contains(err.Error(), p.Unfit) {
-					t.Fatalf("the probe says %v, want a definite error that names %q", err, p.Unfit)
+					t.Fatalf("the probe returns %v, want a definite error with %q", err, p.Unfit)
 				}
 				return
 			}
 			if err != nil {
-				t.Fatalf("the probe refuses the store: %v", err)
+				t.Fatalf("the probe fails: %v", err)
 			}
 			if f := report.Features(); !f.ConditionalCopy {
 				t.Errorf("features: %+v, want conditional copies", f)
@@ -51,8 +51,8 @@ func TestProfiles(t *testing.T) {
 	}
 }
 
-// TestCopyWithRefusedTags copies an object with tags in parts, on servers that take no
-// tags: the copy is made without.
+// TestCopyWithRefusedTags copies an object with tags in parts, on servers without
+// tags: the copy has no tags.
 func TestCopyWithRefusedTags(t *testing.T) {
 	for _, c := range []struct {
 		status int
@@ -83,8 +83,8 @@ func TestCopyWithRefusedTags(t *testing.T) {
 	}
 }
 
-// TestProbeOfUnusualSources has a server read the names of sources as others. The probe
-// reports it, and does not refuse the store: usual keys are copied.
+// TestProbeOfUnusualSources probes a server that misreads the names of unusual
+// sources. The probe reports it and accepts the store: usual keys can be copied.
 func TestProbeOfUnusualSources(t *testing.T) {
 	o := s3test.Bucket(t)
 	o.Endpoint = s3quirks.New(t, o.Endpoint, s3quirks.DecodesSourceTwice()).URL()
@@ -99,27 +99,27 @@ func TestProbeOfUnusualSources(t *testing.T) {
 	}
 }
 
-// TestProbeOfKeysOfSomeCharacters makes every check of a store that takes keys of some
-// characters only: it can be used, and the report says which keys it refuses.
-func TestProbeOfKeysOfSomeCharacters(t *testing.T) {
+// TestProbeOfRestrictedKeys probes a store that rejects some characters in keys: the
+// probe accepts the store and reports the rejected keys.
+func TestProbeOfRestrictedKeys(t *testing.T) {
 	i := slices.IndexFunc(s3quirks.Profiles, func(p s3quirks.Profile) bool { return p.Name == "Supabase" })
 	report, err := probe.Run(t.Context(), bucket(t, s3quirks.Profiles[i]), "")
 	if err != nil {
 		t.Fatal(err)
 	}
-	said := 0
+	reported := 0
 	for _, c := range report.Checks {
 		if strings.Contains(c.Detail, "refuses some characters") {
-			said++
+			reported++
 		}
 	}
-	if said < 2 {
-		t.Errorf("the refused keys are not mentioned: %+v", report)
+	if reported < 2 {
+		t.Errorf("the report lacks the rejected keys: %+v", report)
 	}
 }
 
-// TestProfilesAreDocumented holds that the table of docs/s3.md has a row for each
-// profile and for nothing else, and refuses those that are unfit, by the same words.
+// TestProfilesAreDocumented compares the table in docs/s3.md with the profiles: one
+// row for each, and the failed check of each unfit one.
 func TestProfilesAreDocumented(t *testing.T) {
 	doc, err := os.ReadFile("../../docs/s3.md")
 	if err != nil {
@@ -146,25 +146,25 @@ func TestProfilesAreDocumented(t *testing.T) {
 			continue
 		}
 		delete(rows, p.Name)
-		holds, refused := cells[3], cells[4]
-		switch check, why, _ := strings.Cut(refused, ":"); {
-		case p.Unfit == "" && refused != "-", p.Unfit != "" && (check != p.Unfit || strings.TrimSpace(why) == ""):
-			t.Errorf("%s: the table refuses %q, the profile %q", p.Name, refused, p.Unfit)
-		case (p.Unfit == "") == (holds == "-"):
-			t.Errorf("%s: the table says that %q holds", p.Name, holds)
-		case len(p.Broken) > 0 && holds == "all":
-			t.Errorf("%s: the table does not say that %v do not hold", p.Name, p.Broken)
+		works, fails := cells[3], cells[4]
+		switch check, why, _ := strings.Cut(fails, ":"); {
+		case p.Unfit == "" && fails != "-", p.Unfit != "" && (check != p.Unfit || strings.TrimSpace(why) == ""):
+			t.Errorf("%s: the table has the failure %q, the profile %q", p.Name, fails, p.Unfit)
+		case (p.Unfit == "") == (works == "-"):
+			t.Errorf("%s: the table has %q as working", p.Name, works)
+		case len(p.Broken) > 0 && works == "all":
+			t.Errorf("%s: the table has all as working, but %v fail", p.Name, p.Broken)
 		case p.Path != "" && !strings.Contains(cells[2], p.Path):
-			t.Errorf("%s: the table does not name the path %s", p.Name, p.Path)
+			t.Errorf("%s: the table lacks the path %s", p.Name, p.Path)
 		}
 	}
 	for name := range rows {
-		t.Errorf("a row for %q, which is no profile", name)
+		t.Errorf("a row for the unknown profile %q", name)
 	}
 }
 
-// TestETagsThatAreNoMD5s has a store whose ETags look like MD5s and are none: it can be
-// used, and a copy of another version is still refused by the condition.
+// TestETagsThatAreNoMD5s runs the suite on a store whose ETags have the form of an
+// MD5 and are none: the condition still rejects a copy of another version.
 func TestETagsThatAreNoMD5s(t *testing.T) {
 	o := s3test.Bucket(t)
 	o.Endpoint = s3quirks.New(t, o.Endpoint, s3quirks.OwnETags()).URL()
@@ -177,5 +177,5 @@ func TestETagsThatAreNoMD5s(t *testing.T) {
 		o := s3test.Bucket(t)
 		o.Endpoint = s3quirks.New(t, o.Endpoint, s3quirks.OwnETags()).URL()
 		return s3test.Open(t, o)
-	}, "Copy") // a copy has another ETag than its source, which proves nothing
+	}, "Copy") // the ETag of a copy differs from that of its source
 }

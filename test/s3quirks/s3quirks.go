@@ -1,10 +1,10 @@
-// Package s3quirks puts habits of other object stores in front of an S3 server:
-// a rate for each key, lists out of order, requests that are not implemented,
-// header fields that are rewritten on the way. Tests choose single habits or a
-// [Profile], which is a set of them under the name of a kind of store.
+// Package s3quirks has proxies that add quirks of other object stores to an S3
+// server: a rate per key, lists out of order, missing operations, rewritten header
+// fields. Tests use single quirks or a [Profile], a set of quirks of a kind of
+// store.
 //
-// Package s3fault makes single requests fail; this package changes what a server
-// is. A fault proxy may stand in front of a server with habits.
+// Package s3fault fails single requests; this package changes the behaviour of a
+// server. A fault proxy may use a server with quirks.
 package s3quirks
 
 import (
@@ -26,20 +26,20 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
-// Request is a request with its body read.
+// Request is a request with its body.
 type Request struct {
 	*http.Request
 	Body []byte
 	Op   s3fault.Op
-	Key  string // without the bucket; empty for a request about the bucket
+	Key  string // without the bucket; empty for a request on the bucket
 }
 
-// Resign signs the request again after a habit has changed it.
+// Resign signs a changed request again.
 func (r *Request) Resign() error {
 	return s3fault.Resign(r.Request, s3test.AccessKeyID, s3test.SecretAccessKey)
 }
 
-// setBody gives the request another body. It has to be signed again.
+// setBody replaces the body. The request must be signed again.
 func (r *Request) setBody(body []byte) {
 	sum := sha256.Sum256(body)
 	r.Body, r.ContentLength = body, int64(len(body))
@@ -54,22 +54,22 @@ func (r *Request) setBody(body []byte) {
 	r.Header.Del("X-Amz-Sdk-Checksum-Algorithm")
 }
 
-// Handler answers a request.
+// Handler returns the response to a request.
 type Handler func(*Request) *s3fault.Answer
 
-// Habit wraps the server that next stands for. A habit with state belongs to one
-// [Server]; its handler is safe for concurrent use.
-type Habit func(next Handler) Handler
+// Quirk wraps the handler of a server. A quirk with state belongs to one [Server].
+// The returned handler is safe for concurrent use.
+type Quirk func(next Handler) Handler
 
-// Server is an S3 server with habits. It is safe for concurrent use.
+// Server is an S3 server with quirks. It is safe for concurrent use.
 type Server struct {
 	server *httptest.Server
 	handle Handler
 }
 
-// New starts a server that has the habits and stores objects at the S3 server
-// behind endpoint. The first habit sees a request first. It ends with the test.
-func New(tb testing.TB, endpoint string, habits ...Habit) *Server {
+// New starts a proxy with quirks of the S3 server at endpoint. The first quirk gets
+// a request first. The proxy stops at the end of the test.
+func New(tb testing.TB, endpoint string, quirks ...Quirk) *Server {
 	tb.Helper()
 	target, err := url.Parse(endpoint)
 	if err != nil {
@@ -91,8 +91,8 @@ func New(tb testing.TB, endpoint string, habits ...Habit) *Server {
 		proxy.ServeHTTP(rec, out)
 		return &s3fault.Answer{Status: rec.Code, Header: rec.Header().Clone(), Body: rec.Body.Bytes()}
 	}}
-	for _, habit := range slices.Backward(habits) {
-		s.handle = habit(s.handle)
+	for _, quirk := range slices.Backward(quirks) {
+		s.handle = quirk(s.handle)
 	}
 	s.server = httptest.NewServer(s)
 	tb.Cleanup(func() {
@@ -116,9 +116,9 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	in.Op, in.Key = s3fault.Classify(r)
 	answer := s.handle(in)
 	maps.Copy(w.Header(), answer.Header)
-	if r.Method != http.MethodHead { // a HEAD has the length of a body that it does not have
+	if r.Method != http.MethodHead { // the response to a HEAD has a length and no body
 		w.Header().Set("Content-Length", strconv.Itoa(len(answer.Body)))
 	}
 	w.WriteHeader(answer.Status)
-	_, _ = w.Write(answer.Body) // the client may have gone
+	_, _ = w.Write(answer.Body) // the client may be gone
 }

@@ -23,7 +23,7 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3fault"
 )
 
-// Refusal is an error of S3 with a message.
+// Refusal returns an S3 error with a message.
 func Refusal(status int, code, message string) *s3fault.Answer {
 	var text strings.Builder
 	_ = xml.EscapeText(&text, []byte(message)) // never fails
@@ -36,13 +36,13 @@ func Refusal(status int, code, message string) *s3fault.Answer {
 	return &s3fault.Answer{Status: status, Header: http.Header{"Content-Type": {"application/xml"}}, Body: body}
 }
 
-// Match selects requests: those of one of the operations, or of all when there
-// is none, whose key matches, or any key when the pattern is nil.
+// Match selects the requests of some operations whose key matches. Without
+// operations it selects all operations, without a pattern all keys.
 type Match struct {
 	Ops []s3fault.Op
 	Key *regexp.Regexp
-	// Skip is how many of them pass first, Times how many are then concerned.
-	// Times 0 means all.
+	// Skip is the number of these requests that pass first, Times the number of
+	// selected ones after that. Times 0 selects all.
 	Skip, Times int
 }
 
@@ -50,9 +50,9 @@ func (m Match) selects(r *Request) bool {
 	return (len(m.Ops) == 0 || slices.Contains(m.Ops, r.Op)) && (m.Key == nil || m.Key.MatchString(r.Key))
 }
 
-// Refuse answers the requests that match with an error and the header fields,
-// and does not ask the server.
-func Refuse(m Match, status int, code, message string, header http.Header) Habit {
+// Refuse responds to matching requests with an error and the header fields. The
+// server does not get them.
+func Refuse(m Match, status int, code, message string, header http.Header) Quirk {
 	return func(next Handler) Handler {
 		var mu sync.Mutex
 		seen := 0
@@ -74,8 +74,8 @@ func Refuse(m Match, status int, code, message string, header http.Header) Habit
 	}
 }
 
-// Lacks refuses operations as not implemented.
-func Lacks(ops ...s3fault.Op) Habit {
+// Lacks rejects operations as not implemented.
+func Lacks(ops ...s3fault.Op) Quirk {
 	return Refuse(
 		Match{Ops: ops},
 		http.StatusNotImplemented,
@@ -85,12 +85,12 @@ func Lacks(ops ...s3fault.Op) Habit {
 	)
 }
 
-// writes are the operations that give a key another content.
+// writes are the operations that change the content of a key.
 var writes = []s3fault.Op{s3fault.PutObject, s3fault.CopyObject, s3fault.CompleteMultipartUpload}
 
-// RatePerKey takes one write of a key in each interval and refuses others with
-// HTTP 429.
-func RatePerKey(interval time.Duration) Habit {
+// RatePerKey accepts one write per key and interval, and rejects others with HTTP
+// 429.
+func RatePerKey(interval time.Duration) Quirk {
 	return func(next Handler) Handler {
 		var mu sync.Mutex
 		last := map[string]time.Time{}
@@ -116,9 +116,9 @@ func RatePerKey(interval time.Duration) Habit {
 	}
 }
 
-// RewritesAcceptEncoding gives the field Accept-Encoding another value on the
-// way, as front ends that compress do. A signature that covers it is then wrong.
-func RewritesAcceptEncoding() Habit {
+// RewritesAcceptEncoding replaces the field Accept-Encoding, as compressing front
+// ends do. A signature that covers the field becomes invalid.
+func RewritesAcceptEncoding() Quirk {
 	return func(next Handler) Handler {
 		return func(r *Request) *s3fault.Answer {
 			r.Header.Set("Accept-Encoding", "gzip, br, rewritten")
@@ -127,8 +127,8 @@ func RewritesAcceptEncoding() Habit {
 	}
 }
 
-// WantsContentMD5 refuses DeleteObjects without the field Content-MD5.
-func WantsContentMD5(code string) Habit {
+// RequiresContentMD5 rejects DeleteObjects without the field Content-MD5.
+func RequiresContentMD5(code string) Quirk {
 	return func(next Handler) Handler {
 		return func(r *Request) *s3fault.Answer {
 			if r.Op == s3fault.DeleteObjects && r.Header.Get("Content-Md5") == "" {
@@ -139,8 +139,8 @@ func WantsContentMD5(code string) Habit {
 	}
 }
 
-// Ignores drops a field of the request, as a server does that does not know it.
-func Ignores(field string, ops ...s3fault.Op) Habit {
+// Ignores removes a header field of requests, as a server without support for it.
+func Ignores(field string, ops ...s3fault.Op) Quirk {
 	return func(next Handler) Handler {
 		return func(r *Request) *s3fault.Answer {
 			if r.Header.Get(field) == "" || len(ops) > 0 && !slices.Contains(ops, r.Op) {
@@ -156,12 +156,12 @@ func Ignores(field string, ops ...s3fault.Op) Habit {
 }
 
 // UnderPath serves S3 below a path, as in http://host/storage/v1/s3.
-func UnderPath(path string) Habit {
+func UnderPath(path string) Quirk {
 	return func(next Handler) Handler {
 		return func(r *Request) *s3fault.Answer {
 			rest, found := strings.CutPrefix(r.URL.Path, path)
 			if !found || rest == "" {
-				return Refusal(http.StatusNotFound, "NoSuchPath", "There is nothing at this path.")
+				return Refusal(http.StatusNotFound, "NoSuchPath", "No such path.")
 			}
 			r.URL.Path = rest
 			r.URL.RawPath = strings.TrimPrefix(r.URL.RawPath, path)
@@ -186,8 +186,8 @@ var (
 	etagIn   = regexp.MustCompile(`<ETag>(&quot;|&#34;|")?([^<"&]*)(&quot;|&#34;|")?</ETag>`)
 )
 
-// editList changes the entries of the listings that the server answers with.
-func editList(change func(r *Request, entries []string) []string) Habit {
+// editList changes the entries of the server's listings.
+func editList(change func(r *Request, entries []string) []string) Quirk {
 	return func(next Handler) Handler {
 		return func(r *Request) *s3fault.Answer {
 			answer := next(r)
@@ -216,8 +216,8 @@ func keyOf(entry string) string {
 	return ""
 }
 
-// UnorderedLists orders each page of a list by a hash of the keys.
-func UnorderedLists() Habit {
+// UnorderedLists sorts each page of a list by a hash of the keys.
+func UnorderedLists() Quirk {
 	hash := func(entry string) uint64 {
 		h := fnv.New64a()
 		_, _ = h.Write([]byte(keyOf(entry))) // never fails
@@ -237,8 +237,8 @@ func UnorderedLists() Habit {
 	})
 }
 
-// BlindLists answers lists of a prefix that matches with no object at all.
-func BlindLists(prefix *regexp.Regexp) Habit {
+// EmptyLists returns empty lists for matching prefixes.
+func EmptyLists(prefix *regexp.Regexp) Quirk {
 	return editList(func(r *Request, entries []string) []string {
 		if prefix.MatchString(r.URL.Query().Get("prefix")) {
 			return nil
@@ -247,13 +247,13 @@ func BlindLists(prefix *regexp.Regexp) Habit {
 	})
 }
 
-// OtherETags gives each object the ETag of an upload in parts, as a store does
-// that splits objects by itself. It translates conditions back.
-func OtherETags() Habit {
+// OtherETags gives each object the ETag of an upload in parts, as a store that
+// splits objects. It translates conditions back.
+func OtherETags() Quirk {
 	const suffix = "-1"
 	strip := func(value string) string {
 		if !strings.Contains(value, "-") && value != "*" {
-			return `"of no object"` // its objects have no such ETag
+			return `"of no object"` // no object has such an ETag
 		}
 		return strings.ReplaceAll(value, suffix+`"`, `"`)
 	}
@@ -295,8 +295,8 @@ func OtherETags() Habit {
 	}
 }
 
-// ListsOtherETags has lists give another ETag than everything else does.
-func ListsOtherETags() Habit {
+// ListsOtherETags gives objects another ETag in lists than in other responses.
+func ListsOtherETags() Quirk {
 	return editList(func(_ *Request, entries []string) []string {
 		for i := range entries {
 			entries[i] = etagIn.ReplaceAllString(entries[i], "<ETag>&quot;${2}-l&quot;</ETag>")
@@ -305,8 +305,9 @@ func ListsOtherETags() Habit {
 	})
 }
 
-// ListsPlus encodes the keys of lists, but a plus, which then reads as a space.
-func ListsPlus() Habit {
+// ListsPlus encodes the keys of lists except for a plus, which clients then decode
+// as a space.
+func ListsPlus() Quirk {
 	encoded := editList(func(_ *Request, entries []string) []string {
 		for i := range entries {
 			entries[i] = keyIn.ReplaceAllStringFunc(entries[i], func(key string) string {
@@ -328,9 +329,9 @@ func ListsPlus() Habit {
 	}
 }
 
-// LosesDeletes confirms deletes among many of keys that match, and makes none of
-// them.
-func LosesDeletes(key *regexp.Regexp) Habit {
+// LosesDeletes confirms the deletes of matching keys in DeleteObjects without
+// deleting them.
+func LosesDeletes(key *regexp.Regexp) Quirk {
 	return func(next Handler) Handler {
 		return func(r *Request) *s3fault.Answer {
 			if r.Op != s3fault.DeleteObjects {
@@ -355,7 +356,7 @@ func LosesDeletes(key *regexp.Regexp) Habit {
 				}
 			}
 			r.setBody(r.Body)
-			sum := md5.Sum(r.Body) // versitygw wants a digest of the body
+			sum := md5.Sum(r.Body) // versitygw requires a digest of the body
 			r.Header.Set("Content-Md5", base64.StdEncoding.EncodeToString(sum[:]))
 			if err := r.Resign(); err != nil {
 				return Refusal(http.StatusInternalServerError, "InternalError", err.Error())
@@ -368,9 +369,8 @@ func LosesDeletes(key *regexp.Regexp) Habit {
 	}
 }
 
-// DecodesSourceTwice reads the name of a copy's source as if it were encoded once
-// more than it is.
-func DecodesSourceTwice() Habit {
+// DecodesSourceTwice decodes the name of a copy's source once too often.
+func DecodesSourceTwice() Quirk {
 	return func(next Handler) Handler {
 		return func(r *Request) *s3fault.Answer {
 			source := r.Header.Get("X-Amz-Copy-Source")
@@ -386,12 +386,12 @@ func DecodesSourceTwice() Habit {
 	}
 }
 
-// TakesKeys refuses to write keys that do not match.
-func TakesKeys(pattern *regexp.Regexp) Habit {
+// AllowsKeys rejects writes of keys that do not match.
+func AllowsKeys(pattern *regexp.Regexp) Quirk {
 	return func(next Handler) Handler {
 		return func(r *Request) *s3fault.Answer {
-			makes := slices.Contains(writes, r.Op) || r.Op == s3fault.CreateMultipartUpload
-			if makes && !pattern.MatchString(r.Key) {
+			creates := slices.Contains(writes, r.Op) || r.Op == s3fault.CreateMultipartUpload
+			if creates && !pattern.MatchString(r.Key) {
 				return Refusal(http.StatusBadRequest, "InvalidKey", "Invalid key: "+r.Key)
 			}
 			return next(r)
@@ -399,8 +399,8 @@ func TakesKeys(pattern *regexp.Regexp) Habit {
 	}
 }
 
-// RefusesTags refuses writes that come with tags.
-func RefusesTags(status int, code string) Habit {
+// RefusesTags rejects writes with tags.
+func RefusesTags(status int, code string) Quirk {
 	return func(next Handler) Handler {
 		return func(r *Request) *s3fault.Answer {
 			if r.Header.Get("X-Amz-Tagging") != "" {
@@ -411,10 +411,10 @@ func RefusesTags(status int, code string) Habit {
 	}
 }
 
-// OwnETags gives objects that were written at once ETags that look like MD5s and are
-// none: they depend on the key. It translates conditions back.
-func OwnETags() Habit {
-	turn := func(key, tag string) string { // and back
+// OwnETags gives objects that were written in one request ETags in the form of an
+// MD5 that depend on the key. It translates conditions back.
+func OwnETags() Quirk {
+	turn := func(key, tag string) string { // its own inverse
 		sum := sha256.Sum256([]byte(key))
 		raw, err := hex.DecodeString(tag)
 		if err != nil || len(raw) != 16 {
@@ -462,16 +462,16 @@ func OwnETags() Habit {
 	}
 }
 
-// Full refuses all that takes space, and answers reads and deletes.
-func Full(status int, code string) Habit {
+// Full rejects all operations that need space. Reads and deletes work.
+func Full(status int, code string) Quirk {
 	return Refuse(Match{Ops: []s3fault.Op{
 		s3fault.PutObject, s3fault.CopyObject, s3fault.CreateMultipartUpload, s3fault.UploadPart,
 		s3fault.UploadPartCopy, s3fault.CompleteMultipartUpload,
-	}}, status, code, "There is no space left on the store.", nil)
+	}}, status, code, "No space left on the store.", nil)
 }
 
-// Versioned adds the fields that a bucket with versions sends.
-func Versioned() Habit {
+// Versioned adds the header fields of a bucket with versions.
+func Versioned() Quirk {
 	return func(next Handler) Handler {
 		return func(r *Request) *s3fault.Answer {
 			answer := next(r)
@@ -486,9 +486,9 @@ func Versioned() Habit {
 	}
 }
 
-// Archived refuses to read or copy objects whose key matches, as a store does for
-// those of an archive class.
-func Archived(key *regexp.Regexp) Habit {
+// Archived rejects reads and copies of matching keys, as a store does for objects
+// of an archive class.
+func Archived(key *regexp.Regexp) Quirk {
 	return func(next Handler) Handler {
 		return func(r *Request) *s3fault.Answer {
 			read := r.Op == s3fault.GetObject && key.MatchString(r.Key)
@@ -505,8 +505,8 @@ func Archived(key *regexp.Regexp) Habit {
 	}
 }
 
-// Answers gives the successful answers of an operation another status.
-func Answers(op s3fault.Op, status int) Habit {
+// RespondsWith changes the status of successful responses of an operation.
+func RespondsWith(op s3fault.Op, status int) Quirk {
 	return func(next Handler) Handler {
 		return func(r *Request) *s3fault.Answer {
 			answer := next(r)
