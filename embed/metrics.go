@@ -14,6 +14,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/manager"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/admit"
 	"github.com/snapshotd/snapshotd/internal/store/lasting"
 )
@@ -108,7 +109,7 @@ func (s stats) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}
 	now := s.manager.Stats()
-	for _, state := range []manager.State{manager.Pending, manager.Committed, manager.Deleting} {
+	for _, state := range []snapshot.State{snapshot.Pending, snapshot.Committed, snapshot.Deleting} {
 		gauge(snapshotsDesc, float64(now.Snapshots[state]), strings.ToLower(state.String()))
 	}
 	gauge(leaderDesc, boolGauge(now.Leading))

@@ -6,6 +6,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 )
 
@@ -163,7 +164,7 @@ func sortRefs(refs *manifest.Refs) {
 }
 
 // describe returns the metadata of a snapshot without its files and totals.
-func describe(s *Snapshot, v *catalog.View, clusterID, release string) *manifest.Metadata {
+func describe(s *snapshot.Record, v *catalog.View, clusterID, release string) *manifest.Metadata {
 	col := &v.Collection
 	md := &manifest.Metadata{
 		FormatVersion: manifest.FormatVersion, ClusterID: clusterID, CreatedBy: release,

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/lasting"
@@ -119,7 +120,7 @@ func observe(ctx context.Context, p *lasting.Problem, err error) error {
 }
 
 // reap abandons a create whose pending key expired with its lease.
-func (c *cleaner) reap(ctx context.Context, s *Snapshot, fence meta.Cond) error {
+func (c *cleaner) reap(ctx context.Context, s *snapshot.Record, fence meta.Cond) error {
 	err := c.m.abandon(ctx, s, fence)
 	switch {
 	case errors.Is(err, errChanged): // it is alive or has ended: the view will show it
@@ -196,7 +197,7 @@ func (c *cleaner) expireTokens(ctx context.Context, fence meta.Cond) error {
 
 // expire drops the snapshots that expired by the trusted reading, and returns the time
 // until the next expiry.
-func (c *cleaner) expire(ctx context.Context, snapshots []*Snapshot, fence meta.Cond) (time.Duration, error) {
+func (c *cleaner) expire(ctx context.Context, snapshots []*snapshot.Record, fence meta.Cond) (time.Duration, error) {
 	next := c.m.o.CleanInterval
 	if len(snapshots) == 0 {
 		return next, nil
@@ -230,7 +231,7 @@ func (c *cleaner) expire(ctx context.Context, snapshots []*Snapshot, fence meta.
 
 // removeAll removes snapshots, removesInFlight concurrently, for at most one interval:
 // a store that hangs does not delay the next pass further. The errors are by snapshot.
-func (c *cleaner) removeAll(ctx context.Context, snapshots []*Snapshot, fence meta.Cond) []error {
+func (c *cleaner) removeAll(ctx context.Context, snapshots []*snapshot.Record, fence meta.Cond) []error {
 	ctx, cancel := context.WithTimeout(ctx, c.m.o.CleanInterval)
 	defer cancel()
 	errs := make([]error, len(snapshots))
@@ -248,7 +249,7 @@ func (c *cleaner) removeAll(ctx context.Context, snapshots []*Snapshot, fence me
 
 // remove deletes a dropped snapshot's own objects and then its record. The record stays
 // while any of them may exist. Foreign objects under the same prefix are kept.
-func (c *cleaner) remove(ctx context.Context, s *Snapshot, fence meta.Cond) error {
+func (c *cleaner) remove(ctx context.Context, s *snapshot.Record, fence meta.Cond) error {
 	store, ok := c.m.o.Stores[s.Store]
 	if !ok {
 		return fmt.Errorf("remove snapshot %s: its objects are in store %q, which is not configured here", s, s.Store)
@@ -274,7 +275,7 @@ func (c *cleaner) remove(ctx context.Context, s *Snapshot, fence meta.Cond) erro
 
 // removeObjects deletes the objects with names that snapshotd assigns, and returns the
 // number of others.
-func (c *cleaner) removeObjects(ctx context.Context, store object.Store, s *Snapshot) (foreign int, err error) {
+func (c *cleaner) removeObjects(ctx context.Context, store object.Store, s *snapshot.Record) (foreign int, err error) {
 	var batch []string
 	var bytes int64
 	flush := func() error {

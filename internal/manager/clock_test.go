@@ -12,6 +12,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc/collect"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -56,7 +57,7 @@ func (w *testEnv) left(r *replica) int {
 	return len(list)
 }
 
-func (w *testEnv) createTTL(r *replica, col catalog.Collection, name string, ttl time.Duration) *Snapshot {
+func (w *testEnv) createTTL(r *replica, col catalog.Collection, name string, ttl time.Duration) *snapshot.Record {
 	w.t.Helper()
 	sp := spec(col, name)
 	sp.TTL = ttl
@@ -386,7 +387,7 @@ func TestPinExpiresBeforeItsLease(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	pinned := func(t *testing.T, w *testEnv, r *replica) (*Snapshot, *Pin) {
+	pinned := func(t *testing.T, w *testEnv, r *replica) (*snapshot.Record, *Pin) {
 		t.Helper()
 		col, _, _ := w.collection(r, "c")
 		s := w.create(r, col, "s")

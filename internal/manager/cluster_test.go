@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/request"
@@ -91,9 +92,9 @@ func definite[T any](
 
 func createDefinite(
 	t *testing.T, replicas []*replica, tok request.Token, col catalog.Collection, name string,
-) (*Snapshot, error) {
+) (*snapshot.Record, error) {
 	t.Helper()
-	return definite(t, replicas, func(ctx context.Context, r *replica) (*Snapshot, error) {
+	return definite(t, replicas, func(ctx context.Context, r *replica) (*snapshot.Record, error) {
 		return r.Create(ctx, tok, spec(col, name))
 	})
 }
@@ -127,8 +128,8 @@ func (l lossy) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
 	return res, err
 }
 
-func (c *clusterWork) create(replicas []*replica, tok request.Token, name string) (*Snapshot, error) {
-	return definite(c.t, replicas, func(ctx context.Context, r *replica) (*Snapshot, error) {
+func (c *clusterWork) create(replicas []*replica, tok request.Token, name string) (*snapshot.Record, error) {
+	return definite(c.t, replicas, func(ctx context.Context, r *replica) (*snapshot.Record, error) {
 		return r.Create(ctx, tok, spec(c.col, name))
 	})
 }
@@ -365,7 +366,7 @@ func TestClusterQuorumLost(t *testing.T) {
 	w.rest(want)
 	for _, r := range both {
 		if list := w.check(r); len(list) != want ||
-			!slices.ContainsFunc(list, func(l *Snapshot) bool { return l.ID == s.ID }) {
+			!slices.ContainsFunc(list, func(l *snapshot.Record) bool { return l.ID == s.ID }) {
 			t.Errorf("%v, want %d with %s", list, want, s)
 		}
 	}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc/collect"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 )
 
 // Collect makes a round of the collector now, see [collect.Collector.Collect]. It also
@@ -30,7 +31,7 @@ func (m *Manager) Collect(ctx context.Context, o collect.CycleOptions) (collect.
 	}
 	deleting, dead, expiring, pinned := m.view.work()
 	now, untrusted := m.clock.Judge(ctx)
-	report := func(s *Snapshot, action collect.Action, reason string) error {
+	report := func(s *snapshot.Record, action collect.Action, reason string) error {
 		if o.Report == nil || collection != 0 && s.Collection != collection {
 			return nil
 		}

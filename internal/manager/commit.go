@@ -10,6 +10,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -22,7 +23,7 @@ import (
 // abandon gives up a create whose pending key is gone, which can no longer commit. It
 // returns errChanged when the key exists or the record has changed. The leader adds
 // its fence.
-func (m *Manager) abandon(ctx context.Context, s *Snapshot, fence ...meta.Cond) error {
+func (m *Manager) abandon(ctx context.Context, s *snapshot.Record, fence ...meta.Cond) error {
 	text := fmt.Sprintf("%v: the replica that created %s died, or made no progress for longer than its lease lasts",
 		ErrCreateAborted, s)
 	return m.giveUp(ctx, s, "CREATE_ABORTED", text, append(fence, meta.Absent(keys.Pending(s.Collection, s.ID))))
@@ -94,12 +95,14 @@ func (e *storedError) Unwrap() error { return e.err }
 
 // commit makes the snapshot COMMITTED. It repeats the same transaction while the store
 // does not answer. It reports a failure only once the commit can no longer take effect.
-func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease *createLease) (*Snapshot, error) {
+func (m *Manager) commit(
+	ctx context.Context, c *creation, next *snapshot.Record, lease *createLease,
+) (*snapshot.Record, error) {
 	op, err := record.NewOp(m.o.Rand)
 	if err != nil {
 		return nil, err
 	}
-	next.CommitTime, next.op = m.clock.Display(), op
+	next.CommitTime, next.Op = m.clock.Display(), op
 	if next.TTL > 0 {
 		if next.CommitTime, err = m.clock.Stamp(ctx); errors.Is(err, clock.ErrUntrusted) {
 			// Aborted: completes the token, so that the caller has to begin another create.
@@ -109,7 +112,7 @@ func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease
 		}
 		next.ExpireTime = next.CommitTime.Add(next.TTL)
 	}
-	value := encode(next, op)
+	value := snapshot.Encode(next, op)
 	if err := checkRecordSize(value); err != nil {
 		return nil, err
 	}
@@ -141,7 +144,7 @@ func (m *Manager) commit(ctx context.Context, c *creation, next *Snapshot, lease
 // whether the outcome is final; err is then nil on success. It sets open when the
 // outcome of a transaction is unknown.
 func (m *Manager) tryCommit(
-	ctx context.Context, c *creation, next *Snapshot, value []byte, lease *createLease, open *bool,
+	ctx context.Context, c *creation, next *snapshot.Record, value []byte, lease *createLease, open *bool,
 ) (done bool, err error) {
 	if err := lease.advance(ctx); err != nil && !*open {
 		return true, err
@@ -184,7 +187,7 @@ func (m *Manager) tryCommit(
 	if err != nil {
 		return false, err
 	}
-	if now != nil && now.State == Pending {
+	if now != nil && now.State == snapshot.Pending {
 		return true, fmt.Errorf("%w: its lease expired before the commit", ErrCreateAborted)
 	}
 	return true, fillCommitted(next, now, *open)
@@ -192,14 +195,14 @@ func (m *Manager) tryCommit(
 
 // fillCommitted fills next from now, its record, which is nil or no longer PENDING.
 // open is whether the commit may have been applied.
-func fillCommitted(next, now *Snapshot, open bool) error {
+func fillCommitted(next, now *snapshot.Record, open bool) error {
 	switch {
 	case now == nil && open:
 		return fmt.Errorf("%w: %w: the commit got no answer, and the record is gone", errUndecided, meta.ErrUnavailable)
-	case now == nil, now.State == Deleting && now.commitRev == 0:
+	case now == nil, now.State == snapshot.Deleting && now.CommitRevision == 0:
 		return fmt.Errorf("%w: its lease expired before the commit", ErrCreateAborted)
-	case now.State == Deleting: // committed, and dropped since
-		next.Revision, next.Order = now.commitRev, now.commitRev
+	case now.State == snapshot.Deleting: // committed, and dropped since
+		next.Revision, next.Order = now.CommitRevision, now.CommitRevision
 	default: // by this create: no other commits this id
 		*next = *now
 	}
@@ -208,14 +211,16 @@ func fillCommitted(next, now *Snapshot, open bool) error {
 
 // resolveCommit ends a create whose commit got no answer in time. It reports a failure
 // only once the commit can no longer take effect.
-func (m *Manager) resolveCommit(ctx context.Context, c *creation, next *Snapshot, cause error) (*Snapshot, error) {
+func (m *Manager) resolveCommit(
+	ctx context.Context, c *creation, next *snapshot.Record, cause error,
+) (*snapshot.Record, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), m.o.LeaseTTL/3)
 	defer cancel()
 	_, why := terminalReason(cause)
 	for pauses := (meta.Backoff{Rand: m.o.Jitter}); ; {
 		now, err := m.read(ctx, next.ID)
 		if err == nil {
-			if now == nil || now.State != Pending {
+			if now == nil || now.State != snapshot.Pending {
 				return next, fillCommitted(next, now, true)
 			}
 			err = m.giveUp(ctx, now, "CREATE_ABORTED", fmt.Sprintf("the commit was prevented: %v", why), nil)
@@ -235,7 +240,7 @@ var errChanged = errors.New("record changed")
 
 // giveUp moves a PENDING snapshot to DELETING, which frees its name, and stores the
 // error under its request token. fence is compared in the same transaction.
-func (m *Manager) giveUp(ctx context.Context, s *Snapshot, reason, text string, fence []meta.Cond) error {
+func (m *Manager) giveUp(ctx context.Context, s *snapshot.Record, reason, text string, fence []meta.Cond) error {
 	for range maxAttempts {
 		op, err := record.NewOp(m.o.Rand)
 		if err != nil {
@@ -247,14 +252,14 @@ func (m *Manager) giveUp(ctx context.Context, s *Snapshot, reason, text string, 
 			Name: "create.giveup",
 			If:   append([]meta.Cond{meta.Unchanged(keys.Snapshot(s.ID), s.Revision)}, fence...),
 			Then: []meta.Op{
-				meta.Put(keys.Snapshot(s.ID), encode(s.withState(Deleting, short), op)),
+				meta.Put(keys.Snapshot(s.ID), snapshot.Encode(s.WithState(snapshot.Deleting, short), op)),
 				meta.Delete(keys.SnapshotName(m.scope(s.Collection), s.Name)),
 				meta.Delete(keys.Pending(s.Collection, s.ID)),
 			},
 		}
 		var lease request.Lease
-		if s.requestKey != "" {
-			if lease, err = m.completeToken(ctx, s.requestKey, reason, text, &txn); err != nil {
+		if s.RequestKey != "" {
+			if lease, err = m.completeToken(ctx, s.RequestKey, reason, text, &txn); err != nil {
 				return err
 			}
 		}

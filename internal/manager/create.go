@@ -11,6 +11,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -38,13 +39,13 @@ type creation struct {
 	// snap is the PENDING record, nil if begin failed; valid once begun is closed.
 	// last is the COMMITTED record; valid once ended is closed. err is valid once
 	// ended is closed, and once begun is closed if snap is nil.
-	snap, last *Snapshot
+	snap, last *snapshot.Record
 	err        error
 }
 
 // Create captures a collection. The create continues when ctx ends; a call with the
 // same token waits for it.
-func (m *Manager) Create(ctx context.Context, tok request.Token, spec CreateSpec) (*Snapshot, error) {
+func (m *Manager) Create(ctx context.Context, tok request.Token, spec CreateSpec) (*snapshot.Record, error) {
 	s, err := m.startCreate(ctx, tok, spec)
 	if err != nil {
 		return nil, fmt.Errorf("create snapshot %s of %s: %w", spec.Name, spec.Collection, err)
@@ -52,7 +53,7 @@ func (m *Manager) Create(ctx context.Context, tok request.Token, spec CreateSpec
 	return s, nil
 }
 
-func (m *Manager) startCreate(ctx context.Context, tok request.Token, spec CreateSpec) (*Snapshot, error) {
+func (m *Manager) startCreate(ctx context.Context, tok request.Token, spec CreateSpec) (*snapshot.Record, error) {
 	if err := catalog.CheckName("name", spec.Name); err != nil {
 		return nil, err
 	}
@@ -127,7 +128,9 @@ var errTokenTaken = errors.New("request token taken")
 
 // join waits for the create of a token, on whichever replica it runs, and abandons
 // it when its pending key is gone.
-func (m *Manager) join(ctx context.Context, tok request.Token, known *request.Record, noWait bool) (*Snapshot, error) {
+func (m *Manager) join(
+	ctx context.Context, tok request.Token, known *request.Record, noWait bool,
+) (*snapshot.Record, error) {
 	for !known.Done {
 		s, err := m.awaitEnd(ctx, known.ID, noWait)
 		if err != nil {
@@ -147,20 +150,20 @@ func (m *Manager) join(ctx context.Context, tok request.Token, known *request.Re
 	if known.ErrorReason != "" {
 		return nil, terminalError(known.ErrorReason, known.ErrorText)
 	}
-	return decode(meta.KeyValue{Key: keys.Snapshot(known.ID), Value: known.Result, ModRevision: known.Revision})
+	return snapshot.Decode(meta.KeyValue{Key: keys.Snapshot(known.ID), Value: known.Result, ModRevision: known.Revision})
 }
 
 // awaitEnd waits until a snapshot is no longer PENDING, and abandons it when its
 // pending key is gone. It then returns nil. With noWait it returns the record if the
 // pending key exists.
-func (m *Manager) awaitEnd(ctx context.Context, id int64, noWait bool) (*Snapshot, error) {
+func (m *Manager) awaitEnd(ctx context.Context, id int64, noWait bool) (*snapshot.Record, error) {
 	var waiting *waiter
 	for attempt := 0; ; attempt++ {
 		if err := meta.Pause(ctx, min(attempt, maxAttempts)); err != nil {
 			return nil, err
 		}
 		s, err := m.read(ctx, id)
-		if err != nil || s == nil || s.State != Pending {
+		if err != nil || s == nil || s.State != snapshot.Pending {
 			return nil, err
 		}
 		pending := keys.Pending(s.Collection, s.ID)
@@ -388,7 +391,7 @@ func (m *Manager) begin(ctx context.Context, c *creation) (_ *createLease, err e
 // when the store did not answer.
 func (m *Manager) tryBegin(
 	ctx context.Context, c *creation, id int64, op string, lease *createLease,
-) (*Snapshot, error) {
+) (*snapshot.Record, error) {
 	col, err := m.catalog.Collection(ctx, c.spec.Collection)
 	if errors.Is(err, meta.ErrUnavailable) {
 		return nil, fmt.Errorf("%w: %w", errUndecided, err)
@@ -399,13 +402,13 @@ func (m *Manager) tryBegin(
 	if col.State != catalog.Active {
 		return nil, col.CheckActive()
 	}
-	s := &Snapshot{
-		ID: id, Name: c.spec.Name, Collection: col.ID, DB: col.DB, CollectionName: col.Name, State: Pending,
+	s := &snapshot.Record{
+		ID: id, Name: c.spec.Name, Collection: col.ID, DB: col.DB, CollectionName: col.Name, State: snapshot.Pending,
 		Description: c.spec.Description, Labels: c.spec.Labels, CreateTime: m.clock.Display(), TTL: c.spec.TTL,
 		ExpireTime: c.spec.ExpireTime, Store: m.o.SnapshotStore,
-		requestKey: c.tok.Key(), op: op,
+		RequestKey: c.tok.Key(), Op: op,
 	}
-	value := encode(s, s.op)
+	value := snapshot.Encode(s, s.Op)
 	if err := checkRecordSize(value); err != nil {
 		return nil, err
 	}
@@ -444,10 +447,10 @@ func (m *Manager) tryBegin(
 		return nil, fmt.Errorf("%w: %w", errUndecided, err)
 	case res.Succeeded:
 		s.Revision, s.Order = res.Revision, res.Revision
-		s.history = epoch.History(res.Ranges[0])
+		s.History = epoch.History(res.Ranges[0])
 		return s, nil
 	case len(res.Ranges[0]) > 0: // an earlier begin was applied
-		now, err := decode(res.Ranges[0][0])
+		now, err := snapshot.Decode(res.Ranges[0][0])
 		if err != nil {
 			return nil, err
 		}
@@ -463,11 +466,11 @@ func (m *Manager) tryBegin(
 // checkBegun returns the record of a begin without an answer, or an error if that
 // create has ended. A record with another op belongs to another create: the metadata
 // store was rolled back unnoticed and allocated the id twice.
-func checkBegun(s *Snapshot, op string) (*Snapshot, error) {
-	if s.State == Pending && s.op != op {
+func checkBegun(s *snapshot.Record, op string) (*snapshot.Record, error) {
+	if s.State == snapshot.Pending && s.Op != op {
 		return nil, fmt.Errorf("%w: another create has the id %d", meta.ErrConflict, s.ID)
 	}
-	if s.State != Pending {
+	if s.State != snapshot.Pending {
 		return nil, fmt.Errorf("%w: its lease expired before its begin was answered", ErrCreateAborted)
 	}
 	return s, nil

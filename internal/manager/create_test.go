@@ -17,6 +17,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -83,7 +84,7 @@ func TestCreateKeepsEverything(t *testing.T) {
 			!slices.Equal(snap.Partitions, []int64{p.ID}) {
 			t.Errorf("partitions %+v, indexes %+v", md.Partitions, md.Indexes)
 		}
-		want := []Cut{{0, "ch-0", 100}, {1, "ch-1", 100}}
+		want := []snapshot.Cut{{Shard: 0, Channel: "ch-0", Timestamp: 100}, {Shard: 1, Channel: "ch-1", Timestamp: 100}}
 		if diff := cmp.Diff(want, snap.Cuts); diff != "" {
 			t.Errorf("cuts (-want +got):\n%s", diff)
 		}
@@ -358,7 +359,7 @@ func TestCreateTokens(t *testing.T) {
 
 		// While the first call writes, the second joins it on another replica.
 		a.store.Freeze()
-		first := make(chan *Snapshot, 2)
+		first := make(chan *snapshot.Record, 2)
 		for _, r := range []*replica{a, b} {
 			go func() {
 				s, err := r.Create(t.Context(), tok, spec(col, "one"))
@@ -375,13 +376,13 @@ func TestCreateTokens(t *testing.T) {
 		noWait := spec(col, "one")
 		noWait.NoWait = true
 		pending, err := b.Create(t.Context(), tok, noWait)
-		if err != nil || pending.State != Pending {
+		if err != nil || pending.State != snapshot.Pending {
 			t.Errorf("join without waiting: %v, err = %v", pending, err)
 		}
 		a.store.Thaw()
 		s1, s2 := <-first, <-first
 		if s1 == nil || s2 == nil || s1.ID != s2.ID || s1.ID != pending.ID || s1.Revision != s2.Revision ||
-			s1.State != Committed {
+			s1.State != snapshot.Committed {
 			t.Fatalf("one token made %v, %v and %v", s1, s2, pending)
 		}
 		// The result remains after the drop of the snapshot.
@@ -390,7 +391,7 @@ func TestCreateTokens(t *testing.T) {
 		}
 		settle()
 		again, err := b.Create(t.Context(), tok, spec(col, "one"))
-		if err != nil || again.ID != s1.ID || again.State != Committed {
+		if err != nil || again.ID != s1.ID || again.State != snapshot.Committed {
 			t.Errorf("repeat after the drop: %v, err = %v", again, err)
 		}
 		_, err = a.Create(t.Context(), token("t1", "request 2"), spec(col, "two"))
@@ -438,7 +439,7 @@ func TestCreateContinuesWithoutItsCaller(t *testing.T) {
 		wantError(t, err, context.DeadlineExceeded)
 		r.store.Thaw()
 		s, err := r.Create(t.Context(), tok, spec(col, "x"))
-		if err != nil || s.State != Committed {
+		if err != nil || s.State != snapshot.Committed {
 			t.Errorf("joined %v, err = %v", s, err)
 		}
 	})
@@ -471,8 +472,9 @@ func TestCreatorThatFreezesIsReapedAndFenced(t *testing.T) {
 		a.store.Thaw()
 		wantError(t, <-result, ErrCreateAborted)
 		settle()
-		list, _, err := b.List(t.Context(), Filter{States: []State{Pending, Committed, Deleting}}, Place{}, 10)
-		if err != nil || len(list) != 1 || list[0].State != Committed {
+		all := Filter{States: []snapshot.State{snapshot.Pending, snapshot.Committed, snapshot.Deleting}}
+		list, _, err := b.List(t.Context(), all, Place{}, 10)
+		if err != nil || len(list) != 1 || list[0].State != snapshot.Committed {
 			t.Errorf("after the creator woke up: %v, err = %v", list, err)
 		}
 	})
@@ -493,7 +495,7 @@ func TestSlowCreateIsNotAbandoned(t *testing.T) {
 		sp.Verify = false
 		begin := time.Now()
 		s, err := r.Create(t.Context(), request.Token{}, sp)
-		if err != nil || s.State != Committed {
+		if err != nil || s.State != snapshot.Committed {
 			t.Fatalf("slow create: %v, err = %v", s, err)
 		}
 		if took := time.Since(begin); took < time.Minute {
@@ -568,7 +570,7 @@ func TestMinCut(t *testing.T) {
 		if keys := w.keysUnder("/snapshot/"); len(keys) != 0 {
 			t.Errorf("waiting wrote %v", keys)
 		}
-		result := make(chan *Snapshot, 1)
+		result := make(chan *snapshot.Record, 1)
 		go func() {
 			s, err := r.Create(t.Context(), request.Token{}, sp)
 			if err != nil {
@@ -583,7 +585,8 @@ func TestMinCut(t *testing.T) {
 		settle()
 		w.checkpoint(r, col, 25, 6)
 		s := <-result
-		if want := []Cut{{0, "ch-0", 25}, {1, "ch-1", 6}}; !slices.Equal(s.Cuts, want) {
+		want := []snapshot.Cut{{Shard: 0, Channel: "ch-0", Timestamp: 25}, {Shard: 1, Channel: "ch-1", Timestamp: 6}}
+		if !slices.Equal(s.Cuts, want) {
 			t.Errorf("cuts %v, want %v", s.Cuts, want)
 		}
 	})
@@ -753,7 +756,7 @@ func failOneMetaCall(t *testing.T, n int, fault meta.Fault) (fired bool) {
 		case err == nil && (againErr != nil || again.ID != s.ID):
 			t.Errorf("call %d: created %v, but the repeat says %v, %v", n, s, again, againErr)
 		case againErr == nil:
-			if again.State != Committed {
+			if again.State != snapshot.Committed {
 				t.Errorf("call %d: the repeat returned %v", n, again.State)
 			}
 		default:
@@ -796,7 +799,7 @@ func TestCreateSurvivesEachFailedObjectCall(t *testing.T) {
 				w.checkpoint(r, col, 10, 10)
 				r.store.FailNth("", n, fault)
 				s, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
-				if err != nil || s.State != Committed {
+				if err != nil || s.State != snapshot.Committed {
 					t.Errorf("fault %v at call %d: %v, err = %v", fault, n, s, err)
 				}
 				r.store.Plan(nil)

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
@@ -145,7 +146,7 @@ func awayFrom(t *testing.T, n int, away time.Duration, fault meta.Fault) (fired 
 			t.Errorf("call %d: %v", n, err)
 		}
 		again, err := other.Create(t.Context(), tok, spec(col, "x"))
-		if err != nil || again.State != Committed || s != nil && again.ID != s.ID {
+		if err != nil || again.State != snapshot.Committed || s != nil && again.ID != s.ID {
 			t.Errorf("created %v, and the repeat says %v, %v", s, again, err)
 		}
 		settle()
@@ -192,7 +193,7 @@ func TestLateCommit(t *testing.T) {
 func TestLateCommitIsFound(t *testing.T) {
 	inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
 		late.lose = isCommit
-		done := make(chan *Snapshot, 1)
+		done := make(chan *snapshot.Record, 1)
 		tok := token("t", "r")
 		go func() {
 			s, err := a.Create(t.Context(), tok, spec(col, "x"))
@@ -280,7 +281,7 @@ func TestUndecidedCommit(t *testing.T) {
 				}
 			}
 			s, err := b.Create(t.Context(), tok, spec(col, "x"))
-			if arrives && (applied != 1 || err != nil || s.State != Committed) {
+			if arrives && (applied != 1 || err != nil || s.State != snapshot.Committed) {
 				t.Errorf("%d commits were applied, and the repeat says %v, %v", applied, s, err)
 			}
 			if !arrives {
@@ -386,7 +387,7 @@ func TestRepeatAbandonsADeadCreate(t *testing.T) {
 			sp := spec(col, "x")
 			if noWait {
 				sp.NoWait = true
-				if s, err := b.Create(t.Context(), tok, sp); err != nil || s.State != Pending {
+				if s, err := b.Create(t.Context(), tok, sp); err != nil || s.State != snapshot.Pending {
 					t.Errorf("while its lease lasts: %v, err = %v", s, err)
 				}
 				time.Sleep(b.o.LeaseTTL)
@@ -400,7 +401,7 @@ func TestRepeatAbandonsADeadCreate(t *testing.T) {
 				t.Error("b leads")
 			}
 			s, err := b.Create(t.Context(), token("t2", "r"), spec(col, "x"))
-			if err != nil || s.State != Committed {
+			if err != nil || s.State != snapshot.Committed {
 				t.Errorf("with another token: %v, err = %v", s, err)
 			}
 			a.kv.Thaw()
@@ -434,7 +435,7 @@ func TestCreateSurvivesObjectStoreOutage(t *testing.T) {
 				}
 				return object.FaultNone
 			})
-			if got, err := r.Create(t.Context(), request.Token{}, sp); err != nil || got.State != Committed {
+			if got, err := r.Create(t.Context(), request.Token{}, sp); err != nil || got.State != snapshot.Committed {
 				t.Errorf("%v, err = %v", got, err)
 			}
 			r.store.Plan(nil)

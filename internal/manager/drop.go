@@ -8,6 +8,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -52,7 +53,9 @@ func (m *Manager) Drop(ctx context.Context, tok request.Token, ref Ref, expected
 
 // droppable returns the snapshot of ref, nil if it does not exist, and the transaction
 // that drops it, empty if the snapshot is already being deleted.
-func (m *Manager) droppable(ctx context.Context, ref Ref, expected int64) (s *Snapshot, txn meta.Txn, err error) {
+func (m *Manager) droppable(
+	ctx context.Context, ref Ref, expected int64,
+) (s *snapshot.Record, txn meta.Txn, err error) {
 	s, err = m.get(ctx, ref, expected == 0)
 	switch {
 	case errors.Is(err, ErrSnapshotNotFound), errors.Is(err, ErrExpiredOrDropped), errors.Is(err, ErrNeverExisted):
@@ -63,21 +66,21 @@ func (m *Manager) droppable(ctx context.Context, ref Ref, expected int64) (s *Sn
 		return nil, meta.Txn{}, fmt.Errorf("%w: it is %d, not %d", ErrSnapshotMismatch, s.ID, expected)
 	}
 	switch s.State {
-	case Pending:
+	case snapshot.Pending:
 		return nil, meta.Txn{}, fmt.Errorf("%w: %s, since %s; wait for it to end",
 			ErrSnapshotPending, s, s.CreateTime.Format(time.RFC3339))
-	case Committed:
+	case snapshot.Committed:
 		if err := m.checkPins(ctx, s); err != nil {
 			return nil, meta.Txn{}, err
 		}
 		txn, err = m.dropTxn(s)
-	case Deleting: // already dropped
+	case snapshot.Deleting: // already dropped
 	}
 	return s, txn, err
 }
 
 // dropTxn returns the transaction that drops a committed snapshot.
-func (m *Manager) dropTxn(s *Snapshot) (meta.Txn, error) {
+func (m *Manager) dropTxn(s *snapshot.Record) (meta.Txn, error) {
 	op, err := record.NewOp(m.o.Rand)
 	if err != nil {
 		return meta.Txn{}, err
@@ -88,7 +91,7 @@ func (m *Manager) dropTxn(s *Snapshot) (meta.Txn, error) {
 			meta.RangeAbsent(meta.Prefix(keys.PinPrefix(s.ID))),
 		},
 		Then: []meta.Op{
-			meta.Put(keys.Snapshot(s.ID), encode(s.withState(Deleting, ""), op)),
+			meta.Put(keys.Snapshot(s.ID), snapshot.Encode(s.WithState(snapshot.Deleting, ""), op)),
 			meta.Delete(keys.SnapshotName(m.scope(s.Collection), s.Name)),
 		},
 	}, nil
@@ -97,7 +100,7 @@ func (m *Manager) dropTxn(s *Snapshot) (meta.Txn, error) {
 // checkPins returns an error that names the pins of a snapshot, if it has any, after
 // it removed expired ones. The transaction that drops the snapshot compares that no
 // pin exists.
-func (m *Manager) checkPins(ctx context.Context, s *Snapshot) error {
+func (m *Manager) checkPins(ctx context.Context, s *snapshot.Record) error {
 	from, to := meta.Prefix(keys.PinPrefix(s.ID))
 	var res meta.RangeResult
 	for range maxAttempts {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -65,7 +66,7 @@ func TestDropOfPendingIsRefused(t *testing.T) {
 		sp := spec(col, "x")
 		sp.NoWait = true
 		s, err := r.Create(t.Context(), request.Token{}, sp)
-		if err != nil || s.State != Pending {
+		if err != nil || s.State != snapshot.Pending {
 			t.Fatalf("%v, err = %v", s, err)
 		}
 		_, err = r.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0)
@@ -155,7 +156,7 @@ func TestRecordIsDeletedLast(t *testing.T) {
 		settle()
 		w.create(r, col, "x") // the name is free at once
 		got, err := r.Get(t.Context(), Ref{ID: s.ID})
-		if err != nil || got.State != Deleting {
+		if err != nil || got.State != snapshot.Deleting {
 			t.Errorf("the record went before the objects: %v, err = %v", got, err)
 		}
 		if len(w.objectsUnder(manifest.Dir(col.ID, s.ID))) == 0 {
@@ -176,7 +177,7 @@ func TestEachStateIsCleanedOnItsOwn(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
-		var all []*Snapshot
+		var all []*snapshot.Record
 		for i := range 3 {
 			all = append(all, w.create(r, col, fmt.Sprintf("s%d", i)))
 		}
@@ -480,7 +481,7 @@ func TestNameIsResolvedOnce(t *testing.T) {
 				col, _, _ := w.collection(other, "c")
 				w.create(other, col, "x")
 				settle()
-				var second *Snapshot
+				var second *snapshot.Record
 				var once sync.Once
 				r.kv.Hook(func(c meta.Call) meta.Fault {
 					if c.Method == meta.MethodTxn {
@@ -500,7 +501,7 @@ func TestNameIsResolvedOnce(t *testing.T) {
 				}
 				settle()
 				got, err := other.Get(t.Context(), Ref{Name: "x"})
-				if err != nil || got.ID != second.ID || got.State != Committed || got.Description != "" {
+				if err != nil || got.ID != second.ID || got.State != snapshot.Committed || got.Description != "" {
 					t.Errorf("the second one is %+v, err = %v", got, err)
 				}
 			})

@@ -13,6 +13,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -196,7 +197,7 @@ func spec(col catalog.Collection, name string) CreateSpec {
 	return CreateSpec{Collection: catalog.Ref{ID: col.ID}, Name: name}
 }
 
-func (w *testEnv) create(r *replica, col catalog.Collection, name string) *Snapshot {
+func (w *testEnv) create(r *replica, col catalog.Collection, name string) *snapshot.Record {
 	w.t.Helper()
 	s, err := r.Create(w.t.Context(), request.Token{}, spec(col, name))
 	if err != nil {
@@ -206,7 +207,7 @@ func (w *testEnv) create(r *replica, col catalog.Collection, name string) *Snaps
 }
 
 // segments reads all segments of a snapshot.
-func (w *testEnv) segments(r *replica, s *Snapshot) []segment.Segment {
+func (w *testEnv) segments(r *replica, s *snapshot.Record) []segment.Segment {
 	w.t.Helper()
 	var list []segment.Segment
 	err := r.Segments(w.t.Context(), Ref{ID: s.ID}, 0, func(s *Segment) bool {
@@ -255,17 +256,18 @@ func settle() { virtual.Wait() }
 
 // check checks the stores at rest: every record is COMMITTED with all its objects and
 // their digests, and there are no others.
-func (w *testEnv) check(r *replica) []*Snapshot {
+func (w *testEnv) check(r *replica) []*snapshot.Record {
 	w.t.Helper()
 	ctx := w.t.Context()
-	list, more, err := r.List(ctx, Filter{States: []State{Pending, Committed, Deleting}}, Place{}, 10_000)
+	all := Filter{States: []snapshot.State{snapshot.Pending, snapshot.Committed, snapshot.Deleting}}
+	list, more, err := r.List(ctx, all, Place{}, 10_000)
 	if err != nil || more {
 		w.t.Fatalf("list: more = %v, err = %v", more, err)
 	}
 	names := map[string]bool{}
 	objects := map[string]bool{}
 	for _, s := range list {
-		if s.State != Committed {
+		if s.State != snapshot.Committed {
 			w.t.Errorf("snapshot %s is %v at rest", s, s.State)
 			continue
 		}

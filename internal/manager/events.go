@@ -12,6 +12,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -184,12 +185,12 @@ func eventOf(e meta.Event) (*Event, error) {
 }
 
 // snapshotOf returns the snapshot of a change; of a removed one only the id.
-func snapshotOf(e meta.Event) (*Snapshot, error) {
+func snapshotOf(e meta.Event) (*snapshot.Record, error) {
 	if !e.Deleted {
-		return decode(e.KV)
+		return snapshot.Decode(e.KV)
 	}
 	id, err := keys.LastID(e.KV.Key)
-	return &Snapshot{ID: id}, err
+	return &snapshot.Record{ID: id}, err
 }
 
 // tombstoneOf returns the tombstone of a change; of a removed one only the ids.

@@ -11,6 +11,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -108,12 +109,12 @@ func (h *history) step(events []meta.Event) {
 	h.now = next
 }
 
-func stateOf(all map[string]meta.KeyValue, key string) (State, *Snapshot) {
+func stateOf(all map[string]meta.KeyValue, key string) (snapshot.State, *snapshot.Record) {
 	kv, ok := all[key]
 	if !ok {
 		return 0, nil
 	}
-	s, err := decode(kv)
+	s, err := snapshot.Decode(kv)
 	if err != nil {
 		return -1, nil
 	}
@@ -132,13 +133,13 @@ func (h *history) snapshot(at int64, key string, next map[string]meta.KeyValue) 
 	move := fmt.Sprintf("%v to %v", was, is)
 	h.states[move]++
 	switch {
-	case was == 0 && is == Pending && !h.born[id], was == Pending && is == Deleting, was == Committed &&
-		is == Deleting, was == Deleting && is == 0:
-	case was == Pending && is == Committed:
+	case was == 0 && is == snapshot.Pending && !h.born[id], was == snapshot.Pending && is == snapshot.Deleting,
+		was == snapshot.Committed && is == snapshot.Deleting, was == snapshot.Deleting && is == 0:
+	case was == snapshot.Pending && is == snapshot.Committed:
 		if _, ok := h.now[keys.Pending(s.Collection, id)]; !ok {
 			h.wrong(at, "snapshot %d is committed, and its creator had lost its lease", id)
 		}
-	case was == Committed && is == Committed:
+	case was == snapshot.Committed && is == snapshot.Committed:
 		if s.Metadata != old.Metadata || s.Collection != old.Collection || s.Name != old.Name ||
 			s.Totals != old.Totals || s.Store != old.Store {
 			h.wrong(at, "snapshot %d was %+v and is %+v", id, old, s)
@@ -157,10 +158,10 @@ func (h *history) snapshot(at int64, key string, next map[string]meta.KeyValue) 
 			h.wrong(at, "%v", err)
 		}
 	}
-	if has := named && owner.GetId() == id; has != (is != Deleting) {
+	if has := named && owner.GetId() == id; has != (is != snapshot.Deleting) {
 		h.wrong(at, "snapshot %d is %v, has its name: %v", id, is, has)
 	}
-	if _, pending := next[keys.Pending(s.Collection, id)]; pending && is != Pending {
+	if _, pending := next[keys.Pending(s.Collection, id)]; pending && is != snapshot.Pending {
 		h.wrong(at, "snapshot %d is %v, and pending", id, is)
 	}
 }
@@ -177,7 +178,7 @@ func (h *history) pin(at int64, e meta.Event, next map[string]meta.KeyValue) {
 		h.wrong(at, "%s: %v", e.KV.Key, err)
 		return
 	}
-	if state, _ := stateOf(next, keys.Snapshot(p.Snapshot)); state != Committed && !e.Deleted {
+	if state, _ := stateOf(next, keys.Snapshot(p.Snapshot)); state != snapshot.Committed && !e.Deleted {
 		h.wrong(at, "%s is put, and its snapshot is %v", e.KV.Key, state)
 	}
 	if p.Job == 0 {
@@ -227,7 +228,7 @@ func (h *history) job(at int64, key string, next map[string]meta.KeyValue) {
 		h.wrong(at, "job %d is %v, its pin is there: %v", job.ID, job.State, pinned)
 	}
 	if !job.State.Ended() {
-		if state, _ := stateOf(next, keys.Snapshot(job.Snapshot)); state != Committed {
+		if state, _ := stateOf(next, keys.Snapshot(job.Snapshot)); state != snapshot.Committed {
 			h.wrong(at, "job %d is %v, and its snapshot %v", job.ID, job.State, state)
 		}
 		return

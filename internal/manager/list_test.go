@@ -11,6 +11,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
@@ -57,7 +58,7 @@ func TestListFilters(t *testing.T) {
 			{"labels", Filter{Labels: map[string]string{"n": "1", "all": "x"}}, []string{"one-4", "two-1"}},
 			{"label that differs", Filter{Labels: map[string]string{"n": "1", "all": "y"}}, nil},
 			{"prefix", Filter{NamePrefix: "one-"}, []string{"one-4", "one-2", "one-0"}},
-			{"state", Filter{States: []State{Pending}}, nil},
+			{"state", Filter{States: []snapshot.State{snapshot.Pending}}, nil},
 		} {
 			list, more, err := other.List(t.Context(), tc.f, Place{}, 100)
 			if err != nil || more {
@@ -72,7 +73,7 @@ func TestListFilters(t *testing.T) {
 	})
 }
 
-func names(list []*Snapshot) []string {
+func names(list []*snapshot.Record) []string {
 	var names []string
 	for _, s := range list {
 		names = append(names, s.Name)
@@ -106,7 +107,7 @@ func TestListPages(t *testing.T) {
 			if !more {
 				break
 			}
-			after = list[len(list)-1].place()
+			after = placeOf(list[len(list)-1])
 			if page < 5 { // one is dropped, possibly the last one seen, and one created
 				if _, err := r.Drop(t.Context(), request.Token{}, Ref{Name: fmt.Sprintf("s%02d", 5*page)}, 0); err != nil {
 					t.Fatal(err)

@@ -140,6 +140,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/gc/collect"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
@@ -389,7 +390,7 @@ func (m *Manager) Collector() *collect.Collector { return m.collector }
 
 // Stats are the counts of a replica.
 type Stats struct {
-	Snapshots    map[State]int
+	Snapshots    map[snapshot.State]int
 	Leading      bool
 	Creates      int // in flight in this replica
 	Unreadable   int // snapshot records that this release cannot read
@@ -445,7 +446,7 @@ func (m *Manager) scope(collection int64) int64 {
 }
 
 // read returns the record of a snapshot by id, nil if there is none.
-func (m *Manager) read(ctx context.Context, id int64) (*Snapshot, error) {
+func (m *Manager) read(ctx context.Context, id int64) (*snapshot.Record, error) {
 	kv, found, _, err := m.kv.Get(ctx, keys.Snapshot(id))
 	if err != nil {
 		return nil, fmt.Errorf("read snapshot %d: %w", id, err)
@@ -453,15 +454,17 @@ func (m *Manager) read(ctx context.Context, id int64) (*Snapshot, error) {
 	if !found {
 		return nil, nil //nolint:nilnil // no record
 	}
-	return decode(kv)
+	return snapshot.Decode(kv)
 }
 
 // Get returns a snapshot's record in any state. If there is none it returns, by name,
 // ErrSnapshotNotFound; by id, ErrExpiredOrDropped if the id was allocated and else
 // ErrNeverExisted.
-func (m *Manager) Get(ctx context.Context, ref Ref) (*Snapshot, error) { return m.get(ctx, ref, false) }
+func (m *Manager) Get(ctx context.Context, ref Ref) (*snapshot.Record, error) {
+	return m.get(ctx, ref, false)
+}
 
-func (m *Manager) get(ctx context.Context, ref Ref, strict bool) (*Snapshot, error) {
+func (m *Manager) get(ctx context.Context, ref Ref, strict bool) (*snapshot.Record, error) {
 	id, err := m.resolve(ctx, ref, strict)
 	if err != nil {
 		return nil, err
@@ -487,12 +490,12 @@ func (m *Manager) get(ctx context.Context, ref Ref, strict bool) (*Snapshot, err
 }
 
 // committed returns a snapshot, or an error if it is not COMMITTED.
-func (m *Manager) committed(ctx context.Context, ref Ref) (*Snapshot, error) {
+func (m *Manager) committed(ctx context.Context, ref Ref) (*snapshot.Record, error) {
 	s, err := m.Get(ctx, ref)
 	if err != nil {
 		return nil, err
 	}
-	if s.State != Committed {
+	if s.State != snapshot.Committed {
 		return nil, fmt.Errorf("%w: %s is %v", ErrSnapshotNotCommitted, s, s.State)
 	}
 	return s, nil
@@ -500,9 +503,11 @@ func (m *Manager) committed(ctx context.Context, ref Ref) (*Snapshot, error) {
 
 // List returns up to limit snapshots that match the filter and follow after, newest
 // commit first, and whether more exist. It includes all commits before the call.
-func (m *Manager) List(ctx context.Context, f Filter, after Place, limit int) (list []*Snapshot, more bool, err error) {
+func (m *Manager) List(
+	ctx context.Context, f Filter, after Place, limit int,
+) (list []*snapshot.Record, more bool, err error) {
 	if len(f.States) == 0 {
-		f.States = []State{Committed}
+		f.States = []snapshot.State{snapshot.Committed}
 	}
 	if f.Collection != (catalog.Ref{}) {
 		if f.Collection.ID, err = m.ResolveCollection(ctx, f.Collection); err != nil {

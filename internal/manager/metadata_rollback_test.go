@@ -12,6 +12,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -74,7 +75,7 @@ func TestLeaderAfterMetadataRollback(t *testing.T) {
 				r = w.start("after", withEpoch)
 				time.Sleep(2 * time.Hour)
 				settle()
-				if got, err := r.Get(ctx, Ref{ID: s.ID}); err != nil || got.State != Committed {
+				if got, err := r.Get(ctx, Ref{ID: s.ID}); err != nil || got.State != snapshot.Committed {
 					t.Errorf("the leader expired what may have been renewed: %v, %v", got, err)
 				}
 				if !r.Stats().Leading {
@@ -142,7 +143,7 @@ func TestLeaderStopsOnRollback(t *testing.T) {
 		w.plantBeat(ctx, r, 1000, 9_000_000)
 		time.Sleep(2 * time.Hour)
 		settle()
-		if got, err := r.Get(ctx, Ref{ID: s.ID}); err != nil || got.State != Committed {
+		if got, err := r.Get(ctx, Ref{ID: s.ID}); err != nil || got.State != snapshot.Committed {
 			t.Errorf("the leader went on: %v, %v", got, err)
 		}
 		if _, _, _, err := r.Recover(ctx, false); err != nil {

@@ -12,6 +12,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -51,79 +52,6 @@ var (
 	ErrPinHasNoTTL          = errors.New("pin has no ttl")
 )
 
-// State is the state of a snapshot. Stored: append only.
-type State int
-
-// The states. The package comment has the transitions between them.
-const (
-	Pending State = iota + 1
-	Committed
-	Deleting
-)
-
-func (s State) String() string {
-	switch s {
-	case Pending:
-		return "PENDING"
-	case Committed:
-		return "COMMITTED"
-	case Deleting:
-		return "DELETING"
-	}
-	return "UNKNOWN"
-}
-
-// transitions are the legal changes of state. DELETING ends with the removal of the
-// record.
-var transitions = map[State][]State{
-	Pending:   {Committed, Deleting},
-	Committed: {Deleting},
-}
-
-// Cut is the cut of a snapshot on one channel: rows before Timestamp are in the snapshot.
-type Cut struct {
-	Shard     int
-	Channel   string
-	Timestamp segment.Timestamp
-}
-
-// Snapshot is a snapshot's record.
-type Snapshot struct {
-	ID              int64
-	Name            string
-	Collection      int64
-	DB              string // of the collection, at the capture
-	CollectionName  string // at the capture
-	State           State
-	Description     string
-	Labels          map[string]string
-	CreateTime      time.Time
-	CommitTime      time.Time // zero before the commit
-	ExpireTime      time.Time // zero: never
-	TTL             time.Duration
-	Cuts            []Cut // in shard order, once committed
-	CatalogRevision int64
-	Partitions      []int64 // ascending
-	Totals          segment.Totals
-	Metadata        manifest.Digest // of metadata.json
-	ManifestBytes   int64           // total size of its own objects
-	Reason          string          // error for which the create was given up
-	Store           string          // alias of the store of its own objects
-	Revision        int64           // of the record
-	// Order is the revision of the commit, and before the commit that of begin. With the
-	// id it orders all snapshots.
-	Order int64
-
-	requestKey string
-	op         string
-	commitRev  int64             // revision of the commit, stored; 0: that of the record
-	history    int64             // history of the metadata store at begin; 0: not known
-	beginRev   int64             // revision of begin, set by the commit
-	refs       manifest.RefsFile // zero in records of earlier releases
-}
-
-func (s *Snapshot) String() string { return fmt.Sprintf("%s (%d)", s.Name, s.ID) }
-
 // Ref identifies a snapshot: by ID if that is positive, else by name. Collection, unless
 // it is zero, must be the snapshot's. It is required with a name where names are unique
 // per collection.
@@ -138,92 +66,6 @@ func (r Ref) String() string {
 		return r.Name
 	}
 	return fmt.Sprintf("%d", r.ID)
-}
-
-func encode(s *Snapshot, op string) []byte {
-	rec := &storagev1.Snapshot{
-		Format: record.Format, Name: s.Name, CollectionId: s.Collection, Db: s.DB, CollectionName: s.CollectionName,
-		State: uint32(s.State), Description: s.Description, Labels: s.Labels,
-		CreateTime: record.Nanos(s.CreateTime), CommitTime: record.Nanos(s.CommitTime),
-		ExpireTime: record.Nanos(s.ExpireTime), Ttl: int64(s.TTL),
-		CatalogRevision: s.CatalogRevision, Partitions: record.Gaps(s.Partitions),
-		Totals: &storagev1.Totals{
-			Segments: s.Totals.Segments, Rows: s.Totals.Rows, Files: s.Totals.Files, Bytes: s.Totals.Bytes,
-			Builds: s.Totals.Builds, Straddling: s.Totals.Straddling,
-		},
-		MetadataLength: s.Metadata.Length, ManifestBytes: s.ManifestBytes,
-		CommitRevision: s.commitRev, RequestKey: s.requestKey, Op: op, Reason: s.Reason, Store: s.Store,
-		History: s.history, BeginRevision: s.beginRev,
-	}
-	if s.Metadata.Length > 0 {
-		rec.MetadataSha256 = s.Metadata.SHA256[:]
-	}
-	rec.References = record.References(&s.refs)
-	for _, c := range s.Cuts {
-		rec.Cuts = append(rec.Cuts, &storagev1.Cut{
-			Shard: uint32(c.Shard), Channel: c.Channel, Timestamp: uint64(c.Timestamp),
-		})
-	}
-	return record.Encode(rec)
-}
-
-// decode reads a snapshot's record.
-func decode(kv meta.KeyValue) (*Snapshot, error) {
-	id, err := keys.LastID(kv.Key)
-	if err != nil {
-		return nil, err
-	}
-	rec := &storagev1.Snapshot{}
-	if err := record.Decode(kv, rec); err != nil {
-		return nil, err
-	}
-	t := rec.GetTotals()
-	s := &Snapshot{
-		ID: id, Name: rec.GetName(), Collection: rec.GetCollectionId(), DB: rec.GetDb(),
-		CollectionName: rec.GetCollectionName(), State: State(rec.GetState()), Description: rec.GetDescription(),
-		Labels:     rec.GetLabels(),
-		CreateTime: record.Time(rec.GetCreateTime()), CommitTime: record.Time(rec.GetCommitTime()),
-		ExpireTime: record.Time(rec.GetExpireTime()), TTL: time.Duration(rec.GetTtl()),
-		CatalogRevision: rec.GetCatalogRevision(), Partitions: record.Sums(rec.GetPartitions()),
-		Totals: segment.Totals{
-			Segments: t.GetSegments(), Rows: t.GetRows(), Files: t.GetFiles(), Bytes: t.GetBytes(),
-			Builds: t.GetBuilds(), Straddling: t.GetStraddling(),
-		},
-		Metadata: manifest.Digest{Length: rec.GetMetadataLength()}, ManifestBytes: rec.GetManifestBytes(),
-		Reason: rec.GetReason(), Store: rec.GetStore(),
-		Revision: kv.ModRevision, Order: rec.GetCommitRevision(),
-		requestKey: rec.GetRequestKey(), op: rec.GetOp(), commitRev: rec.GetCommitRevision(),
-		history: rec.GetHistory(), beginRev: rec.GetBeginRevision(),
-	}
-	copy(s.Metadata.SHA256[:], rec.GetMetadataSha256())
-	s.refs = record.RefsFile(rec.GetReferences())
-	for _, c := range rec.GetCuts() {
-		s.Cuts = append(s.Cuts, Cut{
-			Shard: int(c.GetShard()), Channel: c.GetChannel(), Timestamp: segment.Timestamp(c.GetTimestamp()),
-		})
-	}
-	switch {
-	case s.Order != 0:
-	case s.State == Committed:
-		s.Order = kv.ModRevision
-	default:
-		s.Order = kv.CreateRevision
-	}
-	return s, nil
-}
-
-// withState returns a copy of s in another state, for the record that the transaction
-// writes. It panics on an illegal transition, which is a bug.
-func (s *Snapshot) withState(to State, reason string) *Snapshot {
-	if !slices.Contains(transitions[s.State], to) {
-		panic(fmt.Sprintf("manager: snapshot %d cannot move from %v to %v", s.ID, s.State, to))
-	}
-	next := *s
-	if s.State == Committed {
-		next.commitRev = s.Order
-	}
-	next.State, next.Reason = to, reason
-	return &next
 }
 
 // maxExpiry is the maximum time until an expiry.
@@ -247,12 +89,12 @@ type Filter struct {
 	DB         string
 	Partition  int64
 	Labels     map[string]string
-	States     []State
+	States     []snapshot.State
 	NamePrefix string
 }
 
 // match reports whether s passes the filter, whose Collection must be an id.
-func (f *Filter) match(s *Snapshot) bool {
+func (f *Filter) match(s *snapshot.Record) bool {
 	return (f.Collection.ID == 0 || s.Collection == f.Collection.ID) &&
 		(f.DB == "" || s.DB == f.DB) &&
 		(f.Partition == 0 || slices.Contains(s.Partitions, f.Partition)) &&
@@ -301,7 +143,7 @@ type UpdateSpec struct {
 
 // Description is the content of a snapshot without its segments.
 type Description struct {
-	Snapshot *Snapshot
+	Snapshot *snapshot.Record
 	Metadata *manifest.Metadata
 	Prefix   string // of the snapshot's own objects in its store
 	// Damage describes own objects that are missing or have another length, at most
@@ -332,7 +174,7 @@ type Event struct {
 	Type       ChangeType
 	Revision   int64
 	Collection *catalog.Collection
-	Snapshot   *Snapshot
+	Snapshot   *snapshot.Record
 	Pin        *Pin
 	Expired    bool // the pin is Deleted because it was not renewed in time
 	Tombstone  *gc.Tombstone

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/etcd"
 	"github.com/snapshotd/snapshotd/internal/store/request"
@@ -82,7 +83,7 @@ func TestEtcdOvertaken(t *testing.T) {
 	defer cancel()
 	for _, r := range all {
 		for backoff := (meta.Backoff{Max: 100 * time.Millisecond}); ; {
-			list, _, err := r.List(ctx, Filter{States: []State{Committed}}, Place{}, 1000)
+			list, _, err := r.List(ctx, Filter{States: []snapshot.State{snapshot.Committed}}, Place{}, 1000)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -13,6 +13,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -88,7 +89,7 @@ func (m *Manager) pin(ctx context.Context, tok request.Token, ref Ref, spec PinS
 
 // checkPinnable returns the snapshot of ref if it accepts another pin. The number of
 // pins is read but not compared in the transaction: a small excess is harmless.
-func (m *Manager) checkPinnable(ctx context.Context, ref Ref) (*Snapshot, error) {
+func (m *Manager) checkPinnable(ctx context.Context, ref Ref) (*snapshot.Record, error) {
 	s, err := m.committed(ctx, ref)
 	if err != nil {
 		return nil, err
@@ -107,7 +108,7 @@ func (m *Manager) checkPinnable(ctx context.Context, ref Ref) (*Snapshot, error)
 
 // tryPin sends the transaction that pins s. It returns false when s changed, the token
 // was used, or a lease expired.
-func (m *Manager) tryPin(ctx context.Context, tok request.Token, s *Snapshot, p *Pin) (bool, error) {
+func (m *Manager) tryPin(ctx context.Context, tok request.Token, s *snapshot.Record, p *Pin) (bool, error) {
 	var err error
 	if p.op, err = record.NewOp(m.o.Rand); err != nil {
 		return false, err

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -25,7 +26,7 @@ func pinToken(value string) request.Token {
 }
 
 // pin pins a snapshot; 0 means no ttl.
-func (w *testEnv) pin(r *replica, s *Snapshot, ttl time.Duration) *Pin {
+func (w *testEnv) pin(r *replica, s *snapshot.Record, ttl time.Duration) *Pin {
 	w.t.Helper()
 	p, err := r.Pin(w.t.Context(), request.Token{}, Ref{ID: s.ID}, PinSpec{Owner: "job", Reason: "night", TTL: ttl})
 	if err != nil {
@@ -454,7 +455,7 @@ func TestPinAndDropExcludeEachOther(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			gone := now == nil || now.State == Deleting
+			gone := now == nil || now.State == snapshot.Deleting
 			left := w.keysUnder(keys.AllPinsPrefix)
 			switch {
 			case drop && !gone:
@@ -839,7 +840,7 @@ func TestPinsInPages(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		r := w.start("a")
 		col, _, _ := w.collection(r, "c")
-		snaps := []*Snapshot{w.create(r, col, "x"), w.create(r, col, "y"), w.create(r, col, "z")}
+		snaps := []*snapshot.Record{w.create(r, col, "x"), w.create(r, col, "y"), w.create(r, col, "z")}
 		var all, second []PinPlace
 		for i := range 21 {
 			p := w.pin(r, snaps[i%3], time.Hour)

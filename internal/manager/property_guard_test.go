@@ -12,6 +12,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -118,7 +119,7 @@ func isNote(key string) bool { return strings.HasPrefix(key, epoch.Prefix) }
 // needs are the files needed at a revision.
 type needs struct {
 	files     map[string]string // holder by key
-	snapshots map[int64]State
+	snapshots map[int64]snapshot.State
 	units     map[string]bool // keys of the objects of units that are not granted
 	jobs      map[int64]*copyjob.Job
 }
@@ -139,7 +140,7 @@ func (g *guard) needs() (*needs, error) {
 		return nil, err
 	}
 	n := &needs{
-		files: map[string]string{}, snapshots: map[int64]State{}, units: map[string]bool{},
+		files: map[string]string{}, snapshots: map[int64]snapshot.State{}, units: map[string]bool{},
 		jobs: map[int64]*copyjob.Job{},
 	}
 	add := func(s *segment.Segment, who string) {
@@ -155,12 +156,12 @@ func (g *guard) needs() (*needs, error) {
 		n.jobs[job.Target] = job
 	}
 	for _, kv := range res.Ranges[0] {
-		s, err := decode(kv)
+		s, err := snapshot.Decode(kv)
 		if err != nil {
 			return nil, err
 		}
 		n.snapshots[s.ID] = s.State
-		if s.State == Committed {
+		if s.State == snapshot.Committed {
 			if err := g.capture(ctx, s, n); err != nil {
 				return nil, err
 			}
@@ -210,7 +211,7 @@ func (g *guard) needs() (*needs, error) {
 }
 
 // capture adds the files of a committed snapshot.
-func (g *guard) capture(ctx context.Context, s *Snapshot, n *needs) error {
+func (g *guard) capture(ctx context.Context, s *snapshot.Record, n *needs) error {
 	g.mu.Lock()
 	files := g.captured[s.ID]
 	g.mu.Unlock()
@@ -285,7 +286,7 @@ func (g *guard) judge(n *needs, key string) string {
 	case !there:
 		g.swept++
 		return ""
-	case state != Deleting:
+	case state != snapshot.Deleting:
 		return fmt.Sprintf("snapshot %d is %v", id, state)
 	}
 	return ""

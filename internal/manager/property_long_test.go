@@ -12,6 +12,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
@@ -89,7 +90,7 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 		}
 		live := segments(8)
 		w.add(r, col, live...)
-		var snapshots []*Snapshot
+		var snapshots []*snapshot.Record
 		var quarter usedKeys
 		for n := range longSnapshots {
 			snapshots = append(snapshots, w.create(r, col, fmt.Sprint("s", n)))

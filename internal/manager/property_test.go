@@ -22,6 +22,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -737,14 +738,14 @@ func (c *course) sawSnapshot(e meta.Event) {
 		}
 		return
 	}
-	s, err := decode(e.KV)
+	s, err := snapshot.Decode(e.KV)
 	c.must(err)
 	switch {
-	case s.State == Deleting && old != nil:
+	case s.State == snapshot.Deleting && old != nil:
 		old.dropped = true
-	case s.State == Deleting:
+	case s.State == snapshot.Deleting:
 		c.reach.reaped.Add(1)
-	case s.State == Committed && old == nil:
+	case s.State == snapshot.Committed && old == nil:
 		c.reach.committed.Add(1)
 		t := &taken{
 			id: id, collection: s.Collection, name: s.Name,

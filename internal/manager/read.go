@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
@@ -23,7 +24,7 @@ func (m *Manager) Describe(ctx context.Context, ref Ref) (*Description, error) {
 	s := d.Snapshot
 	if d.Damage, d.DamageErr = m.findDamage(ctx, s, d.Metadata); len(d.Damage) > 0 {
 		// A drop deletes the objects before the record.
-		if now, err := m.read(ctx, s.ID); err == nil && (now == nil || now.State != Committed) {
+		if now, err := m.read(ctx, s.ID); err == nil && (now == nil || now.State != snapshot.Committed) {
 			return nil, fmt.Errorf("describe snapshot %s: %w", s, ErrExpiredOrDropped)
 		}
 	}
@@ -48,7 +49,7 @@ const maxDamage = 100
 
 // findDamage lists a snapshot's own objects, and describes those that are missing or
 // have another length. It reads the info of an object that the listing lacks.
-func (m *Manager) findDamage(ctx context.Context, s *Snapshot, md *manifest.Metadata) ([]string, error) {
+func (m *Manager) findDamage(ctx context.Context, s *snapshot.Record, md *manifest.Metadata) ([]string, error) {
 	store, ok := m.o.Stores[s.Store]
 	if !ok {
 		return nil, fmt.Errorf("%w: %q", ErrStoreNotFound, s.Store)
@@ -92,7 +93,7 @@ func (m *Manager) findDamage(ctx context.Context, s *Snapshot, md *manifest.Meta
 }
 
 // metadata reads a snapshot's metadata and checks its digest against the record.
-func (m *Manager) metadata(ctx context.Context, s *Snapshot) (*manifest.Metadata, error) {
+func (m *Manager) metadata(ctx context.Context, s *snapshot.Record) (*manifest.Metadata, error) {
 	data, err := m.readCached(ctx, s, manifest.MetadataName, s.Metadata)
 	if err != nil {
 		return nil, err
@@ -105,7 +106,9 @@ func (m *Manager) metadata(ctx context.Context, s *Snapshot) (*manifest.Metadata
 }
 
 // readObject reads one of a snapshot's own objects and checks its digest.
-func (m *Manager) readObject(ctx context.Context, s *Snapshot, name string, want manifest.Digest) ([]byte, error) {
+func (m *Manager) readObject(
+	ctx context.Context, s *snapshot.Record, name string, want manifest.Digest,
+) ([]byte, error) {
 	store, ok := m.o.Stores[s.Store]
 	if !ok {
 		return nil, fmt.Errorf("%w: the objects of snapshot %s are in %q, which is not configured here",
@@ -121,7 +124,7 @@ func (m *Manager) readObject(ctx context.Context, s *Snapshot, name string, want
 		return fmt.Errorf("%w: %s/%s: %w: %w", ErrSnapshotCorrupt, s.Store, key, copyjob.ErrDigest, err)
 	})
 	if !differed && errors.Is(err, object.ErrNotFound) { // at the first read
-		if now, readErr := m.read(ctx, s.ID); readErr == nil && (now == nil || now.State != Committed) {
+		if now, readErr := m.read(ctx, s.ID); readErr == nil && (now == nil || now.State != snapshot.Committed) {
 			return nil, fmt.Errorf("%w: %s", ErrExpiredOrDropped, s) // during this read
 		}
 		return nil, fmt.Errorf("%w: %s/%s is missing", ErrSnapshotCorrupt, s.Store, key)
@@ -159,7 +162,7 @@ func (m *Manager) Segments(ctx context.Context, ref Ref, from int64, fn func(*Se
 // manifestSegments calls fn with the segments of one manifest after the first skip ones.
 // more is false if fn returned false.
 func (m *Manager) manifestSegments(
-	ctx context.Context, s *Snapshot, mf *manifest.ManifestFile, skip int64, fn func(*Segment) bool,
+	ctx context.Context, s *snapshot.Record, mf *manifest.ManifestFile, skip int64, fn func(*Segment) bool,
 ) (more bool, err error) {
 	data, err := m.readCached(ctx, s, mf.File, mf.Digest)
 	if err != nil {
@@ -187,7 +190,9 @@ func (m *Manager) manifestSegments(
 }
 
 // readCached is readObject with the cache.
-func (m *Manager) readCached(ctx context.Context, s *Snapshot, name string, want manifest.Digest) ([]byte, error) {
+func (m *Manager) readCached(
+	ctx context.Context, s *snapshot.Record, name string, want manifest.Digest,
+) ([]byte, error) {
 	key := manifest.Dir(s.Collection, s.ID) + name
 	if data := m.manifests.get(key); data != nil {
 		return data, nil

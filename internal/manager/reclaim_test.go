@@ -17,6 +17,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -87,7 +88,7 @@ func (w *testEnv) granted(answers []gc.Answer) []*gc.Tombstone {
 }
 
 // heldBy fails unless exactly these snapshots hold the unit.
-func (w *testEnv) heldBy(a gc.Answer, snapshots ...*Snapshot) {
+func (w *testEnv) heldBy(a gc.Answer, snapshots ...*snapshot.Record) {
 	w.t.Helper()
 	if a.State != gc.Dropped || a.Tombstone != nil || a.Holders != len(snapshots) ||
 		len(a.Creating) > 0 || len(a.Snapshots) != len(snapshots) {
@@ -100,7 +101,7 @@ func (w *testEnv) heldBy(a gc.Answer, snapshots ...*Snapshot) {
 	}
 }
 
-func (w *testEnv) dropSnapshot(r *replica, s *Snapshot) {
+func (w *testEnv) dropSnapshot(r *replica, s *snapshot.Record) {
 	w.t.Helper()
 	if _, err := r.Drop(w.t.Context(), request.Token{}, Ref{ID: s.ID}, 0); err != nil {
 		w.t.Fatal(err)
@@ -561,20 +562,20 @@ func (w *testEnv) forget(r *replica, name string) *replica {
 }
 
 func TestUnreadableReferences(t *testing.T) {
-	damage := map[string]func(w *testEnv, s *Snapshot, key string, data []byte) (repair func()){
-		"one bit": func(w *testEnv, _ *Snapshot, key string, data []byte) func() {
+	damage := map[string]func(w *testEnv, s *snapshot.Record, key string, data []byte) (repair func()){
+		"one bit": func(w *testEnv, _ *snapshot.Record, key string, data []byte) func() {
 			bad := slices.Clone(data)
 			bad[len(bad)/2] ^= 1
 			w.putObject(key, bad)
 			return func() { w.putObject(key, data) }
 		},
-		"missing": func(w *testEnv, _ *Snapshot, key string, data []byte) func() {
+		"missing": func(w *testEnv, _ *snapshot.Record, key string, data []byte) func() {
 			if err := w.objects.Delete(w.t.Context(), key); err != nil {
 				w.t.Fatal(err)
 			}
 			return func() { w.putObject(key, data) }
 		},
-		"metadata": func(w *testEnv, s *Snapshot, _ string, _ []byte) func() {
+		"metadata": func(w *testEnv, s *snapshot.Record, _ string, _ []byte) func() {
 			key := manifest.MetadataKey(s.Collection, s.ID)
 			data, err := object.ReadAll(w.t.Context(), w.objects, key, s.Metadata.Length)
 			if err != nil {
@@ -584,7 +585,7 @@ func TestUnreadableReferences(t *testing.T) {
 			w.withoutReferences(s) // else the metadata is not read
 			return func() { w.putObject(key, data) }
 		},
-		"another store": func(w *testEnv, s *Snapshot, _ string, _ []byte) func() {
+		"another store": func(w *testEnv, s *snapshot.Record, _ string, _ []byte) func() {
 			old := w.record(s)
 			w.changeRecord(s, func(r *storagev1.Snapshot) { r.Store = "elsewhere" })
 			return func() { // the store of a snapshot never changes
@@ -594,7 +595,7 @@ func TestUnreadableReferences(t *testing.T) {
 				w.put(keys.Snapshot(s.ID), old)
 			}
 		},
-		"newer record": func(w *testEnv, s *Snapshot, _ string, _ []byte) func() {
+		"newer record": func(w *testEnv, s *snapshot.Record, _ string, _ []byte) func() {
 			old := w.record(s)
 			w.changeRecord(s, func(r *storagev1.Snapshot) { r.Format = 1000 })
 			return func() { w.put(keys.Snapshot(s.ID), old) }
@@ -710,7 +711,7 @@ func (w *testEnv) putObject(key string, data []byte) {
 }
 
 // record returns the stored record of a snapshot.
-func (w *testEnv) record(s *Snapshot) []byte {
+func (w *testEnv) record(s *snapshot.Record) []byte {
 	w.t.Helper()
 	kv, found, _, err := w.kv.Get(w.t.Context(), keys.Snapshot(s.ID))
 	if err != nil || !found {
@@ -719,7 +720,7 @@ func (w *testEnv) record(s *Snapshot) []byte {
 	return kv.Value
 }
 
-func (w *testEnv) changeRecord(s *Snapshot, change func(*storagev1.Snapshot)) {
+func (w *testEnv) changeRecord(s *snapshot.Record, change func(*storagev1.Snapshot)) {
 	w.t.Helper()
 	rec := &storagev1.Snapshot{}
 	if err := proto.Unmarshal(w.record(s), rec); err != nil {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -128,7 +129,7 @@ func TestNoWaitRace(t *testing.T) {
 			sp := spec(col, fmt.Sprint("x", i))
 			sp.NoWait = true
 			s, err := r.Create(t.Context(), request.Token{}, sp)
-			if err != nil || s.State != Pending {
+			if err != nil || s.State != snapshot.Pending {
 				t.Error(s, err)
 			}
 			settle()
@@ -179,7 +180,7 @@ func TestCommitDroppedBeforeReadBack(t *testing.T) {
 				return meta.After
 			}
 			// The first call after the commit has taken effect: the read back, or one that runs beside it.
-			if s, err := b.Get(t.Context(), Ref{Name: "x"}); lost.Load() && err == nil && s.State == Committed &&
+			if s, err := b.Get(t.Context(), Ref{Name: "x"}); lost.Load() && err == nil && s.State == snapshot.Committed &&
 				dropped.CompareAndSwap(false, true) {
 				if _, err := b.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0); err != nil {
 					t.Error(err)
@@ -466,17 +467,17 @@ func TestFarExpiryIsRefused(t *testing.T) {
 // TestLargestRecord checks the size of a record with the maximum of channels,
 // partitions and labels.
 func TestLargestRecord(t *testing.T) {
-	s := &Snapshot{
-		State: Committed, Name: strings.Repeat("n", 255), DB: strings.Repeat("d", 255),
+	s := &snapshot.Record{
+		State: snapshot.Committed, Name: strings.Repeat("n", 255), DB: strings.Repeat("d", 255),
 		CollectionName: strings.Repeat("c", 255),
-		Description:    strings.Repeat("x", 1024), Labels: map[string]string{}, requestKey: strings.Repeat("k", 120),
-		op: strings.Repeat("o", 24),
+		Description:    strings.Repeat("x", 1024), Labels: map[string]string{}, RequestKey: strings.Repeat("k", 120),
+		Op: strings.Repeat("o", 24),
 	}
 	for i := range 16 {
 		s.Labels[fmt.Sprintf("%04d", i)] = strings.Repeat("v", 252)
 	}
 	for i := range catalog.MaxChannels {
-		s.Cuts = append(s.Cuts, Cut{
+		s.Cuts = append(s.Cuts, snapshot.Cut{
 			Shard: i, Channel: strings.Repeat("v", 4096/catalog.MaxChannels),
 			Timestamp: segment.MaxTimestamp,
 		})
@@ -484,11 +485,11 @@ func TestLargestRecord(t *testing.T) {
 	for i := range int64(catalog.MaxPartitions) {
 		s.Partitions = append(s.Partitions, 1<<60+1000*i)
 	}
-	value := encode(s, s.op)
+	value := snapshot.Encode(s, s.Op)
 	if err := checkRecordSize(value); err != nil {
 		t.Error(err)
 	}
-	got, err := decode(meta.KeyValue{Key: keys.Snapshot(1), Value: value})
+	got, err := snapshot.Decode(meta.KeyValue{Key: keys.Snapshot(1), Value: value})
 	if err != nil || !slices.Equal(got.Partitions, s.Partitions) || len(got.Cuts) != len(s.Cuts) {
 		t.Errorf("it does not come back: %v", err)
 	}
@@ -504,7 +505,7 @@ func TestCleanerLogLine(t *testing.T) {
 			o.CollectorOff, o.Log, o.Problems = true, zap.New(core), problems
 		})
 		col, _, _ := w.collection(r, "c")
-		var list []*Snapshot
+		var list []*snapshot.Record
 		for i := range 300 {
 			list = append(list, w.create(r, col, fmt.Sprint("s", i)))
 		}

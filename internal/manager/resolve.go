@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -66,14 +67,14 @@ type formerCollection struct {
 
 // formerCollections returns the collections other than liveID that had the name of ref
 // when a snapshot of them was taken, each with its newest such snapshot, newest first. A
-// non-empty snapshot name restricts the search to snapshots of that name.
-func (v *view) formerCollections(ref catalog.Ref, snapshot string, liveID int64) []formerCollection {
+// non-empty name restricts the search to snapshots of that name.
+func (v *view) formerCollections(ref catalog.Ref, name string, liveID int64) []formerCollection {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
 	var list []formerCollection
 	for _, s := range v.ordered {
-		if s.DB != ref.DB || s.CollectionName != ref.Name || s.Collection == liveID || s.State == Deleting ||
-			snapshot != "" && s.Name != snapshot {
+		if s.DB != ref.DB || s.CollectionName != ref.Name || s.Collection == liveID || s.State == snapshot.Deleting ||
+			name != "" && s.Name != name {
 			continue
 		}
 		if !slices.ContainsFunc(list, func(f formerCollection) bool { return f.collection == s.Collection }) {
@@ -205,7 +206,7 @@ func (m *Manager) lookupName(ctx context.Context, scope int64, ref Ref) (int64, 
 
 // checkCollection returns an error unless the snapshot is of the collection of ref: the
 // existing one, or one that had the name when the snapshot was taken.
-func (m *Manager) checkCollection(ctx context.Context, s *Snapshot, ref Ref) error {
+func (m *Manager) checkCollection(ctx context.Context, s *snapshot.Record, ref Ref) error {
 	if ref.Collection == (catalog.Ref{}) {
 		return nil
 	}

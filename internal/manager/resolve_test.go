@@ -8,6 +8,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc/collect"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/request"
@@ -85,14 +86,14 @@ func TestSeveralCollectionsOfOneName(t *testing.T) {
 		r := w.start("a", byCollection)
 		named := catalog.Ref{DB: "default", Name: "c"}
 		ref := Ref{Name: "nightly", Collection: named}
-		make1 := func(name string) *Snapshot {
+		make1 := func(name string) *snapshot.Record {
 			col, _, _ := w.collection(r, "c")
 			s := w.create(r, col, name)
 			w.drops(r, col)
 			settle()
 			return s
 		}
-		get := func(ref Ref, want *Snapshot, notes int) {
+		get := func(ref Ref, want *snapshot.Record, notes int) {
 			t.Helper()
 			ctx, n := WithNotes(t.Context())
 			got, err := r.Get(ctx, ref)
@@ -133,7 +134,7 @@ func TestSeveralCollectionsOfOneName(t *testing.T) {
 		}
 		_, err = r.Drop(t.Context(), request.Token{}, ref, 0)
 		wantError(t, err, ErrSnapshotMismatch)
-		for _, s := range []*Snapshot{first, second, weekly} {
+		for _, s := range []*snapshot.Record{first, second, weekly} {
 			if id, err := r.Drop(t.Context(), request.Token{}, Ref{ID: s.ID, Collection: named}, 0); err != nil || id != s.ID {
 				t.Errorf("drop by id: %d, err = %v", id, err)
 			}

@@ -13,6 +13,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -257,7 +258,7 @@ func (r restoreSource) Manifest(ctx context.Context, snapshot int64, number int)
 	return list, permanent(err)
 }
 
-func (r restoreSource) open(ctx context.Context, snapshot int64) (*Snapshot, *manifest.Metadata, error) {
+func (r restoreSource) open(ctx context.Context, snapshot int64) (*snapshot.Record, *manifest.Metadata, error) {
 	s, err := r.m.committed(ctx, Ref{ID: snapshot})
 	if err != nil {
 		return nil, nil, permanent(err)

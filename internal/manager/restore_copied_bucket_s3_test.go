@@ -10,6 +10,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/object/s3"
 	"github.com/snapshotd/snapshotd/test/s3quirks"
@@ -26,7 +27,9 @@ func (w *testEnv) restartOn(r *replica, store object.Store) *replica {
 
 // checkOtherLayout checks that the plan of a restore, a restore and a create that verifies
 // name the file and report an ETag of another layout.
-func (w *testEnv) checkOtherLayout(r *replica, s *Snapshot, col catalog.Collection, path string, parts ...string) {
+func (w *testEnv) checkOtherLayout(
+	r *replica, s *snapshot.Record, col catalog.Collection, path string, parts ...string,
+) {
 	w.t.Helper()
 	parts = append(parts, path, "ETag of another layout", "no checksum was registered")
 	check := func(what, text string) {

@@ -15,6 +15,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
@@ -148,7 +149,7 @@ func (w *testEnv) putFiles(collection int64, s *segment.Segment) {
 }
 
 // restoreSpecOf returns the spec of a restore to default/copy.
-func restoreSpecOf(s *Snapshot) *RestoreSpec {
+func restoreSpecOf(s *snapshot.Record) *RestoreSpec {
 	return &RestoreSpec{Snapshot: Ref{ID: s.ID}, DB: "default", Name: "copy"}
 }
 
@@ -226,7 +227,7 @@ func (w *testEnv) jobs() []*copyjob.Job {
 	return list
 }
 
-func dropErr(r *replica, s *Snapshot) error {
+func dropErr(r *replica, s *snapshot.Record) error {
 	_, err := r.Drop(context.Background(), noToken, Ref{ID: s.ID}, 0)
 	return err
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog/layout"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/object"
@@ -35,7 +36,7 @@ type RestorePlan struct {
 
 // restoreScope is a snapshot with the parts that a restore copies.
 type restoreScope struct {
-	snapshot   *Snapshot
+	snapshot   *snapshot.Record
 	md         *manifest.Metadata
 	partitions []int64 // ascending; none: all
 	layout     layout.Layout

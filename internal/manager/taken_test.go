@@ -11,6 +11,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -71,7 +72,7 @@ func (t *taking) holders(file catalog.FilePath) (ids []int64) {
 	return ids
 }
 
-func (t *taking) wantHolders(when string, file catalog.FilePath, want ...*Snapshot) {
+func (t *taking) wantHolders(when string, file catalog.FilePath, want ...*snapshot.Record) {
 	t.t.Helper()
 	var ids []int64
 	for _, s := range want {
@@ -90,7 +91,7 @@ func (t *taking) wantObject(when string, file catalog.FilePath, want bool) {
 }
 
 // exclusive returns the number of files that a drop of the snapshot would free.
-func (t *taking) exclusive(s *Snapshot) int64 {
+func (t *taking) exclusive(s *snapshot.Record) int64 {
 	t.t.Helper()
 	id, u, err := t.r.CheckDrop(t.t.Context(), Ref{ID: s.ID}, 0)
 	if err != nil || id != s.ID {
@@ -156,7 +157,7 @@ func TestTakenFilesAreHeldByWhatBeganBefore(t *testing.T) {
 		b.store.Thaw()
 		settle()
 		slow, err := c.r.Get(t.Context(), Ref{ID: pending.ID})
-		if err != nil || slow.State != Committed {
+		if err != nil || slow.State != snapshot.Committed {
 			t.Fatalf("%v, err = %v", slow, err)
 		}
 		c.create(c.r, c.col, "later")
@@ -170,7 +171,7 @@ func TestTakenFilesAreHeldByWhatBeganBefore(t *testing.T) {
 }
 
 // rewrite changes the stored record of a snapshot.
-func (t *taking) rewrite(s *Snapshot, change func(*storagev1.Snapshot)) {
+func (t *taking) rewrite(s *snapshot.Record, change func(*storagev1.Snapshot)) {
 	t.t.Helper()
 	kv, _, _, err := t.kv.Get(t.t.Context(), keys.Snapshot(s.ID))
 	rec := &storagev1.Snapshot{}
@@ -331,7 +332,7 @@ func TestCreateWithTheIDOfAnother(t *testing.T) {
 		b.store.Thaw()
 		settle()
 		got, err := c.r.Get(t.Context(), Ref{Name: "first"})
-		if err != nil || got.ID != first.ID || got.State != Committed {
+		if err != nil || got.ID != first.ID || got.State != snapshot.Committed {
 			t.Errorf("the first is %+v, err = %v", got, err)
 		}
 		c.check(c.r)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
@@ -36,9 +37,11 @@ func TestOneTokenAtOnce(t *testing.T) {
 			r.store.SetLatency(100 * time.Millisecond)
 		}
 		tok := token("create", "one")
-		made, errs := atOnce(rs, n, func(r *replica) (*Snapshot, error) { return r.Create(ctx, tok, spec(col, "one")) })
+		made, errs := atOnce(rs, n, func(r *replica) (*snapshot.Record, error) {
+			return r.Create(ctx, tok, spec(col, "one"))
+		})
 		for i, s := range made {
-			if errs[i] != nil || s.ID != made[0].ID || s.Revision != made[0].Revision || s.State != Committed {
+			if errs[i] != nil || s.ID != made[0].ID || s.Revision != made[0].Revision || s.State != snapshot.Committed {
 				t.Fatalf("call %d: %v, err = %v; the first %v", i, s, errs[i], made[0])
 			}
 		}
@@ -46,14 +49,16 @@ func TestOneTokenAtOnce(t *testing.T) {
 			t.Errorf("one token made %v", list)
 		}
 		_, errs = atOnce(rs, n,
-			func(r *replica) (*Snapshot, error) { return r.Create(ctx, token("create", "two"), spec(col, "two")) })
+			func(r *replica) (*snapshot.Record, error) {
+				return r.Create(ctx, token("create", "two"), spec(col, "two"))
+			})
 		for _, err := range errs {
 			wantError(t, err, request.ErrReused)
 		}
 
 		// Two different requests with one token: one succeeds, the other is rejected.
 		var asked atomic.Int64
-		won, errs := atOnce(rs, n, func(r *replica) (*Snapshot, error) {
+		won, errs := atOnce(rs, n, func(r *replica) (*snapshot.Record, error) {
 			name := []string{"x", "y"}[asked.Add(1)%2]
 			return r.Create(ctx, token("either", name), spec(col, name))
 		})

@@ -10,6 +10,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
@@ -39,7 +40,7 @@ func TestUnreadableReferencesDeleteNothing(t *testing.T) {
 
 // withoutReferences changes a snapshot's record to the form of an earlier release,
 // which described the references only in the metadata.
-func (w *testEnv) withoutReferences(s *Snapshot) {
+func (w *testEnv) withoutReferences(s *snapshot.Record) {
 	w.t.Helper()
 	w.changeRecord(s, func(r *storagev1.Snapshot) { r.References = nil })
 }

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -20,13 +21,13 @@ const maxLabels = 4096
 const MaxRecordBytes = 16 << 10
 
 // Update changes a committed snapshot's description, labels or expiry.
-func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec UpdateSpec) (*Snapshot, error) {
+func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec UpdateSpec) (*snapshot.Record, error) {
 	if spec.Labels != nil {
 		if err := checkLabels(*spec.Labels, maxLabels); err != nil {
 			return nil, err
 		}
 	}
-	var updated *Snapshot
+	var updated *snapshot.Record
 	known, err := request.Do(ctx, m.kv, tok, func(ctx context.Context) (request.Commit, error) {
 		s, err := m.updatable(ctx, ref, &spec)
 		if err != nil {
@@ -44,7 +45,7 @@ func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec U
 	case err != nil:
 		return nil, err
 	case known != nil:
-		return decode(meta.KeyValue{Key: keys.Snapshot(known.ID), Value: known.Result, ModRevision: known.Revision})
+		return snapshot.Decode(meta.KeyValue{Key: keys.Snapshot(known.ID), Value: known.Result, ModRevision: known.Revision})
 	}
 	return updated, nil
 }
@@ -52,14 +53,14 @@ func (m *Manager) Update(ctx context.Context, tok request.Token, ref Ref, spec U
 // tryUpdate writes the record of s as spec changes it. It is not done when s changed, the
 // token was used or a lease was lost.
 func (m *Manager) tryUpdate(
-	ctx context.Context, tok request.Token, s *Snapshot, spec *UpdateSpec,
-) (_ *Snapshot, done bool, err error) {
+	ctx context.Context, tok request.Token, s *snapshot.Record, spec *UpdateSpec,
+) (_ *snapshot.Record, done bool, err error) {
 	op, err := record.NewOp(m.o.Rand)
 	if err != nil {
 		return nil, false, err
 	}
 	next := *s
-	next.commitRev = s.Order
+	next.CommitRevision = s.Order
 	if spec.Description != nil {
 		next.Description = *spec.Description
 	}
@@ -76,7 +77,7 @@ func (m *Manager) tryUpdate(
 		}
 		next.ExpireTime = now.Add(*spec.TTL)
 	}
-	value := encode(&next, op)
+	value := snapshot.Encode(&next, op)
 	if err := checkRecordSize(value); err != nil {
 		return nil, false, err
 	}
@@ -92,7 +93,7 @@ func (m *Manager) tryUpdate(
 }
 
 // updatable checks spec and returns the snapshot that it applies to.
-func (m *Manager) updatable(ctx context.Context, ref Ref, spec *UpdateSpec) (*Snapshot, error) {
+func (m *Manager) updatable(ctx context.Context, ref Ref, spec *UpdateSpec) (*snapshot.Record, error) {
 	if spec.ExpireTime != nil {
 		if err := m.checkExpiry(ctx, *spec.ExpireTime); err != nil {
 			return nil, err

@@ -15,6 +15,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
 	objectmemory "github.com/snapshotd/snapshotd/internal/store/object/memory"
 	"github.com/snapshotd/snapshotd/internal/store/request"
@@ -31,7 +32,7 @@ type kept struct {
 	index     int64
 	live      map[int64]segment.Segment
 	units     []droppedUnit
-	snapshots []*Snapshot
+	snapshots []*snapshot.Record
 	has       map[int64]map[int64]segment.Segment // segments of a snapshot, by its id
 	n         int
 }
@@ -45,15 +46,15 @@ type droppedUnit struct {
 }
 
 // heldBy reports whether a snapshot holds the unit.
-func (k *kept) heldBy(u *droppedUnit, snapshot int64) bool {
-	s, ok := k.has[snapshot][u.segment]
+func (k *kept) heldBy(u *droppedUnit, id int64) bool {
+	s, ok := k.has[id][u.segment]
 	switch {
 	case !ok:
 		return false
 	case u.build != 0:
 		return slices.ContainsFunc(s.Builds, func(b segment.Build) bool { return b.ID == u.build })
 	case u.taken > 0: // an older snapshot has the segment, but possibly not the file
-		return slices.IndexFunc(k.snapshots, func(s *Snapshot) bool { return s.ID == snapshot }) < u.taken-1
+		return slices.IndexFunc(k.snapshots, func(s *snapshot.Record) bool { return s.ID == id }) < u.taken-1
 	}
 	return true
 }
@@ -193,13 +194,13 @@ func (k *kept) bytes() (n int64) {
 }
 
 // want computes the exclusive usage of a snapshot.
-func (k *kept) want(snapshot int64) (bytes, files int64) {
+func (k *kept) want(id int64) (bytes, files int64) {
 	for i := range k.units {
 		u := &k.units[i]
-		if slices.ContainsFunc(k.snapshots, func(s *Snapshot) bool { return s.ID != snapshot && k.heldBy(u, s.ID) }) {
+		if slices.ContainsFunc(k.snapshots, func(s *snapshot.Record) bool { return s.ID != id && k.heldBy(u, s.ID) }) {
 			continue
 		}
-		for _, s := range k.has[snapshot] {
+		for _, s := range k.has[id] {
 			for f := range s.AllFiles() {
 				if size, ok := u.files[f.Path]; ok && s.ID == u.segment {
 					bytes += size
@@ -298,7 +299,7 @@ func usageCourse(t *testing.T, steps []step, which int, seen *seenUsage) {
 		for i := range k.units {
 			unit := &k.units[i]
 			if k.heldBy(unit, s.ID) &&
-				!slices.ContainsFunc(k.snapshots, func(o *Snapshot) bool { return o != s && k.heldBy(unit, o.ID) }) {
+				!slices.ContainsFunc(k.snapshots, func(o *snapshot.Record) bool { return o != s && k.heldBy(unit, o.ID) }) {
 				for _, size := range unit.files {
 					goes += size
 				}

@@ -10,6 +10,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/follow"
@@ -28,12 +29,12 @@ type view struct {
 	pending  *topics // pending keys, for calls that wait for their deletion
 
 	mu          sync.RWMutex
-	byID        map[int64]*Snapshot
-	ordered     []*Snapshot      // newest first
-	pendingRevs map[string]int64 // pending keys, with their create revisions
-	unreadable  map[string]bool  // keys of records that cannot be read
-	pins        map[string]*Pin  // by key; of an unreadable one only the ids, or nil
-	pinned      map[int64]int    // number of pins by snapshot
+	byID        map[int64]*snapshot.Record
+	ordered     []*snapshot.Record // newest first
+	pendingRevs map[string]int64   // pending keys, with their create revisions
+	unreadable  map[string]bool    // keys of records that cannot be read
+	pins        map[string]*Pin    // by key; of an unreadable one only the ids, or nil
+	pinned      map[int64]int      // number of pins by snapshot
 }
 
 func newView(o *Options, changed func()) *view {
@@ -60,7 +61,7 @@ func (v *view) sync(ctx context.Context) error {
 // Reset implements follow.Handler.
 func (v *view) Reset(kvs []meta.KeyValue, _ int64) {
 	v.mu.Lock()
-	v.byID, v.ordered = map[int64]*Snapshot{}, nil
+	v.byID, v.ordered = map[int64]*snapshot.Record{}, nil
 	v.pendingRevs, v.unreadable, v.pins = map[string]int64{}, map[string]bool{}, map[string]*Pin{}
 	v.pinned = map[int64]int{}
 	for _, kv := range kvs {
@@ -184,8 +185,8 @@ func (v *view) apply(e meta.Event) {
 }
 
 // decode decodes a record. An unreadable one is logged and counted, and nil returned.
-func (v *view) decode(kv meta.KeyValue) *Snapshot {
-	s, err := decode(kv)
+func (v *view) decode(kv meta.KeyValue) *snapshot.Record {
+	s, err := snapshot.Decode(kv)
 	if err != nil {
 		v.unreadable[kv.Key] = true
 		v.log.Error("snapshot record ignored: it cannot be read", zap.String("key", kv.Key), zap.Error(err))
@@ -194,9 +195,9 @@ func (v *view) decode(kv meta.KeyValue) *Snapshot {
 	return s
 }
 
-func newestFirst(a, b *Snapshot) int { return comparePlaces(b.place(), a.place()) }
+func newestFirst(a, b *snapshot.Record) int { return comparePlaces(placeOf(b), placeOf(a)) }
 
-func (s *Snapshot) place() Place { return Place{Order: s.Order, ID: s.ID} }
+func placeOf(s *snapshot.Record) Place { return Place{Order: s.Order, ID: s.ID} }
 
 // comparePlaces orders places oldest first.
 func comparePlaces(a, b Place) int {
@@ -205,13 +206,13 @@ func comparePlaces(a, b Place) int {
 
 // list returns up to limit matching snapshots that follow after. They are shared and
 // must not be changed.
-func (v *view) list(f *Filter, after Place, limit int) (list []*Snapshot, more bool) {
+func (v *view) list(f *Filter, after Place, limit int) (list []*snapshot.Record, more bool) {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
 	start := 0
 	if after != (Place{}) {
-		start, _ = slices.BinarySearchFunc(v.ordered, after, func(s *Snapshot, after Place) int {
-			if comparePlaces(s.place(), after) >= 0 {
+		start, _ = slices.BinarySearchFunc(v.ordered, after, func(s *snapshot.Record, after Place) int {
+			if comparePlaces(placeOf(s), after) >= 0 {
 				return -1 // newer, or the last of the previous page
 			}
 			return 1
@@ -238,10 +239,10 @@ func (v *view) has(id int64) bool {
 
 // count returns the number of snapshots by state, of unreadable records, and of
 // pins.
-func (v *view) count() (states map[State]int, unreadable, pins int) {
+func (v *view) count() (states map[snapshot.State]int, unreadable, pins int) {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
-	states = map[State]int{Pending: 0, Committed: 0, Deleting: 0}
+	states = map[snapshot.State]int{snapshot.Pending: 0, snapshot.Committed: 0, snapshot.Deleting: 0}
 	for _, s := range v.ordered {
 		states[s.State]++
 	}
@@ -251,18 +252,18 @@ func (v *view) count() (states map[State]int, unreadable, pins int) {
 // work returns the snapshots for the cleaner: DELETING ones, PENDING ones without a
 // pending key, and COMMITTED ones with an expire time. Pinned ones among the latter,
 // which do not expire before their last pin is removed, are returned separately.
-func (v *view) work() (deleting, dead, expiring, pinned []*Snapshot) {
+func (v *view) work() (deleting, dead, expiring, pinned []*snapshot.Record) {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
 	for _, s := range v.ordered {
 		switch s.State {
-		case Deleting:
+		case snapshot.Deleting:
 			deleting = append(deleting, s)
-		case Pending:
+		case snapshot.Pending:
 			if _, alive := v.pendingRevs[keys.Pending(s.Collection, s.ID)]; !alive {
 				dead = append(dead, s)
 			}
-		case Committed:
+		case snapshot.Committed:
 			switch {
 			case s.ExpireTime.IsZero():
 			case v.pinned[s.ID] > 0:

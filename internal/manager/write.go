@@ -12,6 +12,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
@@ -31,7 +32,7 @@ const (
 
 // captureAndWrite reads the collection at one revision and writes the snapshot's
 // objects, the metadata last. It returns the record for commit.
-func (m *Manager) captureAndWrite(ctx context.Context, c *creation, lease *createLease) (*Snapshot, error) {
+func (m *Manager) captureAndWrite(ctx context.Context, c *creation, lease *createLease) (*snapshot.Record, error) {
 	used := 0 // manifests begun so far: a key is not used twice
 	for compacted := 0; ; {
 		next, written, err := m.capture(ctx, c, lease, used)
@@ -49,7 +50,7 @@ func (m *Manager) captureAndWrite(ctx context.Context, c *creation, lease *creat
 // number of manifests that it began.
 func (m *Manager) capture(
 	ctx context.Context, c *creation, lease *createLease, first int,
-) (next *Snapshot, begun int, err error) {
+) (next *snapshot.Record, begun int, err error) {
 	var view catalog.View
 	err = lease.persist(ctx, func() (err error) {
 		view, err = m.catalog.At(ctx, c.snap.Collection, c.revision)
@@ -75,7 +76,7 @@ func (m *Manager) capture(
 type snapshotWriter struct {
 	m      *Manager
 	spec   *CreateSpec
-	snap   *Snapshot
+	snap   *snapshot.Record
 	view   *catalog.View
 	filter *captureFilter
 	lease  *createLease
@@ -122,7 +123,7 @@ func (c *chunk) add(col *catalog.Collection, got *capturedSegment) {
 }
 
 // run writes all objects and returns the record for commit.
-func (w *snapshotWriter) run(ctx context.Context) (*Snapshot, error) {
+func (w *snapshotWriter) run(ctx context.Context) (*snapshot.Record, error) {
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(1 + chunksInFlight)
 	group.Go(func() error {
@@ -313,16 +314,16 @@ func (w *snapshotWriter) writeRefs(ctx context.Context) error {
 }
 
 // finish writes the metadata and returns the record for commit.
-func (w *snapshotWriter) finish(ctx context.Context) (*Snapshot, error) {
-	next := w.snap.withState(Committed, "")
-	next.CatalogRevision, next.Totals, next.beginRev = w.view.Revision, w.totals, w.snap.Revision
+func (w *snapshotWriter) finish(ctx context.Context) (*snapshot.Record, error) {
+	next := w.snap.WithState(snapshot.Committed, "")
+	next.CatalogRevision, next.Totals, next.BeginRevision = w.view.Revision, w.totals, w.snap.Revision
 	next.DB, next.CollectionName = w.view.Collection.DB, w.view.Collection.Name
 	md := describe(next, w.view, w.m.o.Cluster.ID, w.m.o.Release)
 	for _, p := range md.Partitions {
 		next.Partitions = append(next.Partitions, p.ID)
 	}
 	for _, ch := range md.Channels {
-		next.Cuts = append(next.Cuts, Cut{Shard: ch.Shard, Channel: ch.Name, Timestamp: ch.Cut})
+		next.Cuts = append(next.Cuts, snapshot.Cut{Shard: ch.Shard, Channel: ch.Name, Timestamp: ch.Cut})
 	}
 	md.Totals = manifest.Totals(w.totals)
 	var ordinal, build int64
@@ -346,7 +347,7 @@ func (w *snapshotWriter) finish(ctx context.Context) (*Snapshot, error) {
 	if err := w.m.putOnce(ctx, manifest.MetadataKey(w.snap.Collection, w.snap.ID), data, w.lease); err != nil {
 		return nil, err
 	}
-	next.Metadata, next.refs = manifest.Sum(data), w.refsFile
+	next.Metadata, next.References = manifest.Sum(data), w.refsFile
 	next.ManifestBytes += w.refsFile.Length + int64(len(data))
 	w.m.gc.Prime(next.ID, next.Metadata, w.refs)
 	return next, nil

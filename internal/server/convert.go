@@ -11,6 +11,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 )
 
@@ -347,13 +348,13 @@ func updateFromProto(u *pb.SegmentUpdate) catalog.Update {
 
 // Snapshots.
 
-func snapshotToProto(s *manager.Snapshot) *pb.Snapshot {
+func snapshotToProto(s *snapshot.Record) *pb.Snapshot {
 	return &pb.Snapshot{
 		Id: s.ID, Name: s.Name,
 		Collection:  &pb.CollectionInfo{Id: s.Collection, Db: s.DB, Name: s.CollectionName},
 		Description: s.Description, Labels: s.Labels, State: snapshotStateToProto(s.State),
 		CreateTime: timeToProto(s.CreateTime), CommitTime: timeToProto(s.CommitTime), ExpireTime: timeToProto(s.ExpireTime),
-		Cuts: convert(s.Cuts, func(c manager.Cut) *pb.ChannelPosition {
+		Cuts: convert(s.Cuts, func(c snapshot.Cut) *pb.ChannelPosition {
 			return &pb.ChannelPosition{
 				Shard: int32(c.Shard), Channel: c.Channel, //nolint:gosec // at most 64 shards
 				Position: &pb.Position{Timestamp: uint64(c.Timestamp)},
@@ -368,26 +369,26 @@ func snapshotToProto(s *manager.Snapshot) *pb.Snapshot {
 	}
 }
 
-func snapshotStateToProto(s manager.State) pb.Snapshot_State {
+func snapshotStateToProto(s snapshot.State) pb.Snapshot_State {
 	switch s {
-	case manager.Pending:
+	case snapshot.Pending:
 		return pb.Snapshot_STATE_PENDING
-	case manager.Committed:
+	case snapshot.Committed:
 		return pb.Snapshot_STATE_COMMITTED
-	case manager.Deleting:
+	case snapshot.Deleting:
 		return pb.Snapshot_STATE_DELETING
 	}
 	return pb.Snapshot_STATE_UNSPECIFIED
 }
 
-func snapshotStateFromProto(s pb.Snapshot_State) manager.State {
+func snapshotStateFromProto(s pb.Snapshot_State) snapshot.State {
 	switch s {
 	case pb.Snapshot_STATE_PENDING:
-		return manager.Pending
+		return snapshot.Pending
 	case pb.Snapshot_STATE_DELETING:
-		return manager.Deleting
+		return snapshot.Deleting
 	default:
-		return manager.Committed
+		return snapshot.Committed
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/request"
@@ -86,8 +87,8 @@ func (s *sim) atRest() {
 			case strings.HasPrefix(kv.Key, "/snapshot/pending/"):
 				return fmt.Errorf("%s at rest", kv.Key)
 			case strings.HasPrefix(kv.Key, keys.SnapshotPrefix):
-				if rec := s.oracle.decode(kv); manager.State(rec.GetState()) != manager.Committed {
-					return fmt.Errorf("snapshot %s is %v at rest", rec.GetName(), manager.State(rec.GetState()))
+				if rec := s.oracle.decode(kv); snapshot.State(rec.GetState()) != snapshot.Committed {
+					return fmt.Errorf("snapshot %s is %v at rest", rec.GetName(), snapshot.State(rec.GetState()))
 				}
 			}
 		}

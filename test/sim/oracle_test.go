@@ -19,6 +19,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -97,7 +98,7 @@ type oracle struct {
 	shared    map[string]bool   // of those, that no unit owns
 	ids       map[int64]string  // what each id stands for
 	cols      map[int64]*collection
-	snapshots map[int64]*snapshot
+	snapshots map[int64]*expectedSnapshot
 	jobs      map[int64]*copyjob.Job
 	pins      map[string]*pinned
 	granted   map[string]bool // keys of the files of all tombstones that there ever were
@@ -148,8 +149,8 @@ type tomb struct {
 	gone  bool
 }
 
-// snapshot is a committed snapshot.
-type snapshot struct {
+// expectedSnapshot is a committed snapshot.
+type expectedSnapshot struct {
 	id, collection int64
 	name           string
 	revision       int64 // at which it captured
@@ -170,7 +171,7 @@ func newOracle(s *sim) *oracle {
 		shared:     map[string]bool{},
 		ids:        map[int64]string{},
 		cols:       map[int64]*collection{},
-		snapshots:  map[int64]*snapshot{},
+		snapshots:  map[int64]*expectedSnapshot{},
 		jobs:       map[int64]*copyjob.Job{},
 		pins:       map[string]*pinned{},
 		granted:    map[string]bool{},
@@ -358,8 +359,8 @@ func (o *oracle) judge(ctx context.Context, needed map[string]string, key string
 		}
 		return ""
 	}
-	if rec := o.decode(kv); manager.State(rec.GetState()) != manager.Deleting {
-		return fmt.Sprintf("snapshot %d is %v", id, manager.State(rec.GetState()))
+	if rec := o.decode(kv); snapshot.State(rec.GetState()) != snapshot.Deleting {
+		return fmt.Sprintf("snapshot %d is %v", id, snapshot.State(rec.GetState()))
 	}
 	return ""
 }
@@ -611,25 +612,25 @@ func (o *oracle) sawSnapshot(e meta.Event) {
 	}
 	rec := o.decode(e.KV)
 	o.moved(id, rec, e.KV.ModRevision)
-	state := manager.State(rec.GetState())
+	state := snapshot.State(rec.GetState())
 	switch {
 	case e.KV.CreateRevision == e.KV.ModRevision:
 		o.takeID(id, "snapshot "+rec.GetName())
-	case state == manager.Deleting && s == nil:
+	case state == snapshot.Deleting && s == nil:
 		o.s.reached.reaped++
-	case state == manager.Deleting && !s.dropped:
+	case state == snapshot.Deleting && !s.dropped:
 		o.sawDrop(s)
-	case state == manager.Committed && s == nil:
+	case state == snapshot.Committed && s == nil:
 		o.s.reached.committed++
 		o.sawCommit(e.KV, rec, id)
-	case state == manager.Committed && s.dropped:
+	case state == snapshot.Committed && s.dropped:
 		o.s.wrong("snapshot %d is back", id)
-	case state == manager.Committed:
+	case state == snapshot.Committed:
 		s.expires = record.Time(rec.GetExpireTime())
 	}
 }
 
-func (o *oracle) sawDrop(s *snapshot) {
+func (o *oracle) sawDrop(s *expectedSnapshot) {
 	s.dropped = true
 	expired := !s.expires.IsZero() && o.due(s)
 	switch {
@@ -654,7 +655,7 @@ func (o *oracle) sawDrop(s *snapshot) {
 
 // sawCommit judges a commit: the capture is correct, and its files exist.
 func (o *oracle) sawCommit(kv meta.KeyValue, rec *storagev1.Snapshot, id int64) {
-	s := &snapshot{
+	s := &expectedSnapshot{
 		id:         id,
 		collection: rec.GetCollectionId(),
 		name:       rec.GetName(),
@@ -727,7 +728,7 @@ func (o *oracle) captured(id, revision int64) map[int64]map[string]bool {
 }
 
 // own checks that a snapshot's own objects are whole.
-func (o *oracle) own(s *snapshot) {
+func (o *oracle) own(s *expectedSnapshot) {
 	d, err := o.reader.Describe(never, manager.Ref{ID: s.id})
 	if err != nil {
 		o.s.wrong("snapshot %s is committed and cannot be described: %v", s.name, err)
@@ -907,7 +908,7 @@ func (o *oracle) lookAround() {
 		}
 		o.own(s)
 		got, err := o.reader.Get(never, manager.Ref{Name: s.name})
-		if err != nil || got.ID != s.id || got.State != manager.Committed {
+		if err != nil || got.ID != s.id || got.State != snapshot.Committed {
 			o.s.wrong("the name of snapshot %s (%d) stands for %v, err = %v", s.name, s.id, got, err)
 		}
 	}

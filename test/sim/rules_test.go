@@ -11,7 +11,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
-	"github.com/snapshotd/snapshotd/internal/manager"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -23,23 +23,23 @@ import (
 // nothing changes but what callers may change. rec is nil when the record is gone.
 func (o *oracle) moved(id int64, rec *storagev1.Snapshot, revision int64) {
 	old := o.states[id]
-	from, to := manager.State(old.GetState()), manager.State(rec.GetState())
-	type move struct{ from, to manager.State }
+	from, to := snapshot.State(old.GetState()), snapshot.State(rec.GetState())
+	type move struct{ from, to snapshot.State }
 	allowed := []move{
-		{0, manager.Pending},
-		{manager.Pending, manager.Committed},
-		{manager.Pending, manager.Deleting},
-		{manager.Committed, manager.Committed},
-		{manager.Committed, manager.Deleting},
-		{manager.Deleting, 0},
+		{0, snapshot.Pending},
+		{snapshot.Pending, snapshot.Committed},
+		{snapshot.Pending, snapshot.Deleting},
+		{snapshot.Committed, snapshot.Committed},
+		{snapshot.Committed, snapshot.Deleting},
+		{snapshot.Deleting, 0},
 	}
 	if _, was := o.recordGone[id]; was || !slices.Contains(allowed, move{from, to}) {
 		o.s.wrong("snapshot %d moves from %v to %v", id, from, to)
 	}
-	if to == manager.Committed && rec.GetCommitRevision() == 0 { // its own
+	if to == snapshot.Committed && rec.GetCommitRevision() == 0 { // its own
 		rec.CommitRevision = revision
 	}
-	if from == manager.Committed {
+	if from == snapshot.Committed {
 		fixed := func(rec *storagev1.Snapshot) *storagev1.Snapshot {
 			rec = proto.CloneOf(rec)
 			rec.State, rec.Op, rec.Description, rec.Labels, rec.ExpireTime, rec.Ttl = 0, "", "", nil, 0, 0
@@ -54,7 +54,7 @@ func (o *oracle) moved(id int64, rec *storagev1.Snapshot, revision int64) {
 
 // due says whether a snapshot may expire now: by the clock of the object store,
 // which no reading that lifetimes are judged by is ahead of.
-func (o *oracle) due(s *snapshot) bool {
+func (o *oracle) due(s *expectedSnapshot) bool {
 	if o.wrote[keys.Snapshot(s.id)] == nil {
 		return false
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -39,7 +40,7 @@ func TestMetadataRollback(t *testing.T) {
 type past struct {
 	s         *sim
 	lost      map[int64]string // ids that stood for something before
-	snapshots map[int64]*snapshot
+	snapshots map[int64]*expectedSnapshot
 	there     map[string]bool // objects that there were when it went back
 	known     map[int64]bool  // snapshots of which it has a record
 	granted   map[string]bool // files whose deletion was granted since: a delete may be repeated, and come late
@@ -372,7 +373,7 @@ func (p *past) needed(ctx context.Context, key string) string {
 	if _, id, ok := manifest.ParseKey(key); ok {
 		kv, found, _, err := p.s.kv.Get(ctx, keys.Snapshot(id))
 		p.s.must(err)
-		if found && manager.State(p.s.oracle.decode(kv).GetState()) == manager.Deleting {
+		if found && snapshot.State(p.s.oracle.decode(kv).GetState()) == snapshot.Deleting {
 			p.granted[key] = true // a delete may be repeated, and come late
 			return ""
 		}
@@ -386,7 +387,7 @@ func (p *past) needed(ctx context.Context, key string) string {
 func (p *past) stands(ctx context.Context, id int64) bool {
 	kv, found, _, err := p.s.kv.Get(ctx, keys.Snapshot(id))
 	p.s.must(err)
-	return found && manager.State(p.s.oracle.decode(kv).GetState()) == manager.Committed
+	return found && snapshot.State(p.s.oracle.decode(kv).GetState()) == snapshot.Committed
 }
 
 func (p *past) scan(ctx context.Context, prefix string, fn func(kv meta.KeyValue) bool) (found bool) {

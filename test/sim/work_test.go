@@ -19,6 +19,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	trusted "github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -239,8 +240,8 @@ func (w *work) activeCount() int {
 	return n
 }
 
-func (w *work) standing() map[int64]*snapshot {
-	list := map[int64]*snapshot{}
+func (w *work) standing() map[int64]*expectedSnapshot {
+	list := map[int64]*expectedSnapshot{}
 	for id, s := range w.s.oracle.snapshots {
 		if !s.dropped {
 			list[id] = s
@@ -801,7 +802,7 @@ func (w *work) create(m *member, r *create) {
 }
 
 // created judges the answer to a create.
-func (w *work) created(r *create, s *manager.Snapshot, err error, began int64, repeat bool) {
+func (w *work) created(r *create, s *snapshot.Record, err error, began int64, repeat bool) {
 	r.open--
 	switch {
 	case err == nil:
@@ -809,7 +810,7 @@ func (w *work) created(r *create, s *manager.Snapshot, err error, began int64, r
 		switch {
 		case known == nil:
 			w.s.wrong("the create of snapshot %v was acknowledged, and it was never committed", s)
-		case known.name != r.spec.Name || s.State != manager.Committed:
+		case known.name != r.spec.Name || s.State != snapshot.Committed:
 			w.s.wrong("the create of %s was answered with %+v", r.spec.Name, s)
 		case r.snapshot != 0 && r.snapshot != s.ID:
 			w.s.wrong("the create of %s was answered with %d, and now with %d", r.spec.Name, r.snapshot, s.ID)
