@@ -16,8 +16,8 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
-	"github.com/snapshotd/snapshotd/internal/gc/refs"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -159,7 +159,7 @@ func (e *env) snapshot(held *manifest.Refs) int64 {
 		r.Prime(id, digest, held)
 	}
 	e.writeSnapshot(id, &storagev1.Snapshot{
-		State: refs.Committed, MetadataLength: digest.Length, MetadataSha256: digest.SHA256[:],
+		State: uint32(snapshot.Committed), MetadataLength: digest.Length, MetadataSha256: digest.SHA256[:],
 	})
 	virtual.Wait() // until it is loaded: only few primed references are kept
 	return id
@@ -167,7 +167,7 @@ func (e *env) snapshot(held *manifest.Refs) int64 {
 
 func (e *env) dropSnapshot(id int64) {
 	e.t.Helper()
-	e.writeSnapshot(id, &storagev1.Snapshot{State: refs.Deleting})
+	e.writeSnapshot(id, &storagev1.Snapshot{State: uint32(snapshot.Deleting)})
 }
 
 func (e *env) writeSnapshot(id int64, rec *storagev1.Snapshot) {

@@ -11,6 +11,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/gc/refs"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -144,12 +145,12 @@ func (c *Collector) explainSnapshot(ctx context.Context, id int64, e *Explanatio
 		e.Reason = fmt.Sprintf("the record of the snapshot cannot be read, so it stays: %v", err)
 		return true, nil
 	}
-	switch rec.GetState() {
-	case refs.Pending:
+	switch snapshot.State(rec.GetState()) {
+	case snapshot.Pending:
 		e.Reason = fmt.Sprintf("snapshot %q is being created", rec.GetName())
-	case refs.Committed:
+	case snapshot.Committed:
 		e.Reason = fmt.Sprintf("snapshot %q is committed", rec.GetName())
-	case refs.Deleting:
+	case snapshot.Deleting:
 		e.Kept = false
 		e.Reason = fmt.Sprintf("snapshot %q was dropped, expired or given up, and is being deleted", rec.GetName())
 		return true, nil

@@ -8,6 +8,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
@@ -48,7 +49,7 @@ func benchIndex(list []*snapshotRefs) *Index {
 	x := New(Options{Log: zap.NewNop(), Now: time.Now, Interval: time.Minute})
 	for i, refs := range list {
 		x.mu.Lock()
-		e := x.ensure(int64(i+1), &storagev1.Snapshot{CollectionId: benchCollection, State: Committed})
+		e := x.ensure(int64(i+1), &storagev1.Snapshot{CollectionId: benchCollection, State: uint32(snapshot.Committed)})
 		x.mu.Unlock()
 		x.loaded(e, refs, nil)
 	}

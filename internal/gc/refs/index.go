@@ -44,6 +44,7 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -58,14 +59,6 @@ import (
 var (
 	ErrLoading    = errors.New("references are still being read")
 	ErrUnreadable = errors.New("references of a snapshot cannot be read")
-)
-
-// The states of a snapshot's record. Only Pending and Deleting are known not to
-// protect.
-const (
-	Pending   = 1
-	Committed = 2
-	Deleting  = 3
 )
 
 // Options configure an Index.
@@ -213,9 +206,9 @@ func (x *Index) upsert(kv meta.KeyValue) (id int64, protects bool) {
 		}
 		return id, true
 	}
-	switch rec.GetState() {
-	case Committed:
-	case Pending, Deleting:
+	switch snapshot.State(rec.GetState()) { // only PENDING and DELETING are known not to protect
+	case snapshot.Committed:
+	case snapshot.Pending, snapshot.Deleting:
 		return id, false
 	default:
 		e := x.ensure(id, rec)

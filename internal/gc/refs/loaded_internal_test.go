@@ -8,6 +8,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
@@ -30,7 +31,7 @@ func countOnce(t *testing.T) {
 		ids[i] = int64(i + 1)
 	}
 	x.mu.Lock()
-	x.ensure(1, &storagev1.Snapshot{CollectionId: 7, State: Committed})
+	x.ensure(1, &storagev1.Snapshot{CollectionId: 7, State: uint32(snapshot.Committed)})
 	x.mu.Unlock()
 	e, _ := x.next()
 	if e == nil {
