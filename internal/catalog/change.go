@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -310,12 +309,8 @@ func (c *Catalog) spillInputs(ctx context.Context, p *changePlan) error {
 		}
 		op := &p.txn.Then[d.then]
 		full := op.Value
-		sum := sha256.Sum256(full)
-		stub := proto.CloneOf(d.rec)
-		stub.Segment = nil
-		stub.Parked = &storagev1.Parked{
-			Length: int64(len(full)), Sha256: sum[:], Suffix: hex.EncodeToString(sum[:])[:spillSuffix],
-		}
+		stub := NewStub(full, d.rec)
+		stub.Parked.Suffix = hex.EncodeToString(stub.GetParked().GetSha256())[:spillSuffix]
 		bytes -= len(full) - 256 // more than a stub takes
 		group.Go(func() error {
 			key := SpillKeyOf(p.collection, d.id, stub.GetParked())

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -148,6 +149,17 @@ func StubOf(collection, id int64, rec *storagev1.Unit) Unit {
 		Segment:  segment.Segment{ID: rec.GetSegmentId(), State: segment.Dropped, Disputed: rec.GetDisputed()},
 		DropTime: record.Time(rec.GetDropTime()), Spilled: true,
 	}
+}
+
+// NewStub returns the stub of a unit: its record rec without the segment, with the length and
+// the digest of full, the encoded record. The caller sets the store, and the suffix of a key
+// that has one.
+func NewStub(full []byte, rec *storagev1.Unit) *storagev1.Unit {
+	sum := sha256.Sum256(full)
+	stub := proto.CloneOf(rec)
+	stub.Segment = nil
+	stub.Parked = &storagev1.Parked{Length: int64(len(full)), Sha256: sum[:]}
+	return stub
 }
 
 // ReadSpilled returns an Options.ReadSpilled that reads from stores, by alias.

@@ -2,13 +2,11 @@ package gc
 
 import (
 	"context"
-	"crypto/sha256"
 	"fmt"
 	"sync/atomic"
 
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -109,10 +107,8 @@ func stubOf(full []byte, rec *storagev1.Unit, store string) []byte {
 	if rec.GetParked() != nil || len(full) <= spillAbove {
 		return nil
 	}
-	sum := sha256.Sum256(full)
-	stub := proto.CloneOf(rec)
-	stub.Segment = nil
-	stub.Parked = &storagev1.Parked{Store: store, Length: int64(len(full)), Sha256: sum[:]}
+	stub := catalog.NewStub(full, rec)
+	stub.Parked.Store = store
 	data := record.Encode(stub)
 	if len(data) >= len(full) {
 		return nil
