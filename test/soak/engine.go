@@ -24,22 +24,22 @@ import (
 const (
 	collectionName = "soak"
 	prefix         = "soak/"
-	living         = 36              // segments at the end of a round: those that it has made
-	patience       = time.Minute     // until nothing is left to do
-	pollEvery      = time.Second / 4 // for that
+	liveSegments   = 36              // segments of the collection at the end of a round
+	idleTimeout    = time.Minute     // until no work is left
+	pollEvery      = time.Second / 4 // for the end of the work
 	stableFor      = 2500 * time.Millisecond
-	idsEach        = 1000
+	idBatch        = 1000
 )
 
-// engine is what writes segments. It does one thing after the other.
+// engine is the writer of segments. Its operations run one at a time.
 type engine struct {
 	mu         sync.Mutex
 	collection int64
 	partition  int64
-	ids, last  int64 // that it may use
-	made       int   // segments of the partition
+	ids, last  int64 // the unused allocated ids: from ids to last
+	created    int   // segments of the partition
 	live       []int64
-	kept       []string // snapshots that live from round to round
+	retained   []string // snapshots that outlive a round
 }
 
 func (e *engine) ref() *api.CollectionRef {
@@ -50,7 +50,7 @@ func collectionRef(name string) *api.CollectionRef {
 	return &api.CollectionRef{Ref: &api.CollectionRef_Name{Name: &api.CollectionName{Name: name}}}
 }
 
-// segments returns the segments that there are.
+// segments returns the segments of the collection.
 func (e *engine) segments(ctx context.Context, c *client.Client) ([]*api.Segment, error) {
 	stream, err := c.Catalog.ExportSegments(ctx, &api.ExportSegmentsRequest{Collection: e.ref()})
 	var list []*api.Segment
@@ -65,7 +65,7 @@ func (e *engine) segments(ctx context.Context, c *client.Client) ([]*api.Segment
 	return list, err
 }
 
-// prepare makes the collection.
+// prepare creates the collection.
 func (r *env) prepare(ctx context.Context) error {
 	c := r.replicas[0].Load().client
 	made, err := c.Catalog.CreateCollection(ctx, &api.CreateCollectionRequest{
@@ -80,8 +80,9 @@ func (r *env) prepare(ctx context.Context) error {
 	return err
 }
 
-// insist makes a call until it is answered, at one replica after the other.
-func (r *env) insist(ctx context.Context, call func(*client.Client) error) error {
+// retry repeats a call, on one replica after the other, while it fails with a
+// transient error.
+func (r *env) retry(ctx context.Context, call func(*client.Client) error) error {
 	for n := 0; ; n++ {
 		err := call(r.replicas[n%replicas].Load().client)
 		switch status.Code(err) {
@@ -95,15 +96,15 @@ func (r *env) insist(ctx context.Context, call func(*client.Client) error) error
 	}
 }
 
-// newID returns an id that nothing has.
+// newID returns an unused id.
 func (w *worker) newID(ctx context.Context) (int64, error) {
 	e := &w.engine
 	if e.ids == e.last {
-		err := w.insist(ctx, func(c *client.Client) error {
-			got, err := c.Catalog.AllocateIds(ctx, &api.AllocateIdsRequest{Want: &api.AllocateIdsRequest_Count{Count: idsEach}})
+		err := w.retry(ctx, func(c *client.Client) error {
+			got, err := c.Catalog.AllocateIds(ctx, &api.AllocateIdsRequest{Want: &api.AllocateIdsRequest_Count{Count: idBatch}})
 			if err == nil {
 				e.ids = got.GetIds().GetFirst()
-				e.last = e.ids + idsEach
+				e.last = e.ids + idBatch
 			}
 			return err
 		})
@@ -128,12 +129,11 @@ func (w *worker) file(ctx context.Context, partition, id, log int64) (*api.File,
 	}, err
 }
 
-// segment writes the files of a segment of the partition that lives: few or, of
-// each fourth, many, so that the records of some of them, once dropped, are parked
-// and those of others not.
+// segment writes the files of a segment of the permanent partition: 2, and 12 of
+// every fourth segment, so that some records are large enough to be spilled.
 func (w *worker) segment(ctx context.Context) (*api.Segment, error) {
-	w.engine.made++
-	if w.engine.made%4 == 0 {
+	w.engine.created++
+	if w.engine.created%4 == 0 {
 		return w.segmentIn(ctx, w.engine.partition, 12)
 	}
 	return w.segmentIn(ctx, w.engine.partition, 2)
@@ -156,10 +156,10 @@ func (w *worker) segmentIn(ctx context.Context, partition int64, files int) (*ap
 	return s, nil
 }
 
-// register adds segments, whatever becomes of replicas meanwhile: files that
-// nothing knows would stay.
+// register adds segments and retries if a replica dies: the files of an
+// unregistered segment would stay.
 func (w *worker) register(ctx context.Context, list ...*api.Segment) error {
-	return w.insist(ctx, func(c *client.Client) error {
+	return w.retry(ctx, func(c *client.Client) error {
 		stream, err := c.Catalog.AddSegments(ctx)
 		if err != nil {
 			return err
@@ -203,7 +203,7 @@ func (w *worker) write(ctx context.Context) error {
 	return err
 }
 
-// compact makes one segment of the two oldest.
+// compact replaces the two oldest segments by one.
 func (w *worker) compact(ctx context.Context) error {
 	e := &w.engine
 	e.mu.Lock()
@@ -221,7 +221,7 @@ func (w *worker) compact(ctx context.Context) error {
 		Outputs:      []*api.Segment{out},
 		RequestToken: client.NewRequestToken(),
 	}
-	err = w.insist(ctx, func(c *client.Client) error {
+	err = w.retry(ctx, func(c *client.Client) error {
 		_, err := c.Catalog.CompactSegments(ctx, req)
 		return err
 	})
@@ -231,8 +231,8 @@ func (w *worker) compact(ctx context.Context) error {
 	return err
 }
 
-// take drops the oldest segment, and returns it.
-func (w *worker) take(ctx context.Context) (int64, error) {
+// dropOldest drops the oldest segment and returns its id, or 0 without segments.
+func (w *worker) dropOldest(ctx context.Context) (int64, error) {
 	e := &w.engine
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -241,18 +241,18 @@ func (w *worker) take(ctx context.Context) (int64, error) {
 	}
 	id := e.live[0]
 	e.live = e.live[1:]
-	return id, w.insist(ctx, func(c *client.Client) error {
+	return id, w.retry(ctx, func(c *client.Client) error {
 		_, err := c.Catalog.DropSegments(ctx, &api.DropSegmentsRequest{Collection: e.ref(), SegmentIds: []int64{id}})
 		return err
 	})
 }
 
 func (w *worker) drop(ctx context.Context) error {
-	_, err := w.take(ctx)
+	_, err := w.dropOldest(ctx)
 	return err
 }
 
-// replace adds a segment and puts another file in the place of its first.
+// replace adds a segment and replaces its first file.
 func (w *worker) replace(ctx context.Context) error {
 	w.engine.mu.Lock()
 	defer w.engine.mu.Unlock()
@@ -271,15 +271,15 @@ func (w *worker) replace(ctx context.Context) error {
 			SegmentId: s.GetId(), RemoveFiles: []*api.FilePath{{Path: s.GetFiles()[0].GetPath()}}, AddFiles: []*api.File{f},
 		}},
 	}
-	return w.insist(ctx, func(c *client.Client) error {
+	return w.retry(ctx, func(c *client.Client) error {
 		_, err := c.Catalog.UpdateSegments(ctx, req)
 		return err
 	})
 }
 
-// reclaim drops a segment, and asks for its files to delete them itself.
+// reclaim drops a segment, requests its files as the deleter, and deletes them.
 func (w *worker) reclaim(ctx context.Context) error {
-	id, err := w.take(ctx)
+	id, err := w.dropOldest(ctx)
 	if err != nil || id == 0 {
 		return err
 	}
@@ -292,7 +292,7 @@ func (w *worker) reclaim(ctx context.Context) error {
 	return w.confirm(ctx, w.Client)
 }
 
-// confirm deletes what was granted to the engine, and says so.
+// confirm deletes the files of the engine's grants and confirms them.
 func (r *env) confirm(ctx context.Context, c *client.Client) error {
 	list, err := c.Reclaim.ListTombstones(
 		ctx,
@@ -314,7 +314,7 @@ func (r *env) confirm(ctx context.Context, c *client.Client) error {
 	return err
 }
 
-// partition makes a partition with a segment and drops it.
+// partition creates a partition with a segment and drops it.
 func (w *worker) partition(ctx context.Context) error {
 	ref := w.engine.ref()
 	p, err := w.Catalog.CreatePartition(ctx, &api.CreatePartitionRequest{Collection: ref, Name: w.name})
@@ -334,7 +334,7 @@ func (w *worker) partition(ctx context.Context) error {
 	return err
 }
 
-// collection makes a collection and drops it.
+// collection creates a collection and drops it.
 func (w *worker) collection(ctx context.Context) error {
 	if _, err := w.Catalog.CreateCollection(ctx, &api.CreateCollectionRequest{
 		Name: &api.CollectionName{
@@ -355,13 +355,13 @@ func (w *worker) collection(ctx context.Context) error {
 	return err
 }
 
-// settle leaves as many segments and snapshots as at the end of every round, and
-// waits until nothing is left to do.
+// settle reduces segments and snapshots to their number at the end of every round,
+// and waits until no work is left.
 func (r *env) settle(ctx context.Context, round int) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, idleTimeout)
 	defer cancel()
 	e := &r.engine
-	err := r.insist(ctx, func(c *client.Client) error {
+	err := r.retry(ctx, func(c *client.Client) error {
 		list, err := e.segments(ctx, c)
 		if err != nil {
 			return err
@@ -373,51 +373,51 @@ func (r *env) settle(ctx context.Context, round int) error {
 			}
 		}
 		slices.Sort(e.live)
-		if len(e.live) <= living {
+		if len(e.live) <= liveSegments {
 			return nil
 		}
 		_, err = c.Catalog.DropSegments(
 			ctx,
-			&api.DropSegmentsRequest{Collection: e.ref(), SegmentIds: e.live[:len(e.live)-living]},
+			&api.DropSegmentsRequest{Collection: e.ref(), SegmentIds: e.live[:len(e.live)-liveSegments]},
 		)
 		if err == nil {
-			e.live = e.live[len(e.live)-living:]
+			e.live = e.live[len(e.live)-liveSegments:]
 		}
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	// Replaced files go before the snapshot, which would hold some of them or not.
-	e.kept = e.kept[max(len(e.kept)-retained+1, 0):]
-	if err := r.awaitIdle(ctx, 0); err != nil {
+	// Replaced files are deleted before the snapshot: it would hold some of them.
+	e.retained = e.retained[max(len(e.retained)-maxRetained+1, 0):]
+	if err := r.waitIdle(ctx, 0); err != nil {
 		return err
 	}
-	name := fmt.Sprintf("kept-%d", round)
+	name := fmt.Sprintf("retained-%d", round)
 	req := &api.CreateSnapshotRequest{Collection: e.ref(), Name: name, RequestToken: client.NewRequestToken()}
-	if err := r.insist(ctx, func(c *client.Client) error {
+	if err := r.retry(ctx, func(c *client.Client) error {
 		_, err := c.Snapshots.CreateSnapshot(ctx, req)
 		return err
 	}); err != nil {
 		return err
 	}
-	e.kept = append(e.kept, name)
-	return r.awaitIdle(ctx, stableFor)
+	e.retained = append(e.retained, name)
+	return r.waitIdle(ctx, stableFor)
 }
 
-// awaitIdle waits until nothing is left to do, and nothing changes for so long.
-func (r *env) awaitIdle(ctx context.Context, stable time.Duration) error {
-	var was stored
+// waitIdle waits until no work is left and the counts are stable for a time.
+func (r *env) waitIdle(ctx context.Context, stable time.Duration) error {
+	var last stored
 	var objects int
 	since := time.Now()
 	for {
 		var busy string
-		err := r.insist(ctx, func(c *client.Client) (err error) {
-			busy, err = r.busy(ctx, c)
+		err := r.retry(ctx, func(c *client.Client) (err error) {
+			busy, err = r.pendingWork(ctx, c)
 			return err
 		})
 		if err != nil {
-			return fmt.Errorf("what is left to do: %w", err)
+			return fmt.Errorf("check for pending work: %w", err)
 		}
 		now, err := r.count(ctx)
 		if err != nil {
@@ -427,28 +427,29 @@ func (r *env) awaitIdle(ctx context.Context, stable time.Duration) error {
 		if err != nil {
 			return err
 		}
-		now.jobs, now.strays = 0, 0 // they go by their own time
-		if busy != "" || !reflect.DeepEqual(now, was) || found != objects {
-			was, objects, since = now, found, time.Now()
+		now.jobs, now.orphaned = 0, 0 // they expire
+		if busy != "" || !reflect.DeepEqual(now, last) || found != objects {
+			last, objects, since = now, found, time.Now()
 		}
 		if busy == "" && time.Since(since) >= stable {
 			return nil
 		}
 		if bench.Wait(ctx, pollEvery) != nil {
-			return fmt.Errorf("after %v there is still something to do: %s", patience, busy)
+			return fmt.Errorf("work is left after %v: %s", idleTimeout, busy)
 		}
 	}
 }
 
-// busy drops what the load has left, and says what is still to be done.
-func (r *env) busy(ctx context.Context, c *client.Client) (string, error) {
+// pendingWork drops the remains of the load and returns a description of the
+// pending work, or an empty string.
+func (r *env) pendingWork(ctx context.Context, c *client.Client) (string, error) {
 	jobs, err := c.Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{
 		States: []api.RestoreJob_State{api.RestoreJob_STATE_PENDING, api.RestoreJob_STATE_EXECUTING},
 	})
 	if err != nil || len(jobs.GetJobs()) > 0 {
 		return fmt.Sprintf("%d restores", len(jobs.GetJobs())), err
 	}
-	if left, err := r.dropRest(ctx, c); err != nil || left != "" {
+	if left, err := r.dropTemporary(ctx, c); err != nil || left != "" {
 		return left, err
 	}
 	if err := r.confirm(ctx, c); err != nil {
@@ -462,25 +463,25 @@ func (r *env) busy(ctx context.Context, c *client.Client) (string, error) {
 	if err != nil || workers != replicas {
 		return fmt.Sprintf("%d workers", workers), err
 	}
-	s, err := roundOf(ctx, c, false)
+	s, err := runCycle(ctx, c, false)
 	switch {
 	case err != nil:
 		return "", err
 	case s.GetError() != "":
 		return "the collector failed: " + s.GetError(), nil
 	case s.GetGranted()+s.GetRemoved()+s.GetSwept()+s.GetWaiting() > 0:
-		return fmt.Sprintf("the collector did something: %v", s), nil
+		return fmt.Sprintf("the last cycle changed something: %v", s), nil
 	}
 	status, err := c.Collector.GetCollectorStatus(ctx, &api.GetCollectorStatusRequest{})
 	if err != nil || status.GetDeleting()+status.GetUnconfirmed() > 0 || status.GetBlocked() != "" {
-		return fmt.Sprintf("the collector has something to do: %v", status), err
+		return fmt.Sprintf("the collector has pending work: %v", status), err
 	}
 	return "", nil
 }
 
-// dropRest drops all but what is kept from round to round, and says what is on its
-// way to be gone.
-func (r *env) dropRest(ctx context.Context, c *client.Client) (string, error) {
+// dropTemporary drops everything except what outlives a round, and returns a
+// description of the dropped objects that still exist.
+func (r *env) dropTemporary(ctx context.Context, c *client.Client) (string, error) {
 	var left []string
 	collections, err := c.Catalog.ListCollections(ctx, &api.ListCollectionsRequest{States: []api.Collection_State{
 		api.Collection_STATE_ACTIVE, api.Collection_STATE_RESTORING, api.Collection_STATE_DROPPING,
@@ -528,7 +529,7 @@ func (r *env) dropRest(ctx context.Context, c *client.Client) (string, error) {
 		return "", err
 	}
 	for _, s := range snapshots.GetSnapshots() {
-		if slices.Contains(r.engine.kept, s.GetName()) {
+		if slices.Contains(r.engine.retained, s.GetName()) {
 			continue
 		}
 		left = append(left, fmt.Sprintf("snapshot %s, %v", s.GetName(), s.GetState()))

@@ -9,8 +9,8 @@ import (
 	"github.com/snapshotd/snapshotd/test/bench"
 )
 
-// point is a value at the end of a round. Points of one series are of the same
-// process in the same role; values of different series are not compared.
+// point is a value at the end of a round. The points of a series belong to one
+// process in one role; values of different series are not compared.
 type point struct {
 	series string
 	round  int
@@ -18,25 +18,25 @@ type point struct {
 	value  float64
 }
 
-// bound is what a measure may do over the rounds that count.
+// bound is the limit of a value over the rounds that count.
 type bound struct {
 	what string
-	// slope is how much it may grow in a round, as the median of the slopes of all
-	// pairs of points of the same series (Theil and Sen).
+	// slope is the maximum growth per round: the median of the slopes of all pairs of
+	// points of a series (Theil and Sen).
 	slope float64
-	// rise is how much higher the last third of a series may lie than its first,
-	// by their medians.
+	// rise is the maximum difference of the medians of the last and the first third
+	// of a series.
 	rise   float64
 	format func(float64) string
 }
 
 const (
-	minPairs  = 6     // of points, for a slope
-	certainty = 1.645 // of a normal distribution: 95 % lie below it
+	minPairs  = 6     // pairs of points for a slope
+	certainty = 1.645 // the 95 % quantile of the normal distribution
 )
 
-// judge says whether points keep a bound. A slope that is too steep is a miss when
-// 95 of 100 such slopes of noise alone would be below it, else the run is noisy.
+// judge compares points with a bound. A too steep slope is a miss if it is
+// significant at 95 %; otherwise the run is inconclusive.
 func judge(b bound, points []point) bench.Bar {
 	series := bySeries(points)
 	low, slope, pairs := slopes(series)
@@ -46,7 +46,7 @@ func judge(b bound, points []point) bench.Bar {
 	}
 	bar := bench.Bar{
 		What: b.what,
-		Want: fmt.Sprintf("slope ≤ %s a round, rise ≤ %s", b.format(b.slope), b.format(b.rise)),
+		Want: fmt.Sprintf("slope ≤ %s per round, rise ≤ %s", b.format(b.slope), b.format(b.rise)),
 		OK:   slope <= b.slope && rise <= b.rise,
 	}
 	if pairs < minPairs {
@@ -60,21 +60,20 @@ func judge(b bound, points []point) bench.Bar {
 	return bar
 }
 
-// atMost says whether every value is as low as it must be.
-func atMost(what string, most float64, format func(float64) string, points []point) bench.Bar {
-	bar := bench.Bar{What: what, Want: "≤ " + format(most), Got: "-"}
+// maximum compares the highest value with a limit.
+func maximum(what string, limit float64, format func(float64) string, points []point) bench.Bar {
+	bar := bench.Bar{What: what, Want: "≤ " + format(limit), Got: "-"}
 	if len(points) == 0 {
 		bar.Noise = "too few rounds"
 		return bar
 	}
 	highest := slices.MaxFunc(points, func(a, b point) int { return cmp.Compare(a.value, b.value) }).value
-	bar.Got, bar.OK = format(highest), highest <= most
+	bar.Got, bar.OK = format(highest), highest <= limit
 	return bar
 }
 
 // bySeries returns the points of each series in the order of their rounds, without
-// its first one: a process that has just begun, or taken over, is not yet as it
-// will be.
+// the first one: a process that has just started or become leader is not settled.
 func bySeries(points []point) [][]point {
 	named := map[string][]point{}
 	for _, p := range points {
@@ -125,7 +124,7 @@ func values(points []point) []float64 {
 	return list
 }
 
-// rounds is how many rounds points are of.
+// rounds returns the number of rounds of points.
 func rounds(points []point) int {
 	seen := map[int]bool{}
 	for _, p := range points {

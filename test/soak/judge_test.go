@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// course returns the values of rounds rounds: those of value, in a series for each
-// life of so many rounds.
+// course returns the values of a number of rounds, with a new series after each
+// life rounds.
 func course(rounds, life int, value func(round int) float64) []point {
 	var points []point
 	for round := range rounds {
@@ -35,7 +35,7 @@ func TestJudge(t *testing.T) {
 		},
 		{"a constant", counts, course(20, 20, func(int) float64 { return 7 }), "pass"},
 		{"one more or less", counts, course(20, 20, func(r int) float64 { return float64(7 + r*r%3) }), "pass"},
-		{"one blow", counts, course(20, 20, func(r int) float64 {
+		{"one outlier", counts, course(20, 20, func(r int) float64 {
 			if r == 18 {
 				return 300
 			}
@@ -82,27 +82,27 @@ func TestJudge(t *testing.T) {
 	}
 }
 
-func TestAtMost(t *testing.T) {
-	if got := atMost("x", 2, number, nil); got.Verdict() != "inconclusive" {
+func TestMaximum(t *testing.T) {
+	if got := maximum("x", 2, number, nil); got.Verdict() != "inconclusive" {
 		t.Errorf("without rounds: %+v", got)
 	}
-	if got := atMost(
+	if got := maximum(
 		"x",
 		2,
 		number,
 		course(3, 3, func(int) float64 { return 2 }),
 	); got.Verdict() != "pass" ||
 		got.Got != "2" {
-		t.Errorf("as much as there may be: %+v", got)
+		t.Errorf("a value at the limit: %+v", got)
 	}
-	if got := atMost(
+	if got := maximum(
 		"x",
 		2,
 		number,
 		course(3, 3, func(r int) float64 { return float64(r * 2) }),
 	); got.Verdict() != "MISS" ||
 		got.Got != "4" {
-		t.Errorf("more than there may be: %+v", got)
+		t.Errorf("a value above the limit: %+v", got)
 	}
 }
 
@@ -134,10 +134,10 @@ func TestStacks(t *testing.T) {
 		!strings.HasPrefix(grown[0], "3 more of net/http.") {
 		t.Errorf("grown: %q", grown)
 	}
-	if n := takeStacks(got, "net/http.(*persistConn).readLoop"); n != 3 || len(got) != 1 {
-		t.Errorf("%d readers of pooled connections, not 3; left is %v", n, got)
+	if n := removeStacks(got, "net/http.(*persistConn).readLoop"); n != 3 || len(got) != 1 {
+		t.Errorf("removed %d readers of pooled connections, want 3; rest %v", n, got)
 	}
 	if _, err := stacks([]byte("x @ 0x1\n")); err == nil {
-		t.Error("a count that is no number is taken")
+		t.Error("an invalid count is accepted")
 	}
 }

@@ -24,22 +24,22 @@ import (
 )
 
 const (
-	pace        = 60 * time.Millisecond // between two things that are begun
-	atOnce      = 6                     // things under way
-	callTimeout = 20 * time.Second      // of one thing
-	retained    = 2                     // snapshots that live from round to round
+	pace        = 60 * time.Millisecond // between the starts of two operations
+	concurrency = 6                     // operations at a time
+	callTimeout = 20 * time.Second      // of one operation
+	maxRetained = 2                     // snapshots that outlive a round
 )
 
-// worker does one thing. What it chooses by chance its seed decides.
+// worker runs one operation. Its seed decides its random choices.
 type worker struct {
 	*env
-	*client.Client // of a replica by chance
+	*client.Client // of a random replica
 	rand           *rand.Rand
-	name           string // that nothing else has
+	name           string // unique
 }
 
-// things are what a round consists of: how often, and what.
-var things = []struct {
+// operations are the operations of a round, with their number.
+var operations = []struct {
 	times int
 	name  string
 	do    func(*worker, context.Context) error
@@ -59,15 +59,15 @@ var things = []struct {
 	{8, "watch", (*worker).watch},
 	{10, "read", (*worker).read},
 	{3, "collect", (*worker).collect},
-	{12, "wrong request", (*worker).mistake},
-	{10, "hurried call", (*worker).hurry},
+	{12, "invalid request", (*worker).invalidRequest},
+	{10, "abandoned call", (*worker).abandon},
 	{4, "connection", (*worker).connect},
 }
 
-// load makes the load of a round. With fail the leader fails in the middle of it.
+// load runs the operations of a round. With fail the leader fails in the middle.
 func (r *env) load(ctx context.Context, round int, fail bool) error {
-	var list []int // of things
-	for i, t := range things {
+	var list []int // indexes of operations
+	for i, t := range operations {
 		for range t.times {
 			list = append(list, i)
 		}
@@ -90,7 +90,7 @@ func (r *env) load(ctx context.Context, round int, fail bool) error {
 		})
 	}
 	var failed error
-	slots := make(chan struct{}, atOnce)
+	slots := make(chan struct{}, concurrency)
 	tick := time.NewTicker(pace)
 	defer tick.Stop()
 	for n, i := range list {
@@ -110,7 +110,7 @@ func (r *env) load(ctx context.Context, round int, fail bool) error {
 			defer func() { <-slots }()
 			each, cancel := context.WithTimeout(ctx, callTimeout)
 			defer cancel()
-			r.note(things[i].name, things[i].do(w, each))
+			r.countCall(operations[i].name, operations[i].do(w, each))
 		})
 	}
 	group.Wait()
@@ -119,8 +119,8 @@ func (r *env) load(ctx context.Context, round int, fail bool) error {
 	return errors.Join(ctx.Err(), failed)
 }
 
-// note counts how a thing ended.
-func (r *env) note(thing string, err error) {
+// countCall counts the outcome of an operation.
+func (r *env) countCall(operation string, err error) {
 	outcome := "done"
 	code := status.Code(err)
 	if errors.Is(err, context.DeadlineExceeded) {
@@ -131,22 +131,22 @@ func (r *env) note(thing string, err error) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.calls[thing+": "+outcome]++
+	r.calls[operation+": "+outcome]++
 	switch code {
 	case codes.Internal, codes.Unknown, codes.DataLoss, codes.Unimplemented, codes.InvalidArgument:
-		r.wrong = append(r.wrong, thing+": "+err.Error())
+		r.unexpected = append(r.unexpected, operation+": "+err.Error())
 	default:
 	}
 }
 
-// kept returns the name of a snapshot that lives from round to round.
-func (r *env) kept(chance *rand.Rand) *api.SnapshotRef {
+// retained returns a random snapshot that outlives a round.
+func (r *env) retained(chance *rand.Rand) *api.SnapshotRef {
 	r.engine.mu.Lock()
 	defer r.engine.mu.Unlock()
-	if len(r.engine.kept) == 0 {
+	if len(r.engine.retained) == 0 {
 		return named("none-yet")
 	}
-	return named(r.engine.kept[chance.IntN(len(r.engine.kept))])
+	return named(r.engine.retained[chance.IntN(len(r.engine.retained))])
 }
 
 func named(name string) *api.SnapshotRef {
@@ -186,7 +186,7 @@ func (w *worker) expiring(ctx context.Context) error {
 }
 
 func (w *worker) pin(ctx context.Context) error {
-	ref := w.kept(w.rand)
+	ref := w.retained(w.rand)
 	for _, ttl := range []time.Duration{time.Second, time.Hour} { // the first expires
 		got, err := w.Snapshots.PinSnapshot(
 			ctx,
@@ -210,12 +210,12 @@ func (w *worker) pin(ctx context.Context) error {
 
 func (w *worker) admit(ctx context.Context, limits *api.RestoreLimits) (int64, error) {
 	got, err := w.Snapshots.RestoreSnapshot(ctx, &api.RestoreSnapshotRequest{
-		Snapshot: w.kept(w.rand), Target: &api.CollectionName{Name: w.name}, Limits: limits,
+		Snapshot: w.retained(w.rand), Target: &api.CollectionName{Name: w.name}, Limits: limits,
 	})
 	return got.GetJobId(), err
 }
 
-// restore restores a snapshot and drops what it made.
+// restore restores a snapshot and drops the new collection.
 func (w *worker) restore(ctx context.Context) error {
 	id, err := w.admit(ctx, nil)
 	if err != nil {
@@ -232,13 +232,13 @@ func (w *worker) restore(ctx context.Context) error {
 	return err
 }
 
-// cancel begins a restore that would take long, and cancels it in its middle.
+// cancel starts a slow restore and cancels it while it runs.
 func (w *worker) cancel(ctx context.Context) error {
 	id, err := w.admit(ctx, &api.RestoreLimits{RequestsPerSecond: 1})
 	if err != nil {
 		return err
 	}
-	errEnough := errors.New("it has begun")
+	errEnough := errors.New("started")
 	err = client.WatchRestore(ctx, w.Snapshots, id, func(job *api.RestoreJob) error {
 		if job.GetState() != api.RestoreJob_STATE_PENDING {
 			return errEnough
@@ -255,7 +255,7 @@ func (w *worker) cancel(ctx context.Context) error {
 	return err
 }
 
-// watch opens a stream of events and closes it while it runs.
+// watch opens a stream of events and closes it.
 func (w *worker) watch(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -268,14 +268,14 @@ func (w *worker) watch(ctx context.Context) error {
 		return err
 	}
 	if w.rand.IntN(3) == 0 {
-		return nil // without having read
+		return nil // without a read
 	}
 	_, err = stream.Recv()
 	return err
 }
 
 func (w *worker) read(ctx context.Context) error {
-	ref := w.kept(w.rand)
+	ref := w.retained(w.rand)
 	var err error
 	switch w.rand.IntN(7) {
 	case 0:
@@ -299,7 +299,7 @@ func (w *worker) read(ctx context.Context) error {
 			Recv() (*api.ListOrphansResponse, error)
 		}
 		if stream, err = w.Collector.ListOrphans(ctx, &api.ListOrphansRequest{Collection: w.engine.ref()}); err == nil {
-			_, err = stream.Recv() // and no more
+			_, err = stream.Recv() // only one message
 		}
 		if errors.Is(err, io.EOF) {
 			err = nil
@@ -309,12 +309,12 @@ func (w *worker) read(ctx context.Context) error {
 }
 
 func (w *worker) collect(ctx context.Context) error {
-	_, err := roundOf(ctx, w.Client, w.rand.IntN(2) == 0)
+	_, err := runCycle(ctx, w.Client, w.rand.IntN(2) == 0)
 	return err
 }
 
-// roundOf asks for a round of the collector, and returns what it came to.
-func roundOf(ctx context.Context, c *client.Client, dry bool) (*api.CollectSummary, error) {
+// runCycle requests a cycle of the collector and returns its summary.
+func runCycle(ctx context.Context, c *client.Client, dry bool) (*api.CollectSummary, error) {
 	stream, err := c.Collector.Collect(ctx, &api.CollectRequest{
 		Tolerance: durationpb.New(0), Wait: !dry, DryRun: dry, Sweep: true,
 	})
@@ -331,8 +331,8 @@ func roundOf(ctx context.Context, c *client.Client, dry bool) (*api.CollectSumma
 	return summary, err
 }
 
-// mistake makes a request that has to be refused.
-func (w *worker) mistake(ctx context.Context) error {
+// invalidRequest sends a request that the server must reject.
+func (w *worker) invalidRequest(ctx context.Context) error {
 	var err error
 	var want codes.Code
 	switch w.rand.IntN(6) {
@@ -367,7 +367,7 @@ func (w *worker) mistake(ctx context.Context) error {
 	case want:
 		return nil
 	case codes.OK:
-		return errors.New("a wrong request was answered")
+		return errors.New("an invalid request succeeded")
 	case codes.InvalidArgument:
 		return fmt.Errorf("%w, not %v", err, want)
 	default:
@@ -375,8 +375,8 @@ func (w *worker) mistake(ctx context.Context) error {
 	}
 }
 
-// hurry makes a call that is given up before it has ended, most of the time.
-func (w *worker) hurry(ctx context.Context) error {
+// abandon cancels a call, mostly before its end.
+func (w *worker) abandon(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(w.rand.IntN(12_000))*time.Microsecond)
 	defer cancel()
 	switch w.rand.IntN(4) {
@@ -387,7 +387,7 @@ func (w *worker) hurry(ctx context.Context) error {
 		_, err := w.admit(ctx, nil)
 		return err
 	case 2:
-		_, err := roundOf(ctx, w.Client, true)
+		_, err := runCycle(ctx, w.Client, true)
 		return err
 	default:
 		_, err := w.engine.segments(ctx, w.Client)
@@ -395,7 +395,7 @@ func (w *worker) hurry(ctx context.Context) error {
 	}
 }
 
-// connect makes a connection of its own and leaves it, or one that is of no client.
+// connect opens and closes a connection, of a client or with random bytes.
 func (w *worker) connect(ctx context.Context) error {
 	addr := w.replicas[w.rand.IntN(replicas)].Load().server.Listen
 	if w.rand.IntN(2) == 0 {

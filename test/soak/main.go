@@ -44,17 +44,17 @@ import (
 const (
 	replicas  = 3
 	failEvery = 4               // rounds
-	overtime  = 3 * time.Minute // that the last round may take besides
+	grace     = 3 * time.Minute // for the last round
 )
 
-// The exit codes, besides those of the report.
+// The exit codes of errors.
 const (
 	exitError = 1
 	exitUsage = 2
 )
 
-// settings are those of every replica: short times, so that what takes hours
-// happens in a round.
+// settings are the settings of every replica: short times, so that expiry and
+// sweeps happen within a round.
 const settings = `leader_ttl: 2s
 create_lease_ttl: 5s
 create_timeout: 30s
@@ -100,15 +100,15 @@ func main() {
 func parse(args []string) (*options, error) {
 	o := &options{}
 	fs := flag.NewFlagSet("soak", flag.ContinueOnError)
-	fs.DurationVar(&o.length, "for", 10*time.Minute, "how long to run; no round begins that would take longer")
-	fs.BoolVar(&o.short, "short", false, "exit with 0 when what takes more rounds cannot be judged")
-	fs.Uint64Var(&o.seed, "seed", 0, "decides the load; 0: the clock does")
+	fs.DurationVar(&o.length, "for", 10*time.Minute, "duration of the run; no round starts that would exceed it")
+	fs.BoolVar(&o.short, "short", false, "exit with 0 if a bar is inconclusive")
+	fs.Uint64Var(&o.seed, "seed", 0, "seed of the load; 0: random")
 	fs.StringVar(&o.snapshotd, "snapshotd", "bin/snapshotd", "the program to run")
 	fs.StringVar(&o.etcdBin, "etcd", ".bin/bench-etcd", "test/bench/etcd")
 	fs.StringVar(&o.s3Bin, "s3", ".bin/versitygw", "versitygw")
-	fs.StringVar(&o.dir, "dir", os.TempDir(), "where to make the directory of the run")
-	fs.StringVar(&o.objects, "objects", "/dev/shm", "where to make the directory of the S3 server")
-	fs.StringVar(&o.output, "o", "", "Markdown file to write the report into")
+	fs.StringVar(&o.dir, "dir", os.TempDir(), "parent of the run's directory")
+	fs.StringVar(&o.objects, "objects", "/dev/shm", "parent of the S3 server's directory")
+	fs.StringVar(&o.output, "o", "", "Markdown file for the report")
 	if err := fs.Parse(args); err != nil {
 		return nil, err
 	}
@@ -124,23 +124,23 @@ type env struct {
 	log   io.Writer
 	began time.Time
 	root  string // directory of the run
-	store string // that of the S3 server
+	store string // directory of the S3 server
 
 	etcdAt   string
 	kv       *etcd.Client
 	s3At     string
 	bucket   *s3.Store
 	replicas [replicas]atomic.Pointer[replica]
-	lives    int // of replicas, so far
+	starts   int // of replicas, so far
 	now      int // round
 	engine   engine
 
-	mu    sync.Mutex
-	calls map[string]int // what was done, by outcome
-	wrong []string       // outcomes that there should not be
+	mu         sync.Mutex
+	calls      map[string]int // number of operations by outcome
+	unexpected []string       // errors that must not occur
 }
 
-// replica is one life of a replica.
+// replica is a process of a replica.
 type replica struct {
 	name   string
 	born   int // round
@@ -149,13 +149,13 @@ type replica struct {
 	peak   atomic.Int64 // of its memory since the last sample
 }
 
-func (r *env) say(format string, args ...any) {
+func (r *env) logf(format string, args ...any) {
 	fmt.Fprintf(r.log, "%6.1fs  %s\n", time.Since(r.began).Seconds(), fmt.Sprintf(format, args...))
 }
 
 func run(ctx context.Context, o *options, stdout, stderr io.Writer) (code int, err error) {
-	bound := o.length + overtime
-	ctx, cancel := context.WithTimeoutCause(ctx, bound, fmt.Errorf("the run took longer than %v", bound))
+	bound := o.length + grace
+	ctx, cancel := context.WithTimeoutCause(ctx, bound, fmt.Errorf("the run exceeded %v", bound))
 	defer cancel()
 	r := &env{options: o, log: stderr, began: time.Now(), calls: map[string]int{}}
 	for _, d := range []struct {
@@ -167,7 +167,7 @@ func run(ctx context.Context, o *options, stdout, stderr io.Writer) (code int, e
 		}
 		defer func() { err = errors.Join(err, os.RemoveAll(*d.to)) }()
 	}
-	r.say("seed %d", o.seed)
+	r.logf("seed %d", o.seed)
 	samples, err := r.rounds(ctx)
 	if err != nil {
 		return 0, errors.Join(context.Cause(ctx), err)
@@ -179,7 +179,7 @@ func run(ctx context.Context, o *options, stdout, stderr io.Writer) (code int, e
 	return code, err
 }
 
-// rounds starts the servers and makes rounds.
+// rounds starts the servers and runs rounds.
 func (r *env) rounds(ctx context.Context) (samples []*sample, err error) {
 	e, endpoint, err := bench.StartEtcd(ctx, r.etcdBin, r.root)
 	if err != nil {
@@ -226,12 +226,12 @@ func (r *env) rounds(ctx context.Context) (samples []*sample, err error) {
 		}
 		samples = append(samples, s)
 		longest = max(longest, time.Since(begin))
-		r.say("%s", strings.Join(row(s), "  "))
+		r.logf("%s", strings.Join(row(s), "  "))
 	}
 	return samples, nil
 }
 
-// round makes one round.
+// round runs one round and takes its sample.
 func (r *env) round(ctx context.Context, n int) (*sample, error) {
 	s := &sample{round: n, failed: n%failEvery == failEvery-1}
 	r.now = n
@@ -244,13 +244,13 @@ func (r *env) round(ctx context.Context, n int) (*sample, error) {
 		return nil, err
 	}
 	s.idle = time.Since(begin) - s.load
-	return s, r.take(ctx, s)
+	return s, r.sample(ctx, s)
 }
 
 // start starts replica i, and waits until it serves.
 func (r *env) start(ctx context.Context, i int) error {
-	r.lives++
-	p := &replica{name: fmt.Sprintf("r%d.%d", i, r.lives), born: r.now}
+	r.starts++
+	p := &replica{name: fmt.Sprintf("r%d.%d", i, r.starts), born: r.now}
 	dir := filepath.Join(r.root, p.name)
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
@@ -276,21 +276,20 @@ func (r *env) start(ctx context.Context, i int) error {
 	return p.server.WaitServing(ctx)
 }
 
-// failOver makes another replica lead: the leader is killed and restarted. The
-// first replica, which is to live as long as the run, is frozen instead until
-// another leads.
+// failOver kills and restarts the leader. The first replica lives as long as the
+// run: as leader it is frozen until another replica leads.
 func (r *env) failOver(ctx context.Context) error {
 	leader, err := r.leader(ctx, "")
 	if err != nil {
 		return err
 	}
-	veteran := r.replicas[0].Load()
-	if veteran.name == leader {
-		if err := syscall.Kill(veteran.server.Pid(), syscall.SIGSTOP); err != nil {
+	first := r.replicas[0].Load()
+	if first.name == leader {
+		if err := syscall.Kill(first.server.Pid(), syscall.SIGSTOP); err != nil {
 			return err
 		}
 		_, err = r.leader(ctx, leader)
-		return errors.Join(err, syscall.Kill(veteran.server.Pid(), syscall.SIGCONT))
+		return errors.Join(err, syscall.Kill(first.server.Pid(), syscall.SIGCONT))
 	}
 	for i := range r.replicas {
 		if p := r.replicas[i].Load(); p.name == leader {
@@ -299,10 +298,10 @@ func (r *env) failOver(ctx context.Context) error {
 			return r.start(ctx, i)
 		}
 	}
-	return fmt.Errorf("the leader, %s, is none of the replicas", leader)
+	return fmt.Errorf("the leader %s is not one of the replicas", leader)
 }
 
-// stopAll ends the replicas, and reports those that had died before.
+// stopAll stops the replicas and returns an error for each that has died before.
 func (r *env) stopAll() error {
 	var errs []error
 	for i := range r.replicas {

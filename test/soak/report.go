@@ -14,13 +14,13 @@ import (
 	"github.com/snapshotd/snapshotd/test/bench"
 )
 
-// The bounds of what is counted when all is idle: it does not grow.
+// The bounds of the counts in idle state.
 const (
-	slopeOfCounts = 0.2 // of goroutines, files, keys and objects, in a round
-	riseOfCounts  = 4   // of them
-	maxPooled     = 128 // connections of a replica to the object store, as it is configured
-	warmUp        = 6   // rounds of a replica, until each call was made and each pool is full
-	bytesOfToken  = 256 // that the record of a request token takes in etcd at most
+	slopeOfCounts = 0.2 // of goroutines, files, keys and objects, per round
+	riseOfCounts  = 4
+	maxPooled     = 128 // configured connections of a replica to the object store
+	warmUp        = 6   // rounds of a replica until its pools are full
+	bytesOfToken  = 256 // maximum of the record of a request token in etcd
 )
 
 // report judges the samples.
@@ -30,8 +30,8 @@ func (r *env) report(samples []*sample) *bench.Report {
 		fmt.Sprintf("Commit %s, %s, %s.", bench.Commit(), bench.Today(), bench.Machine()),
 		fmt.Sprintf("Seed %d; %d rounds in %v, of which the last %d count; load average %s after.",
 			r.seed, len(samples), time.Since(r.began).Round(time.Second), len(counted), bench.LoadText()),
-		"Samples are taken when all is idle. Goroutines and files are without those of pooled connections to the object " +
-			"store and of who asks; heaps are after their garbage was collected.",
+		"Samples are taken in idle state. Goroutines and files exclude those of pooled connections to the object store " +
+			"and of the sampling; heaps are measured after a garbage collection.",
 	}}
 	rounds := bench.Table{Title: "Rounds", Head: []string{
 		"round",
@@ -49,7 +49,7 @@ func (r *env) report(samples []*sample) *bench.Report {
 	for _, s := range samples {
 		rounds.Add(row(s)...)
 	}
-	calls := bench.Table{Title: "Load", Head: []string{"what, and how it ended", "times"}}
+	calls := bench.Table{Title: "Load", Head: []string{"operation and outcome", "times"}}
 	for _, name := range slices.Sorted(maps.Keys(r.calls)) {
 		calls.Add(name, fmt.Sprint(r.calls[name]))
 	}
@@ -70,7 +70,7 @@ func (r *env) report(samples []*sample) *bench.Report {
 		judge(same("open files of a replica"), pointsOfReplicas(counted, func(s *state) float64 { return float64(s.files) })),
 		judge(bound{"heap of a replica", 6 << 10, 1 << 20, kib}, warm(func(s *state) float64 { return s.heap })),
 		judge(bound{"peak memory of a replica", 512 << 10, 16 << 20, kib}, warm(func(s *state) float64 { return s.peak })),
-		atMost(
+		maximum(
 			"pooled connections of a replica",
 			maxPooled,
 			number,
@@ -79,24 +79,24 @@ func (r *env) report(samples []*sample) *bench.Report {
 		judge(same("keys in etcd"), etcd(func(s stored) int { return s.keys })),
 		judge(bound{"bytes of these keys", 64, 1024, number}, etcd(func(s stored) int { return s.bytes })),
 		judge(same("leases"), etcd(func(s stored) int { return s.leases })),
-		atMost("keys of restores without a record", 0, number, etcd(func(s stored) int { return s.strays })),
-		atMost(
-			"restores that are kept for longer than they should be",
+		maximum("keys of restores without a record", 0, number, etcd(func(s stored) int { return s.orphaned })),
+		maximum(
+			"restores past their removal time",
 			0,
 			number,
-			pointsOf(counted, func(s *sample) float64 { return float64(s.late) }),
+			pointsOf(counted, func(s *sample) float64 { return float64(s.overdue) }),
 		),
-		atMost("request tokens without an end", 0, number, etcd(func(s stored) int { return s.unleased })),
-		judge(bound{"etcd's database without history, less request tokens", 1 << 10, 64 << 10, kib},
+		maximum("request tokens without a lease", 0, number, etcd(func(s stored) int { return s.unleased })),
+		judge(bound{"etcd database without history and request tokens", 1 << 10, 64 << 10, kib},
 			pointsOf(counted, func(s *sample) float64 { return float64(s.database - int64(s.stored.tokens*bytesOfToken)) })),
 		judge(same("objects"), pointsOf(counted, func(s *sample) float64 { return float64(s.objects) })),
-		atMost("unfinished uploads", 0, number, pointsOf(counted, func(s *sample) float64 { return float64(s.uploads) })),
-		{What: "errors that there should not be", Want: "0", Got: fmt.Sprint(len(r.wrong)), OK: len(r.wrong) == 0},
+		maximum("unfinished uploads", 0, number, pointsOf(counted, func(s *sample) float64 { return float64(s.uploads) })),
+		{What: "unexpected errors", Want: "0", Got: fmt.Sprint(len(r.unexpected)), OK: len(r.unexpected) == 0},
 	}
 	if _, missed, _ := rep.Count(); missed > 0 && len(counted) > 1 {
-		evidence := bench.Table{Title: "Evidence", Head: []string{"what there is more of, and errors"}}
-		for _, line := range slices.Concat(grownIn(counted), grownStacks(counted[1].stored.classes,
-			counted[len(counted)-1].stored.classes), r.wrong[:min(len(r.wrong), 20)]) {
+		evidence := bench.Table{Title: "Evidence", Head: []string{"growth and errors"}}
+		for _, line := range slices.Concat(grownGoroutines(counted), grownStacks(counted[1].stored.classes,
+			counted[len(counted)-1].stored.classes), r.unexpected[:min(len(r.unexpected), 20)]) {
 			evidence.Add(line)
 		}
 		rep.Tables = append(rep.Tables, evidence)
@@ -104,7 +104,7 @@ func (r *env) report(samples []*sample) *bench.Report {
 	return rep
 }
 
-// row writes a sample.
+// row returns the row of a sample.
 func row(s *sample) []string {
 	round := fmt.Sprint(s.round)
 	if s.failed {
@@ -138,7 +138,7 @@ func row(s *sample) []string {
 	}
 }
 
-// leader returns the name of who leads and is not the one that is left out.
+// leader waits for a leader other than not and returns its name.
 func (r *env) leader(ctx context.Context, not string) (string, error) {
 	for n := 0; ; n++ {
 		each, cancel := context.WithTimeout(ctx, time.Second) // one may be frozen

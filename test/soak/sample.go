@@ -20,47 +20,47 @@ import (
 	"github.com/snapshotd/snapshotd/test/bench"
 )
 
-// sample is what there is at the end of a round, when nothing is under way.
+// sample has the values at the end of a round, in idle state.
 type sample struct {
 	round    int
-	load     time.Duration // of the round
-	idle     time.Duration // until it was idle
-	failed   bool          // the leader, in this round
+	load     time.Duration // duration of the load
+	idle     time.Duration // from its end until idle state
+	failed   bool          // the leader failed in this round
 	stored   stored
 	database int64 // bytes of etcd without history and free pages
-	late     int   // restores that should have been forgotten
+	overdue  int   // restores past their removal time
 	objects  int
 	uploads  int // unfinished
 	replicas []*state
 }
 
-// stored is what etcd holds.
+// stored has the counts of etcd.
 type stored struct {
-	keys     int            // but those of jobs and request tokens, which are kept for a time
+	keys     int            // without those of jobs and request tokens, which expire
 	bytes    int            // of these keys and their values
 	jobs     int            // restores
-	strays   int            // keys of restores that have no record any more
-	tokens   int            // of requests
-	unleased int            // tokens among them that no lease ends
-	leases   int            // but those of request tokens, which last longest
-	classes  map[string]int // keys by what they begin with
+	orphaned int            // keys of restores without a record
+	tokens   int            // request tokens
+	unleased int            // tokens without a lease
+	leases   int            // without those of request tokens
+	classes  map[string]int // keys by prefix
 }
 
-// state is how a replica is.
+// state has the values of a replica.
 type state struct {
 	series     string
 	leads      bool
-	age        int     // rounds that it lives
-	heap       float64 // after the garbage was collected, less that of pooled connections
-	rss, peak  float64 // now, and the highest of the round
-	goroutines int     // but those of pooled connections and of what asks here
-	files      int     // open ones, but such connections
-	pooled     int     // connections to the object store that wait for use
+	age        int     // in rounds
+	heap       float64 // after a garbage collection, without pooled connections
+	rss, peak  float64 // at the end, and the maximum of the round
+	goroutines int     // without those of pooled connections and of the sampling
+	files      int     // open files without such connections
+	pooled     int     // idle connections to the object store
 	stacks     map[string]int
 }
 
-// take takes a sample of what is idle.
-func (r *env) take(ctx context.Context, s *sample) (err error) {
+// sample reads the values of a sample in idle state.
+func (r *env) sample(ctx context.Context, s *sample) (err error) {
 	if s.database, err = bench.Defragment(ctx, r.etcdAt); err != nil {
 		return err
 	}
@@ -70,7 +70,7 @@ func (r *env) take(ctx context.Context, s *sample) (err error) {
 	if s.objects, s.uploads, err = r.countObjects(); err != nil {
 		return err
 	}
-	if s.late, err = r.lateJobs(ctx); err != nil {
+	if s.overdue, err = r.overdueJobs(ctx); err != nil {
 		return err
 	}
 	s.replicas = make([]*state, len(r.replicas))
@@ -78,7 +78,7 @@ func (r *env) take(ctx context.Context, s *sample) (err error) {
 	for i := range r.replicas {
 		group.Go(func() (err error) {
 			p := r.replicas[i].Load()
-			s.replicas[i], err = p.look(ctx)
+			s.replicas[i], err = p.read(ctx)
 			if err == nil {
 				s.replicas[i].age = s.round - p.born
 			}
@@ -89,19 +89,19 @@ func (r *env) take(ctx context.Context, s *sample) (err error) {
 }
 
 const (
-	// longLease is longer than any lease but that of request tokens.
+	// longLease is longer than any lease except those of request tokens.
 	longLease = time.Hour
-	// jobsGone is when a restore that has ended is forgotten at the latest: after
-	// keep_restores, and when the leader looks next, which may be a new one.
+	// jobsGone is the maximum time from the end of a restore to its removal:
+	// keep_restores, the leader's interval, and a change of the leader.
 	jobsGone = 3 * time.Minute
 )
 
-// count counts what etcd holds.
+// count counts the keys and leases in etcd.
 func (r *env) count(ctx context.Context) (n stored, err error) {
 	n.classes = map[string]int{}
 	from, to := keys.All()
 	jobs := map[string]bool{}
-	var ofJobs []string // their other keys
+	var ofJobs []string // other keys of jobs
 	_, err = r.kv.Scan(ctx, from, to, 0, func(kvs []meta.KeyValue) error {
 		for _, kv := range kvs {
 			switch {
@@ -129,7 +129,7 @@ func (r *env) count(ctx context.Context) (n stored, err error) {
 	}
 	for _, key := range ofJobs {
 		if !jobs[strings.Split(key, "/")[3]] {
-			n.strays++
+			n.orphaned++
 		}
 	}
 	err = bench.WithEtcd(r.etcdAt, func(cli *clientv3.Client) error {
@@ -151,8 +151,8 @@ func (r *env) count(ctx context.Context) (n stored, err error) {
 	return n, err
 }
 
-// lateJobs counts the restores that are there although they ended long ago.
-func (r *env) lateJobs(ctx context.Context) (n int, err error) {
+// overdueJobs counts the restores past their removal time.
+func (r *env) overdueJobs(ctx context.Context) (n int, err error) {
 	list, err := r.replicas[0].Load().client.Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{PageSize: 1000})
 	for _, job := range list.GetJobs() {
 		if end := job.GetEndTime(); end != nil && time.Since(end.AsTime()) > jobsGone {
@@ -162,14 +162,14 @@ func (r *env) lateJobs(ctx context.Context) (n int, err error) {
 	return n, err
 }
 
-// uploadDir is where versitygw keeps uploads that are not complete.
+// uploadDir is versitygw's directory of unfinished uploads.
 const uploadDir = ".sgwtmp"
 
 // countObjects counts the files that versitygw serves.
 func (r *env) countObjects() (objects, uploads int, err error) {
 	err = filepath.WalkDir(filepath.Join(r.store, "s3", bench.Bucket), func(path string, e fs.DirEntry, err error) error {
 		switch {
-		case errors.Is(err, fs.ErrNotExist): // it went meanwhile
+		case errors.Is(err, fs.ErrNotExist): // deleted meanwhile
 			return nil
 		case err != nil:
 		case !e.Type().IsRegular():
@@ -184,46 +184,46 @@ func (r *env) countObjects() (objects, uploads int, err error) {
 }
 
 const (
-	looks    = 5 // at a replica, of which the least counts: short-lived work is over in one of them
-	lookGap  = 200 * time.Millisecond
-	peakEach = 2 * time.Second
+	readings     = 5 // per replica; the minimum counts, without short-lived work
+	readingGap   = 200 * time.Millisecond
+	peakInterval = 2 * time.Second
 
-	pooledBytes = 9 << 10 // of a pooled connection, most of it two buffers
+	pooledBytes = 9 << 10 // memory of a pooled connection, mostly two buffers
 )
 
-// look returns how an idle replica is.
-func (p *replica) look(ctx context.Context) (*state, error) {
-	least := &state{peak: float64(p.peak.Swap(0))}
-	for n := range looks {
-		s, err := p.lookOnce(ctx)
+// read returns the values of an idle replica.
+func (p *replica) read(ctx context.Context) (*state, error) {
+	lowest := &state{peak: float64(p.peak.Swap(0))}
+	for n := range readings {
+		s, err := p.readOnce(ctx)
 		if err != nil {
 			return nil, err
 		}
-		if n == 0 || s.goroutines < least.goroutines {
-			least.goroutines, least.stacks = s.goroutines, s.stacks
+		if n == 0 || s.goroutines < lowest.goroutines {
+			lowest.goroutines, lowest.stacks = s.goroutines, s.stacks
 		}
 		if n == 0 {
-			least.heap, least.files, least.rss, least.pooled = s.heap, s.files, s.rss, s.pooled
+			lowest.heap, lowest.files, lowest.rss, lowest.pooled = s.heap, s.files, s.rss, s.pooled
 		}
-		least.heap, least.files = min(least.heap, s.heap), min(least.files, s.files)
-		least.leads = s.leads
-		if err := bench.Wait(ctx, lookGap); err != nil {
+		lowest.heap, lowest.files = min(lowest.heap, s.heap), min(lowest.files, s.files)
+		lowest.leads = s.leads
+		if err := bench.Wait(ctx, readingGap); err != nil {
 			return nil, err
 		}
 	}
-	least.peak = max(least.peak, least.rss)
+	lowest.peak = max(lowest.peak, lowest.rss)
 	role := "follows"
-	if least.leads {
+	if lowest.leads {
 		role = "leads"
 	}
-	least.series = p.name + " " + role
-	return least, nil
+	lowest.series = p.name + " " + role
+	return lowest, nil
 }
 
-func (p *replica) lookOnce(ctx context.Context) (*state, error) {
+func (p *replica) readOnce(ctx context.Context) (*state, error) {
 	var heap []byte
 	var err error
-	for range 2 { // what is pooled goes with the second
+	for range 2 { // the second collection clears the pools
 		if heap, err = bench.Get(ctx, "http://"+p.server.Metrics+"/debug/pprof/heap?gc=1&debug=1"); err != nil {
 			return nil, err
 		}
@@ -237,7 +237,7 @@ func (p *replica) lookOnce(ctx context.Context) (*state, error) {
 		return nil, err
 	}
 	s := &state{}
-	// As it was before this profile was written, which takes more and more.
+	// The profile has the heap before its own growing memory.
 	if s.heap, err = bench.Sum(heap, "# HeapAlloc"); err != nil {
 		return nil, err
 	}
@@ -254,17 +254,17 @@ func (p *replica) lookOnce(ctx context.Context) (*state, error) {
 			return nil, err
 		}
 	}
-	if s.heap == 0 || s.rss == 0 || files == 0 { // they would pass for very little
+	if s.heap == 0 || s.rss == 0 || files == 0 { // 0 would count as a low value
 		return nil, fmt.Errorf("%s has no metrics of its memory and files", p.name)
 	}
 	if s.stacks, err = stacks(dump); err != nil {
 		return nil, err
 	}
-	s.pooled = takeStacks(s.stacks, pooledReader)
+	s.pooled = removeStacks(s.stacks, pooledReader)
 	s.heap -= float64(s.pooled) * pooledBytes
-	_ = takeStacks(s.stacks, pooledWriter)
-	s.files = int(files) - s.pooled - takeStacks(s.stacks, servesHTTP)
-	_ = takeStacks(s.stacks, readsHTTP)
+	_ = removeStacks(s.stacks, pooledWriter)
+	s.files = int(files) - s.pooled - removeStacks(s.stacks, servesHTTP)
+	_ = removeStacks(s.stacks, readsHTTP)
 	for _, n := range s.stacks {
 		s.goroutines += n
 	}
@@ -272,14 +272,14 @@ func (p *replica) lookOnce(ctx context.Context) (*state, error) {
 	return s, nil
 }
 
-// watchMemory notes the highest memory of each replica, until ctx ends.
+// watchMemory records the maximum memory of each replica until ctx ends.
 func (r *env) watchMemory(ctx context.Context) {
-	for bench.Wait(ctx, peakEach) == nil {
+	for bench.Wait(ctx, peakInterval) == nil {
 		for i := range r.replicas {
 			p := r.replicas[i].Load()
 			text, err := bench.Get(ctx, "http://"+p.server.Metrics+"/metrics")
 			if err != nil {
-				continue // it was killed, or ctx is over
+				continue // the replica was killed, or ctx has ended
 			}
 			if rss, err := bench.Sum(text, "process_resident_memory_bytes"); err == nil {
 				p.peak.Store(max(p.peak.Load(), int64(rss)))
@@ -295,7 +295,7 @@ func (r *env) workers(ctx context.Context) (int64, error) {
 	return got.Count, err
 }
 
-// pointsOf makes a point of each sample.
+// pointsOf returns a point per sample.
 func pointsOf(samples []*sample, value func(*sample) float64) []point {
 	list := make([]point, len(samples))
 	for i, s := range samples {
@@ -304,7 +304,7 @@ func pointsOf(samples []*sample, value func(*sample) float64) []point {
 	return list
 }
 
-// pointsOfReplicas makes a point of each replica in each sample.
+// pointsOfReplicas returns a point per replica and sample.
 func pointsOfReplicas(samples []*sample, value func(*state) float64) []point {
 	var list []point
 	for _, s := range samples {
@@ -315,9 +315,9 @@ func pointsOfReplicas(samples []*sample, value func(*state) float64) []point {
 	return list
 }
 
-// grownIn returns which goroutines a replica has more of at the end of its longest
-// series than in the second sample of it.
-func grownIn(samples []*sample) []string {
+// grownGoroutines returns the stacks whose number has grown from the second to the
+// last sample of the longest series.
+func grownGoroutines(samples []*sample) []string {
 	lives := map[string][]*state{}
 	longest := ""
 	for _, s := range samples {

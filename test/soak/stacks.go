@@ -8,8 +8,8 @@ import (
 	"strings"
 )
 
-// Functions of goroutines that serve a connection of the pool to the object store,
-// two for each, or one of a client of metrics and profiles, up to two.
+// Functions of the goroutines of a pooled connection to the object store, two each,
+// and of a connection for metrics and profiles, up to two.
 const (
 	pooledReader = "net/http.(*persistConn).readLoop"
 	pooledWriter = "net/http.(*persistConn).writeLoop"
@@ -17,8 +17,8 @@ const (
 	readsHTTP    = "net/http.(*connReader).backgroundRead"
 )
 
-// stacks reads a profile of goroutines as text: how many there are of each stack,
-// written as its functions from the outermost on.
+// stacks parses a text profile of goroutines. It returns the number of goroutines
+// per stack, written as its functions from the outermost on.
 func stacks(profile []byte) (map[string]int, error) {
 	found := map[string]int{}
 	n := 0
@@ -50,9 +50,9 @@ func stacks(profile []byte) (map[string]int, error) {
 	return found, nil
 }
 
-// takeStacks removes the goroutines that a function is on the stack of, and returns
-// how many they were.
-func takeStacks(all map[string]int, function string) (n int) {
+// removeStacks removes the goroutines with a function on their stack and returns
+// their number.
+func removeStacks(all map[string]int, function string) (n int) {
 	for stack, count := range all {
 		if slices.Contains(strings.Split(stack, " < "), function) {
 			n += count
@@ -62,8 +62,8 @@ func takeStacks(all map[string]int, function string) (n int) {
 	return n
 }
 
-// grownStacks says which stacks there are more of in later than in earlier, the
-// most first.
+// grownStacks returns the stacks whose number is higher in later than in earlier,
+// by growth.
 func grownStacks(earlier, later map[string]int) []string {
 	type growth struct {
 		stack string
