@@ -1,6 +1,7 @@
 package manager
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -52,14 +53,20 @@ func (m *Manager) Restore(ctx context.Context, tok request.Token, spec *RestoreS
 func (m *Manager) restore(ctx context.Context, tok request.Token, spec *RestoreSpec) (*copyjob.Job, error) {
 	ref := spec.Snapshot
 	var job *copyjob.Job
+	var concurrent *request.Record
 	known, err := request.Do(ctx, m.kv, tok, func(ctx context.Context) (request.Commit, error) {
-		var err error
-		job, err = m.admit(ctx, tok, &ref, spec)
-		if err != nil && !errors.Is(err, errChanged) {
+		planned, txn, err := m.planJob(ctx, tok, &ref, spec)
+		if err != nil {
 			return nil, err
 		}
-		return func(context.Context) (bool, error) { return err == nil, nil }, nil
+		return func(ctx context.Context) (done bool, err error) {
+			if job, err = m.admit(ctx, planned, txn); err != nil { // a concurrent call may have caused it
+				concurrent, err = request.Resolve(ctx, m.kv, tok, err)
+			}
+			return job != nil || concurrent != nil, err
+		}, nil
 	})
+	known = cmp.Or(known, concurrent)
 	switch {
 	case err != nil:
 		return nil, err
@@ -84,25 +91,29 @@ func (m *Manager) recordedJob(ctx context.Context, known *request.Record) (*copy
 	return s.Job, nil
 }
 
-// admit makes the job, its claims and its pin in one transaction. It returns errChanged
-// when a compare failed.
-func (m *Manager) admit(ctx context.Context, tok request.Token, ref *Ref, spec *RestoreSpec) (*copyjob.Job, error) {
+// planJob checks a restore, and returns its job and the transaction that makes the job, its
+// claims and its pin. It allocates the ids of the job.
+func (m *Manager) planJob(
+	ctx context.Context, tok request.Token, ref *Ref, spec *RestoreSpec,
+) (*copyjob.Job, meta.Txn, error) {
 	r, err := m.checkRestore(ctx, *ref, spec)
 	if err == nil {
 		err = m.checkStores(ctx, r, true)
 	}
 	if err != nil {
-		return nil, err
+		return nil, meta.Txn{}, err
 	}
 	ref.ID = r.snapshot.ID // the name is resolved once
 	job, err := m.newJob(ctx, tok, r, spec)
 	if err != nil {
-		return nil, err
+		return nil, meta.Txn{}, err
 	}
 	txn, err := m.admitTxn(ctx, tok, r, spec, job)
-	if err != nil {
-		return nil, err
-	}
+	return job, txn, err
+}
+
+// admit makes a job by its transaction, and returns it, or nil when a compare failed.
+func (m *Manager) admit(ctx context.Context, job *copyjob.Job, txn meta.Txn) (*copyjob.Job, error) {
 	res, err := m.kv.Txn(ctx, txn)
 	switch {
 	case meta.Refused(err):
@@ -115,11 +126,11 @@ func (m *Manager) admit(ctx context.Context, tok request.Token, ref *Ref, spec *
 		}
 		return nil, err
 	case !res.Succeeded:
-		return nil, errChanged
+		return nil, nil //nolint:nilnil // the restore is decided again
 	}
 	job.Revision = res.Revision
 	m.log.Info("restore admitted", zap.Int64("job", job.ID), zap.Int64("snapshot", job.Snapshot),
-		zap.Int64("collection", job.Target), zap.String("name", spec.DB+"/"+spec.Name))
+		zap.Int64("collection", job.Target), zap.String("name", job.DB+"/"+job.Name))
 	return job, nil
 }
 
