@@ -7,6 +7,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/catalog/layout"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
@@ -18,6 +19,7 @@ var (
 	errSourceAltered = errors.New("a file of the snapshot was altered")
 	errSourceLayout  = errors.New("a file of the snapshot cannot be compared with its record")
 	errNoStore       = errors.New("an object store is not configured here")
+	errUnreadable    = errors.New("the snapshot cannot be read")
 	errMapping       = errors.New("the snapshot does not match the job")
 )
 
@@ -32,8 +34,8 @@ var failureClasses = []struct {
 	{errSourceMissing, "SOURCE_OBJECT_MISSING", false},
 	{errSourceAltered, "SOURCE_OBJECT_ALTERED", false},
 	{errSourceLayout, "SOURCE_ETAG_LAYOUT", false},
-	{ErrSource, "SNAPSHOT_CORRUPT", false},
-	{ErrDigest, "SNAPSHOT_CORRUPT", true},
+	{errUnreadable, "SNAPSHOT_CORRUPT", false},
+	{snapshot.ErrDigest, "SNAPSHOT_CORRUPT", true},
 	{errMapping, "INTERNAL", false},
 	{object.ErrFull, "STORE_FULL", true}, // space may be freed in time
 	{object.ErrDenied, "OBJECT_STORE_DENIED", false},

@@ -10,6 +10,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/catalog/layout"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
@@ -22,10 +23,10 @@ func TestClassify(t *testing.T) {
 		reason    string
 		permanent bool
 	}{
-		{fmt.Errorf("%w: %w", ErrDigest, manifest.ErrCorrupt), "SNAPSHOT_CORRUPT", false}, // may be a transfer error
+		{fmt.Errorf("%w: %w", snapshot.ErrDigest, manifest.ErrCorrupt), "SNAPSHOT_CORRUPT", false}, // may be a transfer error
 		{errSourceMissing, "SOURCE_OBJECT_MISSING", true},
 		{errSourceAltered, "SOURCE_OBJECT_ALTERED", true},
-		{fmt.Errorf("%w: %w", ErrSource, object.ErrUnavailable), "SNAPSHOT_CORRUPT", true},
+		{fmt.Errorf("%w: %w", errUnreadable, object.ErrUnavailable), "SNAPSHOT_CORRUPT", true},
 		{errMapping, "INTERNAL", true},
 		{errNoStore, "TASK_FAILED", false}, // another replica may have it
 		{object.ErrFull, "STORE_FULL", false},
@@ -50,7 +51,7 @@ func TestClassify(t *testing.T) {
 		if reason, permanent := classify(err, false); reason != c.reason || permanent != c.permanent {
 			t.Errorf("%v: %s, %v; want %s, %v", c.err, reason, permanent, c.reason, c.permanent)
 		}
-		last := c.permanent || errors.Is(c.err, ErrDigest) || errors.Is(c.err, object.ErrFull)
+		last := c.permanent || errors.Is(c.err, snapshot.ErrDigest) || errors.Is(c.err, object.ErrFull)
 		if reason, permanent := classify(err, true); reason != c.reason || permanent != last {
 			t.Errorf("%v, last attempt: %s, %v; want %s, %v", c.err, reason, permanent, c.reason, last)
 		}
@@ -72,7 +73,7 @@ func TestUnanswered(t *testing.T) {
 		{errPins, false},
 		{object.ErrNotFound, false},
 		{fmt.Errorf("%w: %w", object.ErrDenied, object.ErrUnavailable), false},
-		{fmt.Errorf("%w: %w", ErrDigest, object.ErrUnavailable), false},
+		{fmt.Errorf("%w: %w", snapshot.ErrDigest, object.ErrUnavailable), false},
 		{fmt.Errorf("%w: x", errSourceAltered), false},
 		{meta.ErrTooLarge, false},
 	} {
@@ -93,7 +94,7 @@ func TestRefused(t *testing.T) {
 		{object.ErrDenied, false},
 		{object.ErrMisconfigured, false},
 		{object.ErrUnavailable, false},
-		{fmt.Errorf("%w: x", ErrSource), false},
+		{fmt.Errorf("%w: x", errUnreadable), false},
 	} {
 		if got := isRefused(c.err); got != c.want {
 			t.Errorf("%v: %v", c.err, got)

@@ -61,7 +61,7 @@ type location struct {
 // against a listing of the target, and registers the target's segments.
 func (a *attempt) copy(ctx context.Context) error {
 	w := a.worker
-	md, err := w.o.Source.Metadata(ctx, a.job.Snapshot)
+	md, err := readMetadata(ctx, w.o.Snapshots, a.job.Snapshot)
 	if err != nil {
 		return err
 	}
@@ -119,7 +119,7 @@ func (j *Job) targetSegment(it sourceSegment, m *layout.Mapping, indexes map[int
 		index, ok := indexes[build.Index]
 		if !ok {
 			return segment.Segment{}, fmt.Errorf("%w: build %d is of index %d, which the snapshot does not have",
-				ErrSource, build.ID, build.Index)
+				errUnreadable, build.ID, build.Index)
 		}
 		build.ID, build.Index = m.Build(it.firstBuild+int64(b)), index
 		build.Files = slices.Clone(build.Files)
@@ -161,7 +161,8 @@ func (a *attempt) planCopies(
 			src := sources[n]
 			n++
 			if src.Root >= len(md.Roots) {
-				return nil, fmt.Errorf("%w: file %q is under root %d of %d", ErrSource, src.Path, src.Root, len(md.Roots))
+				return nil, fmt.Errorf("%w: file %q is under root %d of %d",
+					errUnreadable, src.Path, src.Root, len(md.Roots))
 			}
 			root := md.Roots[src.Root]
 			store, ok := a.worker.o.Stores[root.Store]

@@ -112,10 +112,9 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
-	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/lasting"
-	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
 	"github.com/snapshotd/snapshotd/internal/store/object"
@@ -128,34 +127,16 @@ var (
 	ErrEnded       = errors.New("restore has ended")
 )
 
-// Source reads the content of a snapshot. Its errors that wrap ErrSource are permanent,
-// and those that wrap ErrDigest may pass.
-type Source interface {
-	// Metadata returns the snapshot's metadata object.
-	Metadata(ctx context.Context, snapshot int64) (*manifest.Metadata, error)
-	// Manifest returns the segments of one manifest of the snapshot.
-	Manifest(ctx context.Context, snapshot int64, number int) ([]segment.Segment, error)
-}
-
-// Errors of a Source.
-var (
-	// ErrSource means that a snapshot is permanently unreadable.
-	ErrSource = errors.New("the snapshot cannot be read")
-	// ErrDigest means that an object of a snapshot does not match its digest. A
-	// transfer error is possible, so it is read again, up to the cap of failures.
-	ErrDigest = errors.New("not as it was written")
-)
-
 // Options configure Jobs.
 type Options struct {
-	KV       meta.KV
-	Catalog  *catalog.Catalog
-	Source   Source
-	Stores   map[string]object.Store // by alias
-	PinStore string                  // alias of the store with the pins of sources
-	Requests *request.Leases
-	Replica  string
-	Now      func() time.Time
+	KV        meta.KV
+	Catalog   *catalog.Catalog
+	Snapshots *snapshot.Reader
+	Stores    map[string]object.Store // by alias
+	PinStore  string                  // alias of the store with the pins of sources
+	Requests  *request.Leases
+	Replica   string
+	Now       func() time.Time
 	// Clock judges deadlines, and measures the time between two attempts. Nil: one over
 	// Now, without another clock to compare it with.
 	Clock *clock.Trusted

@@ -14,10 +14,13 @@ import (
 // same one.
 const maxManifests = 2
 
+// readFunc reads the segments of one manifest of a snapshot.
+type readFunc func(ctx context.Context, snapshot int64, number int) ([]segment.Segment, error)
+
 // manifestCache reads the segments that tasks copy. Concurrent tasks share one read of a
 // manifest.
 type manifestCache struct {
-	source Source
+	read readFunc
 
 	mu      sync.Mutex
 	entries []*cachedManifest // the newest last
@@ -33,7 +36,7 @@ type cachedManifest struct {
 	err      error
 }
 
-func newManifestCache(s Source) *manifestCache { return &manifestCache{source: s} }
+func newManifestCache(read readFunc) *manifestCache { return &manifestCache{read: read} }
 
 // sourceSegment is a segment of a snapshot with its ordinals. It is shared and must not be
 // changed.
@@ -104,7 +107,7 @@ func (c *manifestCache) load(
 		c.entries = c.entries[1:]
 	}
 	c.mu.Unlock()
-	if m.segments, m.err = c.source.Manifest(ctx, snapshot, number); m.err == nil {
+	if m.segments, m.err = c.read(ctx, snapshot, number); m.err == nil {
 		m.err = m.numberBuilds(mf)
 	}
 	if m.err != nil { // not cached: the next call reads again
@@ -130,7 +133,7 @@ func (m *cachedManifest) numberBuilds(mf *manifest.ManifestFile) error {
 		next += int64(len(m.segments[i].Builds))
 	}
 	if int64(len(m.segments)) != mf.Segments || next != mf.FirstBuild+mf.Builds {
-		return fmt.Errorf("%w: %s holds %d segments and %d builds, want %d and %d", ErrSource, mf.File,
+		return fmt.Errorf("%w: %s holds %d segments and %d builds, want %d and %d", errUnreadable, mf.File,
 			len(m.segments), next-mf.FirstBuild, mf.Segments, mf.Builds)
 	}
 	return nil

@@ -20,8 +20,6 @@ type slowSource struct {
 	fail  error
 }
 
-func (s *slowSource) Metadata(context.Context, int64) (*manifest.Metadata, error) { return nil, nil }
-
 func (s *slowSource) Manifest(ctx context.Context, _ int64, number int) ([]segment.Segment, error) {
 	s.mu.Lock()
 	s.reads++
@@ -45,7 +43,7 @@ func (s *slowSource) Manifest(ctx context.Context, _ int64, number int) ([]segme
 func TestManifestCache(t *testing.T) {
 	virtual.Test(t, func(t *testing.T) {
 		src := &slowSource{}
-		s := newManifestCache(src)
+		s := newManifestCache(src.Manifest)
 		md := &manifest.Metadata{}
 		for n := range int64(6) {
 			md.Manifests = append(md.Manifests, manifest.ManifestFile{
@@ -97,7 +95,7 @@ func TestManifestCache(t *testing.T) {
 		}
 		src.fail = nil
 		md.Manifests[0].Builds = 4
-		if _, err := s.segments(t.Context(), 3, md, 0, 2); !errors.Is(err, ErrSource) {
+		if _, err := s.segments(t.Context(), 3, md, 0, 2); !errors.Is(err, errUnreadable) {
 			t.Errorf("err = %v", err)
 		}
 	})

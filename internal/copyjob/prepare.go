@@ -16,7 +16,7 @@ import (
 // prepare writes the target's metadata and the tasks, reads them back, and moves the job
 // to phase copy.
 func (l *leader) prepare(ctx context.Context, job *Job) error {
-	md, err := l.o.Source.Metadata(ctx, job.Snapshot)
+	md, err := readMetadata(ctx, l.o.Snapshots, job.Snapshot)
 	if err != nil {
 		return err
 	}

@@ -13,6 +13,7 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -38,8 +39,11 @@ type worker struct {
 }
 
 func newWorker(o *Options, table *jobTable) *worker {
+	read := func(ctx context.Context, snapshot int64, number int) ([]segment.Segment, error) {
+		return readManifest(ctx, o.Snapshots, snapshot, number)
+	}
 	return &worker{
-		o: o, table: table, limiter: newLimiter(o.CopyInFlight), manifests: newManifestCache(o.Source),
+		o: o, table: table, limiter: newLimiter(o.CopyInFlight), manifests: newManifestCache(read),
 		budgets: map[int64]*budget{}, warned: map[int64]bool{},
 		failing: o.Problems.Add(o.Log, "restore worker", "restore worker failed and registers again", ""),
 	}

@@ -419,7 +419,7 @@ func TestFullStore(t *testing.T) {
 	_, err = r.Get(ctx, Ref{Name: "y"})
 	wantError(t, err, ErrSnapshotNotFound)
 	_, err = r.Describe(ctx, Ref{Name: "x"}) // its record remains until the leader removes it
-	wantError(t, err, ErrSnapshotNotCommitted)
+	wantError(t, err, snapshot.ErrNotCommitted)
 
 	from, to := meta.Prefix("/fill/")
 	if _, err := w.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.DeleteRange(from, to)}}); err != nil {

@@ -183,7 +183,7 @@ func (m *Manager) tryCommit(
 	}
 	// A compare failed, and the record shows why: an earlier attempt was applied, or
 	// the pending key is gone and no commit can take effect.
-	now, err := m.read(ctx, next.ID)
+	now, err := m.reader.Record(ctx, next.ID)
 	if err != nil {
 		return false, err
 	}
@@ -218,7 +218,7 @@ func (m *Manager) resolveCommit(
 	defer cancel()
 	_, why := terminalReason(cause)
 	for pauses := (meta.Backoff{Rand: m.o.Jitter}); ; {
-		now, err := m.read(ctx, next.ID)
+		now, err := m.reader.Record(ctx, next.ID)
 		if err == nil {
 			if now == nil || now.State != snapshot.Pending {
 				return next, fillCommitted(next, now, true)

@@ -162,7 +162,7 @@ func (m *Manager) awaitEnd(ctx context.Context, id int64, noWait bool) (*snapsho
 		if err := meta.Pause(ctx, min(attempt, maxAttempts)); err != nil {
 			return nil, err
 		}
-		s, err := m.read(ctx, id)
+		s, err := m.reader.Record(ctx, id)
 		if err != nil || s == nil || s.State != snapshot.Pending {
 			return nil, err
 		}
@@ -441,7 +441,7 @@ func (m *Manager) tryBegin(
 	case meta.Refused(err):
 		return nil, err
 	case err != nil:
-		if now, readErr := m.read(ctx, s.ID); readErr == nil && now != nil {
+		if now, readErr := m.reader.Record(ctx, s.ID); readErr == nil && now != nil {
 			return checkBegun(now, op)
 		}
 		return nil, fmt.Errorf("%w: %w", errUndecided, err)

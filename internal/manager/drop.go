@@ -58,7 +58,8 @@ func (m *Manager) droppable(
 ) (s *snapshot.Record, txn meta.Txn, err error) {
 	s, err = m.get(ctx, ref, expected == 0)
 	switch {
-	case errors.Is(err, ErrSnapshotNotFound), errors.Is(err, ErrExpiredOrDropped), errors.Is(err, ErrNeverExisted):
+	case errors.Is(err, ErrSnapshotNotFound), errors.Is(err, snapshot.ErrExpiredOrDropped),
+		errors.Is(err, snapshot.ErrNeverExisted):
 		return nil, meta.Txn{}, nil
 	case err != nil:
 		return nil, meta.Txn{}, err

@@ -46,9 +46,9 @@ func TestDropDistinguishesAbsentFromUnreadable(t *testing.T) {
 		}
 		settle()
 		_, err = r.Get(t.Context(), Ref{ID: s.ID})
-		wantError(t, err, ErrExpiredOrDropped)
+		wantError(t, err, snapshot.ErrExpiredOrDropped)
 		_, err = r.Get(t.Context(), Ref{ID: 1 << 50})
-		wantError(t, err, ErrNeverExisted)
+		wantError(t, err, snapshot.ErrNeverExisted)
 		_, err = r.Get(t.Context(), Ref{Name: "x"})
 		wantError(t, err, ErrSnapshotNotFound)
 		w.check(r)
@@ -75,7 +75,7 @@ func TestDropOfPendingIsRefused(t *testing.T) {
 			t.Errorf("%v does not name the create", err)
 		}
 		_, err = r.Describe(t.Context(), Ref{Name: "x"})
-		wantError(t, err, ErrSnapshotNotCommitted)
+		wantError(t, err, snapshot.ErrNotCommitted)
 		if list, _, err := r.List(t.Context(), Filter{}, Place{}, 10); err != nil || len(list) != 0 {
 			t.Errorf("a PENDING snapshot is listed: %v, err = %v", list, err)
 		}
@@ -455,7 +455,7 @@ func TestUpdate(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, err = r.Update(t.Context(), request.Token{}, Ref{ID: second.ID}, UpdateSpec{Description: &text})
-		if !errors.Is(err, ErrSnapshotNotCommitted) && !errors.Is(err, ErrExpiredOrDropped) {
+		if !errors.Is(err, snapshot.ErrNotCommitted) && !errors.Is(err, snapshot.ErrExpiredOrDropped) {
 			t.Errorf("update of a dropped snapshot: %v", err)
 		}
 	})
@@ -495,8 +495,8 @@ func TestNameIsResolvedOnce(t *testing.T) {
 					return meta.NoFault
 				})
 				err := call(r, t.Context())
-				if name == "update" && !errors.Is(err, ErrSnapshotNotCommitted) &&
-					!errors.Is(err, ErrExpiredOrDropped) || name == "drop" && err != nil {
+				if name == "update" && !errors.Is(err, snapshot.ErrNotCommitted) &&
+					!errors.Is(err, snapshot.ErrExpiredOrDropped) || name == "drop" && err != nil {
 					t.Errorf("ended with %v", err)
 				}
 				settle()

@@ -210,7 +210,7 @@ func (w *testEnv) create(r *replica, col catalog.Collection, name string) *snaps
 func (w *testEnv) segments(r *replica, s *snapshot.Record) []segment.Segment {
 	w.t.Helper()
 	var list []segment.Segment
-	err := r.Segments(w.t.Context(), Ref{ID: s.ID}, 0, func(s *Segment) bool {
+	err := r.Segments(w.t.Context(), Ref{ID: s.ID}, 0, func(s *snapshot.Segment) bool {
 		if s.Ordinal != int64(len(list)) {
 			w.t.Errorf("ordinal %d at place %d", s.Ordinal, len(list))
 		}

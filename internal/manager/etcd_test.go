@@ -10,6 +10,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object/file"
@@ -176,7 +177,7 @@ func TestEtcdManySegments(t *testing.T) {
 	// The segments are in order from every start.
 	for _, from := range []int64{0, 1, chunkSegments - 1, chunkSegments, 2*chunkSegments + 9, n} {
 		next := from
-		err := r.Segments(t.Context(), Ref{ID: s.ID}, from, func(s *Segment) bool {
+		err := r.Segments(t.Context(), Ref{ID: s.ID}, from, func(s *snapshot.Segment) bool {
 			if s.Ordinal != next || s.ID != ids.First+next {
 				t.Errorf("from %d: ordinal %d is segment %d", from, s.Ordinal, s.ID)
 			}

@@ -166,13 +166,13 @@ func TestCorruptSnapshotIsReported(t *testing.T) {
 				s := w.create(r, col, "x")
 				keys := w.objectsUnder("snapshots/")
 				harm(w, keys[0]) // manifest-0.avro
-				err := r.Segments(t.Context(), Ref{ID: s.ID}, 0, func(*Segment) bool { return true })
-				wantError(t, err, ErrSnapshotCorrupt)
+				err := r.Segments(t.Context(), Ref{ID: s.ID}, 0, func(*snapshot.Segment) bool { return true })
+				wantError(t, err, snapshot.ErrCorrupt)
 				s = w.create(r, col, "y")
 				keys = w.objectsUnder(fmt.Sprintf("snapshots/%d/%d/", col.ID, s.ID))
 				harm(w, keys[1]) // metadata.json
 				_, err = r.Describe(t.Context(), Ref{ID: s.ID})
-				wantError(t, err, ErrSnapshotCorrupt)
+				wantError(t, err, snapshot.ErrCorrupt)
 			})
 		})
 	}

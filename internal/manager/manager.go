@@ -226,6 +226,7 @@ type Manager struct {
 	store   object.Store
 	log     *zap.Logger
 
+	reader      *snapshot.Reader
 	view        *view
 	feed        *feed
 	checkpoints *checkpointWatch
@@ -238,10 +239,9 @@ type Manager struct {
 	running     chan struct{} // closed when Run begins
 	stopped     chan struct{} // closed when Run ends
 
-	memory    *createMemory
-	leading   atomic.Bool
-	creates   atomic.Int64
-	manifests manifestCache
+	memory  *createMemory
+	leading atomic.Bool
+	creates atomic.Int64
 }
 
 // setDefaults sets zero options to their defaults. Those of restores are in package
@@ -294,6 +294,9 @@ func New(o Options) (*Manager, error) {
 	if m.o.Problems == nil {
 		m.o.Problems = lasting.New(o.Now)
 	}
+	m.reader = snapshot.NewReader(snapshot.ReaderOptions{
+		KV: o.KV, Catalog: o.Catalog, Stores: o.Stores, Exists: func(id int64) bool { return m.view.has(id) },
+	})
 	m.clean = newCleaner(m)
 	m.gc = gc.New(gc.Options{
 		Problems: m.o.Problems,
@@ -306,7 +309,7 @@ func New(o Options) (*Manager, error) {
 		OrphanGrace: o.OrphanGrace, SweepInterval: o.SweepInterval,
 	})
 	m.jobs = copyjob.New(copyjob.Options{
-		KV: o.KV, Catalog: o.Catalog, Source: restoreSource{m}, Stores: o.Stores, PinStore: o.SnapshotStore,
+		KV: o.KV, Catalog: o.Catalog, Snapshots: m.reader, Stores: o.Stores, PinStore: o.SnapshotStore,
 		Requests: o.Requests, Replica: o.Replica, Now: o.Now, Clock: o.Clock, Rand: o.Rand, Log: o.Log,
 		WorkerTTL: o.LeaderTTL, Slots: o.RestoreSlots, CopyInFlight: o.CopyInFlight, Keep: o.KeepRestores,
 		StallTimeout: o.RestoreStallTimeout, RefusalTimeout: o.RestoreRefusalTimeout,
@@ -427,7 +430,7 @@ func (m *Manager) ProbeStore(ctx context.Context, alias string) (probe.Report, e
 	}
 	store, ok := m.o.Stores[alias]
 	if !ok {
-		return probe.Report{}, fmt.Errorf("%w: %q", ErrStoreNotFound, alias)
+		return probe.Report{}, fmt.Errorf("%w: %q", object.ErrStoreNotFound, alias)
 	}
 	report, err := probe.Run(ctx, store, probe.Dir)
 	if !report.Made() && err != nil {
@@ -445,21 +448,9 @@ func (m *Manager) scope(collection int64) int64 {
 	return 0
 }
 
-// read returns the record of a snapshot by id, nil if there is none.
-func (m *Manager) read(ctx context.Context, id int64) (*snapshot.Record, error) {
-	kv, found, _, err := m.kv.Get(ctx, keys.Snapshot(id))
-	if err != nil {
-		return nil, fmt.Errorf("read snapshot %d: %w", id, err)
-	}
-	if !found {
-		return nil, nil //nolint:nilnil // no record
-	}
-	return snapshot.Decode(kv)
-}
-
 // Get returns a snapshot's record in any state. If there is none it returns, by name,
-// ErrSnapshotNotFound; by id, ErrExpiredOrDropped if the id was allocated and else
-// ErrNeverExisted.
+// ErrSnapshotNotFound; by id, snapshot.ErrExpiredOrDropped if the id was allocated and else
+// snapshot.ErrNeverExisted.
 func (m *Manager) Get(ctx context.Context, ref Ref) (*snapshot.Record, error) {
 	return m.get(ctx, ref, false)
 }
@@ -469,19 +460,12 @@ func (m *Manager) get(ctx context.Context, ref Ref, strict bool) (*snapshot.Reco
 	if err != nil {
 		return nil, err
 	}
-	s, err := m.read(ctx, id)
+	s, err := m.reader.Record(ctx, id)
 	if err != nil {
 		return nil, err
 	}
 	if s == nil {
-		_, ok, err := m.catalog.Allocated(ctx, id)
-		switch {
-		case err != nil:
-			return nil, err
-		case ok:
-			return nil, fmt.Errorf("%w: %s", ErrExpiredOrDropped, ref)
-		}
-		return nil, fmt.Errorf("%w: %s", ErrNeverExisted, ref)
+		return nil, m.reader.Missing(ctx, id, ref.String())
 	}
 	if err := m.checkCollection(ctx, s, ref); err != nil {
 		return nil, err
@@ -495,8 +479,8 @@ func (m *Manager) committed(ctx context.Context, ref Ref) (*snapshot.Record, err
 	if err != nil {
 		return nil, err
 	}
-	if s.State != snapshot.Committed {
-		return nil, fmt.Errorf("%w: %s is %v", ErrSnapshotNotCommitted, s, s.State)
+	if err := s.CheckCommitted(); err != nil {
+		return nil, err
 	}
 	return s, nil
 }

@@ -111,7 +111,7 @@ func TestLeaderAfterMetadataRollback(t *testing.T) {
 				if why, err := r.RolledBack(ctx); why != "" || err != nil {
 					t.Errorf("behind: %q, %v", why, err)
 				}
-				if _, err := r.Get(ctx, Ref{ID: s.ID}); !errors.Is(err, ErrExpiredOrDropped) {
+				if _, err := r.Get(ctx, Ref{ID: s.ID}); !errors.Is(err, snapshot.ErrExpiredOrDropped) {
 					t.Errorf("the leader does not go on: %v", err)
 				}
 				w.granted(w.reclaim(r, col, gc.BySnapshotd, asks...))
@@ -151,7 +151,7 @@ func TestLeaderStopsOnRollback(t *testing.T) {
 		}
 		time.Sleep(2 * time.Minute)
 		settle()
-		if _, err := r.Get(ctx, Ref{ID: s.ID}); !errors.Is(err, ErrExpiredOrDropped) {
+		if _, err := r.Get(ctx, Ref{ID: s.ID}); !errors.Is(err, snapshot.ErrExpiredOrDropped) {
 			t.Errorf("the leader does not go on: %v", err)
 		}
 	})

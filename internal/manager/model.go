@@ -10,8 +10,6 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
-	"github.com/snapshotd/snapshotd/internal/gc/collect"
-	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -22,34 +20,29 @@ import (
 
 // Errors that callers distinguish; each is wrapped with its subject.
 var (
-	ErrSnapshotNotFound     = errors.New("snapshot not found")
-	ErrNeverExisted         = errors.New("no snapshot ever had this id")
-	ErrJobForgotten         = errors.New("no such restore job, or it ended too long ago")
-	ErrJobNeverExisted      = errors.New("no restore job ever had this id")
-	ErrExpiredOrDropped     = errors.New("snapshot expired or was dropped")
-	ErrSnapshotExists       = errors.New("snapshot exists")
-	ErrSnapshotPending      = errors.New("snapshot is being created")
-	ErrSnapshotPinned       = errors.New("snapshot is pinned")
-	ErrSnapshotMismatch     = errors.New("another snapshot has this name")
-	ErrSnapshotNotCommitted = errors.New("snapshot not committed")
-	ErrSnapshotCorrupt      = errors.New("snapshot corrupt")
-	ErrRevisionChanged      = errors.New("snapshot changed")
-	ErrCutNotReached        = errors.New("cut not reached")
-	ErrChannelMismatch      = errors.New("another number of channels")
-	ErrLayoutRefused        = errors.New("a file has no place in the target's layout")
-	ErrPinOfRestore         = errors.New("the pin is of a restore")
-	ErrStoreUnfit           = errors.New("the object store lacks a feature that a restore needs")
-	ErrCheckpointMissing    = errors.New("checkpoint missing")
-	ErrNotExact             = errors.New("segments straddle the cut")
-	ErrFileMissing          = errors.New("file missing or not as recorded")
-	ErrCatalogCompacted     = errors.New("catalog revision compacted")
-	ErrCreateAborted        = errors.New("create aborted")
-	ErrStopping             = errors.New("this replica is stopping")
-	ErrOverloaded           = errors.New("too many creates at once")
-	ErrStoreNotFound        = collect.ErrStoreNotFound
-	ErrEventsCompacted      = errors.New("events compacted")
-	ErrPinNotFound          = errors.New("pin not found")
-	ErrPinHasNoTTL          = errors.New("pin has no ttl")
+	ErrSnapshotNotFound  = errors.New("snapshot not found")
+	ErrJobForgotten      = errors.New("no such restore job, or it ended too long ago")
+	ErrJobNeverExisted   = errors.New("no restore job ever had this id")
+	ErrSnapshotExists    = errors.New("snapshot exists")
+	ErrSnapshotPending   = errors.New("snapshot is being created")
+	ErrSnapshotPinned    = errors.New("snapshot is pinned")
+	ErrSnapshotMismatch  = errors.New("another snapshot has this name")
+	ErrRevisionChanged   = errors.New("snapshot changed")
+	ErrCutNotReached     = errors.New("cut not reached")
+	ErrChannelMismatch   = errors.New("another number of channels")
+	ErrLayoutRefused     = errors.New("a file has no place in the target's layout")
+	ErrPinOfRestore      = errors.New("the pin is of a restore")
+	ErrStoreUnfit        = errors.New("the object store lacks a feature that a restore needs")
+	ErrCheckpointMissing = errors.New("checkpoint missing")
+	ErrNotExact          = errors.New("segments straddle the cut")
+	ErrFileMissing       = errors.New("file missing or not as recorded")
+	ErrCatalogCompacted  = errors.New("catalog revision compacted")
+	ErrCreateAborted     = errors.New("create aborted")
+	ErrStopping          = errors.New("this replica is stopping")
+	ErrOverloaded        = errors.New("too many creates at once")
+	ErrEventsCompacted   = errors.New("events compacted")
+	ErrPinNotFound       = errors.New("pin not found")
+	ErrPinHasNoTTL       = errors.New("pin has no ttl")
 )
 
 // Ref identifies a snapshot: by ID if that is positive, else by name. Collection, unless
@@ -150,12 +143,6 @@ type Description struct {
 	// maxDamage of them. DamageErr is set if they could not be listed.
 	Damage    []string
 	DamageErr error
-}
-
-// Segment is a segment as a snapshot holds it.
-type Segment struct {
-	Ordinal int64
-	segment.Segment
 }
 
 // ChangeType is the kind of change that an event reports.

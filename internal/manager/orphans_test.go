@@ -358,7 +358,7 @@ func TestExplain(t *testing.T) {
 			}
 		}
 		_, err := r.Collector().Explain(t.Context(), "nowhere", "x")
-		wantError(t, err, ErrStoreNotFound)
+		wantError(t, err, object.ErrStoreNotFound)
 		_, err = r.Collector().Explain(t.Context(), "default", "../x")
 		wantError(t, err, object.ErrInvalidKey)
 	})

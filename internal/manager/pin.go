@@ -366,7 +366,8 @@ func (m *Manager) pinnedSnapshot(ctx context.Context, ref Ref, pin int64) (int64
 	}
 	s, err := m.Get(ctx, ref)
 	switch {
-	case errors.Is(err, ErrSnapshotNotFound), errors.Is(err, ErrExpiredOrDropped), errors.Is(err, ErrNeverExisted):
+	case errors.Is(err, ErrSnapshotNotFound), errors.Is(err, snapshot.ErrExpiredOrDropped),
+		errors.Is(err, snapshot.ErrNeverExisted):
 		return 0, nil
 	case err != nil:
 		return 0, err

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 	"github.com/snapshotd/snapshotd/test/etcdtest"
@@ -86,7 +87,7 @@ func TestEtcdPinAndDrop(t *testing.T) {
 				p, err := replicas[i%2].Pin(t.Context(), request.Token{}, Ref{ID: s.ID}, PinSpec{Owner: "o", TTL: time.Minute})
 				if err == nil {
 					pins <- p
-				} else if !errors.Is(err, ErrSnapshotNotCommitted) && !errors.Is(err, ErrExpiredOrDropped) {
+				} else if !errors.Is(err, snapshot.ErrNotCommitted) && !errors.Is(err, snapshot.ErrExpiredOrDropped) {
 					t.Error(err)
 				}
 			})

@@ -199,7 +199,7 @@ func TestInvalidPins(t *testing.T) {
 			}
 		}
 		wantError(t, pin(Ref{Name: "none"}, fine), ErrSnapshotNotFound)
-		wantError(t, pin(Ref{ID: 1 << 50}, fine), ErrNeverExisted)
+		wantError(t, pin(Ref{ID: 1 << 50}, fine), snapshot.ErrNeverExisted)
 		wantError(t, pin(Ref{ID: s.ID, Collection: catalog.Ref{ID: col.ID + 1}}, fine), ErrSnapshotMismatch)
 		r.store.Freeze()
 		sp := spec(col, "pending")
@@ -208,15 +208,15 @@ func TestInvalidPins(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		wantError(t, pin(Ref{ID: pending.ID}, fine), ErrSnapshotNotCommitted)
+		wantError(t, pin(Ref{ID: pending.ID}, fine), snapshot.ErrNotCommitted)
 		if _, err := r.Drop(t.Context(), request.Token{}, Ref{ID: s.ID}, 0); err != nil {
 			t.Fatal(err)
 		}
-		wantError(t, pin(Ref{ID: s.ID}, fine), ErrSnapshotNotCommitted) // DELETING
+		wantError(t, pin(Ref{ID: s.ID}, fine), snapshot.ErrNotCommitted) // DELETING
 		wantError(t, pin(Ref{Name: "x"}, fine), ErrSnapshotNotFound)
 		r.store.Thaw()
 		settle()
-		wantError(t, pin(Ref{ID: s.ID}, fine), ErrExpiredOrDropped)
+		wantError(t, pin(Ref{ID: s.ID}, fine), snapshot.ErrExpiredOrDropped)
 		if left := w.keysUnder(keys.AllPinsPrefix); len(left) != 0 {
 			t.Errorf("left %v", left)
 		}
@@ -297,7 +297,7 @@ func TestPinRetriesAfterConflict(t *testing.T) {
 			if _, err := r.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0); err != nil {
 				t.Error(err)
 			}
-		}, ErrSnapshotNotCommitted},
+		}, snapshot.ErrNotCommitted},
 		"pinned under the token": {func(t *testing.T, r *replica) {
 			if _, err := r.Pin(t.Context(), pinToken("t"), Ref{Name: "x"}, PinSpec{Owner: "o", TTL: time.Hour}); err != nil {
 				t.Error(err)
@@ -363,7 +363,7 @@ func TestFrozenPin(t *testing.T) {
 		}
 		r.kv.Hook(nil)
 		r.kv.Thaw()
-		wantError(t, <-result, ErrSnapshotNotCommitted)
+		wantError(t, <-result, snapshot.ErrNotCommitted)
 		if left := w.keysUnder(keys.AllPinsPrefix); len(left) != 0 {
 			t.Errorf("left %v", left)
 		}
@@ -423,8 +423,8 @@ func TestPinAndDropExcludeEachOther(t *testing.T) {
 						mu.Lock()
 						acknowledged = append(acknowledged, p)
 						mu.Unlock()
-					case errors.Is(err, meta.ErrUnavailable), errors.Is(err, ErrSnapshotNotCommitted), errors.Is(err,
-						ErrExpiredOrDropped):
+					case errors.Is(err, meta.ErrUnavailable), errors.Is(err, snapshot.ErrNotCommitted), errors.Is(err,
+						snapshot.ErrExpiredOrDropped):
 					default:
 						t.Errorf("seed %d: pin: %v", seed, err)
 					}
@@ -451,7 +451,7 @@ func TestPinAndDropExcludeEachOther(t *testing.T) {
 				r.kv.Hook(nil)
 			}
 			settle()
-			now, err := other.read(t.Context(), s.ID)
+			now, err := other.reader.Record(t.Context(), s.ID)
 			if err != nil {
 				t.Fatal(err)
 			}

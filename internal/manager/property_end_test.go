@@ -16,6 +16,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -254,7 +255,7 @@ func (c *course) nothingDropped() {
 func (c *course) rightModel() {
 	for id, s := range c.committed() {
 		files := 0
-		err := c.reader.Segments(context.Background(), Ref{ID: id}, 0, func(seg *Segment) bool {
+		err := c.reader.Segments(context.Background(), Ref{ID: id}, 0, func(seg *snapshot.Segment) bool {
 			want, ok := s.segments[seg.ID]
 			if !ok || len(want.Files) != len(seg.Files) || len(want.Builds) != len(seg.Builds) {
 				c.wrong("snapshot %s has segment %d with %d files and builds %v, and should %v: %d files and builds %v",

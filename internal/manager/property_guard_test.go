@@ -217,13 +217,13 @@ func (g *guard) capture(ctx context.Context, s *snapshot.Record, n *needs) error
 	g.mu.Unlock()
 	if files == nil {
 		files = map[string]bool{}
-		err := g.reader.Segments(ctx, Ref{ID: s.ID}, 0, func(seg *Segment) bool {
+		err := g.reader.Segments(ctx, Ref{ID: s.ID}, 0, func(seg *snapshot.Segment) bool {
 			for f := range seg.AllFiles() {
 				files[keyOf(f)] = true
 			}
 			return true
 		})
-		if errors.Is(err, ErrSnapshotNotFound) || errors.Is(err, ErrSnapshotNotCommitted) { // dropped meanwhile
+		if errors.Is(err, ErrSnapshotNotFound) || errors.Is(err, snapshot.ErrNotCommitted) { // dropped meanwhile
 			return nil
 		}
 		if err != nil {

@@ -324,7 +324,7 @@ func TestTruncatedRead(t *testing.T) {
 		r.store.FailNth(object.OpGet, 0, object.FaultTruncate)
 		_, err := r.Describe(t.Context(), Ref{ID: s.ID})
 		_, err2 := r.Describe(t.Context(), Ref{ID: s.ID})
-		if errors.Is(err, ErrSnapshotCorrupt) && err2 == nil {
+		if errors.Is(err, snapshot.ErrCorrupt) && err2 == nil {
 			t.Errorf("one short answer: %v; then fine", err)
 		}
 	})

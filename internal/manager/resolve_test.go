@@ -73,7 +73,7 @@ func TestSnapshotsAreFoundByTheirDroppedCollection(t *testing.T) {
 			}
 			settle()
 			_, err = r.Get(ctx, Ref{ID: s.ID})
-			wantError(t, err, ErrExpiredOrDropped)
+			wantError(t, err, snapshot.ErrExpiredOrDropped)
 		})
 	}
 }

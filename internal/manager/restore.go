@@ -13,8 +13,6 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
-	"github.com/snapshotd/snapshotd/internal/segment"
-	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -244,55 +242,6 @@ func targetOf(md *manifest.Metadata, spec *RestoreSpec) catalog.Collection {
 
 // Jobs returns the restore jobs. They are executed while Run runs.
 func (m *Manager) Jobs() *copyjob.Jobs { return m.jobs }
-
-// restoreSource reads snapshots for restore jobs.
-type restoreSource struct{ m *Manager }
-
-// Metadata implements copyjob.Source.
-func (r restoreSource) Metadata(ctx context.Context, snapshot int64) (*manifest.Metadata, error) {
-	_, md, err := r.open(ctx, snapshot)
-	return md, err
-}
-
-// Manifest implements copyjob.Source.
-func (r restoreSource) Manifest(ctx context.Context, snapshot int64, number int) ([]segment.Segment, error) {
-	s, md, err := r.open(ctx, snapshot)
-	if err != nil {
-		return nil, err
-	}
-	mf := &md.Manifests[number]
-	list := make([]segment.Segment, 0, mf.Segments)
-	_, err = r.m.manifestSegments(ctx, s, mf, 0, func(seg *Segment) bool {
-		list = append(list, seg.Segment)
-		return true
-	})
-	return list, permanent(err)
-}
-
-func (r restoreSource) open(ctx context.Context, snapshot int64) (*snapshot.Record, *manifest.Metadata, error) {
-	s, err := r.m.committed(ctx, Ref{ID: snapshot})
-	if err != nil {
-		return nil, nil, permanent(err)
-	}
-	md, err := r.m.metadata(ctx, s)
-	return s, md, permanent(err)
-}
-
-// permanent wraps errors of reading a snapshot that a retry cannot resolve with
-// copyjob.ErrSource. A digest mismatch is not one: it may be a transfer error.
-func permanent(err error) error {
-	if errors.Is(err, copyjob.ErrDigest) {
-		return err
-	}
-	for _, final := range []error{
-		ErrSnapshotCorrupt, ErrSnapshotNotCommitted, ErrExpiredOrDropped, ErrNeverExisted, manifest.ErrNewerFormat,
-	} {
-		if errors.Is(err, final) {
-			return fmt.Errorf("%w: %w", copyjob.ErrSource, err)
-		}
-	}
-	return err
-}
 
 // NoJob returns the error for a missing restore job: ErrJobForgotten if the id was
 // allocated, else ErrJobNeverExisted.

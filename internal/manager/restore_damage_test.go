@@ -10,6 +10,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
@@ -109,14 +110,14 @@ func TestRestoreOfDamagedManifests(t *testing.T) {
 					if name == manifest.MetadataName {
 						before := w.contents()
 						_, err := b.Restore(t.Context(), noToken, sp)
-						wantError(t, err, ErrSnapshotCorrupt)
+						wantError(t, err, snapshot.ErrCorrupt)
 						w.checkNoTraces(before)
 						return
 					}
 					w.mustFail(b, sp, "SNAPSHOT_CORRUPT", name)
 					sp.SkipIndexes = true // the admission then reads all segments
 					_, err := b.Restore(t.Context(), noToken, sp)
-					wantError(t, err, ErrSnapshotCorrupt)
+					wantError(t, err, snapshot.ErrCorrupt)
 				})
 			})
 		}

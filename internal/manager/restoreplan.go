@@ -61,7 +61,7 @@ func (m *Manager) checkRestore(ctx context.Context, ref Ref, spec *RestoreSpec) 
 		return nil, err
 	}
 	r := &restoreScope{snapshot: s}
-	if r.md, err = m.metadata(ctx, s); err != nil {
+	if r.md, err = m.reader.Metadata(ctx, s); err != nil {
 		return nil, err
 	}
 	if _, found, _, err := m.kv.Get(ctx, keys.CollectionName(spec.DB, spec.Name)); err != nil {
@@ -154,7 +154,7 @@ func (m *Manager) countSegments(ctx context.Context, r *restoreScope, skipIndexe
 	r.totals = segment.Totals{}
 	var builds int64
 	var layoutErr error
-	err = m.Segments(ctx, Ref{ID: r.snapshot.ID}, 0, func(s *Segment) bool {
+	err = m.Segments(ctx, Ref{ID: r.snapshot.ID}, 0, func(s *snapshot.Segment) bool {
 		first := builds
 		builds += int64(len(s.Builds))
 		if !job.WantsPartition(s.Partition) {
@@ -248,7 +248,7 @@ func (m *Manager) findMissing(ctx context.Context, plan *RestorePlan, r *restore
 			plan.Missing = append(plan.Missing, fmt.Sprintf(format, args...))
 		}
 	}
-	err := m.Segments(ctx, Ref{ID: r.snapshot.ID}, 0, func(s *Segment) bool {
+	err := m.Segments(ctx, Ref{ID: r.snapshot.ID}, 0, func(s *snapshot.Segment) bool {
 		if !wants.WantsPartition(s.Partition) {
 			return true
 		}

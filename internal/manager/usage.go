@@ -9,6 +9,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/segment"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
@@ -40,7 +41,7 @@ func (m *Manager) Usage(ctx context.Context, ref Ref) (*Usage, error) {
 		part = part[:0]
 		return partErr == nil
 	}
-	err = m.Segments(ctx, Ref{ID: s.ID}, 0, func(seg *Segment) bool {
+	err = m.Segments(ctx, Ref{ID: s.ID}, 0, func(seg *snapshot.Segment) bool {
 		part = append(part, seg.Segment)
 		return len(part) < chunkSegments || flush()
 	})

@@ -336,7 +336,7 @@ func TestUsageOfWhatIsNot(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, err = r.Usage(t.Context(), Ref{Name: "pending"})
-		wantError(t, err, ErrSnapshotNotCommitted)
+		wantError(t, err, snapshot.ErrNotCommitted)
 		_, _, err = r.CheckDrop(t.Context(), Ref{Name: "pending"}, 0)
 		wantError(t, err, ErrSnapshotPending)
 		b.store.Thaw()

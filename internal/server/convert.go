@@ -423,7 +423,7 @@ func updateSpec(r *pb.UpdateSnapshotRequest) manager.UpdateSpec {
 	return spec
 }
 
-func snapshotSegmentToProto(s *manager.Segment, files bool) *pb.SnapshotSegment {
+func snapshotSegmentToProto(s *snapshot.Segment, files bool) *pb.SnapshotSegment {
 	var totals segment.Totals
 	totals.Add(&s.Segment)
 	out := &pb.SnapshotSegment{Ordinal: s.Ordinal, Files: totals.Files, Bytes: totals.Bytes}

@@ -21,6 +21,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/manager"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
@@ -106,15 +107,15 @@ var errorTable = []errorRow{
 
 	{err: manager.ErrJobForgotten, code: codes.NotFound, reason: "EXPIRED_OR_DROPPED"},
 	{err: manager.ErrJobNeverExisted, code: codes.NotFound, reason: "NEVER_EXISTED"},
-	{err: manager.ErrExpiredOrDropped, code: codes.NotFound, reason: "EXPIRED_OR_DROPPED"},
-	{err: manager.ErrNeverExisted, code: codes.NotFound, reason: "NEVER_EXISTED"},
+	{err: snapshot.ErrExpiredOrDropped, code: codes.NotFound, reason: "EXPIRED_OR_DROPPED"},
+	{err: snapshot.ErrNeverExisted, code: codes.NotFound, reason: "NEVER_EXISTED"},
 	{err: manager.ErrSnapshotNotFound, code: codes.NotFound, reason: "SNAPSHOT_NOT_FOUND"},
 	{err: manager.ErrSnapshotExists, code: codes.AlreadyExists, reason: "SNAPSHOT_EXISTS"},
 	{err: manager.ErrSnapshotPending, code: codes.FailedPrecondition, reason: "SNAPSHOT_PENDING"},
 	{err: manager.ErrSnapshotPinned, code: codes.FailedPrecondition, reason: "SNAPSHOT_PINNED"},
 	{err: manager.ErrSnapshotMismatch, code: codes.FailedPrecondition, reason: "SNAPSHOT_MISMATCH"},
-	{err: manager.ErrSnapshotNotCommitted, code: codes.FailedPrecondition, reason: "SNAPSHOT_NOT_COMMITTED"},
-	{err: manager.ErrSnapshotCorrupt, code: codes.DataLoss, reason: "SNAPSHOT_CORRUPT"},
+	{err: snapshot.ErrNotCommitted, code: codes.FailedPrecondition, reason: "SNAPSHOT_NOT_COMMITTED"},
+	{err: snapshot.ErrCorrupt, code: codes.DataLoss, reason: "SNAPSHOT_CORRUPT"},
 	{err: manager.ErrPinNotFound, code: codes.NotFound, reason: "PIN_NOT_FOUND"},
 	{err: manager.ErrPinHasNoTTL, code: codes.FailedPrecondition, reason: "PIN_HAS_NO_TTL"},
 	{err: manager.ErrCutNotReached, code: codes.FailedPrecondition, reason: "CUT_NOT_REACHED"},
@@ -124,7 +125,7 @@ var errorTable = []errorRow{
 	// The result of a create's token is final, so a retry does not help.
 	{err: manager.ErrCreateAborted, code: codes.Aborted, reason: "CREATE_ABORTED"},
 	{err: manager.ErrCatalogCompacted, code: codes.Aborted, reason: "CATALOG_COMPACTED", retry: time.Second},
-	{err: manager.ErrStoreNotFound, code: codes.NotFound, reason: "STORE_NOT_FOUND"},
+	{err: object.ErrStoreNotFound, code: codes.NotFound, reason: "STORE_NOT_FOUND"},
 	{err: manager.ErrEventsCompacted, code: codes.OutOfRange, reason: "EVENTS_COMPACTED"},
 	{
 		err: manager.ErrNotReady, code: codes.Unavailable, reason: "STORE_UNAVAILABLE", retry: time.Second,

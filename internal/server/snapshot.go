@@ -7,6 +7,7 @@ import (
 
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/internal/manager"
+	"github.com/snapshotd/snapshotd/internal/snapshot"
 )
 
 // snapshots implements the SnapshotService.
@@ -112,7 +113,7 @@ func (s *snapshots) ListSnapshotSegments(
 	}
 	resp := &pb.ListSnapshotSegmentsResponse{}
 	page := newPage(req.GetPageSize())
-	err := s.manager.Segments(ctx, manager.Ref{ID: id}, from, func(seg *manager.Segment) bool {
+	err := s.manager.Segments(ctx, manager.Ref{ID: id}, from, func(seg *snapshot.Segment) bool {
 		out := snapshotSegmentToProto(seg, req.GetView() == pb.SegmentView_SEGMENT_VIEW_FILES)
 		if !page.add(out) {
 			resp.NextPageToken = s.tokens.seal(method, filters, id, seg.Ordinal)

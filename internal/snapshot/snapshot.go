@@ -1,5 +1,5 @@
 // Package snapshot has the record of a snapshot: its states, its moves between them and
-// its form in the metadata store.
+// its form in the metadata store. A Reader reads records, metadata and manifests.
 //
 // # States
 //
@@ -91,6 +91,14 @@ type Record struct {
 }
 
 func (s *Record) String() string { return fmt.Sprintf("%s (%d)", s.Name, s.ID) }
+
+// CheckCommitted returns ErrNotCommitted unless the snapshot is COMMITTED.
+func (s *Record) CheckCommitted() error {
+	if s.State != Committed {
+		return fmt.Errorf("%w: %s is %v", ErrNotCommitted, s, s.State)
+	}
+	return nil
+}
 
 // WithState returns a copy of s in another state, for the record that the transaction
 // writes. It panics on an illegal transition, which is a bug.

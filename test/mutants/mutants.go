@@ -45,6 +45,7 @@ const (
 	manifest = "./internal/store/manifest"
 	record   = "./internal/store/record"
 	s3       = "./internal/store/object/s3"
+	snapshot = "./internal/snapshot"
 )
 
 // All returns the mutants: the planted ones, then the regressions.
@@ -172,7 +173,7 @@ var regressions = []Mutant{
 		"two altered answers in a row fail the restore of an intact snapshot as corrupt"),
 	regression("create-and-altered-answers", "8da5041", manager, "TestCreateAndAlteredAnswers",
 		"a create whose answer was lost takes an altered read-back for the object of another writer"),
-	regression("cache-of-what-is-gone", "8da5041", manager, "TestManifestCache",
+	regression("cache-of-what-is-gone", "8da5041", snapshot, "TestManifestCache",
 		"the cache of manifests keeps those of removed snapshots"),
 	regression("repeat-that-cannot-look-again", "120d096", manager, "TestRepeatWithUnreadableToken",
 		"a repeat that cannot look up the first call gets an error that the first call's success caused"),

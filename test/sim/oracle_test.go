@@ -674,7 +674,7 @@ func (o *oracle) sawCommit(kv meta.KeyValue, rec *storagev1.Snapshot, id int64) 
 	}
 	want := o.captured(s.collection, s.revision)
 	got := map[int64]map[string]bool{}
-	err := o.reader.Segments(never, manager.Ref{ID: id}, 0, func(seg *manager.Segment) bool {
+	err := o.reader.Segments(never, manager.Ref{ID: id}, 0, func(seg *snapshot.Segment) bool {
 		s.segments++
 		got[seg.ID] = map[string]bool{}
 		for f := range seg.AllFiles() {
@@ -752,7 +752,7 @@ func (o *oracle) own(s *expectedSnapshot) {
 		never,
 		manager.Ref{ID: s.id},
 		0,
-		func(*manager.Segment) bool { n++; return true },
+		func(*snapshot.Segment) bool { n++; return true },
 	); err != nil ||
 		n != s.segments {
 		o.s.wrong("snapshot %s has %d segments, had %d: %v", s.name, n, s.segments, err)

@@ -1125,7 +1125,7 @@ func (w *work) read(m *member) {
 		n, files := 0, map[string]bool{}
 		d, err := m.Describe(ctx, manager.Ref{ID: id})
 		if err == nil {
-			err = m.Segments(ctx, manager.Ref{ID: id}, 0, func(seg *manager.Segment) bool {
+			err = m.Segments(ctx, manager.Ref{ID: id}, 0, func(seg *snapshot.Segment) bool {
 				n++
 				for f := range seg.AllFiles() {
 					files[keyOf(f)] = true
@@ -1152,7 +1152,7 @@ func (w *work) read(m *member) {
 				)
 			case err == nil:
 				w.s.reached.read++
-			case errors.Is(err, manager.ErrSnapshotCorrupt) && m.misread > 0:
+			case errors.Is(err, snapshot.ErrCorrupt) && m.misread > 0:
 			case !unknown(err) && !s.dropped:
 				w.s.wrong("snapshot %s cannot be read: %v", s.name, err)
 			}

@@ -20,9 +20,6 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-// ErrStoreNotFound means that no object store of an alias is configured.
-var ErrStoreNotFound = errors.New("object store not found")
-
 // Explanation describes an object and the reason why it stays or goes.
 type Explanation struct {
 	Exists     bool
@@ -39,12 +36,12 @@ type Explanation struct {
 }
 
 // Explain describes the object of a key, whether it exists or not. It is advice: callers
-// must not delete on it. It is ErrStoreNotFound for an unknown alias, and
+// must not delete on it. It is object.ErrStoreNotFound for an unknown alias, and
 // object.ErrInvalidKey for an invalid key.
 func (c *Collector) Explain(ctx context.Context, store, key string) (Explanation, error) {
 	s, ok := c.stores[store]
 	if !ok {
-		return Explanation{}, fmt.Errorf("%w: %q", ErrStoreNotFound, store)
+		return Explanation{}, fmt.Errorf("%w: %q", object.ErrStoreNotFound, store)
 	}
 	info, err := s.Head(ctx, key)
 	if err != nil && !errors.Is(err, object.ErrNotFound) {

@@ -51,6 +51,10 @@ var (
 	ErrMisconfigured = errors.New("object store misconfigured")
 )
 
+// ErrStoreNotFound means that no object store of an alias is configured. Those that look
+// up a store by its alias return it.
+var ErrStoreNotFound = errors.New("object store not found")
+
 // Passing returns kind, ErrDenied or ErrMisconfigured, with the same text and marked as a
 // temporary refusal: its cause is outside of the request and can end while the store is
 // open. Examples are an expired token, a policy or an encryption key that is being replaced,
