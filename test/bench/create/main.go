@@ -1,11 +1,10 @@
 //go:build linux
 
-// Command create measures how fast snapshots are taken, how fast segments are
-// registered and how fast snapshots are read, against the bars of the project;
-// docs/performance.md says how.
+// Command create measures the speed of creates, registrations and reads of snapshots
+// against the bars of the project: see docs/performance.md.
 //
-// It runs etcd, an S3 server and snapshotd, each in a process of its own, in a
-// directory of its own, and removes all of it at the end.
+// It runs etcd, an S3 server and snapshotd in a separate process and directory each,
+// and removes the directories at the end.
 package main
 
 import (
@@ -171,8 +170,8 @@ func (r *env) measure(ctx context.Context) error {
 	return nil
 }
 
-// judge says of the bars that are about time that they cannot be judged when
-// the floor was not steady, or not measured often enough to know.
+// judge marks the bars for time as inconclusive if the floor was unsteady or had too
+// few rounds.
 func (r *env) judge() {
 	why := ""
 	switch {
@@ -190,7 +189,7 @@ func (r *env) judge() {
 	}
 }
 
-// start starts the servers. What it returns ends those that it started.
+// start starts the servers. Stop stops the started ones, also after an error.
 func (r *env) start(ctx context.Context, dir string) (stop func(), err error) {
 	var ends []func()
 	stop = func() {

@@ -94,12 +94,12 @@ func (r *env) table(i int) *bench.Table {
 	return &r.Report.Tables[i]
 }
 
-// timed adds a bar that a busy machine can miss.
+// timed adds a bar that depends on the load of the machine.
 func (r *env) timed(what, want, got string, ok bool) {
 	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok, Timed: true})
 }
 
-// counted adds a bar that it cannot.
+// counted adds a bar that does not depend on it.
 func (r *env) counted(what, want, got string, ok bool) {
 	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
 }
@@ -199,7 +199,7 @@ func (r *env) send(ctx context.Context, streams [][]*snapshotdv1.AddSegmentsRequ
 			}
 			for _, m := range list {
 				if err := stream.Send(m); err != nil {
-					break // the answer says why
+					break // CloseAndRecv returns the cause
 				}
 			}
 			resp, err := stream.CloseAndRecv()
@@ -216,8 +216,7 @@ func (r *env) send(ctx context.Context, streams [][]*snapshotdv1.AddSegmentsRequ
 	return nil
 }
 
-// compacted says what the database takes once history is gone and its free
-// pages are given back.
+// compacted reports the size of the database after compaction and defragmentation.
 func (r *env) compacted(ctx context.Context) error {
 	return bench.WithEtcd(r.etcdAt, func(cli *clientv3.Client) error {
 		before, err := cli.Status(ctx, r.etcdAt)
@@ -294,7 +293,7 @@ func (r *env) create(ctx context.Context, n int, col collection) error {
 	if got, err := r.worker.do(ctx, job{Op: "load", Collection: col.id}); err != nil || got.Segments != n {
 		return errors.Join(err, fmt.Errorf("the floor loaded %+v", got))
 	}
-	// What a create makes of it, which the floor is to make as well.
+	// The manifests of a create, which the floor must also produce.
 	sample, err := r.createOnce(ctx, col, n)
 	if err != nil {
 		return err
@@ -354,7 +353,7 @@ func (r *env) create(ctx context.Context, n int, col collection) error {
 			n, bench.Time(c.all), bench.Time(f.total()), c.all/f.total())
 	}
 	loaded := bench.LoadText()
-	// Looking at the memory takes time itself, so it has rounds of its own.
+	// The readings of the heap take time, so they have separate rounds.
 	var heaps []float64
 	for range r.Rounds {
 		heap, err := r.server.PeakHeap(
@@ -439,8 +438,7 @@ func (r *env) get(ctx context.Context, path string) ([]byte, error) {
 	return bench.Get(ctx, "http://"+r.server.Metrics+path)
 }
 
-// profiles keeps profiles of snapshotd while fn runs, again and again for a few
-// seconds.
+// profiles writes profiles of snapshotd while fn runs repeatedly for some seconds.
 func (r *env) profiles(ctx context.Context, name string, fn func() error) error {
 	const seconds = 8
 	if err := os.MkdirAll(r.profile, 0o750); err != nil {
@@ -647,8 +645,8 @@ func (r *env) many(ctx context.Context) error {
 	return nil
 }
 
-// rate is how many snapshots a second clients take, one for each collection,
-// each without pause.
+// rate returns the snapshots per second of one client per collection, each without
+// pause.
 func (r *env) rate(ctx context.Context, cols []collection) (float64, error) {
 	group, ctx := errgroup.WithContext(ctx)
 	base := r.Name()

@@ -32,11 +32,11 @@ import (
 	"github.com/snapshotd/snapshotd/test/bench"
 )
 
-// ways is how many things the floor does at once, as many as a create does.
+// ways is the concurrency of the floor, equal to that of a create.
 const ways = 2
 
-// The worker measures the floor and the reference in a process of its own, as
-// the subject is. It reads a job a line and answers a result a line.
+// The worker measures the floor and the reference in a separate process, like the
+// subject. It reads one job per line and writes one result per line.
 
 type job struct {
 	Op         string // load, decode, floor or reference
@@ -55,7 +55,7 @@ type result struct {
 
 func (r *result) total() float64 { return r.Read + r.Encode + r.Put }
 
-// worker is the parent's end.
+// worker is the parent's side.
 type worker struct {
 	process *bench.Process
 	out     *bufio.Reader
@@ -94,7 +94,7 @@ func (w *worker) do(ctx context.Context, j job) (*result, error) {
 	return r, nil
 }
 
-// work is the child's end.
+// work is the child's side.
 func work(ctx context.Context, endpoint, addr string, in io.Reader, out io.Writer) error {
 	cli, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}, DialTimeout: 5 * time.Second})
 	if err != nil {
@@ -137,7 +137,7 @@ type floor struct {
 }
 
 func (f *floor) do(ctx context.Context, j job, r *result) error {
-	runtime.GC() // what the last job left is not this one's
+	runtime.GC() // no garbage of the last job
 	switch j.Op {
 	case "load":
 		return f.load(ctx, j.Collection, r)

@@ -21,7 +21,7 @@ import (
 )
 
 const (
-	filesEach = 12  // of a segment that is deleted
+	filesEach = 12  // per deleted segment
 	fileSize  = 64  // bytes
 	field     = 100 // the first; each file is of another, as a segment of 12 columns has them
 	rows      = 1000
@@ -33,7 +33,7 @@ const (
 	lastTimestamp  = firstTimestamp + 1<<40
 )
 
-// set is the files of segments that have consecutive ids.
+// set has the files of segments with consecutive ids.
 type set struct {
 	Prefix                string // before the paths
 	Collection, Partition int64
@@ -41,12 +41,12 @@ type set struct {
 	Segments, Each        int
 }
 
-// file is the path of the nth file of a segment, in the native layout.
+// file returns the path of the nth file of a segment, in the native layout.
 func (s *set) file(id int64, n int) string {
 	return fmt.Sprintf("%d/%d/%d/insert/%d/%d", s.Collection, s.Partition, id, field+n, id*64+int64(n))
 }
 
-// keys are the keys of the objects, with their number among them.
+// keys yields the keys of the objects with their index.
 func (s *set) keys() iter.Seq2[int, string] {
 	return func(yield func(int, string) bool) {
 		for i := range s.Segments * s.Each {
@@ -57,7 +57,7 @@ func (s *set) keys() iter.Seq2[int, string] {
 	}
 }
 
-// segments are the segments as the catalog has them.
+// segments returns the segments for the catalog.
 func (s *set) segments() []*snapshotdv1.Segment {
 	list := make([]*snapshotdv1.Segment, s.Segments)
 	for i := range list {
@@ -90,16 +90,15 @@ func (s *set) segments() []*snapshotdv1.Segment {
 	return list
 }
 
-// attributes are what versitygw notes with a file of an object that was put, as
-// extended attributes. Where the file system has none, the objects go without:
-// versitygw deletes them all the same.
+// attributes are versitygw's extended attributes of an object. They are optional for
+// a delete, so objects lack them on a file system without extended attributes.
 var attributes = map[string]string{
 	"user.metadata":     "{}",
 	"user.content-type": "application/octet-stream",
 	"user.checksums":    `{"algorithm":"CRC64NVME","crc64nvme":"AAAAAAAAAAA="}`,
 }
 
-// put makes an object as a file where versitygw serves it, as if it had been put.
+// put writes an object as a file into versitygw's directory.
 func put(name string, body []byte, etag string) error {
 	if err := os.WriteFile(name, body, 0o600); err != nil {
 		return err
@@ -116,7 +115,7 @@ func put(name string, body []byte, etag string) error {
 	return err
 }
 
-// write makes the objects of a set.
+// write writes the objects of a set.
 func (r *env) write(ctx context.Context, s *set) error {
 	body := make([]byte, fileSize)
 	group, ctx := errgroup.WithContext(ctx)
@@ -142,7 +141,7 @@ func (r *env) write(ctx context.Context, s *set) error {
 	return group.Wait()
 }
 
-// left returns an error when an object of a prefix is there.
+// left returns an error if the prefix has an object.
 func (r *env) left(prefix string) error {
 	n := 0
 	err := filepath.WalkDir(r.path(prefix), func(_ string, e fs.DirEntry, err error) error {
@@ -160,7 +159,7 @@ func (r *env) left(prefix string) error {
 	return err
 }
 
-// collection is one that was made for the benchmark.
+// collection is a collection of the benchmark.
 type collection struct {
 	ref  *snapshotdv1.CollectionRef
 	id   int64
@@ -168,8 +167,8 @@ type collection struct {
 	set  set // of its segments
 }
 
-// newCollection makes a collection of segments that have so many files each. The
-// files are made only if they are wanted.
+// newCollection creates a collection of segments with each files per segment. The
+// files exist only if written is true.
 func (r *env) newCollection(ctx context.Context, segments, each int, written bool) (*collection, error) {
 	c := &collection{name: r.Name()}
 	made, err := r.client.Catalog.CreateCollection(ctx, &snapshotdv1.CreateCollectionRequest{
@@ -221,7 +220,7 @@ func (r *env) dropSegments(ctx context.Context, c *collection, n int) error {
 	return bench.DropSegments(ctx, r.client, c.ref, ids)
 }
 
-// forgetFiles removes the directories that versitygw leaves, if it does.
+// forgetFiles removes the empty directories that versitygw may leave.
 func (r *env) forgetFiles(prefix string) error {
 	return os.RemoveAll(strings.TrimSuffix(r.path(prefix), "/"))
 }

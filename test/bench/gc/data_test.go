@@ -29,7 +29,7 @@ func TestSet(t *testing.T) {
 			fromSegments = append(fromSegments, s.Prefix+f.GetPath())
 		}
 	}
-	// What the floor deletes is what the collector does.
+	// The floor deletes the same keys as the collector.
 	if diff := cmp.Diff(fromSegments, fromKeys); diff != "" {
 		t.Error(diff)
 	}
@@ -41,7 +41,7 @@ func TestSet(t *testing.T) {
 func TestWriteAndLeft(t *testing.T) {
 	r := &env{store: t.TempDir()}
 	s := &set{Prefix: "data/b1/", Collection: 7, Partition: 8, First: 100, Segments: 3, Each: 2}
-	if err := r.left(s.Prefix); err != nil { // there is not even the directory
+	if err := r.left(s.Prefix); err != nil { // no directory
 		t.Error(err)
 	}
 	if err := r.write(t.Context(), s); err != nil {

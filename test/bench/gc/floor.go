@@ -17,10 +17,10 @@ import (
 	"github.com/snapshotd/snapshotd/test/bench"
 )
 
-// The floor deletes objects and does nothing else, in a process of its own, as
-// the subject is. It reads a job a line and answers a result a line.
+// The floor only deletes objects, in a separate process like the subject. It reads
+// one job per line and writes one result per line.
 
-// perRequest is how many objects one request deletes.
+// perRequest is the number of objects per delete request.
 const perRequest = 1000
 
 type job struct {
@@ -34,7 +34,7 @@ type result struct {
 	Seconds float64
 }
 
-// floor is the parent's end.
+// floor is the parent's side.
 type floor struct {
 	process *bench.Process
 	out     *bufio.Reader
@@ -48,7 +48,7 @@ func startFloor(ctx context.Context, dir string) (*floor, error) {
 	return &floor{p, bufio.NewReader(p.Stdout)}, nil
 }
 
-// delete deletes the objects of a set, and returns the seconds that it took.
+// delete deletes the objects of a set and returns the duration in seconds.
 func (f *floor) delete(ctx context.Context, j job) (float64, error) {
 	r := &result{}
 	if err := f.process.Call(ctx, f.out, j, r); err != nil {
@@ -60,7 +60,7 @@ func (f *floor) delete(ctx context.Context, j job) (float64, error) {
 	return r.Seconds, nil
 }
 
-// floorChild is the child's end.
+// floorChild is the child's side.
 func floorChild(ctx context.Context, in io.Reader, out io.Writer) error {
 	var store *s3.Store
 	var at string
@@ -98,7 +98,7 @@ func floorChild(ctx context.Context, in io.Reader, out io.Writer) error {
 	return lines.Err()
 }
 
-// deleteSet deletes the objects of a set, whose keys it makes beforehand.
+// deleteSet deletes the objects of a set. It builds the keys before the timed part.
 func deleteSet(ctx context.Context, store *s3.Store, j *job) (float64, error) {
 	batches := [][]string{nil}
 	for _, key := range j.Set.keys() {
@@ -108,7 +108,7 @@ func deleteSet(ctx context.Context, store *s3.Store, j *job) (float64, error) {
 		}
 		batches[last] = append(batches[last], key)
 	}
-	runtime.GC() // what the last job left is not this one's
+	runtime.GC() // no garbage of the last job
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(j.InFlight)
 	begin := time.Now()

@@ -1,12 +1,10 @@
 //go:build linux
 
-// Command gc measures how fast the collector deletes what was dropped, and what a
-// round costs in which there is nothing to delete, against the bars of the
-// project; docs/performance.md says how.
+// Command gc measures the speed of the collector's deletes, and the cost of a cycle
+// with nothing to delete, against the bars of the project: see docs/performance.md.
 //
-// It runs etcd, an S3 server, snapshotd and what it compares that with, each in a
-// process of its own, in directories of its own, and removes all of it at the
-// end.
+// It runs etcd, an S3 server, snapshotd and the floor in a separate process and
+// directory each, and removes the directories at the end.
 package main
 
 import (
@@ -25,7 +23,7 @@ import (
 )
 
 const (
-	// What is measured at most for the bars to be those of the project.
+	// The sizes of the bars of the project.
 	allSegments = 100_000
 	allLiving   = 1_000_000
 )
@@ -69,17 +67,17 @@ func parse(args []string) (*options, error) {
 	o.Parts.Flags(fs, partRounds, partFull, partDropped, partLatency, partIdle, partGrants)
 	fs.IntVar(&o.segments, "n", 20_000, "segments that a round deletes, of 12 files each")
 	fs.IntVar(&o.full, "full", allSegments, "segments that the one full round deletes")
-	fs.IntVar(&o.living, "living", allLiving, "segments that live, for part idle")
-	fs.IntVar(&o.held, "held", 10_000, "segments of part idle that were dropped and that a snapshot holds")
-	fs.DurationVar(&o.latency, "latency", 500*time.Millisecond, "what is added to each request for part latency")
-	fs.StringVar(&o.objects, "objects", "/dev/shm", "where to make the directory of the S3 server")
+	fs.IntVar(&o.living, "living", allLiving, "live segments of part idle")
+	fs.IntVar(&o.held, "held", 10_000, "dropped segments of part idle that a snapshot holds")
+	fs.DurationVar(&o.latency, "latency", 500*time.Millisecond, "delay of each request in part latency")
+	fs.StringVar(&o.objects, "objects", "/dev/shm", "parent of the S3 server's directory")
 	fs.StringVar(&o.profile, "profile", "", "directory for processor profiles of one round of each part")
 	return o, bench.Parse(fs, args, o.check)
 }
 
 func (o *options) check() error {
 	if o.Rounds < 1 || o.segments < 1 || o.full < 1 || o.held < 1 || o.living < collections {
-		return fmt.Errorf("-rounds, -n, -full and -held must be positive, -living %d at least", collections)
+		return fmt.Errorf("-rounds, -n, -full and -held must be positive, -living at least %d", collections)
 	}
 	return o.Check()
 }
@@ -97,15 +95,15 @@ type env struct {
 	s3At     string
 	proxy    *bench.Proxy
 	floor    *floor
-	inFlight int       // with which the floor is the fastest
+	inFlight int       // concurrent requests of the floor
 	floors   []float64 // seconds of the floor in the rounds
 
 	server  *bench.Snapshotd
-	serving string // the S3 server that it has
+	serving string // the S3 server of snapshotd
 	client  *client.Client
 }
 
-// path is where versitygw keeps what has a prefix.
+// path returns versitygw's directory of a prefix.
 func (r *env) path(prefix string) string { return filepath.Join(r.store, "s3", bench.Bucket, prefix) }
 
 func run(ctx context.Context, args []string) (code int, err error) {
@@ -128,7 +126,7 @@ func run(ctx context.Context, args []string) (code int, err error) {
 	})
 }
 
-// measure starts the servers and makes the parts.
+// measure starts the servers and runs the parts.
 func (r *env) measure(ctx context.Context) error {
 	e, endpoint, err := bench.StartEtcd(ctx, r.Etcd, r.Root)
 	if err != nil {
@@ -167,9 +165,8 @@ func (r *env) measure(ctx context.Context) error {
 	)
 }
 
-// serve starts snapshotd on an S3 server, in place of the one that runs. It makes
-// no rounds by itself, and deletes so many objects in a second; negative: as many
-// as the store takes.
+// serve restarts snapshotd on an S3 server, without cycles of its own. Rate is the
+// limit of deletes per second; negative: no limit.
 func (r *env) serve(ctx context.Context, s3 string, rate int) error {
 	r.stop()
 	r.serving = s3
@@ -197,8 +194,8 @@ func (r *env) stop() {
 	}
 }
 
-// timed adds a bar that a busy machine can miss; floors are the rounds of what it
-// is measured against, and least says how many there must be.
+// timed adds a bar that depends on the load of the machine. Floors are the rounds of
+// the comparison, of which least are required.
 func (r *env) timed(b bench.Bar, floors []float64, least int) {
 	if b.Timed = true; !b.OK {
 		b.Noise = r.Noise(floors, len(floors), least)
@@ -206,5 +203,5 @@ func (r *env) timed(b bench.Bar, floors []float64, least int) {
 	r.Report.Bars = append(r.Report.Bars, b)
 }
 
-// counted adds a bar that it cannot.
+// counted adds a bar that does not depend on it.
 func (r *env) counted(b bench.Bar) { r.Report.Bars = append(r.Report.Bars, b) }

@@ -30,14 +30,14 @@ const (
 
 const (
 	collections = 10 // of part idle
-	livingEach  = 1  // files of a segment of it
+	livingEach  = 1  // files per segment of part idle
 
-	pollEvery    = 50 * time.Millisecond  // for the end of a round
-	heapInterval = 200 * time.Millisecond // at the heap
+	pollEvery    = 50 * time.Millisecond  // until the end of a round
+	heapInterval = 200 * time.Millisecond // of the heap readings
 )
 
-// concurrencies is how many requests at once the floor may have: it has that of them with
-// which it is the fastest, there and back.
+// concurrencies are the numbers of concurrent requests of the floor, of which the fastest is
+// used; each is tried up and down.
 var concurrencies = []int{2, 4, 8}
 
 // tables in the order of the report
@@ -108,15 +108,15 @@ func (r *env) table(i int) *bench.Table {
 	return &r.Report.Tables[i]
 }
 
-// took is what deleting a set took.
+// took is the cost of the delete of a set.
 type took struct {
-	seconds               float64 // until nothing is left
-	answered              float64 // until the call has returned
+	seconds               float64 // until the end of the deletes
+	answered              float64 // until the response
 	client, etcd, gateway float64 // processor time, seconds; client is snapshotd or the floor
 }
 
-// collect makes a round over a collection that grants all of its set. It ends when
-// etcd shows that no tombstone is left.
+// collect runs a cycle over a collection that grants its whole set. It returns when
+// etcd has no tombstone any more.
 func (r *env) collect(ctx context.Context, c *collection) (t took, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -154,7 +154,7 @@ func (r *env) collect(ctx context.Context, c *collection) (t took, err error) {
 	return t, errors.Join(err, <-answered)
 }
 
-// ask calls Collect, reads the answer and has its summary looked at.
+// ask calls Collect, reads the stream and checks its summary.
 func (r *env) ask(
 	ctx context.Context,
 	req *snapshotdv1.CollectRequest,
@@ -176,14 +176,13 @@ func (r *env) ask(
 		summary = cmp.Or(m.GetSummary(), summary)
 	}
 	if summary == nil {
-		return errors.New("the round came without a summary")
+		return errors.New("the cycle ended without a summary")
 	}
 	return check(summary)
 }
 
-// awaitGone waits until nothing is left of a set in etcd. It looks at the last of
-// its segments, which goes with the last, and then at all tombstones: that
-// costs etcd little.
+// awaitGone waits until etcd has no key of a set. It polls the last segment, which is
+// deleted with the last batch, and then all prefixes: a low load for etcd.
 func (r *env) awaitGone(ctx context.Context, c *collection) error {
 	last := c.set.First + int64(c.set.Segments) - 1
 	tick := time.NewTicker(pollEvery)
@@ -217,8 +216,8 @@ func (r *env) awaitGone(ctx context.Context, c *collection) error {
 	}
 }
 
-// made makes a collection of segments that were dropped, or that is dropped
-// itself.
+// made creates a collection with dropped segments; with whole the collection itself
+// is dropped.
 func (r *env) made(ctx context.Context, segments int, whole, written bool) (*collection, error) {
 	c, err := r.newCollection(ctx, segments, filesEach, written)
 	if err != nil {
@@ -234,15 +233,14 @@ func (r *env) made(ctx context.Context, segments int, whole, written bool) (*col
 	return c, err
 }
 
-// once makes a collection, has a round delete its segments, and looks whether all
-// objects are gone.
+// once creates a collection, deletes its segments by a cycle, and checks that all
+// objects are deleted.
 func (r *env) once(ctx context.Context, segments int, whole bool) (took, error) {
 	c, err := r.made(ctx, segments, whole, true)
 	if err != nil {
 		return took{}, err
 	}
-	// As etcd does by itself now and then: else each round has the history of all
-	// those before it.
+	// Without it each round has the history of all rounds before it.
 	if _, err := bench.Defragment(ctx, r.etcdAt); err != nil {
 		return took{}, err
 	}
@@ -253,7 +251,7 @@ func (r *env) once(ctx context.Context, segments int, whole bool) (took, error) 
 	return t, errors.Join(r.left(c.set.Prefix), r.forgetFiles(c.set.Prefix))
 }
 
-// floorOnce has the floor delete as many objects.
+// floorOnce deletes the same number of objects with the floor.
 func (r *env) floorOnce(ctx context.Context, segments, inFlight int) (t took, err error) {
 	s := set{
 		Prefix:     "floor/" + r.Name() + "/",
@@ -275,7 +273,7 @@ func (r *env) floorOnce(ctx context.Context, segments, inFlight int) (t took, er
 	return t, errors.Join(r.left(s.Prefix), r.forgetFiles(s.Prefix))
 }
 
-// best finds how many requests at once suit the floor.
+// best chooses the number of concurrent requests of the floor.
 func (r *env) best(ctx context.Context) error {
 	if r.inFlight > 0 {
 		return nil
@@ -296,8 +294,8 @@ func (r *env) best(ctx context.Context) error {
 	return nil
 }
 
-// deletes measures rounds over dropped segments of a living collection, in turns
-// with the floor.
+// deletes measures cycles over dropped segments of a live collection, in turns with
+// the floor.
 func (r *env) deletes(ctx context.Context) error {
 	if err := r.serve(ctx, r.s3At, -1); err != nil {
 		return err
@@ -333,7 +331,7 @@ func (r *env) deletes(ctx context.Context) error {
 	return r.requests(ctx)
 }
 
-// both has the subject and the floor delete as much, the floor first if wanted.
+// both measures the subject and the floor, in the order of floorFirst.
 func (r *env) both(ctx context.Context, segments int, whole, floorFirst bool) (a, b took, err error) {
 	steps := []func() error{
 		func() (err error) { a, err = r.once(ctx, segments, whole); return err },
@@ -374,7 +372,7 @@ func column(list []took, fn func(took) float64) []float64 {
 	return out
 }
 
-// row adds a row about rounds, and returns their throughput, the floor's being 1.
+// row adds a row for rounds, and returns their throughput relative to the floor.
 func (r *env) row(what string, segments int, subject, floors []took) (ratio float64) {
 	objects := segments * filesEach
 	a, b := bench.Median(seconds(subject)), bench.Median(seconds(floors))
@@ -396,7 +394,7 @@ func (r *env) row(what string, segments int, subject, floors []took) (ratio floa
 	return ratio
 }
 
-// judge adds a row and the bar of rounds.
+// judge adds a row and the bar for rounds.
 func (r *env) judge(what string, segments int, subject, floors []took) {
 	ratio := r.row(what, segments, subject, floors)
 	r.timed(bench.Bar{
@@ -407,7 +405,7 @@ func (r *env) judge(what string, segments int, subject, floors []took) {
 
 func rate(n int, seconds float64) string { return fmt.Sprintf("%.0f", float64(n)/seconds) }
 
-// cost adds a row about what rounds take.
+// cost adds a row for processor time and memory of rounds.
 func (r *env) cost(what string, subject, floors []took, heap, before, after string) {
 	median := func(list []took, fn func(took) float64) string { return bench.Time(bench.Median(column(list, fn))) }
 	r.table(tableCost).Add(
@@ -457,7 +455,7 @@ func (r *env) requests(ctx context.Context) error {
 	return errors.Join(r.left(c.set.Prefix), r.forgetFiles(c.set.Prefix))
 }
 
-// fullRound measures one large round, and what it takes.
+// fullRound measures one large round, with its memory.
 func (r *env) fullRound(ctx context.Context) error {
 	if err := r.serve(ctx, r.s3At, -1); err != nil {
 		return err
@@ -502,7 +500,7 @@ func (r *env) fullRound(ctx context.Context) error {
 	return errors.Join(r.left(c.set.Prefix), r.forgetFiles(c.set.Prefix))
 }
 
-// dropped measures a round over a collection that was dropped with all it has.
+// dropped measures a round over a dropped collection.
 func (r *env) dropped(ctx context.Context) error {
 	if err := r.serve(ctx, r.s3At, -1); err != nil {
 		return err
@@ -520,8 +518,8 @@ func (r *env) dropped(ctx context.Context) error {
 	return nil
 }
 
-// delayed measures rounds when each request takes long, as with a store that is
-// far away: with as many requests at once as snapshotd has.
+// delayed measures rounds with slow requests, as of a distant store. The floor has
+// the concurrency of snapshotd.
 func (r *env) delayed(ctx context.Context) error {
 	if err := r.serve(ctx, r.proxy.Addr, -1); err != nil {
 		return err
@@ -542,13 +540,13 @@ func (r *env) delayed(ctx context.Context) error {
 			subject, floors = append(subject, a), append(floors, b)
 		}
 	}
-	r.proxy.Drain() // they are not reported
+	r.proxy.Drain() // not reported
 	r.row(fmt.Sprintf("%d, %v added to a request", segments, r.latency), segments, subject, floors)
 	return nil
 }
 
-// idle measures rounds that find nothing to delete, among many segments that live
-// and some units that a snapshot holds.
+// idle measures rounds with nothing to delete, among many live segments and some
+// held units.
 func (r *env) idle(ctx context.Context) error {
 	if err := r.serve(ctx, r.proxy.Addr, -1); err != nil {
 		return err
@@ -587,7 +585,7 @@ func (r *env) idle(ctx context.Context) error {
 			&snapshotdv1.CollectRequest{Tolerance: durationpb.New(0), Wait: true},
 			func(s *snapshotdv1.CollectSummary) error {
 				if s.GetGranted() != 0 || s.GetHeld() != int64(r.held) || s.GetError() != "" {
-					return fmt.Errorf("a round with nothing to do: %v", s)
+					return fmt.Errorf("a round with nothing to delete: %v", s)
 				}
 				return nil
 			},
@@ -603,7 +601,7 @@ func (r *env) idle(ctx context.Context) error {
 		}
 		took := time.Since(begin).Seconds()
 		seen := r.proxy.Drain()
-		r.Logf("nothing to do: %s, %d requests", bench.Time(took), len(seen))
+		r.Logf("nothing to delete: %s, %d requests", bench.Time(took), len(seen))
 		if i > 0 {
 			times, requests = append(times, took), max(requests, len(seen))
 		}
@@ -637,8 +635,8 @@ func (r *env) idle(ctx context.Context) error {
 	})
 }
 
-// grants measures how fast units are granted while nearly nothing is deleted. It
-// leaves tombstones, so it comes last.
+// grants measures the speed of grants with nearly no deletes. It leaves tombstones
+// and so runs last.
 func (r *env) grants(ctx context.Context) error {
 	if err := r.serve(ctx, r.s3At, 1); err != nil {
 		return err
@@ -708,8 +706,7 @@ func (r *env) grants(ctx context.Context) error {
 	return nil
 }
 
-// profiled writes a processor profile of snapshotd while fn runs, if profiles are
-// wanted.
+// profiled calls fn, with a processor profile of snapshotd if profiles are on.
 func (r *env) profiled(ctx context.Context, name string, fn func() error) error {
 	if r.profile == "" {
 		return nil

@@ -25,11 +25,11 @@ const (
 	lastTimestamp  = firstTimestamp + uint64(3_000_000_000)<<18
 
 	swapSegments = 30 // that a compaction drops, and as many that it adds
-	writers      = 4  // calls at once
-	forgetEvery  = 50 // snapshots, after which etcd forgets its history
+	writers      = 4  // concurrent calls
+	forgetEvery  = 50 // snapshots between compactions of etcd
 )
 
-// collection is one that was made for the benchmark.
+// collection is a collection of the benchmark.
 type collection struct {
 	id, partition, index int64
 	live                 []int64 // segments
@@ -39,7 +39,7 @@ type collection struct {
 	first, last int64 // of their ids
 }
 
-// noted counts segments that a snapshot is the first to hold.
+// noted counts segments that no earlier snapshot holds.
 func (c *collection) noted(ids []int64) {
 	c.referenced += int64(len(ids))
 	if c.first == 0 {
@@ -52,7 +52,7 @@ func (c *collection) ref() *snapshotdv1.CollectionRef {
 	return &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Id{Id: c.id}}
 }
 
-// newCollection makes an empty collection.
+// newCollection creates an empty collection.
 func newCollection(ctx context.Context, c *client.Client) (*collection, error) {
 	const name = "refs"
 	made, err := c.Catalog.CreateCollection(ctx, &snapshotdv1.CreateCollectionRequest{
@@ -88,7 +88,7 @@ func newCollection(ctx context.Context, c *client.Client) (*collection, error) {
 	return col, err
 }
 
-// shape is how many files a segment has.
+// shape has the numbers of files of a segment.
 type shape struct{ logs, others, index int }
 
 var (
@@ -215,8 +215,8 @@ func create(ctx context.Context, c *client.Client, col *collection, name string)
 	return resp.GetSnapshot().GetId(), nil
 }
 
-// fill makes the collection and its snapshots, each of which differs from the
-// one before it in a share of its segments.
+// fill creates the collection and its snapshots. Each differs from the one before it
+// in a share of its segments.
 func (r *env) fill(ctx context.Context, cl *cluster) (*collection, error) {
 	col, err := newCollection(ctx, cl.client)
 	if err != nil {

@@ -27,8 +27,8 @@ import (
 	"github.com/snapshotd/snapshotd/test/bench"
 )
 
-// copier makes snapshots like one that snapshotd took: what is read of them to
-// know their references, with the encoders that snapshotd has.
+// copier writes copies of a snapshot with the encoders of snapshotd: the records and
+// objects that a load of references reads.
 type copier struct {
 	kv       *etcd.Client
 	objects  *file.Store
@@ -36,7 +36,7 @@ type copier struct {
 	metadata *manifest.Metadata
 }
 
-// newCopier reads the snapshot that the others are to be like.
+// newCopier reads the original snapshot.
 func newCopier(ctx context.Context, cl *cluster, col *collection, snapshot int64) (*copier, error) {
 	c := &copier{record: &storagev1.Snapshot{}}
 	var err error
@@ -61,7 +61,7 @@ func newCopier(ctx context.Context, cl *cluster, col *collection, snapshot int64
 	return c, err
 }
 
-// put makes a snapshot that references segments and builds.
+// put writes a snapshot that references segments and builds.
 func (c *copier) put(ctx context.Context, id int64, name string, segments, builds []int64) error {
 	refs := &manifest.Refs{Segments: segments, Builds: builds}
 	data, err := manifest.EncodeRefs(refs)

@@ -1,11 +1,10 @@
 //go:build linux
 
-// Command refs measures what it costs to know what snapshots reference, and to
-// decide by it what may be deleted, against the bars of the project;
-// docs/performance.md says how.
+// Command refs measures the cost of the references of snapshots and of the decisions
+// of Reclaim against the bars of the project: see docs/performance.md.
 //
-// It runs etcd and snapshotd, each in a process of its own, in a directory of
-// its own, and removes all of it at the end.
+// It runs etcd and snapshotd in a separate process and directory each, and removes
+// the directories at the end.
 package main
 
 import (
@@ -42,7 +41,8 @@ type options struct {
 	profile   string
 }
 
-// replaced is how many segments differ between a snapshot and the next.
+// replaced returns the number of segments that differ between a snapshot and the
+// next.
 func (o *options) replaced() int { return max(o.segments*o.share/100, 1) }
 
 func main() { bench.Main("bench-refs", child, run) }
@@ -59,17 +59,17 @@ func parse(args []string) (*options, error) {
 	fs := flag.NewFlagSet("bench-refs", flag.ContinueOnError)
 	o.Flags(fs)
 	fs.IntVar(&o.snapshots, "snapshots", 1000, "snapshots of the collection")
-	fs.IntVar(&o.segments, "segments", 10_000, "segments of each")
+	fs.IntVar(&o.segments, "segments", 10_000, "segments per snapshot")
 	fs.IntVar(&o.share, "replaced", 10, "percent of the segments that the next snapshot does not have")
 	fs.IntVar(&o.units, "units", 10_000, "units of a Reclaim, at most 10000")
 	fs.IntVar(&o.checks, "checks", 1_000_000, "segments to look up")
 	fs.IntVar(&o.pairs, "pairs", 40, "creates and drops that count, beside many snapshots and beside none")
-	fs.Uint64Var(&o.seed, "seed", 1, "of what is picked by chance")
+	fs.Uint64Var(&o.seed, "seed", 1, "seed of random choices")
 	fs.BoolVar(
 		&o.real,
 		"real",
 		false,
-		"have snapshotd take every snapshot, of segments that are compacted in between, which takes many minutes",
+		"take every snapshot by snapshotd, with compactions in between; takes many minutes",
 	)
 	fs.StringVar(&o.profile, "profile", "", "file for a processor profile of the load of the references")
 	return o, bench.Parse(fs, args, o.check)
@@ -111,8 +111,8 @@ func run(ctx context.Context, args []string) (int, error) {
 	})
 }
 
-// judge says of the bars about time that were missed that they cannot be judged
-// when others kept the machine busy. One that was passed all the same is passed.
+// judge marks the missed bars for time as inconclusive on a busy machine. A passed
+// bar stays passed.
 func (r *env) judge() {
 	for i := range r.Report.Bars {
 		if b := &r.Report.Bars[i]; b.Timed && !b.OK {
@@ -147,7 +147,7 @@ func newCluster(ctx context.Context, o *options, dir string) (*cluster, error) {
 
 func (c *cluster) objects() string { return filepath.Join(c.dir, "objects") }
 
-// start starts snapshotd, and does not wait for it to serve.
+// start starts snapshotd and returns before it serves.
 func (c *cluster) start(ctx context.Context) error {
 	var err error
 	if c.server, err = bench.StartSnapshotd(ctx, c.Snapshotd, c.dir, c.at, etcdRoot, fmt.Sprintf(`object_stores:
@@ -176,7 +176,7 @@ func (c *cluster) serve(ctx context.Context) error {
 	return c.server.WaitServing(ctx)
 }
 
-// stop ends snapshotd.
+// stop stops snapshotd.
 func (c *cluster) stop() {
 	if c.conn != nil {
 		_, _ = c.conn.Close(), c.client.Close()
@@ -188,7 +188,7 @@ func (c *cluster) stop() {
 	}
 }
 
-// close ends all of the cluster.
+// close stops snapshotd and etcd.
 func (c *cluster) close() {
 	c.stop()
 	if c.etcd != nil {

@@ -28,15 +28,15 @@ const (
 	maxRatio   = 1.2
 )
 
-// heapInterval is how often snapshotd's metrics are read while something goes on.
+// heapInterval is the interval of the readings of snapshotd's metrics.
 const heapInterval = 20 * time.Millisecond
 
-// timed adds a bar that a busy machine can miss.
+// timed adds a bar that depends on the load of the machine.
 func (r *env) timed(what, want, got string, ok bool) {
 	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok, Timed: true})
 }
 
-// counted adds a bar that it cannot.
+// counted adds a bar that does not depend on it.
 func (r *env) counted(what, want, got string, ok bool) {
 	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
 }
@@ -62,7 +62,7 @@ func (r *env) measure(ctx context.Context, dir string) error {
 		return fmt.Errorf("make %d snapshots: %w", r.snapshots, err)
 	}
 	filled := time.Since(begin)
-	// What Reclaim is to grant: in each round units that no snapshot ever held.
+	// The units that Reclaim grants: no snapshot has held them.
 	spare, err := register(ctx, many.client, col, r.units*(r.Rounds+1), full)
 	if err == nil {
 		err = bench.DropSegments(ctx, many.client, col.ref(), spare)
@@ -114,11 +114,11 @@ func (r *env) measure(ctx context.Context, dir string) error {
 	return r.beside(ctx, many, col, filepath.Join(dir, "none"))
 }
 
-// refsBytes is how large a references file in dir is, on average.
+// refsBytes returns the average size of a references file in dir.
 func refsBytes(dir string) (float64, error) {
 	list, err := filepath.Glob(filepath.Join(dir, "snapshots", "*", "*", manifest.RefsName))
 	if err != nil || len(list) == 0 {
-		return 0, errors.Join(err, errors.New("there are no references"))
+		return 0, errors.Join(err, errors.New("no references"))
 	}
 	sum := 0.0
 	for _, name := range list {
@@ -131,7 +131,7 @@ func refsBytes(dir string) (float64, error) {
 	return sum / float64(len(list)), nil
 }
 
-// scrape reads snapshotd's metrics, or nil while it does not answer.
+// scrape returns snapshotd's metrics, or nil while it does not respond.
 func (c *cluster) scrape(ctx context.Context) []byte {
 	text, err := bench.Get(ctx, "http://"+c.server.Metrics+"/metrics")
 	if err != nil {
@@ -140,11 +140,11 @@ func (c *cluster) scrape(ctx context.Context) []byte {
 	return text
 }
 
-// until reads snapshotd's metrics again and again until they are good, and
-// returns the most that it had on its heap meanwhile, garbage included, and the
-// processor time that it has taken since its start, in seconds.
+// until polls snapshotd's metrics until good returns true. It returns the maximum of
+// the heap meanwhile, garbage included, and the processor time since the start, in
+// seconds.
 func (c *cluster) until(ctx context.Context, good func(text []byte) (bool, error)) (heap, used float64, err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, errors.New("snapshotd did not get there in a minute"))
+	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, errors.New("snapshotd took longer than a minute"))
 	defer cancel()
 	tick := time.NewTicker(heapInterval)
 	defer tick.Stop()
@@ -170,7 +170,7 @@ func (c *cluster) until(ctx context.Context, good func(text []byte) (bool, error
 	}
 }
 
-// knows says whether all there is to know of n snapshots is known.
+// knows returns a condition: the references of n snapshots are known.
 func knows(n int) func(text []byte) (bool, error) {
 	return func(text []byte) (bool, error) {
 		known, err := bench.Sum(text, "snapshotd_references", `state="known"`)
@@ -185,7 +185,7 @@ func knows(n int) func(text []byte) (bool, error) {
 	}
 }
 
-// quiet waits until n snapshots are there and known, and none is being deleted.
+// quiet waits until n snapshots are known and none is in deletion.
 func (c *cluster) quiet(ctx context.Context, n int) error {
 	_, _, err := c.until(ctx, func(text []byte) (bool, error) {
 		deleting, err := bench.Sum(text, "snapshotd_snapshots", `state="deleting"`)
@@ -197,8 +197,8 @@ func (c *cluster) quiet(ctx context.Context, n int) error {
 	return err
 }
 
-// loads measures the start of a replica: from the start of the process until it
-// knows the references of all snapshots.
+// loads measures the time from the start of a replica until the references of all
+// snapshots are known.
 func (r *env) loads(ctx context.Context, c *cluster) error {
 	var times, heaps, uses []float64
 	for round := range r.Rounds + 1 {
@@ -248,7 +248,7 @@ func (r *env) loads(ctx context.Context, c *cluster) error {
 	return nil
 }
 
-// checksAlone has a worker load the references and look segments up.
+// checksAlone measures the load of the references and lookups in a worker process.
 func (r *env) checksAlone(ctx context.Context, c *cluster, col *collection) error {
 	self, err := os.Executable()
 	if err != nil {
@@ -311,7 +311,7 @@ func (r *env) checksAlone(ctx context.Context, c *cluster, col *collection) erro
 	return nil
 }
 
-// requests counts what etcd was asked.
+// requests counts the requests to etcd.
 type requests struct{ reads, txns, watch float64 }
 
 func (c *cluster) requests(ctx context.Context) (q requests, err error) {
@@ -335,7 +335,7 @@ func (c *cluster) requests(ctx context.Context) (q requests, err error) {
 	return q, nil
 }
 
-// asked is one Reclaim.
+// asked is the cost of one Reclaim.
 type asked struct {
 	took float64
 	requests
@@ -375,7 +375,7 @@ func (r *env) reclaimOnce(
 	return a, nil
 }
 
-// confirm says that the files of granted units are deleted.
+// confirm confirms the deletes of granted units.
 func (r *env) confirm(ctx context.Context, c *cluster, col *collection, ids []int64) (float64, error) {
 	begin := time.Now()
 	resp, err := c.reclaim.ConfirmReclaimed(
@@ -391,8 +391,7 @@ func (r *env) confirm(ctx context.Context, c *cluster, col *collection, ids []in
 	return took, err
 }
 
-// reclaims measures Reclaim of units that snapshots hold, and of such as none
-// does.
+// reclaims measures Reclaim of held units and of units without holders.
 func (r *env) reclaims(ctx context.Context, c *cluster, col *collection, spare []int64) error {
 	oldest := slices.Sorted(slices.Values(col.dropped)) // of full shape, as the spare ones
 	heldIDs := oldest[:min(r.units, len(oldest))]
@@ -489,7 +488,7 @@ func (r *env) reclaims(ctx context.Context, c *cluster, col *collection, spare [
 type turn struct{ create, created, drop, dropped float64 }
 
 func (c *cluster) turn(ctx context.Context, col *collection, name string, snapshots int) (t turn, err error) {
-	// What waits until this replica's references are as new as the call.
+	// CheckReferences waits until the replica's references are as new as the call.
 	known := func() error {
 		_, err := c.reclaim.CheckReferences(ctx, &snapshotdv1.CheckReferencesRequest{
 			Collection: col.ref(), Units: []*snapshotdv1.Unit{{Unit: &snapshotdv1.Unit_SegmentId{SegmentId: col.live[0]}}},
@@ -526,8 +525,8 @@ func (c *cluster) turn(ctx context.Context, col *collection, name string, snapsh
 	return t, c.quiet(ctx, snapshots)
 }
 
-// beside measures a create and a drop beside all the snapshots, and in another
-// cluster beside none.
+// beside measures a create and a drop beside all snapshots, and in another cluster
+// beside none.
 func (r *env) beside(ctx context.Context, many *cluster, col *collection, dir string) error {
 	none, err := newCluster(ctx, r.options, dir)
 	if none != nil {

@@ -25,8 +25,8 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object/file"
 )
 
-// The worker has the references in a process of its own, in which nothing else
-// is: it says what they take and how fast they are looked up.
+// The worker loads the references in a separate process without other work. It
+// measures their memory and the speed of lookups.
 
 type job struct {
 	Endpoint, Objects string
@@ -105,7 +105,7 @@ func heap() int64 {
 	return int64(m.HeapAlloc) //nolint:gosec // less than 2^63
 }
 
-// processorTime is what this process has taken so far, in seconds.
+// processorTime returns the processor time of this process, in seconds.
 func processorTime() float64 {
 	var u syscall.Rusage
 	if syscall.Getrusage(syscall.RUSAGE_SELF, &u) != nil {

@@ -30,18 +30,18 @@ const (
 	lastTimestamp  = firstTimestamp + 1<<40
 )
 
-// captured is a collection whose files lie in the store, with a snapshot.
+// captured is a collection with files in the store, and its snapshot.
 type captured struct {
 	prefix   string // of its root
-	set      string // under which the floor knows the files
+	set      string // the floor's name of the files
 	dir      string // of the files, below prefix
 	files    int
 	bytes    int64
 	snapshot int64
 }
 
-// capture writes a collection of segments with so many files of a size each, and
-// takes a snapshot of it. S3 is where the files are written.
+// capture creates a collection of segments with files files of a size each, written
+// to s3, and takes a snapshot of it.
 func (r *env) capture(ctx context.Context, s3 string, segments, files int, size int64) (*captured, error) {
 	name := r.Name()
 	c := &captured{prefix: "data/" + name + "/", set: name, files: segments * files, bytes: int64(segments*files) * size}
@@ -140,16 +140,15 @@ func (r *env) register(ctx context.Context, ref *snapshotdv1.CollectionRef, list
 	for from := 0; from < len(list); from += perMessage {
 		part := list[from:min(from+perMessage, len(list))]
 		if err := stream.Send(&snapshotdv1.AddSegmentsRequest{Collection: ref, Segments: part}); err != nil {
-			break // the answer says why
+			break // CloseAndRecv returns the cause
 		}
 	}
 	_, err = stream.CloseAndRecv()
 	return err
 }
 
-// restore restores a snapshot, and returns how many seconds it takes from the
-// call until etcd has said that the job is COMPLETED, and the id of the
-// collection.
+// restore restores a snapshot. It returns the seconds from the call until etcd shows
+// the job as COMPLETED, and the id of the new collection.
 func (r *env) restore(ctx context.Context, c *captured) (seconds float64, target int64, err error) {
 	ended, err := watchJobs(ctx, r.kv)
 	if err != nil {
@@ -182,7 +181,7 @@ func (r *env) restore(ctx context.Context, c *captured) (seconds float64, target
 	return at.Sub(begin).Seconds(), resp.GetCollectionId(), nil
 }
 
-// jobsEnd reports ended jobs, as soon as etcd does.
+// jobsEnd reports ended jobs by a watch of etcd.
 type jobsEnd struct {
 	stop func()
 	jobs chan endedJob

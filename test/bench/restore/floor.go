@@ -20,8 +20,8 @@ import (
 	"github.com/snapshotd/snapshotd/test/bench"
 )
 
-// The floor copies objects and does nothing else, in a process of its own, as
-// the subject is. It reads a job a line and answers a result a line.
+// The floor only copies objects, in a separate process like the subject. It reads
+// one job per line and writes one result per line.
 
 type job struct {
 	Op       string // put, or copy
@@ -39,7 +39,7 @@ type result struct {
 	ETags   []string
 }
 
-// floor is the parent's end.
+// floor is the parent's side.
 type floor struct {
 	process *bench.Process
 	out     *bufio.Reader
@@ -64,7 +64,7 @@ func (f *floor) do(ctx context.Context, j job) (*result, error) {
 	return r, nil
 }
 
-// floorChild is the child's end.
+// floorChild is the child's side.
 func floorChild(ctx context.Context, in io.Reader, out io.Writer) error {
 	f := &copier{stores: map[string]*s3.Store{}, sets: map[string][]object.Info{}, prefixes: map[string]string{}}
 	defer func() {
@@ -108,7 +108,7 @@ func (f *copier) do(ctx context.Context, j job, r *result) error {
 		}
 		f.stores[j.S3] = store
 	}
-	runtime.GC() // what the last job left is not this one's
+	runtime.GC() // no garbage of the last job
 	switch j.Op {
 	case "put":
 		return f.put(ctx, store, j, r)
@@ -118,7 +118,7 @@ func (f *copier) do(ctx context.Context, j job, r *result) error {
 	return fmt.Errorf("unknown job %q", j.Op)
 }
 
-// put writes objects, each of which differs from the others.
+// put writes objects with different contents.
 func (f *copier) put(ctx context.Context, store object.Store, j job, r *result) error {
 	const inFlight = 8
 	body := make([]byte, j.Size)

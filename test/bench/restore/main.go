@@ -1,11 +1,10 @@
 //go:build linux
 
-// Command restore measures how fast snapshots are restored, against the bars of
-// the project; docs/performance.md says how.
+// Command restore measures the speed of restores against the bars of the project:
+// see docs/performance.md.
 //
-// It runs etcd, an S3 server, snapshotd and what it compares that with, each in a
-// process of its own, in a directory of its own, and removes all of it at the
-// end.
+// It runs etcd, an S3 server, snapshotd and the programs of the comparison in a
+// separate process and directory each, and removes the directories at the end.
 package main
 
 import (
@@ -74,9 +73,9 @@ func parse(args []string) (*options, error) {
 	o.Parts.Flags(fs, partSmall, partMedium, partSegment, partLarge, partLatency, partMany)
 	fs.IntVar(&o.calls, "calls", 40, "restores of one segment in a round")
 	fs.IntVar(&o.segments, "segments", 100_000, "segments of the large job")
-	fs.DurationVar(&o.latency, "latency", 50*time.Millisecond, "what is added to each request for part latency")
-	fs.StringVar(&o.store, "objects", "/dev/shm", "where to make the directory of the S3 server")
-	fs.StringVar(&o.rclone, "rclone", ".bin/rclone", "rclone; empty: without it")
+	fs.DurationVar(&o.latency, "latency", 50*time.Millisecond, "delay of each request in part latency")
+	fs.StringVar(&o.store, "objects", "/dev/shm", "parent of the S3 server's directory")
+	fs.StringVar(&o.rclone, "rclone", ".bin/rclone", "rclone; empty: no comparison with it")
 	fs.StringVar(&o.profile, "profile", "", "directory for processor profiles of one restore of each part")
 	return o, bench.Parse(fs, args, o.check)
 }
@@ -100,11 +99,11 @@ type env struct {
 	proxy  *bench.Proxy
 	floor  *floor
 
-	server *bench.Snapshotd // that runs
+	server *bench.Snapshotd
 	client *client.Client
 }
 
-// objects is the directory in which versitygw keeps what has a prefix.
+// objects returns versitygw's directory of a prefix.
 func (r *env) objects(prefix string) string { return filepath.Join(r.data, "s3", bucket, prefix) }
 
 func run(ctx context.Context, args []string) (int, error) {
@@ -123,7 +122,7 @@ func run(ctx context.Context, args []string) (int, error) {
 	})
 }
 
-// measure starts the servers and makes the parts.
+// measure starts the servers and runs the parts.
 func (r *env) measure(ctx context.Context) error {
 	e, endpoint, err := bench.StartEtcd(ctx, r.Etcd, r.Root)
 	if err != nil {
@@ -162,7 +161,7 @@ func (r *env) measure(ctx context.Context) error {
 	)
 }
 
-// serve starts snapshotd on an S3 server, in place of the one that runs.
+// serve restarts snapshotd on an S3 server.
 func (r *env) serve(ctx context.Context, s3, root string, inFlight int) error {
 	r.stop()
 	settings := bench.OnS3(s3)
@@ -192,8 +191,8 @@ func (r *env) stop() {
 	}
 }
 
-// timed adds a bar that a busy machine can miss; floors are the rounds of what it
-// is measured against.
+// timed adds a bar that depends on the load of the machine. Floors are the rounds of
+// the comparison.
 func (r *env) timed(what, want, got string, ok bool, floors []float64) {
 	b := bench.Bar{What: what, Want: want, Got: got, OK: ok, Timed: true}
 	if !ok {
@@ -202,7 +201,7 @@ func (r *env) timed(what, want, got string, ok bool, floors []float64) {
 	r.Report.Bars = append(r.Report.Bars, b)
 }
 
-// counted adds a bar that it cannot.
+// counted adds a bar that does not depend on it.
 func (r *env) counted(what, want, got string, ok bool) {
 	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
 }

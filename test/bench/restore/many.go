@@ -42,12 +42,12 @@ const (
 	maxRecord   = 4 << 10
 	maxHeap     = 200 << 20
 	maxEach     = 0.0004 // seconds
-	maxWrites   = 2      // for a task, before its copying goes on
+	maxWrites   = 2      // per task, before it resumes copying
 )
 
 const manyRoot = etcdRoot + "-many"
 
-// manyJob is what the parent wants, manyResult what it gets.
+// manyJob is a request of the parent, manyResult its result.
 type manyJob struct {
 	Op       string // setup, restore, begin or resume
 	Segments int
@@ -61,19 +61,18 @@ type manyResult struct {
 	Snapshot, First int64
 	Job             int64
 	Seconds         float64
-	Heap            float64 // bytes, the most
+	Heap            float64 // bytes, the maximum
 	JobBytes        int     // of the largest record
 	TaskBytes       int
 	Files           int64
 
-	Tasks  int // that went on with copying
-	Writes int // the most for any of them before that
-	All    int // for all jobs and tasks, before the first file was copied
+	Tasks  int // resumed tasks
+	Writes int // maximum per task before it resumed
+	All    int // for all jobs and tasks, before the first copy
 }
 
-// many measures a job of many segments: what it takes of time and memory, how
-// large its records become, and what it costs to go on after the process was
-// killed.
+// many measures a job of many segments: its time and memory, the size of its
+// records, and the cost of resuming it after the process is killed.
 func (r *env) many(ctx context.Context) error {
 	r.stop()
 	bits := filepath.Join(r.Root, "many")
@@ -108,7 +107,7 @@ func (r *env) many(ctx context.Context) error {
 			all.TaskBytes,
 			res.TaskBytes,
 		)
-		if r.Since() > r.Bound-5*time.Minute { // what is left is for the restart
+		if r.Since() > r.Bound-5*time.Minute { // the rest is for the restart
 			break
 		}
 	}
@@ -137,7 +136,7 @@ func (r *env) many(ctx context.Context) error {
 	return r.restart(ctx, &c, bits, task, bench.Median(times))
 }
 
-// restart kills the process in the middle of a job and has another go on with it.
+// restart kills the process in the middle of a job and resumes it in another.
 func (r *env) restart(ctx context.Context, c **manyProcess, bits string, task manyJob, usual float64) error {
 	task.Op = "begin"
 	begun := &manyResult{}
@@ -184,7 +183,7 @@ func (r *env) restart(ctx context.Context, c **manyProcess, bits string, task ma
 	return nil
 }
 
-// unfinished returns how many tasks of a job are not done.
+// unfinished returns the number of unfinished tasks of a job.
 func (r *env) unfinished(ctx context.Context, job int64) (left int, err error) {
 	kv, err := openEtcd(r.etcdAt, manyRoot)
 	if err != nil {
@@ -207,7 +206,7 @@ func (r *env) unfinished(ctx context.Context, job int64) (left int, err error) {
 	return left, err
 }
 
-// manyProcess is the parent's end.
+// manyProcess is the parent's side.
 type manyProcess struct {
 	process *bench.Process
 	out     *bufio.Reader
@@ -231,8 +230,8 @@ func (p *manyProcess) do(ctx context.Context, j manyJob, res *manyResult) error 
 	return nil
 }
 
-// manyChild is the child's end: a replica on an object store that is in memory
-// and has all files of the source.
+// manyChild is the child's side: a replica on an object store in memory with all
+// files of the source.
 func manyChild(ctx context.Context, endpoint, bits string, in io.Reader, out io.Writer) error {
 	inner, err := openEtcd(endpoint, manyRoot)
 	if err != nil {
@@ -405,7 +404,7 @@ func (d *many) restore(ctx context.Context, j manyJob, res *manyResult) error {
 	return nil
 }
 
-// resume waits for the end of a job that another process began.
+// resume waits for the end of a job of another process.
 func (d *many) resume(ctx context.Context, j manyJob, res *manyResult) error {
 	ended, err := watchJobs(ctx, d.kv)
 	if err != nil {
@@ -435,8 +434,8 @@ func completed(ctx context.Context, ended *jobsEnd, id, files int64) (time.Time,
 	return at, err
 }
 
-// watchHeap watches the heap until its result is called, which returns the
-// maximum, garbage included.
+// watchHeap samples the heap until its result is called. That returns the maximum,
+// garbage included.
 func watchHeap(ctx context.Context) (peak func() float64) {
 	ctx, cancel := context.WithCancel(ctx)
 	most := make(chan float64, 1)
@@ -462,12 +461,12 @@ func watchHeap(ctx context.Context) (peak func() float64) {
 	}
 }
 
-// counting counts the writes for jobs and tasks, and notes how large they are.
+// counting counts the writes for jobs and tasks and records their maximum size.
 type counting struct {
 	meta.KV
 	job, task atomic.Int64 // bytes of the largest record
 	all       atomic.Int64 // writes for jobs, tasks and workers
-	first     atomic.Int64 // those before the first copy
+	first     atomic.Int64 // 1 more than all before the first copy
 	tasks     [1 << 14]struct {
 		writes, frozen atomic.Int64 // frozen: 1 more than the writes before its first copy
 	}
@@ -515,7 +514,7 @@ func atLeast(a *atomic.Int64, n int64) {
 	}
 }
 
-// freeze notes that a file of a segment is about to be copied.
+// freeze records the counts before the first copy of a segment's task.
 func (c *counting) freeze(ordinal int64) {
 	if c.first.Load() == 0 {
 		c.first.CompareAndSwap(0, c.all.Load()+1)

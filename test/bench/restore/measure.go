@@ -23,7 +23,7 @@ const (
 	minLarge        = 2 // times the throughput of one request
 	maxSegment      = 0.060
 	maxSegmentP99   = 0.150
-	minDelayed      = 0.88 // of what the requests in flight could do
+	minDelayed      = 0.88 // of the maximum of the requests in flight
 	maxRequests     = 1.02 // for an object
 )
 
@@ -39,8 +39,8 @@ const (
 	bytesPerSecond                          = 100 << 20 // of a request
 )
 
-// concurrencies is how many objects at once the floor and rclone may copy: each has that
-// of them with which it is the fastest, there and back.
+// concurrencies are the numbers of concurrent objects of the floor and rclone, of which the
+// fastest is used; each is tried up and down.
 var concurrencies = []int{8, 16, 32}
 
 // tables in the order of the report
@@ -123,7 +123,7 @@ func (r *env) small(ctx context.Context) error {
 	})
 }
 
-// medium measures larger ones.
+// medium measures larger objects.
 func (r *env) medium(ctx context.Context) error {
 	return r.throughput(ctx, &class{
 		name:     partMedium,
@@ -136,13 +136,13 @@ func (r *env) medium(ctx context.Context) error {
 	})
 }
 
-// class is objects of one size.
+// class is a set of objects of one size.
 type class struct {
 	name, title     string
 	segments, files int
 	size            int64
 	floor, rclone   float64 // the bars
-	requests        bool    // are counted
+	requests        bool    // counts the requests
 
 	from *captured
 }
@@ -241,8 +241,8 @@ func (r *env) judge(c *class, times [][]float64, floorAt, rcloneAt int) {
 	r.table(tableCopy).Add(row...)
 }
 
-// best concurrencies a variant at each number of objects in flight, and returns the one
-// that is the fastest.
+// best measures a variant with each number of objects in flight and returns the
+// fastest number.
 func (r *env) best(ctx context.Context, c *class, with func(inFlight int) *variant) (int, error) {
 	sums := map[int]float64{}
 	up, down := slices.Clone(concurrencies), slices.Clone(concurrencies)
@@ -259,7 +259,7 @@ func (r *env) best(ctx context.Context, c *class, with func(inFlight int) *varia
 	return slices.MinFunc(concurrencies, func(a, b int) int { return cmp.Compare(sums[a], sums[b]) }), nil
 }
 
-// once copies a class, looks whether all is there, and removes it.
+// once copies a class, checks that the copy is complete, and removes it.
 func (r *env) once(ctx context.Context, c *class, v *variant) (float64, error) {
 	took, made, err := v.run(ctx)
 	if err != nil {
@@ -440,7 +440,7 @@ func (r *env) large(ctx context.Context) error {
 	return r.discard(from.prefix, 1)
 }
 
-// pace is how long a request takes at least: the first byte, and what it copies.
+// pace returns the minimum duration of a request: the first byte and its copy.
 func pace(q *http.Request) time.Duration {
 	var bytes int64
 	if q.Header.Get("X-Amz-Copy-Source") != "" {
@@ -453,8 +453,7 @@ func pace(q *http.Request) time.Duration {
 	return firstByte + time.Duration(float64(bytes)/bytesPerSecond*float64(time.Second))
 }
 
-// delayed measures how well a restore fills the requests that it may have in
-// flight, when each takes long.
+// delayed measures how well a restore uses its requests in flight when each is slow.
 func (r *env) delayed(ctx context.Context) error {
 	s3, err := startMemoryS3(ctx, r.Root)
 	if err != nil {
@@ -537,8 +536,7 @@ func (r *env) delayed(ctx context.Context) error {
 	return nil
 }
 
-// profiled writes a processor profile of snapshotd while fn runs, if profiles are
-// wanted.
+// profiled calls fn, with a processor profile of snapshotd if profiles are on.
 func (r *env) profiled(ctx context.Context, name string, fn func() error) error {
 	if r.profile == "" {
 		return nil

@@ -47,8 +47,8 @@ func startRclone(ctx context.Context, bin, dir, s3 string) (*rclone, error) {
 	return c, nil
 }
 
-// fs is how rclone names a prefix. Whatever is not needed is left out: no look
-// whether the bucket exists, no times of modification.
+// fs returns rclone's name of a prefix, without optional work: no check of the
+// bucket, no modification times.
 func (c *rclone) fs(prefix string) string {
 	return fmt.Sprintf(
 		`:s3,provider=Other,access_key_id=%s,secret_access_key=%s,endpoint="http://%s",`+
@@ -61,7 +61,7 @@ func (c *rclone) fs(prefix string) string {
 	)
 }
 
-// copy copies all below a prefix, and returns the seconds that it took.
+// copy copies a prefix and returns the duration in seconds.
 func (c *rclone) copy(ctx context.Context, from, to string, inFlight int) (float64, error) {
 	body, err := json.Marshal(map[string]any{
 		"srcFs": c.fs(from), "dstFs": c.fs(to),

@@ -22,14 +22,14 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object/file"
 )
 
-// files is how many files a segment of the large job has, the last two of them of
-// an index build.
+// files is the number of files of a segment of the large job. The last buildFiles
+// belong to an index build.
 const (
 	files      = 12
 	buildFiles = 2
 )
 
-// newSegment makes a segment. All of it follows from its ids.
+// newSegment returns a segment that its ids determine.
 func newSegment(collection, partition, index, id, build int64) segment.Segment {
 	s := segment.Segment{
 		ID:             id,
@@ -87,9 +87,9 @@ func etagOf(id int64, n int) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// virtual is an object store in memory. Of the files of segments it keeps a bit
-// each, in a file that outlives the process: all else follows from the ids. The
-// snapshot's own objects are files.
+// virtual is an object store in memory. It has one bit per file of a segment, in a
+// file that outlives the process; the ids determine the rest. Objects of snapshots
+// are files.
 type virtual struct {
 	object.Store
 	onCopy func(ordinal int64)
@@ -132,10 +132,10 @@ func openVirtual(name string) (*virtual, error) {
 	}, nil
 }
 
-// use says which segments there are.
+// use sets the first source segment.
 func (v *virtual) use(first int64, _ int) { v.first = first }
 
-// forget forgets all copies.
+// forget removes all copies.
 func (v *virtual) forget() {
 	clear(v.table)
 	*v.header = [2]int64{}
@@ -165,7 +165,7 @@ func (v *virtual) Copy(_ context.Context, r object.CopyRequest) (object.Info, er
 	return object.Info{Key: r.To, Size: r.Size, ETag: r.SourceETag}, nil
 }
 
-// learn notes the first of the ids that belong to the ordinals.
+// learn records the id of ordinal 0.
 func (*virtual) learn(first *int64, id string, ordinal int64) {
 	if atomic.LoadInt64(first) == 0 {
 		if n, err := strconv.ParseInt(id, 10, 64); err == nil {
@@ -214,7 +214,7 @@ func (v *virtual) List(ctx context.Context, prefix string) iter.Seq2[object.Info
 // Head implements [object.Store].
 func (v *virtual) Head(ctx context.Context, key string) (object.Info, error) {
 	if parts := strings.Split(key, "/"); len(parts) == 8 && parts[0] == "data" {
-		return object.Info{}, fmt.Errorf("head %s: %w: not asked for by who lists", key, object.ErrNotFound)
+		return object.Info{}, fmt.Errorf("head %s: %w: listed stores get no HEAD", key, object.ErrNotFound)
 	}
 	return v.Store.Head(ctx, key)
 }
