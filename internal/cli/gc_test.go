@@ -404,9 +404,9 @@ More: snapshotctl explain --collection '#7' 101
 		{
 			"an object that does not exist", "gc explain snapshots/7/42/x --store default",
 			map[string][]any{"ExplainObject": {&snapshotdv1.ExplainObjectResponse{
-				Reason: "There is no such object. If there were: it would go",
+				Reason: "No such object. If it existed: the next sweep deletes it",
 			}}},
-			result{out: "\nsnapshots/7/42/x: unknown\nThere is no such object. If there were: it would go\n"},
+			result{out: "\nsnapshots/7/42/x: unknown\nNo such object. If it existed: the next sweep deletes it\n"},
 		},
 		{
 			"a file of an index build, whose holder the reason names", "gc explain engine/7/8/101/x",

@@ -127,19 +127,19 @@ func TestOrphans(t *testing.T) {
 		leftover := []string{path(gone), fmt.Sprintf("data/%d/0/%d/index/%d/100-1", col.ID, gone, gone)}
 		left := map[string]string{
 			fmt.Sprintf("data/%d/0/%d/insert/100/99", col.ID,
-				fresh.ID): fmt.Sprintf("not registered; it is where segment %d has its files, and stays as long as that "+
-				"segment or a snapshot of it does", fresh.ID),
-			fmt.Sprintf("data/%d/0/%d/index/1", other.ID, gone): "not a path of a segment of the collection: left alone",
-			path(1 << 40): fmt.Sprintf("it carries id %d, which was never handed out: left alone", int64(1)<<40),
-			"data/README": "not a path of a segment of the collection: left alone",
+				fresh.ID): fmt.Sprintf("not registered, at the place of segment %d: it stays as long as the "+
+				"segment or a snapshot of it", fresh.ID),
+			fmt.Sprintf("data/%d/0/%d/index/1", other.ID, gone): "not a path of a segment of the collection: not deleted",
+			path(1 << 40): fmt.Sprintf("its id %d was never allocated: not deleted", int64(1)<<40),
+			"data/README": "not a path of a segment of the collection: not deleted",
 			fmt.Sprintf("data/%d/1099511627776/%d/insert/100/1", col.ID,
-				gone): fmt.Sprintf("it carries id %d, which was never handed out: left alone", int64(1)<<40),
+				gone): fmt.Sprintf("its id %d was never allocated: not deleted", int64(1)<<40),
 		}
 		w.write(leftover...)
 		for key := range left {
 			w.write(key)
 		}
-		reason := fmt.Sprintf("! no segment, unit or snapshot knows it; segment %d is not there", gone)
+		reason := fmt.Sprintf("! no segment, unit or snapshot has it; segment %d does not exist", gone)
 		want := map[string]string{
 			leftover[0]: reason + "; younger than orphan_grace, which is 24h0m0s",
 			leftover[1]: reason + "; younger than orphan_grace, which is 24h0m0s",
@@ -209,7 +209,7 @@ func TestOrphansOfRestores(t *testing.T) {
 			t.Errorf("got %v", got)
 		}
 		e, err := r.Collector().Explain(t.Context(), "default", index)
-		if want := fmt.Sprintf("restore job %d may be writing it: it stays as long as that runs", job.ID); err != nil ||
+		if want := fmt.Sprintf("restore job %d may be writing it: it stays until the job ends", job.ID); err != nil ||
 			!e.Kept || e.Reason != want {
 			t.Errorf("%+v, want %q, err = %v", e, want, err)
 		}
@@ -287,7 +287,7 @@ func TestExplain(t *testing.T) {
 		of := func(s segment.Segment) string { return fmt.Sprintf("file of segment %d of collection %s", s.ID, name) }
 		for key, want := range map[string]collect.Explanation{
 			file(live): {
-				Exists: true, Kept: true, What: of(live), Reason: "the segment lives", Collection: col.ID, Segment: live.ID,
+				Exists: true, Kept: true, What: of(live), Reason: "the segment is live", Collection: col.ID, Segment: live.ID,
 				Snapshots: holder, Holders: 2,
 			},
 			"data/shared/stats": {
@@ -296,40 +296,40 @@ func TestExplain(t *testing.T) {
 			},
 			file(dropped): {
 				Exists: true, What: of(dropped),
-				Reason: "it was dropped at " + drop + " and nothing holds it: the collector takes it once the tolerance " +
-					"is over",
+				Reason:     "dropped at " + drop + ", without holders: the collector deletes it after the tolerance",
 				Collection: col.ID, Segment: dropped.ID, Unit: dropped.ID,
 			},
 			file(held): {
-				Exists: true, Kept: true, What: of(held), Reason: "it was dropped at " + drop + ` and is held by snapshot "one"`,
+				Exists: true, Kept: true, What: of(held), Reason: "dropped at " + drop + `, held by snapshot "one"`,
 				Collection: col.ID, Segment: held.ID, Unit: held.ID, Snapshots: holder, Holders: 1,
 			},
 			file(granted): {
-				Exists: true, What: of(granted), Reason: `the unit was granted to "tester" at ` + drop + ", who deletes it",
+				Exists: true, What: of(granted),
+				Reason:     `the unit was granted to caller "tester" at ` + drop + ", which deletes it",
 				Collection: col.ID, Segment: granted.ID, Unit: granted.ID,
 			},
 			fmt.Sprintf("data/%d/0/%d/insert/100/1", col.ID, orphan): {
 				Exists: true, Kept: true, What: "orphan under a root of collection " + name, Collection: col.ID,
-				Reason: fmt.Sprintf("no segment, unit or snapshot knows it; segment %d is not there; nothing deletes it but a "+
-					"call to delete the orphans of the collection", orphan),
+				Reason: fmt.Sprintf("no segment, unit or snapshot has it; segment %d does not exist; only a request to "+
+					"delete the orphans of the collection deletes it", orphan),
 			},
 			stray: {
 				Exists: true, Kept: true, What: "object under a root of collection " + name, Collection: col.ID,
-				Reason: fmt.Sprintf("not registered; it is where segment %d has its files, and stays as long as that segment "+
-					"or a snapshot of it does", live.ID),
+				Reason: fmt.Sprintf("not registered, at the place of segment %d: it stays as long as the segment "+
+					"or a snapshot of it", live.ID),
 			},
 			"elsewhere/x": {
 				Exists: true, Kept: true, What: "foreign object",
-				Reason: "it is under no root of a collection: left alone",
+				Reason: "under no root of a collection: not deleted",
 			},
 			"elsewhere/y": {
 				Kept: true, What: "foreign object",
-				Reason: "There is no such object. If there were: it is under no root of a collection: left alone",
+				Reason: "No such object. If it existed: under no root of a collection: not deleted",
 			},
 			lost: {
 				Exists: true, Kept: true, What: fmt.Sprintf("object of snapshot %d", orphan),
 				Collection: col.ID, Snapshot: orphan,
-				Reason: fmt.Sprintf("there is no snapshot %d any more; a sweep deletes it in 24h0m0s", orphan),
+				Reason: fmt.Sprintf("snapshot %d does not exist; a sweep deletes it in 24h0m0s", orphan),
 			},
 			manifest.RefsKey(col.ID, s.ID): {
 				Exists: true, Kept: true, What: fmt.Sprintf("object of snapshot %d", s.ID), Reason: `snapshot "one" is committed`,
@@ -337,15 +337,15 @@ func TestExplain(t *testing.T) {
 			},
 			"snapshots/README": {
 				Exists: true, Kept: true, What: "foreign object under a prefix of snapshotd's own",
-				Reason: "not a name that snapshotd writes: left alone",
+				Reason: "not a name of snapshotd: not deleted",
 			},
 			"gc/epoch/1.json": {
 				Exists: true, Kept: true, What: "foreign object under a prefix of snapshotd's own",
-				Reason: "not a name that snapshotd writes: left alone",
+				Reason: "not a name of snapshotd: not deleted",
 			},
 			note: {
-				Exists: true, Kept: true, What: "note of how far the metadata store has come",
-				Reason: "the newest two stay; they show when the metadata store has gone back in time",
+				Exists: true, Kept: true, What: "heartbeat of the metadata store",
+				Reason: "the newest two heartbeats stay; they reveal a metadata rollback",
 			},
 		} {
 			got, err := r.Collector().Explain(t.Context(), "default", key)
@@ -386,23 +386,25 @@ func TestExplainWithoutAllReferences(t *testing.T) {
 		r = w.forget(r, "b")
 		drop := time.Now().UTC().Format(time.RFC3339)
 		holder := []gc.SnapshotHolder{{ID: s.ID, Name: "readable"}}
-		unread := fmt.Sprintf(`; not all that hold it are known: references of a snapshot cannot be read: snapshot `+
+		unread := fmt.Sprintf(`; some holders are unknown: references of a snapshot cannot be read: snapshot `+
 			`"unreadable" (%d): `, bad.ID)
 		for name, tc := range map[string]struct {
 			of   segment.Segment
 			want collect.Explanation // without the truncated part of its reason
 		}{
-			"live": {live, collect.Explanation{Kept: true, Reason: "the segment lives" + unread, Snapshots: holder, Holders: 2}},
+			"live": {live, collect.Explanation{
+				Kept: true, Reason: "the segment is live" + unread, Snapshots: holder, Holders: 2,
+			}},
 			"held by one that is readable": {held, collect.Explanation{
-				Kept: true, Reason: "it was dropped at " + drop + ` and is held by snapshot "readable"` + unread, Unit: held.ID,
+				Kept: true, Reason: "dropped at " + drop + `, held by snapshot "readable"` + unread, Unit: held.ID,
 				Snapshots: holder, Holders: 1,
 			}},
 			"held by the other": {lost, collect.Explanation{
-				Kept: true, Reason: "it was dropped at " + drop + " and stays until its holders are known" + unread,
+				Kept: true, Reason: "dropped at " + drop + ", stays until its holders are known" + unread,
 				Unit: lost.ID,
 			}},
 			"granted": {granted, collect.Explanation{
-				Reason: `the unit was granted to "tester" at ` + drop + ", who deletes it",
+				Reason: `the unit was granted to caller "tester" at ` + drop + ", which deletes it",
 				Unit:   granted.ID,
 			}},
 		} {
@@ -450,10 +452,10 @@ func TestExplainUncollectedObjects(t *testing.T) {
 			by        *replica
 			key, want string
 		}{
-			{r, key, "but the last round stopped in this collection, in which 100 of 100 units and segments would go: see " +
+			{r, key, "the last cycle stopped in this collection: 100 of 100 units and segments are eligible; see " +
 				"`snapshotctl gc status`, then `snapshotctl gc run`"},
-			{off, key, "the collector is off, so it goes with `snapshotctl gc run`, once the tolerance is over"},
-			{off, dead, "the collector is off, so it goes with `snapshotctl gc run --sweep`"},
+			{off, key, "the collector is off: `snapshotctl gc run` deletes it after the tolerance"},
+			{off, dead, "the collector is off: `snapshotctl gc run --sweep` deletes it"},
 		} {
 			if e, err := tc.by.Collector().Explain(t.Context(), "default", tc.key); err != nil ||
 				!e.Kept || !strings.HasSuffix(e.Reason, tc.want) {

@@ -117,10 +117,10 @@ func (y *cycle) finishParts(ctx context.Context, plans map[int64]*plan) (errs []
 		}
 		item := Item{
 			Kind: ItemPartition, Action: Deletes, Collection: part.Collection, ID: part.ID, Name: part.Name,
-			Reason: "dropped; its segments become units, each of which waits for itself",
+			Reason: "dropped; its segments become units with a tolerance of their own",
 		}
 		if part.Index {
-			item.Kind, item.Reason = ItemIndex, "dropped; its builds become units, each of which waits for itself"
+			item.Kind, item.Reason = ItemIndex, "dropped; its builds become units with a tolerance of their own"
 		}
 		if !y.o.DryRun {
 			units, err := y.c.catalog.FinishChild(ctx, part)

@@ -20,9 +20,9 @@ func (y *cycle) reportPlan(ctx context.Context, p *plan) error {
 	if err != nil || p.stopped || !p.expired || granted < p.units {
 		return err
 	}
-	reason := y.droppedAgo(p.drop) + ", and nothing is left of it"
+	reason := y.droppedAgo(p.drop) + ", nothing of it is left"
 	if granted > 0 {
-		reason = y.droppedAgo(p.drop) + "; goes when the last of its files is deleted"
+		reason = y.droppedAgo(p.drop) + "; removed after its last file"
 	}
 	return y.reportRemoved(p, reason)
 }
@@ -59,7 +59,7 @@ func (y *cycle) reportUnit(col *catalog.Collection, p *plan, id int64, answer *g
 		}
 	}
 	if p.stopped {
-		return y.reportDryRun(item, Stops, y.droppedAgo(item.DropTime)+", and no snapshot holds it; it would go with force")
+		return y.reportDryRun(item, Stops, y.droppedAgo(item.DropTime)+", and no snapshot holds it; deleted only with force")
 	}
 	return y.reportGranted(item)
 }

@@ -70,7 +70,7 @@ func (y *cycle) reportStop(p *plan) error {
 	y.mu.Unlock()
 	item := p.item()
 	item.Action, item.DropTime = Stops, time.Time{}
-	item.Reason = fmt.Sprintf("%d of %d units and segments would go, more than %s",
+	item.Reason = fmt.Sprintf("%d of %d units and segments are eligible, more than %s",
 		p.stop.Eligible, p.stop.Total, percent(y.c.o.MaxShare))
 	return y.report(item)
 }
@@ -197,7 +197,7 @@ func (y *cycle) finishCollection(ctx context.Context, p *plan) error {
 		return err // without an error its last files are still being deleted
 	}
 	y.c.log.Info("dropped collection removed", zap.Int64("collection", p.id), zap.String("name", p.name))
-	return y.reportRemoved(p, y.droppedAgo(p.drop)+", and nothing is left of it")
+	return y.reportRemoved(p, y.droppedAgo(p.drop)+", nothing of it is left")
 }
 
 // reportRemoved counts and reports a collection that is removed, or would be.

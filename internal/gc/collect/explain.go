@@ -57,7 +57,7 @@ func (c *Collector) Explain(ctx context.Context, store, key string) (Explanation
 		return Explanation{}, fmt.Errorf("explain %s of store %s: %w", key, store, err)
 	}
 	if !e.Exists {
-		e.Reason = "There is no such object. If there were: " + e.Reason
+		e.Reason = "No such object. If it existed: " + e.Reason
 	}
 	return e, nil
 }
@@ -69,24 +69,24 @@ func (c *Collector) explainOwn(
 	s := subjectOf(key)
 	switch {
 	case isHeartbeat(key):
-		e.What = "note of how far the metadata store has come"
-		e.Reason = "the newest two stay; they show when the metadata store has gone back in time"
+		e.What = "heartbeat of the metadata store"
+		e.Reason = "the newest two heartbeats stay; they reveal a metadata rollback"
 		return nil
 	case s.own:
 		e.What = "identity of the object store"
 		e.Reason = "replicas compare it with the metadata store; it is never deleted"
 		return nil
 	case s.id == 0 && !strings.HasPrefix(key, snapshotsPrefix) && !strings.HasPrefix(key, gcPrefix):
-		e.What, e.Reason = "probe of what the object store can do", "the probing process deletes it"
+		e.What, e.Reason = "probe of the object store", "the probing process deletes it"
 		return nil
 	case s.id == 0:
-		e.What, e.Reason = "foreign object under a prefix of snapshotd's own", "not a name that snapshotd writes: left alone"
+		e.What, e.Reason = "foreign object under a prefix of snapshotd's own", "not a name of snapshotd: not deleted"
 		return nil
 	}
 	e.Collection = s.collection
 	switch {
 	case s.unit:
-		e.What, e.Unit = fmt.Sprintf("record of the parked unit %d", s.id), s.id
+		e.What, e.Unit = fmt.Sprintf("record of the spilled unit %d", s.id), s.id
 	case s.job:
 		e.What = fmt.Sprintf("pinned ETags of source files of restore job %d", s.id)
 	default:
@@ -112,7 +112,7 @@ func (c *Collector) explainOwn(
 		return nil
 	}
 	if c.o.Off {
-		e.Reason += "; the collector is off, so it goes with `snapshotctl gc run --sweep`"
+		e.Reason += "; the collector is off: `snapshotctl gc run --sweep` deletes it"
 		return nil
 	}
 	if e.Exists {
@@ -139,7 +139,7 @@ func (c *Collector) explainSnapshot(ctx context.Context, id int64, e *Explanatio
 	}
 	rec := &storagev1.Snapshot{}
 	if err := record.Decode(kv, rec); err != nil {
-		e.Reason = fmt.Sprintf("the record of the snapshot cannot be read, so it stays: %v", err)
+		e.Reason = fmt.Sprintf("the record of the snapshot is unreadable, the object stays: %v", err)
 		return true, nil
 	}
 	switch snapshot.State(rec.GetState()) {
@@ -149,7 +149,7 @@ func (c *Collector) explainSnapshot(ctx context.Context, id int64, e *Explanatio
 		e.Reason = fmt.Sprintf("snapshot %q is committed", rec.GetName())
 	case snapshot.Deleting:
 		e.Kept = false
-		e.Reason = fmt.Sprintf("snapshot %q was dropped, expired or given up, and is being deleted", rec.GetName())
+		e.Reason = fmt.Sprintf("snapshot %q was dropped, expired or abandoned; its deletion is in progress", rec.GetName())
 		return true, nil
 	default:
 		e.Reason = fmt.Sprintf("snapshot %q is in state %d, of a newer release", rec.GetName(), rec.GetState())
@@ -166,7 +166,7 @@ func (c *Collector) explainFile(ctx context.Context, store, key string, e *Expla
 	}
 	owners := roots.of(store, key)
 	if len(owners) == 0 {
-		e.What, e.Reason = "foreign object", "it is under no root of a collection: left alone"
+		e.What, e.Reason = "foreign object", "under no root of a collection: not deleted"
 		return nil
 	}
 	for _, o := range owners {
@@ -201,26 +201,26 @@ func (c *Collector) explainOwned(ctx context.Context, o ownership, e *Explanatio
 	e.Snapshots, e.Holders = a.Snapshots, a.Holders
 	switch a.State {
 	case gc.Live:
-		e.Reason = "the segment lives"
+		e.Reason = "the segment is live"
 	case gc.Granted:
 		granted := a.Tombstone.GrantTime.Format(time.RFC3339)
-		e.Kept, e.Reason = false, fmt.Sprintf("the unit was granted at %s and is being deleted", granted)
+		e.Kept, e.Reason = false, fmt.Sprintf("the unit was granted at %s; the collector deletes it", granted)
 		if a.Tombstone.Deleter == gc.ByCaller {
-			e.Reason = fmt.Sprintf("the unit was granted to %q at %s, who deletes it", a.Tombstone.Caller, granted)
+			e.Reason = fmt.Sprintf("the unit was granted to caller %q at %s, which deletes it", a.Tombstone.Caller, granted)
 		}
 	case gc.Dropped:
 		if err := c.explainDropped(ctx, o.col, owner, &a, unknown, e); err != nil {
 			return false, err
 		}
 	case gc.Unknown:
-		e.Reason = "it is changing right now: ask again"
+		e.Reason = "the unit is changing: retry"
 	}
 	if unknown != nil && a.State != gc.Granted {
-		e.Reason += fmt.Sprintf("; not all that hold it are known: %v", unknown)
+		e.Reason += fmt.Sprintf("; some holders are unknown: %v", unknown)
 	}
 	if !owner.Owned && a.State != gc.Live {
 		e.Kept = true
-		e.Reason += "; but it is not at the place of that segment alone, so it is never deleted"
+		e.Reason += "; its path is not unique to that segment: it is never deleted"
 	}
 	return true, nil
 }
@@ -236,15 +236,15 @@ func (c *Collector) explainDropped(
 	}
 	switch {
 	case e.Holders > 0:
-		e.Reason = fmt.Sprintf("it was dropped%s and is held by %s", since, holdersText(a))
+		e.Reason = fmt.Sprintf("dropped%s, held by %s", since, holdersText(a))
 	case unknown != nil:
-		e.Reason = fmt.Sprintf("it was dropped%s and stays until its holders are known", since)
+		e.Reason = fmt.Sprintf("dropped%s, stays until its holders are known", since)
 	default:
 		kept, reason, err := c.explainReclaim(ctx, col)
 		if err != nil {
 			return err
 		}
-		e.Kept, e.Reason = kept, fmt.Sprintf("it was dropped%s and nothing holds it: %s", since, reason)
+		e.Kept, e.Reason = kept, fmt.Sprintf("dropped%s, without holders: %s", since, reason)
 	}
 	return nil
 }
@@ -255,7 +255,7 @@ func (c *Collector) explainReclaim(
 	ctx context.Context, col *catalog.Collection,
 ) (kept bool, reason string, err error) {
 	if c.o.Off {
-		return true, "the collector is off, so it goes with `snapshotctl gc run`, once the tolerance is over", nil
+		return true, "the collector is off: `snapshotctl gc run` deletes it after the tolerance", nil
 	}
 	kv, found, _, err := c.kv.Get(ctx, keys.Cycle)
 	if err != nil {
@@ -268,12 +268,12 @@ func (c *Collector) explainReclaim(
 		}
 		for _, stop := range rec.GetStops() {
 			if stop.GetCollectionId() == col.ID {
-				return true, fmt.Sprintf("but the last round stopped in this collection, in which %d of %d units and segments "+
-					"would go: see `snapshotctl gc status`, then `snapshotctl gc run`", stop.GetDue(), stop.GetTotal()), nil
+				return true, fmt.Sprintf("the last cycle stopped in this collection: %d of %d units and segments are "+
+					"eligible; see `snapshotctl gc status`, then `snapshotctl gc run`", stop.GetDue(), stop.GetTotal()), nil
 			}
 		}
 	}
-	return false, "the collector takes it once the tolerance is over", nil
+	return false, "the collector deletes it after the tolerance", nil
 }
 
 // buildOf returns the index build that a file is or was part of, from the record of its
@@ -368,7 +368,7 @@ func (c *Collector) explainUnknown(
 	switch {
 	case errors.Is(err, gc.ErrLoading), errors.Is(err, gc.ErrUnreadable), errors.Is(err, epoch.ErrRolledBack):
 		e.What = fmt.Sprintf("object under a root of collection %s", first)
-		e.Reason = fmt.Sprintf("its holders are unknown, so it stays: %v", err)
+		e.Reason = fmt.Sprintf("its holders are unknown, it stays: %v", err)
 		return nil
 	case err != nil:
 		return err
@@ -382,7 +382,7 @@ func (c *Collector) explainUnknown(
 	}
 	e.Reason = reason
 	if deletable {
-		e.Reason += "; nothing deletes it but a call to delete the orphans of the collection"
+		e.Reason += "; only a request to delete the orphans of the collection deletes it"
 	}
 	return nil
 }
@@ -408,13 +408,13 @@ func (c *Collector) explainElsewhere(
 		if owner != 0 {
 			e.Collection, e.Segment, e.Holders = o.col.ID, owner, 1
 			e.What = fmt.Sprintf("file of segment %d of collection %s", owner, o.col)
-			e.Reason = "the segment lives"
+			e.Reason = "the segment is live"
 			return nil
 		}
 	}
 	e.What = fmt.Sprintf("object under a root of collection %s", owners[0].col)
 	if job != 0 {
-		e.Reason = fmt.Sprintf("restore job %d may be writing it: it stays as long as that runs", job)
+		e.Reason = fmt.Sprintf("restore job %d may be writing it: it stays until the job ends", job)
 		return nil
 	}
 	for _, o := range owners {
@@ -425,13 +425,13 @@ func (c *Collector) explainElsewhere(
 			}
 			if _, n := c.refs.Holders(o.col.ID, refs.Query{Build: id}); n > 0 {
 				e.Collection = o.col.ID
-				e.Reason = fmt.Sprintf("not registered; it is where index build %d has its files, "+
-					"and stays as long as a snapshot of that does", id)
+				e.Reason = fmt.Sprintf("not registered, at the place of index build %d: "+
+					"it stays as long as a snapshot of the build", id)
 				return nil
 			}
 		}
 	}
-	e.Reason = "something that was dropped has it under another id: it stays"
+	e.Reason = "a dropped unit has it under another id: it stays"
 	return nil
 }
 

@@ -536,8 +536,8 @@ func (s *search) readRecords(ctx context.Context, f *fileLookups) error {
 
 // unregistered is the reason of a file at the place of a segment's files that the
 // segment does not have. It may be about to be registered.
-const unregistered = "not registered; it is where segment %d has its files, " +
-	"and stays as long as that segment or a snapshot of it does"
+const unregistered = "not registered, at the place of segment %d: " +
+	"it stays as long as the segment or a snapshot of it"
 
 // judge decides whether a file without a record may be deleted, with the reason.
 func (s *search) judge(
@@ -546,10 +546,10 @@ func (s *search) judge(
 	path, ok := s.nativePath(k)
 	switch {
 	case s.col.Layout != catalog.LayoutNative:
-		return fmt.Sprintf("nothing knows it; only files of the native layout can be deleted, and this one is %v: left alone",
+		return fmt.Sprintf("no record has it; only files of the native layout can be deleted, the layout is %v: not deleted",
 			s.col.Layout), false, nil
 	case !ok:
-		return "not a path of a segment of the collection: left alone", false, nil
+		return "not a path of a segment of the collection: not deleted", false, nil
 	}
 	_, partition, id, _ := segment.NativePlace(path)
 	ids := []int64{id}
@@ -562,15 +562,15 @@ func (s *search) judge(
 	}
 	switch {
 	case !allocated:
-		return fmt.Sprintf("it carries id %d, which was never handed out: left alone", missing), false, nil
+		return fmt.Sprintf("its id %d was never allocated: not deleted", missing), false, nil
 	case id < f.lostBelow:
 		return fmt.Sprintf(
-			"the record of segment %d may have been lost when the metadata store went back in time: left alone", id), false, nil
+			"the record of segment %d may have been lost in a metadata rollback: not deleted", id), false, nil
 	}
 	for _, o := range k.owners {
 		if o.col.ID != s.col.ID || o.path != path {
 			if other, _, _, placed := segment.NativePlace(o.path); placed && other == o.col.ID {
-				return fmt.Sprintf("it also has the place of a file of collection %s: left alone", o.col), false, nil
+				return fmt.Sprintf("also at the place of a file of collection %s: not deleted", o.col), false, nil
 			}
 		}
 		list, prefix := recordsOf(o.col.ID, path)
@@ -578,5 +578,5 @@ func (s *search) judge(
 			return fmt.Sprintf(unregistered, id), false, nil
 		}
 	}
-	return fmt.Sprintf("no segment, unit or snapshot knows it; segment %d is not there", id), true, nil
+	return fmt.Sprintf("no segment, unit or snapshot has it; segment %d does not exist", id), true, nil
 }

@@ -135,7 +135,7 @@ func (c *Collector) Sweep(ctx context.Context, o SweepOptions) (SweepSummary, er
 	s := &sweep{c: c, o: o}
 	// Ages are by the stores' clocks, which may step with that of the host.
 	if _, err := c.clock.Judge(ctx); err != nil && !o.DryRun {
-		return s.summary, fmt.Errorf("nothing is swept: %w", err)
+		return s.summary, fmt.Errorf("skip sweep: %w", err)
 	}
 	var errs []error
 	for _, alias := range slices.Sorted(maps.Keys(c.stores)) {
@@ -454,7 +454,7 @@ func (c *Collector) judge(ctx context.Context, s subject, found *lookups) (verdi
 		return verdict{}, err
 	}
 	if !ok {
-		return verdict{foreign, fmt.Sprintf("it carries id %d, which was never handed out here: left alone", s.id)}, nil
+		return verdict{foreign, fmt.Sprintf("its id %d was never allocated in this cluster: not deleted", s.id)}, nil
 	}
 	return v, nil
 }
@@ -464,16 +464,16 @@ func judgeRecords(s subject, found *lookups) verdict {
 	kind := s.kind()
 	switch {
 	case s.own:
-		return verdict{stays, "it is snapshotd's own"}
+		return verdict{stays, "an object of snapshotd"}
 	case s.id == 0:
-		return verdict{foreign, "not a name that snapshotd writes: left alone"}
+		return verdict{foreign, "not a name of snapshotd: not deleted"}
 	case slices.ContainsFunc(s.records(), func(key string) bool { return found.present[key] }):
 		return verdict{stays, fmt.Sprintf("%s %d has a record", kind, s.id)}
 	case s.id < found.lostBelow:
 		return verdict{lost, fmt.Sprintf(
-			"the record of %s %d may have been lost when the metadata store went back in time: left alone", kind, s.id)}
+			"the record of %s %d may have been lost in a metadata rollback: not deleted", kind, s.id)}
 	}
-	return verdict{dead, fmt.Sprintf("there is no %s %d any more", kind, s.id)}
+	return verdict{dead, fmt.Sprintf("%s %d does not exist", kind, s.id)}
 }
 
 // youngerThan is the suffix of the reason of an object that is too young.

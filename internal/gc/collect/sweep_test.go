@@ -370,9 +370,9 @@ func TestOrphansOfOwnPrefixes(t *testing.T) {
 		}
 		slices.SortFunc(got, func(a, b orphan) int { return strings.Compare(a.Key, b.Key) })
 		want := []orphan{
-			{manifest.MetadataKey(5, 60), 25 * time.Hour, true, "there is no snapshot 60 any more"},
-			{manifest.RefsKey(5, 60), 0, true, "there is no snapshot 60 any more; younger than orphan_grace, which is 24h0m0s"},
-			{"snapshots/x", 25 * time.Hour, false, "not a name that snapshotd writes: left alone"},
+			{manifest.MetadataKey(5, 60), 25 * time.Hour, true, "snapshot 60 does not exist"},
+			{manifest.RefsKey(5, 60), 0, true, "snapshot 60 does not exist; younger than orphan_grace, which is 24h0m0s"},
+			{"snapshots/x", 25 * time.Hour, false, "not a name of snapshotd: not deleted"},
 		}
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("(-want +got):\n%s", diff)
