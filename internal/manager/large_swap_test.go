@@ -120,7 +120,7 @@ func TestLargeCompactionIsInterrupted(t *testing.T) {
 				t.Errorf("swept %+v, err = %v, while their segments live", sum, err)
 			}
 			if e, err := r.Collector().Explain(t.Context(), "default", left[0]); err != nil ||
-				!strings.Contains(e.What, "record of the parked unit") || !e.Kept {
+				!strings.Contains(e.What, "record of the spilled unit") || !e.Kept {
 				t.Errorf("%+v, err = %v", e, err)
 			}
 			// One segment changes meanwhile: the dropped content is spilled.
