@@ -19,7 +19,7 @@ import (
 )
 
 // stragglerGrace is the least age, by the store's clock, at which a straggler is deleted.
-// While a younger one exists, its job is not forgotten.
+// While a younger one, or an upload of the job, exists, the job is not forgotten.
 const stragglerGrace = time.Hour
 
 // errTooRecent means that stragglers are too young to be deleted.
@@ -44,6 +44,13 @@ func (l *leader) cleanupStragglers(ctx context.Context, job *Job) error {
 		}
 		if _, err := at.store.AbortUploads(ctx, at.prefix, uploadCutoff(job.EndTime, now)); err != nil {
 			return err
+		}
+		oldest, err := at.store.OldestUpload(ctx, at.prefix)
+		if err != nil {
+			return err
+		}
+		if !oldest.IsZero() && oldest.Before(job.EndTime.Add(endMargin)) {
+			recent.Add(1)
 		}
 		_, err = at.pages(ctx, m, func(page []copiedObject) error {
 			stragglers, err := l.stragglers(ctx, job, page)

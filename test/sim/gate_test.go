@@ -575,6 +575,14 @@ func (s *gatedStore) AbortUploads(ctx context.Context, prefix string, before tim
 	return n, cmp.Or(perr, err)
 }
 
+func (s *gatedStore) OldestUpload(ctx context.Context, prefix string) (oldest time.Time, err error) {
+	perr := s.g.park(ctx, s.m, object.ErrUnavailable, false, "object uploads "+prefix, func(ctx context.Context) string {
+		oldest, err = s.ledger.OldestUpload(ctx, prefix)
+		return answer(err, "%v", oldest.Format(time.TimeOnly))
+	})
+	return oldest, cmp.Or(perr, err)
+}
+
 func (s *gatedStore) Now(ctx context.Context) (now time.Time, err error) {
 	perr := s.g.park(ctx, s.m, object.ErrUnavailable, false, "object now", func(ctx context.Context) string {
 		now, err = s.ledger.Now(ctx)

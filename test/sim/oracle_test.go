@@ -267,6 +267,15 @@ func (l ledger) AbortUploads(_ context.Context, prefix string, before time.Time)
 	return n, nil
 }
 
+func (l ledger) OldestUpload(_ context.Context, prefix string) (oldest time.Time, _ error) {
+	for key, began := range l.o.uploads {
+		if strings.HasPrefix(key, prefix) && (oldest.IsZero() || began.Before(oldest)) {
+			oldest = began
+		}
+	}
+	return oldest, nil
+}
+
 func (l ledger) Delete(ctx context.Context, list ...string) error {
 	if p := l.o.past; p != nil {
 		p.judge(ctx, l.m, list)

@@ -506,6 +506,14 @@ func (s *Store) AbortUploads(ctx context.Context, prefix string, before time.Tim
 	return s.o.Store.AbortUploads(ctx, prefix, before)
 }
 
+// OldestUpload implements [object.Store].
+func (s *Store) OldestUpload(ctx context.Context, prefix string) (time.Time, error) {
+	if err := s.checkReadable(); err != nil {
+		return time.Time{}, err
+	}
+	return s.o.Store.OldestUpload(ctx, prefix)
+}
+
 // Now implements [object.Store].
 func (s *Store) Now(ctx context.Context) (time.Time, error) {
 	if err := s.checkReadable(); err != nil {

@@ -105,13 +105,14 @@ func TestClosed(t *testing.T) {
 			_, head := s.Head(ctx, "a")
 			_, copied := s.Copy(ctx, object.CopyRequest{})
 			_, abort := s.AbortUploads(ctx, "", time.Time{})
+			_, oldest := s.OldestUpload(ctx, "")
 			_, now := s.Now(ctx)
 			_, features := s.Features(ctx, true)
-			errs := []error{put, create, get, head, copied, abort, now, features, s.Delete(ctx, "a", "b")}
+			errs := []error{put, create, get, head, copied, abort, oldest, now, features, s.Delete(ctx, "a", "b")}
 			for _, err := range s.List(ctx, "") {
 				errs = append(errs, err)
 			}
-			if len(errs) != 10 {
+			if len(errs) != 11 {
 				t.Errorf("%d errors", len(errs))
 			}
 			for i, err := range errs {

@@ -24,6 +24,7 @@ const (
 	OpDelete Op = "delete"
 	OpCopy   Op = "copy"
 	OpAbort  Op = "abort uploads"
+	OpOldest Op = "oldest upload"
 	OpNow    Op = "now"
 )
 
@@ -250,6 +251,11 @@ func (f *Faulty) Copy(ctx context.Context, r CopyRequest) (Info, error) {
 // AbortUploads implements [Store].
 func (f *Faulty) AbortUploads(ctx context.Context, prefix string, before time.Time) (int, error) {
 	return call(ctx, f, OpAbort, func() (int, error) { return f.store.AbortUploads(ctx, prefix, before) }, prefix)
+}
+
+// OldestUpload implements [Store].
+func (f *Faulty) OldestUpload(ctx context.Context, prefix string) (time.Time, error) {
+	return call(ctx, f, OpOldest, func() (time.Time, error) { return f.store.OldestUpload(ctx, prefix) }, prefix)
 }
 
 // Get implements [Store].

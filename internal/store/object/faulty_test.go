@@ -79,6 +79,10 @@ func TestFaultyEveryMethod(t *testing.T) {
 			_, err := s.AbortUploads(ctx, "", time.Time{})
 			return err
 		}, nil},
+		{object.OpOldest, func(ctx context.Context, s object.Store) error {
+			_, err := s.OldestUpload(ctx, "")
+			return err
+		}, nil},
 		{object.OpNow, func(ctx context.Context, s object.Store) error { _, err := s.Now(ctx); return err }, nil},
 	}
 	for _, c := range calls {

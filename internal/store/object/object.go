@@ -171,6 +171,10 @@ type Store interface {
 	// completed. The writer of an aborted upload fails with ErrUnavailable, or begins
 	// another. Stores without uploads do nothing.
 	AbortUploads(ctx context.Context, prefix string, before time.Time) (int, error)
+	// OldestUpload returns when, by the store's clock, the oldest incomplete upload to a
+	// key with the prefix was begun; zero: there is none, or the store does not list
+	// uploads or their times. The prefix is empty or ends in "/".
+	OldestUpload(ctx context.Context, prefix string) (time.Time, error)
 	// Now returns the time by the store's clock, with a precision of at least a
 	// second.
 	Now(ctx context.Context) (time.Time, error)

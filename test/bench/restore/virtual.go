@@ -221,3 +221,6 @@ func (v *virtual) Head(ctx context.Context, key string) (object.Info, error) {
 
 // AbortUploads implements [object.Store].
 func (v *virtual) AbortUploads(context.Context, string, time.Time) (int, error) { return 0, nil }
+
+// OldestUpload implements [object.Store].
+func (v *virtual) OldestUpload(context.Context, string) (time.Time, error) { return time.Time{}, nil }

@@ -214,6 +214,14 @@ func (s *Store) AbortUploads(ctx context.Context, prefix string, _ time.Time) (i
 	return 0, ctx.Err()
 }
 
+// OldestUpload implements [object.Store]. The store has no uploads.
+func (s *Store) OldestUpload(ctx context.Context, prefix string) (time.Time, error) {
+	if err := object.CheckPrefix(prefix); err != nil {
+		return time.Time{}, err
+	}
+	return time.Time{}, ctx.Err()
+}
+
 // Now implements [object.Store].
 func (s *Store) Now(ctx context.Context) (time.Time, error) {
 	if err := ctx.Err(); err != nil {

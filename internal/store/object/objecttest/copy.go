@@ -369,10 +369,16 @@ func testAbortUploads(t *testing.T, s object.Store) {
 				t.Errorf("%q: %d, %v; want none", prefix, n, err)
 			}
 		}
+		if at, err := s.OldestUpload(t.Context(), prefix); err != nil || !at.IsZero() {
+			t.Errorf("%q: an upload of %v, %v; want none", prefix, at, err)
+		}
 	}
 	for _, prefix := range []string{"a", "/", "a//", "../"} {
 		if n, err := s.AbortUploads(t.Context(), prefix, time.Time{}); !errors.Is(err, object.ErrInvalidKey) {
 			t.Errorf("%q: %d, err = %v, want ErrInvalidKey", prefix, n, err)
+		}
+		if _, err := s.OldestUpload(t.Context(), prefix); !errors.Is(err, object.ErrInvalidKey) {
+			t.Errorf("oldest of %q: err = %v, want ErrInvalidKey", prefix, err)
 		}
 	}
 	if got, _ := get(t, s, "a/b", 0, -1); string(got) != "kept" {

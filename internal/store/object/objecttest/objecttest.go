@@ -555,6 +555,7 @@ func testCanceled(t *testing.T, s object.Store) {
 		"Now":    func() error { _, err := s.Now(ctx); return err },
 		"Copy":   func() error { _, err := s.Copy(ctx, request(kept, "b")); return err },
 		"Abort":  func() error { _, err := s.AbortUploads(ctx, "", time.Time{}); return err },
+		"Oldest": func() error { _, err := s.OldestUpload(ctx, ""); return err },
 		"List": func() error {
 			for info, err := range s.List(ctx, "") {
 				if err != nil {

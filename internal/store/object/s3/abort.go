@@ -1,6 +1,7 @@
 package s3
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net/http"
@@ -31,19 +32,41 @@ type upload struct {
 // If the server does not support the request, it logs one warning and leaves all uploads
 // to the server's expiry.
 func (s *Store) AbortUploads(ctx context.Context, prefix string, before time.Time) (int, error) {
-	err := object.CheckPrefix(prefix)
-	if err == nil && prefix != "" {
-		err = s.check(ctx, strings.TrimSuffix(prefix, "/"))
-	}
-	if err == nil {
-		err = ctx.Err()
-	}
-	if err != nil {
+	if err := s.checkPrefix(ctx, prefix); err != nil {
 		return 0, err
 	}
 	return s.abortUploads(ctx, prefix, func(u upload) bool {
 		return before.IsZero() || u.at.Before(before) && !u.at.IsZero()
 	})
+}
+
+// OldestUpload implements [object.Store]. A server that lists uploads only for a complete
+// key has none to list.
+func (s *Store) OldestUpload(ctx context.Context, prefix string) (oldest time.Time, err error) {
+	if err := s.checkPrefix(ctx, prefix); err != nil {
+		return time.Time{}, err
+	}
+	_, f := s.uploads(ctx, prefix, func(u upload) bool {
+		if !u.at.IsZero() && (oldest.IsZero() || u.at.Before(oldest)) {
+			oldest = u.at
+		}
+		return false // so that all pages are read
+	})
+	switch {
+	case f != nil && unsupported(f):
+		return time.Time{}, nil
+	case f != nil:
+		return time.Time{}, s.error("list uploads of", prefix, f)
+	}
+	return oldest, nil
+}
+
+func (s *Store) checkPrefix(ctx context.Context, prefix string) error {
+	err := object.CheckPrefix(prefix)
+	if err == nil && prefix != "" {
+		err = s.check(ctx, strings.TrimSuffix(prefix, "/"))
+	}
+	return cmp.Or(err, ctx.Err())
 }
 
 // abortUploads aborts the matching uploads to keys with the prefix, until a list has none.

@@ -852,6 +852,12 @@ func TestAbortUploads(t *testing.T) {
 	r.begin(t, "a/1", "a/1", "a/2/x", "a/b +%é?", "ab", "b/1")
 	r.abort(t, r.store, "c/", time.Time{}, 0)
 	r.abort(t, r.store, "a/", time.Now().Add(-time.Hour), 0)
+	if at, err := r.store.OldestUpload(t.Context(), "a/"); err != nil || time.Since(at).Abs() > time.Hour {
+		t.Errorf("the oldest upload is of %v, err = %v", at, err)
+	}
+	if at, err := r.store.OldestUpload(t.Context(), "c/"); err != nil || !at.IsZero() {
+		t.Errorf("without uploads the oldest is of %v, err = %v", at, err)
+	}
 	o := r.options
 	o.Prefix = "a/2/"
 	r.abort(t, s3test.Open(t, o), "", time.Time{}, 1)
