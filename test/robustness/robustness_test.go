@@ -201,6 +201,7 @@ func run(t *testing.T, s scenario, seed uint64, bin string, during time.Duration
 		seed:       seed,
 		storeFails: s.storeFails,
 		wrongHeads: s.wrongHeads,
+		overtakes:  s.overtakes,
 		errors:     map[string]int{},
 		jobs:       map[int64]string{},
 	}
