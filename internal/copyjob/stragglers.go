@@ -42,15 +42,18 @@ func (l *leader) cleanupStragglers(ctx context.Context, job *Job) error {
 		if err != nil {
 			return err
 		}
-		if _, err := at.store.AbortUploads(ctx, at.prefix, uploadCutoff(job.EndTime, now)); err != nil {
+		last, cutoff := job.EndTime.Add(endMargin), uploadCutoff(job.EndTime, now)
+		if _, err := at.store.AbortUploads(ctx, at.prefix, cutoff); err != nil {
 			return err
 		}
-		oldest, err := at.store.OldestUpload(ctx, at.prefix)
-		if err != nil {
-			return err
-		}
-		if !oldest.IsZero() && oldest.Before(job.EndTime.Add(endMargin)) {
-			recent.Add(1)
+		if cutoff.Before(last) { // an upload of the job may be too recent
+			oldest, err := at.store.OldestUpload(ctx, at.prefix)
+			if err != nil {
+				return err
+			}
+			if !oldest.IsZero() && oldest.Before(last) {
+				recent.Add(1)
+			}
 		}
 		_, err = at.pages(ctx, m, func(page []copiedObject) error {
 			stragglers, err := l.stragglers(ctx, job, page)

@@ -1,8 +1,11 @@
 package manager
 
 import (
+	"context"
 	"fmt"
 	"slices"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -13,6 +16,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
+	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
 // TestStragglers checks that late copies of frozen workers are deleted before the job is
@@ -81,6 +85,69 @@ func TestStragglers(t *testing.T) {
 			t.Errorf("counted %d objects", n)
 		}
 	})
+}
+
+// uploadStore is a store with one open upload.
+type uploadStore struct {
+	object.Store
+	mu    sync.Mutex
+	key   string
+	began time.Time // zero: the upload was aborted
+}
+
+func (s *uploadStore) AbortUploads(_ context.Context, prefix string, before time.Time) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.began.IsZero() || !strings.HasPrefix(s.key, prefix) || !before.IsZero() && !s.began.Before(before) {
+		return 0, nil
+	}
+	s.began = time.Time{}
+	return 1, nil
+}
+
+func (s *uploadStore) OldestUpload(_ context.Context, prefix string) (time.Time, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !strings.HasPrefix(s.key, prefix) {
+		return time.Time{}, nil
+	}
+	return s.began, nil
+}
+
+// TestUploadAfterTheEnd checks that a job stays until an upload that a worker began after
+// the job's end is old enough to be aborted, and that an upload of the engine does not hold it.
+func TestUploadAfterTheEnd(t *testing.T) {
+	for name, c := range map[string]struct {
+		after time.Duration // the end
+		holds bool
+	}{"of a worker": {16 * time.Minute, true}, "of an engine": {18 * time.Minute, false}} {
+		t.Run(name, func(t *testing.T) {
+			inEnv(t, func(t *testing.T, w *testEnv) {
+				uploads := &uploadStore{Store: w.objects}
+				w.objects = uploads
+				r := w.start("a", func(o *Options) { o.KeepRestores = time.Hour })
+				job := w.waitEnded(r, w.restore(r, restoreSpecOf(w.create(r, w.richCollection(r, "c", 4), "one"))).ID).Job
+				time.Sleep(c.after)
+				uploads.mu.Lock()
+				uploads.key, uploads.began = fmt.Sprintf("data/%d/x", job.Target), time.Now()
+				uploads.mu.Unlock()
+				time.Sleep(time.Hour - c.after + 5*time.Minute)
+				if n := len(w.keysUnder(keys.JobPrefix)); (n == 1) != c.holds {
+					t.Errorf("%d jobs while the upload is recent", n)
+				}
+				time.Sleep(2 * time.Hour)
+				settle()
+				if n := len(w.keysUnder(keys.JobPrefix)); n != 0 {
+					t.Errorf("left %d jobs", n)
+				}
+				uploads.mu.Lock()
+				defer uploads.mu.Unlock()
+				if uploads.began.IsZero() != c.holds {
+					t.Errorf("the upload was begun %v", uploads.began)
+				}
+			})
+		})
+	}
 }
 
 // TestStragglersOfDroppedTarget checks that late copies are deleted after the target was
