@@ -123,26 +123,27 @@ func New(o Options) *Trusted {
 // Stamp returns the time for the start of a lifetime, or an [ErrUntrusted] if the clock
 // stepped. It sends requests to the stores only if the last measurement is not recent.
 func (t *Trusted) Stamp(ctx context.Context) (time.Time, error) {
-	return t.reading(ctx, time.Time.After, func(s *step) bool { return s.cause == gap })
+	return t.reading(ctx, time.Time.After, gap)
 }
 
 // Judge returns the time for the decision whether a lifetime has ended, or an [ErrUntrusted]
 // if the clock is stopped.
 func (t *Trusted) Judge(ctx context.Context) (time.Time, error) {
-	return t.reading(ctx, time.Time.Before, func(*step) bool { return false })
+	return t.reading(ctx, time.Time.Before, 0)
 }
 
-// reading returns the current reading. It measures again if the own clock, as the only
-// one, has stepped since the measurement; that measurement has the step as its problem.
+// reading returns the current reading, unless the clock has a problem of another cause than
+// tolerated. It measures again if the own clock, as the only one, has stepped since the
+// measurement; that measurement has the step as its problem.
 func (t *Trusted) reading(
-	ctx context.Context, prefer func(own, store time.Time) bool, tolerates func(*step) bool,
+	ctx context.Context, prefer func(own, store time.Time) bool, tolerated cause,
 ) (time.Time, error) {
 	for range maxAttempts {
 		m, err := t.current(ctx)
 		if err != nil {
 			return time.Time{}, err
 		}
-		if m.problem != nil && !tolerates(m.problem) {
+		if m.problem != nil && m.problem.cause != tolerated {
 			return time.Time{}, m.problem.err()
 		}
 		if now, steady := t.read(m, prefer); steady {
