@@ -61,6 +61,7 @@ func newLeader(j *Jobs, term election.Term) *leader {
 func (l *leader) run(ctx context.Context) error {
 	defer func() { _ = l.steps.Wait() }() // steps return nothing
 	defer l.assigning.Passed()            // the next leader assigns
+	l.o.measureClock(ctx)
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {

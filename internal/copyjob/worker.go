@@ -57,9 +57,7 @@ func (w *worker) run(ctx context.Context) {
 		case <-ready:
 		}
 	}
-	// The times of attempts are of Display, which is the host's clock until the first measurement: if
-	// that is a day behind, the second attempt would seem to have waited for a day.
-	_, _ = w.o.Clock.Stamp(ctx)
+	w.o.measureClock(ctx)
 	backoff := meta.Backoff{Rand: w.o.Jitter}
 	ready := func() {
 		backoff.Reset()

@@ -273,6 +273,29 @@ func TestRestoreDeadlineAndClocks(t *testing.T) {
 	}
 }
 
+// TestWorkerMeasuresTheClock checks that a worker knows how far its host's clock is off
+// before it is registered, also in a replica that measures for no other reason.
+func TestWorkerMeasuresTheClock(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
+		w.start("leader", func(o *Options) { o.RestoreSlots = -1 })
+		settle()
+		r := w.start("a", w.on(hosts.Off(-24*time.Hour), false))
+		r.kv.Hook(func(c meta.Call) meta.Fault {
+			if skew := r.Stats().ClockSkew; len(w.keysUnder(keys.WorkerPrefix)) > 0 && skew == 0 {
+				t.Error("the worker is registered, and the clock is not measured")
+			}
+			return meta.NoFault
+		})
+		settle()
+		time.Sleep(time.Minute)
+		settle()
+		if n := len(w.keysUnder(keys.WorkerPrefix)); n != 1 {
+			t.Errorf("%d workers", n)
+		}
+		r.kv.Hook(nil)
+	})
+}
+
 // TestFinishTimeWithSkewedWorkerClock checks that the finish time of a task is the
 // trusted reading, by which a stalled job is detected.
 func TestFinishTimeWithSkewedWorkerClock(t *testing.T) {

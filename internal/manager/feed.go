@@ -48,8 +48,6 @@ import (
 
 // Bounds of a feed.
 const (
-	// ringEvents covers what a busy cluster changes in minutes: only collections,
-	// snapshots and pins have events. Replicas of a quiet one fill it over days.
 	ringEvents = 1024
 	ringBytes  = 16 << 20 // of the records as stored
 	// readEvents is the number of events that a reader takes at a time, or those of one
