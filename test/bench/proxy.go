@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/url"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -106,17 +105,6 @@ func (p *Proxy) Drain() []Request {
 
 // Close closes the proxy and its open requests.
 func (p *Proxy) Close() { _ = p.srv.Close() }
-
-// WithPath returns the requests of list whose path contains part.
-func WithPath(list []Request, part string) []Request {
-	var found []Request
-	for _, r := range list {
-		if strings.Contains(r.Path, part) {
-			found = append(found, r)
-		}
-	}
-	return found
-}
 
 // paced delays the start of a response until at, or the end of ctx.
 type paced struct {
