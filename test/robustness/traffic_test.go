@@ -573,8 +573,9 @@ func keysOf(s *snapshotdv1.Segment) []string {
 	return keys
 }
 
-// seen records the result of a read of a name.
-func (w *worker) seen(name string, s *snapshotdv1.Snapshot, from, to moment) {
+// seen records the result of a read of a name. Without fresh it is not in the history: a
+// list follows a watch, and where progress overtakes events it may be stale.
+func (w *worker) seen(name string, s *snapshotdv1.Snapshot, from, to moment, fresh bool) {
 	e := event{Client: w.id, Name: name, Tag: s.GetDescription(), Call: from, Return: to}
 	switch s.GetState() {
 	case snapshotdv1.Snapshot_STATE_COMMITTED:
@@ -585,7 +586,9 @@ func (w *worker) seen(name string, s *snapshotdv1.Snapshot, from, to moment) {
 		return // it was dropped while it was read
 	}
 	w.l.note(func(l *ledger) {
-		l.events = append(l.events, e)
+		if fresh {
+			l.events = append(l.events, e)
+		}
 		mine := l.snapshots[e.Tag]
 		if mine == nil {
 			w.wrong("snapshot %v is unknown", s)
@@ -612,7 +615,7 @@ func (w *worker) getNamed(ctx context.Context, name string) error {
 	})
 	switch {
 	case end == success:
-		w.seen(name, got, from, to)
+		w.seen(name, got, from, to, true)
 	case status.Code(err) == codes.NotFound: // of a read, whatever came before
 		w.l.note(func(l *ledger) {
 			l.events = append(l.events, event{Client: w.id, Name: name, Kind: seenFree, Call: from, Return: to})
@@ -628,15 +631,17 @@ func (w *worker) list(ctx context.Context) error {
 		got = resp.GetSnapshots()
 		return err
 	})
-	// A list is of the replica's watch: where progress overtakes events it may be stale until the watch starts over.
-	if end != success || w.overtakes {
+	if end != success {
 		return nil
 	}
 	for n := range names {
 		name := fmt.Sprintf("s%d", n)
 		i := slices.IndexFunc(got, func(s *snapshotdv1.Snapshot) bool { return s.GetName() == name })
 		if i >= 0 {
-			w.seen(name, got[i], from, to)
+			w.seen(name, got[i], from, to, !w.overtakes)
+			continue
+		}
+		if w.overtakes {
 			continue
 		}
 		w.l.note(func(l *ledger) {
