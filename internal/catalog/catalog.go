@@ -200,10 +200,9 @@ type Options struct {
 	// HasStore reports whether an object store of that alias is configured.
 	HasStore func(alias string) bool
 	Requests *request.Leases
-	// ReadSpilled reads the object at key of the store of that alias, which holds the
-	// record of a spilled unit, as [object.ReadVerified] does; see [ReadSpilled]. Nil:
-	// spilled units are an error.
-	ReadSpilled func(ctx context.Context, store, key string, check func([]byte) error) ([]byte, error)
+	// ReadSpilled reads the records of spilled units; see [ReadSpilled]. Nil: spilled
+	// units are an error.
+	ReadSpilled SpilledReader
 	// Spill writes such an object, and returns the alias of its store; see
 	// [WriteSpilled]. Nil: a change whose inputs do not fit in one transaction is
 	// meta.ErrTooLarge.
@@ -232,7 +231,7 @@ type Catalog struct {
 	rand      io.Reader
 	hasStore  func(string) bool
 	requests  *request.Leases
-	readSpill func(ctx context.Context, store, key string, check func([]byte) error) ([]byte, error)
+	readSpill SpilledReader
 	spill     func(ctx context.Context, key string, data []byte) (store string, err error)
 	jitter    func() float64
 	ids       *allocator

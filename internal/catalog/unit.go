@@ -162,10 +162,12 @@ func NewStub(full []byte, rec *storagev1.Unit) *storagev1.Unit {
 	return stub
 }
 
-// ReadSpilled returns an Options.ReadSpilled that reads from stores, by alias.
-func ReadSpilled(
-	stores map[string]object.Store,
-) func(ctx context.Context, store, key string, check func([]byte) error) ([]byte, error) {
+// SpilledReader reads the object at key of the store of an alias, which holds the record of
+// a spilled unit, as [object.ReadVerified] does.
+type SpilledReader func(ctx context.Context, store, key string, check func([]byte) error) ([]byte, error)
+
+// ReadSpilled returns a SpilledReader of stores, by alias.
+func ReadSpilled(stores map[string]object.Store) SpilledReader {
 	return func(ctx context.Context, store, key string, check func([]byte) error) ([]byte, error) {
 		s, ok := stores[store]
 		if !ok {
