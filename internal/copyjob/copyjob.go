@@ -176,12 +176,6 @@ type Jobs struct {
 	assigning *lasting.Problem // of the leader
 }
 
-// measureClock measures the clocks unless they were measured. The times of attempts and of
-// jobs are of Display, which is the host's clock until the first measurement: if that is a
-// day behind, the second attempt would seem to have waited for a day. It waits for a store
-// that does not respond for at most some seconds.
-func (o *Options) measureClock(ctx context.Context) { _, _ = o.Clock.Stamp(ctx) }
-
 // New returns Jobs that are idle until Run.
 func New(o Options) *Jobs {
 	if o.Slots == 0 {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"sync"
 	"time"
 
@@ -61,7 +60,6 @@ func newLeader(j *Jobs, term election.Term) *leader {
 func (l *leader) run(ctx context.Context) error {
 	defer func() { _ = l.steps.Wait() }() // steps return nothing
 	defer l.assigning.Passed()            // the next leader assigns
-	l.o.measureClock(ctx)
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -82,10 +80,8 @@ func (l *leader) pass(ctx context.Context) time.Duration {
 	now := l.o.Clock.Elapsed()
 	trusted, _ := l.o.Clock.Peek()
 	list, next := l.table.decide(moment{trusted, now})
-	if !slices.ContainsFunc(list, func(d decision) bool { return d.step == stepAssign }) {
-		l.assigning.Passed() // nothing is left to assign
-	}
 	slots := l.table.slots()
+	var errs []error // of assignments
 	for _, d := range list {
 		if wait := l.nextAttempt(d.job, now); wait > 0 {
 			next = min(next, wait)
@@ -95,11 +91,9 @@ func (l *leader) pass(ctx context.Context) time.Duration {
 		}
 		if d.step == stepAssign {
 			var err error
-			if slots, err = l.assign(ctx, d, slots); err != nil && ctx.Err() == nil {
+			if slots, err = l.assign(ctx, d, slots); err != nil {
 				next = min(next, time.Second)
-			}
-			if ctx.Err() == nil {
-				l.assigning.Note(err, zap.Int64("job", d.job.ID))
+				errs = append(errs, fmt.Errorf("job %d: %w", d.job.ID, err))
 			}
 			continue
 		}
@@ -118,6 +112,9 @@ func (l *leader) pass(ctx context.Context) time.Duration {
 			delete(l.busy, d.job.ID)
 			l.mu.Unlock()
 		}
+	}
+	if ctx.Err() == nil {
+		l.assigning.Note(errors.Join(errs...))
 	}
 	return next
 }
@@ -234,6 +231,7 @@ func (l *leader) finishStep(ctx context.Context, d decision, err error) {
 
 // execute runs one step of a job.
 func (l *leader) execute(ctx context.Context, d decision) error {
+	_ = l.o.Clock.Ensure(ctx) // for the times of the job; without it, of the host's clock
 	switch d.step {
 	case stepBegin:
 		next := *d.job

@@ -19,7 +19,8 @@ import (
 )
 
 // stragglerGrace is the least age, by the store's clock, at which a straggler is deleted.
-// While a younger one, or an upload of the job, exists, the job is not forgotten.
+// While a younger one exists, or an upload of the job that is too recent to be aborted, the
+// job is not forgotten.
 const stragglerGrace = time.Hour
 
 // errTooRecent means that stragglers are too young to be deleted.

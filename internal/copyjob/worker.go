@@ -57,7 +57,9 @@ func (w *worker) run(ctx context.Context) {
 		case <-ready:
 		}
 	}
-	w.o.measureClock(ctx)
+	// The times of attempts are of Display: with the host's clock, a day behind, the second attempt
+	// would seem to have waited for a day. A store that does not respond now does not stop the worker.
+	_ = w.o.Clock.Ensure(ctx)
 	backoff := meta.Backoff{Rand: w.o.Jitter}
 	ready := func() {
 		backoff.Reset()

@@ -280,8 +280,8 @@ func TestWorkerMeasuresTheClock(t *testing.T) {
 		w.start("leader", func(o *Options) { o.RestoreSlots = -1 })
 		settle()
 		r := w.start("a", w.on(hosts.Off(-24*time.Hour), false))
-		r.kv.Hook(func(c meta.Call) meta.Fault {
-			if skew := r.Stats().ClockSkew; len(w.keysUnder(keys.WorkerPrefix)) > 0 && skew == 0 {
+		r.kv.Hook(func(meta.Call) meta.Fault {
+			if len(w.keysUnder(keys.WorkerPrefix)) > 0 && r.Stats().ClockSkew == 0 {
 				t.Error("the worker is registered, and the clock is not measured")
 			}
 			return meta.NoFault

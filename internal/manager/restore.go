@@ -1,7 +1,6 @@
 package manager
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -51,20 +50,19 @@ func (m *Manager) Restore(ctx context.Context, tok request.Token, spec *RestoreS
 func (m *Manager) restore(ctx context.Context, tok request.Token, spec *RestoreSpec) (*copyjob.Job, error) {
 	ref := spec.Snapshot
 	var job *copyjob.Job
-	var concurrent *request.Record
 	known, err := request.Do(ctx, m.kv, tok, func(ctx context.Context) (request.Commit, error) {
 		planned, txn, err := m.planJob(ctx, tok, &ref, spec)
 		if err != nil {
 			return nil, err
 		}
 		return func(ctx context.Context) (done bool, err error) {
-			if job, err = m.admit(ctx, planned, txn); err != nil { // a concurrent call may have caused it
-				concurrent, err = request.Resolve(ctx, m.kv, tok, err)
-			}
-			return job != nil || concurrent != nil, err
+			job, err = m.admit(ctx, planned, txn)
+			return job != nil, err
 		}, nil
 	})
-	known = cmp.Or(known, concurrent)
+	if err != nil { // a concurrent call with the token may have caused it
+		known, err = request.Resolve(ctx, m.kv, tok, err)
+	}
 	switch {
 	case err != nil:
 		return nil, err

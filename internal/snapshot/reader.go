@@ -28,10 +28,10 @@ var (
 
 // ReaderOptions configure a Reader.
 type ReaderOptions struct {
-	KV      meta.KV
-	Catalog *catalog.Catalog
+	KV      meta.KV                 // required
+	Catalog *catalog.Catalog        // required for the error of an id without a record
 	Stores  map[string]object.Store // by alias
-	// Exists reports whether a snapshot has a record. The cache removes the files of
+	// Exists is required. It reports whether a snapshot has a record. The cache removes the files of
 	// snapshots without one.
 	Exists func(id int64) bool
 }

@@ -137,24 +137,24 @@ func (c *Collector) explainSnapshot(ctx context.Context, id int64, e *Explanatio
 	if err != nil || !found {
 		return false, err
 	}
-	rec := &storagev1.Snapshot{}
-	if err := record.Decode(kv, rec); err != nil {
+	s, err := snapshot.Decode(kv)
+	if err != nil {
 		e.Reason = fmt.Sprintf("the record of the snapshot is unreadable, the object stays: %v", err)
 		return true, nil
 	}
-	switch snapshot.State(rec.GetState()) {
+	switch s.State {
 	case snapshot.Pending:
-		e.Reason = fmt.Sprintf("snapshot %q is being created", rec.GetName())
+		e.Reason = fmt.Sprintf("snapshot %q is being created", s.Name)
 	case snapshot.Committed:
-		e.Reason = fmt.Sprintf("snapshot %q is committed", rec.GetName())
+		e.Reason = fmt.Sprintf("snapshot %q is committed", s.Name)
 	case snapshot.Deleting:
 		e.Kept = false
-		e.Reason = fmt.Sprintf("snapshot %q was dropped, expired or abandoned; its deletion is in progress", rec.GetName())
+		e.Reason = fmt.Sprintf("snapshot %q was dropped, expired or abandoned; its deletion is in progress", s.Name)
 		return true, nil
 	default:
-		e.Reason = fmt.Sprintf("snapshot %q is in state %d, of a newer release", rec.GetName(), rec.GetState())
+		e.Reason = fmt.Sprintf("snapshot %q is in state %d, of a newer release", s.Name, s.State)
 	}
-	e.Snapshots, e.Holders = []gc.SnapshotHolder{{ID: id, Name: rec.GetName()}}, 1
+	e.Snapshots, e.Holders = []gc.SnapshotHolder{{ID: id, Name: s.Name}}, 1
 	return true, nil
 }
 

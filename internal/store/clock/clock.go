@@ -175,8 +175,21 @@ func (m *measurement) moved(own time.Time, at time.Duration) bool {
 	return own.Add(-at).Sub(m.own).Abs() > Bound
 }
 
+// Ensure measures the clocks if they were never measured. It waits for a store that does
+// not respond for some seconds, and for those of concurrent calls.
+func (t *Trusted) Ensure(ctx context.Context) error {
+	t.mu.Lock()
+	measured := t.last != nil
+	t.mu.Unlock()
+	if measured {
+		return nil
+	}
+	_, err := t.current(ctx)
+	return err
+}
+
 // Display returns the best known time without requests to the stores, for output, logs and
-// the times of attempts. Before the first measurement it is the host's clock.
+// the times of attempts. Before the first measurement it is the host's clock; see [Trusted.Ensure].
 func (t *Trusted) Display() time.Time {
 	t.mu.Lock()
 	m := t.last

@@ -51,8 +51,7 @@ var (
 	ErrMisconfigured = errors.New("object store misconfigured")
 )
 
-// ErrStoreNotFound means that no object store of an alias is configured. Those that look
-// up a store by its alias return it.
+// ErrStoreNotFound means that no object store of an alias is configured.
 var ErrStoreNotFound = errors.New("object store not found")
 
 // Passing returns kind, ErrDenied or ErrMisconfigured, with the same text and marked as a

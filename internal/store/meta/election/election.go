@@ -172,15 +172,15 @@ func (e *Election) runOnce(ctx context.Context, lead func(context.Context, Term)
 
 // wait waits until the key is absent.
 func (e *Election) wait(ctx context.Context) error {
-	for first := true; ; first = false {
+	for {
 		_, found, revision, err := e.o.KV.Get(ctx, e.o.Key)
 		if err != nil || !found {
 			return err
 		}
-		if first {
-			defer e.failing.Settle()()
-		}
-		if err := e.watch(ctx, revision, func(ev meta.Event) bool { return ev.Deleted }); err != nil {
+		stop := e.failing.Settle()
+		err = e.watch(ctx, revision, func(ev meta.Event) bool { return ev.Deleted })
+		stop()
+		if err != nil {
 			return err
 		}
 	}
