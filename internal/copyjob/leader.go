@@ -231,7 +231,6 @@ func (l *leader) finishStep(ctx context.Context, d decision, err error) {
 
 // execute runs one step of a job.
 func (l *leader) execute(ctx context.Context, d decision) error {
-	_ = l.o.Clock.Ensure(ctx) // for the times of the job; without it, of the host's clock
 	switch d.step {
 	case stepBegin:
 		next := *d.job
