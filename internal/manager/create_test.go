@@ -713,6 +713,7 @@ func TestCaptureStartsOverWhenCompacted(t *testing.T) {
 		_, err := r.Create(t.Context(), request.Token{}, spec(col, "y"))
 		wantError(t, err, ErrCatalogCompacted)
 		r.kv.Hook(nil)
+		time.Sleep(time.Minute) // the compactions have ended watches too, which begin again after a pause
 		settle()
 		if n := len(w.check(r)); n != 1 {
 			t.Errorf("%d snapshots, want 1", n)
