@@ -2,9 +2,11 @@ package gc
 
 import (
 	"context"
+	"fmt"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc/refs"
+	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
 // Counts has the number of committed snapshots of a collection that reference a
@@ -18,14 +20,23 @@ type Counts struct {
 // Counts returns the counts of a collection, of all snapshots that were committed
 // before the call. It waits for references that are being read.
 func (g *GC) Counts(ctx context.Context, collection int64) (Counts, error) {
-	history, now, err := g.History(ctx)
+	history, err := g.Ready(ctx, collection)
 	if err != nil {
 		return Counts{}, err
 	}
-	if err := g.refs.Ready(ctx, collection, now); err != nil {
-		return Counts{}, err
-	}
 	return Counts{g.refs, collection, history}, nil
+}
+
+// Ready waits until the references of all snapshots of a collection that were committed
+// before the call are known, and returns the history of the metadata store. The error is
+// ErrLoading or ErrUnreadable when they are not.
+func (g *GC) Ready(ctx context.Context, collection int64) (history int64, err error) {
+	res, err := g.kv.Txn(ctx, meta.Txn{Then: commonReads(collection)})
+	if err != nil {
+		return 0, fmt.Errorf("read the generation of collection %d: %w", collection, err)
+	}
+	p := newPreconditions(&res, 0)
+	return p.history, g.refs.Ready(ctx, collection, p.revision, p.generation)
 }
 
 // Segment returns the number of snapshots that reference the segment.

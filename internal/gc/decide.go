@@ -170,7 +170,7 @@ func (g *GC) DecideBatch(
 		}
 		keyOf = nil // another attempt reads all records
 		// The generation was read before the references are examined.
-		if err := g.refs.Ready(ctx, col.ID, p.revision); err != nil {
+		if err := g.refs.Ready(ctx, col.ID, p.revision, p.generation); err != nil {
 			return nil, err
 		}
 		answers, changed, err := g.decideUnits(ctx, col, targets, p)

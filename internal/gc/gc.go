@@ -49,10 +49,10 @@
 // A snapshot captures at a revision at or after the one that put its pending key.
 // When that is before the unit's drop, there are three cases. The pending key still
 // exists: no grant. Or the snapshot was committed, and moved the generation: before
-// the read, so the index has its references; or after it, so the compare fails. Or
-// the create was abandoned and will never commit. When the capture is after the drop,
-// it does not see the unit. References of a snapshot end only with its drop, which is
-// final.
+// the read, so the index has its references, because it waits for the event of the
+// generation's own revision; or after it, so the compare fails. Or the create was
+// abandoned and will never commit. When the capture is after the drop, it does not see
+// the unit. References of a snapshot end only with its drop, which is final.
 //
 // # Files of a live segment
 //

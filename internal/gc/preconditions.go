@@ -293,12 +293,11 @@ func HeadQuery(kind catalog.UnitKind, unit, segment, dropped, history int64) ref
 	return refs.Query{Segment: segment}
 }
 
-// History returns the history of the metadata store, and the revision at which it was
-// read.
-func (g *GC) History(ctx context.Context) (history, revision int64, err error) {
+// History returns the history of the metadata store.
+func (g *GC) History(ctx context.Context) (int64, error) {
 	res, err := g.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Get(keys.Epoch)}})
 	if err != nil {
-		return 0, 0, fmt.Errorf("read the history of the metadata store: %w", err)
+		return 0, fmt.Errorf("read the history of the metadata store: %w", err)
 	}
-	return epoch.History(res.Ranges[0]), res.Revision, nil
+	return epoch.History(res.Ranges[0]), nil
 }

@@ -173,8 +173,11 @@ func (e *env) dropSnapshot(id int64) {
 func (e *env) writeSnapshot(id int64, rec *storagev1.Snapshot) {
 	e.t.Helper()
 	rec.Format, rec.Name, rec.CollectionId, rec.Store = record.Format, fmt.Sprint("s", id), e.col.ID, "default"
-	e.put(keys.Snapshot(id), record.Encode(rec))
-	e.put(keys.Generation(e.col.ID), record.Encode(&storagev1.Generation{Format: record.Format, SnapshotId: id}))
+	_, err := e.kv.Txn(e.t.Context(), meta.Txn{Then: []meta.Op{
+		meta.Put(keys.Snapshot(id), record.Encode(rec)),
+		meta.Put(keys.Generation(e.col.ID), record.Encode(&storagev1.Generation{Format: record.Format, SnapshotId: id})),
+	}})
+	e.must(err)
 }
 
 func (e *env) put(key string, value []byte) {

@@ -63,6 +63,9 @@ var planted = []Mutant{
 		inMemory(manager, "^(TestOnlyOlderCreatesHold|TestGrantComparesItsPreconditions)$"),
 		inMemory(manager, "^TestNothingNeededIsEverDeleted$"),
 	}},
+	{Name: "grant-before-the-commit", Breaks: "progress is taken for the commits that it covers", Tests: []Tests{
+		inMemory(manager, "^TestGrantWaitsForTheCommit$"),
+	}},
 	{
 		Name:   "capture-before-pending-key",
 		Breaks: "a snapshot holds segments that were dropped before its pending key",

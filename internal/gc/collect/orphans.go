@@ -266,7 +266,7 @@ type fileLookups struct {
 
 // lookUp looks up the candidates in all records that may have them.
 func (s *search) lookUp(ctx context.Context) (*fileLookups, error) {
-	jobs, revision, err := s.refresh(ctx)
+	jobs, err := s.refresh(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -287,7 +287,7 @@ func (s *search) lookUp(ctx context.Context) (*fileLookups, error) {
 		}
 	}
 	for _, col := range collections {
-		if err := s.c.refs.Ready(ctx, col.ID, revision); err != nil {
+		if _, err := s.c.gc.Ready(ctx, col.ID); err != nil {
 			return nil, err
 		}
 		if err := s.scan(ctx, col, places, f.known); err != nil {
@@ -303,18 +303,18 @@ func (s *search) lookUp(ctx context.Context) (*fileLookups, error) {
 }
 
 // refresh makes the owners current, and returns the running restore jobs by their ids.
-func (s *search) refresh(ctx context.Context) (jobs map[int64]*storagev1.Job, revision int64, err error) {
+func (s *search) refresh(ctx context.Context) (jobs map[int64]*storagev1.Job, err error) {
 	from, to := meta.Prefix(keys.JobPrefix)
 	for range refreshAttempts {
 		res, err := s.c.kv.Txn(ctx, meta.Txn{
 			If: []meta.Cond{s.owners.unchanged()}, Then: []meta.Op{meta.GetRange(from, to)},
 		})
 		if err != nil {
-			return nil, 0, fmt.Errorf("read restore jobs: %w", err)
+			return nil, fmt.Errorf("read restore jobs: %w", err)
 		}
 		if !res.Succeeded {
 			if s.owners, err = s.c.readRootOwners(ctx); err != nil {
-				return nil, 0, err
+				return nil, err
 			}
 			continue
 		}
@@ -322,20 +322,20 @@ func (s *search) refresh(ctx context.Context) (jobs map[int64]*storagev1.Job, re
 		for _, kv := range res.Ranges[0] {
 			job := &storagev1.Job{}
 			if err := record.Decode(kv, job); err != nil {
-				return nil, 0, err
+				return nil, err
 			}
 			id, err := keys.LastID(kv.Key)
 			if err != nil {
-				return nil, 0, err
+				return nil, err
 			}
 			const completed, canceled = 3, 5 // the states of ended jobs are in this range
 			if state := job.GetState(); state < completed || state > canceled {
 				jobs[id] = job
 			}
 		}
-		return jobs, res.Revision, nil
+		return jobs, nil
 	}
-	return nil, 0, fmt.Errorf("%w: the collections change constantly", meta.ErrConflict)
+	return nil, fmt.Errorf("%w: the collections change constantly", meta.ErrConflict)
 }
 
 // mayWrite reports whether a restore may be writing an object: it is under one of the

@@ -138,7 +138,7 @@ func (y *cycle) planUnits(ctx context.Context, plans map[int64]*plan) error {
 		from, to = meta.Prefix(keys.UnitPrefix(y.only))
 	}
 	var err error
-	if y.history, _, err = y.c.gc.History(ctx); err != nil {
+	if y.history, err = y.c.gc.History(ctx); err != nil {
 		return err
 	}
 	rec := &storagev1.UnitHead{}
@@ -273,7 +273,7 @@ func (y *cycle) checkRefs(ctx context.Context, p *plan) bool {
 		// Each grant is decided again, in a transaction. This only excludes units with
 		// holders.
 		if y.only != 0 {
-			p.err = y.c.refs.Ready(ctx, p.id, 0)
+			p.err = y.c.refs.Ready(ctx, p.id, 0, 0)
 		} else {
 			p.err = y.c.refs.Known(p.id)
 		}

@@ -88,6 +88,7 @@ type Index struct {
 	work     chan struct{} // size one; references may be missing
 
 	mu          sync.Mutex
+	received    int64 // revision of the latest event or full read
 	collections map[int64]*collection
 	snapshots   map[int64]*entry  // by snapshot id
 	missing     map[int64]*entry  // entries without references
@@ -144,9 +145,10 @@ func New(o Options) *Index {
 
 // Reset implements follow.Handler. Known references stay: a snapshot's references
 // never change.
-func (x *Index) Reset(kvs []meta.KeyValue, _ int64) {
+func (x *Index) Reset(kvs []meta.KeyValue, revision int64) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	x.received = revision
 	present := map[int64]bool{}
 	x.unparseable = map[string]string{}
 	for _, kv := range kvs {
@@ -169,6 +171,7 @@ func (x *Index) Apply(events []meta.Event, _ int64) {
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	x.received = events[len(events)-1].KV.ModRevision
 	for _, e := range events {
 		delete(x.unparseable, e.KV.Key)
 		if e.Deleted {

@@ -39,9 +39,11 @@ func (q *Query) excludes(e *entry) bool {
 }
 
 // Ready waits, for LoadWait at most, until the index has all references of a
-// collection at a revision or later. The error is ErrLoading or ErrUnreadable when the
-// index cannot answer.
-func (x *Index) Ready(ctx context.Context, id, revision int64) error {
+// collection at a revision or later. generation is that of the collection at this
+// revision. It is the revision of the latest commit, and the index waits for the event of
+// that commit, because an etcd that is too old reports progress before events. The error
+// is ErrLoading or ErrUnreadable when the index cannot answer.
+func (x *Index) Ready(ctx context.Context, id, revision, generation int64) error {
 	ctx, cancel := context.WithTimeout(ctx, x.o.LoadWait)
 	defer cancel()
 	if at := x.follower.Revision(); at < revision {
@@ -54,6 +56,9 @@ func (x *Index) Ready(ctx context.Context, id, revision int64) error {
 	for {
 		x.mu.Lock()
 		err, changed := x.checkComplete(id), x.changed
+		if err == nil && x.received < generation {
+			err = fmt.Errorf("%w: the commit at revision %d is not received", ErrLoading, generation)
+		}
 		x.mu.Unlock()
 		if !errors.Is(err, ErrLoading) || errors.Is(err, errNoAnswer) {
 			return err
