@@ -35,7 +35,7 @@ type scenario struct {
 	// create or a restore may be refused.
 	wrongHeads bool
 	// overtakes says that what replicas hear from etcd passes a proxy that can have
-	// progress overtake events.
+	// progress overtake events, so that a list may be stale.
 	overtakes bool
 	// own says that the scenario has a client and a collection of its own.
 	own bool
