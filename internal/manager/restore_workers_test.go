@@ -3,6 +3,7 @@ package manager
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -288,6 +289,52 @@ func TestRestoreLimits(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestLimitsBeforeTheJob checks that a worker that has tasks of a job, but not yet the job,
+// keeps to the job's limits.
+func TestLimitsBeforeTheJob(t *testing.T) {
+	inEnv(t, func(t *testing.T, w *testEnv) {
+		r := w.start("leader", func(o *Options) { o.RestoreSlots = -1 })
+		col, _, _ := w.collection(r, "c")
+		for range 40 {
+			s := w.segment(r, col, 0, 1, 9)
+			if _, err := w.objects.Put(t.Context(), "data/"+s.Files[0].Path, make([]byte, s.Files[0].Size)); err != nil {
+				t.Fatal(err)
+			}
+			w.add(r, col, s)
+		}
+		w.checkpoint(r, col, 10, 10)
+		s := w.create(r, col, "one")
+		w.start("worker", func(o *Options) { o.KV = &withoutJobs{KV: w.kv} })
+		settle() // it follows jobs, and the leader leads
+		sp := restoreSpecOf(s)
+		sp.Limits = copyjob.Limits{Requests: 10}
+		job := w.restore(r, sp)
+		began := time.Now()
+		if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
+			t.Errorf("%+v", end.Job)
+		}
+		// 40 copies, and as many lists before and after.
+		if d := time.Since(began); d < 10*time.Second || d > 30*time.Second {
+			t.Errorf("120 requests at 10 a second took %v", d)
+		}
+	})
+}
+
+// withoutJobs is a metadata store that sends no changes of restore jobs.
+type withoutJobs struct{ meta.KV }
+
+func (k *withoutJobs) Watch(ctx context.Context, from, to string, after int64) meta.Watcher {
+	return &watchWithoutJobs{k.KV.Watch(ctx, from, to, after)}
+}
+
+type watchWithoutJobs struct{ meta.Watcher }
+
+func (w *watchWithoutJobs) Next() (meta.WatchBatch, error) {
+	b, err := w.Watcher.Next()
+	b.Events = slices.DeleteFunc(b.Events, func(e meta.Event) bool { return strings.HasPrefix(e.KV.Key, keys.JobPrefix) })
+	return b, err
 }
 
 // TestRestoreAfterRestart counts the writes of a new leader that finds many running tasks.
